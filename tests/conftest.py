@@ -1,0 +1,27 @@
+"""Every test runs on two simulated CPU devices, with shapes checked and implicit broadcasting an error."""
+
+import os
+
+# Must be set before jax starts. Two devices are no more than the cores of the smallest machine we support.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("iresnet_jax", "beartype.beartype")  # shape annotations are executed, not just read
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture
+def x64():
+    """Runs one test in float64."""
+    with jax.enable_x64(True):
+        yield
