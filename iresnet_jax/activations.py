@@ -1,0 +1,196 @@
+r"""1-Lipschitz activations, by name.
+
+A residual branch built from weights of operator norm at most ``c < 1`` contracts only if its nonlinearities do not
+expand (Behrmann et al. 2019, section 2). Every activation here has a Jacobian of Euclidean operator norm at most 1,
+for every input and every ``beta``; each docstring says why. The channels are on the last axis.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_LIPSWISH_BOUND = 1.1  # sup of the slope of x * sigmoid(x) is 1.09984
+_CLIPSWISH_BOUND = 1.004  # sup of the norm of the slopes of (LipSwish(x), LipSwish(-x)) is 1.00397
+_INITIAL_BETA = 0.5
+
+
+class Activation(NamedTuple):
+    """One activation and the facts that the rest of a network needs to know about it.
+
+    Attributes:
+        apply: ``apply(x, beta=None)``; ``beta`` is the raw parameter of the Swish family, of shape ``()`` or ``(c,)``.
+        has_beta: Whether ``apply`` takes a ``beta``.
+        initial_beta: Initial value of ``beta``; ``None`` without one.
+        smooth: Whether the derivative is continuous. Training a density differentiates the Jacobian, so a
+            piecewise linear activation gives its log-determinant no gradient signal.
+        channel_factor: Output channels for each input channel.
+        monotone: Whether the map acts elementwise with slopes in [0, 1], as layers of sandwich type require.
+    """
+
+    apply: Callable[..., Array]
+    has_beta: bool
+    initial_beta: float | None
+    smooth: bool
+    channel_factor: int
+    monotone: bool
+
+
+def _positive_beta(x: Float[Array, "..."], beta: Float[Array, "..."] | float | None) -> Float[Array, "..."]:
+    """Returns ``softplus(beta)`` with the shape and dtype of ``x``."""
+    beta = jnp.asarray(_INITIAL_BETA if beta is None else beta, x.dtype)
+    if beta.shape not in ((), x.shape[-1:]):
+        raise ValueError(
+            f"beta must have shape () or {x.shape[-1:]} for an input of shape {x.shape}, got {beta.shape}: "
+            "use one value a layer or one a channel"
+        )
+    return jnp.broadcast_to(jax.nn.softplus(beta), x.shape)
+
+
+def lipswish(x: Float[Array, "..."], beta: Float[Array, "..."] | float | None = None) -> Float[Array, "..."]:
+    r"""Swish divided by its Lipschitz constant, with a learnable sharpness.
+
+    ``LipSwish(x) = x sigmoid(b x) / 1.1`` with ``b = softplus(beta)`` (Chen et al. 2019, section 3.3).
+
+    Guaranteed 1-Lipschitz: with ``t = b x`` the slope of the numerator is ``s(t) = sigmoid(t) (1 + t sigmoid(-t))``,
+    which depends on ``t`` alone, so ``b > 0`` moves the extremum without changing it. ``s'(t) = 0`` reads
+    ``t tanh(t / 2) = 2``, hence ``t = +-2.39936`` and ``s`` lies in ``[-0.09984, 1.09984]``. Not monotone.
+
+    Args:
+        x: Input.
+        beta: Raw sharpness, any real number, one a layer or one a channel; 0.5 if ``None``.
+
+    Returns:
+        An array of the shape and dtype of ``x``.
+
+    Raises:
+        ValueError: If ``beta`` has neither shape ``()`` nor one entry a channel.
+
+    Example:
+        >>> lipswish(jnp.array([-1.0, 0.0, 1.0]), beta=0.5)
+    """
+    return x * jax.nn.sigmoid(_positive_beta(x, beta) * x) / _LIPSWISH_BOUND
+
+
+def clipswish(x: Float[Array, "... c"], beta: Float[Array, "..."] | float | None = None) -> Float[Array, "... 2*c"]:
+    r"""Concatenates LipSwish of both signs, which keeps more of the gradient norm at the price of twice the channels.
+
+    ``CLipSwish(x) = [LipSwish(x), LipSwish(-x)] / 1.004`` (Perugachi-Diaz et al. 2021).
+
+    Guaranteed 1-Lipschitz: each input channel feeds exactly two outputs, so the Jacobian's singular values are
+    ``sqrt(s(t)^2 + s(-t)^2) / 1.1`` with ``s`` and ``t`` as in :func:`lipswish`. As ``s(t) + s(-t) = 1``, the root
+    grows with the distance of ``s`` from 1/2 and peaks at ``sqrt(1.09984^2 + 0.09984^2) / 1.1 = 1.00397``.
+
+    Args:
+        x: Input.
+        beta: Raw sharpness, any real number, one a layer or one an input channel; 0.5 if ``None``.
+
+    Returns:
+        The outputs for ``x``, then those for ``-x``, along the last axis.
+
+    Raises:
+        ValueError: If ``beta`` has neither shape ``()`` nor one entry a channel.
+
+    Example:
+        >>> clipswish(jnp.ones((8, 16, 16, 32))).shape
+        (8, 16, 16, 64)
+    """
+    return jnp.concatenate([lipswish(x, beta), lipswish(-x, beta)], axis=-1) / _CLIPSWISH_BOUND
+
+
+def maxmin(x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+    r"""Sorts each pair of neighbouring channels, largest first.
+
+    ``(x_2i, x_2i+1) -> (max, min)`` (Anil et al. 2019, GroupSort with groups of two).
+
+    Guaranteed 1-Lipschitz and gradient-norm preserving: away from ties the Jacobian is a permutation. At a tie the
+    gradient is split evenly, the projection ``[[.5, .5], [.5, .5]]``, of norm 1.
+
+    Args:
+        x: Input with an even number of channels.
+
+    Returns:
+        An array of the shape and dtype of ``x``.
+
+    Raises:
+        ValueError: If the number of channels is odd.
+
+    Example:
+        >>> maxmin(jnp.array([1.0, 3.0, 5.0, 2.0]))
+        Array([3., 1., 5., 2.], dtype=float32)
+    """
+    *lead, c = x.shape
+    if c % 2:
+        raise ValueError(f"maxmin sorts pairs of channels and needs an even number of them, got {c}: add one channel")
+    pairs = x.reshape(*lead, c // 2, 2)
+    first, second = pairs[..., 0], pairs[..., 1]
+    return jnp.stack([jnp.maximum(first, second), jnp.minimum(first, second)], axis=-1).reshape(x.shape)
+
+
+def softplus4(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Sharper softplus, ``softplus(4 x) / 4``: slope ``sigmoid(4 x)`` in (0, 1), hence 1-Lipschitz and monotone."""
+    return jax.nn.softplus(4 * x) / 4
+
+
+def identity(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns ``x``; the branch becomes linear."""
+    return x
+
+
+def _fixed(name: str, function: Callable[[Array], Array], *, smooth: bool = True, monotone: bool = True) -> Activation:
+    """Describes an activation without parameters, which refuses a ``beta`` instead of ignoring it."""
+
+    def apply(x: Float[Array, "..."], beta: Float[Array, "..."] | float | None = None) -> Float[Array, "..."]:
+        if beta is not None:
+            raise ValueError(f"beta must be None for {name!r}, got a value: only entries with has_beta take one")
+        return function(x)
+
+    return Activation(apply, has_beta=False, initial_beta=None, smooth=smooth, channel_factor=1, monotone=monotone)
+
+
+def _swish_like(function: Callable[..., Array], *, channel_factor: int) -> Activation:
+    """Describes a member of the Swish family, whose slope is negative around ``b x = -2.4``."""
+    return Activation(
+        function,
+        has_beta=True,
+        initial_beta=_INITIAL_BETA,
+        smooth=True,
+        channel_factor=channel_factor,
+        monotone=False,
+    )
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "elu": _fixed("elu", jax.nn.elu),  # slope 1 above 0 and exp(x) below, continuous
+    "softplus": _fixed("softplus", jax.nn.softplus),  # slope sigmoid(x)
+    "softplus4": _fixed("softplus4", softplus4),
+    "tanh": _fixed("tanh", jnp.tanh),  # slope 1 - tanh(x)^2
+    "relu": _fixed("relu", jax.nn.relu, smooth=False),  # slope 0 or 1
+    "lipswish": _swish_like(lipswish, channel_factor=1),
+    "clipswish": _swish_like(clipswish, channel_factor=2),
+    "maxmin": _fixed("maxmin", maxmin, smooth=False, monotone=False),
+    "identity": _fixed("identity", identity),
+}
+
+
+def get(name: str) -> Activation:
+    """Looks an activation up by name.
+
+    Args:
+        name: A key of ``ACTIVATIONS``.
+
+    Returns:
+        Its entry.
+
+    Raises:
+        ValueError: If there is none of that name.
+
+    Example:
+        >>> activation = get("elu")
+        >>> activation.apply(jnp.array([-1.0, 2.0]))
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}")
+    return ACTIVATIONS[name]
