@@ -1,0 +1,1 @@
+"""Invertible residual networks in JAX (Behrmann et al., ICML 2019)."""

@@ -1,0 +1,348 @@
+r"""``log det(I + J)`` of a residual block, ``J`` the Jacobian of its branch: exact, truncated series, Russian roulette.
+
+    log det(I + J) = tr log(I + J) = sum_k (-1)^(k+1) tr(J^k) / k            (Behrmann et al. 2019, eq. 4)
+    d log det(I + J) = tr((I + J)^-1 dJ) = sum_k (-1)^k tr(J^k dJ)            (Chen et al. 2019, Theorem 2)
+
+Traces are estimated with probes ``v``, ``E[v v^T] = I`` (Hutchinson). One chain of vector-Jacobian products
+``u_k = (J^T)^k v`` serves both: ``<u_k, v>`` for the value, ``w = sum_k (-1)^k u_k`` for the gradient, which is that of
+``<w, J v>`` with ``w`` and ``v`` held fixed. The chain is not differentiated, so memory does not depend on its length, and
+the value is always the series'. Every example keeps its own cotangent. Second derivatives are not those of the log-det.
+
+The estimators are settings with one pure call, ``estimator(branch, x, key, lipschitz_bound=L) -> (logdet, info)``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Key
+
+Branch = Callable[[Array], Array]
+Probe = Literal["rademacher", "gaussian"]
+PROBES = ("rademacher", "gaussian")
+
+
+class LogdetInfo(NamedTuple):
+    """What is known about the error of a log-determinant, for every example, in nats.
+
+    Attributes:
+        stderr: Standard error over the probes; 0 if exact, infinite if a single probe says nothing about it.
+        truncation_bound: Upper bound of what the terms that were left out could add to this estimate; rigorous if the
+            Lipschitz bound is. 0 if exact or unbiased, infinite without a Lipschitz bound below 1.
+    """
+
+    stderr: Float[Array, " b"]
+    truncation_bound: Float[Array, " b"]
+
+
+class LogdetEstimator(Protocol):
+    """Estimates ``log det(I + J)`` of a branch at every example of a batch."""
+
+    def fix_length(self, key: Key[Array, ""]) -> "LogdetEstimator":
+        """The estimator with its random length, if it has one, drawn once for all blocks, examples and devices."""
+        ...
+
+    def __call__(
+        self,
+        branch: Branch,
+        x: Float[Array, "b ..."],
+        key: Key[Array, "..."],
+        *,
+        lipschitz_bound: float | Float[Array, ""] | None = None,
+    ) -> tuple[Float[Array, " b"], LogdetInfo]:
+        """The log-determinant and what is known about its error."""
+        ...
+
+
+def draw_probes(
+    key: Key[Array, "..."], x: Float[Array, "b ..."], num_probes: int, probe: Probe = "rademacher"
+) -> Float[Array, "p b ..."]:
+    """Probes with independent entries of mean 0 and variance 1.
+
+    Args:
+        key: One key, or one for each example; the latter gives an example the same probes in whatever batch it stands.
+        x: The batch, for shape and type.
+        num_probes: Probes for each example.
+        probe: "rademacher" (signs; least variance among entry-wise independent probes) or "gaussian".
+    """
+    if probe not in PROBES:
+        raise ValueError(f"probe must be one of {', '.join(PROBES)}, got {probe!r}")
+    if num_probes < 1:
+        raise ValueError(f"num_probes must be at least 1, got {num_probes}")
+    draw = jax.random.rademacher if probe == "rademacher" else jax.random.normal
+    if key.ndim == 0:
+        return draw(key, (num_probes, *x.shape), x.dtype)
+    return jax.vmap(lambda k: draw(k, (num_probes, *x.shape[1:]), x.dtype), out_axes=1)(key)
+
+
+def exact_logdet(branch: Branch, x: Float[Array, "b ..."], *, columns_at_once: int = 64) -> Float[Array, " b"]:
+    """``log det(I + J)`` from the full Jacobian by LU factorisation; exact to rounding, differentiable.
+
+    Costs ``d`` Jacobian-vector products and ``O(d^3)`` an example: for dimensions up to about a thousand.
+
+    Args:
+        branch: ``g``, acting on each example alone.
+        x: Where to evaluate.
+        columns_at_once: Jacobian columns computed side by side; less saves memory.
+    """
+    num_dims = x[0].size
+    basis = jnp.eye(num_dims, dtype=x.dtype).reshape(num_dims, 1, *x.shape[1:])
+
+    def column(direction):
+        return jax.jvp(branch, (x,), (jnp.broadcast_to(direction, x.shape),))[1].reshape(len(x), num_dims)
+
+    columns = lax.map(column, basis, batch_size=min(columns_at_once, num_dims))
+    jacobian = jnp.moveaxis(columns, 0, -1)
+    return jnp.linalg.slogdet(jnp.eye(num_dims, dtype=x.dtype)[None] + jacobian)[1]
+
+
+def truncation_bound(num_dims: int, lipschitz_bound: float, num_terms: int) -> float:
+    """``d (-log(1 - L) - sum_{k<=n} L^k / k)``: a priori bound of the truncated series' error, in nats.
+
+    Since ``|tr(J^k)| <= d L^k`` (Behrmann et al. 2019, Theorem 3). Computed as the sum of the tail, without cancellation.
+    """
+    if not 0 <= lipschitz_bound < 1:
+        raise ValueError(f"lipschitz_bound must lie in [0, 1), got {lipschitz_bound}: the series only converges there")
+    bound, k, power = 0.0, num_terms + 1, lipschitz_bound ** (num_terms + 1)
+    while power > 1e-17 * bound * (1 - lipschitz_bound) and power > 0:
+        bound, k, power = bound + power / k, k + 1, power * lipschitz_bound
+    return num_dims * bound
+
+
+def weighted_series(
+    branch: Branch,
+    x: Float[Array, "b ..."],
+    probes: Float[Array, "p b ..."],
+    weights: Float[Array, " n"],
+    length: int | Int[Array, ""] | Int[Array, " b"],
+    *,
+    unroll: bool = False,
+) -> tuple[Float[Array, "p b"], Float[Array, "p b"]]:
+    r"""``sum_{k <= length} weights[k-1] (-1)^(k+1)/k <v, J^k v>`` for every probe, with the matching Neumann gradient.
+
+    With all weights 1 this is the truncated series. The gradient is ``sum_k weights[k] (-1)^k <v, J^k dJ v>``, the
+    derivative of the same truncated sum of traces in expectation over probes.
+
+    Args:
+        branch: ``g``, acting on each example alone. May close over traced parameters.
+        x: Where to evaluate.
+        probes: ``v``; the columns of ``sqrt(d) I`` as probes make the mean over them the exact trace.
+        weights: One weight a term, at least ``length`` of them.
+        length: Number of terms: static, or traced (then one compiled loop serves every length), or one an example.
+        unroll: Write the terms out instead of looping; needs a static length.
+
+    Returns:
+        The estimates, and ``|v| |J^T^n v|`` at each example's last term, from which the remainder is bounded.
+    """
+    pure_branch, parameters = jax.closure_convert(branch, x)
+    frozen = lax.stop_gradient(parameters)
+    _, pullback = jax.vjp(lambda x: pure_branch(x, *frozen), lax.stop_gradient(x))
+    pull = jax.vmap(lambda u: pullback(u)[0])
+    example_axes = tuple(range(2, probes.ndim))
+    weights = jnp.asarray(weights, x.dtype)
+    length = jnp.asarray(length) if not isinstance(length, int) else length
+    per_example = isinstance(length, jax.Array) and length.ndim == 1
+
+    def expand(a):  # (b,) or () against (p, b, ...)
+        return a if jnp.ndim(a) == 0 else a.reshape(1, -1, *(1,) * (probes.ndim - 2))
+
+    def term(k, carry):
+        u, value, neumann, tail = carry
+        weight = weights[k - 1]
+        if per_example:
+            weight = jnp.where(k <= length, weight, 0)
+        sign = jnp.where(k % 2 == 1, 1, -1).astype(x.dtype)
+        neumann = neumann + expand(sign * weight) * u
+        u = pull(u)
+        contribution = jnp.sum(u * probes, axis=example_axes)
+        value = value + (sign * weight / k if not per_example else (sign * weight / k)[None]) * contribution
+        norm = jnp.sqrt(jnp.sum(u**2, axis=example_axes))
+        tail = jnp.where((k <= length)[None], norm, tail) if per_example else norm
+        return u, value, neumann, tail
+
+    zeros = jnp.zeros(probes.shape[:2], x.dtype)
+    probe_norm = jnp.sqrt(jnp.sum(probes**2, axis=example_axes))
+    carry = (probes, zeros, jnp.zeros_like(probes), probe_norm)
+    if isinstance(length, int):
+        if not 0 <= length <= len(weights):
+            raise ValueError(f"length must lie between 0 and the number of weights {len(weights)}, got {length}")
+        carry = lax.fori_loop(1, length + 1, term, carry, unroll=unroll and length > 0)
+    else:
+        longest = jnp.max(length)
+        carry = lax.while_loop(
+            lambda c: c[0] <= longest, lambda c: (c[0] + 1, term(c[0], c[1])), (jnp.ones_like(longest), carry)
+        )[1]
+    _, value, neumann, tail = lax.stop_gradient(carry)
+
+    pushed = jax.vmap(lambda v: jax.jvp(branch, (x,), (v,))[1])(probes)
+    surrogate = jnp.sum(neumann * pushed, axis=example_axes)
+    return value + (surrogate - lax.stop_gradient(surrogate)), tail * probe_norm
+
+
+def _mean_and_stderr(samples: Float[Array, "p b"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+    mean = jnp.mean(samples, axis=0)
+    if len(samples) == 1:
+        return mean, jnp.full_like(mean, jnp.inf)
+    return mean, lax.stop_gradient(jnp.std(samples, axis=0, ddof=1)) / np.sqrt(len(samples)).astype(samples.dtype)
+
+
+@dataclass(frozen=True)
+class ExactLogdet:
+    """`exact_logdet` as an estimator; the key is not used."""
+
+    columns_at_once: int = 64
+
+    def fix_length(self, key: Key[Array, ""]) -> "ExactLogdet":
+        """Nothing is random here."""
+        del key
+        return self
+
+    def __call__(
+        self,
+        branch: Branch,
+        x: Float[Array, "b ..."],
+        key: Key[Array, "..."] | None = None,
+        *,
+        lipschitz_bound: float | Float[Array, ""] | None = None,
+    ) -> tuple[Float[Array, " b"], LogdetInfo]:
+        """The log-determinant, without error."""
+        del key, lipschitz_bound
+        zeros = jnp.zeros(len(x), x.dtype)
+        return exact_logdet(branch, x, columns_at_once=self.columns_at_once), LogdetInfo(zeros, zeros)
+
+
+@dataclass(frozen=True)
+class SeriesLogdet:
+    r"""The power series cut after ``num_terms`` terms (Behrmann et al. 2019, Algorithm 2): biased by at most its bound.
+
+    The bound that `info` reports is a posteriori: the remainder of one probe's series is
+
+    ``|sum_{k>n} (-1)^(k+1)/k v^T J^k v| <= |v| |(J^T)^n v| sum_{k>n} L^(k-n)/k <= |v| |(J^T)^n v| L / ((n+1)(1-L))``.
+
+    Attributes:
+        num_terms: Terms of the series; the authors use 5.
+        num_probes: Probes for each example.
+        probe: Distribution of the probes.
+        unroll: Write the terms out instead of looping over them.
+    """
+
+    num_terms: int = 5
+    num_probes: int = 1
+    probe: Probe = "rademacher"
+    unroll: bool = False
+
+    def __post_init__(self):
+        if self.num_terms < 1:
+            raise ValueError(f"num_terms must be at least 1, got {self.num_terms}")
+
+    def fix_length(self, key: Key[Array, ""]) -> "SeriesLogdet":
+        """Nothing but the probes is random here."""
+        del key
+        return self
+
+    def __call__(
+        self,
+        branch: Branch,
+        x: Float[Array, "b ..."],
+        key: Key[Array, "..."],
+        *,
+        lipschitz_bound: float | Float[Array, ""] | None = None,
+    ) -> tuple[Float[Array, " b"], LogdetInfo]:
+        """The truncated estimate, its standard error over probes and the bound of its remainder."""
+        n = self.num_terms
+        probes = draw_probes(key, x, self.num_probes, self.probe)
+        samples, tail = weighted_series(branch, x, probes, jnp.ones(n, x.dtype), n, unroll=self.unroll)
+        logdet, stderr = _mean_and_stderr(samples)
+        ell = jnp.asarray(jnp.inf if lipschitz_bound is None else lipschitz_bound, x.dtype)
+        ell = lax.stop_gradient(ell)
+        contraction = ell < 1
+        factor = jnp.where(contraction, ell / ((n + 1) * jnp.where(contraction, 1 - ell, 1)), jnp.inf)
+        return logdet, LogdetInfo(stderr, factor * jnp.mean(tail, axis=0))
+
+
+@dataclass(frozen=True)
+class RouletteLogdet:
+    r"""The power series cut at a random length, terms reweighted so that the expectation is the whole series.
+
+    With ``m = num_exact_terms`` and a random ``n``, terms ``k <= m + n`` are kept and term ``k > m`` is divided by
+    ``P(n >= k - m)`` (Chen et al. 2019, Theorem 1 and eq. 7): unbiased, since each term's expected weight is 1. Value and
+    gradient are both unbiased. The table of weights ends where ``P(n >= j)`` falls under 1e-12; longer draws are cut there.
+
+    Attributes:
+        distribution: "poisson" with mean ``parameter``, or "geometric", ``P(n >= j) = (1 - parameter)^j``.
+        parameter: Mean of the Poisson, or stopping probability of the geometric distribution.
+        num_exact_terms: Terms that are always computed and have weight 1. More of them make the estimate steadier.
+        num_probes: Probes for each example.
+        probe: Distribution of the probes.
+        length: A length fixed by `fix_length`; None draws one for each example if the call is given a key an example, one for
+            the batch if it is given one key.
+    """
+
+    distribution: Literal["poisson", "geometric"] = "poisson"
+    parameter: float = 2.0
+    num_exact_terms: int = 2
+    num_probes: int = 1
+    probe: Probe = "rademacher"
+    length: Int[Array, ""] | None = None
+
+    def __post_init__(self):
+        if self.distribution not in ("poisson", "geometric"):
+            raise ValueError(f"distribution must be poisson or geometric, got {self.distribution!r}")
+        if self.distribution == "geometric" and not 0 < self.parameter < 1:
+            raise ValueError(f"the geometric distribution's parameter must lie in (0, 1), got {self.parameter}")
+        if self.parameter <= 0:
+            raise ValueError(f"the Poisson distribution's parameter must be positive, got {self.parameter}")
+        if self.num_exact_terms < 0:
+            raise ValueError(f"num_exact_terms must not be negative, got {self.num_exact_terms}")
+
+    def survival(self) -> Float[np.ndarray, " j"]:
+        """``P(n >= j)`` for ``j = 1, 2, ...``, in float64, down to 1e-12."""
+        if self.distribution == "geometric":
+            count = int(np.ceil(np.log(1e-12) / np.log1p(-self.parameter)))
+            return (1 - self.parameter) ** np.arange(1, max(count, 1) + 1)
+        mass, masses = np.exp(-self.parameter), []
+        while len(masses) <= self.parameter or mass > 1e-25:
+            masses.append(mass)
+            mass *= self.parameter / len(masses)
+        tail = np.cumsum(masses[::-1])[::-1][1:]  # summed from the small end: no cancellation
+        return tail[tail > 1e-12]
+
+    def weights(self) -> Float[np.ndarray, " k"]:
+        """The weight of each term ``k = 1, 2, ...`` when it is kept."""
+        return np.concatenate([np.ones(self.num_exact_terms), 1 / self.survival()])
+
+    def draw_length(self, key: Key[Array, ""]) -> Int[Array, ""]:
+        """A random number of terms, exact ones included."""
+        if self.distribution == "poisson":
+            n = jax.random.poisson(key, self.parameter)
+        else:
+            n = jax.random.geometric(key, self.parameter) - 1  # JAX counts the trials, we count the failures
+        return self.num_exact_terms + jnp.minimum(n, len(self.survival())).astype(jnp.int32)
+
+    def fix_length(self, key: Key[Array, ""]) -> "RouletteLogdet":
+        """Draws the length now, to be shared by all blocks, examples and devices of a step."""
+        return replace(self, length=self.draw_length(key))
+
+    def __call__(
+        self,
+        branch: Branch,
+        x: Float[Array, "b ..."],
+        key: Key[Array, "..."],
+        *,
+        lipschitz_bound: float | Float[Array, ""] | None = None,
+    ) -> tuple[Float[Array, " b"], LogdetInfo]:
+        """The unbiased estimate and its standard error over probes, the length held fixed."""
+        del lipschitz_bound
+        keys = jax.vmap(jax.random.split)(key) if key.ndim else jax.random.split(key)
+        key_length, key_probe = keys[..., 0], keys[..., 1]
+        length = self.length
+        if length is None:
+            length = jax.vmap(self.draw_length)(key_length) if key.ndim else self.draw_length(key_length)
+        probes = draw_probes(key_probe, x, self.num_probes, self.probe)
+        samples, _ = weighted_series(branch, x, probes, jnp.asarray(self.weights(), x.dtype), length)
+        logdet, stderr = _mean_and_stderr(samples)
+        return logdet, LogdetInfo(stderr, jnp.zeros_like(logdet))
