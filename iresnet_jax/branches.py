@@ -1,0 +1,211 @@
+"""Residual branches: ``g = W_n phi ... W_2 phi W_1 (phi)`` on explicit weights, and their Lipschitz constraint.
+
+A branch is described by a `BranchSpec`; its weights are a plain dictionary, one entry a layer:
+``{"conv0": {"kernel", "bias", "beta"}, "conv1": ...}`` ("dense0" ... for vectors). ``beta`` belongs to the activation in front
+of its layer and exists for activations that have one. `normalize` returns weights of the same form, so that what runs is
+always a plain network whose layers already satisfy the constraint (Behrmann et al. 2019, sec. 2.1).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from iresnet_jax import activations
+from iresnet_jax.convolution import Padding, choose_implementation, conv
+from iresnet_jax.spectral import LinearMap, soft_normalize, spectral_norm
+
+Weights = dict[str, dict[str, Array]]
+Vectors = dict[str, Float[Array, "..."]]
+
+
+class LayerSpec(NamedTuple):
+    """One linear layer of a branch.
+
+    Attributes:
+        name: Its key among the weights.
+        kernel_shape: ``(kh, kw, cin, cout)`` of a convolution, ``(cin, cout)`` of a dense layer.
+        in_shape: Shape of one input, without the batch.
+        activated: Whether the activation is applied to the layer's input.
+    """
+
+    name: str
+    kernel_shape: tuple[int, ...]
+    in_shape: tuple[int, ...]
+    activated: bool
+
+
+@dataclass(frozen=True)
+class BranchSpec:
+    """The architecture of a residual branch.
+
+    Attributes:
+        in_shape: Shape of one example, ``(h, w, c)`` for convolutions, ``(d,)`` for dense layers.
+        hidden: Widths of the hidden layers; the output has the width of the input.
+        kernel_sizes: Taps of every convolution, one more than hidden widths (3, 1, 3 in the paper); None for dense layers.
+        activation: A name in `activations.ACTIVATIONS`.
+        preactivation: Whether the branch begins with the activation, as all but a network's first do in the paper.
+        padding: Padding of the convolutions, "SAME" (zeros) or "CIRCULAR".
+    """
+
+    in_shape: tuple[int, ...]
+    hidden: tuple[int, ...]
+    kernel_sizes: tuple[int, ...] | None = None
+    activation: str = "elu"
+    preactivation: bool = False
+    padding: Padding = "SAME"
+
+    def __post_init__(self):
+        activations.get(self.activation)
+        if not self.hidden or min(self.hidden) < 1:
+            raise ValueError(f"hidden must name at least one positive width, got {self.hidden}")
+        if self.kernel_sizes is None:
+            if len(self.in_shape) != 1:
+                raise ValueError(f"a dense branch takes vectors, got examples of shape {self.in_shape}: flatten them first")
+            return
+        if len(self.in_shape) != 3:
+            raise ValueError(f"a convolutional branch takes images (h, w, c), got examples of shape {self.in_shape}")
+        if len(self.kernel_sizes) != len(self.hidden) + 1:
+            raise ValueError(
+                f"kernel_sizes needs one entry a layer, {len(self.hidden) + 1} for hidden={self.hidden}, got {self.kernel_sizes}"
+            )
+        if self.padding not in ("SAME", "CIRCULAR"):
+            raise ValueError(f"a residual branch keeps the image size: padding must be SAME or CIRCULAR, got {self.padding!r}")
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The linear layers from input to output."""
+        factor = activations.get(self.activation).channel_factor
+        *space, channels = self.in_shape
+        widths = (*self.hidden, channels)
+        layers, cin = [], channels
+        for i, cout in enumerate(widths):
+            activated = self.preactivation or i > 0
+            cin_of_layer = cin * factor if activated else cin
+            if self.kernel_sizes is None:
+                layers.append(LayerSpec(f"dense{i}", (cin_of_layer, cout), (cin_of_layer,), activated))
+            else:
+                k = self.kernel_sizes[i]
+                layers.append(LayerSpec(f"conv{i}", (k, k, cin_of_layer, cout), (*space, cin_of_layer), activated))
+            cin = cout
+        return tuple(layers)
+
+
+def linear_map(layer: LayerSpec, padding: Padding = "SAME", *, single: bool = False) -> LinearMap:
+    """``(kernel, x) -> W x`` of a layer, without its bias.
+
+    Args:
+        layer: The layer.
+        padding: Of a convolution.
+        single: For one example without a batch axis, in a form that stays fast under ``vmap`` over kernels.
+    """
+    if len(layer.kernel_shape) == 2:
+        return lambda kernel, x: x @ kernel
+    if not single:
+        return lambda kernel, x: conv(x, kernel, padding=padding)
+    thin_in = layer.kernel_shape[2] <= layer.kernel_shape[3]
+    implementation = choose_implementation(layer.kernel_shape)
+    if implementation == "xla":  # vmap would make it a grouped convolution
+        implementation = "patches" if thin_in else "taps"
+    return lambda kernel, x: conv(x[None], kernel, padding=padding, implementation=implementation)[0]
+
+
+def apply_branch(spec: BranchSpec, weights: Weights, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """``g(x)`` for weights as they are; constrained if they are (see `normalize`)."""
+    activation = activations.get(spec.activation)
+    h = x
+    for layer in spec.layers:
+        parameters = weights[layer.name]
+        if layer.activated:
+            h = activation.apply(h, parameters["beta"]) if activation.has_beta else activation.apply(h)
+        h = linear_map(layer, spec.padding)(parameters["kernel"], h)
+        h = h + parameters["bias"].reshape((1,) * (h.ndim - 1) + (-1,))
+    return h
+
+
+class Normalized(NamedTuple):
+    """A branch whose layers satisfy the constraint, and what it took.
+
+    Attributes:
+        weights: The branch's weights with every kernel of norm at most ``coeff`` (as estimated).
+        vectors: The new power iterates, one a layer.
+        norms: The estimated operator norm of every layer before normalisation.
+        lipschitz: ``prod_i min(norm_i, coeff)``, the branch's Lipschitz constant if the norms are exact.
+    """
+
+    weights: Weights
+    vectors: Vectors
+    norms: dict[str, Float[Array, ""]]
+    lipschitz: Float[Array, ""]
+
+
+def normalize(
+    spec: BranchSpec,
+    weights: Weights,
+    vectors: Vectors,
+    *,
+    coeff: float,
+    num_steps: int | None = None,
+    rtol: float = 1e-3,
+) -> Normalized:
+    """Constrains every layer to operator norm ``coeff``, by power iteration from ``vectors``.
+
+    Args:
+        spec: The architecture.
+        weights: Unconstrained weights, as an optimizer holds them.
+        vectors: Power iterates, one a layer, of shape ``layer.in_shape``.
+        coeff: Largest operator norm of a layer, in (0, 1).
+        num_steps: Power iterations a layer; None iterates to the tolerance.
+        rtol: Relative tolerance of the norms.
+
+    Raises:
+        ValueError: If ``coeff`` is not in (0, 1).
+    """
+    check_coeff(coeff)
+    normalized, new_vectors, norms = {}, {}, {}
+    for layer in spec.layers:
+        kernel = weights[layer.name]["kernel"]
+        apply = linear_map(layer, spec.padding, single=True)
+        norm, new_vectors[layer.name], _ = spectral_norm(apply, kernel, vectors[layer.name], num_steps=num_steps, rtol=rtol)
+        normalized[layer.name] = {**weights[layer.name], "kernel": soft_normalize(kernel, norm, coeff)}
+        norms[layer.name] = norm
+    lipschitz = jnp.prod(jnp.stack([jnp.minimum(norm, coeff) for norm in norms.values()]))
+    return Normalized(normalized, new_vectors, norms, lax.stop_gradient(lipschitz))
+
+
+def check_coeff(coeff: float) -> None:
+    """Raises ``ValueError`` unless ``coeff`` is in (0, 1)."""
+    if not 0 < coeff < 1:
+        raise ValueError(f"coeff must lie in (0, 1), got {coeff}: the inverse only exists for a contraction")
+
+
+def initial_weights(spec: BranchSpec, key: Array, *, last_scale: float = 1.0) -> Weights:
+    """Random kernels with variance ``1 / fan_in``, zero biases.
+
+    Args:
+        spec: The architecture.
+        key: Source of randomness.
+        last_scale: Factor on the last layer; small values start the block near the identity.
+    """
+    activation = activations.get(spec.activation)
+    weights: Weights = {}
+    for i, (layer, layer_key) in enumerate(zip(spec.layers, jax.random.split(key, len(spec.layers)), strict=True)):
+        *fan_in, cout = layer.kernel_shape
+        scale = (last_scale if i == len(spec.layers) - 1 else 1.0) / math.sqrt(math.prod(fan_in))
+        weights[layer.name] = {
+            "kernel": scale * jax.random.normal(layer_key, layer.kernel_shape),
+            "bias": jnp.zeros(cout),
+        }
+        if layer.activated and activation.initial_beta is not None:
+            weights[layer.name]["beta"] = jnp.full((), activation.initial_beta)
+    return weights
+
+
+def initial_vectors(spec: BranchSpec, key: Array) -> Vectors:
+    """Random starts of the power iterations."""
+    keys = jax.random.split(key, len(spec.layers))
+    return {layer.name: jax.random.normal(k, layer.in_shape) for layer, k in zip(spec.layers, keys, strict=True)}

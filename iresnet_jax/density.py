@@ -1,0 +1,168 @@
+"""A density model: data, made continuous, through a residual flow into a simple prior; and everything asked of it.
+
+    log p(x) = log p_Z(F(t(x))) + log|det dF| + log|det dt|          (change of variables; Behrmann et al. 2019, eq. 3)
+
+``t`` maps pixels to where the flow starts: centred, or through a logit. All functions are pure; weights are those of
+`model.constrain`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, Num
+
+from iresnet_jax import flow, likelihood, model
+from iresnet_jax.fixed_point import FixedPointInfo
+from iresnet_jax.logdet import ExactLogdet, LogdetEstimator, LogdetInfo
+
+TRANSFORMS = ("center", "logit", "none")
+PRIORS = {
+    "gaussian": (likelihood.GaussianPrior, likelihood.gaussian_log_prob, likelihood.gaussian_sample),
+    "logistic": (likelihood.LogisticPrior, likelihood.logistic_log_prob, likelihood.logistic_sample),
+}
+
+
+class LogProb(NamedTuple):
+    """A log-likelihood and its terms, in nats, one an example.
+
+    Attributes:
+        log_prob: Log density of the continuous data.
+        log_prior: Of the latents.
+        log_det: Of the flow.
+        log_det_transform: Of the preprocessing.
+        info: What is known about the error of ``log_det``.
+    """
+
+    log_prob: Float[Array, " b"]
+    log_prior: Float[Array, " b"]
+    log_det: Float[Array, " b"]
+    log_det_transform: Float[Array, " b"]
+    info: LogdetInfo
+
+
+@dataclass(frozen=True)
+class DensitySpec:
+    """The model without its weights.
+
+    Attributes:
+        flow: The flow's architecture.
+        prior: "gaussian" or "logistic".
+        transform: "center", "logit", or "none".
+        alpha: Of the logit, keeps it finite.
+        num_levels: Grey levels of the data; None for continuous data.
+    """
+
+    flow: model.FlowSpec
+    prior: str = "gaussian"
+    transform: str = "center"
+    alpha: float = 0.05
+    num_levels: int | None = 256
+
+    def __post_init__(self):
+        if self.prior not in PRIORS:
+            raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {self.prior!r}")
+        if self.transform not in TRANSFORMS:
+            raise ValueError(f"preprocessing.transform must be one of {', '.join(TRANSFORMS)}, got {self.transform!r}")
+
+
+def to_continuous(spec: DensitySpec, key: Key[Array, "..."], x: Num[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """Data as points of [0, 1): uniform noise fills each grey level; continuous data is left alone."""
+    if spec.num_levels is None:
+        return x
+    return likelihood.dequantize(key, x, spec.num_levels)
+
+
+def transform(spec: DensitySpec, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+    """``t(x)`` and its log-determinant."""
+    if spec.transform == "center":
+        return likelihood.center_forward_and_logdet(x)
+    if spec.transform == "logit":
+        return likelihood.logit_forward_and_logdet(x, spec.alpha)
+    return x, jnp.zeros(x.shape[0], x.dtype)
+
+
+def untransform(spec: DensitySpec, y: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """``t^-1(y)``."""
+    if spec.transform == "center":
+        return likelihood.center_inverse_and_logdet(y)[0]
+    if spec.transform == "logit":
+        return likelihood.logit_inverse_and_logdet(y, spec.alpha)[0]
+    return y
+
+
+def log_prob(
+    spec: DensitySpec,
+    weights: Any,
+    prior: Any,
+    x: Float[Array, "b ..."],
+    key: Key[Array, "..."],
+    estimator: LogdetEstimator = ExactLogdet(),  # noqa: B008 (immutable)
+    *,
+    unroll: bool = False,
+    rematerialize: bool = False,
+) -> LogProb:
+    """The log-likelihood of continuous data.
+
+    Args:
+        spec: The model.
+        weights: The flow's constrained weights.
+        prior: The prior's parameters.
+        x: Continuous data, from `to_continuous`.
+        key: For the probes; one, or one an example.
+        estimator: Log-determinant of the blocks.
+        unroll: See `model.bijection`.
+        rematerialize: See `model.bijection`.
+    """
+    parameters, density, _ = PRIORS[spec.prior]
+    y, log_det_transform = transform(spec, x)
+    bijection = model.bijection(spec.flow, weights, estimator, unroll=unroll, rematerialize=rematerialize)
+    z, log_det, info = bijection.forward_and_logdet(y, key)
+    log_prior = density(parameters(**prior), z)
+    return LogProb(log_prior + log_det + log_det_transform, log_prior, log_det, log_det_transform, info)
+
+
+def objective(spec: DensitySpec, log_prob: Float[Array, " b"]) -> Float[Array, " b"]:
+    """What is minimised and reported: bits/dim of images, nats of continuous data."""
+    if spec.num_levels is None:
+        return -log_prob
+    return likelihood.bits_per_dim(log_prob, spec.flow.num_dims, spec.num_levels)
+
+
+def objective_name(spec: DensitySpec) -> str:
+    """The objective's name in logs: ``bits_per_dim`` or ``nll``."""
+    return "nll" if spec.num_levels is None else "bits_per_dim"
+
+
+def encode(spec: DensitySpec, weights: Any, x: Float[Array, "b ..."], *, unroll: bool = False) -> Float[Array, "b d"]:
+    """The latents of continuous data."""
+    return model.bijection(spec.flow, weights, unroll=unroll).forward(transform(spec, x)[0])
+
+
+def decode(
+    spec: DensitySpec,
+    weights: Any,
+    z: Float[Array, "b d"],
+    solver: flow.Solver = flow.Solver(),  # noqa: B008 (immutable)
+    *,
+    unroll: bool = False,
+) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
+    """Continuous data of latents, and how the inverse ended; its error bound is that of the flow, before ``t^-1``."""
+    y, info = model.bijection(spec.flow, weights, solver=solver, unroll=unroll).inverse(z)
+    return untransform(spec, y), info
+
+
+def sample(
+    spec: DensitySpec,
+    weights: Any,
+    prior: Any,
+    key: Key[Array, ""],
+    num: int,
+    *,
+    temperature: float = 1.0,
+    solver: flow.Solver = flow.Solver(),  # noqa: B008 (immutable)
+    unroll: bool = False,
+) -> tuple[Float[Array, "n ..."], FixedPointInfo]:
+    """Samples: latents from the prior (its scale times ``temperature``) through the inverse."""
+    parameters, _, draw = PRIORS[spec.prior]
+    return decode(spec, weights, draw(parameters(**prior), key, num, temperature), solver, unroll=unroll)

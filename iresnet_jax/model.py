@@ -1,0 +1,229 @@
+"""A multi-scale residual flow as data: its architecture, its constrained weights, and the bijection that they make.
+
+    parameters --constrain--> weights (every block a contraction) --bijection--> F, F^-1, log-dets
+
+Blocks of one stage have one shape, and every array of theirs is stacked on a leading axis. All functions are pure.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+from iresnet_jax import actnorm, branches, flow
+from iresnet_jax.logdet import ExactLogdet, LogdetEstimator
+
+Tree = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """Residual blocks of one shape, and what happens to the array before and after them.
+
+    Attributes:
+        num_blocks: Blocks, each an ActNorm and a residual branch.
+        hidden: Widths of a branch's hidden layers.
+        kernel_sizes: Taps of a branch's convolutions (one more than hidden widths); None for dense layers on flattened arrays.
+        activation: A name in `activations.ACTIVATIONS`.
+        preactivation: Whether a branch begins with the activation.
+        squeeze: Space-to-depth factor in front of the blocks; 1 for none.
+        factor_out: Whether half of the channels leave as latents behind the blocks.
+        padding: Padding of the convolutions.
+    """
+
+    num_blocks: int
+    hidden: tuple[int, ...]
+    kernel_sizes: tuple[int, ...] | None = None
+    activation: str = "elu"
+    preactivation: bool = False
+    squeeze: int = 1
+    factor_out: bool = False
+    padding: str = "SAME"
+
+    def __post_init__(self):
+        if self.num_blocks < 1:
+            raise ValueError(f"num_blocks must be at least 1, got {self.num_blocks}: leave the stage out instead")
+        if self.squeeze < 1:
+            raise ValueError(f"squeeze must be a positive factor (1 for none), got {self.squeeze}")
+
+
+@dataclass(frozen=True)
+class FlowSpec:
+    """The architecture of a flow.
+
+    Attributes:
+        event_shape: Shape of one example, ``(h, w, c)`` or ``(d,)``.
+        stages: From the data to the latents.
+        coeff: Largest operator norm of a layer, in (0, 1).
+    """
+
+    event_shape: tuple[int, ...]
+    stages: tuple[StageSpec, ...]
+    coeff: float = 0.9
+
+    def __post_init__(self):
+        branches.check_coeff(self.coeff)
+        if not self.stages:
+            raise ValueError("a flow needs at least one stage, got none")
+        self.branches  # noqa: B018 (checks every shape)
+
+    @property
+    def num_dims(self) -> int:
+        """Dimensions of the data and of the latent vector."""
+        return _size(self.event_shape)
+
+    @property
+    def branches(self) -> tuple[branches.BranchSpec, ...]:
+        """The branch of every stage, with the shape it works on."""
+        specs: list[branches.BranchSpec] = []
+        shape: tuple[int, ...] = tuple(self.event_shape)
+        for i, stage in enumerate(self.stages):
+            shape = _squeezed(shape, stage.squeeze, i)
+            if stage.kernel_sizes is None and len(shape) > 1:
+                shape = (_size(shape),)
+            specs.append(
+                branches.BranchSpec(
+                    in_shape=shape,
+                    hidden=tuple(stage.hidden),
+                    kernel_sizes=None if stage.kernel_sizes is None else tuple(stage.kernel_sizes),
+                    activation=stage.activation,
+                    preactivation=stage.preactivation,
+                    padding=stage.padding,
+                )
+            )
+            if stage.factor_out:
+                if shape[-1] % 2:
+                    raise ValueError(f"stage {i} factors out half of its channels but has {shape[-1]}: squeeze before it")
+                shape = (*shape[:-1], shape[-1] // 2)
+        return tuple(specs)
+
+
+class Constrained(NamedTuple):
+    """Weights whose blocks are contractions, and what it took.
+
+    Attributes:
+        weights: ``{"stage0": {"actnorm", "branch", "lipschitz"}, ...}``, arrays stacked over blocks. What `bijection` runs.
+        spectral: The new power iterates, in the form they were given.
+        norms: Estimated operator norms before normalisation, ``{"stage0": {"conv0": (num_blocks,), ...}, ...}``.
+    """
+
+    weights: Tree
+    spectral: Tree
+    norms: dict[str, dict[str, Float[Array, " k"]]]
+
+
+def stage_names(spec: FlowSpec) -> list[str]:
+    """``["stage0", "stage1", ...]``."""
+    return [f"stage{i}" for i in range(len(spec.stages))]
+
+
+def constrain(spec: FlowSpec, params: Tree, spectral: Tree, *, num_steps: int | None = None, rtol: float = 1e-3) -> Constrained:
+    """Normalises every layer of every block to operator norm at most ``spec.coeff``, as power iteration estimates it.
+
+    Args:
+        spec: The architecture.
+        params: ``{"stage0": {"blocks": {"actnorm": {...}, "conv0": {...}, ...}}, ...}``, unconstrained.
+        spectral: ``{"stage0": {"blocks": {"conv0": v, ...}}, ...}``, the power iterates.
+        num_steps: Power iterations a layer (training, warm start); None iterates to the tolerance (everything else).
+        rtol: Relative tolerance of the norms.
+    """
+    weights, new_spectral, norms = {}, {}, {}
+    for name, branch in zip(stage_names(spec), spec.branches, strict=True):
+        blocks = dict(params[name]["blocks"])
+        scale = blocks.pop("actnorm")
+        normalized = jax.vmap(
+            lambda w, v, branch=branch: branches.normalize(branch, w, v, coeff=spec.coeff, num_steps=num_steps, rtol=rtol)
+        )(blocks, spectral[name]["blocks"])
+        weights[name] = {"actnorm": scale, "branch": normalized.weights, "lipschitz": normalized.lipschitz}
+        new_spectral[name] = {"blocks": normalized.vectors}
+        norms[name] = normalized.norms
+    return Constrained(weights, new_spectral, norms)
+
+
+def bijection(
+    spec: FlowSpec,
+    weights: Tree,
+    estimator: LogdetEstimator = ExactLogdet(),  # noqa: B008 (immutable)
+    solver: flow.Solver = flow.Solver(),  # noqa: B008 (immutable)
+    *,
+    unroll: bool = False,
+    rematerialize: bool = False,
+) -> flow.Bijection:
+    """The flow ``x (b, *event_shape) -> z (b, d)`` of constrained weights.
+
+    Args:
+        spec: The architecture.
+        weights: From `constrain`.
+        estimator: Log-determinant of the blocks.
+        solver: Inverse of the blocks.
+        unroll: Write blocks out instead of scanning over them; see `unroll_by_default`.
+        rematerialize: Recompute a block's inside in the backward pass instead of keeping it.
+    """
+    stages, shape = [], tuple(spec.event_shape)
+    for name, stage, branch in zip(stage_names(spec), spec.stages, spec.branches, strict=True):
+        parts = []
+        if stage.squeeze > 1:
+            parts.append(flow.squeeze_bijection(stage.squeeze))
+            shape = _squeezed(shape, stage.squeeze, 0)
+        if len(branch.in_shape) != len(shape):
+            parts.append(flow.flatten_bijection(shape))
+            shape = branch.in_shape
+
+        def make_block(block, branch=branch):
+            return flow.chain(
+                [
+                    flow.actnorm_bijection(actnorm.ActNormParams(**block["actnorm"])),
+                    flow.residual_bijection(
+                        lambda x: branches.apply_branch(branch, block["branch"], x), block["lipschitz"], estimator, solver
+                    ),
+                ]
+            )
+
+        parts.append(flow.repeat(make_block, weights[name], unroll=unroll, rematerialize=rematerialize))
+        stages.append(flow.Stage(flow.chain(parts), stage.factor_out))
+        if stage.factor_out:
+            shape = (*shape[:-1], shape[-1] // 2)
+    return flow.multiscale(stages, tuple(spec.event_shape))
+
+
+def unroll_by_default() -> bool:
+    """Whether blocks are better written out: on CPU, where XLA's convolution gradients are slow inside a loop."""
+    return jax.default_backend() == "cpu"
+
+
+def initialize_actnorm(
+    branch: branches.BranchSpec, blocks: Tree, x: Float[Array, "b ..."]
+) -> tuple[Tree, Float[Array, "b ..."]]:
+    """ActNorm of a stage's blocks from data: each block's from what the blocks before it make of the batch.
+
+    Args:
+        branch: The stage's branch.
+        blocks: Constrained branch weights, stacked over blocks.
+        x: A representative batch, already squeezed or flattened for this stage.
+
+    Returns:
+        ``{"bias", "log_scale"}`` stacked over blocks, and the stage's output.
+    """
+
+    def step(x, weights):
+        params = actnorm.initialize(x)
+        x, _ = actnorm.forward_and_logdet(params, x)
+        return x + branches.apply_branch(branch, weights, x), params._asdict()
+
+    x, params = jax.lax.scan(step, x, blocks)
+    return params, x
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return math.prod(shape)
+
+
+def _squeezed(shape: tuple[int, ...], factor: int, stage: int) -> tuple[int, ...]:
+    if factor == 1:
+        return shape
+    if len(shape) != 3 or shape[0] % factor or shape[1] % factor:
+        raise ValueError(f"stage {stage} cannot squeeze {shape} by {factor}: it takes images with sides divisible by {factor}")
+    return (shape[0] // factor, shape[1] // factor, shape[2] * factor**2)

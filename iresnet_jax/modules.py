@@ -1,0 +1,127 @@
+"""Names, initialisers and collections of the networks: the only file that imports Linen.
+
+A module holds no mathematics: it creates the parameters and power iterates that the pure functions of `model` take, stacked
+over the blocks of a stage, and hands them over. Collections: "params", trained; "spectral", the power iterates.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Key
+
+from iresnet_jax import branches, flow, likelihood, model, reshape
+from iresnet_jax.logdet import ExactLogdet, LogdetEstimator
+
+
+class Blocks(nn.Module):
+    """The residual blocks of one stage: parameters and power iterates, every array stacked over blocks.
+
+    Attributes:
+        num_blocks: Blocks.
+        branch: Their branch.
+        coeff: Largest operator norm of a layer, for the data-dependent start.
+        last_scale: Initial factor on a branch's last layer.
+    """
+
+    num_blocks: int
+    branch: branches.BranchSpec
+    coeff: float
+    last_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        """Creates the parameters; ActNorm is fitted to ``x``. Returns the stage's output, for the next one."""
+
+        def stack(create):
+            return lambda key: jax.vmap(create)(jax.random.split(key, self.num_blocks))
+
+        weights, vectors = {}, {}
+        initial = stack(lambda key: branches.initial_weights(self.branch, key, last_scale=self.last_scale))
+        starts = stack(lambda key: branches.initial_vectors(self.branch, key))
+        for layer in self.branch.layers:
+            weights[layer.name] = self.param(layer.name, lambda key, name=layer.name: initial(key)[name])
+        key = self.make_rng("params") if self.is_initializing() else jax.random.key(0)
+        constrained = jax.vmap(lambda w, v: branches.normalize(self.branch, w, v, coeff=self.coeff))(weights, starts(key))
+        for layer in self.branch.layers:  # converged already, so the first training step is as constrained as any
+            vectors[layer.name] = self.variable("spectral", layer.name, lambda name=layer.name: constrained.vectors[name])
+        fitted, y = model.initialize_actnorm(self.branch, constrained.weights, x)
+        self.param("actnorm", lambda key: fitted)
+        return y
+
+
+class ResidualFlow(nn.Module):
+    """A multi-scale residual flow with a learned diagonal prior.
+
+    ``init(key, x)`` fits ActNorm to ``x`` and runs the power iterations to convergence; the methods then take the variables:
+
+        >>> module = ResidualFlow(spec)
+        >>> variables = module.init(key, x)
+        >>> z, logdet, info = module.apply(variables, x, key, method="forward_and_logdet")
+
+    Attributes:
+        spec: The architecture.
+        prior: "gaussian" or "logistic".
+        last_scale: Initial factor on a branch's last layer.
+    """
+
+    spec: model.FlowSpec
+    prior: str = "gaussian"
+    last_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b d"]:
+        """Creates all variables from a representative batch and returns its latents as the start makes them."""
+        latents = []
+        for name, stage, branch in zip(model.stage_names(self.spec), self.spec.stages, self.spec.branches, strict=True):
+            x = reshape.squeeze(x, stage.squeeze) if stage.squeeze > 1 else x
+            x = reshape.flatten(x) if x.ndim - 1 != len(branch.in_shape) else x
+            x = StageModule(stage.num_blocks, branch, self.spec.coeff, self.last_scale, name=name)(x)
+            if stage.factor_out:
+                kept = x.shape[-1] // 2
+                latents.append(reshape.flatten(x[..., kept:]))
+                x = x[..., :kept]
+        self.param("prior", lambda key: initial_prior(self.prior, self.spec.num_dims))
+        return jnp.concatenate([*latents, reshape.flatten(x)], axis=-1)
+
+    def constrain(self, *, num_steps: int | None = None, rtol: float = 1e-3) -> model.Constrained:
+        """The constrained weights, from `model.constrain`."""
+        variables = self.variables
+        return model.constrain(self.spec, variables["params"], variables["spectral"], num_steps=num_steps, rtol=rtol)
+
+    def forward_and_logdet(
+        self,
+        x: Float[Array, "b ..."],
+        key: Key[Array, "..."],
+        estimator: LogdetEstimator = ExactLogdet(),  # noqa: B008
+    ) -> tuple[Float[Array, "b d"], Float[Array, " b"], Any]:
+        """Latents and log-determinant; norms are iterated to their tolerance."""
+        return model.bijection(self.spec, self.constrain().weights, estimator).forward_and_logdet(x, key)
+
+    def inverse(self, z: Float[Array, "b d"], solver: flow.Solver = flow.Solver()) -> tuple[Float[Array, "b ..."], Any]:  # noqa: B008
+        """Examples of latents, and how the inverse ended."""
+        return model.bijection(self.spec, self.constrain().weights, solver=solver).inverse(z)
+
+
+class StageModule(nn.Module):
+    """A stage, so that its blocks' arrays are named ``stage0/blocks/conv0/kernel``."""
+
+    num_blocks: int
+    branch: branches.BranchSpec
+    coeff: float
+    last_scale: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        """See `Blocks`."""
+        return Blocks(self.num_blocks, self.branch, self.coeff, self.last_scale, name="blocks")(x)
+
+
+def initial_prior(kind: str, num_dims: int) -> dict[str, Array]:
+    """Parameters of the standard distribution."""
+    priors = {"gaussian": likelihood.GaussianPrior, "logistic": likelihood.LogisticPrior}
+    if kind not in priors:
+        raise ValueError(f"prior must be one of {', '.join(priors)}, got {kind!r}")
+    zeros = jnp.zeros(num_dims)
+    return priors[kind](zeros, zeros)._asdict()
