@@ -1,0 +1,1 @@
+"""What a training run needs around its loss: optimisers, devices, checkpoints, metrics and the loop itself."""

@@ -1,0 +1,196 @@
+"""Every setting of a run with its default and meaning, and the objects that settings stand for.
+
+A file in ``configs/`` starts from `default_config` and overrides fields; unknown fields are errors. Config objects end here:
+the rest of the library takes plain arguments.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import optax
+from ml_collections import config_dict
+
+from iresnet_jax import flow, logdet, model
+from iresnet_jax.training import optimizers
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """All settings of a density run."""
+    config = ml_collections.ConfigDict(
+        {
+            "seed": 0,
+            "data": {
+                "name": "digits",  # an image data set, or a 2-D toy of data.toys
+                "data_dir": config_dict.placeholder(str),
+            },
+            "model": {
+                # One dictionary a stage with the fields of model.StageSpec.
+                "stages": ({"num_blocks": 4, "hidden": (32, 32), "kernel_sizes": (3, 1, 3)},),
+                "coeff": 0.9,  # largest operator norm of a layer
+                "prior": "gaussian",  # or "logistic"
+                "last_scale": 1.0,  # initial factor on the last layer of a branch
+            },
+            "preprocessing": {
+                "transform": "center",  # "center": x - 1/2; "logit": logit(alpha + (1 - 2 alpha) x); "none" for 2-D toys
+                "alpha": 0.05,
+            },
+            "logdet": estimator_settings(kind="series", num_terms=5, num_probes=1),
+            "spectral": {"num_steps": 1, "rtol": 1e-3},  # power iterations a training step; tolerance everywhere else
+            "optimizer": {
+                "name": "adam",
+                "learning_rate": 1e-3,
+                "schedule": "cosine",
+                "warmup_steps": 100,
+                "final_fraction": 0.0,
+                "boundaries": (),
+                "decay_factor": 0.1,
+                "weight_decay": 0.0,
+                "momentum": 0.9,
+                "nesterov": False,
+                "b1": 0.9,
+                "b2": 0.99,
+                "clip_norm": 1.0,
+            },
+            "training": {
+                "total_steps": 1000,
+                "batch_size": 128,  # over all devices
+                "ema_decay": 0.999,  # of the parameters that are evaluated; 0 evaluates the parameters themselves
+                "actnorm_examples": 1024,  # that ActNorm is fitted to
+                "log_every_steps": 50,
+                "eval_every_steps": 500,  # on validation, and a checkpoint
+                "eval_examples": 2048,  # at most, of the validation split
+                "blocks": "auto",  # "scan", "unroll", or by backend
+                "rematerialize": False,
+            },
+            "evaluation": {
+                "logdet": estimator_settings(kind="roulette", num_exact_terms=20, num_probes=1),
+                "batch_size": 256,
+                "num_dequantisations": 4,
+                "num_probe_draws": 4,  # for each dequantisation
+                "num_examples": 20_000,  # of a 2-D toy's test set; image data sets use their whole test split
+                "inverse_atol": 1e-6,
+            },
+            # What the report compares with: {"who": value in bits/dim or nats}.
+            "references": {"values": ()},
+        }
+    )
+    config.lock()
+    return config
+
+
+def estimator_settings(**overrides: Any) -> dict[str, Any]:
+    """The fields of a log-determinant estimator; only those of its kind matter."""
+    settings = {
+        "kind": "series",  # "exact", "series" or "roulette"
+        "num_terms": 5,  # of "series"
+        "num_probes": 1,
+        "probe": "rademacher",
+        "distribution": "poisson",  # of "roulette": or "geometric"
+        "parameter": 2.0,
+        "num_exact_terms": 2,
+    }
+    return {**settings, **overrides}
+
+
+def build_estimator(settings: Mapping[str, Any]) -> logdet.LogdetEstimator:
+    """The estimator that ``estimator_settings`` describe."""
+    kind = settings["kind"]
+    probes = {"num_probes": settings["num_probes"], "probe": settings["probe"]}
+    if kind == "exact":
+        return logdet.ExactLogdet()
+    if kind == "series":
+        return logdet.SeriesLogdet(num_terms=settings["num_terms"], **probes)
+    if kind == "roulette":
+        return logdet.RouletteLogdet(
+            distribution=settings["distribution"],
+            parameter=settings["parameter"],
+            num_exact_terms=settings["num_exact_terms"],
+            **probes,
+        )
+    raise ValueError(f"logdet.kind must be exact, series or roulette, got {kind!r}")
+
+
+def build_flow_spec(settings: Mapping[str, Any], event_shape: tuple[int, ...]) -> model.FlowSpec:
+    """The architecture that ``config.model`` describes, for examples of one shape."""
+    known = list(model.StageSpec.__dataclass_fields__)
+    stages = []
+    for i, stage in enumerate(settings["stages"]):
+        for field in stage:
+            if field not in known:
+                raise ValueError(f"config.model.stages[{i}] has an unknown field {field!r}{_did_you_mean(field, known)}")
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in stage.items()}
+        stages.append(model.StageSpec(**fields))
+    return model.FlowSpec(tuple(event_shape), tuple(stages), coeff=settings["coeff"])
+
+
+def build_solver(settings: Mapping[str, Any]) -> flow.Solver:
+    """The solver that ``config.evaluation`` describes."""
+    return flow.Solver(atol=settings["inverse_atol"])
+
+
+def build_schedule(settings: Mapping[str, Any], total_steps: int) -> optax.Schedule:
+    """The learning rate that ``config.optimizer`` describes."""
+    return optimizers.make_schedule(
+        schedule=settings["schedule"],
+        learning_rate=settings["learning_rate"],
+        total_steps=total_steps,
+        warmup_steps=min(settings["warmup_steps"], total_steps),
+        final_fraction=settings["final_fraction"],
+        boundaries=settings["boundaries"],
+        decay_factor=settings["decay_factor"],
+    )
+
+
+def build_optimizer(settings: Mapping[str, Any], total_steps: int) -> optax.GradientTransformation:
+    """The optimizer that ``config.optimizer`` describes."""
+    return optimizers.make_optimizer(
+        name=settings["name"],
+        learning_rate=build_schedule(settings, total_steps),
+        weight_decay=settings["weight_decay"],
+        momentum=settings["momentum"],
+        nesterov=settings["nesterov"],
+        b1=settings["b1"],
+        b2=settings["b2"],
+        clip_norm=settings["clip_norm"],
+    )
+
+
+def to_plain(config: Any) -> Any:
+    """The config as JSON data: dictionaries, lists, numbers, strings."""
+    if isinstance(config, ml_collections.ConfigDict):
+        config = config.to_dict()
+    return json.loads(json.dumps(config))
+
+
+def first_difference(ours: Any, theirs: Any, path: str = "config") -> str | None:
+    """Names the first setting in which two plain configs differ, with both values; None if they agree."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted({*ours, *theirs}):
+            if key not in ours or key not in theirs:
+                return f"{path}.{key} is only in {'the old' if key in theirs else 'the new'} one"
+            if difference := first_difference(ours[key], theirs[key], f"{path}.{key}"):
+                return difference
+        return None
+    return None if ours == theirs else f"{path} is {json.dumps(ours)} now and was {json.dumps(theirs)}"
+
+
+def unknown_field_message(config: ml_collections.ConfigDict, path: str) -> str:
+    """One sentence about an override ``--config.PATH=...`` that names no setting."""
+    node, done = config, "config"
+    for part in path.split("."):
+        name = part.split("[")[0]
+        if not isinstance(node, ml_collections.ConfigDict) or name not in node:
+            known = list(node.keys()) if isinstance(node, ml_collections.ConfigDict) else []
+            return f"{done} has no field {name!r}{_did_you_mean(name, known)}"
+        node, done = node[name], f"{done}.{name}"
+    return f"{done} cannot be set to that value"
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f": did you mean {close[0]!r}?"
+    return f": the fields are {', '.join(known)}" if known else ""

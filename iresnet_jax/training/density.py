@@ -1,0 +1,103 @@
+"""The likelihood objective: one training step, and the likelihood of held-out data."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from iresnet_jax import density, model
+from iresnet_jax.logdet import LogdetEstimator
+from iresnet_jax.training.parallel import AXIS, example_keys
+from iresnet_jax.training.state import TrainState, apply_gradients
+
+
+def make_step(
+    spec: density.DensitySpec,
+    estimator: LogdetEstimator,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    seed: int,
+    num_power_steps: int,
+    ema_decay: float,
+    unroll: bool,
+    rematerialize: bool = False,
+    draw: Callable[[Any, Any], Any] | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
+    """The step ``(state, batch) -> (state, metrics)``, for `parallel.parallelize`.
+
+    Every example has its own random key, made from (seed, step, place in the whole batch): a run gives the same result on any
+    number of devices. A random series length comes from (seed, step) alone, so blocks and devices share it.
+
+    Args:
+        spec: The model.
+        estimator: Log-determinant.
+        optimizer: Update rule.
+        schedule: Its learning rate, for the log.
+        seed: Of the run.
+        num_power_steps: Power iterations a layer and step.
+        ema_decay: Of the moving average of the parameters.
+        unroll: Write blocks out instead of scanning over them.
+        rematerialize: Recompute a block's inside in the backward pass.
+        draw: For endless data: ``(key, placeholder) -> example``; None takes the examples of the batch.
+    """
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key_length, key_examples = jax.random.split(key)
+        keys = jax.vmap(lambda k: jax.random.split(k, 3))(example_keys(key_examples, batch.shape[0]))
+        key_draw, key_dequantise, key_probe = keys[:, 0], keys[:, 1], keys[:, 2]
+        data = batch if draw is None else jax.vmap(draw)(key_draw, batch)
+        x = density.to_continuous(spec, key_dequantise, data)
+        shared = estimator.fix_length(key_length)
+
+        def loss_fn(params):
+            constrained = model.constrain(spec.flow, params, state.spectral, num_steps=num_power_steps)
+            terms = density.log_prob(
+                spec, constrained.weights, params["prior"], x, key_probe, shared, unroll=unroll, rematerialize=rematerialize
+            )
+            loss = lax.pmean(jnp.mean(density.objective(spec, terms.log_prob)), AXIS)
+            return loss, (constrained, terms)
+
+        (loss, (constrained, terms)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        gradients = lax.pmean(gradients, AXIS)
+        spectral = lax.pmean(constrained.spectral, AXIS)
+        metrics = {
+            density.objective_name(spec): loss,
+            "log_prior": lax.pmean(jnp.mean(terms.log_prior), AXIS),
+            "log_det": lax.pmean(jnp.mean(terms.log_det), AXIS),
+            "max_sigma": lax.pmax(jnp.max(jnp.stack([jnp.max(n) for n in jax.tree.leaves(constrained.norms)])), AXIS),
+            "max_lipschitz": lax.pmax(
+                jnp.max(jnp.stack([jnp.max(stage["lipschitz"]) for stage in constrained.weights.values()])), AXIS
+            ),
+            "grad_norm": optax.global_norm(gradients),
+            "learning_rate": jnp.asarray(schedule(state.step)),
+        }
+        return apply_gradients(state, gradients, spectral, optimizer, ema_decay), metrics
+
+    return step
+
+
+def make_evaluation(spec: density.DensitySpec, estimator: LogdetEstimator, *, unroll: bool) -> Callable[[Any, Any], Any]:
+    """``((weights, prior), (x, keys)) -> `` per-example objective, terms and truncation bound, for `parallelize_eval`.
+
+    Each example's key decides its noise, probes and series length, so results do not depend on the batching.
+    """
+
+    def evaluate(state: tuple[Any, Any], batch: tuple[Any, Any]) -> dict[str, Any]:
+        weights, prior = state
+        data, keys = batch
+        split = jax.vmap(jax.random.split)(keys)
+        x = density.to_continuous(spec, split[:, 0], data)
+        terms = density.log_prob(spec, weights, prior, x, split[:, 1], estimator, unroll=unroll)
+        return {
+            density.objective_name(spec): density.objective(spec, terms.log_prob),
+            "log_prior": terms.log_prior,
+            "log_det": terms.log_det,
+            "truncation_bound": terms.info.truncation_bound,
+        }
+
+    return evaluate

@@ -1,0 +1,192 @@
+"""What a run reports: a JSON line and TensorBoard events for each measurement, a progress bar, and a check for NaN."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+FILENAME = "metrics.jsonl"
+_RESERVED = ("step", "split", "wall_time_s")
+
+
+class MetricWriter:
+    """Appends measurements to ``workdir/metrics.jsonl`` and to TensorBoard events in ``workdir/tensorboard``.
+
+    A line is ``{"step": 100, "split": "train", "wall_time_s": 12.5, "loss": 3.2}``. ``wall_time_s`` counts seconds of
+    training, and goes on where an earlier process stopped. Lines are flushed at once, so a killed process loses at
+    most the one it was writing. Non-finite values are written as Python's ``NaN`` and ``Infinity``.
+
+    Args:
+        workdir: Folder of the run, created when needed.
+
+    Example:
+        >>> with MetricWriter("runs/moons") as writer:  # doctest: +SKIP
+        ...     writer.write(100, {"loss": 3.2})
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str]):
+        self._workdir = Path(workdir)
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._path = self._workdir / FILENAME
+        self._purge_step: int | None = None
+        self._events: Any = None
+        self._keep_lines(lambda _: True)
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat], *, split: str = "train") -> None:
+        """Appends one measurement.
+
+        Args:
+            step: Finished updates.
+            metrics: Scalars by name.
+            split: What was measured on, such as "train" or "test".
+
+        Raises:
+            ValueError: If a metric has one of the names that every line has.
+        """
+        clash = [name for name in metrics if name in _RESERVED]
+        if clash:
+            raise ValueError(f"a metric cannot be called {clash[0]!r}, as every line has that field: rename it")
+        values = {name: float(value) for name, value in metrics.items()}
+        wall_time_s = round(time.monotonic() - self._start, 3)
+        record = {"step": int(step), "split": split, "wall_time_s": wall_time_s, **values}
+        self._lines.write(json.dumps(record) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._tensorboard().add_scalar(f"{split}/{name}", value, step)
+
+    def truncate_after(self, step: int) -> None:
+        """Drops the measurements of steps after ``step``, for a run that resumes there and will repeat them."""
+        self.close()
+        self._keep_lines(lambda record: record["step"] <= step)
+        self._purge_step = step + 1
+
+    def flush(self) -> None:
+        """Writes out what is still in memory; the JSON lines never are."""
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the files; call it, or use the writer as a context manager."""
+        self._lines.close()
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _keep_lines(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Opens the file for appending after the lines to keep; a half-written last line is never one of them."""
+        records = [record for record in read_metrics(self._workdir) if keep(record)]
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        if self._path.exists() and self._path.read_text() != text:
+            incoming = self._path.with_suffix(".incoming")
+            incoming.write_text(text)
+            incoming.replace(self._path)
+        self._lines = self._path.open("a")
+        self._start = time.monotonic() - max((record["wall_time_s"] for record in records), default=0.0)
+
+    def _tensorboard(self) -> Any:
+        if self._events is None:
+            from tensorboardX import SummaryWriter  # imported late, as it takes longer than the rest of this module
+
+            folder = str(self._workdir / "tensorboard")
+            self._events = SummaryWriter(folder, purge_step=self._purge_step, flush_secs=10)
+        return self._events
+
+
+def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads back what ``MetricWriter`` wrote, in that order.
+
+    A half-written last line, left by a killed process, is skipped.
+
+    Args:
+        workdir: Folder of the run; without measurements the list is empty.
+
+    Raises:
+        ValueError: If any other line is not a JSON object.
+    """
+    path = Path(workdir) / FILENAME
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"line {number} of {path} is not JSON: delete or repair that line") from None
+    return records
+
+
+def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_step: int) -> None:
+    """Stops a run that blew up.
+
+    Args:
+        metrics: Scalars by name, already on the host, gathered over the steps from ``first_step`` to ``last_step``.
+
+    Raises:
+        RuntimeError: If one is NaN or infinite.
+    """
+    bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
+    if bad:
+        raise RuntimeError(
+            f"{', '.join(bad)} became non-finite between steps {first_step} and {last_step}; the last good checkpoint is "
+            "kept; lower the learning rate, lengthen the warm-up or clip the gradient, and resume"
+        )
+
+
+class Progress:
+    """A progress bar with the newest measurements, the time a step takes and the time left.
+
+    It is silent unless stderr is a terminal: logs of batch jobs stay readable.
+
+    Args:
+        total_steps: Updates in the whole run.
+        initial_step: Updates already done when resuming; they do not count for the time left.
+
+    Example:
+        >>> with Progress(1000) as progress:
+        ...     progress.update(100, {"bits/dim": 3.45})
+    """
+
+    def __init__(self, total_steps: int, initial_step: int = 0):
+        self._bar: Any = None
+        self._step = initial_step
+        self._time = time.monotonic()
+        if sys.stderr.isatty():
+            from tqdm import tqdm  # imported late: without a terminal it is not needed
+
+            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            self._bar = tqdm(total=total_steps, initial=initial_step, bar_format=layout, dynamic_ncols=True)
+
+    def update(self, step: int, values: Mapping[str, SupportsFloat] | None = None) -> None:
+        """Moves the bar to ``step`` and shows ``values``; call it once the results of that step are on the host."""
+        if self._bar is None or step <= self._step:
+            return
+        now = time.monotonic()
+        step_time_ms = 1e3 * (now - self._time) / (step - self._step)
+        shown = [f"{name} {float(value):.4g}" for name, value in (values or {}).items()]
+        self._bar.set_postfix_str(", ".join([*shown, f"{step_time_ms:.4g} ms/step"]), refresh=False)
+        self._bar.update(step - self._step)
+        self._bar.refresh()
+        self._step, self._time = step, now
+
+    def close(self) -> None:
+        """Leaves the bar as it is and moves to the next line."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

@@ -1,0 +1,143 @@
+"""Data parallelism over the local devices: the only file that mentions ``jax.pmap``.
+
+A step is written for one device and its share of the batch; it averages over ``AXIS`` with ``jax.lax.pmean`` and
+so means the same under ``jax.pmap`` (many devices) and ``jax.vmap(..., axis_name=AXIS)`` (one device, in tests).
+The state goes in and out without a device axis. pmap does not check that outputs marked as replicated are: after a
+forgotten ``pmean`` it returns the first device's value, where the vmap raises. So test every step under both.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray, Shaped
+
+AXIS = "batch"
+
+
+def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Compiles a training step for all local devices.
+
+    Args:
+        step_fn: ``(state, batch) -> (state, metrics)`` on one device's share of the batch. Everything it returns must
+            be equal on all devices: ``pmean`` the loss, the gradients and all statistics over ``AXIS``.
+
+    Returns:
+        The same function for a batch from ``shard``. It donates the state: use only the one it returns.
+
+    Example:
+        >>> def step_fn(state, batch):
+        ...     return state + 1, {"mean": jax.lax.pmean(batch.mean(), AXIS)}
+        >>> step = parallelize(step_fn)
+        >>> state, metrics = step(jnp.zeros(()), shard(np.ones((8, 2), np.float32)))
+    """
+    mapped = jax.pmap(step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=(0,))
+    return lambda state, batch: mapped(_replicate(state, batch), batch)
+
+
+def parallelize_eval(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Compiles a function of each example for all local devices.
+
+    Args:
+        fn: ``(state, batch) -> outputs`` on one device's share, every output with the examples along its first axis.
+
+    Returns:
+        The same function for a batch from ``shard``; bring its outputs back with ``unshard``. The state is not donated.
+    """
+    mapped = jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=0)
+    return lambda state, batch: mapped(_replicate(state, batch), batch)
+
+
+def shard(batch: Any, *, num_devices: int | None = None) -> Any:
+    """Splits a batch into contiguous shares, from ``(n, ...)`` to ``(num_devices, n / num_devices, ...)``.
+
+    Args:
+        batch: A pytree of arrays that all have ``n`` examples along their first axis.
+        num_devices: Devices to use, from the first; all local ones by default.
+
+    Raises:
+        ValueError: If the arrays differ in length, or ``n`` is not a positive multiple of ``num_devices``.
+    """
+    num_devices = jax.local_device_count() if num_devices is None else num_devices
+    leaves = jax.tree.leaves(batch)
+    sizes = {np.shape(leaf)[:1] for leaf in leaves}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(
+            "all arrays of a batch must have the same number of examples along their first axis, "
+            f"got the shapes {[np.shape(leaf) for leaf in leaves]}"
+        )
+    [(size,)] = sizes
+    _check_divisible(size, num_devices)
+    return jax.tree.map(lambda leaf: leaf.reshape((num_devices, size // num_devices, *leaf.shape[1:])), batch)
+
+
+def unshard(outputs: Any) -> Any:
+    """Joins the shares of all devices again on the host, from ``(num_devices, n_local, ...)`` to ``(n, ...)``."""
+    return jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), jax.device_get(outputs))
+
+
+def example_keys(key: PRNGKeyArray, local_batch_size: int, *, axis_name: str | None = AXIS) -> Shaped[Array, "b ..."]:
+    """Derives one random key an example, the same for any number of devices.
+
+    ``fold_in(key, i)`` with ``i`` the example's position in the whole batch, ``axis_index * local_batch_size + j``
+    for the ``j``-th example of a device.
+
+    Args:
+        key: The key of this step, equal on all devices, e.g. ``fold_in(run_key, step)``.
+        local_batch_size: Examples on one device.
+        axis_name: The mapped axis that counts the devices; ``None`` outside of any, e.g. under plain ``jit`` in a
+            notebook, for the keys of the first device.
+
+    Returns:
+        Keys of the kind of ``key``, for ``jax.vmap`` over examples.
+
+    Example:
+        >>> keys = example_keys(jax.random.key(0), 4, axis_name=None)
+        >>> noise = jax.vmap(lambda k: jax.random.normal(k, (2,)))(keys)
+    """
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * local_batch_size
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(first + jnp.arange(local_batch_size))
+
+
+def check_global_batch_size(global_batch_size: int) -> int:
+    """Checks that all devices can have an equal share of a batch, before a run builds anything.
+
+    Returns:
+        The number of examples a device gets.
+
+    Raises:
+        ValueError: If ``global_batch_size`` is not a positive multiple of the number of devices.
+    """
+    _check_divisible(global_batch_size, jax.device_count())
+    return global_batch_size // jax.device_count()
+
+
+def _replicate(state: Any, batch: Any) -> Any:
+    """Places the state as a step returns it, unless it already is.
+
+    The compilation cache of pmap tells placements apart: a state made on one device would compile the step once for the
+    first call and once more for all others.
+    """
+    placement = _replicated(jax.tree.leaves(batch)[0].shape[0])
+    if all(getattr(leaf, "sharding", None) == placement for leaf in jax.tree.leaves(state)):
+        return state
+    return jax.device_put(state, placement, may_alias=False)  # an alias of the caller's arrays could not be donated
+
+
+@functools.cache
+def _replicated(num_devices: int) -> jax.sharding.NamedSharding:
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:num_devices]), (AXIS,))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def _check_divisible(size: int, num_devices: int) -> None:
+    if size < 1 or size % num_devices:
+        raise ValueError(
+            f"a batch of {size} examples cannot be split evenly over {num_devices} devices: use a positive multiple of "
+            f"{num_devices}, such as {max(-(-size // num_devices), 1) * num_devices}, or pad or drop the last batch"
+        )

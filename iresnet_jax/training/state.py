@@ -1,0 +1,50 @@
+"""What a training run carries from step to step, and saves."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from iresnet_jax.training.optimizers import ema_update
+
+
+class TrainState(NamedTuple):
+    """The state of a run, equal on every device.
+
+    Attributes:
+        step: Finished updates.
+        params: Parameters that the optimizer moves.
+        spectral: Power iterates.
+        ema: Moving average of the parameters, the ones that are evaluated.
+        opt_state: The optimizer's own.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    spectral: Any
+    ema: Any
+    opt_state: Any
+
+
+def create(variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first update, from a module's variables."""
+    params = variables["params"]
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        spectral=variables["spectral"],
+        ema=jax.tree.map(jnp.copy, params),  # its own buffers: the state is donated to the step
+        opt_state=optimizer.init(params),
+    )
+
+
+def apply_gradients(
+    state: TrainState, gradients: Any, spectral: Any, optimizer: optax.GradientTransformation, ema_decay: float
+) -> TrainState:
+    """The state after one update."""
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = ema_update(state.ema, params, state.step, ema_decay)
+    return TrainState(state.step + 1, params, spectral, ema, opt_state)

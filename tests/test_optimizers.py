@@ -1,0 +1,252 @@
+"""Schedules at their corners, optimisers against updates written out in NumPy, and weight decay that acts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from iresnet_jax.training.optimizers import OPTIMIZERS, decay_mask, ema_update, make_optimizer, make_schedule
+
+RTOL = 1e-6  # a handful of float32 operations
+PEAK = 0.25  # exact in binary, so that "exactly the peak" can be asked for
+
+
+def params_and_grads():
+    rng = np.random.default_rng(0)
+    params = {
+        "conv1": {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)},
+        "actnorm": {"scale": rng.normal(size=2)},
+        "prior": {"mean": rng.normal(size=2)},
+        "activation": {"beta": rng.normal(size=())},
+    }
+    grads = jax.tree.map(lambda p: rng.normal(size=p.shape), params)
+    return jax.tree.map(jnp.float32, params), jax.tree.map(jnp.float32, grads)
+
+
+def run(optimizer, params, grads_of_step):
+    @jax.jit
+    def step(params, opt_state, grads):
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state = optimizer.init(params)
+    for grads in grads_of_step:
+        params, opt_state = step(params, opt_state, grads)
+    return params
+
+
+# --- schedules ---------------------------------------------------------------------------------------------------
+
+
+def assert_warms_up_over_8_steps(eta):
+    values = np.array([eta(step) for step in range(12)])
+    np.testing.assert_array_equal(values[:9], PEAK * np.arange(9) / 8)
+    assert np.all(values <= PEAK)
+    np.testing.assert_allclose(values[9:], PEAK, rtol=1e-4)  # a cosine is flat at its top
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "step"])
+def test_warmup_is_linear_and_meets_the_peak_exactly(schedule):
+    eta = make_schedule(schedule=schedule, learning_rate=PEAK, total_steps=1000, warmup_steps=8, boundaries=(0.5,))
+    assert_warms_up_over_8_steps(eta)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda step: PEAK * min(step / 8, 1.0) * (2.0 if step == 8 else 1.0),  # twice the peak for one step: `<=` for `<`
+        lambda step: PEAK * min((step + 1) / 8, 1.0),  # one step early
+        lambda step: PEAK * min(step / 9, 1.0),  # one step late
+    ],
+)
+def test_wrong_warmups_would_be_noticed(wrong):
+    with pytest.raises(AssertionError):
+        assert_warms_up_over_8_steps(wrong)
+
+
+def test_without_warmup_the_first_update_uses_the_peak():
+    eta = make_schedule(schedule="cosine", learning_rate=PEAK, total_steps=10)
+    assert eta(0) == PEAK
+
+
+def test_cosine_passes_the_middle_and_stays_at_its_end():
+    eta = make_schedule(schedule="cosine", learning_rate=PEAK, total_steps=110, warmup_steps=10, final_fraction=0.1)
+    quarter = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi / 4))
+    values = eta(jnp.array([10, 35, 60, 110, 500])) / PEAK
+    np.testing.assert_allclose(values, [1.0, quarter, 0.55, 0.1, 0.1], rtol=RTOL)
+
+
+def test_steps_decay_at_their_boundaries():
+    eta = make_schedule(
+        schedule="step",
+        learning_rate=PEAK,
+        total_steps=200,
+        warmup_steps=10,
+        boundaries=(0.3, 0.6, 0.8),
+        decay_factor=0.2,
+    )
+    steps = (10, 59, 60, 119, 120, 159, 160, 199, 1000)
+    expected = [1, 1, 0.2, 0.2, 0.04, 0.04, 0.008, 0.008, 0.008]
+    np.testing.assert_allclose(eta(jnp.array(steps)) / PEAK, expected, rtol=RTOL)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"schedule": "linear"}, "schedule must be one of constant, cosine, step, got 'linear'"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"total_steps": 0}, "total_steps must be at least 1"),
+        ({"warmup_steps": 101}, r"warmup_steps must lie in \[0, total_steps = 100\], got 101"),
+        ({"warmup_steps": -1}, "warmup_steps must lie in"),
+        ({"final_fraction": 1.5}, "final_fraction must lie in"),
+        ({"decay_factor": 0.0}, "decay_factor must lie in"),
+        ({"boundaries": (60.0, 120.0)}, "boundaries must be increasing fractions"),
+        ({"boundaries": (0.6, 0.3)}, "boundaries must be increasing fractions"),
+    ],
+)
+def test_schedule_arguments_out_of_range(wrong, message):
+    arguments = {"schedule": "constant", "learning_rate": 0.1, "total_steps": 100} | wrong
+    with pytest.raises(ValueError, match=message):
+        make_schedule(**arguments)
+
+
+# --- optimisers --------------------------------------------------------------------------------------------------
+
+
+def adam_oracle(p, grads, lr, b1, b2):
+    m = v = 0.0
+    for t, g in enumerate(grads, start=1):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        p = p - lr * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + 1e-8)
+    return p
+
+
+def adamax_oracle(p, grads, lr, b1, b2):
+    m = u = 0.0
+    for t, g in enumerate(grads, start=1):
+        m, u = b1 * m + (1 - b1) * g, np.maximum(b2 * u, np.abs(g) + 1e-8)
+        p = p - lr / (1 - b1**t) * m / u
+    return p
+
+
+def sgd_oracle(p, grads, lr, momentum, nesterov):
+    velocity = 0.0
+    for g in grads:
+        velocity = momentum * velocity + g
+        p = p - lr * (g + momentum * velocity if nesterov else velocity)
+    return p
+
+
+@pytest.mark.parametrize(
+    ("arguments", "oracle"),
+    [
+        ({"name": "adam", "b1": 0.8, "b2": 0.99}, lambda p, g: adam_oracle(p, g, 0.1, 0.8, 0.99)),
+        ({"name": "adamw", "b1": 0.8, "b2": 0.99}, lambda p, g: adam_oracle(p, g, 0.1, 0.8, 0.99)),
+        ({"name": "adamax", "b1": 0.8, "b2": 0.99}, lambda p, g: adamax_oracle(p, g, 0.1, 0.8, 0.99)),
+        ({"name": "sgd", "momentum": 0.9}, lambda p, g: sgd_oracle(p, g, 0.1, 0.9, False)),
+        ({"name": "sgd", "momentum": 0.9, "nesterov": True}, lambda p, g: sgd_oracle(p, g, 0.1, 0.9, True)),
+        ({"name": "sgd", "momentum": 0.0}, lambda p, g: sgd_oracle(p, g, 0.1, 0.0, False)),
+    ],
+)
+def test_updates_follow_the_published_algorithm(arguments, oracle):
+    start = {"kernel": jnp.array([1.0, -2.0])}
+    grads = [np.array([0.5, -1.0]), np.array([-3.0, 0.2]), np.array([0.1, 0.4])]
+    result = run(make_optimizer(learning_rate=0.1, **arguments), start, [{"kernel": jnp.float32(g)} for g in grads])
+    np.testing.assert_allclose(result["kernel"], oracle(np.array([1.0, -2.0]), grads), rtol=10 * RTOL)
+
+
+def test_decay_mask_picks_kernels_only():
+    params, _ = params_and_grads()
+    mask = decay_mask({"stage0": {"blocks": params}, "kernel": {"bias": 1.0}})
+    chosen = [jax.tree_util.keystr(p) for p, on in jax.tree_util.tree_leaves_with_path(mask) if on]
+    assert chosen == ["['stage0']['blocks']['conv1']['kernel']"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_acts_on_kernels_and_on_nothing_else(name):
+    params, _ = params_and_grads()
+    zero = jax.tree.map(jnp.zeros_like, params)
+    decayed = run(make_optimizer(name=name, learning_rate=0.01, weight_decay=0.1), params, [zero])
+    before, after = params["conv1"].pop("kernel"), decayed["conv1"].pop("kernel")
+    assert np.all(np.abs(after) < np.abs(before))
+    jax.tree.map(np.testing.assert_array_equal, decayed, params)
+
+
+def test_adamw_decay_is_decoupled():
+    params, grads = params_and_grads()
+    plain = run(make_optimizer(name="adamw", learning_rate=0.01), params, [grads])
+    decayed = run(make_optimizer(name="adamw", learning_rate=0.01, weight_decay=0.5), params, [grads])
+    expected = plain["conv1"]["kernel"] - 0.01 * 0.5 * params["conv1"]["kernel"]
+    np.testing.assert_allclose(decayed["conv1"]["kernel"], expected, rtol=RTOL)
+
+
+def test_sgd_decay_is_the_gradient_of_an_l2_penalty_and_enters_the_momentum():
+    params = {"kernel": jnp.array([1.0, -2.0])}
+    optimizer = make_optimizer(name="sgd", learning_rate=0.1, momentum=0.9, weight_decay=0.5)
+    result = run(optimizer, params, [{"kernel": jnp.zeros(2)}] * 2)
+    first = 1 - 0.1 * 0.5
+    second = first - 0.1 * (0.9 * 0.5 + 0.5 * first)
+    np.testing.assert_allclose(result["kernel"], second * np.array([1.0, -2.0]), rtol=RTOL)
+
+
+def test_weight_decay_of_nothing_is_an_error():
+    optimizer = make_optimizer(name="sgd", learning_rate=0.1, weight_decay=0.1)
+    with pytest.raises(ValueError, match="no parameter is called 'kernel'"):
+        optimizer.init({"weight": jnp.ones(2)})
+
+
+def test_clipping_bounds_the_global_norm_of_the_gradient_before_decay():
+    params = {"kernel": jnp.array([3.0]), "bias": jnp.array([5.0])}
+    grads = {"kernel": jnp.array([30.0]), "bias": jnp.array([40.0])}
+    optimizer = make_optimizer(name="sgd", learning_rate=1.0, momentum=0.0, clip_norm=1.0, weight_decay=0.5)
+    result = run(optimizer, params, [grads])
+    np.testing.assert_allclose(result["kernel"], [3.0 - 0.6 - 1.5], rtol=RTOL)
+    np.testing.assert_allclose(result["bias"], [5.0 - 0.8], rtol=RTOL)
+
+    small = jax.tree.map(lambda g: g / 100, grads)
+    result = run(make_optimizer(name="sgd", learning_rate=1.0, momentum=0.0, clip_norm=1.0), params, [small])
+    np.testing.assert_allclose(result["bias"], [5.0 - 0.4], rtol=RTOL)
+
+
+def test_optimizer_uses_the_schedule_from_step_zero():
+    schedule = make_schedule(schedule="constant", learning_rate=0.5, total_steps=10, warmup_steps=2)
+    optimizer = make_optimizer(name="sgd", learning_rate=schedule, momentum=0.0)
+    result = run(optimizer, {"kernel": jnp.zeros(1)}, [{"kernel": jnp.ones(1)}] * 4)
+    np.testing.assert_allclose(result["kernel"], [-(0.0 + 0.25 + 0.5 + 0.5)], rtol=RTOL)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"name": "lamb"}, "name must be one of adam, adamw, adamax, sgd, got 'lamb'"),
+        ({"momentum": 1.0}, "momentum must lie in"),
+        ({"b2": -0.1}, "b2 must lie in"),
+        ({"weight_decay": -1e-4}, "weight_decay must not be negative"),
+        ({"clip_norm": -1.0}, "clip_norm must not be negative"),
+    ],
+)
+def test_optimizer_arguments_out_of_range(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(**({"name": "sgd", "learning_rate": 0.1} | wrong))
+
+
+# --- moving average ----------------------------------------------------------------------------------------------
+
+
+def test_ema_ramps_up_to_its_decay():
+    ema, params = {"w": jnp.array([1.0])}, {"w": jnp.array([3.0])}
+    for step, rate in ((0, 0.1), (8, 0.5), (89, 90 / 99), (10**6, 0.999)):
+        result = ema_update(ema, params, step, 0.999)
+        np.testing.assert_allclose(result["w"], [rate * 1.0 + (1 - rate) * 3.0], rtol=RTOL)
+
+
+def test_ema_keeps_dtypes(x64):
+    tree = {"a": jnp.ones(2, jnp.float32), "b": jnp.ones(2, jnp.float64)}
+    result = jax.jit(ema_update, static_argnums=3)(tree, tree, jnp.int32(3), 0.9)
+    assert jax.tree.map(lambda leaf: leaf.dtype, result) == jax.tree.map(lambda leaf: leaf.dtype, tree)
+
+
+def test_ema_that_never_moves_is_an_error():
+    with pytest.raises(ValueError, match="decay must lie in"):
+        ema_update(1.0, 2.0, 0, 1.0)

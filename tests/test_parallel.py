@@ -1,0 +1,146 @@
+"""The same step on one device, on two, and under vmap gives the same state; a forgotten pmean is found."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from iresnet_jax.training.parallel import (
+    AXIS,
+    check_global_batch_size,
+    example_keys,
+    parallelize,
+    parallelize_eval,
+    shard,
+    unshard,
+)
+
+RTOL = 1e-5  # float32 means over the same numbers, summed in another order
+
+
+def noisy_regression_step(state, batch):
+    """One gradient step whose loss draws a random number for every example."""
+
+    def loss_fn(weights):
+        keys = example_keys(jax.random.fold_in(jax.random.key(7), state["step"]), len(batch["x"]))
+        noise = jax.vmap(lambda key: jax.random.normal(key, ()))(keys)
+        errors = batch["x"] @ weights - batch["y"] + noise
+        return jax.lax.pmean(jnp.mean(errors**2), AXIS)
+
+    loss, grads = jax.value_and_grad(loss_fn)(state["weights"])
+    grads = jax.lax.pmean(grads, AXIS)
+    return {"weights": state["weights"] - 0.1 * grads, "step": state["step"] + 1}, {"loss": loss}
+
+
+def forgetful_step(state, batch):
+    return state + batch.mean(), {}
+
+
+def simulate(step_fn):
+    return jax.vmap(step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None))
+
+
+def initial_state():
+    return {"weights": jnp.zeros(3), "step": jnp.zeros((), jnp.int32)}
+
+
+@pytest.fixture
+def batches():
+    rng = np.random.default_rng(0)
+    return [{"x": np.float32(rng.normal(size=(8, 3))), "y": np.float32(rng.normal(size=8))} for _ in range(3)]
+
+
+def run(step, batches, num_devices):
+    state, losses = initial_state(), []
+    for batch in batches:
+        state, metrics = step(state, shard(batch, num_devices=num_devices))
+        losses.append(float(metrics["loss"]))
+    return jax.device_get(state), losses
+
+
+def test_one_device_two_devices_and_vmap_agree(batches):
+    assert jax.local_device_count() == 2
+    reference, reference_losses = run(parallelize(noisy_regression_step), batches, 1)
+    assert reference["step"] == 3
+    assert np.abs(reference["weights"]).min() > 0
+    for step, num_devices in (
+        (parallelize(noisy_regression_step), 2),
+        (simulate(noisy_regression_step), 1),
+        (simulate(noisy_regression_step), 2),
+    ):
+        state, losses = run(step, batches, num_devices)
+        np.testing.assert_allclose(losses, reference_losses, rtol=RTOL)
+        np.testing.assert_allclose(state["weights"], reference["weights"], rtol=RTOL)
+
+
+def test_the_state_is_donated_and_the_step_compiled_once(batches):
+    num_traces = 0
+
+    def counted_step(state, batch):
+        nonlocal num_traces
+        num_traces += 1
+        return noisy_regression_step(state, batch)
+
+    step, state = parallelize(counted_step), initial_state()
+    for batch in batches:
+        old = state
+        state, _ = step(state, shard(batch))
+        jax.block_until_ready(state)  # warnings are errors: donation that cannot be used would be one
+    assert num_traces == 1  # also where the first state lies on one device, unlike those that a step returns
+    assert old["weights"].is_deleted()
+    assert state["weights"].shape == (3,)
+
+
+def test_vmap_finds_a_forgotten_pmean_that_pmap_overlooks():
+    batch = shard(np.arange(4, dtype=np.float32))
+    wrong, _ = parallelize(forgetful_step)(jnp.zeros(()), batch)
+    assert float(wrong) == 0.5  # the mean of the first device alone, without a word
+    with pytest.raises(ValueError, match=r"vmap has mapped output .*but out_axes is None"):
+        simulate(forgetful_step)(jnp.zeros(()), batch)
+
+
+def test_eval_returns_examples_in_their_order_and_keeps_the_state():
+    x = np.arange(12, dtype=np.float32).reshape(6, 2)
+    evaluate = parallelize_eval(lambda state, batch: {"sum": state + batch.sum(axis=1), "same": batch})
+    state = jnp.float32(10.0)
+    for num_devices in (1, 2):
+        outputs = unshard(evaluate(state, shard(x, num_devices=num_devices)))
+        np.testing.assert_array_equal(outputs["sum"], 10 + x.sum(axis=1))
+        np.testing.assert_array_equal(outputs["same"], x)
+    assert not state.is_deleted()
+
+
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+def test_example_keys_do_not_depend_on_the_number_of_devices(make_key):
+    key = make_key(3)
+    expected = np.stack([jax.random.key_data(jax.random.fold_in(key, i)) for i in range(6)])
+    assert len(np.unique(expected, axis=0)) == 6
+
+    def keys_of(state, batch):
+        return jax.random.key_data(example_keys(key, len(batch)))
+
+    for num_devices in (1, 2):
+        batch = shard(np.zeros(6), num_devices=num_devices)
+        np.testing.assert_array_equal(unshard(parallelize_eval(keys_of)(0, batch)), expected)
+    in_notebook = jax.jit(lambda: jax.random.key_data(example_keys(key, 6, axis_name=None)))()
+    np.testing.assert_array_equal(in_notebook, expected)
+
+
+def test_shares_are_contiguous_and_unshard_joins_them():
+    batch = {"x": np.arange(12).reshape(4, 3), "y": np.arange(4)}
+    shares = shard(batch)
+    assert shares["x"].shape == (2, 2, 3)
+    np.testing.assert_array_equal(shares["y"], [[0, 1], [2, 3]])
+    jax.tree.map(np.testing.assert_array_equal, unshard(shares), batch)
+
+
+def test_batches_that_cannot_be_shared_out_say_what_would_do():
+    with pytest.raises(ValueError, match=r"batch of 5 examples .* over 2 devices: .* such as 6, or pad or drop"):
+        shard(np.zeros((5, 2)))
+    with pytest.raises(ValueError, match=r"same number of examples .* \[\(4,\), \(2, 3\)\]"):
+        shard([np.zeros(4), np.zeros((2, 3))])
+    with pytest.raises(ValueError, match="same number of examples"):
+        shard([np.zeros(4), np.zeros(())])
+    with pytest.raises(ValueError, match="batch of 0 examples"):
+        check_global_batch_size(0)
+    assert check_global_batch_size(64) == 32
