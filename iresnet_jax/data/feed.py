@@ -1,0 +1,89 @@
+"""Which examples make up a batch, as a pure function of the step: a resumed run sees the very batches it would have seen.
+
+Only indices are decided here, on the host; nothing is stored between calls, so no checkpoint holds the state of a data loader.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+
+@functools.lru_cache(maxsize=4)  # consecutive steps share an epoch; a permutation of a large set is worth keeping
+def _epoch_order(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " n"]:
+    order = np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(num_examples)
+    order.flags.writeable = False  # shared by all callers
+    return order
+
+
+def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> Int[np.ndarray, " b"]:
+    """Returns the examples that training step ``step`` sees.
+
+    Epoch ``e`` is a permutation of all examples drawn from ``(seed, e)`` and cut into ``num_examples // batch_size`` batches.
+    What is left over at the end of an epoch is dropped; as every epoch is permuted anew, no example is left out for good.
+    The permutation is NumPy's, which promises the same stream within a release but not for ever.
+
+    Example::
+
+        data.images["train"][batch_indices(seed=0, step=1000, batch_size=128, num_examples=1257)]
+
+    Args:
+        seed: seed of the run, at least 0.
+        step: training step, counted from 0 over all epochs.
+        batch_size: examples in a batch, from 1 to ``num_examples``.
+        num_examples: examples in the training split.
+
+    Returns:
+        Indices in ``[0, num_examples)``, distinct within a batch and within an epoch; a read-only view.
+
+    Raises:
+        ValueError: if ``batch_size`` does not lie in ``[1, num_examples]``, or ``seed`` or ``step`` is negative.
+    """
+    if not 1 <= batch_size <= num_examples:
+        raise ValueError(
+            f"batch_size must lie in [1, num_examples = {num_examples}], got {batch_size}: "
+            "an epoch must hold at least one whole batch, so choose a smaller batch"
+        )
+    if seed < 0 or step < 0:
+        raise ValueError(f"seed and step must not be negative, got seed {seed} and step {step}: count steps from 0")
+    epoch, batch = divmod(step, num_examples // batch_size)
+    return _epoch_order(seed, epoch, num_examples)[batch * batch_size : (batch + 1) * batch_size]
+
+
+def eval_batches(num_examples: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, " b"], Bool[np.ndarray, " b"]]]:
+    """Goes through every example once, in order, in batches of one shape.
+
+    The last batch is filled up with copies of example 0 that its mask leaves out, so that an evaluation compiles once and
+    still uses every example. Average with the mask: ``sum(mask * value) / num_examples``.
+
+    Example::
+
+        total = 0.0
+        for indices, mask in eval_batches(len(images), batch_size=256):
+            total += np.sum(mask * np.asarray(log_prob(images[indices])))
+        mean = total / len(images)
+
+    Args:
+        num_examples: examples in the split, at least 1.
+        batch_size: examples in a batch, at least 1; it may exceed ``num_examples``.
+
+    Returns:
+        An iterator over ``(indices, mask)``; ``mask`` is true where the example counts.
+
+    Raises:
+        ValueError: if either number is below 1.
+    """
+    if num_examples < 1 or batch_size < 1:
+        raise ValueError(
+            f"num_examples and batch_size must be at least 1, got {num_examples} and {batch_size}: "
+            "check that the split is not empty"
+        )
+
+    def batches():  # so that the caller's mistakes raise at the call, not at the first batch
+        for start in range(0, num_examples, batch_size):
+            indices = np.arange(start, start + batch_size)
+            mask = indices < num_examples
+            yield np.where(mask, indices, 0), mask
+
+    return batches()
