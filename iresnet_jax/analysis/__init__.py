@@ -1,0 +1,1 @@
+"""Looking at a trained model: evaluation, figures and the report page."""

@@ -1,0 +1,372 @@
+"""The report of a training run as one HTML page that needs nothing else: no server, no script, no network.
+
+Every headline number says what it means and on what grounds it stands: *measured* on this run's data, *estimated* from a
+sample, *guaranteed* by a bound, or *conditional* on a Lipschitz constant that was estimated and not certified.
+"""
+
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from iresnet_jax.analysis import claims
+from iresnet_jax.analysis.markup import Html, document, duration, join, number, signed, table, tag, uncertain
+
+# key -> (alternative text, caption) of the figures the page has a place for.
+FIGURES = {
+    "learning_curves": (
+        "Curves of the objective against training step and wall-clock time, with its terms in small panels.",
+        "Training values are noisy one-batch estimates, the line is their running median. The log-determinant used "
+        "while training may be cut short, so only the number above, from the evaluation, is the result.",
+    ),
+    "samples": (
+        "Samples drawn from the model.",
+        "Samples drawn from the prior and mapped through the inverse; not selected.",
+    ),
+    "density": (
+        "Map of the model's density over the plane.",
+        "Density of the model over the plane; the colour scale ends at the 99.5 % quantile.",
+    ),
+    "reconstructions": (
+        "Test images above their reconstructions, with maps of the absolute error.",
+        "Test images, the same images after encoding and inverting, and the absolute difference, with the largest error "
+        "of each below.",
+    ),
+    "error_histogram": (
+        "Histogram of inversion errors and of their bounds over the test examples.",
+        "Spread of the inversion errors over the test examples. A bound that holds lies right of its error.",
+    ),
+    "lipschitz": (
+        "Bar chart of the Lipschitz estimate of every block, with certified bounds and target.",
+        "Estimates approach the true constant from below. Only a certified bound below 1 proves that a block is invertible.",
+    ),
+}
+
+
+def render(report: Mapping[str, Any], figures: Mapping[str, str], *, title: str) -> str:
+    """Writes the report of a run as one self-contained HTML page.
+
+    Anything missing is left out with a sentence saying so. Beside the warnings of the report, the page states
+    contradictions it can see itself: a likelihood below the entropy of the data, an error above its bound, a block whose
+    Lipschitz constant is not below 1.
+
+    Args:
+        report: Results of a run; every key is optional. ``bits_per_dim`` (images) or ``nll`` (toys, in nats): ``mean``,
+            ``stderr``, ``stderr_data``, ``stderr_probes``, ``stderr_dequantisation``, ``truncation_bound``,
+            ``num_examples``, ``num_probes``, ``num_dequantisations``, ``estimator``. Bounds are taken to rest on the
+            certified Lipschitz bounds where every block has one, and are called conditional otherwise.
+            ``entropy_floor`` in nats. ``inverse``: ``max_abs_error``, ``max_error_bound``, ``fraction_converged`` in [0, 1],
+            ``mean_evals``. ``lipschitz``: ``max_block``, ``coeff``, and ``blocks``, a list of ``name``, ``layers`` (name to
+            sigma), ``estimate``, ``bound`` or None. ``train``: ``steps``, ``seconds_per_step``, ``compile_seconds``,
+            ``total_seconds``. ``environment``, ``config``: any nesting; published numbers to compare with are read from
+            ``config["reference"]``, name to number. ``warnings``: sentences.
+        figures: Data URIs by the names in ``FIGURES``; other names are shown at the end.
+        title: Heading of the page.
+
+    Returns:
+        The page as text, to be written as UTF-8.
+
+    Raises:
+        ValueError: If a figure is not an image data URI.
+
+    Example:
+        >>> page = render({"bits_per_dim": {"mean": 1.0623, "stderr": 0.0021}}, {}, title="MNIST")
+        >>> "1.0623 ± 0.0021" in page
+        True
+    """
+    for name, uri in figures.items():
+        if not uri.startswith("data:image/"):
+            raise ValueError(f"figure {name!r} must be an image data URI, got {uri[:40]!r}: encode it with to_svg_or_png")
+    sections = {
+        "Result": _result(report),
+        "Learning curves": _shown(figures, "learning_curves") or "No training or validation records yet.",
+        "Samples": _shown(figures, "samples", "density", side_by_side="density" in figures) or "No samples were drawn.",
+        "Inversion": _inversion(report, figures),
+        "Lipschitz constants": _lipschitz(report, figures),
+        "Time": _time(report.get("train")),
+        "Environment": _environment(report.get("environment")),
+        "Configuration": _configuration(report.get("config")),
+    }
+    if more := [name for name in figures if name not in FIGURES]:
+        sections["More figures"] = _shown(figures, *more)
+    ids = {name: name.lower().replace(" ", "-") for name in sections}
+    links = tag("nav", *(tag("a", name, href=f"#{ids[name]}") for name in sections), aria_label="Sections")
+    header = tag("header", tag("h1", title), tag("p", _subtitle(report), class_="soft"), links)
+    body = [
+        tag("section", tag("h2", name), content if isinstance(content, Html) else _note(content), id=ids[name])
+        for name, content in sections.items()
+    ]
+    return str(document(header, tag("main", _warnings(report), *body), _footer(), title=title))
+
+
+def _result(report: Mapping[str, Any]) -> Html:
+    """Tiles of the headline numbers, then where the uncertainty comes from and what to compare with."""
+    key, unit = claims.objective(report)
+    likelihood = report.get(key)
+    tiles = _likelihood_tiles(likelihood, key, unit, certified=claims.is_certified(report)) if likelihood else []
+    tiles += _inverse_tile(report) + _lipschitz_tile(report)
+    parts = [] if likelihood else [_note("The likelihood of the test data has not been evaluated yet.")]
+    if tiles:
+        parts.append(tag("div", *tiles, class_="tiles"))
+    if likelihood:
+        tables = [_uncertainty(likelihood, unit), _comparison(report, likelihood, unit)]
+        parts.append(tag("div", *(t for t in tables if t), class_="columns"))
+    return join(parts)
+
+
+def _likelihood_tiles(result: Mapping[str, Any], key: str, unit: str, *, certified: bool) -> list[Html]:
+    """The likelihood with its standard error, and beside it the part of the error that no average removes."""
+    meaning = {
+        "bits_per_dim": "Code length of the test data, from a mean over examples. Random dequantisation makes it, in "
+        "expectation, an upper bound of the discrete code length. Lower is better.",
+        "nll": "Negative log-likelihood of fresh test points, a mean over examples. It cannot go below the entropy of "
+        "the data. Lower is better.",
+    }[key]
+    if result.get("estimator"):
+        meaning += f" Log-determinant: {result['estimator']}."
+    name = {"bits_per_dim": "Test bits per dimension", "nll": "Test negative log-likelihood"}[key]
+    tiles = [_tile(name, uncertain(result.get("mean"), result.get("stderr")), unit, "estimated", meaning)]
+    bound = result.get("truncation_bound")
+    if bound is None:
+        return tiles
+    meaning = (
+        "No series is cut, so the likelihood has no truncation bias."
+        if bound == 0
+        else "Most that cutting the log-determinant series can have shifted the likelihood, either way. Not part of the ±: "
+        "more examples do not shrink it, more terms do."
+    )
+    grounds = "guaranteed" if certified or bound == 0 else "conditional"
+    return [*tiles, _tile("Truncation bound", f"≤ {number(bound, 2)}" if bound else "0", unit, grounds, meaning)]
+
+
+def _inverse_tile(report: Mapping[str, Any]) -> list[Html]:
+    """The largest inversion error and its bound."""
+    inverse = report.get("inverse") or {}
+    error, bound = inverse.get("max_abs_error"), inverse.get("max_error_bound")
+    if error is None and bound is None:
+        return []
+    meaning = (
+        "Largest absolute difference, over all pixels of the examples tried, between an input and the inverse of its code."
+    )
+    if bound is not None:
+        holds = "guaranteed" if claims.is_certified(report) else "if the estimated Lipschitz constants are right"
+        meaning += f" The residual of the solver bounds the error by {number(bound, 2)} ({holds}, up to rounding)."
+    return [_tile("Inversion error", number(error, 2), "input units", "measured", meaning)]
+
+
+def _lipschitz_tile(report: Mapping[str, Any]) -> list[Html]:
+    """The largest block constant: proven when every block has a bound, otherwise said to be an estimate."""
+    lipschitz = report.get("lipschitz") or {}
+    if lipschitz.get("max_block") is None:
+        return []
+    meaning = "Largest Lipschitz constant of a residual branch, as a product of its layers' norms. "
+    value, grounds = number(lipschitz["max_block"]), "estimated"
+    if claims.is_certified(report):
+        bound = max(block["bound"] for block in lipschitz["blocks"])
+        meaning += f"Certified, from above; power iteration, from below, gives {value}. "
+        meaning += "Below 1, so every block is invertible." if bound < 1.0 else "Not below 1: invertibility is not proven."
+        value, grounds = f"≤ {number(bound)}", "guaranteed"
+    else:
+        meaning += "Power iteration approaches norms from below: a value below 1 suggests, and does not prove, invertibility."
+    return [_tile("Largest Lipschitz constant", value, "of a block", grounds, meaning)]
+
+
+def _uncertainty(result: Mapping[str, Any], unit: str) -> Html | None:
+    """Splits the standard error into its sources, with the share of the variance each has."""
+    sources = (
+        ("test examples", "stderr_data", "num_examples"),
+        ("log-det probes", "stderr_probes", "num_probes"),
+        ("dequantisation", "stderr_dequantisation", "num_dequantisations"),
+    )
+    known = [(name, result[key], result.get(count)) for name, key, count in sources if result.get(key) is not None]
+    if not known:
+        return None
+    variance = sum(stderr**2 for _, stderr, _ in known)
+    rows = [
+        (name, number(count), number(stderr, 2), _share(stderr**2 / variance if variance > 0 else 0.0))
+        for name, stderr, count in known
+    ]
+    if result.get("stderr") is not None:
+        rows.append(("together", "", number(result["stderr"], 2), Html("")))
+    header = ("source", "drawn", "standard error", "variance")
+    return table(header, rows, caption=f"Where the ± comes from, in {unit}, and its share of the variance.")
+
+
+def _comparison(report: Mapping[str, Any], result: Mapping[str, Any], unit: str) -> Html | None:
+    """This run beside published numbers and, for toys, the entropy that no model can beat."""
+    rows: list[tuple[object, ...]] = [("this run", uncertain(result.get("mean"), result.get("stderr")), "")]
+    known = dict((report.get("config") or {}).get("reference") or {})
+    if claims.entropy_floor(report) is not None:
+        known["entropy floor"] = claims.entropy_floor(report)
+    for name, value in known.items():
+        is_number = isinstance(value, numbers.Real) and result.get("mean") is not None
+        gap = signed(result["mean"] - value, 3, plus=True) if is_number else ""
+        rows.append((name, value, gap))  # the digits as published
+    if len(rows) == 1:
+        return None
+    caption = "Beside known numbers; above zero, this run is worse."
+    return table(("model", unit, "difference"), rows, caption=caption)
+
+
+def _inversion(report: Mapping[str, Any], figures: Mapping[str, str]) -> Html | str:
+    """How well the inverse works: the pictures, then the solver's own account."""
+    shown = _shown(figures, "reconstructions", "error_histogram")
+    inverse = report.get("inverse")
+    if not inverse:
+        return shown or "The inverse has not been evaluated."
+    fraction = inverse.get("fraction_converged")
+    rows = (
+        ("largest absolute error", number(inverse.get("max_abs_error"), 2), "measured, in input units"),
+        (
+            "largest error bound",
+            number(inverse.get("max_error_bound"), 2),
+            "from the residuals |y - x - g(x)| / (1 - L) of the solver",
+        ),
+        (
+            "examples converged",
+            number(fraction) if fraction is None else f"{100 * fraction:.4g} %",
+            "within the solver's budget",
+        ),
+        ("evaluations of g", number(inverse.get("mean_evals"), 3), "mean a block and example"),
+    )
+    account = table(("quantity", "value", "meaning"), rows, caption="Fixed-point inverse of the whole model.")
+    return join((shown or "", tag("div", account, class_="words narrow")))
+
+
+def _lipschitz(report: Mapping[str, Any], figures: Mapping[str, str]) -> Html | str:
+    """The chart and the table of every block's layer norms, product and bound."""
+    lipschitz = report.get("lipschitz") or {}
+    shown = _shown(figures, "lipschitz")
+    blocks: Sequence[Mapping[str, Any]] = lipschitz.get("blocks") or ()
+    if not blocks:
+        return shown or "The Lipschitz constants have not been measured."
+    layers = list(dict.fromkeys(name for block in blocks for name in block.get("layers", {})))
+    if len(layers) > 6:  # too many columns to read: one cell lists them
+        header = ["block", "layer norms"]
+        cells = [[" · ".join(f"{name} {number(s)}" for name, s in block.get("layers", {}).items())] for block in blocks]
+    else:
+        header = ["block", *layers]
+        cells = [[number(block["layers"][n]) if n in block.get("layers", {}) else "" for n in layers] for block in blocks]
+    rows = [
+        (block.get("name", f"block {i}"), *cell, number(block.get("estimate")), _bound(block.get("bound")))
+        for i, (block, cell) in enumerate(zip(blocks, cells, strict=True))
+    ]
+    caption = "Norm of every layer by power iteration (from below), their product, and the certified upper bound."
+    if lipschitz.get("coeff") is not None:
+        caption += f" Layers are scaled down to coeff = {lipschitz['coeff']}."
+    listing = table([*header, "product", "certified bound"], rows, caption=caption)
+    summary = tag("summary", f"Every block ({len(blocks)})")
+    return join((shown or "", tag("details", summary, listing, open=len(blocks) <= 12)))
+
+
+def _time(train: Mapping[str, Any] | None) -> Html | str:
+    """Step, compile and total time."""
+    if not train:
+        return "No training times were recorded."
+    rows = [
+        ("steps", number(train.get("steps"))),
+        ("time per step", duration(train.get("seconds_per_step"))),
+        ("compilation", duration(train.get("compile_seconds"))),
+        ("total", duration(train.get("total_seconds"))),
+    ]
+    return tag("div", table(("quantity", "value"), rows, caption="Wall-clock time of training."), class_="narrow")
+
+
+def _environment(environment: Mapping[str, Any] | None) -> Html | str:
+    """Versions, devices and commit, as given."""
+    if not environment:
+        return "The environment was not recorded."
+    rows = [(name, tag("code", _leaf(value))) for name, value in environment.items()]
+    return tag("div", table(("item", "value"), rows, caption="What this ran with."), class_="words narrow")
+
+
+def _configuration(config: Mapping[str, Any] | None) -> Html | str:
+    """The configuration as a tree that starts folded."""
+    if not config:
+        return "The configuration was not recorded."
+    return tag("details", tag("summary", "Every setting of this run"), tag("div", _tree(config), class_="tree"))
+
+
+def _tree(config: Mapping[str, Any]) -> Html:
+    """Nested mappings as nested lists that fold."""
+    items = []
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            items.append(tag("li", tag("details", tag("summary", tag("b", key)), _tree(value), open=True)))
+        else:
+            items.append(tag("li", tag("b", key), ": ", _leaf(value)))
+    return tag("ul", *items)
+
+
+def _warnings(report: Mapping[str, Any]) -> Html:
+    """The report's warnings and the contradictions visible in its numbers."""
+    found = [*report.get("warnings", ()), *claims.contradictions(report)]
+    if not found:
+        return Html("")
+    items = tag("ul", *(tag("li", sentence) for sentence in found))
+    return tag("aside", tag("strong", "Read this first"), items, role="note", aria_label="Warnings")
+
+
+def _shown(figures: Mapping[str, str], *names: str, side_by_side: bool = False) -> Html | None:
+    """The figures of these names that exist, or None."""
+    parts = []
+    for name in names:
+        if name not in figures:
+            continue
+        alternative, caption = FIGURES.get(name, (name.replace("_", " "), name.replace("_", " ")))
+        kind = "picture" if name in ("samples", "density") else "chart"
+        image = tag("img", src=figures[name], alt=alternative, class_=kind)
+        parts.append(tag("figure", tag("div", image, class_="wide"), tag("figcaption", caption)))
+    if side_by_side:
+        parts = [tag("div", *parts, class_="columns")]
+    return join(parts) if parts else None
+
+
+def _tile(name: str, value: str, unit: str, grounds: str, meaning: str) -> Html:
+    """One headline number: name, value, on what grounds it stands, and what it means."""
+    line = tag("div", tag("span", unit), tag("span", grounds, class_=f"badge {grounds}"), class_="unit")
+    return tag("div", tag("h3", name), tag("div", value, class_="value"), line, tag("p", meaning), class_="tile")
+
+
+def _share(fraction: float) -> Html:
+    """A percentage with a bar."""
+    bar = tag("span", tag("i", style=f"width:{100 * fraction:.1f}%"), class_="bar", aria_hidden="true")
+    return join((f"{100 * fraction:.0f} %", bar))
+
+
+def _bound(bound: float | None) -> str:
+    return "none" if bound is None else number(bound) + ("" if bound < 1.0 else " (not below 1)")
+
+
+def _subtitle(report: Mapping[str, Any]) -> str:
+    """One line on what was run where."""
+    steps = (report.get("train") or {}).get("steps")
+    environment = report.get("environment") or {}
+    facts = [f"{number(steps)} training steps" if steps is not None else ""]
+    facts += [
+        label + _leaf(environment[name]) for name, label in (("devices", ""), ("commit", "commit ")) if name in environment
+    ]
+    return " · ".join(filter(None, facts)) or "Invertible residual network"
+
+
+def _leaf(value: object) -> str:
+    """A setting as text: lists without Python's quotes."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_leaf(v)}" for k, v in value.items()) or "{}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_leaf, value)) or "[]"
+    return str(value)
+
+
+def _note(sentence: str | None) -> Html:
+    return tag("p", sentence or "", class_="soft")
+
+
+def _footer() -> Html:
+    words = (
+        ("measured", "computed on the data of this run, as it is"),
+        ("estimated", "from a random sample or an iteration; the ± is one standard error"),
+        ("guaranteed", "follows from a certified bound, up to floating-point rounding"),
+        ("conditional", "would be guaranteed if the estimated Lipschitz constants were certified"),
+    )
+    lines = [tag("p", tag("span", word, class_=f"badge {word}"), f" {meaning}.") for word, meaning in words]
+    return tag("footer", *lines)
