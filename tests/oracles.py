@@ -1,0 +1,84 @@
+"""Independent references in NumPy float64: slow, dense and plain. Nothing here imports the library."""
+
+import numpy as np
+
+
+def _pads(size: int, taps: int, stride: int, padding, axis: int) -> tuple[int, int]:
+    if padding == "VALID":
+        return 0, 0
+    if padding == "CIRCULAR":
+        return (taps - 1) // 2, taps // 2
+    if padding == "SAME":
+        total = max((-(-size // stride) - 1) * stride + taps - size, 0)
+        return total // 2, total - total // 2
+    return tuple(padding[axis])
+
+
+def conv_forward(x, kernel, *, strides=(1, 1), padding="SAME"):
+    """``y[i] = sum_t x[s i + t - p] K[t]`` on a batch NHWC with taps HWIO, one tap at a time."""
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    taps = kernel.shape[:2]
+    pads = [_pads(x.shape[1 + axis], taps[axis], strides[axis], padding, axis) for axis in (0, 1)]
+    x = np.pad(x, ((0, 0), *pads, (0, 0)), mode="wrap" if padding == "CIRCULAR" else "constant")
+    height, width = ((x.shape[1 + axis] - taps[axis]) // strides[axis] + 1 for axis in (0, 1))
+    y = np.zeros((len(x), height, width, kernel.shape[3]))
+    for i in range(taps[0]):
+        for j in range(taps[1]):
+            rows = slice(i, i + strides[0] * (height - 1) + 1, strides[0])
+            columns = slice(j, j + strides[1] * (width - 1) + 1, strides[1])
+            y += x[:, rows, columns] @ kernel[i, j]
+    return y
+
+
+def dense_conv_matrix(kernel, height: int, width: int, *, strides=(1, 1), padding="SAME"):
+    """The matrix of the layer on flattened HWC images: column k is the layer's output for the k-th unit image."""
+    num_inputs = height * width * np.shape(kernel)[2]
+    units = np.eye(num_inputs).reshape(num_inputs, height, width, -1)
+    return conv_forward(units, kernel, strides=strides, padding=padding).reshape(num_inputs, -1).T
+
+
+def power_iteration(apply, transpose, x, num_steps: int) -> float:
+    """A lower bound of the operator norm of ``apply``: ``|A v|`` of a unit vector after that many steps."""
+    for _ in range(num_steps):
+        x = transpose(apply(x))
+        norm = np.linalg.norm(x)
+        if norm == 0:
+            return 0.0
+        x = x / norm
+    return float(np.linalg.norm(apply(x)))
+
+
+def operator_norm(matrix) -> float:
+    """The largest singular value."""
+    return float(np.linalg.norm(np.asarray(matrix, np.float64), 2))
+
+
+def series_logdet(jacobian, num_terms: int) -> float:
+    """``sum_{k <= n} (-1)^(k+1) tr(J^k) / k``, the truncated series of ``log det(I + J)``."""
+    power, total = np.eye(len(jacobian)), 0.0
+    for k in range(1, num_terms + 1):
+        power = power @ jacobian
+        total += (-1) ** (k + 1) * np.trace(power) / k
+    return total
+
+
+def tanh_network(x, w1, bias, w2):
+    """``g(x) = W2 tanh(W1 x + b)`` of one vector, and its Jacobian ``W2 diag(1 - tanh^2) W1``."""
+    t = np.tanh(w1 @ x + bias)
+    return w2 @ t, w2 @ ((1 - t**2)[:, None] * w1)
+
+
+def invert_by_newton(branch_and_jacobian, y, num_steps: int = 100):
+    """Solves ``x + g(x) = y`` for one vector by damped Newton steps with dense solves."""
+    x = np.asarray(y, np.float64)
+
+    def residual(x):
+        return x + branch_and_jacobian(x)[0] - y
+
+    for _ in range(num_steps):
+        step = np.linalg.solve(np.eye(len(x)) + branch_and_jacobian(x)[1], residual(x))
+        scale = 1.0
+        while scale > 1e-4 and np.linalg.norm(residual(x - scale * step)) > np.linalg.norm(residual(x)):
+            scale /= 2
+        x = x - scale * step
+    return x
