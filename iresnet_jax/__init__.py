@@ -1,1 +1,46 @@
-"""Invertible residual networks in JAX (Behrmann et al., ICML 2019)."""
+"""Invertible residual networks in JAX (Behrmann et al., ICML 2019).
+
+Importing this needs JAX alone. Networks with names and initialisers are in `iresnet_jax.modules` (Flax Linen), trained models
+in `iresnet_jax.analysis.trained`.
+"""
+
+from iresnet_jax import activations, actnorm, branches, certify, density, flow, likelihood, model, reshape, residual, spectral
+from iresnet_jax.convolution import conv
+from iresnet_jax.fixed_point import FixedPointInfo, invert_residual
+from iresnet_jax.flow import Bijection, Solver, chain, multiscale, repeat
+from iresnet_jax.logdet import ExactLogdet, LogdetInfo, RouletteLogdet, SeriesLogdet, exact_logdet
+from iresnet_jax.model import FlowSpec, StageSpec, bijection, constrain
+from iresnet_jax.spectral import soft_normalize, spectral_norm
+
+__all__ = [
+    "Bijection",
+    "ExactLogdet",
+    "FixedPointInfo",
+    "FlowSpec",
+    "LogdetInfo",
+    "RouletteLogdet",
+    "SeriesLogdet",
+    "Solver",
+    "StageSpec",
+    "activations",
+    "actnorm",
+    "bijection",
+    "branches",
+    "certify",
+    "chain",
+    "constrain",
+    "conv",
+    "density",
+    "exact_logdet",
+    "flow",
+    "invert_residual",
+    "likelihood",
+    "model",
+    "multiscale",
+    "repeat",
+    "reshape",
+    "residual",
+    "soft_normalize",
+    "spectral",
+    "spectral_norm",
+]

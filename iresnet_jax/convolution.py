@@ -46,7 +46,7 @@ def explicit_padding(
 
 
 def conv(
-    x: Float[Array, "b h w cin"],
+    x: Float[Array, "b h w c"],
     kernel: Float[Array, "kh kw cin cout"],
     *,
     strides: int | tuple[int, int] = 1,
@@ -56,7 +56,7 @@ def conv(
     """Cross-correlation ``y[i] = sum_t x[s i + t - p] K[t]``, the linear map of a convolutional layer.
 
     Args:
-        x: Images.
+        x: Images, with as many channels as the kernel takes.
         kernel: Taps in the order of ``jax.lax``'s "HWIO".
         strides: Step between outputs, in pixels.
         padding: "SAME" and "VALID" as in ``jax.lax`` (zeros), "CIRCULAR" (periodic), or explicit pairs of zeros.
@@ -66,13 +66,18 @@ def conv(
         The layer's output, without bias.
 
     Raises:
-        ValueError: If channels do not match or the padding's name is unknown.
+        ValueError: If channels do not match, the padding's name is unknown, or the padded image is smaller than the kernel.
     """
     kernel_height, kernel_width, cin, _ = kernel.shape
     if x.shape[-1] != cin:
         raise ValueError(f"the kernel takes {cin} channels, the input has {x.shape[-1]}: check the layer's widths")
     strides = (strides, strides) if isinstance(strides, int) else strides
     pads = explicit_padding(padding, (kernel_height, kernel_width), (x.shape[1], x.shape[2]), strides)
+    if any(n + sum(pair) < k for n, pair, k in zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)):
+        raise ValueError(
+            f"the kernel's {kernel_height} x {kernel_width} taps do not fit an image of {x.shape[1]} x {x.shape[2]} pixels "
+            f"padded by {pads}: pad more, or use padding='SAME'"
+        )
     if padding == "CIRCULAR":
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)), mode="wrap")
         pads = ((0, 0), (0, 0))

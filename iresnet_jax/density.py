@@ -6,6 +6,7 @@
 `model.constrain`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -127,6 +128,11 @@ def objective(spec: DensitySpec, log_prob: Float[Array, " b"]) -> Float[Array, "
     if spec.num_levels is None:
         return -log_prob
     return likelihood.bits_per_dim(log_prob, spec.flow.num_dims, spec.num_levels)
+
+
+def objective_scale(spec: DensitySpec) -> float:
+    """The size in the objective's unit of one nat of log-likelihood."""
+    return 1.0 if spec.num_levels is None else 1.0 / (spec.flow.num_dims * math.log(2))
 
 
 def objective_name(spec: DensitySpec) -> str:

@@ -67,10 +67,11 @@ def add_logdet_info(a: LogdetInfo, b: LogdetInfo) -> LogdetInfo:
 
 def follow_inverse_info(later: FixedPointInfo, own: FixedPointInfo, inverse_lipschitz) -> FixedPointInfo:
     """The information of ``F^-1`` applied to the result of an inverse that ended as `later` says."""
+    inherited = jnp.where(later.error_bound > 0, inverse_lipschitz * later.error_bound, 0)  # infinity times no error is none
     return FixedPointInfo(
         num_evals=later.num_evals + own.num_evals,
         residual=jnp.maximum(later.residual, own.residual),
-        error_bound=own.error_bound + inverse_lipschitz * later.error_bound,
+        error_bound=own.error_bound + inherited,
         converged=later.converged & own.converged,
     )
 
@@ -137,6 +138,7 @@ def residual_bijection(
     solver: Solver = Solver(),  # noqa: B008 (immutable)
 ) -> Bijection:
     """``y = x + g(x)``, see `residual`."""
+    margin = jnp.maximum(1 - jnp.asarray(lipschitz_bound), 0)
     solve = {"lipschitz_bound": lipschitz_bound, "atol": solver.atol, "max_evals": solver.max_evals}
     return Bijection(
         forward=lambda x: residual.forward(branch, x),
@@ -145,7 +147,7 @@ def residual_bijection(
         ),
         inverse=lambda y: residual.inverse(branch, y, **solve),
         inverse_and_logdet=lambda y, key: residual.inverse_and_logdet(branch, y, key, estimator, **solve),
-        inverse_lipschitz=1 / (1 - lipschitz_bound),
+        inverse_lipschitz=1 / margin,
     )
 
 
@@ -322,7 +324,9 @@ def multiscale(stages: Sequence[Stage], event_shape: tuple[int, ...]) -> Bijecti
             info = follow_inverse_info(info, own, stage.bijection.inverse_lipschitz)
         return x, total, logdet_info, info
 
-    lipschitz = chain([stage.bijection for stage in stages]).inverse_lipschitz
+    lipschitz = jnp.asarray(1.0)
+    for stage in reversed(stages):  # latents that left at this stage skip the inverses of the later ones
+        lipschitz = stage.bijection.inverse_lipschitz * (jnp.maximum(lipschitz, 1) if stage.factor_out else lipschitz)
     return Bijection(forward, forward_and_logdet, inverse, inverse_and_logdet, lipschitz)
 
 
@@ -330,7 +334,7 @@ def _latent_shapes(stages: tuple[Stage, ...], event_shape: tuple[int, ...]) -> l
     """Shapes of the factored-out parts and, last, of what remains."""
     shapes, shape = [], (1, *event_shape)
     for i, stage in enumerate(stages):
-        shape = jax.eval_shape(stage.bijection.forward, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
+        shape = jax.eval_shape(stage.bijection.forward, jax.ShapeDtypeStruct(shape, jnp.result_type(float))).shape
         if stage.factor_out:
             if shape[-1] % 2:
                 raise ValueError(f"stage {i} factors out half of its channels but has {shape[-1]}: squeeze before it")

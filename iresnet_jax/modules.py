@@ -32,20 +32,20 @@ class Blocks(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-        """Creates the parameters; ActNorm is fitted to ``x``. Returns the stage's output, for the next one."""
+        """Creates all variables, ActNorm fitted to ``x``. Returns the stage's output, for the next one."""
 
         def stack(create):
             return lambda key: jax.vmap(create)(jax.random.split(key, self.num_blocks))
 
-        weights, vectors = {}, {}
+        weights = {}
         initial = stack(lambda key: branches.initial_weights(self.branch, key, last_scale=self.last_scale))
         starts = stack(lambda key: branches.initial_vectors(self.branch, key))
         for layer in self.branch.layers:
             weights[layer.name] = self.param(layer.name, lambda key, name=layer.name: initial(key)[name])
-        key = self.make_rng("params") if self.is_initializing() else jax.random.key(0)
-        constrained = jax.vmap(lambda w, v: branches.normalize(self.branch, w, v, coeff=self.coeff))(weights, starts(key))
+        vectors = starts(self.make_rng("params"))
+        constrained = jax.vmap(lambda w, v: branches.normalize(self.branch, w, v, coeff=self.coeff))(weights, vectors)
         for layer in self.branch.layers:  # converged already, so the first training step is as constrained as any
-            vectors[layer.name] = self.variable("spectral", layer.name, lambda name=layer.name: constrained.vectors[name])
+            self.variable("spectral", layer.name, lambda name=layer.name: constrained.vectors[name])
         fitted, y = model.initialize_actnorm(self.branch, constrained.weights, x)
         self.param("actnorm", lambda key: fitted)
         return y
@@ -72,7 +72,9 @@ class ResidualFlow(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b d"]:
-        """Creates all variables from a representative batch and returns its latents as the start makes them."""
+        """The latents of ``x``. Under ``init``, which needs a representative batch, creates all variables on the way."""
+        if not self.is_initializing():
+            return model.bijection(self.spec, self.constrain().weights).forward(x)
         latents = []
         for name, stage, branch in zip(model.stage_names(self.spec), self.spec.stages, self.spec.branches, strict=True):
             x = reshape.squeeze(x, stage.squeeze) if stage.squeeze > 1 else x

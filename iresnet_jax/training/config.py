@@ -6,7 +6,7 @@ the rest of the library takes plain arguments.
 
 import difflib
 import json
-from collections.abc import Mapping
+import re
 from typing import Any
 
 import ml_collections
@@ -15,6 +15,8 @@ from ml_collections import config_dict
 
 from iresnet_jax import flow, logdet, model
 from iresnet_jax.training import optimizers
+
+Settings = Any  # a mapping of settings by name, or a ConfigDict, which reads like one without being one
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -64,6 +66,7 @@ def default_config() -> ml_collections.ConfigDict:
                 "eval_examples": 2048,  # at most, of the validation split
                 "blocks": "auto",  # "scan", "unroll", or by backend
                 "rematerialize": False,
+                "matmul_precision": "float32",  # on accelerators; "tensorfloat32" is faster and too coarse to invert
             },
             "evaluation": {
                 "logdet": estimator_settings(kind="roulette", num_exact_terms=20, num_probes=1),
@@ -95,7 +98,7 @@ def estimator_settings(**overrides: Any) -> dict[str, Any]:
     return {**settings, **overrides}
 
 
-def build_estimator(settings: Mapping[str, Any]) -> logdet.LogdetEstimator:
+def build_estimator(settings: Settings) -> logdet.LogdetEstimator:
     """The estimator that ``estimator_settings`` describe."""
     kind = settings["kind"]
     probes = {"num_probes": settings["num_probes"], "probe": settings["probe"]}
@@ -113,7 +116,7 @@ def build_estimator(settings: Mapping[str, Any]) -> logdet.LogdetEstimator:
     raise ValueError(f"logdet.kind must be exact, series or roulette, got {kind!r}")
 
 
-def build_flow_spec(settings: Mapping[str, Any], event_shape: tuple[int, ...]) -> model.FlowSpec:
+def build_flow_spec(settings: Settings, event_shape: tuple[int, ...]) -> model.FlowSpec:
     """The architecture that ``config.model`` describes, for examples of one shape."""
     known = list(model.StageSpec.__dataclass_fields__)
     stages = []
@@ -126,12 +129,12 @@ def build_flow_spec(settings: Mapping[str, Any], event_shape: tuple[int, ...]) -
     return model.FlowSpec(tuple(event_shape), tuple(stages), coeff=settings["coeff"])
 
 
-def build_solver(settings: Mapping[str, Any]) -> flow.Solver:
+def build_solver(settings: Settings) -> flow.Solver:
     """The solver that ``config.evaluation`` describes."""
     return flow.Solver(atol=settings["inverse_atol"])
 
 
-def build_schedule(settings: Mapping[str, Any], total_steps: int) -> optax.Schedule:
+def build_schedule(settings: Settings, total_steps: int) -> optax.Schedule:
     """The learning rate that ``config.optimizer`` describes."""
     return optimizers.make_schedule(
         schedule=settings["schedule"],
@@ -144,7 +147,7 @@ def build_schedule(settings: Mapping[str, Any], total_steps: int) -> optax.Sched
     )
 
 
-def build_optimizer(settings: Mapping[str, Any], total_steps: int) -> optax.GradientTransformation:
+def build_optimizer(settings: Settings, total_steps: int) -> optax.GradientTransformation:
     """The optimizer that ``config.optimizer`` describes."""
     return optimizers.make_optimizer(
         name=settings["name"],
@@ -178,14 +181,18 @@ def first_difference(ours: Any, theirs: Any, path: str = "config") -> str | None
 
 
 def unknown_field_message(config: ml_collections.ConfigDict, path: str) -> str:
-    """One sentence about an override ``--config.PATH=...`` that names no setting."""
+    """One sentence about an override ``--config.PATH=...`` that names no setting, such as ``model.stages[0].hiden``."""
     node, done = config, "config"
-    for part in path.split("."):
-        name = part.split("[")[0]
-        if not isinstance(node, ml_collections.ConfigDict) or name not in node:
-            known = list(node.keys()) if isinstance(node, ml_collections.ConfigDict) else []
-            return f"{done} has no field {name!r}{_did_you_mean(name, known)}"
-        node, done = node[name], f"{done}.{name}"
+    for name, is_index in ((part.rstrip("]"), part.endswith("]")) for part in re.split(r"[.\[]", path)):
+        if is_index:
+            if not (isinstance(node, list | tuple) and name.isdecimal() and int(name) < len(node)):
+                return f"{done} has no entry {name}: it has {len(node) if isinstance(node, list | tuple) else 0}"
+            node, done = node[int(name)], f"{done}[{name}]"
+        else:
+            known = list(node) if isinstance(node, dict | ml_collections.ConfigDict) else []
+            if name not in known:
+                return f"{done} has no field {name!r}{_did_you_mean(name, known)}"
+            node, done = node[name], f"{done}.{name}"
     return f"{done} cannot be set to that value"
 
 

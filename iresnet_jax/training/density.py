@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
+from jaxtyping import Array, Int, Key
 
 from iresnet_jax import density, model
 from iresnet_jax.logdet import LogdetEstimator
@@ -73,7 +75,7 @@ def make_step(
             "max_lipschitz": lax.pmax(
                 jnp.max(jnp.stack([jnp.max(stage["lipschitz"]) for stage in constrained.weights.values()])), AXIS
             ),
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step)),
         }
         return apply_gradients(state, gradients, spectral, optimizer, ema_decay), metrics
@@ -82,22 +84,47 @@ def make_step(
 
 
 def make_evaluation(spec: density.DensitySpec, estimator: LogdetEstimator, *, unroll: bool) -> Callable[[Any, Any], Any]:
-    """``((weights, prior), (x, keys)) -> `` per-example objective, terms and truncation bound, for `parallelize_eval`.
+    """``((weights, prior), (x, noise keys, probe keys)) -> `` objective, terms and truncation bound, for `parallelize_eval`.
 
-    Each example's key decides its noise, probes and series length, so results do not depend on the batching.
+    Each example's keys, from `evaluation_keys`, decide its noise, probes and series length, so that results do not depend on
+    the batching.
     """
 
-    def evaluate(state: tuple[Any, Any], batch: tuple[Any, Any]) -> dict[str, Any]:
+    def evaluate(state: tuple[Any, Any], batch: tuple[Any, Any, Any]) -> dict[str, Any]:
         weights, prior = state
-        data, keys = batch
-        split = jax.vmap(jax.random.split)(keys)
-        x = density.to_continuous(spec, split[:, 0], data)
-        terms = density.log_prob(spec, weights, prior, x, split[:, 1], estimator, unroll=unroll)
+        data, key_noise, key_probe = batch
+        x = density.to_continuous(spec, key_noise, data)
+        terms = density.log_prob(spec, weights, prior, x, key_probe, estimator, unroll=unroll)
         return {
             density.objective_name(spec): density.objective(spec, terms.log_prob),
             "log_prior": terms.log_prior,
             "log_det": terms.log_det,
-            "truncation_bound": terms.info.truncation_bound,
+            "truncation_bound": density.objective_scale(spec) * terms.info.truncation_bound,
         }
 
     return evaluate
+
+
+@jax.jit
+def evaluation_keys(
+    key: Key[Array, ""],
+    examples: Int[Array, " b"] | Int[np.ndarray, " b"],
+    noise_draw: int | Int[Array, ""],
+    probe_draw: int | Int[Array, ""],
+) -> tuple[Key[Array, " b"], Key[Array, " b"]]:
+    """The keys of examples' dequantisation noise, and of their probes and series lengths.
+
+    Probe draws of one noise draw share its noise and are otherwise independent, as everything else is.
+
+    Args:
+        key: Of the evaluation.
+        examples: Places in the data set.
+        noise_draw: Counts dequantisations.
+        probe_draw: Counts the probe draws of one dequantisation.
+    """
+
+    def of_example(example):
+        key_noise, key_probe = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, example), noise_draw))
+        return key_noise, jax.random.fold_in(key_probe, probe_draw)
+
+    return jax.vmap(of_example)(jnp.asarray(examples))

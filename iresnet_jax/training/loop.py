@@ -20,7 +20,7 @@ from iresnet_jax.data import feed
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import parallel, run, state
 from iresnet_jax.training.checkpoint import Checkpoints
-from iresnet_jax.training.density import make_evaluation, make_step
+from iresnet_jax.training.density import evaluation_keys, make_evaluation, make_step
 from iresnet_jax.training.metrics import MetricWriter, Progress, check_finite
 
 
@@ -40,6 +40,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:
     """
     workdir = Path(workdir)
     settings = config.training
+    run.apply_matmul_precision(config)
     source = run.load_source(config.data.name, config.data.data_dir)
     spec = run.density_spec(config, source)
     parallel.check_global_batch_size(settings.batch_size)
@@ -48,9 +49,11 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:
     optimizer = config_lib.build_optimizer(config.optimizer, settings.total_steps)
     claim_workdir(workdir, config_lib.to_plain(config))
 
+    objective = density.objective_name(spec)
     started = time.monotonic()
     fresh = state.create(run.initial_variables(config, spec, source), optimizer)
     checkpoints = Checkpoints(workdir)
+    logging.info("%s: %d parameters on %s", workdir, run.num_parameters(fresh.params), run.device_summary())
     restored = checkpoints.restore_latest(fresh)
     current, first_step = restored or (fresh, 0)
     if first_step:
@@ -72,31 +75,31 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:
     with MetricWriter(workdir) as writer, Progress(settings.total_steps, first_step) as progress:
         writer.truncate_after(first_step)
         window: list[Any] = []
-        window_start = time.monotonic()
+        timed_steps, window_start = 0, time.monotonic()
         for step, batch in zip(range(first_step, settings.total_steps), batches(config, source, first_step), strict=False):
             current, metrics = parallel_step(current, batch)
+            window.append(metrics)
+            timed_steps += 1
             if step == first_step:
                 jax.block_until_ready(metrics)
-                compile_seconds = time.monotonic() - started
-                writer.write(step, {"compile_seconds": compile_seconds}, split="timing")
-                window_start = time.monotonic()
-            else:
-                window.append(metrics)
+                writer.write(step, {"compile_seconds": time.monotonic() - started}, split="timing")
+                timed_steps, window_start = 0, time.monotonic()
             done = step + 1
-            last = done == settings.total_steps
-            evaluate = last or done % settings.eval_every_steps == 0
-            if window and (evaluate or done % settings.log_every_steps == 0):
+            evaluate = done == settings.total_steps or done % settings.eval_every_steps == 0
+            if evaluate or done % settings.log_every_steps == 0:
                 means = mean_over_window(jax.device_get(window))
                 check_finite(means, done - len(window), done)
-                means["seconds_per_step"] = (time.monotonic() - window_start) / len(window)
+                if timed_steps:
+                    means["seconds_per_step"] = (time.monotonic() - window_start) / timed_steps
                 writer.write(done, means)
-                progress.update(done, {density.objective_name(spec): means[density.objective_name(spec)]})
-                window, window_start = [], time.monotonic()
+                progress.update(done, {objective: means[objective]})
+                window, timed_steps, window_start = [], 0, time.monotonic()
             if evaluate:
                 held_out = validate(current)
                 check_finite(held_out, done, done)
                 writer.write(done, held_out, split="validation")
-                checkpoints.save(done, current, metric=held_out[density.objective_name(spec)])
+                checkpoints.save(done, current, metric=held_out[objective])
+                logging.info("step %d of %d: validation %s %.4f", done, settings.total_steps, objective, held_out[objective])
                 window_start = time.monotonic()
     return current
 
@@ -124,13 +127,29 @@ class Validation:
 
 
 def evaluate_examples(
-    evaluate: Any, weights: Any, examples: np.ndarray, key: jax.Array, batch_size: int
+    evaluate: Any,
+    weights: Any,
+    examples: np.ndarray,
+    key: jax.Array,
+    batch_size: int,
+    *,
+    draw: tuple[int, int] = (0, 0),
+    num_devices: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Runs a parallel evaluation over all examples; example ``i`` has the key ``fold_in(key, i)`` whatever the batches."""
-    fold = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
+    """Runs a parallel evaluation over all examples.
+
+    Args:
+        evaluate: From `make_evaluation`, for all devices.
+        weights: Constrained weights and the prior's parameters.
+        examples: The data.
+        key: Of the evaluation; an example's random numbers depend on it, its place and the draw, and not on the batches.
+        batch_size: A multiple of the number of devices.
+        draw: Counts the noise draws, and the probe draws of each.
+        num_devices: Devices to use, from the first; all local ones by default.
+    """
     parts = []
     for indices, mask in feed.eval_batches(len(examples), batch_size):
-        batch = parallel.shard((examples[indices], fold(key, indices)))
+        batch = parallel.shard((examples[indices], *evaluation_keys(key, indices, *draw)), num_devices=num_devices)
         outputs = parallel.unshard(evaluate(weights, batch))
         parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outputs))
     return jax.tree.map(lambda *values: np.concatenate(values), *parts)

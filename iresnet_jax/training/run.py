@@ -78,6 +78,36 @@ def unroll(config: Any) -> bool:
     return model.unroll_by_default() if choice == "auto" else choice == "unroll"
 
 
+def apply_matmul_precision(config: Any) -> None:
+    """Sets the precision of matrix products and convolutions in this process, on accelerators.
+
+    Their default there has 11 bits or fewer: an inverse could not be better than 1e-3, nor norms be trusted.
+    """
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
+
+
+def device_summary() -> str:
+    """The devices of this process, such as ``2 x cpu``."""
+    devices = jax.local_devices()
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def num_parameters(params: Any) -> int:
+    """Numbers in a tree of arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _module(config: Any, spec: density.DensitySpec) -> modules.ResidualFlow:
+    return modules.ResidualFlow(spec.flow, prior=spec.prior, last_scale=config.model.last_scale)
+
+
+def abstract_variables(config: Any, spec: density.DensitySpec) -> Any:
+    """Shapes and dtypes of the variables, without computing them."""
+    example = jax.ShapeDtypeStruct((2, *spec.flow.event_shape), np.float32)
+    return jax.eval_shape(_module(config, spec).init, jax.random.key(0), example)
+
+
 def initial_variables(config: Any, spec: density.DensitySpec, source: Source) -> Any:
     """Fresh variables, ActNorm fitted to training data."""
     key_init, key_noise, key_data = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 2**31), 3)
@@ -89,7 +119,7 @@ def initial_variables(config: Any, spec: density.DensitySpec, source: Source) ->
         train = source.images.images["train"]
         chosen = np.asarray(jax.random.permutation(key_data, len(train)))[:num]
         examples = jnp.asarray(train[chosen])
-    module = modules.ResidualFlow(spec.flow, prior=spec.prior, last_scale=config.model.last_scale)
+    module = _module(config, spec)
 
     def initialize(key, key_noise, examples):
         x, _ = density.transform(spec, density.to_continuous(spec, key_noise, examples))

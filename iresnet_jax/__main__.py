@@ -1,0 +1,91 @@
+"""Everything after training: ``python -m iresnet_jax COMMAND --workdir DIR``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from iresnet_jax.training.command_line import MISTAKE, explain_failures, quiet_backends
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers mistakes in one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints what was wrong and where to look, and exits."""
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(MISTAKE)
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Test likelihood with its standard error, from the unbiased estimator."""
+    from iresnet_jax.analysis import evaluate, trained
+
+    model = trained.load(arguments.workdir)
+    _say(*model.notes, evaluate.describe(evaluate.evaluate(model)))
+    return 0
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    """Samples, to samples.png and samples.npy; exit status 1 if the inverse did not converge for all of them."""
+    from iresnet_jax.analysis import sample, trained
+
+    model = trained.load(arguments.workdir)
+    samples = sample.draw(model, arguments.num, temperature=arguments.temperature, seed=arguments.seed)
+    png, npy = sample.write(model, samples, arguments.workdir)
+    _say(*model.notes, sample.describe(samples), f"written: {png} and {npy}")
+    return 0 if samples.converged.all() else 1
+
+
+def reconstruct(arguments: argparse.Namespace) -> int:
+    """Test examples encoded and inverted, to reconstructions.png; exit status 1 if the inverse failed for any."""
+    from iresnet_jax.analysis import reconstruct, trained
+
+    model = trained.load(arguments.workdir)
+    result = reconstruct.reconstruct(model, arguments.num or reconstruct.NUM_EXAMPLES)
+    path = reconstruct.write(result, arguments.workdir)
+    _say(*model.notes, reconstruct.describe(reconstruct.summarize(model, result)), f"written: {path}" if path else "")
+    return 0 if result.converged.all() else 1
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """All of it, to report.json and report.html."""
+    from iresnet_jax.analysis import report, trained
+
+    model = trained.load(arguments.workdir)
+    _say(report.describe(report.write(model), model.workdir))
+    return 0
+
+
+def make_parser() -> Parser:
+    """The commands and their options."""
+    parser = Parser(prog="python -m iresnet_jax", description="Everything after training a model with train.py.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    options = {}
+    for command in (evaluate, sample, reconstruct, report):
+        described = command.__doc__ or ""
+        option = commands.add_parser(command.__name__, help=described, description=described)
+        option.add_argument("--workdir", required=True, metavar="DIR", help="folder of the training run")
+        option.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+        option.set_defaults(run=command)
+        options[command.__name__] = option
+    options["sample"].add_argument("--num", type=int, default=64, help="how many (64)")
+    options["sample"].add_argument("--temperature", type=float, default=1.0, help="factor on the prior's scale (1)")
+    options["sample"].add_argument("--seed", type=int, default=0, help="of the latents (0)")
+    options["reconstruct"].add_argument("--num", type=int, help="how many test examples, from the first (512)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status."""
+    arguments = make_parser().parse_args(argv)
+    quiet_backends()
+    return explain_failures(lambda: arguments.run(arguments), debug=arguments.debug)
+
+
+def _say(*lines: str) -> None:
+    print("\n".join(filter(None, lines)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""What a result was computed with: versions, devices, commit."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from iresnet_jax.training import run
+
+PACKAGES = ("iresnet_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def describe() -> dict[str, Any]:
+    """Versions, devices, processors, platform, date and, in a checkout, the commit."""
+    facts: dict[str, Any] = {
+        "devices": run.device_summary(),
+        "backend": jax.default_backend(),
+        "matmul_precision": getattr(jax.config, "jax_default_matmul_precision", None) or "default",
+        "cpu_count": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version for name in PACKAGES if (version := _version(name))},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    if commit := _commit():
+        facts["commit"] = commit
+    return facts
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package lies in, marked if files differ from it."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "--short=12", "HEAD")
+        return commit + (" with changes" if _git(root, "status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):  # no git, or no commit yet
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()

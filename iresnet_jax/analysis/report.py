@@ -1,0 +1,152 @@
+"""The report of a run: every result as ``report.json``, and as the page ``report.html`` that needs nothing else."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from iresnet_jax import density
+from iresnet_jax.analysis import environment, evaluate, lipschitz, page, plots, reconstruct, sample
+from iresnet_jax.analysis.trained import Trained
+from iresnet_jax.training import config as config_lib
+from iresnet_jax.training.metrics import read_metrics
+
+NUM_IMAGES, NUM_POINTS = 64, 2000  # samples shown
+MAP_SIDE = 128
+
+
+def write(trained: Trained) -> dict[str, Any]:
+    """Computes everything a report holds and writes ``report.json`` and ``report.html`` into the workdir.
+
+    Args:
+        trained: The model.
+
+    Returns:
+        The report. In ``report.json`` numbers that are not finite are null.
+
+    Example:
+        >>> report = write(load("runs/digits_density"))  # doctest: +SKIP
+        >>> report["bits_per_dim"]["mean"]  # doctest: +SKIP
+    """
+    records = read_metrics(trained.workdir)
+    likelihood = evaluate.evaluate(trained)
+    reconstructions = reconstruct.reconstruct(trained)
+    constants = lipschitz.measure(trained)
+    is_toy = trained.spec.num_levels is None
+    samples = sample.draw(trained, NUM_POINTS if is_toy else NUM_IMAGES, seed=trained.config.seed)
+    config = config_lib.to_plain(trained.config)
+    report = {
+        density.objective_name(trained.spec): likelihood,
+        "inverse": reconstruct.summarize(trained, reconstructions),
+        "samples": {
+            "num": len(samples.values),
+            "fraction_converged": float(samples.converged.mean()),
+            "max_error_bound": float(samples.error_bound.max()),
+        },
+        "lipschitz": constants,
+        "train": training_times(records, trained.step),
+        "environment": environment.describe(),
+        "config": config,
+        "warnings": [*trained.notes, *evaluate.warnings(likelihood), *sample.warnings(samples)],
+    }
+    figures = {
+        "samples": sample.figure(trained, samples.values),
+        "reconstructions": reconstruct.figure(reconstructions),
+        "lipschitz": _lipschitz_figure(trained, constants),
+    }
+    curves = [record for record in records if record["split"] != "timing"]
+    if any(density.objective_name(trained.spec) in record for record in curves):
+        figures["learning_curves"] = plots.learning_curves(curves)
+    if np.isfinite(reconstructions.max_abs_error).any():
+        figures["error_histogram"] = plots.error_histogram(reconstructions.max_abs_error, reconstructions.error_bound)
+    if is_toy:
+        figures["density"] = plots.density_map(*density_on_grid(trained))
+    uris = {name: plots.to_svg_or_png(figure) for name, figure in figures.items() if figure is not None}
+    shown = {**report, "config": {**config, "reference": dict(config["references"]["values"])}}
+    html = page.render(shown, uris, title=trained.workdir.resolve().name)
+    _write_text(trained.workdir / "report.json", json.dumps(_strict(report), indent=2, allow_nan=False) + "\n")
+    _write_text(trained.workdir / "report.html", html)
+    return report
+
+
+def describe(report: dict[str, Any], workdir: Path) -> str:
+    """The headline of a report, and where it is."""
+    likelihood = report.get("bits_per_dim") or report["nll"]
+    lines = [evaluate.describe({**likelihood}), reconstruct.describe(report["inverse"])]
+    lines.append(f"largest Lipschitz constant of a block: {report['lipschitz']['max_block']:.3f}, as estimated")
+    said = "\n".join(lines)
+    lines += [warning for warning in report["warnings"] if warning not in said]
+    return "\n".join([*lines, f"report: {workdir / 'report.html'}"])
+
+
+def training_times(records: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    """How long training took, from its metrics; None for what they do not tell.
+
+    Returns:
+        ``steps`` behind the evaluated parameters and ``total_steps`` of the run so far, ``seconds_per_step`` (median of the
+        logged windows), ``compile_seconds`` (start to end of the first step, of the last process), ``total_seconds``.
+    """
+    windows = [record["seconds_per_step"] for record in records if "seconds_per_step" in record]
+    compiles = [record["compile_seconds"] for record in records if "compile_seconds" in record]
+    return {
+        "steps": step,
+        "total_steps": max((record["step"] for record in records), default=step),
+        "seconds_per_step": float(np.median(windows)) if windows else None,
+        "compile_seconds": compiles[-1] if compiles else None,
+        "total_seconds": max((record["wall_time_s"] for record in records), default=None),
+    }
+
+
+def density_on_grid(
+    trained: Trained, side: int = MAP_SIDE
+) -> tuple[Float[np.ndarray, "n n"], tuple[float, float, float, float]]:
+    """The exact log-density of a model of the plane on a square grid around its data.
+
+    Args:
+        trained: A model of a 2-D toy.
+        side: Grid points along each axis.
+
+    Returns:
+        Natural log of the density, rows along the second coordinate, and (left, right, bottom, top).
+    """
+    points = trained.source.held_out("test", NUM_POINTS, trained.config.seed)
+    reach = 1.1 * float(np.abs(points).max())
+    edge = (np.arange(side) + 0.5) / side * 2 * reach - reach
+    grid = np.stack(np.meshgrid(edge, edge), axis=-1).reshape(-1, 2).astype(np.float32)
+
+    @jax.jit
+    def log_density(weights, prior, grid):
+        def of_row(x):
+            return density.log_prob(trained.spec, weights, prior, x, jax.random.key(0)).log_prob
+
+        return jax.lax.map(of_row, grid.reshape(side, side, 2))
+
+    values = np.asarray(log_density(trained.weights, trained.prior, jnp.asarray(grid)))
+    return values, (-reach, reach, -reach, reach)
+
+
+def _lipschitz_figure(trained: Trained, constants: dict[str, Any]) -> Any:
+    blocks = constants["blocks"]
+    names, estimates = [block["name"] for block in blocks], [block["estimate"] for block in blocks]
+    return plots.lipschitz_bars(names, estimates, [block["bound"] for block in blocks], target=lipschitz.target(trained))
+
+
+def _strict(value: Any) -> Any:
+    """The same data with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _strict(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Writes a file all at once: a reader finds the old one or the new one."""
+    incoming = path.with_name(path.name + ".incoming")
+    incoming.write_text(text, encoding="utf-8")
+    incoming.replace(path)

@@ -1,0 +1,103 @@
+"""Samples of a trained model, with a verdict on every one: the inverse is iterative and says where it failed."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Num
+
+from iresnet_jax import density, likelihood
+from iresnet_jax.analysis import plots
+from iresnet_jax.analysis.trained import Trained
+from iresnet_jax.training import config as config_lib
+
+
+class Samples(NamedTuple):
+    """Samples and how their inverse ended.
+
+    Attributes:
+        values: Images of integer levels, or points.
+        converged: Whether each sample's inverse met its tolerance.
+        error_bound: Of each sample, Euclidean, in the units of the flow's input; conditional on the estimated norms.
+    """
+
+    values: Num[np.ndarray, "n ..."]
+    converged: Bool[np.ndarray, " n"]
+    error_bound: Float[np.ndarray, " n"]
+
+
+def draw(trained: Trained, num: int, *, temperature: float = 1.0, seed: int = 0) -> Samples:
+    """Draws from the model: latents from the prior, through the inverse, to the levels of the data.
+
+    Args:
+        trained: The model.
+        num: Samples, at least 1.
+        temperature: Factor on the prior's scale, at least 0; 1 samples the model.
+        seed: Of the latents.
+
+    Raises:
+        ValueError: If ``num``, ``temperature`` or ``seed`` is out of range.
+
+    Example:
+        >>> samples = draw(load("runs/digits_density"), 64, temperature=0.8)  # doctest: +SKIP
+    """
+    if num < 1:
+        raise ValueError(f"the number of samples must be at least 1, got {num}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+    spec = trained.spec
+    solver = config_lib.build_solver(trained.config.evaluation)
+    at_once = min(num, trained.config.evaluation.batch_size)
+
+    @jax.jit
+    def batch(weights, prior, key):
+        return density.sample(spec, weights, prior, key, at_once, temperature=temperature, solver=solver)
+
+    key = jax.random.key(seed)
+    parts = [batch(trained.weights, trained.prior, jax.random.fold_in(key, i)) for i in range(-(-num // at_once))]
+    x, info = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:num], *jax.device_get(parts))
+    if spec.num_levels is not None:
+        x = np.asarray(likelihood.quantize(jnp.asarray(x), spec.num_levels))
+    return Samples(x, info.converged, info.error_bound)
+
+
+def figure(trained: Trained, values: Num[np.ndarray, "n ..."]) -> Any:
+    """Images side by side, or points in the plane."""
+    if trained.spec.num_levels is None:
+        return plots.scatter(values)
+    return plots.image_grid(grey_values(trained, values))
+
+
+def grey_values(trained: Trained, levels: Num[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
+    """Integer levels as grey values from 0, black, to 1, white."""
+    assert trained.spec.num_levels is not None
+    return levels.astype(np.float64) / (trained.spec.num_levels - 1)
+
+
+def write(trained: Trained, samples: Samples, folder: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Writes ``samples.png`` and ``samples.npy`` (levels as uint8, points as float32) into a folder."""
+    png, npy = Path(folder) / "samples.png", Path(folder) / "samples.npy"
+    figure(trained, samples.values).savefig(png, dpi=150)
+    np.save(npy, samples.values)
+    return png, npy
+
+
+def warnings(samples: Samples) -> list[str]:
+    """What went wrong, in sentences that name the samples."""
+    failed = np.flatnonzero(~samples.converged)
+    if not len(failed):
+        return []
+    named = ", ".join(map(str, failed[:10])) + (", ..." if len(failed) > 10 else "")
+    return [f"The inverse did not converge for {len(failed)} of {len(samples.converged)} samples, numbers {named}."]
+
+
+def describe(samples: Samples) -> str:
+    """How sampling went, in a line or two."""
+    line = (
+        f"samples: the inverse converged for {samples.converged.sum()} of {len(samples.converged)}; "
+        f"largest error bound {samples.error_bound.max():.2g} (Euclidean, if the estimated norms are right)"
+    )
+    return "\n".join([line, *warnings(samples)])

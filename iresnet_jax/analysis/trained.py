@@ -1,0 +1,147 @@
+"""A trained model as its workdir holds it: where everything after training starts.
+
+The parameters are the moving average of the checkpoint that was best on validation, and the norms of all layers are iterated to
+their tolerance: with the few power iterations of a training step a layer could still exceed its coefficient.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from iresnet_jax import density, model
+from iresnet_jax.training import config as config_lib
+from iresnet_jax.training import run, state
+from iresnet_jax.training.checkpoint import Checkpoints
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, its data and its settings.
+
+    Attributes:
+        workdir: Folder of the run.
+        config: The settings it was trained with.
+        spec: The model without its weights.
+        source: The data.
+        weights: The flow's constrained weights, for the functions of `density`.
+        prior: The prior's parameters.
+        norms: Estimated operator norms of all layers before normalisation, by stage and layer, one a block.
+        step: Updates behind these parameters.
+        notes: Sentences a reader of any result must know, such as which checkpoint had to be used instead.
+    """
+
+    workdir: Path
+    config: Any
+    spec: density.DensitySpec
+    source: run.Source
+    weights: Any = field(repr=False)
+    prior: Any = field(repr=False)
+    norms: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    step: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_blocks(self) -> int:
+        """Residual blocks of the flow."""
+        return sum(stage.num_blocks for stage in self.spec.flow.stages)
+
+
+def load(workdir: str | os.PathLike[str]) -> Trained:
+    """Loads the best checkpoint of a run, or the latest where there is no best one, which `Trained.notes` then says.
+
+    On an accelerator this also sets the precision of matrix products in this process, see `run.apply_matmul_precision`.
+
+    Args:
+        workdir: Folder of the run, as `loop.train` filled it.
+
+    Raises:
+        ValueError: If it is no folder of a run, or its ``config.json`` is damaged.
+        RuntimeError: If it has no checkpoint yet, or none that can be read.
+
+    Example:
+        >>> trained = load("runs/digits_density")  # doctest: +SKIP
+        >>> samples, info = density.sample(
+        ...     trained.spec, trained.weights, trained.prior, jax.random.key(0), 64
+        ... )  # doctest: +SKIP
+    """
+    workdir = Path(workdir)
+    config = load_config(workdir)
+    run.apply_matmul_precision(config)
+    source = run.load_source(config.data.name, config.data.data_dir)
+    spec = run.density_spec(config, source)
+    optimizer = config_lib.build_optimizer(config.optimizer, config.training.total_steps)
+    variables = run.abstract_variables(config, spec)
+    target = jax.eval_shape(lambda: state.create(_zeros(variables), optimizer))
+    best, step, notes = _restore(Checkpoints(workdir), target, workdir)
+    constrain = jax.jit(lambda ema, spectral: model.constrain(spec.flow, ema, spectral, rtol=config.spectral.rtol))
+    constrained = constrain(best.ema, best.spectral)
+    return Trained(
+        workdir=workdir,
+        config=config,
+        spec=spec,
+        source=source,
+        weights=constrained.weights,
+        prior=best.ema["prior"],
+        norms=constrained.norms,
+        step=step,
+        notes=notes,
+    )
+
+
+def load_config(workdir: Path) -> Any:
+    """The settings that a workdir was trained with.
+
+    Raises:
+        ValueError: If there are none or they are damaged.
+    """
+    if not workdir.is_dir():
+        raise ValueError(f"there is no workdir {workdir}: give the --workdir of a training run")
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} has no config.json, so it is not the workdir of a training run")
+    try:
+        plain = json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} is damaged: restore it from a copy") from None
+    if missing := _missing(config_lib.to_plain(config_lib.default_config()), plain):
+        raise ValueError(f"{path} lacks {missing}: it is damaged or was written by another version")
+    return ml_collections.ConfigDict(plain)
+
+
+def _restore(checkpoints: Checkpoints, target: Any, workdir: Path) -> tuple[state.TrainState, int, tuple[str, ...]]:
+    """The state to use, its step, and what is to be said about the choice."""
+    why = "there is no checkpoint chosen on validation"
+    try:
+        if restored := checkpoints.restore_best(target):
+            return (*restored, ())
+    except RuntimeError:
+        why = "the checkpoint that was best on validation is damaged"
+    restored = checkpoints.restore_latest(target)
+    if restored is None:
+        raise RuntimeError(f"{workdir} has no checkpoint yet: the first is written at the first evaluation of the training")
+    return (*restored, (f"These are the parameters of the latest checkpoint, step {restored[1]}: {why}.",))
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def _missing(expected: Any, found: Any, path: str = "config") -> str | None:
+    """The first setting that is expected and not found."""
+    if not isinstance(expected, dict):
+        return None
+    if not isinstance(found, dict):
+        return path
+    for name, value in expected.items():
+        if name not in found:
+            return f"{path}.{name}"
+        if lacking := _missing(value, found[name], f"{path}.{name}"):
+            return lacking
+    return None

@@ -1,0 +1,112 @@
+"""Command lines that answer a mistake in one sentence: what was wrong, and what to do instead."""
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import config_flags
+
+from iresnet_jax.training import config as config_lib
+
+MISTAKE = 2  # exit status
+_LONGEST = 600  # characters of a message; compilers append whole programs to theirs
+
+
+class TrainFlags(NamedTuple):
+    """What the command line of `train.py` says.
+
+    Attributes:
+        config: The settings, overrides applied.
+        workdir: Folder of the run.
+        debug: Whether a failure shows its traceback.
+    """
+
+    config: Any
+    workdir: Path
+    debug: bool
+
+
+def explain_failures(command: Callable[[], int], *, debug: bool = False) -> int:
+    """Runs a command and returns its exit status; a failure ends in one sentence on stderr and status 2.
+
+    Args:
+        command: Raises ``ValueError``, ``RuntimeError`` or ``OSError`` for what a user can mend; anything else is a bug and
+            passes through.
+        debug: Let those pass too, with their traceback.
+    """
+    try:
+        return command()
+    except (ValueError, RuntimeError, OSError) as error:
+        if debug:
+            raise
+        print(f"error: {one_sentence(error)}", file=sys.stderr)
+        return MISTAKE
+
+
+def one_sentence(error: Exception) -> str:
+    """An exception's message on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ... (--debug shows all)"
+
+
+def quiet_backends() -> None:
+    """Silences JAX's remarks on accelerators that this machine does not have; its warnings stay."""
+    logging.getLogger("jax").setLevel(logging.WARNING)
+
+
+def parse_train_flags(argv: Sequence[str], *, default_config: str) -> TrainFlags:
+    """Reads ``--config``, its overrides ``--config.FIELD=VALUE``, ``--workdir`` and ``--debug``.
+
+    Args:
+        argv: The command line, program name first.
+        default_config: Config file where none is given.
+
+    Raises:
+        ValueError: If a flag or a field is unknown, or a value does not fit.
+        OSError: If the config file cannot be read.
+    """
+    program, *arguments = argv
+    if not any(re.fullmatch(r"--?config(=.*)?", argument) for argument in arguments):
+        arguments = [f"--config={default_config}", *arguments]
+    try:
+        values, rest = _parse([program, *arguments])
+    except (AttributeError, LookupError, TypeError) as error:  # from deep inside: which override was it?
+        raise ValueError(_explain_override(program, arguments) or one_sentence(error)) from None
+    except flags.Error as error:
+        raise ValueError(one_sentence(error)) from None
+    if rest:
+        raise ValueError(f"unexpected argument {rest[0]!r}: settings are given as --config.FIELD=VALUE")
+    path = config_flags.get_config_filename(values["config"])
+    workdir = values["workdir"].value or Path("runs") / Path(path.split(":")[0]).stem
+    return TrainFlags(values["config"].value, Path(workdir), bool(values["debug"].value))
+
+
+def _parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
+    """All flags, defined anew so that this can run many times in one process, and the arguments left over."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "Settings of the run.", flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+    flags.DEFINE_bool("debug", default=False, help="Show the traceback of a failure.", flag_values=values)
+    _, *rest = values(argv)
+    config = values["config"].value
+    if isinstance(config, config_flags.config_flags._ErrorConfig):  # it raises at first use
+        config.lock  # noqa: B018
+    return values, rest
+
+
+def _explain_override(program: str, arguments: list[str]) -> str | None:
+    """The sentence about the first override that fails on its own."""
+    overrides = [argument for argument in arguments if re.match(r"--?(no)?config\.", argument)]
+    others = [argument for argument in arguments if argument not in overrides]
+    config: Any = _parse([program, *others])[0]["config"].value
+    for override in overrides:
+        try:
+            _parse([program, *others, override])
+        except (AttributeError, LookupError, TypeError):
+            path = re.sub(r"^--?(no)?config\.", "", override).split("=")[0]
+            return config_lib.unknown_field_message(config, path)
+    return None

@@ -1,0 +1,116 @@
+"""The three implementations of the convolution against a plain sum over taps, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from iresnet_jax.convolution import PADDINGS, choose_implementation, conv, explicit_padding
+
+EXACT = 1e-12  # the same sum of at most a hundred terms in another order, in float64
+IMPLEMENTATIONS = ("xla", "patches", "taps")
+
+# height, width, kernel shape, strides, padding
+CASES = {
+    "3x3 same": (5, 6, (3, 3, 2, 3), (1, 1), "SAME"),
+    "3x3 valid": (5, 6, (3, 3, 3, 2), (1, 1), "VALID"),
+    "3x3 circular": (5, 4, (3, 3, 2, 2), (1, 1), "CIRCULAR"),
+    "1x1": (3, 4, (1, 1, 3, 2), (1, 1), "SAME"),
+    "even taps same": (5, 6, (2, 4, 2, 2), (1, 1), "SAME"),
+    "even taps circular": (4, 5, (4, 2, 1, 2), (1, 1), "CIRCULAR"),
+    "stride 2 same, even and odd sides": (6, 5, (3, 3, 2, 3), (2, 2), "SAME"),
+    "stride 2 valid, even taps": (7, 6, (2, 2, 2, 2), (2, 2), "VALID"),
+    "stride 2 circular": (6, 6, (3, 3, 2, 1), (2, 2), "CIRCULAR"),
+    "strides of two kinds": (5, 7, (3, 2, 1, 2), (1, 2), "SAME"),
+    "explicit pads": (4, 5, (3, 3, 2, 2), (1, 1), ((2, 0), (1, 3))),
+    "kernel larger than the image, same": (2, 3, (5, 5, 2, 2), (1, 1), "SAME"),
+    "kernel larger than the image, circular": (2, 2, (5, 5, 1, 2), (1, 1), "CIRCULAR"),
+    "one pixel": (1, 1, (3, 3, 2, 2), (1, 1), "SAME"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_agree_with_the_sum_over_taps(x64, name):
+    height, width, kernel_shape, strides, padding = CASES[name]
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, height, width, kernel_shape[2])), rng.normal(size=kernel_shape)
+    expected = oracles.conv_forward(x, kernel, strides=strides, padding=padding)
+    cotangent = rng.normal(size=expected.shape)
+
+    @jax.jit
+    def values_and_gradients(x, kernel, cotangent):
+        def run(implementation):
+            y, pullback = jax.vjp(
+                lambda x, k: conv(x, k, strides=strides, padding=padding, implementation=implementation), x, kernel
+            )
+            return y, *pullback(cotangent)
+
+        return {implementation: run(implementation) for implementation in IMPLEMENTATIONS}
+
+    # The map is linear in each argument, so a gradient is the map of unit directions against the cotangent.
+    matrix = oracles.dense_conv_matrix(kernel, height, width, strides=strides, padding=padding)
+    units = np.eye(kernel.size).reshape(-1, *kernel_shape)
+    along_units = [np.sum(cotangent * oracles.conv_forward(x, k, strides=strides, padding=padding)) for k in units]
+    for implementation, (y, x_grad, kernel_grad) in values_and_gradients(x, kernel, cotangent).items():
+        np.testing.assert_allclose(y, expected, rtol=EXACT, atol=EXACT, err_msg=implementation)
+        np.testing.assert_allclose(
+            x_grad.reshape(2, -1), cotangent.reshape(2, -1) @ matrix, rtol=EXACT, atol=EXACT, err_msg=implementation
+        )
+        np.testing.assert_allclose(kernel_grad.ravel(), along_units, rtol=EXACT, atol=EXACT, err_msg=implementation)
+
+
+def test_the_comparison_rejects_a_flipped_kernel(x64):
+    rng = np.random.default_rng(1)
+    x, kernel = rng.normal(size=(1, 4, 4, 1)), rng.normal(size=(3, 3, 1, 1))
+    flipped = conv(jnp.asarray(x), jnp.asarray(kernel[::-1, ::-1]))
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(flipped, oracles.conv_forward(x, kernel), rtol=EXACT, atol=EXACT)
+
+
+def test_one_stride_stands_for_both_axes_and_auto_is_one_of_the_three():
+    x, kernel = jnp.ones((1, 6, 6, 2)), jnp.ones((3, 3, 2, 2))
+    np.testing.assert_array_equal(conv(x, kernel, strides=2), conv(x, kernel, strides=(2, 2)))
+    chosen = choose_implementation(kernel.shape)
+    np.testing.assert_array_equal(conv(x, kernel), conv(x, kernel, implementation=chosen))
+
+
+@pytest.mark.parametrize(
+    ("kernel_shape", "expected"),
+    [((1, 1, 64, 64), "patches"), ((3, 3, 64, 64), "xla"), ((3, 3, 2, 64), "patches"), ((3, 3, 64, 2), "taps")],
+)
+def test_the_choice_on_cpu_goes_by_the_thinner_side(kernel_shape, expected):
+    assert choose_implementation(kernel_shape) == expected
+
+
+def test_circular_padding_commutes_with_cyclic_shifts(x64):
+    rng = np.random.default_rng(2)
+    x, kernel = jnp.asarray(rng.normal(size=(1, 5, 4, 2))), jnp.asarray(rng.normal(size=(3, 3, 2, 2)))
+    shifted = conv(jnp.roll(x, (2, 1), (1, 2)), kernel, padding="CIRCULAR")
+    np.testing.assert_allclose(shifted, jnp.roll(conv(x, kernel, padding="CIRCULAR"), (2, 1), (1, 2)), rtol=EXACT, atol=EXACT)
+
+
+def test_vmap_over_kernels_is_a_loop_over_kernels(x64):
+    rng = np.random.default_rng(3)
+    x, kernels = jnp.asarray(rng.normal(size=(1, 4, 4, 2))), jnp.asarray(rng.normal(size=(3, 3, 3, 2, 2)))
+    together = jax.vmap(lambda k: conv(x, k))(kernels)
+    for y, kernel in zip(together, kernels, strict=True):
+        np.testing.assert_allclose(y, conv(x, kernel), rtol=EXACT, atol=EXACT)
+
+
+def test_mistakes_are_named():
+    x = jnp.ones((1, 4, 4, 2))
+    with pytest.raises(ValueError, match="takes 3 channels, the input has 2"):
+        conv(x, jnp.ones((3, 3, 3, 1)))
+    with pytest.raises(ValueError, match=f"one of {', '.join(PADDINGS)}"):
+        conv(x, jnp.ones((3, 3, 2, 1)), padding="REFLECT")
+    with pytest.raises(ValueError, match=r"5 x 5 taps do not fit an image of 4 x 4"):
+        conv(x, jnp.ones((5, 5, 2, 1)), padding="VALID")
+
+
+def test_explicit_padding_spells_out_the_names():
+    assert explicit_padding("SAME", (3, 2), (5, 5), (1, 1)) == ((1, 1), (0, 1))
+    assert explicit_padding("SAME", (3, 3), (6, 6), (2, 2)) == ((0, 1), (0, 1))
+    assert explicit_padding("VALID", (3, 3), (5, 5), (1, 1)) == ((0, 0), (0, 0))
+    assert explicit_padding("CIRCULAR", (4, 3), (5, 5), (2, 2)) == ((1, 2), (1, 1))
+    assert explicit_padding(((1, 2), (3, 4)), (3, 3), (5, 5), (1, 1)) == ((1, 2), (3, 4))

@@ -1,0 +1,134 @@
+"""What the Linen modules create: names, a data-dependent start, norms that hold before the first step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from flax import traverse_util
+
+from iresnet_jax import actnorm, branches, flow, model, modules
+
+SPECTRAL = 1e-3  # the tolerance of the norms
+STATISTICS = 3e-4  # ActNorm adds 1e-5 to variances of at least .05; the rest is float32
+ROUND_TRIP = 1e-4  # float32, a few blocks
+
+SPEC = model.FlowSpec(
+    (4, 4, 1),
+    (
+        model.StageSpec(2, hidden=(3,), kernel_sizes=(3, 1), squeeze=2, factor_out=True),
+        model.StageSpec(1, hidden=(5,), activation="lipswish"),
+    ),
+)
+MODULE = modules.ResidualFlow(SPEC)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    scale = jnp.linspace(0.5, 3, 16).reshape(1, 4, 4, 1)
+    return 2 + scale * jax.random.normal(jax.random.key(1), (32, 4, 4, 1))
+
+
+@pytest.fixture(scope="module")
+def variables(batch):
+    return jax.jit(MODULE.init)(jax.random.key(0), batch)
+
+
+@pytest.fixture(scope="module")
+def weights(variables):
+    return jax.jit(lambda variables: MODULE.apply(variables, method="constrain"))(variables).weights
+
+
+def test_names_read_like_paths(variables):
+    assert set(variables) == {"params", "spectral"}
+    params = {"/".join(path): a.shape for path, a in traverse_util.flatten_dict(variables["params"]).items()}
+    assert params == {
+        "stage0/blocks/actnorm/bias": (2, 4),
+        "stage0/blocks/actnorm/log_scale": (2, 4),
+        "stage0/blocks/conv0/kernel": (2, 3, 3, 4, 3),
+        "stage0/blocks/conv0/bias": (2, 3),
+        "stage0/blocks/conv1/kernel": (2, 1, 1, 3, 4),
+        "stage0/blocks/conv1/bias": (2, 4),
+        "stage1/blocks/actnorm/bias": (1, 8),
+        "stage1/blocks/actnorm/log_scale": (1, 8),
+        "stage1/blocks/dense0/kernel": (1, 8, 5),
+        "stage1/blocks/dense0/bias": (1, 5),
+        "stage1/blocks/dense1/kernel": (1, 5, 8),
+        "stage1/blocks/dense1/bias": (1, 8),
+        "stage1/blocks/dense1/beta": (1,),
+        "prior/mean": (16,),
+        "prior/log_std": (16,),
+    }
+    spectral = {"/".join(path): a.shape for path, a in traverse_util.flatten_dict(variables["spectral"]).items()}
+    assert spectral == {
+        "stage0/blocks/conv0": (2, 2, 2, 4),
+        "stage0/blocks/conv1": (2, 2, 2, 3),
+        "stage1/blocks/dense0": (1, 8),
+        "stage1/blocks/dense1": (1, 5),
+    }
+
+
+def test_blocks_start_different(variables):
+    kernels = variables["params"]["stage0"]["blocks"]["conv0"]["kernel"]
+    assert not jnp.allclose(kernels[0], kernels[1])
+
+
+def test_the_input_of_every_branch_has_mean_zero_and_variance_one(weights, batch):
+    x = flow.squeeze_bijection(2).forward(batch)
+    for stage, (name, branch) in enumerate(zip(model.stage_names(SPEC), SPEC.branches, strict=True)):
+        for k in range(SPEC.stages[stage].num_blocks):
+            block = jax.tree.map(lambda a, k=k: a[k], weights[name])
+            x, _ = actnorm.forward_and_logdet(actnorm.ActNormParams(**block["actnorm"]), x)
+            axes = tuple(range(x.ndim - 1))
+            np.testing.assert_allclose(jnp.mean(x, axes), 0, atol=STATISTICS)
+            np.testing.assert_allclose(jnp.var(x, axes), 1, atol=STATISTICS)
+            x = x + branches.apply_branch(branch, block["branch"], x)
+        x = x[..., :2].reshape(len(x), -1) if stage == 0 else x
+
+
+def test_norms_hold_before_the_first_step(variables):
+    """One power step from the fresh iterates, as a training step makes it, is already converged."""
+    constrained = jax.jit(lambda variables: MODULE.apply(variables, num_steps=1, method="constrain"))(variables)
+    for name, branch in zip(model.stage_names(SPEC), SPEC.branches, strict=True):
+        for layer in branch.layers:
+            raw = variables["params"][name]["blocks"][layer.name]["kernel"][0]
+            kernel = constrained.weights[name]["branch"][layer.name]["kernel"][0]
+            unfold = functools.partial(oracles.dense_conv_matrix, height=2, width=2) if raw.ndim == 4 else np.asarray
+            true = oracles.operator_norm(unfold(raw))
+            np.testing.assert_allclose(constrained.norms[name][layer.name][0], true, rtol=SPECTRAL)
+            assert oracles.operator_norm(unfold(kernel)) <= SPEC.coeff * (1 + SPECTRAL)
+
+
+def test_methods_go_there_and_back(variables, batch):
+    @jax.jit
+    def there_and_back(variables, x):
+        z, logdet, _ = MODULE.apply(variables, x, jax.random.key(0), method="forward_and_logdet")
+        return z, logdet, MODULE.apply(variables, z, method="inverse")
+
+    z, logdet, (x, info) = there_and_back(variables, batch[:3])
+    assert z.shape == (3, 16)
+    assert logdet.shape == (3,)
+    assert jnp.all(info.converged)
+    np.testing.assert_allclose(x, batch[:3], atol=ROUND_TRIP)
+
+
+def test_calling_the_module_uses_the_stored_scales(variables, batch):
+    """The data-dependent start belongs to ``init``: later batches are not normalised by themselves."""
+    apply = jax.jit(MODULE.apply)
+    np.testing.assert_allclose(apply(variables, batch[:3]), apply(variables, batch)[:3], atol=ROUND_TRIP)
+    z, created = jax.jit(MODULE.init_with_output)(jax.random.key(0), batch)
+    np.testing.assert_allclose(apply(created, batch), z, atol=ROUND_TRIP)
+
+
+def test_a_small_last_scale_starts_near_the_identity(batch):
+    branch = SPEC.branches[0]
+    weights = branches.initial_weights(branch, jax.random.key(0), last_scale=1e-3)
+    x = flow.squeeze_bijection(2).forward(batch)
+    assert jnp.max(jnp.abs(branches.apply_branch(branch, weights, x))) < 0.05
+
+
+def test_an_unknown_prior_is_named():
+    with pytest.raises(ValueError, match="prior must be one of gaussian, logistic, got 'cauchy'"):
+        modules.initial_prior("cauchy", 3)

@@ -1,0 +1,293 @@
+"""Training from its command line: the same after a kill and on any number of devices; mistakes are answered in a sentence."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+import runs
+from runs import EVAL_EVERY, ROOT, TOTAL_STEPS
+
+from iresnet_jax.training import config as config_lib
+from iresnet_jax.training import loop, parallel, run, state
+from iresnet_jax.training.density import evaluation_keys, make_step
+from iresnet_jax.training.metrics import read_metrics
+
+# The same sums in another order, in float32; Adam divides by the root of tiny second moments, which magnifies their rounding.
+DEVICE_RTOL, DEVICE_ATOL = 1e-4, 1e-5
+
+# ml_collections loads config files in a way that Python is going to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilations(tmp_path_factory):
+    with runs.shared_compilations(tmp_path_factory):
+        yield
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("configs") / "tiny_moons.py"
+    path.write_text(runs.TOY_CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config():
+    return runs.config_of(runs.TOY_CONFIG)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, tmp_path_factory):
+    """The run that was never stopped: its workdir, its last state, and how often its step was traced."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    traces = []
+
+    def counting(*args, **kwargs):
+        step = make_step(*args, **kwargs)
+
+        def counted(*step_args):
+            traces.append(1)
+            return step(*step_args)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_step", counting)
+        last = loop.train(config, workdir)
+    return workdir, last, len(traces)
+
+
+def measurements(workdir):
+    """What a run wrote down, without the times."""
+    timed = ("wall_time_s", "seconds_per_step", "compile_seconds")
+    kept = [{k: v for k, v in record.items() if k not in timed} for record in read_metrics(workdir)]
+    return [record for record in kept if record["split"] != "timing"]
+
+
+# --- one run --------------------------------------------------------------------------------------------------------
+
+
+def test_training_improves_validation_and_never_recompiles(uninterrupted):
+    workdir, last, traces = uninterrupted
+    assert traces == 1
+    assert int(last.step) == TOTAL_STEPS
+    validation = [record["nll"] for record in measurements(workdir) if record["split"] == "validation"]
+    assert len(validation) == TOTAL_STEPS // EVAL_EVERY
+    assert validation[-1] < validation[0]
+
+
+def test_a_killed_run_ends_bit_for_bit_like_one_never_stopped(config, config_file, uninterrupted, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), f"--config={config_file}", f"--workdir={tmp_path}"]
+    process = subprocess.Popen(command, env=runs.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    latest = tmp_path / "checkpoints" / "latest"
+    deadline = time.monotonic() + 120
+    while not (latest.exists() and any(path.name.isdecimal() for path in latest.iterdir())):
+        assert process.poll() is None, "the process ended by itself"
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = max(int(path.name) for path in latest.iterdir() if path.name.isdecimal())
+    assert 0 < reached < TOTAL_STEPS, "it was not killed in the middle"
+
+    resumed = loop.train(config, tmp_path)
+    workdir, reference, _ = uninterrupted
+    chex.assert_trees_all_equal(jax.device_get(resumed), jax.device_get(reference))
+    assert measurements(tmp_path) == measurements(workdir)
+
+
+def test_a_finished_run_is_not_trained_further(config, uninterrupted, monkeypatch):
+    workdir, reference, _ = uninterrupted
+
+    monkeypatch.setattr(loop, "batches", lambda *_: iter(()))
+    before = measurements(workdir)
+    again = loop.train(config, workdir)
+    chex.assert_trees_all_equal(jax.device_get(again), jax.device_get(reference))
+    assert measurements(workdir) == before
+
+
+# --- devices --------------------------------------------------------------------------------------------------------
+
+
+def after_steps(config, num_shares, mapped, num_steps=3):
+    """Parameters after a few steps with the batch in so many shares."""
+    source = run.load_source(config.data.name)
+    spec = run.density_spec(config, source)
+    optimizer = config_lib.build_optimizer(config.optimizer, TOTAL_STEPS)
+    step = make_step(
+        spec,
+        config_lib.build_estimator(config.logdet),
+        optimizer,
+        config_lib.build_schedule(config.optimizer, TOTAL_STEPS),
+        seed=config.seed,
+        num_power_steps=config.spectral.num_steps,
+        ema_decay=config.training.ema_decay,
+        unroll=run.unroll(config),
+        draw=source.draw,
+    )
+    batch = np.zeros((num_shares, config.training.batch_size // num_shares), np.float32)
+    current = state.create(run.initial_variables(config, spec, source), optimizer)
+    step = mapped(step)
+    for _ in range(num_steps):
+        current, metrics = step(current, batch)
+    return jax.device_get((current.params, current.ema, current.spectral, metrics))
+
+
+def vmapped(step):
+    return jax.jit(jax.vmap(step, axis_name=parallel.AXIS, in_axes=(None, 0), out_axes=(None, None)))
+
+
+def test_one_and_two_devices_give_the_same_result(config):
+    one = after_steps(config, 1, vmapped)
+    two = after_steps(config, 2, parallel.parallelize)
+    chex.assert_trees_all_close(one, two, rtol=DEVICE_RTOL, atol=DEVICE_ATOL)
+
+
+def test_the_comparison_notices_gradients_that_are_not_averaged(config, monkeypatch):
+    monkeypatch.setattr("iresnet_jax.training.density.lax.pmean", lambda value, axis: value)
+    with pytest.raises(ValueError, match="out_axes"):  # under vmap; pmap would return the first device's without a word
+        after_steps(config, 2, vmapped, num_steps=1)
+
+
+# --- keys of an evaluation ------------------------------------------------------------------------------------------
+
+
+def test_probe_draws_share_their_noise_and_nothing_else_is_shared():
+    draws = {(s, p): evaluation_keys(jax.random.key(0), np.arange(3), s, p) for s in range(2) for p in range(2)}
+    noise = {draw: jax.random.key_data(keys[0]).tolist() for draw, keys in draws.items()}
+    assert noise[0, 0] == noise[0, 1]
+    distinct = [*noise[0, 0], *noise[1, 0]]
+    for _, key_probe in draws.values():
+        distinct += jax.random.key_data(key_probe).tolist()
+    assert len({tuple(key) for key in distinct}) == len(distinct) == 2 * 3 + 4 * 3
+
+
+def test_an_example_has_its_keys_in_whatever_batch_it_stands():
+    whole = evaluation_keys(jax.random.key(0), np.arange(6), 1, 2)
+    part = evaluation_keys(jax.random.key(0), np.array([4, 2]), 1, 2)
+    for keys, some in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(jax.random.key_data(keys)[np.array([4, 2])], jax.random.key_data(some))
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def answer(capsys, *arguments):
+    """Exit status and the one line on stderr of a command that fails."""
+    status = runs.train_script().main(["train.py", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert err.rstrip().splitlines()[-1] == line
+    assert "Traceback" not in err
+    assert out == ""
+    return status, line
+
+
+MISTAKES = {
+    "unknown section": (["--config.trainig.batch_size=3"], "config has no field 'trainig': did you mean 'training'?"),
+    "unknown field": (
+        ["--config.training.batch_sise=3"],
+        "config.training has no field 'batch_sise': did you mean 'batch_size'?",
+    ),
+    "second of two": (["--config.seed=1", "--config.sed=2"], "config has no field 'sed': did you mean 'seed'?"),
+    "type": (["--config.training.batch_size=abc"], "config.training.batch_size=abc"),
+    "no such stage": (["--config.model.stages[3].num_blocks=2"], "config.model.stages has no entry 3: it has 1"),
+    "stage field": (
+        ["--config.model.stages[0].num_block=2"],
+        "config.model.stages[0] has no field 'num_block': did you mean 'num_blocks'?",
+    ),
+    "flag": (["--worcdir=x"], "worcdir"),
+    "stray": (["extra"], "unexpected argument 'extra'"),
+    "coeff": (["--config.model.coeff=1.5"], "coeff must lie in (0, 1), got 1.5: the inverse only exists for a contraction"),
+    "devices": (["--config.training.batch_size=15"], "a batch of 15 examples cannot be split evenly over 2 devices"),
+    "data": (["--config.data.name=mons"], "unknown image data set 'mons': known are"),
+    "blocks": (["--config.training.blocks=loop"], "training.blocks must be auto, scan or unroll, got 'loop'"),
+    "logdet": (["--config.logdet.kind=magic"], "logdet.kind must be exact, series or roulette, got 'magic'"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_answered_in_one_sentence(name, config_file, tmp_path, capsys):
+    arguments, sentence = MISTAKES[name]
+    status, line = answer(capsys, f"--config={config_file}", f"--workdir={tmp_path / 'new'}", *arguments)
+    assert status == 2
+    assert sentence in line
+    assert not (tmp_path / "new").exists(), "a mistake must not claim a workdir"
+
+
+def test_missing_config_file_is_answered_in_one_sentence(capsys):
+    status, line = answer(capsys, "--config=configs/nowhere.py")
+    assert status == 2
+    assert "configs/nowhere.py" in line
+
+
+def test_workdir_with_another_config_is_refused(config_file, uninterrupted, capsys):
+    workdir, _, _ = uninterrupted
+    before = (workdir / "config.json").read_text()
+    status, line = answer(capsys, f"--config={config_file}", f"--workdir={workdir}", "--config.optimizer.learning_rate=0.5")
+    assert status == 2
+    assert "config.optimizer.learning_rate is 0.5 now and was 0.001" in line
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_failures_of_a_run_are_sentences_too_unless_debugging(config_file, tmp_path, monkeypatch, capsys):
+    def blow_up(config, workdir):
+        raise RuntimeError("nll became non-finite between steps 0 and 2;\n lower the learning rate")
+
+    monkeypatch.setattr(loop, "train", blow_up)
+    arguments = [f"--config={config_file}", f"--workdir={tmp_path}"]
+    status, line = answer(capsys, *arguments)
+    assert (status, line) == (2, "error: nll became non-finite between steps 0 and 2; lower the learning rate")
+    with pytest.raises(RuntimeError, match="non-finite"):
+        runs.train_script().main(["train.py", *arguments, "--debug"])
+
+
+def test_a_bug_is_not_dressed_up_as_a_mistake(config_file, tmp_path, monkeypatch):
+    def crash(config, workdir):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(loop, "train", crash)
+    with pytest.raises(TypeError, match="a bug"):
+        runs.train_script().main(["train.py", f"--config={config_file}", f"--workdir={tmp_path}"])
+
+
+def test_real_command_line_of_a_mistake(config_file):
+    command = [sys.executable, str(ROOT / "train.py"), f"--config={config_file}", "--config.trainig.batch_size=3"]
+    done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: config has no field 'trainig': did you mean 'training'?"
+    assert "Traceback" not in done.stderr
+
+
+# --- flags ----------------------------------------------------------------------------------------------------------
+
+
+def test_flags_override_fields_and_name_the_workdir_after_the_config(config_file):
+    parse = runs.train_script().parse_train_flags
+    arguments = [f"--config={config_file}", "--config.seed=3", "--config.model.stages[0].hidden=(4,)"]
+    flags = parse(["train.py", *arguments], default_config="configs/digits_density.py")
+    assert flags.config.seed == 3
+    assert flags.config.model.stages[0]["hidden"] == (4,)
+    assert flags.workdir == Path("runs/tiny_moons")
+    assert not flags.debug
+
+
+def test_the_default_config_is_used_where_none_is_named(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = runs.train_script().parse_train_flags(
+        ["train.py", "--config.seed=3"], default_config=runs.train_script().DEFAULT_CONFIG
+    )
+    assert flags.config.seed == 3
+    assert flags.workdir == Path("runs/digits_density")
+
+
+def test_config_json_is_what_was_trained(config, uninterrupted):
+    assert json.loads((uninterrupted[0] / "config.json").read_text()) == config_lib.to_plain(config)

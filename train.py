@@ -1,0 +1,41 @@
+"""Trains the model of a config, then reports on it.
+
+    python train.py --config=configs/digits_density.py --workdir=runs/digits_density --config.training.batch_size=64
+
+Flags:
+    --config          file with the settings; configs/digits_density.py by default
+    --config.FIELD    overrides one of them; --config.model.stages[0].num_blocks=8 reaches into a stage
+    --workdir         folder of the run: config, metrics, checkpoints, report; runs/<name of the config file> by default
+    --debug           show the traceback of a failure
+
+Stopped at any time, the same command goes on from the last checkpoint to the same result.
+"""
+
+from absl import app, flags, logging
+
+from iresnet_jax.training.command_line import explain_failures, parse_train_flags, quiet_backends
+
+DEFAULT_CONFIG = "configs/digits_density.py"
+
+
+def run(argv: list[str]) -> int:
+    """Trains and reports, as the command line says."""
+    config, workdir, _ = parse_train_flags(argv, default_config=DEFAULT_CONFIG)
+    from iresnet_jax.analysis import report, trained  # late: a mistake on the command line is answered at once
+    from iresnet_jax.training.loop import train
+
+    train(config, workdir)
+    print(report.describe(report.write(trained.load(workdir)), workdir))
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """The exit status of `run`."""
+    logging.set_verbosity(logging.INFO)
+    quiet_backends()
+    return explain_failures(lambda: run(argv), debug="--debug" in argv)
+
+
+if __name__ == "__main__":
+    # Flags of absl itself, such as --help, are read here; ours are left for `main`.
+    app.run(main, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))
