@@ -50,6 +50,8 @@ class BranchSpec:
         activation: A name in `activations.ACTIVATIONS`.
         preactivation: Whether the branch begins with the activation, as all but a network's first do in the paper.
         padding: Padding of the convolutions, "SAME" (zeros) or "CIRCULAR".
+        positional_bias: Whether a convolution has a bias for every pixel instead of one a channel. A bias does not enter the
+            Lipschitz constant, and tells a small network where in the image it is.
     """
 
     in_shape: tuple[int, ...]
@@ -58,6 +60,7 @@ class BranchSpec:
     activation: str = "elu"
     preactivation: bool = False
     padding: Padding = "SAME"
+    positional_bias: bool = False
 
     def __post_init__(self):
         activations.get(self.activation)
@@ -71,7 +74,8 @@ class BranchSpec:
             raise ValueError(f"a convolutional branch takes images (h, w, c), got examples of shape {self.in_shape}")
         if len(self.kernel_sizes) != len(self.hidden) + 1:
             raise ValueError(
-                f"kernel_sizes needs one entry a layer, {len(self.hidden) + 1} for hidden={self.hidden}, got {self.kernel_sizes}"
+                f"kernel_sizes needs {len(self.hidden) + 1} entries, one a layer, for hidden={self.hidden}; "
+                f"got {self.kernel_sizes}"
             )
         if self.padding not in ("SAME", "CIRCULAR"):
             raise ValueError(f"a residual branch keeps the image size: padding must be SAME or CIRCULAR, got {self.padding!r}")
@@ -123,7 +127,8 @@ def apply_branch(spec: BranchSpec, weights: Weights, x: Float[Array, "b ..."]) -
         if layer.activated:
             h = activation.apply(h, parameters["beta"]) if activation.has_beta else activation.apply(h)
         h = linear_map(layer, spec.padding)(parameters["kernel"], h)
-        h = h + parameters["bias"].reshape((1,) * (h.ndim - 1) + (-1,))
+        bias = parameters["bias"]
+        h = h + bias.reshape((1,) * (h.ndim - bias.ndim) + bias.shape)
     return h
 
 
@@ -198,7 +203,7 @@ def initial_weights(spec: BranchSpec, key: Array, *, last_scale: float = 1.0) ->
         scale = (last_scale if i == len(spec.layers) - 1 else 1.0) / math.sqrt(math.prod(fan_in))
         weights[layer.name] = {
             "kernel": scale * jax.random.normal(layer_key, layer.kernel_shape),
-            "bias": jnp.zeros(cout),
+            "bias": jnp.zeros((*layer.in_shape[:-1], cout) if spec.positional_bias else (cout,)),
         }
         if layer.activated and activation.initial_beta is not None:
             weights[layer.name]["beta"] = jnp.full((), activation.initial_beta)

@@ -32,6 +32,7 @@ class StageSpec:
         squeeze: Space-to-depth factor in front of the blocks; 1 for none.
         factor_out: Whether half of the channels leave as latents behind the blocks.
         padding: Padding of the convolutions.
+        positional_bias: Whether convolutions have a bias for every pixel instead of one a channel.
     """
 
     num_blocks: int
@@ -42,6 +43,7 @@ class StageSpec:
     squeeze: int = 1
     factor_out: bool = False
     padding: str = "SAME"
+    positional_bias: bool = False
 
     def __post_init__(self):
         if self.num_blocks < 1:
@@ -92,12 +94,11 @@ class FlowSpec:
                     activation=stage.activation,
                     preactivation=stage.preactivation,
                     padding=stage.padding,
+                    positional_bias=stage.positional_bias,
                 )
             )
             if stage.factor_out:
-                if shape[-1] % 2:
-                    raise ValueError(f"stage {i} factors out half of its channels but has {shape[-1]}: squeeze before it")
-                shape = (*shape[:-1], shape[-1] // 2)
+                shape = _kept(shape, i)
         return tuple(specs)
 
 
@@ -185,7 +186,7 @@ def bijection(
         parts.append(flow.repeat(make_block, weights[name], unroll=unroll, rematerialize=rematerialize))
         stages.append(flow.Stage(flow.chain(parts), stage.factor_out))
         if stage.factor_out:
-            shape = (*shape[:-1], shape[-1] // 2)
+            shape = _kept(shape, 0)
     return flow.multiscale(stages, tuple(spec.event_shape))
 
 
@@ -227,3 +228,9 @@ def _squeezed(shape: tuple[int, ...], factor: int, stage: int) -> tuple[int, ...
     if len(shape) != 3 or shape[0] % factor or shape[1] % factor:
         raise ValueError(f"stage {stage} cannot squeeze {shape} by {factor}: it takes images with sides divisible by {factor}")
     return (shape[0] // factor, shape[1] // factor, shape[2] * factor**2)
+
+
+def _kept(shape: tuple[int, ...], stage: int) -> tuple[int, ...]:
+    if shape[-1] % 2:
+        raise ValueError(f"stage {stage} factors out half of its channels but has {shape[-1]}: squeeze before it")
+    return (*shape[:-1], shape[-1] // 2)

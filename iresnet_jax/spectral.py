@@ -116,7 +116,7 @@ def spectral_norm(
             previous = sigma
             v, u, sigma = power_step(v)
             change = _relative_growth(previous, sigma)
-        info = PowerIterationInfo(jnp.int32(num_steps), change, jnp.asarray(False))
+        info = PowerIterationInfo(jnp.int32(num_steps), change, jnp.zeros((), bool))
     # Equal to |A^T u| in value; written this way its gradient is u v^T.
     return jnp.sum(u * apply(kernel, v)), v, info
 

@@ -10,9 +10,9 @@ from jaxtyping import install_import_hook
 
 install_import_hook("iresnet_jax", "beartype.beartype")  # shape annotations are executed, not just read
 
-import hypothesis
-import jax
-import pytest
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -22,7 +22,7 @@ def get_config():
     config.model.stages = ({{"num_blocks": 2, "hidden": (8, 8)}},)
     config.preprocessing.transform = "none"
     config.training.update({{"total_steps": {TOTAL_STEPS}, "eval_every_steps": {EVAL_EVERY}, "log_every_steps": 1,
-        "batch_size": 16, "eval_examples": 32, "actnorm_examples": 32}})
+        "blocks": "scan", "batch_size": 16, "eval_examples": 32, "actnorm_examples": 32}})
     config.evaluation.update({{"num_examples": 256, "num_probe_draws": 2}})
     config.references.values = (("somebody", 2.45),)
     return config

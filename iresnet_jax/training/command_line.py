@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,18 +34,22 @@ class TrainFlags(NamedTuple):
 def explain_failures(command: Callable[[], int], *, debug: bool = False) -> int:
     """Runs a command and returns its exit status; a failure ends in one sentence on stderr and status 2.
 
+    Warnings are shown as sentences too.
+
     Args:
         command: Raises ``ValueError``, ``RuntimeError`` or ``OSError`` for what a user can mend; anything else is a bug and
             passes through.
         debug: Let those pass too, with their traceback.
     """
-    try:
-        return command()
-    except (ValueError, RuntimeError, OSError) as error:
-        if debug:
-            raise
-        print(f"error: {one_sentence(error)}", file=sys.stderr)
-        return MISTAKE
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        try:
+            return command()
+        except (ValueError, RuntimeError, OSError) as error:
+            if debug:
+                raise
+            print(f"error: {one_sentence(error)}", file=sys.stderr)
+            return MISTAKE
 
 
 def one_sentence(error: Exception) -> str:

@@ -19,7 +19,7 @@ from iresnet_jax.training import optimizers
 Settings = Any  # a mapping of settings by name, or a ConfigDict, which reads like one without being one
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot see
     """All settings of a density run."""
     config = ml_collections.ConfigDict(
         {
@@ -182,7 +182,8 @@ def first_difference(ours: Any, theirs: Any, path: str = "config") -> str | None
 
 def unknown_field_message(config: ml_collections.ConfigDict, path: str) -> str:
     """One sentence about an override ``--config.PATH=...`` that names no setting, such as ``model.stages[0].hiden``."""
-    node, done = config, "config"
+    node: Any = config
+    done = "config"
     for name, is_index in ((part.rstrip("]"), part.endswith("]")) for part in re.split(r"[.\[]", path)):
         if is_index:
             if not (isinstance(node, list | tuple) and name.isdecimal() and int(name) < len(node)):
