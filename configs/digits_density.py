@@ -1,6 +1,6 @@
 """Density of scikit-learn's 8x8 handwritten digits (17 grey levels, 1257 of them for training).
 
-    python train.py --config=configs/digits_density.py --workdir=runs/digits_density
+python train.py --config=configs/digits_density.py --workdir=runs/digits_density
 """
 
 from iresnet_jax.training.config import default_config
@@ -26,8 +26,8 @@ def get_config():
     config.preprocessing.alpha = 1e-4
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 3e-3
-    config.optimizer.weight_decay = 0.3  # of 1257 images much would be learnt by heart
-    config.training.total_steps = 4000
+    config.optimizer.weight_decay = 2.0  # of 1257 images much would be learnt by heart
+    config.training.total_steps = 5000
     config.training.batch_size = 64
     config.training.log_every_steps = 100
     return config

@@ -1,5 +1,7 @@
 """Independent references in NumPy float64: slow, dense and plain. Nothing here imports the library."""
 
+from typing import Any
+
 import numpy as np
 
 
@@ -30,7 +32,7 @@ def conv_forward(x, kernel, *, strides=(1, 1), padding="SAME"):
     return y
 
 
-def dense_conv_matrix(kernel, height: int, width: int, *, strides=(1, 1), padding="SAME"):
+def dense_conv_matrix(kernel, height: int, width: int, *, strides=(1, 1), padding: Any = "SAME"):
     """The matrix of the layer on flattened HWC images: column k is the layer's output for the k-th unit image."""
     num_inputs = height * width * np.shape(kernel)[2]
     units = np.eye(num_inputs).reshape(num_inputs, height, width, -1)

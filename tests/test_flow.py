@@ -381,7 +381,7 @@ def test_a_model_in_the_plane_is_a_density(x64):
         (lambda: model.StageSpec(1, (4,), squeeze=0), "squeeze must be a positive factor"),
         (lambda: branches.BranchSpec((4, 4, 1), (4,)), "a dense branch takes vectors, got examples of shape"),
         (lambda: branches.BranchSpec((4,), (4,), (3, 3)), "a convolutional branch takes images"),
-        (lambda: branches.BranchSpec((4, 4, 1), (4,), (3,)), "kernel_sizes needs one entry a layer, 2 for"),
+        (lambda: branches.BranchSpec((4, 4, 1), (4,), (3,)), "kernel_sizes needs 2 entries, one a layer"),
         (lambda: branches.BranchSpec((4, 4, 1), (4,), (3, 3), padding="VALID"), "padding must be SAME or CIRCULAR"),
         (lambda: branches.BranchSpec((4,), (4,), activation="swish"), "activation must be one of .* got 'swish'"),
         (lambda: branches.BranchSpec((4,), ()), "hidden must name at least one positive width"),

@@ -226,7 +226,16 @@ def test_mistakes_are_answered_in_one_sentence(name, config_file, tmp_path, caps
 def test_missing_config_file_is_answered_in_one_sentence(capsys):
     status, line = answer(capsys, "--config=configs/nowhere.py")
     assert status == 2
-    assert "configs/nowhere.py" in line
+    assert line.startswith("error: there is no config file configs/nowhere.py")
+
+
+def test_a_config_file_that_fails_is_answered_in_one_sentence(config_file, tmp_path, capsys):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(config_file.read_text().replace("config.data.name", "config.data.nam"))
+    status, line = answer(capsys, f"--config={wrong}")
+    assert status == 2
+    assert line.startswith("error: the config file itself fails: ")
+    assert 'Did you mean "name" instead of "nam"?' in line
 
 
 def test_workdir_with_another_config_is_refused(config_file, uninterrupted, capsys):

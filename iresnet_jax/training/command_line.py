@@ -77,6 +77,9 @@ def parse_train_flags(argv: Sequence[str], *, default_config: str) -> TrainFlags
     program, *arguments = argv
     if not any(re.fullmatch(r"--?config(=.*)?", argument) for argument in arguments):
         arguments = [f"--config={default_config}", *arguments]
+    for file in (match[1] for argument in arguments if (match := re.fullmatch(r"--?config=([^:]*).*", argument))):
+        if not Path(file).is_file():
+            raise ValueError(f"there is no config file {file}: those that come with the library are in configs/")
     try:
         values, rest = _parse([program, *arguments])
     except (AttributeError, LookupError, TypeError) as error:  # from deep inside: which override was it?
@@ -107,7 +110,10 @@ def _explain_override(program: str, arguments: list[str]) -> str | None:
     """The sentence about the first override that fails on its own."""
     overrides = [argument for argument in arguments if re.match(r"--?(no)?config\.", argument)]
     others = [argument for argument in arguments if argument not in overrides]
-    config: Any = _parse([program, *others])[0]["config"].value
+    try:
+        config: Any = _parse([program, *others])[0]["config"].value
+    except (AttributeError, LookupError, TypeError) as error:  # with its traceback in the message
+        return "the config file itself fails: " + " ".join(str(error).replace("\\n", "\n").strip().splitlines()[-2:])
     for override in overrides:
         try:
             _parse([program, *others, override])
