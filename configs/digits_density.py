@@ -26,8 +26,8 @@ def get_config():
     config.preprocessing.alpha = 1e-4
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 3e-3
-    config.optimizer.weight_decay = 2.0  # of 1257 images much would be learnt by heart
-    config.training.total_steps = 5000
+    config.optimizer.weight_decay = 0.7  # of 1257 images much would be learnt by heart
+    config.training.total_steps = 4500
     config.training.batch_size = 64
     config.training.log_every_steps = 100
     return config

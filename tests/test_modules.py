@@ -111,8 +111,9 @@ def test_norms_hold_before_the_first_step(variables, constrained):
 def test_methods_go_there_and_back(variables, batch):
     @jax.jit
     def there_and_back(variables, x):
-        z, logdet, _ = MODULE.apply(variables, x, jax.random.key(0), method="forward_and_logdet")
-        return z, logdet, MODULE.apply(variables, z, method="inverse")
+        apply = cast(Any, MODULE.apply)
+        z, logdet, _ = apply(variables, x, jax.random.key(0), method="forward_and_logdet")
+        return z, logdet, apply(variables, z, method="inverse")
 
     z, logdet, (x, info) = there_and_back(variables, batch[:3])
     assert z.shape == (3, 16)
