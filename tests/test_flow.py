@@ -390,3 +390,20 @@ def test_a_model_in_the_plane_is_a_density(x64):
 def test_mistakes_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_bias_by_pixel_is_a_bias_of_every_pixel_and_leaves_the_jacobian_alone():
+    shared = branches.BranchSpec((3, 2, 1), (4,), (3, 3))
+    by_pixel = branches.BranchSpec((3, 2, 1), (4,), (3, 3), positional_bias=True)
+    weights = branches.initial_weights(by_pixel, jax.random.key(0))
+    assert [weights[layer.name]["bias"].shape for layer in by_pixel.layers] == [(3, 2, 4), (3, 2, 1)]
+    x = jax.random.normal(jax.random.key(1), (2, 3, 2, 1))
+    same = {name: {**layer, "bias": layer["bias"][0, 0]} for name, layer in weights.items()}
+    np.testing.assert_array_equal(branches.apply_branch(by_pixel, weights, x), branches.apply_branch(shared, same, x))
+    shift = jnp.arange(6.0).reshape(3, 2, 1)
+    moved = {**weights, "conv1": {**weights["conv1"], "bias": shift}}
+    difference = branches.apply_branch(by_pixel, moved, x) - branches.apply_branch(by_pixel, weights, x)
+    np.testing.assert_allclose(difference, jnp.broadcast_to(shift, x.shape), atol=1e-5)
+    norms = branches.normalize(by_pixel, moved, branches.initial_vectors(by_pixel, jax.random.key(2)), coeff=0.5).norms
+    unmoved = branches.normalize(by_pixel, weights, branches.initial_vectors(by_pixel, jax.random.key(2)), coeff=0.5).norms
+    assert norms == unmoved
