@@ -9,8 +9,8 @@ import pytest
 
 import iresnet_jax
 
-PACKAGE = Path(iresnet_jax.__file__).parent
-ROOT = PACKAGE.parent
+PACKAGE = Path(iresnet_jax.__file__).parent  # the checkout's or an installed one
+ROOT = Path(__file__).parents[1]  # train.py and configs/ are never installed
 
 # A module may import from the layers above its own in this list, never from its own layer or from below.
 LAYERS = (
