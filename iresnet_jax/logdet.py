@@ -98,7 +98,10 @@ def exact_logdet(branch: Branch, x: Float[Array, "b ..."], *, columns_at_once: i
     def column(direction):
         return jax.jvp(branch, (x,), (jnp.broadcast_to(direction, x.shape),))[1].reshape(len(x), num_dims)
 
-    columns = lax.map(column, basis, batch_size=min(columns_at_once, num_dims))
+    if num_dims <= 4:  # few: written out, since XLA:CPU multiplies batches of matrices more slowly than matrices
+        columns = jnp.stack([column(direction) for direction in basis])
+    else:
+        columns = lax.map(column, basis, batch_size=min(columns_at_once, num_dims))
     jacobian = jnp.moveaxis(columns, 0, -1)
     return jnp.linalg.slogdet(jnp.eye(num_dims, dtype=x.dtype)[None] + jacobian)[1]
 
@@ -144,7 +147,7 @@ def weighted_series(
     pure_branch, parameters = jax.closure_convert(branch, x)
     frozen = lax.stop_gradient(parameters)
     _, pullback = jax.vjp(lambda x: pure_branch(x, *frozen), lax.stop_gradient(x))
-    pull = jax.vmap(lambda u: pullback(u)[0])
+    pull = _over_probes(lambda u: pullback(u)[0], len(probes))
     example_axes = tuple(range(2, probes.ndim))
     weights = jnp.asarray(weights, x.dtype)
     length = jnp.asarray(length) if not isinstance(length, int) else length
@@ -185,9 +188,14 @@ def weighted_series(
         )[1]
     _, value, neumann, tail = lax.stop_gradient(carry)
 
-    pushed = jax.vmap(lambda v: jax.jvp(branch, (x,), (v,))[1])(probes)
+    pushed = _over_probes(lambda v: jax.jvp(branch, (x,), (v,))[1], len(probes))(probes)
     surrogate = jnp.sum(neumann * pushed, axis=example_axes)
     return value + (surrogate - lax.stop_gradient(surrogate)), tail * probe_norm
+
+
+def _over_probes(function, num_probes):
+    """``vmap`` without a batch axis for a single probe, which would cost."""
+    return jax.vmap(function) if num_probes > 1 else lambda v: function(v[0])[None]
 
 
 def _mean_and_stderr(samples: Float[Array, "p b"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
