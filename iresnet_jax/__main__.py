@@ -48,6 +48,16 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     return 0 if result.converged.all() else 1
 
 
+def certify(arguments: argparse.Namespace) -> int:
+    """Certified Lipschitz bound of every layer and block; exit status 1 if a block is not certified a contraction."""
+    from iresnet_jax.analysis import lipschitz, trained
+
+    model = trained.load(arguments.workdir)
+    constants = lipschitz.measure(model)
+    _say(*model.notes, lipschitz.table(constants), lipschitz.verdict(constants))
+    return 0 if constants["certified"] else 1
+
+
 def report(arguments: argparse.Namespace) -> int:
     """All of it, to report.json and report.html."""
     from iresnet_jax.analysis import report, trained
@@ -62,7 +72,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m iresnet_jax", description="Everything after training a model with train.py.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     options = {}
-    for command in (evaluate, sample, reconstruct, report):
+    for command in (evaluate, sample, reconstruct, certify, report):
         described = command.__doc__ or ""
         option = commands.add_parser(command.__name__, help=described, description=described)
         option.add_argument("--workdir", required=True, metavar="DIR", help="folder of the training run")

@@ -7,6 +7,7 @@ always a plain network whose layers already satisfy the constraint (Behrmann et 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,12 +16,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax import activations
+from iresnet_jax import activations, certify
 from iresnet_jax.convolution import Padding, choose_implementation, conv
 from iresnet_jax.spectral import LinearMap, soft_normalize, spectral_norm
 
 Weights = dict[str, dict[str, Array]]
 Vectors = dict[str, Float[Array, "..."]]
+
+BUDGETS = ("layer", "block")
+
+# Allowance a layer for the rounding of its scaled kernel. Entry by entry it is eps / 2, by which a norm grows by at most
+# sqrt(taps * min(cin, cout)) eps / 2: 7e-6 for 5 x 5 taps and 512 channels.
+_SCALING_MARGIN = 1e-5
 
 
 class LayerSpec(NamedTuple):
@@ -136,10 +143,10 @@ class Normalized(NamedTuple):
     """A branch whose layers satisfy the constraint, and what it took.
 
     Attributes:
-        weights: The branch's weights with every kernel of norm at most ``coeff`` (as estimated).
-        vectors: The new power iterates, one a layer.
-        norms: The estimated operator norm of every layer before normalisation.
-        lipschitz: ``prod_i min(norm_i, coeff)``, the branch's Lipschitz constant if the norms are exact.
+        weights: The branch's weights within the budget, as `norms` have it.
+        vectors: The new power iterates, one a layer; empty if none were used.
+        norms: The operator norm of every layer before normalisation: estimated, or bounded from above.
+        lipschitz: The product of the norms after it: an estimate of the branch's Lipschitz constant, or a bound.
     """
 
     weights: Weights
@@ -154,32 +161,106 @@ def normalize(
     vectors: Vectors,
     *,
     coeff: float,
+    budget: str = "layer",
     num_steps: int | None = None,
     rtol: float = 1e-3,
 ) -> Normalized:
-    """Constrains every layer to operator norm ``coeff``, by power iteration from ``vectors``.
+    """Constrains a branch by norms that power iteration estimates, starting from ``vectors``.
 
     Args:
         spec: The architecture.
         weights: Unconstrained weights, as an optimizer holds them.
         vectors: Power iterates, one a layer, of shape ``layer.in_shape``.
-        coeff: Largest operator norm of a layer, in (0, 1).
+        coeff: Largest operator norm, in (0, 1): of a layer, or of the product of a branch's layers.
+        budget: "layer" or "block", what ``coeff`` limits.
         num_steps: Power iterations a layer; None iterates to the tolerance.
         rtol: Relative tolerance of the norms.
 
     Raises:
-        ValueError: If ``coeff`` is not in (0, 1).
+        ValueError: If ``coeff`` is not in (0, 1) or the budget is unknown.
     """
-    check_coeff(coeff)
-    normalized, new_vectors, norms = {}, {}, {}
+    new_vectors, norms = {}, {}
     for layer in spec.layers:
         kernel = weights[layer.name]["kernel"]
         apply = linear_map(layer, spec.padding, single=True)
-        norm, new_vectors[layer.name], _ = spectral_norm(apply, kernel, vectors[layer.name], num_steps=num_steps, rtol=rtol)
-        normalized[layer.name] = {**weights[layer.name], "kernel": soft_normalize(kernel, norm, coeff)}
-        norms[layer.name] = norm
-    lipschitz = jnp.prod(jnp.stack([jnp.minimum(norm, coeff) for norm in norms.values()]))
-    return Normalized(normalized, new_vectors, norms, lax.stop_gradient(lipschitz))
+        norms[layer.name], new_vectors[layer.name], _ = spectral_norm(
+            apply, kernel, vectors[layer.name], num_steps=num_steps, rtol=rtol
+        )
+    return Normalized(*_within_budget(weights, new_vectors, norms, coeff=coeff, budget=budget))
+
+
+def normalize_certified(
+    spec: BranchSpec,
+    weights: Weights,
+    *,
+    coeff: float,
+    budget: str = "layer",
+    method: str = "exact",
+    num_squarings: int = 4,
+    twists: Sequence[certify.Twist] | None = None,
+) -> Normalized:
+    """Constrains a branch by guaranteed upper bounds of its layers' norms: ``Lip(g)`` is within the budget by construction.
+
+    There is no state, so this holds from the first step on, after any update and for any weights.
+
+    Args:
+        spec: The architecture.
+        weights: Unconstrained weights.
+        coeff: As in `normalize`.
+        budget: As in `normalize`.
+        method: "exact", or "gram", which is cheaper and looser; see `certify`.
+        num_squarings: Of "gram".
+        twists: Of the convolutions' embedding; see `certify.conv_norm_bound`.
+
+    Raises:
+        ValueError: As in `normalize`, or if the method is unknown.
+    """
+    check_coeff(coeff)
+    norms = layer_bounds(spec, weights, method=method, num_squarings=num_squarings, twists=twists)
+    allowance = len(norms) * _SCALING_MARGIN
+    normalized = _within_budget(weights, {}, norms, coeff=coeff * (1 - allowance - _SCALING_MARGIN), budget=budget)
+    return normalized._replace(lipschitz=normalized.lipschitz * (1 + allowance))
+
+
+def layer_bounds(
+    spec: BranchSpec,
+    weights: Weights,
+    *,
+    method: str = "exact",
+    num_squarings: int = 4,
+    twists: Sequence[certify.Twist] | None = None,
+) -> dict[str, Float[Array, ""]]:
+    """A guaranteed upper bound of every layer's operator norm, see `certify`; nan if a weight is not finite."""
+    settings = {"method": method, "num_squarings": num_squarings}
+    bounds = {}
+    for layer in spec.layers:
+        kernel = weights[layer.name]["kernel"]
+        if kernel.ndim == 2:
+            bounds[layer.name] = certify.dense_norm_bound(kernel, **settings)
+        else:
+            size = (layer.in_shape[0], layer.in_shape[1])
+            bounds[layer.name] = certify.conv_norm_bound(kernel, size, padding=spec.padding, twists=twists, **settings)
+    return bounds
+
+
+def _within_budget(weights, vectors, norms, *, coeff, budget) -> Normalized:
+    """Scales kernels down to the budget, never up: each to norm ``coeff``, or all by one factor to a product of ``coeff``."""
+    check_coeff(coeff)
+    if budget not in BUDGETS:
+        raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+    sizes = jnp.stack(list(norms.values()))
+    if budget == "layer":
+        excess = sizes / coeff
+    else:  # the geometric mean, which cannot overflow; a zero layer makes the product zero
+        all_positive = jnp.all(sizes > 0)
+        mean = jnp.exp(jnp.mean(jnp.log(jnp.where(all_positive, sizes, 1))))
+        excess = jnp.broadcast_to(jnp.where(all_positive, mean, 0) / coeff ** (1 / len(norms)), sizes.shape)
+    normalized = {
+        name: {**weights[name], "kernel": soft_normalize(weights[name]["kernel"], excess[i], 1.0)}
+        for i, name in enumerate(norms)
+    }
+    lipschitz = jnp.prod(sizes / jnp.maximum(excess, 1))
+    return Normalized(normalized, vectors, norms, lax.stop_gradient(lipschitz))
 
 
 def check_coeff(coeff: float) -> None:

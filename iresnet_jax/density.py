@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Num
 
-from iresnet_jax import flow, likelihood, model
+from iresnet_jax import certify, flow, likelihood, model
 from iresnet_jax.fixed_point import FixedPointInfo
 from iresnet_jax.logdet import ExactLogdet, LogdetEstimator, LogdetInfo
 
@@ -81,6 +81,19 @@ def transform(spec: DensitySpec, x: Float[Array, "b ..."]) -> tuple[Float[Array,
     if spec.transform == "logit":
         return likelihood.logit_forward_and_logdet(x, spec.alpha)
     return x, jnp.zeros(x.shape[0], x.dtype)
+
+
+def transform_bounds(spec: DensitySpec) -> certify.BiLipschitz:
+    """Bounds of ``Lip(t)`` and ``Lip(t^-1)`` on [0, 1].
+
+    The logit's slope ``(1 - 2 alpha) / (s (1 - s))`` with ``s`` in ``[alpha, 1 - alpha]`` lies between its values at the middle
+    and at the ends; the others shift at most.
+    """
+    if spec.transform != "logit":
+        return certify.model_bounds([])
+    slope = 1 - 2 * spec.alpha
+    steepest, flattest = slope / (spec.alpha * (1 - spec.alpha)), 4 * slope
+    return certify.model_bounds([], [jnp.log(jnp.array([steepest, flattest]))])
 
 
 def untransform(spec: DensitySpec, y: Float[Array, "b ..."]) -> Float[Array, "b ..."]:

@@ -41,10 +41,17 @@ class Bijection(NamedTuple):
 
 
 class Solver(NamedTuple):
-    """Settings of the inverse: tolerance of each block's preimage (Euclidean), and the cap on evaluations a block."""
+    """Settings of each block's inverse, see `fixed_point.invert_residual`.
+
+    Attributes:
+        atol: Tolerance of the preimage (Euclidean norm of an example).
+        max_evals: Cap on evaluations of the branch.
+        memory: Steps that Anderson's method remembers; 0 is plain Banach iteration.
+    """
 
     atol: float = 1e-6
     max_evals: int = 2000
+    memory: int = 4
 
 
 def no_logdet_error(batch: Array) -> LogdetInfo:
@@ -139,7 +146,7 @@ def residual_bijection(
 ) -> Bijection:
     """``y = x + g(x)``, see `residual`."""
     margin = jnp.maximum(1 - jnp.asarray(lipschitz_bound), 0)
-    solve = {"lipschitz_bound": lipschitz_bound, "atol": solver.atol, "max_evals": solver.max_evals}
+    solve = {"lipschitz_bound": lipschitz_bound, **solver._asdict()}
     return Bijection(
         forward=lambda x: residual.forward(branch, x),
         forward_and_logdet=lambda x, key: residual.forward_and_logdet(

@@ -1,19 +1,21 @@
 """A multi-scale residual flow as data: its architecture, its constrained weights, and the bijection that they make.
 
-    parameters --constrain--> weights (every block a contraction) --bijection--> F, F^-1, log-dets
+    parameters --constrain--> weights (every block a contraction) --bijection--> F, F^-1, log-dets     in training
+    parameters --freeze--> weights (every block certified a contraction) --bijection--> ...            after it
 
 Blocks of one stage have one shape, and every array of theirs is stacked on a leading axis. All functions are pure.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from iresnet_jax import actnorm, branches, flow
+from iresnet_jax import actnorm, branches, certify, flow
 from iresnet_jax.logdet import ExactLogdet, LogdetEstimator
 
 Tree = Mapping[str, Any]
@@ -59,15 +61,19 @@ class FlowSpec:
     Attributes:
         event_shape: Shape of one example, ``(h, w, c)`` or ``(d,)``.
         stages: From the data to the latents.
-        coeff: Largest operator norm of a layer, in (0, 1).
+        coeff: Largest operator norm, in (0, 1).
+        budget: What ``coeff`` limits: the norm of every "layer", or the product of the layers of every "block".
     """
 
     event_shape: tuple[int, ...]
     stages: tuple[StageSpec, ...]
     coeff: float = 0.9
+    budget: str = "layer"
 
     def __post_init__(self):
         branches.check_coeff(self.coeff)
+        if self.budget not in branches.BUDGETS:
+            raise ValueError(f"budget must be one of {', '.join(branches.BUDGETS)}, got {self.budget!r}")
         if not self.stages:
             raise ValueError("a flow needs at least one stage, got none")
         self.branches  # noqa: B018 (checks every shape)
@@ -107,12 +113,26 @@ class Constrained(NamedTuple):
 
     Attributes:
         weights: ``{"stage0": {"actnorm", "branch", "lipschitz"}, ...}``, arrays stacked over blocks. What `bijection` runs.
-        spectral: The new power iterates, in the form they were given.
-        norms: Estimated operator norms before normalisation, ``{"stage0": {"conv0": (num_blocks,), ...}, ...}``.
+        spectral: The power iterates to go on from, in the form they were given.
+        norms: Operator norms before normalisation, estimated or bounded: ``{"stage0": {"conv0": (num_blocks,), ...}, ...}``.
     """
 
     weights: Tree
     spectral: Tree
+    norms: dict[str, dict[str, Float[Array, " k"]]]
+
+
+class Frozen(NamedTuple):
+    """Weights to use after training: fixed, and every block a contraction by certificate.
+
+    Attributes:
+        weights: As in `Constrained`; ``lipschitz`` is the guaranteed bound of each block's ``Lip(g)``.
+        bounds: Guaranteed upper bounds of the norms of these very kernels, in the form of ``Constrained.norms``.
+        norms: The same before freezing.
+    """
+
+    weights: Tree
+    bounds: dict[str, dict[str, Float[Array, " k"]]]
     norms: dict[str, dict[str, Float[Array, " k"]]]
 
 
@@ -122,7 +142,7 @@ def stage_names(spec: FlowSpec) -> list[str]:
 
 
 def constrain(spec: FlowSpec, params: Tree, spectral: Tree, *, num_steps: int | None = None, rtol: float = 1e-3) -> Constrained:
-    """Normalises every layer of every block to operator norm at most ``spec.coeff``, as power iteration estimates it.
+    """Brings every block into the budget of ``spec.coeff``, as power iteration estimates norms.
 
     Args:
         spec: The architecture.
@@ -131,17 +151,85 @@ def constrain(spec: FlowSpec, params: Tree, spectral: Tree, *, num_steps: int | 
         num_steps: Power iterations a layer (training, warm start); None iterates to the tolerance (everything else).
         rtol: Relative tolerance of the norms.
     """
+    settings = {"coeff": spec.coeff, "budget": spec.budget, "num_steps": num_steps, "rtol": rtol}
+
+    def normalize(branch, name, blocks):
+        return jax.vmap(lambda w, v: branches.normalize(branch, w, v, **settings))(blocks, spectral[name]["blocks"])
+
+    return _constrain(spec, params, spectral, normalize)
+
+
+def constrain_certified(
+    spec: FlowSpec,
+    params: Tree,
+    spectral: Tree,
+    *,
+    num_squarings: int = 4,
+    twists: Sequence[certify.Twist] | None = None,
+) -> Constrained:
+    """Brings every block into the budget of ``spec.coeff`` by guaranteed upper bounds of its norms, for training.
+
+    Args:
+        spec: The architecture.
+        params: As in `constrain`.
+        spectral: Handed on as it is: there is no state.
+        num_squarings: Of the Gram iteration, see `certify.dense_norm_bound`.
+        twists: See `certify.conv_norm_bound`.
+    """
+    settings = {"coeff": spec.coeff, "budget": spec.budget, "method": "gram", "num_squarings": num_squarings, "twists": twists}
+
+    def normalize(branch, name, blocks):
+        del name
+        return jax.vmap(lambda w: branches.normalize_certified(branch, w, **settings))(blocks)
+
+    return _constrain(spec, params, spectral, normalize)
+
+
+def _constrain(spec, params, spectral, normalize):
     weights, new_spectral, norms = {}, {}, {}
     for name, branch in zip(stage_names(spec), spec.branches, strict=True):
         blocks = dict(params[name]["blocks"])
         scale = blocks.pop("actnorm")
-        normalized = jax.vmap(
-            lambda w, v, branch=branch: branches.normalize(branch, w, v, coeff=spec.coeff, num_steps=num_steps, rtol=rtol)
-        )(blocks, spectral[name]["blocks"])
+        normalized = normalize(branch, name, blocks)
         weights[name] = {"actnorm": scale, "branch": normalized.weights, "lipschitz": normalized.lipschitz}
-        new_spectral[name] = {"blocks": normalized.vectors}
+        new_spectral[name] = {"blocks": normalized.vectors} if normalized.vectors else spectral[name]
         norms[name] = normalized.norms
     return Constrained(weights, new_spectral, norms)
+
+
+def freeze(spec: FlowSpec, params: Tree) -> Frozen:
+    """The weights to use after training, whatever training used: every block certified to be within the budget.
+
+    The bounds come from the frozen kernels themselves, once they are scaled and rounded. Blocks are taken one after the
+    other, so memory does not grow with depth.
+
+    Args:
+        spec: The architecture.
+        params: As in `constrain`.
+    """
+    weights, bounds, norms = {}, {}, {}
+    for name, branch in zip(stage_names(spec), spec.branches, strict=True):
+
+        def freeze_block(block, branch=branch):
+            normalized = branches.normalize_certified(branch, block, coeff=spec.coeff, budget=spec.budget)
+            return normalized.weights, branches.layer_bounds(branch, normalized.weights), normalized.norms
+
+        blocks = dict(params[name]["blocks"])
+        scale = blocks.pop("actnorm")
+        kernels, bounds[name], norms[name] = jax.lax.map(freeze_block, blocks)
+        lipschitz = jax.vmap(lambda layers: certify.branch_bound(jnp.stack(list(layers.values()))))(bounds[name])
+        weights[name] = {"actnorm": scale, "branch": kernels, "lipschitz": lipschitz}
+    return Frozen(weights, bounds, norms)
+
+
+def bilipschitz(spec: FlowSpec, weights: Tree) -> certify.BiLipschitz:
+    """Bounds of ``Lip(F)`` and ``Lip(F^-1)`` of the whole flow, guaranteed for weights from `freeze`; pessimistic in depth."""
+    bounds = certify.model_bounds([])
+    for name, stage in reversed(list(zip(stage_names(spec), spec.stages, strict=True))):
+        log_scales = jnp.asarray(weights[name]["actnorm"]["log_scale"])
+        own = certify.model_bounds(jnp.asarray(weights[name]["lipschitz"]), list(log_scales))
+        bounds = own.compose(bounds.beside_identity() if stage.factor_out else bounds)
+    return bounds
 
 
 def bijection(
@@ -157,7 +245,7 @@ def bijection(
 
     Args:
         spec: The architecture.
-        weights: From `constrain`.
+        weights: From `freeze`, `constrain` or `constrain_certified`.
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
         unroll: Write blocks out instead of scanning over them; see `unroll_by_default`.

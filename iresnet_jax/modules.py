@@ -21,13 +21,15 @@ class Blocks(nn.Module):
     Attributes:
         num_blocks: Blocks.
         branch: Their branch.
-        coeff: Largest operator norm of a layer, for the data-dependent start.
+        coeff: Of the constraint, for the data-dependent start.
+        budget: What ``coeff`` limits.
         last_scale: Initial factor on a branch's last layer.
     """
 
     num_blocks: int
     branch: branches.BranchSpec
     coeff: float
+    budget: str = "layer"
     last_scale: float = 1.0
 
     @nn.compact
@@ -43,7 +45,8 @@ class Blocks(nn.Module):
         for layer in self.branch.layers:
             weights[layer.name] = self.param(layer.name, lambda key, name=layer.name: initial(key)[name])
         vectors = starts(self.make_rng("params"))
-        constrained = jax.vmap(lambda w, v: branches.normalize(self.branch, w, v, coeff=self.coeff))(weights, vectors)
+        settings = {"coeff": self.coeff, "budget": self.budget}
+        constrained = jax.vmap(lambda w, v: branches.normalize(self.branch, w, v, **settings))(weights, vectors)
         for layer in self.branch.layers:  # converged already, so the first training step is as constrained as any
             self.variable("spectral", layer.name, lambda name=layer.name: constrained.vectors[name])
         fitted, y = model.initialize_actnorm(self.branch, constrained.weights, x)
@@ -79,7 +82,7 @@ class ResidualFlow(nn.Module):
         for name, stage, branch in zip(model.stage_names(self.spec), self.spec.stages, self.spec.branches, strict=True):
             x = reshape.squeeze(x, stage.squeeze) if stage.squeeze > 1 else x
             x = reshape.flatten(x) if x.ndim - 1 != len(branch.in_shape) else x
-            x = StageModule(stage.num_blocks, branch, self.spec.coeff, self.last_scale, name=name)(x)
+            x = StageModule(stage.num_blocks, branch, self.spec.coeff, self.spec.budget, self.last_scale, name=name)(x)
             if stage.factor_out:
                 kept = x.shape[-1] // 2
                 latents.append(reshape.flatten(x[..., kept:]))
@@ -112,12 +115,13 @@ class StageModule(nn.Module):
     num_blocks: int
     branch: branches.BranchSpec
     coeff: float
+    budget: str
     last_scale: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """See `Blocks`."""
-        return Blocks(self.num_blocks, self.branch, self.coeff, self.last_scale, name="blocks")(x)
+        return Blocks(self.num_blocks, self.branch, self.coeff, self.budget, self.last_scale, name="blocks")(x)
 
 
 def initial_prior(kind: str, num_dims: int) -> dict[str, Array]:

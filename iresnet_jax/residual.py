@@ -41,10 +41,16 @@ def forward_and_logdet(
 
 
 def inverse(
-    branch: Branch, y: Float[Array, "b ..."], *, lipschitz_bound: Bound, atol: float = 1e-6, max_evals: int = 2000
+    branch: Branch,
+    y: Float[Array, "b ..."],
+    *,
+    lipschitz_bound: Bound,
+    atol: float = 1e-6,
+    max_evals: int = 2000,
+    memory: int = 4,
 ) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
     """``x`` with ``y = x + g(x)``; see `fixed_point.invert_residual`."""
-    return invert_residual(branch, y, lipschitz_bound=lipschitz_bound, atol=atol, max_evals=max_evals)
+    return invert_residual(branch, y, lipschitz_bound=lipschitz_bound, atol=atol, max_evals=max_evals, memory=memory)
 
 
 def inverse_and_logdet(
@@ -56,8 +62,9 @@ def inverse_and_logdet(
     lipschitz_bound: Bound,
     atol: float = 1e-6,
     max_evals: int = 2000,
+    memory: int = 4,
 ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo, FixedPointInfo]:
     """``x = F^-1(y)`` and ``log|det dx/dy| = -log det(I + J_g(x))``, evaluated at the preimage ``x``."""
-    x, solver_info = inverse(branch, y, lipschitz_bound=lipschitz_bound, atol=atol, max_evals=max_evals)
+    x, solver_info = inverse(branch, y, lipschitz_bound=lipschitz_bound, atol=atol, max_evals=max_evals, memory=memory)
     logdet, info = estimator(branch, x, key, lipschitz_bound=lipschitz_bound)
     return x, -logdet, info, solver_info

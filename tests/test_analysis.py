@@ -1,5 +1,6 @@
 """After training: the parts of a standard error, samples, inverses and reports, on runs small enough to train here."""
 
+import dataclasses
 import json
 import shutil
 
@@ -219,13 +220,32 @@ def test_lipschitz_table_agrees_with_singular_values(toy, toy_run):
     assert [block["name"] for block in table["blocks"]] == ["stage0/block00", "stage0/block01"]
     for block in table["blocks"]:
         product = 1.0
-        for layer, norm in block["norms_before"].items():
-            true = np.linalg.norm(named[f"ema/{block['name']}/{layer}/kernel"].astype(np.float64), 2)
-            np.testing.assert_allclose(norm, true, rtol=NORM_RTOL)
-            assert block["layers"][layer] == min(norm, 0.9)
-            product *= min(true, 0.9)
-        np.testing.assert_allclose(block["estimate"], product, rtol=NORM_RTOL)
-    assert table["max_block"] == max(block["estimate"] for block in table["blocks"]) <= lipschitz.target(toy)
+        for layer, norms in block["layers"].items():
+            trained_norm = np.linalg.norm(named[f"ema/{block['name']}/{layer}/kernel"].astype(np.float64), 2)
+            stage, index = block["name"].split("/block")
+            deployed = np.linalg.norm(np.asarray(toy.weights[stage]["branch"][layer]["kernel"][int(index)], np.float64), 2)
+            np.testing.assert_allclose(deployed, min(trained_norm, 0.9), rtol=NORM_RTOL)
+            assert norms["estimate"] * (1 - 1e-6) <= deployed <= norms["bound"] <= norms["target"] == 0.9
+            np.testing.assert_allclose([norms["estimate"], norms["bound"]], deployed, rtol=NORM_RTOL)
+            product *= deployed
+        assert product <= block["bound"] <= block["target"] * (1 + 1e-6)
+        np.testing.assert_allclose([block["estimate"], block["bound"]], product, rtol=NORM_RTOL)
+    assert table["certified"]
+    assert table["max_block"] == max(block["bound"] for block in table["blocks"]) <= lipschitz.target(table) * (1 + 1e-6)
+
+
+def test_certify_command_tells_layer_by_layer_and_fails_without_a_certificate(toy, toy_run, capsys, monkeypatch):
+    assert main(["certify", "--workdir", str(toy_run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("stage0/block01/dense0   0.9000") for line in lines)
+    assert lines[-1].startswith("certified: every one of 2 blocks is a contraction")
+    broken = jax.tree.map(np.array, toy.weights)
+    broken["stage0"]["lipschitz"][1] = np.nan
+    monkeypatch.setattr(trained, "load", lambda workdir: dataclasses.replace(toy, weights=broken))
+    assert main(["certify", "--workdir", str(toy_run)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "NOT CERTIFIED: no bound below 1 for 1 of 2 blocks, the first is stage0/block01"
+    )
 
 
 # --- reports --------------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def after_steps(config, num_shares, mapped, num_steps=3):
         optimizer,
         config_lib.build_schedule(config.optimizer, TOTAL_STEPS),
         seed=config.seed,
-        num_power_steps=config.spectral.num_steps,
+        constrain=config_lib.build_constraint(config.constraint, spec.flow, training=True),
         ema_decay=config.training.ema_decay,
         unroll=run.unroll(config),
         draw=source.draw,

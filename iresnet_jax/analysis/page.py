@@ -55,9 +55,10 @@ def render(report: Mapping[str, Any], figures: Mapping[str, str], *, title: str)
             ``num_examples``, ``num_probes``, ``num_dequantisations``, ``estimator``. Bounds are taken to rest on the
             certified Lipschitz bounds where every block has one, and are called conditional otherwise.
             ``entropy_floor`` in nats. ``inverse``: ``max_abs_error``, ``max_error_bound``, ``fraction_converged`` in [0, 1],
-            ``mean_evals``. ``lipschitz``: ``max_block``, ``coeff``, and ``blocks``, a list of ``name``, ``layers`` (name to
-            sigma), ``estimate``, ``bound`` or None. ``train``: ``steps``, ``seconds_per_step``, ``compile_seconds``,
-            ``total_seconds``. ``environment``, ``config``: any nesting; published numbers to compare with are read from
+            ``mean_evals``. ``lipschitz``: ``max_block``, ``model_bounds`` (``forward``, ``inverse``), and ``blocks``, a list of
+            ``name``, ``target``, ``estimate``, ``bound`` or None, and ``layers``, by name the same three. ``train``: ``steps``,
+            ``seconds_per_step``, ``compile_seconds``, ``total_seconds``. ``environment``, ``config``: any nesting; published
+            numbers to compare with are read from
             ``config["reference"]``, name to number. ``warnings``: sentences.
         figures: Data URIs by the names in ``FIGURES``; other names are shown at the end.
         title: Heading of the page.
@@ -131,8 +132,8 @@ def _likelihood_tiles(result: Mapping[str, Any], key: str, unit: str, *, certifi
     meaning = (
         "No series is cut, so the likelihood has no truncation bias."
         if bound == 0
-        else "Most that cutting the log-determinant series can have shifted the likelihood, either way. Not part of the ±: "
-        "more examples do not shrink it, more terms do."
+        else "Largest possible bias from terms of the log-determinant series that are never drawn, either way. Not part of "
+        "the ±: more examples do not shrink it, more terms do."
     )
     grounds = "guaranteed" if certified or bound == 0 else "conditional"
     return [*tiles, _tile("Truncation bound", f"≤ {number(bound, 2)}" if bound else "0", unit, grounds, meaning)]
@@ -156,12 +157,13 @@ def _inverse_tile(report: Mapping[str, Any]) -> list[Html]:
 def _lipschitz_tile(report: Mapping[str, Any]) -> list[Html]:
     """The largest block constant: proven when every block has a bound, otherwise said to be an estimate."""
     lipschitz = report.get("lipschitz") or {}
-    if lipschitz.get("max_block") is None:
+    blocks = lipschitz.get("blocks") or ()
+    if not blocks:
         return []
     meaning = "Largest Lipschitz constant of a residual branch, as a product of its layers' norms. "
-    value, grounds = number(lipschitz["max_block"]), "estimated"
+    value, grounds = number(max(block["estimate"] for block in blocks)), "estimated"
     if claims.is_certified(report):
-        bound = max(block["bound"] for block in lipschitz["blocks"])
+        bound = max(block["bound"] for block in blocks)
         meaning += f"Certified, from above; power iteration, from below, gives {value}. "
         meaning += "Below 1, so every block is invertible." if bound < 1.0 else "Not below 1: invertibility is not proven."
         value, grounds = f"≤ {number(bound)}", "guaranteed"
@@ -239,23 +241,38 @@ def _lipschitz(report: Mapping[str, Any], figures: Mapping[str, str]) -> Html | 
     blocks: Sequence[Mapping[str, Any]] = lipschitz.get("blocks") or ()
     if not blocks:
         return shown or "The Lipschitz constants have not been measured."
-    layers = list(dict.fromkeys(name for block in blocks for name in block.get("layers", {})))
-    if len(layers) > 6:  # too many columns to read: one cell lists them
-        header = ["block", "layer norms"]
-        cells = [[" · ".join(f"{name} {number(s)}" for name, s in block.get("layers", {}).items())] for block in blocks]
-    else:
-        header = ["block", *layers]
-        cells = [[number(block["layers"][n]) if n in block.get("layers", {}) else "" for n in layers] for block in blocks]
-    rows = [
-        (block.get("name", f"block {i}"), *cell, number(block.get("estimate")), _bound(block.get("bound")))
-        for i, (block, cell) in enumerate(zip(blocks, cells, strict=True))
-    ]
-    caption = "Norm of every layer by power iteration (from below), their product, and the certified upper bound."
-    if lipschitz.get("coeff") is not None:
-        caption += f" Layers are scaled down to coeff = {lipschitz['coeff']}."
-    listing = table([*header, "product", "certified bound"], rows, caption=caption)
+    rows: list[tuple[object, ...]] = []
+    for i, block in enumerate(blocks):
+        name = block.get("name", f"block {i}")
+        for layer, norm in (block.get("layers") or {}).items():
+            rows.append((f"{name}/{layer}", *(_limit(norm, key) for key in ("target", "estimate", "bound"))))
+        rows.append((tag("strong", name), *(_limit(block, key) for key in ("target", "estimate", "bound"))))
+    caption = (
+        "Every layer's norm and, in the block's own row, their product: the target, what power iteration finds from below, "
+    )
+    caption += "and the certified bound from above."
+    listing = table(("block and layer", "target", "estimate", "certified bound"), rows, caption=caption)
     summary = tag("summary", f"Every block ({len(blocks)})")
-    return join((shown or "", tag("details", summary, listing, open=len(blocks) <= 12)))
+    return join((shown or "", _whole_model(lipschitz), tag("details", summary, listing, open=len(blocks) <= 12)))
+
+
+def _whole_model(lipschitz: Mapping[str, Any]) -> Html | str:
+    """What the blocks' bounds say about the model from data to latents."""
+    bounds = lipschitz.get("model_bounds")
+    if not bounds:
+        return ""
+    rows = [
+        ("from data to latents", number(bounds.get("forward"), 3)),
+        ("from latents to data", number(bounds.get("inverse"), 3)),
+    ]
+    caption = "Bounds of the whole model's Lipschitz constants: products of every block's worst case, which no input attains."
+    return tag("div", table(("map", "Lipschitz constant at most"), rows, caption=caption), class_="narrow")
+
+
+def _limit(row: Mapping[str, Any], key: str) -> Html | str:
+    """One entry of the table of Lipschitz constants, empty where there is none."""
+    value = row.get(key)
+    return _bound(value) if key == "bound" else "" if value is None else number(value)
 
 
 def _time(train: Mapping[str, Any] | None) -> Html | str:

@@ -78,7 +78,7 @@ def describe(report: dict[str, Any], workdir: Path) -> str:
     """The headline of a report, and where it is."""
     likelihood = report.get("bits_per_dim") or report["nll"]
     lines = [evaluate.describe({**likelihood}), reconstruct.describe(report["inverse"])]
-    lines.append(f"largest Lipschitz constant of a block: {report['lipschitz']['max_block']:.3f}, as estimated")
+    lines.append(lipschitz.verdict(report["lipschitz"]))
     said = "\n".join(lines)
     lines += [warning for warning in report["warnings"] if warning not in said]
     return "\n".join([*lines, f"report: {workdir / 'report.html'}"])
@@ -133,7 +133,7 @@ def density_on_grid(
 def _lipschitz_figure(trained: Trained, constants: dict[str, Any]) -> Any:
     blocks = constants["blocks"]
     names, estimates = [block["name"] for block in blocks], [block["estimate"] for block in blocks]
-    return plots.lipschitz_bars(names, estimates, [block["bound"] for block in blocks], target=lipschitz.target(trained))
+    return plots.lipschitz_bars(names, estimates, [block["bound"] for block in blocks], target=lipschitz.target(constants))
 
 
 def _strict(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """A trained model as its workdir holds it: where everything after training starts.
 
-The parameters are the moving average of the checkpoint that was best on validation, and the norms of all layers are iterated to
-their tolerance: with the few power iterations of a training step a layer could still exceed its coefficient.
+The parameters are the moving average of the checkpoint that was best on validation, and the weights are frozen: scaled by
+guaranteed bounds of their norms, so that every block is a certified contraction whatever training used (`model.freeze`).
 """
 
 import json
@@ -30,9 +30,9 @@ class Trained:
         config: The settings it was trained with.
         spec: The model without its weights.
         source: The data.
-        weights: The flow's constrained weights, for the functions of `density`.
+        weights: The flow's frozen weights, for the functions of `density`.
         prior: The prior's parameters.
-        norms: Estimated operator norms of all layers before normalisation, by stage and layer, one a block.
+        bounds: Guaranteed upper bounds of all layers' operator norms, by stage and layer, one a block.
         step: Updates behind these parameters.
         notes: Sentences a reader of any result must know, such as which checkpoint had to be used instead.
     """
@@ -43,7 +43,7 @@ class Trained:
     source: run.Source
     weights: Any = field(repr=False)
     prior: Any = field(repr=False)
-    norms: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    bounds: Mapping[str, Mapping[str, Any]] = field(repr=False)
     step: int
     notes: tuple[str, ...] = ()
 
@@ -80,16 +80,15 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
     variables = run.abstract_variables(config, spec)
     target = jax.eval_shape(lambda: state.create(_zeros(variables), optimizer))
     best, step, notes = _restore(Checkpoints(workdir), target, workdir)
-    constrain = jax.jit(lambda ema, spectral: model.constrain(spec.flow, ema, spectral, rtol=config.spectral.rtol))
-    constrained = constrain(best.ema, best.spectral)
+    frozen = jax.jit(lambda params: model.freeze(spec.flow, params))(best.ema)
     return Trained(
         workdir=workdir,
         config=config,
         spec=spec,
         source=source,
-        weights=constrained.weights,
+        weights=frozen.weights,
         prior=best.ema["prior"],
-        norms=constrained.norms,
+        bounds=frozen.bounds,
         step=step,
         notes=notes,
     )

@@ -7,6 +7,7 @@ the rest of the library takes plain arguments.
 import difflib
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
@@ -31,7 +32,8 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
             "model": {
                 # One dictionary a stage with the fields of model.StageSpec.
                 "stages": ({"num_blocks": 4, "hidden": (32, 32), "kernel_sizes": (3, 1, 3)},),
-                "coeff": 0.9,  # largest operator norm of a layer
+                "coeff": 0.9,  # largest operator norm
+                "budget": "layer",  # that coeff limits: of each "layer", or the product of the layers of each "block"
                 "prior": "gaussian",  # or "logistic"
                 "last_scale": 1.0,  # initial factor on the last layer of a branch
             },
@@ -40,7 +42,13 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
                 "alpha": 0.05,
             },
             "logdet": estimator_settings(kind="series", num_terms=5, num_probes=1),
-            "spectral": {"num_steps": 1, "rtol": 1e-3},  # power iterations a training step; tolerance everywhere else
+            # How training keeps blocks contractions. What is used after it is certified in any case.
+            "constraint": {
+                "norms": "estimated",  # by power iteration, or "certified": guaranteed upper bounds at every step
+                "num_steps": 1,  # power iterations a training step; on validation data they go on to the tolerance
+                "rtol": 1e-3,
+                "num_squarings": 4,  # of the Gram iteration behind "certified"
+            },
             "optimizer": {
                 "name": "adam",
                 "learning_rate": 1e-3,
@@ -126,7 +134,18 @@ def build_flow_spec(settings: Settings, event_shape: tuple[int, ...]) -> model.F
                 raise ValueError(f"config.model.stages[{i}] has an unknown field {field!r}{_did_you_mean(field, known)}")
         fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in stage.items()}
         stages.append(model.StageSpec(**fields))
-    return model.FlowSpec(tuple(event_shape), tuple(stages), coeff=settings["coeff"])
+    return model.FlowSpec(tuple(event_shape), tuple(stages), coeff=settings["coeff"], budget=settings["budget"])
+
+
+def build_constraint(settings: Settings, spec: model.FlowSpec, *, training: bool) -> Callable[[Any, Any], model.Constrained]:
+    """The ``(params, spectral) -> Constrained`` that ``config.constraint`` describes, for training steps or for validation."""
+    if settings["norms"] == "certified":
+        num_squarings = settings["num_squarings"]
+        return lambda params, spectral: model.constrain_certified(spec, params, spectral, num_squarings=num_squarings)
+    if settings["norms"] == "estimated":
+        num_steps, rtol = settings["num_steps"] if training else None, settings["rtol"]
+        return lambda params, spectral: model.constrain(spec, params, spectral, num_steps=num_steps, rtol=rtol)
+    raise ValueError(f"constraint.norms must be estimated or certified, got {settings['norms']!r}")
 
 
 def build_solver(settings: Settings) -> flow.Solver:

@@ -23,7 +23,7 @@ def make_step(
     schedule: optax.Schedule,
     *,
     seed: int,
-    num_power_steps: int,
+    constrain: Callable[[Any, Any], model.Constrained],
     ema_decay: float,
     unroll: bool,
     rematerialize: bool = False,
@@ -40,7 +40,7 @@ def make_step(
         optimizer: Update rule.
         schedule: Its learning rate, for the log.
         seed: Of the run.
-        num_power_steps: Power iterations a layer and step.
+        constrain: ``(params, spectral) ->`` constrained weights.
         ema_decay: Of the moving average of the parameters.
         unroll: Write blocks out instead of scanning over them.
         rematerialize: Recompute a block's inside in the backward pass.
@@ -57,7 +57,7 @@ def make_step(
         shared = estimator.fix_length(key_length)
 
         def loss_fn(params):
-            constrained = model.constrain(spec.flow, params, state.spectral, num_steps=num_power_steps)
+            constrained = constrain(params, state.spectral)
             terms = density.log_prob(
                 spec, constrained.weights, params["prior"], x, key_probe, shared, unroll=unroll, rematerialize=rematerialize
             )

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from iresnet_jax import density, model
+from iresnet_jax import density
 from iresnet_jax.data import feed
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import parallel, run, state
@@ -64,7 +64,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:
         optimizer,
         config_lib.build_schedule(config.optimizer, settings.total_steps),
         seed=config.seed,
-        num_power_steps=config.spectral.num_steps,
+        constrain=config_lib.build_constraint(config.constraint, spec.flow, training=True),
         ema_decay=settings.ema_decay,
         unroll=unroll,
         rematerialize=settings.rematerialize,
@@ -111,8 +111,8 @@ class Validation:
         estimator = config_lib.build_estimator(config.evaluation.logdet)
         self._spec, self._seed = spec, config.seed
         self._examples = source.held_out("validation", config.training.eval_examples, config.seed)
-        rtol = config.spectral.rtol
-        self._constrain = jax.jit(lambda params, spectral: model.constrain(spec.flow, params, spectral, rtol=rtol).weights)
+        constrain = config_lib.build_constraint(config.constraint, spec.flow, training=False)
+        self._constrain = jax.jit(lambda params, spectral: constrain(params, spectral).weights)
         self._evaluate = parallel.parallelize_eval(make_evaluation(spec, estimator, unroll=unroll))
         self._batch_size = round_up(min(config.evaluation.batch_size, len(self._examples)), jax.local_device_count())
 
