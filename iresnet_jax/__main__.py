@@ -45,7 +45,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     result = reconstruct.reconstruct(model, arguments.num or reconstruct.NUM_EXAMPLES)
     path = reconstruct.write(result, arguments.workdir)
     _say(*model.notes, reconstruct.describe(reconstruct.summarize(model, result)), f"written: {path}" if path else "")
-    return 0 if result.converged.all() else 1
+    return 0 if result.trip.converged.all() else 1
 
 
 def certify(arguments: argparse.Namespace) -> int:

@@ -108,8 +108,8 @@ def _mean_over_devices(value: Array, axis_name: str | None) -> Array:
 
 
 def _per_channel(value: Float[Array, " c"], x: Float[Array, "b ... c"]) -> Float[Array, "..."]:
-    """Gives one value a channel as many axes as ``x`` (implicit broadcasting is an error here)."""
-    return value.reshape((1,) * (x.ndim - 1) + value.shape)
+    """Gives one value a channel as many axes as ``x`` (implicit broadcasting is an error here), and at least its precision."""
+    return value.reshape((1,) * (x.ndim - 1) + value.shape).astype(jnp.promote_types(value.dtype, x.dtype))
 
 
 def _logdet(params: ActNormParams, x: Float[Array, "b ... c"]) -> Float[Array, " b"]:

@@ -43,6 +43,7 @@ def invert_residual(
     atol: float = 1e-6,
     max_evals: int = 2000,
     memory: int = 4,
+    start: Float[Array, "b ..."] | None = None,
 ) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
     r"""Solves ``y = x + g(x)`` for ``x``, example by example.
 
@@ -75,6 +76,7 @@ def invert_residual(
         atol: Wanted bound of ``|x - x*|`` (Euclidean norm of an example).
         max_evals: Cap on evaluations of ``g``; Banach iteration needs about ``log(atol) / log(L)``.
         memory: Steps that Anderson's method remembers, 3 to 5 as a rule; 0 is plain Banach iteration.
+        start: Where to begin; ``y`` by default.
 
     Returns:
         ``x`` and how the iteration ended.
@@ -103,7 +105,8 @@ def invert_residual(
     def tangent_solve(linear, b):
         return _solve_linear(linear, b, settings)
 
-    x, info = lax.custom_root(lambda x: x + branch(x) - y, y, solve, tangent_solve, has_aux=True)
+    start = y if start is None else lax.stop_gradient(start.astype(y.dtype))
+    x, info = lax.custom_root(lambda x: x + branch(x) - y, start, solve, tangent_solve, has_aux=True)
     num_evals, residual, error_bound, converged = (lax.stop_gradient(field) for field in info)
     return x, FixedPointInfo(num_evals.astype(jnp.int32), residual, error_bound, converged > 0)
 

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax import actnorm, reshape, residual
-from iresnet_jax.fixed_point import FixedPointInfo
+from iresnet_jax.fixed_point import FixedPointInfo, example_norm
 from iresnet_jax.logdet import LogdetEstimator, LogdetInfo
 
 Forward = Callable[[Array, Array], tuple[Array, Array, LogdetInfo]]
@@ -47,11 +47,13 @@ class Solver(NamedTuple):
         atol: Tolerance of the preimage (Euclidean norm of an example).
         max_evals: Cap on evaluations of the branch.
         memory: Steps that Anderson's method remembers; 0 is plain Banach iteration.
+        refine: Whether to go on in float64 from what float32 found, see `residual.inverse`.
     """
 
     atol: float = 1e-6
     max_evals: int = 2000
     memory: int = 4
+    refine: bool = False
 
 
 def no_logdet_error(batch: Array) -> LogdetInfo:
@@ -131,11 +133,26 @@ def flatten_bijection(event_shape: tuple[int, ...]) -> Bijection:
 
 def actnorm_bijection(params: actnorm.ActNormParams) -> Bijection:
     """``y = (x + bias) exp(log_scale)`` by channel, see `actnorm`."""
-    return exact_bijection(
+    bijection = exact_bijection(
         lambda x: actnorm.forward_and_logdet(params, x),
         lambda y: actnorm.inverse_and_logdet(params, y),
         inverse_lipschitz=jnp.exp(-jnp.min(params.log_scale)),
     )
+
+    def rounding(x):  # of y exp(-log_scale), whose size is that of x + bias, and of the difference
+        eps = jnp.finfo(x.dtype).eps
+        shifted = x + params.bias.reshape((1,) * (x.ndim - 1) + (-1,))
+        return no_inverse_error(x)._replace(error_bound=eps * (4 * example_norm(shifted) + example_norm(x)))
+
+    def inverse(y):
+        x, _ = bijection.inverse(y)
+        return x, rounding(x)
+
+    def inverse_and_logdet(y, key):
+        x, logdet, info, _ = bijection.inverse_and_logdet(y, key)
+        return x, logdet, info, rounding(x)
+
+    return bijection._replace(inverse=inverse, inverse_and_logdet=inverse_and_logdet)
 
 
 def residual_bijection(
@@ -259,6 +276,14 @@ def _rematerialized(make: Callable[[Any], Bijection], weights: Any) -> Bijection
     return make(weights)._replace(
         forward=lambda x: jax.checkpoint(lambda w, x: make(w).forward(x))(weights, x),
         forward_and_logdet=lambda x, key: jax.checkpoint(lambda w, x: make(w).forward_and_logdet(x, key))(weights, x),
+    )
+
+
+def in_float64(bijection: Bijection) -> Bijection:
+    """The same with inverses from float64 on, for a chain of which one refines there (`Solver.refine`)."""
+    return bijection._replace(
+        inverse=lambda y: bijection.inverse(y.astype(jnp.float64)),
+        inverse_and_logdet=lambda y, key: bijection.inverse_and_logdet(y.astype(jnp.float64), key),
     )
 
 

@@ -275,7 +275,8 @@ def bijection(
         stages.append(flow.Stage(flow.chain(parts), stage.factor_out))
         if stage.factor_out:
             shape = _kept(shape, 0)
-    return flow.multiscale(stages, tuple(spec.event_shape))
+    whole = flow.multiscale(stages, tuple(spec.event_shape))
+    return flow.in_float64(whole) if solver.refine else whole
 
 
 def unroll_by_default() -> bool:

@@ -5,6 +5,7 @@ Pure functions of a callable; parameters live in its closure. Log-determinants a
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.fixed_point import FixedPointInfo, invert_residual
@@ -48,9 +49,24 @@ def inverse(
     atol: float = 1e-6,
     max_evals: int = 2000,
     memory: int = 4,
+    refine: bool = False,
 ) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
-    """``x`` with ``y = x + g(x)``; see `fixed_point.invert_residual`."""
-    return invert_residual(branch, y, lipschitz_bound=lipschitz_bound, atol=atol, max_evals=max_evals, memory=memory)
+    """``x`` with ``y = x + g(x)``; see `fixed_point.invert_residual`.
+
+    With ``refine`` the solution in float32 is where the iteration in float64 starts, and the result is in float64. The branch's
+    weights may stay in float32: they are the same numbers.
+
+    Raises:
+        ValueError: If ``refine`` is asked for and float64 is switched off.
+    """
+    settings = {"lipschitz_bound": lipschitz_bound, "max_evals": max_evals, "memory": memory}
+    if not refine:
+        return invert_residual(branch, y, atol=atol, **settings)
+    if jnp.result_type(float) != jnp.float64:
+        raise ValueError("refine works in float64: call it under `with jax.enable_x64(True):`")
+    coarse, coarse_info = invert_residual(branch, y.astype(jnp.float32), atol=max(atol, 1e-6), **settings)
+    x, info = invert_residual(branch, y.astype(jnp.float64), atol=atol, start=coarse, **settings)
+    return x, info._replace(num_evals=info.num_evals + coarse_info.num_evals)
 
 
 def inverse_and_logdet(
@@ -63,8 +79,10 @@ def inverse_and_logdet(
     atol: float = 1e-6,
     max_evals: int = 2000,
     memory: int = 4,
+    refine: bool = False,
 ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo, FixedPointInfo]:
     """``x = F^-1(y)`` and ``log|det dx/dy| = -log det(I + J_g(x))``, evaluated at the preimage ``x``."""
-    x, solver_info = inverse(branch, y, lipschitz_bound=lipschitz_bound, atol=atol, max_evals=max_evals, memory=memory)
+    settings = {"atol": atol, "max_evals": max_evals, "memory": memory, "refine": refine}
+    x, solver_info = inverse(branch, y, lipschitz_bound=lipschitz_bound, **settings)
     logdet, info = estimator(branch, x, key, lipschitz_bound=lipschitz_bound)
     return x, -logdet, info, solver_info

@@ -198,8 +198,12 @@ def test_failed_inverses_are_named_and_fail_the_command(toy_run, capsys):
 def test_reconstructions_are_exact_to_rounding_and_within_their_bound(digits, digits_run, capsys):
     result = reconstruct.reconstruct(digits, 300)  # more than a batch
     summary = reconstruct.summarize(digits, result)
-    assert result.converged.all()
-    assert (result.euclidean_error <= result.error_bound).all()
+    assert result.trip.converged.all()
+    assert (result.trip.euclidean_error <= result.trip.error_bound).all()
+    assert result.refined.converged.all()
+    assert (result.refined.euclidean_error <= result.refined.error_bound).all()
+    assert result.refined.error_bound.max() < 1e-6 * result.trip.error_bound.max()
+    assert 0 < result.refined.euclidean_error.max() < 1e-6 * result.trip.euclidean_error.max()
     assert summary["num_examples"] == 300
     assert summary["max_abs_error"] <= summary["max_euclidean_error"] <= summary["max_error_bound"] < 1e-4
     np.testing.assert_allclose(

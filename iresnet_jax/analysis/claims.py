@@ -40,6 +40,13 @@ def contradictions(report: Mapping[str, Any]) -> list[str]:
     error, bound, fraction = (inverse.get(k) for k in ("max_abs_error", "max_error_bound", "fraction_converged"))
     if error is not None and bound is not None and not error <= bound:
         found.append("The largest inversion error exceeds its bound: a Lipschitz constant or the rounding is underestimated.")
+    for precision, trip in (("the precision of training", inverse), ("float64", inverse.get("refined") or {})):
+        within = trip.get("fraction_within_bound")
+        if within is not None and within < 1.0:
+            found.append(
+                f"{100 * (1 - within):.3g} % of the inversion errors in {precision} exceed their bound: a Lipschitz constant "
+                "or the rounding is underestimated."
+            )
     if fraction is not None and fraction < 1.0:
         found.append(f"The inverse did not converge for {100 * (1 - fraction):.3g} % of the examples: allow more evaluations.")
     for block in (report.get("lipschitz") or {}).get("blocks") or ():

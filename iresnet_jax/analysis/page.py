@@ -33,7 +33,8 @@ FIGURES = {
     ),
     "error_histogram": (
         "Histogram of inversion errors and of their bounds over the test examples.",
-        "Spread of the inversion errors over the test examples. A bound that holds lies right of its error.",
+        "Spread of the inversion errors over the test examples, Euclidean and in float64. A bound that holds lies right of "
+        "its error.",
     ),
     "lipschitz": (
         "Bar chart of the Lipschitz estimate of every block, with certified bounds and target.",
@@ -54,8 +55,9 @@ def render(report: Mapping[str, Any], figures: Mapping[str, str], *, title: str)
             ``stderr``, ``stderr_data``, ``stderr_probes``, ``stderr_dequantisation``, ``truncation_bound``,
             ``num_examples``, ``num_probes``, ``num_dequantisations``, ``estimator``. Bounds are taken to rest on the
             certified Lipschitz bounds where every block has one, and are called conditional otherwise.
-            ``entropy_floor`` in nats. ``inverse``: ``max_abs_error``, ``max_error_bound``, ``fraction_converged`` in [0, 1],
-            ``mean_evals``. ``lipschitz``: ``max_block``, ``model_bounds`` (``forward``, ``inverse``), and ``blocks``, a list of
+            ``entropy_floor`` in nats. ``inverse``: ``max_abs_error``, ``max_euclidean_error``, ``max_error_bound``,
+            ``fraction_within_bound``, ``fraction_converged``, ``mean_evals``, and ``refined``, the same in float64.
+            ``lipschitz``: ``max_block``, ``model_bounds`` (``forward``, ``inverse``), and ``blocks``, a list of
             ``name``, ``target``, ``estimate``, ``bound`` or None, and ``layers``, by name the same three. ``train``: ``steps``,
             ``seconds_per_step``, ``compile_seconds``, ``total_seconds``. ``environment``, ``config``: any nesting; published
             numbers to compare with are read from
@@ -215,23 +217,32 @@ def _inversion(report: Mapping[str, Any], figures: Mapping[str, str]) -> Html | 
     inverse = report.get("inverse")
     if not inverse:
         return shown or "The inverse has not been evaluated."
-    fraction = inverse.get("fraction_converged")
-    rows = (
-        ("largest absolute error", number(inverse.get("max_abs_error"), 2), "measured, in input units"),
-        (
-            "largest error bound",
-            number(inverse.get("max_error_bound"), 2),
-            "from the residuals |y - x - g(x)| / (1 - L) of the solver",
-        ),
-        (
-            "examples converged",
-            number(fraction) if fraction is None else f"{100 * fraction:.4g} %",
-            "within the solver's budget",
-        ),
-        ("evaluations of g", number(inverse.get("mean_evals"), 3), "mean a block and example"),
+    refined = inverse.get("refined")
+    quantities = (
+        ("largest absolute error", "max_abs_error", "measured, in input units"),
+        ("largest Euclidean error", "max_euclidean_error", "measured, of an example"),
+        ("largest error bound", "max_error_bound", "from the residuals |y - x - g(x)| / (1 - L) of the solver"),
+        ("errors within their bound", "fraction_within_bound", "example by example"),
+        ("examples converged", "fraction_converged", "within the solver's budget"),
+        ("evaluations of g", "mean_evals", "mean a block and example"),
     )
-    account = table(("quantity", "value", "meaning"), rows, caption="Fixed-point inverse of the whole model.")
+    columns = [inverse, refined] if refined else [inverse]
+    rows = [
+        (name, *(_inverse_number(column, key) for column in columns), meaning)
+        for name, key, meaning in quantities
+        if inverse.get(key) is not None
+    ]
+    header = ("quantity", "as trained", "in float64", "meaning") if refined else ("quantity", "value", "meaning")
+    account = table(header, rows, caption="Fixed-point inverse of the whole model.")
     return join((shown or "", tag("div", account, class_="words narrow")))
+
+
+def _inverse_number(inverse: Mapping[str, Any], key: str) -> str:
+    """A fraction as percent, anything else to two or three digits."""
+    value = inverse.get(key)
+    if value is not None and key.startswith("fraction"):
+        return f"{100 * value:.4g} %"
+    return number(value, 3 if key == "mean_evals" else 2)
 
 
 def _lipschitz(report: Mapping[str, Any], figures: Mapping[str, str]) -> Html | str:

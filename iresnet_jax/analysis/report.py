@@ -62,8 +62,9 @@ def write(trained: Trained) -> dict[str, Any]:
     curves = [record for record in records if record["split"] != "timing"]
     if any(density.objective_name(trained.spec) in record for record in curves):
         figures["learning_curves"] = plots.learning_curves(curves)
-    if np.isfinite(reconstructions.max_abs_error).any():
-        figures["error_histogram"] = plots.error_histogram(reconstructions.max_abs_error, reconstructions.error_bound)
+    refined = reconstructions.refined
+    if np.isfinite(refined.euclidean_error).any():
+        figures["error_histogram"] = plots.error_histogram(np.asarray(refined.euclidean_error), np.asarray(refined.error_bound))
     if is_toy:
         figures["density"] = plots.density_map(*density_on_grid(trained))
     uris = {name: plots.to_svg_or_png(figure) for name, figure in figures.items() if figure is not None}
