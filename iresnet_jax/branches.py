@@ -4,6 +4,9 @@ A branch is described by a `BranchSpec`; its weights are a plain dictionary, one
 ``{"conv0": {"kernel", "bias", "beta"}, "conv1": ...}`` ("dense0" ... for vectors). ``beta`` belongs to the activation in front
 of its layer and exists for activations that have one. `normalize` returns weights of the same form, so that what runs is
 always a plain network whose layers already satisfy the constraint (Behrmann et al. 2019, sec. 2.1).
+
+A conditional branch ``g(x; context)`` shifts the output of every layer by a linear map of the context, which has no constraint:
+``g`` is a contraction in ``x`` for every context, and any function of the context.
 """
 
 import math
@@ -59,6 +62,7 @@ class BranchSpec:
         padding: Padding of the convolutions, "SAME" (zeros) or "CIRCULAR".
         positional_bias: Whether a convolution has a bias for every pixel instead of one a channel. A bias does not enter the
             Lipschitz constant, and tells a small network where in the image it is.
+        context_dim: Length of the context vector of an example; 0 for none.
     """
 
     in_shape: tuple[int, ...]
@@ -68,9 +72,12 @@ class BranchSpec:
     preactivation: bool = False
     padding: Padding = "SAME"
     positional_bias: bool = False
+    context_dim: int = 0
 
     def __post_init__(self):
         activations.get(self.activation)
+        if self.context_dim < 0:
+            raise ValueError(f"context_dim must not be negative, got {self.context_dim}; 0 is no context")
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(f"hidden must name at least one positive width, got {self.hidden}")
         if self.kernel_sizes is None:
@@ -125,8 +132,15 @@ def linear_map(layer: LayerSpec, padding: Padding = "SAME", *, single: bool = Fa
     return lambda kernel, x: conv(x[None], kernel, padding=padding, implementation=implementation)[0]
 
 
-def apply_branch(spec: BranchSpec, weights: Weights, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-    """``g(x)`` for weights as they are; constrained if they are (see `normalize`)."""
+def apply_branch(
+    spec: BranchSpec, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
+) -> Float[Array, "b ..."]:
+    """``g(x)`` or ``g(x; context)`` for weights as they are; constrained if they are (see `normalize`).
+
+    Raises:
+        ValueError: If the context is not what the branch takes.
+    """
+    check_context(spec.context_dim, len(x), context)
     activation = activations.get(spec.activation)
     h = x
     for layer in spec.layers:
@@ -136,7 +150,18 @@ def apply_branch(spec: BranchSpec, weights: Weights, x: Float[Array, "b ..."]) -
         h = linear_map(layer, spec.padding)(parameters["kernel"], h)
         bias = parameters["bias"]
         h = h + bias.reshape((1,) * (h.ndim - bias.ndim) + bias.shape)
+        if context is not None:
+            h = h + (context @ parameters["context"]).reshape(len(h), *(1,) * (h.ndim - 2), -1)
     return h
+
+
+def check_context(context_dim: int, batch_size: int, context: Float[Array, "..."] | None) -> None:
+    """Raises ``ValueError`` unless there is one context of that length for every example, or none if the length is 0."""
+    if context_dim == 0 and context is not None:
+        raise ValueError(f"the model takes no context (context_dim=0), got one of shape {context.shape}: leave it out")
+    if context_dim and (context is None or context.shape != (batch_size, context_dim)):
+        found = "none" if context is None else f"shape {context.shape} for a batch of {batch_size}"
+        raise ValueError(f"the model takes a context of shape (batch, {context_dim}), got {found}")
 
 
 class Normalized(NamedTuple):
@@ -288,6 +313,10 @@ def initial_weights(spec: BranchSpec, key: Array, *, last_scale: float = 1.0) ->
         }
         if layer.activated and activation.initial_beta is not None:
             weights[layer.name]["beta"] = jnp.full((), activation.initial_beta)
+        if spec.context_dim:
+            key_context = jax.random.fold_in(layer_key, 1)
+            scale /= math.sqrt(spec.context_dim / math.prod(fan_in))  # variance 1 / context_dim
+            weights[layer.name]["context"] = scale * jax.random.normal(key_context, (spec.context_dim, cout))
     return weights
 
 

@@ -1,27 +1,30 @@
 """The one convolution of the library: every k x k layer, its norm and its transpose go through `conv`.
 
-Three implementations compute the same sum and differ in speed only. XLA's own convolution is best for wide layers; on CPU a
-thin input (few channels in) is several times faster as patches times a matrix, a thin output as a matrix product per tap
-followed by shifted adds. Both are plain matrix products, so they also keep their speed inside `lax.scan` and
-`lax.while_loop`, where XLA:CPU's convolution gradients are slow, and under `vmap` over kernels.
+Three implementations compute the same sum and differ in speed only: XLA's own convolution, patches times a matrix, and a matrix
+product per tap followed by shifted adds. The last two are plain matrix products, for ``vmap`` over kernels.
+
+XLA:CPU has a fast kernel for one layout of a convolution, and brings gradients into that layout outside of loops alone: in
+``lax.scan`` and ``lax.while_loop`` they would be up to a hundred times slower. So on CPU the convolution is a primitive of its
+own, whose gradients are written in that layout (``benchmarks/convolution.py`` measures it).
 """
 
+import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
 Padding = str | Sequence[tuple[int, int]]
 Implementation = Literal["auto", "xla", "patches", "taps"]
+Pair = tuple[int, int]
 
 PADDINGS = ("SAME", "VALID", "CIRCULAR")
-
-# Above this many input or output channels XLA:CPU's own convolution is taken to be faster: a first choice, not yet measured.
-_THIN_CHANNELS = 32
 
 
 def explicit_padding(
@@ -84,20 +87,16 @@ def conv(
     if implementation == "auto":
         implementation = choose_implementation(kernel.shape)
     if implementation == "xla":
-        return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        convolve = _convolve if jax.default_backend() != "cpu" else _convolution.bind
+        return convolve(x, kernel, window=_Window(strides, pads))
     if pads != ((0, 0), (0, 0)):
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     return (_conv_by_patches if implementation == "patches" else _conv_by_taps)(x, kernel, strides)
 
 
 def choose_implementation(kernel_shape: Sequence[int]) -> Implementation:
-    """The fastest implementation for this backend and kernel shape ``(kh, kw, cin, cout)``."""
-    kernel_height, kernel_width, cin, cout = kernel_shape
-    if kernel_height == kernel_width == 1:
-        return "patches"  # a plain matrix product
-    if jax.default_backend() != "cpu" or min(cin, cout) > _THIN_CHANNELS:
-        return "xla"
-    return "patches" if cin <= cout else "taps"
+    """The fastest implementation for a kernel of shape ``(kh, kw, cin, cout)``, see ``benchmarks/convolution.py``."""
+    return "patches" if tuple(kernel_shape[:2]) == (1, 1) else "xla"  # one tap: a plain matrix product
 
 
 def _window(x, tap, kernel_size, strides):
@@ -118,3 +117,72 @@ def _conv_by_taps(x, kernel, strides):
     taps = zip(np.ndindex(*kernel_size), jnp.split(products, kernel_size[0] * kernel_size[1], axis=-1), strict=True)
     views = [_window(product, tap, kernel_size, strides) for tap, product in taps]
     return sum(views[1:], views[0])
+
+
+class _Window(NamedTuple):
+    """How taps meet pixels: ``y[i] = sum_t x[(s i + d t - p) / e] K[t]``, where ``e`` divides, along each axis."""
+
+    strides: Pair  # s
+    pads: tuple[Pair, Pair]  # p, and as many as are needed behind
+    x_dilation: Pair = (1, 1)  # e
+    kernel_dilation: Pair = (1, 1)  # d
+
+
+def _convolve(x, kernel, *, window):
+    return lax.conv_general_dilated(x, kernel, *window, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _output_aval(x, kernel, *, window):
+    shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel))
+    y = jax.eval_shape(functools.partial(_convolve, window=window), *shapes)
+    return x.update(shape=y.shape, dtype=y.dtype, weak_type=False)
+
+
+def _spans(x, kernel, y, window):
+    """Length of image, kernel and result along each axis with the gaps of their dilation: ``e (n - 1) + 1`` and so on."""
+    sizes = zip(x.shape[1:3], kernel.shape[:2], y.shape[1:3], strict=True)
+    steps = zip(window.x_dilation, window.kernel_dilation, window.strides, strict=True)
+    return [[step * (n - 1) + 1 for n, step in zip(*axis, strict=True)] for axis in zip(sizes, steps, strict=True)]
+
+
+def _gradient_of_x(y, x, kernel, *, window):
+    """The transpose in ``x``: a convolution of the cotangent ``y`` with the flipped kernel."""
+    pads = []
+    for (before, _), (n, k, m) in zip(window.pads, _spans(x.aval, kernel, y, window), strict=True):
+        pads.append((k - 1 - before, n - m + before))
+    flipped = lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2)
+    transposed = _Window(window.x_dilation, tuple(pads), window.strides, window.kernel_dilation)
+    return _convolution.bind(y, flipped, window=transposed)
+
+
+def _gradient_of_kernel(y, x, kernel, *, window):
+    """The transpose in the kernel: a convolution of ``x`` with the cotangent ``y``, summed over the batch as over channels."""
+    pads = []
+    for (before, _), (n, k, m) in zip(window.pads, _spans(x, kernel.aval, y, window), strict=True):
+        pads.append((before, m + k - 1 - n - before))
+    transposed = _Window(window.kernel_dilation, tuple(pads), window.x_dilation, window.strides)
+    gradient = _convolution.bind(x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3), window=transposed)
+    return gradient.transpose(1, 2, 0, 3)
+
+
+def _batched(arguments, axes, *, window):
+    """``vmap``: more images are a larger batch, more kernels are more channels out; with both, one after the other."""
+    (x, kernel), (x_axis, kernel_axis) = arguments, axes
+    convolve = functools.partial(_convolution.bind, window=window)
+    if kernel_axis is None:
+        x = jnp.moveaxis(x, x_axis, 0)
+        y = convolve(x.reshape(-1, *x.shape[2:]), kernel)
+        return y.reshape(*x.shape[:2], *y.shape[1:]), 0
+    if x_axis is None:
+        kernel = jnp.moveaxis(kernel, kernel_axis, 3)
+        y = convolve(x, kernel.reshape(*kernel.shape[:3], -1))
+        return y.reshape(*y.shape[:3], *kernel.shape[3:]), 3
+    return lax.map(lambda pair: convolve(*pair), (jnp.moveaxis(x, x_axis, 0), jnp.moveaxis(kernel, kernel_axis, 0))), 0
+
+
+_convolution = Primitive("convolution")
+_convolution.def_impl(jax.jit(_convolve, static_argnames="window"))
+_convolution.def_abstract_eval(_output_aval)
+mlir.register_lowering(_convolution, mlir.lower_fun(_convolve, multiple_results=False))
+ad.defbilinear(_convolution, _gradient_of_x, _gradient_of_kernel)
+batching.primitive_batchers[_convolution] = _batched

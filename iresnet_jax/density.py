@@ -113,6 +113,7 @@ def log_prob(
     key: Key[Array, "..."],
     estimator: LogdetEstimator = ExactLogdet(),  # noqa: B008 (immutable)
     *,
+    context: Float[Array, "b k"] | None = None,
     unroll: bool = False,
     rematerialize: bool = False,
 ) -> LogProb:
@@ -125,12 +126,13 @@ def log_prob(
         x: Continuous data, from `to_continuous`.
         key: For the probes; one, or one an example.
         estimator: Log-determinant of the blocks.
+        context: The examples' contexts: then this is ``log p(x | context)``.
         unroll: See `model.bijection`.
         rematerialize: See `model.bijection`.
     """
     parameters, density, _ = PRIORS[spec.prior]
     y, log_det_transform = transform(spec, x)
-    bijection = model.bijection(spec.flow, weights, estimator, unroll=unroll, rematerialize=rematerialize)
+    bijection = model.bijection(spec.flow, weights, estimator, context=context, unroll=unroll, rematerialize=rematerialize)
     z, log_det, info = bijection.forward_and_logdet(y, key)
     log_prior = density(parameters(**prior), z)
     return LogProb(log_prior + log_det + log_det_transform, log_prior, log_det, log_det_transform, info)
@@ -153,9 +155,16 @@ def objective_name(spec: DensitySpec) -> str:
     return "nll" if spec.num_levels is None else "bits_per_dim"
 
 
-def encode(spec: DensitySpec, weights: Any, x: Float[Array, "b ..."], *, unroll: bool = False) -> Float[Array, "b d"]:
+def encode(
+    spec: DensitySpec,
+    weights: Any,
+    x: Float[Array, "b ..."],
+    *,
+    context: Float[Array, "b k"] | None = None,
+    unroll: bool = False,
+) -> Float[Array, "b d"]:
     """The latents of continuous data."""
-    return model.bijection(spec.flow, weights, unroll=unroll).forward(transform(spec, x)[0])
+    return model.bijection(spec.flow, weights, context=context, unroll=unroll).forward(transform(spec, x)[0])
 
 
 def decode(
@@ -164,10 +173,11 @@ def decode(
     z: Float[Array, "b d"],
     solver: flow.Solver = flow.Solver(),  # noqa: B008 (immutable)
     *,
+    context: Float[Array, "b k"] | None = None,
     unroll: bool = False,
 ) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
     """Continuous data of latents, and how the inverse ended; its error bound is that of the flow, before ``t^-1``."""
-    y, info = model.bijection(spec.flow, weights, solver=solver, unroll=unroll).inverse(z)
+    y, info = model.bijection(spec.flow, weights, solver=solver, context=context, unroll=unroll).inverse(z)
     return untransform(spec, y), info
 
 
@@ -180,8 +190,10 @@ def sample(
     *,
     temperature: float = 1.0,
     solver: flow.Solver = flow.Solver(),  # noqa: B008 (immutable)
+    context: Float[Array, "n k"] | None = None,
     unroll: bool = False,
 ) -> tuple[Float[Array, "n ..."], FixedPointInfo]:
-    """Samples: latents from the prior (its scale times ``temperature``) through the inverse."""
+    """Samples, of each context if there are any: latents from the prior (its scale times ``temperature``) through the inverse."""
     parameters, _, draw = PRIORS[spec.prior]
-    return decode(spec, weights, draw(parameters(**prior), key, num, temperature), solver, unroll=unroll)
+    z = draw(parameters(**prior), key, num, temperature)
+    return decode(spec, weights, z, solver, context=context, unroll=unroll)

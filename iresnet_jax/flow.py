@@ -294,7 +294,7 @@ class Stage(NamedTuple):
     factor_out: bool = False
 
 
-def multiscale(stages: Sequence[Stage], event_shape: tuple[int, ...]) -> Bijection:
+def multiscale(stages: Sequence[Stage], event_shape: tuple[int, ...], *, batch_size: int = 1) -> Bijection:
     """The flow from examples of ``event_shape`` to latent vectors ``(b, d)`` (Dinh et al. 2017, sec. 3.6).
 
     After a stage with ``factor_out`` the second half of the channels joins the latent vector and the first half goes on. The
@@ -303,9 +303,10 @@ def multiscale(stages: Sequence[Stage], event_shape: tuple[int, ...]) -> Bijecti
     Args:
         stages: From the data to the last scale.
         event_shape: Shape of one example.
+        batch_size: Of the batches the stages take, where they are tied to one, as by a context.
     """
     stages = tuple(stages)
-    shapes = _latent_shapes(stages, event_shape)
+    shapes = _latent_shapes(stages, (batch_size, *event_shape))
 
     def split(x):
         c = x.shape[-1] // 2
@@ -362,9 +363,9 @@ def multiscale(stages: Sequence[Stage], event_shape: tuple[int, ...]) -> Bijecti
     return Bijection(forward, forward_and_logdet, inverse, inverse_and_logdet, lipschitz)
 
 
-def _latent_shapes(stages: tuple[Stage, ...], event_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Shapes of the factored-out parts and, last, of what remains."""
-    shapes, shape = [], (1, *event_shape)
+def _latent_shapes(stages: tuple[Stage, ...], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Shapes of the factored-out parts and, last, of what remains, each of one example; ``shape`` is that of a batch."""
+    shapes = []
     for i, stage in enumerate(stages):
         shape = jax.eval_shape(stage.bijection.forward, jax.ShapeDtypeStruct(shape, jnp.result_type(float))).shape
         if stage.factor_out:

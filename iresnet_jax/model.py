@@ -63,12 +63,14 @@ class FlowSpec:
         stages: From the data to the latents.
         coeff: Largest operator norm, in (0, 1).
         budget: What ``coeff`` limits: the norm of every "layer", or the product of the layers of every "block".
+        context_dim: Length of an example's context vector, on which every branch then depends; 0 for none.
     """
 
     event_shape: tuple[int, ...]
     stages: tuple[StageSpec, ...]
     coeff: float = 0.9
     budget: str = "layer"
+    context_dim: int = 0
 
     def __post_init__(self):
         branches.check_coeff(self.coeff)
@@ -101,6 +103,7 @@ class FlowSpec:
                     preactivation=stage.preactivation,
                     padding=stage.padding,
                     positional_bias=stage.positional_bias,
+                    context_dim=self.context_dim,
                 )
             )
             if stage.factor_out:
@@ -238,6 +241,7 @@ def bijection(
     estimator: LogdetEstimator = ExactLogdet(),  # noqa: B008 (immutable)
     solver: flow.Solver = flow.Solver(),  # noqa: B008 (immutable)
     *,
+    context: Float[Array, "b k"] | None = None,
     unroll: bool = False,
     rematerialize: bool = False,
 ) -> flow.Bijection:
@@ -248,6 +252,7 @@ def bijection(
         weights: From `freeze`, `constrain` or `constrain_certified`.
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
+        context: The context of every example that the bijection will see, if the model is conditional.
         unroll: Write blocks out instead of scanning over them; see `unroll_by_default`.
         rematerialize: Recompute a block's inside in the backward pass instead of keeping it.
     """
@@ -266,7 +271,10 @@ def bijection(
                 [
                     flow.actnorm_bijection(actnorm.ActNormParams(**block["actnorm"])),
                     flow.residual_bijection(
-                        lambda x: branches.apply_branch(branch, block["branch"], x), block["lipschitz"], estimator, solver
+                        lambda x: branches.apply_branch(branch, block["branch"], x, context),
+                        block["lipschitz"],
+                        estimator,
+                        solver,
                     ),
                 ]
             )
@@ -275,7 +283,7 @@ def bijection(
         stages.append(flow.Stage(flow.chain(parts), stage.factor_out))
         if stage.factor_out:
             shape = _kept(shape, 0)
-    whole = flow.multiscale(stages, tuple(spec.event_shape))
+    whole = flow.multiscale(stages, tuple(spec.event_shape), batch_size=1 if context is None else len(context))
     return flow.in_float64(whole) if solver.refine else whole
 
 
@@ -285,7 +293,7 @@ def unroll_by_default() -> bool:
 
 
 def initialize_actnorm(
-    branch: branches.BranchSpec, blocks: Tree, x: Float[Array, "b ..."]
+    branch: branches.BranchSpec, blocks: Tree, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
 ) -> tuple[Tree, Float[Array, "b ..."]]:
     """ActNorm of a stage's blocks from data: each block's from what the blocks before it make of the batch.
 
@@ -293,6 +301,7 @@ def initialize_actnorm(
         branch: The stage's branch.
         blocks: Constrained branch weights, stacked over blocks.
         x: A representative batch, already squeezed or flattened for this stage.
+        context: Its contexts, if the model is conditional.
 
     Returns:
         ``{"bias", "log_scale"}`` stacked over blocks, and the stage's output.
@@ -301,7 +310,7 @@ def initialize_actnorm(
     def step(x, weights):
         params = actnorm.initialize(x)
         x, _ = actnorm.forward_and_logdet(params, x)
-        return x + branches.apply_branch(branch, weights, x), params._asdict()
+        return x + branches.apply_branch(branch, weights, x, context), params._asdict()
 
     x, params = jax.lax.scan(step, x, blocks)
     return params, x

@@ -33,7 +33,7 @@ class Blocks(nn.Module):
     last_scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b ..."]:
         """Creates all variables, ActNorm fitted to ``x``. Returns the stage's output, for the next one."""
 
         def stack(create):
@@ -49,7 +49,7 @@ class Blocks(nn.Module):
         constrained = jax.vmap(lambda w, v: branches.normalize(self.branch, w, v, **settings))(weights, vectors)
         for layer in self.branch.layers:  # converged already, so the first training step is as constrained as any
             self.variable("spectral", layer.name, lambda name=layer.name: constrained.vectors[name])
-        fitted, y = model.initialize_actnorm(self.branch, constrained.weights, x)
+        fitted, y = model.initialize_actnorm(self.branch, constrained.weights, x, context)
         self.param("actnorm", lambda key: fitted)
         return y
 
@@ -57,7 +57,8 @@ class Blocks(nn.Module):
 class ResidualFlow(nn.Module):
     """A multi-scale residual flow with a learned diagonal prior.
 
-    ``init(key, x)`` fits ActNorm to ``x`` and runs the power iterations to convergence; the methods then take the variables:
+    ``init(key, x)`` or ``init(key, x, context)`` fits ActNorm to ``x`` and runs the power iterations to convergence; the
+    methods then take the variables:
 
         >>> module = ResidualFlow(spec)
         >>> variables = module.init(key, x)
@@ -74,15 +75,15 @@ class ResidualFlow(nn.Module):
     last_scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b d"]:
+    def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b d"]:
         """The latents of ``x``. Under ``init``, which needs a representative batch, creates all variables on the way."""
         if not self.is_initializing():
-            return model.bijection(self.spec, self.constrain().weights).forward(x)
+            return model.bijection(self.spec, self.constrain().weights, context=context).forward(x)
         latents = []
         for name, stage, branch in zip(model.stage_names(self.spec), self.spec.stages, self.spec.branches, strict=True):
             x = reshape.squeeze(x, stage.squeeze) if stage.squeeze > 1 else x
             x = reshape.flatten(x) if x.ndim - 1 != len(branch.in_shape) else x
-            x = StageModule(stage.num_blocks, branch, self.spec.coeff, self.spec.budget, self.last_scale, name=name)(x)
+            x = StageModule(stage.num_blocks, branch, self.spec.coeff, self.spec.budget, self.last_scale, name=name)(x, context)
             if stage.factor_out:
                 kept = x.shape[-1] // 2
                 latents.append(reshape.flatten(x[..., kept:]))
@@ -100,13 +101,19 @@ class ResidualFlow(nn.Module):
         x: Float[Array, "b ..."],
         key: Key[Array, "..."],
         estimator: LogdetEstimator = ExactLogdet(),  # noqa: B008
+        context: Float[Array, "b k"] | None = None,
     ) -> tuple[Float[Array, "b d"], Float[Array, " b"], Any]:
         """Latents and log-determinant; norms are iterated to their tolerance."""
-        return model.bijection(self.spec, self.constrain().weights, estimator).forward_and_logdet(x, key)
+        return model.bijection(self.spec, self.constrain().weights, estimator, context=context).forward_and_logdet(x, key)
 
-    def inverse(self, z: Float[Array, "b d"], solver: flow.Solver = flow.Solver()) -> tuple[Float[Array, "b ..."], Any]:  # noqa: B008
+    def inverse(
+        self,
+        z: Float[Array, "b d"],
+        solver: flow.Solver = flow.Solver(),  # noqa: B008
+        context: Float[Array, "b k"] | None = None,
+    ) -> tuple[Float[Array, "b ..."], Any]:
         """Examples of latents, and how the inverse ended."""
-        return model.bijection(self.spec, self.constrain().weights, solver=solver).inverse(z)
+        return model.bijection(self.spec, self.constrain().weights, solver=solver, context=context).inverse(z)
 
 
 class StageModule(nn.Module):
@@ -119,9 +126,9 @@ class StageModule(nn.Module):
     last_scale: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b ..."]:
         """See `Blocks`."""
-        return Blocks(self.num_blocks, self.branch, self.coeff, self.budget, self.last_scale, name="blocks")(x)
+        return Blocks(self.num_blocks, self.branch, self.coeff, self.budget, self.last_scale, name="blocks")(x, context)
 
 
 def initial_prior(kind: str, num_dims: int) -> dict[str, Array]:
