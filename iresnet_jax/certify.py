@@ -1,29 +1,8 @@
-r"""Guaranteed upper bounds: of a layer's operator norm, of a branch, of a block's and a whole model's Lipschitz constants.
+"""Guaranteed upper bounds: of a layer's operator norm, of a branch, of a block's and a whole model's Lipschitz constants.
 
 Power iteration (`spectral`) approaches a norm from below, so it can promise nothing. What this file returns is never below the
-truth, rounding included; all of it can be jitted, and the norms can be differentiated. No eigensolver is trusted: the engine
-is the Gram iteration (Delattre et al. 2023), written so that it carries its own rounding bound.
-
-**Engine.** For any matrix, ``|M|_2^2 = |M M*|_2``. So with ``M_0 = M`` and ``M_{i+1} = N_i N_i*``, ``N_i = M_i / s_i``,
-
-    ``|M_i|_2 = s_i |M_{i+1}|_2^{1/2}``   and, at the end,   ``|M_t|_2 <= |M_t|_F``.
-
-Unwinding the ``t`` roots gives a bound that is too large by a factor of at most ``rank^(2^-(t+1))``. The ``s_i`` are powers
-of two, so dividing is exact.
-
-**Rounding.** Let ``u`` be half of machine epsilon and ``gamma_n = n u / (1 - n u)``. A floating-point inner product of length
-``d`` summed in blocks of ``b`` is off by at most ``gamma_{b + d/b}`` times the sum of the absolute products, in any order
-within and across blocks (Higham 2002, sec. 3.1). So with ``N = A + iB`` and ``H = |A| + |B|`` the computed ``N N*``, two real
-products, is off by at most ``gamma H H^T`` entry by entry, and also by at most ``sqrt(2) gamma |N|_F^2`` in the Frobenius norm
-(``gamma |N|_F^2`` if ``B = 0``). The latter and the largest row sum of the former bound its spectral norm; with ``e_i`` the
-smaller of the two,
-
-    ``|M_i|_2 <= s_i (|M_{i+1}|_2 + e_i)^{1/2}``   with the computed ``M_{i+1}``, which is what is unwound.
-
-The scalar operations left over (two roundings a level, halved by every root) are covered by a factor ``1 + 8 eps``. The
-arithmetic assumed is IEEE with true float32 products (``Precision.HIGHEST``; CPUs and GPUs). Measured up to 512
-channels, rounding and the slack of "exact" together cost at most 6e-4 in float32 (2.5e-4 for random weights) and 2e-12 in
-float64.
+truth, rounding included; all of it can be jitted, and the norms can be differentiated. No eigensolver is trusted: norms of
+matrices come from the Gram iteration of `gram`, which carries its own rounding bound; here is what makes matrices of layers.
 """
 
 import functools
@@ -37,6 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
+from iresnet_jax import gram
 from iresnet_jax.convolution import Padding, explicit_padding
 
 Scalar = float | Shaped[Array, ""]
@@ -45,9 +25,6 @@ Twist = tuple[int, int]
 # Phase of the embedding after one period along rows and columns, in half turns: periodic (0) or antiperiodic (1).
 TWISTS: tuple[Twist, ...] = ((0, 0), (0, 1), (1, 0), (1, 1))
 
-_EXACT_SLACK = 2.0**10  # "exact" squares until the rank factor is below 1 + _EXACT_SLACK eps: 1.2e-4 or 2.3e-13
-_MARGIN = 1.01  # covers the rounding of the rounding terms themselves, up to 5e4 rows in float32
-_BLOCK = 32  # shortest block of a blocked inner product
 _DENSE_SIDE = 256  # a layer with at most so many inputs or outputs is written out as a matrix
 _CHUNK_NUMBERS = 2**21  # numbers in the symbols that are held in memory at a time
 
@@ -75,7 +52,7 @@ class BiLipschitz(NamedTuple):
 def dense_norm_bound(matrix: Float[Array, "m n"], *, method: str = "exact", num_squarings: int = 4) -> Float[Array, ""]:
     r"""Bounds the largest singular value of a matrix from above.
 
-    Guaranteed, with the rounding bound at the top of this module: ``|M|_2 <= bound``. The slack is at most a factor of
+    Guaranteed, with the rounding bound of `gram`: ``|M|_2 <= bound``. The slack is at most a factor of
     ``min(m, n)^(2^-(num_squarings + 2))`` and the rounding inflation.
 
     Args:
@@ -131,7 +108,7 @@ def conv_norm_bound(
     output can use on so small an image are cut off. What is left with a single tap is a plain matrix.
 
     Rounding: the computed symbol is off by at most ``gamma_{taps + 10} |sum_t |K[t]||_F``, which is added; the norm of
-    each block is bounded by the module's engine. The bound concerns the stored weights and exact application of the layer.
+    each block is bounded by `gram.norm_bound`. The bound concerns the stored weights and exact application of the layer.
 
     Measured against float64 SVDs for Gaussian 3x3 kernels (mean, worst), the embedding exceeds the truth by .8 %, 1.4 % on
     16 x 16 images; 2 %, 6 % on 8 x 8 (from four channels on 2.7 %); 9 %, 15 % on 4 x 4; 5x5 kernels on 8 x 8 10 %, 19 %.
@@ -441,112 +418,33 @@ def _grid_bound(kernel, *, periods, twists, num_squarings):
     fill = -len(phases) % chunk
     phases = np.concatenate([phases, np.repeat(phases[-1:], fill, axis=0)]).reshape(-1, chunk, 2, num_taps)
 
-    def symbol_norm(phase):
+    def symbol_norm(kernel, phase):
         symbol = jnp.matmul(phase, kernel.reshape(num_taps, -1), precision=lax.Precision.HIGHEST)
-        return _gram_bound(symbol.reshape(2, rows, columns), num_squarings)
+        return gram.norm_bound(symbol.reshape(2, rows, columns), num_squarings)
 
-    # The checkpoint keeps the gradient's memory at one chunk of symbols.
-    norms = lax.map(jax.checkpoint(jax.vmap(symbol_norm)), jnp.asarray(phases, kernel.dtype)).reshape(-1)
+    phases = jnp.asarray(phases, kernel.dtype)
+    frozen = lax.stop_gradient(kernel)
+    norms = lax.map(jax.vmap(lambda phase: symbol_norm(frozen, phase)), phases).reshape(-1)
     ends = np.cumsum([len(grid) for grid in grids])
-    per_twist = [jnp.max(norms[end - len(grid) : end]) for grid, end in zip(grids, ends, strict=True)]
-    absolute = lax.stop_gradient(_frobenius(jnp.sum(jnp.abs(kernel), axis=0)[None]))
-    symbol_error = _MARGIN * _gamma(num_taps + 10, kernel.dtype) * absolute
-    return scale * _rounded_up(jnp.min(jnp.stack(per_twist)) + symbol_error)
+    per_twist = jnp.stack([jnp.max(norms[end - len(grid) : end]) for grid, end in zip(grids, ends, strict=True)])
+    bound = jnp.min(per_twist)
+    # Only the frequency that attains the bound has a gradient, so only there is it computed.
+    attained = symbol_norm(kernel, phases.reshape(-1, 2, num_taps)[jnp.argmax(norms == bound)])
+    bound = bound + (attained - lax.stop_gradient(attained))
+    absolute = lax.stop_gradient(gram.frobenius(jnp.sum(jnp.abs(kernel), axis=0)[None]))
+    symbol_error = gram.MARGIN * gram.gamma(num_taps + 10, kernel.dtype) * absolute
+    return scale * _rounded_up(bound + symbol_error)
 
 
 @functools.partial(jax.jit, static_argnames="num_squarings")
 def _dense_bound(matrix, *, num_squarings):
     matrix, scale = _normalized(matrix)
     matrix = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    return scale * _gram_bound(matrix[None], num_squarings)
+    return scale * gram.norm_bound(matrix[None], num_squarings)
 
 
 def _normalized(kernel):
     """The kernel, in float32 at least, over the power of two that brings its largest entry into [1, 2)."""
     kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    scale = _power_of_two(jnp.max(jnp.abs(kernel)))
+    scale = gram.power_of_two(jnp.max(jnp.abs(kernel)))
     return kernel / scale, scale
-
-
-def _gram_bound(matrix: Float[Array, "parts r d"], num_squarings: int | None) -> Float[Array, ""]:
-    """The engine above, for a real (one part) or complex (real and imaginary part) matrix with r <= d rows."""
-    eps = float(jnp.finfo(matrix.dtype).eps)
-    parts, rows, _ = matrix.shape
-    if num_squarings is None:
-        slack = _EXACT_SLACK * eps
-        num_squarings = max(0, math.ceil(math.log2(max(math.log(rows), slack) / slack)) - 2)
-
-    def descend(matrix, _=None):
-        scale = _power_of_two(_frobenius(matrix))
-        matrix = matrix / scale
-        return _gram(matrix), (scale, _gram_error(matrix))
-
-    def ascend(bound, level):
-        scale, error = level
-        return scale * _safe_sqrt(bound + error), None
-
-    first, first_level = descend(matrix)
-    last, levels = lax.scan(descend, first, length=num_squarings)
-    bound = _frobenius(last) * (1 + _gamma(parts * (rows + 1) + rows + 4, matrix.dtype))
-    bound, _ = lax.scan(ascend, bound, levels, reverse=True)
-    bound, _ = ascend(bound, first_level)
-    return bound * (1 + 8 * eps)
-
-
-def _gram(matrix):
-    """``M M*`` in blocked inner products, for a matrix given by its one or two parts."""
-    parts, rows, _ = matrix.shape
-    right = jnp.concatenate(list(matrix), axis=-1)
-    left = right if parts == 1 else jnp.concatenate([right, jnp.concatenate([matrix[1], -matrix[0]], axis=-1)])
-    block, num_blocks = _blocks(matrix)
-    pad = ((0, 0), (0, block * num_blocks - right.shape[1]))
-    left, right = (jnp.moveaxis(jnp.pad(x, pad).reshape(-1, num_blocks, block), 1, 0) for x in (left, right))
-
-    def add_block(total, pair):
-        return total + jnp.matmul(pair[0], pair[1].T, precision=lax.Precision.HIGHEST), None
-
-    # A loop, not a sum over a batched product: the compiler may merge the latter into one long inner product.
-    total = jnp.matmul(left[0], right[0].T, precision=lax.Precision.HIGHEST)
-    if num_blocks > 1:
-        total, _ = lax.scan(add_block, total, (left[1:], right[1:]))
-    return total.reshape(parts, rows, rows)
-
-
-def _blocks(matrix):
-    """Block length and number of blocks of the inner products in `_gram`."""
-    inner = matrix.shape[0] * matrix.shape[2]
-    block = min(inner, max(_BLOCK, math.isqrt(inner)))
-    return block, -(-inner // block)
-
-
-def _gram_error(matrix):
-    """Bound of ``|fl(M M*) - M M*|_2`` for `_gram`, as a constant; the ``e_i`` of the module's docstring."""
-    matrix = lax.stop_gradient(matrix)
-    absolute = jnp.sum(jnp.abs(matrix), axis=0)
-    row_sums = absolute @ jnp.sum(absolute, axis=0)
-    frobenius = math.sqrt(matrix.shape[0]) * jnp.square(_frobenius(matrix))
-    return _MARGIN * _gamma(sum(_blocks(matrix)), matrix.dtype) * jnp.minimum(frobenius, jnp.max(row_sums))
-
-
-def _gamma(num_roundings, dtype):
-    nu = num_roundings * float(jnp.finfo(dtype).eps) / 2
-    return nu / (1 - nu)
-
-
-def _frobenius(matrix):
-    """Frobenius norm in two stages, so that it rounds like a sum of rows + columns terms; gradient 0 at 0."""
-    rows = lax.optimization_barrier(jnp.sum(jnp.square(matrix), axis=-1))
-    return _safe_sqrt(jnp.sum(rows))
-
-
-def _safe_sqrt(x):
-    zero = x == 0
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
-
-
-def _power_of_two(x):
-    """The largest power of two up to ``x > 0``, exactly (the exponent's bits), as a constant; 1 at 0."""
-    integer, mask = (jnp.int32, 0x7F800000) if x.dtype == jnp.float32 else (jnp.int64, 0x7FF0000000000000)
-    bits = lax.bitcast_convert_type(lax.stop_gradient(x), integer)
-    power = lax.bitcast_convert_type(bits & integer(mask), x.dtype)
-    return jnp.where(power > 0, power, 1)

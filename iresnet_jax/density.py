@@ -193,7 +193,7 @@ def sample(
     context: Float[Array, "n k"] | None = None,
     unroll: bool = False,
 ) -> tuple[Float[Array, "n ..."], FixedPointInfo]:
-    """Samples, of each context if there are any: latents from the prior (its scale times ``temperature``) through the inverse."""
+    """Samples, one a context if there are any: latents from the prior (scale times ``temperature``) through the inverse."""
     parameters, _, draw = PRIORS[spec.prior]
     z = draw(parameters(**prior), key, num, temperature)
     return decode(spec, weights, z, solver, context=context, unroll=unroll)

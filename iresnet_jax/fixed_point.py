@@ -172,19 +172,49 @@ def broadcast_to_examples(per_example: Array, like: Array) -> Array:
     return per_example.reshape(per_example.shape + (1,) * (like.ndim - 1))
 
 
+class _History(NamedTuple):
+    """What the last ``m`` evaluations changed: rings of steps of ``y - g(x)`` and of the residual, ``(m, b, d)``.
+
+    ``gram[i, j]`` is the inner product of two steps of the residual, ``(m, m, b)``: each is computed once, and with ``b`` last
+    all arithmetic on it is elementwise.
+    """
+
+    image: Array
+    r: Array
+    images: Array
+    residuals: Array
+    gram: Array
+
+    def extend(self, step: Array, image: Array, r: Array) -> "_History":
+        """Puts the step from the last evaluation in the place of the oldest."""
+        slot = step % len(self.images)
+        moved = (step > 0).astype(r.dtype)  # the first evaluation is no step, and a zero step explains nothing
+        residuals = self.residuals.at[slot].set(moved * (r - self.r))
+        products = jnp.sum(residuals * residuals[slot][None], axis=-1)
+        return _History(
+            image=image,
+            r=r,
+            images=self.images.at[slot].set(moved * (image - self.image)),
+            residuals=residuals,
+            gram=self.gram.at[slot].set(products).at[:, slot].set(products),
+        )
+
+    def extrapolate(self) -> Array:
+        """``y - g(x)`` less what the history explains of it, with the least-squares ``gamma`` of every example."""
+        gamma = _solve_regularized(self.gram, jnp.sum(self.residuals * self.r[None], axis=-1))
+        return self.image - jnp.sum(gamma[..., None] * self.images, axis=0)
+
+
 class _State(NamedTuple):
-    """The iteration on examples as vectors, ``(b, d)``; ``dx`` and ``dr`` hold the last steps, ``(m, b, d)``."""
+    """The iteration on examples as vectors, ``(b, d)``; an image is ``y - g(x)``, the Banach step from ``x``."""
 
     step: Array
     x: Array
     best_x: Array
-    best_r: Array
+    best_image: Array
     best_residual: Array
     best_rounding: Array
-    previous_x: Array
-    previous_r: Array
-    dx: Array
-    dr: Array
+    history: _History | None
     first_residual: Array
     stalled_evals: Array
     num_evals: Array
@@ -198,6 +228,7 @@ def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None)
     x0 = y if start is None else start.reshape(batch, size)
     eps = jnp.finfo(y.dtype).eps
     margin = 1 - lipschitz_bound
+    memory = min(memory, size)  # as many steps explain everything that is linear
 
     def select(per_example, a, b):
         return jnp.where(per_example[:, None], a, b)
@@ -205,7 +236,8 @@ def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None)
     def advance(state: _State) -> _State:
         x = state.x
         g = branch(x.reshape(shape)).reshape(batch, size)
-        r = y - x - g
+        image = y - g
+        r = image - x
         residual = example_norm(r)
         rounding = eps * (example_norm(x) + example_norm(y) + example_norm(g))
         better = ~state.done & (residual < state.best_residual)
@@ -217,48 +249,38 @@ def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None)
         rate = jnp.log(first_residual / jnp.maximum(state.best_residual, eps * eps)) / jnp.maximum(state.num_evals, 1)
         patience = jnp.clip(1 / jnp.maximum(rate, eps), 2, 1000)
         hopeless = (stalled_evals >= patience) | ~jnp.isfinite(residual)
-        best_x, best_r = select(better, x, state.best_x), select(better, r, state.best_r)
+        best_x, best_image = select(better, x, state.best_x), select(better, image, state.best_image)
         best_residual = jnp.where(better, residual, state.best_residual)
-        next_x, dx, dr = best_x + best_r, state.dx, state.dr
-        if memory:
-            # A ring of the last steps; the first evaluation has none to add, and a zero step explains nothing.
-            slot = state.step % memory
-            first = state.step == 0
-            dx = dx.at[slot].set(jnp.where(first, 0, x - state.previous_x))
-            dr = dr.at[slot].set(jnp.where(first, 0, r - state.previous_r))
-            accelerated = x + r - _explained(r, dx, dr)
+        next_x, history = best_image, state.history
+        if history is not None:
+            history = history.extend(state.step, image, r)
+            accelerated = history.extrapolate()
             next_x = select(as_good_as_banach & jnp.all(jnp.isfinite(accelerated), axis=1), accelerated, next_x)
         done = state.done | (best_residual <= atol * margin) | hopeless
         return _State(
             step=state.step + 1,
             x=select(state.done, x, next_x),
             best_x=best_x,
-            best_r=best_r,
+            best_image=best_image,
             best_residual=best_residual,
             best_rounding=jnp.where(better, rounding, state.best_rounding),
-            previous_x=x,
-            previous_r=r,
-            dx=dx,
-            dr=dr,
+            history=history,
             first_residual=first_residual,
             stalled_evals=stalled_evals,
             num_evals=state.num_evals + ~state.done,
             done=done,
         )
 
-    history = jnp.zeros((memory, batch, size), y.dtype)
+    zeros, steps = jnp.zeros_like(y), jnp.zeros((memory, batch, size), y.dtype)
     nothing = jnp.zeros(batch, jnp.int32)
     begin = _State(
         step=jnp.int32(0),
         x=x0,
         best_x=x0,
-        best_r=jnp.zeros_like(y),
+        best_image=x0,
         best_residual=jnp.full(batch, jnp.inf, y.dtype),
         best_rounding=jnp.zeros(batch, y.dtype),
-        previous_x=x0,
-        previous_r=jnp.zeros_like(y),
-        dx=history,
-        dr=history,
+        history=_History(zeros, zeros, steps, steps, jnp.zeros((memory, memory, batch), y.dtype)) if memory else None,
         first_residual=jnp.zeros(batch, y.dtype),
         stalled_evals=nothing,
         num_evals=nothing,
@@ -276,12 +298,23 @@ def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None)
     return end.best_x.reshape(shape), info
 
 
-def _explained(r: Float[Array, "b d"], dx: Float[Array, "m b d"], dr: Float[Array, "m b d"]) -> Float[Array, "b d"]:
-    """``sum_j gamma_j (dx_j + dr_j)`` with the least-squares ``gamma`` of every example, by regularised normal equations."""
-    gram = jnp.einsum("ibd,jbd->bij", dr, dr)
-    scale = jnp.einsum("bii->b", gram)
-    ridge = (10 * jnp.finfo(r.dtype).eps * scale + jnp.finfo(r.dtype).tiny)[:, None, None] * jnp.eye(len(dr), dtype=r.dtype)[
-        None
-    ]
-    gamma = jnp.linalg.solve(gram + ridge, jnp.einsum("jbd,bd->bj", dr, r)[..., None])[..., 0]
-    return jnp.einsum("bj,jbd->bd", gamma, dx + dr)
+def _solve_regularized(gram: Float[Array, "m m b"], b: Float[Array, "m b"]) -> Float[Array, "m b"]:
+    """``(gram + ridge I)^-1 b`` of every example, the ridge being a few units of rounding.
+
+    Gaussian elimination, written out for the few unknowns there are: a library's would be called once an example. Without
+    pivots, as the matrix is positive definite.
+    """
+    m = len(b)
+    ridge = 10 * jnp.finfo(b.dtype).eps * sum(gram[i, i] for i in range(m)) + jnp.finfo(b.dtype).tiny
+    rows = [[gram[i, j] + (ridge if i == j else 0) for j in range(m)] + [b[i]] for i in range(m)]
+    for k in range(m):
+        for i in range(k + 1, m):
+            factor = rows[i][k] / rows[k][k]
+            for j in range(k + 1, m + 1):
+                rows[i][j] = rows[i][j] - factor * rows[k][j]
+    solution = [rows[k][m] for k in range(m)]
+    for k in reversed(range(m)):
+        for j in range(k + 1, m):
+            solution[k] = solution[k] - rows[k][j] * solution[j]
+        solution[k] = solution[k] / rows[k][k]
+    return jnp.stack(solution)

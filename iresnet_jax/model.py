@@ -168,7 +168,7 @@ def constrain_certified(
     spectral: Tree,
     *,
     num_squarings: int = 4,
-    twists: Sequence[certify.Twist] | None = None,
+    twists: Sequence[certify.Twist] | None = ((1, 1),),
 ) -> Constrained:
     """Brings every block into the budget of ``spec.coeff`` by guaranteed upper bounds of its norms, for training.
 
@@ -177,7 +177,8 @@ def constrain_certified(
         params: As in `constrain`.
         spectral: Handed on as it is: there is no state.
         num_squarings: Of the Gram iteration, see `certify.dense_norm_bound`.
-        twists: See `certify.conv_norm_bound`.
+        twists: See `certify.conv_norm_bound`. The antiperiodic one alone, four times cheaper than all (None), is on average
+            within 2.5 % of their minimum.
     """
     settings = {"coeff": spec.coeff, "budget": spec.budget, "method": "gram", "num_squarings": num_squarings, "twists": twists}
 

@@ -1,10 +1,15 @@
 """The three implementations of the convolution against a plain sum over taps, values and gradients."""
 
+import functools
+import re
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from jax import lax
 
 from iresnet_jax.convolution import PADDINGS, choose_implementation, conv, explicit_padding
 
@@ -75,12 +80,73 @@ def test_one_stride_stands_for_both_axes_and_auto_is_one_of_the_three():
     np.testing.assert_array_equal(conv(x, kernel), conv(x, kernel, implementation=chosen))
 
 
+def test_one_tap_is_a_plain_matrix_product_and_all_else_goes_to_xla():
+    assert choose_implementation((1, 1, 64, 64)) == "patches"
+    assert choose_implementation((3, 3, 2, 64)) == choose_implementation((1, 3, 64, 2)) == "xla"
+
+
 @pytest.mark.parametrize(
-    ("kernel_shape", "expected"),
-    [((1, 1, 64, 64), "patches"), ((3, 3, 64, 64), "xla"), ((3, 3, 2, 64), "patches"), ((3, 3, 64, 2), "taps")],
+    "name", ["3x3 same", "stride 2 same, even and odd sides", "strides of two kinds", "explicit pads", "stride 2 circular"]
 )
-def test_the_choice_on_cpu_goes_by_the_thinner_side(kernel_shape, expected):
-    assert choose_implementation(kernel_shape) == expected
+def test_every_derivative_agrees_with_those_of_jax(x64, name):
+    """Forward, reverse and second derivatives, alone and under each kind of ``vmap``, against `lax.conv_general_dilated`."""
+    height, width, kernel_shape, strides, padding = CASES[name]
+    rng = np.random.default_rng(4)
+    x, kernel = jnp.asarray(rng.normal(size=(2, height, width, kernel_shape[2]))), jnp.asarray(rng.normal(size=kernel_shape))
+
+    def ours(x, kernel):
+        return conv(x, kernel, strides=strides, padding=padding, implementation="xla")
+
+    def theirs(x, kernel):
+        pads = explicit_padding(padding, kernel_shape[:2], (height, width), strides)
+        if padding == "CIRCULAR":
+            x, pads = jnp.pad(x, ((0, 0), *pads, (0, 0)), mode="wrap"), ((0, 0), (0, 0))
+        return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    weights = jnp.asarray(rng.normal(size=theirs(x, kernel).shape))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def derivatives(function, x, kernel):
+        def loss(x, kernel):
+            return jnp.sum(weights * jnp.tanh(function(x, kernel)))
+
+        def loss_of_gradients(x, kernel):
+            return sum(jnp.sum(jnp.sin(g)) for g in gradients(x, kernel))
+
+        gradients = jax.grad(loss, (0, 1))
+        xs, kernels = jnp.stack([x, 2 * x]), jnp.stack([kernel, -kernel], axis=-1)
+        return {
+            "forward": jax.jvp(function, (x, kernel), (x + 1, kernel + 1)),
+            "reverse": gradients(x, kernel),
+            "second": jax.grad(loss_of_gradients, (0, 1))(x, kernel),
+            "forward over reverse": jax.jvp(gradients, (x, kernel), (x + 1, kernel + 1)),
+            "more images": jax.vmap(gradients, (0, None))(xs, kernel),
+            "more kernels": jax.vmap(gradients, (None, -1))(x, kernels),
+            "more of both": jax.vmap(gradients, (0, -1))(xs, kernels),
+        }
+
+    assert set(re.findall(r"conv\w+", str(jax.make_jaxpr(ours)(x, kernel)))) == {"convolution"}  # it is ours that is tested
+    actual = derivatives(ours, x, kernel)
+    for kind, expected in derivatives(theirs, x, kernel).items():
+        chex.assert_trees_all_close(actual[kind], expected, rtol=EXACT, atol=10 * EXACT, custom_message=kind)
+
+
+def test_gradients_in_a_loop_keep_the_layout_that_is_fast_on_cpu():
+    """XLA:CPU rewrites other layouts outside of loops only, and runs them up to a hundred times slower (benchmarks)."""
+    x, kernels = jnp.ones((2, 4, 4, 3)), jnp.ones((2, 3, 3, 3, 3))
+
+    def layouts(convolve):
+        def loss(x, kernels):
+            return jnp.sum(lax.scan(lambda x, kernel: (convolve(x, kernel), None), x, kernels)[0])
+
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, kernels).compile().as_text()
+        return re.findall(r"convolution\(.*dim_labels=([\w>-]+)", compiled)
+
+    ours = layouts(conv)
+    assert len(ours) == 3  # forward, gradient of the images, gradient of the kernel
+    assert set(ours) == {"b01f_01io->b01f"}
+    theirs = layouts(lambda x, k: lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
+    assert set(theirs) != {"b01f_01io->b01f"}
 
 
 def test_circular_padding_commutes_with_cyclic_shifts(x64):

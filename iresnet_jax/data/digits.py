@@ -9,7 +9,7 @@ import hashlib
 import numpy as np
 from jaxtyping import Int, Integer
 
-from iresnet_jax.data import ImageData
+from iresnet_jax.data.images import ImageData
 
 _SALT = "iresnet_jax/digits"  # part of the definition of the split: changing it invalidates every reported number
 

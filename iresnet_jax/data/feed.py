@@ -17,12 +17,15 @@ def _epoch_order(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " 
     return order
 
 
-def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> Int[np.ndarray, " b"]:
-    """Returns the examples that training step ``step`` sees.
+def batch_indices(
+    seed: int, step: int, batch_size: int, num_examples: int, *, process_index: int = 0, process_count: int = 1
+) -> Int[np.ndarray, " b"]:
+    """Returns the examples that training step ``step`` sees, or one process's share of them.
 
     Epoch ``e`` is a permutation of all examples drawn from ``(seed, e)`` and cut into ``num_examples // batch_size`` batches.
     What is left over at the end of an epoch is dropped; as every epoch is permuted anew, no example is left out for good.
-    The permutation is NumPy's, which promises the same stream within a release but not for ever.
+    The permutation is NumPy's, which promises the same stream within a release but not for ever. Processes take contiguous
+    shares of the batch in the order of their index, so the whole batch is the same on any number of hosts.
 
     Example::
 
@@ -31,14 +34,17 @@ def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> I
     Args:
         seed: seed of the run, at least 0.
         step: training step, counted from 0 over all epochs.
-        batch_size: examples in a batch, from 1 to ``num_examples``.
+        batch_size: examples in a batch over all processes, from 1 to ``num_examples``.
         num_examples: examples in the training split.
+        process_index: which process's share to return, as ``jax.process_index()``.
+        process_count: processes that share a batch, as ``jax.process_count()``; it must divide ``batch_size``.
 
     Returns:
         Indices in ``[0, num_examples)``, distinct within a batch and within an epoch; a read-only view.
 
     Raises:
-        ValueError: if ``batch_size`` does not lie in ``[1, num_examples]``, or ``seed`` or ``step`` is negative.
+        ValueError: if ``batch_size`` does not lie in ``[1, num_examples]`` or cannot be shared evenly, ``process_index`` does
+            not lie in ``[0, process_count)``, or ``seed`` or ``step`` is negative.
     """
     if not 1 <= batch_size <= num_examples:
         raise ValueError(
@@ -47,8 +53,17 @@ def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> I
         )
     if seed < 0 or step < 0:
         raise ValueError(f"seed and step must not be negative, got seed {seed} and step {step}: count steps from 0")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index must lie in [0, process_count = {process_count}), got {process_index}")
+    if batch_size % process_count:
+        raise ValueError(
+            f"a batch of {batch_size} examples cannot be shared evenly by {process_count} processes: "
+            f"choose a batch_size that is a multiple of {process_count}"
+        )
     epoch, batch = divmod(step, num_examples // batch_size)
-    return _epoch_order(seed, epoch, num_examples)[batch * batch_size : (batch + 1) * batch_size]
+    share = batch_size // process_count
+    start = batch * batch_size + process_index * share
+    return _epoch_order(seed, epoch, num_examples)[start : start + share]
 
 
 def eval_batches(num_examples: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, " b"], Bool[np.ndarray, " b"]]]:

@@ -1,0 +1,127 @@
+"""Host time to feed a training step, as a share of the step: it should stay under 2 %.
+
+    python benchmarks/input_pipeline.py [--quick]
+
+Synthetic images of the size of MNIST and of CIFAR-10 lie in a cache file, memory-mapped, and feed the library's own training
+step of a small density model; a larger model only makes the share smaller. Turns of some steps each way alternate with turns
+on one fixed batch that is on the device already:
+
+    streamed     `device_feed.batches`, read from the memory map by its thread
+    resident     the same from a copy of all images on the device
+    synchronous  rows picked and handed over by the training loop itself, without a thread
+
+"host time" is what the loop spends waiting for the next batch, "slowdown" how much longer a turn takes than on the fixed batch.
+"""
+
+import functools
+import itertools
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from _record import interleave, parser, table, write
+
+from iresnet_jax.data import cache, device_feed, feed
+from iresnet_jax.data.images import ImageData
+from iresnet_jax.training import config as config_lib
+from iresnet_jax.training import parallel, run, state
+from iresnet_jax.training.density import make_step
+
+SIZES = {"MNIST": (60_000, 28, 28, 1), "CIFAR-10": (50_000, 32, 32, 3)}
+WAYS = ("streamed", "resident", "synchronous")
+BATCH_SIZE = 64
+STAGES = ({"num_blocks": 2, "hidden": (16,), "kernel_sizes": (3, 3), "activation": "clipswish", "squeeze": 4},)
+
+
+def memory_mapped(folder, shape):
+    """Random images, written and opened as decoded data sets are."""
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    path = Path(folder) / f"{'x'.join(map(str, shape))}.cache"
+    cache.write(path, {}, {"images": ("uint8", shape)}, [("images", images)])
+    start = time.perf_counter()
+    mapped = cache.read(path).arrays["images"]
+    return mapped, time.perf_counter() - start
+
+
+def training_step(images):
+    """The compiled step of the library, for a density model of these images, and its first state."""
+    config = config_lib.default_config()
+    config.model.stages = STAGES
+    settings = config.training
+    held = dict.fromkeys(("train", "validation", "test"), images)
+    source = run.Source("x", images.shape[1:], 256, images=ImageData("x", 256, 0, held, {}))
+    spec = run.density_spec(config, source)
+    optimizer = config_lib.build_optimizer(config.optimizer, settings.total_steps)
+    step = make_step(
+        spec,
+        config_lib.build_estimator(config.logdet),
+        optimizer,
+        config_lib.build_schedule(config.optimizer, settings.total_steps),
+        seed=0,
+        constrain=config_lib.build_constraint(config.constraint, spec.flow, training=True),
+        ema_decay=settings.ema_decay,
+        unroll=run.unroll(config),
+    )
+    return parallel.parallelize(step), state.create(run.initial_variables(config, spec, source), optimizer)
+
+
+def feeds(images):
+    """Endless iterators over batches."""
+    options = {"seed": 0, "batch_size": BATCH_SIZE}
+    fixed = next(device_feed.batches(images, **options))
+    return {
+        "fixed batch": itertools.repeat(fixed),
+        "streamed": device_feed.batches(images, keep_on_device=False, **options),
+        "resident": device_feed.batches(images, keep_on_device=True, **options),
+        "synchronous": (parallel.shard(images[feed.batch_indices(0, s, BATCH_SIZE, len(images))]) for s in itertools.count()),
+    }
+
+
+def measure(images, *, turns, steps):
+    """Per way: median host time of a batch, median step and slowdown over a fixed batch."""
+    step, current = training_step(images)
+    sources = feeds(images)
+    waited = {name: [] for name in sources}
+
+    def turn(name):
+        nonlocal current
+        for _ in range(steps):
+            start = time.perf_counter()
+            batch = next(sources[name])
+            waited[name].append(time.perf_counter() - start)
+            current, metrics = step(current, batch)
+            jax.block_until_ready(metrics)
+
+    timings = interleave({name: functools.partial(turn, name) for name in sources}, turns=turns)
+    step_s = timings["fixed batch"].median / steps
+    results = {"fixed batch": {"step_s": step_s}}
+    for name in WAYS:
+        host_s = float(np.median(waited[name][2 * steps :]))  # without the two turns of warm-up
+        slowdown = 1 / timings[name].speedup_over(timings["fixed batch"]) - 1
+        results[name] = {"host_s": host_s, "host_share": host_s / step_s, "slowdown": slowdown}
+    return results
+
+
+def main():
+    arguments = parser(__doc__).parse_args()
+    turns, steps = (3, 5) if arguments.quick else (10, 10)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, shape in SIZES.items():
+            images, opened_s = memory_mapped(folder, shape)
+            measured = results[name] = {"open_s": opened_s, **measure(images, turns=turns, steps=steps)}
+            print(f"{name}: {measured['fixed batch']['step_s'] * 1e3:.1f} ms a step, cache opened in {opened_s:.3f} s")
+            rows = [
+                (way, f"{1e6 * of['host_s']:.0f} us", f"{of['host_share']:.2%}", f"{of['slowdown']:+.1%}")
+                for way, of in measured.items()
+                if way in WAYS
+            ]
+            print(table(rows, ("way", "host time", "share of a step", "slowdown")))
+    settings = {"sizes": SIZES, "batch_size": BATCH_SIZE, "stages": STAGES, "turns": turns, "steps_a_turn": steps}
+    write("input_pipeline", arguments, settings, results)
+
+
+if __name__ == "__main__":
+    main()

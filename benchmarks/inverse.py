@@ -1,0 +1,146 @@
+"""What Anderson's method saves in the inverse of a trained model: evaluations by block, and wall-clock of the whole.
+
+    python benchmarks/inverse.py --workdir runs/digits_density [--quick]
+
+Evaluations are those until the iterate that would be returned is within 1e-5 (Euclidean) of the exact preimage, which is
+known: it is where the block's output came from, in float64. Counted in float64, one example at a time, on test data. The whole
+inverse is timed in the model's own precision and stops by its own error bound, as it does in use.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _record import describe, interleave, parser, summarize, table, write
+
+from iresnet_jax import actnorm, branches, density, flow, model, reshape
+from iresnet_jax.analysis import trained
+from iresnet_jax.fixed_point import invert_residual
+
+TOLERANCE = 1e-5
+MEMORIES = {"banach": 0, "anderson": 4}
+MAX_EVALS = 3000
+
+
+def blocks(spec, weights, x):
+    """Every residual block on the way of ``x`` through a flow: name, branch, weights and input."""
+    for name, stage, branch in zip(model.stage_names(spec), spec.stages, spec.branches, strict=True):
+        if stage.squeeze > 1:
+            x = reshape.squeeze(x, stage.squeeze)
+        if x.ndim > len(branch.in_shape) + 1:
+            x = reshape.flatten(x)
+        for k in range(stage.num_blocks):
+            block = jax.tree.map(lambda w, k=k: w[k], weights[name])
+            x, _ = actnorm.forward_and_logdet(actnorm.ActNormParams(**block["actnorm"]), x)
+            yield f"{name}/block{k:02d}", branch, block, x
+            x = x + branches.apply_branch(branch, block["branch"], x)
+        if stage.factor_out:
+            x = x[..., : x.shape[-1] // 2]
+
+
+_iterates: list[tuple[np.ndarray, np.ndarray]] = []  # (x, g(x)) in the order of their evaluation
+
+
+@functools.partial(jax.jit, static_argnames=("branch", "memory"))
+def solve_and_tell(branch, block, y, memory):
+    """The inverse of one block, noting every evaluation of its branch."""
+
+    def g(x):
+        value = branches.apply_branch(branch, block["branch"], x)
+        jax.debug.callback(lambda x, g: _iterates.append((np.asarray(x), np.asarray(g))), x, value, ordered=True)
+        return value
+
+    bound = block["lipschitz"]
+    return invert_residual(g, y, lipschitz_bound=bound, atol=TOLERANCE / 10, max_evals=MAX_EVALS, memory=memory)
+
+
+def evaluations(branch, block, y, x_true, memory):
+    """Evaluations of each example until the iterate of least residual, which is what is returned, is within the tolerance."""
+    _iterates.clear()
+    jax.block_until_ready(solve_and_tell(branch, block, y, memory))
+    jax.effects_barrier()
+    x, g = (np.stack(values).reshape(len(_iterates), len(y), -1) for values in zip(*_iterates, strict=True))
+    x_true, y = (np.asarray(a).reshape(len(y), -1) for a in (x_true, y))
+    residual = np.linalg.norm(y - x - g, axis=-1)
+    error = np.linalg.norm(x - x_true, axis=-1)
+    best = np.maximum.accumulate(np.where(residual <= np.minimum.accumulate(residual), np.arange(len(x))[:, None], 0))
+    reached = np.take_along_axis(error, best, axis=0) <= TOLERANCE
+    if not reached.any(axis=0).all():
+        raise RuntimeError(f"an inverse is not within {TOLERANCE} after {len(x)} evaluations: is the model a contraction?")
+    return reached.argmax(axis=0) + 1
+
+
+def count(loaded, x):
+    """Evaluations of every block, by method."""
+    results = []
+    with jax.enable_x64(True):
+        weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), loaded.weights)
+        for name, branch, block, x_true in blocks(loaded.spec.flow, weights, jnp.asarray(x, jnp.float64)):
+            y = x_true + branches.apply_branch(branch, block["branch"], x_true)
+            needed = {method: evaluations(branch, block, y, x_true, memory) for method, memory in MEMORIES.items()}
+            row = {"block": name, "lipschitz_bound": float(block["lipschitz"])}
+            for method, values in needed.items():
+                row |= {f"{method}_mean": float(values.mean()), f"{method}_max": int(values.max())}
+            row["ratio"] = row["banach_mean"] / row["anderson_mean"]
+            row["examples_worse"] = int((needed["anderson"] > needed["banach"]).sum())
+            results.append(row)
+    return results
+
+
+def time_whole(loaded, z, *, turns):
+    """Wall-clock of the whole model's inverse, in turns, and how it ended."""
+    solvers = {method: flow.Solver(atol=loaded.config.evaluation.inverse_atol, memory=m) for method, m in MEMORIES.items()}
+
+    @functools.partial(jax.jit, static_argnames="solver")
+    def invert(weights, z, solver):
+        return model.bijection(loaded.spec.flow, weights, solver=solver).inverse(z)
+
+    timings = interleave({m: functools.partial(invert, loaded.weights, z, s) for m, s in solvers.items()}, turns=turns)
+    ended = {}
+    for method, solver in solvers.items():
+        _, info = invert(loaded.weights, z, solver)
+        ended[method] = {
+            "mean_evals_a_block": float(info.num_evals.mean() / loaded.num_blocks),
+            "converged": float(info.converged.mean()),
+        }
+    return timings, ended
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="folder of a training run")
+    options.add_argument("--num", type=int, default=None, metavar="N", help="test examples")
+    arguments = options.parse_args()
+    loaded = trained.load(arguments.workdir)
+    num = arguments.num or (16 if arguments.quick else 128)
+    examples = loaded.source.held_out("test", num, loaded.config.seed)
+    x, _ = density.transform(loaded.spec, density.to_continuous(loaded.spec, jax.random.key(0), jnp.asarray(examples)))
+    counted = count(loaded, x)
+    print(f"evaluations until the error is at most {TOLERANCE}, mean over {len(x)} test examples (most):")
+    rows = []
+    for row in counted:
+        evals = (f"{row[f'{method}_mean']:.1f} ({row[f'{method}_max']})" for method in MEMORIES)
+        rows.append((row["block"], f"{row['lipschitz_bound']:.3f}", *evals, f"{row['ratio']:.2f}", row["examples_worse"]))
+    print(table(rows, ("block", "L", *MEMORIES, "ratio", "examples worse")))
+    z = jax.jit(model.bijection(loaded.spec.flow, loaded.weights).forward)(x)
+    timings, ended = time_whole(loaded, z, turns=5 if arguments.quick else 30)
+    print(f"whole inverse of {len(x)} examples: {describe(timings, 'banach')}")
+    for method, numbers in ended.items():
+        print(
+            f"  {method}: {numbers['mean_evals_a_block']:.1f} evaluations a block, {100 * numbers['converged']:.1f} % converged"
+        )
+    settings = {
+        "data": loaded.config.data.name,
+        "step": loaded.step,
+        "num_examples": len(x),
+        "tolerance": TOLERANCE,
+        "inverse_atol": loaded.config.evaluation.inverse_atol,
+    }
+    whole = {method: {**numbers, **ended[method]} for method, numbers in summarize(timings, "banach").items()}
+    write(f"inverse_{loaded.config.data.name}", arguments, settings, {"blocks": counted, "whole": whole})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""A folder of image files: ``train/CLASS/NAME.png`` and ``test/CLASS/NAME.png``, or without classes ``train/NAME.png``."""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from iresnet_jax.data.source import CHUNK, Chunk, Contents, Source, fingerprint, stack
+
+_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+_GREY, _COLOUR = {"1", "L"}, {"RGB", "P", "CMYK", "YCbCr"}  # modes of Pillow that become one or three channels of 8 bits
+
+
+def source(folder: Path, name: str) -> Source:
+    """Images by class in ``train/`` and ``test/``, and in ``validation/`` (or ``val/``) if there is one.
+
+    Classes are numbered in the order of their folders' names in ``train/``. Grey images get one channel, others three.
+
+    Raises:
+        ValueError: if there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder} for {name}: check the path")
+    files = {
+        split: sorted(path for path in found.rglob("*") if path.suffix.lower() in _SUFFIXES and not path.name.startswith("."))
+        for split, names in _SPLITS.items()
+        for found in [folder / candidate for candidate in names]
+        if found.is_dir()
+    }
+    everything = [path for paths in files.values() for path in paths]
+    opener = functools.partial(_open, folder, name, files)
+    return Source(name, folder / "iresnet_jax.cache", fingerprint(folder, everything), opener)
+
+
+def _open(folder: Path, name: str, files: dict[str, list[Path]]) -> Contents:
+    classes = sorted({_class_of(path, folder) for path in files.get("train", ())})
+    labelled = classes not in ([], [""])
+    number = {of_class: i for i, of_class in enumerate(classes)}
+    for paths in files.values():
+        for path in paths:
+            if labelled and not _class_of(path, folder):
+                raise ValueError(f"{path} lies beside the folders of the classes: move it into one, or remove it")
+            if _class_of(path, folder) not in number:
+                raise ValueError(
+                    f"the class of {path} does not occur in {folder / 'train'}: {name} needs training images of every class"
+                )
+
+    def chunks(split: str) -> Iterator[Chunk]:
+        paths = files[split]
+        for start in range(0, len(paths), CHUNK):
+            block = paths[start : start + CHUNK]
+            images = stack([_decode(path) for path in block], lambda i, block=block: str(block[i]))
+            yield images, np.array([number[_class_of(path, folder)] for path in block]) if labelled else None
+
+    return Contents({split: len(paths) for split, paths in files.items()}, len(classes) if labelled else 0, chunks)
+
+
+def _class_of(path: Path, folder: Path) -> str:
+    """``cat`` for ``train/cat/1.png``; empty for ``train/1.png``."""
+    _, *classes, _ = path.relative_to(folder).parts
+    return "/".join(classes)
+
+
+def _decode(path: Path) -> np.ndarray:
+    from PIL import Image  # needed by this source alone
+
+    try:
+        with Image.open(path) as image:
+            if image.mode not in _GREY | _COLOUR:
+                raise ValueError(
+                    f"{path} has pixels of type {image.mode}: convert it to 8-bit grey or RGB without transparency"
+                )
+            pixels = np.asarray(image.convert("L" if image.mode in _GREY else "RGB"))
+    except (OSError, SyntaxError) as error:  # what Pillow raises for damaged files
+        raise ValueError(f"{path} is not an intact image: {error}") from None
+    return pixels if pixels.ndim == 3 else pixels[..., None]

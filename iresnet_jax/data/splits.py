@@ -1,0 +1,59 @@
+"""From the splits that a data set was published with to "train", "validation" and "test"."""
+
+import hashlib
+
+import numpy as np
+from jaxtyping import Bool
+
+_SALT = "iresnet_jax/validation"  # part of the definition of the split: changing it invalidates every reported number
+_MOST_VALIDATION = 5000
+
+Routes = dict[str, dict[str, Bool[np.ndarray, " _"]]]
+
+
+def validation_mask(num_train: int) -> Bool[np.ndarray, " n"]:
+    """Chooses the training examples that are set aside for validation: a tenth of them, at most 5000.
+
+    They are those with the smallest SHA-256 of "iresnet_jax/validation:<index>": as good as a random choice with respect to
+    the images, the same for every data set of that size, and independent of any random number generator.
+
+    Args:
+        num_train: published training examples, at least 2.
+    """
+    digests = [hashlib.sha256(f"{_SALT}:{index}".encode()).digest() for index in range(num_train)]
+    chosen = sorted(range(num_train), key=digests.__getitem__)[: min(max(num_train // 10, 1), _MOST_VALIDATION)]
+    mask = np.zeros(num_train, bool)
+    mask[chosen] = True
+    return mask
+
+
+def routes(num_examples: dict[str, int], name: str) -> Routes:
+    """Says which of our splits the examples of each published split go to; published splits that are left out are not read.
+
+    "test" is the published test split, or the published validation split where there is no other, as for the downsampled
+    ImageNet. "validation" is the published one if that is still free, and else carved from the training split: it never
+    touches the test split.
+
+    Args:
+        num_examples: examples of each published split, by name.
+        name: of the data set, for messages.
+
+    Returns:
+        ``{published: {ours: mask of its examples}}``; training examples come first.
+
+    Raises:
+        ValueError: if the training or the test split is missing or has too few examples.
+    """
+    test = "test" if "test" in num_examples else "validation"
+    for split, least in (("train", 2), (test, 1)):
+        if split not in num_examples:
+            found = ", ".join(map(repr, sorted(num_examples))) or "none"
+            missing = "'train'" if split == "train" else "'test' (nor 'validation')"
+            raise ValueError(f"{name} has no split {missing}: it has {found}, and both 'train' and 'test' are needed")
+        if num_examples[split] < least:
+            raise ValueError(f"split {split!r} of {name} holds {num_examples[split]} examples: at least {least} are needed")
+    everything = {split: np.ones(num, bool) for split, num in num_examples.items()}
+    if test == "test" and num_examples.get("validation"):
+        return {split: {split: everything[split]} for split in ("train", "validation", "test")}
+    held_out = validation_mask(num_examples["train"])
+    return {"train": {"train": ~held_out, "validation": held_out}, test: {"test": everything[test]}}

@@ -1,0 +1,158 @@
+"""Image classification data sets of TensorFlow Datasets (TFDS), read from array_record files without TensorFlow.
+
+Only preparing a data set, which downloads it and is done once, needs TensorFlow; where it is not installed, the data set can be
+prepared elsewhere and its folder copied. A data set that is prepared and decoded is found again without importing TFDS either.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iresnet_jax.data import cache
+from iresnet_jax.data.source import CHUNK, Chunk, Contents, Source, stack
+
+_FORMAT = "array_record"
+
+
+def source(name: str, data_dir: str | None = None) -> Source | None:
+    """A data set by its TFDS name, such as ``mnist``, ``downsampled_imagenet/32x32`` or ``cifar10:3.0.2``.
+
+    The newest version that is prepared is used. If none is, it is downloaded and prepared, with the progress bar of TFDS.
+
+    Args:
+        name: data set, ``/`` and configuration where it has several, ``:`` and version where it must be a certain one.
+        data_dir: folder of prepared data sets; by default ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
+
+    Returns:
+        The source; None if TFDS has no such data set and none was prepared under that name.
+
+    Raises:
+        ValueError: if it must be prepared but is no image classification data set, or TensorFlow is not installed.
+        RuntimeError: if it cannot be downloaded or prepared.
+    """
+    if not re.fullmatch(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?", name):
+        return None
+    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    folder = _find(root, name) or _prepare(root, name)
+    if folder is None:
+        return None
+    return Source(name, folder / "iresnet_jax.cache", _fingerprint(folder), functools.partial(_open, name, folder))
+
+
+def _find(root: Path, name: str) -> Path | None:
+    """The folder of the newest prepared version."""
+    name, _, version = name.partition(":")
+    found = (root / name).glob("*/dataset_info.json")
+    versions = {tuple(map(int, path.parent.name.split("."))): path.parent for path in found if _is_version(path.parent.name)}
+    if version:
+        return versions.get(tuple(map(int, version.split("."))))
+    return versions[max(versions)] if versions else None
+
+
+def _is_version(name: str) -> bool:
+    return re.fullmatch(r"\d+\.\d+\.\d+", name) is not None
+
+
+def _fingerprint(folder: Path) -> str:
+    """A hash of what TFDS wrote about the data set, and of the sizes of its files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".json":
+            digest.update(path.read_bytes())
+        elif f".{_FORMAT}-" in path.name:
+            digest.update(f"{path.name}\0{path.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def _prepare(root: Path, name: str) -> Path | None:
+    import tensorflow_datasets as tfds  # slow to import
+
+    base, _, version = name.partition(":")
+    base, _, configuration = base.partition("/")
+    try:
+        known: Any = tfds.builder_cls(base)
+    except tfds.core.DatasetNotFoundError:
+        return None
+    if configuration and configuration not in known.builder_configs:
+        found = ", ".join(known.builder_configs) or "none"
+        raise ValueError(f"the TFDS data set {base} has no configuration {configuration!r}: it has {found}")
+    try:
+        builder = tfds.builder(name, data_dir=root)
+    except AssertionError:
+        raise ValueError(f"TFDS cannot prepare version {version} of {base}: leave :{version} out of the name") from None
+    folder = Path(builder.data_path)
+    if (folder / "dataset_info.json").is_file():  # the default configuration
+        return folder
+    _keys(builder.info, name)
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ValueError(
+            f"{name} is not prepared in {root}, and preparing needs TensorFlow, once: run pip install 'iresnet_jax[prepare]' "
+            "and start again to download it, or set TFDS_DATA_DIR (or data_dir) to a folder in which it is prepared"
+        )
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with cache.locked(root):
+            builder.download_and_prepare(file_format=_FORMAT)  # which returns at once if another process has done it
+    except Exception as error:  # whatever servers, archives and disks come up with
+        raise RuntimeError(f"TFDS could not download and prepare {name} in {root}: {' '.join(str(error).split())}") from error
+    return folder
+
+
+def _open(name: str, folder: Path) -> Contents:
+    written_as = json.loads((folder / "dataset_info.json").read_text()).get("fileFormat", "tfrecord")
+    if written_as != _FORMAT:
+        raise ValueError(
+            f"{name} was prepared in {folder} as {written_as}, which only TensorFlow can read: "
+            f"delete that folder to have it prepared as {_FORMAT}, or choose another data_dir"
+        )
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(folder)
+    image_key, label_key = _keys(builder.info, name)
+
+    def chunks(split: str) -> Iterator[Chunk]:
+        start = 0
+        for examples in _examples(builder, split, name, folder):
+            images = stack(
+                [example[image_key] for example in examples],
+                lambda i, start=start: f"image {start + i} of split {split!r} of {name}",
+            )
+            yield images, np.array([example[label_key] for example in examples]) if label_key else None
+            start += len(examples)
+
+    info: Any = builder.info
+    num_classes = info.features[label_key].num_classes if label_key else 0
+    return Contents({split: found.num_examples for split, found in info.splits.items()}, num_classes, chunks)
+
+
+def _examples(builder: Any, split: str, name: str, folder: Path) -> Iterator[list[dict[str, Any]]]:
+    try:
+        records = builder.as_data_source(split)
+        for start in range(0, len(records), CHUNK):
+            yield records.__getitems__(range(start, min(start + CHUNK, len(records))))
+    except Exception as error:  # array_record, protobuf and Pillow each have their own
+        message = f"cannot read split {split!r} of {name} in {folder}, which seems damaged: delete it to have it prepared again"
+        raise ValueError(f"{message} ({' '.join(str(error).split())})") from error
+
+
+def _keys(info: Any, name: str) -> tuple[str, str | None]:
+    """The features that are the image and, if there is one, the class.
+
+    Raises:
+        ValueError: if there is no image, or what is learnt from it is no class.
+    """
+    features, keys = dict(info.features.items()), info.supervised_keys or ("image", None)
+    image_key, label_key = keys if len(keys) == 2 else ("image", None)
+    if not isinstance(image_key, str) or len(getattr(features.get(image_key), "shape", ())) != 3:
+        raise ValueError(f"{name} is not a data set of images with classes: its features are {', '.join(sorted(features))}")
+    if label_key is not None and not hasattr(features[label_key], "num_classes"):
+        raise ValueError(f"{name} is not a classification data set: its feature {label_key!r} is not a class")
+    return image_key, label_key
