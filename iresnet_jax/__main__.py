@@ -58,6 +58,17 @@ def certify(arguments: argparse.Namespace) -> int:
     return 0 if constants["certified"] else 1
 
 
+def freeze(arguments: argparse.Namespace) -> int:
+    """The certified model as one small file, frozen.npz, for use without the workdir."""
+    from iresnet_jax.analysis import frozen, lipschitz, trained
+
+    model = trained.load(arguments.workdir)
+    constants = lipschitz.measure(model)
+    path = frozen.save(model, arguments.output)
+    _say(*model.notes, lipschitz.verdict(constants), f"written: {path} ({path.stat().st_size / 1e6:.2g} MB)")
+    return 0 if constants["certified"] else 1
+
+
 def report(arguments: argparse.Namespace) -> int:
     """All of it, to report.json and report.html."""
     from iresnet_jax.analysis import report, trained
@@ -72,7 +83,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m iresnet_jax", description="Everything after training a model with train.py.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     options = {}
-    for command in (evaluate, sample, reconstruct, certify, report):
+    for command in (evaluate, sample, reconstruct, certify, freeze, report):
         described = command.__doc__ or ""
         option = commands.add_parser(command.__name__, help=described, description=described)
         option.add_argument("--workdir", required=True, metavar="DIR", help="folder of the training run")
@@ -82,6 +93,7 @@ def make_parser() -> Parser:
     options["sample"].add_argument("--num", type=int, default=64, help="how many (64)")
     options["sample"].add_argument("--temperature", type=float, default=1.0, help="factor on the prior's scale (1)")
     options["sample"].add_argument("--seed", type=int, default=0, help="of the latents (0)")
+    options["freeze"].add_argument("--output", metavar="FILE", help="where to write (frozen.npz in the workdir)")
     options["reconstruct"].add_argument("--num", type=int, help="how many test examples, from the first (512)")
     return parser
 

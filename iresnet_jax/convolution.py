@@ -74,6 +74,8 @@ def conv(
     kernel_height, kernel_width, cin, _ = kernel.shape
     if x.shape[-1] != cin:
         raise ValueError(f"the kernel takes {cin} channels, the input has {x.shape[-1]}: check the layer's widths")
+    dtype = jnp.promote_types(x.dtype, kernel.dtype)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
     strides = (strides, strides) if isinstance(strides, int) else strides
     pads = explicit_padding(padding, (kernel_height, kernel_width), (x.shape[1], x.shape[2]), strides)
     if any(n + sum(pair) < k for n, pair, k in zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)):
@@ -84,6 +86,7 @@ def conv(
     if padding == "CIRCULAR":
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)), mode="wrap")
         pads = ((0, 0), (0, 0))
+    x, kernel = (a.astype(jnp.promote_types(x.dtype, kernel.dtype)) for a in (x, kernel))
     if implementation == "auto":
         implementation = choose_implementation(kernel.shape)
     if implementation == "xla":

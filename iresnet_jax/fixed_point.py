@@ -173,10 +173,9 @@ def broadcast_to_examples(per_example: Array, like: Array) -> Array:
 
 
 class _History(NamedTuple):
-    """What the last ``m`` evaluations changed: rings of steps of ``y - g(x)`` and of the residual, ``(m, b, d)``.
+    """What the last ``m`` evaluations changed: rings of steps of ``y - g(x)`` and of the residual, ``(b, m, d)``.
 
-    ``gram[i, j]`` is the inner product of two steps of the residual, ``(m, m, b)``: each is computed once, and with ``b`` last
-    all arithmetic on it is elementwise.
+    ``gram[:, i, j]`` is the inner product of two steps of the residual; each is computed once.
     """
 
     image: Array
@@ -187,22 +186,23 @@ class _History(NamedTuple):
 
     def extend(self, step: Array, image: Array, r: Array) -> "_History":
         """Puts the step from the last evaluation in the place of the oldest."""
-        slot = step % len(self.images)
+        slot = step % self.images.shape[1]
         moved = (step > 0).astype(r.dtype)  # the first evaluation is no step, and a zero step explains nothing
-        residuals = self.residuals.at[slot].set(moved * (r - self.r))
-        products = jnp.sum(residuals * residuals[slot][None], axis=-1)
+        latest = moved * (r - self.r)
+        residuals = self.residuals.at[:, slot].set(latest)
+        products = _inner_products(residuals, latest)
         return _History(
             image=image,
             r=r,
-            images=self.images.at[slot].set(moved * (image - self.image)),
+            images=self.images.at[:, slot].set(moved * (image - self.image)),
             residuals=residuals,
-            gram=self.gram.at[slot].set(products).at[:, slot].set(products),
+            gram=self.gram.at[:, slot].set(products).at[:, :, slot].set(products),
         )
 
     def extrapolate(self) -> Array:
         """``y - g(x)`` less what the history explains of it, with the least-squares ``gamma`` of every example."""
-        gamma = _solve_regularized(self.gram, jnp.sum(self.residuals * self.r[None], axis=-1))
-        return self.image - jnp.sum(gamma[..., None] * self.images, axis=0)
+        gamma = _solve_regularized(self.gram, _inner_products(self.residuals, self.r))
+        return self.image - sum(g[:, None] * self.images[:, j] for j, g in enumerate(gamma))
 
 
 class _State(NamedTuple):
@@ -271,7 +271,7 @@ def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None)
             done=done,
         )
 
-    zeros, steps = jnp.zeros_like(y), jnp.zeros((memory, batch, size), y.dtype)
+    zeros, steps = jnp.zeros_like(y), jnp.zeros((batch, memory, size), y.dtype)
     nothing = jnp.zeros(batch, jnp.int32)
     begin = _State(
         step=jnp.int32(0),
@@ -280,7 +280,7 @@ def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None)
         best_image=x0,
         best_residual=jnp.full(batch, jnp.inf, y.dtype),
         best_rounding=jnp.zeros(batch, y.dtype),
-        history=_History(zeros, zeros, steps, steps, jnp.zeros((memory, memory, batch), y.dtype)) if memory else None,
+        history=_History(zeros, zeros, steps, steps, jnp.zeros((batch, memory, memory), y.dtype)) if memory else None,
         first_residual=jnp.zeros(batch, y.dtype),
         stalled_evals=nothing,
         num_evals=nothing,
@@ -298,23 +298,27 @@ def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None)
     return end.best_x.reshape(shape), info
 
 
-def _solve_regularized(gram: Float[Array, "m m b"], b: Float[Array, "m b"]) -> Float[Array, "m b"]:
-    """``(gram + ridge I)^-1 b`` of every example, the ridge being a few units of rounding.
+def _inner_products(steps: Float[Array, "b m d"], r: Float[Array, "b d"]) -> Float[Array, "b m"]:
+    return jnp.einsum("bmd,bd->bm", steps, r, precision="highest")
+
+
+def _solve_regularized(gram: Float[Array, "b m m"], b: Float[Array, "b m"]) -> list[Float[Array, " b"]]:
+    """``(gram + ridge I)^-1 b`` of every example, one array an unknown; the ridge is a few units of rounding.
 
     Gaussian elimination, written out for the few unknowns there are: a library's would be called once an example. Without
     pivots, as the matrix is positive definite.
     """
-    m = len(b)
-    ridge = 10 * jnp.finfo(b.dtype).eps * sum(gram[i, i] for i in range(m)) + jnp.finfo(b.dtype).tiny
-    rows = [[gram[i, j] + (ridge if i == j else 0) for j in range(m)] + [b[i]] for i in range(m)]
+    m = b.shape[1]
+    ridge = 10 * jnp.finfo(b.dtype).eps * jnp.trace(gram, axis1=1, axis2=2) + jnp.finfo(b.dtype).tiny
+    rows = [[gram[:, i, j] + (ridge if i == j else 0) for j in range(m)] + [b[:, i]] for i in range(m)]
     for k in range(m):
         for i in range(k + 1, m):
             factor = rows[i][k] / rows[k][k]
             for j in range(k + 1, m + 1):
                 rows[i][j] = rows[i][j] - factor * rows[k][j]
-    solution = [rows[k][m] for k in range(m)]
+    solution = [row[m] for row in rows]
     for k in reversed(range(m)):
         for j in range(k + 1, m):
             solution[k] = solution[k] - rows[k][j] * solution[j]
         solution[k] = solution[k] / rows[k][k]
-    return jnp.stack(solution)
+    return solution

@@ -12,7 +12,8 @@ import runs
 
 from iresnet_jax import density, flow
 from iresnet_jax.__main__ import main
-from iresnet_jax.analysis import environment, evaluate, lipschitz, reconstruct, report, sample, trained
+from iresnet_jax.analysis import environment, evaluate, frozen, lipschitz, reconstruct, report, sample, trained
+from iresnet_jax.logdet import SeriesLogdet
 from iresnet_jax.training import loop
 from iresnet_jax.training.checkpoint import load_named
 from iresnet_jax.training.density import evaluation_keys
@@ -250,6 +251,37 @@ def test_certify_command_tells_layer_by_layer_and_fails_without_a_certificate(to
     assert capsys.readouterr().out.splitlines()[-1] == (
         "NOT CERTIFIED: no bound below 1 for 1 of 2 blocks, the first is stage0/block01"
     )
+
+
+def test_a_frozen_model_is_the_same_model_in_one_file(digits, digits_run, tmp_path, capsys):
+    path = tmp_path / "model.npz"
+    assert main(["freeze", "--workdir", str(digits_run[0]), "--output", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "certified: every one of" in said
+    assert f"written: {path}" in said
+    loaded = frozen.load(path)
+    assert (loaded.spec, loaded.step) == (digits.spec, digits.step)
+    for ours, theirs in ((loaded.weights, digits.weights), (loaded.prior, digits.prior), (loaded.bounds, digits.bounds)):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    samples, info = loaded.sample(jax.random.key(1), 3)
+    assert info.converged.all()
+    np.testing.assert_array_equal(samples, density.sample(digits.spec, digits.weights, digits.prior, jax.random.key(1), 3)[0])
+    back, _ = loaded.decode(loaded.encode(samples))
+    np.testing.assert_allclose(back, samples, atol=1e-5)
+    with pytest.raises(ValueError, match="SeriesLogdet draws probes: pass a key"):
+        loaded.log_prob(samples, estimator=SeriesLogdet())
+    terms = loaded.log_prob(samples, jax.random.key(0), SeriesLogdet(num_terms=30, num_probes=8))
+    assert np.abs(terms.log_prob - loaded.log_prob(samples).log_prob).max() < 5 * terms.info.stderr.max()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.npz is damaged or was written by another version .*: freeze the model again"):
+        frozen.load(path)
+    path.write_bytes(content[:1000])
+    with pytest.raises(ValueError, match="is damaged"):
+        frozen.load(path)
+    with pytest.raises(ValueError, match=r"there is no frozen model .*frozen\.npz: write one with"):
+        frozen.load(tmp_path)
 
 
 # --- reports --------------------------------------------------------------------------------------------------------

@@ -156,6 +156,15 @@ def test_circular_padding_commutes_with_cyclic_shifts(x64):
     np.testing.assert_allclose(shifted, jnp.roll(conv(x, kernel, padding="CIRCULAR"), (2, 1), (1, 2)), rtol=EXACT, atol=EXACT)
 
 
+@pytest.mark.parametrize("implementation", ["auto", *IMPLEMENTATIONS])
+def test_kernels_in_float32_serve_images_in_float64(x64, implementation):
+    x, kernel = jnp.ones((1, 3, 3, 2), jnp.float64) / 3, jnp.ones((3, 3, 2, 2), jnp.float32)
+    y = conv(x, kernel, padding="VALID", implementation=implementation)
+    assert y.dtype == jnp.float64
+    np.testing.assert_allclose(y, 6.0, rtol=EXACT)
+    assert jax.grad(lambda kernel: jnp.sum(conv(x, kernel)))(kernel).dtype == jnp.float32
+
+
 def test_vmap_over_kernels_is_a_loop_over_kernels(x64):
     rng = np.random.default_rng(3)
     x, kernels = jnp.asarray(rng.normal(size=(1, 4, 4, 2))), jnp.asarray(rng.normal(size=(3, 3, 3, 2, 2)))

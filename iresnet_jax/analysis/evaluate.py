@@ -112,7 +112,7 @@ def evaluate(trained: Trained) -> dict[str, Any]:
     batch_size = round_up(min(settings.batch_size, len(examples)), jax.local_device_count())
 
     def outputs_of(estimator):
-        step = parallel.parallelize_eval(make_evaluation(trained.spec, estimator, unroll=run.unroll(trained.config)))
+        step = parallel.parallelize_eval(make_evaluation(trained.spec, estimator))
         # On several simulated CPU devices the LU factorisations dead-lock in XLA's pool of as many threads (jaxlib 0.10).
         num_devices = 1 if isinstance(estimator, ExactLogdet) and jax.default_backend() == "cpu" else None
         return lambda draw: evaluate_examples(step, weights, examples, key, batch_size, draw=draw, num_devices=num_devices)

@@ -83,18 +83,18 @@ def make_step(
     return step
 
 
-def make_evaluation(spec: density.DensitySpec, estimator: LogdetEstimator, *, unroll: bool) -> Callable[[Any, Any], Any]:
+def make_evaluation(spec: density.DensitySpec, estimator: LogdetEstimator) -> Callable[[Any, Any], Any]:
     """``((weights, prior), (x, noise keys, probe keys)) -> `` objective, terms and truncation bound, for `parallelize_eval`.
 
     Each example's keys, from `evaluation_keys`, decide its noise, probes and series length, so that results do not depend on
-    the batching.
+    the batching. Blocks are scanned: without gradients that is as fast as writing them out, and compiles in half the time.
     """
 
     def evaluate(state: tuple[Any, Any], batch: tuple[Any, Any, Any]) -> dict[str, Any]:
         weights, prior = state
         data, key_noise, key_probe = batch
         x = density.to_continuous(spec, key_noise, data)
-        terms = density.log_prob(spec, weights, prior, x, key_probe, estimator, unroll=unroll)
+        terms = density.log_prob(spec, weights, prior, x, key_probe, estimator)
         return {
             density.objective_name(spec): density.objective(spec, terms.log_prob),
             "log_prior": terms.log_prior,

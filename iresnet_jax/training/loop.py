@@ -4,6 +4,7 @@ A workdir belongs to one config. Running the same command again resumes from the
 bit as if it had not been stopped: batches and random numbers are functions of (seed, step).
 """
 
+import itertools
 import json
 import os
 import time
@@ -16,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from iresnet_jax import density
-from iresnet_jax.data import feed
+from iresnet_jax.data import device_feed, feed
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import parallel, run, state
 from iresnet_jax.training.checkpoint import Checkpoints
@@ -71,7 +72,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:
         draw=source.draw,
     )
     parallel_step = parallel.parallelize(step_fn)
-    validate = Validation(config, spec, source, unroll=unroll)
+    validate = Validation(config, spec, source)
     with MetricWriter(workdir) as writer, Progress(settings.total_steps, first_step) as progress:
         writer.truncate_after(first_step)
         window: list[Any] = []
@@ -107,13 +108,13 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:
 class Validation:
     """Mean objective of held-out data under the averaged parameters, norms iterated to their tolerance."""
 
-    def __init__(self, config: Any, spec: density.DensitySpec, source: run.Source, *, unroll: bool):
+    def __init__(self, config: Any, spec: density.DensitySpec, source: run.Source):
         estimator = config_lib.build_estimator(config.evaluation.logdet)
         self._spec, self._seed = spec, config.seed
         self._examples = source.held_out("validation", config.training.eval_examples, config.seed)
         constrain = config_lib.build_constraint(config.constraint, spec.flow, training=False)
         self._constrain = jax.jit(lambda params, spectral: constrain(params, spectral).weights)
-        self._evaluate = parallel.parallelize_eval(make_evaluation(spec, estimator, unroll=unroll))
+        self._evaluate = parallel.parallelize_eval(make_evaluation(spec, estimator))
         self._batch_size = round_up(min(config.evaluation.batch_size, len(self._examples)), jax.local_device_count())
 
     def __call__(self, current: state.TrainState) -> dict[str, float]:
@@ -160,13 +161,8 @@ def batches(config: Any, source: run.Source, first_step: int) -> Iterator[Any]:
     size = config.training.batch_size
     if source.images is None:
         placeholder = parallel.shard(np.zeros(size, np.float32))
-        while True:
-            yield placeholder
-    images = source.images.images["train"]
-    step = first_step
-    while True:
-        yield parallel.shard(images[feed.batch_indices(config.seed, step, size, len(images))])
-        step += 1
+        return itertools.repeat(placeholder)
+    return device_feed.batches(source.images.images["train"], seed=config.seed, batch_size=size, first_step=first_step)
 
 
 def mean_over_window(metrics: list[dict[str, Any]]) -> dict[str, float]:

@@ -1,0 +1,165 @@
+"""A trained model as one small file: frozen weights with their certificate and settings, and nothing of its training.
+
+    python -m iresnet_jax freeze --workdir runs/digits_density
+
+writes ``frozen.npz``. `load` gives back the model's pure functions, without the workdir and without the data.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from iresnet_jax import density, flow, model
+from iresnet_jax.analysis.trained import Trained
+from iresnet_jax.fixed_point import FixedPointInfo
+from iresnet_jax.logdet import ExactLogdet, LogdetEstimator
+from iresnet_jax.training import config as config_lib
+from iresnet_jax.training import naming, run
+
+FILE_NAME = "frozen.npz"
+_FACTS = "facts"
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """A density model with fixed weights, every block of which is certified a contraction.
+
+    Its methods are those functions of `density` on its weights: pure, and free to be jitted.
+
+    Attributes:
+        spec: The model without its weights.
+        weights: The flow's frozen weights.
+        prior: The prior's parameters.
+        bounds: Guaranteed upper bounds of all layers' operator norms, by stage and layer, one a block.
+        config: The settings it was trained with.
+        step: Updates behind these parameters.
+    """
+
+    spec: density.DensitySpec
+    weights: Any = field(repr=False)
+    prior: Any = field(repr=False)
+    bounds: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    config: Any = field(repr=False)
+    step: int = 0
+
+    def log_prob(
+        self,
+        x: Float[Array, "b ..."],
+        key: Key[Array, "..."] | None = None,
+        estimator: LogdetEstimator = ExactLogdet(),  # noqa: B008 (immutable)
+    ) -> density.LogProb:
+        """The log-likelihood in nats of continuous data, see `density.log_prob`; a random estimator needs a key."""
+        key = jax.random.key(0) if key is None and isinstance(estimator, ExactLogdet) else key
+        if key is None:
+            raise ValueError(f"{type(estimator).__name__} draws probes: pass a key")
+        return density.log_prob(self.spec, self.weights, self.prior, x, key, estimator)
+
+    def encode(self, x: Float[Array, "b ..."]) -> Float[Array, "b d"]:
+        """The latents of continuous data."""
+        return density.encode(self.spec, self.weights, x)
+
+    def decode(
+        self,
+        z: Float[Array, "b d"],
+        solver: flow.Solver = flow.Solver(),  # noqa: B008 (immutable)
+    ) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
+        """Continuous data of latents, and how the inverse ended."""
+        return density.decode(self.spec, self.weights, z, solver)
+
+    def sample(
+        self,
+        key: Key[Array, ""],
+        num: int,
+        *,
+        temperature: float = 1.0,
+        solver: flow.Solver = flow.Solver(),  # noqa: B008 (immutable)
+    ) -> tuple[Float[Array, "n ..."], FixedPointInfo]:
+        """Samples, and how the inverse ended for each."""
+        return density.sample(self.spec, self.weights, self.prior, key, num, temperature=temperature, solver=solver)
+
+
+def save(trained: Trained, path: str | os.PathLike[str] | None = None) -> Path:
+    """Writes the model of a run to one file, all at once.
+
+    Args:
+        trained: The model.
+        path: The file; ``frozen.npz`` in the workdir by default.
+
+    Returns:
+        The file.
+    """
+    path = trained.workdir / FILE_NAME if path is None else Path(path)
+    facts = {
+        "config": config_lib.to_plain(trained.config),
+        "event_shape": list(trained.source.event_shape),
+        "num_levels": trained.source.num_levels,
+        "step": trained.step,
+    }
+    named = naming.to_named(_stacked(trained.weights, trained.prior, trained.bounds))
+    incoming = path.with_name(path.name + ".incoming")
+    with incoming.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **named, **{_FACTS: np.frombuffer(json.dumps(facts).encode(), np.uint8)})
+    incoming.replace(path)
+    return path
+
+
+def load(path: str | os.PathLike[str]) -> FrozenModel:
+    """Reads a file that `save` wrote.
+
+    Args:
+        path: The file, or a workdir that holds ``frozen.npz``.
+
+    Raises:
+        ValueError: If there is none, or it is damaged or from another version.
+
+    Example:
+        >>> model = load("runs/digits_density")  # doctest: +SKIP
+        >>> samples, info = model.sample(jax.random.key(0), 64)  # doctest: +SKIP
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    if not path.exists():
+        raise ValueError(f"there is no frozen model {path}: write one with python -m iresnet_jax freeze --workdir DIR")
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:  # checks every array's checksum
+            named = {name: stored[name] for name in stored.files}
+        facts = json.loads(named.pop(_FACTS).tobytes())
+        config: Any = ml_collections.ConfigDict(facts["config"])
+        source = run.Source(config.data.name, tuple(facts["event_shape"]), facts["num_levels"])
+        spec = run.density_spec(config, source)
+        found = naming.from_named(named, jax.eval_shape(lambda: _shapes(config, spec)))
+    except (zipfile.BadZipFile, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or was written by another version ({error}): freeze the model again") from None
+    weights, prior, bounds = _unstacked(jax.tree.map(jnp.asarray, found))
+    return FrozenModel(spec=spec, weights=weights, prior=prior, bounds=bounds, config=config, step=facts["step"])
+
+
+def _shapes(config: Any, spec: density.DensitySpec) -> Any:
+    variables = run.abstract_variables(config, spec)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables["params"])
+    fixed = model.freeze(spec.flow, zeros)
+    return _stacked(fixed.weights, zeros["prior"], fixed.bounds)
+
+
+def _stacked(weights: Any, prior: Any, bounds: Any) -> dict[str, Any]:
+    """The arrays under names that speak of one block: ``weights/stage0/block03/branch/conv1/kernel``."""
+    return {
+        "weights": {name: {naming.STACKED: stage} for name, stage in weights.items()},
+        "bounds": {name: {naming.STACKED: stage} for name, stage in bounds.items()},
+        "prior": prior,
+    }
+
+
+def _unstacked(tree: Any) -> tuple[Any, Any, Any]:
+    weights, bounds = ({name: stage[naming.STACKED] for name, stage in tree[key].items()} for key in ("weights", "bounds"))
+    return weights, tree["prior"], bounds
