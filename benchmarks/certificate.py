@@ -3,7 +3,7 @@
     python benchmarks/certificate.py [--quick]
 
 Steps are the gradient of a likelihood with a series of five terms. The constraint is enforced by five power iterations a layer
-(the baseline), or by guaranteed bounds (Gram iteration) with one twist of the embedding, as in training, or with all four. Blocks
+(the baseline) or by guaranteed bounds (Gram iteration) with one twist of the embedding, as in training, or with all four. Blocks
 have 3x3-1x1-3x3 convolutions of several widths. The certificate's cost does not depend on the batch, the step's does.
 
 The model is the CIFAR-10 density of Behrmann et al. (2019): 48 blocks in three scales.
