@@ -1,0 +1,89 @@
+"""The configs that come with the library: what they describe, and one step of each cut-down copy."""
+
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+from runs import ROOT
+
+from iresnet_jax.data import toys
+from iresnet_jax.data.images import ImageData
+from iresnet_jax.training import config as config_lib
+from iresnet_jax.training import parallel, run, state
+from iresnet_jax.training.density import make_step
+
+SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3), "downsampled_imagenet/32x32": (32, 32, 3)}
+LEVELS = {"digits": 17}
+CASES = [
+    ("digits_density", None, 98_508),
+    ("iresnet_density", "mnist", None),
+    ("iresnet_density", "cifar10", 25_028_544),  # 25.03 M in the paper
+    ("residual_flow_density", "mnist", None),
+    ("residual_flow_density", "cifar10", None),
+    ("residual_flow_density", "downsampled_imagenet/32x32", None),
+    *(("toy_2d", name, None) for name in toys.TOYS),
+]
+
+
+def get_config(name, argument):
+    path = ROOT / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*([] if argument is None else [argument]))
+
+
+def source_of(config):
+    """Random images of the data set's shape, or the toy."""
+    name = config.data.name
+    if name in toys.TOYS:
+        return run.load_source(name)
+    shape, levels = SHAPES[name], LEVELS.get(name, 256)
+    images = np.random.default_rng(0).integers(0, levels, (16, *shape), np.uint8)
+    splits = {split: images for split in ("train", "validation", "test")}
+    labels = {split: np.zeros(16, np.int32) for split in splits}
+    return run.Source(name, shape, levels, images=ImageData(name, levels, 10, splits, labels))
+
+
+@pytest.mark.parametrize(("name", "argument", "num_parameters"), CASES)
+def test_configs_describe_models_that_fit_their_data(name, argument, num_parameters):
+    config = get_config(name, argument)
+    source = source_of(config)
+    spec = run.density_spec(config, source)
+    params = run.abstract_variables(config, spec)["params"]
+    if num_parameters is not None:
+        assert run.num_parameters(params) == num_parameters
+    config_lib.build_estimator(config.logdet)
+    config_lib.build_estimator(config.evaluation.logdet)
+    config_lib.build_optimizer(config.optimizer, config.training.total_steps)
+
+
+@pytest.mark.parametrize("name", ["iresnet_density", "residual_flow_density"])
+def test_a_cut_down_copy_takes_a_step(name):
+    config = get_config(name, "mnist")
+    config.model.stages = tuple(
+        {**stage, "num_blocks": 1, "hidden": (4,) * len(stage["hidden"])} for stage in config.model.stages
+    )
+    config.training.update({"batch_size": 8, "actnorm_examples": 16})
+    config.optimizer.warmup_steps = 0  # or the first step would not move
+    source = source_of(config)
+    spec = run.density_spec(config, source)
+    optimizer = config_lib.build_optimizer(config.optimizer, 10)
+    step = make_step(
+        spec,
+        config_lib.build_estimator(config.logdet),
+        optimizer,
+        config_lib.build_schedule(config.optimizer, 10),
+        seed=0,
+        constrain=config_lib.build_constraint(config.constraint, spec.flow, training=True),
+        ema_decay=config.training.ema_decay,
+        unroll=False,
+    )
+    current = state.create(run.initial_variables(config, spec, source), optimizer)
+    step = jax.jit(jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS))
+    after, metrics = step(current, source.images.images["train"][None, :8])
+    assert 0 < float(metrics["bits_per_dim"]) < 50
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), current.params, after.params)
+    assert any(jax.tree.leaves(moved))
+    assert int(after.step) == 1
