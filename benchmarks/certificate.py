@@ -3,8 +3,8 @@
     python benchmarks/certificate.py {steps,model} [--quick]
 
 Steps are the gradient of a likelihood with a series of five terms. The constraint is enforced by five power iterations a
-layer (the baseline) or by guaranteed bounds (Gram iteration), with one twist of the embedding as in training or with all four.
-Blocks have 3x3-1x1-3x3 convolutions. The certificate's cost does not depend on the batch, the step's does.
+layer (the baseline) or by guaranteed bounds (Gram iteration), with the default twists of the embedding or all of them. Blocks
+have 3x3-1x1-3x3 convolutions. The certificate's cost does not depend on the batch, the step's does.
 
 The model is the CIFAR-10 density of Behrmann et al. (2019): 48 blocks in three scales.
 """
@@ -30,7 +30,7 @@ STEPS = (
     (4, 192, 512, 64),
 )
 QUICK_STEPS = ((8, 4, 48, 64), (16, 12, 64, 32))
-TWISTS = {"certified": ((1, 1),), "certified, all twists": None}
+TWISTS = {"certified": "auto", "certified, all twists": "all"}
 
 
 def cifar10(width: int) -> model.FlowSpec:

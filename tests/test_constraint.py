@@ -221,6 +221,8 @@ def test_mistakes_are_named():
         branches.normalize_certified(spec, weights, coeff=0.9, budget="network")
     with pytest.raises(ValueError, match="budget must be one of layer, block, got 'network'"):
         model.FlowSpec((5,), (model.StageSpec(1, hidden=(3,)),), budget="network")
+    with pytest.raises(ValueError, match="twists must be auto, all or one, got 'some'"):
+        branches.training_twists(spec, "some")
     with pytest.raises(ValueError, match=r"coeff must lie in \(0, 1\), got 1"):
         branches.normalize_certified(spec, weights, coeff=1.1)
     with pytest.raises(ValueError, match="method must be"):

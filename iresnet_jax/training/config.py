@@ -48,6 +48,7 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
                 "num_steps": 1,  # power iterations a training step; on validation data they go on to the tolerance
                 "rtol": 1e-3,
                 "num_squarings": 4,  # of the Gram iteration behind "certified"
+                "twists": "auto",  # of its embedding: "all" is tighter and dearer than "one", above all on small images
             },
             "optimizer": {
                 "name": "adam",
@@ -140,8 +141,8 @@ def build_flow_spec(settings: Settings, event_shape: tuple[int, ...]) -> model.F
 def build_constraint(settings: Settings, spec: model.FlowSpec, *, training: bool) -> Callable[[Any, Any], model.Constrained]:
     """The ``(params, spectral) -> Constrained`` that ``config.constraint`` describes, for training steps or for validation."""
     if settings["norms"] == "certified":
-        num_squarings = settings["num_squarings"]
-        return lambda params, spectral: model.constrain_certified(spec, params, spectral, num_squarings=num_squarings)
+        bounds = {"num_squarings": settings["num_squarings"], "twists": settings["twists"]}
+        return lambda params, spectral: model.constrain_certified(spec, params, spectral, **bounds)
     if settings["norms"] == "estimated":
         num_steps, rtol = settings["num_steps"] if training else None, settings["rtol"]
         return lambda params, spectral: model.constrain(spec, params, spectral, num_steps=num_steps, rtol=rtol)
