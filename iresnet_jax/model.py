@@ -289,7 +289,7 @@ def bijection(
 
 
 def unroll_by_default() -> bool:
-    """Whether blocks are better written out: on CPU, where XLA's convolution gradients are slow inside a loop."""
+    """Whether blocks are better written out: on CPU, where a training step is then nearly twice as fast (digits)."""
     return jax.default_backend() == "cpu"
 
 

@@ -140,6 +140,7 @@ def test_gradients_in_a_loop_keep_the_layout_that_is_fast_on_cpu():
             return jnp.sum(lax.scan(lambda x, kernel: (convolve(x, kernel), None), x, kernels)[0])
 
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, kernels).compile().as_text()
+        assert compiled is not None
         return re.findall(r"convolution\(.*dim_labels=([\w>-]+)", compiled)
 
     ours = layouts(conv)
