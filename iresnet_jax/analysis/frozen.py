@@ -103,6 +103,7 @@ def save(trained: Trained, path: str | os.PathLike[str] | None = None) -> Path:
         "config": config_lib.to_plain(trained.config),
         "event_shape": list(trained.source.event_shape),
         "num_levels": trained.source.num_levels,
+        "frequencies": trained.spec.frequencies,
         "step": trained.step,
     }
     named = naming.to_named(_stacked(trained.weights, trained.prior, trained.bounds))
@@ -135,7 +136,8 @@ def load(path: str | os.PathLike[str]) -> FrozenModel:
             named = {name: stored[name] for name in stored.files}
         facts = json.loads(named.pop(_FACTS).tobytes())
         config: Any = ml_collections.ConfigDict(facts["config"])
-        source = run.Source(config.data.name, tuple(facts["event_shape"]), facts["num_levels"])
+        frequencies = facts["frequencies"] and tuple(facts["frequencies"])
+        source = run.Source(config.data.name, tuple(facts["event_shape"]), facts["num_levels"], frequencies=frequencies)
         spec = run.density_spec(config, source)
         found = naming.from_named(named, jax.eval_shape(lambda: _shapes(config, spec)))
     except (zipfile.BadZipFile, OSError, KeyError, AttributeError, TypeError, ValueError) as error:

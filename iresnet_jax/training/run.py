@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax import data, density, model, modules
+from iresnet_jax import data, density, likelihood, model, modules
 from iresnet_jax.data import toys
 from iresnet_jax.training import config as config_lib
 
@@ -23,6 +23,7 @@ class Source:
         num_levels: Grey levels; None for a 2-D toy.
         images: The image data set, or None.
         toy: The toy, or None.
+        frequencies: Of the grey levels in the training split, if anything has counted them, see `density_spec`.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Source:
     num_levels: int | None
     images: data.ImageData | None = None
     toy: toys.Toy | None = None
+    frequencies: tuple[float, ...] | None = None
 
     @property
     def draw(self) -> Callable[[Any, Any], Any] | None:
@@ -61,12 +63,16 @@ def load_source(name: str, data_dir: str | None = None) -> Source:
 
 def density_spec(config: Any, source: Source) -> density.DensitySpec:
     """The model that a config describes for its data."""
+    frequencies = source.frequencies
+    if config.preprocessing.transform == "equalize" and frequencies is None and source.images is not None:
+        frequencies = likelihood.level_frequencies(source.images.images["train"], source.images.num_levels)
     return density.DensitySpec(
         flow=config_lib.build_flow_spec(config.model, source.event_shape),
         prior=config.model.prior,
         transform=config.preprocessing.transform,
         alpha=config.preprocessing.alpha,
         num_levels=source.num_levels,
+        frequencies=frequencies if config.preprocessing.transform == "equalize" else None,
     )
 
 
