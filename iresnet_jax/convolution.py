@@ -5,8 +5,8 @@ product per tap followed by shifted adds. The last two are plain matrix products
 
 XLA:CPU has a fast kernel for one layout of a convolution, and brings gradients into that layout outside of loops alone: in
 ``lax.scan`` and ``lax.while_loop`` they would be up to a hundred times slower. So on CPU the convolution is a primitive of its
-own, whose gradients are written in that layout, and which becomes a matrix product where either side has few channels: with
-patches of the thinner side, for the value and for each gradient (``benchmarks/convolution.py`` measures it).
+own, whose gradients are written in that layout, and rearranged where few channels come out of many, which that kernel is slow
+for (``benchmarks/convolution.py`` measures it).
 """
 
 import functools
@@ -26,7 +26,7 @@ Padding = str | Sequence[tuple[int, int]]
 Implementation = Literal["auto", "xla", "patches", "taps"]
 Pair = tuple[int, int]
 
-# On CPU, convolutions with up to so many channels on the thinner side, and so many taps, are matrix products.
+# What counts as few channels out of many on CPU, and the most taps that are written out.
 _THIN, _MOST_TAPS = 32, 25
 
 PADDINGS = ("SAME", "VALID", "CIRCULAR")
@@ -189,61 +189,39 @@ def _batched(arguments, axes, *, window):
 
 
 def _compute(x, kernel, *, window):
-    """What the primitive runs: matrix products where one side has few channels, XLA's convolution elsewhere."""
+    """What the primitive runs: XLA's convolution, rearranged where few channels come out of many."""
     y = jax.eval_shape(functools.partial(_convolve, window=window), x, kernel)
     if window == _Window((1, 1), window.pads):
         if math.prod(kernel.shape[:2]) >= math.prod(y.shape[1:3]):  # the gradient of a kernel
-            if _is_thin(y.shape[1:3], window.pads, (x.shape[0], y.shape[3])):
-                return _thin_gradient(x, kernel, window.pads, y.shape[1:3])
-        elif _is_thin(kernel.shape[:2], window.pads, kernel.shape[2:]):
-            return (_thin_in if kernel.shape[2] <= kernel.shape[3] else _thin_out)(x, kernel, window.pads)
+            if _narrows(y.shape[1:3], window.pads, x.shape[0], y.shape[3]):
+                return _gradient_of_narrowing_kernel(x, kernel, window.pads, y.shape[1:3])
+        elif _narrows(kernel.shape[:2], window.pads, *kernel.shape[2:]):
+            return _narrowing(x, kernel, window.pads)
     return _convolve(x, kernel, window=window)
 
 
-def _is_thin(taps, pads, channels):
+def _narrows(taps, pads, cin, cout):
     inside = all(0 <= n < k for pair, k in zip(pads, taps, strict=True) for n in pair)
-    return inside and math.prod(taps) <= _MOST_TAPS and min(channels) <= _THIN
+    return inside and math.prod(taps) <= _MOST_TAPS and cout <= _THIN and cout < cin
 
 
-def _patches(x, pads, taps):
-    """For every tap the pixels that it meets, side by side along the channels."""
-    rows, columns = (n + sum(pair) - k + 1 for n, pair, k in zip(x.shape[1:3], pads, taps, strict=True))
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    return jnp.concatenate([x[:, i : i + rows, j : j + columns] for i, j in np.ndindex(*taps)], axis=-1)
-
-
-def _thin_in(x, kernel, pads):
-    """Patches times a matrix."""
-    return _patches(x, pads, kernel.shape[:2]) @ kernel.reshape(-1, kernel.shape[3])
-
-
-def _thin_out(x, kernel, pads):
-    """A product for every tap, then shifted sums of the few channels that are left."""
+def _narrowing(x, kernel, pads):
+    """A matrix product for all taps at once, then shifted sums of the few channels that are left."""
     *taps, cin, cout = kernel.shape
     rows, columns = (n + sum(pair) - k + 1 for n, pair, k in zip(x.shape[1:3], pads, taps, strict=True))
     products = jnp.pad(x @ kernel.transpose(2, 0, 1, 3).reshape(cin, -1), ((0, 0), *pads, (0, 0)))
     views = []
     for tap, (i, j) in enumerate(np.ndindex(*taps)):
         views.append(products[:, i : i + rows, j : j + columns, tap * cout : (tap + 1) * cout])
-    return lax.optimization_barrier(sum(views[1:], views[0]))  # else computed again for every use of it
+    return sum(views[1:], views[0])
 
 
-def _thin_gradient(x, y, pads, taps):
-    """The convolution of `_gradient_of_kernel`: ``x (cin, h, w, b)`` with ``y (h2, w2, b, cout)``, patches of the thinner."""
-    x, y = x.transpose(3, 1, 2, 0), y.transpose(2, 0, 1, 3)
-    cin, cout = x.shape[3], y.shape[3]
-    if cin <= cout:
-        gradient = _sum_of_products(_patches(x, pads, taps), y)
-        return gradient.reshape(*taps, cin, cout).transpose(2, 0, 1, 3)
+def _gradient_of_narrowing_kernel(x, y, pads, taps):
+    """The convolution of `_gradient_of_kernel`, of ``x (cin, h, w, b)`` and ``y (h2, w2, b, cout)``, their roles exchanged."""
     mirrored = [(k - 1 - before, k - 1 - after) for (before, after), k in zip(pads, taps, strict=True)]
-    gradient = _sum_of_products(x, _patches(y, mirrored, taps))
-    return lax.rev(gradient.reshape(cin, *taps, cout), (1, 2))
-
-
-def _sum_of_products(x, y):
-    """``sum x[..., i] y[..., o]``; behind the barrier, as XLA:CPU else computes what makes ``x`` column by column."""
-    x, y = lax.optimization_barrier((x, y))
-    return x.reshape(-1, x.shape[-1]).T @ y.reshape(-1, y.shape[-1])
+    window = _Window((1, 1), tuple(mirrored))
+    gradient = _convolve(y.transpose(3, 0, 1, 2), x.transpose(1, 2, 3, 0), window=window)
+    return lax.rev(gradient, (1, 2)).transpose(3, 1, 2, 0)
 
 
 _convolution = Primitive("convolution")
