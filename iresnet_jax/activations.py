@@ -28,6 +28,7 @@ class Activation(NamedTuple):
             piecewise linear activation gives its log-determinant no gradient signal.
         channel_factor: Output channels for each input channel.
         monotone: Whether the map acts elementwise with slopes in [0, 1], as layers of sandwich type require.
+        elementwise: Whether each output entry depends on one input entry alone.
     """
 
     apply: Callable[..., Array]
@@ -36,6 +37,7 @@ class Activation(NamedTuple):
     smooth: bool
     channel_factor: int
     monotone: bool
+    elementwise: bool = True
 
 
 def _positive_beta(x: Float[Array, "..."], beta: Float[Array, "..."] | float | None) -> Float[Array, "..."]:
@@ -141,7 +143,9 @@ def identity(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x
 
 
-def _fixed(name: str, function: Callable[[Array], Array], *, smooth: bool = True, monotone: bool = True) -> Activation:
+def _fixed(
+    name: str, function: Callable[[Array], Array], *, smooth: bool = True, monotone: bool = True, elementwise: bool = True
+) -> Activation:
     """Describes an activation without parameters, which refuses a ``beta`` instead of ignoring it."""
 
     def apply(x: Float[Array, "..."], beta: Float[Array, "..."] | float | None = None) -> Float[Array, "..."]:
@@ -149,7 +153,9 @@ def _fixed(name: str, function: Callable[[Array], Array], *, smooth: bool = True
             raise ValueError(f"beta must be None for {name!r}, got a value: only entries with has_beta take one")
         return function(x)
 
-    return Activation(apply, has_beta=False, initial_beta=None, smooth=smooth, channel_factor=1, monotone=monotone)
+    return Activation(
+        apply, has_beta=False, initial_beta=None, smooth=smooth, channel_factor=1, monotone=monotone, elementwise=elementwise
+    )
 
 
 def _swish_like(function: Callable[..., Array], *, channel_factor: int) -> Activation:
@@ -172,7 +178,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": _fixed("relu", jax.nn.relu, smooth=False),  # slope 0 or 1
     "lipswish": _swish_like(lipswish, channel_factor=1),
     "clipswish": _swish_like(clipswish, channel_factor=2),
-    "maxmin": _fixed("maxmin", maxmin, smooth=False, monotone=False),
+    "maxmin": _fixed("maxmin", maxmin, smooth=False, monotone=False, elementwise=False),
     "identity": _fixed("identity", identity),
 }
 

@@ -141,18 +141,75 @@ def apply_branch(
         ValueError: If the context is not what the branch takes.
     """
     check_context(spec.context_dim, len(x), context)
-    activation = activations.get(spec.activation)
     h = x
     for layer in spec.layers:
-        parameters = weights[layer.name]
-        if layer.activated:
-            h = activation.apply(h, parameters["beta"]) if activation.has_beta else activation.apply(h)
-        h = linear_map(layer, spec.padding)(parameters["kernel"], h)
-        bias = parameters["bias"]
-        h = h + bias.reshape((1,) * (h.ndim - bias.ndim) + bias.shape)
-        if context is not None:
-            h = h + (context @ parameters["context"]).reshape(len(h), *(1,) * (h.ndim - 2), -1)
+        h = _apply_layer(spec, layer, weights[layer.name], h, context)
     return h
+
+
+def _apply_layer(spec, layer, parameters, h, context):
+    """One layer with the activation in front of it, if it has one."""
+    h = linear_map(layer, spec.padding)(parameters["kernel"], _activate(spec, layer, parameters, h))
+    bias = parameters["bias"]
+    h = h + bias.reshape((1,) * (h.ndim - bias.ndim) + bias.shape)
+    if context is not None:
+        h = h + (context @ parameters["context"]).reshape(len(h), *(1,) * (h.ndim - 2), -1)
+    return h
+
+
+def _activate(spec, layer, parameters, h):
+    activation = activations.get(spec.activation)
+    if not layer.activated:
+        return h
+    return activation.apply(h, parameters["beta"]) if activation.has_beta else activation.apply(h)
+
+
+def has_trace(spec: BranchSpec) -> bool:
+    """Whether `trace` knows the branch: two layers around an elementwise activation, of the same odd kernel size if any."""
+    sizes = spec.kernel_sizes
+    same_size = sizes is None or (sizes[0] == sizes[-1] and sizes[0] % 2 == 1)
+    return len(spec.hidden) == 1 and same_size and activations.get(spec.activation).elementwise
+
+
+def trace(
+    spec: BranchSpec, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
+) -> Float[Array, " b"]:
+    r"""``tr J_g(x)`` in closed form, for a fraction of what ``g`` costs.
+
+    For ``g = W_2 phi W_1 (phi)`` with ``D`` the slopes of the activations, ``J = W_2 D_1 W_1 D_0``. A pixel's output comes back
+    to its own input through the tap ``t`` of ``W_1`` and the mirrored tap ``-t`` of ``W_2`` alone, so
+
+    ``tr J = sum_p <D_1(p), z(p)>``,  ``z = conv(D_0; M)``,  ``M[t]_(c, j) = W_1[t]_(c, j) W_2[-t]_(j, c)``.
+
+    The convolution's padding takes care of the border. Without an activation in front ``D_0`` is 1, and ``z`` is the same for
+    all examples.
+
+    Args:
+        spec: The architecture, one for which `has_trace`.
+        weights: As in `apply_branch`.
+        x: Where to evaluate.
+        context: As in `apply_branch`.
+
+    Raises:
+        ValueError: If there is no closed form for the branch.
+    """
+    if not has_trace(spec):
+        raise ValueError(f"the trace has a closed form for two layers with an elementwise activation only, not for {spec}")
+    first, second = spec.layers
+    h = _apply_layer(spec, first, weights[first.name], x, context)
+
+    def slopes(layer, h):
+        return jax.jvp(lambda h: _activate(spec, layer, weights[layer.name], h), (h,), (jnp.ones_like(h),))[1]
+
+    inner = slopes(first, x) if first.activated else jnp.ones_like(x[:1])
+    kernels = weights[first.name]["kernel"], weights[second.name]["kernel"]
+    taps, channels, width = kernels[0].shape[:-2], x.shape[-1], h.shape[-1]
+    there = kernels[0].reshape(*taps, -1, channels, width)
+    back = jnp.flip(kernels[1], range(len(taps))).reshape(*taps, -1, width, channels)
+    product = jnp.einsum("...scj,...tjc->...sctj", there, back)  # an activation may make several channels of one
+    product = product.reshape(*taps, kernels[0].shape[-2], kernels[1].shape[-2])
+    z = inner @ product if not taps else conv(inner, product, padding=spec.padding)
+    return jnp.sum(slopes(second, h) * z, axis=tuple(range(1, x.ndim)))
 
 
 def check_context(context_dim: int, batch_size: int, context: Float[Array, "..."] | None) -> None:

@@ -218,8 +218,8 @@ def _narrowing(x, kernel, pads):
 
 def _gradient_of_narrowing_kernel(x, y, pads, taps):
     """The convolution of `_gradient_of_kernel`, of ``x (cin, h, w, b)`` and ``y (h2, w2, b, cout)``, their roles exchanged."""
-    mirrored = [(k - 1 - before, k - 1 - after) for (before, after), k in zip(pads, taps, strict=True)]
-    window = _Window((1, 1), tuple(mirrored))
+    rows, columns = ((k - 1 - before, k - 1 - after) for (before, after), k in zip(pads, taps, strict=True))
+    window = _Window((1, 1), (rows, columns))
     gradient = _convolve(y.transpose(3, 0, 1, 2), x.transpose(1, 2, 3, 0), window=window)
     return lax.rev(gradient, (1, 2)).transpose(3, 1, 2, 0)
 

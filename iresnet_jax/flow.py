@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from iresnet_jax import actnorm, reshape, residual
 from iresnet_jax.fixed_point import FixedPointInfo, example_norm
-from iresnet_jax.logdet import LogdetEstimator, LogdetInfo
+from iresnet_jax.logdet import LogdetEstimator, LogdetInfo, Trace
 
 Forward = Callable[[Array, Array], tuple[Array, Array, LogdetInfo]]
 Inverse = Callable[[Array, Array], tuple[Array, Array, LogdetInfo, FixedPointInfo]]
@@ -160,17 +160,18 @@ def residual_bijection(
     lipschitz_bound: float | Float[Array, ""],
     estimator: LogdetEstimator,
     solver: Solver = Solver(),  # noqa: B008 (immutable)
+    trace: Trace | None = None,
 ) -> Bijection:
-    """``y = x + g(x)``, see `residual`."""
+    """``y = x + g(x)``, see `residual`; ``trace`` is that of ``J_g``, if it has a closed form."""
     margin = jnp.maximum(1 - jnp.asarray(lipschitz_bound), 0)
     solve = {"lipschitz_bound": lipschitz_bound, **solver._asdict()}
     return Bijection(
         forward=lambda x: residual.forward(branch, x),
         forward_and_logdet=lambda x, key: residual.forward_and_logdet(
-            branch, x, key, estimator, lipschitz_bound=lipschitz_bound
+            branch, x, key, estimator, lipschitz_bound=lipschitz_bound, trace=trace
         ),
         inverse=lambda y: residual.inverse(branch, y, **solve),
-        inverse_and_logdet=lambda y, key: residual.inverse_and_logdet(branch, y, key, estimator, **solve),
+        inverse_and_logdet=lambda y, key: residual.inverse_and_logdet(branch, y, key, estimator, trace=trace, **solve),
         inverse_lipschitz=1 / margin,
     )
 

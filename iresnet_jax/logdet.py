@@ -7,6 +7,7 @@ Traces are estimated with probes ``v``, ``E[v v^T] = I`` (Hutchinson). One chain
 ``u_k = (J^T)^k v`` serves both: ``<u_k, v>`` for the value, ``w = sum_k (-1)^k u_k`` for the gradient, which is that of
 ``<w, J v>`` with ``w`` and ``v`` held fixed. The chain is not differentiated, so memory does not depend on its length, and
 the value is always the series'. Every example keeps its own cotangent. Second derivatives are not those of the log-det.
+Where ``tr J`` is known in closed form, it takes the place of its estimate, which carries most of the variance.
 
 The estimators are settings with one pure call, ``estimator(branch, x, key, lipschitz_bound=L) -> (logdet, info)``.
 """
@@ -22,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 Branch = Callable[[Array], Array]
+Trace = Callable[[Array], Array]
 PROBES = ("rademacher", "gaussian")
 
 
@@ -53,8 +55,17 @@ class LogdetEstimator(Protocol):
         key: Key[Array, "..."],
         *,
         lipschitz_bound: float | Float[Array, ""] | None = None,
+        trace: Trace | None = None,
     ) -> tuple[Float[Array, " b"], LogdetInfo]:
-        """The log-determinant and what is known about its error."""
+        """The log-determinant and what is known about its error.
+
+        Args:
+            branch: ``g``, acting on each example alone.
+            x: Where to evaluate.
+            key: Of the probes, one or one an example.
+            lipschitz_bound: Upper bound of ``Lip(g)``, for the truncation bound.
+            trace: ``x -> tr J (b,)`` in closed form, if there is one.
+        """
         ...
 
 
@@ -126,6 +137,7 @@ def weighted_series(
     weights: Float[Array, " n"],
     length: int | Int[Array, ""] | Int[Array, " b"],
     *,
+    trace: Trace | None = None,
     unroll: bool = False,
 ) -> tuple[Float[Array, "p b"], Float[Array, "p b"]]:
     r"""``sum_{k <= length} weights[k-1] (-1)^(k+1)/k <v, J^k v>`` for every probe, with the matching Neumann gradient.
@@ -139,6 +151,7 @@ def weighted_series(
         probes: ``v``; the columns of ``sqrt(d) I`` as probes make the mean over them the exact trace.
         weights: One weight a term, at least ``length`` of them.
         length: Number of terms: static, or traced (then one compiled loop serves every length), or one an example.
+        trace: ``x -> tr J (b,)``, exact and differentiable, to stand for the first term, whose weight must be 1 in expectation.
         unroll: Write the terms out instead of looping; needs a static length.
 
     Returns:
@@ -150,6 +163,8 @@ def weighted_series(
     pull = _over_probes(lambda u: pullback(u)[0], len(probes))
     example_axes = tuple(range(2, probes.ndim))
     weights = jnp.asarray(weights, x.dtype)
+    if trace is not None:
+        weights = weights.at[0].set(0)
     length = jnp.asarray(length) if not isinstance(length, int) else length
     per_example = isinstance(length, jax.Array) and length.ndim == 1
 
@@ -190,7 +205,8 @@ def weighted_series(
 
     pushed = _over_probes(lambda v: jax.jvp(branch, (x,), (v,))[1], len(probes))(probes)
     surrogate = jnp.sum(neumann * pushed, axis=example_axes)
-    return value + (surrogate - lax.stop_gradient(surrogate)), tail * probe_norm
+    value = value + (surrogate - lax.stop_gradient(surrogate))
+    return value if trace is None else value + trace(x)[None], tail * probe_norm
 
 
 def _over_probes(function, num_probes):
@@ -230,9 +246,10 @@ class ExactLogdet:
         key: Key[Array, "..."] | None = None,
         *,
         lipschitz_bound: float | Float[Array, ""] | None = None,
+        trace: Trace | None = None,
     ) -> tuple[Float[Array, " b"], LogdetInfo]:
         """The log-determinant, without error."""
-        del key, lipschitz_bound
+        del key, lipschitz_bound, trace
         zeros = jnp.zeros(len(x), x.dtype)
         return exact_logdet(branch, x, columns_at_once=self.columns_at_once), LogdetInfo(zeros, zeros)
 
@@ -273,11 +290,12 @@ class SeriesLogdet:
         key: Key[Array, "..."],
         *,
         lipschitz_bound: float | Float[Array, ""] | None = None,
+        trace: Trace | None = None,
     ) -> tuple[Float[Array, " b"], LogdetInfo]:
         """The truncated estimate, its standard error over probes and the bound of its remainder."""
         n = self.num_terms
         probes = draw_probes(key, x, self.num_probes, self.probe)
-        samples, tail = weighted_series(branch, x, probes, jnp.ones(n, x.dtype), n, unroll=self.unroll)
+        samples, tail = weighted_series(branch, x, probes, jnp.ones(n, x.dtype), n, trace=trace, unroll=self.unroll)
         logdet, stderr = _mean_and_stderr(samples)
         bound = _remainder_factor(lipschitz_bound, n, 1, x.dtype) * jnp.mean(tail, axis=0)
         return logdet, LogdetInfo(stderr, bound)
@@ -356,6 +374,7 @@ class RouletteLogdet:
         key: Key[Array, "..."],
         *,
         lipschitz_bound: float | Float[Array, ""] | None = None,
+        trace: Trace | None = None,
     ) -> tuple[Float[Array, " b"], LogdetInfo]:
         """The estimate, its standard error over probes with the length held fixed, and the bound of its table's end."""
         keys = jax.vmap(jax.random.split)(key) if key.ndim else jax.random.split(key)
@@ -365,7 +384,7 @@ class RouletteLogdet:
             length = jax.vmap(self.draw_length)(key_length) if key.ndim else self.draw_length(key_length)
         probes = draw_probes(key_probe, x, self.num_probes, self.probe)
         weights = self.weights()
-        samples, _ = weighted_series(branch, x, probes, jnp.asarray(weights, x.dtype), length)
+        samples, _ = weighted_series(branch, x, probes, jnp.asarray(weights, x.dtype), length, trace=trace)
         logdet, stderr = _mean_and_stderr(samples)
         n = len(weights)
         bound = x[0].size * _remainder_factor(lipschitz_bound, n, n + 1, x.dtype)

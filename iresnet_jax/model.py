@@ -268,17 +268,15 @@ def bijection(
             shape = branch.in_shape
 
         def make_block(block, branch=branch):
-            return flow.chain(
-                [
-                    flow.actnorm_bijection(actnorm.ActNormParams(**block["actnorm"])),
-                    flow.residual_bijection(
-                        lambda x: branches.apply_branch(branch, block["branch"], x, context),
-                        block["lipschitz"],
-                        estimator,
-                        solver,
-                    ),
-                ]
+            own = block["branch"]
+            residual = flow.residual_bijection(
+                lambda x: branches.apply_branch(branch, own, x, context),
+                block["lipschitz"],
+                estimator,
+                solver,
+                trace=(lambda x: branches.trace(branch, own, x, context)) if branches.has_trace(branch) else None,
             )
+            return flow.chain([flow.actnorm_bijection(actnorm.ActNormParams(**block["actnorm"])), residual])
 
         parts.append(flow.repeat(make_block, weights[name], unroll=unroll, rematerialize=rematerialize))
         stages.append(flow.Stage(flow.chain(parts), stage.factor_out))

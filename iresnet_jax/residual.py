@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.fixed_point import FixedPointInfo, invert_residual
-from iresnet_jax.logdet import LogdetEstimator, LogdetInfo
+from iresnet_jax.logdet import LogdetEstimator, LogdetInfo, Trace
 
 Branch = Callable[[Array], Array]
 Bound = float | Float[Array, ""]
@@ -27,6 +27,7 @@ def forward_and_logdet(
     estimator: LogdetEstimator,
     *,
     lipschitz_bound: Bound | None = None,
+    trace: Trace | None = None,
 ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo]:
     """``y = x + g(x)`` and ``log det(I + J_g(x))``.
 
@@ -36,8 +37,9 @@ def forward_and_logdet(
         key: One key, or one an example.
         estimator: How to compute the log-determinant.
         lipschitz_bound: Upper bound of ``Lip(g)``, for the truncation bound.
+        trace: ``tr J_g`` in closed form, if there is one.
     """
-    logdet, info = estimator(branch, x, key, lipschitz_bound=lipschitz_bound)
+    logdet, info = estimator(branch, x, key, lipschitz_bound=lipschitz_bound, trace=trace)
     return forward(branch, x), logdet, info
 
 
@@ -80,9 +82,10 @@ def inverse_and_logdet(
     max_evals: int = 2000,
     memory: int = 4,
     refine: bool = False,
+    trace: Trace | None = None,
 ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo, FixedPointInfo]:
     """``x = F^-1(y)`` and ``log|det dx/dy| = -log det(I + J_g(x))``, evaluated at the preimage ``x``."""
     settings = {"atol": atol, "max_evals": max_evals, "memory": memory, "refine": refine}
     x, solver_info = inverse(branch, y, lipschitz_bound=lipschitz_bound, **settings)
-    logdet, info = estimator(branch, x, key, lipschitz_bound=lipschitz_bound)
+    logdet, info = estimator(branch, x, key, lipschitz_bound=lipschitz_bound, trace=trace)
     return x, -logdet, info, solver_info
