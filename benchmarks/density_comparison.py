@@ -1,0 +1,357 @@
+"""Bits/dim of our residual flow and of normflows' (PyTorch): same images, preprocessing, parameters, machine and wall-clock.
+
+    python benchmarks/density_comparison.py --workdir runs/fashion_mnist [--config configs/fashion_mnist.py] [--minutes 40]
+
+The workdir is that of a finished training run of ours; with --config that run is made first. From it come the data and their
+transform, the number of parameters, the training time and the test result. Then normflows' residual flow is trained for as
+long on the very batches that ours saw and evaluated on the very test images under the same dequantisation noise, both by the
+unbiased estimator with 20 exact terms. Its clock stands still while it is validated; ours ran on, and compiled.
+
+normflows gets the architecture of Residual Flows (Chen et al. 2019), whose code it wraps: squeezed scales of ActNorm and
+3x3-1x1-3x3 blocks with LipSwish, then dense blocks, and a Gaussian with a mean and scale for each dimension. As there, Adam at
+1e-3 after a warm-up, gradients clipped, parameters averaged, Poisson(2) behind 2 exact terms in its memory-saving form; and, as
+our runs, a cosine schedule to the end of its time and the parameters that were best on validation data. Options change it.
+"""
+
+import copy
+import importlib.metadata
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from _record import parser, table, write
+
+from iresnet_jax import density
+from iresnet_jax.analysis import environment, trained
+from iresnet_jax.data import feed
+from iresnet_jax.training import run
+from iresnet_jax.training.density import evaluation_keys
+
+try:
+    import normflows as nf
+    import torch
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: install the packages of the extra 'bench'") from None
+
+TRAIN_PY = Path(__file__).resolve().parents[1] / "train.py"
+PARAMETER_TOLERANCE = 0.1
+LEAST_SIDE, MOST_SCALES = 4, 3
+COEFF = 0.98  # largest operator norm of a layer
+POWER_ITERATIONS, CONVERGED = 5, 200  # of a training step; before an evaluation
+BETAS, WARMUP_STEPS, CLIP_NORM, EMA_DECAY = (0.9, 0.99), 100, 1.0, 0.999
+ACTNORM_EXAMPLES, EVAL_BATCH_SIZE, EXACT_DRAWS = 512, 100, 16
+
+
+class Effort(NamedTuple):
+    """How much is evaluated."""
+
+    validations: int = 8
+    validation_images: int = 1000
+    test_images: int | None = None
+    exact_images: int = 8
+
+
+QUICK = Effort(2, 100, 200, 2)
+
+
+class Ours(NamedTuple):
+    """What a training run of ours left behind."""
+
+    config: Any
+    source: run.Source
+    spec: density.DensitySpec
+    num_parameters: int
+    report: dict
+
+
+def load_ours(workdir, data_dir):
+    """Reads a workdir.
+
+    Raises:
+        ValueError: If the run is not finished or not one of images.
+    """
+    config = trained.load_config(workdir)
+    path = workdir / "report.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} has no report.json: let train.py finish, or run python -m iresnet_jax report")
+    report = json.loads(path.read_text())
+    if "bits_per_dim" not in report:
+        raise ValueError(f"{workdir} is a run on {config.data.name}: the comparison needs one on images")
+    source = run.load_source(config.data.name, data_dir or config.data.data_dir)
+    spec = run.density_spec(config, source)
+    return Ours(config, source, spec, run.num_parameters(run.abstract_variables(config, spec)["params"]), report)
+
+
+class Inputs:
+    """Images as both models see them: dequantised and transformed by our library."""
+
+    def __init__(self, ours):
+        self.images, self.spec, self._seed = ours.source.images.images, ours.spec, ours.config.seed
+        self._continuous = jax.jit(lambda key, x: density.transform(ours.spec, density.to_continuous(ours.spec, key, x)))
+
+    def __call__(self, images, keys):
+        """What the flow starts from, as (b, c, h, w), and the log-determinant of the transform."""
+        x, log_det = self._continuous(keys, images)
+        return torch.tensor(np.moveaxis(np.asarray(x), -1, 1)), torch.tensor(np.asarray(log_det))
+
+    def train(self, step, batch_size):
+        """The batch of a training step."""
+        images = self.images["train"]
+        batch = images[feed.batch_indices(self._seed, step, batch_size, len(images))]
+        return self(batch, jax.random.split(jax.random.fold_in(jax.random.key(self._seed), step), batch_size))
+
+    def held_out(self, split, num, batch_size):
+        """Batches of the first images of a split, under the noise of our evaluation's first dequantisation."""
+        images = self.images[split][:num]
+        for start in range(0, len(images), batch_size):
+            indices = np.arange(start, min(start + batch_size, len(images)))
+            yield self(images[indices], evaluation_keys(jax.random.key(self._seed), indices, 0, 0)[0])
+
+    def bits(self, log_prob, log_det):
+        """Bits/dim of images from the log-density of their transformed values."""
+        return np.asarray(density.objective(self.spec, (log_prob.double() + log_det).numpy()))
+
+
+def build(image_shape, width, num_blocks, num_dense):
+    """The residual flow of normflows.
+
+    Args:
+        image_shape: Height, width, channels.
+        width: Of the hidden layers.
+        num_blocks: Convolutional blocks of each scale.
+        num_dense: Dense blocks behind them.
+    """
+    side, _, channels = image_shape
+    flows = []  # in the order of the data's way
+
+    def block(shape, net):
+        flows.append(nf.flows.ActNorm(shape))
+        flows.append(nf.flows.Residual(net, reduce_memory=True, n_dist="poisson", lamb=2.0, n_exact_terms=2))
+
+    for _ in range(MOST_SCALES):
+        if side % 2 or side // 2 < LEAST_SIDE:
+            break
+        flows.append(nf.flows.Squeeze())
+        side, channels = side // 2, 4 * channels
+        for _ in range(num_blocks):
+            net = nf.nets.LipschitzCNN(
+                [channels, width, width, channels], [3, 1, 3], lipschitz_const=COEFF, max_lipschitz_iter=POWER_ITERATIONS
+            )
+            block((channels, 1, 1), net)
+    shape = (channels, side, side)
+    dims = math.prod(shape)
+    for _ in range(num_dense):
+        net = nf.nets.LipschitzMLP([dims, width, dims], lipschitz_const=COEFF, max_lipschitz_iter=POWER_ITERATIONS)
+        block(shape, torch.nn.Sequential(torch.nn.Flatten(), net, torch.nn.Unflatten(1, shape)))
+    return nf.NormalizingFlow(nf.distributions.DiagGaussian(shape), flows[::-1])
+
+
+def count_parameters(model):
+    """Numbers in all parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def build_matched(image_shape, num_parameters, *depth):
+    """The model whose number of parameters comes closest, and its width.
+
+    Raises:
+        ValueError: If none comes within 10 %.
+    """
+    known = (16, 32, 64)
+    counts = [count_parameters(build(image_shape, width, *depth)) for width in known]
+    roots = np.roots(np.polyfit(known, counts, 2) - [0, 0, num_parameters])  # a layer from width to width is quadratic in it
+    width = max(round(max(roots.real)), 1)
+    torch.manual_seed(0)
+    model = build(image_shape, width, *depth)
+    if abs(count_parameters(model) / num_parameters - 1) > PARAMETER_TOLERANCE:
+        raise ValueError(f"normflows' model has {count_parameters(model)} parameters at width {width}, ours {num_parameters}")
+    return model, width
+
+
+@torch.no_grad()
+def average(averaged, current, num_averaged):
+    """A moving average that forgets its start, for `torch.optim.swa_utils.AveragedModel`."""
+    decay = min(EMA_DECAY, (1 + float(num_averaged)) / (10 + float(num_averaged)))
+    torch._foreach_lerp_(averaged, current, 1 - decay)
+
+
+def train(model, inputs, seconds, effort, batch_size, learning_rate):
+    """Trains for some seconds, validations not counted; returns the average that was best on validation data, and the log."""
+    model.train()
+    model.log_prob(inputs.train(0, ACTNORM_EXAMPLES)[0])  # fits ActNorm and shapes the vectors of the power iterations
+    nf.utils.update_lipschitz(model, CONVERGED)
+    optimizer = torch.optim.Adam(model.parameters(), learning_rate, BETAS)
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
+    best, log, step, elapsed, since = model, [], 0, 0.0, time.monotonic()
+    while True:
+        now = elapsed + time.monotonic() - since
+        if now >= seconds * (len(log) + 1) / effort.validations:
+            elapsed, held_out = now, evaluate(averaged.module, inputs, "validation", effort.validation_images).mean()
+            print(f"normflows: {elapsed / 60:5.1f} min, step {step}, validation {held_out:.4f} bits/dim", flush=True)
+            if held_out < min((entry["validation"] for entry in log), default=math.inf):
+                best = copy.deepcopy(averaged.module)
+            log.append({"minutes": elapsed / 60, "step": step, "validation": float(held_out)})
+            if len(log) == effort.validations:
+                return best, log
+            now, since = elapsed, time.monotonic()
+        decay = (1 + math.cos(math.pi * min(now / seconds, 1))) / 2
+        optimizer.param_groups[0]["lr"] = learning_rate * decay * min((step + 1) / WARMUP_STEPS, 1)
+        optimizer.zero_grad()
+        loss = model.forward_kld(inputs.train(step, batch_size)[0]) / math.prod(inputs.images["train"].shape[1:])
+        loss.backward()
+        if torch.isfinite(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)):  # as its example goes on after NaN
+            optimizer.step()
+        nf.utils.update_lipschitz(model, POWER_ITERATIONS)
+        averaged.update_parameters(model)
+        step += 1
+
+
+def evaluate(model, inputs, split, num):
+    """Bits/dim of the first images of a split, all of them under converged norms; unbiased."""
+    model.eval()
+    nf.utils.update_lipschitz(model, CONVERGED)
+    with torch.no_grad():
+        batches = inputs.held_out(split, num, EVAL_BATCH_SIZE)
+        return np.concatenate([inputs.bits(model.log_prob(x), log_det) for x, log_det in batches])
+
+
+def exact_log_prob(model, x):
+    """The log-density of one transformed image, in float64 from the whole flow's Jacobian."""
+    model = copy.deepcopy(model).double().eval()
+    jacobian = []
+    for dims in torch.arange(x.numel()).split(EVAL_BATCH_SIZE):  # one copy of the image for each row
+        copies = x.double().expand(len(dims), *x.shape).clone().requires_grad_()
+        z = copies
+        for layer in reversed(model.flows):
+            z = layer.iresblock(z) if isinstance(layer, nf.flows.Residual) else layer.inverse(z)[0]
+        (rows,) = torch.autograd.grad(z.flatten(1)[torch.arange(len(dims)), dims].sum(), copies)
+        jacobian.append(rows.flatten(1))
+    return model.q0.log_prob(z[:1]).item() + torch.linalg.slogdet(torch.cat(jacobian)).logabsdet.item()
+
+
+def check(model, inputs, num):
+    """How far the estimate lies from the exact likelihood on a few test images, in bits/dim and in standard errors."""
+    x, log_det = next(inputs.held_out("test", num, num))
+    exact = torch.tensor([exact_log_prob(model, image) for image in x])
+    with torch.no_grad():
+        draws = [inputs.bits(model.log_prob(x), log_det).mean() for _ in range(EXACT_DRAWS)]
+    difference = np.mean(draws) - inputs.bits(exact, log_det).mean()
+    stderr = np.std(draws, ddof=1) / math.sqrt(len(draws))
+    return {"num_examples": len(x), "difference": float(difference), "z": float(difference / stderr)}
+
+
+def clustered_stderr(values, size):
+    """The standard error of a mean whose examples share random numbers within batches of one size."""
+    whole = values[: len(values) // size * size].reshape(-1, size).mean(axis=1)
+    if len(whole) < 2:
+        raise ValueError(f"a standard error needs two batches of {size} test images, got {len(values)} images")
+    return float(whole.std(ddof=1) / math.sqrt(len(values) / size))
+
+
+def row(name, numbers):
+    """A line of the table."""
+    return (
+        name,
+        f"{numbers['bits_per_dim']:.4f} ± {numbers['stderr']:.4f}",
+        numbers["num_parameters"],
+        f"{numbers['training_minutes']:.1f}",
+        numbers["steps"],
+        f"{numbers['steps_per_second']:.2f}",
+        numbers["batch_size"],
+    )
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="folder of a training run of ours")
+    options.add_argument("--config", metavar="FILE", help="trains ours first, with this config, into the workdir")
+    options.add_argument("--minutes", type=float, metavar="M", help="training time of normflows; by default that of ours")
+    options.add_argument("--data_dir", metavar="DIR", help="folder of the data sets, if not that of the run")
+    options.add_argument("--blocks", type=int, default=8, metavar="N", help="normflows' convolutional blocks of each scale")
+    options.add_argument("--dense", type=int, default=4, metavar="N", help="normflows' dense blocks")
+    options.add_argument("--batch_size", type=int, default=64, metavar="N", help="images in a step of normflows")
+    options.add_argument("--learning_rate", type=float, default=1e-3, metavar="R", help="the largest of normflows")
+    arguments = options.parse_args()
+    effort = QUICK if arguments.quick else Effort()
+    if arguments.config:
+        command = [sys.executable, str(TRAIN_PY), f"--config={arguments.config}", f"--workdir={arguments.workdir}"]
+        if status := subprocess.run(command, check=False).returncode:
+            raise SystemExit(status)  # it has said why
+    try:
+        ours = load_ours(arguments.workdir, arguments.data_dir)
+        model, width = build_matched(ours.source.event_shape, ours.num_parameters, arguments.blocks, arguments.dense)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    likelihood, times, there = (ours.report[part] for part in ("bits_per_dim", "train", "environment"))
+    here = environment.describe()
+    if any(here[fact] != there[fact] for fact in ("platform", "cpu_count")):
+        print(f"note: our run was made elsewhere, on {there['platform']} with {there['cpu_count']} cores")
+    seconds = times["total_seconds"] if arguments.minutes is None else 60 * arguments.minutes
+    seconds = min(seconds, 60.0) if arguments.quick else seconds
+
+    num_parameters = count_parameters(model)
+    print(f"parameters: ours {ours.num_parameters}, normflows {num_parameters} with width {width}", flush=True)
+    inputs = Inputs(ours)
+    model, log = train(model, inputs, seconds, effort, arguments.batch_size, arguments.learning_rate)
+    values = evaluate(model, inputs, "test", effort.test_images)
+    checked = check(model, inputs, effort.exact_images)
+    print(f"normflows: estimate of {checked['num_examples']} images against their exact likelihood: z = {checked['z']:+.2f}")
+    own = {
+        "bits_per_dim": likelihood["mean"],
+        "stderr": likelihood["stderr"],
+        "num_parameters": ours.num_parameters,
+        "training_minutes": times["total_seconds"] / 60,
+        "steps": times["total_steps"],
+        "steps_per_second": 1 / times["seconds_per_step"],
+        "batch_size": ours.config.training.batch_size,
+    }
+    theirs = {
+        "bits_per_dim": float(values.mean()),
+        "stderr": clustered_stderr(values, EVAL_BATCH_SIZE),
+        "num_parameters": num_parameters,
+        "training_minutes": log[-1]["minutes"],
+        "steps": log[-1]["step"],
+        "steps_per_second": log[-1]["step"] / (60 * log[-1]["minutes"]),
+        "batch_size": arguments.batch_size,
+    }
+    header = ("", "test bits/dim", "parameters", "minutes", "steps", "steps/s", "batch")
+    print(table([row("ours", own), row("normflows", theirs)], header))
+    better = theirs["bits_per_dim"] - own["bits_per_dim"]
+    stderr = math.hypot(theirs["stderr"], own["stderr"])  # at least that of the difference, as the images are the same
+    print(f"normflows - ours: {better:+.4f} ± {stderr:.4f} bits/dim (ours is better where this is positive)")
+    settings = {
+        "data": ours.config.data.name,
+        "preprocessing": ours.config.preprocessing.to_dict(),
+        "test_images": len(values),
+        "ours": {"model": ours.config.model.to_dict(), "optimizer": ours.config.optimizer.to_dict(), "environment": there},
+        "normflows": {
+            "versions": {name: importlib.metadata.version(name) for name in ("normflows", "torch")},
+            "threads": torch.get_num_threads(),
+            "width": width,
+            "blocks": arguments.blocks,
+            "dense": arguments.dense,
+            "coeff": COEFF,
+            "power_iterations": POWER_ITERATIONS,
+            "learning_rate": arguments.learning_rate,
+            "warmup_steps": WARMUP_STEPS,
+            "clip_norm": CLIP_NORM,
+            "ema_decay": EMA_DECAY,
+        },
+    }
+    results = {
+        "ours": own,
+        "normflows": {**theirs, "validation": log, "exact": checked},
+        "difference": {"bits_per_dim": better, "stderr": stderr},
+    }
+    name = ours.config.data.name.replace("/", "_").replace(":", "_")
+    write(f"density_comparison_{name}", arguments, settings, results)
+
+
+if __name__ == "__main__":
+    main()
