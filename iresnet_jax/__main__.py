@@ -18,11 +18,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Test likelihood with its standard error, from the unbiased estimator."""
-    from iresnet_jax.analysis import evaluate, trained
+    """Test likelihood with its standard error, from the unbiased estimator; of a classifier, its test error."""
+    from iresnet_jax.analysis import classify, evaluate, trained
 
     model = trained.load(arguments.workdir)
-    _say(*model.notes, evaluate.describe(evaluate.evaluate(model)))
+    how = classify if model.is_classifier else evaluate
+    _say(*model.notes, how.describe(how.evaluate(model)))
     return 0
 
 
