@@ -2,7 +2,8 @@
 
     python train.py --config=configs/digits_classification.py --workdir=runs/digits_classification
 
-Variants after a colon: a number is the coefficient c in place of .9, such as :0.7; :vanilla is the unconstrained twin.
+Variants after a colon: a number is the coefficient c in place of .9, such as :0.7; :vanilla is the unconstrained twin, and
+:batchnorm an ordinary residual network with BatchNorm in its branches.
 """
 
 from iresnet_jax.training.config import default_config
@@ -16,8 +17,9 @@ def get_config(variant="0.9"):
         {**block, "num_blocks": 4, "squeeze": 2},
         {**block, "num_blocks": 4, "squeeze": 2, "preactivation": True},
     )
-    if variant == "vanilla":
+    if variant in ("vanilla", "batchnorm"):
         config.constraint.norms = "none"
+        config.classifier.normalization = "actnorm" if variant == "vanilla" else "batchnorm"
     else:
         config.model.coeff = float(variant)
     config.classifier.update({"pad_channels": 3, "mean": (0.305,), "std": (0.376,), "label_smoothing": 0.1})

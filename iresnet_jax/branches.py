@@ -10,7 +10,7 @@ A conditional branch ``g(x; context)`` shifts the output of every layer by a lin
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -133,9 +133,22 @@ def linear_map(layer: LayerSpec, padding: Padding = "SAME", *, single: bool = Fa
 
 
 def apply_branch(
-    spec: BranchSpec, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
+    spec: BranchSpec,
+    weights: Weights,
+    x: Float[Array, "b ..."],
+    context: Float[Array, "b k"] | None = None,
+    *,
+    before_layer: Callable[[str, Array], Array] | None = None,
 ) -> Float[Array, "b ..."]:
     """``g(x)`` or ``g(x; context)`` for weights as they are; constrained if they are (see `normalize`).
+
+    Args:
+        spec: The architecture.
+        weights: Of every layer.
+        x: Inputs.
+        context: One an example, if the branch is conditional.
+        before_layer: ``(layer, input) -> input``, applied in front of a layer and its activation: where an ordinary residual
+            network has its BatchNorm.
 
     Raises:
         ValueError: If the context is not what the branch takes.
@@ -145,6 +158,7 @@ def apply_branch(
     h = x
     for layer in spec.layers:
         parameters = weights[layer.name]
+        h = h if before_layer is None else before_layer(layer.name, h)
         if layer.activated:
             h = activation.apply(h, parameters["beta"]) if activation.has_beta else activation.apply(h)
         h = linear_map(layer, spec.padding)(parameters["kernel"], h)

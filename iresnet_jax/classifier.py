@@ -5,6 +5,9 @@
 (Behrmann et al. 2019, sec. 3 and 5.1). Only the head loses information: ``F`` takes images to features injectively, and its
 inverse takes features to padded arrays, whose padding channels say how far they are from those of any image. All functions are
 pure; weights are those of `model.constrain`, `model.freeze` or, for networks without a constraint, `model.unconstrained`.
+
+The network to compare with has BatchNorm inside its branches instead of ActNorm between them, and no inverse; its weights are
+its parameters as they are.
 """
 
 from collections.abc import Mapping
@@ -16,12 +19,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
-from iresnet_jax import certify, flow, model, reshape
+from iresnet_jax import branches, certify, flow, model, reshape
 from iresnet_jax.fixed_point import FixedPointInfo
 
 BATCH_NORM_EPS = 1e-5
 
+NORMALIZATIONS = ("actnorm", "batchnorm")
+
 Statistics = Mapping[str, Float[Array, " c"]]  # "mean" and "var" of every channel
+Tree = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class ClassifierSpec:
         mean: Of pixels in [0, 1], one a channel or one for all; subtracted.
         std: What the difference is divided by, in the same form.
         constrained: Whether blocks are contractions. False is an ordinary residual network, of which no inverse is promised.
+        normalization: "actnorm" in front of every branch, or "batchnorm" inside of it, in front of every layer.
     """
 
     flow: model.FlowSpec
@@ -47,6 +54,7 @@ class ClassifierSpec:
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     constrained: bool = True
+    normalization: str = "actnorm"
 
     def __post_init__(self):
         if self.num_classes < 2:
@@ -62,6 +70,10 @@ class ClassifierSpec:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
                 raise ValueError(f"{name} must have 1 or {channels} entries for {channels} channels, got {tuple(values)}")
+        if self.normalization not in NORMALIZATIONS:
+            raise ValueError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {self.normalization!r}")
+        if self.constrained and self.normalization == "batchnorm":
+            raise ValueError("BatchNorm inside a branch leaves it without a Lipschitz bound: set constraint.norms to none")
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {tuple(self.std)}")
 
@@ -69,6 +81,11 @@ class ClassifierSpec:
     def feature_shape(self) -> tuple[int, ...]:
         """Shape of an image's features, ``(h, w, c)`` or, after dense blocks, ``(d,)``."""
         return self.flow.branches[-1].in_shape
+
+    @property
+    def is_bijective(self) -> bool:
+        """Whether the network is a `model.bijection`, with an inverse to try at least."""
+        return self.normalization == "actnorm"
 
 
 class Reconstruction(NamedTuple):
@@ -119,7 +136,12 @@ def features(
         x: Inputs, from `preprocess` or `pad`.
         unroll: See `model.bijection`.
         rematerialize: See `model.bijection`.
+
+    Raises:
+        ValueError: If the network has BatchNorm in its branches.
     """
+    if not spec.is_bijective:
+        raise ValueError("a network with BatchNorm in its branches has no inverse: features and reconstructions take ActNorm")
     bijection = model.bijection(spec.flow, weights, unroll=unroll, rematerialize=rematerialize)
     return reshape.unflatten(bijection.forward(x), spec.feature_shape)
 
@@ -176,10 +198,96 @@ def head(params: Any, statistics: Statistics, features: Float[Array, "b ... c"])
 
 
 def logits(
-    spec: ClassifierSpec, weights: Any, head_params: Any, statistics: Statistics, x: Float[Array, "b ..."]
+    spec: ClassifierSpec, weights: Any, head_params: Any, statistics: Tree, x: Float[Array, "b ..."]
 ) -> Float[Array, "b k"]:
-    """Logits of inputs from `preprocess` or `pad`, with the head's running averages."""
-    return head(head_params, statistics, features(spec, weights, x))
+    """Logits of inputs from `preprocess` or `pad`, by running averages.
+
+    Args:
+        spec: The model.
+        weights: Of the flow.
+        head_params: See `head`.
+        statistics: Running averages of those that `training_logits` returns.
+        x: Inputs.
+    """
+    h = features(spec, weights, x) if spec.is_bijective else _batchnorm_features(spec, weights, x, statistics=statistics)[0]
+    return head(head_params, statistics["head"], h)
+
+
+def training_logits(
+    spec: ClassifierSpec,
+    weights: Any,
+    head_params: Any,
+    x: Float[Array, "b ..."],
+    *,
+    axis_name: str | None = None,
+    unroll: bool = False,
+    rematerialize: bool = False,
+) -> tuple[Float[Array, "b k"], dict[str, Any]]:
+    """Logits by the statistics of the batch, and those statistics: of the ``head``, and of every stage with BatchNorm.
+
+    Args:
+        spec: The model.
+        weights: Of the flow.
+        head_params: See `head`.
+        x: Inputs.
+        axis_name: See `batch_statistics`.
+        unroll: See `model.bijection`.
+        rematerialize: See `model.bijection`; not for BatchNorm in the branches.
+    """
+    if spec.is_bijective:
+        h, statistics = features(spec, weights, x, unroll=unroll, rematerialize=rematerialize), {}
+    else:
+        h, statistics = _batchnorm_features(spec, weights, x, axis_name=axis_name, unroll=unroll)
+    own = batch_statistics(h, axis_name=axis_name)
+    return head(head_params, own, h), {**statistics, "head": own}
+
+
+def batchnorm_blocks(
+    branch: branches.BranchSpec,
+    blocks: Tree,
+    x: Float[Array, "b ..."],
+    *,
+    statistics: Tree | None = None,
+    axis_name: str | None = None,
+    unroll: bool = False,
+) -> tuple[Float[Array, "b ..."], Tree]:
+    """The residual blocks of one stage with BatchNorm in front of every layer of their branch.
+
+    Args:
+        branch: The branch.
+        blocks: Its weights and ``{"batchnorm": {layer: {"scale", "bias"}}}``, stacked over blocks.
+        x: Inputs.
+        statistics: By layer, stacked over blocks, to normalise by; those of the batch by default.
+        axis_name: See `batch_statistics`.
+        unroll: Write blocks out instead of scanning over them.
+
+    Returns:
+        The output and the statistics that were used.
+    """
+
+    def step(x, block):
+        weights, given = block
+        used = {}
+
+        def normalize(layer, h):
+            used[layer] = batch_statistics(h, axis_name=axis_name) if given is None else given[layer]
+            return batch_norm(weights["batchnorm"][layer], used[layer], h)
+
+        return x + branches.apply_branch(branch, weights, x, before_layer=normalize), used
+
+    return lax.scan(step, x, (blocks, statistics), unroll=unroll)
+
+
+def _batchnorm_features(spec, weights, x, *, statistics=None, axis_name=None, unroll=False):
+    used = {}
+    for name, stage, branch in zip(model.stage_names(spec.flow), spec.flow.stages, spec.flow.branches, strict=True):
+        x = reshape.squeeze(x, stage.squeeze) if stage.squeeze > 1 else x
+        x = reshape.flatten(x) if x.ndim - 1 != len(branch.in_shape) else x
+        given = None if statistics is None else statistics[name]["blocks"]
+        settings = {"statistics": given, "axis_name": axis_name, "unroll": unroll}
+        x, own = batchnorm_blocks(branch, weights[name]["blocks"], x, **settings)
+        used[name] = {"blocks": own}
+    return x, used
 
 
 def cross_entropy(logits: Float[Array, "b k"], labels: Int[Array, " b"], *, label_smoothing: float = 0.0) -> Float[Array, " b"]:

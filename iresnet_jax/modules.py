@@ -158,11 +158,14 @@ class Classifier(nn.Module):
         """The logits of ``x``, with running averages in the head."""
         flow_spec = self.spec.flow
         if not self.is_initializing():
-            params, statistics = self.variables["params"], self.variables["batch_stats"]["head"]
+            params, statistics = self.variables["params"], self.variables["batch_stats"]
             return classifier.logits(self.spec, self.constrain().weights, params["head"], statistics, x)
         for name, stage, branch in zip(model.stage_names(flow_spec), flow_spec.stages, flow_spec.branches, strict=True):
             x = reshape.squeeze(x, stage.squeeze) if stage.squeeze > 1 else x
             x = reshape.flatten(x) if x.ndim - 1 != len(branch.in_shape) else x
+            if not self.spec.is_bijective:
+                x = BatchNormStage(stage.num_blocks, branch, self.last_scale, name=name)(x)
+                continue
             settings = (stage.num_blocks, branch, flow_spec.coeff, flow_spec.budget, self.last_scale, self.spec.constrained)
             x = StageModule(*settings, name=name)(x)
         head = self.param("head", lambda key: initial_head(key, x.shape[-1], self.spec.num_classes))
@@ -172,9 +175,42 @@ class Classifier(nn.Module):
     def constrain(self, *, num_steps: int | None = None, rtol: float = 1e-3) -> model.Constrained:
         """The weights that run: constrained by `model.constrain`, or as they are."""
         variables = self.variables
+        if not self.spec.is_bijective:
+            return model.Constrained(variables["params"], {}, {})
         if not self.spec.constrained:
             return model.unconstrained(self.spec.flow, variables["params"], variables["spectral"])
         return model.constrain(self.spec.flow, variables["params"], variables["spectral"], num_steps=num_steps, rtol=rtol)
+
+
+class BatchNormStage(nn.Module):
+    """A stage of the network to compare with: BatchNorm in front of every layer, no ActNorm, no constraint.
+
+    Attributes:
+        num_blocks: Blocks.
+        branch: Their branch.
+        last_scale: Initial factor on a branch's last layer.
+    """
+
+    num_blocks: int
+    branch: branches.BranchSpec
+    last_scale: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        """Creates all variables, running averages those of ``x``. Returns the stage's output, for the next one."""
+
+        def initial(key):
+            keys = jax.random.split(key, self.num_blocks)
+            weights = jax.vmap(lambda key: branches.initial_weights(self.branch, key, last_scale=self.last_scale))(keys)
+            widths = zip(self.branch.layers, (self.branch.in_shape[-1], *self.branch.hidden), strict=True)
+            shapes = {layer.name: (self.num_blocks, width) for layer, width in widths}
+            norms = {name: {"scale": jnp.ones(shape), "bias": jnp.zeros(shape)} for name, shape in shapes.items()}
+            return {**weights, "batchnorm": norms}
+
+        blocks = self.param("blocks", initial)
+        y, statistics = classifier.batchnorm_blocks(self.branch, blocks, x)
+        self.variable("batch_stats", "blocks", lambda: statistics)
+        return y
 
 
 def initial_prior(kind: str, num_dims: int) -> dict[str, Array]:

@@ -95,8 +95,8 @@ def naive_head(head, mean, var, features):
 def test_features_and_logits_agree_with_a_plain_network(variables, weights):
     images = images_of(5, seed=2)
     expected = naive_features(weights, images)
-    statistics = variables["batch_stats"]["head"]
-    by_hand = naive_head(variables["params"]["head"], statistics["mean"], statistics["var"], expected)
+    statistics = variables["batch_stats"]
+    by_hand = naive_head(variables["params"]["head"], statistics["head"]["mean"], statistics["head"]["var"], expected)
     with jax.enable_x64(True):
         x = classifier.preprocess(SPEC, jnp.asarray(images))
         found = features_of(SPEC, weights, x)
@@ -124,7 +124,7 @@ def test_modules_apply_what_the_functions_compute(variables):
         return module.apply(variables, x), module.apply(variables, method="constrain")
 
     found, constrained = cast(Any, both(variables, x))
-    statistics = variables["batch_stats"]["head"]
+    statistics = variables["batch_stats"]
     expected = logits_of(SPEC, constrained.weights, variables["params"]["head"], statistics, x)
     np.testing.assert_allclose(found, expected, atol=SINGLE)
     assert (constrained.weights["stage0"]["lipschitz"] <= 0.81 * (1 + NORM_RTOL)).all()
@@ -184,6 +184,40 @@ def test_cross_entropy_with_smoothing_against_its_definition():
         np.testing.assert_allclose(found, -(target * log_p).sum(axis=1), rtol=SINGLE)
     with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\), got 1"):
         classifier.cross_entropy(jnp.asarray(logits), labels, label_smoothing=1.0)
+
+
+# --- the network to compare with ------------------------------------------------------------------------------------
+
+
+def test_batchnorm_network_against_a_plain_one():
+    """Every layer sees inputs normalised by the batch in training, and by running averages after it."""
+    spec = dataclasses.replace(VANILLA, normalization="batchnorm")
+    images = images_of(16)
+    x = classifier.preprocess(spec, jnp.asarray(images))
+    variables = cast(Any, jax.jit(modules.Classifier(spec).init)(jax.random.key(0), x))
+    params, statistics = variables["params"], variables["batch_stats"]
+    assert "spectral" not in variables
+    logits, used = jax.jit(classifier.training_logits, static_argnums=0)(spec, params, params["head"], x)
+    chex.assert_trees_all_close(used, statistics, atol=SINGLE)
+    np.testing.assert_allclose(logits, logits_of(spec, params, params["head"], statistics, x), atol=SINGLE)
+
+    h = np.asarray(x, np.float64)
+    h = np.concatenate([h[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=-1)
+    for name, num_blocks, preactivation in (("stage0", 2, False), ("stage1", 1, True)):
+        blocks = jax.tree.map(lambda a: np.asarray(a, np.float64), params[name]["blocks"])
+        for k in range(num_blocks):
+            g = h
+            for layer, activated in (("conv0", preactivation), ("conv1", True)):
+                mean, var = g.mean(axis=(0, 1, 2)), g.var(axis=(0, 1, 2))
+                np.testing.assert_allclose(statistics[name]["blocks"][layer]["var"][k], var, rtol=1e-4)
+                g = (g - mean) / np.sqrt(var + 1e-5)
+                g = elu(g) if activated else g
+                g = oracles.conv_forward(g, blocks[layer]["kernel"][k]) + blocks[layer]["bias"][k]
+            h = h + g
+    by_hand = naive_head(params["head"], h.mean(axis=(0, 1, 2)), h.var(axis=(0, 1, 2)), h)
+    np.testing.assert_allclose(logits, by_hand, atol=10 * SINGLE)
+    with pytest.raises(ValueError, match="has no inverse"):
+        classifier.features(spec, params, x)
 
 
 # --- back -----------------------------------------------------------------------------------------------------------
@@ -250,6 +284,8 @@ def test_without_a_constraint_weights_run_as_they_are_and_no_inverse_is_promised
         ({"pad_channels": 2}, r"starts from padded images \(4, 4, 4\), not \(4, 4, 3\)"),
         ({"mean": (0.0, 0.0, 0.0)}, "mean must have 1 or 2 entries for 2 channels"),
         ({"std": (0.0,)}, "std must be positive"),
+        ({"normalization": "batchnorm"}, "without a Lipschitz bound: set constraint.norms to none"),
+        ({"normalization": "layernorm"}, "normalization must be one of actnorm, batchnorm"),
         ({"flow": model.FlowSpec((4, 4, 3), (dataclasses.replace(STAGE, factor_out=True),))}, "no stage may factor_out"),
     ],
 )

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from iresnet_jax import density
-from iresnet_jax.analysis.trained import Trained
+from iresnet_jax.analysis.trained import Trained, require_density
 from iresnet_jax.logdet import ExactLogdet, LogdetEstimator, RouletteLogdet, SeriesLogdet
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import parallel, run
@@ -98,6 +98,7 @@ def evaluate(trained: Trained) -> dict[str, Any]:
         The fields of `MeanAndError`, ``truncation_bound``, ``num_examples``, ``num_dequantisations``, ``num_probes`` (draws for
         each dequantisation), ``unbiased``, ``estimator`` in words, and where it applies ``exact`` and ``entropy_floor``.
     """
+    require_density(trained, "likelihood")
     settings = trained.config.evaluation
     source = trained.source
     is_toy = source.num_levels is None

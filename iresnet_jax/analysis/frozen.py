@@ -96,7 +96,7 @@ class FrozenClassifier:
         spec: The model without its weights.
         weights: The flow's frozen weights.
         head: The head's parameters.
-        statistics: The running averages of the head's BatchNorm.
+        statistics: The running averages of BatchNorm.
         bounds: As in `FrozenModel`.
         config: As in `FrozenModel`.
         step: As in `FrozenModel`.
@@ -112,7 +112,7 @@ class FrozenClassifier:
 
     def logits(self, images: Num[Array, "b h w c"]) -> Float[Array, "b k"]:
         """Logits of images of integer levels, see `classifier.preprocess`."""
-        return classifier.head(self.head, self.statistics, self.features(images))
+        return classifier.head(self.head, self.statistics["head"], self.features(images))
 
     def features(self, images: Num[Array, "b h w c"]) -> Float[Array, "b ..."]:
         """Features of images of integer levels."""
@@ -195,9 +195,9 @@ def load(path: str | os.PathLike[str]) -> Any:
 def _shapes(config: Any, spec: run.Spec) -> Any:
     variables = run.abstract_variables(config, spec)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables)
-    params, statistics = zeros["params"], zeros.get("batch_stats", {})
+    params = zeros["params"]
     fixed = model.freeze(spec.flow, params, constrained=config.constraint.norms != "none")
-    return _stacked(fixed.weights, _rest(params.get("prior"), params.get("head"), statistics.get("head")), fixed.bounds)
+    return _stacked(fixed.weights, _rest(params.get("prior"), params.get("head"), zeros.get("batch_stats")), fixed.bounds)
 
 
 def _rest(prior: Any, head: Any, statistics: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax import branches, classifier, density, model
-from iresnet_jax.analysis.trained import Trained
+from iresnet_jax.analysis.trained import Trained, require_bijection
 
 
 def measure(trained: Trained) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def measure(trained: Trained) -> dict[str, Any]:
         ``name`` ("stage0/block03"), ``target``, ``estimate``, ``bound`` and ``layers``, each by name ``target`` (None where
         only the block has one), ``estimate`` and ``bound``.
     """
+    require_bijection(trained)
     spec = trained.spec.flow
     blocks = []
     for stage, branch in zip(model.stage_names(spec), spec.branches, strict=True):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from iresnet_jax import flow, model, reshape
 from iresnet_jax.analysis import plots
-from iresnet_jax.analysis.trained import Trained
+from iresnet_jax.analysis.trained import Trained, require_bijection
 from iresnet_jax.data import feed
 from iresnet_jax.fixed_point import example_norm
 from iresnet_jax.training import config as config_lib
@@ -69,6 +69,7 @@ def reconstruct(trained: Trained, num: int = NUM_EXAMPLES) -> Reconstructions:
     Raises:
         ValueError: If ``num`` is not positive.
     """
+    require_bijection(trained)
     if num < 1:
         raise ValueError(f"the number of examples must be at least 1, got {num}")
     spec = trained.spec

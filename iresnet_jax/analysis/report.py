@@ -35,35 +35,38 @@ def write(trained: Trained) -> dict[str, Any]:
     """
     records = read_metrics(trained.workdir)
     results, figures, warnings = (_of_classifier if trained.is_classifier else _of_density)(trained)
-    reconstructions = reconstruct.reconstruct(trained, _num_reconstructed(trained))
-    constants = lipschitz.measure(trained)
+    if trained.is_bijective:
+        found, drawn = _of_bijection(trained)
+        results, figures = {**results, **found}, {**figures, **drawn}
     config = config_lib.to_plain(trained.config)
     report = {
         **results,
-        "inverse": reconstruct.summarize(trained, reconstructions),
-        "lipschitz": constants,
         "train": training_times(records, trained.step),
         "environment": environment.describe(),
         "config": config,
         "warnings": [*trained.notes, *warnings],
     }
-    figures["reconstructions"] = reconstruct.figure(reconstructions)
-    figures["lipschitz"] = _lipschitz_figure(trained, constants)
     curves = [record for record in records if record["split"] != "timing"]
     headline = "accuracy" if trained.is_classifier else density.objective_name(trained.spec)
     if any(headline in record for record in curves):
         figures["learning_curves"] = plots.learning_curves(curves)
-    refined = reconstructions.refined
-    if np.isfinite(refined.euclidean_error).any():
-        bounds = np.asarray(refined.error_bound)
-        errors = np.asarray(refined.euclidean_error)
-        figures["error_histogram"] = plots.error_histogram(errors, bounds if np.isfinite(bounds).any() else None)
     uris = {name: plots.to_svg_or_png(figure) for name, figure in figures.items() if figure is not None}
     shown = {**report, "config": {**config, "reference": dict(config["references"]["values"])}}
     html = page.render(shown, uris, title=trained.workdir.resolve().name)
     _write_text(trained.workdir / "report.json", json.dumps(_strict(report), indent=2, allow_nan=False) + "\n")
     _write_text(trained.workdir / "report.html", html)
     return report
+
+
+def _of_bijection(trained: Trained) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Results and figures about the inverse and about Lipschitz constants."""
+    reconstructions = reconstruct.reconstruct(trained, _num_reconstructed(trained))
+    constants = lipschitz.measure(trained)
+    figures = {"reconstructions": reconstruct.figure(reconstructions), "lipschitz": _lipschitz_figure(trained, constants)}
+    errors, bounds = (np.asarray(getattr(reconstructions.refined, name)) for name in ("euclidean_error", "error_bound"))
+    if np.isfinite(errors).any():
+        figures["error_histogram"] = plots.error_histogram(errors, bounds if np.isfinite(bounds).any() else None)
+    return {"inverse": reconstruct.summarize(trained, reconstructions), "lipschitz": constants}, figures
 
 
 def _of_density(trained: Trained) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
@@ -102,8 +105,8 @@ def describe(report: dict[str, Any], workdir: Path) -> str:
         lines = [classify.describe(report["classification"])]
     else:
         lines = [evaluate.describe({**(report.get("bits_per_dim") or report["nll"])})]
-    lines.append(reconstruct.describe(report["inverse"]))
-    lines.append(lipschitz.verdict(report["lipschitz"]))
+    if "inverse" in report:
+        lines += [reconstruct.describe(report["inverse"]), lipschitz.verdict(report["lipschitz"])]
     said = "\n".join(lines)
     lines += [warning for warning in report["warnings"] if warning not in said]
     return "\n".join([*lines, f"report: {workdir / 'report.html'}"])

@@ -36,7 +36,7 @@ class Trained:
         step: Updates behind these parameters.
         notes: Sentences a reader of any result must know, such as which checkpoint had to be used instead.
         head: A classifier's head; None for a density.
-        statistics: The running averages of the head's BatchNorm.
+        statistics: The running averages of a classifier's BatchNorm.
     """
 
     workdir: Path
@@ -55,6 +55,11 @@ class Trained:
     def is_classifier(self) -> bool:
         """Whether this is a classifier and no density."""
         return isinstance(self.spec, classifier.ClassifierSpec)
+
+    @property
+    def is_bijective(self) -> bool:
+        """Whether there is an inverse to try at least."""
+        return not self.is_classifier or self.spec.is_bijective
 
     @property
     def is_constrained(self) -> bool:
@@ -95,7 +100,10 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
     target = jax.eval_shape(lambda: state.create(_zeros(variables), optimizer))
     best, step, notes = _restore(Checkpoints(workdir), target, workdir)
     constrained = config.constraint.norms != "none"
-    frozen = jax.jit(lambda params: model.freeze(spec.flow, params, constrained=constrained))(best.ema)
+    if isinstance(spec, classifier.ClassifierSpec) and not spec.is_bijective:
+        frozen = model.Frozen(best.ema, {}, {})
+    else:
+        frozen = jax.jit(lambda params: model.freeze(spec.flow, params, constrained=constrained))(best.ema)
     return Trained(
         workdir=workdir,
         config=config,
@@ -107,8 +115,14 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
         step=step,
         notes=notes,
         head=best.ema.get("head"),
-        statistics=best.batch_stats.get("head"),
+        statistics=best.batch_stats or None,
     )
+
+
+def require_bijection(trained: Trained) -> None:
+    """Raises ``ValueError`` in one sentence where something is asked of a network with BatchNorm in its branches."""
+    if not trained.is_bijective:
+        raise ValueError(f"{trained.workdir} holds a network with BatchNorm in its branches: it has no bounds and no inverse")
 
 
 def require_density(trained: Trained, what: str) -> None:

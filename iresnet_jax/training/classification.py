@@ -33,7 +33,7 @@ def objective(config: Any, source: run.Source) -> Objective:
         optimizer,
         config_lib.build_schedule(config.optimizer, settings.total_steps),
         seed=config.seed,
-        constrain=config_lib.build_constraint(config.constraint, spec.flow, training=True),
+        constrain=make_constraint(config, spec, training=True),
         label_smoothing=config.classifier.label_smoothing,
         augment_images=make_augmentation(config.augmentation),
         ema_decay=settings.ema_decay,
@@ -50,6 +50,13 @@ def objective(config: Any, source: run.Source) -> Objective:
         # The error is a multiple of one over the number of examples, so this compares cross-entropies only where errors tie.
         loss=lambda held_out: 1 - held_out["accuracy"] + 1e-6 * min(held_out["loss"], 10.0),
     )
+
+
+def make_constraint(config: Any, spec: classifier.ClassifierSpec, *, training: bool) -> Callable[[Any, Any], model.Constrained]:
+    """``(params, spectral) ->`` the weights that run, for training steps or for validation."""
+    if not spec.is_bijective:
+        return lambda params, spectral: model.Constrained(params, spectral, {})
+    return config_lib.build_constraint(config.constraint, spec.flow, training=training)
 
 
 def make_augmentation(settings: config_lib.Settings) -> Augment:
@@ -104,9 +111,8 @@ def make_step(
 
         def loss_fn(params):
             constrained = constrain(params, state.spectral)
-            features = classifier.features(spec, constrained.weights, x, unroll=unroll, rematerialize=rematerialize)
-            statistics = classifier.batch_statistics(features, axis_name=AXIS)
-            logits = classifier.head(params["head"], statistics, features)
+            settings = {"axis_name": AXIS, "unroll": unroll, "rematerialize": rematerialize}
+            logits, statistics = classifier.training_logits(spec, constrained.weights, params["head"], x, **settings)
             loss = lax.pmean(jnp.mean(classifier.cross_entropy(logits, labels, label_smoothing=label_smoothing)), AXIS)
             return loss, (constrained, statistics, logits)
 
@@ -120,7 +126,7 @@ def make_step(
             "grad_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step)),
         }
-        state = state._replace(batch_stats=average_statistics(state, {"head": statistics}, ema_decay))
+        state = state._replace(batch_stats=average_statistics(state, statistics, ema_decay))
         return apply_gradients(state, gradients, spectral, optimizer, ema_decay), metrics
 
     return step
@@ -143,7 +149,7 @@ class Validation:
     def __init__(self, config: Any, spec: classifier.ClassifierSpec, source: run.Source):
         self._images = source.held_out("validation", config.training.eval_examples, config.seed)
         self._labels = source.labels("validation", len(self._images))
-        constrain = config_lib.build_constraint(config.constraint, spec.flow, training=False)
+        constrain = make_constraint(config, spec, training=False)
         self._constrain = jax.jit(lambda params, spectral: constrain(params, spectral).weights)
         self._evaluate = parallel.parallelize_eval(make_evaluation(spec))
         self._batch_size = config.evaluation.batch_size
@@ -151,7 +157,7 @@ class Validation:
     def __call__(self, current: TrainState) -> dict[str, float]:
         """The means over all examples."""
         weights = self._constrain(current.ema, current.spectral)
-        state = (weights, current.ema["head"], current.batch_stats["head"])
+        state = (weights, current.ema["head"], current.batch_stats)
         outputs = evaluate_images(self._evaluate, state, self._images, self._labels, self._batch_size)
         correct = outputs["logits"].argmax(axis=1) == self._labels
         return {"accuracy": float(correct.mean()), "loss": float(outputs["loss"].mean(dtype=np.float64))}

@@ -59,6 +59,9 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
                 "mean": (0.5,),  # of pixels in [0, 1], one a channel or one for all
                 "std": (0.5,),
                 "label_smoothing": 0.0,
+                # "actnorm" in front of every branch; or "batchnorm" inside of it, in front of every layer, for the ordinary
+                # residual network to compare with, which has no constraint and no inverse.
+                "normalization": "actnorm",
             },
             "augmentation": {  # of training images, on the device
                 "crop_padding": 0,  # pixels that an image is shifted by at most

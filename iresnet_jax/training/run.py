@@ -96,6 +96,7 @@ def classifier_spec(config: Any, source: Source) -> classifier.ClassifierSpec:
         mean=tuple(settings.mean),
         std=tuple(settings.std),
         constrained=config.constraint.norms != "none",
+        normalization=settings.normalization,
     )
 
 

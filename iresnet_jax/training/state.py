@@ -36,7 +36,7 @@ def create(variables: Any, optimizer: optax.GradientTransformation) -> TrainStat
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        spectral=variables["spectral"],
+        spectral=variables.get("spectral", {}),
         ema=jax.tree.map(jnp.copy, params),  # its own buffers: the state is donated to the step
         opt_state=optimizer.init(params),
         batch_stats=variables.get("batch_stats", {}),
