@@ -266,16 +266,17 @@ def batchnorm_blocks(
     """
 
     def step(x, block):
-        weights, given = block
+        (norms, weights), given = block
         used = {}
 
         def normalize(layer, h):
             used[layer] = batch_statistics(h, axis_name=axis_name) if given is None else given[layer]
-            return batch_norm(weights["batchnorm"][layer], used[layer], h)
+            return batch_norm(norms[layer], used[layer], h)
 
         return x + branches.apply_branch(branch, weights, x, before_layer=normalize), used
 
-    return lax.scan(step, x, (blocks, statistics), unroll=unroll)
+    weights = {name: layer for name, layer in blocks.items() if name != "batchnorm"}
+    return lax.scan(step, x, ((blocks["batchnorm"], weights), statistics), unroll=unroll)
 
 
 def _batchnorm_features(spec, weights, x, *, statistics=None, axis_name=None, unroll=False):
@@ -301,11 +302,16 @@ def cross_entropy(logits: Float[Array, "b k"], labels: Int[Array, " b"], *, labe
     Raises:
         ValueError: If ``label_smoothing`` is out of range.
     """
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}: 0 is none, .1 is usual")
+    check_label_smoothing(label_smoothing)
     log_p = jax.nn.log_softmax(logits)
     of_label = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
     return -(1 - label_smoothing) * of_label - label_smoothing * jnp.mean(log_p, axis=1)
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    """Raises ``ValueError`` unless ``label_smoothing`` is in [0, 1)."""
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}: 0 is none, .1 is usual")
 
 
 def _by_channel(values: tuple[float, ...] | Float[Array, " c"], x: Array) -> Float[Array, "..."]:

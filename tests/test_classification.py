@@ -117,7 +117,7 @@ def test_one_and_two_devices_give_the_same_result(config):
 
 def test_the_comparison_notices_batch_statistics_of_a_share(config, monkeypatch):
     alone = classifier.batch_statistics
-    monkeypatch.setattr(classifier, "batch_statistics", lambda x, axis_name: alone(x))
+    monkeypatch.setattr(classifier, "batch_statistics", lambda x, axis_name=None: alone(x))
     with pytest.raises(ValueError, match="out_axes"):
         after_steps(config, 2, vmapped, num_steps=1)
 
@@ -134,7 +134,7 @@ def test_augmentation_is_what_the_config_says(padding, flip):
         (2, True): lambda: augment.crop_and_flip(keys, images, padding=2),
     }[padding, flip]()
     np.testing.assert_array_equal(found, expected)
-    assert (padding or flip) == bool((found != images).any())
+    assert bool(padding or flip) == bool((found != images).any())
 
 
 def test_without_a_constraint_no_norm_is_measured(config):
@@ -161,6 +161,7 @@ MISTAKES = {
         "a density needs blocks that are contractions: constraint.norms = none is for classification alone",
     ),
     "smoothing": ({"classifier.label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\)"),
+    "crop": ({"augmentation.crop_padding": 9}, r"padding must lie in \[0, 8\] for 8x8 images, got 9"),
     "padding": ({"classifier.pad_channels": -1}, "pad_channels must not be negative"),
 }
 

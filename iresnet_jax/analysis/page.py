@@ -90,22 +90,19 @@ def render(report: Mapping[str, Any], figures: Mapping[str, str], *, title: str)
     for name, uri in figures.items():
         if not uri.startswith("data:image/"):
             raise ValueError(f"figure {name!r} must be an image data URI, got {uri[:40]!r}: encode it with to_svg_or_png")
+    no_samples = None if "classification" in report else "No samples were drawn."
     sections = {
         "Result": _result(report),
         "Learning curves": _shown(figures, "learning_curves") or "No training or validation records yet.",
-        **(
-            {"Mistakes": _shown(figures, "confusion", "mistakes", side_by_side=True) or "None were looked for."}
-            if "classification" in report
-            else {
-                "Samples": _shown(figures, "samples", "density", side_by_side="density" in figures) or "No samples were drawn."
-            }
-        ),
+        "Mistakes": _shown(figures, "confusion", "mistakes", side_by_side=True),
+        "Samples": _shown(figures, "samples", "density", side_by_side="density" in figures) or no_samples,
         "Inversion": _inversion(report, figures),
         "Lipschitz constants": _lipschitz(report, figures),
         "Time": _time(report.get("train")),
         "Environment": _environment(report.get("environment")),
         "Configuration": _configuration(report.get("config")),
     }
+    sections = {name: content for name, content in sections.items() if content is not None}
     if more := [name for name in figures if name not in FIGURES]:
         sections["More figures"] = _shown(figures, *more)
     ids = {name: name.lower().replace(" ", "-") for name in sections}

@@ -26,7 +26,11 @@ def objective(config: Any, source: run.Source) -> Objective:
     """The classes of images by the classifier that a config describes."""
     spec = run.classifier_spec(config, source)
     assert source.images is not None
-    settings = config.training
+    settings, label_smoothing = config.training, config.classifier.label_smoothing
+    classifier.check_label_smoothing(label_smoothing)
+    augment_images = make_augmentation(config.augmentation)
+    one = source.images.images["train"][:1]
+    jax.eval_shape(lambda images: augment_images(jax.random.split(jax.random.key(0), 1), images), one)  # mistakes show here
     optimizer = config_lib.build_optimizer(config.optimizer, settings.total_steps)
     step = make_step(
         spec,
@@ -34,8 +38,8 @@ def objective(config: Any, source: run.Source) -> Objective:
         config_lib.build_schedule(config.optimizer, settings.total_steps),
         seed=config.seed,
         constrain=make_constraint(config, spec, training=True),
-        label_smoothing=config.classifier.label_smoothing,
-        augment_images=make_augmentation(config.augmentation),
+        label_smoothing=label_smoothing,
+        augment_images=augment_images,
         ema_decay=settings.ema_decay,
         unroll=run.unroll(config),
         rematerialize=settings.rematerialize,
