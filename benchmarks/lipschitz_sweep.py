@@ -4,9 +4,9 @@
 
 Trains a classifier for every coefficient c, its unconstrained twin, and the network with BatchNorm, a few seeds each, and asks
 of every one: the test error; whether every block is certified a contraction; and how test images come back from the features,
-by Banach iteration as in the paper (at most 500 evaluations a block) and with Anderson's method. An image counts as recovered if
-no pixel is off by more than 1e-4 in the units of the network's input, whatever was promised; it counts as converged only if the
-solver's bound holds, which takes a contraction. Runs are kept in --runs and resumed, so that a sweep can be stopped.
+by Banach iteration as in the paper (at most 500 evaluations a block) and with Anderson's method. An image counts as recovered
+if no pixel is off by more than 1e-4 in the units of the network's input, whatever was promised; it counts as converged only if
+the solver's bound holds, which takes a contraction. Runs are kept in --runs and resumed, so that a sweep can be stopped.
 """
 
 import importlib.util
