@@ -192,9 +192,16 @@ def head(params: Any, statistics: Statistics, features: Float[Array, "b ... c"])
         statistics: Of the batch in training, see `batch_statistics`; running averages of those after it.
         features: From `features`.
     """
+    return _linear(params["linear"], _pooled(params, statistics, features))
+
+
+def _pooled(params, statistics, features):
     h = jax.nn.relu(batch_norm(params["norm"], statistics, features))
-    pooled = jnp.mean(h, axis=tuple(range(1, h.ndim - 1)))
-    return pooled @ params["linear"]["kernel"] + params["linear"]["bias"].reshape(1, -1)
+    return jnp.mean(h, axis=tuple(range(1, h.ndim - 1)))
+
+
+def _linear(params, pooled):
+    return pooled @ params["kernel"] + params["bias"].reshape(1, -1)
 
 
 def logits(
@@ -209,8 +216,16 @@ def logits(
         statistics: Running averages of those that `training_logits` returns.
         x: Inputs.
     """
+    return pooled_and_logits(spec, weights, head_params, statistics, x)[1]
+
+
+def pooled_and_logits(
+    spec: ClassifierSpec, weights: Any, head_params: Any, statistics: Tree, x: Float[Array, "b ..."]
+) -> tuple[Float[Array, "b c"], Float[Array, "b k"]]:
+    """What the head's linear layer sees, and its logits; arguments as in `logits`."""
     h = features(spec, weights, x) if spec.is_bijective else _batchnorm_features(spec, weights, x, statistics=statistics)[0]
-    return head(head_params, statistics["head"], h)
+    pooled = _pooled(head_params, statistics["head"], h)
+    return pooled, _linear(head_params["linear"], pooled)
 
 
 def training_logits(

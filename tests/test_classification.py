@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import runs
 import scipy.stats
+import sklearn.metrics
 
 from iresnet_jax import classifier
 from iresnet_jax.__main__ import main
-from iresnet_jax.analysis import classify, frozen, lipschitz, trained
+from iresnet_jax.analysis import classify, frozen, lipschitz, ood, trained
 from iresnet_jax.data import augment
 from iresnet_jax.training import classification, loop, parallel, run, state
 from iresnet_jax.training import config as config_lib
@@ -274,3 +275,35 @@ def test_a_network_without_a_constraint_says_that_nothing_is_promised(uninterrup
     assert "NOT CERTIFIED" in capsys.readouterr().out
     assert main(["reconstruct", "--workdir", str(workdir), "--num", "8"]) == 1
     assert "NOT INVERTED; 0 of 8" in capsys.readouterr().out
+
+
+# --- other data -----------------------------------------------------------------------------------------------------
+
+
+def test_auroc_against_sklearn_with_ties():
+    rng = np.random.default_rng(0)
+    inside, outside = rng.integers(0, 6, 50).astype(float), rng.integers(2, 8, 70).astype(float)
+    expected = sklearn.metrics.roc_auc_score(np.repeat([0, 1], [50, 70]), np.concatenate([inside, outside]))
+    np.testing.assert_allclose(ood.auroc(inside, outside), expected, rtol=1e-12)
+    assert ood.auroc(inside, inside) == 0.5
+    with pytest.raises(ValueError, match="none of them NaN"):
+        ood.auroc(inside, np.array([np.nan]))
+
+
+def test_other_images_are_brought_to_the_size_and_levels_of_the_model():
+    images = np.arange(2 * 2 * 2, dtype=np.uint8).reshape(2, 2, 2, 1)
+    found = ood.adapt(images, 8, (4, 4, 3), 15)
+    np.testing.assert_array_equal(found[..., 0], 2 * np.kron(images[..., 0], np.ones((1, 2, 2), np.uint8)))
+    np.testing.assert_array_equal(found[..., 1], found[..., 2])
+
+
+def test_scores_tell_noise_from_digits(model, uninterrupted, capsys):
+    result = ood.compare(model, "noise", num=100)
+    assert set(result["scores"]) == {"energy", "confidence", "distance"}
+    assert (result["num_inside"], result["num_outside"]) == (100, 100)
+    assert result["scores"]["distance"]["auroc"] > 0.8
+    assert main(["ood", "--workdir", str(uninterrupted[0]), "--against", "rotated", "--num", "50"]) == 0
+    said = capsys.readouterr().out
+    assert "50 test images against 50 others (rotated)" in said
+    assert said.count("AUROC") == 3
+    assert "Mahalanobis distance" in said
