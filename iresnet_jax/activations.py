@@ -98,9 +98,8 @@ def clipswish(x: Float[Array, "... c"], beta: Float[Array, "..."] | float | None
         >>> clipswish(jnp.ones((8, 16, 16, 32))).shape
         (8, 16, 16, 64)
     """
-    positive = lipswish(x, beta)
-    negative = positive - x / _LIPSWISH_BOUND  # LipSwish(-x), as sigmoid(-y) = 1 - sigmoid(y)
-    return jnp.concatenate([positive, negative], axis=-1) / _CLIPSWISH_BOUND
+    half, odd = 0.5 / (_LIPSWISH_BOUND * _CLIPSWISH_BOUND), jnp.tanh(0.5 * _positive_beta(x, beta) * x)  # see `lipswish`
+    return jnp.concatenate([x * (half + half * odd), x * (half * odd - half)], axis=-1)
 
 
 def maxmin(x: Float[Array, "... c"]) -> Float[Array, "... c"]:

@@ -5,10 +5,12 @@ product per tap followed by shifted adds. The last two are plain matrix products
 
 XLA:CPU has a fast kernel for one layout of a convolution, and brings gradients into that layout outside of loops alone: in
 ``lax.scan`` and ``lax.while_loop`` they would be up to a hundred times slower. So on CPU the convolution is a primitive of its
-own, whose gradients are written in that layout (``benchmarks/convolution.py`` measures it).
+own, whose gradients are written in that layout, and rearranged where few channels come out of many, which that kernel is slow
+for (``benchmarks/convolution.py`` measures it).
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -23,6 +25,9 @@ from jaxtyping import Array, Float
 Padding = str | Sequence[tuple[int, int]]
 Implementation = Literal["auto", "xla", "patches", "taps"]
 Pair = tuple[int, int]
+
+# What counts as few channels out of many on CPU, and the most taps that are written out.
+_THIN, _MOST_TAPS = 32, 25
 
 PADDINGS = ("SAME", "VALID", "CIRCULAR")
 
@@ -183,9 +188,45 @@ def _batched(arguments, axes, *, window):
     return lax.map(lambda pair: convolve(*pair), (jnp.moveaxis(x, x_axis, 0), jnp.moveaxis(kernel, kernel_axis, 0))), 0
 
 
+def _compute(x, kernel, *, window):
+    """What the primitive runs: XLA's convolution, rearranged where few channels come out of many."""
+    y = jax.eval_shape(functools.partial(_convolve, window=window), x, kernel)
+    if window == _Window((1, 1), window.pads):
+        if math.prod(kernel.shape[:2]) >= math.prod(y.shape[1:3]):  # the gradient of a kernel
+            if _narrows(y.shape[1:3], window.pads, x.shape[0], y.shape[3]):
+                return _gradient_of_narrowing_kernel(x, kernel, window.pads, y.shape[1:3])
+        elif _narrows(kernel.shape[:2], window.pads, *kernel.shape[2:]):
+            return _narrowing(x, kernel, window.pads)
+    return _convolve(x, kernel, window=window)
+
+
+def _narrows(taps, pads, cin, cout):
+    inside = all(0 <= n < k for pair, k in zip(pads, taps, strict=True) for n in pair)
+    return inside and math.prod(taps) <= _MOST_TAPS and cout <= _THIN and cout < cin
+
+
+def _narrowing(x, kernel, pads):
+    """A matrix product for all taps at once, then shifted sums of the few channels that are left."""
+    *taps, cin, cout = kernel.shape
+    rows, columns = (n + sum(pair) - k + 1 for n, pair, k in zip(x.shape[1:3], pads, taps, strict=True))
+    products = jnp.pad(x @ kernel.transpose(2, 0, 1, 3).reshape(cin, -1), ((0, 0), *pads, (0, 0)))
+    views = []
+    for tap, (i, j) in enumerate(np.ndindex(*taps)):
+        views.append(products[:, i : i + rows, j : j + columns, tap * cout : (tap + 1) * cout])
+    return sum(views[1:], views[0])
+
+
+def _gradient_of_narrowing_kernel(x, y, pads, taps):
+    """The convolution of `_gradient_of_kernel`, of ``x (cin, h, w, b)`` and ``y (h2, w2, b, cout)``, their roles exchanged."""
+    mirrored = [(k - 1 - before, k - 1 - after) for (before, after), k in zip(pads, taps, strict=True)]
+    window = _Window((1, 1), tuple(mirrored))
+    gradient = _convolve(y.transpose(3, 0, 1, 2), x.transpose(1, 2, 3, 0), window=window)
+    return lax.rev(gradient, (1, 2)).transpose(3, 1, 2, 0)
+
+
 _convolution = Primitive("convolution")
-_convolution.def_impl(jax.jit(_convolve, static_argnames="window"))
+_convolution.def_impl(jax.jit(_compute, static_argnames="window"))
 _convolution.def_abstract_eval(_output_aval)
-mlir.register_lowering(_convolution, mlir.lower_fun(_convolve, multiple_results=False))
+mlir.register_lowering(_convolution, mlir.lower_fun(_compute, multiple_results=False))
 ad.defbilinear(_convolution, _gradient_of_x, _gradient_of_kernel)
 batching.primitive_batchers[_convolution] = _batched

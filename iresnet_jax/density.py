@@ -2,7 +2,8 @@
 
     log p(x) = log p_Z(F(t(x))) + log|det dF| + log|det dt|          (change of variables; Behrmann et al. 2019, eq. 3)
 
-``t`` maps pixels to where the flow starts: centred, or through a logit. All functions are pure; weights are those of
+``t`` maps pixels to where the flow starts: centred, through a logit, or through the histogram of the training data and a
+logit. All functions are pure; weights are those of
 `model.constrain`.
 """
 
@@ -17,7 +18,7 @@ from iresnet_jax import certify, flow, likelihood, model
 from iresnet_jax.fixed_point import FixedPointInfo
 from iresnet_jax.logdet import ExactLogdet, LogdetEstimator, LogdetInfo
 
-TRANSFORMS = ("center", "logit", "none")
+TRANSFORMS = ("center", "logit", "equalize", "none")
 PRIORS = {
     "gaussian": (likelihood.GaussianPrior, likelihood.gaussian_log_prob, likelihood.gaussian_sample),
     "logistic": (likelihood.LogisticPrior, likelihood.logistic_log_prob, likelihood.logistic_sample),
@@ -49,9 +50,10 @@ class DensitySpec:
     Attributes:
         flow: The flow's architecture.
         prior: "gaussian" or "logistic".
-        transform: "center", "logit", or "none".
+        transform: "center", "logit", "equalize" (see `likelihood.equalize_forward_and_logdet`; a logit follows), or "none".
         alpha: Of the logit, keeps it finite.
         num_levels: Grey levels of the data; None for continuous data.
+        frequencies: Of the grey levels in the training data, for "equalize".
     """
 
     flow: model.FlowSpec
@@ -59,12 +61,18 @@ class DensitySpec:
     transform: str = "center"
     alpha: float = 0.05
     num_levels: int | None = 256
+    frequencies: tuple[float, ...] | None = None
 
     def __post_init__(self):
         if self.prior not in PRIORS:
             raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {self.prior!r}")
         if self.transform not in TRANSFORMS:
             raise ValueError(f"preprocessing.transform must be one of {', '.join(TRANSFORMS)}, got {self.transform!r}")
+        if self.transform == "equalize" and (self.num_levels is None or len(self.frequencies or ()) != self.num_levels):
+            raise ValueError(
+                f"preprocessing.transform equalize needs data with grey levels and the frequency of each: "
+                f"got {self.num_levels} levels and {len(self.frequencies or ())} frequencies"
+            )
 
 
 def to_continuous(spec: DensitySpec, key: Key[Array, "..."], x: Num[Array, "b ..."]) -> Float[Array, "b ..."]:
@@ -80,6 +88,10 @@ def transform(spec: DensitySpec, x: Float[Array, "b ..."]) -> tuple[Float[Array,
         return likelihood.center_forward_and_logdet(x)
     if spec.transform == "logit":
         return likelihood.logit_forward_and_logdet(x, spec.alpha)
+    if spec.transform == "equalize":
+        u, logdet = likelihood.equalize_forward_and_logdet(x, _frequencies(spec))
+        y, logdet_logit = likelihood.logit_forward_and_logdet(u, spec.alpha)
+        return y, logdet + logdet_logit
     return x, jnp.zeros(x.shape[0], x.dtype)
 
 
@@ -87,13 +99,16 @@ def transform_bounds(spec: DensitySpec) -> certify.BiLipschitz:
     """Bounds of ``Lip(t)`` and ``Lip(t^-1)`` on [0, 1].
 
     The logit's slope ``(1 - 2 alpha) / (s (1 - s))`` with ``s`` in ``[alpha, 1 - alpha]`` lies between its values at the middle
-    and at the ends; the others shift at most.
+    and at the ends, and the histogram's between those of its cells; the others shift at most.
     """
-    if spec.transform != "logit":
+    if spec.transform not in ("logit", "equalize"):
         return certify.model_bounds([])
     slope = 1 - 2 * spec.alpha
-    steepest, flattest = slope / (spec.alpha * (1 - spec.alpha)), 4 * slope
-    return certify.model_bounds([], [jnp.log(jnp.array([steepest, flattest]))])
+    scales = [jnp.log(jnp.array([slope / (spec.alpha * (1 - spec.alpha)), 4 * slope]))]
+    if spec.transform == "equalize":
+        frequencies = _frequencies(spec)
+        scales.append(jnp.log(jnp.array(frequencies) * len(frequencies)))
+    return certify.model_bounds([], scales)
 
 
 def untransform(spec: DensitySpec, y: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
@@ -102,7 +117,15 @@ def untransform(spec: DensitySpec, y: Float[Array, "b ..."]) -> Float[Array, "b 
         return likelihood.center_inverse_and_logdet(y)[0]
     if spec.transform == "logit":
         return likelihood.logit_inverse_and_logdet(y, spec.alpha)[0]
+    if spec.transform == "equalize":
+        u, _ = likelihood.logit_inverse_and_logdet(y, spec.alpha)
+        return likelihood.equalize_inverse_and_logdet(u, _frequencies(spec))[0]
     return y
+
+
+def _frequencies(spec: DensitySpec) -> tuple[float, ...]:
+    assert spec.frequencies is not None  # DensitySpec has checked it
+    return spec.frequencies
 
 
 def log_prob(

@@ -29,6 +29,8 @@ CASES = {
     "stride 2 circular": (6, 6, (3, 3, 2, 1), (2, 2), "CIRCULAR"),
     "strides of two kinds": (5, 7, (3, 2, 1, 2), (1, 2), "SAME"),
     "explicit pads": (4, 5, (3, 3, 2, 2), (1, 1), ((2, 0), (1, 3))),
+    "explicit pads, fewer than the taps": (4, 5, (3, 3, 3, 2), (1, 1), ((2, 0), (0, 1))),
+    "more channels in than out": (5, 4, (3, 3, 4, 2), (1, 1), "SAME"),
     "kernel larger than the image, same": (2, 3, (5, 5, 2, 2), (1, 1), "SAME"),
     "kernel larger than the image, circular": (2, 2, (5, 5, 1, 2), (1, 1), "CIRCULAR"),
     "one pixel": (1, 1, (3, 3, 2, 2), (1, 1), "SAME"),
@@ -86,7 +88,11 @@ def test_one_tap_is_a_plain_matrix_product_and_all_else_goes_to_xla():
 
 
 @pytest.mark.parametrize(
-    "name", ["3x3 same", "stride 2 same, even and odd sides", "strides of two kinds", "explicit pads", "stride 2 circular"]
+    "name",
+    [
+        *("3x3 same", "more channels in than out", "explicit pads", "explicit pads, fewer than the taps"),
+        *("stride 2 same, even and odd sides", "strides of two kinds", "stride 2 circular"),
+    ],
 )
 def test_every_derivative_agrees_with_those_of_jax(x64, name):
     """Forward, reverse and second derivatives, alone and under each kind of ``vmap``, against `lax.conv_general_dilated`."""
@@ -133,9 +139,10 @@ def test_every_derivative_agrees_with_those_of_jax(x64, name):
 
 def test_gradients_in_a_loop_keep_the_layout_that_is_fast_on_cpu():
     """XLA:CPU rewrites other layouts outside of loops only, and runs them up to a hundred times slower (benchmarks)."""
-    x, kernels = jnp.ones((2, 4, 4, 3)), jnp.ones((2, 3, 3, 3, 3))
 
-    def layouts(convolve):
+    def layouts(convolve, width=3):
+        x, kernels = jnp.ones((2, 4, 4, width)), jnp.ones((2, 3, 3, width, width))
+
         def loss(x, kernels):
             return jnp.sum(lax.scan(lambda x, kernel: (convolve(x, kernel), None), x, kernels)[0])
 

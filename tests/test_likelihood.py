@@ -109,6 +109,10 @@ TRANSFORMS = {
         lambda y: likelihood.logit_inverse_and_logdet(y, 1e-6),
     ),
     "center": (likelihood.center_forward_and_logdet, likelihood.center_inverse_and_logdet),
+    "equalize": (
+        lambda x: likelihood.equalize_forward_and_logdet(x, (0.5, 0.1, 0.15, 0.25)),
+        lambda u: likelihood.equalize_inverse_and_logdet(u, (0.5, 0.1, 0.15, 0.25)),
+    ),
 }
 
 
@@ -151,6 +155,23 @@ def test_logit_is_accurate_and_finite_at_both_ends_in_float32():
     back, logdet = likelihood.logit_inverse_and_logdet(far, alpha)
     np.testing.assert_allclose(back, [[0.0, 1.0]], atol=2 * alpha)
     np.testing.assert_allclose(logdet, -200, rtol=SINGLE)
+
+
+def test_equalized_data_are_uniform_and_cost_the_entropy_of_their_histogram():
+    images = np.random.default_rng(0).choice([0, 3, 200, 255], size=(50, 20, 20, 1), p=[0.7, 0.1, 0.15, 0.05]).astype(np.uint8)
+    frequencies = likelihood.level_frequencies(images)
+    np.testing.assert_allclose(sum(frequencies), 1, rtol=0, atol=EXACT)
+    np.testing.assert_allclose(frequencies[3], (np.sum(images == 3) + 1) / (images.size + 256), rtol=EXACT)
+    x = likelihood.dequantize(jax.random.key(0), jnp.asarray(images))
+    u, logdet = likelihood.equalize_forward_and_logdet(x, frequencies)
+    assert stats.kstest(np.asarray(u).ravel(), "uniform").pvalue > P_VALUE
+    bits = likelihood.bits_per_dim(logdet, 400)
+    p = np.array([np.mean(images == k) for k in (0, 3, 200, 255)])
+    entropy = -np.sum(p * np.log2(p))
+    np.testing.assert_allclose(np.mean(bits), entropy, rtol=0, atol=0.05)  # smoothing by one count a level costs .02
+    assert np.mean(bits) > entropy
+    back, _ = likelihood.equalize_inverse_and_logdet(u, frequencies)
+    np.testing.assert_array_equal(likelihood.quantize(back), images)
 
 
 # --- priors ---
@@ -277,6 +298,9 @@ def test_uniform_dequantisation_bounds_the_discrete_bits_from_above(x64):
             "got 1 and -0.5",
         ),
         (lambda: likelihood.bits_per_dim(jnp.zeros(1), 0), "got 0 and 256"),
+        (lambda: likelihood.level_frequencies(np.array([0, 7]), 4), "below num_levels=4, got 7"),
+        (lambda: likelihood.equalize_forward_and_logdet(jnp.zeros((1, 2)), (0.5, 0.4)), "add up to 1, got 2 with the sum 0.9"),
+        (lambda: likelihood.equalize_inverse_and_logdet(jnp.zeros((1, 2)), (0.0, 1.0)), "must be positive"),
     ],
 )
 def test_caller_mistakes(call, match):

@@ -143,6 +143,7 @@ def save(trained: Trained, path: str | os.PathLike[str] | None = None) -> Path:
         "event_shape": list(trained.source.event_shape),
         "num_levels": trained.source.num_levels,
         "num_classes": trained.source.num_classes,
+        "frequencies": None if trained.is_classifier else trained.spec.frequencies,
         "step": trained.step,
     }
     named = naming.to_named(_stacked(trained.weights, _rest(trained.prior, trained.head, trained.statistics), trained.bounds))
@@ -178,8 +179,13 @@ def load(path: str | os.PathLike[str]) -> Any:
             named = {name: stored[name] for name in stored.files}
         facts = json.loads(named.pop(_FACTS).tobytes())
         config: Any = ml_collections.ConfigDict(config_lib.with_later_defaults(facts["config"]))
-        classes = facts.get("num_classes")
-        source = run.Source(config.data.name, tuple(facts["event_shape"]), facts["num_levels"], num_classes=classes)
+        source = run.Source(
+            config.data.name,
+            tuple(facts["event_shape"]),
+            facts["num_levels"],
+            num_classes=facts.get("num_classes"),
+            frequencies=facts["frequencies"] and tuple(facts["frequencies"]),
+        )
         spec = run.model_spec(config, source)
         found = naming.from_named(named, jax.eval_shape(lambda: _shapes(config, spec)))
     except (zipfile.BadZipFile, OSError, KeyError, AttributeError, TypeError, ValueError) as error:

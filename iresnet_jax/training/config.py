@@ -39,7 +39,9 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
                 "last_scale": 1.0,  # initial factor on the last layer of a branch
             },
             "preprocessing": {
-                "transform": "center",  # "center": x - 1/2; "logit": logit(alpha + (1 - 2 alpha) x); "none" for 2-D toys
+                # "center": x - 1/2; "logit": logit(alpha + (1 - 2 alpha) x); "equalize": the logit behind the histogram of the
+                # training data, see likelihood.equalize_forward_and_logdet; "none" for 2-D toys
+                "transform": "center",
                 "alpha": 0.05,
             },
             "logdet": estimator_settings(kind="series", num_terms=5, num_probes=1),

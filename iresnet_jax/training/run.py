@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax import classifier, data, density, model, modules
+from iresnet_jax import classifier, data, density, likelihood, model, modules
 from iresnet_jax.data import toys
 from iresnet_jax.training import config as config_lib
 
@@ -24,6 +24,7 @@ class Source:
         images: The image data set, or None.
         toy: The toy, or None.
         num_classes: Classes of its labels; None without labels.
+        frequencies: Of the grey levels in the training split, if anything has counted them, see `density_spec`.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Source:
     images: data.ImageData | None = None
     toy: toys.Toy | None = None
     num_classes: int | None = None
+    frequencies: tuple[float, ...] | None = None
 
     @property
     def draw(self) -> Callable[[Any, Any], Any] | None:
@@ -68,12 +70,16 @@ def load_source(name: str, data_dir: str | None = None) -> Source:
 
 def density_spec(config: Any, source: Source) -> density.DensitySpec:
     """The model that a config describes for its data."""
+    frequencies = source.frequencies
+    if config.preprocessing.transform == "equalize" and frequencies is None and source.images is not None:
+        frequencies = likelihood.level_frequencies(source.images.images["train"], source.images.num_levels)
     return density.DensitySpec(
         flow=config_lib.build_flow_spec(config.model, source.event_shape),
         prior=config.model.prior,
         transform=config.preprocessing.transform,
         alpha=config.preprocessing.alpha,
         num_levels=source.num_levels,
+        frequencies=frequencies if config.preprocessing.transform == "equalize" else None,
     )
 
 
