@@ -121,12 +121,12 @@ def _in_batches(trained: Trained, function: Callable[[Any, Any], Any], images: N
 
 
 def _classifier_scores(trained: Trained) -> Score:
-    spec, state = trained.spec, (trained.weights, trained.head, trained.statistics)
+    spec = trained.spec
 
     @jax.jit
     def outputs(images: Array, _: Any):
-        pooled, logits = classifier.pooled_and_logits(spec, *state, classifier.preprocess(spec, images))
-        return pooled, logits
+        x = classifier.preprocess(spec, images)
+        return classifier.pooled_and_logits(spec, trained.weights, trained.head, trained.statistics, x)
 
     assert trained.source.images is not None
     train = trained.source.images.images["train"][:NUM_FITTED]
