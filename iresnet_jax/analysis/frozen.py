@@ -8,6 +8,7 @@ writes ``frozen.npz``. `load` gives back the model's pure functions, without the
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,7 +189,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         )
         spec = run.model_spec(config, source)
         found = naming.from_named(named, jax.eval_shape(lambda: _shapes(config, spec)))
-    except (zipfile.BadZipFile, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or was written by another version ({error}): freeze the model again") from None
     found = jax.tree.map(jnp.asarray, found)
     weights, bounds = ({name: stage[naming.STACKED] for name, stage in found[key].items()} for key in ("weights", "bounds"))
