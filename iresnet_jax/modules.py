@@ -49,11 +49,13 @@ class Blocks(nn.Module):
             weights[layer.name] = self.param(layer.name, lambda key, name=layer.name: initial(key)[name])
         vectors = starts(self.make_rng("params"))
         settings = {"coeff": self.coeff, "budget": self.budget}
-        constrained = jax.vmap(lambda w, v: branches.normalize(self.branch, w, v, **settings))(weights, vectors)
+        if self.constrained:
+            start = jax.vmap(lambda w, v: branches.normalize(self.branch, w, v, **settings))(weights, vectors)
+        else:
+            start = branches.Normalized(weights, vectors, {}, jnp.full((), jnp.inf))
         for layer in self.branch.layers:  # converged already, so the first training step is as constrained as any
-            self.variable("spectral", layer.name, lambda name=layer.name: constrained.vectors[name])
-        starting = constrained.weights if self.constrained else weights
-        fitted, y = model.initialize_actnorm(self.branch, starting, x, context)
+            self.variable("spectral", layer.name, lambda name=layer.name: start.vectors[name])
+        fitted, y = model.initialize_actnorm(self.branch, start.weights, x, context)
         self.param("actnorm", lambda key: fitted)
         return y
 
