@@ -4,7 +4,20 @@ Importing this needs JAX alone. Networks with names and initialisers are in `ire
 in `iresnet_jax.analysis.trained`.
 """
 
-from iresnet_jax import activations, actnorm, branches, certify, density, flow, likelihood, model, reshape, residual, spectral
+from iresnet_jax import (
+    activations,
+    actnorm,
+    branches,
+    certify,
+    classifier,
+    density,
+    flow,
+    likelihood,
+    model,
+    reshape,
+    residual,
+    spectral,
+)
 from iresnet_jax.convolution import conv
 from iresnet_jax.fixed_point import FixedPointInfo, invert_residual
 from iresnet_jax.flow import Bijection, Solver, chain, multiscale, repeat
@@ -28,6 +41,7 @@ __all__ = [
     "branches",
     "certify",
     "chain",
+    "classifier",
     "constrain",
     "conv",
     "density",

@@ -18,11 +18,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Test likelihood with its standard error, from the unbiased estimator."""
-    from iresnet_jax.analysis import evaluate, trained
+    """Test likelihood with its standard error, from the unbiased estimator; of a classifier, its test error."""
+    from iresnet_jax.analysis import classify, evaluate, trained
 
     model = trained.load(arguments.workdir)
-    _say(*model.notes, evaluate.describe(evaluate.evaluate(model)))
+    how = classify if model.is_classifier else evaluate
+    _say(*model.notes, how.describe(how.evaluate(model)))
     return 0
 
 
@@ -69,6 +70,15 @@ def freeze(arguments: argparse.Namespace) -> int:
     return 0 if constants["certified"] else 1
 
 
+def ood(arguments: argparse.Namespace) -> int:
+    """How well the model's scores tell other images from test images: AUROC, with each score's definition."""
+    from iresnet_jax.analysis import ood, trained
+
+    model = trained.load(arguments.workdir)
+    _say(*model.notes, ood.describe(ood.compare(model, arguments.against, num=arguments.num)))
+    return 0
+
+
 def report(arguments: argparse.Namespace) -> int:
     """All of it, to report.json and report.html."""
     from iresnet_jax.analysis import report, trained
@@ -83,7 +93,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m iresnet_jax", description="Everything after training a model with train.py.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     options = {}
-    for command in (evaluate, sample, reconstruct, certify, freeze, report):
+    for command in (evaluate, sample, reconstruct, certify, freeze, ood, report):
         described = command.__doc__ or ""
         option = commands.add_parser(command.__name__, help=described, description=described)
         option.add_argument("--workdir", required=True, metavar="DIR", help="folder of the training run")
@@ -93,6 +103,8 @@ def make_parser() -> Parser:
     options["sample"].add_argument("--num", type=int, default=64, help="how many (64)")
     options["sample"].add_argument("--temperature", type=float, default=1.0, help="factor on the prior's scale (1)")
     options["sample"].add_argument("--seed", type=int, default=0, help="of the latents (0)")
+    options["ood"].add_argument("--against", default="rotated", help="rotated (default), noise, or the name of a data set")
+    options["ood"].add_argument("--num", type=int, default=2000, help="how many images of each side, at most (2000)")
     options["freeze"].add_argument("--output", metavar="FILE", help="where to write (frozen.npz in the workdir)")
     options["reconstruct"].add_argument("--num", type=int, help="how many test examples, from the first (512)")
     return parser

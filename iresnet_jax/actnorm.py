@@ -29,7 +29,8 @@ def initialize(x: Float[Array, "b ... c"], eps: float = 1e-5, *, axis_name: str 
 
     ``bias = -mean`` and ``log_scale = -log(var + eps) / 2``, over the batch and all positions: on ``x`` the output has
     mean 0 and variance ``var / (var + eps)``. The variance is that of the centred data (two passes), so a large
-    mean costs no digits. The scale is at most ``1 / sqrt(eps)``, which a constant channel reaches.
+    mean costs no digits. A channel that does not vary at all, as one of padding, keeps its scale: there is nothing to
+    whiten, and with the largest scale ``1 / sqrt(eps)`` its bias would learn hundreds of times too fast.
 
     Args:
         x: A batch; about 1000 examples make the statistics representative.
@@ -55,7 +56,8 @@ def initialize(x: Float[Array, "b ... c"], eps: float = 1e-5, *, axis_name: str 
     mean = _mean_over_devices(jnp.mean(x, axis=axes), axis_name)
     centred = x - _per_channel(mean, x)
     variance = _mean_over_devices(jnp.mean(jnp.square(centred), axis=axes), axis_name)
-    return ActNormParams(bias=-mean, log_scale=-jnp.log(variance + eps) / 2)
+    varies = variance > jnp.square(16 * jnp.finfo(x.dtype).eps * mean)  # by more than the rounding of its mean
+    return ActNormParams(bias=-mean, log_scale=jnp.where(varies, -jnp.log(variance + eps) / 2, 0))
 
 
 def forward_and_logdet(params: ActNormParams, x: Float[Array, "b ... c"]) -> tuple[Float[Array, "b ... c"], Float[Array, " b"]]:

@@ -10,7 +10,7 @@ A conditional branch ``g(x; context)`` shifts the output of every layer by a lin
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -133,9 +133,22 @@ def linear_map(layer: LayerSpec, padding: Padding = "SAME", *, single: bool = Fa
 
 
 def apply_branch(
-    spec: BranchSpec, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
+    spec: BranchSpec,
+    weights: Weights,
+    x: Float[Array, "b ..."],
+    context: Float[Array, "b k"] | None = None,
+    *,
+    before_layer: Callable[[str, Array], Array] | None = None,
 ) -> Float[Array, "b ..."]:
     """``g(x)`` or ``g(x; context)`` for weights as they are; constrained if they are (see `normalize`).
+
+    Args:
+        spec: The architecture.
+        weights: Of every layer.
+        x: Inputs.
+        context: One an example, if the branch is conditional.
+        before_layer: ``(layer, input) -> input``, applied in front of a layer and its activation: where an ordinary residual
+            network has its BatchNorm.
 
     Raises:
         ValueError: If the context is not what the branch takes.
@@ -143,6 +156,7 @@ def apply_branch(
     check_context(spec.context_dim, len(x), context)
     h = x
     for layer in spec.layers:
+        h = h if before_layer is None else before_layer(layer.name, h)
         h = _apply_layer(spec, layer, weights[layer.name], h, context)
     return h
 

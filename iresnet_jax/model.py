@@ -3,6 +3,8 @@
     parameters --constrain--> weights (every block a contraction) --bijection--> F, F^-1, log-dets     in training
     parameters --freeze--> weights (every block certified a contraction) --bijection--> ...            after it
 
+`unconstrained` is the way around both, to an ordinary residual network for comparison: no inverse is promised.
+
 Blocks of one stage have one shape, and every array of theirs is stacked on a leading axis. All functions are pure.
 """
 
@@ -189,6 +191,23 @@ def constrain_certified(
     return _constrain(spec, params, spectral, normalize)
 
 
+def unconstrained(spec: FlowSpec, params: Tree, spectral: Tree) -> Constrained:
+    """The weights as they are. Nothing is known of the blocks: their ``lipschitz`` is infinite, and no inverse converges.
+
+    Args:
+        spec: The architecture.
+        params: As in `constrain`.
+        spectral: Handed on as it is.
+    """
+
+    def as_they_are(branch, name, blocks):
+        del branch
+        lipschitz = jnp.full(spec.stages[stage_names(spec).index(name)].num_blocks, jnp.inf)
+        return branches.Normalized(blocks, {}, {}, lipschitz)
+
+    return _constrain(spec, params, spectral, as_they_are)
+
+
 def _constrain(spec, params, spectral, normalize):
     weights, new_spectral, norms = {}, {}, {}
     for name, branch in zip(stage_names(spec), spec.branches, strict=True):
@@ -201,7 +220,7 @@ def _constrain(spec, params, spectral, normalize):
     return Constrained(weights, new_spectral, norms)
 
 
-def freeze(spec: FlowSpec, params: Tree) -> Frozen:
+def freeze(spec: FlowSpec, params: Tree, *, constrained: bool = True) -> Frozen:
     """The weights to use after training, whatever training used: every block certified to be within the budget.
 
     The bounds come from the frozen kernels themselves, once they are scaled and rounded. Blocks are taken one after the
@@ -210,11 +229,15 @@ def freeze(spec: FlowSpec, params: Tree) -> Frozen:
     Args:
         spec: The architecture.
         params: As in `constrain`.
+        constrained: False leaves the kernels of a network without a constraint as they are, whatever their bounds.
     """
     weights, bounds, norms = {}, {}, {}
     for name, branch in zip(stage_names(spec), spec.branches, strict=True):
 
         def freeze_block(block, branch=branch):
+            if not constrained:
+                found = branches.layer_bounds(branch, block)
+                return block, found, found
             normalized = branches.normalize_certified(branch, block, coeff=spec.coeff, budget=spec.budget)
             return normalized.weights, branches.layer_bounds(branch, normalized.weights), normalized.norms
 

@@ -1,7 +1,8 @@
 """Names, initialisers and collections of the networks: the only file that imports Linen.
 
 A module holds no mathematics: it creates the parameters and power iterates that the pure functions of `model` take, stacked
-over the blocks of a stage, and hands them over. Collections: "params", trained; "spectral", the power iterates.
+over the blocks of a stage, and hands them over. Collections: "params", trained; "spectral", the power iterates; "batch_stats",
+running averages of a classifier's BatchNorm.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
-from iresnet_jax import branches, flow, likelihood, model, reshape
+from iresnet_jax import branches, classifier, flow, likelihood, model, reshape
 from iresnet_jax.logdet import ExactLogdet, LogdetEstimator
 
 
@@ -24,6 +25,7 @@ class Blocks(nn.Module):
         coeff: Of the constraint, for the data-dependent start.
         budget: What ``coeff`` limits.
         last_scale: Initial factor on a branch's last layer.
+        constrained: Whether the constraint holds; False for an ordinary residual network.
     """
 
     num_blocks: int
@@ -31,6 +33,7 @@ class Blocks(nn.Module):
     coeff: float
     budget: str = "layer"
     last_scale: float = 1.0
+    constrained: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b ..."]:
@@ -46,10 +49,13 @@ class Blocks(nn.Module):
             weights[layer.name] = self.param(layer.name, lambda key, name=layer.name: initial(key)[name])
         vectors = starts(self.make_rng("params"))
         settings = {"coeff": self.coeff, "budget": self.budget}
-        constrained = jax.vmap(lambda w, v: branches.normalize(self.branch, w, v, **settings))(weights, vectors)
+        if self.constrained:
+            start = jax.vmap(lambda w, v: branches.normalize(self.branch, w, v, **settings))(weights, vectors)
+        else:
+            start = branches.Normalized(weights, vectors, {}, jnp.full((), jnp.inf))
         for layer in self.branch.layers:  # converged already, so the first training step is as constrained as any
-            self.variable("spectral", layer.name, lambda name=layer.name: constrained.vectors[name])
-        fitted, y = model.initialize_actnorm(self.branch, constrained.weights, x, context)
+            self.variable("spectral", layer.name, lambda name=layer.name: start.vectors[name])
+        fitted, y = model.initialize_actnorm(self.branch, start.weights, x, context)
         self.param("actnorm", lambda key: fitted)
         return y
 
@@ -124,11 +130,89 @@ class StageModule(nn.Module):
     coeff: float
     budget: str
     last_scale: float
+    constrained: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b ..."]:
         """See `Blocks`."""
-        return Blocks(self.num_blocks, self.branch, self.coeff, self.budget, self.last_scale, name="blocks")(x, context)
+        settings = (self.num_blocks, self.branch, self.coeff, self.budget, self.last_scale, self.constrained)
+        return Blocks(*settings, name="blocks")(x, context)
+
+
+class Classifier(nn.Module):
+    """A residual network, invertible if it is constrained, with the head of `classifier`.
+
+    ``init(key, x)`` fits ActNorm and the head's statistics to ``x``, inputs from `classifier.preprocess`.
+
+        >>> variables = Classifier(spec).init(key, x)
+        >>> logits = Classifier(spec).apply(variables, x)
+
+    Attributes:
+        spec: The architecture.
+        last_scale: Initial factor on a branch's last layer.
+    """
+
+    spec: classifier.ClassifierSpec
+    last_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b k"]:
+        """The logits of ``x``, with running averages in the head."""
+        flow_spec = self.spec.flow
+        if not self.is_initializing():
+            params, statistics = self.variables["params"], self.variables["batch_stats"]
+            return classifier.logits(self.spec, self.constrain().weights, params["head"], statistics, x)
+        for name, stage, branch in zip(model.stage_names(flow_spec), flow_spec.stages, flow_spec.branches, strict=True):
+            x = reshape.squeeze(x, stage.squeeze) if stage.squeeze > 1 else x
+            x = reshape.flatten(x) if x.ndim - 1 != len(branch.in_shape) else x
+            if not self.spec.is_bijective:
+                x = BatchNormStage(stage.num_blocks, branch, self.last_scale, name=name)(x)
+                continue
+            settings = (stage.num_blocks, branch, flow_spec.coeff, flow_spec.budget, self.last_scale, self.spec.constrained)
+            x = StageModule(*settings, name=name)(x)
+        head = self.param("head", lambda key: initial_head(key, x.shape[-1], self.spec.num_classes))
+        statistics = self.variable("batch_stats", "head", lambda: classifier.batch_statistics(x))
+        return classifier.head(head, statistics.value, x)
+
+    def constrain(self, *, num_steps: int | None = None, rtol: float = 1e-3) -> model.Constrained:
+        """The weights that run: constrained by `model.constrain`, or as they are."""
+        variables = self.variables
+        if not self.spec.is_bijective:
+            return model.Constrained(variables["params"], {}, {})
+        if not self.spec.constrained:
+            return model.unconstrained(self.spec.flow, variables["params"], variables["spectral"])
+        return model.constrain(self.spec.flow, variables["params"], variables["spectral"], num_steps=num_steps, rtol=rtol)
+
+
+class BatchNormStage(nn.Module):
+    """A stage of the network to compare with: BatchNorm in front of every layer, no ActNorm, no constraint.
+
+    Attributes:
+        num_blocks: Blocks.
+        branch: Their branch.
+        last_scale: Initial factor on a branch's last layer.
+    """
+
+    num_blocks: int
+    branch: branches.BranchSpec
+    last_scale: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        """Creates all variables, running averages those of ``x``. Returns the stage's output, for the next one."""
+
+        def initial(key):
+            keys = jax.random.split(key, self.num_blocks)
+            weights = jax.vmap(lambda key: branches.initial_weights(self.branch, key, last_scale=self.last_scale))(keys)
+            widths = zip(self.branch.layers, (self.branch.in_shape[-1], *self.branch.hidden), strict=True)
+            shapes = {layer.name: (self.num_blocks, width) for layer, width in widths}
+            norms = {name: {"scale": jnp.ones(shape), "bias": jnp.zeros(shape)} for name, shape in shapes.items()}
+            return {**weights, "batchnorm": norms}
+
+        blocks = self.param("blocks", initial)
+        y, statistics = classifier.batchnorm_blocks(self.branch, blocks, x)
+        self.variable("batch_stats", "blocks", lambda: statistics)
+        return y
 
 
 def initial_prior(kind: str, num_dims: int) -> dict[str, Array]:
@@ -138,3 +222,10 @@ def initial_prior(kind: str, num_dims: int) -> dict[str, Array]:
         raise ValueError(f"prior must be one of {', '.join(priors)}, got {kind!r}")
     zeros = jnp.zeros(num_dims)
     return priors[kind](zeros, zeros)._asdict()
+
+
+def initial_head(key: Key[Array, ""], num_channels: int, num_classes: int) -> dict[str, dict[str, Array]]:
+    """A head that normalises, with logits of variance about one half."""
+    kernel = jax.random.normal(key, (num_channels, num_classes)) / jnp.sqrt(num_channels)
+    norm = {"scale": jnp.ones(num_channels), "bias": jnp.zeros(num_channels)}
+    return {"norm": norm, "linear": {"kernel": kernel, "bias": jnp.zeros(num_classes)}}

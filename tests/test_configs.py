@@ -10,10 +10,18 @@ from runs import ROOT
 from iresnet_jax.data import toys
 from iresnet_jax.data.images import ImageData
 from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import parallel, run, state
+from iresnet_jax.training import loop, parallel, run, state
 from iresnet_jax.training.density import make_step
 
-SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3), "downsampled_imagenet/32x32": (32, 32, 3)}
+SHAPES = {
+    "digits": (8, 8, 1),
+    "mnist": (28, 28, 1),
+    "fashion_mnist": (28, 28, 1),
+    "cifar10": (32, 32, 3),
+    "cifar100": (32, 32, 3),
+    "downsampled_imagenet/32x32": (32, 32, 3),
+}
+CLASSES = {"cifar100": 100}
 LEVELS = {"digits": 17}
 CASES = [
     ("digits_density", None, 98_508),
@@ -23,6 +31,18 @@ CASES = [
     ("residual_flow_density", "cifar10", None),
     ("residual_flow_density", "downsampled_imagenet/32x32", None),
     *(("toy_2d", name, None) for name in toys.TOYS),
+    ("digits_classification", None, 404_170),
+    ("digits_classification", "0.7", 404_170),
+    ("digits_classification", "vanilla", 404_170),
+    ("digits_classification", "batchnorm", None),
+    ("mnist_classification", None, None),
+    ("mnist_classification", "vanilla", None),
+    ("fashion_mnist_classification", None, None),
+    ("fashion_mnist_classification", "vanilla", None),
+    ("iresnet_classification", "mnist", None),
+    ("iresnet_classification", "cifar10", None),
+    ("iresnet_classification", "cifar10_released", 4_873_178),  # 4.91 M in the authors' code
+    ("iresnet_classification", "cifar100", None),
 ]
 
 
@@ -42,21 +62,23 @@ def source_of(config):
     shape, levels = SHAPES[name], LEVELS.get(name, 256)
     images = np.random.default_rng(0).integers(0, levels, (16, *shape), np.uint8)
     splits = {split: images for split in ("train", "validation", "test")}
-    labels = {split: np.zeros(16, np.int32) for split in splits}
-    return run.Source(name, shape, levels, images=ImageData(name, levels, 10, splits, labels))
+    classes = CLASSES.get(name, 10)
+    labels = {split: np.arange(16, dtype=np.int32) % classes for split in splits}
+    return run.Source(name, shape, levels, images=ImageData(name, levels, classes, splits, labels), num_classes=classes)
 
 
 @pytest.mark.parametrize(("name", "argument", "num_parameters"), CASES)
 def test_configs_describe_models_that_fit_their_data(name, argument, num_parameters):
     config = get_config(name, argument)
     source = source_of(config)
-    spec = run.density_spec(config, source)
+    spec = run.model_spec(config, source)
     params = run.abstract_variables(config, spec)["params"]
     if num_parameters is not None:
         assert run.num_parameters(params) == num_parameters
     config_lib.build_estimator(config.logdet)
     config_lib.build_estimator(config.evaluation.logdet)
     config_lib.build_optimizer(config.optimizer, config.training.total_steps)
+    loop.build_objective(config, source)
 
 
 @pytest.mark.parametrize("name", ["iresnet_density", "residual_flow_density"])
@@ -87,3 +109,14 @@ def test_a_cut_down_copy_takes_a_step(name):
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), current.params, after.params)
     assert any(jax.tree.leaves(moved))
     assert int(after.step) == 1
+
+
+@pytest.mark.parametrize("name", ["digits_classification", "mnist_classification", "fashion_mnist_classification"])
+def test_a_variant_changes_the_constraint_and_nothing_else(name):
+    plain, half, vanilla = (config_lib.to_plain(get_config(name, variant)) for variant in (None, "0.5", "vanilla"))
+    batchnorm = config_lib.to_plain(get_config(name, "batchnorm"))
+    half["model"]["coeff"] = 0.9
+    batchnorm["classifier"]["normalization"] = "actnorm"
+    assert batchnorm == vanilla
+    vanilla["constraint"]["norms"] = "estimated"
+    assert plain == half == vanilla

@@ -230,7 +230,7 @@ def test_mistakes_are_named():
         branches.normalize_certified(spec, weights, coeff=1.1)
     with pytest.raises(ValueError, match="method must be"):
         branches.normalize_certified(spec, weights, coeff=0.9, method="hope")
-    with pytest.raises(ValueError, match=r"constraint\.norms must be estimated or certified, got 'exact'"):
+    with pytest.raises(ValueError, match=r"constraint\.norms must be estimated, certified or none, got 'exact'"):
         config_lib.build_constraint({"norms": "exact"}, FLOW, training=True)
 
 

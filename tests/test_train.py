@@ -60,7 +60,7 @@ def uninterrupted(config, tmp_path_factory):
         return counted
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_step", counting)
+        patch.setattr("iresnet_jax.training.density.make_step", counting)
         last = loop.train(config, workdir)
     return workdir, last, len(traces)
 

@@ -47,9 +47,17 @@ def contradictions(report: Mapping[str, Any]) -> list[str]:
                 f"{100 * (1 - within):.3g} % of the inversion errors in {precision} exceed their bound: a Lipschitz constant "
                 "or the rounding is underestimated."
             )
+    blocks = (report.get("lipschitz") or {}).get("blocks") or ()
+    if blocks and all(block.get("target", 0) is None for block in blocks):
+        loose = sum(not (block.get("bound") or math.inf) < 1.0 for block in blocks)
+        found.append(
+            f"This network has no Lipschitz constraint: {loose} of its {len(blocks)} blocks are not certified contractions, so "
+            "no inverse is promised."
+        )
+        return found
     if fraction is not None and fraction < 1.0:
         found.append(f"The inverse did not converge for {100 * (1 - fraction):.3g} % of the examples: allow more evaluations.")
-    for block in (report.get("lipschitz") or {}).get("blocks") or ():
+    for block in blocks:
         estimate, bound = block.get("estimate"), block.get("bound")
         if estimate is not None and not estimate < 1.0:
             found.append(

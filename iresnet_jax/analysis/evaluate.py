@@ -17,12 +17,11 @@ import numpy as np
 from jaxtyping import Float
 
 from iresnet_jax import density
-from iresnet_jax.analysis.trained import Trained
+from iresnet_jax.analysis.trained import Trained, require_density
 from iresnet_jax.logdet import ExactLogdet, LogdetEstimator, RouletteLogdet, SeriesLogdet
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import parallel, run
-from iresnet_jax.training.density import make_evaluation
-from iresnet_jax.training.loop import evaluate_examples, round_up
+from iresnet_jax.training.density import evaluate_examples, make_evaluation
 
 MAX_EXACT_DIMS = 256  # up to here the exact log-determinant costs no more than the estimate
 SUSPICIOUS_Z = 4.0  # one in 16 000 unbiased evaluations differs from the exact one by more standard errors
@@ -99,6 +98,7 @@ def evaluate(trained: Trained) -> dict[str, Any]:
         The fields of `MeanAndError`, ``truncation_bound``, ``num_examples``, ``num_dequantisations``, ``num_probes`` (draws for
         each dequantisation), ``unbiased``, ``estimator`` in words, and where it applies ``exact`` and ``entropy_floor``.
     """
+    require_density(trained, "likelihood")
     settings = trained.config.evaluation
     source = trained.source
     is_toy = source.num_levels is None
@@ -107,15 +107,14 @@ def evaluate(trained: Trained) -> dict[str, Any]:
     num_noise = 1 if is_toy else settings.num_dequantisations
     num_probes = 1 if isinstance(estimator, ExactLogdet) else settings.num_probe_draws
     name = density.objective_name(trained.spec)
-    weights = (trained.weights, trained.prior)
+    weights, size = (trained.weights, trained.prior), settings.batch_size
     key = jax.random.key(trained.config.seed)
-    batch_size = round_up(min(settings.batch_size, len(examples)), jax.local_device_count())
 
     def outputs_of(estimator):
         step = parallel.parallelize_eval(make_evaluation(trained.spec, estimator))
         # On several simulated CPU devices the LU factorisations dead-lock in XLA's pool of as many threads (jaxlib 0.10).
         num_devices = 1 if isinstance(estimator, ExactLogdet) and jax.default_backend() == "cpu" else None
-        return lambda draw: evaluate_examples(step, weights, examples, key, batch_size, draw=draw, num_devices=num_devices)
+        return lambda draw: evaluate_examples(step, weights, examples, key, size, draw=draw, num_devices=num_devices)
 
     estimate = outputs_of(estimator)
     draws = [[estimate((s, p))[name] for p in range(num_probes)] for s in range(num_noise)]

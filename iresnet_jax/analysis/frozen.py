@@ -8,6 +8,7 @@ writes ``frozen.npz``. `load` gives back the model's pure functions, without the
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Num
 
-from iresnet_jax import density, flow, model
+from iresnet_jax import classifier, density, flow, model
 from iresnet_jax.analysis.trained import Trained
 from iresnet_jax.fixed_point import FixedPointInfo
 from iresnet_jax.logdet import ExactLogdet, LogdetEstimator
@@ -88,6 +89,45 @@ class FrozenModel:
         return density.sample(self.spec, self.weights, self.prior, key, num, temperature=temperature, solver=solver)
 
 
+@dataclass(frozen=True)
+class FrozenClassifier:
+    """A classifier with fixed weights, every block of which is certified a contraction if it was trained as one.
+
+    Attributes:
+        spec: The model without its weights.
+        weights: The flow's frozen weights.
+        head: The head's parameters.
+        statistics: The running averages of BatchNorm.
+        bounds: As in `FrozenModel`.
+        config: As in `FrozenModel`.
+        step: As in `FrozenModel`.
+    """
+
+    spec: classifier.ClassifierSpec
+    weights: Any = field(repr=False)
+    head: Any = field(repr=False)
+    statistics: Any = field(repr=False)
+    bounds: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    config: Any = field(repr=False)
+    step: int = 0
+
+    def logits(self, images: Num[Array, "b h w c"]) -> Float[Array, "b k"]:
+        """Logits of images of integer levels, see `classifier.preprocess`."""
+        return classifier.head(self.head, self.statistics["head"], self.features(images))
+
+    def features(self, images: Num[Array, "b h w c"]) -> Float[Array, "b ..."]:
+        """Features of images of integer levels."""
+        return classifier.features(self.spec, self.weights, classifier.preprocess(self.spec, images))
+
+    def reconstruct(
+        self,
+        features: Float[Array, "b ..."],
+        solver: flow.Solver = flow.Solver(),  # noqa: B008 (immutable)
+    ) -> classifier.Reconstruction:
+        """The images that features belong to, see `classifier.reconstruct`."""
+        return classifier.reconstruct(self.spec, self.weights, features, solver)
+
+
 def save(trained: Trained, path: str | os.PathLike[str] | None = None) -> Path:
     """Writes the model of a run to one file, all at once.
 
@@ -103,10 +143,11 @@ def save(trained: Trained, path: str | os.PathLike[str] | None = None) -> Path:
         "config": config_lib.to_plain(trained.config),
         "event_shape": list(trained.source.event_shape),
         "num_levels": trained.source.num_levels,
-        "frequencies": trained.spec.frequencies,
+        "num_classes": trained.source.num_classes,
+        "frequencies": None if trained.is_classifier else trained.spec.frequencies,
         "step": trained.step,
     }
-    named = naming.to_named(_stacked(trained.weights, trained.prior, trained.bounds))
+    named = naming.to_named(_stacked(trained.weights, _rest(trained.prior, trained.head, trained.statistics), trained.bounds))
     incoming = path.with_name(path.name + ".incoming")
     with incoming.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **named, **{_FACTS: np.frombuffer(json.dumps(facts).encode(), np.uint8)})
@@ -114,11 +155,14 @@ def save(trained: Trained, path: str | os.PathLike[str] | None = None) -> Path:
     return path
 
 
-def load(path: str | os.PathLike[str]) -> FrozenModel:
+def load(path: str | os.PathLike[str]) -> Any:
     """Reads a file that `save` wrote.
 
     Args:
         path: The file, or a workdir that holds ``frozen.npz``.
+
+    Returns:
+        A `FrozenModel` or a `FrozenClassifier`.
 
     Raises:
         ValueError: If there is none, or it is damaged or from another version.
@@ -135,33 +179,43 @@ def load(path: str | os.PathLike[str]) -> FrozenModel:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:  # checks every array's checksum
             named = {name: stored[name] for name in stored.files}
         facts = json.loads(named.pop(_FACTS).tobytes())
-        config: Any = ml_collections.ConfigDict(facts["config"])
-        frequencies = facts["frequencies"] and tuple(facts["frequencies"])
-        source = run.Source(config.data.name, tuple(facts["event_shape"]), facts["num_levels"], frequencies=frequencies)
-        spec = run.density_spec(config, source)
+        config: Any = ml_collections.ConfigDict(config_lib.with_later_defaults(facts["config"]))
+        source = run.Source(
+            config.data.name,
+            tuple(facts["event_shape"]),
+            facts["num_levels"],
+            num_classes=facts.get("num_classes"),
+            frequencies=facts["frequencies"] and tuple(facts["frequencies"]),
+        )
+        spec = run.model_spec(config, source)
         found = naming.from_named(named, jax.eval_shape(lambda: _shapes(config, spec)))
-    except (zipfile.BadZipFile, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or was written by another version ({error}): freeze the model again") from None
-    weights, prior, bounds = _unstacked(jax.tree.map(jnp.asarray, found))
-    return FrozenModel(spec=spec, weights=weights, prior=prior, bounds=bounds, config=config, step=facts["step"])
+    found = jax.tree.map(jnp.asarray, found)
+    weights, bounds = ({name: stage[naming.STACKED] for name, stage in found[key].items()} for key in ("weights", "bounds"))
+    common = {"weights": weights, "bounds": bounds, "config": config, "step": facts["step"]}
+    if isinstance(spec, classifier.ClassifierSpec):
+        return FrozenClassifier(spec, head=found["head"], statistics=found["statistics"], **common)
+    return FrozenModel(spec, prior=found["prior"], **common)
 
 
-def _shapes(config: Any, spec: density.DensitySpec) -> Any:
+def _shapes(config: Any, spec: run.Spec) -> Any:
     variables = run.abstract_variables(config, spec)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables["params"])
-    fixed = model.freeze(spec.flow, zeros)
-    return _stacked(fixed.weights, zeros["prior"], fixed.bounds)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables)
+    params = zeros["params"]
+    fixed = model.freeze(spec.flow, params, constrained=config.constraint.norms != "none")
+    return _stacked(fixed.weights, _rest(params.get("prior"), params.get("head"), zeros.get("batch_stats")), fixed.bounds)
 
 
-def _stacked(weights: Any, prior: Any, bounds: Any) -> dict[str, Any]:
+def _rest(prior: Any, head: Any, statistics: Any) -> dict[str, Any]:
+    """What a model has beside its flow."""
+    return {"prior": prior} if head is None else {"head": head, "statistics": statistics}
+
+
+def _stacked(weights: Any, rest: Mapping[str, Any], bounds: Any) -> dict[str, Any]:
     """The arrays under names that speak of one block: ``weights/stage0/block03/branch/conv1/kernel``."""
     return {
         "weights": {name: {naming.STACKED: stage} for name, stage in weights.items()},
         "bounds": {name: {naming.STACKED: stage} for name, stage in bounds.items()},
-        "prior": prior,
+        **rest,
     }
-
-
-def _unstacked(tree: Any) -> tuple[Any, Any, Any]:
-    weights, bounds = ({name: stage[naming.STACKED] for name, stage in tree[key].items()} for key in ("weights", "bounds"))
-    return weights, tree["prior"], bounds

@@ -12,19 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax import branches, density, model
-from iresnet_jax.analysis.trained import Trained
+from iresnet_jax import branches, classifier, density, model
+from iresnet_jax.analysis.trained import Trained, require_bijection
 
 
 def measure(trained: Trained) -> dict[str, Any]:
     """Every layer's and block's constants.
 
     Returns:
-        ``coeff`` and ``budget``, the constraint; ``certified``, whether every block's bound is below 1; ``max_block``, the
-        largest of the blocks' bounds; ``model_bounds``, ``forward`` and ``inverse``; ``blocks``, each with ``name``
-        ("stage0/block03"), ``target``, ``estimate``, ``bound`` and ``layers``, each by name ``target`` (None where only the
-        block has one), ``estimate`` and ``bound``.
+        ``coeff`` and ``budget``, the constraint (None without one); ``certified``, whether every block's bound is below 1;
+        ``max_block``, the largest of the blocks' bounds; ``model_bounds``, ``forward`` and ``inverse``; ``blocks``, each with
+        ``name`` ("stage0/block03"), ``target``, ``estimate``, ``bound`` and ``layers``, each by name ``target`` (None where
+        only the block has one), ``estimate`` and ``bound``.
     """
+    require_bijection(trained)
     spec = trained.spec.flow
     blocks = []
     for stage, branch in zip(model.stage_names(spec), spec.branches, strict=True):
@@ -35,7 +36,8 @@ def measure(trained: Trained) -> dict[str, Any]:
             name: np.asarray(values, np.float64)
             for name, values in estimate_norms(branch, trained.weights[stage]["branch"], rtol=rtol).items()
         }
-        per_layer = spec.coeff if spec.budget == "layer" else None
+        per_layer = spec.coeff if trained.is_constrained and spec.budget == "layer" else None
+        per_block = spec.coeff if trained.is_constrained else None
         for index, bound in enumerate(block_bounds):
             layers = {
                 layer.name: {
@@ -48,17 +50,18 @@ def measure(trained: Trained) -> dict[str, Any]:
             blocks.append(
                 {
                     "name": f"{stage}/block{index:02d}",
-                    "target": spec.coeff ** len(branch.layers) if per_layer else spec.coeff,
+                    "target": per_layer ** len(branch.layers) if per_layer else per_block,
                     "estimate": math.prod(layer["estimate"] for layer in layers.values()),
                     "bound": float(bound),
                     "layers": layers,
                 }
             )
     flow_bounds = model.bilipschitz(spec, trained.weights)
-    whole = density.transform_bounds(trained.spec).compose(flow_bounds)
+    input_bounds = classifier.input_bounds if trained.is_classifier else density.transform_bounds
+    whole = input_bounds(trained.spec).compose(flow_bounds)
     return {
-        "coeff": spec.coeff,
-        "budget": spec.budget,
+        "coeff": spec.coeff if trained.is_constrained else None,
+        "budget": spec.budget if trained.is_constrained else None,
         "certified": all(block["bound"] < 1 for block in blocks),
         "max_block": max((block["bound"] for block in blocks), key=lambda bound: (math.isnan(bound), bound)),
         "model_bounds": {"forward": float(whole.forward), "inverse": float(whole.inverse)},
@@ -83,9 +86,9 @@ def estimate_norms(branch: branches.BranchSpec, weights: Any, *, rtol: float) ->
     return estimate(jax.tree.map(jnp.asarray, weights))
 
 
-def target(constants: dict[str, Any]) -> float:
-    """The Lipschitz constant that the constraint leaves a block at most."""
-    return max(block["target"] for block in constants["blocks"])
+def target(constants: dict[str, Any]) -> float | None:
+    """The Lipschitz constant that the constraint leaves a block at most; None without one."""
+    return max((block["target"] for block in constants["blocks"] if block["target"] is not None), default=None)
 
 
 def table(constants: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ Every headline number says what it means and on what grounds it stands: *measure
 sample, *guaranteed* by a bound, or *conditional* on a Lipschitz constant that was estimated and not certified.
 """
 
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +32,15 @@ FIGURES = {
         "Test images, the same images after encoding and inverting, and the absolute difference, with the largest error "
         "of each below.",
     ),
+    "confusion": (
+        "Confusion matrix of the test images.",
+        "Test images of each class, by row, and what they were taken for, by column. Colour is the share of a class, on a log "
+        "scale.",
+    ),
+    "mistakes": (
+        "Test images that were mistaken.",
+        "The first of the test images that were mistaken: the class, and what each was taken for.",
+    ),
     "error_histogram": (
         "Histogram of inversion errors and of their bounds over the test examples.",
         "Spread of the inversion errors over the test examples, Euclidean and in float64. A bound that holds lies right of "
@@ -53,7 +63,8 @@ def render(report: Mapping[str, Any], figures: Mapping[str, str], *, title: str)
     Args:
         report: Results of a run; every key is optional. ``bits_per_dim`` (images) or ``nll`` (toys, in nats): ``mean``,
             ``stderr``, ``stderr_data``, ``stderr_probes``, ``stderr_dequantisation``, ``truncation_bound``,
-            ``num_examples``, ``num_probes``, ``num_dequantisations``, ``estimator``. Bounds are taken to rest on the
+            ``num_examples``, ``num_probes``, ``num_dequantisations``, ``estimator``; or ``classification``: ``error``,
+            ``interval``, ``confidence``, ``num_errors``, ``num_examples``, ``loss``. Bounds are taken to rest on the
             certified Lipschitz bounds where every block has one, and are called conditional otherwise.
             ``entropy_floor`` in nats. ``inverse``: ``max_abs_error``, ``max_euclidean_error``, ``max_error_bound``,
             ``fraction_within_bound``, ``fraction_converged``, ``mean_evals``, and ``refined``, the same in float64.
@@ -79,16 +90,19 @@ def render(report: Mapping[str, Any], figures: Mapping[str, str], *, title: str)
     for name, uri in figures.items():
         if not uri.startswith("data:image/"):
             raise ValueError(f"figure {name!r} must be an image data URI, got {uri[:40]!r}: encode it with to_svg_or_png")
+    no_samples = None if "classification" in report else "No samples were drawn."
     sections = {
         "Result": _result(report),
         "Learning curves": _shown(figures, "learning_curves") or "No training or validation records yet.",
-        "Samples": _shown(figures, "samples", "density", side_by_side="density" in figures) or "No samples were drawn.",
+        "Mistakes": _shown(figures, "confusion", "mistakes", side_by_side=True),
+        "Samples": _shown(figures, "samples", "density", side_by_side="density" in figures) or no_samples,
         "Inversion": _inversion(report, figures),
         "Lipschitz constants": _lipschitz(report, figures),
         "Time": _time(report.get("train")),
         "Environment": _environment(report.get("environment")),
         "Configuration": _configuration(report.get("config")),
     }
+    sections = {name: content for name, content in sections.items() if content is not None}
     if more := [name for name in figures if name not in FIGURES]:
         sections["More figures"] = _shown(figures, *more)
     ids = {name: name.lower().replace(" ", "-") for name in sections}
@@ -103,6 +117,8 @@ def render(report: Mapping[str, Any], figures: Mapping[str, str], *, title: str)
 
 def _result(report: Mapping[str, Any]) -> Html:
     """Tiles of the headline numbers, then where the uncertainty comes from and what to compare with."""
+    if "classification" in report:
+        return _accuracy(report)
     key, unit = claims.objective(report)
     likelihood = report.get(key)
     tiles = _likelihood_tiles(likelihood, key, unit, certified=claims.is_certified(report)) if likelihood else []
@@ -113,6 +129,26 @@ def _result(report: Mapping[str, Any]) -> Html:
     if likelihood:
         tables = [_uncertainty(likelihood, unit), _comparison(report, likelihood, unit)]
         parts.append(tag("div", *(t for t in tables if t), class_="columns"))
+    return join(parts)
+
+
+def _accuracy(report: Mapping[str, Any]) -> Html:
+    """Tiles of a classifier's headline numbers, then what to compare with."""
+    result = report["classification"]
+    low, high = (100 * end for end in result["interval"])
+    confidence = f"{100 * result['confidence']:.0f} %"
+    meaning = (
+        f"Test images whose most likely class is wrong: {number(result['num_errors'])} of {number(result['num_examples'])}. "
+        f"Other test images would give {low:.2f} to {high:.2f} % ({confidence} interval of Wilson). Lower is better."
+    )
+    tiles = [_tile("Test error", f"{100 * result['error']:.2f} %", "of the images", "measured", meaning)]
+    meaning = "Mean code length of a test image's class, without label smoothing. Confident mistakes weigh most."
+    tiles.append(_tile("Cross-entropy", number(result["loss"]), "nats", "measured", meaning))
+    tiles += _inverse_tile(report) + _lipschitz_tile(report)
+    parts = [tag("div", *tiles, class_="tiles")]
+    error = {"mean": 100 * result["error"]}
+    if comparison := _comparison(report, error, "% error"):
+        parts.append(tag("div", comparison, class_="columns"))
     return join(parts)
 
 
@@ -150,7 +186,9 @@ def _inverse_tile(report: Mapping[str, Any]) -> list[Html]:
     meaning = (
         "Largest absolute difference, over all pixels of the examples tried, between an input and the inverse of its code."
     )
-    if bound is not None:
+    if bound is not None and not bound < math.inf:
+        meaning += " No bound holds, as not every block is a contraction."
+    elif bound is not None:
         holds = "guaranteed" if claims.is_certified(report) else "if the estimated Lipschitz constants are right"
         meaning += f" The residual of the solver bounds the error by {number(bound, 2)} ({holds}, up to rounding)."
     return [_tile("Inversion error", number(error, 2), "input units", "measured", meaning)]
@@ -224,6 +262,8 @@ def _inversion(report: Mapping[str, Any], figures: Mapping[str, str]) -> Html | 
         ("largest error bound", "max_error_bound", "from the residuals |y - x - g(x)| / (1 - L) of the solver"),
         ("errors within their bound", "fraction_within_bound", "example by example"),
         ("examples converged", "fraction_converged", "within the solver's budget"),
+        ("examples recovered", "fraction_recovered", "to 1e-4, whatever the bounds promise"),
+        ("largest padding residual", "max_padding_residual", "Euclidean norm of what should be zeros"),
         ("evaluations of g", "mean_evals", "mean a block and example"),
     )
     columns = [inverse, refined] if refined else [inverse]
@@ -341,7 +381,7 @@ def _shown(figures: Mapping[str, str], *names: str, side_by_side: bool = False) 
         if name not in figures:
             continue
         alternative, caption = FIGURES.get(name, (name.replace("_", " "), name.replace("_", " ")))
-        kind = "picture" if name in ("samples", "density") else "chart"
+        kind = "picture" if name in ("samples", "density", "confusion", "mistakes") else "chart"
         image = tag("img", src=figures[name], alt=alternative, class_=kind)
         parts.append(tag("figure", tag("div", image, class_="wide"), tag("figcaption", caption)))
     if side_by_side:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from iresnet_jax.analysis import style
 from iresnet_jax.analysis.style import to_svg_or_png
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import matplotlib.figure
 
 __all__ = [
+    "confusion_matrix",
     "density_map",
     "error_histogram",
     "image_grid",
@@ -42,7 +43,7 @@ _TERMS = {
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
 }
-_NOT_CURVES = {"step", "split", "wall_time_s", *_HEADLINES}
+_NOT_CURVES = {"step", "split", "wall_time_s"}
 
 
 def learning_curves(records: Sequence[Mapping[str, Any]]) -> "matplotlib.figure.Figure":
@@ -69,7 +70,7 @@ def learning_curves(records: Sequence[Mapping[str, Any]]) -> "matplotlib.figure.
             f"the {len(records)} records hold none of {', '.join(_HEADLINES)}: log at least one of them at every step shown"
         )
     terms = [name for name in _TERMS if any(name in record for record in records)]
-    terms += sorted({k for r in records for k, v in r.items() if _is_number(v)} - {*terms, *_NOT_CURVES})
+    terms += sorted({k for r in records for k, v in r.items() if _is_number(v)} - {headline, *terms, *_NOT_CURVES})
     columns = 4
     rows = math.ceil(len(terms) / columns)
     figure = style.figure(width=10.0, height=3.6 + 1.85 * rows, row_gap=0.09)
@@ -90,12 +91,13 @@ def learning_curves(records: Sequence[Mapping[str, Any]]) -> "matplotlib.figure.
     return figure
 
 
-def image_grid(images: Images, columns: int = 8) -> "matplotlib.figure.Figure":
+def image_grid(images: Images, columns: int = 8, *, captions: Sequence[str] | None = None) -> "matplotlib.figure.Figure":
     """Draws images in reading order, without axes.
 
     Args:
         images: uint8, or floats in [0, 1]; 1 or 3 channels. Pixels that are not finite are drawn in magenta.
         columns: Images a row, at least 1.
+        captions: A few characters to write below each image.
 
     Raises:
         ValueError: If there is no image, the channels are not 1 or 3, a float is outside [0, 1], or columns < 1.
@@ -114,12 +116,49 @@ def image_grid(images: Images, columns: int = 8) -> "matplotlib.figure.Figure":
             "and clip, or pass uint8"
         )
     columns = min(columns, len(pixels))
+    if captions is not None:
+        return _captioned(pixels, columns, captions)
     mosaic = _mosaic(pixels, columns)
     rows = math.ceil(len(pixels) / columns)
     figure = style.figure(width=1.0 * columns, height=1.0 * rows * images.shape[1] / images.shape[2], row_gap=None)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.imshow(mosaic, interpolation="nearest", aspect="auto")
     axes.set_axis_off()
+    return figure
+
+
+def _captioned(pixels: Float[np.ndarray, "n h w 3"], columns: int, captions: Sequence[str]) -> "matplotlib.figure.Figure":
+    rows = math.ceil(len(pixels) / columns)
+    figure = style.figure(width=1.0 * columns, height=1.25 * rows * pixels.shape[1] / pixels.shape[2])
+    for axes, pixel, caption in zip(figure.subplots(rows, columns, squeeze=False).flat, pixels, captions, strict=False):
+        axes.imshow(_mosaic(pixel[None], 1, gap=0), interpolation="nearest")
+        axes.set_title(caption, size=8, color=style.MIDTONE, pad=2)
+    for axes in figure.axes:
+        axes.set_axis_off()
+    return figure
+
+
+def confusion_matrix(counts: Int[np.ndarray, "k k"]) -> "matplotlib.figure.Figure":
+    """Draws how many examples of each class, by row, were taken for each, by column.
+
+    Colour is the share of a class on a log scale, so that single mistakes are seen; counts are written for up to 20 classes.
+
+    Args:
+        counts: Numbers of examples.
+    """
+    size = len(counts)
+    figure = style.figure(width=5.6, height=5.0)
+    axes = figure.add_subplot()
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    scaled = np.log10(np.maximum(share, 1e-4))
+    axes.imshow(np.where(counts > 0, scaled, np.nan), cmap="Blues", vmin=-4.5, vmax=0.0)
+    for row, column in np.argwhere(counts > 0) if size <= 20 else ():
+        ink = "white" if scaled[row, column] > -1.5 else style.INK
+        axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", size=8, color=ink)
+    if size <= 20:
+        axes.set(xticks=range(size), yticks=range(size))
+    axes.grid(visible=False)
+    style.label(axes, "taken for", "class")
     return figure
 
 
@@ -168,7 +207,7 @@ def lipschitz_bars(
     estimates: Sequence[float],
     bounds: Sequence[float | None] | None = None,
     *,
-    target: float,
+    target: float | None,
 ) -> "matplotlib.figure.Figure":
     """Draws the Lipschitz estimate of every block, its certified bound, the target and the limit of invertibility.
 
@@ -178,7 +217,7 @@ def lipschitz_bars(
         names: Block names, first block first.
         estimates: Products of the layers' estimated norms, one a block.
         bounds: Certified upper bounds; ``None``, as a whole or for one block, where there is none.
-        target: The coefficient the blocks were trained for, in (0, 1).
+        target: The coefficient the blocks were trained for, in (0, 1); None without a constraint.
 
     Raises:
         ValueError: If the sequences differ in length or are empty.
@@ -201,7 +240,8 @@ def lipschitz_bars(
     if certified:
         x, b = zip(*certified, strict=True)
         axes.scatter(x, b, s=26, marker="D", color=style.ORANGE, zorder=3, label="certified bound")
-    axes.axhline(target, color=style.PLUM, linewidth=1.2, linestyle=(0, (5, 3)), label=f"target {target:g}")
+    if target is not None:
+        axes.axhline(target, color=style.PLUM, linewidth=1.2, linestyle=(0, (5, 3)), label=f"target {target:g}")
     axes.axhline(1.0, color=style.INK, linewidth=1.0, label="invertible below 1")
     every = math.ceil(len(names) / 24)
     turned = max(map(len, names)) * len(names) / every > 100

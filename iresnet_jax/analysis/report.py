@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from iresnet_jax import density
-from iresnet_jax.analysis import environment, evaluate, lipschitz, page, plots, reconstruct, sample
+from iresnet_jax.analysis import classify, environment, evaluate, lipschitz, page, plots, reconstruct, sample
 from iresnet_jax.analysis.trained import Trained
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training.metrics import read_metrics
@@ -34,39 +34,22 @@ def write(trained: Trained) -> dict[str, Any]:
         >>> report["bits_per_dim"]["mean"]  # doctest: +SKIP
     """
     records = read_metrics(trained.workdir)
-    likelihood = evaluate.evaluate(trained)
-    reconstructions = reconstruct.reconstruct(trained)
-    constants = lipschitz.measure(trained)
-    is_toy = trained.spec.num_levels is None
-    samples = sample.draw(trained, NUM_POINTS if is_toy else NUM_IMAGES, seed=trained.config.seed)
+    results, figures, warnings = (_of_classifier if trained.is_classifier else _of_density)(trained)
+    if trained.is_bijective:
+        found, drawn = _of_bijection(trained)
+        results, figures = {**results, **found}, {**figures, **drawn}
     config = config_lib.to_plain(trained.config)
     report = {
-        density.objective_name(trained.spec): likelihood,
-        "inverse": reconstruct.summarize(trained, reconstructions),
-        "samples": {
-            "num": len(samples.values),
-            "fraction_converged": float(samples.converged.mean()),
-            "max_error_bound": float(samples.error_bound.max()),
-        },
-        "lipschitz": constants,
+        **results,
         "train": training_times(records, trained.step),
         "environment": environment.describe(),
         "config": config,
-        "warnings": [*trained.notes, *evaluate.warnings(likelihood), *sample.warnings(samples)],
-    }
-    figures = {
-        "samples": sample.figure(trained, samples.values),
-        "reconstructions": reconstruct.figure(reconstructions),
-        "lipschitz": _lipschitz_figure(trained, constants),
+        "warnings": [*trained.notes, *warnings],
     }
     curves = [record for record in records if record["split"] != "timing"]
-    if any(density.objective_name(trained.spec) in record for record in curves):
+    headline = "accuracy" if trained.is_classifier else density.objective_name(trained.spec)
+    if any(headline in record for record in curves):
         figures["learning_curves"] = plots.learning_curves(curves)
-    refined = reconstructions.refined
-    if np.isfinite(refined.euclidean_error).any():
-        figures["error_histogram"] = plots.error_histogram(np.asarray(refined.euclidean_error), np.asarray(refined.error_bound))
-    if is_toy:
-        figures["density"] = plots.density_map(*density_on_grid(trained))
     uris = {name: plots.to_svg_or_png(figure) for name, figure in figures.items() if figure is not None}
     shown = {**report, "config": {**config, "reference": dict(config["references"]["values"])}}
     html = page.render(shown, uris, title=trained.workdir.resolve().name)
@@ -75,11 +58,55 @@ def write(trained: Trained) -> dict[str, Any]:
     return report
 
 
+def _of_bijection(trained: Trained) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Results and figures about the inverse and about Lipschitz constants."""
+    reconstructions = reconstruct.reconstruct(trained, _num_reconstructed(trained))
+    constants = lipschitz.measure(trained)
+    figures = {"reconstructions": reconstruct.figure(reconstructions), "lipschitz": _lipschitz_figure(trained, constants)}
+    errors, bounds = (np.asarray(getattr(reconstructions.refined, name)) for name in ("euclidean_error", "error_bound"))
+    if np.isfinite(errors).any():
+        figures["error_histogram"] = plots.error_histogram(errors, bounds if np.isfinite(bounds).any() else None)
+    return {"inverse": reconstruct.summarize(trained, reconstructions), "lipschitz": constants}, figures
+
+
+def _of_density(trained: Trained) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Results, figures and warnings that only a density has."""
+    likelihood = evaluate.evaluate(trained)
+    is_toy = trained.spec.num_levels is None
+    samples = sample.draw(trained, NUM_POINTS if is_toy else NUM_IMAGES, seed=trained.config.seed)
+    results = {
+        density.objective_name(trained.spec): likelihood,
+        "samples": {
+            "num": len(samples.values),
+            "fraction_converged": float(samples.converged.mean()),
+            "max_error_bound": float(samples.error_bound.max()),
+        },
+    }
+    figures = {"samples": sample.figure(trained, samples.values)}
+    if is_toy:
+        figures["density"] = plots.density_map(*density_on_grid(trained))
+    return results, figures, [*evaluate.warnings(likelihood), *sample.warnings(samples)]
+
+
+def _of_classifier(trained: Trained) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Results, figures and warnings that only a classifier has."""
+    result = classify.evaluate(trained)
+    return {"classification": result}, classify.figures(trained, result), []
+
+
+def _num_reconstructed(trained: Trained) -> int:
+    """All test images of a classifier, whose features are to be as good as the images; a sample of a density's."""
+    return len(trained.source.labels("test")) if trained.is_classifier else reconstruct.NUM_EXAMPLES
+
+
 def describe(report: dict[str, Any], workdir: Path) -> str:
     """The headline of a report, and where it is."""
-    likelihood = report.get("bits_per_dim") or report["nll"]
-    lines = [evaluate.describe({**likelihood}), reconstruct.describe(report["inverse"])]
-    lines.append(lipschitz.verdict(report["lipschitz"]))
+    if "classification" in report:
+        lines = [classify.describe(report["classification"])]
+    else:
+        lines = [evaluate.describe({**(report.get("bits_per_dim") or report["nll"])})]
+    if "inverse" in report:
+        lines += [reconstruct.describe(report["inverse"]), lipschitz.verdict(report["lipschitz"])]
     said = "\n".join(lines)
     lines += [warning for warning in report["warnings"] if warning not in said]
     return "\n".join([*lines, f"report: {workdir / 'report.html'}"])

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Num
 
 from iresnet_jax import density, likelihood
 from iresnet_jax.analysis import plots
-from iresnet_jax.analysis.trained import Trained
+from iresnet_jax.analysis.trained import Trained, require_density
 from iresnet_jax.training import config as config_lib
 
 
@@ -48,6 +48,7 @@ def draw(trained: Trained, num: int, *, temperature: float = 1.0, seed: int = 0)
         raise ValueError(f"the number of samples must be at least 1, got {num}")
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
+    require_density(trained, "samples")
     spec = trained.spec
     solver = config_lib.build_solver(trained.config.evaluation)
     at_once = min(num, trained.config.evaluation.batch_size)

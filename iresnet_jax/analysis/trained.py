@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from iresnet_jax import density, model
+from iresnet_jax import classifier, model
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import run, state
 from iresnet_jax.training.checkpoint import Checkpoints
@@ -30,22 +30,41 @@ class Trained:
         config: The settings it was trained with.
         spec: The model without its weights.
         source: The data.
-        weights: The flow's frozen weights, for the functions of `density`.
-        prior: The prior's parameters.
+        weights: The flow's frozen weights, for the functions of `density` or `classifier`.
+        prior: The prior's parameters; None for a classifier.
         bounds: Guaranteed upper bounds of all layers' operator norms, by stage and layer, one a block.
         step: Updates behind these parameters.
         notes: Sentences a reader of any result must know, such as which checkpoint had to be used instead.
+        head: A classifier's head; None for a density.
+        statistics: The running averages of a classifier's BatchNorm.
     """
 
     workdir: Path
     config: Any
-    spec: density.DensitySpec
+    spec: Any  # a density.DensitySpec or classifier.ClassifierSpec, as `is_classifier` tells
     source: run.Source
     weights: Any = field(repr=False)
     prior: Any = field(repr=False)
     bounds: Mapping[str, Mapping[str, Any]] = field(repr=False)
     step: int
     notes: tuple[str, ...] = ()
+    head: Any = field(default=None, repr=False)
+    statistics: Any = field(default=None, repr=False)
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether this is a classifier and no density."""
+        return isinstance(self.spec, classifier.ClassifierSpec)
+
+    @property
+    def is_bijective(self) -> bool:
+        """Whether there is an inverse to try at least."""
+        return not self.is_classifier or self.spec.is_bijective
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether blocks are contractions, by certificate."""
+        return self.config.constraint.norms != "none"
 
     @property
     def num_blocks(self) -> int:
@@ -75,23 +94,43 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
     config = load_config(workdir)
     run.apply_matmul_precision(config)
     source = run.load_source(config.data.name, config.data.data_dir)
-    spec = run.density_spec(config, source)
+    spec = run.model_spec(config, source)
     optimizer = config_lib.build_optimizer(config.optimizer, config.training.total_steps)
     variables = run.abstract_variables(config, spec)
     target = jax.eval_shape(lambda: state.create(_zeros(variables), optimizer))
     best, step, notes = _restore(Checkpoints(workdir), target, workdir)
-    frozen = jax.jit(lambda params: model.freeze(spec.flow, params))(best.ema)
+    constrained = config.constraint.norms != "none"
+    if isinstance(spec, classifier.ClassifierSpec) and not spec.is_bijective:
+        frozen = model.Frozen(best.ema, {}, {})
+    else:
+        frozen = jax.jit(lambda params: model.freeze(spec.flow, params, constrained=constrained))(best.ema)
     return Trained(
         workdir=workdir,
         config=config,
         spec=spec,
         source=source,
         weights=frozen.weights,
-        prior=best.ema["prior"],
+        prior=best.ema.get("prior"),
         bounds=frozen.bounds,
         step=step,
         notes=notes,
+        head=best.ema.get("head"),
+        statistics=best.batch_stats or None,
     )
+
+
+def require_bijection(trained: Trained) -> None:
+    """Raises ``ValueError`` in one sentence where something is asked of a network with BatchNorm in its branches."""
+    if not trained.is_bijective:
+        raise ValueError(f"{trained.workdir} holds a network with BatchNorm in its branches: it has no bounds and no inverse")
+
+
+def require_density(trained: Trained, what: str) -> None:
+    """Raises ``ValueError`` in one sentence where something is asked of a classifier that only a density has."""
+    if trained.is_classifier:
+        raise ValueError(
+            f"{trained.workdir} holds a classifier, which has no {what}: that takes a run with a density objective"
+        )
 
 
 def load_config(workdir: Path) -> Any:
@@ -106,8 +145,8 @@ def load_config(workdir: Path) -> Any:
     if not path.exists():
         raise ValueError(f"{workdir} has no config.json, so it is not the workdir of a training run")
     try:
-        plain = json.loads(path.read_text())
-    except ValueError:
+        plain = config_lib.with_later_defaults(json.loads(path.read_text()))
+    except (ValueError, TypeError):
         raise ValueError(f"{path} is damaged: restore it from a copy") from None
     if missing := _missing(config_lib.to_plain(config_lib.default_config()), plain):
         raise ValueError(f"{path} lacks {missing}: it is damaged or was written by another version")

@@ -21,10 +21,11 @@ Settings = Any  # a mapping of settings by name, or a ConfigDict, which reads li
 
 
 def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot see
-    """All settings of a density run."""
+    """All settings of a run."""
     config = ml_collections.ConfigDict(
         {
             "seed": 0,
+            "objective": "density",  # or "classification"
             "data": {
                 "name": "digits",  # an image data set, or a 2-D toy of data.toys
                 "data_dir": config_dict.placeholder(str),
@@ -46,11 +47,27 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
             "logdet": estimator_settings(kind="series", num_terms=5, num_probes=1),
             # How training keeps blocks contractions. What is used after it is certified in any case.
             "constraint": {
-                "norms": "estimated",  # by power iteration, or "certified": guaranteed upper bounds at every step
+                # "estimated" by power iteration, or "certified": guaranteed upper bounds at every step. "none", for
+                # classification alone, is an ordinary residual network, of which no inverse is promised.
+                "norms": "estimated",
                 "num_steps": 1,  # power iterations a training step; on validation data they go on to the tolerance
                 "rtol": 1e-3,
                 "num_squarings": 4,  # of the Gram iteration behind "certified"
                 "twists": "auto",  # of its embedding: "all" is tighter and dearer than "one", above all on small images
+            },
+            # Of classification alone; the number of classes is that of the data.
+            "classifier": {
+                "pad_channels": 0,  # channels of zeros behind those of an image: they make the network wider
+                "mean": (0.5,),  # of pixels in [0, 1], one a channel or one for all
+                "std": (0.5,),
+                "label_smoothing": 0.0,
+                # "actnorm" in front of every branch; or "batchnorm" inside of it, in front of every layer, for the ordinary
+                # residual network to compare with, which has no constraint and no inverse.
+                "normalization": "actnorm",
+            },
+            "augmentation": {  # of training images, on the device
+                "crop_padding": 0,  # pixels that an image is shifted by at most
+                "flip": False,  # left to right
             },
             "optimizer": {
                 "name": "adam",
@@ -93,6 +110,15 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
     )
     config.lock()
     return config
+
+
+_LATER = ("objective", "classifier", "augmentation")
+
+
+def with_later_defaults(plain: dict[str, Any]) -> dict[str, Any]:
+    """A plain config from before some settings existed, with those at their defaults, which change nothing."""
+    defaults = to_plain(default_config())
+    return {**{name: defaults[name] for name in _LATER}, **plain}
 
 
 def estimator_settings(**overrides: Any) -> dict[str, Any]:
@@ -148,7 +174,9 @@ def build_constraint(settings: Settings, spec: model.FlowSpec, *, training: bool
     if settings["norms"] == "estimated":
         num_steps, rtol = settings["num_steps"] if training else None, settings["rtol"]
         return lambda params, spectral: model.constrain(spec, params, spectral, num_steps=num_steps, rtol=rtol)
-    raise ValueError(f"constraint.norms must be estimated or certified, got {settings['norms']!r}")
+    if settings["norms"] == "none":
+        return lambda params, spectral: model.unconstrained(spec, params, spectral)
+    raise ValueError(f"constraint.norms must be estimated, certified or none, got {settings['norms']!r}")
 
 
 def build_solver(settings: Settings) -> flow.Solver:

@@ -12,8 +12,43 @@ from jaxtyping import Array, Int, Key
 
 from iresnet_jax import density, model
 from iresnet_jax.logdet import LogdetEstimator
+from iresnet_jax.training import config as config_lib
+from iresnet_jax.training import parallel, run
+from iresnet_jax.training.evaluation import over_batches
+from iresnet_jax.training.objective import Objective, constraint_metrics
 from iresnet_jax.training.parallel import AXIS, example_keys
 from iresnet_jax.training.state import TrainState, apply_gradients
+
+
+def objective(config: Any, source: run.Source) -> Objective:
+    """The likelihood of the data under the model that a config describes."""
+    spec = run.density_spec(config, source)
+    if config.constraint.norms == "none":
+        raise ValueError("a density needs blocks that are contractions: constraint.norms = none is for classification alone")
+    settings = config.training
+    optimizer = config_lib.build_optimizer(config.optimizer, settings.total_steps)
+    name = density.objective_name(spec)
+    step = make_step(
+        spec,
+        config_lib.build_estimator(config.logdet),
+        optimizer,
+        config_lib.build_schedule(config.optimizer, settings.total_steps),
+        seed=config.seed,
+        constrain=config_lib.build_constraint(config.constraint, spec.flow, training=True),
+        ema_decay=settings.ema_decay,
+        unroll=run.unroll(config),
+        rematerialize=settings.rematerialize,
+        draw=source.draw,
+    )
+    return Objective(
+        name=name,
+        examples=None if source.images is None else source.images.images["train"],
+        optimizer=optimizer,
+        initial_variables=lambda: run.initial_variables(config, spec, source),
+        step=step,
+        make_validation=lambda: Validation(config, spec, source),
+        loss=lambda held_out: held_out[name],
+    )
 
 
 def make_step(
@@ -71,10 +106,7 @@ def make_step(
             density.objective_name(spec): loss,
             "log_prior": lax.pmean(jnp.mean(terms.log_prior), AXIS),
             "log_det": lax.pmean(jnp.mean(terms.log_det), AXIS),
-            "max_sigma": lax.pmax(jnp.max(jnp.stack([jnp.max(n) for n in jax.tree.leaves(constrained.norms)])), AXIS),
-            "max_lipschitz": lax.pmax(
-                jnp.max(jnp.stack([jnp.max(stage["lipschitz"]) for stage in constrained.weights.values()])), AXIS
-            ),
+            **constraint_metrics(constrained),
             "grad_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step)),
         }
@@ -103,6 +135,56 @@ def make_evaluation(spec: density.DensitySpec, estimator: LogdetEstimator) -> Ca
         }
 
     return evaluate
+
+
+class Validation:
+    """Mean objective of held-out data under the averaged parameters, norms iterated to their tolerance."""
+
+    def __init__(self, config: Any, spec: density.DensitySpec, source: run.Source):
+        estimator = config_lib.build_estimator(config.evaluation.logdet)
+        self._spec, self._seed = spec, config.seed
+        self._examples = source.held_out("validation", config.training.eval_examples, config.seed)
+        constrain = config_lib.build_constraint(config.constraint, spec.flow, training=False)
+        self._constrain = jax.jit(lambda params, spectral: constrain(params, spectral).weights)
+        self._evaluate = parallel.parallelize_eval(make_evaluation(spec, estimator))
+        self._batch_size = config.evaluation.batch_size
+
+    def __call__(self, current: TrainState) -> dict[str, float]:
+        """The mean of every term."""
+        weights = self._constrain(current.ema, current.spectral)
+        outputs = evaluate_examples(
+            self._evaluate, (weights, current.ema["prior"]), self._examples, jax.random.key(self._seed), self._batch_size
+        )
+        del outputs["truncation_bound"]
+        return {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
+
+
+def evaluate_examples(
+    evaluate: Any,
+    weights: Any,
+    examples: np.ndarray,
+    key: jax.Array,
+    batch_size: int,
+    *,
+    draw: tuple[int, int] = (0, 0),
+    num_devices: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Runs a parallel evaluation over all examples.
+
+    Args:
+        evaluate: From `make_evaluation`, for all devices.
+        weights: Constrained weights and the prior's parameters.
+        examples: The data.
+        key: Of the evaluation; an example's random numbers depend on it, its place and the draw, and not on the batches.
+        batch_size: See `evaluation.over_batches`.
+        draw: Counts the noise draws, and the probe draws of each.
+        num_devices: Devices to use, from the first; all local ones by default.
+    """
+
+    def batch_of(indices):
+        return examples[indices], *evaluation_keys(key, indices, *draw)
+
+    return over_batches(evaluate, weights, batch_of, len(examples), batch_size, num_devices=num_devices)
 
 
 @jax.jit

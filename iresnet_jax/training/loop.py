@@ -16,13 +16,14 @@ import jax
 import numpy as np
 from absl import logging
 
-from iresnet_jax import density
-from iresnet_jax.data import device_feed, feed
+from iresnet_jax.data import device_feed
+from iresnet_jax.training import classification, density, parallel, run, state
 from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import parallel, run, state
 from iresnet_jax.training.checkpoint import Checkpoints
-from iresnet_jax.training.density import evaluation_keys, make_evaluation, make_step
 from iresnet_jax.training.metrics import MetricWriter, Progress, check_finite
+from iresnet_jax.training.objective import Objective
+
+OBJECTIVES = {"density": density.objective, "classification": classification.objective}
 
 
 def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:
@@ -43,41 +44,26 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:
     settings = config.training
     run.apply_matmul_precision(config)
     source = run.load_source(config.data.name, config.data.data_dir)
-    spec = run.density_spec(config, source)
     parallel.check_global_batch_size(settings.batch_size)
-    unroll = run.unroll(config)
-    estimator = config_lib.build_estimator(config.logdet)
-    optimizer = config_lib.build_optimizer(config.optimizer, settings.total_steps)
+    objective = build_objective(config, source)
     claim_workdir(workdir, config_lib.to_plain(config))
 
-    objective = density.objective_name(spec)
     started = time.monotonic()
-    fresh = state.create(run.initial_variables(config, spec, source), optimizer)
+    fresh = state.create(objective.initial_variables(), objective.optimizer)
     checkpoints = Checkpoints(workdir)
     logging.info("%s: %d parameters on %s", workdir, run.num_parameters(fresh.params), run.device_summary())
     restored = checkpoints.restore_latest(fresh)
     current, first_step = restored or (fresh, 0)
     if first_step:
         logging.info("resuming from step %d of %d", first_step, settings.total_steps)
-    step_fn = make_step(
-        spec,
-        estimator,
-        optimizer,
-        config_lib.build_schedule(config.optimizer, settings.total_steps),
-        seed=config.seed,
-        constrain=config_lib.build_constraint(config.constraint, spec.flow, training=True),
-        ema_decay=settings.ema_decay,
-        unroll=unroll,
-        rematerialize=settings.rematerialize,
-        draw=source.draw,
-    )
-    parallel_step = parallel.parallelize(step_fn)
-    validate = Validation(config, spec, source)
+    parallel_step = parallel.parallelize(objective.step)
+    validate = objective.make_validation()
     with MetricWriter(workdir) as writer, Progress(settings.total_steps, first_step) as progress:
         writer.truncate_after(first_step)
         window: list[Any] = []
         timed_steps, window_start = 0, time.monotonic()
-        for step, batch in zip(range(first_step, settings.total_steps), batches(config, source, first_step), strict=False):
+        feed = batches(config, objective.examples, first_step)
+        for step, batch in zip(range(first_step, settings.total_steps), feed, strict=False):
             current, metrics = parallel_step(current, batch)
             window.append(metrics)
             timed_steps += 1
@@ -93,76 +79,37 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:
                 if timed_steps:
                     means["seconds_per_step"] = (time.monotonic() - window_start) / timed_steps
                 writer.write(done, means)
-                progress.update(done, {objective: means[objective]})
+                progress.update(done, {objective.name: means[objective.name]})
                 window, timed_steps, window_start = [], 0, time.monotonic()
             if evaluate:
                 held_out = validate(current)
                 check_finite(held_out, done, done)
                 writer.write(done, held_out, split="validation")
-                checkpoints.save(done, current, metric=held_out[objective])
-                logging.info("step %d of %d: validation %s %.4f", done, settings.total_steps, objective, held_out[objective])
+                checkpoints.save(done, current, metric=objective.loss(held_out))
+                name = objective.name
+                logging.info("step %d of %d: validation %s %.4f", done, settings.total_steps, name, held_out[name])
                 window_start = time.monotonic()
     return current
 
 
-class Validation:
-    """Mean objective of held-out data under the averaged parameters, norms iterated to their tolerance."""
+def build_objective(config: Any, source: run.Source) -> Objective:
+    """What ``config.objective`` names, for the data of a run.
 
-    def __init__(self, config: Any, spec: density.DensitySpec, source: run.Source):
-        estimator = config_lib.build_estimator(config.evaluation.logdet)
-        self._spec, self._seed = spec, config.seed
-        self._examples = source.held_out("validation", config.training.eval_examples, config.seed)
-        constrain = config_lib.build_constraint(config.constraint, spec.flow, training=False)
-        self._constrain = jax.jit(lambda params, spectral: constrain(params, spectral).weights)
-        self._evaluate = parallel.parallelize_eval(make_evaluation(spec, estimator))
-        self._batch_size = round_up(min(config.evaluation.batch_size, len(self._examples)), jax.local_device_count())
-
-    def __call__(self, current: state.TrainState) -> dict[str, float]:
-        """The mean of every term."""
-        weights = self._constrain(current.ema, current.spectral)
-        outputs = evaluate_examples(
-            self._evaluate, (weights, current.ema["prior"]), self._examples, jax.random.key(self._seed), self._batch_size
-        )
-        del outputs["truncation_bound"]
-        return {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
-
-
-def evaluate_examples(
-    evaluate: Any,
-    weights: Any,
-    examples: np.ndarray,
-    key: jax.Array,
-    batch_size: int,
-    *,
-    draw: tuple[int, int] = (0, 0),
-    num_devices: int | None = None,
-) -> dict[str, np.ndarray]:
-    """Runs a parallel evaluation over all examples.
-
-    Args:
-        evaluate: From `make_evaluation`, for all devices.
-        weights: Constrained weights and the prior's parameters.
-        examples: The data.
-        key: Of the evaluation; an example's random numbers depend on it, its place and the draw, and not on the batches.
-        batch_size: A multiple of the number of devices.
-        draw: Counts the noise draws, and the probe draws of each.
-        num_devices: Devices to use, from the first; all local ones by default.
+    Raises:
+        ValueError: If there is none of that name, or settings do not fit it.
     """
-    parts = []
-    for indices, mask in feed.eval_batches(len(examples), batch_size):
-        batch = parallel.shard((examples[indices], *evaluation_keys(key, indices, *draw)), num_devices=num_devices)
-        outputs = parallel.unshard(evaluate(weights, batch))
-        parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outputs))
-    return jax.tree.map(lambda *values: np.concatenate(values), *parts)
+    if config.objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {config.objective!r}")
+    return OBJECTIVES[config.objective](config, source)
 
 
-def batches(config: Any, source: run.Source, first_step: int) -> Iterator[Any]:
+def batches(config: Any, examples: Any, first_step: int) -> Iterator[Any]:
     """The batch of every step from ``first_step`` on, split over the local devices; placeholders for endless data."""
     size = config.training.batch_size
-    if source.images is None:
+    if examples is None:
         placeholder = parallel.shard(np.zeros(size, np.float32))
         return itertools.repeat(placeholder)
-    return device_feed.batches(source.images.images["train"], seed=config.seed, batch_size=size, first_step=first_step)
+    return device_feed.batches(examples, seed=config.seed, batch_size=size, first_step=first_step)
 
 
 def mean_over_window(metrics: list[dict[str, Any]]) -> dict[str, float]:
@@ -179,7 +126,7 @@ def claim_workdir(workdir: Path, config: dict[str, Any]) -> None:
     path = workdir / "config.json"
     if path.exists():
         try:
-            theirs = json.loads(path.read_text())
+            theirs = config_lib.with_later_defaults(json.loads(path.read_text()))
         except json.JSONDecodeError:
             raise ValueError(f"{path} is damaged: restore it, or choose another --workdir") from None
         if difference := config_lib.first_difference(config, theirs):
@@ -189,8 +136,3 @@ def claim_workdir(workdir: Path, config: dict[str, Any]) -> None:
     incoming = path.with_suffix(".incoming")
     incoming.write_text(json.dumps(config, indent=2) + "\n")
     incoming.replace(path)
-
-
-def round_up(size: int, multiple: int) -> int:
-    """The least multiple that is at least ``size``."""
-    return -(-size // multiple) * multiple

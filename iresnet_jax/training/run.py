@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax import data, density, likelihood, model, modules
+from iresnet_jax import classifier, data, density, likelihood, model, modules
 from iresnet_jax.data import toys
 from iresnet_jax.training import config as config_lib
 
@@ -23,6 +23,7 @@ class Source:
         num_levels: Grey levels; None for a 2-D toy.
         images: The image data set, or None.
         toy: The toy, or None.
+        num_classes: Classes of its labels; None without labels.
         frequencies: Of the grey levels in the training split, if anything has counted them, see `density_spec`.
     """
 
@@ -31,6 +32,7 @@ class Source:
     num_levels: int | None
     images: data.ImageData | None = None
     toy: toys.Toy | None = None
+    num_classes: int | None = None
     frequencies: tuple[float, ...] | None = None
 
     @property
@@ -48,6 +50,11 @@ class Source:
         assert self.images is not None
         return self.images.images[split][:num]
 
+    def labels(self, split: str, num: int | None = None) -> np.ndarray:
+        """The labels of those examples, or of all."""
+        assert self.images is not None
+        return self.images.labels[split][:num]
+
 
 def load_source(name: str, data_dir: str | None = None) -> Source:
     """The data set or toy of that name.
@@ -58,7 +65,7 @@ def load_source(name: str, data_dir: str | None = None) -> Source:
     if name in toys.TOYS:
         return Source(name, (2,), None, toy=toys.get(name))
     images = data.load(name, data_dir=data_dir)
-    return Source(name, images.image_shape, images.num_levels, images=images)
+    return Source(name, images.image_shape, images.num_levels, images=images, num_classes=images.num_classes or None)
 
 
 def density_spec(config: Any, source: Source) -> density.DensitySpec:
@@ -74,6 +81,34 @@ def density_spec(config: Any, source: Source) -> density.DensitySpec:
         num_levels=source.num_levels,
         frequencies=frequencies if config.preprocessing.transform == "equalize" else None,
     )
+
+
+def classifier_spec(config: Any, source: Source) -> classifier.ClassifierSpec:
+    """The classifier that a config describes for its data.
+
+    Raises:
+        ValueError: If the data have no labels, or settings do not fit them.
+    """
+    if source.num_classes is None:
+        raise ValueError(f"classification needs labelled images, and {source.name} has none: choose another data.name")
+    settings = config.classifier
+    height, width, channels = source.event_shape
+    return classifier.ClassifierSpec(
+        flow=config_lib.build_flow_spec(config.model, (height, width, channels + settings.pad_channels)),
+        image_shape=(height, width, channels),
+        num_classes=source.num_classes,
+        num_levels=source.num_levels or 256,
+        pad_channels=settings.pad_channels,
+        mean=tuple(settings.mean),
+        std=tuple(settings.std),
+        constrained=config.constraint.norms != "none",
+        normalization=settings.normalization,
+    )
+
+
+def model_spec(config: Any, source: Source) -> density.DensitySpec | classifier.ClassifierSpec:
+    """The model that a config describes for its data, whatever its objective."""
+    return classifier_spec(config, source) if config.objective == "classification" else density_spec(config, source)
 
 
 def unroll(config: Any) -> bool:
@@ -104,17 +139,22 @@ def num_parameters(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _module(config: Any, spec: density.DensitySpec) -> modules.ResidualFlow:
+Spec = density.DensitySpec | classifier.ClassifierSpec
+
+
+def _module(config: Any, spec: Spec) -> modules.ResidualFlow | modules.Classifier:
+    if isinstance(spec, classifier.ClassifierSpec):
+        return modules.Classifier(spec, last_scale=config.model.last_scale)
     return modules.ResidualFlow(spec.flow, prior=spec.prior, last_scale=config.model.last_scale)
 
 
-def abstract_variables(config: Any, spec: density.DensitySpec) -> Any:
+def abstract_variables(config: Any, spec: Spec) -> Any:
     """Shapes and dtypes of the variables, without computing them."""
     example = jax.ShapeDtypeStruct((2, *spec.flow.event_shape), np.float32)
     return jax.eval_shape(_module(config, spec).init, jax.random.key(0), example)
 
 
-def initial_variables(config: Any, spec: density.DensitySpec, source: Source) -> Any:
+def initial_variables(config: Any, spec: Spec, source: Source) -> Any:
     """Fresh variables, ActNorm fitted to training data."""
     key_init, key_noise, key_data = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 2**31), 3)
     num = config.training.actnorm_examples
@@ -128,7 +168,25 @@ def initial_variables(config: Any, spec: density.DensitySpec, source: Source) ->
     module = _module(config, spec)
 
     def initialize(key, key_noise, examples):
-        x, _ = density.transform(spec, density.to_continuous(spec, key_noise, examples))
-        return module.init(key, x)
+        return module.init(key, network_input(spec, key_noise, examples)[1])
 
     return jax.jit(initialize)(key_init, key_noise, examples)
+
+
+def network_input(spec: Spec, key: jax.Array, examples: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Examples as the model sees them: continuous, with images in [0, 1], and as the input of its network.
+
+    Args:
+        spec: The model.
+        key: Of a density's dequantisation.
+        examples: Images of integer levels, or points.
+    """
+    if isinstance(spec, classifier.ClassifierSpec):
+        return examples / (spec.num_levels - 1), classifier.preprocess(spec, examples)
+    x = density.to_continuous(spec, key, examples)
+    return x, density.transform(spec, x)[0]
+
+
+def from_network_input(spec: Spec, there: jax.Array) -> jax.Array:
+    """The inverse of the second step of `network_input`."""
+    return classifier.unpad(spec, there) if isinstance(spec, classifier.ClassifierSpec) else density.untransform(spec, there)

@@ -19,6 +19,7 @@ class TrainState(NamedTuple):
         spectral: Power iterates.
         ema: Moving average of the parameters, the ones that are evaluated.
         opt_state: The optimizer's own.
+        batch_stats: Running averages of BatchNorm, where there is one.
     """
 
     step: Int[Array, ""]
@@ -26,6 +27,7 @@ class TrainState(NamedTuple):
     spectral: Any
     ema: Any
     opt_state: Any
+    batch_stats: Any
 
 
 def create(variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -34,17 +36,26 @@ def create(variables: Any, optimizer: optax.GradientTransformation) -> TrainStat
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        spectral=variables["spectral"],
+        spectral=variables.get("spectral", {}),
         ema=jax.tree.map(jnp.copy, params),  # its own buffers: the state is donated to the step
         opt_state=optimizer.init(params),
+        batch_stats=variables.get("batch_stats", {}),
     )
 
 
 def apply_gradients(
     state: TrainState, gradients: Any, spectral: Any, optimizer: optax.GradientTransformation, ema_decay: float
 ) -> TrainState:
-    """The state after one update."""
+    """The state after one update; BatchNorm's running averages are moved by `average_statistics`."""
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = ema_update(state.ema, params, state.step, ema_decay)
-    return TrainState(state.step + 1, params, spectral, ema, opt_state)
+    return TrainState(state.step + 1, params, spectral, ema, opt_state, state.batch_stats)
+
+
+def average_statistics(state: TrainState, batch_stats: Any, ema_decay: float) -> Any:
+    """Running averages of BatchNorm over the same steps as the averaged parameters they are used with.
+
+    Without an average of the parameters (``ema_decay`` of 0) they still go over the last ten steps or so.
+    """
+    return ema_update(state.batch_stats, batch_stats, state.step, max(ema_decay, 0.9))

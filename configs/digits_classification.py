@@ -1,0 +1,31 @@
+"""Classification of scikit-learn's 8x8 handwritten digits, 1257 of them for training.
+
+    python train.py --config=configs/digits_classification.py --workdir=runs/digits_classification
+
+Variants after a colon: a number is the coefficient c in place of .9, such as :0.7; :vanilla is the unconstrained twin, and
+:batchnorm an ordinary residual network with BatchNorm in its branches.
+"""
+
+from iresnet_jax.training.config import default_config
+
+
+def get_config(variant="0.9"):
+    config = default_config()
+    config.objective = "classification"
+    block = {"hidden": (64, 64), "kernel_sizes": (3, 1, 3), "activation": "elu"}
+    config.model.stages = (
+        {**block, "num_blocks": 4, "squeeze": 2},
+        {**block, "num_blocks": 4, "squeeze": 2, "preactivation": True},
+    )
+    if variant in ("vanilla", "batchnorm"):
+        config.constraint.norms = "none"
+        config.classifier.normalization = "actnorm" if variant == "vanilla" else "batchnorm"
+    else:
+        config.model.coeff = float(variant)
+    config.classifier.update({"pad_channels": 3, "mean": (0.305,), "std": (0.376,), "label_smoothing": 0.1})
+    config.augmentation.crop_padding = 1
+    config.optimizer.update({"name": "sgd", "learning_rate": 0.1, "nesterov": True, "weight_decay": 1e-3, "clip_norm": 0.0})
+    config.training.update({"total_steps": 1500, "batch_size": 64, "ema_decay": 0.99})
+    # 180 validation images cannot tell checkpoints apart: the one at the end of the schedule is used.
+    config.training.update({"log_every_steps": 100, "eval_every_steps": 1500})
+    return config
