@@ -25,6 +25,7 @@ CLASSES = {"cifar100": 100}
 LEVELS = {"digits": 17}
 CASES = [
     ("digits_density", None, 98_508),
+    ("mnist_density", None, 956_804),
     ("iresnet_density", "mnist", None),
     ("iresnet_density", "cifar10", 25_028_544),  # 25.03 M in the paper
     ("residual_flow_density", "mnist", None),
