@@ -267,12 +267,14 @@ class SeriesLogdet:
         num_probes: Probes for each example.
         probe: Distribution of the probes.
         unroll: Write the terms out instead of looping over them.
+        exact_trace: Whether a trace in closed form stands for the first term where there is one.
     """
 
     num_terms: int = 5
     num_probes: int = 1
     probe: str = "rademacher"
     unroll: bool = False
+    exact_trace: bool = True
 
     def __post_init__(self):
         if self.num_terms < 1:
@@ -295,6 +297,7 @@ class SeriesLogdet:
         """The truncated estimate, its standard error over probes and the bound of its remainder."""
         n = self.num_terms
         probes = draw_probes(key, x, self.num_probes, self.probe)
+        trace = trace if self.exact_trace else None
         samples, tail = weighted_series(branch, x, probes, jnp.ones(n, x.dtype), n, trace=trace, unroll=self.unroll)
         logdet, stderr = _mean_and_stderr(samples)
         bound = _remainder_factor(lipschitz_bound, n, 1, x.dtype) * jnp.mean(tail, axis=0)
@@ -318,6 +321,7 @@ class RouletteLogdet:
         num_exact_terms: Terms that are always computed and have weight 1. More of them make the estimate steadier.
         num_probes: Probes for each example.
         probe: Distribution of the probes.
+        exact_trace: Whether a trace in closed form stands for the first term where there is one.
         length: A length fixed by `fix_length`; None draws one for each example if the call is given a key an example, one for
             the batch if it is given one key.
     """
@@ -327,6 +331,7 @@ class RouletteLogdet:
     num_exact_terms: int = 2
     num_probes: int = 1
     probe: str = "rademacher"
+    exact_trace: bool = True
     length: Int[Array, ""] | None = None
 
     def __post_init__(self):
@@ -384,6 +389,7 @@ class RouletteLogdet:
             length = jax.vmap(self.draw_length)(key_length) if key.ndim else self.draw_length(key_length)
         probes = draw_probes(key_probe, x, self.num_probes, self.probe)
         weights = self.weights()
+        trace = trace if self.exact_trace else None
         samples, _ = weighted_series(branch, x, probes, jnp.asarray(weights, x.dtype), length, trace=trace)
         logdet, stderr = _mean_and_stderr(samples)
         n = len(weights)
