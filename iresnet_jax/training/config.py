@@ -130,7 +130,7 @@ def estimator_settings(**overrides: Any) -> dict[str, Any]:
         "num_terms": 5,  # of "series"
         "num_probes": 1,
         "probe": "rademacher",
-        "exact_trace": True,  # in closed form where there is one: steadier, and about a fifth dearer on CPU
+        "exact_trace": True,  # in closed form where there is one: steadier, see benchmarks/exact_trace.py
         "distribution": "poisson",  # of "roulette": or "geometric"
         "parameter": 2.0,
         "num_exact_terms": 2,
