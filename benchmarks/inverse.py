@@ -16,7 +16,7 @@ import numpy as np
 from _record import describe, interleave, parser, summarize, table, write
 from jax import lax
 
-from iresnet_jax import actnorm, branches, density, flow, model, reshape
+from iresnet_jax import actnorm, branches, density, flow, model
 from iresnet_jax.analysis import trained
 from iresnet_jax.fixed_point import invert_residual
 
@@ -28,10 +28,7 @@ MAX_EVALS = 3000
 def blocks(spec, weights, x):
     """Every residual block on the way of ``x`` through a flow: name, branch, weights and input."""
     for name, stage, branch in zip(model.stage_names(spec), spec.stages, spec.branches, strict=True):
-        if stage.squeeze > 1:
-            x = reshape.squeeze(x, stage.squeeze)
-        if x.ndim > len(branch.in_shape) + 1:
-            x = reshape.flatten(x)
+        x = model.into_stage(stage, branch, x)
         for k in range(stage.num_blocks):
             block = jax.tree.map(lambda w, k=k: w[k], weights[name])
             x, _ = actnorm.forward_and_logdet(actnorm.ActNormParams(**block["actnorm"]), x)

@@ -6,7 +6,7 @@ Variants after a colon: a number is the coefficient c in place of .9, such as :0
 :batchnorm an ordinary residual network with BatchNorm in its branches.
 """
 
-from iresnet_jax.training.config import default_config
+from iresnet_jax.training.config import default_config, set_variant
 
 
 def get_config(variant="0.9"):
@@ -17,11 +17,7 @@ def get_config(variant="0.9"):
         {**block, "num_blocks": 4, "squeeze": 2},
         {**block, "num_blocks": 4, "squeeze": 2, "preactivation": True},
     )
-    if variant in ("vanilla", "batchnorm"):
-        config.constraint.norms = "none"
-        config.classifier.normalization = "actnorm" if variant == "vanilla" else "batchnorm"
-    else:
-        config.model.coeff = float(variant)
+    set_variant(config, variant)
     config.classifier.update({"pad_channels": 3, "mean": (0.305,), "std": (0.376,), "label_smoothing": 0.1})
     config.augmentation.crop_padding = 1
     config.optimizer.update({"name": "sgd", "learning_rate": 0.1, "nesterov": True, "weight_decay": 1e-3, "clip_norm": 0.0})

@@ -26,7 +26,7 @@ def get_config():
     config.model.prior = "logistic"
     config.preprocessing.transform = "logit"
     config.preprocessing.alpha = 1e-4
-    config.logdet.exact_trace = False  # the estimate's noise keeps 1257 images from being learnt by heart
+    config.logdet.exact_trace = False  # validation 1.896 instead of 1.911 (one seed): its noise seems to regularise
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 3e-3
     config.optimizer.weight_decay = 0.7  # of 1257 images much would be learnt by heart

@@ -6,7 +6,7 @@ Variants after a colon: a number is the coefficient c in place of .9, such as :0
 :batchnorm an ordinary residual network with BatchNorm in its branches.
 """
 
-from iresnet_jax.training.config import default_config
+from iresnet_jax.training.config import default_config, set_variant
 
 TRAIN_EXAMPLES, EPOCHS, BATCH_SIZE = 55_000, 20, 128
 
@@ -20,11 +20,7 @@ def get_config(variant="0.9"):
         {**block, "num_blocks": 2, "hidden": (32,), "squeeze": 2},
         {**block, "num_blocks": 5, "hidden": (64,), "squeeze": 2, "preactivation": True},
     )
-    if variant in ("vanilla", "batchnorm"):
-        config.constraint.norms = "none"
-        config.classifier.normalization = "actnorm" if variant == "vanilla" else "batchnorm"
-    else:
-        config.model.coeff = float(variant)
+    set_variant(config, variant)
     config.classifier.update({"pad_channels": 3, "mean": (0.2860,), "std": (0.3530,), "label_smoothing": 0.1})
     config.augmentation.update({"crop_padding": 2, "flip": True})
     config.optimizer.update({"name": "sgd", "learning_rate": 0.1, "nesterov": True, "weight_decay": 5e-4, "clip_norm": 0.0})

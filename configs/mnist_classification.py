@@ -3,11 +3,11 @@
     python train.py --config=configs/mnist_classification.py --workdir=runs/mnist_classification
 
 Variants after a colon: a number is the coefficient c in place of .9, such as :0.7; :vanilla is the unconstrained twin, and
-:batchnorm an ordinary residual network with BatchNorm in its branches. The
-paper reports .40 % error at c = .9 and .38 % without a constraint, of a network of 54 blocks.
+:batchnorm an ordinary residual network with BatchNorm in its branches. The paper reports .40 % error at c = .9 and .38 %
+without a constraint, of a network of 54 blocks.
 """
 
-from iresnet_jax.training.config import default_config
+from iresnet_jax.training.config import default_config, set_variant
 
 TRAIN_EXAMPLES, EPOCHS, BATCH_SIZE = 55_000, 15, 128
 
@@ -21,11 +21,7 @@ def get_config(variant="0.9"):
         {**block, "num_blocks": 2, "hidden": (32,), "squeeze": 2},
         {**block, "num_blocks": 4, "hidden": (48,), "squeeze": 2, "preactivation": True},
     )
-    if variant in ("vanilla", "batchnorm"):
-        config.constraint.norms = "none"
-        config.classifier.normalization = "actnorm" if variant == "vanilla" else "batchnorm"
-    else:
-        config.model.coeff = float(variant)
+    set_variant(config, variant)
     config.classifier.update({"pad_channels": 3, "mean": (0.1307,), "std": (0.3081,), "label_smoothing": 0.1})
     config.augmentation.crop_padding = 2
     config.optimizer.update({"name": "sgd", "learning_rate": 0.1, "nesterov": True, "weight_decay": 5e-4, "clip_norm": 0.0})

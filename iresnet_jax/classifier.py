@@ -297,8 +297,7 @@ def batchnorm_blocks(
 def _batchnorm_features(spec, weights, x, *, statistics=None, axis_name=None, unroll=False):
     used = {}
     for name, stage, branch in zip(model.stage_names(spec.flow), spec.flow.stages, spec.flow.branches, strict=True):
-        x = reshape.squeeze(x, stage.squeeze) if stage.squeeze > 1 else x
-        x = reshape.flatten(x) if x.ndim - 1 != len(branch.in_shape) else x
+        x = model.into_stage(stage, branch, x)
         given = None if statistics is None else statistics[name]["blocks"]
         settings = {"statistics": given, "axis_name": axis_name, "unroll": unroll}
         x, own = batchnorm_blocks(branch, weights[name]["blocks"], x, **settings)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from iresnet_jax import actnorm, branches, certify, flow
+from iresnet_jax import actnorm, branches, certify, flow, reshape
 from iresnet_jax.logdet import ExactLogdet, LogdetEstimator
 
 Tree = Mapping[str, Any]
@@ -201,9 +201,8 @@ def unconstrained(spec: FlowSpec, params: Tree, spectral: Tree) -> Constrained:
     """
 
     def as_they_are(branch, name, blocks):
-        del branch
-        lipschitz = jnp.full(spec.stages[stage_names(spec).index(name)].num_blocks, jnp.inf)
-        return branches.Normalized(blocks, {}, {}, lipschitz)
+        del branch, name
+        return branches.Normalized(blocks, {}, {}, jnp.full(len(jax.tree.leaves(blocks)[0]), jnp.inf))
 
     return _constrain(spec, params, spectral, as_they_are)
 
@@ -307,6 +306,12 @@ def bijection(
             shape = _kept(shape, 0)
     whole = flow.multiscale(stages, tuple(spec.event_shape), batch_size=1 if context is None else len(context))
     return flow.in_float64(whole) if solver.refine else whole
+
+
+def into_stage(stage: StageSpec, branch: branches.BranchSpec, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """What the stage before hands on, squeezed or flattened as the blocks of this stage take it."""
+    x = reshape.squeeze(x, stage.squeeze) if stage.squeeze > 1 else x
+    return reshape.flatten(x) if x.ndim - 1 != len(branch.in_shape) else x
 
 
 def unroll_by_default() -> bool:

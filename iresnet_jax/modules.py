@@ -87,8 +87,7 @@ class ResidualFlow(nn.Module):
             return model.bijection(self.spec, self.constrain().weights, context=context).forward(x)
         latents = []
         for name, stage, branch in zip(model.stage_names(self.spec), self.spec.stages, self.spec.branches, strict=True):
-            x = reshape.squeeze(x, stage.squeeze) if stage.squeeze > 1 else x
-            x = reshape.flatten(x) if x.ndim - 1 != len(branch.in_shape) else x
+            x = model.into_stage(stage, branch, x)
             x = StageModule(stage.num_blocks, branch, self.spec.coeff, self.spec.budget, self.last_scale, name=name)(x, context)
             if stage.factor_out:
                 kept = x.shape[-1] // 2
@@ -163,8 +162,7 @@ class Classifier(nn.Module):
             params, statistics = self.variables["params"], self.variables["batch_stats"]
             return classifier.logits(self.spec, self.constrain().weights, params["head"], statistics, x)
         for name, stage, branch in zip(model.stage_names(flow_spec), flow_spec.stages, flow_spec.branches, strict=True):
-            x = reshape.squeeze(x, stage.squeeze) if stage.squeeze > 1 else x
-            x = reshape.flatten(x) if x.ndim - 1 != len(branch.in_shape) else x
+            x = model.into_stage(stage, branch, x)
             if not self.spec.is_bijective:
                 x = BatchNormStage(stage.num_blocks, branch, self.last_scale, name=name)(x)
                 continue

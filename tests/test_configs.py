@@ -11,7 +11,6 @@ from iresnet_jax.data import toys
 from iresnet_jax.data.images import ImageData
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import loop, parallel, run, state
-from iresnet_jax.training.density import make_step
 
 SHAPES = {
     "digits": (8, 8, 1),
@@ -89,27 +88,22 @@ def test_a_cut_down_copy_takes_a_step(name):
         {**stage, "num_blocks": 1, "hidden": (4,) * len(stage["hidden"])} for stage in config.model.stages
     )
     config.training.update({"batch_size": 8, "actnorm_examples": 16})
+    config.training.blocks = "scan"
     config.optimizer.warmup_steps = 0  # or the first step would not move
     source = source_of(config)
-    spec = run.density_spec(config, source)
-    optimizer = config_lib.build_optimizer(config.optimizer, 10)
-    step = make_step(
-        spec,
-        config_lib.build_estimator(config.logdet),
-        optimizer,
-        config_lib.build_schedule(config.optimizer, 10),
-        seed=0,
-        constrain=config_lib.build_constraint(config.constraint, spec.flow, training=True),
-        ema_decay=config.training.ema_decay,
-        unroll=False,
-    )
-    current = state.create(run.initial_variables(config, spec, source), optimizer)
-    step = jax.jit(jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS))
+    objective = loop.build_objective(config, source)
+    current = state.create(objective.initial_variables(), objective.optimizer)
+    step = jax.jit(jax.vmap(objective.step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS))
     after, metrics = step(current, source.images.images["train"][None, :8])
     assert 0 < float(metrics["bits_per_dim"]) < 50
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), current.params, after.params)
     assert any(jax.tree.leaves(moved))
     assert int(after.step) == 1
+
+
+def test_an_unknown_variant_is_answered_in_a_sentence():
+    with pytest.raises(ValueError, match=r"a variant is a coefficient such as 0\.7, vanilla or batchnorm; got 'vanila'"):
+        get_config("digits_classification", "vanila")
 
 
 @pytest.mark.parametrize("name", ["digits_classification", "mnist_classification", "fashion_mnist_classification"])

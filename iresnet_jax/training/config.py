@@ -112,6 +112,27 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
     return config
 
 
+def set_variant(config: Any, variant: str) -> None:
+    """Makes the config of a classifier that of another one of its family.
+
+    Args:
+        config: The config, which is changed.
+        variant: A coefficient c such as "0.7"; "vanilla", the network without its constraint; or "batchnorm", an ordinary
+            residual network with BatchNorm in its branches.
+
+    Raises:
+        ValueError: If the variant is none of these.
+    """
+    if variant in ("vanilla", "batchnorm"):
+        config.constraint.norms = "none"
+        config.classifier.normalization = "actnorm" if variant == "vanilla" else "batchnorm"
+        return
+    try:
+        config.model.coeff = float(variant)
+    except ValueError:
+        raise ValueError(f"a variant is a coefficient such as 0.7, vanilla or batchnorm; got {variant!r}") from None
+
+
 _LATER = ("objective", "classifier", "augmentation")
 
 

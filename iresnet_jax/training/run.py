@@ -12,6 +12,8 @@ from iresnet_jax import classifier, data, density, likelihood, model, modules
 from iresnet_jax.data import toys
 from iresnet_jax.training import config as config_lib
 
+Spec = density.DensitySpec | classifier.ClassifierSpec
+
 
 @dataclass(frozen=True)
 class Source:
@@ -70,7 +72,7 @@ def load_source(name: str, data_dir: str | None = None) -> Source:
 
 def density_spec(config: Any, source: Source) -> density.DensitySpec:
     """The model that a config describes for its data."""
-    frequencies = source.frequencies
+    frequencies = source.frequencies if config.preprocessing.transform == "equalize" else None
     if config.preprocessing.transform == "equalize" and frequencies is None and source.images is not None:
         frequencies = likelihood.level_frequencies(source.images.images["train"], source.images.num_levels)
     return density.DensitySpec(
@@ -79,7 +81,7 @@ def density_spec(config: Any, source: Source) -> density.DensitySpec:
         transform=config.preprocessing.transform,
         alpha=config.preprocessing.alpha,
         num_levels=source.num_levels,
-        frequencies=frequencies if config.preprocessing.transform == "equalize" else None,
+        frequencies=frequencies,
     )
 
 
@@ -106,7 +108,7 @@ def classifier_spec(config: Any, source: Source) -> classifier.ClassifierSpec:
     )
 
 
-def model_spec(config: Any, source: Source) -> density.DensitySpec | classifier.ClassifierSpec:
+def model_spec(config: Any, source: Source) -> Spec:
     """The model that a config describes for its data, whatever its objective."""
     return classifier_spec(config, source) if config.objective == "classification" else density_spec(config, source)
 
@@ -137,9 +139,6 @@ def device_summary() -> str:
 def num_parameters(params: Any) -> int:
     """Numbers in a tree of arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-Spec = density.DensitySpec | classifier.ClassifierSpec
 
 
 def _module(config: Any, spec: Spec) -> modules.ResidualFlow | modules.Classifier:
