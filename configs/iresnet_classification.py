@@ -8,7 +8,7 @@ reports test errors of .40, 6.78 and 24.58 %, without a constraint .38, 6.69 and
 32 x 32 and copies it to three channels, while this is 28 x 28 x 1. Made for accelerators: 200 epochs of 54 blocks.
 """
 
-from iresnet_jax.training.config import default_config
+from iresnet_jax.training.config import check_name, default_config
 
 REPORTED = {"mnist": 0.40, "cifar10": 6.78, "cifar100": 24.58}  # errors in % at c = .9
 PIXELS = {
@@ -21,6 +21,7 @@ EPOCHS, BATCH_SIZE = 200, 128
 
 
 def get_config(variant="cifar10"):
+    check_name(variant, (*REPORTED, "cifar10_released"))
     data = variant.removesuffix("_released")
     config = default_config()
     config.objective = "classification"

@@ -7,7 +7,7 @@ and copies it to three channels, while this is 28 x 28 x 1, where a dimension is
 has 25.03 million parameters. Made for accelerators: 200 epochs of 48 blocks with 512 channels.
 """
 
-from iresnet_jax.training.config import default_config, estimator_settings
+from iresnet_jax.training.config import check_name, default_config, estimator_settings
 
 REPORTED = {"mnist": 1.06, "cifar10": 3.45}
 TRAIN_EXAMPLES = {"mnist": 55_000, "cifar10": 45_000}  # without those held out for validation
@@ -15,6 +15,7 @@ EPOCHS, BATCH_SIZE, WIDTH = 200, 128, 512
 
 
 def get_config(data="cifar10"):
+    check_name(data, REPORTED)
     config = default_config()
     config.data.name = data
     block = {"hidden": (WIDTH, WIDTH), "kernel_sizes": (3, 1, 3), "activation": "elu"}

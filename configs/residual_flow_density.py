@@ -6,13 +6,14 @@ Names: mnist (.970 bits/dim reported), cifar10 (3.28), downsampled_imagenet/32x3
 channels, of which 28 x 28 images have room for two, and four dense blocks at the end. Made for accelerators.
 """
 
-from iresnet_jax.training.config import default_config, estimator_settings
+from iresnet_jax.training.config import check_name, default_config, estimator_settings
 
 REPORTED = {"mnist": 0.970, "cifar10": 3.28, "downsampled_imagenet/32x32": 4.01}
 WIDTH, DENSE_WIDTH = 512, 128
 
 
 def get_config(data="mnist"):
+    check_name(data, REPORTED)
     config = default_config()
     config.data.name = data
     block = {"hidden": (WIDTH, WIDTH), "kernel_sizes": (3, 1, 3), "activation": "lipswish", "preactivation": True}

@@ -101,6 +101,12 @@ def test_a_cut_down_copy_takes_a_step(name):
     assert int(after.step) == 1
 
 
+@pytest.mark.parametrize("name", ["iresnet_density", "residual_flow_density", "iresnet_classification"])
+def test_an_unknown_name_is_answered_with_those_there_are(name):
+    with pytest.raises(ValueError, match=r"knows no 'cifar1' after its colon: the names are .*cifar10"):
+        get_config(name, "cifar1")
+
+
 def test_an_unknown_variant_is_answered_in_a_sentence():
     with pytest.raises(ValueError, match=r"a variant is a coefficient such as 0\.7, vanilla or batchnorm; got 'vanila'"):
         get_config("digits_classification", "vanila")

@@ -236,6 +236,8 @@ def test_a_config_file_that_fails_is_answered_in_one_sentence(config_file, tmp_p
     assert status == 2
     assert line.startswith("error: the config file itself fails: ")
     assert 'Did you mean "name" instead of "nam"?' in line
+    wrong.write_text("def get_config(name):\n    raise ValueError(f'{name} is none of a and b')\n")
+    assert answer(capsys, f"--config={wrong}:c") == (2, "error: c is none of a and b")
 
 
 def test_workdir_with_another_config_is_refused(config_file, uninterrupted, capsys):

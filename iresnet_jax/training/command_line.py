@@ -84,8 +84,9 @@ def parse_train_flags(argv: Sequence[str], *, default_config: str) -> TrainFlags
         values, rest = _parse([program, *arguments])
     except (AttributeError, LookupError, TypeError) as error:  # from deep inside: which override was it?
         raise ValueError(_explain_override(program, arguments) or one_sentence(error)) from None
-    except flags.Error as error:
-        raise ValueError(one_sentence(error)) from None
+    except flags.Error as error:  # with the traceback in its message where the config file raised it
+        raised = re.findall(r"^ValueError: (.+?)\s*$", str(error).replace("\\n", "\n"), re.MULTILINE)
+        raise ValueError(raised[-1] if raised else one_sentence(error)) from None
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}: settings are given as --config.FIELD=VALUE")
     path = config_flags.get_config_filename(values["config"])

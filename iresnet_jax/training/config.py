@@ -7,7 +7,7 @@ the rest of the library takes plain arguments.
 import difflib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ml_collections
@@ -110,6 +110,12 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
     )
     config.lock()
     return config
+
+
+def check_name(name: str, known: Iterable[str]) -> None:
+    """Raises ``ValueError`` unless a config file knows what follows its colon."""
+    if name not in (names := list(known)):
+        raise ValueError(f"the config file knows no {name!r} after its colon: the names are {', '.join(names)}")
 
 
 def set_variant(config: Any, variant: str) -> None:
