@@ -18,12 +18,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Test likelihood with its standard error, from the unbiased estimator; of a classifier, its test error."""
+    """Test likelihood with its standard error, from the unbiased estimator; of a model with classes, its test error."""
     from iresnet_jax.analysis import classify, evaluate, trained
 
     model = trained.load(arguments.workdir)
-    how = classify if model.is_classifier else evaluate
-    _say(*model.notes, how.describe(how.evaluate(model)))
+    said = [] if model.is_classifier else [evaluate.describe(evaluate.evaluate(model))]
+    if model.has_classes:
+        said.append(classify.describe(classify.evaluate(model)))
+    _say(*model.notes, *said)
     return 0
 
 
@@ -32,7 +34,8 @@ def sample(arguments: argparse.Namespace) -> int:
     from iresnet_jax.analysis import sample, trained
 
     model = trained.load(arguments.workdir)
-    samples = sample.draw(model, arguments.num, temperature=arguments.temperature, seed=arguments.seed)
+    labels = None if arguments.label is None else [arguments.label] * arguments.num
+    samples = sample.draw(model, arguments.num, temperature=arguments.temperature, seed=arguments.seed, labels=labels)
     png, npy = sample.write(model, samples, arguments.workdir)
     _say(*model.notes, sample.describe(samples), f"written: {png} and {npy}")
     return 0 if samples.converged.all() else 1
@@ -103,6 +106,7 @@ def make_parser() -> Parser:
     options["sample"].add_argument("--num", type=int, default=64, help="how many (64)")
     options["sample"].add_argument("--temperature", type=float, default=1.0, help="factor on the prior's scale (1)")
     options["sample"].add_argument("--seed", type=int, default=0, help="of the latents (0)")
+    options["sample"].add_argument("--label", type=int, help="of which class, of a hybrid (any)")
     options["ood"].add_argument("--against", default="rotated", help="rotated (default), noise, or the name of a data set")
     options["ood"].add_argument("--num", type=int, default=2000, help="how many images of each side, at most (2000)")
     options["freeze"].add_argument("--output", metavar="FILE", help="where to write (frozen.npz in the workdir)")

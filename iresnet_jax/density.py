@@ -3,16 +3,23 @@
     log p(x) = log p_Z(F(t(x))) + log|det dF| + log|det dt|          (change of variables; Behrmann et al. 2019, eq. 3)
 
 ``t`` maps pixels to where the flow starts: centred, through a logit, or through the histogram of the training data and a
-logit. All functions are pure; weights are those of
-`model.constrain`.
+logit. All functions are pure; weights are those of `model.constrain`.
+
+With a prior for every class the model is one of images and labels, which classifies by Bayes' rule (Izmailov et al. 2020):
+
+    p_Z(z) = sum_y p(y) p_Z(z | y),    p(y | x) = p(y) p_Z(F(t(x)) | y) / p_Z(F(t(x)))
+
+as the determinants are the same for all classes.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, Num
+from jaxtyping import Array, Float, Int, Key, Num
 
 from iresnet_jax import certify, flow, likelihood, model
 from iresnet_jax.fixed_point import FixedPointInfo
@@ -34,6 +41,7 @@ class LogProb(NamedTuple):
         log_det: Of the flow.
         log_det_transform: Of the preprocessing.
         info: What is known about the error of ``log_det``.
+        log_prior_by_class: See `log_prior_by_class`; None without classes.
     """
 
     log_prob: Float[Array, " b"]
@@ -41,6 +49,7 @@ class LogProb(NamedTuple):
     log_det: Float[Array, " b"]
     log_det_transform: Float[Array, " b"]
     info: LogdetInfo
+    log_prior_by_class: Float[Array, "b k"] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class DensitySpec:
         alpha: Of the logit, keeps it finite.
         num_levels: Grey levels of the data; None for continuous data.
         frequencies: Of the grey levels in the training data, for "equalize".
+        num_classes: Classes that have a prior each, at least 2; None for one prior of all.
     """
 
     flow: model.FlowSpec
@@ -62,8 +72,11 @@ class DensitySpec:
     alpha: float = 0.05
     num_levels: int | None = 256
     frequencies: tuple[float, ...] | None = None
+    num_classes: int | None = None
 
     def __post_init__(self):
+        if self.num_classes is not None and self.num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {self.num_classes}: the data set needs labels")
         if self.prior not in PRIORS:
             raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {self.prior!r}")
         if self.transform not in TRANSFORMS:
@@ -80,6 +93,11 @@ def to_continuous(spec: DensitySpec, key: Key[Array, "..."], x: Num[Array, "b ..
     if spec.num_levels is None:
         return x
     return likelihood.dequantize(key, x, spec.num_levels)
+
+
+def cell_centers(spec: DensitySpec, x: Num[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """Data as points of [0, 1) without noise, for what should not depend on it: each grey level at the middle of its cell."""
+    return x if spec.num_levels is None else (x.astype(jnp.result_type(float)) + 0.5) / spec.num_levels
 
 
 def transform(spec: DensitySpec, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
@@ -153,12 +171,63 @@ def log_prob(
         unroll: See `model.bijection`.
         rematerialize: See `model.bijection`.
     """
-    parameters, density, _ = PRIORS[spec.prior]
     y, log_det_transform = transform(spec, x)
     bijection = model.bijection(spec.flow, weights, estimator, context=context, unroll=unroll, rematerialize=rematerialize)
     z, log_det, info = bijection.forward_and_logdet(y, key)
-    log_prior = density(parameters(**prior), z)
-    return LogProb(log_prior + log_det + log_det_transform, log_prior, log_det, log_det_transform, info)
+    if spec.num_classes is None:
+        parameters, log_density, _ = PRIORS[spec.prior]
+        by_class, log_prior = None, log_density(parameters(**prior), z)
+    else:
+        by_class = log_prior_by_class(spec, prior, z)
+        log_prior = jax.nn.logsumexp(by_class, axis=1)
+    return LogProb(log_prior + log_det + log_det_transform, log_prior, log_det, log_det_transform, info, by_class)
+
+
+def log_prior_by_class(spec: DensitySpec, prior: Any, z: Float[Array, "b d"]) -> Float[Array, "b k"]:
+    """``log p(y) + log p_Z(z | y)`` for every class ``y``: logits of the classes, whose log-sum-exp is the prior.
+
+    Args:
+        spec: The model, with classes.
+        prior: The prior's parameters, one row a class, and ``class_logits`` of ``p(y)``.
+        z: Latents.
+
+    Raises:
+        ValueError: If the model has one prior for all.
+    """
+    check_classes(spec)
+    _, log_density, _ = PRIORS[spec.prior]
+    of_classes = jax.vmap(lambda component: log_density(component, z), out_axes=1)(_components(spec, prior))
+    return of_classes + jax.nn.log_softmax(prior["class_logits"])[None]
+
+
+def class_log_probs(
+    spec: DensitySpec, weights: Any, prior: Any, x: Float[Array, "b ..."], *, unroll: bool = False
+) -> Float[Array, "b k"]:
+    """``log p(y | x)`` for every class ``y`` by Bayes' rule: one pass through the flow, no determinants.
+
+    Args:
+        spec: The model, with classes.
+        weights: The flow's constrained weights.
+        prior: The prior's parameters.
+        x: Continuous data, from `to_continuous` or `cell_centers`.
+        unroll: See `model.bijection`.
+
+    Raises:
+        ValueError: If the model has one prior for all.
+    """
+    return jax.nn.log_softmax(log_prior_by_class(spec, prior, encode(spec, weights, x, unroll=unroll)))
+
+
+def check_classes(spec: DensitySpec) -> None:
+    """Raises ``ValueError`` in one sentence unless every class has its own prior."""
+    if spec.num_classes is None:
+        raise ValueError("this density has one prior for all classes: train with objective = hybrid for one of each")
+
+
+def _components(spec: DensitySpec, prior: Mapping[str, Array]) -> Any:
+    """The parameters of the classes' priors, stacked."""
+    parameters, _, _ = PRIORS[spec.prior]
+    return parameters(**{name: prior[name] for name in parameters._fields})
 
 
 def objective(spec: DensitySpec, log_prob: Float[Array, " b"]) -> Float[Array, " b"]:
@@ -214,9 +283,44 @@ def sample(
     temperature: float = 1.0,
     solver: flow.Solver = flow.Solver(),  # noqa: B008 (immutable)
     context: Float[Array, "n k"] | None = None,
+    labels: Int[Array, " n"] | None = None,
     unroll: bool = False,
 ) -> tuple[Float[Array, "n ..."], FixedPointInfo]:
-    """Samples, one a context if there are any: latents from the prior (scale times ``temperature``) through the inverse."""
-    parameters, _, draw = PRIORS[spec.prior]
-    z = draw(parameters(**prior), key, num, temperature)
+    """Samples: latents from the prior through the inverse.
+
+    Args:
+        spec: The model.
+        weights: The flow's constrained weights.
+        prior: The prior's parameters.
+        key: Of the latents.
+        num: Samples.
+        temperature: Factor on the prior's scale; 1 samples the model.
+        solver: Of the inverse.
+        context: One a sample.
+        labels: A class for each sample, where classes have priors; drawn from ``p(y)`` by default.
+        unroll: See `model.bijection`.
+
+    Returns:
+        Continuous data, and how the inverse ended.
+
+    Raises:
+        ValueError: If there are labels and no priors of their own, or as many labels as samples are not given.
+    """
+    z = _sample_prior(spec, prior, key, num, temperature, labels)
     return decode(spec, weights, z, solver, context=context, unroll=unroll)
+
+
+def _sample_prior(spec, prior, key, num, temperature, labels):
+    parameters, _, draw = PRIORS[spec.prior]
+    if labels is not None:
+        check_classes(spec)
+        if labels.shape != (num,):
+            raise ValueError(f"labels must have shape {(num,)}, one a sample, got {labels.shape}")
+    if spec.num_classes is None:
+        return draw(parameters(**prior), key, num, temperature)
+    key_label, key_noise = jax.random.split(key)
+    if labels is None:
+        labels = jax.random.categorical(key_label, prior["class_logits"], shape=(num,))
+    components = jax.tree.map(lambda stacked: stacked[labels], _components(spec, prior))
+    one = jax.vmap(lambda component, key: draw(component, key, 1, temperature)[0])
+    return one(components, jax.random.split(key_noise, num))

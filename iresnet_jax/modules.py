@@ -74,11 +74,13 @@ class ResidualFlow(nn.Module):
         spec: The architecture.
         prior: "gaussian" or "logistic".
         last_scale: Initial factor on a branch's last layer.
+        num_classes: Classes that have a prior each; None for one prior of all.
     """
 
     spec: model.FlowSpec
     prior: str = "gaussian"
     last_scale: float = 1.0
+    num_classes: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b d"]:
@@ -93,7 +95,7 @@ class ResidualFlow(nn.Module):
                 kept = x.shape[-1] // 2
                 latents.append(reshape.flatten(x[..., kept:]))
                 x = x[..., :kept]
-        self.param("prior", lambda key: initial_prior(self.prior, self.spec.num_dims))
+        self.param("prior", lambda key: initial_prior(self.prior, self.spec.num_dims, self.num_classes))
         return jnp.concatenate([*latents, reshape.flatten(x)], axis=-1)
 
     def constrain(self, *, num_steps: int | None = None, rtol: float = 1e-3) -> model.Constrained:
@@ -213,13 +215,14 @@ class BatchNormStage(nn.Module):
         return y
 
 
-def initial_prior(kind: str, num_dims: int) -> dict[str, Array]:
-    """Parameters of the standard distribution."""
+def initial_prior(kind: str, num_dims: int, num_classes: int | None = None) -> dict[str, Array]:
+    """Parameters of the standard distribution; with classes, of one for each, all equally likely."""
     priors = {"gaussian": likelihood.GaussianPrior, "logistic": likelihood.LogisticPrior}
     if kind not in priors:
         raise ValueError(f"prior must be one of {', '.join(priors)}, got {kind!r}")
-    zeros = jnp.zeros(num_dims)
-    return priors[kind](zeros, zeros)._asdict()
+    zeros = jnp.zeros(num_dims if num_classes is None else (num_classes, num_dims))
+    classes = {} if num_classes is None else {"class_logits": jnp.zeros(num_classes)}
+    return {**priors[kind](zeros, zeros)._asdict(), **classes}
 
 
 def initial_head(key: Key[Array, ""], num_channels: int, num_classes: int) -> dict[str, dict[str, Array]]:

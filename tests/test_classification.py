@@ -155,7 +155,10 @@ def test_checkpoints_are_chosen_by_accuracy_and_ties_broken_by_the_loss(config):
 
 
 MISTAKES = {
-    "objective": ({"objective": "clasification"}, "objective must be one of density, classification, got 'clasification'"),
+    "objective": (
+        {"objective": "clasification"},
+        "objective must be one of density, classification, hybrid, got 'clasification'",
+    ),
     "no labels": ({"data.name": "moons"}, "classification needs labelled images, and moons has none"),
     "density without constraint": (
         {"objective": "density", "constraint.norms": "none"},

@@ -152,7 +152,7 @@ def test_one_and_two_devices_give_the_same_result(config):
 
 
 def test_the_comparison_notices_gradients_that_are_not_averaged(config, monkeypatch):
-    monkeypatch.setattr("iresnet_jax.training.density.lax.pmean", lambda value, axis: value)
+    monkeypatch.setattr("jax.lax.pmean", lambda value, axis: value)
     with pytest.raises(ValueError, match="out_axes"):  # under vmap; pmap would return the first device's without a word
         after_steps(config, 2, vmapped, num_steps=1)
 

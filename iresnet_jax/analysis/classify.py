@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from iresnet_jax.analysis import plots
 from iresnet_jax.analysis.trained import Trained
-from iresnet_jax.training import parallel
+from iresnet_jax.training import hybrid, parallel
 from iresnet_jax.training.classification import evaluate_images, make_evaluation
 
 CONFIDENCE, Z = 0.95, 1.959964  # of the interval, and the quantile of the normal distribution that belongs to it
@@ -50,7 +50,7 @@ def evaluate(trained: Trained) -> dict[str, Any]:
     """The top-1 error on the test split, with the frozen weights that everything after training uses.
 
     Args:
-        trained: A classifier.
+        trained: A classifier, or a density with classes.
 
     Returns:
         ``error`` and its Wilson ``interval`` at ``confidence``, as fractions; ``num_errors`` of ``num_examples``; ``loss``, the
@@ -58,9 +58,12 @@ def evaluate(trained: Trained) -> dict[str, Any]:
         the test split, ``label``, ``prediction`` and its ``probability``.
     """
     images, labels = trained.source.held_out("test", _everything(trained), trained.config.seed), trained.source.labels("test")
-    step = parallel.parallelize_eval(make_evaluation(trained.spec))
-    state = (trained.weights, trained.head, trained.statistics)
-    outputs = evaluate_images(step, state, images, labels, trained.config.evaluation.batch_size)
+    if trained.is_classifier:
+        step, state = make_evaluation(trained.spec), (trained.weights, trained.head, trained.statistics)
+    else:
+        step, state = hybrid.make_classification(trained.spec), (trained.weights, trained.prior)
+    size = trained.config.evaluation.batch_size
+    outputs = evaluate_images(parallel.parallelize_eval(step), state, images, labels, size)
     logits = outputs["logits"].astype(np.float64)
     predictions = logits.argmax(axis=1)
     wrong = np.flatnonzero(predictions != labels)

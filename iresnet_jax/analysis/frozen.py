@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jaxtyping import Array, Float, Key, Num
+from jaxtyping import Array, Float, Int, Key, Num
 
 from iresnet_jax import classifier, density, flow, model
 from iresnet_jax.analysis.trained import Trained
@@ -84,9 +84,15 @@ class FrozenModel:
         *,
         temperature: float = 1.0,
         solver: flow.Solver = flow.Solver(),  # noqa: B008 (immutable)
+        labels: Int[Array, " n"] | None = None,
     ) -> tuple[Float[Array, "n ..."], FixedPointInfo]:
-        """Samples, and how the inverse ended for each."""
-        return density.sample(self.spec, self.weights, self.prior, key, num, temperature=temperature, solver=solver)
+        """Samples, and how the inverse ended for each; of given classes, if the model has any, see `density.sample`."""
+        settings = {"temperature": temperature, "solver": solver, "labels": labels}
+        return density.sample(self.spec, self.weights, self.prior, key, num, **settings)
+
+    def class_log_probs(self, images: Num[Array, "b h w c"]) -> Float[Array, "b k"]:
+        """``log p(y | x)`` of images of integer levels, of a model with classes; see `density.class_log_probs`."""
+        return density.class_log_probs(self.spec, self.weights, self.prior, density.cell_centers(self.spec, images))
 
 
 @dataclass(frozen=True)

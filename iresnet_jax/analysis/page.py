@@ -23,6 +23,10 @@ FIGURES = {
         "Samples drawn from the model.",
         "Samples drawn from the prior and mapped through the inverse; not selected.",
     ),
+    "samples_by_class": (
+        "Samples drawn from the model, a row of them of each class.",
+        "Samples of each class, by row: from its own prior, mapped through the inverse; not selected.",
+    ),
     "density": (
         "Map of the model's density over the plane.",
         "Density of the model over the plane; the colour scale ends at the 99.5 % quantile.",
@@ -52,6 +56,9 @@ FIGURES = {
     ),
 }
 
+SAMPLED = ("samples", "samples_by_class", "density")
+PICTURES = (*SAMPLED, "confusion", "mistakes")
+
 
 def render(report: Mapping[str, Any], figures: Mapping[str, str], *, title: str) -> str:
     """Writes the report of a run as one self-contained HTML page.
@@ -63,7 +70,7 @@ def render(report: Mapping[str, Any], figures: Mapping[str, str], *, title: str)
     Args:
         report: Results of a run; every key is optional. ``bits_per_dim`` (images) or ``nll`` (toys, in nats): ``mean``,
             ``stderr``, ``stderr_data``, ``stderr_probes``, ``stderr_dequantisation``, ``truncation_bound``,
-            ``num_examples``, ``num_probes``, ``num_dequantisations``, ``estimator``; or ``classification``: ``error``,
+            ``num_examples``, ``num_probes``, ``num_dequantisations``, ``estimator``; and ``classification``: ``error``,
             ``interval``, ``confidence``, ``num_errors``, ``num_examples``, ``loss``. Bounds are taken to rest on the
             certified Lipschitz bounds where every block has one, and are called conditional otherwise.
             ``entropy_floor`` in nats. ``inverse``: ``max_abs_error``, ``max_euclidean_error``, ``max_error_bound``,
@@ -90,12 +97,12 @@ def render(report: Mapping[str, Any], figures: Mapping[str, str], *, title: str)
     for name, uri in figures.items():
         if not uri.startswith("data:image/"):
             raise ValueError(f"figure {name!r} must be an image data URI, got {uri[:40]!r}: encode it with to_svg_or_png")
-    no_samples = None if "classification" in report else "No samples were drawn."
+    no_samples = None if "classification" in report and not report.get("bits_per_dim") else "No samples were drawn."
     sections = {
         "Result": _result(report),
         "Learning curves": _shown(figures, "learning_curves") or "No training or validation records yet.",
         "Mistakes": _shown(figures, "confusion", "mistakes", side_by_side=True),
-        "Samples": _shown(figures, "samples", "density", side_by_side="density" in figures) or no_samples,
+        "Samples": _shown(figures, *SAMPLED, side_by_side=sum(name in figures for name in SAMPLED) > 1) or no_samples,
         "Inversion": _inversion(report, figures),
         "Lipschitz constants": _lipschitz(report, figures),
         "Time": _time(report.get("train")),
@@ -117,11 +124,13 @@ def render(report: Mapping[str, Any], figures: Mapping[str, str], *, title: str)
 
 def _result(report: Mapping[str, Any]) -> Html:
     """Tiles of the headline numbers, then where the uncertainty comes from and what to compare with."""
-    if "classification" in report:
-        return _accuracy(report)
     key, unit = claims.objective(report)
     likelihood = report.get(key)
+    if "classification" in report and not likelihood:
+        return _accuracy(report)
     tiles = _likelihood_tiles(likelihood, key, unit, certified=claims.is_certified(report)) if likelihood else []
+    if "classification" in report:
+        tiles += _accuracy_tiles(report["classification"])
     tiles += _inverse_tile(report) + _lipschitz_tile(report)
     parts = [] if likelihood else [_note("The likelihood of the test data has not been evaluated yet.")]
     if tiles:
@@ -135,6 +144,16 @@ def _result(report: Mapping[str, Any]) -> Html:
 def _accuracy(report: Mapping[str, Any]) -> Html:
     """Tiles of a classifier's headline numbers, then what to compare with."""
     result = report["classification"]
+    tiles = _accuracy_tiles(result) + _inverse_tile(report) + _lipschitz_tile(report)
+    parts = [tag("div", *tiles, class_="tiles")]
+    error = {"mean": 100 * result["error"]}
+    if comparison := _comparison(report, error, "% error"):
+        parts.append(tag("div", comparison, class_="columns"))
+    return join(parts)
+
+
+def _accuracy_tiles(result: Mapping[str, Any]) -> list[Html]:
+    """The error with its interval, and the cross-entropy."""
     low, high = (100 * end for end in result["interval"])
     confidence = f"{100 * result['confidence']:.0f} %"
     meaning = (
@@ -143,13 +162,7 @@ def _accuracy(report: Mapping[str, Any]) -> Html:
     )
     tiles = [_tile("Test error", f"{100 * result['error']:.2f} %", "of the images", "measured", meaning)]
     meaning = "Mean code length of a test image's class, without label smoothing. Confident mistakes weigh most."
-    tiles.append(_tile("Cross-entropy", number(result["loss"]), "nats", "measured", meaning))
-    tiles += _inverse_tile(report) + _lipschitz_tile(report)
-    parts = [tag("div", *tiles, class_="tiles")]
-    error = {"mean": 100 * result["error"]}
-    if comparison := _comparison(report, error, "% error"):
-        parts.append(tag("div", comparison, class_="columns"))
-    return join(parts)
+    return [*tiles, _tile("Cross-entropy", number(result["loss"]), "nats", "measured", meaning)]
 
 
 def _likelihood_tiles(result: Mapping[str, Any], key: str, unit: str, *, certified: bool) -> list[Html]:
@@ -381,7 +394,7 @@ def _shown(figures: Mapping[str, str], *names: str, side_by_side: bool = False) 
         if name not in figures:
             continue
         alternative, caption = FIGURES.get(name, (name.replace("_", " "), name.replace("_", " ")))
-        kind = "picture" if name in ("samples", "density", "confusion", "mistakes") else "chart"
+        kind = "picture" if name in PICTURES else "chart"
         image = tag("img", src=figures[name], alt=alternative, class_=kind)
         parts.append(tag("figure", tag("div", image, class_="wide"), tag("figcaption", caption)))
     if side_by_side:

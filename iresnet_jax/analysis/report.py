@@ -17,6 +17,7 @@ from iresnet_jax.training import config as config_lib
 from iresnet_jax.training.metrics import read_metrics
 
 NUM_IMAGES, NUM_POINTS = 64, 2000  # samples shown
+SAMPLES_A_CLASS = 8  # shown, of a model that can
 MAP_SIDE = 128
 
 
@@ -85,11 +86,21 @@ def _of_density(trained: Trained) -> tuple[dict[str, Any], dict[str, Any], list[
     figures = {"samples": sample.figure(trained, samples.values)}
     if is_toy:
         figures["density"] = plots.density_map(*density_on_grid(trained))
+    if trained.has_classes:
+        found, drawn, _ = _of_classifier(trained)
+        results, figures = {**results, **found}, {**figures, **drawn}
+        of_classes = sample.draw(trained, num=len(labels := labels_by_row(trained)), seed=trained.config.seed, labels=labels)
+        figures["samples_by_class"] = plots.image_grid(sample.grey_values(trained, of_classes.values), columns=SAMPLES_A_CLASS)
     return results, figures, [*evaluate.warnings(likelihood), *sample.warnings(samples)]
 
 
+def labels_by_row(trained: Trained) -> list[int]:
+    """Every class `SAMPLES_A_CLASS` times, one after the other."""
+    return [label for label in range(trained.spec.num_classes) for _ in range(SAMPLES_A_CLASS)]
+
+
 def _of_classifier(trained: Trained) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Results, figures and warnings that only a classifier has."""
+    """Results, figures and warnings that only a model with classes has."""
     result = classify.evaluate(trained)
     return {"classification": result}, classify.figures(trained, result), []
 
@@ -101,10 +112,11 @@ def _num_reconstructed(trained: Trained) -> int:
 
 def describe(report: dict[str, Any], workdir: Path) -> str:
     """The headline of a report, and where it is."""
+    lines = []
+    if likelihood := report.get("bits_per_dim") or report.get("nll"):
+        lines.append(evaluate.describe({**likelihood}))
     if "classification" in report:
-        lines = [classify.describe(report["classification"])]
-    else:
-        lines = [evaluate.describe({**(report.get("bits_per_dim") or report["nll"])})]
+        lines.append(classify.describe(report["classification"]))
     if "inverse" in report:
         lines += [reconstruct.describe(report["inverse"]), lipschitz.verdict(report["lipschitz"])]
     said = "\n".join(lines)

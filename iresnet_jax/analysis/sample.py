@@ -1,13 +1,14 @@
 """Samples of a trained model, with a verdict on every one: the inverse is iterative and says where it failed."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float, Int, Num
 
 from iresnet_jax import density, likelihood
 from iresnet_jax.analysis import plots
@@ -29,7 +30,9 @@ class Samples(NamedTuple):
     error_bound: Float[np.ndarray, " n"]
 
 
-def draw(trained: Trained, num: int, *, temperature: float = 1.0, seed: int = 0) -> Samples:
+def draw(
+    trained: Trained, num: int, *, temperature: float = 1.0, seed: int = 0, labels: Sequence[int] | None = None
+) -> Samples:
     """Draws from the model: latents from the prior, through the inverse, to the levels of the data.
 
     Args:
@@ -37,9 +40,10 @@ def draw(trained: Trained, num: int, *, temperature: float = 1.0, seed: int = 0)
         num: Samples, at least 1.
         temperature: Factor on the prior's scale, at least 0; 1 samples the model.
         seed: Of the latents.
+        labels: A class for each sample, of a model whose classes have priors; drawn by the model by default.
 
     Raises:
-        ValueError: If ``num``, ``temperature`` or ``seed`` is out of range.
+        ValueError: If ``num``, ``temperature``, ``seed`` or a label is out of range, or the model has no classes.
 
     Example:
         >>> samples = draw(load("runs/digits_density"), 64, temperature=0.8)  # doctest: +SKIP
@@ -54,15 +58,30 @@ def draw(trained: Trained, num: int, *, temperature: float = 1.0, seed: int = 0)
     at_once = min(num, trained.config.evaluation.batch_size)
 
     @jax.jit
-    def batch(weights, prior, key):
-        return density.sample(spec, weights, prior, key, at_once, temperature=temperature, solver=solver)
+    def batch(weights, prior, key, labels):
+        settings = {"temperature": temperature, "solver": solver, "labels": labels}
+        return density.sample(spec, weights, prior, key, at_once, **settings)
 
     key = jax.random.key(seed)
-    parts = [batch(trained.weights, trained.prior, jax.random.fold_in(key, i)) for i in range(-(-num // at_once))]
+    num_batches = -(-num // at_once)
+    of_batch = [None] * num_batches if labels is None else _label_batches(trained, labels, num, at_once)
+    parts = [batch(trained.weights, trained.prior, jax.random.fold_in(key, i), of_batch[i]) for i in range(num_batches)]
     x, info = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:num], *jax.device_get(parts))
     if spec.num_levels is not None:
         x = np.asarray(likelihood.quantize(jnp.asarray(x), spec.num_levels))
     return Samples(x, info.converged, info.error_bound)
+
+
+def _label_batches(trained: Trained, labels: Sequence[int], num: int, at_once: int) -> list[Int[np.ndarray, " n"]]:
+    """Labels in batches, the last one filled up."""
+    density.check_classes(trained.spec)
+    known = trained.spec.num_classes
+    if len(labels) != num:
+        raise ValueError(f"there must be a label for each of {num} samples, got {len(labels)}")
+    if wrong := [label for label in labels if not 0 <= label < known]:
+        raise ValueError(f"there is no class {wrong[0]}: classes are 0 to {known - 1}")
+    padded = np.resize(np.asarray(labels, np.int32), -(-num // at_once) * at_once)
+    return np.split(padded, len(padded) // at_once)
 
 
 def figure(trained: Trained, values: Num[np.ndarray, "n ..."]) -> Any:

@@ -57,6 +57,11 @@ class Trained:
         return isinstance(self.spec, classifier.ClassifierSpec)
 
     @property
+    def has_classes(self) -> bool:
+        """Whether it says of an image which class it belongs to."""
+        return self.is_classifier or self.spec.num_classes is not None
+
+    @property
     def is_bijective(self) -> bool:
         """Whether there is an inverse to try at least."""
         return not self.is_classifier or self.spec.is_bijective

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 from jaxtyping import Array, Key, Shaped
 
 from iresnet_jax import classifier, model
@@ -15,9 +14,9 @@ from iresnet_jax.data import augment
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import parallel, run
 from iresnet_jax.training.evaluation import over_batches
-from iresnet_jax.training.objective import Objective, constraint_metrics
+from iresnet_jax.training.objective import Loss, Objective, update
 from iresnet_jax.training.parallel import AXIS, example_keys
-from iresnet_jax.training.state import TrainState, apply_gradients, average_statistics
+from iresnet_jax.training.state import TrainState
 
 Augment = Callable[[Key[Array, " b"], Shaped[Array, "b h w c"]], Shaped[Array, "b h w c"]]
 
@@ -29,8 +28,7 @@ def objective(config: Any, source: run.Source) -> Objective:
     settings, label_smoothing = config.training, config.classifier.label_smoothing
     classifier.check_label_smoothing(label_smoothing)
     augment_images = make_augmentation(config.augmentation)
-    one = source.images.images["train"][:1]
-    jax.eval_shape(lambda images: augment_images(jax.random.split(jax.random.key(0), 1), images), one)  # mistakes show here
+    check_augmentation(augment_images, source)
     optimizer = config_lib.build_optimizer(config.optimizer, settings.total_steps)
     step = make_step(
         spec,
@@ -77,6 +75,13 @@ def make_augmentation(settings: config_lib.Settings) -> Augment:
     return augment_images
 
 
+def check_augmentation(augment_images: Augment, source: run.Source) -> None:
+    """Raises ``ValueError`` in one sentence if images of this size cannot be changed like that."""
+    assert source.images is not None
+    one = source.images.images["train"][:1]
+    jax.eval_shape(lambda images: augment_images(jax.random.split(jax.random.key(0), 1), images), one)
+
+
 def make_step(
     spec: classifier.ClassifierSpec,
     optimizer: optax.GradientTransformation,
@@ -113,25 +118,15 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         x = classifier.preprocess(spec, augment_images(example_keys(key, len(images)), images))
 
-        def loss_fn(params):
+        def loss_of(params):
             constrained = constrain(params, state.spectral)
             settings = {"axis_name": AXIS, "unroll": unroll, "rematerialize": rematerialize}
             logits, statistics = classifier.training_logits(spec, constrained.weights, params["head"], x, **settings)
-            loss = lax.pmean(jnp.mean(classifier.cross_entropy(logits, labels, label_smoothing=label_smoothing)), AXIS)
-            return loss, (constrained, statistics, logits)
+            loss = jnp.mean(classifier.cross_entropy(logits, labels, label_smoothing=label_smoothing))
+            accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels)
+            return Loss(loss, {"loss": loss, "accuracy": accuracy}, constrained, statistics)
 
-        (loss, (constrained, statistics, logits)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        gradients = lax.pmean(gradients, AXIS)
-        spectral = lax.pmean(constrained.spectral, AXIS)
-        metrics = {
-            "loss": loss,
-            "accuracy": lax.pmean(jnp.mean(jnp.argmax(logits, axis=1) == labels), AXIS),
-            **constraint_metrics(constrained),
-            "grad_norm": optax.tree.norm(gradients),
-            "learning_rate": jnp.asarray(schedule(state.step)),
-        }
-        state = state._replace(batch_stats=average_statistics(state, statistics, ema_decay))
-        return apply_gradients(state, gradients, spectral, optimizer, ema_decay), metrics
+        return update(state, loss_of, optimizer, schedule, ema_decay=ema_decay)
 
     return step
 

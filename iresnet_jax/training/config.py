@@ -25,7 +25,7 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
     config = ml_collections.ConfigDict(
         {
             "seed": 0,
-            "objective": "density",  # or "classification"
+            "objective": "density",  # or "classification", or "hybrid": a density that classifies by a prior for every class
             "data": {
                 "name": "digits",  # an image data set, or a 2-D toy of data.toys
                 "data_dir": config_dict.placeholder(str),
@@ -55,7 +55,14 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
                 "num_squarings": 4,  # of the Gram iteration behind "certified"
                 "twists": "auto",  # of its embedding: "all" is tighter and dearer than "one", above all on small images
             },
-            # Of classification alone; the number of classes is that of the data.
+            # Of "hybrid" alone: lambda in cross-entropy + lambda bits/dim. D log 2 for D dimensions makes that the likelihood
+            # of images and labels; a smaller one pays more attention to the labels.
+            "hybrid": {
+                "weight": 1.0,
+                "initial_weight": 1.0,  # that it starts from,
+                "ramp_steps": 0,  # to reach it in a straight line within so many steps
+            },
+            # Of classification, and label_smoothing of "hybrid" too; the number of classes is that of the data.
             "classifier": {
                 "pad_channels": 0,  # channels of zeros behind those of an image: they make the network wider
                 "mean": (0.5,),  # of pixels in [0, 1], one a channel or one for all
@@ -65,7 +72,7 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
                 # residual network to compare with, which has no constraint and no inverse.
                 "normalization": "actnorm",
             },
-            "augmentation": {  # of training images, on the device
+            "augmentation": {  # of training images that are classified, on the device
                 "crop_padding": 0,  # pixels that an image is shifted by at most
                 "flip": False,  # left to right
             },
@@ -139,7 +146,7 @@ def set_variant(config: Any, variant: str) -> None:
         raise ValueError(f"a variant is a coefficient such as 0.7, vanilla or batchnorm; got {variant!r}") from None
 
 
-_LATER = ("objective", "classifier", "augmentation")
+_LATER = ("objective", "classifier", "augmentation", "hybrid")
 
 
 def with_later_defaults(plain: dict[str, Any]) -> dict[str, Any]:

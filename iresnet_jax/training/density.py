@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 from jaxtyping import Array, Int, Key
 
 from iresnet_jax import density, model
@@ -15,9 +14,9 @@ from iresnet_jax.logdet import LogdetEstimator
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import parallel, run
 from iresnet_jax.training.evaluation import over_batches
-from iresnet_jax.training.objective import Objective, constraint_metrics
-from iresnet_jax.training.parallel import AXIS, example_keys
-from iresnet_jax.training.state import TrainState, apply_gradients
+from iresnet_jax.training.objective import Loss, Objective, update
+from iresnet_jax.training.parallel import example_keys
+from iresnet_jax.training.state import TrainState
 
 
 def objective(config: Any, source: run.Source) -> Objective:
@@ -91,26 +90,16 @@ def make_step(
         x = density.to_continuous(spec, key_dequantise, data)
         shared = estimator.fix_length(key_length)
 
-        def loss_fn(params):
+        def loss_of(params):
             constrained = constrain(params, state.spectral)
             terms = density.log_prob(
                 spec, constrained.weights, params["prior"], x, key_probe, shared, unroll=unroll, rematerialize=rematerialize
             )
-            loss = lax.pmean(jnp.mean(density.objective(spec, terms.log_prob)), AXIS)
-            return loss, (constrained, terms)
+            loss = jnp.mean(density.objective(spec, terms.log_prob))
+            means = {"log_prior": jnp.mean(terms.log_prior), "log_det": jnp.mean(terms.log_det)}
+            return Loss(loss, {density.objective_name(spec): loss, **means}, constrained)
 
-        (loss, (constrained, terms)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        gradients = lax.pmean(gradients, AXIS)
-        spectral = lax.pmean(constrained.spectral, AXIS)
-        metrics = {
-            density.objective_name(spec): loss,
-            "log_prior": lax.pmean(jnp.mean(terms.log_prior), AXIS),
-            "log_det": lax.pmean(jnp.mean(terms.log_det), AXIS),
-            **constraint_metrics(constrained),
-            "grad_norm": optax.tree.norm(gradients),
-            "learning_rate": jnp.asarray(schedule(state.step)),
-        }
-        return apply_gradients(state, gradients, spectral, optimizer, ema_decay), metrics
+        return update(state, loss_of, optimizer, schedule, ema_decay=ema_decay)
 
     return step
 
@@ -151,10 +140,15 @@ class Validation:
 
     def __call__(self, current: TrainState) -> dict[str, float]:
         """The mean of every term."""
-        weights = self._constrain(current.ema, current.spectral)
-        outputs = evaluate_examples(
-            self._evaluate, (weights, current.ema["prior"]), self._examples, jax.random.key(self._seed), self._batch_size
-        )
+        return self.measure(self.constrain(current))
+
+    def constrain(self, current: TrainState) -> tuple[Any, Any]:
+        """The averaged weights, constrained, and the averaged prior."""
+        return self._constrain(current.ema, current.spectral), current.ema["prior"]
+
+    def measure(self, state: tuple[Any, Any]) -> dict[str, float]:
+        """The mean of every term under such weights."""
+        outputs = evaluate_examples(self._evaluate, state, self._examples, jax.random.key(self._seed), self._batch_size)
         del outputs["truncation_bound"]
         return {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
 

@@ -17,13 +17,13 @@ import numpy as np
 from absl import logging
 
 from iresnet_jax.data import device_feed
-from iresnet_jax.training import classification, density, parallel, run, state
+from iresnet_jax.training import classification, density, hybrid, parallel, run, state
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training.checkpoint import Checkpoints
 from iresnet_jax.training.metrics import MetricWriter, Progress, check_finite
 from iresnet_jax.training.objective import Objective
 
-OBJECTIVES = {"density": density.objective, "classification": classification.objective}
+OBJECTIVES = {"density": density.objective, "classification": classification.objective, "hybrid": hybrid.objective}
 
 
 def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
@@ -32,6 +33,58 @@ class Objective(NamedTuple):
     step: Callable[[state.TrainState, Any], tuple[state.TrainState, dict[str, Any]]]
     make_validation: Callable[[], Callable[[state.TrainState], dict[str, float]]]
     loss: Callable[[Mapping[str, float]], float]
+
+
+class Loss(NamedTuple):
+    """What a step learns of a batch under some parameters.
+
+    Attributes:
+        value: What is minimised, a mean over the batch.
+        metrics: Means over the batch, for the log.
+        constrained: The weights that ran.
+        batch_stats: BatchNorm's statistics of the batch, over all devices; None without BatchNorm.
+    """
+
+    value: Any
+    metrics: dict[str, Any]
+    constrained: model.Constrained
+    batch_stats: Any = None
+
+
+def update(
+    current: state.TrainState,
+    loss_of: Callable[[Any], Loss],
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    ema_decay: float,
+) -> tuple[state.TrainState, dict[str, Any]]:
+    """One step down the gradient of a loss, averaged over devices, and the metrics of the step.
+
+    Args:
+        current: The state before.
+        loss_of: ``params -> Loss`` on this device's share of the batch.
+        optimizer: Update rule.
+        schedule: Its learning rate, for the log.
+        ema_decay: Of the moving averages of the parameters and of BatchNorm's statistics.
+    """
+
+    def value_and_rest(params):
+        loss = loss_of(params)
+        return lax.pmean(loss.value, AXIS), loss
+
+    gradients, loss = jax.grad(value_and_rest, has_aux=True)(current.params)
+    gradients = lax.pmean(gradients, AXIS)
+    spectral = lax.pmean(loss.constrained.spectral, AXIS)
+    metrics = {
+        **lax.pmean(loss.metrics, AXIS),
+        **constraint_metrics(loss.constrained),
+        "grad_norm": optax.tree.norm(gradients),
+        "learning_rate": jnp.asarray(schedule(current.step)),
+    }
+    if loss.batch_stats:
+        current = current._replace(batch_stats=state.average_statistics(current, loss.batch_stats, ema_decay))
+    return state.apply_gradients(current, gradients, spectral, optimizer, ema_decay), metrics
 
 
 def constraint_metrics(constrained: model.Constrained) -> dict[str, Any]:

@@ -71,7 +71,13 @@ def load_source(name: str, data_dir: str | None = None) -> Source:
 
 
 def density_spec(config: Any, source: Source) -> density.DensitySpec:
-    """The model that a config describes for its data."""
+    """The density that a config describes for its data, with a prior for every class if its objective is hybrid.
+
+    Raises:
+        ValueError: If the data have no labels that it needs, or settings do not fit them.
+    """
+    if config.objective == "hybrid" and source.num_classes is None:
+        raise ValueError(f"a hybrid needs labelled images, and {source.name} has none: choose another data.name")
     frequencies = source.frequencies if config.preprocessing.transform == "equalize" else None
     if config.preprocessing.transform == "equalize" and frequencies is None and source.images is not None:
         frequencies = likelihood.level_frequencies(source.images.images["train"], source.images.num_levels)
@@ -82,6 +88,7 @@ def density_spec(config: Any, source: Source) -> density.DensitySpec:
         alpha=config.preprocessing.alpha,
         num_levels=source.num_levels,
         frequencies=frequencies,
+        num_classes=source.num_classes if config.objective == "hybrid" else None,
     )
 
 
@@ -144,7 +151,7 @@ def num_parameters(params: Any) -> int:
 def _module(config: Any, spec: Spec) -> modules.ResidualFlow | modules.Classifier:
     if isinstance(spec, classifier.ClassifierSpec):
         return modules.Classifier(spec, last_scale=config.model.last_scale)
-    return modules.ResidualFlow(spec.flow, prior=spec.prior, last_scale=config.model.last_scale)
+    return modules.ResidualFlow(spec.flow, prior=spec.prior, last_scale=config.model.last_scale, num_classes=spec.num_classes)
 
 
 def abstract_variables(config: Any, spec: Spec) -> Any:

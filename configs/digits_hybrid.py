@@ -1,0 +1,27 @@
+"""One network for scikit-learn's 8x8 handwritten digits that classifies, estimates their density and draws any class of them.
+
+python train.py --config=configs/digits_hybrid.py --workdir=runs/digits_hybrid
+python -m iresnet_jax sample --workdir runs/digits_hybrid --label 7
+"""
+
+from iresnet_jax.training.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.objective = "hybrid"
+    # The network of digits_density.py.
+    block = {"activation": "clipswish"}
+    config.model.stages = (
+        {**block, "num_blocks": 8, "hidden": (48,), "kernel_sizes": (3, 3), "squeeze": 2, "positional_bias": True},
+        {**block, "num_blocks": 4, "hidden": (64,)},
+    )
+    config.model.coeff = 0.95
+    config.model.prior = "logistic"
+    config.preprocessing.update({"transform": "logit", "alpha": 1e-4})
+    config.logdet.exact_trace = False
+    config.hybrid.weight = 5.0
+    config.classifier.label_smoothing = 0.1
+    config.optimizer.update({"name": "adamw", "learning_rate": 3e-3, "weight_decay": 0.7})
+    config.training.update({"total_steps": 4500, "batch_size": 64, "log_every_steps": 100})
+    return config
