@@ -3,9 +3,9 @@
     python train.py --config=configs/digits_hybrid.py --workdir=runs/digits_hybrid
     python -m iresnet_jax sample --workdir runs/digits_hybrid --label 7
 
-Every class has its own prior, and Bayes' rule classifies: 6 of 360 test digits are wrong, 1.67 %, at 1.952 +- .012 bits/dim after
-1.8 minutes on 2 cores (benchmarks/results/digits_hybrid). With hybrid.weight = 5 it is 1.903 bits/dim and as many are wrong, but
-5 % of the validation digits instead of 3 %.
+Every class has its own prior, and Bayes' rule classifies: 6 of 360 test digits are wrong, 1.67 %, at 1.952 +- .012 bits/dim
+after 1.8 minutes on 2 cores (benchmarks/results/digits_hybrid). With hybrid.weight = 5 it is 1.903 bits/dim and as many are
+wrong, but 4 to 5 % of the validation digits instead of 3 %.
 """
 
 from iresnet_jax.training.config import default_config
