@@ -3,10 +3,12 @@
 import importlib.util
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import ROOT
 
+from iresnet_jax.analysis import frozen
 from iresnet_jax.data import toys
 from iresnet_jax.data.images import ImageData
 from iresnet_jax.training import config as config_lib
@@ -24,7 +26,9 @@ CLASSES = {"cifar100": 100}
 LEVELS = {"digits": 17}
 CASES = [
     ("digits_density", None, 98_508),
+    ("digits_hybrid", None, 99_670),
     ("mnist_density", None, 956_804),
+    ("fashion_mnist_density", None, 956_804),
     ("iresnet_density", "mnist", None),
     ("iresnet_density", "cifar10", 25_028_544),  # 25.03 M in the paper
     ("residual_flow_density", "mnist", None),
@@ -121,3 +125,24 @@ def test_a_variant_changes_the_constraint_and_nothing_else(name):
     assert batchnorm == vanilla
     vanilla["constraint"]["norms"] = "estimated"
     assert plain == half == vanilla
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/results").glob("*/frozen.npz")), ids=lambda path: path.parent.name)
+def test_kept_models_are_those_of_their_configs_and_can_be_inverted(file):
+    kept = frozen.load(file)
+    config = config_lib.to_plain(get_config(file.parent.name, None))
+    assert config_lib.first_difference(config, config_lib.to_plain(kept.config)) is None
+    assert all(float(jnp.max(stage["lipschitz"])) < 1 for stage in kept.weights.values())
+    levels = kept.spec.num_levels
+    height, width, channels = SHAPES[config["data"]["name"]]
+    images = jnp.asarray(np.random.default_rng(0).integers(0, levels, (2, height, width, channels), np.uint8))
+    if isinstance(kept, frozen.FrozenClassifier):
+        back = kept.reconstruct(kept.features(images))
+        expected = images / (levels - 1)
+        found, converged = back.images, back.info.converged
+    else:
+        expected = (images + 0.5) / levels
+        found, info = kept.decode(kept.encode(expected))
+        converged = info.converged
+    assert bool(converged.all())
+    np.testing.assert_allclose(found, expected, atol=1e-4)
