@@ -23,8 +23,8 @@ def get_config():
     config.model.prior = "logistic"
     config.preprocessing.update({"transform": "logit", "alpha": 1e-4})
     config.logdet.exact_trace = False
-    # From half the weight of the likelihood of images and labels, at which classes part, to one that sharpens their borders.
-    config.hybrid.update({"initial_weight": 20.0, "weight": 2.0, "ramp_steps": 3000})
+    # From about half of the weight at which this is the likelihood of images and labels to a ninth.
+    config.hybrid.update({"initial_weight": 20.0, "weight": 5.0, "ramp_steps": 3000})
     config.optimizer.update({"name": "adamw", "learning_rate": 3e-3, "weight_decay": 0.7})
-    config.training.update({"total_steps": 4500, "batch_size": 64, "log_every_steps": 100})
+    config.training.update({"total_steps": 3000, "batch_size": 64, "log_every_steps": 100})
     return config

@@ -201,7 +201,13 @@ def log_prior_by_class(spec: DensitySpec, prior: Any, z: Float[Array, "b d"]) ->
 
 
 def class_log_probs(
-    spec: DensitySpec, weights: Any, prior: Any, x: Float[Array, "b ..."], *, unroll: bool = False
+    spec: DensitySpec,
+    weights: Any,
+    prior: Any,
+    x: Float[Array, "b ..."],
+    *,
+    unroll: bool = False,
+    rematerialize: bool = False,
 ) -> Float[Array, "b k"]:
     """``log p(y | x)`` for every class ``y`` by Bayes' rule: one pass through the flow, no determinants.
 
@@ -211,17 +217,20 @@ def class_log_probs(
         prior: The prior's parameters.
         x: Continuous data, from `to_continuous` or `cell_centers`.
         unroll: See `model.bijection`.
+        rematerialize: See `model.bijection`.
 
     Raises:
         ValueError: If the model has one prior for all.
     """
-    return jax.nn.log_softmax(log_prior_by_class(spec, prior, encode(spec, weights, x, unroll=unroll)))
+    check_classes(spec)
+    z = encode(spec, weights, x, unroll=unroll, rematerialize=rematerialize)
+    return jax.nn.log_softmax(log_prior_by_class(spec, prior, z))
 
 
 def check_classes(spec: DensitySpec) -> None:
     """Raises ``ValueError`` in one sentence unless every class has its own prior."""
     if spec.num_classes is None:
-        raise ValueError("this density has one prior for all classes: train with objective = hybrid for one of each")
+        raise ValueError("this density has one prior for all: classes take images with labels and objective = hybrid")
 
 
 def _components(spec: DensitySpec, prior: Mapping[str, Array]) -> Any:
@@ -254,9 +263,11 @@ def encode(
     *,
     context: Float[Array, "b k"] | None = None,
     unroll: bool = False,
+    rematerialize: bool = False,
 ) -> Float[Array, "b d"]:
     """The latents of continuous data."""
-    return model.bijection(spec.flow, weights, context=context, unroll=unroll).forward(transform(spec, x)[0])
+    bijection = model.bijection(spec.flow, weights, context=context, unroll=unroll, rematerialize=rematerialize)
+    return bijection.forward(transform(spec, x)[0])
 
 
 def decode(
@@ -297,14 +308,16 @@ def sample(
         temperature: Factor on the prior's scale; 1 samples the model.
         solver: Of the inverse.
         context: One a sample.
-        labels: A class for each sample, where classes have priors; drawn from ``p(y)`` by default.
+        labels: A class for each sample, where classes have priors; drawn from ``p(y)`` by default. Others than there are, which
+            cannot be refused under ``jit``, give NaN, and an inverse that did not converge.
         unroll: See `model.bijection`.
 
     Returns:
         Continuous data, and how the inverse ended.
 
     Raises:
-        ValueError: If there are labels and no priors of their own, or as many labels as samples are not given.
+        ValueError: If there are labels and no priors of their own, they are no integers or not as many as samples, or another
+            number is out of range.
     """
     z = _sample_prior(spec, prior, key, num, temperature, labels)
     return decode(spec, weights, z, solver, context=context, unroll=unroll)
@@ -312,15 +325,18 @@ def sample(
 
 def _sample_prior(spec, prior, key, num, temperature, labels):
     parameters, _, draw = PRIORS[spec.prior]
-    if labels is not None:
-        check_classes(spec)
-        if labels.shape != (num,):
-            raise ValueError(f"labels must have shape {(num,)}, one a sample, got {labels.shape}")
     if spec.num_classes is None:
+        if labels is not None:
+            check_classes(spec)
         return draw(parameters(**prior), key, num, temperature)
+    if num < 1:
+        raise ValueError(f"the number of samples must be at least 1, got {num}")
     key_label, key_noise = jax.random.split(key)
-    if labels is None:
-        labels = jax.random.categorical(key_label, prior["class_logits"], shape=(num,))
+    drawn = jax.random.categorical(key_label, prior["class_logits"], shape=(num,))
+    labels = drawn if labels is None else jnp.asarray(labels)
+    if labels.shape != (num,) or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels must be {num} integers, one a sample, got {labels.dtype} of shape {labels.shape}")
     components = jax.tree.map(lambda stacked: stacked[labels], _components(spec, prior))
     one = jax.vmap(lambda component, key: draw(component, key, 1, temperature)[0])
-    return one(components, jax.random.split(key_noise, num))
+    known = (labels >= 0) & (labels < spec.num_classes)
+    return jnp.where(known[:, None], one(components, jax.random.split(key_noise, num)), jnp.nan)

@@ -5,6 +5,7 @@ import json
 import chex
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 import pytest
@@ -14,7 +15,7 @@ import scipy.stats
 
 from iresnet_jax import classifier, density, model, modules
 from iresnet_jax.__main__ import main
-from iresnet_jax.analysis import frozen, report, sample, trained
+from iresnet_jax.analysis import frozen, ood, report, sample, trained
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import hybrid, loop, parallel, run, state
 from iresnet_jax.training.metrics import read_metrics
@@ -77,8 +78,15 @@ def plane(prior="gaussian", num_classes=K):
     keys = jax.random.split(jax.random.key(3), 4)
     module = modules.ResidualFlow(spec.flow, prior=prior, num_classes=num_classes)
     variables = module.init(keys[0], jax.random.normal(keys[1], (64, D)))
-    prior = jax.tree.map(lambda a: jax.random.normal(keys[2], a.shape), variables["params"]["prior"])
+    prior = scattered(keys[2], variables["params"]["prior"])
     return spec, model.freeze(spec.flow, variables["params"]).weights, prior, jax.random.normal(keys[3], (16, D))
+
+
+def scattered(key, tree):
+    """The tree with independent normal noise on every number: classes start alike, which hides what tells them apart."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    return structure.unflatten([leaf + jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -132,7 +140,9 @@ def test_without_labels_classes_come_as_often_as_the_model_says():
     prior = {**prior, "mean": jnp.repeat(100.0 * jnp.arange(K)[:, None], D, axis=1), "log_std": jnp.zeros((K, D))}
     z = density._sample_prior(spec, prior, jax.random.key(0), 6000, 1.0, None)
     counts = np.bincount(np.rint(np.asarray(z[:, 0]) / 100).astype(int), minlength=K)
-    assert scipy.stats.chisquare(counts, 6000 * np.asarray(jax.nn.softmax(prior["class_logits"]))).pvalue > 1e-3
+    assert (
+        scipy.stats.chisquare(counts, 6000 * scipy.special.softmax(np.asarray(prior["class_logits"], np.float64))).pvalue > 1e-3
+    )
     assert density._sample_prior(spec, prior, jax.random.key(0), 5, 0.0, jnp.full(5, 2))[:, 0].tolist() == [200.0] * 5
 
 
@@ -142,12 +152,20 @@ def test_without_labels_classes_come_as_often_as_the_model_says():
         (lambda: plane(num_classes=1), "num_classes must be at least 2"),
         (lambda: density.log_prior_by_class(plane(num_classes=None)[0], {}, jnp.zeros((2, D))), "one prior for all"),
         (lambda: draw(plane(num_classes=None), jnp.zeros(4, int)), "one prior for all"),
-        (lambda: draw(plane(), jnp.zeros(3, int)), "labels must have shape"),
+        (lambda: draw(plane(), jnp.zeros(3, int)), "labels must be 4 integers"),
+        (lambda: density._sample_prior(*plane()[::2], jax.random.key(0), 0, 1.0, None), "at least 1, got 0"),
     ],
 )
 def test_mistakes_of_callers(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_a_class_that_does_not_exist_gives_no_sample_and_says_so():
+    x, info = draw(plane(), jnp.array([0, 3, -1, 2]))
+    assert info.converged.tolist() == [True, False, False, True]
+    assert np.isnan(x[1:3]).all()
+    assert np.isfinite(x[::3]).all()
 
 
 def draw(what, labels):
@@ -158,40 +176,41 @@ def draw(what, labels):
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def setup(config, **overrides):
-    """The step, a fresh state and a batch of a run."""
-    config.update(overrides)
-    source = run.load_source(config.data.name)
-    objective = loop.build_objective(config, source)
+def setup(config):
+    """The objective of a run, a state whose classes differ, and the images and labels of a batch."""
+    objective = loop.build_objective(config, run.load_source(config.data.name))
     start = state.create(objective.initial_variables(), objective.optimizer)
+    prior = jax.tree.map(lambda noisy: 0.1 * noisy, scattered(jax.random.key(9), start.params["prior"]))
+    start = start._replace(params={**start.params, "prior": prior})
     images, labels = objective.examples
     return objective, start, (images[:32], labels[:32].astype(np.int32))
 
 
-def mapped(step, num_shares):
-    """The step on so many shares of a batch."""
+def after_steps(config, num_shares, mapped, num_steps=2):
+    """The state after a few steps with the batch in so many shares, and the metrics of the last."""
+    objective, current, batch = setup(config)
+    step = mapped(objective.step)
+    for _ in range(num_steps):
+        current, metrics = step(current, parallel.shard(batch, num_devices=num_shares))
+    return jax.device_get((current, metrics))
 
-    def run_step(current, batch):
-        shares = jax.tree.map(lambda a: jnp.reshape(a, (num_shares, -1, *a.shape[1:])), batch)
-        new, metrics = jax.vmap(step, in_axes=(None, 0), axis_name=parallel.AXIS)(current, shares)
-        return jax.tree.map(lambda a: a[0], (new, metrics))
 
-    return jax.jit(run_step)
+def vmapped(step):
+    return jax.jit(jax.vmap(step, axis_name=parallel.AXIS, in_axes=(None, 0), out_axes=(None, None)))
 
 
 def test_one_and_two_devices_give_the_same_result(config):
     config.augmentation.crop_padding = 1
-    objective, start, batch = setup(config)
-    one, two = (mapped(objective.step, n)(start, batch) for n in (1, 2))
+    one, two = after_steps(config, 1, vmapped), after_steps(config, 2, parallel.parallelize)
     chex.assert_trees_all_close(one, two, rtol=DEVICE_RTOL, atol=DEVICE_ATOL)
 
 
 def test_the_loss_is_cross_entropy_plus_weighted_bits(config):
-    """The gradient of a step by hand, from the functions of the model and the metrics that the step reports."""
+    """The gradient of a step by hand, from the functions of the model, against the metrics that the step reports."""
     config.update({"optimizer": {**config.optimizer.to_dict(), "name": "sgd", "momentum": 0.0, "clip_norm": 0.0}})
     config.classifier.label_smoothing = 0.1
-    objective, start, (images, labels) = setup(config)
-    _, metrics = mapped(objective.step, 1)(start, (images, labels))
+    _, start, (images, labels) = setup(config)
+    _, metrics = after_steps(config, 1, vmapped, num_steps=1)
     spec = run.density_spec(config, run.load_source("digits"))
     key_length, key_examples = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key_examples, i), 4))(jnp.arange(len(images)))
@@ -199,30 +218,30 @@ def test_the_loss_is_cross_entropy_plus_weighted_bits(config):
     estimator = config_lib.build_estimator(config.logdet).fix_length(key_length)
     constrain = config_lib.build_constraint(config.constraint, spec.flow, training=True)
 
-    @jax.jit
-    def loss(params):
+    def terms(params):
         weights = constrain(params, start.spectral).weights
-        terms = density.log_prob(spec, weights, params["prior"], x, keys[:, 1], estimator)
-        bits = density.objective(spec, terms.log_prob).mean()
+        bits = density.objective(spec, density.log_prob(spec, weights, params["prior"], x, keys[:, 1], estimator).log_prob)
         log_p = density.class_log_probs(spec, weights, params["prior"], x)
-        entropy = classifier.cross_entropy(log_p, jnp.asarray(labels), label_smoothing=0.1).mean()
-        return entropy + 4.0 * bits, (entropy, bits)
+        entropy = classifier.cross_entropy(log_p, jnp.asarray(labels), label_smoothing=0.1)
+        return jnp.stack([entropy.mean(), bits.mean()])
 
-    gradients, (entropy, bits) = jax.grad(loss, has_aux=True)(start.params)
-    np.testing.assert_allclose(metrics["loss"], entropy, rtol=SAME)
+    (entropy, bits), by_term = jax.jit(lambda params: (terms(params), jax.jacrev(terms)(params)))(start.params)
+    gradients = jax.tree.map(lambda g: g[0] + 4.0 * g[1], by_term)
+    np.testing.assert_allclose(metrics["cross_entropy"], entropy, rtol=SAME)
     np.testing.assert_allclose(metrics["bits_per_dim"], bits, rtol=SAME)
+    np.testing.assert_allclose(metrics["loss"], entropy + 4.0 * bits, rtol=SAME)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradients), rtol=1e-4)
     assert metrics["bits_weight"] == 4.0  # initial_weight, at step 0
+    of_kernels = by_term["stage0"]["blocks"]["conv0"]["kernel"][0]  # the cross-entropy reaches the network
+    assert float(jnp.linalg.norm(of_kernels)) > 0.1
 
 
 def test_augmentation_changes_what_is_classified_and_not_the_likelihood(config):
-    plain = setup(config)
-    before = mapped(plain[0].step, 1)(*plain[1:])[1]
+    before = after_steps(config, 1, vmapped, num_steps=1)[1]
     config.augmentation.crop_padding = 3
-    changed = setup(config)
-    after = mapped(changed[0].step, 1)(*changed[1:])[1]
+    after = after_steps(config, 1, vmapped, num_steps=1)[1]
     np.testing.assert_allclose(before["bits_per_dim"], after["bits_per_dim"], rtol=SAME)
-    assert abs(before["grad_norm"] - after["grad_norm"]) > 1e-4  # all classes start alike, so the losses do too
+    assert abs(before["cross_entropy"] - after["cross_entropy"]) > 1e-3
 
 
 def test_weight_goes_from_the_first_to_the_last_in_a_straight_line(config):
@@ -236,10 +255,10 @@ def test_training_improves_both_and_logs_both(workdir):
     records = read_metrics(workdir)
     first, last = (record for record in records if record["split"] == "validation")
     assert last["bits_per_dim"] < first["bits_per_dim"]
-    assert last["loss"] < first["loss"]
+    assert last["cross_entropy"] < first["cross_entropy"]
     trains = [record for record in records if record["split"] == "train"]
     assert [record["bits_weight"] for record in trains] == [3.75, 2.75, 2.0, 2.0]  # means over two steps
-    assert {"bits_per_dim", "loss", "accuracy", "max_lipschitz"} <= set(trains[0])
+    assert {"loss", "bits_per_dim", "log_prior", "log_det", "cross_entropy", "accuracy", "max_lipschitz"} <= set(trains[0])
 
 
 @pytest.mark.parametrize(
@@ -306,7 +325,33 @@ def test_a_frozen_hybrid_is_the_same_in_one_file(trained_model, workdir, capsys)
     assert bool(info.converged.all())
 
 
-def test_old_configs_have_no_classes(workdir, tmp_path):
+def test_configs_from_before_there_were_hybrids_have_no_classes(workdir):
     plain = json.loads((workdir / "config.json").read_text())
-    del plain["hybrid"]
-    assert config_lib.with_later_defaults(plain)["hybrid"] == config_lib.to_plain(config_lib.default_config())["hybrid"]
+    del plain["hybrid"], plain["objective"]
+    config = ml_collections.ConfigDict(config_lib.with_later_defaults(plain))
+    assert run.model_spec(config, run.load_source("digits")).num_classes is None
+
+
+def test_scores_of_other_images_know_of_classes(trained_model):
+    scores = ood.compare(trained_model, "noise", num=64)["scores"]
+    assert set(scores) == {"likelihood", "typicality", "confidence"}
+    sides = trained_model.source.held_out("test", 64, 0), ood.others(trained_model, "noise", 64)
+    posteriors = [jax.nn.softmax(bayes(trained_model, images)) for images in sides]
+    inside, outside = (-np.asarray(posterior.max(axis=1), np.float64) for posterior in posteriors)
+    np.testing.assert_allclose(scores["confidence"]["auroc"], ood.auroc(inside, outside), atol=1e-3)
+
+
+def bayes(loaded, images):
+    """Logits of the classes of images, step by step."""
+    x, _ = density.transform(loaded.spec, (jnp.asarray(images) + 0.5) / loaded.spec.num_levels)
+    z = model.bijection(loaded.spec.flow, loaded.weights).forward(x)
+    return density.log_prior_by_class(loaded.spec, loaded.prior, z)
+
+
+@pytest.mark.parametrize("objective", ["density", "classification"])
+def test_labels_are_refused_in_a_sentence_by_models_without_priors_of_classes(config, tmp_path, objective, capsys):
+    config.objective = objective
+    config.training.update({"total_steps": 2, "eval_every_steps": 2})
+    loop.train(config, tmp_path)
+    assert main(["sample", "--workdir", str(tmp_path), "--label", "1"]) == 2
+    assert {"density": "one prior for all", "classification": "has no samples"}[objective] in capsys.readouterr().err

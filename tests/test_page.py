@@ -365,9 +365,10 @@ def test_the_page_of_a_long_run_stays_small():
 
 
 def test_learning_curves_show_what_was_logged():
-    figure = plots.learning_curves(records())
+    figure = plots.learning_curves(records(), 200)
     by_step, by_time, *panels = figure.axes
-    assert by_step.get_title(loc="left") == "best validation 0.03 at step 300"
+    assert by_step.get_title(loc="left") == "evaluated: step 200, validation 0.045"
+    assert not plots.learning_curves(records(), 250).axes[0].get_title(loc="left")
     assert by_time.get_xlabel() == "wall-clock time [min]"
     assert [axes.get_title(loc="left") for axes in panels] == ["log det", "gradient norm"]
     validation = next(line for line in by_step.lines if line.get_label() == "validation")

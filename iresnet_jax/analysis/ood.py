@@ -158,11 +158,18 @@ def _density_scores(trained: Trained) -> Score:
         x = density.to_continuous(spec, key_noise, images)
         return density.objective(spec, density.log_prob(spec, trained.weights, trained.prior, x, key_probe, estimator).log_prob)
 
+    @jax.jit
+    def class_log_probs(images, _):
+        return density.class_log_probs(spec, trained.weights, trained.prior, density.cell_centers(spec, images))
+
     assert trained.source.images is not None
     usual = _in_batches(trained, bits, trained.source.images.images["train"][:NUM_FITTED]).mean()
 
     def score(images: np.ndarray) -> dict[str, np.ndarray]:
         found = _in_batches(trained, bits, images)
-        return {"likelihood": found, "typicality": np.abs(found - usual)}
+        scores = {"likelihood": found, "typicality": np.abs(found - usual)}
+        if trained.has_classes:
+            scores["confidence"] = -np.exp(_in_batches(trained, class_log_probs, images).max(axis=1))
+        return scores
 
     return score

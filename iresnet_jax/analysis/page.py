@@ -25,7 +25,7 @@ FIGURES = {
     ),
     "samples_by_class": (
         "Samples drawn from the model, a row of them of each class.",
-        "Samples of each class, by row: from its own prior, mapped through the inverse; not selected.",
+        "Samples of each class (the first ten), by row: from its own prior, mapped through the inverse; not selected.",
     ),
     "density": (
         "Map of the model's density over the plane.",

@@ -46,7 +46,7 @@ _TERMS = {
 _NOT_CURVES = {"step", "split", "wall_time_s"}
 
 
-def learning_curves(records: Sequence[Mapping[str, Any]]) -> "matplotlib.figure.Figure":
+def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int | None = None) -> "matplotlib.figure.Figure":
     """Draws the objective against step and wall-clock time, and the terms it is made of in small panels below.
 
     The objective is the first of bits/dim, NLL, accuracy and loss that occurs. Training values are drawn faint with their
@@ -55,6 +55,7 @@ def learning_curves(records: Sequence[Mapping[str, Any]]) -> "matplotlib.figure.
     Args:
         records: Parsed lines of the metrics log, each with ``step``, ``split`` ("train" or "validation"),
             ``wall_time_s`` in seconds and any numeric quantities. Any order; quantities may be missing from a record.
+        evaluated_step: Of the checkpoint that the results are of, which the title names.
 
     Raises:
         ValueError: If no record holds an objective.
@@ -80,7 +81,7 @@ def learning_curves(records: Sequence[Mapping[str, Any]]) -> "matplotlib.figure.
     seconds, unit = _time_unit(max((r.get("wall_time_s") or 0.0 for r in records), default=0.0))
     _draw_splits(by_step, records, "step", headline)
     _draw_splits(by_time, records, "wall_time_s", headline, x_scale=1.0 / seconds)
-    style.label(by_step, "step", _HEADLINES[headline], title=_best(records, headline))
+    style.label(by_step, "step", _HEADLINES[headline], title=_evaluated(records, headline, evaluated_step))
     style.label(by_time, f"wall-clock time [{unit}]", _HEADLINES[headline])
     if by_step.get_legend_handles_labels()[0]:
         style.legend(by_step)
@@ -364,14 +365,10 @@ def _draw_splits(
             axes.plot(*smooth.T, color=color, linewidth=1.6, label=f"{split} (median of {window})")
 
 
-def _best(records: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Says what the best validation value was and when; flat tails of curves cannot be read off."""
-    scored = [(r[name], r["step"]) for r in records if r.get("split") == "validation" and _is_number(r.get(name))]
-    scored = [(value, step) for value, step in scored if math.isfinite(value)]
-    if not scored:
-        return ""
-    value, step = max(scored) if name == "accuracy" else min(scored)
-    return f"best validation {value:.4g} at step {step:,}"
+def _evaluated(records: Sequence[Mapping[str, Any]], name: str, step: int | None) -> str:
+    """Says what the validation value of the evaluated checkpoint was; flat tails of curves cannot be read off."""
+    values = [r[name] for r in records if r["step"] == step and r.get("split") == "validation" and _is_number(r.get(name))]
+    return f"evaluated: step {step:,}, validation {values[-1]:.4g}" if values else ""
 
 
 def _running_median(values: Float[np.ndarray, "n 2"], window: int) -> Float[np.ndarray, "m 2"]:

@@ -17,7 +17,7 @@ from iresnet_jax.training import config as config_lib
 from iresnet_jax.training.metrics import read_metrics
 
 NUM_IMAGES, NUM_POINTS = 64, 2000  # samples shown
-SAMPLES_A_CLASS = 8  # shown, of a model that can
+SAMPLES_A_CLASS, CLASSES_SHOWN = 8, 10  # of a model with classes, the first of them
 MAP_SIDE = 128
 
 
@@ -35,7 +35,7 @@ def write(trained: Trained) -> dict[str, Any]:
         >>> report["bits_per_dim"]["mean"]  # doctest: +SKIP
     """
     records = read_metrics(trained.workdir)
-    results, figures, warnings = (_of_classifier if trained.is_classifier else _of_density)(trained)
+    results, figures, warnings = (_of_classes if trained.is_classifier else _of_density)(trained)
     if trained.is_bijective:
         found, drawn = _of_bijection(trained)
         results, figures = {**results, **found}, {**figures, **drawn}
@@ -50,7 +50,7 @@ def write(trained: Trained) -> dict[str, Any]:
     curves = [record for record in records if record["split"] != "timing"]
     headline = "accuracy" if trained.is_classifier else density.objective_name(trained.spec)
     if any(headline in record for record in curves):
-        figures["learning_curves"] = plots.learning_curves(curves)
+        figures["learning_curves"] = plots.learning_curves(curves, trained.step)
     uris = {name: plots.to_svg_or_png(figure) for name, figure in figures.items() if figure is not None}
     shown = {**report, "config": {**config, "reference": dict(config["references"]["values"])}}
     html = page.render(shown, uris, title=trained.workdir.resolve().name)
@@ -84,22 +84,20 @@ def _of_density(trained: Trained) -> tuple[dict[str, Any], dict[str, Any], list[
         },
     }
     figures = {"samples": sample.figure(trained, samples.values)}
+    warnings = [*evaluate.warnings(likelihood), *sample.warnings(samples)]
     if is_toy:
         figures["density"] = plots.density_map(*density_on_grid(trained))
     if trained.has_classes:
-        found, drawn, _ = _of_classifier(trained)
+        found, drawn, _ = _of_classes(trained)
         results, figures = {**results, **found}, {**figures, **drawn}
-        of_classes = sample.draw(trained, num=len(labels := labels_by_row(trained)), seed=trained.config.seed, labels=labels)
-        figures["samples_by_class"] = plots.image_grid(sample.grey_values(trained, of_classes.values), columns=SAMPLES_A_CLASS)
-    return results, figures, [*evaluate.warnings(likelihood), *sample.warnings(samples)]
+        labels = [label for label in range(min(trained.spec.num_classes, CLASSES_SHOWN)) for _ in range(SAMPLES_A_CLASS)]
+        by_class = sample.draw(trained, len(labels), seed=trained.config.seed + 1, labels=labels)
+        figures["samples_by_class"] = plots.image_grid(sample.grey_values(trained, by_class.values), columns=SAMPLES_A_CLASS)
+        warnings += [f"Of samples by class: {warning}" for warning in sample.warnings(by_class)]
+    return results, figures, warnings
 
 
-def labels_by_row(trained: Trained) -> list[int]:
-    """Every class `SAMPLES_A_CLASS` times, one after the other."""
-    return [label for label in range(trained.spec.num_classes) for _ in range(SAMPLES_A_CLASS)]
-
-
-def _of_classifier(trained: Trained) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def _of_classes(trained: Trained) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """Results, figures and warnings that only a model with classes has."""
     result = classify.evaluate(trained)
     return {"classification": result}, classify.figures(trained, result), []

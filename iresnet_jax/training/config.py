@@ -59,8 +59,8 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
             # of images and labels; a smaller one pays more attention to the labels.
             "hybrid": {
                 "weight": 1.0,
-                "initial_weight": 1.0,  # that it starts from,
-                "ramp_steps": 0,  # to reach it in a straight line within so many steps
+                "initial_weight": 1.0,  # that it starts from, if ramp_steps is positive,
+                "ramp_steps": 0,  # to reach the other in a straight line within so many steps
             },
             # Of classification, and label_smoothing of "hybrid" too; the number of classes is that of the data.
             "classifier": {

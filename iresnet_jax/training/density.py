@@ -22,8 +22,7 @@ from iresnet_jax.training.state import TrainState
 def objective(config: Any, source: run.Source) -> Objective:
     """The likelihood of the data under the model that a config describes."""
     spec = run.density_spec(config, source)
-    if config.constraint.norms == "none":
-        raise ValueError("a density needs blocks that are contractions: constraint.norms = none is for classification alone")
+    check_constraint(config)
     settings = config.training
     optimizer = config_lib.build_optimizer(config.optimizer, settings.total_steps)
     name = density.objective_name(spec)
@@ -48,6 +47,12 @@ def objective(config: Any, source: run.Source) -> Objective:
         make_validation=lambda: Validation(config, spec, source),
         loss=lambda held_out: held_out[name],
     )
+
+
+def check_constraint(config: Any) -> None:
+    """Raises ``ValueError`` in one sentence if blocks would not be contractions."""
+    if config.constraint.norms == "none":
+        raise ValueError("a density needs blocks that are contractions: constraint.norms = none is for classification alone")
 
 
 def make_step(

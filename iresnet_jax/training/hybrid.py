@@ -1,4 +1,4 @@
-"""The hybrid objective: one network that classifies images and models their density.
+"""The hybrid objective: one network that classifies images and models their density (Nalisnick et al. 2019).
 
     loss = cross-entropy(label, p(y | x)) + lambda bits/dim(x),
 
@@ -19,7 +19,7 @@ from iresnet_jax import classifier, density, model
 from iresnet_jax.logdet import LogdetEstimator
 from iresnet_jax.training import classification, parallel, run
 from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import density as likelihood
+from iresnet_jax.training import density as density_training
 from iresnet_jax.training.objective import Loss, Objective, update
 from iresnet_jax.training.parallel import example_keys
 from iresnet_jax.training.state import TrainState
@@ -30,8 +30,7 @@ Weight = Callable[[Any], Any]
 def objective(config: Any, source: run.Source) -> Objective:
     """Classes and likelihood of images by the density that a config describes, with a prior for every class."""
     spec = run.density_spec(config, source)
-    if config.constraint.norms == "none":
-        raise ValueError("a density needs blocks that are contractions: constraint.norms = none is for classification alone")
+    density_training.check_constraint(config)
     assert source.images is not None  # or there were no classes
     settings, label_smoothing = config.training, config.classifier.label_smoothing
     classifier.check_label_smoothing(label_smoothing)
@@ -63,7 +62,7 @@ def objective(config: Any, source: run.Source) -> Objective:
         initial_variables=lambda: run.initial_variables(config, spec, source),
         step=step,
         make_validation=lambda: Validation(config, spec, source),
-        loss=lambda held_out: held_out["loss"] + final_weight * held_out["bits_per_dim"],
+        loss=lambda held_out: held_out["cross_entropy"] + final_weight * held_out["bits_per_dim"],
     )
 
 
@@ -96,7 +95,7 @@ def make_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
     """The step ``(state, (images, labels)) -> (state, metrics)``, for `parallel.parallelize`.
 
-    Random numbers are those of the likelihood's step, see `density.make_step`; an example's augmentation has a key of its own.
+    Keys are made as in `density.make_step`, so a run gives the same result on any number of devices.
 
     Args:
         spec: The model, with classes.
@@ -132,16 +131,22 @@ def make_step(
             logits = terms.log_prior_by_class
             if augment_images is not None:
                 changed = density.to_continuous(spec, key_augment_noise, augment_images(key_augment, images))
-                logits = density.class_log_probs(spec, constrained.weights, params["prior"], changed, unroll=unroll)
+                logits = density.class_log_probs(
+                    spec, constrained.weights, params["prior"], changed, unroll=unroll, rematerialize=rematerialize
+                )
             assert logits is not None  # the model has classes
             cross_entropy = jnp.mean(classifier.cross_entropy(logits, labels, label_smoothing=label_smoothing))
+            loss = cross_entropy + bits_weight * bits
             metrics = {
+                "loss": loss,
                 "bits_per_dim": bits,
-                "loss": cross_entropy,
+                "log_prior": jnp.mean(terms.log_prior),
+                "log_det": jnp.mean(terms.log_det),
+                "cross_entropy": cross_entropy,
                 "accuracy": jnp.mean(jnp.argmax(logits, axis=1) == labels),
                 "bits_weight": jnp.asarray(bits_weight, bits.dtype),
             }
-            return Loss(cross_entropy + bits_weight * bits, metrics, constrained)
+            return Loss(loss, metrics, constrained)
 
         return update(state, loss_of, optimizer, schedule, ema_decay=ema_decay)
 
@@ -166,7 +171,7 @@ class Validation:
     """Bits/dim, accuracy and cross-entropy on held-out images under the averaged parameters."""
 
     def __init__(self, config: Any, spec: density.DensitySpec, source: run.Source):
-        self._likelihood = likelihood.Validation(config, spec, source)
+        self._likelihood = density_training.Validation(config, spec, source)
         self._images = source.held_out("validation", config.training.eval_examples, config.seed)
         self._labels = source.labels("validation", len(self._images))
         self._classify = parallel.parallelize_eval(make_classification(spec))
@@ -177,5 +182,5 @@ class Validation:
         state = self._likelihood.constrain(current)
         outputs = classification.evaluate_images(self._classify, state, self._images, self._labels, self._batch_size)
         correct = outputs["logits"].argmax(axis=1) == self._labels
-        measured = {"accuracy": float(correct.mean()), "loss": float(outputs["loss"].mean(dtype=np.float64))}
-        return {**self._likelihood.measure(state), **measured}
+        cross_entropy = float(outputs["loss"].mean(dtype=np.float64))
+        return {**self._likelihood.measure(state), "accuracy": float(correct.mean()), "cross_entropy": cross_entropy}
