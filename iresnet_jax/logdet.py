@@ -157,10 +157,7 @@ def weighted_series(
     Returns:
         The estimates, and ``|v| |J^T^n v|`` at each example's last term, from which the remainder is bounded.
     """
-    pure_branch, parameters = jax.closure_convert(branch, x)
-    frozen = lax.stop_gradient(parameters)
-    _, pullback = jax.vjp(lambda x: pure_branch(x, *frozen), lax.stop_gradient(x))
-    pull = _over_probes(lambda u: pullback(u)[0], len(probes))
+    pull = transposed_jacobian(branch, x, len(probes))
     example_axes = tuple(range(2, probes.ndim))
     weights = jnp.asarray(weights, x.dtype)
     if trace is not None:
@@ -203,10 +200,29 @@ def weighted_series(
         )[1]
     _, value, neumann, tail = lax.stop_gradient(carry)
 
-    pushed = _over_probes(lambda v: jax.jvp(branch, (x,), (v,))[1], len(probes))(probes)
-    surrogate = jnp.sum(neumann * pushed, axis=example_axes)
-    value = value + (surrogate - lax.stop_gradient(surrogate))
+    value = with_gradient(branch, x, probes, value, neumann)
     return value if trace is None else value + trace(x)[None], tail * probe_norm
+
+
+def transposed_jacobian(branch: Branch, x: Float[Array, "b ..."], num_probes: int) -> Callable[[Array], Array]:
+    """``u -> J^T u`` for ``u`` of shape ``(p, b, ...)``, of which nothing is differentiated."""
+    pure_branch, parameters = jax.closure_convert(branch, x)
+    frozen = lax.stop_gradient(parameters)
+    _, pullback = jax.vjp(lambda x: pure_branch(x, *frozen), lax.stop_gradient(x))
+    return _over_probes(lambda u: pullback(u)[0], num_probes)
+
+
+def with_gradient(
+    branch: Branch,
+    x: Float[Array, "b ..."],
+    probes: Float[Array, "p b ..."],
+    value: Float[Array, "p b"],
+    w: Float[Array, "p b ..."],
+) -> Float[Array, "p b"]:
+    """``value`` with the gradient of ``<w, J v>``, in which ``w`` and the probes ``v`` are held fixed."""
+    pushed = _over_probes(lambda v: jax.jvp(branch, (x,), (v,))[1], len(probes))(probes)
+    surrogate = jnp.sum(lax.stop_gradient(w) * pushed, axis=tuple(range(2, probes.ndim)))
+    return lax.stop_gradient(value) + (surrogate - lax.stop_gradient(surrogate))
 
 
 def _over_probes(function, num_probes):
@@ -214,7 +230,8 @@ def _over_probes(function, num_probes):
     return jax.vmap(function) if num_probes > 1 else lambda v: function(v[0])[None]
 
 
-def _mean_and_stderr(samples: Float[Array, "p b"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+def mean_and_stderr(samples: Float[Array, "p b"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+    """Mean over probes, and its standard error: infinite for a single probe, which says nothing about it."""
     mean = jnp.mean(samples, axis=0)
     if len(samples) == 1:
         return mean, jnp.full_like(mean, jnp.inf)
@@ -299,7 +316,7 @@ class SeriesLogdet:
         probes = draw_probes(key, x, self.num_probes, self.probe)
         trace = trace if self.exact_trace else None
         samples, tail = weighted_series(branch, x, probes, jnp.ones(n, x.dtype), n, trace=trace, unroll=self.unroll)
-        logdet, stderr = _mean_and_stderr(samples)
+        logdet, stderr = mean_and_stderr(samples)
         bound = _remainder_factor(lipschitz_bound, n, 1, x.dtype) * jnp.mean(tail, axis=0)
         return logdet, LogdetInfo(stderr, bound)
 
@@ -391,7 +408,7 @@ class RouletteLogdet:
         weights = self.weights()
         trace = trace if self.exact_trace else None
         samples, _ = weighted_series(branch, x, probes, jnp.asarray(weights, x.dtype), length, trace=trace)
-        logdet, stderr = _mean_and_stderr(samples)
+        logdet, stderr = mean_and_stderr(samples)
         n = len(weights)
         bound = x[0].size * _remainder_factor(lipschitz_bound, n, n + 1, x.dtype)
         return logdet, LogdetInfo(stderr, jnp.full_like(logdet, bound))

@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from iresnet_jax import density
 from iresnet_jax.analysis.trained import Trained, require_density
+from iresnet_jax.krylov import KrylovLogdet
 from iresnet_jax.logdet import ExactLogdet, LogdetEstimator, RouletteLogdet, SeriesLogdet
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import parallel, run
@@ -131,7 +132,7 @@ def evaluate(trained: Trained) -> dict[str, Any]:
         "num_dequantisations": 0 if is_toy else num_noise,
         "num_probes": num_probes,
         "estimator": _in_words(estimator),
-        "unbiased": not isinstance(estimator, SeriesLogdet),
+        "unbiased": not isinstance(estimator, SeriesLogdet | KrylovLogdet),
         "truncation_bound": 0.0,
     }
     if (cut := _cut(estimator)) is not None:
@@ -192,9 +193,9 @@ def _everything(source: run.Source) -> int:
     return len(source.images.images["test"])
 
 
-def _cut(estimator: LogdetEstimator) -> SeriesLogdet | None:
-    """The series whose remainder bounds what an estimator's sure terms leave out; None for the exact log-determinant."""
-    if isinstance(estimator, SeriesLogdet):
+def _cut(estimator: LogdetEstimator) -> SeriesLogdet | KrylovLogdet | None:
+    """The estimator whose remainder bounds what the sure terms leave out; None for the exact log-determinant."""
+    if isinstance(estimator, SeriesLogdet | KrylovLogdet):
         return estimator
     if isinstance(estimator, RouletteLogdet):
         return SeriesLogdet(max(estimator.num_exact_terms, 1), estimator.num_probes, estimator.probe)
@@ -204,6 +205,8 @@ def _cut(estimator: LogdetEstimator) -> SeriesLogdet | None:
 def _in_words(estimator: LogdetEstimator) -> str:
     if isinstance(estimator, SeriesLogdet):
         return f"series cut after {estimator.num_terms} terms, biased by at most the truncation bound"
+    if isinstance(estimator, KrylovLogdet):
+        return f"Krylov subspaces of {estimator.num_steps} dimensions, biased by at most the truncation bound"
     if isinstance(estimator, RouletteLogdet):
         tail = {"poisson": "Poisson", "geometric": "geometric"}[estimator.distribution]
         return f"unbiased, {estimator.num_exact_terms} exact terms and a {tail}({estimator.parameter:g}) tail"

@@ -14,7 +14,7 @@ import ml_collections
 import optax
 from ml_collections import config_dict
 
-from iresnet_jax import flow, logdet, model
+from iresnet_jax import flow, krylov, logdet, model
 from iresnet_jax.training import optimizers
 
 Settings = Any  # a mapping of settings by name, or a ConfigDict, which reads like one without being one
@@ -160,8 +160,9 @@ def with_later_defaults(plain: dict[str, Any]) -> dict[str, Any]:
 def estimator_settings(**overrides: Any) -> dict[str, Any]:
     """The fields of a log-determinant estimator; only those of its kind matter."""
     settings = {
-        "kind": "series",  # "exact", "series" or "roulette"
-        "num_terms": 5,  # of "series"
+        # "exact", "series" or "roulette"; or "krylov", for blocks that stretch or shrink as much as they may
+        "kind": "series",
+        "num_terms": 5,  # of "series", and products with the Jacobian of "krylov"
         "num_probes": 1,
         "probe": "rademacher",
         "exact_trace": True,  # in closed form where there is one: steadier, see benchmarks/exact_trace.py
@@ -187,7 +188,9 @@ def build_estimator(settings: Settings) -> logdet.LogdetEstimator:
             num_exact_terms=settings["num_exact_terms"],
             **probes,
         )
-    raise ValueError(f"logdet.kind must be exact, series or roulette, got {kind!r}")
+    if kind == "krylov":
+        return krylov.KrylovLogdet(num_steps=settings["num_terms"], **probes)
+    raise ValueError(f"logdet.kind must be exact, series, roulette or krylov, got {kind!r}")
 
 
 def build_flow_spec(settings: Settings, event_shape: tuple[int, ...]) -> model.FlowSpec:
