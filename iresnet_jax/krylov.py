@@ -7,13 +7,14 @@ products on the polynomial that fits the spectrum at hand. It builds an orthonor
 
     v^T log(I + J) v = |v|^2 e_1^T log(I + H) e_1,    w = (I + J^T)^-1 v = |v| V (I + H)^-1 e_1
 
-(Saad 1992), exact for polynomials of degree ``n`` and ``n - 1``. ``w`` gives the gradient ``<w, dJ v>`` as in `logdet`. As
-``|H| <= |J| < 1``, all of it exists, and errors are bounded a posteriori. With ``y_t = (I + t H)^-1 e_1``,
+(Saad 1992), exact for polynomials of degree ``n`` and ``n - 1``. ``w`` gives the gradient ``<w, dJ v>`` as in `logdet`. All of
+it exists if ``|J| < 1``, as ``|H| <= |J|``, and errors are bounded a posteriori. With ``y_t = (I + t H)^-1 e_1``,
 
-    e_1^T log(I + H) e_1 = int_0^1 e_1^T H y_t dt,    |error| <= |v|^2 h_(n+1,n) int_0^1 |e_n^T y_t| / (1 - t L) dt
+    e_1^T log(I + H) e_1 = int_0^1 e_1^T H y_t dt,    |error| <= |v|^2 h_(n+1,n) int_0^1 |e_n^T y_t| t L / (1 - t L) dt
 
-since ``x_t = |v| V y_t`` leaves the residual ``-t |v| h_(n+1,n) (e_n^T y_t) v_(n+1)`` in ``(I + t J^T) x = v``, and
-``v^T J^T x = (|v|^2 - v^T x) / t`` at the solution.
+since ``x_t = |v| V y_t`` leaves the residual ``-t |v| h_(n+1,n) (e_n^T y_t) v_(n+1)`` in ``(I + t J^T) x = v``, at whose
+solution ``v^T J^T x = (|v|^2 - v^T x) / t``; and ``v^T (I + t J^T)^-1 v_(n+1) = -t v^T J^T (I + t J^T)^-1 v_(n+1)``, as ``v``
+and ``v_(n+1)`` are orthogonal.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from jaxtyping import Array, Float, Key
 
 from iresnet_jax.logdet import Branch, LogdetInfo, Trace, draw_probes, mean_and_stderr, transposed_jacobian, with_gradient
 
-NUM_NODES = 24  # of Gauss and Legendre's quadrature: the error is of the order of 1e-7 at L = .98
+NUM_NODES = 24  # of the quadrature, whose error is below 1e-9 |v|^2 up to L = .98, 3e-8 |v|^2 at .99, 1e-4 |v|^2 at .999
 EXHAUSTED = 30.0  # roundings that a new direction may consist of before it counts as none
 
 
@@ -73,8 +74,15 @@ def arnoldi(
     return basis[:num_steps].reshape(num_steps, *shape), hessenberg.reshape(*hessenberg.shape[:2], *shape[:2])
 
 
+def quadrature() -> tuple[Float[np.ndarray, " q"], Float[np.ndarray, " q"]]:
+    """Nodes and weights on [0, 1]: Gauss and Legendre's for ``s`` in ``t = 1 - s^2``, as integrands have poles right of 1."""
+    roots, weights = np.polynomial.legendre.leggauss(NUM_NODES)
+    s = (1 - roots) / 2
+    return 1 - s**2, weights * s  # dt = 2 s ds, on an interval of half the length
+
+
 def solve_hessenberg(matrix: Float[Array, "n n ..."]) -> Float[Array, "n ..."]:
-    """``A^-1 e_1`` for upper Hessenberg matrices ``A`` whose symmetric part is positive definite, so that no pivot is 0.
+    """``A^-1 e_1`` for upper Hessenberg matrices ``A`` whose symmetric part is positive definite: so are then all pivots.
 
     Args:
         matrix: Row, column, and any number of axes of a batch.
@@ -103,7 +111,7 @@ class KrylovLogdet:
     """Arnoldi's method with ``num_steps`` products (Saad 1992): biased by at most its bound, and hardly ever by as much.
 
     ``info.truncation_bound`` is that of the module, a posteriori, for the same probes. Where a spectrum fills the whole disk of
-    radius L no polynomial does better than the power series; those of trained blocks do not.
+    radius L no polynomial converges faster than the power series; those of trained blocks do not.
 
     Attributes:
         num_steps: Products with the transposed Jacobian.
@@ -167,8 +175,7 @@ def quadratic_form(
     """
     basis, hessenberg = arnoldi(transposed_jacobian(branch, x, len(probes)), probes, num_steps)
     leaving, hessenberg = hessenberg[num_steps, num_steps - 1], hessenberg[:num_steps]
-    nodes, weights = np.polynomial.legendre.leggauss(NUM_NODES)
-    nodes, weights = (nodes + 1) / 2, weights / 2
+    nodes, weights = quadrature()
     times = jnp.asarray([*nodes, 1.0], x.dtype).reshape(1, 1, -1, 1, 1)  # row, column, node, probe, example
     identity = jnp.eye(num_steps, dtype=x.dtype).reshape(num_steps, num_steps, 1, 1, 1)
     solutions = solve_hessenberg(identity + times * hessenberg[:, :, None])
@@ -188,6 +195,6 @@ def quadratic_form(
     ell = lax.stop_gradient(jnp.asarray(jnp.inf if lipschitz_bound is None else lipschitz_bound, x.dtype))
     contraction = ell < 1
     margins = 1 - times[0, 0, :-1] * jnp.where(contraction, ell, 0)
-    bounds = squared * leaving * jnp.sum(weights * jnp.abs(resolvents[-1]) / margins, axis=0)
+    bounds = squared * leaving * jnp.sum(weights * jnp.abs(resolvents[-1]) * (1 - margins) / margins, axis=0)
     bounds = lax.stop_gradient(jnp.where(contraction, bounds, jnp.inf))
     return value if trace is None else value + trace(x)[None], bounds

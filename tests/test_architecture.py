@@ -26,7 +26,7 @@ LAYERS = (
     ("analysis",),
     ("__init__", "__main__"),
 )
-MATHS = {"activations", "convolution", "gram", "spectral", "certify", "fixed_point", "logdet"}
+MATHS = {"activations", "convolution", "gram", "spectral", "certify", "fixed_point", "logdet", "krylov"}
 HEAVY = {"absl", "optax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "flax", "ml_collections"}
 
 
@@ -93,7 +93,7 @@ def test_the_mathematics_imports_jax_and_nothing_of_upper_layers():
     for name in MATHS:
         source = (PACKAGE / f"{name}.py").read_text()
         assert packages_of(source) <= allowed, name
-        assert own_imports(source) <= {"convolution", "gram"}, name
+        assert own_imports(source) <= ({"logdet"} if name == "krylov" else {"convolution", "gram"}), name
 
 
 def files_with(predicate):

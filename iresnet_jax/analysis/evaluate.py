@@ -87,8 +87,8 @@ def evaluate(trained: Trained) -> dict[str, Any]:
     r"""The test objective, bits/dim of images or nats of a toy, with its standard error in parts.
 
     The mean is unbiased if ``config.evaluation.logdet`` is exact or a roulette. ``truncation_bound`` is the mean over examples
-    of what a series cut after the evaluation's exact terms could have missed at most, from the a-posteriori remainder of
-    `SeriesLogdet`; it is rigorous if the Lipschitz constants are. Below 256 dimensions ``exact`` checks the estimate: the mean
+    of what the evaluation's sure terms could have missed at most, a posteriori, see `SeriesLogdet` and `KrylovLogdet`; it is
+    rigorous if the Lipschitz constants are. Below 256 dimensions ``exact`` checks the estimate: the mean
     from `ExactLogdet` on the noise of the first dequantisation, the difference of the estimate on that noise from it, and
     that in standard errors of the difference, ``z``.
 
@@ -174,7 +174,8 @@ def describe(result: dict[str, Any]) -> str:
     if "entropy_floor" in result:
         lines.append(f"entropy of the data, below which no model can go: {result['entropy_floor']:.4f} nats")
     if result["truncation_bound"]:
-        lines.append(f"a series cut at its exact terms would be off by at most {result['truncation_bound']:.2g} {unit}")
+        bound = result["truncation_bound"]
+        lines.append(f"without what is left to chance, or left out, it would be off by at most {bound:.2g} {unit}")
     if exact := result.get("exact"):
         lines.append(f"exact log-determinant: {exact['mean']:.4f} {unit}; the estimate differs by z = {exact['z']:+.2f}")
     return "\n".join([*lines, *warnings(result)])

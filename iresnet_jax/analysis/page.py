@@ -181,10 +181,10 @@ def _likelihood_tiles(result: Mapping[str, Any], key: str, unit: str, *, certifi
     if bound is None:
         return tiles
     meaning = (
-        "No series is cut, so the likelihood has no truncation bias."
+        "The log-determinant is exact, so the likelihood has no truncation bias."
         if bound == 0
-        else "Largest possible bias from terms of the log-determinant series that are never drawn, either way. Not part of "
-        "the ±: more examples do not shrink it, more terms do."
+        else "What the sure terms of the log-determinant can miss at most, either way. An unbiased estimator draws the rest at "
+        "random; a biased one leaves it out. Not part of the ±: more examples do not shrink it, more terms do."
     )
     grounds = "guaranteed" if certified or bound == 0 else "conditional"
     return [*tiles, _tile("Truncation bound", f"≤ {number(bound, 2)}" if bound else "0", unit, grounds, meaning)]
