@@ -210,7 +210,7 @@ MISTAKES = {
     "devices": (["--config.training.batch_size=15"], "a batch of 15 examples cannot be split evenly over 2 devices"),
     "data": (["--config.data.name=mons"], "unknown image data set 'mons': known are"),
     "blocks": (["--config.training.blocks=loop"], "training.blocks must be auto, scan or unroll, got 'loop'"),
-    "logdet": (["--config.logdet.kind=magic"], "logdet.kind must be exact, series or roulette, got 'magic'"),
+    "logdet": (["--config.logdet.kind=magic"], "logdet.kind must be exact, series, roulette or krylov, got 'magic'"),
 }
 
 
