@@ -2,8 +2,8 @@
 
     python train.py --config=configs/mnist_density.py --workdir=runs/mnist_density
 
-Test 1.115 +- .003 bits/dim after an hour on 2 cores (benchmarks/results/mnist_density; its clock also counts 12 minutes in which
-the process was stopped). The paper reports 1.06, Residual Flows .970.
+Test 1.115 +- .003 bits/dim after an hour on 2 cores (benchmarks/results/mnist_density, whose clock also counts 10 minutes in
+which the process was stopped). The paper reports 1.06, Residual Flows .970.
 """
 
 from iresnet_jax.training.config import default_config, estimator_settings
