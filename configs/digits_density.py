@@ -26,8 +26,8 @@ def get_config():
     config.model.prior = "logistic"
     config.preprocessing.transform = "logit"
     config.preprocessing.alpha = 1e-4
-    # Instead of 5 terms of the series: validation 1.885 instead of 1.897 (one seed). The trace is estimated, as its noise seems to
-    # regularise: with the series validation was at 1.896 instead of 1.911.
+    # Instead of 5 terms of the series: validation 1.885 instead of 1.897 (one seed). The trace is estimated, as its noise seems
+    # to regularise: with the series validation was at 1.896 instead of 1.911.
     config.logdet.update({"kind": "krylov", "num_terms": 4, "exact_trace": False})
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 3e-3
