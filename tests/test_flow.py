@@ -223,6 +223,24 @@ def test_layouts_change_neither_values_nor_gradients(x64):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=LAYOUT, atol=LAYOUT), results(**layout), scanned)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about fusion by XLA:CPU")
+def test_work_of_unrolled_blocks_grows_with_their_number_not_its_square():
+    def flops(num_blocks):
+        stage = model.StageSpec(num_blocks, hidden=(4,), kernel_sizes=(3, 3), activation="clipswish")
+        spec = model.FlowSpec((4, 4, 2), (stage,))
+        weights = random_weights(spec)
+
+        def loss(weights, x):
+            z, logdet, _ = model.bijection(spec, weights, SeriesLogdet(2), unroll=True).forward_and_logdet(x, jax.random.key(0))
+            return jnp.mean(logdet) - jnp.mean(z**2)
+
+        x = jax.ShapeDtypeStruct((BATCH, 4, 4, 2), jnp.float32)
+        return jax.jit(jax.grad(loss)).lower(weights, x).compile().cost_analysis()["flops"]
+
+    few, more, most = (flops(n) for n in (4, 8, 12))
+    assert most - more == pytest.approx(more - few, rel=0.05)
+
+
 def test_program_size_does_not_depend_on_the_number_of_blocks():
     def num_lines(num_blocks, *, unroll):
         spec = dataclasses.replace(DENSE, stages=(dataclasses.replace(DENSE.stages[0], num_blocks=num_blocks),))
