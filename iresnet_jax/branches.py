@@ -161,6 +161,11 @@ def apply_branch(
     return h
 
 
+def at_zero(spec: BranchSpec, weights: Weights) -> Float[Array, "1 ..."]:
+    """``g(0)`` of a branch without context: what it adds to every input, as a batch of one example."""
+    return apply_branch(spec, weights, jnp.zeros((1, *spec.in_shape), jnp.result_type(*jax.tree.leaves(weights))))
+
+
 def _apply_layer(spec, layer, parameters, h, context):
     """One layer with the activation in front of it, if it has one."""
     h = linear_map(layer, spec.padding)(parameters["kernel"], _activate(spec, layer, parameters, h))

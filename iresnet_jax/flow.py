@@ -163,10 +163,20 @@ def residual_bijection(
     estimator: LogdetEstimator,
     solver: Solver = Solver(),  # noqa: B008 (immutable)
     trace: Trace | None = None,
+    at_zero: residual.AtZero | None = None,
 ) -> Bijection:
-    """``y = x + g(x)``, see `residual`; ``trace`` is that of ``J_g``, if it has a closed form."""
+    """``y = x + g(x)``, see `residual`.
+
+    Args:
+        branch: ``g``.
+        lipschitz_bound: Upper bound of ``Lip(g)``.
+        estimator: Of the log-determinant.
+        solver: Of the inverse.
+        trace: ``tr J_g``, if it has a closed form.
+        at_zero: Gives ``g(0)``, if it is the same for all examples.
+    """
     margin = jnp.maximum(1 - jnp.asarray(lipschitz_bound), 0)
-    solve = {"lipschitz_bound": lipschitz_bound, **solver._asdict()}
+    solve = {"lipschitz_bound": lipschitz_bound, **solver._asdict(), "at_zero": at_zero}
     return Bijection(
         forward=lambda x: residual.forward(branch, x),
         forward_and_logdet=lambda x, key: residual.forward_and_logdet(

@@ -297,6 +297,7 @@ def bijection(
                 estimator,
                 solver,
                 trace=(lambda x: branches.trace(branch, own, x, context)) if branches.has_trace(branch) else None,
+                at_zero=(lambda: branches.at_zero(branch, own)) if context is None else None,
             )
             return flow.chain([flow.actnorm_bijection(actnorm.ActNormParams(**block["actnorm"])), residual])
 

@@ -272,6 +272,8 @@ def test_a_frozen_model_is_the_same_model_in_one_file(digits, digits_run, tmp_pa
         loaded.log_prob(samples, estimator=SeriesLogdet())
     terms = loaded.log_prob(samples, jax.random.key(0), SeriesLogdet(num_terms=30, num_probes=8))
     assert np.abs(terms.log_prob - loaded.log_prob(samples).log_prob).max() < 5 * terms.info.stderr.max()
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(frozen.load(path).encode(samples), loaded.encode(samples), atol=1e-5)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)

@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax import lax
 
-from iresnet_jax import actnorm, branches, density, model, modules, reshape
+from iresnet_jax import actnorm, branches, density, model, modules, reshape, residual
 from iresnet_jax.data import digits
 from iresnet_jax.fixed_point import invert_residual
 from iresnet_jax.logdet import ExactLogdet, SeriesLogdet
@@ -153,6 +153,28 @@ def test_what_it_may_lose_where_banach_iteration_ends_by_itself(x64, dim, seed, 
     guaranteed_anderson, guaranteed_banach, *_ = compare(g, dim, 0.95, seed)
     assert np.any(guaranteed_anderson > guaranteed_banach), "no exception any more: move it to the cases above"
     assert np.all(guaranteed_anderson <= 3 * guaranteed_banach)
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_starting_behind_what_a_branch_always_adds(x64, refine):
+    rng = np.random.default_rng(0)
+    network, far = random_network(rng, 6, 0.9), 30 * jnp.asarray(rng.normal(size=(1, 6)))
+    x = jnp.asarray(rng.normal(size=(BATCH, 6)))
+
+    def branch(x):
+        return (network(x) + far).astype(x.dtype)
+
+    settings = {"lipschitz_bound": 0.9, "atol": TOLERANCE, "refine": refine}
+
+    def solve(**more):
+        found, info = residual.inverse(branch, x + branch(x), **settings, **more)
+        assert info.converged.all()
+        assert (np.linalg.norm(found - x, axis=1) <= info.error_bound).all()
+        return info.num_evals
+
+    shared = functools.partial(branch, jnp.zeros((1, 6)))
+    assert (solve(at_zero=shared) < solve()).all()
+    np.testing.assert_array_equal(solve(at_zero=shared, memory=0), solve(memory=0))  # the paper's iteration
 
 
 def test_a_result_does_not_depend_on_batch_mates_or_their_order(x64):

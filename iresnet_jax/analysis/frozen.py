@@ -194,7 +194,9 @@ def load(path: str | os.PathLike[str]) -> Any:
             frequencies=facts["frequencies"] and tuple(facts["frequencies"]),
         )
         spec = run.model_spec(config, source)
-        found = naming.from_named(named, jax.eval_shape(lambda: _shapes(config, spec)))
+        with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); models are in float32, wherever they are read
+            shapes = jax.eval_shape(lambda: _shapes(config, spec))
+        found = naming.from_named(named, shapes)
     except (zipfile.BadZipFile, zlib.error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or was written by another version ({error}): freeze the model again") from None
     found = jax.tree.map(jnp.asarray, found)
