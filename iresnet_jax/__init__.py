@@ -22,8 +22,9 @@ from iresnet_jax.convolution import conv
 from iresnet_jax.fixed_point import FixedPointInfo, invert_residual
 from iresnet_jax.flow import Bijection, Solver, chain, multiscale, repeat
 from iresnet_jax.krylov import KrylovLogdet
-from iresnet_jax.logdet import ExactLogdet, LogdetInfo, RouletteLogdet, SeriesLogdet, exact_logdet
+from iresnet_jax.logdet import ExactLogdet, LogdetInfo, SeriesLogdet, exact_logdet
 from iresnet_jax.model import FlowSpec, StageSpec, bijection, constrain, freeze
+from iresnet_jax.roulette import RouletteLogdet
 from iresnet_jax.spectral import soft_normalize, spectral_norm
 
 __all__ = [

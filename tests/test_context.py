@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from iresnet_jax import branches, density, flow, model, modules
-from iresnet_jax.logdet import ExactLogdet, RouletteLogdet
+from iresnet_jax.logdet import ExactLogdet
+from iresnet_jax.roulette import RouletteLogdet
 
 BATCH, CONTEXT_DIM = 3, 4
 PLANE = model.FlowSpec((2,), (model.StageSpec(3, hidden=(8,), activation="tanh"),), context_dim=CONTEXT_DIM)

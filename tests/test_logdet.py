@@ -12,15 +12,8 @@ import oracles
 import pytest
 from scipy import stats
 
-from iresnet_jax.logdet import (
-    ExactLogdet,
-    RouletteLogdet,
-    SeriesLogdet,
-    draw_probes,
-    exact_logdet,
-    truncation_bound,
-    weighted_series,
-)
+from iresnet_jax.logdet import ExactLogdet, SeriesLogdet, draw_probes, exact_logdet, truncation_bound, weighted_series
+from iresnet_jax.roulette import RouletteLogdet
 
 EXACT = 1e-10  # the same mathematics by another route, in float64
 GRADIENT = 1e-6  # gradients through a series of 60 terms at Lip(g) = 1/2

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from iresnet_jax import branches
-from iresnet_jax.logdet import ExactLogdet, RouletteLogdet, SeriesLogdet, weighted_series
+from iresnet_jax.logdet import ExactLogdet, SeriesLogdet, weighted_series
+from iresnet_jax.roulette import RouletteLogdet
 
 EXACT = 1e-10
 BATCH = 3

@@ -19,7 +19,8 @@ from jaxtyping import Float
 from iresnet_jax import density
 from iresnet_jax.analysis.trained import Trained, require_density
 from iresnet_jax.krylov import KrylovLogdet
-from iresnet_jax.logdet import ExactLogdet, LogdetEstimator, RouletteLogdet, SeriesLogdet
+from iresnet_jax.logdet import ExactLogdet, LogdetEstimator, SeriesLogdet
+from iresnet_jax.roulette import RouletteLogdet
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import parallel, run
 from iresnet_jax.training.density import evaluate_examples, make_evaluation

@@ -14,7 +14,7 @@ import ml_collections
 import optax
 from ml_collections import config_dict
 
-from iresnet_jax import flow, krylov, logdet, model
+from iresnet_jax import flow, krylov, logdet, model, roulette
 from iresnet_jax.training import optimizers
 
 Settings = Any  # a mapping of settings by name, or a ConfigDict, which reads like one without being one
@@ -182,7 +182,7 @@ def build_estimator(settings: Settings) -> logdet.LogdetEstimator:
     if kind == "series":
         return logdet.SeriesLogdet(num_terms=settings["num_terms"], **probes)
     if kind == "roulette":
-        return logdet.RouletteLogdet(
+        return roulette.RouletteLogdet(
             distribution=settings["distribution"],
             parameter=settings["parameter"],
             num_exact_terms=settings["num_exact_terms"],

@@ -1,0 +1,70 @@
+"""What a likelihood gradient costs as blocks are added: written out, written out without stored outputs, and scanned.
+
+    python benchmarks/depth.py [--quick]
+
+XLA:CPU fuses the sum ``x + g_1 + g_2 + ...`` of blocks that are written out into all that reads it, unless every block's output
+is stored (`flow.repeat`). Value and gradient of the mean log-likelihood of a stage like the MNIST density's first: 14 x 14 x 4,
+two convolutions of 48 channels, 4 products of Arnoldi's method. Compile times are of this process, one compilation each.
+"""
+
+import functools
+import time
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from _record import interleave, parser, summarize, table, write
+
+from iresnet_jax import density, flow, krylov, model, modules
+
+BATCH_SIZE, NUM_PRODUCTS = 32, 4
+LAYOUTS = {"stored": {"unroll": True}, "fused": {"unroll": True}, "scanned": {"unroll": False}}
+
+
+def gradient(num_blocks, layout):
+    """A function without arguments that computes the gradient, and the time it took to compile."""
+    stage = model.StageSpec(
+        num_blocks, hidden=(48,), kernel_sizes=(3, 3), activation="clipswish", squeeze=2, positional_bias=True
+    )
+    spec = density.DensitySpec(model.FlowSpec((28, 28, 1), (stage,), coeff=0.95), prior="logistic", transform="none")
+    key = jax.random.key(0)
+    x = jax.random.normal(key, (BATCH_SIZE, 28, 28, 1))
+    variables = modules.ResidualFlow(spec.flow, prior="logistic").init(key, x)
+    weights, prior = model.freeze(spec.flow, variables["params"]).weights, variables["params"]["prior"]
+    estimator = krylov.KrylovLogdet(NUM_PRODUCTS)
+
+    def loss(weights):
+        return -jnp.mean(density.log_prob(spec, weights, prior, x, key, estimator, **LAYOUTS[layout]).log_prob)
+
+    weights = jax.tree.map(jnp.asarray, weights)
+    store = (
+        mock.patch.object(flow, "_store", lambda x: x) if layout == "fused" else mock.patch.object(flow, "_store", flow._store)
+    )
+    with store:
+        start = time.perf_counter()
+        compiled = jax.jit(jax.grad(loss)).lower(weights).compile()
+    return functools.partial(compiled, weights), time.perf_counter() - start
+
+
+def main():
+    options = parser(__doc__)
+    arguments = options.parse_args()
+    rows, results = [], {}
+    for num_blocks in (2, 4) if arguments.quick else (4, 8, 16, 32):
+        functions, compile_seconds = {}, {}
+        for layout in LAYOUTS:
+            functions[layout], compile_seconds[layout] = gradient(num_blocks, layout)
+        timings = interleave(functions, turns=3 if arguments.quick else 20, warmup=2, max_seconds=60)
+        numbers = summarize(timings, "fused")
+        results[num_blocks] = {name: {**numbers[name], "compile_s": compile_seconds[name]} for name in LAYOUTS}
+        of_layouts = results[num_blocks].values()
+        milliseconds = [f"{1e3 * own['median_s'] / num_blocks:.2f}" for own in of_layouts]
+        rows.append((num_blocks, *milliseconds, *(f"{own['speedup']:.2f}" for own in of_layouts)))
+        rows[-1] += tuple(f"{seconds:.1f}" for seconds in compile_seconds.values())
+    header = ("blocks", *(f"ms a block, {name}" for name in LAYOUTS), *(f"speed-up, {name}" for name in LAYOUTS))
+    print(table(rows, (*header, *(f"compile s, {name}" for name in LAYOUTS))))
+    write("depth", arguments, {"batch_size": BATCH_SIZE, "num_products": NUM_PRODUCTS}, results)
+
+
+if __name__ == "__main__":
+    main()
