@@ -76,8 +76,10 @@ def arnoldi(
 
 def _combine(coefficients: Float[Array, "n ..."], vectors: Float[Array, "n ... d"]) -> Float[Array, "... d"]:
     """``sum_i c_i v_i``, written out: XLA:CPU reduces over a leading axis ten times more slowly."""
-    terms = [c[..., None] * v for c, v in zip(coefficients, vectors, strict=True)]
-    return sum(terms[1:], terms[0])
+    total = coefficients[0][..., None] * vectors[0]
+    for coefficient, vector in zip(coefficients[1:], vectors[1:], strict=True):
+        total = total + coefficient[..., None] * vector
+    return total
 
 
 def quadrature() -> tuple[Float[np.ndarray, " q"], Float[np.ndarray, " q"]]:
