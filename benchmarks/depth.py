@@ -3,7 +3,7 @@
     python benchmarks/depth.py [--quick]
 
 XLA:CPU fuses the sum ``x + g_1 + g_2 + ...`` of blocks that are written out into all that reads it, unless every block's output
-is stored (`flow.repeat`). Value and gradient of the mean log-likelihood of a stage like the MNIST density's first: 14 x 14 x 4,
+is stored (`flow.repeat`). Gradient of the mean log-likelihood of a stage like the MNIST density's first: 14 x 14 x 4,
 two convolutions of 48 channels, 4 products of Arnoldi's method. Compile times are of this process, one compilation each.
 """
 
@@ -18,14 +18,13 @@ from _record import interleave, parser, summarize, table, write
 from iresnet_jax import density, flow, krylov, model, modules
 
 BATCH_SIZE, NUM_PRODUCTS = 32, 4
-LAYOUTS = {"stored": {"unroll": True}, "fused": {"unroll": True}, "scanned": {"unroll": False}}
+LAYOUTS = ("stored", "fused", "scanned")
 
 
 def gradient(num_blocks, layout):
     """A function without arguments that computes the gradient, and the time it took to compile."""
-    stage = model.StageSpec(
-        num_blocks, hidden=(48,), kernel_sizes=(3, 3), activation="clipswish", squeeze=2, positional_bias=True
-    )
+    branch = {"hidden": (48,), "kernel_sizes": (3, 3), "activation": "clipswish", "positional_bias": True}
+    stage = model.StageSpec(num_blocks, squeeze=2, **branch)
     spec = density.DensitySpec(model.FlowSpec((28, 28, 1), (stage,), coeff=0.95), prior="logistic", transform="none")
     key = jax.random.key(0)
     x = jax.random.normal(key, (BATCH_SIZE, 28, 28, 1))
@@ -34,13 +33,9 @@ def gradient(num_blocks, layout):
     estimator = krylov.KrylovLogdet(NUM_PRODUCTS)
 
     def loss(weights):
-        return -jnp.mean(density.log_prob(spec, weights, prior, x, key, estimator, **LAYOUTS[layout]).log_prob)
+        return -jnp.mean(density.log_prob(spec, weights, prior, x, key, estimator, unroll=layout != "scanned").log_prob)
 
-    weights = jax.tree.map(jnp.asarray, weights)
-    store = (
-        mock.patch.object(flow, "_store", lambda x: x) if layout == "fused" else mock.patch.object(flow, "_store", flow._store)
-    )
-    with store:
+    with mock.patch.object(flow, "_store", (lambda x: x) if layout == "fused" else flow._store):
         start = time.perf_counter()
         compiled = jax.jit(jax.grad(loss)).lower(weights).compile()
     return functools.partial(compiled, weights), time.perf_counter() - start
@@ -57,12 +52,10 @@ def main():
         timings = interleave(functions, turns=3 if arguments.quick else 20, warmup=2, max_seconds=60)
         numbers = summarize(timings, "fused")
         results[num_blocks] = {name: {**numbers[name], "compile_s": compile_seconds[name]} for name in LAYOUTS}
-        of_layouts = results[num_blocks].values()
-        milliseconds = [f"{1e3 * own['median_s'] / num_blocks:.2f}" for own in of_layouts]
-        rows.append((num_blocks, *milliseconds, *(f"{own['speedup']:.2f}" for own in of_layouts)))
-        rows[-1] += tuple(f"{seconds:.1f}" for seconds in compile_seconds.values())
-    header = ("blocks", *(f"ms a block, {name}" for name in LAYOUTS), *(f"speed-up, {name}" for name in LAYOUTS))
-    print(table(rows, (*header, *(f"compile s, {name}" for name in LAYOUTS))))
+        for name, own in results[num_blocks].items():
+            milliseconds = 1e3 * own["median_s"] / num_blocks
+            rows.append((num_blocks, name, f"{milliseconds:.2f}", f"{own['speedup']:.2f}", f"{own['compile_s']:.1f}"))
+    print(table(rows, ("blocks", "layout", "ms a block", "speed-up", "compile s")))
     write("depth", arguments, {"batch_size": BATCH_SIZE, "num_products": NUM_PRODUCTS}, results)
 
 

@@ -299,8 +299,8 @@ def _store(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
     """``x``, put into memory before it is used, on CPU.
 
     Blocks written out are one program, in which XLA:CPU fuses the sum ``x + g_1 + g_2 + ...`` into everything that reads it,
-    and so adds it up anew for each block behind: work that grows with the square of depth (a fifth of an MNIST density's
-    training step). ``lax.optimization_barrier`` does not stop it; a matrix product does, and by the identity it is exact.
+    and so adds it up anew for each block behind: work that grows with the square of depth (``benchmarks/depth.py``).
+    ``lax.optimization_barrier`` does not stop it; a matrix product does, and by the identity it is exact.
     """
     if jax.default_backend() != "cpu":
         return x

@@ -75,7 +75,7 @@ def arnoldi(
 
 
 def _combine(coefficients: Float[Array, "n ..."], vectors: Float[Array, "n ... d"]) -> Float[Array, "... d"]:
-    """``sum_i c_i v_i``, written out: XLA:CPU reduces over a leading axis ten times more slowly."""
+    """``sum_i c_i v_i``, written out, as XLA:CPU is slow in reducing over a leading axis."""
     total = coefficients[0][..., None] * vectors[0]
     for coefficient, vector in zip(coefficients[1:], vectors[1:], strict=True):
         total = total + coefficient[..., None] * vector
