@@ -100,7 +100,10 @@ def test_idx_header_is_big_endian(tmp_path):
         (idx_bytes(np.zeros((2, 3), np.float32), kind=13), "holds values of IDX type 13: only unsigned bytes"),
         (b"<html>not found</html>", "is not an IDX file"),
         # Without the time of day, which would give the test another name in every process.
-        (gzip.compress(idx_bytes(np.zeros((2, 3, 3), np.uint8)), mtime=0)[:-5], "is not an intact gzip file: .*; fetch it again"),
+        (
+            gzip.compress(idx_bytes(np.zeros((2, 3, 3), np.uint8)), mtime=0)[:-5],
+            "is not an intact gzip file: .*; fetch it again",
+        ),
         (gzip.compress(b"", mtime=0)[:4] + b"\xff" * 20, "is not an intact gzip file"),
         (b"", "is not an IDX file"),
     ],
