@@ -8,7 +8,7 @@ Variants after a colon: a number is the coefficient c in place of .9, such as :0
 
 from iresnet_jax.training.config import default_config, set_variant
 
-TRAIN_EXAMPLES, EPOCHS, BATCH_SIZE = 55_000, 20, 128
+TRAIN_EXAMPLES, EPOCHS, BATCH_SIZE = 55_000, 16, 128
 
 
 def get_config(variant="0.9"):
