@@ -23,8 +23,8 @@ def get_config(variant="0.9"):
     set_variant(config, variant)
     config.classifier.update({"pad_channels": 3, "mean": (0.2860,), "std": (0.3530,), "label_smoothing": 0.1})
     config.augmentation.update({"crop_padding": 2, "flip": True})
-    config.optimizer.update({"name": "sgd", "learning_rate": 0.1, "nesterov": True, "weight_decay": 5e-4, "clip_norm": 0.0})
+    config.optimizer.update({"name": "sgd", "learning_rate": 0.3, "nesterov": True, "weight_decay": 5e-4, "clip_norm": 0.0})
     epoch = TRAIN_EXAMPLES // BATCH_SIZE
-    config.training.update({"total_steps": EPOCHS * epoch, "batch_size": BATCH_SIZE, "eval_every_steps": epoch})
+    config.training.update({"total_steps": EPOCHS * epoch, "batch_size": BATCH_SIZE, "eval_every_steps": 2 * epoch})
     config.training.update({"ema_decay": 0.998, "eval_examples": 5000, "log_every_steps": 100})
     return config
