@@ -118,9 +118,9 @@ def solve_and_watch(g, y, x_true, lipschitz, memory, weights=None):
     jax.effects_barrier()
     assert np.all(error(x, x_true) <= TOLERANCE)
     residuals = np.stack([error(y, x + g) for x, g in SEEN])
-    errors = np.stack([error(x, x_true) for x, _ in SEEN])
+    errors = np.stack([error(y - g, x_true) for _, g in SEEN])
     is_best = residuals <= np.minimum.accumulate(residuals)
-    best = np.maximum.accumulate(np.where(is_best, np.arange(len(SEEN))[:, None], 0))  # the one of least residual is returned
+    best = np.maximum.accumulate(np.where(is_best, np.arange(len(SEEN))[:, None], 0))  # from there the Banach step is returned
     within = np.take_along_axis(errors, best, axis=0) <= TOLERANCE
     assert within[-1].all()
     return info, within.argmax(axis=0) + 1

@@ -153,7 +153,7 @@ def test_images_keep_their_shape_and_their_own_norm(x64):
     y = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3, 2)))
     x, info = invert_residual(lambda x: 0.5 * x, y, lipschitz_bound=0.5, memory=0)
     assert_bound_holds(info, error(x, np.asarray(y) / 1.5))
-    np.testing.assert_allclose(info.residual, error(1.5 * x, np.asarray(y)), rtol=1e-6)
+    np.testing.assert_allclose(info.residual / 2, error(1.5 * x, np.asarray(y)), rtol=1e-6)  # x is one step further
 
 
 # ---------------------------------------------------------------------------------------------------- derivatives

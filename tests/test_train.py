@@ -9,14 +9,16 @@ from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
 from runs import EVAL_EVERY, ROOT, TOTAL_STEPS
 
+from iresnet_jax import model
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import loop, parallel, run, state
-from iresnet_jax.training.density import evaluation_keys, make_step
+from iresnet_jax.training.density import TOLERATED_BIAS, evaluation_keys, make_step
 from iresnet_jax.training.metrics import read_metrics
 
 # The same sums in another order, in float32; Adam divides by the root of tiny second moments, which magnifies their rounding.
@@ -112,6 +114,47 @@ def test_a_finished_run_is_not_trained_further(config, uninterrupted, monkeypatc
     again = loop.train(config, workdir)
     chex.assert_trees_all_equal(jax.device_get(again), jax.device_get(reference))
     assert measurements(workdir) == before
+
+
+# --- what is trained ------------------------------------------------------------------------------------------------
+
+
+def validate_untrained(**estimator):
+    """Validation of a block that was not trained, by such a log-determinant of training, and its state."""
+    config = runs.config_of(runs.TOY_CONFIG)
+    with config.unlocked():
+        config.model.stages = ({"num_blocks": 1, "hidden": (8,)},)
+        config.logdet = config_lib.estimator_settings(**estimator)
+        config.evaluation.logdet = config_lib.estimator_settings(kind="exact")
+    objective = loop.build_objective(config, run.load_source(config.data.name))
+    validation = objective.make_validation()
+    return validation, validation.constrain(state.create(objective.initial_variables(), objective.optimizer))
+
+
+def test_validation_says_what_training_gains_by_what_it_cuts_off(caplog):
+    validation, (weights, prior) = validate_untrained(kind="series", num_terms=1)  # whose trace is exact
+    source = run.load_source("moons")
+    x = jnp.asarray(source.held_out("validation", 32, 0))
+    jacobians = jax.vmap(jax.jacfwd(lambda x: model.bijection(validation.spec.flow, weights).forward(x[None])[0]))(x)
+    scales = np.exp(weights["stage0"]["actnorm"]["log_scale"][0])
+    of_block = np.asarray(jacobians / scales[None, None, :], np.float64)
+    missed = np.linalg.slogdet(of_block)[1] - (np.trace(of_block, axis1=1, axis2=2) - 2)  # log det(I + J) - tr J
+    with caplog.at_level("WARNING"):
+        means = validation.measure((weights, prior))
+    np.testing.assert_allclose(means["training_bias"], missed.mean(), atol=1e-5)
+    assert missed.mean() < -TOLERATED_BIAS
+    assert "reads nll lower by 0.042" in caplog.text
+    caplog.clear()
+    patient, _ = validate_untrained(kind="series", num_terms=60)
+    with caplog.at_level("WARNING"):
+        assert abs(patient.measure((weights, prior))["training_bias"]) < TOLERATED_BIAS
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("kind", ["roulette", "exact"])
+def test_an_unbiased_training_has_no_bias_to_show(kind):
+    validation, constrained = validate_untrained(kind=kind)
+    assert set(validation.measure(constrained)) == {"nll", "log_prior", "log_det"}
 
 
 # --- devices --------------------------------------------------------------------------------------------------------

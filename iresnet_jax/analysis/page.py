@@ -272,7 +272,7 @@ def _inversion(report: Mapping[str, Any], figures: Mapping[str, str]) -> Html | 
     quantities = (
         ("largest absolute error", "max_abs_error", "measured, in input units"),
         ("largest Euclidean error", "max_euclidean_error", "measured, of an example"),
-        ("largest error bound", "max_error_bound", "from the residuals |y - x - g(x)| / (1 - L) of the solver"),
+        ("largest error bound", "max_error_bound", "from the solver's residuals |y - x - g(x)|, times L / (1 - L)"),
         ("errors within their bound", "fraction_within_bound", "example by example"),
         ("examples converged", "fraction_converged", "within the solver's budget"),
         ("examples recovered", "fraction_recovered", "to 1e-4, whatever the bounds promise"),

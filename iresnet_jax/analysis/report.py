@@ -17,6 +17,7 @@ from iresnet_jax.training import config as config_lib
 from iresnet_jax.training.metrics import read_metrics
 
 NUM_IMAGES, NUM_POINTS = 64, 2000  # samples shown
+NUM_UNCERTIFIED = 64  # examples that a network of blocks that may be no contractions tries to reconstruct: it runs to its cap
 SAMPLES_A_CLASS, CLASSES_SHOWN = 8, 10  # of a model with classes, the first of them
 MAP_SIDE = 128
 
@@ -61,8 +62,8 @@ def write(trained: Trained) -> dict[str, Any]:
 
 def _of_bijection(trained: Trained) -> tuple[dict[str, Any], dict[str, Any]]:
     """Results and figures about the inverse and about Lipschitz constants."""
-    reconstructions = reconstruct.reconstruct(trained, _num_reconstructed(trained))
     constants = lipschitz.measure(trained)
+    reconstructions = reconstruct.reconstruct(trained, _num_reconstructed(trained, certified=constants["certified"]))
     figures = {"reconstructions": reconstruct.figure(reconstructions), "lipschitz": _lipschitz_figure(trained, constants)}
     errors, bounds = (np.asarray(getattr(reconstructions.refined, name)) for name in ("euclidean_error", "error_bound"))
     if np.isfinite(errors).any():
@@ -103,8 +104,10 @@ def _of_classes(trained: Trained) -> tuple[dict[str, Any], dict[str, Any], list[
     return {"classification": result}, classify.figures(trained, result), []
 
 
-def _num_reconstructed(trained: Trained) -> int:
+def _num_reconstructed(trained: Trained, *, certified: bool) -> int:
     """All test images of a classifier, whose features are to be as good as the images; a sample of a density's."""
+    if not certified:
+        return NUM_UNCERTIFIED
     return len(trained.source.labels("test")) if trained.is_classifier else reconstruct.NUM_EXAMPLES
 
 
