@@ -2,10 +2,10 @@
 
     python benchmarks/inverse.py --workdir runs/digits_density [--quick]
 
-Evaluations are those until the iterate that would be returned is within 1e-5 (Euclidean) of the exact preimage, which is
-known: it is where the block's output came from, in float64. Counted in float64, one example at a time, on test data, without
-the one evaluation at 0 that all examples share, from which Anderson's method starts. The whole inverse is timed in the model's
-own precision and stops by its own error bound, as it does in use.
+Evaluations are those until what would be returned is within 1e-5 (Euclidean) of the exact preimage, which is known: it is
+where the block's output came from, in float64. Counted in float64, one example at a time, on test data, without the one
+evaluation at 0 that all examples share, from which Anderson's method starts. The whole inverse is timed in the model's own
+precision and stops by its own error bound, as it does in use.
 """
 
 import functools
@@ -59,14 +59,14 @@ def solve_and_tell(branch, block, y, memory):
 
 
 def evaluations(branch, block, y, x_true, memory):
-    """Evaluations of each example until the iterate of least residual, which is what is returned, is within the tolerance."""
+    """Evaluations until the Banach step from the iterate of least residual, which is returned, is within the tolerance."""
     _iterates.clear()
     jax.block_until_ready(solve_and_tell(branch, block, y, memory))
     jax.effects_barrier()
     x, g = np.stack(_iterates, axis=1).reshape(2, len(_iterates), len(y), -1)
     x_true, y = (np.asarray(a).reshape(len(y), -1) for a in (x_true, y))
     residual = np.linalg.norm(y - x - g, axis=-1)
-    error = np.linalg.norm(x - x_true, axis=-1)
+    error = np.linalg.norm(y - g - x_true, axis=-1)
     best = np.maximum.accumulate(np.where(residual <= np.minimum.accumulate(residual), np.arange(len(x))[:, None], 0))
     reached = np.take_along_axis(error, best, axis=0) <= TOLERANCE
     if not reached[-1].all():

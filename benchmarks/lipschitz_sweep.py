@@ -6,7 +6,7 @@ Trains a classifier for every coefficient c, its unconstrained twin, and the net
 of every one: the test error; whether every block is certified a contraction; and how test images come back from the features,
 by Banach iteration as in the paper (at most 500 evaluations a block) and with Anderson's method. An image counts as recovered
 if no pixel is off by more than 1e-4 in the units of the network's input, whatever was promised; it counts as converged only if
-the solver's bound holds, which takes a contraction. Certified networks reconstruct all test images; others the first --num, if it is
+the solver's bound holds, which takes a contraction. Certified networks reconstruct all test images, others the first --num, if
 given, as their inverses run to the cap. Runs are kept in --runs and resumed, so that a sweep can be stopped.
 """
 

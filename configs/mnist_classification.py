@@ -3,8 +3,10 @@
     python train.py --config=configs/mnist_classification.py --workdir=runs/mnist_classification
 
 Variants after a colon: a number is the coefficient c in place of .9, such as :0.7; :vanilla is the unconstrained twin, and
-:batchnorm an ordinary residual network with BatchNorm in its branches. The paper reports .40 % error at c = .9 and .38 %
-without a constraint, of a network of 54 blocks.
+:batchnorm an ordinary residual network with BatchNorm in its branches.
+
+At c = .9 49 of 10,000 test images are wrong, .49 %, after 27 minutes on one core (benchmarks/results/mnist_classification), and
+45 of the unconstrained twin. The paper reports .40 % and .38 %, of a network of 54 blocks.
 """
 
 from iresnet_jax.training.config import default_config, set_variant
