@@ -117,6 +117,7 @@ def picture(rows, path):
             if error is not None:
                 label = name if row is rows[-1] else ""
                 right.scatter(place, min(error, 1e6), color=color, alpha=0.7, label=label)
+    left.set_ylim(bottom=0)
     right.set_yscale("log")
     right.axhline(reconstruct.RECOVERED, color=style.INK, linewidth=1.0)
     for axes, title in ((left, "test error [%]"), (right, "largest reconstruction error")):
