@@ -318,15 +318,16 @@ def _inner_products(steps: Float[Array, "b m d"], r: Float[Array, "b d"]) -> Flo
 def _solve_regularized(gram: Float[Array, "b m m"], b: Float[Array, "b m"]) -> Float[Array, "b m"]:
     """``(gram + ridge I)^-1 b`` of every example; the ridge is a few units of rounding.
 
-    Gauss-Jordan elimination, written out for the few unknowns there are: a library's solver would be called once an example.
-    Without pivots, as the matrix is positive definite.
+    Gauss-Jordan elimination, written out for the few unknowns there are, each entry a vector over examples: a library's solver
+    would be called once an example. Without pivots, as the matrix is positive definite.
     """
     m, dtype = b.shape[1], b.dtype
-    ridge = 10 * jnp.finfo(dtype).eps * jnp.trace(gram, axis1=1, axis2=2) + jnp.finfo(dtype).tiny
-    unit = jnp.eye(m, dtype=dtype)
-    rows = jnp.concatenate([gram + ridge[:, None, None] * unit[None], b[..., None]], axis=-1)
+    ridge = 10 * jnp.finfo(dtype).eps * sum(gram[:, i, i] for i in range(m)) + jnp.finfo(dtype).tiny
+    rows = [[gram[:, i, j] + (ridge if i == j else 0) for j in range(m)] + [b[:, i]] for i in range(m)]
     for k in range(m):
-        row = rows[:, k] / rows[:, k, k, None]
-        factors = rows[:, :, k] - unit[k][None]  # which leaves `row` in its own place
-        rows = rows - factors[..., None] * row[:, None]
-    return rows[..., m]
+        scaled = [entry / rows[k][k] for entry in rows[k]]
+        rows = [
+            scaled if i == k else [entry - row[k] * above for entry, above in zip(row, scaled, strict=True)]
+            for i, row in enumerate(rows)
+        ]
+    return jnp.stack([row[m] for row in rows], axis=1)
