@@ -18,8 +18,7 @@ Branch = Callable[[Array], Array]
 # rounds inside too.
 _ROUNDING_FLOOR = 8
 
-# Below this part of the bound of its own rounding a residual is noise. At twice this, 7 % fewer evaluations leave an error a
-# quarter larger (trained digits in float32).
+# Below this part of the bound of its own rounding a residual is noise.
 _NOISE = 0.25
 
 

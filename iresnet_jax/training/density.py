@@ -20,7 +20,7 @@ from iresnet_jax.training.objective import Loss, Objective, update
 from iresnet_jax.training.parallel import example_keys
 from iresnet_jax.training.state import TrainState
 
-TOLERATED_BIAS = 0.02  # of what is trained, in bits/dim or nats; beyond it a warning is logged
+TOLERATED_BIAS = 0.01  # of what is trained, in bits/dim or nats; beyond it a warning is logged
 
 
 def objective(config: Any, source: run.Source) -> Objective:
