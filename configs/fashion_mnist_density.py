@@ -20,7 +20,7 @@ def get_config():
     config.model.prior = "logistic"
     config.preprocessing.update({"transform": "equalize", "alpha": 1e-6})
     config.logdet = estimator_settings(kind="krylov", num_terms=6)
-    config.optimizer.update({"name": "adamw", "learning_rate": 3e-3, "weight_decay": 0.05, "warmup_steps": 200})
-    config.training.update({"total_steps": 7500, "batch_size": 32, "eval_every_steps": 1500, "eval_examples": 1024})
+    config.optimizer.update({"name": "adamw", "learning_rate": 1e-2, "weight_decay": 0.05, "warmup_steps": 200})
+    config.training.update({"total_steps": 6000, "batch_size": 32, "eval_every_steps": 1500, "eval_examples": 1024})
     config.evaluation.update({"num_dequantisations": 1, "num_probe_draws": 2})  # 10,000 images: neither contributes much
     return config

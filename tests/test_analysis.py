@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import jax
@@ -360,6 +361,16 @@ def test_environment_names_versions_and_devices():
     facts = environment.describe()
     assert facts["jax"] == jax.__version__
     assert facts["cpu_count"] >= 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin a process to processors")
+def test_environment_counts_the_processors_that_the_process_may_use():
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert environment.describe()["cpu_count"] == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 # --- which parameters, and mistakes ---------------------------------------------------------------------------------

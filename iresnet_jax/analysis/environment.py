@@ -21,7 +21,7 @@ def describe() -> dict[str, Any]:
         "devices": run.device_summary(),
         "backend": jax.default_backend(),
         "matmul_precision": getattr(jax.config, "jax_default_matmul_precision", None) or "default",
-        "cpu_count": os.cpu_count(),
+        "cpu_count": _cpu_count(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{name: version for name in PACKAGES if (version := _version(name))},
@@ -30,6 +30,11 @@ def describe() -> dict[str, Any]:
     if commit := _commit():
         facts["commit"] = commit
     return facts
+
+
+def _cpu_count() -> int | None:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _version(package: str) -> str | None:
