@@ -8,7 +8,8 @@ Flags:
     --workdir         folder of the run: config, metrics, checkpoints, report; runs/<name of the config file> by default
     --debug           show the traceback of a failure
 
-Stopped at any time, the same command goes on from the last checkpoint to the same result.
+Ctrl-C and SIGTERM save the step that was reached and end with status 130 and 143; the same command goes on from there to the
+same result.
 """
 
 from absl import app, flags, logging

@@ -19,6 +19,7 @@ and ``v_(n+1)`` are orthogonal.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +133,8 @@ class KrylovLogdet:
     num_probes: int = 1
     probe: str = "rademacher"
     exact_trace: bool = True
+
+    unbiased: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.num_steps < 1:

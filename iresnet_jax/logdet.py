@@ -15,7 +15,7 @@ The estimators are settings with one pure call, ``estimator(branch, x, key, lips
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,13 @@ class LogdetInfo(NamedTuple):
 
 @runtime_checkable
 class LogdetEstimator(Protocol):
-    """Estimates ``log det(I + J)`` of a branch at every example of a batch."""
+    """Estimates ``log det(I + J)`` of a branch at every example of a batch.
+
+    Attributes:
+        unbiased: Whether nothing is cut off: the mean over probes, and random lengths, is the log-determinant.
+    """
+
+    unbiased: ClassVar[bool]
 
     def fix_length(self, key: Key[Array, ""]) -> "LogdetEstimator":
         """The estimator with its random length, if it has one, drawn once for all blocks, examples and devices."""
@@ -252,6 +258,8 @@ class ExactLogdet:
 
     columns_at_once: int = 64
 
+    unbiased: ClassVar[bool] = True
+
     def fix_length(self, key: Key[Array, ""]) -> "ExactLogdet":
         """Nothing is random here."""
         del key
@@ -293,6 +301,8 @@ class SeriesLogdet:
     probe: str = "rademacher"
     unroll: bool = False
     exact_trace: bool = True
+
+    unbiased: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.num_terms < 1:

@@ -1,6 +1,7 @@
 """``log det(I + J)`` of a residual block as a power series cut at a random length: without a bias (Chen et al. 2019)."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,8 @@ class RouletteLogdet:
     probe: str = "rademacher"
     exact_trace: bool = True
     length: Int[Array, ""] | None = None
+
+    unbiased: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.distribution not in ("poisson", "geometric"):

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from iresnet_jax import model
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import loop, parallel, run, state
 from iresnet_jax.training.density import TOLERATED_BIAS, evaluation_keys, make_step
+from iresnet_jax.training.interruption import SIGNALS, Stopped, StopRequests
 from iresnet_jax.training.metrics import read_metrics
 
 # The same sums in another order, in float32; Adam divides by the root of tiny second moments, which magnifies their rounding.
@@ -74,6 +76,11 @@ def measurements(workdir):
     return [record for record in kept if record["split"] != "timing"]
 
 
+def newest(workdir):
+    """The step of the newest checkpoint."""
+    return max(int(path.name) for path in (workdir / "checkpoints" / "latest").iterdir() if path.name.isdecimal())
+
+
 # --- one run --------------------------------------------------------------------------------------------------------
 
 
@@ -97,7 +104,7 @@ def test_a_killed_run_ends_bit_for_bit_like_one_never_stopped(config, config_fil
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    reached = max(int(path.name) for path in latest.iterdir() if path.name.isdecimal())
+    reached = newest(tmp_path)
     assert 0 < reached < TOTAL_STEPS, "it was not killed in the middle"
 
     resumed = loop.train(config, tmp_path)
@@ -114,6 +121,120 @@ def test_a_finished_run_is_not_trained_further(config, uninterrupted, monkeypatc
     again = loop.train(config, workdir)
     chex.assert_trees_all_equal(jax.device_get(again), jax.device_get(reference))
     assert measurements(workdir) == before
+
+
+# --- told to stop ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def happens_before(monkeypatch):
+    """Has something happen while a step waits for its batch."""
+
+    def arrange(step, event):
+        def eventful(config, examples, first_step):
+            for k, batch in enumerate(feed(config, examples, first_step), first_step):
+                if k == step:
+                    event()
+                yield batch
+
+        monkeypatch.setattr(loop, "batches", eventful)
+
+    feed = loop.batches
+    return arrange
+
+
+def send(*signals):
+    return lambda: [signal.raise_signal(number) for number in signals]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_told_to_stop_saves_the_step_it_is_in(config, uninterrupted, tmp_path, happens_before, number):
+    handlers = [signal.getsignal(each) for each in SIGNALS]
+    happens_before(EVAL_EVERY * 2, send(number))
+    with pytest.raises(Stopped, match=rf"stopped by {number.name} after step {EVAL_EVERY * 2 + 1} of {TOTAL_STEPS}: the same"):
+        loop.train(config, tmp_path)
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
+    assert measurements(tmp_path)[-1]["step"] == EVAL_EVERY * 2 + 1
+
+    happens_before(EVAL_EVERY * 2, lambda: pytest.fail("a step was taken twice"))
+    workdir, reference, _ = uninterrupted
+    chex.assert_trees_all_equal(jax.device_get(loop.train(config, tmp_path)), jax.device_get(reference))
+    assert measurements(tmp_path) == measurements(workdir)
+
+
+def test_a_second_signal_stops_at_once(config, tmp_path, happens_before):
+    happens_before(EVAL_EVERY, send(signal.SIGTERM, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        loop.train(config, tmp_path)
+    assert not isinstance(interrupt.value, Stopped)
+    assert measurements(tmp_path)[-1]["step"] == EVAL_EVERY
+
+
+def test_a_run_that_blew_up_is_not_saved_when_told_to_stop(config, tmp_path, happens_before, monkeypatch):
+    with config.copy_and_resolve_references().unlocked() as config:
+        config.training.log_every_steps = config.training.eval_every_steps = 4
+    whole = loop.build_objective
+
+    def blown_up(config, source):
+        objective = whole(config, source)
+
+        def step(current, batch):
+            current, metrics = objective.step(current, batch)
+            return current, {name: jnp.nan * value for name, value in metrics.items()}
+
+        return objective._replace(step=step)
+
+    monkeypatch.setattr(loop, "build_objective", blown_up)
+    happens_before(1, send(signal.SIGTERM))
+    with pytest.raises(RuntimeError, match="became non-finite between steps 0 and 2"):
+        loop.train(config, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_is_saved_between_validations_that_are_far_apart(config, tmp_path, happens_before, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def die():
+        raise Killed
+
+    happens_before(EVAL_EVERY + 1, die)
+    for seconds, saved in ((600.0, EVAL_EVERY), (0.0, EVAL_EVERY + 1)):
+        monkeypatch.setattr(loop, "SAVE_SECONDS", seconds)
+        with pytest.raises(Killed):
+            loop.train(config, tmp_path / str(seconds))
+        assert newest(tmp_path / str(seconds)) == saved
+
+
+def test_the_command_line_of_a_run_told_to_stop_says_how_to_go_on(config_file, tmp_path, happens_before, capsys):
+    happens_before(1, send(signal.SIGTERM))
+    status = runs.train_script().main(["train.py", f"--config={config_file}", f"--workdir={tmp_path}"])
+    out, err = capsys.readouterr()
+    assert status == 143
+    assert err.splitlines()[-1] == f"stopped by SIGTERM after step 2 of {TOTAL_STEPS}: the same command goes on from it"
+    assert out == ""
+
+
+def test_signals_that_are_ignored_stay_ignored_and_threads_hear_none():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with StopRequests() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.received is None
+            signal.raise_signal(signal.SIGINT)
+            assert stop.received is signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    def enter():
+        with StopRequests() as stop:
+            heard.append(stop.received)
+
+    heard = []
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert heard == [None]
 
 
 # --- what is trained ------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def evaluate(trained: Trained) -> dict[str, Any]:
         "num_dequantisations": 0 if is_toy else num_noise,
         "num_probes": num_probes,
         "estimator": _in_words(estimator),
-        "unbiased": not isinstance(estimator, SeriesLogdet | KrylovLogdet),
+        "unbiased": estimator.unbiased,
         "truncation_bound": 0.0,
     }
     if (cut := _cut(estimator)) is not None:

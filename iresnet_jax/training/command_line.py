@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from iresnet_jax.training import config as config_lib
+from iresnet_jax.training.interruption import Stopped
 
 MISTAKE = 2  # exit status
 _LONGEST = 600  # characters of a message; compilers append whole programs to theirs
@@ -34,6 +35,8 @@ class TrainFlags(NamedTuple):
 def explain_failures(command: Callable[[], int], *, debug: bool = False) -> int:
     """Runs a command and returns its exit status; a failure ends in one sentence on stderr and status 2.
 
+    A training run that was told to stop ends in a sentence, too, and the status of a death by that signal, such as 143.
+
     Warnings are shown as sentences too.
 
     Args:
@@ -45,6 +48,9 @@ def explain_failures(command: Callable[[], int], *, debug: bool = False) -> int:
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
             return command()
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            return stopped.status
         except (ValueError, RuntimeError, OSError) as error:
             if debug:
                 raise

@@ -11,8 +11,7 @@ from absl import logging
 from jaxtyping import Array, Int, Key
 
 from iresnet_jax import density, model
-from iresnet_jax.krylov import KrylovLogdet
-from iresnet_jax.logdet import LogdetEstimator, SeriesLogdet
+from iresnet_jax.logdet import LogdetEstimator
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import parallel, run
 from iresnet_jax.training.evaluation import over_batches
@@ -150,7 +149,7 @@ class Validation:
         constrain = config_lib.build_constraint(config.constraint, spec.flow, training=False)
         self._constrain = jax.jit(lambda params, spectral: constrain(params, spectral).weights)
         self._evaluate = parallel.parallelize_eval(make_evaluation(spec, estimator))
-        is_cut = isinstance(trained, SeriesLogdet | KrylovLogdet) and trained != estimator
+        is_cut = not trained.unbiased and trained != estimator
         self._evaluate_trained = parallel.parallelize_eval(make_evaluation(spec, trained)) if is_cut else None
         self._batch_size = config.evaluation.batch_size
 

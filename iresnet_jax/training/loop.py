@@ -1,7 +1,9 @@
 """The training loop: batches in, metrics and checkpoints out, and the same run again after an interruption.
 
 A workdir belongs to one config. Running the same command again resumes from the newest intact checkpoint, and goes on bit for
-bit as if it had not been stopped: batches and random numbers are functions of (seed, step).
+bit as if it had not been stopped: batches and random numbers are functions of (seed, step). A run that is told to stop saves
+the step it has reached (where that lies between two lines of its log, the next averages over what is left); one that is killed
+loses what came after the last validation, and `SAVE_SECONDS` at most.
 """
 
 import itertools
@@ -20,10 +22,13 @@ from iresnet_jax.data import device_feed
 from iresnet_jax.training import classification, density, hybrid, parallel, run, state
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training.checkpoint import Checkpoints
+from iresnet_jax.training.interruption import Stopped, StopRequests
 from iresnet_jax.training.metrics import MetricWriter, Progress, check_finite
 from iresnet_jax.training.objective import Objective
 
 OBJECTIVES = {"density": density.objective, "classification": classification.objective, "hybrid": hybrid.objective}
+
+SAVE_SECONDS = 600.0  # between checkpoints, where validations are further apart
 
 
 def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:
@@ -39,6 +44,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:
     Raises:
         ValueError: If settings contradict each other or the workdir belongs to another config.
         RuntimeError: If training blows up; the last good checkpoint stays.
+        Stopped: On Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
     workdir = Path(workdir)
     settings = config.training
@@ -58,10 +64,11 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:
         logging.info("resuming from step %d of %d", first_step, settings.total_steps)
     parallel_step = parallel.parallelize(objective.step)
     validate = objective.make_validation()
-    with MetricWriter(workdir) as writer, Progress(settings.total_steps, first_step) as progress:
+    with MetricWriter(workdir) as writer, Progress(settings.total_steps, first_step) as progress, StopRequests() as stop:
         writer.truncate_after(first_step)
         window: list[Any] = []
         timed_steps, window_start = 0, time.monotonic()
+        saved_at = time.monotonic()
         feed = batches(config, objective.examples, first_step)
         for step, batch in zip(range(first_step, settings.total_steps), feed, strict=False):
             current, metrics = parallel_step(current, batch)
@@ -88,7 +95,15 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:
                 checkpoints.save(done, current, metric=objective.loss(held_out))
                 name = objective.name
                 logging.info("step %d of %d: validation %s %.4f", done, settings.total_steps, name, held_out[name])
-                window_start = time.monotonic()
+                window_start = saved_at = time.monotonic()
+            elif stop.received or (not window and time.monotonic() - saved_at > SAVE_SECONDS):
+                if window:
+                    check_finite(mean_over_window(jax.device_get(window)), done - len(window), done)
+                checkpoints.save(done, current)
+                window_start = saved_at = time.monotonic()
+            if stop.received and done < settings.total_steps:
+                there = f"after step {done} of {settings.total_steps}"
+                raise Stopped(f"stopped by {stop.received.name} {there}: the same command goes on from it", stop.received)
     return current
 
 
