@@ -1,6 +1,8 @@
 """Density of Fashion-MNIST as it is: 28 x 28 x 1, 256 grey levels, 55,000 images for training and 10,000 for the test.
 
-python train.py --config=configs/fashion_mnist_density.py --workdir=runs/fashion_mnist_density
+    python train.py --config=configs/fashion_mnist_density.py --workdir=runs/fashion_mnist_density
+
+Test 2.973 +- .009 bits/dim after 63 minutes on one core (benchmarks/results/fashion_mnist_density).
 """
 
 from iresnet_jax.training.config import default_config, estimator_settings
