@@ -1,11 +1,12 @@
 """Bits/dim of our residual flow and of normflows' (PyTorch): same images, preprocessing, parameters, machine and wall-clock.
 
-    python benchmarks/density_comparison.py --workdir runs/fashion_mnist [--config configs/fashion_mnist.py] [--minutes 40]
+    python benchmarks/density_comparison.py --workdir runs/fashion_mnist_density [--config configs/fashion_mnist_density.py]
 
-The workdir is that of a finished training run of ours; with --config that run is made first. From it come the data and their
-transform, the number of parameters, the training time and the test result. Then normflows' residual flow is trained for as
-long on the very batches that ours saw and evaluated on the very test images under the same dequantisation noise, both by the
-unbiased estimator with 20 exact terms. Its clock stands still while it is validated; ours ran on, and compiled.
+The workdir is that of a finished training run of ours, or a folder of benchmarks/results; with --config that run is made first.
+From its report come the data and their transform, the number of parameters, the training time and the test result. Then
+normflows' residual flow is trained for as long on the very batches that ours saw and evaluated on the very test images under
+the same dequantisation noise, both by the unbiased estimator with 20 exact terms. Its clock stands still while it is validated;
+ours ran on, and compiled.
 
 normflows gets the architecture of Residual Flows (Chen et al. 2019), whose code it wraps: squeezed scales of ActNorm and
 3x3-1x1-3x3 blocks with LipSwish, then dense blocks, and a Gaussian with a mean and scale for each dimension. As there, Adam at
@@ -71,16 +72,16 @@ class Ours(NamedTuple):
 
 
 def load_ours(workdir, data_dir):
-    """Reads a workdir.
+    """Reads the report of a run.
 
     Raises:
         ValueError: If the run is not finished or not one of images.
     """
-    config = trained.load_config(workdir)
     path = workdir / "report.json"
     if not path.exists():
         raise ValueError(f"{workdir} has no report.json: let train.py finish, or run python -m iresnet_jax report")
     report = json.loads(path.read_text())
+    config = trained.parse_config(report["config"], path)
     if "bits_per_dim" not in report:
         raise ValueError(f"{workdir} is a run on {config.data.name}: the comparison needs one on images")
     source = run.load_source(config.data.name, data_dir or config.data.data_dir)

@@ -446,8 +446,9 @@ def test_damaged_workdirs_are_answered_in_one_sentence(copied, capsys):
     del config["model"]["coeff"]
     (copied / "config.json").write_text(json.dumps(config))
     assert "lacks config.model.coeff" in answer(capsys, "evaluate", *workdir)
-    (copied / "config.json").write_text("{")
-    assert "config.json is damaged" in answer(capsys, "evaluate", *workdir)
+    for damaged in ("{", "{}", "[]"):
+        (copied / "config.json").write_text(damaged)
+        assert "config.json is damaged" in answer(capsys, "evaluate", *workdir)
 
 
 def test_help_lists_the_commands(capsys):

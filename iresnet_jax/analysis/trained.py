@@ -150,8 +150,25 @@ def load_config(workdir: Path) -> Any:
     if not path.exists():
         raise ValueError(f"{workdir} has no config.json, so it is not the workdir of a training run")
     try:
-        plain = config_lib.with_later_defaults(json.loads(path.read_text()))
-    except (ValueError, TypeError):
+        plain = json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} is damaged: restore it from a copy") from None
+    return parse_config(plain, path)
+
+
+def parse_config(plain: Any, path: Path) -> Any:
+    """The settings that a file holds as JSON, in this version's form.
+
+    Args:
+        plain: What was read.
+        path: Where from, for the message.
+
+    Raises:
+        ValueError: If they are damaged.
+    """
+    try:
+        plain = config_lib.with_later_defaults(plain)
+    except (KeyError, TypeError):
         raise ValueError(f"{path} is damaged: restore it from a copy") from None
     if missing := _missing(config_lib.to_plain(config_lib.default_config()), plain):
         raise ValueError(f"{path} lacks {missing}: it is damaged or was written by another version")
