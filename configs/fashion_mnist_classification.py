@@ -8,7 +8,7 @@ Variants after a colon: a number is the coefficient c in place of .9, such as :0
 
 from iresnet_jax.training.config import default_config, set_variant
 
-TRAIN_EXAMPLES, EPOCHS, BATCH_SIZE = 55_000, 16, 128
+TRAIN_EXAMPLES, EPOCHS, BATCH_SIZE = 55_000, 12, 128
 
 
 def get_config(variant="0.9"):
@@ -16,9 +16,11 @@ def get_config(variant="0.9"):
     config.objective = "classification"
     config.data.name = "fashion_mnist"
     block = {"kernel_sizes": (3, 3), "activation": "elu"}
-    config.model.stages = (  # 14 x 14 with 16 channels, then 7 x 7 with 64
-        {**block, "num_blocks": 2, "hidden": (32,), "squeeze": 2},
-        {**block, "num_blocks": 5, "hidden": (64,), "squeeze": 2, "preactivation": True},
+    # 14 x 14 with 16 channels, then 7 x 7 with 64. Contractions need depth: with 2 and 5 blocks the validation error was 2 %
+    # above that of the unconstrained twin after a quarter of the training, with these it is where that twin was.
+    config.model.stages = (
+        {**block, "num_blocks": 8, "hidden": (32,), "squeeze": 2},
+        {**block, "num_blocks": 14, "hidden": (32,), "squeeze": 2, "preactivation": True},
     )
     set_variant(config, variant)
     config.classifier.update({"pad_channels": 3, "mean": (0.2860,), "std": (0.3530,), "label_smoothing": 0.1})
