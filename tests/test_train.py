@@ -147,16 +147,16 @@ def send(*signals):
     return lambda: [signal.raise_signal(number) for number in signals]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_told_to_stop_saves_the_step_it_is_in(config, uninterrupted, tmp_path, happens_before, number):
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, EVAL_EVERY * 2), (signal.SIGINT, TOTAL_STEPS - 1)])
+def test_a_run_told_to_stop_saves_the_step_it_is_in(config, uninterrupted, tmp_path, happens_before, number, step):
     handlers = [signal.getsignal(each) for each in SIGNALS]
-    happens_before(EVAL_EVERY * 2, send(number))
-    with pytest.raises(Stopped, match=rf"stopped by {number.name} after step {EVAL_EVERY * 2 + 1} of {TOTAL_STEPS}: the same"):
+    happens_before(step, send(number))
+    with pytest.raises(Stopped, match=rf"stopped by {number.name} after step {step + 1} of {TOTAL_STEPS}: the same"):
         loop.train(config, tmp_path)
     assert [signal.getsignal(each) for each in SIGNALS] == handlers
-    assert measurements(tmp_path)[-1]["step"] == EVAL_EVERY * 2 + 1
+    assert measurements(tmp_path)[-1]["step"] == step + 1
 
-    happens_before(EVAL_EVERY * 2, lambda: pytest.fail("a step was taken twice"))
+    happens_before(step, lambda: pytest.fail("a step was taken twice"))
     workdir, reference, _ = uninterrupted
     chex.assert_trees_all_equal(jax.device_get(loop.train(config, tmp_path)), jax.device_get(reference))
     assert measurements(tmp_path) == measurements(workdir)

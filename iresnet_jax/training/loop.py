@@ -3,7 +3,7 @@
 A workdir belongs to one config. Running the same command again resumes from the newest intact checkpoint, and goes on bit for
 bit as if it had not been stopped: batches and random numbers are functions of (seed, step). A run that is told to stop saves
 the step it has reached (where that lies between two lines of its log, the next averages over what is left); one that is killed
-loses what came after the last validation, and `SAVE_SECONDS` at most.
+loses what came after the last validation, and hardly more than `SAVE_SECONDS`.
 """
 
 import itertools
@@ -101,7 +101,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:
                     check_finite(mean_over_window(jax.device_get(window)), done - len(window), done)
                 checkpoints.save(done, current)
                 window_start = saved_at = time.monotonic()
-            if stop.received and done < settings.total_steps:
+            if stop.received:
                 there = f"after step {done} of {settings.total_steps}"
                 raise Stopped(f"stopped by {stop.received.name} {there}: the same command goes on from it", stop.received)
     return current
