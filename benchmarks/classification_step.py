@@ -30,7 +30,7 @@ def make_step(config, source):
     current = state.create(objective.initial_variables(), objective.optimizer)
     size = config.training.batch_size
     batch = parallel.shard(tuple(np.asarray(rows[:size]) for rows in objective.examples))
-    step = parallel.parallelize(objective.step)
+    step = parallel.parallelize(objective.make_step(objective.num_terms))
 
     def take():
         nonlocal current  # the step donates its state

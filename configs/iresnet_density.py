@@ -32,5 +32,6 @@ def get_config(data="cifar10"):
     epoch = TRAIN_EXAMPLES[data] // BATCH_SIZE
     config.optimizer.update({"name": "adamax", "learning_rate": 3e-3, "schedule": "constant", "warmup_steps": epoch})
     config.training.update({"total_steps": EPOCHS * epoch, "batch_size": BATCH_SIZE, "eval_every_steps": 5 * epoch})
+    config.training.max_num_terms = 0  # as the authors: always 5
     config.references.values = (("i-ResNet (Behrmann et al. 2019)", REPORTED[data]),)
     return config

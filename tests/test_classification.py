@@ -101,7 +101,7 @@ def after_steps(config, num_shares, mapped, num_steps=2):
     size = config.training.batch_size
     batch = parallel.shard((images[:size], labels[:size]), num_devices=num_shares)
     current = state.create(objective.initial_variables(), objective.optimizer)
-    step = mapped(objective.step)
+    step = mapped(objective.make_step(objective.num_terms))
     for _ in range(num_steps):
         current, metrics = step(current, batch)
     return jax.device_get((current, metrics))

@@ -97,7 +97,9 @@ def test_a_cut_down_copy_takes_a_step(name):
     source = source_of(config)
     objective = loop.build_objective(config, source)
     current = state.create(objective.initial_variables(), objective.optimizer)
-    step = jax.jit(jax.vmap(objective.step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS))
+    step = jax.jit(
+        jax.vmap(objective.make_step(objective.num_terms), in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS)
+    )
     after, metrics = step(current, source.images.images["train"][None, :8])
     assert 0 < float(metrics["bits_per_dim"]) < 50
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), current.params, after.params)

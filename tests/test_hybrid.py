@@ -189,7 +189,7 @@ def setup(config):
 def after_steps(config, num_shares, mapped, num_steps=2):
     """The state after a few steps with the batch in so many shares, and the metrics of the last."""
     objective, current, batch = setup(config)
-    step = mapped(objective.step)
+    step = mapped(objective.make_step(objective.num_terms))
     for _ in range(num_steps):
         current, metrics = step(current, parallel.shard(batch, num_devices=num_shares))
     return jax.device_get((current, metrics))

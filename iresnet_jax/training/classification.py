@@ -47,7 +47,7 @@ def objective(config: Any, source: run.Source) -> Objective:
         examples=(source.images.images["train"], source.images.labels["train"]),
         optimizer=optimizer,
         initial_variables=lambda: run.initial_variables(config, spec, source),
-        step=step,
+        make_step=lambda num_terms: step,
         make_validation=lambda: Validation(config, spec, source),
         # The error is a multiple of one over the number of examples, so this compares cross-entropies only where errors tie.
         loss=lambda held_out: 1 - held_out["accuracy"] + 1e-6 * min(held_out["loss"], 10.0),

@@ -99,6 +99,8 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
                 "log_every_steps": 50,
                 "eval_every_steps": 500,  # on validation, and a checkpoint
                 "eval_examples": 2048,  # at most, of the validation split
+                # Training raises logdet.num_terms up to this, as far as validation shows that it exploits what they cut off.
+                "max_num_terms": 20,
                 "blocks": "auto",  # "scan", "unroll", or by backend
                 "rematerialize": False,
                 "matmul_precision": "float32",  # on accelerators; "tensorfloat32" is faster and too coarse to invert
@@ -154,7 +156,9 @@ def with_later_defaults(plain: dict[str, Any]) -> dict[str, Any]:
     defaults = to_plain(default_config())
     plain = {**{name: defaults[name] for name in _LATER}, **plain}
     evaluation = {**plain["evaluation"], "logdet": {"exact_trace": False, **plain["evaluation"]["logdet"]}}
-    return {**plain, "logdet": {"exact_trace": False, **plain["logdet"]}, "evaluation": evaluation}
+    training = {"max_num_terms": defaults["training"]["max_num_terms"], **plain["training"]}
+    logdet_settings = {"exact_trace": False, **plain["logdet"]}
+    return {**plain, "logdet": logdet_settings, "evaluation": evaluation, "training": training}
 
 
 def estimator_settings(**overrides: Any) -> dict[str, Any]:
@@ -173,14 +177,15 @@ def estimator_settings(**overrides: Any) -> dict[str, Any]:
     return {**settings, **overrides}
 
 
-def build_estimator(settings: Settings) -> logdet.LogdetEstimator:
-    """The estimator that ``estimator_settings`` describe."""
+def build_estimator(settings: Settings, num_terms: int | None = None) -> logdet.LogdetEstimator:
+    """The estimator that ``estimator_settings`` describe, or the one with another number of terms."""
     kind = settings["kind"]
+    count: int = settings["num_terms"] if num_terms is None else num_terms
     probes = {name: settings[name] for name in ("num_probes", "probe", "exact_trace")}
     if kind == "exact":
         return logdet.ExactLogdet()
     if kind == "series":
-        return logdet.SeriesLogdet(num_terms=settings["num_terms"], **probes)
+        return logdet.SeriesLogdet(num_terms=count, **probes)
     if kind == "roulette":
         return roulette.RouletteLogdet(
             distribution=settings["distribution"],
@@ -189,7 +194,7 @@ def build_estimator(settings: Settings) -> logdet.LogdetEstimator:
             **probes,
         )
     if kind == "krylov":
-        return krylov.KrylovLogdet(num_steps=settings["num_terms"], **probes)
+        return krylov.KrylovLogdet(num_steps=count, **probes)
     raise ValueError(f"logdet.kind must be exact, series, roulette or krylov, got {kind!r}")
 
 

@@ -7,6 +7,7 @@ with both from the joint density ``p(x, y) = p(y) p(x | y)`` of `density` with a
 smaller one pays more attention to the labels.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,12 +41,13 @@ def objective(config: Any, source: run.Source) -> Objective:
         classification.check_augmentation(augment_images, source)
     optimizer = config_lib.build_optimizer(config.optimizer, settings.total_steps)
     weight = make_weight(config.hybrid)
-    step = make_step(
+    trained = config_lib.build_estimator(config.logdet)
+    step_by = functools.partial(
+        make_step,
         spec,
-        config_lib.build_estimator(config.logdet),
-        optimizer,
-        config_lib.build_schedule(config.optimizer, settings.total_steps),
-        weight,
+        optimizer=optimizer,
+        schedule=config_lib.build_schedule(config.optimizer, settings.total_steps),
+        weight=weight,
         seed=config.seed,
         constrain=config_lib.build_constraint(config.constraint, spec.flow, training=True),
         label_smoothing=label_smoothing,
@@ -60,9 +62,10 @@ def objective(config: Any, source: run.Source) -> Objective:
         examples=(source.images.images["train"], source.images.labels["train"]),
         optimizer=optimizer,
         initial_variables=lambda: run.initial_variables(config, spec, source),
-        step=step,
+        make_step=lambda num_terms: step_by(config_lib.build_estimator(config.logdet, num_terms)),
         make_validation=lambda: Validation(config, spec, source),
         loss=lambda held_out: held_out["cross_entropy"] + final_weight * held_out["bits_per_dim"],
+        num_terms=0 if trained.unbiased else config.logdet.num_terms,
     )
 
 
@@ -183,4 +186,5 @@ class Validation:
         outputs = classification.evaluate_images(self._classify, state, self._images, self._labels, self._batch_size)
         correct = outputs["logits"].argmax(axis=1) == self._labels
         cross_entropy = float(outputs["loss"].mean(dtype=np.float64))
-        return {**self._likelihood.measure(state), "accuracy": float(correct.mean()), "cross_entropy": cross_entropy}
+        likelihood = self._likelihood.measure(current, state)
+        return {**likelihood, "accuracy": float(correct.mean()), "cross_entropy": cross_entropy}

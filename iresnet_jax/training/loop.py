@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -55,29 +56,30 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:
     claim_workdir(workdir, config_lib.to_plain(config))
 
     started = time.monotonic()
-    fresh = state.create(objective.initial_variables(), objective.optimizer)
+    fresh = state.create(objective.initial_variables(), objective.optimizer, num_terms=objective.num_terms)
     checkpoints = Checkpoints(workdir)
     logging.info("%s: %d parameters on %s", workdir, run.num_parameters(fresh.params), run.device_summary())
     restored = checkpoints.restore_latest(fresh)
     current, first_step = restored or (fresh, 0)
     if first_step:
         logging.info("resuming from step %d of %d", first_step, settings.total_steps)
-    parallel_step = parallel.parallelize(objective.step)
+    parallel_step = parallel.parallelize(objective.make_step(int(current.num_terms)))
     validate = objective.make_validation()
     with MetricWriter(workdir) as writer, Progress(settings.total_steps, first_step) as progress, StopRequests() as stop:
         writer.truncate_after(first_step)
         window: list[Any] = []
-        timed_steps, window_start = 0, time.monotonic()
+        timed_steps, window_start, compiled = 0, time.monotonic(), False
         saved_at = time.monotonic()
         feed = batches(config, objective.examples, first_step)
         for step, batch in zip(range(first_step, settings.total_steps), feed, strict=False):
             current, metrics = parallel_step(current, batch)
             window.append(metrics)
             timed_steps += 1
-            if step == first_step:
+            if not compiled:
                 jax.block_until_ready(metrics)
-                writer.write(step, {"compile_seconds": time.monotonic() - started}, split="timing")
-                timed_steps, window_start = 0, time.monotonic()
+                if step == first_step:
+                    writer.write(step, {"compile_seconds": time.monotonic() - started}, split="timing")
+                timed_steps, window_start, compiled = 0, time.monotonic(), True
             done = step + 1
             evaluate = done == settings.total_steps or done % settings.eval_every_steps == 0
             if evaluate or done % settings.log_every_steps == 0:
@@ -92,6 +94,10 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:
                 held_out = validate(current)
                 check_finite(held_out, done, done)
                 writer.write(done, held_out, split="validation")
+                num_terms = int(held_out.get("num_terms", int(current.num_terms)))
+                if num_terms != int(current.num_terms):
+                    current = current._replace(num_terms=jnp.int32(num_terms))
+                    parallel_step, compiled = parallel.parallelize(objective.make_step(num_terms)), False
                 checkpoints.save(done, current, metric=objective.loss(held_out))
                 name = objective.name
                 logging.info("step %d of %d: validation %s %.4f", done, settings.total_steps, name, held_out[name])

@@ -21,18 +21,21 @@ class Objective(NamedTuple):
         examples: What batches are taken from, as a pytree of arrays; None for endless data, whose steps draw their own.
         optimizer: Update rule.
         initial_variables: ``() ->`` fresh variables, fitted to training data.
-        step: ``(state, batch) -> (state, metrics)``, for `parallel.parallelize`.
+        make_step: ``num_terms ->`` the step ``(state, batch) -> (state, metrics)``, for `parallel.parallelize`.
         make_validation: ``() ->`` the function that measures a state on held-out data; late, as it prepares its own programs.
+            Its ``num_terms``, if it gives any, are those that training has to go on with.
         loss: What of the held-out metrics a checkpoint is chosen by; lower is better.
+        num_terms: Of the log-determinant that training starts with; 0 without one.
     """
 
     name: str
     examples: Any
     optimizer: optax.GradientTransformation
     initial_variables: Callable[[], Any]
-    step: Callable[[state.TrainState, Any], tuple[state.TrainState, dict[str, Any]]]
+    make_step: Callable[[int], Callable[[state.TrainState, Any], tuple[state.TrainState, dict[str, Any]]]]
     make_validation: Callable[[], Callable[[state.TrainState], dict[str, float]]]
     loss: Callable[[Mapping[str, float]], float]
+    num_terms: int = 0
 
 
 class Loss(NamedTuple):

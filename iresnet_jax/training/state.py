@@ -20,6 +20,7 @@ class TrainState(NamedTuple):
         ema: Moving average of the parameters, the ones that are evaluated.
         opt_state: The optimizer's own.
         batch_stats: Running averages of BatchNorm, where there is one.
+        num_terms: Of the log-determinant that is trained, which validation raises; 0 without one.
     """
 
     step: Int[Array, ""]
@@ -28,9 +29,10 @@ class TrainState(NamedTuple):
     ema: Any
     opt_state: Any
     batch_stats: Any
+    num_terms: Int[Array, ""]
 
 
-def create(variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def create(variables: Any, optimizer: optax.GradientTransformation, *, num_terms: int = 0) -> TrainState:
     """The state before the first update, from a module's variables."""
     params = variables["params"]
     return TrainState(
@@ -40,6 +42,7 @@ def create(variables: Any, optimizer: optax.GradientTransformation) -> TrainStat
         ema=jax.tree.map(jnp.copy, params),  # its own buffers: the state is donated to the step
         opt_state=optimizer.init(params),
         batch_stats=variables.get("batch_stats", {}),
+        num_terms=jnp.int32(num_terms),
     )
 
 
@@ -50,7 +53,7 @@ def apply_gradients(
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = ema_update(state.ema, params, state.step, ema_decay)
-    return TrainState(state.step + 1, params, spectral, ema, opt_state, state.batch_stats)
+    return state._replace(step=state.step + 1, params=params, spectral=spectral, ema=ema, opt_state=opt_state)
 
 
 def average_statistics(state: TrainState, batch_stats: Any, ema_decay: float) -> Any:
