@@ -7,10 +7,11 @@ of every one: the test error; whether every block is certified a contraction; an
 by Banach iteration as in the paper (at most 500 evaluations a block) and with Anderson's method. An image counts as recovered
 if no pixel is off by more than 1e-4 in the units of the network's input, whatever was promised; it counts as converged only if
 the solver's bound holds, which takes a contraction. Certified networks reconstruct all test images, others the first --num, if
-given, as their inverses run to the cap. Runs are kept in --runs and resumed, so that a sweep can be stopped.
+given, as their inverses run to the cap. Runs and what was measured of each are kept in --runs, so that a sweep can be stopped.
 """
 
 import importlib.util
+import json
 import statistics
 from pathlib import Path
 
@@ -72,6 +73,9 @@ def measure(path, variant, seed, folder, arguments):
         config.training.update({"total_steps": 20, "eval_every_steps": 20, "log_every_steps": 10})
     workdir = folder / f"{variant}_seed{seed}"
     loop.train(config, workdir)
+    measured, num = workdir / "sweep.json", 32 if arguments.quick else arguments.num
+    if measured.exists() and (kept := json.loads(measured.read_text()))["num"] == num:
+        return kept["row"]
     loaded = trained.load(workdir)
     result = classify.evaluate(loaded)
     times = report.training_times(read_metrics(workdir), loaded.step)
@@ -80,8 +84,9 @@ def measure(path, variant, seed, folder, arguments):
     if loaded.is_bijective:
         constants = lipschitz.measure(loaded)
         row |= {"max_block": constants["max_block"], "certified": constants["certified"]}
-        limit = 32 if arguments.quick else None if constants["certified"] else arguments.num
+        limit = num if arguments.quick or not constants["certified"] else None
         row["inverse"] = invertibility(loaded, min(limit or result["num_examples"], result["num_examples"]))
+    measured.write_text(json.dumps({"num": num, "row": row}))
     return row
 
 

@@ -243,7 +243,7 @@ def block_bounds(lipschitz_bound: Scalar) -> BiLipschitz:
 
 
 def model_bounds(
-    branch_bounds: Sequence[Scalar] | Float[Array, " k"], log_scales: Sequence[Float[Array, " c"]] = ()
+    branch_bounds: Sequence[Scalar] | Float[Array, " k"], log_scales: Sequence[Float[Array, " _"]] = ()
 ) -> BiLipschitz:
     r"""Bounds of a chain of residual blocks and ActNorms: ``prod_k (1 + L_k) prod_l max_c exp(s_lc)`` and its inverse's.
 

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, Num
 
-from iresnet_jax import certify, flow, likelihood, model
+from iresnet_jax import certify, flow, histogram, likelihood, model
 from iresnet_jax.fixed_point import FixedPointInfo
 from iresnet_jax.logdet import ExactLogdet, LogdetEstimator, LogdetInfo
 
@@ -59,10 +60,11 @@ class DensitySpec:
     Attributes:
         flow: The flow's architecture.
         prior: "gaussian" or "logistic".
-        transform: "center", "logit", "equalize" (see `likelihood.equalize_forward_and_logdet`; a logit follows), or "none".
+        transform: "center", "logit", "equalize" (see `histogram`; a logit follows), or "none".
         alpha: Of the logit, keeps it finite.
         num_levels: Grey levels of the data; None for continuous data.
         frequencies: Of the grey levels in the training data, for "equalize".
+        shares: Of the commonest of them, one for each entry of an example in their order; None takes the same for all.
         num_classes: Classes that have a prior each, at least 2; None for one prior of all.
     """
 
@@ -72,6 +74,7 @@ class DensitySpec:
     alpha: float = 0.05
     num_levels: int | None = 256
     frequencies: tuple[float, ...] | None = None
+    shares: tuple[float, ...] | None = None
     num_classes: int | None = None
 
     def __post_init__(self):
@@ -86,6 +89,8 @@ class DensitySpec:
                 f"preprocessing.transform equalize needs data with grey levels and the frequency of each: "
                 f"got {self.num_levels} levels and {len(self.frequencies or ())} frequencies"
             )
+        if self.shares is not None and len(self.shares) != math.prod(self.flow.event_shape):
+            raise ValueError(f"there must be a share for each entry of {self.flow.event_shape}, got {len(self.shares)}")
 
 
 def to_continuous(spec: DensitySpec, key: Key[Array, "..."], x: Num[Array, "b ..."]) -> Float[Array, "b ..."]:
@@ -107,7 +112,7 @@ def transform(spec: DensitySpec, x: Float[Array, "b ..."]) -> tuple[Float[Array,
     if spec.transform == "logit":
         return likelihood.logit_forward_and_logdet(x, spec.alpha)
     if spec.transform == "equalize":
-        u, logdet = likelihood.equalize_forward_and_logdet(x, _frequencies(spec))
+        u, logdet = histogram.equalize_forward_and_logdet(x, *_histogram(spec))
         y, logdet_logit = likelihood.logit_forward_and_logdet(u, spec.alpha)
         return y, logdet + logdet_logit
     return x, jnp.zeros(x.shape[0], x.dtype)
@@ -124,8 +129,7 @@ def transform_bounds(spec: DensitySpec) -> certify.BiLipschitz:
     slope = 1 - 2 * spec.alpha
     scales = [jnp.log(jnp.array([slope / (spec.alpha * (1 - spec.alpha)), 4 * slope]))]
     if spec.transform == "equalize":
-        frequencies = _frequencies(spec)
-        scales.append(jnp.log(jnp.array(frequencies) * len(frequencies)))
+        scales.append(jnp.log(jnp.array(histogram.all_slopes(*_histogram(spec)))))
     return certify.model_bounds([], scales)
 
 
@@ -137,13 +141,14 @@ def untransform(spec: DensitySpec, y: Float[Array, "b ..."]) -> Float[Array, "b 
         return likelihood.logit_inverse_and_logdet(y, spec.alpha)[0]
     if spec.transform == "equalize":
         u, _ = likelihood.logit_inverse_and_logdet(y, spec.alpha)
-        return likelihood.equalize_inverse_and_logdet(u, _frequencies(spec))[0]
+        return histogram.equalize_inverse_and_logdet(u, *_histogram(spec))[0]
     return y
 
 
-def _frequencies(spec: DensitySpec) -> tuple[float, ...]:
+def _histogram(spec: DensitySpec) -> tuple[tuple[float, ...], np.ndarray | None]:
     assert spec.frequencies is not None  # DensitySpec has checked it
-    return spec.frequencies
+    shares = None if spec.shares is None else np.reshape(spec.shares, spec.flow.event_shape)
+    return spec.frequencies, shares
 
 
 def log_prob(

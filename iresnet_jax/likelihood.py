@@ -6,7 +6,6 @@ Integers ``0 .. num_levels - 1`` become numbers in [0, 1), level ``k`` filling t
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -139,83 +138,6 @@ def logit_inverse_and_logdet(y: Float[Array, "b ..."], alpha: float) -> tuple[Fl
     _check_alpha(alpha)
     x = (jax.nn.sigmoid(y) - alpha) / (1 - 2 * alpha)
     return x, _sum_event(_log_logistic(y) - math.log1p(-2 * alpha))
-
-
-def level_frequencies(images: np.ndarray, num_levels: int = 256) -> tuple[float, ...]:
-    """How often each level occurs, none never: ``(count + 1) / (total + num_levels)``, for `equalize_forward_and_logdet`.
-
-    Args:
-        images: Integers in ``[0, num_levels)``: training data.
-        num_levels: Number of levels.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
-    counts = np.zeros(num_levels, np.int64)
-    for part in np.array_split(images, max(1, images.size // 2**26)):  # a view of a file must not be read at once
-        found = np.bincount(part.ravel(), minlength=num_levels)
-        if len(found) > num_levels:
-            raise ValueError(f"images must hold values below num_levels={num_levels}, got {len(found) - 1}")
-        counts += found
-    return tuple(((counts + 1) / (counts.sum() + num_levels)).tolist())
-
-
-def equalize_forward_and_logdet(
-    x: Float[Array, "b ..."], frequencies: Sequence[float]
-) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
-    r"""Histogram equalisation: maps dequantised data through the distribution function of a single entry.
-
-    Level ``k`` fills ``[F_k, F_k + f_k)``, where ``f_k`` is its frequency and ``F_k`` that of all levels below:
-    ``u = F_k + f_k (num_levels x - k)``, a continuous, strictly increasing function with slope ``f_k num_levels``. Over all
-    entries of data with these frequencies ``u`` is uniform, so a logit behind it makes it logistic (marginal Gaussianization,
-    Chen & Gopinath 2000, with another target): a flow then starts from the entropy of the histogram and not from 8 bits.
-
-    Args:
-        x: Numbers in [0, 1); outside, the first and the last cell are continued.
-        frequencies: One a level, positive, of sum 1; see `level_frequencies`.
-
-    Returns:
-        Numbers in [0, 1) and the exact log-determinant ``sum log(f_k num_levels)``.
-
-    Raises:
-        ValueError: If a frequency is not positive, or they do not add up to 1.
-
-    Example:
-        >>> u, logdet = equalize_forward_and_logdet(x, level_frequencies(train_images))
-    """
-    slopes, edges, levels = _histogram(frequencies, x.dtype)
-    k = quantize(x, len(frequencies)).astype(jnp.int32)
-    return edges[k] + slopes[k] * (x - levels[k]), _sum_event(jnp.log(slopes)[k])
-
-
-def equalize_inverse_and_logdet(
-    u: Float[Array, "b ..."], frequencies: Sequence[float]
-) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
-    """Inverts :func:`equalize_forward_and_logdet`: ``x = (k + (u - F_k) / f_k) / num_levels``.
-
-    Args:
-        u: Numbers in [0, 1); outside, the first and the last cell are continued.
-        frequencies: Those of the forward map.
-
-    Returns:
-        The numbers and the exact log-determinant of the inverse.
-
-    Raises:
-        ValueError: As the forward map.
-    """
-    slopes, edges, levels = _histogram(frequencies, u.dtype)
-    k = jnp.maximum(jnp.searchsorted(edges, u, side="right") - 1, 0)
-    return levels[k] + (u - edges[k]) / slopes[k], -_sum_event(jnp.log(slopes)[k])
-
-
-def _histogram(frequencies: Sequence[float], dtype: np.dtype) -> tuple[Array, Array, Array]:
-    """The slope of every cell, and where it begins in ``u`` and in ``x``."""
-    f = np.asarray(frequencies, np.float64)
-    if f.ndim != 1 or not np.all(f > 0) or abs(f.sum() - 1) > 1e-6:
-        raise ValueError(f"frequencies must be positive and add up to 1, got {len(f)} with the sum {f.sum()}")
-    edges = np.concatenate([[0.0], np.cumsum(f)[:-1]])
-    slopes, levels = f * len(f), np.arange(len(f)) / len(f)
-    return jnp.asarray(slopes, dtype), jnp.asarray(edges, dtype), jnp.asarray(levels, dtype)
 
 
 def center_forward_and_logdet(x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:

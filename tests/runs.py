@@ -34,6 +34,7 @@ from iresnet_jax.training.config import default_config
 def get_config():
     config = default_config()
     config.model.stages = ({"num_blocks": 1, "hidden": (4,), "kernel_sizes": (3, 3)},)
+    config.preprocessing.update({"transform": "equalize", "alpha": 1e-3, "entrywise": True})
     config.training.update({"total_steps": 6, "eval_every_steps": 3, "log_every_steps": 3,
         "batch_size": 32, "actnorm_examples": 64})
     config.evaluation.update({"num_dequantisations": 2, "num_probe_draws": 2})

@@ -1,5 +1,6 @@
 """Certified normalisation, freezing and whole-model bounds, against singular values and Jacobians in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -188,6 +189,9 @@ def test_whole_model_bounds_hold_for_jacobians():
     equalized = density.DensitySpec(spec, transform="equalize", alpha=0.05, num_levels=2, frequencies=(0.8, 0.2))
     np.testing.assert_allclose(density.transform_bounds(equalized).forward, 1.6 * 0.9 / (0.05 * 0.95), rtol=1e-5)
     np.testing.assert_allclose(density.transform_bounds(equalized).inverse, 1 / (0.4 * 4 * 0.9), rtol=1e-5)
+    entrywise = dataclasses.replace(equalized, shares=(0.9,) * (spec.num_dims - 1) + (0.4,))
+    np.testing.assert_allclose(density.transform_bounds(entrywise).forward, 2 * 0.9 * 0.9 / (0.05 * 0.95), rtol=1e-5)
+    np.testing.assert_allclose(density.transform_bounds(entrywise).inverse, 1 / (2 * 0.1 * 4 * 0.9), rtol=1e-5)
     centred = density.transform_bounds(density.DensitySpec(spec))
     assert (float(centred.forward), float(centred.inverse)) == (1.0, 1.0)
 

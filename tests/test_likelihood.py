@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from iresnet_jax import likelihood
+from iresnet_jax import histogram, likelihood
 from iresnet_jax.likelihood import GaussianPrior, LogisticPrior
 
 EXACT = 1e-10  # float64, same maths by another route
@@ -99,6 +99,8 @@ def test_levels_out_of_range_become_nan_and_samples_out_of_range_are_clipped():
 
 # --- data transforms ---
 
+FREQUENCIES = (0.15, 0.5, 0.1, 0.25)
+SHARES = np.array([[0.999, 0.3], [0.5, 0.01]])[:, :, None]
 TRANSFORMS = {
     "logit .05": (
         lambda x: likelihood.logit_forward_and_logdet(x, 0.05),
@@ -110,8 +112,12 @@ TRANSFORMS = {
     ),
     "center": (likelihood.center_forward_and_logdet, likelihood.center_inverse_and_logdet),
     "equalize": (
-        lambda x: likelihood.equalize_forward_and_logdet(x, (0.5, 0.1, 0.15, 0.25)),
-        lambda u: likelihood.equalize_inverse_and_logdet(u, (0.5, 0.1, 0.15, 0.25)),
+        lambda x: histogram.equalize_forward_and_logdet(x, FREQUENCIES),
+        lambda u: histogram.equalize_inverse_and_logdet(u, FREQUENCIES),
+    ),
+    "equalize, entrywise": (
+        lambda x: histogram.equalize_forward_and_logdet(x, FREQUENCIES, SHARES),
+        lambda u: histogram.equalize_inverse_and_logdet(u, FREQUENCIES, SHARES),
     ),
 }
 
@@ -155,23 +161,6 @@ def test_logit_is_accurate_and_finite_at_both_ends_in_float32():
     back, logdet = likelihood.logit_inverse_and_logdet(far, alpha)
     np.testing.assert_allclose(back, [[0.0, 1.0]], atol=2 * alpha)
     np.testing.assert_allclose(logdet, -200, rtol=SINGLE)
-
-
-def test_equalized_data_are_uniform_and_cost_the_entropy_of_their_histogram():
-    images = np.random.default_rng(0).choice([0, 3, 200, 255], size=(50, 20, 20, 1), p=[0.7, 0.1, 0.15, 0.05]).astype(np.uint8)
-    frequencies = likelihood.level_frequencies(images)
-    np.testing.assert_allclose(sum(frequencies), 1, rtol=0, atol=EXACT)
-    np.testing.assert_allclose(frequencies[3], (np.sum(images == 3) + 1) / (images.size + 256), rtol=EXACT)
-    x = likelihood.dequantize(jax.random.key(0), jnp.asarray(images))
-    u, logdet = likelihood.equalize_forward_and_logdet(x, frequencies)
-    assert stats.kstest(np.asarray(u).ravel(), "uniform").pvalue > P_VALUE
-    bits = likelihood.bits_per_dim(logdet, 400)
-    p = np.array([np.mean(images == k) for k in (0, 3, 200, 255)])
-    entropy = -np.sum(p * np.log2(p))
-    np.testing.assert_allclose(np.mean(bits), entropy, rtol=0, atol=0.05)  # smoothing by one count a level costs .02
-    assert np.mean(bits) > entropy
-    back, _ = likelihood.equalize_inverse_and_logdet(u, frequencies)
-    np.testing.assert_array_equal(likelihood.quantize(back), images)
 
 
 # --- priors ---
@@ -298,9 +287,6 @@ def test_uniform_dequantisation_bounds_the_discrete_bits_from_above(x64):
             "got 1 and -0.5",
         ),
         (lambda: likelihood.bits_per_dim(jnp.zeros(1), 0), "got 0 and 256"),
-        (lambda: likelihood.level_frequencies(np.array([0, 7]), 4), "below num_levels=4, got 7"),
-        (lambda: likelihood.equalize_forward_and_logdet(jnp.zeros((1, 2)), (0.5, 0.4)), "add up to 1, got 2 with the sum 0.9"),
-        (lambda: likelihood.equalize_inverse_and_logdet(jnp.zeros((1, 2)), (0.0, 1.0)), "must be positive"),
     ],
 )
 def test_caller_mistakes(call, match):

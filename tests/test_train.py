@@ -434,6 +434,7 @@ MISTAKES = {
     "devices": (["--config.training.batch_size=15"], "a batch of 15 examples cannot be split evenly over 2 devices"),
     "data": (["--config.data.name=mons"], "unknown image data set 'mons': known are"),
     "blocks": (["--config.training.blocks=loop"], "training.blocks must be auto, scan or unroll, got 'loop'"),
+    "entrywise": (["--config.preprocessing.entrywise"], "preprocessing.entrywise is for transform equalize, got 'none'"),
     "logdet": (["--config.logdet.kind=magic"], "logdet.kind must be exact, series, roulette or krylov, got 'magic'"),
 }
 

@@ -151,6 +151,7 @@ def save(trained: Trained, path: str | os.PathLike[str] | None = None) -> Path:
         "num_levels": trained.source.num_levels,
         "num_classes": trained.source.num_classes,
         "frequencies": None if trained.is_classifier else trained.spec.frequencies,
+        "shares": None if trained.is_classifier else trained.spec.shares,
         "step": trained.step,
     }
     named = naming.to_named(_stacked(trained.weights, _rest(trained.prior, trained.head, trained.statistics), trained.bounds))
@@ -192,6 +193,7 @@ def load(path: str | os.PathLike[str]) -> Any:
             facts["num_levels"],
             num_classes=facts.get("num_classes"),
             frequencies=facts["frequencies"] and tuple(facts["frequencies"]),
+            shares=tuple(facts["shares"]) if facts.get("shares") else None,
         )
         spec = run.model_spec(config, source)
         with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); models are in float32, wherever they are read

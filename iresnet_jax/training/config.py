@@ -40,8 +40,9 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
             },
             "preprocessing": {
                 # "center": x - 1/2; "logit": logit(alpha + (1 - 2 alpha) x); "equalize": the logit behind the histogram of the
-                # training data, see likelihood.equalize_forward_and_logdet; "none" for 2-D toys
+                # training data, see `histogram`; "none" for 2-D toys
                 "transform": "center",
+                "entrywise": False,  # "equalize" by each entry's own share of the commonest level
                 "alpha": 0.05,
             },
             "logdet": estimator_settings(kind="series", num_terms=5, num_probes=1),
@@ -158,7 +159,8 @@ def with_later_defaults(plain: dict[str, Any]) -> dict[str, Any]:
     evaluation = {**plain["evaluation"], "logdet": {"exact_trace": False, **plain["evaluation"]["logdet"]}}
     training = {"max_num_terms": defaults["training"]["max_num_terms"], **plain["training"]}
     logdet_settings = {"exact_trace": False, **plain["logdet"]}
-    return {**plain, "logdet": logdet_settings, "evaluation": evaluation, "training": training}
+    preprocessing = {"entrywise": defaults["preprocessing"]["entrywise"], **plain["preprocessing"]}
+    return {**plain, "logdet": logdet_settings, "evaluation": evaluation, "training": training, "preprocessing": preprocessing}
 
 
 def estimator_settings(**overrides: Any) -> dict[str, Any]:

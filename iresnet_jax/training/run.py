@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax import classifier, data, density, likelihood, model, modules
+from iresnet_jax import classifier, data, density, histogram, model, modules
 from iresnet_jax.data import toys
 from iresnet_jax.training import config as config_lib
 
@@ -27,6 +27,7 @@ class Source:
         toy: The toy, or None.
         num_classes: Classes of its labels; None without labels.
         frequencies: Of the grey levels in the training split, if anything has counted them, see `density_spec`.
+        shares: Of the commonest of them at each entry, likewise.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Source:
     toy: toys.Toy | None = None
     num_classes: int | None = None
     frequencies: tuple[float, ...] | None = None
+    shares: tuple[float, ...] | None = None
 
     @property
     def draw(self) -> Callable[[Any, Any], Any] | None:
@@ -78,9 +80,16 @@ def density_spec(config: Any, source: Source) -> density.DensitySpec:
     """
     if config.objective == "hybrid" and source.num_classes is None:
         raise ValueError(f"a hybrid needs labelled images, and {source.name} has none: choose another data.name")
-    frequencies = source.frequencies if config.preprocessing.transform == "equalize" else None
-    if config.preprocessing.transform == "equalize" and frequencies is None and source.images is not None:
-        frequencies = likelihood.level_frequencies(source.images.images["train"], source.images.num_levels)
+    frequencies, shares = source.frequencies, source.shares
+    if config.preprocessing.transform != "equalize":
+        if config.preprocessing.entrywise:
+            raise ValueError(f"preprocessing.entrywise is for transform equalize, got {config.preprocessing.transform!r}")
+        frequencies = shares = None
+    elif frequencies is None and source.images is not None:
+        images = source.images.images["train"]
+        frequencies = histogram.level_frequencies(images, source.images.num_levels)
+        if config.preprocessing.entrywise:
+            shares = tuple(histogram.entry_shares(images, frequencies).ravel().tolist())
     return density.DensitySpec(
         flow=config_lib.build_flow_spec(config.model, source.event_shape),
         prior=config.model.prior,
@@ -88,6 +97,7 @@ def density_spec(config: Any, source: Source) -> density.DensitySpec:
         alpha=config.preprocessing.alpha,
         num_levels=source.num_levels,
         frequencies=frequencies,
+        shares=shares,
         num_classes=source.num_classes if config.objective == "hybrid" else None,
     )
 
