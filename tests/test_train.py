@@ -266,7 +266,8 @@ def validate_untrained(**settings):
 
 
 def test_validation_says_what_training_gains_by_what_it_cuts_off(caplog):
-    validation, current, (weights, prior) = validate_untrained(kind="series", num_terms=1)  # whose trace is exact
+    many = {"kind": "series", "num_probes": 1000}
+    validation, current, (weights, prior) = validate_untrained(num_terms=1, **many)  # whose trace is exact
     source = run.load_source("moons")
     x = jnp.asarray(source.held_out("validation", 32, 0))
     jacobians = jax.vmap(jax.jacfwd(lambda x: model.bijection(validation.spec.flow, weights).forward(x[None])[0]))(x)
@@ -275,15 +276,16 @@ def test_validation_says_what_training_gains_by_what_it_cuts_off(caplog):
     missed = np.linalg.slogdet(of_block)[1] - (np.trace(of_block, axis1=1, axis2=2) - 2)  # log det(I + J) - tr J
     with caplog.at_level("WARNING"):
         means = validation.measure(current, (weights, prior))
-    np.testing.assert_allclose(means["training_bias"], missed.mean(), atol=1e-5)
+    np.testing.assert_allclose(means["training_bias"], missed.mean(), atol=1e-3)
     assert missed.mean() < -ALARMING_BIAS
-    assert "reads nll lower by 0.042" in caplog.text
+    assert f"reads nll lower by {-means['training_bias']:.3f}" in caplog.text
     assert "training exploited what its 1 terms cut off" in caplog.text
     assert means["num_terms"] == 1
     caplog.clear()
-    patient, current, _ = validate_untrained(kind="series", num_terms=60)
-    with caplog.at_level("WARNING"):
-        assert abs(patient.measure(current, (weights, prior))["training_bias"]) < ALARMING_BIAS
+    for kind in ("series", "krylov"):  # with the same probes, even few
+        patient, current, _ = validate_untrained(kind=kind, num_terms=20)
+        with caplog.at_level("WARNING"):
+            assert abs(patient.measure(current, (weights, prior))["training_bias"]) < 1e-4
     assert not caplog.text
 
 
