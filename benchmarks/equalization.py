@@ -17,7 +17,7 @@ def bits(images, num_levels, frequencies, shares):
     """The mean code length of images under such a histogram, in bits/dim: it does not depend on the noise in a cell."""
     x = (jnp.asarray(images, jnp.float32) + 0.5) / num_levels
     _, log_det = histogram.equalize_forward_and_logdet(x, frequencies, shares)
-    return float(np.mean(likelihood.bits_per_dim(log_det, x[0].size, num_levels), dtype=np.float64))
+    return float(np.asarray(likelihood.bits_per_dim(log_det, x[0].size, num_levels), np.float64).mean())
 
 
 def measure(name, num):
