@@ -23,6 +23,13 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("default")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Drops what a module compiled: a process may map only so many pieces of memory, and all modules together need more."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Runs one test in float64."""
