@@ -4,6 +4,9 @@
 
 Variants after a colon: a number is the coefficient c in place of .9, such as :0.7; :vanilla is the unconstrained twin, and
 :batchnorm an ordinary residual network with BatchNorm in its branches.
+
+At c = .9 770 of 10,000 test images are wrong, 7.70 % (benchmarks/results/fashion_mnist_classification). Its training took 137
+minutes on one core that it shared for most of the time; alone it takes .84 s a step there, 72 minutes.
 """
 
 from iresnet_jax.training.config import default_config, set_variant
@@ -16,8 +19,8 @@ def get_config(variant="0.9"):
     config.objective = "classification"
     config.data.name = "fashion_mnist"
     block = {"kernel_sizes": (3, 3), "activation": "elu"}
-    # 14 x 14 with 16 channels, then 7 x 7 with 64. Contractions need depth: with 2 and 5 blocks the validation error was 2 %
-    # above that of the unconstrained twin after a quarter of the training, with these it is where that twin was.
+    # 14 x 14 with 16 channels, then 7 x 7 with 64. Contractions need depth: after 4 epochs the validation error is 9.1 %, with
+    # 2 and 5 blocks it was 11.4 %.
     config.model.stages = (
         {**block, "num_blocks": 8, "hidden": (32,), "squeeze": 2},
         {**block, "num_blocks": 14, "hidden": (32,), "squeeze": 2, "preactivation": True},
@@ -25,7 +28,9 @@ def get_config(variant="0.9"):
     set_variant(config, variant)
     config.classifier.update({"pad_channels": 3, "mean": (0.2860,), "std": (0.3530,), "label_smoothing": 0.1})
     config.augmentation.update({"crop_padding": 2, "flip": True})
-    config.optimizer.update({"name": "sgd", "learning_rate": 0.3, "nesterov": True, "weight_decay": 5e-4, "clip_norm": 0.0})
+    # Without the constraint .1 learns faster than .3, at which averages of the parameters are useless.
+    rate = 0.3 if config.constraint.norms != "none" else 0.1
+    config.optimizer.update({"name": "sgd", "learning_rate": rate, "nesterov": True, "weight_decay": 5e-4, "clip_norm": 0.0})
     epoch = TRAIN_EXAMPLES // BATCH_SIZE
     config.training.update({"total_steps": EPOCHS * epoch, "batch_size": BATCH_SIZE, "eval_every_steps": 2 * epoch})
     config.training.update({"ema_decay": 0.998, "eval_examples": 5000, "log_every_steps": 100})

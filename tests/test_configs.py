@@ -119,13 +119,15 @@ def test_an_unknown_variant_is_answered_in_a_sentence():
 
 
 @pytest.mark.parametrize("name", ["digits_classification", "mnist_classification", "fashion_mnist_classification"])
-def test_a_variant_changes_the_constraint_and_nothing_else(name):
+def test_a_variant_changes_the_constraint_and_at_most_the_learning_rate(name):
     plain, half, vanilla = (config_lib.to_plain(get_config(name, variant)) for variant in (None, "0.5", "vanilla"))
     batchnorm = config_lib.to_plain(get_config(name, "batchnorm"))
     half["model"]["coeff"] = 0.9
     batchnorm["classifier"]["normalization"] = "actnorm"
     assert batchnorm == vanilla
+    assert vanilla["optimizer"]["learning_rate"] == 0.1
     vanilla["constraint"]["norms"] = "estimated"
+    vanilla["optimizer"]["learning_rate"] = plain["optimizer"]["learning_rate"]
     assert plain == half == vanilla
 
 
