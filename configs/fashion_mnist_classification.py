@@ -6,7 +6,7 @@ Variants after a colon: a number is the coefficient c in place of .9, such as :0
 :batchnorm an ordinary residual network with BatchNorm in its branches.
 
 At c = .9 770 of 10,000 test images are wrong, 7.70 % (benchmarks/results/fashion_mnist_classification). Its training took 137
-minutes on one core that it shared for most of the time; alone it takes .84 s a step there, 72 minutes.
+minutes on one core that it shared with other work for most of the time.
 """
 
 from iresnet_jax.training.config import default_config, set_variant
@@ -19,8 +19,7 @@ def get_config(variant="0.9"):
     config.objective = "classification"
     config.data.name = "fashion_mnist"
     block = {"kernel_sizes": (3, 3), "activation": "elu"}
-    # 14 x 14 with 16 channels, then 7 x 7 with 64. Contractions need depth: after 4 epochs the validation error is 9.1 %, with
-    # 2 and 5 blocks it was 11.4 %.
+    # 14 x 14 with 16 channels, then 7 x 7 with 64
     config.model.stages = (
         {**block, "num_blocks": 8, "hidden": (32,), "squeeze": 2},
         {**block, "num_blocks": 14, "hidden": (32,), "squeeze": 2, "preactivation": True},
