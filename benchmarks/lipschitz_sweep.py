@@ -7,7 +7,8 @@ of every one: the test error; whether every block is certified a contraction; an
 by Banach iteration as in the paper (at most 500 evaluations a block) and with Anderson's method. An image counts as recovered
 if no pixel is off by more than 1e-4 in the units of the network's input, whatever was promised; it counts as converged only if
 the solver's bound holds, which takes a contraction. Certified networks reconstruct all test images, others the first --num, if
-given, as their inverses run to the cap. Runs and what was measured of each are kept in --runs, so that a sweep can be stopped.
+given, as their inverses run to the cap. Runs and what was measured of each are kept in --runs, so that a sweep can be stopped;
+a folder there with a frozen model and its metrics.jsonl, such as ../results/fashion_mnist_classification, stands for its run.
 """
 
 import importlib.util
@@ -20,8 +21,9 @@ import numpy as np
 from _record import parser, table, write
 
 from iresnet_jax import flow
-from iresnet_jax.analysis import classify, lipschitz, reconstruct, report, style, trained
+from iresnet_jax.analysis import classify, frozen, lipschitz, reconstruct, report, style, trained
 from iresnet_jax.data import feed
+from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import loop, run
 from iresnet_jax.training.metrics import read_metrics
 
@@ -72,7 +74,12 @@ def measure(path, variant, seed, folder, arguments):
     if arguments.quick:
         config.training.update({"total_steps": 20, "eval_every_steps": 20, "log_every_steps": 10})
     workdir = folder / f"{variant}_seed{seed}"
-    loop.train(config, workdir)
+    if (workdir / frozen.FILE_NAME).exists():
+        theirs = config_lib.to_plain(frozen.load(workdir).config)
+        if difference := config_lib.first_difference(config_lib.to_plain(config), theirs):
+            raise ValueError(f"{workdir} holds a model of another config: {difference}; choose another --runs or delete it")
+    else:
+        loop.train(config, workdir)
     measured, num = workdir / "sweep.json", 32 if arguments.quick else arguments.num
     if measured.exists() and (kept := json.loads(measured.read_text()))["num"] == num:
         return kept["row"]

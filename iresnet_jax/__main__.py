@@ -99,7 +99,7 @@ def make_parser() -> Parser:
     for command in (evaluate, sample, reconstruct, certify, freeze, ood, report):
         described = command.__doc__ or ""
         option = commands.add_parser(command.__name__, help=described, description=described)
-        option.add_argument("--workdir", required=True, metavar="DIR", help="folder of the training run")
+        option.add_argument("--workdir", required=True, metavar="DIR", help="folder of the training run, or of a frozen model")
         option.add_argument("--debug", action="store_true", help="show the traceback of a failure")
         option.set_defaults(run=command)
         options[command.__name__] = option

@@ -275,6 +275,14 @@ def test_a_frozen_model_is_the_same_model_in_one_file(digits, digits_run, tmp_pa
     assert np.abs(terms.log_prob - loaded.log_prob(samples).log_prob).max() < 5 * terms.info.stderr.max()
     with jax.enable_x64(True):
         np.testing.assert_allclose(frozen.load(path).encode(samples), loaded.encode(samples), atol=1e-5)
+    shutil.copy(path, tmp_path / frozen.FILE_NAME)
+    alone = trained.load(tmp_path)
+    assert (alone.spec, alone.step, alone.source.name) == (digits.spec, digits.step, digits.source.name)
+    for ours, theirs in ((alone.weights, digits.weights), (alone.prior, digits.prior), (alone.bounds, digits.bounds)):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert main(["certify", "--workdir", str(tmp_path)]) == 0
+    assert "certified: every one of" in capsys.readouterr().out
+    (tmp_path / frozen.FILE_NAME).unlink()
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)

@@ -258,6 +258,9 @@ def test_a_frozen_classifier_is_the_same_in_one_file(model, uninterrupted, tmp_p
     back = loaded.reconstruct(loaded.features(images))
     assert back.info.converged.all()
     np.testing.assert_allclose(16 * back.images, images, atol=16 * 1e-4)
+    path.rename(tmp_path / frozen.FILE_NAME)
+    assert main(["evaluate", "--workdir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == classify.describe(classify.evaluate(model))
 
 
 def test_a_network_without_a_constraint_says_that_nothing_is_promised(uninterrupted, tmp_path, capsys):

@@ -156,6 +156,27 @@ def test_updates_follow_the_published_algorithm(arguments, oracle):
     np.testing.assert_allclose(result["kernel"], oracle(np.array([1.0, -2.0]), grads), rtol=10 * RTOL)
 
 
+def test_muon_equalises_the_singular_values_of_each_block_s_kernel():
+    lr, blocks = 0.1, 2
+    rng = np.random.default_rng(0)
+    grads = {
+        "blocks": {"conv0": {"kernel": rng.normal(size=(blocks, 3, 3, 4, 8)), "bias": rng.normal(size=(blocks, 8))}},
+        "head": {"kernel": rng.normal(size=(5, 3))},
+    }
+    grads = jax.tree.map(jnp.float32, grads)
+    zero = jax.tree.map(jnp.zeros_like, grads)
+    moved = run(make_optimizer(name="muon", learning_rate=lr, momentum=0.95, nesterov=True), zero, [grads])
+    matrices = [(grads["head"]["kernel"], moved["head"]["kernel"])]
+    for block in range(blocks):
+        matrices.append(tuple(tree["blocks"]["conv0"]["kernel"][block].reshape(36, 8) for tree in (grads, moved)))
+    for gradient, update in matrices:
+        u, _, vt = np.linalg.svd(gradient, full_matrices=False)
+        core = -u.T @ update @ vt.T / (lr * 0.2 * max(gradient.shape) ** 0.5)
+        np.testing.assert_allclose(core, np.diag(np.diag(core)), atol=1e-3)
+        assert np.all((np.diag(core) > 0.6) & (np.diag(core) < 1.3))  # five Newton-Schulz steps come no closer
+    np.testing.assert_allclose(np.sign(moved["blocks"]["conv0"]["bias"]), -np.sign(grads["blocks"]["conv0"]["bias"]))
+
+
 def test_decay_mask_picks_kernels_only():
     params, _ = params_and_grads()
     mask = decay_mask({"stage0": {"blocks": params}, "kernel": {"bias": 1.0}})
@@ -190,8 +211,9 @@ def test_sgd_decay_is_the_gradient_of_an_l2_penalty_and_enters_the_momentum():
     np.testing.assert_allclose(result["kernel"], second * np.array([1.0, -2.0]), rtol=RTOL)
 
 
-def test_weight_decay_of_nothing_is_an_error():
-    optimizer = make_optimizer(name="sgd", learning_rate=0.1, weight_decay=0.1)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_of_nothing_is_an_error(name):
+    optimizer = make_optimizer(name=name, learning_rate=0.1, weight_decay=0.1)
     with pytest.raises(ValueError, match="no parameter is called 'kernel'"):
         optimizer.init({"weight": jnp.ones(2)})
 
@@ -219,7 +241,7 @@ def test_optimizer_uses_the_schedule_from_step_zero():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"name": "lamb"}, "name must be one of adam, adamw, adamax, sgd, got 'lamb'"),
+        ({"name": "lamb"}, "name must be one of adam, adamw, adamax, muon, sgd, got 'lamb'"),
         ({"momentum": 1.0}, "momentum must lie in"),
         ({"b2": -0.1}, "b2 must lie in"),
         ({"weight_decay": -1e-4}, "weight_decay must not be negative"),

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, Num
 
 from iresnet_jax import classifier, density, flow, model
-from iresnet_jax.analysis.trained import Trained
 from iresnet_jax.fixed_point import FixedPointInfo
 from iresnet_jax.logdet import ExactLogdet, LogdetEstimator
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import naming, run
+
+if TYPE_CHECKING:
+    from iresnet_jax.analysis.trained import Trained
 
 FILE_NAME = "frozen.npz"
 _FACTS = "facts"
@@ -134,7 +136,7 @@ class FrozenClassifier:
         return classifier.reconstruct(self.spec, self.weights, features, solver)
 
 
-def save(trained: Trained, path: str | os.PathLike[str] | None = None) -> Path:
+def save(trained: "Trained", path: str | os.PathLike[str] | None = None) -> Path:
     """Writes the model of a run to one file, all at once.
 
     Args:

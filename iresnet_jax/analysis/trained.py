@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from iresnet_jax import classifier, model
+from iresnet_jax.analysis import frozen
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import run, state
 from iresnet_jax.training.checkpoint import Checkpoints
@@ -80,10 +81,11 @@ class Trained:
 def load(workdir: str | os.PathLike[str]) -> Trained:
     """Loads the best checkpoint of a run, or the latest where there is no best one, which `Trained.notes` then says.
 
+    A folder with nothing of a training but ``frozen.npz``, as of the models kept under ``benchmarks/results``, will do as well.
     On an accelerator this also sets the precision of matrix products in this process, see `run.apply_matmul_precision`.
 
     Args:
-        workdir: Folder of the run, as `loop.train` filled it.
+        workdir: Folder of the run, as `loop.train` filled it, or of a frozen model.
 
     Raises:
         ValueError: If it is no folder of a run, or its ``config.json`` is damaged.
@@ -96,6 +98,8 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
         ... )  # doctest: +SKIP
     """
     workdir = Path(workdir)
+    if (workdir / frozen.FILE_NAME).exists() and not (workdir / run.CONFIG_FILE).exists():
+        return _of_frozen(frozen.load(workdir), workdir)
     config = load_config(workdir)
     run.apply_matmul_precision(config)
     source = run.load_source(config.data.name, config.data.data_dir)
@@ -106,21 +110,38 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
     best, step, notes = _restore(Checkpoints(workdir), target, workdir)
     constrained = config.constraint.norms != "none"
     if isinstance(spec, classifier.ClassifierSpec) and not spec.is_bijective:
-        frozen = model.Frozen(best.ema, {}, {})
+        fixed = model.Frozen(best.ema, {}, {})
     else:
-        frozen = jax.jit(lambda params: model.freeze(spec.flow, params, constrained=constrained))(best.ema)
+        fixed = jax.jit(lambda params: model.freeze(spec.flow, params, constrained=constrained))(best.ema)
     return Trained(
         workdir=workdir,
         config=config,
         spec=spec,
         source=source,
-        weights=frozen.weights,
+        weights=fixed.weights,
         prior=best.ema.get("prior"),
-        bounds=frozen.bounds,
+        bounds=fixed.bounds,
         step=step,
         notes=notes,
         head=best.ema.get("head"),
         statistics=best.batch_stats or None,
+    )
+
+
+def _of_frozen(found: Any, workdir: Path) -> Trained:
+    """A frozen model as `load` returns it, with its data."""
+    run.apply_matmul_precision(found.config)
+    return Trained(
+        workdir=workdir,
+        config=found.config,
+        spec=found.spec,
+        source=run.load_source(found.config.data.name, found.config.data.data_dir),
+        weights=found.weights,
+        prior=getattr(found, "prior", None),
+        bounds=found.bounds,
+        step=found.step,
+        head=getattr(found, "head", None),
+        statistics=getattr(found, "statistics", None),
     )
 
 
@@ -146,7 +167,7 @@ def load_config(workdir: Path) -> Any:
     """
     if not workdir.is_dir():
         raise ValueError(f"there is no workdir {workdir}: give the --workdir of a training run")
-    path = workdir / "config.json"
+    path = workdir / run.CONFIG_FILE
     if not path.exists():
         raise ValueError(f"{workdir} has no config.json, so it is not the workdir of a training run")
     try:

@@ -144,7 +144,7 @@ def claim_workdir(workdir: Path, config: dict[str, Any]) -> None:
     Raises:
         ValueError: If it differs; names the first difference.
     """
-    path = workdir / "config.json"
+    path = workdir / run.CONFIG_FILE
     if path.exists():
         try:
             theirs = config_lib.with_later_defaults(json.loads(path.read_text()))

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from iresnet_jax.training.naming import path_parts
+from iresnet_jax.training.naming import STACKED, path_parts
 
-OPTIMIZERS = ("adam", "adamw", "adamax", "sgd")
+OPTIMIZERS = ("adam", "adamw", "adamax", "muon", "sgd")
+ADAM_RMS = 0.2  # of an entry of an update of Adam, in units of the learning rate (Liu et al., 2025, Section 2.2)
 SCHEDULES = ("constant", "cosine", "step")
 
 
@@ -110,15 +111,20 @@ def make_optimizer(
 
     The gradient of the loss is clipped first; weight decay then adds ``weight_decay * w``, for kernels only
     (see ``decay_mask``). With "adamw" it is decoupled, ``w <- w - lr * weight_decay * w`` (Loshchilov and Hutter,
-    2019, Alg. 2); with "sgd", "adam" and "adamax" it is the gradient of an L2 penalty, so it passes through the
-    momentum and the preconditioner (Kingma and Ba, 2015, Alg. 1 and 2).
+    2019, Alg. 2), and so it is with "muon"; with "sgd", "adam" and "adamax" it is the gradient of an L2 penalty, so it
+    passes through the momentum and the preconditioner (Kingma and Ba, 2015, Alg. 1 and 2).
+
+    "muon" (Jordan et al., 2024) takes, of the averaged gradient of each kernel, the nearest matrix with equal singular
+    values: steepest descent in the operator norm, the norm that the constraint of this library is about. It is scaled to
+    the root mean square of an Adam update (Liu et al., 2025, Eq. 4), so that learning rates carry over; all
+    that is no kernel is left to AdamW without decay.
 
     Args:
         name: One of ``OPTIMIZERS``.
         learning_rate: A number > 0 or a schedule.
         weight_decay: >= 0; 0 switches it off.
-        momentum: Of "sgd" only, in [0, 1).
-        nesterov: Of "sgd" only: look ahead along the momentum.
+        momentum: Of "sgd" and "muon", in [0, 1); .95 is usual with "muon".
+        nesterov: Of "sgd" and "muon": look ahead along the momentum.
         b1: Decay of the first moment of the Adam family, in [0, 1).
         b2: Decay of the second moment (the maximum, in "adamax"), in [0, 1).
         clip_norm: Largest global L2 norm of the gradient, >= 0; 0 switches clipping off.
@@ -144,6 +150,19 @@ def make_optimizer(
     parts = []
     if clip_norm:
         parts.append(optax.clip_by_global_norm(clip_norm))
+    if name == "muon":
+        muon = optax.contrib.muon(
+            learning_rate,
+            beta=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            weight_decay_mask=_non_empty_decay_mask if weight_decay else None,
+            adam_b1=b1,
+            adam_b2=b2,
+            consistent_rms=ADAM_RMS,
+            muon_weight_dimension_numbers=kernels_as_matrices,
+        )
+        return optax.chain(*parts, muon)
     decay = [optax.add_decayed_weights(weight_decay, mask=_non_empty_decay_mask)] if weight_decay else []
     if name == "sgd":
         precondition = [optax.trace(decay=momentum, nesterov=nesterov)] if momentum else []
@@ -165,6 +184,24 @@ def decay_mask(params: Any) -> Any:
         A pytree of booleans like ``params``.
     """
     return jax.tree_util.tree_map_with_path(lambda path, _: path_parts(path)[-1:] == ("kernel",), params)
+
+
+def kernels_as_matrices(params: Any) -> Any:
+    """How "muon" reads each kernel as a matrix, from all that enters an output channel to the output channels.
+
+    Returns:
+        A pytree like ``params``: the axes of a kernel that are rows and columns, with those of stacked blocks apart;
+        None for all that is no kernel.
+    """
+
+    def axes(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        parts = path_parts(path)
+        first = int(STACKED in parts)
+        if parts[-1:] != ("kernel",) or leaf.ndim < first + 2:
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, leaf.ndim - 1)), leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def ema_update(ema: Any, params: Any, step: Any, decay: float) -> Any:

@@ -12,6 +12,8 @@ from iresnet_jax import classifier, data, density, histogram, model, modules
 from iresnet_jax.data import toys
 from iresnet_jax.training import config as config_lib
 
+CONFIG_FILE = "config.json"  # in a workdir: the settings it was trained with
+
 Spec = density.DensitySpec | classifier.ClassifierSpec
 
 
