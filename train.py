@@ -1,6 +1,6 @@
 """Trains the model of a config, then reports on it.
 
-    python train.py --config=configs/digits_density.py --workdir=runs/digits_density --config.training.batch_size=64
+    python train.py --config=configs/digits_density.py --workdir=runs/digits_density --config.training.batch_size=128
 
 Flags:
     --config          file with the settings; configs/digits_density.py by default

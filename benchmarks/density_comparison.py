@@ -4,9 +4,9 @@
 
 The workdir is that of a finished training run of ours, or a folder of benchmarks/results; with --config that run is made first.
 From its report come the data and their transform, the number of parameters, the training time and the test result. Then
-normflows' residual flow is trained for as long on the very batches that ours saw and evaluated on the very test images under
-the same dequantisation noise, both by the unbiased estimator with 20 exact terms. Its clock stands still while it is validated;
-ours ran on, and compiled.
+normflows' residual flow is trained for as long on the images that ours saw, in the same order, and evaluated on the test images
+under the same dequantisation noise, both by the unbiased estimator with 20 exact terms. Its clock stands still while it is
+validated; ours ran on, and compiled.
 
 normflows gets the architecture of Residual Flows (Chen et al. 2019), whose code it wraps: squeezed scales of ActNorm and
 3x3-1x1-3x3 blocks with LipSwish, then dense blocks, and a Gaussian with a mean and scale for each dimension. As there, Adam at

@@ -1,8 +1,8 @@
 """Density of scikit-learn's 8x8 handwritten digits (17 grey levels, 1257 of them for training).
 
-python train.py --config=configs/digits_density.py --workdir=runs/digits_density
+    python train.py --config=configs/digits_density.py --workdir=runs/digits_density
 
-Test 1.844 +- 0.013 bits/dim after 3.0 minutes on 2 cores, compilation included (benchmarks/results/digits_density).
+Test 1.844 +- .013 bits/dim after 3.0 minutes on 2 cores, compilation included (benchmarks/results/digits_density).
 """
 
 from iresnet_jax.training.config import default_config

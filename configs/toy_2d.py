@@ -4,7 +4,8 @@
 
 Names: 8gaussians, checkerboard, moons, circles, rings, pinwheel, 2spirals, swissroll. Each report shows the test negative
 log-likelihood in nats beside the toy's entropy, which no model can beat. Residual Flows report moons 2.60, circles 3.44 and
-checkerboard 3.81 nats; here 2.398, 3.319 and 3.654 (benchmarks/results/toy_2d). About four minutes each on 2 cores.
+checkerboard 3.81 nats; here 2.398, 3.319 and 3.654 (benchmarks/results/toy_2d). Three to nine minutes each on 2
+cores, some beside another.
 """
 
 from iresnet_jax.training.config import default_config, estimator_settings

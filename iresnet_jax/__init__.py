@@ -1,7 +1,7 @@
 """Invertible residual networks in JAX (Behrmann et al., ICML 2019).
 
-Importing this needs JAX alone. Networks with names and initialisers are in `iresnet_jax.modules` (Flax Linen), trained models
-in `iresnet_jax.analysis.trained`.
+Importing this needs JAX and jaxtyping alone. Networks with names and collections are in `iresnet_jax.modules` (Flax Linen),
+trained models in `iresnet_jax.analysis.trained`.
 """
 
 from iresnet_jax import (

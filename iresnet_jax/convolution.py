@@ -4,7 +4,7 @@ Three implementations compute the same sum and differ in speed only: XLA's own c
 product per tap followed by shifted adds. The last two are plain matrix products, for ``vmap`` over kernels.
 
 XLA:CPU has a fast kernel for one layout of a convolution, and brings gradients into that layout outside of loops alone: in
-``lax.scan`` and ``lax.while_loop`` they would be up to a hundred times slower. So on CPU the convolution is a primitive of its
+``lax.scan`` and ``lax.while_loop`` they would be up to fifty times slower. So on CPU the convolution is a primitive of its
 own, whose gradients are written in that layout, and rearranged where few channels come out of many, which that kernel is slow
 for (``benchmarks/convolution.py`` measures it).
 """

@@ -1,4 +1,4 @@
-"""Names, initialisers and collections of the networks: the only file that imports Linen.
+"""Names and collections of the networks: the only file that imports Linen.
 
 A module holds no mathematics: it creates the parameters and power iterates that the pure functions of `model` take, stacked
 over the blocks of a stage, and hands them over. Collections: "params", trained; "spectral", the power iterates; "batch_stats",

@@ -28,7 +28,7 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
             "objective": "density",  # or "classification", or "hybrid": a density that classifies by a prior for every class
             "data": {
                 "name": "digits",  # an image data set, or a 2-D toy of data.toys
-                "data_dir": config_dict.placeholder(str),
+                "data_dir": config_dict.placeholder(str),  # of TensorFlow Datasets; $TFDS_DATA_DIR or its default if unset
             },
             "model": {
                 # One dictionary a stage with the fields of model.StageSpec.
@@ -52,7 +52,7 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
                 # classification alone, is an ordinary residual network, of which no inverse is promised.
                 "norms": "estimated",
                 "num_steps": 1,  # power iterations a training step; on validation data they go on to the tolerance
-                "rtol": 1e-3,
+                "rtol": 1e-3,  # of that tolerance, relative to the norm
                 "num_squarings": 4,  # of the Gram iteration behind "certified"
                 "twists": "auto",  # of its embedding: "all" is tighter and dearer than "one", above all on small images
             },
@@ -78,19 +78,19 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
                 "flip": False,  # left to right
             },
             "optimizer": {
-                "name": "adam",
-                "learning_rate": 1e-3,
-                "schedule": "cosine",
+                "name": "adam",  # "adamw", "adamax", "sgd"; or "muon", steepest descent in the operator norm, with momentum .95
+                "learning_rate": 1e-3,  # at its peak
+                "schedule": "cosine",  # or "constant", or "step", by decay_factor at each of the boundaries
                 "warmup_steps": 100,
-                "final_fraction": 0.0,
-                "boundaries": (),
+                "final_fraction": 0.0,  # of the peak, where "cosine" ends
+                "boundaries": (),  # as fractions of training.total_steps
                 "decay_factor": 0.1,
-                "weight_decay": 0.0,
-                "momentum": 0.9,
-                "nesterov": False,
-                "b1": 0.9,
+                "weight_decay": 0.0,  # of kernels alone; decoupled in "adamw" and "muon"
+                "momentum": 0.9,  # of "sgd" and "muon"
+                "nesterov": False,  # of these
+                "b1": 0.9,  # of the others, and of all that is no kernel in "muon"
                 "b2": 0.99,
-                "clip_norm": 1.0,
+                "clip_norm": 1.0,  # of the whole gradient; 0 for none
             },
             "training": {
                 "total_steps": 1000,
@@ -103,16 +103,16 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
                 # Training raises logdet.num_terms up to this, as far as validation shows that it exploits what they cut off.
                 "max_num_terms": 20,
                 "blocks": "auto",  # "scan", "unroll", or by backend
-                "rematerialize": False,
+                "rematerialize": False,  # blocks once more in the backward pass, which saves memory
                 "matmul_precision": "float32",  # on accelerators; "tensorfloat32" is faster and too coarse to invert
             },
             "evaluation": {
                 "logdet": estimator_settings(kind="roulette", num_exact_terms=20, num_probes=1),
                 "batch_size": 256,
-                "num_dequantisations": 4,
+                "num_dequantisations": 4,  # draws of noise for each image
                 "num_probe_draws": 4,  # for each dequantisation
                 "num_examples": 20_000,  # of a 2-D toy's test set; image data sets use their whole test split
-                "inverse_atol": 1e-6,
+                "inverse_atol": 1e-6,  # of each block, of the Euclidean distance to the solution of each example
             },
             # What the report compares with: {"who": value in bits/dim or nats}.
             "references": {"values": ()},
