@@ -14,7 +14,8 @@ same result.
 
 from absl import app, flags, logging
 
-from iresnet_jax.training.command_line import explain_failures, parse_train_flags, quiet_backends
+from iresnet_jax.training.command_line import asks_for_debug, explain_failures, parse_train_flags, quiet_backends
+from iresnet_jax.training.memory import keep_freed_memory
 
 DEFAULT_CONFIG = "configs/digits_density.py"
 
@@ -34,9 +35,10 @@ def main(argv: list[str]) -> int:
     """The exit status of `run`."""
     logging.set_verbosity(logging.INFO)
     quiet_backends()
-    return explain_failures(lambda: run(argv), debug="--debug" in argv)
+    return explain_failures(lambda: run(argv), debug=asks_for_debug(argv))
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     # Flags of absl itself, such as --help, are read here; ours are left for `main`.
     app.run(main, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))

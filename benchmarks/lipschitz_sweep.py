@@ -6,9 +6,10 @@ Trains a classifier for every coefficient c, its unconstrained twin, and the net
 of every one: the test error; whether every block is certified a contraction; and how test images come back from the features,
 by Banach iteration as in the paper (at most 500 evaluations a block) and with Anderson's method. An image counts as recovered
 if no pixel is off by more than 1e-4 in the units of the network's input, whatever was promised; it counts as converged only if
-the solver's bound holds, which takes a contraction. Certified networks reconstruct all test images, others the first --num, if
-given, as their inverses run to the cap. Runs and what was measured of each are kept in --runs, so that a sweep can be stopped;
-a folder there with a frozen model and its metrics.jsonl, such as ../results/fashion_mnist_classification, stands for its run.
+the solver's bound holds, which takes a contraction. Certified networks reconstruct all test images, or the first
+--num_certified, others the first --num, if given, as their inverses run to the cap. Runs and what was measured of each are
+kept in --runs, so that a sweep can be stopped; a folder there with a frozen model and its metrics.jsonl, such as
+../results/fashion_mnist_classification, stands for its run.
 """
 
 import importlib.util
@@ -80,7 +81,7 @@ def measure(path, variant, seed, folder, arguments):
             raise ValueError(f"{workdir} holds a model of another config: {difference}; choose another --runs or delete it")
     else:
         loop.train(config, workdir)
-    measured, num = workdir / "sweep.json", 32 if arguments.quick else arguments.num
+    measured, num = workdir / "sweep.json", [32, 32] if arguments.quick else [arguments.num, arguments.num_certified]
     if measured.exists() and (kept := json.loads(measured.read_text()))["num"] == num:
         return kept["row"]
     loaded = trained.load(workdir)
@@ -91,7 +92,7 @@ def measure(path, variant, seed, folder, arguments):
     if loaded.is_bijective:
         constants = lipschitz.measure(loaded)
         row |= {"max_block": constants["max_block"], "certified": constants["certified"]}
-        limit = num if arguments.quick or not constants["certified"] else None
+        limit = num[constants["certified"]]
         row["inverse"] = invertibility(loaded, min(limit or result["num_examples"], result["num_examples"]))
     measured.write_text(json.dumps({"num": num, "row": row}))
     return row
@@ -145,6 +146,7 @@ def main():
     options.add_argument("--variants", nargs="+", default=list(VARIANTS), help="of the config")
     options.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each")
     options.add_argument("--num", type=int, default=None, metavar="N", help="test images to reconstruct without a certificate")
+    options.add_argument("--num_certified", type=int, default=None, metavar="N", help="and with one; all by default")
     options.add_argument("--runs", type=Path, default=Path("runs/lipschitz_sweep"), metavar="DIR", help="keeps the trainings")
     arguments = options.parse_args()
     folder = arguments.runs / (arguments.config.stem + "_quick" * arguments.quick)

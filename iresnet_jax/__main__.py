@@ -46,7 +46,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     from iresnet_jax.analysis import reconstruct, trained
 
     model = trained.load(arguments.workdir)
-    result = reconstruct.reconstruct(model, arguments.num or reconstruct.NUM_EXAMPLES)
+    result = reconstruct.reconstruct(model, arguments.num)
     path = reconstruct.write(result, arguments.workdir)
     _say(*model.notes, reconstruct.describe(reconstruct.summarize(model, result)), f"written: {path}" if path else "")
     return 0 if result.trip.converged.all() else 1
@@ -91,6 +91,14 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def count(text: str) -> int:
+    """A number of examples, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"it must be at least 1, got {number}")
+    return number
+
+
 def make_parser() -> Parser:
     """The commands and their options."""
     parser = Parser(prog="python -m iresnet_jax", description="Everything after training a model with train.py.")
@@ -108,9 +116,9 @@ def make_parser() -> Parser:
     options["sample"].add_argument("--seed", type=int, default=0, help="of the latents (0)")
     options["sample"].add_argument("--label", type=int, help="of which class, of a hybrid (any)")
     options["ood"].add_argument("--against", default="rotated", help="rotated (default), noise, or the name of a data set")
-    options["ood"].add_argument("--num", type=int, default=2000, help="how many images of each side, at most (2000)")
+    options["ood"].add_argument("--num", type=count, default=2000, help="how many images of each side, at most (2000)")
     options["freeze"].add_argument("--output", metavar="FILE", help="where to write (frozen.npz in the workdir)")
-    options["reconstruct"].add_argument("--num", type=int, help="how many test examples, from the first (512)")
+    options["reconstruct"].add_argument("--num", type=count, default=512, help="how many test examples, from the first (512)")
     return parser
 
 

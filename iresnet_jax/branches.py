@@ -184,9 +184,14 @@ def _activate(spec, layer, parameters, h):
 
 
 def has_trace(spec: BranchSpec) -> bool:
-    """Whether `trace` knows the branch: two layers around an elementwise activation, of the same odd kernel size if any."""
+    """Whether `trace` knows the branch: two layers around an elementwise activation, of the same odd kernel size if any.
+
+    On a torus that is smaller than the kernel, taps meet that are not mirrored.
+    """
     sizes = spec.kernel_sizes
     same_size = sizes is None or (sizes[0] == sizes[-1] and sizes[0] % 2 == 1)
+    if sizes is not None and spec.padding == "CIRCULAR" and min(spec.in_shape[:2]) < sizes[0]:
+        return False
     return len(spec.hidden) == 1 and same_size and activations.get(spec.activation).elementwise
 
 
@@ -213,7 +218,9 @@ def trace(
         ValueError: If there is no closed form for the branch.
     """
     if not has_trace(spec):
-        raise ValueError(f"the trace has a closed form for two layers with an elementwise activation only, not for {spec}")
+        raise ValueError(
+            f"the trace has a closed form for two layers with an elementwise activation (see has_trace), not for {spec}"
+        )
     first, second = spec.layers
     h = _apply_layer(spec, first, weights[first.name], x, context)
 

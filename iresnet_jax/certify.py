@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Shaped
 
 from iresnet_jax import gram
 from iresnet_jax.convolution import Padding, explicit_padding
+from iresnet_jax.rounding import at_least, rounded_up
 
 Scalar = float | Shaped[Array, ""]
 Twist = tuple[int, int]
@@ -42,7 +43,7 @@ class BiLipschitz(NamedTuple):
 
     def compose(self, other: "BiLipschitz") -> "BiLipschitz":
         """Bounds of the one map after the other: the products, in either order."""
-        return BiLipschitz(_rounded_up(self.forward * other.forward), _rounded_up(self.inverse * other.inverse))
+        return BiLipschitz(rounded_up(self.forward * other.forward), rounded_up(self.inverse * other.inverse))
 
     def beside_identity(self) -> "BiLipschitz":
         """Bounds of the map that acts on some coordinates and leaves the others alone, as after a multi-scale split."""
@@ -202,7 +203,7 @@ def conv_norm_bound_any_size(
         )
     cosines = math.prod(math.cos(math.pi * (k - 1) / (2 * num_frequencies)) for k in taps)
     periods = (num_frequencies if taps[0] > 1 else 1, num_frequencies if taps[1] > 1 else 1)
-    return _rounded_up(_grid_bound(kernel, periods=periods, twists=((0, 0),), num_squarings=squarings) / cosines)
+    return rounded_up(_grid_bound(kernel, periods=periods, twists=((0, 0),), num_squarings=squarings) / cosines)
 
 
 def branch_bound(layer_bounds: Sequence[Scalar] | Float[Array, " k"], gain: Scalar = 1.0) -> Shaped[Array, ""]:
@@ -221,8 +222,9 @@ def branch_bound(layer_bounds: Sequence[Scalar] | Float[Array, " k"], gain: Scal
     Example:
         >>> branch_bound([0.9, 0.9, 0.9])  # 0.729
     """
-    bounds = jnp.asarray(layer_bounds)
-    return _rounded_up(jnp.prod(bounds) * gain, num_roundings=bounds.size + 1)
+    listed = not isinstance(layer_bounds, jax.Array)
+    bounds = jnp.asarray([at_least(bound) for bound in layer_bounds]) if listed else layer_bounds
+    return rounded_up(jnp.prod(bounds) * at_least(gain, bounds.dtype), num_roundings=bounds.size + 1)
 
 
 def block_bounds(lipschitz_bound: Scalar) -> BiLipschitz:
@@ -236,10 +238,10 @@ def block_bounds(lipschitz_bound: Scalar) -> BiLipschitz:
     Returns:
         The two bounds, rounded up; ``inverse`` is infinite if ``L >= 1``.
     """
-    bound = jnp.asarray(lipschitz_bound)
+    bound = at_least(lipschitz_bound)
     gap = jnp.where(bound < 1, 1 - bound, 1)
-    inverse = jnp.where(bound < 1, _rounded_up(1 / gap), jnp.inf)
-    return BiLipschitz(_rounded_up(1 + bound), jnp.where(jnp.isnan(bound), bound, inverse))
+    inverse = jnp.where(bound < 1, rounded_up(1 / gap), jnp.inf)
+    return BiLipschitz(rounded_up(1 + bound), jnp.where(jnp.isnan(bound), bound, inverse))
 
 
 def model_bounds(
@@ -266,7 +268,7 @@ def model_bounds(
         bounds = bounds.compose(block_bounds(branch))
     for log_scale in log_scales:
         scale = BiLipschitz(jnp.exp(jnp.max(log_scale)), jnp.exp(-jnp.min(log_scale)))
-        bounds = bounds.compose(BiLipschitz(*(_rounded_up(value) for value in scale)))
+        bounds = bounds.compose(BiLipschitz(*(rounded_up(value) for value in scale)))
     return bounds
 
 
@@ -288,7 +290,8 @@ def certified_radius(margin: Float[Array, " b"], lipschitz: Scalar) -> Float[Arr
     Example:
         >>> certified_radius(jnp.array([1.0, -0.2]), 2.0)  # 0.354, 0
     """
-    eps = float(jnp.finfo(margin.dtype).eps)
+    lipschitz = at_least(lipschitz)
+    eps = max(float(jnp.finfo(x.dtype).eps) for x in (margin, lipschitz))  # the product with sqrt(2) rounds in the latter's
     return jnp.maximum(margin, 0) / (lipschitz * math.sqrt(2)) * (1 - 8 * eps)
 
 
@@ -304,12 +307,6 @@ def _checked_squarings(kernel, method, num_squarings):
     if num_squarings < 0:
         raise ValueError(f"num_squarings must not be negative, got {num_squarings}: 4 is the default")
     return None if method == "exact" else num_squarings
-
-
-def _rounded_up(value, num_roundings: int = 4):
-    """`value` times enough to make up for that many roundings of relative size eps/2, and for this product's."""
-    value = jnp.asarray(value)
-    return value * (1 + (num_roundings + 2) * float(jnp.finfo(value.dtype).eps))
 
 
 def _num_outputs(taps, size, stride, pads):
@@ -408,7 +405,7 @@ def _grid_bound(kernel, *, periods, twists, num_squarings):
     height, width, cin, cout = kernel.shape
     if height == width == 1:
         return _dense_bound(kernel[0, 0], num_squarings=num_squarings)
-    kernel, scale = _normalized(kernel)
+    kernel, scale, least = _normalized(kernel)
     kernel = jnp.swapaxes(kernel, 2, 3) if cin > cout else kernel
     kernel = kernel.reshape(height * width, *kernel.shape[2:])
     num_taps, rows, columns = kernel.shape
@@ -433,18 +430,23 @@ def _grid_bound(kernel, *, periods, twists, num_squarings):
     bound = bound + (attained - lax.stop_gradient(attained))
     absolute = lax.stop_gradient(gram.frobenius(jnp.sum(jnp.abs(kernel), axis=0)[None]))
     symbol_error = gram.MARGIN * gram.gamma(num_taps + 10, kernel.dtype) * absolute
-    return scale * _rounded_up(bound + symbol_error)
+    return jnp.maximum(scale * rounded_up(bound + symbol_error), least)
 
 
 @functools.partial(jax.jit, static_argnames="num_squarings")
 def _dense_bound(matrix, *, num_squarings):
-    matrix, scale = _normalized(matrix)
+    matrix, scale, least = _normalized(matrix)
     matrix = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    return scale * gram.norm_bound(matrix[None], num_squarings)
+    return jnp.maximum(scale * gram.norm_bound(matrix[None], num_squarings), least)
 
 
 def _normalized(kernel):
-    """The kernel, in float32 at least, over the power of two that brings its largest entry into [1, 2)."""
+    """The kernel, in float32 at least, over the power of two that brings its largest entry into [1, 2), and this power.
+
+    The third is what subnormal entries, which may be taken for zero, can add to the norm; 0 where all entries are 0.
+    """
     kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     scale = gram.power_of_two(jnp.max(jnp.abs(kernel)))
-    return kernel / scale, scale
+    integer = jnp.int32 if kernel.dtype == jnp.float32 else jnp.int64
+    nonzero = jnp.any(lax.bitcast_convert_type(lax.stop_gradient(kernel), integer) << 1 != 0)  # but for the sign
+    return kernel / scale, scale, jnp.where(nonzero, kernel.size * float(jnp.finfo(kernel.dtype).tiny), 0)

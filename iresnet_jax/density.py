@@ -84,6 +84,10 @@ class DensitySpec:
             raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {self.prior!r}")
         if self.transform not in TRANSFORMS:
             raise ValueError(f"preprocessing.transform must be one of {', '.join(TRANSFORMS)}, got {self.transform!r}")
+        if self.transform == "logit" and self.num_levels is None:
+            raise ValueError(
+                "preprocessing.transform logit is for data with grey levels, which points have not: set it to none"
+            )
         if self.transform == "equalize" and (self.num_levels is None or len(self.frequencies or ()) != self.num_levels):
             raise ValueError(
                 f"preprocessing.transform equalize needs data with grey levels and the frequency of each: "

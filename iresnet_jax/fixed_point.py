@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from iresnet_jax.rounding import at_least
+
 Branch = Callable[[Array], Array]
 
 # A residual that has stopped shrinking within so many times its own rounding is as good as this format allows: the branch
@@ -103,7 +105,7 @@ def invert_residual(
         raise ValueError(f"atol must be positive, got {atol}")
     if memory < 0:
         raise ValueError(f"memory must not be negative, got {memory}; 0 is plain Banach iteration")
-    bound = lax.stop_gradient(jnp.asarray(lipschitz_bound, y.dtype))
+    bound = lax.stop_gradient(at_least(lipschitz_bound, y.dtype))
     settings = {"lipschitz_bound": bound, "max_evals": max_evals, "memory": memory}
 
     def solve(_, x0):
@@ -152,7 +154,7 @@ def solve_linear(
         product = lambda u: pullback(u)[0]  # noqa: E731
     else:
         product = lambda u: jax.jvp(branch, (x,), (u,))[1]  # noqa: E731
-    bound = jnp.asarray(lipschitz_bound, x.dtype)
+    bound = at_least(lipschitz_bound, x.dtype)
     return _iterate(product, b, lipschitz_bound=bound, atol=_relative_atol(b), max_evals=max_evals, memory=memory)
 
 

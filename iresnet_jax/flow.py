@@ -349,7 +349,18 @@ def multiscale(stages: Sequence[Stage], event_shape: tuple[int, ...], *, batch_s
         c = x.shape[-1] // 2
         return x[..., :c], reshape.flatten(x[..., c:])
 
+    num_latents = sum(math.prod(shape) for shape in shapes)
+
+    def check_examples(x):
+        if x.shape[1:] != tuple(event_shape):
+            raise ValueError(f"the flow takes examples of shape {tuple(event_shape)}, got an array of shape {x.shape}")
+
+    def check_latents(z):
+        if z.shape[1:] != (num_latents,):
+            raise ValueError(f"the flow's inverse takes latents of shape ({num_latents},), got an array of shape {z.shape}")
+
     def forward(x):
+        check_examples(x)
         latents = []
         for stage in stages:
             x = stage.bijection.forward(x)
@@ -359,6 +370,7 @@ def multiscale(stages: Sequence[Stage], event_shape: tuple[int, ...], *, batch_s
         return jnp.concatenate([*latents, reshape.flatten(x)], axis=-1)
 
     def forward_and_logdet(x, key):
+        check_examples(x)
         latents, total, info = [], jnp.zeros(x.shape[0], x.dtype), no_logdet_error(x)
         for i, stage in enumerate(stages):
             x, logdet, own = stage.bijection.forward_and_logdet(x, fold_in(key, i))
@@ -369,6 +381,7 @@ def multiscale(stages: Sequence[Stage], event_shape: tuple[int, ...], *, batch_s
         return jnp.concatenate([*latents, reshape.flatten(x)], axis=-1), total, info
 
     def latents_of(z):
+        check_latents(z)
         sizes = [math.prod(shape) for shape in shapes]
         ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
         return [reshape.unflatten(z[:, end - size : end], shape) for end, size, shape in zip(ends, sizes, shapes, strict=True)]

@@ -27,6 +27,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.logdet import Branch, LogdetInfo, Trace, draw_probes, mean_and_stderr, transposed_jacobian, with_gradient
+from iresnet_jax.rounding import at_least
 
 NUM_NODES = 24  # of the quadrature, whose error is below 1e-9 |v|^2 up to L = .98, 3e-8 |v|^2 at .99, 1e-4 |v|^2 at .999
 EXHAUSTED = 30.0  # roundings that a new direction may consist of before it counts as none
@@ -203,7 +204,7 @@ def quadratic_form(
     w = _combine(coefficients, flat).reshape(probes.shape)
     value = with_gradient(branch, x, probes, value, w)
 
-    ell = lax.stop_gradient(jnp.asarray(jnp.inf if lipschitz_bound is None else lipschitz_bound, x.dtype))
+    ell = lax.stop_gradient(at_least(jnp.inf if lipschitz_bound is None else lipschitz_bound, x.dtype))
     contraction = ell < 1
     margins = 1 - times[0, 0, :-1] * jnp.where(contraction, ell, 0)
     bounds = squared * leaving * jnp.sum(weights * jnp.abs(resolvents[-1]) * (1 - margins) / margins, axis=0)

@@ -23,6 +23,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from iresnet_jax.rounding import at_least
+
 Branch = Callable[[Array], Array]
 Trace = Callable[[Array], Array]
 PROBES = ("rademacher", "gaussian")
@@ -247,7 +249,7 @@ def mean_and_stderr(samples: Float[Array, "p b"]) -> tuple[Float[Array, " b"], F
 
 def remainder_factor(lipschitz_bound, num_terms, power, dtype):
     """``L^p / ((n + 1)(1 - L))``, at least ``sum_{k>n} L^(k - n - 1 + p) / k``; infinite without a bound below 1."""
-    ell = lax.stop_gradient(jnp.asarray(jnp.inf if lipschitz_bound is None else lipschitz_bound, dtype))
+    ell = lax.stop_gradient(at_least(jnp.inf if lipschitz_bound is None else lipschitz_bound, dtype))
     contraction = ell < 1
     return jnp.where(contraction, ell**power / ((num_terms + 1) * jnp.where(contraction, 1 - ell, 1)), jnp.inf)
 

@@ -50,6 +50,9 @@ class StageSpec:
     positional_bias: bool = False
 
     def __post_init__(self):
+        for name, values in (("hidden", self.hidden), ("kernel_sizes", self.kernel_sizes or ())):
+            if not all(value > 0 for value in values):
+                raise ValueError(f"{name} must be positive numbers, got {values}")
         if self.num_blocks < 1:
             raise ValueError(f"num_blocks must be at least 1, got {self.num_blocks}: leave the stage out instead")
         if self.squeeze < 1:

@@ -73,7 +73,11 @@ def inverse(
     if jnp.result_type(float) != jnp.float64:
         raise ValueError("refine works in float64: call it under `with jax.enable_x64(True):`")
     y32 = y.astype(jnp.float32)
-    coarse, coarse_info = invert_residual(branch, y32, atol=max(atol, 1e-6), start=start, **settings)
+
+    def coarsely(x):
+        return branch(x).astype(jnp.float32)
+
+    coarse, coarse_info = invert_residual(coarsely, y32, atol=max(atol, 1e-6), start=start.astype(jnp.float32), **settings)
     x, info = invert_residual(branch, y.astype(jnp.float64), atol=atol, start=coarse, **settings)
     return x, info._replace(num_evals=info.num_evals + coarse_info.num_evals)
 

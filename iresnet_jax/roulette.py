@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from iresnet_jax.logdet import Branch, LogdetInfo, Trace, draw_probes, mean_and_stderr, remainder_factor, weighted_series
 
+LARGEST_MEAN = 500.0  # number of terms beyond which the table of a Poisson distribution would underflow
+
 
 @dataclass(frozen=True)
 class RouletteLogdet:
@@ -48,8 +50,8 @@ class RouletteLogdet:
             raise ValueError(f"distribution must be poisson or geometric, got {self.distribution!r}")
         if self.distribution == "geometric" and not 0 < self.parameter < 1:
             raise ValueError(f"the geometric distribution's parameter must lie in (0, 1), got {self.parameter}")
-        if self.parameter <= 0:
-            raise ValueError(f"the Poisson distribution's parameter must be positive, got {self.parameter}")
+        if not 0 < self.parameter <= LARGEST_MEAN:
+            raise ValueError(f"the Poisson distribution's parameter must lie in (0, {LARGEST_MEAN:g}], got {self.parameter}")
         if self.num_exact_terms < 0:
             raise ValueError(f"num_exact_terms must not be negative, got {self.num_exact_terms}")
 

@@ -284,3 +284,10 @@ def test_trained_blocks_need_fewer_evaluations(x64, trained_blocks):
     assert banach.max() > 30, "the blocks are no challenge"
     assert np.all(banach >= np.select([banach >= 50, banach >= 15], [2.0, 1.3], 1.0) * anderson), counts
     assert np.all(anderson <= 1.25 * unlimited), counts
+
+
+def test_refining_with_weights_in_float64(x64):
+    slopes = jnp.asarray([[0.5, -0.7, 0.2]])
+    x, info = residual.inverse(lambda x: slopes * jnp.tanh(x), jnp.ones((2, 3)), lipschitz_bound=0.7, atol=1e-12, refine=True)
+    assert info.converged.all()
+    np.testing.assert_allclose(x + slopes * jnp.tanh(x), 1, atol=1e-12)

@@ -368,6 +368,29 @@ def test_model_bounds_of_scalings_are_equalities(x64):
     assert certify.model_bounds([0.5, 1.0]).inverse == jnp.inf
 
 
+@pytest.mark.parametrize("bound", [0.9, 0.9999, 0.99999])
+def test_bounds_of_a_number_of_python_are_no_bounds_of_a_smaller_one(bound):
+    inverses = (certify.block_bounds(bound).inverse, certify.model_bounds([bound]).inverse)
+    for inverse in inverses:
+        assert float(inverse) >= 1 / (1 - bound)
+    assert float(certify.branch_bound([bound, 1.0], gain=1.1)) >= 1.1 * bound
+
+
+def test_a_radius_in_float64_of_a_bound_in_float32_is_rounded_down(x64):
+    rng = np.random.default_rng(0)
+    for margin, lipschitz in zip(rng.uniform(0.1, 10, 100), rng.uniform(0.1, 10, 100).astype(np.float32), strict=True):
+        radius = certify.certified_radius(jnp.asarray([margin]), jnp.float32(lipschitz))
+        assert float(radius[0]) <= margin / (np.sqrt(2) * np.float64(lipschitz))
+
+
+def test_norms_of_tiny_weights_are_not_zero():
+    tiny = np.finfo(np.float32).tiny
+    for size in (4 * tiny, 1e-3 * tiny):
+        matrix = np.full((2, 3), size, np.float32)
+        assert float(certify.dense_norm_bound(jnp.asarray(matrix))) >= np.linalg.norm(matrix.astype(np.float64), 2)
+    assert certify.dense_norm_bound(jnp.zeros((2, 3))) == 0
+
+
 def test_certified_radius_is_the_distance_to_the_boundary_of_a_scaled_identity(x64):
     """Logits 3 x in the plane: the boundary is the diagonal, so the constant cannot be improved."""
     x = np.array([2.0, 0.5])

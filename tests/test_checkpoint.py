@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from iresnet_jax.training import checkpoint
 from iresnet_jax.training.checkpoint import Checkpoints, load_named
 from iresnet_jax.training.naming import from_named, to_named
 
@@ -224,6 +225,28 @@ def test_the_best_survives_a_resume(tmp_path):
     assert steps_in(best) == [70]
 
 
+def test_a_kill_between_the_best_and_the_latest_loses_neither(tmp_path, monkeypatch):
+    def killed(folder, *arguments):
+        if folder.name == "latest" and arguments[0] == 20:
+            raise KeyboardInterrupt
+        return write(folder, *arguments)
+
+    write = checkpoint._write
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(10, make_state(10), metric=2.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(20, make_state(20), metric=1.0)
+    again = Checkpoints(tmp_path)
+    assert again.restore_latest(make_state())[1] == 10
+    again.save(20, make_state(20), metric=1.0)
+    again.save(30, make_state(30), metric=1.5)
+    restored, step = restored_best(again, make_state())
+    assert step == 20
+    assert_same_bits(restored, make_state(20))
+
+
 def test_a_kill_between_writing_and_deleting_the_best_leaves_the_better_one(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     best = tmp_path / "checkpoints" / "best"
@@ -308,8 +331,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
         _, step = restored_latest(checkpoints, big_state(0))
     assert step == 20
 
-    for checkpoint in latest.iterdir():
-        damage(checkpoint)
+    for damaged in latest.iterdir():
+        damage(damaged)
     with (
         pytest.warns(UserWarning, match="step 20"),
         pytest.raises(RuntimeError, match=r"no checkpoint in .* can be read .* put back a copy") as error,

@@ -161,7 +161,12 @@ MISTAKES = {
     ),
     "no labels": ({"data.name": "moons"}, "classification needs labelled images, and moons has none"),
     "density without constraint": (
-        {"objective": "density", "constraint.norms": "none"},
+        {
+            "objective": "density",
+            "constraint.norms": "none",
+            "augmentation.crop_padding": 0,
+            "augmentation.flip": False,
+        },
         "a density needs blocks that are contractions: constraint.norms = none is for classification alone",
     ),
     "smoothing": ({"classifier.label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\)"),

@@ -442,3 +442,34 @@ def test_unknown_names_and_formats_list_the_known_ones():
     for name in ("moons", "h5:/a/b", "../mnist", "", "mnist:", "/etc/passwd"):
         with pytest.raises(ValueError, match=expected.format(name)):
             data.load(name)
+
+
+def test_hidden_folders_are_no_classes_and_a_split_has_one_name(tmp_path, mnist_like):
+    images = np.zeros((2, 8, 8), np.uint8)
+    for of_class in ("cat", "dog", ".ipynb_checkpoints", "cat/.thumbs"):
+        for split in ("train", "test"):
+            folder = tmp_path / split / of_class
+            folder.mkdir(parents=True)
+            for i, image in enumerate(images):
+                Image.fromarray(image).save(folder / f"{i}.png")
+    assert data.load(f"folder:{tmp_path}").num_classes == 2
+    (tmp_path / "val").mkdir()
+    (tmp_path / "validation").mkdir()
+    with pytest.raises(ValueError, match="has both validation and val: remove or rename one of them"):
+        data.load(f"folder:{tmp_path}")
+
+
+def test_a_folder_with_both_versions_of_cifar_is_ambiguous(tmp_path, cifar_like):
+    for name, content in cifar10_files(*cifar_like).items():
+        (tmp_path / name).write_bytes(content)
+    for name in ("train.bin", "test.bin"):
+        (tmp_path / name).write_bytes(bytes(3074))
+    with pytest.raises(ValueError, match="holds both CIFAR-10 and CIFAR-100: give the folder of one of them"):
+        data.load(f"cifar:{tmp_path}")
+
+
+def test_npz_with_labels_of_the_test_alone(tmp_path, mnist_like):
+    (images, _), (test_images, test_labels) = mnist_like
+    np.savez(tmp_path / "my.npz", x_train=images, x_test=test_images, y_test=test_labels)
+    with pytest.raises(ValueError, match="holds labels of test and none of its training images: add y_train or drop them"):
+        data.load(f"npz:{tmp_path / 'my.npz'}")

@@ -425,3 +425,17 @@ def test_a_bias_by_pixel_is_a_bias_of_every_pixel_and_leaves_the_jacobian_alone(
     norms = branches.normalize(by_pixel, moved, branches.initial_vectors(by_pixel, jax.random.key(2)), coeff=0.5).norms
     unmoved = branches.normalize(by_pixel, weights, branches.initial_vectors(by_pixel, jax.random.key(2)), coeff=0.5).norms
     assert norms == unmoved
+
+
+@pytest.mark.parametrize("spec", [DENSE, IMAGES], ids=["dense", "images"])
+def test_other_shapes_than_the_flow_s_are_refused(x64, spec):
+    bijection = model_case(spec)
+    size = int(np.prod(spec.event_shape))
+    wrong = jnp.zeros((2, *spec.event_shape[:-1], spec.event_shape[-1] + 1))
+    for call in (lambda: bijection.forward(wrong), lambda: bijection.forward_and_logdet(wrong, jax.random.key(0))):
+        with pytest.raises(ValueError, match="the flow takes examples of shape"):
+            call()
+    latents = jnp.zeros((2, size + 5))
+    for call in (lambda: bijection.inverse(latents), lambda: bijection.inverse_and_logdet(latents, jax.random.key(0))):
+        with pytest.raises(ValueError, match=f"the flow's inverse takes latents of shape .{size},., got an array of shape"):
+            call()

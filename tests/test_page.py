@@ -395,6 +395,13 @@ def test_learning_curves_survive_gaps_and_blow_ups():
         plots.learning_curves([{"step": 1}])
 
 
+def test_images_of_other_channels_than_grey_and_rgb_are_shown_by_their_mean():
+    images = np.zeros((1, 2, 2, 4), np.float32)
+    images[..., 1] = 0.8
+    [mosaic] = [np.asarray(plots.image_grid(images).axes[0].images[0].get_array())]
+    np.testing.assert_allclose(mosaic[..., :3], 0.2, rtol=1e-6)
+
+
 def test_an_image_grid_is_in_reading_order_with_clear_gaps():
     images = np.arange(3, dtype=np.float64).reshape(3, 1, 1, 1) / 2.0 * np.ones((1, 2, 2, 1))
     mosaic = np.asarray(plots.image_grid(images, columns=2).axes[0].images[0].get_array())
@@ -433,7 +440,6 @@ def test_figures_say_how_many_values_they_cannot_show():
     [
         (lambda: plots.image_grid(DIGITS, columns=0), "columns must be at least 1, got 0"),
         (lambda: plots.image_grid(DIGITS * 255.0), r"must lie in \[0, 1\], got \[.*25"),
-        (lambda: plots.image_grid(np.zeros((2, 4, 4, 16))), r"1 or 3 channels, got \(2, 4, 4, 16\)"),
         (lambda: plots.image_grid(np.zeros((0, 4, 4, 1))), "at least one"),
         (lambda: plots.lipschitz_bars(["a"], [0.1, 0.2], target=0.9), "equally long and not empty, got 1, 2 and 1"),
         (lambda: plots.lipschitz_bars([], [], target=0.9), "not empty"),

@@ -268,3 +268,10 @@ def test_the_cap_on_steps_is_reported():
     _, _, info = spectral_norm(dense, kernel, jnp.ones(80), max_steps=32)
     assert info.num_steps == 32
     assert not info.converged
+
+
+def test_a_fine_tolerance_is_met_or_the_cap_would_say_so():
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(300, 300)), jnp.float32)
+    sigma, _, info = spectral_norm(dense, kernel, jnp.ones(300), rtol=1e-5)
+    assert info.converged
+    np.testing.assert_allclose(sigma, np.linalg.norm(np.asarray(kernel, np.float64), 2), rtol=1e-5)

@@ -110,3 +110,14 @@ def test_other_branches_have_no_closed_form():
         weights = branches.initial_weights(spec, jax.random.key(0))
         with pytest.raises(ValueError, match="two layers with an elementwise activation"):
             branches.trace(spec, weights, jnp.ones((1, *spec.in_shape)))
+
+
+@pytest.mark.parametrize(("side", "taps"), [(2, 3), (1, 3), (4, 5)])
+def test_on_a_torus_smaller_than_the_kernel_there_is_no_closed_form_and_the_logdet_is_right(x64, side, taps):
+    shape = {"in_shape": (side, side, 1), "hidden": (4,), "kernel_sizes": (taps, taps), "padding": "CIRCULAR"}
+    spec = branches.BranchSpec(**shape)
+    weights = branches.initial_weights(spec, jax.random.key(0), last_scale=0.1)
+    assert not branches.has_trace(spec)
+    with pytest.raises(ValueError, match="the trace has a closed form for two layers"):
+        branches.trace(spec, weights, jnp.ones((1, side, side, 1)))
+    assert branches.has_trace(branches.BranchSpec(**shape | {"in_shape": (taps, taps, 1)}))

@@ -19,7 +19,9 @@ from runs import EVAL_EVERY, ROOT, TOTAL_STEPS
 from iresnet_jax import model
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import loop, parallel, run, state
+from iresnet_jax.training.command_line import asks_for_debug
 from iresnet_jax.training.density import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys, make_step
+from iresnet_jax.training.exclusive import alone_in
 from iresnet_jax.training.interruption import SIGNALS, Stopped, StopRequests
 from iresnet_jax.training.metrics import read_metrics
 
@@ -495,6 +497,74 @@ def test_a_bug_is_not_dressed_up_as_a_mistake(config_file, tmp_path, monkeypatch
     monkeypatch.setattr(loop, "train", crash)
     with pytest.raises(TypeError, match="a bug"):
         runs.train_script().main(["train.py", f"--config={config_file}", f"--workdir={tmp_path}"])
+
+
+def test_two_processes_do_not_train_in_one_workdir(config_file, tmp_path, capsys):
+    with alone_in(tmp_path):
+        status, line = answer(capsys, f"--config={config_file}", f"--workdir={tmp_path}")
+    assert (status, line) == (
+        2,
+        f"error: another process is training in {tmp_path}: wait until it has ended, or choose another --workdir",
+    )
+    with alone_in(tmp_path):
+        pass  # the lock is gone with its process, or its block
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.eval_every_steps=0", "config.training.eval_every_steps must be at least 1, got 0"),
+        ("training.log_every_steps=0", "config.training.log_every_steps must be at least 1, got 0"),
+        ("evaluation.num_probe_draws=0", "config.evaluation.num_probe_draws must be at least 1, got 0"),
+        ("evaluation.inverse_atol=0.0", "config.evaluation.inverse_atol must be positive, got 0.0"),
+        ("augmentation.flip=true", "config.augmentation is for the objectives classification and hybrid"),
+        ("preprocessing.transform=logit", "preprocessing.transform logit is for data with grey levels"),
+        ("model.stages[0].hidden=(4.5,)", "config.model.stages[0].hidden must be a tuple of whole numbers, got (4.5,)"),
+        ("model.stages[0].hidden=(0,)", "hidden must be positive numbers, got (0,)"),
+        ("model.stages=((1, 2),)", "config.model.stages must be a tuple of dictionaries, got ((1, 2),)"),
+    ],
+)
+def test_settings_that_would_fail_late_are_refused_at_once(config_file, tmp_path, capsys, override, message):
+    status, line = answer(capsys, f"--config={config_file}", f"--workdir={tmp_path / 'run'}", f"--config.{override}")
+    assert status == 2
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "{"])
+def test_a_damaged_config_of_a_workdir_is_said_to_be(config_file, tmp_path, capsys, content):
+    (tmp_path / "config.json").write_text(content)
+    status, line = answer(capsys, f"--config={config_file}", f"--workdir={tmp_path}")
+    assert status == 2
+    assert "config.json is damaged: restore it, or choose another --workdir" in line
+
+
+def test_everything_in_float64_is_refused(config_file, tmp_path, capsys, x64):
+    status, line = answer(capsys, f"--config={config_file}", f"--workdir={tmp_path}")
+    assert status == 2
+    assert "runs are trained and read in float32: unset JAX_ENABLE_X64" in line
+
+
+def test_a_config_file_may_follow_a_space_and_need_not_have_variants(config_file, tmp_path, capsys):
+    status, line = answer(capsys, "--config", str(tmp_path / "none.py"))
+    assert (status, line.split(":")[1]) == (2, f" there is no config file {tmp_path / 'none.py'}")
+    status, line = answer(capsys, f"--config={config_file}:0.7")
+    assert (status, line) == (2, "error: the config file has no variants: leave out the colon and what follows it")
+
+
+@pytest.mark.parametrize(
+    ("argument", "asked"),
+    [
+        ("--debug", True),
+        ("-debug", True),
+        ("--debug=true", True),
+        ("--debug=false", False),
+        ("--nodebug", False),
+        ("--x", False),
+    ],
+)
+def test_debug_is_read_in_every_form(argument, asked):
+    assert asks_for_debug(["train.py", argument]) is asked
 
 
 def test_real_command_line_of_a_mistake(config_file):

@@ -145,7 +145,12 @@ def save(trained: "Trained", path: str | os.PathLike[str] | None = None) -> Path
 
     Returns:
         The file.
+
+    Raises:
+        ValueError: If it is a network with BatchNorm in its branches.
     """
+    if not trained.is_bijective:
+        raise ValueError(f"{trained.workdir} holds a network with BatchNorm in its branches: it has no weights to freeze")
     path = trained.workdir / FILE_NAME if path is None else Path(path)
     facts = {
         "config": config_lib.to_plain(trained.config),
@@ -159,7 +164,7 @@ def save(trained: "Trained", path: str | os.PathLike[str] | None = None) -> Path
     named = naming.to_named(_stacked(trained.weights, _rest(trained.prior, trained.head, trained.statistics), trained.bounds))
     incoming = path.with_name(path.name + ".incoming")
     with incoming.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **named, **{_FACTS: np.frombuffer(json.dumps(facts).encode(), np.uint8)})
+        np.savez_compressed(file, **named, **{_FACTS: np.frombuffer(json.dumps(facts).encode(), np.uint8)})
     incoming.replace(path)
     return path
 

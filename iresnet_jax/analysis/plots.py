@@ -335,7 +335,7 @@ def error_histogram(
         notes.append(f"{lost} of {len(errors)} errors are not finite")
     if bounds is not None and (above := int((errors > bounds).sum())):
         notes.append(f"{above} of {len(errors)} errors exceed their bound")
-    style.label(axes, "largest absolute error of an example", "examples", title="; ".join(notes))
+    style.label(axes, "Euclidean error of an example", "examples", title="; ".join(notes))
     style.legend(axes)
     return figure
 
@@ -379,12 +379,11 @@ def _running_median(values: Float[np.ndarray, "n 2"], window: int) -> Float[np.n
 
 
 def _rgb(images: Images) -> Float[np.ndarray, "n h w 3"]:
-    """Images as float64 RGB, not clipped."""
-    count, _, _, channels = images.shape
-    if not count or channels not in (1, 3):
-        raise ValueError(f"images must be at least one, of 1 or 3 channels, got {images.shape}: drop padded channels first")
+    """Images as float64 RGB, not clipped; the mean of channels that are neither grey nor RGB."""
+    if not len(images):
+        raise ValueError(f"images must be at least one, got {images.shape}")
     scaled = images.astype(np.float64) / (255.0 if images.dtype == np.uint8 else 1.0)
-    return np.repeat(scaled, 3 // channels, axis=-1)
+    return scaled if scaled.shape[-1] == 3 else np.repeat(scaled.mean(axis=-1, keepdims=True), 3, axis=-1)
 
 
 def _mosaic(pixels: Float[np.ndarray, "n h w 3"], columns: int, gap: int = 1) -> Float[np.ndarray, "rows columns 4"]:

@@ -22,7 +22,7 @@ class Samples(NamedTuple):
     Attributes:
         values: Images of integer levels, or points.
         converged: Whether each sample's inverse met its tolerance.
-        error_bound: Of each sample, Euclidean, in the units of the flow's input; conditional on the estimated norms.
+        error_bound: Of each sample, Euclidean, in the units of the flow's input, by the certified norms.
     """
 
     values: Num[np.ndarray, "n ..."]
@@ -118,6 +118,6 @@ def describe(samples: Samples) -> str:
     """How sampling went, in a line or two."""
     line = (
         f"samples: the inverse converged for {samples.converged.sum()} of {len(samples.converged)}; "
-        f"largest error bound {samples.error_bound.max():.2g} (Euclidean, if the estimated norms are right)"
+        f"largest error bound {samples.error_bound.max():.2g} (Euclidean)"
     )
     return "\n".join([line, *warnings(samples)])

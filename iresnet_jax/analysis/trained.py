@@ -18,7 +18,7 @@ import ml_collections
 from iresnet_jax import classifier, model
 from iresnet_jax.analysis import frozen
 from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import run, state
+from iresnet_jax.training import naming, run, state
 from iresnet_jax.training.checkpoint import Checkpoints
 
 
@@ -82,7 +82,7 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
     """Loads the best checkpoint of a run, or the latest where there is no best one, which `Trained.notes` then says.
 
     A folder with nothing of a training but ``frozen.npz``, as of the models kept under ``benchmarks/results``, will do as well.
-    On an accelerator this also sets the precision of matrix products in this process, see `run.apply_matmul_precision`.
+    On an accelerator this also sets the precision of matrix products in this process, see `run.prepare_backend`.
 
     Args:
         workdir: Folder of the run, as `loop.train` filled it, or of a frozen model.
@@ -101,7 +101,7 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
     if (workdir / frozen.FILE_NAME).exists() and not (workdir / run.CONFIG_FILE).exists():
         return _of_frozen(frozen.load(workdir), workdir)
     config = load_config(workdir)
-    run.apply_matmul_precision(config)
+    run.prepare_backend(config)
     source = run.load_source(config.data.name, config.data.data_dir)
     spec = run.model_spec(config, source)
     optimizer = config_lib.build_optimizer(config.optimizer, config.training.total_steps)
@@ -129,16 +129,18 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
 
 
 def _of_frozen(found: Any, workdir: Path) -> Trained:
-    """A frozen model as `load` returns it, with its data."""
-    run.apply_matmul_precision(found.config)
+    """A frozen model as `load` returns it, with its data; its bounds are computed anew, from the weights in the file."""
+    run.prepare_backend(found.config)
+    params = {name: {naming.STACKED: {**stage["branch"], "actnorm": stage["actnorm"]}} for name, stage in found.weights.items()}
+    fixed = jax.jit(lambda params: model.freeze(found.spec.flow, params, constrained=False))(params)
     return Trained(
         workdir=workdir,
         config=found.config,
         spec=found.spec,
         source=run.load_source(found.config.data.name, found.config.data.data_dir),
-        weights=found.weights,
+        weights=fixed.weights,
         prior=getattr(found, "prior", None),
-        bounds=found.bounds,
+        bounds=fixed.bounds,
         step=found.step,
         head=getattr(found, "head", None),
         statistics=getattr(found, "statistics", None),

@@ -47,6 +47,8 @@ def source(path: Path, name: str) -> Source:
 def _open(path: Path) -> Contents:
     files = _from_archive(path) if path.is_file() else {p.name: p.read_bytes() for p in _in_folder(path)}
     version = _CIFAR100 if _CIFAR100.files["train"][0] in files else _CIFAR10
+    if version is _CIFAR100 and any(name in files for name in _CIFAR10.files["train"]):
+        raise ValueError(f"{path} holds both CIFAR-10 and CIFAR-100: give the folder of one of them")
     needed = [name for names in version.files.values() for name in names]
     if missing := [name for name in needed if name not in files]:
         raise ValueError(

@@ -19,16 +19,17 @@ def source(folder: Path, name: str) -> Source:
     Classes are numbered in the order of their folders' names in ``train/``. Grey images get one channel, others three.
 
     Raises:
-        ValueError: if there is no such folder.
+        ValueError: if there is no such folder, or a split under two names.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder} for {name}: check the path")
-    files = {
-        split: sorted(path for path in found.rglob("*") if path.suffix.lower() in _SUFFIXES and not path.name.startswith("."))
-        for split, names in _SPLITS.items()
-        for found in [folder / candidate for candidate in names]
-        if found.is_dir()
-    }
+    files = {}
+    for split, names in _SPLITS.items():
+        found = [folder / candidate for candidate in names if (folder / candidate).is_dir()]
+        if len(found) > 1:
+            raise ValueError(f"{folder} has both {found[0].name} and {found[1].name}: remove or rename one of them")
+        for inside in found:
+            files[split] = sorted(path for path in inside.rglob("*") if _is_image(path.relative_to(inside)))
     everything = [path for paths in files.values() for path in paths]
     opener = functools.partial(_open, folder, name, files)
     return Source(name, folder / "iresnet_jax.cache", fingerprint(folder, everything), opener)
@@ -55,6 +56,11 @@ def _open(folder: Path, name: str, files: dict[str, list[Path]]) -> Contents:
             yield images, np.array([number[_class_of(path, folder)] for path in block]) if labelled else None
 
     return Contents({split: len(paths) for split, paths in files.items()}, len(classes) if labelled else 0, chunks)
+
+
+def _is_image(path: Path) -> bool:
+    """Whether it is named like one, and hidden neither itself nor by a folder."""
+    return path.suffix.lower() in _SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 
 def _class_of(path: Path, folder: Path) -> str:

@@ -47,6 +47,11 @@ def _open(path: Path) -> Contents:
             f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: x_train and x_test are needed, and y_train and y_test"
         )
 
+    if labels and "train" in images and "train" not in labels:
+        raise ValueError(
+            f"{path} holds labels of {', '.join(labels)} and none of its training images: add y_train or drop them"
+        )
+
     def chunks(split: str) -> Iterator[Chunk]:
         for start in range(0, len(images[split]), CHUNK):
             rows = slice(start, start + CHUNK)

@@ -71,13 +71,14 @@ class Checkpoints:
             raise ValueError(f"step must not be negative, got {step}: it counts finished updates")
         metric = None if metric is None else float(metric)
         named = to_named(state)
+        best = self.best_metric
+        if metric is not None and not math.isnan(metric) and (best is None or metric < best):
+            # First, as a run that is killed in between comes here again only from an earlier step.
+            _write(self._best, step, named, metric)
+            _delete(self._best, [other for other in _steps(self._best) if other != step])
         _write(self._latest, step, named, metric)
         _delete(self._latest, [old for old in _steps(self._latest) if old > step])
         _delete(self._latest, _steps(self._latest)[self._keep :])
-        best = self.best_metric
-        if metric is not None and not math.isnan(metric) and (best is None or metric < best):
-            _write(self._best, step, named, metric)
-            _delete(self._best, [other for other in _steps(self._best) if other != step])
 
     @property
     def best_metric(self) -> float | None:

@@ -58,6 +58,12 @@ def explain_failures(command: Callable[[], int], *, debug: bool = False) -> int:
             return MISTAKE
 
 
+def asks_for_debug(argv: Sequence[str]) -> bool:
+    """Whether ``--debug`` is set, in any of the forms that absl reads; also of a command line that is wrong otherwise."""
+    forms = [argument for argument in argv if re.fullmatch(r"--?(no)?debug(=.*)?", argument)]
+    return bool(forms) and not re.fullmatch(r"--?nodebug|--?debug=(false|f|0|n|no)", forms[-1], re.IGNORECASE)
+
+
 def one_sentence(error: Exception) -> str:
     """An exception's message on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -81,6 +87,7 @@ def parse_train_flags(argv: Sequence[str], *, default_config: str) -> TrainFlags
         OSError: If the config file cannot be read.
     """
     program, *arguments = argv
+    arguments = _joined(arguments)
     if not any(re.fullmatch(r"--?config(=.*)?", argument) for argument in arguments):
         arguments = [f"--config={default_config}", *arguments]
     for file in (match[1] for argument in arguments if (match := re.fullmatch(r"--?config=([^:]*).*", argument))):
@@ -91,13 +98,27 @@ def parse_train_flags(argv: Sequence[str], *, default_config: str) -> TrainFlags
     except (AttributeError, LookupError, TypeError) as error:  # from deep inside: which override was it?
         raise ValueError(_explain_override(program, arguments) or one_sentence(error)) from None
     except flags.Error as error:  # with the traceback in its message where the config file raised it
-        raised = re.findall(r"^ValueError: (.+?)\s*$", str(error).replace("\\n", "\n"), re.MULTILINE)
+        message = str(error).replace("\\n", "\n")
+        if "get_config() takes 0 positional arguments" in message:
+            raise ValueError("the config file has no variants: leave out the colon and what follows it") from None
+        raised = re.findall(r"^ValueError: (.+?)\s*$", message, re.MULTILINE)
         raise ValueError(raised[-1] if raised else one_sentence(error)) from None
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}: settings are given as --config.FIELD=VALUE")
     path = config_flags.get_config_filename(values["config"])
     workdir = values["workdir"].value or Path("runs") / Path(path.split(":")[0]).stem
     return TrainFlags(values["config"].value, Path(workdir), bool(values["debug"].value))
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """``--config FILE`` as ``--config=FILE``."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] in ("--config", "-config"):
+            joined[-1] += "=" + argument
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:

@@ -200,15 +200,50 @@ def build_estimator(settings: Settings, num_terms: int | None = None) -> logdet.
     raise ValueError(f"logdet.kind must be exact, series, roulette or krylov, got {kind!r}")
 
 
+_AT_LEAST_ONE = {
+    "training": ("total_steps", "batch_size", "actnorm_examples", "log_every_steps", "eval_every_steps", "eval_examples"),
+    "evaluation": ("batch_size", "num_dequantisations", "num_probe_draws", "num_examples"),
+}
+
+
+def check_settings(config: Any) -> None:
+    """Raises ``ValueError`` for what a run would stumble over late, such as counts below 1, or ignore."""
+    for section, names in _AT_LEAST_ONE.items():
+        for name in names:
+            if config[section][name] < 1:
+                raise ValueError(f"config.{section}.{name} must be at least 1, got {config[section][name]}")
+    if not config.evaluation.inverse_atol > 0:
+        raise ValueError(f"config.evaluation.inverse_atol must be positive, got {config.evaluation.inverse_atol}")
+    if config.objective == "density" and (config.augmentation.crop_padding or config.augmentation.flip):
+        raise ValueError(
+            "config.augmentation is for the objectives classification and hybrid: a density is that of the data as they are"
+        )
+
+
 def build_flow_spec(settings: Settings, event_shape: tuple[int, ...]) -> model.FlowSpec:
-    """The architecture that ``config.model`` describes, for examples of one shape."""
+    """The architecture that ``config.model`` describes, for examples of one shape.
+
+    Raises:
+        ValueError: If a stage is none, or has fields that are unknown, missing or of the wrong kind.
+    """
     known = list(model.StageSpec.__dataclass_fields__)
     stages = []
+    if not isinstance(settings["stages"], list | tuple) or not all(hasattr(stage, "items") for stage in settings["stages"]):
+        raise ValueError(f"config.model.stages must be a tuple of dictionaries, got {settings['stages']!r}")
     for i, stage in enumerate(settings["stages"]):
+        if missing := [field for field in ("num_blocks", "hidden") if field not in stage]:
+            raise ValueError(f"config.model.stages[{i}] lacks {' and '.join(missing)}")
         for field in stage:
             if field not in known:
                 raise ValueError(f"config.model.stages[{i}] has an unknown field {field!r}{_did_you_mean(field, known)}")
         fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in stage.items()}
+        for field in ("num_blocks", "squeeze"):
+            if not isinstance(fields.get(field, 1), int):
+                raise ValueError(f"config.model.stages[{i}].{field} must be a whole number, got {fields[field]!r}")
+        for field in ("hidden", "kernel_sizes"):
+            sizes = () if fields.get(field) is None and field == "kernel_sizes" else fields[field]
+            if not isinstance(sizes, tuple) or not all(isinstance(size, int) for size in sizes):
+                raise ValueError(f"config.model.stages[{i}].{field} must be a tuple of whole numbers, got {sizes!r}")
         stages.append(model.StageSpec(**fields))
     return model.FlowSpec(tuple(event_shape), tuple(stages), coeff=settings["coeff"], budget=settings["budget"])
 

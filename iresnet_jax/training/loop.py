@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 
 from iresnet_jax.data import device_feed
-from iresnet_jax.training import classification, density, hybrid, parallel, run, state
+from iresnet_jax.training import classification, density, exclusive, hybrid, parallel, run, state
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training.checkpoint import Checkpoints
 from iresnet_jax.training.interruption import Stopped, StopRequests
@@ -49,12 +49,18 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:
     """
     workdir = Path(workdir)
     settings = config.training
-    run.apply_matmul_precision(config)
+    config_lib.check_settings(config)
+    run.prepare_backend(config)
     source = run.load_source(config.data.name, config.data.data_dir)
     parallel.check_global_batch_size(settings.batch_size)
     objective = build_objective(config, source)
     claim_workdir(workdir, config_lib.to_plain(config))
+    with exclusive.alone_in(workdir):
+        return _train(config, workdir, objective)
 
+
+def _train(config: Any, workdir: Path, objective: Objective) -> state.TrainState:
+    settings = config.training
     started = time.monotonic()
     fresh = state.create(objective.initial_variables(), objective.optimizer, num_terms=objective.num_terms)
     checkpoints = Checkpoints(workdir)
@@ -148,7 +154,7 @@ def claim_workdir(workdir: Path, config: dict[str, Any]) -> None:
     if path.exists():
         try:
             theirs = config_lib.with_later_defaults(json.loads(path.read_text()))
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, KeyError, TypeError):
             raise ValueError(f"{path} is damaged: restore it, or choose another --workdir") from None
         if difference := config_lib.first_difference(config, theirs):
             raise ValueError(f"{workdir} holds a run with another config: {difference}; choose another --workdir or delete it")

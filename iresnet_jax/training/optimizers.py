@@ -117,7 +117,7 @@ def make_optimizer(
     "muon" (Jordan et al., 2024) takes, of the averaged gradient of each kernel, the nearest matrix with equal singular
     values: steepest descent in the operator norm, the norm that the constraint of this library is about. It is scaled to
     the root mean square of an Adam update (Liu et al., 2025, Eq. 4), so that learning rates carry over; all
-    that is no kernel is left to AdamW without decay.
+    that is no kernel is left to AdamW without decay (to NAdam if nesterov).
 
     Args:
         name: One of ``OPTIMIZERS``.

@@ -140,11 +140,16 @@ def unroll(config: Any) -> bool:
     return model.unroll_by_default() if choice == "auto" else choice == "unroll"
 
 
-def apply_matmul_precision(config: Any) -> None:
+def prepare_backend(config: Any) -> None:
     """Sets the precision of matrix products and convolutions in this process, on accelerators.
 
     Their default there has 11 bits or fewer: an inverse could not be better than 1e-3, nor norms be trusted.
+
+    Raises:
+        ValueError: If JAX makes float64 of everything, in which runs are neither trained nor read.
     """
+    if jax.config.jax_enable_x64:
+        raise ValueError("runs are trained and read in float32: unset JAX_ENABLE_X64, or call this outside of jax.enable_x64")
     if jax.default_backend() != "cpu":
         jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
 
