@@ -162,9 +162,10 @@ def save(trained: "Trained", path: str | os.PathLike[str] | None = None) -> Path
         "step": trained.step,
     }
     named = naming.to_named(_stacked(trained.weights, _rest(trained.prior, trained.head, trained.statistics), trained.bounds))
+    arrays: dict[str, Any] = {**named, _FACTS: np.frombuffer(json.dumps(facts).encode(), np.uint8)}
     incoming = path.with_name(path.name + ".incoming")
     with incoming.open("wb") as file:
-        np.savez_compressed(file, **named, **{_FACTS: np.frombuffer(json.dumps(facts).encode(), np.uint8)})
+        np.savez_compressed(file, **arrays)
     incoming.replace(path)
     return path
 

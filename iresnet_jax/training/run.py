@@ -148,7 +148,7 @@ def prepare_backend(config: Any) -> None:
     Raises:
         ValueError: If JAX makes float64 of everything, in which runs are neither trained nor read.
     """
-    if jax.config.jax_enable_x64:
+    if jnp.result_type(float) == jnp.float64:
         raise ValueError("runs are trained and read in float32: unset JAX_ENABLE_X64, or call this outside of jax.enable_x64")
     if jax.default_backend() != "cpu":
         jax.config.update("jax_default_matmul_precision", config.training.matmul_precision)
