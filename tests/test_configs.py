@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from runs import ROOT
 
+from iresnet_jax import flow
 from iresnet_jax.analysis import frozen
 from iresnet_jax.data import toys
 from iresnet_jax.data.images import ImageData
@@ -27,7 +28,7 @@ LEVELS = {"digits": 17}
 CASES = [
     ("digits_density", None, 98_508),
     ("digits_hybrid", None, 99_670),
-    ("mnist_density", None, 956_804),
+    ("mnist_density", None, 1_262_694),
     ("fashion_mnist_density", None, 956_804),
     ("iresnet_density", "mnist", None),
     ("iresnet_density", "cifar10", 25_028_544),  # 25.03 M in the paper
@@ -152,8 +153,10 @@ def test_kept_models_are_those_of_their_configs_and_can_be_inverted(file):
         expected = images / (levels - 1)
         found, converged = back.images, back.info.converged
     else:
-        expected = (images + 0.5) / levels
-        found, info = kept.decode(kept.encode(expected))
+        # Noise lies far out in the tails of what each pixel was equalised by: in float32 it comes back with errors of 1.3e-4.
+        with jax.enable_x64(True):
+            expected = (images + 0.5) / levels
+            found, info = kept.decode(kept.encode(expected), flow.Solver(atol=1e-10, refine=True))
         converged = info.converged
     assert bool(converged.all())
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(found, expected, atol=1e-4 if isinstance(kept, frozen.FrozenClassifier) else 1e-7)
