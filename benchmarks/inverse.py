@@ -18,7 +18,7 @@ import numpy as np
 from _record import describe, interleave, parser, summarize, table, write
 from jax import lax
 
-from iresnet_jax import actnorm, branches, flow, model
+from iresnet_jax import actnorm, bijections, branches, model
 from iresnet_jax.analysis import trained
 from iresnet_jax.fixed_point import invert_residual
 from iresnet_jax.training import run
@@ -95,7 +95,9 @@ def count(loaded, x):
 
 def time_whole(loaded, z, *, turns):
     """Wall-clock of the whole model's inverse, in turns, and how it ended."""
-    solvers = {method: flow.Solver(atol=loaded.config.evaluation.inverse_atol, memory=m) for method, m in MEMORIES.items()}
+    solvers = {
+        method: bijections.Solver(atol=loaded.config.evaluation.inverse_atol, memory=m) for method, m in MEMORIES.items()
+    }
 
     @functools.partial(jax.jit, static_argnames="solver")
     def invert(weights, z, solver):

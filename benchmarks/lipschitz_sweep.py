@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from _record import parser, table, write
 
-from iresnet_jax import flow
+from iresnet_jax import bijections
 from iresnet_jax.analysis import classify, frozen, lipschitz, reconstruct, report, style, trained
 from iresnet_jax.data import feed
 from iresnet_jax.training import config as config_lib
@@ -45,7 +45,7 @@ def invertibility(loaded, num):
     atol = loaded.config.evaluation.inverse_atol
     found = {}
     for name, settings in SOLVERS.items():
-        solver = flow.Solver(atol=atol, **settings)
+        solver = bijections.Solver(atol=atol, **settings)
 
         @jax.jit
         def there_and_back(weights, images, solver=solver):

@@ -7,9 +7,11 @@ trained models in `iresnet_jax.analysis.trained`.
 from iresnet_jax import (
     activations,
     actnorm,
+    bijections,
     branches,
     certify,
     classifier,
+    constraint,
     density,
     flow,
     histogram,
@@ -19,9 +21,10 @@ from iresnet_jax import (
     residual,
     spectral,
 )
+from iresnet_jax.bijections import Bijection, Solver
 from iresnet_jax.convolution import conv
 from iresnet_jax.fixed_point import FixedPointInfo, invert_residual
-from iresnet_jax.flow import Bijection, Solver, chain, multiscale, repeat
+from iresnet_jax.flow import chain, multiscale, repeat
 from iresnet_jax.krylov import KrylovLogdet
 from iresnet_jax.logdet import ExactLogdet, LogdetInfo, SeriesLogdet, exact_logdet
 from iresnet_jax.model import FlowSpec, StageSpec, bijection, constrain, freeze
@@ -42,11 +45,13 @@ __all__ = [
     "activations",
     "actnorm",
     "bijection",
+    "bijections",
     "branches",
     "certify",
     "chain",
     "classifier",
     "constrain",
+    "constraint",
     "conv",
     "density",
     "exact_logdet",

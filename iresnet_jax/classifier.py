@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
-from iresnet_jax import branches, certify, flow, model, reshape
+from iresnet_jax import bijections, branches, certify, model, reshape
 from iresnet_jax.fixed_point import FixedPointInfo
 
 BATCH_NORM_EPS = 1e-5
@@ -150,7 +150,7 @@ def reconstruct(
     spec: ClassifierSpec,
     weights: Any,
     features: Float[Array, "b ..."],
-    solver: flow.Solver = flow.Solver(),  # noqa: B008 (immutable)
+    solver: bijections.Solver = bijections.Solver(),  # noqa: B008 (immutable)
     *,
     unroll: bool = False,
 ) -> Reconstruction:

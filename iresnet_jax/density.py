@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Num
 
-from iresnet_jax import certify, flow, histogram, likelihood, model
+from iresnet_jax import bijections, certify, histogram, likelihood, model
 from iresnet_jax.fixed_point import FixedPointInfo
 from iresnet_jax.logdet import ExactLogdet, LogdetEstimator, LogdetInfo
 
@@ -283,7 +283,7 @@ def decode(
     spec: DensitySpec,
     weights: Any,
     z: Float[Array, "b d"],
-    solver: flow.Solver = flow.Solver(),  # noqa: B008 (immutable)
+    solver: bijections.Solver = bijections.Solver(),  # noqa: B008 (immutable)
     *,
     context: Float[Array, "b k"] | None = None,
     unroll: bool = False,
@@ -301,7 +301,7 @@ def sample(
     num: int,
     *,
     temperature: float = 1.0,
-    solver: flow.Solver = flow.Solver(),  # noqa: B008 (immutable)
+    solver: bijections.Solver = bijections.Solver(),  # noqa: B008 (immutable)
     context: Float[Array, "n k"] | None = None,
     labels: Int[Array, " n"] | None = None,
     unroll: bool = False,

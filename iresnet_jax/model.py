@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from iresnet_jax import actnorm, branches, certify, flow, reshape
+from iresnet_jax import actnorm, bijections, branches, certify, constraint, flow, reshape
 from iresnet_jax.logdet import ExactLogdet, LogdetEstimator
 
 Tree = Mapping[str, Any]
@@ -78,9 +78,9 @@ class FlowSpec:
     context_dim: int = 0
 
     def __post_init__(self):
-        branches.check_coeff(self.coeff)
-        if self.budget not in branches.BUDGETS:
-            raise ValueError(f"budget must be one of {', '.join(branches.BUDGETS)}, got {self.budget!r}")
+        constraint.check_coeff(self.coeff)
+        if self.budget not in constraint.BUDGETS:
+            raise ValueError(f"budget must be one of {', '.join(constraint.BUDGETS)}, got {self.budget!r}")
         if not self.stages:
             raise ValueError("a flow needs at least one stage, got none")
         self.branches  # noqa: B018 (checks every shape)
@@ -162,7 +162,7 @@ def constrain(spec: FlowSpec, params: Tree, spectral: Tree, *, num_steps: int | 
     settings = {"coeff": spec.coeff, "budget": spec.budget, "num_steps": num_steps, "rtol": rtol}
 
     def normalize(branch, name, blocks):
-        return jax.vmap(lambda w, v: branches.normalize(branch, w, v, **settings))(blocks, spectral[name]["blocks"])
+        return jax.vmap(lambda w, v: constraint.normalize(branch, w, v, **settings))(blocks, spectral[name]["blocks"])
 
     return _constrain(spec, params, spectral, normalize)
 
@@ -182,14 +182,14 @@ def constrain_certified(
         params: As in `constrain`.
         spectral: Handed on as it is: there is no state.
         num_squarings: Of the Gram iteration, see `certify.dense_norm_bound`.
-        twists: "all", "one" or "auto", see `branches.training_twists`.
+        twists: "all", "one" or "auto", see `constraint.training_twists`.
     """
     settings = {"coeff": spec.coeff, "budget": spec.budget, "method": "gram", "num_squarings": num_squarings}
 
     def normalize(branch, name, blocks):
         del name
-        chosen = branches.training_twists(branch, twists)
-        return jax.vmap(lambda w: branches.normalize_certified(branch, w, twists=chosen, **settings))(blocks)
+        chosen = constraint.training_twists(branch, twists)
+        return jax.vmap(lambda w: constraint.normalize_certified(branch, w, twists=chosen, **settings))(blocks)
 
     return _constrain(spec, params, spectral, normalize)
 
@@ -205,7 +205,7 @@ def unconstrained(spec: FlowSpec, params: Tree, spectral: Tree) -> Constrained:
 
     def as_they_are(branch, name, blocks):
         del branch, name
-        return branches.Normalized(blocks, {}, {}, jnp.full(len(jax.tree.leaves(blocks)[0]), jnp.inf))
+        return constraint.Normalized(blocks, {}, {}, jnp.full(len(jax.tree.leaves(blocks)[0]), jnp.inf))
 
     return _constrain(spec, params, spectral, as_they_are)
 
@@ -238,10 +238,10 @@ def freeze(spec: FlowSpec, params: Tree, *, constrained: bool = True) -> Frozen:
 
         def freeze_block(block, branch=branch):
             if not constrained:
-                found = branches.layer_bounds(branch, block)
+                found = constraint.layer_bounds(branch, block)
                 return block, found, found
-            normalized = branches.normalize_certified(branch, block, coeff=spec.coeff, budget=spec.budget)
-            return normalized.weights, branches.layer_bounds(branch, normalized.weights), normalized.norms
+            normalized = constraint.normalize_certified(branch, block, coeff=spec.coeff, budget=spec.budget)
+            return normalized.weights, constraint.layer_bounds(branch, normalized.weights), normalized.norms
 
         blocks = dict(params[name]["blocks"])
         scale = blocks.pop("actnorm")
@@ -265,12 +265,12 @@ def bijection(
     spec: FlowSpec,
     weights: Tree,
     estimator: LogdetEstimator = ExactLogdet(),  # noqa: B008 (immutable)
-    solver: flow.Solver = flow.Solver(),  # noqa: B008 (immutable)
+    solver: bijections.Solver = bijections.Solver(),  # noqa: B008 (immutable)
     *,
     context: Float[Array, "b k"] | None = None,
     unroll: bool = False,
     rematerialize: bool = False,
-) -> flow.Bijection:
+) -> bijections.Bijection:
     """The flow ``x (b, *event_shape) -> z (b, d)`` of constrained weights.
 
     Args:
@@ -286,15 +286,15 @@ def bijection(
     for name, stage, branch in zip(stage_names(spec), spec.stages, spec.branches, strict=True):
         parts = []
         if stage.squeeze > 1:
-            parts.append(flow.squeeze_bijection(stage.squeeze))
+            parts.append(bijections.squeeze_bijection(stage.squeeze))
             shape = _squeezed(shape, stage.squeeze, 0)
         if len(branch.in_shape) != len(shape):
-            parts.append(flow.flatten_bijection(shape))
+            parts.append(bijections.flatten_bijection(shape))
             shape = branch.in_shape
 
         def make_block(block, branch=branch):
             own = block["branch"]
-            residual = flow.residual_bijection(
+            residual = bijections.residual_bijection(
                 lambda x: branches.apply_branch(branch, own, x, context),
                 block["lipschitz"],
                 estimator,
@@ -302,7 +302,7 @@ def bijection(
                 trace=(lambda x: branches.trace(branch, own, x, context)) if branches.has_trace(branch) else None,
                 at_zero=(lambda: branches.at_zero(branch, own)) if context is None else None,
             )
-            return flow.chain([flow.actnorm_bijection(actnorm.ActNormParams(**block["actnorm"])), residual])
+            return flow.chain([bijections.actnorm_bijection(actnorm.ActNormParams(**block["actnorm"])), residual])
 
         parts.append(flow.repeat(make_block, weights[name], unroll=unroll, rematerialize=rematerialize))
         stages.append(flow.Stage(flow.chain(parts), stage.factor_out))

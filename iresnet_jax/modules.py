@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
-from iresnet_jax import branches, classifier, flow, likelihood, model, reshape
+from iresnet_jax import bijections, branches, classifier, constraint, likelihood, model, reshape
 from iresnet_jax.logdet import ExactLogdet, LogdetEstimator
 
 
@@ -44,15 +44,15 @@ class Blocks(nn.Module):
 
         weights = {}
         initial = stack(lambda key: branches.initial_weights(self.branch, key, last_scale=self.last_scale))
-        starts = stack(lambda key: branches.initial_vectors(self.branch, key))
+        starts = stack(lambda key: constraint.initial_vectors(self.branch, key))
         for layer in self.branch.layers:
             weights[layer.name] = self.param(layer.name, lambda key, name=layer.name: initial(key)[name])
         vectors = starts(self.make_rng("params"))
         settings = {"coeff": self.coeff, "budget": self.budget}
         if self.constrained:
-            start = jax.vmap(lambda w, v: branches.normalize(self.branch, w, v, **settings))(weights, vectors)
+            start = jax.vmap(lambda w, v: constraint.normalize(self.branch, w, v, **settings))(weights, vectors)
         else:
-            start = branches.Normalized(weights, vectors, {}, jnp.full((), jnp.inf))
+            start = constraint.Normalized(weights, vectors, {}, jnp.full((), jnp.inf))
         for layer in self.branch.layers:  # converged already, so the first training step is as constrained as any
             self.variable("spectral", layer.name, lambda name=layer.name: start.vectors[name])
         fitted, y = model.initialize_actnorm(self.branch, start.weights, x, context)
@@ -116,7 +116,7 @@ class ResidualFlow(nn.Module):
     def inverse(
         self,
         z: Float[Array, "b d"],
-        solver: flow.Solver = flow.Solver(),  # noqa: B008
+        solver: bijections.Solver = bijections.Solver(),  # noqa: B008
         context: Float[Array, "b k"] | None = None,
     ) -> tuple[Float[Array, "b ..."], Any]:
         """Examples of latents, and how the inverse ended."""

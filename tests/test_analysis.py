@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import runs
 
-from iresnet_jax import density, flow
+from iresnet_jax import bijections, density
 from iresnet_jax.__main__ import main
 from iresnet_jax.analysis import environment, evaluate, frozen, lipschitz, reconstruct, report, sample, trained
 from iresnet_jax.logdet import SeriesLogdet
@@ -70,7 +70,7 @@ def digits(digits_run):
 @pytest.fixture
 def one_evaluation(monkeypatch):
     """An inverse that is stopped far too early."""
-    hasty = lambda settings: flow.Solver(atol=settings["inverse_atol"], max_evals=1)  # noqa: E731
+    hasty = lambda settings: bijections.Solver(atol=settings["inverse_atol"], max_evals=1)  # noqa: E731
     monkeypatch.setattr("iresnet_jax.training.config.build_solver", hasty)
 
 

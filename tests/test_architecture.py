@@ -18,6 +18,7 @@ LAYERS = (
     ("activations", "convolution", "gram", "fixed_point", "logdet", "reshape", "actnorm", "likelihood"),
     ("spectral", "certify", "roulette", "krylov", "histogram"),
     ("branches", "residual"),
+    ("constraint", "bijections"),
     ("flow",),
     ("model",),
     ("density", "classifier"),

@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 
-from iresnet_jax import classifier, flow, model, modules
+from iresnet_jax import bijections, classifier, model, modules
 from iresnet_jax.classifier import ClassifierSpec
 from iresnet_jax.training import parallel
 
@@ -268,7 +268,7 @@ def test_without_a_constraint_weights_run_as_they_are_and_no_inverse_is_promised
         np.testing.assert_allclose(frozen.weights[name]["lipschitz"], product, rtol=SINGLE)
     x = classifier.preprocess(VANILLA, jnp.asarray(images_of(4)))
     features = features_of(VANILLA, as_they_are, x)
-    back = reconstruct(VANILLA, as_they_are, features, flow.Solver(max_evals=50))
+    back = reconstruct(VANILLA, as_they_are, features, bijections.Solver(max_evals=50))
     assert not back.info.converged.any()
     assert np.isinf(back.info.error_bound).all()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from runs import ROOT
 
-from iresnet_jax import flow
+from iresnet_jax import bijections
 from iresnet_jax.analysis import frozen
 from iresnet_jax.data import toys
 from iresnet_jax.data.images import ImageData
@@ -156,7 +156,7 @@ def test_kept_models_are_those_of_their_configs_and_can_be_inverted(file):
         # Noise lies far out in the tails of what each pixel was equalised by: in float32 it comes back with errors of 1.3e-4.
         with jax.enable_x64(True):
             expected = (images + 0.5) / levels
-            found, info = kept.decode(kept.encode(expected), flow.Solver(atol=1e-10, refine=True))
+            found, info = kept.decode(kept.encode(expected), bijections.Solver(atol=1e-10, refine=True))
         converged = info.converged
     assert bool(converged.all())
     np.testing.assert_allclose(found, expected, atol=1e-4 if isinstance(kept, frozen.FrozenClassifier) else 1e-7)

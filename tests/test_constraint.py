@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 
-from iresnet_jax import activations, branches, certify, density, model
+from iresnet_jax import activations, branches, certify, constraint, density, model
 from iresnet_jax.training import config as config_lib
 
 COEFF = 0.9
@@ -64,12 +64,12 @@ def frozen(budget="layer"):
     return spec, jax.jit(functools.partial(model.freeze, spec))(random_params(spec))
 
 
-@pytest.mark.parametrize("budget", branches.BUDGETS)
+@pytest.mark.parametrize("budget", constraint.BUDGETS)
 @pytest.mark.parametrize("method", ["exact", "gram"])
 @pytest.mark.parametrize("name", SPECS)
 def test_certified_normalisation_holds_for_any_weights(name, method, budget):
     spec = SPECS[name]
-    normalize = jax.jit(functools.partial(branches.normalize_certified, spec, coeff=COEFF, method=method, budget=budget))
+    normalize = jax.jit(functools.partial(constraint.normalize_certified, spec, coeff=COEFF, method=method, budget=budget))
     for seed, scale in enumerate((1.0, 1e-3, 1e6)):
         weights = random_branch(spec, seed, scale)
         normalized = normalize(weights)
@@ -89,9 +89,9 @@ def test_certified_normalisation_holds_for_any_weights(name, method, budget):
 def test_a_budget_by_block_scales_all_layers_by_one_factor():
     spec = SPECS["dense"]
     weights = random_branch(spec, 0)
-    by_certificate = branches.normalize_certified(spec, weights, coeff=COEFF, budget="block")
-    vectors = branches.initial_vectors(spec, jax.random.key(5))
-    by_estimate = branches.normalize(spec, weights, vectors, coeff=COEFF, budget="block")
+    by_certificate = constraint.normalize_certified(spec, weights, coeff=COEFF, budget="block")
+    vectors = constraint.initial_vectors(spec, jax.random.key(5))
+    by_estimate = constraint.normalize(spec, weights, vectors, coeff=COEFF, budget="block")
     for normalized in (by_certificate, by_estimate):
         factors = [float(normalized.weights[n]["kernel"][0, 0] / weights[n]["kernel"][0, 0]) for n in weights]
         np.testing.assert_allclose(factors, factors[0], rtol=1e-6)
@@ -101,20 +101,20 @@ def test_a_budget_by_block_scales_all_layers_by_one_factor():
 def test_weights_of_nothing_and_not_numbers():
     spec = SPECS["dense"]
     zero = jax.tree.map(jnp.zeros_like, random_branch(spec, 0))
-    for budget in branches.BUDGETS:
-        normalized = branches.normalize_certified(spec, zero, coeff=COEFF, budget=budget)
+    for budget in constraint.BUDGETS:
+        normalized = constraint.normalize_certified(spec, zero, coeff=COEFF, budget=budget)
         assert float(normalized.lipschitz) == 0
         gradient = jax.grad(
             lambda w, budget=budget: sum(
                 jnp.sum(a)
                 for a in jax.tree.leaves(
-                    branches.normalize_certified(spec, w, coeff=COEFF, budget=budget, method="gram").weights
+                    constraint.normalize_certified(spec, w, coeff=COEFF, budget=budget, method="gram").weights
                 )
             )
         )(zero)
         assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
         broken = {**random_branch(spec, 0), "dense1": {"kernel": jnp.full((14, 6), jnp.nan), "bias": jnp.zeros(6)}}
-        assert np.isnan(branches.normalize_certified(spec, broken, coeff=COEFF, budget=budget).lipschitz)
+        assert np.isnan(constraint.normalize_certified(spec, broken, coeff=COEFF, budget=budget).lipschitz)
 
 
 def test_gradient_flows_through_the_certified_norm():
@@ -123,7 +123,7 @@ def test_gradient_flows_through_the_certified_norm():
     x = jax.random.normal(jax.random.key(7), (2, *spec.in_shape))
 
     def loss(weights):
-        normalized = branches.normalize_certified(spec, weights, coeff=COEFF, method="gram").weights
+        normalized = constraint.normalize_certified(spec, weights, coeff=COEFF, method="gram").weights
         return jnp.sum(branches.apply_branch(spec, normalized, x) ** 2)
 
     with jax.enable_x64(True):
@@ -135,7 +135,7 @@ def test_gradient_flows_through_the_certified_norm():
         np.testing.assert_allclose(slope, (loss(ahead) - loss(behind)) / (2 * step), rtol=1e-6)
 
 
-@pytest.mark.parametrize("budget", branches.BUDGETS)
+@pytest.mark.parametrize("budget", constraint.BUDGETS)
 def test_frozen_weights_are_certified_and_tight(budget):
     spec, fixed = frozen(budget)
     for name, branch in zip(model.stage_names(spec), spec.branches, strict=True):
@@ -153,7 +153,9 @@ def test_frozen_weights_are_certified_and_tight(budget):
 def test_freezing_shrinks_what_power_iteration_let_through():
     params = random_params(FLOW, scale=3.0)
     starts = {
-        name: {"blocks": jax.vmap(functools.partial(branches.initial_vectors, branch))(jax.random.split(jax.random.key(1), 2))}
+        name: {
+            "blocks": jax.vmap(functools.partial(constraint.initial_vectors, branch))(jax.random.split(jax.random.key(1), 2))
+        }
         for name, branch in zip(model.stage_names(FLOW), FLOW.branches, strict=True)
     }
     hoped = model.constrain(FLOW, params, starts, num_steps=1).weights
@@ -225,15 +227,15 @@ def test_mistakes_are_named():
     spec = SPECS["dense"]
     weights = random_branch(spec, 0)
     with pytest.raises(ValueError, match="budget must be one of layer, block, got 'network'"):
-        branches.normalize_certified(spec, weights, coeff=0.9, budget="network")
+        constraint.normalize_certified(spec, weights, coeff=0.9, budget="network")
     with pytest.raises(ValueError, match="budget must be one of layer, block, got 'network'"):
         model.FlowSpec((5,), (model.StageSpec(1, hidden=(3,)),), budget="network")
     with pytest.raises(ValueError, match="twists must be auto, all or one, got 'some'"):
-        branches.training_twists(spec, "some")
+        constraint.training_twists(spec, "some")
     with pytest.raises(ValueError, match=r"coeff must lie in \(0, 1\), got 1"):
-        branches.normalize_certified(spec, weights, coeff=1.1)
+        constraint.normalize_certified(spec, weights, coeff=1.1)
     with pytest.raises(ValueError, match="method must be"):
-        branches.normalize_certified(spec, weights, coeff=0.9, method="hope")
+        constraint.normalize_certified(spec, weights, coeff=0.9, method="hope")
     with pytest.raises(ValueError, match=r"constraint\.norms must be estimated, certified or none, got 'exact'"):
         config_lib.build_constraint({"norms": "exact"}, FLOW, training=True)
 

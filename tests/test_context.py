@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iresnet_jax import branches, density, flow, model, modules
+from iresnet_jax import bijections, branches, constraint, density, model, modules
 from iresnet_jax.logdet import ExactLogdet
 from iresnet_jax.roulette import RouletteLogdet
 
@@ -23,7 +23,7 @@ IMAGES = model.FlowSpec(
     context_dim=CONTEXT_DIM,
 )
 SPECS = {"plane": PLANE, "images": IMAGES}
-SOLVER = flow.Solver(atol=1e-12)
+SOLVER = bijections.Solver(atol=1e-12)
 
 
 @functools.cache
@@ -79,7 +79,7 @@ def test_the_constraint_is_in_x_alone():
         assert np.linalg.norm(np.asarray(jacobian, np.float64), 2) < 0.9
     for layer in branch.layers:
         np.testing.assert_array_equal(
-            branches.layer_bounds(branch, strong)[layer.name], branches.layer_bounds(branch, weights)[layer.name]
+            constraint.layer_bounds(branch, strong)[layer.name], constraint.layer_bounds(branch, weights)[layer.name]
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import oracles
 import pytest
 
-from iresnet_jax import branches, flow, likelihood, model
+from iresnet_jax import bijections, branches, constraint, flow, likelihood, model
 from iresnet_jax.actnorm import ActNormParams
 from iresnet_jax.logdet import ExactLogdet, SeriesLogdet
 
@@ -21,7 +21,7 @@ INVERSE_ATOL = 1e-8  # asked of the solver
 PREIMAGE = 1e-6  # what that leaves after a handful of blocks, in a latent or a log-determinant
 QUADRATURE = 1e-3
 BATCH = 3
-SOLVER = flow.Solver(atol=INVERSE_ATOL)
+SOLVER = bijections.Solver(atol=INVERSE_ATOL)
 
 
 def random_actnorm(rng, channels):
@@ -41,7 +41,7 @@ def random_weights(spec, seed=0, num_steps=None):
             "log_scale": jnp.zeros((stage.num_blocks, branch.in_shape[-1])),
         }
         params[name] = {"blocks": jax.tree.map(lambda a: a + jnp.asarray(0.3 * rng.normal(size=a.shape)), blocks)}
-        spectral[name] = {"blocks": jax.vmap(functools.partial(branches.initial_vectors, branch))(keys)}
+        spectral[name] = {"blocks": jax.vmap(functools.partial(constraint.initial_vectors, branch))(keys)}
     return jax.jit(functools.partial(model.constrain, spec, num_steps=num_steps))(params, spectral).weights
 
 
@@ -62,21 +62,21 @@ def residual_case(branch_spec, coeff=0.8):
     rng = np.random.default_rng(3)
     weights = branches.initial_weights(branch_spec, jax.random.key(3))
     weights = jax.tree.map(lambda w: w + jnp.asarray(0.3 * rng.normal(size=w.shape)), weights)
-    vectors = branches.initial_vectors(branch_spec, jax.random.key(4))
-    normalize = functools.partial(branches.normalize, branch_spec, coeff=coeff, num_steps=50)
+    vectors = constraint.initial_vectors(branch_spec, jax.random.key(4))
+    normalize = functools.partial(constraint.normalize, branch_spec, coeff=coeff, num_steps=50)
     normal = jax.jit(normalize)(weights, vectors)
     branch = functools.partial(branches.apply_branch, branch_spec, normal.weights)
-    return flow.residual_bijection(branch, normal.lipschitz, ExactLogdet(), SOLVER)
+    return bijections.residual_bijection(branch, normal.lipschitz, ExactLogdet(), SOLVER)
 
 
 def chain_case():
     rng = np.random.default_rng(1)
     return flow.chain(
         [
-            flow.squeeze_bijection(2),
-            flow.actnorm_bijection(random_actnorm(rng, 4)),
-            flow.flatten_bijection((1, 2, 4)),
-            flow.residual_bijection(lambda x: 0.5 * jnp.sin(x), 0.5, ExactLogdet(), SOLVER),
+            bijections.squeeze_bijection(2),
+            bijections.actnorm_bijection(random_actnorm(rng, 4)),
+            bijections.flatten_bijection((1, 2, 4)),
+            bijections.residual_bijection(lambda x: 0.5 * jnp.sin(x), 0.5, ExactLogdet(), SOLVER),
         ]
     )
 
@@ -86,8 +86,8 @@ def repeat_case(**layout):
     weights = {"scale": jnp.asarray(rng.uniform(0.2, 0.8, size=4)), "actnorm": jnp.asarray(0.3 * rng.normal(size=(4, 2, 3)))}
 
     def make(w):
-        actnorm = flow.actnorm_bijection(ActNormParams(w["actnorm"][0], w["actnorm"][1]))
-        block = flow.residual_bijection(lambda x: w["scale"] * jnp.sin(x[:, ::-1]), w["scale"], ExactLogdet(), SOLVER)
+        actnorm = bijections.actnorm_bijection(ActNormParams(w["actnorm"][0], w["actnorm"][1]))
+        block = bijections.residual_bijection(lambda x: w["scale"] * jnp.sin(x[:, ::-1]), w["scale"], ExactLogdet(), SOLVER)
         return flow.chain([actnorm, block])
 
     return flow.repeat(make, weights, **layout)
@@ -95,8 +95,8 @@ def repeat_case(**layout):
 
 def multiscale_case():
     rng = np.random.default_rng(4)
-    first = flow.chain([flow.squeeze_bijection(2), flow.actnorm_bijection(random_actnorm(rng, 8))])
-    second = flow.residual_bijection(lambda x: 0.6 * jnp.tanh(x), 0.6, ExactLogdet(), SOLVER)
+    first = flow.chain([bijections.squeeze_bijection(2), bijections.actnorm_bijection(random_actnorm(rng, 8))])
+    second = bijections.residual_bijection(lambda x: 0.6 * jnp.tanh(x), 0.6, ExactLogdet(), SOLVER)
     return flow.multiscale([flow.Stage(first, factor_out=True), flow.Stage(second)], (2, 4, 2))
 
 
@@ -105,10 +105,10 @@ def model_case(spec, **layout):
 
 
 # Shape of an example, and the bijection. A new bijection is one line here.
-CASES: dict[str, tuple[tuple[int, ...], Callable[[], flow.Bijection]]] = {
-    "actnorm": ((2, 3, 4), lambda: flow.actnorm_bijection(random_actnorm(np.random.default_rng(0), 4))),
-    "squeeze": ((4, 6, 1), lambda: flow.squeeze_bijection(2)),
-    "flatten": ((2, 3, 2), lambda: flow.flatten_bijection((2, 3, 2))),
+CASES: dict[str, tuple[tuple[int, ...], Callable[[], bijections.Bijection]]] = {
+    "actnorm": ((2, 3, 4), lambda: bijections.actnorm_bijection(random_actnorm(np.random.default_rng(0), 4))),
+    "squeeze": ((4, 6, 1), lambda: bijections.squeeze_bijection(2)),
+    "flatten": ((2, 3, 2), lambda: bijections.flatten_bijection((2, 3, 2))),
     "convolutional residual": ((3, 3, 2), lambda: residual_case(CONVOLUTIONAL)),
     "chain": ((2, 4, 1), chain_case),
     "scanned blocks": ((3,), repeat_case),
@@ -192,7 +192,7 @@ def test_the_logdet_check_rejects_a_forgotten_part():
 
 
 def test_the_inverse_logdet_belongs_to_the_preimage(x64):
-    bijection = flow.residual_bijection(lambda x: 0.9 * jnp.sin(x), 0.9, ExactLogdet(), SOLVER)
+    bijection = bijections.residual_bijection(lambda x: 0.9 * jnp.sin(x), 0.9, ExactLogdet(), SOLVER)
     x = jnp.array([[3.0], [2.0], [0.3]])
     y = bijection.forward(x)
     _, logdet, _, _ = bijection.inverse_and_logdet(y, jax.random.key(0))
@@ -261,12 +261,12 @@ def test_program_size_does_not_depend_on_the_number_of_blocks():
 
 
 def test_error_bounds_of_a_chain_compose_by_the_lipschitz_constants_of_the_inverses(x64):
-    coarse = flow.Solver(atol=1e-3)  # so that errors stand out from rounding
+    coarse = bijections.Solver(atol=1e-3)  # so that errors stand out from rounding
     scale = ActNormParams(jnp.zeros(2), jnp.array([-1.0, 0.5]))
     parts = [
-        flow.residual_bijection(lambda x: -0.8 * jnp.sin(x), 0.8, ExactLogdet(), coarse),
-        flow.actnorm_bijection(scale),
-        flow.residual_bijection(lambda x: -0.5 * jnp.tanh(x), 0.5, ExactLogdet(), coarse),
+        bijections.residual_bijection(lambda x: -0.8 * jnp.sin(x), 0.8, ExactLogdet(), coarse),
+        bijections.actnorm_bijection(scale),
+        bijections.residual_bijection(lambda x: -0.5 * jnp.tanh(x), 0.5, ExactLogdet(), coarse),
     ]
     x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 2)))
     chained = flow.chain(parts)
@@ -288,7 +288,8 @@ def test_error_bounds_of_a_chain_compose_by_the_lipschitz_constants_of_the_inver
 
 def test_one_failed_block_fails_the_chain():
     good, bad = (
-        flow.residual_bijection(lambda x: 0.5 * x, bound, ExactLogdet(), flow.Solver(max_evals=50)) for bound in (0.5, 1.0)
+        bijections.residual_bijection(lambda x: 0.5 * x, bound, ExactLogdet(), bijections.Solver(max_evals=50))
+        for bound in (0.5, 1.0)
     )
     for parts in ([good, bad], [bad, good]):
         _, info = flow.chain(parts).inverse(jnp.ones((1, 2)))
@@ -298,11 +299,11 @@ def test_one_failed_block_fails_the_chain():
 
 def test_errors_of_logdets_add_up(x64):
     estimator = SeriesLogdet(2, num_probes=16, probe="gaussian")
-    part = flow.residual_bijection(lambda x: 0.5 * jnp.sin(x[:, ::-1]), 0.5, estimator)
+    part = bijections.residual_bijection(lambda x: 0.5 * jnp.sin(x[:, ::-1]), 0.5, estimator)
     x, key = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3))), jax.random.key(0)
     y, total, info = flow.chain([part, part]).forward_and_logdet(x, key)
-    middle, first, first_info = part.forward_and_logdet(x, flow.fold_in(key, 0))
-    last_y, second, second_info = part.forward_and_logdet(middle, flow.fold_in(key, 1))
+    middle, first, first_info = part.forward_and_logdet(x, bijections.fold_in(key, 0))
+    last_y, second, second_info = part.forward_and_logdet(middle, bijections.fold_in(key, 1))
     np.testing.assert_array_equal(y, last_y)
     np.testing.assert_allclose(total, first + second, rtol=EXACT)
     np.testing.assert_allclose(info.stderr, np.hypot(first_info.stderr, second_info.stderr), rtol=EXACT)
@@ -310,8 +311,8 @@ def test_errors_of_logdets_add_up(x64):
 
 
 def test_a_latent_that_leaves_early_skips_the_later_inverses(x64):
-    shrinking_inverse = flow.actnorm_bijection(ActNormParams(jnp.zeros(1), jnp.full(1, 2.0)))
-    identity = flow.permutation_bijection(lambda x: x, lambda y: y)
+    shrinking_inverse = bijections.actnorm_bijection(ActNormParams(jnp.zeros(1), jnp.full(1, 2.0)))
+    identity = bijections.permutation_bijection(lambda x: x, lambda y: y)
     split = flow.multiscale([flow.Stage(identity, factor_out=True), flow.Stage(shrinking_inverse)], (2,))
     jacobian = jax.jacfwd(lambda z: split.inverse(z[None])[0][0])(jnp.ones(2))
     np.testing.assert_allclose(oracles.operator_norm(jacobian), 1, rtol=EXACT)
@@ -331,11 +332,14 @@ def test_inverse_lipschitz_bounds_the_inverse(name):
 
 def test_latents_are_the_parts_in_the_order_in_which_they_leave():
     x = jnp.arange(2 * 16.0).reshape(2, 2, 4, 2)
-    stages = [flow.Stage(flow.squeeze_bijection(2), factor_out=True), flow.Stage(flow.squeeze_bijection(1), factor_out=True)]
+    stages = [
+        flow.Stage(bijections.squeeze_bijection(2), factor_out=True),
+        flow.Stage(bijections.squeeze_bijection(1), factor_out=True),
+    ]
     with pytest.raises(ValueError, match="stage 0 factors out half of its channels but has 3"):
-        flow.multiscale([flow.Stage(flow.squeeze_bijection(1), factor_out=True)], (2, 2, 3))
+        flow.multiscale([flow.Stage(bijections.squeeze_bijection(1), factor_out=True)], (2, 2, 3))
     bijection = flow.multiscale(stages, (2, 4, 2))
-    squeezed = flow.squeeze_bijection(2).forward(x)  # (2, 1, 2, 8)
+    squeezed = bijections.squeeze_bijection(2).forward(x)  # (2, 1, 2, 8)
     first, rest = squeezed[..., 4:], squeezed[..., :4]
     second, last = rest[..., 2:], rest[..., :2]
     expected = jnp.concatenate([part.reshape(2, -1) for part in (first, second, last)], axis=1)
@@ -422,8 +426,8 @@ def test_a_bias_by_pixel_is_a_bias_of_every_pixel_and_leaves_the_jacobian_alone(
     moved = {**weights, "conv1": {**weights["conv1"], "bias": shift}}
     difference = branches.apply_branch(by_pixel, moved, x) - branches.apply_branch(by_pixel, weights, x)
     np.testing.assert_allclose(difference, jnp.broadcast_to(shift, x.shape), atol=1e-5)
-    norms = branches.normalize(by_pixel, moved, branches.initial_vectors(by_pixel, jax.random.key(2)), coeff=0.5).norms
-    unmoved = branches.normalize(by_pixel, weights, branches.initial_vectors(by_pixel, jax.random.key(2)), coeff=0.5).norms
+    norms = constraint.normalize(by_pixel, moved, constraint.initial_vectors(by_pixel, jax.random.key(2)), coeff=0.5).norms
+    unmoved = constraint.normalize(by_pixel, weights, constraint.initial_vectors(by_pixel, jax.random.key(2)), coeff=0.5).norms
     assert norms == unmoved
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from iresnet_jax import actnorm, branches, density, flow, model, modules, residual
+from iresnet_jax import actnorm, bijections, branches, density, model, modules, residual
 from iresnet_jax.fixed_point import invert_residual, solve_linear
 from iresnet_jax.logdet import ExactLogdet
 
@@ -204,7 +204,7 @@ def test_of_samples(x64, frozen, mode):
 
     def ours(weights, prior, context):
         whole = {"stage0": weights["stage0"] | bound["stage0"]}
-        solver = flow.Solver(atol=ATOL)
+        solver = bijections.Solver(atol=ATOL)
         return combine(density.sample(SPEC, whole, prior, key, BATCH, solver=solver, context=context)[0])
 
     def reference(weights, prior, context):

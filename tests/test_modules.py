@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 
-from iresnet_jax import actnorm, branches, flow, model, modules
+from iresnet_jax import actnorm, bijections, branches, model, modules
 
 SPECTRAL = 1e-3  # the tolerance of the norms
 STATISTICS = 3e-4  # ActNorm adds 1e-5 to variances of at least .05; the rest is float32
@@ -85,7 +85,7 @@ def test_blocks_start_different(variables):
 
 
 def test_the_input_of_every_branch_has_mean_zero_and_variance_one(constrained, batch):
-    x = flow.squeeze_bijection(2).forward(batch)
+    x = bijections.squeeze_bijection(2).forward(batch)
     for stage, (name, branch) in enumerate(zip(model.stage_names(SPEC), SPEC.branches, strict=True)):
         for k in range(SPEC.stages[stage].num_blocks):
             block = jax.tree.map(lambda a, k=k: a[k], constrained.weights[name])
@@ -134,7 +134,7 @@ def test_calling_the_module_uses_the_stored_scales(start, batch):
 def test_a_small_last_scale_starts_near_the_identity(batch):
     branch = SPEC.branches[0]
     weights = branches.initial_weights(branch, jax.random.key(0), last_scale=1e-3)
-    x = flow.squeeze_bijection(2).forward(batch)
+    x = bijections.squeeze_bijection(2).forward(batch)
     assert jnp.max(jnp.abs(branches.apply_branch(branch, weights, x))) < 0.05
 
 

@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Num
 
-from iresnet_jax import classifier, density, flow, model
+from iresnet_jax import bijections, classifier, density, model
 from iresnet_jax.fixed_point import FixedPointInfo
 from iresnet_jax.logdet import ExactLogdet, LogdetEstimator
 from iresnet_jax.training import config as config_lib
@@ -74,7 +74,7 @@ class FrozenModel:
     def decode(
         self,
         z: Float[Array, "b d"],
-        solver: flow.Solver = flow.Solver(),  # noqa: B008 (immutable)
+        solver: bijections.Solver = bijections.Solver(),  # noqa: B008 (immutable)
     ) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
         """Continuous data of latents, and how the inverse ended."""
         return density.decode(self.spec, self.weights, z, solver)
@@ -85,7 +85,7 @@ class FrozenModel:
         num: int,
         *,
         temperature: float = 1.0,
-        solver: flow.Solver = flow.Solver(),  # noqa: B008 (immutable)
+        solver: bijections.Solver = bijections.Solver(),  # noqa: B008 (immutable)
         labels: Int[Array, " n"] | None = None,
     ) -> tuple[Float[Array, "n ..."], FixedPointInfo]:
         """Samples, and how the inverse ended for each; of given classes, if the model has any, see `density.sample`."""
@@ -130,7 +130,7 @@ class FrozenClassifier:
     def reconstruct(
         self,
         features: Float[Array, "b ..."],
-        solver: flow.Solver = flow.Solver(),  # noqa: B008 (immutable)
+        solver: bijections.Solver = bijections.Solver(),  # noqa: B008 (immutable)
     ) -> classifier.Reconstruction:
         """The images that features belong to, see `classifier.reconstruct`."""
         return classifier.reconstruct(self.spec, self.weights, features, solver)

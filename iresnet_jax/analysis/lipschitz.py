@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax import branches, classifier, density, model
+from iresnet_jax import branches, classifier, constraint, density, model
 from iresnet_jax.analysis.trained import Trained, require_bijection
 
 
@@ -77,11 +77,11 @@ def estimate_norms(branch: branches.BranchSpec, weights: Any, *, rtol: float) ->
         weights: Branch weights, stacked over blocks.
         rtol: Relative tolerance.
     """
-    starts = branches.initial_vectors(branch, jax.random.key(0))
+    starts = constraint.initial_vectors(branch, jax.random.key(0))
 
     @jax.jit
     def estimate(weights):
-        return jax.lax.map(lambda w: branches.normalize(branch, w, starts, coeff=0.5, rtol=rtol).norms, weights)
+        return jax.lax.map(lambda w: constraint.normalize(branch, w, starts, coeff=0.5, rtol=rtol).norms, weights)
 
     return estimate(jax.tree.map(jnp.asarray, weights))
 

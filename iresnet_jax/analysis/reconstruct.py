@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from iresnet_jax import flow, model, reshape
+from iresnet_jax import bijections, model, reshape
 from iresnet_jax.analysis import plots
 from iresnet_jax.analysis.trained import Trained, require_bijection
 from iresnet_jax.data import feed
@@ -112,7 +112,7 @@ def reconstruct(trained: Trained, num: int = NUM_EXAMPLES) -> Reconstructions:
 
 
 def round_trip(
-    spec: model.FlowSpec, weights: Any, there: Float[Array, "b ..."], solver: flow.Solver
+    spec: model.FlowSpec, weights: Any, there: Float[Array, "b ..."], solver: bijections.Solver
 ) -> tuple[Float[Array, "b ..."], RoundTrip]:
     """The flow and its inverse.
 

@@ -14,7 +14,7 @@ import ml_collections
 import optax
 from ml_collections import config_dict
 
-from iresnet_jax import flow, krylov, logdet, model, roulette
+from iresnet_jax import bijections, krylov, logdet, model, roulette
 from iresnet_jax.training import optimizers
 
 Settings = Any  # a mapping of settings by name, or a ConfigDict, which reads like one without being one
@@ -261,9 +261,9 @@ def build_constraint(settings: Settings, spec: model.FlowSpec, *, training: bool
     raise ValueError(f"constraint.norms must be estimated, certified or none, got {settings['norms']!r}")
 
 
-def build_solver(settings: Settings) -> flow.Solver:
+def build_solver(settings: Settings) -> bijections.Solver:
     """The solver that ``config.evaluation`` describes."""
-    return flow.Solver(atol=settings["inverse_atol"])
+    return bijections.Solver(atol=settings["inverse_atol"])
 
 
 def build_schedule(settings: Settings, total_steps: int) -> optax.Schedule:
