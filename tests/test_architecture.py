@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]  # train.py and configs/ are never installed
 
 # A module may import from the layers above its own in this list, never from its own layer or from below.
 LAYERS = (
-    ("rounding",),
+    ("rounding", "files"),
     ("activations", "convolution", "gram", "fixed_point", "logdet", "reshape", "actnorm", "likelihood"),
     ("spectral", "embedding", "roulette", "krylov", "histogram"),
     ("certify",),

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, Num
 
 from iresnet_jax import bijections, classifier, density, model
+from iresnet_jax.files import replacing
 from iresnet_jax.fixed_point import FixedPointInfo
 from iresnet_jax.logdet import ExactLogdet, LogdetEstimator
 from iresnet_jax.training import config as config_lib
@@ -163,10 +164,8 @@ def save(trained: "Trained", path: str | os.PathLike[str] | None = None) -> Path
     }
     named = naming.to_named(_stacked(trained.weights, _rest(trained.prior, trained.head, trained.statistics), trained.bounds))
     arrays: dict[str, Any] = {**named, _FACTS: np.frombuffer(json.dumps(facts).encode(), np.uint8)}
-    incoming = path.with_name(path.name + ".incoming")
-    with incoming.open("wb") as file:
+    with replacing(path) as incoming, incoming.open("wb") as file:
         np.savez_compressed(file, **arrays)
-    incoming.replace(path)
     return path
 
 

@@ -13,6 +13,7 @@ from iresnet_jax import bijections, model, reshape
 from iresnet_jax.analysis import plots
 from iresnet_jax.analysis.trained import Trained, require_bijection
 from iresnet_jax.data import feed
+from iresnet_jax.files import replacing
 from iresnet_jax.fixed_point import example_norm
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import run
@@ -195,5 +196,6 @@ def write(result: Reconstructions, folder: str | os.PathLike[str]) -> Path | Non
     if (drawn := figure(result)) is None:
         return None
     path = Path(folder) / "reconstructions.png"
-    drawn.savefig(path, dpi=150)
+    with replacing(path) as incoming:
+        drawn.savefig(incoming, format="png", dpi=150)
     return path

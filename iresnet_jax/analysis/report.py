@@ -13,6 +13,7 @@ from jaxtyping import Float
 from iresnet_jax import density
 from iresnet_jax.analysis import classify, environment, evaluate, lipschitz, page, plots, reconstruct, sample
 from iresnet_jax.analysis.trained import Trained
+from iresnet_jax.files import replacing
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training.metrics import read_metrics
 
@@ -187,7 +188,5 @@ def _strict(value: Any) -> Any:
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Writes a file all at once: a reader finds the old one or the new one."""
-    incoming = path.with_name(path.name + ".incoming")
-    incoming.write_text(text, encoding="utf-8")
-    incoming.replace(path)
+    with replacing(path) as incoming:
+        incoming.write_text(text, encoding="utf-8")

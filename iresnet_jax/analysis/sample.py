@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int, Num
 from iresnet_jax import density, likelihood
 from iresnet_jax.analysis import plots
 from iresnet_jax.analysis.trained import Trained, require_density
+from iresnet_jax.files import replacing
 from iresnet_jax.training import config as config_lib
 
 
@@ -100,8 +101,10 @@ def grey_values(trained: Trained, levels: Num[np.ndarray, "n h w c"]) -> Float[n
 def write(trained: Trained, samples: Samples, folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Writes ``samples.png`` and ``samples.npy`` (levels as uint8, points as float32) into a folder."""
     png, npy = Path(folder) / "samples.png", Path(folder) / "samples.npy"
-    figure(trained, samples.values).savefig(png, dpi=150)
-    np.save(npy, samples.values)
+    with replacing(png) as incoming:
+        figure(trained, samples.values).savefig(incoming, format="png", dpi=150)
+    with replacing(npy) as incoming, incoming.open("wb") as file:
+        np.save(file, samples.values)
     return png, npy
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from absl import logging
 
 from iresnet_jax.data import device_feed
+from iresnet_jax.files import replacing
 from iresnet_jax.training import classification, density, exclusive, hybrid, parallel, run, state
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training.checkpoint import Checkpoints
@@ -160,6 +161,5 @@ def claim_workdir(workdir: Path, config: dict[str, Any]) -> None:
             raise ValueError(f"{workdir} holds a run with another config: {difference}; choose another --workdir or delete it")
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    incoming = path.with_suffix(".incoming")
-    incoming.write_text(json.dumps(config, indent=2) + "\n")
-    incoming.replace(path)
+    with replacing(path) as incoming:
+        incoming.write_text(json.dumps(config, indent=2) + "\n")

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat
 
+from iresnet_jax.files import replacing
+
 FILENAME = "metrics.jsonl"
 _RESERVED = ("step", "split", "wall_time_s")
 
@@ -89,9 +91,8 @@ class MetricWriter:
         records = [record for record in read_metrics(self._workdir) if keep(record)]
         text = "".join(json.dumps(record) + "\n" for record in records)
         if self._path.exists() and self._path.read_text() != text:
-            incoming = self._path.with_suffix(".incoming")
-            incoming.write_text(text)
-            incoming.replace(self._path)
+            with replacing(self._path) as incoming:
+                incoming.write_text(text)
         self._lines = self._path.open("a")
         self._start = time.monotonic() - max((record["wall_time_s"] for record in records), default=0.0)
 
