@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax import actnorm, reshape, residual
-from iresnet_jax.fixed_point import FixedPointInfo, example_norm
+from iresnet_jax.fixed_point import Diagonal, FixedPointInfo, example_norm
 from iresnet_jax.logdet import LogdetEstimator, LogdetInfo, Trace
 
 Forward = Callable[[Array, Array], tuple[Array, Array, LogdetInfo]]
@@ -45,12 +45,14 @@ class Solver(NamedTuple):
         max_evals: Cap on evaluations of the branch.
         memory: Steps that Anderson's method remembers; 0 is plain Banach iteration.
         refine: Whether to go on in float64 from what float32 found, see `residual.inverse`.
+        diagonal: Whether to use the diagonal of a branch's Jacobian, where it has a closed form.
     """
 
     atol: float = 1e-6
     max_evals: int = 2000
     memory: int = 4
     refine: bool = False
+    diagonal: bool = True
 
 
 def no_logdet_error(batch: Array) -> LogdetInfo:
@@ -159,6 +161,7 @@ def residual_bijection(
     solver: Solver = Solver(),  # noqa: B008 (immutable)
     trace: Trace | None = None,
     at_zero: residual.AtZero | None = None,
+    diagonal: Diagonal | None = None,
 ) -> Bijection:
     """``y = x + g(x)``, see `residual`.
 
@@ -169,9 +172,11 @@ def residual_bijection(
         solver: Of the inverse.
         trace: ``tr J_g``, if it has a closed form.
         at_zero: Gives ``g(0)``, if it is the same for all examples.
+        diagonal: That of ``J_g``, if it has a closed form.
     """
     margin = jnp.maximum(1 - jnp.asarray(lipschitz_bound), 0)
-    solve = {"lipschitz_bound": lipschitz_bound, **solver._asdict(), "at_zero": at_zero}
+    known = {"lipschitz_bound": lipschitz_bound, "at_zero": at_zero, "diagonal": diagonal if solver.diagonal else None}
+    solve = solver._asdict() | known
     return Bijection(
         forward=lambda x: residual.forward(branch, x),
         forward_and_logdet=lambda x, key: residual.forward_and_logdet(

@@ -176,15 +176,21 @@ def _activate(spec, layer, parameters, h):
 
 
 def has_trace(spec: BranchSpec) -> bool:
-    """Whether `trace` knows the branch: two layers around an elementwise activation, of the same odd kernel size if any.
+    """Whether `trace` and `jacobian_diagonal` know the branch.
 
-    On a torus that is smaller than the kernel, taps meet that are not mirrored.
+    They do if it has two layers around an elementwise activation, of the same odd kernel size if any. On a torus that is
+    smaller than the kernel, taps meet that are not mirrored.
     """
     sizes = spec.kernel_sizes
     same_size = sizes is None or (sizes[0] == sizes[-1] and sizes[0] % 2 == 1)
     if sizes is not None and spec.padding == "CIRCULAR" and min(spec.in_shape[:2]) < sizes[0]:
         return False
     return len(spec.hidden) == 1 and same_size and activations.get(spec.activation).elementwise
+
+
+def has_diagonal(spec: BranchSpec) -> bool:
+    """Whether an inverse gains from `jacobian_diagonal`: of a dense branch it is one entry of many in a row."""
+    return has_trace(spec) and spec.kernel_sizes is not None
 
 
 def trace(
@@ -209,25 +215,63 @@ def trace(
     Raises:
         ValueError: If there is no closed form for the branch.
     """
+    d0, d1, taps = _slopes_and_taps(spec, weights, x, context)
+    z = d0 @ taps if taps.ndim == 2 else conv(d0, taps, padding=spec.padding)
+    return jnp.sum(d1 * z, axis=tuple(range(1, x.ndim)))
+
+
+def jacobian_diagonal(
+    spec: BranchSpec, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
+) -> Float[Array, "b ..."]:
+    """The diagonal of ``J_g(x)`` in closed form, for what ``g`` costs: the terms of `trace` as the pixel of the input has them.
+
+    In the notation there, ``diag J(p) = D_0(p) conv^T(D_1; M)(p)``. Arguments and errors are those of `trace`.
+    """
+    d0, d1, taps = _slopes_and_taps(spec, weights, x, context)
+    by_copy = (d0 * _transposed(spec, taps, d1)).reshape(*x.shape[:-1], -1, x.shape[-1])
+    return jnp.sum(by_copy, axis=-2)
+
+
+def largest_diagonal(spec: BranchSpec, weights: Weights) -> Float[Array, ""]:
+    """The largest absolute value that an entry of the diagonal can have if slopes are between 0 and 1."""
+    taps = _taps(spec, weights)
+    ones = jnp.ones((1, *spec.in_shape[:-1], taps.shape[-1]), taps.dtype)
+    above, below = (_transposed(spec, side(taps, 0), ones) for side in (jnp.maximum, jnp.minimum))
+    return jnp.maximum(jnp.max(above), -jnp.min(below))
+
+
+def _transposed(spec, taps, d1):
+    """``conv^T(D_1; M)``."""
+    mirrored = jnp.swapaxes(jnp.flip(taps, range(taps.ndim - 2)), -2, -1)
+    return d1 @ mirrored if taps.ndim == 2 else conv(d1, mirrored, padding=spec.padding)
+
+
+def _taps(spec, weights):
+    """``M`` of `trace`."""
     if not has_trace(spec):
         raise ValueError(
             f"the trace has a closed form for two layers with an elementwise activation (see has_trace), not for {spec}"
         )
+    there, back = (weights[layer.name]["kernel"] for layer in spec.layers)
+    taps, channels, width = there.shape[:-2], spec.in_shape[-1], there.shape[-1]
+    back = jnp.flip(back, range(len(taps)))
+    # An activation may make several channels of one, copy after copy.
+    product = jnp.einsum(
+        "...scj,...tjc->...sctj", there.reshape(*taps, -1, channels, width), back.reshape(*taps, -1, width, channels)
+    )
+    return product.reshape(*taps, there.shape[-2], back.shape[-2])
+
+
+def _slopes_and_taps(spec, weights, x, context):
+    """``D_0``, of one example where it is 1, ``D_1`` and ``M`` of `trace`."""
+    taps = _taps(spec, weights)
     first, second = spec.layers
     h = _apply_layer(spec, first, weights[first.name], x, context)
 
     def slopes(layer, h):
         return jax.jvp(lambda h: _activate(spec, layer, weights[layer.name], h), (h,), (jnp.ones_like(h),))[1]
 
-    inner = slopes(first, x) if first.activated else jnp.ones_like(x[:1])
-    kernels = weights[first.name]["kernel"], weights[second.name]["kernel"]
-    taps, channels, width = kernels[0].shape[:-2], x.shape[-1], h.shape[-1]
-    there = kernels[0].reshape(*taps, -1, channels, width)
-    back = jnp.flip(kernels[1], range(len(taps))).reshape(*taps, -1, width, channels)
-    product = jnp.einsum("...scj,...tjc->...sctj", there, back)  # an activation may make several channels of one
-    product = product.reshape(*taps, kernels[0].shape[-2], kernels[1].shape[-2])
-    z = inner @ product if not taps else conv(inner, product, padding=spec.padding)
-    return jnp.sum(slopes(second, h) * z, axis=tuple(range(1, x.ndim)))
+    return slopes(first, x) if first.activated else jnp.ones_like(x[:1]), slopes(second, h), taps
 
 
 def check_context(context_dim: int, batch_size: int, context: Float[Array, "..."] | None) -> None:

@@ -23,12 +23,28 @@ _ROUNDING_FLOOR = 8
 # Below this part of the bound of its own rounding a residual is noise.
 _NOISE = 0.25
 
+# An example asks for the diagonal of the Jacobian where that may be large: after so many evaluations, if at its own rate it
+# needs so many more; and once again, so many later, if it then needs twice as many.
+_LARGE, _ASK_AFTER, _ASK_IF_LEFT, _ASK_AT_MOST = 0.5, 3, 8, 2
+
+
+class Diagonal(NamedTuple):
+    """What is known of the diagonal of a branch's Jacobian.
+
+    Attributes:
+        at: ``x -> diag J_g(x) (b, ...)``, about as expensive as ``g``.
+        size: About the largest entry it can have; below 1/2 nobody asks for it.
+    """
+
+    at: Branch
+    size: float | Float[Array, ""] = 1.0
+
 
 class FixedPointInfo(NamedTuple):
     """How the iteration ended, for every example of the batch.
 
     Attributes:
-        num_evals: Evaluations of the branch that this example needed.
+        num_evals: Evaluations of the branch that this example needed, and of the diagonal of its Jacobian if it was given.
         residual: ``|y - x' - g(x')|`` (Euclidean norm), as computed, at the best iterate ``x'``: the returned ``x`` where it
             did not converge, and where it did the one of which ``x`` is the Banach step.
         error_bound: Upper bound of ``|x - x*|``, rounding of the residual included; needs ``lipschitz_bound`` to be true.
@@ -50,6 +66,7 @@ def invert_residual(
     max_evals: int = 2000,
     memory: int = 4,
     start: Float[Array, "b ..."] | None = None,
+    diagonal: Diagonal | None = None,
 ) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
     r"""Solves ``y = x + g(x)`` for ``x``, example by example.
 
@@ -58,7 +75,9 @@ def invert_residual(
 
     ``x + r - sum_j gamma_j (dx_j + dr_j)``, ``gamma = argmin |r - sum_j gamma_j dr_j|``,
 
-    and is followed by a Banach step from the best iterate whenever it shrank ``|r|`` less than a Banach step is sure to. With
+    and is followed by a Banach step from the best iterate whenever it shrank ``|r|`` less than a Banach step is sure to. Where
+    ``diag J_g`` is known, what the last steps do not explain of ``r`` is divided by ``1 + diag J_g``: a Newton step as far as
+    the diagonal goes, in place of the Banach step. Values of ``g`` alone cannot tell what is slow about each entry. With
     ``Lip(g) <= L < 1`` every ``x``, and the Banach step from it, satisfy
 
     ``|x - x*| <= |r| / (1 - L)``,    ``|x + r - x*| = |g(x) - g(x*)| <= L |r| / (1 - L)``,
@@ -87,6 +106,8 @@ def invert_residual(
             Banach iteration. It saves most where a few directions are slow, as in trained blocks, and nothing where all are
             alike, as under an orthogonal map of many dimensions.
         start: Where to begin; ``y`` by default.
+        diagonal: Of the Jacobian of ``g``; an example that is slow asks for it once or twice. It need not be right for the
+            result to be.
 
     Returns:
         ``x`` and how the iteration ended.
@@ -109,7 +130,8 @@ def invert_residual(
     settings = {"lipschitz_bound": bound, "max_evals": max_evals, "memory": memory}
 
     def solve(_, x0):
-        x, info = _iterate(branch, lax.stop_gradient(y), atol=jnp.asarray(atol, y.dtype), start=x0, **settings)
+        where = {"start": x0, "diagonal": diagonal}
+        x, info = _iterate(branch, lax.stop_gradient(y), atol=jnp.asarray(atol, y.dtype), **where, **settings)
         return x, tuple(field.astype(y.dtype) for field in info)  # JAX wants tangents for what comes along
 
     def tangent_solve(linear, b):
@@ -209,11 +231,30 @@ class _History(NamedTuple):
             gram=self.gram.at[:, slot].set(products).at[:, :, slot].set(products),
         )
 
-    def extrapolate(self) -> tuple[Array, Array]:
-        """``y - g(x)`` less what the history explains of it, and whether the least-squares ``gamma`` of an example exists."""
+    def extrapolate(self) -> tuple[Array, Array, Array]:
+        """``y - g(x)`` and ``r`` less what the history explains, and whether an example's least-squares ``gamma`` exists."""
         gamma = _solve_regularized(self.gram, _inner_products(self.residuals, self.r))
-        accelerated = self.image - sum(gamma[:, j, None] * self.images[:, j] for j in range(gamma.shape[1]))
-        return accelerated, jnp.all(jnp.isfinite(gamma), axis=1)
+
+        def explained(steps):
+            return sum(gamma[:, j, None] * steps[:, j] for j in range(gamma.shape[1]))
+
+        image, r = self.image - explained(self.images), self.r - explained(self.residuals)
+        return image, r, jnp.all(jnp.isfinite(gamma), axis=1)
+
+
+class _Slopes(NamedTuple):
+    """The diagonal of the Jacobian at an iterate, ``(b, d)``; how often an example asked for it, and in which step."""
+
+    values: Array
+    num_asked: Array
+    last_asked: Array
+
+    def ask(self, step: Array, evals_left: Array, compute: Callable[[], Array]) -> "_Slopes":
+        """The diagonal as it is now, for the examples that have a long way to go; free of charge if none of the batch has."""
+        long = evals_left > _ASK_IF_LEFT * (1 + self.num_asked)
+        asks = long & (step - self.last_asked >= _ASK_AFTER) & (self.num_asked < _ASK_AT_MOST)
+        values = lax.cond(jnp.any(asks), lambda: jnp.where(asks[:, None], compute(), self.values), lambda: self.values)
+        return _Slopes(values, self.num_asked + asks, jnp.where(asks, step, self.last_asked))
 
 
 class _State(NamedTuple):
@@ -226,13 +267,14 @@ class _State(NamedTuple):
     best_residual: Array
     best_rounding: Array
     history: _History | None
+    slopes: _Slopes | None
     first_residual: Array
     stalled_evals: Array
     num_evals: Array
     done: Array
 
 
-def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None):
+def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None, diagonal=None):
     """`invert_residual` without its derivatives; ``atol`` may be one an example."""
     shape, (batch, size) = y.shape, y.reshape(y.shape[0], -1).shape
     y = y.reshape(batch, size)
@@ -265,12 +307,19 @@ def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None)
         best_x, best_image = select(better, x, state.best_x), select(better, image, state.best_image)
         best_residual = jnp.where(better, residual, state.best_residual)
         best_rounding = jnp.where(better, rounding, state.best_rounding)
-        next_x, history = best_image, state.history
+        target = jnp.maximum(small_enough, _NOISE * best_rounding)
+        done = state.done | (best_residual <= target) | hopeless
+        accelerated, unexplained, exists = image, r, jnp.isfinite(residual)
+        history, slopes = state.history, state.slopes
         if history is not None:
             history = history.extend(state.step, image, r)
-            accelerated, exists = history.extrapolate()
-            next_x = select(as_good_as_banach & exists, accelerated, next_x)
-        done = state.done | (best_residual <= jnp.maximum(small_enough, _NOISE * best_rounding)) | hopeless
+            accelerated, unexplained, exists = history.extrapolate()
+        if slopes is not None and diagonal is not None:
+            evals_left = jnp.log(best_residual / target) / jnp.maximum(rate, eps)
+            evals_left = jnp.where(~done & (diagonal.size > _LARGE), evals_left, 0)
+            slopes = slopes.ask(state.step, evals_left, lambda: slopes_at(diagonal, x))
+            accelerated = accelerated - slopes.values / (1 + slopes.values) * unexplained
+        next_x = select(as_good_as_banach & exists, accelerated, best_image)
         return _State(
             step=state.step + 1,
             x=select(state.done, x, next_x),
@@ -279,11 +328,16 @@ def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None)
             best_residual=best_residual,
             best_rounding=best_rounding,
             history=history,
+            slopes=slopes,
             first_residual=first_residual,
             stalled_evals=stalled_evals,
             num_evals=state.num_evals + ~state.done,
             done=done,
         )
+
+    def slopes_at(diagonal, x):
+        slopes = diagonal.at(x.reshape(shape)).reshape(batch, size).astype(y.dtype)
+        return jnp.clip(jnp.nan_to_num(slopes), -lipschitz_bound, lipschitz_bound)  # as |J| <= L has it
 
     zeros, steps = jnp.zeros_like(y), jnp.zeros((batch, memory, size), y.dtype)
     nothing = jnp.zeros(batch, jnp.int32)
@@ -295,6 +349,7 @@ def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None)
         best_residual=jnp.full(batch, jnp.inf, y.dtype),
         best_rounding=jnp.zeros(batch, y.dtype),
         history=_History(zeros, zeros, steps, steps, jnp.zeros((batch, memory, memory), y.dtype)) if memory else None,
+        slopes=None if diagonal is None else _Slopes(zeros, nothing, nothing),
         first_residual=jnp.zeros(batch, y.dtype),
         stalled_evals=nothing,
         num_evals=nothing,
@@ -304,7 +359,7 @@ def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None)
     converged = contraction & (end.best_residual <= jnp.maximum(small_enough, _ROUNDING_FLOOR * end.best_rounding))
     to_go = jnp.where(converged, lipschitz_bound, 1) * end.best_residual
     info = FixedPointInfo(
-        num_evals=end.num_evals,
+        num_evals=end.num_evals + (0 if end.slopes is None else end.slopes.num_asked),
         residual=end.best_residual,
         error_bound=jnp.where(contraction, (to_go + end.best_rounding) / jnp.where(contraction, margin, 1), jnp.inf),
         converged=converged,

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from iresnet_jax import actnorm, bijections, branches, certify, constraint, flow, reshape
+from iresnet_jax.fixed_point import Diagonal
 from iresnet_jax.logdet import ExactLogdet, LogdetEstimator
 
 Tree = Mapping[str, Any]
@@ -301,6 +302,7 @@ def bijection(
                 solver,
                 trace=(lambda x: branches.trace(branch, own, x, context)) if branches.has_trace(branch) else None,
                 at_zero=(lambda: branches.at_zero(branch, own)) if context is None else None,
+                diagonal=_diagonal(branch, own, context) if branches.has_diagonal(branch) else None,
             )
             return flow.chain([bijections.actnorm_bijection(actnorm.ActNormParams(**block["actnorm"])), residual])
 
@@ -310,6 +312,13 @@ def bijection(
             shape = _kept(shape, 0)
     whole = flow.multiscale(stages, tuple(spec.event_shape), batch_size=1 if context is None else len(context))
     return flow.in_float64(whole) if solver.refine else whole
+
+
+def _diagonal(branch, weights, context):
+    return Diagonal(
+        at=lambda x: branches.jacobian_diagonal(branch, weights, x, context),
+        size=branches.largest_diagonal(branch, weights),
+    )
 
 
 def into_stage(stage: StageSpec, branch: branches.BranchSpec, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:

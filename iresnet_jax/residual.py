@@ -4,11 +4,12 @@ Pure functions of a callable; parameters live in its closure. Log-determinants a
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from iresnet_jax.fixed_point import FixedPointInfo, invert_residual
+from iresnet_jax.fixed_point import Diagonal, FixedPointInfo, invert_residual
 from iresnet_jax.logdet import LogdetEstimator, LogdetInfo, Trace
 
 Branch = Callable[[Array], Array]
@@ -54,11 +55,13 @@ def inverse(
     memory: int = 4,
     refine: bool = False,
     at_zero: AtZero | None = None,
+    diagonal: Diagonal | None = None,
 ) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
     """``x`` with ``y = x + g(x)``; see `fixed_point.invert_residual`.
 
     With ``at_zero``, which gives ``g(0)`` of one example, the iteration starts from ``y - g(0)`` instead of ``y``, closer by
-    what of ``g`` is the same everywhere; plain Banach iteration (``memory=0``) is left as the paper has it.
+    what of ``g`` is the same everywhere; with ``diagonal``, that of the Jacobian, it is faster where that is large.
+    Plain Banach iteration (``memory=0``) is left as the paper has it.
 
     With ``refine`` the solution in float32 is where the iteration in float64 starts, and the result is in float64. The branch's
     weights may stay in float32: they are the same numbers.
@@ -66,7 +69,8 @@ def inverse(
     Raises:
         ValueError: If ``refine`` is asked for and float64 is switched off.
     """
-    settings = {"lipschitz_bound": lipschitz_bound, "max_evals": max_evals, "memory": memory}
+    settings: dict[str, Any] = {"lipschitz_bound": lipschitz_bound, "max_evals": max_evals, "memory": memory}
+    settings["diagonal"] = diagonal if memory > 0 else None
     start = y - at_zero() if at_zero is not None and memory > 0 else y
     if not refine:
         return invert_residual(branch, y, atol=atol, start=start, **settings)
@@ -94,10 +98,12 @@ def inverse_and_logdet(
     memory: int = 4,
     refine: bool = False,
     at_zero: AtZero | None = None,
+    diagonal: Diagonal | None = None,
     trace: Trace | None = None,
 ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo, FixedPointInfo]:
     """``x = F^-1(y)`` and ``log|det dx/dy| = -log det(I + J_g(x))``, evaluated at the preimage ``x``."""
-    settings = {"atol": atol, "max_evals": max_evals, "memory": memory, "refine": refine, "at_zero": at_zero}
-    x, solver_info = inverse(branch, y, lipschitz_bound=lipschitz_bound, **settings)
+    settings = {"atol": atol, "max_evals": max_evals, "memory": memory, "refine": refine}
+    knowledge = {"lipschitz_bound": lipschitz_bound, "at_zero": at_zero, "diagonal": diagonal}
+    x, solver_info = inverse(branch, y, **knowledge, **settings)
     logdet, info = estimator(branch, x, key, lipschitz_bound=lipschitz_bound, trace=trace)
     return x, -logdet, info, solver_info

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from evaluations import TOLERANCE, solve_and_watch
 from jax import lax
 
 from iresnet_jax import actnorm, branches, density, model, modules, reshape, residual
@@ -17,7 +18,6 @@ from iresnet_jax.data import digits
 from iresnet_jax.fixed_point import invert_residual
 from iresnet_jax.logdet import ExactLogdet, SeriesLogdet
 
-TOLERANCE = 1e-5
 BATCH = 8
 
 
@@ -89,41 +89,6 @@ ALIKE = tuple(name for name in NAMES if name.startswith("MaxMin, 32-D"))
 def outputs_of(g, dim, seed):
     x = jnp.asarray(2 * np.random.default_rng(seed).normal(size=(BATCH, dim)))
     return x, x + g(x)
-
-
-def error(x, x_true):
-    return np.linalg.norm((np.asarray(x) - np.asarray(x_true)).reshape(len(x), -1), axis=1)
-
-
-SEEN = []  # x and g(x), in the order of their evaluation
-
-
-@functools.partial(jax.jit, static_argnames=("g", "memory"))
-def watched_inverse(g, weights, y, lipschitz, memory):
-    def watched(x):
-        value = g(x) if weights is None else g(weights, x)
-        # As bits: a callback runs in a thread of its own, where the test's float64 is not switched on.
-        bits = lax.bitcast_convert_type(jnp.stack([x, value]), jnp.uint32)
-        jax.debug.callback(lambda bits: SEEN.append(np.array(bits).view(np.float64)[..., 0]), bits, ordered=True)
-        return value
-
-    return invert_residual(watched, y, lipschitz_bound=lipschitz, atol=TOLERANCE, memory=memory)
-
-
-def solve_and_watch(g, y, x_true, lipschitz, memory, weights=None):
-    """How an inverse ended, and the evaluations of each example until what would be returned is within the tolerance."""
-    SEEN.clear()
-    x, info = watched_inverse(g, weights, y, jnp.asarray(lipschitz), memory)
-    jax.block_until_ready(x)
-    jax.effects_barrier()
-    assert np.all(error(x, x_true) <= TOLERANCE)
-    residuals = np.stack([error(y, x + g) for x, g in SEEN])
-    errors = np.stack([error(y - g, x_true) for _, g in SEEN])
-    is_best = residuals <= np.minimum.accumulate(residuals)
-    best = np.maximum.accumulate(np.where(is_best, np.arange(len(SEEN))[:, None], 0))  # from there the Banach step is returned
-    within = np.take_along_axis(errors, best, axis=0) <= TOLERANCE
-    assert within[-1].all()
-    return info, within.argmax(axis=0) + 1
 
 
 def compare(g, dim, lipschitz, seed=1):
@@ -268,22 +233,29 @@ def trained_blocks(request):
             x, _ = actnorm.forward_and_logdet(actnorm.ActNormParams(**block["actnorm"]), x)
             found.append((block["branch"], block["lipschitz"], x))
             x = x + g(block["branch"], x)
-        return g, found
+        return branch, found
 
 
 def test_trained_blocks_need_fewer_evaluations(x64, trained_blocks):
     """To the same true error, on average over examples; where few are saved, no Krylov method would save many more."""
-    memories = {"banach": 0, "anderson": 4, "unlimited": 16}  # the last is GMRES, as far as a block is linear
-    counts = {name: [] for name in memories}
-    g, blocks = trained_blocks
+    branch, blocks = trained_blocks
+    g = functools.partial(branches.apply_branch, branch)
+    methods = {
+        "banach": {"memory": 0},
+        "anderson": {"memory": 4},
+        "unlimited": {"memory": 16},  # GMRES, as far as a block is linear
+        "with diagonal": {"memory": 4, "diagonal_of": branch if branches.has_diagonal(branch) else None},
+    }
+    counts = {name: [] for name in methods}
     for weights, lipschitz, x_true in blocks:
         y = x_true + g(weights, x_true)
-        for name, memory in memories.items():
-            counts[name].append(solve_and_watch(g, y, x_true, lipschitz, memory, weights)[1].mean())
-    banach, anderson, unlimited = (np.array(counts[name]) for name in memories)
+        for name, method in methods.items():
+            counts[name].append(solve_and_watch(g, y, x_true, lipschitz, weights=weights, **method)[1].mean())
+    banach, anderson, unlimited, with_diagonal = (np.array(counts[name]) for name in methods)
     assert banach.max() > 30, "the blocks are no challenge"
     assert np.all(banach >= np.select([banach >= 50, banach >= 15], [2.0, 1.3], 1.0) * anderson), counts
     assert np.all(anderson <= 1.25 * unlimited), counts
+    assert np.all(with_diagonal <= anderson + 1), counts  # what it costs where it is of no use
 
 
 def test_refining_with_weights_in_float64(x64):

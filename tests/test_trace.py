@@ -63,6 +63,9 @@ def test_the_trace_is_that_of_the_dense_jacobian(x64, name):
         return branches.apply_branch(spec, weights, x[None], context)[0]
 
     jacobians = jax.vmap(jax.jacfwd(one))(x, context).reshape(BATCH, x[0].size, x[0].size)
+    diagonal = np.diagonal(jacobians, axis1=1, axis2=2).reshape(x.shape)
+    np.testing.assert_allclose(branches.jacobian_diagonal(spec, weights, x, context), diagonal, atol=EXACT)
+    assert np.abs(diagonal).max() <= 1.1 * branches.largest_diagonal(spec, weights)  # slopes may leave [0, 1] a little
     expected = np.trace(jacobians, axis1=1, axis2=2)
     assert np.abs(expected).min() > 1e-3
     np.testing.assert_allclose(jax.jit(functools.partial(branches.trace, spec))(weights, x, context), expected, rtol=EXACT)
