@@ -1,7 +1,8 @@
 """The inverse of a residual block by fixed-point iteration, with a verdict and an error bound for every example.
 
-Behrmann et al. 2019, Algorithm 1 and Lemma 2, accelerated (Anderson 1965) and differentiable (implicit function theorem). An
-example stops on its own residual, never on its batch mates', and rounding apart its result does not depend on them.
+Behrmann et al. 2019, Algorithm 1 and Lemma 2, accelerated (Anderson 1965; Newton's method as far as the diagonal of the Jacobian
+is known) and differentiable (implicit function theorem). An example stops on its own residual, never on its batch mates', and
+rounding apart its result does not depend on them.
 """
 
 from collections.abc import Callable
@@ -76,8 +77,12 @@ def invert_residual(
     ``x + r - sum_j gamma_j (dx_j + dr_j)``, ``gamma = argmin |r - sum_j gamma_j dr_j|``,
 
     and is followed by a Banach step from the best iterate whenever it shrank ``|r|`` less than a Banach step is sure to. Where
-    ``diag J_g`` is known, what the last steps do not explain of ``r`` is divided by ``1 + diag J_g``: a Newton step as far as
-    the diagonal goes, in place of the Banach step. Values of ``g`` alone cannot tell what is slow about each entry. With
+    the diagonal of the Jacobian is known, what the last steps leave unexplained takes a Newton step as far as that goes instead
+    of a Banach step,
+
+    ``xm + rm / (1 + diag J_g)``,  ``xm = x - sum_j gamma_j dx_j``,  ``rm = r - sum_j gamma_j dr_j``.
+
+    It tells what is slow about every entry by itself, which no combination of a few past steps can. With
     ``Lip(g) <= L < 1`` every ``x``, and the Banach step from it, satisfy
 
     ``|x - x*| <= |r| / (1 - L)``,    ``|x + r - x*| = |g(x) - g(x*)| <= L |r| / (1 - L)``,
