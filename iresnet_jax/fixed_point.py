@@ -1,8 +1,8 @@
 """The inverse of a residual block by fixed-point iteration, with a verdict and an error bound for every example.
 
-Behrmann et al. 2019, Algorithm 1 and Lemma 2, accelerated (Anderson 1965; Newton's method as far as the diagonal of the Jacobian
-is known) and differentiable (implicit function theorem). An example stops on its own residual, never on its batch mates', and
-rounding apart its result does not depend on them.
+Behrmann et al. 2019, Algorithm 1 and Lemma 2, accelerated (Anderson's method, and Newton's as far as the diagonal of the
+Jacobian is known) and differentiable (implicit function theorem). An example stops on its own residual, never on its batch mates',
+and rounding apart its result does not depend on them.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from iresnet_jax.anderson import History
 from iresnet_jax.rounding import at_least
 
 Branch = Callable[[Array], Array]
@@ -23,6 +24,9 @@ _ROUNDING_FLOOR = 8
 
 # Below this part of the bound of its own rounding a residual is noise.
 _NOISE = 0.25
+
+# Past steps that explain less than this times ``1 - L`` of ``|r|^2`` are coincidence: a Banach step is better than theirs.
+_WORTHWHILE = 0.5
 
 # An example asks for the diagonal of the Jacobian where that may be large: after so many evaluations, if at its own rate it
 # needs so many more; and once again, so many later, if it then needs twice as many.
@@ -209,44 +213,6 @@ def broadcast_to_examples(per_example: Array, like: Array) -> Array:
     return per_example.reshape(per_example.shape + (1,) * (like.ndim - 1))
 
 
-class _History(NamedTuple):
-    """What the last ``m`` evaluations changed: rings of steps of ``y - g(x)`` and of the residual, ``(b, m, d)``.
-
-    ``gram[:, i, j]`` is the inner product of two steps of the residual; each is computed once.
-    """
-
-    image: Array
-    r: Array
-    images: Array
-    residuals: Array
-    gram: Array
-
-    def extend(self, step: Array, image: Array, r: Array) -> "_History":
-        """Puts the step from the last evaluation in the place of the oldest."""
-        slot = step % self.images.shape[1]
-        moved = (step > 0).astype(r.dtype)  # the first evaluation is no step, and a zero step explains nothing
-        latest = moved * (r - self.r)
-        residuals = self.residuals.at[:, slot].set(latest)
-        products = _inner_products(residuals, latest)
-        return _History(
-            image=image,
-            r=r,
-            images=self.images.at[:, slot].set(moved * (image - self.image)),
-            residuals=residuals,
-            gram=self.gram.at[:, slot].set(products).at[:, :, slot].set(products),
-        )
-
-    def extrapolate(self) -> tuple[Array, Array, Array]:
-        """``y - g(x)`` and ``r`` less what the history explains, and whether an example's least-squares ``gamma`` exists."""
-        gamma = _solve_regularized(self.gram, _inner_products(self.residuals, self.r))
-
-        def explained(steps):
-            return sum(gamma[:, j, None] * steps[:, j] for j in range(gamma.shape[1]))
-
-        image, r = self.image - explained(self.images), self.r - explained(self.residuals)
-        return image, r, jnp.all(jnp.isfinite(gamma), axis=1)
-
-
 class _Slopes(NamedTuple):
     """The diagonal of the Jacobian at an iterate, ``(b, d)``; how often an example asked for it, and in which step."""
 
@@ -271,7 +237,7 @@ class _State(NamedTuple):
     best_image: Array
     best_residual: Array
     best_rounding: Array
-    history: _History | None
+    history: History | None
     slopes: _Slopes | None
     first_residual: Array
     stalled_evals: Array
@@ -314,17 +280,19 @@ def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None,
         best_rounding = jnp.where(better, rounding, state.best_rounding)
         target = jnp.maximum(small_enough, _NOISE * best_rounding)
         done = state.done | (best_residual <= target) | hopeless
-        accelerated, unexplained, exists = image, r, jnp.isfinite(residual)
+        next_x, unexplained = image, r
         history, slopes = state.history, state.slopes
         if history is not None:
             history = history.extend(state.step, image, r)
-            accelerated, unexplained, exists = history.extrapolate()
+            accelerated, rest, share = history.extrapolate()
+            worthwhile = share >= _WORTHWHILE * margin * residual**2  # not if it is not a number
+            next_x, unexplained = select(worthwhile, accelerated, image), select(worthwhile, rest, r)
         if slopes is not None and diagonal is not None:
             evals_left = jnp.log(best_residual / target) / jnp.maximum(rate, eps)
             evals_left = jnp.where(~done & (diagonal.size > _LARGE), evals_left, 0)
             slopes = slopes.ask(state.step, evals_left, lambda: slopes_at(diagonal, x))
-            accelerated = accelerated - slopes.values / (1 + slopes.values) * unexplained
-        next_x = select(as_good_as_banach & exists, accelerated, best_image)
+            next_x = next_x - slopes.values / (1 + slopes.values) * unexplained
+        next_x = select(as_good_as_banach, next_x, best_image)
         return _State(
             step=state.step + 1,
             x=select(state.done, x, next_x),
@@ -344,7 +312,6 @@ def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None,
         slopes = diagonal.at(x.reshape(shape)).reshape(batch, size).astype(y.dtype)
         return jnp.clip(jnp.nan_to_num(slopes), -lipschitz_bound, lipschitz_bound)  # as |J| <= L has it
 
-    zeros, steps = jnp.zeros_like(y), jnp.zeros((batch, memory, size), y.dtype)
     nothing = jnp.zeros(batch, jnp.int32)
     begin = _State(
         step=jnp.int32(0),
@@ -353,8 +320,8 @@ def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None,
         best_image=x0,
         best_residual=jnp.full(batch, jnp.inf, y.dtype),
         best_rounding=jnp.zeros(batch, y.dtype),
-        history=_History(zeros, zeros, steps, steps, jnp.zeros((batch, memory, memory), y.dtype)) if memory else None,
-        slopes=None if diagonal is None else _Slopes(zeros, nothing, nothing),
+        history=History.empty(y, memory) if memory else None,
+        slopes=None if diagonal is None else _Slopes(jnp.zeros_like(y), nothing, nothing),
         first_residual=jnp.zeros(batch, y.dtype),
         stalled_evals=nothing,
         num_evals=nothing,
@@ -370,25 +337,3 @@ def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None,
         converged=converged,
     )
     return select(converged, end.best_image, end.best_x).reshape(shape), info
-
-
-def _inner_products(steps: Float[Array, "b m d"], r: Float[Array, "b d"]) -> Float[Array, "b m"]:
-    return jnp.einsum("bmd,bd->bm", steps, r, precision="highest")
-
-
-def _solve_regularized(gram: Float[Array, "b m m"], b: Float[Array, "b m"]) -> Float[Array, "b m"]:
-    """``(gram + ridge I)^-1 b`` of every example; the ridge is a few units of rounding.
-
-    Gauss-Jordan elimination, written out for the few unknowns there are, each entry a vector over examples: a library's solver
-    would be called once an example. Without pivots, as the matrix is positive definite.
-    """
-    m, dtype = b.shape[1], b.dtype
-    ridge = 10 * jnp.finfo(dtype).eps * sum(gram[:, i, i] for i in range(m)) + jnp.finfo(dtype).tiny
-    rows = [[gram[:, i, j] + (ridge if i == j else 0) for j in range(m)] + [b[:, i]] for i in range(m)]
-    for k in range(m):
-        scaled = [entry / rows[k][k] for entry in rows[k]]
-        rows = [
-            scaled if i == k else [entry - row[k] * above for entry, above in zip(row, scaled, strict=True)]
-            for i, row in enumerate(rows)
-        ]
-    return jnp.stack([row[m] for row in rows], axis=1)

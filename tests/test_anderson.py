@@ -81,8 +81,7 @@ def make_cases():
 
 
 NAMES = tuple(make_cases())
-# In all 32 directions the slope is the same, so that there is nothing to learn from the last few. Residuals still shrink a
-# little faster than by Banach iteration, errors a little slower: those left are of the directions where an error shows least.
+# In all 32 directions the slope is the same, so that there is little to learn from the last few, and luck decides.
 ALIKE = tuple(name for name in NAMES if name.startswith("MaxMin, 32-D"))
 
 
@@ -105,7 +104,8 @@ def test_never_more_evaluations_than_banach_iteration(x64, name):
     # What a caller asks for and waits for; the solver knows its residual, not its error.
     assert np.all(guaranteed_anderson <= guaranteed_banach)
     # Of the true error, which jumps from step to step, one evaluation is luck.
-    assert np.all(anderson <= (1.2 if name in ALIKE else 1.0) * banach + 1)
+    assert anderson.mean() <= banach.mean()
+    assert np.all(anderson <= (1.1 if name in ALIKE else 1.0) * banach + 1)
 
 
 @pytest.mark.parametrize(

@@ -451,7 +451,8 @@ def test_mistakes_are_explained(draw, message):
         draw()
 
 
-def test_figures_are_drawn_in_threads_and_leave_no_global_state():
+def test_figures_are_drawn_in_threads_and_leave_no_global_state(monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # which another test may have needed
     results = {}
     threads = [threading.Thread(target=lambda n=n: results.update({n: plots.to_svg_or_png(FIGURES[n]())})) for n in FIGURES]
     for thread in threads:

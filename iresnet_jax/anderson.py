@@ -1,0 +1,76 @@
+"""Anderson's method (1965, type II) on examples as vectors: what the last few steps of an iteration say about the next."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class History(NamedTuple):
+    """What the last ``m`` evaluations changed: rings of steps of ``y - g(x)`` and of the residual, ``(b, m, d)``.
+
+    ``gram[:, i, j]`` is the inner product of two steps of the residual; each is computed once.
+    """
+
+    image: Array
+    r: Array
+    images: Array
+    residuals: Array
+    gram: Array
+
+    @classmethod
+    def empty(cls, x: Float[Array, "b d"], memory: int) -> "History":
+        """Of ``memory`` steps, none of which has been made, for examples like ``x``."""
+        nothing, steps = jnp.zeros_like(x), jnp.zeros((len(x), memory, x.shape[1]), x.dtype)
+        return cls(nothing, nothing, steps, steps, jnp.zeros((len(x), memory, memory), x.dtype))
+
+    def extend(self, step: Array, image: Array, r: Array) -> "History":
+        """Puts the step from the last evaluation in the place of the oldest."""
+        slot = step % self.images.shape[1]
+        moved = (step > 0).astype(r.dtype)  # the first evaluation is no step, and a zero step explains nothing
+        latest = moved * (r - self.r)
+        residuals = self.residuals.at[:, slot].set(latest)
+        products = _inner_products(residuals, latest)
+        return History(
+            image=image,
+            r=r,
+            images=self.images.at[:, slot].set(moved * (image - self.image)),
+            residuals=residuals,
+            gram=self.gram.at[:, slot].set(products).at[:, :, slot].set(products),
+        )
+
+    def extrapolate(self) -> tuple[Array, Array, Array]:
+        """``y - g(x)`` and ``r`` less what the history explains, and how much of ``|r|^2`` of an example it does.
+
+        The last is not a number where the least-squares ``gamma`` does not exist.
+        """
+        products = _inner_products(self.residuals, self.r)
+        gamma = _solve_regularized(self.gram, products)
+
+        def explained(steps):
+            return sum(gamma[:, j, None] * steps[:, j] for j in range(gamma.shape[1]))
+
+        image, r = self.image - explained(self.images), self.r - explained(self.residuals)
+        return image, r, jnp.sum(gamma * products, axis=1)
+
+
+def _inner_products(steps: Float[Array, "b m d"], r: Float[Array, "b d"]) -> Float[Array, "b m"]:
+    return jnp.einsum("bmd,bd->bm", steps, r, precision="highest")
+
+
+def _solve_regularized(gram: Float[Array, "b m m"], b: Float[Array, "b m"]) -> Float[Array, "b m"]:
+    """``(gram + ridge I)^-1 b`` of every example; the ridge is a few units of rounding.
+
+    Gauss-Jordan elimination, written out for the few unknowns there are, each entry a vector over examples: a library's solver
+    would be called once an example. Without pivots, as the matrix is positive definite.
+    """
+    m, dtype = b.shape[1], b.dtype
+    ridge = 10 * jnp.finfo(dtype).eps * sum(gram[:, i, i] for i in range(m)) + jnp.finfo(dtype).tiny
+    rows = [[gram[:, i, j] + (ridge if i == j else 0) for j in range(m)] + [b[:, i]] for i in range(m)]
+    for k in range(m):
+        scaled = [entry / rows[k][k] for entry in rows[k]]
+        rows = [
+            scaled if i == k else [entry - row[k] * above for entry, above in zip(row, scaled, strict=True)]
+            for i, row in enumerate(rows)
+        ]
+    return jnp.stack([row[m] for row in rows], axis=1)
