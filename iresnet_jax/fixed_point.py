@@ -1,8 +1,8 @@
 """The inverse of a residual block by fixed-point iteration, with a verdict and an error bound for every example.
 
 Behrmann et al. 2019, Algorithm 1 and Lemma 2, accelerated (Anderson's method, and Newton's as far as the diagonal of the
-Jacobian is known) and differentiable (implicit function theorem). An example stops on its own residual, never on its batch mates',
-and rounding apart its result does not depend on them.
+Jacobian is known) and differentiable (implicit function theorem). An example stops on its own residual, never on that of its
+batch mates, and rounding apart its result does not depend on them.
 """
 
 from collections.abc import Callable
