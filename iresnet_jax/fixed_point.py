@@ -310,7 +310,8 @@ def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None,
 
     def slopes_at(diagonal, x):
         slopes = diagonal.at(x.reshape(shape)).reshape(batch, size).astype(y.dtype)
-        return jnp.clip(jnp.nan_to_num(slopes), -lipschitz_bound, lipschitz_bound)  # as |J| <= L has it
+        limit = jnp.minimum(lipschitz_bound, 0.999)  # |J| <= L; and 1 + diag J is no less than a little, under a false L too
+        return jnp.clip(jnp.nan_to_num(slopes), -limit, limit)
 
     nothing = jnp.zeros(batch, jnp.int32)
     begin = _State(

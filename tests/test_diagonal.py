@@ -83,6 +83,17 @@ def test_a_wrong_diagonal_costs_evaluations_and_nothing_else(x64, name):
     assert np.all(info.num_evals <= 1.5 * banach.num_evals)
 
 
+def test_under_a_false_bound_nothing_blows_up(x64):
+    """Where ``1 + dg/dx`` is 0 or less there may be no solution, and nothing is promised."""
+    y = jnp.asarray(np.random.default_rng(1).normal(size=(BATCH, DIM)))
+    slopes = jnp.asarray(np.resize([-1.0, -1.5, 0.5], DIM))[None]
+    known = Diagonal(lambda x: slopes / (1 + x**2))
+    x, info = invert_residual(lambda x: slopes * jnp.arctan(x), y, lipschitz_bound=jnp.inf, max_evals=50, diagonal=known)
+    assert np.isfinite(x).all()
+    assert not info.converged.any()
+    assert np.all(info.residual < np.linalg.norm(y, axis=1))
+
+
 def test_nobody_asks_where_it_is_small_or_the_way_is_short(x64):
     g, _, x_true = stiff()
 
