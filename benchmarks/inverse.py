@@ -5,8 +5,8 @@
 Evaluations are those until what would be returned is within 1e-5 (Euclidean) of the exact preimage, which is known: it is
 where the block's output came from, in float64. Counted in float64, one example at a time, on test data, without the one
 evaluation at 0 that all examples share, from which Anderson's method starts. With three times the memory it is close to GMRES,
-of all methods that take nothing but values of ``g`` the best. A diagonal counts as an evaluation. The whole
-inverse is timed in the model's own precision and stops by its own error bound, as it does in use.
+of all methods that take nothing but values of ``g`` the best. A diagonal counts as an evaluation. The whole inverse is timed in
+the model's own precision and stops by its own error bound, as it does in use.
 """
 
 import functools
