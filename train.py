@@ -23,7 +23,8 @@ DEFAULT_CONFIG = "configs/digits_density.py"
 def run(argv: list[str]) -> int:
     """Trains and reports, as the command line says."""
     config, workdir, _ = parse_train_flags(argv, default_config=DEFAULT_CONFIG)
-    from iresnet_jax.analysis import report, trained  # late: a mistake on the command line is answered at once
+    from iresnet_jax.evaluation import trained
+    from iresnet_jax.report import report
     from iresnet_jax.training.loop import train
 
     train(config, workdir)

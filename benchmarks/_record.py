@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from iresnet_jax.analysis import environment
+from iresnet_jax.evaluation import environment
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -15,8 +15,10 @@ import _record
 import jax
 import jax.numpy as jnp
 
-from iresnet_jax import density, model, modules
-from iresnet_jax.logdet import SeriesLogdet
+from iresnet_jax.maths.logdet.series import SeriesLogdet
+from iresnet_jax.models import density
+from iresnet_jax.models import flow as model
+from iresnet_jax.models import linen as modules
 from iresnet_jax.training import run
 
 # side, data channels, hidden width, batch: small models first, then the three scales of a network for 32 x 32 images

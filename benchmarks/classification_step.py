@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from _record import describe, interleave, parser, summarize, write
 
-from iresnet_jax.training import classification, parallel, run, state
+from iresnet_jax.training import parallel, run, state
+from iresnet_jax.training.objectives import classification
 
 VARIANTS = {"unconstrained": "none", "estimated": "estimated", "certified": "certified"}
 

@@ -17,7 +17,7 @@ import numpy as np
 from _record import describe, interleave, parser, summarize, table, write
 from jax import lax
 
-from iresnet_jax import convolution
+from iresnet_jax.maths import convolution
 
 IMPLEMENTATIONS = ("xla", "patches", "taps")
 FORMS = ("unrolled", "scanned")

@@ -28,11 +28,11 @@ import jax
 import numpy as np
 from _record import parser, table, write
 
-from iresnet_jax import density
-from iresnet_jax.analysis import environment, trained
 from iresnet_jax.data import feed
+from iresnet_jax.evaluation import environment, trained
+from iresnet_jax.models import density
 from iresnet_jax.training import run
-from iresnet_jax.training.density import evaluation_keys
+from iresnet_jax.training.objectives.likelihood import evaluation_keys
 
 try:
     import normflows as nf

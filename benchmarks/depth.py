@@ -15,7 +15,11 @@ import jax
 import jax.numpy as jnp
 from _record import interleave, parser, summarize, table, write
 
-from iresnet_jax import density, flow, krylov, model, modules
+from iresnet_jax.bijections import compose as flow
+from iresnet_jax.maths.logdet import krylov
+from iresnet_jax.models import density
+from iresnet_jax.models import flow as model
+from iresnet_jax.models import linen as modules
 
 BATCH_SIZE, NUM_PRODUCTS = 32, 4
 LAYOUTS = ("stored", "fused", "scanned")

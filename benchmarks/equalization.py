@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from _record import parser, table, write
 
-from iresnet_jax import histogram, likelihood
+from iresnet_jax.bijections import equalize as histogram
+from iresnet_jax.bijections import likelihood
 from iresnet_jax.training import run
 
 

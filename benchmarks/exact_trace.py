@@ -16,9 +16,11 @@ import numpy as np
 from _record import describe, interleave, parser, summarize, table, write
 from inverse import blocks
 
-from iresnet_jax import branches, density, model
-from iresnet_jax.analysis import trained
-from iresnet_jax.logdet import SeriesLogdet
+from iresnet_jax.evaluation import trained
+from iresnet_jax.maths.logdet.series import SeriesLogdet
+from iresnet_jax.models import branch as branches
+from iresnet_jax.models import density
+from iresnet_jax.models import flow as model
 from iresnet_jax.training import config as config_lib
 
 NUM_TERMS = 20

@@ -27,7 +27,7 @@ from iresnet_jax.data import cache, device_feed, feed
 from iresnet_jax.data.images import ImageData
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import parallel, run, state
-from iresnet_jax.training.density import make_step
+from iresnet_jax.training.objectives.likelihood import make_step
 
 SIZES = {"MNIST": (60_000, 28, 28, 1), "CIFAR-10": (50_000, 32, 32, 3)}
 WAYS = ("streamed", "resident", "synchronous")

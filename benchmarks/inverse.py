@@ -18,9 +18,12 @@ import numpy as np
 from _record import describe, interleave, parser, summarize, table, write
 from jax import lax
 
-from iresnet_jax import actnorm, bijections, branches, model
-from iresnet_jax.analysis import trained
-from iresnet_jax.fixed_point import Diagonal, invert_residual
+from iresnet_jax.bijections import actnorm
+from iresnet_jax.bijections import bijection as bijections
+from iresnet_jax.evaluation import trained
+from iresnet_jax.maths.inverse.fixed_point import Diagonal, invert_residual
+from iresnet_jax.models import branch as branches
+from iresnet_jax.models import flow as model
 from iresnet_jax.training import run
 
 TOLERANCE = 1e-5

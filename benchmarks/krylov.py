@@ -18,10 +18,11 @@ import numpy as np
 from _record import describe, interleave, parser, summarize, table, write
 from inverse import blocks
 
-from iresnet_jax import branches, density
-from iresnet_jax.analysis import trained
-from iresnet_jax.krylov import KrylovLogdet
-from iresnet_jax.logdet import SeriesLogdet
+from iresnet_jax.evaluation import trained
+from iresnet_jax.maths.logdet.krylov import KrylovLogdet
+from iresnet_jax.maths.logdet.series import SeriesLogdet
+from iresnet_jax.models import branch as branches
+from iresnet_jax.models import density
 
 PRODUCTS = (2, 4, 6, 8, 12, 16)
 REFERENCE = 60

@@ -21,9 +21,12 @@ import jax
 import numpy as np
 from _record import parser, table, write
 
-from iresnet_jax import bijections
-from iresnet_jax.analysis import classify, frozen, lipschitz, reconstruct, report, style, trained
+from iresnet_jax.bijections import bijection as bijections
 from iresnet_jax.data import feed
+from iresnet_jax.evaluation import accuracy as classify
+from iresnet_jax.evaluation import frozen, lipschitz, trained
+from iresnet_jax.evaluation import inversion as reconstruct
+from iresnet_jax.report import report, style
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import loop, run
 from iresnet_jax.training.metrics import read_metrics

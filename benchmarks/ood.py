@@ -2,7 +2,7 @@
 
     python benchmarks/ood.py --workdir runs/digits_classification [--against rotated noise] [--quick]
 
-The scores, each with its definition, are those of `iresnet_jax.analysis.ood`. The others are "rotated", the test images by a
+The scores, each with its definition, are those of `iresnet_jax.evaluation.ood`. The others are "rotated", the test images by a
 quarter turn, "noise", or the test images of any data set by its name, brought to the model's size.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from _record import parser, table, write
 
-from iresnet_jax.analysis import ood, trained
+from iresnet_jax.evaluation import ood, trained
 
 
 def main():

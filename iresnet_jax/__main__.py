@@ -19,7 +19,9 @@ class Parser(argparse.ArgumentParser):
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Test likelihood with its standard error, from the unbiased estimator; of a model with classes, its test error."""
-    from iresnet_jax.analysis import classify, evaluate, trained
+    from iresnet_jax.evaluation import accuracy as classify
+    from iresnet_jax.evaluation import likelihood as evaluate
+    from iresnet_jax.evaluation import trained
 
     model = trained.load(arguments.workdir)
     said = [] if model.is_classifier else [evaluate.describe(evaluate.evaluate(model))]
@@ -31,7 +33,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def sample(arguments: argparse.Namespace) -> int:
     """Samples, to samples.png and samples.npy; exit status 1 if the inverse did not converge for all of them."""
-    from iresnet_jax.analysis import sample, trained
+    from iresnet_jax.evaluation import samples as sample
+    from iresnet_jax.evaluation import trained
 
     model = trained.load(arguments.workdir)
     labels = None if arguments.label is None else [arguments.label] * arguments.num
@@ -43,7 +46,8 @@ def sample(arguments: argparse.Namespace) -> int:
 
 def reconstruct(arguments: argparse.Namespace) -> int:
     """Test examples encoded and inverted, to reconstructions.png; exit status 1 if the inverse failed for any."""
-    from iresnet_jax.analysis import reconstruct, trained
+    from iresnet_jax.evaluation import inversion as reconstruct
+    from iresnet_jax.evaluation import trained
 
     model = trained.load(arguments.workdir)
     result = reconstruct.reconstruct(model, arguments.num)
@@ -54,7 +58,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
 
 def certify(arguments: argparse.Namespace) -> int:
     """Certified Lipschitz bound of every layer and block; exit status 1 if a block is not certified a contraction."""
-    from iresnet_jax.analysis import lipschitz, trained
+    from iresnet_jax.evaluation import lipschitz, trained
 
     model = trained.load(arguments.workdir)
     constants = lipschitz.measure(model)
@@ -64,7 +68,7 @@ def certify(arguments: argparse.Namespace) -> int:
 
 def freeze(arguments: argparse.Namespace) -> int:
     """The certified model as one small file, frozen.npz, for use without the workdir."""
-    from iresnet_jax.analysis import frozen, lipschitz, trained
+    from iresnet_jax.evaluation import frozen, lipschitz, trained
 
     model = trained.load(arguments.workdir)
     constants = lipschitz.measure(model)
@@ -75,7 +79,7 @@ def freeze(arguments: argparse.Namespace) -> int:
 
 def ood(arguments: argparse.Namespace) -> int:
     """How well the model's scores tell other images from test images: AUROC, with each score's definition."""
-    from iresnet_jax.analysis import ood, trained
+    from iresnet_jax.evaluation import ood, trained
 
     model = trained.load(arguments.workdir)
     _say(*model.notes, ood.describe(ood.compare(model, arguments.against, num=arguments.num)))
@@ -84,7 +88,8 @@ def ood(arguments: argparse.Namespace) -> int:
 
 def report(arguments: argparse.Namespace) -> int:
     """All of it, to report.json and report.html."""
-    from iresnet_jax.analysis import report, trained
+    from iresnet_jax.evaluation import trained
+    from iresnet_jax.report import report
 
     model = trained.load(arguments.workdir)
     _say(report.describe(report.write(model), model.workdir))

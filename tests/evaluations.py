@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from iresnet_jax import branches
-from iresnet_jax.fixed_point import Diagonal, invert_residual
+from iresnet_jax.maths.inverse.fixed_point import Diagonal, invert_residual
+from iresnet_jax.models import branch as branches
 
 TOLERANCE = 1e-5
 

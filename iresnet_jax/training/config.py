@@ -14,7 +14,10 @@ import ml_collections
 import optax
 from ml_collections import config_dict
 
-from iresnet_jax import bijections, krylov, logdet, model, roulette
+from iresnet_jax.bijections import bijection as bijections
+from iresnet_jax.maths.logdet import krylov, roulette
+from iresnet_jax.maths.logdet import series as logdet
+from iresnet_jax.models import flow as model
 from iresnet_jax.training import optimizers
 
 Settings = Any  # a mapping of settings by name, or a ConfigDict, which reads like one without being one

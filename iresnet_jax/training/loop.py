@@ -21,12 +21,14 @@ from absl import logging
 
 from iresnet_jax.data import device_feed
 from iresnet_jax.files import replacing
-from iresnet_jax.training import classification, density, exclusive, hybrid, parallel, run, state
 from iresnet_jax.training import config as config_lib
-from iresnet_jax.training.checkpoint import Checkpoints
+from iresnet_jax.training import exclusive, parallel, run, state
+from iresnet_jax.training.checkpoints import Checkpoints
 from iresnet_jax.training.interruption import Stopped, StopRequests
 from iresnet_jax.training.metrics import MetricWriter, Progress, check_finite
-from iresnet_jax.training.objective import Objective
+from iresnet_jax.training.objectives import classification, hybrid
+from iresnet_jax.training.objectives import likelihood as density
+from iresnet_jax.training.objectives.objective import Objective
 
 OBJECTIVES = {"density": density.objective, "classification": classification.objective, "hybrid": hybrid.objective}
 

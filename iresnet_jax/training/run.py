@@ -8,8 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax import classifier, data, density, histogram, model, modules
+from iresnet_jax import data
+from iresnet_jax.bijections import equalize as histogram
 from iresnet_jax.data import toys
+from iresnet_jax.models import classifier, density
+from iresnet_jax.models import flow as model
+from iresnet_jax.models import linen as modules
 from iresnet_jax.training import config as config_lib
 
 CONFIG_FILE = "config.json"  # in a workdir: the settings it was trained with

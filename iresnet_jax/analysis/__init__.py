@@ -1,1 +1,0 @@
-"""Looking at a trained model: evaluation, figures and the report page."""

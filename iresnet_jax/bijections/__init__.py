@@ -1,0 +1,1 @@
+"""Invertible maps on explicit weights, and how they combine."""

@@ -1,0 +1,1 @@
+"""The mathematics: functions of arrays and callables."""

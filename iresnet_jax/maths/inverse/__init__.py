@@ -1,0 +1,1 @@
+"""Inverses of residual blocks by fixed-point iteration."""

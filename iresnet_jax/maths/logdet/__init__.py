@@ -1,0 +1,1 @@
+"""Log-determinants of residual blocks."""

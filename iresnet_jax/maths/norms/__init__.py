@@ -1,0 +1,1 @@
+"""Operator norms of linear layers: estimates from below and guaranteed bounds from above."""

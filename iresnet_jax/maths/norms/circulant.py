@@ -1,0 +1,181 @@
+"""Matrices whose norms bound that of a layer: the layer itself written out, and the symbols of a circulant that contains it.
+
+`certify.conv_norm_bound` says why the circulant does. Here is how: strides and unused taps are removed axis by axis, and what
+is left is bounded frequency by frequency. Arguments are taken to be checked.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from iresnet_jax.maths.norms import gram
+from iresnet_jax.maths.rounding import rounded_up
+
+Pair = tuple[int, int]
+Twist = Pair
+
+# Phase of the embedding after one period along rows and columns, in half turns: periodic (0) or antiperiodic (1).
+TWISTS: tuple[Twist, ...] = ((0, 0), (0, 1), (1, 0), (1, 1))
+
+CHUNK_NUMBERS = 2**21  # numbers in the symbols that are held in memory at a time
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def written_out(
+    kernel: Float[Array, "kh kw cin cout"], spatial_shape: Pair, num_outputs: Pair, strides: Pair, pads: tuple[Pair, Pair]
+) -> Float[Array, "m n"]:
+    """The matrix of a zero-padded layer: entries are picked from the kernel, so they are exact."""
+    picks = []  # by axis and (output, input): the tap that connects them, or one past the last
+    for taps, size, outputs, stride, (low, _) in zip(kernel.shape, spatial_shape, num_outputs, strides, pads, strict=False):
+        tap = np.arange(size) + low - stride * np.arange(outputs)[:, None]
+        picks.append(np.where((tap >= 0) & (tap < taps), tap, taps))
+    rows, columns = picks
+    kernel = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
+    matrix = kernel[rows[:, None, :, None], columns[None, :, None, :]]  # output rows and columns, input ones, cin, cout
+    matrix = jnp.moveaxis(matrix, -1, 2)
+    return matrix.reshape(math.prod(num_outputs) * kernel.shape[3], -1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), static_argnames=("pads", "twists", "num_squarings"))
+def norm_bound(
+    kernel: Float[Array, "kh kw cin cout"],
+    spatial_shape: Pair,
+    strides: Pair,
+    *,
+    pads: tuple[Pair, Pair] | None,
+    twists: tuple[Twist, ...],
+    num_squarings: int | None,
+) -> Float[Array, ""]:
+    """The bound by twisted circulants; without pads the layer is periodic."""
+    periods = []
+    for axis in (0, 1):
+        size, stride = spatial_shape[axis], strides[axis]
+        if pads is None:
+            kernel, period = _unroll_periodic_axis(kernel, axis, size, stride)
+        else:
+            kernel, period = _unroll_zero_padded_axis(kernel, axis, size, stride, *pads[axis])
+        periods.append(period)
+    # With one tap along an axis the symbol is constant along it, so the axis needs one frequency and no twist.
+    active = [taps > 1 for taps in kernel.shape[:2]]
+    periods = tuple(period if axis_active else 1 for period, axis_active in zip(periods, active, strict=True))
+    twists = tuple(sorted({(a * active[0], b * active[1]) for a, b in twists}))
+    return grid_bound(kernel, periods=periods, twists=twists, num_squarings=num_squarings)
+
+
+@functools.partial(jax.jit, static_argnames="num_squarings")
+def dense_norm_bound(matrix: Float[Array, "m n"], *, num_squarings: int | None) -> Float[Array, ""]:
+    """Bound of a matrix's norm; ``num_squarings`` is that of `gram.norm_bound`."""
+    matrix, scale, least = _normalized(matrix)
+    matrix = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    return jnp.maximum(scale * gram.norm_bound(matrix[None], num_squarings), least)
+
+
+def num_outputs(taps: int, size: int, stride: int, pads: Pair) -> int:
+    """Outputs along one zero-padded axis."""
+    low, high = pads
+    if not (0 <= low < taps and 0 <= high < taps):
+        raise ValueError(
+            f"padding must lie in [0, {taps}) for {taps} taps, got {(low, high)}: more only adds outputs that are always zero"
+        )
+    num_outputs = (size + low + high - taps) // stride + 1
+    if num_outputs < 1:
+        raise ValueError(f"{taps} taps do not fit into {size} pixels padded by {(low, high)}: pad more or shrink the kernel")
+    return num_outputs
+
+
+def _unroll_zero_padded_axis(kernel, axis, size, stride, low, high):
+    """Rewrites one zero-padded axis with stride 1 and without unused taps; returns the kernel and the embedding's period."""
+    outputs = num_outputs(kernel.shape[axis], size, stride, (low, high))
+    front = -low % stride
+    kernel = _taps_to_channels(kernel, axis, stride, front)
+    size, low = -(-size // stride), (low + front) // stride
+    # Output i reads pixel i + t - low, so tap t meets the image only if low - (num_outputs - 1) <= t <= low + size - 1.
+    first, stop = max(0, low - outputs + 1), min(kernel.shape[axis], low + size)
+    kernel, low = lax.slice_in_dim(kernel, first, stop, axis=axis), low - first
+    reach = outputs + (stop - first) - 1 - low  # one past the last pixel read
+    return kernel, max(reach, min(size, reach) + low)
+
+
+def _unroll_periodic_axis(kernel, axis, size, stride):
+    """As above for a periodic axis; how the padding is split does not matter, since a shift of the image is unitary."""
+    if size % stride:
+        return kernel, size
+    return _taps_to_channels(kernel, axis, stride, 0), size // stride
+
+
+def _taps_to_channels(kernel, axis, stride, front):
+    """Moves every residue modulo `stride` of an axis of taps, after `front` zeros, into the input channels."""
+    if stride == 1:
+        return kernel
+    pads = [(0, 0)] * kernel.ndim
+    pads[axis] = (front, -(kernel.shape[axis] + front) % stride)
+    kernel = jnp.pad(kernel, pads)
+    shape = kernel.shape
+    kernel = kernel.reshape(*shape[:axis], shape[axis] // stride, stride, *shape[axis + 1 :])
+    kernel = jnp.moveaxis(kernel, axis + 1, -2)  # taps, taps, cin, residue, cout
+    return kernel.reshape(*kernel.shape[:2], -1, kernel.shape[-1])
+
+
+def _phases(taps, periods, twist):
+    """``(cos, sin)(w.t)`` on the grid, one frequency of each pair ``+-w`` (a real kernel's symbol there is conjugate)."""
+    j = np.stack(np.meshgrid(*(np.arange(n) for n in periods), indexing="ij"), axis=-1).reshape(-1, 2)
+    mirrored = (-j - np.array(twist)) % np.array(periods)
+    j = j[np.ravel_multi_index(tuple(j.T), periods) <= np.ravel_multi_index(tuple(mirrored.T), periods)]
+    t = np.stack(np.meshgrid(*(np.arange(k) for k in taps), indexing="ij"), axis=-1).reshape(-1, 2)
+    # w.t = pi * turns / (N1 N2); an integer modulo a full turn, so the angle is known to the last bits.
+    turns = ((2 * j + np.array(twist)) * np.array(periods[::-1])) @ t.T % (2 * periods[0] * periods[1])
+    angle = np.pi * (turns / (periods[0] * periods[1]))
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("periods", "twists", "num_squarings"))
+def grid_bound(
+    kernel: Float[Array, "kh kw cin cout"], *, periods: Pair, twists: tuple[Twist, ...], num_squarings: int | None
+) -> Float[Array, ""]:
+    """Minimum over twists of the maximum over a frequency grid of the symbol's norm, as an upper bound."""
+    height, width, cin, cout = kernel.shape
+    if height == width == 1:
+        return dense_norm_bound(kernel[0, 0], num_squarings=num_squarings)
+    kernel, scale, least = _normalized(kernel)
+    kernel = jnp.swapaxes(kernel, 2, 3) if cin > cout else kernel
+    kernel = kernel.reshape(height * width, *kernel.shape[2:])
+    num_taps, rows, columns = kernel.shape
+    grids = [_phases((height, width), periods, twist) for twist in twists]
+    phases = np.concatenate(grids)
+    chunk = min(len(phases), max(1, CHUNK_NUMBERS // (2 * rows * columns)))
+    fill = -len(phases) % chunk
+    phases = np.concatenate([phases, np.repeat(phases[-1:], fill, axis=0)]).reshape(-1, chunk, 2, num_taps)
+
+    def symbol_norm(kernel, phase):
+        symbol = jnp.matmul(phase, kernel.reshape(num_taps, -1), precision=lax.Precision.HIGHEST)
+        return gram.norm_bound(symbol.reshape(2, rows, columns), num_squarings)
+
+    phases = jnp.asarray(phases, kernel.dtype)
+    frozen = lax.stop_gradient(kernel)
+    norms = lax.map(jax.vmap(lambda phase: symbol_norm(frozen, phase)), phases).reshape(-1)
+    ends = np.cumsum([len(grid) for grid in grids])
+    per_twist = jnp.stack([jnp.max(norms[end - len(grid) : end]) for grid, end in zip(grids, ends, strict=True)])
+    bound = jnp.min(per_twist)
+    # Only the frequency that attains the bound has a gradient, so only there is it computed.
+    attained = symbol_norm(kernel, phases.reshape(-1, 2, num_taps)[jnp.argmax(norms == bound)])
+    bound = bound + (attained - lax.stop_gradient(attained))
+    absolute = lax.stop_gradient(gram.frobenius(jnp.sum(jnp.abs(kernel), axis=0)[None]))
+    symbol_error = gram.MARGIN * gram.gamma(num_taps + 10, kernel.dtype) * absolute
+    return jnp.maximum(scale * rounded_up(bound + symbol_error), least)
+
+
+def _normalized(kernel):
+    """The kernel, in float32 at least, over the power of two that brings its largest entry into [1, 2), and this power.
+
+    The third is what subnormal entries, which may be taken for zero, can add to the norm; 0 where all entries are 0.
+    """
+    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    scale = gram.power_of_two(jnp.max(jnp.abs(kernel)))
+    integer = jnp.int32 if kernel.dtype == jnp.float32 else jnp.int64
+    nonzero = jnp.any(lax.bitcast_convert_type(lax.stop_gradient(kernel), integer) << 1 != 0)  # but for the sign
+    return kernel / scale, scale, jnp.where(nonzero, kernel.size * float(jnp.finfo(kernel.dtype).tiny), 0)

@@ -1,0 +1,302 @@
+"""Guaranteed upper bounds: of a layer's operator norm, of a branch, of a block's and a whole model's Lipschitz constants.
+
+Power iteration (`spectral`) approaches a norm from below, so it can promise nothing. What this file returns is never below the
+truth, rounding included; all of it can be jitted, and the norms can be differentiated. No eigensolver is trusted: norms of
+matrices come from the Gram iteration of `gram`, which carries its own rounding bound, and matrices of layers from `embedding`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from iresnet_jax.maths.convolution import Padding, explicit_padding
+from iresnet_jax.maths.norms import circulant as embedding
+from iresnet_jax.maths.norms.circulant import TWISTS, Twist
+from iresnet_jax.maths.rounding import at_least, rounded_up
+
+Scalar = float | Shaped[Array, ""]
+
+_DENSE_SIDE = 256  # a layer with at most so many inputs or outputs is written out as a matrix
+
+
+class BiLipschitz(NamedTuple):
+    """Upper bounds of the Lipschitz constants of a bijection and of its inverse, in the l2 norm.
+
+    Attributes:
+        forward: Bound for the map.
+        inverse: Bound for the inverse map; infinite where nothing is known.
+    """
+
+    forward: Shaped[Array, ""]
+    inverse: Shaped[Array, ""]
+
+    def compose(self, other: "BiLipschitz") -> "BiLipschitz":
+        """Bounds of the one map after the other: the products, in either order."""
+        return BiLipschitz(rounded_up(self.forward * other.forward), rounded_up(self.inverse * other.inverse))
+
+    def beside_identity(self) -> "BiLipschitz":
+        """Bounds of the map that acts on some coordinates and leaves the others alone, as after a multi-scale split."""
+        return BiLipschitz(jnp.maximum(self.forward, 1), jnp.maximum(self.inverse, 1))
+
+
+def dense_norm_bound(matrix: Float[Array, "m n"], *, method: str = "exact", num_squarings: int = 4) -> Float[Array, ""]:
+    r"""Bounds the largest singular value of a matrix from above.
+
+    Guaranteed, with the rounding bound of `gram`: ``|M|_2 <= bound``. The slack is at most a factor of
+    ``min(m, n)^(2^-(num_squarings + 2))`` and the rounding inflation.
+
+    Args:
+        matrix: A dense layer's weights, or a 1x1 convolution's, in either orientation. Zero, tiny and huge entries are safe.
+        method: "exact" squares until the slack is 1.2e-4 in float32, 2.3e-13 in float64. "gram" squares a fixed number
+            of times and is cheaper, for use in training. Both are differentiable.
+        num_squarings: How often the Gram matrix is squared under "gram"; 4 is 10 % of slack for 512 equal singular values,
+            and usually a few percent.
+
+    Returns:
+        The bound; nan if an entry is not finite.
+
+    Raises:
+        ValueError: If the method is unknown, ``num_squarings`` is negative, or the matrix is empty.
+
+    Example:
+        >>> dense_norm_bound(jnp.eye(3))  # 1.0001
+    """
+    _check_kernel(matrix)
+    return embedding.dense_norm_bound(matrix, num_squarings=_checked_squarings(matrix, method, num_squarings))
+
+
+def conv_norm_bound(
+    kernel: Float[Array, "kh kw cin cout"],
+    spatial_shape: tuple[int, int],
+    *,
+    strides: int | tuple[int, int] = 1,
+    padding: Padding = "SAME",
+    method: str = "exact",
+    num_squarings: int = 4,
+    twists: Sequence[Twist] | None = None,
+) -> Float[Array, ""]:
+    r"""Bounds the operator norm of a convolution on images of a given size from above.
+
+    A small zero-padded layer (at most 256 inputs or outputs) is written out as a matrix, whose norm `dense_norm_bound`
+    bounds; unless the method is "gram" or twists are asked for. Otherwise, with the symbol ``F(w) = sum_t K[t] exp(i w.t)``, a
+    complex cin x cout matrix, the bound is
+
+        ``min over twists a of max_{j in Z_N} |F((2 pi j + pi a) / N)|_2``,   ``N = n + max(pad_low, pad_high)`` on each axis.
+
+    Proof for zero padding, one axis, stride 1. Let ``C`` act on sequences with ``x[m + N] = exp(i pi a) x[m]`` by
+    ``(C x)[i] = sum_t K[t] x[i + t - pad_low]``. The sequences ``exp(i w m)``, ``w = (2 pi j + pi a)/N``, are an orthogonal
+    basis in which ``C`` is block diagonal with blocks ``F(w)`` up to phases, so ``|C|_2`` is the maximum above. Take ``x`` that
+    vanishes outside ``[0, n)``. An output of the layer reads positions in ``[-pad_low, n + pad_high)``; those outside the
+    image fall, modulo ``N``, into ``[n, N)``, where ``x`` is zero, as the padding wants it. And the outputs are at most ``N``,
+    since both pads are less than the kernel. So the layer is a submatrix of ``C``, for every ``a``: each maximum is a bound,
+    hence so is the minimum. Both axes together: the same with pairs. The plain circulant (``N = n``, Sedghi et al. 2019)
+    is *not* a bound for zero padding. Periodic padding is ``C`` with ``N = n`` and ``a = 0``: exact.
+
+    Three steps come first. A stride ``s`` is moved into the channels: pixel ``s m + r`` becomes channel ``r`` of pixel ``m``,
+    which leaves a layer of stride 1. (Where ``s`` does not divide the image's side, unused pixels complete it, which only
+    adds columns; with periodic padding the layer is then bounded as a part of the one with stride 1.) Taps that no
+    output can use on so small an image are cut off. What is left with a single tap is a plain matrix.
+
+    Rounding: the computed symbol is off by at most ``gamma_{taps + 10} |sum_t |K[t]||_F``, which is added; the norm of
+    each block is bounded by `gram.norm_bound`. The bound concerns the stored weights and exact application of the layer.
+
+    Measured against float64 SVDs for Gaussian 3x3 kernels (mean, worst), the embedding exceeds the truth by .8 %, 1.4 % on
+    16 x 16 images; 2 %, 6 % on 8 x 8 (from four channels on 2.7 %); 9 %, 15 % on 4 x 4; 5x5 kernels on 8 x 8 10 %, 19 %.
+
+    Args:
+        kernel: Taps as in ``jax.lax``'s "HWIO".
+        spatial_shape: Height and width of the layer's *input*, in pixels.
+        strides: Step between outputs, in pixels.
+        padding: "SAME" or "VALID" (zeros), "CIRCULAR" (periodic), or explicit pairs of zeros less than the kernel's size.
+        method: As in `dense_norm_bound`.
+        num_squarings: As in `dense_norm_bound`, for ``min(cin, cout)``.
+        twists: Pairs of 0 (periodic) and 1 (antiperiodic) to take the minimum over, all four by default; one pair is four
+            times cheaper.
+
+    Returns:
+        The bound; nan if a weight is not finite.
+
+    Raises:
+        ValueError: If an argument is out of range or the kernel does not fit into the padded image.
+
+    Example:
+        >>> kernel = jnp.ones((3, 3, 1, 1)) / 9
+        >>> conv_norm_bound(kernel, (8, 8))  # 0.921; on an infinite image it would be 1
+    """
+    _check_kernel(kernel)
+    squarings = _checked_squarings(kernel, method, num_squarings)
+    if twists is not None and (not twists or any(half_turns not in (0, 1) for twist in twists for half_turns in twist)):
+        raise ValueError(f"twists must be pairs of 0 and 1, at least one, got {twists}: the default takes all four")
+    row_stride, column_stride = (strides, strides) if isinstance(strides, int) else strides
+    spatial_shape, stride_pair = (spatial_shape[0], spatial_shape[1]), (row_stride, column_stride)
+    if min(stride_pair) < 1 or min(spatial_shape) < 1:
+        raise ValueError(
+            f"strides and spatial_shape must be positive, got {strides} and {spatial_shape}: pass the input's (h, w)"
+        )
+    pads = explicit_padding(padding, (kernel.shape[0], kernel.shape[1]), spatial_shape, stride_pair)
+    if padding == "CIRCULAR":
+        return embedding.norm_bound(kernel, spatial_shape, stride_pair, pads=None, twists=((0, 0),), num_squarings=squarings)
+    geometry = zip(kernel.shape, spatial_shape, stride_pair, pads, strict=False)
+    num_outputs = tuple(embedding.num_outputs(*axis) for axis in geometry)
+    sides = math.prod(spatial_shape) * kernel.shape[2], math.prod(num_outputs) * kernel.shape[3]
+    small = min(sides) <= _DENSE_SIDE and math.prod(sides) <= embedding.CHUNK_NUMBERS
+    if small and kernel.shape[:2] != (1, 1) and method == "exact" and twists is None:
+        matrix = embedding.written_out(kernel, spatial_shape, num_outputs, stride_pair, pads)
+        return embedding.dense_norm_bound(matrix, num_squarings=squarings)
+    twists = TWISTS if twists is None else tuple((a, b) for a, b in twists)
+    return embedding.norm_bound(kernel, spatial_shape, stride_pair, pads=pads, twists=twists, num_squarings=squarings)
+
+
+def conv_norm_bound_any_size(
+    kernel: Float[Array, "kh kw cin cout"],
+    *,
+    num_frequencies: int = 32,
+    method: str = "exact",
+    num_squarings: int = 4,
+) -> Float[Array, ""]:
+    r"""Bounds the operator norm of a convolution on images of every size, for every stride and padding.
+
+    Zero padding, periodic padding and strides all take parts of the convolution on the infinite grid, whose norm is
+    ``S = sup_w |F(w)|_2``. On a grid of ``N`` frequencies an axis,
+
+        ``S <= max_grid |F|_2 / prod_axes cos(pi (k - 1) / (2 N))``,   ``N >= k``.
+
+    Proof. Let ``S = u* F(w') v`` with unit ``u, v`` (a phase moved into ``u``). Along one axis, with the kernel centred,
+    ``T(w) = Re u* F(w) v`` is a trigonometric polynomial of degree ``p = (k - 1)/2`` (if that is half an integer, take
+    ``T(2 w)``) with ``|T| <= S = T(w')``. By M. Riesz's lemma ``T(w' + h) >= S cos(p h)`` for ``|h| <= pi/p``: otherwise
+    ``S cos(p (w - w')) - T(w)``, with a double zero at ``w'`` and its sign known at the cosine's extrema, would have ``2p + 1``
+    zeros in a period. Some grid point has ``|h| <= pi/N``. At that point repeat the argument along the other axis.
+
+    Args:
+        kernel: Taps as in ``jax.lax``'s "HWIO".
+        num_frequencies: Grid points an axis; 32 costs at most 1 % for three taps, 4 % for five.
+        method: As in `dense_norm_bound`.
+        num_squarings: As in `dense_norm_bound`, for ``min(cin, cout)``.
+
+    Returns:
+        The bound; nan if a weight is not finite.
+
+    Raises:
+        ValueError: If the grid is too coarse for the kernel, or as in `dense_norm_bound`.
+
+    Example:
+        >>> conv_norm_bound_any_size(jnp.ones((3, 3, 1, 1)) / 9)  # 1.01
+    """
+    _check_kernel(kernel)
+    squarings = _checked_squarings(kernel, method, num_squarings)
+    taps = kernel.shape[:2]
+    if num_frequencies < max(taps):
+        raise ValueError(
+            f"num_frequencies must be at least the kernel's size {max(taps)}, got {num_frequencies}: "
+            "eight times the size makes a tight bound"
+        )
+    cosines = math.prod(math.cos(math.pi * (k - 1) / (2 * num_frequencies)) for k in taps)
+    periods = (num_frequencies if taps[0] > 1 else 1, num_frequencies if taps[1] > 1 else 1)
+    return rounded_up(embedding.grid_bound(kernel, periods=periods, twists=((0, 0),), num_squarings=squarings) / cosines)
+
+
+def branch_bound(layer_bounds: Sequence[Scalar] | Float[Array, " k"], gain: Scalar = 1.0) -> Shaped[Array, ""]:
+    """Bounds the Lipschitz constant of a branch: ``gain`` times the product of its layers' bounds.
+
+    Guaranteed when every activation is 1-Lipschitz, or ``gain`` bounds the product of their constants. The product
+    is rounded up.
+
+    Args:
+        layer_bounds: One upper bound a linear layer, non-negative.
+        gain: Lipschitz constant of everything else in the branch.
+
+    Returns:
+        The bound.
+
+    Example:
+        >>> branch_bound([0.9, 0.9, 0.9])  # 0.729
+    """
+    listed = not isinstance(layer_bounds, jax.Array)
+    bounds = jnp.asarray([at_least(bound) for bound in layer_bounds]) if listed else layer_bounds
+    return rounded_up(jnp.prod(bounds) * at_least(gain, bounds.dtype), num_roundings=bounds.size + 1)
+
+
+def block_bounds(lipschitz_bound: Scalar) -> BiLipschitz:
+    r"""Bounds of ``F(x) = x + g(x)`` with ``Lip(g) <= L``: ``Lip(F) <= 1 + L`` and ``Lip(F^-1) <= 1/(1 - L)``.
+
+    Both follow from ``(1 - L) |x - x'| <= |F(x) - F(x')| <= (1 + L) |x - x'|`` (Behrmann et al. 2019, Lemma 2).
+
+    Args:
+        lipschitz_bound: ``L``, a guaranteed bound of the branch; from 1 on nothing is known of the inverse.
+
+    Returns:
+        The two bounds, rounded up; ``inverse`` is infinite if ``L >= 1``.
+    """
+    bound = at_least(lipschitz_bound)
+    gap = jnp.where(bound < 1, 1 - bound, 1)
+    inverse = jnp.where(bound < 1, rounded_up(1 / gap), jnp.inf)
+    return BiLipschitz(rounded_up(1 + bound), jnp.where(jnp.isnan(bound), bound, inverse))
+
+
+def model_bounds(
+    branch_bounds: Sequence[Scalar] | Float[Array, " k"], log_scales: Sequence[Float[Array, " _"]] = ()
+) -> BiLipschitz:
+    r"""Bounds of a chain of residual blocks and ActNorms: ``prod_k (1 + L_k) prod_l max_c exp(s_lc)`` and its inverse's.
+
+    The inverse's bound is ``prod_k 1/(1 - L_k) prod_l max_c exp(-s_lc)``. Squeezing is a permutation and padding with zero
+    channels an isometry, so neither appears. With a multi-scale split compose from the last stage on:
+    ``first.compose(second.beside_identity())``. Guaranteed, and pessimistic in depth: a chain's factors multiply.
+
+    Args:
+        branch_bounds: One bound of ``Lip(g)`` a block.
+        log_scales: One vector of natural log scales an ActNorm.
+
+    Returns:
+        The two bounds, rounded up; infinite where they exceed the dtype's range.
+
+    Example:
+        >>> model_bounds([0.5, 0.5], [jnp.zeros(3)])  # forward 2.25, inverse 4
+    """
+    bounds = BiLipschitz(jnp.ones(()), jnp.ones(()))
+    for branch in branch_bounds:
+        bounds = bounds.compose(block_bounds(branch))
+    for log_scale in log_scales:
+        scale = BiLipschitz(jnp.exp(jnp.max(log_scale)), jnp.exp(-jnp.min(log_scale)))
+        bounds = bounds.compose(BiLipschitz(*(rounded_up(value) for value in scale)))
+    return bounds
+
+
+def certified_radius(margin: Float[Array, " b"], lipschitz: Scalar) -> Float[Array, " b"]:
+    r"""The l2 radius in which a classifier's decision cannot change: ``margin / (sqrt(2) Lambda)``.
+
+    Proof. Let ``|z(x) - z(x')|_2 <= Lambda |x - x'|_2`` for the logits ``z``. A difference of two of them is
+    ``z_i - z_j = <e_i - e_j, z>`` with ``|e_i - e_j|_2 = sqrt(2)``, so it moves by at most ``sqrt(2) Lambda |x - x'|_2``. While
+    that is less than the smallest ``z_i - z_j`` at ``x``, class ``i`` stays on top (Tsuzuku et al. 2018, Prop. 1).
+
+    Args:
+        margin: The logit of the class in question less the largest other one; at most 0 certifies nothing. Its own
+            rounding, that of the network's forward pass, is not covered.
+        lipschitz: ``Lambda``, a guaranteed bound for the whole map from image to logits; positive.
+
+    Returns:
+        The radius in the input's units, rounded down.
+
+    Example:
+        >>> certified_radius(jnp.array([1.0, -0.2]), 2.0)  # 0.354, 0
+    """
+    lipschitz = at_least(lipschitz)
+    eps = max(float(jnp.finfo(x.dtype).eps) for x in (margin, lipschitz))  # the product with sqrt(2) rounds in the latter's
+    return jnp.maximum(margin, 0) / (lipschitz * math.sqrt(2)) * (1 - 8 * eps)
+
+
+def _check_kernel(kernel):
+    if kernel.size == 0:
+        raise ValueError(f"a layer needs at least one weight, got shape {kernel.shape}: check its number of channels")
+
+
+def _checked_squarings(kernel, method, num_squarings):
+    """Number of squarings for a kernel; None stands for "exact", where it follows from the reduced shape."""
+    if method not in ("exact", "gram"):
+        raise ValueError(f'method must be "exact" or "gram", got {method!r}')
+    if num_squarings < 0:
+        raise ValueError(f"num_squarings must not be negative, got {num_squarings}: 4 is the default")
+    return None if method == "exact" else num_squarings

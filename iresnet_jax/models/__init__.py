@@ -1,0 +1,1 @@
+"""Whole models: their architecture, constraint, densities and classifiers."""

@@ -1,0 +1,309 @@
+"""Residual branches: ``g = W_n phi ... W_2 phi W_1 (phi)`` on explicit weights (Behrmann et al. 2019, sec. 2).
+
+A branch is described by a `BranchSpec`; its weights are a plain dictionary, one entry a layer:
+``{"conv0": {"kernel", "bias", "beta"}, "conv1": ...}`` ("dense0" ... for vectors). ``beta`` belongs to the activation in front
+of its layer and exists for activations that have one. Weights run as they are: `constraint` makes of any the ones whose layers
+satisfy it.
+
+A conditional branch ``g(x; context)`` shifts the output of every layer by a linear map of the context, which has no constraint:
+``g`` is a contraction in ``x`` for every context, and any function of the context.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from iresnet_jax.maths import activations
+from iresnet_jax.maths.convolution import Padding, choose_implementation, conv
+from iresnet_jax.maths.norms.power_iteration import LinearMap
+
+Weights = dict[str, dict[str, Array]]
+
+
+class LayerSpec(NamedTuple):
+    """One linear layer of a branch.
+
+    Attributes:
+        name: Its key among the weights.
+        kernel_shape: ``(kh, kw, cin, cout)`` of a convolution, ``(cin, cout)`` of a dense layer.
+        in_shape: Shape of one input, without the batch.
+        activated: Whether the activation is applied to the layer's input.
+    """
+
+    name: str
+    kernel_shape: tuple[int, ...]
+    in_shape: tuple[int, ...]
+    activated: bool
+
+
+@dataclass(frozen=True)
+class BranchSpec:
+    """The architecture of a residual branch.
+
+    Attributes:
+        in_shape: Shape of one example, ``(h, w, c)`` for convolutions, ``(d,)`` for dense layers.
+        hidden: Widths of the hidden layers; the output has the width of the input.
+        kernel_sizes: Taps of every convolution, one more than hidden widths (3, 1, 3 in the paper); None for dense layers.
+        activation: A name in `activations.ACTIVATIONS`.
+        preactivation: Whether the branch begins with the activation, as all but a network's first do in the paper.
+        padding: Padding of the convolutions, "SAME" (zeros) or "CIRCULAR".
+        positional_bias: Whether a convolution has a bias for every pixel instead of one a channel. A bias does not enter the
+            Lipschitz constant, and tells a small network where in the image it is.
+        context_dim: Length of the context vector of an example; 0 for none.
+    """
+
+    in_shape: tuple[int, ...]
+    hidden: tuple[int, ...]
+    kernel_sizes: tuple[int, ...] | None = None
+    activation: str = "elu"
+    preactivation: bool = False
+    padding: Padding = "SAME"
+    positional_bias: bool = False
+    context_dim: int = 0
+
+    def __post_init__(self):
+        activations.get(self.activation)
+        if self.context_dim < 0:
+            raise ValueError(f"context_dim must not be negative, got {self.context_dim}; 0 is no context")
+        if not self.hidden or min(self.hidden) < 1:
+            raise ValueError(f"hidden must name at least one positive width, got {self.hidden}")
+        if self.kernel_sizes is None:
+            if len(self.in_shape) != 1:
+                raise ValueError(f"a dense branch takes vectors, got examples of shape {self.in_shape}: flatten them first")
+            return
+        if len(self.in_shape) != 3:
+            raise ValueError(f"a convolutional branch takes images (h, w, c), got examples of shape {self.in_shape}")
+        if len(self.kernel_sizes) != len(self.hidden) + 1:
+            raise ValueError(
+                f"kernel_sizes needs {len(self.hidden) + 1} entries, one a layer, for hidden={self.hidden}; "
+                f"got {self.kernel_sizes}"
+            )
+        if self.padding not in ("SAME", "CIRCULAR"):
+            raise ValueError(f"a residual branch keeps the image size: padding must be SAME or CIRCULAR, got {self.padding!r}")
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The linear layers from input to output."""
+        factor = activations.get(self.activation).channel_factor
+        *space, channels = self.in_shape
+        widths = (*self.hidden, channels)
+        layers, cin = [], channels
+        for i, cout in enumerate(widths):
+            activated = self.preactivation or i > 0
+            cin_of_layer = cin * factor if activated else cin
+            if self.kernel_sizes is None:
+                layers.append(LayerSpec(f"dense{i}", (cin_of_layer, cout), (cin_of_layer,), activated))
+            else:
+                k = self.kernel_sizes[i]
+                layers.append(LayerSpec(f"conv{i}", (k, k, cin_of_layer, cout), (*space, cin_of_layer), activated))
+            cin = cout
+        return tuple(layers)
+
+
+def linear_map(layer: LayerSpec, padding: Padding = "SAME", *, single: bool = False) -> LinearMap:
+    """``(kernel, x) -> W x`` of a layer, without its bias.
+
+    Args:
+        layer: The layer.
+        padding: Of a convolution.
+        single: For one example without a batch axis, in a form that stays fast under ``vmap`` over kernels.
+    """
+    if len(layer.kernel_shape) == 2:
+        return lambda kernel, x: x @ kernel
+    if not single:
+        return lambda kernel, x: conv(x, kernel, padding=padding)
+    thin_in = layer.kernel_shape[2] <= layer.kernel_shape[3]
+    implementation = choose_implementation(layer.kernel_shape)
+    if implementation == "xla":  # vmap would make it a grouped convolution
+        implementation = "patches" if thin_in else "taps"
+    return lambda kernel, x: conv(x[None], kernel, padding=padding, implementation=implementation)[0]
+
+
+def apply_branch(
+    spec: BranchSpec,
+    weights: Weights,
+    x: Float[Array, "b ..."],
+    context: Float[Array, "b k"] | None = None,
+    *,
+    before_layer: Callable[[str, Array], Array] | None = None,
+) -> Float[Array, "b ..."]:
+    """``g(x)`` or ``g(x; context)`` for weights as they are; constrained if they are (see `constraint`).
+
+    Args:
+        spec: The architecture.
+        weights: Of every layer.
+        x: Inputs.
+        context: One an example, if the branch is conditional.
+        before_layer: ``(layer, input) -> input``, applied in front of a layer and its activation: where an ordinary residual
+            network has its BatchNorm.
+
+    Raises:
+        ValueError: If the context is not what the branch takes.
+    """
+    check_context(spec.context_dim, len(x), context)
+    h = x
+    for layer in spec.layers:
+        h = h if before_layer is None else before_layer(layer.name, h)
+        h = _apply_layer(spec, layer, weights[layer.name], h, context)
+    return h
+
+
+def at_zero(spec: BranchSpec, weights: Weights) -> Float[Array, "1 ..."]:
+    """``g(0)`` of a branch without context: what it adds to every input, as a batch of one example."""
+    return apply_branch(spec, weights, jnp.zeros((1, *spec.in_shape), jnp.result_type(*jax.tree.leaves(weights))))
+
+
+def _apply_layer(spec, layer, parameters, h, context):
+    """One layer with the activation in front of it, if it has one."""
+    h = linear_map(layer, spec.padding)(parameters["kernel"], _activate(spec, layer, parameters, h))
+    bias = parameters["bias"]
+    h = h + bias.reshape((1,) * (h.ndim - bias.ndim) + bias.shape)
+    if context is not None:
+        h = h + (context @ parameters["context"]).reshape(len(h), *(1,) * (h.ndim - 2), -1)
+    return h
+
+
+def _activate(spec, layer, parameters, h):
+    activation = activations.get(spec.activation)
+    if not layer.activated:
+        return h
+    return activation.apply(h, parameters["beta"]) if activation.has_beta else activation.apply(h)
+
+
+def has_trace(spec: BranchSpec) -> bool:
+    """Whether `trace` and `jacobian_diagonal` know the branch.
+
+    They do if it has two layers around an elementwise activation, of the same odd kernel size if any. On a torus that is
+    smaller than the kernel, taps meet that are not mirrored.
+    """
+    sizes = spec.kernel_sizes
+    same_size = sizes is None or (sizes[0] == sizes[-1] and sizes[0] % 2 == 1)
+    if sizes is not None and spec.padding == "CIRCULAR" and min(spec.in_shape[:2]) < sizes[0]:
+        return False
+    return len(spec.hidden) == 1 and same_size and activations.get(spec.activation).elementwise
+
+
+def has_diagonal(spec: BranchSpec) -> bool:
+    """Whether an inverse gains from `jacobian_diagonal`: of a dense branch it is one entry of many in a row."""
+    return has_trace(spec) and spec.kernel_sizes is not None
+
+
+def trace(
+    spec: BranchSpec, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
+) -> Float[Array, " b"]:
+    r"""``tr J_g(x)`` in closed form, for a fraction of what ``g`` costs.
+
+    For ``g = W_2 phi W_1 (phi)`` with ``D`` the slopes of the activations, ``J = W_2 D_1 W_1 D_0``. A pixel's output comes back
+    to its own input through the tap ``t`` of ``W_1`` and the mirrored tap ``-t`` of ``W_2`` alone, so
+
+    ``tr J = sum_p <D_1(p), z(p)>``,  ``z = conv(D_0; M)``,  ``M[t]_(c, j) = W_1[t]_(c, j) W_2[-t]_(j, c)``.
+
+    The convolution's padding takes care of the border. Without an activation in front ``D_0`` is 1, and ``z`` is the same for
+    all examples.
+
+    Args:
+        spec: The architecture, one for which `has_trace`.
+        weights: As in `apply_branch`.
+        x: Where to evaluate.
+        context: As in `apply_branch`.
+
+    Raises:
+        ValueError: If there is no closed form for the branch.
+    """
+    d0, d1, taps = _slopes_and_taps(spec, weights, x, context)
+    z = d0 @ taps if taps.ndim == 2 else conv(d0, taps, padding=spec.padding)
+    return jnp.sum(d1 * z, axis=tuple(range(1, x.ndim)))
+
+
+def jacobian_diagonal(
+    spec: BranchSpec, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
+) -> Float[Array, "b ..."]:
+    """The diagonal of ``J_g(x)`` in closed form, for what ``g`` costs: the terms of `trace` as the pixel of the input has them.
+
+    In the notation there, ``diag J(p) = D_0(p) conv^T(D_1; M)(p)``. Arguments and errors are those of `trace`.
+    """
+    d0, d1, taps = _slopes_and_taps(spec, weights, x, context)
+    by_copy = (d0 * _transposed(spec, taps, d1)).reshape(*x.shape[:-1], -1, x.shape[-1])
+    return jnp.sum(by_copy, axis=-2)
+
+
+def largest_diagonal(spec: BranchSpec, weights: Weights) -> Float[Array, ""]:
+    """The largest absolute value that an entry of the diagonal can have if slopes are between 0 and 1."""
+    taps = _taps(spec, weights)
+    ones = jnp.ones((1, *spec.in_shape[:-1], taps.shape[-1]), taps.dtype)
+    above, below = (_transposed(spec, side(taps, 0), ones) for side in (jnp.maximum, jnp.minimum))
+    return jnp.maximum(jnp.max(above), -jnp.min(below))
+
+
+def _transposed(spec, taps, d1):
+    """``conv^T(D_1; M)``."""
+    mirrored = jnp.swapaxes(jnp.flip(taps, range(taps.ndim - 2)), -2, -1)
+    return d1 @ mirrored if taps.ndim == 2 else conv(d1, mirrored, padding=spec.padding)
+
+
+def _taps(spec, weights):
+    """``M`` of `trace`."""
+    if not has_trace(spec):
+        raise ValueError(
+            f"the trace has a closed form for two layers with an elementwise activation (see has_trace), not for {spec}"
+        )
+    there, back = (weights[layer.name]["kernel"] for layer in spec.layers)
+    taps, channels, width = there.shape[:-2], spec.in_shape[-1], there.shape[-1]
+    back = jnp.flip(back, range(len(taps)))
+    # An activation may make several channels of one, copy after copy.
+    product = jnp.einsum(
+        "...scj,...tjc->...sctj", there.reshape(*taps, -1, channels, width), back.reshape(*taps, -1, width, channels)
+    )
+    return product.reshape(*taps, there.shape[-2], back.shape[-2])
+
+
+def _slopes_and_taps(spec, weights, x, context):
+    """``D_0``, of one example where it is 1, ``D_1`` and ``M`` of `trace`."""
+    taps = _taps(spec, weights)
+    first, second = spec.layers
+    h = _apply_layer(spec, first, weights[first.name], x, context)
+
+    def slopes(layer, h):
+        return jax.jvp(lambda h: _activate(spec, layer, weights[layer.name], h), (h,), (jnp.ones_like(h),))[1]
+
+    return slopes(first, x) if first.activated else jnp.ones_like(x[:1]), slopes(second, h), taps
+
+
+def check_context(context_dim: int, batch_size: int, context: Float[Array, "..."] | None) -> None:
+    """Raises ``ValueError`` unless there is one context of that length for every example, or none if the length is 0."""
+    if context_dim == 0 and context is not None:
+        raise ValueError(f"the model takes no context (context_dim=0), got one of shape {context.shape}: leave it out")
+    if context_dim and (context is None or context.shape != (batch_size, context_dim)):
+        found = "none" if context is None else f"shape {context.shape} for a batch of {batch_size}"
+        raise ValueError(f"the model takes a context of shape (batch, {context_dim}), got {found}")
+
+
+def initial_weights(spec: BranchSpec, key: Array, *, last_scale: float = 1.0) -> Weights:
+    """Random kernels with variance ``1 / fan_in``, zero biases.
+
+    Args:
+        spec: The architecture.
+        key: Source of randomness.
+        last_scale: Factor on the last layer; small values start the block near the identity.
+    """
+    activation = activations.get(spec.activation)
+    weights: Weights = {}
+    for i, (layer, layer_key) in enumerate(zip(spec.layers, jax.random.split(key, len(spec.layers)), strict=True)):
+        *fan_in, cout = layer.kernel_shape
+        scale = (last_scale if i == len(spec.layers) - 1 else 1.0) / math.sqrt(math.prod(fan_in))
+        weights[layer.name] = {
+            "kernel": scale * jax.random.normal(layer_key, layer.kernel_shape),
+            "bias": jnp.zeros((*layer.in_shape[:-1], cout) if spec.positional_bias else (cout,)),
+        }
+        if layer.activated and activation.initial_beta is not None:
+            weights[layer.name]["beta"] = jnp.full((), activation.initial_beta)
+        if spec.context_dim:
+            key_context = jax.random.fold_in(layer_key, 1)
+            scale /= math.sqrt(spec.context_dim / math.prod(fan_in))  # variance 1 / context_dim
+            weights[layer.name]["context"] = scale * jax.random.normal(key_context, (spec.context_dim, cout))
+    return weights

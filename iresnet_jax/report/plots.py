@@ -1,0 +1,411 @@
+"""Figures of a training run: NumPy arrays in, a matplotlib ``Figure`` out.
+
+``to_svg_or_png`` turns any of them into a data URI for the report page.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from iresnet_jax.report import style
+from iresnet_jax.report.style import to_svg_or_png
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.figure
+
+__all__ = [
+    "confusion_matrix",
+    "density_map",
+    "error_histogram",
+    "image_grid",
+    "learning_curves",
+    "lipschitz_bars",
+    "reconstruction_pairs",
+    "scatter",
+    "to_svg_or_png",
+]
+
+Number = float | int
+Images = Float[np.ndarray, "n h w c"] | UInt8[np.ndarray, "n h w c"]
+
+NOT_FINITE = (1.0, 0.0, 0.6)  # the colour of pixels that are NaN or infinite: no image has it by accident
+MAX_CURVE_POINTS = 600  # keeps seven panels of two splits below the size at which an SVG is given up
+
+_HEADLINES = {"bits_per_dim": "bits/dim", "nll": "NLL [nats]", "accuracy": "accuracy", "loss": "loss"}
+_TERMS = {
+    "log_prior": "log prior",
+    "log_det": "log det",
+    "max_sigma": "largest layer norm",
+    "grad_norm": "gradient norm",
+    "learning_rate": "learning rate",
+}
+_NOT_CURVES = {"step", "split", "wall_time_s"}
+
+
+def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int | None = None) -> "matplotlib.figure.Figure":
+    """Draws the objective against step and wall-clock time, and the terms it is made of in small panels below.
+
+    The objective is the first of bits/dim, NLL, accuracy and loss that occurs. Training values are drawn faint with their
+    running median on top; a value that is not finite leaves a gap.
+
+    Args:
+        records: Parsed lines of the metrics log, each with ``step``, ``split`` ("train" or "validation"),
+            ``wall_time_s`` in seconds and any numeric quantities. Any order; quantities may be missing from a record.
+        evaluated_step: Of the checkpoint that the results are of, which the title names.
+
+    Raises:
+        ValueError: If no record holds an objective.
+
+    Example:
+        >>> records = [{"step": s, "split": "train", "wall_time_s": 2.0 * s, "bits_per_dim": 8 / s} for s in (1, 2, 4)]
+        >>> len(learning_curves(records).axes)
+        2
+    """
+    headline = next((name for name in _HEADLINES if any(name in record for record in records)), None)
+    if headline is None:
+        raise ValueError(
+            f"the {len(records)} records hold none of {', '.join(_HEADLINES)}: log at least one of them at every step shown"
+        )
+    terms = [name for name in _TERMS if any(name in record for record in records)]
+    terms += sorted({k for r in records for k, v in r.items() if _is_number(v)} - {headline, *terms, *_NOT_CURVES})
+    columns = 4
+    rows = math.ceil(len(terms) / columns)
+    figure = style.figure(width=10.0, height=3.6 + 1.85 * rows, row_gap=0.09)
+    grid = figure.add_gridspec(1 + rows, columns, height_ratios=[2.0, *[1.0] * rows])
+    by_step = figure.add_subplot(grid[0, : columns // 2])
+    by_time = figure.add_subplot(grid[0, columns // 2 :])
+    seconds, unit = _time_unit(max((r.get("wall_time_s") or 0.0 for r in records), default=0.0))
+    _draw_splits(by_step, records, "step", headline)
+    _draw_splits(by_time, records, "wall_time_s", headline, x_scale=1.0 / seconds)
+    style.label(by_step, "step", _HEADLINES[headline], title=_evaluated(records, headline, evaluated_step))
+    style.label(by_time, f"wall-clock time [{unit}]", _HEADLINES[headline])
+    if by_step.get_legend_handles_labels()[0]:
+        style.legend(by_step)
+    for index, name in enumerate(terms):
+        axes = figure.add_subplot(grid[1 + index // columns, index % columns])
+        _draw_splits(axes, records, "step", name)
+        style.label(axes, "step", "", title=_TERMS.get(name, name.replace("_", " ")), size=8)
+    return figure
+
+
+def image_grid(images: Images, columns: int = 8, *, captions: Sequence[str] | None = None) -> "matplotlib.figure.Figure":
+    """Draws images in reading order, without axes.
+
+    Args:
+        images: uint8, or floats in [0, 1]; 1 or 3 channels. Pixels that are not finite are drawn in magenta.
+        columns: Images a row, at least 1.
+        captions: A few characters to write below each image.
+
+    Raises:
+        ValueError: If there is no image, the channels are not 1 or 3, a float is outside [0, 1], or columns < 1.
+
+    Example:
+        >>> image_grid(np.zeros((16, 8, 8, 1), np.uint8), columns=4).get_size_inches().tolist()
+        [4.0, 4.0]
+    """
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}: 8 suits a page")
+    pixels = _rgb(images)
+    finite = pixels[np.isfinite(pixels)]
+    if finite.size and (finite.min() < 0.0 or finite.max() > 1.0):
+        raise ValueError(
+            f"float images must lie in [0, 1], got [{finite.min():.3g}, {finite.max():.3g}]: undo the preprocessing "
+            "and clip, or pass uint8"
+        )
+    columns = min(columns, len(pixels))
+    if captions is not None:
+        return _captioned(pixels, columns, captions)
+    mosaic = _mosaic(pixels, columns)
+    rows = math.ceil(len(pixels) / columns)
+    figure = style.figure(width=1.0 * columns, height=1.0 * rows * images.shape[1] / images.shape[2], row_gap=None)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.imshow(mosaic, interpolation="nearest", aspect="auto")
+    axes.set_axis_off()
+    return figure
+
+
+def _captioned(pixels: Float[np.ndarray, "n h w 3"], columns: int, captions: Sequence[str]) -> "matplotlib.figure.Figure":
+    rows = math.ceil(len(pixels) / columns)
+    figure = style.figure(width=1.0 * columns, height=1.25 * rows * pixels.shape[1] / pixels.shape[2])
+    for axes, pixel, caption in zip(figure.subplots(rows, columns, squeeze=False).flat, pixels, captions, strict=False):
+        axes.imshow(_mosaic(pixel[None], 1, gap=0), interpolation="nearest")
+        axes.set_title(caption, size=8, color=style.MIDTONE, pad=2)
+    for axes in figure.axes:
+        axes.set_axis_off()
+    return figure
+
+
+def confusion_matrix(counts: Int[np.ndarray, "k k"]) -> "matplotlib.figure.Figure":
+    """Draws how many examples of each class, by row, were taken for each, by column.
+
+    Colour is the share of a class on a log scale, so that single mistakes are seen; counts are written for up to 20 classes.
+
+    Args:
+        counts: Numbers of examples.
+    """
+    size = len(counts)
+    figure = style.figure(width=5.6, height=5.0)
+    axes = figure.add_subplot()
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    scaled = np.log10(np.maximum(share, 1e-4))
+    axes.imshow(np.where(counts > 0, scaled, np.nan), cmap="Blues", vmin=-4.5, vmax=0.0)
+    for row, column in np.argwhere(counts > 0) if size <= 20 else ():
+        ink = "white" if scaled[row, column] > -1.5 else style.INK
+        axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", size=8, color=ink)
+    if size <= 20:
+        axes.set(xticks=range(size), yticks=range(size))
+    axes.grid(visible=False)
+    style.label(axes, "taken for", "class")
+    return figure
+
+
+def reconstruction_pairs(
+    originals: Images, reconstructions: Images, errors: Float[np.ndarray, " n"]
+) -> "matplotlib.figure.Figure":
+    """Draws originals above their reconstructions, with maps of the absolute error below.
+
+    The maps are max over channels of ``|original - reconstruction|``, in grey values of [0, 1], on one colour scale for
+    all. Reconstructions are clipped to [0, 1] for display only: the maps see the values as they are.
+
+    Args:
+        originals: uint8, or floats in [0, 1]; 1 or 3 channels.
+        reconstructions: Of the same range; pass floats, since 8 bits hide errors below 1/255.
+        errors: One number an image, printed below its column: the error reported elsewhere, in the model's own units.
+
+    Raises:
+        ValueError: If there is no image or the channels are not 1 or 3.
+    """
+    above, below = _rgb(originals), _rgb(reconstructions)
+    maps = np.abs(above - below).max(axis=-1)
+    count, height, width, _ = above.shape
+    cell = 9.0 / max(count, 6)
+    figure = style.figure(width=1.6 + cell * count, height=0.7 + 3.0 * cell * height / width)
+    grid = figure.subplots(3, count, squeeze=False)
+    largest = np.max(maps, where=np.isfinite(maps), initial=0.0)
+    shown = None
+    for i in range(count):
+        grid[0, i].imshow(_mosaic(above[i : i + 1], 1, gap=0), interpolation="nearest")
+        grid[1, i].imshow(_mosaic(below[i : i + 1], 1, gap=0), interpolation="nearest")
+        shown = grid[2, i].imshow(maps[i], interpolation="nearest", cmap="magma", vmin=0.0, vmax=largest or 1.0)
+        grid[2, i].set_xlabel(f"{errors[i]:.1e}" if np.isfinite(errors[i]) else "not finite", size=7, color=style.MIDTONE)
+    for row, name in zip(grid, ("original", "inverted", "|difference|"), strict=True):
+        row[0].set_ylabel(name, size=9, color=style.MIDTONE)
+        for axes in row:
+            axes.set(xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+    if shown is not None:
+        style.colorbar(figure, shown, list(grid[2]), label="")
+    return figure
+
+
+def lipschitz_bars(
+    names: Sequence[str],
+    estimates: Sequence[float],
+    bounds: Sequence[float | None] | None = None,
+    *,
+    target: float | None,
+) -> "matplotlib.figure.Figure":
+    """Draws the Lipschitz estimate of every block, its certified bound, the target and the limit of invertibility.
+
+    An estimate comes from power iteration and approaches the norm from below; only the bound proves anything.
+
+    Args:
+        names: Block names, first block first.
+        estimates: Products of the layers' estimated norms, one a block.
+        bounds: Certified upper bounds; ``None``, as a whole or for one block, where there is none.
+        target: The coefficient the blocks were trained for, in (0, 1); None without a constraint.
+
+    Raises:
+        ValueError: If the sequences differ in length or are empty.
+
+    Example:
+        >>> lipschitz_bars(["block_0"], [0.71], [0.74], target=0.729).axes[0].get_ylabel()
+        'Lipschitz constant of g'
+    """
+    bounds = [None] * len(names) if bounds is None else bounds
+    if not len(names) == len(estimates) == len(bounds) or not names:
+        raise ValueError(
+            f"names, estimates and bounds must be equally long and not empty, got {len(names)}, {len(estimates)} "
+            f"and {len(bounds)}: pass None for a bound that is missing"
+        )
+    figure = style.figure(width=10.0, height=3.2)
+    axes = figure.add_subplot()
+    place = np.arange(len(names))
+    axes.bar(place, estimates, width=0.7, color=style.BLUE, alpha=0.85, label="estimate (from below)")
+    certified = [(x, b) for x, b in zip(place, bounds, strict=True) if b is not None]
+    if certified:
+        x, b = zip(*certified, strict=True)
+        axes.scatter(x, b, s=26, marker="D", color=style.ORANGE, zorder=3, label="certified bound")
+    if target is not None:
+        axes.axhline(target, color=style.PLUM, linewidth=1.2, linestyle=(0, (5, 3)), label=f"target {target:g}")
+    axes.axhline(1.0, color=style.INK, linewidth=1.0, label="invertible below 1")
+    every = math.ceil(len(names) / 24)
+    turned = max(map(len, names)) * len(names) / every > 100
+    ticks = list(names[::every])
+    axes.set_xticks(place[::every], ticks, rotation=40 if turned else 0, ha="right" if turned else "center")
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    top = max([1.0, *(v for v in [*estimates, *(b for b in bounds if b is not None)] if math.isfinite(v))])
+    axes.set_ylim(0.0, 1.04 * top)
+    style.label(axes, "", "Lipschitz constant of g")
+    legend = style.legend(axes, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+    legend.set_in_layout(True)
+    return figure
+
+
+def density_map(
+    log_density: Float[np.ndarray, "n n"],
+    extent: tuple[Number, Number, Number, Number],
+    samples: Float[np.ndarray, "m 2"] | None = None,
+) -> "matplotlib.figure.Figure":
+    """Draws a density on the plane, with data or samples on top.
+
+    The colour scale ends at the 99.5 % quantile: narrow ridges would otherwise leave the rest black.
+
+    Args:
+        log_density: Natural log of the density on a square grid; rows run along the second coordinate, upwards.
+        extent: (left, right, bottom, top) of the grid.
+        samples: Points drawn over the map.
+    """
+    figure = style.figure(width=5.4, height=4.6)
+    axes = figure.add_subplot()
+    density = np.exp(np.where(np.isfinite(log_density), log_density, -np.inf))
+    top = float(np.quantile(density, 0.995)) or float(density.max()) or 1.0
+    shown = axes.imshow(density, origin="lower", extent=extent, cmap="viridis", vmin=0.0, vmax=top, interpolation="bilinear")
+    if samples is not None:
+        axes.scatter(*samples.T, s=2.0, color="white", alpha=0.5, linewidths=0)
+        axes.set(xlim=extent[:2], ylim=extent[2:])
+    style.label(axes, "", "", ink=style.MIDTONE)
+    axes.grid(visible=False)
+    style.colorbar(figure, shown, [axes], label="density", extend="max")
+    return figure
+
+
+def scatter(samples: Float[np.ndarray, "m 2"]) -> "matplotlib.figure.Figure":
+    """Draws points in the plane on equal axes; points that are not finite are counted in the title.
+
+    Args:
+        samples: Points, one a row.
+    """
+    figure = style.figure(width=4.6, height=4.6)
+    axes = figure.add_subplot()
+    finite = np.isfinite(samples).all(axis=1)
+    axes.scatter(*samples[finite].T, s=4.0, color=style.BLUE, alpha=0.45, linewidths=0, rasterized=True)
+    axes.set_aspect("equal", adjustable="datalim")
+    lost = int((~finite).sum())
+    style.label(axes, "", "", title=f"{lost} of {len(samples)} samples are not finite" if lost else "")
+    return figure
+
+
+def error_histogram(
+    errors: Float[np.ndarray, " n"], bounds: Float[np.ndarray, " n"] | None = None
+) -> "matplotlib.figure.Figure":
+    """Draws how the inversion errors of the examples are spread, and beside them the bounds promised for each.
+
+    Errors are drawn on a log scale; an error of exactly 0 is drawn in the lowest bin, one that is not finite is counted
+    in the title, and so is an example whose error exceeds its bound.
+
+    Args:
+        errors: Largest absolute error of each example, >= 0.
+        bounds: A posteriori bound of the same error, if there is one.
+
+    Raises:
+        ValueError: If no error is finite.
+    """
+    given = {"error": errors} if bounds is None else {"error": errors, "error bound": bounds}
+    if not np.isfinite(errors).any():
+        raise ValueError(f"none of the {len(errors)} errors is finite: look at the inverse before plotting it")
+    finite = {name: values[np.isfinite(values)].astype(np.float64) for name, values in given.items()}
+    positive = np.concatenate([values[values > 0.0] for values in finite.values()])
+    low, high = (positive.min(), positive.max()) if positive.size else (1e-8, 1e-7)
+    bins = np.geomspace(low / 1.3, high * 1.3, 41)
+    figure = style.figure(width=10.0, height=2.8)
+    axes = figure.add_subplot()
+    for (name, values), color in zip(finite.items(), (style.BLUE, style.ORANGE), strict=False):
+        shown = np.maximum(values, bins[0] * 1.001)
+        axes.hist(shown, bins=bins.tolist(), histtype="stepfilled", color=color, alpha=0.35, label=name)
+        axes.hist(shown, bins=bins.tolist(), histtype="step", color=color, linewidth=1.2)
+    axes.set_xscale("log")
+    notes = []
+    if lost := int((~np.isfinite(errors)).sum()):
+        notes.append(f"{lost} of {len(errors)} errors are not finite")
+    if bounds is not None and (above := int((errors > bounds).sum())):
+        notes.append(f"{above} of {len(errors)} errors exceed their bound")
+    style.label(axes, "Euclidean error of an example", "examples", title="; ".join(notes))
+    style.legend(axes)
+    return figure
+
+
+def _draw_splits(
+    axes: "matplotlib.axes.Axes", records: Sequence[Mapping[str, Any]], x: str, y: str, *, x_scale: float = 1.0
+) -> None:
+    """Draws one quantity of both splits: training faint with its running median, validation with markers."""
+    for split, color in (("train", style.BLUE), ("validation", style.ORANGE)):
+        pairs = sorted(
+            (r[x] * x_scale, r[y] if _is_number(r[y]) else math.nan)
+            for r in records
+            if r.get("split") == split and y in r and _is_number(r.get(x))
+        )
+        if not pairs:
+            continue
+        values = np.array(pairs, dtype=np.float64)
+        values[~np.isfinite(values)] = np.nan
+        if split == "validation":
+            axes.plot(*values.T, color=color, linewidth=1.4, marker="o", markersize=3, label=split, zorder=3)
+            continue
+        window = len(values) // 60
+        faint = values[:: math.ceil(len(values) / MAX_CURVE_POINTS)]
+        axes.plot(*faint.T, color=color, linewidth=0.8, alpha=0.35 if window > 1 else 1.0, label="" if window > 1 else split)
+        if window > 1:
+            smooth = _running_median(values, window)
+            axes.plot(*smooth.T, color=color, linewidth=1.6, label=f"{split} (median of {window})")
+
+
+def _evaluated(records: Sequence[Mapping[str, Any]], name: str, step: int | None) -> str:
+    """Says what the validation value of the evaluated checkpoint was; flat tails of curves cannot be read off."""
+    values = [r[name] for r in records if r["step"] == step and r.get("split") == "validation" and _is_number(r.get(name))]
+    return f"evaluated: step {step:,}, validation {values[-1]:.4g}" if values else ""
+
+
+def _running_median(values: Float[np.ndarray, "n 2"], window: int) -> Float[np.ndarray, "m 2"]:
+    """Medians of consecutive windows, half a window apart; windows without a finite value are gaps."""
+    starts = range(0, len(values) - window + 1, max(window // 2, 1))
+    windows = [values[s : s + window] for s in starts]
+    return np.array([np.nanmedian(w, axis=0) if np.isfinite(w).all(axis=1).any() else [np.nan] * 2 for w in windows])
+
+
+def _rgb(images: Images) -> Float[np.ndarray, "n h w 3"]:
+    """Images as float64 RGB, not clipped; the mean of channels that are neither grey nor RGB."""
+    if not len(images):
+        raise ValueError(f"images must be at least one, got {images.shape}")
+    scaled = images.astype(np.float64) / (255.0 if images.dtype == np.uint8 else 1.0)
+    return scaled if scaled.shape[-1] == 3 else np.repeat(scaled.mean(axis=-1, keepdims=True), 3, axis=-1)
+
+
+def _mosaic(pixels: Float[np.ndarray, "n h w 3"], columns: int, gap: int = 1) -> Float[np.ndarray, "rows columns 4"]:
+    """Tiles images in reading order into one RGBA array, with transparent gaps."""
+    count, height, width, _ = pixels.shape
+    rows = math.ceil(count / columns)
+    opaque = np.ones((count, height, width, 4))
+    opaque[..., :3] = np.where(np.isfinite(pixels).all(-1, keepdims=True), np.clip(pixels, 0.0, 1.0), NOT_FINITE)
+    canvas = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4))
+    for i, tile in enumerate(opaque):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        canvas[top : top + height, left : left + width] = tile
+    return canvas
+
+
+def _time_unit(longest_s: float) -> tuple[float, str]:
+    """The unit in which the longest time is a readable number: its seconds and its name."""
+    if longest_s >= 2 * 3600:
+        return 3600.0, "h"
+    return (60.0, "min") if longest_s >= 120 else (1.0, "s")
+
+
+def _is_number(value: object) -> bool:
+    """True for real numbers, not for booleans, which are ints to Python."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)

@@ -1,0 +1,102 @@
+"""What the training loop has to know of what it trains: the variables to begin with, a step, and how to validate."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from iresnet_jax.models import flow as model
+from iresnet_jax.training import state
+from iresnet_jax.training.parallel import AXIS
+
+
+class Objective(NamedTuple):
+    """A model and its training, as functions.
+
+    Attributes:
+        name: The metric that is shown, such as "bits_per_dim".
+        examples: What batches are taken from, as a pytree of arrays; None for endless data, whose steps draw their own.
+        optimizer: Update rule.
+        initial_variables: ``() ->`` fresh variables, fitted to training data.
+        make_step: ``num_terms ->`` the step ``(state, batch) -> (state, metrics)``, for `parallel.parallelize`.
+        make_validation: ``() ->`` the function that measures a state on held-out data; late, as it prepares its own programs.
+            Its ``num_terms``, if it gives any, are those that training has to go on with.
+        loss: What of the held-out metrics a checkpoint is chosen by; lower is better.
+        num_terms: Of the log-determinant that training starts with; 0 without one.
+    """
+
+    name: str
+    examples: Any
+    optimizer: optax.GradientTransformation
+    initial_variables: Callable[[], Any]
+    make_step: Callable[[int], Callable[[state.TrainState, Any], tuple[state.TrainState, dict[str, Any]]]]
+    make_validation: Callable[[], Callable[[state.TrainState], dict[str, float]]]
+    loss: Callable[[Mapping[str, float]], float]
+    num_terms: int = 0
+
+
+class Loss(NamedTuple):
+    """What a step learns of a batch under some parameters.
+
+    Attributes:
+        value: What is minimised, a mean over the batch.
+        metrics: Means over the batch, for the log.
+        constrained: The weights that ran.
+        batch_stats: BatchNorm's statistics of the batch, over all devices; None without BatchNorm.
+    """
+
+    value: Any
+    metrics: dict[str, Any]
+    constrained: model.Constrained
+    batch_stats: Any = None
+
+
+def update(
+    current: state.TrainState,
+    loss_of: Callable[[Any], Loss],
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    ema_decay: float,
+) -> tuple[state.TrainState, dict[str, Any]]:
+    """One step down the gradient of a loss, averaged over devices, and the metrics of the step.
+
+    Args:
+        current: The state before.
+        loss_of: ``params -> Loss`` on this device's share of the batch.
+        optimizer: Update rule.
+        schedule: Its learning rate, for the log.
+        ema_decay: Of the moving averages of the parameters and of BatchNorm's statistics.
+    """
+
+    def value_and_rest(params):
+        loss = loss_of(params)
+        return lax.pmean(loss.value, AXIS), loss
+
+    gradients, loss = jax.grad(value_and_rest, has_aux=True)(current.params)
+    gradients = lax.pmean(gradients, AXIS)
+    spectral = lax.pmean(loss.constrained.spectral, AXIS)
+    metrics = {
+        **lax.pmean(loss.metrics, AXIS),
+        **constraint_metrics(loss.constrained),
+        "grad_norm": optax.tree.norm(gradients),
+        "learning_rate": jnp.asarray(schedule(current.step)),
+    }
+    if loss.batch_stats:
+        current = current._replace(batch_stats=state.average_statistics(current, loss.batch_stats, ema_decay))
+    return state.apply_gradients(current, gradients, spectral, optimizer, ema_decay), metrics
+
+
+def constraint_metrics(constrained: model.Constrained) -> dict[str, Any]:
+    """The largest operator norm before normalisation and the largest Lipschitz constant after it, if norms were measured."""
+    if not any(constrained.norms.values()):
+        return {}
+    norms = [jnp.max(norm) for stage in constrained.norms.values() for norm in stage.values()]
+    lipschitz = [jnp.max(stage["lipschitz"]) for stage in constrained.weights.values()]
+    return {
+        "max_sigma": lax.pmax(jnp.max(jnp.stack(norms)), AXIS),
+        "max_lipschitz": lax.pmax(jnp.max(jnp.stack(lipschitz)), AXIS),
+    }

@@ -1,0 +1,133 @@
+"""ActNorm whitens the batch it is initialised from, on one device or several, and inverts with the right log-det."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from iresnet_jax.bijections import actnorm
+from iresnet_jax.bijections.actnorm import ActNormParams
+
+EXACT = 1e-10  # float64, same maths by another route
+SLOGDET = 1e-9  # float64, dense determinant
+SINGLE = 1e-5  # float32, same maths by another route
+EPS = 1e-5  # the default of initialize
+
+
+def images(seed=0, shape=(6, 3, 4, 5), mean=3.0, std=0.2):
+    return np.random.default_rng(seed).normal(mean, std, shape)
+
+
+def params_like(x, seed=0):
+    rng = np.random.default_rng(seed)
+    c = x.shape[-1]
+    return ActNormParams(jnp.asarray(rng.normal(size=c), x.dtype), jnp.asarray(rng.normal(size=c), x.dtype))
+
+
+def whitening_error(params, x):
+    """Distance of the output's per-channel moments from mean 0 and variance var / (var + eps), in NumPy float64."""
+    flat = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+    variance = flat.var(axis=0)
+    y = (flat + np.asarray(params.bias)) * np.exp(np.asarray(params.log_scale))
+    return np.abs(y.mean(axis=0)).max() + np.abs(y.var(axis=0) - variance / (variance + EPS)).max()
+
+
+@pytest.mark.parametrize("shape", [(64, 5), (6, 3, 4, 5)])
+def test_initialize_whitens_each_channel(x64, shape):
+    x = jnp.asarray(images(shape=shape) * np.arange(1, 6) - 7 * np.arange(5))
+    params = actnorm.initialize(x)
+    assert whitening_error(params, x) < EXACT
+    y, _ = actnorm.forward_and_logdet(params, x)
+    np.testing.assert_allclose(y.reshape(-1, 5).mean(axis=0), 0, atol=EXACT)
+
+
+def test_the_whitening_check_rejects_wrong_parameters(x64):
+    x = jnp.asarray(images())
+    params = actnorm.initialize(x)
+    assert whitening_error(params._replace(bias=-params.bias), x) > 1
+    assert whitening_error(params._replace(log_scale=2 * params.log_scale), x) > 1
+
+
+def test_a_large_mean_costs_no_digits_in_float32():
+    x = images(mean=1000.0, std=0.1, shape=(1024, 2))
+    single = jnp.asarray(x, jnp.float32)
+    params = actnorm.initialize(single)
+    assert params.log_scale.dtype == jnp.float32
+    std = np.sqrt(np.asarray(single, np.float64).var(axis=0) + EPS)
+    # E[x^2] - E[x]^2 would lose all digits here: the squares are 1e8 times the variance.
+    np.testing.assert_allclose(params.log_scale, -np.log(std), atol=1e-4)
+
+
+def test_constant_channels_keep_their_scale_and_finite_gradients():
+    x = jnp.asarray(images(), jnp.float32).at[..., 0].set(0.1).at[..., 1].set(0.0)
+    params = actnorm.initialize(x, 1e-4)
+    np.testing.assert_array_equal(params.log_scale[:2], 0)
+    y, logdet = actnorm.forward_and_logdet(params, x)
+    np.testing.assert_allclose(y[..., :2], 0, atol=SINGLE)
+    gradient = jax.grad(lambda x: jnp.sum(actnorm.forward_and_logdet(actnorm.initialize(x), x)[0] ** 2))(x)
+    assert np.isfinite(logdet).all()
+    assert np.isfinite(gradient).all()
+
+
+def test_the_scale_of_a_nearly_constant_channel_is_bounded():
+    x = jnp.asarray(images(), jnp.float32).at[..., 0].multiply(1e-4)
+    np.testing.assert_allclose(np.exp(actnorm.initialize(x, 1e-4).log_scale[0]), 100, rtol=1e-3)
+
+
+@given(seed=st.integers(0, 2**31 - 1), b=st.integers(1, 3), spatial=st.sampled_from([(), (3,), (2, 3)]))
+def test_round_trip_and_logdet_against_the_dense_jacobian(seed, b, spatial):
+    with jax.enable_x64(True):
+        x = jnp.asarray(images(seed, (b, *spatial, 2)))
+        params = params_like(x, seed)
+        y, logdet = actnorm.forward_and_logdet(params, x)
+        back, logdet_inverse = actnorm.inverse_and_logdet(params, y)
+        assert logdet.shape == (b,)
+        np.testing.assert_allclose(back, x, rtol=0, atol=EXACT)
+        np.testing.assert_allclose(logdet_inverse, -logdet, rtol=0, atol=EXACT)
+
+        def single(x, transform):
+            return transform(params, x[None])[0][0]
+
+        d = x[0].size
+        for transform, at, value in [
+            (actnorm.forward_and_logdet, x, logdet),
+            (actnorm.inverse_and_logdet, y, logdet_inverse),
+        ]:
+            jacobian = np.asarray(jax.jacfwd(single)(at[0], transform)).reshape(d, d)
+            np.testing.assert_allclose(value, np.linalg.slogdet(jacobian)[1], rtol=0, atol=SLOGDET)
+
+
+def test_statistics_of_shards_are_those_of_the_whole_batch(x64):
+    x = jnp.asarray(images(shape=(8, 3, 3, 2)) + np.arange(8).reshape(8, 1, 1, 1))  # the shards' means differ
+    whole = actnorm.initialize(x)
+    shards = x.reshape(2, 4, 3, 3, 2)
+    spread = jax.vmap(lambda x: actnorm.initialize(x, axis_name="batch"), axis_name="batch")(shards)
+    for device in range(2):
+        for name in ActNormParams._fields:
+            np.testing.assert_allclose(getattr(spread, name)[device], getattr(whole, name), rtol=0, atol=EXACT)
+    local = jax.vmap(actnorm.initialize)(shards)
+    # The comparison can fail: without the mean over devices the statistics are those of one shard.
+    assert np.abs(np.asarray(local.log_scale) - np.asarray(whole.log_scale)).max() > 0.1
+
+
+def test_jit_and_dtype():
+    x = jnp.asarray(images(), jnp.float32)
+    params = jax.jit(actnorm.initialize)(x)
+    y, logdet = jax.jit(actnorm.forward_and_logdet)(params, x)
+    assert y.dtype == logdet.dtype == jnp.float32
+    back, _ = jax.jit(actnorm.inverse_and_logdet)(params, y)
+    np.testing.assert_allclose(back, x, rtol=SINGLE)
+
+
+def test_caller_mistakes():
+    x = jnp.zeros((2, 4, 4, 3))
+    with pytest.raises(ValueError, match="eps must be positive, got 0"):
+        actnorm.initialize(x, 0.0)
+    with pytest.raises(ValueError, match=r"got shape \(0, 3\)"):
+        actnorm.initialize(jnp.zeros((0, 3)))
+    params = ActNormParams(jnp.zeros(2), jnp.zeros(2))
+    for transform in (actnorm.forward_and_logdet, actnorm.inverse_and_logdet):
+        with pytest.raises(ValueError, match=r"shape \(3,\) .* got \(2,\) and \(2,\)"):
+            transform(params, x)

@@ -1,0 +1,119 @@
+"""The maps that move entries are exact inverses in one documented order."""
+
+import inspect
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from iresnet_jax.bijections import reshape
+
+# Entries are moved, not computed: every comparison of values is exact. Only the norm in padding_residual rounds.
+NORM_RTOL = 1e-6
+
+
+def squeeze_oracle(x, factor):
+    """The index formula of the docstring, entry by entry."""
+    b, h, w, c = x.shape
+    y = np.full((b, h // factor, w // factor, c * factor**2), np.nan)
+    for i, j in itertools.product(range(h // factor), range(w // factor)):
+        for di, dj, k in itertools.product(range(factor), range(factor), range(c)):
+            y[:, i, j, (di * factor + dj) * c + k] = x[:, i * factor + di, j * factor + dj, k]
+    return y
+
+
+def numbered(shape):
+    return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+@given(b=st.integers(1, 3), h=st.integers(1, 3), w=st.integers(1, 3), c=st.integers(1, 4), factor=st.integers(1, 3))
+def test_squeeze_follows_its_formula_and_unsqueeze_inverts_it(b, h, w, c, factor):
+    x = numbered((b, h * factor, w * factor, c))
+    y = reshape.squeeze(jnp.asarray(x), factor)
+    np.testing.assert_array_equal(y, squeeze_oracle(x, factor))
+    np.testing.assert_array_equal(reshape.unsqueeze(y, factor), x)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: x.reshape(2, 2, 3, 12),
+        lambda x: x.reshape(2, 2, 2, 3, 2, 3).transpose(0, 1, 3, 5, 2, 4).reshape(2, 2, 3, 12),
+    ],
+    ids=["plain reshape", "channel-major order"],
+)
+def test_the_formula_rejects_other_orders(wrong):
+    x = numbered((2, 4, 6, 3))
+    with pytest.raises(AssertionError):
+        np.testing.assert_array_equal(wrong(x), squeeze_oracle(x, 2))
+
+
+def test_squeeze_preserves_volume(x64):
+    x = jnp.asarray(numbered((1, 4, 2, 2)), jnp.float64)
+    jacobian = np.asarray(jax.jacfwd(lambda x: reshape.flatten(reshape.squeeze(x)))(x)).reshape(16, 16)
+    np.testing.assert_array_equal(jacobian @ jacobian.T, np.eye(16))  # a permutation, so |det| = 1
+
+
+def test_padding_keeps_the_data_first_and_is_undone():
+    for shape in [(2, 3), (2, 4, 5, 3)]:
+        x = jnp.asarray(numbered(shape) + 1)
+        y = reshape.pad_channels(x, 5)
+        assert y.shape == (*shape[:-1], 8)
+        np.testing.assert_array_equal(y[..., :3], x)
+        np.testing.assert_array_equal(y[..., 3:], 0)
+        np.testing.assert_array_equal(reshape.unpad_channels(y, 5), x)
+        np.testing.assert_array_equal(reshape.padding_residual(y, 5), np.zeros(2))
+        np.testing.assert_array_equal(reshape.unpad_channels(reshape.pad_channels(x, 0), 0), x)
+
+
+def test_padding_residual_is_the_distance_to_the_nearest_padded_array():
+    y = np.random.default_rng(0).normal(size=(4, 3, 2, 5)).astype(np.float32)
+    y[1, ..., 3:] = 0
+    projected = reshape.pad_channels(reshape.unpad_channels(jnp.asarray(y), 2), 2)
+    distance = np.linalg.norm((y - np.asarray(projected)).reshape(4, -1), axis=1)
+    assert distance[1] == 0 < distance[0]
+    np.testing.assert_allclose(reshape.padding_residual(jnp.asarray(y), 2), distance, rtol=NORM_RTOL)
+    gradient = jax.grad(lambda y: jnp.sum(reshape.padding_residual(y, 2)))(jnp.asarray(y))
+    np.testing.assert_array_equal(gradient[1], 0)
+    np.testing.assert_allclose(np.linalg.norm(gradient[0]), 1, rtol=NORM_RTOL)
+
+
+@pytest.mark.parametrize("event_shape", [(4, 4, 3), (7,), ()])
+def test_flatten_is_row_major_and_unflatten_inverts_it(event_shape):
+    x = numbered((3, *event_shape))
+    z = reshape.flatten(jnp.asarray(x))
+    np.testing.assert_array_equal(z, x.reshape(3, -1))
+    np.testing.assert_array_equal(reshape.unflatten(z, event_shape), x)
+
+
+def test_jit_and_integers():
+    x = jnp.asarray(numbered((2, 4, 4, 3)), jnp.uint8)
+    y = jax.jit(reshape.squeeze, static_argnums=1)(x, 2)
+    assert y.dtype == jnp.uint8
+    np.testing.assert_array_equal(jax.jit(reshape.unsqueeze, static_argnums=1)(y, 2), x)
+    assert reshape.flatten(jnp.zeros((0, 4, 4, 3))).shape == (0, 48)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: reshape.squeeze(jnp.zeros((1, 5, 4, 3))), "got factor 2 for 5x4"),
+        (lambda: reshape.squeeze(jnp.zeros((1, 4, 5, 3))), "got factor 2 for 4x5"),
+        (lambda: reshape.squeeze(jnp.zeros((1, 4, 4, 3)), 0), "at least 1, got 0"),
+        (lambda: reshape.unsqueeze(jnp.zeros((1, 4, 4, 6))), r"factor\*\*2 = 4, got 6"),
+        (lambda: reshape.unsqueeze(jnp.zeros((1, 4, 4, 4)), -1), "at least 1, got -1"),
+        # Without the tests' import hook, which refuses the rank first.
+        (lambda: inspect.unwrap(reshape.squeeze)(jnp.zeros((4, 4, 3))), r"got \(4, 4, 3\)"),
+        (lambda: reshape.pad_channels(jnp.zeros((1, 3)), -1), "at least 0, got -1"),
+        (lambda: reshape.unpad_channels(jnp.zeros((1, 3)), 3), r"\[0, 3\) for 3 channels, got 3"),
+        (lambda: reshape.padding_residual(jnp.zeros((1, 3)), -1), "got -1"),
+        (lambda: reshape.unflatten(jnp.zeros((2, 6)), (2, 2)), r"6 entries, got \(2, 2\) with 4"),
+    ],
+)
+def test_caller_mistakes(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()

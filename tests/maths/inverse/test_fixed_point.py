@@ -1,0 +1,225 @@
+"""The inverse of a residual block against closed forms and dense Newton solutions in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from iresnet_jax.maths.inverse.fixed_point import invert_residual, solve_linear
+
+ATOL = 1e-6  # the default tolerance of the inverse
+GRADIENT = 1e-6  # implicit derivatives at a preimage that is good to 1e-10
+NEWTON = 1e-12  # what the dense solution is good for, and rounding in our comparison with it
+
+
+def error(x, x_true):
+    return np.linalg.norm((np.asarray(x, np.float64) - x_true).reshape(len(x), -1), axis=1)
+
+
+def assert_bound_holds(info, true_error, slack=0.0):
+    assert np.all(true_error <= np.asarray(info.error_bound, np.float64) + slack), (
+        f"error {true_error}, claimed {info.error_bound}"
+    )
+
+
+@pytest.mark.parametrize("memory", [0, 4])
+def test_the_hardest_linear_contraction_in_float32(memory):
+    y = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
+    x, info = jax.jit(lambda y: invert_residual(lambda x: -0.99 * x, y, lipschitz_bound=0.99, memory=memory))(y)
+    # x - 0.99 x = y with the factor as float32 has it
+    true = np.asarray(y, np.float64) / (1 - np.float64(np.float32(0.99)))
+    relative = error(x, true) / np.linalg.norm(true, axis=1)
+    # Banach steps of 1 % of the residual get lost in the last place of x before that, unless the machine has FMA.
+    assert memory == 0 or np.all(relative <= 1e-5)
+    assert memory == 0 or jnp.all(info.converged)
+    assert_bound_holds(info, error(x, true))
+    assert jnp.all(info.num_evals < 1900)  # it sees that it cannot get any further
+
+
+def test_the_cap_returns_the_best_iterate_and_a_true_bound(x64):
+    y = jnp.array([[1.0, -2.0], [0.0, 0.0]])
+    x, info = invert_residual(lambda x: -0.99 * x, y, lipschitz_bound=0.99, max_evals=10, memory=0)
+    np.testing.assert_array_equal(info.converged, [False, True])  # 0 is its own preimage
+    np.testing.assert_array_equal(info.num_evals, [10, 1])
+    assert_bound_holds(info, error(x, 100 * np.asarray(y)))
+    np.testing.assert_allclose(info.residual[0], np.linalg.norm(y[0] - 0.01 * x[0]), rtol=NEWTON)
+    assert info.residual[0] < np.linalg.norm(0.99 * y[0])  # better than where it started
+
+
+def test_of_oscillating_iterates_the_best_is_kept():
+    # 2 x is no contraction: residuals grow, so the start is the best that was seen.
+    y = jnp.ones((1, 2))
+    x, info = invert_residual(lambda x: 2 * x, y, lipschitz_bound=0.5, max_evals=7)
+    np.testing.assert_array_equal(x, y)
+    assert not info.converged[0]
+    # The claimed Lipschitz constant is wrong, and so is the bound: the check of bounds can fail.
+    with pytest.raises(AssertionError, match="claimed"):
+        assert_bound_holds(info._replace(error_bound=info.error_bound * 0.1), error(x, np.ones((1, 2)) / 3))
+
+
+@pytest.mark.parametrize("lipschitz_bound", [1.0, 1.5])
+def test_without_a_contraction_nothing_is_claimed(lipschitz_bound):
+    _, info = invert_residual(lambda x: 0.5 * x, jnp.ones((2, 3)), lipschitz_bound=lipschitz_bound, max_evals=50)
+    assert not jnp.any(info.converged)
+    assert jnp.all(jnp.isinf(info.error_bound))
+
+
+def test_a_branch_that_returns_nan_spoils_its_own_example_only():
+    y = jnp.array([[1.0], [-1.0]])
+    x, info = invert_residual(lambda x: jnp.where(x < 0, jnp.nan, 0.5 * x), y, lipschitz_bound=0.5)
+    np.testing.assert_array_equal(info.converged, [True, False])
+    assert jnp.isinf(info.error_bound[1])
+    assert info.num_evals[1] == 1  # there is no way back from NaN
+    np.testing.assert_allclose(x[0], 2 / 3, atol=ATOL)
+
+
+def slow_near_zero(x):
+    """Slope -.95 at 0 and nearly none at 10; elementwise, so that a batch mate cannot change how sums are rounded."""
+    return -0.95 * jnp.tanh(x)
+
+
+@pytest.mark.parametrize("memory", [0, 4])
+def test_a_result_does_not_depend_on_batch_mates(memory):
+    solve = jax.jit(lambda y: invert_residual(slow_near_zero, y, lipschitz_bound=0.95, memory=memory))
+    fast, slow = jnp.full((1, 3), 9.0), jnp.full((1, 3), 0.01)
+    x_alone, alone = solve(fast)
+    x_together, together = solve(jnp.concatenate([fast, slow]))
+    assert 2 * alone.num_evals[0] < together.num_evals[1]
+    np.testing.assert_array_equal(x_together[:1], x_alone)
+    for a, b in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(a[:1], b)
+
+
+def network(x, w1, bias, w2):
+    return jnp.tanh(x @ w1.T + bias[None]) @ w2.T
+
+
+@functools.partial(jax.jit, static_argnames="memory")
+def invert_network(y, w1, bias, w2, lipschitz_bound, memory=4):
+    branch = functools.partial(network, w1=w1, bias=bias, w2=w2)
+    return invert_residual(branch, y, lipschitz_bound=lipschitz_bound, memory=memory)
+
+
+def random_contraction(seed, dim, coeff):
+    rng = np.random.default_rng(seed)
+    w1, w2 = (w / oracles.operator_norm(w) for w in rng.normal(size=(2, dim, dim)))
+    return coeff * w1, rng.normal(size=dim), w2, 2 * rng.normal(size=(3, dim))
+
+
+@given(seed=st.integers(0, 10**6), dim=st.sampled_from([1, 5]), coeff=st.floats(0.0, 0.98), double=st.booleans())
+@example(seed=0, dim=5, coeff=0.98, double=False)
+@example(seed=101, dim=1, coeff=0.9375, double=False)  # ends in a cycle of a few units in the last place
+def test_random_contractions_against_newton(seed, dim, coeff, double):
+    with jax.enable_x64(double):
+        dtype = jnp.float64 if double else jnp.float32
+        w1, bias, w2, y = (jnp.asarray(a, dtype) for a in random_contraction(seed, dim, coeff))
+        bound = max(coeff, 1e-3) * (1 if double else 1 + 1e-6)  # rounding the weights may stretch them
+        x, info = invert_network(y, w1, bias, w2, jnp.asarray(bound, dtype))
+    w1, bias, w2, y = (np.asarray(a, np.float64) for a in (w1, bias, w2, y))
+    true = np.stack([oracles.invert_by_newton(lambda x: oracles.tanh_network(x, w1, bias, w2), row) for row in y])
+    assert np.all(info.converged)
+    assert_bound_holds(info, error(x, true), slack=NEWTON)
+    if double:
+        assert np.all(np.asarray(info.error_bound) <= 1.01 * ATOL)
+
+
+def test_vmap_over_problems_is_a_loop_over_problems(x64):
+    problems = [random_contraction(seed, 3, 0.8) for seed in range(3)]
+    stacked = [jnp.asarray(np.stack(arrays)) for arrays in zip(*problems, strict=True)]
+    w1, bias, w2, y = stacked
+    x, info = jax.vmap(invert_network, in_axes=(0, 0, 0, 0, None))(y, w1, bias, w2, 0.8)
+    for i in range(3):
+        x_alone, alone = invert_network(y[i], w1[i], bias[i], w2[i], 0.8)
+        np.testing.assert_allclose(x[i], x_alone, rtol=NEWTON, atol=NEWTON)
+        np.testing.assert_array_equal(info.num_evals[i], alone.num_evals)
+
+
+def test_anderson_needs_fewer_evaluations_for_the_same_bound(x64):
+    problem = [jnp.asarray(a) for a in random_contraction(7, 5, 0.95)]
+    w1, bias, w2, y = problem
+    results = {memory: invert_network(y, w1, bias, w2, 0.95, memory=memory) for memory in (0, 4)}
+    for x, info in results.values():
+        np.testing.assert_allclose(x, results[0][0], atol=2 * ATOL)
+        assert jnp.all(info.error_bound <= 1.01 * ATOL)
+    assert jnp.all(results[4][1].num_evals < results[0][1].num_evals)
+
+
+def test_images_keep_their_shape_and_their_own_norm(x64):
+    y = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3, 2)))
+    x, info = invert_residual(lambda x: 0.5 * x, y, lipschitz_bound=0.5, memory=0)
+    assert_bound_holds(info, error(x, np.asarray(y) / 1.5))
+    np.testing.assert_allclose(info.residual / 2, error(1.5 * x, np.asarray(y)), rtol=1e-6)  # x is one step further
+
+
+# ---------------------------------------------------------------------------------------------------- derivatives
+
+
+@pytest.fixture
+def problem(x64):
+    return tuple(jnp.asarray(a) for a in random_contraction(3, 3, 0.8))
+
+
+def dense_derivative(w1, bias, w2, x, right_hand_side, *, adjoint=False):
+    """``(I + J)^-1 b`` of every row, by dense solves."""
+    rows = []
+    for row, b in zip(np.asarray(x), np.asarray(right_hand_side), strict=True):
+        matrix = np.eye(len(row)) + oracles.tanh_network(row, *(np.asarray(a) for a in (w1, bias, w2)))[1]
+        rows.append(np.linalg.solve(matrix.T if adjoint else matrix, b))
+    return np.stack(rows)
+
+
+def test_derivatives_are_those_of_the_exact_solution(problem):
+    w1, bias, w2, y = problem
+    rng = np.random.default_rng(0)
+    cotangent = jnp.asarray(rng.normal(size=y.shape))
+    tangents = [jnp.asarray(rng.normal(size=a.shape)) for a in (y, w1, bias, w2)]
+
+    def invert(y, w1, bias, w2):
+        return invert_residual(functools.partial(network, w1=w1, bias=bias, w2=w2), y, lipschitz_bound=0.8, atol=1e-10)[0]
+
+    x, pullback = jax.vjp(jax.jit(invert), y, w1, bias, w2)
+    gradients = pullback(cotangent)
+    u = dense_derivative(w1, bias, w2, x, cotangent, adjoint=True)
+    _, pull_branch = jax.vjp(functools.partial(network, x), w1, bias, w2)
+    expected = (u, *pull_branch(jnp.asarray(-u)))  # dx = (I + J)^-1 (dy - dg)
+    for actual, wanted in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=GRADIENT, atol=GRADIENT)
+    _, pushed = jax.jvp(jax.jit(invert), (y, w1, bias, w2), tuple(tangents))
+    inner = sum(jnp.sum(g * t) for g, t in zip(expected, tangents, strict=True))
+    np.testing.assert_allclose(jnp.sum(pushed * cotangent), inner, rtol=GRADIENT)
+    with pytest.raises(AssertionError):  # one Banach step's derivative is not the solution's
+        np.testing.assert_allclose(cotangent, expected[0], rtol=0.1)
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_linear_solves_against_dense_ones(problem, adjoint):
+    w1, bias, w2, y = problem
+    branch = functools.partial(network, w1=w1, bias=bias, w2=w2)
+    u, info = solve_linear(branch, y, y[::-1], lipschitz_bound=0.8, adjoint=adjoint)
+    expected = dense_derivative(w1, bias, w2, y, y[::-1], adjoint=adjoint)
+    assert jnp.all(info.converged)
+    np.testing.assert_allclose(u, expected, rtol=1e-10, atol=1e-10)
+    assert_bound_holds(info, error(u, expected))
+
+
+def test_a_derivative_that_does_not_converge_is_nan():
+    def invert(y):  # three evaluations are too few for the derivative's tolerance
+        return invert_residual(lambda x: 0.9 * jnp.sin(x), y, lipschitz_bound=0.9, max_evals=3, memory=0)[0]
+
+    y = jnp.array([[0.5, -1.0]])
+    assert jnp.all(jnp.isfinite(invert(y)))
+    assert jnp.all(jnp.isnan(jax.grad(lambda y: jnp.sum(invert(y)))(y)))
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="max_evals must be at least 1, got 0"):
+        invert_residual(lambda x: x, jnp.ones((1, 1)), lipschitz_bound=0.5, max_evals=0)
+    with pytest.raises(ValueError, match="atol must be positive, got 0"):
+        invert_residual(lambda x: x, jnp.ones((1, 1)), lipschitz_bound=0.5, atol=0.0)
+    with pytest.raises(ValueError, match="memory must not be negative, got -1"):
+        invert_residual(lambda x: x, jnp.ones((1, 1)), lipschitz_bound=0.5, memory=-1)

@@ -1,0 +1,284 @@
+"""Derivatives of the inverse against those of an iteration that is differentiated step by step, in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from iresnet_jax.bijections import actnorm, residual
+from iresnet_jax.bijections import bijection as bijections
+from iresnet_jax.maths.inverse.fixed_point import invert_residual, solve_linear
+from iresnet_jax.maths.logdet.series import ExactLogdet
+from iresnet_jax.models import branch as branches
+from iresnet_jax.models import density
+from iresnet_jax.models import flow as model
+from iresnet_jax.models import linen as modules
+
+SAME = 1e-8  # two routes to one derivative, at a preimage that is good to 1e-12
+ATOL = 1e-12
+LIPSCHITZ, NUM_STEPS = 0.7, 100  # Banach iteration is down to 0.7^100 = 3e-16 of its first residual
+BATCH, DIM, CONTEXT_DIM = 3, 4, 2
+MEMORY = pytest.mark.parametrize("memory", [0, 4])
+
+
+def branch(x, w):
+    """``g(x; c) = W2 tanh(W1 x + U c + b)``: its Jacobian ``W2 D W1`` is not symmetric."""
+    return jnp.tanh(x @ w["w1"].T + w["context"] @ w["u"].T + w["bias"][None]) @ w["w2"].T
+
+
+def problem(seed=0):
+    """What a solution depends on: ``y``, parameters, and the context of every example."""
+    rng = np.random.default_rng(seed)
+    w1, w2 = (w / np.linalg.norm(w, 2) for w in rng.normal(size=(2, DIM, DIM)))
+    return {
+        "y": jnp.asarray(rng.normal(size=(BATCH, DIM))),
+        "w1": jnp.asarray(LIPSCHITZ * w1),
+        "w2": jnp.asarray(w2),
+        "bias": jnp.asarray(0.3 * rng.normal(size=DIM)),
+        "u": jnp.asarray(rng.normal(size=(DIM, CONTEXT_DIM))),
+        "context": jnp.asarray(rng.normal(size=(BATCH, CONTEXT_DIM))),
+    }
+
+
+def banach(g, y, num_steps=NUM_STEPS):
+    """Each step is differentiated, and remembered for it."""
+    return lax.scan(lambda x, _: (y - g(x), None), y, length=num_steps)[0]
+
+
+def unrolled(w):
+    return banach(lambda x: branch(x, w), w["y"])
+
+
+def implicit(w, memory=4):
+    return invert_residual(lambda x: branch(x, w), w["y"], lipschitz_bound=LIPSCHITZ, atol=ATOL, memory=memory)[0]
+
+
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=SAME, atol=SAME, err_msg=jax.tree_util.keystr(path))
+
+
+def loss_of(solve):
+    """A number whose cotangent of ``x`` is different for every entry."""
+    return lambda w: jnp.sum(jnp.sin(solve(w)) * jnp.arange(1.0, DIM + 1)[None])
+
+
+def test_the_problem_is_what_it_should_be(x64):
+    w = problem()
+    x = implicit(w)
+    np.testing.assert_allclose(x + branch(x, w), w["y"], atol=1e-11)
+    jacobian = jax.jacobian(lambda x: branch(x[None], w | {"context": w["context"][:1]})[0])(x[0])
+    assert np.linalg.norm(jacobian - jacobian.T) > 0.3 * np.linalg.norm(jacobian)
+
+
+@MEMORY
+@pytest.mark.parametrize("compiled", [False, True])
+def test_reverse_mode(x64, memory, compiled):
+    gradient = jax.grad(loss_of(functools.partial(implicit, memory=memory)))
+    assert_same((jax.jit(gradient) if compiled else gradient)(problem()), jax.grad(loss_of(unrolled))(problem()))
+
+
+@MEMORY
+def test_forward_mode(x64, memory):
+    w, tangent = problem(), problem(seed=1)
+    solve = functools.partial(implicit, memory=memory)
+    assert_same(jax.jvp(solve, (w,), (tangent,)), jax.jvp(unrolled, (w,), (tangent,)))
+    expected = jax.jacrev(unrolled)(w)
+    assert_same(jax.jit(jax.jacfwd(solve))(w), expected)
+    assert_same(jax.jit(jax.jacrev(solve))(w), expected)
+
+
+def test_a_transpose_that_is_forgotten_is_noticed(x64):
+    w = problem()
+    x, cotangent = unrolled(w), problem(seed=1)["y"]
+    expected = jax.vjp(unrolled, w)[1](cotangent)[0]["y"]
+    for adjoint in (True, False):
+        u, _ = solve_linear(lambda x: branch(x, w), x, cotangent, lipschitz_bound=LIPSCHITZ, adjoint=adjoint)
+        if adjoint:
+            assert_same(u, expected)
+        else:
+            with pytest.raises(AssertionError):
+                assert_same(u, expected)
+
+
+def stacked():
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), problem(seed=2), problem(seed=3))
+
+
+def test_under_vmap(x64):
+    """Over problems: other weights and other contexts, in both modes."""
+    actual = jax.jit(jax.vmap(jax.grad(loss_of(implicit))))(stacked())
+    assert_same(actual, jax.vmap(jax.grad(loss_of(unrolled)))(stacked()))
+    directions = jax.tree.map(lambda *a: jnp.stack(a), problem(seed=4), problem(seed=5))
+
+    def push(solve, direction):
+        return jax.jvp(solve, (problem(),), (direction,))[1]
+
+    assert_same(
+        jax.vmap(functools.partial(push, implicit))(directions), jax.vmap(functools.partial(push, unrolled))(directions)
+    )
+
+
+def test_under_pmap(x64):
+    """On two devices, with gradients of shared weights averaged over them."""
+    shared = {name: problem()[name] for name in ("w1", "w2", "bias", "u")}
+    own = {name: stacked()[name] for name in ("y", "context")}
+
+    def step(solve):
+        def loss(shared, own):
+            return lax.pmean(loss_of(solve)(shared | own), "batch")
+
+        def gradients(shared, own):
+            of_shared, of_own = jax.grad(loss, (0, 1))(shared, own)
+            return lax.pmean(of_shared, "batch"), of_own
+
+        return gradients
+
+    settings = {"axis_name": "batch", "in_axes": (None, 0), "out_axes": (None, 0)}
+    assert jax.local_device_count() >= 2
+    assert_same(jax.pmap(step(implicit), **settings)(shared, own), jax.vmap(step(unrolled), **settings)(shared, own))
+
+
+@pytest.mark.parametrize("mode", [jax.grad, jax.jacfwd])
+def test_of_the_inverse_and_its_log_determinant(x64, mode):
+    """``residual.inverse_and_logdet``: gradients reach the log-determinant through the preimage, too."""
+
+    def combine(x, logdet):
+        return jnp.sum(jnp.sin(x) * jnp.arange(1.0, DIM + 1)[None]) + jnp.sum(logdet * jnp.arange(1.0, BATCH + 1))
+
+    def ours(w):
+        g = functools.partial(branch, w=w)
+        x, logdet, *_ = residual.inverse_and_logdet(
+            g, w["y"], jax.random.key(0), ExactLogdet(), lipschitz_bound=LIPSCHITZ, atol=ATOL
+        )
+        return combine(x, logdet)
+
+    def reference(w):
+        x = unrolled(w)
+
+        def jacobian(row, context):
+            return jax.jacfwd(lambda row: branch(row[None], w | {"context": context[None]})[0])(row)
+
+        jacobians = jax.vmap(jacobian)(x, w["context"])
+        return combine(x, -jnp.linalg.slogdet(jnp.eye(DIM)[None] + jacobians)[1])
+
+    assert_same(jax.jit(mode(ours))(problem()), jax.jit(jax.grad(reference))(problem()))
+
+
+# ----------------------------------------------------------------------------------------------- a whole model's samples
+
+SPEC = density.DensitySpec(
+    model.FlowSpec((DIM,), (model.StageSpec(2, hidden=(6,), activation="tanh"),), coeff=0.8, context_dim=CONTEXT_DIM),
+    transform="none",
+)
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    """Weights of a small conditional flow, and its prior."""
+    context = jax.random.normal(jax.random.key(1), (64, CONTEXT_DIM))
+    variables = modules.ResidualFlow(SPEC.flow).init(
+        jax.random.key(0), jax.random.normal(jax.random.key(2), (64, DIM)), context
+    )
+    return jax.device_get((model.freeze(SPEC.flow, variables["params"]).weights, variables["params"]["prior"]))
+
+
+def decode_unrolled(weights, z, context):
+    """The blocks' inverses, last to first, by Banach iteration."""
+    (spec,) = SPEC.flow.branches
+    for k in (1, 0):
+        block = jax.tree.map(lambda w, k=k: w[k], weights["stage0"])
+        z = banach(lambda x, block=block: branches.apply_branch(spec, block["branch"], x, context), z)
+        z, _ = actnorm.inverse_and_logdet(actnorm.ActNormParams(**block["actnorm"]), z)
+    return z
+
+
+@pytest.mark.parametrize("mode", [jax.grad, jax.jacfwd])
+def test_of_samples(x64, frozen, mode):
+    """``density.sample``: gradients with respect to all weights, the prior and the contexts of the samples."""
+    weights, prior = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), frozen)
+    key, context = jax.random.key(3), problem()["context"]
+    bound = {"stage0": {"lipschitz": weights["stage0"].pop("lipschitz")}}  # a setting of the solver
+
+    def combine(samples):
+        return jnp.sum(jnp.sin(samples) * jnp.arange(1.0, DIM + 1)[None])
+
+    def ours(weights, prior, context):
+        whole = {"stage0": weights["stage0"] | bound["stage0"]}
+        solver = bijections.Solver(atol=ATOL)
+        return combine(density.sample(SPEC, whole, prior, key, BATCH, solver=solver, context=context)[0])
+
+    def reference(weights, prior, context):
+        parameters, _, draw = density.PRIORS[SPEC.prior]
+        return combine(decode_unrolled(weights, draw(parameters(**prior), key, BATCH, 1.0), context))
+
+    arguments = (weights, prior, context)
+    expected = jax.jit(jax.grad(reference, (0, 1, 2)))(*arguments)
+    assert all(np.abs(leaf).max() > 100 * SAME for leaf in jax.tree.leaves(expected)), "something has no influence"
+    assert_same(jax.jit(mode(ours, (0, 1, 2)))(*arguments), expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def temporary_bytes(function, *arguments):
+    analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
+@MEMORY
+@pytest.mark.parametrize("mode", [jax.grad, jax.jacfwd])
+def test_memory_does_not_depend_on_the_number_of_iterations(x64, memory, mode):
+    def loss(w, max_evals):
+        g = functools.partial(branch, w=w)
+        return jnp.sum(invert_residual(g, w["y"], lipschitz_bound=LIPSCHITZ, max_evals=max_evals, memory=memory)[0] ** 2)
+
+    few, many = (temporary_bytes(mode(functools.partial(loss, max_evals=n)), problem()) for n in (10, 1000))
+    assert few == many
+
+
+def test_memory_of_the_unrolled_iteration_grows(x64):
+    def loss(w, num_steps):
+        return jnp.sum(banach(functools.partial(branch, w=w), w["y"], num_steps) ** 2)
+
+    few, many = (temporary_bytes(jax.grad(functools.partial(loss, num_steps=n)), problem()) for n in (10, 1000))
+    assert many - few >= 990 * problem()["y"].nbytes
+
+
+# -------------------------------------------------------------------------------------------- derivatives not solved for
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_a_linear_solve_that_is_cut_short_says_so(x64, adjoint):
+    slopes = jnp.array([0.0, 0.9, 0.0])
+    turn = jnp.array([[0.0, -1.0], [1.0, 0.0]])
+
+    def g(x):
+        return slopes[:, None] * (x @ turn)
+
+    x = jnp.ones((3, 2))
+    solve = functools.partial(solve_linear, g, x, x, lipschitz_bound=0.9, adjoint=adjoint, memory=0)
+    u, info = solve(max_evals=5)
+    np.testing.assert_array_equal(info.converged, [True, False, True])
+    error = np.linalg.norm(u - solve()[0], axis=1)
+    assert error[1] > 0.1
+    assert np.all(error <= np.asarray(info.error_bound) + 1e-13)  # which is of no use where it is large, but true
+
+    def invert(y, slopes):
+        g = lambda x: slopes[:, None] * (x @ turn)  # noqa: E731
+        return invert_residual(g, y, lipschitz_bound=0.9, atol=100.0, max_evals=5, memory=0)
+
+    assert jnp.all(invert(x, slopes)[1].converged)  # the value is as good as was asked for, its derivative is not
+    if adjoint:
+        of_y, of_slopes = jax.grad(lambda *a: jnp.sum(invert(*a)[0]), (0, 1))(x, slopes)
+    else:
+        of_y = jax.jvp(lambda y: invert(y, slopes)[0], (x,), (x,))[1]
+        of_slopes = jax.jvp(lambda slopes: jnp.sum(invert(x, slopes)[0], axis=1), (slopes,), (slopes + 1,))[1]
+    np.testing.assert_array_equal(jnp.all(jnp.isnan(of_y), axis=1), [False, True, False])
+    np.testing.assert_array_equal(jnp.any(jnp.isnan(of_y), axis=1), [False, True, False])
+    np.testing.assert_array_equal(jnp.isnan(of_slopes), [False, True, False])

@@ -1,0 +1,272 @@
+"""Krylov log-determinants against dense matrices: exact where they must be, within their bound everywhere."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+
+from iresnet_jax.maths.logdet import krylov
+from iresnet_jax.maths.logdet.krylov import KrylovLogdet, quadratic_form
+from iresnet_jax.maths.logdet.series import ExactLogdet, exact_logdet, weighted_series
+from iresnet_jax.training import config as config_lib
+
+QUADRATURE = 1e-9  # of 24 nodes, relative to the squared norm of a probe, for L up to .98
+SINGLE = 2e-5  # float32, relative to the squared norm of a probe
+
+
+def scaled(matrix, lipschitz):
+    """The matrix with that largest singular value."""
+    return matrix * (lipschitz / np.linalg.norm(matrix, 2))
+
+
+def matrices(kind, d, lipschitz, seed):
+    rng = np.random.default_rng(seed)
+    a = rng.normal(size=(d, d))
+    if kind == "symmetric":
+        return scaled(a + a.T, lipschitz)
+    if kind == "contracting":  # everything towards -L, where the series is at its worst
+        q = np.linalg.qr(a)[0]
+        return -lipschitz * q @ np.diag(rng.uniform(0.5, 1.0, d)) @ q.T
+    if kind == "shrinking":
+        return -lipschitz * np.eye(d)
+    if kind == "rotation":
+        return lipschitz * np.linalg.qr(a)[0]
+    if kind == "low rank":
+        return scaled(a[:, :2] @ rng.normal(size=(2, d)), lipschitz)
+    if kind == "nilpotent":
+        return scaled(np.triu(a, 1), lipschitz)
+    return scaled(a, lipschitz)
+
+
+KINDS = ("random", "symmetric", "contracting", "shrinking", "rotation", "low rank", "nilpotent")
+
+
+def linear(matrix):
+    return lambda x: x @ jnp.asarray(matrix, x.dtype).T
+
+
+def tanh_network(d, lipschitz, seed=0):
+    rng = np.random.default_rng(seed)
+    params = {"w1": jnp.asarray(scaled(rng.normal(size=(2 * d, d)), lipschitz)), "b": jnp.asarray(rng.normal(size=2 * d))}
+    params["w2"] = jnp.asarray(scaled(rng.normal(size=(d, 2 * d)), 1.0))
+    return params, jnp.asarray(rng.normal(size=(3, d)))
+
+
+def apply(params, x):
+    return jnp.tanh(x @ params["w1"].T + params["b"][None]) @ params["w2"].T
+
+
+def full_basis(x):
+    """Probes ``sqrt(d) e_i``: the mean of ``v^T A v`` over them is the trace, without noise."""
+    d = x.shape[1]
+    return jnp.broadcast_to(math.sqrt(d) * jnp.eye(d, dtype=x.dtype)[:, None, :], (d, *x.shape))
+
+
+# --- the pieces -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arnoldi_gives_an_orthonormal_basis_and_the_map_in_it(x64, kind):
+    d, n = 12, 5
+    matrix = matrices(kind, d, 0.9, 1)
+    v = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, d)))
+    basis, hessenberg = krylov.arnoldi(lambda u: u @ matrix.T, v, n)
+    for p in range(2):
+        for b in range(3):
+            q, h = np.asarray(basis[:, p, b]).T, np.asarray(hessenberg[..., p, b])
+            used = int(np.round(np.sum(q**2)))  # directions that are not 0
+            np.testing.assert_allclose(q[:, :used].T @ q[:, :used], np.eye(used), atol=1e-12)
+            assert not q[:, used:].any()
+            np.testing.assert_allclose(q.T @ matrix @ q, h[:n], atol=1e-12)
+            np.testing.assert_allclose(h, np.triu(h, -1), atol=0)
+            leaves = matrix @ q[:, n - 1] - q @ h[:n, n - 1]
+            np.testing.assert_allclose(np.linalg.norm(leaves), h[n, n - 1], atol=1e-12)
+            assert used == {"low rank": 3, "shrinking": 1}.get(kind, n)
+
+
+def test_hessenberg_systems_against_numpy(x64):
+    rng = np.random.default_rng(0)
+    batch = [np.eye(6) + np.triu(scaled(rng.normal(size=(6, 6)), 0.95), -1) * 0.7 for _ in range(4)]
+    found = krylov.solve_hessenberg(jnp.asarray(np.stack(batch, axis=-1)))
+    for i, matrix in enumerate(batch):
+        np.testing.assert_allclose(found[:, i], np.linalg.solve(matrix, np.eye(6)[0]), atol=1e-12)
+    np.testing.assert_allclose(krylov.solve_hessenberg(jnp.full((1, 1, 2), 4.0)), np.full((1, 2), 0.25))
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lipschitz", [0.3, 0.9, 0.98])
+def test_the_whole_space_gives_the_logarithm(x64, kind, lipschitz):
+    d = 6
+    matrix = matrices(kind, d, lipschitz, 3)
+    x, v = jnp.zeros((1, d)), np.random.default_rng(4).normal(size=(2, 1, d))
+    values, bounds = quadratic_form(linear(matrix), x, jnp.asarray(v), d, lipschitz_bound=lipschitz)
+    expected = [u[0] @ scipy.linalg.logm(np.eye(d) + matrix) @ u[0] for u in v]
+    squared = (v**2).sum(axis=-1)
+    np.testing.assert_allclose(values[:, 0], np.real(expected), atol=QUADRATURE * squared.max())
+    assert (np.asarray(bounds) < 1e-9 * squared).all()  # nothing leaves the space
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_lie_within_their_bound(x64, kind):
+    d, num = 24, 40
+    rng = np.random.default_rng(5)
+    worst = 0.0
+    for n in (1, 2, 4, 8):
+        for lipschitz in (0.5, 0.9, 0.97):
+            matrix = matrices(kind, d, lipschitz, n)
+            v = rng.choice([-1.0, 1.0], size=(num, 1, d))
+            values, bounds = quadratic_form(linear(matrix), jnp.zeros((1, d)), jnp.asarray(v), n, lipschitz_bound=lipschitz)
+            exact = np.einsum("pbi,ij,pbj->pb", v, np.real(scipy.linalg.logm(np.eye(d) + matrix)), v)
+            errors = np.abs(values - exact)
+            assert (errors <= np.asarray(bounds) + QUADRATURE * d).all()
+            worst = max(worst, float((errors / (np.asarray(bounds) + QUADRATURE * d)).max()))
+    assert worst > (0.01 if kind in ("random", "symmetric", "contracting", "nilpotent") else 0)  # no mere infinity
+
+
+def test_the_bound_is_as_small_as_it_says(x64):
+    """One step on two dimensions, where a bound without the resolvent's norm would be below the error."""
+    angle, lipschitz = math.acos(0.9), 0.97
+    transposed = scaled(np.array([[0.0, lipschitz * math.sin(angle)], [1e-3, -lipschitz * math.cos(angle)]]), lipschitz)
+    v = jnp.asarray([[[1.0, 0.0]]])
+    value, bound = quadratic_form(linear(transposed.T), jnp.zeros((1, 2)), v, 1, lipschitz_bound=lipschitz)
+    error = abs(float(value[0, 0]) - np.real(scipy.linalg.logm(np.eye(2) + transposed))[0, 0])
+    assert 0.5e-3 < error < float(bound[0, 0]) < 3e-3
+
+
+def test_where_blocks_contract_the_series_is_far_off_and_this_is_not(x64):
+    d, n = 64, 8
+    matrix = matrices("contracting", d, 0.94, 0)
+    x = jnp.zeros((1, d))
+    exact = float(np.linalg.slogdet(np.eye(d) + matrix)[1])
+    series = float(weighted_series(linear(matrix), x, full_basis(x), jnp.ones(n), n)[0].mean())
+    ours = float(quadratic_form(linear(matrix), x, full_basis(x), n)[0].mean())
+    assert abs(series - exact) > 3
+    assert abs(ours - exact) < 0.01
+
+
+def test_a_trace_takes_the_place_of_the_first_order(x64):
+    params, x = tanh_network(5, 0.9)
+    branch = functools.partial(apply, params)
+
+    def trace(x):
+        slopes = 1 - jnp.tanh(x @ params["w1"].T + params["b"][None]) ** 2
+        return slopes @ jnp.einsum("ij,ji->i", params["w1"], params["w2"])
+
+    probes = jax.random.rademacher(jax.random.key(0), (4, *x.shape), x.dtype)
+    plain, bounds = quadratic_form(branch, x, probes, 3, lipschitz_bound=0.9)
+    replaced, same = quadratic_form(branch, x, probes, 3, lipschitz_bound=0.9, trace=trace)
+    first_order = jnp.sum(probes * jax.vmap(lambda v: jax.jvp(branch, (x,), (v,))[1])(probes), axis=-1)
+    np.testing.assert_allclose(replaced, plain - first_order + trace(x)[None], atol=1e-10)
+    np.testing.assert_array_equal(bounds, same)
+
+
+def test_float32_is_as_good_as_its_rounding():
+    d = 196
+    matrix = matrices("contracting", d, 0.94, 0)
+    v = np.random.default_rng(1).choice([-1.0, 1.0], size=(3, 2, d)).astype(np.float32)
+    values, _ = quadratic_form(linear(matrix), jnp.zeros((2, d), jnp.float32), jnp.asarray(v), 20)
+    exact = np.einsum("pbi,ij,pbj->pb", v, np.real(scipy.linalg.logm(np.eye(d) + matrix)), v)
+    np.testing.assert_allclose(values, exact, atol=SINGLE * d)
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_more_steps_than_dimensions_change_nothing(d):
+    params, x = tanh_network(d, 0.9)
+    params, x = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
+    branch = functools.partial(apply, params)
+    found = quadratic_form(branch, x, full_basis(x), 7, lipschitz_bound=0.9)
+    np.testing.assert_allclose(found[0].mean(axis=0), exact_logdet(branch, x), atol=SINGLE)
+    assert (np.asarray(found[1]) < 1e-3).all()
+
+
+def test_a_branch_that_is_constant_has_none():
+    x = jnp.ones((2, 3))
+    value, info = KrylovLogdet(4)(lambda x: 0 * x, x, jax.random.key(0), lipschitz_bound=0.0)
+    np.testing.assert_array_equal(value, [0, 0])
+    np.testing.assert_array_equal(info.truncation_bound, [0, 0])
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_is_that_of_the_exact_logdet(x64):
+    params, x = tanh_network(4, 0.95)
+    weights = jnp.array([1.0, -0.7, 0.4])  # cotangents of mixed sign, one an example
+
+    def objective(logdet):
+        return lambda params, x: jnp.sum(weights * logdet(functools.partial(apply, params), x))
+
+    exact = jax.grad(objective(exact_logdet), argnums=(0, 1))(params, x)
+    ours = objective(lambda branch, x: quadratic_form(branch, x, full_basis(x), 4)[0].mean(axis=0))
+    found = jax.grad(ours, argnums=(0, 1))(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), found, exact)
+    short = objective(lambda branch, x: quadratic_form(branch, x, full_basis(x), 2)[0].mean(axis=0))
+    difference = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), jax.grad(short)(params, x), exact[0])
+    assert max(jax.tree.leaves(difference)) > 1e-4  # fewer steps than dimensions are an approximation
+
+
+def test_the_gradient_with_a_trace_and_under_scan_and_checkpoint(x64):
+    params, x = tanh_network(4, 0.9)
+
+    def trace(params, x):
+        slopes = 1 - jnp.tanh(x @ params["w1"].T + params["b"][None]) ** 2
+        return slopes @ jnp.einsum("ij,ji->i", params["w1"], params["w2"])
+
+    def ours(params, x):
+        branch, own_trace = functools.partial(apply, params), functools.partial(trace, params)
+        return quadratic_form(branch, x, full_basis(x), 4, trace=own_trace)[0].mean(axis=0)
+
+    def scanned(params, x):
+        stacked = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), params)
+        return jax.lax.scan(lambda total, p: (total + jax.checkpoint(ours)(p, x), None), jnp.zeros(len(x)), stacked)[0].sum()
+
+    def expected(params, x):
+        halves = params, jax.tree.map(lambda a: 0.5 * a, params)
+        return sum(exact_logdet(functools.partial(apply, p), x).sum() for p in halves)
+
+    found, exact = jax.jit(jax.grad(scanned))(params, x), jax.grad(expected)(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8), found, exact)
+
+
+# --- the estimator --------------------------------------------------------------------------------------------------
+
+
+def test_the_mean_over_probes_approaches_the_log_determinant(x64):
+    params, x = tanh_network(8, 0.9)
+    branch = functools.partial(apply, params)
+    exact, _ = ExactLogdet()(branch, x, jax.random.key(0))
+    estimate, info = KrylovLogdet(8, num_probes=4000)(branch, x, jax.random.key(1), lipschitz_bound=0.9)
+    assert (np.abs(estimate - exact) < 5 * info.stderr).all()
+    assert (info.stderr < 0.05).all()
+    single = KrylovLogdet(8)(branch, x, jax.random.key(1))[1]
+    assert np.isinf(single.stderr).all()
+    assert np.isinf(single.truncation_bound).all()  # without a Lipschitz bound
+    unbounded = KrylovLogdet(8)(branch, x, jax.random.key(1), lipschitz_bound=1.5)[1]
+    assert np.isinf(unbounded.truncation_bound).all()
+
+
+def test_with_a_key_an_example_the_batch_does_not_matter():
+    params, x = tanh_network(5, 0.9)
+    params, x = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
+    branch, keys = functools.partial(apply, params), jax.random.split(jax.random.key(2), 3)
+    whole, _ = KrylovLogdet(3)(branch, x, keys)
+    alone, _ = KrylovLogdet(3)(branch, x[1:2], keys[1:2])
+    np.testing.assert_allclose(whole[1:2], alone, rtol=1e-5)
+    one_by_one = jax.vmap(lambda x, key: KrylovLogdet(3)(branch, x[None], key[None])[0][0])(x, keys)
+    np.testing.assert_allclose(one_by_one, whole, rtol=1e-5)
+
+
+def test_a_config_can_ask_for_it():
+    settings = config_lib.estimator_settings(kind="krylov", num_terms=7, exact_trace=False)
+    assert config_lib.build_estimator(settings) == KrylovLogdet(7, exact_trace=False)
+    estimator = KrylovLogdet(7)
+    assert estimator.fix_length(jax.random.key(0)) is estimator
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        KrylovLogdet(0)

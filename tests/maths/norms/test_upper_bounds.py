@@ -1,0 +1,403 @@
+"""Upper bounds are tested one-sidedly and strictly: dense float64 norm <= bound, without tolerance."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from iresnet_jax.maths.norms import upper_bounds as certify
+
+EXACT = 1e-11  # "exact" in float64: slack 2.3e-13, and rounding bounds of at most a few 1e-12
+EXACT_F32 = 1e-3  # the same in float32: slack 1.2e-4, and a rounding inflation below 6e-4
+TIGHT = 1.03  # the embedding's own slack for these random kernels on images of 8 x 8 and more; mean 1.02 at 8 x 8
+GRADIENT = 1e-6  # central differences in float64
+
+# (taps, image, cin, cout, strides, padding)
+GEOMETRIES = {
+    "3x3": ((3, 3), (4, 4), 2, 3, (1, 1), "SAME"),
+    "3x3 one channel": ((3, 3), (8, 8), 1, 1, (1, 1), "SAME"),
+    "3x3 oblong": ((3, 3), (5, 9), 3, 2, (1, 1), "SAME"),
+    "3x3 wide": ((3, 3), (4, 4), 2, 64, (1, 1), "SAME"),
+    "3x3 narrow": ((3, 3), (4, 3), 16, 4, (1, 1), "SAME"),
+    "3x3 large image": ((3, 3), (12, 12), 1, 2, (1, 1), "SAME"),
+    "3x3 on a row": ((3, 3), (1, 8), 2, 2, (1, 1), "SAME"),
+    "3x3 on a pixel": ((3, 3), (1, 1), 3, 2, (1, 1), "SAME"),
+    "1x1": ((1, 1), (4, 4), 4, 6, (1, 1), "SAME"),
+    "2x2": ((2, 2), (6, 6), 2, 2, (1, 1), "SAME"),
+    "5x5": ((5, 5), (8, 8), 2, 2, (1, 1), "SAME"),
+    "5x5 on 3x2": ((5, 5), (3, 2), 3, 2, (1, 1), "SAME"),
+    "3x1": ((3, 1), (6, 5), 2, 3, (1, 1), "SAME"),
+    "valid": ((3, 3), (6, 6), 2, 2, (1, 1), "VALID"),
+    "valid, one output": ((3, 3), (3, 3), 2, 3, (1, 1), "VALID"),
+    "explicit": ((3, 3), (6, 5), 2, 2, (1, 1), ((2, 0), (1, 2))),
+    "stride 2": ((3, 3), (8, 8), 2, 3, (2, 2), "SAME"),
+    "stride 2, odd image": ((3, 3), (7, 5), 2, 2, (2, 2), "SAME"),
+    "stride 2 x 1": ((3, 3), (6, 6), 2, 2, (2, 1), "SAME"),
+    "stride 2, 2x2": ((2, 2), (6, 6), 3, 8, (2, 2), "SAME"),
+    "stride 2, 1x1": ((1, 1), (6, 5), 3, 4, (2, 2), "SAME"),
+    "stride 3, explicit": ((5, 3), (8, 7), 2, 2, (3, 3), ((4, 1), (0, 2))),
+    "stride 2, valid": ((3, 3), (8, 6), 2, 2, (2, 2), "VALID"),
+    "circular": ((3, 3), (6, 5), 2, 3, (1, 1), "CIRCULAR"),
+    "circular 5x5 on 3x3": ((5, 5), (3, 3), 2, 2, (1, 1), "CIRCULAR"),
+    "circular, stride 2": ((3, 3), (6, 8), 2, 3, (2, 2), "CIRCULAR"),
+    "circular, stride 2, odd image": ((3, 3), (5, 6), 2, 2, (2, 2), "CIRCULAR"),
+}
+# What the reductions leave is the layer itself.
+EXACT_EMBEDDINGS = ("1x1", "3x3 on a pixel", "stride 2, 2x2", "stride 2, 1x1", "circular", "circular 5x5 on 3x3")
+EMBEDDED = {"twists": certify.TWISTS}  # small layers are written out as matrices unless twists are asked for
+
+
+def kernels_of_every_kind(shape, seed=0):
+    """Named kernels that are random, concentrated at one frequency or tap, or badly scaled."""
+    rng = np.random.default_rng(seed)
+    height, width, cin, cout = shape
+    mixing = rng.normal(size=(cin, cout))
+    row_signs, column_signs = (-1.0) ** np.arange(height), (-1.0) ** np.arange(width)
+    blur = np.outer(*(np.poly1d([1, 1]) ** (k - 1) for k in (height, width)))
+    delta = np.zeros((height, width))
+    delta[rng.integers(height), rng.integers(width)] = 1
+    single = np.zeros(shape)
+    single[-1, 0, -1, 0] = -2
+    gauss = rng.normal(size=(4, *shape))
+    named = {
+        "gauss": gauss[0],
+        "gauss 2": gauss[1],
+        "gauss 3": gauss[2],
+        "constant": np.ones(shape),
+        "low pass": np.abs(gauss[3]),
+        "blur": np.multiply.outer(blur, mixing),
+        "nyquist": np.multiply.outer(np.outer(row_signs, column_signs), mixing),
+        "row nyquist": np.abs(gauss[3]) * row_signs[:, None, None, None],
+        "delta": np.multiply.outer(delta, mixing),
+        "rank one": np.einsum("a,b,i,o->abio", *(rng.normal(size=n) for n in shape)),
+        "single weight": single,
+        "huge": 1e6 * gauss[0],
+        "tiny": 1e-12 * gauss[1],
+        "zero": np.zeros(shape),
+    }
+    return list(named), np.stack(list(named.values()))
+
+
+def dense_norms(kernels, image, strides, padding):
+    return np.array(
+        [np.linalg.norm(oracles.dense_conv_matrix(k, *image, strides=strides, padding=padding), 2) for k in kernels]
+    )
+
+
+def bounds_of(kernels, image, **options):
+    return np.asarray(jax.vmap(lambda kernel: certify.conv_norm_bound(kernel, image, **options))(jnp.asarray(kernels)))
+
+
+def assert_upper_bounds(bounds, norms, names):
+    below = [f"{name}: {bound} < {norm}" for bound, norm, name in zip(bounds, norms, names, strict=True) if not bound >= norm]
+    assert not below, below
+
+
+@pytest.mark.parametrize("case", GEOMETRIES)
+def test_embedding_is_above_the_dense_norm(case, x64):
+    taps, image, cin, cout, strides, padding = GEOMETRIES[case]
+    names, kernels = kernels_of_every_kind((*taps, cin, cout))
+    norms = dense_norms(kernels, image, strides, padding)
+    bounds = bounds_of(kernels, image, strides=strides, padding=padding, **EMBEDDED)
+    assert_upper_bounds(bounds, norms, names)
+    assert bounds[names.index("zero")] == 0
+    ratios = bounds[norms > 0] / norms[norms > 0]
+    if case in EXACT_EMBEDDINGS:
+        assert ratios.max() <= 1 + EXACT
+    if min(image) >= 8 and max(taps) <= 3 and strides == (1, 1):
+        assert ratios[:3].max() <= TIGHT  # the Gaussian kernels
+
+
+@pytest.mark.parametrize(
+    "case", ["3x3 oblong", "3x3 wide", "5x5 on 3x2", "valid, one output", "explicit", "stride 3, explicit"]
+)
+def test_small_layers_are_bounded_exactly(case, x64):
+    taps, image, cin, cout, strides, padding = GEOMETRIES[case]
+    names, kernels = kernels_of_every_kind((*taps, cin, cout), seed=1)
+    norms = dense_norms(kernels, image, strides, padding)
+    bounds = bounds_of(kernels, image, strides=strides, padding=padding)
+    assert_upper_bounds(bounds, norms, names)
+    np.testing.assert_array_less(bounds, norms * (1 + EXACT) + 1e-30)
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("3x3 oblong", {}),
+        ("3x3 oblong", EMBEDDED),
+        ("3x3 wide", {}),
+        ("3x3 wide", EMBEDDED),
+        ("1x1", EMBEDDED),
+        ("stride 2", EMBEDDED),
+        ("circular", EMBEDDED),
+    ],
+)
+def test_float32_bounds_are_above_the_norm_of_the_float32_weights(case, options):
+    taps, image, cin, cout, strides, padding = GEOMETRIES[case]
+    names, kernels = kernels_of_every_kind((*taps, cin, cout), seed=2)
+    kernels = kernels.astype(np.float32)
+    bounds = bounds_of(kernels, image, strides=strides, padding=padding, **options)
+    assert bounds.dtype == np.float32
+    assert_upper_bounds(bounds, dense_norms(kernels, image, strides, padding), names)
+    with jax.enable_x64(True):
+        reference = bounds_of(kernels.astype(np.float64), image, strides=strides, padding=padding, **options)
+    np.testing.assert_array_less(bounds, reference * (1 + EXACT_F32) + 1e-30)
+
+
+@pytest.mark.parametrize(("shape", "image"), [((3, 3, 3, 4), (32, 32)), ((5, 5, 4, 4), (16, 16)), ((3, 3, 12, 64), (8, 8))])
+def test_conv_bound_of_larger_layers_against_power_iteration(shape, image):
+    rng = np.random.default_rng(3)
+    kernel = rng.normal(size=shape).astype(np.float32)
+    mirrored = kernel[::-1, ::-1].swapaxes(2, 3)  # the transpose of a SAME convolution with odd taps
+    start = rng.normal(size=(1, *image, shape[2]))
+    apply, transpose = (lambda x, k=k: oracles.conv_forward(x, k) for k in (kernel, mirrored))
+    estimate = oracles.power_iteration(apply, transpose, start, num_steps=300)
+    bound = float(certify.conv_norm_bound(jnp.asarray(kernel), image))
+    assert estimate <= bound <= TIGHT * estimate
+
+
+def test_power_estimate_is_below_the_dense_norm_is_below_the_bound(x64):
+    taps, image, cin, cout, _, _ = GEOMETRIES["3x3"]
+    names, kernels = kernels_of_every_kind((*taps, cin, cout), seed=4)
+    matrices = [oracles.dense_conv_matrix(kernel, *image) for kernel in kernels]
+    start = np.random.default_rng(0).normal(size=matrices[0].shape[1])
+    estimates = [oracles.power_iteration(lambda x, m=m: m @ x, lambda y, m=m: m.T @ y, start, 20) for m in matrices]
+    norms = [np.linalg.norm(matrix, 2) for matrix in matrices]
+    assert_upper_bounds(np.array(norms) * (1 + EXACT), estimates, names)
+    assert_upper_bounds(bounds_of(kernels, image), norms, names)
+
+
+def test_the_check_rejects_the_plain_circulant(x64):
+    """The periodic layer's norm is no bound for zero padding, and the comparison above sees it."""
+    kernels = np.random.default_rng(0).normal(size=(64, 3, 3, 1, 1))
+    norms = dense_norms(kernels, (5, 5), (1, 1), "SAME")
+    names = [str(i) for i in range(64)]
+    assert_upper_bounds(bounds_of(kernels, (5, 5), **EMBEDDED), norms, names)
+    circulant = bounds_of(kernels, (5, 5), padding="CIRCULAR")
+    with pytest.raises(AssertionError, match="<"):
+        assert_upper_bounds(circulant, norms, names)
+    assert np.min(circulant / norms) < 0.98
+
+
+def test_every_twist_is_a_bound_and_so_is_their_minimum(x64):
+    names, kernels = kernels_of_every_kind((3, 3, 2, 2))
+    norms = dense_norms(kernels, (5, 4), (1, 1), "SAME")
+    pair = [(0, 1), (1, 1)]
+    each = [bounds_of(kernels, (5, 4), twists=[twist]) for twist in pair]
+    for bounds in each:
+        assert_upper_bounds(bounds, norms, names)
+    np.testing.assert_allclose(bounds_of(kernels, (5, 4), twists=pair), np.min(each, axis=0), rtol=EXACT)
+
+
+def test_blur_is_bounded_without_slack(x64):
+    """The [1, 2, 1] blur is diagonal in sines, which antiperiodic sequences of length n + 1 contain."""
+    kernel = np.outer([1, 2, 1], [1, 2, 1])[..., None, None] / 16
+    expected = (0.5 + 0.5 * np.cos(np.pi / 9)) ** 2
+    np.testing.assert_allclose(certify.conv_norm_bound(jnp.asarray(kernel), (8, 8), **EMBEDDED), expected, rtol=EXACT)
+
+
+@pytest.mark.parametrize("num_squarings", [0, 4])
+def test_gram_slack_shrinks_as_documented(num_squarings, x64):
+    rng = np.random.default_rng(5)
+    orthogonal = np.linalg.qr(rng.normal(size=(16, 16)))[0]
+    bound = certify.dense_norm_bound(jnp.asarray(orthogonal), method="gram", num_squarings=num_squarings)
+    np.testing.assert_allclose(bound, 16 ** (2.0 ** -(num_squarings + 2)), rtol=EXACT)
+    names, kernels = kernels_of_every_kind((3, 3, 3, 4), seed=6)
+    exact = bounds_of(kernels, (4, 4), **EMBEDDED)
+    gram = bounds_of(kernels, (4, 4), method="gram", num_squarings=num_squarings)
+    assert_upper_bounds(gram * (1 + EXACT), exact, names)
+    np.testing.assert_array_less(gram, exact * 3 ** (2.0 ** -(num_squarings + 2)) * (1 + EXACT) + 1e-30)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (3, 200), (64, 64), (90, 70)])
+def test_dense_bound(shape, x64):
+    rng = np.random.default_rng(7)
+    matrix = rng.normal(size=shape)
+    for scale in (1, 1e-150, 1e150):
+        norm = np.linalg.norm(scale * matrix, 2)
+        bound = certify.dense_norm_bound(jnp.asarray(scale * matrix))
+        assert norm <= bound <= norm * (1 + EXACT)
+
+
+def test_float32_dense_bounds_hold_where_a_float32_svd_falls_short():
+    rng = np.random.default_rng(8)
+    gauss = rng.normal(size=(40, 48, 48))
+    rank_one = np.einsum("ki,kj->kij", *rng.normal(size=(2, 40, 48)))
+    matrices = np.concatenate([gauss, rank_one, np.linalg.qr(gauss)[0]]).astype(np.float32)
+    norms = np.linalg.norm(matrices.astype(np.float64), 2, axis=(1, 2))
+    names = [str(i) for i in range(len(norms))]
+    bounds = np.asarray(jax.vmap(certify.dense_norm_bound)(jnp.asarray(matrices)))
+    assert_upper_bounds(bounds, norms, names)
+    np.testing.assert_array_less(bounds, norms * (1 + EXACT_F32))
+    with pytest.raises(AssertionError, match="<"):
+        assert_upper_bounds(np.linalg.norm(matrices, 2, axis=(1, 2)), norms, names)
+
+
+def test_gradient_of_the_gram_bound_against_differences(x64):
+    rng = np.random.default_rng(9)
+    kernel, direction = (jnp.asarray(rng.normal(size=(3, 3, 2, 3))) for _ in range(2))
+
+    def bound(step):
+        return certify.conv_norm_bound(kernel + step * direction, (5, 5), method="gram")
+
+    difference = (bound(1e-5) - bound(-1e-5)) / 2e-5
+    np.testing.assert_allclose(jax.grad(bound)(0.0), difference, rtol=GRADIENT)
+
+
+def test_gradient_of_the_exact_bound_is_the_outer_product_of_singular_vectors(x64):
+    matrix = np.random.default_rng(10).normal(size=(5, 8))
+    u, _, vt = np.linalg.svd(matrix)
+    gradient = jax.grad(certify.dense_norm_bound)(jnp.asarray(matrix))
+    np.testing.assert_allclose(gradient, np.outer(u[:, 0], vt[0]), atol=GRADIENT)
+
+
+def test_gradient_is_finite_where_the_symbol_vanishes():
+    difference = jnp.zeros((3, 3, 1, 1)).at[0, 1].set(1.0).at[2, 1].set(-1.0)
+    for kernel in (difference, 0 * difference):
+        gradient = jax.grad(lambda k: certify.conv_norm_bound(k, (4, 4), **EMBEDDED))(kernel)
+        chex.assert_tree_all_finite(gradient)
+
+
+def test_any_size_bound_covers_every_size_and_padding(x64):
+    for taps in ((3, 3), (2, 5)):
+        names, kernels = kernels_of_every_kind((*taps, 2, 2), seed=11)
+        bounds = np.asarray(jax.vmap(certify.conv_norm_bound_any_size)(jnp.asarray(kernels)))
+        spectra = np.fft.fft2(kernels, s=(96, 96), axes=(1, 2))  # a grid three times as fine
+        supremum = np.linalg.norm(spectra, 2, axis=(-2, -1)).max(axis=(1, 2))
+        assert_upper_bounds(bounds, supremum, names)
+        factor = np.prod([np.cos(np.pi * (k - 1) / 64) for k in taps])
+        np.testing.assert_array_less(bounds * factor, supremum * (1 + EXACT) + 1e-30)
+        for image, padding, strides in (((8, 8), "SAME", (1, 1)), ((7, 5), "CIRCULAR", (2, 1)), ((6, 6), "VALID", (2, 2))):
+            assert_upper_bounds(bounds, dense_norms(kernels, image, strides, padding), names)
+
+
+def test_any_size_needs_its_cosines(x64):
+    kernels = np.random.default_rng(12).normal(size=(64, 3, 3, 1, 1))
+    supremum = np.abs(np.fft.fft2(kernels, s=(96, 96), axes=(1, 2))).max(axis=(1, 2, 3, 4))
+    coarse = np.abs(np.fft.fft2(kernels, s=(6, 6), axes=(1, 2))).max(axis=(1, 2, 3, 4))
+    bound = jax.vmap(lambda kernel: certify.conv_norm_bound_any_size(kernel, num_frequencies=6))(jnp.asarray(kernels))
+    names = [str(i) for i in range(64)]
+    assert_upper_bounds(np.asarray(bound), supremum, names)
+    with pytest.raises(AssertionError, match="<"):
+        assert_upper_bounds(coarse, supremum, names)
+
+
+def test_bounds_compile_and_keep_low_precision_and_bad_weights_visible():
+    kernel = jnp.asarray(np.random.default_rng(13).normal(size=(3, 3, 2, 2)), jnp.bfloat16)
+    bound = jax.jit(lambda k: certify.conv_norm_bound(k, (4, 4)))(kernel)
+    assert bound.dtype == jnp.float32
+    np.testing.assert_allclose(bound, certify.conv_norm_bound(kernel.astype(jnp.float32), (4, 4)), rtol=1e-6)
+    assert jnp.isnan(certify.conv_norm_bound(kernel.at[0, 0, 0, 0].set(jnp.nan), (4, 4)))
+    assert jnp.isnan(certify.dense_norm_bound(jnp.array([[1.0, jnp.inf]])))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "svd"}, "method"),
+        ({"method": "gram", "num_squarings": -1}, "num_squarings"),
+        ({"twists": [(0, 2)]}, "twists"),
+        ({"twists": []}, "twists"),
+        ({"strides": 0}, "strides"),
+        ({"spatial_shape": (0, 4)}, "spatial_shape"),
+        ({"padding": "REFLECT"}, "padding"),
+        ({"padding": ((3, 0), (0, 0))}, "padding must lie"),
+        ({"padding": "VALID", "spatial_shape": (2, 4)}, "do not fit"),
+    ],
+)
+def test_caller_mistakes(options, message):
+    shape = options.pop("spatial_shape", (4, 4))
+    with pytest.raises(ValueError, match=message):
+        certify.conv_norm_bound(jnp.ones((3, 3, 1, 1)), shape, **options)
+
+
+def test_other_caller_mistakes():
+    with pytest.raises(ValueError, match="at least the kernel's size"):
+        certify.conv_norm_bound_any_size(jnp.ones((3, 3, 1, 1)), num_frequencies=2)
+    with pytest.raises(ValueError, match="at least one weight"):
+        certify.dense_norm_bound(jnp.ones((3, 0)))
+
+
+def test_branch_bound_is_the_product_rounded_up():
+    bounds = np.random.default_rng(14).uniform(0.1, 2, size=(100, 5)).astype(np.float32)
+    exact = np.prod(bounds.astype(np.float64), axis=1) * 0.5
+    result = np.asarray(jax.vmap(lambda b: certify.branch_bound(b, gain=0.5))(jnp.asarray(bounds)))
+    assert_upper_bounds(result, exact, range(100))
+    np.testing.assert_allclose(result, exact, rtol=2e-6)
+    np.testing.assert_allclose(certify.branch_bound([0.9, 0.9, 0.9]), 0.729, rtol=2e-6)
+
+
+def test_block_bounds_are_attained_by_scaling_and_know_their_limit(x64):
+    bounds = certify.block_bounds(0.5)  # g(x) = 0.5 x attains the first, g(x) = -0.5 x the second
+    np.testing.assert_allclose([bounds.forward, bounds.inverse], [1.5, 2], rtol=EXACT)
+    assert certify.block_bounds(1.0).inverse == jnp.inf
+    assert certify.block_bounds(1.5).inverse == jnp.inf
+    assert jnp.isnan(certify.block_bounds(jnp.nan).inverse)
+    chex.assert_tree_all_finite(jax.grad(lambda b: certify.block_bounds(b).inverse)(0.9))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_model_bounds_against_the_dense_jacobian(seed, x64):
+    """A linear two-stage model: two blocks and an ActNorm, then the same on the first half of the coordinates."""
+    rng = np.random.default_rng(seed)
+
+    def stage(width):
+        jacobian, levels = np.eye(width), []
+        for level in rng.uniform(0.2, 0.9, size=2):
+            branch = rng.normal(size=(width, width))
+            jacobian = (np.eye(width) + level * branch / np.linalg.norm(branch, 2)) @ jacobian
+            levels.append(level)
+        log_scale = rng.normal(size=width)
+        return np.exp(log_scale)[:, None] * jacobian, certify.model_bounds(levels, [jnp.asarray(log_scale)])
+
+    (first, first_bounds), (second, second_bounds) = stage(6), stage(3)
+    whole = np.block([[second, np.zeros((3, 3))], [np.zeros((3, 3)), np.eye(3)]]) @ first
+    bounds = first_bounds.compose(second_bounds.beside_identity())
+    singular_values = np.linalg.svd(whole, compute_uv=False)
+    assert singular_values[0] <= bounds.forward
+    assert 1 / singular_values[-1] <= bounds.inverse
+
+
+def test_model_bounds_of_scalings_are_equalities(x64):
+    log_scales = [jnp.array([0.3, 0.3]), jnp.array([-1.0, -1.0])]
+    bounds = certify.model_bounds([0.5, 0.25], log_scales)
+    np.testing.assert_allclose(bounds.forward, 1.5 * 1.25 * np.exp(-0.7), rtol=EXACT)
+    np.testing.assert_allclose(bounds.inverse, 2 * np.exp(0.7) / 0.75, rtol=EXACT)
+    assert certify.model_bounds([0.5, 1.0]).inverse == jnp.inf
+
+
+@pytest.mark.parametrize("bound", [0.9, 0.9999, 0.99999])
+def test_bounds_of_a_number_of_python_are_no_bounds_of_a_smaller_one(bound):
+    inverses = (certify.block_bounds(bound).inverse, certify.model_bounds([bound]).inverse)
+    for inverse in inverses:
+        assert float(inverse) >= 1 / (1 - bound)
+    assert float(certify.branch_bound([bound, 1.0], gain=1.1)) >= 1.1 * bound
+
+
+def test_a_radius_in_float64_of_a_bound_in_float32_is_rounded_down(x64):
+    rng = np.random.default_rng(0)
+    for margin, lipschitz in zip(rng.uniform(0.1, 10, 100), rng.uniform(0.1, 10, 100).astype(np.float32), strict=True):
+        radius = certify.certified_radius(jnp.asarray([margin]), jnp.float32(lipschitz))
+        assert float(radius[0]) <= margin / (np.sqrt(2) * np.float64(lipschitz))
+
+
+def test_norms_of_tiny_weights_are_not_zero():
+    tiny = np.finfo(np.float32).tiny
+    for size in (4 * tiny, 1e-3 * tiny):
+        matrix = np.full((2, 3), size, np.float32)
+        assert float(certify.dense_norm_bound(jnp.asarray(matrix))) >= np.linalg.norm(matrix.astype(np.float64), 2)
+    assert certify.dense_norm_bound(jnp.zeros((2, 3))) == 0
+
+
+def test_certified_radius_is_the_distance_to_the_boundary_of_a_scaled_identity(x64):
+    """Logits 3 x in the plane: the boundary is the diagonal, so the constant cannot be improved."""
+    x = np.array([2.0, 0.5])
+    radius = float(certify.certified_radius(jnp.asarray([3 * (x[0] - x[1])]), 3.0)[0])
+    np.testing.assert_allclose(radius, (x[0] - x[1]) / np.sqrt(2), rtol=EXACT)
+    towards = np.array([-1.0, 1.0]) / np.sqrt(2)
+    inside, outside = (x + factor * radius * towards for factor in (1, 1.001))
+    assert inside[0] >= inside[1]
+    assert outside[0] < outside[1]
+    np.testing.assert_array_equal(certify.certified_radius(jnp.array([-1.0, 0.0]), 2.0), 0)

@@ -1,0 +1,188 @@
+"""Every activation is 1-Lipschitz, for all inputs and all betas, and has finite derivatives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import brentq
+
+from iresnet_jax.maths import activations
+from iresnet_jax.maths.activations import ACTIVATIONS
+
+ROUNDING = 1e-12  # float64: a norm of exactly 1 comes out of an SVD a few ulp above
+CLOSED_FORM = 1e-12  # same maths by another route, float64
+BETAS = [-5.0, -1.0, 0.0, 0.5, 2.0, 10.0]
+# Dense around 0, where slopes are extreme for large beta, and wide enough for b x = 2.4 at beta = -5 (x = 357).
+GRID = np.concatenate([np.linspace(-6, 6, 4001), np.linspace(-800, 800, 8001), [-1e8, 1e8]])
+
+NAMES = sorted(ACTIVATIONS)
+ELEMENTWISE = [name for name in NAMES if name not in ("clipswish", "maxmin")]
+
+
+def betas_of(name):
+    return BETAS if ACTIVATIONS[name].has_beta else [None]
+
+
+def slopes(function, x):
+    """Derivative of an elementwise function at each entry of a vector, by one forward-mode product."""
+    return jax.jvp(function, (x,), (jnp.ones_like(x),))[1]
+
+
+def jacobian_norm(function, x):
+    return np.linalg.norm(np.asarray(jax.jacfwd(function)(x)), ord=2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_elementwise_slopes_stay_within_one_on_a_dense_grid(x64, dtype):
+    x = jnp.asarray(GRID, dtype)
+    for name in ELEMENTWISE:
+        for beta in betas_of(name):
+            slope = np.asarray(slopes(lambda x, n=name, b=beta: ACTIVATIONS[n].apply(x, b), x))
+            assert np.abs(slope).max() <= 1, (name, beta)
+            assert np.abs(slope).max() > 0.999, f"{name} wastes slope at beta {beta}"
+            assert (slope.min() >= 0) == ACTIVATIONS[name].monotone, (name, beta)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_clipswish_column_norms_stay_within_one_on_a_dense_grid(x64, beta):
+    # On a one-channel input the Jacobian is a column, so its operator norm is the column's Euclidean norm.
+    x = jnp.asarray(GRID)[:, None]
+    column = slopes(lambda x: activations.clipswish(x, beta), x)
+    norms = np.linalg.norm(np.asarray(column), axis=-1)
+    assert norms.max() <= 1
+    assert norms.max() > 0.9999
+
+
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    pairs=st.integers(1, 3),
+    log_scale=st.floats(-3, 3),
+    beta=st.floats(-5, 10),
+    per_channel=st.booleans(),
+)
+def test_jacobian_norm_never_exceeds_one(seed, pairs, log_scale, beta, per_channel):
+    rng = np.random.default_rng(seed)
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.normal(size=2 * pairs) * np.exp(log_scale))
+        raw = rng.uniform(-5, 10, 2 * pairs) if per_channel else np.asarray(beta)
+        for name, activation in ACTIVATIONS.items():
+            argument = jnp.asarray(raw) if activation.has_beta else None
+            norm = jacobian_norm(lambda x, a=activation, b=argument: a.apply(x, b), x)
+            assert norm <= 1 + ROUNDING, name
+
+
+@pytest.mark.parametrize(
+    "expanding",
+    [
+        jax.nn.silu,
+        lambda x: jnp.concatenate([activations.lipswish(x), activations.lipswish(-x)]),
+        lambda x: jnp.concatenate([x, x]),
+    ],
+    ids=["swish", "clipswish without its constant", "duplication"],
+)
+def test_the_norm_check_rejects_expanding_maps(x64, expanding):
+    worst = 2.39935728 / np.log1p(np.exp(0.5))
+    norms = [jacobian_norm(expanding, jnp.asarray([x])) for x in (worst, 2.39935728)]
+    assert max(norms) > 1 + 1e-3
+
+
+def test_normalising_constants_are_rounded_up_and_tight(x64):
+    # The extremum as derived in the docstrings: t tanh(t / 2) = 2.
+    t = brentq(lambda t: t * np.tanh(t / 2) - 2, 1, 5)
+    sigmoid = 1 / (1 + np.exp(-t))
+    top = sigmoid * (1 + t * (1 - sigmoid))
+    b = np.log1p(np.exp(0.5))
+    x = jnp.asarray([t / b])
+    assert jacobian_norm(activations.lipswish, x) == pytest.approx(top / 1.1, abs=CLOSED_FORM)
+    assert 1.0998 < top < 1.1
+    column = np.hypot(top, 1 - top) / 1.1
+    assert jacobian_norm(activations.clipswish, x) == pytest.approx(column / 1.004, abs=CLOSED_FORM)
+    assert 1.0039 < column < 1.004
+
+
+def test_values_match_closed_forms(x64):
+    x = np.linspace(-4, 4, 81)
+    swish = x / (1 + np.exp(-x * np.log1p(np.exp(2.0)))) / 1.1
+    mirrored = -x / (1 + np.exp(x * np.log1p(np.exp(2.0)))) / 1.1
+    expected = {
+        "elu": np.where(x > 0, x, np.expm1(x)),
+        "softplus": np.log1p(np.exp(x)),
+        "softplus4": np.log1p(np.exp(4 * x)) / 4,
+        "tanh": np.tanh(x),
+        "relu": np.maximum(x, 0),
+        "lipswish": swish,
+        "clipswish": np.concatenate([swish, mirrored]) / 1.004,
+        "identity": x,
+    }
+    assert set(expected) == set(NAMES) - {"maxmin"}
+    for name, values in expected.items():
+        beta = 2.0 if ACTIVATIONS[name].has_beta else None
+        np.testing.assert_allclose(ACTIVATIONS[name].apply(jnp.asarray(x), beta), values, rtol=0, atol=CLOSED_FORM)
+
+
+def test_maxmin_sorts_neighbours_and_splits_ties():
+    x = jnp.array([[1.0, 3.0, 5.0, 2.0], [-1.0, -1.0, 0.0, 4.0]])
+    np.testing.assert_array_equal(activations.maxmin(x), [[3.0, 1.0, 5.0, 2.0], [-1.0, -1.0, 4.0, 0.0]])
+    jacobian = jax.jacfwd(activations.maxmin)(jnp.array([2.0, 2.0]))
+    np.testing.assert_array_equal(jacobian, [[0.5, 0.5], [0.5, 0.5]])
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_two_derivatives_are_finite_and_saturate_quietly(x64, name, dtype):
+    largest = float(np.sqrt(np.finfo(dtype).max))
+    x = jnp.asarray([0.0, -0.0, 1e-30, -1e-30, 90.0, -90.0, 800.0, -800.0, largest, -largest], dtype)
+    for beta in betas_of(name):
+        function = lambda x, b=beta: ACTIVATIONS[name].apply(x, b)  # noqa: E731
+        first = slopes(function, x)
+        second = slopes(lambda x, f=function: slopes(f, x), x)
+        reverse = jax.grad(lambda x, f=function: jnp.sum(f(x)))(x)
+        assert first.dtype == dtype
+        assert np.isfinite(second).all(), beta
+        np.testing.assert_array_equal(second[-2:], 0)  # every activation is affine far out
+        np.testing.assert_allclose(reverse, first, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in ELEMENTWISE if name != "identity"])
+def test_smooth_means_a_continuous_derivative_at_zero(x64, name):
+    jump = np.diff(slopes(ACTIVATIONS[name].apply, jnp.asarray([-1e-9, 1e-9])))[0]
+    assert (abs(jump) < 1e-8) == ACTIVATIONS[name].smooth
+
+
+@pytest.mark.parametrize("name", ["lipswish", "clipswish"])
+def test_beta_is_trainable_and_may_differ_by_channel(x64, name):
+    activation = ACTIVATIONS[name]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 3, 4)))
+    beta = jnp.asarray([-1.0, 0.0, 0.5, 3.0])
+    y = activation.apply(x, beta)
+    assert y.shape == (2, 3, 3, 4 * activation.channel_factor)
+    for channel in range(4):
+        alone = activation.apply(x[..., channel : channel + 1], beta[channel])
+        np.testing.assert_allclose(y[..., channel::4], alone, rtol=0, atol=CLOSED_FORM)
+    gradient = jax.grad(lambda b: jnp.sum(activation.apply(x, b) ** 2))(beta)
+    assert np.all(np.asarray(gradient) != 0)
+    np.testing.assert_array_equal(activation.apply(x), activation.apply(x, activation.initial_beta))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shape_dtype_and_jit(name):
+    activation = ACTIVATIONS[name]
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 2, 6)), jnp.float32)
+    y = activation.apply(x)
+    assert y.shape == (5, 2, 6 * activation.channel_factor)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(jax.jit(jax.vmap(activation.apply))(x), y, rtol=1e-6, atol=1e-6)
+
+
+def test_caller_mistakes():
+    assert activations.get("elu") is ACTIVATIONS["elu"]
+    with pytest.raises(ValueError, match=r"one of clipswish, elu, .*, got 'swish'"):
+        activations.get("swish")
+    with pytest.raises(ValueError, match="even number of them, got 3"):
+        ACTIVATIONS["maxmin"].apply(jnp.zeros((2, 3)))
+    with pytest.raises(ValueError, match="'elu', got a value"):
+        ACTIVATIONS["elu"].apply(jnp.zeros(3), 0.5)
+    with pytest.raises(ValueError, match=r"shape \(\) or \(3,\).*got \(2,\)"):
+        activations.lipswish(jnp.zeros((2, 3)), jnp.zeros(2))

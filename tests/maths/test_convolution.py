@@ -1,0 +1,199 @@
+"""The three implementations of the convolution against a plain sum over taps, values and gradients."""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax import lax
+
+from iresnet_jax.maths.convolution import PADDINGS, choose_implementation, conv, explicit_padding
+
+EXACT = 1e-12  # the same sum of at most a hundred terms in another order, in float64
+IMPLEMENTATIONS = ("xla", "patches", "taps")
+
+# height, width, kernel shape, strides, padding
+CASES = {
+    "3x3 same": (5, 6, (3, 3, 2, 3), (1, 1), "SAME"),
+    "3x3 valid": (5, 6, (3, 3, 3, 2), (1, 1), "VALID"),
+    "3x3 circular": (5, 4, (3, 3, 2, 2), (1, 1), "CIRCULAR"),
+    "1x1": (3, 4, (1, 1, 3, 2), (1, 1), "SAME"),
+    "even taps same": (5, 6, (2, 4, 2, 2), (1, 1), "SAME"),
+    "even taps circular": (4, 5, (4, 2, 1, 2), (1, 1), "CIRCULAR"),
+    "stride 2 same, even and odd sides": (6, 5, (3, 3, 2, 3), (2, 2), "SAME"),
+    "stride 2 valid, even taps": (7, 6, (2, 2, 2, 2), (2, 2), "VALID"),
+    "stride 2 circular": (6, 6, (3, 3, 2, 1), (2, 2), "CIRCULAR"),
+    "strides of two kinds": (5, 7, (3, 2, 1, 2), (1, 2), "SAME"),
+    "explicit pads": (4, 5, (3, 3, 2, 2), (1, 1), ((2, 0), (1, 3))),
+    "explicit pads, fewer than the taps": (4, 5, (3, 3, 3, 2), (1, 1), ((2, 0), (0, 1))),
+    "more channels in than out": (5, 4, (3, 3, 4, 2), (1, 1), "SAME"),
+    "kernel larger than the image, same": (2, 3, (5, 5, 2, 2), (1, 1), "SAME"),
+    "kernel larger than the image, circular": (2, 2, (5, 5, 1, 2), (1, 1), "CIRCULAR"),
+    "one pixel": (1, 1, (3, 3, 2, 2), (1, 1), "SAME"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_agree_with_the_sum_over_taps(x64, name):
+    height, width, kernel_shape, strides, padding = CASES[name]
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, height, width, kernel_shape[2])), rng.normal(size=kernel_shape)
+    expected = oracles.conv_forward(x, kernel, strides=strides, padding=padding)
+    cotangent = rng.normal(size=expected.shape)
+
+    @jax.jit
+    def values_and_gradients(x, kernel, cotangent):
+        def run(implementation):
+            y, pullback = jax.vjp(
+                lambda x, k: conv(x, k, strides=strides, padding=padding, implementation=implementation), x, kernel
+            )
+            return y, *pullback(cotangent)
+
+        return {implementation: run(implementation) for implementation in IMPLEMENTATIONS}
+
+    # The map is linear in each argument, so a gradient is the map of unit directions against the cotangent.
+    matrix = oracles.dense_conv_matrix(kernel, height, width, strides=strides, padding=padding)
+    units = np.eye(kernel.size).reshape(-1, *kernel_shape)
+    along_units = [np.sum(cotangent * oracles.conv_forward(x, k, strides=strides, padding=padding)) for k in units]
+    for implementation, (y, x_grad, kernel_grad) in values_and_gradients(x, kernel, cotangent).items():
+        np.testing.assert_allclose(y, expected, rtol=EXACT, atol=EXACT, err_msg=implementation)
+        np.testing.assert_allclose(
+            x_grad.reshape(2, -1), cotangent.reshape(2, -1) @ matrix, rtol=EXACT, atol=EXACT, err_msg=implementation
+        )
+        np.testing.assert_allclose(kernel_grad.ravel(), along_units, rtol=EXACT, atol=EXACT, err_msg=implementation)
+
+
+def test_the_comparison_rejects_a_flipped_kernel(x64):
+    rng = np.random.default_rng(1)
+    x, kernel = rng.normal(size=(1, 4, 4, 1)), rng.normal(size=(3, 3, 1, 1))
+    flipped = conv(jnp.asarray(x), jnp.asarray(kernel[::-1, ::-1]))
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(flipped, oracles.conv_forward(x, kernel), rtol=EXACT, atol=EXACT)
+
+
+def test_one_stride_stands_for_both_axes_and_auto_is_one_of_the_three():
+    x, kernel = jnp.ones((1, 6, 6, 2)), jnp.ones((3, 3, 2, 2))
+    np.testing.assert_array_equal(conv(x, kernel, strides=2), conv(x, kernel, strides=(2, 2)))
+    chosen = choose_implementation(kernel.shape)
+    np.testing.assert_array_equal(conv(x, kernel), conv(x, kernel, implementation=chosen))
+
+
+def test_one_tap_is_a_plain_matrix_product_and_all_else_goes_to_xla():
+    assert choose_implementation((1, 1, 64, 64)) == "patches"
+    assert choose_implementation((3, 3, 2, 64)) == choose_implementation((1, 3, 64, 2)) == "xla"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("3x3 same", "more channels in than out", "explicit pads", "explicit pads, fewer than the taps"),
+        *("stride 2 same, even and odd sides", "strides of two kinds", "stride 2 circular"),
+    ],
+)
+def test_every_derivative_agrees_with_those_of_jax(x64, name):
+    """Forward, reverse and second derivatives, alone and under each kind of ``vmap``, against `lax.conv_general_dilated`."""
+    height, width, kernel_shape, strides, padding = CASES[name]
+    rng = np.random.default_rng(4)
+    x, kernel = jnp.asarray(rng.normal(size=(2, height, width, kernel_shape[2]))), jnp.asarray(rng.normal(size=kernel_shape))
+
+    def ours(x, kernel):
+        return conv(x, kernel, strides=strides, padding=padding, implementation="xla")
+
+    def theirs(x, kernel):
+        pads = explicit_padding(padding, kernel_shape[:2], (height, width), strides)
+        if padding == "CIRCULAR":
+            x, pads = jnp.pad(x, ((0, 0), *pads, (0, 0)), mode="wrap"), ((0, 0), (0, 0))
+        return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    weights = jnp.asarray(rng.normal(size=theirs(x, kernel).shape))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def derivatives(function, x, kernel):
+        def loss(x, kernel):
+            return jnp.sum(weights * jnp.tanh(function(x, kernel)))
+
+        def loss_of_gradients(x, kernel):
+            return sum(jnp.sum(jnp.sin(g)) for g in gradients(x, kernel))
+
+        gradients = jax.grad(loss, (0, 1))
+        xs, kernels = jnp.stack([x, 2 * x]), jnp.stack([kernel, -kernel], axis=-1)
+        return {
+            "forward": jax.jvp(function, (x, kernel), (x + 1, kernel + 1)),
+            "reverse": gradients(x, kernel),
+            "second": jax.grad(loss_of_gradients, (0, 1))(x, kernel),
+            "forward over reverse": jax.jvp(gradients, (x, kernel), (x + 1, kernel + 1)),
+            "more images": jax.vmap(gradients, (0, None))(xs, kernel),
+            "more kernels": jax.vmap(gradients, (None, -1))(x, kernels),
+            "more of both": jax.vmap(gradients, (0, -1))(xs, kernels),
+        }
+
+    assert set(re.findall(r"conv\w+", str(jax.make_jaxpr(ours)(x, kernel)))) == {"convolution"}  # it is ours that is tested
+    actual = derivatives(ours, x, kernel)
+    for kind, expected in derivatives(theirs, x, kernel).items():
+        chex.assert_trees_all_close(actual[kind], expected, rtol=EXACT, atol=10 * EXACT, custom_message=kind)
+
+
+def test_gradients_in_a_loop_keep_the_layout_that_is_fast_on_cpu():
+    """XLA:CPU rewrites other layouts outside of loops only, and runs them up to a hundred times slower (benchmarks)."""
+
+    def layouts(convolve, width=3):
+        x, kernels = jnp.ones((2, 4, 4, width)), jnp.ones((2, 3, 3, width, width))
+
+        def loss(x, kernels):
+            return jnp.sum(lax.scan(lambda x, kernel: (convolve(x, kernel), None), x, kernels)[0])
+
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, kernels).compile().as_text()
+        assert compiled is not None
+        return re.findall(r"convolution\(.*dim_labels=([\w>-]+)", compiled)
+
+    ours = layouts(conv)
+    assert len(ours) == 3  # forward, gradient of the images, gradient of the kernel
+    assert set(ours) == {"b01f_01io->b01f"}
+    theirs = layouts(lambda x, k: lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
+    assert set(theirs) != {"b01f_01io->b01f"}
+
+
+def test_circular_padding_commutes_with_cyclic_shifts(x64):
+    rng = np.random.default_rng(2)
+    x, kernel = jnp.asarray(rng.normal(size=(1, 5, 4, 2))), jnp.asarray(rng.normal(size=(3, 3, 2, 2)))
+    shifted = conv(jnp.roll(x, (2, 1), (1, 2)), kernel, padding="CIRCULAR")
+    np.testing.assert_allclose(shifted, jnp.roll(conv(x, kernel, padding="CIRCULAR"), (2, 1), (1, 2)), rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("implementation", ["auto", *IMPLEMENTATIONS])
+def test_kernels_in_float32_serve_images_in_float64(x64, implementation):
+    x, kernel = jnp.ones((1, 3, 3, 2), jnp.float64) / 3, jnp.ones((3, 3, 2, 2), jnp.float32)
+    y = conv(x, kernel, padding="VALID", implementation=implementation)
+    assert y.dtype == jnp.float64
+    np.testing.assert_allclose(y, 6.0, rtol=EXACT)
+    assert jax.grad(lambda kernel: jnp.sum(conv(x, kernel)))(kernel).dtype == jnp.float32
+
+
+def test_vmap_over_kernels_is_a_loop_over_kernels(x64):
+    rng = np.random.default_rng(3)
+    x, kernels = jnp.asarray(rng.normal(size=(1, 4, 4, 2))), jnp.asarray(rng.normal(size=(3, 3, 3, 2, 2)))
+    together = jax.vmap(lambda k: conv(x, k))(kernels)
+    for y, kernel in zip(together, kernels, strict=True):
+        np.testing.assert_allclose(y, conv(x, kernel), rtol=EXACT, atol=EXACT)
+
+
+def test_mistakes_are_named():
+    x = jnp.ones((1, 4, 4, 2))
+    with pytest.raises(ValueError, match="takes 3 channels, the input has 2"):
+        conv(x, jnp.ones((3, 3, 3, 1)))
+    with pytest.raises(ValueError, match=f"one of {', '.join(PADDINGS)}"):
+        conv(x, jnp.ones((3, 3, 2, 1)), padding="REFLECT")
+    with pytest.raises(ValueError, match=r"5 x 5 taps do not fit an image of 4 x 4"):
+        conv(x, jnp.ones((5, 5, 2, 1)), padding="VALID")
+
+
+def test_explicit_padding_spells_out_the_names():
+    assert explicit_padding("SAME", (3, 2), (5, 5), (1, 1)) == ((1, 1), (0, 1))
+    assert explicit_padding("SAME", (3, 3), (6, 6), (2, 2)) == ((0, 1), (0, 1))
+    assert explicit_padding("VALID", (3, 3), (5, 5), (1, 1)) == ((0, 0), (0, 0))
+    assert explicit_padding("CIRCULAR", (4, 3), (5, 5), (2, 2)) == ((1, 2), (1, 1))
+    assert explicit_padding(((1, 2), (3, 4)), (3, 3), (5, 5), (1, 1)) == ((1, 2), (3, 4))

@@ -1,0 +1,297 @@
+"""The classifier against a plain NumPy network in float64, and the way back from its features to the images."""
+
+import dataclasses
+from typing import Any, cast
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from iresnet_jax.bijections import bijection as bijections
+from iresnet_jax.models import classifier
+from iresnet_jax.models import flow as model
+from iresnet_jax.models import linen as modules
+from iresnet_jax.models.classifier import ClassifierSpec
+from iresnet_jax.training import parallel
+
+EXACT = 1e-10  # the same maths by another route, float64
+SINGLE = 1e-5  # in float32
+ROUND_TRIP = 1e-4  # float32, a few blocks
+NORM_RTOL = 1e-3  # the tolerance of the norms
+
+STAGE = model.StageSpec(2, hidden=(3,), kernel_sizes=(3, 1), squeeze=2)
+SPEC = ClassifierSpec(
+    model.FlowSpec((4, 4, 3), (STAGE, model.StageSpec(1, hidden=(5,), kernel_sizes=(1, 3), preactivation=True))),
+    image_shape=(4, 4, 2),
+    num_classes=3,
+    num_levels=17,
+    pad_channels=1,
+    mean=(0.3, 0.6),
+    std=(0.2, 0.5),
+)
+VANILLA = dataclasses.replace(SPEC, constrained=False)
+
+
+def images_of(num, seed=0):
+    return np.random.default_rng(seed).integers(0, 17, (num, 4, 4, 2), np.uint8)
+
+
+def variables_of(spec, images, *, scale=3.0):
+    """Fresh variables with kernels large enough to need a constraint, and a head that is not the initial one."""
+    x = classifier.preprocess(spec, jnp.asarray(images))
+    variables = cast(Any, jax.jit(modules.Classifier(spec, last_scale=scale).init)(jax.random.key(0), x))
+    rng = np.random.default_rng(1)
+    head = jax.tree.map(lambda a: a + rng.normal(0, 0.3, a.shape).astype(np.float32), variables["params"]["head"])
+    return {**variables, "params": {**variables["params"], "head": head}}
+
+
+# Compiled: one operation at a time, loops take seconds.
+features_of = jax.jit(classifier.features, static_argnums=0, static_argnames="unroll")
+logits_of = jax.jit(classifier.logits, static_argnums=0)
+reconstruct = jax.jit(classifier.reconstruct, static_argnums=(0, 3))
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return variables_of(SPEC, images_of(64))
+
+
+@pytest.fixture(scope="module")
+def weights(variables):
+    return jax.jit(lambda params: model.freeze(SPEC.flow, params).weights)(variables["params"])
+
+
+def elu(x):
+    return np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
+
+
+def naive_features(weights, images):
+    """The network block by block, squeezing pixel by pixel."""
+    scaled = (images / 16 - np.array([0.3, 0.6])) / np.array([0.2, 0.5])
+    x = np.concatenate([scaled, np.zeros((*scaled.shape[:3], 1))], axis=-1)
+    patches = [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+    x = np.concatenate(patches, axis=-1)
+    for name, num_blocks, preactivation in (("stage0", 2, False), ("stage1", 1, True)):
+        stage = jax.tree.map(lambda a: np.asarray(a, np.float64), weights[name])
+        for k in range(num_blocks):
+            x = (x + stage["actnorm"]["bias"][k]) * np.exp(stage["actnorm"]["log_scale"][k])
+            first, second = (stage["branch"][f"conv{i}"] for i in (0, 1))
+            h = elu(x) if preactivation else x
+            h = oracles.conv_forward(h, first["kernel"][k]) + first["bias"][k]
+            x = x + oracles.conv_forward(elu(h), second["kernel"][k]) + second["bias"][k]
+    return x
+
+
+def naive_head(head, mean, var, features):
+    head = jax.tree.map(lambda a: np.asarray(a, np.float64), head)
+    mean, var = (np.asarray(a, np.float64) for a in (mean, var))
+    h = (features - mean) / np.sqrt(var + 1e-5) * head["norm"]["scale"] + head["norm"]["bias"]
+    return np.maximum(h, 0).mean(axis=(1, 2)) @ head["linear"]["kernel"] + head["linear"]["bias"]
+
+
+# --- forward --------------------------------------------------------------------------------------------------------
+
+
+def test_features_and_logits_agree_with_a_plain_network(variables, weights):
+    images = images_of(5, seed=2)
+    expected = naive_features(weights, images)
+    statistics = variables["batch_stats"]
+    by_hand = naive_head(variables["params"]["head"], statistics["head"]["mean"], statistics["head"]["var"], expected)
+    with jax.enable_x64(True):
+        x = classifier.preprocess(SPEC, jnp.asarray(images))
+        found = features_of(SPEC, weights, x)
+        assert found.shape == (5, *SPEC.feature_shape) == (5, 2, 2, 12)
+        np.testing.assert_allclose(found, expected, atol=EXACT)
+        logits = logits_of(SPEC, weights, variables["params"]["head"], statistics, x)
+        np.testing.assert_allclose(logits, by_hand, atol=EXACT)
+        unrolled = features_of(SPEC, weights, x, unroll=True)
+        np.testing.assert_allclose(unrolled, expected, atol=EXACT)
+
+
+def test_the_comparison_notices_a_missing_normalisation(weights):
+    images = images_of(5, seed=2)
+    wrong = dataclasses.replace(SPEC, mean=(0.0,))
+    found = features_of(wrong, weights, classifier.preprocess(wrong, jnp.asarray(images)))
+    assert np.abs(found - naive_features(weights, images)).max() > 0.1
+
+
+def test_modules_apply_what_the_functions_compute(variables):
+    x = classifier.preprocess(SPEC, jnp.asarray(images_of(4)))
+    module = modules.Classifier(SPEC)
+
+    @jax.jit
+    def both(variables, x):
+        return module.apply(variables, x), module.apply(variables, method="constrain")
+
+    found, constrained = cast(Any, both(variables, x))
+    statistics = variables["batch_stats"]
+    expected = logits_of(SPEC, constrained.weights, variables["params"]["head"], statistics, x)
+    np.testing.assert_allclose(found, expected, atol=SINGLE)
+    assert (constrained.weights["stage0"]["lipschitz"] <= 0.81 * (1 + NORM_RTOL)).all()
+
+
+def test_padding_channels_start_with_scale_one(variables):
+    """Zeros have no variance: a scale of 1 / sqrt(eps) would make their biases learn hundreds of times too fast."""
+    of_first_block = variables["params"]["stage0"]["blocks"]["actnorm"]["log_scale"][0]
+    padding = np.array([2, 5, 8, 11])  # the third of three channels, four pixels
+    np.testing.assert_array_equal(of_first_block[padding], 0)
+    assert np.abs(np.delete(of_first_block, padding)).min() > 0
+
+
+# --- head and loss --------------------------------------------------------------------------------------------------
+
+
+def test_batch_statistics_are_those_of_the_whole_batch_on_any_number_of_devices():
+    x = np.random.default_rng(0).normal(50, 0.1, (6, 2, 3, 4)).astype(np.float32)
+    flat = x.astype(np.float64).reshape(-1, 4)
+    together = classifier.batch_statistics(jnp.asarray(x))
+    split = jax.vmap(lambda x: classifier.batch_statistics(x, axis_name="batch"), axis_name="batch")(x.reshape(2, 3, 2, 3, 4))
+    for found in (together, jax.tree.map(lambda a: a[0], split), jax.tree.map(lambda a: a[1], split)):
+        np.testing.assert_allclose(found["mean"], flat.mean(axis=0), rtol=1e-6)
+        np.testing.assert_allclose(found["var"], flat.var(axis=0), rtol=1e-3)
+
+
+def test_gradients_through_synchronised_statistics_are_those_of_one_device():
+    features = np.random.default_rng(0).normal(size=(8, 2, 2, 5)).astype(np.float32)
+    head = modules.initial_head(jax.random.key(0), 5, 3)
+    labels = jnp.arange(8) % 3
+
+    def loss_of(params, scale, features, labels, axis_name):
+        scaled = features * scale.reshape(1, 1, 1, -1)
+        logits = classifier.head(params, classifier.batch_statistics(scaled, axis_name=axis_name), scaled)
+        return jnp.mean(classifier.cross_entropy(logits, labels))
+
+    def step(state, batch):
+        def loss_fn(state):
+            return jax.lax.pmean(loss_of(*state, *batch, parallel.AXIS), parallel.AXIS)
+
+        loss, gradients = jax.value_and_grad(loss_fn)(state)
+        return jax.lax.pmean(gradients, parallel.AXIS), {"loss": loss}
+
+    state = (head, jnp.linspace(0.5, 2, 5))
+    expected = jax.jit(jax.grad(lambda state: loss_of(*state, features, labels, None)))(state)
+    found, _ = parallel.parallelize(step)(jax.tree.map(jnp.copy, state), parallel.shard((features, labels)))
+    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), atol=1e-6)
+
+
+def test_cross_entropy_with_smoothing_against_its_definition():
+    logits = np.random.default_rng(0).normal(size=(6, 4))
+    labels = jnp.array([0, 1, 2, 3, 0, 3])
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    for smoothing in (0.0, 0.1):
+        target = (1 - smoothing) * np.eye(4)[labels] + smoothing / 4
+        found = classifier.cross_entropy(jnp.asarray(logits, jnp.float32), labels, label_smoothing=smoothing)
+        np.testing.assert_allclose(found, -(target * log_p).sum(axis=1), rtol=SINGLE)
+    with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\), got 1"):
+        classifier.cross_entropy(jnp.asarray(logits), labels, label_smoothing=1.0)
+
+
+# --- the network to compare with ------------------------------------------------------------------------------------
+
+
+def test_batchnorm_network_against_a_plain_one():
+    """Every layer sees inputs normalised by the batch in training, and by running averages after it."""
+    spec = dataclasses.replace(VANILLA, normalization="batchnorm")
+    images = images_of(16)
+    x = classifier.preprocess(spec, jnp.asarray(images))
+    variables = cast(Any, jax.jit(modules.Classifier(spec).init)(jax.random.key(0), x))
+    params, statistics = variables["params"], variables["batch_stats"]
+    assert "spectral" not in variables
+    logits, used = jax.jit(classifier.training_logits, static_argnums=0)(spec, params, params["head"], x)
+    chex.assert_trees_all_close(used, statistics, atol=SINGLE)
+    np.testing.assert_allclose(logits, logits_of(spec, params, params["head"], statistics, x), atol=SINGLE)
+
+    h = np.asarray(x, np.float64)
+    h = np.concatenate([h[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=-1)
+    for name, num_blocks, preactivation in (("stage0", 2, False), ("stage1", 1, True)):
+        blocks = jax.tree.map(lambda a: np.asarray(a, np.float64), params[name]["blocks"])
+        for k in range(num_blocks):
+            g = h
+            for layer, activated in (("conv0", preactivation), ("conv1", True)):
+                mean, var = g.mean(axis=(0, 1, 2)), g.var(axis=(0, 1, 2))
+                np.testing.assert_allclose(statistics[name]["blocks"][layer]["var"][k], var, rtol=1e-4)
+                g = (g - mean) / np.sqrt(var + 1e-5)
+                g = elu(g) if activated else g
+                g = oracles.conv_forward(g, blocks[layer]["kernel"][k]) + blocks[layer]["bias"][k]
+            h = h + g
+    by_hand = naive_head(params["head"], h.mean(axis=(0, 1, 2)), h.var(axis=(0, 1, 2)), h)
+    np.testing.assert_allclose(logits, by_hand, atol=10 * SINGLE)
+    with pytest.raises(ValueError, match="has no inverse"):
+        classifier.features(spec, params, x)
+
+
+# --- back -----------------------------------------------------------------------------------------------------------
+
+
+def test_features_of_images_lead_back_to_them(weights):
+    images = jnp.asarray(images_of(5))
+    features = features_of(SPEC, weights, classifier.preprocess(SPEC, images))
+    back = reconstruct(SPEC, weights, features)
+    assert back.info.converged.all()
+    np.testing.assert_allclose(back.images * 16, images, atol=16 * ROUND_TRIP)
+    assert (back.padding_residual < ROUND_TRIP).all()
+    assert (back.padding_residual <= 2 * back.info.error_bound).all()
+
+
+def test_the_padding_tells_features_of_no_image(weights):
+    """A feature vector that was pushed off the image manifold comes back with padding channels that are not zero."""
+    x = classifier.preprocess(SPEC, jnp.asarray(images_of(5)))
+    off = x.at[..., 2].add(0.5)
+    back = reconstruct(SPEC, weights, features_of(SPEC, weights, off))
+    assert back.info.converged.all()
+    np.testing.assert_allclose(back.padding_residual, 0.5 * 4, atol=ROUND_TRIP)
+    np.testing.assert_allclose(back.images, classifier.unpad(SPEC, x), atol=ROUND_TRIP)
+
+
+def test_padding_and_normalisation_have_an_exact_inverse():
+    images = np.random.default_rng(0).uniform(size=(3, 4, 4, 2)).astype(np.float32)
+    x = classifier.pad(SPEC, jnp.asarray(images))
+    assert x.shape == (3, 4, 4, 3)
+    np.testing.assert_array_equal(x[..., 2], 0)
+    np.testing.assert_allclose(classifier.unpad(SPEC, x), images, atol=1e-6)
+    bounds = classifier.input_bounds(SPEC)
+    np.testing.assert_allclose([bounds.forward, bounds.inverse], [5, 0.5], rtol=1e-5)
+
+
+def test_without_a_constraint_weights_run_as_they_are_and_no_inverse_is_promised(variables):
+    as_they_are = cast(Any, modules.Classifier(VANILLA).apply(variables, method="constrain")).weights
+    frozen = jax.jit(lambda params: model.freeze(VANILLA.flow, params, constrained=False))(variables["params"])
+    for run in (as_they_are, frozen.weights):
+        for name in ("stage0", "stage1"):
+            blocks = dict(variables["params"][name]["blocks"])
+            chex.assert_trees_all_equal(run[name]["actnorm"], blocks.pop("actnorm"))
+            chex.assert_trees_all_equal(dict(run[name]["branch"]), blocks)
+    assert np.isinf(as_they_are["stage0"]["lipschitz"]).all()
+    assert (frozen.weights["stage0"]["lipschitz"] > 1).all()
+    for name in ("stage0", "stage1"):
+        product = np.prod([frozen.bounds[name][f"conv{i}"] for i in (0, 1)], axis=0)
+        np.testing.assert_allclose(frozen.weights[name]["lipschitz"], product, rtol=SINGLE)
+    x = classifier.preprocess(VANILLA, jnp.asarray(images_of(4)))
+    features = features_of(VANILLA, as_they_are, x)
+    back = reconstruct(VANILLA, as_they_are, features, bijections.Solver(max_evals=50))
+    assert not back.info.converged.any()
+    assert np.isinf(back.info.error_bound).all()
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"num_classes": 1}, "num_classes must be at least 2, got 1: the data set needs labels"),
+        ({"pad_channels": -1}, "pad_channels must not be negative"),
+        ({"pad_channels": 2}, r"starts from padded images \(4, 4, 4\), not \(4, 4, 3\)"),
+        ({"mean": (0.0, 0.0, 0.0)}, "mean must have 1 or 2 entries for 2 channels"),
+        ({"std": (0.0,)}, "std must be positive"),
+        ({"normalization": "batchnorm"}, "without a Lipschitz bound: set constraint.norms to none"),
+        ({"normalization": "layernorm"}, "normalization must be one of actnorm, batchnorm"),
+        ({"flow": model.FlowSpec((4, 4, 3), (dataclasses.replace(STAGE, factor_out=True),))}, "no stage may factor_out"),
+    ],
+)
+def test_mistakes_are_answered_before_anything_runs(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dataclasses.replace(SPEC, **change)

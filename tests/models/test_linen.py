@@ -1,0 +1,147 @@
+"""What the Linen modules create: names, a data-dependent start, norms that hold before the first step."""
+
+import functools
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from iresnet_jax.bijections import actnorm
+from iresnet_jax.bijections import bijection as bijections
+from iresnet_jax.models import branch as branches
+from iresnet_jax.models import flow as model
+from iresnet_jax.models import linen as modules
+
+SPECTRAL = 1e-3  # the tolerance of the norms
+STATISTICS = 3e-4  # ActNorm adds 1e-5 to variances of at least .05; the rest is float32
+ROUND_TRIP = 1e-4  # float32, a few blocks
+
+SPEC = model.FlowSpec(
+    (4, 4, 1),
+    (
+        model.StageSpec(2, hidden=(3,), kernel_sizes=(3, 1), squeeze=2, factor_out=True),
+        model.StageSpec(1, hidden=(5,), activation="lipswish"),
+    ),
+)
+MODULE = modules.ResidualFlow(SPEC)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    scale = jnp.linspace(0.5, 3, 16).reshape(1, 4, 4, 1)
+    return 2 + scale * jax.random.normal(jax.random.key(1), (32, 4, 4, 1))
+
+
+@pytest.fixture(scope="module")
+def start(batch):
+    """The latents of the batch as ``init`` makes them, and the variables."""
+    return cast(tuple[Any, Any], jax.jit(lambda x: MODULE.init_with_output(jax.random.key(0), x))(batch))
+
+
+@pytest.fixture(scope="module")
+def variables(start):
+    return start[1]
+
+
+@pytest.fixture(scope="module")
+def constrained(variables):
+    """After one power step from the fresh iterates, as a training step makes it."""
+    return jax.jit(lambda variables: MODULE.apply(variables, num_steps=1, method="constrain"))(variables)
+
+
+def shapes(tree):
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): a.shape for path, a in jax.tree.leaves_with_path(tree)}
+
+
+def test_names_read_like_paths(variables):
+    assert set(variables) == {"params", "spectral"}
+    assert shapes(variables["params"]) == {
+        "stage0/blocks/actnorm/bias": (2, 4),
+        "stage0/blocks/actnorm/log_scale": (2, 4),
+        "stage0/blocks/conv0/kernel": (2, 3, 3, 4, 3),
+        "stage0/blocks/conv0/bias": (2, 3),
+        "stage0/blocks/conv1/kernel": (2, 1, 1, 3, 4),
+        "stage0/blocks/conv1/bias": (2, 4),
+        "stage1/blocks/actnorm/bias": (1, 8),
+        "stage1/blocks/actnorm/log_scale": (1, 8),
+        "stage1/blocks/dense0/kernel": (1, 8, 5),
+        "stage1/blocks/dense0/bias": (1, 5),
+        "stage1/blocks/dense1/kernel": (1, 5, 8),
+        "stage1/blocks/dense1/bias": (1, 8),
+        "stage1/blocks/dense1/beta": (1,),
+        "prior/mean": (16,),
+        "prior/log_std": (16,),
+    }
+    assert shapes(variables["spectral"]) == {
+        "stage0/blocks/conv0": (2, 2, 2, 4),
+        "stage0/blocks/conv1": (2, 2, 2, 3),
+        "stage1/blocks/dense0": (1, 8),
+        "stage1/blocks/dense1": (1, 5),
+    }
+
+
+def test_blocks_start_different(variables):
+    kernels = variables["params"]["stage0"]["blocks"]["conv0"]["kernel"]
+    assert not jnp.allclose(kernels[0], kernels[1])
+
+
+def test_the_input_of_every_branch_has_mean_zero_and_variance_one(constrained, batch):
+    x = bijections.squeeze_bijection(2).forward(batch)
+    for stage, (name, branch) in enumerate(zip(model.stage_names(SPEC), SPEC.branches, strict=True)):
+        for k in range(SPEC.stages[stage].num_blocks):
+            block = jax.tree.map(lambda a, k=k: a[k], constrained.weights[name])
+            x, _ = actnorm.forward_and_logdet(actnorm.ActNormParams(**block["actnorm"]), x)
+            axes = tuple(range(x.ndim - 1))
+            np.testing.assert_allclose(jnp.mean(x, axes), 0, atol=STATISTICS)
+            np.testing.assert_allclose(jnp.var(x, axes), 1, atol=STATISTICS)
+            x = x + branches.apply_branch(branch, block["branch"], x)
+        x = x[..., :2].reshape(len(x), -1) if stage == 0 else x
+
+
+def test_norms_hold_before_the_first_step(variables, constrained):
+    for name, branch in zip(model.stage_names(SPEC), SPEC.branches, strict=True):
+        for layer in branch.layers:
+            raw = variables["params"][name]["blocks"][layer.name]["kernel"][0]
+            kernel = constrained.weights[name]["branch"][layer.name]["kernel"][0]
+            unfold = functools.partial(oracles.dense_conv_matrix, height=2, width=2) if raw.ndim == 4 else np.asarray
+            true = oracles.operator_norm(unfold(raw))
+            np.testing.assert_allclose(constrained.norms[name][layer.name][0], true, rtol=SPECTRAL)
+            assert oracles.operator_norm(unfold(kernel)) <= SPEC.coeff * (1 + SPECTRAL)
+
+
+def test_methods_go_there_and_back(variables, batch):
+    @jax.jit
+    def there_and_back(variables, x):
+        apply = cast(Any, MODULE.apply)
+        z, logdet, _ = apply(variables, x, jax.random.key(0), method="forward_and_logdet")
+        return z, logdet, apply(variables, z, method="inverse")
+
+    z, logdet, (x, info) = there_and_back(variables, batch[:3])
+    assert z.shape == (3, 16)
+    assert logdet.shape == (3,)
+    assert jnp.all(info.converged)
+    np.testing.assert_allclose(x, batch[:3], atol=ROUND_TRIP)
+
+
+def test_calling_the_module_uses_the_stored_scales(start, batch):
+    """The data-dependent start belongs to ``init``: later batches are not normalised by themselves."""
+    z, variables = start
+    apply = jax.jit(MODULE.apply)
+    np.testing.assert_allclose(apply(variables, batch), z, atol=ROUND_TRIP)
+    other_mates = batch.at[3:].multiply(10)
+    np.testing.assert_allclose(apply(variables, other_mates)[:3], z[:3], atol=ROUND_TRIP)
+
+
+def test_a_small_last_scale_starts_near_the_identity(batch):
+    branch = SPEC.branches[0]
+    weights = branches.initial_weights(branch, jax.random.key(0), last_scale=1e-3)
+    x = bijections.squeeze_bijection(2).forward(batch)
+    assert jnp.max(jnp.abs(branches.apply_branch(branch, weights, x))) < 0.05
+
+
+def test_an_unknown_prior_is_named():
+    with pytest.raises(ValueError, match="prior must be one of gaussian, logistic, got 'cauchy'"):
+        modules.initial_prior("cauchy", 3)

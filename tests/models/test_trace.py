@@ -1,0 +1,126 @@
+"""The closed form of ``tr J`` against dense Jacobians, and what it is for: steadier log-determinants, the same on average."""
+
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from iresnet_jax.maths.logdet.roulette import RouletteLogdet
+from iresnet_jax.maths.logdet.series import ExactLogdet, SeriesLogdet, weighted_series
+from iresnet_jax.models import branch as branches
+
+EXACT = 1e-10
+BATCH = 3
+
+CASES = {
+    "dense": {"in_shape": (5,), "hidden": (7,)},
+    "dense, narrow": {"in_shape": (5,), "hidden": (2,), "activation": "clipswish"},
+    "dense, preactivation": {"in_shape": (5,), "hidden": (7,), "activation": "clipswish", "preactivation": True},
+    "dense, context": {"in_shape": (3,), "hidden": (4,), "activation": "lipswish", "context_dim": 2},
+    "conv": {"in_shape": (4, 3, 2), "hidden": (5,), "kernel_sizes": (3, 3), "activation": "tanh"},
+    "conv, two channels of one": {
+        "in_shape": (4, 3, 2),
+        "hidden": (5,),
+        "kernel_sizes": (3, 3),
+        "activation": "clipswish",
+        "positional_bias": True,
+    },
+    "conv, preactivation": {
+        "in_shape": (3, 4, 2),
+        "hidden": (4,),
+        "kernel_sizes": (3, 3),
+        "activation": "clipswish",
+        "preactivation": True,
+    },
+    "conv, circular": {"in_shape": (4, 5, 1), "hidden": (4,), "kernel_sizes": (3, 3), "padding": "CIRCULAR"},
+    "conv, larger than the image": {"in_shape": (3, 2, 2), "hidden": (4,), "kernel_sizes": (5, 5)},
+    "conv, single taps": {"in_shape": (2, 2, 3), "hidden": (4,), "kernel_sizes": (1, 1)},
+}
+
+
+def make(name):
+    spec = branches.BranchSpec(**CASES[name])
+    keys = jax.random.split(jax.random.key(0), 4)
+    weights = branches.initial_weights(spec, keys[0], last_scale=0.3)
+    for layer in weights.values():
+        layer["bias"] = 0.5 * jax.random.normal(keys[1], layer["bias"].shape)
+    x = jax.random.normal(keys[2], (BATCH, *spec.in_shape))
+    context = jax.random.normal(keys[3], (BATCH, spec.context_dim)) if spec.context_dim else None
+    return spec, weights, x, context
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_trace_is_that_of_the_dense_jacobian(x64, name):
+    spec, weights, x, context = make(name)
+    assert branches.has_trace(spec)
+
+    def one(x, context):
+        context = None if context is None else context[None]
+        return branches.apply_branch(spec, weights, x[None], context)[0]
+
+    jacobians = jax.vmap(jax.jacfwd(one))(x, context).reshape(BATCH, x[0].size, x[0].size)
+    diagonal = np.diagonal(jacobians, axis1=1, axis2=2).reshape(x.shape)
+    np.testing.assert_allclose(branches.jacobian_diagonal(spec, weights, x, context), diagonal, atol=EXACT)
+    assert np.abs(diagonal).max() <= 1.1 * branches.largest_diagonal(spec, weights)  # slopes may leave [0, 1] a little
+    expected = np.trace(jacobians, axis1=1, axis2=2)
+    assert np.abs(expected).min() > 1e-3
+    np.testing.assert_allclose(jax.jit(functools.partial(branches.trace, spec))(weights, x, context), expected, rtol=EXACT)
+
+
+@pytest.mark.parametrize("name", ["dense", "conv, two channels of one"])
+def test_values_and_gradients_agree_on_average_over_probes(x64, name):
+    """With the columns of ``sqrt(d) I`` as probes the mean is the series of traces without noise, first term included."""
+    spec, weights, x, _ = make(name)
+    basis = math.sqrt(x[0].size) * jnp.eye(x[0].size).reshape(-1, 1, *spec.in_shape)
+    probes = jnp.broadcast_to(basis, (len(basis), *x.shape))
+    cotangent = jnp.array([1.0, -0.7, 0.4])
+
+    def total(weights, x, *, closed_form):
+        branch = functools.partial(branches.apply_branch, spec, weights)
+        trace = functools.partial(branches.trace, spec, weights) if closed_form else None
+        samples, _ = weighted_series(branch, x, probes, jnp.ones(5), 5, trace=trace)
+        return jnp.sum(cotangent * jnp.mean(samples, axis=0))
+
+    run = jax.jit(jax.value_and_grad(total, (0, 1)), static_argnames="closed_form")
+    chex.assert_trees_all_close(run(weights, x, closed_form=True), run(weights, x, closed_form=False), rtol=1e-8, atol=EXACT)
+
+
+@pytest.mark.parametrize("estimator", [SeriesLogdet(12, num_probes=16), RouletteLogdet(num_exact_terms=12, num_probes=16)])
+def test_estimates_are_steadier_and_right(x64, estimator):
+    spec, weights, x, _ = make("conv, two channels of one")
+    branch, trace = (functools.partial(f, spec, weights) for f in (branches.apply_branch, branches.trace))
+    exact, _ = ExactLogdet()(branch, x, trace=trace)
+    plain, plain_info = estimator(branch, x, jax.random.key(1))
+    logdet, info = estimator(branch, x, jax.random.key(1), trace=trace)
+    assert np.all(info.stderr < 0.5 * plain_info.stderr)
+    assert np.all(np.abs(logdet - exact) < 5 * info.stderr + 1e-6)  # what a dozen terms leave out
+    assert np.all(np.abs(plain - exact) < 5 * plain_info.stderr)
+
+
+def test_other_branches_have_no_closed_form():
+    for changes in (
+        {"hidden": (4, 4), "kernel_sizes": (3, 1, 3)},
+        {"kernel_sizes": (3, 1)},
+        {"kernel_sizes": (2, 2)},
+        {"activation": "maxmin"},
+    ):
+        spec = branches.BranchSpec(**{**CASES["conv"], "hidden": (4,), **changes})
+        assert not branches.has_trace(spec)
+        weights = branches.initial_weights(spec, jax.random.key(0))
+        with pytest.raises(ValueError, match="two layers with an elementwise activation"):
+            branches.trace(spec, weights, jnp.ones((1, *spec.in_shape)))
+
+
+@pytest.mark.parametrize(("side", "taps"), [(2, 3), (1, 3), (4, 5)])
+def test_on_a_torus_smaller_than_the_kernel_there_is_no_closed_form_and_the_logdet_is_right(x64, side, taps):
+    shape = {"in_shape": (side, side, 1), "hidden": (4,), "kernel_sizes": (taps, taps), "padding": "CIRCULAR"}
+    spec = branches.BranchSpec(**shape)
+    weights = branches.initial_weights(spec, jax.random.key(0), last_scale=0.1)
+    assert not branches.has_trace(spec)
+    with pytest.raises(ValueError, match="the trace has a closed form for two layers"):
+        branches.trace(spec, weights, jnp.ones((1, side, side, 1)))
+    assert branches.has_trace(branches.BranchSpec(**shape | {"in_shape": (taps, taps, 1)}))

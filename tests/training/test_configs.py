@@ -1,0 +1,162 @@
+"""The configs that come with the library: what they describe, and one step of each cut-down copy."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import ROOT
+
+from iresnet_jax.bijections import bijection as bijections
+from iresnet_jax.data import toys
+from iresnet_jax.data.images import ImageData
+from iresnet_jax.evaluation import frozen
+from iresnet_jax.training import config as config_lib
+from iresnet_jax.training import loop, parallel, run, state
+
+SHAPES = {
+    "digits": (8, 8, 1),
+    "mnist": (28, 28, 1),
+    "fashion_mnist": (28, 28, 1),
+    "cifar10": (32, 32, 3),
+    "cifar100": (32, 32, 3),
+    "downsampled_imagenet/32x32": (32, 32, 3),
+}
+CLASSES = {"cifar100": 100}
+LEVELS = {"digits": 17}
+CASES = [
+    ("digits_density", None, 98_508),
+    ("digits_hybrid", None, 99_670),
+    ("mnist_density", None, 1_262_694),
+    ("fashion_mnist_density", None, 956_804),
+    ("iresnet_density", "mnist", None),
+    ("iresnet_density", "cifar10", 25_028_544),  # 25.03 M in the paper
+    ("residual_flow_density", "mnist", None),
+    ("residual_flow_density", "cifar10", None),
+    ("residual_flow_density", "downsampled_imagenet/32x32", None),
+    *(("toy_2d", name, None) for name in toys.TOYS),
+    ("digits_classification", None, 404_170),
+    ("digits_classification", "0.7", 404_170),
+    ("digits_classification", "vanilla", 404_170),
+    ("digits_classification", "batchnorm", None),
+    ("mnist_classification", None, None),
+    ("mnist_classification", "vanilla", None),
+    ("fashion_mnist_classification", None, None),
+    ("fashion_mnist_classification", "vanilla", None),
+    ("iresnet_classification", "mnist", None),
+    ("iresnet_classification", "cifar10", None),
+    ("iresnet_classification", "cifar10_released", 4_873_178),  # 4.91 M in the authors' code
+    ("iresnet_classification", "cifar100", None),
+]
+
+
+def get_config(name, argument):
+    path = ROOT / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*([] if argument is None else [argument]))
+
+
+def source_of(config):
+    """Random images of the data set's shape, or the toy."""
+    name = config.data.name
+    if name in toys.TOYS:
+        return run.load_source(name)
+    shape, levels = SHAPES[name], LEVELS.get(name, 256)
+    images = np.random.default_rng(0).integers(0, levels, (16, *shape), np.uint8)
+    splits = {split: images for split in ("train", "validation", "test")}
+    classes = CLASSES.get(name, 10)
+    labels = {split: np.arange(16, dtype=np.int32) % classes for split in splits}
+    return run.Source(name, shape, levels, images=ImageData(name, levels, classes, splits, labels), num_classes=classes)
+
+
+@pytest.mark.parametrize(("name", "argument", "num_parameters"), CASES)
+def test_configs_describe_models_that_fit_their_data(name, argument, num_parameters):
+    config = get_config(name, argument)
+    source = source_of(config)
+    spec = run.model_spec(config, source)
+    params = run.abstract_variables(config, spec)["params"]
+    if num_parameters is not None:
+        assert run.num_parameters(params) == num_parameters
+    config_lib.build_estimator(config.logdet)
+    config_lib.build_estimator(config.evaluation.logdet)
+    config_lib.build_optimizer(config.optimizer, config.training.total_steps)
+    loop.build_objective(config, source)
+
+
+@pytest.mark.parametrize("name", ["iresnet_density", "residual_flow_density"])
+def test_a_cut_down_copy_takes_a_step(name):
+    config = get_config(name, "mnist")
+    config.model.stages = tuple(
+        {**stage, "num_blocks": 1, "hidden": (4,) * len(stage["hidden"])} for stage in config.model.stages
+    )
+    config.training.update({"batch_size": 8, "actnorm_examples": 16})
+    config.training.blocks = "scan"
+    config.optimizer.warmup_steps = 0  # or the first step would not move
+    source = source_of(config)
+    objective = loop.build_objective(config, source)
+    current = state.create(objective.initial_variables(), objective.optimizer)
+    step = jax.jit(
+        jax.vmap(objective.make_step(objective.num_terms), in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS)
+    )
+    after, metrics = step(current, source.images.images["train"][None, :8])
+    assert 0 < float(metrics["bits_per_dim"]) < 50
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), current.params, after.params)
+    assert any(jax.tree.leaves(moved))
+    assert int(after.step) == 1
+
+
+@pytest.mark.parametrize("name", ["iresnet_density", "residual_flow_density", "iresnet_classification"])
+def test_an_unknown_name_is_answered_with_those_there_are(name):
+    with pytest.raises(ValueError, match=r"knows no 'cifar1' after its colon: the names are .*cifar10"):
+        get_config(name, "cifar1")
+
+
+def test_an_unknown_variant_is_answered_in_a_sentence():
+    with pytest.raises(ValueError, match=r"a variant is a coefficient such as 0\.7, vanilla or batchnorm; got 'vanila'"):
+        get_config("digits_classification", "vanila")
+
+
+@pytest.mark.parametrize("name", ["digits_classification", "mnist_classification", "fashion_mnist_classification"])
+def test_a_variant_changes_the_constraint_and_at_most_the_learning_rate(name):
+    plain, half, vanilla = (config_lib.to_plain(get_config(name, variant)) for variant in (None, "0.5", "vanilla"))
+    batchnorm = config_lib.to_plain(get_config(name, "batchnorm"))
+    half["model"]["coeff"] = 0.9
+    batchnorm["classifier"]["normalization"] = "actnorm"
+    assert batchnorm == vanilla
+    assert vanilla["optimizer"]["learning_rate"] == 0.1
+    vanilla["constraint"]["norms"] = "estimated"
+    vanilla["optimizer"]["learning_rate"] = plain["optimizer"]["learning_rate"]
+    assert plain == half == vanilla
+
+
+KEPT = sorted((ROOT / "benchmarks/results").glob("*/frozen.npz"))
+
+
+def test_there_are_kept_models():
+    assert KEPT
+
+
+@pytest.mark.parametrize("file", KEPT, ids=lambda path: path.parent.name)
+def test_kept_models_are_those_of_their_configs_and_can_be_inverted(file):
+    kept = frozen.load(file)
+    config = config_lib.to_plain(get_config(file.parent.name, None))
+    assert config_lib.first_difference(config, config_lib.to_plain(kept.config)) is None
+    assert all(float(jnp.max(stage["lipschitz"])) < 1 for stage in kept.weights.values())
+    levels = kept.spec.num_levels
+    height, width, channels = SHAPES[config["data"]["name"]]
+    images = jnp.asarray(np.random.default_rng(0).integers(0, levels, (2, height, width, channels), np.uint8))
+    if isinstance(kept, frozen.FrozenClassifier):
+        back = kept.reconstruct(kept.features(images))
+        expected = images / (levels - 1)
+        found, converged = back.images, back.info.converged
+    else:
+        # Noise lies far out in the tails of what each pixel was equalised by: in float32 it comes back with errors of 1.3e-4.
+        with jax.enable_x64(True):
+            expected = (images + 0.5) / levels
+            found, info = kept.decode(kept.encode(expected), bijections.Solver(atol=1e-10, refine=True))
+        converged = info.converged
+    assert bool(converged.all())
+    np.testing.assert_allclose(found, expected, atol=1e-4 if isinstance(kept, frozen.FrozenClassifier) else 1e-7)

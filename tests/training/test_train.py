@@ -1,0 +1,601 @@
+"""Training from its command line: the same after a kill and on any number of devices; mistakes are answered in a sentence."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+from runs import EVAL_EVERY, ROOT, TOTAL_STEPS
+
+from iresnet_jax.models import flow as model
+from iresnet_jax.training import config as config_lib
+from iresnet_jax.training import loop, parallel, run, state
+from iresnet_jax.training.command_line import asks_for_debug
+from iresnet_jax.training.exclusive import alone_in
+from iresnet_jax.training.interruption import SIGNALS, Stopped, StopRequests
+from iresnet_jax.training.metrics import read_metrics
+from iresnet_jax.training.objectives.likelihood import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys, make_step
+
+# The same sums in another order, in float32; Adam divides by the root of tiny second moments, which magnifies their rounding.
+DEVICE_RTOL, DEVICE_ATOL = 1e-4, 1e-5
+
+# ml_collections loads config files in a way that Python is going to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilations(tmp_path_factory):
+    with runs.shared_compilations(tmp_path_factory):
+        yield
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("configs") / "tiny_moons.py"
+    path.write_text(runs.TOY_CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config():
+    return runs.config_of(runs.TOY_CONFIG)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, tmp_path_factory):
+    """The run that was never stopped: its workdir, its last state, and how often its step was traced."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    traces = []
+
+    def counting(*args, **kwargs):
+        step = make_step(*args, **kwargs)
+
+        def counted(*step_args):
+            traces.append(1)
+            return step(*step_args)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("iresnet_jax.training.objectives.likelihood.make_step", counting)
+        last = loop.train(config, workdir)
+    return workdir, last, len(traces)
+
+
+def measurements(workdir):
+    """What a run wrote down, without the times."""
+    timed = ("wall_time_s", "seconds_per_step", "compile_seconds")
+    kept = [{k: v for k, v in record.items() if k not in timed} for record in read_metrics(workdir)]
+    return [record for record in kept if record["split"] != "timing"]
+
+
+def newest(workdir):
+    """The step of the newest checkpoint."""
+    return max(int(path.name) for path in (workdir / "checkpoints" / "latest").iterdir() if path.name.isdecimal())
+
+
+# --- one run --------------------------------------------------------------------------------------------------------
+
+
+def test_training_improves_validation_and_never_recompiles(uninterrupted):
+    workdir, last, traces = uninterrupted
+    assert traces == 1
+    assert int(last.step) == TOTAL_STEPS
+    validation = [record["nll"] for record in measurements(workdir) if record["split"] == "validation"]
+    assert len(validation) == TOTAL_STEPS // EVAL_EVERY
+    assert validation[-1] < validation[0]
+
+
+def test_a_killed_run_ends_bit_for_bit_like_one_never_stopped(config, config_file, uninterrupted, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), f"--config={config_file}", f"--workdir={tmp_path}"]
+    process = subprocess.Popen(command, env=runs.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    latest = tmp_path / "checkpoints" / "latest"
+    deadline = time.monotonic() + 120
+    while not (latest.exists() and any(path.name.isdecimal() for path in latest.iterdir())):
+        assert process.poll() is None, "the process ended by itself"
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = newest(tmp_path)
+    assert 0 < reached < TOTAL_STEPS, "it was not killed in the middle"
+
+    resumed = loop.train(config, tmp_path)
+    workdir, reference, _ = uninterrupted
+    chex.assert_trees_all_equal(jax.device_get(resumed), jax.device_get(reference))
+    assert measurements(tmp_path) == measurements(workdir)
+
+
+def test_a_finished_run_is_not_trained_further(config, uninterrupted, monkeypatch):
+    workdir, reference, _ = uninterrupted
+
+    monkeypatch.setattr(loop, "batches", lambda *_: iter(()))
+    before = measurements(workdir)
+    again = loop.train(config, workdir)
+    chex.assert_trees_all_equal(jax.device_get(again), jax.device_get(reference))
+    assert measurements(workdir) == before
+
+
+# --- told to stop ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def happens_before(monkeypatch):
+    """Has something happen while a step waits for its batch."""
+
+    def arrange(step, event):
+        def eventful(config, examples, first_step):
+            for k, batch in enumerate(feed(config, examples, first_step), first_step):
+                if k == step:
+                    event()
+                yield batch
+
+        monkeypatch.setattr(loop, "batches", eventful)
+
+    feed = loop.batches
+    return arrange
+
+
+def send(*signals):
+    return lambda: [signal.raise_signal(number) for number in signals]
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, EVAL_EVERY * 2), (signal.SIGINT, TOTAL_STEPS - 1)])
+def test_a_run_told_to_stop_saves_the_step_it_is_in(config, uninterrupted, tmp_path, happens_before, number, step):
+    handlers = [signal.getsignal(each) for each in SIGNALS]
+    happens_before(step, send(number))
+    with pytest.raises(Stopped, match=rf"stopped by {number.name} after step {step + 1} of {TOTAL_STEPS}: the same"):
+        loop.train(config, tmp_path)
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
+    assert measurements(tmp_path)[-1]["step"] == step + 1
+
+    happens_before(step, lambda: pytest.fail("a step was taken twice"))
+    workdir, reference, _ = uninterrupted
+    chex.assert_trees_all_equal(jax.device_get(loop.train(config, tmp_path)), jax.device_get(reference))
+    assert measurements(tmp_path) == measurements(workdir)
+
+
+def test_a_second_signal_stops_at_once(config, tmp_path, happens_before):
+    happens_before(EVAL_EVERY, send(signal.SIGTERM, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        loop.train(config, tmp_path)
+    assert not isinstance(interrupt.value, Stopped)
+    assert measurements(tmp_path)[-1]["step"] == EVAL_EVERY
+
+
+def test_a_run_that_blew_up_is_not_saved_when_told_to_stop(config, tmp_path, happens_before, monkeypatch):
+    with config.copy_and_resolve_references().unlocked() as config:
+        config.training.log_every_steps = config.training.eval_every_steps = 4
+    whole = loop.build_objective
+
+    def blown_up(config, source):
+        objective = whole(config, source)
+
+        def make_step(num_terms):
+            step = objective.make_step(num_terms)
+
+            def blown_up_step(current, batch):
+                current, metrics = step(current, batch)
+                return current, {name: jnp.nan * value for name, value in metrics.items()}
+
+            return blown_up_step
+
+        return objective._replace(make_step=make_step)
+
+    monkeypatch.setattr(loop, "build_objective", blown_up)
+    happens_before(1, send(signal.SIGTERM))
+    with pytest.raises(RuntimeError, match="became non-finite between steps 0 and 2"):
+        loop.train(config, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_is_saved_between_validations_that_are_far_apart(config, tmp_path, happens_before, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def die():
+        raise Killed
+
+    happens_before(EVAL_EVERY + 1, die)
+    for seconds, saved in ((600.0, EVAL_EVERY), (0.0, EVAL_EVERY + 1)):
+        monkeypatch.setattr(loop, "SAVE_SECONDS", seconds)
+        with pytest.raises(Killed):
+            loop.train(config, tmp_path / str(seconds))
+        assert newest(tmp_path / str(seconds)) == saved
+
+
+def test_the_command_line_of_a_run_told_to_stop_says_how_to_go_on(config_file, tmp_path, happens_before, capsys):
+    happens_before(1, send(signal.SIGTERM))
+    status = runs.train_script().main(["train.py", f"--config={config_file}", f"--workdir={tmp_path}"])
+    out, err = capsys.readouterr()
+    assert status == 143
+    assert err.splitlines()[-1] == f"stopped by SIGTERM after step 2 of {TOTAL_STEPS}: the same command goes on from it"
+    assert out == ""
+
+
+def test_signals_that_are_ignored_stay_ignored_and_threads_hear_none():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with StopRequests() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.received is None
+            signal.raise_signal(signal.SIGINT)
+            assert stop.received is signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    def enter():
+        with StopRequests() as stop:
+            heard.append(stop.received)
+
+    heard = []
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert heard == [None]
+
+
+# --- what is trained ------------------------------------------------------------------------------------------------
+
+
+def config_of_one_block(*, max_num_terms=0, **estimator):
+    """A block whose log-determinant is trained like this, and exact in validation."""
+    config = runs.config_of(runs.TOY_CONFIG)
+    with config.unlocked():
+        config.model.stages = ({"num_blocks": 1, "hidden": (8,)},)
+        config.logdet = config_lib.estimator_settings(**estimator)
+        config.evaluation.logdet = config_lib.estimator_settings(kind="exact")
+        config.training.max_num_terms = max_num_terms
+    return config
+
+
+def validate_untrained(**settings):
+    """Validation of that block, its state without training, and that state constrained."""
+    config = config_of_one_block(**settings)
+    objective = loop.build_objective(config, run.load_source(config.data.name))
+    validation = objective.make_validation()
+    current = state.create(objective.initial_variables(), objective.optimizer, num_terms=objective.num_terms)
+    return validation, current, validation.constrain(current)
+
+
+def test_validation_says_what_training_gains_by_what_it_cuts_off(caplog):
+    many = {"kind": "series", "num_probes": 1000}
+    validation, current, (weights, prior) = validate_untrained(num_terms=1, **many)  # whose trace is exact
+    source = run.load_source("moons")
+    x = jnp.asarray(source.held_out("validation", 32, 0))
+    jacobians = jax.vmap(jax.jacfwd(lambda x: model.bijection(validation.spec.flow, weights).forward(x[None])[0]))(x)
+    scales = np.exp(weights["stage0"]["actnorm"]["log_scale"][0])
+    of_block = np.asarray(jacobians / scales[None, None, :], np.float64)
+    missed = np.linalg.slogdet(of_block)[1] - (np.trace(of_block, axis1=1, axis2=2) - 2)  # log det(I + J) - tr J
+    with caplog.at_level("WARNING"):
+        means = validation.measure(current, (weights, prior))
+    np.testing.assert_allclose(means["training_bias"], missed.mean(), atol=1e-3)  # of 32,000 probes
+    assert missed.mean() < -ALARMING_BIAS
+    assert f"reads nll lower by {-means['training_bias']:.3f}" in caplog.text
+    assert "training exploited what its 1 terms cut off" in caplog.text
+    assert means["num_terms"] == 1
+    caplog.clear()
+    for kind in ("series", "krylov"):  # with the same probes, even few
+        patient, current, _ = validate_untrained(kind=kind, num_terms=20)
+        with caplog.at_level("WARNING"):
+            assert abs(patient.measure(current, (weights, prior))["training_bias"]) < 1e-4
+    assert not caplog.text
+
+
+def test_terms_are_raised_until_nothing_is_left_to_exploit(caplog):
+    validation, current, constrained = validate_untrained(kind="series", num_terms=1, num_probes=100, max_num_terms=100)
+
+    def bias_with(num_terms):
+        return validation.measure(current._replace(step=jnp.int32(TOTAL_STEPS), num_terms=jnp.int32(num_terms)), constrained)
+
+    with caplog.at_level("INFO"):
+        means = validation.measure(current, constrained)
+    num_terms = means["num_terms"]
+    tried = [1, 2, 3, 5, 8, 12, 18, 27]
+    assert num_terms in tried[1:]
+    assert f"training goes on with {num_terms} terms" in caplog.text
+    before = tried[tried.index(num_terms) - 1]
+    assert bias_with(before)["training_bias"] < -TOLERATED_BIAS < bias_with(num_terms)["training_bias"]
+    assert bias_with(1) == {**means, "num_terms": 1}  # after the last step there is nothing to go on with
+
+
+def test_terms_are_not_raised_beyond_the_most_that_are_allowed():
+    validation, current, constrained = validate_untrained(kind="series", num_terms=1, max_num_terms=2)
+    assert validation.measure(current, constrained)["num_terms"] == 2
+
+
+@pytest.mark.parametrize("kind", ["roulette", "exact"])
+def test_an_unbiased_training_has_no_bias_to_show(kind):
+    validation, current, constrained = validate_untrained(kind=kind)
+    assert set(validation.measure(current, constrained)) == {"nll", "log_prior", "log_det"}
+
+
+def test_a_run_that_raised_its_terms_resumes_with_them(tmp_path, happens_before):
+    config = config_of_one_block(kind="series", num_terms=1, num_probes=100, max_num_terms=100)
+    config.training.update({"total_steps": 6, "eval_every_steps": 2})
+    whole = loop.train(config, tmp_path / "whole")
+    by_step = {record["step"]: record for record in measurements(tmp_path / "whole") if record["split"] == "validation"}
+    raised = by_step[2]["num_terms"]
+    assert by_step[2]["training_bias"] < -TOLERATED_BIAS
+    assert 1 < raised <= by_step[4]["num_terms"] == int(whole.num_terms)
+    happens_before(3, send(signal.SIGTERM))
+    with pytest.raises(Stopped, match="after step 4 of 6"):
+        loop.train(config, tmp_path / "stopped")
+    happens_before(3, lambda: pytest.fail("a step was taken twice"))
+    chex.assert_trees_all_equal(jax.device_get(loop.train(config, tmp_path / "stopped")), jax.device_get(whole))
+    assert measurements(tmp_path / "stopped") == measurements(tmp_path / "whole")
+
+    happens_before(3, lambda: None)
+    config.training.max_num_terms = 0
+    held = loop.train(config, tmp_path / "held")
+    assert int(held.num_terms) == 1
+    with pytest.raises(AssertionError):  # the terms make a difference
+        chex.assert_trees_all_close(held.params, whole.params, rtol=1e-5)
+
+
+# --- devices --------------------------------------------------------------------------------------------------------
+
+
+def after_steps(config, num_shares, mapped, num_steps=3):
+    """Parameters after a few steps with the batch in so many shares."""
+    source = run.load_source(config.data.name)
+    spec = run.density_spec(config, source)
+    optimizer = config_lib.build_optimizer(config.optimizer, TOTAL_STEPS)
+    step = make_step(
+        spec,
+        config_lib.build_estimator(config.logdet),
+        optimizer,
+        config_lib.build_schedule(config.optimizer, TOTAL_STEPS),
+        seed=config.seed,
+        constrain=config_lib.build_constraint(config.constraint, spec.flow, training=True),
+        ema_decay=config.training.ema_decay,
+        unroll=run.unroll(config),
+        draw=source.draw,
+    )
+    batch = np.zeros((num_shares, config.training.batch_size // num_shares), np.float32)
+    current = state.create(run.initial_variables(config, spec, source), optimizer)
+    step = mapped(step)
+    for _ in range(num_steps):
+        current, metrics = step(current, batch)
+    return jax.device_get((current.params, current.ema, current.spectral, metrics))
+
+
+def vmapped(step):
+    return jax.jit(jax.vmap(step, axis_name=parallel.AXIS, in_axes=(None, 0), out_axes=(None, None)))
+
+
+def test_one_and_two_devices_give_the_same_result(config):
+    one = after_steps(config, 1, vmapped)
+    two = after_steps(config, 2, parallel.parallelize)
+    chex.assert_trees_all_close(one, two, rtol=DEVICE_RTOL, atol=DEVICE_ATOL)
+
+
+def test_the_comparison_notices_gradients_that_are_not_averaged(config, monkeypatch):
+    monkeypatch.setattr("jax.lax.pmean", lambda value, axis: value)
+    with pytest.raises(ValueError, match="out_axes"):  # under vmap; pmap would return the first device's without a word
+        after_steps(config, 2, vmapped, num_steps=1)
+
+
+# --- keys of an evaluation ------------------------------------------------------------------------------------------
+
+
+def test_probe_draws_share_their_noise_and_nothing_else_is_shared():
+    draws = {(s, p): evaluation_keys(jax.random.key(0), np.arange(3), s, p) for s in range(2) for p in range(2)}
+    noise = {draw: jax.random.key_data(keys[0]).tolist() for draw, keys in draws.items()}
+    assert noise[0, 0] == noise[0, 1]
+    distinct = [*noise[0, 0], *noise[1, 0]]
+    for _, key_probe in draws.values():
+        distinct += jax.random.key_data(key_probe).tolist()
+    assert len({tuple(key) for key in distinct}) == len(distinct) == 2 * 3 + 4 * 3
+
+
+def test_an_example_has_its_keys_in_whatever_batch_it_stands():
+    whole = evaluation_keys(jax.random.key(0), np.arange(6), 1, 2)
+    part = evaluation_keys(jax.random.key(0), np.array([4, 2]), 1, 2)
+    for keys, some in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(jax.random.key_data(keys)[np.array([4, 2])], jax.random.key_data(some))
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def answer(capsys, *arguments):
+    """Exit status and the one line on stderr of a command that fails."""
+    status = runs.train_script().main(["train.py", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert err.rstrip().splitlines()[-1] == line
+    assert "Traceback" not in err
+    assert out == ""
+    return status, line
+
+
+MISTAKES = {
+    "unknown section": (["--config.trainig.batch_size=3"], "config has no field 'trainig': did you mean 'training'?"),
+    "unknown field": (
+        ["--config.training.batch_sise=3"],
+        "config.training has no field 'batch_sise': did you mean 'batch_size'?",
+    ),
+    "second of two": (["--config.seed=1", "--config.sed=2"], "config has no field 'sed': did you mean 'seed'?"),
+    "type": (["--config.training.batch_size=abc"], "config.training.batch_size=abc"),
+    "no such stage": (["--config.model.stages[3].num_blocks=2"], "config.model.stages has no entry 3: it has 1"),
+    "stage field": (
+        ["--config.model.stages[0].num_block=2"],
+        "config.model.stages[0] has no field 'num_block': did you mean 'num_blocks'?",
+    ),
+    "flag": (["--worcdir=x"], "worcdir"),
+    "stray": (["extra"], "unexpected argument 'extra'"),
+    "coeff": (["--config.model.coeff=1.5"], "coeff must lie in (0, 1), got 1.5: the inverse only exists for a contraction"),
+    "devices": (["--config.training.batch_size=15"], "a batch of 15 examples cannot be split evenly over 2 devices"),
+    "data": (["--config.data.name=mons"], "unknown image data set 'mons': known are"),
+    "blocks": (["--config.training.blocks=loop"], "training.blocks must be auto, scan or unroll, got 'loop'"),
+    "entrywise": (["--config.preprocessing.entrywise"], "preprocessing.entrywise is for transform equalize, got 'none'"),
+    "logdet": (["--config.logdet.kind=magic"], "logdet.kind must be exact, series, roulette or krylov, got 'magic'"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_answered_in_one_sentence(name, config_file, tmp_path, capsys):
+    arguments, sentence = MISTAKES[name]
+    status, line = answer(capsys, f"--config={config_file}", f"--workdir={tmp_path / 'new'}", *arguments)
+    assert status == 2
+    assert sentence in line
+    assert not (tmp_path / "new").exists(), "a mistake must not claim a workdir"
+
+
+def test_missing_config_file_is_answered_in_one_sentence(capsys):
+    status, line = answer(capsys, "--config=configs/nowhere.py")
+    assert status == 2
+    assert line.startswith("error: there is no config file configs/nowhere.py")
+
+
+def test_a_config_file_that_fails_is_answered_in_one_sentence(config_file, tmp_path, capsys):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(config_file.read_text().replace("config.data.name", "config.data.nam"))
+    status, line = answer(capsys, f"--config={wrong}")
+    assert status == 2
+    assert line.startswith("error: the config file itself fails: ")
+    assert 'Did you mean "name" instead of "nam"?' in line
+    wrong.write_text("def get_config(name):\n    raise ValueError(f'{name} is none of a and b')\n")
+    assert answer(capsys, f"--config={wrong}:c") == (2, "error: c is none of a and b")
+
+
+def test_workdir_with_another_config_is_refused(config_file, uninterrupted, capsys):
+    workdir, _, _ = uninterrupted
+    before = (workdir / "config.json").read_text()
+    status, line = answer(capsys, f"--config={config_file}", f"--workdir={workdir}", "--config.optimizer.learning_rate=0.5")
+    assert status == 2
+    assert "config.optimizer.learning_rate is 0.5 now and was 0.001" in line
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_failures_of_a_run_are_sentences_too_unless_debugging(config_file, tmp_path, monkeypatch, capsys):
+    def blow_up(config, workdir):
+        raise RuntimeError("nll became non-finite between steps 0 and 2;\n lower the learning rate")
+
+    monkeypatch.setattr(loop, "train", blow_up)
+    arguments = [f"--config={config_file}", f"--workdir={tmp_path}"]
+    status, line = answer(capsys, *arguments)
+    assert (status, line) == (2, "error: nll became non-finite between steps 0 and 2; lower the learning rate")
+    with pytest.raises(RuntimeError, match="non-finite"):
+        runs.train_script().main(["train.py", *arguments, "--debug"])
+
+
+def test_a_bug_is_not_dressed_up_as_a_mistake(config_file, tmp_path, monkeypatch):
+    def crash(config, workdir):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(loop, "train", crash)
+    with pytest.raises(TypeError, match="a bug"):
+        runs.train_script().main(["train.py", f"--config={config_file}", f"--workdir={tmp_path}"])
+
+
+def test_two_processes_do_not_train_in_one_workdir(config_file, tmp_path, capsys):
+    with alone_in(tmp_path):
+        status, line = answer(capsys, f"--config={config_file}", f"--workdir={tmp_path}")
+    assert (status, line) == (
+        2,
+        f"error: another process is training in {tmp_path}: wait until it has ended, or choose another --workdir",
+    )
+    with alone_in(tmp_path):
+        pass  # the lock is gone with its process, or its block
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.eval_every_steps=0", "config.training.eval_every_steps must be at least 1, got 0"),
+        ("training.log_every_steps=0", "config.training.log_every_steps must be at least 1, got 0"),
+        ("evaluation.num_probe_draws=0", "config.evaluation.num_probe_draws must be at least 1, got 0"),
+        ("evaluation.inverse_atol=0.0", "config.evaluation.inverse_atol must be positive, got 0.0"),
+        ("augmentation.flip=true", "config.augmentation is for the objectives classification and hybrid"),
+        ("preprocessing.transform=logit", "preprocessing.transform logit is for data with grey levels"),
+        ("model.stages[0].hidden=(4.5,)", "config.model.stages[0].hidden must be a tuple of whole numbers, got (4.5,)"),
+        ("model.stages[0].hidden=(0,)", "hidden must be positive numbers, got (0,)"),
+        ("model.stages=((1, 2),)", "config.model.stages must be a tuple of dictionaries, got ((1, 2),)"),
+    ],
+)
+def test_settings_that_would_fail_late_are_refused_at_once(config_file, tmp_path, capsys, override, message):
+    status, line = answer(capsys, f"--config={config_file}", f"--workdir={tmp_path / 'run'}", f"--config.{override}")
+    assert status == 2
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "{"])
+def test_a_damaged_config_of_a_workdir_is_said_to_be(config_file, tmp_path, capsys, content):
+    (tmp_path / "config.json").write_text(content)
+    status, line = answer(capsys, f"--config={config_file}", f"--workdir={tmp_path}")
+    assert status == 2
+    assert "config.json is damaged: restore it, or choose another --workdir" in line
+
+
+def test_everything_in_float64_is_refused(config_file, tmp_path, capsys, x64):
+    status, line = answer(capsys, f"--config={config_file}", f"--workdir={tmp_path}")
+    assert status == 2
+    assert "runs are trained and read in float32: unset JAX_ENABLE_X64" in line
+
+
+def test_a_config_file_may_follow_a_space_and_need_not_have_variants(config_file, tmp_path, capsys):
+    status, line = answer(capsys, "--config", str(tmp_path / "none.py"))
+    assert (status, line.split(":")[1]) == (2, f" there is no config file {tmp_path / 'none.py'}")
+    status, line = answer(capsys, f"--config={config_file}:0.7")
+    assert (status, line) == (2, "error: the config file has no variants: leave out the colon and what follows it")
+
+
+@pytest.mark.parametrize(
+    ("argument", "asked"),
+    [
+        ("--debug", True),
+        ("-debug", True),
+        ("--debug=true", True),
+        ("--debug=false", False),
+        ("--nodebug", False),
+        ("--x", False),
+    ],
+)
+def test_debug_is_read_in_every_form(argument, asked):
+    assert asks_for_debug(["train.py", argument]) is asked
+
+
+def test_real_command_line_of_a_mistake(config_file):
+    command = [sys.executable, str(ROOT / "train.py"), f"--config={config_file}", "--config.trainig.batch_size=3"]
+    done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: config has no field 'trainig': did you mean 'training'?"
+    assert "Traceback" not in done.stderr
+
+
+# --- flags ----------------------------------------------------------------------------------------------------------
+
+
+def test_flags_override_fields_and_name_the_workdir_after_the_config(config_file):
+    parse = runs.train_script().parse_train_flags
+    arguments = [f"--config={config_file}", "--config.seed=3", "--config.model.stages[0].hidden=(4,)"]
+    flags = parse(["train.py", *arguments], default_config="configs/digits_density.py")
+    assert flags.config.seed == 3
+    assert flags.config.model.stages[0]["hidden"] == (4,)
+    assert flags.workdir == Path("runs/tiny_moons")
+    assert not flags.debug
+
+
+def test_the_default_config_is_used_where_none_is_named(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = runs.train_script().parse_train_flags(
+        ["train.py", "--config.seed=3"], default_config=runs.train_script().DEFAULT_CONFIG
+    )
+    assert flags.config.seed == 3
+    assert flags.workdir == Path("runs/digits_density")
+
+
+def test_config_json_is_what_was_trained(config, uninterrupted):
+    assert json.loads((uninterrupted[0] / "config.json").read_text()) == config_lib.to_plain(config)
