@@ -4,8 +4,9 @@ Importing this needs JAX and jaxtyping alone. Networks with names and collection
 models in `iresnet_jax.evaluation.trained`.
 """
 
-from iresnet_jax.bijections.bijection import Bijection, Solver
+from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.compose import chain, multiscale, repeat
+from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.maths.convolution import conv
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo, invert_residual
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from iresnet_jax.bijections.bijection import Bijection, exact_bijection, no_inverse_error
+from iresnet_jax.maths.inverse.fixed_point import example_norm
+
 
 class ActNormParams(NamedTuple):
     """Parameters of ``y = (x + bias) exp(log_scale)``.
@@ -94,6 +97,31 @@ def inverse_and_logdet(params: ActNormParams, y: Float[Array, "b ... c"]) -> tup
     _check_channels(params, y)
     x = y * jnp.exp(-_per_channel(params.log_scale, y)) - _per_channel(params.bias, y)
     return x, -_logdet(params, y)
+
+
+def actnorm_bijection(params: ActNormParams) -> Bijection:
+    """ActNorm as a bijection whose inverse says how far its own rounding can be off."""
+    bijection = exact_bijection(
+        lambda x: forward_and_logdet(params, x),
+        lambda y: inverse_and_logdet(params, y),
+        inverse_lipschitz=jnp.exp(-jnp.min(params.log_scale)),
+    )
+
+    def rounding(x):  # of y exp(-log_scale), which is as large as x + bias, and of the difference
+        eps = jnp.finfo(x.dtype).eps
+        return no_inverse_error(x)._replace(
+            error_bound=eps * (4 * example_norm(x + _per_channel(params.bias, x)) + example_norm(x))
+        )
+
+    def inverse(y):
+        x, _ = bijection.inverse(y)
+        return x, rounding(x)
+
+    def inverse_with_logdet(y, key):
+        x, logdet, info, _ = bijection.inverse_and_logdet(y, key)
+        return x, logdet, info, rounding(x)
+
+    return bijection._replace(inverse=inverse, inverse_and_logdet=inverse_with_logdet)
 
 
 def _check_channels(params: ActNormParams, x: Array) -> None:

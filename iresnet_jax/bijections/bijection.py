@@ -1,7 +1,7 @@
-"""Bijections as values: pure functions that close over their weights, and what is known of their errors.
+"""A bijection as a value: four functions on weights in their closure, and how knowledge of errors adds up.
 
-Information adds up from one to the next: standard errors in quadrature, truncation bounds and evaluations by sum, and an
-inverse's error bound grows by each map's ``Lip(F^-1)`` as the error of a later map's inverse passes through the earlier ones.
+Along a chain standard errors add in quadrature, truncation bounds and evaluations by sum. The error bound of an inverse is
+multiplied by ``Lip(F^-1)`` of each bijection whose inverse is applied after it.
 """
 
 from collections.abc import Callable
@@ -11,48 +11,93 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from iresnet_jax.bijections import actnorm, reshape, residual
-from iresnet_jax.maths.inverse.fixed_point import Diagonal, FixedPointInfo, example_norm
-from iresnet_jax.maths.logdet.series import LogdetEstimator, LogdetInfo, Trace
-
-Forward = Callable[[Array, Array], tuple[Array, Array, LogdetInfo]]
-Inverse = Callable[[Array, Array], tuple[Array, Array, LogdetInfo, FixedPointInfo]]
+from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
+from iresnet_jax.maths.logdet.series import LogdetInfo
 
 
 class Bijection(NamedTuple):
-    """An invertible map of batches, on weights in its closure.
+    """An invertible map of batches.
 
     Attributes:
         forward: ``x -> y``.
         forward_and_logdet: ``(x, key) -> (y, log|det dy/dx|, LogdetInfo)``; one key, or one an example.
         inverse: ``y -> (x, FixedPointInfo)``.
         inverse_and_logdet: ``(y, key) -> (x, log|det dx/dy|, LogdetInfo, FixedPointInfo)``.
-        inverse_lipschitz: Upper bound of ``Lip(F^-1)``, if those of its parts are.
+        inverse_lipschitz: Upper bound of ``Lip(F^-1)``, guaranteed if the bounds of its parts are.
     """
 
     forward: Callable[[Array], Array]
-    forward_and_logdet: Forward
+    forward_and_logdet: Callable[[Array, Array], tuple[Array, Array, LogdetInfo]]
     inverse: Callable[[Array], tuple[Array, FixedPointInfo]]
-    inverse_and_logdet: Inverse
+    inverse_and_logdet: Callable[[Array, Array], tuple[Array, Array, LogdetInfo, FixedPointInfo]]
     inverse_lipschitz: float | Float[Array, ""]
 
 
-class Solver(NamedTuple):
-    """Settings of each block's inverse, see `fixed_point.invert_residual`.
+class Onward(NamedTuple):
+    """A batch on its way through bijections: ``y``, the log-determinant so far, and what is known about its error."""
 
-    Attributes:
-        atol: Tolerance of the preimage (Euclidean norm of an example).
-        max_evals: Cap on evaluations of the branch.
-        memory: Steps that Anderson's method remembers; 0 is plain Banach iteration.
-        refine: Whether to go on in float64 from what float32 found, see `residual.inverse`.
-        diagonal: Whether to use the diagonal of a branch's Jacobian, where it has a closed form.
-    """
+    y: Array
+    logdet: Array
+    info: LogdetInfo
 
-    atol: float = 1e-6
-    max_evals: int = 2000
-    memory: int = 4
-    refine: bool = False
-    diagonal: bool = True
+    @classmethod
+    def start(cls, x: Array) -> "Onward":
+        """The way from ``x``, no step taken."""
+        return cls(x, jnp.zeros(len(x), x.dtype), no_logdet_error(x))
+
+    def through(self, bijection: Bijection, key: Array | None) -> "Onward":
+        """One bijection further; without a key the log-determinant is left alone."""
+        if key is None:
+            return self._replace(y=bijection.forward(self.y))
+        y, logdet, info = bijection.forward_and_logdet(self.y, key)
+        return Onward(y, self.logdet + logdet, add_logdet_info(self.info, info))
+
+
+class Back(NamedTuple):
+    """A batch on its way back: ``x``, the log-determinant of the way so far, and how the inverses ended."""
+
+    x: Array
+    logdet: Array
+    logdet_info: LogdetInfo
+    info: FixedPointInfo
+
+    @classmethod
+    def start(cls, y: Array) -> "Back":
+        """The way back from ``y``, no step taken."""
+        return cls(y, jnp.zeros(len(y), y.dtype), no_logdet_error(y), no_inverse_error(y))
+
+    def through(self, bijection: Bijection, key: Array | None) -> "Back":
+        """One inverse further; without a key the log-determinant is left alone."""
+        if key is None:
+            x, own = bijection.inverse(self.x)
+            return self._replace(x=x, info=follow_inverse_info(self.info, own, bijection.inverse_lipschitz))
+        x, logdet, logdet_info, own = bijection.inverse_and_logdet(self.x, key)
+        return Back(
+            x,
+            self.logdet + logdet,
+            add_logdet_info(self.logdet_info, logdet_info),
+            follow_inverse_info(self.info, own, bijection.inverse_lipschitz),
+        )
+
+
+def from_walks(
+    onward: Callable[[Onward, Array | None], Onward],
+    back: Callable[[Back, Array | None], Back],
+    inverse_lipschitz: float | Float[Array, ""],
+) -> Bijection:
+    """A bijection from its two ways, each with a key or, where no log-determinant is wanted, without."""
+
+    def inverse(y):
+        end = back(Back.start(y), None)
+        return end.x, end.info
+
+    return Bijection(
+        forward=lambda x: onward(Onward.start(x), None).y,
+        forward_and_logdet=lambda x, key: tuple(onward(Onward.start(x), key)),
+        inverse=inverse,
+        inverse_and_logdet=lambda y, key: tuple(back(Back.start(y), key)),
+        inverse_lipschitz=inverse_lipschitz,
+    )
 
 
 def no_logdet_error(batch: Array) -> LogdetInfo:
@@ -74,8 +119,11 @@ def add_logdet_info(a: LogdetInfo, b: LogdetInfo) -> LogdetInfo:
 
 
 def follow_inverse_info(later: FixedPointInfo, own: FixedPointInfo, inverse_lipschitz) -> FixedPointInfo:
-    """The information of ``F^-1`` applied to the result of an inverse that ended as `later` says."""
-    inherited = jnp.where(later.error_bound > 0, inverse_lipschitz * later.error_bound, 0)  # infinity times no error is none
+    """The information of ``F^-1`` applied to the result of an inverse that ended as `later` says.
+
+    An error bound of 0 stays 0 under an infinite ``Lip(F^-1)``; one that is not a number stays that.
+    """
+    inherited = jnp.where(later.error_bound == 0, 0, inverse_lipschitz * later.error_bound)
     return FixedPointInfo(
         num_evals=later.num_evals + own.num_evals,
         residual=jnp.maximum(later.residual, own.residual),
@@ -93,20 +141,11 @@ def exact_bijection(
     forward_and_logdet: Callable, inverse_and_logdet: Callable, inverse_lipschitz: float | Array = 1.0
 ) -> Bijection:
     """A bijection in closed form from ``x -> (y, logdet)`` and ``y -> (x, logdet)``."""
-
-    def forward_with_info(x, key):
-        del key
-        return (*forward_and_logdet(x), no_logdet_error(x))
-
-    def inverse_with_info(y, key):
-        del key
-        return (*inverse_and_logdet(y), no_logdet_error(y), no_inverse_error(y))
-
     return Bijection(
         forward=lambda x: forward_and_logdet(x)[0],
-        forward_and_logdet=forward_with_info,
+        forward_and_logdet=lambda x, key: (*forward_and_logdet(x), no_logdet_error(x)),
         inverse=lambda y: (inverse_and_logdet(y)[0], no_inverse_error(y)),
-        inverse_and_logdet=inverse_with_info,
+        inverse_and_logdet=lambda y, key: (*inverse_and_logdet(y), no_logdet_error(y), no_inverse_error(y)),
         inverse_lipschitz=inverse_lipschitz,
     )
 
@@ -118,71 +157,3 @@ def permutation_bijection(forward: Callable[[Array], Array], inverse: Callable[[
         return lambda x: (function(x), jnp.zeros(x.shape[0], x.dtype))
 
     return exact_bijection(with_zero(forward), with_zero(inverse))
-
-
-def squeeze_bijection(factor: int) -> Bijection:
-    """Space to depth, see `reshape.squeeze`."""
-    return permutation_bijection(lambda x: reshape.squeeze(x, factor), lambda y: reshape.unsqueeze(y, factor))
-
-
-def flatten_bijection(event_shape: tuple[int, ...]) -> Bijection:
-    """Images of one shape as vectors."""
-    return permutation_bijection(reshape.flatten, lambda z: reshape.unflatten(z, event_shape))
-
-
-def actnorm_bijection(params: actnorm.ActNormParams) -> Bijection:
-    """``y = (x + bias) exp(log_scale)`` by channel, see `actnorm`."""
-    bijection = exact_bijection(
-        lambda x: actnorm.forward_and_logdet(params, x),
-        lambda y: actnorm.inverse_and_logdet(params, y),
-        inverse_lipschitz=jnp.exp(-jnp.min(params.log_scale)),
-    )
-
-    def rounding(x):  # of y exp(-log_scale), whose size is that of x + bias, and of the difference
-        eps = jnp.finfo(x.dtype).eps
-        shifted = x + params.bias.reshape((1,) * (x.ndim - 1) + (-1,))
-        return no_inverse_error(x)._replace(error_bound=eps * (4 * example_norm(shifted) + example_norm(x)))
-
-    def inverse(y):
-        x, _ = bijection.inverse(y)
-        return x, rounding(x)
-
-    def inverse_and_logdet(y, key):
-        x, logdet, info, _ = bijection.inverse_and_logdet(y, key)
-        return x, logdet, info, rounding(x)
-
-    return bijection._replace(inverse=inverse, inverse_and_logdet=inverse_and_logdet)
-
-
-def residual_bijection(
-    branch: residual.Branch,
-    lipschitz_bound: float | Float[Array, ""],
-    estimator: LogdetEstimator,
-    solver: Solver = Solver(),  # noqa: B008 (immutable)
-    trace: Trace | None = None,
-    at_zero: residual.AtZero | None = None,
-    diagonal: Diagonal | None = None,
-) -> Bijection:
-    """``y = x + g(x)``, see `residual`.
-
-    Args:
-        branch: ``g``.
-        lipschitz_bound: Upper bound of ``Lip(g)``.
-        estimator: Of the log-determinant.
-        solver: Of the inverse.
-        trace: ``tr J_g``, if it has a closed form.
-        at_zero: Gives ``g(0)``, if it is the same for all examples.
-        diagonal: That of ``J_g``, if it has a closed form.
-    """
-    margin = jnp.maximum(1 - jnp.asarray(lipschitz_bound), 0)
-    known = {"lipschitz_bound": lipschitz_bound, "at_zero": at_zero, "diagonal": diagonal if solver.diagonal else None}
-    solve = solver._asdict() | known
-    return Bijection(
-        forward=lambda x: residual.forward(branch, x),
-        forward_and_logdet=lambda x, key: residual.forward_and_logdet(
-            branch, x, key, estimator, lipschitz_bound=lipschitz_bound, trace=trace
-        ),
-        inverse=lambda y: residual.inverse(branch, y, **solve),
-        inverse_and_logdet=lambda y, key: residual.inverse_and_logdet(branch, y, key, estimator, trace=trace, **solve),
-        inverse_lipschitz=1 / margin,
-    )

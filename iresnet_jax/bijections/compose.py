@@ -9,54 +9,35 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.bijections import reshape
-from iresnet_jax.bijections.bijection import (
-    Bijection,
-    add_logdet_info,
-    fold_in,
-    follow_inverse_info,
-    no_inverse_error,
-    no_logdet_error,
-)
+from iresnet_jax.bijections.bijection import Bijection, fold_in, from_walks
+from iresnet_jax.bijections.reshape import flatten, merge_channels, split_channels, unflatten
 
-_MOST_ENTRIES = 16  # that one product of `_store` takes together
+_MOST_ENTRIES = 16  # entries that one product of `_store` takes together
+
+
+def _part(key: Array | None, index: int | Array) -> Array | None:
+    """The key of one part of a bijection; none without a key."""
+    return None if key is None else fold_in(key, index)
 
 
 def chain(bijections: Sequence[Bijection]) -> Bijection:
     """``F = F_n ... F_2 F_1``, first to last."""
     bijections = tuple(bijections)
 
-    def forward(x):
-        for bijection in bijections:
-            x = bijection.forward(x)
-        return x
-
-    def forward_and_logdet(x, key):
-        total, info = jnp.zeros(x.shape[0], x.dtype), no_logdet_error(x)
+    def onward(way, key):
         for i, bijection in enumerate(bijections):
-            x, logdet, own = bijection.forward_and_logdet(x, fold_in(key, i))
-            total, info = total + logdet, add_logdet_info(info, own)
-        return x, total, info
+            way = way.through(bijection, _part(key, i))
+        return way
 
-    def inverse(y):
-        info = no_inverse_error(y)
-        for bijection in reversed(bijections):
-            y, own = bijection.inverse(y)
-            info = follow_inverse_info(info, own, bijection.inverse_lipschitz)
-        return y, info
-
-    def inverse_and_logdet(y, key):
-        total, logdet_info, info = jnp.zeros(y.shape[0], y.dtype), no_logdet_error(y), no_inverse_error(y)
+    def back(way, key):
         for i, bijection in reversed(list(enumerate(bijections))):
-            y, logdet, own_logdet, own = bijection.inverse_and_logdet(y, fold_in(key, i))
-            total, logdet_info = total + logdet, add_logdet_info(logdet_info, own_logdet)
-            info = follow_inverse_info(info, own, bijection.inverse_lipschitz)
-        return y, total, logdet_info, info
+            way = way.through(bijection, _part(key, i))
+        return way
 
     lipschitz = jnp.asarray(1.0)
     for bijection in bijections:
         lipschitz = lipschitz * bijection.inverse_lipschitz
-    return Bijection(forward, forward_and_logdet, inverse, inverse_and_logdet, lipschitz)
+    return from_walks(onward, back, lipschitz)
 
 
 def repeat(make: Callable[[Any], Bijection], weights: Any, *, unroll: bool = False, rematerialize: bool = False) -> Bijection:
@@ -70,57 +51,27 @@ def repeat(make: Callable[[Any], Bijection], weights: Any, *, unroll: bool = Fal
         unroll: Write the blocks out one after the other.
         rematerialize: Recompute a block's inside when it is differentiated, so that memory holds one activation a block.
     """
-    num_blocks = jax.tree.leaves(weights)[0].shape[0]
-
-    def at(k):
-        return jax.tree.map(lambda w: w[k], weights)
-
-    if unroll:
-        build = (lambda w: _rematerialized(make, w)) if rematerialize else make
-        return chain([_stored(build(at(k))) for k in range(num_blocks)])
     build = (lambda w: _rematerialized(make, w)) if rematerialize else make
-    order = jnp.arange(num_blocks)
+    num_blocks = jax.tree.leaves(weights)[0].shape[0]
+    if unroll:
+        return chain([_stored(build(jax.tree.map(lambda w, k=k: w[k], weights))) for k in range(num_blocks)])
 
-    def forward(x):
-        return lax.scan(lambda x, w: (build(w).forward(x), None), x, weights)[0]
-
-    def forward_and_logdet(x, key):
-        def step(carry, block):
-            x, total, info = carry
+    def over_blocks(way, key, *, reverse):
+        def step(way, block):
             k, w = block
-            x, logdet, own = build(w).forward_and_logdet(x, fold_in(key, k))
-            return (x, total + logdet, add_logdet_info(info, own)), None
+            return way.through(build(w), _part(key, k)), None
 
-        carry = (x, jnp.zeros(x.shape[0], x.dtype), no_logdet_error(x))
-        return lax.scan(step, carry, (order, weights))[0]
+        return lax.scan(step, way, (jnp.arange(num_blocks), weights), reverse=reverse)[0]
 
-    def inverse(y):
-        def step(carry, w):
-            y, info = carry
-            bijection = build(w)
-            y, own = bijection.inverse(y)
-            return (y, follow_inverse_info(info, own, bijection.inverse_lipschitz)), None
-
-        return lax.scan(step, (y, no_inverse_error(y)), weights, reverse=True)[0]
-
-    def inverse_and_logdet(y, key):
-        def step(carry, block):
-            y, total, logdet_info, info = carry
-            k, w = block
-            bijection = build(w)
-            y, logdet, own_logdet, own = bijection.inverse_and_logdet(y, fold_in(key, k))
-            info = follow_inverse_info(info, own, bijection.inverse_lipschitz)
-            return (y, total + logdet, add_logdet_info(logdet_info, own_logdet), info), None
-
-        carry = (y, jnp.zeros(y.shape[0], y.dtype), no_logdet_error(y), no_inverse_error(y))
-        return lax.scan(step, carry, (order, weights), reverse=True)[0]
-
-    lipschitz = jnp.prod(jax.vmap(lambda w: jnp.asarray(make(w).inverse_lipschitz))(weights))
-    return Bijection(forward, forward_and_logdet, inverse, inverse_and_logdet, lipschitz)
+    return from_walks(
+        onward=lambda way, key: over_blocks(way, key, reverse=False),
+        back=lambda way, key: over_blocks(way, key, reverse=True),
+        inverse_lipschitz=jnp.prod(jax.vmap(lambda w: jnp.asarray(make(w).inverse_lipschitz))(weights)),
+    )
 
 
 def _stored(bijection: Bijection) -> Bijection:
-    """The same with outputs that are computed once, see `_store`."""
+    """The same bijection with outputs that are computed once, see `_store`."""
 
     def forward_and_logdet(x, key):
         y, logdet, info = bijection.forward_and_logdet(x, key)
@@ -151,7 +102,7 @@ def _rematerialized(make: Callable[[Any], Bijection], weights: Any) -> Bijection
 
 
 def in_float64(bijection: Bijection) -> Bijection:
-    """The same with inverses from float64 on, for a chain of which one refines there (`Solver.refine`)."""
+    """The same bijection with inverses from float64 on, for a chain of which one part refines there (`Solver.refine`)."""
     return bijection._replace(
         inverse=lambda y: bijection.inverse(y.astype(jnp.float64)),
         inverse_and_logdet=lambda y, key: bijection.inverse_and_logdet(y.astype(jnp.float64), key),
@@ -172,79 +123,42 @@ def multiscale(stages: Sequence[Stage], event_shape: tuple[int, ...], *, batch_s
     latent vector holds the factored-out parts first, in order, and what remains last.
 
     Args:
-        stages: From the data to the last scale.
+        stages: Scales from the data to the last one.
         event_shape: Shape of one example.
-        batch_size: Of the batches the stages take, where they are tied to one, as by a context.
+        batch_size: Size of the batches the stages take, where they are tied to one, as by a context.
     """
-    stages = tuple(stages)
+    stages, event_shape = tuple(stages), tuple(event_shape)
     shapes = _latent_shapes(stages, (batch_size, *event_shape))
+    ends = [sum(math.prod(shape) for shape in shapes[: i + 1]) for i in range(len(shapes))]
 
-    def split(x):
-        c = x.shape[-1] // 2
-        return x[..., :c], reshape.flatten(x[..., c:])
-
-    num_latents = sum(math.prod(shape) for shape in shapes)
-
-    def check_examples(x):
-        if x.shape[1:] != tuple(event_shape):
-            raise ValueError(f"the flow takes examples of shape {tuple(event_shape)}, got an array of shape {x.shape}")
-
-    def check_latents(z):
-        if z.shape[1:] != (num_latents,):
-            raise ValueError(f"the flow's inverse takes latents of shape ({num_latents},), got an array of shape {z.shape}")
-
-    def forward(x):
-        check_examples(x)
+    def onward(way, key):
+        if way.y.shape[1:] != event_shape:
+            raise ValueError(f"the flow takes examples of shape {event_shape}, got an array of shape {way.y.shape}")
         latents = []
-        for stage in stages:
-            x = stage.bijection.forward(x)
-            if stage.factor_out:
-                x, latent = split(x)
-                latents.append(latent)
-        return jnp.concatenate([*latents, reshape.flatten(x)], axis=-1)
-
-    def forward_and_logdet(x, key):
-        check_examples(x)
-        latents, total, info = [], jnp.zeros(x.shape[0], x.dtype), no_logdet_error(x)
         for i, stage in enumerate(stages):
-            x, logdet, own = stage.bijection.forward_and_logdet(x, fold_in(key, i))
-            total, info = total + logdet, add_logdet_info(info, own)
+            way = way.through(stage.bijection, _part(key, i))
             if stage.factor_out:
-                x, latent = split(x)
-                latents.append(latent)
-        return jnp.concatenate([*latents, reshape.flatten(x)], axis=-1), total, info
+                kept, latent = split_channels(way.y)
+                latents.append(flatten(latent))
+                way = way._replace(y=kept)
+        return way._replace(y=jnp.concatenate([*latents, flatten(way.y)], axis=-1))
 
-    def latents_of(z):
-        check_latents(z)
-        sizes = [math.prod(shape) for shape in shapes]
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        return [reshape.unflatten(z[:, end - size : end], shape) for end, size, shape in zip(ends, sizes, shapes, strict=True)]
-
-    def inverse(z):
-        *latents, x = latents_of(z)
-        info = no_inverse_error(z)
-        for stage in reversed(stages):
-            if stage.factor_out:
-                x = jnp.concatenate([x, latents.pop()], axis=-1)
-            x, own = stage.bijection.inverse(x)
-            info = follow_inverse_info(info, own, stage.bijection.inverse_lipschitz)
-        return x, info
-
-    def inverse_and_logdet(z, key):
-        *latents, x = latents_of(z)
-        total, logdet_info, info = jnp.zeros(z.shape[0], z.dtype), no_logdet_error(z), no_inverse_error(z)
+    def back(way, key):
+        if way.x.shape[1:] != (ends[-1],):
+            raise ValueError(f"the flow's inverse takes latents of shape ({ends[-1]},), got an array of shape {way.x.shape}")
+        parts = jnp.split(way.x, ends[:-1], axis=1)
+        *latents, x = [unflatten(part, shape) for part, shape in zip(parts, shapes, strict=True)]
+        way = way._replace(x=x)
         for i, stage in reversed(list(enumerate(stages))):
             if stage.factor_out:
-                x = jnp.concatenate([x, latents.pop()], axis=-1)
-            x, logdet, own_logdet, own = stage.bijection.inverse_and_logdet(x, fold_in(key, i))
-            total, logdet_info = total + logdet, add_logdet_info(logdet_info, own_logdet)
-            info = follow_inverse_info(info, own, stage.bijection.inverse_lipschitz)
-        return x, total, logdet_info, info
+                way = way._replace(x=merge_channels(way.x, latents.pop()))
+            way = way.through(stage.bijection, _part(key, i))
+        return way
 
     lipschitz = jnp.asarray(1.0)
     for stage in reversed(stages):  # latents that left at this stage skip the inverses of the later ones
         lipschitz = stage.bijection.inverse_lipschitz * (jnp.maximum(lipschitz, 1) if stage.factor_out else lipschitz)
-    return Bijection(forward, forward_and_logdet, inverse, inverse_and_logdet, lipschitz)
+    return from_walks(onward, back, lipschitz)
 
 
 def _latent_shapes(stages: tuple[Stage, ...], shape: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-r"""Maps that only move entries around: squeeze, channel padding, flatten.
+r"""Maps that only move entries around: squeeze, channel split, channel padding, flatten.
 
 All but the padding are permutations of the entries, so their log-determinants are 0. Padding is injective: it has no
 density, and its inverse exists on its image only, so :func:`padding_residual` says how far from it an array is.
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
+
+from iresnet_jax.bijections.bijection import Bijection, permutation_bijection
 
 
 def _check_factor(factor: int) -> None:
@@ -148,6 +150,17 @@ def padding_residual(y: Float[Array, "b ... c"], num: int) -> Float[Array, " b"]
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squared)))
 
 
+def split_channels(x: Shaped[Array, "... c"]) -> tuple[Shaped[Array, "... c//2"], Shaped[Array, "... c//2"]]:
+    """The first and the second half of the channels: what goes on in a multi-scale flow, and what leaves as latents."""
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
+def merge_channels(kept: Shaped[Array, "... c"], latent: Shaped[Array, "... c"]) -> Shaped[Array, "... 2*c"]:
+    """Inverts `split_channels`."""
+    return jnp.concatenate([kept, latent], axis=-1)
+
+
 def flatten(x: Shaped[Array, "b ..."]) -> Shaped[Array, "b d"]:
     """Lists the entries of each example in row-major order.
 
@@ -188,3 +201,13 @@ def unflatten(z: Shaped[Array, "b d"], event_shape: Sequence[int]) -> Shaped[Arr
             "leave the batch axis out"
         )
     return z.reshape(z.shape[0], *event_shape)
+
+
+def squeeze_bijection(factor: int) -> Bijection:
+    """`squeeze` as a bijection."""
+    return permutation_bijection(lambda x: squeeze(x, factor), lambda y: unsqueeze(y, factor))
+
+
+def flatten_bijection(event_shape: tuple[int, ...]) -> Bijection:
+    """`flatten` as a bijection of examples of one shape."""
+    return permutation_bijection(flatten, lambda z: unflatten(z, event_shape))

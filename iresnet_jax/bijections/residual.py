@@ -1,109 +1,114 @@
-"""The residual block ``y = x + g(x)`` with ``Lip(g) < 1`` (Behrmann et al. 2019), on any branch ``g``.
+"""The residual block ``y = x + g(x)`` with ``Lip(g) < 1`` (Behrmann et al. 2019).
 
-Pure functions of a callable; parameters live in its closure. Log-determinants are of the direction in the function's name.
+A branch is a callable with what is known about it; parameters live in its closure. Log-determinants belong to the direction in
+the function's name.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.maths.inverse.fixed_point import Diagonal, FixedPointInfo, invert_residual
 from iresnet_jax.maths.logdet.series import LogdetEstimator, LogdetInfo, Trace
 
-Branch = Callable[[Array], Array]
-AtZero = Callable[[], Array]
-Bound = float | Float[Array, ""]
+
+class Branch(NamedTuple):
+    """A residual branch and what is known about it.
+
+    Attributes:
+        g: ``x -> g(x)``, acting on each example of a batch alone.
+        lipschitz_bound: Upper bound of ``Lip(g)``. The inverse and the truncation bound rely on it.
+        trace: ``x -> tr J_g(x)`` in closed form, if there is one.
+        at_zero: ``() -> g(0)`` as a batch of one, if it is the same for all examples. The inverse starts from ``y - g(0)``.
+        diagonal: Diagonal of ``J_g``, if it has a closed form.
+    """
+
+    g: Callable[[Array], Array]
+    lipschitz_bound: float | Float[Array, ""]
+    trace: Trace | None = None
+    at_zero: Callable[[], Array] | None = None
+    diagonal: Diagonal | None = None
+
+
+class Solver(NamedTuple):
+    """Settings of a block's inverse, see `fixed_point.invert_residual`.
+
+    Attributes:
+        atol: Tolerance of the preimage (Euclidean norm of an example).
+        max_evals: Cap on evaluations of the branch.
+        memory: Steps that Anderson's method remembers; 0 is Banach iteration as the paper has it, without `Branch.at_zero` and
+            `Branch.diagonal`.
+        refine: Whether to go on in float64 from what float32 found. The branch's weights may stay in float32: they are the
+            same numbers.
+        diagonal: Whether to use the diagonal of a branch's Jacobian, where it has a closed form.
+    """
+
+    atol: float = 1e-6
+    max_evals: int = 2000
+    memory: int = 4
+    refine: bool = False
+    diagonal: bool = True
 
 
 def forward(branch: Branch, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
     """``y = x + g(x)``."""
-    return x + branch(x)
+    return x + branch.g(x)
 
 
 def forward_and_logdet(
-    branch: Branch,
-    x: Float[Array, "b ..."],
-    key: Key[Array, "..."],
-    estimator: LogdetEstimator,
-    *,
-    lipschitz_bound: Bound | None = None,
-    trace: Trace | None = None,
+    branch: Branch, x: Float[Array, "b ..."], key: Key[Array, "..."], estimator: LogdetEstimator
 ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo]:
-    """``y = x + g(x)`` and ``log det(I + J_g(x))``.
-
-    Args:
-        branch: ``g``.
-        x: Inputs.
-        key: One key, or one an example.
-        estimator: How to compute the log-determinant.
-        lipschitz_bound: Upper bound of ``Lip(g)``, for the truncation bound.
-        trace: ``tr J_g`` in closed form, if there is one.
-    """
-    logdet, info = estimator(branch, x, key, lipschitz_bound=lipschitz_bound, trace=trace)
+    """``y = x + g(x)`` and ``log det(I + J_g(x))``; one key, or one an example."""
+    logdet, info = estimator(branch.g, x, key, lipschitz_bound=branch.lipschitz_bound, trace=branch.trace)
     return forward(branch, x), logdet, info
 
 
 def inverse(
-    branch: Branch,
-    y: Float[Array, "b ..."],
-    *,
-    lipschitz_bound: Bound,
-    atol: float = 1e-6,
-    max_evals: int = 2000,
-    memory: int = 4,
-    refine: bool = False,
-    at_zero: AtZero | None = None,
-    diagonal: Diagonal | None = None,
+    branch: Branch, y: Float[Array, "b ..."], solver: Solver = Solver()
 ) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
-    """``x`` with ``y = x + g(x)``; see `fixed_point.invert_residual`.
-
-    With ``at_zero``, which gives ``g(0)`` of one example, the iteration starts from ``y - g(0)`` instead of ``y``, closer by
-    what of ``g`` is the same everywhere; with ``diagonal``, that of the Jacobian, it is faster where that is large.
-    Plain Banach iteration (``memory=0``) is left as the paper has it.
-
-    With ``refine`` the solution in float32 is where the iteration in float64 starts, and the result is in float64. The branch's
-    weights may stay in float32: they are the same numbers.
+    """``x`` with ``y = x + g(x)``, see `fixed_point.invert_residual`; in float64 if the solver refines.
 
     Raises:
-        ValueError: If ``refine`` is asked for and float64 is switched off.
+        ValueError: If the solver refines and float64 is switched off.
     """
-    settings: dict[str, Any] = {"lipschitz_bound": lipschitz_bound, "max_evals": max_evals, "memory": memory}
-    settings["diagonal"] = diagonal if memory > 0 else None
-    start = y - at_zero() if at_zero is not None and memory > 0 else y
-    if not refine:
-        return invert_residual(branch, y, atol=atol, start=start, **settings)
+    accelerated = solver.memory > 0
+    start = y - branch.at_zero() if branch.at_zero is not None and accelerated else y
+    diagonal = branch.diagonal if solver.diagonal and accelerated else None
+
+    def solve(g, y, start, atol):
+        bound, most, memory = branch.lipschitz_bound, solver.max_evals, solver.memory
+        return invert_residual(
+            g, y, lipschitz_bound=bound, atol=atol, max_evals=most, memory=memory, start=start, diagonal=diagonal
+        )
+
+    if not solver.refine:
+        return solve(branch.g, y, start, solver.atol)
     if jnp.result_type(float) != jnp.float64:
         raise ValueError("refine works in float64: call it under `with jax.enable_x64(True):`")
-    y32 = y.astype(jnp.float32)
-
-    def coarsely(x):
-        return branch(x).astype(jnp.float32)
-
-    coarse, coarse_info = invert_residual(coarsely, y32, atol=max(atol, 1e-6), start=start.astype(jnp.float32), **settings)
-    x, info = invert_residual(branch, y.astype(jnp.float64), atol=atol, start=coarse, **settings)
+    y32, start32 = y.astype(jnp.float32), start.astype(jnp.float32)
+    coarse, coarse_info = solve(lambda x: branch.g(x).astype(jnp.float32), y32, start32, max(solver.atol, 1e-6))
+    x, info = solve(branch.g, y.astype(jnp.float64), coarse, solver.atol)
     return x, info._replace(num_evals=info.num_evals + coarse_info.num_evals)
 
 
 def inverse_and_logdet(
-    branch: Branch,
-    y: Float[Array, "b ..."],
-    key: Key[Array, "..."],
-    estimator: LogdetEstimator,
-    *,
-    lipschitz_bound: Bound,
-    atol: float = 1e-6,
-    max_evals: int = 2000,
-    memory: int = 4,
-    refine: bool = False,
-    at_zero: AtZero | None = None,
-    diagonal: Diagonal | None = None,
-    trace: Trace | None = None,
+    branch: Branch, y: Float[Array, "b ..."], key: Key[Array, "..."], estimator: LogdetEstimator, solver: Solver = Solver()
 ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo, FixedPointInfo]:
     """``x = F^-1(y)`` and ``log|det dx/dy| = -log det(I + J_g(x))``, evaluated at the preimage ``x``."""
-    settings = {"atol": atol, "max_evals": max_evals, "memory": memory, "refine": refine}
-    knowledge = {"lipschitz_bound": lipschitz_bound, "at_zero": at_zero, "diagonal": diagonal}
-    x, solver_info = inverse(branch, y, **knowledge, **settings)
-    logdet, info = estimator(branch, x, key, lipschitz_bound=lipschitz_bound, trace=trace)
+    x, solver_info = inverse(branch, y, solver)
+    logdet, info = estimator(branch.g, x, key, lipschitz_bound=branch.lipschitz_bound, trace=branch.trace)
     return x, -logdet, info, solver_info
+
+
+def residual_bijection(branch: Branch, estimator: LogdetEstimator, solver: Solver = Solver()) -> Bijection:
+    """``y = x + g(x)`` as a bijection, ``Lip(F^-1) <= 1/(1 - Lip(g))``."""
+    return Bijection(
+        forward=lambda x: forward(branch, x),
+        forward_and_logdet=lambda x, key: forward_and_logdet(branch, x, key, estimator),
+        inverse=lambda y: inverse(branch, y, solver),
+        inverse_and_logdet=lambda y, key: inverse_and_logdet(branch, y, key, estimator, solver),
+        inverse_lipschitz=1 / jnp.maximum(1 - jnp.asarray(branch.lipschitz_bound), 0),
+    )

@@ -1,56 +1,55 @@
-"""A classifier on the features of an invertible network, and the way from the features back to the image.
+"""A classifier as a value: the features of an invertible network and a head, and the way from features back to images.
 
-    pixels --normalise, pad with channels of zeros--> F --> features --BatchNorm, ReLU, average pool, linear--> logits
+    levels --scale to [0, 1], normalise, pad with channels of zeros--> F --> features --head--> logits
 
 (Behrmann et al. 2019, sec. 3 and 5.1). Only the head loses information: ``F`` takes images to features injectively, and its
-inverse takes features to padded arrays, whose padding channels say how far they are from those of any image. All functions are
-pure; weights are those of `model.constrain`, `model.freeze` or, for networks without a constraint, `model.unconstrained`.
+inverse takes features to padded arrays, whose padding channels say how far they are from those of any image.
 
-The network to compare with has BatchNorm inside its branches instead of ActNorm between them, and no inverse; its weights are
-its parameters as they are.
+The network to compare with, see `batchnorm`, has no inverse; its weights are its parameters as they are.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import dataclasses
+import functools
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Num
 
-from iresnet_jax.bijections import bijection as bijections
 from iresnet_jax.bijections import reshape
+from iresnet_jax.bijections.bijection import Bijection
+from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.bijections.transforms.dequantize import check_levels
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
-from iresnet_jax.maths.norms import upper_bounds as certify
-from iresnet_jax.models import branch as branches
-from iresnet_jax.models import flow as model
-
-BATCH_NORM_EPS = 1e-5
+from iresnet_jax.maths.norms.upper_bounds import BiLipschitz, model_bounds
+from iresnet_jax.models.batchnorm import batchnorm_features
+from iresnet_jax.models.certificate import Certificate, certificate_of
+from iresnet_jax.models.flow import FlowSpec, Norms, Tree, as_params, bijection, freeze
+from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, linear, pool
 
 NORMALIZATIONS = ("actnorm", "batchnorm")
-
-Statistics = Mapping[str, Float[Array, " c"]]  # "mean" and "var" of every channel
-Tree = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class ClassifierSpec:
-    """The classifier without its weights.
+    """All that defines a classifier but its weights.
 
     Attributes:
-        flow: The network's architecture, on images with their padding channels.
+        flow: Architecture of the network, on images with their padding channels.
         image_shape: Height, width and channels of an image.
-        num_classes: Classes, at least 2.
+        num_classes: Number of classes, at least 2.
         num_levels: Grey levels of a pixel.
         pad_channels: Channels of zeros behind those of the image; they make the network wider.
-        mean: Of pixels in [0, 1], one a channel or one for all; subtracted.
-        std: What the difference is divided by, in the same form.
+        mean: Mean of pixels in [0, 1], one a channel or one for all; subtracted.
+        std: Divisor of the difference, in the same form.
         constrained: Whether blocks are contractions. False is an ordinary residual network, of which no inverse is promised.
         normalization: "actnorm" in front of every branch, or "batchnorm" inside of it, in front of every layer.
     """
 
-    flow: model.FlowSpec
+    flow: FlowSpec
     image_shape: tuple[int, int, int]
     num_classes: int
     num_levels: int = 256
@@ -78,25 +77,38 @@ class ClassifierSpec:
             raise ValueError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {self.normalization!r}")
         if self.constrained and self.normalization == "batchnorm":
             raise ValueError("BatchNorm inside a branch leaves it without a Lipschitz bound: set constraint.norms to none")
-        if min(self.std) <= 0:
+        if not min(self.std) > 0:
             raise ValueError(f"std must be positive, got {tuple(self.std)}")
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
         """Shape of an image's features, ``(h, w, c)`` or, after dense blocks, ``(d,)``."""
-        return self.flow.branches[-1].in_shape
+        return self.flow.layout[-1].branch.in_shape
 
     @property
     def is_bijective(self) -> bool:
-        """Whether the network is a `model.bijection`, with an inverse to try at least."""
+        """Whether the network is a `flow.bijection`, with an inverse to try at least."""
         return self.normalization == "actnorm"
+
+    def pad(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        """The network's input for images with pixels in [0, 1]."""
+        return reshape.pad_channels((images - by_channel(self.mean, images)) / by_channel(self.std, images), self.pad_channels)
+
+    def unpad(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w c"]:
+        """Images with pixels on the scale of [0, 1] for inputs of the network, whatever their padding channels hold."""
+        images = reshape.unpad_channels(x, self.pad_channels)
+        return images * by_channel(self.std, images) + by_channel(self.mean, images)
+
+    def bilipschitz(self) -> BiLipschitz:
+        """Bounds of the Lipschitz constants of `pad` and of its inverse."""
+        return model_bounds([], [-jnp.log(jnp.array(self.std))])
 
 
 class Reconstruction(NamedTuple):
     """Images that belong to features.
 
     Attributes:
-        images: With pixels on the scale of [0, 1], which they may leave.
+        images: Images with pixels on the scale of [0, 1], which they may leave.
         padding_residual: Euclidean norm of the padding channels, in the units of the network's input: 0 for the features of
             an image, and the distance from those of all images otherwise.
         info: How the inverse ended; its error bound is in the units of the network's input.
@@ -107,231 +119,127 @@ class Reconstruction(NamedTuple):
     info: FixedPointInfo
 
 
-def preprocess(spec: ClassifierSpec, images: Num[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-    """The network's input for images of integer levels: scaled to [0, 1], normalised, padded."""
-    return pad(spec, images.astype(jnp.result_type(float)) / (spec.num_levels - 1))
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weights", "head", "statistics", "bounds"],
+    meta_fields=["spec", "solver", "unroll", "rematerialize"],
+)
+@dataclass(frozen=True)
+class Classifier:
+    """A classifier with its weights, and how to run it. A pytree: ``jit``, ``vmap`` and ``grad`` take it as an argument.
 
+    Methods take images of integer levels, as the data set has them.
 
-def pad(spec: ClassifierSpec, images: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-    """The network's input for images with pixels in [0, 1]."""
-    mean, std = _by_channel(spec.mean, images), _by_channel(spec.std, images)
-    return reshape.pad_channels((images - mean) / std, spec.pad_channels)
-
-
-def unpad(spec: ClassifierSpec, x: Float[Array, "b h w d"]) -> Float[Array, "b h w c"]:
-    """Images with pixels on the scale of [0, 1] for inputs of the network, whatever their padding channels hold."""
-    images = reshape.unpad_channels(x, spec.pad_channels)
-    return images * _by_channel(spec.std, images) + _by_channel(spec.mean, images)
-
-
-def input_bounds(spec: ClassifierSpec) -> certify.BiLipschitz:
-    """Bounds of the Lipschitz constants of `pad` and of its inverse."""
-    return certify.model_bounds([], [-jnp.log(jnp.array(spec.std))])
-
-
-def features(
-    spec: ClassifierSpec, weights: Any, x: Float[Array, "b ..."], *, unroll: bool = False, rematerialize: bool = False
-) -> Float[Array, "b ..."]:
-    """``F(x)`` as an array with channels last, of `ClassifierSpec.feature_shape`.
-
-    Args:
-        spec: The model.
-        weights: Of the flow.
-        x: Inputs, from `preprocess` or `pad`.
-        unroll: See `model.bijection`.
-        rematerialize: See `model.bijection`.
-
-    Raises:
-        ValueError: If the network has BatchNorm in its branches.
+    Attributes:
+        spec: All that defines the model but its weights.
+        weights: Weights of the flow, as `flow.freeze`, `flow.constrain` or `flow.unconstrained` give them.
+        head: Parameters of the head, see `head.apply_head`.
+        statistics: Running averages of BatchNorm: of the "head", and of every stage with BatchNorm.
+        bounds: Guaranteed upper bounds of all layers' operator norms, by stage and layer, one a block; None in training.
+        solver: Inverse of the blocks.
+        unroll: Whether blocks are written out instead of scanned.
+        rematerialize: Whether a block's inside is recomputed in the backward pass; not for BatchNorm in the branches.
     """
-    if not spec.is_bijective:
-        raise ValueError("a network with BatchNorm in its branches has no inverse: features and reconstructions take ActNorm")
-    bijection = model.bijection(spec.flow, weights, unroll=unroll, rematerialize=rematerialize)
-    return reshape.unflatten(bijection.forward(x), spec.feature_shape)
 
+    spec: ClassifierSpec
+    weights: Tree = field(repr=False)
+    head: Tree = field(repr=False)
+    statistics: Tree = field(repr=False)
+    bounds: Norms | None = field(default=None, repr=False)
+    solver: Solver = Solver()
+    unroll: bool = False
+    rematerialize: bool = False
 
-def reconstruct(
-    spec: ClassifierSpec,
-    weights: Any,
-    features: Float[Array, "b ..."],
-    solver: bijections.Solver = bijections.Solver(),  # noqa: B008 (immutable)
-    *,
-    unroll: bool = False,
-) -> Reconstruction:
-    """The images that features belong to (Behrmann et al. 2019, fig. 3 and 6).
+    def with_(self, **changes: Any) -> "Classifier":
+        """The same model with other fields, such as ``solver``."""
+        return dataclasses.replace(self, **changes)
 
-    Without a constraint the iteration may not converge, or to another image; `Reconstruction.info` promises nothing then.
-    """
-    x, info = model.bijection(spec.flow, weights, solver=solver, unroll=unroll).inverse(reshape.flatten(features))
-    return Reconstruction(unpad(spec, x), reshape.padding_residual(x, spec.pad_channels), info)
+    def logits(self, images: Num[Array, "b h w c"]) -> Float[Array, "b k"]:
+        """Logits of images, by running averages."""
+        return linear(self.head, self.pooled(images))
 
+    def pooled(self, images: Num[Array, "b h w c"]) -> Float[Array, "b c"]:
+        """Pooled features, which the head's linear layer sees."""
+        x = self.preprocess(images)
+        if self.spec.is_bijective:
+            features = self.features_of_input(x)
+        else:
+            features, _ = batchnorm_features(self.spec.flow, self.weights, x, statistics=self.statistics)
+        return pool(self.head, self.statistics["head"], features)
 
-def batch_statistics(x: Float[Array, "b ... c"], *, axis_name: str | None = None) -> dict[str, Float[Array, " c"]]:
-    """Mean and (biased) variance of every channel over the batch and all positions.
+    def features(self, images: Num[Array, "b h w c"]) -> Float[Array, "b ..."]:
+        """``F(x)`` as an array with channels last, of `ClassifierSpec.feature_shape`.
 
-    Args:
-        x: A batch.
-        axis_name: Mapped axis that the batch is spread over in equal shares: the statistics are those of the whole batch.
-    """
-    over_devices = (lambda value: value) if axis_name is None else (lambda value: lax.pmean(value, axis_name))
-    axes = tuple(range(x.ndim - 1))
-    mean = over_devices(jnp.mean(x, axis=axes))
-    var = over_devices(jnp.mean(jnp.square(x - _by_channel(mean, x)), axis=axes))  # two passes: a large mean costs no digits
-    return {"mean": mean, "var": var}
+        Raises:
+            ValueError: If the network has BatchNorm in its branches.
+        """
+        return self.features_of_input(self.preprocess(images))
 
+    def reconstruct(self, features: Float[Array, "b ..."]) -> Reconstruction:
+        """The images that features belong to (Behrmann et al. 2019, fig. 3 and 6).
 
-def batch_norm(params: Mapping[str, Array], statistics: Statistics, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
-    """``scale (x - mean) / sqrt(var + eps) + bias`` by channel (Ioffe and Szegedy 2015)."""
-    mean, var, scale, bias = (
-        _by_channel(a, x) for a in (statistics["mean"], statistics["var"], params["scale"], params["bias"])
-    )
-    return (x - mean) * (scale * lax.rsqrt(var + BATCH_NORM_EPS)) + bias
+        Without a constraint the iteration may not converge, or to another image; `Reconstruction.info` promises nothing then.
+        """
+        x, info = self.flow().inverse(reshape.flatten(features))
+        return Reconstruction(self.spec.unpad(x), reshape.padding_residual(x, self.spec.pad_channels), info)
 
+    def certificate(self) -> Certificate:
+        """Norms of all layers and Lipschitz constants of all blocks and of the network, estimated and guaranteed."""
+        self.require_bijection()
+        return certificate_of(
+            self.spec.flow, self.weights, self.bounds, self.spec.bilipschitz(), constrained=self.spec.constrained
+        )
 
-def head(params: Any, statistics: Statistics, features: Float[Array, "b ... c"]) -> Float[Array, "b k"]:
-    """Logits of features: BatchNorm, ReLU, average over all positions, linear.
+    def freeze(self) -> "Classifier":
+        """The same model with every block certified to be within the budget of ``spec.flow.coeff``, see `flow.freeze`."""
+        if not self.spec.constrained:
+            raise ValueError("this network has no Lipschitz constraint: there is nothing to freeze it to")
+        frozen = freeze(self.spec.flow, as_params(self.weights))
+        return self.with_(weights=frozen.weights, bounds=frozen.bounds)
 
-    Args:
-        params: ``{"norm": {"scale", "bias"}, "linear": {"kernel", "bias"}}``.
-        statistics: Of the batch in training, see `batch_statistics`; running averages of those after it.
-        features: From `features`.
-    """
-    return _linear(params["linear"], _pooled(params, statistics, features))
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the model to one file, which `iresnet_jax.load` reads."""
+        from iresnet_jax.models import saved  # late: it knows all kinds of models
 
+        return saved.save(self, path)
 
-def _pooled(params, statistics, features):
-    h = jax.nn.relu(batch_norm(params["norm"], statistics, features))
-    return jnp.mean(h, axis=tuple(range(1, h.ndim - 1)))
+    def require_bijection(self) -> None:
+        """Raises ``ValueError`` in one sentence where something is asked of a network with BatchNorm in its branches."""
+        if not self.spec.is_bijective:
+            raise ValueError("a network with BatchNorm in its branches has no bounds and no inverse: that takes ActNorm")
 
+    # --------------------------------------------------------------------------------------------------- its parts
 
-def _linear(params, pooled):
-    return pooled @ params["kernel"] + params["bias"].reshape(1, -1)
+    def preprocess(self, images: Num[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        """The network's input for images: scaled to [0, 1], normalised, padded; levels out of range become NaN."""
+        images, levels = jnp.asarray(images), self.spec.num_levels
+        check_levels(images, levels, self.spec.image_shape)
+        scaled = images.astype(jnp.result_type(float)) / (levels - 1)
+        return self.spec.pad(jnp.where((images >= 0) & (images < levels), scaled, jnp.nan))
 
+    def flow(self) -> Bijection:
+        """The invertible network alone, from its input to features as vectors."""
+        self.require_bijection()
+        return bijection(self.spec.flow, self.weights, solver=self.solver, unroll=self.unroll, rematerialize=self.rematerialize)
 
-def logits(
-    spec: ClassifierSpec, weights: Any, head_params: Any, statistics: Tree, x: Float[Array, "b ..."]
-) -> Float[Array, "b k"]:
-    """Logits of inputs from `preprocess` or `pad`, by running averages.
-
-    Args:
-        spec: The model.
-        weights: Of the flow.
-        head_params: See `head`.
-        statistics: Running averages of those that `training_logits` returns.
-        x: Inputs.
-    """
-    return pooled_and_logits(spec, weights, head_params, statistics, x)[1]
-
-
-def pooled_and_logits(
-    spec: ClassifierSpec, weights: Any, head_params: Any, statistics: Tree, x: Float[Array, "b ..."]
-) -> tuple[Float[Array, "b c"], Float[Array, "b k"]]:
-    """What the head's linear layer sees, and its logits; arguments as in `logits`."""
-    h = features(spec, weights, x) if spec.is_bijective else _batchnorm_features(spec, weights, x, statistics=statistics)[0]
-    pooled = _pooled(head_params, statistics["head"], h)
-    return pooled, _linear(head_params["linear"], pooled)
+    def features_of_input(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        """Features of an input of the network, such as `preprocess` gives."""
+        return reshape.unflatten(self.flow().forward(x), self.spec.feature_shape)
 
 
 def training_logits(
-    spec: ClassifierSpec,
-    weights: Any,
-    head_params: Any,
-    x: Float[Array, "b ..."],
-    *,
-    axis_name: str | None = None,
-    unroll: bool = False,
-    rematerialize: bool = False,
+    model: Classifier, x: Float[Array, "b ..."], *, axis_name: str | None = None
 ) -> tuple[Float[Array, "b k"], dict[str, Any]]:
     """Logits by the statistics of the batch, and those statistics: of the ``head``, and of every stage with BatchNorm.
 
     Args:
-        spec: The model.
-        weights: Of the flow.
-        head_params: See `head`.
-        x: Inputs.
-        axis_name: See `batch_statistics`.
-        unroll: See `model.bijection`.
-        rematerialize: See `model.bijection`; not for BatchNorm in the branches.
+        model: The classifier, whose own statistics are not used.
+        x: Inputs of the network, from `Classifier.preprocess`.
+        axis_name: Mapped axis of devices, see `head.batch_statistics`.
     """
-    if spec.is_bijective:
-        h, statistics = features(spec, weights, x, unroll=unroll, rematerialize=rematerialize), {}
+    if model.spec.is_bijective:
+        features, statistics = model.features_of_input(x), {}
     else:
-        h, statistics = _batchnorm_features(spec, weights, x, axis_name=axis_name, unroll=unroll)
-    own = batch_statistics(h, axis_name=axis_name)
-    return head(head_params, own, h), {**statistics, "head": own}
-
-
-def batchnorm_blocks(
-    branch: branches.BranchSpec,
-    blocks: Tree,
-    x: Float[Array, "b ..."],
-    *,
-    statistics: Tree | None = None,
-    axis_name: str | None = None,
-    unroll: bool = False,
-) -> tuple[Float[Array, "b ..."], Tree]:
-    """The residual blocks of one stage with BatchNorm in front of every layer of their branch.
-
-    Args:
-        branch: The branch.
-        blocks: Its weights and ``{"batchnorm": {layer: {"scale", "bias"}}}``, stacked over blocks.
-        x: Inputs.
-        statistics: By layer, stacked over blocks, to normalise by; those of the batch by default.
-        axis_name: See `batch_statistics`.
-        unroll: Write blocks out instead of scanning over them.
-
-    Returns:
-        The output and the statistics that were used.
-    """
-
-    def step(x, block):
-        (norms, weights), given = block
-        used = {}
-
-        def normalize(layer, h):
-            used[layer] = batch_statistics(h, axis_name=axis_name) if given is None else given[layer]
-            return batch_norm(norms[layer], used[layer], h)
-
-        return x + branches.apply_branch(branch, weights, x, before_layer=normalize), used
-
-    weights = {name: layer for name, layer in blocks.items() if name != "batchnorm"}
-    return lax.scan(step, x, ((blocks["batchnorm"], weights), statistics), unroll=unroll)
-
-
-def _batchnorm_features(spec, weights, x, *, statistics=None, axis_name=None, unroll=False):
-    used = {}
-    for name, stage, branch in zip(model.stage_names(spec.flow), spec.flow.stages, spec.flow.branches, strict=True):
-        x = model.into_stage(stage, branch, x)
-        given = None if statistics is None else statistics[name]["blocks"]
-        settings = {"statistics": given, "axis_name": axis_name, "unroll": unroll}
-        x, own = batchnorm_blocks(branch, weights[name]["blocks"], x, **settings)
-        used[name] = {"blocks": own}
-    return x, used
-
-
-def cross_entropy(logits: Float[Array, "b k"], labels: Int[Array, " b"], *, label_smoothing: float = 0.0) -> Float[Array, " b"]:
-    r"""``-sum_k q_k log p_k`` in nats with ``q = (1 - s) onehot + s / K`` (Szegedy et al. 2016, sec. 7).
-
-    Args:
-        logits: ``K`` an example.
-        labels: Classes, in ``[0, K)``.
-        label_smoothing: ``s`` in [0, 1); 0 is the plain cross-entropy.
-
-    Raises:
-        ValueError: If ``label_smoothing`` is out of range.
-    """
-    check_label_smoothing(label_smoothing)
-    log_p = jax.nn.log_softmax(logits)
-    of_label = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
-    return -(1 - label_smoothing) * of_label - label_smoothing * jnp.mean(log_p, axis=1)
-
-
-def check_label_smoothing(label_smoothing: float) -> None:
-    """Raises ``ValueError`` unless ``label_smoothing`` is in [0, 1)."""
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}: 0 is none, .1 is usual")
-
-
-def _by_channel(values: tuple[float, ...] | Float[Array, " c"], x: Array) -> Float[Array, "..."]:
-    """Gives one value a channel, or one for all, as many axes as ``x``."""
-    return jnp.asarray(values, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        features, statistics = batchnorm_features(model.spec.flow, model.weights, x, axis_name=axis_name, unroll=model.unroll)
+    own = batch_statistics(features, axis_name=axis_name)
+    return apply_head(model.head, own, features), {**statistics, "head": own}

@@ -1,52 +1,55 @@
-"""A density model: data, made continuous, through a residual flow into a simple prior; and everything asked of it.
+r"""A density model as a value: data through preprocessing and a residual flow into a simple prior.
 
-    log p(x) = log p_Z(F(t(x))) + log|det dF| + log|det dt|          (change of variables; Behrmann et al. 2019, eq. 3)
+    log p(x) = log p_Z(F(t(u))) + log|det dF| + log|det dt| + log|det du/dx|            (Behrmann et al. 2019, eq. 3)
 
-``t`` maps pixels to where the flow starts: centred, through a logit, or through the histogram of the training data and a
-logit. All functions are pure; weights are those of `model.constrain`.
+``u`` is the data made continuous (integer levels with uniform noise, in [0, 1)) and ``t`` maps it to where the flow ``F``
+starts.
 
-With a prior for every class the model is one of images and labels, which classifies by Bayes' rule (Izmailov et al. 2020):
+With a prior for every class the model is one of data and labels, which classifies by Bayes' rule (Izmailov et al. 2020):
 
-    p_Z(z) = sum_y p(y) p_Z(z | y),    p(y | x) = p(y) p_Z(F(t(x)) | y) / p_Z(F(t(x)))
+    p_Z(z) = sum_y p(y) p_Z(z | y),    p(y | x) = p(y) p_Z(F(t(u)) | y) / p_Z(F(t(u)))
 
 as the determinants are the same for all classes.
 """
 
+import dataclasses
+import functools
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, Key, Num
 
-from iresnet_jax.bijections import bijection as bijections
-from iresnet_jax.bijections import equalize as histogram
-from iresnet_jax.bijections import likelihood
+from iresnet_jax.bijections.bijection import Bijection
+from iresnet_jax.bijections.compose import chain
+from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.bijections.transforms.dequantize import check_levels, dequantize_bijection
+from iresnet_jax.bijections.transforms.equalize import Equalize
+from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.logdet.series import ExactLogdet, LogdetEstimator, LogdetInfo
-from iresnet_jax.maths.norms import upper_bounds as certify
-from iresnet_jax.models import flow as model
+from iresnet_jax.models import priors
+from iresnet_jax.models.certificate import Certificate, certificate_of
+from iresnet_jax.models.flow import FlowSpec, Norms, Tree, as_params, bijection, freeze
 
-TRANSFORMS = ("center", "logit", "equalize", "none")
-PRIORS = {
-    "gaussian": (likelihood.GaussianPrior, likelihood.gaussian_log_prob, likelihood.gaussian_sample),
-    "logistic": (likelihood.LogisticPrior, likelihood.logistic_log_prob, likelihood.logistic_sample),
-}
+Transform = Identity | Center | Logit | Equalize
 
 
 class LogProb(NamedTuple):
     """A log-likelihood and its terms, in nats, one an example.
 
     Attributes:
-        log_prob: Log density of the continuous data.
-        log_prior: Of the latents.
-        log_det: Of the flow.
-        log_det_transform: Of the preprocessing.
+        log_prob: Sum of all terms.
+        log_prior: Log-density of the latents.
+        log_det: Log-determinant of the flow.
+        log_det_transform: Log-determinant of the preprocessing, the cells of integer levels included.
         info: What is known about the error of ``log_det``.
-        log_prior_by_class: See `log_prior_by_class`; None without classes.
+        log_prior_by_class: ``log p(y) + log p_Z(z | y)`` for every class; None without classes.
     """
 
     log_prob: Float[Array, " b"]
@@ -59,297 +62,285 @@ class LogProb(NamedTuple):
 
 @dataclass(frozen=True)
 class DensitySpec:
-    """The model without its weights.
+    """All that defines a density but its weights.
 
     Attributes:
-        flow: The flow's architecture.
+        flow: Architecture of the flow.
         prior: "gaussian" or "logistic".
-        transform: "center", "logit", "equalize" (see `histogram`; a logit follows), or "none".
-        alpha: Of the logit, keeps it finite.
-        num_levels: Grey levels of the data; None for continuous data.
-        frequencies: Of the grey levels in the training data, for "equalize".
-        shares: Of the commonest of them, one for each entry of an example in their order; None takes the same for all.
+        transform: Preprocessing of continuous data: `Identity`, `Center`, `Logit` or `Equalize`.
+        num_levels: Integer levels of the data, at least 2; None for continuous data.
         num_classes: Classes that have a prior each, at least 2; None for one prior of all.
     """
 
-    flow: model.FlowSpec
+    flow: FlowSpec
     prior: str = "gaussian"
-    transform: str = "center"
-    alpha: float = 0.05
-    num_levels: int | None = 256
-    frequencies: tuple[float, ...] | None = None
-    shares: tuple[float, ...] | None = None
+    transform: Transform = field(default_factory=Identity)
+    num_levels: int | None = None
     num_classes: int | None = None
 
     def __post_init__(self):
         if self.num_classes is not None and self.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {self.num_classes}: the data set needs labels")
-        if self.prior not in PRIORS:
-            raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {self.prior!r}")
-        if self.transform not in TRANSFORMS:
-            raise ValueError(f"preprocessing.transform must be one of {', '.join(TRANSFORMS)}, got {self.transform!r}")
-        if self.transform == "logit" and self.num_levels is None:
-            raise ValueError(
-                "preprocessing.transform logit is for data with grey levels, which points have not: set it to none"
-            )
-        if self.transform == "equalize" and (self.num_levels is None or len(self.frequencies or ()) != self.num_levels):
-            raise ValueError(
-                f"preprocessing.transform equalize needs data with grey levels and the frequency of each: "
-                f"got {self.num_levels} levels and {len(self.frequencies or ())} frequencies"
-            )
-        if self.shares is not None and len(self.shares) != math.prod(self.flow.event_shape):
-            raise ValueError(f"there must be a share for each entry of {self.flow.event_shape}, got {len(self.shares)}")
+        if self.prior not in priors.PRIORS:
+            raise ValueError(f"prior must be one of {', '.join(priors.PRIORS)}, got {self.prior!r}")
+        if isinstance(self.transform, Equalize):
+            levels, shares = len(self.transform.frequencies), self.transform.shares
+            if self.num_levels not in (None, levels):
+                raise ValueError(f"equalize needs the frequency of each of {self.num_levels} levels, got {levels}")
+            if shares is not None and len(shares) != self.flow.num_dims:
+                raise ValueError(f"equalize needs a share for each entry of {self.flow.event_shape}, got {len(shares)}")
+
+    @property
+    def unit(self) -> str:
+        """What likelihoods are reported in: "bits/dim" of integer levels, "nats" of continuous data."""
+        return "nats" if self.num_levels is None else "bits/dim"
+
+    def in_units(self, log_prob: Float[Array, " b"]) -> Float[Array, " b"]:
+        """``-log_prob`` in `unit`: what is minimised and reported."""
+        return -log_prob * self.unit_of_a_nat
+
+    @property
+    def unit_of_a_nat(self) -> float:
+        """One nat of log-likelihood in `unit`."""
+        return 1.0 if self.num_levels is None else 1 / (self.flow.num_dims * math.log(2))
 
 
-def to_continuous(spec: DensitySpec, key: Key[Array, "..."], x: Num[Array, "b ..."]) -> Float[Array, "b ..."]:
-    """Data as points of [0, 1): uniform noise fills each grey level; continuous data is left alone."""
-    if spec.num_levels is None:
-        return x
-    return likelihood.dequantize(key, x, spec.num_levels)
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weights", "prior", "bounds", "estimator"],
+    meta_fields=["spec", "solver", "unroll", "rematerialize"],
+)
+@dataclass(frozen=True)
+class Density:
+    """A density with its weights, and how to run it. A pytree: ``jit``, ``vmap`` and ``grad`` take it as an argument.
 
+    Methods take and give data as the data set has them: integer levels for models of images, floats for continuous data. The
+    density of an image model on [0, 1) itself is `continuous`.
 
-def cell_centers(spec: DensitySpec, x: Num[Array, "b ..."]) -> Float[Array, "b ..."]:
-    """Data as points of [0, 1) without noise, for what should not depend on it: each grey level at the middle of its cell."""
-    return x if spec.num_levels is None else (x.astype(jnp.result_type(float)) + 0.5) / spec.num_levels
-
-
-def transform(spec: DensitySpec, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
-    """``t(x)`` and its log-determinant."""
-    if spec.transform == "center":
-        return likelihood.center_forward_and_logdet(x)
-    if spec.transform == "logit":
-        return likelihood.logit_forward_and_logdet(x, spec.alpha)
-    if spec.transform == "equalize":
-        u, logdet = histogram.equalize_forward_and_logdet(x, *_histogram(spec))
-        y, logdet_logit = likelihood.logit_forward_and_logdet(u, spec.alpha)
-        return y, logdet + logdet_logit
-    return x, jnp.zeros(x.shape[0], x.dtype)
-
-
-def transform_bounds(spec: DensitySpec) -> certify.BiLipschitz:
-    """Bounds of ``Lip(t)`` and ``Lip(t^-1)`` on [0, 1].
-
-    The logit's slope ``(1 - 2 alpha) / (s (1 - s))`` with ``s`` in ``[alpha, 1 - alpha]`` lies between its values at the middle
-    and at the ends, and the histogram's between those of its cells; the others shift at most.
-    """
-    if spec.transform not in ("logit", "equalize"):
-        return certify.model_bounds([])
-    slope = 1 - 2 * spec.alpha
-    scales = [jnp.log(jnp.array([slope / (spec.alpha * (1 - spec.alpha)), 4 * slope]))]
-    if spec.transform == "equalize":
-        scales.append(jnp.log(jnp.array(histogram.all_slopes(*_histogram(spec)))))
-    return certify.model_bounds([], scales)
-
-
-def untransform(spec: DensitySpec, y: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-    """``t^-1(y)``."""
-    if spec.transform == "center":
-        return likelihood.center_inverse_and_logdet(y)[0]
-    if spec.transform == "logit":
-        return likelihood.logit_inverse_and_logdet(y, spec.alpha)[0]
-    if spec.transform == "equalize":
-        u, _ = likelihood.logit_inverse_and_logdet(y, spec.alpha)
-        return histogram.equalize_inverse_and_logdet(u, *_histogram(spec))[0]
-    return y
-
-
-def _histogram(spec: DensitySpec) -> tuple[tuple[float, ...], np.ndarray | None]:
-    assert spec.frequencies is not None  # DensitySpec has checked it
-    shares = None if spec.shares is None else np.reshape(spec.shares, spec.flow.event_shape)
-    return spec.frequencies, shares
-
-
-def log_prob(
-    spec: DensitySpec,
-    weights: Any,
-    prior: Any,
-    x: Float[Array, "b ..."],
-    key: Key[Array, "..."],
-    estimator: LogdetEstimator = ExactLogdet(),  # noqa: B008 (immutable)
-    *,
-    context: Float[Array, "b k"] | None = None,
-    unroll: bool = False,
-    rematerialize: bool = False,
-) -> LogProb:
-    """The log-likelihood of continuous data.
-
-    Args:
-        spec: The model.
-        weights: The flow's constrained weights.
-        prior: The prior's parameters.
-        x: Continuous data, from `to_continuous`.
-        key: For the probes; one, or one an example.
+    Attributes:
+        spec: All that defines the model but its weights.
+        weights: Constrained weights of the flow, as `flow.freeze` or `flow.constrain` give them.
+        prior: Parameters of the prior.
+        bounds: Guaranteed upper bounds of all layers' operator norms, by stage and layer, one a block; None in training.
         estimator: Log-determinant of the blocks.
-        context: The examples' contexts: then this is ``log p(x | context)``.
-        unroll: See `model.bijection`.
-        rematerialize: See `model.bijection`.
+        solver: Inverse of the blocks.
+        unroll: Whether blocks are written out instead of scanned.
+        rematerialize: Whether a block's inside is recomputed in the backward pass instead of kept.
     """
-    y, log_det_transform = transform(spec, x)
-    bijection = model.bijection(spec.flow, weights, estimator, context=context, unroll=unroll, rematerialize=rematerialize)
-    z, log_det, info = bijection.forward_and_logdet(y, key)
-    if spec.num_classes is None:
-        parameters, log_density, _ = PRIORS[spec.prior]
-        by_class, log_prior = None, log_density(parameters(**prior), z)
-    else:
-        by_class = log_prior_by_class(spec, prior, z)
-        log_prior = jax.nn.logsumexp(by_class, axis=1)
-    return LogProb(log_prior + log_det + log_det_transform, log_prior, log_det, log_det_transform, info, by_class)
 
+    spec: DensitySpec
+    weights: Tree = field(repr=False)
+    prior: Tree = field(repr=False)
+    bounds: Norms | None = field(default=None, repr=False)
+    estimator: LogdetEstimator = field(default_factory=ExactLogdet)
+    solver: Solver = Solver()
+    unroll: bool = False
+    rematerialize: bool = False
 
-def log_prior_by_class(spec: DensitySpec, prior: Any, z: Float[Array, "b d"]) -> Float[Array, "b k"]:
-    """``log p(y) + log p_Z(z | y)`` for every class ``y``: logits of the classes, whose log-sum-exp is the prior.
+    def with_(self, **changes: Any) -> "Density":
+        """The same model with other fields, such as ``estimator`` or ``solver``."""
+        return dataclasses.replace(self, **changes)
 
-    Args:
-        spec: The model, with classes.
-        prior: The prior's parameters, one row a class, and ``class_logits`` of ``p(y)``.
-        z: Latents.
+    @property
+    def continuous(self) -> "Density":
+        """The density of the dequantised data: of points of [0, 1) instead of integer levels; continuous models are it."""
+        return self.with_(spec=dataclasses.replace(self.spec, num_levels=None))
 
-    Raises:
-        ValueError: If the model has one prior for all.
-    """
-    check_classes(spec)
-    _, log_density, _ = PRIORS[spec.prior]
-    of_classes = jax.vmap(lambda component: log_density(component, z), out_axes=1)(_components(spec, prior))
-    return of_classes + jax.nn.log_softmax(prior["class_logits"])[None]
+    # ------------------------------------------------------------------------------------------------ likelihood
 
+    def log_prob(
+        self, x: Num[Array, "b ..."], key: Key[Array, "..."] | None = None, *, context: Float[Array, "b k"] | None = None
+    ) -> Float[Array, " b"]:
+        """Log-likelihood in nats, one an example; of integer levels a lower bound for one draw of noise, see `terms`.
 
-def class_log_probs(
-    spec: DensitySpec,
-    weights: Any,
-    prior: Any,
-    x: Float[Array, "b ..."],
-    *,
-    unroll: bool = False,
-    rematerialize: bool = False,
-) -> Float[Array, "b k"]:
-    """``log p(y | x)`` for every class ``y`` by Bayes' rule: one pass through the flow, no determinants.
+        Args:
+            x: Data.
+            key: Source of noise and probes, one or one an example; None draws both from a fixed key.
+            context: Contexts of a conditional model: the result is ``log p(x | context)``.
+        """
+        key = jax.random.key(0) if key is None else key
+        split = jax.random.split(key) if key.ndim == 0 else jnp.moveaxis(jax.vmap(jax.random.split)(key), 0, 1)
+        return self.terms(x, split[0], split[1], context=context).log_prob
 
-    Args:
-        spec: The model, with classes.
-        weights: The flow's constrained weights.
-        prior: The prior's parameters.
-        x: Continuous data, from `to_continuous` or `cell_centers`.
-        unroll: See `model.bijection`.
-        rematerialize: See `model.bijection`.
+    def terms(
+        self,
+        x: Num[Array, "b ..."],
+        key_noise: Key[Array, "..."],
+        key_probe: Key[Array, "..."],
+        *,
+        context: Float[Array, "b k"] | None = None,
+    ) -> LogProb:
+        """The log-likelihood with all its terms.
 
-    Raises:
-        ValueError: If the model has one prior for all.
-    """
-    check_classes(spec)
-    z = encode(spec, weights, x, unroll=unroll, rematerialize=rematerialize)
-    return jax.nn.log_softmax(log_prior_by_class(spec, prior, z))
+        Args:
+            x: Data.
+            key_noise: Source of the dequantisation noise of integer levels, one or one an example.
+            key_probe: Source of the estimator's probes, likewise.
+            context: Contexts of a conditional model.
+        """
+        u, log_det_cells, _ = self._dequantize.forward_and_logdet(self._checked(x), key_noise)
+        y, log_det_transform, _ = self._transform.forward_and_logdet(u, key_probe)
+        z, log_det, info = self.flow(context).forward_and_logdet(y, key_probe)
+        by_class = None if self.spec.num_classes is None else self.log_prior_by_class(z)
+        if by_class is None:
+            log_prior = priors.log_prob(self.spec.prior, self.prior, z)
+        else:
+            log_prior = jax.nn.logsumexp(by_class, axis=1)
+        preprocessing = log_det_cells + log_det_transform
+        return LogProb(log_prior + log_det + preprocessing, log_prior, log_det, preprocessing, info, by_class)
 
+    def log_prior_by_class(self, z: Float[Array, "b d"]) -> Float[Array, "b k"]:
+        """``log p(y) + log p_Z(z | y)`` for every class ``y``: logits of the classes, whose log-sum-exp is the prior.
 
-def check_classes(spec: DensitySpec) -> None:
-    """Raises ``ValueError`` in one sentence unless every class has its own prior."""
-    if spec.num_classes is None:
-        raise ValueError("this density has one prior for all: classes take images with labels and objective = hybrid")
+        Raises:
+            ValueError: If the model has one prior for all.
+        """
+        self.check_classes()
+        of_classes = jax.vmap(lambda one: priors.log_prob(self.spec.prior, one, z), out_axes=1)(self._priors_of_classes)
+        return of_classes + jax.nn.log_softmax(self.prior["class_logits"])[None]
 
+    def class_log_probs(self, x: Num[Array, "b ..."], key: Key[Array, "..."] | None = None) -> Float[Array, "b k"]:
+        """``log p(y | x)`` for every class ``y`` by Bayes' rule: one pass through the flow, no determinants.
 
-def _components(spec: DensitySpec, prior: Mapping[str, Array]) -> Any:
-    """The parameters of the classes' priors, stacked."""
-    parameters, _, _ = PRIORS[spec.prior]
-    return parameters(**{name: prior[name] for name in parameters._fields})
+        Args:
+            x: Data.
+            key: Source of the noise of integer levels; None takes the middle of each level's cell.
 
+        Raises:
+            ValueError: If the model has one prior for all.
+        """
+        return jax.nn.log_softmax(self.log_prior_by_class(self.encode(x, key)))
 
-def objective(spec: DensitySpec, log_prob: Float[Array, " b"]) -> Float[Array, " b"]:
-    """What is minimised and reported: bits/dim of images, nats of continuous data."""
-    if spec.num_levels is None:
-        return -log_prob
-    return likelihood.bits_per_dim(log_prob, spec.flow.num_dims, spec.num_levels)
+    # ---------------------------------------------------------------------------------------------- there and back
 
+    def encode(
+        self, x: Num[Array, "b ..."], key: Key[Array, "..."] | None = None, *, context: Float[Array, "b k"] | None = None
+    ) -> Float[Array, "b d"]:
+        """Latents of data.
 
-def objective_scale(spec: DensitySpec) -> float:
-    """The size in the objective's unit of one nat of log-likelihood."""
-    return 1.0 if spec.num_levels is None else 1.0 / (spec.flow.num_dims * math.log(2))
+        Args:
+            x: Data.
+            key: Source of the noise of integer levels; None takes the middle of each level's cell.
+            context: Contexts of a conditional model.
+        """
+        return self.flow(context).forward(self.preprocess(x, key))
 
+    def decode(
+        self, z: Float[Array, "b d"], *, context: Float[Array, "b k"] | None = None
+    ) -> tuple[Num[Array, "b ..."], FixedPointInfo]:
+        """Data of latents, and how the inverse ended.
 
-def objective_name(spec: DensitySpec) -> str:
-    """The objective's name in logs: ``bits_per_dim`` or ``nll``."""
-    return "nll" if spec.num_levels is None else "bits_per_dim"
+        ``info.error_bound`` is in the units of continuous data: [0, 1) for integer levels, before they are rounded down.
+        """
+        u, info = chain([self._transform, self.flow(context)]).inverse(z)
+        return self._dequantize.inverse(u)[0], info
 
+    def sample(
+        self,
+        key: Key[Array, ""],
+        num: int,
+        *,
+        temperature: float = 1.0,
+        context: Float[Array, "n k"] | None = None,
+        labels: Int[Array, " n"] | None = None,
+    ) -> tuple[Num[Array, "n ..."], FixedPointInfo]:
+        """Samples: latents from the prior through the inverse.
 
-def encode(
-    spec: DensitySpec,
-    weights: Any,
-    x: Float[Array, "b ..."],
-    *,
-    context: Float[Array, "b k"] | None = None,
-    unroll: bool = False,
-    rematerialize: bool = False,
-) -> Float[Array, "b d"]:
-    """The latents of continuous data."""
-    bijection = model.bijection(spec.flow, weights, context=context, unroll=unroll, rematerialize=rematerialize)
-    return bijection.forward(transform(spec, x)[0])
+        Args:
+            key: Source of the latents.
+            num: Number of samples, at least 1.
+            temperature: Factor on the prior's scale, at least 0; 1 samples the model.
+            context: Context of each sample.
+            labels: Class of each sample, where classes have priors; drawn from ``p(y)`` by default. Classes that do not exist,
+                which cannot be refused under ``jit``, give an inverse that did not converge.
 
+        Returns:
+            The data, and how the inverse ended, see `decode`.
 
-def decode(
-    spec: DensitySpec,
-    weights: Any,
-    z: Float[Array, "b d"],
-    solver: bijections.Solver = bijections.Solver(),  # noqa: B008 (immutable)
-    *,
-    context: Float[Array, "b k"] | None = None,
-    unroll: bool = False,
-) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
-    """Continuous data of latents, and how the inverse ended; its error bound is that of the flow, before ``t^-1``."""
-    y, info = model.bijection(spec.flow, weights, solver=solver, context=context, unroll=unroll).inverse(z)
-    return untransform(spec, y), info
+        Raises:
+            ValueError: If there are labels and no priors of their own, labels are not ``num`` integers, or another number is
+                out of range.
+        """
+        return self.decode(self._sample_prior(key, num, temperature, labels), context=context)
 
+    # ------------------------------------------------------------------------------------------------ certificate
 
-def sample(
-    spec: DensitySpec,
-    weights: Any,
-    prior: Any,
-    key: Key[Array, ""],
-    num: int,
-    *,
-    temperature: float = 1.0,
-    solver: bijections.Solver = bijections.Solver(),  # noqa: B008 (immutable)
-    context: Float[Array, "n k"] | None = None,
-    labels: Int[Array, " n"] | None = None,
-    unroll: bool = False,
-) -> tuple[Float[Array, "n ..."], FixedPointInfo]:
-    """Samples: latents from the prior through the inverse.
+    def certificate(self) -> Certificate:
+        """Norms of all layers and Lipschitz constants of all blocks and of the whole model, estimated and guaranteed."""
+        return certificate_of(self.spec.flow, self.weights, self.bounds, self.spec.transform.bilipschitz())
 
-    Args:
-        spec: The model.
-        weights: The flow's constrained weights.
-        prior: The prior's parameters.
-        key: Of the latents.
-        num: Samples.
-        temperature: Factor on the prior's scale; 1 samples the model.
-        solver: Of the inverse.
-        context: One a sample.
-        labels: A class for each sample, where classes have priors; drawn from ``p(y)`` by default. Others than there are, which
-            cannot be refused under ``jit``, give NaN, and an inverse that did not converge.
-        unroll: See `model.bijection`.
+    def freeze(self) -> "Density":
+        """The same model with every block certified to be within the budget of ``spec.flow.coeff``, see `flow.freeze`."""
+        frozen = freeze(self.spec.flow, as_params(self.weights))
+        return self.with_(weights=frozen.weights, bounds=frozen.bounds)
 
-    Returns:
-        Continuous data, and how the inverse ended.
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the model to one file, which `iresnet_jax.load` reads."""
+        from iresnet_jax.models import saved  # late: it knows all kinds of models
 
-    Raises:
-        ValueError: If there are labels and no priors of their own, they are no integers or not as many as samples, or another
-            number is out of range.
-    """
-    z = _sample_prior(spec, prior, key, num, temperature, labels)
-    return decode(spec, weights, z, solver, context=context, unroll=unroll)
+        return saved.save(self, path)
 
+    def check_classes(self) -> None:
+        """Raises ``ValueError`` in one sentence unless every class has its own prior."""
+        if self.spec.num_classes is None:
+            raise ValueError("this density has one prior for all: classes take images with labels and objective = hybrid")
 
-def _sample_prior(spec, prior, key, num, temperature, labels):
-    parameters, _, draw = PRIORS[spec.prior]
-    if spec.num_classes is None:
-        if labels is not None:
-            check_classes(spec)
-        return draw(parameters(**prior), key, num, temperature)
-    if num < 1:
-        raise ValueError(f"the number of samples must be at least 1, got {num}")
-    key_label, key_noise = jax.random.split(key)
-    drawn = jax.random.categorical(key_label, prior["class_logits"], shape=(num,))
-    labels = drawn if labels is None else jnp.asarray(labels)
-    if labels.shape != (num,) or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"labels must be {num} integers, one a sample, got {labels.dtype} of shape {labels.shape}")
-    components = jax.tree.map(lambda stacked: stacked[labels], _components(spec, prior))
-    one = jax.vmap(lambda component, key: draw(component, key, 1, temperature)[0])
-    known = (labels >= 0) & (labels < spec.num_classes)
-    return jnp.where(known[:, None], one(components, jax.random.split(key_noise, num)), jnp.nan)
+    # --------------------------------------------------------------------------------------------------- its parts
+
+    def flow(self, context: Float[Array, "b k"] | None = None) -> Bijection:
+        """The residual flow alone, from preprocessed data to latents."""
+        return bijection(
+            self.spec.flow,
+            self.weights,
+            self.estimator,
+            self.solver,
+            context=context,
+            unroll=self.unroll,
+            rematerialize=self.rematerialize,
+        )
+
+    def preprocess(self, x: Num[Array, "b ..."], key: Key[Array, "..."] | None = None) -> Float[Array, "b ..."]:
+        """The flow's input for data: noise from the key, or none."""
+        x = self._checked(x)
+        u = self._dequantize.forward(x) if key is None else self._dequantize.forward_and_logdet(x, key)[0]
+        return self._transform.forward(u)
+
+    @property
+    def _transform(self) -> Bijection:
+        return self.spec.transform.bijection()
+
+    @property
+    def _dequantize(self) -> Bijection:
+        levels = self.spec.num_levels
+        return Identity().bijection() if levels is None else dequantize_bijection(levels)
+
+    def _checked(self, x: Any) -> Array:
+        """The data as an array, if it is what the model takes."""
+        x, shape = jnp.asarray(x), tuple(self.spec.flow.event_shape)
+        if self.spec.num_levels is not None:
+            check_levels(x, self.spec.num_levels, shape)
+        elif x.shape[1:] != shape or not jnp.issubdtype(x.dtype, jnp.floating):
+            wanted = f"floats of shape (batch, {', '.join(map(str, shape))})"
+            raise ValueError(f"the model takes {wanted}, got {x.dtype} of shape {x.shape}")
+        return x
+
+    @property
+    def _priors_of_classes(self) -> Mapping[str, Array]:
+        return {name: values for name, values in self.prior.items() if name != "class_logits"}
+
+    def _sample_prior(self, key, num, temperature, labels):
+        if num < 1:
+            raise ValueError(f"the number of samples must be at least 1, got {num}")
+        if self.spec.num_classes is None:
+            if labels is not None:
+                self.check_classes()
+            return priors.sample(self.spec.prior, self.prior, key, num, temperature)
+        key_label, key_noise = jax.random.split(key)
+        drawn = jax.random.categorical(key_label, self.prior["class_logits"], shape=(num,))
+        labels = drawn if labels is None else jnp.asarray(labels)
+        if labels.shape != (num,) or not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ValueError(f"labels must be {num} integers, one a sample, got {labels.dtype} of shape {labels.shape}")
+        chosen = jax.tree.map(lambda stacked: stacked[labels], self._priors_of_classes)
+        one = jax.vmap(lambda prior, key: priors.sample(self.spec.prior, prior, key, 1, temperature)[0])
+        known = (labels >= 0) & (labels < self.spec.num_classes)
+        return jnp.where(known[:, None], one(chosen, jax.random.split(key_noise, num)), jnp.nan)

@@ -8,8 +8,9 @@
 Blocks of one stage have one shape, and every array of theirs is stacked on a leading axis. All functions are pure.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,16 +18,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from iresnet_jax.bijections import actnorm, reshape
-from iresnet_jax.bijections import bijection as bijections
-from iresnet_jax.bijections import compose as flow
+from iresnet_jax.bijections import actnorm, compose, reshape
+from iresnet_jax.bijections.bijection import Bijection
+from iresnet_jax.bijections.residual import Branch, Solver, residual_bijection
 from iresnet_jax.maths.inverse.fixed_point import Diagonal
 from iresnet_jax.maths.logdet.series import ExactLogdet, LogdetEstimator
-from iresnet_jax.maths.norms import upper_bounds as certify
+from iresnet_jax.maths.norms.upper_bounds import BiLipschitz, branch_bound, model_bounds
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import constraint
+from iresnet_jax.models.branch import BranchSpec
 
 Tree = Mapping[str, Any]
+Norms = dict[str, dict[str, Float[Array, " k"]]]  # by stage and layer, one a block
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,14 @@ class StageSpec:
     """Residual blocks of one shape, and what happens to the array before and after them.
 
     Attributes:
-        num_blocks: Blocks, each an ActNorm and a residual branch.
+        num_blocks: Number of blocks, each an ActNorm and a residual branch.
         hidden: Widths of a branch's hidden layers.
         kernel_sizes: Taps of a branch's convolutions (one more than hidden widths); None for dense layers on flattened arrays.
-        activation: A name in `activations.ACTIVATIONS`.
+        activation: Name in `activations.ACTIVATIONS`.
         preactivation: Whether a branch begins with the activation.
         squeeze: Space-to-depth factor in front of the blocks; 1 for none.
         factor_out: Whether half of the channels leave as latents behind the blocks.
-        padding: Padding of the convolutions.
+        padding: Padding of the convolutions, "SAME" (zeros) or "CIRCULAR".
         positional_bias: Whether convolutions have a bias for every pixel instead of one a channel.
     """
 
@@ -65,13 +68,40 @@ class StageSpec:
             raise ValueError(f"squeeze must be a positive factor (1 for none), got {self.squeeze}")
 
 
+class Stage(NamedTuple):
+    """A stage in its place in a flow.
+
+    Attributes:
+        name: Its key among weights, "stage0" and so on.
+        spec: What the config says of it.
+        in_shape: Shape of one example as the stage before hands it on.
+        branch: Residual branch of its blocks, whose ``in_shape`` is the squeezed or flattened one.
+    """
+
+    name: str
+    spec: StageSpec
+    in_shape: tuple[int, ...]
+    branch: BranchSpec
+
+    @property
+    def entry(self) -> tuple[Bijection, ...]:
+        """The squeeze and the flattening in front of the blocks, where there are any."""
+        parts, squeezed = [], self.in_shape
+        if self.spec.squeeze > 1:
+            parts.append(reshape.squeeze_bijection(self.spec.squeeze))
+            squeezed = _squeezed(self.in_shape, self.spec.squeeze)
+        if len(self.branch.in_shape) != len(squeezed):
+            parts.append(reshape.flatten_bijection(squeezed))
+        return tuple(parts)
+
+
 @dataclass(frozen=True)
 class FlowSpec:
     """The architecture of a flow.
 
     Attributes:
         event_shape: Shape of one example, ``(h, w, c)`` or ``(d,)``.
-        stages: From the data to the latents.
+        stages: Stages from the data to the latents.
         coeff: Largest operator norm, in (0, 1).
         budget: What ``coeff`` limits: the norm of every "layer", or the product of the layers of every "block".
         context_dim: Length of an example's context vector, on which every branch then depends; 0 for none.
@@ -89,70 +119,77 @@ class FlowSpec:
             raise ValueError(f"budget must be one of {', '.join(constraint.BUDGETS)}, got {self.budget!r}")
         if not self.stages:
             raise ValueError("a flow needs at least one stage, got none")
-        self.branches  # noqa: B018 (checks every shape)
+        self.layout  # noqa: B018 (checks every shape)
 
     @property
     def num_dims(self) -> int:
         """Dimensions of the data and of the latent vector."""
-        return _size(self.event_shape)
+        return math.prod(self.event_shape)
 
     @property
-    def branches(self) -> tuple[branches.BranchSpec, ...]:
-        """The branch of every stage, with the shape it works on."""
-        specs: list[branches.BranchSpec] = []
-        shape: tuple[int, ...] = tuple(self.event_shape)
+    def num_blocks(self) -> int:
+        """Residual blocks of all stages."""
+        return sum(stage.num_blocks for stage in self.stages)
+
+    @functools.cached_property
+    def layout(self) -> tuple[Stage, ...]:
+        """The stages in their places: the one walk over the architecture that everything else follows."""
+        placed, shape = [], tuple(self.event_shape)
         for i, stage in enumerate(self.stages):
+            in_shape = shape
             shape = _squeezed(shape, stage.squeeze, i)
-            if stage.kernel_sizes is None and len(shape) > 1:
-                shape = (_size(shape),)
-            specs.append(
-                branches.BranchSpec(
-                    in_shape=shape,
-                    hidden=tuple(stage.hidden),
-                    kernel_sizes=None if stage.kernel_sizes is None else tuple(stage.kernel_sizes),
-                    activation=stage.activation,
-                    preactivation=stage.preactivation,
-                    padding=stage.padding,
-                    positional_bias=stage.positional_bias,
-                    context_dim=self.context_dim,
-                )
+            if stage.kernel_sizes is None:
+                shape = (math.prod(shape),)
+            branch = BranchSpec(
+                in_shape=shape,
+                hidden=tuple(stage.hidden),
+                kernel_sizes=None if stage.kernel_sizes is None else tuple(stage.kernel_sizes),
+                activation=stage.activation,
+                preactivation=stage.preactivation,
+                padding=stage.padding,
+                positional_bias=stage.positional_bias,
+                context_dim=self.context_dim,
             )
+            placed.append(Stage(f"stage{i}", stage, in_shape, branch))
             if stage.factor_out:
-                shape = _kept(shape, i)
-        return tuple(specs)
+                if shape[-1] % 2:
+                    raise ValueError(f"stage {i} factors out half of its channels but has {shape[-1]}: squeeze before it")
+                shape = (*shape[:-1], shape[-1] // 2)
+        return tuple(placed)
+
+
+def _squeezed(shape: tuple[int, ...], factor: int, stage: int = 0) -> tuple[int, ...]:
+    if factor == 1:
+        return shape
+    if len(shape) != 3 or shape[0] % factor or shape[1] % factor:
+        raise ValueError(f"stage {stage} cannot squeeze {shape} by {factor}: it takes images with sides divisible by {factor}")
+    return (shape[0] // factor, shape[1] // factor, shape[2] * factor**2)
 
 
 class Constrained(NamedTuple):
     """Weights whose blocks are contractions, and what it took.
 
     Attributes:
-        weights: ``{"stage0": {"actnorm", "branch", "lipschitz"}, ...}``, arrays stacked over blocks. What `bijection` runs.
-        spectral: The power iterates to go on from, in the form they were given.
+        weights: ``{"stage0": {"actnorm", "branch", "lipschitz"}, ...}``, arrays stacked over blocks: what `bijection` runs.
+        spectral: Power iterates to go on from, in the form they were given.
         norms: Operator norms before normalisation, estimated or bounded: ``{"stage0": {"conv0": (num_blocks,), ...}, ...}``.
     """
 
     weights: Tree
     spectral: Tree
-    norms: dict[str, dict[str, Float[Array, " k"]]]
+    norms: Norms
 
 
 class Frozen(NamedTuple):
     """Weights to use after training: fixed, and every block a contraction by certificate.
 
     Attributes:
-        weights: As in `Constrained`; ``lipschitz`` is the guaranteed bound of each block's ``Lip(g)``.
+        weights: Weights as in `Constrained`; ``lipschitz`` is the guaranteed bound of each block's ``Lip(g)``.
         bounds: Guaranteed upper bounds of the norms of these very kernels, in the form of ``Constrained.norms``.
-        norms: The same before freezing.
     """
 
     weights: Tree
-    bounds: dict[str, dict[str, Float[Array, " k"]]]
-    norms: dict[str, dict[str, Float[Array, " k"]]]
-
-
-def stage_names(spec: FlowSpec) -> list[str]:
-    """``["stage0", "stage1", ...]``."""
-    return [f"stage{i}" for i in range(len(spec.stages))]
+    bounds: Norms
 
 
 def constrain(spec: FlowSpec, params: Tree, spectral: Tree, *, num_steps: int | None = None, rtol: float = 1e-3) -> Constrained:
@@ -165,105 +202,134 @@ def constrain(spec: FlowSpec, params: Tree, spectral: Tree, *, num_steps: int | 
         num_steps: Power iterations a layer (training, warm start); None iterates to the tolerance (everything else).
         rtol: Relative tolerance of the norms.
     """
-    settings = {"coeff": spec.coeff, "budget": spec.budget, "num_steps": num_steps, "rtol": rtol}
 
-    def normalize(branch, name, blocks):
-        return jax.vmap(lambda w, v: constraint.normalize(branch, w, v, **settings))(blocks, spectral[name]["blocks"])
+    def normalize(stage, blocks):
+        def of_block(weights, vectors):
+            return constraint.normalize(
+                stage.branch, weights, vectors, coeff=spec.coeff, budget=spec.budget, num_steps=num_steps, rtol=rtol
+            )
+
+        return jax.vmap(of_block)(blocks, spectral[stage.name]["blocks"])
 
     return _constrain(spec, params, spectral, normalize)
 
 
 def constrain_certified(
-    spec: FlowSpec,
-    params: Tree,
-    spectral: Tree,
-    *,
-    num_squarings: int = 4,
-    twists: str = "auto",
+    spec: FlowSpec, params: Tree, spectral: Tree, *, num_squarings: int = 4, twists: str = "auto"
 ) -> Constrained:
     """Brings every block into the budget of ``spec.coeff`` by guaranteed upper bounds of its norms, for training.
 
     Args:
         spec: The architecture.
-        params: As in `constrain`.
-        spectral: Handed on as it is: there is no state.
-        num_squarings: Of the Gram iteration, see `certify.dense_norm_bound`.
+        params: Parameters as in `constrain`.
+        spectral: Power iterates, returned as they are: there is no state.
+        num_squarings: Squarings of the Gram iteration, see `dense_norm_bound`.
         twists: "all", "one" or "auto", see `constraint.training_twists`.
     """
-    settings = {"coeff": spec.coeff, "budget": spec.budget, "method": "gram", "num_squarings": num_squarings}
 
-    def normalize(branch, name, blocks):
-        del name
-        chosen = constraint.training_twists(branch, twists)
-        return jax.vmap(lambda w: constraint.normalize_certified(branch, w, twists=chosen, **settings))(blocks)
+    def normalize(stage, blocks):
+        chosen = constraint.training_twists(stage.branch, twists)
+
+        def of_block(weights):
+            return constraint.normalize_certified(
+                stage.branch,
+                weights,
+                coeff=spec.coeff,
+                budget=spec.budget,
+                method="gram",
+                num_squarings=num_squarings,
+                twists=chosen,
+            )
+
+        return jax.vmap(of_block)(blocks)
 
     return _constrain(spec, params, spectral, normalize)
 
 
 def unconstrained(spec: FlowSpec, params: Tree, spectral: Tree) -> Constrained:
-    """The weights as they are. Nothing is known of the blocks: their ``lipschitz`` is infinite, and no inverse converges.
+    """The weights as they are: the blocks' ``lipschitz`` is infinite, and no inverse is reported as converged.
 
     Args:
         spec: The architecture.
-        params: As in `constrain`.
-        spectral: Handed on as it is.
+        params: Parameters as in `constrain`.
+        spectral: Power iterates, returned as they are.
     """
 
-    def as_they_are(branch, name, blocks):
-        del branch, name
-        return constraint.Normalized(blocks, {}, {}, jnp.full(len(jax.tree.leaves(blocks)[0]), jnp.inf))
+    def as_they_are(stage, blocks):
+        return constraint.Normalized(blocks, {}, {}, jnp.full(stage.spec.num_blocks, jnp.inf))
 
     return _constrain(spec, params, spectral, as_they_are)
 
 
-def _constrain(spec, params, spectral, normalize):
+def _constrain(
+    spec: FlowSpec, params: Tree, spectral: Tree, normalize: Callable[[Stage, Tree], constraint.Normalized]
+) -> Constrained:
     weights, new_spectral, norms = {}, {}, {}
-    for name, branch in zip(stage_names(spec), spec.branches, strict=True):
-        blocks = dict(params[name]["blocks"])
+    for stage in spec.layout:
+        blocks = dict(params[stage.name]["blocks"])
         scale = blocks.pop("actnorm")
-        normalized = normalize(branch, name, blocks)
-        weights[name] = {"actnorm": scale, "branch": normalized.weights, "lipschitz": normalized.lipschitz}
-        new_spectral[name] = {"blocks": normalized.vectors} if normalized.vectors else spectral[name]
-        norms[name] = normalized.norms
+        normalized = normalize(stage, blocks)
+        weights[stage.name] = {"actnorm": scale, "branch": normalized.weights, "lipschitz": normalized.lipschitz}
+        new_spectral[stage.name] = {"blocks": normalized.vectors} if normalized.vectors else spectral[stage.name]
+        norms[stage.name] = normalized.norms
     return Constrained(weights, new_spectral, norms)
 
 
-def freeze(spec: FlowSpec, params: Tree, *, constrained: bool = True) -> Frozen:
+def freeze(spec: FlowSpec, params: Tree) -> Frozen:
     """The weights to use after training, whatever training used: every block certified to be within the budget.
 
-    The bounds come from the frozen kernels themselves, once they are scaled and rounded. Blocks are taken one after the
-    other, so memory does not grow with depth.
+    Kernels are scaled by guaranteed bounds of their norms; the bounds that are returned are those of the scaled and rounded
+    kernels. Blocks are taken one after the other, so memory does not grow with depth.
 
     Args:
         spec: The architecture.
-        params: As in `constrain`.
-        constrained: False leaves the kernels of a network without a constraint as they are, whatever their bounds.
+        params: Parameters as in `constrain`.
     """
-    weights, bounds, norms = {}, {}, {}
-    for name, branch in zip(stage_names(spec), spec.branches, strict=True):
 
-        def freeze_block(block, branch=branch):
-            if not constrained:
-                found = constraint.layer_bounds(branch, block)
-                return block, found, found
-            normalized = constraint.normalize_certified(branch, block, coeff=spec.coeff, budget=spec.budget)
-            return normalized.weights, constraint.layer_bounds(branch, normalized.weights), normalized.norms
+    def scaled(stage, block):
+        return constraint.normalize_certified(stage.branch, block, coeff=spec.coeff, budget=spec.budget).weights
 
-        blocks = dict(params[name]["blocks"])
+    return _certify(spec, params, scaled)
+
+
+def certify(spec: FlowSpec, params: Tree) -> Frozen:
+    """The weights as they are, with guaranteed bounds of their norms, which may be 1 or more.
+
+    Args:
+        spec: The architecture.
+        params: Parameters as in `constrain`.
+    """
+    return _certify(spec, params, lambda stage, block: block)
+
+
+def _certify(spec: FlowSpec, params: Tree, change: Callable[[Stage, Tree], Tree]) -> Frozen:
+    weights, bounds = {}, {}
+    for stage in spec.layout:
+
+        def of_block(block, stage=stage):
+            kernels = change(stage, block)
+            found = constraint.layer_bounds(stage.branch, kernels)
+            return kernels, found, branch_bound(jnp.stack(list(found.values())))
+
+        blocks = dict(params[stage.name]["blocks"])
         scale = blocks.pop("actnorm")
-        kernels, bounds[name], norms[name] = jax.lax.map(freeze_block, blocks)
-        lipschitz = jax.vmap(lambda layers: certify.branch_bound(jnp.stack(list(layers.values()))))(bounds[name])
-        weights[name] = {"actnorm": scale, "branch": kernels, "lipschitz": lipschitz}
-    return Frozen(weights, bounds, norms)
+        kernels, bounds[stage.name], lipschitz = jax.lax.map(of_block, blocks)
+        weights[stage.name] = {"actnorm": scale, "branch": kernels, "lipschitz": lipschitz}
+    return Frozen(weights, bounds)
 
 
-def bilipschitz(spec: FlowSpec, weights: Tree) -> certify.BiLipschitz:
+def as_params(weights: Tree) -> dict[str, Any]:
+    """Weights in the form of the parameters of `constrain`."""
+    return {name: {"blocks": {**stage["branch"], "actnorm": stage["actnorm"]}} for name, stage in weights.items()}
+
+
+def bilipschitz(spec: FlowSpec, weights: Tree) -> BiLipschitz:
     """Bounds of ``Lip(F)`` and ``Lip(F^-1)`` of the whole flow, guaranteed for weights from `freeze`; pessimistic in depth."""
-    bounds = certify.model_bounds([])
-    for name, stage in reversed(list(zip(stage_names(spec), spec.stages, strict=True))):
-        log_scales = jnp.asarray(weights[name]["actnorm"]["log_scale"])
-        own = certify.model_bounds(jnp.asarray(weights[name]["lipschitz"]), list(log_scales))
-        bounds = own.compose(bounds.beside_identity() if stage.factor_out else bounds)
+    bounds = model_bounds([])
+    for stage in reversed(spec.layout):
+        log_scales = jnp.asarray(weights[stage.name]["actnorm"]["log_scale"])
+        own = model_bounds(jnp.asarray(weights[stage.name]["lipschitz"]), list(log_scales))
+        bounds = own.compose(bounds.beside_identity() if stage.spec.factor_out else bounds)
     return bounds
 
 
@@ -271,65 +337,53 @@ def bijection(
     spec: FlowSpec,
     weights: Tree,
     estimator: LogdetEstimator = ExactLogdet(),  # noqa: B008 (immutable)
-    solver: bijections.Solver = bijections.Solver(),  # noqa: B008 (immutable)
+    solver: Solver = Solver(),
     *,
     context: Float[Array, "b k"] | None = None,
     unroll: bool = False,
     rematerialize: bool = False,
-) -> bijections.Bijection:
+) -> Bijection:
     """The flow ``x (b, *event_shape) -> z (b, d)`` of constrained weights.
 
     Args:
         spec: The architecture.
-        weights: From `freeze`, `constrain` or `constrain_certified`.
+        weights: Weights from `freeze`, `constrain` or `constrain_certified`.
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
-        context: The context of every example that the bijection will see, if the model is conditional.
+        context: Context of every example that the bijection will see, if the model is conditional.
         unroll: Write blocks out instead of scanning over them; see `unroll_by_default`.
         rematerialize: Recompute a block's inside in the backward pass instead of keeping it.
     """
-    stages, shape = [], tuple(spec.event_shape)
-    for name, stage, branch in zip(stage_names(spec), spec.stages, spec.branches, strict=True):
-        parts = []
-        if stage.squeeze > 1:
-            parts.append(bijections.squeeze_bijection(stage.squeeze))
-            shape = _squeezed(shape, stage.squeeze, 0)
-        if len(branch.in_shape) != len(shape):
-            parts.append(bijections.flatten_bijection(shape))
-            shape = branch.in_shape
 
-        def make_block(block, branch=branch):
-            own = block["branch"]
-            residual = bijections.residual_bijection(
-                lambda x: branches.apply_branch(branch, own, x, context),
-                block["lipschitz"],
-                estimator,
-                solver,
-                trace=(lambda x: branches.trace(branch, own, x, context)) if branches.has_trace(branch) else None,
-                at_zero=(lambda: branches.at_zero(branch, own)) if context is None else None,
-                diagonal=_diagonal(branch, own, context) if branches.has_diagonal(branch) else None,
-            )
-            return flow.chain([bijections.actnorm_bijection(actnorm.ActNormParams(**block["actnorm"])), residual])
+    def blocks_of(stage):
+        def make(block):
+            scale = actnorm.actnorm_bijection(actnorm.ActNormParams(**block["actnorm"]))
+            branch = known_branch(stage.branch, block["branch"], block["lipschitz"], context)
+            return compose.chain([scale, residual_bijection(branch, estimator, solver)])
 
-        parts.append(flow.repeat(make_block, weights[name], unroll=unroll, rematerialize=rematerialize))
-        stages.append(flow.Stage(flow.chain(parts), stage.factor_out))
-        if stage.factor_out:
-            shape = _kept(shape, 0)
-    whole = flow.multiscale(stages, tuple(spec.event_shape), batch_size=1 if context is None else len(context))
-    return flow.in_float64(whole) if solver.refine else whole
+        blocks = compose.repeat(make, weights[stage.name], unroll=unroll, rematerialize=rematerialize)
+        return compose.Stage(compose.chain([*stage.entry, blocks]), stage.spec.factor_out)
+
+    batch_size = 1 if context is None else len(context)
+    whole = compose.multiscale([blocks_of(stage) for stage in spec.layout], spec.event_shape, batch_size=batch_size)
+    return compose.in_float64(whole) if solver.refine else whole
 
 
-def _diagonal(branch, weights, context):
-    return Diagonal(
-        at=lambda x: branches.jacobian_diagonal(branch, weights, x, context),
-        size=branches.largest_diagonal(branch, weights),
+def known_branch(spec: BranchSpec, weights: Tree, lipschitz_bound: Any, context: Float[Array, "b k"] | None = None) -> Branch:
+    """A branch of these weights with all that has a closed form."""
+    has_trace, has_diagonal = branches.has_trace(spec), branches.has_diagonal(spec)
+    return Branch(
+        g=lambda x: branches.apply_branch(spec, weights, x, context),
+        lipschitz_bound=lipschitz_bound,
+        trace=(lambda x: branches.trace(spec, weights, x, context)) if has_trace else None,
+        at_zero=(lambda: branches.at_zero(spec, weights)) if context is None else None,
+        diagonal=Diagonal(
+            at=lambda x: branches.jacobian_diagonal(spec, weights, x, context),
+            size=branches.largest_diagonal(spec, weights),
+        )
+        if has_diagonal
+        else None,
     )
-
-
-def into_stage(stage: StageSpec, branch: branches.BranchSpec, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-    """What the stage before hands on, squeezed or flattened as the blocks of this stage take it."""
-    x = reshape.squeeze(x, stage.squeeze) if stage.squeeze > 1 else x
-    return reshape.flatten(x) if x.ndim - 1 != len(branch.in_shape) else x
 
 
 def unroll_by_default() -> bool:
@@ -338,7 +392,7 @@ def unroll_by_default() -> bool:
 
 
 def initialize_actnorm(
-    branch: branches.BranchSpec, blocks: Tree, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
+    branch: BranchSpec, blocks: Tree, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
 ) -> tuple[Tree, Float[Array, "b ..."]]:
     """ActNorm of a stage's blocks from data: each block's from what the blocks before it make of the batch.
 
@@ -346,7 +400,7 @@ def initialize_actnorm(
         branch: The stage's branch.
         blocks: Constrained branch weights, stacked over blocks.
         x: A representative batch, already squeezed or flattened for this stage.
-        context: Its contexts, if the model is conditional.
+        context: Contexts of the batch, if the model is conditional.
 
     Returns:
         ``{"bias", "log_scale"}`` stacked over blocks, and the stage's output.
@@ -359,21 +413,3 @@ def initialize_actnorm(
 
     x, params = jax.lax.scan(step, x, blocks)
     return params, x
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
-
-
-def _squeezed(shape: tuple[int, ...], factor: int, stage: int) -> tuple[int, ...]:
-    if factor == 1:
-        return shape
-    if len(shape) != 3 or shape[0] % factor or shape[1] % factor:
-        raise ValueError(f"stage {stage} cannot squeeze {shape} by {factor}: it takes images with sides divisible by {factor}")
-    return (shape[0] // factor, shape[1] // factor, shape[2] * factor**2)
-
-
-def _kept(shape: tuple[int, ...], stage: int) -> tuple[int, ...]:
-    if shape[-1] % 2:
-        raise ValueError(f"stage {stage} factors out half of its channels but has {shape[-1]}: squeeze before it")
-    return (*shape[:-1], shape[-1] // 2)

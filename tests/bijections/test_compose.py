@@ -11,13 +11,14 @@ import numpy as np
 import oracles
 import pytest
 
-from iresnet_jax.bijections import bijection as bijections
-from iresnet_jax.bijections import compose as flow
-from iresnet_jax.bijections import likelihood
-from iresnet_jax.bijections.actnorm import ActNormParams
+from iresnet_jax.bijections.actnorm import ActNormParams, actnorm_bijection
+from iresnet_jax.bijections.bijection import Bijection, fold_in, follow_inverse_info, no_inverse_error, permutation_bijection
+from iresnet_jax.bijections.compose import Stage, chain, multiscale, repeat
+from iresnet_jax.bijections.reshape import flatten_bijection, squeeze_bijection
+from iresnet_jax.bijections.residual import Branch, Solver, residual_bijection
 from iresnet_jax.maths.logdet.series import ExactLogdet, SeriesLogdet
 from iresnet_jax.models import branch as branches
-from iresnet_jax.models import constraint
+from iresnet_jax.models import constraint, priors
 from iresnet_jax.models import flow as model
 
 EXACT = 1e-9  # the same mathematics by another route in float64; slogdet of up to 32 dimensions
@@ -26,7 +27,11 @@ INVERSE_ATOL = 1e-8  # asked of the solver
 PREIMAGE = 1e-6  # what that leaves after a handful of blocks, in a latent or a log-determinant
 QUADRATURE = 1e-3
 BATCH = 3
-SOLVER = bijections.Solver(atol=INVERSE_ATOL)
+SOLVER = Solver(atol=INVERSE_ATOL)
+
+
+def residual(g, lipschitz_bound, estimator, solver=SOLVER):
+    return residual_bijection(Branch(g, lipschitz_bound), estimator, solver)
 
 
 def random_actnorm(rng, channels):
@@ -38,7 +43,7 @@ def random_weights(spec, seed=0, num_steps=None):
     """Constrained weights of a flow away from its start: biases and scales are not zero."""
     rng = np.random.default_rng(seed)
     params, spectral = {}, {}
-    for name, stage, branch in zip(model.stage_names(spec), spec.stages, spec.branches, strict=True):
+    for name, stage, _, branch in spec.layout:
         keys = jax.random.split(jax.random.key(seed), stage.num_blocks)
         blocks: dict[str, Any] = jax.vmap(functools.partial(branches.initial_weights, branch))(keys)
         blocks["actnorm"] = {
@@ -71,17 +76,17 @@ def residual_case(branch_spec, coeff=0.8):
     normalize = functools.partial(constraint.normalize, branch_spec, coeff=coeff, num_steps=50)
     normal = jax.jit(normalize)(weights, vectors)
     branch = functools.partial(branches.apply_branch, branch_spec, normal.weights)
-    return bijections.residual_bijection(branch, normal.lipschitz, ExactLogdet(), SOLVER)
+    return residual(branch, normal.lipschitz, ExactLogdet(), SOLVER)
 
 
 def chain_case():
     rng = np.random.default_rng(1)
-    return flow.chain(
+    return chain(
         [
-            bijections.squeeze_bijection(2),
-            bijections.actnorm_bijection(random_actnorm(rng, 4)),
-            bijections.flatten_bijection((1, 2, 4)),
-            bijections.residual_bijection(lambda x: 0.5 * jnp.sin(x), 0.5, ExactLogdet(), SOLVER),
+            squeeze_bijection(2),
+            actnorm_bijection(random_actnorm(rng, 4)),
+            flatten_bijection((1, 2, 4)),
+            residual(lambda x: 0.5 * jnp.sin(x), 0.5, ExactLogdet(), SOLVER),
         ]
     )
 
@@ -91,18 +96,18 @@ def repeat_case(**layout):
     weights = {"scale": jnp.asarray(rng.uniform(0.2, 0.8, size=4)), "actnorm": jnp.asarray(0.3 * rng.normal(size=(4, 2, 3)))}
 
     def make(w):
-        actnorm = bijections.actnorm_bijection(ActNormParams(w["actnorm"][0], w["actnorm"][1]))
-        block = bijections.residual_bijection(lambda x: w["scale"] * jnp.sin(x[:, ::-1]), w["scale"], ExactLogdet(), SOLVER)
-        return flow.chain([actnorm, block])
+        actnorm = actnorm_bijection(ActNormParams(w["actnorm"][0], w["actnorm"][1]))
+        block = residual(lambda x: w["scale"] * jnp.sin(x[:, ::-1]), w["scale"], ExactLogdet(), SOLVER)
+        return chain([actnorm, block])
 
-    return flow.repeat(make, weights, **layout)
+    return repeat(make, weights, **layout)
 
 
 def multiscale_case():
     rng = np.random.default_rng(4)
-    first = flow.chain([bijections.squeeze_bijection(2), bijections.actnorm_bijection(random_actnorm(rng, 8))])
-    second = bijections.residual_bijection(lambda x: 0.6 * jnp.tanh(x), 0.6, ExactLogdet(), SOLVER)
-    return flow.multiscale([flow.Stage(first, factor_out=True), flow.Stage(second)], (2, 4, 2))
+    first = chain([squeeze_bijection(2), actnorm_bijection(random_actnorm(rng, 8))])
+    second = residual(lambda x: 0.6 * jnp.tanh(x), 0.6, ExactLogdet(), SOLVER)
+    return multiscale([Stage(first, factor_out=True), Stage(second)], (2, 4, 2))
 
 
 def model_case(spec, **layout):
@@ -110,10 +115,10 @@ def model_case(spec, **layout):
 
 
 # Shape of an example, and the bijection. A new bijection is one line here.
-CASES: dict[str, tuple[tuple[int, ...], Callable[[], bijections.Bijection]]] = {
-    "actnorm": ((2, 3, 4), lambda: bijections.actnorm_bijection(random_actnorm(np.random.default_rng(0), 4))),
-    "squeeze": ((4, 6, 1), lambda: bijections.squeeze_bijection(2)),
-    "flatten": ((2, 3, 2), lambda: bijections.flatten_bijection((2, 3, 2))),
+CASES: dict[str, tuple[tuple[int, ...], Callable[[], Bijection]]] = {
+    "actnorm": ((2, 3, 4), lambda: actnorm_bijection(random_actnorm(np.random.default_rng(0), 4))),
+    "squeeze": ((4, 6, 1), lambda: squeeze_bijection(2)),
+    "flatten": ((2, 3, 2), lambda: flatten_bijection((2, 3, 2))),
     "convolutional residual": ((3, 3, 2), lambda: residual_case(CONVOLUTIONAL)),
     "chain": ((2, 4, 1), chain_case),
     "scanned blocks": ((3,), repeat_case),
@@ -197,7 +202,7 @@ def test_the_logdet_check_rejects_a_forgotten_part():
 
 
 def test_the_inverse_logdet_belongs_to_the_preimage(x64):
-    bijection = bijections.residual_bijection(lambda x: 0.9 * jnp.sin(x), 0.9, ExactLogdet(), SOLVER)
+    bijection = residual(lambda x: 0.9 * jnp.sin(x), 0.9, ExactLogdet(), SOLVER)
     x = jnp.array([[3.0], [2.0], [0.3]])
     y = bijection.forward(x)
     _, logdet, _, _ = bijection.inverse_and_logdet(y, jax.random.key(0))
@@ -266,15 +271,15 @@ def test_program_size_does_not_depend_on_the_number_of_blocks():
 
 
 def test_error_bounds_of_a_chain_compose_by_the_lipschitz_constants_of_the_inverses(x64):
-    coarse = bijections.Solver(atol=1e-3)  # so that errors stand out from rounding
+    coarse = Solver(atol=1e-3)  # so that errors stand out from rounding
     scale = ActNormParams(jnp.zeros(2), jnp.array([-1.0, 0.5]))
     parts = [
-        bijections.residual_bijection(lambda x: -0.8 * jnp.sin(x), 0.8, ExactLogdet(), coarse),
-        bijections.actnorm_bijection(scale),
-        bijections.residual_bijection(lambda x: -0.5 * jnp.tanh(x), 0.5, ExactLogdet(), coarse),
+        residual(lambda x: -0.8 * jnp.sin(x), 0.8, ExactLogdet(), coarse),
+        actnorm_bijection(scale),
+        residual(lambda x: -0.5 * jnp.tanh(x), 0.5, ExactLogdet(), coarse),
     ]
     x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 2)))
-    chained = flow.chain(parts)
+    chained = chain(parts)
     y = chained.forward(x)
     back, info = chained.inverse(y)
     middle, last = parts[2].inverse(y)
@@ -292,23 +297,27 @@ def test_error_bounds_of_a_chain_compose_by_the_lipschitz_constants_of_the_inver
 
 
 def test_one_failed_block_fails_the_chain():
-    good, bad = (
-        bijections.residual_bijection(lambda x: 0.5 * x, bound, ExactLogdet(), bijections.Solver(max_evals=50))
-        for bound in (0.5, 1.0)
-    )
+    good, bad = (residual(lambda x: 0.5 * x, bound, ExactLogdet(), Solver(max_evals=50)) for bound in (0.5, 1.0))
     for parts in ([good, bad], [bad, good]):
-        _, info = flow.chain(parts).inverse(jnp.ones((1, 2)))
+        _, info = chain(parts).inverse(jnp.ones((1, 2)))
         assert not info.converged[0]
         assert jnp.isinf(info.error_bound[0])
 
 
+def test_a_bound_that_is_no_number_is_not_taken_for_no_error():
+    later = no_inverse_error(jnp.ones((3, 1)))._replace(error_bound=jnp.array([0.0, jnp.nan, 1.0]))
+    own = no_inverse_error(jnp.ones((3, 1)))._replace(error_bound=jnp.ones(3))
+    np.testing.assert_array_equal(follow_inverse_info(later, own, 2.0).error_bound, [1.0, np.nan, 3.0])
+    np.testing.assert_array_equal(follow_inverse_info(later, own, jnp.inf).error_bound, [1.0, np.nan, np.inf])
+
+
 def test_errors_of_logdets_add_up(x64):
     estimator = SeriesLogdet(2, num_probes=16, probe="gaussian")
-    part = bijections.residual_bijection(lambda x: 0.5 * jnp.sin(x[:, ::-1]), 0.5, estimator)
+    part = residual(lambda x: 0.5 * jnp.sin(x[:, ::-1]), 0.5, estimator)
     x, key = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3))), jax.random.key(0)
-    y, total, info = flow.chain([part, part]).forward_and_logdet(x, key)
-    middle, first, first_info = part.forward_and_logdet(x, bijections.fold_in(key, 0))
-    last_y, second, second_info = part.forward_and_logdet(middle, bijections.fold_in(key, 1))
+    y, total, info = chain([part, part]).forward_and_logdet(x, key)
+    middle, first, first_info = part.forward_and_logdet(x, fold_in(key, 0))
+    last_y, second, second_info = part.forward_and_logdet(middle, fold_in(key, 1))
     np.testing.assert_array_equal(y, last_y)
     np.testing.assert_allclose(total, first + second, rtol=EXACT)
     np.testing.assert_allclose(info.stderr, np.hypot(first_info.stderr, second_info.stderr), rtol=EXACT)
@@ -316,9 +325,9 @@ def test_errors_of_logdets_add_up(x64):
 
 
 def test_a_latent_that_leaves_early_skips_the_later_inverses(x64):
-    shrinking_inverse = bijections.actnorm_bijection(ActNormParams(jnp.zeros(1), jnp.full(1, 2.0)))
-    identity = bijections.permutation_bijection(lambda x: x, lambda y: y)
-    split = flow.multiscale([flow.Stage(identity, factor_out=True), flow.Stage(shrinking_inverse)], (2,))
+    shrinking_inverse = actnorm_bijection(ActNormParams(jnp.zeros(1), jnp.full(1, 2.0)))
+    identity = permutation_bijection(lambda x: x, lambda y: y)
+    split = multiscale([Stage(identity, factor_out=True), Stage(shrinking_inverse)], (2,))
     jacobian = jax.jacfwd(lambda z: split.inverse(z[None])[0][0])(jnp.ones(2))
     np.testing.assert_allclose(oracles.operator_norm(jacobian), 1, rtol=EXACT)
     np.testing.assert_allclose(split.inverse_lipschitz, 1, rtol=EXACT)
@@ -338,13 +347,13 @@ def test_inverse_lipschitz_bounds_the_inverse(name):
 def test_latents_are_the_parts_in_the_order_in_which_they_leave():
     x = jnp.arange(2 * 16.0).reshape(2, 2, 4, 2)
     stages = [
-        flow.Stage(bijections.squeeze_bijection(2), factor_out=True),
-        flow.Stage(bijections.squeeze_bijection(1), factor_out=True),
+        Stage(squeeze_bijection(2), factor_out=True),
+        Stage(squeeze_bijection(1), factor_out=True),
     ]
     with pytest.raises(ValueError, match="stage 0 factors out half of its channels but has 3"):
-        flow.multiscale([flow.Stage(bijections.squeeze_bijection(1), factor_out=True)], (2, 2, 3))
-    bijection = flow.multiscale(stages, (2, 4, 2))
-    squeezed = bijections.squeeze_bijection(2).forward(x)  # (2, 1, 2, 8)
+        multiscale([Stage(squeeze_bijection(1), factor_out=True)], (2, 2, 3))
+    bijection = multiscale(stages, (2, 4, 2))
+    squeezed = squeeze_bijection(2).forward(x)  # (2, 1, 2, 8)
     first, rest = squeezed[..., 4:], squeezed[..., :4]
     second, last = rest[..., 2:], rest[..., :2]
     expected = jnp.concatenate([part.reshape(2, -1) for part in (first, second, last)], axis=1)
@@ -368,7 +377,7 @@ def test_float32_data_stay_float32_in_a_float64_session():
 
 def test_blocks_of_a_constrained_model_are_contractions(x64):
     weights = random_weights(IMAGES)
-    for name, branch in zip(model.stage_names(IMAGES), IMAGES.branches, strict=True):
+    for name, _, _, branch in IMAGES.layout:
         norms = []
         for layer in branch.layers:
             kernel = weights[name]["branch"][layer.name]["kernel"][0]
@@ -382,12 +391,13 @@ def test_blocks_of_a_constrained_model_are_contractions(x64):
 def test_a_model_in_the_plane_is_a_density(x64):
     spec = model.FlowSpec((2,), (model.StageSpec(2, hidden=(8,), activation="tanh"),), coeff=0.9)
     bijection = model.bijection(spec, random_weights(spec, seed=1, num_steps=20))
-    prior = likelihood.GaussianPrior(jnp.zeros(2), jnp.zeros(2))
+    prior = priors.standard("gaussian", 2)
 
     @jax.jit
     def density(x):
         z, logdet, _ = bijection.forward_and_logdet(x, jax.random.key(0))
-        return jnp.exp(likelihood.gaussian_log_prob(prior, z) + logdet), jnp.exp(likelihood.gaussian_log_prob(prior, z))
+        log_prior = priors.log_prob("gaussian", prior, z)
+        return jnp.exp(log_prior + logdet), jnp.exp(log_prior)
 
     axis, step = np.linspace(-20, 20, 201, retstep=True)
     grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)

@@ -1,0 +1,141 @@
+r"""Integers as points of [0, 1): level ``k`` of ``n`` fills the cell ``[k / n, (k + 1) / n)``.
+
+Uniform noise makes a density of the continuous points a lower bound of the levels' log-likelihood (Theis et al. 2016,
+sec. 3.1): the cells of ``n x`` have volume 1, so ``E_u[log p(n x)] <= log P(k)`` by Jensen's inequality.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Integer, Key, Num, UInt8
+
+from iresnet_jax.bijections.bijection import Bijection, no_inverse_error, no_logdet_error
+
+
+def cells(num_levels: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the smallest and the largest float of each level's cell.
+
+    Tables instead of arithmetic: ``k / n`` rounds differently once a compiler multiplies by ``1 / n``, and a float at
+    the edge of a cell would then change its level.
+    """
+    if not 2 <= num_levels <= 256:
+        raise ValueError(f"num_levels must lie in [2, 256], got {num_levels}: 8-bit data have 256 levels")
+    edges = (np.arange(num_levels + 1) / num_levels).astype(dtype)
+    return edges[:-1], np.nextafter(edges[1:], np.zeros((), dtype))
+
+
+def dequantize(
+    key: Key[Array, "..."], x: Integer[Array, "b ..."], num_levels: int = 256, *, dtype: DTypeLike = jnp.float32
+) -> Float[Array, "b ..."]:
+    r"""Adds uniform noise to integers: ``(x + u) / num_levels`` with ``u ~ U[0, 1)`` for each entry.
+
+    Uria et al. 2013; Theis et al. 2016, section 3.1. The result lies in the cell of ``x`` after rounding too, so it
+    is strictly below 1 and :func:`quantize` returns ``x`` exactly.
+
+    Args:
+        key: One typed key (``jax.random.key``), or one an example, of shape ``(b,)``: an example's noise then does
+            not depend on the rest of the batch.
+        x: Integers in ``[0, num_levels)``. Others, which cannot be refused under ``jit``, become NaN.
+        num_levels: Number of values an entry can take, 2 to 256.
+        dtype: float32 or float64 of the result.
+
+    Returns:
+        Numbers in [0, 1).
+
+    Raises:
+        ValueError: If ``key`` is of another kind or shape, ``num_levels`` is out of range or ``dtype`` is another.
+
+    Example:
+        >>> x = dequantize(jax.random.key(0), jnp.zeros((8, 32, 32, 3), jnp.uint8))
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), x.shape[:1]):
+        raise ValueError(
+            f"key must be a typed key of shape () or {x.shape[:1]}, got {key.dtype} of shape {key.shape}: "
+            "pass jax.random.key(seed), or split it once for each example"
+        )
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    if dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(f"dtype must be float32 or float64, got {dtype}: the others cannot resolve the noise")
+    smallest, largest = cells(num_levels, dtype)
+
+    if key.shape:
+        noise = jax.vmap(lambda example_key: jax.random.uniform(example_key, x.shape[1:], dtype))(key)
+    else:
+        noise = jax.random.uniform(key, x.shape, dtype)
+    level = x.astype(jnp.int32)
+    index = jnp.clip(level, 0, num_levels - 1)
+    # The sum is rounded: in float32 one u in 131072 would lift level 255 to 1. Hence the minimum.
+    y = jnp.minimum(jnp.asarray(smallest)[index] + noise / num_levels, jnp.asarray(largest)[index])
+    return jnp.where(level == index, y, jnp.nan)
+
+
+def quantize(x: Float[Array, "..."], num_levels: int = 256) -> UInt8[Array, "..."]:
+    """Returns the level whose cell holds ``x``: ``floor(num_levels x)``, free of its rounding errors.
+
+    Args:
+        x: Numbers in [0, 1); a model's samples outside are clipped to the nearest level.
+        num_levels: Number of levels, 2 to 256.
+
+    Returns:
+        Integers in ``[0, num_levels)``. NaN has no level and becomes the highest.
+
+    Raises:
+        ValueError: If ``num_levels`` is out of range.
+
+    Example:
+        >>> quantize(jnp.array([0.0, 0.5, 0.999]))
+        Array([  0, 128, 255], dtype=uint8)
+    """
+    smallest, _ = cells(num_levels, x.dtype)
+    level = jnp.searchsorted(jnp.asarray(smallest), x, side="right") - 1
+    return jnp.maximum(level, 0).astype(jnp.uint8)
+
+
+def cell_centers(x: Integer[Array, "b ..."], num_levels: int = 256) -> Float[Array, "b ..."]:
+    """``(x + 1/2) / num_levels``: levels without noise, for what should not depend on it; NaN out of range."""
+    centers = (x.astype(jnp.result_type(float)) + 0.5) / num_levels
+    return jnp.where((x >= 0) & (x < num_levels), centers, jnp.nan)
+
+
+def check_levels(x: Num[Array, "b ..."], num_levels: int, event_shape: tuple[int, ...]) -> None:
+    """Raises ``ValueError`` unless ``x`` is a batch of images of integer levels in ``[0, num_levels)``.
+
+    Values are only looked at where they are known: under ``jit`` levels out of range become NaN instead.
+    """
+    wanted = f"images of shape (batch, {', '.join(map(str, event_shape))}) with integer levels 0 to {num_levels - 1}"
+    if x.shape[1:] != tuple(event_shape):
+        raise ValueError(f"the model takes {wanted}, got an array of shape {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(
+            f"the model takes {wanted}, got {x.dtype}: undo the scaling to [0, 1], or use model.continuous, which takes [0, 1)"
+        )
+    if not isinstance(x, jax.core.Tracer) and x.size and not (0 <= int(x.min()) and int(x.max()) < num_levels):
+        raise ValueError(f"the model takes {wanted}, got levels from {int(x.min())} to {int(x.max())}")
+
+
+def dequantize_bijection(num_levels: int) -> Bijection:
+    r"""From integer levels to [0, 1), with a new noise at each forward pass: a bijection in distribution.
+
+    Forward with a log-determinant adds noise: ``log|det| = -D log num_levels`` from the unit cubes of the levels to [0, 1).
+    Forward without one takes the middle of each cell. Both have the one inverse `quantize`.
+    """
+
+    def volume(x):
+        return jnp.full(len(x), -math.prod(x.shape[1:]) * math.log(num_levels), jnp.result_type(float))
+
+    def forward_and_logdet(x, key):
+        u = dequantize(key, x, num_levels)
+        return u, volume(x).astype(u.dtype), no_logdet_error(u)
+
+    def inverse(u):
+        return quantize(u, num_levels), no_inverse_error(u)
+
+    def inverse_and_logdet(u, key):
+        del key
+        x, info = inverse(u)
+        return x, -volume(x).astype(u.dtype), no_logdet_error(u), info
+
+    return Bijection(lambda x: cell_centers(x, num_levels), forward_and_logdet, inverse, inverse_and_logdet, jnp.inf)

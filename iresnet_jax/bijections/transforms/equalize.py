@@ -1,0 +1,259 @@
+r"""Histogram equalisation: a flow may start from how often grey levels occur instead of from 8 bits for each.
+
+Level ``k`` of dequantised data fills ``[k, k + 1) / n``; the distribution function of a single entry maps that cell to
+``[F_k, F_k + f_k)``, where ``f_k`` is the level's frequency and ``F_k`` the sum of the frequencies below. Over all entries of
+data with these frequencies the result ``u`` is uniform, so the logit that follows makes it logistic (marginal Gaussianization,
+Chen & Gopinath 2000, with another target).
+
+Entries may have distributions of their own, as images have a background. Entry ``i`` is at the commonest level ``m`` with a
+frequency ``p_i``, its share; the other levels divide the rest in the same proportions everywhere, which keeps the same ink the
+same:
+
+    f_im = p_i,    f_ik = f_k (1 - p_i) / (1 - f_m).
+
+**Rounding.** Near ``u = 1`` a float has lost ``1 - u``, which the logit needs. So ``u`` is summed up from the cell's lower edge
+and ``v = 1 - u`` from its upper one, each from positive terms. The images ``y`` of the cells are disjoint intervals of floats,
+kept in a table. Forward stays in the interval of its level and the inverse looks the level up, so a round trip returns every
+level exactly.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Integer
+
+from iresnet_jax.bijections.bijection import Bijection, exact_bijection
+from iresnet_jax.bijections.transforms.dequantize import cells, quantize
+from iresnet_jax.bijections.transforms.logit import check_alpha, log_logistic, logit_log_slopes, sum_event
+from iresnet_jax.maths.norms.upper_bounds import BiLipschitz, model_bounds
+
+WEIGHT_OF_ALL = 0.01  # weight of the frequency over all entries in an entry's share: no level is impossible anywhere
+
+
+@dataclass(frozen=True)
+class Equalize:
+    """The distribution function of the grey levels, and a logit behind it.
+
+    Attributes:
+        frequencies: Frequency of each level, positive, of sum 1; see `level_frequencies`.
+        shares: Frequency of the commonest level at each entry of an example, in row-major order, see `entry_shares`; None
+            gives all entries the same distribution.
+        alpha: Distance of the logit's argument from 0 and 1, in (0, 1/2).
+    """
+
+    frequencies: tuple[float, ...]
+    shares: tuple[float, ...] | None = None
+    alpha: float = 0.05
+
+    def __post_init__(self):
+        check_alpha(self.alpha)
+        f = np.asarray(self.frequencies, np.float64)
+        if f.ndim != 1 or len(f) < 2 or not np.all(f > 0) or abs(f.sum() - 1) > 1e-6:
+            raise ValueError(f"frequencies must be positive and add up to 1, got {len(f)} with the sum {f.sum()}")
+        if self.shares is not None and not all(0 < share < 1 for share in self.shares):
+            raise ValueError("shares must lie in (0, 1): smooth them as entry_shares does")
+
+    def bijection(self) -> Bijection:
+        """The map of numbers in [0, 1); outside, the first and the last cell are continued."""
+        return exact_bijection(self.forward_and_logdet, self.inverse_and_logdet, inverse_lipschitz=self.bilipschitz().inverse)
+
+    def bilipschitz(self) -> BiLipschitz:
+        """Bounds on [0, 1] from the extreme slopes of the distribution function and of the logit."""
+        return model_bounds([], [logit_log_slopes(self.alpha), jnp.log(jnp.array(self.slopes()))])
+
+    def slopes(self) -> Float[np.ndarray, " s"]:
+        """Every slope that the distribution function has at any entry."""
+        f, m = np.asarray(self.frequencies), self._commonest
+        p = np.asarray(self.shares or (f[m],))
+        others = np.outer(np.delete(f, m), (1 - p) / (1 - f[m]))
+        return np.concatenate([others.ravel(), p]) * len(f)
+
+    def forward_and_logdet(self, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+        """``y = logit(alpha + (1 - 2 alpha) u)`` and ``sum log(dy/dx)``."""
+        entries = x.reshape(len(x), -1)
+        tables = self._tables(entries)
+        k = quantize(entries, len(self.frequencies)).astype(jnp.int32)
+        cell = tables.cell(k)
+        u = cell.below + cell.slope * (entries - cell.lower)
+        v = cell.above + cell.slope * (cell.upper - entries)
+        log_s, log_one_minus_s = (jnp.log(self.alpha + (1 - 2 * self.alpha) * part) for part in (u, v))
+        y = log_s - log_one_minus_s
+        inside = jnp.clip(y, tables.first_of(k), tables.last_of(k))  # of the interval of level k
+        y = y + jax.lax.stop_gradient(inside - y)
+        logdet = sum_event(math.log1p(-2 * self.alpha) - log_s - log_one_minus_s + jnp.log(cell.slope))
+        return y.reshape(x.shape), logdet
+
+    def inverse_and_logdet(self, y: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+        """``x``, and ``sum log(dx/dy)``."""
+        entries = y.reshape(len(y), -1)
+        tables = self._tables(entries)
+        k = tables.level(entries)
+        cell = tables.cell(k)
+        u, v = ((jax.nn.sigmoid(part) - self.alpha) / (1 - 2 * self.alpha) for part in (entries, -entries))
+        x = jnp.where(u < v, cell.lower + (u - cell.below) / cell.slope, cell.upper - (v - cell.above) / cell.slope)
+        inside = jnp.clip(x, tables.smallest(k), tables.largest(k))
+        x = x + jax.lax.stop_gradient(inside - x)
+        logdet = sum_event(log_logistic(entries) - math.log1p(-2 * self.alpha) - jnp.log(cell.slope))
+        return x.reshape(y.shape), logdet
+
+    @property
+    def _commonest(self) -> int:
+        return int(np.argmax(self.frequencies))
+
+    def _tables(self, entries: Float[Array, "b d"]) -> "_Tables":
+        if self.shares is not None and len(self.shares) != entries.shape[1]:
+            raise ValueError(f"there must be a share for each of {entries.shape[1]} entries, got {len(self.shares)}")
+        return _tables(self, entries.dtype.name)
+
+
+class _Cell(NamedTuple):
+    """The cell of each entry's level.
+
+    Attributes:
+        lower, upper: Edges in ``x``.
+        below, above: ``u`` at the lower edge, and ``1 - u`` at the upper one.
+        slope: ``du/dx``.
+    """
+
+    lower: Array
+    upper: Array
+    below: Array
+    above: Array
+    slope: Array
+
+
+class _Tables(NamedTuple):
+    """What is looked up by level, and by entry where entries differ.
+
+    Attributes:
+        edges: Edges of the cells in ``x``, one more than levels.
+        below, above: Sums of the other levels' frequencies below and above each level, without the commonest.
+        frequencies: Frequency of each level.
+        others: What the other levels' frequencies are multiplied by, one an entry or one for all.
+        shares: Frequency of the commonest level, in the same form.
+        starts: Smallest float ``y`` of each cell, ``(entries or 1, levels)``.
+        commonest: The commonest level.
+    """
+
+    edges: np.ndarray
+    below: np.ndarray
+    above: np.ndarray
+    frequencies: np.ndarray
+    others: np.ndarray
+    shares: np.ndarray
+    starts: np.ndarray
+    commonest: int
+
+    def cell(self, k: Array) -> _Cell:
+        def of(table):
+            return jnp.asarray(table)[k]
+
+        others, shares = jnp.asarray(self.others)[None], jnp.asarray(self.shares)[None]
+        return _Cell(
+            lower=of(self.edges[:-1]),
+            upper=of(self.edges[1:]),
+            below=others * of(self.below) + jnp.where(k > self.commonest, shares, 0),
+            above=others * of(self.above) + jnp.where(k < self.commonest, shares, 0),
+            slope=len(self.frequencies) * jnp.where(k == self.commonest, shares, others * of(self.frequencies)),
+        )
+
+    def first_of(self, k: Array) -> Array:
+        """The smallest ``y`` of level ``k``; minus infinity for the lowest."""
+        return jnp.where(k == 0, -jnp.inf, self._starts_at(k))
+
+    def last_of(self, k: Array) -> Array:
+        """The largest ``y`` of level ``k``; infinity for the highest."""
+        highest = len(self.frequencies) - 1
+        following = self._starts_at(jnp.minimum(k + 1, highest))
+        return jnp.where(k == highest, jnp.inf, jnp.nextafter(following, jnp.full_like(following, -jnp.inf)))
+
+    def level(self, y: Array) -> Array:
+        """The level whose interval holds ``y``."""
+        starts = jnp.asarray(self.starts)
+        if len(starts) == 1:
+            found = jnp.searchsorted(starts[0], y, side="right")
+        else:
+            found = jax.vmap(lambda row, y: jnp.searchsorted(row, y, side="right"), (0, 1), 1)(starts, y)
+        return jnp.clip(found - 1, 0, len(self.frequencies) - 1)
+
+    def smallest(self, k: Array) -> Array:
+        """The smallest ``x`` of level ``k``; the lowest has none."""
+        smallest, _ = cells(len(self.frequencies), self.edges.dtype)
+        return jnp.where(k == 0, -jnp.inf, jnp.asarray(smallest)[k])
+
+    def largest(self, k: Array) -> Array:
+        """The largest ``x`` of level ``k``; the highest has none."""
+        _, largest = cells(len(self.frequencies), self.edges.dtype)
+        return jnp.where(k == len(self.frequencies) - 1, jnp.inf, jnp.asarray(largest)[k])
+
+    def _starts_at(self, k: Array) -> Array:
+        starts = jnp.asarray(self.starts)
+        return starts[0][k] if len(starts) == 1 else starts[jnp.arange(len(starts))[None], k]
+
+
+@functools.lru_cache(maxsize=8)
+def _tables(spec: Equalize, dtype: str) -> _Tables:
+    """The tables, computed in float64."""
+    f, m = np.asarray(spec.frequencies, np.float64), spec._commonest
+    rest = np.where(np.arange(len(f)) == m, 0, f)
+    below = np.concatenate([[0.0], np.cumsum(rest)[:-1]])
+    above = np.concatenate([np.cumsum(rest[::-1])[::-1][1:], [0.0]])
+    p = np.asarray(spec.shares or (f[m],), np.float64)
+    others = (1 - p) / (1 - f[m])
+    at_edge = others[:, None] * below + np.where(np.arange(len(f)) > m, p[:, None], 0)
+    above_edge = others[:, None] * (above + rest) + np.where(np.arange(len(f)) <= m, p[:, None], 0)
+    starts = np.log(spec.alpha + (1 - 2 * spec.alpha) * at_edge) - np.log(spec.alpha + (1 - 2 * spec.alpha) * above_edge)
+    starts = _increasing(starts.astype(dtype))
+    edges = np.arange(len(f) + 1) / len(f)
+    tables = (edges, below, above, f, others, p)
+    return _Tables(*(table.astype(dtype) for table in tables), starts, m)
+
+
+def _increasing(rows: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
+    """The rows with ties moved to the next larger float, so that no interval is empty."""
+    for k in range(1, rows.shape[1]):
+        rows[:, k] = np.maximum(rows[:, k], np.nextafter(rows[:, k - 1], rows.dtype.type(np.inf)))
+    return rows
+
+
+def level_frequencies(images: Integer[np.ndarray, "..."], num_levels: int = 256) -> tuple[float, ...]:
+    """Frequency of each level, none 0: ``(count + 1) / (total + num_levels)``.
+
+    Args:
+        images: Training data, integers in ``[0, num_levels)``.
+        num_levels: Number of levels.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+    counts = np.zeros(num_levels, np.int64)
+    for part in np.array_split(images, max(1, images.size // 2**26)):  # a view of a file must not be read at once
+        found = np.bincount(part.ravel(), minlength=num_levels)
+        if len(found) > num_levels:
+            raise ValueError(f"images must hold values below num_levels={num_levels}, got {len(found) - 1}")
+        counts += found
+    return tuple(((counts + 1) / (counts.sum() + num_levels)).tolist())
+
+
+def entry_shares(images: Integer[np.ndarray, "n ..."], frequencies: Sequence[float]) -> tuple[float, ...]:
+    """Frequency of the commonest level at each entry of an example, mixed with 1 % of its frequency over all entries.
+
+    Args:
+        images: Training data, integers.
+        frequencies: Frequencies of the levels, from `level_frequencies`.
+
+    Returns:
+        Numbers in (0, 1), one for each entry of an example in row-major order.
+    """
+    commonest = int(np.argmax(frequencies))
+    counts = np.zeros(images.shape[1:], np.int64)
+    for part in np.array_split(images, max(1, images.size // 2**26)):
+        counts += (part == commonest).sum(axis=0)
+    shares = (1 - WEIGHT_OF_ALL) * counts / len(images) + WEIGHT_OF_ALL * frequencies[commonest]
+    return tuple(shares.ravel().tolist())

@@ -1,0 +1,92 @@
+"""The head of a classifier: BatchNorm, ReLU, average over all positions, linear; and the loss of its logits."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Key
+
+BATCH_NORM_EPS = 1e-5
+
+Statistics = Mapping[str, Float[Array, " c"]]  # "mean" and "var" of every channel
+
+
+def batch_statistics(x: Float[Array, "b ... c"], *, axis_name: str | None = None) -> dict[str, Float[Array, " c"]]:
+    """Mean and (biased) variance of every channel over the batch and all positions.
+
+    Args:
+        x: A batch.
+        axis_name: Mapped axis that the batch is spread over in equal shares: the statistics are those of the whole batch.
+    """
+    over_devices = (lambda value: value) if axis_name is None else (lambda value: lax.pmean(value, axis_name))
+    axes = tuple(range(x.ndim - 1))
+    mean = over_devices(jnp.mean(x, axis=axes))
+    var = over_devices(jnp.mean(jnp.square(x - by_channel(mean, x)), axis=axes))  # two passes: a large mean costs no digits
+    return {"mean": mean, "var": var}
+
+
+def batch_norm(params: Mapping[str, Array], statistics: Statistics, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
+    """``scale (x - mean) / sqrt(var + eps) + bias`` by channel (Ioffe and Szegedy 2015)."""
+    mean, var, scale, bias = (
+        by_channel(a, x) for a in (statistics["mean"], statistics["var"], params["scale"], params["bias"])
+    )
+    return (x - mean) * (scale * lax.rsqrt(var + BATCH_NORM_EPS)) + bias
+
+
+def pool(params: Any, statistics: Statistics, features: Float[Array, "b ... c"]) -> Float[Array, "b c"]:
+    """What the head's linear layer sees of features: normalised, rectified, averaged over all positions."""
+    h = jax.nn.relu(batch_norm(params["norm"], statistics, features))
+    return jnp.mean(h, axis=tuple(range(1, h.ndim - 1)))
+
+
+def linear(params: Any, pooled: Float[Array, "b c"]) -> Float[Array, "b k"]:
+    """Logits of pooled features."""
+    return pooled @ params["linear"]["kernel"] + params["linear"]["bias"].reshape(1, -1)
+
+
+def apply_head(params: Any, statistics: Statistics, features: Float[Array, "b ... c"]) -> Float[Array, "b k"]:
+    """Logits of features.
+
+    Args:
+        params: ``{"norm": {"scale", "bias"}, "linear": {"kernel", "bias"}}``.
+        statistics: Statistics of the batch in training, see `batch_statistics`; their running averages after it.
+        features: Array with channels last.
+    """
+    return linear(params, pool(params, statistics, features))
+
+
+def initial_head(key: Key[Array, ""], num_channels: int, num_classes: int) -> dict[str, dict[str, Array]]:
+    """A head that normalises, with logits of variance about one half."""
+    kernel = jax.random.normal(key, (num_channels, num_classes)) / jnp.sqrt(num_channels)
+    norm = {"scale": jnp.ones(num_channels), "bias": jnp.zeros(num_channels)}
+    return {"norm": norm, "linear": {"kernel": kernel, "bias": jnp.zeros(num_classes)}}
+
+
+def cross_entropy(logits: Float[Array, "b k"], labels: Int[Array, " b"], *, label_smoothing: float = 0.0) -> Float[Array, " b"]:
+    r"""``-sum_k q_k log p_k`` in nats with ``q = (1 - s) onehot + s / K`` (Szegedy et al. 2016, sec. 7).
+
+    Args:
+        logits: ``K`` an example.
+        labels: Classes, in ``[0, K)``.
+        label_smoothing: ``s`` in [0, 1); 0 is the plain cross-entropy.
+
+    Raises:
+        ValueError: If ``label_smoothing`` is out of range.
+    """
+    check_label_smoothing(label_smoothing)
+    log_p = jax.nn.log_softmax(logits)
+    of_label = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+    return -(1 - label_smoothing) * of_label - label_smoothing * jnp.mean(log_p, axis=1)
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    """Raises ``ValueError`` unless ``label_smoothing`` is in [0, 1)."""
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}: 0 is none, .1 is usual")
+
+
+def by_channel(values: tuple[float, ...] | Float[Array, " c"], x: Array) -> Float[Array, "..."]:
+    """Gives one value a channel, or one for all, as many axes as ``x``."""
+    return jnp.asarray(values, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))

@@ -1,0 +1,102 @@
+"""Priors of latents: independent normal or logistic distributions with learned means and scales.
+
+A prior is its name and its parameters, ``{"mean", "log_std"}`` of "gaussian" or ``{"mean", "log_scale"}`` of "logistic", one
+each a dimension.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from iresnet_jax.bijections.transforms.logit import log_logistic
+
+Parameters = Mapping[str, Float[Array, "..."]]
+
+
+class _Family(NamedTuple):
+    """A location-scale family: the name of its scale, the log-density of its standard member, and how to draw from that."""
+
+    log_scale: str
+    log_density: Callable[[Array], Array]
+    draw: Callable[..., Array]
+
+
+PRIORS = {
+    "gaussian": _Family("log_std", lambda t: -0.5 * jnp.square(t) - 0.5 * math.log(2 * math.pi), jax.random.normal),
+    "logistic": _Family("log_scale", log_logistic, jax.random.logistic),
+}
+
+
+def log_prob(kind: str, params: Parameters, z: Float[Array, "b d"]) -> Float[Array, " b"]:
+    r"""Log-density ``sum (log p(t) - log_scale)``, ``t = (z - mean) / scale``; natural log, exact.
+
+    ``log p(t)`` is ``-t^2 / 2 - log(2 pi) / 2`` ("gaussian") or ``log sigmoid(t) + log sigmoid(-t)`` ("logistic", whose
+    standard deviation is ``pi / sqrt(3)`` times its scale and whose tails are linear in ``|t|``).
+
+    Args:
+        kind: "gaussian" or "logistic".
+        params: Parameters of the prior.
+        z: One row an example.
+
+    Raises:
+        ValueError: If the prior is unknown, or ``params`` and ``z`` differ in their number of dimensions.
+
+    Example:
+        >>> log_prob("gaussian", standard("gaussian", 48), z)
+    """
+    family = _family(kind)
+    mean, log_scale = params["mean"], params[family.log_scale]
+    if mean.shape != z.shape[1:] or log_scale.shape != z.shape[1:]:
+        raise ValueError(
+            f"the prior must have parameters of shape {z.shape[1:]} for z of shape {z.shape}, got {mean.shape} and "
+            f"{log_scale.shape}: give every dimension its own"
+        )
+    t = (z - mean[None]) * jnp.exp(-log_scale[None])
+    return jnp.sum(family.log_density(t) - log_scale[None], axis=1)
+
+
+def sample(kind: str, params: Parameters, key: Key[Array, ""], n: int, temperature: float = 1.0) -> Float[Array, "{n} d"]:
+    """Draws ``mean + temperature * scale * e`` with ``e`` from the standard member.
+
+    Args:
+        kind: "gaussian" or "logistic".
+        params: Parameters of the prior.
+        key: One typed key.
+        n: Number of samples, at least 1.
+        temperature: Factor on the scale, at least 0, where every sample is the mean. 1 samples the prior.
+
+    Raises:
+        ValueError: If the prior is unknown, or ``n`` or ``temperature`` is out of range.
+
+    Example:
+        >>> z = sample("logistic", standard("logistic", 48), jax.random.key(0), 64, temperature=0.7)
+    """
+    family = _family(kind)
+    if n < 1 or not temperature >= 0:
+        raise ValueError(
+            f"n must be at least 1 and temperature at least 0, got {n} and {temperature}: "
+            "a temperature below 1 concentrates the samples, 0 gives the mean"
+        )
+    mean, log_scale = params["mean"], params[family.log_scale]
+    return mean[None] + temperature * jnp.exp(log_scale[None]) * family.draw(key, (n, *mean.shape), mean.dtype)
+
+
+def standard(kind: str, num_dims: int, num_classes: int | None = None) -> dict[str, Array]:
+    """Parameters of the standard member; with classes one for each, and ``class_logits`` of classes that are equally likely.
+
+    Raises:
+        ValueError: If the prior is unknown.
+    """
+    zeros = jnp.zeros(num_dims if num_classes is None else (num_classes, num_dims))
+    classes = {} if num_classes is None else {"class_logits": jnp.zeros(num_classes)}
+    return {"mean": zeros, _family(kind).log_scale: zeros, **classes}
+
+
+def _family(kind: str) -> _Family:
+    if kind not in PRIORS:
+        raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {kind!r}")
+    return PRIORS[kind]

@@ -1,0 +1,220 @@
+"""A model as one file: its spec as JSON and its arrays, and nothing of its training.
+
+Bounds of norms are not stored: `load` computes them anew from the weights it finds, so a file cannot claim a certificate that
+its weights do not have.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import types
+import typing
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from iresnet_jax.bijections.transforms.equalize import Equalize
+from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
+from iresnet_jax.files import replacing
+from iresnet_jax.models import priors
+from iresnet_jax.models.branch import initial_weights
+from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.flow import FlowSpec, StageSpec, as_params, certify
+
+FILE_NAME = "model.npz"
+FORMAT = 2
+_HEADER = "header"
+_MOST_HEADER = 2**24  # bytes
+
+Model = Density | Classifier
+Spec = DensitySpec | ClassifierSpec
+_KINDS = {kind.__name__: kind for kind in (DensitySpec, ClassifierSpec, FlowSpec, StageSpec, Identity, Center, Logit, Equalize)}
+
+
+def spec_to_plain(spec: Any) -> Any:
+    """A spec as JSON data, each dataclass with its name under "kind"; the inverse of `spec_from_plain`."""
+    if dataclasses.is_dataclass(spec):
+        fields = {field.name: spec_to_plain(getattr(spec, field.name)) for field in dataclasses.fields(spec)}
+        return {"kind": type(spec).__name__, **fields}
+    return [spec_to_plain(entry) for entry in spec] if isinstance(spec, tuple) else spec
+
+
+def spec_from_plain(plain: Any) -> Any:
+    """A spec from JSON data.
+
+    Raises:
+        ValueError: If a kind or a field is unknown, missing or of the wrong type, or the spec contradicts itself.
+    """
+    if isinstance(plain, list):
+        return tuple(spec_from_plain(entry) for entry in plain)
+    if not isinstance(plain, dict):
+        return plain
+    kind = _KINDS.get(plain.get("kind", ""))
+    if kind is None:
+        raise ValueError(f"a model has no part of the kind {plain.get('kind')!r}")
+    fields = {name: spec_from_plain(value) for name, value in plain.items() if name != "kind"}
+    expected = typing.get_type_hints(kind)
+    if fields.keys() != expected.keys():
+        raise ValueError(f"a {kind.__name__} has the fields {sorted(expected)}, not {sorted(fields)}")
+    for name, value in fields.items():
+        if not _fits(value, expected[name]):
+            raise ValueError(f"{kind.__name__}.{name} cannot be {value!r}")
+    return kind(**fields)
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value has an annotated type: plain types, tuples, unions and dataclasses."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is tuple:
+        of = arguments[0] if arguments[-1] is Ellipsis else None
+        sizes = [of] * len(value) if of and isinstance(value, tuple) else list(arguments)
+        return isinstance(value, tuple) and len(value) == len(sizes) and all(map(_fits, value, sizes))
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation or type(None))
+
+
+def save(model: Model, path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> Path:
+    """Writes a model to one file, all at once.
+
+    Args:
+        model: A model whose network is a bijection.
+        path: The file; ``.npz`` is its customary end.
+        about: JSON data that travel with the model, such as the settings of its training.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If it is a network with BatchNorm in its branches.
+    """
+    if isinstance(model, Classifier):
+        model.require_bijection()
+    path = Path(path)
+    header = {"format": FORMAT, "spec": spec_to_plain(model.spec), "about": dict(about or {})}
+    arrays: dict[str, Any] = {_name(key): np.asarray(leaf) for key, leaf in jax.tree.leaves_with_path(_arrays(model))}
+    arrays[_HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    with replacing(path) as incoming, incoming.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    return path
+
+
+def load(path: str | os.PathLike[str]) -> Model:
+    """Reads a model that `save` wrote, with bounds of its norms computed anew.
+
+    Args:
+        path: The file, or a folder that holds ``model.npz``.
+
+    Raises:
+        ValueError: If there is none, or it is damaged or from another version.
+
+    Example:
+        >>> model = load("runs/digits_density/model.npz")  # doctest: +SKIP
+        >>> samples, info = model.sample(jax.random.key(0), 64)  # doctest: +SKIP
+    """
+    return read(path)[0]
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]:
+    """The model as `load` gives it, and what `save` was told about it."""
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"there is no model {path}: write one with python -m iresnet_jax freeze --workdir DIR, or model.save")
+    damaged = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, AttributeError, TypeError, ValueError)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            header = json.loads(_read_array(archive, _HEADER, None).tobytes())
+            if header.get("format") != FORMAT:
+                raise ValueError(f"its format is {header.get('format')}, not {FORMAT}")
+            spec = spec_from_plain(header["spec"])
+            with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); models are in float32, wherever they are read
+                expected = jax.eval_shape(lambda: _empty(spec))
+            arrays = jax.tree.map_with_path(lambda key, leaf: _read_array(archive, _name(key), leaf), expected)
+            if left_over := set(archive.namelist()) - {f"{_HEADER}.npy"} - {f"{name}.npy" for name in _names(expected)}:
+                raise ValueError(f"it holds {sorted(left_over)[0]}, which such a model does not have")
+    except damaged as error:
+        raise ValueError(
+            f"{path} is damaged or was written by another version ({error}): freeze or save the model again"
+        ) from None
+    return with_bounds(spec, jax.tree.map(jnp.asarray, arrays)), header["about"]
+
+
+def with_bounds(spec: Spec, arrays: Mapping[str, Any]) -> Model:
+    """A model of weights as they are, with guaranteed bounds of their norms.
+
+    Args:
+        spec: All that defines the model but its weights.
+        arrays: ``params`` as `flow.certify` takes them, and the rest of the fields of the model's class by name.
+    """
+    rest = {name: value for name, value in arrays.items() if name != "params"}
+    found = jax.jit(lambda params: certify(spec.flow, params))(arrays["params"])
+    kind = Density if isinstance(spec, DensitySpec) else Classifier
+    return kind(spec, found.weights, bounds=found.bounds, **rest)
+
+
+def _arrays(model: Model) -> dict[str, Any]:
+    """The arrays of a model that are not computed from others, as `with_bounds` takes them."""
+    fields = ("prior",) if isinstance(model, Density) else ("head", "statistics")
+    return {"params": as_params(model.weights), **{name: getattr(model, name) for name in fields}}
+
+
+def _empty(spec: Spec) -> dict[str, Any]:
+    """Arrays of the shapes that a model of this spec has."""
+
+    def blocks(stage):
+        channels = stage.branch.in_shape[-1:]
+        scale = {"bias": jnp.zeros(channels), "log_scale": jnp.zeros(channels)}
+        keys = jax.random.split(jax.random.key(0), stage.spec.num_blocks)
+        return jax.vmap(lambda key: {**initial_weights(stage.branch, key), "actnorm": scale})(keys)
+
+    params = {stage.name: {"blocks": blocks(stage)} for stage in spec.flow.layout}
+    if isinstance(spec, DensitySpec):
+        return {"params": params, "prior": priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes)}
+    channels, classes = spec.feature_shape[-1], spec.num_classes
+    of_channels = jnp.zeros(channels)
+    head = {
+        "norm": {"scale": of_channels, "bias": of_channels},
+        "linear": {"kernel": jnp.zeros((channels, classes)), "bias": jnp.zeros(classes)},
+    }
+    return {"params": params, "head": head, "statistics": {"head": {"mean": of_channels, "var": of_channels}}}
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, expected: Any) -> np.ndarray:
+    """One array of the file, once its header says that it is what it should be: nothing is allocated on a file's word."""
+    member = archive.getinfo(f"{name}.npy")
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = read_header(file)
+        if expected is None:
+            if dtype != np.uint8 or len(shape) != 1 or shape[0] > min(member.file_size, _MOST_HEADER):
+                raise ValueError("its header is none")
+        elif (shape, dtype, fortran) != (expected.shape, expected.dtype, False):
+            raise ValueError(f"{name} is {dtype} of shape {shape}, not {expected.dtype} of shape {expected.shape}")
+        array = np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+        if file.read(1):
+            raise ValueError(f"{name} goes on after its end")
+    if not np.all(np.isfinite(array)):
+        raise ValueError(f"{name} holds numbers that are not finite")
+    return array
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _names(tree: Any) -> list[str]:
+    return [_name(path) for path, _ in jax.tree.leaves_with_path(tree)]

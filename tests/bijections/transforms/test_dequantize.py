@@ -1,0 +1,139 @@
+"""Integers and the unit interval: exact cells, uniform noise, and a lower bound of the levels' log-likelihood."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import integrate, stats
+
+from iresnet_jax.bijections.transforms.dequantize import cells, check_levels, dequantize, dequantize_bijection, quantize
+from iresnet_jax.models import priors
+
+EXACT = 1e-10  # float64, same maths by another route
+P_VALUE = 1e-3  # fixed seeds: a correct sampler passes or fails once and for all
+
+
+@pytest.mark.parametrize("num_levels", [2, 3, 17, 49, 255, 256])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_every_edge_of_every_cell_returns_its_level(x64, num_levels, dtype):
+    """No float of a cell may leave it: 0 and almost 1 as noise are the extremes."""
+    smallest, largest = cells(num_levels, np.dtype(dtype))
+    levels = np.arange(num_levels)
+    assert largest[-1] < 1
+    np.testing.assert_array_equal(smallest[1:], np.nextafter(largest[:-1], np.ones((), dtype)))  # no gap, no overlap
+    for function in (quantize, jax.jit(quantize, static_argnums=1)):
+        np.testing.assert_array_equal(function(jnp.asarray(smallest), num_levels), levels)
+        np.testing.assert_array_equal(function(jnp.asarray(largest), num_levels), levels)
+
+
+@pytest.mark.parametrize("num_levels", [17, 256])
+def test_dequantized_highest_level_stays_below_one_in_float32(num_levels):
+    x = jnp.full((64, 2**14), num_levels - 1, jnp.uint8)
+    key = jax.random.key(0)
+    y = dequantize(key, x, num_levels)
+    assert y.dtype == jnp.float32
+    assert y.max() < 1
+    np.testing.assert_array_equal(quantize(y, num_levels), x)
+    if num_levels == 256:  # the naive formula does reach 1 on these very numbers, so the test above can fail
+        naive = (x.astype(jnp.float32) + jax.random.uniform(key, x.shape)) / num_levels
+        assert naive.max() == 1
+
+
+@settings(max_examples=10)  # each number of levels compiles anew
+@given(seed=st.integers(0, 2**31 - 1), num_levels=st.integers(2, 256))
+def test_quantize_inverts_dequantize(seed, num_levels):
+    x = jnp.asarray(np.random.default_rng(seed).integers(num_levels, size=(2, 5, 5)), jnp.int32)
+    y = dequantize(jax.random.key(seed), x, num_levels)
+    assert 0 <= y.min() <= y.max() < 1
+    np.testing.assert_array_equal(quantize(y, num_levels), x)
+
+
+def test_dequantization_noise_is_uniform_and_independent_of_the_level():
+    x = jnp.asarray(np.arange(20000).reshape(20, 1000) % 256, jnp.uint8)
+    y = np.asarray(dequantize(jax.random.key(1), x), np.float64)
+    noise = (256 * y - np.asarray(x)).ravel()
+    assert stats.kstest(noise, "uniform").pvalue > P_VALUE
+    assert abs(np.corrcoef(noise, np.asarray(x).ravel())[0, 1]) < 5 / np.sqrt(noise.size)
+
+
+def test_a_key_for_each_example_makes_its_noise_independent_of_the_batch():
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jnp.asarray(np.random.default_rng(0).integers(256, size=(4, 3, 2)), jnp.uint8)
+    y = dequantize(keys, x)
+    np.testing.assert_array_equal(dequantize(keys[2:], x[2:]), y[2:])
+    np.testing.assert_array_equal(dequantize(keys[1], x[1][None])[0].shape, x.shape[1:])
+    noise = 256 * np.asarray(y) - np.asarray(x)
+    assert len(np.unique(noise)) == noise.size
+    jitted = jax.jit(dequantize, static_argnums=2)(keys, x, 256)
+    np.testing.assert_array_equal(jitted, y)
+
+
+def test_levels_out_of_range_become_nan_and_samples_out_of_range_are_clipped():
+    y = dequantize(jax.random.key(0), jnp.array([[-1, 0, 31, 32]]), 32)
+    np.testing.assert_array_equal(np.isnan(y), [[True, False, False, True]])
+    x = quantize(jnp.array([-jnp.inf, -0.1, 1.0, 7.0]), 32)
+    np.testing.assert_array_equal(x, [0, 0, 31, 31])
+
+
+def test_its_log_determinant_is_the_volume_of_the_cells():
+    x = jnp.asarray(np.random.default_rng(0).integers(17, size=(3, 2, 2, 1)), jnp.uint8)
+    bijection = dequantize_bijection(17)
+    u, logdet, _ = bijection.forward_and_logdet(x, jax.random.key(0))
+    np.testing.assert_allclose(logdet, -4 * np.log(17), rtol=1e-6)
+    back, inverse_logdet, _, info = bijection.inverse_and_logdet(u, jax.random.key(0))
+    np.testing.assert_array_equal(back, x)
+    np.testing.assert_array_equal(inverse_logdet, -logdet)
+    assert info.converged.all()
+    np.testing.assert_allclose(bijection.forward(x), (np.asarray(x) + 0.5) / 17, rtol=1e-6)
+    assert np.isnan(bijection.forward(jnp.array([[-1, 17]]))).all()
+
+
+def test_uniform_dequantisation_bounds_the_discrete_bits_from_above(x64):
+    """Logistic density on [0, 1) x num_levels, whose cells have a closed-form probability."""
+    num_levels, scale = 8, 0.07
+    prior = {"mean": jnp.asarray([0.45]), "log_scale": jnp.log(jnp.asarray([scale]))}
+    edges = stats.logistic(0.45, scale).cdf(np.arange(num_levels + 1) / num_levels)
+    probabilities = np.diff(edges)
+    for level in range(num_levels):
+        x = jnp.full((4000, 1), level, jnp.uint8)
+        y = dequantize(jax.random.key(level), x, num_levels, dtype=jnp.float64)
+        bits = -np.asarray(priors.log_prob("logistic", prior, y)) / np.log(2) + np.log2(num_levels)
+        # Jensen's gap in closed form, by quadrature over the cell.
+        density = stats.logistic(0.45, scale).logpdf
+        low, high = level / num_levels, (level + 1) / num_levels
+        mean_log = num_levels * integrate.quad(density, low, high)[0]
+        exact_bound = -mean_log / np.log(2) + np.log2(num_levels)
+        assert exact_bound > -np.log2(probabilities[level])
+        standard_error = bits.std() / np.sqrt(bits.size)
+        assert standard_error < 0.05
+        assert abs(bits.mean() - exact_bound) < 5 * standard_error
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: dequantize(jax.random.key(0), jnp.zeros((2, 3), jnp.uint8), 1), "got 1"),
+        (lambda: quantize(jnp.zeros(3), 257), r"\[2, 256\], got 257"),
+        (
+            lambda: dequantize(jax.random.split(jax.random.key(0), 3), jnp.zeros((2, 3), jnp.uint8)),
+            r"shape \(\) or \(2,\), got .* of shape \(3,\)",
+        ),
+        # Without the tests' import hook, which refuses the kind of key first.
+        (
+            lambda: inspect.unwrap(dequantize)(jax.random.PRNGKey(0), jnp.zeros((2, 3), jnp.uint8)),
+            r"typed key .* got uint32 of shape \(2,\)",
+        ),
+        (lambda: dequantize(jax.random.key(0), jnp.zeros((2, 3), jnp.uint8), dtype=jnp.float16), "got float16"),
+        (lambda: check_levels(jnp.zeros((2, 4), jnp.uint8), 8, (3,)), r"shape \(batch, 3\) .* got an array of shape \(2, 4\)"),
+        (lambda: check_levels(jnp.zeros((2, 3)), 8, (3,)), "integer levels 0 to 7, got float32: undo the scaling"),
+        (lambda: check_levels(jnp.array([[0, 3, 8]]), 8, (3,)), "got levels from 0 to 8"),
+        (lambda: check_levels(jnp.array([[0, 3, -1]]), 8, (3,)), "got levels from -1 to 3"),
+    ],
+)
+def test_caller_mistakes(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()

@@ -1,0 +1,104 @@
+"""Priors against SciPy and quadrature."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate, stats
+
+from iresnet_jax.models import priors
+
+EXACT = 1e-10  # float64, same maths by another route
+QUADRATURE = 1e-8  # what scipy.integrate.quad promises by default
+SINGLE = 1e-5  # float32, same maths by another route
+P_VALUE = 1e-3  # fixed seeds: a correct sampler passes or fails once and for all
+
+PRIORS = {"gaussian": ("log_std", stats.norm), "logistic": ("log_scale", stats.logistic)}
+
+
+def prior_and_oracle(name, d=3, seed=0):
+    rng = np.random.default_rng(seed)
+    mean, log_scale = rng.normal(size=d), rng.normal(size=d)
+    scale_name, distribution = PRIORS[name]
+    params = {"mean": jnp.asarray(mean), scale_name: jnp.asarray(log_scale)}
+    return params, functools.partial(priors.log_prob, name), distribution(mean, np.exp(log_scale))
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_log_prob_matches_scipy(x64, name):
+    params, log_prob, oracle = prior_and_oracle(name)
+    z = np.concatenate([np.random.default_rng(1).normal(size=(6, 3)), np.full((1, 3), 100.0), np.full((1, 3), -100.0)])
+    value = log_prob(params, jnp.asarray(z))
+    assert value.shape == (8,)
+    np.testing.assert_allclose(value, oracle.logpdf(z).sum(axis=1), rtol=EXACT)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_density_integrates_to_one(x64, name):
+    params, log_prob, _ = prior_and_oracle(name, d=1, seed=3)
+    density = jax.jit(lambda z: jnp.exp(log_prob(params, z.reshape(1, 1)))[0])
+    centre = float(params["mean"][0])
+    halves = [
+        integrate.quad(lambda z: float(density(jnp.asarray(z))), *ends)[0] for ends in [(-np.inf, centre), (centre, np.inf)]
+    ]
+    np.testing.assert_allclose(halves, 0.5, rtol=0, atol=QUADRATURE)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_float32_log_prob_and_gradients_are_finite_and_right_far_out(name):
+    _, distribution = PRIORS[name]
+    params, log_prob = priors.standard(name, 1), functools.partial(priors.log_prob, name)
+    z = jnp.array([[-100.0], [0.0], [100.0]])
+    np.testing.assert_allclose(log_prob(params, z), distribution.logpdf(z[:, 0]), rtol=SINGLE)
+    gradients = jax.grad(lambda p, z: jnp.sum(log_prob(p, z)), argnums=(0, 1))(params, z)
+    slope = {"gaussian": 100, "logistic": 1}[name]
+    np.testing.assert_allclose(gradients[1], [[slope], [0], [-slope]], rtol=SINGLE)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_samples_follow_the_prior_at_its_temperature(x64, name):
+    scale_name, distribution = PRIORS[name]
+    params = {"mean": jnp.asarray([1.0, -2.0]), scale_name: jnp.asarray([0.5, -1.0])}
+    sample = functools.partial(priors.sample, name)
+    for temperature in (1.0, 0.5):
+        z = np.asarray(sample(params, jax.random.key(0), 4000, temperature))
+        assert z.shape == (4000, 2)
+        for j in range(2):
+            scale = temperature * np.exp(float(params[scale_name][j]))
+            assert stats.kstest(z[:, j], distribution(float(params["mean"][j]), scale).cdf).pvalue > P_VALUE
+            # The test tells the two temperatures apart.
+            other = distribution(float(params["mean"][j]), scale * (1.5 - temperature) / temperature)
+            assert stats.kstest(z[:, j], other.cdf).pvalue < 1e-9
+        assert abs(np.corrcoef(z.T)[0, 1]) < 5 / np.sqrt(4000)
+    np.testing.assert_array_equal(sample(params, jax.random.key(0), 3, 0.0), np.tile([1.0, -2.0], (3, 1)))
+
+
+def test_priors_of_classes_are_stacked_and_equally_likely():
+    stacked = priors.standard("gaussian", 3, num_classes=2)
+    assert {name: values.shape for name, values in stacked.items()} == {"mean": (2, 3), "log_std": (2, 3), "class_logits": (2,)}
+    assert not any(np.any(values) for values in stacked.values())
+
+
+STANDARD = priors.standard("gaussian", 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: priors.log_prob("gaussian", STANDARD, jnp.zeros((4, 3))), r"shape \(3,\) .* got \(2,\) and \(2,\)"),
+        (
+            lambda: priors.log_prob("logistic", {"mean": jnp.zeros(3), "log_scale": jnp.zeros(1)}, jnp.zeros((4, 3))),
+            r"got \(3,\) and \(1,\)",
+        ),
+        (lambda: priors.sample("gaussian", STANDARD, jax.random.key(0), 0), "got 0 and 1.0"),
+        (lambda: priors.sample("gaussian", STANDARD, jax.random.key(0), 1, -0.5), "got 1 and -0.5"),
+        (lambda: priors.sample("gaussian", STANDARD, jax.random.key(0), 1, float("nan")), "got 1 and nan"),
+        (lambda: priors.standard("cauchy", 3), "prior must be one of gaussian, logistic, got 'cauchy'"),
+    ],
+)
+def test_caller_mistakes(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
