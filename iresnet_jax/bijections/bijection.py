@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections import actnorm, reshape, residual
 from iresnet_jax.maths.inverse.fixed_point import Diagonal, FixedPointInfo, example_norm
-from iresnet_jax.maths.logdet.series import LogdetEstimator, LogdetInfo, Trace
+from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo, Trace
 
 Forward = Callable[[Array, Array], tuple[Array, Array, LogdetInfo]]
 Inverse = Callable[[Array, Array], tuple[Array, Array, LogdetInfo, FixedPointInfo]]

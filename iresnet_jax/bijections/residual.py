@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.maths.inverse.fixed_point import Diagonal, FixedPointInfo, invert_residual
-from iresnet_jax.maths.logdet.series import LogdetEstimator, LogdetInfo, Trace
+from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo, Trace
 
 Branch = Callable[[Array], Array]
 AtZero = Callable[[], Array]

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Num
 from iresnet_jax.bijections import bijection as bijections
 from iresnet_jax.bijections import reshape
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
-from iresnet_jax.maths.norms import upper_bounds as certify
+from iresnet_jax.maths.lipschitz import BiLipschitz, model_bounds
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import flow as model
 
@@ -124,9 +124,9 @@ def unpad(spec: ClassifierSpec, x: Float[Array, "b h w d"]) -> Float[Array, "b h
     return images * _by_channel(spec.std, images) + _by_channel(spec.mean, images)
 
 
-def input_bounds(spec: ClassifierSpec) -> certify.BiLipschitz:
+def input_bounds(spec: ClassifierSpec) -> BiLipschitz:
     """Bounds of the Lipschitz constants of `pad` and of its inverse."""
-    return certify.model_bounds([], [-jnp.log(jnp.array(spec.std))])
+    return model_bounds([], [-jnp.log(jnp.array(spec.std))])
 
 
 def features(

@@ -26,8 +26,9 @@ from iresnet_jax.bijections import bijection as bijections
 from iresnet_jax.bijections import equalize as histogram
 from iresnet_jax.bijections import likelihood
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
-from iresnet_jax.maths.logdet.series import ExactLogdet, LogdetEstimator, LogdetInfo
-from iresnet_jax.maths.norms import upper_bounds as certify
+from iresnet_jax.maths.lipschitz import BiLipschitz, model_bounds
+from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
+from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import flow as model
 
 TRANSFORMS = ("center", "logit", "equalize", "none")
@@ -126,19 +127,19 @@ def transform(spec: DensitySpec, x: Float[Array, "b ..."]) -> tuple[Float[Array,
     return x, jnp.zeros(x.shape[0], x.dtype)
 
 
-def transform_bounds(spec: DensitySpec) -> certify.BiLipschitz:
+def transform_bounds(spec: DensitySpec) -> BiLipschitz:
     """Bounds of ``Lip(t)`` and ``Lip(t^-1)`` on [0, 1].
 
     The logit's slope ``(1 - 2 alpha) / (s (1 - s))`` with ``s`` in ``[alpha, 1 - alpha]`` lies between its values at the middle
     and at the ends, and the histogram's between those of its cells; the others shift at most.
     """
     if spec.transform not in ("logit", "equalize"):
-        return certify.model_bounds([])
+        return model_bounds([])
     slope = 1 - 2 * spec.alpha
     scales = [jnp.log(jnp.array([slope / (spec.alpha * (1 - spec.alpha)), 4 * slope]))]
     if spec.transform == "equalize":
         scales.append(jnp.log(jnp.array(histogram.all_slopes(*_histogram(spec)))))
-    return certify.model_bounds([], scales)
+    return model_bounds([], scales)
 
 
 def untransform(spec: DensitySpec, y: Float[Array, "b ..."]) -> Float[Array, "b ..."]:

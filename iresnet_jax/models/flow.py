@@ -21,8 +21,9 @@ from iresnet_jax.bijections import actnorm, reshape
 from iresnet_jax.bijections import bijection as bijections
 from iresnet_jax.bijections import compose as flow
 from iresnet_jax.maths.inverse.fixed_point import Diagonal
-from iresnet_jax.maths.logdet.series import ExactLogdet, LogdetEstimator
-from iresnet_jax.maths.norms import upper_bounds as certify
+from iresnet_jax.maths.lipschitz import BiLipschitz, branch_bound, model_bounds
+from iresnet_jax.maths.logdet.estimator import LogdetEstimator
+from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import constraint
 
@@ -252,17 +253,17 @@ def freeze(spec: FlowSpec, params: Tree, *, constrained: bool = True) -> Frozen:
         blocks = dict(params[name]["blocks"])
         scale = blocks.pop("actnorm")
         kernels, bounds[name], norms[name] = jax.lax.map(freeze_block, blocks)
-        lipschitz = jax.vmap(lambda layers: certify.branch_bound(jnp.stack(list(layers.values()))))(bounds[name])
+        lipschitz = jax.vmap(lambda layers: branch_bound(jnp.stack(list(layers.values()))))(bounds[name])
         weights[name] = {"actnorm": scale, "branch": kernels, "lipschitz": lipschitz}
     return Frozen(weights, bounds, norms)
 
 
-def bilipschitz(spec: FlowSpec, weights: Tree) -> certify.BiLipschitz:
+def bilipschitz(spec: FlowSpec, weights: Tree) -> BiLipschitz:
     """Bounds of ``Lip(F)`` and ``Lip(F^-1)`` of the whole flow, guaranteed for weights from `freeze`; pessimistic in depth."""
-    bounds = certify.model_bounds([])
+    bounds = model_bounds([])
     for name, stage in reversed(list(zip(stage_names(spec), spec.stages, strict=True))):
         log_scales = jnp.asarray(weights[name]["actnorm"]["log_scale"])
-        own = certify.model_bounds(jnp.asarray(weights[name]["lipschitz"]), list(log_scales))
+        own = model_bounds(jnp.asarray(weights[name]["lipschitz"]), list(log_scales))
         bounds = own.compose(bounds.beside_identity() if stage.factor_out else bounds)
     return bounds
 

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections import bijection as bijections
 from iresnet_jax.bijections import likelihood, reshape
-from iresnet_jax.maths.logdet.series import ExactLogdet, LogdetEstimator
+from iresnet_jax.maths.logdet.estimator import LogdetEstimator
+from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import classifier, constraint
 from iresnet_jax.models import flow as model

@@ -15,7 +15,8 @@ from iresnet_jax.bijections import bijection as bijections
 from iresnet_jax.bijections import compose as flow
 from iresnet_jax.bijections import likelihood
 from iresnet_jax.bijections.actnorm import ActNormParams
-from iresnet_jax.maths.logdet.series import ExactLogdet, SeriesLogdet
+from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import constraint
 from iresnet_jax.models import flow as model
