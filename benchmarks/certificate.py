@@ -15,7 +15,7 @@ import _record
 import jax
 import jax.numpy as jnp
 
-from iresnet_jax.maths.logdet.series import SeriesLogdet
+from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import density
 from iresnet_jax.models import flow as model
 from iresnet_jax.models import linen as modules

@@ -17,7 +17,7 @@ from _record import describe, interleave, parser, summarize, table, write
 from inverse import blocks
 
 from iresnet_jax.evaluation import trained
-from iresnet_jax.maths.logdet.series import SeriesLogdet
+from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import density
 from iresnet_jax.models import flow as model

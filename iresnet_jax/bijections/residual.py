@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.maths.inverse.fixed_point import Diagonal, FixedPointInfo, invert_residual
-from iresnet_jax.maths.logdet.series import LogdetEstimator, LogdetInfo, Trace
+from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo, Trace
 
 
 class Branch(NamedTuple):

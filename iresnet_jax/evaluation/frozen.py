@@ -23,7 +23,8 @@ from jaxtyping import Array, Float, Int, Key, Num
 from iresnet_jax.bijections import bijection as bijections
 from iresnet_jax.files import replacing
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
-from iresnet_jax.maths.logdet.series import ExactLogdet, LogdetEstimator
+from iresnet_jax.maths.logdet.estimator import LogdetEstimator
+from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import classifier, density
 from iresnet_jax.models import flow as model
 from iresnet_jax.training import config as config_lib

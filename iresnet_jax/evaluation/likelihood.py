@@ -17,9 +17,11 @@ import numpy as np
 from jaxtyping import Float
 
 from iresnet_jax.evaluation.trained import Trained, require_density
+from iresnet_jax.maths.logdet.estimator import LogdetEstimator
+from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
-from iresnet_jax.maths.logdet.series import ExactLogdet, LogdetEstimator, SeriesLogdet
 from iresnet_jax.models import density
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import parallel, run

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths.norms import upper_bounds as certify
+from iresnet_jax.maths.norms import layer_certificates as certify
 from iresnet_jax.maths.norms.power_iteration import soft_normalize, spectral_norm
 from iresnet_jax.models.branch import BranchSpec, Weights, linear_map
 

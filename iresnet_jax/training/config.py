@@ -15,8 +15,11 @@ import optax
 from ml_collections import config_dict
 
 from iresnet_jax.bijections import bijection as bijections
-from iresnet_jax.maths.logdet import krylov, roulette
-from iresnet_jax.maths.logdet import series as logdet
+from iresnet_jax.maths.logdet.estimator import LogdetEstimator
+from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
+from iresnet_jax.maths.logdet.krylov import KrylovLogdet
+from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.models import flow as model
 from iresnet_jax.training import optimizers
 
@@ -182,24 +185,24 @@ def estimator_settings(**overrides: Any) -> dict[str, Any]:
     return {**settings, **overrides}
 
 
-def build_estimator(settings: Settings, num_terms: int | None = None) -> logdet.LogdetEstimator:
+def build_estimator(settings: Settings, num_terms: int | None = None) -> LogdetEstimator:
     """The estimator that ``estimator_settings`` describe, or the one with another number of terms."""
     kind = settings["kind"]
     count: int = settings["num_terms"] if num_terms is None else num_terms
     probes = {name: settings[name] for name in ("num_probes", "probe", "exact_trace")}
     if kind == "exact":
-        return logdet.ExactLogdet()
+        return ExactLogdet()
     if kind == "series":
-        return logdet.SeriesLogdet(num_terms=count, **probes)
+        return SeriesLogdet(num_terms=count, **probes)
     if kind == "roulette":
-        return roulette.RouletteLogdet(
+        return RouletteLogdet(
             distribution=settings["distribution"],
             parameter=settings["parameter"],
             num_exact_terms=settings["num_exact_terms"],
             **probes,
         )
     if kind == "krylov":
-        return krylov.KrylovLogdet(num_steps=count, **probes)
+        return KrylovLogdet(num_steps=count, **probes)
     raise ValueError(f"logdet.kind must be exact, series, roulette or krylov, got {kind!r}")
 
 

@@ -18,7 +18,7 @@ from iresnet_jax.evaluation import environment, frozen, lipschitz, trained
 from iresnet_jax.evaluation import inversion as reconstruct
 from iresnet_jax.evaluation import likelihood as evaluate
 from iresnet_jax.evaluation import samples as sample
-from iresnet_jax.maths.logdet.series import SeriesLogdet
+from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import density
 from iresnet_jax.report import report
 from iresnet_jax.training import loop

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from iresnet_jax.bijections import bijection as bijections
+from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
-from iresnet_jax.maths.logdet.series import ExactLogdet
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import constraint, density
 from iresnet_jax.models import flow as model

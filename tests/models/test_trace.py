@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet, weighted_series
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
-from iresnet_jax.maths.logdet.series import ExactLogdet, SeriesLogdet, weighted_series
 from iresnet_jax.models import branch as branches
 
 EXACT = 1e-10

@@ -21,20 +21,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from iresnet_jax.maths.logdet.series import (
-    Branch,
-    LogdetInfo,
-    Trace,
-    draw_probes,
-    mean_and_stderr,
-    transposed_jacobian,
-    with_gradient,
-)
+from iresnet_jax.maths.logdet.estimator import Branch, LogdetInfo, Trace, draw_probes, mean_and_stderr
+from iresnet_jax.maths.logdet.jacobian_products import transposed_jacobian, with_gradient
 from iresnet_jax.maths.rounding import at_least
 
 NUM_NODES = 24  # of the quadrature, whose error is below 1e-9 |v|^2 up to L = .98, 3e-8 |v|^2 at .99, 1e-4 |v|^2 at .999
@@ -124,6 +118,7 @@ def solve_hessenberg(matrix: Float[Array, "n n ..."]) -> Float[Array, "n ..."]:
     return lax.scan(substitute, jnp.zeros_like(matrix[0]), (order, rows, rhs), reverse=True)[0]
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class KrylovLogdet:
     """Arnoldi's method with ``num_steps`` products (Saad 1992): biased by at most its bound, and hardly ever by as much.

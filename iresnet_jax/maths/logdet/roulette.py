@@ -1,26 +1,25 @@
 """``log det(I + J)`` of a residual block as a power series cut at a random length: without a bias (Chen et al. 2019)."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from iresnet_jax.maths.logdet.series import (
-    Branch,
-    LogdetInfo,
-    Trace,
-    draw_probes,
-    mean_and_stderr,
-    remainder_factor,
-    weighted_series,
-)
+from iresnet_jax.maths.logdet.estimator import Branch, LogdetInfo, Trace, draw_probes, mean_and_stderr
+from iresnet_jax.maths.logdet.hutchinson_series import remainder_factor, weighted_series
 
 LARGEST_MEAN = 500.0  # number of terms beyond which the table of a Poisson distribution would underflow
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["length"],
+    meta_fields=["distribution", "parameter", "num_exact_terms", "num_probes", "probe", "exact_trace"],
+)
 @dataclass(frozen=True)
 class RouletteLogdet:
     r"""The power series cut at a random length, terms reweighted so that the expectation does not feel it.
@@ -49,7 +48,7 @@ class RouletteLogdet:
     num_probes: int = 1
     probe: str = "rademacher"
     exact_trace: bool = True
-    length: Int[Array, ""] | None = None
+    length: Any = None  # Int[Array, ""] | None, or what stands for an array where JAX rebuilds pytrees
 
     unbiased: ClassVar[bool] = True
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from iresnet_jax.maths.logdet.series import LogdetEstimator
+from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.models import classifier, density
 from iresnet_jax.models import flow as model
 from iresnet_jax.training import config as config_lib

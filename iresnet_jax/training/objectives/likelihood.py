@@ -12,7 +12,7 @@ import optax
 from absl import logging
 from jaxtyping import Array, Int, Key
 
-from iresnet_jax.maths.logdet.series import LogdetEstimator
+from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.models import density
 from iresnet_jax.models import flow as model
 from iresnet_jax.training import config as config_lib

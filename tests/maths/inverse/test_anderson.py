@@ -16,7 +16,8 @@ from jax import lax
 from iresnet_jax.bijections import actnorm, reshape, residual
 from iresnet_jax.data import digits
 from iresnet_jax.maths.inverse.fixed_point import invert_residual
-from iresnet_jax.maths.logdet.series import ExactLogdet, SeriesLogdet
+from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import density
 from iresnet_jax.models import flow as model

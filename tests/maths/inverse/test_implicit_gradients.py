@@ -11,7 +11,7 @@ from jax import lax
 from iresnet_jax.bijections import actnorm, residual
 from iresnet_jax.bijections import bijection as bijections
 from iresnet_jax.maths.inverse.fixed_point import invert_residual, solve_linear
-from iresnet_jax.maths.logdet.series import ExactLogdet
+from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import density
 from iresnet_jax.models import flow as model

@@ -10,8 +10,9 @@ import pytest
 import scipy.linalg
 
 from iresnet_jax.maths.logdet import krylov
+from iresnet_jax.maths.logdet.exact import ExactLogdet, exact_logdet
+from iresnet_jax.maths.logdet.hutchinson_series import weighted_series
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet, quadratic_form
-from iresnet_jax.maths.logdet.series import ExactLogdet, exact_logdet, weighted_series
 from iresnet_jax.training import config as config_lib
 
 QUADRATURE = 1e-9  # of 24 nodes, relative to the squared norm of a probe, for L up to .98

@@ -7,7 +7,7 @@ import numpy as np
 import oracles
 import pytest
 
-from iresnet_jax.maths.norms import upper_bounds as certify
+from iresnet_jax.maths.norms import layer_certificates as certify
 
 EXACT = 1e-11  # "exact" in float64: slack 2.3e-13, and rounding bounds of at most a few 1e-12
 EXACT_F32 = 1e-3  # the same in float32: slack 1.2e-4, and a rounding inflation below 6e-4
@@ -320,84 +320,9 @@ def test_other_caller_mistakes():
         certify.dense_norm_bound(jnp.ones((3, 0)))
 
 
-def test_branch_bound_is_the_product_rounded_up():
-    bounds = np.random.default_rng(14).uniform(0.1, 2, size=(100, 5)).astype(np.float32)
-    exact = np.prod(bounds.astype(np.float64), axis=1) * 0.5
-    result = np.asarray(jax.vmap(lambda b: certify.branch_bound(b, gain=0.5))(jnp.asarray(bounds)))
-    assert_upper_bounds(result, exact, range(100))
-    np.testing.assert_allclose(result, exact, rtol=2e-6)
-    np.testing.assert_allclose(certify.branch_bound([0.9, 0.9, 0.9]), 0.729, rtol=2e-6)
-
-
-def test_block_bounds_are_attained_by_scaling_and_know_their_limit(x64):
-    bounds = certify.block_bounds(0.5)  # g(x) = 0.5 x attains the first, g(x) = -0.5 x the second
-    np.testing.assert_allclose([bounds.forward, bounds.inverse], [1.5, 2], rtol=EXACT)
-    assert certify.block_bounds(1.0).inverse == jnp.inf
-    assert certify.block_bounds(1.5).inverse == jnp.inf
-    assert jnp.isnan(certify.block_bounds(jnp.nan).inverse)
-    chex.assert_tree_all_finite(jax.grad(lambda b: certify.block_bounds(b).inverse)(0.9))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_model_bounds_against_the_dense_jacobian(seed, x64):
-    """A linear two-stage model: two blocks and an ActNorm, then the same on the first half of the coordinates."""
-    rng = np.random.default_rng(seed)
-
-    def stage(width):
-        jacobian, levels = np.eye(width), []
-        for level in rng.uniform(0.2, 0.9, size=2):
-            branch = rng.normal(size=(width, width))
-            jacobian = (np.eye(width) + level * branch / np.linalg.norm(branch, 2)) @ jacobian
-            levels.append(level)
-        log_scale = rng.normal(size=width)
-        return np.exp(log_scale)[:, None] * jacobian, certify.model_bounds(levels, [jnp.asarray(log_scale)])
-
-    (first, first_bounds), (second, second_bounds) = stage(6), stage(3)
-    whole = np.block([[second, np.zeros((3, 3))], [np.zeros((3, 3)), np.eye(3)]]) @ first
-    bounds = first_bounds.compose(second_bounds.beside_identity())
-    singular_values = np.linalg.svd(whole, compute_uv=False)
-    assert singular_values[0] <= bounds.forward
-    assert 1 / singular_values[-1] <= bounds.inverse
-
-
-def test_model_bounds_of_scalings_are_equalities(x64):
-    log_scales = [jnp.array([0.3, 0.3]), jnp.array([-1.0, -1.0])]
-    bounds = certify.model_bounds([0.5, 0.25], log_scales)
-    np.testing.assert_allclose(bounds.forward, 1.5 * 1.25 * np.exp(-0.7), rtol=EXACT)
-    np.testing.assert_allclose(bounds.inverse, 2 * np.exp(0.7) / 0.75, rtol=EXACT)
-    assert certify.model_bounds([0.5, 1.0]).inverse == jnp.inf
-
-
-@pytest.mark.parametrize("bound", [0.9, 0.9999, 0.99999])
-def test_bounds_of_a_number_of_python_are_no_bounds_of_a_smaller_one(bound):
-    inverses = (certify.block_bounds(bound).inverse, certify.model_bounds([bound]).inverse)
-    for inverse in inverses:
-        assert float(inverse) >= 1 / (1 - bound)
-    assert float(certify.branch_bound([bound, 1.0], gain=1.1)) >= 1.1 * bound
-
-
-def test_a_radius_in_float64_of_a_bound_in_float32_is_rounded_down(x64):
-    rng = np.random.default_rng(0)
-    for margin, lipschitz in zip(rng.uniform(0.1, 10, 100), rng.uniform(0.1, 10, 100).astype(np.float32), strict=True):
-        radius = certify.certified_radius(jnp.asarray([margin]), jnp.float32(lipschitz))
-        assert float(radius[0]) <= margin / (np.sqrt(2) * np.float64(lipschitz))
-
-
 def test_norms_of_tiny_weights_are_not_zero():
     tiny = np.finfo(np.float32).tiny
     for size in (4 * tiny, 1e-3 * tiny):
         matrix = np.full((2, 3), size, np.float32)
         assert float(certify.dense_norm_bound(jnp.asarray(matrix))) >= np.linalg.norm(matrix.astype(np.float64), 2)
     assert certify.dense_norm_bound(jnp.zeros((2, 3))) == 0
-
-
-def test_certified_radius_is_the_distance_to_the_boundary_of_a_scaled_identity(x64):
-    """Logits 3 x in the plane: the boundary is the diagonal, so the constant cannot be improved."""
-    x = np.array([2.0, 0.5])
-    radius = float(certify.certified_radius(jnp.asarray([3 * (x[0] - x[1])]), 3.0)[0])
-    np.testing.assert_allclose(radius, (x[0] - x[1]) / np.sqrt(2), rtol=EXACT)
-    towards = np.array([-1.0, 1.0]) / np.sqrt(2)
-    inside, outside = (x + factor * radius * towards for factor in (1, 1.001))
-    assert inside[0] >= inside[1]
-    assert outside[0] < outside[1]
-    np.testing.assert_array_equal(certify.certified_radius(jnp.array([-1.0, 0.0]), 2.0), 0)

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths.norms import gram
+from iresnet_jax.maths.norms import gram_iteration as gram
 from iresnet_jax.maths.rounding import rounded_up
 
 Pair = tuple[int, int]

@@ -12,15 +12,11 @@ import oracles
 import pytest
 from scipy import stats
 
+from iresnet_jax.maths.logdet.estimator import draw_probes
+from iresnet_jax.maths.logdet.exact import ExactLogdet, exact_logdet
+from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet, truncation_bound, weighted_series
+from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
-from iresnet_jax.maths.logdet.series import (
-    ExactLogdet,
-    SeriesLogdet,
-    draw_probes,
-    exact_logdet,
-    truncation_bound,
-    weighted_series,
-)
 
 EXACT = 1e-10  # the same mathematics by another route, in float64
 GRADIENT = 1e-6  # gradients through a series of 60 terms at Lip(g) = 1/2
@@ -397,3 +393,28 @@ def test_probes_have_the_moments_they_promise():
 def test_mistakes_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# ---------------------------------------------------------------------------------------------------- arguments of jit
+
+
+@pytest.mark.parametrize("estimator", [SeriesLogdet(2), ExactLogdet(), KrylovLogdet(2), RouletteLogdet(length=jnp.int32(3))])
+def test_an_estimator_is_an_argument_of_jit_like_any_array(estimator):
+    leaves, structure = jax.tree.flatten(estimator)
+    assert len(leaves) == isinstance(estimator, RouletteLogdet)  # settings are static, a fixed length is data
+    assert jax.tree.unflatten(structure, leaves) == estimator
+    assert jax.eval_shape(lambda e: e, estimator) is not None
+    x = jnp.ones((2, 3))
+    logdet = jax.jit(lambda e, x: e(lambda x: 0 * x, x, jax.random.key(0))[0])(estimator, x)
+    np.testing.assert_array_equal(logdet, 0)
+
+
+def test_a_new_length_does_not_recompile():
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def length_of(estimator):
+        return estimator.length
+
+    assert [int(length_of(RouletteLogdet(length=jnp.int32(n)))) for n in (2, 5)] == [2, 5]

@@ -13,117 +13,17 @@ Where ``tr J`` is known in closed form, it takes the place of its estimate, whic
 The estimators are settings with one pure call, ``estimator(branch, x, key, lipschitz_bound=L) -> (logdet, info)``.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from iresnet_jax.maths.logdet.estimator import Branch, LogdetInfo, Trace, draw_probes, mean_and_stderr
+from iresnet_jax.maths.logdet.jacobian_products import transposed_jacobian, with_gradient
 from iresnet_jax.maths.rounding import at_least
-
-Branch = Callable[[Array], Array]
-Trace = Callable[[Array], Array]
-PROBES = ("rademacher", "gaussian")
-
-
-class LogdetInfo(NamedTuple):
-    """What is known about the error of a log-determinant, for every example, in nats.
-
-    Attributes:
-        stderr: Standard error over the probes; 0 if exact, infinite if a single probe says nothing about it.
-        truncation_bound: Upper bound of what the terms that were left out could add to this estimate; rigorous if the
-            Lipschitz bound is. 0 if exact, infinite without a Lipschitz bound below 1.
-    """
-
-    stderr: Float[Array, " b"]
-    truncation_bound: Float[Array, " b"]
-
-
-@runtime_checkable
-class LogdetEstimator(Protocol):
-    """Estimates ``log det(I + J)`` of a branch at every example of a batch.
-
-    Attributes:
-        unbiased: Whether nothing is cut off: the mean over probes, and random lengths, is the log-determinant.
-    """
-
-    unbiased: ClassVar[bool]
-
-    def fix_length(self, key: Key[Array, ""]) -> "LogdetEstimator":
-        """The estimator with its random length, if it has one, drawn once for all blocks, examples and devices."""
-        ...
-
-    def __call__(
-        self,
-        branch: Branch,
-        x: Float[Array, "b ..."],
-        key: Key[Array, "..."],
-        *,
-        lipschitz_bound: float | Float[Array, ""] | None = None,
-        trace: Trace | None = None,
-    ) -> tuple[Float[Array, " b"], LogdetInfo]:
-        """The log-determinant and what is known about its error.
-
-        Args:
-            branch: ``g``, acting on each example alone.
-            x: Where to evaluate.
-            key: Of the probes, one or one an example.
-            lipschitz_bound: Upper bound of ``Lip(g)``, for the truncation bound.
-            trace: ``x -> tr J (b,)`` in closed form, if there is one.
-        """
-        ...
-
-
-def draw_probes(
-    key: Key[Array, "..."], x: Float[Array, "b ..."], num_probes: int, probe: str = "rademacher"
-) -> Float[Array, "p b ..."]:
-    """Probes with independent entries of mean 0 and variance 1.
-
-    Args:
-        key: One key, or one for each example; the latter gives an example the same probes in whatever batch it stands.
-        x: The batch, for shape and type.
-        num_probes: Probes for each example.
-        probe: "rademacher" (signs; least variance among entry-wise independent probes) or "gaussian".
-
-    Raises:
-        ValueError: If the probe's name is unknown or ``num_probes`` is not positive.
-    """
-    if probe not in PROBES:
-        raise ValueError(f"probe must be one of {', '.join(PROBES)}, got {probe!r}")
-    if num_probes < 1:
-        raise ValueError(f"num_probes must be at least 1, got {num_probes}")
-    draw = jax.random.rademacher if probe == "rademacher" else jax.random.normal
-    if key.ndim == 0:
-        return draw(key, (num_probes, *x.shape), x.dtype)
-    return jax.vmap(lambda k: draw(k, (num_probes, *x.shape[1:]), x.dtype), out_axes=1)(key)
-
-
-def exact_logdet(branch: Branch, x: Float[Array, "b ..."], *, columns_at_once: int = 64) -> Float[Array, " b"]:
-    """``log det(I + J)`` from the full Jacobian by LU factorisation; exact to rounding, differentiable.
-
-    Costs ``d`` Jacobian-vector products and ``O(d^3)`` an example: for dimensions up to about a thousand.
-
-    Args:
-        branch: ``g``, acting on each example alone.
-        x: Where to evaluate.
-        columns_at_once: Jacobian columns computed side by side; less saves memory.
-    """
-    num_dims = x[0].size
-    basis = jnp.eye(num_dims, dtype=x.dtype).reshape(num_dims, 1, *x.shape[1:])
-
-    def column(direction):
-        return jax.jvp(branch, (x,), (jnp.broadcast_to(direction, x.shape),))[1].reshape(len(x), num_dims)
-
-    if num_dims <= 4:  # few: written out, since XLA:CPU multiplies batches of matrices more slowly than matrices
-        columns = jnp.stack([column(direction) for direction in basis])
-    else:
-        columns = lax.map(column, basis, batch_size=min(columns_at_once, num_dims))
-    jacobian = jnp.moveaxis(columns, 0, -1)
-    return jnp.linalg.slogdet(jnp.eye(num_dims, dtype=x.dtype)[None] + jacobian)[1]
 
 
 def truncation_bound(num_dims: int, lipschitz_bound: float, num_terms: int) -> float:
@@ -213,40 +113,6 @@ def weighted_series(
     return value if trace is None else value + trace(x)[None], tail * probe_norm
 
 
-def transposed_jacobian(branch: Branch, x: Float[Array, "b ..."], num_probes: int) -> Callable[[Array], Array]:
-    """``u -> J^T u`` for ``u`` of shape ``(p, b, ...)``, of which nothing is differentiated."""
-    pure_branch, parameters = jax.closure_convert(branch, x)
-    frozen = lax.stop_gradient(parameters)
-    _, pullback = jax.vjp(lambda x: pure_branch(x, *frozen), lax.stop_gradient(x))
-    return _over_probes(lambda u: pullback(u)[0], num_probes)
-
-
-def with_gradient(
-    branch: Branch,
-    x: Float[Array, "b ..."],
-    probes: Float[Array, "p b ..."],
-    value: Float[Array, "p b"],
-    w: Float[Array, "p b ..."],
-) -> Float[Array, "p b"]:
-    """``value`` with the gradient of ``<w, J v>``, in which ``w`` and the probes ``v`` are held fixed."""
-    pushed = _over_probes(lambda v: jax.jvp(branch, (x,), (v,))[1], len(probes))(probes)
-    surrogate = jnp.sum(lax.stop_gradient(w) * pushed, axis=tuple(range(2, probes.ndim)))
-    return lax.stop_gradient(value) + (surrogate - lax.stop_gradient(surrogate))
-
-
-def _over_probes(function, num_probes):
-    """``vmap`` without a batch axis for a single probe, which would cost."""
-    return jax.vmap(function) if num_probes > 1 else lambda v: function(v[0])[None]
-
-
-def mean_and_stderr(samples: Float[Array, "p b"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-    """Mean over probes, and its standard error: infinite for a single probe, which says nothing about it."""
-    mean = jnp.mean(samples, axis=0)
-    if len(samples) == 1:
-        return mean, jnp.full_like(mean, jnp.inf)
-    return mean, lax.stop_gradient(jnp.std(samples, axis=0, ddof=1)) / np.sqrt(len(samples)).astype(samples.dtype)
-
-
 def remainder_factor(lipschitz_bound, num_terms, power, dtype):
     """``L^p / ((n + 1)(1 - L))``, at least ``sum_{k>n} L^(k - n - 1 + p) / k``; infinite without a bound below 1."""
     ell = lax.stop_gradient(at_least(jnp.inf if lipschitz_bound is None else lipschitz_bound, dtype))
@@ -254,34 +120,7 @@ def remainder_factor(lipschitz_bound, num_terms, power, dtype):
     return jnp.where(contraction, ell**power / ((num_terms + 1) * jnp.where(contraction, 1 - ell, 1)), jnp.inf)
 
 
-@dataclass(frozen=True)
-class ExactLogdet:
-    """`exact_logdet` as an estimator; the key is not used."""
-
-    columns_at_once: int = 64
-
-    unbiased: ClassVar[bool] = True
-
-    def fix_length(self, key: Key[Array, ""]) -> "ExactLogdet":
-        """Nothing is random here."""
-        del key
-        return self
-
-    def __call__(
-        self,
-        branch: Branch,
-        x: Float[Array, "b ..."],
-        key: Key[Array, "..."] | None = None,
-        *,
-        lipschitz_bound: float | Float[Array, ""] | None = None,
-        trace: Trace | None = None,
-    ) -> tuple[Float[Array, " b"], LogdetInfo]:
-        """The log-determinant, without error."""
-        del key, lipschitz_bound, trace
-        zeros = jnp.zeros(len(x), x.dtype)
-        return exact_logdet(branch, x, columns_at_once=self.columns_at_once), LogdetInfo(zeros, zeros)
-
-
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class SeriesLogdet:
     r"""The power series cut after ``num_terms`` terms (Behrmann et al. 2019, Algorithm 2): biased by at most its bound.

@@ -1,0 +1,94 @@
+"""What every estimator of a log-determinant has in common: the call, what it says about its error, and its probes."""
+
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Key
+
+Branch = Callable[[Array], Array]
+Trace = Callable[[Array], Array]
+PROBES = ("rademacher", "gaussian")
+
+
+class LogdetInfo(NamedTuple):
+    """What is known about the error of a log-determinant, for every example, in nats.
+
+    Attributes:
+        stderr: Standard error over the probes; 0 if exact, infinite if a single probe says nothing about it.
+        truncation_bound: Upper bound of what the terms that were left out could add to this estimate; rigorous if the
+            Lipschitz bound is. 0 if exact, infinite without a Lipschitz bound below 1.
+    """
+
+    stderr: Float[Array, " b"]
+    truncation_bound: Float[Array, " b"]
+
+
+@runtime_checkable
+class LogdetEstimator(Protocol):
+    """Estimates ``log det(I + J)`` of a branch at every example of a batch.
+
+    Attributes:
+        unbiased: Whether nothing is cut off: the mean over probes, and random lengths, is the log-determinant.
+    """
+
+    unbiased: ClassVar[bool]
+
+    def fix_length(self, key: Key[Array, ""]) -> "LogdetEstimator":
+        """The estimator with its random length, if it has one, drawn once for all blocks, examples and devices."""
+        ...
+
+    def __call__(
+        self,
+        branch: Branch,
+        x: Float[Array, "b ..."],
+        key: Key[Array, "..."],
+        *,
+        lipschitz_bound: float | Float[Array, ""] | None = None,
+        trace: Trace | None = None,
+    ) -> tuple[Float[Array, " b"], LogdetInfo]:
+        """The log-determinant and what is known about its error.
+
+        Args:
+            branch: ``g``, acting on each example alone.
+            x: Where to evaluate.
+            key: Of the probes, one or one an example.
+            lipschitz_bound: Upper bound of ``Lip(g)``, for the truncation bound.
+            trace: ``x -> tr J (b,)`` in closed form, if there is one.
+        """
+        ...
+
+
+def draw_probes(
+    key: Key[Array, "..."], x: Float[Array, "b ..."], num_probes: int, probe: str = "rademacher"
+) -> Float[Array, "p b ..."]:
+    """Probes with independent entries of mean 0 and variance 1.
+
+    Args:
+        key: One key, or one for each example; the latter gives an example the same probes in whatever batch it stands.
+        x: The batch, for shape and type.
+        num_probes: Probes for each example.
+        probe: "rademacher" (signs; least variance among entry-wise independent probes) or "gaussian".
+
+    Raises:
+        ValueError: If the probe's name is unknown or ``num_probes`` is not positive.
+    """
+    if probe not in PROBES:
+        raise ValueError(f"probe must be one of {', '.join(PROBES)}, got {probe!r}")
+    if num_probes < 1:
+        raise ValueError(f"num_probes must be at least 1, got {num_probes}")
+    draw = jax.random.rademacher if probe == "rademacher" else jax.random.normal
+    if key.ndim == 0:
+        return draw(key, (num_probes, *x.shape), x.dtype)
+    return jax.vmap(lambda k: draw(k, (num_probes, *x.shape[1:]), x.dtype), out_axes=1)(key)
+
+
+def mean_and_stderr(samples: Float[Array, "p b"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+    """Mean over probes, and its standard error: infinite for a single probe, which says nothing about it."""
+    mean = jnp.mean(samples, axis=0)
+    if len(samples) == 1:
+        return mean, jnp.full_like(mean, jnp.inf)
+    return mean, lax.stop_gradient(jnp.std(samples, axis=0, ddof=1)) / np.sqrt(len(samples)).astype(samples.dtype)

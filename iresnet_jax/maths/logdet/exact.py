@@ -1,0 +1,64 @@
+"""``log det(I + J)`` of a residual block from its full Jacobian."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Key
+
+from iresnet_jax.maths.logdet.estimator import Branch, LogdetInfo, Trace
+
+
+def exact_logdet(branch: Branch, x: Float[Array, "b ..."], *, columns_at_once: int = 64) -> Float[Array, " b"]:
+    """``log det(I + J)`` from the full Jacobian by LU factorisation; exact to rounding, differentiable.
+
+    Costs ``d`` Jacobian-vector products and ``O(d^3)`` an example: for dimensions up to about a thousand.
+
+    Args:
+        branch: ``g``, acting on each example alone.
+        x: Where to evaluate.
+        columns_at_once: Jacobian columns computed side by side; less saves memory.
+    """
+    num_dims = x[0].size
+    basis = jnp.eye(num_dims, dtype=x.dtype).reshape(num_dims, 1, *x.shape[1:])
+
+    def column(direction):
+        return jax.jvp(branch, (x,), (jnp.broadcast_to(direction, x.shape),))[1].reshape(len(x), num_dims)
+
+    if num_dims <= 4:  # few: written out, since XLA:CPU multiplies batches of matrices more slowly than matrices
+        columns = jnp.stack([column(direction) for direction in basis])
+    else:
+        columns = lax.map(column, basis, batch_size=min(columns_at_once, num_dims))
+    jacobian = jnp.moveaxis(columns, 0, -1)
+    return jnp.linalg.slogdet(jnp.eye(num_dims, dtype=x.dtype)[None] + jacobian)[1]
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class ExactLogdet:
+    """`exact_logdet` as an estimator; the key is not used."""
+
+    columns_at_once: int = 64
+
+    unbiased: ClassVar[bool] = True
+
+    def fix_length(self, key: Key[Array, ""]) -> "ExactLogdet":
+        """Nothing is random here."""
+        del key
+        return self
+
+    def __call__(
+        self,
+        branch: Branch,
+        x: Float[Array, "b ..."],
+        key: Key[Array, "..."] | None = None,
+        *,
+        lipschitz_bound: float | Float[Array, ""] | None = None,
+        trace: Trace | None = None,
+    ) -> tuple[Float[Array, " b"], LogdetInfo]:
+        """The log-determinant, without error."""
+        del key, lipschitz_bound, trace
+        zeros = jnp.zeros(len(x), x.dtype)
+        return exact_logdet(branch, x, columns_at_once=self.columns_at_once), LogdetInfo(zeros, zeros)
