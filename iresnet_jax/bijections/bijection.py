@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
-from iresnet_jax.maths.logdet.series import LogdetInfo
+from iresnet_jax.maths.logdet.estimator import LogdetInfo
 
 
 class Bijection(NamedTuple):

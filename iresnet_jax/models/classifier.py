@@ -24,7 +24,7 @@ from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import check_levels
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
-from iresnet_jax.maths.norms.upper_bounds import BiLipschitz, model_bounds
+from iresnet_jax.maths.lipschitz import BiLipschitz, model_bounds
 from iresnet_jax.models.batchnorm import batchnorm_features
 from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.flow import FlowSpec, Norms, Tree, as_params, bijection, freeze

@@ -32,7 +32,8 @@ from iresnet_jax.bijections.transforms.dequantize import check_levels, dequantiz
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
-from iresnet_jax.maths.logdet.series import ExactLogdet, LogdetEstimator, LogdetInfo
+from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
+from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.flow import FlowSpec, Norms, Tree, as_params, bijection, freeze

@@ -22,8 +22,9 @@ from iresnet_jax.bijections import actnorm, compose, reshape
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.residual import Branch, Solver, residual_bijection
 from iresnet_jax.maths.inverse.fixed_point import Diagonal
-from iresnet_jax.maths.logdet.series import ExactLogdet, LogdetEstimator
-from iresnet_jax.maths.norms.upper_bounds import BiLipschitz, branch_bound, model_bounds
+from iresnet_jax.maths.lipschitz import BiLipschitz, branch_bound, model_bounds
+from iresnet_jax.maths.logdet.estimator import LogdetEstimator
+from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import constraint
 from iresnet_jax.models.branch import BranchSpec

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Key
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.compose import chain
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.maths.logdet.series import ExactLogdet, LogdetEstimator
+from iresnet_jax.maths.logdet.estimator import LogdetEstimator
+from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import constraint, priors
 from iresnet_jax.models.batchnorm import batchnorm_blocks
 from iresnet_jax.models.branch import initial_weights

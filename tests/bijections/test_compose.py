@@ -16,7 +16,8 @@ from iresnet_jax.bijections.bijection import Bijection, fold_in, follow_inverse_
 from iresnet_jax.bijections.compose import Stage, chain, multiscale, repeat
 from iresnet_jax.bijections.reshape import flatten_bijection, squeeze_bijection
 from iresnet_jax.bijections.residual import Branch, Solver, residual_bijection
-from iresnet_jax.maths.logdet.series import ExactLogdet, SeriesLogdet
+from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import constraint, priors
 from iresnet_jax.models import flow as model
