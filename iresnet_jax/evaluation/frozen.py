@@ -63,7 +63,7 @@ class FrozenModel:
         self,
         x: Float[Array, "b ..."],
         key: Key[Array, "..."] | None = None,
-        estimator: LogdetEstimator = ExactLogdet(),  # noqa: B008 (immutable)
+        estimator: LogdetEstimator = ExactLogdet(),
     ) -> density.LogProb:
         """The log-likelihood in nats of continuous data, see `density.log_prob`; a random estimator needs a key."""
         key = jax.random.key(0) if key is None and isinstance(estimator, ExactLogdet) else key

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Num
 
 from iresnet_jax.bijections import reshape
@@ -27,10 +28,11 @@ from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.lipschitz import BiLipschitz, model_bounds
 from iresnet_jax.models.batchnorm import batchnorm_features
 from iresnet_jax.models.certificate import Certificate, certificate_of
-from iresnet_jax.models.flow import FlowSpec, Norms, Tree, as_params, bijection, freeze
+from iresnet_jax.models.flow import FlowSpec, Tree, as_params, bijection, freeze
 from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, linear, pool
 
 NORMALIZATIONS = ("actnorm", "batchnorm")
+Images = Num[Array, "b h w c"] | Num[np.ndarray, "b h w c"]
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class Classifier:
     weights: Tree = field(repr=False)
     head: Tree = field(repr=False)
     statistics: Tree = field(repr=False)
-    bounds: Norms | None = field(default=None, repr=False)
+    bounds: Tree | None = field(default=None, repr=False)
     solver: Solver = Solver()
     unroll: bool = False
     rematerialize: bool = False
@@ -154,20 +156,15 @@ class Classifier:
         """The same model with other fields, such as ``solver``."""
         return dataclasses.replace(self, **changes)
 
-    def logits(self, images: Num[Array, "b h w c"]) -> Float[Array, "b k"]:
+    def logits(self, images: Images) -> Float[Array, "b k"]:
         """Logits of images, by running averages."""
         return linear(self.head, self.pooled(images))
 
-    def pooled(self, images: Num[Array, "b h w c"]) -> Float[Array, "b c"]:
+    def pooled(self, images: Images) -> Float[Array, "b d"]:
         """Pooled features, which the head's linear layer sees."""
-        x = self.preprocess(images)
-        if self.spec.is_bijective:
-            features = self.features_of_input(x)
-        else:
-            features, _ = batchnorm_features(self.spec.flow, self.weights, x, statistics=self.statistics)
-        return pool(self.head, self.statistics["head"], features)
+        return self._pooled_of_input(self.preprocess(images))
 
-    def features(self, images: Num[Array, "b h w c"]) -> Float[Array, "b ..."]:
+    def features(self, images: Images) -> Float[Array, "b ..."]:
         """``F(x)`` as an array with channels last, of `ClassifierSpec.feature_shape`.
 
         Raises:
@@ -210,10 +207,11 @@ class Classifier:
 
     # --------------------------------------------------------------------------------------------------- its parts
 
-    def preprocess(self, images: Num[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+    def preprocess(self, images: Images) -> Float[Array, "b h w d"]:
         """The network's input for images: scaled to [0, 1], normalised, padded; levels out of range become NaN."""
-        images, levels = jnp.asarray(images), self.spec.num_levels
+        levels = self.spec.num_levels
         check_levels(images, levels, self.spec.image_shape)
+        images = jnp.asarray(images)
         scaled = images.astype(jnp.result_type(float)) / (levels - 1)
         return self.spec.pad(jnp.where((images >= 0) & (images < levels), scaled, jnp.nan))
 
@@ -225,6 +223,17 @@ class Classifier:
     def features_of_input(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """Features of an input of the network, such as `preprocess` gives."""
         return reshape.unflatten(self.flow().forward(x), self.spec.feature_shape)
+
+    def logits_of_input(self, x: Float[Array, "b ..."]) -> Float[Array, "b k"]:
+        """Logits of an input of the network."""
+        return linear(self.head, self._pooled_of_input(x))
+
+    def _pooled_of_input(self, x: Float[Array, "b ..."]) -> Float[Array, "b c"]:
+        if self.spec.is_bijective:
+            features = self.features_of_input(x)
+        else:
+            features, _ = batchnorm_features(self.spec.flow, self.weights, x, statistics=self.statistics)
+        return pool(self.head, self.statistics["head"], features)
 
 
 def training_logits(

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, Num
+import numpy as np
+from jaxtyping import Array, Float, Key, Num, Shaped
 
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.compose import chain
@@ -36,9 +37,10 @@ from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.certificate import Certificate, certificate_of
-from iresnet_jax.models.flow import FlowSpec, Norms, Tree, as_params, bijection, freeze
+from iresnet_jax.models.flow import FlowSpec, Tree, as_params, bijection, freeze
 
 Transform = Identity | Center | Logit | Equalize
+Data = Num[Array, "b ..."] | Num[np.ndarray, "b ..."]
 
 
 class LogProb(NamedTuple):
@@ -132,7 +134,7 @@ class Density:
     spec: DensitySpec
     weights: Tree = field(repr=False)
     prior: Tree = field(repr=False)
-    bounds: Norms | None = field(default=None, repr=False)
+    bounds: Tree | None = field(default=None, repr=False)
     estimator: LogdetEstimator = field(default_factory=ExactLogdet)
     solver: Solver = Solver()
     unroll: bool = False
@@ -150,7 +152,7 @@ class Density:
     # ------------------------------------------------------------------------------------------------ likelihood
 
     def log_prob(
-        self, x: Num[Array, "b ..."], key: Key[Array, "..."] | None = None, *, context: Float[Array, "b k"] | None = None
+        self, x: Data, key: Key[Array, "..."] | None = None, *, context: Float[Array, "b k"] | None = None
     ) -> Float[Array, " b"]:
         """Log-likelihood in nats, one an example; of integer levels a lower bound for one draw of noise, see `terms`.
 
@@ -165,7 +167,7 @@ class Density:
 
     def terms(
         self,
-        x: Num[Array, "b ..."],
+        x: Data,
         key_noise: Key[Array, "..."],
         key_probe: Key[Array, "..."],
         *,
@@ -200,7 +202,7 @@ class Density:
         of_classes = jax.vmap(lambda one: priors.log_prob(self.spec.prior, one, z), out_axes=1)(self._priors_of_classes)
         return of_classes + jax.nn.log_softmax(self.prior["class_logits"])[None]
 
-    def class_log_probs(self, x: Num[Array, "b ..."], key: Key[Array, "..."] | None = None) -> Float[Array, "b k"]:
+    def class_log_probs(self, x: Data, key: Key[Array, "..."] | None = None) -> Float[Array, "b k"]:
         """``log p(y | x)`` for every class ``y`` by Bayes' rule: one pass through the flow, no determinants.
 
         Args:
@@ -215,7 +217,7 @@ class Density:
     # ---------------------------------------------------------------------------------------------- there and back
 
     def encode(
-        self, x: Num[Array, "b ..."], key: Key[Array, "..."] | None = None, *, context: Float[Array, "b k"] | None = None
+        self, x: Data, key: Key[Array, "..."] | None = None, *, context: Float[Array, "b k"] | None = None
     ) -> Float[Array, "b d"]:
         """Latents of data.
 
@@ -243,7 +245,7 @@ class Density:
         *,
         temperature: float = 1.0,
         context: Float[Array, "n k"] | None = None,
-        labels: Int[Array, " n"] | None = None,
+        labels: Shaped[Array, " m"] | None = None,
     ) -> tuple[Num[Array, "n ..."], FixedPointInfo]:
         """Samples: latents from the prior through the inverse.
 
@@ -300,7 +302,7 @@ class Density:
             rematerialize=self.rematerialize,
         )
 
-    def preprocess(self, x: Num[Array, "b ..."], key: Key[Array, "..."] | None = None) -> Float[Array, "b ..."]:
+    def preprocess(self, x: Data, key: Key[Array, "..."] | None = None) -> Float[Array, "b ..."]:
         """The flow's input for data: noise from the key, or none."""
         x = self._checked(x)
         u = self._dequantize.forward(x) if key is None else self._dequantize.forward_and_logdet(x, key)[0]
@@ -317,13 +319,14 @@ class Density:
 
     def _checked(self, x: Any) -> Array:
         """The data as an array, if it is what the model takes."""
-        x, shape = jnp.asarray(x), tuple(self.spec.flow.event_shape)
+        shape = tuple(self.spec.flow.event_shape)
+        x = x if hasattr(x, "dtype") else np.asarray(x)
         if self.spec.num_levels is not None:
             check_levels(x, self.spec.num_levels, shape)
         elif x.shape[1:] != shape or not jnp.issubdtype(x.dtype, jnp.floating):
             wanted = f"floats of shape (batch, {', '.join(map(str, shape))})"
             raise ValueError(f"the model takes {wanted}, got {x.dtype} of shape {x.shape}")
-        return x
+        return jnp.asarray(x)
 
     @property
     def _priors_of_classes(self) -> Mapping[str, Array]:

@@ -337,7 +337,7 @@ def bilipschitz(spec: FlowSpec, weights: Tree) -> BiLipschitz:
 def bijection(
     spec: FlowSpec,
     weights: Tree,
-    estimator: LogdetEstimator = ExactLogdet(),  # noqa: B008 (immutable)
+    estimator: LogdetEstimator = ExactLogdet(),
     solver: Solver = Solver(),
     *,
     context: Float[Array, "b k"] | None = None,

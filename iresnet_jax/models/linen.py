@@ -128,7 +128,7 @@ class ResidualFlow(nn.Module):
         self,
         x: Float[Array, "b ..."],
         key: Key[Array, "..."],
-        estimator: LogdetEstimator = ExactLogdet(),  # noqa: B008
+        estimator: LogdetEstimator = ExactLogdet(),
         context: Float[Array, "b k"] | None = None,
     ) -> tuple[Float[Array, "b d"], Float[Array, " b"], Any]:
         """Latents and log-determinant; norms are iterated to their tolerance."""
@@ -147,7 +147,7 @@ class Classifier(nn.Module):
     ``init(key, x)`` fits ActNorm and the head's statistics to ``x``, inputs of the network.
 
         >>> variables = Classifier(spec).init(key, x)
-        >>> logits = Classifier(spec).apply(variables, images)
+        >>> logits = Classifier(spec).apply(variables, x)
 
     Attributes:
         spec: The architecture.
@@ -159,10 +159,10 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b k"]:
-        """Under ``init`` the logits of inputs of the network; after it the logits of images, by running averages."""
+        """The logits of inputs of the network, by running averages."""
         if not self.is_initializing():
             params, statistics = self.variables["params"], self.variables["batch_stats"]
-            return ClassifierModel(self.spec, self.constrain().weights, params["head"], statistics).logits(x)
+            return ClassifierModel(self.spec, self.constrain().weights, params["head"], statistics).logits_of_input(x)
         for stage in self.spec.flow.layout:
             if self.spec.is_bijective:
                 x = StageModule(self.spec.flow, stage, self.last_scale, self.spec.constrained, name=stage.name)(x)

@@ -10,11 +10,11 @@ import numpy as np
 import oracles
 import pytest
 
-from iresnet_jax.bijections import bijection as bijections
-from iresnet_jax.models import classifier
-from iresnet_jax.models import flow as model
+from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.models import flow
+from iresnet_jax.models import head as heads
 from iresnet_jax.models import linen as modules
-from iresnet_jax.models.classifier import ClassifierSpec
+from iresnet_jax.models.classifier import Classifier, ClassifierSpec, training_logits
 from iresnet_jax.training import parallel
 
 EXACT = 1e-10  # the same maths by another route, float64
@@ -22,9 +22,9 @@ SINGLE = 1e-5  # in float32
 ROUND_TRIP = 1e-4  # float32, a few blocks
 NORM_RTOL = 1e-3  # the tolerance of the norms
 
-STAGE = model.StageSpec(2, hidden=(3,), kernel_sizes=(3, 1), squeeze=2)
+STAGE = flow.StageSpec(2, hidden=(3,), kernel_sizes=(3, 1), squeeze=2)
 SPEC = ClassifierSpec(
-    model.FlowSpec((4, 4, 3), (STAGE, model.StageSpec(1, hidden=(5,), kernel_sizes=(1, 3), preactivation=True))),
+    flow.FlowSpec((4, 4, 3), (STAGE, flow.StageSpec(1, hidden=(5,), kernel_sizes=(1, 3), preactivation=True))),
     image_shape=(4, 4, 2),
     num_classes=3,
     num_levels=17,
@@ -41,17 +41,22 @@ def images_of(num, seed=0):
 
 def variables_of(spec, images, *, scale=3.0):
     """Fresh variables with kernels large enough to need a constraint, and a head that is not the initial one."""
-    x = classifier.preprocess(spec, jnp.asarray(images))
+    x = preprocess(spec, images)
     variables = cast(Any, jax.jit(modules.Classifier(spec, last_scale=scale).init)(jax.random.key(0), x))
     rng = np.random.default_rng(1)
     head = jax.tree.map(lambda a: a + rng.normal(0, 0.3, a.shape).astype(np.float32), variables["params"]["head"])
     return {**variables, "params": {**variables["params"], "head": head}}
 
 
+def preprocess(spec, images):
+    return Classifier(spec, {}, {}, {}).preprocess(images)
+
+
 # Compiled: one operation at a time, loops take seconds.
-features_of = jax.jit(classifier.features, static_argnums=0, static_argnames="unroll")
-logits_of = jax.jit(classifier.logits, static_argnums=0)
-reconstruct = jax.jit(classifier.reconstruct, static_argnums=(0, 3))
+features_of = jax.jit(Classifier.features)
+features_of_input = jax.jit(Classifier.features_of_input)
+logits_of = jax.jit(Classifier.logits)
+reconstruct = jax.jit(Classifier.reconstruct)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +65,9 @@ def variables():
 
 
 @pytest.fixture(scope="module")
-def weights(variables):
-    return jax.jit(lambda params: model.freeze(SPEC.flow, params).weights)(variables["params"])
+def model(variables):
+    frozen = jax.jit(lambda params: flow.freeze(SPEC.flow, params))(variables["params"])
+    return Classifier(SPEC, frozen.weights, variables["params"]["head"], variables["batch_stats"], frozen.bounds)
 
 
 def elu(x):
@@ -95,41 +101,33 @@ def naive_head(head, mean, var, features):
 # --- forward --------------------------------------------------------------------------------------------------------
 
 
-def test_features_and_logits_agree_with_a_plain_network(variables, weights):
+def test_features_and_logits_agree_with_a_plain_network(model):
     images = images_of(5, seed=2)
-    expected = naive_features(weights, images)
-    statistics = variables["batch_stats"]
-    by_hand = naive_head(variables["params"]["head"], statistics["head"]["mean"], statistics["head"]["var"], expected)
+    expected, head = naive_features(model.weights, images), model.statistics["head"]
+    by_hand = naive_head(model.head, head["mean"], head["var"], expected)
     with jax.enable_x64(True):
-        x = classifier.preprocess(SPEC, jnp.asarray(images))
-        found = features_of(SPEC, weights, x)
+        found = features_of(model, images)
         assert found.shape == (5, *SPEC.feature_shape) == (5, 2, 2, 12)
         np.testing.assert_allclose(found, expected, atol=EXACT)
-        logits = logits_of(SPEC, weights, variables["params"]["head"], statistics, x)
-        np.testing.assert_allclose(logits, by_hand, atol=EXACT)
-        unrolled = features_of(SPEC, weights, x, unroll=True)
-        np.testing.assert_allclose(unrolled, expected, atol=EXACT)
+        np.testing.assert_allclose(logits_of(model, images), by_hand, atol=EXACT)
+        np.testing.assert_allclose(features_of(model.with_(unroll=True), images), expected, atol=EXACT)
 
 
-def test_the_comparison_notices_a_missing_normalisation(weights):
+def test_the_comparison_notices_a_missing_normalisation(model):
     images = images_of(5, seed=2)
-    wrong = dataclasses.replace(SPEC, mean=(0.0,))
-    found = features_of(wrong, weights, classifier.preprocess(wrong, jnp.asarray(images)))
-    assert np.abs(found - naive_features(weights, images)).max() > 0.1
+    found = features_of(model.with_(spec=dataclasses.replace(SPEC, mean=(0.0,))), images)
+    assert np.abs(found - naive_features(model.weights, images)).max() > 0.1
 
 
-def test_modules_apply_what_the_functions_compute(variables):
-    x = classifier.preprocess(SPEC, jnp.asarray(images_of(4)))
-    module = modules.Classifier(SPEC)
+def test_modules_apply_what_the_model_computes(variables, model):
+    images, module = images_of(4), modules.Classifier(SPEC)
 
     @jax.jit
     def both(variables, x):
         return module.apply(variables, x), module.apply(variables, method="constrain")
 
-    found, constrained = cast(Any, both(variables, x))
-    statistics = variables["batch_stats"]
-    expected = logits_of(SPEC, constrained.weights, variables["params"]["head"], statistics, x)
-    np.testing.assert_allclose(found, expected, atol=SINGLE)
+    found, constrained = cast(Any, both(variables, preprocess(SPEC, images)))
+    np.testing.assert_allclose(found, logits_of(model.with_(weights=constrained.weights), images), atol=SINGLE)
     assert (constrained.weights["stage0"]["lipschitz"] <= 0.81 * (1 + NORM_RTOL)).all()
 
 
@@ -147,8 +145,8 @@ def test_padding_channels_start_with_scale_one(variables):
 def test_batch_statistics_are_those_of_the_whole_batch_on_any_number_of_devices():
     x = np.random.default_rng(0).normal(50, 0.1, (6, 2, 3, 4)).astype(np.float32)
     flat = x.astype(np.float64).reshape(-1, 4)
-    together = classifier.batch_statistics(jnp.asarray(x))
-    split = jax.vmap(lambda x: classifier.batch_statistics(x, axis_name="batch"), axis_name="batch")(x.reshape(2, 3, 2, 3, 4))
+    together = heads.batch_statistics(jnp.asarray(x))
+    split = jax.vmap(lambda x: heads.batch_statistics(x, axis_name="batch"), axis_name="batch")(x.reshape(2, 3, 2, 3, 4))
     for found in (together, jax.tree.map(lambda a: a[0], split), jax.tree.map(lambda a: a[1], split)):
         np.testing.assert_allclose(found["mean"], flat.mean(axis=0), rtol=1e-6)
         np.testing.assert_allclose(found["var"], flat.var(axis=0), rtol=1e-3)
@@ -156,13 +154,13 @@ def test_batch_statistics_are_those_of_the_whole_batch_on_any_number_of_devices(
 
 def test_gradients_through_synchronised_statistics_are_those_of_one_device():
     features = np.random.default_rng(0).normal(size=(8, 2, 2, 5)).astype(np.float32)
-    head = modules.initial_head(jax.random.key(0), 5, 3)
+    head = heads.initial_head(jax.random.key(0), 5, 3)
     labels = jnp.arange(8) % 3
 
     def loss_of(params, scale, features, labels, axis_name):
         scaled = features * scale.reshape(1, 1, 1, -1)
-        logits = classifier.head(params, classifier.batch_statistics(scaled, axis_name=axis_name), scaled)
-        return jnp.mean(classifier.cross_entropy(logits, labels))
+        logits = heads.apply_head(params, heads.batch_statistics(scaled, axis_name=axis_name), scaled)
+        return jnp.mean(heads.cross_entropy(logits, labels))
 
     def step(state, batch):
         def loss_fn(state):
@@ -183,10 +181,10 @@ def test_cross_entropy_with_smoothing_against_its_definition():
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     for smoothing in (0.0, 0.1):
         target = (1 - smoothing) * np.eye(4)[labels] + smoothing / 4
-        found = classifier.cross_entropy(jnp.asarray(logits, jnp.float32), labels, label_smoothing=smoothing)
+        found = heads.cross_entropy(jnp.asarray(logits, jnp.float32), labels, label_smoothing=smoothing)
         np.testing.assert_allclose(found, -(target * log_p).sum(axis=1), rtol=SINGLE)
     with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\), got 1"):
-        classifier.cross_entropy(jnp.asarray(logits), labels, label_smoothing=1.0)
+        heads.cross_entropy(jnp.asarray(logits), labels, label_smoothing=1.0)
 
 
 # --- the network to compare with ------------------------------------------------------------------------------------
@@ -196,13 +194,14 @@ def test_batchnorm_network_against_a_plain_one():
     """Every layer sees inputs normalised by the batch in training, and by running averages after it."""
     spec = dataclasses.replace(VANILLA, normalization="batchnorm")
     images = images_of(16)
-    x = classifier.preprocess(spec, jnp.asarray(images))
+    x = preprocess(spec, images)
     variables = cast(Any, jax.jit(modules.Classifier(spec).init)(jax.random.key(0), x))
     params, statistics = variables["params"], variables["batch_stats"]
     assert "spectral" not in variables
-    logits, used = jax.jit(classifier.training_logits, static_argnums=0)(spec, params, params["head"], x)
+    network = Classifier(spec, params, params["head"], statistics)
+    logits, used = jax.jit(training_logits)(network, x)
     chex.assert_trees_all_close(used, statistics, atol=SINGLE)
-    np.testing.assert_allclose(logits, logits_of(spec, params, params["head"], statistics, x), atol=SINGLE)
+    np.testing.assert_allclose(logits, logits_of(network, images), atol=SINGLE)
 
     h = np.asarray(x, np.float64)
     h = np.concatenate([h[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=-1)
@@ -219,46 +218,44 @@ def test_batchnorm_network_against_a_plain_one():
             h = h + g
     by_hand = naive_head(params["head"], h.mean(axis=(0, 1, 2)), h.var(axis=(0, 1, 2)), h)
     np.testing.assert_allclose(logits, by_hand, atol=10 * SINGLE)
-    with pytest.raises(ValueError, match="has no inverse"):
-        classifier.features(spec, params, x)
+    for call in (lambda: network.features(images), network.certificate, lambda: network.save("nowhere")):
+        with pytest.raises(ValueError, match="no inverse"):
+            call()
 
 
 # --- back -----------------------------------------------------------------------------------------------------------
 
 
-def test_features_of_images_lead_back_to_them(weights):
-    images = jnp.asarray(images_of(5))
-    features = features_of(SPEC, weights, classifier.preprocess(SPEC, images))
-    back = reconstruct(SPEC, weights, features)
+def test_features_of_images_lead_back_to_them(model):
+    images = images_of(5)
+    back = reconstruct(model, features_of(model, images))
     assert back.info.converged.all()
     np.testing.assert_allclose(back.images * 16, images, atol=16 * ROUND_TRIP)
     assert (back.padding_residual < ROUND_TRIP).all()
     assert (back.padding_residual <= 2 * back.info.error_bound).all()
 
 
-def test_the_padding_tells_features_of_no_image(weights):
+def test_the_padding_tells_features_of_no_image(model):
     """A feature vector that was pushed off the image manifold comes back with padding channels that are not zero."""
-    x = classifier.preprocess(SPEC, jnp.asarray(images_of(5)))
-    off = x.at[..., 2].add(0.5)
-    back = reconstruct(SPEC, weights, features_of(SPEC, weights, off))
+    x = preprocess(SPEC, images_of(5))
+    back = reconstruct(model, features_of_input(model, x.at[..., 2].add(0.5)))
     assert back.info.converged.all()
     np.testing.assert_allclose(back.padding_residual, 0.5 * 4, atol=ROUND_TRIP)
-    np.testing.assert_allclose(back.images, classifier.unpad(SPEC, x), atol=ROUND_TRIP)
+    np.testing.assert_allclose(back.images, SPEC.unpad(x), atol=ROUND_TRIP)
 
 
 def test_padding_and_normalisation_have_an_exact_inverse():
     images = np.random.default_rng(0).uniform(size=(3, 4, 4, 2)).astype(np.float32)
-    x = classifier.pad(SPEC, jnp.asarray(images))
+    x = SPEC.pad(jnp.asarray(images))
     assert x.shape == (3, 4, 4, 3)
     np.testing.assert_array_equal(x[..., 2], 0)
-    np.testing.assert_allclose(classifier.unpad(SPEC, x), images, atol=1e-6)
-    bounds = classifier.input_bounds(SPEC)
-    np.testing.assert_allclose([bounds.forward, bounds.inverse], [5, 0.5], rtol=1e-5)
+    np.testing.assert_allclose(SPEC.unpad(x), images, atol=1e-6)
+    np.testing.assert_allclose(SPEC.bilipschitz(), [5, 0.5], rtol=1e-5)
 
 
 def test_without_a_constraint_weights_run_as_they_are_and_no_inverse_is_promised(variables):
     as_they_are = cast(Any, modules.Classifier(VANILLA).apply(variables, method="constrain")).weights
-    frozen = jax.jit(lambda params: model.freeze(VANILLA.flow, params, constrained=False))(variables["params"])
+    frozen = jax.jit(lambda params: flow.certify(VANILLA.flow, params))(variables["params"])
     for run in (as_they_are, frozen.weights):
         for name in ("stage0", "stage1"):
             blocks = dict(variables["params"][name]["blocks"])
@@ -269,11 +266,30 @@ def test_without_a_constraint_weights_run_as_they_are_and_no_inverse_is_promised
     for name in ("stage0", "stage1"):
         product = np.prod([frozen.bounds[name][f"conv{i}"] for i in (0, 1)], axis=0)
         np.testing.assert_allclose(frozen.weights[name]["lipschitz"], product, rtol=SINGLE)
-    x = classifier.preprocess(VANILLA, jnp.asarray(images_of(4)))
-    features = features_of(VANILLA, as_they_are, x)
-    back = reconstruct(VANILLA, as_they_are, features, bijections.Solver(max_evals=50))
+    free = Classifier(VANILLA, as_they_are, variables["params"]["head"], variables["batch_stats"], solver=Solver(max_evals=50))
+    back = reconstruct(free, features_of(free, images_of(4)))
     assert not back.info.converged.any()
     assert np.isinf(back.info.error_bound).all()
+    certified = free.with_(weights=frozen.weights, bounds=frozen.bounds).certificate()
+    assert not certified.certified
+    assert certified.coeff is None
+    assert "NOT CERTIFIED" in str(certified)
+    with pytest.raises(ValueError, match="nothing to freeze"):
+        free.freeze()
+
+
+def test_images_that_are_none_are_refused(model):
+    images = images_of(3)
+    for wrong, sentence in (
+        (images / 16, "got float64|got float32"),
+        (images + np.uint8(200), "got levels from"),
+        (images[:, 1:], r"got an array of shape \(3, 3, 4, 2\)"),
+    ):
+        for method in (model.logits, model.features):
+            with pytest.raises(ValueError, match=sentence):
+                method(wrong)
+    under_jit = logits_of(model, jnp.asarray(images, jnp.int32) + 200)
+    assert np.isnan(under_jit).all()
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
@@ -289,7 +305,7 @@ def test_without_a_constraint_weights_run_as_they_are_and_no_inverse_is_promised
         ({"std": (0.0,)}, "std must be positive"),
         ({"normalization": "batchnorm"}, "without a Lipschitz bound: set constraint.norms to none"),
         ({"normalization": "layernorm"}, "normalization must be one of actnorm, batchnorm"),
-        ({"flow": model.FlowSpec((4, 4, 3), (dataclasses.replace(STAGE, factor_out=True),))}, "no stage may factor_out"),
+        ({"flow": flow.FlowSpec((4, 4, 3), (dataclasses.replace(STAGE, factor_out=True),))}, "no stage may factor_out"),
     ],
 )
 def test_mistakes_are_answered_before_anything_runs(change, sentence):

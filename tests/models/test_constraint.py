@@ -1,6 +1,5 @@
 """Certified normalisation, freezing and whole-model bounds, against singular values and Jacobians in float64."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,12 +8,12 @@ import numpy as np
 import oracles
 import pytest
 
+from iresnet_jax.bijections.transforms.logit import Logit
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.lipschitz import branch_bound
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import constraint, density
 from iresnet_jax.models import flow as model
-from iresnet_jax.training import config as config_lib
 
 COEFF = 0.9
 TIGHT = 0.03  # how far below the bound a norm may lie
@@ -51,7 +50,7 @@ def true_norms(spec, weights):
 
 def random_params(spec, seed=0, scale=1.0):
     params = {}
-    for i, (name, stage, branch) in enumerate(zip(model.stage_names(spec), spec.stages, spec.branches, strict=True)):
+    for i, (name, stage, _, branch) in enumerate(spec.layout):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), stage.num_blocks)
         blocks = jax.vmap(functools.partial(branches.initial_weights, branch))(keys)
         blocks["actnorm"] = {
@@ -142,7 +141,7 @@ def test_gradient_flows_through_the_certified_norm():
 @pytest.mark.parametrize("budget", constraint.BUDGETS)
 def test_frozen_weights_are_certified_and_tight(budget):
     spec, fixed = frozen(budget)
-    for name, branch in zip(model.stage_names(spec), spec.branches, strict=True):
+    for name, _, _, branch in spec.layout:
         for block, lipschitz in enumerate(fixed.weights[name]["lipschitz"]):
             weights = jax.tree.map(lambda w, block=block: w[block], fixed.weights[name]["branch"])
             norms = true_norms(branch, weights)
@@ -151,7 +150,6 @@ def test_frozen_weights_are_certified_and_tight(budget):
                 assert norm <= bound <= norm * (1 + TIGHT)
             assert np.prod(list(norms.values())) <= lipschitz
             assert lipschitz <= (spec.coeff if budget == "block" else spec.coeff ** len(norms)) * (1 + 1e-6)
-    assert jax.tree.structure(fixed.norms) == jax.tree.structure(fixed.bounds)
 
 
 def test_freezing_shrinks_what_power_iteration_let_through():
@@ -160,13 +158,13 @@ def test_freezing_shrinks_what_power_iteration_let_through():
         name: {
             "blocks": jax.vmap(functools.partial(constraint.initial_vectors, branch))(jax.random.split(jax.random.key(1), 2))
         }
-        for name, branch in zip(model.stage_names(FLOW), FLOW.branches, strict=True)
+        for name, _, _, branch in FLOW.layout
     }
     hoped = model.constrain(FLOW, params, starts, num_steps=1).weights
     worst = {"hoped": 0.0, "frozen": 0.0}
     fixed = jax.jit(functools.partial(model.freeze, FLOW))(params).weights
     for label, weights in {"hoped": hoped, "frozen": fixed}.items():
-        for name, branch in zip(model.stage_names(FLOW), FLOW.branches, strict=True):
+        for name, _, _, branch in FLOW.layout:
             for block in range(2):
                 norms = true_norms(branch, jax.tree.map(lambda w, block=block: w[block], weights[name]["branch"]))
                 worst[label] = max(worst[label], *norms.values())
@@ -175,14 +173,14 @@ def test_freezing_shrinks_what_power_iteration_let_through():
 
 def test_whole_model_bounds_hold_for_jacobians():
     spec, fixed = frozen()
-    settings = density.DensitySpec(spec, transform="logit", alpha=0.05)
-    bounds = density.transform_bounds(settings).compose(model.bilipschitz(spec, fixed.weights))
+    bounds = Logit(0.05).bilipschitz().compose(model.bilipschitz(spec, fixed.weights))
     x = jax.random.uniform(jax.random.key(4), (5, *spec.event_shape))
     with jax.enable_x64(True):
         weights = jax.tree.map(lambda a: a.astype(jnp.float64), fixed.weights)
+        whole = density.Density(density.DensitySpec(spec, transform=Logit(0.05)), weights, {})
 
         def encode(x):
-            return density.encode(settings, weights, x[None])[0]
+            return whole.encode(x[None])[0]
 
         for example in np.asarray(x, np.float64):
             jacobian = np.asarray(jax.jacfwd(encode)(jnp.asarray(example))).reshape(spec.num_dims, -1)
@@ -190,16 +188,6 @@ def test_whole_model_bounds_hold_for_jacobians():
             assert sizes[0] <= bounds.forward
             assert 1 / sizes[-1] <= bounds.inverse
     assert 1 < bounds.forward < 1e5
-    np.testing.assert_allclose(density.transform_bounds(settings).forward, 0.9 / (0.05 * 0.95), rtol=1e-5)
-    np.testing.assert_allclose(density.transform_bounds(settings).inverse, 1 / (4 * 0.9), rtol=1e-5)
-    equalized = density.DensitySpec(spec, transform="equalize", alpha=0.05, num_levels=2, frequencies=(0.8, 0.2))
-    np.testing.assert_allclose(density.transform_bounds(equalized).forward, 1.6 * 0.9 / (0.05 * 0.95), rtol=1e-5)
-    np.testing.assert_allclose(density.transform_bounds(equalized).inverse, 1 / (0.4 * 4 * 0.9), rtol=1e-5)
-    entrywise = dataclasses.replace(equalized, shares=(0.9,) * (spec.num_dims - 1) + (0.4,))
-    np.testing.assert_allclose(density.transform_bounds(entrywise).forward, 2 * 0.9 * 0.9 / (0.05 * 0.95), rtol=1e-5)
-    np.testing.assert_allclose(density.transform_bounds(entrywise).inverse, 1 / (2 * 0.1 * 4 * 0.9), rtol=1e-5)
-    centred = density.transform_bounds(density.DensitySpec(spec))
-    assert (float(centred.forward), float(centred.inverse)) == (1.0, 1.0)
 
 
 def test_every_activation_is_covered_by_the_certificate():
@@ -214,13 +202,11 @@ def test_every_activation_is_covered_by_the_certificate():
 
 
 def test_constrained_training_is_certified_at_every_step():
-    settings = config_lib.default_config().constraint
-    settings.norms = "certified"
-    constrain = jax.jit(config_lib.build_constraint(settings, FLOW, training=True))
+    constrain = jax.jit(functools.partial(model.constrain_certified, FLOW))
     for seed in range(3):
         params = random_params(FLOW, seed, scale=2.0)
         weights = constrain(params, {name: {} for name in params}).weights
-        for name, branch in zip(model.stage_names(FLOW), FLOW.branches, strict=True):
+        for name, _, _, branch in FLOW.layout:
             for block in range(2):
                 norms = true_norms(branch, jax.tree.map(lambda w, block=block: w[block], weights[name]["branch"]))
                 assert max(norms.values()) <= FLOW.coeff
@@ -240,8 +226,6 @@ def test_mistakes_are_named():
         constraint.normalize_certified(spec, weights, coeff=1.1)
     with pytest.raises(ValueError, match="method must be"):
         constraint.normalize_certified(spec, weights, coeff=0.9, method="hope")
-    with pytest.raises(ValueError, match=r"constraint\.norms must be estimated, certified or none, got 'exact'"):
-        config_lib.build_constraint({"norms": "exact"}, FLOW, training=True)
 
 
 def test_bounds_of_blocks_are_products_rounded_up():

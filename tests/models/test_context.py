@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iresnet_jax.bijections import bijection as bijections
+from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.models import branch as branches
@@ -27,7 +27,7 @@ IMAGES = model.FlowSpec(
     context_dim=CONTEXT_DIM,
 )
 SPECS = {"plane": PLANE, "images": IMAGES}
-SOLVER = bijections.Solver(atol=1e-12)
+SOLVER = Solver(atol=1e-12)
 
 
 @functools.cache
@@ -50,31 +50,26 @@ def case(name):
     weights, prior = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), frozen(name))
     keys = jax.random.split(jax.random.key(1), 2)
     x = jax.random.uniform(keys[0], (BATCH, *SPECS[name].event_shape), jnp.float64)
-    return (
-        density.DensitySpec(SPECS[name], transform="none"),
-        weights,
-        prior,
-        x,
-        jax.random.normal(keys[1], (BATCH, CONTEXT_DIM)),
-    )
+    whole = density.Density(density.DensitySpec(SPECS[name]), weights, prior, solver=SOLVER)
+    return whole, x, jax.random.normal(keys[1], (BATCH, CONTEXT_DIM))
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_each_example_has_its_own_context_and_comes_back_under_it(name, x64):
-    spec, weights, _, x, context = case(name)
-    z = density.encode(spec, weights, x, context=context)
-    back, info = density.decode(spec, weights, z, SOLVER, context=context)
+    whole, x, context = case(name)
+    z = whole.encode(x, context=context)
+    back, info = whole.decode(z, context=context)
     assert info.converged.all()
     np.testing.assert_allclose(back, x, atol=1e-10)
-    elsewhere, _ = density.decode(spec, weights, z, SOLVER, context=jnp.roll(context, 1, axis=0))
+    elsewhere, _ = whole.decode(z, context=jnp.roll(context, 1, axis=0))
     assert np.abs(elsewhere - x).max() > 1e-2
     other = context.at[1].add(1.0)
-    changed = density.encode(spec, weights, x, context=other) != z
+    changed = whole.encode(x, context=other) != z
     np.testing.assert_array_equal(changed.any(axis=1), [False, True, False])
 
 
 def test_the_constraint_is_in_x_alone():
-    branch = PLANE.branches[0]
+    branch = PLANE.layout[0].branch
     weights = jax.tree.map(lambda a: a[0], frozen("plane")[0]["stage0"]["branch"])
     strong = {name: {**layer, "context": 100 * layer["context"]} for name, layer in weights.items()}
     x = jax.random.normal(jax.random.key(2), (BATCH, 2))
@@ -89,44 +84,45 @@ def test_the_constraint_is_in_x_alone():
 
 @pytest.mark.parametrize("name", SPECS)
 def test_log_prob_is_the_change_of_variables_given_the_context(name, x64):
-    spec, weights, prior, x, context = case(name)
-    terms = density.log_prob(spec, weights, prior, x, jax.random.key(0), ExactLogdet(), context=context)
+    whole, x, context = case(name)
+    key = jax.random.key(0)
+    terms = whole.terms(x, key, key, context=context)
     for i in range(BATCH):
-        jacobian = jax.jacfwd(lambda v, i=i: density.encode(spec, weights, v[None], context=context[i : i + 1])[0])(x[i])
-        _, expected = np.linalg.slogdet(np.asarray(jacobian).reshape(spec.flow.num_dims, -1))
+        jacobian = jax.jacfwd(lambda v, i=i: whole.encode(v[None], context=context[i : i + 1])[0])(x[i])
+        _, expected = np.linalg.slogdet(np.asarray(jacobian).reshape(whole.spec.flow.num_dims, -1))
         np.testing.assert_allclose(terms.log_det[i], expected, atol=1e-9)
 
 
 def test_a_conditional_density_integrates_to_one(x64):
-    spec, weights, prior, _, context = case("plane")
+    whole, _, context = case("plane")
     side = jnp.linspace(-12, 12, 240)
     grid = jnp.stack(jnp.meshgrid(side, side), axis=-1).reshape(-1, 2)
     of_context = jnp.broadcast_to(context[:1], (len(grid), CONTEXT_DIM))
-    log_prob = density.log_prob(spec, weights, prior, grid, jax.random.key(0), context=of_context).log_prob
+    log_prob = whole.log_prob(grid, context=of_context)
     np.testing.assert_allclose(jnp.sum(jnp.exp(log_prob)) * (side[1] - side[0]) ** 2, 1, atol=1e-3)
 
 
 def test_gradients_with_respect_to_the_context(x64):
     """Of the likelihood, by finite differences; of samples, by the implicit function theorem on the whole model."""
-    spec, weights, prior, x, context = case("plane")
+    whole, x, context = case("plane")
     direction = jax.random.normal(jax.random.key(5), context.shape)
 
     def log_likelihood(context):
-        return jnp.sum(density.log_prob(spec, weights, prior, x, jax.random.key(0), context=context).log_prob)
+        return jnp.sum(whole.log_prob(x, context=context))
 
     step = 1e-5
     slope = (log_likelihood(context + step * direction) - log_likelihood(context - step * direction)) / (2 * step)
     np.testing.assert_allclose(jnp.vdot(jax.grad(log_likelihood)(context), direction), slope, rtol=1e-7)
 
     def draw(context):
-        return density.sample(spec, weights, prior, jax.random.key(6), BATCH, solver=SOLVER, context=context)[0]
+        return whole.sample(jax.random.key(6), BATCH, context=context)[0]
 
     samples, tangent = jax.jvp(draw, (context,), (direction,))
     jacobian = jax.jacrev(draw)(context)
     np.testing.assert_allclose(jnp.einsum("bibk,bk->bi", jacobian, direction), tangent, atol=1e-9)
 
     def encode(x, context):
-        return density.encode(spec, weights, x, context=context)
+        return whole.encode(x, context=context)
 
     _, pushed = jax.jvp(lambda c: encode(samples, c), (context,), (direction,))
     by_x = jnp.stack([jax.jacfwd(lambda v, i=i: encode(v[None], context[i : i + 1])[0])(samples[i]) for i in range(BATCH)])
@@ -135,10 +131,10 @@ def test_gradients_with_respect_to_the_context(x64):
 
 def test_the_estimators_gradient_reaches_the_context(x64):
     """The series' gradient in expectation over all probes of the plane is the exact one."""
-    spec, weights, prior, x, context = case("plane")
+    whole, x, context = case("plane")
 
     def log_det(context, estimator, key):
-        return jnp.sum(density.log_prob(spec, weights, prior, x, key, estimator, context=context).log_det)
+        return jnp.sum(whole.with_(estimator=estimator).terms(x, key, key, context=context).log_det)
 
     exact = jax.grad(log_det)(context, ExactLogdet(), jax.random.key(0))
     estimator = RouletteLogdet(num_exact_terms=60, num_probes=4096)
@@ -147,14 +143,14 @@ def test_the_estimators_gradient_reaches_the_context(x64):
 
 
 def test_contexts_of_the_wrong_shape_are_named():
-    spec, (weights, _) = density.DensitySpec(PLANE, transform="none"), frozen("plane")
+    whole = density.Density(density.DensitySpec(PLANE), *frozen("plane"))
     x = jnp.zeros((BATCH, 2))
     with pytest.raises(ValueError, match=r"takes a context of shape \(batch, 4\), got none"):
-        density.encode(spec, weights, x)
+        whole.encode(x)
     with pytest.raises(ValueError, match=r"takes a context of shape \(batch, 4\), got shape \(3, 5\) for a batch of 3"):
-        density.encode(spec, weights, x, context=jnp.zeros((BATCH, 5)))
+        whole.encode(x, context=jnp.zeros((BATCH, 5)))
     with pytest.raises(ValueError, match="context_dim must not be negative, got -1"):
         branches.BranchSpec((2,), (3,), context_dim=-1)
     plain = dataclasses.replace(PLANE, context_dim=0)
     with pytest.raises(ValueError, match=r"takes no context \(context_dim=0\), got one of shape \(3, 4\)"):
-        density.encode(density.DensitySpec(plain, transform="none"), weights, x, context=jnp.zeros((BATCH, 4)))
+        whole.with_(spec=density.DensitySpec(plain)).encode(x, context=jnp.zeros((BATCH, 4)))

@@ -151,7 +151,7 @@ def test_gradients_and_vmap_are_those_of_the_solution(x64):
 def blocks_of(kept, images):
     """Branch, weights, bound and inputs of the convolutional blocks of a kept model's first stage, in float64."""
     spec = kept.spec.flow
-    stage, branch = spec.stages[0], spec.branches[0]
+    stage, branch = spec.stages[0], spec.layout[0].branch
     weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), kept.weights["stage0"])
     continuous = density.to_continuous(kept.spec, jax.random.key(0), jnp.asarray(images))
     x = model.into_stage(stage, branch, density.transform(kept.spec, continuous)[0])

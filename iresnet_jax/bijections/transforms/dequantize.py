@@ -100,7 +100,7 @@ def cell_centers(x: Integer[Array, "b ..."], num_levels: int = 256) -> Float[Arr
     return jnp.where((x >= 0) & (x < num_levels), centers, jnp.nan)
 
 
-def check_levels(x: Num[Array, "b ..."], num_levels: int, event_shape: tuple[int, ...]) -> None:
+def check_levels(x: Num[Array, "b ..."] | Num[np.ndarray, "b ..."], num_levels: int, event_shape: tuple[int, ...]) -> None:
     """Raises ``ValueError`` unless ``x`` is a batch of images of integer levels in ``[0, num_levels)``.
 
     Values are only looked at where they are known: under ``jit`` levels out of range become NaN instead.

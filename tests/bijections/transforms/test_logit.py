@@ -82,6 +82,20 @@ def test_lipschitz_constants_are_those_of_the_slopes(x64, name):
 
 
 @pytest.mark.parametrize(
+    ("transform", "forward", "inverse"),
+    [
+        (Identity(), 1, 1),
+        (Center(), 1, 1),
+        (Logit(0.05), 0.9 / (0.05 * 0.95), 1 / (4 * 0.9)),
+        (Equalize((0.8, 0.2), alpha=0.05), 1.6 * 0.9 / (0.05 * 0.95), 1 / (0.4 * 4 * 0.9)),
+        (Equalize((0.8, 0.2), (0.9, 0.9, 0.4), 0.05), 2 * 0.9 * 0.9 / (0.05 * 0.95), 1 / (2 * 0.1 * 4 * 0.9)),
+    ],
+)
+def test_lipschitz_constants_in_closed_form(transform, forward, inverse):
+    np.testing.assert_allclose(transform.bilipschitz(), (forward, inverse), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("call", "match"),
     [
         (lambda: logit_forward_and_logdet(jnp.zeros((1, 2)), 0.0), r"\(0, 0.5\), got 0.0"),

@@ -1,0 +1,189 @@
+"""Models as files: nothing is lost, nothing is believed that can be computed, and damage ends in one sentence."""
+
+import io
+import json
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import iresnet_jax as ir
+from iresnet_jax.bijections.transforms.equalize import Equalize
+from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
+from iresnet_jax.models import priors
+from iresnet_jax.models.branch import initial_weights
+from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.density import DensitySpec
+from iresnet_jax.models.flow import FlowSpec, StageSpec, as_params, freeze
+from iresnet_jax.models.head import initial_head
+from iresnet_jax.models.saved import read, save, spec_from_plain, spec_to_plain, with_bounds
+
+FLOW = FlowSpec(
+    (4, 4, 1), (StageSpec(2, hidden=(3,), kernel_sizes=(3, 3), squeeze=2), StageSpec(1, hidden=(4,), activation="lipswish"))
+)
+DENSITY = DensitySpec(FLOW, "logistic", Equalize((0.25,) * 4, (0.5,) * 16, 1e-3), 4, num_classes=3)
+CLASSIFIER = ClassifierSpec(FLOW, (4, 4, 1), 3, 4)
+
+
+def params(scale):
+    blocks = {}
+    for stage in FLOW.layout:
+        keys = jax.random.split(jax.random.key(0), stage.spec.num_blocks)
+        channels = jnp.zeros((len(keys), stage.branch.in_shape[-1]))
+        weights = jax.vmap(lambda key, branch=stage.branch: initial_weights(branch, key))(keys)
+        blocks[stage.name] = {
+            "blocks": jax.tree.map(lambda a: scale * a, {**weights, "actnorm": {"bias": channels, "log_scale": channels}})
+        }
+    return as_params(jax.jit(lambda p: freeze(FLOW, p).weights)(blocks))
+
+
+@pytest.fixture(scope="module")
+def density():
+    return with_bounds(DENSITY, {"params": params(2.0), "prior": priors.standard("logistic", 16, 3)})
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    head = initial_head(jax.random.key(1), 16, 3)
+    statistics = {"head": {"mean": jnp.zeros(16), "var": jnp.ones(16)}}
+    return with_bounds(CLASSIFIER, {"params": params(2.0), "head": head, "statistics": statistics})
+
+
+def same(a, b):
+    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def test_what_is_saved_is_what_is_loaded(density, classifier, tmp_path):
+    for name, model in (("density", density), ("classifier", classifier)):
+        path = model.save(tmp_path / f"{name}.npz")
+        assert same(ir.load(path), model)
+        assert sorted(file.name for file in tmp_path.iterdir() if name in file.name) == [path.name]
+    save(density, tmp_path / "model.npz", {"step": 7})
+    loaded, about = read(tmp_path)  # a folder that holds it
+    assert about == {"step": 7}
+    assert same(loaded, density)
+    with jax.enable_x64(True):
+        assert {leaf.dtype for leaf in jax.tree.leaves(ir.load(tmp_path))} == {jnp.dtype("float32")}
+
+
+def test_specs_are_plain_data():
+    for transform in (Identity(), Center(), Logit(0.1), DENSITY.transform):
+        spec = DensitySpec(FLOW, transform=transform)
+        plain = json.loads(json.dumps(spec_to_plain(spec)))
+        assert spec_from_plain(plain) == spec
+        assert hash(spec_from_plain(plain)) == hash(spec)
+    assert spec_from_plain(spec_to_plain(CLASSIFIER)) == CLASSIFIER
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda plain: plain | {"kind": "Sofa"}, "no part of the kind 'Sofa'"),
+        (lambda plain: plain | {"colour": 1}, "has the fields"),
+        (lambda plain: plain | {"prior": 3}, "DensitySpec.prior cannot be 3"),
+        (lambda plain: plain | {"num_levels": True}, "DensitySpec.num_levels cannot be True"),
+        (lambda plain: plain | {"flow": plain["flow"] | {"coeff": 1.5}}, r"coeff must lie in \(0, 1\), got 1.5"),
+        (lambda plain: plain | {"flow": plain["flow"] | {"event_shape": ["4", 4, 1]}}, "FlowSpec.event_shape cannot be"),
+        (lambda plain: plain | {"flow": plain["transform"]}, "DensitySpec.flow cannot be"),
+    ],
+)
+def test_plain_data_that_are_no_spec(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        spec_from_plain(change(spec_to_plain(DENSITY)))
+
+
+def members(path):
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def rewritten(path, change):
+    """The file with other members."""
+    content = members(path)
+    change(content)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+
+
+def npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+KERNEL = "params/stage0/blocks/conv0/kernel.npy"
+
+
+def test_bounds_are_those_of_the_weights_in_the_file(density, tmp_path):
+    """Kernels that somebody made larger do not keep their certificate."""
+    path = density.save(tmp_path / "model.npz")
+    assert ir.load(path).certificate().certified
+    rewritten(path, lambda content: content.update({KERNEL: npy(2 * np.load(io.BytesIO(content[KERNEL])))}))
+    loaded = ir.load(path)
+    np.testing.assert_allclose(loaded.bounds["stage0"]["conv0"], 2 * density.bounds["stage0"]["conv0"], rtol=1e-3)
+    assert not loaded.certificate().certified
+
+
+NOT_A_NUMBER = np.full((2, 3, 3, 4, 3), np.nan, np.float32)
+OLD_HEADER, NO_TEXT = (np.frombuffer(text, np.uint8) for text in (b'{"format": 1}', b"\xff\xfe"))
+
+
+def huge_header(content):
+    """An array that claims 4 TB."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": (2**40,)})
+    content[KERNEL] = buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (huge_header, "is float32 of shape .1099511627776,., not float32"),
+        (lambda content: content.update({KERNEL: npy(np.zeros((2, 3, 3, 4, 3)))}), "is float64 of shape"),
+        (
+            lambda content: content.update({KERNEL: npy(np.full((2, 3, 3, 4, 3), np.nan, np.float32))}),
+            "numbers that are not finite",
+        ),
+        (lambda content: content.update({KERNEL: content[KERNEL][:-4]}), "buffer|reshape|size"),
+        (lambda content: content.update({KERNEL: content[KERNEL] + b"more"}), "goes on after its end"),
+        (lambda content: content.pop(KERNEL), "There is no item named"),
+        (lambda content: content.update({"more.npy": npy(np.zeros(1))}), "it holds more.npy, which such a model does not have"),
+        (
+            lambda content: content.update({"header.npy": npy(OLD_HEADER)}),
+            "its format is 1, not 2",
+        ),
+        (lambda content: content.update({"header.npy": npy(NO_TEXT)}), ""),
+        (lambda content: content.update({"header.npy": npy(np.zeros(4))}), "its header is none"),
+    ],
+)
+def test_damage_ends_in_one_sentence(density, tmp_path, damage, sentence):
+    path = density.save(tmp_path / "model.npz")
+    rewritten(path, damage)
+    with pytest.raises(ValueError, match=rf"model\.npz is damaged or was written by another version .*{sentence}"):
+        ir.load(path)
+
+
+def test_files_that_are_no_models(density, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no model .*nowhere\.npz"):
+        ir.load(tmp_path / "nowhere.npz")
+    path = tmp_path / "model.npz"
+    whole = density.save(path).read_bytes()
+    for content in (
+        b"",
+        b"text",
+        whole[: len(whole) // 2],
+        whole[: len(whole) // 2] + bytes(100) + whole[len(whole) // 2 + 100 :],
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.npz is damaged"):
+            ir.load(path)
+
+
+def test_networks_without_an_inverse_are_not_saved(classifier, tmp_path):
+    spec = ClassifierSpec(FLOW, (4, 4, 1), 3, 4, constrained=False, normalization="batchnorm")
+    with pytest.raises(ValueError, match="no bounds and no inverse"):
+        Classifier(spec, {}, {}, {}).save(tmp_path / "model.npz")
+    assert not list(tmp_path.iterdir())
