@@ -87,15 +87,23 @@ def from_walks(
 ) -> Bijection:
     """A bijection from its two ways, each with a key or, where no log-determinant is wanted, without."""
 
+    def forward_and_logdet(x, key):
+        end = onward(Onward.start(x), key)
+        return end.y, end.logdet, end.info
+
     def inverse(y):
         end = back(Back.start(y), None)
         return end.x, end.info
 
+    def inverse_and_logdet(y, key):
+        end = back(Back.start(y), key)
+        return end.x, end.logdet, end.logdet_info, end.info
+
     return Bijection(
         forward=lambda x: onward(Onward.start(x), None).y,
-        forward_and_logdet=lambda x, key: tuple(onward(Onward.start(x), key)),
+        forward_and_logdet=forward_and_logdet,
         inverse=inverse,
-        inverse_and_logdet=lambda y, key: tuple(back(Back.start(y), key)),
+        inverse_and_logdet=inverse_and_logdet,
         inverse_lipschitz=inverse_lipschitz,
     )
 

@@ -10,7 +10,7 @@ A conditional branch ``g(x; context)`` shifts the output of every layer by a lin
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from iresnet_jax.maths import activations
 from iresnet_jax.maths.convolution import Padding, choose_implementation, conv
 from iresnet_jax.maths.norms.power_iteration import LinearMap
 
-Weights = dict[str, dict[str, Array]]
+Weights = Mapping[str, Mapping[str, Array]]
 
 
 class LayerSpec(NamedTuple):
@@ -292,7 +292,7 @@ def initial_weights(spec: BranchSpec, key: Array, *, last_scale: float = 1.0) ->
         last_scale: Factor on the last layer; small values start the block near the identity.
     """
     activation = activations.get(spec.activation)
-    weights: Weights = {}
+    weights: dict[str, dict[str, Array]] = {}
     for i, (layer, layer_key) in enumerate(zip(spec.layers, jax.random.split(key, len(spec.layers)), strict=True)):
         *fan_in, cout = layer.kernel_shape
         scale = (last_scale if i == len(spec.layers) - 1 else 1.0) / math.sqrt(math.prod(fan_in))

@@ -30,7 +30,7 @@ from iresnet_jax.models import constraint
 from iresnet_jax.models.branch import BranchSpec
 
 Tree = Mapping[str, Any]
-Norms = dict[str, dict[str, Float[Array, " k"]]]  # by stage and layer, one a block
+Norms = Mapping[str, Mapping[str, Float[Array, " k"]]]  # by stage and layer, one a block
 
 
 @dataclass(frozen=True)

@@ -161,8 +161,9 @@ def with_bounds(spec: Spec, arrays: Mapping[str, Any]) -> Model:
     """
     rest = {name: value for name, value in arrays.items() if name != "params"}
     found = jax.jit(lambda params: certify(spec.flow, params))(arrays["params"])
-    kind = Density if isinstance(spec, DensitySpec) else Classifier
-    return kind(spec, found.weights, bounds=found.bounds, **rest)
+    if isinstance(spec, DensitySpec):
+        return Density(spec, found.weights, bounds=found.bounds, **rest)
+    return Classifier(spec, found.weights, bounds=found.bounds, **rest)
 
 
 def _arrays(model: Model) -> dict[str, Any]:

@@ -7,6 +7,7 @@ sec. 3.1): the cells of ``n x`` have volume 1, so ``E_u[log p(n x)] <= log P(k)`
 import math
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike

@@ -211,8 +211,8 @@ def _tables(spec: Equalize, dtype: str) -> _Tables:
     starts = np.log(spec.alpha + (1 - 2 * spec.alpha) * at_edge) - np.log(spec.alpha + (1 - 2 * spec.alpha) * above_edge)
     starts = _increasing(starts.astype(dtype))
     edges = np.arange(len(f) + 1) / len(f)
-    tables = (edges, below, above, f, others, p)
-    return _Tables(*(table.astype(dtype) for table in tables), starts, m)
+    edges, below, above, f, others, p = (table.astype(dtype) for table in (edges, below, above, f, others, p))
+    return _Tables(edges, below, above, f, others, p, starts, m)
 
 
 def _increasing(rows: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
