@@ -1,11 +1,13 @@
 """Rounding upwards, for numbers that must not end below the bound that they stand for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Shaped
+from jax import lax
+from jaxtyping import Array, Float, Shaped
 
 
 def at_least(value: Any, dtype: Any = None) -> Shaped[Array, "..."]:
@@ -23,7 +25,7 @@ def at_least(value: Any, dtype: Any = None) -> Shaped[Array, "..."]:
         if value.dtype == dtype:
             return value
         nearest = value.astype(dtype)
-        constant = jax.lax.stop_gradient(nearest)
+        constant = lax.stop_gradient(nearest)
         gap = jnp.nextafter(constant, dtype.type(np.inf)) - constant
         return nearest + jnp.where(constant.astype(value.dtype) < value, gap, 0)
     exact = np.asarray(value, np.float64)
@@ -36,3 +38,32 @@ def rounded_up(value: Any, num_roundings: int = 4) -> Shaped[Array, "..."]:
     """`value` times enough to make up for that many roundings of relative size eps/2, and for this product's."""
     value = jnp.asarray(value)
     return value * (1 + (num_roundings + 2) * float(jnp.finfo(value.dtype).eps))
+
+
+def lipschitz_at_least(value: Any, dtype: Any = None) -> Shaped[Array, "..."]:
+    """A Lipschitz bound by `at_least`; infinite, so that it promises nothing, where a traced one is negative or NaN.
+
+    Raises:
+        ValueError: If a concrete bound is negative or NaN.
+    """
+    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) >= 0):
+        raise ValueError(f"a Lipschitz bound must be at least 0, got {value}: pass inf if none is known")
+    bound = at_least(value, dtype)
+    return jnp.where(bound >= 0, bound, jnp.inf)
+
+
+def power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The largest power of two up to ``x > 0``, exactly (the exponent's bits), as a constant; 1 at 0 and below ``tiny``."""
+    wide = lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+    integer, mask = (jnp.int32, 0x7F800000) if wide.dtype == jnp.float32 else (jnp.int64, 0x7FF0000000000000)
+    bits = lax.bitcast_convert_type(wide, integer)
+    power = lax.bitcast_convert_type(bits & integer(mask), wide.dtype)
+    return jnp.where(power > 0, power, 1).astype(x.dtype)
+
+
+def euclidean_norm(x: Float[Array, "..."], axis: int | Sequence[int]) -> Float[Array, "..."]:
+    """``sqrt(sum x^2)`` over some axes; squares neither overflow nor underflow, as a power of two is taken out of them."""
+    axis = (axis,) if isinstance(axis, int) else tuple(axis)
+    largest = jnp.max(jnp.abs(lax.stop_gradient(x)), axis=axis, keepdims=True, initial=0)
+    scale = power_of_two(jnp.where(jnp.isfinite(largest), largest, 1))
+    return jnp.sqrt(jnp.sum((x / scale) ** 2, axis=axis)) * jnp.squeeze(scale, axis)

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.maths.norms import gram_iteration as gram
-from iresnet_jax.maths.rounding import rounded_up
+from iresnet_jax.maths.rounding import power_of_two, rounded_up
 
 Pair = tuple[int, int]
 Twist = Pair
@@ -70,9 +70,9 @@ def norm_bound(
 @functools.partial(jax.jit, static_argnames="num_squarings")
 def dense_norm_bound(matrix: Float[Array, "m n"], *, num_squarings: int | None) -> Float[Array, ""]:
     """Bound of a matrix's norm; ``num_squarings`` is that of `gram.norm_bound`."""
-    matrix, scale, least = _normalized(matrix)
+    matrix, scale, flushed = _normalized(matrix)
     matrix = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    return jnp.maximum(scale * gram.norm_bound(matrix[None], num_squarings), least)
+    return scale * gram.norm_bound(matrix[None], num_squarings) + flushed
 
 
 def num_outputs(taps: int, size: int, stride: int, pads: Pair) -> int:
@@ -141,7 +141,7 @@ def grid_bound(
     height, width, cin, cout = kernel.shape
     if height == width == 1:
         return dense_norm_bound(kernel[0, 0], num_squarings=num_squarings)
-    kernel, scale, least = _normalized(kernel)
+    kernel, scale, flushed = _normalized(kernel)
     kernel = jnp.swapaxes(kernel, 2, 3) if cin > cout else kernel
     kernel = kernel.reshape(height * width, *kernel.shape[2:])
     num_taps, rows, columns = kernel.shape
@@ -166,16 +166,21 @@ def grid_bound(
     bound = bound + (attained - lax.stop_gradient(attained))
     absolute = lax.stop_gradient(gram.frobenius(jnp.sum(jnp.abs(kernel), axis=0)[None]))
     symbol_error = gram.MARGIN * gram.gamma(num_taps + 10, kernel.dtype) * absolute
-    return jnp.maximum(scale * rounded_up(bound + symbol_error), least)
+    return scale * rounded_up(bound + symbol_error) + flushed
 
 
 def _normalized(kernel):
-    """The kernel, in float32 at least, over the power of two that brings its largest entry into [1, 2), and this power.
+    """Kernel over the power of two that brings its largest entry into [1, 2), this power, and the norm that may be lost.
 
-    The third is what subnormal entries, which may be taken for zero, can add to the norm; 0 where all entries are 0.
+    Processors may take subnormal entries for 0. Each is below ``tiny``, and a layer's norm is at most the sum of the absolute
+    entries, so twice their number times ``tiny`` covers them and the rounding of a sum.
     """
     kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    scale = gram.power_of_two(jnp.max(jnp.abs(kernel)))
-    integer = jnp.int32 if kernel.dtype == jnp.float32 else jnp.int64
-    nonzero = jnp.any(lax.bitcast_convert_type(lax.stop_gradient(kernel), integer) << 1 != 0)  # but for the sign
-    return kernel / scale, scale, jnp.where(nonzero, kernel.size * float(jnp.finfo(kernel.dtype).tiny), 0)
+    scale = power_of_two(jnp.max(jnp.abs(kernel)))
+    unsigned = jnp.dtype(f"uint{8 * kernel.dtype.itemsize}").type
+    info = jnp.finfo(kernel.dtype)
+    bits = lax.bitcast_convert_type(lax.stop_gradient(kernel), unsigned)
+    # The barrier keeps the compiler from comparing the entries as floats, among which subnormal ones may equal 0.
+    magnitude = lax.optimization_barrier(bits & unsigned(~(1 << (info.bits - 1)) & (2**info.bits - 1)))
+    subnormal = magnitude - unsigned(1) < unsigned((1 << info.nmant) - 1)  # 0 wraps around to the largest number
+    return kernel / scale, scale, jnp.sum(subnormal).astype(kernel.dtype) * (2 * float(info.tiny))

@@ -29,6 +29,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from iresnet_jax.maths.rounding import power_of_two
+
 _EXACT_SLACK = 2.0**10  # "exact" squares until the rank factor is below 1 + _EXACT_SLACK eps: 1.2e-4 or 2.3e-13
 MARGIN = 1.01  # covers the rounding of the rounding terms themselves, up to 5e4 rows in float32
 _BLOCK = 32  # shortest block of a blocked inner product
@@ -115,11 +117,3 @@ def frobenius(matrix: Float[Array, "... d"]) -> Float[Array, ""]:
 def _safe_sqrt(x):
     zero = x == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
-
-
-def power_of_two(x: Float[Array, ""]) -> Float[Array, ""]:
-    """The largest power of two up to ``x > 0``, exactly (the exponent's bits), as a constant; 1 at 0."""
-    integer, mask = (jnp.int32, 0x7F800000) if x.dtype == jnp.float32 else (jnp.int64, 0x7FF0000000000000)
-    bits = lax.bitcast_convert_type(lax.stop_gradient(x), integer)
-    power = lax.bitcast_convert_type(bits & integer(mask), x.dtype)
-    return jnp.where(power > 0, power, 1)

@@ -320,9 +320,48 @@ def test_other_caller_mistakes():
         certify.dense_norm_bound(jnp.ones((3, 0)))
 
 
-def test_norms_of_tiny_weights_are_not_zero():
-    tiny = np.finfo(np.float32).tiny
-    for size in (4 * tiny, 1e-3 * tiny):
-        matrix = np.full((2, 3), size, np.float32)
-        assert float(certify.dense_norm_bound(jnp.asarray(matrix))) >= np.linalg.norm(matrix.astype(np.float64), 2)
-    assert certify.dense_norm_bound(jnp.zeros((2, 3))) == 0
+def users_jit(function):
+    """Compiles as users do, at the compiler's default level; the suite compiles without optimisation."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 3})
+
+
+BOTH_LEVELS = pytest.mark.parametrize("compiled", [jax.jit, users_jit], ids=["no optimisation", "default level"])
+
+
+@BOTH_LEVELS
+def test_subnormal_weights_add_to_the_norm(compiled):
+    """Processors may take subnormal numbers for 0, optimised code even in comparisons of their bits."""
+    tiny, rng = np.finfo(np.float32).tiny, np.random.default_rng(0)
+    dense, conv = compiled(certify.dense_norm_bound), compiled(lambda k: certify.conv_norm_bound(k, (4, 4), **EMBEDDED))
+    matrices = [np.full((8, 1), size, np.float32) for size in (1e-41, 1e-45, 4 * tiny)]
+    mixed = [np.full((8, 1), tiny / 1.001) for _ in range(4)]  # one normal entry among many that are just not
+    matrices += [np.concatenate([[[tiny]], matrix[1:]]).astype(np.float32) for matrix in mixed]
+    matrices += [(tiny * 2.0 ** rng.uniform(-2, 1, (8, 1))).astype(np.float32) for _ in range(40)]
+    norms = [np.linalg.norm(matrix.astype(np.float64)) for matrix in matrices]
+    assert_upper_bounds([float(dense(matrix)) for matrix in matrices], norms, range(len(norms)))
+    kernels = (tiny * 2.0 ** rng.uniform(-2, 1, (20, 3, 3, 1, 1))).astype(np.float32)
+    norms = dense_norms(kernels, (4, 4), (1, 1), "SAME")
+    assert_upper_bounds([float(conv(kernel)) for kernel in kernels], norms, range(len(norms)))
+    assert dense(jnp.zeros((8, 1))) == conv(jnp.zeros((3, 3, 1, 1))) == 0
+
+
+@pytest.mark.parametrize("options", [{}, EMBEDDED], ids=["written out", "embedded"])
+def test_bounds_hold_at_the_default_level_of_the_compiler(options):
+    bound = users_jit(lambda kernels: jax.vmap(lambda k: certify.conv_norm_bound(k, (5, 4), **options))(kernels))
+    names, kernels = kernels_of_every_kind((3, 3, 3, 2), seed=15)
+    kernels = kernels.astype(np.float32)
+    norms = dense_norms(kernels, (5, 4), (1, 1), "SAME")
+    bounds = np.asarray(bound(kernels))
+    assert_upper_bounds(bounds, norms, names)
+    np.testing.assert_array_less(bounds, norms * (1.2 if options else 1 + EXACT_F32) + 1e-30)
+
+
+def test_dense_bounds_hold_at_the_default_level_of_the_compiler():
+    rng = np.random.default_rng(16)
+    gauss = rng.normal(size=(20, 40, 40))
+    rank_one = np.einsum("ki,kj->kij", *rng.normal(size=(2, 20, 40)))
+    matrices = np.concatenate([gauss, rank_one, np.linalg.qr(gauss)[0]]).astype(np.float32)
+    norms = np.linalg.norm(matrices.astype(np.float64), 2, axis=(1, 2))
+    bounds = np.asarray(users_jit(jax.vmap(certify.dense_norm_bound))(matrices))
+    assert_upper_bounds(bounds, norms, range(len(norms)))
+    np.testing.assert_array_less(bounds, norms * (1 + EXACT_F32))
