@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from iresnet_jax import data
-from iresnet_jax.data import idx, splits
-from iresnet_jax.data.source import Contents, checked
+from iresnet_jax.data import splits
+from iresnet_jax.data.sources import idx
+from iresnet_jax.data.sources.source import Contents, checked
 
 NUM_TRAIN, NUM_TEST = 30, 7
 
@@ -32,10 +33,10 @@ def assert_holds(loaded, train, test):
     """The published examples, each in its split and with its label, in order."""
     held_out = splits.validation_mask(len(train[0]))
     expected = {"train": (train, ~held_out), "validation": (train, held_out), "test": (test, slice(None))}
-    assert set(loaded.images) == set(expected)
+    assert set(loaded.examples) == set(expected)
     for split, ((images, labels), rows) in expected.items():
-        np.testing.assert_array_equal(loaded.images[split], images[rows])
-        assert loaded.images[split].dtype == np.uint8
+        np.testing.assert_array_equal(loaded.examples[split], images[rows])
+        assert loaded.examples[split].dtype == np.uint8
         if labels is None:
             assert loaded.labels == {}
         else:
@@ -72,13 +73,13 @@ def test_idx_files_as_mnist_is_published(tmp_path, mnist_like, naming):
     write_idx(tmp_path / "mnist", train, test, **naming)
     loaded = data.load("idx:mnist", data_dir=str(tmp_path))
     assert_holds(loaded, (train[0][..., None], train[1]), (test[0][..., None], test[1]))
-    assert (loaded.name, loaded.num_classes, loaded.image_shape) == ("idx:mnist", 10, (28, 28, 1))
+    assert (loaded.name, loaded.num_classes, loaded.event_shape) == ("idx:mnist", 10, (28, 28, 1))
 
 
 def test_idx_prefers_the_unpacked_file_beside_its_archive(tmp_path, mnist_like):
     write_idx(tmp_path, *mnist_like)
     write_idx(tmp_path, examples(4, (9, 9)), examples(4, (9, 9)), suffix=".gz")
-    assert data.load(f"idx:{tmp_path}").image_shape == (28, 28, 1)
+    assert data.load(f"idx:{tmp_path}").event_shape == (28, 28, 1)
 
 
 def test_idx_header_is_big_endian(tmp_path):
@@ -169,7 +170,7 @@ def test_cifar10_as_its_authors_publish_it(tmp_path, cifar_like):
     archive = write_archive(tmp_path / "cifar-10-binary.tar.gz", "cifar-10-batches-bin", cifar10_files(*cifar_like))
     loaded = data.load(f"cifar:{archive}")
     assert_holds(loaded, *cifar_like)
-    assert (loaded.num_classes, loaded.image_shape) == (10, (32, 32, 3))
+    assert (loaded.num_classes, loaded.event_shape) == (10, (32, 32, 3))
     with tarfile.open(archive) as unpacking:
         unpacking.extractall(tmp_path, filter="data")
     assert_holds(data.load(f"cifar:{tmp_path}/cifar-10-batches-bin"), *cifar_like)
@@ -230,7 +231,7 @@ def test_npz_with_the_names_of_medmnist_keeps_its_validation_split(tmp_path, cif
         ("validation", val, val_labels),
         ("test", test, test_labels),
     ):
-        np.testing.assert_array_equal(loaded.images[split], images)
+        np.testing.assert_array_equal(loaded.examples[split], images)
         np.testing.assert_array_equal(loaded.labels[split], of_images)
 
 
@@ -239,7 +240,7 @@ def test_npz_without_labels(tmp_path, cifar_like):
     np.savez(tmp_path / "a.npz", x_train=train, x_test=test)
     loaded = data.load(f"npz:{tmp_path}/a.npz")
     assert_holds(loaded, (train, None), (test, None))
-    assert loaded.num_classes == 0
+    assert loaded.num_classes is None
 
 
 X, Y = np.zeros((20, 4, 4), np.uint8), np.arange(20) % 3
@@ -281,11 +282,11 @@ def test_npz_mistakes_are_explained(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         data.load(f"npz:{tmp_path}/a.npz")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]  # no half-written cache
+    assert {path.name for path in tmp_path.iterdir()} == {"a.npz", ".a.npz.decoded.lock"}  # no half-written cache
 
 
 def test_npz_that_is_none_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no file .*a.npz for npz:.*: check the path"):
+    with pytest.raises(ValueError, match=r"the file .*a.npz for npz:.* does not exist: check the path"):
         data.load(f"npz:{tmp_path}/a.npz")
     np.savez(tmp_path / "a.npz", x_train=X, x_test=X)
     whole = (tmp_path / "a.npz").read_bytes()
@@ -326,7 +327,7 @@ def test_folder_of_images_by_class(tmp_path, shape):
     train, test = in_order_of_files(*train), in_order_of_files(*test)
     channels = 1 if len(shape) == 2 else 3
     assert_holds(loaded, (train[0].reshape(-1, 9, 7, channels), train[1]), (test[0].reshape(-1, 9, 7, channels), test[1]))
-    assert (loaded.num_classes, loaded.image_shape) == (3, (9, 7, channels))
+    assert (loaded.num_classes, loaded.event_shape) == (3, (9, 7, channels))
 
 
 def test_folder_without_classes_and_with_validation(tmp_path):
@@ -335,13 +336,13 @@ def test_folder_without_classes_and_with_validation(tmp_path):
         write_folder(tmp_path / split, images)
     loaded = data.load(f"folder:{tmp_path}")
     for split, images in (("train", train), ("validation", val), ("test", test)):
-        np.testing.assert_array_equal(loaded.images[split][..., 0], images)
-    assert (loaded.num_classes, loaded.labels) == (0, {})
+        np.testing.assert_array_equal(loaded.examples[split][..., 0], images)
+    assert (loaded.num_classes, loaded.labels) == (None, {})
 
 
 def test_folder_mistakes_are_explained(tmp_path):
     images, labels = examples(6, (5, 5), num_classes=2)
-    with pytest.raises(ValueError, match=r"there is no folder .*nowhere for folder:.*: check the path"):
+    with pytest.raises(ValueError, match=r"the folder .*nowhere for folder:.* does not exist: check the path"):
         data.load(f"folder:{tmp_path}/nowhere")
     with pytest.raises(ValueError, match="has no split 'train': it has none"):
         data.load(f"folder:{tmp_path}")
@@ -372,7 +373,7 @@ def test_images_that_do_not_belong_are_named(tmp_path, image, file, message):
         Image.fromarray(image).save(tmp_path / file)
     with pytest.raises(ValueError, match=message):
         data.load(f"folder:{tmp_path}")
-    assert not list(tmp_path.glob("*cache*"))
+    assert not list(tmp_path.glob("*decoded*/*"))
 
 
 def test_truncated_image_is_named(tmp_path):
@@ -438,8 +439,10 @@ def test_sources_that_break_their_word_are_refused(chunk, message):
 
 
 def test_unknown_names_and_formats_list_the_known_ones():
-    expected = r"unknown image data set '{}': known are digits, mnist, .*own data as idx:PATH, cifar:PATH.*toys\.get"
-    for name in ("moons", "h5:/a/b", "../mnist", "", "mnist:", "/etc/passwd"):
+    expected = (
+        r"unknown data set '{}': known are the images digits, mnist, .*, the toys .*moons.*, and own images as idx:PATH, "
+    )
+    for name in ("moon", "h5:/a/b", "../mnist", "", "mnist:", "/etc/passwd"):
         with pytest.raises(ValueError, match=expected.format(name)):
             data.load(name)
 
