@@ -146,3 +146,12 @@ def test_random_training_examples_are_distinct_and_no_more_than_there_are():
     assert len({image.tobytes() for image in drawn} & {image.tobytes() for image in IMAGES["train"]}) == 8
     assert len(make().random_train(key, 100)) == 12
     assert data.load("moons").random_train(key, 8).shape == (8, 2)
+
+
+def test_unknown_names_and_formats_list_the_known_ones():
+    expected = (
+        r"unknown data set '{}': known are the images digits, mnist, .*, the toys .*moons.*, and own images as idx:PATH, "
+    )
+    for name in ("moon", "h5:/a/b", "../mnist", "", "mnist:", "/etc/passwd"):
+        with pytest.raises(ValueError, match=expected.format(name)):
+            data.load(name)
