@@ -133,11 +133,11 @@ def test_held_out_points_of_a_toy_belong_to_their_split_and_seed():
 
 
 def test_a_toy_draws_one_example_for_each_key():
-    toy = data.load("rings")
+    toy = data.load("moons")
     keys = jax.random.split(jax.random.key(0), 5)
-    points = jax.vmap(lambda key: toy.draw(key, None))(keys)
+    points = jax.jit(jax.vmap(lambda key: toy.draw(key, None)))(keys)
     assert len({tuple(point) for point in np.asarray(points).tolist()}) == 5
-    assert toy.entropy == toys.get("rings").entropy
+    assert toy.entropy == toys.get("moons").entropy
 
 
 def test_random_training_examples_are_distinct_and_no_more_than_there_are():
@@ -145,7 +145,7 @@ def test_random_training_examples_are_distinct_and_no_more_than_there_are():
     drawn = np.asarray(make().random_train(key, 8))
     assert len({image.tobytes() for image in drawn} & {image.tobytes() for image in IMAGES["train"]}) == 8
     assert len(make().random_train(key, 100)) == 12
-    assert data.load("moons").random_train(key, 8).shape == (8, 2)
+    assert data.load("moons").random_train(key, 7).shape == (7, 2)
 
 
 def test_unknown_names_and_formats_list_the_known_ones():

@@ -1,5 +1,7 @@
 """Folders of image files."""
 
+import os
+
 import numpy as np
 import pytest
 from image_sets import NUM_TEST, NUM_TRAIN, assert_holds, examples
@@ -102,3 +104,20 @@ def test_hidden_folders_are_no_classes_and_a_split_has_one_name(tmp_path, mnist_
     (tmp_path / "validation").mkdir()
     with pytest.raises(ValueError, match="has both validation and val: remove or rename one of them"):
         data.load(f"folder:{tmp_path}")
+
+
+def test_names_that_are_not_utf8_are_read(tmp_path):
+    for split in ("train", "test"):
+        write_folder(tmp_path / split, *examples(6, (5, 5), num_classes=2))
+    path = next((tmp_path / "train/class1").iterdir())
+    os.rename(path, os.fsencode(path.parent) + b"/\xff.png")
+    assert len(data.load(f"folder:{tmp_path}").examples["test"]) == 6
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "a").write_text("a file")
+    for kind in ("folder", "idx"):
+        with pytest.raises(ValueError, match=rf"the folder .*a for {kind}:.* is a file, not a folder: check the path"):
+            data.load(f"{kind}:{tmp_path}/a")
+    with pytest.raises(ValueError, match=r"the file .* for npz:.* is a folder, not a file: check the path"):
+        data.load(f"npz:{tmp_path}")

@@ -281,6 +281,20 @@ def test_damaged_records(root, damage):
     assert not list(folder.glob("*decoded*/*"))
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b"{", b"[]"], ids=["not UTF-8", "not JSON", "no object"])
+def test_damaged_description_is_named(root, content):
+    folder = write_mnist(root / "mnist" / "3.0.1")
+    (folder / "dataset_info.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{folder}/dataset_info.json is damaged: .*; delete its folder to have mnist"):
+        data.load("mnist")
+
+
+def test_a_file_in_the_place_of_the_data_sets_is_named(root):
+    root.write_text("a file")
+    with pytest.raises(ValueError, match=rf"the folder {root} for mnist is a file, not a folder: check the path"):
+        data.load("mnist")
+
+
 def test_images_without_classes_to_learn(root):
     features = {"image": image_feature(28, 28, 1), "label": feature("Scalar", tensor={"shape": {}, "dtype": "int64"})}
     write(root / "ages" / "1.0.0", {"train": records_of(*TRAIN), "test": records_of(*TEST)}, features)
