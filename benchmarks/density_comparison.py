@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from _record import parser, table, write
 
-from iresnet_jax.data import feed
+from iresnet_jax.data.batches import batch_indices
 from iresnet_jax.evaluation import environment, trained
 from iresnet_jax.models import density
 from iresnet_jax.training import run
@@ -104,7 +104,7 @@ class Inputs:
     def train(self, step, batch_size):
         """The batch of a training step."""
         images = self.images["train"]
-        batch = images[feed.batch_indices(self._seed, step, batch_size, len(images))]
+        batch = images[batch_indices(self._seed, step, batch_size, len(images))]
         return self(batch, jax.random.split(jax.random.fold_in(jax.random.key(self._seed), step), batch_size))
 
     def held_out(self, split, num, batch_size):

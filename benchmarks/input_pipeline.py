@@ -6,7 +6,7 @@ Synthetic images of the size of MNIST and of CIFAR-10 lie in a cache file, memor
 step of a small density model; a larger model only makes the share smaller. Turns of some steps each way alternate with turns
 on one fixed batch that is on the device already:
 
-    streamed     `device_feed.batches`, read from the memory map by its thread
+    streamed     `device_batches`, read from the memory map by its thread
     resident     the same from a copy of all images on the device
     synchronous  rows picked and handed over by the training loop itself, without a thread
 
@@ -23,8 +23,9 @@ import jax
 import numpy as np
 from _record import interleave, parser, table, write
 
-from iresnet_jax.data import cache, device_feed, feed
-from iresnet_jax.data.images import ImageData
+from iresnet_jax.data import cache
+from iresnet_jax.data.batches import batch_indices
+from iresnet_jax.data.device_batches import device_batches
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import parallel, run, state
 from iresnet_jax.training.objectives.likelihood import make_step
@@ -39,7 +40,7 @@ def memory_mapped(folder, shape):
     """Random images, written and opened as decoded data sets are."""
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     path = Path(folder) / f"{'x'.join(map(str, shape))}.cache"
-    cache.write(path, {}, {"images": ("uint8", shape)}, [("images", images)])
+    cache.write(path, cache.Facts("x", 256, None), {"images": cache.Layout("uint8", shape)}, [("images", images)])
     start = time.perf_counter()
     mapped = cache.read(path).arrays["images"]
     return mapped, time.perf_counter() - start
@@ -51,7 +52,7 @@ def training_step(images):
     config.model.stages = STAGES
     settings = config.training
     held = dict.fromkeys(("train", "validation", "test"), images)
-    source = run.Source("x", images.shape[1:], 256, images=ImageData("x", 256, 0, held, {}))
+    source = run.Source("x", images.shape[1:], 256, images=run.Images(256, held, {}))
     spec = run.density_spec(config, source)
     optimizer = config_lib.build_optimizer(config.optimizer, settings.total_steps)
     step = make_step(
@@ -70,12 +71,12 @@ def training_step(images):
 def feeds(images):
     """Endless iterators over batches."""
     options = {"seed": 0, "batch_size": BATCH_SIZE}
-    fixed = next(device_feed.batches(images, **options))
+    fixed = next(device_batches(images, **options))
     return {
         "fixed batch": itertools.repeat(fixed),
-        "streamed": device_feed.batches(images, keep_on_device=False, **options),
-        "resident": device_feed.batches(images, keep_on_device=True, **options),
-        "synchronous": (parallel.shard(images[feed.batch_indices(0, s, BATCH_SIZE, len(images))]) for s in itertools.count()),
+        "streamed": device_batches(images, keep_on_device=False, **options),
+        "resident": device_batches(images, keep_on_device=True, **options),
+        "synchronous": (parallel.shard(images[batch_indices(0, s, BATCH_SIZE, len(images))]) for s in itertools.count()),
     }
 
 

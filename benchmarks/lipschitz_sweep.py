@@ -22,7 +22,7 @@ import numpy as np
 from _record import parser, table, write
 
 from iresnet_jax.bijections import bijection as bijections
-from iresnet_jax.data import feed
+from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.evaluation import accuracy as classify
 from iresnet_jax.evaluation import frozen, lipschitz, trained
 from iresnet_jax.evaluation import inversion as reconstruct
@@ -56,7 +56,7 @@ def invertibility(loaded, num):
             return reconstruct.round_trip(loaded.spec.flow, weights, there, solver)[1]
 
         trips = []
-        for indices, mask in feed.eval_batches(len(images), min(loaded.config.evaluation.batch_size, len(images))):
+        for indices, mask in eval_batches(len(images), min(loaded.config.evaluation.batch_size, len(images))):
             trip = jax.device_get(there_and_back(loaded.weights, images[indices]))
             trips.append(jax.tree.map(lambda values, mask=mask: values[mask], trip))
         trip = jax.tree.map(lambda *values: np.concatenate(values), *trips)

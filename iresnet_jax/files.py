@@ -1,4 +1,4 @@
-"""Files that are written whole: whatever happens to the writer, a reader finds the old file or the new one."""
+"""Files that are written whole, and work that one process at a time does."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path to write to, and puts what was written in the place of ``path`` at the end of ``with``.
+    """Yields a path to write to, which takes the place of ``path`` at the end of ``with``.
 
-    If the body raises, ``path`` is as it was and nothing is left beside it.
+    Whatever happens to the writer, a reader finds the old file or the new one. If the body raises, nothing new is left.
     """
     incoming = path.with_name(path.name + ".incoming")
     try:
@@ -17,3 +17,28 @@ def replacing(path: Path) -> Iterator[Path]:
         incoming.replace(path)
     finally:
         incoming.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, timeout_s: float = -1) -> Iterator[None]:
+    """Lets one process at a time into the ``with``, by a lock file ``.NAME.lock`` beside ``path``.
+
+    A process that dies lets go of the lock. Where the file system cannot lock, or the folder is not writable, all may enter.
+
+    Args:
+        path: File or folder that the work is about; it need not exist.
+        timeout_s: Seconds to wait for another process; negative waits for ever.
+
+    Raises:
+        TimeoutError: If another process holds the lock for longer.
+    """
+    from filelock import FileLock, Timeout  # this module is imported where only the pure functions are installed
+
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), timeout=timeout_s))
+        except Timeout:
+            raise
+        except (OSError, NotImplementedError):
+            pass
+        yield

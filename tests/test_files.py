@@ -1,6 +1,10 @@
-import pytest
+import subprocess
+import sys
 
-from iresnet_jax.files import replacing
+import pytest
+from runs import environment
+
+from iresnet_jax.files import locked, replacing
 
 
 def test_a_file_is_replaced_when_it_is_whole(tmp_path):
@@ -25,3 +29,40 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         fail(incoming)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path):
+    path = tmp_path / "work"
+    hold = f"""
+import time
+from pathlib import Path
+from iresnet_jax.files import locked
+with locked(Path({str(path)!r})):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, env=environment())
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(TimeoutError), locked(path, timeout_s=0.0):
+            pytest.fail("two processes hold the lock")
+    finally:
+        holder.kill()
+        holder.communicate()
+    with locked(path, timeout_s=0.0):
+        assert not path.exists()
+
+
+def test_without_a_lock_file_everybody_may_enter(tmp_path):
+    with locked(tmp_path / "nowhere" / "work", timeout_s=0.0):
+        pass
+    (tmp_path / ".work.lock").mkdir()
+    with locked(tmp_path / "work", timeout_s=0.0):
+        pass
+
+
+def test_an_error_within_a_lock_is_not_swallowed(tmp_path):
+    with pytest.raises(OSError, match="disk"), locked(tmp_path / "work"):
+        raise OSError("no room left on the disk")
+    with locked(tmp_path / "work", timeout_s=0.0):
+        pass

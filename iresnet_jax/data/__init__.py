@@ -1,9 +1,8 @@
-"""Where examples come from: labelled images by name here, 2-D densities in `toys`, batch order in `feed`.
-
-A name is one of these:
+"""Where examples come from: `load` returns images and toys by name as a `DataSet`.
 
 ======================  ==============================================================================================
-``digits``              embedded in scikit-learn
+``digits``              8x8 images embedded in scikit-learn
+``moons`` ``rings``     2-D toy densities, listed in `toys`
 ``mnist`` ``cifar10``   any image classification data set of TensorFlow Datasets by its name there, such as
                         ``downsampled_imagenet/32x32`` or ``mnist:3.0.1``; downloaded once if TensorFlow is installed
 ``idx:FOLDER``          IDX files as MNIST is published, ``train-images-idx3-ubyte.gz`` and so on
@@ -12,52 +11,22 @@ A name is one of these:
 ``folder:FOLDER``       image files ``train/CLASS/NAME.png``, ``test/CLASS/NAME.png``
 ======================  ==============================================================================================
 
-Pixels stay integers until the model dequantises them, so that ``num_levels`` and the likelihood in bits per dimension always
-belong together. Data that lie on disk are decoded once, see `decoded`; how the validation split is made is written in `splits`.
+Pixels stay integers until the model dequantises them, so ``num_levels`` and bits per dimension always belong together. Image
+files are decoded once (`decoding`, `cache`). `splits` says how the validation split is made, and `batches` which examples a
+training step sees.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
-from iresnet_jax.data.images import ImageData
-from iresnet_jax.data.source import Source
+from iresnet_jax.data import decoding, toys
+from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.sources import cifar, digits, idx, image_folder, npz, tfds
+from iresnet_jax.data.toys import Toy
 
-__all__ = ["EMBEDDED", "FORMATS", "TFDS_NAMES", "ImageData", "load"]
+__all__ = ["EMBEDDED", "FORMATS", "TFDS_NAMES", "DataSet", "Toy", "load"]
 
-
-def _digits() -> ImageData:
-    from iresnet_jax.data import digits
-
-    return digits.load()
-
-
-def _idx(path: Path, name: str) -> Source:
-    from iresnet_jax.data import idx
-
-    return idx.source(path, name)
-
-
-def _cifar(path: Path, name: str) -> Source:
-    from iresnet_jax.data import cifar
-
-    return cifar.source(path, name)
-
-
-def _npz(path: Path, name: str) -> Source:
-    from iresnet_jax.data import npz
-
-    return npz.source(path, name)
-
-
-def _folder(path: Path, name: str) -> Source:
-    from iresnet_jax.data import image_folder
-
-    return image_folder.source(path, name)
-
-
-# Each imports what it needs when it is called: a new one is a function and a line here.
-EMBEDDED: dict[str, Callable[[], ImageData]] = {"digits": _digits}
-FORMATS: dict[str, Callable[[Path, str], Source]] = {"idx": _idx, "cifar": _cifar, "npz": _npz, "folder": _folder}
+EMBEDDED = {"digits": digits.load}
+FORMATS = {"idx": idx.source, "cifar": cifar.source, "npz": npz.source, "folder": image_folder.source}
 TFDS_NAMES = (  # the customary ones
     "mnist",
     "fashion_mnist",
@@ -70,42 +39,39 @@ TFDS_NAMES = (  # the customary ones
 )
 
 
-def load(name: str, *, data_dir: str | None = None) -> ImageData:
-    """Loads an image data set by its name.
+def load(name: str, data_dir: str | None = None) -> DataSet:
+    """Loads a data set or toy by its name.
 
     Example::
 
         data = load("digits")
-        data.images["train"].shape  # (1257, 8, 8, 1)
+        data.examples["train"].shape  # (1257, 8, 8, 1)
+        load("moons").held_out("test", 1000).shape  # (1000, 2)
         load("fashion_mnist", data_dir="~/tensorflow_datasets")
         load("idx:~/mnist")
 
     Args:
-        name: see above.
-        data_dir: folder that holds the prepared data sets of TFDS (by default ``$TFDS_DATA_DIR``, else
+        name: Name as in the table above.
+        data_dir: Folder that holds the prepared data sets of TFDS (by default ``$TFDS_DATA_DIR``, else
             ``~/tensorflow_datasets``), and from which relative paths after ``idx:`` and so on start (by default ``.``).
 
-    Returns:
-        The data set: arrays in memory or read-only views of a file.
-
     Raises:
-        ValueError: if no data set has this name, or what there is does not make up a data set.
-        RuntimeError: if TFDS cannot prepare it.
-        OSError: if files cannot be read, or decoded images cannot be written.
+        ValueError: If no data set has this name, or its files do not make up a data set.
+        RuntimeError: If TFDS cannot prepare it.
+        OSError: If files cannot be read, or decoded images cannot be written.
     """
+    if name in toys.TOYS:
+        return DataSet.from_toy(toys.get(name))
     if name in EMBEDDED:
         return EMBEDDED[name]()
-    from iresnet_jax.data import decoded, tfds_source
-
     kind, colon, path = name.partition(":")
     if colon and kind in FORMATS:
         source = FORMATS[kind](Path(data_dir or "", Path(path).expanduser()).expanduser(), name)
     else:
-        source = tfds_source.source(name, data_dir)
+        source = tfds.source(name, data_dir)
     if source is None:
         raise ValueError(
-            f"unknown image data set {name!r}: known are {', '.join([*EMBEDDED, *TFDS_NAMES])}, "
-            f"others of TFDS, and own data as {', '.join(f'{kind}:PATH' for kind in FORMATS)}; "
-            "2-D toy densities are loaded with iresnet_jax.data.toys.get"
+            f"unknown data set {name!r}: known are the images {', '.join([*EMBEDDED, *TFDS_NAMES])} and others of TFDS, "
+            f"the toys {', '.join(toys.TOYS)}, and own images as {', '.join(f'{kind}:PATH' for kind in FORMATS)}"
         )
-    return decoded.load(source)
+    return decoding.load(source)

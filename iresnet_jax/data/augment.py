@@ -16,12 +16,12 @@ def random_crop(keys: Key[Array, " b"], images: Shaped[Array, "b h w c"], *, pad
     Equal to padding all sides symmetrically (the edge itself is repeated) and cutting a window of the old size out at random.
 
     Args:
-        keys: one for each image.
-        images: of any type.
-        padding: largest shift in pixels, from 0 to the smaller side of an image; 4 is customary for 32x32.
+        keys: Keys, one for each image.
+        images: Images of any type.
+        padding: Largest shift in pixels, from 0 to the smaller side of an image; 4 is customary for 32x32.
 
     Raises:
-        ValueError: if ``padding`` is out of range.
+        ValueError: If ``padding`` is out of range.
     """
     height, width = images.shape[1:3]
     if not 0 <= padding <= min(height, width):
@@ -46,7 +46,7 @@ def random_flip(keys: Key[Array, " b"], images: Shaped[Array, "b h w c"]) -> Sha
 
 
 def crop_and_flip(keys: Key[Array, " b"], images: Shaped[Array, "b h w c"], *, padding: int = 4) -> Shaped[Array, "b h w c"]:
-    """`random_crop` and then `random_flip`, independently.
+    """Crops each image by `random_crop` and mirrors it by `random_flip`, independently.
 
     Example::
 

@@ -1,14 +1,12 @@
-"""One file of decoded arrays: written whole or not at all, checked by SHA-256 when it is opened, then memory-mapped.
+"""Decoded arrays in a folder of ``.npy`` files: written whole or not at all, checked and memory-mapped when they are opened.
 
-The file is a header of 4096 bytes and the arrays one after the other, each from a multiple of 4096 on. The header is three
-lines, filled up with spaces: a magic word, the SHA-256 of the third line, and JSON with the position, type, shape and SHA-256
-of each array, and facts about the data.
+``record.json`` beside them holds the type, shape and SHA-256 of each array, the number of levels and classes, the fingerprint
+of these, and the state of the source files. Opening compares headers and file sizes with the record; it reads no pixels.
 """
 
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import math
 import os
@@ -21,189 +19,177 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_MAGIC = b"iresnet_jax arrays 1"
-_ALIGNMENT = 4096
-_ABANDONED_AFTER_S = 3600  # a living writer touches its temporary file far more often
+from iresnet_jax.data.dataset import describe, fingerprint_of
 
-Layout = dict[str, tuple[str, tuple[int, ...]]]  # {name of an array: (dtype, shape)}
+RECORD = "record.json"
+_ABANDONED_AFTER_S = 3600  # a living writer touches its files far more often
 
 
 class DamagedCacheError(ValueError):
-    """A cache file is truncated or was altered."""
+    """A cache is incomplete or was altered."""
+
+
+class Facts(NamedTuple):
+    """What a cache says about its arrays.
+
+    Attributes:
+        source_state: State of the files that the arrays were decoded from, see `sources.source.state_of`.
+        num_levels: Grey levels.
+        num_classes: Classes; None without labels.
+    """
+
+    source_state: str
+    num_levels: int
+    num_classes: int | None
+
+
+class Layout(NamedTuple):
+    """Type and shape of an array that will be written."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class Cached(NamedTuple):
-    """The contents of a cache file.
+    """Contents of a cache: the facts, the data's fingerprint, and read-only memory maps by name."""
 
-    Attributes:
-        facts: what was written beside the arrays.
-        arrays: read-only views of the file.
-    """
-
-    facts: dict[str, Any]
+    facts: Facts
+    fingerprint: str
     arrays: dict[str, np.ndarray]
 
 
-def write(path: Path, facts: dict[str, Any], layout: Layout, pieces: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes a cache file.
+def write(folder: Path, facts: Facts, layout: dict[str, Layout], pieces: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Writes a cache.
 
-    It goes to a temporary file beside it, is forced to the disk and renamed: whatever happens, there is either the whole file
-    or what was there before. Several processes may write the same file at once; the last one wins.
+    The files are written into a temporary folder, forced to the disk, and the folder is renamed at the end: a writer that fails
+    or is killed leaves the cache as it was. If several processes write the same data at once, the first to end wins.
 
     Args:
-        path: where to.
-        facts: JSON data to keep beside the arrays.
-        layout: type and shape of each array.
-        pieces: ``(name, rows)``, each array's rows in order and all of them.
+        folder: Folder of the cache, which need not exist.
+        facts: Facts about the arrays.
+        layout: Types and shapes of the arrays.
+        pieces: Pairs ``(name, rows)``; together they hold the rows of each array once, in order.
 
     Raises:
-        OSError: if it cannot be written, as on a full disk; one sentence, and no part of it is left behind.
+        OSError: If the cache cannot be written, as on a full disk: one sentence, and no part of it is left behind.
     """
-    offsets, size = _place(layout)
-    written, digests = dict.fromkeys(layout, 0), {name: hashlib.sha256() for name in layout}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in layout.values())
+    incoming = folder.with_name(f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    digests = {name: hashlib.sha256() for name in layout}
     try:
-        with _explaining(path, size):
-            _remove_abandoned(path)
-            _check_room(path.parent, size)
-            file = temporary.open("xb", buffering=0)
-        with file:
+        with contextlib.ExitStack() as stack:
+            with _explaining(folder, size):
+                if folder.exists() and not folder.is_dir():  # somebody's file
+                    raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+                _remove_abandoned(folder)
+                if shutil.disk_usage(folder.parent).free < size:  # better noticed before an hour of decoding than after it
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                incoming.mkdir()
+                # Without a buffer, whose leftover would fail once more when the file is closed.
+                files = {name: stack.enter_context(_path(incoming, name).open("xb", buffering=0)) for name in layout}
+                for name, (dtype, shape) in layout.items():
+                    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(files[name], header)
             for name, rows in pieces:
-                dtype, _ = layout[name]
-                content = _bytes_of(np.ascontiguousarray(rows, dtype))
+                content = np.ascontiguousarray(rows, layout[name].dtype).reshape(-1).view(np.uint8).data
                 digests[name].update(content)
-                with _explaining(path, size):
-                    _write_at(file, offsets[name] + written[name], content)
-                written[name] += len(content)
-            assert written == {name: _num_bytes(*spec) for name, spec in layout.items()}, (
-                "a source's examples were not all written"
-            )
-            arrays = {
-                name: {"dtype": dtype, "shape": shape, "offset": offsets[name], "sha256": digests[name].hexdigest()}
-                for name, (dtype, shape) in layout.items()
-            }
-            with _explaining(path, size):
-                _write_at(file, 0, _header({"facts": facts, "size": size, "arrays": arrays}))
-                file.truncate(size)
+                with _explaining(folder, size):
+                    _write_all(files[name], content)
+            with _explaining(folder, size):
+                for file in files.values():
+                    os.fsync(file.fileno())
+        arrays = {name: describe(_map(incoming, name), digests[name].hexdigest()) for name in layout}
+        record = {**facts._asdict(), "arrays": arrays, "fingerprint": _fingerprint(facts, arrays)}
+        with _explaining(folder, size):
+            with (incoming / RECORD).open("xb", buffering=0) as file:
+                _write_all(file, json.dumps(record, indent=1).encode())
                 os.fsync(file.fileno())
-        with _explaining(path, size):
-            temporary.replace(path)
-            _sync_folder(path.parent)
-    except BaseException:  # an interrupt too
-        temporary.unlink(missing_ok=True)
-        raise
+            _put_in_place(incoming, folder, facts)
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)
 
 
-def read(path: Path) -> Cached | None:
-    """Opens a cache file, checks all of it and maps it into memory.
+def read(folder: Path) -> Cached | None:
+    """Opens a cache and maps it into memory.
 
     Returns:
-        Its contents; None if there is no such file, or none that may be read.
+        Contents of the cache; None if there is none, or none that may be read.
 
     Raises:
-        DamagedCacheError: if it is truncated or was altered.
+        DamagedCacheError: If a file is missing, does not have the size and header that the record says, or the record does not
+            match its own fingerprint.
     """
     try:
-        file = path.open("rb")
+        text = (folder / RECORD).read_bytes()
     except OSError:
         return None
-    with file:
-        about = _parse_header(path, file.read(_ALIGNMENT))
-        size = os.fstat(file.fileno()).st_size
-        if size != about["size"]:
-            raise DamagedCacheError(f"the cache {path} is truncated or altered: it has {size} of {about['size']} bytes")
+    try:
+        record = json.loads(text)
+        facts = Facts(*(record[name] for name in Facts._fields))
+        if _fingerprint(facts, record["arrays"]) != record["fingerprint"]:
+            raise ValueError(f"{RECORD} does not match its fingerprint")
         arrays = {}
-        for name, array in about["arrays"].items():
-            mapped = np.memmap(file, array["dtype"], "r", array["offset"], tuple(array["shape"]))
-            arrays[name] = mapped.view(np.ndarray)
-            if hashlib.sha256(_bytes_of(arrays[name])).hexdigest() != array["sha256"]:
-                raise DamagedCacheError(f"the cache {path} is truncated or altered: {name} does not match its checksum")
-    return Cached(about["facts"], arrays)
+        for name, expected in record["arrays"].items():
+            arrays[name] = _map(folder, name)
+            if describe(arrays[name], expected["sha256"]) != expected:
+                raise ValueError(f"{name}.npy holds {arrays[name].dtype} of shape {arrays[name].shape}")
+        if (folder / RECORD).read_bytes() != text:
+            raise ValueError("it was replaced while it was read")
+    except KeyError as error:
+        raise DamagedCacheError(f"the cache {folder} is incomplete or was altered: {RECORD} lacks {error}") from None
+    except (AttributeError, EOFError, OSError, TypeError, ValueError) as error:
+        raise DamagedCacheError(f"the cache {folder} is incomplete or was altered: {error}") from None
+    return Cached(facts, record["fingerprint"], arrays)
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lets one process at a time work in a folder.
-
-    This saves the others the work; the files are right without it. Where the file system cannot lock, it does nothing.
-    """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, ImportError):
-            import fcntl  # not on Windows
-
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)  # which releases the lock, as the end of the process does
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+def _fingerprint(facts: Facts, arrays: dict[str, Any]) -> str:
+    return fingerprint_of(arrays, num_levels=facts.num_levels, num_classes=facts.num_classes)
 
 
-def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return np.dtype(dtype).itemsize * math.prod(shape)
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.npy"
 
 
-def _place(layout: Layout) -> tuple[dict[str, int], int]:
-    """Where each array begins, and the size of the file."""
-    offsets, end = {}, _ALIGNMENT
-    for name, spec in layout.items():
-        offsets[name] = -(-end // _ALIGNMENT) * _ALIGNMENT
-        end = offsets[name] + _num_bytes(*spec)
-    return offsets, end
+def _map(folder: Path, name: str) -> np.ndarray:
+    """Maps an array; NumPy refuses a file that is shorter than its header says, and this one a longer file."""
+    path = _path(folder, name)
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    expected = array.offset + array.nbytes
+    if path.stat().st_size != expected:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes instead of {expected}")
+    return array.view(np.ndarray)
 
 
-def _header(about: dict[str, Any]) -> bytes:
-    text = json.dumps(about).encode()
-    header = b"\n".join([_MAGIC, hashlib.sha256(text).hexdigest().encode(), text])
-    assert len(header) < _ALIGNMENT, "too many arrays for the header"
-    return header.ljust(_ALIGNMENT - 1) + b"\n"
-
-
-def _parse_header(path: Path, header: bytes) -> dict[str, Any]:
-    lines = header.rstrip().split(b"\n")
-    if len(lines) != 3 or lines[0] != _MAGIC or hashlib.sha256(lines[2]).hexdigest().encode() != lines[1]:
-        raise DamagedCacheError(f"the cache {path} is truncated or altered: its header does not match its checksum")
-    return json.loads(lines[2])
-
-
-def _bytes_of(array: np.ndarray) -> memoryview:
-    return array.reshape(-1).view(np.uint8).data
-
-
-def _write_at(file: io.FileIO, offset: int, content: memoryview | bytes) -> None:
-    """Writes without a buffer, whose leftover would fail once more when the file is closed."""
-    file.seek(offset)
+def _write_all(file: Any, content: memoryview | bytes) -> None:
     while content:
         content = content[file.write(content) :]
 
 
-def _check_room(folder: Path, size: int) -> None:
-    """A full disk is better noticed before an hour of decoding than after it."""
-    if shutil.disk_usage(folder).free < size:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def _put_in_place(incoming: Path, folder: Path, facts: Facts) -> None:
+    with contextlib.suppress(DamagedCacheError):
+        if (found := read(folder)) and found.facts == facts:
+            return  # another process was faster
+    aside = incoming.with_name(f"{incoming.stem}-old.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(aside)
+    incoming.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(PermissionError):  # Windows has no descriptors of folders
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Removes the temporary files of writers that were killed."""
-    for temporary in path.parent.glob(f"{path.name}.*.tmp"):
+def _remove_abandoned(folder: Path) -> None:
+    """Removes the temporary folders of writers that were killed."""
+    for temporary in folder.parent.glob(f"{folder.name}.*.tmp"):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - temporary.stat().st_mtime > _ABANDONED_AFTER_S:
-                temporary.unlink()
+            if time.time() - max(path.stat().st_mtime for path in (temporary, *temporary.iterdir())) > _ABANDONED_AFTER_S:
+                shutil.rmtree(temporary)
 
 
 @contextlib.contextmanager
-def _explaining(path: Path, size: int) -> Iterator[None]:
+def _explaining(folder: Path, size: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise OSError(
-            f"cannot write the cache {path} of {max(size / 1e6, 0.1):.1f} MB: {error.strerror or error}: "
+            f"cannot write the cache {folder} of {max(size / 1e6, 0.1):.1f} MB: {error.strerror or error}: "
             "make room, or set IRESNET_JAX_CACHE_DIR to a folder with room"
         ) from error

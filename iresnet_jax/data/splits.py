@@ -18,7 +18,7 @@ def validation_mask(num_train: int) -> Bool[np.ndarray, " n"]:
     the images, the same for every data set of that size, and independent of any random number generator.
 
     Args:
-        num_train: published training examples, at least 2.
+        num_train: Number of published training examples, at least 2.
     """
     digests = [hashlib.sha256(f"{_SALT}:{index}".encode()).digest() for index in range(num_train)]
     chosen = sorted(range(num_train), key=digests.__getitem__)[: min(max(num_train // 10, 1), _MOST_VALIDATION)]
@@ -28,21 +28,21 @@ def validation_mask(num_train: int) -> Bool[np.ndarray, " n"]:
 
 
 def routes(num_examples: dict[str, int], name: str) -> Routes:
-    """Says which of our splits the examples of each published split go to; published splits that are left out are not read.
+    """Says which of our splits the examples of each published split go to; a published split that is left out is not read.
 
     "test" is the published test split, or the published validation split where there is no other, as for the downsampled
     ImageNet. "validation" is the published one if that is still free, and else carved from the training split: it never
     touches the test split.
 
     Args:
-        num_examples: examples of each published split, by name.
-        name: of the data set, for messages.
+        num_examples: Number of examples of each published split, by name.
+        name: Name of the data set, for messages.
 
     Returns:
-        ``{published: {ours: mask of its examples}}``; training examples come first.
+        Masks ``{published: {ours: mask of its examples}}``; training examples come first.
 
     Raises:
-        ValueError: if the training or the test split is missing or has too few examples.
+        ValueError: If the training or the test split is missing or has too few examples.
     """
     test = "test" if "test" in num_examples else "validation"
     for split, least in (("train", 2), (test, 1)):

@@ -1,4 +1,4 @@
-r"""2-D toy densities with samplers and known log-densities: what a flow learns here can be checked to the last digit.
+r"""2-D toy densities with samplers and known log-densities: what a flow learns of them can be checked to the last digit.
 
 The shapes and scales are the customary ones of the FFJORD (Grathwohl et al. 2019) and Residual Flow (Chen et al. 2019)
 experiments, so negative log-likelihoods compare with published ones. Most of those samplers draw equal counts from each
@@ -26,10 +26,10 @@ class Toy(NamedTuple):
     """A density on the plane.
 
     Attributes:
-        name: the name that `get` knows it by.
-        sample: ``sample(key, n)`` draws ``n`` independent points; pure, and jit-able with ``n`` static.
-        log_prob: ``log_prob(x)`` in nats.
-        entropy: differential entropy in nats, correct to 1e-4: `log_prob` integrated over a fine grid. A test negative
+        name: Name that `get` knows it by.
+        sample: Sampler: ``sample(key, n)`` draws ``n`` independent points; pure, and jit-able with ``n`` static.
+        log_prob: Log-density ``log_prob(x)`` in nats.
+        entropy: Differential entropy in nats, correct to 1e-4: `log_prob` integrated over a fine grid. A test negative
             log-likelihood clearly below it is a bug.
     """
 
@@ -307,11 +307,11 @@ def get(name: str) -> Toy:
         excess_nll = -jnp.mean(toy.log_prob(x)) - toy.entropy  # 0 within its standard error
 
     Args:
-        name: one of `TOYS`.
+        name: Name, one of `TOYS`.
 
     Raises:
-        ValueError: if there is no such toy.
+        ValueError: If there is no such toy; the message lists those there are.
     """
     if name not in _BY_NAME:
-        raise ValueError(f"unknown 2-D toy {name!r}: known are {', '.join(TOYS)}; images are loaded with data.load")
+        raise ValueError(f"unknown 2-D toy {name!r}: known are {', '.join(TOYS)}; iresnet_jax.data.load knows images too")
     return _BY_NAME[name]

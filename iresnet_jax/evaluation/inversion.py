@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from iresnet_jax.bijections import bijection as bijections
 from iresnet_jax.bijections import reshape
-from iresnet_jax.data import feed
+from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.evaluation.trained import Trained, require_bijection
 from iresnet_jax.files import replacing
 from iresnet_jax.maths.inverse.fixed_point import example_norm
@@ -98,7 +98,7 @@ def reconstruct(trained: Trained, num: int = NUM_EXAMPLES) -> Reconstructions:
         return round_trip(spec.flow, weights, there.astype(jnp.float64), precise)[1]
 
     parts, refined = [], []
-    for i, (indices, mask) in enumerate(feed.eval_batches(len(examples), batch_size)):
+    for i, (indices, mask) in enumerate(eval_batches(len(examples), batch_size)):
         originals, there = prepare(jax.random.fold_in(key, i), examples[indices])
         outputs = jax.device_get((originals, *single(trained.weights, there)))
         parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outputs))

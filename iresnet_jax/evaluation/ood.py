@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer, Num
 
 from iresnet_jax import data
-from iresnet_jax.data import feed
+from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.evaluation.trained import Trained
 from iresnet_jax.models import classifier, density
 from iresnet_jax.training import config as config_lib
@@ -95,8 +95,10 @@ def others(trained: Trained, name: str, num: int) -> np.ndarray:
         return np.random.default_rng(trained.config.seed).integers(0, levels, (num, *shape), np.uint8)
     if name == "rotated":
         return np.rot90(source.held_out("test", num, trained.config.seed), axes=(1, 2)).copy()
-    found = data.load(name, data_dir=trained.config.data.data_dir)
-    return adapt(found.images["test"][:num], found.num_levels, shape, levels)
+    found = data.load(name, trained.config.data.data_dir)
+    if found.num_levels is None:
+        raise ValueError(f"{name} is no data set of images: choose another one to compare {source.name} with")
+    return adapt(found.held_out("test", num), found.num_levels, shape, levels)
 
 
 def adapt(
@@ -116,7 +118,7 @@ def _in_batches(trained: Trained, function: Callable[[Any, Any], Any], images: N
     """A function of (images, their places), over all of them."""
     size = min(trained.config.evaluation.batch_size, len(images))
     parts = []
-    for indices, mask in feed.eval_batches(len(images), size):
+    for indices, mask in eval_batches(len(images), size):
         outputs = jax.device_get(function(images[indices], indices))
         parts.append(jax.tree.map(lambda values, mask=mask: values[mask].astype(np.float64), outputs))
     return jax.tree.map(lambda *values: np.concatenate(values), *parts)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from iresnet_jax.data import feed
+from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.training import parallel
 
 
@@ -33,7 +33,7 @@ def over_batches(
         The outputs of all examples in order, on the host.
     """
     parts = []
-    for indices, mask in feed.eval_batches(num_examples, even_batch_size(batch_size, num_examples)):
+    for indices, mask in eval_batches(num_examples, even_batch_size(batch_size, num_examples)):
         batch = parallel.shard(batch_of(indices), num_devices=num_devices)
         outputs = parallel.unshard(evaluate(weights, batch))
         parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outputs))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from iresnet_jax.data import device_feed
+from iresnet_jax.data.device_batches import device_batches
 from iresnet_jax.files import replacing
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import exclusive, parallel, run, state
@@ -139,7 +139,7 @@ def batches(config: Any, examples: Any, first_step: int) -> Iterator[Any]:
     if examples is None:
         placeholder = parallel.shard(np.zeros(size, np.float32))
         return itertools.repeat(placeholder)
-    return device_feed.batches(examples, seed=config.seed, batch_size=size, first_step=first_step)
+    return device_batches(examples, seed=config.seed, batch_size=size, first_step=first_step)
 
 
 def mean_over_window(metrics: list[dict[str, Any]]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,6 @@ import numpy as np
 
 from iresnet_jax import data
 from iresnet_jax.bijections import equalize as histogram
-from iresnet_jax.data import toys
 from iresnet_jax.models import classifier, density
 from iresnet_jax.models import flow as model
 from iresnet_jax.models import linen as modules
@@ -19,6 +18,14 @@ from iresnet_jax.training import config as config_lib
 CONFIG_FILE = "config.json"  # in a workdir: the settings it was trained with
 
 Spec = density.DensitySpec | classifier.ClassifierSpec
+
+
+class Images(NamedTuple):
+    """Images and labels by split."""
+
+    num_levels: int
+    images: dict[str, np.ndarray]
+    labels: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,8 @@ class Source:
     name: str
     event_shape: tuple[int, ...]
     num_levels: int | None
-    images: data.ImageData | None = None
-    toy: toys.Toy | None = None
+    images: Images | None = None
+    toy: data.Toy | None = None
     num_classes: int | None = None
     frequencies: tuple[float, ...] | None = None
     shares: tuple[float, ...] | None = None
@@ -72,10 +79,9 @@ def load_source(name: str, data_dir: str | None = None) -> Source:
     Raises:
         ValueError: If there is none; the message lists those there are.
     """
-    if name in toys.TOYS:
-        return Source(name, (2,), None, toy=toys.get(name))
-    images = data.load(name, data_dir=data_dir)
-    return Source(name, images.image_shape, images.num_levels, images=images, num_classes=images.num_classes or None)
+    found = data.load(name, data_dir)
+    images = None if found.num_levels is None else Images(found.num_levels, found.examples, found.labels)
+    return Source(name, found.event_shape, found.num_levels, images, found.toy, found.num_classes)
 
 
 def density_spec(config: Any, source: Source) -> density.DensitySpec:

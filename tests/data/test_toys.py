@@ -14,11 +14,12 @@ from iresnet_jax.data import toys
 
 ATOL_F64 = 1e-9  # same density by another quadrature; its nodes have 1e-12 to spare
 RTOL_F32 = 1e-5  # rounding of distances and exponents in float32, relative to max(1, |log p|)
-ATOL_MASS = 1e-6  # the grid resolves the narrowest noise (0.08) to 1e-16; float32 sums and 5-sigma tails remain
+ATOL_MASS = 1e-6  # the grid resolves the narrowest noise (0.08) to 1e-14; float32 sums and 5-sigma tails remain
 ATOL_ENTROPY = 2e-4  # stored to 1e-4, and the grid's own error is below that
 ATOL_REFERENCE = 2e-3  # precision of the entropies measured elsewhere, by Monte Carlo
 P_VALUE = 1e-3  # fixed keys, one test a toy: not a lottery
 NUM_SAMPLES = 20_000
+NUM_INFORMATION = 12_000  # samples whose log-density is evaluated
 
 # Measured independently of this package.
 REFERENCE_ENTROPY = {
@@ -115,13 +116,14 @@ def rejects(call):
 
 # Every toy is sampled and evaluated once, in float32, for all the tests that look at it -------------------------------------
 
-HALF_WIDTH, CELL, CELLS_PER_BIN = 5.0, 0.05, 10  # a grid that holds all the mass of all toys
+HALF_WIDTH, CELL, CELLS_PER_BIN = 5.0, 1 / 16, 8  # a grid that holds all the mass of all toys
+OPTIMISED = {name: {"xla_backend_optimization_level": 2} for name in ("2spirals", "pinwheel")}  # compiling is quick here
 FAR = np.array([[0.0, 0.0], [30.0, -40.0], [-1e3, 2.0]])
 
 
 class Evaluated(NamedTuple):
     x: np.ndarray  # samples
-    log_prob: np.ndarray  # at the samples
+    log_prob: np.ndarray  # log-density at the first NUM_INFORMATION of them
     cells: np.ndarray  # log-density in the middle of every cell of the grid
     far: np.ndarray  # log-density at FAR
 
@@ -132,9 +134,9 @@ def evaluate(name):
         x = jax.jit(toys.get(name).sample, static_argnums=1)(jax.random.key(7), NUM_SAMPLES)
         middle = np.arange(-HALF_WIDTH + CELL / 2, HALF_WIDTH, CELL)
         grid = np.stack(np.meshgrid(middle, middle, indexing="ij"), -1).reshape(-1, 2)
-        points = jnp.concatenate([x, jnp.asarray(FAR, jnp.float32), jnp.asarray(grid, jnp.float32)])
-        log_prob = np.asarray(jax.jit(toys.get(name).log_prob)(points), np.float64)
-    at_x, far, cells = np.split(log_prob, [NUM_SAMPLES, NUM_SAMPLES + len(FAR)])
+        points = jnp.concatenate([x[:NUM_INFORMATION], jnp.asarray(FAR, jnp.float32), jnp.asarray(grid, jnp.float32)])
+        log_prob = np.asarray(jax.jit(toys.get(name).log_prob, compiler_options=OPTIMISED.get(name))(points), np.float64)
+    at_x, far, cells = np.split(log_prob, [NUM_INFORMATION, NUM_INFORMATION + len(FAR)])
     return Evaluated(np.asarray(x), at_x, cells.reshape(len(middle), len(middle)), far)
 
 
@@ -190,9 +192,11 @@ def wheel_term(a, b):
         return 2 * jnp.stack([a * jnp.cos(angle) + b * jnp.sin(angle), -a * jnp.sin(angle) + b * jnp.cos(angle)])
 
     points = jnp.stack([x.ravel() for x in jnp.meshgrid(jnp.asarray(a), jnp.asarray(b))], -1)
-    volume = jnp.abs(jnp.linalg.det(jax.vmap(jax.jacfwd(wheel))(points)))
+    x, volume = jax.jit(lambda points: (jax.vmap(wheel)(points), jnp.abs(jnp.linalg.det(jax.vmap(jax.jacfwd(wheel))(points)))))(
+        points
+    )
     one_term = stats.norm.logpdf(points, [1, 0], [0.3, 0.1]).sum(-1) - np.log(5 * volume)
-    return jax.vmap(wheel)(points), one_term, volume
+    return x, one_term, volume
 
 
 def test_pinwheel_density_follows_from_the_jacobian_of_its_map(x64):
@@ -229,7 +233,7 @@ def test_density_far_away_is_tiny_but_no_nan(name):
 def test_score_is_the_slope_of_the_density(x64):
     """The pinwheel's gradient goes through a root search."""
     log_prob = jax.jit(toys.get("pinwheel").log_prob)
-    x, step = jnp.asarray(evaluate("pinwheel").x[:50].astype(np.float64)), jnp.asarray([[3e-5, -2e-5]])
+    x, step = jnp.asarray(evaluate("pinwheel").x[:56].astype(np.float64)), jnp.asarray([[3e-5, -2e-5]])
     slope = (log_prob(x + step) - log_prob(x - step)) / 2
     score = jax.jit(jax.grad(lambda points: log_prob(points).sum()))(x)
     np.testing.assert_allclose((score * step).sum(-1), slope, rtol=1e-4, atol=1e-9)
@@ -247,7 +251,7 @@ def test_entropy_is_that_of_the_density(name):
 @every_toy
 def test_samples_have_the_entropy(name):
     information = -evaluate(name).log_prob
-    standard_error = information.std() / np.sqrt(NUM_SAMPLES)
+    standard_error = information.std() / np.sqrt(NUM_INFORMATION)
     assert standard_error < 0.01  # otherwise agreement would say little
     assert abs(information.mean() - toys.get(name).entropy) <= 5 * standard_error + ATOL_ENTROPY
 

@@ -10,7 +10,6 @@ from runs import ROOT
 
 from iresnet_jax.bijections import bijection as bijections
 from iresnet_jax.data import toys
-from iresnet_jax.data.images import ImageData
 from iresnet_jax.evaluation import frozen
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import loop, parallel, run, state
@@ -69,7 +68,7 @@ def source_of(config):
     splits = {split: images for split in ("train", "validation", "test")}
     classes = CLASSES.get(name, 10)
     labels = {split: np.arange(16, dtype=np.int32) % classes for split in splits}
-    return run.Source(name, shape, levels, images=ImageData(name, levels, classes, splits, labels), num_classes=classes)
+    return run.Source(name, shape, levels, images=run.Images(levels, splits, labels), num_classes=classes)
 
 
 @pytest.mark.parametrize(("name", "argument", "num_parameters"), CASES)

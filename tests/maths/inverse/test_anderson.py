@@ -14,7 +14,7 @@ from evaluations import TOLERANCE, solve_and_watch
 from jax import lax
 
 from iresnet_jax.bijections import actnorm, reshape, residual
-from iresnet_jax.data import digits
+from iresnet_jax.data.sources import digits
 from iresnet_jax.maths.inverse.fixed_point import invert_residual
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
@@ -218,10 +218,10 @@ def correlated():
 def images():
     """Dequantised digits, and a flow of convolutions for them."""
     source = digits.load()
-    noise = np.random.default_rng(0).uniform(size=source.images["train"].shape)
+    noise = np.random.default_rng(0).uniform(size=source.examples["train"].shape)
     stage = model.StageSpec(2, hidden=(12,), kernel_sizes=(3, 3), activation="clipswish", squeeze=2)
-    spec = density.DensitySpec(model.FlowSpec(source.image_shape, (stage,), coeff=0.98), transform="logit")
-    return spec, (source.images["train"] + noise) / source.num_levels, SeriesLogdet(num_terms=3)
+    spec = density.DensitySpec(model.FlowSpec(source.event_shape, (stage,), coeff=0.98), transform="logit")
+    return spec, (source.examples["train"] + noise) / source.num_levels, SeriesLogdet(num_terms=3)
 
 
 @pytest.fixture(scope="module", params=[correlated, images], ids=["correlated", "digits"])

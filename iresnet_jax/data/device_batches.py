@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from iresnet_jax.data import feed
+from iresnet_jax.data.batches import batch_indices
 
-_RESIDENT_SHARE = 1 / 8  # of a device's memory that a data set may take
+_RESIDENT_SHARE = 1 / 8  # share of a device's memory that a data set may take
 
 
-def batches(
+def device_batches(
     examples: Any,
     *,
     seed: int,
@@ -32,29 +32,29 @@ def batches(
 ) -> Iterator[Any]:
     """Yields the batches of training steps ``first_step``, ``first_step + 1`` and so on, without end.
 
-    Which examples they hold is decided by `feed.batch_indices`: by the seed and the step alone. Close the iterator, or drop it,
-    to end its thread.
+    The seed and the step alone decide which examples a batch holds, see `batch_indices`. Close the iterator, or drop it, to end
+    its thread.
 
     Example::
 
-        for batch in batches(data.images["train"], seed=0, batch_size=128):  # (num_devices, 128 / num_devices, h, w, c)
+        for batch in device_batches(images, seed=0, batch_size=128):  # (num_devices, 128 / num_devices, h, w, c)
             state, metrics = step(state, batch)
 
     Args:
-        examples: an array, or a pytree of arrays such as images and labels, with the examples along their first axis.
-        seed: seed of the run, at least 0.
-        batch_size: examples in a batch over all processes and devices.
-        first_step: training step of the first batch.
-        process_index: this process; by default that of JAX.
-        process_count: processes that share a batch; by default that of JAX.
-        devices: where this process's share of a batch goes; by default all its devices.
-        keep_on_device: whether to copy all examples to the devices; by default `fits_on_device`.
+        examples: Array, or pytree of arrays such as images and labels, with the examples along their first axis.
+        seed: Seed of the run, at least 0.
+        batch_size: Examples in a batch over all processes and devices.
+        first_step: Training step of the first batch.
+        process_index: Index of this process; by default that of JAX.
+        process_count: Number of processes that share a batch; by default that of JAX.
+        devices: Devices for this process's share of a batch; by default all its devices.
+        keep_on_device: Whether to copy all examples to the devices; by default `fits_on_device`.
 
     Returns:
-        An iterator over pytrees like ``examples`` with arrays of shape ``(num_devices, share, ...)``, a share on each device.
+        Iterator over pytrees like ``examples`` with arrays of shape ``(num_devices, share, ...)``, a share on each device.
 
     Raises:
-        ValueError: if the arrays differ in length, or a batch cannot be split evenly or exceeds the number of examples.
+        ValueError: If the arrays differ in length, or a batch cannot be split evenly or exceeds the number of examples.
     """
     lengths = {len(leaf) for leaf in jax.tree.leaves(examples)}
     if len(lengths) != 1:
@@ -65,7 +65,7 @@ def batches(
     count = jax.process_count() if process_count is None else process_count
 
     def indices_of(step: int) -> np.ndarray:
-        return feed.batch_indices(seed, step, batch_size, num_examples, process_index=index, process_count=count)
+        return batch_indices(seed, step, batch_size, num_examples, process_index=index, process_count=count)
 
     share = len(indices_of(first_step))  # mistakes raise at the call, not at the first batch
     if share % len(devices):
@@ -88,9 +88,9 @@ def batches(
 
 
 def fits_on_device(examples: Any, devices: Sequence[Any]) -> bool:
-    """Whether all examples may stay on each device: if they take no more than an eighth of its memory.
+    """Tells whether all examples may stay on each device: if they take no more than an eighth of its memory.
 
-    A CPU has them in its memory anyway, and a device that does not tell how much it has is left alone.
+    The answer is no for CPUs, which have the examples in memory anyway, and for devices that do not tell how much they have.
     """
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(examples))
     limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices if device.platform != "cpu"]

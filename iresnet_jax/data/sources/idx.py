@@ -14,27 +14,28 @@ from pathlib import Path
 
 import numpy as np
 
-from iresnet_jax.data.source import CHUNK, Chunk, Contents, Source, fingerprint
+from iresnet_jax.data.sources.source import CHUNK, Chunk, Contents, Source, check_is_folder, source_in_folder
 
-_PREFIXES = {"train": ("train",), "test": ("t10k", "test")}  # of the customary file names
+_PREFIXES = {"train": ("train",), "test": ("t10k", "test")}  # how the customary file names begin
 _UNSIGNED_BYTE = 8
 
 
 def source(folder: Path, name: str) -> Source:
-    """The IDX files in a folder: ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-...``, perhaps with ``.gz``.
+    """Finds the IDX files in a folder: ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-...``, or with ``.gz``.
 
     Raises:
-        ValueError: if the folder does not hold one file of each.
+        ValueError: If the folder does not hold one file of each.
     """
+    check_is_folder(folder, name)
     files = {(split, kind): _find(folder, split, kind, name) for split in _PREFIXES for kind in ("images", "labels")}
-    return Source(name, folder / "iresnet_jax.cache", fingerprint(folder, files.values()), functools.partial(_open, files))
+    return source_in_folder(name, folder, files.values(), functools.partial(_open, files))
 
 
 def read(path: Path) -> np.ndarray:
     """Reads one IDX file of unsigned bytes.
 
     Raises:
-        ValueError: if it is truncated, too long, not an IDX file or not of unsigned bytes.
+        ValueError: If it is truncated, too long, not an IDX file or not of unsigned bytes.
     """
     content = path.read_bytes()
     if content[:2] == b"\x1f\x8b":

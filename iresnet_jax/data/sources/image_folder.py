@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from iresnet_jax.data.source import CHUNK, Chunk, Contents, Source, fingerprint, stack
+from iresnet_jax.data.sources.source import CHUNK, Chunk, Contents, Source, check_is_folder, source_in_folder, stack
 
 _SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
@@ -14,15 +14,14 @@ _GREY, _COLOUR = {"1", "L"}, {"RGB", "P", "CMYK", "YCbCr"}  # modes of Pillow th
 
 
 def source(folder: Path, name: str) -> Source:
-    """Images by class in ``train/`` and ``test/``, and in ``validation/`` (or ``val/``) if there is one.
+    """Finds images by class in ``train/`` and ``test/``, and in ``validation/`` (or ``val/``) if there is one.
 
     Classes are numbered in the order of their folders' names in ``train/``. Grey images get one channel, others three.
 
     Raises:
-        ValueError: if there is no such folder, or a split under two names.
+        ValueError: If there is no such folder, or a split under two names.
     """
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder} for {name}: check the path")
+    check_is_folder(folder, name)
     files = {}
     for split, names in _SPLITS.items():
         found = [folder / candidate for candidate in names if (folder / candidate).is_dir()]
@@ -31,8 +30,7 @@ def source(folder: Path, name: str) -> Source:
         for inside in found:
             files[split] = sorted(path for path in inside.rglob("*") if _is_image(path.relative_to(inside)))
     everything = [path for paths in files.values() for path in paths]
-    opener = functools.partial(_open, folder, name, files)
-    return Source(name, folder / "iresnet_jax.cache", fingerprint(folder, everything), opener)
+    return source_in_folder(name, folder, everything, functools.partial(_open, folder, name, files))
 
 
 def _open(folder: Path, name: str, files: dict[str, list[Path]]) -> Contents:
@@ -55,16 +53,16 @@ def _open(folder: Path, name: str, files: dict[str, list[Path]]) -> Contents:
             images = stack([_decode(path) for path in block], lambda i, block=block: str(block[i]))
             yield images, np.array([number[_class_of(path, folder)] for path in block]) if labelled else None
 
-    return Contents({split: len(paths) for split, paths in files.items()}, len(classes) if labelled else 0, chunks)
+    return Contents({split: len(paths) for split, paths in files.items()}, len(classes) if labelled else None, chunks)
 
 
 def _is_image(path: Path) -> bool:
-    """Whether it is named like one, and hidden neither itself nor by a folder."""
+    """Tells whether a file is named like an image, and neither it nor a folder above it is hidden."""
     return path.suffix.lower() in _SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 
 def _class_of(path: Path, folder: Path) -> str:
-    """``cat`` for ``train/cat/1.png``; empty for ``train/1.png``."""
+    """Returns ``cat`` for ``train/cat/1.png``, and nothing for ``train/1.png``."""
     _, *classes, _ = path.relative_to(folder).parts
     return "/".join(classes)
 

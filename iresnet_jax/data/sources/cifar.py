@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from iresnet_jax.data.source import CHUNK, Chunk, Contents, Source, fingerprint
+from iresnet_jax.data.sources.source import CHUNK, Chunk, Contents, Source, source_in_folder, source_of_file
 
 _PIXELS = 3 * 32 * 32
 
@@ -21,7 +21,7 @@ _PIXELS = 3 * 32 * 32
 class _Version(NamedTuple):
     files: dict[str, list[str]]
     num_classes: int
-    label_bytes: int  # the last of them is the class
+    label_bytes: int  # the last byte is the class
 
 
 _CIFAR10 = _Version({"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}, 10, 1)
@@ -30,18 +30,17 @@ _NAMES = {name for version in (_CIFAR10, _CIFAR100) for names in version.files.v
 
 
 def source(path: Path, name: str) -> Source:
-    """The binary version of CIFAR-10 or CIFAR-100: a folder with its ``.bin`` files, or ``cifar-10-binary.tar.gz`` itself.
+    """Finds CIFAR-10 or CIFAR-100: a folder with its ``.bin`` files, or ``cifar-10-binary.tar.gz`` itself.
 
     Raises:
-        ValueError: if there is no such file or folder.
+        ValueError: If there is no such file or folder.
     """
+    opener = functools.partial(_open, path)
     if path.is_file():
-        return Source(
-            name, path.with_name(path.name + ".cache"), fingerprint(path.parent, [path]), functools.partial(_open, path)
-        )
-    if not path.is_dir():
-        raise ValueError(f"there is no folder or file {path} for {name}: check the path")
-    return Source(name, path / "iresnet_jax.cache", fingerprint(path, _in_folder(path)), functools.partial(_open, path))
+        return source_of_file(name, path, opener)
+    if path.is_dir():
+        return source_in_folder(name, path, _in_folder(path), opener)
+    raise ValueError(f"there is no folder or file {path} for {name}: check the path")
 
 
 def _open(path: Path) -> Contents:
@@ -74,12 +73,12 @@ def _open(path: Path) -> Contents:
 
 
 def _in_folder(path: Path) -> list[Path]:
-    """The files of either version in a folder or below it, as an archive is unpacked."""
-    return [found for found in path.rglob("*.bin") if found.name in _NAMES]
+    """Finds the files of either version in a folder or below it, as an archive is unpacked."""
+    return [found for found in path.rglob("*.bin") if found.name in _NAMES and found.is_file()]
 
 
 def _from_archive(path: Path) -> dict[str, bytes]:
-    """The ``.bin`` files of an archive; nothing is unpacked to the disk."""
+    """Reads the ``.bin`` files of an archive into memory; nothing is unpacked to the disk."""
     files = {}
     try:
         with tarfile.open(path) as archive:

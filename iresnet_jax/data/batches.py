@@ -23,27 +23,27 @@ def batch_indices(
     """Returns the examples that training step ``step`` sees, or one process's share of them.
 
     Epoch ``e`` is a permutation of all examples drawn from ``(seed, e)`` and cut into ``num_examples // batch_size`` batches.
-    What is left over at the end of an epoch is dropped; as every epoch is permuted anew, no example is left out for good.
-    The permutation is NumPy's, which promises the same stream within a release but not for ever. Processes take contiguous
+    The remainder of an epoch is dropped; as every epoch is permuted anew, no example is left out for good. NumPy promises the
+    same permutation within a release but not for ever. Processes take contiguous
     shares of the batch in the order of their index, so the whole batch is the same on any number of hosts.
 
     Example::
 
-        data.images["train"][batch_indices(seed=0, step=1000, batch_size=128, num_examples=1257)]
+        data.examples["train"][batch_indices(seed=0, step=1000, batch_size=128, num_examples=1257)]
 
     Args:
-        seed: seed of the run, at least 0.
-        step: training step, counted from 0 over all epochs.
-        batch_size: examples in a batch over all processes, from 1 to ``num_examples``.
-        num_examples: examples in the training split.
-        process_index: which process's share to return, as ``jax.process_index()``.
-        process_count: processes that share a batch, as ``jax.process_count()``; it must divide ``batch_size``.
+        seed: Seed of the run, at least 0.
+        step: Training step, counted from 0 over all epochs.
+        batch_size: Examples in a batch over all processes, from 1 to ``num_examples``.
+        num_examples: Number of examples in the training split.
+        process_index: Process whose share is returned, as ``jax.process_index()``.
+        process_count: Number of processes that share a batch, as ``jax.process_count()``; it must divide ``batch_size``.
 
     Returns:
         Indices in ``[0, num_examples)``, distinct within a batch and within an epoch; a read-only view.
 
     Raises:
-        ValueError: if ``batch_size`` does not lie in ``[1, num_examples]`` or cannot be shared evenly, ``process_index`` does
+        ValueError: If ``batch_size`` does not lie in ``[1, num_examples]`` or cannot be shared evenly, ``process_index`` does
             not lie in ``[0, process_count)``, or ``seed`` or ``step`` is negative.
     """
     if not 1 <= batch_size <= num_examples:
@@ -69,8 +69,8 @@ def batch_indices(
 def eval_batches(num_examples: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, " b"], Bool[np.ndarray, " b"]]]:
     """Goes through every example once, in order, in batches of one shape.
 
-    The last batch is filled up with copies of example 0 that its mask leaves out, so that an evaluation compiles once and
-    still uses every example. Average with the mask: ``sum(mask * value) / num_examples``.
+    The last batch is filled up with copies of example 0 that its mask leaves out: an evaluation then compiles once and uses
+    every example. Average with the mask: ``sum(mask * value) / num_examples``.
 
     Example::
 
@@ -80,14 +80,14 @@ def eval_batches(num_examples: int, batch_size: int) -> Iterator[tuple[Int[np.nd
         mean = total / len(images)
 
     Args:
-        num_examples: examples in the split, at least 1.
-        batch_size: examples in a batch, at least 1; it may exceed ``num_examples``.
+        num_examples: Number of examples in the split, at least 1.
+        batch_size: Examples in a batch, at least 1; it may exceed ``num_examples``.
 
     Returns:
-        An iterator over ``(indices, mask)``; ``mask`` is true where the example counts.
+        Iterator over ``(indices, mask)``; ``mask`` is true where the example counts.
 
     Raises:
-        ValueError: if either number is below 1.
+        ValueError: If either number is below 1.
     """
     if num_examples < 1 or batch_size < 1:
         raise ValueError(

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from iresnet_jax.data.source import CHUNK, Chunk, Contents, Source, fingerprint
+from iresnet_jax.data.sources.source import CHUNK, Chunk, Contents, Source, check_is_file, source_of_file
 
-# What a split's images and labels may be called.
+# Names that the images and labels of a split may have.
 _KEYS = {
     "train": (("x_train", "y_train"), ("train_images", "train_labels")),
     "validation": (("x_validation", "y_validation"), ("x_val", "y_val"), ("val_images", "val_labels")),
@@ -20,17 +20,16 @@ _KEYS = {
 
 
 def source(path: Path, name: str) -> Source:
-    """The images in an ``.npz`` file: ``x_train`` and ``x_test``, each uint8 of shape (n, h, w) or (n, h, w, c).
+    """Finds the images in an ``.npz`` file: ``x_train`` and ``x_test``, each uint8 of shape (n, h, w) or (n, h, w, c).
 
     Labels ``y_train`` and ``y_test``, integers of shape (n,) or (n, 1), may be left out, and ``x_validation``, ``y_validation``
     may be added. The names of MedMNIST, ``train_images``, ``train_labels``, ``val_images`` and so on, are understood too.
 
     Raises:
-        ValueError: if there is no such file.
+        ValueError: If there is no such file.
     """
-    if not path.is_file():
-        raise ValueError(f"there is no file {path} for {name}: check the path")
-    return Source(name, path.with_name(path.name + ".cache"), fingerprint(path.parent, [path]), functools.partial(_open, path))
+    check_is_file(path, name)
+    return source_of_file(name, path, functools.partial(_open, path))
 
 
 def _open(path: Path) -> Contents:
@@ -46,7 +45,6 @@ def _open(path: Path) -> Contents:
         raise ValueError(
             f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: x_train and x_test are needed, and y_train and y_test"
         )
-
     if labels and "train" in images and "train" not in labels:
         raise ValueError(
             f"{path} holds labels of {', '.join(labels)} and none of its training images: add y_train or drop them"
@@ -57,7 +55,7 @@ def _open(path: Path) -> Contents:
             rows = slice(start, start + CHUNK)
             yield images[split][rows], labels[split][rows] if split in labels else None
 
-    num_classes = 1 + int(labels["train"].max(initial=0)) if "train" in labels else 0
+    num_classes = 1 + int(labels["train"].max(initial=0)) if "train" in labels else None
     return Contents({split: len(array) for split, array in images.items()}, num_classes, chunks)
 
 

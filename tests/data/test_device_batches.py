@@ -1,4 +1,4 @@
-"""What happens to examples between the host's memory and a training step: batches on devices, and augmentation there."""
+"""Batches on their way from the host's memory to the devices."""
 
 import itertools
 import threading
@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iresnet_jax.data import augment, device_feed, feed
+from iresnet_jax.data import device_batches
+from iresnet_jax.data.batches import batch_indices
 from iresnet_jax.training import parallel
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 4, 3, 2), np.uint8)
@@ -25,15 +26,12 @@ def take(iterator, num):
     return batches
 
 
-# Feeding ------------------------------------------------------------------------------------------------------------------
-
-
 @both_ways
 def test_batches_are_those_of_the_seed_and_step_a_share_on_each_device(keep_on_device):
     options = {"seed": 3, "batch_size": 8, "keep_on_device": keep_on_device}
-    for step, batch in enumerate(take(device_feed.batches((IMAGES, LABELS), **options), 15)):
+    for step, batch in enumerate(take(device_batches.device_batches((IMAGES, LABELS), **options), 15)):
         images, labels = batch
-        indices = feed.batch_indices(3, step, 8, 50)
+        indices = batch_indices(3, step, 8, 50)
         np.testing.assert_array_equal(images, IMAGES[indices].reshape(2, 4, 4, 3, 2))
         np.testing.assert_array_equal(labels, LABELS[indices].reshape(2, 4))
         assert (images.dtype, labels.dtype) == (jnp.uint8, jnp.int32)
@@ -44,8 +42,8 @@ def test_batches_are_those_of_the_seed_and_step_a_share_on_each_device(keep_on_d
 @both_ways
 def test_resumed_at_a_step_the_batches_are_the_same(keep_on_device):
     options = {"seed": 0, "batch_size": 8, "keep_on_device": keep_on_device}
-    whole = take(device_feed.batches(IMAGES, **options), 12)
-    resumed = take(device_feed.batches(IMAGES, first_step=7, **options), 5)
+    whole = take(device_batches.device_batches(IMAGES, **options), 12)
+    resumed = take(device_batches.device_batches(IMAGES, first_step=7, **options), 5)
     for expected, batch in zip(whole[7:], resumed, strict=True):
         np.testing.assert_array_equal(batch, expected)
 
@@ -54,10 +52,12 @@ def test_resumed_at_a_step_the_batches_are_the_same(keep_on_device):
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_hosts_together_hold_the_batch_of_one(keep_on_device, process_count):
     options = {"seed": 1, "batch_size": 16, "keep_on_device": keep_on_device}
-    [alone] = take(device_feed.batches(IMAGES, first_step=5, **options), 1)
+    [alone] = take(device_batches.device_batches(IMAGES, first_step=5, **options), 1)
     shares = []
     for index in range(process_count):
-        of_process = device_feed.batches(IMAGES, first_step=5, process_index=index, process_count=process_count, **options)
+        of_process = device_batches.device_batches(
+            IMAGES, first_step=5, process_index=index, process_count=process_count, **options
+        )
         shares.append(np.asarray(take(of_process, 1)[0]).reshape(-1, 4, 3, 2))
     np.testing.assert_array_equal(np.concatenate(shares), np.asarray(alone).reshape(-1, 4, 3, 2))
 
@@ -67,16 +67,14 @@ def test_hosts_together_hold_the_batch_of_one(keep_on_device, process_count):
 )
 def test_shares_of_processes_make_up_the_batch(shares, count, seed, step, extra):
     size = shares * count
-    parts = [
-        feed.batch_indices(seed, step, size, size + extra, process_index=index, process_count=count) for index in range(count)
-    ]
+    parts = [batch_indices(seed, step, size, size + extra, process_index=index, process_count=count) for index in range(count)]
     assert {len(part) for part in parts} == {shares}
-    np.testing.assert_array_equal(np.concatenate(parts), feed.batch_indices(seed, step, size, size + extra))
+    np.testing.assert_array_equal(np.concatenate(parts), batch_indices(seed, step, size, size + extra))
 
 
 def test_one_device_of_several():
     [device] = jax.local_devices()[1:]
-    [batch] = take(device_feed.batches(IMAGES, seed=0, batch_size=5, devices=[device]), 1)
+    [batch] = take(device_batches.device_batches(IMAGES, seed=0, batch_size=5, devices=[device]), 1)
     assert batch.shape == (1, 5, 4, 3, 2)
     assert batch.devices() == {device}
 
@@ -91,7 +89,7 @@ def test_batches_go_into_the_parallel_step_as_they_are(keep_on_device):
     step = parallel.parallelize(chex.assert_max_traces(add, n=1))
     total = jnp.zeros((), jnp.int32)
     options = {"seed": 0, "batch_size": 10, "keep_on_device": keep_on_device}
-    for batch in take(device_feed.batches(LABELS, **options), 5):  # an epoch
+    for batch in take(device_batches.device_batches(LABELS, **options), 5):  # an epoch
         total, _ = step(total, batch)
         jax.block_until_ready(total)
     assert total == LABELS.sum()
@@ -106,7 +104,7 @@ def test_the_next_batch_is_made_while_the_step_runs():
             waiting.set()
         return step
 
-    batches = device_feed._made_ahead(make, 0)
+    batches = device_batches._made_ahead(make, 0)
     assert next(batches) == 0
     assert waiting.wait(timeout=60)  # step 1 was made without being asked for ...
     assert made == [(0, False), (1, False)]  # ... and no more than that
@@ -120,12 +118,12 @@ def feeding_threads():
 
 def test_a_closed_or_dropped_iterator_ends_its_thread():
     assert not feeding_threads()
-    batches = device_feed.batches(IMAGES, seed=0, batch_size=8)
+    batches = device_batches.device_batches(IMAGES, seed=0, batch_size=8)
     next(batches)
     assert len(feeding_threads()) == 1
     batches.close()
     assert not feeding_threads()
-    batches = device_feed.batches(IMAGES, seed=0, batch_size=8)
+    batches = device_batches.device_batches(IMAGES, seed=0, batch_size=8)
     next(batches)
     del batches
     assert not feeding_threads()
@@ -137,7 +135,7 @@ def test_failure_to_read_reaches_the_training_loop():
             raise OSError("the disk is gone")
         return step
 
-    batches = device_feed._made_ahead(make, 0)
+    batches = device_batches._made_ahead(make, 0)
     assert [next(batches), next(batches)] == [0, 1]
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
@@ -153,78 +151,23 @@ class Device:
 
 def test_what_fits_on_a_device():
     big = np.broadcast_to(np.uint8(0), (1000, 1000))
-    assert device_feed.fits_on_device(big, [Device("gpu", 8_000_000)])
-    assert not device_feed.fits_on_device((big, big), [Device("gpu", 8_000_000)])
-    assert not device_feed.fits_on_device(big, [Device("gpu", 8_000_000), Device("gpu", 7_000_000)])
-    assert not device_feed.fits_on_device(big, [Device("gpu", None)])
-    assert not device_feed.fits_on_device(IMAGES, jax.local_devices())  # of the CPU
+    assert device_batches.fits_on_device(big, [Device("gpu", 8_000_000)])
+    assert not device_batches.fits_on_device((big, big), [Device("gpu", 8_000_000)])
+    assert not device_batches.fits_on_device(big, [Device("gpu", 8_000_000), Device("gpu", 7_000_000)])
+    assert not device_batches.fits_on_device(big, [Device("gpu", None)])
+    assert not device_batches.fits_on_device(IMAGES, jax.local_devices())  # of the CPU
 
 
 def test_impossible_feeds_are_refused_at_the_call():
     with pytest.raises(ValueError, match=r"must have the same number of examples along their first axis, got \[49, 50\]"):
-        device_feed.batches((IMAGES, LABELS[1:]), seed=0, batch_size=8)
+        device_batches.device_batches((IMAGES, LABELS[1:]), seed=0, batch_size=8)
     with pytest.raises(
         ValueError, match=r"the 7 examples of a process cannot be split evenly over its 2 devices: .* multiple of 2"
     ):
-        device_feed.batches(IMAGES, seed=0, batch_size=7)
+        device_batches.device_batches(IMAGES, seed=0, batch_size=7)
     with pytest.raises(ValueError, match=r"a batch of 10 examples cannot be shared evenly by 4 processes: .* a multiple of 4"):
-        device_feed.batches(IMAGES, seed=0, batch_size=10, process_count=4)
+        device_batches.device_batches(IMAGES, seed=0, batch_size=10, process_count=4)
     with pytest.raises(ValueError, match=r"process_index must lie in \[0, process_count = 2\), got 2"):
-        device_feed.batches(IMAGES, seed=0, batch_size=8, process_index=2, process_count=2)
+        device_batches.device_batches(IMAGES, seed=0, batch_size=8, process_index=2, process_count=2)
     with pytest.raises(ValueError, match=r"batch_size must lie in \[1, num_examples = 50\], got 52"):
-        device_feed.batches(IMAGES, seed=0, batch_size=52)
-
-
-# Augmentation -------------------------------------------------------------------------------------------------------------
-
-NUM = 4000
-KEYS = jax.random.split(jax.random.key(0), NUM)
-
-
-def test_crops_are_all_windows_of_the_symmetric_padding_equally_often():
-    image = np.arange(5 * 4 * 2, dtype=np.uint8).reshape(5, 4, 2)
-    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="symmetric")
-    windows = {padded[y : y + 5, x : x + 4].tobytes(): (y, x) for y in range(5) for x in range(5)}
-    assert len(windows) == 25
-    crops = np.asarray(augment.random_crop(KEYS, jnp.broadcast_to(image, (NUM, 5, 4, 2)), padding=2))
-    assert crops.dtype == np.uint8
-    drawn = [windows[crop.tobytes()] for crop in crops]  # a KeyError: not a window of it
-    counts = np.array([drawn.count(window) for window in windows.values()])
-    assert np.all(np.abs(counts - NUM / 25) < 5 * np.sqrt(NUM / 25))
-
-
-def test_half_of_the_images_are_mirrored_left_to_right():
-    images = np.random.default_rng(0).random((NUM, 3, 4, 2), np.float32)
-    flipped = np.asarray(augment.random_flip(KEYS, jnp.asarray(images)))
-    mirrored = np.all(flipped == images[:, :, ::-1], axis=(1, 2, 3))
-    same = np.all(flipped == images, axis=(1, 2, 3))
-    assert np.all(mirrored ^ same)
-    assert abs(mirrored.mean() - 0.5) < 5 * 0.5 / np.sqrt(NUM)
-
-
-def test_shifts_and_flips_of_an_example_are_independent():
-    row = jnp.broadcast_to(jnp.arange(8)[None, None, :, None], (NUM, 9, 8, 1))
-    column = jnp.broadcast_to(jnp.arange(9)[None, :, None, None], (NUM, 9, 8, 1))
-    result = np.asarray(augment.crop_and_flip(KEYS, jnp.concatenate([column, row], axis=-1), padding=1))
-    down, across = result[:, 4, 4, 0] - 4, result[:, 4, :, 1]
-    mirrored = across[:, 3] > across[:, 4]
-    right = np.where(mirrored, across[:, 3], across[:, 4]) - 4
-    states = np.unique(np.stack([down, right, mirrored]), axis=1, return_counts=True)[1]
-    assert len(states) == 3 * 3 * 2
-    assert np.all(np.abs(states - NUM / 18) < 5 * np.sqrt(NUM / 18))
-
-
-def test_an_example_does_not_depend_on_its_batch():
-    whole = np.asarray(jax.jit(augment.crop_and_flip)(KEYS[:50], jnp.asarray(np.tile(IMAGES, (1, 2, 2, 1)))))
-    part = augment.crop_and_flip(KEYS[20:23], jnp.asarray(np.tile(IMAGES, (1, 2, 2, 1))[20:23]))
-    np.testing.assert_array_equal(part, whole[20:23])
-
-
-def test_no_padding_is_no_crop():
-    np.testing.assert_array_equal(augment.random_crop(KEYS[:50], jnp.asarray(IMAGES), padding=0), IMAGES)
-
-
-@pytest.mark.parametrize("padding", [-1, 4])
-def test_impossible_padding_is_refused(padding):
-    with pytest.raises(ValueError, match=rf"padding must lie in \[0, 3\] for 4x3 images, got {padding}"):
-        augment.random_crop(KEYS[:50], jnp.asarray(IMAGES), padding=padding)
+        device_batches.device_batches(IMAGES, seed=0, batch_size=52)

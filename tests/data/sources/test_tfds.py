@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 from iresnet_jax import data
 from iresnet_jax.data import splits
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NUM_TRAIN, NUM_TEST = 40, 6
 REAL_DATA_DIR = os.environ.get("TFDS_DATA_DIR")
 
@@ -121,7 +122,7 @@ def write_mnist(folder, train=TRAIN, test=TEST, **options):
 def assert_is(loaded, train=TRAIN, test=TEST):
     held_out = splits.validation_mask(len(train[0]))
     for split, (images, labels), rows in (("train", train, ~held_out), ("validation", train, held_out), ("test", test, ...)):
-        np.testing.assert_array_equal(loaded.images[split], images[rows])
+        np.testing.assert_array_equal(loaded.examples[split], images[rows])
         np.testing.assert_array_equal(loaded.labels[split], labels[rows])
 
 
@@ -133,8 +134,8 @@ def test_images_and_labels_come_through(root, shards):
     folder = write_mnist(root / "mnist" / "3.0.1", shards=shards)
     loaded = data.load("mnist")
     assert_is(loaded)
-    assert (loaded.name, loaded.num_levels, loaded.num_classes, loaded.image_shape) == ("mnist", 256, 10, (28, 28, 1))
-    assert (folder / "iresnet_jax.cache").is_file()
+    assert (loaded.name, loaded.num_levels, loaded.num_classes, loaded.event_shape) == ("mnist", 256, 10, (28, 28, 1))
+    assert (folder / "iresnet_jax.decoded" / "record.json").is_file()
 
 
 def test_data_dir_goes_before_the_environment(root, tmp_path):
@@ -165,8 +166,8 @@ def test_downsampled_imagenet_has_no_labels_and_no_test_split(root):
     loaded = data.load("downsampled_imagenet/32x32")
     held_out = splits.validation_mask(NUM_TRAIN)
     for split, images in (("train", train[~held_out]), ("validation", train[held_out]), ("test", valid)):
-        np.testing.assert_array_equal(loaded.images[split], images)
-    assert (loaded.num_classes, loaded.labels) == (0, {})
+        np.testing.assert_array_equal(loaded.examples[split], images)
+    assert (loaded.num_classes, loaded.labels) == (None, {})
 
 
 def test_newest_version_unless_one_is_named(root):
@@ -174,7 +175,7 @@ def test_newest_version_unless_one_is_named(root):
         write_mnist(root / "mnist" / version, train=train)
     (root / "mnist" / "incomplete.3.0.11").mkdir()
     assert_is(data.load("mnist"))
-    assert len(data.load("mnist:3.0.9").images["train"]) == 18
+    assert len(data.load("mnist:3.0.9").examples["train"]) == 18
 
 
 def test_default_configuration_is_found(root):
@@ -195,11 +196,10 @@ def test_second_time_needs_no_tfds(root, monkeypatch):
 def test_replaced_data_set_is_decoded_again(root):
     folder = write_mnist(root / "mnist" / "3.0.1", train=draw(20, (28, 28, 1), seed=5))
     data.load("mnist")
-    kept = (folder / "iresnet_jax.cache").read_bytes()
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
-    (write_mnist(folder) / "iresnet_jax.cache").write_bytes(kept)
+    kept = root / "kept"
+    (folder / "iresnet_jax.decoded").rename(kept)
+    shutil.rmtree(folder)
+    kept.rename(write_mnist(folder) / "iresnet_jax.decoded")
     assert_is(data.load("mnist"))
 
 
@@ -221,12 +221,12 @@ def test_real_mnist(tmp_path, monkeypatch):
         pytest.skip(f"no mnist in array_record under TFDS_DATA_DIR={REAL_DATA_DIR}")
     monkeypatch.setenv("IRESNET_JAX_CACHE_DIR", str(tmp_path / "cache"))
     loaded = data.load("mnist", data_dir=REAL_DATA_DIR)
-    assert {split: images.shape for split, images in loaded.images.items()} == {
+    assert {split: images.shape for split, images in loaded.examples.items()} == {
         "train": (55_000, 28, 28, 1),
         "validation": (5000, 28, 28, 1),
         "test": (10_000, 28, 28, 1),
     }
-    published = np.concatenate([loaded.images["train"], loaded.images["validation"]])
+    published = np.concatenate([loaded.examples["train"], loaded.examples["validation"]])
     assert published.mean() / 255 == pytest.approx(0.1307, abs=5e-5)
     assert published.std() / 255 == pytest.approx(0.3081, abs=5e-5)
     assert np.bincount(loaded.labels["test"]).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
@@ -258,7 +258,7 @@ def test_images_of_different_sizes(root):
         ValueError, match="image 5 of split 'train' of flowers is 28x30x1 where 28x28x1 was expected: all images"
     ):
         data.load("flowers")
-    assert not list(folder.glob("*cache*"))
+    assert not list(folder.glob("*decoded*/*"))
 
 
 def test_other_file_format(root):
@@ -278,7 +278,21 @@ def test_damaged_records(root, damage):
         ValueError, match=r"cannot read split 'train' of mnist in .*3.0.1, which seems damaged: delete it to have"
     ):
         data.load("mnist")
-    assert not list(folder.glob("*cache*"))
+    assert not list(folder.glob("*decoded*/*"))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b"{", b"[]"], ids=["not UTF-8", "not JSON", "no object"])
+def test_damaged_description_is_named(root, content):
+    folder = write_mnist(root / "mnist" / "3.0.1")
+    (folder / "dataset_info.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{folder}/dataset_info.json is damaged: .*; delete its folder to have mnist"):
+        data.load("mnist")
+
+
+def test_a_file_in_the_place_of_the_data_sets_is_named(root):
+    root.write_text("a file")
+    with pytest.raises(ValueError, match=rf"the folder {root} for mnist is a file, not a folder: check the path"):
+        data.load("mnist")
 
 
 def test_images_without_classes_to_learn(root):

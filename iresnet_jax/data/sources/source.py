@@ -1,10 +1,11 @@
 """What an image source says before anything is decoded, and the checks that the examples of all sources pass.
 
 A source knows where its files are and whether they have changed; only `Source.open` reads them, and only if there is no decoded
-copy yet (see `decoded`). A mistake in the data is a ``ValueError`` of one sentence that names the source and the example.
+copy yet. A mistake in the data is a ``ValueError`` of one sentence that names the file, or the source and the example.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,21 +14,22 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 
 CHUNK = 1024  # images decoded at once: a few MB
+NUM_LEVELS = 256  # all sources hold 8-bit pixels
 
 Chunk = tuple[np.ndarray, np.ndarray | None]  # images (n, h, w, c), and labels (n,) where there are any
 
 
 class Contents(NamedTuple):
-    """The examples of a source, as its publisher split them.
+    """Examples of a source, as its publisher split them.
 
     Attributes:
-        num_examples: examples of each split, by its own name; "train" must be one of them.
-        num_classes: classes; 0 where there are no labels.
-        read: goes through a split once, in order, a chunk at a time.
+        num_examples: Number of examples by the publisher's name of the split, "train" among them.
+        num_classes: Number of classes; None without labels.
+        read: Function that goes through a split once, in order, a chunk at a time.
     """
 
     num_examples: dict[str, int]
-    num_classes: int
+    num_classes: int | None
     read: Callable[[str], Iterator[Chunk]]
 
 
@@ -35,36 +37,60 @@ class Source(NamedTuple):
     """Images that lie on disk in some format.
 
     Attributes:
-        name: what messages call it.
-        cache_path: where its decoded copy belongs: next to the data.
-        fingerprint: changes when the data do.
-        open: finds out what is there; imports what the format needs.
+        name: Name in messages.
+        cache_path: Folder for the decoded copy, next to the data.
+        state: State of the files, which changes when they do, see `state_of`.
+        open: Function that finds out what the files hold; it imports what the format needs.
     """
 
     name: str
     cache_path: Path
-    fingerprint: str
+    state: str
     open: Callable[[], Contents]
 
 
-def fingerprint(root: Path, paths: Iterable[Path]) -> str:
-    """A hash of the files' names, sizes and times of change: cheap, and different whenever a file was replaced or edited."""
+def source_in_folder(name: str, folder: Path, files: Iterable[Path], opener: Callable[[], Contents]) -> Source:
+    """Makes a source of files in a folder, with its cache there."""
+    return Source(name, folder / "iresnet_jax.decoded", state_of(folder, files), opener)
+
+
+def source_of_file(name: str, path: Path, opener: Callable[[], Contents]) -> Source:
+    """Makes a source of one file, with its cache beside it."""
+    return Source(name, path.with_name(path.name + ".decoded"), state_of(path.parent, [path]), opener)
+
+
+def state_of(root: Path, paths: Iterable[Path]) -> str:
+    """Hashes the files' names, sizes and times of change: cheap, and different whenever a file was replaced or edited."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         found = path.stat()
-        digest.update(f"{path.relative_to(root)}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(path.relative_to(root)) + f"\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def check_is_folder(path: Path, name: str) -> None:
+    """Raises a ValueError unless ``path`` is a folder."""
+    if not path.is_dir():
+        problem = "is a file, not a folder" if path.exists() else "does not exist"
+        raise ValueError(f"the folder {path} for {name} {problem}: check the path")
+
+
+def check_is_file(path: Path, name: str) -> None:
+    """Raises a ValueError unless ``path`` is a file."""
+    if not path.is_file():
+        problem = "is a folder, not a file" if path.exists() else "does not exist"
+        raise ValueError(f"the file {path} for {name} {problem}: check the path")
 
 
 def stack(images: Sequence[UInt8[np.ndarray, "_ _ _"]], name_of: Callable[[int], str]) -> UInt8[np.ndarray, "n h w c"]:
     """Joins images of one size.
 
     Args:
-        images: at least one.
-        name_of: what to call the ``i``-th of them in a message.
+        images: Images, at least one.
+        name_of: Function that names the ``i``-th of them in a message.
 
     Raises:
-        ValueError: if their sizes differ.
+        ValueError: If their sizes differ.
     """
     for i, image in enumerate(images):
         if image.shape != images[0].shape:
@@ -76,13 +102,13 @@ def checked(name: str, contents: Contents, split: str, image_shape: tuple[int, .
     """Goes through a split as `Contents.read` does and checks every example.
 
     Args:
-        name: of the source.
-        contents: of the source.
-        split: the publisher's name of the split.
-        image_shape: height, width and channels; by default those of the split's first image.
+        name: Name of the source, for messages.
+        contents: Contents of the source.
+        split: Split by the publisher's name.
+        image_shape: Height, width and channels; by default those of the split's first image.
 
     Raises:
-        ValueError: if images are not uint8 or not of one size, labels are out of range or missing, or there are more or fewer
+        ValueError: If images are not uint8 or not of one size, labels are out of range or missing, or there are more or fewer
             examples than the source said.
     """
     where, start, expected = f"split {split!r} of {name}", 0, contents.num_examples[split]
@@ -95,7 +121,7 @@ def checked(name: str, contents: Contents, split: str, image_shape: tuple[int, .
         image_shape = image_shape or images.shape[1:]
         if images.shape[1:] != image_shape:
             raise ValueError(_wrong_size(f"image {start} of {where}", images.shape[1:], image_shape))
-        if contents.num_classes == 0:
+        if contents.num_classes is None:
             labels = None
         elif labels is None:
             raise ValueError(f"{where} has no labels although the training images have: give all splits labels, or none")
@@ -122,10 +148,6 @@ def _check_labels(labels: Integer[np.ndarray, " _"], num_images: int, num_classe
         )
 
 
-def _wrong_size(which: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    return f"{which} is {by(shape)} where {by(expected)} was expected: all images must have one size, so resize them first"
-
-
-def by(shape: Sequence[int]) -> str:
-    """``28x28x1``."""
-    return "x".join(map(str, shape))
+def _wrong_size(which: str, shape: Sequence[int], expected: Sequence[int]) -> str:
+    got, wanted = ("x".join(map(str, sizes)) for sizes in (shape, expected))
+    return f"{which} is {got} where {wanted} was expected: all images must have one size, so resize them first"

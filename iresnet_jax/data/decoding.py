@@ -1,6 +1,6 @@
-"""Images decoded once: every source is read through a cache file that later runs only check and map into memory.
+"""Images decoded once: every source is read through a cache that later runs only map into memory.
 
-The file lies next to the data, or under the user's cache folder where that is not writable: ``IRESNET_JAX_CACHE_DIR`` if it is
+The cache lies next to the data, or under the user's cache folder where that is not writable: ``IRESNET_JAX_CACHE_DIR`` if it is
 set, which then always holds, else ``$XDG_CACHE_HOME/iresnet_jax`` or ``~/.cache/iresnet_jax``. It may be deleted at any time.
 """
 
@@ -12,30 +12,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from iresnet_jax.data import cache, splits
-from iresnet_jax.data.images import ImageData
-from iresnet_jax.data.source import Source, checked
+from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.sources.source import NUM_LEVELS, Source, checked
+from iresnet_jax.files import locked
 
 _log = logging.getLogger(__name__)
 
 
-def load(source: Source) -> ImageData:
+def load(source: Source) -> DataSet:
     """Maps a source's decoded images into memory, decoding them first if there is no valid cache of them.
 
-    Every byte is checked against the checksums of the cache. One that is truncated, altered or made from other data is decoded
-    again. Processes that start at once wait for the first of them where the file system can lock, and else each decode.
+    A cache that is incomplete, altered or made from other source files is made again. Of processes that start at once, the
+    others wait for the first where the file system can lock, and else each decodes.
 
     Raises:
-        ValueError: if the data are not images of one size with labels in range, in a training and a test split.
-        OSError: if the cache cannot be written anywhere.
+        ValueError: If the data are not images of one size with labels in range, in a training and a test split.
+        OSError: If the cache cannot be written anywhere.
     """
     places = cache_places(source.cache_path)
     if found := _find(places, source):
         return found
     place = _first_writable(places, source)
-    with cache.locked(place.parent):
+    with locked(place):
         found = _find([place], source, quiet=True)  # another process may have been first
         if found is None:
             _decode(source, place)
@@ -46,16 +46,16 @@ def load(source: Source) -> ImageData:
 
 
 def cache_places(beside: Path) -> list[Path]:
-    """Where a cache may lie, the preferred place first."""
+    """Folders where the cache may lie, the preferred one first."""
     variable = "IRESNET_JAX_CACHE_DIR"
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "iresnet_jax")
     folder = Path(os.environ.get(variable) or default).expanduser()
-    digest = hashlib.sha256(str(beside.resolve()).encode()).hexdigest()[:12]
-    elsewhere = folder / "-".join([*beside.parent.parts[-2:], f"{digest}.cache"]).lstrip("/")
+    digest = hashlib.sha256(os.fsencode(beside.resolve())).hexdigest()[:12]
+    elsewhere = folder / "-".join([*beside.parent.parts[-2:], digest]).lstrip("/")
     return [elsewhere] if os.environ.get(variable) else [beside, elsewhere]
 
 
-def _find(places: list[Path], source: Source, *, quiet: bool = False) -> ImageData | None:
+def _find(places: list[Path], source: Source, *, quiet: bool = False) -> DataSet | None:
     for place in places:
         try:
             cached = cache.read(place)
@@ -63,20 +63,21 @@ def _find(places: list[Path], source: Source, *, quiet: bool = False) -> ImageDa
             if not quiet:
                 _log.warning("%s; %s is decoded again", error, source.name)
             continue
-        if cached and cached.facts["fingerprint"] == source.fingerprint:
-            return ImageData(
-                name=source.name,
-                num_levels=256,
-                num_classes=cached.facts["num_classes"],
-                images=_of_kind("images", cached.arrays),
-                labels=_of_kind("labels", cached.arrays),
+        if cached and cached.facts.source_state == source.state:
+            return DataSet.from_arrays(
+                source.name,
+                _by_split("examples", cached.arrays),
+                _by_split("labels", cached.arrays),
+                num_levels=cached.facts.num_levels,
+                num_classes=cached.facts.num_classes,
+                fingerprint=cached.fingerprint,
             )
     return None
 
 
-def _of_kind(kind: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """``{split: array}`` of the arrays named ``split/kind``."""
-    return {name.removesuffix(f"/{kind}"): array for name, array in arrays.items() if name.endswith(f"/{kind}")}
+def _by_split(kind: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Picks ``{split: array}`` from arrays named ``split_kind``."""
+    return {name.removesuffix(f"_{kind}"): array for name, array in arrays.items() if name.endswith(f"_{kind}")}
 
 
 def _first_writable(places: list[Path], source: Source) -> Path:
@@ -97,6 +98,8 @@ def _first_writable(places: list[Path], source: Source) -> Path:
 
 def _decode(source: Source, place: Path) -> None:
     """Reads the source once, in pieces, and writes the cache."""
+    from tqdm import tqdm  # needed here alone
+
     _log.info("decoding %s into %s", source.name, place)
     contents = source.open()
     routes = splits.routes(contents.num_examples, source.name)
@@ -117,17 +120,17 @@ def _decode(source: Source, place: Path) -> None:
                 rows = slice(start, start := start + len(images))
                 progress.update(len(images))
                 for split, mask in masks.items():
-                    yield f"{split}/images", images[mask[rows]]
+                    yield f"{split}_examples", images[mask[rows]]
                     if labels is not None:
-                        yield f"{split}/labels", labels[mask[rows]]
+                        yield f"{split}_labels", labels[mask[rows]]
 
-    layout: cache.Layout = {}
+    layout = {}
     for masks in routes.values():
         for split, mask in masks.items():
-            layout[f"{split}/images"] = ("uint8", (int(mask.sum()), *image_shape))
-            if contents.num_classes:
-                layout[f"{split}/labels"] = ("int32", (int(mask.sum()),))
-    facts = {"fingerprint": source.fingerprint, "num_classes": contents.num_classes}
+            layout[f"{split}_examples"] = cache.Layout("uint8", (int(mask.sum()), *image_shape))
+            if contents.num_classes is not None:
+                layout[f"{split}_labels"] = cache.Layout("int32", (int(mask.sum()),))
+    facts = cache.Facts(source.state, NUM_LEVELS, contents.num_classes)
     total = sum(contents.num_examples[published] for published in routes)
     with tqdm(total=total, desc=f"decoding {source.name}", unit=" images", leave=False, disable=None) as progress:
         cache.write(place, facts, layout, pieces())

@@ -5,7 +5,6 @@ prepared elsewhere and its folder copied. A data set that is prepared and decode
 """
 
 import functools
-import hashlib
 import importlib.util
 import json
 import os
@@ -16,39 +15,42 @@ from typing import Any
 
 import numpy as np
 
-from iresnet_jax.data import cache
-from iresnet_jax.data.source import CHUNK, Chunk, Contents, Source, stack
+from iresnet_jax.data.sources.source import CHUNK, Chunk, Contents, Source, check_is_folder, source_in_folder, stack
+from iresnet_jax.files import locked
 
 _FORMAT = "array_record"
 
 
 def source(name: str, data_dir: str | None = None) -> Source | None:
-    """A data set by its TFDS name, such as ``mnist``, ``downsampled_imagenet/32x32`` or ``cifar10:3.0.2``.
+    """Finds a data set by its TFDS name, such as ``mnist``, ``downsampled_imagenet/32x32`` or ``cifar10:3.0.2``.
 
     The newest version that is prepared is used. If none is, it is downloaded and prepared, with the progress bar of TFDS.
 
     Args:
-        name: data set, ``/`` and configuration where it has several, ``:`` and version where it must be a certain one.
-        data_dir: folder of prepared data sets; by default ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
+        name: Data set, ``/`` and configuration where it has several, ``:`` and version where it must be a certain one.
+        data_dir: Folder of prepared data sets; by default ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
 
     Returns:
-        The source; None if TFDS has no such data set and none was prepared under that name.
+        Source of the images; None if TFDS has no such data set and none was prepared under that name.
 
     Raises:
-        ValueError: if it must be prepared but is no image classification data set, or TensorFlow is not installed.
-        RuntimeError: if it cannot be downloaded or prepared.
+        ValueError: If it must be prepared but is no image classification data set, or TensorFlow is not installed.
+        RuntimeError: If it cannot be downloaded or prepared.
     """
     if not re.fullmatch(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?", name):
         return None
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    if root.exists():
+        check_is_folder(root, name)
     folder = _find(root, name) or _prepare(root, name)
     if folder is None:
         return None
-    return Source(name, folder / "iresnet_jax.cache", _fingerprint(folder), functools.partial(_open, name, folder))
+    files = [path for path in folder.iterdir() if path.suffix == ".json" or f".{_FORMAT}-" in path.name]
+    return source_in_folder(name, folder, files, functools.partial(_open, name, folder))
 
 
 def _find(root: Path, name: str) -> Path | None:
-    """The folder of the newest prepared version."""
+    """Finds the folder of the newest prepared version, or of the one that is named."""
     name, _, version = name.partition(":")
     found = (root / name).glob("*/dataset_info.json")
     versions = {tuple(map(int, path.parent.name.split("."))): path.parent for path in found if _is_version(path.parent.name)}
@@ -59,17 +61,6 @@ def _find(root: Path, name: str) -> Path | None:
 
 def _is_version(name: str) -> bool:
     return re.fullmatch(r"\d+\.\d+\.\d+", name) is not None
-
-
-def _fingerprint(folder: Path) -> str:
-    """A hash of what TFDS wrote about the data set, and of the sizes of its files."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".json":
-            digest.update(path.read_bytes())
-        elif f".{_FORMAT}-" in path.name:
-            digest.update(f"{path.name}\0{path.stat().st_size}\n".encode())
-    return digest.hexdigest()
 
 
 def _prepare(root: Path, name: str) -> Path | None:
@@ -99,7 +90,7 @@ def _prepare(root: Path, name: str) -> Path | None:
         )
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with cache.locked(root):
+        with locked(root / "iresnet_jax"):
             builder.download_and_prepare(file_format=_FORMAT)  # which returns at once if another process has done it
     except Exception as error:  # whatever servers, archives and disks come up with
         raise RuntimeError(f"TFDS could not download and prepare {name} in {root}: {' '.join(str(error).split())}") from error
@@ -107,7 +98,11 @@ def _prepare(root: Path, name: str) -> Path | None:
 
 
 def _open(name: str, folder: Path) -> Contents:
-    written_as = json.loads((folder / "dataset_info.json").read_text()).get("fileFormat", "tfrecord")
+    info_path = folder / "dataset_info.json"
+    try:
+        written_as = json.loads(info_path.read_text("utf-8")).get("fileFormat", "tfrecord")
+    except (AttributeError, ValueError) as error:  # not UTF-8, not JSON, or not an object
+        raise ValueError(f"{info_path} is damaged: {error}; delete its folder to have {name} prepared again") from None
     if written_as != _FORMAT:
         raise ValueError(
             f"{name} was prepared in {folder} as {written_as}, which only TensorFlow can read: "
@@ -129,7 +124,7 @@ def _open(name: str, folder: Path) -> Contents:
             start += len(examples)
 
     info: Any = builder.info
-    num_classes = info.features[label_key].num_classes if label_key else 0
+    num_classes = info.features[label_key].num_classes if label_key else None
     return Contents({split: found.num_examples for split, found in info.splits.items()}, num_classes, chunks)
 
 
@@ -144,10 +139,10 @@ def _examples(builder: Any, split: str, name: str, folder: Path) -> Iterator[lis
 
 
 def _keys(info: Any, name: str) -> tuple[str, str | None]:
-    """The features that are the image and, if there is one, the class.
+    """Names the feature that is the image, and the one that is the class if there is one.
 
     Raises:
-        ValueError: if there is no image, or what is learnt from it is no class.
+        ValueError: If there is no image, or what is learnt from it is no class.
     """
     features, keys = dict(info.features.items()), info.supervised_keys or ("image", None)
     image_key, label_key = keys if len(keys) == 2 else ("image", None)

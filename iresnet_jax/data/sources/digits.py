@@ -9,7 +9,7 @@ import hashlib
 import numpy as np
 from jaxtyping import Int, Integer
 
-from iresnet_jax.data.images import ImageData
+from iresnet_jax.data.dataset import DataSet
 
 _SALT = "iresnet_jax/digits"  # part of the definition of the split: changing it invalidates every reported number
 
@@ -22,7 +22,7 @@ def split_indices(labels: Integer[np.ndarray, " n"]) -> dict[str, Int[np.ndarray
     of its exact share, and the result depends on no random number generator, so on no version of NumPy.
 
     Args:
-        labels: class of each example, in the order of the source.
+        labels: Class of each example, in the order of the source.
 
     Returns:
         Ascending indices of each split; together they hold every index once.
@@ -37,13 +37,13 @@ def split_indices(labels: Integer[np.ndarray, " n"]) -> dict[str, Int[np.ndarray
     }
 
 
-def load() -> ImageData:
+def load() -> DataSet:
     """Loads the digits: 1257 train, 180 validation and 360 test images with levels 0 to 16.
 
     Example::
 
         data = load()
-        data.images["test"].shape  # (360, 8, 8, 1)
+        data.examples["test"].shape  # (360, 8, 8, 1)
     """
     from sklearn.datasets import load_digits  # slow to import, and needed by this source alone
 
@@ -51,10 +51,10 @@ def load() -> ImageData:
     images = np.asarray(pixels).reshape(-1, 8, 8, 1).astype(np.uint8)
     labels = np.asarray(labels).astype(np.int32)
     splits = split_indices(labels)
-    return ImageData(
-        name="digits",
+    return DataSet.from_arrays(
+        "digits",
+        {split: images[indices] for split, indices in splits.items()},
+        {split: labels[indices] for split, indices in splits.items()},
         num_levels=17,
         num_classes=10,
-        images={split: images[indices] for split, indices in splits.items()},
-        labels={split: labels[indices] for split, indices in splits.items()},
     )

@@ -1,0 +1,85 @@
+"""The binary version of CIFAR, written byte by byte."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from image_sets import NUM_TEST, NUM_TRAIN, assert_holds
+
+from iresnet_jax import data
+
+
+def cifar_bytes(images, *labels):
+    """Label bytes, then the red, the green and the blue plane of each image."""
+    rows = [
+        bytes(int(of_label[i]) for of_label in labels) + b"".join(image[:, :, channel].tobytes() for channel in range(3))
+        for i, image in enumerate(images)
+    ]
+    return b"".join(rows)
+
+
+def cifar10_files(train, test):
+    parts = np.array_split(np.arange(len(train[0])), 5)
+    files = {f"data_batch_{i + 1}.bin": cifar_bytes(train[0][rows], train[1][rows]) for i, rows in enumerate(parts)}
+    return {**files, "test_batch.bin": cifar_bytes(*test), "batches.meta.txt": b"airplane\n"}
+
+
+def write_archive(path, folder, files):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"{folder}/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_cifar10_as_its_authors_publish_it(tmp_path, cifar_like):
+    archive = write_archive(tmp_path / "cifar-10-binary.tar.gz", "cifar-10-batches-bin", cifar10_files(*cifar_like))
+    loaded = data.load(f"cifar:{archive}")
+    assert_holds(loaded, *cifar_like)
+    assert (loaded.num_classes, loaded.event_shape) == (10, (32, 32, 3))
+    with tarfile.open(archive) as unpacking:
+        unpacking.extractall(tmp_path, filter="data")
+    assert_holds(data.load(f"cifar:{tmp_path}/cifar-10-batches-bin"), *cifar_like)
+
+
+def test_cifar100_has_the_fine_label_second(tmp_path, cifar_like):
+    (train, train_labels), (test, test_labels) = cifar_like
+    coarse = np.arange(NUM_TRAIN) % 20
+    (tmp_path / "train.bin").write_bytes(cifar_bytes(train, coarse, train_labels + 90))
+    (tmp_path / "test.bin").write_bytes(cifar_bytes(test, coarse[:NUM_TEST], test_labels + 90))
+    loaded = data.load(f"cifar:{tmp_path}")
+    assert_holds(loaded, (train, train_labels + 90), (test, test_labels + 90))
+    assert loaded.num_classes == 100
+
+
+def test_cifar_mistakes_are_explained(tmp_path, cifar_like):
+    files = cifar10_files(*cifar_like)
+    with pytest.raises(ValueError, match=r"there is no folder or file .*nowhere for cifar:.*: check the path"):
+        data.load(f"cifar:{tmp_path}/nowhere")
+    python_version = {name.removesuffix(".bin"): content for name, content in files.items()}
+    archive = write_archive(tmp_path / "python.tar.gz", "cifar-10-batches-py", python_version)
+    with pytest.raises(ValueError, match=r"lacks data_batch_1.bin.*: the binary version of CIFAR is needed"):
+        data.load(f"cifar:{archive}")
+    cut = write_archive(tmp_path / "cut.tar.gz", "x", {**files, "data_batch_3.bin": files["data_batch_3.bin"][:-1]})
+    with pytest.raises(ValueError, match=r"data_batch_3.bin in .* has 18437 bytes, not a multiple of 3073: it is damaged"):
+        data.load(f"cifar:{cut}")
+    cut.write_bytes(cut.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"is not an intact archive: .*; fetch it again"):
+        data.load(f"cifar:{cut}")
+    images, labels = cifar_like[1]
+    wrong = write_archive(tmp_path / "wrong.tar.gz", "x", {**files, "test_batch.bin": cifar_bytes(images, labels + 5)})
+    with pytest.raises(
+        ValueError, match=r"label 1\d of example \d of split 'test' of .* there are 10 classes, so labels run from 0"
+    ):
+        data.load(f"cifar:{wrong}")
+
+
+def test_a_folder_with_both_versions_of_cifar_is_ambiguous(tmp_path, cifar_like):
+    for name, content in cifar10_files(*cifar_like).items():
+        (tmp_path / name).write_bytes(content)
+    for name in ("train.bin", "test.bin"):
+        (tmp_path / name).write_bytes(bytes(3074))
+    with pytest.raises(ValueError, match="holds both CIFAR-10 and CIFAR-100: give the folder of one of them"):
+        data.load(f"cifar:{tmp_path}")
