@@ -3,12 +3,13 @@
 import math
 import numbers
 from collections.abc import Mapping
+from typing import Any
 
 MINUS = "\N{MINUS SIGN}"  # as wide as a plus, unlike the hyphen
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def number(value: float | None, digits: int = 4) -> str:
+def number(value: Any, digits: int = 4) -> str:
     """Writes a number with that many significant digits; integers in full, tiny and huge ones as powers of ten.
 
     Example:
@@ -46,7 +47,7 @@ def uncertain(mean: float, stderr: float | None) -> str:
     return f"{signed(mean, decimals)} ± {signed(stderr, decimals)}"
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: Any) -> str:
     """Writes a time in the unit a person would choose.
 
     Example:
@@ -70,7 +71,7 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.4g} %"
 
 
-def signed(value: float, decimals: int, *, plus: bool = False) -> str:
+def signed(value: float | int, decimals: int, *, plus: bool = False) -> str:
     """Writes fixed decimals with thousands separated and a true minus sign, and a plus if asked for."""
     return f"{value:{'+' * plus},.{decimals}f}".replace("-", MINUS)
 

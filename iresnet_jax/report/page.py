@@ -5,18 +5,21 @@ sample, *guaranteed* by a bound, or *conditional* on Lipschitz constants that ar
 ``page.html.jinja``.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.resources import files
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
-from iresnet_jax.report import formatting
 from iresnet_jax.report.contents import Report
+from iresnet_jax.report.formatting import duration, number, percent, setting, signed, uncertain
 
 
-def render(report: Report, figures: Mapping[str, str], *, title: str, references: Mapping[str, float] | None = None) -> str:
+def render(
+    report: Report, figures: Mapping[str, str], *, title: str, references: Mapping[str, float | int] | None = None
+) -> str:
     """Writes the report of a run as one self-contained HTML page.
 
     Args:
@@ -34,18 +37,24 @@ def render(report: Report, figures: Mapping[str, str], *, title: str, references
     for name, uri in figures.items():
         if not uri.startswith("data:image/"):
             raise ValueError(f"figure {name!r} must be an image data URI, got {uri[:40]!r}: encode it with to_svg_or_png")
-    package = files("iresnet_jax.report")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters.update(
-        {name: getattr(formatting, name) for name in ("number", "uncertain", "duration", "percent", "signed", "setting")}
-    )
-    environment.tests["finite"] = math.isfinite
-    template = environment.from_string(package.joinpath("page.html.jinja").read_text(encoding="utf-8"))
-    return template.render(
+    return _template().render(
         report=report,
         facts=asdict(report.environment),
         figures=figures,
         title=title,
         references=references or {},
-        style=package.joinpath("style.css").read_text(encoding="utf-8"),
+        style=_text("style.css"),
     )
+
+
+@functools.cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    for write in (number, uncertain, duration, percent, signed, setting):
+        environment.filters[write.__name__] = write
+    environment.tests["finite"] = math.isfinite
+    return environment.from_string(_text("page.html.jinja"))
+
+
+def _text(name: str) -> str:
+    return files("iresnet_jax.report").joinpath(name).read_text(encoding="utf-8")
