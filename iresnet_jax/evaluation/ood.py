@@ -80,18 +80,24 @@ def compare(
     if source.images is None or source.num_levels is None:
         raise ValueError(f"scores are compared between images, and {source.name} are points: give a model of images")
     inside = source.held_out("test", num, seed)
-    if other == "noise":
-        outside = np.random.default_rng(seed).integers(0, source.num_levels, (num, *source.event_shape), np.uint8)
-    elif other == "rotated":
-        outside = np.rot90(inside, axes=(1, 2)).copy()
-    else:
-        found = data.load(other, data_dir=data_dir)
-        outside = adapt(found.images["test"][:num], found.num_levels, source.event_shape, source.num_levels)
+    outside = others(source, other, num, seed, data_dir)
     make = _classifier_scores if model.is_classifier else _density_scores
     score = make(model, source, settings, seed)
-    ours, others = score(inside), score(outside)
-    scores = {name: Score(auroc(ours[name], others[name]), DEFINITIONS[name]) for name in ours}
+    found = score(inside), score(outside)
+    scores = {name: Score(auroc(found[0][name], found[1][name]), DEFINITIONS[name]) for name in found[0]}
     return Separation(other, len(inside), len(outside), scores)
+
+
+def others(source: Source, name: str, num: int, seed: int, data_dir: str | None = None) -> Integer[np.ndarray, "n h w c"]:
+    """Images of another kind, see `compare`, in the size and with the levels of the data."""
+    levels, shape = source.num_levels, source.event_shape
+    assert levels is not None  # images
+    if name == "noise":
+        return np.random.default_rng(seed).integers(0, levels, (num, *shape), np.uint8)
+    if name == "rotated":
+        return np.rot90(source.held_out("test", num, seed), axes=(1, 2)).copy()
+    found = data.load(name, data_dir=data_dir)
+    return adapt(found.images["test"][:num], found.num_levels, shape, levels)
 
 
 def adapt(
