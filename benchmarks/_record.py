@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,7 +124,7 @@ def write(name: str, arguments: argparse.Namespace, settings: Mapping[str, Any],
     record = {
         "benchmark": name,
         "command": shlex.join(["python", *sys.argv]),
-        "environment": {**environment.describe(), "processor": processor()},
+        "environment": {**asdict(environment.describe()), "processor": processor()},
         "settings": {"quick": arguments.quick, **settings},
         "results": results,
     }

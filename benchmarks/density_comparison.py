@@ -21,6 +21,7 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -290,7 +291,7 @@ def main():
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     likelihood, times, there = (ours.report[part] for part in ("bits_per_dim", "train", "environment"))
-    here = environment.describe()
+    here = asdict(environment.describe())
     if any(here[fact] != there[fact] for fact in ("platform", "cpu_count")):
         print(f"note: our run was made elsewhere, on {there['platform']} with {there['cpu_count']} cores")
     seconds = times["total_seconds"] if arguments.minutes is None else 60 * arguments.minutes

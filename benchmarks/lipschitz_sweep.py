@@ -23,10 +23,11 @@ from _record import parser, table, write
 
 from iresnet_jax.bijections import bijection as bijections
 from iresnet_jax.data.batches import eval_batches
-from iresnet_jax.evaluation import accuracy as classify
-from iresnet_jax.evaluation import frozen, lipschitz, trained
-from iresnet_jax.evaluation import inversion as reconstruct
-from iresnet_jax.report import report, style
+from iresnet_jax.evaluation import accuracy, frozen, lipschitz, trained
+from iresnet_jax.evaluation.examples import held_out
+from iresnet_jax.evaluation.inversion import round_trip
+from iresnet_jax.evaluation.results import RECOVERED, TrainingTimes
+from iresnet_jax.report import style
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import loop, run
 from iresnet_jax.training.metrics import read_metrics
@@ -53,7 +54,7 @@ def invertibility(loaded, num):
         @jax.jit
         def there_and_back(weights, images, solver=solver):
             there = run.network_input(loaded.spec, jax.random.key(0), images)[1]
-            return reconstruct.round_trip(loaded.spec.flow, weights, there, solver)[1]
+            return round_trip(loaded.spec.flow, weights, there, solver)[1]
 
         trips = []
         for indices, mask in eval_batches(len(images), min(loaded.config.evaluation.batch_size, len(images))):
@@ -62,7 +63,7 @@ def invertibility(loaded, num):
         trip = jax.tree.map(lambda *values: np.concatenate(values), *trips)
         found[name] = {
             "num": len(images),
-            "recovered": float((trip.max_abs_error <= reconstruct.RECOVERED).mean()),
+            "recovered": float((trip.max_abs_error <= RECOVERED).mean()),
             "converged": float(trip.converged.mean()),
             "median_error": float(np.median(trip.max_abs_error)),
             "max_error": float(np.nan_to_num(trip.max_abs_error, nan=np.inf).max()),
@@ -88,15 +89,16 @@ def measure(path, variant, seed, folder, arguments):
     if measured.exists() and (kept := json.loads(measured.read_text()))["num"] == num:
         return kept["row"]
     loaded = trained.load(workdir)
-    result = classify.evaluate(loaded)
-    times = report.training_times(read_metrics(workdir), loaded.step)
-    row = {"variant": variant, "seed": seed, "error": result["error"], "num_examples": result["num_examples"]}
-    row |= {"loss": result["loss"], "seconds_per_step": times["seconds_per_step"], "total_seconds": times["total_seconds"]}
+    images, labels = held_out(loaded.source, config.evaluation, seed), loaded.source.labels("test")
+    result = accuracy.evaluate(loaded, images, labels, config.evaluation.batch_size)
+    times = TrainingTimes.from_metrics(read_metrics(workdir), loaded.step)
+    row = {"variant": variant, "seed": seed, "error": result.error, "num_examples": result.num_examples}
+    row |= {"loss": result.loss, "seconds_per_step": times.seconds_per_step, "total_seconds": times.total_seconds}
     if loaded.is_bijective:
         constants = lipschitz.measure(loaded)
-        row |= {"max_block": constants["max_block"], "certified": constants["certified"]}
-        limit = num[constants["certified"]]
-        row["inverse"] = invertibility(loaded, min(limit or result["num_examples"], result["num_examples"]))
+        row |= {"max_block": constants.max_block, "certified": constants.certified}
+        limit = num[constants.certified]
+        row["inverse"] = invertibility(loaded, min(limit or result.num_examples, result.num_examples))
     measured.write_text(json.dumps({"num": num, "row": row}))
     return row
 
@@ -135,7 +137,7 @@ def picture(rows, path):
                 right.scatter(place, min(error, 1e6), color=color, alpha=0.7, label=label)
     left.set_ylim(bottom=0)
     right.set_yscale("log")
-    right.axhline(reconstruct.RECOVERED, color=style.INK, linewidth=1.0)
+    right.axhline(RECOVERED, color=style.INK, linewidth=1.0)
     for axes, title in ((left, "test error [%]"), (right, "largest reconstruction error")):
         axes.set_xticks(range(len(variants)), variants)
         style.label(axes, "c", title)
@@ -163,7 +165,7 @@ def main():
     header = ("c", "test error [%]", "largest Lip(g)", "recovered, Banach", "worst", "recovered, Anderson", "worst", "promised")
     print(table(summarized(rows), header))
     name = f"lipschitz_sweep_{arguments.config.stem}"
-    settings = {"config": str(arguments.config), "seeds": list(seeds), "solvers": SOLVERS, "recovered": reconstruct.RECOVERED}
+    settings = {"config": str(arguments.config), "seeds": list(seeds), "solvers": SOLVERS, "recovered": RECOVERED}
     if written := write(name, arguments, settings, rows):
         picture(rows, written.with_suffix(".png"))
 

@@ -6,6 +6,7 @@ The scores, each with its definition, are those of `iresnet_jax.evaluation.ood`.
 quarter turn, "noise", or the test images of any data set by its name, brought to the model's size.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 from _record import parser, table, write
@@ -20,14 +21,17 @@ def main():
     arguments = options.parse_args()
     loaded = trained.load(arguments.workdir)
     num = 64 if arguments.quick else ood.NUM_EXAMPLES
-    results = [ood.compare(loaded, other, num=num) for other in arguments.against]
-    names = list(results[0]["scores"])
-    rows = [(result["other"], *(f"{result['scores'][name]['auroc']:.4f}" for name in names)) for result in results]
+    how = (loaded.config.evaluation, loaded.config.seed)
+    options = {"num": num, "data_dir": loaded.config.data.data_dir}
+    results = [ood.compare(loaded, loaded.source, other, *how, **options) for other in arguments.against]
+    names = list(results[0].scores)
+    rows = [(result.other, *(f"{result.scores[name].auroc:.4f}" for name in names)) for result in results]
     print(table(rows, ("against", *names)))
     for name in names:
         print(f"{name}: {ood.DEFINITIONS[name]}")
     settings = {"data": loaded.config.data.name, "step": loaded.step}
-    write(f"ood_{loaded.config.data.name}_{loaded.config.objective}", arguments, settings, results)
+    name = f"ood_{loaded.config.data.name}_{loaded.config.objective}"
+    write(name, arguments, settings, [asdict(result) for result in results])
 
 
 if __name__ == "__main__":

@@ -18,41 +18,49 @@ class Parser(argparse.ArgumentParser):
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Test likelihood with its standard error, from the unbiased estimator; of a model with classes, its test error."""
-    from iresnet_jax.evaluation import accuracy as classify
-    from iresnet_jax.evaluation import likelihood as evaluate
-    from iresnet_jax.evaluation import trained
+    """Test likelihood with its standard error; of a model with classes, its test error."""
+    from iresnet_jax.evaluation import accuracy, likelihood, trained
+    from iresnet_jax.evaluation.examples import held_out
 
-    model = trained.load(arguments.workdir)
-    said = [] if model.is_classifier else [evaluate.describe(evaluate.evaluate(model))]
-    if model.has_classes:
-        said.append(classify.describe(classify.evaluate(model)))
-    _say(*model.notes, *said)
+    run = trained.load(arguments.workdir)
+    settings, seed, source = run.config.evaluation, run.config.seed, run.source
+    examples = held_out(source, settings, seed)
+    results = []
+    if not run.is_classifier:
+        floor = None if source.toy is None else float(source.toy.entropy)
+        results.append(likelihood.evaluate(run, examples, settings, seed, entropy_floor=floor))
+    if run.has_classes:
+        results.append(accuracy.evaluate(run, examples, source.labels("test"), settings.batch_size))
+    _say(*run.notes, *results)
     return 0
 
 
 def sample(arguments: argparse.Namespace) -> int:
     """Samples, to samples.png and samples.npy; exit status 1 if the inverse did not converge for all of them."""
-    from iresnet_jax.evaluation import samples as sample
-    from iresnet_jax.evaluation import trained
+    from iresnet_jax.evaluation import samples, trained
+    from iresnet_jax.report.pictures import write_samples
 
-    model = trained.load(arguments.workdir)
+    run = trained.load(arguments.workdir)
     labels = None if arguments.label is None else [arguments.label] * arguments.num
-    samples = sample.draw(model, arguments.num, temperature=arguments.temperature, seed=arguments.seed, labels=labels)
-    png, npy = sample.write(model, samples, arguments.workdir)
-    _say(*model.notes, sample.describe(samples), f"written: {png} and {npy}")
-    return 0 if samples.converged.all() else 1
+    how = {"temperature": arguments.temperature, "seed": arguments.seed, "labels": labels}
+    drawn = samples.draw(run, arguments.num, run.config.evaluation, **how)
+    png, npy = write_samples(drawn.values, run.spec.num_levels, arguments.workdir)
+    _say(*run.notes, drawn.quality, f"written: {png} and {npy}")
+    return 0 if drawn.converged.all() else 1
 
 
 def reconstruct(arguments: argparse.Namespace) -> int:
     """Test examples encoded and inverted, to reconstructions.png; exit status 1 if the inverse failed for any."""
-    from iresnet_jax.evaluation import inversion as reconstruct
-    from iresnet_jax.evaluation import trained
+    from iresnet_jax.evaluation import inversion, trained
+    from iresnet_jax.evaluation.examples import held_out
+    from iresnet_jax.report.pictures import reconstructions, write_png
 
-    model = trained.load(arguments.workdir)
-    result = reconstruct.reconstruct(model, arguments.num)
-    path = reconstruct.write(result, arguments.workdir)
-    _say(*model.notes, reconstruct.describe(reconstruct.summarize(model, result)), f"written: {path}" if path else "")
+    run = trained.load(arguments.workdir)
+    settings, seed = run.config.evaluation, run.config.seed
+    result = inversion.reconstruct(run, held_out(run.source, settings, seed)[: arguments.num], settings, seed)
+    figure = reconstructions(result)
+    path = None if figure is None else write_png(figure, run.workdir / "reconstructions.png")
+    _say(*run.notes, result.summary, f"written: {path}" if path else "")
     return 0 if result.trip.converged.all() else 1
 
 
@@ -60,39 +68,41 @@ def certify(arguments: argparse.Namespace) -> int:
     """Certified Lipschitz bound of every layer and block; exit status 1 if a block is not certified a contraction."""
     from iresnet_jax.evaluation import lipschitz, trained
 
-    model = trained.load(arguments.workdir)
-    constants = lipschitz.measure(model)
-    _say(*model.notes, lipschitz.table(constants), lipschitz.verdict(constants))
-    return 0 if constants["certified"] else 1
+    run = trained.load(arguments.workdir)
+    certificate = lipschitz.measure(run)
+    _say(*run.notes, certificate)
+    return 0 if certificate.certified else 1
 
 
 def freeze(arguments: argparse.Namespace) -> int:
     """The certified model as one small file, frozen.npz, for use without the workdir."""
     from iresnet_jax.evaluation import frozen, lipschitz, trained
 
-    model = trained.load(arguments.workdir)
-    constants = lipschitz.measure(model)
-    path = frozen.save(model, arguments.output)
-    _say(*model.notes, lipschitz.verdict(constants), f"written: {path} ({path.stat().st_size / 1e6:.2g} MB)")
-    return 0 if constants["certified"] else 1
+    run = trained.load(arguments.workdir)
+    certificate = lipschitz.measure(run)
+    path = frozen.save(run, arguments.output)
+    _say(*run.notes, certificate.verdict(), f"written: {path} ({path.stat().st_size / 1e6:.2g} MB)")
+    return 0 if certificate.certified else 1
 
 
 def ood(arguments: argparse.Namespace) -> int:
     """How well the model's scores tell other images from test images: AUROC, with each score's definition."""
-    from iresnet_jax.evaluation import ood, trained
+    from iresnet_jax.evaluation import trained
+    from iresnet_jax.evaluation.ood import compare
 
-    model = trained.load(arguments.workdir)
-    _say(*model.notes, ood.describe(ood.compare(model, arguments.against, num=arguments.num)))
+    run = trained.load(arguments.workdir)
+    how = {"num": arguments.num, "data_dir": run.config.data.data_dir}
+    _say(*run.notes, compare(run, run.source, arguments.against, run.config.evaluation, run.config.seed, **how))
     return 0
 
 
 def report(arguments: argparse.Namespace) -> int:
     """All of it, to report.json and report.html."""
     from iresnet_jax.evaluation import trained
-    from iresnet_jax.report import report
+    from iresnet_jax.report.report import write
 
-    model = trained.load(arguments.workdir)
-    _say(report.describe(report.write(model), model.workdir))
+    run = trained.load(arguments.workdir)
+    _say(write(run), f"report: {run.workdir / 'report.html'}")
     return 0
 
 
@@ -134,8 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return explain_failures(lambda: arguments.run(arguments), debug=arguments.debug)
 
 
-def _say(*lines: str) -> None:
-    print("\n".join(filter(None, lines)))
+def _say(*results: object) -> None:
+    print("\n".join(filter(None, map(str, results))))
 
 
 if __name__ == "__main__":

@@ -5,35 +5,51 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from iresnet_jax.training import run
 
-PACKAGES = ("iresnet_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+@dataclass(frozen=True)
+class Environment:
+    """What a result was computed with: devices, versions, date and, in a checkout, the commit; None where unknown."""
+
+    devices: str
+    backend: str
+    matmul_precision: str
+    cpu_count: int | None
+    platform: str
+    python: str
+    iresnet_jax: str | None
+    jax: str | None
+    jaxlib: str | None
+    flax: str | None
+    optax: str | None
+    numpy: str | None
+    date: str
+    commit: str | None
 
 
-def describe() -> dict[str, Any]:
-    """Versions, devices, processors, platform, date and, in a checkout, the commit."""
-    facts: dict[str, Any] = {
-        "devices": run.device_summary(),
-        "backend": jax.default_backend(),
-        "matmul_precision": getattr(jax.config, "jax_default_matmul_precision", None) or "default",
-        "cpu_count": _cpu_count(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        **{name: version for name in PACKAGES if (version := _version(name))},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    if commit := _commit():
-        facts["commit"] = commit
-    return facts
+def describe() -> Environment:
+    """The environment of this process."""
+    return Environment(
+        devices=run.device_summary(),
+        backend=jax.default_backend(),
+        matmul_precision=getattr(jax.config, "jax_default_matmul_precision", None) or "default",
+        cpu_count=_cpu_count(),
+        platform=platform.platform(),
+        python=platform.python_version(),
+        **{name: _version(name) for name in ("iresnet_jax", "jax", "jaxlib", "flax", "optax", "numpy")},
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        commit=_commit(),
+    )
 
 
 def _cpu_count() -> int | None:
-    """The processors that this process may use."""
+    """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -45,7 +61,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package lies in, marked if files differ from it."""
+    """Commit of the checkout that holds this package, marked if files differ from it."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

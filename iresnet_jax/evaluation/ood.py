@@ -1,11 +1,7 @@
-r"""How well a model's scores tell other data from the data that it was trained on.
+"""How well a model's scores tell other data from the data that it was trained on.
 
-Every score is larger for stranger images. The numbers of a score are areas under the ROC curve between test images and others,
-
-    ``AUROC = P(score(other) > score(test)) + P(equal) / 2``,
-
-1 for a perfect score and 1/2 for a coin. A score's definition is part of every result, as numbers of different scores do not
-compare.
+Every score is larger for stranger images. Its number is the area under the ROC curve between test images and others, 1 for a
+perfect score and 1/2 for a coin. Numbers of different scores do not compare, so every result carries the definitions.
 """
 
 from collections.abc import Callable
@@ -15,18 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, Num
+from scipy.stats import rankdata
+from sklearn.metrics import roc_auc_score
 
 from iresnet_jax import data
 from iresnet_jax.data.batches import eval_batches
+from iresnet_jax.evaluation.results import Score, Separation
 from iresnet_jax.evaluation.trained import Trained
 from iresnet_jax.models import classifier, density
-from iresnet_jax.training import config as config_lib
+from iresnet_jax.training.config import build_estimator
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
+from iresnet_jax.training.run import Source
 
 OTHERS = ("rotated", "noise")
-NUM_EXAMPLES = 2000  # at most, of each side
+NUM_EXAMPLES = 2000  # images of each side, at most
 NUM_FITTED = 5000  # training images that scores are fitted to, at most
-RIDGE = 1e-3  # of the largest variance of pooled features, added to all of them
+RIDGE = 1e-3  # fraction of the pooled features' largest variance that is added to all of them
 
 DEFINITIONS = {
     "energy": "minus the log-sum-exp of the logits (Liu et al. 2020)",
@@ -37,68 +37,67 @@ DEFINITIONS = {
     "typicality": "distance of those bits per dimension from their mean over training images (Nalisnick et al. 2019)",
 }
 
-Score = Callable[[np.ndarray], dict[str, np.ndarray]]
+Scores = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 def auroc(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -> float:
-    """``P(outside > inside) + P(equal) / 2`` over all pairs.
+    """``P(outside > inside) + P(equal) / 2`` over all pairs; scores may be infinite.
 
     Raises:
         ValueError: If a side is empty or holds a NaN.
     """
-    if not len(inside) or not len(outside) or np.isnan(inside).any() or np.isnan(outside).any():
+    scores = np.concatenate([inside, outside])
+    if not len(inside) or not len(outside) or np.isnan(scores).any():
         raise ValueError(f"an AUROC needs scores on both sides, none of them NaN: got {len(inside)} and {len(outside)}")
-    ordered = np.sort(inside)
-    below, at_most = (np.searchsorted(ordered, outside, side=side) for side in ("left", "right"))
-    return float((below + at_most).mean() / (2 * len(inside)))
+    return float(roc_auc_score(np.repeat([0, 1], [len(inside), len(outside)]), rankdata(scores)))
 
 
-def compare(trained: Trained, other: str, *, num: int = NUM_EXAMPLES) -> dict[str, Any]:
-    """The scores' areas under the ROC curve between test images and others.
+def compare(
+    model: Trained,
+    source: Source,
+    other: str,
+    settings: Any,
+    seed: int,
+    *,
+    num: int = NUM_EXAMPLES,
+    data_dir: str | None = None,
+) -> Separation:
+    """Areas under the ROC curve between test images and others, by score.
 
     Args:
-        trained: A model of images.
+        model: A model of images.
+        source: Its data.
         other: "rotated", the test images turned by a quarter; "noise", uniform over all levels; or the name of a data set,
             whose test images are brought to the model's size and levels, see `adapt`.
+        settings: Settings of evaluation: batch size and estimator.
+        seed: Seed of noise and probes.
         num: Images of each side, from the first, at most.
-
-    Returns:
-        ``other``, ``num_inside``, ``num_outside``, and ``scores``, by name ``auroc`` and ``definition``.
+        data_dir: Folder of the other data set.
 
     Raises:
-        ValueError: If the model is one of points, or there is no such data set.
+        ValueError: If the data are points, or there is no such data set.
     """
-    source = trained.source
     if source.images is None or source.num_levels is None:
-        raise ValueError(f"{trained.workdir} holds a model of points: scores are compared between images")
-    inside = source.held_out("test", num, trained.config.seed)
-    outside = others(trained, other, num)
-    score = _classifier_scores(trained) if trained.is_classifier else _density_scores(trained)
+        raise ValueError(f"scores are compared between images, and {source.name} are points: give a model of images")
+    inside = source.held_out("test", num, seed)
+    outside = others(source, other, num, seed, data_dir)
+    make = _classifier_scores if model.is_classifier else _density_scores
+    score = make(model, source, settings, seed)
     found = score(inside), score(outside)
-    scores = {name: {"auroc": auroc(found[0][name], found[1][name]), "definition": DEFINITIONS[name]} for name in found[0]}
-    return {"other": other, "num_inside": len(inside), "num_outside": len(outside), "scores": scores}
+    scores = {name: Score(auroc(found[0][name], found[1][name]), DEFINITIONS[name]) for name in found[0]}
+    return Separation(other, len(inside), len(outside), scores)
 
 
-def describe(result: dict[str, Any]) -> str:
-    """Every score with its definition."""
-    lines = [f"{result['num_inside']} test images against {result['num_outside']} others ({result['other']}):"]
-    lines += [f"  AUROC {s['auroc']:.4f}  {name}: {s['definition']}" for name, s in result["scores"].items()]
-    return "\n".join(lines)
-
-
-def others(trained: Trained, name: str, num: int) -> np.ndarray:
-    """Images of another kind, in the size and with the levels of the model's."""
-    source = trained.source
+def others(source: Source, name: str, num: int, seed: int, data_dir: str | None = None) -> Integer[np.ndarray, "n h w c"]:
+    """Images of another kind, see `compare`, in the size and with the levels of the data."""
     levels, shape = source.num_levels, source.event_shape
-    assert levels is not None  # a model of images
+    assert levels is not None  # images
     if name == "noise":
-        return np.random.default_rng(trained.config.seed).integers(0, levels, (num, *shape), np.uint8)
+        return np.random.default_rng(seed).integers(0, levels, (num, *shape), np.uint8)
     if name == "rotated":
-        return np.rot90(source.held_out("test", num, trained.config.seed), axes=(1, 2)).copy()
-    found = data.load(name, trained.config.data.data_dir)
-    if found.num_levels is None:
-        raise ValueError(f"{name} is no data set of images: choose another one to compare {source.name} with")
-    return adapt(found.held_out("test", num), found.num_levels, shape, levels)
+        return np.rot90(source.held_out("test", num, seed), axes=(1, 2)).copy()
+    found = data.load(name, data_dir=data_dir)
+    return adapt(found.images["test"][:num], found.num_levels, shape, levels)
 
 
 def adapt(
@@ -114,36 +113,35 @@ def adapt(
     return np.rint(scaled * (new_levels - 1)).astype(np.uint8)
 
 
-def _in_batches(trained: Trained, function: Callable[[Any, Any], Any], images: Num[np.ndarray, "n h w c"]) -> Any:
-    """A function of (images, their places), over all of them."""
-    size = min(trained.config.evaluation.batch_size, len(images))
+def _in_batches(function: Callable[[Any, Any], Any], images: Num[np.ndarray, "n h w c"], batch_size: int) -> Any:
+    """Outputs in float64 of a function of (images, their places)."""
     parts = []
-    for indices, mask in eval_batches(len(images), size):
+    for indices, mask in eval_batches(len(images), min(batch_size, len(images))):
         outputs = jax.device_get(function(images[indices], indices))
         parts.append(jax.tree.map(lambda values, mask=mask: values[mask].astype(np.float64), outputs))
     return jax.tree.map(lambda *values: np.concatenate(values), *parts)
 
 
-def _classifier_scores(trained: Trained) -> Score:
-    spec = trained.spec
+def _classifier_scores(model: Trained, source: Source, settings: Any, seed: int) -> Scores:
+    del seed  # a classifier draws nothing
 
     @jax.jit
     def outputs(images: Array, _: Any):
-        x = classifier.preprocess(spec, images)
-        return classifier.pooled_and_logits(spec, trained.weights, trained.head, trained.statistics, x)
+        x = classifier.preprocess(model.spec, images)
+        return classifier.pooled_and_logits(model.spec, model.weights, model.head, model.statistics, x)
 
-    assert trained.source.images is not None
-    train = trained.source.images.images["train"][:NUM_FITTED]
-    labels = trained.source.labels("train", NUM_FITTED)
-    pooled, _ = _in_batches(trained, outputs, train)
-    means = np.stack([pooled[labels == k].mean(axis=0) for k in np.unique(labels)])
-    spread = pooled - means[np.searchsorted(np.unique(labels), labels)]
+    assert source.images is not None
+    labels = source.labels("train", NUM_FITTED)
+    pooled, _ = _in_batches(outputs, source.images.images["train"][:NUM_FITTED], settings.batch_size)
+    classes, places = np.unique(labels, return_inverse=True)
+    means = np.stack([pooled[labels == k].mean(axis=0) for k in classes])
+    spread = pooled - means[places]
     covariance = spread.T @ spread / len(spread)
     covariance += RIDGE * np.diag(covariance).max() * np.eye(len(covariance))
     whiten = np.linalg.inv(np.linalg.cholesky(covariance)).T
 
     def score(images: np.ndarray) -> dict[str, np.ndarray]:
-        pooled, logits = _in_batches(trained, outputs, images)
+        pooled, logits = _in_batches(outputs, images, settings.batch_size)
         log_sum = np.logaddexp.reduce(logits, axis=1)
         distances = np.linalg.norm((pooled[:, None] - means[None]) @ whiten, axis=-1)
         return {"energy": -log_sum, "confidence": -np.exp(logits.max(axis=1) - log_sum), "distance": distances.min(axis=1)}
@@ -151,28 +149,27 @@ def _classifier_scores(trained: Trained) -> Score:
     return score
 
 
-def _density_scores(trained: Trained) -> Score:
-    spec = trained.spec
-    estimator = config_lib.build_estimator(trained.config.evaluation.logdet)
+def _density_scores(model: Trained, source: Source, settings: Any, seed: int) -> Scores:
+    spec, estimator = model.spec, build_estimator(settings.logdet)
 
     @jax.jit
     def bits(images, indices):
-        key_noise, key_probe = evaluation_keys(jax.random.key(trained.config.seed), jnp.asarray(indices), 0, 0)
+        key_noise, key_probe = evaluation_keys(jax.random.key(seed), jnp.asarray(indices), 0, 0)
         x = density.to_continuous(spec, key_noise, images)
-        return density.objective(spec, density.log_prob(spec, trained.weights, trained.prior, x, key_probe, estimator).log_prob)
+        return density.objective(spec, density.log_prob(spec, model.weights, model.prior, x, key_probe, estimator).log_prob)
 
     @jax.jit
     def class_log_probs(images, _):
-        return density.class_log_probs(spec, trained.weights, trained.prior, density.cell_centers(spec, images))
+        return density.class_log_probs(spec, model.weights, model.prior, density.cell_centers(spec, images))
 
-    assert trained.source.images is not None
-    usual = _in_batches(trained, bits, trained.source.images.images["train"][:NUM_FITTED]).mean()
+    assert source.images is not None
+    usual = _in_batches(bits, source.images.images["train"][:NUM_FITTED], settings.batch_size).mean()
 
     def score(images: np.ndarray) -> dict[str, np.ndarray]:
-        found = _in_batches(trained, bits, images)
+        found = _in_batches(bits, images, settings.batch_size)
         scores = {"likelihood": found, "typicality": np.abs(found - usual)}
-        if trained.has_classes:
-            scores["confidence"] = -np.exp(_in_batches(trained, class_log_probs, images).max(axis=1))
+        if spec.num_classes is not None:
+            scores["confidence"] = -np.exp(_in_batches(class_log_probs, images, settings.batch_size).max(axis=1))
         return scores
 
     return score

@@ -1,38 +1,20 @@
-"""Figures of a training run: NumPy arrays in, a matplotlib ``Figure`` out.
-
-``to_svg_or_png`` turns any of them into a data URI for the report page.
-"""
+"""Plots of a training run: numbers in, a matplotlib ``Figure`` out."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 
 from iresnet_jax.report import style
-from iresnet_jax.report.style import to_svg_or_png
 
 if TYPE_CHECKING:
-    import matplotlib.axes
-    import matplotlib.figure
-
-__all__ = [
-    "confusion_matrix",
-    "density_map",
-    "error_histogram",
-    "image_grid",
-    "learning_curves",
-    "lipschitz_bars",
-    "reconstruction_pairs",
-    "scatter",
-    "to_svg_or_png",
-]
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Number = float | int
-Images = Float[np.ndarray, "n h w c"] | UInt8[np.ndarray, "n h w c"]
 
-NOT_FINITE = (1.0, 0.0, 0.6)  # the colour of pixels that are NaN or infinite: no image has it by accident
 MAX_CURVE_POINTS = 600  # keeps seven panels of two splits below the size at which an SVG is given up
 
 _HEADLINES = {"bits_per_dim": "bits/dim", "nll": "NLL [nats]", "accuracy": "accuracy", "loss": "loss"}
@@ -46,7 +28,7 @@ _TERMS = {
 _NOT_CURVES = {"step", "split", "wall_time_s"}
 
 
-def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int | None = None) -> "matplotlib.figure.Figure":
+def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int | None = None) -> "Figure":
     """Draws the objective against step and wall-clock time, and the terms it is made of in small panels below.
 
     The objective is the first of bits/dim, NLL, accuracy and loss that occurs. Training values are drawn faint with their
@@ -92,54 +74,7 @@ def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int | 
     return figure
 
 
-def image_grid(images: Images, columns: int = 8, *, captions: Sequence[str] | None = None) -> "matplotlib.figure.Figure":
-    """Draws images in reading order, without axes.
-
-    Args:
-        images: uint8, or floats in [0, 1]; 1 or 3 channels. Pixels that are not finite are drawn in magenta.
-        columns: Images a row, at least 1.
-        captions: A few characters to write below each image.
-
-    Raises:
-        ValueError: If there is no image, the channels are not 1 or 3, a float is outside [0, 1], or columns < 1.
-
-    Example:
-        >>> image_grid(np.zeros((16, 8, 8, 1), np.uint8), columns=4).get_size_inches().tolist()
-        [4.0, 4.0]
-    """
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}: 8 suits a page")
-    pixels = _rgb(images)
-    finite = pixels[np.isfinite(pixels)]
-    if finite.size and (finite.min() < 0.0 or finite.max() > 1.0):
-        raise ValueError(
-            f"float images must lie in [0, 1], got [{finite.min():.3g}, {finite.max():.3g}]: undo the preprocessing "
-            "and clip, or pass uint8"
-        )
-    columns = min(columns, len(pixels))
-    if captions is not None:
-        return _captioned(pixels, columns, captions)
-    mosaic = _mosaic(pixels, columns)
-    rows = math.ceil(len(pixels) / columns)
-    figure = style.figure(width=1.0 * columns, height=1.0 * rows * images.shape[1] / images.shape[2], row_gap=None)
-    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
-    axes.imshow(mosaic, interpolation="nearest", aspect="auto")
-    axes.set_axis_off()
-    return figure
-
-
-def _captioned(pixels: Float[np.ndarray, "n h w 3"], columns: int, captions: Sequence[str]) -> "matplotlib.figure.Figure":
-    rows = math.ceil(len(pixels) / columns)
-    figure = style.figure(width=1.0 * columns, height=1.25 * rows * pixels.shape[1] / pixels.shape[2])
-    for axes, pixel, caption in zip(figure.subplots(rows, columns, squeeze=False).flat, pixels, captions, strict=False):
-        axes.imshow(_mosaic(pixel[None], 1, gap=0), interpolation="nearest")
-        axes.set_title(caption, size=8, color=style.MIDTONE, pad=2)
-    for axes in figure.axes:
-        axes.set_axis_off()
-    return figure
-
-
-def confusion_matrix(counts: Int[np.ndarray, "k k"]) -> "matplotlib.figure.Figure":
+def confusion_matrix(counts: Int[np.ndarray, "k k"]) -> "Figure":
     """Draws how many examples of each class, by row, were taken for each, by column.
 
     Colour is the share of a class on a log scale, so that single mistakes are seen; counts are written for up to 20 classes.
@@ -163,53 +98,13 @@ def confusion_matrix(counts: Int[np.ndarray, "k k"]) -> "matplotlib.figure.Figur
     return figure
 
 
-def reconstruction_pairs(
-    originals: Images, reconstructions: Images, errors: Float[np.ndarray, " n"]
-) -> "matplotlib.figure.Figure":
-    """Draws originals above their reconstructions, with maps of the absolute error below.
-
-    The maps are max over channels of ``|original - reconstruction|``, in grey values of [0, 1], on one colour scale for
-    all. Reconstructions are clipped to [0, 1] for display only: the maps see the values as they are.
-
-    Args:
-        originals: uint8, or floats in [0, 1]; 1 or 3 channels.
-        reconstructions: Of the same range; pass floats, since 8 bits hide errors below 1/255.
-        errors: One number an image, printed below its column: the error reported elsewhere, in the model's own units.
-
-    Raises:
-        ValueError: If there is no image or the channels are not 1 or 3.
-    """
-    above, below = _rgb(originals), _rgb(reconstructions)
-    maps = np.abs(above - below).max(axis=-1)
-    count, height, width, _ = above.shape
-    cell = 9.0 / max(count, 6)
-    figure = style.figure(width=1.6 + cell * count, height=0.7 + 3.0 * cell * height / width)
-    grid = figure.subplots(3, count, squeeze=False)
-    largest = np.max(maps, where=np.isfinite(maps), initial=0.0)
-    shown = None
-    for i in range(count):
-        grid[0, i].imshow(_mosaic(above[i : i + 1], 1, gap=0), interpolation="nearest")
-        grid[1, i].imshow(_mosaic(below[i : i + 1], 1, gap=0), interpolation="nearest")
-        shown = grid[2, i].imshow(maps[i], interpolation="nearest", cmap="magma", vmin=0.0, vmax=largest or 1.0)
-        grid[2, i].set_xlabel(f"{errors[i]:.1e}" if np.isfinite(errors[i]) else "not finite", size=7, color=style.MIDTONE)
-    for row, name in zip(grid, ("original", "inverted", "|difference|"), strict=True):
-        row[0].set_ylabel(name, size=9, color=style.MIDTONE)
-        for axes in row:
-            axes.set(xticks=[], yticks=[])
-            for spine in axes.spines.values():
-                spine.set_visible(False)
-    if shown is not None:
-        style.colorbar(figure, shown, list(grid[2]), label="")
-    return figure
-
-
 def lipschitz_bars(
     names: Sequence[str],
     estimates: Sequence[float],
     bounds: Sequence[float | None] | None = None,
     *,
     target: float | None,
-) -> "matplotlib.figure.Figure":
+) -> "Figure":
     """Draws the Lipschitz estimate of every block, its certified bound, the target and the limit of invertibility.
 
     An estimate comes from power iteration and approaches the norm from below; only the bound proves anything.
@@ -261,7 +156,7 @@ def density_map(
     log_density: Float[np.ndarray, "n n"],
     extent: tuple[Number, Number, Number, Number],
     samples: Float[np.ndarray, "m 2"] | None = None,
-) -> "matplotlib.figure.Figure":
+) -> "Figure":
     """Draws a density on the plane, with data or samples on top.
 
     The colour scale ends at the 99.5 % quantile: narrow ridges would otherwise leave the rest black.
@@ -285,7 +180,7 @@ def density_map(
     return figure
 
 
-def scatter(samples: Float[np.ndarray, "m 2"]) -> "matplotlib.figure.Figure":
+def scatter(samples: Float[np.ndarray, "m 2"]) -> "Figure":
     """Draws points in the plane on equal axes; points that are not finite are counted in the title.
 
     Args:
@@ -301,9 +196,7 @@ def scatter(samples: Float[np.ndarray, "m 2"]) -> "matplotlib.figure.Figure":
     return figure
 
 
-def error_histogram(
-    errors: Float[np.ndarray, " n"], bounds: Float[np.ndarray, " n"] | None = None
-) -> "matplotlib.figure.Figure":
+def error_histogram(errors: Float[np.ndarray, " n"], bounds: Float[np.ndarray, " n"] | None = None) -> "Figure":
     """Draws how the inversion errors of the examples are spread, and beside them the bounds promised for each.
 
     Errors are drawn on a log scale; an error of exactly 0 is drawn in the lowest bin, one that is not finite is counted
@@ -340,9 +233,7 @@ def error_histogram(
     return figure
 
 
-def _draw_splits(
-    axes: "matplotlib.axes.Axes", records: Sequence[Mapping[str, Any]], x: str, y: str, *, x_scale: float = 1.0
-) -> None:
+def _draw_splits(axes: "Axes", records: Sequence[Mapping[str, Any]], x: str, y: str, *, x_scale: float = 1.0) -> None:
     """Draws one quantity of both splits: training faint with its running median, validation with markers."""
     for split, color in (("train", style.BLUE), ("validation", style.ORANGE)):
         pairs = sorted(
@@ -376,27 +267,6 @@ def _running_median(values: Float[np.ndarray, "n 2"], window: int) -> Float[np.n
     starts = range(0, len(values) - window + 1, max(window // 2, 1))
     windows = [values[s : s + window] for s in starts]
     return np.array([np.nanmedian(w, axis=0) if np.isfinite(w).all(axis=1).any() else [np.nan] * 2 for w in windows])
-
-
-def _rgb(images: Images) -> Float[np.ndarray, "n h w 3"]:
-    """Images as float64 RGB, not clipped; the mean of channels that are neither grey nor RGB."""
-    if not len(images):
-        raise ValueError(f"images must be at least one, got {images.shape}")
-    scaled = images.astype(np.float64) / (255.0 if images.dtype == np.uint8 else 1.0)
-    return scaled if scaled.shape[-1] == 3 else np.repeat(scaled.mean(axis=-1, keepdims=True), 3, axis=-1)
-
-
-def _mosaic(pixels: Float[np.ndarray, "n h w 3"], columns: int, gap: int = 1) -> Float[np.ndarray, "rows columns 4"]:
-    """Tiles images in reading order into one RGBA array, with transparent gaps."""
-    count, height, width, _ = pixels.shape
-    rows = math.ceil(count / columns)
-    opaque = np.ones((count, height, width, 4))
-    opaque[..., :3] = np.where(np.isfinite(pixels).all(-1, keepdims=True), np.clip(pixels, 0.0, 1.0), NOT_FINITE)
-    canvas = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4))
-    for i, tile in enumerate(opaque):
-        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
-        canvas[top : top + height, left : left + width] = tile
-    return canvas
 
 
 def _time_unit(longest_s: float) -> tuple[float, str]:

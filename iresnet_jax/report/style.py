@@ -10,15 +10,15 @@ import io
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import matplotlib.axes
-    import matplotlib.figure
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK = "#2a2f36"  # text and axes; rewritten to the colour scheme of the reader in SVG
 MIDTONE = "#727b87"  # contrast above 4:1 on white and on near-black
 BLUE, ORANGE, PLUM = "#3f83d1", "#de7c22", "#b0479b"  # told apart with the common colour deficiencies
 
 
-def to_svg_or_png(figure: "matplotlib.figure.Figure", *, max_bytes: int = 200_000) -> str:
+def to_svg_or_png(figure: "Figure", *, max_bytes: int = 200_000) -> str:
     """Encodes a figure as a data URI: SVG for curves, PNG for images.
 
     SVG text and axes follow the light or dark scheme of the reader. A figure over the limit is drawn at fewer
@@ -49,7 +49,7 @@ def to_svg_or_png(figure: "matplotlib.figure.Figure", *, max_bytes: int = 200_00
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _save(figure: "matplotlib.figure.Figure", kind: str, *, dpi: int, ground: str) -> bytes:
+def _save(figure: "Figure", kind: str, *, dpi: int, ground: str) -> bytes:
     """Renders to memory, without a date."""
     file = io.BytesIO()
     for axes in figure.axes:
@@ -68,7 +68,7 @@ def _themed(svg: str) -> str:
     return head + style + tag + body.replace(INK, "currentColor")
 
 
-def figure(*, width: float, height: float, row_gap: float | None = 0.04) -> "matplotlib.figure.Figure":
+def figure(*, width: float, height: float, row_gap: float | None = 0.04) -> "Figure":
     """A figure whose axes make room for their labels, or fill it without (``row_gap=None``); sizes in inches."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -77,7 +77,7 @@ def figure(*, width: float, height: float, row_gap: float | None = 0.04) -> "mat
     return Figure(figsize=(width, height), layout=layout)
 
 
-def label(axes: "matplotlib.axes.Axes", x: str, y: str, *, title: str = "", size: int = 9, ink: str = INK) -> None:
+def label(axes: "Axes", x: str, y: str, *, title: str = "", size: int = 9, ink: str = INK) -> None:
     """Applies the house style to axes: quiet frame, light grid, small type."""
     axes.set_xlabel(x, size=size, color=ink)
     axes.set_ylabel(y, size=size, color=ink)
@@ -92,7 +92,7 @@ def label(axes: "matplotlib.axes.Axes", x: str, y: str, *, title: str = "", size
     axes.yaxis.get_offset_text().set(size=size - 2, color=ink)
 
 
-def legend(axes: "matplotlib.axes.Axes", **options: Any) -> Any:
+def legend(axes: "Axes", **options: Any) -> Any:
     """A legend without a frame."""
     return axes.legend(frameon=False, fontsize=8, labelcolor=INK, **options)
 

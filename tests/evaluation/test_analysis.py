@@ -1,8 +1,7 @@
-"""After training: the parts of a standard error, samples, inverses and reports, on runs small enough to train here."""
+"""After training: likelihoods, samples, inverses and reports, on runs small enough to train here."""
 
 import dataclasses
 import json
-import os
 import shutil
 
 import chex
@@ -14,21 +13,18 @@ import runs
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.bijections import bijection as bijections
-from iresnet_jax.evaluation import environment, frozen, lipschitz, trained
-from iresnet_jax.evaluation import inversion as reconstruct
-from iresnet_jax.evaluation import likelihood as evaluate
-from iresnet_jax.evaluation import samples as sample
-from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
+from iresnet_jax.evaluation import frozen, inversion, likelihood, lipschitz, samples, trained
+from iresnet_jax.evaluation.examples import held_out
+from iresnet_jax.evaluation.results import SUSPICIOUS_Z
+from iresnet_jax.maths.logdet.series import SeriesLogdet
 from iresnet_jax.models import density
-from iresnet_jax.report import report
 from iresnet_jax.training import loop
 from iresnet_jax.training.checkpoints import load_named
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
 
-# Estimates of variances from thousands of draws scatter by a few percent; a part that absorbs another one is off by far more.
-PARTS_RTOL = 0.1
 EXACT_RTOL = 1e-12  # the same float64 sums in another order
 SAME_RTOL = 1e-5  # the same maths by another route, float32
+DIFFERENCE_RTOL = 1e-3  # differences of such float32 numbers
 NORM_RTOL = 1e-2  # ten times the tolerance of the norms
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -75,102 +71,53 @@ def digits(digits_run):
 @pytest.fixture
 def one_evaluation(monkeypatch):
     """An inverse that is stopped far too early."""
-    hasty = lambda settings: bijections.Solver(atol=settings["inverse_atol"], max_evals=1)  # noqa: E731
-    monkeypatch.setattr("iresnet_jax.training.config.build_solver", hasty)
-
-
-# --- parts of the standard error ------------------------------------------------------------------------------------
-
-
-def nested_draws(data, noise, probes, *, n=4000, s=4, p=3, seed=0):
-    """Values whose standard deviations between examples, noise draws and probe draws are known; probes' vary by example."""
-    rng = np.random.default_rng(seed)
-    spread = rng.uniform(0.5, 1.5, (n, 1, 1))
-    spread *= probes / np.sqrt(np.mean(spread**2))
-    parts = rng.normal(0, data, (n, 1, 1)), rng.normal(0, noise, (n, s, 1)), spread * rng.normal(size=(n, s, p))
-    return 3 + sum(parts)
-
-
-def check_parts(split, data, noise, probes):
-    n, s, p = 4000, 4, 3
-    result = split(nested_draws(data, noise, probes))
-    assert abs(result.mean - 3) < 5 * result.stderr
-    np.testing.assert_allclose(result.stderr_data, data / np.sqrt(n), rtol=PARTS_RTOL)
-    np.testing.assert_allclose(result.stderr_dequantisation, noise / np.sqrt(s * n), rtol=PARTS_RTOL)
-    np.testing.assert_allclose(result.stderr_probes, probes / np.sqrt(s * p * n), rtol=PARTS_RTOL)
-    total = data**2 / n + noise**2 / (s * n) + probes**2 / (s * p * n)
-    np.testing.assert_allclose(result.stderr, np.sqrt(total), rtol=PARTS_RTOL)
-
-
-CASES = [(1.0, 0.5, 0.8), (0.2, 0.6, 1.0), (1.0, 1.0, 1.0)]
-
-
-@pytest.mark.parametrize("parts", CASES)
-def test_parts_of_the_standard_error_are_recovered(parts):
-    check_parts(evaluate.split_error, *parts)
-
-
-def test_a_split_that_forgets_to_subtract_the_probes_is_rejected():
-    def naive(values):
-        right = evaluate.split_error(values)
-        noise = np.sqrt(values.mean(axis=2).var(axis=1, ddof=1).mean() / (values.shape[1] * len(values)))
-        return right._replace(stderr_dequantisation=float(noise))
-
-    with pytest.raises(AssertionError):
-        check_parts(naive, *CASES[0])
-
-
-def test_parts_add_up_to_the_standard_error_of_independent_examples():
-    values = nested_draws(1.0, 0.5, 0.8, n=50)
-    result = evaluate.split_error(values)
-    np.testing.assert_allclose(result.stderr, values.mean(axis=(1, 2)).std(ddof=1) / np.sqrt(50), rtol=EXACT_RTOL)
-    squares = result.stderr_data**2 + result.stderr_probes**2 + result.stderr_dequantisation**2
-    np.testing.assert_allclose(result.stderr**2, squares, rtol=EXACT_RTOL)
-
-
-def test_what_one_draw_cannot_tell_is_none_and_stays_in_the_total():
-    values = nested_draws(0.1, 0.5, 0.8, s=1, p=1)
-    result = evaluate.split_error(values)
-    assert result.stderr_probes is None
-    assert result.stderr_dequantisation is None
-    np.testing.assert_allclose(result.stderr, values.std(ddof=1) / np.sqrt(len(values)), rtol=EXACT_RTOL)
-    assert evaluate.split_error(values[:, :, [0, 0]]).stderr_probes == 0
-    with pytest.raises(ValueError, match="at least 2 examples, got 1"):
-        evaluate.split_error(values[:1])
-
-
-def test_no_dequantisation_part_becomes_negative():
-    result = evaluate.split_error(nested_draws(1.0, 0.0, 1.0, n=20, seed=3))
-    assert 0 <= result.stderr_dequantisation < result.stderr_probes
+    hasty = lambda settings: bijections.Solver(atol=settings.inverse_atol, max_evals=1)  # noqa: E731
+    for module in (samples, inversion):
+        monkeypatch.setattr(module, "build_solver", hasty)
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_of_images_agrees_with_the_exact_likelihood_by_hand(digits, digits_run):
+def exact_values(digits, noise_draw):
+    """Bits/dim of the test images by the exact log-determinant, one an image."""
     images = jnp.asarray(digits.source.images.images["test"])
-    key_noise, _ = evaluation_keys(jax.random.key(digits.config.seed), np.arange(len(images)), 0, 0)
+    key_noise, _ = evaluation_keys(jax.random.key(digits.config.seed), np.arange(len(images)), noise_draw, 0)
     x = density.to_continuous(digits.spec, key_noise, images)
-    terms = jax.jit(lambda x: density.log_prob(digits.spec, digits.weights, digits.prior, x, jax.random.key(0)))(x)
-    by_hand = -np.asarray(terms.log_prob, np.float64) / (64 * np.log(2)) + np.log2(17)
+    log_p = jax.jit(lambda x: density.log_prob(digits.spec, digits.weights, digits.prior, x, jax.random.key(0)).log_prob)(x)
+    return -np.asarray(log_p, np.float64) / (64 * np.log(2)) + np.log2(17)
+
+
+def test_the_exact_likelihood_is_the_headline_up_to_the_dimensions_where_it_is_affordable(digits, digits_run):
+    by_hand = np.stack([exact_values(digits, draw) for draw in range(2)])
     result = json.loads((digits_run[0] / "report.json").read_text())["bits_per_dim"]
-    np.testing.assert_allclose(result["exact"]["mean"], by_hand.mean(), rtol=SAME_RTOL)
-    assert abs(result["exact"]["z"]) < evaluate.SUSPICIOUS_Z
-    assert abs(result["mean"] - by_hand.mean()) < 5 * (result["stderr_probes"] + result["stderr_dequantisation"])
-    assert result["num_examples"] == len(images) == 360
-    np.testing.assert_allclose(result["stderr_data"], by_hand.std() / np.sqrt(360), rtol=0.05)
-    assert 0 < result["stderr_probes"] < result["stderr_data"]
+    np.testing.assert_allclose(result["mean"], by_hand.mean(), rtol=SAME_RTOL)
+    assert result["estimator"] == "exact log-determinant"
+    assert result["truncation_bound"] == result["stderr_probes"] == 0
+    assert result["num_examples"] == by_hand.shape[1] == 360
+    per_image = by_hand.mean(axis=0)
+    np.testing.assert_allclose(result["stderr"], per_image.std(ddof=1) / np.sqrt(360), rtol=SAME_RTOL)
+    noise = np.sqrt(by_hand.var(axis=0, ddof=1).mean() / (2 * 360))
+    np.testing.assert_allclose(result["stderr_dequantisation"], noise, rtol=DIFFERENCE_RTOL)
     assert 0 < result["stderr_dequantisation"] < result["stderr_data"]
-    assert 0 < result["truncation_bound"] < 1e-3  # twenty exact terms at a Lipschitz constant of at most 0.81
+    estimate = result["estimate"]
+    assert abs(estimate["z"]) < SUSPICIOUS_Z
+    assert estimate["unbiased"]
+    assert estimate["difference"] != 0
+    np.testing.assert_allclose(estimate["mean"] - estimate["difference"], by_hand[0].mean(), rtol=SAME_RTOL)
 
 
-def test_warnings_of_an_evaluation():
-    sound = {"mean": 2.4, "stderr": 0.01, "entropy_floor": 2.41, "unbiased": True, "exact": {"z": 1.0}}
-    assert evaluate.warnings(sound) == []
-    [below] = evaluate.warnings({**sound, "mean": 2.37})
-    assert "better than the entropy of the data allows, by 4.0 standard errors" in below
-    [off] = evaluate.warnings({**sound, "exact": {"z": -4.5}})
-    assert "4.5 standard errors away from the exact one" in off
+def test_an_estimate_is_the_headline_beyond(toy, monkeypatch):
+    settings, seed = toy.config.evaluation, toy.config.seed
+    points = held_out(toy.source, settings, seed)[:256]
+    exact = likelihood.evaluate(toy, points, settings, seed)
+    monkeypatch.setattr(likelihood, "MAX_EXACT_DIMS", 1)
+    result = likelihood.evaluate(toy, points, settings, seed)
+    assert result.estimator == "unbiased, 20 exact terms and a Poisson(2) tail"
+    assert result.estimate is None
+    assert abs(result.mean - exact.mean) < 5 * result.stderr_probes
+    assert 0 < result.stderr_probes < result.stderr_data
+    assert 0 < result.truncation_bound < 2 * 0.81**21 / 21 / (1 - 0.81)  # two dimensions, twenty terms, two blocks at most
 
 
 # --- samples and inverses -------------------------------------------------------------------------------------------
@@ -187,12 +134,13 @@ def test_sample_command_writes_levels_and_a_picture(digits_run, capsys):
 
 
 def test_samples_depend_on_the_seed_alone_and_concentrate_at_low_temperature(toy):
-    a, b, c = (sample.draw(toy, 4, seed=seed).values for seed in (0, 0, 1))
+    settings = toy.config.evaluation
+    a, b, c = (samples.draw(toy, 4, settings, seed=seed).values for seed in (0, 0, 1))
     np.testing.assert_array_equal(a, b)
     assert np.abs(a - c).max() > 0.1
-    assert np.ptp(sample.draw(toy, 4, temperature=0.0).values, axis=0).max() == 0
+    assert np.ptp(samples.draw(toy, 4, settings, temperature=0.0).values, axis=0).max() == 0
     with pytest.raises(ValueError, match="number of samples must be at least 1, got 0"):
-        sample.draw(toy, 0)
+        samples.draw(toy, 0, settings)
 
 
 @pytest.mark.usefixtures("one_evaluation")
@@ -204,20 +152,21 @@ def test_failed_inverses_are_named_and_fail_the_command(toy_run, capsys):
 
 
 def test_reconstructions_are_exact_to_rounding_and_within_their_bound(digits, digits_run, capsys):
-    result = reconstruct.reconstruct(digits, 300)  # more than a batch
-    summary = reconstruct.summarize(digits, result)
+    images = digits.source.images.images["test"][:300]  # more than a batch
+    result = inversion.reconstruct(digits, images, digits.config.evaluation, digits.config.seed)
+    summary = result.summary
     assert result.trip.converged.all()
     assert (result.trip.euclidean_error <= result.trip.error_bound).all()
     assert result.refined.converged.all()
     assert (result.refined.euclidean_error <= result.refined.error_bound).all()
     assert result.refined.error_bound.max() < 1e-6 * result.trip.error_bound.max()
     assert 0 < result.refined.euclidean_error.max() < 1e-6 * result.trip.euclidean_error.max()
-    assert summary["num_examples"] == 300
-    assert summary["max_abs_error"] <= summary["max_euclidean_error"] <= summary["max_error_bound"] < 1e-4
+    assert summary.num_examples == 300
+    assert summary.max_abs_error <= summary.max_euclidean_error <= summary.max_error_bound < 1e-4
     np.testing.assert_allclose(
-        summary["max_grey_level_error"], 17 * np.abs(result.originals - result.reconstructions).max(), rtol=EXACT_RTOL
+        summary.max_grey_level_error, 17 * np.abs(result.originals - result.reconstructions).max(), rtol=EXACT_RTOL
     )
-    assert 1 < summary["mean_evals"] < 200
+    assert 1 < summary.mean_evals < 200
     assert main(["reconstruct", "--workdir", str(digits_run[0]), "--num", "8"]) == 0
     assert capsys.readouterr().out.startswith("inverse: inverted; 8 of 8 test examples converged")
     assert (digits_run[0] / "reconstructions.png").read_bytes().startswith(b"\x89PNG")
@@ -228,22 +177,22 @@ def test_reconstructions_are_exact_to_rounding_and_within_their_bound(digits, di
 
 def test_lipschitz_table_agrees_with_singular_values(toy, toy_run):
     named = load_named(toy_run / "checkpoints" / "best" / str(toy.step))
-    table = lipschitz.measure(toy)
-    assert [block["name"] for block in table["blocks"]] == ["stage0/block00", "stage0/block01"]
-    for block in table["blocks"]:
+    certificate = lipschitz.measure(toy)
+    assert [block.name for block in certificate.blocks] == ["stage0/block00", "stage0/block01"]
+    for block in certificate.blocks:
         product = 1.0
-        for layer, norms in block["layers"].items():
-            trained_norm = np.linalg.norm(named[f"ema/{block['name']}/{layer}/kernel"].astype(np.float64), 2)
-            stage, index = block["name"].split("/block")
+        for layer, norms in block.layers.items():
+            trained_norm = np.linalg.norm(named[f"ema/{block.name}/{layer}/kernel"].astype(np.float64), 2)
+            stage, index = block.name.split("/block")
             deployed = np.linalg.norm(np.asarray(toy.weights[stage]["branch"][layer]["kernel"][int(index)], np.float64), 2)
             np.testing.assert_allclose(deployed, min(trained_norm, 0.9), rtol=NORM_RTOL)
-            assert norms["estimate"] * (1 - 1e-6) <= deployed <= norms["bound"] <= norms["target"] == 0.9
-            np.testing.assert_allclose([norms["estimate"], norms["bound"]], deployed, rtol=NORM_RTOL)
+            assert norms.estimate * (1 - 1e-6) <= deployed <= norms.bound <= norms.target == 0.9
+            np.testing.assert_allclose([norms.estimate, norms.bound], deployed, rtol=NORM_RTOL)
             product *= deployed
-        assert product <= block["bound"] <= block["target"] * (1 + 1e-6)
-        np.testing.assert_allclose([block["estimate"], block["bound"]], product, rtol=NORM_RTOL)
-    assert table["certified"]
-    assert table["max_block"] == max(block["bound"] for block in table["blocks"]) <= lipschitz.target(table) * (1 + 1e-6)
+        assert product <= block.bound <= block.target * (1 + 1e-6)
+        np.testing.assert_allclose([block.estimate, block.bound], product, rtol=NORM_RTOL)
+    assert certificate.certified
+    assert certificate.max_block == max(block.bound for block in certificate.blocks) <= certificate.target * (1 + 1e-6)
 
 
 def test_certify_command_tells_layer_by_layer_and_fails_without_a_certificate(toy, toy_run, capsys, monkeypatch):
@@ -344,50 +293,14 @@ def test_report_of_a_toy(toy_run, toy, capsys):
 
 
 def test_density_map_has_the_second_coordinate_along_its_rows(toy):
-    values, (left, right, bottom, top) = report.density_on_grid(toy, side=8)
+    points = held_out(toy.source, toy.config.evaluation, toy.config.seed)
+    values, (left, right, bottom, top) = likelihood.log_density_on_grid(toy, points, side=8)
     assert (left, bottom) == (-right, -top)
     centres = left + (np.arange(8) + 0.5) * (right - left) / 8
     point = jnp.asarray([[centres[5], centres[2]]], jnp.float32)
     expected = density.log_prob(toy.spec, toy.weights, toy.prior, point, jax.random.key(0)).log_prob[0]
     np.testing.assert_allclose(values[2, 5], expected, rtol=SAME_RTOL)
     assert abs(values[5, 2] - expected) > 1e-3
-
-
-def test_numbers_json_does_not_have_become_null():
-    assert report._strict({"a": [1.0, float("nan")], "b": (float("inf"), 2), "c": "x"}) == {
-        "a": [1.0, None],
-        "b": [None, 2],
-        "c": "x",
-    }
-
-
-def test_training_times_are_those_of_the_log():
-    records = [
-        {"step": 0, "split": "timing", "wall_time_s": 3.0, "compile_seconds": 2.5},
-        *(
-            {"step": k, "split": "train", "wall_time_s": 3.0 + k, "seconds_per_step": s}
-            for k, s in enumerate((9.0, 0.1, 0.2), 1)
-        ),
-    ]
-    expected = {"steps": 2, "total_steps": 3, "seconds_per_step": 0.2, "compile_seconds": 2.5, "total_seconds": 6.0}
-    assert report.training_times(records, 2) == expected
-    assert set(report.training_times([], 0).values()) == {0, None}
-
-
-def test_environment_names_versions_and_devices():
-    facts = environment.describe()
-    assert facts["jax"] == jax.__version__
-    assert facts["cpu_count"] >= 1
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin a process to processors")
-def test_environment_counts_the_processors_that_the_process_may_use():
-    allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(allowed)})
-    try:
-        assert environment.describe()["cpu_count"] == 1
-    finally:
-        os.sched_setaffinity(0, allowed)
 
 
 # --- which parameters, and mistakes ---------------------------------------------------------------------------------

@@ -14,12 +14,11 @@ import scipy.special
 import scipy.stats
 
 from iresnet_jax.__main__ import main
-from iresnet_jax.evaluation import frozen, ood, trained
-from iresnet_jax.evaluation import samples as sample
+from iresnet_jax.evaluation import frozen, ood, samples, trained
 from iresnet_jax.models import classifier, density
 from iresnet_jax.models import flow as model
 from iresnet_jax.models import linen as modules
-from iresnet_jax.report import report
+from iresnet_jax.report.report import write
 from iresnet_jax.training import config as config_lib
 from iresnet_jax.training import loop, parallel, run, state
 from iresnet_jax.training.metrics import read_metrics
@@ -286,19 +285,19 @@ def test_mistakes_are_answered_before_a_workdir_is_claimed(config, tmp_path, cha
 
 
 def test_report_holds_likelihood_and_error(trained_model, workdir, capsys):
-    written = report.write(trained_model)
+    written = write(trained_model)
     labels = trained_model.source.labels("test")
     images = trained_model.source.held_out("test", len(labels), 0)
     x = (images + 0.5) / trained_model.spec.num_levels
     log_p = density.class_log_probs(trained_model.spec, trained_model.weights, trained_model.prior, jnp.asarray(x, jnp.float32))
-    assert written["classification"]["num_errors"] == int((np.argmax(log_p, axis=1) != labels).sum())
-    assert written["classification"]["num_examples"] == len(labels)
-    assert 0 < written["bits_per_dim"]["mean"] < 5
-    said = report.describe(written, workdir)
+    assert written.classification.num_errors == int((np.argmax(log_p, axis=1) != labels).sum())
+    assert written.classification.num_examples == len(labels)
+    assert 0 < written.likelihood.mean < 5
+    said = str(written)
     assert "bits/dim" in said
     assert "test error" in said
     page = (workdir / "report.html").read_text()
-    assert all(text in page for text in ("Test bits per dimension", "Test error", "Samples of each class"))
+    assert all(text in page for text in ("Test bits per dimension", "Test error", "one row a class"))
     assert main(["evaluate", "--workdir", str(workdir)]) == 0
     out = capsys.readouterr().out
     assert "bits/dim" in out
@@ -307,14 +306,14 @@ def test_report_holds_likelihood_and_error(trained_model, workdir, capsys):
 
 def test_samples_of_a_class_from_the_command_line(trained_model, workdir, capsys):
     assert main(["sample", "--workdir", str(workdir), "--num", "3", "--label", "7"]) == 0
-    expected = sample.draw(trained_model, 3, labels=[7, 7, 7]).values
+    expected = samples.draw(trained_model, 3, trained_model.config.evaluation, labels=[7, 7, 7]).values
     np.testing.assert_array_equal(np.load(workdir / "samples.npy"), expected)
-    assert (sample.draw(trained_model, 3, labels=[1, 1, 1]).values != expected).any()
+    assert (samples.draw(trained_model, 3, trained_model.config.evaluation, labels=[1, 1, 1]).values != expected).any()
     capsys.readouterr()
     assert main(["sample", "--workdir", str(workdir), "--label", "10"]) == 2
     assert "there is no class 10: classes are 0 to 9" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a label for each of 3 samples"):
-        sample.draw(trained_model, 3, labels=[1])
+        samples.draw(trained_model, 3, trained_model.config.evaluation, labels=[1])
 
 
 def test_a_frozen_hybrid_is_the_same_in_one_file(trained_model, workdir, capsys):
@@ -338,12 +337,13 @@ def test_configs_from_before_there_were_hybrids_have_no_classes(workdir):
 
 
 def test_scores_of_other_images_know_of_classes(trained_model):
-    scores = ood.compare(trained_model, "noise", num=64)["scores"]
+    source = trained_model.source
+    scores = ood.compare(trained_model, source, "noise", trained_model.config.evaluation, 0, num=64).scores
     assert set(scores) == {"likelihood", "typicality", "confidence"}
-    sides = trained_model.source.held_out("test", 64, 0), ood.others(trained_model, "noise", 64)
+    sides = source.held_out("test", 64, 0), ood.others(source, "noise", 64, 0)
     posteriors = [jax.nn.softmax(bayes(trained_model, images)) for images in sides]
     inside, outside = (-np.asarray(posterior.max(axis=1), np.float64) for posterior in posteriors)
-    np.testing.assert_allclose(scores["confidence"]["auroc"], ood.auroc(inside, outside), atol=1e-3)
+    np.testing.assert_allclose(scores["confidence"].auroc, ood.auroc(inside, outside), atol=1e-3)
 
 
 def bayes(loaded, images):

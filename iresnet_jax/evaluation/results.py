@@ -1,0 +1,346 @@
+"""Results of evaluations as values: ``report.json`` is written from them, and the page of a report is rendered from them.
+
+``str`` of a result is what a command prints; ``warnings`` are sentences about numbers that cannot all be right, or that leave
+a promise open.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from iresnet_jax.evaluation.certificate import Certificate
+
+SUSPICIOUS_Z = 4.0  # one in 16,000 unbiased estimates differs from the exact value by more standard errors
+FLOOR_Z = 3.0  # standard errors below the entropy of the data from which a likelihood is too good to be true
+ESTIMATE_RTOL = 1e-5  # rounding by which a norm's estimate may exceed its bound
+RECOVERED = 1e-4  # largest entry of an error up to which an example counts as recovered, whatever was promised
+
+
+@dataclass(frozen=True)
+class MeanAndError:
+    """A mean over examples and its standard error, in parts whose squares add up.
+
+    Attributes:
+        mean: Mean over examples, noise and probes.
+        stderr: Standard error of the mean, all parts together.
+        stderr_data: Part due to the choice of test examples; more examples shrink it.
+        stderr_probes: Part due to probes and series lengths; more draws or probes shrink it. None if there was one draw: then
+            the other parts contain it.
+        stderr_dequantisation: Part due to the noise; more dequantisations shrink it. None as above.
+    """
+
+    mean: float
+    stderr: float
+    stderr_data: float
+    stderr_probes: float | None
+    stderr_dequantisation: float | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Estimated log-determinants beside exact ones, on the same examples with the noise of the first dequantisation.
+
+    Attributes:
+        estimator: Estimator in words.
+        unbiased: Whether ``difference`` is 0 in expectation.
+        mean: Mean objective by the estimate.
+        difference: Mean of estimate less exact value.
+        z: ``difference`` in its standard errors.
+    """
+
+    estimator: str
+    unbiased: bool
+    mean: float
+    difference: float
+    z: float
+
+
+@dataclass(frozen=True)
+class Likelihood(MeanAndError):
+    """Negative log-likelihood of test data; lower is better.
+
+    Attributes:
+        unit: "bits/dim" for images, "nats" for points.
+        estimator: Log-determinant behind ``mean`` in words, "exact log-determinant" where that is affordable.
+        unbiased: Whether ``mean`` has no truncation bias.
+        truncation_bound: Bound of what the terms that are always computed can miss, mean over examples; 0 if exact.
+        num_examples: Test examples.
+        num_dequantisations: Noise draws of each example; 0 for points.
+        num_probes: Probe draws of each noise draw.
+        estimate: Estimate that checks an exact ``mean``; None without one.
+        entropy_floor: Entropy of the data in nats, if known.
+    """
+
+    unit: str
+    estimator: str
+    unbiased: bool
+    truncation_bound: float
+    num_examples: int
+    num_dequantisations: int
+    num_probes: int
+    estimate: Estimate | None = None
+    entropy_floor: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Name in ``report.json``."""
+        return "nll" if self.unit == "nats" else "bits_per_dim"
+
+    def __str__(self) -> str:
+        parts = (
+            ("test examples", self.stderr_data),
+            ("probes", self.stderr_probes),
+            ("dequantisation", self.stderr_dequantisation),
+        )
+        split = ", ".join(f"{name} {stderr:.2g}" for name, stderr in parts if stderr)
+        lines = [f"test: {self.mean:.4f} ± {self.stderr:.4f} {self.unit} ({split}; {self.estimator})"]
+        if self.entropy_floor is not None:
+            lines.append(f"entropy of the data, below which no model can go: {self.entropy_floor:.4f} nats")
+        if self.truncation_bound:
+            lines.append(f"terms beyond those always computed change it by at most {self.truncation_bound:.2g} {self.unit}")
+        if self.estimate:
+            lines.append(
+                f"check: {self.estimate.mean:.4f} {self.unit} on the first noise by an estimate ({self.estimate.estimator}), "
+                f"z = {self.estimate.z:+.2f} from the exact value"
+            )
+        return "\n".join([*lines, *self.warnings()])
+
+    def warnings(self) -> list[str]:
+        """Sentences about a likelihood that is not finite, too good to be true, or off its check."""
+        found = []
+        if not math.isfinite(self.mean):
+            found.append("The likelihood is not finite.")
+        if self.estimate and self.estimate.unbiased and not abs(self.estimate.z) <= SUSPICIOUS_Z:
+            found.append(
+                f"The estimated likelihood is {abs(self.estimate.z):.1f} standard errors away from the exact one: one of them "
+                "is wrong."
+            )
+        if self.entropy_floor is not None and self.mean < self.entropy_floor - FLOOR_Z * self.stderr:
+            below = (self.entropy_floor - self.mean) / max(self.stderr, 1e-12)
+            found.append(f"The likelihood is better than the entropy of the data allows, by {below:.1f} standard errors.")
+        return found
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A test image that was classified wrongly: its place in the test split, and the probability of the wrong class."""
+
+    index: int
+    label: int
+    prediction: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Top-1 error on test images.
+
+    Attributes:
+        error: Fraction of images that were classified wrongly.
+        interval: Wilson interval of ``error``, low and high.
+        confidence: Probability that the interval covers the true error.
+        num_errors: Images that were classified wrongly.
+        num_examples: Test images.
+        loss: Mean cross-entropy in nats, without label smoothing.
+        confusion: Numbers of images by class (row) and predicted class (column).
+        mistakes: First mistakes.
+    """
+
+    error: float
+    interval: tuple[float, float]
+    confidence: float
+    num_errors: int
+    num_examples: int
+    loss: float
+    confusion: tuple[tuple[int, ...], ...]
+    mistakes: tuple[Mistake, ...]
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return (
+            f"test error: {100 * self.error:.2f} % ({self.num_errors} of {self.num_examples} images; "
+            f"{100 * self.confidence:.0f} % interval {100 * low:.2f} to {100 * high:.2f} %), cross-entropy {self.loss:.4f} nats"
+        )
+
+
+@dataclass(frozen=True)
+class SampleQuality:
+    """How the inverse ended for a number of samples.
+
+    Attributes:
+        num: Samples.
+        fraction_converged: Fraction whose inverse met its tolerance.
+        max_error_bound: Largest error bound, Euclidean, in the units of the flow's input.
+        failed: Numbers of the samples that did not converge.
+    """
+
+    num: int
+    fraction_converged: float
+    max_error_bound: float
+    failed: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        line = (
+            f"samples: the inverse converged for {self.num - len(self.failed)} of {self.num}; "
+            f"largest error bound {self.max_error_bound:.2g} (Euclidean)"
+        )
+        return "\n".join([line, *self.warnings()])
+
+    def warnings(self, name: str = "samples") -> list[str]:
+        """A sentence that numbers the samples whose inverse did not converge."""
+        if not self.failed:
+            return []
+        named = ", ".join(map(str, self.failed[:10])) + (", ..." if len(self.failed) > 10 else "")
+        return [f"The inverse did not converge for {len(self.failed)} of {self.num} {name}, numbers {named}."]
+
+
+@dataclass(frozen=True)
+class RoundTrips:
+    """Errors of examples that went to their latents and back.
+
+    Attributes:
+        max_abs_error: Largest entry of any error, in the units of the flow's input.
+        max_euclidean_error: Largest Euclidean norm of an example's error.
+        max_error_bound: Largest guaranteed bound of a Euclidean error.
+        fraction_within_bound: Fraction of examples whose Euclidean error is within its bound.
+        fraction_converged: Fraction of examples whose inverse met its tolerance.
+        fraction_recovered: Fraction of examples with no entry off by more than 1e-4, whatever was promised.
+        mean_evals: Evaluations of the branch, mean over blocks and examples.
+    """
+
+    max_abs_error: float
+    max_euclidean_error: float
+    max_error_bound: float
+    fraction_within_bound: float
+    fraction_converged: float
+    fraction_recovered: float
+    mean_evals: float
+
+
+@dataclass(frozen=True)
+class Inversion(RoundTrips):
+    """Round trips in the precision of training, and in float64.
+
+    Attributes:
+        num_examples: Test examples.
+        refined: Round trips in float64 of the first of them.
+        max_grey_level_error: Largest error of a pixel in grey levels; None for points.
+        max_padding_residual: Largest Euclidean norm of what should be zero padding; None without padding.
+    """
+
+    num_examples: int
+    refined: RoundTrips
+    max_grey_level_error: float | None = None
+    max_padding_residual: float | None = None
+
+    def __str__(self) -> str:
+        converged, recovered = (round(f * self.num_examples) for f in (self.fraction_converged, self.fraction_recovered))
+        grey = "" if self.max_grey_level_error is None else f" ({self.max_grey_level_error:.2g} grey levels)"
+        verdict = "inverted" if converged == self.num_examples else "NOT INVERTED"
+        by_luck = "" if converged == recovered else f"; {recovered} came back to {RECOVERED:g}"
+        return (
+            f"inverse: {verdict}; {converged} of {self.num_examples} test examples converged, largest error "
+            f"{self.max_abs_error:.2g}{grey}, Euclidean {self.max_euclidean_error:.2g} with bound {self.max_error_bound:.2g}, "
+            f"{self.mean_evals:.1f} evaluations a block; in float64 {self.refined.max_euclidean_error:.2g} with bound "
+            f"{self.refined.max_error_bound:.2g}{by_luck}"
+        )
+
+    def warnings(self, *, promised: bool = True) -> list[str]:
+        """Sentences about errors beyond their bounds and, where an inverse is promised, examples that did not converge."""
+        wrong = "a Lipschitz constant or the rounding is underestimated."
+        found = []
+        if not self.max_abs_error <= self.max_error_bound:
+            found.append(f"The largest inversion error exceeds its bound: {wrong}")
+        for precision, trips in (("the precision of training", self), ("float64", self.refined)):
+            if (outside := 1 - trips.fraction_within_bound) > 0:
+                found.append(f"{100 * outside:.3g} % of the inversion errors in {precision} exceed their bound: {wrong}")
+        if promised and self.fraction_converged < 1:
+            percent = 100 * (1 - self.fraction_converged)
+            found.append(f"The inverse did not converge for {percent:.3g} % of the examples: allow more evaluations.")
+        return found
+
+
+def certificate_warnings(certificate: Certificate) -> list[str]:
+    """Sentences about blocks that are not certified contractions, and about estimates above their certified bound."""
+    blocks = certificate.blocks
+    if certificate.coeff is None:
+        loose = sum(not block.bound < 1 for block in blocks)
+        return [
+            f"This network has no Lipschitz constraint: {loose} of its {len(blocks)} blocks are not certified contractions, so "
+            "no inverse is promised."
+        ]
+    found = []
+    for block in blocks:
+        if not block.estimate < 1:
+            found.append(f"{block.name}: Lipschitz estimate {block.estimate:.4g} is not below 1, the inverse may not exist.")
+        elif not block.bound < 1:
+            found.append(f"{block.name}: certified bound {block.bound:.4g} is not below 1, invertibility is not proven.")
+        if block.estimate > block.bound * (1 + ESTIMATE_RTOL):
+            found.append(f"{block.name}: the estimate {block.estimate:.4g} exceeds the certified bound {block.bound:.4g}.")
+    return found
+
+
+@dataclass(frozen=True)
+class Score:
+    """Area under the ROC curve of a score, and the score's definition: areas of different scores do not compare."""
+
+    auroc: float
+    definition: str
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well scores tell other images from test images.
+
+    Attributes:
+        other: "rotated", "noise" or the name of a data set.
+        num_inside: Test images.
+        num_outside: Other images.
+        scores: Scores by name.
+    """
+
+    other: str
+    num_inside: int
+    num_outside: int
+    scores: Mapping[str, Score]
+
+    def __str__(self) -> str:
+        lines = [f"{self.num_inside} test images against {self.num_outside} others ({self.other}):"]
+        lines += [f"  AUROC {score.auroc:.4f}  {name}: {score.definition}" for name, score in self.scores.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class TrainingTimes:
+    """Wall-clock time of a training run; None where its metrics do not tell.
+
+    Attributes:
+        steps: Updates behind the evaluated parameters.
+        total_steps: Updates of the run so far.
+        seconds_per_step: Median over the logged windows.
+        compile_seconds: Start to end of the first step, of the last process.
+        total_seconds: Start to last record.
+    """
+
+    steps: int
+    total_steps: int
+    seconds_per_step: float | None = None
+    compile_seconds: float | None = None
+    total_seconds: float | None = None
+
+    @classmethod
+    def from_metrics(cls, records: Iterable[Mapping[str, Any]], steps: int) -> "TrainingTimes":
+        """Times of a run from the records of its metrics."""
+        records = list(records)
+        windows = [record["seconds_per_step"] for record in records if "seconds_per_step" in record]
+        compiles = [record["compile_seconds"] for record in records if "compile_seconds" in record]
+        return cls(
+            steps=steps,
+            total_steps=max((record["step"] for record in records), default=steps),
+            seconds_per_step=float(np.median(windows)) if windows else None,
+            compile_seconds=compiles[-1] if compiles else None,
+            total_seconds=max((record["wall_time_s"] for record in records), default=None),
+        )

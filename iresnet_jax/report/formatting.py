@@ -1,0 +1,90 @@
+"""Numbers written for people."""
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+MINUS = "\N{MINUS SIGN}"  # as wide as a plus, unlike the hyphen
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """Writes a number with that many significant digits; integers in full, tiny and huge ones as powers of ten.
+
+    Example:
+        >>> number(60000), number(0.93217), number(1.28e-7, 2)
+        ('60,000', '0.9322', '1.3 × 10⁻⁷')
+    """
+    if value is None:
+        return "not recorded"
+    if isinstance(value, numbers.Integral):
+        return f"{int(value):,}"
+    value = float(value)
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "∞" if value > 0 else MINUS + "∞"
+    if value == 0.0:
+        return "0"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    power = int(exponent)
+    if not -4 <= power < max(digits, 5):
+        return f"{mantissa.replace('-', MINUS)} \N{MULTIPLICATION SIGN} 10{str(power).translate(_SUPERSCRIPTS)}"
+    return signed(value, max(digits - 1 - power, 0))
+
+
+def uncertain(mean: float, stderr: float | None) -> str:
+    """Writes ``mean ± stderr``: the error with two significant digits, the mean to the same decimal.
+
+    Example:
+        >>> uncertain(1.062314, 0.00213), uncertain(1.062314, None)
+        ('1.0623 ± 0.0021', '1.062')
+    """
+    if stderr is None or not (math.isfinite(mean) and math.isfinite(stderr)) or stderr <= 0.0:
+        return number(mean) if stderr is None or stderr == 0.0 else f"{number(mean)} ± {number(stderr, 2)}"
+    decimals = max(1 - int(f"{stderr:.1e}".split("e")[1]), 0)
+    if decimals > 8:
+        return f"{signed(mean, 8)} ± {number(stderr, 2)}"
+    return f"{signed(mean, decimals)} ± {signed(stderr, decimals)}"
+
+
+def duration(seconds: Any) -> str:
+    """Writes a time in the unit a person would choose.
+
+    Example:
+        >>> duration(0.0831), duration(75.0), duration(7384)
+        ('83.1 ms', '1 min 15 s', '2 h 3 min')
+    """
+    if seconds is None or not math.isfinite(seconds) or seconds < 0.0:
+        return number(seconds)
+    for limit, scale, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (59.95, 1.0, "s")):
+        if seconds < limit:
+            return f"{number(float(seconds) * scale, 3)} {unit}"
+    if seconds < 3599.5:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours:,} h {minutes} min"
+
+
+def percent(fraction: float) -> str:
+    """Writes a fraction as percent, with four significant digits."""
+    return f"{100 * fraction:.4g} %"
+
+
+def signed(value: float | int, decimals: int, *, plus: bool = False) -> str:
+    """Writes fixed decimals with thousands separated and a true minus sign, and a plus if asked for."""
+    return f"{value:{'+' * plus},.{decimals}f}".replace("-", MINUS)
+
+
+def setting(value: object) -> str:
+    """Writes a setting: lists without Python's quotes.
+
+    Example:
+        >>> setting({"widths": (61, 67), "bias": True})
+        'widths 61, 67, bias True'
+    """
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {setting(entry)}" for name, entry in value.items()) or "{}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(setting, value)) or "[]"
+    return str(value)

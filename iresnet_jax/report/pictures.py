@@ -1,0 +1,172 @@
+"""Pictures of examples: images in, a matplotlib ``Figure`` or a PNG file out."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float, Num, UInt8
+
+from iresnet_jax.evaluation.inversion import Reconstructions
+from iresnet_jax.files import replacing
+from iresnet_jax.report import style
+from iresnet_jax.report.plots import scatter
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Images = Float[np.ndarray, "n h w c"] | UInt8[np.ndarray, "n h w c"]
+
+NOT_FINITE = (1.0, 0.0, 0.6)  # the colour of pixels that are NaN or infinite: no image has it by accident
+NUM_RECONSTRUCTED = 8  # shown
+
+
+def examples(
+    values: Num[np.ndarray, "n ..."], num_levels: int | None, *, columns: int = 8, captions: Sequence[str] | None = None
+) -> "Figure":
+    """Draws images of integer levels side by side, or points of the plane.
+
+    Args:
+        values: Images, or points where ``num_levels`` is None.
+        num_levels: Grey levels.
+        columns: Images a row.
+        captions: A few characters to write below each image.
+    """
+    if num_levels is None:
+        return scatter(values)
+    return image_grid(values / (num_levels - 1), columns, captions=captions)
+
+
+def write_samples(
+    values: Num[np.ndarray, "n ..."], num_levels: int | None, folder: str | os.PathLike[str]
+) -> tuple[Path, Path]:
+    """Writes ``samples.png`` and ``samples.npy`` (levels as uint8, points as float32) into a folder."""
+    png = write_png(examples(values, num_levels), Path(folder) / "samples.png")
+    npy = Path(folder) / "samples.npy"
+    with replacing(npy) as incoming, incoming.open("wb") as file:
+        np.save(file, values)
+    return png, npy
+
+
+def write_png(figure: "Figure", path: Path) -> Path:
+    """Writes a figure to a PNG file."""
+    with replacing(path) as incoming:
+        figure.savefig(incoming, format="png", dpi=150)
+    return path
+
+
+def reconstructions(result: Reconstructions) -> "Figure | None":
+    """Draws the first originals above their reconstructions; None for points."""
+    if result.originals.ndim != 4:
+        return None
+    shown = slice(0, NUM_RECONSTRUCTED)
+    errors = np.asarray(result.trip.max_abs_error)[shown]
+    return reconstruction_pairs(result.originals[shown], result.reconstructions[shown], errors)
+
+
+def image_grid(images: Images, columns: int = 8, *, captions: Sequence[str] | None = None) -> "Figure":
+    """Draws images in reading order, without axes.
+
+    Args:
+        images: uint8, or floats in [0, 1]; 1 or 3 channels. Pixels that are not finite are drawn in magenta.
+        columns: Images a row, at least 1.
+        captions: A few characters to write below each image.
+
+    Raises:
+        ValueError: If there is no image, the channels are not 1 or 3, a float is outside [0, 1], or columns < 1.
+
+    Example:
+        >>> image_grid(np.zeros((16, 8, 8, 1), np.uint8), columns=4).get_size_inches().tolist()
+        [4.0, 4.0]
+    """
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}: 8 suits a page")
+    pixels = _rgb(images)
+    finite = pixels[np.isfinite(pixels)]
+    if finite.size and (finite.min() < 0.0 or finite.max() > 1.0):
+        raise ValueError(
+            f"float images must lie in [0, 1], got [{finite.min():.3g}, {finite.max():.3g}]: undo the preprocessing "
+            "and clip, or pass uint8"
+        )
+    columns = min(columns, len(pixels))
+    if captions is not None:
+        return _captioned(pixels, columns, captions)
+    mosaic = _mosaic(pixels, columns)
+    rows = math.ceil(len(pixels) / columns)
+    figure = style.figure(width=1.0 * columns, height=1.0 * rows * images.shape[1] / images.shape[2], row_gap=None)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.imshow(mosaic, interpolation="nearest", aspect="auto")
+    axes.set_axis_off()
+    return figure
+
+
+def _captioned(pixels: Float[np.ndarray, "n h w 3"], columns: int, captions: Sequence[str]) -> "Figure":
+    rows = math.ceil(len(pixels) / columns)
+    figure = style.figure(width=1.0 * columns, height=1.25 * rows * pixels.shape[1] / pixels.shape[2])
+    for axes, pixel, caption in zip(figure.subplots(rows, columns, squeeze=False).flat, pixels, captions, strict=False):
+        axes.imshow(_mosaic(pixel[None], 1, gap=0), interpolation="nearest")
+        axes.set_title(caption, size=8, color=style.MIDTONE, pad=2)
+    for axes in figure.axes:
+        axes.set_axis_off()
+    return figure
+
+
+def reconstruction_pairs(originals: Images, reconstructions: Images, errors: Float[np.ndarray, " n"]) -> "Figure":
+    """Draws originals above their reconstructions, with maps of the absolute error below.
+
+    The maps are max over channels of ``|original - reconstruction|``, in grey values of [0, 1], on one colour scale for
+    all. Reconstructions are clipped to [0, 1] for display only: the maps see the values as they are.
+
+    Args:
+        originals: uint8, or floats in [0, 1]; 1 or 3 channels.
+        reconstructions: Of the same range; pass floats, since 8 bits hide errors below 1/255.
+        errors: One number an image, printed below its column: the error reported elsewhere, in the model's own units.
+
+    Raises:
+        ValueError: If there is no image or the channels are not 1 or 3.
+    """
+    above, below = _rgb(originals), _rgb(reconstructions)
+    maps = np.abs(above - below).max(axis=-1)
+    count, height, width, _ = above.shape
+    cell = 9.0 / max(count, 6)
+    figure = style.figure(width=1.6 + cell * count, height=0.7 + 3.0 * cell * height / width)
+    grid = figure.subplots(3, count, squeeze=False)
+    largest = np.max(maps, where=np.isfinite(maps), initial=0.0)
+    shown = None
+    for i in range(count):
+        grid[0, i].imshow(_mosaic(above[i : i + 1], 1, gap=0), interpolation="nearest")
+        grid[1, i].imshow(_mosaic(below[i : i + 1], 1, gap=0), interpolation="nearest")
+        shown = grid[2, i].imshow(maps[i], interpolation="nearest", cmap="magma", vmin=0.0, vmax=largest or 1.0)
+        grid[2, i].set_xlabel(f"{errors[i]:.1e}" if np.isfinite(errors[i]) else "not finite", size=7, color=style.MIDTONE)
+    for row, name in zip(grid, ("original", "inverted", "|difference|"), strict=True):
+        row[0].set_ylabel(name, size=9, color=style.MIDTONE)
+        for axes in row:
+            axes.set(xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+    if shown is not None:
+        style.colorbar(figure, shown, list(grid[2]), label="")
+    return figure
+
+
+def _rgb(images: Images) -> Float[np.ndarray, "n h w 3"]:
+    """Images as float64 RGB, not clipped; the mean of channels that are neither grey nor RGB."""
+    if not len(images):
+        raise ValueError(f"images must be at least one, got {images.shape}")
+    scaled = images.astype(np.float64) / (255.0 if images.dtype == np.uint8 else 1.0)
+    return scaled if scaled.shape[-1] == 3 else np.repeat(scaled.mean(axis=-1, keepdims=True), 3, axis=-1)
+
+
+def _mosaic(pixels: Float[np.ndarray, "n h w 3"], columns: int, gap: int = 1) -> Float[np.ndarray, "rows columns 4"]:
+    """Tiles images in reading order into one RGBA array, with transparent gaps."""
+    count, height, width, _ = pixels.shape
+    rows = math.ceil(count / columns)
+    opaque = np.ones((count, height, width, 4))
+    opaque[..., :3] = np.where(np.isfinite(pixels).all(-1, keepdims=True), np.clip(pixels, 0.0, 1.0), NOT_FINITE)
+    canvas = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4))
+    for i, tile in enumerate(opaque):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        canvas[top : top + height, left : left + width] = tile
+    return canvas

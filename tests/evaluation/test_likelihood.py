@@ -1,0 +1,88 @@
+"""Parts of the standard error of a likelihood, and an estimate beside the exact value."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from iresnet_jax.evaluation.likelihood import compare, split_error
+from iresnet_jax.maths.logdet.roulette import RouletteLogdet
+
+# Estimates of variances from thousands of draws scatter by a few percent; a part that absorbs another one is off by far more.
+PARTS_RTOL = 0.1
+EXACT_RTOL = 1e-12  # the same float64 sums in another order
+
+
+def nested_draws(data, noise, probes, *, n=4000, s=4, p=3, seed=0):
+    """Values whose standard deviations between examples, noise draws and probe draws are known; probes' vary by example."""
+    rng = np.random.default_rng(seed)
+    spread = rng.uniform(0.5, 1.5, (n, 1, 1))
+    spread *= probes / np.sqrt(np.mean(spread**2))
+    parts = rng.normal(0, data, (n, 1, 1)), rng.normal(0, noise, (n, s, 1)), spread * rng.normal(size=(n, s, p))
+    return 3 + sum(parts)
+
+
+def check_parts(split_error, data, noise, probes):
+    n, s, p = 4000, 4, 3
+    result = split_error(nested_draws(data, noise, probes))
+    assert abs(result.mean - 3) < 5 * result.stderr
+    np.testing.assert_allclose(result.stderr_data, data / np.sqrt(n), rtol=PARTS_RTOL)
+    np.testing.assert_allclose(result.stderr_dequantisation, noise / np.sqrt(s * n), rtol=PARTS_RTOL)
+    np.testing.assert_allclose(result.stderr_probes, probes / np.sqrt(s * p * n), rtol=PARTS_RTOL)
+    total = data**2 / n + noise**2 / (s * n) + probes**2 / (s * p * n)
+    np.testing.assert_allclose(result.stderr, np.sqrt(total), rtol=PARTS_RTOL)
+
+
+CASES = [(1.0, 0.5, 0.8), (0.2, 0.6, 1.0), (1.0, 1.0, 1.0)]
+
+
+@pytest.mark.parametrize("parts", CASES)
+def test_parts_of_the_standard_error_are_recovered(parts):
+    check_parts(split_error, *parts)
+
+
+def test_a_split_that_forgets_to_subtract_the_probes_is_rejected():
+    def naive(values):
+        right = split_error(values)
+        noise = np.sqrt(values.mean(axis=2).var(axis=1, ddof=1).mean() / (values.shape[1] * len(values)))
+        return dataclasses.replace(right, stderr_dequantisation=float(noise))
+
+    with pytest.raises(AssertionError):
+        check_parts(naive, *CASES[0])
+
+
+def test_parts_add_up_to_the_standard_error_of_independent_examples():
+    values = nested_draws(1.0, 0.5, 0.8, n=50)
+    result = split_error(values)
+    np.testing.assert_allclose(result.stderr, values.mean(axis=(1, 2)).std(ddof=1) / np.sqrt(50), rtol=EXACT_RTOL)
+    squares = result.stderr_data**2 + result.stderr_probes**2 + result.stderr_dequantisation**2
+    np.testing.assert_allclose(result.stderr**2, squares, rtol=EXACT_RTOL)
+
+
+def test_what_one_draw_cannot_tell_is_none_and_stays_in_the_total():
+    values = nested_draws(0.1, 0.5, 0.8, s=1, p=1)
+    result = split_error(values)
+    assert result.stderr_probes is None
+    assert result.stderr_dequantisation is None
+    np.testing.assert_allclose(result.stderr, values.std(ddof=1) / np.sqrt(len(values)), rtol=EXACT_RTOL)
+    assert split_error(values[:, :, [0, 0]]).stderr_probes == 0
+    with pytest.raises(ValueError, match="at least 2 examples, got 1"):
+        split_error(values[:1])
+
+
+def test_no_dequantisation_part_becomes_negative():
+    result = split_error(nested_draws(1.0, 0.0, 1.0, n=20, seed=3))
+    assert 0 <= result.stderr_dequantisation < result.stderr_probes
+
+
+def test_z_of_an_estimate_is_its_difference_in_standard_errors_of_the_difference():
+    rng = np.random.default_rng(0)
+    exact = rng.normal(2.0, 5.0, 400)  # the spread of the examples cancels
+    estimated = exact + rng.normal(0.03, 0.1, 400)
+    found = compare(estimated, exact, RouletteLogdet())
+    difference = estimated - exact
+    np.testing.assert_allclose(found.mean, estimated.mean(), rtol=EXACT_RTOL)
+    np.testing.assert_allclose(found.difference, difference.mean(), rtol=EXACT_RTOL)
+    np.testing.assert_allclose(found.z, difference.mean() / (difference.std(ddof=1) / 20), rtol=1e-4)  # and rounding
+    assert found.unbiased
+    assert abs(compare(exact + 1e-9, exact, RouletteLogdet()).z) < 0.1  # rounding of float32 is no difference

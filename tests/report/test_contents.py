@@ -1,0 +1,128 @@
+"""Contradictions in the numbers of a report are stated, and its file is JSON that holds all of them."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from reports import CERTIFICATE, EXACT, INVERSE, POINTS, REPORT, TRIPS, block, changed
+
+from iresnet_jax.evaluation.results import SampleQuality
+
+FAILED = SampleQuality(num=12, fraction_converged=0.0, max_error_bound=math.inf, failed=tuple(range(12)))
+UNCONSTRAINED = dataclasses.replace(CERTIFICATE, coeff=None, budget=None, blocks=(block("b3", bound=1.03), block("b4")))
+
+
+def with_blocks(*blocks):
+    return changed("lipschitz", blocks=blocks)
+
+
+CONTRADICTIONS = {
+    "likelihood not finite": (changed("likelihood", mean=math.nan), "The likelihood is not finite."),
+    "entropy": (
+        dataclasses.replace(REPORT, likelihood=dataclasses.replace(POINTS, mean=2.8077)),
+        "better than the entropy of the data allows, by 4.0 standard errors",
+    ),
+    "estimate": (
+        dataclasses.replace(
+            REPORT, likelihood=dataclasses.replace(EXACT, estimate=dataclasses.replace(EXACT.estimate, z=-4.5))
+        ),
+        "The estimated likelihood is 4.5 standard errors away from the exact one",
+    ),
+    "samples": (
+        dataclasses.replace(REPORT, samples=FAILED),
+        "did not converge for 12 of 12 samples, numbers 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ....",
+    ),
+    "samples by class": (
+        dataclasses.replace(REPORT, samples_by_class=dataclasses.replace(FAILED, failed=(3,))),
+        "did not converge for 1 of 12 samples by class, numbers 3.",
+    ),
+    "error": (changed("inverse", max_abs_error=2e-5), "The largest inversion error exceeds its bound"),
+    "error not a number": (changed("inverse", max_abs_error=math.nan), "The largest inversion error exceeds its bound"),
+    "errors": (
+        changed("inverse", fraction_within_bound=0.98),
+        "2 % of the inversion errors in the precision of training exceed their bound",
+    ),
+    "errors in float64": (
+        changed("inverse", refined=dataclasses.replace(TRIPS, fraction_within_bound=0.97)),
+        "3 % of the inversion errors in float64 exceed their bound",
+    ),
+    "convergence": (changed("inverse", fraction_converged=0.96), "did not converge for 4 % of the examples"),
+    "block estimate": (with_blocks(block("b3", estimate=1.02)), "b3: Lipschitz estimate 1.02 is not below 1"),
+    "block bound": (with_blocks(block("b3", bound=1.03)), "b3: certified bound 1.03 is not below 1"),
+    "block bound not a number": (with_blocks(block("b3", bound=math.nan)), "b3: certified bound nan is not below 1"),
+    "block estimate above bound": (
+        with_blocks(block("b3", bound=0.69)),
+        "b3: the estimate 0.7012 exceeds the certified bound 0.69.",
+    ),
+    "no constraint": (
+        dataclasses.replace(REPORT, lipschitz=UNCONSTRAINED),
+        "This network has no Lipschitz constraint: 1 of its 2 blocks are not certified contractions",
+    ),
+    "notes": (dataclasses.replace(REPORT, notes=("Validation was still falling.",)), "Validation was still falling."),
+}
+
+
+def test_a_sound_report_has_no_warnings():
+    assert REPORT.warnings() == []
+    assert dataclasses.replace(REPORT, likelihood=EXACT).warnings() == []
+    assert dataclasses.replace(REPORT, likelihood=POINTS).warnings() == []
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_contradictions_are_stated(name):
+    report, sentence = CONTRADICTIONS[name]
+    assert any(sentence in warning for warning in report.warnings()), report.warnings()
+    assert sentence in str(report)
+    assert sentence in " ".join(report.to_json()["warnings"])
+
+
+def test_a_biased_estimate_is_not_accused_of_its_bias():
+    biased = dataclasses.replace(EXACT.estimate, z=-40.0, unbiased=False)
+    assert dataclasses.replace(EXACT, estimate=biased).warnings() == []
+
+
+def test_without_a_constraint_no_inverse_is_promised():
+    report = dataclasses.replace(REPORT, lipschitz=UNCONSTRAINED, inverse=dataclasses.replace(INVERSE, fraction_converged=0.5))
+    [warning] = report.warnings()
+    assert "no inverse is promised" in warning
+
+
+def test_a_certificate_needs_every_block_below_1():
+    assert REPORT.certified
+    for bound in (1.0, math.nan, math.inf):
+        report = with_blocks(block("a"), block("b", bound=bound))
+        assert not report.certified
+        assert report.lipschitz.verdict() == "NOT CERTIFIED: no bound below 1 for 1 of 2 blocks, the first is b"
+    assert math.isnan(with_blocks(block("a", bound=math.nan), block("b")).lipschitz.max_block)
+
+
+def test_the_file_holds_every_number_and_null_for_what_json_does_not_have():
+    facts = REPORT.to_json()
+    assert json.loads(json.dumps(facts, allow_nan=False))
+    assert "notes" not in facts
+    assert "nll" not in facts
+    assert facts["bits_per_dim"]["mean"] == 1.062314
+    assert facts["lipschitz"]["blocks"][1]["layers"]["conv_out"] == {"target": None, "estimate": 0.7867, "bound": 0.8041}
+    assert facts["lipschitz"]["certified"]
+    assert facts["lipschitz"]["max_block"] == 0.7243
+    assert facts["inverse"]["refined"]["mean_evals"] == 35.79
+    assert facts["config"]["model"]["widths"] == [61, 67]
+    facts = dataclasses.replace(changed("inverse", max_error_bound=math.inf), likelihood=POINTS, classification=None).to_json()
+    assert facts["inverse"]["max_error_bound"] is None
+    assert facts["nll"]["entropy_floor"] == 2.8321
+    assert "bits_per_dim" not in facts
+    assert "classification" not in facts
+
+
+def test_the_headline_has_a_line_for_every_part():
+    lines = str(dataclasses.replace(REPORT, likelihood=EXACT)).splitlines()
+    starts = (
+        "test: 1.0623 ± 0.0021 bits/dim",
+        "check: 1.0651",
+        "test error: 4.71 %",
+        "inverse: inverted; 512 of 512",
+        "certified",
+    )
+    assert len(lines) == len(starts)
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
