@@ -86,7 +86,7 @@ def write(folder: Path, facts: Facts, layout: dict[str, Layout], pieces: Iterabl
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 incoming.mkdir()
                 # Without a buffer, whose leftover would fail once more when the file is closed.
-                files = {name: stack.enter_context(_path(incoming, name).open("xb", buffering=0)) for name in layout}
+                files = {name: stack.enter_context((incoming / f"{name}.npy").open("xb", buffering=0)) for name in layout}
                 for name, (dtype, shape) in layout.items():
                     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(files[name], header)
@@ -135,10 +135,9 @@ def read(folder: Path) -> Cached | None:
                 raise ValueError(f"{name}.npy holds {arrays[name].dtype} of shape {arrays[name].shape}")
         if (folder / RECORD).read_bytes() != text:
             raise ValueError("it was replaced while it was read")
-    except KeyError as error:
-        raise DamagedCacheError(f"the cache {folder} is incomplete or was altered: {RECORD} lacks {error}") from None
-    except (AttributeError, EOFError, OSError, TypeError, ValueError) as error:
-        raise DamagedCacheError(f"the cache {folder} is incomplete or was altered: {error}") from None
+    except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError) as error:
+        problem = f"{RECORD} lacks {error}" if isinstance(error, KeyError) else error
+        raise DamagedCacheError(f"the cache {folder} is incomplete or was altered: {problem}") from None
     return Cached(facts, record["fingerprint"], arrays)
 
 
@@ -146,13 +145,9 @@ def _fingerprint(facts: Facts, arrays: dict[str, Any]) -> str:
     return fingerprint_of(arrays, num_levels=facts.num_levels, num_classes=facts.num_classes)
 
 
-def _path(folder: Path, name: str) -> Path:
-    return folder / f"{name}.npy"
-
-
 def _map(folder: Path, name: str) -> np.ndarray:
-    """Maps an array; NumPy refuses a file that is shorter than its header says, and this one a longer file."""
-    path = _path(folder, name)
+    """Maps an array: NumPy refuses a file shorter than its header says, and this function a longer one."""
+    path = folder / f"{name}.npy"
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     expected = array.offset + array.nbytes
     if path.stat().st_size != expected:
