@@ -29,7 +29,7 @@ class LayerSpec(NamedTuple):
     """One linear layer of a branch.
 
     Attributes:
-        name: Its key among the weights.
+        name: Key among the branch's weights.
         kernel_shape: ``(kh, kw, cin, cout)`` of a convolution, ``(cin, cout)`` of a dense layer.
         in_shape: Shape of one input, without the batch.
         activated: Whether the activation is applied to the layer's input.
@@ -110,7 +110,7 @@ def linear_map(layer: LayerSpec, padding: Padding = "SAME", *, single: bool = Fa
 
     Args:
         layer: The layer.
-        padding: Of a convolution.
+        padding: Padding of a convolution.
         single: For one example without a batch axis, in a form that stays fast under ``vmap`` over kernels.
     """
     if len(layer.kernel_shape) == 2:
@@ -136,7 +136,7 @@ def apply_branch(
 
     Args:
         spec: The architecture.
-        weights: Of every layer.
+        weights: Weights of every layer.
         x: Inputs.
         context: One an example, if the branch is conditional.
         before_layer: ``(layer, input) -> input``, applied in front of a layer and its activation: where an ordinary residual
@@ -208,9 +208,9 @@ def trace(
 
     Args:
         spec: The architecture, one for which `has_trace`.
-        weights: As in `apply_branch`.
+        weights: Weights of every layer.
         x: Where to evaluate.
-        context: As in `apply_branch`.
+        context: Contexts, one an example, if the branch is conditional.
 
     Raises:
         ValueError: If there is no closed form for the branch.

@@ -27,7 +27,7 @@ class Constant:
 
     Attributes:
         name: "conv0" of a layer, "stage0/block03" of a block.
-        target: What the constraint leaves it at most; None without one.
+        target: Largest constant that the constraint allows; None without one.
         estimate: Norm by power iteration, or the product of the layers'; from below.
         bound: Guaranteed upper bound.
         layers: Constants of a block's layers; none of a layer.

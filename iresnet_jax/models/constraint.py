@@ -1,8 +1,8 @@
 """The Lipschitz constraint of a residual branch: the norms of its layers, and weights scaled down to the budget.
 
 ``g = W_n phi ... W_1`` with 1-Lipschitz activations has ``Lip(g) <= |W_n| ... |W_1|`` (Behrmann et al. 2019, sec. 2.1). Norms
-are estimated by power iteration, as in the paper, or bounded from above by `certify`. `normalize` and `normalize_certified`
-return weights of the same form, so that what runs is always a plain network whose layers already satisfy the constraint.
+are estimated by power iteration, as in the paper, or bounded from above. `normalize` and `normalize_certified` return weights of
+the same form: what runs is always a plain network whose layers already satisfy the constraint.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths.norms import layer_certificates as certify
+from iresnet_jax.maths.norms.circulant_embedding import TWISTS, Twist
+from iresnet_jax.maths.norms.layer_certificates import conv_norm_bound, dense_norm_bound
 from iresnet_jax.maths.norms.power_iteration import soft_normalize, spectral_norm
 from iresnet_jax.models.branch import BranchSpec, Weights, linear_map
 
@@ -30,7 +31,7 @@ class Normalized(NamedTuple):
     """A branch whose layers satisfy the constraint, and what it took.
 
     Attributes:
-        weights: The branch's weights within the budget, as `norms` have it.
+        weights: Weights of the branch, scaled into the budget by `norms`.
         vectors: The new power iterates, one a layer; empty if none were used.
         norms: The operator norm of every layer before normalisation: estimated, or bounded from above.
         lipschitz: The product of the norms after it: an estimate of the branch's Lipschitz constant, or a bound.
@@ -84,7 +85,7 @@ def normalize_certified(
     budget: str = "layer",
     method: str = "exact",
     num_squarings: int = 4,
-    twists: Sequence[certify.Twist] | None = None,
+    twists: Sequence[Twist] | None = None,
 ) -> Normalized:
     """Constrains a branch by guaranteed upper bounds of its layers' norms: ``Lip(g)`` is within the budget by construction.
 
@@ -93,11 +94,11 @@ def normalize_certified(
     Args:
         spec: The architecture.
         weights: Unconstrained weights.
-        coeff: As in `normalize`.
-        budget: As in `normalize`.
-        method: "exact", or "gram", which is cheaper and looser; see `certify`.
-        num_squarings: Of "gram".
-        twists: Of the convolutions' embedding; see `certify.conv_norm_bound`.
+        coeff: Largest operator norm, in (0, 1): of a layer, or of the product of a branch's layers.
+        budget: "layer" or "block", what ``coeff`` limits.
+        method: "exact", or "gram", which is cheaper and looser; see `dense_norm_bound`.
+        num_squarings: Squarings of "gram".
+        twists: Twists of the convolutions' embedding, see `conv_norm_bound`; None takes the default.
 
     Raises:
         ValueError: As in `normalize`, or if the method is unknown.
@@ -115,23 +116,24 @@ def layer_bounds(
     *,
     method: str = "exact",
     num_squarings: int = 4,
-    twists: Sequence[certify.Twist] | None = None,
+    twists: Sequence[Twist] | None = None,
 ) -> dict[str, Float[Array, ""]]:
-    """A guaranteed upper bound of every layer's operator norm, see `certify`; nan if a weight is not finite."""
-    settings = {"method": method, "num_squarings": num_squarings}
+    """Guaranteed upper bound of every layer's operator norm; nan if a weight is not finite."""
     bounds = {}
     for layer in spec.layers:
         kernel = weights[layer.name]["kernel"]
         if kernel.ndim == 2:
-            bounds[layer.name] = certify.dense_norm_bound(kernel, **settings)
+            bounds[layer.name] = dense_norm_bound(kernel, method=method, num_squarings=num_squarings)
         else:
             size = (layer.in_shape[0], layer.in_shape[1])
-            bounds[layer.name] = certify.conv_norm_bound(kernel, size, padding=spec.padding, twists=twists, **settings)
+            bounds[layer.name] = conv_norm_bound(
+                kernel, size, padding=spec.padding, method=method, num_squarings=num_squarings, twists=twists
+            )
     return bounds
 
 
-def training_twists(spec: BranchSpec, choice: str = "auto") -> tuple[certify.Twist, ...]:
-    """The twists of the embedding by which a training step bounds norms; see `certify.conv_norm_bound`.
+def training_twists(spec: BranchSpec, choice: str = "auto") -> tuple[Twist, ...]:
+    """Twists of the embedding by which a training step bounds norms, see `conv_norm_bound`.
 
     All four cost four times as much as one. On 8 x 8 and larger images the antiperiodic one alone is within 2 % of their
     minimum, on 4 x 4 images trained kernels lose up to a quarter of their budget to it.
@@ -145,7 +147,7 @@ def training_twists(spec: BranchSpec, choice: str = "auto") -> tuple[certify.Twi
     """
     if choice not in ("auto", "all", "one"):
         raise ValueError(f"twists must be auto, all or one, got {choice!r}")
-    return certify.TWISTS if choice == "all" or (choice == "auto" and spec.in_shape[-1] <= 8) else ((1, 1),)
+    return TWISTS if choice == "all" or (choice == "auto" and spec.in_shape[-1] <= 8) else ((1, 1),)
 
 
 def _within_budget(weights, vectors, norms, *, coeff, budget) -> Normalized:

@@ -73,8 +73,8 @@ class Stage(NamedTuple):
     """A stage in its place in a flow.
 
     Attributes:
-        name: Its key among weights, "stage0" and so on.
-        spec: What the config says of it.
+        name: Key among the flow's weights, "stage0" and so on.
+        spec: Blocks and what happens around them.
         in_shape: Shape of one example as the stage before hands it on.
         branch: Residual branch of its blocks, whose ``in_shape`` is the squeezed or flattened one.
     """

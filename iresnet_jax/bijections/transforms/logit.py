@@ -102,7 +102,7 @@ def logit_inverse_and_logdet(y: Float[Array, "b ..."], alpha: float) -> tuple[Fl
 
     Args:
         y: Logits. Beyond ``+-log((1 - alpha) / alpha)`` they map slightly outside [0, 1].
-        alpha: The one of the forward map.
+        alpha: Distance of ``s`` from 0 and 1, as in the forward map.
 
     Returns:
         The numbers and the exact log-determinant of the inverse.
