@@ -25,9 +25,12 @@ from _record import interleave, parser, table, write
 
 from iresnet_jax.data import cache, device_feed, feed
 from iresnet_jax.data.images import ImageData
-from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import parallel, run, state
+from iresnet_jax.training import parallel, state
+from iresnet_jax.training.building import build_constraint, build_optimizer, build_schedule, density_spec, unroll
+from iresnet_jax.training.config import default_config
+from iresnet_jax.training.initialization import initial_variables
 from iresnet_jax.training.objectives.likelihood import make_step
+from iresnet_jax.training.source import Source
 
 SIZES = {"MNIST": (60_000, 28, 28, 1), "CIFAR-10": (50_000, 32, 32, 3)}
 WAYS = ("streamed", "resident", "synchronous")
@@ -47,24 +50,24 @@ def memory_mapped(folder, shape):
 
 def training_step(images):
     """The compiled step of the library, for a density model of these images, and its first state."""
-    config = config_lib.default_config()
+    config = default_config()
     config.model.stages = STAGES
     settings = config.training
     held = dict.fromkeys(("train", "validation", "test"), images)
-    source = run.Source("x", images.shape[1:], 256, images=ImageData("x", 256, 0, held, {}))
-    spec = run.density_spec(config, source)
-    optimizer = config_lib.build_optimizer(config.optimizer, settings.total_steps)
+    source = Source("x", images.shape[1:], 256, images=ImageData("x", 256, 0, held, {}))
+    spec = density_spec(config, source)
+    optimizer = build_optimizer(config.optimizer, settings.total_steps)
     step = make_step(
         spec,
-        config_lib.build_estimator(config.logdet),
+        config.logdet.build(),
         optimizer,
-        config_lib.build_schedule(config.optimizer, settings.total_steps),
+        build_schedule(config.optimizer, settings.total_steps),
         seed=0,
-        constrain=config_lib.build_constraint(config.constraint, spec.flow, training=True),
+        constrain=build_constraint(config.constraint, spec.flow, training=True),
         ema_decay=settings.ema_decay,
-        unroll=run.unroll(config),
+        unroll=unroll(config),
     )
-    return parallel.parallelize(step), state.create(run.initial_variables(config, spec, source), optimizer)
+    return parallel.parallelize(step), state.create(initial_variables(config, spec, source), optimizer)
 
 
 def feeds(images):

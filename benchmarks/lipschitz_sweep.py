@@ -26,10 +26,11 @@ from iresnet_jax.data import feed
 from iresnet_jax.evaluation import accuracy as classify
 from iresnet_jax.evaluation import frozen, lipschitz, trained
 from iresnet_jax.evaluation import inversion as reconstruct
+from iresnet_jax.plain import first_difference, to_plain
 from iresnet_jax.report import report, style
-from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import loop, run
+from iresnet_jax.training import loop
 from iresnet_jax.training.metrics import read_metrics
+from iresnet_jax.training.network_input import network_input
 
 VARIANTS = ("batchnorm", "vanilla", "0.9", "0.8", "0.7", "0.6", "0.5")
 SOLVERS = {"banach": {"memory": 0, "max_evals": 500}, "anderson": {"memory": 4, "max_evals": 2000}}
@@ -52,7 +53,7 @@ def invertibility(loaded, num):
 
         @jax.jit
         def there_and_back(weights, images, solver=solver):
-            there = run.network_input(loaded.spec, jax.random.key(0), images)[1]
+            there = network_input(loaded.spec, jax.random.key(0), images)[1]
             return reconstruct.round_trip(loaded.spec.flow, weights, there, solver)[1]
 
         trips = []
@@ -79,8 +80,8 @@ def measure(path, variant, seed, folder, arguments):
         config.training.update({"total_steps": 20, "eval_every_steps": 20, "log_every_steps": 10})
     workdir = folder / f"{variant}_seed{seed}"
     if (workdir / frozen.FILE_NAME).exists():
-        theirs = config_lib.to_plain(frozen.load(workdir).config)
-        if difference := config_lib.first_difference(config_lib.to_plain(config), theirs):
+        theirs = to_plain(frozen.load(workdir).config)
+        if difference := first_difference(to_plain(config), theirs):
             raise ValueError(f"{workdir} holds a model of another config: {difference}; choose another --runs or delete it")
     else:
         loop.train(config, workdir)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from iresnet_jax.training import run
+from iresnet_jax.training.backend import device_summary
 
 PACKAGES = ("iresnet_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -18,7 +18,7 @@ PACKAGES = ("iresnet_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 def describe() -> dict[str, Any]:
     """Versions, devices, processors, platform, date and, in a checkout, the commit."""
     facts: dict[str, Any] = {
-        "devices": run.device_summary(),
+        "devices": device_summary(),
         "backend": jax.default_backend(),
         "matmul_precision": getattr(jax.config, "jax_default_matmul_precision", None) or "default",
         "cpu_count": _cpu_count(),

@@ -17,8 +17,8 @@ from iresnet_jax.files import replacing
 from iresnet_jax.maths.inverse.fixed_point import example_norm
 from iresnet_jax.models import flow as model
 from iresnet_jax.report import plots
-from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import run
+from iresnet_jax.training.building import build_solver
+from iresnet_jax.training.network_input import from_network_input, network_input
 
 NUM_EXAMPLES = 512  # at most, unless asked for: a sample large enough to see a rare failure, small enough for a laptop
 NUM_SHOWN = 8
@@ -79,18 +79,18 @@ def reconstruct(trained: Trained, num: int = NUM_EXAMPLES) -> Reconstructions:
     examples = trained.source.held_out("test", num, trained.config.seed)
     key = jax.random.key(trained.config.seed)
     batch_size = min(trained.config.evaluation.batch_size, len(examples))
-    solver = config_lib.build_solver(trained.config.evaluation)
+    solver = build_solver(trained.config.evaluation)
 
     pad_channels = spec.pad_channels if trained.is_classifier else 0
 
     @jax.jit
     def prepare(key, examples):
-        return run.network_input(spec, key, examples)
+        return network_input(spec, key, examples)
 
     @jax.jit
     def single(weights, there):
         back, trip = round_trip(spec.flow, weights, there, solver)
-        return run.from_network_input(spec, back), reshape.padding_residual(back, pad_channels), trip
+        return from_network_input(spec, back), reshape.padding_residual(back, pad_channels), trip
 
     @jax.jit
     def double(weights, there):

@@ -21,9 +21,9 @@ from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.maths.logdet.series import ExactLogdet, LogdetEstimator, SeriesLogdet
 from iresnet_jax.models import density
-from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import parallel, run
+from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives.likelihood import evaluate_examples, make_evaluation
+from iresnet_jax.training.source import Source
 
 MAX_EXACT_DIMS = 256  # up to here the exact log-determinant costs no more than the estimate
 SUSPICIOUS_Z = 4.0  # one in 16 000 unbiased evaluations differs from the exact one by more standard errors
@@ -105,7 +105,7 @@ def evaluate(trained: Trained) -> dict[str, Any]:
     source = trained.source
     is_toy = source.num_levels is None
     examples = source.held_out("test", settings.num_examples if is_toy else _everything(source), trained.config.seed)
-    estimator = config_lib.build_estimator(settings.logdet)
+    estimator = settings.logdet.build()
     num_noise = 1 if is_toy else settings.num_dequantisations
     num_probes = 1 if isinstance(estimator, ExactLogdet) else settings.num_probe_draws
     name = density.objective_name(trained.spec)
@@ -190,7 +190,7 @@ def _compare(estimated: Float[np.ndarray, " n"], exact: Float[np.ndarray, " n"])
     return {"mean": float(exact.mean()), "difference": float(difference.mean()), "z": float(difference.mean() / stderr)}
 
 
-def _everything(source: run.Source) -> int:
+def _everything(source: Source) -> int:
     assert source.images is not None
     return len(source.images.images["test"])
 

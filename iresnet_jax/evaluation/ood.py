@@ -20,7 +20,6 @@ from iresnet_jax import data
 from iresnet_jax.data import feed
 from iresnet_jax.evaluation.trained import Trained
 from iresnet_jax.models import classifier, density
-from iresnet_jax.training import config as config_lib
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
 
 OTHERS = ("rotated", "noise")
@@ -151,7 +150,7 @@ def _classifier_scores(trained: Trained) -> Score:
 
 def _density_scores(trained: Trained) -> Score:
     spec = trained.spec
-    estimator = config_lib.build_estimator(trained.config.evaluation.logdet)
+    estimator = trained.config.evaluation.logdet.build()
 
     @jax.jit
     def bits(images, indices):

@@ -15,7 +15,7 @@ from iresnet_jax.evaluation.trained import Trained, require_density
 from iresnet_jax.files import replacing
 from iresnet_jax.models import density
 from iresnet_jax.report import plots
-from iresnet_jax.training import config as config_lib
+from iresnet_jax.training.building import build_solver
 
 
 class Samples(NamedTuple):
@@ -56,7 +56,7 @@ def draw(
         raise ValueError(f"seed must not be negative, got {seed}")
     require_density(trained, "samples")
     spec = trained.spec
-    solver = config_lib.build_solver(trained.config.evaluation)
+    solver = build_solver(trained.config.evaluation)
     at_once = min(num, trained.config.evaluation.batch_size)
 
     @jax.jit

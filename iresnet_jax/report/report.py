@@ -18,8 +18,8 @@ from iresnet_jax.evaluation import samples as sample
 from iresnet_jax.evaluation.trained import Trained
 from iresnet_jax.files import replacing
 from iresnet_jax.models import density
+from iresnet_jax.plain import to_plain
 from iresnet_jax.report import page, plots
-from iresnet_jax.training import config as config_lib
 from iresnet_jax.training.metrics import read_metrics
 
 NUM_IMAGES, NUM_POINTS = 64, 2000  # samples shown
@@ -46,7 +46,7 @@ def write(trained: Trained) -> dict[str, Any]:
     if trained.is_bijective:
         found, drawn = _of_bijection(trained)
         results, figures = {**results, **found}, {**figures, **drawn}
-    config = config_lib.to_plain(trained.config)
+    config = to_plain(trained.config)
     report = {
         **results,
         "train": training_times(records, trained.step),
