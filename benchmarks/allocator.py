@@ -15,6 +15,8 @@ from pathlib import Path
 
 from _record import Timing, describe, parser, summarize, write
 
+from iresnet_jax.training.source import load_source
+
 BASELINE, OURS = "default", "kept"
 STEPS = 5  # of a turn
 
@@ -35,10 +37,10 @@ def work(path, name):
     import jax
     import numpy as np
 
-    from iresnet_jax.training import loop, parallel, run, state
+    from iresnet_jax.training import loop, parallel, state
 
     config = get_config(path)
-    objective = loop.build_objective(config, run.load_source(config.data.name, config.data.data_dir))
+    objective = loop.build_objective(config, load_source(config.data.name, config.data.data_dir))
     current = state.create(objective.initial_variables(), objective.optimizer, num_terms=objective.num_terms)
     batch = next(loop.batches(config, objective.examples, 0))
     step = parallel.parallelize(objective.make_step(objective.num_terms))

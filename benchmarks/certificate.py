@@ -19,7 +19,7 @@ from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import density
 from iresnet_jax.models import flow as model
 from iresnet_jax.models import linen as modules
-from iresnet_jax.training import run
+from iresnet_jax.training.initialization import num_parameters
 
 # side, data channels, hidden width, batch: small models first, then the three scales of a network for 32 x 32 images
 STEPS = (
@@ -78,7 +78,7 @@ def whole_model(width: int):
     frozen = jax.block_until_ready(jax.jit(lambda p: model.freeze(spec, p))(params))
     seconds = time.perf_counter() - begin
     largest = max(float(stage["lipschitz"].max()) for stage in frozen.weights.values())
-    return {"parameters": run.num_parameters(params), "freeze_and_certify_s": seconds, "largest_block_bound": largest}
+    return {"parameters": num_parameters(params), "freeze_and_certify_s": seconds, "largest_block_bound": largest}
 
 
 def main():

@@ -12,8 +12,9 @@ import jax
 import numpy as np
 from _record import describe, interleave, parser, summarize, write
 
-from iresnet_jax.training import parallel, run, state
+from iresnet_jax.training import parallel, state
 from iresnet_jax.training.objectives import classification
+from iresnet_jax.training.source import load_source
 
 VARIANTS = {"unconstrained": "none", "estimated": "estimated", "certified": "certified"}
 
@@ -50,7 +51,7 @@ def main():
     for name, norms in VARIANTS.items():
         config = get_config(arguments.config, arguments.variant)
         config.constraint.norms = norms
-        source = run.load_source(config.data.name, config.data.data_dir)
+        source = load_source(config.data.name, config.data.data_dir)
         steps[name] = make_step(config, source)
     timings = interleave(steps, turns=3 if arguments.quick else 100, warmup=2)
     print(describe(timings, "unconstrained"))

@@ -32,8 +32,10 @@ from _record import parser, table, write
 from iresnet_jax.data.batches import batch_indices
 from iresnet_jax.evaluation import environment, trained
 from iresnet_jax.models import density
-from iresnet_jax.training import run
+from iresnet_jax.training.building import density_spec
+from iresnet_jax.training.initialization import abstract_variables, num_parameters
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
+from iresnet_jax.training.source import Source, load_source
 
 try:
     import normflows as nf
@@ -66,7 +68,7 @@ class Ours(NamedTuple):
     """What a training run of ours left behind."""
 
     config: Any
-    source: run.Source
+    source: Source
     spec: density.DensitySpec
     num_parameters: int
     report: dict
@@ -85,9 +87,9 @@ def load_ours(workdir, data_dir):
     config = trained.parse_config(report["config"], path)
     if "bits_per_dim" not in report:
         raise ValueError(f"{workdir} is a run on {config.data.name}: the comparison needs one on images")
-    source = run.load_source(config.data.name, data_dir or config.data.data_dir)
-    spec = run.density_spec(config, source)
-    return Ours(config, source, spec, run.num_parameters(run.abstract_variables(config, spec)["params"]), report)
+    source = load_source(config.data.name, data_dir or config.data.data_dir)
+    spec = density_spec(config, source)
+    return Ours(config, source, spec, num_parameters(abstract_variables(config, spec)["params"]), report)
 
 
 class Inputs:

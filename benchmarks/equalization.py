@@ -11,7 +11,7 @@ from _record import parser, table, write
 
 from iresnet_jax.bijections import equalize as histogram
 from iresnet_jax.bijections import likelihood
-from iresnet_jax.training import run
+from iresnet_jax.training.source import load_source
 
 
 def bits(images, num_levels, frequencies, shares):
@@ -23,7 +23,7 @@ def bits(images, num_levels, frequencies, shares):
 
 def measure(name, num):
     """Both code lengths of a data set's test images."""
-    images = run.load_source(name).images
+    images = load_source(name).images
     train, test = images.images["train"], images.images["test"][:num]
     frequencies = histogram.level_frequencies(train, images.num_levels)
     shares = histogram.entry_shares(train, frequencies)

@@ -21,7 +21,6 @@ from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import density
 from iresnet_jax.models import flow as model
-from iresnet_jax.training import config as config_lib
 
 NUM_TERMS = 20
 WITH, WITHOUT = "closed form", "estimated"
@@ -49,7 +48,7 @@ def spreads(loaded, x, num_probes):
 
 def gradient_of(loaded, closed_form):
     """``(weights, x, key) ->`` the gradient of the objective as training has it, compiled with the closed form or without."""
-    estimator = dataclasses.replace(config_lib.build_estimator(loaded.config.logdet), exact_trace=closed_form)
+    estimator = dataclasses.replace(loaded.config.logdet.build(), exact_trace=closed_form)
     spec = loaded.spec
 
     def loss(weights, x, key):

@@ -24,7 +24,7 @@ from iresnet_jax.evaluation import trained
 from iresnet_jax.maths.inverse.fixed_point import Diagonal, invert_residual
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import flow as model
-from iresnet_jax.training import run
+from iresnet_jax.training.network_input import network_input
 
 TOLERANCE = 1e-5
 # Steps remembered, and whether the diagonal of the Jacobian is used where it has a closed form.
@@ -137,7 +137,7 @@ def main():
     loaded = trained.load(arguments.workdir)
     num = arguments.num or (16 if arguments.quick else 128)
     examples = loaded.source.held_out("test", num, loaded.config.seed)
-    _, x = run.network_input(loaded.spec, jax.random.key(0), jnp.asarray(examples))
+    _, x = network_input(loaded.spec, jax.random.key(0), jnp.asarray(examples))
     counted = count(loaded, x)
     print(f"evaluations until the error is at most {TOLERANCE}, mean over {len(x)} test examples (most):")
     rows = []

@@ -8,12 +8,14 @@ checkerboard 3.81 nats; here 2.398, 3.319 and 3.654 (benchmarks/results/toy_2d).
 cores, some beside another.
 """
 
-from iresnet_jax.training.config import default_config, estimator_settings
+from iresnet_jax.data.toys import TOYS
+from iresnet_jax.training.config import check_name, default_config, estimator_settings
 
 REPORTED = {"moons": 2.60, "circles": 3.44, "checkerboard": 3.81}
 
 
 def get_config(toy="moons"):
+    check_name(toy, TOYS)
     config = default_config()
     config.data.name = toy
     config.model.stages = ({"num_blocks": 16, "hidden": (64, 64), "activation": "clipswish"},)

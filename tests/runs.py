@@ -10,6 +10,8 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from iresnet_jax.training.config import parse
+
 ROOT = Path(__file__).parents[1]
 TOTAL_STEPS, EVAL_EVERY = 40, 2
 
@@ -72,8 +74,16 @@ def train_script():
     return module
 
 
-def config_of(source):
-    """The config that a config file's text returns."""
+def config_of(source, **changes):
+    """The parsed config of a config file's text, with settings such as ``{"training.total_steps": 3}`` changed."""
+    settings = settings_of(source)
+    with settings.unlocked():
+        settings.update_from_flattened_dict(changes)
+    return parse(settings)
+
+
+def settings_of(source):
+    """What a config file's text returns."""
     namespace = {}
     exec(source, namespace)
     return namespace["get_config"]()

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]  # train.py and configs/ are never installed
 
 # A folder's files may import those of folders further up in this list, and of their own.
 FOLDERS = ("maths", "bijections", "models", "data", "training", "evaluation", "report")
-# Files beside the folders: how files are written whole is for everyone, the others may import everything.
-FOR_EVERYONE, EDGES = ("files",), ("__init__", "__main__")
+# Files beside the folders: how files are written whole and dataclasses become JSON is for everyone, the others may import all.
+FOR_EVERYONE, EDGES = ("files", "plain"), ("__init__", "__main__")
 HEAVY = {"absl", "optax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "flax", "ml_collections"}
 
 

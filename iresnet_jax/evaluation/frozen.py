@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Num
 
@@ -27,8 +26,12 @@ from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import classifier, density
 from iresnet_jax.models import flow as model
-from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import naming, run
+from iresnet_jax.plain import to_plain
+from iresnet_jax.training import naming
+from iresnet_jax.training.building import Spec, model_spec
+from iresnet_jax.training.config import parse
+from iresnet_jax.training.initialization import abstract_variables
+from iresnet_jax.training.source import Source
 
 if TYPE_CHECKING:
     from iresnet_jax.evaluation.trained import Trained
@@ -157,7 +160,7 @@ def save(trained: "Trained", path: str | os.PathLike[str] | None = None) -> Path
         raise ValueError(f"{trained.workdir} holds a network with BatchNorm in its branches: it has no weights to freeze")
     path = trained.workdir / FILE_NAME if path is None else Path(path)
     facts = {
-        "config": config_lib.to_plain(trained.config),
+        "config": to_plain(trained.config),
         "event_shape": list(trained.source.event_shape),
         "num_levels": trained.source.num_levels,
         "num_classes": trained.source.num_classes,
@@ -196,16 +199,15 @@ def load(path: str | os.PathLike[str]) -> Any:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:  # checks every array's checksum
             named = {name: stored[name] for name in stored.files}
         facts = json.loads(named.pop(_FACTS).tobytes())
-        config: Any = ml_collections.ConfigDict(config_lib.with_later_defaults(facts["config"]))
-        source = run.Source(
+        config: Any = parse(facts["config"])
+        source = Source(
             config.data.name,
             tuple(facts["event_shape"]),
             facts["num_levels"],
             num_classes=facts.get("num_classes"),
-            frequencies=facts["frequencies"] and tuple(facts["frequencies"]),
-            shares=tuple(facts["shares"]) if facts.get("shares") else None,
         )
-        spec = run.model_spec(config, source)
+        frequencies, shares = (tuple(facts[name]) if facts.get(name) else None for name in ("frequencies", "shares"))
+        spec = model_spec(config, source, frequencies, shares)
         with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); models are in float32, wherever they are read
             shapes = jax.eval_shape(lambda: _shapes(config, spec))
         found = naming.from_named(named, shapes)
@@ -219,8 +221,8 @@ def load(path: str | os.PathLike[str]) -> Any:
     return FrozenModel(spec, prior=found["prior"], **common)
 
 
-def _shapes(config: Any, spec: run.Spec) -> Any:
-    variables = run.abstract_variables(config, spec)
+def _shapes(config: Any, spec: Spec) -> Any:
+    variables = abstract_variables(config, spec)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables)
     params = zeros["params"]
     fixed = model.freeze(spec.flow, params, constrained=config.constraint.norms != "none")

@@ -4,7 +4,6 @@ The parameters are the moving average of the checkpoint that was best on validat
 guaranteed bounds of their norms, so that every block is a certified contraction whatever training used (`model.freeze`).
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,14 +12,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 
 from iresnet_jax.evaluation import frozen
 from iresnet_jax.models import classifier
 from iresnet_jax.models import flow as model
-from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import naming, run, state
+from iresnet_jax.training import naming, state
+from iresnet_jax.training.backend import prepare_backend
+from iresnet_jax.training.building import build_optimizer
 from iresnet_jax.training.checkpoints import Checkpoints
+from iresnet_jax.training.config import Config
+from iresnet_jax.training.initialization import abstract_variables
+from iresnet_jax.training.run_folder import CONFIG_FILE, read_config, read_model
+from iresnet_jax.training.source import Source, load_source
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,9 @@ class Trained:
     """
 
     workdir: Path
-    config: Any
+    config: Config
     spec: Any  # a density.DensitySpec or classifier.ClassifierSpec, as `is_classifier` tells
-    source: run.Source
+    source: Source
     weights: Any = field(repr=False)
     prior: Any = field(repr=False)
     bounds: Mapping[str, Mapping[str, Any]] = field(repr=False)
@@ -83,7 +86,7 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
     """Loads the best checkpoint of a run, or the latest where there is no best one, which `Trained.notes` then says.
 
     A folder with nothing of a training but ``frozen.npz``, as of the models kept under ``benchmarks/results``, will do as well.
-    On an accelerator this also sets the precision of matrix products in this process, see `run.prepare_backend`.
+    On an accelerator this also sets the precision of matrix products in this process, see `prepare_backend`.
 
     Args:
         workdir: Folder of the run, as `loop.train` filled it, or of a frozen model.
@@ -99,14 +102,14 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
         ... )  # doctest: +SKIP
     """
     workdir = Path(workdir)
-    if (workdir / frozen.FILE_NAME).exists() and not (workdir / run.CONFIG_FILE).exists():
+    if (workdir / frozen.FILE_NAME).exists() and not (workdir / CONFIG_FILE).exists():
         return _of_frozen(frozen.load(workdir), workdir)
-    config = load_config(workdir)
-    run.prepare_backend(config)
-    source = run.load_source(config.data.name, config.data.data_dir)
-    spec = run.model_spec(config, source)
-    optimizer = config_lib.build_optimizer(config.optimizer, config.training.total_steps)
-    variables = run.abstract_variables(config, spec)
+    config = read_config(workdir)
+    prepare_backend(config.training.matmul_precision)
+    source = load_source(config.data.name, config.data.data_dir)
+    spec, _ = read_model(workdir)
+    optimizer = build_optimizer(config.optimizer, config.training.total_steps)
+    variables = abstract_variables(config, spec)
     target = jax.eval_shape(lambda: state.create(_zeros(variables), optimizer))
     best, step, notes = _restore(Checkpoints(workdir), target, workdir)
     constrained = config.constraint.norms != "none"
@@ -131,14 +134,14 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
 
 def _of_frozen(found: Any, workdir: Path) -> Trained:
     """A frozen model as `load` returns it, with its data; its bounds are computed anew, from the weights in the file."""
-    run.prepare_backend(found.config)
+    prepare_backend(found.config.training.matmul_precision)
     params = {name: {naming.STACKED: {**stage["branch"], "actnorm": stage["actnorm"]}} for name, stage in found.weights.items()}
     fixed = jax.jit(lambda params: model.freeze(found.spec.flow, params, constrained=False))(params)
     return Trained(
         workdir=workdir,
         config=found.config,
         spec=found.spec,
-        source=run.load_source(found.config.data.name, found.config.data.data_dir),
+        source=load_source(found.config.data.name, found.config.data.data_dir),
         weights=fixed.weights,
         prior=getattr(found, "prior", None),
         bounds=fixed.bounds,
@@ -162,43 +165,6 @@ def require_density(trained: Trained, what: str) -> None:
         )
 
 
-def load_config(workdir: Path) -> Any:
-    """The settings that a workdir was trained with.
-
-    Raises:
-        ValueError: If there are none or they are damaged.
-    """
-    if not workdir.is_dir():
-        raise ValueError(f"there is no workdir {workdir}: give the --workdir of a training run")
-    path = workdir / run.CONFIG_FILE
-    if not path.exists():
-        raise ValueError(f"{workdir} has no config.json, so it is not the workdir of a training run")
-    try:
-        plain = json.loads(path.read_text())
-    except ValueError:
-        raise ValueError(f"{path} is damaged: restore it from a copy") from None
-    return parse_config(plain, path)
-
-
-def parse_config(plain: Any, path: Path) -> Any:
-    """The settings that a file holds as JSON, in this version's form.
-
-    Args:
-        plain: What was read.
-        path: Where from, for the message.
-
-    Raises:
-        ValueError: If they are damaged.
-    """
-    try:
-        plain = config_lib.with_later_defaults(plain)
-    except (KeyError, TypeError):
-        raise ValueError(f"{path} is damaged: restore it from a copy") from None
-    if missing := _missing(config_lib.to_plain(config_lib.default_config()), plain):
-        raise ValueError(f"{path} lacks {missing}: it is damaged or was written by another version")
-    return ml_collections.ConfigDict(plain)
-
-
 def _restore(checkpoints: Checkpoints, target: Any, workdir: Path) -> tuple[state.TrainState, int, tuple[str, ...]]:
     """The state to use, its step, and what is to be said about the choice."""
     why = "there is no checkpoint chosen on validation"
@@ -215,17 +181,3 @@ def _restore(checkpoints: Checkpoints, target: Any, workdir: Path) -> tuple[stat
 
 def _zeros(shapes: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-
-def _missing(expected: Any, found: Any, path: str = "config") -> str | None:
-    """The first setting that is expected and not found."""
-    if not isinstance(expected, dict):
-        return None
-    if not isinstance(found, dict):
-        return path
-    for name, value in expected.items():
-        if name not in found:
-            return f"{path}.{name}"
-        if lacking := _missing(value, found[name], f"{path}.{name}"):
-            return lacking
-    return None

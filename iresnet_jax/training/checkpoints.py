@@ -70,6 +70,9 @@ class Checkpoints:
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}: it counts finished updates")
         metric = None if metric is None else float(metric)
+        for folder in (self._latest.parent, self._latest, self._best):
+            if folder.is_file():
+                raise NotADirectoryError(f"{folder} is a file: move it away, as it is in the place of a folder of checkpoints")
         named = to_named(state)
         best = self.best_metric
         if metric is not None and not math.isnan(metric) and (best is None or metric < best):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from iresnet_jax.training import config as config_lib
+from iresnet_jax.training.config import Config, parse, unknown_field_message
 from iresnet_jax.training.interruption import Stopped
 
 MISTAKE = 2  # exit status
@@ -27,7 +27,7 @@ class TrainFlags(NamedTuple):
         debug: Whether a failure shows its traceback.
     """
 
-    config: Any
+    config: Config
     workdir: Path
     debug: bool
 
@@ -107,7 +107,7 @@ def parse_train_flags(argv: Sequence[str], *, default_config: str) -> TrainFlags
         raise ValueError(f"unexpected argument {rest[0]!r}: settings are given as --config.FIELD=VALUE")
     path = config_flags.get_config_filename(values["config"])
     workdir = values["workdir"].value or Path("runs") / Path(path.split(":")[0]).stem
-    return TrainFlags(values["config"].value, Path(workdir), bool(values["debug"].value))
+    return TrainFlags(parse(values["config"].value), Path(workdir), bool(values["debug"].value))
 
 
 def _joined(arguments: list[str]) -> list[str]:
@@ -147,5 +147,5 @@ def _explain_override(program: str, arguments: list[str]) -> str | None:
             _parse([program, *others, override])
         except (AttributeError, LookupError, TypeError):
             path = re.sub(r"^--?(no)?config\.", "", override).split("=")[0]
-            return config_lib.unknown_field_message(config, path)
+            return unknown_field_message(config, path)
     return None

@@ -2,12 +2,11 @@
 
 A workdir belongs to one config. Running the same command again resumes from the newest intact checkpoint, and goes on bit for
 bit as if it had not been stopped: batches and random numbers are functions of (seed, step). A run that is told to stop saves
-the step it has reached (where that lies between two lines of its log, the next averages over what is left); one that is killed
-loses what came after the last validation, and hardly more than `SAVE_SECONDS`.
+the step it has reached; if that lies between two lines of its log, the next line averages over the steps after it. A run that
+is killed loses the steps since its last checkpoint, which is at most `SAVE_SECONDS` and one step old.
 """
 
 import itertools
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -15,153 +14,201 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from iresnet_jax.data.device_batches import device_batches
-from iresnet_jax.files import replacing
-from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import exclusive, parallel, run, state
+from iresnet_jax.data import device_feed
+from iresnet_jax.training import parallel, run_folder
+from iresnet_jax.training.backend import device_summary, prepare_backend, require_one_process
+from iresnet_jax.training.building import Spec, model_spec
 from iresnet_jax.training.checkpoints import Checkpoints
+from iresnet_jax.training.config import Config
+from iresnet_jax.training.initialization import num_parameters
 from iresnet_jax.training.interruption import Stopped, StopRequests
 from iresnet_jax.training.metrics import MetricWriter, Progress, check_finite
-from iresnet_jax.training.objectives import classification, hybrid
-from iresnet_jax.training.objectives import likelihood as density
+from iresnet_jax.training.objectives import classification, hybrid, likelihood
 from iresnet_jax.training.objectives.objective import Objective
+from iresnet_jax.training.source import Source, load_source
+from iresnet_jax.training.state import TrainState, create
 
-OBJECTIVES = {"density": density.objective, "classification": classification.objective, "hybrid": hybrid.objective}
+OBJECTIVES = {"density": likelihood.objective, "classification": classification.objective, "hybrid": hybrid.objective}
 
 SAVE_SECONDS = 600.0  # between checkpoints, where validations are further apart
 
 
-def train(config: Any, workdir: str | os.PathLike[str]) -> state.TrainState:
+def train(config: Config, workdir: str | os.PathLike[str]) -> TrainState:
     """Trains to ``config.training.total_steps``, from where the workdir's newest checkpoint stands.
 
     Args:
-        config: All settings; see `config.default_config`.
-        workdir: Folder of the run: config, metrics, checkpoints.
+        config: All settings, from `config.parse`.
+        workdir: Folder of the run: config, model, metrics, checkpoints.
 
     Returns:
         The last state.
 
     Raises:
-        ValueError: If settings contradict each other or the workdir belongs to another config.
+        ValueError: If settings contradict each other or the data, or the workdir belongs to another config or other data.
         RuntimeError: If training blows up; the last good checkpoint stays.
         Stopped: On Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
     workdir = Path(workdir)
-    settings = config.training
-    config_lib.check_settings(config)
-    run.prepare_backend(config)
-    source = run.load_source(config.data.name, config.data.data_dir)
-    parallel.check_global_batch_size(settings.batch_size)
-    objective = build_objective(config, source)
-    claim_workdir(workdir, config_lib.to_plain(config))
-    with exclusive.alone_in(workdir):
+    require_one_process()
+    prepare_backend(config.training.matmul_precision)
+    source = load_source(config.data.name, config.data.data_dir)
+    check_batch_size(config.training.batch_size, source)
+    run_folder.check_belongs_to(workdir, config)
+    spec = run_folder.model_for(workdir, config, source)
+    objective = build_objective(config, source, spec)
+    run_folder.claim(workdir, config, spec, source)
+    with run_folder.alone_in(workdir):
         return _train(config, workdir, objective)
 
 
-def _train(config: Any, workdir: Path, objective: Objective) -> state.TrainState:
-    settings = config.training
-    started = time.monotonic()
-    fresh = state.create(objective.initial_variables(), objective.optimizer, num_terms=objective.num_terms)
-    checkpoints = Checkpoints(workdir)
-    logging.info("%s: %d parameters on %s", workdir, run.num_parameters(fresh.params), run.device_summary())
-    restored = checkpoints.restore_latest(fresh)
-    current, first_step = restored or (fresh, 0)
-    if first_step:
-        logging.info("resuming from step %d of %d", first_step, settings.total_steps)
-    parallel_step = parallel.parallelize(objective.make_step(int(current.num_terms)))
-    validate = objective.make_validation()
-    with MetricWriter(workdir) as writer, Progress(settings.total_steps, first_step) as progress, StopRequests() as stop:
-        writer.truncate_after(first_step)
-        window: list[Any] = []
-        timed_steps, window_start, compiled = 0, time.monotonic(), False
-        saved_at = time.monotonic()
-        feed = batches(config, objective.examples, first_step)
-        for step, batch in zip(range(first_step, settings.total_steps), feed, strict=False):
-            current, metrics = parallel_step(current, batch)
-            window.append(metrics)
-            timed_steps += 1
-            if not compiled:
-                jax.block_until_ready(metrics)
-                if step == first_step:
-                    writer.write(step, {"compile_seconds": time.monotonic() - started}, split="timing")
-                timed_steps, window_start, compiled = 0, time.monotonic(), True
-            done = step + 1
-            evaluate = done == settings.total_steps or done % settings.eval_every_steps == 0
-            if evaluate or done % settings.log_every_steps == 0:
-                means = mean_over_window(jax.device_get(window))
-                check_finite(means, done - len(window), done)
-                if timed_steps:
-                    means["seconds_per_step"] = (time.monotonic() - window_start) / timed_steps
-                writer.write(done, means)
-                progress.update(done, {objective.name: means[objective.name]})
-                window, timed_steps, window_start = [], 0, time.monotonic()
-            if evaluate:
-                held_out = validate(current)
-                check_finite(held_out, done, done)
-                writer.write(done, held_out, split="validation")
-                num_terms = int(held_out.get("num_terms", int(current.num_terms)))
-                if num_terms != int(current.num_terms):
-                    current = current._replace(num_terms=jnp.int32(num_terms))
-                    parallel_step, compiled = parallel.parallelize(objective.make_step(num_terms)), False
-                checkpoints.save(done, current, metric=objective.loss(held_out))
-                name = objective.name
-                logging.info("step %d of %d: validation %s %.4f", done, settings.total_steps, name, held_out[name])
-                window_start = saved_at = time.monotonic()
-            elif stop.received or (not window and time.monotonic() - saved_at > SAVE_SECONDS):
-                if window:
-                    check_finite(mean_over_window(jax.device_get(window)), done - len(window), done)
-                checkpoints.save(done, current)
-                window_start = saved_at = time.monotonic()
-            if stop.received:
-                there = f"after step {done} of {settings.total_steps}"
-                raise Stopped(f"stopped by {stop.received.name} {there}: the same command goes on from it", stop.received)
-    return current
+def _train(config: Config, workdir: Path, objective: Objective) -> TrainState:
+    total_steps = config.training.total_steps
+    with MetricWriter(workdir) as writer, StopRequests() as stop:
+        trainer = _Trainer(config, workdir, objective, writer, stop)
+        with Progress(total_steps, trainer.step) as progress:
+            feed = batches(config, objective.examples, trainer.step)
+            for batch in itertools.islice(feed, total_steps - trainer.step):
+                trainer.take_step(batch)
+                if trainer.step % config.training.log_every_steps == 0 or trainer.is_validation_due:
+                    means = trainer.log()
+                    progress.update(trainer.step, {objective.name: means[objective.name]})
+                if trainer.is_validation_due:
+                    trainer.validate()
+                elif stop.received or trainer.is_save_due:
+                    trainer.save()
+                if stop.received:
+                    there = f"after step {trainer.step} of {total_steps}"
+                    raise Stopped(f"stopped by {stop.received.name} {there}: the same command goes on from it", stop.received)
+    return trainer.state
 
 
-def build_objective(config: Any, source: run.Source) -> Objective:
+class _Trainer:
+    """A run between two steps: its state, what it has not logged yet, and its clocks."""
+
+    def __init__(self, config: Config, workdir: Path, objective: Objective, writer: MetricWriter, stop: StopRequests):
+        self._started = time.monotonic()
+        self._settings, self._objective, self._writer, self._stop = config.training, objective, writer, stop
+        fresh = create(objective.initial_variables(), objective.optimizer, num_terms=objective.num_terms)
+        logging.info("%s: %d parameters on %s", workdir, num_parameters(fresh.params), device_summary())
+        self._checkpoints = Checkpoints(workdir)
+        self.state, self.step = self._checkpoints.restore_latest(fresh) or (fresh, 0)
+        self._first_step = self.step
+        if self.step:
+            logging.info("resuming from step %d of %d", self.step, self._settings.total_steps)
+        writer.truncate_after(self.step)
+        self._validate = objective.make_validation()
+        self._saved_at = time.monotonic()
+        self._window: list[Any] = []  # metrics of the steps since the last line of the log
+        self._compile_later()
+
+    def _compile_later(self) -> None:
+        self._parallel_step = parallel.parallelize(self._objective.make_step(int(self.state.num_terms)))
+        self._is_compiled = False
+
+    def _start_window(self) -> None:
+        self._window, self._timed_steps, self._window_start = [], 0, time.monotonic()
+
+    def take_step(self, batch: Any) -> None:
+        """Updates the state by one batch; the first call compiles, which the times of the log leave out."""
+        self.state, metrics = self._parallel_step(self.state, batch)
+        self._window.append(metrics)
+        if self._is_compiled:
+            self._timed_steps += 1
+        else:
+            jax.block_until_ready(metrics)
+            if self.step == self._first_step:
+                seconds = time.monotonic() - self._started
+                self._writer.write(self.step, {"compile_seconds": seconds}, split="timing")
+            self._timed_steps, self._window_start, self._is_compiled = 0, time.monotonic(), True
+        self.step += 1
+        self._stop.unsaved = True
+
+    @property
+    def is_validation_due(self) -> bool:
+        """Whether this is a step behind which the state is validated."""
+        return self.step == self._settings.total_steps or self.step % self._settings.eval_every_steps == 0
+
+    @property
+    def is_save_due(self) -> bool:
+        """Whether a line of the log has just been written and the last checkpoint is old."""
+        return not self._window and time.monotonic() - self._saved_at > SAVE_SECONDS
+
+    def log(self) -> dict[str, float]:
+        """Writes the means over the steps since the last line of the log, and returns them."""
+        means = self._checked_means()
+        if self._timed_steps:
+            means["seconds_per_step"] = (time.monotonic() - self._window_start) / self._timed_steps
+        self._writer.write(self.step, means)
+        self._start_window()
+        return means
+
+    def _checked_means(self) -> dict[str, float]:
+        means = mean_over_window(jax.device_get(self._window))
+        check_finite(means, self.step - len(self._window), self.step)
+        return means
+
+    def validate(self) -> None:
+        """Measures the state on held-out data, lets the objective adapt it, and saves it."""
+        held_out = self._validate(self.state)
+        check_finite(held_out.metrics, self.step, self.step)
+        self._writer.write(self.step, held_out.metrics, split="validation")
+        adapted = self._objective.adapt(self.state, held_out)
+        if int(adapted.num_terms) != int(self.state.num_terms):
+            self.state = adapted
+            self._compile_later()
+        self._save(self._objective.loss(held_out.metrics))
+        name = self._objective.name
+        total = self._settings.total_steps
+        logging.info("step %d of %d: validation %s %.4f", self.step, total, name, held_out.metrics[name])
+
+    def save(self) -> None:
+        """Saves the state between two validations, unless the steps since the last line of the log blew up."""
+        if self._window:
+            self._checked_means()
+        self._save(None)
+
+    def _save(self, metric: float | None) -> None:
+        self._checkpoints.save(self.step, self.state, metric=metric)
+        self._window_start = self._saved_at = time.monotonic()
+        self._stop.unsaved = False
+
+
+def check_batch_size(batch_size: int, source: Source) -> None:
+    """Raises ``ValueError`` unless a batch can be split over the devices and is no larger than the training data."""
+    parallel.check_global_batch_size(batch_size)
+    num = None if source.images is None else len(source.images.images["train"])
+    if num is not None and batch_size > num:
+        raise ValueError(
+            f"config.training.batch_size must be at most {num}, the training examples of {source.name}, got {batch_size}"
+        )
+
+
+def build_objective(config: Config, source: Source, spec: Spec | None = None) -> Objective:
     """What ``config.objective`` names, for the data of a run.
 
+    Args:
+        config: All settings.
+        source: The data.
+        spec: The model; by default the one of config and data.
+
     Raises:
-        ValueError: If there is none of that name, or settings do not fit it.
+        ValueError: If settings do not fit the data.
     """
-    if config.objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {config.objective!r}")
-    return OBJECTIVES[config.objective](config, source)
+    return OBJECTIVES[config.objective](config, source, model_spec(config, source) if spec is None else spec)
 
 
-def batches(config: Any, examples: Any, first_step: int) -> Iterator[Any]:
+def batches(config: Config, examples: Any, first_step: int) -> Iterator[Any]:
     """The batch of every step from ``first_step`` on, split over the local devices; placeholders for endless data."""
     size = config.training.batch_size
     if examples is None:
         placeholder = parallel.shard(np.zeros(size, np.float32))
         return itertools.repeat(placeholder)
-    return device_batches(examples, seed=config.seed, batch_size=size, first_step=first_step)
+    return device_feed.batches(examples, seed=config.seed, batch_size=size, first_step=first_step)
 
 
 def mean_over_window(metrics: list[dict[str, Any]]) -> dict[str, float]:
     """The mean of every metric over some steps, in float64."""
     return {name: float(np.mean([m[name] for m in metrics], dtype=np.float64)) for name in metrics[0]}
-
-
-def claim_workdir(workdir: Path, config: dict[str, Any]) -> None:
-    """Writes ``config.json`` into a new workdir, or checks that the one there is the same.
-
-    Raises:
-        ValueError: If it differs; names the first difference.
-    """
-    path = workdir / run.CONFIG_FILE
-    if path.exists():
-        try:
-            theirs = config_lib.with_later_defaults(json.loads(path.read_text()))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"{path} is damaged: restore it, or choose another --workdir") from None
-        if difference := config_lib.first_difference(config, theirs):
-            raise ValueError(f"{workdir} holds a run with another config: {difference}; choose another --workdir or delete it")
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as incoming:
-        incoming.write_text(json.dumps(config, indent=2) + "\n")

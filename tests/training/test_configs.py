@@ -1,6 +1,7 @@
 """The configs that come with the library: what they describe, and one step of each cut-down copy."""
 
 import importlib.util
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,14 @@ from runs import ROOT
 
 from iresnet_jax.bijections import bijection as bijections
 from iresnet_jax.data import toys
+from iresnet_jax.data.images import ImageData
 from iresnet_jax.evaluation import frozen
-from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import loop, parallel, run, state
+from iresnet_jax.plain import first_difference, to_plain
+from iresnet_jax.training import loop, parallel, state
+from iresnet_jax.training.building import model_spec
+from iresnet_jax.training.config import parse
+from iresnet_jax.training.initialization import abstract_variables
+from iresnet_jax.training.source import Source, load_source
 
 SHAPES = {
     "digits": (8, 8, 1),
@@ -55,45 +61,43 @@ def get_config(name, argument):
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(*([] if argument is None else [argument]))
+    return parse(module.get_config(*([] if argument is None else [argument])))
 
 
 def source_of(config):
     """Random images of the data set's shape, or the toy."""
     name = config.data.name
     if name in toys.TOYS:
-        return run.load_source(name)
+        return load_source(name)
     shape, levels = SHAPES[name], LEVELS.get(name, 256)
     images = np.random.default_rng(0).integers(0, levels, (16, *shape), np.uint8)
     splits = {split: images for split in ("train", "validation", "test")}
     classes = CLASSES.get(name, 10)
     labels = {split: np.arange(16, dtype=np.int32) % classes for split in splits}
-    return run.Source(name, shape, levels, images=run.Images(levels, splits, labels), num_classes=classes)
+    return Source(name, shape, levels, images=ImageData(name, levels, classes, splits, labels), num_classes=classes)
 
 
 @pytest.mark.parametrize(("name", "argument", "num_parameters"), CASES)
 def test_configs_describe_models_that_fit_their_data(name, argument, num_parameters):
     config = get_config(name, argument)
     source = source_of(config)
-    spec = run.model_spec(config, source)
-    params = run.abstract_variables(config, spec)["params"]
+    spec = model_spec(config, source)
+    params = abstract_variables(config, spec)["params"]
     if num_parameters is not None:
-        assert run.num_parameters(params) == num_parameters
-    config_lib.build_estimator(config.logdet)
-    config_lib.build_estimator(config.evaluation.logdet)
-    config_lib.build_optimizer(config.optimizer, config.training.total_steps)
+        assert num_parameters(params) == num_parameters
     loop.build_objective(config, source)
 
 
 @pytest.mark.parametrize("name", ["iresnet_density", "residual_flow_density"])
 def test_a_cut_down_copy_takes_a_step(name):
     config = get_config(name, "mnist")
-    config.model.stages = tuple(
-        {**stage, "num_blocks": 1, "hidden": (4,) * len(stage["hidden"])} for stage in config.model.stages
+    narrow = [replace(stage, num_blocks=1, hidden=(4,) * len(stage.hidden)) for stage in config.model.stages]
+    config = replace(
+        config,
+        model=replace(config.model, stages=tuple(narrow)),
+        training=replace(config.training, batch_size=8, actnorm_examples=16, blocks="scan"),
+        optimizer=replace(config.optimizer, warmup_steps=0),  # or the first step would not move
     )
-    config.training.update({"batch_size": 8, "actnorm_examples": 16})
-    config.training.blocks = "scan"
-    config.optimizer.warmup_steps = 0  # or the first step would not move
     source = source_of(config)
     objective = loop.build_objective(config, source)
     current = state.create(objective.initial_variables(), objective.optimizer)
@@ -105,6 +109,11 @@ def test_a_cut_down_copy_takes_a_step(name):
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), current.params, after.params)
     assert any(jax.tree.leaves(moved))
     assert int(after.step) == 1
+
+
+def test_an_unknown_toy_is_answered_with_those_there_are():
+    with pytest.raises(ValueError, match=r"knows no 'mons' after its colon: the names are .*moons"):
+        get_config("toy_2d", "mons")
 
 
 @pytest.mark.parametrize("name", ["iresnet_density", "residual_flow_density", "iresnet_classification"])
@@ -120,8 +129,8 @@ def test_an_unknown_variant_is_answered_in_a_sentence():
 
 @pytest.mark.parametrize("name", ["digits_classification", "mnist_classification", "fashion_mnist_classification"])
 def test_a_variant_changes_the_constraint_and_at_most_the_learning_rate(name):
-    plain, half, vanilla = (config_lib.to_plain(get_config(name, variant)) for variant in (None, "0.5", "vanilla"))
-    batchnorm = config_lib.to_plain(get_config(name, "batchnorm"))
+    plain, half, vanilla = (to_plain(get_config(name, variant)) for variant in (None, "0.5", "vanilla"))
+    batchnorm = to_plain(get_config(name, "batchnorm"))
     half["model"]["coeff"] = 0.9
     batchnorm["classifier"]["normalization"] = "actnorm"
     assert batchnorm == vanilla
@@ -141,8 +150,8 @@ def test_there_are_kept_models():
 @pytest.mark.parametrize("file", KEPT, ids=lambda path: path.parent.name)
 def test_kept_models_are_those_of_their_configs_and_can_be_inverted(file):
     kept = frozen.load(file)
-    config = config_lib.to_plain(get_config(file.parent.name, None))
-    assert config_lib.first_difference(config, config_lib.to_plain(kept.config)) is None
+    config = to_plain(get_config(file.parent.name, None))
+    assert first_difference(config, to_plain(kept.config), "config") is None
     assert all(float(jnp.max(stage["lipschitz"])) < 1 for stage in kept.weights.values())
     levels = kept.spec.num_levels
     height, width, channels = SHAPES[config["data"]["name"]]

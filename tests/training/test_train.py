@@ -17,13 +17,17 @@ import runs
 from runs import EVAL_EVERY, ROOT, TOTAL_STEPS
 
 from iresnet_jax.models import flow as model
-from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import loop, parallel, run, state
+from iresnet_jax.plain import to_plain
+from iresnet_jax.training import loop, parallel, state
+from iresnet_jax.training.building import build_constraint, build_optimizer, build_schedule, density_spec, unroll
 from iresnet_jax.training.command_line import asks_for_debug
-from iresnet_jax.training.exclusive import alone_in
+from iresnet_jax.training.config import parse
+from iresnet_jax.training.initialization import initial_variables
 from iresnet_jax.training.interruption import SIGNALS, Stopped, StopRequests
 from iresnet_jax.training.metrics import read_metrics
 from iresnet_jax.training.objectives.likelihood import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys, make_step
+from iresnet_jax.training.run_folder import alone_in, claim, model_for, read_config, read_model
+from iresnet_jax.training.source import load_source
 
 # The same sums in another order, in float32; Adam divides by the root of tiny second moments, which magnifies their rounding.
 DEVICE_RTOL, DEVICE_ATOL = 1e-4, 1e-5
@@ -173,12 +177,11 @@ def test_a_second_signal_stops_at_once(config, tmp_path, happens_before):
 
 
 def test_a_run_that_blew_up_is_not_saved_when_told_to_stop(config, tmp_path, happens_before, monkeypatch):
-    with config.copy_and_resolve_references().unlocked() as config:
-        config.training.log_every_steps = config.training.eval_every_steps = 4
+    config = runs.config_of(runs.TOY_CONFIG, **{"training.log_every_steps": 4, "training.eval_every_steps": 4})
     whole = loop.build_objective
 
-    def blown_up(config, source):
-        objective = whole(config, source)
+    def blown_up(config, source, spec):
+        objective = whole(config, source, spec)
 
         def make_step(num_terms):
             step = objective.make_step(num_terms)
@@ -247,21 +250,20 @@ def test_signals_that_are_ignored_stay_ignored_and_threads_hear_none():
 # --- what is trained ------------------------------------------------------------------------------------------------
 
 
-def config_of_one_block(*, max_num_terms=0, **estimator):
+def config_of_one_block(*, max_num_terms=0, training=None, **estimator):
     """A block whose log-determinant is trained like this, and exact in validation."""
-    config = runs.config_of(runs.TOY_CONFIG)
-    with config.unlocked():
-        config.model.stages = ({"num_blocks": 1, "hidden": (8,)},)
-        config.logdet = config_lib.estimator_settings(**estimator)
-        config.evaluation.logdet = config_lib.estimator_settings(kind="exact")
-        config.training.max_num_terms = max_num_terms
-    return config
+    settings = runs.settings_of(runs.TOY_CONFIG)
+    settings.model.stages = ({"num_blocks": 1, "hidden": (8,)},)
+    settings.logdet.update(estimator)
+    settings.evaluation.logdet.kind = "exact"
+    settings.training.update({"max_num_terms": max_num_terms, **(training or {})})
+    return parse(settings)
 
 
 def validate_untrained(**settings):
     """Validation of that block, its state without training, and that state constrained."""
     config = config_of_one_block(**settings)
-    objective = loop.build_objective(config, run.load_source(config.data.name))
+    objective = loop.build_objective(config, load_source(config.data.name))
     validation = objective.make_validation()
     current = state.create(objective.initial_variables(), objective.optimizer, num_terms=objective.num_terms)
     return validation, current, validation.constrain(current)
@@ -270,14 +272,14 @@ def validate_untrained(**settings):
 def test_validation_says_what_training_gains_by_what_it_cuts_off(caplog):
     many = {"kind": "series", "num_probes": 1000}
     validation, current, (weights, prior) = validate_untrained(num_terms=1, **many)  # whose trace is exact
-    source = run.load_source("moons")
+    source = load_source("moons")
     x = jnp.asarray(source.held_out("validation", 32, 0))
     jacobians = jax.vmap(jax.jacfwd(lambda x: model.bijection(validation.spec.flow, weights).forward(x[None])[0]))(x)
     scales = np.exp(weights["stage0"]["actnorm"]["log_scale"][0])
     of_block = np.asarray(jacobians / scales[None, None, :], np.float64)
     missed = np.linalg.slogdet(of_block)[1] - (np.trace(of_block, axis1=1, axis2=2) - 2)  # log det(I + J) - tr J
     with caplog.at_level("WARNING"):
-        means = validation.measure(current, (weights, prior))
+        means, _ = validation.measure(current, (weights, prior))
     np.testing.assert_allclose(means["training_bias"], missed.mean(), atol=1e-3)  # of 32,000 probes
     assert missed.mean() < -ALARMING_BIAS
     assert f"reads nll lower by {-means['training_bias']:.3f}" in caplog.text
@@ -287,7 +289,7 @@ def test_validation_says_what_training_gains_by_what_it_cuts_off(caplog):
     for kind in ("series", "krylov"):  # with the same probes, even few
         patient, current, _ = validate_untrained(kind=kind, num_terms=20)
         with caplog.at_level("WARNING"):
-            assert abs(patient.measure(current, (weights, prior))["training_bias"]) < 1e-4
+            assert abs(patient.measure(current, (weights, prior)).metrics["training_bias"]) < 1e-4
     assert not caplog.text
 
 
@@ -295,11 +297,13 @@ def test_terms_are_raised_until_nothing_is_left_to_exploit(caplog):
     validation, current, constrained = validate_untrained(kind="series", num_terms=1, num_probes=100, max_num_terms=100)
 
     def bias_with(num_terms):
-        return validation.measure(current._replace(step=jnp.int32(TOTAL_STEPS), num_terms=jnp.int32(num_terms)), constrained)
+        return validation.measure(
+            current._replace(step=jnp.int32(TOTAL_STEPS), num_terms=jnp.int32(num_terms)), constrained
+        ).metrics
 
     with caplog.at_level("INFO"):
-        means = validation.measure(current, constrained)
-    num_terms = means["num_terms"]
+        means, num_terms = validation.measure(current, constrained)
+    assert means["num_terms"] == num_terms
     tried = [1, 2, 3, 5, 8, 12, 18, 27]
     assert num_terms in tried[1:]
     assert f"training goes on with {num_terms} terms" in caplog.text
@@ -310,18 +314,18 @@ def test_terms_are_raised_until_nothing_is_left_to_exploit(caplog):
 
 def test_terms_are_not_raised_beyond_the_most_that_are_allowed():
     validation, current, constrained = validate_untrained(kind="series", num_terms=1, max_num_terms=2)
-    assert validation.measure(current, constrained)["num_terms"] == 2
+    assert validation.measure(current, constrained).num_terms == 2
 
 
 @pytest.mark.parametrize("kind", ["roulette", "exact"])
 def test_an_unbiased_training_has_no_bias_to_show(kind):
     validation, current, constrained = validate_untrained(kind=kind)
-    assert set(validation.measure(current, constrained)) == {"nll", "log_prior", "log_det"}
+    assert set(validation.measure(current, constrained).metrics) == {"nll", "log_prior", "log_det"}
 
 
 def test_a_run_that_raised_its_terms_resumes_with_them(tmp_path, happens_before):
-    config = config_of_one_block(kind="series", num_terms=1, num_probes=100, max_num_terms=100)
-    config.training.update({"total_steps": 6, "eval_every_steps": 2})
+    settings = {"kind": "series", "num_terms": 1, "num_probes": 100, "training": {"total_steps": 6, "eval_every_steps": 2}}
+    config = config_of_one_block(max_num_terms=100, **settings)
     whole = loop.train(config, tmp_path / "whole")
     by_step = {record["step"]: record for record in measurements(tmp_path / "whole") if record["split"] == "validation"}
     raised = by_step[2]["num_terms"]
@@ -335,8 +339,7 @@ def test_a_run_that_raised_its_terms_resumes_with_them(tmp_path, happens_before)
     assert measurements(tmp_path / "stopped") == measurements(tmp_path / "whole")
 
     happens_before(3, lambda: None)
-    config.training.max_num_terms = 0
-    held = loop.train(config, tmp_path / "held")
+    held = loop.train(config_of_one_block(max_num_terms=0, **settings), tmp_path / "held")
     assert int(held.num_terms) == 1
     with pytest.raises(AssertionError):  # the terms make a difference
         chex.assert_trees_all_close(held.params, whole.params, rtol=1e-5)
@@ -347,22 +350,22 @@ def test_a_run_that_raised_its_terms_resumes_with_them(tmp_path, happens_before)
 
 def after_steps(config, num_shares, mapped, num_steps=3):
     """Parameters after a few steps with the batch in so many shares."""
-    source = run.load_source(config.data.name)
-    spec = run.density_spec(config, source)
-    optimizer = config_lib.build_optimizer(config.optimizer, TOTAL_STEPS)
+    source = load_source(config.data.name)
+    spec = density_spec(config, source)
+    optimizer = build_optimizer(config.optimizer, TOTAL_STEPS)
     step = make_step(
         spec,
-        config_lib.build_estimator(config.logdet),
+        config.logdet.build(),
         optimizer,
-        config_lib.build_schedule(config.optimizer, TOTAL_STEPS),
+        build_schedule(config.optimizer, TOTAL_STEPS),
         seed=config.seed,
-        constrain=config_lib.build_constraint(config.constraint, spec.flow, training=True),
+        constrain=build_constraint(config.constraint, spec.flow, training=True),
         ema_decay=config.training.ema_decay,
-        unroll=run.unroll(config),
+        unroll=unroll(config.training.blocks),
         draw=source.draw,
     )
     batch = np.zeros((num_shares, config.training.batch_size // num_shares), np.float32)
-    current = state.create(run.initial_variables(config, spec, source), optimizer)
+    current = state.create(initial_variables(config, spec, source), optimizer)
     step = mapped(step)
     for _ in range(num_steps):
         current, metrics = step(current, batch)
@@ -434,12 +437,16 @@ MISTAKES = {
     ),
     "flag": (["--worcdir=x"], "worcdir"),
     "stray": (["extra"], "unexpected argument 'extra'"),
-    "coeff": (["--config.model.coeff=1.5"], "coeff must lie in (0, 1), got 1.5: the inverse only exists for a contraction"),
+    "coeff": (["--config.model.coeff=1.5"], "config.model.coeff must lie in (0, 1), got 1.5"),
     "devices": (["--config.training.batch_size=15"], "a batch of 15 examples cannot be split evenly over 2 devices"),
     "data": (["--config.data.name=mons"], "unknown image data set 'mons': known are"),
-    "blocks": (["--config.training.blocks=loop"], "training.blocks must be auto, scan or unroll, got 'loop'"),
+    "blocks": (["--config.training.blocks=loop"], "config.training.blocks must be one of auto, scan, unroll, got 'loop'"),
     "entrywise": (["--config.preprocessing.entrywise"], "preprocessing.entrywise is for transform equalize, got 'none'"),
-    "logdet": (["--config.logdet.kind=magic"], "logdet.kind must be exact, series, roulette or krylov, got 'magic'"),
+    "norms": (["--config.constraint.norms=exact"], "norms must be one of estimated, certified, none, got 'exact'"),
+    "logdet": (
+        ["--config.logdet.kind=magic"],
+        "config.logdet.kind must be one of exact, series, roulette, krylov, got 'magic'",
+    ),
 }
 
 
@@ -513,15 +520,19 @@ def test_two_processes_do_not_train_in_one_workdir(config_file, tmp_path, capsys
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.eval_every_steps=0", "config.training.eval_every_steps must be at least 1, got 0"),
-        ("training.log_every_steps=0", "config.training.log_every_steps must be at least 1, got 0"),
-        ("evaluation.num_probe_draws=0", "config.evaluation.num_probe_draws must be at least 1, got 0"),
-        ("evaluation.inverse_atol=0.0", "config.evaluation.inverse_atol must be positive, got 0.0"),
+        ("training.eval_every_steps=0", "config.training.eval_every_steps must lie in [1, inf), got 0"),
+        ("training.log_every_steps=0", "config.training.log_every_steps must lie in [1, inf), got 0"),
+        ("evaluation.num_probe_draws=0", "config.evaluation.num_probe_draws must lie in [1, inf), got 0"),
+        ("evaluation.inverse_atol=0.0", "config.evaluation.inverse_atol must lie in (0, inf), got 0.0"),
+        ("training.ema_decay=1.5", "config.training.ema_decay must lie in [0, 1), got 1.5"),
+        ("preprocessing.alpha=0.7", "config.preprocessing.alpha must lie in (0, 0.5), got 0.7"),
+        ("optimizer.learning_rate=nan", "config.optimizer.learning_rate must be a number, got nan"),
+        ("objective=densities", "config.objective must be one of density, classification, hybrid, got 'densities'"),
         ("augmentation.flip=true", "config.augmentation is for the objectives classification and hybrid"),
         ("preprocessing.transform=logit", "preprocessing.transform logit is for data with grey levels"),
-        ("model.stages[0].hidden=(4.5,)", "config.model.stages[0].hidden must be a tuple of whole numbers, got (4.5,)"),
+        ("model.stages[0].hidden=(4.5,)", "config.model.stages[0].hidden[0] must be a whole number, got 4.5"),
         ("model.stages[0].hidden=(0,)", "hidden must be positive numbers, got (0,)"),
-        ("model.stages=((1, 2),)", "config.model.stages must be a tuple of dictionaries, got ((1, 2),)"),
+        ("model.stages=((1, 2),)", "config.model.stages[0] must be a dictionary, got (1, 2)"),
     ],
 )
 def test_settings_that_would_fail_late_are_refused_at_once(config_file, tmp_path, capsys, override, message):
@@ -531,12 +542,70 @@ def test_settings_that_would_fail_late_are_refused_at_once(config_file, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "null", "{"])
-def test_a_damaged_config_of_a_workdir_is_said_to_be(config_file, tmp_path, capsys, content):
-    (tmp_path / "config.json").write_text(content)
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[]", "is damaged: restore it, or choose another --workdir"),
+        (b"null", "is damaged: restore it, or choose another --workdir"),
+        (b"{", "is damaged: restore it, or choose another --workdir"),
+        (b'{"seed": "\xff"}', "is damaged: restore it, or choose another --workdir"),
+        (b'{"format": 1, "sede": 0}', "is damaged (config has no field 'sede': did you mean 'seed'?): restore it"),
+        (b"{}", "was written by another version of iresnet_jax: train again, or use that version"),
+        (b'{"format": 0}', "was written by another version of iresnet_jax: train again, or use that version"),
+    ],
+)
+def test_a_config_of_a_workdir_that_is_no_use_is_said_to_be(config_file, tmp_path, capsys, content, said):
+    (tmp_path / "config.json").write_bytes(content)
     status, line = answer(capsys, f"--config={config_file}", f"--workdir={tmp_path}")
     assert status == 2
-    assert "config.json is damaged: restore it, or choose another --workdir" in line
+    assert f"{tmp_path / 'config.json'} {said}" in line
+
+
+def test_files_in_the_place_of_folders_are_named(config_file, config, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    status, line = answer(capsys, f"--config={config_file}", f"--workdir={tmp_path / 'file'}")
+    assert (status, line) == (2, f"error: {tmp_path / 'file'} is a file: choose another --workdir")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").touch()
+    with pytest.raises(OSError, match=f"{tmp_path}/run/checkpoints is a file: move it away"):
+        loop.train(config, tmp_path / "run")
+
+
+def test_a_run_keeps_its_model_and_refuses_other_data(tmp_path):
+    rng = np.random.default_rng(0)
+    config = runs.config_of(runs.DIGITS_CONFIG, **{"data.name": f"npz:{tmp_path}/data.npz", "training.batch_size": 16})
+
+    def write(mean):
+        pixels = {split: np.minimum(rng.poisson(mean, (200, 4, 4, 1)), 255).astype(np.uint8) for split in ("train", "test")}
+        labels = {f"y_{split}": np.arange(200) % 2 for split in pixels}
+        np.savez(tmp_path / "data.npz", **{f"x_{split}": images for split, images in pixels.items()}, **labels)
+        return load_source(config.data.name)
+
+    source, workdir = write(3), tmp_path / "run"
+    spec = model_for(workdir, config, source)
+    claim(workdir, config, spec, source)
+    assert read_model(workdir) == (spec, source.fingerprint)
+    assert read_config(workdir) == config
+    other = write(43)
+    assert model_for(tmp_path / "new", config, other) != spec
+    with pytest.raises(ValueError, match=f"was trained on other data: npz.* has the fingerprint {other.fingerprint[:12]} now"):
+        loop.train(config, workdir)
+
+
+def test_a_batch_larger_than_the_data_is_refused_at_once(tmp_path):
+    config = runs.config_of(runs.DIGITS_CONFIG, **{"training.batch_size": 2000})
+    with pytest.raises(
+        ValueError, match=r"training.batch_size must be at most 1257, the training examples of digits, got 2000"
+    ):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_than_one_process_is_refused_in_one_sentence(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"training runs in one JAX process, got 2: use the devices of one machine"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_everything_in_float64_is_refused(config_file, tmp_path, capsys, x64):
@@ -583,7 +652,7 @@ def test_flags_override_fields_and_name_the_workdir_after_the_config(config_file
     arguments = [f"--config={config_file}", "--config.seed=3", "--config.model.stages[0].hidden=(4,)"]
     flags = parse(["train.py", *arguments], default_config="configs/digits_density.py")
     assert flags.config.seed == 3
-    assert flags.config.model.stages[0]["hidden"] == (4,)
+    assert flags.config.model.stages[0].hidden == (4,)
     assert flags.workdir == Path("runs/tiny_moons")
     assert not flags.debug
 
@@ -598,4 +667,4 @@ def test_the_default_config_is_used_where_none_is_named(monkeypatch):
 
 
 def test_config_json_is_what_was_trained(config, uninterrupted):
-    assert json.loads((uninterrupted[0] / "config.json").read_text()) == config_lib.to_plain(config)
+    assert json.loads((uninterrupted[0] / "config.json").read_text()) == {"format": 1, **to_plain(config)}

@@ -12,42 +12,44 @@ from jaxtyping import Array, Key, Shaped
 from iresnet_jax.data import augment
 from iresnet_jax.models import classifier
 from iresnet_jax.models import flow as model
-from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import parallel, run
+from iresnet_jax.training import parallel
+from iresnet_jax.training.building import Spec, build_constraint, build_optimizer, build_schedule, unroll
+from iresnet_jax.training.config import AugmentationConfig, Config
 from iresnet_jax.training.evaluation import over_batches
-from iresnet_jax.training.objectives.objective import Loss, Objective, update
+from iresnet_jax.training.initialization import initial_variables
+from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, update
 from iresnet_jax.training.parallel import AXIS, example_keys
+from iresnet_jax.training.source import Source
 from iresnet_jax.training.state import TrainState
 
 Augment = Callable[[Key[Array, " b"], Shaped[Array, "b h w c"]], Shaped[Array, "b h w c"]]
 
 
-def objective(config: Any, source: run.Source) -> Objective:
+def objective(config: Config, source: Source, spec: Spec) -> Objective:
     """The classes of images by the classifier that a config describes."""
-    spec = run.classifier_spec(config, source)
+    assert isinstance(spec, classifier.ClassifierSpec)
     assert source.images is not None
     settings, label_smoothing = config.training, config.classifier.label_smoothing
-    classifier.check_label_smoothing(label_smoothing)
     augment_images = make_augmentation(config.augmentation)
     check_augmentation(augment_images, source)
-    optimizer = config_lib.build_optimizer(config.optimizer, settings.total_steps)
+    optimizer = build_optimizer(config.optimizer, settings.total_steps)
     step = make_step(
         spec,
         optimizer,
-        config_lib.build_schedule(config.optimizer, settings.total_steps),
+        build_schedule(config.optimizer, settings.total_steps),
         seed=config.seed,
         constrain=make_constraint(config, spec, training=True),
         label_smoothing=label_smoothing,
         augment_images=augment_images,
         ema_decay=settings.ema_decay,
-        unroll=run.unroll(config),
+        unroll=unroll(settings.blocks),
         rematerialize=settings.rematerialize,
     )
     return Objective(
         name="accuracy",
         examples=(source.images.images["train"], source.images.labels["train"]),
         optimizer=optimizer,
-        initial_variables=lambda: run.initial_variables(config, spec, source),
+        initial_variables=lambda: initial_variables(config, spec, source),
         make_step=lambda num_terms: step,
         make_validation=lambda: Validation(config, spec, source),
         # The error is a multiple of one over the number of examples, so this compares cross-entropies only where errors tie.
@@ -55,16 +57,18 @@ def objective(config: Any, source: run.Source) -> Objective:
     )
 
 
-def make_constraint(config: Any, spec: classifier.ClassifierSpec, *, training: bool) -> Callable[[Any, Any], model.Constrained]:
+def make_constraint(
+    config: Config, spec: classifier.ClassifierSpec, *, training: bool
+) -> Callable[[Any, Any], model.Constrained]:
     """``(params, spectral) ->`` the weights that run, for training steps or for validation."""
     if not spec.is_bijective:
         return lambda params, spectral: model.Constrained(params, spectral, {})
-    return config_lib.build_constraint(config.constraint, spec.flow, training=training)
+    return build_constraint(config.constraint, spec.flow, training=training)
 
 
-def make_augmentation(settings: config_lib.Settings) -> Augment:
+def make_augmentation(settings: AugmentationConfig) -> Augment:
     """The random change of training images that ``config.augmentation`` describes."""
-    padding, flip = settings["crop_padding"], settings["flip"]
+    padding, flip = settings.crop_padding, settings.flip
 
     def augment_images(keys, images):
         if padding and flip:
@@ -76,7 +80,7 @@ def make_augmentation(settings: config_lib.Settings) -> Augment:
     return augment_images
 
 
-def check_augmentation(augment_images: Augment, source: run.Source) -> None:
+def check_augmentation(augment_images: Augment, source: Source) -> None:
     """Raises ``ValueError`` in one sentence if images of this size cannot be changed like that."""
     assert source.images is not None
     one = source.images.images["train"][:1]
@@ -146,7 +150,7 @@ def make_evaluation(spec: classifier.ClassifierSpec) -> Callable[[Any, Any], Any
 class Validation:
     """Accuracy and cross-entropy on held-out images under the averaged parameters, norms iterated to their tolerance."""
 
-    def __init__(self, config: Any, spec: classifier.ClassifierSpec, source: run.Source):
+    def __init__(self, config: Config, spec: classifier.ClassifierSpec, source: Source):
         self._images = source.held_out("validation", config.training.eval_examples, config.seed)
         self._labels = source.labels("validation", len(self._images))
         constrain = make_constraint(config, spec, training=False)
@@ -154,13 +158,13 @@ class Validation:
         self._evaluate = parallel.parallelize_eval(make_evaluation(spec))
         self._batch_size = config.evaluation.batch_size
 
-    def __call__(self, current: TrainState) -> dict[str, float]:
+    def __call__(self, current: TrainState) -> HeldOut:
         """The means over all examples."""
         weights = self._constrain(current.ema, current.spectral)
         state = (weights, current.ema["head"], current.batch_stats)
         outputs = evaluate_images(self._evaluate, state, self._images, self._labels, self._batch_size)
         correct = outputs["logits"].argmax(axis=1) == self._labels
-        return {"accuracy": float(correct.mean()), "loss": float(outputs["loss"].mean(dtype=np.float64))}
+        return HeldOut({"accuracy": float(correct.mean()), "loss": float(outputs["loss"].mean(dtype=np.float64))})
 
 
 def evaluate_images(

@@ -19,43 +19,43 @@ import optax
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.models import classifier, density
 from iresnet_jax.models import flow as model
-from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import parallel, run
-from iresnet_jax.training.objectives import classification
-from iresnet_jax.training.objectives import likelihood as density_training
-from iresnet_jax.training.objectives.objective import Loss, Objective, update
+from iresnet_jax.training import parallel
+from iresnet_jax.training.building import Spec, build_constraint, build_optimizer, build_schedule, unroll
+from iresnet_jax.training.config import Config, HybridConfig
+from iresnet_jax.training.initialization import initial_variables
+from iresnet_jax.training.objectives import classification, likelihood
+from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, update
 from iresnet_jax.training.parallel import example_keys
+from iresnet_jax.training.source import Source
 from iresnet_jax.training.state import TrainState
 
 Weight = Callable[[Any], Any]
 
 
-def objective(config: Any, source: run.Source) -> Objective:
+def objective(config: Config, source: Source, spec: Spec) -> Objective:
     """Classes and likelihood of images by the density that a config describes, with a prior for every class."""
-    spec = run.density_spec(config, source)
-    density_training.check_constraint(config)
+    assert isinstance(spec, density.DensitySpec)
     assert source.images is not None  # or there were no classes
     settings, label_smoothing = config.training, config.classifier.label_smoothing
-    classifier.check_label_smoothing(label_smoothing)
     augment_images = None
     if config.augmentation.crop_padding or config.augmentation.flip:
         augment_images = classification.make_augmentation(config.augmentation)
         classification.check_augmentation(augment_images, source)
-    optimizer = config_lib.build_optimizer(config.optimizer, settings.total_steps)
+    optimizer = build_optimizer(config.optimizer, settings.total_steps)
     weight = make_weight(config.hybrid)
-    trained = config_lib.build_estimator(config.logdet)
+    trained = config.logdet.build()
     step_by = functools.partial(
         make_step,
         spec,
         optimizer=optimizer,
-        schedule=config_lib.build_schedule(config.optimizer, settings.total_steps),
+        schedule=build_schedule(config.optimizer, settings.total_steps),
         weight=weight,
         seed=config.seed,
-        constrain=config_lib.build_constraint(config.constraint, spec.flow, training=True),
+        constrain=build_constraint(config.constraint, spec.flow, training=True),
         label_smoothing=label_smoothing,
         augment_images=augment_images,
         ema_decay=settings.ema_decay,
-        unroll=run.unroll(config),
+        unroll=unroll(settings.blocks),
         rematerialize=settings.rematerialize,
     )
     final_weight = float(weight(settings.total_steps))
@@ -63,24 +63,19 @@ def objective(config: Any, source: run.Source) -> Objective:
         name="accuracy",
         examples=(source.images.images["train"], source.images.labels["train"]),
         optimizer=optimizer,
-        initial_variables=lambda: run.initial_variables(config, spec, source),
-        make_step=lambda num_terms: step_by(config_lib.build_estimator(config.logdet, num_terms)),
+        initial_variables=lambda: initial_variables(config, spec, source),
+        make_step=lambda num_terms: step_by(config.logdet.build(num_terms)),
         make_validation=lambda: Validation(config, spec, source),
         loss=lambda held_out: held_out["cross_entropy"] + final_weight * held_out["bits_per_dim"],
         num_terms=0 if trained.unbiased else config.logdet.num_terms,
     )
 
 
-def make_weight(settings: config_lib.Settings) -> Weight:
-    """``step -> lambda``: from ``initial_weight`` in a straight line to ``weight`` within ``ramp_steps``, and on at that.
-
-    Raises:
-        ValueError: If a weight or the number of steps is negative.
-    """
-    first, last, num_steps = settings["initial_weight"], settings["weight"], settings["ramp_steps"]
-    if min(first, last) < 0 or num_steps < 0:
-        raise ValueError(f"hybrid: weights and ramp_steps must not be negative, got {first}, {last} and {num_steps}")
-    return optax.linear_schedule(first, last, num_steps) if num_steps else optax.constant_schedule(last)
+def make_weight(settings: HybridConfig) -> Weight:
+    """``step -> lambda``: from ``initial_weight`` in a straight line to ``weight`` within ``ramp_steps``, then constant."""
+    if not settings.ramp_steps:
+        return optax.constant_schedule(settings.weight)
+    return optax.linear_schedule(settings.initial_weight, settings.weight, settings.ramp_steps)
 
 
 def make_step(
@@ -175,18 +170,18 @@ def make_classification(spec: density.DensitySpec) -> Callable[[Any, Any], Any]:
 class Validation:
     """Bits/dim, accuracy and cross-entropy on held-out images under the averaged parameters."""
 
-    def __init__(self, config: Any, spec: density.DensitySpec, source: run.Source):
-        self._likelihood = density_training.Validation(config, spec, source)
+    def __init__(self, config: Config, spec: density.DensitySpec, source: Source):
+        self._likelihood = likelihood.Validation(config, spec, source)
         self._images = source.held_out("validation", config.training.eval_examples, config.seed)
         self._labels = source.labels("validation", len(self._images))
         self._classify = parallel.parallelize_eval(make_classification(spec))
         self._batch_size = config.evaluation.batch_size
 
-    def __call__(self, current: TrainState) -> dict[str, float]:
+    def __call__(self, current: TrainState) -> HeldOut:
         """The means over all examples."""
         state = self._likelihood.constrain(current)
         outputs = classification.evaluate_images(self._classify, state, self._images, self._labels, self._batch_size)
         correct = outputs["logits"].argmax(axis=1) == self._labels
         cross_entropy = float(outputs["loss"].mean(dtype=np.float64))
-        likelihood = self._likelihood.measure(current, state)
-        return {**likelihood, "accuracy": float(correct.mean()), "cross_entropy": cross_entropy}
+        metrics, num_terms = self._likelihood.measure(current, state)
+        return HeldOut({**metrics, "accuracy": float(correct.mean()), "cross_entropy": cross_entropy}, num_terms)

@@ -1,5 +1,6 @@
 """The likelihood objective: one training step, and the likelihood of held-out data."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -15,11 +16,14 @@ from jaxtyping import Array, Int, Key
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.models import density
 from iresnet_jax.models import flow as model
-from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import parallel, run
+from iresnet_jax.training import parallel
+from iresnet_jax.training.building import Spec, build_constraint, build_optimizer, build_schedule, unroll
+from iresnet_jax.training.config import Config
 from iresnet_jax.training.evaluation import over_batches
-from iresnet_jax.training.objectives.objective import Loss, Objective, update
+from iresnet_jax.training.initialization import initial_variables
+from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, update
 from iresnet_jax.training.parallel import example_keys
+from iresnet_jax.training.source import Source
 from iresnet_jax.training.state import TrainState
 
 TOLERATED_BIAS = 0.002  # of what is trained, in bits/dim or nats; beyond it training raises its number of terms
@@ -33,23 +37,22 @@ WARNING = (
 )
 
 
-def objective(config: Any, source: run.Source) -> Objective:
+def objective(config: Config, source: Source, spec: Spec) -> Objective:
     """The likelihood of the data under the model that a config describes."""
-    spec = run.density_spec(config, source)
-    check_constraint(config)
+    assert isinstance(spec, density.DensitySpec)
     settings = config.training
-    optimizer = config_lib.build_optimizer(config.optimizer, settings.total_steps)
+    optimizer = build_optimizer(config.optimizer, settings.total_steps)
     name = density.objective_name(spec)
-    trained = config_lib.build_estimator(config.logdet)
+    trained = config.logdet.build()
     step_by = functools.partial(
         make_step,
         spec,
         optimizer=optimizer,
-        schedule=config_lib.build_schedule(config.optimizer, settings.total_steps),
+        schedule=build_schedule(config.optimizer, settings.total_steps),
         seed=config.seed,
-        constrain=config_lib.build_constraint(config.constraint, spec.flow, training=True),
+        constrain=build_constraint(config.constraint, spec.flow, training=True),
         ema_decay=settings.ema_decay,
-        unroll=run.unroll(config),
+        unroll=unroll(settings.blocks),
         rematerialize=settings.rematerialize,
         draw=source.draw,
     )
@@ -57,18 +60,12 @@ def objective(config: Any, source: run.Source) -> Objective:
         name=name,
         examples=None if source.images is None else source.images.images["train"],
         optimizer=optimizer,
-        initial_variables=lambda: run.initial_variables(config, spec, source),
-        make_step=lambda num_terms: step_by(config_lib.build_estimator(config.logdet, num_terms)),
+        initial_variables=lambda: initial_variables(config, spec, source),
+        make_step=lambda num_terms: step_by(config.logdet.build(num_terms)),
         make_validation=lambda: Validation(config, spec, source),
         loss=lambda held_out: held_out[name],
         num_terms=0 if trained.unbiased else config.logdet.num_terms,
     )
-
-
-def check_constraint(config: Any) -> None:
-    """Raises ``ValueError`` in one sentence if blocks would not be contractions."""
-    if config.constraint.norms == "none":
-        raise ValueError("a density needs blocks that are contractions: constraint.norms = none is for classification alone")
 
 
 def make_step(
@@ -151,54 +148,62 @@ class Validation:
     """Mean objective of held-out data under the averaged parameters, norms iterated to their tolerance.
 
     Training may learn to widen the gap between a log-determinant that is cut off and the true one, and nothing else shows it
-    before the loss on held-out data rises. So where the one that is trained is cut off, ``training_bias`` is the objective by
-    it less that by `REFERENCE_TERMS` terms of the series, on a batch of the same data with the same noise and probes. Where
-    that is below `-TOLERATED_BIAS`, ``num_terms``, which training goes on with, is raised until it no longer is.
+    before the loss on held-out data rises. ``training_bias`` shows it: the objective by the log-determinant of training less
+    the objective by `REFERENCE_TERMS` terms of the series, on one batch with the same noise and probes. While it is below
+    `-TOLERATED_BIAS`, training goes on with more terms.
     """
 
-    def __init__(self, config: Any, spec: density.DensitySpec, source: run.Source):
-        estimator, trained = (config_lib.build_estimator(settings) for settings in (config.evaluation.logdet, config.logdet))
+    def __init__(self, config: Config, spec: density.DensitySpec, source: Source):
+        estimator, trained = config.evaluation.logdet.build(), config.logdet.build()
         self.spec, self._seed = spec, config.seed
         self._examples = source.held_out("validation", config.training.eval_examples, config.seed)
-        constrain = config_lib.build_constraint(config.constraint, spec.flow, training=False)
+        constrain = build_constraint(config.constraint, spec.flow, training=False)
         self._constrain = jax.jit(lambda params, spectral: constrain(params, spectral).weights)
         self._evaluate = parallel.parallelize_eval(make_evaluation(spec, estimator))
         self._is_cut = not trained.unbiased
         self._max_num_terms, self._total_steps = config.training.max_num_terms, config.training.total_steps
-        reference = config_lib.build_estimator({**config.logdet, "kind": "series"}, REFERENCE_TERMS)
+        reference = dataclasses.replace(config.logdet, kind="series").build(REFERENCE_TERMS)
         self._evaluate_reference = parallel.parallelize_eval(make_evaluation(spec, reference))
         self._evaluate_trained = functools.cache(
-            lambda num_terms: parallel.parallelize_eval(
-                make_evaluation(spec, config_lib.build_estimator(config.logdet, num_terms))
-            )
+            lambda num_terms: parallel.parallelize_eval(make_evaluation(spec, config.logdet.build(num_terms)))
         )
         self._batch_size = config.evaluation.batch_size
 
-    def __call__(self, current: TrainState) -> dict[str, float]:
-        """The mean of every term."""
+    def __call__(self, current: TrainState) -> HeldOut:
+        """The mean of every term, and the terms of the log-determinant that training goes on with."""
         return self.measure(current, self.constrain(current))
 
     def constrain(self, current: TrainState) -> tuple[Any, Any]:
         """The averaged weights, constrained, and the averaged prior."""
         return self._constrain(current.ema, current.spectral), current.ema["prior"]
 
-    def measure(self, current: TrainState, state: tuple[Any, Any]) -> dict[str, float]:
-        """The mean of every term under the weights and the prior that `constrain` made of a training state."""
+    def measure(self, current: TrainState, state: tuple[Any, Any]) -> HeldOut:
+        """What `__call__` returns, under the weights and the prior that `constrain` made of a training state."""
         outputs = self._outputs(self._evaluate, state, self._examples)
         means = {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
-        if self._is_cut:
-            reference = self._on_a_batch(self._evaluate_reference, state)
-            num_terms = int(current.num_terms)
-            means["training_bias"], is_exploited = self._bias(state, num_terms, reference)
-            if means["training_bias"] < -ALARMING_BIAS:
-                logging.warning(WARNING, density.objective_name(self.spec), -means["training_bias"], num_terms)
-            while is_exploited and num_terms < self._max_num_terms and int(current.step) < self._total_steps:
-                num_terms = min(math.ceil(MORE_TERMS * num_terms), self._max_num_terms)
-                _, is_exploited = self._bias(state, num_terms, reference)
-            if num_terms > int(current.num_terms):
-                logging.info("training goes on with %d terms of the log-determinant: it exploits what fewer cut off", num_terms)
-            means["num_terms"] = num_terms
-        return means
+        if not self._is_cut:
+            return HeldOut(means, int(current.num_terms))
+        reference = self._on_a_batch(self._evaluate_reference, state)
+        means["training_bias"], is_exploited = self._bias(state, int(current.num_terms), reference)
+        self._warn(means["training_bias"], int(current.num_terms))
+        num_terms = int(current.num_terms)
+        if is_exploited and int(current.step) < self._total_steps:
+            num_terms = self._enough_terms(state, num_terms, reference)
+        return HeldOut({**means, "num_terms": num_terms}, num_terms)
+
+    def _warn(self, bias: float, num_terms: int) -> None:
+        if bias < -ALARMING_BIAS:
+            logging.warning(WARNING, density.objective_name(self.spec), -bias, num_terms)
+
+    def _enough_terms(self, state: tuple[Any, Any], num_terms: int, reference: np.ndarray) -> int:
+        """The first number of terms above this one whose bias is tolerated, or the largest that is allowed."""
+        before, is_exploited = num_terms, True
+        while is_exploited and num_terms < self._max_num_terms:
+            num_terms = min(math.ceil(MORE_TERMS * num_terms), self._max_num_terms)
+            _, is_exploited = self._bias(state, num_terms, reference)
+        if num_terms > before:
+            logging.info("training goes on with %d terms of the log-determinant: it exploits what fewer cut off", num_terms)
+        return num_terms
 
     def _outputs(self, evaluate: Any, state: tuple[Any, Any], examples: np.ndarray) -> dict[str, np.ndarray]:
         outputs = evaluate_examples(evaluate, state, examples, jax.random.key(self._seed), self._batch_size)

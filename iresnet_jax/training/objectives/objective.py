@@ -13,6 +13,18 @@ from iresnet_jax.training import state
 from iresnet_jax.training.parallel import AXIS
 
 
+class HeldOut(NamedTuple):
+    """What validation found.
+
+    Attributes:
+        metrics: Means over the held-out examples, for the log.
+        num_terms: Terms of the log-determinant that training has to go on with; 0 without one.
+    """
+
+    metrics: dict[str, float]
+    num_terms: int = 0
+
+
 class Objective(NamedTuple):
     """A model and its training, as functions.
 
@@ -23,7 +35,6 @@ class Objective(NamedTuple):
         initial_variables: ``() ->`` fresh variables, fitted to training data.
         make_step: ``num_terms ->`` the step ``(state, batch) -> (state, metrics)``, for `parallel.parallelize`.
         make_validation: ``() ->`` the function that measures a state on held-out data; late, as it prepares its own programs.
-            Its ``num_terms``, if it gives any, are those that training has to go on with.
         loss: What of the held-out metrics a checkpoint is chosen by; lower is better.
         num_terms: Of the log-determinant that training starts with; 0 without one.
     """
@@ -33,9 +44,13 @@ class Objective(NamedTuple):
     optimizer: optax.GradientTransformation
     initial_variables: Callable[[], Any]
     make_step: Callable[[int], Callable[[state.TrainState, Any], tuple[state.TrainState, dict[str, Any]]]]
-    make_validation: Callable[[], Callable[[state.TrainState], dict[str, float]]]
+    make_validation: Callable[[], Callable[[state.TrainState], HeldOut]]
     loss: Callable[[Mapping[str, float]], float]
     num_terms: int = 0
+
+    def adapt(self, current: state.TrainState, held_out: HeldOut) -> state.TrainState:
+        """The state that training goes on with after a validation: with more terms of the log-determinant, if it found so."""
+        return current._replace(num_terms=jnp.int32(held_out.num_terms))
 
 
 class Loss(NamedTuple):

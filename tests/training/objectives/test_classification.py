@@ -15,10 +15,11 @@ from iresnet_jax.__main__ import main
 from iresnet_jax.data import augment
 from iresnet_jax.evaluation import accuracy, frozen, lipschitz, ood, trained
 from iresnet_jax.models import classifier
-from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import loop, parallel, run, state
+from iresnet_jax.training import loop, parallel, state
+from iresnet_jax.training.config import AugmentationConfig
 from iresnet_jax.training.metrics import read_metrics
 from iresnet_jax.training.objectives import classification
+from iresnet_jax.training.source import load_source
 
 DEVICE_RTOL, DEVICE_ATOL = 1e-4, 1e-5  # the same sums in another order, in float32
 SAME = 1e-5  # the same maths by another route, float32
@@ -94,8 +95,8 @@ def test_a_stopped_run_ends_bit_for_bit_like_one_never_stopped(config, uninterru
 
 def after_steps(config, num_shares, mapped, num_steps=2):
     """The state after a few steps with the batch in so many shares."""
-    source = run.load_source(config.data.name)
-    objective = classification.objective(config, source)
+    source = load_source(config.data.name)
+    objective = loop.build_objective(config, source)
     images, labels = objective.examples
     size = config.training.batch_size
     batch = parallel.shard((images[:size], labels[:size]), num_devices=num_shares)
@@ -126,7 +127,7 @@ def test_the_comparison_notices_batch_statistics_of_a_share(config, monkeypatch)
 def test_augmentation_is_what_the_config_says(padding, flip):
     images = jnp.asarray(np.random.default_rng(0).integers(0, 17, (6, 8, 8, 1), np.uint8))
     keys = jax.random.split(jax.random.key(1), 6)
-    found = classification.make_augmentation({"crop_padding": padding, "flip": flip})(keys, images)
+    found = classification.make_augmentation(AugmentationConfig(padding, flip))(keys, images)
     expected = {
         (0, False): lambda: images,
         (1, False): lambda: augment.random_crop(keys, images, padding=1),
@@ -137,9 +138,8 @@ def test_augmentation_is_what_the_config_says(padding, flip):
     assert bool(padding or flip) == bool((found != images).any())
 
 
-def test_without_a_constraint_no_norm_is_measured(config):
-    config.constraint.norms = "none"
-    config.training.actnorm_examples = 64
+def test_without_a_constraint_no_norm_is_measured():
+    config = runs.config_of(CONFIG, **{"constraint.norms": "none", "training.actnorm_examples": 64})
     current, metrics = after_steps(config, 1, vmapped, num_steps=1)
     assert not {"max_sigma", "max_lipschitz"} & set(metrics)
     assert np.isfinite(list(metrics.values())).all()
@@ -147,7 +147,7 @@ def test_without_a_constraint_no_norm_is_measured(config):
 
 
 def test_checkpoints_are_chosen_by_accuracy_and_ties_broken_by_the_loss(config):
-    loss = classification.objective(config, run.load_source("digits")).loss
+    loss = loop.build_objective(config, load_source("digits")).loss
     best = loss({"accuracy": 0.99, "loss": 9.0})
     assert best < loss({"accuracy": 0.9898, "loss": 0.0})
     assert loss({"accuracy": 0.99, "loss": 0.1}) < loss({"accuracy": 0.99, "loss": 0.2}) < best
@@ -156,7 +156,7 @@ def test_checkpoints_are_chosen_by_accuracy_and_ties_broken_by_the_loss(config):
 MISTAKES = {
     "objective": (
         {"objective": "clasification"},
-        "objective must be one of density, classification, hybrid, got 'clasification'",
+        "config.objective must be one of density, classification, hybrid, got 'clasification'",
     ),
     "no labels": ({"data.name": "moons"}, "classification needs labelled images, and moons has none"),
     "density without constraint": (
@@ -168,30 +168,18 @@ MISTAKES = {
         },
         "a density needs blocks that are contractions: constraint.norms = none is for classification alone",
     ),
-    "smoothing": ({"classifier.label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\)"),
+    "smoothing": ({"classifier.label_smoothing": 1.5}, r"config.classifier.label_smoothing must lie in \[0, 1\), got 1.5"),
     "crop": ({"augmentation.crop_padding": 9}, r"padding must lie in \[0, 8\] for 8x8 images, got 9"),
-    "padding": ({"classifier.pad_channels": -1}, "pad_channels must not be negative"),
+    "padding": ({"classifier.pad_channels": -1}, r"config.classifier.pad_channels must lie in \[0, inf\), got -1"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_answered_before_a_workdir_is_claimed(name, config, tmp_path):
+def test_mistakes_are_answered_before_a_workdir_is_claimed(name, tmp_path):
     changes, sentence = MISTAKES[name]
-    config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=sentence):
-        loop.train(config, tmp_path / "new")
+        loop.train(runs.config_of(CONFIG, **changes), tmp_path / "new")
     assert not (tmp_path / "new").exists()
-
-
-def test_configs_from_before_there_were_objectives_mean_what_they_meant(tmp_path):
-    plain = config_lib.to_plain(config_lib.default_config())
-    old = {name: value for name, value in plain.items() if name not in ("objective", "classifier", "augmentation")}
-    assert config_lib.with_later_defaults(old) == plain
-    (tmp_path / "config.json").write_text(json.dumps(old))
-    loop.claim_workdir(tmp_path, plain)
-    with pytest.raises(ValueError, match="objective"):
-        loop.claim_workdir(tmp_path, {**plain, "objective": "classification"})
-    assert trained.load_config(tmp_path).objective == "density"
 
 
 # --- results --------------------------------------------------------------------------------------------------------
@@ -258,9 +246,10 @@ def test_a_frozen_classifier_is_the_same_in_one_file(model, uninterrupted, tmp_p
 def test_a_network_without_a_constraint_says_that_nothing_is_promised(uninterrupted, tmp_path, capsys):
     """Its weights are those of the other run, before they are scaled."""
     workdir = shutil.copytree(uninterrupted[0], tmp_path / "run", ignore=shutil.ignore_patterns("tensorboard", "report.*"))
-    plain = json.loads((workdir / "config.json").read_text())
-    plain["constraint"]["norms"] = "none"
-    (workdir / "config.json").write_text(json.dumps(plain))
+    for name, section, field, value in (("config", "constraint", "norms", "none"), ("model", "model", "constrained", False)):
+        plain = json.loads((workdir / f"{name}.json").read_text())
+        plain[section][field] = value
+        (workdir / f"{name}.json").write_text(json.dumps(plain))
     vanilla = trained.load(workdir)
     for name, kernel in (("conv0", "kernel"), ("conv1", "kernel")):
         ours = vanilla.weights["stage0"]["branch"][name][kernel]

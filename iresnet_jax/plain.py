@@ -1,0 +1,119 @@
+"""Frozen dataclasses from plain data (dictionaries, lists, numbers, strings) and back, with every value checked on the way in.
+
+A field's annotation says what it may hold: `int`, `float`, `bool`, `str`, ``Literal["a", "b"]``, ``tuple[float, ...]``, another
+dataclass, ``X | None``, and ``Annotated[float, Range("[0, 1)")]`` for numbers within a range.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """An interval of numbers, written as in mathematics: ``[1, inf)`` has its lower end, ``(0, 1)`` neither."""
+
+    interval: str
+
+    def __contains__(self, number: Any) -> bool:
+        low, high = (float(end) for end in self.interval[1:-1].split(","))
+        above = number >= low if self.interval[0] == "[" else number > low
+        return above and (number <= high if self.interval[-1] == "]" else number < high)
+
+
+def to_plain(value: Any) -> dict[str, Any]:
+    """A dataclass, or anything with ``to_dict``, as JSON data."""
+    return json.loads(json.dumps(value.to_dict() if hasattr(value, "to_dict") else dataclasses.asdict(value)))
+
+
+def from_plain(cls: type[T], plain: Any, path: str) -> T:
+    """The dataclass that plain data describe; fields without an entry keep their default.
+
+    Args:
+        cls: A dataclass.
+        plain: A mapping.
+        path: What messages call it, such as ``config``.
+
+    Raises:
+        ValueError: If a field is unknown, missing, of the wrong kind or out of its range; the message names it.
+    """
+    if not isinstance(plain, Mapping) and not hasattr(plain, "items"):
+        raise ValueError(f"{path} must be a dictionary, got {plain!r}")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for name in plain:
+        if name not in hints:
+            raise ValueError(f"{path} has no field {name!r}{did_you_mean(name, hints)}")
+    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    required = [field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in plain]:
+        raise ValueError(f"{path} lacks {' and '.join(missing)}")
+    values = {name: _value(hints[name], plain[name], f"{path}.{name}") for name in hints if name in plain}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def first_difference(ours: Any, theirs: Any, path: str) -> str | None:
+    """Names the first entry in which plain data differ, with both values; None if they agree."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted({*ours, *theirs}):
+            if key not in ours or key not in theirs:
+                return f"{path}.{key} is only in {'the old' if key in theirs else 'the new'} one"
+            if difference := first_difference(ours[key], theirs[key], f"{path}.{key}"):
+                return difference
+        return None
+    return None if ours == theirs else f"{path} is {json.dumps(ours)} now and was {json.dumps(theirs)}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name."""
+    known = list(known)
+    if close := difflib.get_close_matches(name, known, n=1):
+        return f": did you mean {close[0]!r}?"
+    return f": the fields are {', '.join(known)}" if known else ""
+
+
+def _value(kind: Any, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _value(arguments[0], value, path)
+    if origin is typing.Annotated:
+        number = _value(arguments[0], value, path)
+        if number not in arguments[1]:
+            raise ValueError(f"{path} must lie in {arguments[1].interval}, got {value!r}")
+        return number
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ValueError(f"{path} must be one of {', '.join(arguments)}, got {value!r}")
+        return value
+    if origin is tuple:
+        return _tuple(arguments, value, path)
+    if dataclasses.is_dataclass(kind):
+        return from_plain(kind, value, path)  # pyright: ignore[reportArgumentType]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{path} must be {_NAMES[kind]}, got {value!r}")
+    if kind is float and math.isnan(value):
+        raise ValueError(f"{path} must be a number, got nan")
+    return value
+
+
+def _tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{path} must be a tuple, got {value!r}")
+    kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+    if len(kinds) != len(value):
+        raise ValueError(f"{path} must have {len(kinds)} entries, got {value!r}")
+    return tuple(_value(kind, entry, f"{path}[{i}]") for i, (kind, entry) in enumerate(zip(kinds, value, strict=True)))
+
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}

@@ -1,0 +1,30 @@
+"""What a run demands of JAX in this process."""
+
+import jax
+import jax.numpy as jnp
+
+
+def prepare_backend(matmul_precision: str) -> None:
+    """Sets the precision of matrix products and convolutions in this process, on accelerators.
+
+    Their default there has 11 bits or fewer: an inverse could not be better than 1e-3, nor norms be trusted.
+
+    Raises:
+        ValueError: If JAX makes float64 of everything, in which runs are neither trained nor read.
+    """
+    if jnp.result_type(float) == jnp.float64:
+        raise ValueError("runs are trained and read in float32: unset JAX_ENABLE_X64, or call this outside of jax.enable_x64")
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", matmul_precision)
+
+
+def device_summary() -> str:
+    """The devices of this process, such as ``2 x cpu``."""
+    devices = jax.local_devices()
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def require_one_process() -> None:
+    """Raises ``ValueError`` where several JAX processes would train: metrics, checkpoints and validation are those of one."""
+    if jax.process_count() > 1:
+        raise ValueError(f"training runs in one JAX process, got {jax.process_count()}: use the devices of one machine")

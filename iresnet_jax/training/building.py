@@ -1,0 +1,147 @@
+"""What settings stand for: the model of some data, the constraint, the solver, the optimizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from iresnet_jax.bijections import equalize
+from iresnet_jax.bijections.bijection import Solver
+from iresnet_jax.models import flow
+from iresnet_jax.models.classifier import ClassifierSpec
+from iresnet_jax.models.density import DensitySpec
+from iresnet_jax.training.config import Config, ConstraintConfig, EvaluationConfig, ModelConfig, OptimizerConfig
+from iresnet_jax.training.optimizers import make_optimizer, make_schedule
+from iresnet_jax.training.source import Source
+
+Spec = DensitySpec | ClassifierSpec
+
+
+def build_flow_spec(settings: ModelConfig, event_shape: tuple[int, ...]) -> flow.FlowSpec:
+    """The architecture for examples of one shape.
+
+    Raises:
+        ValueError: If stages do not fit that shape.
+    """
+    return flow.FlowSpec(tuple(event_shape), settings.stages, coeff=settings.coeff, budget=settings.budget)
+
+
+def density_spec(
+    config: Config,
+    source: Source,
+    frequencies: tuple[float, ...] | None = None,
+    shares: tuple[float, ...] | None = None,
+) -> DensitySpec:
+    """The density of a data set, with a prior for every class if the objective is hybrid.
+
+    Args:
+        config: All settings.
+        source: The data.
+        frequencies: Frequencies of the grey levels for "equalize"; None counts them in the training images.
+        shares: Per-pixel frequency of the most common grey level; counted together with ``frequencies``.
+
+    Raises:
+        ValueError: If the data have no labels that it needs, or settings do not fit them.
+    """
+    if config.objective == "hybrid" and source.num_classes is None:
+        raise ValueError(f"a hybrid needs labelled images, and {source.name} has none: choose another data.name")
+    if config.preprocessing.transform == "equalize" and source.images is not None and frequencies is None:
+        images = source.images.images["train"]
+        frequencies = equalize.level_frequencies(images, source.images.num_levels)
+        if config.preprocessing.entrywise:
+            shares = tuple(equalize.entry_shares(images, frequencies).ravel().tolist())
+    return DensitySpec(
+        flow=build_flow_spec(config.model, source.event_shape),
+        prior=config.model.prior,
+        transform=config.preprocessing.transform,
+        alpha=config.preprocessing.alpha,
+        num_levels=source.num_levels,
+        frequencies=frequencies,
+        shares=shares,
+        num_classes=source.num_classes if config.objective == "hybrid" else None,
+    )
+
+
+def classifier_spec(config: Config, source: Source) -> ClassifierSpec:
+    """The classifier of a data set.
+
+    Raises:
+        ValueError: If the data have no labels, or settings do not fit them.
+    """
+    if source.num_classes is None:
+        raise ValueError(f"classification needs labelled images, and {source.name} has none: choose another data.name")
+    settings = config.classifier
+    height, width, channels = source.event_shape
+    return ClassifierSpec(
+        flow=build_flow_spec(config.model, (height, width, channels + settings.pad_channels)),
+        image_shape=(height, width, channels),
+        num_classes=source.num_classes,
+        num_levels=source.num_levels or 256,
+        pad_channels=settings.pad_channels,
+        mean=settings.mean,
+        std=settings.std,
+        constrained=config.constraint.norms != "none",
+        normalization=settings.normalization,
+    )
+
+
+def model_spec(
+    config: Config,
+    source: Source,
+    frequencies: tuple[float, ...] | None = None,
+    shares: tuple[float, ...] | None = None,
+) -> Spec:
+    """The model of a data set, whatever the objective; see `density_spec`."""
+    if config.objective == "classification":
+        return classifier_spec(config, source)
+    return density_spec(config, source, frequencies, shares)
+
+
+def build_constraint(
+    settings: ConstraintConfig, spec: flow.FlowSpec, *, training: bool
+) -> Callable[[Any, Any], flow.Constrained]:
+    """``(params, spectral) -> Constrained``, for training steps or for validation."""
+    if settings.norms == "certified":
+        squarings, twists = settings.num_squarings, settings.twists
+        return lambda params, spectral: flow.constrain_certified(spec, params, spectral, num_squarings=squarings, twists=twists)
+    if settings.norms == "estimated":
+        num_steps, rtol = settings.num_steps if training else None, settings.rtol
+        return lambda params, spectral: flow.constrain(spec, params, spectral, num_steps=num_steps, rtol=rtol)
+    return lambda params, spectral: flow.unconstrained(spec, params, spectral)
+
+
+def build_solver(settings: EvaluationConfig) -> Solver:
+    """The solver of inverses."""
+    return Solver(atol=settings.inverse_atol)
+
+
+def unroll(blocks: str) -> bool:
+    """Whether ``training.blocks`` writes blocks out instead of scanning over them."""
+    return flow.unroll_by_default() if blocks == "auto" else blocks == "unroll"
+
+
+def build_schedule(settings: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """The learning rate by step; a warm-up longer than the run is cut to it."""
+    return make_schedule(
+        schedule=settings.schedule,
+        learning_rate=settings.learning_rate,
+        total_steps=total_steps,
+        warmup_steps=min(settings.warmup_steps, total_steps),
+        final_fraction=settings.final_fraction,
+        boundaries=settings.boundaries,
+        decay_factor=settings.decay_factor,
+    )
+
+
+def build_optimizer(settings: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """The update rule with its learning rate."""
+    return make_optimizer(
+        name=settings.name,
+        learning_rate=build_schedule(settings, total_steps),
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        b1=settings.b1,
+        b2=settings.b2,
+        clip_norm=settings.clip_norm,
+    )

@@ -1,0 +1,132 @@
+"""The folder of a run: its settings and its model, written once when training starts, and the lock of whoever trains in it.
+
+``config.json`` holds the settings; ``model.json`` the architecture, grey levels, histogram and classes, and the fingerprint of
+the data they came from. A resume reads the model from there and computes nothing anew from data files.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from iresnet_jax.files import replacing
+from iresnet_jax.models.classifier import ClassifierSpec
+from iresnet_jax.models.density import DensitySpec
+from iresnet_jax.plain import first_difference, from_plain, to_plain
+from iresnet_jax.training.building import Spec, model_spec
+from iresnet_jax.training.config import Config, parse
+from iresnet_jax.training.source import Source
+
+FORMAT = 1  # version of both files
+CONFIG_FILE, MODEL_FILE, LOCK_FILE = "config.json", "model.json", "training.lock"
+KINDS = {"density": DensitySpec, "classifier": ClassifierSpec}
+
+
+def check_belongs_to(workdir: Path, config: Config) -> None:
+    """Raises ``ValueError`` if the folder holds a run with another config; names the first difference."""
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"{workdir} is a file: choose another --workdir")
+    if not (workdir / CONFIG_FILE).exists():
+        return
+    theirs = read_config(workdir)
+    if difference := first_difference(to_plain(config), to_plain(theirs), "config"):
+        raise ValueError(f"{workdir} holds a run with another config: {difference}; choose another --workdir or delete it")
+
+
+def read_config(workdir: Path) -> Config:
+    """The settings of a run.
+
+    Raises:
+        ValueError: If there are none, they are damaged or written by another version.
+    """
+    if not workdir.is_dir():
+        raise ValueError(f"there is no workdir {workdir}: give the --workdir of a training run")
+    if not (workdir / CONFIG_FILE).exists():
+        raise ValueError(f"{workdir} has no {CONFIG_FILE}, so it is not the workdir of a training run")
+    plain = _read(workdir / CONFIG_FILE)
+    try:
+        return parse(plain)
+    except ValueError as error:
+        raise ValueError(f"{workdir / CONFIG_FILE} is damaged ({error}): restore it, or choose another --workdir") from None
+
+
+def read_model(workdir: Path) -> tuple[Spec, str]:
+    """The model of a run without its weights, and the fingerprint of its data.
+
+    Raises:
+        ValueError: If there is none, it is damaged or written by another version.
+    """
+    path = workdir / MODEL_FILE
+    plain = _read(path)
+    try:
+        return from_plain(KINDS[plain["kind"]], plain["model"], "model"), str(plain["data"]["fingerprint"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or choose another --workdir") from None
+
+
+def model_for(workdir: Path, config: Config, source: Source) -> Spec:
+    """The model that a run in this folder trains: the one it began with, or for a new run that of the config and the data.
+
+    Raises:
+        ValueError: If the run began with other data.
+    """
+    if not (workdir / MODEL_FILE).exists():
+        return model_spec(config, source)
+    spec, fingerprint = read_model(workdir)
+    if fingerprint != source.fingerprint:
+        raise ValueError(
+            f"{workdir} was trained on other data: {source.name} has the fingerprint {source.fingerprint[:12]} now and had "
+            f"{fingerprint[:12]} when training began; bring those data back, or choose another --workdir"
+        )
+    return spec
+
+
+def claim(workdir: Path, config: Config, spec: Spec, source: Source) -> None:
+    """Writes the settings and the model of a new run; does nothing for one that has them."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    kind = next(name for name, cls in KINDS.items() if isinstance(spec, cls))
+    model = {"kind": kind, "model": to_plain(spec), "data": {"name": source.name, "fingerprint": source.fingerprint}}
+    # The model first: a folder with a config is one of a run.
+    for name, plain in ((MODEL_FILE, model), (CONFIG_FILE, to_plain(config))):
+        if not (workdir / name).exists():
+            with replacing(workdir / name) as incoming:
+                incoming.write_text(json.dumps({"format": FORMAT, **plain}, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def alone_in(workdir: Path) -> Iterator[None]:
+    """Within ``with``, no other process trains in the folder; the lock of a process that dies is free.
+
+    Raises:
+        ValueError: If another process trains there.
+    """
+    lock = filelock.FileLock(workdir / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        message = f"another process is training in {workdir}: wait until it has ended, or choose another --workdir"
+        raise ValueError(message) from None
+    except (NotImplementedError, OSError):  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object of a file of the present version, without its version number."""
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # not JSON, or not UTF-8
+        raise ValueError(f"{path} is damaged: restore it, or choose another --workdir") from None
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: restore it, or choose another --workdir") from None
+    if not isinstance(plain, dict):
+        raise ValueError(f"{path} is damaged: restore it, or choose another --workdir")
+    if plain.pop("format", None) != FORMAT:
+        raise ValueError(f"{path} was written by another version of iresnet_jax: train again, or use that version")
+    return plain
