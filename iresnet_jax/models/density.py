@@ -98,6 +98,11 @@ class DensitySpec:
         """What likelihoods are reported in: "bits/dim" of integer levels, "nats" of continuous data."""
         return "nats" if self.num_levels is None else "bits/dim"
 
+    @property
+    def metric(self) -> str:
+        """Name of the reported likelihood in logs: "bits_per_dim" or "nll"."""
+        return "nll" if self.num_levels is None else "bits_per_dim"
+
     def in_units(self, log_prob: Float[Array, " b"]) -> Float[Array, " b"]:
         """``-log_prob`` in `unit`: what is minimised and reported."""
         return -log_prob * self.unit_of_a_nat

@@ -5,16 +5,25 @@ from typing import Any
 
 import optax
 
-from iresnet_jax.bijections import equalize
-from iresnet_jax.bijections.bijection import Solver
+from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.bijections.transforms.equalize import Equalize, entry_shares, level_frequencies
+from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
+from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models import flow
 from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.density import DensitySpec
-from iresnet_jax.training.config import Config, ConstraintConfig, EvaluationConfig, ModelConfig, OptimizerConfig
+from iresnet_jax.models.density import DensitySpec, Transform
+from iresnet_jax.training.config import (
+    Config,
+    ConstraintConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PreprocessingConfig,
+)
 from iresnet_jax.training.optimizers import make_optimizer, make_schedule
-from iresnet_jax.training.source import Source
 
 Spec = DensitySpec | ClassifierSpec
+Constrain = Callable[[Any, Any], flow.Constrained]  # (params, spectral) -> constrained weights
 
 
 def build_flow_spec(settings: ModelConfig, event_shape: tuple[int, ...]) -> flow.FlowSpec:
@@ -26,57 +35,60 @@ def build_flow_spec(settings: ModelConfig, event_shape: tuple[int, ...]) -> flow
     return flow.FlowSpec(tuple(event_shape), settings.stages, coeff=settings.coeff, budget=settings.budget)
 
 
-def density_spec(
-    config: Config,
-    source: Source,
-    frequencies: tuple[float, ...] | None = None,
-    shares: tuple[float, ...] | None = None,
-) -> DensitySpec:
+def density_spec(config: Config, data: DataSet) -> DensitySpec:
     """The density of a data set, with a prior for every class if the objective is hybrid.
-
-    Args:
-        config: All settings.
-        source: The data.
-        frequencies: Frequencies of the grey levels for "equalize"; None counts them in the training images.
-        shares: Per-pixel frequency of the most common grey level; counted together with ``frequencies``.
 
     Raises:
         ValueError: If the data have no labels that it needs, or settings do not fit them.
     """
-    if config.objective == "hybrid" and source.num_classes is None:
-        raise ValueError(f"a hybrid needs labelled images, and {source.name} has none: choose another data.name")
-    if config.preprocessing.transform == "equalize" and source.images is not None and frequencies is None:
-        images = source.images.images["train"]
-        frequencies = equalize.level_frequencies(images, source.images.num_levels)
-        if config.preprocessing.entrywise:
-            shares = tuple(equalize.entry_shares(images, frequencies).ravel().tolist())
+    if config.objective == "hybrid" and data.num_classes is None:
+        raise ValueError(f"a hybrid needs labelled images, and {data.name} has none: choose another data.name")
     return DensitySpec(
-        flow=build_flow_spec(config.model, source.event_shape),
+        flow=build_flow_spec(config.model, data.event_shape),
         prior=config.model.prior,
-        transform=config.preprocessing.transform,
-        alpha=config.preprocessing.alpha,
-        num_levels=source.num_levels,
-        frequencies=frequencies,
-        shares=shares,
-        num_classes=source.num_classes if config.objective == "hybrid" else None,
+        transform=build_transform(config.preprocessing, data),
+        num_levels=data.num_levels,
+        num_classes=data.num_classes if config.objective == "hybrid" else None,
     )
 
 
-def classifier_spec(config: Config, source: Source) -> ClassifierSpec:
+def build_transform(settings: PreprocessingConfig, data: DataSet) -> Transform:
+    """The preprocessing of a data set; "equalize" counts the levels of its training images.
+
+    Raises:
+        ValueError: If it needs integer levels that the data do not have.
+    """
+    if settings.transform == "none":
+        return Identity()
+    if data.num_levels is None:
+        raise ValueError(
+            f"preprocessing.transform {settings.transform} is for data with grey levels, which {data.name} has not: "
+            "set it to none"
+        )
+    if settings.transform == "center":
+        return Center()
+    if settings.transform == "logit":
+        return Logit(settings.alpha)
+    images = data.examples["train"]
+    frequencies = level_frequencies(images, data.num_levels)
+    return Equalize(frequencies, entry_shares(images, frequencies) if settings.entrywise else None, settings.alpha)
+
+
+def classifier_spec(config: Config, data: DataSet) -> ClassifierSpec:
     """The classifier of a data set.
 
     Raises:
         ValueError: If the data have no labels, or settings do not fit them.
     """
-    if source.num_classes is None:
-        raise ValueError(f"classification needs labelled images, and {source.name} has none: choose another data.name")
+    if data.num_classes is None:
+        raise ValueError(f"classification needs labelled images, and {data.name} has none: choose another data.name")
     settings = config.classifier
-    height, width, channels = source.event_shape
+    height, width, channels = data.event_shape
     return ClassifierSpec(
         flow=build_flow_spec(config.model, (height, width, channels + settings.pad_channels)),
         image_shape=(height, width, channels),
-        num_classes=source.num_classes,
-        num_levels=source.num_levels or 256,
+        num_classes=data.num_classes,
+        num_levels=data.num_levels or 256,
         pad_channels=settings.pad_channels,
         mean=settings.mean,
         std=settings.std,
@@ -85,21 +97,12 @@ def classifier_spec(config: Config, source: Source) -> ClassifierSpec:
     )
 
 
-def model_spec(
-    config: Config,
-    source: Source,
-    frequencies: tuple[float, ...] | None = None,
-    shares: tuple[float, ...] | None = None,
-) -> Spec:
-    """The model of a data set, whatever the objective; see `density_spec`."""
-    if config.objective == "classification":
-        return classifier_spec(config, source)
-    return density_spec(config, source, frequencies, shares)
+def model_spec(config: Config, data: DataSet) -> Spec:
+    """The model of a data set, whatever the objective."""
+    return classifier_spec(config, data) if config.objective == "classification" else density_spec(config, data)
 
 
-def build_constraint(
-    settings: ConstraintConfig, spec: flow.FlowSpec, *, training: bool
-) -> Callable[[Any, Any], flow.Constrained]:
+def build_constraint(settings: ConstraintConfig, spec: flow.FlowSpec, *, training: bool) -> Constrain:
     """``(params, spectral) -> Constrained``, for training steps or for validation."""
     if settings.norms == "certified":
         squarings, twists = settings.num_squarings, settings.twists

@@ -3,15 +3,14 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models import linen
-from iresnet_jax.models.classifier import ClassifierSpec
+from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.density import Density
 from iresnet_jax.training.building import Spec
 from iresnet_jax.training.config import Config
-from iresnet_jax.training.network_input import network_input
-from iresnet_jax.training.source import Source
 
 
 def num_parameters(params: Any) -> int:
@@ -31,20 +30,15 @@ def abstract_variables(config: Config, spec: Spec) -> Any:
     return jax.eval_shape(_module(config, spec).init, jax.random.key(0), example)
 
 
-def initial_variables(config: Config, spec: Spec, source: Source) -> Any:
+def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
     """Fresh variables, ActNorm fitted to training data."""
     key_init, key_noise, key_data = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 2**31), 3)
-    num = config.training.actnorm_examples
-    if source.toy is not None:
-        examples = source.toy.sample(key_data, num)
-    else:
-        assert source.images is not None
-        train = source.images.images["train"]
-        chosen = np.asarray(jax.random.permutation(key_data, len(train)))[:num]
-        examples = jnp.asarray(train[chosen])
+    examples = data.random_train(key_data, config.training.actnorm_examples)
     module = _module(config, spec)
 
     def initialize(key, key_noise, examples):
-        return module.init(key, network_input(spec, key_noise, examples)[1])
+        if isinstance(spec, ClassifierSpec):
+            return module.init(key, Classifier(spec, {}, {}, {}).preprocess(examples))
+        return module.init(key, Density(spec, {}, {}).preprocess(examples, key_noise))
 
     return jax.jit(initialize)(key_init, key_noise, examples)

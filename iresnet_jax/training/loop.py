@@ -17,7 +17,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from iresnet_jax.data import device_feed
+from iresnet_jax.data import load
+from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.device_batches import device_batches
 from iresnet_jax.training import parallel, run_folder
 from iresnet_jax.training.backend import device_summary, prepare_backend, require_one_process
 from iresnet_jax.training.building import Spec, model_spec
@@ -28,7 +30,6 @@ from iresnet_jax.training.interruption import Stopped, StopRequests
 from iresnet_jax.training.metrics import MetricWriter, Progress, check_finite
 from iresnet_jax.training.objectives import classification, hybrid, likelihood
 from iresnet_jax.training.objectives.objective import Objective
-from iresnet_jax.training.source import Source, load_source
 from iresnet_jax.training.state import TrainState, create
 
 OBJECTIVES = {"density": likelihood.objective, "classification": classification.objective, "hybrid": hybrid.objective}
@@ -54,12 +55,12 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> TrainState:
     workdir = Path(workdir)
     require_one_process()
     prepare_backend(config.training.matmul_precision)
-    source = load_source(config.data.name, config.data.data_dir)
-    check_batch_size(config.training.batch_size, source)
+    dataset = load(config.data.name, config.data.data_dir)
+    check_batch_size(config.training.batch_size, dataset)
     run_folder.check_belongs_to(workdir, config)
-    spec = run_folder.model_for(workdir, config, source)
-    objective = build_objective(config, source, spec)
-    run_folder.claim(workdir, config, spec, source)
+    spec = run_folder.model_for(workdir, config, dataset)
+    objective = build_objective(config, dataset, spec)
+    run_folder.claim(workdir, config, spec, dataset)
     with run_folder.alone_in(workdir):
         return _train(config, workdir, objective)
 
@@ -176,28 +177,28 @@ class _Trainer:
         self._stop.unsaved = False
 
 
-def check_batch_size(batch_size: int, source: Source) -> None:
+def check_batch_size(batch_size: int, data: DataSet) -> None:
     """Raises ``ValueError`` unless a batch can be split over the devices and is no larger than the training data."""
     parallel.check_global_batch_size(batch_size)
-    num = None if source.images is None else len(source.images.images["train"])
+    num = len(data.examples["train"]) if data.examples else None
     if num is not None and batch_size > num:
         raise ValueError(
-            f"config.training.batch_size must be at most {num}, the training examples of {source.name}, got {batch_size}"
+            f"config.training.batch_size must be at most {num}, the training examples of {data.name}, got {batch_size}"
         )
 
 
-def build_objective(config: Config, source: Source, spec: Spec | None = None) -> Objective:
+def build_objective(config: Config, data: DataSet, spec: Spec | None = None) -> Objective:
     """What ``config.objective`` names, for the data of a run.
 
     Args:
         config: All settings.
-        source: The data.
+        data: The data.
         spec: The model; by default the one of config and data.
 
     Raises:
         ValueError: If settings do not fit the data.
     """
-    return OBJECTIVES[config.objective](config, source, model_spec(config, source) if spec is None else spec)
+    return OBJECTIVES[config.objective](config, data, model_spec(config, data) if spec is None else spec)
 
 
 def batches(config: Config, examples: Any, first_step: int) -> Iterator[Any]:
@@ -206,7 +207,7 @@ def batches(config: Config, examples: Any, first_step: int) -> Iterator[Any]:
     if examples is None:
         placeholder = parallel.shard(np.zeros(size, np.float32))
         return itertools.repeat(placeholder)
-    return device_feed.batches(examples, seed=config.seed, batch_size=size, first_step=first_step)
+    return device_batches(examples, seed=config.seed, batch_size=size, first_step=first_step)
 
 
 def mean_over_window(metrics: list[dict[str, Any]]) -> dict[str, float]:

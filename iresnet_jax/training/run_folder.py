@@ -12,17 +12,15 @@ from typing import Any
 
 import filelock
 
+from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.files import replacing
-from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.density import DensitySpec
-from iresnet_jax.plain import first_difference, from_plain, to_plain
-from iresnet_jax.training.building import Spec, model_spec
+from iresnet_jax.models.saved import Spec, spec_from_plain, spec_to_plain
+from iresnet_jax.plain import first_difference, to_plain
+from iresnet_jax.training.building import model_spec
 from iresnet_jax.training.config import Config, parse
-from iresnet_jax.training.source import Source
 
 FORMAT = 1  # version of both files
 CONFIG_FILE, MODEL_FILE, LOCK_FILE = "config.json", "model.json", "training.lock"
-KINDS = {"density": DensitySpec, "classifier": ClassifierSpec}
 
 
 def check_belongs_to(workdir: Path, config: Config) -> None:
@@ -62,33 +60,32 @@ def read_model(workdir: Path) -> tuple[Spec, str]:
     path = workdir / MODEL_FILE
     plain = _read(path)
     try:
-        return from_plain(KINDS[plain["kind"]], plain["model"], "model"), str(plain["data"]["fingerprint"])
+        return spec_from_plain(plain["model"]), str(plain["data"]["fingerprint"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore it, or choose another --workdir") from None
 
 
-def model_for(workdir: Path, config: Config, source: Source) -> Spec:
+def model_for(workdir: Path, config: Config, data: DataSet) -> Spec:
     """The model that a run in this folder trains: the one it began with, or for a new run that of the config and the data.
 
     Raises:
         ValueError: If the run began with other data.
     """
     if not (workdir / MODEL_FILE).exists():
-        return model_spec(config, source)
+        return model_spec(config, data)
     spec, fingerprint = read_model(workdir)
-    if fingerprint != source.fingerprint:
+    if fingerprint != data.fingerprint:
         raise ValueError(
-            f"{workdir} was trained on other data: {source.name} has the fingerprint {source.fingerprint[:12]} now and had "
+            f"{workdir} was trained on other data: {data.name} has the fingerprint {data.fingerprint[:12]} now and had "
             f"{fingerprint[:12]} when training began; bring those data back, or choose another --workdir"
         )
     return spec
 
 
-def claim(workdir: Path, config: Config, spec: Spec, source: Source) -> None:
+def claim(workdir: Path, config: Config, spec: Spec, data: DataSet) -> None:
     """Writes the settings and the model of a new run; does nothing for one that has them."""
     workdir.mkdir(parents=True, exist_ok=True)
-    kind = next(name for name, cls in KINDS.items() if isinstance(spec, cls))
-    model = {"kind": kind, "model": to_plain(spec), "data": {"name": source.name, "fingerprint": source.fingerprint}}
+    model = {"model": spec_to_plain(spec), "data": {"name": data.name, "fingerprint": data.fingerprint}}
     # The model first: a folder with a config is one of a run.
     for name, plain in ((MODEL_FILE, model), (CONFIG_FILE, to_plain(config))):
         if not (workdir / name).exists():

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from iresnet_jax.models import flow as model
+from iresnet_jax.models.flow import Constrained
 from iresnet_jax.training import state
+from iresnet_jax.training.building import build_optimizer, build_schedule
+from iresnet_jax.training.config import Config
 from iresnet_jax.training.parallel import AXIS
 
 
@@ -65,26 +67,40 @@ class Loss(NamedTuple):
 
     value: Any
     metrics: dict[str, Any]
-    constrained: model.Constrained
+    constrained: Constrained
     batch_stats: Any = None
 
 
+class UpdateRule(NamedTuple):
+    """How a gradient changes the state.
+
+    Attributes:
+        optimizer: Optimizer with its learning rate.
+        schedule: Learning rate by step, for the log.
+        ema_decay: Decay of the moving averages of the parameters and of BatchNorm's statistics.
+    """
+
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    ema_decay: float
+
+
+def build_rule(config: Config) -> UpdateRule:
+    """The update rule of a run."""
+    steps = config.training.total_steps
+    schedule = build_schedule(config.optimizer, steps)
+    return UpdateRule(build_optimizer(config.optimizer, steps), schedule, config.training.ema_decay)
+
+
 def update(
-    current: state.TrainState,
-    loss_of: Callable[[Any], Loss],
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    *,
-    ema_decay: float,
+    current: state.TrainState, loss_of: Callable[[Any], Loss], rule: UpdateRule
 ) -> tuple[state.TrainState, dict[str, Any]]:
     """One step down the gradient of a loss, averaged over devices, and the metrics of the step.
 
     Args:
         current: The state before.
         loss_of: ``params -> Loss`` on this device's share of the batch.
-        optimizer: Update rule.
-        schedule: Its learning rate, for the log.
-        ema_decay: Of the moving averages of the parameters and of BatchNorm's statistics.
+        rule: How the gradient changes the state.
     """
 
     def value_and_rest(params):
@@ -98,14 +114,14 @@ def update(
         **lax.pmean(loss.metrics, AXIS),
         **constraint_metrics(loss.constrained),
         "grad_norm": optax.tree.norm(gradients),
-        "learning_rate": jnp.asarray(schedule(current.step)),
+        "learning_rate": jnp.asarray(rule.schedule(current.step)),
     }
     if loss.batch_stats:
-        current = current._replace(batch_stats=state.average_statistics(current, loss.batch_stats, ema_decay))
-    return state.apply_gradients(current, gradients, spectral, optimizer, ema_decay), metrics
+        current = current._replace(batch_stats=state.average_statistics(current, loss.batch_stats, rule.ema_decay))
+    return state.apply_gradients(current, gradients, spectral, rule.optimizer, rule.ema_decay), metrics
 
 
-def constraint_metrics(constrained: model.Constrained) -> dict[str, Any]:
+def constraint_metrics(constrained: Constrained) -> dict[str, Any]:
     """The largest operator norm before normalisation and the largest Lipschitz constant after it, if norms were measured."""
     if not any(constrained.norms.values()):
         return {}
