@@ -19,11 +19,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
-from iresnet_jax.maths.logdet.estimator import Branch, LogdetInfo, Trace, draw_probes, mean_and_stderr
+from iresnet_jax.maths.logdet.estimator import Batch, Branch, Keys, LogdetInfo, Trace, draw_probes, mean_and_stderr
 from iresnet_jax.maths.logdet.jacobian_products import transposed_jacobian, with_gradient
-from iresnet_jax.maths.rounding import at_least
+from iresnet_jax.maths.rounding import as_floats, euclidean_norm, lipschitz_at_least
 
 
 def truncation_bound(num_dims: int, lipschitz_bound: float, num_terms: int) -> float:
@@ -86,7 +86,7 @@ def weighted_series(
         neumann = neumann + expand(sign * weight) * u
         u = pull(u)
         contribution = jnp.sum(u * probes, axis=example_axes)
-        norm = jnp.sqrt(jnp.sum(u**2, axis=example_axes))
+        norm = euclidean_norm(u, example_axes)
         coefficient = sign * weight / k
         if per_example:
             value = value + coefficient[None] * contribution
@@ -96,7 +96,7 @@ def weighted_series(
         return u, value, neumann, tail
 
     zeros = jnp.zeros(probes.shape[:2], x.dtype)
-    probe_norm = jnp.sqrt(jnp.sum(probes**2, axis=example_axes))
+    probe_norm = euclidean_norm(probes, example_axes)
     carry = (probes, zeros, jnp.zeros_like(probes), probe_norm)
     if isinstance(length, int):
         if not 0 <= length <= len(weights):
@@ -115,7 +115,7 @@ def weighted_series(
 
 def remainder_factor(lipschitz_bound, num_terms, power, dtype):
     """``L^p / ((n + 1)(1 - L))``, at least ``sum_{k>n} L^(k - n - 1 + p) / k``; infinite without a bound below 1."""
-    ell = lax.stop_gradient(at_least(jnp.inf if lipschitz_bound is None else lipschitz_bound, dtype))
+    ell = lax.stop_gradient(lipschitz_at_least(jnp.inf if lipschitz_bound is None else lipschitz_bound, dtype))
     contraction = ell < 1
     return jnp.where(contraction, ell**power / ((num_terms + 1) * jnp.where(contraction, 1 - ell, 1)), jnp.inf)
 
@@ -149,7 +149,7 @@ class SeriesLogdet:
         if self.num_terms < 1:
             raise ValueError(f"num_terms must be at least 1, got {self.num_terms}")
 
-    def fix_length(self, key: Key[Array, ""]) -> "SeriesLogdet":
+    def fix_length(self, key: Keys) -> "SeriesLogdet":
         """Nothing but the probes is random here."""
         del key
         return self
@@ -157,14 +157,14 @@ class SeriesLogdet:
     def __call__(
         self,
         branch: Branch,
-        x: Float[Array, "b ..."],
-        key: Key[Array, "..."],
+        x: Batch,
+        key: Keys,
         *,
         lipschitz_bound: float | Float[Array, ""] | None = None,
         trace: Trace | None = None,
     ) -> tuple[Float[Array, " b"], LogdetInfo]:
         """The truncated estimate, its standard error over probes and the bound of its remainder."""
-        n = self.num_terms
+        x, n = as_floats(x, "x"), self.num_terms
         probes = draw_probes(key, x, self.num_probes, self.probe)
         trace = trace if self.exact_trace else None
         samples, tail = weighted_series(branch, x, probes, jnp.ones(n, x.dtype), n, trace=trace, unroll=self.unroll)

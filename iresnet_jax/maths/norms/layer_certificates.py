@@ -81,6 +81,9 @@ def conv_norm_bound(
 
     Measured against float64 SVDs for Gaussian 3x3 kernels (mean, worst), the embedding exceeds the truth by .8 %, 1.4 % on
     16 x 16 images; 2 %, 6 % on 8 x 8 (from four channels on 2.7 %); 9 %, 15 % on 4 x 4; 5x5 kernels on 8 x 8 10 %, 19 %.
+    Trained 3x3 layers of 7 x 7 images with 16 to 64 channels: up to 4.3 %. They pass low frequencies best, of which zero-padded
+    images hold a little less than sequences of period 8; eight twists an axis instead of two gain nothing. `dense_norm_bound`
+    of the layer as a matrix comes within .03 %, at 50 times the cost (.6 s against .01 s for 1,568 inputs).
 
     Args:
         kernel: Taps as in ``jax.lax``'s "HWIO".
