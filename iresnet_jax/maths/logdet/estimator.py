@@ -20,9 +20,9 @@ class LogdetInfo(NamedTuple):
     """What is known about the error of a log-determinant, for every example, in nats.
 
     Attributes:
-        stderr: Standard error over the probes; 0 if exact, infinite if a single probe says nothing about it.
-        truncation_bound: Upper bound of what the terms that were left out could add to this estimate; rigorous if the
-            Lipschitz bound is. 0 if exact, infinite without a Lipschitz bound below 1.
+        stderr: Standard error over the probes; 0 if exact, infinite for a single probe.
+        truncation_bound: Upper bound of the terms left out, rigorous if the Lipschitz bound is; 0 if exact, infinite without a
+            Lipschitz bound below 1.
     """
 
     stderr: Float[Array, " b"]
@@ -57,7 +57,7 @@ class LogdetEstimator(Protocol):
         Args:
             branch: ``g``, acting on each example alone.
             x: Where to evaluate.
-            key: Of the probes, one or one an example.
+            key: Key of the probes, one or one an example.
             lipschitz_bound: Upper bound of ``Lip(g)``, for the truncation bound.
             trace: ``x -> tr J (b,)`` in closed form, if there is one.
         """

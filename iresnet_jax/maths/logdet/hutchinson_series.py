@@ -1,16 +1,13 @@
-r"""``log det(I + J)`` of a residual block, ``J`` the Jacobian of its branch: exact, or as a truncated series.
+r"""``log det(I + J)`` of a residual block as a truncated series; ``J`` is the Jacobian of its branch.
 
     log det(I + J) = tr log(I + J) = sum_k (-1)^(k+1) tr(J^k) / k            (Behrmann et al. 2019, eq. 4)
     d log det(I + J) = tr((I + J)^-1 dJ) = sum_k (-1)^k tr(J^k dJ)            (Chen et al. 2019, Theorem 2)
 
-Traces are estimated with probes ``v``, ``E[v v^T] = I`` (Hutchinson). One chain of vector-Jacobian products
-``u_k = (J^T)^k v`` serves both: ``<u_k, v>`` for the value, ``w = sum_k (-1)^k u_k`` for the gradient, which is that of
-``<w, J v>`` with ``w`` and ``v`` held fixed. The chain is not differentiated, so memory does not depend on its length, and
-the value is always the series'. Every example keeps its own cotangent. Second derivatives are not those of the log-det.
-Where ``tr J`` is known in closed form, it takes the place of its estimate, which carries most of the variance. The module
-`roulette` has the series without a bias, `krylov` what needs fewer products.
-
-The estimators are settings with one pure call, ``estimator(branch, x, key, lipschitz_bound=L) -> (logdet, info)``.
+Probes ``v`` with ``E[v v^T] = I`` estimate traces (Hutchinson). One chain of vector-Jacobian products ``u_k = (J^T)^k v``
+serves the value by ``<u_k, v>`` and the gradient by ``w = sum_k (-1)^k u_k``: that of ``<w, J v>`` with ``w`` and ``v`` fixed.
+The chain is not differentiated, so memory does not depend on its length. Every example keeps its own cotangent. Second
+derivatives are not those of the log-determinant. A trace ``tr J`` in closed form replaces its estimate, which carries most of
+the variance. `roulette` cuts the series at random, without a bias; `krylov` needs fewer products.
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,7 @@ A linear map is any function ``apply(kernel, x)`` that is linear in ``x`` and in
 ``jax.linear_transpose``, so dense layers and convolutions of every stride, padding and size share this one implementation
 (Behrmann et al. 2019, sec. 2.1 and appendix; Gouk et al. 2018). The iterate ``v`` is explicit state: read in, returned, saved.
 
-Both iterations approach the norm from below. What they return is an estimate; upper bounds are `certify`'s.
+Both iterations approach the norm from below. They return estimates; `layer_certificates` has upper bounds.
 """
 
 import math

@@ -266,3 +266,23 @@ def test_whatever_can_be_a_batch_is_one():
         solve(jnp.float32(1.0))
     with pytest.raises(ValueError, match="atol must be positive, got nan"):
         solve(jnp.ones((1, 1)), atol=float("nan"))
+
+
+@pytest.mark.parametrize("memory", [0, 4])
+def test_bounds_hold_at_the_default_level_of_the_compiler(memory):
+    """The suite compiles without optimisation, users do not: a fused residual may round in another way."""
+    rng, lipschitz = np.random.default_rng(0), 0.95
+    matrix = rng.normal(size=(24, 24))
+    matrix = (lipschitz * (1 - 1e-6) * matrix / np.linalg.norm(matrix, 2)).astype(np.float32)
+    y = (rng.normal(size=(16, 24)) * 10.0 ** rng.integers(-6, 6, size=(16, 1))).astype(np.float32)
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
+    def solve(y):
+        return invert_residual(lambda x: x @ matrix.T, y, lipschitz_bound=lipschitz, memory=memory)
+
+    x, info = solve(y)
+    exact = np.linalg.solve(np.eye(24) + matrix.astype(np.float64), y.astype(np.float64).T).T
+    error = np.linalg.norm(x - exact, axis=1)
+    assert info.converged.all()
+    assert (error <= info.error_bound).all()
+    assert (np.asarray(info.error_bound) <= 1e-6 + 1e-4 * np.linalg.norm(y, axis=1)).all()
