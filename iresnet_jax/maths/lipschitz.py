@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from iresnet_jax.maths.rounding import at_least, rounded_up
+from iresnet_jax.maths.rounding import lipschitz_at_least, rounded_up
 
 Scalar = float | Shaped[Array, ""]
 
@@ -43,18 +43,23 @@ def branch_bound(layer_bounds: Sequence[Scalar] | Float[Array, " k"], gain: Scal
     is rounded up.
 
     Args:
-        layer_bounds: One upper bound a linear layer, non-negative.
+        layer_bounds: One upper bound a linear layer.
         gain: Lipschitz constant of everything else in the branch.
 
     Returns:
-        The bound.
+        The bound; infinite if a traced one of its factors is negative or NaN.
+
+    Raises:
+        ValueError: If a concrete factor is negative or NaN.
 
     Example:
         >>> branch_bound([0.9, 0.9, 0.9])  # 0.729
     """
     listed = not isinstance(layer_bounds, jax.Array)
-    bounds = jnp.asarray([at_least(bound) for bound in layer_bounds]) if listed else layer_bounds
-    return rounded_up(jnp.prod(bounds) * at_least(gain, bounds.dtype), num_roundings=bounds.size + 1)
+    bounds = jnp.asarray([lipschitz_at_least(b) for b in layer_bounds]) if listed else lipschitz_at_least(layer_bounds)
+    gain = lipschitz_at_least(gain, bounds.dtype)
+    product = jnp.nan_to_num(jnp.prod(bounds) * gain, nan=jnp.inf, posinf=jnp.inf)  # 0 times infinity promises nothing
+    return rounded_up(product, num_roundings=bounds.size + 1)
 
 
 def block_bounds(lipschitz_bound: Scalar) -> BiLipschitz:
@@ -63,15 +68,17 @@ def block_bounds(lipschitz_bound: Scalar) -> BiLipschitz:
     Both follow from ``(1 - L) |x - x'| <= |F(x) - F(x')| <= (1 + L) |x - x'|`` (Behrmann et al. 2019, Lemma 2).
 
     Args:
-        lipschitz_bound: ``L``, a guaranteed bound of the branch; from 1 on nothing is known of the inverse.
+        lipschitz_bound: ``L``, a guaranteed bound of the branch.
 
     Returns:
-        The two bounds, rounded up; ``inverse`` is infinite if ``L >= 1``.
+        The two bounds, rounded up; ``inverse`` is infinite if ``L >= 1``, both if a traced ``L`` is negative or NaN.
+
+    Raises:
+        ValueError: If a concrete ``L`` is negative or NaN.
     """
-    bound = at_least(lipschitz_bound)
+    bound = lipschitz_at_least(lipschitz_bound)
     gap = jnp.where(bound < 1, 1 - bound, 1)
-    inverse = jnp.where(bound < 1, rounded_up(1 / gap), jnp.inf)
-    return BiLipschitz(rounded_up(1 + bound), jnp.where(jnp.isnan(bound), bound, inverse))
+    return BiLipschitz(rounded_up(1 + bound), jnp.where(bound < 1, rounded_up(1 / gap), jnp.inf))
 
 
 def model_bounds(
@@ -110,16 +117,19 @@ def certified_radius(margin: Float[Array, " b"], lipschitz: Scalar) -> Float[Arr
     that is less than the smallest ``z_i - z_j`` at ``x``, class ``i`` stays on top (Tsuzuku et al. 2018, Prop. 1).
 
     Args:
-        margin: The logit of the class in question less the largest other one; at most 0 certifies nothing. Its own
-            rounding, that of the network's forward pass, is not covered.
-        lipschitz: ``Lambda``, a guaranteed bound for the whole map from image to logits; positive.
+        margin: Logit of the class in question less the largest other one, exact: the rounding of the network's forward pass
+            is not covered.
+        lipschitz: ``Lambda``, a guaranteed bound for the whole map from image to logits.
 
     Returns:
-        The radius in the input's units, rounded down.
+        The radius in the input's units, rounded down; 0 without a positive margin, or if a traced ``Lambda`` is no bound.
+
+    Raises:
+        ValueError: If a concrete ``Lambda`` is negative or NaN.
 
     Example:
         >>> certified_radius(jnp.array([1.0, -0.2]), 2.0)  # 0.354, 0
     """
-    lipschitz = at_least(lipschitz)
+    lipschitz = lipschitz_at_least(lipschitz)
     eps = max(float(jnp.finfo(x.dtype).eps) for x in (margin, lipschitz))  # the product with sqrt(2) rounds in the latter's
-    return jnp.maximum(margin, 0) / (lipschitz * math.sqrt(2)) * (1 - 8 * eps)
+    return jnp.where(margin > 0, margin / (lipschitz * math.sqrt(2)) * (1 - 8 * eps), 0)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Shaped
 
 
@@ -46,10 +47,22 @@ def lipschitz_at_least(value: Any, dtype: Any = None) -> Shaped[Array, "..."]:
     Raises:
         ValueError: If a concrete bound is negative or NaN.
     """
-    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) >= 0):
+    if not isinstance(value, Tracer) and not np.all(np.asarray(value) >= 0):
         raise ValueError(f"a Lipschitz bound must be at least 0, got {value}: pass inf if none is known")
     bound = at_least(value, dtype)
     return jnp.where(bound >= 0, bound, jnp.inf)
+
+
+def as_floats(batch: Any, name: str) -> Float[Array, "b ..."]:
+    """A batch as a JAX array of floats: lists, NumPy arrays and integers are converted.
+
+    Raises:
+        ValueError: If there is no batch axis.
+    """
+    batch = jnp.asarray(batch)
+    if batch.ndim == 0:
+        raise ValueError(f"{name} must have a batch axis first, got a scalar: pass {name}[None]")
+    return batch if jnp.issubdtype(batch.dtype, jnp.floating) else batch.astype(jnp.result_type(float))
 
 
 def power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:

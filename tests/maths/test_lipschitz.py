@@ -25,7 +25,6 @@ def test_block_bounds_are_attained_by_scaling_and_know_their_limit(x64):
     np.testing.assert_allclose([bounds.forward, bounds.inverse], [1.5, 2], rtol=EXACT)
     assert block_bounds(1.0).inverse == jnp.inf
     assert block_bounds(1.5).inverse == jnp.inf
-    assert jnp.isnan(block_bounds(jnp.nan).inverse)
     chex.assert_tree_all_finite(jax.grad(lambda b: block_bounds(b).inverse)(0.9))
 
 
@@ -84,3 +83,22 @@ def test_certified_radius_is_the_distance_to_the_boundary_of_a_scaled_identity(x
     assert inside[0] >= inside[1]
     assert outside[0] < outside[1]
     np.testing.assert_array_equal(certified_radius(jnp.array([-1.0, 0.0]), 2.0), 0)
+
+
+@pytest.mark.parametrize("bad", [-0.1, float("nan")])
+def test_what_bounds_nothing_is_refused_or_infinite(bad):
+    margin = jnp.ones(2)
+    functions = (
+        lambda bound: block_bounds(bound),
+        lambda bound: branch_bound([0.5, bound]),
+        lambda bound: branch_bound([0.5], gain=bound),
+        lambda bound: certified_radius(margin, bound),
+    )
+    for function in functions:
+        for concrete in (bad, np.float64(bad), jnp.float32(bad)):
+            with pytest.raises(ValueError, match="a Lipschitz bound must be at least 0, got"):
+                function(concrete)
+    block, layers, gain, radius = jax.jit(lambda bound: [function(bound) for function in functions])(bad)
+    assert all(np.isinf(value) for value in (*block, layers, gain))
+    np.testing.assert_array_equal(radius, 0)
+    np.testing.assert_array_equal(certified_radius(jnp.array([np.nan, 0.0]), 0.0), 0)

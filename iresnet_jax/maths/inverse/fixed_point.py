@@ -5,40 +5,41 @@ Jacobian is known) and differentiable (implicit function theorem). An example st
 batch mates, and rounding apart its result does not depend on them.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from iresnet_jax.maths.inverse.anderson import History
-from iresnet_jax.maths.rounding import at_least
+from iresnet_jax.maths.rounding import as_floats, euclidean_norm, lipschitz_at_least
 
 Branch = Callable[[Array], Array]
 
-# A residual that has stopped shrinking within so many times its own rounding is as good as this format allows: the branch
-# rounds inside too.
+# Roundings of a residual within which it counts as converged once it stops shrinking: the branch rounds inside too.
 _ROUNDING_FLOOR = 8
 
-# Below this part of the bound of its own rounding a residual is noise.
+# Part of the bound of its own rounding below which a residual is noise.
 _NOISE = 0.25
 
-# Past steps that explain less than this times ``1 - L`` of ``|r|^2`` are coincidence: a Banach step is better than theirs.
+# Share of ``(1 - L) |r|^2`` that past steps must explain to be better than a Banach step.
 _WORTHWHILE = 0.5
 
-# An example asks for the diagonal of the Jacobian where that may be large: after so many evaluations, if at its own rate it
-# needs so many more; and once again, so many later, if it then needs twice as many.
+# An example computes diag J if its entries may exceed 1/2 and, after 3 evaluations, more than 8 further ones are predicted;
+# 3 evaluations later once more if more than 16 are.
 _LARGE, _ASK_AFTER, _ASK_IF_LEFT, _ASK_AT_MOST = 0.5, 3, 8, 2
 
 
 class Diagonal(NamedTuple):
-    """What is known of the diagonal of a branch's Jacobian.
+    """Diagonal of a branch's Jacobian.
 
     Attributes:
         at: ``x -> diag J_g(x) (b, ...)``, about as expensive as ``g``.
-        size: About the largest entry it can have; below 1/2 nobody asks for it.
+        size: Estimate of its largest entry; up to 1/2 the solver does without it.
     """
 
     at: Branch
@@ -49,11 +50,11 @@ class FixedPointInfo(NamedTuple):
     """How the iteration ended, for every example of the batch.
 
     Attributes:
-        num_evals: Evaluations of the branch that this example needed, and of the diagonal of its Jacobian if it was given.
-        residual: ``|y - x' - g(x')|`` (Euclidean norm), as computed, at the best iterate ``x'``: the returned ``x`` where it
-            did not converge, and where it did the one of which ``x`` is the Banach step.
-        error_bound: Upper bound of ``|x - x*|``, rounding of the residual included; needs ``lipschitz_bound`` to be true.
-        converged: Whether the residual met the tolerance, or cannot get smaller in this floating-point format.
+        num_evals: Evaluations of the branch, plus those of the diagonal of its Jacobian.
+        residual: ``|y - x' - g(x')|`` (Euclidean norm), as computed, at the best iterate ``x'``. If converged,
+            ``x = y - g(x')``; otherwise ``x = x'``.
+        error_bound: Upper bound of ``|x - x*|``, rounding of the residual included, if ``lipschitz_bound`` is true.
+        converged: Whether the residual met the tolerance, or is lost in rounding.
     """
 
     num_evals: Int[Array, " b"]
@@ -64,7 +65,7 @@ class FixedPointInfo(NamedTuple):
 
 def invert_residual(
     branch: Branch,
-    y: Float[Array, "b ..."],
+    y: Shaped[Array | np.ndarray, "..."] | Sequence,
     *,
     lipschitz_bound: float | Float[Array, ""],
     atol: float = 1e-6,
@@ -80,25 +81,22 @@ def invert_residual(
 
     ``x + r - sum_j gamma_j (dx_j + dr_j)``, ``gamma = argmin |r - sum_j gamma_j dr_j|``,
 
-    and is followed by a Banach step from the best iterate whenever it shrank ``|r|`` less than a Banach step is sure to. Where
-    the diagonal of the Jacobian is known, what the last steps leave unexplained takes a Newton step as far as that goes instead
-    of a Banach step,
+    and is followed by a Banach step from the best iterate if ``|r|`` exceeds ``L`` times the least one so far. A known diagonal
+    of the Jacobian turns the Banach step from ``xm`` into Newton's in every entry by itself:
 
     ``xm + rm / (1 + diag J_g)``,  ``xm = x - sum_j gamma_j dx_j``,  ``rm = r - sum_j gamma_j dr_j``.
 
-    It tells what is slow about every entry by itself, which no combination of a few past steps can. With
-    ``Lip(g) <= L < 1`` every ``x``, and the Banach step from it, satisfy
+    With ``Lip(g) <= L < 1`` every ``x``, and the Banach step from it, satisfy
 
     ``|x - x*| <= |r| / (1 - L)``,    ``|x + r - x*| = |g(x) - g(x*)| <= L |r| / (1 - L)``,
 
     the first because ``(x - x*) + (g(x) - g(x*))`` is minus the residual. An example stops when the second bound is at most
-    ``atol``, when its residual is lost in its own rounding, or when the residual has stopped shrinking, as under a false ``L``;
-    it is frozen from then on, so its result does not depend on its batch mates. ``info.error_bound`` is guaranteed if
-    ``lipschitz_bound`` is, up to rounding inside the branch: the residual's own rounding and one unit in the last place of
-    ``g`` are included.
+    ``atol``, when its residual is lost in its own rounding, or when the residual has stopped shrinking, as under a false ``L``.
+    Its result does not depend on its batch mates. ``info.error_bound`` is guaranteed if ``lipschitz_bound`` is, up to rounding
+    inside the branch: the residual's own rounding and one unit in the last place of ``g`` are included.
 
-    Convergence is not raised on: read ``info.converged``. Where it is true the Banach step from the iterate of least residual
-    is returned, which takes no further evaluation; elsewhere that iterate, which the step may spoil under a false ``L``.
+    Convergence is not raised on: read ``info.converged``. If it is true, the Banach step from the iterate of least residual is
+    returned, which takes no further evaluation; otherwise that iterate.
 
     Derivatives, forward and reverse, are those of the exact solution at the returned ``x`` (implicit function theorem):
     ``dx = (I + J)^-1 (dy - dg)``, with respect to ``y`` and to all that ``branch`` closes over. They are solved for by the same
@@ -107,22 +105,22 @@ def invert_residual(
 
     Args:
         branch: ``g``, acting on each example of a batch alone.
-        y: Outputs of the block.
-        lipschitz_bound: ``L``, an upper bound of ``Lip(g)``; at 1 or above every example reports ``converged=False``.
+        y: Outputs of the block, a batch; integers and lists become floats.
+        lipschitz_bound: ``L``, an upper bound of ``Lip(g)``; from 1 on, or if a traced one is negative or NaN, every example
+            reports ``converged=False`` and an infinite ``error_bound``.
         atol: Wanted bound of ``|x - x*|`` (Euclidean norm of an example).
         max_evals: Cap on evaluations of ``g``; Banach iteration needs about ``log(atol) / log(L)``.
-        memory: Steps that Anderson's method remembers, 3 to 5 as a rule and never more than an example has entries; 0 is plain
-            Banach iteration. It saves most where a few directions are slow, as in trained blocks, and nothing where all are
-            alike, as under an orthogonal map of many dimensions.
+        memory: Steps that Anderson's method remembers, usually 3 to 5, at most an example's size; 0 is plain Banach iteration.
+            It helps where few directions are slow, as in trained blocks.
         start: Where to begin; ``y`` by default.
-        diagonal: Of the Jacobian of ``g``; an example that is slow asks for it once or twice. It need not be right for the
-            result to be.
+        diagonal: Diagonal of the Jacobian of ``g``, computed at most twice an example; a wrong one costs evaluations only.
 
     Returns:
         ``x`` and how the iteration ended.
 
     Raises:
-        ValueError: If ``max_evals`` or ``atol`` is not positive, or ``memory`` is negative.
+        ValueError: If ``y`` is no batch, ``max_evals`` or ``atol`` is not positive, ``memory`` is negative, or a concrete
+            ``lipschitz_bound`` is negative or NaN.
 
     Example:
         >>> x, info = invert_residual(lambda x: 0.5 * jnp.tanh(x), y, lipschitz_bound=0.5)
@@ -131,11 +129,12 @@ def invert_residual(
     """
     if max_evals < 1:
         raise ValueError(f"max_evals must be at least 1, got {max_evals}")
-    if atol <= 0:
-        raise ValueError(f"atol must be positive, got {atol}")
+    if not atol > 0:
+        raise ValueError(f"atol must be positive, got {atol}: it is the wanted Euclidean distance to the solution")
     if memory < 0:
         raise ValueError(f"memory must not be negative, got {memory}; 0 is plain Banach iteration")
-    bound = lax.stop_gradient(at_least(lipschitz_bound, y.dtype))
+    y = as_floats(y, "y")
+    bound = lax.stop_gradient(lipschitz_at_least(lipschitz_bound, y.dtype))
     settings = {"lipschitz_bound": bound, "max_evals": max_evals, "memory": memory}
 
     def solve(_, x0):
@@ -185,7 +184,7 @@ def solve_linear(
         product = lambda u: pullback(u)[0]  # noqa: E731
     else:
         product = lambda u: jax.jvp(branch, (x,), (u,))[1]  # noqa: E731
-    bound = at_least(lipschitz_bound, x.dtype)
+    bound = lipschitz_at_least(lipschitz_bound, x.dtype)
     return _iterate(product, b, lipschitz_bound=bound, atol=_relative_atol(b), max_evals=max_evals, memory=memory)
 
 
@@ -205,7 +204,7 @@ def _relative_atol(b: Float[Array, "b ..."]) -> Float[Array, " b"]:
 
 def example_norm(x: Float[Array, "b ..."]) -> Float[Array, " b"]:
     """Euclidean norm of every example."""
-    return jnp.sqrt(jnp.sum(x**2, axis=tuple(range(1, x.ndim))))
+    return euclidean_norm(x, tuple(range(1, x.ndim)))
 
 
 def broadcast_to_examples(per_example: Array, like: Array) -> Array:
@@ -213,30 +212,77 @@ def broadcast_to_examples(per_example: Array, like: Array) -> Array:
     return per_example.reshape(per_example.shape + (1,) * (like.ndim - 1))
 
 
+class _Problem(NamedTuple):
+    """What the iteration solves, on examples as vectors ``(b, d)``, and how well.
+
+    Attributes:
+        branch: ``g`` on vectors.
+        y: Right-hand side.
+        y_norm: Its norm an example.
+        lipschitz_bound: ``L``; infinite promises nothing.
+        small_enough: Largest residual at which a Banach step is within ``atol``: ``atol (1 - L) / L``.
+        diagonal: What is known of the diagonal of the Jacobian, on vectors.
+    """
+
+    branch: Branch
+    y: Array
+    y_norm: Array
+    lipschitz_bound: Array
+    small_enough: Array
+    diagonal: Diagonal | None
+
+    @property
+    def margin(self) -> Array:
+        return 1 - self.lipschitz_bound
+
+
 class _Slopes(NamedTuple):
-    """The diagonal of the Jacobian at an iterate, ``(b, d)``; how often an example asked for it, and in which step."""
+    """Diagonal of the Jacobian at an iterate, ``(b, d)``; how often an example asked for it, and in which step."""
 
     values: Array
     num_asked: Array
     last_asked: Array
 
     def ask(self, step: Array, evals_left: Array, compute: Callable[[], Array]) -> "_Slopes":
-        """The diagonal as it is now, for the examples that have a long way to go; free of charge if none of the batch has."""
+        """Computes the diagonal for examples that predict more than 8 further evaluations, the second time more than 16."""
         long = evals_left > _ASK_IF_LEFT * (1 + self.num_asked)
         asks = long & (step - self.last_asked >= _ASK_AFTER) & (self.num_asked < _ASK_AT_MOST)
         values = lax.cond(jnp.any(asks), lambda: jnp.where(asks[:, None], compute(), self.values), lambda: self.values)
         return _Slopes(values, self.num_asked + asks, jnp.where(asks, step, self.last_asked))
 
 
+class _Evaluation(NamedTuple):
+    """One evaluation at ``x``: ``image = y - g(x)``, ``r = image - x``, ``|r|``, and the bound of its rounding."""
+
+    x: Array
+    image: Array
+    r: Array
+    residual: Array
+    rounding: Array
+
+    def where(self, condition: Array, other: "_Evaluation") -> "_Evaluation":
+        """This evaluation for the examples that meet a condition, the other elsewhere."""
+        return _Evaluation(*(jnp.where(broadcast_to_examples(condition, a), a, b) for a, b in zip(self, other, strict=True)))
+
+
 class _State(NamedTuple):
-    """The iteration on examples as vectors, ``(b, d)``; an image is ``y - g(x)``, the Banach step from ``x``."""
+    """The iteration between two evaluations.
+
+    Attributes:
+        step: Evaluations so far.
+        x: Where to evaluate next.
+        best: The evaluation of least residual.
+        history: Memory of Anderson's method, None without.
+        slopes: Diagonal of the Jacobian, None if unknown.
+        first_residual: Residual at the start.
+        stalled_evals: Evaluations since the best one.
+        num_evals: Evaluations that the example needed.
+        done: Whether the example has stopped.
+    """
 
     step: Array
     x: Array
-    best_x: Array
-    best_image: Array
-    best_residual: Array
-    best_rounding: Array
+    best: _Evaluation
     history: History | None
     slopes: _Slopes | None
     first_residual: Array
@@ -247,94 +293,129 @@ class _State(NamedTuple):
 
 def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None, diagonal=None):
     """`invert_residual` without its derivatives; ``atol`` may be one an example."""
-    shape, (batch, size) = y.shape, y.reshape(y.shape[0], -1).shape
-    y = y.reshape(batch, size)
-    x0 = y if start is None else start.reshape(batch, size)
-    eps, y_norm = jnp.finfo(y.dtype).eps, example_norm(y)
-    margin = 1 - lipschitz_bound
-    contraction = margin > 0
-    small_enough = atol * margin / jnp.maximum(lipschitz_bound, eps)  # at most, as under no L a tolerance is met at once
-    memory = min(memory, size)  # as many steps explain everything that is linear
+    shape, vectors = y.shape, (len(y), math.prod(y.shape[1:]))
 
-    def select(per_example, a, b):
-        return jnp.where(per_example[:, None], a, b)
+    def on_vectors(function):
+        return lambda x: function(x.reshape(shape)).reshape(vectors).astype(y.dtype)
 
-    def advance(state: _State) -> _State:
-        x = state.x
-        g = branch(x.reshape(shape)).reshape(batch, size)
-        image = y - g
-        r = image - x
-        residual = example_norm(r)
-        rounding = eps * (example_norm(x) + y_norm + example_norm(g))
-        better = ~state.done & (residual < state.best_residual)
-        as_good_as_banach = residual <= lipschitz_bound * state.best_residual
-        stalled_evals = jnp.where(better, 0, state.stalled_evals + 1)
-        first_residual = jnp.where(state.step == 0, residual, state.first_residual)
-        # Residuals that shrank e-fold in p evaluations so far and not at all in the last p have reached the floor of rounding
-        # (or L is false).
-        rate = jnp.log(first_residual / jnp.maximum(state.best_residual, eps * eps)) / jnp.maximum(state.num_evals, 1)
-        patience = jnp.clip(1 / jnp.maximum(rate, eps), 2, 1000)
-        hopeless = (stalled_evals >= patience) | ~jnp.isfinite(residual)
-        best_x, best_image = select(better, x, state.best_x), select(better, image, state.best_image)
-        best_residual = jnp.where(better, residual, state.best_residual)
-        best_rounding = jnp.where(better, rounding, state.best_rounding)
-        target = jnp.maximum(small_enough, _NOISE * best_rounding)
-        done = state.done | (best_residual <= target) | hopeless
-        next_x, unexplained = image, r
-        history, slopes = state.history, state.slopes
-        if history is not None:
-            history = history.extend(state.step, image, r)
-            accelerated, rest, share = history.extrapolate()
-            worthwhile = share >= _WORTHWHILE * margin * residual**2  # not if it is not a number
-            next_x, unexplained = select(worthwhile, accelerated, image), select(worthwhile, rest, r)
-        if slopes is not None and diagonal is not None:
-            evals_left = jnp.log(best_residual / target) / jnp.maximum(rate, eps)
-            evals_left = jnp.where(~done & (diagonal.size > _LARGE), evals_left, 0)
-            slopes = slopes.ask(state.step, evals_left, lambda: slopes_at(diagonal, x))
-            next_x = next_x - slopes.values / (1 + slopes.values) * unexplained
-        next_x = select(as_good_as_banach, next_x, best_image)
-        return _State(
-            step=state.step + 1,
-            x=select(state.done, x, next_x),
-            best_x=best_x,
-            best_image=best_image,
-            best_residual=best_residual,
-            best_rounding=best_rounding,
-            history=history,
-            slopes=slopes,
-            first_residual=first_residual,
-            stalled_evals=stalled_evals,
-            num_evals=state.num_evals + ~state.done,
-            done=done,
-        )
+    flat = y.reshape(vectors)
+    problem = _Problem(
+        branch=on_vectors(branch),
+        y=flat,
+        y_norm=example_norm(flat),
+        lipschitz_bound=lipschitz_bound,
+        small_enough=atol * (1 - lipschitz_bound) / jnp.maximum(lipschitz_bound, jnp.finfo(y.dtype).eps),
+        diagonal=None if diagonal is None else diagonal._replace(at=on_vectors(diagonal.at)),
+    )
+    x = flat if start is None else start.reshape(vectors)
+    state = _begin(problem, x, min(memory, vectors[1]))  # as many steps explain everything that is linear
 
-    def slopes_at(diagonal, x):
-        slopes = diagonal.at(x.reshape(shape)).reshape(batch, size).astype(y.dtype)
-        limit = jnp.minimum(lipschitz_bound, 0.999)  # |J| <= L; and 1 + diag J is no less than a little, under a false L too
-        return jnp.clip(jnp.nan_to_num(slopes), -limit, limit)
+    def go_on(state):
+        return (state.step < max_evals) & ~jnp.all(state.done)
 
-    nothing = jnp.zeros(batch, jnp.int32)
-    begin = _State(
+    x, info = _verdict(problem, lax.while_loop(go_on, lambda state: _advance(problem, state), state))
+    return x.reshape(shape), info
+
+
+def _begin(problem: _Problem, x: Array, memory: int) -> _State:
+    """Nothing is evaluated yet, so the best residual is infinite."""
+    zero, nothing = jnp.zeros(len(x), x.dtype), jnp.zeros(len(x), jnp.int32)
+    return _State(
         step=jnp.int32(0),
-        x=x0,
-        best_x=x0,
-        best_image=x0,
-        best_residual=jnp.full(batch, jnp.inf, y.dtype),
-        best_rounding=jnp.zeros(batch, y.dtype),
-        history=History.empty(y, memory) if memory else None,
-        slopes=None if diagonal is None else _Slopes(jnp.zeros_like(y), nothing, nothing),
-        first_residual=jnp.zeros(batch, y.dtype),
+        x=x,
+        best=_Evaluation(x, x, x, zero + jnp.inf, zero),
+        history=History.empty(x, memory) if memory else None,
+        slopes=None if problem.diagonal is None else _Slopes(jnp.zeros_like(x), nothing, nothing),
+        first_residual=zero,
         stalled_evals=nothing,
         num_evals=nothing,
         done=nothing > 0,
     )
-    end = lax.while_loop(lambda state: (state.step < max_evals) & ~jnp.all(state.done), advance, begin)
-    converged = contraction & (end.best_residual <= jnp.maximum(small_enough, _ROUNDING_FLOOR * end.best_rounding))
-    to_go = jnp.where(converged, lipschitz_bound, 1) * end.best_residual
+
+
+def _advance(problem: _Problem, state: _State) -> _State:
+    """Evaluates the branch once, keeps the best, decides who is done and where to evaluate next."""
+    now = _evaluate(problem, state.x)
+    better = ~state.done & (now.residual < state.best.residual)
+    best = now.where(better, state.best)
+    first_residual = jnp.where(state.step == 0, now.residual, state.first_residual)
+    stalled_evals = jnp.where(better, 0, state.stalled_evals + 1)
+    rate = _rate(first_residual, state)
+    target = jnp.maximum(problem.small_enough, _NOISE * best.rounding)
+    done = state.done | (best.residual <= target) | _hopeless(rate, stalled_evals, now.residual)
+    evals_left = jnp.where(done, 0, jnp.log(best.residual / target) / rate)
+    next_x, history, slopes = _next_iterate(problem, state, now, best, evals_left)
+    return _State(
+        step=state.step + 1,
+        x=jnp.where(state.done[:, None], state.x, next_x),
+        best=best,
+        history=history,
+        slopes=slopes,
+        first_residual=first_residual,
+        stalled_evals=stalled_evals,
+        num_evals=state.num_evals + ~state.done,
+        done=done,
+    )
+
+
+def _evaluate(problem: _Problem, x: Array) -> _Evaluation:
+    """``|fl(r) - r| <= eps (|x| + |y| + |g|)``, and what an entry loses that is too small for the format."""
+    g = problem.branch(x)
+    image = problem.y - g
+    r = image - x
+    info = jnp.finfo(x.dtype)
+    lost = 4 * math.sqrt(x.shape[1]) * float(info.tiny)
+    rounding = info.eps * (example_norm(x) + problem.y_norm + example_norm(g)) + lost
+    return _Evaluation(x, image, r, example_norm(r), rounding)
+
+
+def _rate(first_residual: Array, state: _State) -> Array:
+    """``log(|r_0| / |r_best|)`` an evaluation before the present one, at least one unit of rounding."""
+    eps = jnp.finfo(first_residual.dtype).eps
+    shrunk = jnp.log(first_residual / jnp.maximum(state.best.residual, eps * eps))
+    return jnp.maximum(shrunk / jnp.maximum(state.num_evals, 1), eps)
+
+
+def _hopeless(rate: Array, stalled_evals: Array, residual: Array) -> Array:
+    """No progress in ``1 / rate`` evaluations, in which residuals shrank e-fold before (2 to 1000): rounding, or a false L."""
+    return (stalled_evals >= jnp.clip(1 / rate, 2, 1000)) | ~jnp.isfinite(residual)
+
+
+def _next_iterate(problem: _Problem, state: _State, now: _Evaluation, best: _Evaluation, evals_left: Array):
+    """Anderson's step, with Newton's for the rest; a Banach step from the best iterate where ``|r| > L |r_best|``."""
+    next_x, unexplained = now.image, now.r
+    history, slopes = state.history, state.slopes
+    if history is not None:
+        history = history.extend(state.step, now.image, now.r)
+        accelerated, rest, share = history.extrapolate()
+        # Steps that explain less than (1 - L) |r|^2 / 2, or whose share is NaN, are worse than a Banach step.
+        worthwhile = (share >= _WORTHWHILE * problem.margin * now.residual**2)[:, None]
+        next_x, unexplained = jnp.where(worthwhile, accelerated, next_x), jnp.where(worthwhile, rest, unexplained)
+    if slopes is not None and problem.diagonal is not None:
+        evals_left = jnp.where(problem.diagonal.size > _LARGE, evals_left, 0)
+        slopes = slopes.ask(state.step, evals_left, lambda: _slopes_at(problem, now.x))
+        next_x = next_x - slopes.values / (1 + slopes.values) * unexplained
+    as_good_as_banach = now.residual <= problem.lipschitz_bound * state.best.residual
+    return jnp.where(as_good_as_banach[:, None], next_x, best.image), history, slopes
+
+
+def _slopes_at(problem: _Problem, x: Array) -> Array:
+    """``|diag J| <= min(L, .999)``, so that ``1 + diag J`` stays above .001 under a false L too."""
+    assert problem.diagonal is not None
+    limit = jnp.minimum(problem.lipschitz_bound, 0.999)
+    return jnp.clip(jnp.nan_to_num(problem.diagonal.at(x)), -limit, limit)
+
+
+def _verdict(problem: _Problem, end: _State) -> tuple[Array, FixedPointInfo]:
+    """``|x - x*| <= |r| / (1 - L)`` at the best iterate, ``L |r| / (1 - L)`` after the Banach step that follows convergence."""
+    best, margin = end.best, problem.margin
+    contraction = margin > 0
+    converged = contraction & (best.residual <= jnp.maximum(problem.small_enough, _ROUNDING_FLOOR * best.rounding))
+    to_go = jnp.where(converged, problem.lipschitz_bound, 1) * best.residual
     info = FixedPointInfo(
         num_evals=end.num_evals + (0 if end.slopes is None else end.slopes.num_asked),
-        residual=end.best_residual,
-        error_bound=jnp.where(contraction, (to_go + end.best_rounding) / jnp.where(contraction, margin, 1), jnp.inf),
+        residual=best.residual,
+        error_bound=jnp.where(contraction, (to_go + best.rounding) / jnp.where(contraction, margin, 1), jnp.inf),
         converged=converged,
     )
-    return select(converged, end.best_image, end.best_x).reshape(shape), info
+    return jnp.where(converged[:, None], best.image, best.x), info

@@ -1,16 +1,18 @@
 """What every estimator of a log-determinant has in common: the call, what it says about its error, and its probes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Shaped, UInt32
 
 Branch = Callable[[Array], Array]
 Trace = Callable[[Array], Array]
+Keys = Key[Array, "..."] | UInt32[Array, "..."]  # one, or one an example; typed, or of jax.random.PRNGKey
+Batch = Shaped[Array | np.ndarray, "..."] | Sequence  # made an array of floats by `as_floats`
 PROBES = ("rademacher", "gaussian")
 
 
@@ -18,9 +20,9 @@ class LogdetInfo(NamedTuple):
     """What is known about the error of a log-determinant, for every example, in nats.
 
     Attributes:
-        stderr: Standard error over the probes; 0 if exact, infinite if a single probe says nothing about it.
-        truncation_bound: Upper bound of what the terms that were left out could add to this estimate; rigorous if the
-            Lipschitz bound is. 0 if exact, infinite without a Lipschitz bound below 1.
+        stderr: Standard error over the probes; 0 if exact, infinite for a single probe.
+        truncation_bound: Upper bound of the terms left out, rigorous if the Lipschitz bound is; 0 if exact, infinite without a
+            Lipschitz bound below 1.
     """
 
     stderr: Float[Array, " b"]
@@ -37,15 +39,15 @@ class LogdetEstimator(Protocol):
 
     unbiased: ClassVar[bool]
 
-    def fix_length(self, key: Key[Array, ""]) -> "LogdetEstimator":
+    def fix_length(self, key: Keys) -> "LogdetEstimator":
         """The estimator with its random length, if it has one, drawn once for all blocks, examples and devices."""
         ...
 
     def __call__(
         self,
         branch: Branch,
-        x: Float[Array, "b ..."],
-        key: Key[Array, "..."],
+        x: Batch,
+        key: Keys,
         *,
         lipschitz_bound: float | Float[Array, ""] | None = None,
         trace: Trace | None = None,
@@ -55,16 +57,19 @@ class LogdetEstimator(Protocol):
         Args:
             branch: ``g``, acting on each example alone.
             x: Where to evaluate.
-            key: Of the probes, one or one an example.
+            key: Key of the probes, one or one an example.
             lipschitz_bound: Upper bound of ``Lip(g)``, for the truncation bound.
             trace: ``x -> tr J (b,)`` in closed form, if there is one.
         """
         ...
 
 
-def draw_probes(
-    key: Key[Array, "..."], x: Float[Array, "b ..."], num_probes: int, probe: str = "rademacher"
-) -> Float[Array, "p b ..."]:
+def typed_key(key: Keys) -> Key[Array, "..."]:
+    """The key itself, or that of which `jax.random.PRNGKey` gave the words."""
+    return jax.random.wrap_key_data(key) if key.dtype == jnp.uint32 else key
+
+
+def draw_probes(key: Keys, x: Float[Array, "b ..."], num_probes: int, probe: str = "rademacher") -> Float[Array, "p b ..."]:
     """Probes with independent entries of mean 0 and variance 1.
 
     Args:
@@ -80,6 +85,7 @@ def draw_probes(
         raise ValueError(f"probe must be one of {', '.join(PROBES)}, got {probe!r}")
     if num_probes < 1:
         raise ValueError(f"num_probes must be at least 1, got {num_probes}")
+    key = typed_key(key)
     draw = jax.random.rademacher if probe == "rademacher" else jax.random.normal
     if key.ndim == 0:
         return draw(key, (num_probes, *x.shape), x.dtype)

@@ -1,17 +1,19 @@
 """``log det(I + J)`` of a residual block from its full Jacobian."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from iresnet_jax.maths.logdet.estimator import Branch, LogdetInfo, Trace
+from iresnet_jax.maths.logdet.estimator import Batch, Branch, Keys, LogdetInfo, Trace
+from iresnet_jax.maths.rounding import as_floats
 
 
-def exact_logdet(branch: Branch, x: Float[Array, "b ..."], *, columns_at_once: int = 64) -> Float[Array, " b"]:
+def exact_logdet(branch: Branch, x: Batch, *, columns_at_once: int = 64) -> Float[Array, " b"]:
     """``log det(I + J)`` from the full Jacobian by LU factorisation; exact to rounding, differentiable.
 
     Costs ``d`` Jacobian-vector products and ``O(d^3)`` an example: for dimensions up to about a thousand.
@@ -21,7 +23,10 @@ def exact_logdet(branch: Branch, x: Float[Array, "b ..."], *, columns_at_once: i
         x: Where to evaluate.
         columns_at_once: Jacobian columns computed side by side; less saves memory.
     """
-    num_dims = x[0].size
+    x = as_floats(x, "x")
+    num_dims = math.prod(x.shape[1:])
+    if not len(x):
+        return jnp.zeros(0, x.dtype)
     basis = jnp.eye(num_dims, dtype=x.dtype).reshape(num_dims, 1, *x.shape[1:])
 
     def column(direction):
@@ -44,7 +49,7 @@ class ExactLogdet:
 
     unbiased: ClassVar[bool] = True
 
-    def fix_length(self, key: Key[Array, ""]) -> "ExactLogdet":
+    def fix_length(self, key: Keys) -> "ExactLogdet":
         """Nothing is random here."""
         del key
         return self
@@ -52,13 +57,14 @@ class ExactLogdet:
     def __call__(
         self,
         branch: Branch,
-        x: Float[Array, "b ..."],
-        key: Key[Array, "..."] | None = None,
+        x: Batch,
+        key: Keys | None = None,
         *,
         lipschitz_bound: float | Float[Array, ""] | None = None,
         trace: Trace | None = None,
     ) -> tuple[Float[Array, " b"], LogdetInfo]:
         """The log-determinant, without error."""
         del key, lipschitz_bound, trace
-        zeros = jnp.zeros(len(x), x.dtype)
-        return exact_logdet(branch, x, columns_at_once=self.columns_at_once), LogdetInfo(zeros, zeros)
+        logdet = exact_logdet(branch, x, columns_at_once=self.columns_at_once)
+        zeros = jnp.zeros_like(logdet)
+        return logdet, LogdetInfo(zeros, zeros)

@@ -1,16 +1,13 @@
-r"""``log det(I + J)`` of a residual block, ``J`` the Jacobian of its branch: exact, or as a truncated series.
+r"""``log det(I + J)`` of a residual block as a truncated series; ``J`` is the Jacobian of its branch.
 
     log det(I + J) = tr log(I + J) = sum_k (-1)^(k+1) tr(J^k) / k            (Behrmann et al. 2019, eq. 4)
     d log det(I + J) = tr((I + J)^-1 dJ) = sum_k (-1)^k tr(J^k dJ)            (Chen et al. 2019, Theorem 2)
 
-Traces are estimated with probes ``v``, ``E[v v^T] = I`` (Hutchinson). One chain of vector-Jacobian products
-``u_k = (J^T)^k v`` serves both: ``<u_k, v>`` for the value, ``w = sum_k (-1)^k u_k`` for the gradient, which is that of
-``<w, J v>`` with ``w`` and ``v`` held fixed. The chain is not differentiated, so memory does not depend on its length, and
-the value is always the series'. Every example keeps its own cotangent. Second derivatives are not those of the log-det.
-Where ``tr J`` is known in closed form, it takes the place of its estimate, which carries most of the variance. The module
-`roulette` has the series without a bias, `krylov` what needs fewer products.
-
-The estimators are settings with one pure call, ``estimator(branch, x, key, lipschitz_bound=L) -> (logdet, info)``.
+Probes ``v`` with ``E[v v^T] = I`` estimate traces (Hutchinson). One chain of vector-Jacobian products ``u_k = (J^T)^k v``
+serves the value by ``<u_k, v>`` and the gradient by ``w = sum_k (-1)^k u_k``: that of ``<w, J v>`` with ``w`` and ``v`` fixed.
+The chain is not differentiated, so memory does not depend on its length. Every example keeps its own cotangent. Second
+derivatives are not those of the log-determinant. A trace ``tr J`` in closed form replaces its estimate, which carries most of
+the variance. `roulette` cuts the series at random, without a bias; `krylov` needs fewer products.
 """
 
 from dataclasses import dataclass
@@ -19,11 +16,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
-from iresnet_jax.maths.logdet.estimator import Branch, LogdetInfo, Trace, draw_probes, mean_and_stderr
+from iresnet_jax.maths.logdet.estimator import Batch, Branch, Keys, LogdetInfo, Trace, draw_probes, mean_and_stderr
 from iresnet_jax.maths.logdet.jacobian_products import transposed_jacobian, with_gradient
-from iresnet_jax.maths.rounding import at_least
+from iresnet_jax.maths.rounding import as_floats, euclidean_norm, lipschitz_at_least
 
 
 def truncation_bound(num_dims: int, lipschitz_bound: float, num_terms: int) -> float:
@@ -86,7 +83,7 @@ def weighted_series(
         neumann = neumann + expand(sign * weight) * u
         u = pull(u)
         contribution = jnp.sum(u * probes, axis=example_axes)
-        norm = jnp.sqrt(jnp.sum(u**2, axis=example_axes))
+        norm = euclidean_norm(u, example_axes)
         coefficient = sign * weight / k
         if per_example:
             value = value + coefficient[None] * contribution
@@ -96,7 +93,7 @@ def weighted_series(
         return u, value, neumann, tail
 
     zeros = jnp.zeros(probes.shape[:2], x.dtype)
-    probe_norm = jnp.sqrt(jnp.sum(probes**2, axis=example_axes))
+    probe_norm = euclidean_norm(probes, example_axes)
     carry = (probes, zeros, jnp.zeros_like(probes), probe_norm)
     if isinstance(length, int):
         if not 0 <= length <= len(weights):
@@ -115,7 +112,7 @@ def weighted_series(
 
 def remainder_factor(lipschitz_bound, num_terms, power, dtype):
     """``L^p / ((n + 1)(1 - L))``, at least ``sum_{k>n} L^(k - n - 1 + p) / k``; infinite without a bound below 1."""
-    ell = lax.stop_gradient(at_least(jnp.inf if lipschitz_bound is None else lipschitz_bound, dtype))
+    ell = lax.stop_gradient(lipschitz_at_least(jnp.inf if lipschitz_bound is None else lipschitz_bound, dtype))
     contraction = ell < 1
     return jnp.where(contraction, ell**power / ((num_terms + 1) * jnp.where(contraction, 1 - ell, 1)), jnp.inf)
 
@@ -149,7 +146,7 @@ class SeriesLogdet:
         if self.num_terms < 1:
             raise ValueError(f"num_terms must be at least 1, got {self.num_terms}")
 
-    def fix_length(self, key: Key[Array, ""]) -> "SeriesLogdet":
+    def fix_length(self, key: Keys) -> "SeriesLogdet":
         """Nothing but the probes is random here."""
         del key
         return self
@@ -157,14 +154,14 @@ class SeriesLogdet:
     def __call__(
         self,
         branch: Branch,
-        x: Float[Array, "b ..."],
-        key: Key[Array, "..."],
+        x: Batch,
+        key: Keys,
         *,
         lipschitz_bound: float | Float[Array, ""] | None = None,
         trace: Trace | None = None,
     ) -> tuple[Float[Array, " b"], LogdetInfo]:
         """The truncated estimate, its standard error over probes and the bound of its remainder."""
-        n = self.num_terms
+        x, n = as_floats(x, "x"), self.num_terms
         probes = draw_probes(key, x, self.num_probes, self.probe)
         trace = trace if self.exact_trace else None
         samples, tail = weighted_series(branch, x, probes, jnp.ones(n, x.dtype), n, trace=trace, unroll=self.unroll)

@@ -17,6 +17,7 @@ solution ``v^T J^T x = (|v|^2 - v^T x) / t``; and ``v^T (I + t J^T)^-1 v_(n+1) =
 and ``v_(n+1)`` are orthogonal.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,11 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from iresnet_jax.maths.logdet.estimator import Branch, LogdetInfo, Trace, draw_probes, mean_and_stderr
+from iresnet_jax.maths.logdet.estimator import Batch, Branch, Keys, LogdetInfo, Trace, draw_probes, mean_and_stderr
 from iresnet_jax.maths.logdet.jacobian_products import transposed_jacobian, with_gradient
-from iresnet_jax.maths.rounding import at_least
+from iresnet_jax.maths.rounding import as_floats, lipschitz_at_least
 
 NUM_NODES = 24  # of the quadrature, whose error is below 1e-9 |v|^2 up to L = .98, 3e-8 |v|^2 at .99, 1e-4 |v|^2 at .999
 EXHAUSTED = 30.0  # roundings that a new direction may consist of before it counts as none
@@ -50,7 +51,7 @@ def arnoldi(
         for the direction that leaves the space.
     """
     shape, num_vectors = v.shape, v.shape[0] * v.shape[1]
-    v = v.reshape(num_vectors, -1)  # XLA:CPU adds over several axes at once ten times more slowly
+    v = v.reshape(num_vectors, math.prod(shape[2:]))  # XLA:CPU adds over several axes at once ten times more slowly
     eps = jnp.finfo(v.dtype).eps
 
     def norm(u):
@@ -144,7 +145,7 @@ class KrylovLogdet:
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
 
-    def fix_length(self, key: Key[Array, ""]) -> "KrylovLogdet":
+    def fix_length(self, key: Keys) -> "KrylovLogdet":
         """Nothing but the probes is random here."""
         del key
         return self
@@ -152,13 +153,14 @@ class KrylovLogdet:
     def __call__(
         self,
         branch: Branch,
-        x: Float[Array, "b ..."],
-        key: Key[Array, "..."],
+        x: Batch,
+        key: Keys,
         *,
         lipschitz_bound: float | Float[Array, ""] | None = None,
         trace: Trace | None = None,
     ) -> tuple[Float[Array, " b"], LogdetInfo]:
         """The estimate, its standard error over probes and the bound of what the subspaces leave out."""
+        x = as_floats(x, "x")
         probes = draw_probes(key, x, self.num_probes, self.probe)
         trace = trace if self.exact_trace else None
         samples, bounds = quadratic_form(branch, x, probes, self.num_steps, lipschitz_bound=lipschitz_bound, trace=trace)
@@ -203,11 +205,11 @@ def quadratic_form(
     first_order = 0 if trace is None else hessenberg[0, 0]
     value = squared * (jnp.sum(weights * of_node, axis=0) - first_order)
     coefficients = (solution if trace is None else solution.at[0].add(-1)) * jnp.sqrt(squared)[None]
-    flat = basis.reshape(*coefficients.shape, -1)
+    flat = basis.reshape(*coefficients.shape, math.prod(x.shape[1:]))
     w = _combine(coefficients, flat).reshape(probes.shape)
     value = with_gradient(branch, x, probes, value, w)
 
-    ell = lax.stop_gradient(at_least(jnp.inf if lipschitz_bound is None else lipschitz_bound, x.dtype))
+    ell = lax.stop_gradient(lipschitz_at_least(jnp.inf if lipschitz_bound is None else lipschitz_bound, x.dtype))
     contraction = ell < 1
     margins = 1 - times[0, 0, :-1] * jnp.where(contraction, ell, 0)
     bounds = squared * leaving * jnp.sum(weights * jnp.abs(resolvents[-1]) * (1 - margins) / margins, axis=0)

@@ -1,5 +1,6 @@
 """``log det(I + J)`` of a residual block as a power series cut at a random length: without a bias (Chen et al. 2019)."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -7,10 +8,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
-from iresnet_jax.maths.logdet.estimator import Branch, LogdetInfo, Trace, draw_probes, mean_and_stderr
+from iresnet_jax.maths.logdet.estimator import Batch, Branch, Keys, LogdetInfo, Trace, draw_probes, mean_and_stderr, typed_key
 from iresnet_jax.maths.logdet.hutchinson_series import remainder_factor, weighted_series
+from iresnet_jax.maths.rounding import as_floats
 
 LARGEST_MEAN = 500.0  # number of terms beyond which the table of a Poisson distribution would underflow
 
@@ -78,7 +80,7 @@ class RouletteLogdet:
         """The weight of each term ``k = 1, 2, ...`` when it is kept."""
         return np.concatenate([np.ones(self.num_exact_terms), 1 / self.survival()])
 
-    def draw_length(self, key: Key[Array, ""]) -> Int[Array, ""]:
+    def draw_length(self, key: Keys) -> Int[Array, ""]:
         """A random number of terms, exact ones included."""
         if self.distribution == "poisson":
             n = jax.random.poisson(key, self.parameter)
@@ -86,20 +88,21 @@ class RouletteLogdet:
             n = jax.random.geometric(key, self.parameter) - 1  # JAX counts the trials, we count the failures
         return self.num_exact_terms + jnp.minimum(n, len(self.survival())).astype(jnp.int32)
 
-    def fix_length(self, key: Key[Array, ""]) -> "RouletteLogdet":
+    def fix_length(self, key: Keys) -> "RouletteLogdet":
         """Draws the length now, to be shared by all blocks, examples and devices of a step."""
-        return replace(self, length=self.draw_length(key))
+        return replace(self, length=self.draw_length(typed_key(key)))
 
     def __call__(
         self,
         branch: Branch,
-        x: Float[Array, "b ..."],
-        key: Key[Array, "..."],
+        x: Batch,
+        key: Keys,
         *,
         lipschitz_bound: float | Float[Array, ""] | None = None,
         trace: Trace | None = None,
     ) -> tuple[Float[Array, " b"], LogdetInfo]:
         """The estimate, its standard error over probes with the length held fixed, and the bound of its table's end."""
+        x, key = as_floats(x, "x"), typed_key(key)
         keys = jax.vmap(jax.random.split)(key) if key.ndim else jax.random.split(key)
         key_length, key_probe = keys[..., 0], keys[..., 1]
         length = self.length
@@ -111,5 +114,5 @@ class RouletteLogdet:
         samples, _ = weighted_series(branch, x, probes, jnp.asarray(weights, x.dtype), length, trace=trace)
         logdet, stderr = mean_and_stderr(samples)
         n = len(weights)
-        bound = x[0].size * remainder_factor(lipschitz_bound, n, n + 1, x.dtype)
+        bound = math.prod(x.shape[1:]) * remainder_factor(lipschitz_bound, n, n + 1, x.dtype)
         return logdet, LogdetInfo(stderr, jnp.full_like(logdet, bound))

@@ -1,7 +1,7 @@
 """Matrices whose norms bound that of a layer: the layer itself written out, and the symbols of a circulant that contains it.
 
-`certify.conv_norm_bound` says why the circulant does. Here is how: strides and unused taps are removed axis by axis, and what
-is left is bounded frequency by frequency. Arguments are taken to be checked.
+`layer_certificates.conv_norm_bound` has the proof. This file removes strides and unused taps axis by axis and bounds the rest
+frequency by frequency. Its callers check the arguments.
 """
 
 import functools

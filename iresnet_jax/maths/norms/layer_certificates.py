@@ -1,8 +1,8 @@
-"""Guaranteed upper bounds: of a layer's operator norm, of a branch, of a block's and a whole model's Lipschitz constants.
+"""Guaranteed upper bounds of layers' operator norms: dense matrices and convolutions.
 
-Power iteration (`spectral`) approaches a norm from below, so it can promise nothing. What this file returns is never below the
-truth, rounding included; all of it can be jitted, and the norms can be differentiated. No eigensolver is trusted: norms of
-matrices come from the Gram iteration of `gram`, which carries its own rounding bound, and matrices of layers from `embedding`.
+Power iteration approaches a norm from below, so it promises nothing. A bound of this file is never below the truth, rounding
+included; it can be jitted and differentiated. `gram_iteration` bounds norms of matrices without an eigensolver,
+`circulant_embedding` turns convolutions into matrices. The weights are those that JAX holds: NumPy's float64 is rounded first.
 """
 
 import math
@@ -21,11 +21,11 @@ _DENSE_SIDE = 256  # a layer with at most so many inputs or outputs is written o
 def dense_norm_bound(matrix: Float[Array, "m n"], *, method: str = "exact", num_squarings: int = 4) -> Float[Array, ""]:
     r"""Bounds the largest singular value of a matrix from above.
 
-    Guaranteed, with the rounding bound of `gram`: ``|M|_2 <= bound``. The slack is at most a factor of
+    Guaranteed, with the rounding bound of `gram_iteration`: ``|M|_2 <= bound``. The slack is at most a factor of
     ``min(m, n)^(2^-(num_squarings + 2))`` and the rounding inflation.
 
     Args:
-        matrix: A dense layer's weights, or a 1x1 convolution's, in either orientation. Zero, tiny and huge entries are safe.
+        matrix: A dense layer's weights, or a 1x1 convolution's, in either orientation; 0, subnormal or huge entries are safe.
         method: "exact" squares until the slack is 1.2e-4 in float32, 2.3e-13 in float64. "gram" squares a fixed number
             of times and is cheaper, for use in training. Both are differentiable.
         num_squarings: How often the Gram matrix is squared under "gram"; 4 is 10 % of slack for 512 equal singular values,
@@ -77,10 +77,13 @@ def conv_norm_bound(
     output can use on so small an image are cut off. What is left with a single tap is a plain matrix.
 
     Rounding: the computed symbol is off by at most ``gamma_{taps + 10} |sum_t |K[t]||_F``, which is added; the norm of
-    each block is bounded by `gram.norm_bound`. The bound concerns the stored weights and exact application of the layer.
+    each block is bounded by `gram_iteration.norm_bound`. The bound concerns exact application of the layer.
 
     Measured against float64 SVDs for Gaussian 3x3 kernels (mean, worst), the embedding exceeds the truth by .8 %, 1.4 % on
     16 x 16 images; 2 %, 6 % on 8 x 8 (from four channels on 2.7 %); 9 %, 15 % on 4 x 4; 5x5 kernels on 8 x 8 10 %, 19 %.
+    Trained 3x3 layers of 7 x 7 images with 16 to 64 channels: up to 4.3 %. They pass low frequencies best, of which zero-padded
+    images hold a little less than sequences of period 8; eight twists an axis instead of two gain nothing. `dense_norm_bound`
+    of the layer as a matrix comes within .03 %, at 50 times the cost (.6 s against .01 s for 1,568 inputs).
 
     Args:
         kernel: Taps as in ``jax.lax``'s "HWIO".

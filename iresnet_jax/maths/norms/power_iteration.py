@@ -4,7 +4,7 @@ A linear map is any function ``apply(kernel, x)`` that is linear in ``x`` and in
 ``jax.linear_transpose``, so dense layers and convolutions of every stride, padding and size share this one implementation
 (Behrmann et al. 2019, sec. 2.1 and appendix; Gouk et al. 2018). The iterate ``v`` is explicit state: read in, returned, saved.
 
-Both iterations approach the norm from below. What they return is an estimate; upper bounds are `certify`'s.
+Both iterations approach the norm from below. They return estimates; `layer_certificates` has upper bounds.
 """
 
 import math
@@ -22,6 +22,8 @@ LinearMap = Callable[[Array, Array], Array]
 
 # Vectors of a Lanczos cycle: memory of that many inputs, and an eigenproblem that GPUs solve in batches.
 _CYCLE = 32
+# Most steps that a tolerance may ask for; in up to so many dimensions one cycle takes the whole space instead.
+_MOST_STEPS, _WHOLE_SPACE = 20_000, 256
 # Chance, over the start, that an iteration to a tolerance misses it (as far as the theory of `_least_cycles` goes).
 _MISS = 1e-3
 
@@ -82,7 +84,8 @@ def spectral_norm(
         The estimate, the new iterate and how the iteration ended.
 
     Raises:
-        ValueError: If ``num_steps`` is less than one, or ``rtol`` is not in (0, 1).
+        ValueError: If ``num_steps`` is less than one, ``rtol`` is not in (0, 1), or the theory asks for more than 20,000 steps
+            (``rtol`` below about 1e-5 in more than 256 dimensions) and ``max_steps`` is not given.
 
     Example:
         >>> sigma, v, info = spectral_norm(lambda w, x: x @ w, kernel, v, num_steps=5)
@@ -125,6 +128,13 @@ def _iterate_to_tolerance(gram, v, rtol, max_steps):
     """Cycles of Lanczos on ``gram`` from the sum of ``v`` and a random vector: a Ritz vector, and how it ended."""
     cycle = min(_CYCLE, v.size)
     least_steps = cycle * _least_cycles(v.size, cycle, rtol)
+    if least_steps > _MOST_STEPS and v.size <= _WHOLE_SPACE:
+        cycle = least_steps = v.size
+    if max_steps is None and least_steps > _MOST_STEPS:
+        raise ValueError(
+            f"rtol={rtol:g} asks for {least_steps:,} steps in {v.size} dimensions, more than {_MOST_STEPS:,}: pass "
+            "rtol >= 1e-5, or max_steps for the best estimate of so many, or bound the norm from above with layer_certificates"
+        )
     max_steps = max(5000, 4 * least_steps) if max_steps is None else max_steps
     signs = np.random.default_rng(v.size).choice(np.array([-1, 1], np.int8), v.shape)  # XLA is slow to fold jax.random's
     start = unit(v)[0] / 2 + unit(jnp.asarray(signs, v.dtype))[0]  # in unequal parts, lest they cancel

@@ -223,3 +223,66 @@ def test_mistakes_are_named():
         invert_residual(lambda x: x, jnp.ones((1, 1)), lipschitz_bound=0.5, atol=0.0)
     with pytest.raises(ValueError, match="memory must not be negative, got -1"):
         invert_residual(lambda x: x, jnp.ones((1, 1)), lipschitz_bound=0.5, memory=-1)
+
+
+def half(x):
+    return 0.5 * x
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e-19, 1e-30, 1e-38, 1e-42, 1e25])
+def test_the_error_of_tiny_and_huge_examples_is_within_its_bound(size):
+    """Squares underflow below 1e-19 and overflow above 1e19; norms must not."""
+    y = np.full((1, 3), size, np.float32)
+    x, info = jax.jit(lambda y: invert_residual(half, y, lipschitz_bound=0.5, max_evals=3, memory=0))(y)
+    error = np.linalg.norm(np.asarray(x, np.float64) - y.astype(np.float64) / 1.5)
+    assert 0 < error <= info.error_bound[0] < max(np.linalg.norm(y.astype(np.float64)), 1e-36)
+
+
+@pytest.mark.parametrize("bad", [-0.5, float("nan")])
+def test_a_bound_that_is_none_is_refused_or_never_converges(bad):
+    y = jnp.ones((2, 3))
+    for concrete in (bad, jnp.float32(bad)):
+        with pytest.raises(ValueError, match="a Lipschitz bound must be at least 0, got"):
+            invert_residual(half, y, lipschitz_bound=concrete)
+        with pytest.raises(ValueError, match="a Lipschitz bound must be at least 0, got"):
+            solve_linear(half, y, y, lipschitz_bound=concrete)
+    _, info = jax.jit(lambda bound: invert_residual(half, y, lipschitz_bound=bound))(bad)
+    assert not info.converged.any()
+    assert np.isinf(info.error_bound).all()
+
+
+def test_whatever_can_be_a_batch_is_one():
+    solve = functools.partial(invert_residual, half, lipschitz_bound=np.float64(0.5))
+    expected = np.array([[2.0, 4.0]]) / 1.5
+    for y in ([[2, 4]], np.array([[2.0, 4.0]]), jnp.array([[2, 4]])):
+        x, info = solve(y)
+        np.testing.assert_allclose(x, expected, atol=1e-6)
+        assert info.converged.all()
+    for shape in ((0, 3), (0,)):
+        x, info = solve(jnp.zeros(shape))
+        assert x.shape == shape
+        assert info.converged.shape == (0,)
+    with pytest.raises(ValueError, match="y must have a batch axis first, got a scalar"):
+        solve(jnp.float32(1.0))
+    with pytest.raises(ValueError, match="atol must be positive, got nan"):
+        solve(jnp.ones((1, 1)), atol=float("nan"))
+
+
+@pytest.mark.parametrize("memory", [0, 4])
+def test_bounds_hold_at_the_default_level_of_the_compiler(memory):
+    """The suite compiles without optimisation, users do not: a fused residual may round in another way."""
+    rng, lipschitz = np.random.default_rng(0), 0.95
+    matrix = rng.normal(size=(24, 24))
+    matrix = (lipschitz * (1 - 1e-6) * matrix / np.linalg.norm(matrix, 2)).astype(np.float32)
+    y = (rng.normal(size=(16, 24)) * 10.0 ** rng.integers(-6, 6, size=(16, 1))).astype(np.float32)
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
+    def solve(y):
+        return invert_residual(lambda x: x @ matrix.T, y, lipschitz_bound=lipschitz, memory=memory)
+
+    x, info = solve(y)
+    exact = np.linalg.solve(np.eye(24) + matrix.astype(np.float64), y.astype(np.float64).T).T
+    error = np.linalg.norm(x - exact, axis=1)
+    assert info.converged.all()
+    assert (error <= info.error_bound).all()
+    assert (np.asarray(info.error_bound) <= 1e-6 + 1e-4 * np.linalg.norm(y, axis=1)).all()

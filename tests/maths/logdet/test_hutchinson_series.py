@@ -418,3 +418,24 @@ def test_a_new_length_does_not_recompile():
         return estimator.length
 
     assert [int(length_of(RouletteLogdet(length=jnp.int32(n)))) for n in (2, 5)] == [2, 5]
+
+
+@pytest.mark.parametrize("estimator", [SeriesLogdet(2), ExactLogdet(), KrylovLogdet(2), RouletteLogdet()])
+def test_whatever_can_be_a_batch_is_one_and_old_keys_are_keys(estimator):
+    estimate = jax.jit(functools.partial(estimator, lambda x: 0.5 * x), static_argnames="lipschitz_bound")
+    key, old = jax.random.key(0), jax.random.PRNGKey(0)
+    expected, _ = estimate(jnp.ones((2, 7)), key)
+    np.testing.assert_array_equal(estimate(jnp.ones((2, 7)), old)[0], expected)
+    np.testing.assert_array_equal(estimate(jnp.ones((2, 7), int), jax.random.split(old))[0].shape, (2,))
+    np.testing.assert_allclose(estimator(lambda x: 0.5 * x, np.ones((2, 7)).tolist(), key)[0], expected, rtol=1e-6)
+    empty, info = estimate(jnp.ones((0, 7)), key)
+    assert empty.shape == info.stderr.shape == info.truncation_bound.shape == (0,)
+    with pytest.raises(ValueError, match="x must have a batch axis first, got a scalar"):
+        estimate(jnp.float32(1.0), key)
+    if isinstance(estimator, ExactLogdet):
+        return
+    for bad in (-0.5, float("nan")):
+        with pytest.raises(ValueError, match="a Lipschitz bound must be at least 0, got"):
+            estimate(jnp.ones((2, 7)), key, lipschitz_bound=bad)
+        traced = jax.jit(lambda bound: estimator(lambda x: 0.5 * x, jnp.ones((2, 7)), key, lipschitz_bound=bound))(bad)
+        assert np.isinf(traced[1].truncation_bound).all()

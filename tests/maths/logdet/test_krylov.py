@@ -50,6 +50,13 @@ def linear(matrix):
     return lambda x: x @ jnp.asarray(matrix, x.dtype).T
 
 
+@functools.partial(jax.jit, static_argnames="num_steps")
+def quadratic_form_of_matrix(matrix, v, lipschitz_bound, *, num_steps):
+    """`quadratic_form` of a linear branch, compiled once for all matrices of a size."""
+    x = jnp.zeros(v.shape[1:], v.dtype)
+    return quadratic_form(linear(matrix), x, v, num_steps, lipschitz_bound=lipschitz_bound)
+
+
 def tanh_network(d, lipschitz, seed=0):
     rng = np.random.default_rng(seed)
     params = {"w1": jnp.asarray(scaled(rng.normal(size=(2 * d, d)), lipschitz)), "b": jnp.asarray(rng.normal(size=2 * d))}
@@ -106,8 +113,8 @@ def test_hessenberg_systems_against_numpy(x64):
 def test_the_whole_space_gives_the_logarithm(x64, kind, lipschitz):
     d = 6
     matrix = matrices(kind, d, lipschitz, 3)
-    x, v = jnp.zeros((1, d)), np.random.default_rng(4).normal(size=(2, 1, d))
-    values, bounds = quadratic_form(linear(matrix), x, jnp.asarray(v), d, lipschitz_bound=lipschitz)
+    v = np.random.default_rng(4).normal(size=(2, 1, d))
+    values, bounds = quadratic_form_of_matrix(matrix, v, lipschitz, num_steps=d)
     expected = [u[0] @ scipy.linalg.logm(np.eye(d) + matrix) @ u[0] for u in v]
     squared = (v**2).sum(axis=-1)
     np.testing.assert_allclose(values[:, 0], np.real(expected), atol=QUADRATURE * squared.max())
@@ -123,7 +130,7 @@ def test_errors_lie_within_their_bound(x64, kind):
         for lipschitz in (0.5, 0.9, 0.97):
             matrix = matrices(kind, d, lipschitz, n)
             v = rng.choice([-1.0, 1.0], size=(num, 1, d))
-            values, bounds = quadratic_form(linear(matrix), jnp.zeros((1, d)), jnp.asarray(v), n, lipschitz_bound=lipschitz)
+            values, bounds = quadratic_form_of_matrix(matrix, v, lipschitz, num_steps=n)
             exact = np.einsum("pbi,ij,pbj->pb", v, np.real(scipy.linalg.logm(np.eye(d) + matrix)), v)
             errors = np.abs(values - exact)
             assert (errors <= np.asarray(bounds) + QUADRATURE * d).all()
@@ -135,8 +142,8 @@ def test_the_bound_is_as_small_as_it_says(x64):
     """One step on two dimensions, where a bound without the resolvent's norm would be below the error."""
     angle, lipschitz = math.acos(0.9), 0.97
     transposed = scaled(np.array([[0.0, lipschitz * math.sin(angle)], [1e-3, -lipschitz * math.cos(angle)]]), lipschitz)
-    v = jnp.asarray([[[1.0, 0.0]]])
-    value, bound = quadratic_form(linear(transposed.T), jnp.zeros((1, 2)), v, 1, lipschitz_bound=lipschitz)
+    v = np.array([[[1.0, 0.0]]])
+    value, bound = quadratic_form_of_matrix(transposed.T, v, lipschitz, num_steps=1)
     error = abs(float(value[0, 0]) - np.real(scipy.linalg.logm(np.eye(2) + transposed))[0, 0])
     assert 0.5e-3 < error < float(bound[0, 0]) < 3e-3
 
@@ -147,7 +154,7 @@ def test_where_blocks_contract_the_series_is_far_off_and_this_is_not(x64):
     x = jnp.zeros((1, d))
     exact = float(np.linalg.slogdet(np.eye(d) + matrix)[1])
     series = float(weighted_series(linear(matrix), x, full_basis(x), jnp.ones(n), n)[0].mean())
-    ours = float(quadratic_form(linear(matrix), x, full_basis(x), n)[0].mean())
+    ours = float(quadratic_form_of_matrix(matrix, full_basis(x), jnp.inf, num_steps=n)[0].mean())
     assert abs(series - exact) > 3
     assert abs(ours - exact) < 0.01
 
@@ -161,9 +168,10 @@ def test_a_trace_takes_the_place_of_the_first_order(x64):
         return slopes @ jnp.einsum("ij,ji->i", params["w1"], params["w2"])
 
     probes = jax.random.rademacher(jax.random.key(0), (4, *x.shape), x.dtype)
-    plain, bounds = quadratic_form(branch, x, probes, 3, lipschitz_bound=0.9)
-    replaced, same = quadratic_form(branch, x, probes, 3, lipschitz_bound=0.9, trace=trace)
-    first_order = jnp.sum(probes * jax.vmap(lambda v: jax.jvp(branch, (x,), (v,))[1])(probes), axis=-1)
+    form = functools.partial(quadratic_form, branch, x, probes, 3, lipschitz_bound=0.9)
+    plain, bounds = jax.jit(form)()
+    replaced, same = jax.jit(functools.partial(form, trace=trace))()
+    first_order = jnp.sum(probes * jax.jit(jax.vmap(lambda v: jax.jvp(branch, (x,), (v,))[1]))(probes), axis=-1)
     np.testing.assert_allclose(replaced, plain - first_order + trace(x)[None], atol=1e-10)
     np.testing.assert_array_equal(bounds, same)
 
@@ -172,7 +180,7 @@ def test_float32_is_as_good_as_its_rounding():
     d = 196
     matrix = matrices("contracting", d, 0.94, 0)
     v = np.random.default_rng(1).choice([-1.0, 1.0], size=(3, 2, d)).astype(np.float32)
-    values, _ = quadratic_form(linear(matrix), jnp.zeros((2, d), jnp.float32), jnp.asarray(v), 20)
+    values, _ = quadratic_form_of_matrix(matrix.astype(np.float32), v, jnp.inf, num_steps=20)
     exact = np.einsum("pbi,ij,pbj->pb", v, np.real(scipy.linalg.logm(np.eye(d) + matrix)), v)
     np.testing.assert_allclose(values, exact, atol=SINGLE * d)
 
@@ -182,14 +190,14 @@ def test_more_steps_than_dimensions_change_nothing(d):
     params, x = tanh_network(d, 0.9)
     params, x = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
     branch = functools.partial(apply, params)
-    found = quadratic_form(branch, x, full_basis(x), 7, lipschitz_bound=0.9)
-    np.testing.assert_allclose(found[0].mean(axis=0), exact_logdet(branch, x), atol=SINGLE)
+    found = jax.jit(lambda x: quadratic_form(branch, x, full_basis(x), 7, lipschitz_bound=0.9))(x)
+    np.testing.assert_allclose(found[0].mean(axis=0), jax.jit(functools.partial(exact_logdet, branch))(x), atol=SINGLE)
     assert (np.asarray(found[1]) < 1e-3).all()
 
 
 def test_a_branch_that_is_constant_has_none():
     x = jnp.ones((2, 3))
-    value, info = KrylovLogdet(4)(lambda x: 0 * x, x, jax.random.key(0), lipschitz_bound=0.0)
+    value, info = jax.jit(functools.partial(KrylovLogdet(4), lambda x: 0 * x, lipschitz_bound=0.0))(x, jax.random.key(0))
     np.testing.assert_array_equal(value, [0, 0])
     np.testing.assert_array_equal(info.truncation_bound, [0, 0])
 
@@ -204,12 +212,12 @@ def test_the_gradient_is_that_of_the_exact_logdet(x64):
     def objective(logdet):
         return lambda params, x: jnp.sum(weights * logdet(functools.partial(apply, params), x))
 
-    exact = jax.grad(objective(exact_logdet), argnums=(0, 1))(params, x)
+    exact = jax.jit(jax.grad(objective(exact_logdet), argnums=(0, 1)))(params, x)
     ours = objective(lambda branch, x: quadratic_form(branch, x, full_basis(x), 4)[0].mean(axis=0))
-    found = jax.grad(ours, argnums=(0, 1))(params, x)
+    found = jax.jit(jax.grad(ours, argnums=(0, 1)))(params, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), found, exact)
     short = objective(lambda branch, x: quadratic_form(branch, x, full_basis(x), 2)[0].mean(axis=0))
-    difference = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), jax.grad(short)(params, x), exact[0])
+    difference = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), jax.jit(jax.grad(short))(params, x), exact[0])
     assert max(jax.tree.leaves(difference)) > 1e-4  # fewer steps than dimensions are an approximation
 
 
@@ -232,7 +240,7 @@ def test_the_gradient_with_a_trace_and_under_scan_and_checkpoint(x64):
         halves = params, jax.tree.map(lambda a: 0.5 * a, params)
         return sum(exact_logdet(functools.partial(apply, p), x).sum() for p in halves)
 
-    found, exact = jax.jit(jax.grad(scanned))(params, x), jax.grad(expected)(params, x)
+    found, exact = (jax.jit(jax.grad(function))(params, x) for function in (scanned, expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8), found, exact)
 
 
@@ -242,14 +250,18 @@ def test_the_gradient_with_a_trace_and_under_scan_and_checkpoint(x64):
 def test_the_mean_over_probes_approaches_the_log_determinant(x64):
     params, x = tanh_network(8, 0.9)
     branch = functools.partial(apply, params)
-    exact, _ = ExactLogdet()(branch, x, jax.random.key(0))
-    estimate, info = KrylovLogdet(8, num_probes=4000)(branch, x, jax.random.key(1), lipschitz_bound=0.9)
+
+    def run(estimator, **bound):
+        return jax.jit(functools.partial(estimator, branch, **bound))(x, jax.random.key(1))
+
+    exact, _ = run(ExactLogdet())
+    estimate, info = run(KrylovLogdet(8, num_probes=4000), lipschitz_bound=0.9)
     assert (np.abs(estimate - exact) < 5 * info.stderr).all()
     assert (info.stderr < 0.05).all()
-    single = KrylovLogdet(8)(branch, x, jax.random.key(1))[1]
+    single = run(KrylovLogdet(2))[1]
     assert np.isinf(single.stderr).all()
     assert np.isinf(single.truncation_bound).all()  # without a Lipschitz bound
-    unbounded = KrylovLogdet(8)(branch, x, jax.random.key(1), lipschitz_bound=1.5)[1]
+    unbounded = run(KrylovLogdet(2), lipschitz_bound=1.5)[1]
     assert np.isinf(unbounded.truncation_bound).all()
 
 
@@ -257,10 +269,10 @@ def test_with_a_key_an_example_the_batch_does_not_matter():
     params, x = tanh_network(5, 0.9)
     params, x = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
     branch, keys = functools.partial(apply, params), jax.random.split(jax.random.key(2), 3)
-    whole, _ = KrylovLogdet(3)(branch, x, keys)
-    alone, _ = KrylovLogdet(3)(branch, x[1:2], keys[1:2])
-    np.testing.assert_allclose(whole[1:2], alone, rtol=1e-5)
-    one_by_one = jax.vmap(lambda x, key: KrylovLogdet(3)(branch, x[None], key[None])[0][0])(x, keys)
+    estimate = jax.jit(lambda x, keys: KrylovLogdet(3)(branch, x, keys)[0])
+    whole = estimate(x, keys)
+    np.testing.assert_allclose(whole[1:2], estimate(x[1:2], keys[1:2]), rtol=1e-5)
+    one_by_one = jax.jit(jax.vmap(lambda x, key: estimate(x[None], key[None])[0]))(x, keys)
     np.testing.assert_allclose(one_by_one, whole, rtol=1e-5)
 
 

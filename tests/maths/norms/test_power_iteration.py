@@ -275,3 +275,15 @@ def test_a_fine_tolerance_is_met_or_the_cap_would_say_so():
     sigma, _, info = spectral_norm(dense, kernel, jnp.ones(300), rtol=1e-5)
     assert info.converged
     np.testing.assert_allclose(sigma, np.linalg.norm(np.asarray(kernel, np.float64), 2), rtol=1e-5)
+
+
+def test_a_tolerance_that_would_take_minutes_is_refused():
+    matrix = jnp.diag(jnp.linspace(0.5, 1, 300))
+    arguments = (lambda w, x: x @ w, matrix, jnp.ones(300))
+    for rtol in (1e-6, 1e-9):
+        with pytest.raises(ValueError, match=f"rtol={rtol:g} asks for .* steps in 300 dimensions.*pass rtol >= 1e-5"):
+            spectral_norm(*arguments, rtol=rtol)
+    sigma, _, info = spectral_norm(*arguments, rtol=1e-6, max_steps=320)
+    np.testing.assert_allclose(sigma, 1, rtol=1e-4)
+    assert not info.converged
+    assert info.num_steps == 320
