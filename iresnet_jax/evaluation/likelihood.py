@@ -31,8 +31,8 @@ from iresnet_jax.training import parallel
 from iresnet_jax.training.config import build_estimator
 from iresnet_jax.training.objectives.likelihood import evaluate_examples, make_evaluation
 
-# One noise draw takes D products a block exactly, and about 90 by the default estimate of 4 draws of 22 terms, which leaves the
-# error of its probes. Up to 256 dimensions exactness costs at most 3 times as much.
+# For each noise draw, D dimensions take D products a block exactly, and 88 by an estimate of 4 draws of 22 terms, which leaves
+# the error of its probes. At 256 dimensions exactness costs 3 times as much.
 MAX_EXACT_DIMS = 256
 
 

@@ -121,7 +121,7 @@ def reconstruction_pairs(originals: Images, reconstructions: Images, errors: Flo
 
     Args:
         originals: uint8, or floats in [0, 1]; 1 or 3 channels.
-        reconstructions: Of the same range; pass floats, since 8 bits hide errors below 1/255.
+        reconstructions: Images of the same range; pass floats, since 8 bits hide errors below 1/255.
         errors: One number an image, printed below its column: the error reported elsewhere, in the model's own units.
 
     Raises:

@@ -37,7 +37,7 @@ def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int | 
     Args:
         records: Parsed lines of the metrics log, each with ``step``, ``split`` ("train" or "validation"),
             ``wall_time_s`` in seconds and any numeric quantities. Any order; quantities may be missing from a record.
-        evaluated_step: Of the checkpoint that the results are of, which the title names.
+        evaluated_step: Step of the evaluated checkpoint, for the title.
 
     Raises:
         ValueError: If no record holds an objective.
