@@ -1,32 +1,31 @@
 """How a process is told to stop: by Ctrl-C, or by the SIGTERM that schedulers send some time before they kill.
 
-A program calls `take_over` first. From then on a signal ends it at once, in one sentence and with the status that shells give
-to the death by that signal; only a training loop that holds steps which are not on disk finishes and saves the one it is in.
-
-Ending at once is `os._exit` from a thread of its own. An exception would wait for native code, which compiles for minutes, and
-then take Python down while XLA's threads still run, which crashes. Nothing is lost: files are written
-whole (`files.replacing`), and the system frees the lock of a run, as after the SIGKILL that the tests send.
+A command line calls `end_at_signals` first: from then on a signal ends the process in one sentence, whatever it is doing.
+The training loop defers that with `StopRequests` while it holds a step worth saving.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import sys
 import threading
-from types import FrameType
+import time
+from collections.abc import Iterator
+from types import FrameType, TracebackType
 from typing import Any
 
-from absl import logging
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REPEAT_S = 1.0  # the same signal within this time is the same request: timeout(1) signals a process and then its whole group
+GO_ON = "the same command goes on from its last checkpoint, if it has one"
 
-_loop: StopRequests | None = None  # the training loop that runs
-_taken_over = False
+# Orders to the watcher, in the pipe that the numbers of signals go through: no signal has these numbers.
+_DEFER, _RESUME = 254, 255
+_pipe: int | None = None  # where to write orders; None where nobody called `end_at_signals`
 
 
 class Stopped(KeyboardInterrupt):
-    """A run ended early because it was told to, and has saved how far it came.
+    """A run ended early because it was told to.
 
     Args:
         message: A sentence for the user.
@@ -35,49 +34,42 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, message: str, received: signal.Signals):
         super().__init__(message)
-        self.status = 128 + received
+        self.status = 128 + received  # the exit status that shells give to the death by a signal
 
 
-def take_over(hint: str) -> None:
-    """Makes this process end in a sentence at SIGINT and SIGTERM, whatever it is doing; those that are ignored stay ignored.
+def end_at_signals(advice: str = "") -> None:
+    """Makes Ctrl-C and SIGTERM end this process in one sentence, with status 130 or 143; call it once, in the main thread.
+
+    Python runs its handlers when native code returns: after minutes, if it compiles. An exception raised there unwinds through
+    XLA, whose threads go on compiling while the interpreter shuts down, and that crashes. So a thread waits for the signal and
+    leaves by `os._exit`, which runs no destructor. Cutting a write short is safe: files are written under another name
+    and renamed, as they must be to survive SIGKILL.
+
+    Ignored signals stay ignored. Blocked ones are unblocked: a script that blocks `SIGNALS` before its imports answers
+    those that arrived meanwhile here.
 
     Args:
-        hint: What the sentence says behind "stopped by SIGTERM: ".
+        advice: What the sentence tells the user after "stopped by SIGINT: ".
     """
-    global _taken_over
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)  # written to at once, even while native code runs
-    for number in _heard():
-        signal.signal(number, lambda *_: None)
-    threading.Thread(target=_watch, args=(reading, hint), daemon=True, name="signals").start()
-    _taken_over = True
-
-
-def _watch(reading: int, hint: str) -> None:
-    while True:
-        for number in os.read(reading, 64):
-            if number in SIGNALS and not (_loop and _loop.takes(signal.Signals(number))):
-                exit_at_once(signal.Signals(number), hint)
-
-
-def exit_at_once(received: signal.Signals, hint: str) -> None:
-    """Ends the process with a sentence, past everything that Python does at its end."""
-    sentence = f"stopped by {received.name}: {hint}\n"
-    os.write(2, ("\n" * sys.__stderr__.isatty() + sentence).encode() if sys.__stderr__ else b"")
-    os._exit(128 + received)
+    global _pipe
+    reading, _pipe = os.pipe()
+    os.set_blocking(_pipe, False)
+    signal.set_wakeup_fd(_pipe, warn_on_full_buffer=False)
+    for number in _not_ignored():
+        signal.signal(number, _leave_to_the_watcher)
+    threading.Thread(target=_watch, args=(reading, advice), name="signals", daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 class StopRequests:
-    """Within ``with``, the first signal is noted for a training loop to save and stop; the second interrupts at once.
+    """Within ``with``, the first signal is noted and the second one stops at once.
 
-    Signals that the process was told to ignore stay ignored, and outside of the main thread, which alone hears of signals, none
-    is noted.
+    The second ends the process if it called `end_at_signals`, and raises ``KeyboardInterrupt`` otherwise, as in a notebook.
+    Leaving ``with`` without an exception after a signal was noted raises `Stopped`. Ignored signals stay ignored. A thread
+    that is not the main one notes nothing.
 
     Attributes:
-        received: The signal, or None.
-        unsaved: Whether the loop holds steps that are not on disk. In a process that was taken over, a signal ends it at once
-            otherwise.
+        received: The first signal, or None.
 
     Example:
         >>> with StopRequests() as stop:
@@ -87,38 +79,81 @@ class StopRequests:
 
     def __init__(self):
         self.received: signal.Signals | None = None
-        self.unsaved = False
+        self._received_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequests:
-        global _loop
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _heard()}
-            _loop = self
+            self._before = {number: signal.signal(number, self._note) for number in _not_ignored()}
+            _order(_DEFER)
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        global _loop
-        for number, handler in self._before.items():
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._before:
+            _order(_RESUME)
+        while self._before:
+            number, handler = self._before.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        _loop = None if _loop is self else _loop
+        if self.received is not None and kind is None:
+            raise Stopped(_sentence(self.received, GO_ON), self.received)
 
-    def takes(self, number: signal.Signals) -> bool:
-        """Notes a signal if it is the first and there is something to save; otherwise False."""
-        if self.received is not None or not self.unsaved:
-            return False
-        self.received = number
-        logging.info("%s: saving after this step; a second one stops at once", number.name)
-        return True
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it, signals act as if nothing were deferred: for compilations that would delay the end and lose nothing.
+
+        Raises:
+            Stopped: If a signal was noted before.
+        """
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if _taken_over:  # `_watch` sees to it
-            return
-        if self.received is not None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number), now
+            _say(f"{self.received.name}: saving after this step; a second signal stops at once")
+        elif _pipe is None and (number != self.received or now > self._received_at + REPEAT_S):
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-        logging.info("%s: saving after this step; a second one stops at once", self.received.name)
 
 
-def _heard() -> list[signal.Signals]:
+def _watch(reading: int, advice: str) -> None:
+    """Ends the process at a signal that is not deferred, or at the second one that is.
+
+    Signals and orders come through one pipe, so their order in time decides, however late this thread gets to run.
+    """
+    deferred, noted, noted_at = False, 0, 0.0
+    while True:
+        [number] = os.read(reading, 1)
+        if number in (_DEFER, _RESUME):
+            deferred, noted = number == _DEFER, 0
+        elif deferred and not noted:
+            noted, noted_at = number, time.monotonic()
+        elif number in SIGNALS and not (number == noted and time.monotonic() < noted_at + REPEAT_S):
+            _say(_sentence(signal.Signals(number), advice))
+            os._exit(128 + number)
+
+
+def _order(order: int) -> None:
+    if _pipe is not None:
+        os.write(_pipe, bytes([order]))
+
+
+def _not_ignored() -> list[signal.Signals]:
     return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def _leave_to_the_watcher(number: int, _: FrameType | None) -> None:
+    """Does nothing: with a handler of Python's, a signal's number is written to the pipe."""
+
+
+def _sentence(received: signal.Signals, advice: str) -> str:
+    return f"stopped by {received.name}" + (f": {advice}" if advice else "")
+
+
+def _say(sentence: str) -> None:
+    """Writes a line past Python's buffers, whose locks the interrupted code may hold; below a progress bar, not into it."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{chr(10) if os.isatty(2) else ''}{sentence}\n".encode())

@@ -1,8 +1,8 @@
 """Readable names for the arrays of a training state, e.g. ``params/stage0/block03/conv1/kernel``.
 
 A name is the path of an array in its pytree, joined by ``/``. Identical blocks are computed as one scan over arrays
-stacked along a leading axis, under the dictionary key ``blocks``; a name speaks of one block, so a file
-that stores names does not depend on the stacking.
+stacked along a leading axis, under the dictionary key ``blocks``. A name speaks of one block, so a file that stores names does
+not depend on the stacking.
 """
 
 from __future__ import annotations
@@ -15,17 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 STACKED = "blocks"
-
-
-def path_parts(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """Returns a ``jax.tree_util`` key path as plain words, whatever containers it went through.
-
-    Example:
-        >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({"conv1": {"kernel": 1.0}})
-        >>> path_parts(path)
-        ('conv1', 'kernel')
-    """
-    return tuple(str(_word(entry)) for entry in path)
 
 
 def to_named(tree: Any) -> dict[str, np.ndarray]:
@@ -46,7 +35,7 @@ def to_named(tree: Any) -> dict[str, np.ndarray]:
         ['block00/bias', 'block01/bias', 'step']
     """
     named: dict[str, np.ndarray] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree)):
+    for path, leaf in jax.tree.leaves_with_path(jax.device_get(tree)):
         array = np.asarray(leaf)
         names, stacked = _names(path, array.shape)
         for index, name in enumerate(names):
@@ -61,62 +50,52 @@ def from_named(named: Mapping[str, np.ndarray], target: Any) -> Any:
 
     Args:
         named: Arrays by name, as ``to_named`` returns them.
-        target: A pytree with the structure, shapes and dtypes to restore; its values are not used.
-            ``jax.ShapeDtypeStruct`` leaves will do.
+        target: A pytree with the structure, shapes and dtypes to restore, such as the result of ``jax.eval_shape``.
 
     Returns:
-        A pytree like ``target``. Leaves are NumPy arrays or Python numbers where the target has them, and
-        JAX arrays, which own their memory and so may be donated, everywhere else.
+        A pytree like ``target``. A leaf is a NumPy array or a Python number if the target's is; otherwise it is a JAX array
+        that owns its memory and so may be donated.
 
     Raises:
         ValueError: If a name is missing or left over, or a shape or dtype differs; it names the first difference.
     """
-    leaves_with_path, treedef = jax.tree_util.tree_flatten_with_path(target)
     used: set[str] = set()
-    leaves = []
-    for path, leaf in leaves_with_path:
-        shape, dtype = _shape_and_dtype(leaf)
+
+    def restored(path: Any, leaf: Any) -> Any:
+        like = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)  # a Python number
+        shape, dtype = tuple(like.shape), np.dtype(like.dtype)
         names, stacked = _names(path, shape)
-        arrays = [_matching(named, name, shape[1:] if stacked else shape, dtype) for name in names]
         used.update(names)
-        if stacked:
-            array = np.stack(arrays) if arrays else np.zeros(shape, dtype)
-        else:
-            [array] = arrays
-        leaves.append(_like(leaf, array))
+        arrays = [_matching(named, name, shape[1:] if stacked else shape, dtype) for name in names]
+        array = (np.stack(arrays) if arrays else np.zeros(shape, dtype)) if stacked else arrays[0]
+        if like is not leaf:
+            return array.item()
+        return array.copy() if isinstance(leaf, np.ndarray | np.generic) else jnp.array(array)  # a copy, which can be donated
+
+    tree = jax.tree.map_with_path(restored, target)
     for name in named:
         if name not in used:
             raise ValueError(_misfit(f"it holds {name!r}, which this state does not have"))
-    return jax.tree_util.tree_unflatten(treedef, leaves)
-
-
-def _word(entry: Any) -> Any:
-    """Returns what one entry of a key path calls its child: a key, a field name or a position."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return getattr(entry, attribute)
-    return entry
+    return tree
 
 
 def _names(path: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[list[str], bool]:
     """Returns the names of the array at ``path``, and whether there is one for each index of its leading axis."""
-    parts = path_parts(path)
-    depth = next((i for i, entry in enumerate(path) if entry == jax.tree_util.DictKey(STACKED)), None)
-    if depth is None:
-        return ["/".join(parts)], False
+    key = jax.tree_util.DictKey(STACKED)
+    if key not in path:
+        return [_joined(path)], False
     if not shape:
         raise ValueError(
-            f"the scalar {'/'.join(parts)!r} lies under {STACKED!r}, where arrays are stacked along a leading axis: "
+            f"the scalar {_joined(path)!r} lies under {STACKED!r}, where arrays are stacked along a leading axis: "
             "move it out of there or give it one entry a block"
         )
-    before, after = parts[:depth], parts[depth + 1 :]
-    return ["/".join((*before, f"block{index:02d}", *after)) for index in range(shape[0])], True
+    depth = path.index(key)
+    blocks = [jax.tree_util.DictKey(f"block{index:02d}") for index in range(shape[0])]
+    return [_joined((*path[:depth], block, *path[depth + 1 :])) for block in blocks], True
 
 
-def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], np.dtype]:
-    if not hasattr(leaf, "dtype"):
-        leaf = np.asarray(leaf)  # a Python number
-    return tuple(leaf.shape), np.dtype(leaf.dtype)
+def _joined(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _matching(named: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -136,12 +115,3 @@ def _misfit(difference: str) -> str:
         f"the checkpoint does not fit this state, {difference}: "
         "build the state from the configuration the checkpoint was saved with"
     )
-
-
-def _like(leaf: Any, array: np.ndarray) -> Any:
-    """Converts a restored array to the kind of its target leaf."""
-    if isinstance(leaf, bool | int | float | complex) and not isinstance(leaf, np.generic):
-        return array.item()
-    if isinstance(leaf, np.ndarray | np.generic):
-        return array.copy()
-    return jnp.array(array)  # copies: an array that borrows NumPy's memory could not be donated

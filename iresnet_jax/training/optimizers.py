@@ -1,10 +1,11 @@
-"""Learning-rate schedules, optimisers and the moving average of parameters, all as optax transformations.
+"""Learning-rate schedules and optimisers from optax, weight decay for kernels only, and the moving average of parameters.
 
 Convention: ``step`` counts finished updates, so the first update uses the learning rate of step 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from iresnet_jax.training.naming import STACKED, path_parts
+from iresnet_jax.training.naming import STACKED
 
 OPTIMIZERS = ("adam", "adamw", "adamax", "muon", "sgd")
-ADAM_RMS = 0.2  # of an entry of an update of Adam, in units of the learning rate (Liu et al., 2025, Section 2.2)
+ADAM_RMS = 0.2  # root mean square of an update of Adam over the learning rate (Liu et al., 2025, Section 2.2)
 SCHEDULES = ("constant", "cosine", "step")
 
 
@@ -29,23 +30,23 @@ def make_schedule(
     boundaries: Sequence[float] = (),
     decay_factor: float = 0.1,
 ) -> optax.Schedule:
-    r"""Builds a learning-rate schedule with a linear warm-up.
+    r"""Builds a learning-rate schedule that warms up linearly to its peak, then decays.
 
     .. math:: \eta(t) = \eta \cdot \min(t / t_w, 1) \cdot d(t)
 
-    with ``d`` = 1 ("constant"), half a cosine from 1 at the end of the warm-up ``t_w`` to ``final_fraction``
-    at ``total_steps`` ("cosine"), or ``decay_factor`` to the number of boundaries reached ("step"). The
-    peak is reached exactly at step ``warmup_steps``, and never exceeded.
+    The decay ``d`` is 1 ("constant"), half a cosine from 1 at the end of the warm-up ``t_w`` to ``final_fraction`` at
+    ``total_steps`` ("cosine"), or ``decay_factor`` to the power of the number of boundaries reached ("step"). The peak is
+    reached exactly at step ``warmup_steps`` and never exceeded.
 
     Args:
         schedule: One of ``SCHEDULES``.
-        learning_rate: The peak, > 0.
+        learning_rate: The peak, positive and finite.
         total_steps: Updates in the whole run, >= 1; afterwards the schedule stays at its last value.
         warmup_steps: Updates until the peak, in [0, total_steps]; 0 starts at the peak.
-        final_fraction: Where "cosine" ends, as a fraction of the peak, in [0, 1].
-        boundaries: Where "step" decays, as increasing fractions of ``total_steps`` in (0, 1). They count
-            from the start of the run, warm-up included.
-        decay_factor: What "step" multiplies by at each boundary, in (0, 1].
+        final_fraction: Fraction of the peak where "cosine" ends, in [0, 1].
+        boundaries: Increasing fractions of ``total_steps`` in (0, 1), counted from the start of the run and not before the end
+            of the warm-up, where "step" decays.
+        decay_factor: Factor of "step" at each boundary, in (0, 1].
 
     Returns:
         A function of the step, for ``make_optimizer``.
@@ -59,8 +60,7 @@ def make_schedule(
         [0.1, 0.1, 0.01, 0.001]
     """
     _check_choice("schedule", schedule, SCHEDULES)
-    if learning_rate <= 0:
-        raise ValueError(f"learning_rate must be positive, got {learning_rate}: it is the peak of the schedule")
+    _check_learning_rate(learning_rate)
     if total_steps < 1:
         raise ValueError(f"total_steps must be at least 1, got {total_steps}: it is the length of the whole run")
     if not 0 <= warmup_steps <= total_steps:
@@ -77,23 +77,21 @@ def make_schedule(
             f"boundaries must be increasing fractions of total_steps in (0, 1), got {tuple(boundaries)}: "
             "divide step or epoch numbers by their total"
         )
-    decay_steps = [round(boundary * total_steps) for boundary in boundaries]
-
-    def decay(step: jax.Array) -> jax.Array | float:
-        if schedule == "cosine":
-            progress = jnp.clip((step - warmup_steps) / max(total_steps - warmup_steps, 1), 0.0, 1.0)
-            return final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-        factor = 1.0
-        for decay_step in decay_steps if schedule == "step" else ():
-            factor = factor * jnp.where(step >= decay_step, decay_factor, 1.0)
-        return factor
-
-    def learning_rate_at(count: Any) -> jax.Array:
-        step = jnp.asarray(count)
-        warmup = jnp.where(step < warmup_steps, step / max(warmup_steps, 1), 1.0)
-        return learning_rate * (warmup * decay(step))
-
-    return learning_rate_at
+    decay_steps = [round(boundary * total_steps) - warmup_steps for boundary in boundaries]
+    if schedule == "step" and min(decay_steps, default=0) < 0:
+        raise ValueError(
+            f"boundaries must not lie in the warm-up, the first {warmup_steps} of {total_steps} steps, "
+            f"got {tuple(boundaries)}: shorten the warm-up or decay later"
+        )
+    if schedule == "cosine":
+        decay = optax.cosine_decay_schedule(learning_rate, max(total_steps - warmup_steps, 1), alpha=final_fraction)
+    elif schedule == "step":
+        decay = optax.piecewise_constant_schedule(learning_rate, dict.fromkeys(decay_steps, decay_factor))
+    else:
+        decay = optax.constant_schedule(learning_rate)
+    if not warmup_steps:
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), decay], [warmup_steps])
 
 
 def make_optimizer(
@@ -109,31 +107,32 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     r"""Builds an optimiser: clip, decay, precondition, scale by the learning rate.
 
-    The gradient of the loss is clipped first; weight decay then adds ``weight_decay * w``, for kernels only
-    (see ``decay_mask``). With "adamw" it is decoupled, ``w <- w - lr * weight_decay * w`` (Loshchilov and Hutter,
-    2019, Alg. 2), and so it is with "muon"; with "sgd", "adam" and "adamax" it is the gradient of an L2 penalty, so it
-    passes through the momentum and the preconditioner (Kingma and Ba, 2015, Alg. 1 and 2).
+    The gradient of the loss is clipped first. Weight decay then adds ``weight_decay * w``, for kernels only (see
+    ``decay_mask``). For "adamw" and "muon" it is decoupled, ``w <- w - lr * weight_decay * w`` (Loshchilov and Hutter, 2019,
+    Alg. 2). For "sgd", "adam" and "adamax" it is the gradient of an L2 penalty, which passes through the momentum and the
+    preconditioner (Kingma and Ba, 2015, Alg. 1 and 2).
 
-    "muon" (Jordan et al., 2024) takes, of the averaged gradient of each kernel, the nearest matrix with equal singular
-    values: steepest descent in the operator norm, the norm that the constraint of this library is about. It is scaled to
-    the root mean square of an Adam update (Liu et al., 2025, Eq. 4), so that learning rates carry over; all
-    that is no kernel is left to AdamW without decay (to NAdam if nesterov).
+    "muon" (Jordan et al., 2024) replaces the averaged gradient of each kernel by the nearest matrix with equal singular values:
+    steepest descent in the operator norm, which this library constrains. The update is scaled to the root mean square of an
+    Adam update (Liu et al., 2025, Eq. 4), so learning rates carry over. Parameters that are no kernels move by AdamW without
+    decay (by NAdam if ``nesterov``).
 
     Args:
         name: One of ``OPTIMIZERS``.
         learning_rate: A number > 0 or a schedule.
         weight_decay: >= 0; 0 switches it off.
-        momentum: Of "sgd" and "muon", in [0, 1); .95 is usual with "muon".
-        nesterov: Of "sgd" and "muon": look ahead along the momentum.
+        momentum: Decay of the averaged gradient in "sgd" and "muon", in [0, 1); .95 is usual with "muon".
+        nesterov: Whether "sgd" and "muon" look ahead along the momentum.
         b1: Decay of the first moment of the Adam family, in [0, 1).
         b2: Decay of the second moment (the maximum, in "adamax"), in [0, 1).
         clip_norm: Largest global L2 norm of the gradient, >= 0; 0 switches clipping off.
 
     Returns:
-        An optax transformation; its ``update`` needs the parameters.
+        An optax transformation whose ``update`` needs the parameters. Its ``init`` raises ``ValueError`` if ``weight_decay`` is
+        positive and there is no kernel.
 
     Raises:
-        ValueError: If an argument is outside its range. ``init`` raises it where there is no kernel to decay.
+        ValueError: If an argument is outside its range.
 
     Example:
         >>> optimizer = make_optimizer(name="adamax", learning_rate=0.003)
@@ -144,8 +143,10 @@ def make_optimizer(
         if not 0 <= value < 1:
             raise ValueError(f"{label} must lie in [0, 1), got {value}: an average over all steps never forgets")
     for label, value in (("weight_decay", weight_decay), ("clip_norm", clip_norm)):
-        if value < 0:
-            raise ValueError(f"{label} must not be negative, got {value}: 0 switches it off")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{label} must be finite and not negative, got {value}: 0 switches it off")
+    if not callable(learning_rate):
+        _check_learning_rate(learning_rate)
 
     parts = []
     if clip_norm:
@@ -177,27 +178,25 @@ def make_optimizer(
 def decay_mask(params: Any) -> Any:
     """Marks the parameters that weight decay acts on: those called ``kernel``.
 
-    Biases, ActNorm, priors and the slopes of activations set offsets and scales that a penalty towards zero
-    would distort; they are left alone.
+    Biases, ActNorm, priors and slopes of activations are offsets and scales, which a penalty towards zero would distort.
 
     Returns:
         A pytree of booleans like ``params``.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: path_parts(path)[-1:] == ("kernel",), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: _is_kernel(path), params)
 
 
 def kernels_as_matrices(params: Any) -> Any:
-    """How "muon" reads each kernel as a matrix, from all that enters an output channel to the output channels.
+    """Tells "muon" how to read each kernel as a matrix: columns are output channels, rows are all that enters one.
 
     Returns:
-        A pytree like ``params``: the axes of a kernel that are rows and columns, with those of stacked blocks apart;
-        None for all that is no kernel.
+        A pytree like ``params`` with the axes of rows and columns of each kernel, and None for other parameters. The leading
+        axis of stacked blocks is neither.
     """
 
     def axes(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        parts = path_parts(path)
-        first = int(STACKED in parts)
-        if parts[-1:] != ("kernel",) or leaf.ndim < first + 2:
+        first = int(jax.tree_util.DictKey(STACKED) in path)
+        if not _is_kernel(path) or leaf.ndim < first + 2:
             return None
         return optax.contrib.MuonDimensionNumbers(tuple(range(first, leaf.ndim - 1)), leaf.ndim - 1)
 
@@ -209,7 +208,7 @@ def ema_update(ema: Any, params: Any, step: Any, decay: float) -> Any:
 
     .. math:: e \leftarrow r e + (1 - r) p, \quad r = \min(\text{decay}, (1 + t) / (10 + t))
 
-    The ramp lets the average forget its initial value in the first updates, as in ``tf.train.ExponentialMovingAverage``.
+    The ramp makes the average forget its initial value in the first updates, as in ``tf.train.ExponentialMovingAverage``.
 
     Args:
         ema: The average so far; start it at the initial parameters.
@@ -230,11 +229,20 @@ def ema_update(ema: Any, params: Any, step: Any, decay: float) -> Any:
     return jax.tree.map(lambda e, p: e + (1.0 - rate).astype(e.dtype) * (p - e), ema, params)
 
 
+def _is_kernel(path: Any) -> bool:
+    return jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
+
+
 def _non_empty_decay_mask(params: Any) -> Any:
     mask = decay_mask(params)
     if not any(jax.tree.leaves(mask)):
         raise ValueError("weight_decay would act on nothing, as no parameter is called 'kernel': set it to 0")
     return mask
+
+
+def _check_learning_rate(learning_rate: float) -> None:
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be positive and finite, got {learning_rate}: 1e-3 is usual with the Adam family")
 
 
 def _check_choice(label: str, value: str, allowed: tuple[str, ...]) -> None:

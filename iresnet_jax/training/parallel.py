@@ -9,6 +9,7 @@ forgotten ``pmean`` it returns the first device's value, where the vmap raises. 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,20 @@ def example_keys(key: PRNGKeyArray, local_batch_size: int, *, axis_name: str | N
     """
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * local_batch_size
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(first + jnp.arange(local_batch_size))
+
+
+def check_single_process() -> None:
+    """Checks that no other JAX process takes part, before a run builds anything.
+
+    Raises:
+        ValueError: If `jax.distributed` joins several processes, or the environment names their coordinator.
+    """
+    coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if coordinator or jax.process_count() > 1:
+        got = f"JAX_COORDINATOR_ADDRESS={coordinator}" if coordinator else f"{jax.process_count()} JAX processes"
+        raise ValueError(
+            f"training runs in a single process, on all devices of one machine, got {got}: do without jax.distributed"
+        )
 
 
 def check_global_batch_size(global_batch_size: int) -> int:

@@ -8,6 +8,7 @@ import pytest
 from iresnet_jax.training.parallel import (
     AXIS,
     check_global_batch_size,
+    check_single_process,
     example_keys,
     parallelize,
     parallelize_eval,
@@ -37,14 +38,14 @@ def forgetful_step(state, batch):
 
 
 def simulate(step_fn):
-    return jax.vmap(step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None))
+    return jax.jit(jax.vmap(step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None)))
 
 
 def initial_state():
     return {"weights": jnp.zeros(3), "step": jnp.zeros((), jnp.int32)}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def batches():
     rng = np.random.default_rng(0)
     return [{"x": np.float32(rng.normal(size=(8, 3))), "y": np.float32(rng.normal(size=8))} for _ in range(3)]
@@ -144,3 +145,14 @@ def test_batches_that_cannot_be_shared_out_say_what_would_do():
     with pytest.raises(ValueError, match="batch of 0 examples"):
         check_global_batch_size(0)
     assert check_global_batch_size(64) == 32
+
+
+def test_more_processes_than_one_are_refused(monkeypatch):
+    check_single_process()
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 4)
+        with pytest.raises(ValueError, match="runs in a single process, on all devices of one machine, got 4 JAX processes"):
+            check_single_process()
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "node0:1234")
+    with pytest.raises(ValueError, match="got JAX_COORDINATOR_ADDRESS=node0:1234"):
+        check_single_process()
