@@ -24,7 +24,7 @@ def _stop_at_once(number, _):
     os._exit(128 + number)
 
 
-if __name__ == "__main__":  # before the imports, which take seconds; `take_over` hears signals in native code, too
+if __name__ == "__main__":  # before the imports, which take seconds; `end_at_signals` hears signals in native code, too
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop_at_once)
@@ -35,7 +35,7 @@ try:
     from iresnet_jax.training.command_line import asks_for_debug, explain_failures, parse_train_flags, quiet_backends
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: there is no package {error.name}: training needs pip install '.[train]'") from None
-from iresnet_jax.training.interruption import take_over
+from iresnet_jax.training.interruption import end_at_signals
 from iresnet_jax.training.memory import keep_freed_memory
 
 DEFAULT_CONFIG = "configs/digits_density.py"
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    take_over(HINT)
+    end_at_signals(HINT)
     keep_freed_memory()
     # Flags of absl itself, such as --help, are read here; ours are left for `main`.
     app.run(main, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from iresnet_jax.training.command_line import MISTAKE, explain_failures, quiet_backends
-from iresnet_jax.training.interruption import take_over
+from iresnet_jax.training.interruption import end_at_signals
 
 
 class Parser(argparse.ArgumentParser):
@@ -150,5 +150,5 @@ def _say(*results: object) -> None:
 
 
 if __name__ == "__main__":
-    take_over("give the same command to start again")
+    end_at_signals("give the same command to start again")
     sys.exit(main())

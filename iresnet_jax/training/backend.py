@@ -22,9 +22,3 @@ def device_summary() -> str:
     """The devices of this process, such as ``2 x cpu``."""
     devices = jax.local_devices()
     return f"{len(devices)} x {devices[0].device_kind}"
-
-
-def require_one_process() -> None:
-    """Raises ``ValueError`` where several JAX processes would train: metrics, checkpoints and validation are those of one."""
-    if jax.process_count() > 1:
-        raise ValueError(f"training runs in one JAX process, got {jax.process_count()}: use the devices of one machine")

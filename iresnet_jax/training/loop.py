@@ -6,6 +6,7 @@ the step it has reached; if that lies between two lines of its log, the next lin
 is killed loses the steps since its last checkpoint, which is at most `SAVE_SECONDS` and one step old.
 """
 
+import contextlib
 import itertools
 import os
 import time
@@ -21,7 +22,7 @@ from iresnet_jax.data import load
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.device_batches import device_batches
 from iresnet_jax.training import parallel, run_folder
-from iresnet_jax.training.backend import device_summary, prepare_backend, require_one_process
+from iresnet_jax.training.backend import device_summary, prepare_backend
 from iresnet_jax.training.building import Spec, model_spec
 from iresnet_jax.training.checkpoints import Checkpoints
 from iresnet_jax.training.config import Config
@@ -53,7 +54,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> TrainState:
         Stopped: On Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
     workdir = Path(workdir)
-    require_one_process()
+    parallel.check_single_process()
     prepare_backend(config.training.matmul_precision)
     dataset = load(config.data.name, config.data.data_dir)
     check_batch_size(config.training.batch_size, dataset)
@@ -67,12 +68,13 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> TrainState:
 
 def _train(config: Config, workdir: Path, objective: Objective) -> TrainState:
     total_steps = config.training.total_steps
-    with MetricWriter(workdir) as writer, StopRequests() as stop:
-        trainer = _Trainer(config, workdir, objective, writer, stop)
-        with Progress(total_steps, trainer.step) as progress:
+    with MetricWriter(workdir) as writer:
+        trainer = _Trainer(config, workdir, objective, writer)  # holds nothing to save yet: a signal ends it at once
+        with Progress(total_steps, trainer.step) as progress, StopRequests() as stop:
             feed = batches(config, objective.examples, trainer.step)
             for batch in itertools.islice(feed, total_steps - trainer.step):
-                trainer.take_step(batch)
+                with contextlib.nullcontext() if trainer.is_compiled else stop.at_once():  # everything is saved before
+                    trainer.take_step(batch)
                 if trainer.step % config.training.log_every_steps == 0 or trainer.is_validation_due:
                     means = trainer.log()
                     progress.update(trainer.step, {objective.name: means[objective.name]})
@@ -89,9 +91,9 @@ def _train(config: Config, workdir: Path, objective: Objective) -> TrainState:
 class _Trainer:
     """A run between two steps: its state, what it has not logged yet, and its clocks."""
 
-    def __init__(self, config: Config, workdir: Path, objective: Objective, writer: MetricWriter, stop: StopRequests):
+    def __init__(self, config: Config, workdir: Path, objective: Objective, writer: MetricWriter):
         self._started = time.monotonic()
-        self._settings, self._objective, self._writer, self._stop = config.training, objective, writer, stop
+        self._settings, self._objective, self._writer = config.training, objective, writer
         fresh = create(objective.initial_variables(), objective.optimizer, num_terms=objective.num_terms)
         logging.info("%s: %d parameters on %s", workdir, num_parameters(fresh.params), device_summary())
         self._checkpoints = Checkpoints(workdir)
@@ -107,7 +109,7 @@ class _Trainer:
 
     def _compile_later(self) -> None:
         self._parallel_step = parallel.parallelize(self._objective.make_step(int(self.state.num_terms)))
-        self._is_compiled = False
+        self.is_compiled = False
 
     def _start_window(self) -> None:
         self._window, self._timed_steps, self._window_start = [], 0, time.monotonic()
@@ -116,16 +118,15 @@ class _Trainer:
         """Updates the state by one batch; the first call compiles, which the times of the log leave out."""
         self.state, metrics = self._parallel_step(self.state, batch)
         self._window.append(metrics)
-        if self._is_compiled:
+        if self.is_compiled:
             self._timed_steps += 1
         else:
             jax.block_until_ready(metrics)
             if self.step == self._first_step:
                 seconds = time.monotonic() - self._started
                 self._writer.write(self.step, {"compile_seconds": seconds}, split="timing")
-            self._timed_steps, self._window_start, self._is_compiled = 0, time.monotonic(), True
+            self._timed_steps, self._window_start, self.is_compiled = 0, time.monotonic(), True
         self.step += 1
-        self._stop.unsaved = True
 
     @property
     def is_validation_due(self) -> bool:
@@ -174,7 +175,6 @@ class _Trainer:
     def _save(self, metric: float | None) -> None:
         self._checkpoints.save(self.step, self.state, metric=metric)
         self._window_start = self._saved_at = time.monotonic()
-        self._stop.unsaved = False
 
 
 def check_batch_size(batch_size: int, data: DataSet) -> None:

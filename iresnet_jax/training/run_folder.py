@@ -10,17 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.files import replacing
+from iresnet_jax.files import locked, replacing
 from iresnet_jax.models.saved import Spec, spec_from_plain, spec_to_plain
 from iresnet_jax.plain import first_difference, to_plain
 from iresnet_jax.training.building import model_spec
 from iresnet_jax.training.config import Config, parse
 
 FORMAT = 1  # version of both files
-CONFIG_FILE, MODEL_FILE, LOCK_FILE = "config.json", "model.json", "training.lock"
+CONFIG_FILE, MODEL_FILE = "config.json", "model.json"
 
 
 def check_belongs_to(workdir: Path, config: Config) -> None:
@@ -100,18 +98,13 @@ def alone_in(workdir: Path) -> Iterator[None]:
     Raises:
         ValueError: If another process trains there.
     """
-    lock = filelock.FileLock(workdir / LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        message = f"another process is training in {workdir}: wait until it has ended, or choose another --workdir"
-        raise ValueError(message) from None
-    except (NotImplementedError, OSError):  # a file system without locks
-        pass
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(workdir / "training", timeout_s=0.0))
+        except TimeoutError:
+            message = f"another process is training in {workdir}: wait until it has ended, or choose another --workdir"
+            raise ValueError(message) from None
         yield
-    finally:
-        lock.release()
 
 
 def _read(path: Path) -> dict[str, Any]:
