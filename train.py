@@ -44,12 +44,12 @@ DEFAULT_CONFIG = "configs/digits_density.py"
 def run(argv: list[str]) -> int:
     """Trains and reports, as the command line says."""
     config, workdir, _ = parse_train_flags(argv, default_config=DEFAULT_CONFIG)
-    from iresnet_jax.evaluation import trained
+    from iresnet_jax.evaluation.run import load
     from iresnet_jax.report.report import write
     from iresnet_jax.training.loop import train
 
     train(config, workdir)
-    print(write(trained.load(workdir)), f"report: {workdir / 'report.html'}", sep="\n")
+    print(write(load(workdir)), f"report: {workdir / 'report.html'}", sep="\n")
     return 0
 
 

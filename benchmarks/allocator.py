@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 from _record import Timing, describe, parser, summarize, write
-
 from iresnet_jax.training.source import load_source
 
 BASELINE, OURS = "default", "kept"

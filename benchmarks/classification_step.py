@@ -11,10 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 from _record import describe, interleave, parser, summarize, write
+from iresnet_jax.training.source import load_source
 
 from iresnet_jax.training import parallel, state
 from iresnet_jax.training.objectives import classification
-from iresnet_jax.training.source import load_source
 
 VARIANTS = {"unconstrained": "none", "estimated": "estimated", "certified": "certified"}
 

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from _record import parser, table, write
+from iresnet_jax.training.source import Source, load_source
 
 from iresnet_jax.data.batches import batch_indices
 from iresnet_jax.evaluation import environment, trained
@@ -35,7 +36,6 @@ from iresnet_jax.models import density
 from iresnet_jax.training.building import density_spec
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
-from iresnet_jax.training.source import Source, load_source
 
 try:
     import normflows as nf

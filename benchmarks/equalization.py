@@ -8,10 +8,10 @@ The baseline is the histogram over all pixels; beside it every pixel's own share
 import jax.numpy as jnp
 import numpy as np
 from _record import parser, table, write
+from iresnet_jax.training.source import load_source
 
 from iresnet_jax.bijections import equalize as histogram
 from iresnet_jax.bijections import likelihood
-from iresnet_jax.training.source import load_source
 
 
 def bits(images, num_levels, frequencies, shares):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _record import describe, interleave, parser, summarize, table, write
+from iresnet_jax.training.network_input import network_input
 from jax import lax
 
 from iresnet_jax.bijections import actnorm
@@ -24,7 +25,6 @@ from iresnet_jax.evaluation import trained
 from iresnet_jax.maths.inverse.fixed_point import Diagonal, invert_residual
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import flow as model
-from iresnet_jax.training.network_input import network_input
 
 TOLERANCE = 1e-5
 # Steps remembered, and whether the diagonal of the Jacobian is used where it has a closed form.

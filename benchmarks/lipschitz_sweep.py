@@ -20,11 +20,11 @@ from pathlib import Path
 import jax
 import numpy as np
 from _record import parser, table, write
+from iresnet_jax.evaluation.examples import held_out
 
 from iresnet_jax.bijections import bijection as bijections
 from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.evaluation import accuracy, frozen, lipschitz, trained
-from iresnet_jax.evaluation.examples import held_out
 from iresnet_jax.evaluation.inversion import round_trip
 from iresnet_jax.evaluation.results import RECOVERED, TrainingTimes
 from iresnet_jax.report import style

@@ -20,90 +20,103 @@ class Parser(argparse.ArgumentParser):
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Test likelihood with its standard error; of a model with classes, its test error."""
-    from iresnet_jax.evaluation import accuracy, likelihood, trained
-    from iresnet_jax.evaluation.examples import held_out
+    from iresnet_jax.evaluation import accuracy, likelihood, run
+    from iresnet_jax.models.density import Density
 
-    run = trained.load(arguments.workdir)
-    settings, seed, source = run.config.evaluation, run.config.seed, run.source
-    examples = held_out(source, settings, seed)
+    trained = run.load(arguments.workdir).with_data_checked()
+    model, settings, seed, examples = trained.model, trained.config.evaluation, trained.config.seed, trained.test_examples()
     results = []
-    if not run.is_classifier:
-        floor = None if source.toy is None else float(source.toy.entropy)
-        results.append(likelihood.evaluate(run, examples, settings, seed, entropy_floor=floor))
-    if run.has_classes:
-        results.append(accuracy.evaluate(run, examples, source.labels("test"), settings.batch_size))
-    _say(*run.notes, *results)
+    if isinstance(model, Density):
+        results.append(likelihood.evaluate(model, examples, settings, seed, entropy_floor=trained.data.entropy))
+    if trained.has_classes:
+        results.append(accuracy.evaluate(model, examples, trained.data.labels["test"], settings.batch_size))
+    _say(*trained.notes, *results)
     return 0
 
 
 def sample(arguments: argparse.Namespace) -> int:
     """Samples, to samples.png and samples.npy; exit status 1 if the inverse did not converge for all of them."""
-    from iresnet_jax.evaluation import samples, trained
+    from iresnet_jax.evaluation import run, samples
+    from iresnet_jax.models.density import Density
     from iresnet_jax.report.pictures import write_samples
 
-    run = trained.load(arguments.workdir)
+    trained = run.load(arguments.workdir)
+    model, size = trained.model, trained.config.evaluation.batch_size
+    if not isinstance(model, Density):
+        raise ValueError(f"{trained.folder} holds a classifier, which has no samples: that takes a density objective")
     labels = None if arguments.label is None else [arguments.label] * arguments.num
-    how = {"temperature": arguments.temperature, "seed": arguments.seed, "labels": labels}
-    drawn = samples.draw(run, arguments.num, run.config.evaluation, **how)
-    png, npy = write_samples(drawn.values, run.spec.num_levels, arguments.workdir)
-    _say(*run.notes, drawn.quality, f"written: {png} and {npy}")
+    drawn = samples.draw(model, arguments.num, size, temperature=arguments.temperature, seed=arguments.seed, labels=labels)
+    png, npy = write_samples(drawn.values, model.spec.num_levels, trained.folder)
+    _say(*trained.notes, drawn.quality, f"written: {png} and {npy}")
     return 0 if drawn.converged.all() else 1
 
 
 def reconstruct(arguments: argparse.Namespace) -> int:
     """Test examples encoded and inverted, to reconstructions.png; exit status 1 if the inverse failed for any."""
-    from iresnet_jax.evaluation import inversion, trained
-    from iresnet_jax.evaluation.examples import held_out
+    from iresnet_jax.evaluation import inversion, run
+    from iresnet_jax.models.classifier import Classifier
     from iresnet_jax.report.pictures import reconstructions, write_png
 
-    run = trained.load(arguments.workdir)
-    settings, seed = run.config.evaluation, run.config.seed
-    result = inversion.reconstruct(run, held_out(run.source, settings, seed)[: arguments.num], settings, seed)
+    trained = run.load(arguments.workdir)
+    if isinstance(trained.model, Classifier):
+        trained.model.require_bijection()
+    trained = trained.with_data_checked()
+    examples, size = trained.test_examples()[: arguments.num], trained.config.evaluation.batch_size
+    result = inversion.reconstruct(trained.model, examples, size, trained.config.seed)
     figure = reconstructions(result)
-    path = None if figure is None else write_png(figure, run.workdir / "reconstructions.png")
-    _say(*run.notes, result.summary, f"written: {path}" if path else "")
+    path = None if figure is None else write_png(figure, trained.folder / "reconstructions.png")
+    _say(*trained.notes, result.summary, f"written: {path}" if path else "")
     return 0 if result.trip.converged.all() else 1
 
 
 def certify(arguments: argparse.Namespace) -> int:
     """Certified Lipschitz bound of every layer and block; exit status 1 if a block is not certified a contraction."""
-    from iresnet_jax.evaluation import lipschitz, trained
+    from iresnet_jax.evaluation import run
 
-    run = trained.load(arguments.workdir)
-    certificate = lipschitz.measure(run)
-    _say(*run.notes, certificate)
+    trained = run.load(arguments.workdir)
+    certificate = trained.model.certificate()
+    _say(*trained.notes, certificate)
     return 0 if certificate.certified else 1
 
 
 def freeze(arguments: argparse.Namespace) -> int:
-    """The certified model as one small file, frozen.npz, for use without the workdir."""
-    from iresnet_jax.evaluation import frozen, lipschitz, trained
+    """The certified model as one small file, model.npz, for use without the folder of its training."""
+    from iresnet_jax.evaluation import run
 
-    run = trained.load(arguments.workdir)
-    certificate = lipschitz.measure(run)
-    path = frozen.save(run, arguments.output)
-    _say(*run.notes, certificate.verdict(), f"written: {path} ({path.stat().st_size / 1e6:.2g} MB)")
+    trained = run.load(arguments.workdir)
+    certificate = trained.model.certificate()
+    path = run.save(trained, arguments.output)
+    _say(*trained.notes, certificate.verdict, f"written: {path} ({path.stat().st_size / 1e6:.2g} MB)")
     return 0 if certificate.certified else 1
 
 
 def ood(arguments: argparse.Namespace) -> int:
     """How well the model's scores tell other images from test images: AUROC, with each score's definition."""
-    from iresnet_jax.evaluation import trained
+    from iresnet_jax.evaluation import run
     from iresnet_jax.evaluation.ood import compare
 
-    run = trained.load(arguments.workdir)
-    how = {"num": arguments.num, "data_dir": run.config.data.data_dir}
-    _say(*run.notes, compare(run, run.source, arguments.against, run.config.evaluation, run.config.seed, **how))
+    trained = run.load(arguments.workdir).with_data_checked()
+    config = trained.config
+    separation = compare(
+        trained.model,
+        trained.data,
+        arguments.against,
+        config.evaluation,
+        config.seed,
+        num=arguments.num,
+        data_dir=config.data.data_dir,
+    )
+    _say(*trained.notes, separation)
     return 0
 
 
 def report(arguments: argparse.Namespace) -> int:
     """All of it, to report.json and report.html."""
-    from iresnet_jax.evaluation import trained
+    from iresnet_jax.evaluation import run
     from iresnet_jax.report.report import write
 
-    run = trained.load(arguments.workdir)
-    _say(write(run), f"report: {run.workdir / 'report.html'}")
+    trained = run.load(arguments.workdir)
+    _say(write(trained), f"report: {trained.folder / 'report.html'}")
     return 0
 
 
@@ -123,7 +136,7 @@ def make_parser() -> Parser:
     for command in (evaluate, sample, reconstruct, certify, freeze, ood, report):
         described = command.__doc__ or ""
         option = commands.add_parser(command.__name__, help=described, description=described)
-        option.add_argument("--workdir", required=True, metavar="DIR", help="folder of the training run, or of a frozen model")
+        option.add_argument("--workdir", required=True, metavar="DIR", help="folder of the training run, or of a model")
         option.add_argument("--debug", action="store_true", help="show the traceback of a failure")
         option.set_defaults(run=command)
         options[command.__name__] = option
@@ -133,7 +146,7 @@ def make_parser() -> Parser:
     options["sample"].add_argument("--label", type=int, help="of which class, of a hybrid (any)")
     options["ood"].add_argument("--against", default="rotated", help="rotated (default), noise, or the name of a data set")
     options["ood"].add_argument("--num", type=count, default=2000, help="how many images of each side, at most (2000)")
-    options["freeze"].add_argument("--output", metavar="FILE", help="where to write (frozen.npz in the workdir)")
+    options["freeze"].add_argument("--output", metavar="FILE", help="where to write (model.npz in the workdir)")
     options["reconstruct"].add_argument("--num", type=count, default=512, help="how many test examples, from the first (512)")
     return parser
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 from iresnet_jax.evaluation.certificate import Block, Certificate, Layer
+
 from iresnet_jax.evaluation.environment import Environment
 from iresnet_jax.evaluation.results import (
     Classification,

@@ -6,17 +6,17 @@ from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 
 from iresnet_jax.evaluation.results import Classification, Mistake
-from iresnet_jax.evaluation.trained import Trained
+from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.models.density import Density
 from iresnet_jax.training import parallel
-from iresnet_jax.training.objectives import hybrid
-from iresnet_jax.training.objectives.classification import evaluate_images, make_evaluation
+from iresnet_jax.training.objectives import classification, hybrid
 
 CONFIDENCE = 0.95  # probability that the interval covers the true error
 NUM_MISTAKES = 32  # listed and shown
 
 
 def evaluate(
-    model: Trained, images: Num[np.ndarray, "n h w c"], labels: Int[np.ndarray, " n"], batch_size: int
+    model: Density | Classifier, images: Num[np.ndarray, "n h w c"], labels: Int[np.ndarray, " n"], batch_size: int
 ) -> Classification:
     """Top-1 error on images, with the frozen weights that everything after training uses.
 
@@ -26,11 +26,8 @@ def evaluate(
         labels: Class of each image.
         batch_size: Images at once.
     """
-    if model.is_classifier:
-        step, state = make_evaluation(model.spec), (model.weights, model.head, model.statistics)
-    else:
-        step, state = hybrid.make_classification(model.spec), (model.weights, model.prior)
-    outputs = evaluate_images(parallel.parallelize_eval(step), state, images, labels, batch_size)
+    classify = classification.classify_batch if isinstance(model, Classifier) else hybrid.classify_batch
+    outputs = classification.evaluate_images(parallel.parallelize_eval(classify), model, images, labels, batch_size)
     return summarize(outputs["logits"].astype(np.float64), labels, loss=float(outputs["loss"].mean(dtype=np.float64)))
 
 

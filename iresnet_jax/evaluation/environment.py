@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from iresnet_jax.training import run
+from iresnet_jax.training.backend import device_summary
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Environment:
 def describe() -> Environment:
     """The environment of this process."""
     return Environment(
-        devices=run.device_summary(),
+        devices=device_summary(),
         backend=jax.default_backend(),
         matmul_precision=getattr(jax.config, "jax_default_matmul_precision", None) or "default",
         cpu_count=_cpu_count(),

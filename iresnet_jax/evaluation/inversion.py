@@ -1,22 +1,19 @@
 """Test examples to latents or features and back: is the trained network invertible, and how exactly?"""
 
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from iresnet_jax.bijections.bijection import Solver
 from iresnet_jax.bijections.reshape import padding_residual
 from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.evaluation.results import RECOVERED, Inversion, RoundTrips
-from iresnet_jax.evaluation.trained import Trained, require_bijection
 from iresnet_jax.maths.inverse.fixed_point import example_norm
-from iresnet_jax.models import flow
-from iresnet_jax.training.config import build_solver
-from iresnet_jax.training.run import from_network_input, network_input
+from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.density import Density
 
 NUM_EXAMPLES = 512  # examples inverted in float64, at most: enough to see a rare failure, few enough for a laptop
 REFINED_ATOL = 1e-13
@@ -58,63 +55,62 @@ class Reconstructions(NamedTuple):
     summary: Inversion
 
 
-def reconstruct(model: Trained, examples: Num[np.ndarray, "n ..."], settings: Any, seed: int) -> Reconstructions:
+def reconstruct(model: Density | Classifier, examples: Num[np.ndarray, "n ..."], batch_size: int, seed: int) -> Reconstructions:
     """Encodes examples and inverts their latents, in the precision of training and in float64.
 
     Args:
         model: A model with an inverse.
         examples: Images of integer levels, or points; at least one.
-        settings: Settings of evaluation: batch size and solver.
+        batch_size: Examples at once.
         seed: Seed of the dequantisation.
     """
-    require_bijection(model)
-    spec, solver = model.spec, build_solver(settings)
-    key = jax.random.key(seed)
-    batch_size = min(settings.batch_size, len(examples))
-    pad_channels = spec.pad_channels if model.is_classifier else 0
-    num_blocks = sum(stage.num_blocks for stage in spec.flow.stages)
+    spec, key = model.spec, jax.random.key(seed)
+    pad_channels = spec.pad_channels if isinstance(spec, ClassifierSpec) else 0
 
     @jax.jit
-    def prepare(key, examples):
-        return network_input(spec, key, examples)
+    def prepare(model, key, examples):
+        if isinstance(model, Classifier):
+            return examples / (model.spec.num_levels - 1), model.preprocess(examples)
+        return model.dequantize(examples, key), model.preprocess(examples, key)
 
     @jax.jit
-    def single(weights, there):
-        back, trip = round_trip(spec.flow, weights, there, solver)
-        return from_network_input(spec, back), padding_residual(back, pad_channels), trip
+    def single(model, there):
+        back, trip = round_trip(model, there)
+        continuous = spec.unpad(back) if isinstance(spec, ClassifierSpec) else spec.transform.bijection().inverse(back)[0]
+        return continuous, padding_residual(back, pad_channels), trip
 
     @jax.jit
-    def double(weights, there):
-        precise = solver._replace(atol=REFINED_ATOL, refine=True)
-        return round_trip(spec.flow, weights, there.astype(jnp.float64), precise)[1]
+    def double(model, there):
+        return round_trip(model, there.astype(jnp.float64))[1]
 
+    precise = model.with_(solver=model.solver._replace(atol=REFINED_ATOL, refine=True))
     parts, refined = [], []
-    for i, (indices, mask) in enumerate(eval_batches(len(examples), batch_size)):
-        originals, there = prepare(jax.random.fold_in(key, i), examples[indices])
-        outputs = jax.device_get((originals, *single(model.weights, there)))
+    for i, (indices, mask) in enumerate(eval_batches(len(examples), min(batch_size, len(examples)))):
+        originals, there = prepare(model, jax.random.fold_in(key, i), examples[indices])
+        outputs = jax.device_get((originals, *single(model, there)))
         parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outputs))
         if i * batch_size < NUM_EXAMPLES:
             with jax.enable_x64():
-                trip = jax.device_get(double(model.weights, there))
+                trip = jax.device_get(double(precise, there))
             refined.append(jax.tree.map(lambda values, mask=mask: values[mask], trip))
 
     def joined(parts):
         return jax.tree.map(lambda *values: np.concatenate(values), *parts)
 
     originals, reconstructions, padding, trip = joined(parts)
-    precise = joined(refined)
+    exact = joined(refined)
     grey = None
     if spec.num_levels is not None:
         # A density spreads levels over [0, 1) in cells, a classifier puts the last level at 1.
-        grey = float(np.abs(reconstructions - originals).max() * (spec.num_levels - model.is_classifier))
+        grey = float(np.abs(reconstructions - originals).max() * (spec.num_levels - isinstance(spec, ClassifierSpec)))
     summary = Inversion(
-        **asdict(summarize(trip, num_blocks)),
+        **asdict(summarize(trip, spec.flow.num_blocks)),
         num_examples=len(originals),
-        refined=summarize(precise, num_blocks),
+        refined=summarize(exact, spec.flow.num_blocks),
         max_grey_level_error=grey,
         max_padding_residual=float(padding.max()) if pad_channels else None,
     )
-    return Reconstructions(originals, reconstructions, trip, precise, summary)
+    return Reconstructions(originals, reconstructions, trip, exact, summary)
 
 
 def summarize(trip: RoundTrip, num_blocks: int) -> RoundTrips:
@@ -130,24 +126,20 @@ def summarize(trip: RoundTrip, num_blocks: int) -> RoundTrips:
     )
 
 
-def round_trip(
-    spec: flow.FlowSpec, weights: Any, there: Float[Array, "b ..."], solver: Solver
-) -> tuple[Float[Array, "b ..."], RoundTrip]:
-    """The flow and its inverse.
+def round_trip(model: Density | Classifier, there: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], RoundTrip]:
+    """The model's flow and its inverse.
 
     The solver bounds the distance to the exact preimage of the latents as they are. Encoding rounded them, in each block by no
     more than the solver allows for rounding of its residual; so twice the solver's bound holds for the way there and back.
 
     Args:
-        spec: Architecture of the flow.
-        weights: Frozen weights.
-        there: Inputs of the flow.
-        solver: How to invert.
+        model: The model.
+        there: Inputs of its flow.
 
     Returns:
         What came back, and how it went.
     """
-    bijection = flow.bijection(spec, weights, solver=solver)
+    bijection = model.flow()
     back, info = bijection.inverse(bijection.forward(there))
     error = back - there
     largest = jnp.max(jnp.abs(error), axis=tuple(range(1, error.ndim)))

@@ -12,7 +12,6 @@ where ``A = Var(a)``, ``D = mean_i Var(d_i)`` and ``E = mean_i Var(e_i)``: the t
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +19,15 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from iresnet_jax.evaluation.results import Estimate, Likelihood, MeanAndError
-from iresnet_jax.evaluation.trained import Trained, require_density
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
-from iresnet_jax.models import density
+from iresnet_jax.models.density import Density
 from iresnet_jax.training import parallel
-from iresnet_jax.training.config import build_estimator
-from iresnet_jax.training.objectives.likelihood import evaluate_examples, make_evaluation
+from iresnet_jax.training.config import EvaluationConfig
+from iresnet_jax.training.objectives.likelihood import evaluate_batch, evaluate_examples
 
 # For each noise draw, D dimensions take D products a block exactly, and 88 by an estimate of 4 draws of 22 terms, which leaves
 # the error of its probes. At 256 dimensions exactness costs 3 times as much.
@@ -72,7 +70,12 @@ def split_error(values: Float[np.ndarray, "n s p"]) -> MeanAndError:
 
 
 def evaluate(
-    model: Trained, examples: Num[np.ndarray, "n ..."], settings: Any, seed: int, *, entropy_floor: float | None = None
+    model: Density,
+    examples: Num[np.ndarray, "n ..."],
+    settings: EvaluationConfig,
+    seed: int,
+    *,
+    entropy_floor: float | None = None,
 ) -> Likelihood:
     """Test objective, bits/dim of images or nats of points, with its standard error in parts.
 
@@ -83,15 +86,14 @@ def evaluate(
     Args:
         model: A density.
         examples: Images of integer levels, or points; at least 2.
-        settings: Settings of evaluation: estimator, draws and batch size.
+        settings: Estimator, draws and batch size.
         seed: Seed of noise and probes.
         entropy_floor: Entropy of the data in nats, if known.
     """
-    require_density(model, "likelihood")
     spec = model.spec
     has_noise = spec.num_levels is not None
     num_noise = settings.num_dequantisations if has_noise else 1
-    configured = build_estimator(settings.logdet)
+    configured = settings.logdet.build()
     estimator = ExactLogdet() if spec.flow.num_dims <= MAX_EXACT_DIMS else configured
     is_exact = isinstance(estimator, ExactLogdet)
     num_probes = 1 if is_exact else settings.num_probe_draws
@@ -99,7 +101,7 @@ def evaluate(
 
     def values_of(estimator: LogdetEstimator, num_noise: int, num_probes: int) -> Float[np.ndarray, "n s p"]:
         outputs = outputs_of(estimator)
-        draws = [[outputs(s, p)[density.objective_name(spec)] for p in range(num_probes)] for s in range(num_noise)]
+        draws = [[outputs(s, p)[spec.metric] for p in range(num_probes)] for s in range(num_noise)]
         return np.moveaxis(np.array(draws, dtype=np.float64), -1, 0)
 
     values = values_of(estimator, num_noise, num_probes)
@@ -116,7 +118,7 @@ def evaluate(
         check = compare(estimated, values[:, 0, 0], configured)
     return Likelihood(
         **parts,
-        unit="bits/dim" if has_noise else "nats",
+        unit=spec.unit,
         estimator=_in_words(estimator),
         unbiased=estimator.unbiased,
         truncation_bound=bound,
@@ -143,7 +145,7 @@ def compare(estimated: Float[np.ndarray, " n"], exact: Float[np.ndarray, " n"], 
 
 
 def log_density_on_grid(
-    model: Trained, points: Float[np.ndarray, "n 2"], side: int
+    model: Density, points: Float[np.ndarray, "n 2"], side: int
 ) -> tuple[Float[np.ndarray, "m m"], tuple[float, float, float, float]]:
     """Exact log-density of a model of the plane on a square grid around points.
 
@@ -160,23 +162,23 @@ def log_density_on_grid(
     grid = np.stack(np.meshgrid(edge, edge), axis=-1).astype(np.float32)
 
     @jax.jit
-    def log_density(weights, prior, grid):
-        return jax.lax.map(lambda row: density.log_prob(model.spec, weights, prior, row, jax.random.key(0)).log_prob, grid)
+    def log_density(model, grid):
+        return jax.lax.map(model.log_prob, grid)
 
-    return np.asarray(log_density(model.weights, model.prior, jnp.asarray(grid))), (-reach, reach, -reach, reach)
+    exact = model.with_(estimator=ExactLogdet())
+    return np.asarray(log_density(exact, jnp.asarray(grid))), (-reach, reach, -reach, reach)
 
 
 def _evaluation(
-    model: Trained, examples: Num[np.ndarray, "n ..."], settings: Any, seed: int
+    model: Density, examples: Num[np.ndarray, "n ..."], settings: EvaluationConfig, seed: int
 ) -> Callable[[LogdetEstimator], Callable[[int, int], dict[str, np.ndarray]]]:
     """``estimator -> (noise draw, probe draw) -> outputs of all examples``."""
-    key = jax.random.key(seed)
+    key, step = jax.random.key(seed), parallel.parallelize_eval(evaluate_batch)
 
     def outputs_of(estimator):
-        step = parallel.parallelize_eval(make_evaluation(model.spec, estimator))
         # On several simulated CPU devices the LU factorisations dead-lock in XLA's pool of as many threads (jaxlib 0.10).
         num_devices = 1 if isinstance(estimator, ExactLogdet) and jax.default_backend() == "cpu" else None
-        state, size = (model.weights, model.prior), settings.batch_size
+        state, size = model.with_(estimator=estimator), settings.batch_size
         return lambda s, p: evaluate_examples(step, state, examples, key, size, draw=(s, p), num_devices=num_devices)
 
     return outputs_of

@@ -16,12 +16,13 @@ from sklearn.metrics import roc_auc_score
 
 from iresnet_jax import data
 from iresnet_jax.data.batches import eval_batches
+from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.evaluation.results import Score, Separation
-from iresnet_jax.evaluation.trained import Trained
-from iresnet_jax.models import classifier, density
-from iresnet_jax.training.config import build_estimator
+from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.head import linear
+from iresnet_jax.training.config import EvaluationConfig
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
-from iresnet_jax.training.run import Source
 
 OTHERS = ("rotated", "noise")
 NUM_EXAMPLES = 2000  # images of each side, at most
@@ -53,10 +54,10 @@ def auroc(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -> 
 
 
 def compare(
-    model: Trained,
-    source: Source,
+    model: Density | Classifier,
+    dataset: DataSet,
     other: str,
-    settings: Any,
+    settings: EvaluationConfig,
     seed: int,
     *,
     num: int = NUM_EXAMPLES,
@@ -66,7 +67,7 @@ def compare(
 
     Args:
         model: A model of images.
-        source: Its data.
+        dataset: Data that it was trained on.
         other: "rotated", the test images turned by a quarter; "noise", uniform over all levels; or the name of a data set,
             whose test images are brought to the model's size and levels, see `adapt`.
         settings: Settings of evaluation: batch size and estimator.
@@ -77,27 +78,31 @@ def compare(
     Raises:
         ValueError: If the data are points, or there is no such data set.
     """
-    if source.images is None or source.num_levels is None:
-        raise ValueError(f"scores are compared between images, and {source.name} are points: give a model of images")
-    inside = source.held_out("test", num, seed)
-    outside = others(source, other, num, seed, data_dir)
-    make = _classifier_scores if model.is_classifier else _density_scores
-    score = make(model, source, settings, seed)
+    if dataset.num_levels is None:
+        raise ValueError(f"scores are compared between images, and {dataset.name} are points: give a model of images")
+    inside = dataset.held_out("test", num, seed)
+    outside = others(dataset, other, num, seed, data_dir)
+    if isinstance(model, Classifier):
+        score = _classifier_scores(model, dataset, settings, seed)
+    else:
+        score = _density_scores(model, dataset, settings, seed)
     found = score(inside), score(outside)
     scores = {name: Score(auroc(found[0][name], found[1][name]), DEFINITIONS[name]) for name in found[0]}
     return Separation(other, len(inside), len(outside), scores)
 
 
-def others(source: Source, name: str, num: int, seed: int, data_dir: str | None = None) -> Integer[np.ndarray, "n h w c"]:
+def others(dataset: DataSet, name: str, num: int, seed: int, data_dir: str | None = None) -> Integer[np.ndarray, "n h w c"]:
     """Images of another kind, see `compare`, in the size and with the levels of the data."""
-    levels, shape = source.num_levels, source.event_shape
+    levels, shape = dataset.num_levels, dataset.event_shape
     assert levels is not None  # images
     if name == "noise":
         return np.random.default_rng(seed).integers(0, levels, (num, *shape), np.uint8)
     if name == "rotated":
-        return np.rot90(source.held_out("test", num, seed), axes=(1, 2)).copy()
+        return np.rot90(dataset.held_out("test", num, seed), axes=(1, 2)).copy()
     found = data.load(name, data_dir=data_dir)
-    return adapt(found.images["test"][:num], found.num_levels, shape, levels)
+    if found.num_levels is None:
+        raise ValueError(f"{name} are points, which cannot be compared with images: name a data set of images")
+    return adapt(found.examples["test"][:num], found.num_levels, shape, levels)
 
 
 def adapt(
@@ -122,17 +127,16 @@ def _in_batches(function: Callable[[Any, Any], Any], images: Num[np.ndarray, "n 
     return jax.tree.map(lambda *values: np.concatenate(values), *parts)
 
 
-def _classifier_scores(model: Trained, source: Source, settings: Any, seed: int) -> Scores:
+def _classifier_scores(model: Classifier, dataset: DataSet, settings: EvaluationConfig, seed: int) -> Scores:
     del seed  # a classifier draws nothing
 
     @jax.jit
-    def outputs(images: Array, _: Any):
-        x = classifier.preprocess(model.spec, images)
-        return classifier.pooled_and_logits(model.spec, model.weights, model.head, model.statistics, x)
+    def pooled_and_logits(images: Array, _: Any):
+        pooled = model.pooled(images)
+        return pooled, linear(model.head, pooled)
 
-    assert source.images is not None
-    labels = source.labels("train", NUM_FITTED)
-    pooled, _ = _in_batches(outputs, source.images.images["train"][:NUM_FITTED], settings.batch_size)
+    labels = dataset.labels["train"][:NUM_FITTED]
+    pooled, _ = _in_batches(pooled_and_logits, dataset.examples["train"][:NUM_FITTED], settings.batch_size)
     classes, places = np.unique(labels, return_inverse=True)
     means = np.stack([pooled[labels == k].mean(axis=0) for k in classes])
     spread = pooled - means[places]
@@ -141,7 +145,7 @@ def _classifier_scores(model: Trained, source: Source, settings: Any, seed: int)
     whiten = np.linalg.inv(np.linalg.cholesky(covariance)).T
 
     def score(images: np.ndarray) -> dict[str, np.ndarray]:
-        pooled, logits = _in_batches(outputs, images, settings.batch_size)
+        pooled, logits = _in_batches(pooled_and_logits, images, settings.batch_size)
         log_sum = np.logaddexp.reduce(logits, axis=1)
         distances = np.linalg.norm((pooled[:, None] - means[None]) @ whiten, axis=-1)
         return {"energy": -log_sum, "confidence": -np.exp(logits.max(axis=1) - log_sum), "distance": distances.min(axis=1)}
@@ -149,26 +153,24 @@ def _classifier_scores(model: Trained, source: Source, settings: Any, seed: int)
     return score
 
 
-def _density_scores(model: Trained, source: Source, settings: Any, seed: int) -> Scores:
-    spec, estimator = model.spec, build_estimator(settings.logdet)
+def _density_scores(model: Density, dataset: DataSet, settings: EvaluationConfig, seed: int) -> Scores:
+    estimated = model.with_(estimator=settings.logdet.build())
 
     @jax.jit
     def bits(images, indices):
-        key_noise, key_probe = evaluation_keys(jax.random.key(seed), jnp.asarray(indices), 0, 0)
-        x = density.to_continuous(spec, key_noise, images)
-        return density.objective(spec, density.log_prob(spec, model.weights, model.prior, x, key_probe, estimator).log_prob)
+        keys = evaluation_keys(jax.random.key(seed), jnp.asarray(indices), 0, 0)
+        return model.spec.in_units(estimated.terms(images, *keys).log_prob)
 
     @jax.jit
     def class_log_probs(images, _):
-        return density.class_log_probs(spec, model.weights, model.prior, density.cell_centers(spec, images))
+        return model.class_log_probs(images)
 
-    assert source.images is not None
-    usual = _in_batches(bits, source.images.images["train"][:NUM_FITTED], settings.batch_size).mean()
+    usual = _in_batches(bits, dataset.examples["train"][:NUM_FITTED], settings.batch_size).mean()
 
     def score(images: np.ndarray) -> dict[str, np.ndarray]:
         found = _in_batches(bits, images, settings.batch_size)
         scores = {"likelihood": found, "typicality": np.abs(found - usual)}
-        if spec.num_classes is not None:
+        if model.spec.num_classes is not None:
             scores["confidence"] = -np.exp(_in_batches(class_log_probs, images, settings.batch_size).max(axis=1))
         return scores
 

@@ -1,8 +1,8 @@
 """The Lipschitz constraint of a residual branch: the norms of its layers, and weights scaled down to the budget.
 
 ``g = W_n phi ... W_1`` with 1-Lipschitz activations has ``Lip(g) <= |W_n| ... |W_1|`` (Behrmann et al. 2019, sec. 2.1). Norms
-are estimated by power iteration, as in the paper, or bounded from above. `normalize` and `normalize_certified` return weights of
-the same form: what runs is always a plain network whose layers already satisfy the constraint.
+are estimated by power iteration, as in the paper, or bounded from above. `normalize` and `normalize_certified` return weights
+of the same form: what runs is always a plain network whose layers already satisfy the constraint.
 """
 
 from collections.abc import Sequence

@@ -309,9 +309,12 @@ class Density:
 
     def preprocess(self, x: Data, key: Key[Array, "..."] | None = None) -> Float[Array, "b ..."]:
         """The flow's input for data: noise from the key, or none."""
+        return self._transform.forward(self.dequantize(x, key))
+
+    def dequantize(self, x: Data, key: Key[Array, "..."] | None = None) -> Float[Array, "b ..."]:
+        """Continuous data: levels as points of [0, 1) with noise from the key, or in the middle of their cells without one."""
         x = self._checked(x)
-        u = self._dequantize.forward(x) if key is None else self._dequantize.forward_and_logdet(x, key)[0]
-        return self._transform.forward(u)
+        return self._dequantize.forward(x) if key is None else self._dequantize.forward_and_logdet(x, key)[0]
 
     @property
     def _transform(self) -> Bijection:

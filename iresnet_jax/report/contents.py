@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from iresnet_jax.evaluation.certificate import Certificate
 from iresnet_jax.evaluation.environment import Environment
 from iresnet_jax.evaluation.results import (
     Classification,
@@ -15,6 +14,7 @@ from iresnet_jax.evaluation.results import (
     TrainingTimes,
     certificate_warnings,
 )
+from iresnet_jax.models.certificate import Certificate
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Report:
         ]
 
     def __str__(self) -> str:
-        headlines = [self.likelihood, self.classification, self.inverse, self.lipschitz and self.lipschitz.verdict()]
+        headlines = [self.likelihood, self.classification, self.inverse, self.lipschitz and self.lipschitz.verdict]
         said = "\n".join(str(headline) for headline in headlines if headline)
         return "\n".join([said, *(warning for warning in self.warnings() if warning not in said)])
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+from iresnet_jax.evaluation.examples import held_out
+from iresnet_jax.maths.logdet.series import SeriesLogdet
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.bijections import bijection as bijections
 from iresnet_jax.evaluation import frozen, inversion, likelihood, lipschitz, samples, trained
-from iresnet_jax.evaluation.examples import held_out
 from iresnet_jax.evaluation.results import SUSPICIOUS_Z
-from iresnet_jax.maths.logdet.series import SeriesLogdet
 from iresnet_jax.models import density
 from iresnet_jax.training import loop
 from iresnet_jax.training.checkpoints import load_named

@@ -7,18 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from iresnet_jax.data.images import ImageData
+from iresnet_jax.training.source import Source, load_source
 from runs import ROOT
 
 from iresnet_jax.bijections import bijection as bijections
 from iresnet_jax.data import toys
-from iresnet_jax.data.images import ImageData
 from iresnet_jax.evaluation import frozen
 from iresnet_jax.plain import first_difference, to_plain
 from iresnet_jax.training import loop, parallel, state
 from iresnet_jax.training.building import model_spec
 from iresnet_jax.training.config import parse
 from iresnet_jax.training.initialization import abstract_variables
-from iresnet_jax.training.source import Source, load_source
 
 SHAPES = {
     "digits": (8, 8, 1),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+from iresnet_jax.training.source import load_source
 from runs import EVAL_EVERY, ROOT, TOTAL_STEPS
 
 from iresnet_jax.models import flow as model
@@ -27,7 +28,6 @@ from iresnet_jax.training.interruption import SIGNALS, Stopped, StopRequests
 from iresnet_jax.training.metrics import read_metrics
 from iresnet_jax.training.objectives.likelihood import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys, make_step
 from iresnet_jax.training.run_folder import alone_in, claim, model_for, read_config, read_model
-from iresnet_jax.training.source import load_source
 
 # The same sums in another order, in float32; Adam divides by the root of tiny second moments, which magnifies their rounding.
 DEVICE_RTOL, DEVICE_ATOL = 1e-4, 1e-5

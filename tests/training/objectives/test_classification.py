@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+from iresnet_jax.training.source import load_source
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import augment
@@ -19,7 +20,6 @@ from iresnet_jax.training import loop, parallel, state
 from iresnet_jax.training.config import AugmentationConfig
 from iresnet_jax.training.metrics import read_metrics
 from iresnet_jax.training.objectives import classification
-from iresnet_jax.training.source import load_source
 
 DEVICE_RTOL, DEVICE_ATOL = 1e-4, 1e-5  # the same sums in another order, in float32
 SAME = 1e-5  # the same maths by another route, float32

@@ -9,6 +9,7 @@ import pytest
 import runs
 import scipy.special
 import scipy.stats
+from iresnet_jax.training.source import load_source
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.evaluation import frozen, ood, trained
@@ -22,7 +23,6 @@ from iresnet_jax.training.building import build_constraint, density_spec
 from iresnet_jax.training.config import HybridConfig
 from iresnet_jax.training.metrics import read_metrics
 from iresnet_jax.training.objectives import hybrid
-from iresnet_jax.training.source import load_source
 
 DEVICE_RTOL, DEVICE_ATOL = 1e-4, 1e-5  # the same sums in another order, in float32
 SAME = 1e-5  # the same maths by another route, float32

@@ -1,0 +1,172 @@
+"""A run after training: its model, its settings and its data, from the folder of a run or of a model alone.
+
+The parameters are the moving average of the checkpoint that was best on validation, and the weights are frozen: scaled by
+guaranteed bounds of their norms, so that every block is a certified contraction whatever training used (`flow.freeze`).
+"""
+
+import functools
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from iresnet_jax import data
+from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.models import saved
+from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.flow import freeze
+from iresnet_jax.plain import to_plain
+from iresnet_jax.training.backend import prepare_backend
+from iresnet_jax.training.building import Spec, build_optimizer, build_solver
+from iresnet_jax.training.checkpoints import Checkpoints
+from iresnet_jax.training.config import Config, parse
+from iresnet_jax.training.initialization import abstract_variables
+from iresnet_jax.training.run_folder import CONFIG_FILE, FORMAT, read_config, read_model
+from iresnet_jax.training.state import TrainState, create
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model with what it was trained on.
+
+    Attributes:
+        folder: Folder of the run, or of the model.
+        model: The model, with frozen weights.
+        config: Settings that it was trained with.
+        fingerprint: Fingerprint of the data that it was trained on.
+        step: Updates behind the parameters.
+        notes: Sentences that a reader of any result must know, such as which checkpoint had to be used instead.
+    """
+
+    folder: Path
+    model: Density | Classifier
+    config: Config
+    fingerprint: str
+    step: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the model says of an example which class it belongs to."""
+        return self.model.spec.num_classes is not None
+
+    @property
+    def is_bijective(self) -> bool:
+        """Whether there is an inverse to try at least."""
+        return isinstance(self.model, Density) or self.model.spec.is_bijective
+
+    @functools.cached_property
+    def data(self) -> DataSet:
+        """The data that the settings name, as they are now; samples and certificates need none."""
+        return data.load(self.config.data.name, self.config.data.data_dir)
+
+    def test_examples(self) -> np.ndarray:
+        """All test images, or as many fresh points of a toy as the settings ask for."""
+        num = self.config.evaluation.num_examples if self.data.toy is not None else None
+        return self.data.held_out("test", num, self.config.seed)
+
+    def with_data_checked(self) -> "Run":
+        """The same run, with a note if its data have changed since training."""
+        if self.data.fingerprint == self.fingerprint:
+            return self
+        note = (
+            f"These are other data than the model was trained on: {self.data.name} has the fingerprint "
+            f"{self.data.fingerprint[:12]} now and had {self.fingerprint[:12]} then."
+        )
+        return replace(self, notes=(*self.notes, note))
+
+
+def load(folder: str | os.PathLike[str]) -> Run:
+    """Loads the best checkpoint of a run, or the latest where there is no best one, which `Run.notes` then says.
+
+    A folder with nothing of a training but ``model.npz`` will do as well. On an accelerator this also sets the precision of
+    matrix products in this process, see `backend.prepare_backend`.
+
+    Args:
+        folder: Folder of the run, as `loop.train` filled it, or of a model.
+
+    Raises:
+        ValueError: If it is no such folder, or a file in it is damaged or of another version.
+        RuntimeError: If it has no checkpoint yet, or none that can be read.
+
+    Example:
+        >>> run = load("runs/digits_density")  # doctest: +SKIP
+        >>> samples, info = run.model.sample(jax.random.key(0), 64)  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    if (folder / saved.FILE_NAME).exists() and not (folder / CONFIG_FILE).exists():
+        return _load_file(folder)
+    config = read_config(folder)
+    prepare_backend(config.training.matmul_precision)
+    spec, fingerprint = read_model(folder)
+    optimizer = build_optimizer(config.optimizer, config.training.total_steps)
+    variables = abstract_variables(config, spec)
+    target = jax.eval_shape(lambda: create(_zeros(variables), optimizer))
+    best, step, notes = _restore(Checkpoints(folder), target, folder)
+    return Run(folder, _model(config, spec, best), config, fingerprint, step, notes)
+
+
+def save(run: Run, path: str | os.PathLike[str] | None = None) -> Path:
+    """Writes the model of a run to one file, with the settings and the data that it was trained with.
+
+    Args:
+        run: The run.
+        path: The file; ``model.npz`` in the folder of the run by default.
+
+    Raises:
+        ValueError: If it is a network with BatchNorm in its branches.
+    """
+    about = {"format": FORMAT, "config": to_plain(run.config), "fingerprint": run.fingerprint, "step": run.step}
+    return saved.save(run.model, run.folder / saved.FILE_NAME if path is None else path, about)
+
+
+def _load_file(folder: Path) -> Run:
+    """The run of a model that `save` wrote."""
+    path = folder / saved.FILE_NAME
+    model, about = saved.read(path)
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{path} says nothing of a training in this version: iresnet_jax.load reads the model alone")
+    try:
+        config, fingerprint, step = parse(about["config"]), str(about["fingerprint"]), int(about["step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it from a copy") from None
+    prepare_backend(config.training.matmul_precision)
+    return Run(folder, model.with_(solver=build_solver(config.evaluation)), config, fingerprint, step)
+
+
+def _model(config: Config, spec: Spec, best: TrainState) -> Density | Classifier:
+    """The model of a training state: frozen, or certified as it is where training had no constraint."""
+    solver = build_solver(config.evaluation)
+    if isinstance(spec, ClassifierSpec):
+        parts = {"head": best.ema["head"], "statistics": best.batch_stats}
+        if not spec.is_bijective:
+            return Classifier(spec, best.ema, **parts, solver=solver)
+        if not spec.constrained:
+            return saved.with_bounds(spec, {"params": best.ema, **parts}).with_(solver=solver)
+        frozen = jax.jit(lambda params: freeze(spec.flow, params))(best.ema)
+        return Classifier(spec, frozen.weights, **parts, bounds=frozen.bounds, solver=solver)
+    frozen = jax.jit(lambda params: freeze(spec.flow, params))(best.ema)
+    return Density(spec, frozen.weights, best.ema["prior"], frozen.bounds, solver=solver)
+
+
+def _restore(checkpoints: Checkpoints, target: Any, folder: Path) -> tuple[TrainState, int, tuple[str, ...]]:
+    """The state to use, its step, and what is to be said about the choice."""
+    why = "there is no checkpoint chosen on validation"
+    try:
+        if restored := checkpoints.restore_best(target):
+            return (*restored, ())
+    except RuntimeError:
+        why = "the checkpoint that was best on validation is damaged"
+    restored = checkpoints.restore_latest(target)
+    if restored is None:
+        raise RuntimeError(f"{folder} has no checkpoint yet: the first is written at the first evaluation of the training")
+    return (*restored, (f"These are the parameters of the latest checkpoint, step {restored[1]}: {why}.",))
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
