@@ -1,7 +1,8 @@
 """Frozen dataclasses from plain data (dictionaries, lists, numbers, strings) and back, with every value checked on the way in.
 
 A field's annotation says what it may hold: `int`, `float`, `bool`, `str`, ``Literal["a", "b"]``, ``tuple[float, ...]``, another
-dataclass, ``X | None``, and ``Annotated[float, Range("[0, 1)")]`` for numbers within a range.
+dataclass, ``X | None``, and ``Annotated[float, Range("[0, 1)")]`` for numbers within a range. One of several dataclasses is
+told by its name under "kind", see `tagged`.
 """
 
 import dataclasses
@@ -33,6 +34,14 @@ def to_plain(value: Any) -> dict[str, Any]:
     return json.loads(json.dumps(value.to_dict() if hasattr(value, "to_dict") else dataclasses.asdict(value)))
 
 
+def tagged(value: Any) -> Any:
+    """A dataclass as JSON data, with the name of every dataclass in it under "kind"."""
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: tagged(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **fields}
+    return [tagged(entry) for entry in value] if isinstance(value, tuple) else value
+
+
 def from_plain(cls: type[T], plain: Any, path: str) -> T:
     """The dataclass that plain data describe; fields without an entry keep their default.
 
@@ -46,6 +55,9 @@ def from_plain(cls: type[T], plain: Any, path: str) -> T:
     """
     if not isinstance(plain, Mapping) and not hasattr(plain, "items"):
         raise ValueError(f"{path} must be a dictionary, got {plain!r}")
+    plain = dict(plain.items())
+    if plain.pop("kind", cls.__name__) != cls.__name__:
+        raise ValueError(f"{path} is not of the kind {cls.__name__}")
     hints = typing.get_type_hints(cls, include_extras=True)
     for name in plain:
         if name not in hints:
@@ -54,7 +66,7 @@ def from_plain(cls: type[T], plain: Any, path: str) -> T:
     required = [field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING]
     if missing := [name for name in required if name not in plain]:
         raise ValueError(f"{path} lacks {' and '.join(missing)}")
-    values = {name: _value(hints[name], plain[name], f"{path}.{name}") for name in hints if name in plain}
+    values = {name: checked(hints[name], plain[name], f"{path}.{name}") for name in hints if name in plain}
     try:
         return cls(**values)
     except ValueError as error:
@@ -81,12 +93,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f": the fields are {', '.join(known)}" if known else ""
 
 
-def _value(kind: Any, value: Any, path: str) -> Any:
+def checked(kind: Any, value: Any, path: str) -> Any:
+    """Plain data as what an annotation describes; arguments and errors as in `from_plain`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _value(arguments[0], value, path)
+        return None if value is None and types.NoneType in arguments else _one_of(arguments, value, path)
     if origin is typing.Annotated:
-        number = _value(arguments[0], value, path)
+        number = checked(arguments[0], value, path)
         if number not in arguments[1]:
             raise ValueError(f"{path} must lie in {arguments[1].interval}, got {value!r}")
         return number
@@ -107,13 +120,24 @@ def _value(kind: Any, value: Any, path: str) -> Any:
     return value
 
 
+def _one_of(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
+    known = {kind.__name__: kind for kind in kinds if kind is not types.NoneType}
+    if len(known) == 1:
+        [kind] = known.values()
+        return checked(kind, value, path)
+    name = value.get("kind") if isinstance(value, Mapping) else None
+    if name not in known:
+        raise ValueError(f"{path} must be of the kind {' or '.join(known)}, got {name!r}")
+    return checked(known[name], value, path)
+
+
 def _tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         raise ValueError(f"{path} must be a tuple, got {value!r}")
     kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
     if len(kinds) != len(value):
         raise ValueError(f"{path} must have {len(kinds)} entries, got {value!r}")
-    return tuple(_value(kind, entry, f"{path}[{i}]") for i, (kind, entry) in enumerate(zip(kinds, value, strict=True)))
+    return tuple(checked(kind, entry, f"{path}[{i}]") for i, (kind, entry) in enumerate(zip(kinds, value, strict=True)))
 
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}

@@ -4,12 +4,9 @@ Bounds of norms are not stored: `load` computes them anew from the weights it fi
 its weights do not have.
 """
 
-import dataclasses
 import json
 import math
 import os
-import types
-import typing
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -20,14 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax.bijections.transforms.equalize import Equalize
-from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.files import replacing
 from iresnet_jax.models import priors
 from iresnet_jax.models.branch import initial_weights
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import FlowSpec, StageSpec, as_params, certify
+from iresnet_jax.models.flow import as_params, certify
+from iresnet_jax.plain import checked, tagged
 
 FILE_NAME = "model.npz"
 FORMAT = 2
@@ -36,54 +32,20 @@ _MOST_HEADER = 2**24  # bytes
 
 Model = Density | Classifier
 Spec = DensitySpec | ClassifierSpec
-_KINDS = {kind.__name__: kind for kind in (DensitySpec, ClassifierSpec, FlowSpec, StageSpec, Identity, Center, Logit, Equalize)}
 
 
-def spec_to_plain(spec: Any) -> Any:
-    """A spec as JSON data, each dataclass with its name under "kind"; the inverse of `spec_from_plain`."""
-    if dataclasses.is_dataclass(spec):
-        fields = {field.name: spec_to_plain(getattr(spec, field.name)) for field in dataclasses.fields(spec)}
-        return {"kind": type(spec).__name__, **fields}
-    return [spec_to_plain(entry) for entry in spec] if isinstance(spec, tuple) else spec
+def spec_to_plain(spec: Spec) -> dict[str, Any]:
+    """A spec as JSON data; the inverse of `spec_from_plain`."""
+    return tagged(spec)
 
 
-def spec_from_plain(plain: Any) -> Any:
+def spec_from_plain(plain: Any) -> Spec:
     """A spec from JSON data.
 
     Raises:
         ValueError: If a kind or a field is unknown, missing or of the wrong type, or the spec contradicts itself.
     """
-    if isinstance(plain, list):
-        return tuple(spec_from_plain(entry) for entry in plain)
-    if not isinstance(plain, dict):
-        return plain
-    kind = _KINDS.get(plain.get("kind", ""))
-    if kind is None:
-        raise ValueError(f"a model has no part of the kind {plain.get('kind')!r}")
-    fields = {name: spec_from_plain(value) for name, value in plain.items() if name != "kind"}
-    expected = typing.get_type_hints(kind)
-    if fields.keys() != expected.keys():
-        raise ValueError(f"a {kind.__name__} has the fields {sorted(expected)}, not {sorted(fields)}")
-    for name, value in fields.items():
-        if not _fits(value, expected[name]):
-            raise ValueError(f"{kind.__name__}.{name} cannot be {value!r}")
-    return kind(**fields)
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value has an annotated type: plain types, tuples, unions and dataclasses."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is tuple:
-        of = arguments[0] if arguments[-1] is Ellipsis else None
-        sizes = [of] * len(value) if of and isinstance(value, tuple) else list(arguments)
-        return isinstance(value, tuple) and len(value) == len(sizes) and all(map(_fits, value, sizes))
-    if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, annotation or type(None))
+    return checked(Spec, plain, "model")
 
 
 def save(model: Model, path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> Path:

@@ -80,13 +80,19 @@ def test_specs_are_plain_data():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda plain: plain | {"kind": "Sofa"}, "no part of the kind 'Sofa'"),
-        (lambda plain: plain | {"colour": 1}, "has the fields"),
-        (lambda plain: plain | {"prior": 3}, "DensitySpec.prior cannot be 3"),
-        (lambda plain: plain | {"num_levels": True}, "DensitySpec.num_levels cannot be True"),
+        (
+            lambda plain: plain | {"kind": "Sofa"},
+            "model must be of the kind DensitySpec or ClassifierSpec, got 'Sofa'",
+        ),
+        (lambda plain: plain | {"colour": 1}, "model has no field 'colour'"),
+        (lambda plain: plain | {"prior": 3}, "model.prior must be a string, got 3"),
+        (lambda plain: plain | {"num_levels": True}, "model.num_levels must be a whole number, got True"),
         (lambda plain: plain | {"flow": plain["flow"] | {"coeff": 1.5}}, r"coeff must lie in \(0, 1\), got 1.5"),
-        (lambda plain: plain | {"flow": plain["flow"] | {"event_shape": ["4", 4, 1]}}, "FlowSpec.event_shape cannot be"),
-        (lambda plain: plain | {"flow": plain["transform"]}, "DensitySpec.flow cannot be"),
+        (
+            lambda plain: plain | {"flow": plain["flow"] | {"event_shape": ["4", 4, 1]}},
+            r"model.flow.event_shape\[0\] must be a whole number, got '4'",
+        ),
+        (lambda plain: plain | {"flow": plain["transform"]}, "model.flow is not of the kind FlowSpec"),
     ],
 )
 def test_plain_data_that_are_no_spec(change, sentence):
