@@ -1,7 +1,7 @@
 """How a process is told to stop: by Ctrl-C, or by the SIGTERM that schedulers send some time before they kill.
 
 A command line calls `end_at_signals` first: from then on a signal ends the process in one sentence, whatever it is doing.
-The training loop defers that with `StopRequests` while it holds a step worth saving.
+The training loop defers that with `StopRequests` while it holds steps that are not on disk.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REPEAT_S = 1.0  # the same signal within this time is the same request: timeout(1) signals a process and then its whole group
-GO_ON = "the same command goes on from its last checkpoint, if it has one"
 
 # Orders to the watcher, in the pipe that the numbers of signals go through: no signal has these numbers.
 _DEFER, _RESUME = 254, 255
@@ -45,8 +43,7 @@ def end_at_signals(advice: str = "") -> None:
     leaves by `os._exit`, which runs no destructor. Cutting a write short is safe: files are written under another name
     and renamed, as they must be to survive SIGKILL.
 
-    Ignored signals stay ignored. Blocked ones are unblocked: a script that blocks `SIGNALS` before its imports answers
-    those that arrived meanwhile here.
+    Ignored signals stay ignored.
 
     Args:
         advice: What the sentence tells the user after "stopped by SIGINT: ".
@@ -58,15 +55,14 @@ def end_at_signals(advice: str = "") -> None:
     for number in _not_ignored():
         signal.signal(number, _leave_to_the_watcher)
     threading.Thread(target=_watch, args=(reading, advice), name="signals", daemon=True).start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 class StopRequests:
-    """Within ``with``, the first signal is noted and the second one stops at once.
+    """Within ``with``, the first signal is noted, so that a training loop can save and stop; the second one stops at once.
 
-    The second ends the process if it called `end_at_signals`, and raises ``KeyboardInterrupt`` otherwise, as in a notebook.
-    Leaving ``with`` without an exception after a signal was noted raises `Stopped`. Ignored signals stay ignored. A thread
-    that is not the main one notes nothing.
+    In a process that called `end_at_signals`, a signal is noted while ``unsaved`` is True; any other one ends the process. In
+    other processes, such as a notebook, the first signal is always noted and the second raises ``KeyboardInterrupt``. Ignored
+    signals stay ignored. A thread that is not the main one notes nothing.
 
     Attributes:
         received: The first signal, or None.
@@ -80,39 +76,33 @@ class StopRequests:
     def __init__(self):
         self.received: signal.Signals | None = None
         self._received_at = 0.0
+        self._unsaved = False
         self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether the loop holds steps that are not on disk; the loop sets it."""
+        return self._unsaved
+
+    @unsaved.setter
+    def unsaved(self, unsaved: bool) -> None:
+        if unsaved != self._unsaved and _pipe is not None and self._before:
+            os.write(_pipe, bytes([_DEFER if unsaved else _RESUME]))
+        self._unsaved = unsaved
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in _not_ignored()}
-            _order(_DEFER)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._before:
-            _order(_RESUME)
-        while self._before:
-            number, handler = self._before.popitem()
+    def __exit__(self, *exc_info: object) -> None:
+        self.unsaved = False
+        for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if self.received is not None and kind is None:
-            raise Stopped(_sentence(self.received, GO_ON), self.received)
-
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Within it, signals act as if nothing were deferred: for compilations that would delay the end and lose nothing.
-
-        Raises:
-            Stopped: If a signal was noted before.
-        """
-        self.__exit__(None, None, None)
-        try:
-            yield
-        finally:
-            self.__enter__()
 
     def _note(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
-        if self.received is None:
+        if self.received is None and (self.unsaved or _pipe is None):
             self.received, self._received_at = signal.Signals(number), now
             _say(f"{self.received.name}: saving after this step; a second signal stops at once")
         elif _pipe is None and (number != self.received or now > self._received_at + REPEAT_S):
@@ -129,16 +119,11 @@ def _watch(reading: int, advice: str) -> None:
         [number] = os.read(reading, 1)
         if number in (_DEFER, _RESUME):
             deferred, noted = number == _DEFER, 0
-        elif deferred and not noted:
+        elif number in SIGNALS and deferred and not noted:
             noted, noted_at = number, time.monotonic()
         elif number in SIGNALS and not (number == noted and time.monotonic() < noted_at + REPEAT_S):
-            _say(_sentence(signal.Signals(number), advice))
+            _say(f"stopped by {signal.Signals(number).name}" + (f": {advice}" if advice else ""))
             os._exit(128 + number)
-
-
-def _order(order: int) -> None:
-    if _pipe is not None:
-        os.write(_pipe, bytes([order]))
 
 
 def _not_ignored() -> list[signal.Signals]:
@@ -147,10 +132,6 @@ def _not_ignored() -> list[signal.Signals]:
 
 def _leave_to_the_watcher(number: int, _: FrameType | None) -> None:
     """Does nothing: with a handler of Python's, a signal's number is written to the pipe."""
-
-
-def _sentence(received: signal.Signals, advice: str) -> str:
-    return f"stopped by {received.name}" + (f": {advice}" if advice else "")
 
 
 def _say(sentence: str) -> None:

@@ -6,7 +6,6 @@ the step it has reached; if that lies between two lines of its log, the next lin
 is killed loses the steps since its last checkpoint, which is at most `SAVE_SECONDS` and one step old.
 """
 
-import contextlib
 import itertools
 import os
 import time
@@ -69,19 +68,21 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> TrainState:
 def _train(config: Config, workdir: Path, objective: Objective) -> TrainState:
     total_steps = config.training.total_steps
     with MetricWriter(workdir) as writer:
-        trainer = _Trainer(config, workdir, objective, writer)  # holds nothing to save yet: a signal ends it at once
+        trainer = _Trainer(config, workdir, objective, writer)
         with Progress(total_steps, trainer.step) as progress, StopRequests() as stop:
             feed = batches(config, objective.examples, trainer.step)
             for batch in itertools.islice(feed, total_steps - trainer.step):
-                with contextlib.nullcontext() if trainer.is_compiled else stop.at_once():  # everything is saved before
-                    trainer.take_step(batch)
+                trainer.take_step(batch)
+                stop.unsaved = True
                 if trainer.step % config.training.log_every_steps == 0 or trainer.is_validation_due:
                     means = trainer.log()
                     progress.update(trainer.step, {objective.name: means[objective.name]})
                 if trainer.is_validation_due:
                     trainer.validate()
+                    stop.unsaved = False
                 elif stop.received or trainer.is_save_due:
                     trainer.save()
+                    stop.unsaved = False
                 if stop.received:
                     there = f"after step {trainer.step} of {total_steps}"
                     raise Stopped(f"stopped by {stop.received.name} {there}: the same command goes on from it", stop.received)
@@ -109,7 +110,7 @@ class _Trainer:
 
     def _compile_later(self) -> None:
         self._parallel_step = parallel.parallelize(self._objective.make_step(int(self.state.num_terms)))
-        self.is_compiled = False
+        self._is_compiled = False
 
     def _start_window(self) -> None:
         self._window, self._timed_steps, self._window_start = [], 0, time.monotonic()
@@ -118,14 +119,14 @@ class _Trainer:
         """Updates the state by one batch; the first call compiles, which the times of the log leave out."""
         self.state, metrics = self._parallel_step(self.state, batch)
         self._window.append(metrics)
-        if self.is_compiled:
+        if self._is_compiled:
             self._timed_steps += 1
         else:
             jax.block_until_ready(metrics)
             if self.step == self._first_step:
                 seconds = time.monotonic() - self._started
                 self._writer.write(self.step, {"compile_seconds": seconds}, split="timing")
-            self._timed_steps, self._window_start, self.is_compiled = 0, time.monotonic(), True
+            self._timed_steps, self._window_start, self._is_compiled = 0, time.monotonic(), True
         self.step += 1
 
     @property
