@@ -1,10 +1,10 @@
-"""What a training step frees is kept for the next one, instead of going back to the system and being fetched again in pages."""
+"""Memory that a training step frees is kept for the next one, instead of going back to the system page by page."""
 
 import ctypes
 import sys
 
-# Parameters of glibc's mallopt, and their values: where sizes are meant, the largest that a C int holds.
-_LARGEST = 2**31 - 1
+_LARGEST = 2**31 - 1  # that a C int holds
+# Parameters of glibc's mallopt and their values.
 _SETTINGS = {
     -8: 1,  # M_ARENA_MAX: the arenas of other threads than the first cannot grow beyond 64 MiB
     -1: _LARGEST,  # M_TRIM_THRESHOLD: never return the end of the heap
@@ -14,13 +14,13 @@ _SETTINGS = {
 
 
 def keep_freed_memory() -> bool:
-    """Makes glibc's allocator hold on to memory; call it before JAX starts its threads, on a CPU.
+    """Makes glibc's allocator hold on to memory; call it before JAX starts its threads.
 
-    XLA:CPU allocates the temporary arrays of every step anew. By default each of them is a mapping of its own, whose pages the
-    system has to find and to clear at every step.
+    XLA allocates the temporary arrays of every step anew on a CPU. By default each is a mapping of its own, whose pages the
+    system finds and clears at every step.
 
     Returns:
-        Whether that was possible: on Linux with glibc.
+        Whether the C library could be told so: True on Linux with glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -20,9 +20,9 @@ _RESERVED = ("step", "split", "wall_time_s")
 class MetricWriter:
     """Appends measurements to ``workdir/metrics.jsonl`` and to TensorBoard events in ``workdir/tensorboard``.
 
-    A line is ``{"step": 100, "split": "train", "wall_time_s": 12.5, "loss": 3.2}``. ``wall_time_s`` counts seconds of
-    training, and goes on where an earlier process stopped. Lines are flushed at once, so a killed process loses at
-    most the one it was writing. Non-finite values are written as Python's ``NaN`` and ``Infinity``.
+    A line is ``{"step": 100, "split": "train", "wall_time_s": 12.5, "loss": 3.2}``. ``wall_time_s`` counts seconds of training
+    and goes on where an earlier process stopped. Lines are flushed at once: a killed process loses at most the line it was
+    writing. Non-finite values are written as Python's ``NaN`` and ``Infinity``.
 
     Args:
         workdir: Folder of the run, created when needed.
@@ -46,13 +46,12 @@ class MetricWriter:
         Args:
             step: Finished updates.
             metrics: Scalars by name.
-            split: What was measured on, such as "train" or "test".
+            split: Data that were measured on, such as "train" or "test".
 
         Raises:
-            ValueError: If a metric has one of the names that every line has.
+            ValueError: If a metric is called like a field that every line has.
         """
-        clash = [name for name in metrics if name in _RESERVED]
-        if clash:
+        if clash := [name for name in metrics if name in _RESERVED]:
             raise ValueError(f"a metric cannot be called {clash[0]!r}, as every line has that field: rename it")
         values = {name: float(value) for name, value in metrics.items()}
         wall_time_s = round(time.monotonic() - self._start, 3)
@@ -69,7 +68,7 @@ class MetricWriter:
         self._purge_step = step + 1
 
     def flush(self) -> None:
-        """Writes out what is still in memory; the JSON lines never are."""
+        """Writes out the TensorBoard events that are still in memory; JSON lines are on disk already."""
         if self._events is not None:
             self._events.flush()
 
@@ -87,13 +86,13 @@ class MetricWriter:
         self.close()
 
     def _keep_lines(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Opens the file for appending after the lines to keep; a half-written last line is never one of them."""
+        """Opens the file for appending after the lines to keep, without a half-written last one."""
         records = [record for record in read_metrics(self._workdir) if keep(record)]
         text = "".join(json.dumps(record) + "\n" for record in records)
-        if self._path.exists() and self._path.read_text() != text:
+        if self._path.exists() and self._path.read_bytes() != text.encode():
             with replacing(self._path) as incoming:
-                incoming.write_text(text)
-        self._lines = self._path.open("a")
+                incoming.write_text(text, encoding="utf-8")
+        self._lines = self._path.open("a", encoding="utf-8")
         self._start = time.monotonic() - max((record["wall_time_s"] for record in records), default=0.0)
 
     def _tensorboard(self) -> Any:
@@ -106,25 +105,26 @@ class MetricWriter:
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads back what ``MetricWriter`` wrote, in that order.
-
-    A half-written last line, left by a killed process, is skipped.
+    """Reads what ``MetricWriter`` wrote, in that order, without a half-written last line that a killed process left.
 
     Args:
         workdir: Folder of the run; without measurements the list is empty.
 
     Raises:
-        ValueError: If any other line is not a JSON object.
+        ValueError: If another line is not a JSON object.
     """
     path = Path(workdir) / FILENAME
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"line {number} of {path} is not JSON: delete or repair that line") from None
+            record = json.loads(line)
+        except ValueError:  # not JSON, or not UTF-8
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif number < len(lines):
+            raise ValueError(f"line {number} of {path} is not a JSON object: delete or repair that line")
     return records
 
 
@@ -132,7 +132,9 @@ def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_ste
     """Stops a run that blew up.
 
     Args:
-        metrics: Scalars by name, already on the host, gathered over the steps from ``first_step`` to ``last_step``.
+        metrics: Scalars by name, already on the host.
+        first_step: Finished updates where they were first gathered.
+        last_step: Finished updates where they were last gathered.
 
     Raises:
         RuntimeError: If one is NaN or infinite.
@@ -146,9 +148,7 @@ def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_ste
 
 
 class Progress:
-    """A progress bar with the newest measurements, the time a step takes and the time left.
-
-    It is silent unless stderr is a terminal: logs of batch jobs stay readable.
+    """A progress bar with the newest measurements, the time of a step and the time left; silent unless stderr is a terminal.
 
     Args:
         total_steps: Updates in the whole run.

@@ -1,9 +1,9 @@
 """Data parallelism over the local devices: the only file that mentions ``jax.pmap``.
 
-A step is written for one device and its share of the batch; it averages over ``AXIS`` with ``jax.lax.pmean`` and
-so means the same under ``jax.pmap`` (many devices) and ``jax.vmap(..., axis_name=AXIS)`` (one device, in tests).
-The state goes in and out without a device axis. pmap does not check that outputs marked as replicated are: after a
-forgotten ``pmean`` it returns the first device's value, where the vmap raises. So test every step under both.
+A step is written for one device and its share of the batch. It averages over ``AXIS`` with ``jax.lax.pmean``, so it means the
+same under ``jax.pmap`` (many devices) and ``jax.vmap(..., axis_name=AXIS)`` (one device, in tests). The state goes in and out
+without a device axis. After a forgotten ``pmean``, pmap returns the first device's value without a word and vmap raises: test
+every step under both.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any
     """Compiles a training step for all local devices.
 
     Args:
-        step_fn: ``(state, batch) -> (state, metrics)`` on one device's share of the batch. Everything it returns must
-            be equal on all devices: ``pmean`` the loss, the gradients and all statistics over ``AXIS``.
+        step_fn: ``(state, batch) -> (state, metrics)`` on one device's share of the batch. Its results must be equal on all
+            devices: ``pmean`` the loss, the gradients and all statistics over ``AXIS``.
 
     Returns:
-        The same function for a batch from ``shard``. It donates the state: use only the one it returns.
+        The same function for a batch from ``shard``. It donates the state: use only the state it returns.
 
     Example:
         >>> def step_fn(state, batch):
@@ -45,10 +45,10 @@ def parallelize_eval(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
     """Compiles a function of each example for all local devices.
 
     Args:
-        fn: ``(state, batch) -> outputs`` on one device's share, every output with the examples along its first axis.
+        fn: ``(state, batch) -> outputs`` on one device's share; the first axis of each output counts the examples.
 
     Returns:
-        The same function for a batch from ``shard``; bring its outputs back with ``unshard``. The state is not donated.
+        The same function for a batch from ``shard``, whose outputs ``unshard`` brings back. The state is not donated.
     """
     mapped = jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=0)
     return lambda state, batch: mapped(_replicate(state, batch), batch)
@@ -85,17 +85,17 @@ def unshard(outputs: Any) -> Any:
 def example_keys(key: PRNGKeyArray, local_batch_size: int, *, axis_name: str | None = AXIS) -> Shaped[Array, "b ..."]:
     """Derives one random key an example, the same for any number of devices.
 
-    ``fold_in(key, i)`` with ``i`` the example's position in the whole batch, ``axis_index * local_batch_size + j``
-    for the ``j``-th example of a device.
+    The key is ``fold_in(key, i)`` with ``i = axis_index * local_batch_size + j``, the position in the whole batch of the
+    ``j``-th example of a device.
 
     Args:
         key: The key of this step, equal on all devices, e.g. ``fold_in(run_key, step)``.
         local_batch_size: Examples on one device.
-        axis_name: The mapped axis that counts the devices; ``None`` outside of any, e.g. under plain ``jit`` in a
-            notebook, for the keys of the first device.
+        axis_name: Mapped axis that counts the devices; ``None`` gives the keys of the first device where nothing is mapped,
+            e.g. under plain ``jit`` in a notebook.
 
     Returns:
-        Keys of the kind of ``key``, for ``jax.vmap`` over examples.
+        Keys of the same kind as ``key``, for ``jax.vmap`` over examples.
 
     Example:
         >>> keys = example_keys(jax.random.key(0), 4, axis_name=None)
@@ -133,10 +133,9 @@ def check_global_batch_size(global_batch_size: int) -> int:
 
 
 def _replicate(state: Any, batch: Any) -> Any:
-    """Places the state as a step returns it, unless it already is.
+    """Places the state on all devices, unless a step has already.
 
-    The compilation cache of pmap tells placements apart: a state made on one device would compile the step once for the
-    first call and once more for all others.
+    pmap compiles once for each placement: a state made on one device would compile the step a second time.
     """
     placement = _replicated(jax.tree.leaves(batch)[0].shape[0])
     if all(getattr(leaf, "sharding", None) == placement for leaf in jax.tree.leaves(state)):

@@ -130,9 +130,10 @@ def test_a_killed_process_loses_no_more_than_its_last_line(tmp_path, cut):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*survivors, 40]
 
 
-def test_damage_elsewhere_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"line 2 of .*jsonl is not JSON"):
+@pytest.mark.parametrize("damage", [b'{"st', b"\xff\xfe", b"3"])
+def test_damage_elsewhere_is_named(tmp_path, damage):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*jsonl is not a JSON object: delete or repair"):
         read_metrics(tmp_path)
 
 
