@@ -2,7 +2,7 @@
 
 A field's annotation says what it may hold: `int`, `float`, `bool`, `str`, ``Literal["a", "b"]``, ``tuple[float, ...]``, another
 dataclass, ``X | None``, and ``Annotated[float, Range("[0, 1)")]`` for numbers within a range. One of several dataclasses is
-told by its name under "kind", see `tagged`.
+told by its name under "type", see `tagged`.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ def to_plain(value: Any) -> dict[str, Any]:
 
 
 def tagged(value: Any) -> Any:
-    """A dataclass as JSON data, with the name of every dataclass in it under "kind"."""
+    """A dataclass as JSON data, with the name of every dataclass in it under "type"."""
     if dataclasses.is_dataclass(value):
         fields = {field.name: tagged(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"kind": type(value).__name__, **fields}
+        return {"type": type(value).__name__, **fields}
     return [tagged(entry) for entry in value] if isinstance(value, tuple) else value
 
 
@@ -56,8 +56,8 @@ def from_plain(cls: type[T], plain: Any, path: str) -> T:
     if not isinstance(plain, Mapping) and not hasattr(plain, "items"):
         raise ValueError(f"{path} must be a dictionary, got {plain!r}")
     plain = dict(plain.items())
-    if plain.pop("kind", cls.__name__) != cls.__name__:
-        raise ValueError(f"{path} is not of the kind {cls.__name__}")
+    if plain.pop("type", cls.__name__) != cls.__name__:
+        raise ValueError(f"{path} is not of the type {cls.__name__}")
     hints = typing.get_type_hints(cls, include_extras=True)
     for name in plain:
         if name not in hints:
@@ -125,9 +125,9 @@ def _one_of(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
     if len(known) == 1:
         [kind] = known.values()
         return checked(kind, value, path)
-    name = value.get("kind") if isinstance(value, Mapping) else None
+    name = value.get("type") if isinstance(value, Mapping) else None
     if name not in known:
-        raise ValueError(f"{path} must be of the kind {' or '.join(known)}, got {name!r}")
+        raise ValueError(f"{path} must be of the type {' or '.join(known)}, got {name!r}")
     return checked(known[name], value, path)
 
 

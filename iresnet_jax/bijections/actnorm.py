@@ -1,7 +1,7 @@
-r"""ActNorm: an affine map of each channel, initialised from data (Kingma and Dhariwal 2018, section 3.1).
+r"""ActNorm: an affine map of each channel, initialised from data (Kingma and Dhariwal 2018, sec. 3.1).
 
-After initialisation the parameters are trained like any other; nothing depends on the batch. The channels are on the
-last axis and every other axis but the first counts positions.
+After initialisation the parameters are trained like any other; nothing depends on the batch. The channels are on the last axis
+and every axis between it and the first counts positions.
 """
 
 import math
@@ -19,8 +19,8 @@ class ActNormParams(NamedTuple):
     """Parameters of ``y = (x + bias) exp(log_scale)``.
 
     Attributes:
-        bias: Added first, in the units of the input; one a channel.
-        log_scale: Natural log of the scale; one a channel.
+        bias: Shift in the units of the input, one a channel; added first.
+        log_scale: Natural log of the scale, one a channel.
     """
 
     bias: Float[Array, " c"]
@@ -30,48 +30,36 @@ class ActNormParams(NamedTuple):
 def initialize(x: Float[Array, "b ... c"], eps: float = 1e-5, *, axis_name: str | None = None) -> ActNormParams:
     r"""Chooses the parameters that whiten each channel of a batch.
 
-    ``bias = -mean`` and ``log_scale = -log(var + eps) / 2``, over the batch and all positions: on ``x`` the output has
-    mean 0 and variance ``var / (var + eps)``. The variance is that of the centred data (two passes), so a large
-    mean costs no digits. A channel that does not vary at all, as one of padding, keeps its scale: there is nothing to
-    whiten, and with the largest scale ``1 / sqrt(eps)`` its bias would learn hundreds of times too fast.
+    ``bias = -mean`` and ``log_scale = -log(var + eps) / 2``, over the batch and all positions: on ``x`` the output has mean 0
+    and variance ``var / (var + eps)``. The variance is that of the centred data (two passes), so a large mean costs no digits.
+    A channel that does not vary, as one of padding, keeps its scale: with the largest one, ``1 / sqrt(eps)``, its bias would
+    learn hundreds of times too fast.
 
     Args:
         x: A batch; about 1000 examples make the statistics representative.
-        eps: Added to the variance, in its units; positive. 1e-5 caps the scale at 316.
-        axis_name: Mapped axis that the batch is spread over: the statistics are then those of the whole batch and the
-            parameters are equal on every device. The shards must be of equal size.
-
-    Returns:
-        The parameters, in the dtype of ``x``.
+        eps: Positive number added to the variance, in its units. 1e-5 caps the scale at 316.
+        axis_name: Mapped axis that the batch is spread over in equal shares: the statistics are those of the whole batch.
 
     Raises:
         ValueError: If ``eps`` is not positive, or ``x`` has no channel axis or no entries.
-
-    Example:
-        >>> params = initialize(batch)
-        >>> y, logdet = forward_and_logdet(params, batch)
     """
     if eps <= 0:
         raise ValueError(f"eps must be positive, got {eps}: it bounds the scale of a constant channel")
     if x.ndim < 2 or x.size == 0:
         raise ValueError(f"x must be a non-empty batch with channels last, got shape {x.shape}: add the missing axes")
-    axes = tuple(range(x.ndim - 1))
-    mean = _mean_over_devices(jnp.mean(x, axis=axes), axis_name)
-    centred = x - _per_channel(mean, x)
-    variance = _mean_over_devices(jnp.mean(jnp.square(centred), axis=axes), axis_name)
+
+    def mean_of(values):
+        mean = jnp.mean(values, axis=tuple(range(x.ndim - 1)))
+        return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
+
+    mean = mean_of(x)
+    variance = mean_of(jnp.square(x - _per_channel(mean, x)))
     varies = variance > jnp.square(16 * jnp.finfo(x.dtype).eps * mean)  # by more than the rounding of its mean
     return ActNormParams(bias=-mean, log_scale=jnp.where(varies, -jnp.log(variance + eps) / 2, 0))
 
 
 def forward_and_logdet(params: ActNormParams, x: Float[Array, "b ... c"]) -> tuple[Float[Array, "b ... c"], Float[Array, " b"]]:
-    r"""Applies ``y = (x + bias) exp(log_scale)``, with ``log|det dy/dx| = num_positions sum_c log_scale_c``.
-
-    Args:
-        params: One bias and one log-scale a channel.
-        x: Input; positions are the axes between the first and the last.
-
-    Returns:
-        The output and the exact log-determinant, equal for all examples.
+    r"""``y = (x + bias) exp(log_scale)``, and ``log|det dy/dx| = num_positions sum_c log_scale_c``, equal for all examples.
 
     Raises:
         ValueError: If ``params`` and ``x`` differ in their number of channels.
@@ -82,18 +70,7 @@ def forward_and_logdet(params: ActNormParams, x: Float[Array, "b ... c"]) -> tup
 
 
 def inverse_and_logdet(params: ActNormParams, y: Float[Array, "b ... c"]) -> tuple[Float[Array, "b ... c"], Float[Array, " b"]]:
-    r"""Applies ``x = y exp(-log_scale) - bias``, with ``log|det dx/dy| = -num_positions sum_c log_scale_c``.
-
-    Args:
-        params: One bias and one log-scale a channel.
-        y: Output of :func:`forward_and_logdet`.
-
-    Returns:
-        The input and the exact log-determinant of the inverse, equal for all examples.
-
-    Raises:
-        ValueError: If ``params`` and ``y`` differ in their number of channels.
-    """
+    r"""``x = y exp(-log_scale) - bias``, and ``log|det dx/dy|``; errors as in `forward_and_logdet`."""
     _check_channels(params, y)
     x = y * jnp.exp(-_per_channel(params.log_scale, y)) - _per_channel(params.bias, y)
     return x, -_logdet(params, y)
@@ -108,10 +85,8 @@ def actnorm_bijection(params: ActNormParams) -> Bijection:
     )
 
     def rounding(x):  # of y exp(-log_scale), which is as large as x + bias, and of the difference
-        eps = jnp.finfo(x.dtype).eps
-        return no_inverse_error(x)._replace(
-            error_bound=eps * (4 * example_norm(x + _per_channel(params.bias, x)) + example_norm(x))
-        )
+        size = 4 * example_norm(x + _per_channel(params.bias, x)) + example_norm(x)
+        return no_inverse_error(x)._replace(error_bound=jnp.finfo(x.dtype).eps * size)
 
     def inverse(y):
         x, _ = bijection.inverse(y)
@@ -133,15 +108,10 @@ def _check_channels(params: ActNormParams, x: Array) -> None:
         )
 
 
-def _mean_over_devices(value: Array, axis_name: str | None) -> Array:
-    return value if axis_name is None else jax.lax.pmean(value, axis_name)
-
-
 def _per_channel(value: Float[Array, " c"], x: Float[Array, "b ... c"]) -> Float[Array, "..."]:
     """Gives one value a channel as many axes as ``x`` (implicit broadcasting is an error here), and at least its precision."""
     return value.reshape((1,) * (x.ndim - 1) + value.shape).astype(jnp.promote_types(value.dtype, x.dtype))
 
 
 def _logdet(params: ActNormParams, x: Float[Array, "b ... c"]) -> Float[Array, " b"]:
-    num_positions = math.prod(x.shape[1:-1])
-    return jnp.broadcast_to(num_positions * jnp.sum(params.log_scale), x.shape[:1])
+    return jnp.broadcast_to(math.prod(x.shape[1:-1]) * jnp.sum(params.log_scale), x.shape[:1])

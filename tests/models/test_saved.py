@@ -81,8 +81,8 @@ def test_specs_are_plain_data():
     ("change", "sentence"),
     [
         (
-            lambda plain: plain | {"kind": "Sofa"},
-            "model must be of the kind DensitySpec or ClassifierSpec, got 'Sofa'",
+            lambda plain: plain | {"type": "Sofa"},
+            "model must be of the type DensitySpec or ClassifierSpec, got 'Sofa'",
         ),
         (lambda plain: plain | {"colour": 1}, "model has no field 'colour'"),
         (lambda plain: plain | {"prior": 3}, "model.prior must be a string, got 3"),
@@ -92,7 +92,7 @@ def test_specs_are_plain_data():
             lambda plain: plain | {"flow": plain["flow"] | {"event_shape": ["4", 4, 1]}},
             r"model.flow.event_shape\[0\] must be a whole number, got '4'",
         ),
-        (lambda plain: plain | {"flow": plain["transform"]}, "model.flow is not of the kind FlowSpec"),
+        (lambda plain: plain | {"flow": plain["transform"]}, "model.flow is not of the type FlowSpec"),
     ],
 )
 def test_plain_data_that_are_no_spec(change, sentence):

@@ -34,7 +34,7 @@ def dequantize(
     r"""Adds uniform noise to integers: ``(x + u) / num_levels`` with ``u ~ U[0, 1)`` for each entry.
 
     Uria et al. 2013; Theis et al. 2016, section 3.1. The result lies in the cell of ``x`` after rounding too, so it
-    is strictly below 1 and :func:`quantize` returns ``x`` exactly.
+    is strictly below 1 and `quantize` returns ``x`` exactly.
 
     Args:
         key: One typed key (``jax.random.key``), or one an example, of shape ``(b,)``: an example's noise then does
@@ -48,9 +48,6 @@ def dequantize(
 
     Raises:
         ValueError: If ``key`` is of another kind or shape, ``num_levels`` is out of range or ``dtype`` is another.
-
-    Example:
-        >>> x = dequantize(jax.random.key(0), jnp.zeros((8, 32, 32, 3), jnp.uint8))
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), x.shape[:1]):
         raise ValueError(
