@@ -52,12 +52,14 @@ class Block(NamedTuple):
         spec: Architecture of the branch.
         weights: ``{"actnorm", "branch", "lipschitz"}`` of this block.
         x: Input of the branch.
+        y: Output of the block, ``x + g(x)``.
     """
 
     name: str
     spec: BranchSpec
     weights: Any
     x: jax.Array
+    y: jax.Array
 
 
 def blocks(flow: FlowSpec, weights: Tree, x: Any) -> Iterator[Block]:
@@ -66,9 +68,8 @@ def blocks(flow: FlowSpec, weights: Tree, x: Any) -> Iterator[Block]:
         x = chain(stage.entry).forward(jnp.asarray(x))
         for k in range(stage.spec.num_blocks):
             block = jax.tree.map(lambda w, k=k: jnp.asarray(w)[k], weights[stage.name])
-            x, y = _through(stage, block, x)
-            yield Block(f"{stage.name}/block{k:02d}", stage.branch, block, x)
-            x = y
+            inside, x = _through(stage, block, x)
+            yield Block(f"{stage.name}/block{k:02d}", stage.branch, block, inside, x)
         if stage.spec.factor_out:
             x, _ = split_channels(x)
 
@@ -80,6 +81,6 @@ def branch_of(spec: BranchSpec, weights: Tree) -> Branch:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _through(stage: Stage, block: Tree, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Input and output of a block's branch and sum, behind its ActNorm."""
+    """``x`` behind a block's ActNorm, and the output of the block."""
     x = actnorm_bijection(ActNormParams(**block["actnorm"])).forward(x)
     return x, x + branch_of(stage.branch, block).g(x)
