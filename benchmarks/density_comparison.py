@@ -41,8 +41,8 @@ from iresnet_jax.training.initialization import abstract_variables, num_paramete
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
 
 try:
-    import normflows as nf
-    import torch
+    import normflows as nf  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error}: install the packages of the extra 'bench'") from None
 

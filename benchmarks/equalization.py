@@ -31,7 +31,10 @@ def bits(images, num_levels, equalize):
 def measure(name, num):
     """Both code lengths of a data set's test images."""
     found = data.load(name)
-    train, test, levels = found.examples["train"], found.examples["test"][:num], found.num_levels
+    levels = found.num_levels
+    if levels is None:
+        raise SystemExit(f"error: {name} are points, which have no histogram: name data sets of images")
+    train, test = found.examples["train"], found.examples["test"][:num]
     frequencies = level_frequencies(train, levels)
     shares = {"all": None, "entrywise": entry_shares(train, frequencies)}
     lengths = {how: bits(test, levels, Equalize(frequencies, own, ALPHA)) for how, own in shares.items()}

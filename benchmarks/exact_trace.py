@@ -18,6 +18,7 @@ from _record import describe, interleave, parser, summarize, table, write
 from iresnet_jax.evaluation.run import load
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models.branch import has_trace
+from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import unroll_by_default
 
 SERIES = SeriesLogdet(20)
@@ -77,6 +78,8 @@ def main():
     add_workdir(options)
     arguments = options.parse_args()
     run = load(arguments.workdir)
+    if not isinstance(run.model, Density):
+        raise SystemExit(f"error: {arguments.workdir} holds a classifier: log-determinants take a density")
     name = run.config.data.name
     num, num_probes = (16, 8) if arguments.quick else (64, 32)
     rows = spreads(run.model, flow_input(run, num), num_probes)

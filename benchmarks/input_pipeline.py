@@ -43,15 +43,16 @@ def memory_mapped(folder, shape):
     path = Path(folder) / "x".join(map(str, shape))
     cache.write(path, cache.Facts("x", 256, None), {"images": cache.Layout("uint8", shape)}, [("images", images)])
     start = time.perf_counter()
-    mapped = cache.read(path).arrays["images"]
-    return mapped, time.perf_counter() - start
+    opened = cache.read(path)
+    assert opened is not None
+    return opened.arrays["images"], time.perf_counter() - start
 
 
 def training_step(images):
     """The compiled step of the library, for a density model of these images, and its first state."""
     settings = default_config()
     settings.model.stages = STAGES
-    splits = dict.fromkeys(("train", "validation", "test"), images)
+    splits = {split: images for split in ("train", "validation", "test")}
     dataset = DataSet.from_arrays("random", splits, {}, num_levels=256, num_classes=None, fingerprint="random")
     objective = build_objective(parse(settings), dataset)
     step = parallel.parallelize(objective.make_step(objective.num_terms))
@@ -60,12 +61,11 @@ def training_step(images):
 
 def feeds(images):
     """Endless iterators over batches."""
-    options = {"seed": 0, "batch_size": BATCH_SIZE}
-    fixed = next(device_batches(images, **options))
+    batches = functools.partial(device_batches, images, seed=0, batch_size=BATCH_SIZE)
     return {
-        "fixed batch": itertools.repeat(fixed),
-        "streamed": device_batches(images, keep_on_device=False, **options),
-        "resident": device_batches(images, keep_on_device=True, **options),
+        "fixed batch": itertools.repeat(next(batches())),
+        "streamed": batches(keep_on_device=False),
+        "resident": batches(keep_on_device=True),
         "synchronous": (parallel.shard(images[batch_indices(0, s, BATCH_SIZE, len(images))]) for s in itertools.count()),
     }
 

@@ -43,12 +43,15 @@ def solve_and_tell(spec, weights, y, solver):
         jax.debug.callback(lambda bits: _iterates.append(np.array(bits).view(np.float64)[..., 0]), bits, ordered=True)
         return value
 
-    def diagonal(x):
-        jax.debug.callback(lambda: _diagonals.append(len(_iterates)), ordered=True)
-        return branch.diagonal.at(x)
+    def noting(at):
+        def diagonal(x):
+            jax.debug.callback(lambda: _diagonals.append(len(_iterates)), ordered=True)
+            return at(x)
 
-    noted = branch._replace(g=g, diagonal=branch.diagonal and branch.diagonal._replace(at=diagonal))
-    return inverse(noted, y, solver)
+        return diagonal
+
+    known = branch.diagonal
+    return inverse(branch._replace(g=g, diagonal=known and known._replace(at=noting(known.at))), y, solver)
 
 
 def evaluations(block, memory, with_diagonal):

@@ -21,6 +21,7 @@ from _record import describe, interleave, parser, summarize, table, write
 from iresnet_jax.evaluation.run import load
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
+from iresnet_jax.models.density import Density
 
 PRODUCTS = (2, 4, 6, 8, 12, 16)
 REFERENCE = KrylovLogdet(60)
@@ -34,8 +35,11 @@ def log_determinant(spec, weights, x, estimator):
     branch = branch_of(spec, weights)
 
     def of_size(s):
-        trace = branch.trace and (lambda x: s * branch.trace(x))
-        value, info = estimator(lambda x: s * branch.g(x), x, KEY, lipschitz_bound=branch.lipschitz_bound, trace=trace)
+        def times_s(function):
+            return lambda x: s * function(x)
+
+        trace = branch.trace and times_s(branch.trace)
+        value, info = estimator(times_s(branch.g), x, KEY, lipschitz_bound=branch.lipschitz_bound, trace=trace)
         return value, info.truncation_bound
 
     value, derivative, bound = jax.jvp(of_size, (jnp.ones(()),), (jnp.ones(()),), has_aux=True)
@@ -76,6 +80,8 @@ def main():
     add_workdir(options)
     arguments = options.parse_args()
     run = load(arguments.workdir)
+    if not isinstance(run.model, Density):
+        raise SystemExit(f"error: {arguments.workdir} holds a classifier: log-determinants take a density")
     model, name, num = run.model, run.config.data.name, 8 if arguments.quick else 64
     x = flow_input(run, num)
     rows, uncertain = biases(model, x)

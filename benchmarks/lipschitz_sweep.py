@@ -34,7 +34,7 @@ from iresnet_jax.training import loop
 from iresnet_jax.training.metrics import read_metrics
 
 VARIANTS = ("batchnorm", "vanilla", "0.9", "0.8", "0.7", "0.6", "0.5")
-SOLVERS = {"banach": {"memory": 0, "max_evals": 500}, "anderson": {"memory": 4, "max_evals": 2000}}
+SOLVERS = {"banach": Solver(memory=0, max_evals=500), "anderson": Solver(memory=4, max_evals=2000)}
 QUICK = ("training.total_steps=20", "training.eval_every_steps=20", "training.log_every_steps=10")
 
 
@@ -49,7 +49,7 @@ def invertibility(run, num):
     images, settings = run.data.held_out("test", num), run.config.evaluation
     found = {}
     for name, solver in SOLVERS.items():
-        model = run.model.with_(solver=Solver(atol=settings.inverse_atol, **solver))
+        model = run.model.with_(solver=solver._replace(atol=settings.inverse_atol))
         trips = []
         for indices, mask in eval_batches(len(images), min(settings.batch_size, len(images))):
             trip = jax.device_get(there_and_back(model, images[indices]))
@@ -160,7 +160,8 @@ def main():
     header = ("c", "test error [%]", "largest Lip(g)", "recovered, Banach", "worst", "recovered, Anderson", "worst", "promised")
     print(table(summarized(rows), header))
     name = f"lipschitz_sweep_{arguments.config.stem}"
-    settings = {"config": str(arguments.config), "seeds": list(seeds), "solvers": SOLVERS, "recovered": RECOVERED}
+    solvers = {name: {"memory": solver.memory, "max_evals": solver.max_evals} for name, solver in SOLVERS.items()}
+    settings = {"config": str(arguments.config), "seeds": list(seeds), "solvers": solvers, "recovered": RECOVERED}
     if written := write(name, arguments, settings, rows):
         picture(rows, written.with_suffix(".png"))
 
