@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Num
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.bijections.transforms.dequantize import check_levels
+from iresnet_jax.bijections.transforms.dequantize import check_levels, known_levels
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.lipschitz import BiLipschitz, model_bounds
 from iresnet_jax.models.batchnorm import batchnorm_features
@@ -211,9 +211,7 @@ class Classifier:
         """The network's input for images: scaled to [0, 1], normalised, padded; levels out of range become NaN."""
         levels = self.spec.num_levels
         check_levels(images, levels, self.spec.image_shape)
-        images = jnp.asarray(images)
-        scaled = images.astype(jnp.result_type(float)) / (levels - 1)
-        return self.spec.pad(jnp.where((images >= 0) & (images < levels), scaled, jnp.nan))
+        return self.spec.pad(known_levels(jnp.asarray(images), levels) / (levels - 1))
 
     def flow(self) -> Bijection:
         """The invertible network alone, from its input to features as vectors."""

@@ -253,6 +253,14 @@ def test_padding_and_normalisation_have_an_exact_inverse():
     np.testing.assert_allclose(SPEC.bilipschitz(), [5, 0.5], rtol=1e-5)
 
 
+def test_all_levels_of_8_bits_are_known():
+    spec = dataclasses.replace(SPEC, num_levels=256)
+    images = np.arange(256, dtype=np.uint8)[:128].reshape(4, 4, 4, 2), np.arange(128, 256, dtype=np.uint8).reshape(4, 4, 4, 2)
+    for batch in images:
+        expected = (batch / 255 - np.array(spec.mean)) / np.array(spec.std)
+        np.testing.assert_allclose(preprocess(spec, batch)[..., :2], expected, atol=1e-5)
+
+
 def test_without_a_constraint_weights_run_as_they_are_and_no_inverse_is_promised(variables):
     as_they_are = cast(Any, modules.Classifier(VANILLA).apply(variables, method="constrain")).weights
     frozen = jax.jit(lambda params: flow.certify(VANILLA.flow, params))(variables["params"])

@@ -94,8 +94,13 @@ def quantize(x: Float[Array, "..."], num_levels: int = 256) -> UInt8[Array, "...
 
 def cell_centers(x: Integer[Array, "b ..."], num_levels: int = 256) -> Float[Array, "b ..."]:
     """``(x + 1/2) / num_levels``: levels without noise, for what should not depend on it; NaN out of range."""
-    centers = (x.astype(jnp.result_type(float)) + 0.5) / num_levels
-    return jnp.where((x >= 0) & (x < num_levels), centers, jnp.nan)
+    return (known_levels(x, num_levels) + 0.5) / num_levels
+
+
+def known_levels(x: Integer[Array, "b ..."], num_levels: int) -> Float[Array, "b ..."]:
+    """Levels as floats; NaN out of range."""
+    level = x.astype(jnp.int32)  # 256 is no number of 8 bits
+    return jnp.where((level >= 0) & (level < num_levels), level.astype(jnp.result_type(float)), jnp.nan)
 
 
 def check_levels(x: Num[Array, "b ..."] | Num[np.ndarray, "b ..."], num_levels: int, event_shape: tuple[int, ...]) -> None:

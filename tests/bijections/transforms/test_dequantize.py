@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from iresnet_jax.bijections.transforms.dequantize import cells, check_levels, dequantize, dequantize_bijection, quantize
+from iresnet_jax.bijections.transforms.dequantize import (
+    cell_centers,
+    cells,
+    check_levels,
+    dequantize,
+    dequantize_bijection,
+    quantize,
+)
 from iresnet_jax.models import priors
 
 EXACT = 1e-10  # float64, same maths by another route
@@ -77,6 +84,14 @@ def test_levels_out_of_range_become_nan_and_samples_out_of_range_are_clipped():
     np.testing.assert_array_equal(np.isnan(y), [[True, False, False, True]])
     x = quantize(jnp.array([-jnp.inf, -0.1, 1.0, 7.0]), 32)
     np.testing.assert_array_equal(x, [0, 0, 31, 31])
+
+
+@pytest.mark.parametrize("num_levels", [17, 256])
+def test_the_middle_of_every_cell(num_levels):
+    """256 is no number of 8 bits: compared as one, it is 0, and no level is below it."""
+    x = jnp.arange(num_levels, dtype=jnp.uint8)[None]
+    np.testing.assert_allclose(cell_centers(x, num_levels), (np.arange(num_levels)[None] + 0.5) / num_levels, rtol=1e-6)
+    np.testing.assert_array_equal(quantize(cell_centers(x, num_levels), num_levels), x)
 
 
 def test_its_log_determinant_is_the_volume_of_the_cells():
