@@ -1,4 +1,4 @@
-"""Classification of scikit-learn's 8x8 handwritten digits, 1257 of them for training.
+"""Classification of scikit-learn's 8x8 handwritten digits: 1257 training images.
 
     python train.py --config=configs/digits_classification.py --workdir=runs/digits_classification
 
@@ -24,6 +24,6 @@ def get_config(variant="0.9"):
     config.augmentation.crop_padding = 1
     config.optimizer.update({"name": "sgd", "learning_rate": 0.1, "nesterov": True, "weight_decay": 1e-3, "clip_norm": 0.0})
     config.training.update({"total_steps": 1500, "batch_size": 64, "ema_decay": 0.99})
-    # 180 validation images cannot tell checkpoints apart: the one at the end of the schedule is used.
+    # 180 validation images cannot tell checkpoints apart: the only checkpoint is that of the last step.
     config.training.update({"log_every_steps": 100, "eval_every_steps": 1500})
     return config

@@ -23,7 +23,7 @@ def get_config():
     config.model.prior = "logistic"
     config.preprocessing.update({"transform": "equalize", "alpha": 1e-6, "entrywise": True})
     config.logdet.exact_trace = False
-    # From about half of the weight at which this is the likelihood of images and labels to a ninth.
+    # The weight of the likelihood of images and labels is 64 log 2 = 44; this goes from about half of it to a ninth.
     config.hybrid.update({"initial_weight": 20.0, "weight": 5.0, "ramp_steps": 3000})
     config.optimizer.update({"name": "adamw", "learning_rate": 3e-3, "weight_decay": 0.7})
     config.training.update({"total_steps": 3000, "batch_size": 64, "log_every_steps": 100})

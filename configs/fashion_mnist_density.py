@@ -11,7 +11,7 @@ from iresnet_jax.training.config import default_config, estimator_settings
 def get_config():
     config = default_config()
     config.data.name = "fashion_mnist"
-    # The network of mnist_density.py with two dense blocks less.
+    # The network of mnist_density.py without two of its dense blocks.
     convolutional = {"kernel_sizes": (3, 3), "activation": "clipswish", "squeeze": 2, "positional_bias": True}
     config.model.stages = (
         {**convolutional, "num_blocks": 10, "hidden": (48,)},

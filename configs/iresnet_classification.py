@@ -29,7 +29,7 @@ def get_config(variant="cifar10"):
     num_blocks = 18 if variant in ("cifar10", "cifar100") else 7  # a scale
     block = {"kernel_sizes": (3, 1, 3), "activation": "elu", "preactivation": True}
     config.model.stages = (
-        {**block, "num_blocks": 1, "hidden": (32, 32), "preactivation": False},  # the first has no activation in front
+        {**block, "num_blocks": 1, "hidden": (32, 32), "preactivation": False},  # no activation in front of the first block
         {**block, "num_blocks": num_blocks - 1, "hidden": (32, 32)},
         {**block, "num_blocks": num_blocks, "hidden": (64, 64), "squeeze": 2},
         {**block, "num_blocks": num_blocks, "hidden": (128, 128), "squeeze": 2},

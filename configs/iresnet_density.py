@@ -20,7 +20,7 @@ def get_config(data="cifar10"):
     config.data.name = data
     block = {"hidden": (WIDTH, WIDTH), "kernel_sizes": (3, 1, 3), "activation": "elu"}
     config.model.stages = (
-        {**block, "num_blocks": 1, "squeeze": 2},  # the first block of a network has no activation in front
+        {**block, "num_blocks": 1, "squeeze": 2},  # no activation in front of the first block
         {**block, "num_blocks": 15, "preactivation": True, "factor_out": True},
         {**block, "num_blocks": 16, "preactivation": True, "squeeze": 2, "factor_out": data == "cifar10"},
     )
@@ -32,6 +32,6 @@ def get_config(data="cifar10"):
     epoch = TRAIN_EXAMPLES[data] // BATCH_SIZE
     config.optimizer.update({"name": "adamax", "learning_rate": 3e-3, "schedule": "constant", "warmup_steps": epoch})
     config.training.update({"total_steps": EPOCHS * epoch, "batch_size": BATCH_SIZE, "eval_every_steps": 5 * epoch})
-    config.training.max_num_terms = 0  # as the authors: always 5
+    config.training.max_num_terms = 0  # always 5 terms, as in the paper
     config.references.values = (("i-ResNet (Behrmann et al. 2019)", REPORTED[data]),)
     return config

@@ -1,15 +1,18 @@
-"""Tiny training runs for the tests around training, and a cache so that equal programs compile once for all of them."""
+"""Tiny training runs that all tests share, and a cache so that equal programs compile once for all of them."""
 
 import contextlib
 import functools
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from iresnet_jax.files import locked
+from iresnet_jax.training import loop, parallel
 from iresnet_jax.training.config import parse
 
 ROOT = Path(__file__).parents[1]
@@ -43,13 +46,77 @@ def get_config():
     return config
 """
 
+CLASSIFIER_CONFIG = """
+from iresnet_jax.training.config import default_config
+
+def get_config():
+    config = default_config()
+    config.objective = "classification"
+    config.model.stages = ({"num_blocks": 2, "hidden": (4,), "kernel_sizes": (3, 1), "squeeze": 2},)
+    config.classifier.update({"pad_channels": 1, "label_smoothing": 0.1})
+    config.augmentation.update({"crop_padding": 1, "flip": True})
+    config.optimizer.update({"name": "sgd", "learning_rate": 0.3, "warmup_steps": 2, "clip_norm": 0.0, "weight_decay": 1e-3})
+    config.training.update({"total_steps": 8, "eval_every_steps": 2, "log_every_steps": 2, "batch_size": 64,
+        "actnorm_examples": 128, "ema_decay": 0.5, "blocks": "scan"})
+    config.references.values = (("somebody", 1.25),)
+    return config
+"""
+
+HYBRID_CONFIG = """
+from iresnet_jax.training.config import default_config
+
+def get_config():
+    config = default_config()
+    config.objective = "hybrid"
+    config.model.stages = ({"num_blocks": 2, "hidden": (4,), "kernel_sizes": (3, 3), "squeeze": 2},)
+    config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 2})
+    config.hybrid.update({"weight": 2.0, "initial_weight": 4.0, "ramp_steps": 4})
+    config.training.update({"total_steps": 8, "eval_every_steps": 4, "log_every_steps": 2, "batch_size": 32,
+        "actnorm_examples": 64, "ema_decay": 0.5, "blocks": "scan"})
+    config.evaluation.update({"num_dequantisations": 1, "num_probe_draws": 1})
+    config.evaluation.logdet.num_exact_terms = 4
+    return config
+"""
+
+CONFIGS = {"toy": TOY_CONFIG, "digits": DIGITS_CONFIG, "classifier": CLASSIFIER_CONFIG, "hybrid": HYBRID_CONFIG}
+TRACES = "traces"  # file of a run from `trained`: how often its step was traced
+
+
+def trained(tmp_path_factory, name):
+    """The folder of a run of `CONFIGS`: a copy of the one that the first test trained which asked, in whichever process."""
+    whole = _shared(tmp_path_factory) / name
+    with locked(whole):
+        if not whole.exists():
+            incoming, traces = tmp_path_factory.mktemp("incoming"), []
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(parallel, "parallelize", functools.partial(_counted, parallel.parallelize, traces))
+                loop.train(config_of(CONFIGS[name]), incoming)
+            (incoming / TRACES).write_text(str(len(traces)))
+            incoming.rename(whole)
+    return shutil.copytree(whole, tmp_path_factory.mktemp(name) / "run")
+
+
+def _counted(parallelize, traces, step):
+    def counted(*arguments):
+        traces.append(1)
+        return step(*arguments)
+
+    return parallelize(counted)
+
+
+def _shared(tmp_path_factory):
+    """The temporary folder of all test processes."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
 
 @contextlib.contextmanager
 def shared_compilations(tmp_path_factory):
-    """Keeps compiled programs on disk for as long as pytest runs, in subprocesses too."""
+    """Keeps compiled programs on disk for as long as pytest runs, for all its processes and their subprocesses."""
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+        "jax_compilation_cache_dir": str(_shared(tmp_path_factory) / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_compilation_cache_max_size": 2**33,  # with a limit, JAX locks the folder against other processes
     }
     before = {name: getattr(jax.config, name) for name in settings}
     with pytest.MonkeyPatch.context() as patch:

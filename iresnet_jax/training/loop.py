@@ -58,17 +58,18 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> TrainState:
     dataset = load(config.data.name, config.data.data_dir)
     check_batch_size(config.training.batch_size, dataset)
     run_folder.check_belongs_to(workdir, config)
+    checkpoints = Checkpoints(workdir)
     spec = run_folder.model_for(workdir, config, dataset)
     objective = build_objective(config, dataset, spec)
     run_folder.claim(workdir, config, spec, dataset)
     with run_folder.alone_in(workdir):
-        return _train(config, workdir, objective)
+        return _train(config, workdir, objective, checkpoints)
 
 
-def _train(config: Config, workdir: Path, objective: Objective) -> TrainState:
+def _train(config: Config, workdir: Path, objective: Objective, checkpoints: Checkpoints) -> TrainState:
     total_steps = config.training.total_steps
     with MetricWriter(workdir) as writer:
-        trainer = _Trainer(config, workdir, objective, writer)
+        trainer = _Trainer(config, objective, writer, checkpoints)  # holds nothing to save yet: a signal ends it at once
         with Progress(total_steps, trainer.step) as progress, StopRequests() as stop:
             feed = batches(config, objective.examples, trainer.step)
             for batch in itertools.islice(feed, total_steps - trainer.step):
@@ -92,12 +93,11 @@ def _train(config: Config, workdir: Path, objective: Objective) -> TrainState:
 class _Trainer:
     """A run between two steps: its state, what it has not logged yet, and its clocks."""
 
-    def __init__(self, config: Config, workdir: Path, objective: Objective, writer: MetricWriter):
+    def __init__(self, config: Config, objective: Objective, writer: MetricWriter, checkpoints: Checkpoints):
         self._started = time.monotonic()
-        self._settings, self._objective, self._writer = config.training, objective, writer
+        self._settings, self._objective, self._writer, self._checkpoints = config.training, objective, writer, checkpoints
         fresh = create(objective.initial_variables(), objective.optimizer, num_terms=objective.num_terms)
-        logging.info("%s: %d parameters on %s", workdir, num_parameters(fresh.params), device_summary())
-        self._checkpoints = Checkpoints(workdir)
+        logging.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
         self.state, self.step = self._checkpoints.restore_latest(fresh) or (fresh, 0)
         self._first_step = self.step
         if self.step:

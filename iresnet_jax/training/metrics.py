@@ -1,4 +1,4 @@
-"""What a run reports: a JSON line and TensorBoard events for each measurement, a progress bar, and a check for NaN."""
+"""Measurements of a run as JSON lines and TensorBoard events, a progress bar, and a check for NaN."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ _RESERVED = ("step", "split", "wall_time_s")
 class MetricWriter:
     """Appends measurements to ``workdir/metrics.jsonl`` and to TensorBoard events in ``workdir/tensorboard``.
 
-    A line is ``{"step": 100, "split": "train", "wall_time_s": 12.5, "loss": 3.2}``. ``wall_time_s`` counts seconds of training
-    and goes on where an earlier process stopped. Lines are flushed at once: a killed process loses at most the line it was
+    A line is ``{"step": 100, "split": "train", "wall_time_s": 12.5, "loss": 3.2}``. ``wall_time_s`` counts seconds of
+    training over all processes of the run. Every line is flushed at once: a killed process loses at most the line that it was
     writing. Non-finite values are written as Python's ``NaN`` and ``Infinity``.
 
     Args:
-        workdir: Folder of the run, created when needed.
+        workdir: Folder of the run, created if needed.
+
+    Raises:
+        ValueError: If the folder has measurements that cannot be read, see `read_metrics`.
 
     Example:
         >>> with MetricWriter("runs/moons") as writer:  # doctest: +SKIP
@@ -49,10 +52,11 @@ class MetricWriter:
             split: Data that were measured on, such as "train" or "test".
 
         Raises:
-            ValueError: If a metric is called like a field that every line has.
+            ValueError: If a metric is called "step", "split" or "wall_time_s".
         """
-        if clash := [name for name in metrics if name in _RESERVED]:
-            raise ValueError(f"a metric cannot be called {clash[0]!r}, as every line has that field: rename it")
+        clash = [name for name in metrics if name in _RESERVED]
+        if clash:
+            raise ValueError(f"a metric cannot be called {clash[0]!r}, which every line has: rename it")
         values = {name: float(value) for name, value in metrics.items()}
         wall_time_s = round(time.monotonic() - self._start, 3)
         record = {"step": int(step), "split": split, "wall_time_s": wall_time_s, **values}
@@ -62,18 +66,18 @@ class MetricWriter:
             self._tensorboard().add_scalar(f"{split}/{name}", value, step)
 
     def truncate_after(self, step: int) -> None:
-        """Drops the measurements of steps after ``step``, for a run that resumes there and will repeat them."""
+        """Drops the measurements of steps after ``step``: a run that resumes there measures them again."""
         self.close()
         self._keep_lines(lambda record: record["step"] <= step)
         self._purge_step = step + 1
 
     def flush(self) -> None:
-        """Writes out the TensorBoard events that are still in memory; JSON lines are on disk already."""
+        """Writes out the TensorBoard events in memory; JSON lines are never kept there."""
         if self._events is not None:
             self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes the files; call it, or use the writer as a context manager."""
+        """Flushes and closes the files, as leaving ``with`` does."""
         self._lines.close()
         if self._events is not None:
             self._events.close()
@@ -86,7 +90,7 @@ class MetricWriter:
         self.close()
 
     def _keep_lines(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Opens the file for appending after the lines to keep, without a half-written last one."""
+        """Opens the file for appending after the lines to keep, without a half-written last line."""
         records = [record for record in read_metrics(self._workdir) if keep(record)]
         text = "".join(json.dumps(record) + "\n" for record in records)
         if self._path.exists() and self._path.read_bytes() != text.encode():
@@ -97,7 +101,7 @@ class MetricWriter:
 
     def _tensorboard(self) -> Any:
         if self._events is None:
-            from tensorboardX import SummaryWriter  # imported late, as it takes longer than the rest of this module
+            from tensorboardX import SummaryWriter  # imported late: it takes longer than the rest of this module
 
             folder = str(self._workdir / "tensorboard")
             self._events = SummaryWriter(folder, purge_step=self._purge_step, flush_secs=10)
@@ -105,13 +109,15 @@ class MetricWriter:
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads what ``MetricWriter`` wrote, in that order, without a half-written last line that a killed process left.
+    """Reads what `MetricWriter` wrote, in that order.
+
+    A half-written last line, left by a killed process, is skipped.
 
     Args:
         workdir: Folder of the run; without measurements the list is empty.
 
     Raises:
-        ValueError: If another line is not a JSON object.
+        ValueError: If another line is not a measurement.
     """
     path = Path(workdir) / FILENAME
     lines = path.read_bytes().splitlines() if path.exists() else []
@@ -119,22 +125,20 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError:  # not JSON, or not UTF-8
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        elif number < len(lines):
-            raise ValueError(f"line {number} of {path} is not a JSON object: delete or repair that line")
+            records.append({**{name: record[name] for name in _RESERVED}, **record})
+        except (ValueError, TypeError, KeyError):  # not JSON, not UTF-8, not an object, or without a field that all have
+            if number < len(lines):
+                raise ValueError(f"line {number} of {path} is not a measurement: delete or repair that line") from None
     return records
 
 
 def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_step: int) -> None:
-    """Stops a run that blew up.
+    """Raises if a run blew up.
 
     Args:
-        metrics: Scalars by name, already on the host.
-        first_step: Finished updates where they were first gathered.
-        last_step: Finished updates where they were last gathered.
+        metrics: Scalars by name, on the host.
+        first_step: First step that they were gathered over.
+        last_step: Last step that they were gathered over.
 
     Raises:
         RuntimeError: If one is NaN or infinite.
@@ -152,7 +156,7 @@ class Progress:
 
     Args:
         total_steps: Updates in the whole run.
-        initial_step: Updates already done when resuming; they do not count for the time left.
+        initial_step: Updates done by earlier processes; the time left does not count them.
 
     Example:
         >>> with Progress(1000) as progress:
@@ -170,7 +174,7 @@ class Progress:
             self._bar = tqdm(total=total_steps, initial=initial_step, bar_format=layout, dynamic_ncols=True)
 
     def update(self, step: int, values: Mapping[str, SupportsFloat] | None = None) -> None:
-        """Moves the bar to ``step`` and shows ``values``; call it once the results of that step are on the host."""
+        """Moves the bar to ``step`` and shows ``values``, once the results of that step are on the host."""
         if self._bar is None or step <= self._step:
             return
         now = time.monotonic()

@@ -1,6 +1,6 @@
-"""Learning-rate schedules and optimisers from optax, weight decay for kernels only, and the moving average of parameters.
+"""Learning-rate schedules and optimisers from optax, weight decay of kernels, and the moving average of parameters.
 
-Convention: ``step`` counts finished updates, so the first update uses the learning rate of step 0.
+Convention: ``step`` counts finished updates; the first update uses the learning rate of step 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import optax
 from iresnet_jax.training.naming import STACKED
 
 OPTIMIZERS = ("adam", "adamw", "adamax", "muon", "sgd")
-ADAM_RMS = 0.2  # root mean square of an update of Adam over the learning rate (Liu et al., 2025, Section 2.2)
+ADAM_RMS = 0.2  # root mean square of an Adam update divided by the learning rate (Liu et al., 2025, Section 2.2)
 SCHEDULES = ("constant", "cosine", "step")
 
 
@@ -34,22 +34,21 @@ def make_schedule(
 
     .. math:: \eta(t) = \eta \cdot \min(t / t_w, 1) \cdot d(t)
 
-    The decay ``d`` is 1 ("constant"), half a cosine from 1 at the end of the warm-up ``t_w`` to ``final_fraction`` at
-    ``total_steps`` ("cosine"), or ``decay_factor`` to the power of the number of boundaries reached ("step"). The peak is
-    reached exactly at step ``warmup_steps`` and never exceeded.
+    The decay ``d`` is 1 ("constant"); half a cosine from 1 at the end of the warm-up ``t_w`` to ``final_fraction`` at
+    ``total_steps`` ("cosine"); or ``decay_factor`` to the power of the number of boundaries reached ("step"). The learning rate
+    is the peak exactly at step ``t_w``, and never above it.
 
     Args:
-        schedule: One of ``SCHEDULES``.
-        learning_rate: The peak, positive and finite.
-        total_steps: Updates in the whole run, >= 1; afterwards the schedule stays at its last value.
-        warmup_steps: Updates until the peak, in [0, total_steps]; 0 starts at the peak.
+        schedule: "constant", "cosine" or "step".
+        learning_rate: Peak, positive and finite.
+        total_steps: Updates in the whole run, at least 1; later the schedule stays at its last value.
+        warmup_steps: Updates ``t_w`` until the peak, in [0, total_steps]; 0 starts at the peak.
         final_fraction: Fraction of the peak where "cosine" ends, in [0, 1].
-        boundaries: Increasing fractions of ``total_steps`` in (0, 1), counted from the start of the run and not before the end
-            of the warm-up, where "step" decays.
+        boundaries: Fractions of ``total_steps`` where "step" decays, in (0, 1), increasing and not within the warm-up.
         decay_factor: Factor of "step" at each boundary, in (0, 1].
 
     Returns:
-        A function of the step, for ``make_optimizer``.
+        The learning rate as a function of the step.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -107,29 +106,29 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     r"""Builds an optimiser: clip, decay, precondition, scale by the learning rate.
 
-    The gradient of the loss is clipped first. Weight decay then adds ``weight_decay * w``, for kernels only (see
-    ``decay_mask``). For "adamw" and "muon" it is decoupled, ``w <- w - lr * weight_decay * w`` (Loshchilov and Hutter, 2019,
-    Alg. 2). For "sgd", "adam" and "adamax" it is the gradient of an L2 penalty, which passes through the momentum and the
+    The gradient of the loss is clipped first. Weight decay then adds ``weight_decay * w`` for kernels, see `decay_mask`. In
+    "adamw" and "muon" it is decoupled, ``w <- w - lr * weight_decay * w`` (Loshchilov and Hutter, 2019,
+    Alg. 2). In "sgd", "adam" and "adamax" it is the gradient of an L2 penalty, which passes through the momentum and the
     preconditioner (Kingma and Ba, 2015, Alg. 1 and 2).
 
     "muon" (Jordan et al., 2024) replaces the averaged gradient of each kernel by the nearest matrix with equal singular values:
     steepest descent in the operator norm, which this library constrains. The update is scaled to the root mean square of an
-    Adam update (Liu et al., 2025, Eq. 4), so learning rates carry over. Parameters that are no kernels move by AdamW without
-    decay (by NAdam if ``nesterov``).
+    Adam update (Liu et al., 2025, Eq. 4), so learning rates carry over. Other parameters than kernels
+    move by AdamW without decay, or by NAdam if ``nesterov``.
 
     Args:
-        name: One of ``OPTIMIZERS``.
-        learning_rate: A number > 0 or a schedule.
-        weight_decay: >= 0; 0 switches it off.
+        name: "adam", "adamw", "adamax", "muon" or "sgd".
+        learning_rate: Positive number or a schedule.
+        weight_decay: Factor of the decay, at least 0; 0 switches it off.
         momentum: Decay of the averaged gradient in "sgd" and "muon", in [0, 1); .95 is usual with "muon".
         nesterov: Whether "sgd" and "muon" look ahead along the momentum.
         b1: Decay of the first moment of the Adam family, in [0, 1).
         b2: Decay of the second moment (the maximum, in "adamax"), in [0, 1).
-        clip_norm: Largest global L2 norm of the gradient, >= 0; 0 switches clipping off.
+        clip_norm: Largest L2 norm of the whole gradient, at least 0; 0 does not clip.
 
     Returns:
         An optax transformation whose ``update`` needs the parameters. Its ``init`` raises ``ValueError`` if ``weight_decay`` is
-        positive and there is no kernel.
+        positive and no parameter is called ``kernel``.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -176,9 +175,9 @@ def make_optimizer(
 
 
 def decay_mask(params: Any) -> Any:
-    """Marks the parameters that weight decay acts on: those called ``kernel``.
+    """Marks the parameters that weight decay acts on, which are called ``kernel``.
 
-    Biases, ActNorm, priors and slopes of activations are offsets and scales, which a penalty towards zero would distort.
+    A penalty towards zero would distort the others: biases, ActNorm, priors and slopes of activations.
 
     Returns:
         A pytree of booleans like ``params``.
@@ -187,11 +186,11 @@ def decay_mask(params: Any) -> Any:
 
 
 def kernels_as_matrices(params: Any) -> Any:
-    """Tells "muon" how to read each kernel as a matrix: columns are output channels, rows are all that enters one.
+    """Returns the axes by which "muon" reads each kernel as a matrix: columns are output channels, rows are inputs of one.
 
     Returns:
         A pytree like ``params`` with the axes of rows and columns of each kernel, and None for other parameters. The leading
-        axis of stacked blocks is neither.
+        axis of stacked blocks belongs to neither.
     """
 
     def axes(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
@@ -204,17 +203,18 @@ def kernels_as_matrices(params: Any) -> Any:
 
 
 def ema_update(ema: Any, params: Any, step: Any, decay: float) -> Any:
-    r"""Moves an exponential average of the parameters one update on.
+    r"""Updates an exponential average of the parameters.
 
     .. math:: e \leftarrow r e + (1 - r) p, \quad r = \min(\text{decay}, (1 + t) / (10 + t))
 
-    The ramp makes the average forget its initial value in the first updates, as in ``tf.train.ExponentialMovingAverage``.
+    The smaller decay of the first updates makes the average forget its initial value, as ``tf.train.ExponentialMovingAverage``
+    does.
 
     Args:
-        ema: The average so far; start it at the initial parameters.
-        params: The parameters after the update, structured like ``ema``.
-        step: Finished updates before this one, ``t`` >= 0.
-        decay: In [0, 1); 0.999 remembers about the last thousand updates.
+        ema: Average so far, at first the initial parameters.
+        params: Parameters after the update, structured like ``ema``.
+        step: Finished updates ``t`` before this one.
+        decay: Largest decay, in [0, 1); 0.999 remembers about the last thousand updates.
 
     Returns:
         The new average, in the dtypes of ``ema``.

@@ -1,9 +1,9 @@
 """Data parallelism over the local devices: the only file that mentions ``jax.pmap``.
 
-A step is written for one device and its share of the batch. It averages over ``AXIS`` with ``jax.lax.pmean``, so it means the
-same under ``jax.pmap`` (many devices) and ``jax.vmap(..., axis_name=AXIS)`` (one device, in tests). The state goes in and out
-without a device axis. After a forgotten ``pmean``, pmap returns the first device's value without a word and vmap raises: test
-every step under both.
+A step is written for one device and its share of the batch, and averages over ``AXIS`` with ``jax.lax.pmean``. Its results
+under ``jax.pmap`` (many devices) and ``jax.vmap(..., axis_name=AXIS)`` (one device, in tests) are equal. The state goes in and
+out without a device axis. If a ``pmean`` is forgotten, pmap returns the first device's value and vmap raises: test every step
+under both.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any
     """Compiles a training step for all local devices.
 
     Args:
-        step_fn: ``(state, batch) -> (state, metrics)`` on one device's share of the batch. Its results must be equal on all
+        step_fn: ``(state, batch) -> (state, metrics)`` on one device's share of the batch. All it returns must be equal on all
             devices: ``pmean`` the loss, the gradients and all statistics over ``AXIS``.
 
     Returns:
-        The same function for a batch from ``shard``. It donates the state: use only the state it returns.
+        The same function for a batch from `shard`. It donates the state that it is given.
 
     Example:
         >>> def step_fn(state, batch):
@@ -42,23 +42,23 @@ def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any
 
 
 def parallelize_eval(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Compiles a function of each example for all local devices.
+    """Compiles an evaluation of examples for all local devices.
 
     Args:
-        fn: ``(state, batch) -> outputs`` on one device's share; the first axis of each output counts the examples.
+        fn: ``(state, batch) -> outputs`` on one device's share; the first axis of every output counts its examples.
 
     Returns:
-        The same function for a batch from ``shard``, whose outputs ``unshard`` brings back. The state is not donated.
+        The same function for a batch from `shard`; `unshard` joins its outputs. The state is not donated.
     """
     mapped = jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=0)
     return lambda state, batch: mapped(_replicate(state, batch), batch)
 
 
 def shard(batch: Any, *, num_devices: int | None = None) -> Any:
-    """Splits a batch into contiguous shares, from ``(n, ...)`` to ``(num_devices, n / num_devices, ...)``.
+    """Splits a batch into a contiguous share for each device: ``(n, ...)`` becomes ``(num_devices, n / num_devices, ...)``.
 
     Args:
-        batch: A pytree of arrays that all have ``n`` examples along their first axis.
+        batch: Pytree of arrays whose first axis counts the same ``n`` examples.
         num_devices: Devices to use, from the first; all local ones by default.
 
     Raises:
@@ -78,24 +78,23 @@ def shard(batch: Any, *, num_devices: int | None = None) -> Any:
 
 
 def unshard(outputs: Any) -> Any:
-    """Joins the shares of all devices again on the host, from ``(num_devices, n_local, ...)`` to ``(n, ...)``."""
+    """Joins the shares of all devices on the host: ``(num_devices, n_local, ...)`` becomes ``(n, ...)``."""
     return jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), jax.device_get(outputs))
 
 
 def example_keys(key: PRNGKeyArray, local_batch_size: int, *, axis_name: str | None = AXIS) -> Shaped[Array, "b ..."]:
-    """Derives one random key an example, the same for any number of devices.
+    """Derives a random key for each example, the same for any number of devices.
 
-    The key is ``fold_in(key, i)`` with ``i = axis_index * local_batch_size + j``, the position in the whole batch of the
-    ``j``-th example of a device.
+    Example ``i`` of the whole batch gets ``fold_in(key, i)``; the ``j``-th example of a device has
+    ``i = axis_index * local_batch_size + j``.
 
     Args:
-        key: The key of this step, equal on all devices, e.g. ``fold_in(run_key, step)``.
+        key: Key of this step, equal on all devices, such as ``fold_in(run_key, step)``.
         local_batch_size: Examples on one device.
-        axis_name: Mapped axis that counts the devices; ``None`` gives the keys of the first device where nothing is mapped,
-            e.g. under plain ``jit`` in a notebook.
+        axis_name: Mapped axis that counts the devices; None, as under plain ``jit``, gives the keys of the first device.
 
     Returns:
-        Keys of the same kind as ``key``, for ``jax.vmap`` over examples.
+        Keys of the kind of ``key``, one an example.
 
     Example:
         >>> keys = example_keys(jax.random.key(0), 4, axis_name=None)
@@ -106,7 +105,7 @@ def example_keys(key: PRNGKeyArray, local_batch_size: int, *, axis_name: str | N
 
 
 def check_single_process() -> None:
-    """Checks that no other JAX process takes part, before a run builds anything.
+    """Checks that this is the only JAX process of the run.
 
     Raises:
         ValueError: If `jax.distributed` joins several processes, or the environment names their coordinator.
@@ -120,7 +119,7 @@ def check_single_process() -> None:
 
 
 def check_global_batch_size(global_batch_size: int) -> int:
-    """Checks that all devices can have an equal share of a batch, before a run builds anything.
+    """Checks that all devices can have an equal share of a batch.
 
     Returns:
         The number of examples a device gets.
@@ -133,10 +132,7 @@ def check_global_batch_size(global_batch_size: int) -> int:
 
 
 def _replicate(state: Any, batch: Any) -> Any:
-    """Places the state on all devices, unless a step has already.
-
-    pmap compiles once for each placement: a state made on one device would compile the step a second time.
-    """
+    """Places the state where a step returns it: from another placement pmap would compile the step twice."""
     placement = _replicated(jax.tree.leaves(batch)[0].shape[0])
     if all(getattr(leaf, "sharding", None) == placement for leaf in jax.tree.leaves(state)):
         return state

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step, and saves."""
+"""The state of a training run, which every step changes and every checkpoint saves."""
 
 from typing import Any, NamedTuple
 
@@ -15,12 +15,12 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: Finished updates.
-        params: Parameters that the optimizer moves.
+        params: Parameters that the optimizer changes.
         spectral: Power iterates.
-        ema: Moving average of the parameters, the ones that are evaluated.
-        opt_state: The optimizer's own.
-        batch_stats: Running averages of BatchNorm, where there is one.
-        num_terms: Of the log-determinant that is trained, which validation raises; 0 without one.
+        ema: Moving average of the parameters; evaluation uses it.
+        opt_state: State of the optimizer.
+        batch_stats: Running averages of BatchNorm; empty without BatchNorm.
+        num_terms: Terms of the log-determinant in training, which validation may raise; 0 if the estimator has no such setting.
     """
 
     step: Int[Array, ""]
@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
 
 
 def create(variables: Any, optimizer: optax.GradientTransformation, *, num_terms: int = 0) -> TrainState:
-    """The state before the first update, from a module's variables."""
+    """Makes the state before the first update from the variables of a module."""
     params = variables["params"]
     return TrainState(
         step=jnp.int32(0),
@@ -49,7 +49,7 @@ def create(variables: Any, optimizer: optax.GradientTransformation, *, num_terms
 def apply_gradients(
     state: TrainState, gradients: Any, spectral: Any, optimizer: optax.GradientTransformation, ema_decay: float
 ) -> TrainState:
-    """The state after one update; BatchNorm's running averages are moved by `average_statistics`."""
+    """Returns the state after one update; `average_statistics` updates the running averages of BatchNorm."""
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = ema_update(state.ema, params, state.step, ema_decay)
@@ -57,8 +57,5 @@ def apply_gradients(
 
 
 def average_statistics(state: TrainState, batch_stats: Any, ema_decay: float) -> Any:
-    """Running averages of BatchNorm over the same steps as the averaged parameters they are used with.
-
-    Without an average of the parameters (``ema_decay`` of 0) they still go over the last ten steps or so.
-    """
+    """Returns the running averages of BatchNorm after a batch; their decay is that of the parameters' average, at least .9."""
     return ema_update(state.batch_stats, batch_stats, state.step, max(ema_decay, 0.9))

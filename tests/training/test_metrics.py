@@ -130,11 +130,16 @@ def test_a_killed_process_loses_no_more_than_its_last_line(tmp_path, cut):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*survivors, 40]
 
 
-@pytest.mark.parametrize("damage", [b'{"st', b"\xff\xfe", b"3"])
-def test_damage_elsewhere_is_named(tmp_path, damage):
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"line 2 of .*jsonl is not a JSON object: delete or repair"):
-        read_metrics(tmp_path)
+@pytest.mark.parametrize("damaged", [b'{"st', b"\xff\xfe", b"3", b'{"step": 2, "split": "train"}', b""])
+def test_a_damaged_line_is_named_unless_it_is_the_last(tmp_path, damaged):
+    line = b'{"step": 1, "split": "train", "wall_time_s": 0.5}\n'
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line + damaged + b"\n" + line)
+    with pytest.raises(ValueError, match=rf"line 2 of {path} is not a measurement: delete or repair"):
+        MetricWriter(tmp_path)
+    path.write_bytes(line + damaged + b"\n")
+    with MetricWriter(tmp_path):
+        assert path.read_bytes() == line
 
 
 def test_a_run_without_measurements_has_none(tmp_path):

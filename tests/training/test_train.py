@@ -1,10 +1,11 @@
 """Training from its command line: the same after a kill and on any number of devices; mistakes are answered in a sentence."""
 
+import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -14,20 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from iresnet_jax.training.source import load_source
 from runs import EVAL_EVERY, ROOT, TOTAL_STEPS
 
-from iresnet_jax.models import flow as model
+from iresnet_jax.__main__ import main
+from iresnet_jax.data import load
 from iresnet_jax.plain import to_plain
 from iresnet_jax.training import loop, parallel, state
-from iresnet_jax.training.building import build_constraint, build_optimizer, build_schedule, density_spec, unroll
+from iresnet_jax.training.checkpoints import load_named
 from iresnet_jax.training.command_line import asks_for_debug
 from iresnet_jax.training.config import parse
-from iresnet_jax.training.initialization import initial_variables
-from iresnet_jax.training.interruption import SIGNALS, Stopped, StopRequests
+from iresnet_jax.training.interruption import SIGNALS, Stopped
 from iresnet_jax.training.metrics import read_metrics
-from iresnet_jax.training.objectives.likelihood import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys, make_step
-from iresnet_jax.training.run_folder import alone_in, claim, model_for, read_config, read_model
+from iresnet_jax.training.naming import to_named
+from iresnet_jax.training.objectives.likelihood import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys
+from iresnet_jax.training.run_folder import alone_in, read_config, read_model
 
 # The same sums in another order, in float32; Adam divides by the root of tiny second moments, which magnifies their rounding.
 DEVICE_RTOL, DEVICE_ATOL = 1e-4, 1e-5
@@ -55,24 +56,9 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(config, tmp_path_factory):
-    """The run that was never stopped: its workdir, its last state, and how often its step was traced."""
-    workdir = tmp_path_factory.mktemp("uninterrupted")
-    traces = []
-
-    def counting(*args, **kwargs):
-        step = make_step(*args, **kwargs)
-
-        def counted(*step_args):
-            traces.append(1)
-            return step(*step_args)
-
-        return counted
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("iresnet_jax.training.objectives.likelihood.make_step", counting)
-        last = loop.train(config, workdir)
-    return workdir, last, len(traces)
+def uninterrupted(tmp_path_factory):
+    """The workdir of the run that was never stopped."""
+    return runs.trained(tmp_path_factory, "toy")
 
 
 def measurements(workdir):
@@ -84,17 +70,32 @@ def measurements(workdir):
 
 def newest(workdir):
     """The step of the newest checkpoint."""
-    return max(int(path.name) for path in (workdir / "checkpoints" / "latest").iterdir() if path.name.isdecimal())
+    return max(steps_of(workdir))
+
+
+def steps_of(workdir):
+    return [int(path.stem) for path in (workdir / "checkpoints").glob("*.npz")]
+
+
+def last_state(workdir):
+    """The arrays of the newest checkpoint by name."""
+    return load_named(workdir / "checkpoints" / f"{newest(workdir)}.npz")
+
+
+def assert_ends_like(workdir, reference):
+    """The same bits in the last state, and the same measurements."""
+    ours, theirs = last_state(workdir), last_state(reference)
+    assert {name: array.tobytes() for name, array in ours.items()} == {name: array.tobytes() for name, array in theirs.items()}
+    assert measurements(workdir) == measurements(reference)
 
 
 # --- one run --------------------------------------------------------------------------------------------------------
 
 
 def test_training_improves_validation_and_never_recompiles(uninterrupted):
-    workdir, last, traces = uninterrupted
-    assert traces == 1
-    assert int(last.step) == TOTAL_STEPS
-    validation = [record["nll"] for record in measurements(workdir) if record["split"] == "validation"]
+    assert (uninterrupted / runs.TRACES).read_text() == "1"
+    assert newest(uninterrupted) == TOTAL_STEPS == last_state(uninterrupted)["step"]
+    validation = [record["nll"] for record in measurements(uninterrupted) if record["split"] == "validation"]
     assert len(validation) == TOTAL_STEPS // EVAL_EVERY
     assert validation[-1] < validation[0]
 
@@ -102,31 +103,28 @@ def test_training_improves_validation_and_never_recompiles(uninterrupted):
 def test_a_killed_run_ends_bit_for_bit_like_one_never_stopped(config, config_file, uninterrupted, tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), f"--config={config_file}", f"--workdir={tmp_path}"]
     process = subprocess.Popen(command, env=runs.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    latest = tmp_path / "checkpoints" / "latest"
     deadline = time.monotonic() + 120
-    while not (latest.exists() and any(path.name.isdecimal() for path in latest.iterdir())):
+    while not steps_of(tmp_path):
         assert process.poll() is None, "the process ended by itself"
         assert time.monotonic() < deadline, "no checkpoint was written"
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    reached = newest(tmp_path)
-    assert 0 < reached < TOTAL_STEPS, "it was not killed in the middle"
+    assert 0 < newest(tmp_path) < TOTAL_STEPS, "it was not killed in the middle"
 
     resumed = loop.train(config, tmp_path)
-    workdir, reference, _ = uninterrupted
-    chex.assert_trees_all_equal(jax.device_get(resumed), jax.device_get(reference))
-    assert measurements(tmp_path) == measurements(workdir)
+    assert_ends_like(tmp_path, uninterrupted)
+    chex.assert_trees_all_equal(to_named(resumed), last_state(uninterrupted))  # what is returned is what is saved
+    with pytest.raises(AssertionError):  # the comparison can fail
+        chex.assert_trees_all_equal(to_named(resumed._replace(params=resumed.ema)), last_state(uninterrupted))
 
 
 def test_a_finished_run_is_not_trained_further(config, uninterrupted, monkeypatch):
-    workdir, reference, _ = uninterrupted
-
     monkeypatch.setattr(loop, "batches", lambda *_: iter(()))
-    before = measurements(workdir)
-    again = loop.train(config, workdir)
-    chex.assert_trees_all_equal(jax.device_get(again), jax.device_get(reference))
-    assert measurements(workdir) == before
+    before = measurements(uninterrupted)
+    again = loop.train(config, uninterrupted)
+    chex.assert_trees_all_equal(to_named(again), last_state(uninterrupted))
+    assert measurements(uninterrupted) == before
 
 
 # --- told to stop ---------------------------------------------------------------------------------------------------
@@ -163,9 +161,8 @@ def test_a_run_told_to_stop_saves_the_step_it_is_in(config, uninterrupted, tmp_p
     assert measurements(tmp_path)[-1]["step"] == step + 1
 
     happens_before(step, lambda: pytest.fail("a step was taken twice"))
-    workdir, reference, _ = uninterrupted
-    chex.assert_trees_all_equal(jax.device_get(loop.train(config, tmp_path)), jax.device_get(reference))
-    assert measurements(tmp_path) == measurements(workdir)
+    loop.train(config, tmp_path)
+    assert_ends_like(tmp_path, uninterrupted)
 
 
 def test_a_second_signal_stops_at_once(config, tmp_path, happens_before):
@@ -225,26 +222,109 @@ def test_the_command_line_of_a_run_told_to_stop_says_how_to_go_on(config_file, t
     assert out == ""
 
 
-def test_signals_that_are_ignored_stay_ignored_and_threads_hear_none():
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        with StopRequests() as stop:
-            signal.raise_signal(signal.SIGTERM)
-            assert stop.received is None
-            signal.raise_signal(signal.SIGINT)
-            assert stop.received is signal.SIGINT
-    finally:
-        signal.signal(signal.SIGTERM, before)
+# Each is a function that tells when it is entered, how long after that the signal comes, and whether the step is saved first.
+MOMENTS = {
+    "initialisation": ("initial_variables", "training/initialization.py", 0.1, False),
+    "compilation": ("take_step", "training/loop.py", 0.1, False),
+    "validation": ("measure", "objectives/likelihood.py", 0.1, True),
+    "checkpoint": ("_write", "training/checkpoints.py", 0.0, True),
+    "report": ("write", "report/report.py", 0.1, False),
+}
+TELL = """
+def tell(function, file, say):
+    def trace(frame, event, arg):
+        if frame.f_code.co_name == function and frame.f_code.co_filename.endswith(file):
+            sys.settrace(None)
+            say()
+    sys.settrace(trace)
+"""
+# Forks, so that everything is imported once.
+MOMENTS_PROGRAM = f"""
+import json, os, signal, sys, time
+import train
+from iresnet_jax.evaluation import run
+from iresnet_jax.report import report
+from iresnet_jax.training import loop
+{TELL}
+for line in sys.stdin:
+    number, function, file, pause, log, *arguments = json.loads(line)
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1), os.dup2(output, 2)
+        train.end_at_signals(train.HINT)
+        tell(function, file, lambda: [os.write(told, b"!"), time.sleep(0.2 if pause == 0 else 0)])
+        sys.exit(train.main(["train.py", *arguments]))
+    os.close(told)
+    os.read(ready, 1)
+    time.sleep(pause)
+    os.kill(child, number)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+IMPORT_PROGRAM = f"""
+import runpy, sys
+{TELL}
+tell("<module>", "jax/__init__.py", lambda: print("ready", flush=True))
+sys.argv = ["train.py"]
+runpy.run_path("train.py", run_name="__main__")
+"""
 
-    def enter():
-        with StopRequests() as stop:
-            heard.append(stop.received)
 
-    heard = []
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    assert heard == [None]
+@pytest.fixture(scope="module")
+def moments(config_file, uninterrupted, tmp_path_factory):
+    """Runs a program to be stopped at `MOMENTS`."""
+    command = [sys.executable, "-W", "ignore", "-c", MOMENTS_PROGRAM]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=runs.environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def stop_at(moment, number):
+        function, file, pause, _ = MOMENTS[moment]
+        folder = tmp_path_factory.mktemp(moment)
+        workdir = uninterrupted if moment == "report" else folder / "run"
+        arguments = [f"--config={config_file}", f"--workdir={workdir}"]
+        print(json.dumps([number, function, file, pause, f"{folder}/log", *arguments]), file=process.stdin, flush=True)
+        return int(process.stdout.readline()), (folder / "log").read_text(), workdir
+
+    yield stop_at
+    process.stdin.close()
+    process.stdout.close()
+    process.wait()
+
+
+@pytest.mark.parametrize(("moment", "number"), list(zip(MOMENTS, itertools.cycle(SIGNALS), strict=False)), ids=list(MOMENTS))
+def test_a_signal_at_any_moment_ends_training_in_one_sentence(moments, moment, number):
+    status, log, workdir = moments(moment, number)
+    assert status == 128 + number
+    said = [line for line in log.splitlines() if "INFO" not in line]
+    if MOMENTS[moment][3]:
+        assert said == [
+            f"{number.name}: saving after this step; a second signal stops at once",
+            f"stopped by {number.name} after step {EVAL_EVERY} of {TOTAL_STEPS}: the same command goes on from it",
+        ]
+        assert steps_of(workdir) == [EVAL_EVERY]
+    else:
+        assert said == [f"stopped by {number.name}: {runs.train_script().HINT}"]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_during_the_imports_ends_training_in_one_sentence(number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPORT_PROGRAM],
+        cwd=ROOT,
+        env=runs.environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (128 + number, "", f"stopped by {number.name}: {runs.train_script().HINT}\n")
 
 
 # --- what is trained ------------------------------------------------------------------------------------------------
@@ -261,25 +341,24 @@ def config_of_one_block(*, max_num_terms=0, training=None, **estimator):
 
 
 def validate_untrained(**settings):
-    """Validation of that block, its state without training, and that state constrained."""
+    """Validation of that block, its state without training, and its model."""
     config = config_of_one_block(**settings)
-    objective = loop.build_objective(config, load_source(config.data.name))
+    objective = loop.build_objective(config, load(config.data.name))
     validation = objective.make_validation()
     current = state.create(objective.initial_variables(), objective.optimizer, num_terms=objective.num_terms)
-    return validation, current, validation.constrain(current)
+    return validation, current, validation.model(current)
 
 
 def test_validation_says_what_training_gains_by_what_it_cuts_off(caplog):
     many = {"kind": "series", "num_probes": 1000}
-    validation, current, (weights, prior) = validate_untrained(num_terms=1, **many)  # whose trace is exact
-    source = load_source("moons")
-    x = jnp.asarray(source.held_out("validation", 32, 0))
-    jacobians = jax.vmap(jax.jacfwd(lambda x: model.bijection(validation.spec.flow, weights).forward(x[None])[0]))(x)
-    scales = np.exp(weights["stage0"]["actnorm"]["log_scale"][0])
+    validation, current, model = validate_untrained(num_terms=1, **many)  # whose trace is exact
+    x = jnp.asarray(load("moons").held_out("validation", 32, 0))
+    jacobians = jax.jit(jax.vmap(jax.jacfwd(lambda x: model.flow().forward(x[None])[0])))(x)
+    scales = np.exp(model.weights["stage0"]["actnorm"]["log_scale"][0])
     of_block = np.asarray(jacobians / scales[None, None, :], np.float64)
     missed = np.linalg.slogdet(of_block)[1] - (np.trace(of_block, axis1=1, axis2=2) - 2)  # log det(I + J) - tr J
     with caplog.at_level("WARNING"):
-        means, _ = validation.measure(current, (weights, prior))
+        means, _ = validation.measure(current, model)
     np.testing.assert_allclose(means["training_bias"], missed.mean(), atol=1e-3)  # of 32,000 probes
     assert missed.mean() < -ALARMING_BIAS
     assert f"reads nll lower by {-means['training_bias']:.3f}" in caplog.text
@@ -289,20 +368,19 @@ def test_validation_says_what_training_gains_by_what_it_cuts_off(caplog):
     for kind in ("series", "krylov"):  # with the same probes, even few
         patient, current, _ = validate_untrained(kind=kind, num_terms=20)
         with caplog.at_level("WARNING"):
-            assert abs(patient.measure(current, (weights, prior)).metrics["training_bias"]) < 1e-4
+            assert abs(patient.measure(current, model).metrics["training_bias"]) < 1e-4
     assert not caplog.text
 
 
 def test_terms_are_raised_until_nothing_is_left_to_exploit(caplog):
-    validation, current, constrained = validate_untrained(kind="series", num_terms=1, num_probes=100, max_num_terms=100)
+    validation, current, model = validate_untrained(kind="series", num_terms=1, num_probes=100, max_num_terms=100)
 
     def bias_with(num_terms):
-        return validation.measure(
-            current._replace(step=jnp.int32(TOTAL_STEPS), num_terms=jnp.int32(num_terms)), constrained
-        ).metrics
+        ended = current._replace(step=jnp.int32(TOTAL_STEPS), num_terms=jnp.int32(num_terms))
+        return validation.measure(ended, model).metrics
 
     with caplog.at_level("INFO"):
-        means, num_terms = validation.measure(current, constrained)
+        means, num_terms = validation.measure(current, model)
     assert means["num_terms"] == num_terms
     tried = [1, 2, 3, 5, 8, 12, 18, 27]
     assert num_terms in tried[1:]
@@ -313,14 +391,14 @@ def test_terms_are_raised_until_nothing_is_left_to_exploit(caplog):
 
 
 def test_terms_are_not_raised_beyond_the_most_that_are_allowed():
-    validation, current, constrained = validate_untrained(kind="series", num_terms=1, max_num_terms=2)
-    assert validation.measure(current, constrained).num_terms == 2
+    validation, current, model = validate_untrained(kind="series", num_terms=1, max_num_terms=2)
+    assert validation.measure(current, model).num_terms == 2
 
 
 @pytest.mark.parametrize("kind", ["roulette", "exact"])
 def test_an_unbiased_training_has_no_bias_to_show(kind):
-    validation, current, constrained = validate_untrained(kind=kind)
-    assert set(validation.measure(current, constrained).metrics) == {"nll", "log_prior", "log_det"}
+    validation, current, model = validate_untrained(kind=kind)
+    assert set(validation.measure(current, model).metrics) == {"nll", "log_prior", "log_det"}
 
 
 def test_a_run_that_raised_its_terms_resumes_with_them(tmp_path, happens_before):
@@ -350,23 +428,10 @@ def test_a_run_that_raised_its_terms_resumes_with_them(tmp_path, happens_before)
 
 def after_steps(config, num_shares, mapped, num_steps=3):
     """Parameters after a few steps with the batch in so many shares."""
-    source = load_source(config.data.name)
-    spec = density_spec(config, source)
-    optimizer = build_optimizer(config.optimizer, TOTAL_STEPS)
-    step = make_step(
-        spec,
-        config.logdet.build(),
-        optimizer,
-        build_schedule(config.optimizer, TOTAL_STEPS),
-        seed=config.seed,
-        constrain=build_constraint(config.constraint, spec.flow, training=True),
-        ema_decay=config.training.ema_decay,
-        unroll=unroll(config.training.blocks),
-        draw=source.draw,
-    )
+    objective = loop.build_objective(config, load(config.data.name))
     batch = np.zeros((num_shares, config.training.batch_size // num_shares), np.float32)
-    current = state.create(initial_variables(config, spec, source), optimizer)
-    step = mapped(step)
+    current = state.create(objective.initial_variables(), objective.optimizer, num_terms=objective.num_terms)
+    step = mapped(objective.make_step(objective.num_terms))
     for _ in range(num_steps):
         current, metrics = step(current, batch)
     return jax.device_get((current.params, current.ema, current.spectral, metrics))
@@ -439,7 +504,7 @@ MISTAKES = {
     "stray": (["extra"], "unexpected argument 'extra'"),
     "coeff": (["--config.model.coeff=1.5"], "config.model.coeff must lie in (0, 1), got 1.5"),
     "devices": (["--config.training.batch_size=15"], "a batch of 15 examples cannot be split evenly over 2 devices"),
-    "data": (["--config.data.name=mons"], "unknown image data set 'mons': known are"),
+    "data": (["--config.data.name=mons"], "unknown data set 'mons': known are the images digits"),
     "blocks": (["--config.training.blocks=loop"], "config.training.blocks must be one of auto, scan, unroll, got 'loop'"),
     "entrywise": (["--config.preprocessing.entrywise"], "preprocessing.entrywise is for transform equalize, got 'none'"),
     "norms": (["--config.constraint.norms=exact"], "norms must be one of estimated, certified, none, got 'exact'"),
@@ -472,12 +537,23 @@ def test_a_config_file_that_fails_is_answered_in_one_sentence(config_file, tmp_p
     assert status == 2
     assert line.startswith("error: the config file itself fails: ")
     assert 'Did you mean "name" instead of "nam"?' in line
+    for program, sentence in (
+        (b"def get_config(:", "invalid syntax (wrong.py, line 1)"),
+        (b'name = "\xff"', f"{wrong} is not UTF-8"),
+        (b"import nowhere", "No module named 'nowhere'"),
+        (b"def get_config():\n    return 1 / 0", "division by zero"),
+        (b"def get_config():\n    return 3", f"get_config() of {wrong} must return a ConfigDict, got 3"),
+    ):
+        wrong.write_bytes(program)
+        status, line = answer(capsys, f"--config={wrong}")
+        assert status == 2
+        assert sentence in line
     wrong.write_text("def get_config(name):\n    raise ValueError(f'{name} is none of a and b')\n")
     assert answer(capsys, f"--config={wrong}:c") == (2, "error: c is none of a and b")
 
 
 def test_workdir_with_another_config_is_refused(config_file, uninterrupted, capsys):
-    workdir, _, _ = uninterrupted
+    workdir = uninterrupted
     before = (workdir / "config.json").read_text()
     status, line = answer(capsys, f"--config={config_file}", f"--workdir={workdir}", "--config.optimizer.learning_rate=0.5")
     assert status == 2
@@ -561,35 +637,71 @@ def test_a_config_of_a_workdir_that_is_no_use_is_said_to_be(config_file, tmp_pat
     assert f"{tmp_path / 'config.json'} {said}" in line
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[]", "is damaged: restore it, or choose another --workdir"),
+        (b'{"model": "\xff"}', "is damaged: restore it, or choose another --workdir"),
+        (b'{"format": 1, "model": {"kind": "Desnity"}}', "is damaged (a model has no part of the kind 'Desnity'): restore it"),
+        (b'{"format": 1}', "is damaged ('model'): restore it"),
+        (b'{"format": 2}', "was written by another version of iresnet_jax: train again, or use that version"),
+    ],
+)
+def test_a_model_of_a_workdir_that_is_no_use_is_said_to_be(tmp_path, content, said):
+    (tmp_path / "model.json").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'model.json'} {said}")):
+        read_model(tmp_path)
+
+
 def test_files_in_the_place_of_folders_are_named(config_file, config, tmp_path, capsys):
     (tmp_path / "file").touch()
     status, line = answer(capsys, f"--config={config_file}", f"--workdir={tmp_path / 'file'}")
     assert (status, line) == (2, f"error: {tmp_path / 'file'} is a file: choose another --workdir")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").touch()
-    with pytest.raises(OSError, match=f"{tmp_path}/run/checkpoints is a file: move it away"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/run/checkpoints is a file, where a folder is needed: move it away"):
         loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_a_run_keeps_its_model_and_refuses_other_data(tmp_path):
+def write_poisson(path, mean):
+    """Images whose pixels are Poisson variables."""
     rng = np.random.default_rng(0)
-    config = runs.config_of(runs.DIGITS_CONFIG, **{"data.name": f"npz:{tmp_path}/data.npz", "training.batch_size": 16})
+    np.savez(path, **{f"x_{split}": rng.poisson(mean, (200, 2, 2, 1)).astype(np.uint8) for split in ("train", "test")})
 
-    def write(mean):
-        pixels = {split: np.minimum(rng.poisson(mean, (200, 4, 4, 1)), 255).astype(np.uint8) for split in ("train", "test")}
-        labels = {f"y_{split}": np.arange(200) % 2 for split in pixels}
-        np.savez(tmp_path / "data.npz", **{f"x_{split}": images for split, images in pixels.items()}, **labels)
-        return load_source(config.data.name)
 
-    source, workdir = write(3), tmp_path / "run"
-    spec = model_for(workdir, config, source)
-    claim(workdir, config, spec, source)
-    assert read_model(workdir) == (spec, source.fingerprint)
+def test_a_model_is_one_of_the_data_it_was_trained_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("IRESNET_JAX_CACHE_DIR", str(tmp_path / "cache"))
+    path, workdir = tmp_path / "data.npz", tmp_path / "run"
+    settings = runs.settings_of(runs.DIGITS_CONFIG)
+    settings.data.name = f"npz:{path}"
+    settings.model.stages = ({"num_blocks": 1, "hidden": (4,)},)
+    settings.logdet.kind = settings.evaluation.logdet.kind = "exact"
+    settings.training.update({"batch_size": 16, "total_steps": 2, "eval_every_steps": 2, "log_every_steps": 1})
+    config = parse(settings)
+    write_poisson(path, 3)
+    loop.train(config, workdir)
+    before = read_model(workdir)
     assert read_config(workdir) == config
-    other = write(43)
-    assert model_for(tmp_path / "new", config, other) != spec
-    with pytest.raises(ValueError, match=f"was trained on other data: npz.* has the fingerprint {other.fingerprint[:12]} now"):
+    command = ("--workdir", str(workdir))
+    assert main(["evaluate", *command]) == 0
+    assert "other data" not in capsys.readouterr().out
+
+    write_poisson(path, 43)
+    other = load(config.data.name).fingerprint
+    message = f"was trained on other data: npz.* has the fingerprint {other[:12]} now and had {before[1][:12]} when training"
+    with pytest.raises(ValueError, match=message):
         loop.train(config, workdir)
+    assert read_model(workdir) == before
+    assert main(["evaluate", *command]) == 0
+    assert capsys.readouterr().out.startswith("These are other data than the model was trained on: ")
+
+    path.unlink()
+    assert main(["sample", *command, "--num", "32"]) == 0
+    assert "other data" not in capsys.readouterr().out
+    assert 0 < np.median(np.load(workdir / "samples.npy")) < 10
+    assert main(["evaluate", *command]) == 2
+    assert str(path) in capsys.readouterr().err
 
 
 def test_a_batch_larger_than_the_data_is_refused_at_once(tmp_path):
@@ -603,7 +715,7 @@ def test_a_batch_larger_than_the_data_is_refused_at_once(tmp_path):
 
 def test_more_than_one_process_is_refused_in_one_sentence(config, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match=r"training runs in one JAX process, got 2: use the devices of one machine"):
+    with pytest.raises(ValueError, match="training runs in a single process, on all devices of one machine, got 2 JAX"):
         loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -667,4 +779,4 @@ def test_the_default_config_is_used_where_none_is_named(monkeypatch):
 
 
 def test_config_json_is_what_was_trained(config, uninterrupted):
-    assert json.loads((uninterrupted[0] / "config.json").read_text()) == {"format": 1, **to_plain(config)}
+    assert json.loads((uninterrupted / "config.json").read_text()) == {"format": 1, **to_plain(config)}

@@ -1,4 +1,4 @@
-"""What the training loop has to know of what it trains: the variables to begin with, a step, and how to validate."""
+"""What the training loop knows of a model: its first variables, a training step and a validation."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ from iresnet_jax.training.parallel import AXIS
 
 
 class HeldOut(NamedTuple):
-    """What validation found.
+    """Result of a validation.
 
     Attributes:
         metrics: Means over the held-out examples, for the log.
-        num_terms: Terms of the log-determinant that training has to go on with; 0 without one.
+        num_terms: Terms of the log-determinant that training goes on with; 0 if the estimator has no such setting.
     """
 
     metrics: dict[str, float]
@@ -32,13 +32,13 @@ class Objective(NamedTuple):
 
     Attributes:
         name: The metric that is shown, such as "bits_per_dim".
-        examples: What batches are taken from, as a pytree of arrays; None for endless data, whose steps draw their own.
+        examples: Pytree of arrays that batches are taken from; None for endless data, whose steps draw their own.
         optimizer: Update rule.
         initial_variables: ``() ->`` fresh variables, fitted to training data.
         make_step: ``num_terms ->`` the step ``(state, batch) -> (state, metrics)``, for `parallel.parallelize`.
-        make_validation: ``() ->`` the function that measures a state on held-out data; late, as it prepares its own programs.
-        loss: What of the held-out metrics a checkpoint is chosen by; lower is better.
-        num_terms: Of the log-determinant that training starts with; 0 without one.
+        make_validation: ``() ->`` the function that measures a state on held-out data.
+        loss: Number that a checkpoint is chosen by, from the held-out metrics; lower is better.
+        num_terms: Terms of the log-determinant that training starts with; 0 if the estimator has no such setting.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Objective(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """What a step learns of a batch under some parameters.
+    """Loss of a batch, and what comes with it.
 
     Attributes:
-        value: What is minimised, a mean over the batch.
+        value: Loss to minimise, a mean over the batch.
         metrics: Means over the batch, for the log.
-        constrained: The weights that ran.
+        constrained: Constrained weights that the loss was computed with.
         batch_stats: BatchNorm's statistics of the batch, over all devices; None without BatchNorm.
     """
 
