@@ -92,9 +92,10 @@ def test_certified_normalisation_holds_for_any_weights(name, method, budget):
 def test_a_budget_by_block_scales_all_layers_by_one_factor():
     spec = SPECS["dense"]
     weights = random_branch(spec, 0)
-    by_certificate = constraint.normalize_certified(spec, weights, coeff=COEFF, budget="block")
+    settings = {"coeff": COEFF, "budget": "block"}
+    by_certificate = jax.jit(functools.partial(constraint.normalize_certified, spec, **settings))(weights)
     vectors = constraint.initial_vectors(spec, jax.random.key(5))
-    by_estimate = constraint.normalize(spec, weights, vectors, coeff=COEFF, budget="block")
+    by_estimate = jax.jit(functools.partial(constraint.normalize, spec, **settings))(weights, vectors)
     for normalized in (by_certificate, by_estimate):
         factors = [float(normalized.weights[n]["kernel"][0, 0] / weights[n]["kernel"][0, 0]) for n in weights]
         np.testing.assert_allclose(factors, factors[0], rtol=1e-6)
@@ -105,19 +106,16 @@ def test_weights_of_nothing_and_not_numbers():
     spec = SPECS["dense"]
     zero = jax.tree.map(jnp.zeros_like, random_branch(spec, 0))
     for budget in constraint.BUDGETS:
-        normalized = constraint.normalize_certified(spec, zero, coeff=COEFF, budget=budget)
-        assert float(normalized.lipschitz) == 0
-        gradient = jax.grad(
-            lambda w, budget=budget: sum(
-                jnp.sum(a)
-                for a in jax.tree.leaves(
-                    constraint.normalize_certified(spec, w, coeff=COEFF, budget=budget, method="gram").weights
-                )
-            )
-        )(zero)
+        normalize = functools.partial(constraint.normalize_certified, spec, coeff=COEFF, budget=budget)
+        assert float(jax.jit(normalize)(zero).lipschitz) == 0
+
+        def total(weights, normalize=normalize):
+            return sum(jnp.sum(a) for a in jax.tree.leaves(normalize(weights, method="gram").weights))
+
+        gradient = jax.jit(jax.grad(total))(zero)
         assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
         broken = {**random_branch(spec, 0), "dense1": {"kernel": jnp.full((14, 6), jnp.nan), "bias": jnp.zeros(6)}}
-        assert np.isnan(constraint.normalize_certified(spec, broken, coeff=COEFF, budget=budget).lipschitz)
+        assert np.isnan(jax.jit(normalize)(broken).lipschitz)
 
 
 def test_gradient_flows_through_the_certified_norm():
@@ -125,6 +123,7 @@ def test_gradient_flows_through_the_certified_norm():
     weights = random_branch(spec, 2)
     x = jax.random.normal(jax.random.key(7), (2, *spec.in_shape))
 
+    @jax.jit
     def loss(weights):
         normalized = constraint.normalize_certified(spec, weights, coeff=COEFF, method="gram").weights
         return jnp.sum(branches.apply_branch(spec, normalized, x) ** 2)
@@ -132,7 +131,9 @@ def test_gradient_flows_through_the_certified_norm():
     with jax.enable_x64(True):
         weights, x = jax.tree.map(lambda a: a.astype(jnp.float64), (weights, x))
         direction = jax.tree.map(lambda a: jax.random.normal(jax.random.key(3), a.shape, a.dtype), weights)
-        slope = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (jax.grad(loss)(weights), direction)), strict=True))
+        slope = sum(
+            jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (jax.jit(jax.grad(loss))(weights), direction)), strict=True)
+        )
         step = 1e-5
         ahead, behind = (jax.tree.map(lambda w, d, s=s: w + s * d, weights, direction) for s in (step, -step))
         np.testing.assert_allclose(slope, (loss(ahead) - loss(behind)) / (2 * step), rtol=1e-6)
@@ -160,7 +161,7 @@ def test_freezing_shrinks_what_power_iteration_let_through():
         }
         for name, _, _, branch in FLOW.layout
     }
-    hoped = model.constrain(FLOW, params, starts, num_steps=1).weights
+    hoped = jax.jit(functools.partial(model.constrain, FLOW, num_steps=1))(params, starts).weights
     worst = {"hoped": 0.0, "frozen": 0.0}
     fixed = jax.jit(functools.partial(model.freeze, FLOW))(params).weights
     for label, weights in {"hoped": hoped, "frozen": fixed}.items():
@@ -179,11 +180,8 @@ def test_whole_model_bounds_hold_for_jacobians():
         weights = jax.tree.map(lambda a: a.astype(jnp.float64), fixed.weights)
         whole = density.Density(density.DensitySpec(spec, transform=Logit(0.05)), weights, {})
 
-        def encode(x):
-            return whole.encode(x[None])[0]
-
-        for example in np.asarray(x, np.float64):
-            jacobian = np.asarray(jax.jacfwd(encode)(jnp.asarray(example))).reshape(spec.num_dims, -1)
+        jacobians = jax.jit(jax.vmap(jax.jacfwd(lambda x: whole.encode(x[None])[0])))(jnp.asarray(x, jnp.float64))
+        for jacobian in np.asarray(jacobians).reshape(len(x), spec.num_dims, -1):
             sizes = np.linalg.svd(jacobian, compute_uv=False)
             assert sizes[0] <= bounds.forward
             assert 1 / sizes[-1] <= bounds.inverse
@@ -197,7 +195,7 @@ def test_every_activation_is_covered_by_the_certificate():
         x = 3 * jax.random.normal(jax.random.key(1), (200, width))
         for beta in (-3.0, 0.5, 4.0) if activation.has_beta else (None,):
             apply = activation.apply if beta is None else functools.partial(activation.apply, beta=beta)
-            jacobians = np.asarray(jax.vmap(jax.jacfwd(apply))(x), np.float64)
+            jacobians = np.asarray(jax.jit(jax.vmap(jax.jacfwd(apply)))(x), np.float64)
             assert np.linalg.norm(jacobians, 2, axis=(1, 2)).max() <= 1 + 1e-5, name
 
 

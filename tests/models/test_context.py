@@ -30,6 +30,11 @@ SPECS = {"plane": PLANE, "images": IMAGES}
 SOLVER = Solver(atol=1e-12)
 
 
+# Compiled: one operation at a time, loops take seconds.
+encode, decode, terms = (jax.jit(method) for method in (density.Density.encode, density.Density.decode, density.Density.terms))
+log_prob = jax.jit(density.Density.log_prob)
+
+
 @functools.cache
 def frozen(name):
     """Weights in float32; contexts have some strength."""
@@ -57,14 +62,14 @@ def case(name):
 @pytest.mark.parametrize("name", SPECS)
 def test_each_example_has_its_own_context_and_comes_back_under_it(name, x64):
     whole, x, context = case(name)
-    z = whole.encode(x, context=context)
-    back, info = whole.decode(z, context=context)
+    z = encode(whole, x, context=context)
+    back, info = decode(whole, z, context=context)
     assert info.converged.all()
     np.testing.assert_allclose(back, x, atol=1e-10)
-    elsewhere, _ = whole.decode(z, context=jnp.roll(context, 1, axis=0))
+    elsewhere, _ = decode(whole, z, context=jnp.roll(context, 1, axis=0))
     assert np.abs(elsewhere - x).max() > 1e-2
     other = context.at[1].add(1.0)
-    changed = whole.encode(x, context=other) != z
+    changed = encode(whole, x, context=other) != z
     np.testing.assert_array_equal(changed.any(axis=1), [False, True, False])
 
 
@@ -73,24 +78,22 @@ def test_the_constraint_is_in_x_alone():
     weights = jax.tree.map(lambda a: a[0], frozen("plane")[0]["stage0"]["branch"])
     strong = {name: {**layer, "context": 100 * layer["context"]} for name, layer in weights.items()}
     x = jax.random.normal(jax.random.key(2), (BATCH, 2))
+    jacobian_at = jax.jit(jax.jacfwd(lambda x, context: branches.apply_branch(branch, strong, x[None], context)[0]))
     for context in jax.random.normal(jax.random.key(3), (5, BATCH, CONTEXT_DIM)):
-        jacobian = jax.jacfwd(lambda x, c=context: branches.apply_branch(branch, strong, x[None], c[:1])[0])(x[0])
-        assert np.linalg.norm(np.asarray(jacobian, np.float64), 2) < 0.9
-    for layer in branch.layers:
-        np.testing.assert_array_equal(
-            constraint.layer_bounds(branch, strong)[layer.name], constraint.layer_bounds(branch, weights)[layer.name]
-        )
+        assert np.linalg.norm(np.asarray(jacobian_at(x[0], context[:1]), np.float64), 2) < 0.9
+    bounds_of = jax.jit(functools.partial(constraint.layer_bounds, branch))
+    assert len(bounds_of(weights)) == len(branch.layers)
+    jax.tree.map(np.testing.assert_array_equal, bounds_of(strong), bounds_of(weights))
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_log_prob_is_the_change_of_variables_given_the_context(name, x64):
     whole, x, context = case(name)
     key = jax.random.key(0)
-    terms = whole.terms(x, key, key, context=context)
-    for i in range(BATCH):
-        jacobian = jax.jacfwd(lambda v, i=i: whole.encode(v[None], context=context[i : i + 1])[0])(x[i])
-        _, expected = np.linalg.slogdet(np.asarray(jacobian).reshape(whole.spec.flow.num_dims, -1))
-        np.testing.assert_allclose(terms.log_det[i], expected, atol=1e-9)
+    found = terms(whole, x, key, key, context=context)
+    one = jax.jacfwd(lambda v, c: whole.encode(v[None], context=c[None])[0])
+    jacobians = np.asarray(jax.jit(jax.vmap(one))(x, context)).reshape(BATCH, whole.spec.flow.num_dims, -1)
+    np.testing.assert_allclose(found.log_det, np.linalg.slogdet(jacobians)[1], atol=1e-9)
 
 
 def test_a_conditional_density_integrates_to_one(x64):
@@ -98,8 +101,8 @@ def test_a_conditional_density_integrates_to_one(x64):
     side = jnp.linspace(-12, 12, 240)
     grid = jnp.stack(jnp.meshgrid(side, side), axis=-1).reshape(-1, 2)
     of_context = jnp.broadcast_to(context[:1], (len(grid), CONTEXT_DIM))
-    log_prob = whole.log_prob(grid, context=of_context)
-    np.testing.assert_allclose(jnp.sum(jnp.exp(log_prob)) * (side[1] - side[0]) ** 2, 1, atol=1e-3)
+    values = np.exp(log_prob(whole, grid, context=of_context))
+    np.testing.assert_allclose(np.sum(values) * (side[1] - side[0]) ** 2, 1, atol=1e-3)
 
 
 def test_gradients_with_respect_to_the_context(x64):
@@ -107,25 +110,30 @@ def test_gradients_with_respect_to_the_context(x64):
     whole, x, context = case("plane")
     direction = jax.random.normal(jax.random.key(5), context.shape)
 
+    @jax.jit
     def log_likelihood(context):
         return jnp.sum(whole.log_prob(x, context=context))
 
     step = 1e-5
     slope = (log_likelihood(context + step * direction) - log_likelihood(context - step * direction)) / (2 * step)
-    np.testing.assert_allclose(jnp.vdot(jax.grad(log_likelihood)(context), direction), slope, rtol=1e-7)
+    np.testing.assert_allclose(jnp.vdot(jax.jit(jax.grad(log_likelihood))(context), direction), slope, rtol=1e-7)
 
     def draw(context):
         return whole.sample(jax.random.key(6), BATCH, context=context)[0]
 
-    samples, tangent = jax.jvp(draw, (context,), (direction,))
-    jacobian = jax.jacrev(draw)(context)
+    samples, tangent = jax.jit(lambda c, d: jax.jvp(draw, (c,), (d,)))(context, direction)
+    jacobian = jax.jit(jax.jacrev(draw))(context)
     np.testing.assert_allclose(jnp.einsum("bibk,bk->bi", jacobian, direction), tangent, atol=1e-9)
 
-    def encode(x, context):
-        return whole.encode(x, context=context)
+    def encode_one(x, context):
+        return whole.encode(x[None], context=context[None])[0]
 
-    _, pushed = jax.jvp(lambda c: encode(samples, c), (context,), (direction,))
-    by_x = jnp.stack([jax.jacfwd(lambda v, i=i: encode(v[None], context[i : i + 1])[0])(samples[i]) for i in range(BATCH)])
+    @jax.jit
+    @jax.vmap
+    def derivatives(x, context, direction):
+        return jax.jvp(lambda c: encode_one(x, c), (context,), (direction,))[1], jax.jacfwd(encode_one)(x, context)
+
+    pushed, by_x = derivatives(samples, context, direction)
     np.testing.assert_allclose(tangent, -jnp.linalg.solve(by_x, pushed[..., None])[..., 0], atol=1e-8)
 
 
@@ -136,7 +144,7 @@ def test_the_estimators_gradient_reaches_the_context(x64):
     def log_det(context, estimator, key):
         return jnp.sum(whole.with_(estimator=estimator).terms(x, key, key, context=context).log_det)
 
-    exact = jax.grad(log_det)(context, ExactLogdet(), jax.random.key(0))
+    exact = jax.jit(jax.grad(log_det), static_argnums=1)(context, ExactLogdet(), jax.random.key(0))
     estimator = RouletteLogdet(num_exact_terms=60, num_probes=4096)
     estimate = jax.jit(jax.grad(log_det), static_argnums=1)(context, estimator, jax.random.key(1))
     np.testing.assert_allclose(estimate, exact, atol=0.05 * float(jnp.abs(exact).max()))

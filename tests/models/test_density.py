@@ -58,18 +58,23 @@ def images(num=5, seed=0):
     return np.random.default_rng(seed).integers(0, LEVELS, (num, 4, 4, 1), np.uint8)
 
 
+# Compiled: one operation at a time, loops take seconds.
+terms_of, log_prob, encode, decode = (jax.jit(m) for m in (Density.terms, Density.log_prob, Density.encode, Density.decode))
+sample = jax.jit(Density.sample, static_argnums=2)
+
+
 def test_terms_add_up_to_the_change_of_variables():
     x, (key_noise, key_probe) = images(2), jax.random.split(jax.random.key(3))
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda a: a.astype(jnp.float64), model())
         u = jnp.asarray(dequantize(key_noise, jnp.asarray(x), LEVELS), jnp.float64)
-        terms = exact.continuous.terms(u, key_noise, key_probe)
-        z = exact.continuous.encode(u)
-        for i in range(2):
-            jacobian = jax.jacfwd(lambda v: exact.continuous.encode(v[None])[0])(u[i]).reshape(16, 16)
-            expected = np.linalg.slogdet(jacobian)[1] + priors.log_prob("logistic", exact.prior, z)[i]
-            np.testing.assert_allclose(terms.log_prob[i], expected, atol=EXACT)
-    of_levels = model().terms(x, key_noise, key_probe)
+        terms = terms_of(exact.continuous, u, key_noise, key_probe)
+        z = encode(exact.continuous, u)
+        one = jax.jacfwd(lambda v: exact.continuous.encode(v[None])[0])
+        jacobians = np.asarray(jax.jit(jax.vmap(one))(u)).reshape(2, 16, 16)
+        expected = np.linalg.slogdet(jacobians)[1] + priors.log_prob("logistic", exact.prior, z)
+        np.testing.assert_allclose(terms.log_prob, expected, atol=EXACT)
+    of_levels = terms_of(model(), x, key_noise, key_probe)
     np.testing.assert_allclose(of_levels.log_prob, np.asarray(terms.log_prob) - 16 * np.log(LEVELS), rtol=SINGLE)
     total = of_levels.log_prior + of_levels.log_det + of_levels.log_det_transform
     np.testing.assert_allclose(of_levels.log_prob, total, rtol=SINGLE)
@@ -86,16 +91,16 @@ def test_bits_per_dim_of_the_uniform_density():
 
 def test_levels_go_in_and_come_out():
     density, x = model(), images()
-    z = jax.jit(lambda m, x: m.encode(x))(density, x)
-    back, info = jax.jit(lambda m, z: m.decode(z))(density, z)
+    z = encode(density, x)
+    back, info = decode(density, z)
     assert info.converged.all()
     assert back.dtype == jnp.uint8
     np.testing.assert_array_equal(back, x)
-    samples, info = jax.jit(lambda m: m.sample(jax.random.key(0), 4))(density)
+    samples, info = sample(density, jax.random.key(0), 4)
     assert samples.shape == (4, 4, 4, 1)
     assert samples.dtype == jnp.uint8
     assert info.converged.all()
-    smooth, _ = density.continuous.sample(jax.random.key(0), 4)
+    smooth, _ = sample(density.continuous, jax.random.key(0), 4)
     np.testing.assert_array_equal(np.clip(np.floor(np.asarray(smooth, np.float64) * LEVELS), 0, LEVELS - 1), samples)
 
 
@@ -111,8 +116,8 @@ def test_a_model_is_an_argument_like_any_array():
     assert np.any(gradients.weights["stage0"]["branch"]["conv0"]["kernel"])
     assert gradients.spec == density.spec
     twice = jax.tree.map(lambda a: jnp.stack([a, a]), density.with_(bounds=None))
-    both = jax.vmap(lambda m: m.terms(x, key, key).log_prob)(twice)
-    np.testing.assert_allclose(both[0], density.terms(x, key, key).log_prob, rtol=SINGLE)
+    both = jax.jit(jax.vmap(lambda m: m.terms(x, key, key).log_prob))(twice)
+    np.testing.assert_allclose(both[0], terms_of(density, x, key, key).log_prob, rtol=SINGLE)
     traces = []
 
     @jax.jit
@@ -130,9 +135,9 @@ def test_a_model_is_an_argument_like_any_array():
 def test_the_estimator_travels_with_the_model():
     density, x = model(), images(4)
     keys = jax.random.split(jax.random.key(0), 4)
-    exact = density.terms(x, keys, keys)
+    exact = terms_of(density, x, keys, keys)
     assert not np.any(exact.info.truncation_bound)
-    series = density.with_(estimator=SeriesLogdet(3, num_probes=2)).terms(x, keys, keys)
+    series = terms_of(density.with_(estimator=SeriesLogdet(3, num_probes=2)), x, keys, keys)
     assert np.all(series.info.truncation_bound > 0)
     np.testing.assert_array_equal(series.log_prior, exact.log_prior)
     fixed = RouletteLogdet().fix_length(jax.random.key(1))
@@ -142,11 +147,11 @@ def test_the_estimator_travels_with_the_model():
 
 def test_without_a_key_noise_and_probes_are_fixed():
     density, x = model(), images(3)
-    once = density.log_prob(x)
-    np.testing.assert_array_equal(density.log_prob(x), once)
-    assert np.all(density.log_prob(x, jax.random.key(7)) != once)
+    once = log_prob(density, x)
+    np.testing.assert_array_equal(log_prob(density, x), once)
+    assert np.all(log_prob(density, x, jax.random.key(7)) != once)
     keys = jax.random.split(jax.random.key(2), 3)
-    np.testing.assert_allclose(density.log_prob(x[1:], keys[1:]), density.log_prob(x, keys)[1:], rtol=SINGLE)
+    np.testing.assert_allclose(log_prob(density, x[1:], keys[1:]), log_prob(density, x, keys)[1:], rtol=SINGLE)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +163,7 @@ def test_bayes_rule(with_classes):
     prior = {**with_classes.prior, "class_logits": jnp.log(jnp.array([0.2, 0.5, 0.3]))}
     prior["mean"] = prior["mean"] + jnp.arange(3.0)[:, None]
     density, x = with_classes.with_(prior=prior), images()
-    z = density.encode(x)
+    z = encode(density, x)
     joint = np.stack(
         [
             priors.log_prob("logistic", {name: prior[name][k] for name in ("mean", "log_scale")}, z)
@@ -168,11 +173,11 @@ def test_bayes_rule(with_classes):
         axis=1,
     )
     expected = joint - np.logaddexp.reduce(joint, axis=1, keepdims=True)
-    np.testing.assert_allclose(density.class_log_probs(x), expected, atol=SINGLE)
+    np.testing.assert_allclose(jax.jit(Density.class_log_probs)(density, x), expected, atol=SINGLE)
     keys = jax.random.split(jax.random.key(0), 5)
-    terms = density.terms(x, keys, keys)
+    terms = terms_of(density, x, keys, keys)
     np.testing.assert_allclose(terms.log_prior, np.logaddexp.reduce(terms.log_prior_by_class, axis=1), rtol=SINGLE)
-    samples, info = density.sample(jax.random.key(0), 4, labels=jnp.array([0, 1, 2, 3]))
+    samples, info = sample(density, jax.random.key(0), 4, labels=jnp.array([0, 1, 2, 3]))
     np.testing.assert_array_equal(info.converged, [True, True, True, False])  # there is no class 3
     assert samples.shape == (4, 4, 4, 1)
 
@@ -181,7 +186,7 @@ def test_freezing_certifies(with_classes):
     loose = with_classes.with_(weights=jax.tree.map(lambda a: 3 * a, with_classes.weights), bounds=None)
     with pytest.raises(ValueError, match=r"not certified: call freeze\(\) first"):
         loose.certificate()
-    certificate = loose.freeze().certificate()
+    certificate = jax.jit(Density.freeze)(loose).certificate()
     assert certificate.certified
     assert certificate.coeff == 0.9
     assert [block.name for block in certificate.blocks] == ["stage0/block00", "stage1/block00"]
@@ -239,16 +244,16 @@ def test_points_have_no_levels():
     points = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
     density = model(PLANE)
     assert density.continuous == density
-    back, info = density.decode(density.encode(points))
+    back, info = decode(density, encode(density, points))
     assert info.converged.all()
     np.testing.assert_allclose(back, points, atol=1e-5)
     assert isinstance(density.estimator, ExactLogdet)
-    np.testing.assert_allclose(density.log_prob(points), density.log_prob(points, jax.random.key(5)), rtol=1e-6)
+    np.testing.assert_allclose(log_prob(density, points), log_prob(density, points, jax.random.key(5)), rtol=1e-6)
 
 
 def test_a_logit_of_continuous_data_in_the_unit_interval():
     spec = dataclasses.replace(PLANE, transform=Logit(0.05))
     u = np.random.default_rng(0).uniform(size=(4, 2)).astype(np.float32)
     density = model(PLANE).with_(spec=spec)
-    back, _ = density.decode(density.encode(u))
+    back, _ = decode(density, encode(density, u))
     np.testing.assert_allclose(back, u, atol=1e-5)

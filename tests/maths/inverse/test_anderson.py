@@ -4,6 +4,8 @@ Exact preimages come first and outputs are made from them, so errors are true on
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +15,17 @@ import pytest
 from evaluations import TOLERANCE, solve_and_watch
 from jax import lax
 
-from iresnet_jax.bijections import actnorm, reshape, residual
+from iresnet_jax.bijections import actnorm, residual
+from iresnet_jax.bijections.compose import chain
+from iresnet_jax.bijections.residual import Branch, Solver
+from iresnet_jax.bijections.transforms.logit import Logit
 from iresnet_jax.data.sources import digits
 from iresnet_jax.maths.inverse.fixed_point import invert_residual
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
-from iresnet_jax.models import branch as branches
-from iresnet_jax.models import density
-from iresnet_jax.models import flow as model
-from iresnet_jax.models import linen as modules
+from iresnet_jax.models import flow, priors
+from iresnet_jax.models.branch import apply_branch, has_diagonal, initial_weights
+from iresnet_jax.models.density import Density, DensitySpec
 
 BATCH = 8
 
@@ -30,30 +34,57 @@ def orthogonal(rng, dim):
     return np.linalg.qr(rng.normal(size=(dim, dim)))[0]
 
 
-def linear(matrix, lipschitz):
-    """``x -> matrix x`` scaled to a norm."""
-    matrix = jnp.asarray(lipschitz * matrix / np.linalg.norm(matrix, 2))
-    return lambda x: x @ matrix.T
+def linear(matrix, x):
+    return x @ matrix.T
+
+
+def tanh_network(weights, x):
+    w1, bias, w2 = weights
+    return jnp.tanh(x @ w1.T + bias[None]) @ w2.T
+
+
+def maxmin_network(weights, x):
+    """Orthogonal layers and a gradient norm preserving activation: every slope has the same norm, everywhere."""
+    layers, biases = weights
+    for w, bias in zip(layers, biases, strict=False):
+        pairs = (x @ w.T + bias[None]).reshape(len(x), -1, 2)
+        x = jnp.concatenate([pairs.max(-1), pairs.min(-1)], axis=1)
+    return x @ layers[-1].T
+
+
+def absolute(slope, x):
+    return slope * jnp.abs(x)
+
+
+def clipped(slope, x):
+    return slope * jnp.clip(x, -4 / 3, 4 / 3)
+
+
+class Case(NamedTuple):
+    """``g`` with its weights on so many dimensions. Cases that share ``g`` and their shapes share a compiled program."""
+
+    dim: int
+    lipschitz: float
+    g: Callable
+    weights: Any
+
+
+def linear_case(matrix, lipschitz):
+    """A matrix scaled to a norm, in 30 dimensions, of which those that it does not have are left at 0."""
+    padded = np.zeros((30, 30))
+    padded[: len(matrix), : len(matrix)] = lipschitz * matrix / np.linalg.norm(matrix, 2)
+    return Case(len(matrix), lipschitz, linear, padded)
 
 
 def random_network(rng, dim, lipschitz):
-    w1, w2 = (jnp.asarray(w / np.linalg.norm(w, 2)) for w in rng.normal(size=(2, dim, dim)))
-    bias = jnp.asarray(rng.normal(size=dim))
-    return lambda x: lipschitz * jnp.tanh(x @ w1.T + bias[None]) @ w2.T
+    w1, w2 = (w / np.linalg.norm(w, 2) for w in rng.normal(size=(2, dim, dim)))
+    return Case(dim, lipschitz, tanh_network, (w1, rng.normal(size=dim), lipschitz * w2))
 
 
-def maxmin_network(rng, dim, lipschitz, num_layers=2):
-    """Orthogonal layers and a gradient norm preserving activation: every slope has the norm ``lipschitz``, everywhere."""
-    weights = [jnp.asarray(orthogonal(rng, dim)) for _ in range(num_layers + 1)]
-    biases = [jnp.asarray(rng.normal(size=dim)) for _ in range(num_layers)]
-
-    def g(x):
-        for w, bias in zip(weights, biases, strict=False):
-            pairs = (x @ w.T + bias[None]).reshape(len(x), -1, 2)
-            x = jnp.concatenate([pairs.max(-1), pairs.min(-1)], axis=1)
-        return lipschitz * x @ weights[-1].T
-
-    return g
+def random_maxmin_network(rng, dim, lipschitz, num_layers=2):
+    layers = [orthogonal(rng, dim) for _ in range(num_layers + 1)]
+    layers[-1] *= lipschitz
+    return Case(dim, lipschitz, maxmin_network, (layers, [rng.normal(size=dim) for _ in range(num_layers)]))
 
 
 def rotation(rng, dim):
@@ -65,47 +96,46 @@ def rotation(rng, dim):
 
 
 def make_cases():
-    """By name: dimensions, Lipschitz constant, map."""
     rng = np.random.default_rng(0)
     cases = {}
     for dim, lipschitz in ((10, 0.5), (1, 0.9), (10, 0.9), (10, 0.99)):
-        cases[f"random, {dim}-D, L={lipschitz}"] = dim, lipschitz, random_network(rng, dim, lipschitz)
+        cases[f"random, {dim}-D, L={lipschitz}"] = random_network(rng, dim, lipschitz)
     for dim, lipschitz in ((2, 0.9), (2, 0.99), (6, 0.9), (6, 0.95), (6, 0.99), (32, 0.95), (32, 0.99)):
-        cases[f"MaxMin, {dim}-D, L={lipschitz}"] = dim, lipschitz, maxmin_network(rng, dim, lipschitz)
+        cases[f"MaxMin, {dim}-D, L={lipschitz}"] = random_maxmin_network(rng, dim, lipschitz)
     symmetric = rng.normal(size=(16, 16))
     return cases | {
-        "-.99 x": (3, 0.99, lambda x: -0.99 * x),
-        ".99 x": (3, 0.99, lambda x: 0.99 * x),
-        "-.99 |x|": (3, 0.99, lambda x: -0.99 * jnp.abs(x)),
-        "a quarter turn": (4, 0.95, linear(np.kron(np.eye(2), [[0, -1], [1, 0]]), 0.95)),
-        "rotations": (10, 0.95, linear(rotation(rng, 10), 0.95)),
-        "random triangular": (20, 0.95, linear(np.tril(rng.normal(size=(20, 20))), 0.95)),
-        "random symmetric": (16, 0.95, linear(symmetric + symmetric.T, 0.95)),
-        "slopes 0 to -.99": (30, 0.99, linear(np.diag(-np.linspace(0, 0.99, 30)), 0.99)),
+        "-.99 x": linear_case(-np.eye(3), 0.99),
+        ".99 x": linear_case(np.eye(3), 0.99),
+        "-.99 |x|": Case(3, 0.99, absolute, -0.99),
+        "a quarter turn": linear_case(np.kron(np.eye(2), [[0, -1], [1, 0]]), 0.95),
+        "rotations": linear_case(rotation(rng, 10), 0.95),
+        "random triangular": linear_case(np.tril(rng.normal(size=(20, 20))), 0.95),
+        "random symmetric": linear_case(symmetric + symmetric.T, 0.95),
+        "slopes 0 to -.99": linear_case(np.diag(-np.linspace(0, 0.99, 30)), 0.99),
     }
 
 
-NAMES = tuple(make_cases())
+CASES = make_cases()
 # In all 32 directions the slope is the same, so that there is little to learn from the last few, and luck decides.
-ALIKE = tuple(name for name in NAMES if name.startswith("MaxMin, 32-D"))
+ALIKE = tuple(name for name in CASES if name.startswith("MaxMin, 32-D"))
 
 
-def outputs_of(g, dim, seed):
-    x = jnp.asarray(2 * np.random.default_rng(seed).normal(size=(BATCH, dim)))
-    return x, x + g(x)
-
-
-def compare(g, dim, lipschitz, seed=1):
+def compare(case, seed=1):
     """Evaluations by Anderson's method and by Banach iteration: to a guaranteed error, and to the same true error."""
-    x_true, y = outputs_of(g, dim, seed)
-    (accelerated, anderson), (plain, banach) = (solve_and_watch(g, y, x_true, lipschitz, memory) for memory in (4, 0))
+    x_true = 2 * np.random.default_rng(seed).normal(size=(BATCH, case.dim))
+    if case.g is linear:
+        x_true = np.pad(x_true, ((0, 0), (0, len(case.weights) - case.dim)))
+    weights = jax.tree.map(jnp.asarray, case.weights)
+    y = jnp.asarray(x_true) + jax.jit(case.g)(weights, jnp.asarray(x_true))
+    (accelerated, anderson), (plain, banach) = (
+        solve_and_watch(case.g, y, x_true, case.lipschitz, memory, weights) for memory in (4, 0)
+    )
     return np.asarray(accelerated.num_evals), np.asarray(plain.num_evals), anderson, banach
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_never_more_evaluations_than_banach_iteration(x64, name):
-    dim, lipschitz, g = make_cases()[name]
-    guaranteed_anderson, guaranteed_banach, anderson, banach = compare(g, dim, lipschitz)
+    guaranteed_anderson, guaranteed_banach, anderson, banach = compare(CASES[name])
     # What a caller asks for and waits for; the solver knows its residual, not its error.
     assert np.all(guaranteed_anderson <= guaranteed_banach)
     # Of the true error, which jumps from step to step, one evaluation is luck.
@@ -114,13 +144,13 @@ def test_never_more_evaluations_than_banach_iteration(x64, name):
 
 
 @pytest.mark.parametrize(
-    ("dim", "seed", "g"),
-    [(20, 1, linear(np.eye(20, k=1), 0.95)), (3, 0, lambda x: -0.95 * jnp.clip(x, -4 / 3, 4 / 3))],
+    ("seed", "case"),
+    [(1, linear_case(np.eye(20, k=1), 0.95)), (0, Case(3, 0.95, clipped, -0.95))],
     ids=["nilpotent", "clipped"],
 )
-def test_what_it_may_lose_where_banach_iteration_ends_by_itself(x64, dim, seed, g):
+def test_what_it_may_lose_where_banach_iteration_ends_by_itself(x64, seed, case):
     """In a few steps, exactly, and with nothing to tell so before: the known exceptions to the rule above."""
-    guaranteed_anderson, guaranteed_banach, *_ = compare(g, dim, 0.95, seed)
+    guaranteed_anderson, guaranteed_banach, *_ = compare(case, seed)
     assert np.any(guaranteed_anderson > guaranteed_banach), "no exception any more: move it to the cases above"
     assert np.all(guaranteed_anderson <= 3 * guaranteed_banach)
 
@@ -129,15 +159,14 @@ def test_what_it_may_lose_where_banach_iteration_ends_by_itself(x64, dim, seed, 
 def test_starting_behind_what_a_branch_always_adds(x64, refine):
     rng = np.random.default_rng(0)
     network, far = random_network(rng, 6, 0.9), 30 * jnp.asarray(rng.normal(size=(1, 6)))
-    x = jnp.asarray(rng.normal(size=(BATCH, 6)))
+    weights, x = jax.tree.map(jnp.asarray, network.weights), jnp.asarray(rng.normal(size=(BATCH, 6)))
 
     def branch(x):
-        return (network(x) + far).astype(x.dtype)
+        return (tanh_network(weights, x) + far).astype(x.dtype)
 
-    settings = {"lipschitz_bound": 0.9, "atol": TOLERANCE, "refine": refine}
-
-    def solve(**more):
-        found, info = residual.inverse(branch, x + branch(x), **settings, **more)
+    def solve(at_zero=None, memory=4):
+        whole, solver = Branch(branch, 0.9, at_zero=at_zero), Solver(atol=TOLERANCE, memory=memory, refine=refine)
+        found, info = jax.jit(lambda x: residual.inverse(whole, x + branch(x), solver))(x)
         assert info.converged.all()
         assert (np.linalg.norm(found - x, axis=1) <= info.error_bound).all()
         return info.num_evals
@@ -169,19 +198,19 @@ def test_a_result_does_not_depend_on_batch_mates_or_their_order(x64):
 
 
 def enter(spec, x):
-    """Examples as the flow's only stage takes them."""
-    x, _ = density.transform(spec, x)
-    return reshape.squeeze(x, spec.flow.stages[0].squeeze) if x.ndim > 2 else x
+    """Examples as the blocks of the flow's only stage take them."""
+    (stage,) = spec.flow.layout
+    return chain([spec.transform.bijection(), *stage.entry]).forward(x)
 
 
 def train(spec, examples, estimator, num_steps):
     """Frozen weights of a flow of one stage after so many steps of Adam."""
     key, data = jax.random.key(0), jnp.asarray(examples, jnp.float32)
-    (branch,), num_blocks = spec.flow.branches, spec.flow.stages[0].num_blocks
-    blocks = jax.vmap(functools.partial(branches.initial_weights, branch))(jax.random.split(key, num_blocks))
+    (stage,), num_blocks = spec.flow.layout, spec.flow.num_blocks
+    blocks = jax.vmap(functools.partial(initial_weights, stage.branch))(jax.random.split(key, num_blocks))
     scales = actnorm.initialize(enter(spec, data[:256]))._asdict()  # for the first block; the others begin with none
     scales = jax.tree.map(lambda a: jnp.stack([a] + [jnp.zeros_like(a)] * (num_blocks - 1)), scales)
-    prior = modules.initial_prior(spec.prior, spec.flow.num_dims)
+    prior = priors.standard(spec.prior, spec.flow.num_dims)
     optimizer = optax.adam(5e-3)
 
     def step(carry, i):
@@ -189,9 +218,10 @@ def train(spec, examples, estimator, num_steps):
         key_batch, key_probe = jax.random.split(jax.random.fold_in(key, i))
 
         def loss(params):
-            weights = model.constrain_certified(spec.flow, params, {"stage0": {}}).weights
+            weights = flow.constrain_certified(spec.flow, params, {"stage0": {}}).weights
             x = jax.random.choice(key_batch, data, (64,))
-            return -jnp.mean(density.log_prob(spec, weights, params["prior"], x, key_probe, estimator).log_prob)
+            model = Density(spec, weights, params["prior"], estimator=estimator)
+            return -jnp.mean(model.log_prob(x, key_probe))
 
         value, gradients = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(gradients, state, params)
@@ -204,23 +234,23 @@ def train(spec, examples, estimator, num_steps):
 
     params, losses = run({"stage0": {"blocks": blocks | {"actnorm": scales}}, "prior": prior})
     assert jnp.mean(losses[-50:]) < jnp.mean(losses[:50]) - 1
-    return jax.jit(functools.partial(model.freeze, spec.flow))(params).weights
+    return jax.jit(functools.partial(flow.freeze, spec.flow))(params).weights
 
 
 def correlated():
     """Examples in six dimensions whose widths span one and a half decades, and a flow for them."""
     rng = np.random.default_rng(0)
     examples = rng.normal(size=(4096, 6)) * 10 ** -np.linspace(0, 1.5, 6) @ orthogonal(rng, 6)
-    spec = model.FlowSpec((6,), (model.StageSpec(2, hidden=(32,), activation="elu"),), coeff=0.99)
-    return density.DensitySpec(spec, transform="none", num_levels=None), examples, ExactLogdet()
+    spec = flow.FlowSpec((6,), (flow.StageSpec(2, hidden=(32,), activation="elu"),), coeff=0.99)
+    return DensitySpec(spec), examples, ExactLogdet()
 
 
 def images():
     """Dequantised digits, and a flow of convolutions for them."""
     source = digits.load()
     noise = np.random.default_rng(0).uniform(size=source.examples["train"].shape)
-    stage = model.StageSpec(2, hidden=(12,), kernel_sizes=(3, 3), activation="clipswish", squeeze=2)
-    spec = density.DensitySpec(model.FlowSpec(source.event_shape, (stage,), coeff=0.98), transform="logit")
+    stage = flow.StageSpec(2, hidden=(12,), kernel_sizes=(3, 3), activation="clipswish", squeeze=2)
+    spec = DensitySpec(flow.FlowSpec(source.event_shape, (stage,), coeff=0.98), transform=Logit())
     return spec, (source.examples["train"] + noise) / source.num_levels, SeriesLogdet(num_terms=3)
 
 
@@ -231,9 +261,9 @@ def trained_blocks(request):
     weights = train(spec, examples, estimator, num_steps=200)
     with jax.enable_x64(True):
         weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), weights["stage0"])
-        x, (branch,) = enter(spec, jnp.asarray(examples[:BATCH], jnp.float64)), spec.flow.branches
-        g, found = functools.partial(branches.apply_branch, branch), []
-        for k in range(spec.flow.stages[0].num_blocks):
+        x, branch = enter(spec, jnp.asarray(examples[:BATCH], jnp.float64)), spec.flow.layout[0].branch
+        g, found = jax.jit(functools.partial(apply_branch, branch)), []
+        for k in range(spec.flow.num_blocks):
             block = jax.tree.map(lambda w, k=k: w[k], weights)
             x, _ = actnorm.forward_and_logdet(actnorm.ActNormParams(**block["actnorm"]), x)
             found.append((block["branch"], block["lipschitz"], x))
@@ -244,16 +274,16 @@ def trained_blocks(request):
 def test_trained_blocks_need_fewer_evaluations(x64, trained_blocks):
     """To the same true error, on average over examples; where few are saved, no Krylov method would save many more."""
     branch, blocks = trained_blocks
-    g = functools.partial(branches.apply_branch, branch)
+    g = functools.partial(apply_branch, branch)
     methods = {
         "banach": {"memory": 0},
         "anderson": {"memory": 4},
         "unlimited": {"memory": 16},  # GMRES, as far as a block is linear
-        "with diagonal": {"memory": 4, "diagonal_of": branch if branches.has_diagonal(branch) else None},
+        "with diagonal": {"memory": 4, "diagonal_of": branch if has_diagonal(branch) else None},
     }
     counts = {name: [] for name in methods}
     for weights, lipschitz, x_true in blocks:
-        y = x_true + g(weights, x_true)
+        y = x_true + jax.jit(g)(weights, x_true)
         for name, method in methods.items():
             counts[name].append(solve_and_watch(g, y, x_true, lipschitz, weights=weights, **method)[1].mean())
     banach, anderson, unlimited, with_diagonal = (np.array(counts[name]) for name in methods)
@@ -265,6 +295,7 @@ def test_trained_blocks_need_fewer_evaluations(x64, trained_blocks):
 
 def test_refining_with_weights_in_float64(x64):
     slopes = jnp.asarray([[0.5, -0.7, 0.2]])
-    x, info = residual.inverse(lambda x: slopes * jnp.tanh(x), jnp.ones((2, 3)), lipschitz_bound=0.7, atol=1e-12, refine=True)
+    branch = Branch(lambda x: slopes * jnp.tanh(x), lipschitz_bound=0.7)
+    x, info = jax.jit(lambda y: residual.inverse(branch, y, Solver(atol=1e-12, refine=True)))(jnp.ones((2, 3)))
     assert info.converged.all()
     np.testing.assert_allclose(x + slopes * jnp.tanh(x), 1, atol=1e-12)

@@ -17,6 +17,11 @@ GRADIENT = 1e-6  # implicit derivatives at a preimage that is good to 1e-10
 NEWTON = 1e-12  # what the dense solution is good for, and rounding in our comparison with it
 
 
+def solve(branch, y, **settings):
+    """`invert_residual` as one program: outside of ``jit`` every operation would be compiled by itself."""
+    return jax.jit(functools.partial(invert_residual, branch, **settings))(y)
+
+
 def error(x, x_true):
     return np.linalg.norm((np.asarray(x, np.float64) - x_true).reshape(len(x), -1), axis=1)
 
@@ -30,7 +35,7 @@ def assert_bound_holds(info, true_error, slack=0.0):
 @pytest.mark.parametrize("memory", [0, 4])
 def test_the_hardest_linear_contraction_in_float32(memory):
     y = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
-    x, info = jax.jit(lambda y: invert_residual(lambda x: -0.99 * x, y, lipschitz_bound=0.99, memory=memory))(y)
+    x, info = solve(lambda x: -0.99 * x, y, lipschitz_bound=0.99, memory=memory)
     # x - 0.99 x = y with the factor as float32 has it
     true = np.asarray(y, np.float64) / (1 - np.float64(np.float32(0.99)))
     relative = error(x, true) / np.linalg.norm(true, axis=1)
@@ -43,7 +48,7 @@ def test_the_hardest_linear_contraction_in_float32(memory):
 
 def test_the_cap_returns_the_best_iterate_and_a_true_bound(x64):
     y = jnp.array([[1.0, -2.0], [0.0, 0.0]])
-    x, info = invert_residual(lambda x: -0.99 * x, y, lipschitz_bound=0.99, max_evals=10, memory=0)
+    x, info = solve(lambda x: -0.99 * x, y, lipschitz_bound=0.99, max_evals=10, memory=0)
     np.testing.assert_array_equal(info.converged, [False, True])  # 0 is its own preimage
     np.testing.assert_array_equal(info.num_evals, [10, 1])
     assert_bound_holds(info, error(x, 100 * np.asarray(y)))
@@ -54,7 +59,7 @@ def test_the_cap_returns_the_best_iterate_and_a_true_bound(x64):
 def test_of_oscillating_iterates_the_best_is_kept():
     # 2 x is no contraction: residuals grow, so the start is the best that was seen.
     y = jnp.ones((1, 2))
-    x, info = invert_residual(lambda x: 2 * x, y, lipschitz_bound=0.5, max_evals=7)
+    x, info = solve(lambda x: 2 * x, y, lipschitz_bound=0.5, max_evals=7)
     np.testing.assert_array_equal(x, y)
     assert not info.converged[0]
     # The claimed Lipschitz constant is wrong, and so is the bound: the check of bounds can fail.
@@ -64,14 +69,14 @@ def test_of_oscillating_iterates_the_best_is_kept():
 
 @pytest.mark.parametrize("lipschitz_bound", [1.0, 1.5])
 def test_without_a_contraction_nothing_is_claimed(lipschitz_bound):
-    _, info = invert_residual(lambda x: 0.5 * x, jnp.ones((2, 3)), lipschitz_bound=lipschitz_bound, max_evals=50)
+    _, info = solve(lambda x: 0.5 * x, jnp.ones((2, 3)), lipschitz_bound=lipschitz_bound, max_evals=50)
     assert not jnp.any(info.converged)
     assert jnp.all(jnp.isinf(info.error_bound))
 
 
 def test_a_branch_that_returns_nan_spoils_its_own_example_only():
     y = jnp.array([[1.0], [-1.0]])
-    x, info = invert_residual(lambda x: jnp.where(x < 0, jnp.nan, 0.5 * x), y, lipschitz_bound=0.5)
+    x, info = solve(lambda x: jnp.where(x < 0, jnp.nan, 0.5 * x), y, lipschitz_bound=0.5)
     np.testing.assert_array_equal(info.converged, [True, False])
     assert jnp.isinf(info.error_bound[1])
     assert info.num_evals[1] == 1  # there is no way back from NaN
@@ -85,7 +90,7 @@ def slow_near_zero(x):
 
 @pytest.mark.parametrize("memory", [0, 4])
 def test_a_result_does_not_depend_on_batch_mates(memory):
-    solve = jax.jit(lambda y: invert_residual(slow_near_zero, y, lipschitz_bound=0.95, memory=memory))
+    solve = jax.jit(functools.partial(invert_residual, slow_near_zero, lipschitz_bound=0.95, memory=memory))
     fast, slow = jnp.full((1, 3), 9.0), jnp.full((1, 3), 0.01)
     x_alone, alone = solve(fast)
     x_together, together = solve(jnp.concatenate([fast, slow]))
@@ -132,7 +137,7 @@ def test_vmap_over_problems_is_a_loop_over_problems(x64):
     problems = [random_contraction(seed, 3, 0.8) for seed in range(3)]
     stacked = [jnp.asarray(np.stack(arrays)) for arrays in zip(*problems, strict=True)]
     w1, bias, w2, y = stacked
-    x, info = jax.vmap(invert_network, in_axes=(0, 0, 0, 0, None))(y, w1, bias, w2, 0.8)
+    x, info = jax.jit(jax.vmap(lambda *problem: invert_network(*problem, 0.8)))(y, w1, bias, w2)
     for i in range(3):
         x_alone, alone = invert_network(y[i], w1[i], bias[i], w2[i], 0.8)
         np.testing.assert_allclose(x[i], x_alone, rtol=NEWTON, atol=NEWTON)
@@ -151,7 +156,7 @@ def test_anderson_needs_fewer_evaluations_for_the_same_bound(x64):
 
 def test_images_keep_their_shape_and_their_own_norm(x64):
     y = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3, 2)))
-    x, info = invert_residual(lambda x: 0.5 * x, y, lipschitz_bound=0.5, memory=0)
+    x, info = solve(lambda x: 0.5 * x, y, lipschitz_bound=0.5, memory=0)
     assert_bound_holds(info, error(x, np.asarray(y) / 1.5))
     np.testing.assert_allclose(info.residual / 2, error(1.5 * x, np.asarray(y)), rtol=1e-6)  # x is one step further
 
@@ -182,14 +187,17 @@ def test_derivatives_are_those_of_the_exact_solution(problem):
     def invert(y, w1, bias, w2):
         return invert_residual(functools.partial(network, w1=w1, bias=bias, w2=w2), y, lipschitz_bound=0.8, atol=1e-10)[0]
 
-    x, pullback = jax.vjp(jax.jit(invert), y, w1, bias, w2)
-    gradients = pullback(cotangent)
+    @jax.jit
+    def both_ways(problem, cotangent, tangents):
+        x, pullback = jax.vjp(invert, *problem)
+        return x, pullback(cotangent), jax.jvp(invert, problem, tangents)[1]
+
+    x, gradients, pushed = both_ways((y, w1, bias, w2), cotangent, tuple(tangents))
     u = dense_derivative(w1, bias, w2, x, cotangent, adjoint=True)
     _, pull_branch = jax.vjp(functools.partial(network, x), w1, bias, w2)
     expected = (u, *pull_branch(jnp.asarray(-u)))  # dx = (I + J)^-1 (dy - dg)
     for actual, wanted in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=GRADIENT, atol=GRADIENT)
-    _, pushed = jax.jvp(jax.jit(invert), (y, w1, bias, w2), tuple(tangents))
     inner = sum(jnp.sum(g * t) for g, t in zip(expected, tangents, strict=True))
     np.testing.assert_allclose(jnp.sum(pushed * cotangent), inner, rtol=GRADIENT)
     with pytest.raises(AssertionError):  # one Banach step's derivative is not the solution's
@@ -200,7 +208,8 @@ def test_derivatives_are_those_of_the_exact_solution(problem):
 def test_linear_solves_against_dense_ones(problem, adjoint):
     w1, bias, w2, y = problem
     branch = functools.partial(network, w1=w1, bias=bias, w2=w2)
-    u, info = solve_linear(branch, y, y[::-1], lipschitz_bound=0.8, adjoint=adjoint)
+    run = jax.jit(functools.partial(solve_linear, branch, lipschitz_bound=0.8, adjoint=adjoint))
+    u, info = run(y, y[::-1])
     expected = dense_derivative(w1, bias, w2, y, y[::-1], adjoint=adjoint)
     assert jnp.all(info.converged)
     np.testing.assert_allclose(u, expected, rtol=1e-10, atol=1e-10)
@@ -208,12 +217,13 @@ def test_linear_solves_against_dense_ones(problem, adjoint):
 
 
 def test_a_derivative_that_does_not_converge_is_nan():
+    @jax.jit
     def invert(y):  # three evaluations are too few for the derivative's tolerance
         return invert_residual(lambda x: 0.9 * jnp.sin(x), y, lipschitz_bound=0.9, max_evals=3, memory=0)[0]
 
     y = jnp.array([[0.5, -1.0]])
     assert jnp.all(jnp.isfinite(invert(y)))
-    assert jnp.all(jnp.isnan(jax.grad(lambda y: jnp.sum(invert(y)))(y)))
+    assert jnp.all(jnp.isnan(jax.jit(jax.grad(lambda y: jnp.sum(invert(y))))(y)))
 
 
 def test_mistakes_are_named():
@@ -233,7 +243,7 @@ def half(x):
 def test_the_error_of_tiny_and_huge_examples_is_within_its_bound(size):
     """Squares underflow below 1e-19 and overflow above 1e19; norms must not."""
     y = np.full((1, 3), size, np.float32)
-    x, info = jax.jit(lambda y: invert_residual(half, y, lipschitz_bound=0.5, max_evals=3, memory=0))(y)
+    x, info = solve(half, y, lipschitz_bound=0.5, max_evals=3, memory=0)
     error = np.linalg.norm(np.asarray(x, np.float64) - y.astype(np.float64) / 1.5)
     assert 0 < error <= info.error_bound[0] < max(np.linalg.norm(y.astype(np.float64)), 1e-36)
 

@@ -9,13 +9,14 @@ import pytest
 from jax import lax
 
 from iresnet_jax.bijections import actnorm, residual
-from iresnet_jax.bijections import bijection as bijections
+from iresnet_jax.bijections.residual import Branch, Solver
 from iresnet_jax.maths.inverse.fixed_point import invert_residual, solve_linear
 from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.models import branch as branches
-from iresnet_jax.models import density
-from iresnet_jax.models import flow as model
-from iresnet_jax.models import linen as modules
+from iresnet_jax.models import priors
+from iresnet_jax.models.branch import apply_branch
+from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.flow import FlowSpec, StageSpec, freeze
+from iresnet_jax.models.linen import ResidualFlow
 
 SAME = 1e-8  # two routes to one derivative, at a preimage that is good to 1e-12
 ATOL = 1e-12
@@ -56,6 +57,12 @@ def implicit(w, memory=4):
     return invert_residual(lambda x: branch(x, w), w["y"], lipschitz_bound=LIPSCHITZ, atol=ATOL, memory=memory)[0]
 
 
+@jax.jit
+def derivatives_of_unrolled(w, tangent):
+    """What all else is compared with, compiled once: gradient of the loss, push-forward of a tangent, Jacobian."""
+    return jax.grad(loss_of(unrolled))(w), jax.jvp(unrolled, (w,), (tangent,)), jax.jacrev(unrolled)(w)
+
+
 def assert_same(actual, expected):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
@@ -69,40 +76,45 @@ def loss_of(solve):
 
 def test_the_problem_is_what_it_should_be(x64):
     w = problem()
-    x = implicit(w)
+    x = jax.jit(implicit)(w)
     np.testing.assert_allclose(x + branch(x, w), w["y"], atol=1e-11)
-    jacobian = jax.jacobian(lambda x: branch(x[None], w | {"context": w["context"][:1]})[0])(x[0])
+    jacobian = jax.jit(jax.jacobian(lambda x: branch(x[None], w | {"context": w["context"][:1]})[0]))(x[0])
     assert np.linalg.norm(jacobian - jacobian.T) > 0.3 * np.linalg.norm(jacobian)
 
 
-@MEMORY
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("memory", "compiled"), [(0, True), (4, True), (4, False)])
 def test_reverse_mode(x64, memory, compiled):
     gradient = jax.grad(loss_of(functools.partial(implicit, memory=memory)))
-    assert_same((jax.jit(gradient) if compiled else gradient)(problem()), jax.grad(loss_of(unrolled))(problem()))
+    expected, *_ = derivatives_of_unrolled(problem(), problem(seed=1))
+    assert_same((jax.jit(gradient) if compiled else gradient)(problem()), expected)
 
 
 @MEMORY
 def test_forward_mode(x64, memory):
     w, tangent = problem(), problem(seed=1)
     solve = functools.partial(implicit, memory=memory)
-    assert_same(jax.jvp(solve, (w,), (tangent,)), jax.jvp(unrolled, (w,), (tangent,)))
-    expected = jax.jacrev(unrolled)(w)
-    assert_same(jax.jit(jax.jacfwd(solve))(w), expected)
-    assert_same(jax.jit(jax.jacrev(solve))(w), expected)
+
+    @jax.jit
+    def derivatives(w, tangent):
+        return jax.jvp(solve, (w,), (tangent,)), jax.jacfwd(solve)(w), jax.jacrev(solve)(w)
+
+    pushed, forward, reverse = derivatives(w, tangent)
+    _, expected_push, jacobian = derivatives_of_unrolled(w, tangent)
+    assert_same(pushed, expected_push)
+    assert_same(forward, jacobian)
+    assert_same(reverse, jacobian)
 
 
 def test_a_transpose_that_is_forgotten_is_noticed(x64):
-    w = problem()
-    x, cotangent = unrolled(w), problem(seed=1)["y"]
-    expected = jax.vjp(unrolled, w)[1](cotangent)[0]["y"]
-    for adjoint in (True, False):
+    @functools.partial(jax.jit, static_argnames="adjoint")
+    def cotangent_of_y(w, cotangent, *, adjoint):
+        x = unrolled(w)
         u, _ = solve_linear(lambda x: branch(x, w), x, cotangent, lipschitz_bound=LIPSCHITZ, adjoint=adjoint)
-        if adjoint:
-            assert_same(u, expected)
-        else:
-            with pytest.raises(AssertionError):
-                assert_same(u, expected)
+        return u, jax.vjp(unrolled, w)[1](cotangent)[0]["y"]
+
+    assert_same(*cotangent_of_y(problem(), problem(seed=1)["y"], adjoint=True))
+    with pytest.raises(AssertionError):
+        assert_same(*cotangent_of_y(problem(), problem(seed=1)["y"], adjoint=False))
 
 
 def stacked():
@@ -112,15 +124,13 @@ def stacked():
 def test_under_vmap(x64):
     """Over problems: other weights and other contexts, in both modes."""
     actual = jax.jit(jax.vmap(jax.grad(loss_of(implicit))))(stacked())
-    assert_same(actual, jax.vmap(jax.grad(loss_of(unrolled)))(stacked()))
+    assert_same(actual, jax.jit(jax.vmap(jax.grad(loss_of(unrolled))))(stacked()))
     directions = jax.tree.map(lambda *a: jnp.stack(a), problem(seed=4), problem(seed=5))
 
-    def push(solve, direction):
-        return jax.jvp(solve, (problem(),), (direction,))[1]
+    def push(solve):
+        return jax.jit(jax.vmap(lambda direction: jax.jvp(solve, (problem(),), (direction,))[1]))(directions)
 
-    assert_same(
-        jax.vmap(functools.partial(push, implicit))(directions), jax.vmap(functools.partial(push, unrolled))(directions)
-    )
+    assert_same(push(implicit), push(unrolled))
 
 
 def test_under_pmap(x64):
@@ -140,7 +150,8 @@ def test_under_pmap(x64):
 
     settings = {"axis_name": "batch", "in_axes": (None, 0), "out_axes": (None, 0)}
     assert jax.local_device_count() >= 2
-    assert_same(jax.pmap(step(implicit), **settings)(shared, own), jax.vmap(step(unrolled), **settings)(shared, own))
+    expected = jax.jit(jax.vmap(step(unrolled), **settings))(shared, own)
+    assert_same(jax.pmap(step(implicit), **settings)(shared, own), expected)
 
 
 @pytest.mark.parametrize("mode", [jax.grad, jax.jacfwd])
@@ -152,9 +163,8 @@ def test_of_the_inverse_and_its_log_determinant(x64, mode):
 
     def ours(w):
         g = functools.partial(branch, w=w)
-        x, logdet, *_ = residual.inverse_and_logdet(
-            g, w["y"], jax.random.key(0), ExactLogdet(), lipschitz_bound=LIPSCHITZ, atol=ATOL
-        )
+        block, solver = Branch(g, LIPSCHITZ), Solver(atol=ATOL)
+        x, logdet, *_ = residual.inverse_and_logdet(block, w["y"], jax.random.key(0), ExactLogdet(), solver)
         return combine(x, logdet)
 
     def reference(w):
@@ -171,35 +181,31 @@ def test_of_the_inverse_and_its_log_determinant(x64, mode):
 
 # ----------------------------------------------------------------------------------------------- a whole model's samples
 
-SPEC = density.DensitySpec(
-    model.FlowSpec((DIM,), (model.StageSpec(2, hidden=(6,), activation="tanh"),), coeff=0.8, context_dim=CONTEXT_DIM),
-    transform="none",
-)
+SPEC = DensitySpec(FlowSpec((DIM,), (StageSpec(2, hidden=(6,), activation="tanh"),), coeff=0.8, context_dim=CONTEXT_DIM))
 
 
 @pytest.fixture(scope="module")
 def frozen():
     """Weights of a small conditional flow, and its prior."""
     context = jax.random.normal(jax.random.key(1), (64, CONTEXT_DIM))
-    variables = modules.ResidualFlow(SPEC.flow).init(
-        jax.random.key(0), jax.random.normal(jax.random.key(2), (64, DIM)), context
-    )
-    return jax.device_get((model.freeze(SPEC.flow, variables["params"]).weights, variables["params"]["prior"]))
+    init = jax.jit(ResidualFlow(SPEC.flow).init)
+    params = init(jax.random.key(0), jax.random.normal(jax.random.key(2), (64, DIM)), context)["params"]
+    return jax.device_get((jax.jit(functools.partial(freeze, SPEC.flow))(params).weights, params["prior"]))
 
 
 def decode_unrolled(weights, z, context):
     """The blocks' inverses, last to first, by Banach iteration."""
-    (spec,) = SPEC.flow.branches
+    (stage,) = SPEC.flow.layout
     for k in (1, 0):
         block = jax.tree.map(lambda w, k=k: w[k], weights["stage0"])
-        z = banach(lambda x, block=block: branches.apply_branch(spec, block["branch"], x, context), z)
+        z = banach(lambda x, block=block: apply_branch(stage.branch, block["branch"], x, context), z)
         z, _ = actnorm.inverse_and_logdet(actnorm.ActNormParams(**block["actnorm"]), z)
     return z
 
 
 @pytest.mark.parametrize("mode", [jax.grad, jax.jacfwd])
 def test_of_samples(x64, frozen, mode):
-    """``density.sample``: gradients with respect to all weights, the prior and the contexts of the samples."""
+    """``Density.sample``: gradients with respect to all weights, the prior and the contexts of the samples."""
     weights, prior = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), frozen)
     key, context = jax.random.key(3), problem()["context"]
     bound = {"stage0": {"lipschitz": weights["stage0"].pop("lipschitz")}}  # a setting of the solver
@@ -209,12 +215,10 @@ def test_of_samples(x64, frozen, mode):
 
     def ours(weights, prior, context):
         whole = {"stage0": weights["stage0"] | bound["stage0"]}
-        solver = bijections.Solver(atol=ATOL)
-        return combine(density.sample(SPEC, whole, prior, key, BATCH, solver=solver, context=context)[0])
+        return combine(Density(SPEC, whole, prior, solver=Solver(atol=ATOL)).sample(key, BATCH, context=context)[0])
 
     def reference(weights, prior, context):
-        parameters, _, draw = density.PRIORS[SPEC.prior]
-        return combine(decode_unrolled(weights, draw(parameters(**prior), key, BATCH, 1.0), context))
+        return combine(decode_unrolled(weights, priors.sample(SPEC.prior, prior, key, BATCH), context))
 
     arguments = (weights, prior, context)
     expected = jax.jit(jax.grad(reference, (0, 1, 2)))(*arguments)
@@ -262,23 +266,28 @@ def test_a_linear_solve_that_is_cut_short_says_so(x64, adjoint):
         return slopes[:, None] * (x @ turn)
 
     x = jnp.ones((3, 2))
-    solve = functools.partial(solve_linear, g, x, x, lipschitz_bound=0.9, adjoint=adjoint, memory=0)
+
+    def solve(**settings):
+        return jax.jit(functools.partial(solve_linear, g, lipschitz_bound=0.9, adjoint=adjoint, memory=0, **settings))(x, x)
+
     u, info = solve(max_evals=5)
     np.testing.assert_array_equal(info.converged, [True, False, True])
     error = np.linalg.norm(u - solve()[0], axis=1)
     assert error[1] > 0.1
     assert np.all(error <= np.asarray(info.error_bound) + 1e-13)  # which is of no use where it is large, but true
 
+    @jax.jit
     def invert(y, slopes):
         g = lambda x: slopes[:, None] * (x @ turn)  # noqa: E731
         return invert_residual(g, y, lipschitz_bound=0.9, atol=100.0, max_evals=5, memory=0)
 
     assert jnp.all(invert(x, slopes)[1].converged)  # the value is as good as was asked for, its derivative is not
     if adjoint:
-        of_y, of_slopes = jax.grad(lambda *a: jnp.sum(invert(*a)[0]), (0, 1))(x, slopes)
+        of_y, of_slopes = jax.jit(jax.grad(lambda *a: jnp.sum(invert(*a)[0]), (0, 1)))(x, slopes)
     else:
-        of_y = jax.jvp(lambda y: invert(y, slopes)[0], (x,), (x,))[1]
-        of_slopes = jax.jvp(lambda slopes: jnp.sum(invert(x, slopes)[0], axis=1), (slopes,), (slopes + 1,))[1]
-    np.testing.assert_array_equal(jnp.all(jnp.isnan(of_y), axis=1), [False, True, False])
-    np.testing.assert_array_equal(jnp.any(jnp.isnan(of_y), axis=1), [False, True, False])
-    np.testing.assert_array_equal(jnp.isnan(of_slopes), [False, True, False])
+        of_y = jax.jit(lambda x: jax.jvp(lambda y: invert(y, slopes)[0], (x,), (x,))[1])(x)
+        push = lambda slopes: jax.jvp(lambda s: jnp.sum(invert(x, s)[0], axis=1), (slopes,), (slopes + 1,))[1]  # noqa: E731
+        of_slopes = jax.jit(push)(slopes)
+    for quantifier in (np.all, np.any):
+        np.testing.assert_array_equal(quantifier(np.isnan(of_y), axis=1), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(of_slopes), [False, True, False])

@@ -50,9 +50,18 @@ def full_basis(x):
     return jnp.broadcast_to(math.sqrt(d) * jnp.eye(d)[:, None, :], (d, *x.shape))
 
 
-def exact_trace_series(branch, x, num_terms, weights=None):
-    weights = jnp.ones(num_terms) if weights is None else weights
-    return jnp.mean(weighted_series(branch, x, full_basis(x), weights, num_terms)[0], axis=0)
+def exact_trace_series(branch, x, num_terms):
+    return jnp.mean(weighted_series(branch, x, full_basis(x), jnp.ones(num_terms), num_terms)[0], axis=0)
+
+
+@functools.partial(jax.jit, static_argnames="num_terms")
+def series_of_network(params, x, num_terms):
+    return exact_trace_series(functools.partial(apply, params), x, num_terms)
+
+
+def estimate(estimator, branch, x, key, **settings):
+    """A call of the estimator as one program: outside of ``jit`` every operation would be compiled by itself."""
+    return jax.jit(functools.partial(estimator, branch, **settings))(x, key)
 
 
 # ---------------------------------------------------------------------------------------------------- values
@@ -62,20 +71,21 @@ def test_exact_against_slogdet(x64):
     params, x = network()
     expected = [np.linalg.slogdet(np.eye(DIM) + jacobian)[1] for jacobian in dense_jacobians(params, x)]
     for columns_at_once in (1, 3, 64):
-        logdet = exact_logdet(functools.partial(apply, params), jnp.asarray(x), columns_at_once=columns_at_once)
+        run = jax.jit(functools.partial(exact_logdet, functools.partial(apply, params), columns_at_once=columns_at_once))
+        logdet = run(jnp.asarray(x))
         np.testing.assert_allclose(logdet, expected, rtol=EXACT, atol=EXACT)
 
 
 def test_all_estimators_know_half_the_identity_in_five_dimensions(x64):
     x, key = jnp.ones((2, 5)), jax.random.key(0)
     truth = 5 * math.log(1.5)  # Rademacher probes have no noise on a multiple of the identity
-    exact, _ = ExactLogdet()(lambda x: 0.5 * x, x, key)
+    exact, _ = estimate(ExactLogdet(), lambda x: 0.5 * x, x, key)
     np.testing.assert_allclose(exact, [truth] * 2, rtol=EXACT)
-    series, info = SeriesLogdet(num_terms=40)(lambda x: 0.5 * x, x, key, lipschitz_bound=0.5)
+    series, info = estimate(SeriesLogdet(num_terms=40), lambda x: 0.5 * x, x, key, lipschitz_bound=0.5)
     np.testing.assert_allclose(series, [truth] * 2, rtol=EXACT)
     assert jnp.all(info.truncation_bound < 1e-10)
     assert jnp.all(jnp.isinf(info.stderr))  # one probe says nothing about its error
-    roulette, _ = RouletteLogdet(num_exact_terms=40)(lambda x: 0.5 * x, x, key)
+    roulette, _ = estimate(RouletteLogdet(num_exact_terms=40), lambda x: 0.5 * x, x, key)
     np.testing.assert_allclose(roulette, [truth] * 2, rtol=EXACT)
 
 
@@ -83,9 +93,9 @@ def test_all_estimators_know_half_the_identity_in_five_dimensions(x64):
 def test_the_truncated_series_has_the_terms_it_says(x64, num_terms):
     params, x = network()
     expected = [oracles.series_logdet(jacobian, num_terms) for jacobian in dense_jacobians(params, x)]
-    actual = exact_trace_series(functools.partial(apply, params), jnp.asarray(x), num_terms)
+    actual = series_of_network(params, x, num_terms)
     np.testing.assert_allclose(actual, expected, rtol=EXACT, atol=EXACT)
-    one_more = exact_trace_series(functools.partial(apply, params), jnp.asarray(x), num_terms + 1)
+    one_more = series_of_network(params, x, num_terms + 1)
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(one_more, expected, rtol=EXACT, atol=EXACT)
 
@@ -94,8 +104,10 @@ def test_looping_and_writing_out_agree(x64):
     params, x = network()
     probes = draw_probes(jax.random.key(0), jnp.asarray(x), 2)
     run = functools.partial(weighted_series, functools.partial(apply, params), jnp.asarray(x), probes, jnp.ones(6))
-    looped = run(6)
-    for other in (run(6, unroll=True), run(jnp.int32(6)), run(jnp.full(BATCH, 6))):
+    looped, *others = jax.jit(
+        lambda one, each: (run(6), run(6, unroll=True), run(one), run(each)),
+    )(jnp.int32(6), jnp.full(BATCH, 6))
+    for other in others:
         np.testing.assert_allclose(other, looped, rtol=EXACT, atol=EXACT)
 
 
@@ -108,14 +120,14 @@ def test_the_remainder_of_every_probe_is_within_its_bound(x64, num_terms):
     branch, x = functools.partial(apply, params), jnp.asarray(x)
     estimates, infos = [], []
     for n in (num_terms, 200):  # at 200 terms .8^n is below rounding
-        estimate, info = SeriesLogdet(num_terms=n)(branch, x, jax.random.key(3), lipschitz_bound=0.8)
-        estimates.append(estimate)
+        logdet, info = estimate(SeriesLogdet(num_terms=n), branch, x, jax.random.key(3), lipschitz_bound=0.8)
+        estimates.append(logdet)
         infos.append(info)
     remainder = jnp.abs(estimates[0] - estimates[1])
     assert jnp.all(remainder > 1e-8)
     assert jnp.all(remainder <= infos[0].truncation_bound)
     assert jnp.all(infos[1].truncation_bound < 1e-18)
-    unknown = SeriesLogdet(num_terms=num_terms)(branch, x, jax.random.key(3))[1].truncation_bound
+    unknown = estimate(SeriesLogdet(num_terms=num_terms), branch, x, jax.random.key(3))[1].truncation_bound
     assert jnp.all(jnp.isinf(unknown))
 
 
@@ -307,8 +319,8 @@ def test_standard_errors_over_probes_are_those_of_the_samples(x64):
     params, x = network()
     branch, x = functools.partial(apply, params), jnp.asarray(x)
     probes = draw_probes(jax.random.key(0), x, 64, "gaussian")
-    samples, _ = weighted_series(branch, x, probes, jnp.ones(5), 5)
-    _, info = SeriesLogdet(5, num_probes=64, probe="gaussian")(branch, x, jax.random.key(0))
+    samples, _ = jax.jit(lambda x, probes: weighted_series(branch, x, probes, jnp.ones(5), 5))(x, probes)
+    _, info = estimate(SeriesLogdet(5, num_probes=64, probe="gaussian"), branch, x, jax.random.key(0))
     np.testing.assert_allclose(info.stderr, np.std(samples, axis=0, ddof=1) / 8, rtol=EXACT)
 
 
@@ -320,11 +332,12 @@ def test_with_a_key_an_example_the_batch_does_not_matter(x64, estimator):
     params, x = network()
     branch, x = functools.partial(apply, params), jnp.asarray(x)
     keys = jax.random.split(jax.random.key(0), BATCH)
-    together, _ = estimator(branch, x, keys)
-    reversed_batch, _ = estimator(branch, x[::-1], keys[::-1])
+    run = jax.jit(functools.partial(estimator, branch))
+    together, _ = run(x, keys)
+    reversed_batch, _ = run(x[::-1], keys[::-1])
     np.testing.assert_allclose(reversed_batch[::-1], together, rtol=EXACT)
     for i in range(BATCH):
-        alone, _ = estimator(branch, x[i : i + 1], keys[i : i + 1])
+        alone, _ = run(x[i : i + 1], keys[i : i + 1])
         np.testing.assert_allclose(alone[0], together[i], rtol=EXACT)
 
 
@@ -333,9 +346,10 @@ def test_every_example_has_a_length_of_its_own(x64):
     branch, x = functools.partial(apply, params), jnp.asarray(x)
     probes, weights = draw_probes(jax.random.key(0), x, 2), jnp.asarray([1.0, 1.0, 2.0, 3.0, 5.0])
     lengths = [0, 2, 5]
-    together, tails = weighted_series(branch, x, probes, weights, jnp.array(lengths))
+    run = functools.partial(weighted_series, branch, x, probes, weights)
+    together, tails = jax.jit(run)(jnp.array(lengths))
     for i, length in enumerate(lengths):
-        alone, tail = weighted_series(branch, x, probes, weights, length)
+        alone, tail = jax.jit(functools.partial(run, length))()
         np.testing.assert_allclose(together[:, i], alone[:, i], rtol=EXACT, atol=EXACT)
         np.testing.assert_allclose(tails[:, i], tail[:, i], rtol=EXACT)
     np.testing.assert_array_equal(together[:, 0], 0)
@@ -427,7 +441,9 @@ def test_whatever_can_be_a_batch_is_one_and_old_keys_are_keys(estimator):
     expected, _ = estimate(jnp.ones((2, 7)), key)
     np.testing.assert_array_equal(estimate(jnp.ones((2, 7)), old)[0], expected)
     np.testing.assert_array_equal(estimate(jnp.ones((2, 7), int), jax.random.split(old))[0].shape, (2,))
-    np.testing.assert_allclose(estimator(lambda x: 0.5 * x, np.ones((2, 7)).tolist(), key)[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(estimate(np.ones((2, 7)), key)[0], expected, rtol=1e-6)
+    listed, _ = jax.jit(lambda key: estimator(lambda x: 0.5 * x, np.ones((2, 7)).tolist(), key))(key)
+    np.testing.assert_allclose(listed, expected, rtol=1e-6)
     empty, info = estimate(jnp.ones((0, 7)), key)
     assert empty.shape == info.stderr.shape == info.truncation_bound.shape == (0,)
     with pytest.raises(ValueError, match="x must have a batch axis first, got a scalar"):

@@ -21,7 +21,7 @@ GEOMETRIES = {
     "3x3 oblong": ((3, 3), (5, 9), 3, 2, (1, 1), "SAME"),
     "3x3 wide": ((3, 3), (4, 4), 2, 64, (1, 1), "SAME"),
     "3x3 narrow": ((3, 3), (4, 3), 16, 4, (1, 1), "SAME"),
-    "3x3 large image": ((3, 3), (12, 12), 1, 2, (1, 1), "SAME"),
+    "3x3 large image": ((3, 3), (10, 10), 1, 2, (1, 1), "SAME"),
     "3x3 on a row": ((3, 3), (1, 8), 2, 2, (1, 1), "SAME"),
     "3x3 on a pixel": ((3, 3), (1, 1), 3, 2, (1, 1), "SAME"),
     "1x1": ((1, 1), (4, 4), 4, 6, (1, 1), "SAME"),
@@ -81,13 +81,13 @@ def kernels_of_every_kind(shape, seed=0):
 
 
 def dense_norms(kernels, image, strides, padding):
-    return np.array(
-        [np.linalg.norm(oracles.dense_conv_matrix(k, *image, strides=strides, padding=padding), 2) for k in kernels]
-    )
+    matrices = [oracles.dense_conv_matrix(kernel, *image, strides=strides, padding=padding) for kernel in kernels]
+    return np.linalg.norm(matrices, 2, axis=(1, 2))
 
 
 def bounds_of(kernels, image, **options):
-    return np.asarray(jax.vmap(lambda kernel: certify.conv_norm_bound(kernel, image, **options))(jnp.asarray(kernels)))
+    bound = jax.jit(jax.vmap(lambda kernel: certify.conv_norm_bound(kernel, image, **options)))
+    return np.asarray(bound(jnp.asarray(kernels)))
 
 
 def assert_upper_bounds(bounds, norms, names):
@@ -228,7 +228,7 @@ def test_float32_dense_bounds_hold_where_a_float32_svd_falls_short():
     matrices = np.concatenate([gauss, rank_one, np.linalg.qr(gauss)[0]]).astype(np.float32)
     norms = np.linalg.norm(matrices.astype(np.float64), 2, axis=(1, 2))
     names = [str(i) for i in range(len(norms))]
-    bounds = np.asarray(jax.vmap(certify.dense_norm_bound)(jnp.asarray(matrices)))
+    bounds = np.asarray(jax.jit(jax.vmap(certify.dense_norm_bound))(jnp.asarray(matrices)))
     assert_upper_bounds(bounds, norms, names)
     np.testing.assert_array_less(bounds, norms * (1 + EXACT_F32))
     with pytest.raises(AssertionError, match="<"):
@@ -242,28 +242,28 @@ def test_gradient_of_the_gram_bound_against_differences(x64):
     def bound(step):
         return certify.conv_norm_bound(kernel + step * direction, (5, 5), method="gram")
 
-    difference = (bound(1e-5) - bound(-1e-5)) / 2e-5
-    np.testing.assert_allclose(jax.grad(bound)(0.0), difference, rtol=GRADIENT)
+    ahead, behind = jax.jit(jax.vmap(bound))(jnp.array([1e-5, -1e-5]))
+    np.testing.assert_allclose(jax.jit(jax.grad(bound))(0.0), (ahead - behind) / 2e-5, rtol=GRADIENT)
 
 
 def test_gradient_of_the_exact_bound_is_the_outer_product_of_singular_vectors(x64):
     matrix = np.random.default_rng(10).normal(size=(5, 8))
     u, _, vt = np.linalg.svd(matrix)
-    gradient = jax.grad(certify.dense_norm_bound)(jnp.asarray(matrix))
+    gradient = jax.jit(jax.grad(certify.dense_norm_bound))(jnp.asarray(matrix))
     np.testing.assert_allclose(gradient, np.outer(u[:, 0], vt[0]), atol=GRADIENT)
 
 
 def test_gradient_is_finite_where_the_symbol_vanishes():
     difference = jnp.zeros((3, 3, 1, 1)).at[0, 1].set(1.0).at[2, 1].set(-1.0)
+    gradient = jax.jit(jax.grad(lambda k: certify.conv_norm_bound(k, (4, 4), **EMBEDDED)))
     for kernel in (difference, 0 * difference):
-        gradient = jax.grad(lambda k: certify.conv_norm_bound(k, (4, 4), **EMBEDDED))(kernel)
-        chex.assert_tree_all_finite(gradient)
+        chex.assert_tree_all_finite(gradient(kernel))
 
 
 def test_any_size_bound_covers_every_size_and_padding(x64):
     for taps in ((3, 3), (2, 5)):
         names, kernels = kernels_of_every_kind((*taps, 2, 2), seed=11)
-        bounds = np.asarray(jax.vmap(certify.conv_norm_bound_any_size)(jnp.asarray(kernels)))
+        bounds = np.asarray(jax.jit(jax.vmap(certify.conv_norm_bound_any_size))(jnp.asarray(kernels)))
         spectra = np.fft.fft2(kernels, s=(96, 96), axes=(1, 2))  # a grid three times as fine
         supremum = np.linalg.norm(spectra, 2, axis=(-2, -1)).max(axis=(1, 2))
         assert_upper_bounds(bounds, supremum, names)
@@ -277,7 +277,7 @@ def test_any_size_needs_its_cosines(x64):
     kernels = np.random.default_rng(12).normal(size=(64, 3, 3, 1, 1))
     supremum = np.abs(np.fft.fft2(kernels, s=(96, 96), axes=(1, 2))).max(axis=(1, 2, 3, 4))
     coarse = np.abs(np.fft.fft2(kernels, s=(6, 6), axes=(1, 2))).max(axis=(1, 2, 3, 4))
-    bound = jax.vmap(lambda kernel: certify.conv_norm_bound_any_size(kernel, num_frequencies=6))(jnp.asarray(kernels))
+    bound = jax.jit(jax.vmap(lambda k: certify.conv_norm_bound_any_size(k, num_frequencies=6)))(jnp.asarray(kernels))
     names = [str(i) for i in range(64)]
     assert_upper_bounds(np.asarray(bound), supremum, names)
     with pytest.raises(AssertionError, match="<"):

@@ -1,0 +1,57 @@
+"""The table of `README.md`: every function and every test that it names exists."""
+
+import functools
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROWS = [line for line in (HERE / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+
+
+def named_tests(cell):
+    """Pairs of file and test; a name that begins with ``::`` is in the file before it."""
+    file = ""
+    for named, test in re.findall(r"`([\w/.]*)::(\w+)`", cell):
+        file = named or file
+        yield file, test
+
+
+def find(name):
+    """The object at ``folder.module.attribute`` of the package."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            module = importlib.import_module(".".join(["iresnet_jax", *parts[:end]]))
+        except ModuleNotFoundError:
+            continue
+        return functools.reduce(getattr, parts[end:], module)
+    raise AttributeError(name)
+
+
+def cells(row):
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+
+
+def test_every_name_exists():
+    num_tests = 0
+    for _, function, oracle, test in map(cells, ROWS[1:]):
+        if not test:
+            continue
+        assert oracle, test
+        for name in re.findall(r"`([\w.]+)`", function):
+            find(name)
+        named = list(named_tests(test))
+        assert named, test
+        for file, name in named:
+            assert f"\ndef {name}(" in (HERE / file).read_text(encoding="utf-8"), f"{file} has no {name}"
+        num_tests += len(named)
+    assert num_tests > 50
+
+
+def test_a_name_that_does_not_exist_is_noticed():
+    with pytest.raises(AttributeError):
+        find("maths.lipschitz.no_such_bound")
+    assert list(named_tests("`a.py::test_one`, `::test_two`")) == [("a.py", "test_one"), ("a.py", "test_two")]
