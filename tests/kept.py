@@ -54,7 +54,9 @@ def model(spec):
             statistics = {"head": {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}}
             return Classifier(spec, frozen.weights, initial_head(keys[1], channels, CLASSES), statistics, frozen.bounds)
         prior = priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes)
-        return Density(spec, frozen.weights, {**prior, "mean": 0.3 * jax.random.normal(keys[1], prior["mean"].shape)}, frozen.bounds)
+        return Density(
+            spec, frozen.weights, {**prior, "mean": 0.3 * jax.random.normal(keys[1], prior["mean"].shape)}, frozen.bounds
+        )
 
     return make(jax.random.key(0))
 

@@ -211,9 +211,8 @@ class Classifier:
         """The network's input for images: scaled to [0, 1], normalised, padded; levels out of range become NaN."""
         levels = self.spec.num_levels
         check_levels(images, levels, self.spec.image_shape)
-        images = jnp.asarray(images)
-        scaled = images.astype(jnp.result_type(float)) / (levels - 1)
-        return self.spec.pad(jnp.where((images >= 0) & (images < levels), scaled, jnp.nan))
+        scaled = jnp.asarray(images).astype(jnp.result_type(float)) / (levels - 1)
+        return self.spec.pad(jnp.where((scaled >= 0) & (scaled <= 1), scaled, jnp.nan))
 
     def flow(self) -> Bijection:
         """The invertible network alone, from its input to features as vectors."""

@@ -120,9 +120,9 @@ def test_nobody_asks_where_it_is_small_or_the_way_is_short(x64):
     def short(x):
         return 0.05 * g(x)
 
-    for map_, y, size in ((g, y, 0.4), (short, x_true + 0.05 * (y - x_true), 1.0)):
-        plain, without = solve(map_, y)
-        x, info = solve(map_, y, slopes=unwanted, size=size)
+    for map_, there, size in ((g, y, 0.4), (short, x_true + 0.05 * (y - x_true), 1.0)):
+        plain, without = solve(map_, there)
+        x, info = solve(map_, there, slopes=unwanted, size=size)
         jax.effects_barrier()
         assert not asked
         np.testing.assert_allclose(x, plain, atol=1e-12)

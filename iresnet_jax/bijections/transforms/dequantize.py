@@ -98,7 +98,7 @@ def quantize(x: Float[Array, "..."], num_levels: int = 256) -> UInt8[Array, "...
 def cell_centers(x: Integer[Array, "b ..."], num_levels: int = 256) -> Float[Array, "b ..."]:
     """``(x + 1/2) / num_levels``: levels without noise, for what should not depend on it; NaN out of range."""
     centers = (x.astype(jnp.result_type(float)) + 0.5) / num_levels
-    return jnp.where((x >= 0) & (x < num_levels), centers, jnp.nan)
+    return jnp.where((centers > 0) & (centers < 1), centers, jnp.nan)
 
 
 def check_levels(x: Num[Array, "b ..."] | Num[np.ndarray, "b ..."], num_levels: int, event_shape: tuple[int, ...]) -> None:
