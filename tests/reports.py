@@ -2,8 +2,6 @@
 
 import dataclasses
 
-from iresnet_jax.evaluation.certificate import Block, Certificate, Layer
-
 from iresnet_jax.evaluation.environment import Environment
 from iresnet_jax.evaluation.results import (
     Classification,
@@ -15,12 +13,13 @@ from iresnet_jax.evaluation.results import (
     SampleQuality,
     TrainingTimes,
 )
+from iresnet_jax.models.certificate import Certificate, Constant
 from iresnet_jax.report.contents import Report
 
 
 def block(name, *, estimate=0.7012, bound=0.7243):
-    layers = {"conv_in": Layer(0.9117, 0.8913, 0.9008), "conv_out": Layer(None, 0.7867, 0.8041)}
-    return Block(name=name, target=0.8312, estimate=estimate, bound=bound, layers=layers)
+    layers = (Constant("conv_in", 0.9117, 0.8913, 0.9008), Constant("conv_out", None, 0.7867, 0.8041))
+    return Constant(name, 0.8312, estimate, bound, layers)
 
 
 LIKELIHOOD = Likelihood(

@@ -65,33 +65,15 @@ def reconstruct(model: Density | Classifier, examples: Num[np.ndarray, "n ..."],
         seed: Seed of the dequantisation.
     """
     spec, key = model.spec, jax.random.key(seed)
-    pad_channels = spec.pad_channels if isinstance(spec, ClassifierSpec) else 0
-
-    @jax.jit
-    def prepare(model, key, examples):
-        if isinstance(model, Classifier):
-            return examples / (model.spec.num_levels - 1), model.preprocess(examples)
-        return model.dequantize(examples, key), model.preprocess(examples, key)
-
-    @jax.jit
-    def single(model, there):
-        back, trip = round_trip(model, there)
-        continuous = spec.unpad(back) if isinstance(spec, ClassifierSpec) else spec.transform.bijection().inverse(back)[0]
-        return continuous, padding_residual(back, pad_channels), trip
-
-    @jax.jit
-    def double(model, there):
-        return round_trip(model, there.astype(jnp.float64))[1]
-
     precise = model.with_(solver=model.solver._replace(atol=REFINED_ATOL, refine=True))
     parts, refined = [], []
     for i, (indices, mask) in enumerate(eval_batches(len(examples), min(batch_size, len(examples)))):
-        originals, there = prepare(model, jax.random.fold_in(key, i), examples[indices])
-        outputs = jax.device_get((originals, *single(model, there)))
+        originals, there = _originals(model, jax.random.fold_in(key, i), examples[indices])
+        outputs = jax.device_get((originals, *_there_and_back(model, there)))
         parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outputs))
         if i * batch_size < NUM_EXAMPLES:
             with jax.enable_x64():
-                trip = jax.device_get(double(precise, there))
+                trip = jax.device_get(_in_float64(precise, there))
             refined.append(jax.tree.map(lambda values, mask=mask: values[mask], trip))
 
     def joined(parts):
@@ -108,9 +90,31 @@ def reconstruct(model: Density | Classifier, examples: Num[np.ndarray, "n ..."],
         num_examples=len(originals),
         refined=summarize(exact, spec.flow.num_blocks),
         max_grey_level_error=grey,
-        max_padding_residual=float(padding.max()) if pad_channels else None,
+        max_padding_residual=float(padding.max()) if isinstance(spec, ClassifierSpec) and spec.pad_channels else None,
     )
     return Reconstructions(originals, reconstructions, trip, exact, summary)
+
+
+@jax.jit
+def _originals(model, key, examples):
+    """Continuous examples, and the inputs of the flow that they make."""
+    if isinstance(model, Classifier):
+        return examples / (model.spec.num_levels - 1), model.preprocess(examples)
+    return model.dequantize(examples, key), model.preprocess(examples, key)
+
+
+@jax.jit
+def _there_and_back(model, there):
+    """Continuous examples that came back, what is in their padding, and how it went."""
+    back, trip = round_trip(model, there)
+    if isinstance(model, Classifier):
+        return model.spec.unpad(back), padding_residual(back, model.spec.pad_channels), trip
+    return model.spec.transform.bijection().inverse(back)[0], padding_residual(back, 0), trip
+
+
+@jax.jit
+def _in_float64(model, there):
+    return round_trip(model, there.astype(jnp.float64))[1]
 
 
 def summarize(trip: RoundTrip, num_blocks: int) -> RoundTrips:

@@ -6,6 +6,7 @@ guaranteed bounds of their norms, so that every block is a certified contraction
 
 import functools
 import os
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,23 @@ class Run:
         return self.data.held_out("test", num, self.config.seed)
 
     def with_data_checked(self) -> "Run":
-        """The same run, with a note if its data have changed since training."""
+        """The same run, with a note if its data have changed since training.
+
+        Raises:
+            ValueError: If the model cannot take them: their shape, levels or classes are others.
+        """
         if self.data.fingerprint == self.fingerprint:
             return self
+        spec, found = self.model.spec, self.data
+        shape = spec.image_shape if isinstance(spec, ClassifierSpec) else spec.flow.event_shape
+        wanted = (tuple(shape), spec.num_levels, spec.num_classes)
+        if wanted != (found.event_shape, found.num_levels, found.num_classes if self.has_classes else None):
+            taken = f"{wanted[0]}, {wanted[1]} levels and {wanted[2]} classes"
+            got = f"{found.event_shape}, {found.num_levels} and {found.num_classes}"
+            raise ValueError(f"the model takes examples of shape {taken}, and {found.name} has {got} now: bring its data back")
         note = (
-            f"These are other data than the model was trained on: {self.data.name} has the fingerprint "
-            f"{self.data.fingerprint[:12]} now and had {self.fingerprint[:12]} then."
+            f"These are other data than the model was trained on: {found.name} has the fingerprint "
+            f"{found.fingerprint[:12]} now and had {self.fingerprint[:12]} then."
         )
         return replace(self, notes=(*self.notes, note))
 
@@ -156,16 +168,22 @@ def _model(config: Config, spec: Spec, best: TrainState) -> Density | Classifier
 
 def _restore(checkpoints: Checkpoints, target: Any, folder: Path) -> tuple[TrainState, int, tuple[str, ...]]:
     """The state to use, its step, and what is to be said about the choice."""
-    why = "there is no checkpoint chosen on validation"
-    try:
-        if restored := checkpoints.restore_best(target):
-            return (*restored, ())
-    except RuntimeError:
-        why = "the checkpoint that was best on validation is damaged"
-    restored = checkpoints.restore_latest(target)
-    if restored is None:
-        raise RuntimeError(f"{folder} has no checkpoint yet: the first is written at the first evaluation of the training")
-    return (*restored, (f"These are the parameters of the latest checkpoint, step {restored[1]}: {why}.",))
+    notes = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            restored, why = checkpoints.restore_best(target), "there is no checkpoint chosen on validation"
+        except RuntimeError:
+            restored, why = None, "the checkpoints chosen on validation are damaged"
+        if restored is None:
+            restored = checkpoints.restore_latest(target)
+            if restored is None:
+                raise RuntimeError(
+                    f"{folder} has no checkpoint yet: the first is written at the first evaluation of the training"
+                )
+            notes.append(f"These are the parameters of the latest checkpoint, step {restored[1]}: {why}.")
+    warned = [str(warning.message) for warning in caught]
+    return (*restored, (*notes, *(f"{sentence[0].upper()}{sentence[1:]}." for sentence in warned)))
 
 
 def _zeros(shapes: Any) -> Any:

@@ -1,5 +1,6 @@
 """Samples of a trained model, each with a verdict: the inverse is iterative and says where it failed."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -66,12 +67,16 @@ def draw(
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
     at_once = min(num, batch_size)
-    batch = jax.jit(lambda model, key, labels: model.sample(key, at_once, temperature=temperature, labels=labels))
     key, num_batches = jax.random.key(seed), -(-num // at_once)
     batch_labels = [None] * num_batches if labels is None else _label_batches(model, labels, num, at_once)
-    parts = [batch(model, jax.random.fold_in(key, i), batch_labels[i]) for i in range(num_batches)]
+    parts = [_sample(model, jax.random.fold_in(key, i), at_once, temperature, batch_labels[i]) for i in range(num_batches)]
     x, info = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:num], *jax.device_get(parts))
     return Samples(x, info.converged, info.error_bound)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _sample(model, key, num, temperature, labels):
+    return model.sample(key, num, temperature=temperature, labels=labels)
 
 
 def _label_batches(model: Density, labels: Sequence[int], num: int, at_once: int) -> list[Int[np.ndarray, " n"]]:

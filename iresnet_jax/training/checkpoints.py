@@ -110,8 +110,11 @@ class Checkpoints:
         return self._restore(self._steps(), target)
 
     def restore_best(self, target: Any) -> tuple[Any, int] | None:
-        """Reads the checkpoint with the lowest metric; otherwise like ``restore_latest``."""
-        return self._restore([step for _, step in self._by_metric()], target)
+        """Reads the checkpoint with the lowest metric; otherwise like ``restore_latest``.
+
+        One whose metric cannot be read may be the best, so it is tried first, to say that it is damaged.
+        """
+        return self._restore([step for _, step in sorted(self._by_metric(), key=lambda entry: entry[0] < math.inf)], target)
 
     def _restore(self, steps: list[int], target: Any) -> tuple[Any, int] | None:
         """Restores the first of ``steps`` that can be read."""

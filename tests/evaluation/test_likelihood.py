@@ -1,16 +1,24 @@
-"""Parts of the standard error of a likelihood, and an estimate beside the exact value."""
+"""The likelihood of test data against a dense Jacobian, the parts of its standard error, and its check by an estimate."""
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+import kept
 import numpy as np
 import pytest
 
+from iresnet_jax.evaluation import likelihood
 from iresnet_jax.evaluation.likelihood import compare, split_error
+from iresnet_jax.evaluation.results import SUSPICIOUS_Z
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
+from iresnet_jax.training.objectives.likelihood import evaluation_keys
 
 # Estimates of variances from thousands of draws scatter by a few percent; a part that absorbs another one is off by far more.
 PARTS_RTOL = 0.1
 EXACT_RTOL = 1e-12  # the same float64 sums in another order
+SAME_RTOL = 1e-5  # the same maths by another route, float32
+DIFFERENCE_RTOL = 1e-3  # differences of such float32 numbers
 
 
 def nested_draws(data, noise, probes, *, n=4000, s=4, p=3, seed=0):
@@ -86,3 +94,74 @@ def test_z_of_an_estimate_is_its_difference_in_standard_errors_of_the_difference
     np.testing.assert_allclose(found.z, difference.mean() / (difference.std(ddof=1) / 20), rtol=1e-4)  # and rounding
     assert found.unbiased
     assert abs(compare(exact + 1e-9, exact, RouletteLogdet()).z) < 0.1  # rounding of float32 is no difference
+
+
+def dense_bits(model, examples, seed, noise_draw):
+    """Bits/dim by the Jacobian of the whole model in float64, one an image."""
+    with jax.enable_x64(True):
+        keys, _ = evaluation_keys(jax.random.key(seed), np.arange(len(examples)), noise_draw, 0)
+        flow, transform = model.flow(), model.spec.transform.bijection()
+        prior = jax.tree.map(np.asarray, model.prior)
+
+        def latent(u):
+            return flow.forward(transform.forward(u[None]))[0]
+
+        @jax.jit
+        def dense(u):
+            return jax.vmap(latent)(u), jax.vmap(jax.jacfwd(latent))(u)
+
+        with jax.enable_x64(False):
+            u = jax.device_get(jax.jit(model.dequantize)(examples, keys))
+        z, jacobian = map(np.asarray, dense(u.astype(np.float64)))
+        log_scale = prior["log_std"].astype(np.float64)
+        log_prior = (-0.5 * ((z - prior["mean"]) / np.exp(log_scale)) ** 2 - log_scale - 0.5 * np.log(2 * np.pi)).sum(axis=1)
+        log_p = log_prior + np.linalg.slogdet(jacobian.reshape(len(z), z.shape[1], -1))[1]
+        return -log_p / (z.shape[1] * np.log(2)) + np.log2(kept.LEVELS)
+
+
+def test_the_exact_likelihood_is_the_headline_up_to_the_dimensions_where_it_is_affordable():
+    model, (images, _) = kept.model(kept.IMAGES), kept.images(40)
+    by_hand = np.stack([dense_bits(model, images, 3, draw) for draw in range(2)])
+    result = likelihood.evaluate(model, images, kept.SETTINGS, 3)
+    np.testing.assert_allclose(result.mean, by_hand.mean(), rtol=SAME_RTOL)
+    assert result.estimator == "exact log-determinant"
+    assert result.unit == "bits/dim"
+    assert result.truncation_bound == result.stderr_probes == 0
+    assert (result.num_examples, result.num_dequantisations, result.num_probes) == (40, 2, 1)
+    per_image = by_hand.mean(axis=0)
+    np.testing.assert_allclose(result.stderr, per_image.std(ddof=1) / np.sqrt(40), rtol=DIFFERENCE_RTOL)
+    noise = np.sqrt(by_hand.var(axis=0, ddof=1).mean() / (2 * 40))
+    np.testing.assert_allclose(result.stderr_dequantisation, noise, rtol=DIFFERENCE_RTOL)
+    assert 0 < result.stderr_dequantisation < result.stderr_data
+    estimate = result.estimate
+    assert estimate.estimator == "unbiased, 8 exact terms and a Poisson(2) tail"
+    assert abs(estimate.z) < SUSPICIOUS_Z
+    assert estimate.unbiased
+    assert estimate.difference != 0
+    np.testing.assert_allclose(estimate.mean - estimate.difference, by_hand[0].mean(), rtol=SAME_RTOL)
+
+
+def test_an_estimate_is_the_headline_beyond(monkeypatch):
+    model, points = kept.model(kept.POINTS), np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
+    exact = likelihood.evaluate(model, points, kept.SETTINGS, 3)
+    assert (exact.unit, exact.num_dequantisations, exact.stderr_dequantisation) == ("nats", 0, 0)
+    monkeypatch.setattr(likelihood, "MAX_EXACT_DIMS", 1)
+    result = likelihood.evaluate(model, points, kept.SETTINGS, 3)
+    assert result.estimator == "unbiased, 8 exact terms and a Poisson(2) tail"
+    assert result.estimate is None
+    assert abs(result.mean - exact.mean) < 5 * result.stderr_probes
+    assert 0 < result.stderr_probes < result.stderr_data
+    bound = max(block.bound for block in model.certificate().blocks)
+    assert 0 < result.truncation_bound < 2 * 2 * bound**9 / 9 / (1 - bound)  # two dimensions, two blocks, eight terms
+
+
+def test_density_map_has_the_second_coordinate_along_its_rows():
+    model, points = kept.model(kept.POINTS), np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
+    values, (left, right, bottom, top) = likelihood.log_density_on_grid(model, points, side=8)
+    assert (left, bottom) == (-right, -top)
+    assert right == pytest.approx(1.1 * np.abs(points).max())
+    centres = left + (np.arange(8) + 0.5) * (right - left) / 8
+    grid = jnp.asarray([[centres[5], centres[2]]], jnp.float32)
+    [expected] = jax.jit(type(model).log_prob)(model, grid)
+    np.testing.assert_allclose(values[2, 5], expected, rtol=SAME_RTOL)
+    assert abs(values[5, 2] - expected) > 1e-3

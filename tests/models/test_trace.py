@@ -13,6 +13,7 @@ from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet, weighted_series
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.models import branch as branches
+from iresnet_jax.models.flow import known_branch
 
 EXACT = 1e-10
 BATCH = 3
@@ -45,13 +46,16 @@ CASES = {
 
 def make(name):
     spec = branches.BranchSpec(**CASES[name])
-    keys = jax.random.split(jax.random.key(0), 4)
-    weights = branches.initial_weights(spec, keys[0], last_scale=0.3)
-    for layer in weights.values():
-        layer["bias"] = 0.5 * jax.random.normal(keys[1], layer["bias"].shape)
-    x = jax.random.normal(keys[2], (BATCH, *spec.in_shape))
-    context = jax.random.normal(keys[3], (BATCH, spec.context_dim)) if spec.context_dim else None
-    return spec, weights, x, context
+
+    @jax.jit
+    def draw(keys):
+        weights = branches.initial_weights(spec, keys[0], last_scale=0.3)
+        for layer in weights.values():
+            layer["bias"] = 0.5 * jax.random.normal(keys[1], layer["bias"].shape)
+        context = jax.random.normal(keys[3], (BATCH, spec.context_dim)) if spec.context_dim else None
+        return weights, jax.random.normal(keys[2], (BATCH, *spec.in_shape)), context
+
+    return spec, *draw(jax.random.split(jax.random.key(0), 4))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -59,17 +63,23 @@ def test_the_trace_is_that_of_the_dense_jacobian(x64, name):
     spec, weights, x, context = make(name)
     assert branches.has_trace(spec)
 
-    def one(x, context):
+    def one(weights, x, context):
         context = None if context is None else context[None]
         return branches.apply_branch(spec, weights, x[None], context)[0]
 
-    jacobians = jax.vmap(jax.jacfwd(one))(x, context).reshape(BATCH, x[0].size, x[0].size)
-    diagonal = np.diagonal(jacobians, axis1=1, axis2=2).reshape(x.shape)
-    np.testing.assert_allclose(branches.jacobian_diagonal(spec, weights, x, context), diagonal, atol=EXACT)
-    assert np.abs(diagonal).max() <= 1.1 * branches.largest_diagonal(spec, weights)  # slopes may leave [0, 1] a little
-    expected = np.trace(jacobians, axis1=1, axis2=2)
-    assert np.abs(expected).min() > 1e-3
-    np.testing.assert_allclose(jax.jit(functools.partial(branches.trace, spec))(weights, x, context), expected, rtol=EXACT)
+    @jax.jit
+    def both(weights, x, context):
+        jacobians = jax.vmap(jax.jacfwd(one, 1), (None, 0, 0))(weights, x, context)
+        diagonal = branches.jacobian_diagonal(spec, weights, x, context), branches.largest_diagonal(spec, weights)
+        return jacobians, *diagonal, branches.trace(spec, weights, x, context)
+
+    jacobians, diagonal, largest, trace = map(np.asarray, both(weights, x, context))
+    jacobians = jacobians.reshape(BATCH, x[0].size, x[0].size)
+    expected = np.diagonal(jacobians, axis1=1, axis2=2)
+    np.testing.assert_allclose(diagonal, expected.reshape(x.shape), atol=EXACT)
+    assert np.abs(diagonal).max() <= 1.1 * largest  # slopes may leave [0, 1] a little
+    assert np.abs(expected.sum(axis=1)).min() > 1e-3
+    np.testing.assert_allclose(trace, expected.sum(axis=1), rtol=EXACT)
 
 
 @pytest.mark.parametrize("name", ["dense", "conv, two channels of one"])
@@ -94,9 +104,12 @@ def test_values_and_gradients_agree_on_average_over_probes(x64, name):
 def test_estimates_are_steadier_and_right(x64, estimator):
     spec, weights, x, _ = make("conv, two channels of one")
     branch, trace = (functools.partial(f, spec, weights) for f in (branches.apply_branch, branches.trace))
-    exact, _ = ExactLogdet()(branch, x, trace=trace)
-    plain, plain_info = estimator(branch, x, jax.random.key(1))
-    logdet, info = estimator(branch, x, jax.random.key(1), trace=trace)
+
+    @jax.jit
+    def run(x, key):
+        return ExactLogdet()(branch, x)[0], estimator(branch, x, key), estimator(branch, x, key, trace=trace)
+
+    exact, (plain, plain_info), (logdet, info) = run(x, jax.random.key(1))
     assert np.all(info.stderr < 0.5 * plain_info.stderr)
     assert np.all(np.abs(logdet - exact) < 5 * info.stderr + 1e-6)  # what a dozen terms leave out
     assert np.all(np.abs(plain - exact) < 5 * plain_info.stderr)
@@ -111,17 +124,18 @@ def test_other_branches_have_no_closed_form():
     ):
         spec = branches.BranchSpec(**{**CASES["conv"], "hidden": (4,), **changes})
         assert not branches.has_trace(spec)
-        weights = branches.initial_weights(spec, jax.random.key(0))
+        weights = jax.jit(lambda key, spec=spec: branches.initial_weights(spec, key))(jax.random.key(0))
         with pytest.raises(ValueError, match="two layers with an elementwise activation"):
             branches.trace(spec, weights, jnp.ones((1, *spec.in_shape)))
 
 
 @pytest.mark.parametrize(("side", "taps"), [(2, 3), (1, 3), (4, 5)])
-def test_on_a_torus_smaller_than_the_kernel_there_is_no_closed_form_and_the_logdet_is_right(x64, side, taps):
+def test_on_a_torus_smaller_than_the_kernel_there_is_no_closed_form_and_none_is_used(side, taps):
     shape = {"in_shape": (side, side, 1), "hidden": (4,), "kernel_sizes": (taps, taps), "padding": "CIRCULAR"}
     spec = branches.BranchSpec(**shape)
-    weights = branches.initial_weights(spec, jax.random.key(0), last_scale=0.1)
+    weights = jax.jit(lambda key: branches.initial_weights(spec, key))(jax.random.key(0))
     assert not branches.has_trace(spec)
     with pytest.raises(ValueError, match="the trace has a closed form for two layers"):
         branches.trace(spec, weights, jnp.ones((1, side, side, 1)))
+    assert known_branch(spec, weights, 0.9).trace is None
     assert branches.has_trace(branches.BranchSpec(**shape | {"in_shape": (taps, taps, 1)}))

@@ -152,3 +152,12 @@ def test_uniform_dequantisation_bounds_the_discrete_bits_from_above(x64):
 def test_caller_mistakes(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_every_8_bit_level_has_its_centre_and_no_other_number_has_one():
+    levels = jnp.arange(256, dtype=jnp.uint8)
+    for num_levels, known in ((256, 256), (17, 17)):
+        centers = np.asarray(cell_centers(levels, num_levels))
+        np.testing.assert_allclose(centers[:known], (np.arange(known) + 0.5) / num_levels, rtol=1e-6)
+        assert np.isnan(centers[known:]).all()
+    assert np.isnan(cell_centers(jnp.array([-1, 256]))).all()

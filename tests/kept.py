@@ -1,0 +1,96 @@
+"""Small models with weights of no meaning, and folders that hold one, for tests of what comes after training."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import runs
+
+from iresnet_jax import data
+from iresnet_jax.bijections.transforms.logit import Logit
+from iresnet_jax.evaluation import run
+from iresnet_jax.models import priors
+from iresnet_jax.models.branch import initial_weights
+from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.flow import FlowSpec, StageSpec, freeze
+from iresnet_jax.models.head import initial_head
+from iresnet_jax.training.config import EvaluationConfig, LogdetConfig
+
+CLASSES, LEVELS, SHAPE = 3, 256, (4, 4, 1)
+STAGES = (StageSpec(2, hidden=(3,), kernel_sizes=(3, 3)),)
+POINTS = DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(8, 8)),)))
+IMAGES = DensitySpec(FlowSpec(SHAPE, STAGES), transform=Logit(0.05), num_levels=LEVELS)
+HYBRID = dataclasses.replace(IMAGES, num_classes=CLASSES)
+CLASSIFIER = ClassifierSpec(FlowSpec((4, 4, 2), STAGES), SHAPE, CLASSES, LEVELS, pad_channels=1)
+SETTINGS = EvaluationConfig(
+    logdet=LogdetConfig(kind="roulette", num_exact_terms=8), batch_size=32, num_dequantisations=2, num_probe_draws=2
+)
+
+
+def random_params(flow, key):
+    """Parameters of a flow, ActNorm included."""
+    params = {}
+    for stage, own in zip(flow.layout, jax.random.split(key, len(flow.layout)), strict=True):
+        keys = jax.random.split(own, stage.spec.num_blocks + 1)
+        blocks = jax.vmap(lambda key, stage=stage: initial_weights(stage.branch, key))(keys[1:])
+        noise = 0.1 * jax.random.normal(keys[0], (2, stage.spec.num_blocks, stage.branch.in_shape[-1]))
+        params[stage.name] = {"blocks": {**blocks, "actnorm": {"bias": noise[0], "log_scale": noise[1]}}}
+    return params
+
+
+@functools.cache
+def model(spec):
+    """A frozen model of a spec."""
+
+    @jax.jit
+    def make(key):
+        keys = jax.random.split(key)
+        frozen = freeze(spec.flow, random_params(spec.flow, keys[0]))
+        if isinstance(spec, ClassifierSpec):
+            channels = spec.feature_shape[-1]
+            statistics = {"head": {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}}
+            return Classifier(spec, frozen.weights, initial_head(keys[1], channels, CLASSES), statistics, frozen.bounds)
+        prior = priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes)
+        return Density(
+            spec, frozen.weights, {**prior, "mean": 0.3 * jax.random.normal(keys[1], prior["mean"].shape)}, frozen.bounds
+        )
+
+    return make(jax.random.key(0))
+
+
+def images(num, seed=0):
+    """Images and their classes, which their brightness tells."""
+    rng = np.random.default_rng(seed)
+    labels = np.resize(np.arange(CLASSES), num)
+    return (rng.integers(0, 100, (num, *SHAPE)) + 70 * labels[:, None, None, None]).astype(np.uint8), labels
+
+
+def write_data(path, seed=0):
+    """A data set as a file, which the name ``npz:PATH`` loads."""
+    (train, train_labels), (test, test_labels) = images(40, seed), images(25, seed + 1)
+    np.savez(path, x_train=train, y_train=train_labels, x_test=test, y_test=test_labels)
+    return f"npz:{path}"
+
+
+OBJECTIVES = {POINTS: "density", IMAGES: "density", HYBRID: "hybrid", CLASSIFIER: "classification"}
+CONFIG = """
+from iresnet_jax.training.config import default_config
+
+def get_config():
+    config = default_config()
+    config.evaluation.logdet.num_exact_terms = 8
+    config.evaluation.update({"num_dequantisations": 2, "num_probe_draws": 2, "batch_size": 32, "num_examples": 64})
+    return config
+"""
+
+
+def folder(path, spec, data_name="moons"):
+    """A folder with nothing but ``model.npz``, as a run on these data leaves it."""
+    config = runs.config_of(CONFIG, **{"objective": OBJECTIVES[spec], "data.name": data_name})
+    fingerprint = data.load(data_name).fingerprint
+    path.mkdir()
+    run.save(run.Run(path, model(spec), config, fingerprint, step=7))
+    return path
