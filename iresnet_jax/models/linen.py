@@ -18,11 +18,12 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import constraint, priors
+from iresnet_jax.models.architecture import FlowSpec, Stage
 from iresnet_jax.models.batchnorm import batchnorm_blocks
 from iresnet_jax.models.branch import initial_weights
 from iresnet_jax.models.classifier import Classifier as ClassifierModel
 from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.flow import Constrained, FlowSpec, Stage, bijection, constrain, initialize_actnorm, unconstrained
+from iresnet_jax.models.flow import Constrained, bijection, constrain, initialize_actnorm, unconstrained
 from iresnet_jax.models.head import apply_head, batch_statistics, initial_head
 
 
