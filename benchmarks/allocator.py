@@ -5,7 +5,6 @@
 Two processes take training steps in turns, one of them after `iresnet_jax.training.memory.keep_freed_memory`, as train.py does.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,18 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+from _models import read_config
 from _record import Timing, describe, parser, summarize, write
-from iresnet_jax.training.source import load_source
 
 BASELINE, OURS = "default", "kept"
 STEPS = 5  # of a turn
-
-
-def get_config(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
 
 
 def work(path, name):
@@ -36,10 +28,11 @@ def work(path, name):
     import jax
     import numpy as np
 
+    from iresnet_jax import data
     from iresnet_jax.training import loop, parallel, state
 
-    config = get_config(path)
-    objective = loop.build_objective(config, load_source(config.data.name, config.data.data_dir))
+    config = read_config(path)
+    objective = loop.build_objective(config, data.load(config.data.name, config.data.data_dir))
     current = state.create(objective.initial_variables(), objective.optimizer, num_terms=objective.num_terms)
     batch = next(loop.batches(config, objective.examples, 0))
     step = parallel.parallelize(objective.make_step(objective.num_terms))

@@ -23,23 +23,26 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from _record import parser, table, write
-from iresnet_jax.training.source import Source, load_source
 
+from iresnet_jax import data
+from iresnet_jax.bijections.transforms.dequantize import dequantize_bijection
 from iresnet_jax.data.batches import batch_indices
-from iresnet_jax.evaluation import environment, trained
-from iresnet_jax.models import density
+from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.evaluation import environment
+from iresnet_jax.models.density import DensitySpec
 from iresnet_jax.training.building import density_spec
+from iresnet_jax.training.config import Config, parse
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
 
 try:
-    import normflows as nf
-    import torch
+    import normflows as nf  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error}: install the packages of the extra 'bench'") from None
 
@@ -67,9 +70,9 @@ QUICK = Effort(2, 100, 200, 2)
 class Ours(NamedTuple):
     """What a training run of ours left behind."""
 
-    config: Any
-    source: Source
-    spec: density.DensitySpec
+    config: Config
+    data: DataSet
+    spec: DensitySpec
     num_parameters: int
     report: dict
 
@@ -84,24 +87,31 @@ def load_ours(workdir, data_dir):
     if not path.exists():
         raise ValueError(f"{workdir} has no report.json: let train.py finish, or run python -m iresnet_jax report")
     report = json.loads(path.read_text())
-    config = trained.parse_config(report["config"], path)
+    config = parse(report["config"])
     if "bits_per_dim" not in report:
         raise ValueError(f"{workdir} is a run on {config.data.name}: the comparison needs one on images")
-    source = load_source(config.data.name, data_dir or config.data.data_dir)
-    spec = density_spec(config, source)
-    return Ours(config, source, spec, num_parameters(abstract_variables(config, spec)["params"]), report)
+    dataset = data.load(config.data.name, data_dir or config.data.data_dir)
+    spec = density_spec(config, dataset)
+    return Ours(config, dataset, spec, num_parameters(abstract_variables(config, spec)["params"]), report)
 
 
 class Inputs:
     """Images as both models see them: dequantised and transformed by our library."""
 
     def __init__(self, ours):
-        self.images, self.spec, self._seed = ours.source.images.images, ours.spec, ours.config.seed
-        self._continuous = jax.jit(lambda key, x: density.transform(ours.spec, density.to_continuous(ours.spec, key, x)))
+        self.images, self.spec, self._seed = ours.data.examples, ours.spec, ours.config.seed
+
+        @jax.jit
+        def preprocess(images, keys):
+            u, cells, _ = dequantize_bijection(ours.spec.num_levels).forward_and_logdet(images, keys)
+            x, log_det, _ = ours.spec.transform.bijection().forward_and_logdet(u, keys)
+            return x, cells + log_det
+
+        self._preprocess = preprocess
 
     def __call__(self, images, keys):
-        """What the flow starts from, as (b, c, h, w), and the log-determinant of the transform."""
-        x, log_det = self._continuous(keys, images)
+        """What the flow starts from, as (b, c, h, w), and the log-determinant of the preprocessing."""
+        x, log_det = self._preprocess(images, keys)
         return torch.tensor(np.moveaxis(np.asarray(x), -1, 1)), torch.tensor(np.asarray(log_det))
 
     def train(self, step, batch_size):
@@ -119,7 +129,7 @@ class Inputs:
 
     def bits(self, log_prob, log_det):
         """Bits/dim of images from the log-density of their transformed values."""
-        return np.asarray(density.objective(self.spec, (log_prob.double() + log_det).numpy()))
+        return self.spec.in_units((log_prob.double() + log_det).numpy())
 
 
 def build(image_shape, width, num_blocks, num_dense):
@@ -289,7 +299,7 @@ def main():
             raise SystemExit(status)  # it has said why
     try:
         ours = load_ours(arguments.workdir, arguments.data_dir)
-        model, width = build_matched(ours.source.event_shape, ours.num_parameters, arguments.blocks, arguments.dense)
+        model, width = build_matched(ours.data.event_shape, ours.num_parameters, arguments.blocks, arguments.dense)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     likelihood, times, there = (ours.report[part] for part in ("bits_per_dim", "train", "environment"))
@@ -331,9 +341,9 @@ def main():
     print(f"normflows - ours: {better:+.4f} ± {stderr:.4f} bits/dim (ours is better where this is positive)")
     settings = {
         "data": ours.config.data.name,
-        "preprocessing": ours.config.preprocessing.to_dict(),
+        "preprocessing": asdict(ours.config.preprocessing),
         "test_images": len(values),
-        "ours": {"model": ours.config.model.to_dict(), "optimizer": ours.config.optimizer.to_dict(), "environment": there},
+        "ours": {"model": asdict(ours.config.model), "optimizer": asdict(ours.config.optimizer), "environment": there},
         "normflows": {
             "versions": {name: importlib.metadata.version(name) for name in ("normflows", "torch")},
             "threads": torch.get_num_threads(),

@@ -3,7 +3,7 @@
     python benchmarks/depth.py [--quick]
 
 XLA:CPU fuses the sum ``x + g_1 + g_2 + ...`` of blocks that are written out into all that reads it, unless every block's output
-is stored (`flow.repeat`). Gradient of the mean log-likelihood of a stage like the MNIST density's first: 14 x 14 x 4,
+is stored (`compose.repeat`). Gradient of the mean log-likelihood of a stage like the MNIST density's first: 14 x 14 x 4,
 two convolutions of 48 channels, 4 products of Arnoldi's method. Compile times are of this process, one compilation each.
 """
 
@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from _record import interleave, parser, summarize, table, write
 
-from iresnet_jax.bijections import compose as flow
-from iresnet_jax.maths.logdet import krylov
-from iresnet_jax.models import density
-from iresnet_jax.models import flow as model
-from iresnet_jax.models import linen as modules
+from iresnet_jax.bijections import compose
+from iresnet_jax.maths.logdet.krylov import KrylovLogdet
+from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.flow import FlowSpec, StageSpec, freeze
+from iresnet_jax.models.linen import ResidualFlow
 
 BATCH_SIZE, NUM_PRODUCTS = 32, 4
 LAYOUTS = ("stored", "fused", "scanned")
@@ -28,26 +28,25 @@ LAYOUTS = ("stored", "fused", "scanned")
 def gradient(num_blocks, layout):
     """A function without arguments that computes the gradient, and the time it took to compile."""
     branch = {"hidden": (48,), "kernel_sizes": (3, 3), "activation": "clipswish", "positional_bias": True}
-    stage = model.StageSpec(num_blocks, squeeze=2, **branch)
-    spec = density.DensitySpec(model.FlowSpec((28, 28, 1), (stage,), coeff=0.95), prior="logistic", transform="none")
+    flow = FlowSpec((28, 28, 1), (StageSpec(num_blocks, squeeze=2, **branch),), coeff=0.95)
     key = jax.random.key(0)
-    x = jax.random.normal(key, (BATCH_SIZE, 28, 28, 1))
-    variables = modules.ResidualFlow(spec.flow, prior="logistic").init(key, x)
-    weights, prior = model.freeze(spec.flow, variables["params"]).weights, variables["params"]["prior"]
-    estimator = krylov.KrylovLogdet(NUM_PRODUCTS)
+    x = jax.random.normal(key, (BATCH_SIZE, *flow.event_shape))
+    params = jax.jit(ResidualFlow(flow, prior="logistic").init)(key, x)["params"]
+    weights = jax.jit(lambda params: freeze(flow, params))(params).weights
+    spec, estimator = DensitySpec(flow, prior="logistic"), KrylovLogdet(NUM_PRODUCTS)
+    model = Density(spec, weights, params["prior"], estimator=estimator, unroll=layout != "scanned")
 
     def loss(weights):
-        return -jnp.mean(density.log_prob(spec, weights, prior, x, key, estimator, unroll=layout != "scanned").log_prob)
+        return -jnp.mean(model.with_(weights=weights).log_prob(x, key))
 
-    with mock.patch.object(flow, "_store", (lambda x: x) if layout == "fused" else flow._store):
+    with mock.patch.object(compose, "_store", (lambda x: x) if layout == "fused" else compose._store):
         start = time.perf_counter()
         compiled = jax.jit(jax.grad(loss)).lower(weights).compile()
     return functools.partial(compiled, weights), time.perf_counter() - start
 
 
 def main():
-    options = parser(__doc__)
-    arguments = options.parse_args()
+    arguments = parser(__doc__).parse_args()
     rows, results = [], {}
     for num_blocks in (2, 4) if arguments.quick else (4, 8, 16, 32):
         functions, compile_seconds = {}, {}

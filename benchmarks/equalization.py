@@ -2,33 +2,43 @@
 
     python benchmarks/equalization.py [--data digits mnist fashion_mnist] [--quick]
 
-The baseline is the histogram over all pixels; beside it every pixel's own share of the commonest level (see `histogram`).
+The baseline is the histogram over all pixels; beside it every pixel's own share of the commonest level (see `equalize`).
 """
+
+import math
 
 import jax.numpy as jnp
 import numpy as np
 from _record import parser, table, write
-from iresnet_jax.training.source import load_source
 
-from iresnet_jax.bijections import equalize as histogram
-from iresnet_jax.bijections import likelihood
+from iresnet_jax import data
+from iresnet_jax.bijections.transforms.equalize import WEIGHT_OF_ALL, Equalize, entry_shares, level_frequencies
+from iresnet_jax.models import priors
+
+ALPHA = 1e-9  # of the logit behind the histogram, which the logistic prior undoes
 
 
-def bits(images, num_levels, frequencies, shares):
-    """The mean code length of images under such a histogram, in bits/dim: it does not depend on the noise in a cell."""
+def bits(images, num_levels, equalize):
+    """The mean code length of images under a histogram, in bits/dim: it does not depend on the noise in a cell."""
     x = (jnp.asarray(images, jnp.float32) + 0.5) / num_levels
-    _, log_det = histogram.equalize_forward_and_logdet(x, frequencies, shares)
-    return float(np.asarray(likelihood.bits_per_dim(log_det, x[0].size, num_levels), np.float64).mean())
+    y, log_det = equalize.forward_and_logdet(x)
+    y = y.reshape(len(y), -1)
+    log_prior = priors.log_prob("logistic", priors.standard("logistic", y.shape[1]), y)
+    log_prob = np.asarray(log_prior, np.float64) + np.asarray(log_det, np.float64)
+    return math.log2(num_levels) - float(log_prob.mean()) / (y.shape[1] * math.log(2))
 
 
 def measure(name, num):
     """Both code lengths of a data set's test images."""
-    images = load_source(name).images
-    train, test = images.images["train"], images.images["test"][:num]
-    frequencies = histogram.level_frequencies(train, images.num_levels)
-    shares = histogram.entry_shares(train, frequencies)
-    by_all, by_entry = (bits(test, images.num_levels, frequencies, own) for own in (None, shares))
-    return {"data": name, "num_examples": len(test), "all": by_all, "entrywise": by_entry, "ratio": by_entry / by_all}
+    found = data.load(name)
+    levels = found.num_levels
+    if levels is None:
+        raise SystemExit(f"error: {name} are points, which have no histogram: name data sets of images")
+    train, test = found.examples["train"], found.examples["test"][:num]
+    frequencies = level_frequencies(train, levels)
+    shares = {"all": None, "entrywise": entry_shares(train, frequencies)}
+    lengths = {how: bits(test, levels, Equalize(frequencies, own, ALPHA)) for how, own in shares.items()}
+    return {"data": name, "num_examples": len(test), **lengths, "ratio": lengths["entrywise"] / lengths["all"]}
 
 
 def main():
@@ -38,7 +48,7 @@ def main():
     results = [measure(name, 100 if arguments.quick else None) for name in arguments.data]
     rows = [(row["data"], f"{row['all']:.4f}", f"{row['entrywise']:.4f}", f"{row['ratio']:.3f}") for row in results]
     print(table(rows, ("test images, bits/dim", "all pixels alike", "by their own share", "ratio")))
-    write("equalization", arguments, {"weight_of_all": histogram.WEIGHT_OF_ALL}, results)
+    write("equalization", arguments, {"weight_of_all": WEIGHT_OF_ALL}, results)
 
 
 if __name__ == "__main__":

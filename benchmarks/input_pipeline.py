@@ -25,10 +25,11 @@ from _record import interleave, parser, table, write
 
 from iresnet_jax.data import cache
 from iresnet_jax.data.batches import batch_indices
+from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.device_batches import device_batches
-from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import parallel, run, state
-from iresnet_jax.training.objectives.likelihood import make_step
+from iresnet_jax.training import parallel, state
+from iresnet_jax.training.config import default_config, parse
+from iresnet_jax.training.loop import build_objective
 
 SIZES = {"MNIST": (60_000, 28, 28, 1), "CIFAR-10": (50_000, 32, 32, 3)}
 WAYS = ("streamed", "resident", "synchronous")
@@ -39,43 +40,32 @@ STAGES = ({"num_blocks": 2, "hidden": (16,), "kernel_sizes": (3, 3), "activation
 def memory_mapped(folder, shape):
     """Random images, written and opened as decoded data sets are."""
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    path = Path(folder) / f"{'x'.join(map(str, shape))}.cache"
+    path = Path(folder) / "x".join(map(str, shape))
     cache.write(path, cache.Facts("x", 256, None), {"images": cache.Layout("uint8", shape)}, [("images", images)])
     start = time.perf_counter()
-    mapped = cache.read(path).arrays["images"]
-    return mapped, time.perf_counter() - start
+    opened = cache.read(path)
+    assert opened is not None
+    return opened.arrays["images"], time.perf_counter() - start
 
 
 def training_step(images):
     """The compiled step of the library, for a density model of these images, and its first state."""
-    config = config_lib.default_config()
-    config.model.stages = STAGES
-    settings = config.training
-    held = dict.fromkeys(("train", "validation", "test"), images)
-    source = run.Source("x", images.shape[1:], 256, images=run.Images(256, held, {}))
-    spec = run.density_spec(config, source)
-    optimizer = config_lib.build_optimizer(config.optimizer, settings.total_steps)
-    step = make_step(
-        spec,
-        config_lib.build_estimator(config.logdet),
-        optimizer,
-        config_lib.build_schedule(config.optimizer, settings.total_steps),
-        seed=0,
-        constrain=config_lib.build_constraint(config.constraint, spec.flow, training=True),
-        ema_decay=settings.ema_decay,
-        unroll=run.unroll(config),
-    )
-    return parallel.parallelize(step), state.create(run.initial_variables(config, spec, source), optimizer)
+    settings = default_config()
+    settings.model.stages = STAGES
+    splits = {split: images for split in ("train", "validation", "test")}
+    dataset = DataSet.from_arrays("random", splits, {}, num_levels=256, num_classes=None, fingerprint="random")
+    objective = build_objective(parse(settings), dataset)
+    step = parallel.parallelize(objective.make_step(objective.num_terms))
+    return step, state.create(objective.initial_variables(), objective.optimizer, num_terms=objective.num_terms)
 
 
 def feeds(images):
     """Endless iterators over batches."""
-    options = {"seed": 0, "batch_size": BATCH_SIZE}
-    fixed = next(device_batches(images, **options))
+    batches = functools.partial(device_batches, images, seed=0, batch_size=BATCH_SIZE)
     return {
-        "fixed batch": itertools.repeat(fixed),
-        "streamed": device_batches(images, keep_on_device=False, **options),
-        "resident": device_batches(images, keep_on_device=True, **options),
+        "fixed batch": itertools.repeat(next(batches())),
+        "streamed": batches(keep_on_device=False),
+        "resident": batches(keep_on_device=True),
         "synchronous": (parallel.shard(images[batch_indices(0, s, BATCH_SIZE, len(images))]) for s in itertools.count()),
     }
 

@@ -10,78 +10,62 @@ the model's own precision and stops by its own error bound, as it does in use.
 """
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _models import add_workdir, blocks, branch_of, flow_input
 from _record import describe, interleave, parser, summarize, table, write
-from iresnet_jax.training.network_input import network_input
 from jax import lax
 
-from iresnet_jax.bijections import actnorm
-from iresnet_jax.bijections import bijection as bijections
-from iresnet_jax.evaluation import trained
-from iresnet_jax.maths.inverse.fixed_point import Diagonal, invert_residual
-from iresnet_jax.models import branch as branches
-from iresnet_jax.models import flow as model
+from iresnet_jax.bijections.residual import Solver, inverse
+from iresnet_jax.evaluation.run import load
+from iresnet_jax.models.classifier import Classifier
 
 TOLERANCE = 1e-5
 # Steps remembered, and whether the diagonal of the Jacobian is used where it has a closed form.
 METHODS = {"banach": (0, False), "anderson": (4, False), "anderson12": (12, False), "default": (4, True)}
 MAX_EVALS = 3000
 
-
-def blocks(spec, weights, x):
-    """Every residual block on the way of ``x`` through a flow: name, branch, weights and input."""
-    for name, stage, branch in zip(model.stage_names(spec), spec.stages, spec.branches, strict=True):
-        x = model.into_stage(stage, branch, x)
-        for k in range(stage.num_blocks):
-            block = jax.tree.map(lambda w, k=k: w[k], weights[name])
-            x, _ = actnorm.forward_and_logdet(actnorm.ActNormParams(**block["actnorm"]), x)
-            yield f"{name}/block{k:02d}", branch, block, x
-            x = x + branches.apply_branch(branch, block["branch"], x)
-        if stage.factor_out:
-            x = x[..., : x.shape[-1] // 2]
-
-
 _iterates: list[np.ndarray] = []  # x and g(x), in the order of their evaluation
 _diagonals: list[int] = []  # how many iterates there were when the diagonal of the Jacobian was asked for
 
 
-@functools.partial(jax.jit, static_argnames=("branch", "memory", "with_diagonal"))
-def solve_and_tell(branch, block, y, memory, with_diagonal):
+@functools.partial(jax.jit, static_argnames=("spec", "solver"))
+def solve_and_tell(spec, weights, y, solver):
     """The inverse of one block, noting every evaluation of its branch."""
+    branch = branch_of(spec, weights)
 
     def g(x):
-        value = branches.apply_branch(branch, block["branch"], x)
+        value = branch.g(x)
         # As bits: a callback runs in a thread of its own, where float64 is not switched on.
         bits = lax.bitcast_convert_type(jnp.stack([x, value]), jnp.uint32)
         jax.debug.callback(lambda bits: _iterates.append(np.array(bits).view(np.float64)[..., 0]), bits, ordered=True)
         return value
 
-    def diagonal(x):
-        jax.debug.callback(lambda: _diagonals.append(len(_iterates)), ordered=True)
-        return branches.jacobian_diagonal(branch, block["branch"], x)
+    def noting(at):
+        def diagonal(x):
+            jax.debug.callback(lambda: _diagonals.append(len(_iterates)), ordered=True)
+            return at(x)
 
-    settings = {"atol": TOLERANCE / 10, "max_evals": MAX_EVALS, "memory": memory}
-    if with_diagonal and branches.has_diagonal(branch):
-        settings["diagonal"] = Diagonal(diagonal, branches.largest_diagonal(branch, block["branch"]))
-    start = y - branches.at_zero(branch, block["branch"]) if memory else y  # as `residual.inverse`
-    return invert_residual(g, y, lipschitz_bound=block["lipschitz"], start=start, **settings)
+        return diagonal
+
+    known = branch.diagonal
+    return inverse(branch._replace(g=g, diagonal=known and known._replace(at=noting(known.at))), y, solver)
 
 
-def evaluations(branch, block, y, x_true, memory, with_diagonal):
+def evaluations(block, memory, with_diagonal):
     """Evaluations until the Banach step from the iterate of least residual, which is returned, is within the tolerance.
 
     A diagonal counts as one, for all examples if any asked for it.
     """
     _iterates.clear()
     _diagonals.clear()
-    jax.block_until_ready(solve_and_tell(branch, block, y, memory, with_diagonal))
+    solver = Solver(atol=TOLERANCE / 10, max_evals=MAX_EVALS, memory=memory, diagonal=with_diagonal)
+    jax.block_until_ready(solve_and_tell(block.spec, block.weights, block.y, solver))
     jax.effects_barrier()
-    x, g = np.stack(_iterates, axis=1).reshape(2, len(_iterates), len(y), -1)
-    x_true, y = (np.asarray(a).reshape(len(y), -1) for a in (x_true, y))
+    x_true, y = (np.asarray(a).reshape(len(a), -1) for a in (block.x, block.y))
+    x, g = np.stack(_iterates, axis=1).reshape(2, len(_iterates), *y.shape)
     residual = np.linalg.norm(y - x - g, axis=-1)
     error = np.linalg.norm(y - g - x_true, axis=-1)
     best = np.maximum.accumulate(np.where(residual <= np.minimum.accumulate(residual), np.arange(len(x))[:, None], 0))
@@ -92,15 +76,14 @@ def evaluations(branch, block, y, x_true, memory, with_diagonal):
     return needed + sum(needed > before for before in _diagonals)
 
 
-def count(loaded, x):
+def count(model, x):
     """Evaluations of every block, by method."""
     results = []
-    with jax.enable_x64(True):
-        weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), loaded.weights)
-        for name, branch, block, x_true in blocks(loaded.spec.flow, weights, jnp.asarray(x, jnp.float64)):
-            y = x_true + branches.apply_branch(branch, block["branch"], x_true)
-            needed = {method: evaluations(branch, block, y, x_true, *how) for method, how in METHODS.items()}
-            row = {"block": name, "lipschitz_bound": float(block["lipschitz"])}
+    with jax.enable_x64():
+        weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), model.weights)
+        for block in blocks(model.spec.flow, weights, np.asarray(x, np.float64)):
+            needed = {method: evaluations(block, *how) for method, how in METHODS.items()}
+            row = {"block": block.name, "lipschitz_bound": float(block.weights["lipschitz"])}
             for method, values in needed.items():
                 row |= {f"{method}_mean": float(values.mean()), f"{method}_max": int(values.max())}
             row["ratio"] = row["banach_mean"] / row["default_mean"]
@@ -109,59 +92,51 @@ def count(loaded, x):
     return results
 
 
-def time_whole(loaded, z, *, turns):
+@jax.jit
+def invert(model, z):
+    """The inverse of the whole flow."""
+    return model.flow().inverse(z)
+
+
+def time_whole(model, z, *, turns):
     """Wall-clock of the whole model's inverse, in turns, and how it ended."""
-    atol = loaded.config.evaluation.inverse_atol
-    solvers = {method: bijections.Solver(atol=atol, memory=m, diagonal=used) for method, (m, used) in METHODS.items()}
-
-    @functools.partial(jax.jit, static_argnames="solver")
-    def invert(weights, z, solver):
-        return model.bijection(loaded.spec.flow, weights, solver=solver).inverse(z)
-
-    timings = interleave({m: functools.partial(invert, loaded.weights, z, s) for m, s in solvers.items()}, turns=turns)
+    atol = model.solver.atol
+    models = {name: model.with_(solver=Solver(atol=atol, memory=m, diagonal=used)) for name, (m, used) in METHODS.items()}
+    timings = interleave({name: functools.partial(invert, own, z) for name, own in models.items()}, turns=turns)
     ended = {}
-    for method, solver in solvers.items():
-        _, info = invert(loaded.weights, z, solver)
-        ended[method] = {
-            "mean_evals_a_block": float(info.num_evals.mean() / loaded.num_blocks),
-            "converged": float(info.converged.mean()),
-        }
+    for name, own in models.items():
+        _, info = invert(own, z)
+        evals, converged = float(info.num_evals.mean()), float(info.converged.mean())
+        ended[name] = {"mean_evals_a_block": evals / model.spec.flow.num_blocks, "converged": converged}
     return timings, ended
 
 
 def main():
     options = parser(__doc__)
-    options.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="folder of a training run")
+    add_workdir(options)
     options.add_argument("--num", type=int, default=None, metavar="N", help="test examples")
     arguments = options.parse_args()
-    loaded = trained.load(arguments.workdir)
-    num = arguments.num or (16 if arguments.quick else 128)
-    examples = loaded.source.held_out("test", num, loaded.config.seed)
-    _, x = network_input(loaded.spec, jax.random.key(0), jnp.asarray(examples))
-    counted = count(loaded, x)
+    run = load(arguments.workdir)
+    model, name = run.model, run.config.data.name
+    x = flow_input(run, arguments.num or (16 if arguments.quick else 128))
+    counted = count(model, x)
     print(f"evaluations until the error is at most {TOLERANCE}, mean over {len(x)} test examples (most):")
     rows = []
     for row in counted:
         evals = (f"{row[f'{method}_mean']:.1f} ({row[f'{method}_max']})" for method in METHODS)
         rows.append((row["block"], f"{row['lipschitz_bound']:.3f}", *evals, f"{row['ratio']:.2f}", row["examples_worse"]))
     print(table(rows, ("block", "L", *METHODS, "ratio", "examples worse")))
-    z = jax.jit(model.bijection(loaded.spec.flow, loaded.weights).forward)(x)
-    timings, ended = time_whole(loaded, z, turns=5 if arguments.quick else 30)
+    z = jax.jit(lambda model, x: model.flow().forward(x))(model, x)
+    timings, ended = time_whole(model, z, turns=5 if arguments.quick else 30)
     print(f"whole inverse of {len(x)} examples: {describe(timings, 'banach')}")
     for method, numbers in ended.items():
-        print(
-            f"  {method}: {numbers['mean_evals_a_block']:.1f} evaluations a block, {100 * numbers['converged']:.1f} % converged"
-        )
-    settings = {
-        "data": loaded.config.data.name,
-        "step": loaded.step,
-        "num_examples": len(x),
-        "tolerance": TOLERANCE,
-        "inverse_atol": loaded.config.evaluation.inverse_atol,
-    }
+        evals, converged = numbers["mean_evals_a_block"], 100 * numbers["converged"]
+        print(f"  {method}: {evals:.1f} evaluations a block, {converged:.1f} % converged")
+    settings = {"data": name, "step": run.step, "num_examples": len(x)}
+    settings |= {"tolerance": TOLERANCE, "inverse_atol": model.solver.atol}
     whole = {method: {**numbers, **ended[method]} for method, numbers in summarize(timings, "banach").items()}
-    kind = "_classification" if loaded.is_classifier else ""
-    write(f"inverse_{loaded.config.data.name}{kind}", arguments, settings, {"blocks": counted, "whole": whole})
+    kind = "_classification" if isinstance(model, Classifier) else ""
+    write(f"inverse_{name}{kind}", arguments, settings, {"blocks": counted, "whole": whole})
 
 
 if __name__ == "__main__":

@@ -8,57 +8,51 @@ by Banach iteration as in the paper (at most 500 evaluations a block) and with A
 if no pixel is off by more than 1e-4 in the units of the network's input, whatever was promised; it counts as converged only if
 the solver's bound holds, which takes a contraction. Certified networks reconstruct all test images, or the first
 --num_certified, others the first --num, if given, as their inverses run to the cap. Runs and what was measured of each are
-kept in --runs, so that a sweep can be stopped; a folder there with a frozen model and its metrics.jsonl, such as
-../results/fashion_mnist_classification, stands for its run.
+kept in --runs, so that a sweep can be stopped; a folder there with model.npz and metrics.jsonl, such as a copy of
+results/mnist_classification, stands for its run.
 """
 
-import importlib.util
 import json
 import statistics
 from pathlib import Path
 
 import jax
 import numpy as np
+from _models import read_config
 from _record import parser, table, write
-from iresnet_jax.evaluation.examples import held_out
 
-from iresnet_jax.bijections import bijection as bijections
+from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.data.batches import eval_batches
-from iresnet_jax.evaluation import accuracy, frozen, lipschitz, trained
+from iresnet_jax.evaluation import accuracy
 from iresnet_jax.evaluation.inversion import round_trip
 from iresnet_jax.evaluation.results import RECOVERED, TrainingTimes
+from iresnet_jax.evaluation.run import load
+from iresnet_jax.models import saved
+from iresnet_jax.plain import first_difference, to_plain
 from iresnet_jax.report import style
-from iresnet_jax.training import config as config_lib
-from iresnet_jax.training import loop, run
+from iresnet_jax.training import loop
 from iresnet_jax.training.metrics import read_metrics
 
 VARIANTS = ("batchnorm", "vanilla", "0.9", "0.8", "0.7", "0.6", "0.5")
-SOLVERS = {"banach": {"memory": 0, "max_evals": 500}, "anderson": {"memory": 4, "max_evals": 2000}}
+SOLVERS = {"banach": Solver(memory=0, max_evals=500), "anderson": Solver(memory=4, max_evals=2000)}
+QUICK = ("training.total_steps=20", "training.eval_every_steps=20", "training.log_every_steps=10")
 
 
-def get_config(path, variant):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant)
+@jax.jit
+def there_and_back(model, images):
+    """How images come back from the features."""
+    return round_trip(model, model.preprocess(images))[1]
 
 
-def invertibility(loaded, num):
+def invertibility(run, num):
     """How test images come back from the features, by either solver."""
-    images = loaded.source.held_out("test", num, loaded.config.seed)
-    atol = loaded.config.evaluation.inverse_atol
+    images, settings = run.data.held_out("test", num), run.config.evaluation
     found = {}
-    for name, settings in SOLVERS.items():
-        solver = bijections.Solver(atol=atol, **settings)
-
-        @jax.jit
-        def there_and_back(weights, images, solver=solver):
-            there = run.network_input(loaded.spec, jax.random.key(0), images)[1]
-            return round_trip(loaded.spec.flow, weights, there, solver)[1]
-
+    for name, solver in SOLVERS.items():
+        model = run.model.with_(solver=solver._replace(atol=settings.inverse_atol))
         trips = []
-        for indices, mask in eval_batches(len(images), min(loaded.config.evaluation.batch_size, len(images))):
-            trip = jax.device_get(there_and_back(loaded.weights, images[indices]))
+        for indices, mask in eval_batches(len(images), min(settings.batch_size, len(images))):
+            trip = jax.device_get(there_and_back(model, images[indices]))
             trips.append(jax.tree.map(lambda values, mask=mask: values[mask], trip))
         trip = jax.tree.map(lambda *values: np.concatenate(values), *trips)
         found[name] = {
@@ -67,38 +61,39 @@ def invertibility(loaded, num):
             "converged": float(trip.converged.mean()),
             "median_error": float(np.median(trip.max_abs_error)),
             "max_error": float(np.nan_to_num(trip.max_abs_error, nan=np.inf).max()),
-            "evals_a_block": float(trip.num_evals.mean() / loaded.num_blocks),
+            "evals_a_block": float(trip.num_evals.mean() / model.spec.flow.num_blocks),
         }
     return found
 
 
-def measure(path, variant, seed, folder, arguments):
-    """One trained network: its error, and its inverse."""
-    config = get_config(path, variant)
-    config.seed = seed
-    if arguments.quick:
-        config.training.update({"total_steps": 20, "eval_every_steps": 20, "log_every_steps": 10})
-    workdir = folder / f"{variant}_seed{seed}"
-    if (workdir / frozen.FILE_NAME).exists():
-        theirs = config_lib.to_plain(frozen.load(workdir).config)
-        if difference := config_lib.first_difference(config_lib.to_plain(config), theirs):
-            raise ValueError(f"{workdir} holds a model of another config: {difference}; choose another --runs or delete it")
-    else:
+def trained(config, workdir):
+    """The run of a config: the model in the folder, or a training that begins or goes on there."""
+    if not (workdir / saved.FILE_NAME).exists():
         loop.train(config, workdir)
+        return load(workdir)
+    run = load(workdir)
+    if difference := first_difference(to_plain(config), to_plain(run.config), "config"):
+        raise ValueError(f"{workdir} holds a model of another config: {difference}; choose another --runs or delete it")
+    return run
+
+
+def measure(variant, seed, folder, arguments):
+    """One trained network: its error, and its inverse."""
+    config = read_config(f"{arguments.config}:{variant}", f"seed={seed}", *(QUICK if arguments.quick else ()))
+    workdir = folder / f"{variant}_seed{seed}"
+    run = trained(config, workdir)
     measured, num = workdir / "sweep.json", [32, 32] if arguments.quick else [arguments.num, arguments.num_certified]
     if measured.exists() and (kept := json.loads(measured.read_text()))["num"] == num:
         return kept["row"]
-    loaded = trained.load(workdir)
-    images, labels = held_out(loaded.source, config.evaluation, seed), loaded.source.labels("test")
-    result = accuracy.evaluate(loaded, images, labels, config.evaluation.batch_size)
-    times = TrainingTimes.from_metrics(read_metrics(workdir), loaded.step)
+    result = accuracy.evaluate(run.model, run.test_examples(), run.data.labels["test"], config.evaluation.batch_size)
+    times = TrainingTimes.from_metrics(read_metrics(workdir), run.step)
     row = {"variant": variant, "seed": seed, "error": result.error, "num_examples": result.num_examples}
     row |= {"loss": result.loss, "seconds_per_step": times.seconds_per_step, "total_seconds": times.total_seconds}
-    if loaded.is_bijective:
-        constants = lipschitz.measure(loaded)
-        row |= {"max_block": constants.max_block, "certified": constants.certified}
-        limit = num[constants.certified]
-        row["inverse"] = invertibility(loaded, min(limit or result.num_examples, result.num_examples))
+    if run.is_bijective:
+        certificate = run.model.certificate()
+        row |= {"max_block": certificate.max_block, "certified": certificate.certified}
+        limit = num[certificate.certified]
+        row["inverse"] = invertibility(run, min(limit or result.num_examples, result.num_examples))
     measured.write_text(json.dumps({"num": num, "row": row}))
     return row
 
@@ -159,13 +154,14 @@ def main():
     rows = []
     for seed in seeds:
         for variant in arguments.variants:
-            rows.append(measure(arguments.config, variant, seed, folder, arguments))
+            rows.append(measure(variant, seed, folder, arguments))
             print(f"{variant} seed {seed}: error {100 * rows[-1]['error']:.2f} %, {rows[-1].get('inverse')}", flush=True)
     rows.sort(key=lambda row: arguments.variants.index(row["variant"]))
     header = ("c", "test error [%]", "largest Lip(g)", "recovered, Banach", "worst", "recovered, Anderson", "worst", "promised")
     print(table(summarized(rows), header))
     name = f"lipschitz_sweep_{arguments.config.stem}"
-    settings = {"config": str(arguments.config), "seeds": list(seeds), "solvers": SOLVERS, "recovered": RECOVERED}
+    solvers = {name: {"memory": solver.memory, "max_evals": solver.max_evals} for name, solver in SOLVERS.items()}
+    settings = {"config": str(arguments.config), "seeds": list(seeds), "solvers": solvers, "recovered": RECOVERED}
     if written := write(name, arguments, settings, rows):
         picture(rows, written.with_suffix(".png"))
 

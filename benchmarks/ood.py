@@ -7,31 +7,34 @@ quarter turn, "noise", or the test images of any data set by its name, brought t
 """
 
 from dataclasses import asdict
-from pathlib import Path
 
+from _models import add_workdir
 from _record import parser, table, write
 
-from iresnet_jax.evaluation import ood, trained
+from iresnet_jax.evaluation import ood
+from iresnet_jax.evaluation.run import load
 
 
 def main():
     options = parser(__doc__)
-    options.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="folder of a training run")
+    add_workdir(options)
     options.add_argument("--against", nargs="+", default=list(ood.OTHERS), metavar="NAME", help="what to tell apart")
     arguments = options.parse_args()
-    loaded = trained.load(arguments.workdir)
-    num = 64 if arguments.quick else ood.NUM_EXAMPLES
-    how = (loaded.config.evaluation, loaded.config.seed)
-    options = {"num": num, "data_dir": loaded.config.data.data_dir}
-    results = [ood.compare(loaded, loaded.source, other, *how, **options) for other in arguments.against]
+    run = load(arguments.workdir)
+    config, num = run.config, 64 if arguments.quick else ood.NUM_EXAMPLES
+
+    def compare(other):
+        folder = config.data.data_dir
+        return ood.compare(run.model, run.data, other, config.evaluation, config.seed, num=num, data_dir=folder)
+
+    results = [compare(other) for other in arguments.against]
     names = list(results[0].scores)
     rows = [(result.other, *(f"{result.scores[name].auroc:.4f}" for name in names)) for result in results]
     print(table(rows, ("against", *names)))
     for name in names:
         print(f"{name}: {ood.DEFINITIONS[name]}")
-    settings = {"data": loaded.config.data.name, "step": loaded.step}
-    name = f"ood_{loaded.config.data.name}_{loaded.config.objective}"
-    write(name, arguments, settings, [asdict(result) for result in results])
+    settings = {"data": config.data.name, "step": run.step}
+    write(f"ood_{config.data.name}_{config.objective}", arguments, settings, [asdict(result) for result in results])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""What benchmarks share: settings of a config file, a trained model on the command line, and its blocks one by one."""
+
+import argparse
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from iresnet_jax.bijections.actnorm import ActNormParams, actnorm_bijection
+from iresnet_jax.bijections.compose import chain
+from iresnet_jax.bijections.reshape import split_channels
+from iresnet_jax.bijections.residual import Branch
+from iresnet_jax.evaluation.run import Run
+from iresnet_jax.models.branch import BranchSpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.flow import FlowSpec, Stage, Tree, known_branch
+from iresnet_jax.training.command_line import parse_train_flags
+from iresnet_jax.training.config import Config
+
+
+def read_config(file: str | Path, *overrides: str) -> Config:
+    """The settings of a config file.
+
+    Args:
+        file: The file; a variant follows after a colon, as in ``configs/toy_2d.py:moons``.
+        overrides: Changes such as ``constraint.norms=none``.
+    """
+    flags = [f"--config={file}", *(f"--config.{override}" for override in overrides)]
+    return parse_train_flags(["benchmark", *flags], default_config=str(file)).config
+
+
+def add_workdir(options: argparse.ArgumentParser) -> None:
+    """Adds the option that names a trained model."""
+    options.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="folder of a training run or of model.npz")
+
+
+def flow_input(run: Run, num: int) -> Any:
+    """What the flow of a model starts from for the first test examples."""
+    examples = run.data.held_out("test", num, run.config.seed)
+    noise = (jax.random.key(0),) if isinstance(run.model, Density) else ()
+    return jax.jit(run.model.preprocess)(examples, *noise)
+
+
+class Block(NamedTuple):
+    """A residual block and where test examples meet it. The spec is static under ``jit``, the weights are an argument.
+
+    Attributes:
+        name: "stage0/block03".
+        spec: Architecture of the branch.
+        weights: ``{"actnorm", "branch", "lipschitz"}`` of this block.
+        x: Input of the branch.
+        y: Output of the block, ``x + g(x)``.
+    """
+
+    name: str
+    spec: BranchSpec
+    weights: Any
+    x: jax.Array
+    y: jax.Array
+
+
+def blocks(flow: FlowSpec, weights: Tree, x: Any) -> Iterator[Block]:
+    """Every residual block on the way of ``x`` through a flow."""
+    for stage in flow.layout:
+        x = chain(stage.entry).forward(jnp.asarray(x))
+        for k in range(stage.spec.num_blocks):
+            block = jax.tree.map(lambda w, k=k: jnp.asarray(w)[k], weights[stage.name])
+            inside, x = _through(stage, block, x)
+            yield Block(f"{stage.name}/block{k:02d}", stage.branch, block, inside, x)
+        if stage.spec.factor_out:
+            x, _ = split_channels(x)
+
+
+def branch_of(spec: BranchSpec, weights: Tree) -> Branch:
+    """The branch of a `Block` with all that has a closed form."""
+    return known_branch(spec, weights["branch"], weights["lipschitz"])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _through(stage: Stage, block: Tree, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``x`` behind a block's ActNorm, and the output of the block."""
+    x = actnorm_bijection(ActNormParams(**block["actnorm"])).forward(x)
+    return x, x + branch_of(stage.branch, block).g(x)
