@@ -20,9 +20,10 @@ from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.maths.norms import layer_certificates as certify
 from iresnet_jax.maths.norms.power_iteration import soft_normalize, spectral_norm
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import FlowSpec, StageSpec, bijection, constrain, freeze
+from iresnet_jax.models.flow import bijection, constrain, freeze
 
 __all__ = [
     "Bijection",

@@ -6,8 +6,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.compose import chain
+from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.branch import BranchSpec, apply_branch
-from iresnet_jax.models.flow import FlowSpec, Tree
+from iresnet_jax.models.flow import Tree
 from iresnet_jax.models.head import batch_norm, batch_statistics
 
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from iresnet_jax.maths.lipschitz import BiLipschitz
 from iresnet_jax.models import constraint
+from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.branch import BranchSpec
-from iresnet_jax.models.flow import FlowSpec, Norms, Tree, bilipschitz
+from iresnet_jax.models.flow import Norms, Tree, bilipschitz
 
 RTOL = 1e-3  # relative tolerance of the estimated norms
 

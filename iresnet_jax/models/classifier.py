@@ -26,9 +26,10 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import check_levels, known_levels
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.lipschitz import BiLipschitz, model_bounds
+from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.batchnorm import batchnorm_features
 from iresnet_jax.models.certificate import Certificate, certificate_of
-from iresnet_jax.models.flow import FlowSpec, Tree, as_params, bijection, freeze
+from iresnet_jax.models.flow import Tree, as_params, bijection, freeze
 from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, linear, pool
 
 NORMALIZATIONS = ("actnorm", "batchnorm")

@@ -36,8 +36,9 @@ from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import priors
+from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import Certificate, certificate_of
-from iresnet_jax.models.flow import FlowSpec, Tree, as_params, bijection, freeze
+from iresnet_jax.models.flow import Tree, as_params, bijection, freeze
 
 Transform = Identity | Center | Logit | Equalize
 Data = Num[Array, "b ..."] | Num[np.ndarray, "b ..."]

@@ -5,24 +5,20 @@ the blocks of a stage, and hands them over. Collections: "params", trained; "spe
 running averages of a classifier's BatchNorm.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.compose import chain
-from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.maths.logdet.estimator import LogdetEstimator
-from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import constraint, priors
+from iresnet_jax.models.architecture import FlowSpec, Stage
 from iresnet_jax.models.batchnorm import batchnorm_blocks
 from iresnet_jax.models.branch import initial_weights
 from iresnet_jax.models.classifier import Classifier as ClassifierModel
 from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.flow import Constrained, FlowSpec, Stage, bijection, constrain, initialize_actnorm, unconstrained
+from iresnet_jax.models.flow import Constrained, bijection, constrain, initialize_actnorm, unconstrained
 from iresnet_jax.models.head import apply_head, batch_statistics, initial_head
 
 
@@ -86,12 +82,10 @@ class StageModule(nn.Module):
 class ResidualFlow(nn.Module):
     """A multi-scale residual flow with a learned diagonal prior.
 
-    ``init(key, x)`` or ``init(key, x, context)`` fits ActNorm to ``x`` and runs the power iterations to convergence; the
-    methods then take the variables:
+    ``init(key, x)`` or ``init(key, x, context)`` fits ActNorm to ``x`` and runs the power iterations to convergence:
 
-        >>> module = ResidualFlow(spec)
-        >>> variables = module.init(key, x)
-        >>> z, logdet, info = module.apply(variables, x, key, method="forward_and_logdet")
+        >>> variables = ResidualFlow(spec).init(key, x)
+        >>> weights = freeze(spec, variables["params"]).weights
 
     Attributes:
         spec: The architecture.
@@ -123,22 +117,6 @@ class ResidualFlow(nn.Module):
         """The constrained weights, from `flow.constrain`."""
         variables = self.variables
         return constrain(self.spec, variables["params"], variables["spectral"], num_steps=num_steps, rtol=rtol)
-
-    def forward_and_logdet(
-        self,
-        x: Float[Array, "b ..."],
-        key: Key[Array, "..."],
-        estimator: LogdetEstimator = ExactLogdet(),
-        context: Float[Array, "b k"] | None = None,
-    ) -> tuple[Float[Array, "b d"], Float[Array, " b"], Any]:
-        """Latents and log-determinant; norms are iterated to their tolerance."""
-        return bijection(self.spec, self.constrain().weights, estimator, context=context).forward_and_logdet(x, key)
-
-    def inverse(
-        self, z: Float[Array, "b d"], solver: Solver = Solver(), context: Float[Array, "b k"] | None = None
-    ) -> tuple[Float[Array, "b ..."], Any]:
-        """Examples of latents, and how the inverse ended."""
-        return bijection(self.spec, self.constrain().weights, solver=solver, context=context).inverse(z)
 
 
 class Classifier(nn.Module):

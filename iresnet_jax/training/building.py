@@ -10,6 +10,7 @@ from iresnet_jax.bijections.transforms.equalize import Equalize, entry_shares, l
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models import flow
+from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.density import DensitySpec, Transform
 from iresnet_jax.training.config import (
@@ -26,13 +27,13 @@ Spec = DensitySpec | ClassifierSpec
 Constrain = Callable[[Any, Any], flow.Constrained]  # (params, spectral) -> constrained weights
 
 
-def build_flow_spec(settings: ModelConfig, event_shape: tuple[int, ...]) -> flow.FlowSpec:
+def build_flow_spec(settings: ModelConfig, event_shape: tuple[int, ...]) -> FlowSpec:
     """The architecture for examples of one shape.
 
     Raises:
         ValueError: If stages do not fit that shape.
     """
-    return flow.FlowSpec(tuple(event_shape), settings.stages, coeff=settings.coeff, budget=settings.budget)
+    return FlowSpec(tuple(event_shape), settings.stages, coeff=settings.coeff, budget=settings.budget)
 
 
 def density_spec(config: Config, data: DataSet) -> DensitySpec:
@@ -102,7 +103,7 @@ def model_spec(config: Config, data: DataSet) -> Spec:
     return classifier_spec(config, data) if config.objective == "classification" else density_spec(config, data)
 
 
-def build_constraint(settings: ConstraintConfig, spec: flow.FlowSpec, *, training: bool) -> Constrain:
+def build_constraint(settings: ConstraintConfig, spec: FlowSpec, *, training: bool) -> Constrain:
     """``(params, spectral) -> Constrained``, for training steps or for validation."""
     if settings.norms == "certified":
         squarings, twists = settings.num_squarings, settings.twists

@@ -18,7 +18,7 @@ from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
-from iresnet_jax.models.flow import StageSpec
+from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.plain import Range, did_you_mean, from_plain
 
 Count = Annotated[int, Range("[1, inf)")]

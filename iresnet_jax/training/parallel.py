@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, Shaped
 
+from iresnet_jax.data.batches import eval_batches
+
 AXIS = "batch"
 
 
@@ -80,6 +82,42 @@ def shard(batch: Any, *, num_devices: int | None = None) -> Any:
 def unshard(outputs: Any) -> Any:
     """Joins the shares of all devices on the host: ``(num_devices, n_local, ...)`` becomes ``(n, ...)``."""
     return jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), jax.device_get(outputs))
+
+
+def over_batches(
+    evaluate: Callable[[Any, Any], Any],
+    state: Any,
+    batch_of: Callable[[np.ndarray], Any],
+    num_examples: int,
+    batch_size: int,
+    *,
+    num_devices: int | None = None,
+) -> Any:
+    """Runs a parallel evaluation over all examples.
+
+    Args:
+        evaluate: Function from `parallelize_eval`.
+        state: First argument of it.
+        batch_of: The batch of examples by their places, as a pytree.
+        num_examples: How many there are.
+        batch_size: At most as many at once; rounded up to a multiple of the number of devices.
+        num_devices: Devices to use, from the first; all local ones by default.
+
+    Returns:
+        The outputs of all examples in order, on the host.
+    """
+    parts = []
+    for indices, mask in eval_batches(num_examples, even_batch_size(batch_size, num_examples)):
+        batch = shard(batch_of(indices), num_devices=num_devices)
+        outputs = unshard(evaluate(state, batch))
+        parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outputs))
+    return jax.tree.map(lambda *values: np.concatenate(values), *parts)
+
+
+def even_batch_size(batch_size: int, num_examples: int) -> int:
+    """The least multiple of the number of devices that holds a batch, or all examples if they are fewer."""
+    size, multiple = min(batch_size, num_examples), jax.local_device_count()
+    return -(-size // multiple) * multiple
 
 
 def example_keys(key: PRNGKeyArray, local_batch_size: int, *, axis_name: str | None = AXIS) -> Shaped[Array, "b ..."]:

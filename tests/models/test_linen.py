@@ -112,12 +112,13 @@ def test_norms_hold_before_the_first_step(variables, constrained):
             assert oracles.operator_norm(unfold(kernel)) <= SPEC.coeff * (1 + SPECTRAL)
 
 
-def test_methods_go_there_and_back(variables, batch):
+def test_constrained_variables_make_a_bijection(variables, batch):
     @jax.jit
     def there_and_back(variables, x):
-        apply = cast(Any, MODULE.apply)
-        z, logdet, _ = apply(variables, x, jax.random.key(0), method="forward_and_logdet")
-        return z, logdet, apply(variables, z, method="inverse")
+        weights = cast(Any, MODULE.apply)(variables, method="constrain").weights
+        bijection = model.bijection(SPEC, weights)
+        z, logdet, _ = bijection.forward_and_logdet(x, jax.random.key(0))
+        return z, logdet, bijection.inverse(z)
 
     z, logdet, (x, info) = there_and_back(variables, batch[:3])
     assert z.shape == (3, 16)

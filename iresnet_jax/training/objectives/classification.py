@@ -16,7 +16,6 @@ from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.training import parallel
 from iresnet_jax.training.building import Constrain, build_constraint, unroll
 from iresnet_jax.training.config import AugmentationConfig, Config
-from iresnet_jax.training.evaluation import over_batches
 from iresnet_jax.training.initialization import initial_variables
 from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, UpdateRule, build_rule, update
 from iresnet_jax.training.parallel import AXIS, example_keys
@@ -151,4 +150,4 @@ def evaluate_images(
     evaluate: Callable[[Any, Any], Any], model: Any, images: np.ndarray, labels: np.ndarray, batch_size: int
 ) -> dict[str, np.ndarray]:
     """Runs `classify_batch`, or the one of `hybrid`, for all devices over all images."""
-    return over_batches(evaluate, model, lambda indices: (images[indices], labels[indices]), len(images), batch_size)
+    return parallel.over_batches(evaluate, model, lambda indices: (images[indices], labels[indices]), len(images), batch_size)

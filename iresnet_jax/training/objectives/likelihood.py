@@ -16,7 +16,6 @@ from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.training import parallel
 from iresnet_jax.training.building import Constrain, build_constraint, unroll
 from iresnet_jax.training.config import Config
-from iresnet_jax.training.evaluation import over_batches
 from iresnet_jax.training.initialization import initial_variables
 from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, UpdateRule, build_rule, update
 from iresnet_jax.training.parallel import example_keys
@@ -208,7 +207,7 @@ def evaluate_examples(
         model: The model.
         examples: The data.
         key: Source of randomness; an example's random numbers depend on it, its place and the draw, not on the batches.
-        batch_size: Largest number of examples at once, see `evaluation.over_batches`.
+        batch_size: Largest number of examples at once, see `parallel.over_batches`.
         draw: Number of the noise draw, and of the probe draw within it.
         num_devices: Devices to use, from the first; all local ones by default.
     """
@@ -216,7 +215,7 @@ def evaluate_examples(
     def batch_of(indices):
         return examples[indices], *evaluation_keys(key, indices, *draw)
 
-    return over_batches(evaluate, model, batch_of, len(examples), batch_size, num_devices=num_devices)
+    return parallel.over_batches(evaluate, model, batch_of, len(examples), batch_size, num_devices=num_devices)
 
 
 @jax.jit

@@ -1,0 +1,145 @@
+"""The architecture of a multi-scale residual flow as data: stages of equal blocks, each in its place."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from iresnet_jax.bijections import reshape
+from iresnet_jax.bijections.bijection import Bijection
+from iresnet_jax.models import constraint
+from iresnet_jax.models.branch import BranchSpec
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """Residual blocks of one shape, and what happens to the array before and after them.
+
+    Attributes:
+        num_blocks: Number of blocks, each an ActNorm and a residual branch.
+        hidden: Widths of a branch's hidden layers.
+        kernel_sizes: Taps of a branch's convolutions (one more than hidden widths); None for dense layers on flattened arrays.
+        activation: Name in `activations.ACTIVATIONS`.
+        preactivation: Whether a branch begins with the activation.
+        squeeze: Space-to-depth factor in front of the blocks; 1 for none.
+        factor_out: Whether half of the channels leave as latents behind the blocks.
+        padding: Padding of the convolutions, "SAME" (zeros) or "CIRCULAR".
+        positional_bias: Whether convolutions have a bias for every pixel instead of one a channel.
+    """
+
+    num_blocks: int
+    hidden: tuple[int, ...]
+    kernel_sizes: tuple[int, ...] | None = None
+    activation: str = "elu"
+    preactivation: bool = False
+    squeeze: int = 1
+    factor_out: bool = False
+    padding: str = "SAME"
+    positional_bias: bool = False
+
+    def __post_init__(self):
+        for name, values in (("hidden", self.hidden), ("kernel_sizes", self.kernel_sizes or ())):
+            if not all(value > 0 for value in values):
+                raise ValueError(f"{name} must be positive numbers, got {values}")
+        if self.num_blocks < 1:
+            raise ValueError(f"num_blocks must be at least 1, got {self.num_blocks}: leave the stage out instead")
+        if self.squeeze < 1:
+            raise ValueError(f"squeeze must be a positive factor (1 for none), got {self.squeeze}")
+
+
+class Stage(NamedTuple):
+    """A stage in its place in a flow.
+
+    Attributes:
+        name: Key among the flow's weights, "stage0" and so on.
+        spec: Blocks and what happens around them.
+        in_shape: Shape of one example as the stage before hands it on.
+        branch: Residual branch of its blocks, whose ``in_shape`` is the squeezed or flattened one.
+    """
+
+    name: str
+    spec: StageSpec
+    in_shape: tuple[int, ...]
+    branch: BranchSpec
+
+    @property
+    def entry(self) -> tuple[Bijection, ...]:
+        """The squeeze and the flattening in front of the blocks, where there are any."""
+        parts, squeezed = [], self.in_shape
+        if self.spec.squeeze > 1:
+            parts.append(reshape.squeeze_bijection(self.spec.squeeze))
+            squeezed = _squeezed(self.in_shape, self.spec.squeeze)
+        if len(self.branch.in_shape) != len(squeezed):
+            parts.append(reshape.flatten_bijection(squeezed))
+        return tuple(parts)
+
+
+@dataclass(frozen=True)
+class FlowSpec:
+    """The architecture of a flow.
+
+    Attributes:
+        event_shape: Shape of one example, ``(h, w, c)`` or ``(d,)``.
+        stages: Stages from the data to the latents.
+        coeff: Largest operator norm, in (0, 1).
+        budget: What ``coeff`` limits: the norm of every "layer", or the product of the layers of every "block".
+        context_dim: Length of an example's context vector, on which every branch then depends; 0 for none.
+    """
+
+    event_shape: tuple[int, ...]
+    stages: tuple[StageSpec, ...]
+    coeff: float = 0.9
+    budget: str = "layer"
+    context_dim: int = 0
+
+    def __post_init__(self):
+        constraint.check_coeff(self.coeff)
+        if self.budget not in constraint.BUDGETS:
+            raise ValueError(f"budget must be one of {', '.join(constraint.BUDGETS)}, got {self.budget!r}")
+        if not self.stages:
+            raise ValueError("a flow needs at least one stage, got none")
+        self.layout  # noqa: B018 (checks every shape)
+
+    @property
+    def num_dims(self) -> int:
+        """Dimensions of the data and of the latent vector."""
+        return math.prod(self.event_shape)
+
+    @property
+    def num_blocks(self) -> int:
+        """Residual blocks of all stages."""
+        return sum(stage.num_blocks for stage in self.stages)
+
+    @functools.cached_property
+    def layout(self) -> tuple[Stage, ...]:
+        """The stages in their places: the one walk over the architecture that everything else follows."""
+        placed, shape = [], tuple(self.event_shape)
+        for i, stage in enumerate(self.stages):
+            in_shape = shape
+            shape = _squeezed(shape, stage.squeeze, i)
+            if stage.kernel_sizes is None:
+                shape = (math.prod(shape),)
+            branch = BranchSpec(
+                in_shape=shape,
+                hidden=tuple(stage.hidden),
+                kernel_sizes=None if stage.kernel_sizes is None else tuple(stage.kernel_sizes),
+                activation=stage.activation,
+                preactivation=stage.preactivation,
+                padding=stage.padding,
+                positional_bias=stage.positional_bias,
+                context_dim=self.context_dim,
+            )
+            placed.append(Stage(f"stage{i}", stage, in_shape, branch))
+            if stage.factor_out:
+                if shape[-1] % 2:
+                    raise ValueError(f"stage {i} factors out half of its channels but has {shape[-1]}: squeeze before it")
+                shape = (*shape[:-1], shape[-1] // 2)
+        return tuple(placed)
+
+
+def _squeezed(shape: tuple[int, ...], factor: int, stage: int = 0) -> tuple[int, ...]:
+    if factor == 1:
+        return shape
+    if len(shape) != 3 or shape[0] % factor or shape[1] % factor:
+        raise ValueError(f"stage {stage} cannot squeeze {shape} by {factor}: it takes images with sides divisible by {factor}")
+    return (shape[0] // factor, shape[1] // factor, shape[2] * factor**2)
