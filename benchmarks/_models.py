@@ -14,9 +14,10 @@ from iresnet_jax.bijections.compose import chain
 from iresnet_jax.bijections.reshape import split_channels
 from iresnet_jax.bijections.residual import Branch
 from iresnet_jax.evaluation.run import Run
+from iresnet_jax.models.architecture import FlowSpec, Stage
 from iresnet_jax.models.branch import BranchSpec
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.flow import FlowSpec, Stage, Tree, known_branch
+from iresnet_jax.models.flow import Tree, known_branch
 from iresnet_jax.training.command_line import parse_train_flags
 from iresnet_jax.training.config import Config
 

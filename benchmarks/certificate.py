@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from _record import describe, interleave, parser, summarize, write
 
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import FlowSpec, StageSpec, constrain, constrain_certified, freeze
+from iresnet_jax.models.flow import constrain, constrain_certified, freeze
 from iresnet_jax.models.linen import ResidualFlow
 from iresnet_jax.training.initialization import num_parameters
 

@@ -17,8 +17,9 @@ from _record import interleave, parser, summarize, table, write
 
 from iresnet_jax.bijections import compose
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import FlowSpec, StageSpec, freeze
+from iresnet_jax.models.flow import freeze
 from iresnet_jax.models.linen import ResidualFlow
 
 BATCH_SIZE, NUM_PRODUCTS = 32, 4

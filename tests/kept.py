@@ -12,10 +12,11 @@ from iresnet_jax import data
 from iresnet_jax.bijections.transforms.logit import Logit
 from iresnet_jax.evaluation import run
 from iresnet_jax.models import priors
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.branch import initial_weights
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import FlowSpec, StageSpec, freeze
+from iresnet_jax.models.flow import freeze
 from iresnet_jax.models.head import initial_head
 from iresnet_jax.training.config import EvaluationConfig, LogdetConfig
 

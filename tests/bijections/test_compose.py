@@ -21,6 +21,7 @@ from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import constraint, priors
 from iresnet_jax.models import flow as model
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
 
 EXACT = 1e-9  # the same mathematics by another route in float64; slogdet of up to 32 dimensions
 LAYOUT = 1e-12  # the same operations in the same order, fused differently
@@ -56,12 +57,12 @@ def random_weights(spec, seed=0, num_steps=None):
     return jax.jit(functools.partial(model.constrain, spec, num_steps=num_steps))(params, spectral).weights
 
 
-DENSE = model.FlowSpec((3,), (model.StageSpec(2, hidden=(4,), activation="tanh"),))
-IMAGES = model.FlowSpec(
+DENSE = FlowSpec((3,), (StageSpec(2, hidden=(4,), activation="tanh"),))
+IMAGES = FlowSpec(
     (4, 2, 2),
     (
-        model.StageSpec(1, hidden=(3,), kernel_sizes=(3, 1), squeeze=2, factor_out=True, padding="CIRCULAR"),
-        model.StageSpec(1, hidden=(6,), preactivation=True),
+        StageSpec(1, hidden=(3,), kernel_sizes=(3, 1), squeeze=2, factor_out=True, padding="CIRCULAR"),
+        StageSpec(1, hidden=(6,), preactivation=True),
     ),
 )
 
@@ -237,8 +238,8 @@ def test_layouts_change_neither_values_nor_gradients(x64):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about fusion by XLA:CPU")
 def test_work_of_unrolled_blocks_grows_with_their_number_not_its_square():
     def flops(num_blocks):
-        stage = model.StageSpec(num_blocks, hidden=(4,), kernel_sizes=(3, 3), activation="clipswish")
-        spec = model.FlowSpec((4, 4, 2), (stage,))
+        stage = StageSpec(num_blocks, hidden=(4,), kernel_sizes=(3, 3), activation="clipswish")
+        spec = FlowSpec((4, 4, 2), (stage,))
         weights = random_weights(spec)
 
         def loss(weights, x):
@@ -390,7 +391,7 @@ def test_blocks_of_a_constrained_model_are_contractions(x64):
 
 
 def test_a_model_in_the_plane_is_a_density(x64):
-    spec = model.FlowSpec((2,), (model.StageSpec(2, hidden=(8,), activation="tanh"),), coeff=0.9)
+    spec = FlowSpec((2,), (StageSpec(2, hidden=(8,), activation="tanh"),), coeff=0.9)
     bijection = model.bijection(spec, random_weights(spec, seed=1, num_steps=20))
     prior = priors.standard("gaussian", 2)
 
@@ -410,13 +411,13 @@ def test_a_model_in_the_plane_is_a_density(x64):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: model.FlowSpec((2,), (model.StageSpec(1, (4,)),), coeff=1.0), r"coeff must lie in \(0, 1\), got 1.0"),
-        (lambda: model.FlowSpec((2,), (model.StageSpec(1, (4,)),), coeff=0.0), r"coeff must lie in \(0, 1\), got 0.0"),
-        (lambda: model.FlowSpec((2,), ()), "at least one stage"),
-        (lambda: model.FlowSpec((3,), (model.StageSpec(1, (4,), factor_out=True),)), "stage 0 factors out half .* has 3"),
-        (lambda: model.FlowSpec((5, 4, 1), (model.StageSpec(1, (4,), (3, 3), squeeze=2),)), "stage 0 cannot squeeze"),
-        (lambda: model.StageSpec(0, (4,)), "num_blocks must be at least 1, got 0"),
-        (lambda: model.StageSpec(1, (4,), squeeze=0), "squeeze must be a positive factor"),
+        (lambda: FlowSpec((2,), (StageSpec(1, (4,)),), coeff=1.0), r"coeff must lie in \(0, 1\), got 1.0"),
+        (lambda: FlowSpec((2,), (StageSpec(1, (4,)),), coeff=0.0), r"coeff must lie in \(0, 1\), got 0.0"),
+        (lambda: FlowSpec((2,), ()), "at least one stage"),
+        (lambda: FlowSpec((3,), (StageSpec(1, (4,), factor_out=True),)), "stage 0 factors out half .* has 3"),
+        (lambda: FlowSpec((5, 4, 1), (StageSpec(1, (4,), (3, 3), squeeze=2),)), "stage 0 cannot squeeze"),
+        (lambda: StageSpec(0, (4,)), "num_blocks must be at least 1, got 0"),
+        (lambda: StageSpec(1, (4,), squeeze=0), "squeeze must be a positive factor"),
         (lambda: branches.BranchSpec((4, 4, 1), (4,)), "a dense branch takes vectors, got examples of shape"),
         (lambda: branches.BranchSpec((4,), (4,), (3, 3)), "a convolutional branch takes images"),
         (lambda: branches.BranchSpec((4, 4, 1), (4,), (3,)), "kernel_sizes needs 2 entries, one a layer"),

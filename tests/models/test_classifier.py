@@ -14,6 +14,7 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.models import flow
 from iresnet_jax.models import head as heads
 from iresnet_jax.models import linen as modules
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec, training_logits
 from iresnet_jax.training import parallel
 
@@ -22,9 +23,9 @@ SINGLE = 1e-5  # in float32
 ROUND_TRIP = 1e-4  # float32, a few blocks
 NORM_RTOL = 1e-3  # the tolerance of the norms
 
-STAGE = flow.StageSpec(2, hidden=(3,), kernel_sizes=(3, 1), squeeze=2)
+STAGE = StageSpec(2, hidden=(3,), kernel_sizes=(3, 1), squeeze=2)
 SPEC = ClassifierSpec(
-    flow.FlowSpec((4, 4, 3), (STAGE, flow.StageSpec(1, hidden=(5,), kernel_sizes=(1, 3), preactivation=True))),
+    FlowSpec((4, 4, 3), (STAGE, StageSpec(1, hidden=(5,), kernel_sizes=(1, 3), preactivation=True))),
     image_shape=(4, 4, 2),
     num_classes=3,
     num_levels=17,
@@ -313,7 +314,7 @@ def test_images_that_are_none_are_refused(model):
         ({"std": (0.0,)}, "std must be positive"),
         ({"normalization": "batchnorm"}, "without a Lipschitz bound: set constraint.norms to none"),
         ({"normalization": "layernorm"}, "normalization must be one of actnorm, batchnorm"),
-        ({"flow": flow.FlowSpec((4, 4, 3), (dataclasses.replace(STAGE, factor_out=True),))}, "no stage may factor_out"),
+        ({"flow": FlowSpec((4, 4, 3), (dataclasses.replace(STAGE, factor_out=True),))}, "no stage may factor_out"),
     ],
 )
 def test_mistakes_are_answered_before_anything_runs(change, sentence):

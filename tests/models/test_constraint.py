@@ -14,6 +14,7 @@ from iresnet_jax.maths.lipschitz import branch_bound
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import constraint, density
 from iresnet_jax.models import flow as model
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
 
 COEFF = 0.9
 TIGHT = 0.03  # how far below the bound a norm may lie
@@ -22,11 +23,11 @@ SPECS = {
     "convolutional": branches.BranchSpec((4, 5, 3), (6, 8), (3, 1, 3), activation="lipswish", preactivation=True),
     "periodic": branches.BranchSpec((4, 4, 2), (5,), (3, 2), activation="tanh", padding="CIRCULAR"),
 }
-FLOW = model.FlowSpec(
+FLOW = FlowSpec(
     (4, 4, 2),
     (
-        model.StageSpec(2, hidden=(6,), kernel_sizes=(3, 3), activation="lipswish", squeeze=2, factor_out=True),
-        model.StageSpec(2, hidden=(8, 8), activation="elu"),
+        StageSpec(2, hidden=(6,), kernel_sizes=(3, 3), activation="lipswish", squeeze=2, factor_out=True),
+        StageSpec(2, hidden=(8, 8), activation="elu"),
     ),
     coeff=0.8,
 )
@@ -63,7 +64,7 @@ def random_params(spec, seed=0, scale=1.0):
 
 @functools.cache
 def frozen(budget="layer"):
-    spec = model.FlowSpec(FLOW.event_shape, FLOW.stages, FLOW.coeff, budget)
+    spec = FlowSpec(FLOW.event_shape, FLOW.stages, FLOW.coeff, budget)
     return spec, jax.jit(functools.partial(model.freeze, spec))(random_params(spec))
 
 
@@ -217,7 +218,7 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="budget must be one of layer, block, got 'network'"):
         constraint.normalize_certified(spec, weights, coeff=0.9, budget="network")
     with pytest.raises(ValueError, match="budget must be one of layer, block, got 'network'"):
-        model.FlowSpec((5,), (model.StageSpec(1, hidden=(3,)),), budget="network")
+        FlowSpec((5,), (StageSpec(1, hidden=(3,)),), budget="network")
     with pytest.raises(ValueError, match="twists must be auto, all or one, got 'some'"):
         constraint.training_twists(spec, "some")
     with pytest.raises(ValueError, match=r"coeff must lie in \(0, 1\), got 1"):

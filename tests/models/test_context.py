@@ -15,14 +15,15 @@ from iresnet_jax.models import branch as branches
 from iresnet_jax.models import constraint, density
 from iresnet_jax.models import flow as model
 from iresnet_jax.models import linen as modules
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
 
 BATCH, CONTEXT_DIM = 3, 4
-PLANE = model.FlowSpec((2,), (model.StageSpec(3, hidden=(8,), activation="tanh"),), context_dim=CONTEXT_DIM)
-IMAGES = model.FlowSpec(
+PLANE = FlowSpec((2,), (StageSpec(3, hidden=(8,), activation="tanh"),), context_dim=CONTEXT_DIM)
+IMAGES = FlowSpec(
     (4, 4, 1),
     (
-        model.StageSpec(1, hidden=(5,), kernel_sizes=(3, 3), activation="lipswish", squeeze=2, factor_out=True),
-        model.StageSpec(1, hidden=(6,), activation="clipswish"),
+        StageSpec(1, hidden=(5,), kernel_sizes=(3, 3), activation="lipswish", squeeze=2, factor_out=True),
+        StageSpec(1, hidden=(6,), activation="clipswish"),
     ),
     context_dim=CONTEXT_DIM,
 )

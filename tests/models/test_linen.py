@@ -14,16 +14,17 @@ from iresnet_jax.bijections.reshape import squeeze
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import flow as model
 from iresnet_jax.models import linen as modules
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
 
 SPECTRAL = 1e-3  # the tolerance of the norms
 STATISTICS = 3e-4  # ActNorm adds 1e-5 to variances of at least .05; the rest is float32
 ROUND_TRIP = 1e-4  # float32, a few blocks
 
-SPEC = model.FlowSpec(
+SPEC = FlowSpec(
     (4, 4, 1),
     (
-        model.StageSpec(2, hidden=(3,), kernel_sizes=(3, 1), squeeze=2, factor_out=True),
-        model.StageSpec(1, hidden=(5,), activation="lipswish"),
+        StageSpec(2, hidden=(3,), kernel_sizes=(3, 1), squeeze=2, factor_out=True),
+        StageSpec(1, hidden=(5,), activation="lipswish"),
     ),
 )
 MODULE = modules.ResidualFlow(SPEC)

@@ -13,10 +13,11 @@ import iresnet_jax as ir
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.models import priors
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.branch import initial_weights
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import DensitySpec
-from iresnet_jax.models.flow import FlowSpec, StageSpec, as_params, freeze
+from iresnet_jax.models.flow import as_params, freeze
 from iresnet_jax.models.head import initial_head
 from iresnet_jax.models.saved import read, save, spec_from_plain, spec_to_plain, with_bounds
 

@@ -24,6 +24,7 @@ from iresnet_jax.maths.inverse.fixed_point import invert_residual
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import flow, priors
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.branch import apply_branch, has_diagonal, initial_weights
 from iresnet_jax.models.density import Density, DensitySpec
 
@@ -241,7 +242,7 @@ def correlated():
     """Examples in six dimensions whose widths span one and a half decades, and a flow for them."""
     rng = np.random.default_rng(0)
     examples = rng.normal(size=(4096, 6)) * 10 ** -np.linspace(0, 1.5, 6) @ orthogonal(rng, 6)
-    spec = flow.FlowSpec((6,), (flow.StageSpec(2, hidden=(32,), activation="elu"),), coeff=0.99)
+    spec = FlowSpec((6,), (StageSpec(2, hidden=(32,), activation="elu"),), coeff=0.99)
     return DensitySpec(spec), examples, ExactLogdet()
 
 
@@ -249,8 +250,8 @@ def images():
     """Dequantised digits, and a flow of convolutions for them."""
     source = digits.load()
     noise = np.random.default_rng(0).uniform(size=source.examples["train"].shape)
-    stage = flow.StageSpec(2, hidden=(12,), kernel_sizes=(3, 3), activation="clipswish", squeeze=2)
-    spec = DensitySpec(flow.FlowSpec(source.event_shape, (stage,), coeff=0.98), transform=Logit())
+    stage = StageSpec(2, hidden=(12,), kernel_sizes=(3, 3), activation="clipswish", squeeze=2)
+    spec = DensitySpec(FlowSpec(source.event_shape, (stage,), coeff=0.98), transform=Logit())
     return spec, (source.examples["train"] + noise) / source.num_levels, SeriesLogdet(num_terms=3)
 
 

@@ -13,9 +13,10 @@ from iresnet_jax.bijections.residual import Branch, Solver
 from iresnet_jax.maths.inverse.fixed_point import invert_residual, solve_linear
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import priors
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.branch import apply_branch
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import FlowSpec, StageSpec, freeze
+from iresnet_jax.models.flow import freeze
 from iresnet_jax.models.linen import ResidualFlow
 
 SAME = 1e-8  # two routes to one derivative, at a preimage that is good to 1e-12

@@ -17,6 +17,7 @@ from iresnet_jax.evaluation import samples as sample
 from iresnet_jax.models import classifier, density
 from iresnet_jax.models import flow as model
 from iresnet_jax.models import linen as modules
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.report import report
 from iresnet_jax.training import loop, parallel, state
 from iresnet_jax.training.building import build_constraint, density_spec
@@ -73,7 +74,7 @@ def trained_model(workdir):
 def plane(prior="gaussian", num_classes=K):
     """A model of the plane with a random prior for every class."""
     spec = density.DensitySpec(
-        model.FlowSpec((D,), (model.StageSpec(num_blocks=2, hidden=(8,)),), coeff=0.7),
+        FlowSpec((D,), (StageSpec(num_blocks=2, hidden=(8,)),), coeff=0.7),
         prior=prior,
         transform="none",
         num_levels=None,
