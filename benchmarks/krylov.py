@@ -3,8 +3,8 @@
     python benchmarks/krylov.py --workdir runs/mnist_density [--quick]
 
 For every number of products: the bias of the whole model's bits/dim, summed over its blocks; and that of the derivative with
-respect to the size of a branch, ``d log det(I + s J) / ds`` at ``s = 1``, which is of the kind that training sees: the sum over
-blocks of its size, as a share of that of the derivatives. Biases are means over test examples. The reference is a Krylov
+respect to the size of a branch, ``d log det(I + s J) / ds`` at ``s = 1``, which stands for what training sees: the sum over
+blocks of |bias|, as a share of the sum of |derivative|. Biases are means over test examples. The reference is a Krylov
 subspace of 60 dimensions for the same probes, whose bound is recorded. Then what value and gradient of the first block cost,
 in turns. With as many products Krylov
 subspaces are expected to be several times closer, for a third more time.
@@ -26,7 +26,7 @@ from iresnet_jax.models.density import Density
 PRODUCTS = (2, 4, 6, 8, 12, 16)
 REFERENCE = KrylovLogdet(60)
 METHODS = {"series": SeriesLogdet, "krylov": KrylovLogdet}
-KEY = jax.random.key(1)  # of the probes
+KEY = jax.random.key(1)  # source of all probes
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "estimator"))

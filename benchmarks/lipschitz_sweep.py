@@ -40,12 +40,12 @@ QUICK = ("training.total_steps=20", "training.eval_every_steps=20", "training.lo
 
 @jax.jit
 def there_and_back(model, images):
-    """How images come back from the features."""
+    """Round trips of images to features and back."""
     return round_trip(model, model.preprocess(images))[1]
 
 
 def invertibility(run, num):
-    """How test images come back from the features, by either solver."""
+    """Summary of the round trips of test images, by either solver."""
     images, settings = run.data.held_out("test", num), run.config.evaluation
     found = {}
     for name, solver in SOLVERS.items():
@@ -143,10 +143,10 @@ def picture(rows, path):
 def main():
     options = parser(__doc__)
     options.add_argument("--config", type=Path, default=Path("configs/digits_classification.py"), metavar="FILE")
-    options.add_argument("--variants", nargs="+", default=list(VARIANTS), help="of the config")
+    options.add_argument("--variants", nargs="+", default=list(VARIANTS), help="variants of the config")
     options.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each")
     options.add_argument("--num", type=int, default=None, metavar="N", help="test images to reconstruct without a certificate")
-    options.add_argument("--num_certified", type=int, default=None, metavar="N", help="and with one; all by default")
+    options.add_argument("--num_certified", type=int, default=None, metavar="N", help="test images to reconstruct with one; all by default")
     options.add_argument("--runs", type=Path, default=Path("runs/lipschitz_sweep"), metavar="DIR", help="keeps the trainings")
     arguments = options.parse_args()
     folder = arguments.runs / (arguments.config.stem + "_quick" * arguments.quick)
