@@ -2,8 +2,8 @@
 
     python benchmarks/lipschitz_sweep.py [--config configs/digits_classification.py] [--seeds 3] [--quick]
 
-Trains a classifier for every coefficient c, its unconstrained twin, and the network with BatchNorm, a few seeds each. Reported of
-each: the test error; whether every block is certified a contraction; and how test images come back from the features, by Banach
+Trains a classifier for every coefficient c, its unconstrained twin, and the network with BatchNorm, a few seeds each. Of each
+it reports the test error, whether every block is certified a contraction, and how test images come back from the features, by Banach
 iteration as in the paper (at most 500 evaluations a block) and by Anderson's method. An image is recovered if no entry is off
 by more than 1e-4 in the units of the network's input; it is converged if the solver's bound holds, which takes a contraction.
 
