@@ -4,8 +4,8 @@
 
 Trains a classifier for every coefficient c, its unconstrained twin, and the network with BatchNorm, a few seeds each. Reports
 the test error, whether every block is certified a contraction, and how test images come back from the features: by Banach
-iteration as in the paper (at most 500 evaluations a block) and by Anderson's method. An image is recovered if no entry is off by
-more than 1e-4 in the units of the network's input; it is converged if the solver's bound holds, which takes a contraction.
+iteration as in the paper (at most 500 evaluations a block) and by Anderson's method. An image is recovered if no entry is off
+by more than 1e-4 in the units of the network's input; it is converged if the solver's bound holds, which takes a contraction.
 
 Networks with a certificate reconstruct the first --num_certified test images, others the first --num, as their inverses run to
 the cap. --runs keeps the runs and what was measured, so that a sweep can be stopped and goes on. A folder there with model.npz
