@@ -39,7 +39,7 @@ def add_workdir(options: argparse.ArgumentParser) -> None:
 
 
 def flow_input(run: Run, num: int) -> Any:
-    """What the flow of a model starts from for the first test examples."""
+    """The flow's input for the first test examples of the model's data."""
     examples = run.data.held_out("test", num, run.config.seed)
     noise = (jax.random.key(0),) if isinstance(run.model, Density) else ()
     return jax.jit(run.model.preprocess)(examples, *noise)

@@ -1,7 +1,7 @@
 """Timing that a busy machine cannot bend, and a file that says what was measured, with what and on what.
 
-Functions that are compared run in turns (A B A B ...), so that whatever else the machine does slows all of them alike, and a
-ratio is the median over turns of the ratio within a turn. Numbers of one run compare; those of two runs need not.
+Functions that are compared run in turns (A B A B ...): whatever else the machine does slows all of them alike. A ratio is the
+median over turns of the ratio within a turn. Compare numbers of one run, not of two.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Timing(NamedTuple):
         return low, high
 
     def speedup_over(self, baseline: "Timing") -> float:
-        """How many times faster than the baseline of the same run: the median over turns of the ratio of their times."""
+        """Median over turns of the baseline's time over this one, both from the same run."""
         return statistics.median(b / own for own, b in zip(self.seconds, baseline.seconds, strict=True))
 
     def summary(self, baseline: "Timing | None" = None) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def interleave(
     """Times functions in turns, each until its result is ready; what they compile in the warm-up is not counted.
 
     Args:
-        functions: What to time, by name.
+        functions: Functions to time, by name.
         turns: Measurements of each.
         warmup: Calls of each beforehand.
         max_seconds: Stops early, but not before two turns.
@@ -111,9 +111,9 @@ def write(name: str, arguments: argparse.Namespace, settings: Mapping[str, Any],
     """Writes ``results/<name>.json`` and says where; nothing for a quick run that names no file.
 
     Args:
-        name: Of the benchmark.
-        arguments: What `parser` parsed.
-        settings: What the numbers depend on.
+        name: Name of the benchmark.
+        arguments: Command line that `parser` read.
+        settings: Everything that the numbers depend on.
         results: The numbers.
     """
     path = arguments.output

@@ -16,7 +16,7 @@ from _models import read_config
 from _record import Timing, describe, parser, summarize, write
 
 BASELINE, OURS = "default", "kept"
-STEPS = 5  # of a turn
+STEPS = 5  # training steps a turn
 
 
 def work(path, name):

@@ -35,7 +35,7 @@ def make_step(config):
 def main():
     options = parser(__doc__)
     options.add_argument("--config", type=Path, default=Path("configs/digits_classification.py"), metavar="FILE")
-    options.add_argument("--variant", default=None, help="of the config, such as cifar10 for the paper's")
+    options.add_argument("--variant", default=None, help="variant of the config, such as cifar10")
     arguments = options.parse_args()
     file = f"{arguments.config}:{arguments.variant}" if arguments.variant else arguments.config
     configs = {name: read_config(file, f"constraint.norms={norms}") for name, norms in VARIANTS.items()}

@@ -41,7 +41,7 @@ def convolve(x, kernel, implementation):
 
 @functools.partial(jax.jit, static_argnames=("implementation", "scanned"))
 def value_and_gradients(x, kernels, implementation, scanned):
-    """Of a loss of four convolutions, each of an image that depends on the result of the one before."""
+    """A loss of four convolutions in a row, each fed with what the one before made, and its gradients."""
 
     def loss(x, kernels):
         def step(x, kernel):

@@ -50,7 +50,7 @@ TRAIN_PY = Path(__file__).resolve().parents[1] / "train.py"
 PARAMETER_TOLERANCE = 0.1
 LEAST_SIDE, MOST_SCALES = 4, 3
 COEFF = 0.98  # largest operator norm of a layer
-POWER_ITERATIONS, CONVERGED = 5, 200  # of a training step; before an evaluation
+POWER_ITERATIONS, CONVERGED = 5, 200  # in a training step; before an evaluation
 BETAS, WARMUP_STEPS, CLIP_NORM, EMA_DECAY = (0.9, 0.99), 100, 1.0, 0.999
 ACTNORM_EXAMPLES, EVAL_BATCH_SIZE, EXACT_DRAWS = 512, 100, 16
 
@@ -137,9 +137,9 @@ def build(image_shape, width, num_blocks, num_dense):
 
     Args:
         image_shape: Height, width, channels.
-        width: Of the hidden layers.
+        width: Channels or units of the hidden layers.
         num_blocks: Convolutional blocks of each scale.
-        num_dense: Dense blocks behind them.
+        num_dense: Dense blocks behind all scales.
     """
     side, _, channels = image_shape
     flows = []  # in the order of the data's way

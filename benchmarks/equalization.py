@@ -15,7 +15,7 @@ from iresnet_jax import data
 from iresnet_jax.bijections.transforms.equalize import WEIGHT_OF_ALL, Equalize, entry_shares, level_frequencies
 from iresnet_jax.models import priors
 
-ALPHA = 1e-9  # of the logit behind the histogram, which the logistic prior undoes
+ALPHA = 1e-9  # the logit behind the histogram and the logistic prior cancel up to this
 
 
 def bits(images, num_levels, equalize):

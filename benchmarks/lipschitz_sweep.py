@@ -2,14 +2,14 @@
 
     python benchmarks/lipschitz_sweep.py [--config configs/digits_classification.py] [--seeds 3] [--quick]
 
-Trains a classifier for every coefficient c, its unconstrained twin, and the network with BatchNorm, a few seeds each, and asks
-of every one: the test error; whether every block is certified a contraction; and how test images come back from the features,
-by Banach iteration as in the paper (at most 500 evaluations a block) and with Anderson's method. An image counts as recovered
-if no pixel is off by more than 1e-4 in the units of the network's input, whatever was promised; it counts as converged only if
-the solver's bound holds, which takes a contraction. Certified networks reconstruct all test images, or the first
---num_certified, others the first --num, if given, as their inverses run to the cap. Runs and what was measured of each are
-kept in --runs, so that a sweep can be stopped; a folder there with model.npz and metrics.jsonl, such as a copy of
-results/mnist_classification, stands for its run.
+Trains a classifier for every coefficient c, its unconstrained twin, and the network with BatchNorm, a few seeds each. Reports
+the test error, whether every block is certified a contraction, and how test images come back from the features: by Banach
+iteration as in the paper (at most 500 evaluations a block) and by Anderson's method. An image is recovered if no entry is off
+by more than 1e-4 in the units of the network's input; it is converged if the solver's bound holds, which takes a contraction.
+
+Networks with a certificate reconstruct the first --num_certified test images, others the first --num, as their inverses run to
+the cap. --runs keeps the runs and what was measured, so that a sweep can be stopped and goes on. A folder there with model.npz
+and metrics.jsonl, such as a copy of results/mnist_classification, stands for its run.
 """
 
 import json
@@ -40,12 +40,12 @@ QUICK = ("training.total_steps=20", "training.eval_every_steps=20", "training.lo
 
 @jax.jit
 def there_and_back(model, images):
-    """How images come back from the features."""
+    """Round trips of images to features and back."""
     return round_trip(model, model.preprocess(images))[1]
 
 
 def invertibility(run, num):
-    """How test images come back from the features, by either solver."""
+    """Summary of the round trips of test images, by either solver."""
     images, settings = run.data.held_out("test", num), run.config.evaluation
     found = {}
     for name, solver in SOLVERS.items():
@@ -143,10 +143,10 @@ def picture(rows, path):
 def main():
     options = parser(__doc__)
     options.add_argument("--config", type=Path, default=Path("configs/digits_classification.py"), metavar="FILE")
-    options.add_argument("--variants", nargs="+", default=list(VARIANTS), help="of the config")
+    options.add_argument("--variants", nargs="+", default=list(VARIANTS), help="variants of the config")
     options.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each")
     options.add_argument("--num", type=int, default=None, metavar="N", help="test images to reconstruct without a certificate")
-    options.add_argument("--num_certified", type=int, default=None, metavar="N", help="and with one; all by default")
+    options.add_argument("--num_certified", type=int, default=None, metavar="N", help="the same with one; all by default")
     options.add_argument("--runs", type=Path, default=Path("runs/lipschitz_sweep"), metavar="DIR", help="keeps the trainings")
     arguments = options.parse_args()
     folder = arguments.runs / (arguments.config.stem + "_quick" * arguments.quick)
