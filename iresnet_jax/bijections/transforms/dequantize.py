@@ -115,7 +115,8 @@ def check_levels(x: Num[Array, "b ..."] | Num[np.ndarray, "b ..."], num_levels: 
         )
     if isinstance(x, jax.core.Tracer) or not x.size:
         return
-    lowest, highest = np.min(x), np.max(x)  # by NumPy: under jit even operations on known arrays give unknown ones
+    known = np.asarray(x)  # under jit JAX's operations on known arrays give unknown ones
+    lowest, highest = known.min(), known.max()
     if lowest < 0 or highest >= num_levels:
         raise ValueError(f"the model takes {wanted}, got levels from {lowest} to {highest}")
 

@@ -13,7 +13,7 @@ from iresnet_jax.maths.logdet import krylov
 from iresnet_jax.maths.logdet.exact import ExactLogdet, exact_logdet
 from iresnet_jax.maths.logdet.hutchinson_series import weighted_series
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet, quadratic_form
-from iresnet_jax.training import config as config_lib
+from iresnet_jax.training.config import LogdetConfig
 
 QUADRATURE = 1e-9  # of 24 nodes, relative to the squared norm of a probe, for L up to .98
 SINGLE = 2e-5  # float32, relative to the squared norm of a probe
@@ -283,8 +283,8 @@ def test_with_a_key_an_example_the_batch_does_not_matter():
 
 
 def test_a_config_can_ask_for_it():
-    settings = config_lib.estimator_settings(kind="krylov", num_terms=7, exact_trace=False)
-    assert config_lib.build_estimator(settings) == KrylovLogdet(7, exact_trace=False)
+    settings = LogdetConfig(kind="krylov", num_terms=7, exact_trace=False)
+    assert settings.build() == KrylovLogdet(7, exact_trace=False)
     estimator = KrylovLogdet(7)
     assert estimator.fix_length(jax.random.key(0)) is estimator
     with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
