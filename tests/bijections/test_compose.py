@@ -239,7 +239,7 @@ def test_work_of_unrolled_blocks_grows_with_their_number_not_its_square():
     def flops(num_blocks):
         stage = model.StageSpec(num_blocks, hidden=(4,), kernel_sizes=(3, 3), activation="clipswish")
         spec = model.FlowSpec((4, 4, 2), (stage,))
-        weights = random_weights(spec)
+        weights = jax.eval_shape(lambda: random_weights.__wrapped__(spec, num_steps=1))
 
         def loss(weights, x):
             z, logdet, _ = model.bijection(spec, weights, SeriesLogdet(2), unroll=True).forward_and_logdet(x, jax.random.key(0))
@@ -248,7 +248,7 @@ def test_work_of_unrolled_blocks_grows_with_their_number_not_its_square():
         x = jax.ShapeDtypeStruct((BATCH, 4, 4, 2), jnp.float32)
         return jax.jit(jax.grad(loss)).lower(weights, x).compile().cost_analysis()["flops"]
 
-    few, more, most = (flops(n) for n in (2, 4, 6))
+    few, more, most = (flops(n) for n in (2, 3, 4))
     assert most - more == pytest.approx(more - few, rel=0.05)
 
 
@@ -442,9 +442,9 @@ def test_a_bias_by_pixel_is_a_bias_of_every_pixel_and_leaves_the_jacobian_alone(
     moved = {**weights, "conv1": {**weights["conv1"], "bias": shift}}
     difference = branches.apply_branch(by_pixel, moved, x) - branches.apply_branch(by_pixel, weights, x)
     np.testing.assert_allclose(difference, jnp.broadcast_to(shift, x.shape), atol=1e-5)
-    norms = constraint.normalize(by_pixel, moved, constraint.initial_vectors(by_pixel, jax.random.key(2)), coeff=0.5).norms
-    unmoved = constraint.normalize(by_pixel, weights, constraint.initial_vectors(by_pixel, jax.random.key(2)), coeff=0.5).norms
-    assert norms == unmoved
+    vectors = constraint.initial_vectors(by_pixel, jax.random.key(2))
+    norms_of = jax.jit(lambda weights: constraint.normalize(by_pixel, weights, vectors, coeff=0.5).norms)
+    assert norms_of(moved) == norms_of(weights)
 
 
 @pytest.mark.parametrize("spec", [DENSE, IMAGES], ids=["dense", "images"])
