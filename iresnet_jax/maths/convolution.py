@@ -91,7 +91,6 @@ def conv(
     if padding == "CIRCULAR":
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)), mode="wrap")
         pads = ((0, 0), (0, 0))
-    x, kernel = (a.astype(jnp.promote_types(x.dtype, kernel.dtype)) for a in (x, kernel))
     if implementation == "auto":
         implementation = choose_implementation(kernel.shape)
     if implementation == "xla":

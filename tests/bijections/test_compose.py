@@ -11,6 +11,7 @@ import numpy as np
 import oracles
 import pytest
 
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.bijections.actnorm import ActNormParams, actnorm_bijection
 from iresnet_jax.bijections.bijection import Bijection, fold_in, follow_inverse_info, no_inverse_error, permutation_bijection
 from iresnet_jax.bijections.compose import Stage, chain, multiscale, repeat
@@ -207,7 +208,7 @@ def test_the_inverse_logdet_belongs_to_the_preimage(x64):
     bijection = residual(lambda x: 0.9 * jnp.sin(x), 0.9, ExactLogdet(), SOLVER)
     x = jnp.array([[3.0], [2.0], [0.3]])
     y = bijection.forward(x)
-    _, logdet, _, _ = bijection.inverse_and_logdet(y, jax.random.key(0))
+    _, logdet, _, _ = jax.jit(bijection.inverse_and_logdet)(y, jax.random.key(0))
     at_preimage, at_image = (-np.log(1 + 0.9 * np.cos(np.asarray(point)[:, 0])) for point in (x, y))
     np.testing.assert_allclose(logdet, at_preimage, atol=PREIMAGE)
     assert np.all(np.abs(at_preimage - at_image) > 0.01)
@@ -240,7 +241,7 @@ def test_work_of_unrolled_blocks_grows_with_their_number_not_its_square():
     def flops(num_blocks):
         stage = StageSpec(num_blocks, hidden=(4,), kernel_sizes=(3, 3), activation="clipswish")
         spec = FlowSpec((4, 4, 2), (stage,))
-        weights = random_weights(spec)
+        weights = jax.eval_shape(lambda: random_weights.__wrapped__(spec, num_steps=1))
 
         def loss(weights, x):
             z, logdet, _ = model.bijection(spec, weights, SeriesLogdet(2), unroll=True).forward_and_logdet(x, jax.random.key(0))
@@ -249,7 +250,7 @@ def test_work_of_unrolled_blocks_grows_with_their_number_not_its_square():
         x = jax.ShapeDtypeStruct((BATCH, 4, 4, 2), jnp.float32)
         return jax.jit(jax.grad(loss)).lower(weights, x).compile().cost_analysis()["flops"]
 
-    few, more, most = (flops(n) for n in (2, 4, 6))
+    few, more, most = (flops(n) for n in (2, 3, 4))
     assert most - more == pytest.approx(more - few, rel=0.05)
 
 
@@ -301,7 +302,7 @@ def test_error_bounds_of_a_chain_compose_by_the_lipschitz_constants_of_the_inver
 def test_one_failed_block_fails_the_chain():
     good, bad = (residual(lambda x: 0.5 * x, bound, ExactLogdet(), Solver(max_evals=50)) for bound in (0.5, 1.0))
     for parts in ([good, bad], [bad, good]):
-        _, info = chain(parts).inverse(jnp.ones((1, 2)))
+        _, info = jax.jit(chain(parts).inverse)(jnp.ones((1, 2)))
         assert not info.converged[0]
         assert jnp.isinf(info.error_bound[0])
 
@@ -330,7 +331,7 @@ def test_a_latent_that_leaves_early_skips_the_later_inverses(x64):
     shrinking_inverse = actnorm_bijection(ActNormParams(jnp.zeros(1), jnp.full(1, 2.0)))
     identity = permutation_bijection(lambda x: x, lambda y: y)
     split = multiscale([Stage(identity, factor_out=True), Stage(shrinking_inverse)], (2,))
-    jacobian = jax.jacfwd(lambda z: split.inverse(z[None])[0][0])(jnp.ones(2))
+    jacobian = jax.jit(jax.jacfwd(lambda z: split.inverse(z[None])[0][0]))(jnp.ones(2))
     np.testing.assert_allclose(oracles.operator_norm(jacobian), 1, rtol=EXACT)
     np.testing.assert_allclose(split.inverse_lipschitz, 1, rtol=EXACT)
 
@@ -443,9 +444,9 @@ def test_a_bias_by_pixel_is_a_bias_of_every_pixel_and_leaves_the_jacobian_alone(
     moved = {**weights, "conv1": {**weights["conv1"], "bias": shift}}
     difference = branches.apply_branch(by_pixel, moved, x) - branches.apply_branch(by_pixel, weights, x)
     np.testing.assert_allclose(difference, jnp.broadcast_to(shift, x.shape), atol=1e-5)
-    norms = constraint.normalize(by_pixel, moved, constraint.initial_vectors(by_pixel, jax.random.key(2)), coeff=0.5).norms
-    unmoved = constraint.normalize(by_pixel, weights, constraint.initial_vectors(by_pixel, jax.random.key(2)), coeff=0.5).norms
-    assert norms == unmoved
+    vectors = constraint.initial_vectors(by_pixel, jax.random.key(2))
+    norms_of = jax.jit(lambda weights: constraint.normalize(by_pixel, weights, vectors, coeff=0.5).norms)
+    assert norms_of(moved) == norms_of(weights)
 
 
 @pytest.mark.parametrize("spec", [DENSE, IMAGES], ids=["dense", "images"])

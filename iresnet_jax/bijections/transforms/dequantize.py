@@ -115,8 +115,12 @@ def check_levels(x: Num[Array, "b ..."] | Num[np.ndarray, "b ..."], num_levels: 
         raise ValueError(
             f"the model takes {wanted}, got {x.dtype}: undo the scaling to [0, 1], or use model.continuous, which takes [0, 1)"
         )
-    if not isinstance(x, jax.core.Tracer) and x.size and not (0 <= int(x.min()) and int(x.max()) < num_levels):
-        raise ValueError(f"the model takes {wanted}, got levels from {int(x.min())} to {int(x.max())}")
+    if isinstance(x, jax.core.Tracer) or not x.size:
+        return
+    known = np.asarray(x)  # under jit JAX's operations on known arrays give unknown ones
+    lowest, highest = known.min(), known.max()
+    if lowest < 0 or highest >= num_levels:
+        raise ValueError(f"the model takes {wanted}, got levels from {lowest} to {highest}")
 
 
 def dequantize_bijection(num_levels: int) -> Bijection:

@@ -1,4 +1,4 @@
-"""Anderson's method (1965, type II) on examples as vectors: what the last few steps of an iteration say about the next."""
+"""Anderson's method (1965, type II): the last few steps of an iteration predict the next. Examples are vectors."""
 
 from typing import NamedTuple
 
@@ -7,9 +7,14 @@ from jaxtyping import Array, Float
 
 
 class History(NamedTuple):
-    """What the last ``m`` evaluations changed: rings of steps of ``y - g(x)`` and of the residual, ``(b, m, d)``.
+    """The last ``m`` steps of an iteration, in rings: the newest step takes the place of the oldest.
 
-    ``gram[:, i, j]`` is the inner product of two steps of the residual; each is computed once.
+    Attributes:
+        image: ``y - g(x)`` at the last evaluation.
+        r: Residual at the last evaluation.
+        images: Steps of ``image``, ``(b, m, d)``.
+        residuals: Steps of ``r``, ``(b, m, d)``.
+        gram: Inner products of the steps of ``r``, ``(b, m, m)``.
     """
 
     image: Array
@@ -20,12 +25,12 @@ class History(NamedTuple):
 
     @classmethod
     def empty(cls, x: Float[Array, "b d"], memory: int) -> "History":
-        """Of ``memory`` steps, none of which has been made, for examples like ``x``."""
+        """Room for ``memory`` steps of examples like ``x``, all zero."""
         nothing, steps = jnp.zeros_like(x), jnp.zeros((len(x), memory, x.shape[1]), x.dtype)
         return cls(nothing, nothing, steps, steps, jnp.zeros((len(x), memory, memory), x.dtype))
 
     def extend(self, step: Array, image: Array, r: Array) -> "History":
-        """Puts the step from the last evaluation in the place of the oldest."""
+        """Adds the step from the last evaluation to this one."""
         slot = step % self.images.shape[1]
         moved = (step > 0).astype(r.dtype)  # the first evaluation is no step, and a zero step explains nothing
         latest = moved * (r - self.r)
@@ -40,9 +45,9 @@ class History(NamedTuple):
         )
 
     def extrapolate(self) -> tuple[Array, Array, Array]:
-        """``y - g(x)`` and ``r`` less what the history explains, and how much of ``|r|^2`` of an example it does.
+        """``image`` and ``r`` less what past steps explain, and the part of ``|r|^2`` that they explain, one an example.
 
-        The last is not a number where the least-squares ``gamma`` does not exist.
+        The explained part is NaN if the least-squares problem for ``gamma`` has no solution.
         """
         products = _inner_products(self.residuals, self.r)
         gamma = _solve_regularized(self.gram, products)
@@ -59,10 +64,10 @@ def _inner_products(steps: Float[Array, "b m d"], r: Float[Array, "b d"]) -> Flo
 
 
 def _solve_regularized(gram: Float[Array, "b m m"], b: Float[Array, "b m"]) -> Float[Array, "b m"]:
-    """``(gram + ridge I)^-1 b`` of every example; the ridge is a few units of rounding.
+    """Solves ``(gram + ridge I) gamma = b`` for every example; the ridge is a few units of rounding.
 
-    Gauss-Jordan elimination, written out for the few unknowns there are, each entry a vector over examples: a library's solver
-    would be called once an example. Without pivots, as the matrix is positive definite.
+    Gauss-Jordan elimination in which each entry is a vector over examples; a library's solver would run once an example. The
+    matrix is positive definite, so no pivots are needed.
     """
     m, dtype = b.shape[1], b.dtype
     ridge = 10 * jnp.finfo(dtype).eps * sum(gram[:, i, i] for i in range(m)) + jnp.finfo(dtype).tiny

@@ -1,4 +1,4 @@
-"""What every estimator of a log-determinant has in common: the call, what it says about its error, and its probes."""
+"""The interface of log-determinant estimators, what they report about their error, and their probes."""
 
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -65,7 +65,7 @@ class LogdetEstimator(Protocol):
 
 
 def typed_key(key: Keys) -> Key[Array, "..."]:
-    """The key itself, or that of which `jax.random.PRNGKey` gave the words."""
+    """A typed key; legacy keys of `jax.random.PRNGKey` are converted."""
     return jax.random.wrap_key_data(key) if key.dtype == jnp.uint32 else key
 
 

@@ -11,7 +11,7 @@ from iresnet_jax.maths.logdet.estimator import Branch
 
 
 def transposed_jacobian(branch: Branch, x: Float[Array, "b ..."], num_probes: int) -> Callable[[Array], Array]:
-    """``u -> J^T u`` for ``u`` of shape ``(p, b, ...)``, of which nothing is differentiated."""
+    """``u -> J^T u`` for ``u`` of shape ``(p, b, ...)``; its gradient is zero."""
     pure_branch, parameters = jax.closure_convert(branch, x)
     frozen = lax.stop_gradient(parameters)
     _, pullback = jax.vjp(lambda x: pure_branch(x, *frozen), lax.stop_gradient(x))

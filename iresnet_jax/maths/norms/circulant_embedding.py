@@ -102,7 +102,7 @@ def _unroll_zero_padded_axis(kernel, axis, size, stride, low, high):
 
 
 def _unroll_periodic_axis(kernel, axis, size, stride):
-    """As above for a periodic axis; how the padding is split does not matter, since a shift of the image is unitary."""
+    """Rewrites one periodic axis with stride 1; how its padding is split only shifts the image, which is unitary."""
     if size % stride:
         return kernel, size
     return _taps_to_channels(kernel, axis, stride, 0), size // stride

@@ -90,8 +90,8 @@ def conv_norm_bound(
         spatial_shape: Height and width of the layer's *input*, in pixels.
         strides: Step between outputs, in pixels.
         padding: "SAME" or "VALID" (zeros), "CIRCULAR" (periodic), or explicit pairs of zeros less than the kernel's size.
-        method: As in `dense_norm_bound`.
-        num_squarings: As in `dense_norm_bound`, for ``min(cin, cout)``.
+        method: "exact" or "gram", see `dense_norm_bound`.
+        num_squarings: Squarings under "gram", see `dense_norm_bound`; the slack is that of ``min(cin, cout)``.
         twists: Pairs of 0 (periodic) and 1 (antiperiodic) to take the minimum over, all four by default; one pair is four
             times cheaper.
 
@@ -152,8 +152,8 @@ def conv_norm_bound_any_size(
     Args:
         kernel: Taps as in ``jax.lax``'s "HWIO".
         num_frequencies: Grid points an axis; 32 costs at most 1 % for three taps, 4 % for five.
-        method: As in `dense_norm_bound`.
-        num_squarings: As in `dense_norm_bound`, for ``min(cin, cout)``.
+        method: "exact" or "gram", see `dense_norm_bound`.
+        num_squarings: Squarings under "gram", see `dense_norm_bound`; the slack is that of ``min(cin, cout)``.
 
     Returns:
         The bound; nan if a weight is not finite.

@@ -32,8 +32,8 @@ class PowerIterationInfo(NamedTuple):
     """How an iteration ended.
 
     Attributes:
-        num_steps: Applications of the map and its transpose, but for the last power step in tolerance mode.
-        relative_change: Growth of the estimate in the last step (in tolerance mode: the last cycle), relative to it.
+        num_steps: Applications of the map and its transpose; the power step that ends tolerance mode is not counted.
+        relative_change: Relative growth of the estimate in the last step, or in the last cycle of tolerance mode.
         converged: Whether the tolerance is met; always False for a fixed number of steps, which has none.
     """
 

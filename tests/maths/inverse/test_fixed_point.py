@@ -265,11 +265,11 @@ def test_whatever_can_be_a_batch_is_one():
     solve = functools.partial(invert_residual, half, lipschitz_bound=np.float64(0.5))
     expected = np.array([[2.0, 4.0]]) / 1.5
     for y in ([[2, 4]], np.array([[2.0, 4.0]]), jnp.array([[2, 4]])):
-        x, info = solve(y)
+        x, info = jax.jit(lambda y=y: solve(y))()
         np.testing.assert_allclose(x, expected, atol=1e-6)
         assert info.converged.all()
     for shape in ((0, 3), (0,)):
-        x, info = solve(jnp.zeros(shape))
+        x, info = jax.jit(solve)(jnp.zeros(shape))
         assert x.shape == shape
         assert info.converged.shape == (0,)
     with pytest.raises(ValueError, match="y must have a batch axis first, got a scalar"):

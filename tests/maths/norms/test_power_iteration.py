@@ -18,6 +18,11 @@ CONVERGED = 1e-6  # gradients through an iteration that has converged in float64
 COEFF = 0.9
 
 
+def norm_of(apply, kernel, v, **settings):
+    """`spectral_norm` as one program: outside of ``jit`` every operation would be compiled by itself."""
+    return jax.jit(functools.partial(spectral_norm, apply, **settings))(kernel, v)
+
+
 def dense(kernel, x):
     return x @ kernel
 
@@ -127,7 +132,7 @@ def test_a_norm_of_the_flattened_kernel_is_rejected():
 
 def test_five_power_steps_from_a_cold_start_are_rejected():
     kernel = jnp.asarray(spiked(np.random.default_rng(0), 80, 0.05), jnp.float32)
-    sigma, _, info = spectral_norm(dense, kernel, jax.random.normal(jax.random.key(0), (80,)), num_steps=5)
+    sigma, _, info = norm_of(dense, kernel, jax.random.normal(jax.random.key(0), (80,)), num_steps=5)
     assert not info.converged
     with pytest.raises(AssertionError, match="norm is"):
         assert_contraction(soft_normalize(kernel, sigma, COEFF))
@@ -163,14 +168,14 @@ def test_one_power_step_follows_a_drifting_kernel():
     for time, sigma in zip(times[::50], sigmas[::50], strict=True):
         true = oracles.operator_norm(oracles.dense_conv_matrix(start + time * drift, 6, 6))
         assert (1 - LAG) * true <= sigma <= (1 + ROUNDING) * true
-    cold, _, _ = spectral_norm(apply, start + drift, jax.random.normal(jax.random.key(1), (6, 6, 3)), num_steps=1)
+    cold, _, _ = norm_of(apply, start + drift, jax.random.normal(jax.random.key(1), (6, 6, 3)), num_steps=1)
     assert cold < (1 - 2 * LAG) * true
 
 
 def test_estimates_of_power_steps_never_decrease():
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(9, 9)), jnp.float32)
     v = jax.random.normal(jax.random.key(0), (9,))
-    sigmas = jnp.stack([spectral_norm(dense, kernel, v, num_steps=n)[0] for n in (1, 2, 4, 8, 16)])
+    sigmas = jnp.stack(jax.jit(lambda k: [spectral_norm(dense, k, v, num_steps=n)[0] for n in (1, 2, 4, 8, 16)])(kernel))
     assert jnp.all(jnp.diff(sigmas) >= -ROUNDING * sigmas[:-1])
 
 
@@ -201,7 +206,7 @@ def test_zero_tiny_and_huge_kernels_have_finite_values_and_gradients(num_steps):
 
 def test_a_layer_inside_the_ball_is_unchanged_bit_for_bit():
     kernel = jnp.asarray(0.3 * gaussian(np.random.default_rng(0), (5, 4)), jnp.float32)
-    sigma, _, _ = spectral_norm(dense, kernel, jnp.ones(5))
+    sigma, _, _ = norm_of(dense, kernel, jnp.ones(5))
     assert sigma < COEFF
     np.testing.assert_array_equal(soft_normalize(kernel, sigma, COEFF), kernel)
     np.testing.assert_array_equal(soft_normalize(kernel, jnp.float32(COEFF), COEFF), kernel)
@@ -265,14 +270,14 @@ def test_mistakes_are_named():
 
 def test_the_cap_on_steps_is_reported():
     kernel = jnp.asarray(spiked(np.random.default_rng(0), 80, 0.003), jnp.float32)
-    _, _, info = spectral_norm(dense, kernel, jnp.ones(80), max_steps=32)
+    _, _, info = norm_of(dense, kernel, jnp.ones(80), max_steps=32)
     assert info.num_steps == 32
     assert not info.converged
 
 
 def test_a_fine_tolerance_is_met_or_the_cap_would_say_so():
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(300, 300)), jnp.float32)
-    sigma, _, info = spectral_norm(dense, kernel, jnp.ones(300), rtol=1e-5)
+    sigma, _, info = norm_of(dense, kernel, jnp.ones(300), rtol=1e-5)
     assert info.converged
     np.testing.assert_allclose(sigma, np.linalg.norm(np.asarray(kernel, np.float64), 2), rtol=1e-5)
 
@@ -283,7 +288,7 @@ def test_a_tolerance_that_would_take_minutes_is_refused():
     for rtol in (1e-6, 1e-9):
         with pytest.raises(ValueError, match=f"rtol={rtol:g} asks for .* steps in 300 dimensions.*pass rtol >= 1e-5"):
             spectral_norm(*arguments, rtol=rtol)
-    sigma, _, info = spectral_norm(*arguments, rtol=1e-6, max_steps=320)
+    sigma, _, info = norm_of(*arguments, rtol=1e-6, max_steps=320)
     np.testing.assert_allclose(sigma, 1, rtol=1e-4)
     assert not info.converged
     assert info.num_steps == 320
