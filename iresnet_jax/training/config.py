@@ -196,7 +196,7 @@ class ReferencesConfig:
 class Config:
     """All settings of a run."""
 
-    seed: CountOrNone = 0
+    seed: Annotated[int, Range("[0, 4294967296)")] = 0  # JAX would cut off further bits
     objective: Literal["density", "classification", "hybrid"] = "density"  # "hybrid" is a density with a prior for every class
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

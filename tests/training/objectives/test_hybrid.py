@@ -1,5 +1,7 @@
 """A density with a prior for every class: Bayes' rule, samples of a class, and training on images and labels at once."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,15 +11,16 @@ import pytest
 import runs
 import scipy.special
 import scipy.stats
-from iresnet_jax.training.source import load_source
 
-from iresnet_jax.__main__ import main
-from iresnet_jax.evaluation import frozen, ood, trained
-from iresnet_jax.evaluation import samples as sample
-from iresnet_jax.models import classifier, density
-from iresnet_jax.models import flow as model
-from iresnet_jax.models import linen as modules
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.__main__ import main
+from iresnet_jax.data import load
+from iresnet_jax.evaluation import ood, run, samples
+from iresnet_jax.models import linen, priors
+from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.flow import freeze
+from iresnet_jax.models.head import cross_entropy
+from iresnet_jax.models.saved import load as load_model
 from iresnet_jax.report import report
 from iresnet_jax.training import loop, parallel, state
 from iresnet_jax.training.building import build_constraint, density_spec
@@ -28,22 +31,6 @@ from iresnet_jax.training.objectives import hybrid
 DEVICE_RTOL, DEVICE_ATOL = 1e-4, 1e-5  # the same sums in another order, in float32
 SAME = 1e-5  # the same maths by another route, float32
 K, D = 3, 2
-
-CONFIG = """
-from iresnet_jax.training.config import default_config
-
-def get_config():
-    config = default_config()
-    config.objective = "hybrid"
-    config.model.stages = ({"num_blocks": 2, "hidden": (4,), "kernel_sizes": (3, 3), "squeeze": 2},)
-    config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 2})
-    config.hybrid.update({"weight": 2.0, "initial_weight": 4.0, "ramp_steps": 4})
-    config.training.update({"total_steps": 8, "eval_every_steps": 4, "log_every_steps": 2, "batch_size": 32,
-        "actnorm_examples": 64, "ema_decay": 0.5, "blocks": "scan"})
-    config.evaluation.update({"num_dequantisations": 1, "num_probe_draws": 1})
-    config.evaluation.logdet.num_exact_terms = 4
-    return config
-"""
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
@@ -56,35 +43,36 @@ def compilations(tmp_path_factory):
 
 @pytest.fixture
 def config():
-    return runs.config_of(CONFIG)
+    return runs.config_of(runs.HYBRID_CONFIG)
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hybrid")
-    loop.train(runs.config_of(CONFIG), folder)
-    return folder
+    return runs.trained(tmp_path_factory, "hybrid")
 
 
 @pytest.fixture(scope="module")
-def trained_model(workdir):
-    return trained.load(workdir)
+def trained(workdir):
+    return run.load(workdir)
 
 
-def plane(prior="gaussian", num_classes=K):
-    """A model of the plane with a random prior for every class."""
-    spec = density.DensitySpec(
-        FlowSpec((D,), (StageSpec(num_blocks=2, hidden=(8,)),), coeff=0.7),
-        prior=prior,
-        transform="none",
-        num_levels=None,
-        num_classes=num_classes,
+@functools.cache
+def plane(kind="gaussian", num_classes=K):
+    """A model of the plane with a random prior for every class, and points of it, in float32."""
+    spec = DensitySpec(
+        FlowSpec((D,), (StageSpec(num_blocks=2, hidden=(8,)),), coeff=0.7), prior=kind, num_levels=None, num_classes=num_classes
     )
-    keys = jax.random.split(jax.random.key(3), 4)
-    module = modules.ResidualFlow(spec.flow, prior=prior, num_classes=num_classes)
-    variables = module.init(keys[0], jax.random.normal(keys[1], (64, D)))
-    prior = scattered(keys[2], variables["params"]["prior"])
-    return spec, model.freeze(spec.flow, variables["params"]).weights, prior, jax.random.normal(keys[3], (16, D))
+    keys = list(jax.random.split(jax.random.key(3), 4))
+    module = linen.ResidualFlow(spec.flow, prior=kind, num_classes=num_classes)
+
+    @jax.jit
+    def make():
+        params = module.init(keys[0], jax.random.normal(keys[1], (64, D)))["params"]
+        frozen = freeze(spec.flow, params)
+        return Density(spec, frozen.weights, scattered(keys[2], params["prior"]), frozen.bounds)
+
+    with jax.enable_x64(False):  # the first test that asks may be one in float64
+        return make(), jax.random.normal(keys[3], (16, D))
 
 
 def scattered(key, tree):
@@ -107,33 +95,47 @@ def by_hand(kind, prior, z):
     return np.stack(classes, axis=1) + scipy.special.log_softmax(prior["class_logits"])
 
 
-@pytest.mark.parametrize("kind", density.PRIORS)
+@pytest.mark.parametrize("kind", priors.PRIORS)
 def test_prior_and_posterior_are_those_of_bayes_rule(x64, kind):
-    spec, weights, prior, x = plane(kind)
-    z = density.encode(spec, weights, x)
-    expected = by_hand(kind, prior, z)
-    np.testing.assert_allclose(density.log_prior_by_class(spec, prior, z), expected, rtol=1e-10)
-    terms = density.log_prob(spec, weights, prior, x, jax.random.key(0))
+    model, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), plane(kind))
+    key = jax.random.key(0)
+
+    @jax.jit
+    def compute(model, x):
+        z = model.encode(x)
+        return z, model.log_prior_by_class(z), model.terms(x, key, key), model.class_log_probs(x)
+
+    z, by_class, terms, posterior = compute(model, x)
+    expected = by_hand(kind, model.prior, z)
+    np.testing.assert_allclose(by_class, expected, rtol=1e-10)
     np.testing.assert_allclose(terms.log_prior, np.log(np.exp(expected).sum(axis=1)), rtol=1e-10)
     np.testing.assert_allclose(terms.log_prob, terms.log_prior + terms.log_det, rtol=1e-10)
-    posterior = density.class_log_probs(spec, weights, prior, x)
     np.testing.assert_allclose(np.exp(posterior).sum(axis=1), 1, rtol=1e-10)
     joint = np.asarray(terms.log_prior_by_class) - np.asarray(terms.log_prior)[:, None]  # log p(x, y) - log p(x)
     np.testing.assert_allclose(posterior, joint, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", density.PRIORS)
+@pytest.mark.parametrize("kind", priors.PRIORS)
 def test_samples_of_a_class_follow_its_prior(x64, kind):
-    spec, weights, prior, _ = plane(kind)
+    model, _ = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), plane(kind))
     labels = jnp.repeat(jnp.arange(K), 2000)
-    x, info = jax.jit(lambda key: density.sample(spec, weights, prior, key, len(labels), labels=labels))(jax.random.key(5))
+
+    @jax.jit
+    def draw_and_encode(model, labels):
+        x, info = model.sample(jax.random.key(5), len(labels), labels=labels)
+        return model.encode(x), info
+
+    z, info = draw_and_encode(model, labels)
     assert bool(info.converged.all())
-    z = np.asarray(density.encode(spec, weights, x))
+    z, labels = np.asarray(z), np.asarray(labels)
     distribution, scale = {"gaussian": (scipy.stats.norm, "log_std"), "logistic": (scipy.stats.logistic, "log_scale")}[kind]
 
     def pvalues(component):  # of every dimension, that a class's latents are those of this component
-        priors = distribution(np.asarray(prior["mean"][component]), np.exp(np.asarray(prior[scale][component])))
-        return [[scipy.stats.kstest(priors.cdf(z[labels == k])[:, d], "uniform").pvalue for d in range(D)] for k in range(K)]
+        component = {name: np.asarray(values[component]) for name, values in model.prior.items()}
+        of_component = distribution(component["mean"], np.exp(component[scale]))
+        return [
+            [scipy.stats.kstest(of_component.cdf(z[labels == k])[:, d], "uniform").pvalue for d in range(D)] for k in range(K)
+        ]
 
     for k in range(K):
         assert min(pvalues(k)[k]) > 1e-3
@@ -141,24 +143,24 @@ def test_samples_of_a_class_follow_its_prior(x64, kind):
 
 
 def test_without_labels_classes_come_as_often_as_the_model_says():
-    spec, _, prior, _ = plane()
-    prior = {**prior, "mean": jnp.repeat(100.0 * jnp.arange(K)[:, None], D, axis=1), "log_std": jnp.zeros((K, D))}
-    z = density._sample_prior(spec, prior, jax.random.key(0), 6000, 1.0, None)
+    model, _ = plane()
+    means = jnp.repeat(100.0 * jnp.arange(K)[:, None], D, axis=1)
+    model = model.with_(prior={**model.prior, "mean": means, "log_std": jnp.zeros((K, D))})
+    z = model._sample_prior(jax.random.key(0), 6000, 1.0, None)
     counts = np.bincount(np.rint(np.asarray(z[:, 0]) / 100).astype(int), minlength=K)
-    assert (
-        scipy.stats.chisquare(counts, 6000 * scipy.special.softmax(np.asarray(prior["class_logits"], np.float64))).pvalue > 1e-3
-    )
-    assert density._sample_prior(spec, prior, jax.random.key(0), 5, 0.0, jnp.full(5, 2))[:, 0].tolist() == [200.0] * 5
+    expected = 6000 * scipy.special.softmax(np.asarray(model.prior["class_logits"], np.float64))
+    assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3
+    assert model._sample_prior(jax.random.key(0), 5, 0.0, jnp.full(5, 2))[:, 0].tolist() == [200.0] * 5
 
 
 @pytest.mark.parametrize(
     ("call", "match"),
     [
         (lambda: plane(num_classes=1), "num_classes must be at least 2"),
-        (lambda: density.log_prior_by_class(plane(num_classes=None)[0], {}, jnp.zeros((2, D))), "one prior for all"),
-        (lambda: draw(plane(num_classes=None), jnp.zeros(4, int)), "one prior for all"),
-        (lambda: draw(plane(), jnp.zeros(3, int)), "labels must be 4 integers"),
-        (lambda: density._sample_prior(*plane()[::2], jax.random.key(0), 0, 1.0, None), "at least 1, got 0"),
+        (lambda: plane(num_classes=None)[0].log_prior_by_class(jnp.zeros((2, D))), "one prior for all"),
+        (lambda: draw(plane(num_classes=None)[0], jnp.zeros(4, int)), "one prior for all"),
+        (lambda: draw(plane()[0], jnp.zeros(3, int)), "labels must be 4 integers"),
+        (lambda: plane()[0].sample(jax.random.key(0), 0), "at least 1, got 0"),
     ],
 )
 def test_mistakes_of_callers(call, match):
@@ -167,15 +169,14 @@ def test_mistakes_of_callers(call, match):
 
 
 def test_a_class_that_does_not_exist_gives_no_sample_and_says_so():
-    x, info = draw(plane(), jnp.array([0, 3, -1, 2]))
+    x, info = jax.jit(draw)(plane()[0], jnp.array([0, 3, -1, 2]))
     assert info.converged.tolist() == [True, False, False, True]
     assert np.isnan(x[1:3]).all()
     assert np.isfinite(x[::3]).all()
 
 
-def draw(what, labels):
-    spec, weights, prior, _ = what
-    return density.sample(spec, weights, prior, jax.random.key(0), 4, labels=labels)
+def draw(model, labels):
+    return model.sample(jax.random.key(0), 4, labels=labels)
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def draw(what, labels):
 
 def setup(config):
     """The objective of a run, a state whose classes differ, and the images and labels of a batch."""
-    objective = loop.build_objective(config, load_source(config.data.name))
+    objective = loop.build_objective(config, load(config.data.name))
     start = state.create(objective.initial_variables(), objective.optimizer)
     prior = jax.tree.map(lambda noisy: 0.1 * noisy, scattered(jax.random.key(9), start.params["prior"]))
     start = start._replace(params={**start.params, "prior": prior})
@@ -205,7 +206,7 @@ def vmapped(step):
 
 
 def test_one_and_two_devices_give_the_same_result():
-    config = runs.config_of(CONFIG, **{"augmentation.crop_padding": 1})
+    config = runs.config_of(runs.HYBRID_CONFIG, **{"augmentation.crop_padding": 1})
     one, two = after_steps(config, 1, vmapped), after_steps(config, 2, parallel.parallelize)
     chex.assert_trees_all_close(one, two, rtol=DEVICE_RTOL, atol=DEVICE_ATOL)
 
@@ -213,21 +214,21 @@ def test_one_and_two_devices_give_the_same_result():
 def test_the_loss_is_cross_entropy_plus_weighted_bits():
     """The gradient of a step by hand, from the functions of the model, against the metrics that the step reports."""
     plain_descent = {"optimizer.name": "sgd", "optimizer.momentum": 0.0, "optimizer.clip_norm": 0.0}
-    config = runs.config_of(CONFIG, **plain_descent, **{"classifier.label_smoothing": 0.1})
+    config = runs.config_of(runs.HYBRID_CONFIG, **plain_descent, **{"classifier.label_smoothing": 0.1})
     _, start, (images, labels) = setup(config)
     _, metrics = after_steps(config, 1, vmapped, num_steps=1)
-    spec = density_spec(config, load_source("digits"))
+    data = load("digits")
+    template = hybrid.likelihood.template(config, density_spec(config, data))
     key_length, key_examples = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key_examples, i), 4))(jnp.arange(len(images)))
-    x = density.to_continuous(spec, keys[:, 0], jnp.asarray(images))
-    estimator = config.logdet.build().fix_length(key_length)
-    constrain = build_constraint(config.constraint, spec.flow, training=True)
+    template = template.with_(estimator=config.logdet.build().fix_length(key_length))
+    constrain = build_constraint(config.constraint, template.spec.flow, training=True)
 
     def terms(params):
-        weights = constrain(params, start.spectral).weights
-        bits = density.objective(spec, density.log_prob(spec, weights, params["prior"], x, keys[:, 1], estimator).log_prob)
-        log_p = density.class_log_probs(spec, weights, params["prior"], x)
-        entropy = classifier.cross_entropy(log_p, jnp.asarray(labels), label_smoothing=0.1)
+        model = template.with_(weights=constrain(params, start.spectral).weights, prior=params["prior"])
+        bits = model.spec.in_units(model.terms(images, keys[:, 0], keys[:, 1]).log_prob)
+        log_p = model.class_log_probs(images, keys[:, 0])
+        entropy = cross_entropy(log_p, jnp.asarray(labels), label_smoothing=0.1)
         return jnp.stack([entropy.mean(), bits.mean()])
 
     (entropy, bits), by_term = jax.jit(lambda params: (terms(params), jax.jacrev(terms)(params)))(start.params)
@@ -243,7 +244,7 @@ def test_the_loss_is_cross_entropy_plus_weighted_bits():
 
 def test_augmentation_changes_what_is_classified_and_not_the_likelihood(config):
     before = after_steps(config, 1, vmapped, num_steps=1)[1]
-    after = after_steps(runs.config_of(CONFIG, **{"augmentation.crop_padding": 3}), 1, vmapped, num_steps=1)[1]
+    after = after_steps(runs.config_of(runs.HYBRID_CONFIG, **{"augmentation.crop_padding": 3}), 1, vmapped, num_steps=1)[1]
     np.testing.assert_allclose(before["bits_per_dim"], after["bits_per_dim"], rtol=SAME)
     assert abs(before["cross_entropy"] - after["cross_entropy"]) > 1e-3
 
@@ -275,77 +276,80 @@ def test_training_improves_both_and_logs_both(workdir):
 )
 def test_mistakes_are_answered_before_a_workdir_is_claimed(tmp_path, change, match):
     with pytest.raises(ValueError, match=match):
-        loop.train(runs.config_of(CONFIG, **change), tmp_path / "run")
+        loop.train(runs.config_of(runs.HYBRID_CONFIG, **change), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 # --- after training -------------------------------------------------------------------------------------------------
 
 
-def test_report_holds_likelihood_and_error(trained_model, workdir, capsys):
-    written = report.write(trained_model)
-    labels = trained_model.source.labels("test")
-    images = trained_model.source.held_out("test", len(labels), 0)
-    x = (images + 0.5) / trained_model.spec.num_levels
-    log_p = density.class_log_probs(trained_model.spec, trained_model.weights, trained_model.prior, jnp.asarray(x, jnp.float32))
-    assert written["classification"]["num_errors"] == int((np.argmax(log_p, axis=1) != labels).sum())
-    assert written["classification"]["num_examples"] == len(labels)
-    assert 0 < written["bits_per_dim"]["mean"] < 5
-    said = report.describe(written, workdir)
+@pytest.fixture(scope="module")
+def class_log_probs(trained):
+    """Logits of the classes of images, step by step."""
+
+    @jax.jit
+    def by_steps(model, images):
+        u = (images + 0.5) / model.spec.num_levels
+        z = model.flow().forward(model.spec.transform.bijection().forward(u))
+        return jax.nn.log_softmax(model.log_prior_by_class(z))
+
+    return functools.partial(by_steps, trained.model)
+
+
+def test_report_holds_likelihood_and_error(trained, class_log_probs, workdir, capsys):
+    written = report.write(trained)
+    labels = trained.data.labels["test"]
+    log_p = class_log_probs(trained.test_examples())
+    assert written.classification.num_errors == int((np.argmax(log_p, axis=1) != labels).sum())
+    assert written.classification.num_examples == len(labels)
+    assert 0 < written.likelihood.mean < 5
+    said = str(written)
     assert "bits/dim" in said
     assert "test error" in said
     page = (workdir / "report.html").read_text()
-    assert all(text in page for text in ("Test bits per dimension", "Test error", "Samples of each class"))
+    assert all(text in page for text in ("Test bits per dimension", "Test error", "one row a class"))
     assert main(["evaluate", "--workdir", str(workdir)]) == 0
     out = capsys.readouterr().out
     assert "bits/dim" in out
     assert "test error" in out
 
 
-def test_samples_of_a_class_from_the_command_line(trained_model, workdir, capsys):
+def test_samples_of_a_class_from_the_command_line(trained, workdir, capsys):
     assert main(["sample", "--workdir", str(workdir), "--num", "3", "--label", "7"]) == 0
-    expected = sample.draw(trained_model, 3, labels=[7, 7, 7]).values
+    size = trained.config.evaluation.batch_size
+    expected = samples.draw(trained.model, 3, size, labels=[7, 7, 7]).values
     np.testing.assert_array_equal(np.load(workdir / "samples.npy"), expected)
-    assert (sample.draw(trained_model, 3, labels=[1, 1, 1]).values != expected).any()
+    assert (samples.draw(trained.model, 3, size, labels=[1, 1, 1]).values != expected).any()
     capsys.readouterr()
     assert main(["sample", "--workdir", str(workdir), "--label", "10"]) == 2
     assert "there is no class 10: classes are 0 to 9" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a label for each of 3 samples"):
-        sample.draw(trained_model, 3, labels=[1])
+        samples.draw(trained.model, 3, size, labels=[1])
 
 
-def test_a_frozen_hybrid_is_the_same_in_one_file(trained_model, workdir, capsys):
+def test_a_frozen_hybrid_is_the_same_in_one_file(trained, class_log_probs, workdir, capsys):
     assert main(["freeze", "--workdir", str(workdir)]) == 0
     capsys.readouterr()
-    loaded = frozen.load(workdir)
-    images = trained_model.source.held_out("test", 8, 0)
-    x = density.cell_centers(trained_model.spec, jnp.asarray(images))
-    expected = density.class_log_probs(trained_model.spec, trained_model.weights, trained_model.prior, x)
-    np.testing.assert_allclose(loaded.class_log_probs(jnp.asarray(images)), expected, rtol=SAME, atol=SAME)
-    samples, info = loaded.sample(jax.random.key(0), 2, labels=jnp.array([3, 4]))
-    assert samples.shape == (2, 8, 8, 1)
+    loaded = load_model(workdir)
+    images = trained.test_examples()[:8]
+    found = jax.jit(lambda model, images: model.class_log_probs(images))(loaded, images)
+    np.testing.assert_allclose(found, class_log_probs(images), rtol=SAME, atol=SAME)
+    drawn, info = jax.jit(lambda model, labels: model.sample(jax.random.key(0), 2, labels=labels))(loaded, jnp.array([3, 4]))
+    assert drawn.shape == (2, 8, 8, 1)
     assert bool(info.converged.all())
 
 
-def test_scores_of_other_images_know_of_classes(trained_model):
-    scores = ood.compare(trained_model, "noise", num=64)["scores"]
+def test_scores_of_other_images_know_of_classes(trained, class_log_probs):
+    settings, seed = trained.config.evaluation, trained.config.seed
+    scores = ood.compare(trained.model, trained.data, "noise", settings, seed, num=64).scores
     assert set(scores) == {"likelihood", "typicality", "confidence"}
-    sides = trained_model.source.held_out("test", 64, 0), ood.others(trained_model, "noise", 64)
-    posteriors = [jax.nn.softmax(bayes(trained_model, images)) for images in sides]
-    inside, outside = (-np.asarray(posterior.max(axis=1), np.float64) for posterior in posteriors)
-    np.testing.assert_allclose(scores["confidence"]["auroc"], ood.auroc(inside, outside), atol=1e-3)
+    sides = trained.test_examples()[:64], ood.others(trained.data, "noise", 64, seed)
+    inside, outside = (-np.exp(np.asarray(class_log_probs(images), np.float64)).max(axis=1) for images in sides)
+    np.testing.assert_allclose(scores["confidence"].auroc, ood.auroc(inside, outside), atol=1e-3)
 
 
-def bayes(loaded, images):
-    """Logits of the classes of images, step by step."""
-    x, _ = density.transform(loaded.spec, (jnp.asarray(images) + 0.5) / loaded.spec.num_levels)
-    z = model.bijection(loaded.spec.flow, loaded.weights).forward(x)
-    return density.log_prior_by_class(loaded.spec, loaded.prior, z)
-
-
-@pytest.mark.parametrize("objective", ["density", "classification"])
-def test_labels_are_refused_in_a_sentence_by_models_without_priors_of_classes(tmp_path, objective, capsys):
-    short = {"objective": objective, "training.total_steps": 2, "training.eval_every_steps": 2}
-    loop.train(runs.config_of(CONFIG, **short), tmp_path)
-    assert main(["sample", "--workdir", str(tmp_path), "--label", "1"]) == 2
-    assert {"density": "one prior for all", "classification": "has no samples"}[objective] in capsys.readouterr().err
+@pytest.mark.parametrize("kind", ["digits", "classifier"])
+def test_labels_are_refused_in_a_sentence_by_models_without_priors_of_classes(tmp_path_factory, kind, capsys):
+    workdir = runs.trained(tmp_path_factory, kind)
+    assert main(["sample", "--workdir", str(workdir), "--label", "1"]) == 2
+    assert {"digits": "one prior for all", "classifier": "has no samples"}[kind] in capsys.readouterr().err
