@@ -84,6 +84,7 @@ def get_config():
     config = default_config()
     config.evaluation.logdet.num_exact_terms = 8
     config.evaluation.update({"num_dequantisations": 2, "num_probe_draws": 2, "batch_size": 32, "num_examples": 64})
+    config.references.values = (("somebody", 2.45),)
     return config
 """
 

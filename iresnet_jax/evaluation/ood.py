@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer, Num
+from jaxtyping import Float, Integer, Num
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
@@ -83,9 +83,9 @@ def compare(
     inside = dataset.held_out("test", num, seed)
     outside = others(dataset, other, num, seed, data_dir)
     if isinstance(model, Classifier):
-        score = _classifier_scores(model, dataset, settings, seed)
+        score = _classifier_scores(model, dataset, settings.batch_size)
     else:
-        score = _density_scores(model, dataset, settings, seed)
+        score = _density_scores(model.with_(estimator=settings.logdet.build()), dataset, settings.batch_size, seed)
     found = score(inside), score(outside)
     scores = {name: Score(auroc(found[0][name], found[1][name]), DEFINITIONS[name]) for name in found[0]}
     return Separation(other, len(inside), len(outside), scores)
@@ -118,25 +118,24 @@ def adapt(
     return np.rint(scaled * (new_levels - 1)).astype(np.uint8)
 
 
-def _in_batches(function: Callable[[Any, Any], Any], images: Num[np.ndarray, "n h w c"], batch_size: int) -> Any:
-    """Outputs in float64 of a function of (images, their places)."""
+def _in_batches(function: Callable[..., Any], model: Any, images: Num[np.ndarray, "n h w c"], batch_size: int) -> Any:
+    """Outputs in float64 of a function of (model, images, their places)."""
     parts = []
     for indices, mask in eval_batches(len(images), min(batch_size, len(images))):
-        outputs = jax.device_get(function(images[indices], indices))
+        outputs = jax.device_get(function(model, images[indices], indices))
         parts.append(jax.tree.map(lambda values, mask=mask: values[mask].astype(np.float64), outputs))
     return jax.tree.map(lambda *values: np.concatenate(values), *parts)
 
 
-def _classifier_scores(model: Classifier, dataset: DataSet, settings: EvaluationConfig, seed: int) -> Scores:
-    del seed  # a classifier draws nothing
+@jax.jit
+def _pooled_and_logits(model, images, _):
+    pooled = model.pooled(images)
+    return pooled, linear(model.head, pooled)
 
-    @jax.jit
-    def pooled_and_logits(images: Array, _: Any):
-        pooled = model.pooled(images)
-        return pooled, linear(model.head, pooled)
 
+def _classifier_scores(model: Classifier, dataset: DataSet, batch_size: int) -> Scores:
     labels = dataset.labels["train"][:NUM_FITTED]
-    pooled, _ = _in_batches(pooled_and_logits, dataset.examples["train"][:NUM_FITTED], settings.batch_size)
+    pooled, _ = _in_batches(_pooled_and_logits, model, dataset.examples["train"][:NUM_FITTED], batch_size)
     classes, places = np.unique(labels, return_inverse=True)
     means = np.stack([pooled[labels == k].mean(axis=0) for k in classes])
     spread = pooled - means[places]
@@ -145,7 +144,7 @@ def _classifier_scores(model: Classifier, dataset: DataSet, settings: Evaluation
     whiten = np.linalg.inv(np.linalg.cholesky(covariance)).T
 
     def score(images: np.ndarray) -> dict[str, np.ndarray]:
-        pooled, logits = _in_batches(pooled_and_logits, images, settings.batch_size)
+        pooled, logits = _in_batches(_pooled_and_logits, model, images, batch_size)
         log_sum = np.logaddexp.reduce(logits, axis=1)
         distances = np.linalg.norm((pooled[:, None] - means[None]) @ whiten, axis=-1)
         return {"energy": -log_sum, "confidence": -np.exp(logits.max(axis=1) - log_sum), "distance": distances.min(axis=1)}
@@ -153,25 +152,20 @@ def _classifier_scores(model: Classifier, dataset: DataSet, settings: Evaluation
     return score
 
 
-def _density_scores(model: Density, dataset: DataSet, settings: EvaluationConfig, seed: int) -> Scores:
-    estimated = model.with_(estimator=settings.logdet.build())
-
+def _density_scores(model: Density, dataset: DataSet, batch_size: int, seed: int) -> Scores:
     @jax.jit
-    def bits(images, indices):
+    def bits(model, images, indices):
         keys = evaluation_keys(jax.random.key(seed), jnp.asarray(indices), 0, 0)
-        return model.spec.in_units(estimated.terms(images, *keys).log_prob)
+        return model.spec.in_units(model.terms(images, *keys).log_prob)
 
-    @jax.jit
-    def class_log_probs(images, _):
-        return model.class_log_probs(images)
-
-    usual = _in_batches(bits, dataset.examples["train"][:NUM_FITTED], settings.batch_size).mean()
+    class_log_probs = jax.jit(lambda model, images, _: model.class_log_probs(images))
+    usual = _in_batches(bits, model, dataset.examples["train"][:NUM_FITTED], batch_size).mean()
 
     def score(images: np.ndarray) -> dict[str, np.ndarray]:
-        found = _in_batches(bits, images, settings.batch_size)
+        found = _in_batches(bits, model, images, batch_size)
         scores = {"likelihood": found, "typicality": np.abs(found - usual)}
         if model.spec.num_classes is not None:
-            scores["confidence"] = -np.exp(_in_batches(class_log_probs, images, settings.batch_size).max(axis=1))
+            scores["confidence"] = -np.exp(_in_batches(class_log_probs, model, images, batch_size).max(axis=1))
         return scores
 
     return score

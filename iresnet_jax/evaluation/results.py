@@ -160,10 +160,15 @@ class Classification:
 
     def __str__(self) -> str:
         low, high = self.interval
-        return (
+        line = (
             f"test error: {100 * self.error:.2f} % ({self.num_errors} of {self.num_examples} images; "
             f"{100 * self.confidence:.0f} % interval {100 * low:.2f} to {100 * high:.2f} %), cross-entropy {self.loss:.4f} nats"
         )
+        return "\n".join([line, *self.warnings()])
+
+    def warnings(self) -> list[str]:
+        """A sentence about logits that are not finite."""
+        return [] if math.isfinite(self.loss) else ["The cross-entropy is not finite: the test error means nothing."]
 
 
 @dataclass(frozen=True)

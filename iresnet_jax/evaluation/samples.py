@@ -66,6 +66,10 @@ def draw(
         raise ValueError(f"the number of samples must be at least 1, got {num}")
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
+    if not temperature >= 0:
+        raise ValueError(
+            f"temperature must be at least 0, got {temperature}: 1 samples the model, less concentrates the samples"
+        )
     at_once = min(num, batch_size)
     key, num_batches = jax.random.key(seed), -(-num // at_once)
     batch_labels = [None] * num_batches if labels is None else _label_batches(model, labels, num, at_once)

@@ -114,6 +114,9 @@ def read(path: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]:
     return with_bounds(spec, jax.tree.map(jnp.asarray, arrays)), header["about"]
 
 
+_certified = jax.jit(certify, static_argnums=0)
+
+
 def with_bounds(spec: Spec, arrays: Mapping[str, Any]) -> Model:
     """A model of weights as they are, with guaranteed bounds of their norms.
 
@@ -122,7 +125,7 @@ def with_bounds(spec: Spec, arrays: Mapping[str, Any]) -> Model:
         arrays: ``params`` as `flow.certify` takes them, and the rest of the fields of the model's class by name.
     """
     rest = {name: value for name, value in arrays.items() if name != "params"}
-    found = jax.jit(lambda params: certify(spec.flow, params))(arrays["params"])
+    found = _certified(spec.flow, arrays["params"])
     if isinstance(spec, DensitySpec):
         return Density(spec, found.weights, bounds=found.bounds, **rest)
     return Classifier(spec, found.weights, bounds=found.bounds, **rest)

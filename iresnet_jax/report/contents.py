@@ -56,6 +56,7 @@ class Report:
         return [
             *self.notes,
             *(self.likelihood.warnings() if self.likelihood else ()),
+            *(self.classification.warnings() if self.classification else ()),
             *(self.samples.warnings() if self.samples else ()),
             *(self.samples_by_class.warnings("samples by class") if self.samples_by_class else ()),
             *(self.inverse.warnings(promised=promised) if self.inverse else ()),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float, Num, UInt8
+from jaxtyping import Float, Num
 
 from iresnet_jax.evaluation.inversion import Reconstructions
 from iresnet_jax.files import replacing
@@ -17,7 +17,7 @@ from iresnet_jax.report.plots import scatter
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Images = Float[np.ndarray, "n h w c"] | UInt8[np.ndarray, "n h w c"]
+Images = Float[np.ndarray, "n h w c"]
 
 NOT_FINITE = (1.0, 0.0, 0.6)  # the colour of pixels that are NaN or infinite: no image has it by accident
 NUM_RECONSTRUCTED = 8  # shown
@@ -70,15 +70,15 @@ def image_grid(images: Images, columns: int = 8, *, captions: Sequence[str] | No
     """Draws images in reading order, without axes.
 
     Args:
-        images: uint8, or floats in [0, 1]; 1 or 3 channels. Pixels that are not finite are drawn in magenta.
+        images: Pixels in [0, 1]; those that are not finite are drawn in magenta.
         columns: Images a row, at least 1.
         captions: A few characters to write below each image.
 
     Raises:
-        ValueError: If there is no image, the channels are not 1 or 3, a float is outside [0, 1], or columns < 1.
+        ValueError: If there is no image, a pixel is outside [0, 1], or columns < 1.
 
     Example:
-        >>> image_grid(np.zeros((16, 8, 8, 1), np.uint8), columns=4).get_size_inches().tolist()
+        >>> image_grid(np.zeros((16, 8, 8, 1)), columns=4).get_size_inches().tolist()
         [4.0, 4.0]
     """
     if columns < 1:
@@ -86,10 +86,7 @@ def image_grid(images: Images, columns: int = 8, *, captions: Sequence[str] | No
     pixels = _rgb(images)
     finite = pixels[np.isfinite(pixels)]
     if finite.size and (finite.min() < 0.0 or finite.max() > 1.0):
-        raise ValueError(
-            f"float images must lie in [0, 1], got [{finite.min():.3g}, {finite.max():.3g}]: undo the preprocessing "
-            "and clip, or pass uint8"
-        )
+        raise ValueError(f"pixels must lie in [0, 1], got [{finite.min():.3g}, {finite.max():.3g}]: undo the preprocessing")
     columns = min(columns, len(pixels))
     if captions is not None:
         return _captioned(pixels, columns, captions)
@@ -120,12 +117,12 @@ def reconstruction_pairs(originals: Images, reconstructions: Images, errors: Flo
     all. Reconstructions are clipped to [0, 1] for display only: the maps see the values as they are.
 
     Args:
-        originals: uint8, or floats in [0, 1]; 1 or 3 channels.
-        reconstructions: Images of the same range; pass floats, since 8 bits hide errors below 1/255.
+        originals: Pixels in [0, 1].
+        reconstructions: Images on the same scale.
         errors: One number an image, printed below its column: the error reported elsewhere, in the model's own units.
 
     Raises:
-        ValueError: If there is no image or the channels are not 1 or 3.
+        ValueError: If there is no image.
     """
     above, below = _rgb(originals), _rgb(reconstructions)
     maps = np.abs(above - below).max(axis=-1)
@@ -155,8 +152,8 @@ def _rgb(images: Images) -> Float[np.ndarray, "n h w 3"]:
     """Images as float64 RGB, not clipped; the mean of channels that are neither grey nor RGB."""
     if not len(images):
         raise ValueError(f"images must be at least one, got {images.shape}")
-    scaled = images.astype(np.float64) / (255.0 if images.dtype == np.uint8 else 1.0)
-    return scaled if scaled.shape[-1] == 3 else np.repeat(scaled.mean(axis=-1, keepdims=True), 3, axis=-1)
+    images = images.astype(np.float64)
+    return images if images.shape[-1] == 3 else np.repeat(images.mean(axis=-1, keepdims=True), 3, axis=-1)
 
 
 def _mosaic(pixels: Float[np.ndarray, "n h w 3"], columns: int, gap: int = 1) -> Float[np.ndarray, "rows columns 4"]:

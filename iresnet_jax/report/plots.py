@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.report import style
 
 if TYPE_CHECKING:
@@ -98,82 +99,48 @@ def confusion_matrix(counts: Int[np.ndarray, "k k"]) -> "Figure":
     return figure
 
 
-def lipschitz_bars(
-    names: Sequence[str],
-    estimates: Sequence[float],
-    bounds: Sequence[float | None] | None = None,
-    *,
-    target: float | None,
-) -> "Figure":
+def lipschitz_bars(certificate: Certificate) -> "Figure":
     """Draws the Lipschitz estimate of every block, its certified bound, the target and the limit of invertibility.
 
     An estimate comes from power iteration and approaches the norm from below; only the bound proves anything.
 
     Args:
-        names: Block names, first block first.
-        estimates: Products of the layers' estimated norms, one a block.
-        bounds: Certified upper bounds; ``None``, as a whole or for one block, where there is none.
-        target: The coefficient the blocks were trained for, in (0, 1); None without a constraint.
-
-    Raises:
-        ValueError: If the sequences differ in length or are empty.
-
-    Example:
-        >>> lipschitz_bars(["block_0"], [0.71], [0.74], target=0.729).axes[0].get_ylabel()
-        'Lipschitz constant of g'
+        certificate: Constants of a model.
     """
-    bounds = [None] * len(names) if bounds is None else bounds
-    if not len(names) == len(estimates) == len(bounds) or not names:
-        raise ValueError(
-            f"names, estimates and bounds must be equally long and not empty, got {len(names)}, {len(estimates)} "
-            f"and {len(bounds)}: pass None for a bound that is missing"
-        )
+    names, estimates, bounds = zip(*((block.name, block.estimate, block.bound) for block in certificate.blocks), strict=True)
     figure = style.figure(width=10.0, height=3.2)
     axes = figure.add_subplot()
     place = np.arange(len(names))
     axes.bar(place, estimates, width=0.7, color=style.BLUE, alpha=0.85, label="estimate (from below)")
-    certified = [(x, b) for x, b in zip(place, bounds, strict=True) if b is not None]
-    if certified:
-        x, b = zip(*certified, strict=True)
-        axes.scatter(x, b, s=26, marker="D", color=style.ORANGE, zorder=3, label="certified bound")
+    axes.scatter(place, bounds, s=26, marker="D", color=style.ORANGE, zorder=3, label="certified bound")
+    target = certificate.target
     if target is not None:
         axes.axhline(target, color=style.PLUM, linewidth=1.2, linestyle=(0, (5, 3)), label=f"target {target:g}")
     axes.axhline(1.0, color=style.INK, linewidth=1.0, label="invertible below 1")
     every = math.ceil(len(names) / 24)
     turned = max(map(len, names)) * len(names) / every > 100
-    ticks = list(names[::every])
-    axes.set_xticks(place[::every], ticks, rotation=40 if turned else 0, ha="right" if turned else "center")
+    axes.set_xticks(place[::every], names[::every], rotation=40 if turned else 0, ha="right" if turned else "center")
     axes.set_xlim(-0.6, len(names) - 0.4)
-    top = max([1.0, *(v for v in [*estimates, *(b for b in bounds if b is not None)] if math.isfinite(v))])
-    axes.set_ylim(0.0, 1.04 * top)
+    axes.set_ylim(0.0, 1.04 * max(value for value in (1.0, *estimates, *bounds) if math.isfinite(value)))
     style.label(axes, "", "Lipschitz constant of g")
-    legend = style.legend(axes, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
-    legend.set_in_layout(True)
+    style.legend(axes, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4).set_in_layout(True)
     return figure
 
 
-def density_map(
-    log_density: Float[np.ndarray, "n n"],
-    extent: tuple[Number, Number, Number, Number],
-    samples: Float[np.ndarray, "m 2"] | None = None,
-) -> "Figure":
-    """Draws a density on the plane, with data or samples on top.
+def density_map(log_density: Float[np.ndarray, "n n"], extent: tuple[Number, Number, Number, Number]) -> "Figure":
+    """Draws a density on the plane.
 
     The colour scale ends at the 99.5 % quantile: narrow ridges would otherwise leave the rest black.
 
     Args:
         log_density: Natural log of the density on a square grid; rows run along the second coordinate, upwards.
         extent: (left, right, bottom, top) of the grid.
-        samples: Points drawn over the map.
     """
     figure = style.figure(width=5.4, height=4.6)
     axes = figure.add_subplot()
     density = np.exp(np.where(np.isfinite(log_density), log_density, -np.inf))
     top = float(np.quantile(density, 0.995)) or float(density.max()) or 1.0
     shown = axes.imshow(density, origin="lower", extent=extent, cmap="viridis", vmin=0.0, vmax=top, interpolation="bilinear")
-    if samples is not None:
-        axes.scatter(*samples.T, s=2.0, color="white", alpha=0.5, linewidths=0)
-        axes.set(xlim=extent[:2], ylim=extent[2:])
     style.label(axes, "", "", ink=style.MIDTONE)
     axes.grid(visible=False)
     style.colorbar(figure, shown, [axes], label="density", extend="max")

@@ -105,8 +105,7 @@ def _bijection(run: Run, examples: np.ndarray, figures: Figures) -> tuple[Invers
     errors, bounds = np.asarray(result.refined.euclidean_error), np.asarray(result.refined.error_bound)
     if np.isfinite(errors).any():
         figures["error_histogram"] = plots.error_histogram(errors, bounds if np.isfinite(bounds).any() else None)
-    names, estimates, limits = zip(*((block.name, block.estimate, block.bound) for block in certificate.blocks), strict=True)
-    figures["lipschitz"] = plots.lipschitz_bars(names, estimates, limits, target=certificate.target)
+    figures["lipschitz"] = plots.lipschitz_bars(certificate)
     return result.summary, certificate
 
 

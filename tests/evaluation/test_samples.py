@@ -46,7 +46,7 @@ def test_failed_inverses_are_counted_and_named():
     [
         (kept.POINTS, {"num": 0}, "number of samples must be at least 1, got 0"),
         (kept.POINTS, {"seed": -1}, "seed must not be negative, got -1"),
-        (kept.POINTS, {"temperature": -0.5}, "temperature at least 0, got 4 and -0.5"),
+        (kept.POINTS, {"temperature": -0.5}, "temperature must be at least 0, got -0.5"),
         (kept.POINTS, {"labels": [0] * 4}, "this density has one prior for all"),
         (kept.HYBRID, {"labels": [0]}, "there must be a label for each of 4 samples, got 1"),
         (kept.HYBRID, {"labels": [0, 1, 2, 3]}, "there is no class 3: classes are 0 to 2"),

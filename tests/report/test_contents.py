@@ -29,6 +29,7 @@ CONTRADICTIONS = {
         ),
         "The estimated likelihood is 4.5 standard errors away from the exact one",
     ),
+    "cross-entropy": (changed("classification", loss=math.nan), "The cross-entropy is not finite"),
     "samples": (
         dataclasses.replace(REPORT, samples=FAILED),
         "did not converge for 12 of 12 samples, numbers 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ....",

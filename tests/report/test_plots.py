@@ -1,6 +1,7 @@
 """Figures: something is drawn, of the right values, small, readable on light and dark, and without global state."""
 
 import base64
+import dataclasses
 import io
 import math
 import sys
@@ -9,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 from PIL import Image
-from reports import REPORT
+from reports import CERTIFICATE, REPORT, block
 
 from iresnet_jax.report import page, pictures, plots, style
 
@@ -30,10 +31,10 @@ GRID_X, GRID_Y = np.meshgrid(np.linspace(-3, 3, 40), np.linspace(-3, 3, 40))
 FIGURES = {
     "learning_curves": lambda: plots.learning_curves(records()),
     "image_grid": lambda: pictures.image_grid(DIGITS.astype(np.float32), columns=4),
-    "image_grid_rgb": lambda: pictures.image_grid(RNG.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)),
+    "image_grid_rgb": lambda: pictures.image_grid(RNG.uniform(size=(5, 8, 8, 3))),
     "reconstruction_pairs": lambda: pictures.reconstruction_pairs(DIGITS, DIGITS + 1e-6, np.full(6, 1e-6)),
-    "lipschitz_bars": lambda: plots.lipschitz_bars(["a", "b"], [0.7, 0.6], [0.75, None], target=0.729),
-    "density_map": lambda: plots.density_map(-(GRID_X**2) - GRID_Y**2, (-3, 3, -3, 3), RNG.normal(size=(50, 2))),
+    "lipschitz_bars": lambda: plots.lipschitz_bars(CERTIFICATE),
+    "density_map": lambda: plots.density_map(-(GRID_X**2) - GRID_Y**2, (-3, 3, -3, 3)),
     "scatter": lambda: plots.scatter(RNG.normal(size=(500, 2))),
     "error_histogram": lambda: plots.error_histogram(RNG.uniform(1e-7, 1e-6, 200), np.full(200, 1e-5)),
 }
@@ -77,12 +78,12 @@ def test_svg_text_follows_the_colour_scheme_and_large_figures_become_png():
 
 def test_the_page_of_a_long_run_stays_small():
     long = [{k: v + RNG.normal() if k == "log_det" else v for k, v in line.items()} for line in records(6_000)]
-    images = RNG.integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)  # noise: the worst case for compression
-    names = [f"scale_{i // 16}/block_{i}" for i in range(48)]
+    images = RNG.uniform(size=(64, 32, 32, 3))  # noise: the worst case for compression
+    blocks = tuple(block(f"stage{i // 16}/block{i:02d}") for i in range(48))
     drawn = {
         "learning_curves": plots.learning_curves(long),
         "samples": pictures.image_grid(images),
-        "lipschitz": plots.lipschitz_bars(names, [0.7] * 48, [0.72] * 48, target=0.729),
+        "lipschitz": plots.lipschitz_bars(dataclasses.replace(CERTIFICATE, blocks=blocks)),
         "error_histogram": FIGURES["error_histogram"](),
         "reconstructions": pictures.reconstruction_pairs(images[:8], images[:8], np.zeros(8)),
     }
@@ -151,6 +152,17 @@ def test_reconstruction_maps_hold_the_true_difference():
     assert figure.axes[12].get_xlabel() == "not finite"
 
 
+def test_bars_are_the_estimates_and_diamonds_the_bounds_whatever_they_are():
+    blocks = (block("a", estimate=0.6, bound=0.7), block("b", estimate=1.2, bound=1.5), block("c", bound=math.inf))
+    [axes] = plots.lipschitz_bars(dataclasses.replace(CERTIFICATE, blocks=blocks)).axes
+    assert [bar.get_height() for bar in axes.patches] == [0.6, 1.2, 0.7012]
+    assert np.asarray(axes.collections[0].get_offsets())[:2, 1].tolist() == [0.7, 1.5]
+    assert [line.get_ydata()[0] for line in axes.lines] == [0.8312, 1.0]
+    assert axes.get_ylim() == (0.0, 1.04 * 1.5)
+    free = tuple(dataclasses.replace(b, target=None) for b in blocks)
+    assert len(plots.lipschitz_bars(dataclasses.replace(CERTIFICATE, blocks=free)).axes[0].lines) == 1
+
+
 def test_figures_say_how_many_values_they_cannot_show():
     points = np.array([[0.0, 0.0], [np.nan, 1.0], [1.0, 1.0]])
     assert plots.scatter(points).axes[0].get_title(loc="left") == "1 of 3 samples are not finite"
@@ -165,10 +177,8 @@ def test_figures_say_how_many_values_they_cannot_show():
     ("draw", "message"),
     [
         (lambda: pictures.image_grid(DIGITS, columns=0), "columns must be at least 1, got 0"),
-        (lambda: pictures.image_grid(DIGITS * 255.0), r"must lie in \[0, 1\], got \[.*25"),
+        (lambda: pictures.image_grid(DIGITS * 255.0), r"pixels must lie in \[0, 1\], got \[.*25"),
         (lambda: pictures.image_grid(np.zeros((0, 4, 4, 1))), "at least one"),
-        (lambda: plots.lipschitz_bars(["a"], [0.1, 0.2], target=0.9), "equally long and not empty, got 1, 2 and 1"),
-        (lambda: plots.lipschitz_bars([], [], target=0.9), "not empty"),
         (lambda: plots.error_histogram(np.full(3, np.nan)), "none of the 3 errors is finite"),
     ],
 )

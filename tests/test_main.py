@@ -1,0 +1,241 @@
+"""The commands, on folders that hold a model and nothing else: results, exit statuses, and mistakes in one sentence."""
+
+import json
+import shutil
+
+import kept
+import numpy as np
+import pytest
+import runs
+
+from iresnet_jax.__main__ import main
+from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.evaluation import run, samples
+from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.models.saved import FILE_NAME
+from iresnet_jax.training import run_folder
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilations(tmp_path_factory):
+    with runs.shared_compilations(tmp_path_factory):
+        yield
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    kept.write_data(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, data_file):
+    """The folders of a hybrid and a classifier of images, and of a density of points."""
+    parent = tmp_path_factory.mktemp("kept")
+    models = {"hybrid": (kept.HYBRID, f"npz:{data_file}"), "classifier": (kept.CLASSIFIER, f"npz:{data_file}")}
+    models["points"] = (kept.POINTS, "moons")
+    return {name: kept.folder(parent / name, *model) for name, model in models.items()}
+
+
+@pytest.fixture
+def copied(folders, tmp_path):
+    return {name: shutil.copytree(folder, tmp_path / name) for name, folder in folders.items()}
+
+
+@pytest.fixture
+def one_evaluation(monkeypatch):
+    """An inverse that is stopped far too early."""
+    monkeypatch.setattr(run, "build_solver", lambda settings: Solver(atol=settings.inverse_atol, max_evals=1))
+
+
+def said(capsys, command, folder, *options, status=0):
+    """What a command prints."""
+    assert main([command, "--workdir", str(folder), *options]) == status
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def answer(capsys, *arguments):
+    """The one line that a failing command leaves on stderr."""
+    try:
+        status = main(list(map(str, arguments)))
+    except SystemExit as exit:  # argparse's way
+        status = exit.code
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    [line] = err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_says_the_likelihood_and_the_error(folders, capsys):
+    lines = said(capsys, "evaluate", folders["hybrid"]).splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["test", "check", "test error"]
+    assert "bits/dim" in lines[0]
+    assert "exact log-determinant" in lines[0]
+    assert "of 25 images" in lines[2]
+    assert said(capsys, "evaluate", folders["classifier"]).startswith("test error: ")
+    assert " nats (" in said(capsys, "evaluate", folders["points"])
+
+
+def test_evaluate_on_other_data_says_so(copied, tmp_path, capsys):
+    path = tmp_path / "images.npz"
+    name = kept.write_data(path)
+    folder = kept.folder(tmp_path / "run", kept.CLASSIFIER, name)
+    assert "other data" not in said(capsys, "evaluate", folder)
+    kept.write_data(path, seed=5)
+    for command in ("evaluate", "reconstruct", "ood"):
+        assert said(capsys, command, folder).startswith(f"These are other data than the model was trained on: {name} has")
+    assert "other data" not in said(capsys, "certify", folder)
+
+
+def test_sample_writes_levels_and_a_picture_and_needs_no_data(copied, tmp_path, capsys):
+    path = tmp_path / "images.npz"
+    folder = kept.folder(tmp_path / "run", kept.HYBRID, kept.write_data(path))
+    path.unlink()
+    options = ("--num", "5", "--temperature", "0.8", "--seed", "3")
+    assert "converged for 5 of 5" in said(capsys, "sample", folder, *options)
+    levels = np.load(folder / "samples.npy")
+    assert (levels.shape, levels.dtype) == ((5, *kept.SHAPE), np.uint8)
+    np.testing.assert_array_equal(levels, samples.draw(run.load(folder).model, 5, 32, temperature=0.8, seed=3).values)
+    assert (folder / "samples.png").read_bytes().startswith(PNG)
+    said(capsys, "sample", folder, *options, "--label", "2")
+    assert np.any(np.load(folder / "samples.npy") != levels)
+    assert "converged for 64 of 64" in said(capsys, "sample", copied["points"])
+    assert np.load(copied["points"] / "samples.npy").dtype == np.float32
+
+
+def test_reconstruct_writes_a_picture_of_images(copied, capsys):
+    out = said(capsys, "reconstruct", copied["hybrid"], "--num", "8")
+    assert out.startswith("inverse: inverted; 8 of 8 test examples converged")
+    assert (copied["hybrid"] / "reconstructions.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.usefixtures("one_evaluation")
+def test_failed_inverses_are_named_and_fail_the_command(copied, capsys):
+    out = said(capsys, "sample", copied["points"], "--num", "3", status=1)
+    assert "did not converge for 3 of 3 samples, numbers 0, 1, 2." in out
+    out = said(capsys, "reconstruct", copied["points"], "--num", "3", status=1)
+    assert "NOT INVERTED; 0 of 3" in out
+    assert "written" not in out  # points have no picture
+
+
+def test_certify_tells_layer_by_layer_and_fails_without_a_certificate(folders, capsys, monkeypatch):
+    lines = said(capsys, "certify", folders["points"]).splitlines()
+    assert any(line.startswith("stage0/block01/dense0   0.9000") for line in lines)
+    assert lines[-1].startswith("certified: every one of 2 blocks is a contraction")
+    loaded = run.load(folders["points"])
+    weights = {"stage0": {**loaded.model.weights["stage0"], "lipschitz": np.array([0.5, np.inf], np.float32)}}
+    broken = run.Run(loaded.folder, loaded.model.with_(weights=weights), loaded.config, loaded.fingerprint, 7)
+    monkeypatch.setattr(run, "load", lambda folder: broken)
+    assert said(capsys, "certify", folders["points"], status=1).splitlines()[-1] == (
+        "NOT CERTIFIED: no bound below 1 for 1 of 2 blocks, the first is stage0/block01"
+    )
+
+
+def test_freeze_writes_the_same_model(folders, tmp_path, capsys):
+    path = tmp_path / FILE_NAME
+    out = said(capsys, "freeze", folders["hybrid"], "--output", str(path))
+    assert out.startswith("certified: every one of 2 blocks")
+    assert f"written: {path}" in out
+    with np.load(path) as ours, np.load(folders["hybrid"] / FILE_NAME) as theirs:
+        assert {name: array.tobytes() for name, array in ours.items()} == {
+            name: array.tobytes() for name, array in theirs.items()
+        }
+
+
+def test_ood_says_an_area_for_every_score(folders, capsys):
+    lines = said(capsys, "ood", folders["hybrid"], "--against", "noise", "--num", "20").splitlines()
+    assert lines[0] == "20 test images against 20 others (noise):"
+    assert [line.split()[2].rstrip(":") for line in lines[1:]] == ["likelihood", "typicality", "confidence"]
+    lines = said(capsys, "ood", folders["classifier"]).splitlines()
+    assert lines[0] == "25 test images against 25 others (rotated):"
+    assert [line.split()[2].rstrip(":") for line in lines[1:]] == ["energy", "confidence", "distance"]
+
+
+def test_report_of_a_model_alone_says_what_it_has(copied, capsys):
+    folder = copied["points"]
+    assert said(capsys, "report", folder).splitlines()[-1] == f"report: {folder / 'report.html'}"
+    content = json.loads((folder / "report.json").read_text())
+    assert content["train"] == {
+        "steps": 7,
+        "total_steps": 7,
+        "seconds_per_step": None,
+        "compile_seconds": None,
+        "total_seconds": None,
+    }
+    assert content["nll"]["entropy_floor"] == pytest.approx(2.3939)
+    assert content["nll"]["stderr_dequantisation"] == 0
+    assert content["samples"]["fraction_converged"] == 1
+    page = (folder / "report.html").read_text()
+    assert "somebody" in page  # the value to compare with, from the settings
+    assert 'id="learning-curves"' not in page
+    assert page.count("data:image/") == 4  # samples, density, histogram, constants
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_of_the_command_line_are_answered_in_one_sentence(tmp_path, capsys):
+    assert "invalid choice: 'evalute'" in answer(capsys, "evalute", "--workdir", "x")
+    assert "--workdir" in answer(capsys, "evaluate")
+    assert "--nun" in answer(capsys, "sample", "--workdir", "x", "--nun", "3")
+    assert "it must be at least 1, got 0" in answer(capsys, "reconstruct", "--workdir", "x", "--num", "0")
+    assert f"there is no workdir {tmp_path / 'none'}" in answer(capsys, "evaluate", "--workdir", tmp_path / "none")
+    assert "has no config.json" in answer(capsys, "report", "--workdir", tmp_path)
+    with pytest.raises(ValueError, match="there is no workdir"):
+        main(["evaluate", "--workdir", str(tmp_path / "none"), "--debug"])
+
+
+def test_what_a_model_does_not_have_is_answered_in_one_sentence(folders, capsys):
+    found = answer(capsys, "sample", "--workdir", folders["classifier"])
+    assert "holds a classifier, which has no samples: that takes a density objective" in found
+    points = ("--workdir", folders["points"])
+    assert "number of samples must be at least 1, got -1" in answer(capsys, "sample", *points, "--num", "-1")
+    assert "seed must not be negative, got -3" in answer(capsys, "sample", *points, "--seed", "-3")
+    assert "temperature must be at least 0, got nan" in answer(capsys, "sample", *points, "--temperature", "nan")
+    assert "one prior for all" in answer(capsys, "sample", *points, "--label", "0")
+    assert "moons are points" in answer(capsys, "ood", *points)
+    hybrid = ("--workdir", folders["hybrid"])
+    assert "there is no class 3: classes are 0 to 2" in answer(capsys, "sample", *hybrid, "--label", "3")
+    assert "unknown data set 'nosuch'" in answer(capsys, "ood", *hybrid, "--against", "nosuch")
+
+
+def test_a_network_with_batchnorm_has_no_inverse_and_no_certificate(tmp_path, data_file, capsys, monkeypatch):
+    spec = kept.dataclasses.replace(kept.CLASSIFIER, constrained=False, normalization="batchnorm")
+    loaded = run.load(kept.folder(tmp_path / "run", kept.CLASSIFIER, f"npz:{data_file}"))
+    model = Classifier(spec, {}, {}, {})
+    monkeypatch.setattr(run, "load", lambda folder: run.Run(loaded.folder, model, loaded.config, loaded.fingerprint, 7))
+    for command in ("certify", "freeze", "reconstruct"):
+        sentence = answer(capsys, command, "--workdir", loaded.folder)
+        assert sentence == "error: a network with BatchNorm in its branches has no bounds and no inverse: that takes ActNorm"
+
+
+def test_missing_and_damaged_files_are_answered_in_one_sentence(copied, tmp_path, capsys):
+    path = tmp_path / "images.npz"
+    folder = kept.folder(tmp_path / "run", kept.HYBRID, kept.write_data(path))
+    path.unlink()
+    for command in ("evaluate", "reconstruct", "ood", "report"):
+        assert path.name in answer(capsys, command, "--workdir", folder)
+    path.write_bytes(b"no archive")
+    assert path.name in answer(capsys, "evaluate", "--workdir", folder)
+    (copied["points"] / FILE_NAME).write_bytes(b"")
+    assert "model.npz is damaged" in answer(capsys, "sample", "--workdir", copied["points"])
+    (copied["points"] / run_folder.CONFIG_FILE).write_text("{")
+    assert "config.json is damaged" in answer(capsys, "sample", "--workdir", copied["points"])
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert exit.value.code == 0
+    listed = capsys.readouterr().out
+    assert all(command in listed for command in ("evaluate", "sample", "reconstruct", "certify", "freeze", "ood", "report"))
