@@ -11,7 +11,6 @@ import numpy as np
 import oracles
 import pytest
 
-from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.bijections.actnorm import ActNormParams, actnorm_bijection
 from iresnet_jax.bijections.bijection import Bijection, fold_in, follow_inverse_info, no_inverse_error, permutation_bijection
 from iresnet_jax.bijections.compose import Stage, chain, multiscale, repeat

@@ -12,11 +12,11 @@ import runs
 import scipy.special
 import scipy.stats
 
-from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import load
 from iresnet_jax.evaluation import ood, run, samples
 from iresnet_jax.models import linen, priors
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
 from iresnet_jax.models.head import cross_entropy
