@@ -35,8 +35,8 @@ try:
     from iresnet_jax.training.command_line import asks_for_debug, explain_failures, parse_train_flags, quiet_backends
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: there is no package {error.name}: training needs pip install '.[train]'") from None
+from iresnet_jax.training.freed_memory import keep_freed_memory
 from iresnet_jax.training.interruption import end_at_signals
-from iresnet_jax.training.memory import keep_freed_memory
 
 DEFAULT_CONFIG = "configs/digits_density.py"
 
@@ -44,7 +44,7 @@ DEFAULT_CONFIG = "configs/digits_density.py"
 def run(argv: list[str]) -> int:
     """Trains and reports, as the command line says."""
     config, workdir, _ = parse_train_flags(argv, default_config=DEFAULT_CONFIG)
-    from iresnet_jax.evaluation.run import load
+    from iresnet_jax.evaluation.trained_run import load
     from iresnet_jax.report.report import write
     from iresnet_jax.training.loop import train
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from iresnet_jax.bijections.actnorm import ActNormParams, actnorm_bijection
-from iresnet_jax.bijections.compose import chain
+from iresnet_jax.bijections.chain import chain
 from iresnet_jax.bijections.reshape import split_channels
 from iresnet_jax.bijections.residual import Branch
-from iresnet_jax.evaluation.run import Run
+from iresnet_jax.evaluation.trained_run import Run
 from iresnet_jax.models.architecture import FlowSpec, Stage
 from iresnet_jax.models.branch import BranchSpec
 from iresnet_jax.models.density import Density

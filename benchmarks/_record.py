@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from iresnet_jax.evaluation import environment
+from iresnet_jax.evaluation import machine_and_versions
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -124,7 +124,7 @@ def write(name: str, arguments: argparse.Namespace, settings: Mapping[str, Any],
     record = {
         "benchmark": name,
         "command": shlex.join(["python", *sys.argv]),
-        "environment": {**asdict(environment.describe()), "processor": processor()},
+        "environment": {**asdict(machine_and_versions.describe()), "processor": processor()},
         "settings": {"quick": arguments.quick, **settings},
         "results": results,
     }

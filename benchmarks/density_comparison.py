@@ -33,10 +33,10 @@ from iresnet_jax import data
 from iresnet_jax.bijections.transforms.dequantize import dequantize_bijection
 from iresnet_jax.data.batches import batch_indices
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.evaluation import environment
+from iresnet_jax.evaluation import machine_and_versions
 from iresnet_jax.models.density import DensitySpec
-from iresnet_jax.training.building import density_spec
 from iresnet_jax.training.config import Config, parse
+from iresnet_jax.training.from_config import density_spec
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
 
@@ -303,7 +303,7 @@ def main():
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     likelihood, times, there = (ours.report[part] for part in ("bits_per_dim", "train", "environment"))
-    here = asdict(environment.describe())
+    here = asdict(machine_and_versions.describe())
     if any(here[fact] != there[fact] for fact in ("platform", "cpu_count")):
         print(f"note: our run was made elsewhere, on {there['platform']} with {there['cpu_count']} cores")
     seconds = times["total_seconds"] if arguments.minutes is None else 60 * arguments.minutes

@@ -3,7 +3,7 @@
     python benchmarks/depth.py [--quick]
 
 XLA:CPU fuses the sum ``x + g_1 + g_2 + ...`` of blocks that are written out into all that reads it, unless every block's output
-is stored (`compose.repeat`). Gradient of the mean log-likelihood of a stage like the MNIST density's first: 14 x 14 x 4,
+is stored (`chain.repeat`). Gradient of the mean log-likelihood of a stage like the MNIST density's first: 14 x 14 x 4,
 two convolutions of 48 channels, 4 products of Arnoldi's method. Compile times are of this process, one compilation each.
 """
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from _record import interleave, parser, summarize, table, write
 
-from iresnet_jax.bijections import compose
+from iresnet_jax.bijections import chain
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
@@ -40,7 +40,7 @@ def gradient(num_blocks, layout):
     def loss(weights):
         return -jnp.mean(model.with_(weights=weights).log_prob(x, key))
 
-    with mock.patch.object(compose, "_store", (lambda x: x) if layout == "fused" else compose._store):
+    with mock.patch.object(chain, "_store", (lambda x: x) if layout == "fused" else chain._store):
         start = time.perf_counter()
         compiled = jax.jit(jax.grad(loss)).lower(weights).compile()
     return functools.partial(compiled, weights), time.perf_counter() - start

@@ -19,7 +19,7 @@ from _record import describe, interleave, parser, summarize, table, write
 from jax import lax
 
 from iresnet_jax.bijections.residual import Solver, inverse
-from iresnet_jax.evaluation.run import load
+from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.models.classifier import Classifier
 
 TOLERANCE = 1e-5

@@ -26,9 +26,9 @@ from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.evaluation import accuracy
 from iresnet_jax.evaluation.inversion import round_trip
 from iresnet_jax.evaluation.results import RECOVERED, TrainingTimes
-from iresnet_jax.evaluation.run import load
+from iresnet_jax.evaluation.trained_run import load
+from iresnet_jax.json_dataclasses import first_difference, to_plain
 from iresnet_jax.models import saved
-from iresnet_jax.plain import first_difference, to_plain
 from iresnet_jax.report import style
 from iresnet_jax.training import loop
 from iresnet_jax.training.metrics import read_metrics

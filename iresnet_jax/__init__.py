@@ -7,7 +7,8 @@ Importing this needs JAX and jaxtyping alone; names and collections of Flax are 
 import os
 
 from iresnet_jax.bijections.bijection import Bijection
-from iresnet_jax.bijections.compose import chain, multiscale, repeat
+from iresnet_jax.bijections.chain import chain, repeat
+from iresnet_jax.bijections.multiscale import multiscale
 from iresnet_jax.bijections.residual import Branch, Solver, residual_bijection
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
@@ -18,7 +19,7 @@ from iresnet_jax.maths.logdet.exact import ExactLogdet, exact_logdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
-from iresnet_jax.maths.norms import layer_certificates as certify
+from iresnet_jax.maths.norms import convolution_certificate as certify
 from iresnet_jax.maths.norms.power_iteration import soft_normalize, spectral_norm
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
@@ -81,7 +82,7 @@ def load(path: str | os.PathLike[str]) -> Density | Classifier:
     from iresnet_jax.models import saved  # late: reading files is not part of the mathematics
 
     if os.path.isdir(path) and os.path.exists(os.path.join(path, "config.json")):
-        from iresnet_jax.evaluation import run
+        from iresnet_jax.evaluation import trained_run
 
-        return run.load(path).model
+        return trained_run.load(path).model
     return saved.load(path)

@@ -20,10 +20,10 @@ class Parser(argparse.ArgumentParser):
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Test likelihood with its standard error; of a model with classes, its test error."""
-    from iresnet_jax.evaluation import accuracy, likelihood, run
+    from iresnet_jax.evaluation import accuracy, likelihood, trained_run
     from iresnet_jax.models.density import Density
 
-    trained = run.load(arguments.workdir).with_data_checked()
+    trained = trained_run.load(arguments.workdir).with_data_checked()
     model, settings, seed, examples = trained.model, trained.config.evaluation, trained.config.seed, trained.test_examples()
     results = []
     if isinstance(model, Density):
@@ -36,11 +36,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def sample(arguments: argparse.Namespace) -> int:
     """Samples, to samples.png and samples.npy; exit status 1 if the inverse did not converge for all of them."""
-    from iresnet_jax.evaluation import run, samples
+    from iresnet_jax.evaluation import samples, trained_run
     from iresnet_jax.models.density import Density
     from iresnet_jax.report.pictures import write_samples
 
-    trained = run.load(arguments.workdir)
+    trained = trained_run.load(arguments.workdir)
     model, size = trained.model, trained.config.evaluation.batch_size
     if not isinstance(model, Density):
         raise ValueError(f"{trained.folder} holds a classifier, which has no samples: that takes a density objective")
@@ -53,11 +53,11 @@ def sample(arguments: argparse.Namespace) -> int:
 
 def reconstruct(arguments: argparse.Namespace) -> int:
     """Test examples encoded and inverted, to reconstructions.png; exit status 1 if the inverse failed for any."""
-    from iresnet_jax.evaluation import inversion, run
+    from iresnet_jax.evaluation import inversion, trained_run
     from iresnet_jax.models.classifier import Classifier
     from iresnet_jax.report.pictures import reconstructions, write_png
 
-    trained = run.load(arguments.workdir)
+    trained = trained_run.load(arguments.workdir)
     if isinstance(trained.model, Classifier):
         trained.model.require_bijection()
     trained = trained.with_data_checked()
@@ -71,9 +71,9 @@ def reconstruct(arguments: argparse.Namespace) -> int:
 
 def certify(arguments: argparse.Namespace) -> int:
     """Certified Lipschitz bound of every layer and block; exit status 1 if a block is not certified a contraction."""
-    from iresnet_jax.evaluation import run
+    from iresnet_jax.evaluation import trained_run
 
-    trained = run.load(arguments.workdir)
+    trained = trained_run.load(arguments.workdir)
     certificate = trained.model.certificate()
     _say(*trained.notes, certificate)
     return 0 if certificate.certified else 1
@@ -81,21 +81,21 @@ def certify(arguments: argparse.Namespace) -> int:
 
 def freeze(arguments: argparse.Namespace) -> int:
     """The certified model as one small file, model.npz, for use without the folder of its training."""
-    from iresnet_jax.evaluation import run
+    from iresnet_jax.evaluation import trained_run
 
-    trained = run.load(arguments.workdir)
+    trained = trained_run.load(arguments.workdir)
     certificate = trained.model.certificate()
-    path = run.save(trained, arguments.output)
+    path = trained_run.save(trained, arguments.output)
     _say(*trained.notes, certificate.verdict, f"written: {path} ({path.stat().st_size / 1e6:.2g} MB)")
     return 0 if certificate.certified else 1
 
 
 def ood(arguments: argparse.Namespace) -> int:
     """How well the model's scores tell other images from test images: AUROC, with each score's definition."""
-    from iresnet_jax.evaluation import run
+    from iresnet_jax.evaluation import trained_run
     from iresnet_jax.evaluation.ood import compare
 
-    trained = run.load(arguments.workdir).with_data_checked()
+    trained = trained_run.load(arguments.workdir).with_data_checked()
     config = trained.config
     separation = compare(
         trained.model,
@@ -112,10 +112,10 @@ def ood(arguments: argparse.Namespace) -> int:
 
 def report(arguments: argparse.Namespace) -> int:
     """All of it, to report.json and report.html."""
-    from iresnet_jax.evaluation import run
+    from iresnet_jax.evaluation import trained_run
     from iresnet_jax.report.report import write
 
-    trained = run.load(arguments.workdir)
+    trained = trained_run.load(arguments.workdir)
     _say(write(trained), f"report: {trained.folder / 'report.html'}")
     return 0
 

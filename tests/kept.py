@@ -10,7 +10,7 @@ import runs
 
 from iresnet_jax import data
 from iresnet_jax.bijections.transforms.logit import Logit
-from iresnet_jax.evaluation import run
+from iresnet_jax.evaluation import trained_run as run
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.branch import initial_weights

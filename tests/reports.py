@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from iresnet_jax.evaluation.environment import Environment
+from iresnet_jax.evaluation.machine_and_versions import Environment
 from iresnet_jax.evaluation.results import (
     Classification,
     Estimate,
@@ -13,7 +13,7 @@ from iresnet_jax.evaluation.results import (
     SampleQuality,
     TrainingTimes,
 )
-from iresnet_jax.models.certificate import Certificate, Constant
+from iresnet_jax.models.model_certificate import Certificate, Constant
 from iresnet_jax.report.contents import Report
 
 

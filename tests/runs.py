@@ -11,7 +11,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from iresnet_jax.files import locked
+from iresnet_jax.atomic_files import locked
 from iresnet_jax.training import loop, parallel
 from iresnet_jax.training.config import parse
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]  # train.py and configs/ are never installed
 # A folder's files may import those of folders further up in this list, and of their own.
 FOLDERS = ("maths", "bijections", "models", "data", "training", "evaluation", "report")
 # Files beside the folders: how files are written whole and dataclasses become JSON is for everyone, the others may import all.
-FOR_EVERYONE, EDGES = ("files", "plain"), ("__init__", "__main__")
+FOR_EVERYONE, EDGES = ("atomic_files", "json_dataclasses"), ("__init__", "__main__")
 HEAVY = {"absl", "optax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "flax", "ml_collections"}
 
 
@@ -24,7 +24,7 @@ def sources():
 
 
 def folder_of(path):
-    """``iresnet_jax/data/feed.py`` belongs to ``data``, ``iresnet_jax/files.py`` to ``files``."""
+    """``iresnet_jax/data/feed.py`` belongs to ``data``, ``iresnet_jax/atomic_files.py`` to ``atomic_files``."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -69,7 +69,7 @@ def test_dependencies_point_one_way():
         ("bijections", "from iresnet_jax import models"),
         ("models", "import iresnet_jax.training.config"),
         ("evaluation", "from iresnet_jax.report import plots"),
-        ("files", "from iresnet_jax.maths.rounding import at_least"),
+        ("atomic_files", "from iresnet_jax.maths.upward_rounding import at_least"),
     ],
 )
 def test_a_wrong_dependency_is_rejected(folder, line):

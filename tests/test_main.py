@@ -10,7 +10,8 @@ import runs
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.evaluation import run, samples
+from iresnet_jax.evaluation import samples
+from iresnet_jax.evaluation import trained_run as run
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.saved import FILE_NAME
 from iresnet_jax.training import run_folder

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from iresnet_jax.atomic_files import locked
 from iresnet_jax.data import cache, splits
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.sources.source import NUM_LEVELS, Source, checked
-from iresnet_jax.files import locked
 
 _log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from typing import Any
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.bijections.compose import chain
+from iresnet_jax.bijections.chain import chain
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.branch import BranchSpec, apply_branch
 from iresnet_jax.models.flow import Tree

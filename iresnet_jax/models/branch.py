@@ -149,7 +149,7 @@ def apply_branch(
     h = x
     for layer in spec.layers:
         h = h if before_layer is None else before_layer(layer.name, h)
-        h = _apply_layer(spec, layer, weights[layer.name], h, context)
+        h = apply_layer(spec, layer, weights[layer.name], h, context)
     return h
 
 
@@ -158,9 +158,9 @@ def at_zero(spec: BranchSpec, weights: Weights) -> Float[Array, "1 ..."]:
     return apply_branch(spec, weights, jnp.zeros((1, *spec.in_shape), jnp.result_type(*jax.tree.leaves(weights))))
 
 
-def _apply_layer(spec, layer, parameters, h, context):
+def apply_layer(spec: BranchSpec, layer: LayerSpec, parameters: Mapping[str, Array], h: Array, context: Array | None) -> Array:
     """One layer with the activation in front of it, if it has one."""
-    h = linear_map(layer, spec.padding)(parameters["kernel"], _activate(spec, layer, parameters, h))
+    h = linear_map(layer, spec.padding)(parameters["kernel"], activate(spec, layer, parameters, h))
     bias = parameters["bias"]
     h = h + bias.reshape((1,) * (h.ndim - bias.ndim) + bias.shape)
     if context is not None:
@@ -168,110 +168,12 @@ def _apply_layer(spec, layer, parameters, h, context):
     return h
 
 
-def _activate(spec, layer, parameters, h):
+def activate(spec: BranchSpec, layer: LayerSpec, parameters: Mapping[str, Array], h: Array) -> Array:
+    """The activation in front of a layer, if it has one."""
     activation = activations.get(spec.activation)
     if not layer.activated:
         return h
     return activation.apply(h, parameters["beta"]) if activation.has_beta else activation.apply(h)
-
-
-def has_trace(spec: BranchSpec) -> bool:
-    """Whether `trace` and `jacobian_diagonal` know the branch.
-
-    They do if it has two layers around an elementwise activation, of the same odd kernel size if any. On a torus that is
-    smaller than the kernel, taps meet that are not mirrored.
-    """
-    sizes = spec.kernel_sizes
-    same_size = sizes is None or (sizes[0] == sizes[-1] and sizes[0] % 2 == 1)
-    if sizes is not None and spec.padding == "CIRCULAR" and min(spec.in_shape[:2]) < sizes[0]:
-        return False
-    return len(spec.hidden) == 1 and same_size and activations.get(spec.activation).elementwise
-
-
-def has_diagonal(spec: BranchSpec) -> bool:
-    """Whether an inverse gains from `jacobian_diagonal`: of a dense branch it is one entry of many in a row."""
-    return has_trace(spec) and spec.kernel_sizes is not None
-
-
-def trace(
-    spec: BranchSpec, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
-) -> Float[Array, " b"]:
-    r"""``tr J_g(x)`` in closed form, for a fraction of what ``g`` costs.
-
-    For ``g = W_2 phi W_1 (phi)`` with ``D`` the slopes of the activations, ``J = W_2 D_1 W_1 D_0``. A pixel's output comes back
-    to its own input through the tap ``t`` of ``W_1`` and the mirrored tap ``-t`` of ``W_2`` alone, so
-
-    ``tr J = sum_p <D_1(p), z(p)>``,  ``z = conv(D_0; M)``,  ``M[t]_(c, j) = W_1[t]_(c, j) W_2[-t]_(j, c)``.
-
-    The convolution's padding takes care of the border. Without an activation in front ``D_0`` is 1, and ``z`` is the same for
-    all examples.
-
-    Args:
-        spec: The architecture, one for which `has_trace`.
-        weights: Weights of every layer.
-        x: Where to evaluate.
-        context: Contexts, one an example, if the branch is conditional.
-
-    Raises:
-        ValueError: If there is no closed form for the branch.
-    """
-    d0, d1, taps = _slopes_and_taps(spec, weights, x, context)
-    z = d0 @ taps if taps.ndim == 2 else conv(d0, taps, padding=spec.padding)
-    return jnp.sum(d1 * z, axis=tuple(range(1, x.ndim)))
-
-
-def jacobian_diagonal(
-    spec: BranchSpec, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
-) -> Float[Array, "b ..."]:
-    """The diagonal of ``J_g(x)`` in closed form, for what ``g`` costs: the terms of `trace` as the pixel of the input has them.
-
-    In the notation there, ``diag J(p) = D_0(p) conv^T(D_1; M)(p)``. Arguments and errors are those of `trace`.
-    """
-    d0, d1, taps = _slopes_and_taps(spec, weights, x, context)
-    by_copy = (d0 * _transposed(spec, taps, d1)).reshape(*x.shape[:-1], -1, x.shape[-1])
-    return jnp.sum(by_copy, axis=-2)
-
-
-def largest_diagonal(spec: BranchSpec, weights: Weights) -> Float[Array, ""]:
-    """The largest absolute value that an entry of the diagonal can have if slopes are between 0 and 1."""
-    taps = _taps(spec, weights)
-    ones = jnp.ones((1, *spec.in_shape[:-1], taps.shape[-1]), taps.dtype)
-    above, below = (_transposed(spec, side(taps, 0), ones) for side in (jnp.maximum, jnp.minimum))
-    return jnp.maximum(jnp.max(above), -jnp.min(below))
-
-
-def _transposed(spec, taps, d1):
-    """``conv^T(D_1; M)``."""
-    mirrored = jnp.swapaxes(jnp.flip(taps, range(taps.ndim - 2)), -2, -1)
-    return d1 @ mirrored if taps.ndim == 2 else conv(d1, mirrored, padding=spec.padding)
-
-
-def _taps(spec, weights):
-    """``M`` of `trace`."""
-    if not has_trace(spec):
-        raise ValueError(
-            f"the trace has a closed form for two layers with an elementwise activation (see has_trace), not for {spec}"
-        )
-    there, back = (weights[layer.name]["kernel"] for layer in spec.layers)
-    taps, channels, width = there.shape[:-2], spec.in_shape[-1], there.shape[-1]
-    back = jnp.flip(back, range(len(taps)))
-    # An activation may make several channels of one, copy after copy.
-    product = jnp.einsum(
-        "...scj,...tjc->...sctj", there.reshape(*taps, -1, channels, width), back.reshape(*taps, -1, width, channels)
-    )
-    return product.reshape(*taps, there.shape[-2], back.shape[-2])
-
-
-def _slopes_and_taps(spec, weights, x, context):
-    """``D_0``, of one example where it is 1, ``D_1`` and ``M`` of `trace`."""
-    taps = _taps(spec, weights)
-    first, second = spec.layers
-    h = _apply_layer(spec, first, weights[first.name], x, context)
-
-    def slopes(layer, h):
-        return jax.jvp(lambda h: _activate(spec, layer, weights[layer.name], h), (h,), (jnp.ones_like(h),))[1]
-
-    return slopes(first, x) if first.activated else jnp.ones_like(x[:1]), slopes(second, h), taps
 
 
 def check_context(context_dim: int, batch_size: int, context: Float[Array, "..."] | None) -> None:

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.maths.norms.circulant_embedding import TWISTS, Twist
-from iresnet_jax.maths.norms.layer_certificates import conv_norm_bound, dense_norm_bound
+from iresnet_jax.maths.norms.convolution_certificate import conv_norm_bound, dense_norm_bound
 from iresnet_jax.maths.norms.power_iteration import soft_normalize, spectral_norm
 from iresnet_jax.models.branch import BranchSpec, Weights, linear_map
 

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, Num, Shaped
 
 from iresnet_jax.bijections.bijection import Bijection
-from iresnet_jax.bijections.compose import chain
+from iresnet_jax.bijections.chain import chain
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import check_levels, dequantize_bijection
 from iresnet_jax.bijections.transforms.equalize import Equalize
@@ -37,8 +37,8 @@ from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.flow import Tree, as_params, bijection, freeze
+from iresnet_jax.models.model_certificate import Certificate, certificate_of
 
 Transform = Identity | Center | Logit | Equalize
 Data = Num[Array, "b ..."] | Num[np.ndarray, "b ..."]

@@ -15,15 +15,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from iresnet_jax.bijections import actnorm, compose
+from iresnet_jax.bijections import actnorm, multiscale
 from iresnet_jax.bijections.bijection import Bijection
+from iresnet_jax.bijections.chain import chain, in_float64, repeat
 from iresnet_jax.bijections.residual import Branch, Solver, residual_bijection
 from iresnet_jax.maths.inverse.fixed_point import Diagonal
-from iresnet_jax.maths.lipschitz import BiLipschitz, branch_bound, model_bounds
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, branch_bound, model_bounds
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import branch as branches
-from iresnet_jax.models import constraint
+from iresnet_jax.models import closed_form_trace, constraint
 from iresnet_jax.models.architecture import FlowSpec, Stage
 from iresnet_jax.models.branch import BranchSpec
 
@@ -224,27 +225,27 @@ def bijection(
         def make(block):
             scale = actnorm.actnorm_bijection(actnorm.ActNormParams(**block["actnorm"]))
             branch = known_branch(stage.branch, block["branch"], block["lipschitz"], context)
-            return compose.chain([scale, residual_bijection(branch, estimator, solver)])
+            return chain([scale, residual_bijection(branch, estimator, solver)])
 
-        blocks = compose.repeat(make, weights[stage.name], unroll=unroll, rematerialize=rematerialize)
-        return compose.Stage(compose.chain([*stage.entry, blocks]), stage.spec.factor_out)
+        blocks = repeat(make, weights[stage.name], unroll=unroll, rematerialize=rematerialize)
+        return multiscale.Stage(chain([*stage.entry, blocks]), stage.spec.factor_out)
 
     batch_size = 1 if context is None else len(context)
-    whole = compose.multiscale([blocks_of(stage) for stage in spec.layout], spec.event_shape, batch_size=batch_size)
-    return compose.in_float64(whole) if solver.refine else whole
+    whole = multiscale.multiscale([blocks_of(stage) for stage in spec.layout], spec.event_shape, batch_size=batch_size)
+    return in_float64(whole) if solver.refine else whole
 
 
 def known_branch(spec: BranchSpec, weights: Tree, lipschitz_bound: Any, context: Float[Array, "b k"] | None = None) -> Branch:
     """A branch of these weights with all that has a closed form."""
-    has_trace, has_diagonal = branches.has_trace(spec), branches.has_diagonal(spec)
+    has_trace, has_diagonal = closed_form_trace.has_trace(spec), closed_form_trace.has_diagonal(spec)
     return Branch(
         g=lambda x: branches.apply_branch(spec, weights, x, context),
         lipschitz_bound=lipschitz_bound,
-        trace=(lambda x: branches.trace(spec, weights, x, context)) if has_trace else None,
+        trace=(lambda x: closed_form_trace.trace(spec, weights, x, context)) if has_trace else None,
         at_zero=(lambda: branches.at_zero(spec, weights)) if context is None else None,
         diagonal=Diagonal(
-            at=lambda x: branches.jacobian_diagonal(spec, weights, x, context),
-            size=branches.largest_diagonal(spec, weights),
+            at=lambda x: closed_form_trace.jacobian_diagonal(spec, weights, x, context),
+            size=closed_form_trace.largest_diagonal(spec, weights),
         )
         if has_diagonal
         else None,

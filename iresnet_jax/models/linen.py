@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections import reshape
-from iresnet_jax.bijections.compose import chain
+from iresnet_jax.bijections.chain import chain
 from iresnet_jax.models import constraint, priors
 from iresnet_jax.models.architecture import FlowSpec, Stage
 from iresnet_jax.models.batchnorm import batchnorm_blocks

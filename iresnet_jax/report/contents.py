@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from iresnet_jax.evaluation.environment import Environment
+from iresnet_jax.evaluation.machine_and_versions import Environment
 from iresnet_jax.evaluation.results import (
     Classification,
     Inversion,
@@ -14,7 +14,7 @@ from iresnet_jax.evaluation.results import (
     TrainingTimes,
     certificate_warnings,
 )
-from iresnet_jax.models.certificate import Certificate
+from iresnet_jax.models.model_certificate import Certificate
 
 
 @dataclass(frozen=True)

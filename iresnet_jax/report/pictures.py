@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Num
 
+from iresnet_jax.atomic_files import replacing
 from iresnet_jax.evaluation.inversion import Reconstructions
-from iresnet_jax.files import replacing
 from iresnet_jax.report import style
 from iresnet_jax.report.plots import scatter
 

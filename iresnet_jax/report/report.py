@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iresnet_jax.evaluation import accuracy, environment, inversion, likelihood, samples
+from iresnet_jax.atomic_files import replacing
+from iresnet_jax.evaluation import accuracy, inversion, likelihood, machine_and_versions, samples
 from iresnet_jax.evaluation.results import Classification, Inversion, Likelihood, SampleQuality, TrainingTimes
-from iresnet_jax.evaluation.run import Run
-from iresnet_jax.files import replacing
-from iresnet_jax.models.certificate import Certificate
+from iresnet_jax.evaluation.trained_run import Run
+from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.models.density import Density
-from iresnet_jax.plain import to_plain
+from iresnet_jax.models.model_certificate import Certificate
 from iresnet_jax.report import page, pictures, plots
 from iresnet_jax.report.contents import Report
 from iresnet_jax.report.style import to_svg_or_png
@@ -49,7 +49,7 @@ def write(run: Run) -> Report:
     inverse, certificate = _bijection(run, examples, figures) if run.is_bijective else (None, None)
     report = Report(
         train=TrainingTimes.from_metrics(records, run.step),
-        environment=environment.describe(),
+        environment=machine_and_versions.describe(),
         config=config,
         likelihood=measured,
         classification=classification,

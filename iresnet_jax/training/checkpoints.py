@@ -1,6 +1,6 @@
 """Checkpoints of a training run: the newest few and the best one, each an ``.npz`` file.
 
-A file holds the arrays of a state under readable names (see ``naming``), so ``numpy.load`` reads it too. It is written
+A file holds the arrays of a state under readable names (see `array_names`), so ``numpy.load`` reads it too. It is written
 under another name and renamed at the end: a killed process or a full disk cannot damage what was there before. The format keeps
 a checksum of each array, which finds what a failing disk did since.
 """
@@ -18,8 +18,8 @@ from typing import Any, SupportsFloat
 
 import numpy as np
 
-from iresnet_jax.files import replacing
-from iresnet_jax.training.naming import from_named, to_named
+from iresnet_jax.atomic_files import replacing
+from iresnet_jax.training.array_names import from_named, to_named
 
 _METRIC = "(metric)"  # no array of a state is called that
 

@@ -13,13 +13,13 @@ from typing import Annotated, Any, Literal
 import ml_collections
 from ml_collections import config_dict
 
+from iresnet_jax.json_dataclasses import Range, did_you_mean, from_plain
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.models.architecture import StageSpec
-from iresnet_jax.plain import Range, did_you_mean, from_plain
 
 Count = Annotated[int, Range("[1, inf)")]
 CountOrNone = Annotated[int, Range("[0, inf)")]  # 0 switches something off

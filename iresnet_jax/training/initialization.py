@@ -9,8 +9,8 @@ from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models import linen
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
-from iresnet_jax.training.building import Spec
 from iresnet_jax.training.config import Config
+from iresnet_jax.training.from_config import Spec
 
 
 def num_parameters(params: Any) -> int:

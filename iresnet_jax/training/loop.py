@@ -21,12 +21,12 @@ from iresnet_jax.data import load
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.device_batches import device_batches
 from iresnet_jax.training import parallel, run_folder
-from iresnet_jax.training.backend import device_summary, prepare_backend
-from iresnet_jax.training.building import Spec, model_spec
 from iresnet_jax.training.checkpoints import Checkpoints
 from iresnet_jax.training.config import Config
+from iresnet_jax.training.from_config import Spec, model_spec
 from iresnet_jax.training.initialization import num_parameters
 from iresnet_jax.training.interruption import Stopped, StopRequests
+from iresnet_jax.training.matmul_precision import device_summary, prepare_backend
 from iresnet_jax.training.metrics import MetricWriter, Progress, check_finite
 from iresnet_jax.training.objectives import classification, hybrid, likelihood
 from iresnet_jax.training.objectives.objective import Objective

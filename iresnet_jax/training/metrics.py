@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from iresnet_jax.files import replacing
+from iresnet_jax.atomic_files import replacing
 
 FILENAME = "metrics.jsonl"
 _RESERVED = ("step", "split", "wall_time_s")

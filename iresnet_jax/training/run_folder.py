@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from iresnet_jax.atomic_files import locked, replacing
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.files import locked, replacing
+from iresnet_jax.json_dataclasses import first_difference, to_plain
 from iresnet_jax.models.saved import Spec, spec_from_plain, spec_to_plain
-from iresnet_jax.plain import first_difference, to_plain
-from iresnet_jax.training.building import model_spec
 from iresnet_jax.training.config import Config, parse
+from iresnet_jax.training.from_config import model_spec
 
 FORMAT = 1  # version of both files
 CONFIG_FILE, MODEL_FILE = "config.json", "model.json"

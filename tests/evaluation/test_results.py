@@ -5,7 +5,7 @@ import os
 import jax
 import pytest
 
-from iresnet_jax.evaluation import environment
+from iresnet_jax.evaluation import machine_and_versions
 from iresnet_jax.evaluation.results import TrainingTimes
 
 
@@ -24,7 +24,7 @@ def test_training_times_are_those_of_the_log():
 
 
 def test_environment_names_versions_and_devices():
-    facts = environment.describe()
+    facts = machine_and_versions.describe()
     assert facts.jax == jax.__version__
     assert facts.cpu_count >= 1
 
@@ -34,6 +34,6 @@ def test_environment_counts_the_processors_that_the_process_may_use():
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     try:
-        assert environment.describe().cpu_count == 1
+        assert machine_and_versions.describe().cpu_count == 1
     finally:
         os.sched_setaffinity(0, allowed)

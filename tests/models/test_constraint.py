@@ -10,7 +10,7 @@ import pytest
 
 from iresnet_jax.bijections.transforms.logit import Logit
 from iresnet_jax.maths import activations
-from iresnet_jax.maths.lipschitz import branch_bound
+from iresnet_jax.maths.lipschitz_bounds import branch_bound
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models import constraint, density
 from iresnet_jax.models import flow as model

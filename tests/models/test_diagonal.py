@@ -13,7 +13,7 @@ from evaluations import solve_and_watch
 import iresnet_jax as ir
 from iresnet_jax import data
 from iresnet_jax.bijections import actnorm
-from iresnet_jax.bijections.compose import chain
+from iresnet_jax.bijections.chain import chain
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.maths.inverse.fixed_point import Diagonal, invert_residual
 from iresnet_jax.models.branch import apply_branch

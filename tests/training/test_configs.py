@@ -11,12 +11,12 @@ from runs import ROOT
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.data import load, toys
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.json_dataclasses import first_difference, to_plain
 from iresnet_jax.models import saved
 from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.plain import first_difference, to_plain
 from iresnet_jax.training import loop, parallel, state
-from iresnet_jax.training.building import model_spec
 from iresnet_jax.training.config import parse
+from iresnet_jax.training.from_config import model_spec
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
 
 SHAPES = {

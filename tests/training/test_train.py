@@ -19,14 +19,14 @@ from runs import EVAL_EVERY, ROOT, TOTAL_STEPS
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import load
-from iresnet_jax.plain import to_plain
+from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.training import loop, parallel, state
+from iresnet_jax.training.array_names import to_named
 from iresnet_jax.training.checkpoints import load_named
 from iresnet_jax.training.command_line import asks_for_debug
 from iresnet_jax.training.config import parse
 from iresnet_jax.training.interruption import SIGNALS, Stopped
 from iresnet_jax.training.metrics import read_metrics
-from iresnet_jax.training.naming import to_named
 from iresnet_jax.training.objectives.likelihood import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys
 from iresnet_jax.training.run_folder import alone_in, read_config, read_model
 
@@ -242,7 +242,7 @@ def tell(function, file, say):
 MOMENTS_PROGRAM = f"""
 import json, os, signal, sys, time
 import train
-from iresnet_jax.evaluation import run
+from iresnet_jax.evaluation import trained_run as run
 from iresnet_jax.report import report
 from iresnet_jax.training import loop
 {TELL}

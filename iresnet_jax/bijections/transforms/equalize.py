@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Integer
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection
 from iresnet_jax.bijections.transforms.dequantize import cells, quantize
 from iresnet_jax.bijections.transforms.logit import check_alpha, log_logistic, logit_log_slopes, sum_event
-from iresnet_jax.maths.lipschitz import BiLipschitz, model_bounds
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 
 WEIGHT_OF_ALL = 0.01  # weight of the frequency over all entries in an entry's share: no level is impossible anywhere
 

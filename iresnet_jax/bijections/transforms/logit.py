@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection
-from iresnet_jax.maths.lipschitz import BiLipschitz, model_bounds
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 
 
 @dataclass(frozen=True)

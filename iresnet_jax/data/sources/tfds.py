@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from iresnet_jax.atomic_files import locked
 from iresnet_jax.data.sources.source import CHUNK, Chunk, Contents, Source, check_is_folder, source_in_folder, stack
-from iresnet_jax.files import locked
 
 _FORMAT = "array_record"
 

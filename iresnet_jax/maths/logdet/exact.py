@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.maths.logdet.estimator import Batch, Branch, Keys, LogdetInfo, Trace
-from iresnet_jax.maths.rounding import as_floats
+from iresnet_jax.maths.upward_rounding import as_floats
 
 
 def exact_logdet(branch: Branch, x: Batch, *, columns_at_once: int = 64) -> Float[Array, " b"]:

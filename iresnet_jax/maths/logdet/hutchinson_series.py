@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from iresnet_jax.maths.logdet.estimator import Batch, Branch, Keys, LogdetInfo, Trace, draw_probes, mean_and_stderr
 from iresnet_jax.maths.logdet.jacobian_products import transposed_jacobian, with_gradient
-from iresnet_jax.maths.rounding import as_floats, euclidean_norm, lipschitz_at_least
+from iresnet_jax.maths.upward_rounding import as_floats, euclidean_norm, lipschitz_at_least
 
 
 def truncation_bound(num_dims: int, lipschitz_bound: float, num_terms: int) -> float:

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.maths.logdet.estimator import Batch, Branch, Keys, LogdetInfo, Trace, draw_probes, mean_and_stderr
 from iresnet_jax.maths.logdet.jacobian_products import transposed_jacobian, with_gradient
-from iresnet_jax.maths.rounding import as_floats, lipschitz_at_least
+from iresnet_jax.maths.upward_rounding import as_floats, lipschitz_at_least
 
 NUM_NODES = 24  # of the quadrature, whose error is below 1e-9 |v|^2 up to L = .98, 3e-8 |v|^2 at .99, 1e-4 |v|^2 at .999
 EXHAUSTED = 30.0  # roundings that a new direction may consist of before it counts as none

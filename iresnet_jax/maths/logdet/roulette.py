@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from iresnet_jax.maths.logdet.estimator import Batch, Branch, Keys, LogdetInfo, Trace, draw_probes, mean_and_stderr, typed_key
 from iresnet_jax.maths.logdet.hutchinson_series import remainder_factor, weighted_series
-from iresnet_jax.maths.rounding import as_floats
+from iresnet_jax.maths.upward_rounding import as_floats
 
 LARGEST_MEAN = 500.0  # number of terms beyond which the table of a Poisson distribution would underflow
 

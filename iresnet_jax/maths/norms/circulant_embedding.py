@@ -1,7 +1,7 @@
 """Matrices whose norms bound that of a layer: the layer itself written out, and the symbols of a circulant that contains it.
 
-`layer_certificates.conv_norm_bound` has the proof. This file removes strides and unused taps axis by axis and bounds the rest
-frequency by frequency. Its callers check the arguments.
+`convolution_certificate.conv_norm_bound` has the proof. This file removes strides and unused taps axis by axis and bounds the
+rest frequency by frequency. Its callers check the arguments.
 """
 
 import functools
@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.maths.norms import gram_iteration as gram
-from iresnet_jax.maths.rounding import power_of_two, rounded_up
+from iresnet_jax.maths.upward_rounding import power_of_two, rounded_up
 
 Pair = tuple[int, int]
 Twist = Pair

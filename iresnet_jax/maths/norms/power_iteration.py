@@ -4,7 +4,7 @@ A linear map is any function ``apply(kernel, x)`` that is linear in ``x`` and in
 ``jax.linear_transpose``, so dense layers and convolutions of every stride, padding and size share this one implementation
 (Behrmann et al. 2019, sec. 2.1 and appendix; Gouk et al. 2018). The iterate ``v`` is explicit state: read in, returned, saved.
 
-Both iterations approach the norm from below. They return estimates; `layer_certificates` has upper bounds.
+Both iterations approach the norm from below. They return estimates; `convolution_certificate` has upper bounds.
 """
 
 import math
@@ -133,7 +133,7 @@ def _iterate_to_tolerance(gram, v, rtol, max_steps):
     if max_steps is None and least_steps > _MOST_STEPS:
         raise ValueError(
             f"rtol={rtol:g} asks for {least_steps:,} steps in {v.size} dimensions, more than {_MOST_STEPS:,}: pass "
-            "rtol >= 1e-5, or max_steps for the best estimate of so many, or bound the norm from above with layer_certificates"
+            "rtol >= 1e-5, or max_steps for the best estimate of so many, or bound the norm from above with iresnet_jax.certify"
         )
     max_steps = max(5000, 4 * least_steps) if max_steps is None else max_steps
     signs = np.random.default_rng(v.size).choice(np.array([-1, 1], np.int8), v.shape)  # XLA is slow to fold jax.random's

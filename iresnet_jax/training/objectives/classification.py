@@ -14,8 +14,8 @@ from iresnet_jax.models.classifier import Classifier, ClassifierSpec, training_l
 from iresnet_jax.models.flow import Constrained
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.training import parallel
-from iresnet_jax.training.building import Constrain, build_constraint, unroll
 from iresnet_jax.training.config import AugmentationConfig, Config
+from iresnet_jax.training.from_config import Constrain, build_constraint, unroll
 from iresnet_jax.training.initialization import initial_variables
 from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, UpdateRule, build_rule, update
 from iresnet_jax.training.parallel import AXIS, example_keys

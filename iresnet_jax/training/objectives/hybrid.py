@@ -19,8 +19,8 @@ from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.training import parallel
-from iresnet_jax.training.building import Constrain, build_constraint
 from iresnet_jax.training.config import Config, HybridConfig
+from iresnet_jax.training.from_config import Constrain, build_constraint
 from iresnet_jax.training.initialization import initial_variables
 from iresnet_jax.training.objectives import classification, likelihood
 from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, UpdateRule, build_rule, update

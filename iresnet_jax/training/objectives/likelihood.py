@@ -14,8 +14,8 @@ from jaxtyping import Array, Int, Key
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.training import parallel
-from iresnet_jax.training.building import Constrain, build_constraint, unroll
 from iresnet_jax.training.config import Config
+from iresnet_jax.training.from_config import Constrain, build_constraint, unroll
 from iresnet_jax.training.initialization import initial_variables
 from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, UpdateRule, build_rule, update
 from iresnet_jax.training.parallel import example_keys

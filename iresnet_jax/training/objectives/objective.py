@@ -10,8 +10,8 @@ from jax import lax
 
 from iresnet_jax.models.flow import Constrained
 from iresnet_jax.training import state
-from iresnet_jax.training.building import build_optimizer, build_schedule
 from iresnet_jax.training.config import Config
+from iresnet_jax.training.from_config import build_optimizer, build_schedule
 from iresnet_jax.training.parallel import AXIS
 
 

@@ -13,7 +13,8 @@ import runs
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import augment, load
-from iresnet_jax.evaluation import accuracy, ood, run
+from iresnet_jax.evaluation import accuracy, ood
+from iresnet_jax.evaluation import trained_run as run
 from iresnet_jax.models import classifier
 from iresnet_jax.models.head import apply_head
 from iresnet_jax.models.saved import FILE_NAME

@@ -14,7 +14,8 @@ import scipy.stats
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import load
-from iresnet_jax.evaluation import ood, run, samples
+from iresnet_jax.evaluation import ood, samples
+from iresnet_jax.evaluation import trained_run as run
 from iresnet_jax.models import linen, priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
@@ -23,8 +24,8 @@ from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.models.saved import load as load_model
 from iresnet_jax.report import report
 from iresnet_jax.training import loop, parallel, state
-from iresnet_jax.training.building import build_constraint, density_spec
 from iresnet_jax.training.config import HybridConfig
+from iresnet_jax.training.from_config import build_constraint, density_spec
 from iresnet_jax.training.metrics import read_metrics
 from iresnet_jax.training.objectives import hybrid
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iresnet_jax.maths.lipschitz import block_bounds, branch_bound, certified_radius, model_bounds
+from iresnet_jax.maths.lipschitz_bounds import block_bounds, branch_bound, certified_radius, model_bounds
 
 EXACT = 1e-11  # a few roundings of float64, upwards
 

@@ -4,7 +4,7 @@ import sys
 import pytest
 from runs import environment
 
-from iresnet_jax.files import locked, replacing
+from iresnet_jax.atomic_files import locked, replacing
 
 
 def test_a_file_is_replaced_when_it_is_whole(tmp_path):
@@ -36,7 +36,7 @@ def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path):
     hold = f"""
 import time
 from pathlib import Path
-from iresnet_jax.files import locked
+from iresnet_jax.atomic_files import locked
 with locked(Path({str(path)!r})):
     print("held", flush=True)
     time.sleep(600)

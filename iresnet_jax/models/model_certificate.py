@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax.maths.lipschitz import BiLipschitz
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models import constraint
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.branch import BranchSpec

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iresnet_jax.maths.rounding import at_least
+from iresnet_jax.maths.upward_rounding import at_least
 
 NUMBERS = [0.0, 0.5, 0.9, 0.9999, 0.99999, 1 / 3, np.float64(0.1), 1e-300, 1e300, np.inf, 2]
 

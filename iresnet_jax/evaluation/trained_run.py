@@ -17,16 +17,16 @@ import numpy as np
 
 from iresnet_jax import data
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.models import saved
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import freeze
-from iresnet_jax.plain import to_plain
-from iresnet_jax.training.backend import prepare_backend
-from iresnet_jax.training.building import Spec, build_optimizer, build_solver
 from iresnet_jax.training.checkpoints import Checkpoints
 from iresnet_jax.training.config import Config, parse
+from iresnet_jax.training.from_config import Spec, build_optimizer, build_solver
 from iresnet_jax.training.initialization import abstract_variables
+from iresnet_jax.training.matmul_precision import prepare_backend
 from iresnet_jax.training.run_folder import CONFIG_FILE, FORMAT, read_config, read_model
 from iresnet_jax.training.state import TrainState, create
 
@@ -97,7 +97,7 @@ def load(folder: str | os.PathLike[str]) -> Run:
     """Loads the best checkpoint of a run, or the latest where there is no best one, which `Run.notes` then says.
 
     A folder with nothing of a training but ``model.npz`` will do as well. On an accelerator this also sets the precision of
-    matrix products in this process, see `backend.prepare_backend`.
+    matrix products in this process, see `matmul_precision.prepare_backend`.
 
     Args:
         folder: Folder of the run, as `loop.train` filled it, or of a model.

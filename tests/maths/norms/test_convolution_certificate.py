@@ -7,7 +7,7 @@ import numpy as np
 import oracles
 import pytest
 
-from iresnet_jax.maths.norms import layer_certificates as certify
+from iresnet_jax.maths.norms import convolution_certificate as certify
 
 EXACT = 1e-11  # "exact" in float64: slack 2.3e-13, and rounding bounds of at most a few 1e-12
 EXACT_F32 = 1e-3  # the same in float32: slack 1.2e-4, and a rounding inflation below 6e-4

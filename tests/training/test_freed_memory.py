@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from iresnet_jax.training import memory
+from iresnet_jax.training import freed_memory
 
 # Read as a file, so that importing the package, and JAX with it, takes no time.
 PROGRAM = f"""
 import resource, runpy, sys
 import numpy as np
 
-keep_freed_memory = runpy.run_path({memory.__file__!r})["keep_freed_memory"]
+keep_freed_memory = runpy.run_path({freed_memory.__file__!r})["keep_freed_memory"]
 kept = keep_freed_memory() if sys.argv[1] == "kept" else None
 np.ones(2**23)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

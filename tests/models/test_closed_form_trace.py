@@ -13,6 +13,7 @@ from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet, weighted_series
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.models import branch as branches
+from iresnet_jax.models import closed_form_trace
 from iresnet_jax.models.flow import known_branch
 
 EXACT = 1e-10
@@ -61,7 +62,7 @@ def make(name):
 @pytest.mark.parametrize("name", CASES)
 def test_the_trace_is_that_of_the_dense_jacobian(x64, name):
     spec, weights, x, context = make(name)
-    assert branches.has_trace(spec)
+    assert closed_form_trace.has_trace(spec)
 
     def one(weights, x, context):
         context = None if context is None else context[None]
@@ -70,8 +71,11 @@ def test_the_trace_is_that_of_the_dense_jacobian(x64, name):
     @jax.jit
     def both(weights, x, context):
         jacobians = jax.vmap(jax.jacfwd(one, 1), (None, 0, 0))(weights, x, context)
-        diagonal = branches.jacobian_diagonal(spec, weights, x, context), branches.largest_diagonal(spec, weights)
-        return jacobians, *diagonal, branches.trace(spec, weights, x, context)
+        diagonal = (
+            closed_form_trace.jacobian_diagonal(spec, weights, x, context),
+            closed_form_trace.largest_diagonal(spec, weights),
+        )
+        return jacobians, *diagonal, closed_form_trace.trace(spec, weights, x, context)
 
     jacobians, diagonal, largest, trace = map(np.asarray, both(weights, x, context))
     jacobians = jacobians.reshape(BATCH, x[0].size, x[0].size)
@@ -92,7 +96,7 @@ def test_values_and_gradients_agree_on_average_over_probes(x64, name):
 
     def total(weights, x, *, closed_form):
         branch = functools.partial(branches.apply_branch, spec, weights)
-        trace = functools.partial(branches.trace, spec, weights) if closed_form else None
+        trace = functools.partial(closed_form_trace.trace, spec, weights) if closed_form else None
         samples, _ = weighted_series(branch, x, probes, jnp.ones(5), 5, trace=trace)
         return jnp.sum(cotangent * jnp.mean(samples, axis=0))
 
@@ -103,7 +107,7 @@ def test_values_and_gradients_agree_on_average_over_probes(x64, name):
 @pytest.mark.parametrize("estimator", [SeriesLogdet(12, num_probes=16), RouletteLogdet(num_exact_terms=12, num_probes=16)])
 def test_estimates_are_steadier_and_right(x64, estimator):
     spec, weights, x, _ = make("conv, two channels of one")
-    branch, trace = (functools.partial(f, spec, weights) for f in (branches.apply_branch, branches.trace))
+    branch, trace = (functools.partial(f, spec, weights) for f in (branches.apply_branch, closed_form_trace.trace))
 
     @jax.jit
     def run(x, key):
@@ -123,10 +127,10 @@ def test_other_branches_have_no_closed_form():
         {"activation": "maxmin"},
     ):
         spec = branches.BranchSpec(**{**CASES["conv"], "hidden": (4,), **changes})
-        assert not branches.has_trace(spec)
+        assert not closed_form_trace.has_trace(spec)
         weights = jax.jit(lambda key, spec=spec: branches.initial_weights(spec, key))(jax.random.key(0))
         with pytest.raises(ValueError, match="two layers with an elementwise activation"):
-            branches.trace(spec, weights, jnp.ones((1, *spec.in_shape)))
+            closed_form_trace.trace(spec, weights, jnp.ones((1, *spec.in_shape)))
 
 
 @pytest.mark.parametrize(("side", "taps"), [(2, 3), (1, 3), (4, 5)])
@@ -134,8 +138,8 @@ def test_on_a_torus_smaller_than_the_kernel_there_is_no_closed_form_and_none_is_
     shape = {"in_shape": (side, side, 1), "hidden": (4,), "kernel_sizes": (taps, taps), "padding": "CIRCULAR"}
     spec = branches.BranchSpec(**shape)
     weights = jax.jit(lambda key: branches.initial_weights(spec, key))(jax.random.key(0))
-    assert not branches.has_trace(spec)
+    assert not closed_form_trace.has_trace(spec)
     with pytest.raises(ValueError, match="the trace has a closed form for two layers"):
-        branches.trace(spec, weights, jnp.ones((1, side, side, 1)))
+        closed_form_trace.trace(spec, weights, jnp.ones((1, side, side, 1)))
     assert known_branch(spec, weights, 0.9).trace is None
-    assert branches.has_trace(branches.BranchSpec(**shape | {"in_shape": (taps, taps, 1)}))
+    assert closed_form_trace.has_trace(branches.BranchSpec(**shape | {"in_shape": (taps, taps, 1)}))

@@ -1,6 +1,6 @@
 """Guaranteed Lipschitz constants of branches, residual blocks and whole models, and the radius that a classifier holds.
 
-All of it follows from upper bounds of the layers' norms, which `norms.layer_certificates` computes. Results are rounded up.
+All of it follows from upper bounds of the layers' norms, see `norms.convolution_certificate`. Results are rounded up.
 """
 
 import math
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from iresnet_jax.maths.rounding import lipschitz_at_least, rounded_up
+from iresnet_jax.maths.upward_rounding import lipschitz_at_least, rounded_up
 
 Scalar = float | Shaped[Array, ""]
 

@@ -13,7 +13,8 @@ import pytest
 
 from iresnet_jax.bijections.actnorm import ActNormParams, actnorm_bijection
 from iresnet_jax.bijections.bijection import Bijection, fold_in, follow_inverse_info, no_inverse_error, permutation_bijection
-from iresnet_jax.bijections.compose import Stage, chain, multiscale, repeat
+from iresnet_jax.bijections.chain import chain, repeat
+from iresnet_jax.bijections.multiscale import Stage, multiscale
 from iresnet_jax.bijections.reshape import flatten_bijection, squeeze_bijection
 from iresnet_jax.bijections.residual import Branch, Solver, residual_bijection
 from iresnet_jax.maths.logdet.exact import ExactLogdet

@@ -12,11 +12,11 @@ import pytest
 import runs
 
 from iresnet_jax import data
-from iresnet_jax.evaluation import run
+from iresnet_jax.evaluation import trained_run as run
 from iresnet_jax.models.saved import FILE_NAME
 from iresnet_jax.training import run_folder, state
-from iresnet_jax.training.building import build_optimizer, model_spec
 from iresnet_jax.training.checkpoints import Checkpoints, load_named
+from iresnet_jax.training.from_config import build_optimizer, model_spec
 from iresnet_jax.training.initialization import initial_variables
 
 NORM_RTOL = 1e-2  # ten times the tolerance of the norms
