@@ -1,6 +1,7 @@
 """Every test runs on two simulated CPU devices, with shapes checked and implicit broadcasting an error."""
 
 import os
+import signal
 from pathlib import Path
 
 # Must be set before jax starts. Two devices are no more than the cores of the smallest machine we support.
@@ -11,6 +12,10 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # NumPy's oracles are small: a second thread only waits for them, and takes a core from the other test process.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# A job in the background of a shell ignores Ctrl-C, and so would the processes that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from jaxtyping import install_import_hook
 

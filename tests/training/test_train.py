@@ -647,7 +647,7 @@ def test_a_config_of_a_workdir_that_is_no_use_is_said_to_be(config_file, tmp_pat
     [
         (b"[]", "is damaged: restore it, or choose another --workdir"),
         (b'{"model": "\xff"}', "is damaged: restore it, or choose another --workdir"),
-        (b'{"format": 1, "model": {"kind": "Desnity"}}', "is damaged (a model has no part of the kind 'Desnity'): restore it"),
+        (b'{"format": 1, "model": {"type": "Desnity"}}', "is damaged (model must be of the type DensitySpec or ClassifierSpec"),
         (b'{"format": 1}', "is damaged ('model'): restore it"),
         (b'{"format": 2}', "was written by another version of iresnet_jax: train again, or use that version"),
     ],
