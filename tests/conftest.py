@@ -45,16 +45,3 @@ def x64():
     """Runs one test in float64."""
     with jax.enable_x64(True):
         yield
-
-
-# Files that take longest begin first, so that no process ends with a long one while the other has nothing left to do.
-LONGEST = (
-    *("test_train.py", "test_hybrid.py", "test_configs.py", "test_main.py", "test_anderson.py", "test_report.py"),
-    *("test_implicit_gradients.py", "test_convolution_certificate.py", "test_notebooks.py", "test_chain_and_multiscale.py"),
-    *("test_classification.py", "test_trained_run.py", "test_density.py", "test_constraint.py"),
-)
-
-
-def pytest_collection_modifyitems(items):
-    """Sorts files by how long they take; each keeps the order of its tests."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
