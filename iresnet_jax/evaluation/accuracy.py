@@ -9,7 +9,7 @@ from iresnet_jax.evaluation.results import Classification, Mistake
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.training import parallel
-from iresnet_jax.training.objectives import classification, hybrid
+from iresnet_jax.training.objectives import classification
 
 CONFIDENCE = 0.95  # probability that the interval covers the true error
 NUM_MISTAKES = 32  # listed and shown
@@ -26,8 +26,8 @@ def evaluate(
         labels: Class of each image.
         batch_size: Images at once.
     """
-    classify = classification.classify_batch if isinstance(model, Classifier) else hybrid.classify_batch
-    outputs = classification.evaluate_images(parallel.parallelize_eval(classify), model, images, labels, batch_size)
+    classify = parallel.parallelize_eval(classification.classify_batch)
+    outputs = classification.evaluate_images(classify, model, images, labels, batch_size)
     return summarize(outputs["logits"].astype(np.float64), labels, loss=float(outputs["loss"].mean(dtype=np.float64)))
 
 

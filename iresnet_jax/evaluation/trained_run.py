@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax import data
@@ -117,8 +116,7 @@ def load(folder: str | os.PathLike[str]) -> Run:
     prepare_backend(config.training.matmul_precision)
     spec, fingerprint = read_model(folder)
     optimizer = build_optimizer(config.optimizer, config.training.total_steps)
-    variables = abstract_variables(config, spec)
-    target = jax.eval_shape(lambda: create(_zeros(variables), optimizer))
+    target = jax.eval_shape(lambda variables: create(variables, optimizer), abstract_variables(config, spec))
     best, step, notes = _restore(Checkpoints(folder), target, folder)
     return Run(folder, _model(config, spec, best), config, fingerprint, step, notes)
 
@@ -184,7 +182,3 @@ def _restore(checkpoints: Checkpoints, target: Any, folder: Path) -> tuple[Train
             notes.append(f"These are the parameters of the latest checkpoint, step {restored[1]}: {why}.")
     warned = [str(warning.message) for warning in caught]
     return (*restored, (*notes, *(f"{sentence[0].upper()}{sentence[1:]}." for sentence in warned)))
-
-
-def _zeros(shapes: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

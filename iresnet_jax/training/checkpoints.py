@@ -89,11 +89,6 @@ class Checkpoints:
             with contextlib.suppress(OSError):
                 self.path(other).unlink()
 
-    @property
-    def best_metric(self) -> float | None:
-        """The lowest metric saved so far, also by earlier processes, or None."""
-        return next((metric for metric, _ in self._by_metric() if metric < math.inf), None)
-
     def restore_latest(self, target: Any) -> tuple[Any, int] | None:
         """Reads the newest checkpoint that is intact.
 

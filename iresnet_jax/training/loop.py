@@ -149,7 +149,8 @@ class _Trainer:
         return means
 
     def _checked_means(self) -> dict[str, float]:
-        means = mean_over_window(jax.device_get(self._window))
+        window = jax.device_get(self._window)
+        means = {name: float(np.mean([metrics[name] for metrics in window], dtype=np.float64)) for name in window[0]}
         check_finite(means, self.step - len(self._window), self.step)
         return means
 
@@ -163,8 +164,7 @@ class _Trainer:
             self.state = adapted
             self._compile_later()
         self._save(self._objective.loss(held_out.metrics))
-        name = self._objective.name
-        total = self._settings.total_steps
+        name, total = self._objective.name, self._settings.total_steps
         logging.info("step %d of %d: validation %s %.4f", self.step, total, name, held_out.metrics[name])
 
     def save(self) -> None:
@@ -181,8 +181,7 @@ class _Trainer:
 def check_batch_size(batch_size: int, data: DataSet) -> None:
     """Raises ``ValueError`` unless a batch can be split over the devices and is no larger than the training data."""
     parallel.check_global_batch_size(batch_size)
-    num = len(data.examples["train"]) if data.examples else None
-    if num is not None and batch_size > num:
+    if data.examples and batch_size > (num := len(data.examples["train"])):
         raise ValueError(
             f"config.training.batch_size must be at most {num}, the training examples of {data.name}, got {batch_size}"
         )
@@ -206,11 +205,5 @@ def batches(config: Config, examples: Any, first_step: int) -> Iterator[Any]:
     """The batch of every step from ``first_step`` on, split over the local devices; placeholders for endless data."""
     size = config.training.batch_size
     if examples is None:
-        placeholder = parallel.shard(np.zeros(size, np.float32))
-        return itertools.repeat(placeholder)
+        return itertools.repeat(parallel.shard(np.zeros(size, np.float32)))
     return device_batches(examples, seed=config.seed, batch_size=size, first_step=first_step)
-
-
-def mean_over_window(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """The mean of every metric over some steps, in float64."""
-    return {name: float(np.mean([m[name] for m in metrics], dtype=np.float64)) for name in metrics[0]}

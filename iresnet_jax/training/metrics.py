@@ -71,11 +71,6 @@ class MetricWriter:
         self._keep_lines(lambda record: record["step"] <= step)
         self._purge_step = step + 1
 
-    def flush(self) -> None:
-        """Writes out the TensorBoard events in memory; JSON lines are never kept there."""
-        if self._events is not None:
-            self._events.flush()
-
     def close(self) -> None:
         """Flushes and closes the files, as leaving ``with`` does."""
         self._lines.close()

@@ -47,7 +47,6 @@ def test_a_line_holds_everything_and_is_on_disk_at_once(tmp_path):
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     with MetricWriter(tmp_path) as writer:
         writer.write(10, {"loss": 2.0})
-        writer.flush()
         writer.write(20, {"loss": 1.5}, split="test")
     found = [
         (event.step, value.tag, value.simple_value) for event in tensorboard_events(tmp_path) for value in event.summary.value

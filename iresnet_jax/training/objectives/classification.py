@@ -11,6 +11,7 @@ from jaxtyping import Array, Key, Shaped
 from iresnet_jax.data import augment
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec, training_logits
+from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import Constrained
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.training import parallel
@@ -78,24 +79,14 @@ def check_augmentation(augment_images: Augment, data: DataSet) -> None:
 
 
 def make_step(
-    model: Classifier,
-    constrain: Constrain,
-    rule: UpdateRule,
-    *,
-    seed: int,
-    label_smoothing: float,
-    augment_images: Augment,
+    model: Classifier, constrain: Constrain, rule: UpdateRule, *, seed: int, label_smoothing: float, augment_images: Augment
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
     """The step ``(state, (images, labels)) -> (state, metrics)``, for `parallel.parallelize`.
 
     BatchNorm's statistics are those of the batch on all devices, and an example's augmentation depends on (seed, step, place in
-    the whole batch): a run gives the same result on any number of devices.
+    the whole batch): a run gives the same result on any number of devices. `likelihood.make_step` explains the other arguments.
 
     Args:
-        model: The model without weights.
-        constrain: ``(params, spectral) ->`` constrained weights.
-        rule: How a gradient changes the state.
-        seed: Seed of the run.
         label_smoothing: Smoothing of the labels, see `head.cross_entropy`.
         augment_images: Random change of the images, from `make_augmentation`.
     """
@@ -118,10 +109,13 @@ def make_step(
     return step
 
 
-def classify_batch(model: Classifier, batch: tuple[Any, Any]) -> dict[str, Any]:
-    """Cross-entropy in nats and logits of ``(images, labels)``, for `parallelize_eval`."""
+def classify_batch(model: Classifier | Density, batch: tuple[Any, Any]) -> dict[str, Any]:
+    """Cross-entropy in nats and logits of ``(images, labels)``, for `parallelize_eval`.
+
+    A density classifies images at the middle of their grey levels, without noise.
+    """
     images, labels = batch
-    logits = model.logits(images)
+    logits = model.logits(images) if isinstance(model, Classifier) else model.class_log_probs(images)
     return {"loss": cross_entropy(logits, labels), "logits": logits}
 
 
@@ -149,5 +143,5 @@ class Validation:
 def evaluate_images(
     evaluate: Callable[[Any, Any], Any], model: Any, images: np.ndarray, labels: np.ndarray, batch_size: int
 ) -> dict[str, np.ndarray]:
-    """Runs `classify_batch`, or the one of `hybrid`, for all devices over all images."""
+    """Runs `classify_batch` for all devices over all images."""
     return parallel.over_batches(evaluate, model, lambda indices: (images[indices], labels[indices]), len(images), batch_size)

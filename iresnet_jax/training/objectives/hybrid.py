@@ -82,14 +82,10 @@ def make_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
     """The step ``(state, (images, labels)) -> (state, metrics)``, for `parallel.parallelize`.
 
-    Keys are made as in `likelihood.make_step`, so a run gives the same result on any number of devices.
+    Keys are made as in `likelihood.make_step`, which explains the other arguments.
 
     Args:
-        model: The model with classes, without weights.
-        constrain: ``(params, spectral) ->`` constrained weights.
-        rule: How a gradient changes the state.
         weight: ``step -> lambda``.
-        seed: Seed of the run.
         label_smoothing: Smoothing of the labels, see `head.cross_entropy`.
         augment_images: Random change of the images that are classified, in a pass of their own: a likelihood is one of images
             as they are. None classifies those.
@@ -131,31 +127,19 @@ def make_step(
     return step
 
 
-def classify_batch(model: Density, batch: tuple[Any, Any]) -> dict[str, Any]:
-    """Cross-entropy in nats and logits of ``(images, labels)``, for `parallelize_eval`.
-
-    Images are classified at the middle of their grey levels, without noise.
-    """
-    images, labels = batch
-    logits = model.class_log_probs(images)
-    return {"loss": cross_entropy(logits, labels), "logits": logits}
-
-
-class Validation:
+class Validation(likelihood.Validation):
     """Bits/dim, accuracy and cross-entropy on held-out images under the averaged parameters."""
 
     def __init__(self, config: Config, spec: DensitySpec, data: DataSet):
-        self._likelihood = likelihood.Validation(config, spec, data)
-        self._images = data.held_out("validation", config.training.eval_examples, config.seed)
-        self._labels = data.labels["validation"][: len(self._images)]
-        self._classify = parallel.parallelize_eval(classify_batch)
-        self._batch_size = config.evaluation.batch_size
+        super().__init__(config, spec, data)
+        self._labels = data.labels["validation"][: len(self._examples)]
+        self._classify = parallel.parallelize_eval(classification.classify_batch)
 
     def __call__(self, current: TrainState) -> HeldOut:
         """The means over all examples."""
-        model = self._likelihood.model(current)
-        outputs = classification.evaluate_images(self._classify, model, self._images, self._labels, self._batch_size)
+        model = self.model(current)
+        outputs = classification.evaluate_images(self._classify, model, self._examples, self._labels, self._batch_size)
         correct = outputs["logits"].argmax(axis=1) == self._labels
         mean_entropy = float(outputs["loss"].mean(dtype=np.float64))
-        metrics, num_terms = self._likelihood.measure(current, model)
+        metrics, num_terms = self.measure(current, model)
         return HeldOut({**metrics, "accuracy": float(correct.mean()), "cross_entropy": mean_entropy}, num_terms)
