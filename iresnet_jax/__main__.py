@@ -3,10 +3,13 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from iresnet_jax.training.command_line import MISTAKE, explain_failures, quiet_backends
 from iresnet_jax.training.interruption import end_at_signals
+
+if TYPE_CHECKING:
+    from iresnet_jax.evaluation.trained_run import Run
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,12 +21,12 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(MISTAKE)
 
 
-def evaluate(arguments: argparse.Namespace) -> int:
-    """Test likelihood with its standard error; of a model with classes, its test error."""
-    from iresnet_jax.evaluation import accuracy, likelihood, trained_run
+def evaluate(trained: "Run", _: argparse.Namespace) -> int:
+    """Test likelihood with its standard error; for a model with classes, its test error."""
+    from iresnet_jax.evaluation import accuracy, likelihood
     from iresnet_jax.models.density import Density
 
-    trained = trained_run.load(arguments.workdir).with_data_checked()
+    trained = trained.with_data_checked()
     model, settings, seed, examples = trained.model, trained.config.evaluation, trained.config.seed, trained.test_examples()
     results = []
     if isinstance(model, Density):
@@ -34,13 +37,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def sample(arguments: argparse.Namespace) -> int:
+def sample(trained: "Run", arguments: argparse.Namespace) -> int:
     """Samples, to samples.png and samples.npy; exit status 1 if the inverse did not converge for all of them."""
-    from iresnet_jax.evaluation import samples, trained_run
+    from iresnet_jax.evaluation import samples
     from iresnet_jax.models.density import Density
     from iresnet_jax.report.pictures import write_samples
 
-    trained = trained_run.load(arguments.workdir)
     model, size = trained.model, trained.config.evaluation.batch_size
     if not isinstance(model, Density):
         raise ValueError(f"{trained.folder} holds a classifier, which has no samples: that takes a density objective")
@@ -51,13 +53,12 @@ def sample(arguments: argparse.Namespace) -> int:
     return 0 if drawn.converged.all() else 1
 
 
-def reconstruct(arguments: argparse.Namespace) -> int:
+def reconstruct(trained: "Run", arguments: argparse.Namespace) -> int:
     """Test examples encoded and inverted, to reconstructions.png; exit status 1 if the inverse failed for any."""
-    from iresnet_jax.evaluation import inversion, trained_run
+    from iresnet_jax.evaluation import inversion
     from iresnet_jax.models.classifier import Classifier
     from iresnet_jax.report.pictures import reconstructions, write_png
 
-    trained = trained_run.load(arguments.workdir)
     if isinstance(trained.model, Classifier):
         trained.model.require_bijection()
     trained = trained.with_data_checked()
@@ -69,53 +70,38 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     return 0 if result.trip.converged.all() else 1
 
 
-def certify(arguments: argparse.Namespace) -> int:
+def certify(trained: "Run", _: argparse.Namespace) -> int:
     """Certified Lipschitz bound of every layer and block; exit status 1 if a block is not certified a contraction."""
-    from iresnet_jax.evaluation import trained_run
-
-    trained = trained_run.load(arguments.workdir)
     certificate = trained.model.certificate()
     _say(*trained.notes, certificate)
     return 0 if certificate.certified else 1
 
 
-def freeze(arguments: argparse.Namespace) -> int:
+def freeze(trained: "Run", arguments: argparse.Namespace) -> int:
     """The certified model as one small file, model.npz, for use without the folder of its training."""
-    from iresnet_jax.evaluation import trained_run
+    from iresnet_jax.evaluation.trained_run import save
 
-    trained = trained_run.load(arguments.workdir)
     certificate = trained.model.certificate()
-    path = trained_run.save(trained, arguments.output)
+    path = save(trained, arguments.output)
     _say(*trained.notes, certificate.verdict, f"written: {path} ({path.stat().st_size / 1e6:.2g} MB)")
     return 0 if certificate.certified else 1
 
 
-def ood(arguments: argparse.Namespace) -> int:
+def ood(trained: "Run", arguments: argparse.Namespace) -> int:
     """How well the model's scores tell other images from test images: AUROC, with each score's definition."""
-    from iresnet_jax.evaluation import trained_run
     from iresnet_jax.evaluation.ood import compare
 
-    trained = trained_run.load(arguments.workdir).with_data_checked()
-    config = trained.config
-    separation = compare(
-        trained.model,
-        trained.data,
-        arguments.against,
-        config.evaluation,
-        config.seed,
-        num=arguments.num,
-        data_dir=config.data.data_dir,
-    )
-    _say(*trained.notes, separation)
+    trained = trained.with_data_checked()
+    settings, seed, data_dir = trained.config.evaluation, trained.config.seed, trained.config.data.data_dir
+    against, num = arguments.against, arguments.num
+    _say(*trained.notes, compare(trained.model, trained.data, against, settings, seed, num=num, data_dir=data_dir))
     return 0
 
 
-def report(arguments: argparse.Namespace) -> int:
-    """All of it, to report.json and report.html."""
-    from iresnet_jax.evaluation import trained_run
+def report(trained: "Run", _: argparse.Namespace) -> int:
+    """All results, to report.json and report.html."""
     from iresnet_jax.report.report import write
 
-    trained = trained_run.load(arguments.workdir)
     _say(write(trained), f"report: {trained.folder / 'report.html'}")
     return 0
 
@@ -155,7 +141,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
     arguments = make_parser().parse_args(argv)
     quiet_backends()
-    return explain_failures(lambda: arguments.run(arguments), debug=arguments.debug)
+
+    def command() -> int:
+        from iresnet_jax.evaluation import trained_run  # slow to import: --help and mistakes are answered without it
+
+        return arguments.run(trained_run.load(arguments.workdir), arguments)
+
+    return explain_failures(command, debug=arguments.debug)
 
 
 def _say(*results: object) -> None:

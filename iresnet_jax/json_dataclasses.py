@@ -43,12 +43,10 @@ def tagged(value: Any) -> Any:
 
 
 def from_plain(cls: type[T], plain: Any, path: str) -> T:
-    """The dataclass that plain data describe; fields without an entry keep their default.
+    """The dataclass that a mapping describes; fields without an entry keep their default.
 
     Args:
-        cls: A dataclass.
-        plain: A mapping.
-        path: What messages call it, such as ``config``.
+        path: What messages call the mapping, such as ``config``.
 
     Raises:
         ValueError: If a field is unknown, missing, of the wrong kind or out of its range; the message names it.
@@ -94,7 +92,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def checked(kind: Any, value: Any, path: str) -> Any:
-    """Plain data as what an annotation describes; arguments and errors as in `from_plain`."""
+    """Plain data as what the annotation ``kind`` describes; ``path`` and errors are those of `from_plain`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return None if value is None and types.NoneType in arguments else _one_of(arguments, value, path)

@@ -112,13 +112,7 @@ def describe(array: np.ndarray, sha256: str) -> dict[str, Any]:
 
 
 def fingerprint_of(arrays: dict[str, dict[str, Any]], *, num_levels: int | None, num_classes: int | None) -> str:
-    """Returns the fingerprint of a data set of arrays.
-
-    Args:
-        arrays: `describe` of each array, by names such as ``train_examples`` and ``test_labels``.
-        num_levels: Grey levels.
-        num_classes: Classes.
-    """
+    """Returns the fingerprint of a data set from `describe` of its arrays, by names such as ``train_examples``."""
     return _hash({"num_levels": num_levels, "num_classes": num_classes, "arrays": arrays})
 
 

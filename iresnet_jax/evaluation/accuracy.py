@@ -18,14 +18,7 @@ NUM_MISTAKES = 32  # listed and shown
 def evaluate(
     model: Density | Classifier, images: Num[np.ndarray, "n h w c"], labels: Int[np.ndarray, " n"], batch_size: int
 ) -> Classification:
-    """Top-1 error on images, with the frozen weights that everything after training uses.
-
-    Args:
-        model: A classifier, or a density with classes.
-        images: Images of integer levels.
-        labels: Class of each image.
-        batch_size: Images at once.
-    """
+    """Top-1 error of a classifier, or of a density with classes, on images of integer levels."""
     classify = parallel.parallelize_eval(classification.classify_batch)
     outputs = classification.evaluate_images(classify, model, images, labels, batch_size)
     return summarize(outputs["logits"].astype(np.float64), labels, loss=float(outputs["loss"].mean(dtype=np.float64)))
@@ -35,8 +28,6 @@ def summarize(logits: Num[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], *, 
     """Counts the mistakes that logits make, with the Wilson (1927) interval of their fraction.
 
     Args:
-        logits: Logits of each image.
-        labels: Class of each image.
         loss: Mean cross-entropy in nats.
     """
     predictions = logits.argmax(axis=1)

@@ -59,9 +59,8 @@ def reconstruct(model: Density | Classifier, examples: Num[np.ndarray, "n ..."],
     """Encodes examples and inverts their latents, in the precision of training and in float64.
 
     Args:
-        model: A model with an inverse.
+        model: Model with an inverse.
         examples: Images of integer levels, or points; at least one.
-        batch_size: Examples at once.
         seed: Seed of the dequantisation.
     """
     spec, key = model.spec, jax.random.key(seed)
@@ -135,10 +134,6 @@ def round_trip(model: Density | Classifier, there: Float[Array, "b ..."]) -> tup
 
     The solver bounds the distance to the exact preimage of the latents as they are. Encoding rounded them, in each block by no
     more than the solver allows for rounding of its residual; so twice the solver's bound holds for the way there and back.
-
-    Args:
-        model: The model.
-        there: Inputs of its flow.
 
     Returns:
         What came back, and how it went.

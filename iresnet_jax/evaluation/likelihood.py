@@ -10,7 +10,6 @@ where ``A = Var(a)``, ``D = mean_i Var(d_i)`` and ``E = mean_i Var(e_i)``: the t
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict
 
 import jax
@@ -84,7 +83,6 @@ def evaluate(
     posteriori, see `SeriesLogdet` and `KrylovLogdet`, and rigorous if the Lipschitz constants are.
 
     Args:
-        model: A density.
         examples: Images of integer levels, or points; at least 2.
         settings: Estimator, draws and batch size.
         seed: Seed of noise and probes.
@@ -97,11 +95,16 @@ def evaluate(
     estimator = ExactLogdet() if spec.flow.num_dims <= MAX_EXACT_DIMS else configured
     is_exact = isinstance(estimator, ExactLogdet)
     num_probes = 1 if is_exact else settings.num_probe_draws
-    outputs_of = _evaluation(model, examples, settings, seed)
+    key, step = jax.random.key(seed), parallel.parallelize_eval(evaluate_batch)
+
+    def outputs_of(estimator: LogdetEstimator, *draw: int) -> dict[str, np.ndarray]:
+        # On several simulated CPU devices the LU factorisations dead-lock in XLA's pool of as many threads (jaxlib 0.10).
+        num_devices = 1 if isinstance(estimator, ExactLogdet) and jax.default_backend() == "cpu" else None
+        state, size = model.with_(estimator=estimator), settings.batch_size
+        return evaluate_examples(step, state, examples, key, size, draw=draw, num_devices=num_devices)
 
     def values_of(estimator: LogdetEstimator, num_noise: int, num_probes: int) -> Float[np.ndarray, "n s p"]:
-        outputs = outputs_of(estimator)
-        draws = [[outputs(s, p)[spec.metric] for p in range(num_probes)] for s in range(num_noise)]
+        draws = [[outputs_of(estimator, s, p)[spec.metric] for p in range(num_probes)] for s in range(num_noise)]
         return np.moveaxis(np.array(draws, dtype=np.float64), -1, 0)
 
     values = values_of(estimator, num_noise, num_probes)
@@ -111,7 +114,7 @@ def evaluate(
     if not has_noise:
         parts["stderr_dequantisation"] = 0.0
     cut = _always_computed(estimator)
-    bound = 0.0 if cut is None else float(np.mean(outputs_of(cut)(0, 0)["truncation_bound"], dtype=np.float64))
+    bound = 0.0 if cut is None else float(np.mean(outputs_of(cut, 0, 0)["truncation_bound"], dtype=np.float64))
     check = None
     if is_exact and not isinstance(configured, ExactLogdet):
         estimated = values_of(configured, 1, settings.num_probe_draws)[:, 0].mean(axis=1)
@@ -150,8 +153,6 @@ def log_density_on_grid(
     """Exact log-density of a model of the plane on a square grid around points.
 
     Args:
-        model: A density of the plane.
-        points: Points that the grid covers.
         side: Grid points along each axis.
 
     Returns:
@@ -165,23 +166,7 @@ def log_density_on_grid(
     def log_density(model, grid):
         return jax.lax.map(model.log_prob, grid)
 
-    exact = model.with_(estimator=ExactLogdet())
-    return np.asarray(log_density(exact, jnp.asarray(grid))), (-reach, reach, -reach, reach)
-
-
-def _evaluation(
-    model: Density, examples: Num[np.ndarray, "n ..."], settings: EvaluationConfig, seed: int
-) -> Callable[[LogdetEstimator], Callable[[int, int], dict[str, np.ndarray]]]:
-    """``estimator -> (noise draw, probe draw) -> outputs of all examples``."""
-    key, step = jax.random.key(seed), parallel.parallelize_eval(evaluate_batch)
-
-    def outputs_of(estimator):
-        # On several simulated CPU devices the LU factorisations dead-lock in XLA's pool of as many threads (jaxlib 0.10).
-        num_devices = 1 if isinstance(estimator, ExactLogdet) and jax.default_backend() == "cpu" else None
-        state, size = model.with_(estimator=estimator), settings.batch_size
-        return lambda s, p: evaluate_examples(step, state, examples, key, size, draw=(s, p), num_devices=num_devices)
-
-    return outputs_of
+    return np.asarray(log_density(model.with_(estimator=ExactLogdet()), jnp.asarray(grid))), (-reach, reach, -reach, reach)
 
 
 def _always_computed(estimator: LogdetEstimator) -> SeriesLogdet | KrylovLogdet | None:

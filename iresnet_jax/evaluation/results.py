@@ -90,12 +90,8 @@ class Likelihood(MeanAndError):
         return "nll" if self.unit == "nats" else "bits_per_dim"
 
     def __str__(self) -> str:
-        parts = (
-            ("test examples", self.stderr_data),
-            ("probes", self.stderr_probes),
-            ("dequantisation", self.stderr_dequantisation),
-        )
-        split = ", ".join(f"{name} {stderr:.2g}" for name, stderr in parts if stderr)
+        parts = {"test examples": self.stderr_data, "probes": self.stderr_probes, "dequantisation": self.stderr_dequantisation}
+        split = ", ".join(f"{name} {stderr:.2g}" for name, stderr in parts.items() if stderr)
         lines = [f"test: {self.mean:.4f} ± {self.stderr:.4f} {self.unit} ({split}; {self.estimator})"]
         if self.entropy_floor is not None:
             lines.append(f"entropy of the data, below which no model can go: {self.entropy_floor:.4f} nats")

@@ -49,7 +49,6 @@ def draw(
     """Draws latents from the prior and inverts them, to the levels of the data.
 
     Args:
-        model: A density.
         num: Samples, at least 1.
         batch_size: Samples at once.
         temperature: Factor on the prior's scale, at least 0; 1 samples the model.

@@ -125,8 +125,7 @@ def save(run: Run, path: str | os.PathLike[str] | None = None) -> Path:
     """Writes the model of a run to one file, with the settings and the data that it was trained with.
 
     Args:
-        run: The run.
-        path: The file; ``model.npz`` in the folder of the run by default.
+        path: File to write; by default ``model.npz`` in the folder of the run.
 
     Raises:
         ValueError: If it is a network with BatchNorm in its branches.

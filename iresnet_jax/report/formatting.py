@@ -1,16 +1,16 @@
-"""Numbers written for people."""
+"""Numbers, times and settings as text for readers."""
 
 import math
 import numbers
 from collections.abc import Mapping
 from typing import Any
 
-MINUS = "\N{MINUS SIGN}"  # as wide as a plus, unlike the hyphen
+MINUS = "\N{MINUS SIGN}"  # as wide as a plus sign, unlike a hyphen
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """Writes a number with that many significant digits; integers in full, tiny and huge ones as powers of ten.
+    """Writes a number with ``digits`` significant digits, with a power of ten if it is tiny or huge, and an integer in full.
 
     Example:
         >>> number(60000), number(0.93217), number(1.28e-7, 2)
@@ -33,7 +33,7 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def uncertain(mean: float, stderr: float | None) -> str:
-    """Writes ``mean ± stderr``: the error with two significant digits, the mean to the same decimal.
+    """Writes ``mean ± stderr``: two significant digits of the error, and the mean to the same decimal place.
 
     Example:
         >>> uncertain(1.062314, 0.00213), uncertain(1.062314, None)
@@ -48,7 +48,7 @@ def uncertain(mean: float, stderr: float | None) -> str:
 
 
 def duration(seconds: Any) -> str:
-    """Writes a time in the unit a person would choose.
+    """Writes a time in microseconds, milliseconds or seconds below a minute, then in minutes and seconds or hours and minutes.
 
     Example:
         >>> duration(0.0831), duration(75.0), duration(7384)
@@ -67,17 +67,17 @@ def duration(seconds: Any) -> str:
 
 
 def percent(fraction: float) -> str:
-    """Writes a fraction as percent, with four significant digits."""
+    """Writes a fraction in percent, with at most four significant digits."""
     return f"{100 * fraction:.4g} %"
 
 
 def signed(value: float | int, decimals: int, *, plus: bool = False) -> str:
-    """Writes fixed decimals with thousands separated and a true minus sign, and a plus if asked for."""
+    """Writes a fixed number of decimals, thousands separated by commas; ``plus`` also marks positive numbers."""
     return f"{value:{'+' * plus},.{decimals}f}".replace("-", MINUS)
 
 
 def setting(value: object) -> str:
-    """Writes a setting: lists without Python's quotes.
+    """Writes a setting as words and numbers, without Python's brackets and quotes.
 
     Example:
         >>> setting({"widths": (61, 67), "bias": True})

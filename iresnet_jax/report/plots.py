@@ -78,10 +78,8 @@ def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int | 
 def confusion_matrix(counts: Int[np.ndarray, "k k"]) -> "Figure":
     """Draws how many examples of each class, by row, were taken for each, by column.
 
-    Colour is the share of a class on a log scale, so that single mistakes are seen; counts are written for up to 20 classes.
-
-    Args:
-        counts: Numbers of examples.
+    Colour is the share of a class on a log scale, so that single mistakes are seen. With at most 20 classes, every cell also
+    shows its count.
     """
     size = len(counts)
     figure = style.figure(width=5.6, height=5.0)
@@ -102,10 +100,7 @@ def confusion_matrix(counts: Int[np.ndarray, "k k"]) -> "Figure":
 def lipschitz_bars(certificate: Certificate) -> "Figure":
     """Draws the Lipschitz estimate of every block, its certified bound, the target and the limit of invertibility.
 
-    An estimate comes from power iteration and approaches the norm from below; only the bound proves anything.
-
-    Args:
-        certificate: Constants of a model.
+    An estimate comes from power iteration, which approaches the norm from below: only the bound proves anything.
     """
     names, estimates, bounds = zip(*((block.name, block.estimate, block.bound) for block in certificate.blocks), strict=True)
     figure = style.figure(width=10.0, height=3.2)
@@ -148,11 +143,7 @@ def density_map(log_density: Float[np.ndarray, "n n"], extent: tuple[Number, Num
 
 
 def scatter(samples: Float[np.ndarray, "m 2"]) -> "Figure":
-    """Draws points in the plane on equal axes; points that are not finite are counted in the title.
-
-    Args:
-        samples: Points, one a row.
-    """
+    """Draws points of the plane on equal axes; the title counts those that are not finite."""
     figure = style.figure(width=4.6, height=4.6)
     axes = figure.add_subplot()
     finite = np.isfinite(samples).all(axis=1)
@@ -166,12 +157,12 @@ def scatter(samples: Float[np.ndarray, "m 2"]) -> "Figure":
 def error_histogram(errors: Float[np.ndarray, " n"], bounds: Float[np.ndarray, " n"] | None = None) -> "Figure":
     """Draws how the inversion errors of the examples are spread, and beside them the bounds promised for each.
 
-    Errors are drawn on a log scale; an error of exactly 0 is drawn in the lowest bin, one that is not finite is counted
-    in the title, and so is an example whose error exceeds its bound.
+    Errors are drawn on a log scale, errors of exactly 0 in the lowest bin. The title counts the errors that are not finite and
+    the errors that exceed their bound.
 
     Args:
         errors: Largest absolute error of each example, >= 0.
-        bounds: A posteriori bound of the same error, if there is one.
+        bounds: A posteriori bounds of the same errors, if there are any.
 
     Raises:
         ValueError: If no error is finite.

@@ -32,9 +32,6 @@ Figures = dict[str, "Figure"]
 def write(run: Run) -> Report:
     """Computes everything that a report holds and writes ``report.json`` and ``report.html`` into the folder of the run.
 
-    Args:
-        run: The run.
-
     Example:
         >>> report = write(load("runs/digits_density"))  # doctest: +SKIP
         >>> report.likelihood.mean  # doctest: +SKIP

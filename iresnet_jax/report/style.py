@@ -1,8 +1,8 @@
-"""The look of our figures, and their encoding for a page that may be light or dark.
+"""The style of all figures, and their encoding for a page that may be light or dark.
 
-Nothing here touches pyplot or ``rcParams``: figures are built through the object API, with no display, no global state and
-safely in threads. Figures are transparent. In SVG, ``INK`` becomes the text colour of the reader's scheme; where pixels are
-baked, ``MIDTONE`` reads on both grounds.
+Figures are made without pyplot and ``rcParams``, so they need no display, share no state and can be drawn in threads. Their
+background is transparent. An SVG shows everything of the colour ``INK`` in the text colour of the reader's scheme. A PNG keeps
+its colours: ``MIDTONE`` is legible on light and dark pages.
 """
 
 import base64
@@ -13,21 +13,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK = "#2a2f36"  # text and axes; rewritten to the colour scheme of the reader in SVG
+INK = "#2a2f36"  # text and axes
 MIDTONE = "#727b87"  # contrast above 4:1 on white and on near-black
-BLUE, ORANGE, PLUM = "#3f83d1", "#de7c22", "#b0479b"  # told apart with the common colour deficiencies
+BLUE, ORANGE, PLUM = "#3f83d1", "#de7c22", "#b0479b"  # distinct to readers with the common colour deficiencies
 
 
 def to_svg_or_png(figure: "Figure", *, max_bytes: int = 200_000) -> str:
     """Encodes a figure as a data URI: SVG for curves, PNG for images.
 
-    SVG text and axes follow the light or dark scheme of the reader. A figure over the limit is drawn at fewer
-    dots per inch.
+    An SVG above the size limit becomes a PNG on white. A PNG above it is drawn at fewer dots per inch, 50 at the least.
 
     Args:
-        figure: A figure of this module, or any other.
-        max_bytes: Size aimed for, before base64 adds a third; an SVG above it becomes a PNG on white. The default keeps a
-            page of five figures below 1.5 MB.
+        max_bytes: Limit of the size before base64 adds a third; the default keeps a page of five figures below 1.5 MB.
 
     Returns:
         ``data:image/svg+xml;base64,...`` or ``data:image/png;base64,...``.
@@ -50,7 +47,7 @@ def to_svg_or_png(figure: "Figure", *, max_bytes: int = 200_000) -> str:
 
 
 def _save(figure: "Figure", kind: str, *, dpi: int, ground: str) -> bytes:
-    """Renders to memory, without a date."""
+    """Renders a figure in memory, without the date of the rendering."""
     file = io.BytesIO()
     for axes in figure.axes:
         axes.set_facecolor("none")
@@ -60,7 +57,7 @@ def _save(figure: "Figure", kind: str, *, dpi: int, ground: str) -> bytes:
 
 
 def _themed(svg: str) -> str:
-    """Lets everything drawn in INK take the colour scheme of the page around it."""
+    """Gives everything drawn in INK the text colour of the reader's light or dark scheme."""
     style = (
         f"<style>svg{{color:{INK};color-scheme:light dark}}@media(prefers-color-scheme:dark){{svg{{color:#d8dde4}}}}</style>"
     )
@@ -69,7 +66,7 @@ def _themed(svg: str) -> str:
 
 
 def figure(*, width: float, height: float, row_gap: float | None = 0.04) -> "Figure":
-    """A figure whose axes make room for their labels, or fill it without (``row_gap=None``); sizes in inches."""
+    """Makes a figure, in inches, whose axes leave room for their labels; with ``row_gap=None`` they leave none."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -78,7 +75,7 @@ def figure(*, width: float, height: float, row_gap: float | None = 0.04) -> "Fig
 
 
 def label(axes: "Axes", x: str, y: str, *, title: str = "", size: int = 9, ink: str = INK) -> None:
-    """Applies the house style to axes: quiet frame, light grid, small type."""
+    """Labels axes and draws their frame, grid and ticks in the style of all figures."""
     axes.set_xlabel(x, size=size, color=ink)
     axes.set_ylabel(y, size=size, color=ink)
     axes.set_title(title, size=size, color=ink, loc="left")
@@ -88,17 +85,17 @@ def label(axes: "Axes", x: str, y: str, *, title: str = "", size: int = 9, ink: 
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(MIDTONE)
-    axes.xaxis.get_offset_text().set(size=size - 2, color=ink)
-    axes.yaxis.get_offset_text().set(size=size - 2, color=ink)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_offset_text().set(size=size - 2, color=ink)
 
 
 def legend(axes: "Axes", **options: Any) -> Any:
-    """A legend without a frame."""
+    """Adds a legend without a frame."""
     return axes.legend(frameon=False, fontsize=8, labelcolor=INK, **options)
 
 
 def colorbar(figure: Any, shown: Any, axes: list[Any], *, label: str, extend: str = "neither") -> None:
-    """A slim colour bar in the tone that reads on light and dark."""
+    """Adds a slim colour bar in MIDTONE."""
     bar = figure.colorbar(shown, ax=axes, fraction=0.05, pad=0.02, extend=extend)
     bar.set_label(label, size=8, color=MIDTONE)
     bar.ax.tick_params(labelsize=7, labelcolor=MIDTONE, color=MIDTONE, length=2)

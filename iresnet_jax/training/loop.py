@@ -188,12 +188,7 @@ def check_batch_size(batch_size: int, data: DataSet) -> None:
 
 
 def build_objective(config: Config, data: DataSet, spec: Spec | None = None) -> Objective:
-    """What ``config.objective`` names, for the data of a run.
-
-    Args:
-        config: All settings.
-        data: The data.
-        spec: The model; by default the one of config and data.
+    """What ``config.objective`` names, for a model that is by default the one of the settings and the data.
 
     Raises:
         ValueError: If settings do not fit the data.

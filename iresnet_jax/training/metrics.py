@@ -128,16 +128,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_step: int) -> None:
-    """Raises if a run blew up.
-
-    Args:
-        metrics: Scalars by name, on the host.
-        first_step: First step that they were gathered over.
-        last_step: Last step that they were gathered over.
-
-    Raises:
-        RuntimeError: If one is NaN or infinite.
-    """
+    """Raises a RuntimeError if a metric that was gathered over these steps is NaN or infinite."""
     bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
     if bad:
         raise RuntimeError(

@@ -143,11 +143,7 @@ def example_keys(key: PRNGKeyArray, local_batch_size: int, *, axis_name: str | N
 
 
 def check_single_process() -> None:
-    """Checks that this is the only JAX process of the run.
-
-    Raises:
-        ValueError: If `jax.distributed` joins several processes, or the environment names their coordinator.
-    """
+    """Raises a ValueError if `jax.distributed` joins several processes, or the environment names their coordinator."""
     coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if coordinator or jax.process_count() > 1:
         got = f"JAX_COORDINATOR_ADDRESS={coordinator}" if coordinator else f"{jax.process_count()} JAX processes"
@@ -156,17 +152,9 @@ def check_single_process() -> None:
         )
 
 
-def check_global_batch_size(global_batch_size: int) -> int:
-    """Checks that all devices can have an equal share of a batch.
-
-    Returns:
-        The number of examples a device gets.
-
-    Raises:
-        ValueError: If ``global_batch_size`` is not a positive multiple of the number of devices.
-    """
+def check_global_batch_size(global_batch_size: int) -> None:
+    """Raises a ValueError unless the size is a positive multiple of the number of devices."""
     _check_divisible(global_batch_size, jax.device_count())
-    return global_batch_size // jax.device_count()
 
 
 def _replicate(state: Any, batch: Any) -> Any:

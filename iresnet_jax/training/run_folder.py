@@ -111,12 +111,11 @@ def _read(path: Path) -> dict[str, Any]:
     """The JSON object of a file of the present version, without its version number."""
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # not JSON, or not UTF-8
-        raise ValueError(f"{path} is damaged: restore it, or choose another --workdir") from None
+        version = plain.pop("format", None)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: restore it, or choose another --workdir") from None
-    if not isinstance(plain, dict):
-        raise ValueError(f"{path} is damaged: restore it, or choose another --workdir")
-    if plain.pop("format", None) != FORMAT:
+    except (AttributeError, TypeError, ValueError):  # not UTF-8, not JSON, or not an object
+        raise ValueError(f"{path} is damaged: restore it, or choose another --workdir") from None
+    if version != FORMAT:
         raise ValueError(f"{path} was written by another version of iresnet_jax: train again, or use that version")
     return plain
