@@ -97,10 +97,10 @@ def evaluate(
     num_probes = 1 if is_exact else settings.num_probe_draws
     key, step = jax.random.key(seed), parallel.parallelize_eval(evaluate_batch)
 
-    def outputs_of(estimator: LogdetEstimator, *draw: int) -> dict[str, np.ndarray]:
+    def outputs_of(estimator: LogdetEstimator, noise_draw: int, probe_draw: int) -> dict[str, np.ndarray]:
         # On several simulated CPU devices the LU factorisations dead-lock in XLA's pool of as many threads (jaxlib 0.10).
         num_devices = 1 if isinstance(estimator, ExactLogdet) and jax.default_backend() == "cpu" else None
-        state, size = model.with_(estimator=estimator), settings.batch_size
+        state, size, draw = model.with_(estimator=estimator), settings.batch_size, (noise_draw, probe_draw)
         return evaluate_examples(step, state, examples, key, size, draw=draw, num_devices=num_devices)
 
     def values_of(estimator: LogdetEstimator, num_noise: int, num_probes: int) -> Float[np.ndarray, "n s p"]:

@@ -1,7 +1,7 @@
-"""Results of evaluations as values: ``report.json`` is written from them, and the page of a report is rendered from them.
+"""Results of evaluations as values, from which ``report.json`` and the page of a report are written.
 
-``str`` of a result is what a command prints; ``warnings`` are sentences about numbers that cannot all be right, or that leave
-a promise open.
+``str`` of a result is what a command prints. ``warnings`` are sentences about numbers that contradict each other or break a
+promise.
 """
 
 import math
@@ -27,9 +27,10 @@ class MeanAndError:
         mean: Mean over examples, noise and probes.
         stderr: Standard error of the mean, all parts together.
         stderr_data: Part due to the choice of test examples; more examples shrink it.
-        stderr_probes: Part due to probes and series lengths; more draws or probes shrink it. None if there was one draw: then
-            the other parts contain it.
-        stderr_dequantisation: Part due to the noise; more dequantisations shrink it. None as above.
+        stderr_probes: Part due to probes and series lengths; more draws or probes shrink it. None after a single draw, whose
+            effect the other parts contain.
+        stderr_dequantisation: Part due to the noise; more dequantisations shrink it. None after a single dequantisation, whose
+            effect ``stderr_data`` contains.
     """
 
     mean: float
@@ -122,7 +123,7 @@ class Likelihood(MeanAndError):
 
 @dataclass(frozen=True)
 class Mistake:
-    """A test image that was classified wrongly: its place in the test split, and the probability of the wrong class."""
+    """A test image that was classified wrongly, with its place in the test split and the probability of the wrong class."""
 
     index: int
     label: int
@@ -200,7 +201,7 @@ class SampleQuality:
 
 @dataclass(frozen=True)
 class RoundTrips:
-    """Errors of examples that went to their latents and back.
+    """Errors of examples that were encoded and inverted.
 
     Attributes:
         max_abs_error: Largest entry of any error, in the units of the flow's input.
@@ -227,7 +228,7 @@ class Inversion(RoundTrips):
 
     Attributes:
         num_examples: Test examples.
-        refined: Round trips in float64 of the first of them.
+        refined: Round trips in float64 of the first test examples.
         max_grey_level_error: Largest error of a pixel in grey levels; None for points.
         max_padding_residual: Largest Euclidean norm of what should be zero padding; None without padding.
     """

@@ -26,14 +26,7 @@ NUM_RECONSTRUCTED = 8  # shown
 def examples(
     values: Num[np.ndarray, "n ..."], num_levels: int | None, *, columns: int = 8, captions: Sequence[str] | None = None
 ) -> "Figure":
-    """Draws images of integer levels side by side, or points of the plane.
-
-    Args:
-        values: Images, or points where ``num_levels`` is None.
-        num_levels: Grey levels.
-        columns: Images a row.
-        captions: A few characters to write below each image.
-    """
+    """Draws images of integer levels by `image_grid`, or points of the plane where ``num_levels`` is None."""
     if num_levels is None:
         return scatter(values)
     return image_grid(values / (num_levels - 1), columns, captions=captions)

@@ -66,7 +66,7 @@ def _themed(svg: str) -> str:
 
 
 def figure(*, width: float, height: float, row_gap: float | None = 0.04) -> "Figure":
-    """Makes a figure, in inches, whose axes leave room for their labels; with ``row_gap=None`` they leave none."""
+    """Makes a figure, with sizes in inches; its axes leave room for their labels unless ``row_gap`` is None."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 

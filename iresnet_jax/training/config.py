@@ -25,7 +25,7 @@ Count = Annotated[int, Range("[1, inf)")]
 CountOrNone = Annotated[int, Range("[0, inf)")]  # 0 switches something off
 Positive = Annotated[float, Range("(0, inf)")]
 NotNegative = Annotated[float, Range("[0, inf)")]
-Decay = Annotated[float, Range("[0, 1)")]  # of an average: at 1 it would never move
+Decay = Annotated[float, Range("[0, 1)")]  # decay of an average, which would never move at 1
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class ClassifierConfig:
 
     pad_channels: CountOrNone = 0  # channels of zeros behind those of an image: they widen the network
     mean: tuple[float, ...] = (0.5,)  # pixel mean on [0, 1], one a channel or one for all
-    std: tuple[Positive, ...] = (0.5,)  # pixel standard deviation, likewise
+    std: tuple[Positive, ...] = (0.5,)  # pixel standard deviation, one a channel or one for all
     label_smoothing: Decay = 0.0  # also of objective "hybrid"
     # "actnorm" in front of every branch; "batchnorm" in front of every layer inside it makes the ordinary residual network to
     # compare with, which has neither constraint nor inverse.
@@ -150,7 +150,7 @@ class OptimizerConfig:
     momentum: Decay = 0.9  # "sgd" and "muon"
     nesterov: bool = False  # "sgd" and "muon"
     b1: Decay = 0.9  # decay of the first moment in the Adam family, and of "muon" for all but kernels
-    b2: Decay = 0.99  # decay of the second moment, likewise
+    b2: Decay = 0.99  # decay of the second moment in the Adam family, and of "muon" for all but kernels
     clip_norm: NotNegative = 1.0  # largest norm of the whole gradient; 0 does not clip
 
 
@@ -164,7 +164,7 @@ class TrainingConfig:
     actnorm_examples: Count = 1024  # training examples that ActNorm is fitted to
     log_every_steps: Count = 50
     eval_every_steps: Count = 500  # steps between validations, each with a checkpoint
-    eval_examples: Count = 2048  # at most so many validation examples
+    eval_examples: Count = 2048  # most validation examples
     # If validation shows that training exploits what its log-determinant cuts off, logdet.num_terms is raised up to this.
     max_num_terms: CountOrNone = 20
     blocks: Literal["auto", "scan", "unroll"] = "auto"  # "auto" unrolls blocks on CPUs, where that is faster
@@ -265,7 +265,7 @@ def set_variant(config: Any, variant: str) -> None:
     """Makes the config of a classifier that of another member of its family.
 
     Args:
-        config: The config, which is changed.
+        config: Config of a classifier, which this function changes.
         variant: A coefficient c such as "0.7"; "vanilla", the network without its constraint; or "batchnorm", an ordinary
             residual network with BatchNorm in its branches.
 

@@ -98,8 +98,7 @@ class MetricWriter:
         if self._events is None:
             from tensorboardX import SummaryWriter  # imported late: it takes longer than the rest of this module
 
-            folder = str(self._workdir / "tensorboard")
-            self._events = SummaryWriter(folder, purge_step=self._purge_step, flush_secs=10)
+            self._events = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=self._purge_step, flush_secs=10)
         return self._events
 
 

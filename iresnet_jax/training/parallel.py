@@ -97,27 +97,22 @@ def over_batches(
 
     Args:
         evaluate: Function from `parallelize_eval`.
-        state: First argument of it.
-        batch_of: The batch of examples by their places, as a pytree.
-        num_examples: How many there are.
-        batch_size: At most as many at once; rounded up to a multiple of the number of devices.
+        state: First argument of ``evaluate``.
+        batch_of: Function that makes a pytree of the examples in given places.
+        num_examples: Number of all examples.
+        batch_size: Most examples at once; rounded up to a multiple of the number of devices.
         num_devices: Devices to use, from the first; all local ones by default.
 
     Returns:
         The outputs of all examples in order, on the host.
     """
-    parts = []
-    for indices, mask in eval_batches(num_examples, even_batch_size(batch_size, num_examples)):
+    parts, multiple = [], jax.local_device_count()
+    size = -(-min(batch_size, num_examples) // multiple) * multiple
+    for indices, mask in eval_batches(num_examples, size):
         batch = shard(batch_of(indices), num_devices=num_devices)
         outputs = unshard(evaluate(state, batch))
         parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outputs))
     return jax.tree.map(lambda *values: np.concatenate(values), *parts)
-
-
-def even_batch_size(batch_size: int, num_examples: int) -> int:
-    """The least multiple of the number of devices that holds a batch, or all examples if they are fewer."""
-    size, multiple = min(batch_size, num_examples), jax.local_device_count()
-    return -(-size // multiple) * multiple
 
 
 def example_keys(key: PRNGKeyArray, local_batch_size: int, *, axis_name: str | None = AXIS) -> Shaped[Array, "b ..."]:

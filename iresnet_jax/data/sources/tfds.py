@@ -53,14 +53,11 @@ def _find(root: Path, name: str) -> Path | None:
     """Finds the folder of the newest prepared version, or of the one that is named."""
     name, _, version = name.partition(":")
     found = (root / name).glob("*/dataset_info.json")
-    versions = {tuple(map(int, path.parent.name.split("."))): path.parent for path in found if _is_version(path.parent.name)}
+    numbered = [path.parent for path in found if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)]
+    versions = {tuple(map(int, folder.name.split("."))): folder for folder in numbered}
     if version:
         return versions.get(tuple(map(int, version.split("."))))
     return versions[max(versions)] if versions else None
-
-
-def _is_version(name: str) -> bool:
-    return re.fullmatch(r"\d+\.\d+\.\d+", name) is not None
 
 
 def _prepare(root: Path, name: str) -> Path | None:

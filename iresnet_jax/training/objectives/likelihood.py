@@ -155,15 +155,12 @@ class Validation:
         if self._logdet.build().unbiased:
             return HeldOut(means, num_terms)
         reference = self._on_a_batch(model.with_(estimator=self._reference))
-        means["training_bias"], is_exploited = self._bias(model, num_terms, reference)
-        self._warn(means["training_bias"], num_terms)
-        if is_exploited and int(current.step) < self._total_steps:
-            num_terms = self._enough_terms(model, num_terms, reference)
-        return HeldOut({**means, "num_terms": num_terms}, num_terms)
-
-    def _warn(self, bias: float, num_terms: int) -> None:
+        bias, is_exploited = self._bias(model, num_terms, reference)
         if bias < -ALARMING_BIAS:
             logging.warning(WARNING, self._spec.metric, -bias, num_terms)
+        if is_exploited and int(current.step) < self._total_steps:
+            num_terms = self._enough_terms(model, num_terms, reference)
+        return HeldOut({**means, "training_bias": bias, "num_terms": num_terms}, num_terms)
 
     def _enough_terms(self, model: Density, num_terms: int, reference: np.ndarray) -> int:
         """The first number of terms above this one whose bias is tolerated, or the largest that is allowed."""
@@ -204,10 +201,8 @@ def evaluate_examples(
 
     Args:
         evaluate: `evaluate_batch` for all devices, see `parallel.parallelize_eval`.
-        model: The model.
-        examples: The data.
-        key: Source of randomness; an example's random numbers depend on it, its place and the draw, not on the batches.
-        batch_size: Largest number of examples at once, see `parallel.over_batches`.
+        key: Source of randomness; the random numbers of an example depend on the key, its place and the draw, not on batches.
+        batch_size: Most examples at once, see `parallel.over_batches`.
         draw: Number of the noise draw, and of the probe draw within it.
         num_devices: Devices to use, from the first; all local ones by default.
     """

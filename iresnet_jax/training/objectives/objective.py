@@ -98,9 +98,7 @@ def update(
     """One step down the gradient of a loss, averaged over devices, and the metrics of the step.
 
     Args:
-        current: The state before.
         loss_of: ``params -> Loss`` on this device's share of the batch.
-        rule: How the gradient changes the state.
     """
 
     def value_and_rest(params):
