@@ -30,7 +30,7 @@ class Report:
         samples: Samples of a density.
         samples_by_class: Samples of each class, of a density with classes.
         inverse: Round trips of a model with an inverse.
-        lipschitz: Lipschitz constants of the same.
+        lipschitz: Lipschitz constants of a model with an inverse.
         notes: Sentences about the parameters, such as which checkpoint had to be used instead.
     """
 
