@@ -66,8 +66,6 @@ def write(folder: Path, facts: Facts, layout: dict[str, Layout], pieces: Iterabl
 
     Args:
         folder: Folder of the cache, which need not exist.
-        facts: Facts about the arrays.
-        layout: Types and shapes of the arrays.
         pieces: Pairs ``(name, rows)``; together they hold the rows of each array once, in order.
 
     Raises:

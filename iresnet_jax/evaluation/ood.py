@@ -66,7 +66,6 @@ def compare(
     """Areas under the ROC curve between test images and others, by score.
 
     Args:
-        model: Model of images.
         dataset: Data that the model was trained on.
         other: "rotated", the test images turned by a quarter; "noise", uniform over all levels; or the name of a data set,
             whose test images are brought to the model's size and levels, see `adapt`.

@@ -23,9 +23,7 @@ def render(
     """Writes the report of a run as one self-contained HTML page.
 
     Args:
-        report: Results of the run.
         figures: Image data URIs by name; ``page.html.jinja`` lists the names.
-        title: Heading of the page.
         references: Published numbers to compare with, by name.
 
     Returns:

@@ -149,11 +149,8 @@ class Checkpoints:
 def load_named(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads all arrays of one checkpoint by name, without knowing the model it belongs to.
 
-    Args:
-        path: One checkpoint, such as ``workdir/checkpoints/1000.npz``.
-
     Raises:
-        Exception: If it is damaged, whatever zipfile and NumPy find; every array is compared with its checksum.
+        Exception: If the file is damaged, any that zipfile or NumPy raises; every array is compared with its checksum.
 
     Example:
         >>> named = load_named("runs/moons/checkpoints/1000.npz")  # doctest: +SKIP

@@ -20,13 +20,7 @@ _LONGEST = 600  # characters of a message; compilers append whole programs to th
 
 
 class TrainFlags(NamedTuple):
-    """Flags of `train.py`.
-
-    Attributes:
-        config: Settings with their overrides.
-        workdir: Folder of the run.
-        debug: Whether a failure shows its traceback.
-    """
+    """Flags of `train.py`: settings with their overrides, the folder of the run, and whether a failure shows its traceback."""
 
     config: Config
     workdir: Path
@@ -37,11 +31,7 @@ def explain_failures(command: Callable[[], int], *, debug: bool = False) -> int:
     """Runs a command and returns its exit status; failures and warnings are shown as one sentence each on stderr.
 
     ``ValueError``, ``RuntimeError`` and ``OSError`` are failures that a user can mend and give status 2. `Stopped` gives the
-    status of a death by its signal, such as 143. Other exceptions are bugs and pass through.
-
-    Args:
-        command: Command to run.
-        debug: Whether failures pass through too, with their traceback.
+    status of a death by its signal, such as 143. Other exceptions are bugs and pass through, as failures do with ``debug``.
     """
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)

@@ -23,12 +23,7 @@ _pipe: int | None = None  # where to write orders; None where nobody called `end
 
 
 class Stopped(KeyboardInterrupt):
-    """A run ended early because it was told to.
-
-    Args:
-        message: A sentence for the user.
-        received: The signal that told it.
-    """
+    """A run ended early because of the signal ``received``; ``message`` is a sentence for the user."""
 
     def __init__(self, message: str, received: signal.Signals):
         super().__init__(message)

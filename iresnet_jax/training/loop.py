@@ -112,9 +112,6 @@ class _Trainer:
         self._parallel_step = parallel.parallelize(self._objective.make_step(int(self.state.num_terms)))
         self._is_compiled = False
 
-    def _start_window(self) -> None:
-        self._window, self._timed_steps, self._window_start = [], 0, time.monotonic()
-
     def take_step(self, batch: Any) -> None:
         """Updates the state by one batch; the first call compiles, which the times of the log leave out."""
         self.state, metrics = self._parallel_step(self.state, batch)
@@ -145,7 +142,7 @@ class _Trainer:
         if self._timed_steps:
             means["seconds_per_step"] = (time.monotonic() - self._window_start) / self._timed_steps
         self._writer.write(self.step, means)
-        self._start_window()
+        self._window, self._timed_steps, self._window_start = [], 0, time.monotonic()
         return means
 
     def _checked_means(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ FILENAME = "metrics.jsonl"
 _RESERVED = ("step", "split", "wall_time_s")
 
 
-class MetricWriter:
+class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
     """Appends measurements to ``workdir/metrics.jsonl`` and to TensorBoard events in ``workdir/tensorboard``.
 
     A line is ``{"step": 100, "split": "train", "wall_time_s": 12.5, "loss": 3.2}``. ``wall_time_s`` counts seconds of
@@ -78,9 +79,6 @@ class MetricWriter:
             self._events.close()
             self._events = None
 
-    def __enter__(self) -> MetricWriter:
-        return self
-
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
@@ -136,7 +134,7 @@ def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_ste
         )
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager["Progress"]):
     """A progress bar with the newest measurements, the time of a step and the time left; silent unless stderr is a terminal.
 
     Args:
@@ -174,9 +172,6 @@ class Progress:
         """Leaves the bar as it is and moves to the next line."""
         if self._bar is not None:
             self._bar.close()
-
-    def __enter__(self) -> Progress:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
