@@ -11,16 +11,16 @@ the variance. `roulette` cuts the series at random, without a bias; `krylov` nee
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from iresnet_jax.maths.logdet.estimator import Batch, Branch, Keys, LogdetInfo, Trace, draw_probes, mean_and_stderr
+from iresnet_jax.maths.logdet.estimator import Branch, ProbingEstimator, Scalar, Trace
 from iresnet_jax.maths.logdet.jacobian_products import transposed_jacobian, with_gradient
-from iresnet_jax.maths.upward_rounding import as_floats, euclidean_norm, lipschitz_at_least
+from iresnet_jax.maths.upward_rounding import euclidean_norm, lipschitz_at_least
 
 
 def truncation_bound(num_dims: int, lipschitz_bound: float, num_terms: int) -> float:
@@ -110,16 +110,16 @@ def weighted_series(
     return value if trace is None else value + trace(x)[None], tail * probe_norm
 
 
-def remainder_factor(lipschitz_bound, num_terms, power, dtype):
-    """``L^p / ((n + 1)(1 - L))``, at least ``sum_{k>n} L^(k - n - 1 + p) / k``; infinite without a bound below 1."""
-    ell = lax.stop_gradient(lipschitz_at_least(jnp.inf if lipschitz_bound is None else lipschitz_bound, dtype))
+def remainder_factor(lipschitz_bound: Scalar, num_terms: int, power: int, dtype: Any) -> Float[Array, ""]:
+    """``L^p / ((n + 1)(1 - L))``, at least ``sum_{k>n} L^(k - n - 1 + p) / k``; infinite for ``L >= 1``."""
+    ell = lax.stop_gradient(lipschitz_at_least(lipschitz_bound, dtype))
     contraction = ell < 1
     return jnp.where(contraction, ell**power / ((num_terms + 1) * jnp.where(contraction, 1 - ell, 1)), jnp.inf)
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class SeriesLogdet:
+class SeriesLogdet(ProbingEstimator):
     r"""The power series cut after ``num_terms`` terms (Behrmann et al. 2019, Algorithm 2): biased by at most its bound.
 
     The bound that `info` reports is a posteriori: the remainder of one probe's series is
@@ -128,17 +128,11 @@ class SeriesLogdet:
 
     Attributes:
         num_terms: Terms of the series; the authors use 5.
-        num_probes: Probes for each example.
-        probe: Distribution of the probes.
         unroll: Write the terms out instead of looping over them.
-        exact_trace: Whether a trace in closed form stands for the first term where there is one.
     """
 
     num_terms: int = 5
-    num_probes: int = 1
-    probe: str = "rademacher"
     unroll: bool = False
-    exact_trace: bool = True
 
     unbiased: ClassVar[bool] = False
 
@@ -146,25 +140,7 @@ class SeriesLogdet:
         if self.num_terms < 1:
             raise ValueError(f"num_terms must be at least 1, got {self.num_terms}")
 
-    def fix_length(self, key: Keys) -> "SeriesLogdet":
-        """Nothing but the probes is random here."""
-        del key
-        return self
-
-    def __call__(
-        self,
-        branch: Branch,
-        x: Batch,
-        key: Keys,
-        *,
-        lipschitz_bound: float | Float[Array, ""] | None = None,
-        trace: Trace | None = None,
-    ) -> tuple[Float[Array, " b"], LogdetInfo]:
-        """The truncated estimate, its standard error over probes and the bound of its remainder."""
-        x, n = as_floats(x, "x"), self.num_terms
-        probes = draw_probes(key, x, self.num_probes, self.probe)
-        trace = trace if self.exact_trace else None
+    def _samples(self, branch, x, key, lipschitz_bound, trace):
+        probes, n = self._draw_probes(key, x), self.num_terms
         samples, tail = weighted_series(branch, x, probes, jnp.ones(n, x.dtype), n, trace=trace, unroll=self.unroll)
-        logdet, stderr = mean_and_stderr(samples)
-        bound = remainder_factor(lipschitz_bound, n, 1, x.dtype) * jnp.mean(tail, axis=0)
-        return logdet, LogdetInfo(stderr, bound)
+        return samples, remainder_factor(lipschitz_bound, n, 1, x.dtype) * jnp.mean(tail, axis=0)

@@ -28,9 +28,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths.logdet.estimator import Batch, Branch, Keys, LogdetInfo, Trace, draw_probes, mean_and_stderr
+from iresnet_jax.maths.logdet.estimator import Branch, ProbingEstimator, Scalar, Trace
 from iresnet_jax.maths.logdet.jacobian_products import transposed_jacobian, with_gradient
-from iresnet_jax.maths.upward_rounding import as_floats, lipschitz_at_least
+from iresnet_jax.maths.upward_rounding import lipschitz_at_least
 
 NUM_NODES = 24  # of the quadrature, whose error is below 1e-9 |v|^2 up to L = .98, 3e-8 |v|^2 at .99, 1e-4 |v|^2 at .999
 EXHAUSTED = 30.0  # roundings that a new direction may consist of before it counts as none
@@ -121,7 +121,7 @@ def solve_hessenberg(matrix: Float[Array, "n n ..."]) -> Float[Array, "n ..."]:
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class KrylovLogdet:
+class KrylovLogdet(ProbingEstimator):
     """Arnoldi's method with ``num_steps`` products (Saad 1992): biased by at most its bound, and hardly ever by as much.
 
     ``info.truncation_bound`` is that of the module, a posteriori, for the same probes. Where a spectrum fills the whole disk of
@@ -129,15 +129,9 @@ class KrylovLogdet:
 
     Attributes:
         num_steps: Products with the transposed Jacobian.
-        num_probes: Probes for each example.
-        probe: Distribution of the probes.
-        exact_trace: Whether a trace in closed form stands for the first order where there is one.
     """
 
     num_steps: int = 6
-    num_probes: int = 1
-    probe: str = "rademacher"
-    exact_trace: bool = True
 
     unbiased: ClassVar[bool] = False
 
@@ -145,27 +139,10 @@ class KrylovLogdet:
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
 
-    def fix_length(self, key: Keys) -> "KrylovLogdet":
-        """Nothing but the probes is random here."""
-        del key
-        return self
-
-    def __call__(
-        self,
-        branch: Branch,
-        x: Batch,
-        key: Keys,
-        *,
-        lipschitz_bound: float | Float[Array, ""] | None = None,
-        trace: Trace | None = None,
-    ) -> tuple[Float[Array, " b"], LogdetInfo]:
-        """The estimate, its standard error over probes and the bound of what the subspaces leave out."""
-        x = as_floats(x, "x")
-        probes = draw_probes(key, x, self.num_probes, self.probe)
-        trace = trace if self.exact_trace else None
+    def _samples(self, branch, x, key, lipschitz_bound, trace):
+        probes = self._draw_probes(key, x)
         samples, bounds = quadratic_form(branch, x, probes, self.num_steps, lipschitz_bound=lipschitz_bound, trace=trace)
-        logdet, stderr = mean_and_stderr(samples)
-        return logdet, LogdetInfo(stderr, jnp.mean(bounds, axis=0))
+        return samples, jnp.mean(bounds, axis=0)
 
 
 def quadratic_form(
@@ -174,7 +151,7 @@ def quadratic_form(
     probes: Float[Array, "p b ..."],
     num_steps: int,
     *,
-    lipschitz_bound: float | Float[Array, ""] | None = None,
+    lipschitz_bound: Scalar = jnp.inf,
     trace: Trace | None = None,
 ) -> tuple[Float[Array, "p b"], Float[Array, "p b"]]:
     """``v^T log(I + J) v`` for every probe ``v``, with the gradient that its mean over probes stands for.
@@ -209,7 +186,7 @@ def quadratic_form(
     w = _combine(coefficients, flat).reshape(probes.shape)
     value = with_gradient(branch, x, probes, value, w)
 
-    ell = lax.stop_gradient(lipschitz_at_least(jnp.inf if lipschitz_bound is None else lipschitz_bound, x.dtype))
+    ell = lax.stop_gradient(lipschitz_at_least(lipschitz_bound, x.dtype))
     contraction = ell < 1
     margins = 1 - times[0, 0, :-1] * jnp.where(contraction, ell, 0)
     bounds = squared * leaving * jnp.sum(weights * jnp.abs(resolvents[-1]) * (1 - margins) / margins, axis=0)

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from iresnet_jax.maths.logdet.estimator import Batch, Branch, Keys, LogdetInfo, Trace, draw_probes, mean_and_stderr, typed_key
+from iresnet_jax.maths.logdet.estimator import Keys, ProbingEstimator, typed_key
 from iresnet_jax.maths.logdet.hutchinson_series import remainder_factor, weighted_series
-from iresnet_jax.maths.upward_rounding import as_floats
 
 LARGEST_MEAN = 500.0  # number of terms beyond which the table of a Poisson distribution would underflow
 
@@ -23,7 +22,7 @@ LARGEST_MEAN = 500.0  # number of terms beyond which the table of a Poisson dist
     meta_fields=["distribution", "parameter", "num_exact_terms", "num_probes", "probe", "exact_trace"],
 )
 @dataclass(frozen=True)
-class RouletteLogdet:
+class RouletteLogdet(ProbingEstimator):
     r"""The power series cut at a random length, terms reweighted so that the expectation does not feel it.
 
     With ``m = num_exact_terms`` and a random ``n``, terms ``k <= m + n`` are kept and term ``k > m`` is divided by
@@ -37,9 +36,6 @@ class RouletteLogdet:
         distribution: "poisson" with mean ``parameter``, or "geometric", ``P(n >= j) = (1 - parameter)^j``.
         parameter: Mean of the Poisson, or stopping probability of the geometric distribution.
         num_exact_terms: Terms that are always computed and have weight 1. More of them make the estimate steadier.
-        num_probes: Probes for each example.
-        probe: Distribution of the probes.
-        exact_trace: Whether a trace in closed form stands for the first term where there is one.
         length: A length fixed by `fix_length`; None draws one for each example if the call is given a key an example, one for
             the batch if it is given one key.
     """
@@ -47,9 +43,6 @@ class RouletteLogdet:
     distribution: str = "poisson"
     parameter: float = 2.0
     num_exact_terms: int = 2
-    num_probes: int = 1
-    probe: str = "rademacher"
-    exact_trace: bool = True
     length: Any = None  # Int[Array, ""] | None, or what stands for an array where JAX rebuilds pytrees
 
     unbiased: ClassVar[bool] = True
@@ -92,27 +85,15 @@ class RouletteLogdet:
         """Draws the length now, to be shared by all blocks, examples and devices of a step."""
         return replace(self, length=self.draw_length(typed_key(key)))
 
-    def __call__(
-        self,
-        branch: Branch,
-        x: Batch,
-        key: Keys,
-        *,
-        lipschitz_bound: float | Float[Array, ""] | None = None,
-        trace: Trace | None = None,
-    ) -> tuple[Float[Array, " b"], LogdetInfo]:
-        """The estimate, its standard error over probes with the length held fixed, and the bound of its table's end."""
-        x, key = as_floats(x, "x"), typed_key(key)
+    def _samples(self, branch, x, key, lipschitz_bound, trace):
+        key = typed_key(key)
         keys = jax.vmap(jax.random.split)(key) if key.ndim else jax.random.split(key)
         key_length, key_probe = keys[..., 0], keys[..., 1]
         length = self.length
         if length is None:
             length = jax.vmap(self.draw_length)(key_length) if key.ndim else self.draw_length(key_length)
-        probes = draw_probes(key_probe, x, self.num_probes, self.probe)
         weights = self.weights()
-        trace = trace if self.exact_trace else None
+        n, probes = len(weights), self._draw_probes(key_probe, x)
         samples, _ = weighted_series(branch, x, probes, jnp.asarray(weights, x.dtype), length, trace=trace)
-        logdet, stderr = mean_and_stderr(samples)
-        n = len(weights)
         bound = math.prod(x.shape[1:]) * remainder_factor(lipschitz_bound, n, n + 1, x.dtype)
-        return logdet, LogdetInfo(stderr, jnp.full_like(logdet, bound))
+        return samples, jnp.full(len(x), bound)
