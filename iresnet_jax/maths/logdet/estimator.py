@@ -1,4 +1,4 @@
-"""The interface of log-determinant estimators, what they report about their error, and their probes."""
+"""The interface of log-determinant estimators, the error that they report, and their probes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ PROBES = ("rademacher", "gaussian")
 
 
 class LogdetInfo(NamedTuple):
-    """What is known about the error of a log-determinant, for every example, in nats.
+    """Error of a log-determinant, in nats, one an example.
 
     Attributes:
         stderr: Standard error over the probes; 0 if exact, infinite for a single probe.
@@ -57,7 +57,7 @@ class LogdetEstimator(ABC):
         lipschitz_bound: Scalar | None = None,
         trace: Trace | None = None,
     ) -> tuple[Float[Array, " b"], LogdetInfo]:
-        """The log-determinant and what is known about its error.
+        """The log-determinant and its error.
 
         Args:
             branch: ``g``, acting on each example alone.
