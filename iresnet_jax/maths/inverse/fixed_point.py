@@ -185,15 +185,15 @@ def broadcast_to_examples(per_example: Array, like: Array) -> Array:
 
 
 class _Problem(NamedTuple):
-    """What the iteration solves, on examples as vectors ``(b, d)``, and how well.
+    """The equation ``y = x + g(x)`` on examples as vectors ``(b, d)``, and the tolerance of its solution.
 
     Attributes:
         branch: ``g`` on vectors.
         y: Right-hand side.
-        y_norm: Its norm an example.
+        y_norm: Norm of ``y``, one an example.
         lipschitz_bound: ``L``; infinite promises nothing.
         small_enough: Largest residual at which a Banach step is within ``atol``: ``atol (1 - L) / L``.
-        diagonal: What is known of the diagonal of the Jacobian, on vectors.
+        diagonal: Diagonal of the Jacobian on vectors; None if unknown.
     """
 
     branch: Branch
@@ -209,7 +209,7 @@ class _Problem(NamedTuple):
 
 
 class _Slopes(NamedTuple):
-    """Diagonal of the Jacobian at an iterate, ``(b, d)``; how often an example asked for it, and in which step."""
+    """Diagonal of the Jacobian at an iterate, ``(b, d)``; number and last step of an example's requests for it."""
 
     values: Array
     num_asked: Array
