@@ -31,9 +31,8 @@ def initialize(x: Float[Array, "b ... c"], eps: float = 1e-5, *, axis_name: str 
     r"""Chooses the parameters that whiten each channel of a batch.
 
     ``bias = -mean`` and ``log_scale = -log(var + eps) / 2``, over the batch and all positions: on ``x`` the output has mean 0
-    and variance ``var / (var + eps)``. The variance is that of the centred data (two passes), so a large mean costs no digits.
-    A channel that does not vary, as one of padding, keeps its scale: with the largest one, ``1 / sqrt(eps)``, its bias would
-    learn hundreds of times too fast.
+    and variance ``var / (var + eps)``. A channel that does not vary, as one of padding, keeps its scale: with the largest one,
+    ``1 / sqrt(eps)``, its bias would learn hundreds of times too fast.
 
     Args:
         x: A batch; about 1000 examples make the statistics representative.
@@ -47,15 +46,20 @@ def initialize(x: Float[Array, "b ... c"], eps: float = 1e-5, *, axis_name: str 
         raise ValueError(f"eps must be positive, got {eps}: it bounds the scale of a constant channel")
     if x.ndim < 2 or x.size == 0:
         raise ValueError(f"x must be a non-empty batch with channels last, got shape {x.shape}: add the missing axes")
+    mean, variance = channel_moments(x, axis_name)
+    varies = variance > jnp.square(16 * jnp.finfo(x.dtype).eps * mean)  # by more than the rounding of its mean
+    return ActNormParams(bias=-mean, log_scale=jnp.where(varies, -jnp.log(variance + eps) / 2, 0))
+
+
+def channel_moments(x: Float[Array, "b ... c"], axis_name: str | None) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+    """Mean and (biased) variance of every channel over the batch, all positions and all shares along ``axis_name``."""
 
     def mean_of(values):
         mean = jnp.mean(values, axis=tuple(range(x.ndim - 1)))
         return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
 
     mean = mean_of(x)
-    variance = mean_of(jnp.square(x - _per_channel(mean, x)))
-    varies = variance > jnp.square(16 * jnp.finfo(x.dtype).eps * mean)  # by more than the rounding of its mean
-    return ActNormParams(bias=-mean, log_scale=jnp.where(varies, -jnp.log(variance + eps) / 2, 0))
+    return mean, mean_of(jnp.square(x - _per_channel(mean, x)))  # two passes: a large mean costs no digits
 
 
 def forward_and_logdet(params: ActNormParams, x: Float[Array, "b ... c"]) -> tuple[Float[Array, "b ... c"], Float[Array, " b"]]:

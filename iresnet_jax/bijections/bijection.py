@@ -140,9 +140,13 @@ def follow_inverse_info(later: FixedPointInfo, own: FixedPointInfo, inverse_lips
     )
 
 
-def fold_in(key: Key[Array, "..."], data: int | Array) -> Key[Array, "..."]:
-    """``jax.random.fold_in`` for one key or one an example."""
-    return jax.random.fold_in(key, data) if key.ndim == 0 else jax.vmap(lambda k: jax.random.fold_in(k, data))(key)
+def fold_in(key: Key[Array, "..."] | None, data: int | Array) -> Key[Array, "..."] | None:
+    """``jax.random.fold_in`` for one key, one an example, or none."""
+    if key is None:
+        return None
+    if key.ndim == 0:
+        return jax.random.fold_in(key, data)
+    return jax.vmap(lambda k: jax.random.fold_in(k, data))(key)
 
 
 def exact_bijection(
@@ -158,8 +162,8 @@ def exact_bijection(
     )
 
 
-def permutation_bijection(forward: Callable[[Array], Array], inverse: Callable[[Array], Array]) -> Bijection:
-    """A bijection that moves entries around: volume preserving, an isometry."""
+def isometric_bijection(forward: Callable[[Array], Array], inverse: Callable[[Array], Array]) -> Bijection:
+    """A bijection that preserves distances and volume, as a permutation of entries or a shift."""
 
     def with_zero(function):
         return lambda x: (function(x), jnp.zeros(x.shape[0], x.dtype))

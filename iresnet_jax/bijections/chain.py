@@ -14,28 +14,21 @@ from iresnet_jax.bijections.bijection import Bijection, fold_in, from_walks
 _MOST_ENTRIES = 16  # entries that one product of `_store` takes together
 
 
-def part(key: Array | None, index: int | Array) -> Array | None:
-    """The key of one part of a bijection; none without a key."""
-    return None if key is None else fold_in(key, index)
-
-
 def chain(bijections: Sequence[Bijection]) -> Bijection:
     """``F = F_n ... F_2 F_1``, first to last."""
     bijections = tuple(bijections)
 
     def onward(way, key):
         for i, bijection in enumerate(bijections):
-            way = way.through(bijection, part(key, i))
+            way = way.through(bijection, fold_in(key, i))
         return way
 
     def back(way, key):
         for i, bijection in reversed(list(enumerate(bijections))):
-            way = way.through(bijection, part(key, i))
+            way = way.through(bijection, fold_in(key, i))
         return way
 
-    lipschitz = jnp.asarray(1.0)
-    for bijection in bijections:
-        lipschitz = lipschitz * bijection.inverse_lipschitz
+    lipschitz = math.prod((bijection.inverse_lipschitz for bijection in bijections), start=jnp.asarray(1.0))
     return from_walks(onward, back, lipschitz)
 
 
@@ -58,7 +51,7 @@ def repeat(make: Callable[[Any], Bijection], weights: Any, *, unroll: bool = Fal
     def over_blocks(way, key, *, reverse):
         def step(way, block):
             k, w = block
-            return way.through(build(w), part(key, k)), None
+            return way.through(build(w), fold_in(key, k)), None
 
         return lax.scan(step, way, (jnp.arange(num_blocks), weights), reverse=reverse)[0]
 

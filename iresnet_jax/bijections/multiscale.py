@@ -7,8 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from iresnet_jax.bijections.bijection import Bijection, from_walks
-from iresnet_jax.bijections.chain import part
+from iresnet_jax.bijections.bijection import Bijection, fold_in, from_walks
 from iresnet_jax.bijections.reshape import flatten, merge_channels, split_channels, unflatten
 
 
@@ -39,7 +38,7 @@ def multiscale(stages: Sequence[Stage], event_shape: tuple[int, ...], *, batch_s
             raise ValueError(f"the flow takes examples of shape {event_shape}, got an array of shape {way.y.shape}")
         latents = []
         for i, stage in enumerate(stages):
-            way = way.through(stage.bijection, part(key, i))
+            way = way.through(stage.bijection, fold_in(key, i))
             if stage.factor_out:
                 kept, latent = split_channels(way.y)
                 latents.append(flatten(latent))
@@ -55,7 +54,7 @@ def multiscale(stages: Sequence[Stage], event_shape: tuple[int, ...], *, batch_s
         for i, stage in reversed(list(enumerate(stages))):
             if stage.factor_out:
                 way = way._replace(x=merge_channels(way.x, latents.pop()))
-            way = way.through(stage.bijection, part(key, i))
+            way = way.through(stage.bijection, fold_in(key, i))
         return way
 
     lipschitz = jnp.asarray(1.0)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from iresnet_jax.bijections.bijection import Bijection, permutation_bijection
+from iresnet_jax.bijections.bijection import Bijection, isometric_bijection
 
 
 def squeeze(x: Shaped[Array, "b h w c"], factor: int = 2) -> Shaped[Array, "b h//{factor} w//{factor} c*{factor}**2"]:
@@ -54,7 +54,7 @@ def unsqueeze(y: Shaped[Array, "b h w c"], factor: int = 2) -> Shaped[Array, "b 
 
 def squeeze_bijection(factor: int) -> Bijection:
     """`squeeze` as a bijection."""
-    return permutation_bijection(lambda x: squeeze(x, factor), lambda y: unsqueeze(y, factor))
+    return isometric_bijection(lambda x: squeeze(x, factor), lambda y: unsqueeze(y, factor))
 
 
 def split_channels(x: Shaped[Array, "... c"]) -> tuple[Shaped[Array, "... c//2"], Shaped[Array, "... c//2"]]:
@@ -124,7 +124,7 @@ def unflatten(z: Shaped[Array, "b d"], event_shape: Sequence[int]) -> Shaped[Arr
 
 def flatten_bijection(event_shape: tuple[int, ...]) -> Bijection:
     """`flatten` as a bijection of examples of one shape."""
-    return permutation_bijection(flatten, lambda z: unflatten(z, event_shape))
+    return isometric_bijection(flatten, lambda z: unflatten(z, event_shape))
 
 
 def _check_images(x: Array, factor: int) -> None:

@@ -4,6 +4,7 @@ A branch is a callable with what is known about it; parameters live in its closu
 the function's name.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -77,20 +78,20 @@ def inverse(
     accelerated = solver.memory > 0
     start = y - branch.at_zero() if branch.at_zero is not None and accelerated else y
     diagonal = branch.diagonal if solver.diagonal and accelerated else None
-
-    def solve(g, y, start, atol):
-        bound, most, memory = branch.lipschitz_bound, solver.max_evals, solver.memory
-        return invert_residual(
-            g, y, lipschitz_bound=bound, atol=atol, max_evals=most, memory=memory, start=start, diagonal=diagonal
-        )
-
+    solve = functools.partial(
+        invert_residual,
+        lipschitz_bound=branch.lipschitz_bound,
+        max_evals=solver.max_evals,
+        memory=solver.memory,
+        diagonal=diagonal,
+    )
     if not solver.refine:
-        return solve(branch.g, y, start, solver.atol)
+        return solve(branch.g, y, start=start, atol=solver.atol)
     if jnp.result_type(float) != jnp.float64:
         raise ValueError("refine works in float64: call it under `with jax.enable_x64(True):`")
     y32, start32 = y.astype(jnp.float32), start.astype(jnp.float32)
-    coarse, coarse_info = solve(lambda x: branch.g(x).astype(jnp.float32), y32, start32, max(solver.atol, 1e-6))
-    x, info = solve(branch.g, y.astype(jnp.float64), coarse, solver.atol)
+    coarse, coarse_info = solve(lambda x: branch.g(x).astype(jnp.float32), y32, start=start32, atol=max(solver.atol, 1e-6))
+    x, info = solve(branch.g, y.astype(jnp.float64), start=coarse, atol=solver.atol)
     return x, info._replace(num_evals=info.num_evals + coarse_info.num_evals)
 
 

@@ -174,7 +174,7 @@ def _always_computed(estimator: LogdetEstimator) -> SeriesLogdet | KrylovLogdet 
     if isinstance(estimator, SeriesLogdet | KrylovLogdet):
         return estimator
     if isinstance(estimator, RouletteLogdet):
-        return SeriesLogdet(max(estimator.num_exact_terms, 1), estimator.num_probes, estimator.probe)
+        return SeriesLogdet(max(estimator.num_exact_terms, 1), num_probes=estimator.num_probes, probe=estimator.probe)
     return None
 
 

@@ -1,8 +1,8 @@
 r"""1-Lipschitz activations, by name.
 
-A residual branch built from weights of operator norm at most ``c < 1`` contracts only if its nonlinearities do not
-expand (Behrmann et al. 2019, section 2). Every activation here has a Jacobian of Euclidean operator norm at most 1,
-for every input and every ``beta``; each docstring says why. The channels are on the last axis.
+A residual branch with weights of operator norm at most ``c < 1`` is a contraction if its activations do not expand distances
+(Behrmann et al. 2019, section 2). Every activation in this file has a Jacobian of Euclidean operator norm at most 1 for every
+input and every ``beta``; its docstring has the proof. Channels are on the last axis.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ _INITIAL_BETA = 0.5
 
 
 class Activation(NamedTuple):
-    """One activation and the facts that the rest of a network needs to know about it.
+    """An activation and its properties.
 
     Attributes:
         apply: ``apply(x, beta=None)``; ``beta`` is the raw parameter of the Swish family, of shape ``()`` or ``(c,)``.
         has_beta: Whether ``apply`` takes a ``beta``.
         initial_beta: Initial value of ``beta``; ``None`` without one.
-        smooth: Whether the derivative is continuous. Training a density differentiates the Jacobian, so a
-            piecewise linear activation gives its log-determinant no gradient signal.
+        smooth: Whether the derivative is continuous. Training a density differentiates the Jacobian, and the slopes of a
+            piecewise linear activation have no gradient.
         channel_factor: Output channels for each input channel.
         monotone: Whether the map acts elementwise with slopes in [0, 1], as layers of sandwich type require.
         elementwise: Whether each output entry depends on one input entry alone.
@@ -56,16 +56,13 @@ def lipswish(x: Float[Array, "..."], beta: Float[Array, "..."] | float | None = 
 
     ``LipSwish(x) = x sigmoid(b x) / 1.1`` with ``b = softplus(beta)`` (Chen et al. 2019, section 3.3).
 
-    Guaranteed 1-Lipschitz: with ``t = b x`` the slope of the numerator is ``s(t) = sigmoid(t) (1 + t sigmoid(-t))``,
-    which depends on ``t`` alone, so ``b > 0`` moves the extremum without changing it. ``s'(t) = 0`` reads
-    ``t tanh(t / 2) = 2``, hence ``t = +-2.39936`` and ``s`` lies in ``[-0.09984, 1.09984]``. Not monotone.
+    Guaranteed 1-Lipschitz: with ``t = b x`` the numerator has the slope ``s(t) = sigmoid(t) (1 + t sigmoid(-t))``. It depends
+    on ``t`` alone, so its extreme values are the same for every ``b > 0``. ``s'(t) = 0`` means ``t tanh(t / 2) = 2``, hence
+    ``t = +-2.39936`` and ``s`` lies in ``[-0.09984, 1.09984]``. Not monotone.
 
     Args:
         x: Input.
-        beta: Raw sharpness, any real number, one a layer or one a channel; 0.5 if ``None``.
-
-    Returns:
-        An array of the shape and dtype of ``x``.
+        beta: Raw sharpness, any real number, one a layer or one an input channel; 0.5 if ``None``.
 
     Raises:
         ValueError: If ``beta`` has neither shape ``()`` nor one entry a channel.
@@ -80,21 +77,12 @@ def lipswish(x: Float[Array, "..."], beta: Float[Array, "..."] | float | None = 
 def clipswish(x: Float[Array, "... c"], beta: Float[Array, "..."] | float | None = None) -> Float[Array, "... 2*c"]:
     r"""Concatenates LipSwish of both signs, which keeps more of the gradient norm at the price of twice the channels.
 
-    ``CLipSwish(x) = [LipSwish(x), LipSwish(-x)] / 1.004`` (Perugachi-Diaz et al. 2021).
+    ``CLipSwish(x) = [LipSwish(x), LipSwish(-x)] / 1.004`` along the last axis (Perugachi-Diaz et al. 2021). Arguments and
+    errors are those of `lipswish`.
 
-    Guaranteed 1-Lipschitz: each input channel feeds exactly two outputs, so the Jacobian's singular values are
-    ``sqrt(s(t)^2 + s(-t)^2) / 1.1`` with ``s`` and ``t`` as in :func:`lipswish`. As ``s(t) + s(-t) = 1``, the root
-    grows with the distance of ``s`` from 1/2 and peaks at ``sqrt(1.09984^2 + 0.09984^2) / 1.1 = 1.00397``.
-
-    Args:
-        x: Input.
-        beta: Raw sharpness, any real number, one a layer or one an input channel; 0.5 if ``None``.
-
-    Returns:
-        The outputs for ``x``, then those for ``-x``, along the last axis.
-
-    Raises:
-        ValueError: If ``beta`` has neither shape ``()`` nor one entry a channel.
+    Guaranteed 1-Lipschitz: each input channel feeds two outputs, so without the factor 1.004 the Jacobian has the singular
+    values ``sqrt(s(t)^2 + s(-t)^2) / 1.1`` with ``s`` and ``t`` as in `lipswish`. As ``s(t) + s(-t) = 1``, the root grows with
+    the distance of ``s`` from 1/2, up to ``sqrt(1.09984^2 + 0.09984^2) / 1.1 = 1.00397``.
 
     Example:
         >>> clipswish(jnp.ones((8, 16, 16, 32))).shape
@@ -109,14 +97,8 @@ def maxmin(x: Float[Array, "... c"]) -> Float[Array, "... c"]:
 
     ``(x_2i, x_2i+1) -> (max, min)`` (Anil et al. 2019, GroupSort with groups of two).
 
-    Guaranteed 1-Lipschitz and gradient-norm preserving: away from ties the Jacobian is a permutation. At a tie the
-    gradient is split evenly, the projection ``[[.5, .5], [.5, .5]]``, of norm 1.
-
-    Args:
-        x: Input with an even number of channels.
-
-    Returns:
-        An array of the shape and dtype of ``x``.
+    Guaranteed 1-Lipschitz and gradient-norm preserving: away from ties the Jacobian is a permutation. At a tie each of the
+    two channels gets half of the gradient, by the projection ``[[.5, .5], [.5, .5]]``, of norm 1.
 
     Raises:
         ValueError: If the number of channels is odd.
@@ -146,7 +128,7 @@ def identity(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def _fixed(
     name: str, function: Callable[[Array], Array], *, smooth: bool = True, monotone: bool = True, elementwise: bool = True
 ) -> Activation:
-    """Describes an activation without parameters, which refuses a ``beta`` instead of ignoring it."""
+    """An activation without parameters; it refuses a ``beta`` instead of ignoring it."""
 
     def apply(x: Float[Array, "..."], beta: Float[Array, "..."] | float | None = None) -> Float[Array, "..."]:
         if beta is not None:
@@ -159,14 +141,9 @@ def _fixed(
 
 
 def _swish_like(function: Callable[..., Array], *, channel_factor: int) -> Activation:
-    """Describes a member of the Swish family, whose slope is negative around ``b x = -2.4``."""
+    """A member of the Swish family; its slope is negative around ``b x = -2.4``."""
     return Activation(
-        function,
-        has_beta=True,
-        initial_beta=_INITIAL_BETA,
-        smooth=True,
-        channel_factor=channel_factor,
-        monotone=False,
+        function, has_beta=True, initial_beta=_INITIAL_BETA, smooth=True, channel_factor=channel_factor, monotone=False
     )
 
 
@@ -184,16 +161,10 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def get(name: str) -> Activation:
-    """Looks an activation up by name.
-
-    Args:
-        name: A key of ``ACTIVATIONS``.
-
-    Returns:
-        Its entry.
+    """The entry of ``ACTIVATIONS`` of that name.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If the name is unknown.
 
     Example:
         >>> activation = get("elu")

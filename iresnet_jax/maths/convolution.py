@@ -1,12 +1,13 @@
 """The one convolution of the library: every k x k layer, its norm and its transpose go through `conv`.
 
-Three implementations compute the same sum and differ in speed only: XLA's own convolution, patches times a matrix, and a matrix
-product per tap followed by shifted adds. The last two are plain matrix products, for ``vmap`` over kernels.
+Three implementations compute the same sum and differ in speed only: XLA's own convolution, patches times a matrix, and one
+matrix product for all taps followed by shifted sums. The last two are plain matrix products, which stay fast under ``vmap``
+over kernels.
 
-XLA:CPU has a fast kernel for one layout of a convolution, and brings gradients into that layout outside of loops alone: in
-``lax.scan`` and ``lax.while_loop`` they would be up to fifty times slower. So on CPU the convolution is a primitive of its
-own, whose gradients are written in that layout, and rearranged where few channels come out of many, which that kernel is slow
-for (``benchmarks/convolution.py`` measures it).
+XLA:CPU has a fast kernel for one layout of a convolution. It brings gradients into that layout outside of loops only: inside of
+``lax.scan`` and ``lax.while_loop`` they are up to fifty times slower. So on CPU the convolution is a primitive of our own with
+gradients in the fast layout. Few output channels from many input channels are slow in that kernel too, so the primitive
+rearranges them (measured in ``benchmarks/convolution.py``).
 """
 
 import functools
@@ -26,8 +27,8 @@ Padding = str | Sequence[tuple[int, int]]
 Implementation = Literal["auto", "xla", "patches", "taps"]
 Pair = tuple[int, int]
 
-# What counts as few channels out of many on CPU, and the most taps that are written out.
-_THIN, _MOST_TAPS = 32, 25
+_THIN = 32  # largest number of output channels that counts as few on CPU
+_MOST_TAPS = 25  # largest number of taps that are written out
 
 PADDINGS = ("SAME", "VALID", "CIRCULAR")
 
@@ -35,7 +36,7 @@ PADDINGS = ("SAME", "VALID", "CIRCULAR")
 def explicit_padding(
     padding: Padding, kernel_size: tuple[int, int], spatial_shape: tuple[int, int], strides: tuple[int, int]
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Rows and columns that `padding` adds before and after the image; "CIRCULAR" pads as "SAME" with stride 1.
+    """Numbers of rows and columns that `padding` adds before and after the image; "CIRCULAR" adds what "SAME" does at stride 1.
 
     Raises:
         ValueError: If the padding's name is unknown.
@@ -64,14 +65,11 @@ def conv(
     """Cross-correlation ``y[i] = sum_t x[s i + t - p] K[t]``, the linear map of a convolutional layer.
 
     Args:
-        x: Images, with as many channels as the kernel takes.
+        x: Images.
         kernel: Taps in the order of ``jax.lax``'s "HWIO".
         strides: Step between outputs, in pixels.
         padding: "SAME" and "VALID" as in ``jax.lax`` (zeros), "CIRCULAR" (periodic), or explicit pairs of zeros.
-        implementation: "auto" picks by backend and shape; the others are for measurements.
-
-    Returns:
-        The layer's output, without bias.
+        implementation: "auto" chooses by the kernel's shape; the other names serve measurements.
 
     Raises:
         ValueError: If channels do not match, the padding's name is unknown, or the padded image is smaller than the kernel.
@@ -107,7 +105,7 @@ def choose_implementation(kernel_shape: Sequence[int]) -> Implementation:
 
 
 def _window(x, tap, kernel_size, strides):
-    """The view of `x` that tap ``(i, j)`` multiplies."""
+    """The part of `x` that tap ``(i, j)`` multiplies."""
     rows, columns = x.shape[1] - kernel_size[0] + 1, x.shape[2] - kernel_size[1] + 1
     return x[:, tap[0] : tap[0] + rows : strides[0], tap[1] : tap[1] + columns : strides[1], :]
 
@@ -127,10 +125,10 @@ def _conv_by_taps(x, kernel, strides):
 
 
 class _Window(NamedTuple):
-    """How taps meet pixels: ``y[i] = sum_t x[(s i + d t - p) / e] K[t]``, where ``e`` divides, along each axis."""
+    """Geometry along each axis: ``y[i] = sum_t x[(s i + d t - p) / e] K[t]`` over the taps ``t`` at which ``e`` divides."""
 
     strides: Pair  # s
-    pads: tuple[Pair, Pair]  # p, and as many as are needed behind
+    pads: tuple[Pair, Pair]  # p before and the padding behind the image
     x_dilation: Pair = (1, 1)  # e
     kernel_dilation: Pair = (1, 1)  # d
 
@@ -146,7 +144,7 @@ def _output_aval(x, kernel, *, window):
 
 
 def _spans(x, kernel, y, window):
-    """Length of image, kernel and result along each axis with the gaps of their dilation: ``e (n - 1) + 1`` and so on."""
+    """Dilated lengths ``step (n - 1) + 1`` of image, kernel and result along each axis; their steps are ``e``, ``d``, ``s``."""
     sizes = zip(x.shape[1:3], kernel.shape[:2], y.shape[1:3], strict=True)
     steps = zip(window.x_dilation, window.kernel_dilation, window.strides, strict=True)
     return [[step * (n - 1) + 1 for n, step in zip(*axis, strict=True)] for axis in zip(sizes, steps, strict=True)]
@@ -163,7 +161,7 @@ def _gradient_of_x(y, x, kernel, *, window):
 
 
 def _gradient_of_kernel(y, x, kernel, *, window):
-    """The transpose in the kernel: a convolution of ``x`` with the cotangent ``y``, summed over the batch as over channels."""
+    """The transpose in the kernel: a convolution of ``x`` with the cotangent ``y`` in which the batch acts as channels."""
     pads = []
     for (before, _), (n, k, m) in zip(window.pads, _spans(x, kernel.aval, y, window), strict=True):
         pads.append((before, m + k - 1 - n - before))
@@ -173,7 +171,7 @@ def _gradient_of_kernel(y, x, kernel, *, window):
 
 
 def _batched(arguments, axes, *, window):
-    """``vmap``: more images are a larger batch, more kernels are more channels out; with both, one after the other."""
+    """``vmap``: images join the batch, kernels join the output channels; pairs of both are computed one after the other."""
     (x, kernel), (x_axis, kernel_axis) = arguments, axes
     convolve = functools.partial(_convolution.bind, window=window)
     if kernel_axis is None:
@@ -188,7 +186,7 @@ def _batched(arguments, axes, *, window):
 
 
 def _compute(x, kernel, *, window):
-    """What the primitive runs: XLA's convolution, rearranged where few channels come out of many."""
+    """The primitive's value: XLA's convolution, rearranged for few output channels from many input channels."""
     y = jax.eval_shape(functools.partial(_convolve, window=window), x, kernel)
     if window == _Window((1, 1), window.pads):
         if math.prod(kernel.shape[:2]) >= math.prod(y.shape[1:3]):  # the gradient of a kernel
@@ -205,7 +203,7 @@ def _narrows(taps, pads, cin, cout):
 
 
 def _narrowing(x, kernel, pads):
-    """A matrix product for all taps at once, then shifted sums of the few channels that are left."""
+    """One matrix product for all taps, then shifted sums of the few output channels."""
     *taps, cin, cout = kernel.shape
     rows, columns = (n + sum(pair) - k + 1 for n, pair, k in zip(x.shape[1:3], pads, taps, strict=True))
     products = jnp.pad(x @ kernel.transpose(2, 0, 1, 3).reshape(cin, -1), ((0, 0), *pads, (0, 0)))
@@ -216,7 +214,7 @@ def _narrowing(x, kernel, pads):
 
 
 def _gradient_of_narrowing_kernel(x, y, pads, taps):
-    """The convolution of `_gradient_of_kernel`, of ``x (cin, h, w, b)`` and ``y (h2, w2, b, cout)``, their roles exchanged."""
+    """The convolution of `_gradient_of_kernel` with ``x (cin, h, w, b)`` as kernel and ``y (h2, w2, b, cout)`` as images."""
     rows, columns = ((k - 1 - before, k - 1 - after) for (before, after), k in zip(pads, taps, strict=True))
     window = _Window((1, 1), (rows, columns))
     gradient = _convolve(y.transpose(3, 0, 1, 2), x.transpose(1, 2, 3, 0), window=window)

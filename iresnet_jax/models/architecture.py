@@ -17,14 +17,10 @@ class StageSpec:
 
     Attributes:
         num_blocks: Number of blocks, each an ActNorm and a residual branch.
-        hidden: Widths of a branch's hidden layers.
-        kernel_sizes: Taps of a branch's convolutions (one more than hidden widths); None for dense layers on flattened arrays.
-        activation: Name in `activations.ACTIVATIONS`.
-        preactivation: Whether a branch begins with the activation.
+        hidden, kernel_sizes, activation, preactivation, padding, positional_bias: Architecture of the branches, see
+            `BranchSpec`; without ``kernel_sizes`` branches are dense and take flattened arrays.
         squeeze: Space-to-depth factor in front of the blocks; 1 for none.
         factor_out: Whether half of the channels leave as latents behind the blocks.
-        padding: Padding of the convolutions, "SAME" (zeros) or "CIRCULAR".
-        positional_bias: Whether convolutions have a bias for every pixel instead of one a channel.
     """
 
     num_blocks: int
@@ -82,7 +78,7 @@ class FlowSpec:
         event_shape: Shape of one example, ``(h, w, c)`` or ``(d,)``.
         stages: Stages from the data to the latents.
         coeff: Largest operator norm, in (0, 1).
-        budget: What ``coeff`` limits: the norm of every "layer", or the product of the layers of every "block".
+        budget: "layer" limits the norm of every layer to ``coeff``, "block" the product of the norms of every block.
         context_dim: Length of an example's context vector, on which every branch then depends; 0 for none.
     """
 

@@ -40,11 +40,7 @@ def trace(
     The convolution's padding takes care of the border. Without an activation in front ``D_0`` is 1, and ``z`` is the same for
     all examples.
 
-    Args:
-        spec: The architecture, one for which `has_trace`.
-        weights: Weights of every layer.
-        x: Where to evaluate.
-        context: Contexts, one an example, if the branch is conditional.
+    Arguments are those of `apply_branch`.
 
     Raises:
         ValueError: If there is no closed form for the branch.

@@ -28,7 +28,7 @@ _SCALING_MARGIN = 1e-5
 
 
 class Normalized(NamedTuple):
-    """A branch whose layers satisfy the constraint, and what it took.
+    """A branch whose layers satisfy the constraint, and the norms before it.
 
     Attributes:
         weights: Weights of the branch, scaled into the budget by `norms`.
@@ -59,8 +59,8 @@ def normalize(
         spec: The architecture.
         weights: Unconstrained weights, as an optimizer holds them.
         vectors: Power iterates, one a layer, of shape ``layer.in_shape``.
-        coeff: Largest operator norm, in (0, 1): of a layer, or of the product of a branch's layers.
-        budget: "layer" or "block", what ``coeff`` limits.
+        coeff: Largest norm of a layer (budget "layer") or product of the norms of all layers ("block"), in (0, 1).
+        budget: "layer" or "block".
         num_steps: Power iterations a layer; None iterates to the tolerance.
         rtol: Relative tolerance of the norms.
 
@@ -69,12 +69,10 @@ def normalize(
     """
     new_vectors, norms = {}, {}
     for layer in spec.layers:
-        kernel = weights[layer.name]["kernel"]
         apply = linear_map(layer, spec.padding, single=True)
-        norms[layer.name], new_vectors[layer.name], _ = spectral_norm(
-            apply, kernel, vectors[layer.name], num_steps=num_steps, rtol=rtol
-        )
-    return Normalized(*_within_budget(weights, new_vectors, norms, coeff=coeff, budget=budget))
+        kernel, v = weights[layer.name]["kernel"], vectors[layer.name]
+        norms[layer.name], new_vectors[layer.name], _ = spectral_norm(apply, kernel, v, num_steps=num_steps, rtol=rtol)
+    return _within_budget(weights, new_vectors, norms, coeff=coeff, budget=budget)
 
 
 def normalize_certified(
@@ -89,19 +87,16 @@ def normalize_certified(
 ) -> Normalized:
     """Constrains a branch by guaranteed upper bounds of its layers' norms: ``Lip(g)`` is within the budget by construction.
 
-    There is no state, so this holds from the first step on, after any update and for any weights.
+    There is no state, so this holds from the first step on, after any update and for any weights. Arguments and errors that
+    are not listed are those of `normalize`.
 
     Args:
-        spec: The architecture.
-        weights: Unconstrained weights.
-        coeff: Largest operator norm, in (0, 1): of a layer, or of the product of a branch's layers.
-        budget: "layer" or "block", what ``coeff`` limits.
         method: "exact", or "gram", which is cheaper and looser; see `dense_norm_bound`.
         num_squarings: Squarings of "gram".
         twists: Twists of the convolutions' embedding, see `conv_norm_bound`; None takes the default.
 
     Raises:
-        ValueError: As in `normalize`, or if the method is unknown.
+        ValueError: If the method is unknown.
     """
     check_coeff(coeff)
     norms = layer_bounds(spec, weights, method=method, num_squarings=num_squarings, twists=twists)

@@ -52,7 +52,7 @@ class LogProb(NamedTuple):
         log_prior: Log-density of the latents.
         log_det: Log-determinant of the flow.
         log_det_transform: Log-determinant of the preprocessing, the cells of integer levels included.
-        info: What is known about the error of ``log_det``.
+        info: Error of ``log_det``.
         log_prior_by_class: ``log p(y) + log p_Z(z | y)`` for every class; None without classes.
     """
 
@@ -96,7 +96,7 @@ class DensitySpec:
 
     @property
     def unit(self) -> str:
-        """What likelihoods are reported in: "bits/dim" of integer levels, "nats" of continuous data."""
+        """Unit of reported likelihoods: "bits/dim" for integer levels, "nats" for continuous data."""
         return "nats" if self.num_levels is None else "bits/dim"
 
     @property
@@ -267,8 +267,8 @@ class Density:
             The data, and how the inverse ended, see `decode`.
 
         Raises:
-            ValueError: If there are labels and no priors of their own, labels are not ``num`` integers, or another number is
-                out of range.
+            ValueError: If labels are given to a model without classes or are not ``num`` integers, or if ``num`` or
+                ``temperature`` is out of range.
         """
         return self.decode(self._sample_prior(key, num, temperature, labels), context=context)
 

@@ -33,7 +33,7 @@ Norms = Mapping[str, Mapping[str, Float[Array, " k"]]]  # by stage and layer, on
 
 
 class Constrained(NamedTuple):
-    """Weights whose blocks are contractions, and what it took.
+    """Weights whose blocks are contractions, and the norms before the constraint.
 
     Attributes:
         weights: ``{"stage0": {"actnorm", "branch", "lipschitz"}, ...}``, arrays stacked over blocks: what `bijection` runs.
@@ -88,7 +88,7 @@ def constrain_certified(
     Args:
         spec: The architecture.
         params: Parameters as in `constrain`.
-        spectral: Power iterates, returned as they are: there is no state.
+        spectral: Power iterates, returned unchanged.
         num_squarings: Squarings of the Gram iteration, see `dense_norm_bound`.
         twists: "all", "one" or "auto", see `constraint.training_twists`.
     """
@@ -113,13 +113,7 @@ def constrain_certified(
 
 
 def unconstrained(spec: FlowSpec, params: Tree, spectral: Tree) -> Constrained:
-    """The weights as they are: the blocks' ``lipschitz`` is infinite, and no inverse is reported as converged.
-
-    Args:
-        spec: The architecture.
-        params: Parameters as in `constrain`.
-        spectral: Power iterates, returned as they are.
-    """
+    """Parameters and power iterates of `constrain` unchanged; ``lipschitz`` is infinite, so no inverse reports convergence."""
 
     def as_they_are(stage, blocks):
         return constraint.Normalized(blocks, {}, {}, jnp.full(stage.spec.num_blocks, jnp.inf))
@@ -142,14 +136,10 @@ def _constrain(
 
 
 def freeze(spec: FlowSpec, params: Tree) -> Frozen:
-    """The weights to use after training, whatever training used: every block certified to be within the budget.
+    """Weights to use after training, from the parameters of `constrain`: every block is certified to be within the budget.
 
-    Kernels are scaled by guaranteed bounds of their norms; the bounds that are returned are those of the scaled and rounded
-    kernels. Blocks are taken one after the other, so memory does not grow with depth.
-
-    Args:
-        spec: The architecture.
-        params: Parameters as in `constrain`.
+    Kernels are scaled by guaranteed bounds of their norms; the returned bounds are those of the scaled and rounded kernels.
+    Blocks are computed one after the other, so memory does not grow with depth.
     """
 
     def scaled(stage, block):
@@ -159,12 +149,7 @@ def freeze(spec: FlowSpec, params: Tree) -> Frozen:
 
 
 def certify(spec: FlowSpec, params: Tree) -> Frozen:
-    """The weights as they are, with guaranteed bounds of their norms, which may be 1 or more.
-
-    Args:
-        spec: The architecture.
-        params: Parameters as in `constrain`.
-    """
+    """The parameters of `constrain` unchanged, with guaranteed bounds of their norms, which may be 1 or more."""
     return _certify(spec, params, lambda stage, block: block)
 
 

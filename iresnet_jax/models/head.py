@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from iresnet_jax.bijections.actnorm import channel_moments
+
 BATCH_NORM_EPS = 1e-5
 
 Statistics = Mapping[str, Float[Array, " c"]]  # "mean" and "var" of every channel
@@ -20,10 +22,7 @@ def batch_statistics(x: Float[Array, "b ... c"], *, axis_name: str | None = None
         x: A batch.
         axis_name: Mapped axis that the batch is spread over in equal shares: the statistics are those of the whole batch.
     """
-    over_devices = (lambda value: value) if axis_name is None else (lambda value: lax.pmean(value, axis_name))
-    axes = tuple(range(x.ndim - 1))
-    mean = over_devices(jnp.mean(x, axis=axes))
-    var = over_devices(jnp.mean(jnp.square(x - by_channel(mean, x)), axis=axes))  # two passes: a large mean costs no digits
+    mean, var = channel_moments(x, axis_name)
     return {"mean": mean, "var": var}
 
 
@@ -36,7 +35,7 @@ def batch_norm(params: Mapping[str, Array], statistics: Statistics, x: Float[Arr
 
 
 def pool(params: Any, statistics: Statistics, features: Float[Array, "b ... c"]) -> Float[Array, "b c"]:
-    """What the head's linear layer sees of features: normalised, rectified, averaged over all positions."""
+    """Input of the head's linear layer: features that are normalised, rectified and averaged over all positions."""
     h = jax.nn.relu(batch_norm(params["norm"], statistics, features))
     return jnp.mean(h, axis=tuple(range(1, h.ndim - 1)))
 

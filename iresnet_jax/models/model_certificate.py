@@ -47,7 +47,7 @@ class Certificate:
 
     Attributes:
         coeff: Coefficient of the constraint; None without one.
-        budget: What the coefficient limits, "layer" or "block"; None without a constraint.
+        budget: "layer" or "block", see `FlowSpec`; None without a constraint.
         blocks: Every residual block.
         forward: Guaranteed bound of ``Lip(F)`` from data to latents.
         inverse: Guaranteed bound of ``Lip(F^-1)``; infinite where nothing is known.

@@ -24,6 +24,7 @@ from iresnet_jax.models.branch import initial_weights
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import as_params, certify
+from iresnet_jax.models.head import batch_statistics, initial_head
 
 FILE_NAME = "model.npz"
 FORMAT = 2
@@ -34,38 +35,21 @@ Model = Density | Classifier
 Spec = DensitySpec | ClassifierSpec
 
 
-def spec_to_plain(spec: Spec) -> dict[str, Any]:
-    """A spec as JSON data; the inverse of `spec_from_plain`."""
-    return tagged(spec)
-
-
-def spec_from_plain(plain: Any) -> Spec:
-    """A spec from JSON data.
-
-    Raises:
-        ValueError: If a kind or a field is unknown, missing or of the wrong type, or the spec contradicts itself.
-    """
-    return checked(Spec, plain, "model")
-
-
 def save(model: Model, path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> Path:
-    """Writes a model to one file, all at once.
+    """Writes a model to one file and returns its path; a file that was there is replaced in one step.
 
     Args:
         model: A model whose network is a bijection.
         path: The file; ``.npz`` is its customary end.
         about: JSON data that travel with the model, such as the settings of its training.
 
-    Returns:
-        The file.
-
     Raises:
-        ValueError: If it is a network with BatchNorm in its branches.
+        ValueError: If the network has BatchNorm in its branches.
     """
     if isinstance(model, Classifier):
         model.require_bijection()
     path = Path(path)
-    header = {"format": FORMAT, "spec": spec_to_plain(model.spec), "about": dict(about or {})}
+    header = {"format": FORMAT, "spec": tagged(model.spec), "about": dict(about or {})}
     arrays: dict[str, Any] = {_name(key): np.asarray(leaf) for key, leaf in jax.tree.leaves_with_path(_arrays(model))}
     arrays[_HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     with replacing(path) as incoming, incoming.open("wb") as file:
@@ -74,23 +58,19 @@ def save(model: Model, path: str | os.PathLike[str], about: Mapping[str, Any] | 
 
 
 def load(path: str | os.PathLike[str]) -> Model:
-    """Reads a model that `save` wrote, with bounds of its norms computed anew.
+    """Reads a model that `save` wrote, see `read`."""
+    return read(path)[0]
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]:
+    """Reads a model that `save` wrote, with bounds of its norms computed anew, and ``about`` of `save`.
 
     Args:
         path: The file, or a folder that holds ``model.npz``.
 
     Raises:
-        ValueError: If there is none, or it is damaged or from another version.
-
-    Example:
-        >>> model = load("runs/digits_density/model.npz")  # doctest: +SKIP
-        >>> samples, info = model.sample(jax.random.key(0), 64)  # doctest: +SKIP
+        ValueError: If there is no such file, or it is damaged or from another version.
     """
-    return read(path)[0]
-
-
-def read(path: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]:
-    """The model as `load` gives it, and what `save` was told about it."""
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
@@ -101,11 +81,12 @@ def read(path: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]:
             header = json.loads(_read_array(archive, _HEADER, None).tobytes())
             if header.get("format") != FORMAT:
                 raise ValueError(f"its format is {header.get('format')}, not {FORMAT}")
-            spec = spec_from_plain(header["spec"])
+            spec = checked(Spec, header["spec"], "model")
             with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); models are in float32, wherever they are read
                 expected = jax.eval_shape(lambda: _empty(spec))
             arrays = jax.tree.map_with_path(lambda key, leaf: _read_array(archive, _name(key), leaf), expected)
-            if left_over := set(archive.namelist()) - {f"{_HEADER}.npy"} - {f"{name}.npy" for name in _names(expected)}:
+            names = {f"{_name(key)}.npy" for key, _ in jax.tree.leaves_with_path(expected)}
+            if left_over := set(archive.namelist()) - {f"{_HEADER}.npy"} - names:
                 raise ValueError(f"it holds {sorted(left_over)[0]}, which such a model does not have")
     except damaged as error:
         raise ValueError(
@@ -149,13 +130,9 @@ def _empty(spec: Spec) -> dict[str, Any]:
     params = {stage.name: {"blocks": blocks(stage)} for stage in spec.flow.layout}
     if isinstance(spec, DensitySpec):
         return {"params": params, "prior": priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes)}
-    channels, classes = spec.feature_shape[-1], spec.num_classes
-    of_channels = jnp.zeros(channels)
-    head = {
-        "norm": {"scale": of_channels, "bias": of_channels},
-        "linear": {"kernel": jnp.zeros((channels, classes)), "bias": jnp.zeros(classes)},
-    }
-    return {"params": params, "head": head, "statistics": {"head": {"mean": of_channels, "var": of_channels}}}
+    channels = spec.feature_shape[-1]
+    head = initial_head(jax.random.key(0), channels, spec.num_classes)
+    return {"params": params, "head": head, "statistics": {"head": batch_statistics(jnp.zeros((1, channels)))}}
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, expected: Any) -> np.ndarray:
@@ -180,7 +157,3 @@ def _read_array(archive: zipfile.ZipFile, name: str, expected: Any) -> np.ndarra
 
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _names(tree: Any) -> list[str]:
-    return [_name(path) for path, _ in jax.tree.leaves_with_path(tree)]

@@ -12,8 +12,8 @@ from typing import Any
 
 from iresnet_jax.atomic_files import locked, replacing
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.json_dataclasses import first_difference, to_plain
-from iresnet_jax.models.saved import Spec, spec_from_plain, spec_to_plain
+from iresnet_jax.json_dataclasses import checked, first_difference, tagged, to_plain
+from iresnet_jax.models.saved import Spec
 from iresnet_jax.training.config import Config, parse
 from iresnet_jax.training.from_config import model_spec
 
@@ -58,7 +58,7 @@ def read_model(workdir: Path) -> tuple[Spec, str]:
     path = workdir / MODEL_FILE
     plain = _read(path)
     try:
-        return spec_from_plain(plain["model"]), str(plain["data"]["fingerprint"])
+        return checked(Spec, plain["model"], "model"), str(plain["data"]["fingerprint"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore it, or choose another --workdir") from None
 
@@ -83,7 +83,7 @@ def model_for(workdir: Path, config: Config, data: DataSet) -> Spec:
 def claim(workdir: Path, config: Config, spec: Spec, data: DataSet) -> None:
     """Writes the settings and the model of a new run; does nothing for one that has them."""
     workdir.mkdir(parents=True, exist_ok=True)
-    model = {"model": spec_to_plain(spec), "data": {"name": data.name, "fingerprint": data.fingerprint}}
+    model = {"model": tagged(spec), "data": {"name": data.name, "fingerprint": data.fingerprint}}
     # The model first: a folder with a config is one of a run.
     for name, plain in ((MODEL_FILE, model), (CONFIG_FILE, to_plain(config))):
         if not (workdir / name).exists():

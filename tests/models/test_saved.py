@@ -12,6 +12,7 @@ import pytest
 import iresnet_jax as ir
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
+from iresnet_jax.json_dataclasses import checked, tagged
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.branch import initial_weights
@@ -19,7 +20,7 @@ from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import DensitySpec
 from iresnet_jax.models.flow import as_params, freeze
 from iresnet_jax.models.head import initial_head
-from iresnet_jax.models.saved import read, save, spec_from_plain, spec_to_plain, with_bounds
+from iresnet_jax.models.saved import Spec, read, save, with_bounds
 
 FLOW = FlowSpec(
     (4, 4, 1), (StageSpec(2, hidden=(3,), kernel_sizes=(3, 3), squeeze=2), StageSpec(1, hidden=(4,), activation="lipswish"))
@@ -72,10 +73,10 @@ def test_what_is_saved_is_what_is_loaded(density, classifier, tmp_path):
 def test_specs_are_plain_data():
     for transform in (Identity(), Center(), Logit(0.1), DENSITY.transform):
         spec = DensitySpec(FLOW, transform=transform)
-        plain = json.loads(json.dumps(spec_to_plain(spec)))
-        assert spec_from_plain(plain) == spec
-        assert hash(spec_from_plain(plain)) == hash(spec)
-    assert spec_from_plain(spec_to_plain(CLASSIFIER)) == CLASSIFIER
+        plain = json.loads(json.dumps(tagged(spec)))
+        assert checked(Spec, plain, "model") == spec
+        assert hash(checked(Spec, plain, "model")) == hash(spec)
+    assert checked(Spec, tagged(CLASSIFIER), "model") == CLASSIFIER
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_specs_are_plain_data():
 )
 def test_plain_data_that_are_no_spec(change, sentence):
     with pytest.raises(ValueError, match=sentence):
-        spec_from_plain(change(spec_to_plain(DENSITY)))
+        checked(Spec, change(tagged(DENSITY)), "model")
 
 
 def members(path):

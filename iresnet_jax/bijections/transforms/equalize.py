@@ -84,7 +84,7 @@ class Equalize:
         v = cell.above + cell.slope * (cell.upper - entries)
         log_s, log_one_minus_s = (jnp.log(self.alpha + (1 - 2 * self.alpha) * part) for part in (u, v))
         y = log_s - log_one_minus_s
-        inside = jnp.clip(y, tables.first_of(k), tables.last_of(k))  # of the interval of level k
+        inside = jnp.clip(y, *tables.range_of_y(k))
         y = y + jax.lax.stop_gradient(inside - y)
         logdet = sum_event(math.log1p(-2 * self.alpha) - log_s - log_one_minus_s + jnp.log(cell.slope))
         return y.reshape(x.shape), logdet
@@ -97,7 +97,7 @@ class Equalize:
         cell = tables.cell(k)
         u, v = ((jax.nn.sigmoid(part) - self.alpha) / (1 - 2 * self.alpha) for part in (entries, -entries))
         x = jnp.where(u < v, cell.lower + (u - cell.below) / cell.slope, cell.upper - (v - cell.above) / cell.slope)
-        inside = jnp.clip(x, tables.smallest(k), tables.largest(k))
+        inside = jnp.clip(x, *tables.range_of_x(k))
         x = x + jax.lax.stop_gradient(inside - x)
         logdet = sum_event(log_logistic(entries) - math.log1p(-2 * self.alpha) - jnp.log(cell.slope))
         return x.reshape(y.shape), logdet
@@ -129,7 +129,7 @@ class _Cell(NamedTuple):
 
 
 class _Tables(NamedTuple):
-    """What is looked up by level, and by entry where entries differ.
+    """Tables by level, and by entry if entries have distributions of their own.
 
     Attributes:
         edges: Edges of the cells in ``x``, one more than levels.
@@ -163,15 +163,17 @@ class _Tables(NamedTuple):
             slope=len(self.frequencies) * jnp.where(k == self.commonest, shares, others * of(self.frequencies)),
         )
 
-    def first_of(self, k: Array) -> Array:
-        """The smallest ``y`` of level ``k``; minus infinity for the lowest."""
-        return jnp.where(k == 0, -jnp.inf, self._starts_at(k))
-
-    def last_of(self, k: Array) -> Array:
-        """The largest ``y`` of level ``k``; infinity for the highest."""
+    def range_of_y(self, k: Array) -> tuple[Array, Array]:
+        """The smallest and the largest ``y`` of level ``k``; -inf for the lowest level, inf for the highest."""
         highest = len(self.frequencies) - 1
         following = self._starts_at(jnp.minimum(k + 1, highest))
-        return jnp.where(k == highest, jnp.inf, jnp.nextafter(following, jnp.full_like(following, -jnp.inf)))
+        last = jnp.nextafter(following, jnp.full_like(following, -jnp.inf))
+        return jnp.where(k == 0, -jnp.inf, self._starts_at(k)), jnp.where(k == highest, jnp.inf, last)
+
+    def range_of_x(self, k: Array) -> tuple[Array, Array]:
+        """The smallest and the largest ``x`` of level ``k``; -inf for the lowest level, inf for the highest."""
+        smallest, largest = (jnp.asarray(table)[k] for table in cells(len(self.frequencies), self.edges.dtype))
+        return jnp.where(k == 0, -jnp.inf, smallest), jnp.where(k == len(self.frequencies) - 1, jnp.inf, largest)
 
     def level(self, y: Array) -> Array:
         """The level whose interval holds ``y``."""
@@ -181,16 +183,6 @@ class _Tables(NamedTuple):
         else:
             found = jax.vmap(lambda row, y: jnp.searchsorted(row, y, side="right"), (0, 1), 1)(starts, y)
         return jnp.clip(found - 1, 0, len(self.frequencies) - 1)
-
-    def smallest(self, k: Array) -> Array:
-        """The smallest ``x`` of level ``k``; the lowest has none."""
-        smallest, _ = cells(len(self.frequencies), self.edges.dtype)
-        return jnp.where(k == 0, -jnp.inf, jnp.asarray(smallest)[k])
-
-    def largest(self, k: Array) -> Array:
-        """The largest ``x`` of level ``k``; the highest has none."""
-        _, largest = cells(len(self.frequencies), self.edges.dtype)
-        return jnp.where(k == len(self.frequencies) - 1, jnp.inf, jnp.asarray(largest)[k])
 
     def _starts_at(self, k: Array) -> Array:
         starts = jnp.asarray(self.starts)

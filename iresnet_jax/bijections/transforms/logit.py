@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from iresnet_jax.bijections.bijection import Bijection, exact_bijection
+from iresnet_jax.bijections.bijection import Bijection, exact_bijection, isometric_bijection
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 
 
@@ -17,7 +17,7 @@ class Identity:
 
     def bijection(self) -> Bijection:
         """The identity."""
-        return exact_bijection(lambda x: (x, jnp.zeros(len(x), x.dtype)), lambda y: (y, jnp.zeros(len(y), y.dtype)))
+        return isometric_bijection(lambda x: x, lambda y: y)
 
     def bilipschitz(self) -> BiLipschitz:
         """Both constants are 1."""
@@ -30,7 +30,7 @@ class Center:
 
     def bijection(self) -> Bijection:
         """The shift, of log-determinant 0."""
-        return exact_bijection(lambda x: (x - 0.5, jnp.zeros(len(x), x.dtype)), lambda y: (y + 0.5, jnp.zeros(len(y), y.dtype)))
+        return isometric_bijection(lambda x: x - 0.5, lambda y: y + 0.5)
 
     def bilipschitz(self) -> BiLipschitz:
         """Both constants are 1."""
@@ -39,10 +39,10 @@ class Center:
 
 @dataclass(frozen=True)
 class Logit:
-    """``y = logit(alpha + (1 - 2 alpha) x)``, see `logit_forward_and_logdet`.
+    """Spreads the unit interval over the real line: ``y = log(s / (1 - s))`` with ``s = alpha + (1 - 2 alpha) x``.
 
     Attributes:
-        alpha: Distance of the logit's argument from 0 and 1, in (0, 1/2).
+        alpha: Distance of ``s`` from 0 and 1, in (0, 1/2); 1e-6 is usual for MNIST and 0.05 for natural images.
     """
 
     alpha: float = 0.05
@@ -52,58 +52,34 @@ class Logit:
 
     def bijection(self) -> Bijection:
         """The logit."""
-        return exact_bijection(
-            lambda x: logit_forward_and_logdet(x, self.alpha),
-            lambda y: logit_inverse_and_logdet(y, self.alpha),
-            inverse_lipschitz=self.bilipschitz().inverse,
-        )
+        return exact_bijection(self.forward_and_logdet, self.inverse_and_logdet, inverse_lipschitz=self.bilipschitz().inverse)
 
     def bilipschitz(self) -> BiLipschitz:
         """Bounds on [0, 1]: the slope ``(1 - 2 alpha) / (s (1 - s))`` lies between its values at the middle and at the ends."""
         return model_bounds([], [logit_log_slopes(self.alpha)])
+
+    def forward_and_logdet(self, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+        r"""``y``, and ``log|det dy/dx| = sum log((1 - 2 alpha) / (s (1 - s)))``, exact (Dinh et al. 2017, section 4.1).
+
+        ``1 - s`` is computed from ``1 - x``, which keeps its digits for ``x`` near 1.
+        """
+        log_s = jnp.log(self.alpha + (1 - 2 * self.alpha) * x)
+        log_one_minus_s = jnp.log(self.alpha + (1 - 2 * self.alpha) * (1 - x))
+        return log_s - log_one_minus_s, sum_event(math.log1p(-2 * self.alpha) - log_s - log_one_minus_s)
+
+    def inverse_and_logdet(self, y: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+        r"""``x = (sigmoid(y) - alpha) / (1 - 2 alpha)``; logits beyond ``+-log((1 - alpha) / alpha)`` leave [0, 1] slightly.
+
+        ``log|det dx/dy| = sum log(sigmoid(y) sigmoid(-y) / (1 - 2 alpha))`` is finite for any finite ``y``.
+        """
+        x = (jax.nn.sigmoid(y) - self.alpha) / (1 - 2 * self.alpha)
+        return x, sum_event(log_logistic(y) - math.log1p(-2 * self.alpha))
 
 
 def logit_log_slopes(alpha: float) -> Float[Array, " 2"]:
     """Logarithms of the largest and the least slope of the logit on [0, 1]."""
     slope = 1 - 2 * alpha
     return jnp.log(jnp.array([slope / (alpha * (1 - alpha)), 4 * slope]))
-
-
-def logit_forward_and_logdet(x: Float[Array, "b ..."], alpha: float) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
-    r"""Spreads the unit interval over the real line.
-
-    ``y = log(s / (1 - s))`` with ``s = alpha + (1 - 2 alpha) x``, and
-    ``log|det dy/dx| = sum log((1 - 2 alpha) / (s (1 - s)))``, exact (Dinh et al. 2017, section 4.1). ``1 - s`` is computed
-    from ``1 - x``, which keeps its digits for ``x`` near 1.
-
-    Args:
-        x: Numbers in [0, 1].
-        alpha: Distance of ``s`` from 0 and 1, in (0, 1/2); 1e-6 is usual for MNIST and 0.05 for natural images.
-
-    Raises:
-        ValueError: If ``alpha`` is out of range.
-    """
-    check_alpha(alpha)
-    log_s = jnp.log(alpha + (1 - 2 * alpha) * x)
-    log_one_minus_s = jnp.log(alpha + (1 - 2 * alpha) * (1 - x))
-    return log_s - log_one_minus_s, sum_event(math.log1p(-2 * alpha) - log_s - log_one_minus_s)
-
-
-def logit_inverse_and_logdet(y: Float[Array, "b ..."], alpha: float) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
-    r"""Inverts :func:`logit_forward_and_logdet`: ``x = (sigmoid(y) - alpha) / (1 - 2 alpha)``.
-
-    ``log|det dx/dy| = sum log(sigmoid(y) sigmoid(-y) / (1 - 2 alpha))``, finite for any finite ``y``.
-
-    Args:
-        y: Logits. Beyond ``+-log((1 - alpha) / alpha)`` they map slightly outside [0, 1].
-        alpha: Distance of ``s`` from 0 and 1, as in the forward map.
-
-    Raises:
-        ValueError: If ``alpha`` is out of range.
-    """
-    check_alpha(alpha)
-    x = (jax.nn.sigmoid(y) - alpha) / (1 - 2 * alpha)
-    return x, sum_event(log_logistic(y) - math.log1p(-2 * alpha))
 
 
 def check_alpha(alpha: float) -> None:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -44,6 +43,14 @@ class Diagonal(NamedTuple):
 
     at: Branch
     size: float | Float[Array, ""] = 1.0
+
+
+class Settings(NamedTuple):
+    """Settings that an inverse and the linear solves of its derivatives have in common, see `invert_residual`."""
+
+    lipschitz_bound: Float[Array, ""]
+    max_evals: int = 2000
+    memory: int = 4
 
 
 class FixedPointInfo(NamedTuple):
@@ -100,8 +107,8 @@ def invert_residual(
 
     Derivatives, forward and reverse, are those of the exact solution at the returned ``x`` (implicit function theorem):
     ``dx = (I + J)^-1 (dy - dg)``, with respect to ``y`` and to all that ``branch`` closes over. They are solved for by the same
-    iteration; their memory does not depend on the number of evaluations. An example whose derivative does not converge gets
-    NaN for it, see `solve_linear`.
+    iteration; their memory does not depend on the number of evaluations. An example whose derivative does not converge within
+    ``max_evals`` gets NaN for it.
 
     Args:
         branch: ``g``, acting on each example of a batch alone.
@@ -135,15 +142,18 @@ def invert_residual(
         raise ValueError(f"memory must not be negative, got {memory}; 0 is plain Banach iteration")
     y = as_floats(y, "y")
     bound = lax.stop_gradient(lipschitz_at_least(lipschitz_bound, y.dtype))
-    settings = {"lipschitz_bound": bound, "max_evals": max_evals, "memory": memory}
+    settings = Settings(bound, max_evals, memory)
 
     def solve(_, x0):
-        where = {"start": x0, "diagonal": diagonal}
-        x, info = _iterate(branch, lax.stop_gradient(y), atol=jnp.asarray(atol, y.dtype), **where, **settings)
+        x, info = _iterate(branch, lax.stop_gradient(y), settings, jnp.asarray(atol, y.dtype), x0, diagonal)
         return x, tuple(field.astype(y.dtype) for field in info)  # JAX wants tangents for what comes along
 
-    def tangent_solve(linear, b):
-        return _solve_linear(linear, b, settings)
+    def solve_tangent(linear, b):  # NaN marks examples that did not converge
+        u, info = solve_linear(lambda u: linear(u) - u, b, settings)
+        return jnp.where(broadcast_to_examples(info.converged, b), u, jnp.nan)
+
+    def tangent_solve(linear, b):  # as an operation that JAX can transpose
+        return lax.custom_linear_solve(linear, b, solve_tangent, transpose_solve=solve_tangent)
 
     start = y if start is None else lax.stop_gradient(start.astype(y.dtype))
     x, info = lax.custom_root(lambda x: x + branch(x) - y, start, solve, tangent_solve, has_aux=True)
@@ -151,55 +161,17 @@ def invert_residual(
     return x, FixedPointInfo(num_evals.astype(jnp.int32), residual, error_bound, converged > 0)
 
 
-def solve_linear(
-    branch: Branch,
-    x: Float[Array, "b ..."],
-    b: Float[Array, "b ..."],
-    *,
-    lipschitz_bound: float | Float[Array, ""],
-    adjoint: bool = False,
-    max_evals: int = 2000,
-    memory: int = 4,
-) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
-    r"""Solves ``(I + J) u = b``, or ``(I + J^T) u = b``, with ``J`` the branch's Jacobian at ``x``, and says how it went.
+def solve_linear(product: Branch, b: Float[Array, "b ..."], settings: Settings) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
+    """Solves ``(I + J) u = b`` for a linear map ``J`` of norm at most ``L``, to a hundred units of rounding of ``|b|``.
 
-    This is the solve behind every derivative of `invert_residual`: ``adjoint=True`` gives the cotangent of ``y`` for the
-    cotangent ``b`` of ``x``. ``|J| <= L`` makes it the inverse of a linear residual block, to a relative tolerance of about a
-    hundred units of rounding.
+    This is the solve behind every derivative of `invert_residual`: ``J`` is the branch's Jacobian or its transpose.
 
     Args:
-        branch: ``g``.
-        x: Where ``J`` is taken.
+        product: ``u -> J u``.
         b: Right-hand side.
-        lipschitz_bound: ``L``.
-        adjoint: Whether to use ``J^T``.
-        max_evals: Cap on products with ``J``.
-        memory: See `invert_residual`.
-
-    Returns:
-        ``u`` and how the iteration ended.
+        settings: Bound of ``|J|``, and the iteration's limits.
     """
-    if adjoint:
-        _, pullback = jax.vjp(branch, x)
-        product = lambda u: pullback(u)[0]  # noqa: E731
-    else:
-        product = lambda u: jax.jvp(branch, (x,), (u,))[1]  # noqa: E731
-    bound = lipschitz_at_least(lipschitz_bound, x.dtype)
-    return _iterate(product, b, lipschitz_bound=bound, atol=_relative_atol(b), max_evals=max_evals, memory=memory)
-
-
-def _solve_linear(linear: Callable, b: Array, settings: dict) -> Array:
-    """``linear^-1 b`` for ``linear = I + J``, as an operation that JAX can transpose; NaN where it did not converge."""
-
-    def solve(matvec, b):
-        u, info = _iterate(lambda u: matvec(u) - u, b, atol=_relative_atol(b), **settings)
-        return jnp.where(broadcast_to_examples(info.converged, b), u, jnp.nan)
-
-    return lax.custom_linear_solve(linear, b, solve, transpose_solve=solve)
-
-
-def _relative_atol(b: Float[Array, "b ..."]) -> Float[Array, " b"]:
-    return 100 * jnp.finfo(b.dtype).eps * example_norm(b)
+    return _iterate(product, b, settings, 100 * jnp.finfo(b.dtype).eps * example_norm(b))
 
 
 def example_norm(x: Float[Array, "b ..."]) -> Float[Array, " b"]:
@@ -213,15 +185,15 @@ def broadcast_to_examples(per_example: Array, like: Array) -> Array:
 
 
 class _Problem(NamedTuple):
-    """What the iteration solves, on examples as vectors ``(b, d)``, and how well.
+    """The equation ``y = x + g(x)`` on examples as vectors ``(b, d)``, and the tolerance of its solution.
 
     Attributes:
         branch: ``g`` on vectors.
         y: Right-hand side.
-        y_norm: Its norm an example.
+        y_norm: Norm of ``y``, one an example.
         lipschitz_bound: ``L``; infinite promises nothing.
         small_enough: Largest residual at which a Banach step is within ``atol``: ``atol (1 - L) / L``.
-        diagonal: What is known of the diagonal of the Jacobian, on vectors.
+        diagonal: Diagonal of the Jacobian on vectors; None if unknown.
     """
 
     branch: Branch
@@ -237,7 +209,7 @@ class _Problem(NamedTuple):
 
 
 class _Slopes(NamedTuple):
-    """Diagonal of the Jacobian at an iterate, ``(b, d)``; how often an example asked for it, and in which step."""
+    """Diagonal of the Jacobian at an iterate, ``(b, d)``; number and last step of an example's requests for it."""
 
     values: Array
     num_asked: Array
@@ -291,8 +263,9 @@ class _State(NamedTuple):
     done: Array
 
 
-def _iterate(branch, y, *, lipschitz_bound, atol, max_evals, memory, start=None, diagonal=None):
+def _iterate(branch, y, settings, atol, start=None, diagonal=None):
     """`invert_residual` without its derivatives; ``atol`` may be one an example."""
+    lipschitz_bound, max_evals, memory = settings
     shape, vectors = y.shape, (len(y), math.prod(y.shape[1:]))
 
     def on_vectors(function):

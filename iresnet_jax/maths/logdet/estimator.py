@@ -1,7 +1,9 @@
-"""The interface of log-determinant estimators, what they report about their error, and their probes."""
+"""The interface of log-determinant estimators, the error that they report, and their probes."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +11,18 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Key, Shaped, UInt32
 
+from iresnet_jax.maths.upward_rounding import as_floats
+
 Branch = Callable[[Array], Array]
 Trace = Callable[[Array], Array]
 Keys = Key[Array, "..."] | UInt32[Array, "..."]  # one, or one an example; typed, or of jax.random.PRNGKey
+Scalar = float | Float[Array, ""]
 Batch = Shaped[Array | np.ndarray, "..."] | Sequence  # made an array of floats by `as_floats`
 PROBES = ("rademacher", "gaussian")
 
 
 class LogdetInfo(NamedTuple):
-    """What is known about the error of a log-determinant, for every example, in nats.
+    """Error of a log-determinant, in nats, one an example.
 
     Attributes:
         stderr: Standard error over the probes; 0 if exact, infinite for a single probe.
@@ -29,39 +34,75 @@ class LogdetInfo(NamedTuple):
     truncation_bound: Float[Array, " b"]
 
 
-@runtime_checkable
-class LogdetEstimator(Protocol):
+class LogdetEstimator(ABC):
     """Estimates ``log det(I + J)`` of a branch at every example of a batch.
 
     Attributes:
-        unbiased: Whether nothing is cut off: the mean over probes, and random lengths, is the log-determinant.
+        unbiased: True if the mean over all random choices is the log-determinant; False for a truncated estimate.
     """
 
     unbiased: ClassVar[bool]
 
     def fix_length(self, key: Keys) -> "LogdetEstimator":
-        """The estimator with its random length, if it has one, drawn once for all blocks, examples and devices."""
-        ...
+        """The estimator with its random length drawn once for all blocks, examples and devices; itself if it has none."""
+        del key
+        return self
 
     def __call__(
         self,
         branch: Branch,
         x: Batch,
-        key: Keys,
+        key: Keys | None = None,
         *,
-        lipschitz_bound: float | Float[Array, ""] | None = None,
+        lipschitz_bound: Scalar | None = None,
         trace: Trace | None = None,
     ) -> tuple[Float[Array, " b"], LogdetInfo]:
-        """The log-determinant and what is known about its error.
+        """The log-determinant and its error.
 
         Args:
             branch: ``g``, acting on each example alone.
             x: Where to evaluate.
-            key: Key of the probes, one or one an example.
+            key: Key of the random choices, one or one an example; only `ExactLogdet` needs none.
             lipschitz_bound: Upper bound of ``Lip(g)``, for the truncation bound.
             trace: ``x -> tr J (b,)`` in closed form, if there is one.
         """
-        ...
+        return self._estimate(branch, as_floats(x, "x"), key, jnp.inf if lipschitz_bound is None else lipschitz_bound, trace)
+
+    @abstractmethod
+    def _estimate(
+        self, branch: Branch, x: Float[Array, "b ..."], key: Keys | None, lipschitz_bound: Scalar, trace: Trace | None
+    ) -> tuple[Float[Array, " b"], LogdetInfo]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbingEstimator(LogdetEstimator):
+    """Averages estimates ``v^T log(I + J) v`` over random probes ``v``.
+
+    Attributes:
+        num_probes: Probes for each example.
+        probe: Distribution of the probes, "rademacher" or "gaussian".
+        exact_trace: Whether a trace in closed form replaces the estimate of ``tr J`` where there is one.
+    """
+
+    num_probes: int = 1
+    probe: str = "rademacher"
+    exact_trace: bool = True
+
+    def _estimate(self, branch, x, key, lipschitz_bound, trace):
+        if key is None:
+            raise ValueError("key must be given: the estimator draws random probes")
+        samples, bound = self._samples(branch, x, key, lipschitz_bound, trace if self.exact_trace else None)
+        logdet, stderr = mean_and_stderr(samples)
+        return logdet, LogdetInfo(stderr, bound)
+
+    @abstractmethod
+    def _samples(
+        self, branch: Branch, x: Float[Array, "b ..."], key: Keys, lipschitz_bound: Scalar, trace: Trace | None
+    ) -> tuple[Float[Array, "p b"], Float[Array, " b"]]:
+        """One estimate a probe, and the bound of what they leave out."""
+
+    def _draw_probes(self, key: Keys, x: Float[Array, "b ..."]) -> Float[Array, "p b ..."]:
+        return draw_probes(key, x, self.num_probes, self.probe)
 
 
 def typed_key(key: Keys) -> Key[Array, "..."]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths.logdet.estimator import Batch, Branch, Keys, LogdetInfo, Trace
+from iresnet_jax.maths.logdet.estimator import Batch, Branch, LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.upward_rounding import as_floats
 
 
@@ -42,28 +42,14 @@ def exact_logdet(branch: Branch, x: Batch, *, columns_at_once: int = 64) -> Floa
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class ExactLogdet:
-    """`exact_logdet` as an estimator; the key is not used."""
+class ExactLogdet(LogdetEstimator):
+    """`exact_logdet` as an estimator without randomness and without error."""
 
     columns_at_once: int = 64
 
     unbiased: ClassVar[bool] = True
 
-    def fix_length(self, key: Keys) -> "ExactLogdet":
-        """Nothing is random here."""
-        del key
-        return self
-
-    def __call__(
-        self,
-        branch: Branch,
-        x: Batch,
-        key: Keys | None = None,
-        *,
-        lipschitz_bound: float | Float[Array, ""] | None = None,
-        trace: Trace | None = None,
-    ) -> tuple[Float[Array, " b"], LogdetInfo]:
-        """The log-determinant, without error."""
+    def _estimate(self, branch, x, key, lipschitz_bound, trace):
         del key, lipschitz_bound, trace
         logdet = exact_logdet(branch, x, columns_at_once=self.columns_at_once)
         zeros = jnp.zeros_like(logdet)

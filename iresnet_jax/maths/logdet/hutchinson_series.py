@@ -4,29 +4,29 @@ r"""``log det(I + J)`` of a residual block as a truncated series; ``J`` is the J
     d log det(I + J) = tr((I + J)^-1 dJ) = sum_k (-1)^k tr(J^k dJ)            (Chen et al. 2019, Theorem 2)
 
 Probes ``v`` with ``E[v v^T] = I`` estimate traces (Hutchinson). One chain of vector-Jacobian products ``u_k = (J^T)^k v``
-serves the value by ``<u_k, v>`` and the gradient by ``w = sum_k (-1)^k u_k``: that of ``<w, J v>`` with ``w`` and ``v`` fixed.
-The chain is not differentiated, so memory does not depend on its length. Every example keeps its own cotangent. Second
-derivatives are not those of the log-determinant. A trace ``tr J`` in closed form replaces its estimate, which carries most of
-the variance. `roulette` cuts the series at random, without a bias; `krylov` needs fewer products.
+gives the terms ``<u_k, v>`` of the value. It also gives ``w = sum_k (-1)^k u_k``; the gradient is that of ``<w, J v>`` with
+``w`` and ``v`` fixed. The chain is not differentiated, so memory does not depend on its length. Second derivatives are not
+those of the log-determinant. The estimate of ``tr J`` carries most of the variance; a closed form replaces it if there is one.
+`roulette` cuts the series at a random length without a bias; `krylov` needs fewer products.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from iresnet_jax.maths.logdet.estimator import Batch, Branch, Keys, LogdetInfo, Trace, draw_probes, mean_and_stderr
+from iresnet_jax.maths.logdet.estimator import Branch, ProbingEstimator, Scalar, Trace
 from iresnet_jax.maths.logdet.jacobian_products import transposed_jacobian, with_gradient
-from iresnet_jax.maths.upward_rounding import as_floats, euclidean_norm, lipschitz_at_least
+from iresnet_jax.maths.upward_rounding import euclidean_norm, lipschitz_at_least
 
 
 def truncation_bound(num_dims: int, lipschitz_bound: float, num_terms: int) -> float:
     """``d (-log(1 - L) - sum_{k<=n} L^k / k)``: a priori bound of the truncated series' error, in nats.
 
-    Since ``|tr(J^k)| <= d L^k`` (Behrmann et al. 2019, Theorem 3). Computed as the sum of the tail, without cancellation.
+    It follows from ``|tr(J^k)| <= d L^k`` (Behrmann et al. 2019, Theorem 3). The tail is summed, which avoids cancellation.
     """
     if not 0 <= lipschitz_bound < 1:
         raise ValueError(f"lipschitz_bound must lie in [0, 1), got {lipschitz_bound}: the series only converges there")
@@ -48,20 +48,20 @@ def weighted_series(
 ) -> tuple[Float[Array, "p b"], Float[Array, "p b"]]:
     r"""``sum_{k <= length} weights[k-1] (-1)^(k+1)/k <v, J^k v>`` for every probe, with the matching Neumann gradient.
 
-    With all weights 1 this is the truncated series. The gradient is ``sum_k weights[k] (-1)^k <v, J^k dJ v>``, the
-    derivative of the same truncated sum of traces in expectation over probes.
+    With all weights 1 this is the truncated series. The gradient is ``sum_k weights[k] (-1)^k <v, J^k dJ v>``. In expectation
+    over probes it is the derivative of the value.
 
     Args:
         branch: ``g``, acting on each example alone. May close over traced parameters.
         x: Where to evaluate.
-        probes: ``v``; the columns of ``sqrt(d) I`` as probes make the mean over them the exact trace.
+        probes: ``v``; with the columns of ``sqrt(d) I`` as probes the mean over them is the exact trace.
         weights: One weight a term, at least ``length`` of them.
-        length: Number of terms: static, or traced (then one compiled loop serves every length), or one an example.
-        trace: ``x -> tr J (b,)``, exact and differentiable, to stand for the first term, whose weight must be 1 in expectation.
+        length: Number of terms. A static number, a traced one (one compiled loop then serves every length), or one an example.
+        trace: ``x -> tr J (b,)``, exact and differentiable; replaces the first term, whose weight must be 1 in expectation.
         unroll: Write the terms out instead of looping; needs a static length.
 
     Returns:
-        The estimates, and ``|v| |J^T^n v|`` at each example's last term, from which the remainder is bounded.
+        The estimates, and ``|v| |J^T^n v|`` with ``n`` the example's number of terms, for the bound of the remainder.
     """
     pull = transposed_jacobian(branch, x, len(probes))
     example_axes = tuple(range(2, probes.ndim))
@@ -110,35 +110,29 @@ def weighted_series(
     return value if trace is None else value + trace(x)[None], tail * probe_norm
 
 
-def remainder_factor(lipschitz_bound, num_terms, power, dtype):
-    """``L^p / ((n + 1)(1 - L))``, at least ``sum_{k>n} L^(k - n - 1 + p) / k``; infinite without a bound below 1."""
-    ell = lax.stop_gradient(lipschitz_at_least(jnp.inf if lipschitz_bound is None else lipschitz_bound, dtype))
+def remainder_factor(lipschitz_bound: Scalar, num_terms: int, power: int, dtype: Any) -> Float[Array, ""]:
+    """``L^p / ((n + 1)(1 - L)) >= sum_{k>n} L^(k - n - 1 + p) / k`` with ``p = power``; infinite for ``L >= 1``."""
+    ell = lax.stop_gradient(lipschitz_at_least(lipschitz_bound, dtype))
     contraction = ell < 1
     return jnp.where(contraction, ell**power / ((num_terms + 1) * jnp.where(contraction, 1 - ell, 1)), jnp.inf)
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class SeriesLogdet:
-    r"""The power series cut after ``num_terms`` terms (Behrmann et al. 2019, Algorithm 2): biased by at most its bound.
+class SeriesLogdet(ProbingEstimator):
+    r"""The power series cut after ``num_terms`` terms (Behrmann et al. 2019, Algorithm 2).
 
-    The bound that `info` reports is a posteriori: the remainder of one probe's series is
+    Its bias is at most ``info.truncation_bound``, the mean over probes of the a posteriori bound
 
     ``|sum_{k>n} (-1)^(k+1)/k v^T J^k v| <= |v| |(J^T)^n v| sum_{k>n} L^(k-n)/k <= |v| |(J^T)^n v| L / ((n+1)(1-L))``.
 
     Attributes:
         num_terms: Terms of the series; the authors use 5.
-        num_probes: Probes for each example.
-        probe: Distribution of the probes.
         unroll: Write the terms out instead of looping over them.
-        exact_trace: Whether a trace in closed form stands for the first term where there is one.
     """
 
     num_terms: int = 5
-    num_probes: int = 1
-    probe: str = "rademacher"
     unroll: bool = False
-    exact_trace: bool = True
 
     unbiased: ClassVar[bool] = False
 
@@ -146,25 +140,7 @@ class SeriesLogdet:
         if self.num_terms < 1:
             raise ValueError(f"num_terms must be at least 1, got {self.num_terms}")
 
-    def fix_length(self, key: Keys) -> "SeriesLogdet":
-        """Nothing but the probes is random here."""
-        del key
-        return self
-
-    def __call__(
-        self,
-        branch: Branch,
-        x: Batch,
-        key: Keys,
-        *,
-        lipschitz_bound: float | Float[Array, ""] | None = None,
-        trace: Trace | None = None,
-    ) -> tuple[Float[Array, " b"], LogdetInfo]:
-        """The truncated estimate, its standard error over probes and the bound of its remainder."""
-        x, n = as_floats(x, "x"), self.num_terms
-        probes = draw_probes(key, x, self.num_probes, self.probe)
-        trace = trace if self.exact_trace else None
+    def _samples(self, branch, x, key, lipschitz_bound, trace):
+        probes, n = self._draw_probes(key, x), self.num_terms
         samples, tail = weighted_series(branch, x, probes, jnp.ones(n, x.dtype), n, trace=trace, unroll=self.unroll)
-        logdet, stderr = mean_and_stderr(samples)
-        bound = remainder_factor(lipschitz_bound, n, 1, x.dtype) * jnp.mean(tail, axis=0)
-        return logdet, LogdetInfo(stderr, bound)
+        return samples, remainder_factor(lipschitz_bound, n, 1, x.dtype) * jnp.mean(tail, axis=0)

@@ -1,20 +1,22 @@
 r"""``log det(I + J)`` of a residual block from Krylov subspaces: few products with ``J^T``, even for ``Lip(g)`` close to 1.
 
-Cut after ``n`` terms, the power series misses a share ``|z|^n`` of the derivative of ``log(1 + z)`` at an eigenvalue ``z``
-near -1: at ``|z| = .94`` and 8 terms most of it, and training then shrinks what it should not. Arnoldi's method spends the same
-products on the polynomial that fits the spectrum at hand. It builds an orthonormal basis ``V`` of
-``span{v, J^T v, ..., (J^T)^(n-1) v}`` and ``H = V^T J^T V``, upper Hessenberg, in which both are small problems:
+The power series cut after ``n`` terms misses a share ``|z|^n`` of the derivative of ``log(1 + z)`` at an eigenvalue ``z`` near
+-1. With 8 terms at ``|z| = .94`` this is most of the derivative, and training then shrinks directions that it should not.
+Arnoldi's method uses the same number of products for a polynomial that fits the spectrum of ``J``. It builds an orthonormal
+basis ``V`` of ``span{v, J^T v, ..., (J^T)^(n-1) v}`` and the upper Hessenberg matrix ``H = V^T J^T V``. Value and gradient are
+small problems in this basis (Saad 1992), exact for polynomials of degree ``n`` in place of ``log(1 + z)`` and of degree
+``n - 1`` in place of ``1 / (1 + z)``:
 
     v^T log(I + J) v = |v|^2 e_1^T log(I + H) e_1,    w = (I + J^T)^-1 v = |v| V (I + H)^-1 e_1
 
-(Saad 1992), exact for polynomials of degree ``n`` and ``n - 1``. ``w`` gives the gradient ``<w, dJ v>`` as in `logdet`. All of
-it exists if ``|J| < 1``, as ``|H| <= |J|``, and errors are bounded a posteriori. With ``y_t = (I + t H)^-1 e_1``,
+The gradient is ``<w, dJ v>`` as in `hutchinson_series`. Logarithm and inverses exist if ``|J| < 1``, as ``|H| <= |J|``. With
+``y_t = (I + t H)^-1 e_1`` the value and an a posteriori bound of its error are
 
     e_1^T log(I + H) e_1 = int_0^1 e_1^T H y_t dt,    |error| <= |v|^2 h_(n+1,n) int_0^1 |e_n^T y_t| t L / (1 - t L) dt
 
-since ``x_t = |v| V y_t`` leaves the residual ``-t |v| h_(n+1,n) (e_n^T y_t) v_(n+1)`` in ``(I + t J^T) x = v``, at whose
-solution ``v^T J^T x = (|v|^2 - v^T x) / t``; and ``v^T (I + t J^T)^-1 v_(n+1) = -t v^T J^T (I + t J^T)^-1 v_(n+1)``, as ``v``
-and ``v_(n+1)`` are orthogonal.
+Proof of the bound. The exact solution ``x`` of ``(I + t J^T) x = v`` has ``v^T J^T x = (|v|^2 - v^T x) / t``. The approximation
+``x_t = |v| V y_t`` leaves the residual ``-t |v| h_(n+1,n) (e_n^T y_t) v_(n+1)`` in this equation. As ``v`` and ``v_(n+1)`` are
+orthogonal, ``v^T (I + t J^T)^-1 v_(n+1) = -t v^T J^T (I + t J^T)^-1 v_(n+1)``.
 """
 
 import math
@@ -28,27 +30,27 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths.logdet.estimator import Batch, Branch, Keys, LogdetInfo, Trace, draw_probes, mean_and_stderr
+from iresnet_jax.maths.logdet.estimator import Branch, ProbingEstimator, Scalar, Trace
 from iresnet_jax.maths.logdet.jacobian_products import transposed_jacobian, with_gradient
-from iresnet_jax.maths.upward_rounding import as_floats, lipschitz_at_least
+from iresnet_jax.maths.upward_rounding import lipschitz_at_least
 
-NUM_NODES = 24  # of the quadrature, whose error is below 1e-9 |v|^2 up to L = .98, 3e-8 |v|^2 at .99, 1e-4 |v|^2 at .999
-EXHAUSTED = 30.0  # roundings that a new direction may consist of before it counts as none
+NUM_NODES = 24  # nodes of the quadrature; its error is below 1e-9 |v|^2 up to L = .98, 3e-8 |v|^2 at .99, 1e-4 |v|^2 at .999
+EXHAUSTED = 30.0  # a new direction shorter than this many roundings is noise: the Krylov space is exhausted
 
 
 def arnoldi(
     apply: Callable[[Array], Array], v: Float[Array, "p b ..."], num_steps: int
 ) -> tuple[Float[Array, "n p b ..."], Float[Array, "m n p b"]]:
-    """An orthonormal basis of the Krylov space of every vector, and the map in it.
+    """An orthonormal basis of the Krylov space of every vector, and the map in this basis.
 
     Args:
         apply: A linear map of each ``v[i, j]`` alone.
-        v: Vectors to start from, not 0.
-        num_steps: Applications of the map, ``n``; the space may end before, and what is left of the basis is 0 then.
+        v: Start vectors, not 0.
+        num_steps: Applications of the map, ``n``. If a Krylov space has fewer dimensions, its further basis vectors are 0.
 
     Returns:
-        The basis, and ``H`` with ``m = n + 1`` rows: ``apply(basis[j]) = sum_i H[i, j] basis[i]``, where the last ``i`` stands
-        for the direction that leaves the space.
+        The basis, and ``H`` with ``m = n + 1`` rows: ``apply(basis[j]) = sum_i H[i, j] basis[i]``. The last row belongs to the
+        direction ``v_(n+1)`` outside of the space.
     """
     shape, num_vectors = v.shape, v.shape[0] * v.shape[1]
     v = v.reshape(num_vectors, math.prod(shape[2:]))  # XLA:CPU adds over several axes at once ten times more slowly
@@ -62,7 +64,7 @@ def arnoldi(
         u = apply(basis[j].reshape(shape)).reshape(v.shape)
         size = norm(u)
         column = jnp.zeros((num_steps + 1, num_vectors), v.dtype)
-        for _ in range(2):  # Gram and Schmidt twice: orthogonal to rounding
+        for _ in range(2):  # Gram-Schmidt twice makes the basis orthogonal to rounding
             overlap = jnp.sum(basis * u[None], axis=2)
             u = u - _combine(overlap, basis)
             column = column + overlap
@@ -80,7 +82,7 @@ def arnoldi(
 
 
 def _combine(coefficients: Float[Array, "n ..."], vectors: Float[Array, "n ... d"]) -> Float[Array, "... d"]:
-    """``sum_i c_i v_i``, written out, as XLA:CPU is slow in reducing over a leading axis."""
+    """``sum_i c_i v_i``, written out because XLA:CPU reduces over a leading axis slowly."""
     total = coefficients[0][..., None] * vectors[0]
     for coefficient, vector in zip(coefficients[1:], vectors[1:], strict=True):
         total = total + coefficient[..., None] * vector
@@ -88,17 +90,16 @@ def _combine(coefficients: Float[Array, "n ..."], vectors: Float[Array, "n ... d
 
 
 def quadrature() -> tuple[Float[np.ndarray, " q"], Float[np.ndarray, " q"]]:
-    """Nodes and weights on [0, 1]: Gauss and Legendre's for ``s`` in ``t = 1 - s^2``, as integrands have poles right of 1."""
+    """Gauss-Legendre nodes and weights for ``t = 1 - s^2`` in [0, 1], dense near 1, as integrands have poles above 1."""
     roots, weights = np.polynomial.legendre.leggauss(NUM_NODES)
     s = (1 - roots) / 2
     return 1 - s**2, weights * s  # dt = 2 s ds, on an interval of half the length
 
 
 def solve_hessenberg(matrix: Float[Array, "n n ..."]) -> Float[Array, "n ..."]:
-    """``A^-1 e_1`` for upper Hessenberg matrices ``A`` whose symmetric part is positive definite: so are then all pivots.
+    """``A^-1 e_1`` for upper Hessenberg matrices ``A (row, column, ...)`` with a positive definite symmetric part.
 
-    Args:
-        matrix: Row, column, and any number of axes of a batch.
+    All pivots are then positive, and elimination needs no exchange of rows.
     """
     order = jnp.arange(len(matrix))
 
@@ -121,23 +122,18 @@ def solve_hessenberg(matrix: Float[Array, "n n ..."]) -> Float[Array, "n ..."]:
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class KrylovLogdet:
-    """Arnoldi's method with ``num_steps`` products (Saad 1992): biased by at most its bound, and hardly ever by as much.
+class KrylovLogdet(ProbingEstimator):
+    """Arnoldi's method with ``num_steps`` products (Saad 1992).
 
-    ``info.truncation_bound`` is that of the module, a posteriori, for the same probes. Where a spectrum fills the whole disk of
-    radius L no polynomial converges faster than the power series; those of trained blocks do not.
+    Its bias is at most ``info.truncation_bound``, the module's a posteriori bound for the same probes, and usually far smaller.
+    No polynomial converges faster than the power series if the spectrum fills the whole disk of radius L; spectra of trained
+    blocks do not.
 
     Attributes:
         num_steps: Products with the transposed Jacobian.
-        num_probes: Probes for each example.
-        probe: Distribution of the probes.
-        exact_trace: Whether a trace in closed form stands for the first order where there is one.
     """
 
     num_steps: int = 6
-    num_probes: int = 1
-    probe: str = "rademacher"
-    exact_trace: bool = True
 
     unbiased: ClassVar[bool] = False
 
@@ -145,27 +141,10 @@ class KrylovLogdet:
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
 
-    def fix_length(self, key: Keys) -> "KrylovLogdet":
-        """Nothing but the probes is random here."""
-        del key
-        return self
-
-    def __call__(
-        self,
-        branch: Branch,
-        x: Batch,
-        key: Keys,
-        *,
-        lipschitz_bound: float | Float[Array, ""] | None = None,
-        trace: Trace | None = None,
-    ) -> tuple[Float[Array, " b"], LogdetInfo]:
-        """The estimate, its standard error over probes and the bound of what the subspaces leave out."""
-        x = as_floats(x, "x")
-        probes = draw_probes(key, x, self.num_probes, self.probe)
-        trace = trace if self.exact_trace else None
+    def _samples(self, branch, x, key, lipschitz_bound, trace):
+        probes = self._draw_probes(key, x)
         samples, bounds = quadratic_form(branch, x, probes, self.num_steps, lipschitz_bound=lipschitz_bound, trace=trace)
-        logdet, stderr = mean_and_stderr(samples)
-        return logdet, LogdetInfo(stderr, jnp.mean(bounds, axis=0))
+        return samples, jnp.mean(bounds, axis=0)
 
 
 def quadratic_form(
@@ -174,18 +153,18 @@ def quadratic_form(
     probes: Float[Array, "p b ..."],
     num_steps: int,
     *,
-    lipschitz_bound: float | Float[Array, ""] | None = None,
+    lipschitz_bound: Scalar = jnp.inf,
     trace: Trace | None = None,
 ) -> tuple[Float[Array, "p b"], Float[Array, "p b"]]:
-    """``v^T log(I + J) v`` for every probe ``v``, with the gradient that its mean over probes stands for.
+    """``v^T log(I + J) v`` for every probe ``v``, with the gradient ``<w, dJ v>``.
 
     Args:
         branch: ``g``, acting on each example alone. May close over traced parameters.
         x: Where to evaluate.
-        probes: ``v``; the columns of ``sqrt(d) I`` as probes make the mean over them the exact trace.
+        probes: ``v``; with the columns of ``sqrt(d) I`` as probes the mean over them is the exact trace.
         num_steps: Products with the transposed Jacobian.
         lipschitz_bound: Upper bound of ``Lip(g)``, for the bound of the error.
-        trace: ``x -> tr J (b,)``, exact and differentiable, to stand for the first order.
+        trace: ``x -> tr J (b,)``, exact and differentiable; replaces the first-order term.
 
     Returns:
         The estimates and bounds of their errors, infinite without a Lipschitz bound below 1.
@@ -209,7 +188,7 @@ def quadratic_form(
     w = _combine(coefficients, flat).reshape(probes.shape)
     value = with_gradient(branch, x, probes, value, w)
 
-    ell = lax.stop_gradient(lipschitz_at_least(jnp.inf if lipschitz_bound is None else lipschitz_bound, x.dtype))
+    ell = lax.stop_gradient(lipschitz_at_least(lipschitz_bound, x.dtype))
     contraction = ell < 1
     margins = 1 - times[0, 0, :-1] * jnp.where(contraction, ell, 0)
     bounds = squared * leaving * jnp.sum(weights * jnp.abs(resolvents[-1]) * (1 - margins) / margins, axis=0)

@@ -1,4 +1,4 @@
-"""``log det(I + J)`` of a residual block as a power series cut at a random length: without a bias (Chen et al. 2019)."""
+"""Unbiased estimates of ``log det(I + J)`` of a residual block: the power series cut at a random length (Chen et al. 2019)."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from iresnet_jax.maths.logdet.estimator import Batch, Branch, Keys, LogdetInfo, Trace, draw_probes, mean_and_stderr, typed_key
+from iresnet_jax.maths.logdet.estimator import Keys, ProbingEstimator, typed_key
 from iresnet_jax.maths.logdet.hutchinson_series import remainder_factor, weighted_series
-from iresnet_jax.maths.upward_rounding import as_floats
 
-LARGEST_MEAN = 500.0  # number of terms beyond which the table of a Poisson distribution would underflow
+LARGEST_MEAN = 500.0  # a Poisson distribution with a larger mean would underflow in the table of its probabilities
 
 
 @partial(
@@ -23,34 +22,28 @@ LARGEST_MEAN = 500.0  # number of terms beyond which the table of a Poisson dist
     meta_fields=["distribution", "parameter", "num_exact_terms", "num_probes", "probe", "exact_trace"],
 )
 @dataclass(frozen=True)
-class RouletteLogdet:
-    r"""The power series cut at a random length, terms reweighted so that the expectation does not feel it.
+class RouletteLogdet(ProbingEstimator):
+    r"""The power series cut at a random length, with weights that keep its expectation.
 
     With ``m = num_exact_terms`` and a random ``n``, terms ``k <= m + n`` are kept and term ``k > m`` is divided by
-    ``P(n >= k - m)`` (Chen et al. 2019, Theorem 1 and eq. 7): each term's expected weight is 1, in the value and in the
-    gradient. The table of weights ends where ``P(n >= j)`` falls under 1e-12, after 20 terms for the defaults: the expectation
-    is the series up to there, and ``info.truncation_bound`` bounds the rest a priori. The tail of a Poisson distribution falls
-    faster than any ``L^k``, so its rare long draws weigh much and few samples show too small a standard error; a geometric
-    one with ``1 - parameter > L^2`` has finite variance.
+    ``P(n >= k - m)`` (Chen et al. 2019, Theorem 1 and eq. 7). So each term has the expected weight 1, in the value and in the
+    gradient. The table of weights ends where ``P(n >= j)`` falls under 1e-12, after 20 terms for the defaults. The expectation
+    is the series up to this term, and ``info.truncation_bound`` bounds the later terms a priori.
+
+    The tail of a Poisson distribution falls faster than any ``L^k``: its rare long draws have large weights, and a standard
+    error computed without them is too small. A geometric distribution with ``1 - parameter > L^2`` has finite variance.
 
     Attributes:
         distribution: "poisson" with mean ``parameter``, or "geometric", ``P(n >= j) = (1 - parameter)^j``.
-        parameter: Mean of the Poisson, or stopping probability of the geometric distribution.
-        num_exact_terms: Terms that are always computed and have weight 1. More of them make the estimate steadier.
-        num_probes: Probes for each example.
-        probe: Distribution of the probes.
-        exact_trace: Whether a trace in closed form stands for the first term where there is one.
-        length: A length fixed by `fix_length`; None draws one for each example if the call is given a key an example, one for
-            the batch if it is given one key.
+        parameter: Mean of the Poisson distribution, or stopping probability of the geometric one.
+        num_exact_terms: Terms that are always computed and have weight 1; more of them reduce the variance.
+        length: Length from `fix_length`. None draws one length for each key of a call: for each example, or for the batch.
     """
 
     distribution: str = "poisson"
     parameter: float = 2.0
     num_exact_terms: int = 2
-    num_probes: int = 1
-    probe: str = "rademacher"
-    exact_trace: bool = True
-    length: Any = None  # Int[Array, ""] | None, or what stands for an array where JAX rebuilds pytrees
+    length: Any = None  # Int[Array, ""] | None, or a placeholder for the array that JAX puts into pytrees
 
     unbiased: ClassVar[bool] = True
 
@@ -77,7 +70,7 @@ class RouletteLogdet:
         return tail[tail > 1e-12]
 
     def weights(self) -> Float[np.ndarray, " k"]:
-        """The weight of each term ``k = 1, 2, ...`` when it is kept."""
+        """Weights of the terms ``k = 1, 2, ...`` that are kept."""
         return np.concatenate([np.ones(self.num_exact_terms), 1 / self.survival()])
 
     def draw_length(self, key: Keys) -> Int[Array, ""]:
@@ -89,30 +82,18 @@ class RouletteLogdet:
         return self.num_exact_terms + jnp.minimum(n, len(self.survival())).astype(jnp.int32)
 
     def fix_length(self, key: Keys) -> "RouletteLogdet":
-        """Draws the length now, to be shared by all blocks, examples and devices of a step."""
+        """The estimator with a length drawn once for all blocks, examples and devices."""
         return replace(self, length=self.draw_length(typed_key(key)))
 
-    def __call__(
-        self,
-        branch: Branch,
-        x: Batch,
-        key: Keys,
-        *,
-        lipschitz_bound: float | Float[Array, ""] | None = None,
-        trace: Trace | None = None,
-    ) -> tuple[Float[Array, " b"], LogdetInfo]:
-        """The estimate, its standard error over probes with the length held fixed, and the bound of its table's end."""
-        x, key = as_floats(x, "x"), typed_key(key)
+    def _samples(self, branch, x, key, lipschitz_bound, trace):
+        key = typed_key(key)
         keys = jax.vmap(jax.random.split)(key) if key.ndim else jax.random.split(key)
         key_length, key_probe = keys[..., 0], keys[..., 1]
         length = self.length
         if length is None:
             length = jax.vmap(self.draw_length)(key_length) if key.ndim else self.draw_length(key_length)
-        probes = draw_probes(key_probe, x, self.num_probes, self.probe)
         weights = self.weights()
-        trace = trace if self.exact_trace else None
+        n, probes = len(weights), self._draw_probes(key_probe, x)
         samples, _ = weighted_series(branch, x, probes, jnp.asarray(weights, x.dtype), length, trace=trace)
-        logdet, stderr = mean_and_stderr(samples)
-        n = len(weights)
         bound = math.prod(x.shape[1:]) * remainder_factor(lipschitz_bound, n, n + 1, x.dtype)
-        return logdet, LogdetInfo(stderr, jnp.full_like(logdet, bound))
+        return samples, jnp.full(len(x), bound)

@@ -40,7 +40,6 @@ def dense_norm_bound(matrix: Float[Array, "m n"], *, method: str = "exact", num_
     Example:
         >>> dense_norm_bound(jnp.eye(3))  # 1.0001
     """
-    _check_kernel(matrix)
     return embedding.dense_norm_bound(matrix, num_squarings=_checked_squarings(matrix, method, num_squarings))
 
 
@@ -105,7 +104,6 @@ def conv_norm_bound(
         >>> kernel = jnp.ones((3, 3, 1, 1)) / 9
         >>> conv_norm_bound(kernel, (8, 8))  # 0.921; on an infinite image it would be 1
     """
-    _check_kernel(kernel)
     squarings = _checked_squarings(kernel, method, num_squarings)
     if twists is not None and (not twists or any(half_turns not in (0, 1) for twist in twists for half_turns in twist)):
         raise ValueError(f"twists must be pairs of 0 and 1, at least one, got {twists}: the default takes all four")
@@ -164,7 +162,6 @@ def conv_norm_bound_any_size(
     Example:
         >>> conv_norm_bound_any_size(jnp.ones((3, 3, 1, 1)) / 9)  # 1.01
     """
-    _check_kernel(kernel)
     squarings = _checked_squarings(kernel, method, num_squarings)
     taps = kernel.shape[:2]
     if num_frequencies < max(taps):
@@ -177,13 +174,10 @@ def conv_norm_bound_any_size(
     return rounded_up(embedding.grid_bound(kernel, periods=periods, twists=((0, 0),), num_squarings=squarings) / cosines)
 
 
-def _check_kernel(kernel):
-    if kernel.size == 0:
-        raise ValueError(f"a layer needs at least one weight, got shape {kernel.shape}: check its number of channels")
-
-
-def _checked_squarings(kernel, method, num_squarings):
-    """Number of squarings for a kernel; None stands for "exact", where it follows from the reduced shape."""
+def _checked_squarings(weights, method, num_squarings):
+    """Number of squarings for weights; None stands for "exact", where it follows from the reduced shape."""
+    if weights.size == 0:
+        raise ValueError(f"a layer needs at least one weight, got shape {weights.shape}: check its number of channels")
     if method not in ("exact", "gram"):
         raise ValueError(f'method must be "exact" or "gram", got {method!r}')
     if num_squarings < 0:

@@ -10,7 +10,7 @@ from jax import lax
 
 from iresnet_jax.bijections import actnorm, residual
 from iresnet_jax.bijections.residual import Branch, Solver
-from iresnet_jax.maths.inverse.fixed_point import invert_residual, solve_linear
+from iresnet_jax.maths.inverse.fixed_point import Settings, invert_residual, solve_linear
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -110,7 +110,9 @@ def test_a_transpose_that_is_forgotten_is_noticed(x64):
     @functools.partial(jax.jit, static_argnames="adjoint")
     def cotangent_of_y(w, cotangent, *, adjoint):
         x = unrolled(w)
-        u, _ = solve_linear(lambda x: branch(x, w), x, cotangent, lipschitz_bound=LIPSCHITZ, adjoint=adjoint)
+        push = lambda u: jax.jvp(lambda x: branch(x, w), (x,), (u,))[1]  # noqa: E731
+        product = (lambda u: jax.linear_transpose(push, x)(u)[0]) if adjoint else push
+        u, _ = solve_linear(product, cotangent, Settings(jnp.asarray(LIPSCHITZ)))
         return u, jax.vjp(unrolled, w)[1](cotangent)[0]["y"]
 
     assert_same(*cotangent_of_y(problem(), problem(seed=1)["y"], adjoint=True))
@@ -269,7 +271,9 @@ def test_a_linear_solve_that_is_cut_short_says_so(x64, adjoint):
     x = jnp.ones((3, 2))
 
     def solve(**settings):
-        return jax.jit(functools.partial(solve_linear, g, lipschitz_bound=0.9, adjoint=adjoint, memory=0, **settings))(x, x)
+        push = lambda u: jax.jvp(g, (x,), (u,))[1]  # noqa: E731
+        product = (lambda u: jax.linear_transpose(push, x)(u)[0]) if adjoint else push
+        return jax.jit(lambda b: solve_linear(product, b, Settings(jnp.asarray(0.9), memory=0, **settings)))(x)
 
     u, info = solve(max_evals=5)
     np.testing.assert_array_equal(info.converged, [True, False, True])

@@ -395,6 +395,7 @@ def test_probes_have_the_moments_they_promise():
         (lambda: RouletteLogdet(parameter=-1.0), r"must lie in \(0, 500\], got -1"),
         (lambda: RouletteLogdet(parameter=800.0), r"must lie in \(0, 500\], got 800"),
         (lambda: RouletteLogdet(num_exact_terms=-1), "must not be negative, got -1"),
+        (lambda: SeriesLogdet()(lambda x: x, jnp.ones((1, 1))), "key must be given"),
         (lambda: truncation_bound(3, 1.0, 5), r"lipschitz_bound must lie in \[0, 1\), got 1"),
         (lambda: draw_probes(jax.random.key(0), jnp.ones((1, 1)), 0), "num_probes must be at least 1, got 0"),
         (lambda: draw_probes(jax.random.key(0), jnp.ones((1, 1)), 1, "cauchy"), "one of rademacher, gaussian, got 'cauchy'"),
