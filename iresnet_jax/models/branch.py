@@ -203,7 +203,7 @@ def initial_weights(spec: BranchSpec, key: Array, *, last_scale: float = 1.0) ->
             "bias": jnp.zeros((*layer.in_shape[:-1], cout) if spec.positional_bias else (cout,)),
         }
         if layer.activated and activation.initial_beta is not None:
-            weights[layer.name]["beta"] = jnp.full((), activation.initial_beta)
+            weights[layer.name]["beta"] = jnp.full((), activation.initial_beta, jnp.result_type(float))
         if spec.context_dim:
             key_context = jax.random.fold_in(layer_key, 1)
             scale /= math.sqrt(spec.context_dim / math.prod(fan_in))  # variance 1 / context_dim

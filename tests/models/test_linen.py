@@ -142,3 +142,10 @@ def test_a_small_last_scale_starts_near_the_identity(batch):
     weights = branches.initial_weights(branch, jax.random.key(0), last_scale=1e-3)
     x = squeeze(batch, 2)
     assert jnp.max(jnp.abs(branches.apply_branch(branch, weights, x))) < 0.05
+
+
+def test_variables_have_types_of_their_own(start):
+    """A weakly typed number becomes strong in the first update: the training step would be compiled a second time."""
+    weak = [jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(start) if leaf.weak_type]
+    assert not weak
+    assert jnp.full((), 0.5).weak_type  # so that the check can fail
