@@ -2,9 +2,12 @@ r"""Integers as points of [0, 1): level ``k`` of ``n`` fills the cell ``[k / n, 
 
 Uniform noise makes a density of the continuous points a lower bound of the levels' log-likelihood (Theis et al. 2016,
 sec. 3.1): the cells of ``n x`` have volume 1, so ``E_u[log p(n x)] <= log P(k)`` by Jensen's inequality.
+
+`Grid` does the same for entries of vectors that lie on a grid of any spacing, such as ages in years or rounded measurements.
 """
 
 import math
+from dataclasses import dataclass
 
 import jax
 import jax.core
@@ -146,3 +149,51 @@ def dequantize_bijection(num_levels: int) -> Bijection:
         return x, -volume(x).astype(u.dtype), no_logdet_error(u), info
 
     return Bijection(lambda x: cell_centers(x, num_levels), forward_and_logdet, inverse, inverse_and_logdet, jnp.inf)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Entries of vectors that lie on grids ``offset + k spacing``, beside entries that are continuous.
+
+    Attributes:
+        offset: One number an entry.
+        spacing: Distance of neighbouring values; 0 for a continuous entry.
+    """
+
+    offset: tuple[float, ...]
+    spacing: tuple[float, ...]
+
+    def __post_init__(self):
+        if len(self.offset) != len(self.spacing) or not self.offset:
+            raise ValueError(f"offset and spacing need one number an entry each, got {len(self.offset)}, {len(self.spacing)}")
+        if not (np.all(np.isfinite([*self.offset, *self.spacing])) and min(self.spacing) >= 0):
+            raise ValueError(f"offset must be finite and spacing at least 0, got {self.offset} and {self.spacing}")
+
+    def bijection(self) -> Bijection:
+        r"""From values on the grid to the cells around them, a bijection in distribution.
+
+        Forward with a log-determinant adds uniform noise of the width of a cell: ``log|det| = sum log spacing`` over entries on
+        a grid, so a density of the result bounds the log-probability of their values from below. Forward without one leaves
+        values in the middle of their cells. The inverse rounds to the grid.
+        """
+        width, origin = np.asarray(self.spacing), np.asarray(self.offset)
+        on_grid = width > 0
+        volume = float(np.sum(np.log(width[on_grid])))
+
+        def forward_and_logdet(x, key):
+            def noise(one):
+                return jax.random.uniform(one, x.shape[1:], x.dtype, -0.5, 0.5)
+
+            drawn = jax.random.uniform(key, x.shape, x.dtype, -0.5, 0.5) if key.ndim == 0 else jax.vmap(noise)(key)
+            return x + drawn * jnp.asarray(width, x.dtype)[None], jnp.full(len(x), volume, x.dtype), no_logdet_error(x)
+
+        def inverse(u):
+            step, start = jnp.asarray(np.where(on_grid, width, 1), u.dtype)[None], jnp.asarray(origin, u.dtype)[None]
+            return jnp.where(on_grid[None], start + step * jnp.round((u - start) / step), u), no_inverse_error(u)
+
+        def inverse_and_logdet(u, key):
+            del key
+            x, info = inverse(u)
+            return x, jnp.full(len(u), -volume, u.dtype), no_logdet_error(u), info
+
+        return Bijection(lambda x: x, forward_and_logdet, inverse, inverse_and_logdet, jnp.inf)

@@ -12,11 +12,14 @@ from jaxtyping import Array, Float
 from iresnet_jax.maths.logdet.estimator import Batch, Branch, LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.upward_rounding import as_floats
 
+SMALL = 16  # dimensions up to which elimination needs no exchanges of rows and is written out
+
 
 def exact_logdet(branch: Branch, x: Batch, *, columns_at_once: int = 64) -> Float[Array, " b"]:
-    """``log det(I + J)`` from the full Jacobian by LU factorisation; exact to rounding, differentiable.
+    """``log det(I + J)`` from the full Jacobian by elimination; exact to rounding, differentiable.
 
-    Costs ``d`` Jacobian-vector products and ``O(d^3)`` an example: for dimensions up to about a thousand.
+    Costs ``d`` Jacobian-vector products and ``O(d^3)`` an example: for dimensions up to about a thousand. Up to `SMALL` rows
+    are not exchanged, see `log_abs_det`.
 
     Args:
         branch: ``g``, acting on each example alone.
@@ -37,7 +40,23 @@ def exact_logdet(branch: Branch, x: Batch, *, columns_at_once: int = 64) -> Floa
     else:
         columns = lax.map(column, basis, batch_size=min(columns_at_once, num_dims))
     jacobian = jnp.moveaxis(columns, 0, -1)
-    return jnp.linalg.slogdet(jnp.eye(num_dims, dtype=x.dtype)[None] + jacobian)[1]
+    matrices = jnp.eye(num_dims, dtype=x.dtype)[None] + jacobian
+    return log_abs_det(matrices) if num_dims <= SMALL else jnp.linalg.slogdet(matrices)[1]
+
+
+def log_abs_det(matrices: Float[Array, "b d d"]) -> Float[Array, " b"]:
+    r"""Sum of the logarithms of the pivots of Gaussian elimination without exchanges of rows, for all examples side by side.
+
+    For ``|J|_2 < 1`` the symmetric part of ``I + J`` is positive definite. A Schur complement inherits that: its inverse is a
+    diagonal block of the inverse. So all pivots are positive, and they are at least ``1 - |J|_2``, as the inverse of a pivot is
+    at most ``|(I + J)^-1|``. A batch of small matrices takes a tenth of the time of LAPACK, which goes from one to the next.
+    """
+    total = jnp.zeros(len(matrices), matrices.dtype)
+    while matrices.shape[-1]:
+        pivot, row, column = matrices[:, :1, :1], matrices[:, :1, 1:], matrices[:, 1:, :1]
+        total = total + jnp.log(jnp.abs(pivot[:, 0, 0]))
+        matrices = matrices[:, 1:, 1:] - column * (row / pivot)
+    return total
 
 
 @jax.tree_util.register_static

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from iresnet_jax.maths.logdet.estimator import draw_probes
-from iresnet_jax.maths.logdet.exact import ExactLogdet, exact_logdet
+from iresnet_jax.maths.logdet.exact import SMALL, ExactLogdet, exact_logdet, log_abs_det
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet, truncation_bound, weighted_series
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
@@ -74,6 +74,23 @@ def test_exact_against_slogdet(x64):
         run = jax.jit(functools.partial(exact_logdet, functools.partial(apply, params), columns_at_once=columns_at_once))
         logdet = run(jnp.asarray(x))
         np.testing.assert_allclose(logdet, expected, rtol=EXACT, atol=EXACT)
+
+
+def test_elimination_without_exchanges_is_stable_for_contractions(x64):
+    """Pivots of I + J are at least 1 - L, whatever J: rotations and reflections of norm L included."""
+    rng, compute = np.random.default_rng(0), jax.jit(log_abs_det)
+    gradient_of = jax.jit(jax.grad(lambda m: log_abs_det(m).sum()))
+    for lipschitz in (0.5, 0.99, 0.9999):
+        rotations = np.linalg.qr(rng.normal(size=(200, SMALL, SMALL)))[0]
+        reflections = -np.eye(SMALL)[None]
+        matrices = np.eye(SMALL) + lipschitz * np.concatenate([rotations, reflections])
+        np.testing.assert_allclose(compute(jnp.asarray(matrices)), np.linalg.slogdet(matrices)[1], atol=1e-9)
+        single = compute(jnp.asarray(matrices, jnp.float32))
+        np.testing.assert_allclose(single, np.linalg.slogdet(matrices.astype(np.float32))[1], atol=1e-5 / (1 - lipschitz))
+        gradient = gradient_of(jnp.asarray(matrices))
+        np.testing.assert_allclose(gradient, np.linalg.inv(matrices).swapaxes(1, 2), rtol=1e-7, atol=1e-7)
+    swap = jnp.asarray([[[0.0, 1.0], [1.0, 0.0]]])  # no contraction beside the identity: exchanges would be needed
+    assert not np.isclose(compute(swap), 0)
 
 
 def test_all_estimators_know_half_the_identity_in_five_dimensions(x64):

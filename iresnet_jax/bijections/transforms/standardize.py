@@ -1,0 +1,155 @@
+r"""Continuous data on a common scale: every entry by itself, or all of them decorrelated.
+
+Both are affine, ``y = A (x - m)`` with constants of the training data, so ``log|det dy/dx| = log|det A|`` is the same for all
+examples. The constants are kept in float64 and rounded to the dtype of the data where they are used.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from iresnet_jax.bijections.bijection import Bijection, exact_bijection
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
+from iresnet_jax.maths.upward_rounding import at_least
+
+_ROUNDING = 1e-5  # relative error of constants rounded to float32 and of their products, with a wide margin
+SMALLEST_WITHIN = 1e-2  # least standard deviation within classes that `Whiten.fit` takes, in those of all data
+SHRINKAGE = 1e-6  # least share by which correlations shrink: single precision inverts the factor
+
+
+@dataclass(frozen=True)
+class Standardize:
+    """``y = (x - mean) / scale``, entry by entry.
+
+    Attributes:
+        mean: One number an entry of a vector or a channel of an image, subtracted.
+        scale: Positive numbers in the same form, divided by.
+    """
+
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    def __post_init__(self):
+        if len(self.mean) != len(self.scale) or not self.mean:
+            raise ValueError(f"mean and scale need one number an entry each, got {len(self.mean)} and {len(self.scale)}")
+        if not (np.all(np.isfinite([*self.mean, *self.scale])) and min(self.scale) > 0):
+            raise ValueError("mean must be finite and scale positive and finite: an entry is constant or too large")
+
+    @classmethod
+    def fit(cls, x: Float[np.ndarray, "n ..."]) -> "Standardize":
+        """Mean and standard deviation of every entry along the last axis, over all others."""
+        rows = np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1])
+        return cls(tuple(rows.mean(axis=0).tolist()), tuple(rows.std(axis=0).tolist()))
+
+    def bijection(self) -> Bijection:
+        """The affine map; its log-determinant is ``-sum log(scale)``, once for each pixel of an image."""
+
+        def forward_and_logdet(x):
+            mean, scale = self._constants(x)
+            return (x - mean) / scale, self._log_det(x)
+
+        def inverse_and_logdet(y):
+            mean, scale = self._constants(y)
+            return y * scale + mean, -self._log_det(y)
+
+        return exact_bijection(forward_and_logdet, inverse_and_logdet, inverse_lipschitz=self.bilipschitz().inverse)
+
+    def bilipschitz(self) -> BiLipschitz:
+        """``1 / min(scale)`` and ``max(scale)``, rounded up."""
+        return _bilipschitz(1 / min(self.scale), max(self.scale))
+
+    def _constants(self, x: Array) -> tuple[Array, Array]:
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        return jnp.asarray(self.mean, x.dtype).reshape(shape), jnp.asarray(self.scale, x.dtype).reshape(shape)
+
+    def _log_det(self, x: Array) -> Float[Array, " b"]:
+        repeats = np.prod(x.shape[1:-1])
+        return jnp.full(len(x), -repeats * np.sum(np.log(self.scale)), x.dtype)
+
+
+@dataclass(frozen=True)
+class Whiten:
+    """``y = factor^-1 (x - mean)`` for vectors: data of covariance ``factor factor^T`` get the identity's.
+
+    A residual block of constant L stretches by a factor between 1 - L and 1 + L in any direction: a flow needs many blocks to
+    undo correlations, which one triangular matrix undoes exactly.
+
+    Attributes:
+        mean: One number an entry, subtracted.
+        factor: Rows of a lower triangular matrix with a positive diagonal.
+    """
+
+    mean: tuple[float, ...]
+    factor: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self):
+        matrix = np.asarray(self.factor)
+        if matrix.shape != (len(self.mean),) * 2 or not len(matrix):
+            raise ValueError(f"factor must be a square matrix with a row an entry of the {len(self.mean)}, got {matrix.shape}")
+        if not (np.all(np.isfinite(matrix)) and np.all(np.isfinite(self.mean))):
+            raise ValueError("mean and factor must be finite: an entry of the data is too large")
+        if np.any(np.triu(matrix, 1)) or not np.all(np.diag(matrix) > 0):
+            raise ValueError("factor must be lower triangular with a positive diagonal: use Whiten.fit")
+
+    @classmethod
+    def fit(cls, x: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"] | None = None) -> "Whiten":
+        """Mean and Cholesky factor of the covariance of data whose entries all vary; with labels, the one within classes.
+
+        A prior for each class, with independent entries, then begins as the normal density of linear discriminant analysis.
+
+        Entries are scaled to variance 1 first. Their correlations shrink towards 0 by the share that minimises the expected
+        squared error of n examples (Schaefer and Strimmer 2005, eq. 10), at least by `SHRINKAGE`, so the factor exists for
+        fewer examples than entries and for entries that repeat one another.
+        """
+        rows = np.asarray(x, np.float64)
+        mean, total = rows.mean(axis=0), rows.std(axis=0)
+        centred = rows - mean
+        if labels is not None:
+            centred = np.array(centred)
+            for label in np.unique(labels):
+                centred[labels == label] -= centred[labels == label].mean(axis=0)
+        scale = np.maximum(centred.std(axis=0), SMALLEST_WITHIN * total)
+        factor = scale[:, None] * np.linalg.cholesky(shrunk_correlation(centred / scale))
+        return cls(tuple(mean.tolist()), tuple(map(tuple, factor.tolist())))
+
+    def bijection(self) -> Bijection:
+        """The affine map; its log-determinant is ``-sum log(diagonal of factor)``."""
+        factor, mean = np.asarray(self.factor), np.asarray(self.mean)
+        inverse = np.linalg.inv(factor)
+        log_det = -np.sum(np.log(np.diag(factor)))
+
+        def forward_and_logdet(x):
+            y = (x - jnp.asarray(mean, x.dtype)[None]) @ jnp.asarray(inverse.T, x.dtype)
+            return y, jnp.full(len(x), log_det, x.dtype)
+
+        def inverse_and_logdet(y):
+            x = y @ jnp.asarray(factor.T, y.dtype) + jnp.asarray(mean, y.dtype)[None]
+            return x, jnp.full(len(y), -log_det, y.dtype)
+
+        return exact_bijection(forward_and_logdet, inverse_and_logdet, inverse_lipschitz=self.bilipschitz().inverse)
+
+    def bilipschitz(self) -> BiLipschitz:
+        """The reciprocal of the least and the largest singular value of ``factor``, rounded up."""
+        values = np.linalg.svd(np.asarray(self.factor), compute_uv=False)
+        return _bilipschitz(1 / values[-1], values[0])
+
+
+def shrunk_correlation(z: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "d d"]:
+    r"""Correlation matrix of standardised data, off-diagonal entries times ``1 - s``.
+
+    ``s = sum_{i != j} Var(r_ij) / sum_{i != j} r_ij^2`` within [`SHRINKAGE`, 1]; the variance of a correlation is that of the
+    products ``z_i z_j`` (Schaefer and Strimmer 2005, eq. 10).
+    """
+    num = len(z)
+    correlation = z.T @ z / num
+    off = ~np.eye(z.shape[1], dtype=bool)
+    variance = ((z**2).T @ z**2 / num - correlation**2)[off].sum() / max(num - 1, 1)
+    signal = (correlation[off] ** 2).sum()
+    share = 1.0 if signal == 0 else float(np.clip(variance / signal, SHRINKAGE, 1.0))
+    return np.where(off, (1 - share) * correlation, 1.0)
+
+
+def _bilipschitz(forward: float, inverse: float) -> BiLipschitz:
+    return BiLipschitz(*(at_least(value * (1 + _ROUNDING)) for value in (forward, inverse)))

@@ -1,0 +1,89 @@
+"""Affine transforms of continuous data: dense Jacobians, covariances, Lipschitz constants, few examples."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten, shrunk_correlation
+
+EXACT = 1e-10  # float64, same maths by another route
+SINGLE = 1e-5  # float32
+RNG = np.random.default_rng(0)
+MIXING = RNG.normal(size=(4, 4)) + 2 * np.eye(4)
+DATA = RNG.normal(size=(5000, 4)) @ MIXING.T * [1, 10, 1e-3, 1e3] + [0, 1, -2, 100]
+TRANSFORMS = {"standardize": Standardize.fit(DATA), "whiten": Whiten.fit(DATA)}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_round_trip_and_logdet_of_the_dense_jacobian(x64, name):
+    bijection, x = TRANSFORMS[name].bijection(), jnp.asarray(DATA[:3])
+    y, logdet, _ = bijection.forward_and_logdet(x, None)
+    back, logdet_inverse, _, info = bijection.inverse_and_logdet(y, None)
+    np.testing.assert_allclose(back, x, rtol=EXACT, atol=EXACT)
+    np.testing.assert_allclose(bijection.inverse(bijection.forward(x))[0], x, rtol=EXACT, atol=EXACT)
+    np.testing.assert_allclose(logdet_inverse, -logdet, rtol=EXACT)
+    jacobian = jax.jacfwd(lambda one: bijection.forward(one[None])[0])(x[0])
+    np.testing.assert_allclose(logdet, np.linalg.slogdet(np.asarray(jacobian))[1], rtol=EXACT)
+    assert np.all(info.error_bound == 0)
+    values = np.linalg.svd(np.asarray(jacobian), compute_uv=False)
+    bounds = TRANSFORMS[name].bilipschitz()
+    assert values[0] <= bounds.forward <= 1.001 * values[0]
+    assert 1 / values[-1] <= bounds.inverse <= 1.001 / values[-1]
+    assert bijection.inverse_lipschitz == bounds.inverse
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_single_precision_comes_back(name):
+    bijection, x = TRANSFORMS[name].bijection(), jnp.asarray(DATA[:100], jnp.float32)
+    y = bijection.forward(x)
+    assert y.dtype == jnp.float32
+    error = np.abs(np.asarray(bijection.inverse(y)[0] - x)) / DATA.std(axis=0)
+    assert error.max() < 100 * SINGLE  # the third entry is a thousand of its standard deviations away from 0
+
+
+def test_standardized_data_have_mean_0_and_variance_1_and_whitened_ones_no_correlation():
+    for name, transform in TRANSFORMS.items():
+        y = np.asarray(transform.bijection().forward(jnp.asarray(DATA, jnp.float32)), np.float64)
+        np.testing.assert_allclose(y.mean(axis=0), 0, atol=1e-3)
+        np.testing.assert_allclose(y.var(axis=0), 1, atol=2e-2)  # correlations shrink by about 1/5000
+        off = np.corrcoef(y.T)[~np.eye(4, dtype=bool)]
+        assert (np.abs(off).max() < 2e-2) == (name == "whiten")
+
+
+def test_images_have_one_scale_a_channel():
+    images = RNG.normal(size=(50, 4, 4, 2)) * [1, 5] + [3, 0]
+    transform = Standardize.fit(images)
+    np.testing.assert_allclose(transform.scale, images.reshape(-1, 2).std(axis=0), rtol=EXACT)
+    y, logdet, _ = transform.bijection().forward_and_logdet(jnp.asarray(images[:2], jnp.float32), None)
+    np.testing.assert_allclose(logdet, -16 * np.log(transform.scale).sum(), rtol=SINGLE)
+    np.testing.assert_allclose(y, (images[:2] - transform.mean) / transform.scale, rtol=1e-4, atol=1e-4)
+
+
+def test_few_examples_shrink_to_a_factor_that_exists():
+    few = RNG.normal(size=(6, 20))
+    transform = Whiten.fit(few)
+    values = np.linalg.svd(np.asarray(transform.factor), compute_uv=False)
+    assert values[-1] > 0.1  # the plain covariance has rank 5
+    standard = (few - few.mean(axis=0)) / few.std(axis=0)
+    plain = standard.T @ standard / 6
+    off = ~np.eye(20, dtype=bool)
+    assert np.abs(shrunk_correlation(standard)[off]).sum() < 0.5 * np.abs(plain[off]).sum()  # independent entries
+    many = RNG.normal(size=(20_000, 3)) @ np.array([[1, 0.9, 0], [0, 0.5, 0], [0, 0, 1]])
+    many = (many - many.mean(axis=0)) / many.std(axis=0)
+    np.testing.assert_allclose(shrunk_correlation(many), np.corrcoef(many.T), atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Standardize((0.0,), (0.0,)), "scale positive"),
+        (lambda: Standardize((0.0,), (1.0, 1.0)), "one number an entry"),
+        (lambda: Whiten((0.0, 0.0), ((1.0, 0.0),)), "square"),
+        (lambda: Whiten((0.0, 0.0), ((1.0, 0.5), (0.0, 1.0))), "lower triangular"),
+        (lambda: Whiten((float("nan"),), ((1.0,),)), "finite"),
+    ],
+)
+def test_constants_that_are_no_transform_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
