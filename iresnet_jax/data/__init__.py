@@ -1,13 +1,16 @@
-"""Where examples come from: `load` returns images and toys by name as a `DataSet`.
+"""Where examples come from: `load` returns images, toys and simulators by name as a `DataSet`.
 
 ======================  ==============================================================================================
 ``digits``              8x8 images embedded in scikit-learn
 ``moons`` ``rings``     2-D toy densities, listed in `toys`
+``linear_gaussian``     parameters given an observation, with a posterior that is known, listed in `simulators`
 ``mnist`` ``cifar10``   any image classification data set of TensorFlow Datasets by its name there, such as
                         ``downsampled_imagenet/32x32`` or ``mnist:3.0.1``; downloaded once if TensorFlow is installed
 ``idx:FOLDER``          IDX files as MNIST is published, ``train-images-idx3-ubyte.gz`` and so on
 ``cifar:PATH``          the binary version of CIFAR-10 or CIFAR-100, a folder or the ``.tar.gz``
-``npz:FILE``            arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``
+``npz:FILE``            arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``, or ``x`` alone, to be split; images of 8 bits
+                        or floats, with contexts ``context_train`` or ``context``
+``npy:PATH`` ``csv:``   vectors or images of floats, see `sources.tables`
 ``folder:FOLDER``       image files ``train/CLASS/NAME.png``, ``test/CLASS/NAME.png``
 ======================  ==============================================================================================
 
@@ -16,17 +19,21 @@ files are decoded once (`decoding`, `cache`). `splits` says how the validation s
 training step sees.
 """
 
+import dataclasses
 from pathlib import Path
 
-from iresnet_jax.data import decoding, toys
+from iresnet_jax.data import decoding, simulators, toys
+from iresnet_jax.data.arrays import one_hot
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.sources import cifar, digits, idx, image_folder, npz, tfds
+from iresnet_jax.data.simulators import Simulator
+from iresnet_jax.data.sources import cifar, digits, idx, image_folder, npz, tables, tfds
 from iresnet_jax.data.toys import Toy
 
-__all__ = ["EMBEDDED", "FORMATS", "TFDS_NAMES", "DataSet", "Toy", "load"]
+__all__ = ["EMBEDDED", "FORMATS", "TABLES", "TFDS_NAMES", "DataSet", "Simulator", "Toy", "conditioned_on_labels", "load"]
 
 EMBEDDED = {"digits": digits.load}
 FORMATS = {"idx": idx.source, "cifar": cifar.source, "npz": npz.source, "folder": image_folder.source}
+TABLES = {"npy": tables.load_npy, "csv": tables.load_csv}
 TFDS_NAMES = (  # the customary ones
     "mnist",
     "fashion_mnist",
@@ -39,8 +46,8 @@ TFDS_NAMES = (  # the customary ones
 )
 
 
-def load(name: str, data_dir: str | None = None) -> DataSet:
-    """Loads a data set or toy by its name.
+def load(name: str, data_dir: str | None = None, *, fractions: tuple[float, float] = (0.1, 0.1)) -> DataSet:
+    """Loads a data set, toy or simulator by its name.
 
     Example::
 
@@ -54,6 +61,7 @@ def load(name: str, data_dir: str | None = None) -> DataSet:
         name: Name as in the table above.
         data_dir: Folder that holds the prepared data sets of TFDS (by default ``$TFDS_DATA_DIR``, else
             ``~/tensorflow_datasets``), and from which relative paths after ``idx:`` and so on start (by default ``.``).
+        fractions: Shares for validation and for the test of arrays in a file that has not split them.
 
     Raises:
         ValueError: If no data set has this name, or its files do not make up a data set.
@@ -62,16 +70,37 @@ def load(name: str, data_dir: str | None = None) -> DataSet:
     """
     if name in toys.TOYS:
         return DataSet.from_toy(toys.get(name))
+    if name in simulators.SIMULATORS:
+        return DataSet.from_simulator(simulators.get(name))
     if name in EMBEDDED:
         return EMBEDDED[name]()
     kind, colon, path = name.partition(":")
+    place = Path(data_dir or "", Path(path).expanduser()).expanduser()
+    if colon and kind in TABLES:
+        return TABLES[kind](place, name, fractions)
+    if colon and kind == "npz" and (arrays := npz.continuous_arrays(place, name)) is not None:
+        return tables.load_npz(arrays, place, name, fractions)
     if colon and kind in FORMATS:
-        source = FORMATS[kind](Path(data_dir or "", Path(path).expanduser()).expanduser(), name)
+        source = FORMATS[kind](place, name)
     else:
         source = tfds.source(name, data_dir)
     if source is None:
         raise ValueError(
             f"unknown data set {name!r}: known are the images {', '.join([*EMBEDDED, *TFDS_NAMES])} and others of TFDS, "
-            f"the toys {', '.join(toys.TOYS)}, and own images as {', '.join(f'{kind}:PATH' for kind in FORMATS)}"
+            f"the toys {', '.join(toys.TOYS)}, the simulators {', '.join(simulators.SIMULATORS)}, "
+            f"and own data as {', '.join(f'{kind}:PATH' for kind in [*FORMATS, *TABLES])}"
         )
     return decoding.load(source)
+
+
+def conditioned_on_labels(data: DataSet) -> DataSet:
+    """The data set with each example's class, as a vector of 0 and 1, for its context.
+
+    Raises:
+        ValueError: If it has no labels, or contexts already.
+    """
+    if data.num_classes is None or data.contexts:
+        problem = "contexts already" if data.contexts else "no labels"
+        raise ValueError(f"data.condition_on_labels makes contexts of labels, and {data.name} has {problem}: switch it off")
+    contexts = {split: one_hot(labels, data.num_classes) for split, labels in data.labels.items()}
+    return dataclasses.replace(data, contexts=contexts)

@@ -20,11 +20,44 @@ def validation_mask(num_train: int) -> Bool[np.ndarray, " n"]:
     Args:
         num_train: Number of published training examples, at least 2.
     """
-    digests = [hashlib.sha256(f"{_SALT}:{index}".encode()).digest() for index in range(num_train)]
-    chosen = sorted(range(num_train), key=digests.__getitem__)[: min(max(num_train // 10, 1), _MOST_VALIDATION)]
+    chosen = _by_digest(num_train)[: min(max(num_train // 10, 1), _MOST_VALIDATION)]
     mask = np.zeros(num_train, bool)
     mask[chosen] = True
     return mask
+
+
+def fraction_masks(num: int, fractions: tuple[float, float]) -> dict[str, Bool[np.ndarray, " n"]]:
+    """Splits examples that nobody has split: those with the smallest digests are for the test, the next for validation.
+
+    Args:
+        num: Number of examples.
+        fractions: Shares for validation and for the test, each in [0, 1) and together below 1; 0 leaves a split out.
+
+    Returns:
+        Masks by split: each split that is asked for has at least one example, and "train" the rest.
+
+    Raises:
+        ValueError: If there are too few examples for that, or fractions are out of range.
+    """
+    validation, test = fractions
+    if not (0 <= validation < 1 and 0 <= test < 1 and validation + test < 1):
+        raise ValueError(f"the shares for validation and test must lie in [0, 1) and leave some for training, got {fractions}")
+    sizes = {"test": test, "validation": validation}
+    counts = {split: max(round(share * num), 1) for split, share in sizes.items() if share}
+    if sum(counts.values()) + 2 > num:
+        raise ValueError(
+            f"{num} examples are too few to be split into {', '.join(['train', *counts])}: at least {len(counts) + 2}"
+        )
+    order, masks, start = _by_digest(num), {}, 0
+    for split, count in counts.items():
+        masks[split] = np.isin(np.arange(num), order[start : start + count])
+        start += count
+    return {"train": np.isin(np.arange(num), order[start:]), **masks}
+
+
+def _by_digest(num: int) -> list[int]:
+    digests = [hashlib.sha256(f"{_SALT}:{index}".encode()).digest() for index in range(num)]
+    return sorted(range(num), key=digests.__getitem__)
 
 
 def routes(num_examples: dict[str, int], name: str) -> Routes:

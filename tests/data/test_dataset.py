@@ -135,23 +135,22 @@ def test_held_out_points_of_a_toy_belong_to_their_split_and_seed():
 def test_a_toy_draws_one_example_for_each_key():
     toy = data.load("moons")
     keys = jax.random.split(jax.random.key(0), 5)
-    points = jax.jit(jax.vmap(lambda key: toy.draw(key, None)))(keys)
+    points = jax.jit(jax.vmap(lambda key: toy.draw(key, None)[0]))(keys)
     assert len({tuple(point) for point in np.asarray(points).tolist()}) == 5
     assert toy.entropy == toys.get("moons").entropy
 
 
 def test_random_training_examples_are_distinct_and_no_more_than_there_are():
     key = jax.random.key(0)
-    drawn = np.asarray(make().random_train(key, 8))
+    drawn = np.asarray(make().random_train(key, 8)[0])
     assert len({image.tobytes() for image in drawn} & {image.tobytes() for image in IMAGES["train"]}) == 8
-    assert len(make().random_train(key, 100)) == 12
-    assert data.load("moons").random_train(key, 7).shape == (7, 2)
+    assert len(make().random_train(key, 100)[0]) == 12
+    assert data.load("moons").random_train(key, 7)[0].shape == (7, 2)
 
 
 def test_unknown_names_and_formats_list_the_known_ones():
-    expected = (
-        r"unknown data set '{}': known are the images digits, mnist, .*, the toys .*moons.*, and own images as idx:PATH, "
-    )
+    known = r"the images digits, mnist, .*, the toys .*moons.*, the simulators .*, and own data as idx:PATH, "
+    expected = r"unknown data set '{}': known are " + known
     for name in ("moon", "h5:/a/b", "../mnist", "", "mnist:", "/etc/passwd"):
         with pytest.raises(ValueError, match=expected.format(name)):
             data.load(name)

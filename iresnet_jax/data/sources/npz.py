@@ -32,6 +32,31 @@ def source(path: Path, name: str) -> Source:
     return source_of_file(name, path, functools.partial(_open, path))
 
 
+def continuous_arrays(path: Path, name: str) -> dict[str, Any] | None:
+    """The arrays of a file that does not hold images of 8 bits in splits; None for one that does."""
+    check_is_file(path, name)
+    header = _header(path, ("x", "x_train", "train_images"))
+    if header is None or (header[1] == np.uint8 and len(header[2]) > 2 and header[0] != "x"):
+        return None
+    return _load(path)
+
+
+def _header(path: Path, names: tuple[str, ...]) -> tuple[str, np.dtype, tuple[int, ...]] | None:
+    """Name, type and shape of the first of these arrays that a file has, without reading it; None of a file without any."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in names:
+                if f"{name}.npy" in archive.namelist():
+                    with archive.open(f"{name}.npy") as member:
+                        version = np.lib.format.read_magic(member)
+                        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                        shape, _, dtype = read(member)
+                        return name, dtype, shape
+    except (EOFError, ValueError, zipfile.BadZipFile, zlib.error):  # `_load` says what is wrong
+        return None
+    return None
+
+
 def _open(path: Path) -> Contents:
     arrays = _load(path)
     images, labels = {}, {}

@@ -1,0 +1,227 @@
+"""Data sets of arrays in memory: what an array is a sample of, and what no density can be fitted to.
+
+Integer images are levels, floats are continuous. An entry of a vector that takes few values lies on a grid and is dequantised;
+one that is constant, or repeats values of no grid, has no density and is refused by name.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from iresnet_jax.bijections.transforms.dequantize import Grid
+from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.splits import fraction_masks
+
+REPEATS = 2.0  # examples for each distinct value of an entry from which it counts as one that takes few values
+FINEST_GRID = 1e-4  # least spacing of a grid, in standard deviations of the entry
+UNRESOLVED = 1e-5  # standard deviation relative to the mean below which float32 cannot tell values apart
+NAMED = 5  # entries that a message names
+
+
+class Arrays(NamedTuple):
+    """Examples with what belongs to each; None for what they do not have.
+
+    Attributes:
+        x: Vectors ``(n, d)`` or images ``(n, h, w, c)``.
+        labels: Classes ``(n,)``.
+        context: Context vectors ``(n, k)``.
+    """
+
+    x: np.ndarray
+    labels: np.ndarray | None = None
+    context: np.ndarray | None = None
+
+    def take(self, chosen: Any) -> "Arrays":
+        """The chosen examples, by places or by a mask."""
+        labels, context = (None if array is None else array[chosen] for array in (self.labels, self.context))
+        return Arrays(self.x[chosen], labels, context)
+
+
+def from_arrays(
+    name: str,
+    arrays: Arrays | dict[str, Arrays],
+    *,
+    fractions: tuple[float, float] = (0.1, 0.1),
+    num_levels: int | None = None,
+    column_names: Sequence[str] = (),
+) -> DataSet:
+    """The data set of arrays in memory.
+
+    Args:
+        name: Name in messages and reports.
+        arrays: All examples, or those of each split, "train" among them.
+        fractions: Shares of all examples that are set aside for validation and for the test, where they are not split yet.
+            The choice depends on the number of examples alone, see `splits.fraction_masks`.
+        num_levels: Levels of integer images; by default 256 if there is one above 127, else one more than the largest.
+        column_names: Names of the entries of vectors, for messages; their numbers by default.
+
+    Raises:
+        ValueError: If the arrays do not fit together, are not finite, or have entries without a density; it says which.
+    """
+    if isinstance(arrays, Arrays):
+        checked = _checked(arrays, num_levels)
+        parts = {split: checked.take(mask) for split, mask in fraction_masks(len(checked.x), fractions).items()}
+    else:
+        if "train" not in arrays:
+            raise ValueError(f"{name} has no training examples: its splits are {', '.join(arrays) or 'none'}")
+        parts = {split: _checked(part, num_levels) for split, part in arrays.items()}
+        shapes = {part.x.shape[1:] for part in parts.values()}
+        if len(shapes) > 1:
+            raise ValueError(f"the splits of {name} must hold examples of one shape, got {sorted(shapes)}")
+        if len({(part.labels is None, part.context is None) for part in parts.values()}) > 1:
+            raise ValueError(f"all splits of {name} need labels and contexts, or none of them")
+    train = parts["train"]
+    levels, grid = None, None
+    if np.issubdtype(train.x.dtype, np.integer):
+        largest = max(int(part.x.max()) for part in parts.values() if len(part.x))
+        levels = num_levels or (256 if largest > 127 else max(largest + 1, 2))
+        if largest >= levels or levels > 256:
+            raise ValueError(f"{name} has levels up to {largest}: there can be at most 256, and num_levels is {num_levels}")
+    elif train.x.ndim == 2:
+        grid = find_grid(train.x, column_names)
+    else:
+        check_channels(train.x)
+    classes = None if train.labels is None else int(max(part.labels.max(initial=0) for part in parts.values())) + 1  # pyright: ignore
+    return DataSet.from_arrays(
+        name,
+        {split: part.x for split, part in parts.items()},
+        {split: part.labels for split, part in parts.items() if part.labels is not None},
+        contexts={split: part.context for split, part in parts.items() if part.context is not None},
+        num_levels=levels,
+        num_classes=classes,
+        grid=grid,
+    )
+
+
+def find_grid(x: np.ndarray, column_names: Sequence[str] = ()) -> Grid | None:
+    """The grid on which entries of vectors lie that take few values; None if all are continuous.
+
+    An entry counts as one that takes few values if there are at least `REPEATS` examples for each of them.
+
+    Args:
+        x: Vectors ``(n, d)``.
+        column_names: Names of the entries, for messages.
+
+    Raises:
+        ValueError: If entries are constant, repeat values that are on no grid, or cannot be told apart in float32.
+    """
+    constant, scattered, unresolved = [], [], []
+    offset, spacing = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    for column, values in enumerate(np.asarray(x, np.float64).T):
+        distinct = np.unique(values)
+        if len(distinct) < 2:
+            constant.append(column)
+        elif distinct.std() < UNRESOLVED * abs(distinct.mean()):
+            unresolved.append(column)
+        elif len(values) >= REPEATS * len(distinct):
+            step = _step(distinct)
+            if step is None or step < FINEST_GRID * values.std():
+                scattered.append(column)
+            else:
+                offset[column], spacing[column] = distinct[0], step
+    if constant:
+        raise ValueError(
+            f"{_columns(constant, column_names)} constant in single precision, so there is no density: drop {_them(constant)}"
+        )
+    if unresolved:
+        raise ValueError(
+            f"{_columns(unresolved, column_names)} too far from 0 for single precision to tell values apart: subtract the mean"
+        )
+    if scattered:
+        raise ValueError(
+            f"{_columns(scattered, column_names)} made of few values that lie on no regular grid, where a density would grow "
+            f"without bound: add noise of the size of their rounding, or drop {_them(scattered)}"
+        )
+    return Grid(tuple(offset.tolist()), tuple(spacing.tolist())) if spacing.any() else None
+
+
+def check_channels(images: np.ndarray) -> None:
+    """Raises ``ValueError`` if a channel of continuous images is constant, or most of its values are equal."""
+    for channel in range(images.shape[-1]):
+        values = np.asarray(images[..., channel]).reshape(-1)
+        distinct, counts = np.unique(values, return_counts=True)
+        if len(distinct) < 2:
+            raise ValueError(f"channel {channel} of the images is constant, so there is no density: drop it")
+        if len(values) >= 1000 and len(distinct) <= 256:
+            raise ValueError(
+                f"channel {channel} of the images has {len(distinct)} different values: give images of integer levels as "
+                "integers, so that their likelihood is one of levels"
+            )
+        if counts.max() > len(values) / 4:
+            raise ValueError(
+                f"{counts.max() / len(values):.0%} of channel {channel} of the images are {distinct[counts.argmax()]:g}, "
+                "where a density would grow without bound: add noise, or give the images as integer levels"
+            )
+
+
+def _step(distinct: np.ndarray) -> float | None:
+    """Spacing of the grid on which values lie, up to the rounding of their decimals; None if there is none."""
+    gaps = np.diff(distinct)
+    step = gaps.min()
+    multiples = gaps / step
+    return float(step) if np.abs(multiples - np.round(multiples)).max() <= 0.01 else None
+
+
+def _checked(arrays: Arrays, num_levels: int | None) -> Arrays:
+    """The arrays in the types that training takes."""
+    x = np.asarray(arrays.x)
+    if x.ndim not in (2, 4) or not len(x) or not np.prod(x.shape[1:]):
+        hint = ": add a channel axis with x[..., None]" if x.ndim == 3 else ""
+        raise ValueError(f"data must be vectors (n, d) or images (n, h, w, c), got shape {x.shape}{hint}")
+    if x.dtype == bool or (np.issubdtype(x.dtype, np.integer) and x.ndim == 2 and num_levels is None):
+        x = x.astype(np.float32 if x.ndim == 2 else np.uint8)
+    if np.issubdtype(x.dtype, np.integer):
+        if x.min() < 0 or x.max() > 255:
+            raise ValueError(f"integer images must have levels 0 to 255, got {x.min()} to {x.max()}: convert them to floats")
+        x = x.astype(np.uint8)
+    else:
+        x = _finite_floats(x, "the data")
+    labels = None if arrays.labels is None else _labels(np.asarray(arrays.labels), len(x))
+    context = None if arrays.context is None else _context(np.asarray(arrays.context), len(x))
+    return Arrays(x, labels, context)
+
+
+def _finite_floats(array: np.ndarray, what: str) -> np.ndarray:
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{what} must be numbers, got {array.dtype}: encode text and categories as numbers first")
+    with np.errstate(over="ignore"):
+        floats = np.asarray(array, np.float32)
+    if len(wrong := np.argwhere(~np.isfinite(floats))):
+        place = ", ".join(f"{axis} {index}" for axis, index in zip(("row", "column"), wrong[0][[0, -1]], strict=True))
+        raise ValueError(
+            f"{len(wrong)} of the numbers of {what} are missing or infinite, the first in {place}: "
+            "fill them in or drop their rows"
+        )
+    return floats
+
+
+def _labels(labels: np.ndarray, num: int) -> np.ndarray:
+    if labels.shape != (num,) or not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
+        raise ValueError(
+            f"labels must be {num} integers from 0 on, one an example, got {labels.dtype} of shape {labels.shape}: "
+            "number the classes with np.unique(labels, return_inverse=True)[1]"
+        )
+    return labels.astype(np.int32)
+
+
+def _context(context: np.ndarray, num: int) -> np.ndarray:
+    context = context[:, None] if context.ndim == 1 else context
+    if context.ndim != 2 or len(context) != num or not context.shape[1]:
+        raise ValueError(f"context must hold a vector for each of {num} examples, got shape {context.shape}")
+    return _finite_floats(context, "the context")
+
+
+def one_hot(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Labels as context vectors."""
+    return np.eye(num_classes, dtype=np.float32)[labels]
+
+
+def _columns(columns: list[int], names: Sequence[str]) -> str:
+    shown = [f"{column} ({names[column]!r})" if names else str(column) for column in columns[:NAMED]]
+    more = f" and {len(columns) - NAMED} more" if len(columns) > NAMED else ""
+    return f"{'column' if len(columns) == 1 else 'columns'} {', '.join(shown)}{more} {'is' if len(columns) == 1 else 'are'}"
+
+
+def _them(columns: list[int]) -> str:
+    return "it" if len(columns) == 1 else "them"
