@@ -30,6 +30,7 @@ from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.batchnorm import batchnorm_features
 from iresnet_jax.models.flow import Tree, as_params, bijection, freeze
 from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, linear, pool
+from iresnet_jax.models.history import History
 from iresnet_jax.models.model_certificate import Certificate, certificate_of
 
 NORMALIZATIONS = ("actnorm", "batchnorm")
@@ -125,7 +126,7 @@ class Reconstruction(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["weights", "head", "statistics", "bounds"],
-    meta_fields=["spec", "solver", "unroll", "rematerialize"],
+    meta_fields=["spec", "solver", "unroll", "rematerialize", "history"],
 )
 @dataclass(frozen=True)
 class Classifier:
@@ -142,6 +143,7 @@ class Classifier:
         solver: Inverse of the blocks.
         unroll: Whether blocks are written out instead of scanned.
         rematerialize: Whether a block's inside is recomputed in the backward pass; not for BatchNorm in the branches.
+        history: What the training of a fitted model saw.
     """
 
     spec: ClassifierSpec
@@ -152,6 +154,7 @@ class Classifier:
     solver: Solver = Solver()
     unroll: bool = False
     rematerialize: bool = False
+    history: History | None = field(default=None, repr=False)
 
     def with_(self, **changes: Any) -> "Classifier":
         """The same model with other fields, such as ``solver``."""

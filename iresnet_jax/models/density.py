@@ -29,19 +29,22 @@ from jaxtyping import Array, Float, Key, Num, Shaped
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.bijections.transforms.dequantize import check_levels, dequantize_bijection
+from iresnet_jax.bijections.transforms.dequantize import Grid, check_levels, dequantize_bijection
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
+from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.flow import Tree, as_params, bijection, freeze
+from iresnet_jax.models.history import History
 from iresnet_jax.models.model_certificate import Certificate, certificate_of
 
-Transform = Identity | Center | Logit | Equalize
+Transform = Identity | Center | Logit | Equalize | Standardize | Whiten
 Data = Num[Array, "b ..."] | Num[np.ndarray, "b ..."]
+Contexts = Float[Array, "_ k"] | Float[np.ndarray, "_ k"]
 
 
 class LogProb(NamedTuple):
@@ -71,9 +74,12 @@ class DensitySpec:
     Attributes:
         flow: Architecture of the flow.
         prior: "gaussian" or "logistic".
-        transform: Preprocessing of continuous data: `Identity`, `Center`, `Logit` or `Equalize`.
+        transform: Preprocessing: `Center`, `Logit` or `Equalize` of images in [0, 1), `Standardize` or `Whiten` of other
+            continuous data, `Identity` of either.
         num_levels: Integer levels of the data, at least 2; None for continuous data.
         num_classes: Classes that have a prior each, at least 2; None for one prior of all.
+        grid: Entries of vectors that lie on a grid; None if all are continuous.
+        context: Scale of the contexts of a conditional density; None takes contexts as they are.
     """
 
     flow: FlowSpec
@@ -81,8 +87,23 @@ class DensitySpec:
     transform: Transform = field(default_factory=Identity)
     num_levels: int | None = None
     num_classes: int | None = None
+    grid: Grid | None = None
+    context: Standardize | None = None
 
     def __post_init__(self):
+        if self.grid is not None and (self.num_levels is not None or self.flow.event_shape != (len(self.grid.spacing),)):
+            raise ValueError(
+                f"a grid is one of vectors, with a spacing for each entry, got {self.grid} for {self.flow.event_shape}"
+            )
+        scaled = 1 if self.context is None else len(self.context.mean)
+        if self.context is not None and scaled != self.flow.context_dim:
+            raise ValueError(f"the scale of contexts has {scaled} entries, the flow takes contexts of {self.flow.context_dim}")
+        if isinstance(self.transform, Standardize | Whiten):
+            entries, last = len(self.transform.mean), self.flow.event_shape[-1]
+            if entries != last or (isinstance(self.transform, Whiten) and len(self.flow.event_shape) != 1):
+                raise ValueError(
+                    f"the transform has {entries} entries, which do not fit examples of shape {self.flow.event_shape}"
+                )
         if self.num_classes is not None and self.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {self.num_classes}: the data set needs labels")
         if self.prior not in priors.PRIORS:
@@ -117,7 +138,7 @@ class DensitySpec:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["weights", "prior", "bounds", "estimator"],
-    meta_fields=["spec", "solver", "unroll", "rematerialize"],
+    meta_fields=["spec", "solver", "unroll", "rematerialize", "history"],
 )
 @dataclass(frozen=True)
 class Density:
@@ -135,6 +156,7 @@ class Density:
         solver: Inverse of the blocks.
         unroll: Whether blocks are written out instead of scanned.
         rematerialize: Whether a block's inside is recomputed in the backward pass instead of kept.
+        history: What the training of a fitted model saw.
     """
 
     spec: DensitySpec
@@ -145,6 +167,7 @@ class Density:
     solver: Solver = Solver()
     unroll: bool = False
     rematerialize: bool = False
+    history: History | None = field(default=None, repr=False)
 
     def with_(self, **changes: Any) -> "Density":
         """The same model with other fields, such as ``estimator`` or ``solver``."""
@@ -152,14 +175,12 @@ class Density:
 
     @property
     def continuous(self) -> "Density":
-        """The density of the dequantised data: of points of [0, 1) instead of integer levels; continuous models are it."""
-        return self.with_(spec=dataclasses.replace(self.spec, num_levels=None))
+        """The density of the dequantised data: of points of [0, 1) instead of integer levels, of cells instead of a grid."""
+        return self.with_(spec=dataclasses.replace(self.spec, num_levels=None, grid=None))
 
     # ------------------------------------------------------------------------------------------------ likelihood
 
-    def log_prob(
-        self, x: Data, key: Key[Array, "..."] | None = None, *, context: Float[Array, "b k"] | None = None
-    ) -> Float[Array, " b"]:
+    def log_prob(self, x: Data, key: Key[Array, "..."] | None = None, *, context: Contexts | None = None) -> Float[Array, " b"]:
         """Log-likelihood in nats, one an example; of integer levels a lower bound for one draw of noise, see `terms`.
 
         Args:
@@ -177,7 +198,7 @@ class Density:
         key_noise: Key[Array, "..."],
         key_probe: Key[Array, "..."],
         *,
-        context: Float[Array, "b k"] | None = None,
+        context: Contexts | None = None,
     ) -> LogProb:
         """The log-likelihood with all its terms.
 
@@ -222,9 +243,7 @@ class Density:
 
     # ---------------------------------------------------------------------------------------------- there and back
 
-    def encode(
-        self, x: Data, key: Key[Array, "..."] | None = None, *, context: Float[Array, "b k"] | None = None
-    ) -> Float[Array, "b d"]:
+    def encode(self, x: Data, key: Key[Array, "..."] | None = None, *, context: Contexts | None = None) -> Float[Array, "b d"]:
         """Latents of data.
 
         Args:
@@ -234,9 +253,7 @@ class Density:
         """
         return self.flow(context).forward(self.preprocess(x, key))
 
-    def decode(
-        self, z: Float[Array, "b d"], *, context: Float[Array, "b k"] | None = None
-    ) -> tuple[Num[Array, "b ..."], FixedPointInfo]:
+    def decode(self, z: Float[Array, "b d"], *, context: Contexts | None = None) -> tuple[Num[Array, "b ..."], FixedPointInfo]:
         """Data of latents, and how the inverse ended.
 
         ``info.error_bound`` is in the units of continuous data: [0, 1) for integer levels, before they are rounded down.
@@ -250,7 +267,7 @@ class Density:
         num: int,
         *,
         temperature: float = 1.0,
-        context: Float[Array, "n k"] | None = None,
+        context: Contexts | None = None,
         labels: Shaped[Array, " m"] | None = None,
     ) -> tuple[Num[Array, "n ..."], FixedPointInfo]:
         """Samples: latents from the prior through the inverse.
@@ -296,17 +313,23 @@ class Density:
 
     # --------------------------------------------------------------------------------------------------- its parts
 
-    def flow(self, context: Float[Array, "b k"] | None = None) -> Bijection:
+    def flow(self, context: Contexts | None = None) -> Bijection:
         """The residual flow alone, from preprocessed data to latents."""
         return bijection(
             self.spec.flow,
             self.weights,
             self.estimator,
             self.solver,
-            context=context,
+            context=self.scale_context(context),
             unroll=self.unroll,
             rematerialize=self.rematerialize,
         )
+
+    def scale_context(self, context: Contexts | None) -> Float[Array, "b k"] | None:
+        """Contexts as the flow takes them; those that are not vectors of its length are left to it to refuse."""
+        if context is None or self.spec.context is None or context.shape[1:] != (len(self.spec.context.mean),):
+            return None if context is None else jnp.asarray(context)
+        return self.spec.context.bijection().forward(jnp.asarray(context))
 
     def preprocess(self, x: Data, key: Key[Array, "..."] | None = None) -> Float[Array, "b ..."]:
         """The flow's input for data: noise from the key, or none."""
@@ -323,8 +346,9 @@ class Density:
 
     @property
     def _dequantize(self) -> Bijection:
-        levels = self.spec.num_levels
-        return Identity().bijection() if levels is None else dequantize_bijection(levels)
+        if self.spec.num_levels is not None:
+            return dequantize_bijection(self.spec.num_levels)
+        return (self.spec.grid or Identity()).bijection()
 
     def _checked(self, x: Any) -> Array:
         """The data as an array, if it is what the model takes."""

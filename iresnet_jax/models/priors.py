@@ -10,24 +10,28 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from iresnet_jax.bijections.transforms.logit import log_logistic
+
+SMALLEST_VARIANCE = 1e-4  # of latents within classes, whose whole variance is about 1 or more
 
 Parameters = Mapping[str, Float[Array, "..."]]
 
 
 class _Family(NamedTuple):
-    """A location-scale family: the name of its scale, the log-density of its standard member, and how to draw from that."""
+    """A location-scale family: the name of its scale; log-density, draws and standard deviation of its standard member."""
 
     log_scale: str
     log_density: Callable[[Array], Array]
     draw: Callable[..., Array]
+    std: float
 
 
 PRIORS = {
-    "gaussian": _Family("log_std", lambda t: -0.5 * jnp.square(t) - 0.5 * math.log(2 * math.pi), jax.random.normal),
-    "logistic": _Family("log_scale", log_logistic, jax.random.logistic),
+    "gaussian": _Family("log_std", lambda t: -0.5 * jnp.square(t) - 0.5 * math.log(2 * math.pi), jax.random.normal, 1.0),
+    "logistic": _Family("log_scale", log_logistic, jax.random.logistic, math.pi / math.sqrt(3)),
 }
 
 
@@ -94,6 +98,34 @@ def standard(kind: str, num_dims: int, num_classes: int | None = None) -> dict[s
     zeros = jnp.zeros(num_dims if num_classes is None else (num_classes, num_dims))
     classes = {} if num_classes is None else {"class_logits": jnp.zeros(num_classes)}
     return {"mean": zeros, _family(kind).log_scale: zeros, **classes}
+
+
+def of_classes(kind: str, z: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], num_classes: int) -> dict[str, Array]:
+    """Parameters of priors of classes from the moments of their latents.
+
+    All classes share the variance within classes, as in linear discriminant analysis: one for each, of few examples, makes
+    posteriors overconfident. A class without examples has the mean of all. Frequencies count one more example a class.
+
+    Args:
+        kind: "gaussian" or "logistic".
+        z: Latents.
+        labels: Class of each, from 0 to ``num_classes - 1``.
+        num_classes: Number of classes.
+
+    Raises:
+        ValueError: If the prior is unknown.
+    """
+    z = np.asarray(z, np.float64)
+    counts = np.bincount(labels, minlength=num_classes)
+    mean = np.stack([z[labels == label].mean(axis=0) if counts[label] else z.mean(axis=0) for label in range(num_classes)])
+    within = np.square(z - mean[labels]).mean(axis=0)
+    log_std = np.tile(0.5 * np.log(np.maximum(within, SMALLEST_VARIANCE)), (num_classes, 1))
+    family = _family(kind)
+    return {
+        "mean": jnp.asarray(mean, jnp.float32),
+        family.log_scale: jnp.asarray(log_std - math.log(family.std), jnp.float32),
+        "class_logits": jnp.asarray(np.log((counts + 1) / (counts.sum() + num_classes)), jnp.float32),
+    }
 
 
 def _family(kind: str) -> _Family:

@@ -32,8 +32,12 @@ Decay = Annotated[float, Range("[0, 1)")]  # decay of an average, which would ne
 class DataConfig:
     """What is learnt."""
 
-    name: str = "digits"  # a name that `iresnet_jax.data.load` knows: an image data set or a 2-D toy
+    name: str = "digits"  # a name that `iresnet_jax.data.load` knows: an image data set, a 2-D toy or a simulator
     data_dir: str | None = None  # folder of TensorFlow Datasets; None is $TFDS_DATA_DIR or its default
+    # Shares of arrays in a file that has not split them; image data sets come with their splits.
+    validation_fraction: Annotated[float, Range("(0, 1)")] = 0.1
+    test_fraction: Annotated[float, Range("[0, 1)")] = 0.1
+    condition_on_labels: bool = False  # "density" is p(x | class): the class, as a vector of 0 and 1, is the context
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PreprocessingConfig:
-    """The first bijection of a density, on pixels in [0, 1]."""
+    """The first bijection of a density."""
 
-    # "center": x - 1/2. "logit": logit(alpha + (1 - 2 alpha) x). "equalize": the cumulative histogram of the training pixels,
-    # then the logit. "none": for 2-D toys.
-    transform: Literal["center", "logit", "equalize", "none"] = "center"
+    # Pixels in [0, 1]: "center", x - 1/2; "logit", logit(alpha + (1 - 2 alpha) x); "equalize", the cumulative histogram of the
+    # training pixels, then the logit. Continuous data: "standardize" each entry, or "whiten" vectors. Either: "none".
+    transform: Literal["center", "logit", "equalize", "standardize", "whiten", "none"] = "center"
     entrywise: bool = False  # "equalize" with each pixel's own frequency of the most common grey level
     alpha: Annotated[float, Range("(0, 0.5)")] = 0.05
 
@@ -103,14 +107,17 @@ class ConstraintConfig:
 
 @dataclass(frozen=True)
 class HybridConfig:
-    """The weight lambda of objective "hybrid", which minimises cross-entropy + lambda bits/dim.
+    """Objective "hybrid", which minimises cross-entropy + lambda bits/dim, or nats instead for continuous data.
 
-    ``D log 2`` for D dimensions is the likelihood of images and labels; a smaller weight pays more attention to the labels.
+    A weight lambda of ``D log 2`` for images of D dimensions, and of 1 for continuous data, is the likelihood of data and
+    labels; a smaller weight pays more attention to the labels.
     """
 
     weight: NotNegative = 1.0  # lambda after the ramp
     initial_weight: NotNegative = 1.0  # lambda at step 0, if there is a ramp
     ramp_steps: CountOrNone = 0  # steps of the straight line between them; 0 for no ramp
+    # Priors start from the moments of their class' latents instead of equal: the first step has an LDA to improve on.
+    fitted_priors: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,7 +165,11 @@ class OptimizerConfig:
 class TrainingConfig:
     """The run."""
 
-    total_steps: Count = 1000
+    total_steps: Count = (
+        1000  # updates; with minutes, the length that the learning rate's warm-up and decay are measured against
+    )
+    minutes: NotNegative = 0.0  # wall-clock time that training takes, compilation included; 0 makes total_steps updates
+    patience: CountOrNone = 0  # validations without an improvement after which training ends; 0 never ends it early
     batch_size: Count = 128  # examples of a step over all devices
     ema_decay: Decay = 0.999  # moving average of the parameters, which evaluation uses; 0 evaluates the parameters themselves
     actnorm_examples: Count = 1024  # training examples that ActNorm is fitted to
@@ -181,7 +192,10 @@ class EvaluationConfig:
     batch_size: Count = 256
     num_dequantisations: Count = 4  # noise draws an image
     num_probe_draws: Count = 4  # probe draws a noise draw
-    num_examples: Count = 20_000  # test examples of a 2-D toy; an image data set uses its whole test split
+    num_examples: Count = 20_000  # test examples of a toy or simulator; other data use their whole test split
+    # Test contexts of a simulator whose posterior samples a classifier tries to tell from the model's; 0 for none.
+    num_posteriors: CountOrNone = 10
+    num_posterior_samples: Annotated[int, Range("[10, inf)")] = 1000  # samples of the model, and of the truth, a context
     inverse_atol: Positive = 1e-6  # largest Euclidean error of each block's inverse, for every example
 
 

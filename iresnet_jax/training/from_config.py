@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.equalize import Equalize, entry_shares, level_frequencies
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
+from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models import flow
 from iresnet_jax.models.architecture import FlowSpec
@@ -24,16 +27,17 @@ from iresnet_jax.training.config import (
 from iresnet_jax.training.optimizers import make_optimizer, make_schedule
 
 Spec = DensitySpec | ClassifierSpec
+SCALE_EXAMPLES = 10_000  # of a simulator, whose mean and standard deviation become the scale of its data
 Constrain = Callable[[Any, Any], flow.Constrained]  # (params, spectral) -> constrained weights
 
 
-def build_flow_spec(settings: ModelConfig, event_shape: tuple[int, ...]) -> FlowSpec:
-    """The architecture for examples of one shape.
+def build_flow_spec(settings: ModelConfig, event_shape: tuple[int, ...], context_dim: int = 0) -> FlowSpec:
+    """The architecture for examples of one shape, with contexts of some length.
 
     Raises:
         ValueError: If stages do not fit that shape.
     """
-    return FlowSpec(tuple(event_shape), settings.stages, coeff=settings.coeff, budget=settings.budget)
+    return FlowSpec(tuple(event_shape), settings.stages, settings.coeff, settings.budget, context_dim)
 
 
 def density_spec(config: Config, data: DataSet) -> DensitySpec:
@@ -44,27 +48,59 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
     """
     if config.objective == "hybrid" and data.num_classes is None:
         raise ValueError(f"a hybrid needs labelled images, and {data.name} has none: choose another data.name")
+    if config.objective == "hybrid" and data.context_dim:
+        raise ValueError(f"a hybrid takes no contexts, and {data.name} has them: choose the objective density")
     return DensitySpec(
-        flow=build_flow_spec(config.model, data.event_shape),
+        flow=build_flow_spec(config.model, data.event_shape, data.context_dim),
         prior=config.model.prior,
-        transform=build_transform(config.preprocessing, data),
+        transform=build_transform(config.preprocessing, data, by_class=config.objective == "hybrid"),
         num_levels=data.num_levels,
         num_classes=data.num_classes if config.objective == "hybrid" else None,
+        grid=data.grid,
+        context=_context_scale(data),
     )
 
 
-def build_transform(settings: PreprocessingConfig, data: DataSet) -> Transform:
+def _context_scale(data: DataSet) -> Standardize | None:
+    """The standard scale of contexts; entries that are constant keep their own."""
+    if not data.context_dim:
+        return None
+    contexts = np.asarray(_to_scale_by(data)[1], np.float64)
+    scale = contexts.std(axis=0)
+    return Standardize(tuple(contexts.mean(axis=0).tolist()), tuple(np.where(scale > 0, scale, 1).tolist()))
+
+
+def _to_scale_by(data: DataSet) -> tuple[Any, Any]:
+    """The training examples and contexts, or some of a simulator, always the same."""
+    if data.is_endless:
+        return data.random_train(jax.random.key(0), SCALE_EXAMPLES)
+    return data.examples["train"], data.contexts.get("train")
+
+
+def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: bool = False) -> Transform:
     """The preprocessing of a data set; "equalize" counts the levels of its training images.
+
+    Args:
+        by_class: Whether "whiten" is by the covariance within classes.
 
     Raises:
         ValueError: If it needs integer levels that the data do not have.
     """
     if settings.transform == "none":
         return Identity()
+    if settings.transform in ("standardize", "whiten"):
+        if data.num_levels is not None or data.toy is not None:
+            raise ValueError(f"preprocessing.transform {settings.transform} is for arrays of continuous data, not {data.name}")
+        if settings.transform == "whiten" and len(data.event_shape) != 1:
+            raise ValueError(f"preprocessing.transform whiten is for vectors, and {data.name} has images: standardize them")
+        examples, _ = _to_scale_by(data)
+        if settings.transform == "standardize":
+            return Standardize.fit(np.asarray(examples))
+        return Whiten.fit(np.asarray(examples), data.labels["train"] if by_class else None)
     if data.num_levels is None:
         raise ValueError(
             f"preprocessing.transform {settings.transform} is for data with grey levels, which {data.name} has not: "
-            "set it to none"
+            "set it to standardize, whiten or none"
         )
     if settings.transform == "center":
         return Center()
@@ -84,6 +120,8 @@ def classifier_spec(config: Config, data: DataSet) -> ClassifierSpec:
     if data.num_classes is None:
         raise ValueError(f"classification needs labelled images, and {data.name} has none: choose another data.name")
     settings = config.classifier
+    if len(data.event_shape) != 3:
+        raise ValueError(f"classification is for images, and {data.name} has vectors: choose the objective hybrid")
     height, width, channels = data.event_shape
     return ClassifierSpec(
         flow=build_flow_spec(config.model, (height, width, channels + settings.pad_channels)),
@@ -137,11 +175,11 @@ def build_schedule(settings: OptimizerConfig, total_steps: int) -> optax.Schedul
     )
 
 
-def build_optimizer(settings: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """The update rule with its learning rate."""
+def build_optimizer(settings: OptimizerConfig) -> optax.GradientTransformation:
+    """The update rule at a learning rate of 1, which `build_schedule` sets."""
     return make_optimizer(
         name=settings.name,
-        learning_rate=build_schedule(settings, total_steps),
+        learning_rate=1.0,
         weight_decay=settings.weight_decay,
         momentum=settings.momentum,
         nesterov=settings.nesterov,

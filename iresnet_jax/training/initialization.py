@@ -1,14 +1,16 @@
 """The variables that training starts from."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.models import linen
+from iresnet_jax.models import linen, priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
-from iresnet_jax.models.density import Density
+from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.training.config import Config
 from iresnet_jax.training.from_config import Spec
 
@@ -18,27 +20,55 @@ def num_parameters(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _module(config: Config, spec: Spec) -> linen.ResidualFlow | linen.Classifier:
+def _module(last_scale: float, spec: Spec) -> Any:  # a module, which type checkers do not know to be hashable
     if isinstance(spec, ClassifierSpec):
-        return linen.Classifier(spec, last_scale=config.model.last_scale)
-    return linen.ResidualFlow(spec.flow, prior=spec.prior, last_scale=config.model.last_scale, num_classes=spec.num_classes)
+        return linen.Classifier(spec, last_scale=last_scale)
+    return _module_of_flow(last_scale, spec, spec.num_classes)
+
+
+def _module_of_flow(last_scale: float, spec: DensitySpec, num_classes: int | None = None) -> Any:
+    """The module with one prior, by default, as that of any number of classes differs in its prior alone."""
+    return linen.ResidualFlow(spec.flow, prior=spec.prior, last_scale=last_scale, num_classes=num_classes)
 
 
 def abstract_variables(config: Config, spec: Spec) -> Any:
     """Shapes and dtypes of the variables, without computing them."""
+    del config  # its initial scale changes neither
+    return _abstract_variables(spec)
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_variables(spec: Spec) -> Any:
     example = jax.ShapeDtypeStruct((2, *spec.flow.event_shape), np.float32)
-    return jax.eval_shape(_module(config, spec).init, jax.random.key(0), example)
+    contexts = [jax.ShapeDtypeStruct((2, spec.flow.context_dim), np.float32)] if spec.flow.context_dim else []
+    return jax.eval_shape(_module(1.0, spec).init, jax.random.key(0), example, *contexts)
 
 
 def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
     """Fresh variables, ActNorm fitted to training data."""
     key_init, key_noise, key_data = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 2**31), 3)
-    examples = data.random_train(key_data, config.training.actnorm_examples)
-    module = _module(config, spec)
+    examples, context = data.random_train(key_data, config.training.actnorm_examples)
+    if isinstance(spec, ClassifierSpec):
+        x = _preprocess(Classifier(spec, {}, {}, {}), examples)
+        module: Any = _module(config.model.last_scale, spec)  # hashable, which type checkers do not see
+        return _initializer(module)(key_init, x)[1]
+    model = Density(spec, {}, {})
+    given = [_preprocess(model, examples, key_noise), *([] if context is None else [model.scale_context(context)])]
+    module = _module_of_flow(config.model.last_scale, spec)
+    z, variables = _initializer(module)(key_init, *given)
+    if spec.num_classes is not None:
+        prior = priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes)
+        if config.hybrid.fitted_priors:
+            labels = data.random_train_labels(key_data, config.training.actnorm_examples)
+            prior = priors.of_classes(spec.prior, np.asarray(z), labels, spec.num_classes)
+        variables = {**variables, "params": {**variables["params"], "prior": prior}}
+    return variables
 
-    def initialize(key, key_noise, examples):
-        if isinstance(spec, ClassifierSpec):
-            return module.init(key, Classifier(spec, {}, {}, {}).preprocess(examples))
-        return module.init(key, Density(spec, {}, {}).preprocess(examples, key_noise))
 
-    return jax.jit(initialize)(key_init, key_noise, examples)
+_preprocess = jax.jit(lambda model, *given: model.preprocess(*given))
+
+
+@functools.lru_cache(maxsize=64)
+def _initializer(module: Any) -> Callable[..., tuple[Any, Any]]:
+    """``(key, inputs) ->`` outputs and variables, one function for runs of one architecture, which share its program."""
+    return jax.jit(module.init_with_output)

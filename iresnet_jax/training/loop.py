@@ -9,40 +9,53 @@ is killed loses the steps since its last checkpoint, which is at most `SAVE_SECO
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from iresnet_jax.data import load
+from iresnet_jax.data import conditioned_on_labels, load
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.device_batches import device_batches
 from iresnet_jax.training import parallel, run_folder
 from iresnet_jax.training.checkpoints import Checkpoints
-from iresnet_jax.training.config import Config
+from iresnet_jax.training.config import Config, DataConfig
 from iresnet_jax.training.from_config import Spec, model_spec
 from iresnet_jax.training.initialization import num_parameters
 from iresnet_jax.training.interruption import Stopped, StopRequests
 from iresnet_jax.training.matmul_precision import device_summary, prepare_backend
-from iresnet_jax.training.metrics import MetricWriter, Progress, check_finite
+from iresnet_jax.training.metrics import MetricWriter, Progress, check_finite, read_metrics
 from iresnet_jax.training.objectives import classification, hybrid, likelihood
 from iresnet_jax.training.objectives.objective import Objective
-from iresnet_jax.training.state import TrainState, create
+from iresnet_jax.training.programs import Programs, Step
+from iresnet_jax.training.state import TrainState
 
 OBJECTIVES = {"density": likelihood.objective, "classification": classification.objective, "hybrid": hybrid.objective}
 
 SAVE_SECONDS = 600.0  # between checkpoints, where validations are further apart
+VALIDATIONS_IN_TIME = 20  # of a run with a time limit
 
 
-def train(config: Config, workdir: str | os.PathLike[str]) -> TrainState:
-    """Trains to ``config.training.total_steps``, from where the workdir's newest checkpoint stands.
+def train(
+    config: Config,
+    workdir: str | os.PathLike[str],
+    *,
+    data: DataSet | None = None,
+    say: Callable[[str], None] | None = None,
+    programs: Programs | None = None,
+) -> TrainState:
+    """Trains for ``config.training.total_steps`` or ``minutes``, from where the workdir's newest checkpoint stands.
 
     Args:
         config: All settings, from `config.parse`.
         workdir: Folder of the run: config, model, metrics, checkpoints.
+        data: The data; by default what ``config.data`` names.
+        say: Takes a line of progress at every validation, for callers without a progress bar.
+        programs: Compiled steps of earlier runs on arrays, to which this run adds its own; None compiles anew.
 
     Returns:
         The last state.
@@ -55,24 +68,44 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> TrainState:
     workdir = Path(workdir)
     parallel.check_single_process()
     prepare_backend(config.training.matmul_precision)
-    dataset = load(config.data.name, config.data.data_dir)
+    dataset = load_data(config.data) if data is None else data
     check_batch_size(config.training.batch_size, dataset)
     run_folder.check_belongs_to(workdir, config)
     checkpoints = Checkpoints(workdir)
     spec = run_folder.model_for(workdir, config, dataset)
     objective = build_objective(config, dataset, spec)
     run_folder.claim(workdir, config, spec, dataset)
+    compile_step = _step_compiler(config, spec, objective, None if dataset.is_endless else programs)
     with run_folder.alone_in(workdir):
-        return _train(config, workdir, objective, checkpoints)
+        return _train(config, workdir, objective, checkpoints, say, compile_step)
 
 
-def _train(config: Config, workdir: Path, objective: Objective, checkpoints: Checkpoints) -> TrainState:
-    total_steps = config.training.total_steps
+def _step_compiler(config: Config, spec: Spec, objective: Objective, programs: Programs | None) -> Callable[[int], Step]:
+    """``num_terms ->`` the step for all devices; compiled at its first call, unless the programs have it."""
+
+    def new(num_terms):
+        return parallel.parallelize(objective.make_step(num_terms))
+
+    if programs is None:
+        return new
+    return lambda num_terms: programs.step(config, spec, num_terms, lambda: new(num_terms))
+
+
+def _train(
+    config: Config,
+    workdir: Path,
+    objective: Objective,
+    checkpoints: Checkpoints,
+    say: Callable[[str], None] | None,
+    compile_step: Callable[[int], Step],
+) -> TrainState:
     with MetricWriter(workdir) as writer:
-        trainer = _Trainer(config, objective, writer, checkpoints)  # holds nothing to save yet: a signal ends it at once
-        with Progress(total_steps, trainer.step) as progress, StopRequests() as stop:
+        trainer = _Trainer(
+            config, objective, workdir, writer, checkpoints, say, compile_step
+        )  # nothing to save yet: a signal ends it at once
+        with Progress(trainer.horizon, trainer.step) as progress, StopRequests() as stop:
             feed = batches(config, objective.examples, trainer.step)
-            for batch in itertools.islice(feed, total_steps - trainer.step):
+            while not trainer.is_over and (batch := next(feed, None)) is not None:
                 trainer.take_step(batch)
                 stop.unsaved = True
                 if trainer.step % config.training.log_every_steps == 0 or trainer.is_validation_due:
@@ -85,7 +118,7 @@ def _train(config: Config, workdir: Path, objective: Objective, checkpoints: Che
                     trainer.save()
                     stop.unsaved = False
                 if stop.received:
-                    there = f"after step {trainer.step} of {total_steps}"
+                    there = f"after step {trainer.step} of {trainer.horizon}"
                     raise Stopped(f"stopped by {stop.received.name} {there}: the same command goes on from it", stop.received)
     return trainer.state
 
@@ -93,23 +126,36 @@ def _train(config: Config, workdir: Path, objective: Objective, checkpoints: Che
 class _Trainer:
     """A run between two steps: its state, what it has not logged yet, and its clocks."""
 
-    def __init__(self, config: Config, objective: Objective, writer: MetricWriter, checkpoints: Checkpoints):
+    def __init__(
+        self,
+        config: Config,
+        objective: Objective,
+        workdir: Path,
+        writer: MetricWriter,
+        checkpoints: Checkpoints,
+        say: Callable[[str], None] | None,
+        compile_step: Callable[[int], Step],
+    ):
         self._started = time.monotonic()
         self._settings, self._objective, self._writer, self._checkpoints = config.training, objective, writer, checkpoints
-        fresh = create(objective.initial_variables(), objective.optimizer, num_terms=objective.num_terms)
+        self._say, self._limit_s, self._compile_step = say, 60 * config.training.minutes, compile_step
+        fresh = objective.initial_state()
         logging.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
         self.state, self.step = self._checkpoints.restore_latest(fresh) or (fresh, 0)
-        self._first_step = self.step
+        self._first_step, self._validated_step = self.step, -1 if self.step == 0 else self.step
         if self.step:
-            logging.info("resuming from step %d of %d", self.step, self._settings.total_steps)
+            logging.info("resuming from step %d of %d", self.step, self.horizon)
         writer.truncate_after(self.step)
+        self._losses = [objective.loss(record) for record in read_metrics(workdir) if record["split"] == "validation"]
         self._validate = objective.make_validation()
-        self._saved_at = time.monotonic()
+        self._saved_at = self._validated_at = time.monotonic()
+        self._validation_seconds = 0.0
+        self._first_step_ended: float | None = None  # for the speed of a run with a time limit
         self._window: list[Any] = []  # metrics of the steps since the last line of the log
         self._compile_later()
 
     def _compile_later(self) -> None:
-        self._parallel_step = parallel.parallelize(self._objective.make_step(int(self.state.num_terms)))
+        self._parallel_step = self._compile_step(int(self.state.num_terms))
         self._is_compiled = False
 
     def take_step(self, batch: Any) -> None:
@@ -121,15 +167,40 @@ class _Trainer:
         else:
             jax.block_until_ready(metrics)
             if self.step == self._first_step:
+                self._first_step_ended = time.monotonic()
                 seconds = time.monotonic() - self._started
                 self._writer.write(self.step, {"compile_seconds": seconds}, split="timing")
+                if self._say:
+                    value = float(metrics[self._objective.name])
+                    self._say(f"first step after {seconds:.0f} s: {self._objective.name} {value:.4f}")
             self._timed_steps, self._window_start, self._is_compiled = 0, time.monotonic(), True
         self.step += 1
 
     @property
+    def horizon(self) -> int:
+        """Updates in the whole run, as far as is known."""
+        return int(self.state.horizon)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last validation ended training: at the last step, out of time, or without improvement for too long."""
+        patience = self._settings.patience
+        is_stale = bool(patience) and len(self._losses) - 1 - int(np.argmin(self._losses or [0.0])) >= patience
+        return self.step == self._validated_step and (is_stale or self._is_last_step)
+
+    @property
     def is_validation_due(self) -> bool:
         """Whether this is a step behind which the state is validated."""
-        return self.step == self._settings.total_steps or self.step % self._settings.eval_every_steps == 0
+        if not self._limit_s:
+            return self._is_last_step or self.step % self._settings.eval_every_steps == 0
+        since = time.monotonic() - self._validated_at
+        return self._is_last_step or (self._is_compiled and since > self._limit_s / VALIDATIONS_IN_TIME)
+
+    @property
+    def _is_last_step(self) -> bool:
+        if not self._limit_s:
+            return self.step >= self._settings.total_steps
+        return self._writer.elapsed_s + self._validation_seconds >= self._limit_s and self.step > self._first_step
 
     @property
     def is_save_due(self) -> bool:
@@ -142,8 +213,19 @@ class _Trainer:
         if self._timed_steps:
             means["seconds_per_step"] = (time.monotonic() - self._window_start) / self._timed_steps
         self._writer.write(self.step, means)
+        if self._limit_s:
+            self._estimate_horizon()
         self._window, self._timed_steps, self._window_start = [], 0, time.monotonic()
         return means
+
+    def _estimate_horizon(self) -> None:
+        """Predicts how many steps the time limit leaves, from the time of those so far with their validations."""
+        steps = self.step - self._first_step - 1
+        if steps < 1 or self._first_step_ended is None:
+            return
+        seconds_per_step = (time.monotonic() - self._first_step_ended) / steps
+        left = max(self._limit_s - self._writer.elapsed_s - self._validation_seconds, 0.0) / seconds_per_step
+        self.state = self.state._replace(horizon=jnp.int32(self.step + max(int(left), 1)))
 
     def _checked_means(self) -> dict[str, float]:
         window = jax.device_get(self._window)
@@ -153,6 +235,7 @@ class _Trainer:
 
     def validate(self) -> None:
         """Measures the state on held-out data, lets the objective adapt it, and saves it."""
+        began = time.monotonic()
         held_out = self._validate(self.state)
         check_finite(held_out.metrics, self.step, self.step)
         self._writer.write(self.step, held_out.metrics, split="validation")
@@ -160,9 +243,22 @@ class _Trainer:
         if int(adapted.num_terms) != int(self.state.num_terms):
             self.state = adapted
             self._compile_later()
-        self._save(self._objective.loss(held_out.metrics))
-        name, total = self._objective.name, self._settings.total_steps
-        logging.info("step %d of %d: validation %s %.4f", self.step, total, name, held_out.metrics[name])
+        self._losses.append(self._objective.loss(held_out.metrics))
+        self._save(self._losses[-1])
+        self._validated_at, self._validated_step = time.monotonic(), self.step
+        self._validation_seconds = self._validated_at - began
+        name, value = self._objective.name, held_out.metrics[self._objective.name]
+        line = f"step {self.step} of {self.horizon}: validation {name} {value:.4f}"
+        logging.info("%s", line)
+        if self._say:
+            self._say(f"{line}, {self._time_left()} left")
+
+    def _time_left(self) -> str:
+        """Predicted time until the last step, such as 1:05."""
+        done = max(self.step - self._first_step - 1, 1)
+        seconds_per_step = (time.monotonic() - (self._first_step_ended or self._started)) / done
+        minutes, seconds = divmod(round(seconds_per_step * max(self.horizon - self.step, 0)), 60)
+        return f"{minutes}:{seconds:02d}"
 
     def save(self) -> None:
         """Saves the state between two validations, unless the steps since the last line of the log blew up."""
@@ -173,6 +269,13 @@ class _Trainer:
     def _save(self, metric: float | None) -> None:
         self._checkpoints.save(self.step, self.state, metric=metric)
         self._window_start = self._saved_at = time.monotonic()
+
+
+def load_data(settings: DataConfig) -> DataSet:
+    """The data that a config names."""
+    fractions = settings.validation_fraction, settings.test_fraction
+    data = load(settings.name, settings.data_dir, fractions=fractions)
+    return conditioned_on_labels(data) if settings.condition_on_labels else data
 
 
 def check_batch_size(batch_size: int, data: DataSet) -> None:

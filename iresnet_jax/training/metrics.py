@@ -66,6 +66,11 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
         for name, value in values.items():
             self._tensorboard().add_scalar(f"{split}/{name}", value, step)
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training so far, over all processes of the run."""
+        return time.monotonic() - self._start
+
     def truncate_after(self, step: int) -> None:
         """Drops the measurements of steps after ``step``: a run that resumes there measures them again."""
         self.close()

@@ -137,6 +137,15 @@ def example_keys(key: PRNGKeyArray, local_batch_size: int, *, axis_name: str | N
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(first + jnp.arange(local_batch_size))
 
 
+def on_first_device(tree: Any) -> Any:
+    """Arrays that are equal on all devices, on the first one alone.
+
+    What follows is then computed once. On several simulated CPU devices it also has to be: LAPACK's batches of eigenvalue
+    problems and factorisations dead-lock there, in a pool of as many threads as devices (jaxlib 0.10).
+    """
+    return jax.device_put(tree, jax.local_devices()[0])
+
+
 def check_single_process() -> None:
     """Raises a ValueError if `jax.distributed` joins several processes, or the environment names their coordinator."""
     coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")

@@ -82,6 +82,22 @@ def test_priors_of_classes_are_stacked_and_equally_likely():
     assert not any(np.any(values) for values in stacked.values())
 
 
+@pytest.mark.parametrize("kind", priors.PRIORS)
+def test_priors_of_classes_have_the_moments_of_their_latents(kind):
+    """And the frequencies; class 2 has no examples, and gets the mean of all."""
+    rng = np.random.RandomState(0)
+    labels = np.repeat([0, 1], [300, 100])
+    z = np.where(labels[:, None] == 0, [3.0, -1.0], [-3.0, 1.0]) + rng.normal(size=(400, 2)) * [1.0, 0.5]
+    fitted = priors.of_classes(kind, z, labels, 3)
+    for label in (0, 1):
+        np.testing.assert_allclose(fitted["mean"][label], z[labels == label].mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(fitted["mean"][2], z.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(np.exp(fitted["class_logits"]), np.array([301, 101, 1]) / 403, rtol=1e-5)
+    one = {name: values[0] for name, values in fitted.items() if name != "class_logits"}
+    drawn = np.asarray(priors.sample(kind, one, jax.random.key(0), 20_000))
+    np.testing.assert_allclose(drawn.std(axis=0), [1.0, 0.5], rtol=0.08)
+
+
 STANDARD = priors.standard("gaussian", 2)
 
 

@@ -9,12 +9,13 @@ import pytest
 from runs import ROOT
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.data import load, toys
+from iresnet_jax.data import load, simulators, toys
+from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.json_dataclasses import first_difference, to_plain
 from iresnet_jax.models import saved
 from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.training import loop, parallel, state
+from iresnet_jax.training import loop, parallel
 from iresnet_jax.training.config import parse
 from iresnet_jax.training.from_config import model_spec
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
@@ -40,6 +41,8 @@ CASES = [
     ("residual_flow_density", "cifar10", None),
     ("residual_flow_density", "downsampled_imagenet/32x32", None),
     *(("toy_2d", name, None) for name in toys.TOYS),
+    ("tabular", None, None),
+    *(("posterior", name, None) for name in simulators.SIMULATORS),
     ("digits_classification", None, 404_170),
     ("digits_classification", "0.7", 404_170),
     ("digits_classification", "vanilla", 404_170),
@@ -64,10 +67,13 @@ def get_config(name, argument):
 
 
 def data_of(config):
-    """Random images of the data set's shape, or the toy."""
+    """Random images of the data set's shape, random vectors, or the toy or simulator."""
     name = config.data.name
-    if name in toys.TOYS:
+    if name in (*toys.TOYS, *simulators.SIMULATORS):
         return load(name)
+    if name.startswith("npy:"):
+        vectors = np.random.default_rng(0).normal(size=(40, 6))
+        return from_arrays(name, Arrays(vectors))
     shape, levels = SHAPES[name], LEVELS.get(name, 256)
     images = np.random.default_rng(0).integers(0, levels, (16, *shape), np.uint8)
     splits = {split: images for split in ("train", "validation", "test")}
@@ -101,11 +107,11 @@ def test_a_cut_down_copy_takes_a_step(name):
     )
     data = data_of(config)
     objective = loop.build_objective(config, data)
-    current = state.create(objective.initial_variables(), objective.optimizer)
+    current = objective.initial_state()
     step = jax.jit(
         jax.vmap(objective.make_step(objective.num_terms), in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS)
     )
-    after, metrics = step(current, data.examples["train"][None, :8])
+    after, metrics = step(current, jax.tree.map(lambda rows: rows[None, :8], objective.examples))
     assert 0 < float(metrics["bits_per_dim"]) < 50
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), current.params, after.params)
     assert any(jax.tree.leaves(moved))

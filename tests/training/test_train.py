@@ -20,7 +20,7 @@ from runs import EVAL_EVERY, ROOT, TOTAL_STEPS
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import load
 from iresnet_jax.json_dataclasses import to_plain
-from iresnet_jax.training import loop, parallel, state
+from iresnet_jax.training import loop, parallel
 from iresnet_jax.training.array_names import to_named
 from iresnet_jax.training.checkpoints import load_named
 from iresnet_jax.training.command_line import asks_for_debug
@@ -345,7 +345,7 @@ def validate_untrained(**settings):
     config = config_of_one_block(**settings)
     objective = loop.build_objective(config, load(config.data.name))
     validation = objective.make_validation()
-    current = state.create(objective.initial_variables(), objective.optimizer, num_terms=objective.num_terms)
+    current = objective.initial_state()
     return validation, current, validation.model(current)
 
 
@@ -430,7 +430,7 @@ def after_steps(config, num_shares, mapped, num_steps=3):
     """Parameters after a few steps with the batch in so many shares."""
     objective = loop.build_objective(config, load(config.data.name))
     batch = np.zeros((num_shares, config.training.batch_size // num_shares), np.float32)
-    current = state.create(objective.initial_variables(), objective.optimizer, num_terms=objective.num_terms)
+    current = objective.initial_state()
     step = mapped(objective.make_step(objective.num_terms))
     for _ in range(num_steps):
         current, metrics = step(current, batch)

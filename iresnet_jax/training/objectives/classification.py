@@ -1,5 +1,6 @@
 """The classification objective: one training step, with augmentation on the device, and the accuracy on held-out data."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ def objective(config: Config, data: DataSet, spec: ClassifierSpec) -> Objective:
     return Objective(
         name="accuracy",
         examples=(data.examples["train"], data.labels["train"]),
-        optimizer=rule.optimizer,
+        rule=rule,
         initial_variables=lambda: initial_variables(config, spec, data),
         make_step=lambda num_terms: step,
         make_validation=lambda: Validation(config, spec, data),
@@ -119,6 +120,12 @@ def classify_batch(model: Classifier | Density, batch: tuple[Any, Any]) -> dict[
     return {"loss": cross_entropy(logits, labels), "logits": logits}
 
 
+@functools.cache
+def parallel_classify() -> Callable[[Any, Any], Any]:
+    """`classify_batch` for all devices, one function for all runs: runs of equal shapes share what it compiles."""
+    return parallel.parallelize_eval(classify_batch)
+
+
 class Validation:
     """Accuracy and cross-entropy on held-out images under the averaged parameters, norms iterated to their tolerance."""
 
@@ -128,12 +135,12 @@ class Validation:
         self._labels = data.labels["validation"][: len(self._images)]
         constrain = make_constraint(config, spec, training=False)
         self._constrain = jax.jit(lambda params, spectral: constrain(params, spectral).weights)
-        self._evaluate = parallel.parallelize_eval(classify_batch)
+        self._evaluate = parallel_classify()
         self._batch_size = config.evaluation.batch_size
 
     def __call__(self, current: TrainState) -> HeldOut:
         """The means over all examples."""
-        weights = self._constrain(current.ema, current.spectral)
+        weights = self._constrain(*parallel.on_first_device((current.ema, current.spectral)))
         model = Classifier(self._spec, weights, current.ema["head"], current.batch_stats)
         outputs = evaluate_images(self._evaluate, model, self._images, self._labels, self._batch_size)
         correct = outputs["logits"].argmax(axis=1) == self._labels

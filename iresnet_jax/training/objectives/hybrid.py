@@ -1,10 +1,11 @@
-"""The hybrid objective: one network that classifies images and models their density (Nalisnick et al. 2019).
+"""The hybrid objective: one network that classifies examples and models their density (Nalisnick et al. 2019).
 
     loss = cross-entropy(label, p(y | x)) + lambda bits/dim(x),
 
-with both from the joint density ``p(x, y) = p(y) p(x | y)`` of `density` with a prior for every class. At
-``lambda = D log 2`` for ``D`` dimensions this is its negative log-likelihood in nats, up to the constant of the grey levels; a
-smaller one pays more attention to the labels.
+with both from the joint density ``p(x, y) = p(y) p(x | y)`` of `density` with a prior for every class. Continuous data have
+nats in place of bits/dim, see `DensitySpec.unit`. At ``lambda = D log 2`` for images of ``D`` dimensions, or 1 for continuous
+data, the loss is the negative log-likelihood of data and labels in nats, up to the constant of the grey levels; a smaller one
+pays more attention to the labels.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,6 @@ import optax
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.head import cross_entropy
-from iresnet_jax.training import parallel
 from iresnet_jax.training.config import Config, HybridConfig
 from iresnet_jax.training.from_config import Constrain, build_constraint
 from iresnet_jax.training.initialization import initial_variables
@@ -54,11 +54,11 @@ def objective(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
     return Objective(
         name="accuracy",
         examples=(data.examples["train"], data.labels["train"]),
-        optimizer=rule.optimizer,
+        rule=rule,
         initial_variables=lambda: initial_variables(config, spec, data),
         make_step=step,
         make_validation=lambda: Validation(config, spec, data),
-        loss=lambda held_out: held_out["cross_entropy"] + final_weight * held_out["bits_per_dim"],
+        loss=lambda held_out: held_out["cross_entropy"] + final_weight * held_out[spec.metric],
         num_terms=0 if trained.unbiased else config.logdet.num_terms,
     )
 
@@ -113,7 +113,7 @@ def make_step(
             loss = entropy + bits_weight * bits
             metrics = {
                 "loss": loss,
-                "bits_per_dim": bits,
+                spec.metric: bits,
                 "log_prior": jnp.mean(terms.log_prior),
                 "log_det": jnp.mean(terms.log_det),
                 "cross_entropy": entropy,
@@ -128,12 +128,12 @@ def make_step(
 
 
 class Validation(likelihood.Validation):
-    """Bits/dim, accuracy and cross-entropy on held-out images under the averaged parameters."""
+    """Likelihood, accuracy and cross-entropy of held-out examples under the averaged parameters."""
 
     def __init__(self, config: Config, spec: DensitySpec, data: DataSet):
         super().__init__(config, spec, data)
         self._labels = data.labels["validation"][: len(self._examples)]
-        self._classify = parallel.parallelize_eval(classification.classify_batch)
+        self._classify = classification.parallel_classify()
 
     def __call__(self, current: TrainState) -> HeldOut:
         """The means over all examples."""

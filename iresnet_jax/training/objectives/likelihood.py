@@ -1,6 +1,7 @@
 """The likelihood objective: one training step, and the likelihood of held-out data."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,11 @@ from absl import logging
 from jaxtyping import Array, Int, Key
 
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.training import parallel
-from iresnet_jax.training.config import Config
+from iresnet_jax.training.config import Config, ConstraintConfig
 from iresnet_jax.training.from_config import Constrain, build_constraint, unroll
 from iresnet_jax.training.initialization import initial_variables
 from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, UpdateRule, build_rule, update
@@ -44,8 +47,8 @@ def objective(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
 
     return Objective(
         name=spec.metric,
-        examples=data.examples.get("train"),
-        optimizer=rule.optimizer,
+        examples=None if data.is_endless else (data.examples["train"], data.contexts.get("train")),
+        rule=rule,
         initial_variables=lambda: initial_variables(config, spec, data),
         make_step=step,
         make_validation=lambda: Validation(config, spec, data),
@@ -78,22 +81,22 @@ def make_step(
         constrain: ``(params, spectral) ->`` constrained weights.
         rule: How a gradient changes the state.
         seed: Seed of the run.
-        draw: Sampler ``(key, placeholder) -> example`` of endless data; None takes the examples of the batch.
+        draw: Sampler ``(key, placeholder) -> (example, context)`` of endless data; None takes those of the batch.
     """
     spec = model.spec
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         key_length, key_examples = jax.random.split(key)
-        keys = jax.vmap(lambda k: jax.random.split(k, 3))(example_keys(key_examples, batch.shape[0]))
+        keys = jax.vmap(lambda k: jax.random.split(k, 3))(example_keys(key_examples, len(jax.tree.leaves(batch)[0])))
         key_draw, key_dequantise, key_probe = keys[:, 0], keys[:, 1], keys[:, 2]
-        x = batch if draw is None else jax.vmap(draw)(key_draw, batch)
+        x, context = batch if draw is None else jax.vmap(draw)(key_draw, batch)
         estimator = model.estimator.fix_length(key_length)
 
         def loss_of(params):
             constrained = constrain(params, state.spectral)
             current = model.with_(weights=constrained.weights, prior=params["prior"], estimator=estimator)
-            terms = current.terms(x, key_dequantise, key_probe)
+            terms = current.terms(x, key_dequantise, key_probe, context=context)
             loss = jnp.mean(spec.in_units(terms.log_prob))
             means = {"log_prior": jnp.mean(terms.log_prior), "log_det": jnp.mean(terms.log_det)}
             return Loss(loss, {spec.metric: loss, **means}, constrained)
@@ -103,19 +106,33 @@ def make_step(
     return step
 
 
-def evaluate_batch(model: Density, batch: tuple[Any, Any, Any]) -> dict[str, Any]:
-    """Objective, terms and truncation bound of ``(examples, noise keys, probe keys)``, for `parallelize_eval`.
+def evaluate_batch(model: Density, batch: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
+    """Objective, terms and truncation bound of ``(examples, contexts, noise keys, probe keys)``, for `parallelize_eval`.
 
     Each example's keys, from `evaluation_keys`, decide its noise, probes and series length, so that results do not depend on
     the batching.
     """
-    terms = model.terms(*batch)
+    x, context, key_noise, key_probe = batch
+    terms = model.terms(x, key_noise, key_probe, context=context)
     return {
         model.spec.metric: model.spec.in_units(terms.log_prob),
         "log_prior": terms.log_prior,
         "log_det": terms.log_det,
         "truncation_bound": model.spec.unit_of_a_nat * terms.info.truncation_bound,
     }
+
+
+@functools.lru_cache(maxsize=64)
+def _constrained_weights(settings: ConstraintConfig, flow: FlowSpec) -> Callable[[Any, Any], Any]:
+    """``(params, spectral) ->`` weights for validation, one function for runs of one architecture, which share its program."""
+    constrain = build_constraint(settings, flow, training=False)
+    return jax.jit(lambda params, spectral: constrain(params, spectral).weights)
+
+
+@functools.cache
+def _parallel_evaluate() -> Callable[[Any, Any], Any]:
+    """`evaluate_batch` for all devices, likewise."""
+    return parallel.parallelize_eval(evaluate_batch)
 
 
 class Validation:
@@ -130,9 +147,9 @@ class Validation:
     def __init__(self, config: Config, spec: DensitySpec, data: DataSet):
         self._spec, self._seed, self._logdet = spec, config.seed, config.logdet
         self._examples = data.held_out("validation", config.training.eval_examples, config.seed)
-        constrain = build_constraint(config.constraint, spec.flow, training=False)
-        self._constrain = jax.jit(lambda params, spectral: constrain(params, spectral).weights)
-        self._evaluate = parallel.parallelize_eval(evaluate_batch)
+        self._contexts = data.held_out_contexts("validation", config.training.eval_examples, config.seed)
+        self._constrain = _constrained_weights(config.constraint, spec.flow)
+        self._evaluate = _parallel_evaluate()
         self._estimator = config.evaluation.logdet.build()
         self._reference = dataclasses.replace(config.logdet, kind="series").build(REFERENCE_TERMS)
         self._max_num_terms, self._total_steps = config.training.max_num_terms, config.training.total_steps
@@ -144,12 +161,13 @@ class Validation:
 
     def model(self, current: TrainState) -> Density:
         """The model of the averaged parameters; blocks are scanned, which compiles in half the time."""
-        weights = self._constrain(current.ema, current.spectral)
+        stages = {stage.name: current.ema[stage.name] for stage in self._spec.flow.layout}
+        weights = self._constrain(*parallel.on_first_device((stages, current.spectral)))
         return Density(self._spec, weights, current.ema["prior"], estimator=self._estimator)
 
     def measure(self, current: TrainState, model: Density) -> HeldOut:
         """What `__call__` returns, under the `model` of a training state."""
-        outputs = self._outputs(model, self._examples)
+        outputs = self._outputs(model)
         means = {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
         num_terms = int(current.num_terms)
         if self._logdet.build().unbiased:
@@ -172,13 +190,14 @@ class Validation:
             logging.info("training goes on with %d terms of the log-determinant: it exploits what fewer cut off", num_terms)
         return num_terms
 
-    def _outputs(self, model: Density, examples: np.ndarray) -> dict[str, np.ndarray]:
-        outputs = evaluate_examples(self._evaluate, model, examples, jax.random.key(self._seed), self._batch_size)
+    def _outputs(self, model: Density, num: int | None = None) -> dict[str, np.ndarray]:
+        key, contexts = jax.random.key(self._seed), None if self._contexts is None else self._contexts[:num]
+        outputs = evaluate_examples(self._evaluate, model, self._examples[:num], key, self._batch_size, contexts=contexts)
         del outputs["truncation_bound"]
         return outputs
 
     def _on_a_batch(self, model: Density) -> np.ndarray:
-        return self._outputs(model, self._examples[: self._batch_size])[self._spec.metric].astype(np.float64)
+        return self._outputs(model, self._batch_size)[self._spec.metric].astype(np.float64)
 
     def _bias(self, model: Density, num_terms: int, reference: np.ndarray) -> tuple[float, bool]:
         """How the objective by so many terms differs from the other, and whether it is lower by more than is tolerated."""
@@ -194,6 +213,7 @@ def evaluate_examples(
     key: jax.Array,
     batch_size: int,
     *,
+    contexts: np.ndarray | None = None,
     draw: tuple[int, int] = (0, 0),
     num_devices: int | None = None,
 ) -> dict[str, np.ndarray]:
@@ -203,13 +223,17 @@ def evaluate_examples(
         evaluate: `evaluate_batch` for all devices, see `parallel.parallelize_eval`.
         key: Source of randomness; the random numbers of an example depend on the key, its place and the draw, not on batches.
         batch_size: Most examples at once, see `parallel.over_batches`.
+        contexts: Context of each example, of a conditional density.
         draw: Number of the noise draw, and of the probe draw within it.
         num_devices: Devices to use, from the first; all local ones by default.
     """
 
     def batch_of(indices):
-        return examples[indices], *evaluation_keys(key, indices, *draw)
+        return examples[indices], None if contexts is None else contexts[indices], *evaluation_keys(key, indices, *draw)
 
+    # On several simulated CPU devices the LU factorisations dead-lock in XLA's pool of as many threads (jaxlib 0.10).
+    if isinstance(model.estimator, ExactLogdet) and jax.default_backend() == "cpu":
+        num_devices = 1
     return parallel.over_batches(evaluate, model, batch_of, len(examples), batch_size, num_devices=num_devices)
 
 

@@ -33,7 +33,7 @@ class Objective(NamedTuple):
     Attributes:
         name: The metric that is shown, such as "bits_per_dim".
         examples: Pytree of arrays that batches are taken from; None for endless data, whose steps draw their own.
-        optimizer: Update rule.
+        rule: How a gradient changes the state.
         initial_variables: ``() ->`` fresh variables, fitted to training data.
         make_step: ``num_terms ->`` the step ``(state, batch) -> (state, metrics)``, for `parallel.parallelize`.
         make_validation: ``() ->`` the function that measures a state on held-out data.
@@ -43,12 +43,17 @@ class Objective(NamedTuple):
 
     name: str
     examples: Any
-    optimizer: optax.GradientTransformation
+    rule: "UpdateRule"
     initial_variables: Callable[[], Any]
     make_step: Callable[[int], Callable[[state.TrainState, Any], tuple[state.TrainState, dict[str, Any]]]]
     make_validation: Callable[[], Callable[[state.TrainState], HeldOut]]
     loss: Callable[[Mapping[str, float]], float]
     num_terms: int = 0
+
+    def initial_state(self) -> state.TrainState:
+        """The state before the first update."""
+        rule, terms = self.rule, self.num_terms
+        return state.create(self.initial_variables(), rule.optimizer, num_terms=terms, horizon=rule.total_steps)
 
     def adapt(self, current: state.TrainState, held_out: HeldOut) -> state.TrainState:
         """The state that training goes on with after a validation: with more terms of the log-determinant, if it found so."""
@@ -75,21 +80,29 @@ class UpdateRule(NamedTuple):
     """How a gradient changes the state.
 
     Attributes:
-        optimizer: Optimizer with its learning rate.
-        schedule: Learning rate by step, for the log.
+        optimizer: Optimizer at a learning rate of 1.
+        schedule: Learning rate by step of a run of ``total_steps``.
+        total_steps: Updates that the schedule is made for; a run of another length stretches it.
         ema_decay: Decay of the moving averages of the parameters and of BatchNorm's statistics.
     """
 
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
+    total_steps: int
     ema_decay: float
+
+    def learning_rate(self, current: state.TrainState) -> jax.Array:
+        """The learning rate of the next update."""
+        progress = current.step * (self.total_steps / current.horizon)
+        return jnp.asarray(self.schedule(progress))
 
 
 def build_rule(config: Config) -> UpdateRule:
     """The update rule of a run."""
     steps = config.training.total_steps
-    schedule = build_schedule(config.optimizer, steps)
-    return UpdateRule(build_optimizer(config.optimizer, steps), schedule, config.training.ema_decay)
+    return UpdateRule(
+        build_optimizer(config.optimizer), build_schedule(config.optimizer, steps), steps, config.training.ema_decay
+    )
 
 
 def update(
@@ -108,15 +121,16 @@ def update(
     gradients, loss = jax.grad(value_and_rest, has_aux=True)(current.params)
     gradients = lax.pmean(gradients, AXIS)
     spectral = lax.pmean(loss.constrained.spectral, AXIS)
+    learning_rate = rule.learning_rate(current)
     metrics = {
         **lax.pmean(loss.metrics, AXIS),
         **constraint_metrics(loss.constrained),
         "grad_norm": optax.tree.norm(gradients),
-        "learning_rate": jnp.asarray(rule.schedule(current.step)),
+        "learning_rate": learning_rate,
     }
     if loss.batch_stats:
         current = current._replace(batch_stats=state.average_statistics(current, loss.batch_stats, rule.ema_decay))
-    return state.apply_gradients(current, gradients, spectral, rule.optimizer, rule.ema_decay), metrics
+    return state.apply_gradients(current, gradients, spectral, rule.optimizer, learning_rate, rule.ema_decay), metrics
 
 
 def constraint_metrics(constrained: Constrained) -> dict[str, Any]:

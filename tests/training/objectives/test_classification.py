@@ -19,7 +19,7 @@ from iresnet_jax.models import classifier
 from iresnet_jax.models.head import apply_head
 from iresnet_jax.models.saved import FILE_NAME
 from iresnet_jax.models.saved import load as load_model
-from iresnet_jax.training import loop, parallel, state
+from iresnet_jax.training import loop, parallel
 from iresnet_jax.training.checkpoints import load_named
 from iresnet_jax.training.config import AugmentationConfig
 from iresnet_jax.training.metrics import read_metrics
@@ -88,7 +88,7 @@ def after_steps(config, num_shares, mapped, num_steps=2):
     images, labels = objective.examples
     size = config.training.batch_size
     batch = parallel.shard((images[:size], labels[:size]), num_devices=num_shares)
-    current = state.create(objective.initial_variables(), objective.optimizer)
+    current = objective.initial_state()
     step = mapped(objective.make_step(objective.num_terms))
     for _ in range(num_steps):
         current, metrics = step(current, batch)

@@ -23,7 +23,7 @@ from iresnet_jax.models.flow import freeze
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.models.saved import load as load_model
 from iresnet_jax.report import report
-from iresnet_jax.training import loop, parallel, state
+from iresnet_jax.training import loop, parallel
 from iresnet_jax.training.config import HybridConfig
 from iresnet_jax.training.from_config import build_constraint, density_spec
 from iresnet_jax.training.metrics import read_metrics
@@ -186,7 +186,7 @@ def draw(model, labels):
 def setup(config):
     """The objective of a run, a state whose classes differ, and the images and labels of a batch."""
     objective = loop.build_objective(config, load(config.data.name))
-    start = state.create(objective.initial_variables(), objective.optimizer)
+    start = objective.initial_state()
     prior = jax.tree.map(lambda noisy: 0.1 * noisy, scattered(jax.random.key(9), start.params["prior"]))
     start = start._replace(params={**start.params, "prior": prior})
     images, labels = objective.examples

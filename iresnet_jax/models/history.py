@@ -1,0 +1,53 @@
+"""What training saw, as it travels with a model."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Record = tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """Measurements of a training run.
+
+    All histories are equal to each other: models that differ in nothing else run the same compiled programs.
+
+    Attributes:
+        train: Measurements of training steps, averaged between two of them: a list of values by name, "step" among them.
+        validation: Measurements on the validation split, likewise.
+        step: Step whose parameters the model has, the best on validation.
+    """
+
+    train: Mapping[str, list[float]]
+    validation: Mapping[str, list[float]]
+    step: int
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, History)
+
+    def __hash__(self) -> int:
+        return hash(History)
+
+    @classmethod
+    def from_records(cls, records: Iterable[Mapping[str, Any]], step: int) -> "History":
+        """The history in the records of `training.metrics.read_metrics`."""
+        records = list(records)
+        train, validation = (_columns([r for r in records if r["split"] == split]) for split in ("train", "validation"))
+        return cls(train, validation, step)
+
+    def __str__(self) -> str:
+        if not self.validation:
+            return f"step {self.step}, no validation"
+        names = [name for name in self.validation if name not in ("step", "wall_time_s")]
+        lines = ["step  seconds  " + "  ".join(names)]
+        for i, step in enumerate(self.validation["step"]):
+            values = "  ".join(f"{self.validation[name][i]:.4f}" for name in names)
+            best = "  <- this model" if step == self.step else ""
+            lines.append(f"{step:.0f}  {self.validation['wall_time_s'][i]:.1f}  {values}{best}")
+        return "\n".join(lines)
+
+
+def _columns(records: list[Mapping[str, Any]]) -> dict[str, list[float]]:
+    names = [name for name in (records[0] if records else {}) if name != "split" and all(name in r for r in records)]
+    return {name: [float(record[name]) for record in records] for name in names}
