@@ -9,6 +9,8 @@ from iresnet_jax.training.command_line import MISTAKE, explain_failures, quiet_b
 from iresnet_jax.training.interruption import end_at_signals
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from iresnet_jax.evaluation.trained_run import Run
 
 
@@ -22,15 +24,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def evaluate(trained: "Run", _: argparse.Namespace) -> int:
-    """Test likelihood with its standard error; for a model with classes, its test error."""
-    from iresnet_jax.evaluation import accuracy, likelihood
+    """Test likelihood with its standard error; test error of a model with classes; divergence from a known posterior."""
+    from iresnet_jax.evaluation import accuracy, likelihood, posterior
     from iresnet_jax.models.density import Density
 
     trained = trained.with_data_checked()
     model, settings, seed, examples = trained.model, trained.config.evaluation, trained.config.seed, trained.test_examples()
     results = []
     if isinstance(model, Density):
-        results.append(likelihood.evaluate(model, examples, settings, seed, entropy_floor=trained.data.entropy))
+        floor, contexts = trained.data.entropy, trained.test_contexts()
+        results.append(likelihood.evaluate(model, examples, settings, seed, contexts=contexts, entropy_floor=floor))
+        if compared := posterior.compare_run(trained):
+            results.append(compared.summary)
     if trained.has_classes:
         results.append(accuracy.evaluate(model, examples, trained.data.labels["test"], settings.batch_size))
     _say(*trained.notes, *results)
@@ -47,10 +52,43 @@ def sample(trained: "Run", arguments: argparse.Namespace) -> int:
     if not isinstance(model, Density):
         raise ValueError(f"{trained.folder} holds a classifier, which has no samples: that takes a density objective")
     labels = None if arguments.label is None else [arguments.label] * arguments.num
-    drawn = samples.draw(model, arguments.num, size, temperature=arguments.temperature, seed=arguments.seed, labels=labels)
+    contexts = context_vectors(arguments.context, model.spec.flow.context_dim)
+    drawn = samples.draw(
+        model,
+        arguments.num,
+        size,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        labels=labels,
+        contexts=contexts,
+    )
     png, npy = write_samples(drawn.values, model.spec.num_levels, trained.folder)
     _say(*trained.notes, drawn.quality, f"written: {png} and {npy}")
     return 0 if drawn.converged.all() else 1
+
+
+def context_vectors(text: str | None, context_dim: int) -> "np.ndarray | None":
+    """The context vectors that ``--context`` gives: numbers separated by commas, or a ``.npy`` file with one a row.
+
+    Raises:
+        ValueError: If the model takes none, needs one, or takes vectors of another length.
+    """
+    import numpy as np
+
+    if text is None:
+        if context_dim:
+            raise ValueError(f"this density takes a context: give its {context_dim} numbers with --context 1.0,2.0,...")
+        return None
+    if not context_dim:
+        raise ValueError("this density takes no context: leave --context out")
+    try:
+        given = np.load(text, allow_pickle=False) if text.endswith(".npy") else np.array([float(n) for n in text.split(",")])
+        contexts = np.atleast_2d(given).astype(np.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--context takes numbers such as 1.0,2.0 or a .npy file, got {text!r}: {error}") from None
+    if contexts.ndim != 2 or contexts.shape[1] != context_dim or not np.all(np.isfinite(contexts)):
+        raise ValueError(f"--context must give {context_dim} finite numbers a sample, got shape {contexts.shape}")
+    return contexts
 
 
 def reconstruct(trained: "Run", arguments: argparse.Namespace) -> int:
@@ -63,7 +101,9 @@ def reconstruct(trained: "Run", arguments: argparse.Namespace) -> int:
         trained.model.require_bijection()
     trained = trained.with_data_checked()
     examples, size = trained.test_examples()[: arguments.num], trained.config.evaluation.batch_size
-    result = inversion.reconstruct(trained.model, examples, size, trained.config.seed)
+    contexts = trained.test_contexts()
+    contexts = None if contexts is None else contexts[: arguments.num]
+    result = inversion.reconstruct(trained.model, examples, size, trained.config.seed, contexts=contexts)
     figure = reconstructions(result)
     path = None if figure is None else write_png(figure, trained.folder / "reconstructions.png")
     _say(*trained.notes, result.summary, f"written: {path}" if path else "")
@@ -129,6 +169,7 @@ def make_parser() -> Parser:
     options["sample"].add_argument("--num", type=int, default=64, help="how many (64)")
     options["sample"].add_argument("--temperature", type=float, default=1.0, help="factor on the prior's scale (1)")
     options["sample"].add_argument("--seed", type=int, default=0, help="of the latents (0)")
+    options["sample"].add_argument("--context", metavar="NUMBERS", help="context: 1.0,2.0,... or a .npy file with one a row")
     options["sample"].add_argument("--label", type=int, help="of which class, of a hybrid (any)")
     options["ood"].add_argument("--against", default="rotated", help="rotated (default), noise, or the name of a data set")
     options["ood"].add_argument("--num", type=count, default=2000, help="how many images of each side, at most (2000)")

@@ -9,6 +9,7 @@ from iresnet_jax.evaluation.results import (
     Inversion,
     Likelihood,
     Mistake,
+    Posterior,
     RoundTrips,
     SampleQuality,
     TrainingTimes,
@@ -81,6 +82,7 @@ CLASSIFICATION = Classification(
     confusion=((3, 1), (0, 2)),
     mistakes=(Mistake(index=1, label=0, prediction=1, probability=0.6),),
 )
+POSTERIOR = Posterior(divergence=0.0237, stderr=0.0034, num_examples=7919, c2st=(0.537, 0.588), num_samples=823)
 REPORT = Report(
     train=TrainingTimes(steps=4321, total_steps=4444, seconds_per_step=0.1832, compile_seconds=48.21, total_seconds=7384.0),
     environment=Environment(
@@ -101,6 +103,7 @@ REPORT = Report(
     ),
     config={"seed": 29, "model": {"widths": (61, 67), "head": {"kind": "none"}}},
     likelihood=LIKELIHOOD,
+    posterior=POSTERIOR,
     classification=CLASSIFICATION,
     samples=SampleQuality(num=64, fraction_converged=1.0, max_error_bound=1e-5),
     samples_by_class=SampleQuality(num=80, fraction_converged=1.0, max_error_bound=1e-5),

@@ -55,24 +55,33 @@ class Reconstructions(NamedTuple):
     summary: Inversion
 
 
-def reconstruct(model: Density | Classifier, examples: Num[np.ndarray, "n ..."], batch_size: int, seed: int) -> Reconstructions:
+def reconstruct(
+    model: Density | Classifier,
+    examples: Num[np.ndarray, "n ..."],
+    batch_size: int,
+    seed: int,
+    *,
+    contexts: Num[np.ndarray, "n k"] | None = None,
+) -> Reconstructions:
     """Encodes examples and inverts their latents, in the precision of training and in float64.
 
     Args:
         model: Model with an inverse.
         examples: Images of integer levels, or points; at least one.
         seed: Seed of the dequantisation.
+        contexts: Context of each example, of a conditional density.
     """
     spec, key = model.spec, jax.random.key(seed)
     precise = model.with_(solver=model.solver._replace(atol=REFINED_ATOL, refine=True))
     parts, refined = [], []
     for i, (indices, mask) in enumerate(eval_batches(len(examples), min(batch_size, len(examples)))):
         originals, there = _originals(model, jax.random.fold_in(key, i), examples[indices])
-        outputs = jax.device_get((originals, *_there_and_back(model, there)))
+        context = None if contexts is None else contexts[indices]
+        outputs = jax.device_get((originals, *_there_and_back(model, there, context)))
         parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outputs))
         if i * batch_size < NUM_EXAMPLES:
             with jax.enable_x64():
-                trip = jax.device_get(_in_float64(precise, there))
+                trip = jax.device_get(_in_float64(precise, there, context))
             refined.append(jax.tree.map(lambda values, mask=mask: values[mask], trip))
 
     def joined(parts):
@@ -103,17 +112,17 @@ def _originals(model, key, examples):
 
 
 @jax.jit
-def _there_and_back(model, there):
+def _there_and_back(model, there, context):
     """Continuous examples that came back, what is in their padding, and how it went."""
-    back, trip = round_trip(model, there)
+    back, trip = round_trip(model, there, context)
     if isinstance(model, Classifier):
         return model.spec.unpad(back), padding_residual(back, model.spec.pad_channels), trip
     return model.spec.transform.bijection().inverse(back)[0], padding_residual(back, 0), trip
 
 
 @jax.jit
-def _in_float64(model, there):
-    return round_trip(model, there.astype(jnp.float64))[1]
+def _in_float64(model, there, context):
+    return round_trip(model, there.astype(jnp.float64), context if context is None else context.astype(jnp.float64))[1]
 
 
 def summarize(trip: RoundTrip, num_blocks: int) -> RoundTrips:
@@ -129,8 +138,10 @@ def summarize(trip: RoundTrip, num_blocks: int) -> RoundTrips:
     )
 
 
-def round_trip(model: Density | Classifier, there: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], RoundTrip]:
-    """The model's flow and its inverse.
+def round_trip(
+    model: Density | Classifier, there: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
+) -> tuple[Float[Array, "b ..."], RoundTrip]:
+    """The model's flow and its inverse, under a context if the model is conditional.
 
     The solver bounds the distance to the exact preimage of the latents as they are. Encoding rounded them, in each block by no
     more than the solver allows for rounding of its residual; so twice the solver's bound holds for the way there and back.
@@ -138,7 +149,7 @@ def round_trip(model: Density | Classifier, there: Float[Array, "b ..."]) -> tup
     Returns:
         What came back, and how it went.
     """
-    bijection = model.flow()
+    bijection = model.flow() if isinstance(model, Classifier) else model.flow(context)
     back, info = bijection.inverse(bijection.forward(there))
     error = back - there
     largest = jnp.max(jnp.abs(error), axis=tuple(range(1, error.ndim)))

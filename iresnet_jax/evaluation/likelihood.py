@@ -74,6 +74,7 @@ def evaluate(
     settings: EvaluationConfig,
     seed: int,
     *,
+    contexts: Num[np.ndarray, "n k"] | None = None,
     entropy_floor: float | None = None,
 ) -> Likelihood:
     """Test objective, bits/dim of images or nats of points, with its standard error in parts.
@@ -86,10 +87,11 @@ def evaluate(
         examples: Images of integer levels, or points; at least 2.
         settings: Estimator, draws and batch size.
         seed: Seed of noise and probes.
+        contexts: Context of each example, of a conditional density.
         entropy_floor: Entropy of the data in nats, if known.
     """
     spec = model.spec
-    has_noise = spec.num_levels is not None
+    has_noise = spec.num_levels is not None or spec.grid is not None
     num_noise = settings.num_dequantisations if has_noise else 1
     configured = settings.logdet.build()
     estimator = ExactLogdet() if spec.flow.num_dims <= MAX_EXACT_DIMS else configured
@@ -98,10 +100,8 @@ def evaluate(
     key, step = jax.random.key(seed), parallel.parallelize_eval(evaluate_batch)
 
     def outputs_of(estimator: LogdetEstimator, noise_draw: int, probe_draw: int) -> dict[str, np.ndarray]:
-        # On several simulated CPU devices the LU factorisations dead-lock in XLA's pool of as many threads (jaxlib 0.10).
-        num_devices = 1 if isinstance(estimator, ExactLogdet) and jax.default_backend() == "cpu" else None
         state, size, draw = model.with_(estimator=estimator), settings.batch_size, (noise_draw, probe_draw)
-        return evaluate_examples(step, state, examples, key, size, draw=draw, num_devices=num_devices)
+        return evaluate_examples(step, state, examples, key, size, contexts=contexts, draw=draw)
 
     def values_of(estimator: LogdetEstimator, num_noise: int, num_probes: int) -> Float[np.ndarray, "n s p"]:
         draws = [[outputs_of(estimator, s, p)[spec.metric] for p in range(num_probes)] for s in range(num_noise)]
@@ -130,6 +130,7 @@ def evaluate(
         num_probes=num_probes,
         estimate=check,
         entropy_floor=entropy_floor,
+        num_dims=spec.flow.num_dims,
     )
 
 

@@ -73,6 +73,7 @@ class Likelihood(MeanAndError):
         num_probes: Probe draws of each noise draw.
         estimate: Estimate that checks an exact ``mean``; None without one.
         entropy_floor: Entropy of the data in nats, if known.
+        num_dims: Entries of an example; None if not known.
     """
 
     unit: str
@@ -84,6 +85,7 @@ class Likelihood(MeanAndError):
     num_probes: int
     estimate: Estimate | None = None
     entropy_floor: float | None = None
+    num_dims: int | None = None
 
     @property
     def key(self) -> str:
@@ -94,6 +96,8 @@ class Likelihood(MeanAndError):
         parts = {"test examples": self.stderr_data, "probes": self.stderr_probes, "dequantisation": self.stderr_dequantisation}
         split = ", ".join(f"{name} {stderr:.2g}" for name, stderr in parts.items() if stderr)
         lines = [f"test: {self.mean:.4f} ± {self.stderr:.4f} {self.unit} ({split}; {self.estimator})"]
+        if self.unit == "nats" and self.num_dims:
+            lines.append(f"a dimension: {self.mean / self.num_dims:.4f} ± {self.stderr / self.num_dims:.4f} nats")
         if self.entropy_floor is not None:
             lines.append(f"entropy of the data, below which no model can go: {self.entropy_floor:.4f} nats")
         if self.truncation_bound:
@@ -118,6 +122,51 @@ class Likelihood(MeanAndError):
         if self.entropy_floor is not None and self.mean < self.entropy_floor - FLOOR_Z * self.stderr:
             below = (self.entropy_floor - self.mean) / max(self.stderr, 1e-12)
             found.append(f"The likelihood is better than the entropy of the data allows, by {below:.1f} standard errors.")
+        return found
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A conditional density beside the true posterior.
+
+    Attributes:
+        divergence: Expected Kullback-Leibler divergence of the truth from the model in nats, mean over test pairs.
+        stderr: Standard error of ``divergence``.
+        num_examples: Test pairs.
+        c2st: Accuracy of a classifier that tells samples of the model from true ones, for each of a few test contexts.
+        num_samples: Samples of the model, and of the truth, for each of these contexts.
+    """
+
+    divergence: float
+    stderr: float
+    num_examples: int
+    c2st: tuple[float, ...]
+    num_samples: int
+
+    @property
+    def mean_c2st(self) -> float | None:
+        """Mean accuracy over the contexts; .5 says that the classifier cannot tell. None without contexts."""
+        return float(np.mean(self.c2st)) if self.c2st else None
+
+    def __str__(self) -> str:
+        lines = [f"true posterior: the model diverges by {self.divergence:.4f} ± {self.stderr:.4f} nats"]
+        if self.mean_c2st is not None:
+            lines.append(
+                f"C2ST {self.mean_c2st:.3f} (.5 is indistinguishable; {self.num_samples} samples each for {len(self.c2st)} "
+                f"contexts, {min(self.c2st):.3f} to {max(self.c2st):.3f})"
+            )
+        return "\n".join([*lines, *self.warnings()])
+
+    def warnings(self) -> list[str]:
+        """Sentences about a model that is better than the truth, or whose numbers are not finite."""
+        found = []
+        if not math.isfinite(self.divergence):
+            found.append("The divergence from the true posterior is not finite.")
+        elif self.divergence < -FLOOR_Z * self.stderr:
+            below = -self.divergence / max(self.stderr, 1e-12)
+            found.append(f"The model is more likely than the true posterior, by {below:.1f} standard errors.")
+        if not all(map(math.isfinite, self.c2st)):
+            found.append("C2ST is not a number: some samples of the model are not finite.")
         return found
 
 

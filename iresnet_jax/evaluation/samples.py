@@ -45,6 +45,7 @@ def draw(
     temperature: float = 1.0,
     seed: int = 0,
     labels: Sequence[int] | None = None,
+    contexts: Float[np.ndarray, "_ k"] | None = None,
 ) -> Samples:
     """Draws latents from the prior and inverts them, to the levels of the data.
 
@@ -55,8 +56,11 @@ def draw(
         seed: Seed of the latents, at least 0.
         labels: Class of each sample, of a model whose classes have priors; the model draws them by default.
 
+        contexts: Context of each sample, of a conditional density; fewer than samples are taken again and again.
+
     Raises:
-        ValueError: If ``num``, ``temperature``, ``seed`` or a label is out of range, or the model has no classes.
+        ValueError: If ``num``, ``temperature``, ``seed`` or a label is out of range, the model has no classes, or it needs
+            contexts and has none.
 
     Example:
         >>> samples = draw(model, 64, 64, temperature=0.8)  # doctest: +SKIP
@@ -72,14 +76,21 @@ def draw(
     at_once = min(num, batch_size)
     key, num_batches = jax.random.key(seed), -(-num // at_once)
     batch_labels = [None] * num_batches if labels is None else _label_batches(model, labels, num, at_once)
-    parts = [_sample(model, jax.random.fold_in(key, i), at_once, temperature, batch_labels[i]) for i in range(num_batches)]
+    batch_contexts: list[np.ndarray | None] = [None] * num_batches
+    if contexts is not None:
+        rows = np.arange(num_batches * at_once).reshape(num_batches, at_once) % len(contexts)
+        batch_contexts = [contexts[places] for places in rows]
+    parts = [
+        _sample(model, jax.random.fold_in(key, i), at_once, temperature, batch_labels[i], batch_contexts[i])
+        for i in range(num_batches)
+    ]
     x, info = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:num], *jax.device_get(parts))
     return Samples(x, info.converged, info.error_bound)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _sample(model, key, num, temperature, labels):
-    return model.sample(key, num, temperature=temperature, labels=labels)
+def _sample(model, key, num, temperature, labels, context):
+    return model.sample(key, num, temperature=temperature, labels=labels, context=context)
 
 
 def _label_batches(model: Density, labels: Sequence[int], num: int, at_once: int) -> list[Int[np.ndarray, " n"]]:

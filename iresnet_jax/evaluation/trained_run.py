@@ -14,17 +14,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from iresnet_jax import data
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.models import saved
+from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.flow import freeze
+from iresnet_jax.models.flow import Frozen, freeze
 from iresnet_jax.training.checkpoints import Checkpoints
 from iresnet_jax.training.config import Config, parse
 from iresnet_jax.training.from_config import Spec, build_optimizer, build_solver
 from iresnet_jax.training.initialization import abstract_variables
+from iresnet_jax.training.loop import load_data
 from iresnet_jax.training.matmul_precision import prepare_backend
 from iresnet_jax.training.run_folder import CONFIG_FILE, FORMAT, read_config, read_model
 from iresnet_jax.training.state import TrainState, create
@@ -63,12 +64,19 @@ class Run:
     @functools.cached_property
     def data(self) -> DataSet:
         """The data that the settings name, as they are now; samples and certificates need none."""
-        return data.load(self.config.data.name, self.config.data.data_dir)
+        return load_data(self.config.data)
 
     def test_examples(self) -> np.ndarray:
-        """All test images, or as many fresh points of a toy as the settings ask for."""
-        num = self.config.evaluation.num_examples if self.data.toy is not None else None
-        return self.data.held_out("test", num, self.config.seed)
+        """All test examples, or as many fresh ones of a toy or simulator as the settings ask for."""
+        return self.data.held_out("test", self._num_test, self.config.seed)
+
+    def test_contexts(self) -> np.ndarray | None:
+        """The contexts of `test_examples`; None of a model without."""
+        return self.data.held_out_contexts("test", self._num_test, self.config.seed)
+
+    @property
+    def _num_test(self) -> int | None:
+        return self.config.evaluation.num_examples if self.data.is_endless else None
 
     def with_data_checked(self) -> "Run":
         """The same run, with a note if its data have changed since training.
@@ -115,7 +123,7 @@ def load(folder: str | os.PathLike[str]) -> Run:
     config = read_config(folder)
     prepare_backend(config.training.matmul_precision)
     spec, fingerprint = read_model(folder)
-    optimizer = build_optimizer(config.optimizer, config.training.total_steps)
+    optimizer = build_optimizer(config.optimizer)
     target = jax.eval_shape(lambda variables: create(variables, optimizer), abstract_variables(config, spec))
     best, step, notes = _restore(Checkpoints(folder), target, folder)
     return Run(folder, _model(config, spec, best), config, fingerprint, step, notes)
@@ -148,6 +156,13 @@ def _load_file(folder: Path) -> Run:
     return Run(folder, model.with_(solver=build_solver(config.evaluation)), config, fingerprint, step)
 
 
+_freeze = jax.jit(freeze, static_argnums=0)  # one function for all runs: those of one architecture share its program
+
+
+def _frozen(flow: FlowSpec, params: Any) -> Frozen:
+    return _freeze(flow, {stage.name: params[stage.name] for stage in flow.layout})
+
+
 def _model(config: Config, spec: Spec, best: TrainState) -> Density | Classifier:
     """The model of a training state: frozen, or certified as it is where training had no constraint."""
     solver = build_solver(config.evaluation)
@@ -157,9 +172,9 @@ def _model(config: Config, spec: Spec, best: TrainState) -> Density | Classifier
             return Classifier(spec, best.ema, **parts, solver=solver)
         if not spec.constrained:
             return saved.with_bounds(spec, {"params": best.ema, **parts}).with_(solver=solver)
-        frozen = jax.jit(lambda params: freeze(spec.flow, params))(best.ema)
+        frozen = _frozen(spec.flow, best.ema)
         return Classifier(spec, frozen.weights, **parts, bounds=frozen.bounds, solver=solver)
-    frozen = jax.jit(lambda params: freeze(spec.flow, params))(best.ema)
+    frozen = _frozen(spec.flow, best.ema)
     return Density(spec, frozen.weights, best.ema["prior"], frozen.bounds, solver=solver)
 
 

@@ -10,6 +10,7 @@ from iresnet_jax.evaluation.results import (
     Classification,
     Inversion,
     Likelihood,
+    Posterior,
     SampleQuality,
     TrainingTimes,
     certificate_warnings,
@@ -26,6 +27,7 @@ class Report:
         environment: What the results were computed with.
         config: Settings of the run.
         likelihood: Test likelihood of a density.
+        posterior: Comparison of a conditional density with the true posterior, where that is known.
         classification: Test error of a model with classes.
         samples: Samples of a density.
         samples_by_class: Samples of each class, of a density with classes.
@@ -38,6 +40,7 @@ class Report:
     environment: Environment
     config: Mapping[str, Any]
     likelihood: Likelihood | None = None
+    posterior: Posterior | None = None
     classification: Classification | None = None
     samples: SampleQuality | None = None
     samples_by_class: SampleQuality | None = None
@@ -56,6 +59,7 @@ class Report:
         return [
             *self.notes,
             *(self.likelihood.warnings() if self.likelihood else ()),
+            *(self.posterior.warnings() if self.posterior else ()),
             *(self.classification.warnings() if self.classification else ()),
             *(self.samples.warnings() if self.samples else ()),
             *(self.samples_by_class.warnings("samples by class") if self.samples_by_class else ()),
@@ -64,7 +68,8 @@ class Report:
         ]
 
     def __str__(self) -> str:
-        headlines = [self.likelihood, self.classification, self.inverse, self.lipschitz and self.lipschitz.verdict]
+        verdict = self.lipschitz and self.lipschitz.verdict
+        headlines = [self.likelihood, self.posterior, self.classification, self.inverse, verdict]
         said = "\n".join(str(headline) for headline in headlines if headline)
         return "\n".join([said, *(warning for warning in self.warnings() if warning not in said)])
 
@@ -74,6 +79,8 @@ class Report:
         del facts["notes"]
         if self.likelihood:
             facts[self.likelihood.key] = facts.pop("likelihood")
+        if self.posterior:
+            facts["posterior"]["mean_c2st"] = self.posterior.mean_c2st
         if self.lipschitz:
             facts["lipschitz"] |= {"certified": self.lipschitz.certified, "max_block": self.lipschitz.max_block}
         return _strict({**facts, "warnings": self.warnings()})

@@ -26,9 +26,14 @@ NUM_RECONSTRUCTED = 8  # shown
 def examples(
     values: Num[np.ndarray, "n ..."], num_levels: int | None, *, columns: int = 8, captions: Sequence[str] | None = None
 ) -> "Figure":
-    """Draws images of integer levels by `image_grid`, or points of the plane where ``num_levels`` is None."""
+    """Draws images by `image_grid`, continuous ones from their 1 % to their 99 % quantile; of vectors two entries."""
+    if num_levels is None and values.ndim == 4:
+        finite = values[np.isfinite(values)]
+        low, high = np.quantile(finite, [0.01, 0.99]) if finite.size else (0.0, 1.0)
+        scaled = np.clip((values - low) / max(high - low, 1e-12), 0.0, 1.0)
+        return image_grid(scaled if values.shape[-1] in (1, 3) else scaled[..., :1], columns, captions=captions)
     if num_levels is None:
-        return scatter(values)
+        return scatter(values[:, :2] if values.shape[1] > 1 else np.stack([values[:, 0], np.zeros(len(values))], axis=1))
     return image_grid(values / (num_levels - 1), columns, captions=captions)
 
 
@@ -51,8 +56,8 @@ def write_png(figure: "Figure", path: Path) -> Path:
 
 
 def reconstructions(result: Reconstructions) -> "Figure | None":
-    """Draws the first originals above their reconstructions; None for points."""
-    if result.originals.ndim != 4:
+    """Draws the first originals above their reconstructions; None for points, and for images that are not in [0, 1]."""
+    if result.originals.ndim != 4 or result.originals.min() < 0 or result.originals.max() > 1:
         return None
     shown = slice(0, NUM_RECONSTRUCTED)
     errors = np.asarray(result.trip.max_abs_error)[shown]

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Number = float | int
 
+MAX_PAIRS = 5  # entries of a vector that are drawn
+MAX_POSTERIORS = 4  # contexts whose posterior is drawn
 MAX_CURVE_POINTS = 600  # keeps seven panels of two splits below the size at which an SVG is given up
 
 _HEADLINES = {"bits_per_dim": "bits/dim", "nll": "NLL [nats]", "accuracy": "accuracy", "loss": "loss"}
@@ -151,6 +153,64 @@ def scatter(samples: Float[np.ndarray, "m 2"]) -> "Figure":
     axes.set_aspect("equal", adjustable="datalim")
     lost = int((~finite).sum())
     style.label(axes, "", "", title=f"{lost} of {len(samples)} samples are not finite" if lost else "")
+    return figure
+
+
+def pairs(data: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"]) -> "Figure":
+    """Draws test data beside samples: marginals of the first entries on the diagonal, pairs of entries below it.
+
+    Both are drawn on the range of the data; the title counts the samples that are outside of it in some entry.
+    """
+    shown = min(data.shape[1], MAX_PAIRS)
+    low, high = np.quantile(data, 0.001, axis=0), np.quantile(data, 0.999, axis=0)
+    margin = 0.1 * np.maximum(high - low, 1e-12)
+    low, high = low - margin, high + margin
+    figure = style.figure(width=10.0, height=max(1.9 * shown, 3.0))
+    grid: Any = figure.subplots(shown, shown, squeeze=False)
+    kinds = (("test data", data, style.BLUE), ("samples", samples, style.ORANGE))
+    for row, column in np.ndindex(shown, shown):
+        axes = grid[row, column]
+        if column > row:
+            axes.set_axis_off()
+            continue
+        axes.set_xlim(low[column], high[column])
+        for name, points, color in kinds:
+            if row == column:
+                bins = np.linspace(low[row], high[row], 41).tolist()
+                axes.hist(points[:, row], bins=bins, density=True, histtype="step", color=color, linewidth=1.2, label=name)
+            else:
+                axes.scatter(points[:, column], points[:, row], s=2.0, color=color, alpha=0.35, linewidths=0, rasterized=True)
+        if row != column:
+            axes.set_ylim(low[row], high[row])
+        style.label(axes, f"entry {column}" if row == shown - 1 else "", f"entry {row}" if column == 0 and row else "", size=8)
+    outside = int(np.any((samples < low) | (samples > high) | ~np.isfinite(samples), axis=1).sum())
+    style.label(grid[0, 0], "", "", title=f"{outside} of {len(samples)} samples are outside", size=8)
+    style.legend(grid[0, 0])
+    return figure
+
+
+def posteriors(truth: Float[np.ndarray, "c n d"], samples: Float[np.ndarray, "c n d"]) -> "Figure":
+    """Draws samples of the true posterior above those of a model, a column for each of the first contexts.
+
+    Both are drawn by the first two entries, on the range of the truth; the title counts the model's samples outside of it.
+    """
+    truth, samples = (values[:MAX_POSTERIORS, :, :2] for values in (truth, samples))
+    if truth.shape[2] == 1:
+        truth, samples = (np.concatenate([values, np.zeros_like(values)], axis=2) for values in (truth, samples))
+    columns = len(truth)
+    figure = style.figure(width=2.5 * columns, height=5.2)
+    grid = figure.subplots(2, columns, squeeze=False)
+    for column in range(columns):
+        low, high = truth[column].min(axis=0), truth[column].max(axis=0)
+        margin = 0.1 * float(np.max(high - low)) or 1.0
+        outside = int((~np.all((samples[column] >= low - margin) & (samples[column] <= high + margin), axis=1)).sum())
+        kinds = (("truth", truth, style.BLUE, ""), ("model", samples, style.ORANGE, f"{outside} outside" if outside else ""))
+        for row, (name, values, color, title) in enumerate(kinds):
+            axes = grid[row, column]
+            axes.scatter(*values[column].T, s=2.0, color=color, alpha=0.5, linewidths=0, rasterized=True)
+            axes.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
+            axes.set_aspect("equal", adjustable="datalim")
+            style.label(axes, "", name if column == 0 else "", title=title, size=8)
     return figure
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iresnet_jax.atomic_files import replacing
-from iresnet_jax.evaluation import accuracy, inversion, likelihood, machine_and_versions, samples
-from iresnet_jax.evaluation.results import Classification, Inversion, Likelihood, SampleQuality, TrainingTimes
+from iresnet_jax.evaluation import accuracy, inversion, likelihood, machine_and_versions, posterior, samples
+from iresnet_jax.evaluation.results import Classification, Inversion, Likelihood, Posterior, SampleQuality, TrainingTimes
 from iresnet_jax.evaluation.trained_run import Run
 from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.models.density import Density
@@ -42,6 +42,7 @@ def write(run: Run) -> Report:
     if curves := [record for record in records if record["split"] != "timing"]:
         figures["learning_curves"] = plots.learning_curves(curves, run.step)
     measured, drawn = _density(run, run.model, examples, figures) if isinstance(run.model, Density) else (None, None)
+    compared = _posterior(run, figures)
     classification, by_class = _classes(run, examples, figures) if run.has_classes else (None, None)
     inverse, certificate = _bijection(run, examples, figures) if run.is_bijective else (None, None)
     report = Report(
@@ -49,6 +50,7 @@ def write(run: Run) -> Report:
         environment=machine_and_versions.describe(),
         config=config,
         likelihood=measured,
+        posterior=compared,
         classification=classification,
         samples=drawn,
         samples_by_class=by_class,
@@ -66,11 +68,25 @@ def write(run: Run) -> Report:
 def _density(run: Run, model: Density, examples: np.ndarray, figures: Figures) -> tuple[Likelihood, SampleQuality]:
     """Likelihood and samples of a density."""
     settings, seed, levels = run.config.evaluation, run.config.seed, model.spec.num_levels
-    drawn = samples.draw(model, NUM_IMAGES if levels else NUM_POINTS, settings.batch_size, seed=seed)
+    contexts, is_image = run.test_contexts(), len(model.spec.flow.event_shape) == 3
+    drawn = samples.draw(model, NUM_IMAGES if is_image else NUM_POINTS, settings.batch_size, seed=seed, contexts=contexts)
     figures["samples"] = pictures.examples(drawn.values, levels)
-    if levels is None:
+    if model.spec.flow.event_shape == (2,) and contexts is None:
         figures["density"] = plots.density_map(*likelihood.log_density_on_grid(model, examples[:NUM_POINTS], MAP_SIDE))
-    return likelihood.evaluate(model, examples, settings, seed, entropy_floor=run.data.entropy), drawn.quality
+    elif not is_image:
+        figures["pairs"] = plots.pairs(examples[:NUM_POINTS], drawn.values)
+    measured = likelihood.evaluate(model, examples, settings, seed, contexts=contexts, entropy_floor=run.data.entropy)
+    return measured, drawn.quality
+
+
+def _posterior(run: Run, figures: Figures) -> Posterior | None:
+    """A conditional density beside the true posterior; None where no simulator knows it."""
+    found = posterior.compare_run(run)
+    if found is None:
+        return None
+    if len(found.contexts):
+        figures["posteriors"] = plots.posteriors(found.truth, found.samples)
+    return found.summary
 
 
 def _classes(run: Run, images: np.ndarray, figures: Figures) -> tuple[Classification, SampleQuality | None]:
@@ -96,7 +112,9 @@ def _bijection(run: Run, examples: np.ndarray, figures: Figures) -> tuple[Invers
     certificate = run.model.certificate()
     num = inversion.NUM_EXAMPLES if isinstance(run.model, Density) else len(examples)
     chosen = examples[: num if certificate.certified else NUM_UNCERTIFIED]
-    result = inversion.reconstruct(run.model, chosen, run.config.evaluation.batch_size, run.config.seed)
+    contexts = run.test_contexts()
+    contexts = None if contexts is None else contexts[: len(chosen)]
+    result = inversion.reconstruct(run.model, chosen, run.config.evaluation.batch_size, run.config.seed, contexts=contexts)
     if shown := pictures.reconstructions(result):
         figures["reconstructions"] = shown
     errors, bounds = np.asarray(result.refined.euclidean_error), np.asarray(result.refined.error_bound)

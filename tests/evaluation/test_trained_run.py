@@ -29,7 +29,7 @@ def trained(tmp_path_factory):
     config, dataset = runs.config_of(runs.TOY_CONFIG), data.load("moons")
     spec = model_spec(config, dataset)
     run_folder.claim(workdir, config, spec, dataset)
-    optimizer = build_optimizer(config.optimizer, config.training.total_steps)
+    optimizer = build_optimizer(config.optimizer)
     start = jax.jit(lambda variables: state.create(variables, optimizer))(initial_variables(config, spec, dataset))
     rng = np.random.default_rng(0)
     for step, metric in ((20, 2.0), (40, 3.0)):

@@ -29,6 +29,8 @@ CONTRADICTIONS = {
         ),
         "The estimated likelihood is 4.5 standard errors away from the exact one",
     ),
+    "posterior": (changed("posterior", divergence=-0.034), "more likely than the true posterior, by 10.0 standard errors"),
+    "C2ST": (changed("posterior", c2st=(0.5, math.nan)), "C2ST is not a number"),
     "cross-entropy": (changed("classification", loss=math.nan), "The cross-entropy is not finite"),
     "samples": (
         dataclasses.replace(REPORT, samples=FAILED),
@@ -127,6 +129,8 @@ def test_the_headline_has_a_line_for_every_part():
     starts = (
         "test: 1.0623 ± 0.0021 bits/dim",
         "check: 1.0651",
+        "true posterior: the model diverges by 0.0237",
+        "C2ST 0.562",
         "test error: 4.71 %",
         "inverse: inverted; 512 of 512",
         "certified",

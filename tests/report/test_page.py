@@ -15,7 +15,7 @@ VOID = {"meta", "img", "br", "hr", "link", "input"}
 PIXEL = "data:image/png;base64," + base64.b64encode(b"pixel").decode()
 TIMES = "\N{MULTIPLICATION SIGN}"
 FIGURES = (
-    *("learning_curves", "confusion", "mistakes", "samples", "samples_by_class", "density"),
+    *("learning_curves", "confusion", "mistakes", "samples", "samples_by_class", "density", "posteriors"),
     *("reconstructions", "error_histogram", "lipschitz"),
 )
 SHOWN = {
@@ -24,6 +24,7 @@ SHOWN = {
         "power series of 20 terms",
     ),
     "classification": ("4.71 %", "157", "3,333", "3.89", "5.68", "95 %", "0.1739"),
+    "posterior": ("0.0237 ± 0.0034", "7,919", "823", "0.537 to 0.588", "0.562"),
     "inverse": (
         *(f"3.4 {TIMES} 10⁻⁶", f"8.1 {TIMES} 10⁻⁶", f"1.9 {TIMES} 10⁻⁵", f"6.4 {TIMES} 10⁻⁷", "100 %", "23.4"),
         *(f"4.6 {TIMES} 10⁻¹⁴", f"5.3 {TIMES} 10⁻¹⁴", f"7.6 {TIMES} 10⁻¹³", "35.8"),
@@ -97,7 +98,7 @@ def test_every_number_of_the_report_is_on_the_page(part):
     assert [text for text in SHOWN[part] if not shows(words, text)] == []
 
 
-PARTS = ("likelihood", "classification", "samples", "inverse", "lipschitz")
+PARTS = ("likelihood", "posterior", "classification", "samples", "inverse", "lipschitz")
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -192,6 +193,8 @@ def test_a_bound_is_only_called_guaranteed_when_every_block_is_certified():
     assert grounds(REPORT) == {
         "Test bits per dimension": "estimated",
         "Truncation bound": "guaranteed",
+        "Divergence from the posterior": "estimated",
+        "C2ST": "estimated",
         "Test error": "measured",
         "Cross-entropy": "measured",
         "Inversion error": "measured",

@@ -1,0 +1,143 @@
+"""Models beside the posterior they should be: numbers of models that are right and wrong, and both configs end to end."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import kept
+import numpy as np
+import pytest
+import runs
+
+from iresnet_jax.__main__ import main
+from iresnet_jax.bijections.transforms.standardize import Standardize
+from iresnet_jax.data import simulators
+from iresnet_jax.evaluation import posterior
+from iresnet_jax.evaluation.results import Posterior
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.flow import freeze
+from iresnet_jax.training import loop
+from iresnet_jax.training.config import EvaluationConfig, parse
+from iresnet_jax.training.from_config import density_spec
+
+ATOL_F32 = 1e-4  # log-densities in float32, of a flow whose weights are zero
+SETTINGS = EvaluationConfig(batch_size=200, num_posteriors=2, num_posterior_samples=200)
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilations(tmp_path_factory):
+    with runs.shared_compilations(tmp_path_factory):
+        yield
+
+
+def linear_gaussian_model(shift=0.0, scale=1.0):
+    """The posterior ``N(x / 2, .05 I)`` as a flow of one block ``z = theta - x / 2`` and a prior of its own."""
+    flow = FlowSpec((10,), (StageSpec(1, hidden=(2,)),), context_dim=10)
+    shapes = jax.eval_shape(lambda key: freeze(flow, kept.random_params(flow, key)), jax.random.key(0))
+    weights, bounds = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes.weights, shapes.bounds))
+    weights["stage0"]["branch"]["dense1"]["context"] = -0.5 * jnp.eye(10)[None]
+    prior = {"mean": jnp.full((10,), shift), "log_std": jnp.full((10,), math.log(scale * math.sqrt(0.05)))}
+    return Density(DensitySpec(flow), weights, prior, bounds)
+
+
+def test_the_true_posterior_diverges_by_nothing_and_a_wrong_one_by_its_divergence(monkeypatch):
+    """The classifier, which takes its time in 10-D, has a test of its own."""
+    monkeypatch.setattr(posterior, "c2st", lambda ours, theirs: float(np.abs(ours.mean(axis=0) - theirs.mean(axis=0)).max()))
+    simulator = simulators.get("linear_gaussian")
+    theta, x = map(np.asarray, simulator.sample(jax.random.key(0), 400))
+    right = posterior.compare(linear_gaussian_model(), simulator, theta, x, SETTINGS, 0)
+    assert abs(right.summary.divergence) < ATOL_F32
+    assert right.summary.warnings() == []
+    assert right.summary.mean_c2st < 5 * math.sqrt(2 * 0.05 / 200)
+    assert right.truth.shape == right.samples.shape == (2, 200, 10)
+    np.testing.assert_array_equal(right.contexts, x[:2])
+    for samples in (right.truth, right.samples):
+        np.testing.assert_allclose(samples.mean(axis=1), x[:2] / 2, atol=5 * math.sqrt(0.05 / 200))
+    wrong = posterior.compare(linear_gaussian_model(0.2, 1.5), simulator, theta, x, SETTINGS, 0).summary
+    expected = 10 * (math.log(1.5) + (1 + 0.2**2 / 0.05) / (2 * 1.5**2) - 0.5)  # of two normals
+    assert abs(wrong.divergence - expected) < 5 * wrong.stderr < 1
+    assert wrong.mean_c2st > 0.15
+    none = dataclasses.replace(SETTINGS, num_posteriors=0)
+    assert posterior.compare(linear_gaussian_model(), simulator, theta, x, none, 0).summary.mean_c2st is None
+    with pytest.raises(ValueError, match="a standard error needs at least 2 examples, got 1"):
+        posterior.compare(linear_gaussian_model(), simulator, theta[:1], x[:1], SETTINGS, 0)
+
+
+def test_c2st_tells_what_differs_and_nothing_else():
+    a, b = np.random.default_rng(0).normal(size=(2, 300, 2)).astype(np.float32)
+    assert abs(posterior.c2st(a, b) - 0.5) < 5 * 0.5 / math.sqrt(600)
+    assert posterior.c2st(a + 5, b) > 0.99
+    assert posterior.c2st(3 * a, b) > 0.65
+    assert posterior.c2st(a, b) == posterior.c2st(a, b)
+    assert math.isnan(posterior.c2st(np.full_like(a, np.nan), b))
+
+
+def test_contradictions_are_stated():
+    sound = Posterior(divergence=0.01, stderr=0.01, num_examples=9, c2st=(0.5, 0.7), num_samples=11)
+    assert str(sound).splitlines() == [
+        "true posterior: the model diverges by 0.0100 ± 0.0100 nats",
+        "C2ST 0.600 (.5 is indistinguishable; 11 samples each for 2 contexts, 0.500 to 0.700)",
+    ]
+    better = dataclasses.replace(sound, divergence=-0.05)
+    assert better.warnings() == ["The model is more likely than the true posterior, by 5.0 standard errors."]
+    assert "not finite" in str(dataclasses.replace(sound, divergence=math.nan))
+    assert "C2ST is not a number" in str(dataclasses.replace(sound, c2st=(0.5, math.nan)))
+
+
+def small(name):
+    """The config of a simulator, cut down to a few steps of a small model."""
+    path = runs.ROOT / "configs" / "posterior.py"
+    spec = importlib.util.spec_from_file_location("posterior_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(name)
+    config.model.stages = ({"num_blocks": 2, "hidden": (8,), "activation": "clipswish"},)
+    config.optimizer.name = "adam"
+    if name == "linear_gaussian":  # LU factorisations dead-lock on several simulated devices, see evaluation/likelihood.py
+        config.logdet.kind = config.evaluation.logdet.kind = "series"
+    config.training.update({"total_steps": 4, "minutes": 0.0, "batch_size": 32, "eval_every_steps": 4, "log_every_steps": 2})
+    config.training.update({"eval_examples": 64, "actnorm_examples": 64, "blocks": "scan"})
+    config.evaluation.update({"num_examples": 64, "batch_size": 64, "num_posteriors": 2, "num_posterior_samples": 20})
+    return parse(config)
+
+
+@pytest.mark.parametrize("name", simulators.SIMULATORS)
+def test_from_training_to_samples_and_report(name, tmp_path, capsys):
+    config, simulator = small(name), simulators.get(name)
+    loop.train(config, tmp_path)
+    capsys.readouterr()
+    assert main(["evaluate", "--workdir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "true posterior: the model diverges by" in said
+    assert "20 samples each for 2 contexts" in said
+    context = ",".join(["0.1"] * simulator.num_observed)
+    assert main(["sample", "--workdir", str(tmp_path), "--num", "5", f"--context={context}"]) == 0
+    assert np.load(tmp_path / "samples.npy").shape == (5, simulator.num_parameters)
+    assert main(["sample", "--workdir", str(tmp_path), "--num", "5"]) == 2
+    assert "takes a context" in capsys.readouterr().err
+    assert main(["report", "--workdir", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "report.json").read_text())
+    found = content["posterior"]
+    assert (len(found["c2st"]), found["num_samples"], found["num_examples"]) == (2, 20, 64)
+    assert found["mean_c2st"] == pytest.approx(np.mean(found["c2st"]))
+    # The likelihood and the divergence are of the same pairs: they differ by the truth's own likelihood.
+    pairs = loop.load_data(config.data)._drawn_of("test", 64, config.seed)
+    truth = -float(np.mean(simulator.log_prob(*pairs)))
+    assert content["nll"]["mean"] - truth == pytest.approx(found["divergence"], abs=1e-3)
+    assert content["nll"]["entropy_floor"] == pytest.approx(simulator.entropy)
+    page = (tmp_path / "report.html").read_text()
+    assert "Divergence from the posterior" in page
+    assert "Samples of the true posterior above samples of the model" in page
+
+
+def test_contexts_are_scaled_by_what_a_simulator_draws():
+    found = density_spec(small("linear_gaussian"), loop.load_data(small("linear_gaussian").data))
+    assert isinstance(found.transform, Standardize)
+    np.testing.assert_allclose(found.transform.scale, math.sqrt(0.1), rtol=0.03)
+    np.testing.assert_allclose(found.context.scale, math.sqrt(0.2), rtol=0.03)
