@@ -1,0 +1,359 @@
+"""scikit-learn estimators: a density and a classifier of vectors, for pipelines and searches over parameters.
+
+They wrap `fitting.fit` and take what ``pip install 'iresnet_jax[sklearn]'`` installs. Affine preprocessing runs in float64
+outside of the compiled programs, so fits to data of one shape, such as the folds of a cross-validation, share all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+import scipy.special
+from sklearn.base import BaseEstimator, ClassifierMixin, DensityMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from iresnet_jax.bijections.transforms.logit import Identity
+from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.data.arrays import REPEATS, find_grid
+from iresnet_jax.fitting import WHITENED_DIMS, fit
+from iresnet_jax.maths.logdet.krylov import KrylovLogdet
+from iresnet_jax.models.density import Density
+
+LEAST_SAMPLES = 3  # two to train on, one to validate
+EXACT_DIMS = 256  # at most: beyond, `score_samples` estimates log-determinants, see `_core`
+NOISE_DRAWS = 16  # of the noise that spreads values on a grid over their cells
+FARTHEST = 1e6  # standard deviations from the mean at which a classifier clips, so that float32 does not overflow
+
+
+class _ResidualFlow(BaseEstimator):
+    """What both estimators do: checks, training, and the model's programs on batches of one size."""
+
+    def __init__(
+        self,
+        *,
+        steps: Any = None,
+        minutes: Any = None,
+        architecture: Any = None,
+        validation_fraction: Any = 0.1,
+        random_state: Any = None,
+        settings: Any = None,
+        verbose: Any = False,
+    ):
+        # scikit-learn wants parameters stored as they are, and checked by `fit`.
+        self.steps = steps
+        self.minutes = minutes
+        self.architecture = architecture
+        self.validation_fraction = validation_fraction
+        self.random_state = random_state
+        self.settings = settings
+        self.verbose = verbose
+
+    def _train(self, x: np.ndarray, labels: np.ndarray | None = None) -> None:
+        """Sets ``model_`` and ``history_`` to those of the data, checked and in float64."""
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie in (0, 1), got {self.validation_fraction}")
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        settings = {"seed": seed, **(self.settings or {})}
+        names = getattr(self, "feature_names_in_", ())
+        # Values on a grid need a noise of their own in training, and a preprocessing may be chosen: `fit` does both.
+        whole = "preprocessing.transform" in settings or find_grid(x - x.mean(axis=0), names) is not None
+        transform = Identity()
+        if not whole:
+            transform = Whiten.fit(x, labels) if x.shape[1] <= WHITENED_DIMS else Standardize.fit(x)
+            settings["preprocessing.transform"] = "none"
+        model = fit(
+            _forward(transform, x)[0].astype(np.float32),
+            labels,
+            minutes=self.minutes,
+            steps=self.steps,
+            architecture=self.architecture,
+            validation_fraction=self.validation_fraction,
+            settings=settings,
+            progress=bool(self.verbose),
+        )
+        assert isinstance(model, Density)
+        self.model_ = model if whole else model.with_(spec=dataclasses.replace(model.spec, transform=transform))
+        self.history_ = model.history
+
+    def _checked(self, X: Any) -> np.ndarray:
+        check_is_fitted(self)
+        x: Any = validate_data(self, X, dtype=np.float64, reset=False)
+        return x
+
+
+class ResidualFlowDensity(DensityMixin, _ResidualFlow):
+    """A residual flow as a density estimator with the methods of `sklearn.mixture.GaussianMixture`.
+
+    Integer features and others on a regular grid count as such: `score_samples` is then a bound of the log-probability of
+    their values. A constant feature has no density: `fit` refuses it by name.
+
+    Args:
+        steps: Updates to train for.
+        minutes: Wall-clock time to train for instead; 3 minutes by default.
+        architecture: Stages of the flow; by default they depend on the number of samples.
+        validation_fraction: Share of the samples that chooses the best step, in (0, 1).
+        random_state: Seed. Fits with the same integer to data of one shape share their compiled programs.
+        settings: Other settings by name, such as ``{"optimizer.learning_rate": 1e-3}``, see `training.config.Config`.
+        verbose: Whether to write lines of progress to stderr.
+
+    Attributes:
+        model_: The trained `Density`.
+        history_: Measurements of the training, a `History`.
+        n_features_in_: Number of features.
+        feature_names_in_: Their names, if `fit` was given a data frame.
+
+    Example:
+        >>> flow = ResidualFlowDensity(minutes=1, random_state=0).fit(x)  # doctest: +SKIP
+        >>> flow.score_samples(x_new)  # doctest: +SKIP
+    """
+
+    def fit(self, X: Any, y: Any = None) -> ResidualFlowDensity:
+        """Trains on samples ``X``; ``y`` is ignored.
+
+        Raises:
+            ValueError: If there are fewer than 3 samples, or a feature has no density; it says which.
+        """
+        del y
+        x: Any = validate_data(self, X, dtype=np.float64, ensure_min_samples=LEAST_SAMPLES)
+        self._train(x)
+        return self
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """Log-likelihood in nats of every sample, the same in whatever batch a sample stands.
+
+        The log-determinant is exact up to 256 features. Beyond them its probes, like the noise of features on a grid, come from
+        a hash of the sample.
+        """
+        x = self._checked(X)
+        spec = self.model_.spec
+        if spec.grid is None:
+            return self._log_prob(x)
+        spacing = np.asarray(spec.grid.spacing)
+        volume = np.log(spacing[spacing > 0]).sum()
+        noise = _noise(x, NOISE_DRAWS)
+        draws = [self._log_prob(x + (uniform - 0.5) * spacing) for uniform in noise]
+        return scipy.special.logsumexp(draws, axis=0) - np.log(NOISE_DRAWS) + volume
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Mean log-likelihood of the samples in nats, as `GaussianMixture.score`; ``y`` is ignored."""
+        del y
+        return float(self.score_samples(X).mean())
+
+    def sample(self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None) -> np.ndarray:
+        """Draws samples.
+
+        Args:
+            n_samples: Number of samples.
+            random_state: Seed; None draws others at each call.
+
+        Raises:
+            ValueError: If ``n_samples`` is less than 1.
+        """
+        check_is_fitted(self)
+        if n_samples < 1:
+            raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+        key = jax.random.key(int(check_random_state(random_state).randint(2**31 - 1)))
+        model, size = _core(self.model_), _batch_size(self.model_.spec.flow.num_dims)
+        parts, failed = [], 0
+        for number in range(-(-n_samples // size)):
+            y, converged = _sample(model, jax.random.fold_in(key, number), size)
+            parts.append(np.asarray(y))
+            failed += int(np.sum(~np.asarray(converged)[: n_samples - number * size]))
+        if failed:
+            warnings.warn(f"the inverse of {failed} of {n_samples} samples did not converge: they are not exact", stacklevel=2)
+        x = _inverse(self.model_.spec.transform, np.concatenate(parts)[:n_samples].astype(np.float64))
+        if (grid := self.model_.spec.grid) is not None:
+            spacing, offset = np.asarray(grid.spacing), np.asarray(grid.offset)
+            step = np.where(spacing > 0, spacing, 1)
+            x = np.where(spacing > 0, offset + step * np.round((x - offset) / step), x)
+        return x
+
+    def _log_prob(self, x: np.ndarray) -> np.ndarray:
+        """Log-density of points, those of the cells of a grid included."""
+        y, log_det = _forward(self.model_.spec.transform, x)
+        seeds = (_hashes(x) >> np.uint64(32)).astype(np.uint32)
+        return _over_batches(_log_prob, _core(self.model_), y, seeds) + log_det
+
+
+class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
+    """A residual flow with a prior for every class, which classifies by Bayes' rule.
+
+    The model is a density of samples and labels, trained for the labels' cross-entropy and, with a tenth of the weight, for the
+    likelihood of the samples: ``model_.log_prob`` tells samples that are like none of the classes. Constant features are
+    ignored, and repeated values are spread over the gaps between them in training.
+
+    Args:
+        steps: Updates to train for.
+        minutes: Wall-clock time to train for instead; 3 minutes by default.
+        architecture: Stages of the flow; by default they depend on the number of samples.
+        validation_fraction: Share of the samples that chooses the best step, in (0, 1).
+        random_state: Seed. Fits with the same integer to data of one shape share their compiled programs.
+        settings: Other settings by name, such as ``{"hybrid.weight": 1.0}``, see `training.config.Config`.
+        verbose: Whether to write lines of progress to stderr.
+
+    Attributes:
+        classes_: Labels of the classes, sorted.
+        model_: The trained `Density` of the features in ``varying_features_``, whose class ``i`` is ``classes_[i]``.
+        varying_features_: Places of the features that are not constant.
+        history_: Measurements of the training, a `History`.
+        n_features_in_: Number of features.
+        feature_names_in_: Their names, if `fit` was given a data frame.
+
+    Example:
+        >>> flow = ResidualFlowClassifier(minutes=1, random_state=0).fit(x, labels)  # doctest: +SKIP
+        >>> flow.predict_proba(x_new)  # doctest: +SKIP
+    """
+
+    def fit(self, X: Any, y: Any) -> ResidualFlowClassifier:
+        """Trains on samples ``X`` with labels ``y`` of any type.
+
+        Raises:
+            ValueError: If there are fewer than 3 samples or 2 classes, or all features are constant.
+        """
+        checked: Any = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=LEAST_SAMPLES)
+        x, y = checked
+        check_classification_targets(y)
+        self.classes_, labels = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(
+                f"a classifier needs samples of at least 2 classes, and all are of one class, {self.classes_[0]!r}"
+            )
+        self.varying_features_ = np.flatnonzero(x.max(axis=0) > x.min(axis=0))
+        if not len(self.varying_features_):
+            raise ValueError("all features are constant, so they tell nothing of the classes")
+        self._train(_spread(x[:, self.varying_features_]), labels.astype(np.int32))
+        return self
+
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """Log-probability of every class of ``classes_``, a row a sample."""
+        x = self._checked(X)[:, self.varying_features_]
+        y = np.clip(_forward(self.model_.spec.transform, x)[0], -FARTHEST, FARTHEST)
+        logits = _over_batches(_class_logits, _core(self.model_), y)
+        return scipy.special.log_softmax(logits, axis=1)
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probability of every class of ``classes_``, a row a sample."""
+        return np.exp(self.predict_log_proba(X))
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The most likely class of every sample."""
+        best = self.predict_log_proba(X).argmax(axis=1)  # raises unless fitted
+        return self.classes_[best]
+
+
+# ------------------------------------------------------------------------------------- affine preprocessing, in float64
+
+
+def _forward(transform: Any, x: np.ndarray) -> tuple[np.ndarray, float]:
+    """The preprocessed data and the log-determinant, which is the same for all."""
+    if isinstance(transform, Whiten):
+        factor = np.asarray(transform.factor)
+        y = scipy.linalg.solve_triangular(factor, (x - transform.mean).T, lower=True).T
+        return y, -float(np.log(np.diag(factor)).sum())
+    if isinstance(transform, Standardize):
+        return (x - transform.mean) / transform.scale, -float(np.log(transform.scale).sum())
+    assert isinstance(transform, Identity)
+    return x, 0.0
+
+
+def _inverse(transform: Any, y: np.ndarray) -> np.ndarray:
+    if isinstance(transform, Whiten):
+        return transform.mean + y @ np.asarray(transform.factor).T
+    return transform.mean + y * transform.scale if isinstance(transform, Standardize) else y
+
+
+def _spread(x: np.ndarray) -> np.ndarray:
+    """The data with uniform noise, of the median gap between values, in columns that repeat their values.
+
+    A density of repeated values would grow without bound, which a classifier need not bother its user with.
+    """
+    spread = np.array(x)
+    for column, values in enumerate(x.T):
+        distinct = np.unique(values)
+        if len(values) >= REPEATS * len(distinct):
+            spread[:, column] += (_noise(x, 1)[0, :, column] - 0.5) * np.median(np.diff(distinct))
+    return spread
+
+
+# ---------------------------------------------------------------------------- noise that depends on the sample alone
+
+
+def _noise(x: np.ndarray, draws: int) -> np.ndarray:
+    """Uniform numbers in [0, 1) of shape ``(draws, n, d)``; equal samples have equal ones, wherever they stand."""
+    columns, numbers = x.shape[1], np.arange(draws, dtype=np.uint64)[:, None, None]
+    places = numbers * np.uint64(columns) + np.arange(1, columns + 1, dtype=np.uint64)
+    mixed = _mixed(_hashes(x)[None, :, None] + places * np.uint64(0x9E3779B97F4A7C15))
+    return (mixed >> np.uint64(11)) * 2.0**-53
+
+
+def _hashes(x: np.ndarray) -> np.ndarray:
+    """64 bits for each sample."""
+    hashes = np.zeros(len(x), np.uint64)
+    for column in (x + 0.0).T:  # -0 becomes 0
+        hashes = _mixed((hashes ^ np.ascontiguousarray(column).view(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
+    return hashes
+
+
+def _mixed(bits: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele et al. 2014): every bit of the result depends on every bit."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+# ------------------------------------------------------------------------------------------------- compiled programs
+
+
+def _core(model: Density) -> Density:
+    """The model behind its preprocessing, whose spec holds no constants of the data: fits of one shape share programs.
+
+    The log-determinant of more than `EXACT_DIMS` dimensions is that of a Krylov space of 20 dimensions for each of 4 probes.
+    """
+    spec = dataclasses.replace(model.spec, transform=Identity(), grid=None)
+    core = model.with_(spec=spec, history=None)
+    return core if spec.flow.num_dims <= EXACT_DIMS else core.with_(estimator=KrylovLogdet(20, num_probes=4))
+
+
+def _batch_size(num_dims: int) -> int:
+    """Samples of a batch, a multiple of 16. The number of samples does not matter: other shapes would be rounded otherwise."""
+    return 16 * max(1, min(16, 256 // num_dims))
+
+
+def _over_batches(program: Callable[..., Any], model: Density, *arrays: np.ndarray) -> np.ndarray:
+    """Results of a program for all samples, by batches of one size, in float64."""
+
+    def batches() -> Iterator[np.ndarray]:
+        size, num = _batch_size(arrays[0].shape[1]), len(arrays[0])
+        for start in range(0, num, size):
+            parts = [array[start : start + size] for array in arrays]
+            padded = [np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)]) for part in parts]
+            yield np.asarray(program(model, *padded))[: len(parts[0])]
+
+    return np.concatenate(list(batches())).astype(np.float64)
+
+
+@jax.jit
+def _log_prob(model: Density, y: Any, seeds: Any) -> jax.Array:
+    return model.log_prob(y.astype(jnp.float32), jax.vmap(jax.random.key)(seeds))
+
+
+@jax.jit
+def _class_logits(model: Density, y: Any) -> jax.Array:
+    return model.log_prior_by_class(model.encode(y.astype(jnp.float32)))
+
+
+def _sample_core(model: Density, key: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
+    y, info = model.sample(key, num)
+    return y, info.converged
+
+
+_sample = jax.jit(_sample_core, static_argnums=2)

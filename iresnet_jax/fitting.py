@@ -1,0 +1,213 @@
+"""`fit`: a model of an array, with settings chosen from the array and the machine; the same code as ``train.py``."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from iresnet_jax.data.arrays import Arrays, from_arrays
+from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.evaluation import trained_run
+from iresnet_jax.json_dataclasses import to_plain
+from iresnet_jax.models.architecture import StageSpec
+from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.history import History
+from iresnet_jax.training.config import Config, parse
+from iresnet_jax.training.interruption import Stopped
+from iresnet_jax.training.loop import train
+from iresnet_jax.training.metrics import read_metrics
+from iresnet_jax.training.programs import Programs
+
+DEFAULT_MINUTES = 3.0
+PATIENCE = 6  # validations, of which a run with a time limit makes 20
+WHITENED_DIMS = 256  # at most: a matrix of the square of that many numbers belongs to the model
+HYBRID_WEIGHT = 0.1  # weight of a vector's log-likelihood beside the cross-entropy of its class
+EXACT_DIMS = 16  # at most: so many products with the Jacobian cost little more than an estimate, and have no noise
+
+_PROGRAMS = Programs()  # compiled steps of earlier fits: folds of a cross-validation differ in their data alone
+
+
+def fit(
+    x: Any,
+    labels: Any = None,
+    *,
+    context: Any = None,
+    key: Any = None,
+    minutes: float | int | None = None,
+    steps: int | None = None,
+    objective: str | None = None,
+    architecture: Sequence[StageSpec] | None = None,
+    validation_fraction: float = 0.1,
+    validation: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    workdir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Density | Classifier:
+    """Trains a model of an array; see ``iresnet_jax.fit``, which this is."""
+    arrays: Arrays | dict[str, Arrays] = _arrays(x, labels, context)
+    if validation is not None:
+        held_out = validation if isinstance(validation, tuple) else (validation,)
+        arrays = {"train": arrays, "validation": _arrays(*held_out)}
+    data = from_arrays("the array", arrays, fractions=(validation_fraction, 0.0))
+    config = choose_settings(
+        data, objective=objective, minutes=minutes, steps=steps, architecture=architecture, seed=seed_of(key)
+    )
+    config = with_settings(config, settings or {})
+    with contextlib.ExitStack() as stack:
+        folder = Path(workdir) if workdir is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        say = _Lines(data, config) if progress else None
+        try:
+            train(config, folder, data=data, say=say, programs=_PROGRAMS)
+        except Stopped as stopped:
+            if say:
+                say(f"{str(stopped).split(':')[0]}: the best model so far")
+        run = trained_run.load(folder)
+        return run.model.with_(history=History.from_records(read_metrics(folder), run.step))
+
+
+def choose_settings(
+    data: DataSet,
+    *,
+    objective: str | None = None,
+    minutes: float | int | None = None,
+    steps: int | None = None,
+    architecture: Sequence[StageSpec] | None = None,
+    seed: int = 0,
+) -> Config:
+    """The settings that `fit` trains with, for the shape, number and kind of examples.
+
+    Args:
+        data: The data.
+        objective: "density", "classification" or "hybrid"; by default "density" without labels, and with labels
+            "classification" of images and "hybrid" of vectors.
+        minutes: Wall-clock time for training.
+        steps: Updates instead of a time.
+        architecture: Stages of the flow.
+        seed: Seed of the run.
+
+    Raises:
+        ValueError: If they contradict each other or the data.
+    """
+    if minutes is not None and steps is not None:
+        raise ValueError(f"give minutes or steps, not both: got {minutes} and {steps}")
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes must be positive, got {minutes}")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    is_vectors = len(data.event_shape) == 1
+    objective = objective or ("density" if data.num_classes is None else "hybrid" if is_vectors else "classification")
+    num, dims = len(data.examples["train"]), int(np.prod(data.event_shape))
+    plain: dict[str, Any] = to_plain(Config())
+    plain["seed"], plain["objective"] = seed, objective
+    plain["data"]["name"] = data.name
+    chosen = _for_vectors(num, dims) if is_vectors else _for_images(data, num)
+    for name, values in chosen.items():
+        plain[name] |= values
+    if architecture is not None:
+        plain["model"]["stages"] = [dataclasses.asdict(stage) for stage in architecture]
+    batch_size = _even(min(plain["training"]["batch_size"], num))
+    total = steps or 4000
+    plain["optimizer"]["warmup_steps"] = total // 20
+    plain["training"] |= {
+        "batch_size": batch_size,
+        "total_steps": total,
+        "minutes": 0.0 if steps else (minutes or DEFAULT_MINUTES),
+        "patience": PATIENCE,
+        "eval_every_steps": max(total // 20, 1),
+        "log_every_steps": 25,
+        "eval_examples": 4096,
+        "actnorm_examples": min(1024, num),
+        # An average over a tenth of a short run, and never over more than some hundred steps.
+        "ema_decay": 0.99 if (steps or 4000) >= 1000 else 0.9,
+    }
+    return parse(plain)
+
+
+def _for_vectors(num: int, dims: int) -> dict[str, dict[str, Any]]:
+    """Dense blocks. Few examples get a small model that starts as a normal density, which early stopping then improves on."""
+    width = 32 if num < 2000 else 128
+    blocks = 4 if num < 2000 else 10
+    stage = {"num_blocks": blocks, "hidden": (width,), "activation": "clipswish"}
+    exact = {"kind": "exact"} if dims <= EXACT_DIMS else {"kind": "krylov", "num_terms": min(6, dims)}
+    return {
+        "model": {"stages": [stage], "coeff": 0.97, "last_scale": 0.1 if num < 2000 else 1.0},
+        "preprocessing": {"transform": "whiten" if dims <= WHITENED_DIMS else "standardize"},
+        "logdet": exact,
+        "hybrid": {"weight": HYBRID_WEIGHT, "fitted_priors": True},
+        "evaluation": {"logdet": {"kind": "exact"}} if dims <= WHITENED_DIMS else {},
+        "optimizer": {"name": "muon", "learning_rate": 1e-2, "momentum": 0.95, "nesterov": True},
+        "training": {"batch_size": 256 if num >= 2000 else 64, "blocks": "scan"},
+    }
+
+
+def _for_images(data: DataSet, num: int) -> dict[str, dict[str, Any]]:
+    """Convolutional blocks on squeezed images, a stage a halving, down to 4 x 4 pixels or fewer."""
+    height, width, _ = data.event_shape
+    stages, side = [], min(height, width)
+    while side % 2 == 0 and height % 2 == 0 and width % 2 == 0 and side >= 8 and len(stages) < 3:
+        side, height, width = side // 2, height // 2, width // 2
+        stages.append({"num_blocks": 6, "hidden": (48,), "kernel_sizes": (3, 3), "squeeze": 2, "activation": "clipswish"})
+    stages = stages or [{"num_blocks": 8, "hidden": (48,), "kernel_sizes": (3, 3), "activation": "clipswish"}]
+    continuous = data.num_levels is None
+    return {
+        "model": {"stages": stages, "coeff": 0.95},
+        "preprocessing": {"transform": "standardize" if continuous else "logit"},
+        "logdet": {"kind": "krylov", "num_terms": 6},
+        "optimizer": {"name": "muon", "learning_rate": 1e-2, "momentum": 0.95, "nesterov": True},
+        "training": {"batch_size": 64},
+    }
+
+
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The config with other values, such as ``{"optimizer.learning_rate": 1e-3}``.
+
+    Raises:
+        ValueError: If there is no such field, or it cannot hold the value.
+    """
+    plain = to_plain(config)
+    for path, value in settings.items():
+        *folders, name = path.split(".")
+        node = plain
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = value
+    return parse(plain)
+
+
+def seed_of(key: Any) -> int:
+    """The seed of a run for a key; 0 without one."""
+    if key is None:
+        return 0
+    if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
+        raise ValueError(f"key must be one typed key such as jax.random.key(0), got {key.dtype} of shape {key.shape}")
+    return int(jax.random.bits(key))
+
+
+def _arrays(x: Any, labels: Any = None, context: Any = None) -> Arrays:
+    return Arrays(*(None if array is None else np.asarray(array) for array in (x, labels, context)))  # pyright: ignore
+
+
+def _even(batch_size: int) -> int:
+    devices = jax.local_device_count()
+    return max(batch_size // devices, 1) * devices
+
+
+class _Lines:
+    """Lines of progress on stderr."""
+
+    def __init__(self, data: DataSet, config: Config):
+        self._began = time.monotonic()
+        train, validation = len(data.examples["train"]), len(data.examples["validation"])
+        self(f"fit: {train} examples of shape {data.event_shape} to train on, {validation} to validate; {config.objective}")
+
+    def __call__(self, line: str) -> None:
+        print(f"[{time.monotonic() - self._began:5.0f} s] {line}", file=sys.stderr, flush=True)

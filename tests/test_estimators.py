@@ -1,0 +1,202 @@
+"""The scikit-learn estimators: scikit-learn's own checks, and what users of pipelines and searches rely on."""
+
+import pickle
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+from sklearn.base import clone
+from sklearn.datasets import make_blobs
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from iresnet_jax.bijections.transforms.standardize import Whiten
+from iresnet_jax.estimators import ResidualFlowClassifier, ResidualFlowDensity
+from iresnet_jax.fitting import fit
+from iresnet_jax.models.architecture import StageSpec
+
+SAME = 1e-12  # no program may see another shape, so only the host's float64 may differ
+ROUNDED = 1e-4  # float32 by another route
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+# One small program for each number of features: no shape depends on the number of samples.
+TINY = {
+    "steps": 2,
+    "architecture": (StageSpec(num_blocks=1, hidden=(4,)),),
+    "random_state": 0,
+    "settings": {
+        "optimizer.name": "sgd",
+        "training.blocks": "unroll",
+        "training.batch_size": 2,
+        "training.actnorm_examples": 16,
+        "training.eval_every_steps": 2,
+        "training.eval_examples": 2,
+        "evaluation.batch_size": 2,
+    },
+}
+# Check by name, and the reason why it cannot pass.
+EXPECTED_TO_FAIL: dict[str, dict[str, str]] = {"ResidualFlowDensity": {}, "ResidualFlowClassifier": {}}
+
+
+@parametrize_with_checks(
+    [ResidualFlowDensity(**TINY), ResidualFlowClassifier(**TINY)],
+    expected_failed_checks=lambda estimator: EXPECTED_TO_FAIL[type(estimator).__name__],
+)
+def test_scikit_learn_checks(estimator, check):
+    check(estimator)
+
+
+# --- what users rely on ---------------------------------------------------------------------------------------------
+
+
+def correlated(num=400, seed=0):
+    """A normal density of three features with correlations of 0.9, and its samples."""
+    density = scipy.stats.multivariate_normal([5.0, -2.0, 100.0], 4 * (0.1 * np.eye(3) + 0.9 * np.ones((3, 3))))
+    return density, density.rvs(num, random_state=seed)
+
+
+@pytest.fixture(scope="module")
+def density():
+    return ResidualFlowDensity(**TINY).fit(correlated()[1])
+
+
+@pytest.fixture(scope="module")
+def blobs():
+    x, y = make_blobs(120, centers=2, n_features=2, random_state=3)
+    return x, np.array(["ham", "spam"])[y]
+
+
+@pytest.fixture(scope="module")
+def classifier(blobs):
+    return ResidualFlowClassifier(**TINY).fit(*blobs)
+
+
+def test_a_density_of_correlated_data_beats_a_standard_normal_and_is_near_the_true_one(density):
+    true, x = correlated(1000, seed=1)
+    standard = scipy.stats.norm.logpdf(StandardScaler().fit_transform(x)).sum(axis=1) - np.log(x.std(axis=0)).sum()
+    assert density.score(x) > standard.mean() + 1
+    assert density.score(x) == pytest.approx(true.logpdf(x).mean(), abs=0.3)  # two steps from a normal one
+    assert density.score(x) == pytest.approx(density.score_samples(x).mean())
+
+
+def test_the_model_is_the_one_that_scores(density):
+    x = correlated(20, seed=1)[1]
+    np.testing.assert_allclose(density.model_.log_prob(x.astype(np.float32)), density.score_samples(x), atol=10 * ROUNDED)
+    assert density.history_.validation["nll"]
+
+
+def test_samples_follow_the_density(density):
+    true, _ = correlated()
+    x = density.sample(2000, random_state=0)
+    np.testing.assert_array_equal(density.sample(2000, random_state=0), x)
+    assert not np.array_equal(density.sample(3), density.sample(3))
+    np.testing.assert_allclose(x.mean(axis=0), true.mean, atol=0.4)
+    np.testing.assert_allclose(np.cov(x.T), true.cov, atol=1.0)
+    with pytest.raises(ValueError, match="n_samples must be at least 1"):
+        density.sample(0)
+
+
+@pytest.mark.parametrize("method", ["score_samples", "predict_proba"])
+def test_a_score_does_not_depend_on_the_batch(method, density, classifier, blobs):
+    estimator, x = (density, correlated(300)[1]) if method == "score_samples" else (classifier, np.tile(blobs[0], (3, 1)))
+    score = getattr(estimator, method)
+    whole = score(x)
+    np.testing.assert_allclose(score(x[::-1])[::-1], whole, rtol=SAME)
+    np.testing.assert_allclose(np.concatenate([score(x[i : i + 1]) for i in (0, 17, 299)]), whole[[0, 17, 299]], rtol=SAME)
+
+
+def test_features_on_a_grid_are_counted():
+    """A die: the log-probability of each face, a bound that is near log(1/6), the same in every batch."""
+    x = np.random.RandomState(0).randint(1, 7, size=(600, 1)).astype(float)
+    flow = ResidualFlowDensity(**TINY | {"steps": 60}).fit(x)
+    assert flow.model_.spec.grid is not None
+    faces = np.arange(1.0, 7.0)[:, None]
+    assert flow.score_samples(x).mean() == pytest.approx(-np.log(6), abs=0.25)
+    np.testing.assert_allclose(flow.score_samples(faces[2:3]), flow.score_samples(faces)[2:3], rtol=SAME)
+    assert set(flow.sample(50, random_state=0)[:, 0]) <= set(range(-3, 11))
+
+
+def test_a_constant_feature_is_refused_by_name_or_ignored():
+    x = np.random.RandomState(0).normal(size=(40, 3))
+    x[:, 1] = 7
+    with pytest.raises(ValueError, match="column 1 is constant"):
+        ResidualFlowDensity(**TINY).fit(x)
+    y = (x[:, 0] > 0).astype(int)
+    classifier = ResidualFlowClassifier(**TINY).fit(x, y)
+    assert classifier.varying_features_.tolist() == [0, 2]
+    assert classifier.score(x, y) > 0.8
+    with pytest.raises(ValueError, match="all features are constant"):
+        ResidualFlowClassifier(**TINY).fit(np.ones((10, 2)), np.arange(10) % 2)
+
+
+def test_a_large_offset_costs_no_precision():
+    _, x = correlated(100)
+    near = ResidualFlowDensity(**TINY).fit(x)
+    far = ResidualFlowDensity(**TINY).fit(x + 2.0**30)
+    np.testing.assert_allclose(far.score_samples(x + 2.0**30), near.score_samples(x), atol=10 * ROUNDED)
+
+
+def test_a_classifier_separates_two_blobs(classifier, blobs):
+    x, y = blobs
+    assert classifier.classes_.tolist() == ["ham", "spam"]
+    assert classifier.score(x, y) == 1
+    proba = classifier.predict_proba(x)
+    np.testing.assert_allclose(proba.sum(axis=1), 1, rtol=SAME)
+    assert np.mean(proba[np.arange(len(x)), (y == "spam").astype(int)]) > 0.95
+    np.testing.assert_allclose(np.exp(classifier.model_.class_log_probs(x.astype(np.float32))), proba, atol=ROUNDED)
+
+
+def test_vectors_with_labels_become_a_hybrid_whitened_within_classes(blobs):
+    x, names = blobs
+    labels = (names == "spam").astype(int)
+    model = fit(x, labels, steps=2, architecture=TINY["architecture"], settings=TINY["settings"], progress=False)
+    proba = np.exp(model.class_log_probs(x.astype(np.float32)))
+    assert np.all(proba.argmax(axis=1) == labels)
+    assert model.history.validation["nll"]
+    residuals, classes = correlated(400)[1], np.arange(400) % 2
+    shifted = residuals + 10 * np.outer(classes, [1, -1, 0])
+    residuals -= np.stack([residuals[classes == label].mean(axis=0) for label in (0, 1)])[classes]
+    for known, is_white in ((classes, True), (None, False)):
+        whitened = np.linalg.solve(np.asarray(Whiten.fit(shifted, known).factor), residuals.T)
+        # Up to the shrinkage of correlations.
+        assert np.allclose(np.cov(whitened, bias=True), np.eye(3), atol=0.05) == is_white
+    with pytest.raises(ValueError, match=r"classification is for images.*choose the objective hybrid"):
+        fit(x, labels, objective="classification", steps=2, progress=False)
+
+
+@pytest.mark.parametrize("what", ["density", "classifier"])
+def test_pickles_give_equal_scores(what, density, classifier, blobs):
+    estimator, x = (density, correlated(30)[1]) if what == "density" else (classifier, blobs[0])
+    again = pickle.loads(pickle.dumps(estimator))
+    method = "score_samples" if what == "density" else "predict_proba"
+    np.testing.assert_array_equal(getattr(again, method)(x), getattr(estimator, method)(x))
+
+
+def test_pipelines_searches_and_cross_validation(blobs):
+    x, y = blobs
+    pipeline = make_pipeline(StandardScaler(), ResidualFlowClassifier(**TINY))
+    assert cross_val_score(pipeline, x, y, cv=3).min() > 0.9
+    search = GridSearchCV(ResidualFlowDensity(**TINY), {"validation_fraction": [0.1, 0.3]}, cv=2).fit(x)
+    assert search.best_params_["validation_fraction"] in (0.1, 0.3)
+    assert np.all(np.isfinite(search.cv_results_["mean_test_score"]))
+    assert clone(search.best_estimator_).get_params() == search.best_estimator_.get_params()
+
+
+def test_fits_to_data_of_one_shape_compile_once(blobs, caplog):
+    """With one seed; what changes from fold to fold, such as means, is no part of a program."""
+    x, _ = blobs
+    estimator = ResidualFlowDensity(**TINY).fit(x)
+    estimator.score_samples(x)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        clone(estimator).fit(x[::-1] * 3 + 1).score_samples(x[:7])
+    assert not [record.message for record in caplog.records if "Compiling" in record.message]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_a_validation_fraction_out_of_range_is_refused(fraction):
+    with pytest.raises(ValueError, match=r"validation_fraction must lie in \(0, 1\)"):
+        ResidualFlowDensity(validation_fraction=fraction).fit(correlated(20)[1])

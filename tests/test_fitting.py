@@ -1,0 +1,251 @@
+"""`fit`: the fifteen lines of the README, what it chooses, what it refuses, and that it is the code of ``train.py``."""
+
+import json
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+import iresnet_jax as ir
+from iresnet_jax import fitting
+from iresnet_jax.data.arrays import Arrays, from_arrays
+from iresnet_jax.fitting import choose_settings, seed_of
+from iresnet_jax.models.history import History
+from iresnet_jax.training import run_folder
+from iresnet_jax.training.loop import train
+
+RNG = np.random.default_rng(0)
+TINY = (ir.StageSpec(num_blocks=2, hidden=(8,), activation="clipswish"),)
+QUICK = {"steps": 12, "architecture": TINY, "progress": False}
+BANANA = RNG.normal(size=(400, 2)).astype(np.float32)
+BANANA[:, 1] += BANANA[:, 0] ** 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilations(tmp_path_factory):
+    with runs.shared_compilations(tmp_path_factory):
+        yield
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A model of an array, and the folder of its run."""
+    folder = tmp_path_factory.mktemp("fit") / "run"
+    return ir.fit(BANANA, key=jax.random.key(0), workdir=folder, **QUICK), folder
+
+
+def test_the_lines_of_the_readme(fitted, tmp_path):
+    model, _ = fitted
+    assert model.log_prob(BANANA[:5]).shape == (5,)
+    samples, info = model.sample(jax.random.key(1), 16)
+    assert samples.shape == (16, 2)
+    assert info.converged.all()
+    back, info = model.decode(model.encode(BANANA[:5]))
+    np.testing.assert_allclose(back, BANANA[:5], atol=1e-4)
+    assert model.certificate().certified
+    assert "this model" in str(model.history)
+    model.save(tmp_path / "model.npz")
+    again = ir.load(tmp_path / "model.npz")
+    np.testing.assert_allclose(again.log_prob(BANANA[:5]), model.log_prob(BANANA[:5]), rtol=1e-5)
+
+
+def test_training_is_better_than_the_normal_density_that_it_starts_from(fitted):
+    losses = fitted[0].history.validation["nll"]
+    assert losses[-1] < losses[0] - 0.01
+
+
+def test_it_is_the_code_of_training(fitted, tmp_path):
+    """The config in the folder of a fit, given to `train` with the same data, makes the same model bit for bit."""
+    model, folder = fitted
+    config = run_folder.read_config(folder)
+    data = from_arrays("the array", Arrays(BANANA), fractions=(0.1, 0.0))
+    state = train(config, tmp_path / "run", data=data)
+    assert int(state.step) == int(state.horizon) == 12
+    again = ir.fit(BANANA, key=jax.random.key(0), workdir=tmp_path / "run", **QUICK)  # nothing is left to do
+    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_other_data_in_the_same_folder_are_refused(fitted):
+    with pytest.raises(ValueError, match="other data"):
+        ir.fit(BANANA + 1, key=jax.random.key(0), workdir=fitted[1], **QUICK)
+
+
+def test_a_time_limit_ends_training_and_the_learning_rate_has_come_down(tmp_path):
+    settings = {"training.total_steps": 50, "optimizer.warmup_steps": 0, "training.patience": 0, "training.log_every_steps": 5}
+    model = ir.fit(BANANA, minutes=0.15, architecture=TINY, progress=False, settings=settings, workdir=tmp_path)
+    assert model.history is not None
+    rates = model.history.train["learning_rate"]
+    assert rates[-1] < 0.2 * max(rates)
+    seconds = model.history.validation["wall_time_s"][-1]
+    assert 9 <= seconds < 30 or seconds < 9 + 2 * model.history.validation["wall_time_s"][0]  # compilation may take longer
+
+
+def test_validations_without_an_improvement_end_training():
+    settings = {"optimizer.learning_rate": 1e-12, "training.patience": 2, "training.eval_every_steps": 2}
+    model = ir.fit(BANANA, **QUICK | {"steps": 100}, settings=settings)
+    assert model.history is not None
+    assert len(model.history.validation["step"]) <= 10
+
+
+def test_an_interrupt_gives_the_best_model_so_far(capfd):
+    stop = threading.Event()
+
+    def interrupt(line):
+        if "validation" in line and not stop.is_set():
+            stop.set()
+            signal.raise_signal(signal.SIGINT)
+
+    class Interrupting(fitting._Lines):
+        def __call__(self, line):
+            super().__call__(line)
+            interrupt(line)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "_Lines", Interrupting)
+        model = ir.fit(BANANA, **QUICK | {"steps": 10_000, "progress": True}, settings={"training.eval_every_steps": 4})
+    assert model.certificate().certified
+    said = capfd.readouterr().err
+    assert "the best model so far" in said
+    assert "of 10000" in said
+
+
+def test_a_context_makes_a_conditional_density():
+    context = RNG.normal(size=(400, 1)).astype(np.float32)
+    x = context + 0.1 * RNG.normal(size=(400, 2)).astype(np.float32)
+    model = ir.fit(x, context=context, **QUICK)
+    given = model.log_prob(x[:50], context=context[:50])
+    wrong = model.log_prob(x[:50], context=-context[:50])
+    assert given.mean() > wrong.mean()
+    samples, _ = model.sample(jax.random.key(0), 4, context=context[:4])
+    assert samples.shape == (4, 2)
+    with pytest.raises(ValueError, match="context"):
+        model.log_prob(x[:5])
+
+
+def test_labels_make_a_classifier_of_images_and_integers_are_levels():
+    labels = np.arange(80) % 2
+    images = (RNG.integers(0, 4, (80, 4, 4, 1)) + 8 * labels[:, None, None, None]).astype(np.uint8)
+    stage = (ir.StageSpec(num_blocks=1, hidden=(4,), kernel_sizes=(3, 3), squeeze=2),)
+    classifier = ir.fit(images, labels, **QUICK | {"architecture": stage})
+    assert isinstance(classifier, ir.Classifier)
+    assert classifier.spec.num_levels == 12
+    hybrid = ir.fit(images, labels, objective="hybrid", **QUICK | {"architecture": stage})
+    assert hybrid.class_log_probs(images[:3]).shape == (3, 2)
+    samples, _ = hybrid.sample(jax.random.key(0), 3)
+    assert samples.dtype == np.uint8
+
+
+def test_integer_columns_come_back_as_integers():
+    x = np.stack([RNG.normal(size=300), RNG.integers(0, 5, 300)], axis=1).astype(np.float32)
+    model = ir.fit(x, **QUICK)
+    samples, _ = model.sample(jax.random.key(0), 50)
+    np.testing.assert_array_equal(samples[:, 1], np.round(samples[:, 1]))
+    assert model.spec.grid.spacing == (0.0, 1.0)
+
+
+def test_settings_follow_the_array():
+    small, large, wide = (
+        choose_settings(from_arrays("a", Arrays(RNG.normal(size=shape)), fractions=(0.1, 0.0)))
+        for shape in ((100, 4), (5000, 4), (400, 300))
+    )
+    assert small.model.stages[0].num_blocks < large.model.stages[0].num_blocks
+    assert (small.training.minutes, small.logdet.kind, wide.logdet.kind) == (3.0, "exact", "krylov")
+    assert (large.preprocessing.transform, wide.preprocessing.transform) == ("whiten", "standardize")
+    images = choose_settings(from_arrays("a", Arrays(RNG.integers(0, 256, (50, 16, 16, 3))), fractions=(0.1, 0.0)))
+    assert [stage.squeeze for stage in images.model.stages] == [2, 2]
+    assert images.training.batch_size <= 45
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"minutes": 1, "steps": 5}, "not both"),
+        ({"minutes": 0}, "minutes must be positive"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"objective": "regression"}, "config.objective"),
+        ({"objective": "classification"}, "labelled"),
+        ({"settings": {"optimizer.lerning_rate": 1}}, "learning_rate"),
+        ({"validation_fraction": 0.999}, "too few"),
+        ({"key": jax.random.split(jax.random.key(0))}, "one typed key"),
+        ({"labels": np.zeros(3, int)}, "labels must be 400"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_compiled(options, message):
+    with pytest.raises(ValueError, match=message):
+        ir.fit(BANANA, **options)
+
+
+def test_a_key_is_a_seed():
+    assert seed_of(None) == 0
+    assert seed_of(jax.random.key(1)) == seed_of(jax.random.key(1)) != seed_of(jax.random.key(2))
+
+
+def test_histories_do_not_make_programs_differ(fitted):
+    model, _ = fitted
+    traces = []
+
+    @jax.jit
+    def count(model):
+        traces.append(1)
+        return model.prior["mean"]
+
+    count(model)
+    count(model.with_(history=History({}, {}, 3)))
+    assert len(traces) == 1
+    assert json.loads(json.dumps(dict(model.history.validation)))["step"][-1] == 12
+
+
+# --- which examples train and which validate ---
+
+X = np.random.default_rng(0).normal(size=(96, 2)).astype(np.float32)
+
+
+@pytest.fixture
+def data_of(monkeypatch):
+    """The data set that `fit` trains on."""
+
+    class Seen(Exception):
+        """Ends `fit` before it trains."""
+
+    def stop(config, folder, *, data, **_):
+        raise Seen(data)
+
+    def fit(*arguments, **options):
+        with pytest.raises(Seen) as seen:
+            ir.fit(*arguments, steps=1, progress=False, **options)
+        return seen.value.args[0]
+
+    monkeypatch.setattr(fitting, "train", stop)
+    return fit
+
+
+def test_given_validation_examples_validate_and_all_others_train(data_of):
+    data = data_of(X[:64], validation=jax.numpy.asarray(X[64:]))
+    np.testing.assert_array_equal(data.examples["train"], X[:64])
+    np.testing.assert_array_equal(data.examples["validation"], X[64:])
+
+
+def test_a_share_validates_by_default(data_of):
+    data = data_of(X)
+    assert {split: len(examples) for split, examples in data.examples.items()} == {"train": 86, "validation": 10}
+
+
+def test_validation_examples_bring_their_labels_and_contexts(data_of):
+    labels = np.arange(96) % 3
+    data = data_of(X[:64], labels[:64], validation=(X[64:], labels[64:]))
+    np.testing.assert_array_equal(data.labels["validation"], labels[64:])
+    context = X[:, :1] ** 2
+    data = data_of(X[:64], context=context[:64], validation=(X[64:], None, context[64:]))
+    np.testing.assert_array_equal(data.contexts["validation"], context[64:])
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"), [(X[64:, :1], "examples of one shape"), ((X[64:], np.zeros(32, int)), "need labels")]
+)
+def test_validation_examples_that_do_not_fit_are_refused(validation, message):
+    with pytest.raises(ValueError, match=message):
+        ir.fit(X[:64], validation=validation, steps=1, progress=False)
