@@ -1,0 +1,260 @@
+"""The README and the pages of docs/: their code runs, their commands parse, their numbers are those of the records."""
+
+import itertools
+import json
+import os
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from typing import NamedTuple
+
+import kept
+import numpy as np
+import pytest
+import runs
+from runs import ROOT
+
+from iresnet_jax.__main__ import make_parser
+from iresnet_jax.training.command_line import parse_train_flags
+
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+README = PAGES["README.md"].read_text(encoding="utf-8")
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+MODEL = "benchmarks/results/digits_hybrid/model.npz"  # read by a block
+SECTIONS = (
+    "Install",
+    "In fifteen lines",
+    "Training from a config",
+    "Results",
+    "What is guaranteed",
+    "Commands",
+    "Map",
+    "Limits",
+    "Citation",
+)
+
+
+# absl reads config files so.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+class Block(NamedTuple):
+    """Code between fences, and its first line in the file."""
+
+    language: str
+    code: str
+    line: int
+
+
+def blocks(text):
+    """All blocks of code of a page."""
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [Block(match[1], match[2], text[: match.start(2)].count("\n") + 1) for match in found]
+
+
+def blocks_of(language):
+    """Pages with blocks of a language, for parametrize."""
+    texts = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
+    return {name: found for name, text in texts.items() if (found := [b for b in blocks(text) if b.language == language])}
+
+
+def test_blocks_are_found_with_their_lines():
+    text = "a\n```sh\nls\n```\n\n```python\nx = 1\ny = 2\n```\n"
+    assert blocks(text) == [
+        Block("sh", "ls\n", 3),
+        Block("python", "x = 1\ny = 2\n", 7),
+    ]
+    assert {block.language for path in PAGES.values() for block in blocks(path.read_text())} == {"python", "sh", "bibtex"}
+
+
+# --- Python ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_pages(tmp_path_factory):
+    """A function that runs blocks by page in the folder of a reader, and gives what failed by page."""
+    folder = tmp_path_factory.mktemp("reader")
+    draw = np.random.default_rng(0)
+    np.save(folder / "my_array.npy", draw.normal(size=(200, 2)))
+    np.save(folder / "my_images.npy", draw.integers(0, 16, size=(60, 8, 8, 1)))
+    np.save(folder / "my_labels.npy", np.arange(60) % 3)
+    (folder / MODEL).parent.mkdir(parents=True)
+    kept.model(kept.TEN_DIGITS).save(folder / MODEL)
+
+    def run(pages):
+        path = folder / "blocks.json"
+        path.write_text(json.dumps({name: [(block.line, block.code) for block in found] for name, found in pages.items()}))
+        flags = os.environ["XLA_FLAGS"].replace("device_count=2", "device_count=1")
+        environment = {**runs.environment(), "XLA_FLAGS": flags}
+        command = [sys.executable, str(ROOT / "tests" / "page_blocks.py"), str(path)]
+        subprocess.run(command, cwd=folder, env=environment, check=True, timeout=300)
+        return json.loads(path.read_text())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def failures(run_pages):
+    broken = [Block("python", "import iresnet_jax as ir\n\nir.no_such_function()\n", 10)]
+    return run_pages({**blocks_of("python"), "broken.md": broken})
+
+
+@pytest.mark.parametrize("page", blocks_of("python"))
+def test_python_blocks_run(failures, page):
+    assert failures[page] is None, failures[page]
+
+
+def test_a_block_that_fails_is_named(failures):
+    assert 'File "broken.md", line 12' in failures["broken.md"]
+    assert "no_such_function" in failures["broken.md"]
+
+
+def test_every_name_of_the_package_exists():
+    names = {name for path in PAGES.values() for name in re.findall(r"`(iresnet_jax(?:\.\w+)+)`", path.read_text())}
+    assert len(names) > 30
+    for name in names:
+        pkgutil.resolve_name(name)
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def commands(text):
+    """All commands of a page, in blocks and between backticks, as lists of words."""
+    lines = [line for block in blocks(text) if block.language == "sh" for line in block.code.splitlines()]
+    for line in [*lines, *re.findall(r"`((?:pip|python|pytest|mkdocs) [^`\n]+)`", text)]:
+        words = shlex.split(line, comments=True)
+        starts = [-1, *(i for i, word in enumerate(words) if word == "&&"), len(words)]
+        for before, after in itertools.pairwise(starts):
+            if command := words[before + 1 : after]:
+                yield command
+
+
+def check_command(command):
+    """Raises unless a command names what there is, with options that it has."""
+    match command:
+        case ["pip", "install", *packages]:
+            for package in packages:
+                name, _, extras = package.rstrip("]").partition("[")
+                known = EXTRAS if name == "." else metadata.metadata(name).get_all("Provides-Extra")
+                assert set(extras.split(",") if extras else ()) <= set(known), f"{name} has no extra {extras}"
+        case ["python", "train.py", *_]:
+            parse_train_flags(command[1:], default_config="configs/digits_density.py")
+        case ["python", "-m", "iresnet_jax", *options]:
+            if options not in ([], ["COMMAND"]):
+                make_parser().parse_args(options)
+        case ["python", script, *_]:
+            assert (ROOT / script).is_file(), f"there is no {script}"
+        case ["pytest", *paths]:
+            assert all((ROOT / path).exists() for path in paths), f"there is not all of {paths}"
+        case ["mkdocs", "serve" | "build", *_]:
+            assert any(package.startswith("mkdocs>") for package in EXTRAS["docs"])
+        case _:
+            raise AssertionError(f"a page gives a command that nobody checks: {command}")
+
+
+@pytest.mark.parametrize("page", blocks_of("sh"))
+def test_commands_parse(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = list(commands(PAGES[page].read_text(encoding="utf-8")))
+    assert found
+    for command in found:
+        check_command(command)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pip install '.[trian]'",
+        "pip install 'jax[cuda0]'",
+        "python train.py --config=configs/no_such.py",
+        "python train.py --config.model.coef=0.9",
+        "python train.py --config.model.coeff=1.5",
+        "python -m iresnet_jax evalute --workdir runs/x",
+        "python -m iresnet_jax sample --workdir runs/x --nun 3",
+        "pytest tests/no_such",
+        "make docs",
+    ],
+)
+def test_a_wrong_command_is_noticed(line, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises((AssertionError, ValueError, SystemExit)):
+        check_command(shlex.split(line))
+
+
+# --- numbers and links ----------------------------------------------------------------------------------------------
+
+
+def numbers(report):
+    """The results of a report as pages write them."""
+    written = []
+    for kind in ("bits_per_dim", "nll"):
+        if kind in report:
+            written.append(report[kind]["mean"])
+            written += [report[kind]["stderr"]] if kind == "bits_per_dim" else [report[kind]["entropy_floor"]]
+    written = [f"{value:.3f}" for value in written]
+    if "classification" in report:
+        found = report["classification"]
+        written += [f"{100 * value:.2f}" for value in (found["error"], *found["interval"])]
+    return [number.removeprefix("0") for number in written]
+
+
+def assert_row_agrees(row, folder):
+    report = json.loads((ROOT / "benchmarks/results" / folder / "report.json").read_text())
+    for number in numbers(report):
+        assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", row), f"{folder} has {number}, the row is {row}"
+
+
+def test_results_are_those_of_the_records():
+    rows = re.findall(
+        r"^(\|.*\((?:\S*)benchmarks/results/(\S+)/report\.json\).*)$", PAGES["docs/results.md"].read_text(), re.MULTILINE
+    )
+    assert len(rows) == len(list((ROOT / "benchmarks/results").rglob("report.json")))
+    for row, folder in rows:
+        assert_row_agrees(row, folder)
+    with pytest.raises(AssertionError, match=r"mnist_density has 1\.090"):
+        assert_row_agrees("| MNIST | 1.080 ± .003 |", "mnist_density")
+
+
+README_ROWS = {
+    "MNIST density, 28 x 28": "mnist_density",
+    "MNIST classes": "mnist_classification",
+    "Fashion-MNIST density": "fashion_mnist_density",
+    "digits, density and classes": "digits_hybrid",
+    "moons, density": "toy_2d/moons",
+}
+
+
+def test_the_readme_has_the_results_of_the_records():
+    section = README.split("\n## Results\n")[1].split("\n## ")[0]
+    rows = {row.split("|")[1].strip(): row for row in section.splitlines() if row.startswith("|")}
+    assert [name for name in rows if name not in ("data", "---")] == list(README_ROWS)
+    for name, folder in README_ROWS.items():
+        assert_row_agrees(rows[name].replace("toy_2d/", ""), folder)
+
+
+def links(text):
+    """Files that a page links to or shows."""
+    found = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text)
+    return [target.split("#")[0] for pair in found for target in pair if target and not re.match(r"https?:|#", target)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page):
+    path = PAGES[page]
+    for target in links(path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_readme_is_short_and_in_order():
+    assert len(README.split()) <= 900
+    assert tuple(re.findall(r"^## (.+)$", README, re.MULTILINE)) == SECTIONS
+    shell = "".join(block.code for block in blocks(README) if block.language == "sh")
+    for promise in ("pip install '.[train]' && python train.py", "pip install '.[test]' && pytest"):
+        assert promise in shell
+    [picture] = [target for target in links(README) if target.endswith(".png")]
+    assert (ROOT / picture).stat().st_size < 300_000
