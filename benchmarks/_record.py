@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from iresnet_jax.atomic_files import replacing
 from iresnet_jax.evaluation import machine_and_versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -129,7 +130,8 @@ def write(name: str, arguments: argparse.Namespace, settings: Mapping[str, Any],
         "results": results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    with replacing(path) as incoming:
+        incoming.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written: {path}")
     return path
 

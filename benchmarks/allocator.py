@@ -29,11 +29,11 @@ def work(path, name):
     import numpy as np
 
     from iresnet_jax import data
-    from iresnet_jax.training import loop, parallel, state
+    from iresnet_jax.training import loop, parallel
 
     config = read_config(path)
     objective = loop.build_objective(config, data.load(config.data.name, config.data.data_dir))
-    current = state.create(objective.initial_variables(), objective.optimizer, num_terms=objective.num_terms)
+    current = objective.initial_state()
     batch = next(loop.batches(config, objective.examples, 0))
     step = parallel.parallelize(objective.make_step(objective.num_terms))
     for _ in range(2):

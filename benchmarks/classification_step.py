@@ -12,7 +12,7 @@ from _models import read_config
 from _record import describe, interleave, parser, summarize, write
 
 from iresnet_jax import data
-from iresnet_jax.training import loop, parallel, state
+from iresnet_jax.training import loop, parallel
 
 VARIANTS = {"unconstrained": "none", "estimated": "estimated", "certified": "certified"}
 
@@ -20,7 +20,7 @@ VARIANTS = {"unconstrained": "none", "estimated": "estimated", "certified": "cer
 def make_step(config):
     """A function without arguments that takes one training step."""
     objective = loop.build_objective(config, data.load(config.data.name, config.data.data_dir))
-    current = state.create(objective.initial_variables(), objective.optimizer)
+    current = objective.initial_state()
     batch = next(loop.batches(config, objective.examples, 0))
     step = parallel.parallelize(objective.make_step(objective.num_terms))
 

@@ -27,7 +27,7 @@ from iresnet_jax.data import cache
 from iresnet_jax.data.batches import batch_indices
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.device_batches import device_batches
-from iresnet_jax.training import parallel, state
+from iresnet_jax.training import parallel
 from iresnet_jax.training.config import default_config, parse
 from iresnet_jax.training.loop import build_objective
 
@@ -56,7 +56,7 @@ def training_step(images):
     dataset = DataSet.from_arrays("random", splits, {}, num_levels=256, num_classes=None, fingerprint="random")
     objective = build_objective(parse(settings), dataset)
     step = parallel.parallelize(objective.make_step(objective.num_terms))
-    return step, state.create(objective.initial_variables(), objective.optimizer, num_terms=objective.num_terms)
+    return step, objective.initial_state()
 
 
 def feeds(images):

@@ -1,0 +1,375 @@
+"""Densities that are compared: `fit` with its defaults, and those of scikit-learn, flowjax and normflows.
+
+Each takes a `Table`, a seed and minutes, and gives a `Fitted`. All are fitted to the training examples alone; validation
+examples choose hyper-parameters and end the training.
+
+"ours" is ``fit(train, validation=validation, minutes=...)``; its time includes compilation and validation.
+
+"flowjax": `coupling_flow` with rational-quadratic splines of 8 knots on [-4, 4], and "normflows": LipschitzMLP blocks with
+two hidden layers behind ActNorm, as in its documentation, as many blocks as `fit` takes. Both get Adam at 1e-3 after a
+warm-up of 100 steps, a cosine to the end of their time, gradients clipped at norm 1, batches as large as ours, and the
+parameters that were best on validation examples. Their clock stands still while they are validated, and while flowjax is
+compiled. Training that has doubled its number of steps, and 1000 on top, without an improvement has overfitted and ends.
+
+"flowjax_whitened", "normflows_whitened": the same, given what `fit` gives itself: a linear map that whitens the training
+examples.
+
+"gmm": `GaussianMixture`; number of components, type of the covariances and reg_covar by validation, on fewer than 2000
+examples all together up to 8 components, otherwise reg_covar of full covariances at 4 components; then more components until
+the minutes are used up. The last fit is not interrupted.
+
+"kde": Gaussian `KernelDensity`; the bandwidth, and whether the data are whitened first, by validation, on at most 400
+examples. Its sums over all training examples are computed with matrix products and checked against it on 4 examples, with a
+tree of one leaf: with its default tree, scikit-learn 1.9 takes ten times as long in 63 dimensions, and rounding in the tree's
+bounds makes outliers likelier than they are, by up to 368 nats.
+
+Log-determinants on test examples are exact, for normflows by `torch.linalg.slogdet` of each block's Jacobian in float64.
+"""
+
+import copy
+import itertools
+import math
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+from _tables import Table
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+from sklearn.neighbors import KernelDensity
+
+import iresnet_jax as ir
+from iresnet_jax.models.flow import as_params
+from iresnet_jax.training.initialization import num_parameters
+
+MANY = 2000  # training examples from which flows get the larger of two sizes, as with `fit`
+LEARNING_RATE, WARMUP_STEPS, CLIP_NORM = 1e-3, 100, 1.0
+FIRST_VALIDATION, LATER_VALIDATIONS = 10, 1.05  # steps; growth of their number until the next one
+OVERFITTED, ATTEMPTS = 2, 1000  # training ends after OVERFITTED * best step + ATTEMPTS
+VALIDATED = 1000  # most examples in a validation of a flow
+EVAL_BATCH_SIZE = 500
+
+FLOWJAX = {"knots": 8, "interval": 4, "flow_layers": 8, "nn_depth": 1, "nn_width": {"many": 128, "few": 50}}
+NORMFLOWS = {"blocks": {"many": 10, "few": 4}, "width": {"many": 128, "few": 32}, "hidden_layers": 2, "lipschitz_const": 0.98}
+POWER_ITERATIONS, CONVERGED = 5, 200  # in a training step of normflows; before an evaluation
+
+COVARIANCES, REG_COVAR = ("full", "tied", "diag", "spherical"), (1e-6, 1e-4, 1e-2, 1e-1)
+FIRST_MIXTURES = {"few": ((1, 2, 3, 4, 6, 8), COVARIANCES, REG_COVAR), "many": ((4,), ("full",), REG_COVAR)}
+MORE_COMPONENTS = (1.5, 2, 3, 4, 8, 16, 32, 64)  # times those of the best of the first
+BANDWIDTHS, REFINEMENTS = tuple(0.05 * 2.0**k for k in range(7)), (0.5, 0.25)  # the latter in powers of 2
+KDE_CHECKED = 4
+KDE_VALIDATED = 400
+
+
+class Fitted(NamedTuple):
+    """A density that was fitted.
+
+    Attributes:
+        log_prob: Log-density in nats of standardised examples ``(n, d)``.
+        num_parameters: Numbers that were fitted; of a kernel density all numbers of the examples.
+        details: What was chosen or how long it took, for the record.
+    """
+
+    log_prob: Callable[[np.ndarray], np.ndarray]
+    num_parameters: int
+    details: dict[str, Any]
+
+
+def ours(table: Table, seed: int, minutes: float) -> Fitted:
+    """`fit` with its defaults."""
+    model = ir.fit(table.train, validation=table.validation, key=jax.random.key(seed), minutes=minutes, progress=False)
+    assert isinstance(model, ir.Density)
+    assert model.history is not None
+    exact, log_prob = model.with_(estimator=ir.ExactLogdet(), history=None), jax.jit(lambda model, x: model.log_prob(x))
+    details = {
+        "steps": int(model.history.train["step"][-1]),
+        "best_step": model.history.step,
+        "certified": model.certificate().certified,
+    }
+    count = num_parameters((as_params(model.weights), model.prior))
+    return Fitted(lambda x: in_batches(lambda batch: log_prob(exact, batch), x), count, details)
+
+
+def flowjax(table: Table, seed: int, minutes: float) -> Fitted:
+    """The coupling flow of flowjax with rational-quadratic splines."""
+    import equinox as eqx  # pyright: ignore[reportMissingImports]
+    import optax
+    import paramax  # pyright: ignore[reportMissingImports]
+    from flowjax.bijections import RationalQuadraticSpline  # pyright: ignore[reportMissingImports]
+    from flowjax.distributions import Normal  # pyright: ignore[reportMissingImports]
+    from flowjax.flows import coupling_flow  # pyright: ignore[reportMissingImports]
+
+    flow = coupling_flow(
+        jax.random.key(seed),
+        base_dist=Normal(jnp.zeros(table.train.shape[1])),
+        transformer=RationalQuadraticSpline(knots=FLOWJAX["knots"], interval=FLOWJAX["interval"]),
+        flow_layers=FLOWJAX["flow_layers"],
+        nn_depth=FLOWJAX["nn_depth"],
+        nn_width=FLOWJAX["nn_width"][_size(table)],
+    )
+    params, static = eqx.partition(flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable))
+    optimizer = optax.chain(optax.clip_by_global_norm(CLIP_NORM), optax.scale_by_adam())
+
+    @eqx.filter_jit
+    def log_prob(params, x):
+        return paramax.unwrap(eqx.combine(params, static)).log_prob(x)
+
+    @eqx.filter_jit
+    def update(params, state, x, rate):
+        gradient = eqx.filter_grad(lambda params: -log_prob(params, x).mean())(params)
+        change, state = optimizer.update(gradient, state)
+        return eqx.apply_updates(params, jax.tree.map(lambda leaf: -rate * leaf, change)), state
+
+    state, best, batches = optimizer.init(params), params, _batches(table, seed)
+
+    jax.block_until_ready(
+        (log_prob(params, table.validation[:VALIDATED]), update(params, state, next(batches), 0.0))
+    )  # compiles
+
+    def take_step(rate):
+        nonlocal params, state
+        params, state = jax.block_until_ready(update(params, state, next(batches), rate))
+
+    def keep():
+        nonlocal best
+        best = params
+
+    def validate():
+        return float(log_prob(params, table.validation[:VALIDATED]).mean())
+
+    steps = train(take_step, validate, keep, 60 * minutes)
+    return Fitted(lambda x: in_batches(lambda batch: log_prob(best, batch), x), num_parameters(params), steps)
+
+
+def normflows(table: Table, seed: int, minutes: float) -> Fitted:
+    """The residual flow of normflows."""
+    import normflows as nf  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]
+
+    torch.manual_seed(seed)
+    dims, size = table.train.shape[1], _size(table)
+    widths = [dims, *NORMFLOWS["hidden_layers"] * [NORMFLOWS["width"][size]], dims]
+    flows = []  # in the order of the data's way
+    for _ in range(NORMFLOWS["blocks"][size]):
+        net = nf.nets.LipschitzMLP(
+            widths, lipschitz_const=NORMFLOWS["lipschitz_const"], max_lipschitz_iter=POWER_ITERATIONS, init_zeros=True
+        )
+        flows += [nf.flows.ActNorm(dims), nf.flows.Residual(net, reduce_memory=True, n_dist="poisson")]
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(dims), flows[::-1])
+    model.log_prob(torch.tensor(table.train[:1024]))  # fits ActNorm and shapes the vectors of the power iterations
+    nf.utils.update_lipschitz(model, CONVERGED)
+    optimizer, best = torch.optim.Adam(model.parameters(), LEARNING_RATE), copy.deepcopy(model.state_dict())
+    batches = _batches(table, seed)
+
+    def take_step(rate):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        model.train()
+        model.forward_kld(torch.tensor(next(batches))).backward()
+        if torch.isfinite(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)):  # as its example goes on after NaN
+            optimizer.step()
+        nf.utils.update_lipschitz(model, POWER_ITERATIONS)
+
+    def jacobian(net, x):
+        """The Jacobian of a branch by the chain rule, layer by layer: (b, d, d)."""
+        product = torch.eye(dims, dtype=x.dtype).expand(len(x), dims, dims)
+        for layer in net.net:
+            x = x.detach().requires_grad_()
+            y = layer(x)
+            if hasattr(layer, "compute_weight"):
+                product = layer.compute_weight(update=False) @ product
+            else:
+                product = torch.autograd.grad(y.sum(), x)[0][:, :, None] * product
+            x = y
+        return product.detach()
+
+    def exact_log_prob(x):
+        """The log-density by the Jacobian of every block, in the parameters' precision."""
+        model.eval()
+        z, log_det = torch.tensor(x, dtype=model.q0.loc.dtype), 0.0
+        for layer in reversed(model.flows):
+            if isinstance(layer, nf.flows.Residual):
+                whole = torch.eye(dims, dtype=z.dtype) + jacobian(layer.iresblock.nnet, z)
+                z, added = layer.iresblock(z).detach(), torch.linalg.slogdet(whole).logabsdet
+            else:
+                z, added = (part.detach() for part in layer.inverse(z))  # pyright: ignore[reportCallIssue]
+            log_det = log_det + added
+        return (model.q0.log_prob(z) + log_det).detach().numpy()
+
+    def validate():
+        nf.utils.update_lipschitz(model, CONVERGED)
+        return in_batches(exact_log_prob, table.validation[:VALIDATED]).mean()
+
+    def keep():
+        nonlocal best
+        best = copy.deepcopy(model.state_dict())
+
+    steps = train(take_step, validate, keep, 60 * minutes)
+    model.load_state_dict(best)
+    model.double()
+    nf.utils.update_lipschitz(model, CONVERGED)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return Fitted(lambda x: in_batches(exact_log_prob, x), count, steps)
+
+
+def train(
+    take_step: Callable[[float], None], validate: Callable[[], float], keep: Callable[[], None], seconds: float
+) -> dict[str, Any]:
+    """Trains a flow of others for some seconds, its validations not counted.
+
+    Args:
+        take_step: Updates the parameters at a learning rate.
+        validate: Mean log-density of validation examples.
+        keep: Remembers the parameters as the best so far.
+        seconds: Time; the learning rate reaches zero at its end.
+    """
+    best, best_step, step, due, used = -math.inf, 0, 0, FIRST_VALIDATION, 0.0
+    while True:
+        began = time.monotonic()
+        decay = (1 + math.cos(math.pi * min(used / seconds, 1))) / 2
+        take_step(LEARNING_RATE * decay * min((step + 1) / WARMUP_STEPS, 1))
+        step, used = step + 1, used + time.monotonic() - began
+        is_over = used >= seconds or step >= OVERFITTED * best_step + ATTEMPTS
+        if step >= due or is_over:
+            due = max(step + FIRST_VALIDATION, int(step * LATER_VALIDATIONS))
+            if (held_out := validate()) > best:
+                best, best_step = held_out, step
+                keep()
+        if is_over:
+            return {"steps": step, "best_step": best_step, "training_seconds": used}
+
+
+def gmm(table: Table, seed: int, minutes: float) -> Fitted:
+    """scikit-learn's Gaussian mixture that is best on validation examples."""
+    began, train, held_out = time.monotonic(), table.train.astype(np.float64), table.validation.astype(np.float64)
+    scores: dict[tuple[int, str, float], float] = {}
+    mixtures: dict[tuple[int, str, float], GaussianMixture] = {}
+
+    def attempt(case):
+        if scores and time.monotonic() - began > 60 * minutes:
+            return
+        components, kind, floor = case
+        mixtures[case] = GaussianMixture(components, covariance_type=kind, reg_covar=floor, random_state=seed)
+        try:
+            with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+                scores[case] = float(mixtures[case].fit(train).score(held_out))
+        except ValueError:  # a component has collapsed: reg_covar is too small for it
+            scores[case] = -math.inf
+
+    for case in itertools.product(*FIRST_MIXTURES[_size(table)]):
+        attempt(case)
+    components, kind, floor = max(scores, key=scores.__getitem__)
+    for factor in MORE_COMPONENTS:
+        if factor * components <= len(train) // 4:
+            attempt((round(factor * components), kind, floor))
+    components, kind, floor = case = max(scores, key=scores.__getitem__)
+    best = mixtures[case]
+    chosen = {"n_components": components, "covariance_type": kind, "reg_covar": floor, "converged": bool(best.converged_)}
+    details = {**chosen, "tried": [[*case, score if math.isfinite(score) else None] for case, score in scores.items()]}
+    return Fitted(lambda x: best.score_samples(x.astype(np.float64)), int(best._n_parameters()), details)
+
+
+def kde(table: Table, seed: int, minutes: float) -> Fitted:
+    """scikit-learn's kernel density whose bandwidth is best on validation examples."""
+    del seed, minutes  # nothing is random, and it takes the time it takes
+    inputs = {False: (lambda x: x, 0.0), True: whitening(table.train)}
+    scores: dict[tuple[bool, float], float] = {}
+
+    def best(is_whitened):
+        return max((case for case in scores if case[0] == is_whitened), key=scores.__getitem__)
+
+    for is_whitened, (change, log_det) in inputs.items():
+        train = change(table.train)
+        distances = squared_distances(change(table.validation[:KDE_VALIDATED]), train)
+
+        def attempt(bandwidth, is_whitened=is_whitened, distances=distances, log_det=log_det, dims=train.shape[1]):
+            scores[is_whitened, bandwidth] = float(kernel_log_prob(distances, bandwidth, dims).mean()) + log_det
+
+        for bandwidth in BANDWIDTHS:
+            attempt(bandwidth)
+        for power in REFINEMENTS:
+            middle = best(is_whitened)[1]
+            attempt(middle * 2**-power)
+            attempt(middle * 2**power)
+    is_whitened, bandwidth = max(best(False), best(True), key=scores.__getitem__)
+    change, log_det = inputs[is_whitened]
+    train, checked = change(table.train), change(table.validation[:KDE_CHECKED])
+    theirs = KernelDensity(bandwidth=bandwidth, leaf_size=len(train)).fit(train).score_samples(checked)
+    np.testing.assert_allclose(kernel_log_prob(squared_distances(checked, train), bandwidth, train.shape[1]), theirs, rtol=1e-6)
+
+    def log_prob(x):
+        return kernel_log_prob(squared_distances(change(x), train), bandwidth, train.shape[1]) + log_det
+
+    return Fitted(log_prob, train.size, {"bandwidth": bandwidth, "whitened": is_whitened})
+
+
+def squared_distances(x: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Squared Euclidean distances of examples to all training examples."""
+    x, train = x.astype(np.float64), train.astype(np.float64)
+    return np.maximum((x**2).sum(axis=1)[:, None] + (train**2).sum(axis=1) - 2 * x @ train.T, 0)
+
+
+def kernel_log_prob(distances: np.ndarray, bandwidth: float, dims: int) -> np.ndarray:
+    """The log-density that `KernelDensity.score_samples` gives, from squared distances."""
+    normalization = math.log(distances.shape[1]) + dims * math.log(bandwidth * math.sqrt(2 * math.pi))
+    return np.asarray(scipy.special.logsumexp(-distances / (2 * bandwidth**2), axis=1)) - normalization
+
+
+def whitening(train: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
+    """A linear map after which examples have mean zero and the unit matrix as covariance, and its log-determinant."""
+    mean = train.mean(axis=0, dtype=np.float64)
+    variances, axes = np.linalg.eigh(np.cov(train, rowvar=False, dtype=np.float64))
+    matrix = axes / np.sqrt(variances)
+    return lambda x: ((x - mean) @ matrix).astype(np.float32), -0.5 * float(np.log(variances).sum())
+
+
+def whitened(fit: Callable[[Table, int, float], Fitted]) -> Callable[[Table, int, float], Fitted]:
+    """The same density of whitened examples, as a density of the examples."""
+
+    def fit_whitened(table, seed, minutes):
+        change, log_det = whitening(table.train)
+        fitted = fit(
+            table._replace(**{split: change(getattr(table, split)) for split in ("train", "validation")}), seed, minutes
+        )
+        return fitted._replace(log_prob=lambda x: fitted.log_prob(change(x)) + log_det)
+
+    return fit_whitened
+
+
+def in_batches(log_prob: Callable[[np.ndarray], Any], x: np.ndarray) -> np.ndarray:
+    """The log-density of any number of examples."""
+    batches = np.split(x, range(EVAL_BATCH_SIZE, len(x), EVAL_BATCH_SIZE))
+    return np.concatenate([np.asarray(log_prob(batch), np.float64) for batch in batches])
+
+
+def _size(table: Table) -> str:
+    return "many" if len(table.train) >= MANY else "few"
+
+
+def _batches(table: Table, seed: int):
+    """Training batches of the size that `fit` takes, by epochs."""
+    rng, size = np.random.default_rng(seed), 256 if _size(table) == "many" else 64
+    while True:
+        order = rng.permutation(len(table.train))
+        for start in range(0, len(order) - size + 1, size):
+            yield table.train[order[start : start + size]]
+
+
+MODELS: dict[str, Callable[[Table, int, float], Fitted]] = {
+    "ours": ours,
+    "normflows": normflows,
+    "normflows_whitened": whitened(normflows),
+    "flowjax": flowjax,
+    "flowjax_whitened": whitened(flowjax),
+    "gmm": gmm,
+    "kde": kde,
+}
+PACKAGES = {
+    "normflows": ("normflows", "torch"),
+    "flowjax": ("flowjax",),
+}  # beside the extra `train`, by the first word of a model

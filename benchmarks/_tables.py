@@ -1,0 +1,190 @@
+"""Data sets of vectors for the comparison of densities, as arrays that all models share.
+
+Every data set is drawn anew for each seed, and is then the same for all models: split, dequantisation noise and all.
+
+"patches": 8 x 8 grey pixels from scikit-learn's two photographs. A photograph is cut into 70 tiles of 61 x 64 pixels; four
+fifths of the tiles train, a tenth validates, a tenth tests, and patches lie within a tile, so that no pixel is in two splits.
+Grey levels are whole numbers; each patch gets uniform noise of one level and is divided by 256, its mean is subtracted, and
+the last pixel, which the others determine, is left out: 63 dimensions (as BSDS300 in Papamakarios et al. 2017). Test patches
+are in the order of their places, as neighbours resemble each other and errors have to be taken over groups of them.
+
+"breast_cancer", "wine", "diabetes": the features of scikit-learn's tables, 70 % of the rows to train and 15 % each to
+validate and to test. Their numbers are rounded, some to a few values such as sex and age: each column gets uniform noise of
+the width of the grid that most of its values lie on, see `grid_width`. Column s5 of diabetes is the logarithm of a whole
+number; that number gets the noise.
+
+"ridges": 6 dimensions with a known density, see `Ridges`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from sklearn import datasets
+
+SIDE, TILE = 8, (61, 64)  # pixels
+ON_GRID = 0.8  # share of a column's values that a grid must hold
+LOGARITHMS = {"diabetes": [8]}  # columns that are logarithms of whole numbers
+
+
+class Sizes(NamedTuple):
+    """Examples of the sets that there is no end of."""
+
+    train: int
+    validation: int
+    test: int
+
+
+PATCHES, RIDGES = Sizes(100_000, 10_000, 10_000), Sizes(20_000, 5_000, 10_000)
+QUICK = Sizes(3_000, 400, 400)
+
+
+class Table(NamedTuple):
+    """A data set, standardised by the mean and standard deviation of its training examples.
+
+    Attributes:
+        train: Training examples, float32.
+        validation: Examples for hyper-parameters and early stopping.
+        test: Examples for the number that is reported.
+        log_det: Log-determinant of the standardisation: added to a log-density, it gives nats in the data's own units.
+        true_log_prob: Log-density of the test examples in the data's own units, where it is known.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    log_det: float
+    true_log_prob: np.ndarray | None = None
+
+
+class Ridges:
+    """A chain of six numbers, each on one of two ridges that wind around the one before, turned as a whole.
+
+    ``u_1 ~ N(0, 1)`` and ``u_{i+1} = 1.5 sin(2 u_i) + b_i + .3 exp(.5 cos(3 u_i)) z_i`` with ``b_i = -1, 1`` by equal chances
+    and normal ``z_i``; ``x = Q u`` for a fixed rotation ``Q``, which leaves the density as it is.
+    """
+
+    dims = 6
+    rotation = np.linalg.qr(np.random.default_rng(6).normal(size=(6, 6)))[0]
+
+    @classmethod
+    def sample(cls, rng, num):
+        """Draws examples."""
+        u = np.empty((num, cls.dims))
+        u[:, 0] = rng.normal(size=num)
+        for i in range(1, cls.dims):
+            mean, scale = cls._ridge(u[:, i - 1])
+            u[:, i] = mean + rng.choice([-1.0, 1.0], size=num) + scale * rng.normal(size=num)
+        return u @ cls.rotation.T
+
+    @classmethod
+    def log_prob(cls, x):
+        """The log-density."""
+        u = x @ cls.rotation
+        total = _log_normal(u[:, 0])
+        for i in range(1, cls.dims):
+            mean, scale = cls._ridge(u[:, i - 1])
+            sides = [_log_normal((u[:, i] - mean - side) / scale) for side in (-1.0, 1.0)]
+            total += np.logaddexp(*sides) - np.log(2 * scale)
+        return total
+
+    @staticmethod
+    def _ridge(before):
+        return 1.5 * np.sin(2 * before), 0.3 * np.exp(0.5 * np.cos(3 * before))
+
+
+def _log_normal(z):
+    return -0.5 * (z**2 + np.log(2 * np.pi))
+
+
+def load(name: str, seed: int, *, quick: bool) -> Table:
+    """The data set of a seed.
+
+    Args:
+        name: One of `NAMES`.
+        seed: Chooses split, noise and what is drawn.
+        quick: Whether fewer patches and ridges will do.
+    """
+    rng = np.random.default_rng([NAMES.index(name), seed])
+    if name == "patches":
+        levels = cut(grey_photographs(), rng, QUICK if quick else PATCHES)
+        return standardized(*(centred(part, rng) for part in levels))
+    if name == "ridges":
+        drawn = [Ridges.sample(rng, num) for num in (QUICK if quick else RIDGES)]
+        return standardized(*drawn)._replace(true_log_prob=Ridges.log_prob(drawn[2]))
+    x = getattr(datasets, f"load_{name}")(**{"scaled": False} if name == "diabetes" else {}).data
+    x = rng.permutation(dequantized(x, rng, LOGARITHMS.get(name, [])))
+    return standardized(*np.split(x, [round(0.7 * len(x)), round(0.85 * len(x))]))
+
+
+NAMES = ("patches", "breast_cancer", "wine", "diabetes", "ridges")
+
+
+def standardized(train: np.ndarray, validation: np.ndarray, test: np.ndarray) -> Table:
+    """Splits with the scale of the training examples taken out."""
+    mean, std = train.mean(axis=0), train.std(axis=0)
+    parts = [((part - mean) / std).astype(np.float32) for part in (train, validation, test)]
+    return Table(*parts, log_det=-float(np.log(std).sum()))
+
+
+def grey_photographs() -> list[np.ndarray]:
+    """The two photographs, luma in whole levels from 0 to 255."""
+    return [np.round(image @ [0.299, 0.587, 0.114]) for image in datasets.load_sample_images().images]
+
+
+def cut(images: Sequence[np.ndarray], rng: np.random.Generator, sizes: Sizes) -> list[np.ndarray]:
+    """Patches ``(n, 64)`` for each split, from tiles of its own; those of the test in the order of their places.
+
+    Raises:
+        ValueError: If the tiles of a split hold fewer patches than asked for.
+    """
+    tiles = [
+        image[top : top + TILE[0], left : left + TILE[1]]
+        for image in images
+        for top in range(0, image.shape[0] - TILE[0] + 1, TILE[0])
+        for left in range(0, image.shape[1] - TILE[1] + 1, TILE[1])
+    ]
+    order, tenth = rng.permutation(len(tiles)), len(tiles) // 10
+    parts = []
+    for chosen, num in zip(np.split(order, [-2 * tenth, -tenth]), sizes, strict=True):
+        found = np.concatenate([_patches(tiles[place]) for place in chosen])
+        if num > len(found):
+            raise ValueError(f"{len(chosen)} tiles hold {len(found)} patches, {num} are asked for")
+        parts.append(found[rng.permutation(len(found))[:num]] if len(parts) < 2 else found[_some(rng, len(found), num)])
+    return parts
+
+
+def _patches(tile: np.ndarray) -> np.ndarray:
+    return np.lib.stride_tricks.sliding_window_view(tile, (SIDE, SIDE)).reshape(-1, SIDE * SIDE)
+
+
+def _some(rng: np.random.Generator, total: int, num: int) -> np.ndarray:
+    return np.sort(rng.choice(total, num, replace=False))
+
+
+def centred(levels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Patches of continuous grey between 0 and 1 less their mean, without the last pixel."""
+    grey = (levels + rng.random(levels.shape)) / 256
+    return (grey - grey.mean(axis=1, keepdims=True))[:, :-1]
+
+
+def dequantized(x: np.ndarray, rng: np.random.Generator, logarithms: Sequence[int]) -> np.ndarray:
+    """A table whose columns have noise of the width of their grid."""
+    x = np.array(x, np.float64)
+    x[:, logarithms] = np.round(np.exp(x[:, logarithms]))
+    x += [grid_width(column) for column in x.T] * (rng.random(x.shape) - 0.5)
+    x[:, logarithms] = np.log(x[:, logarithms])
+    return x
+
+
+def grid_width(values: np.ndarray) -> float:
+    """The widest of the steps 1, 2 and 5 times powers of ten whose multiples are at least 80 % of the values.
+
+    Raises:
+        ValueError: If there is none down to 1e-8.
+    """
+    for step in (digit * 10.0**power for power in range(3, -9, -1) for digit in (5, 2, 1)):
+        multiples = values / step
+        if step < np.ptp(values) * 2 and np.mean(np.abs(multiples - np.round(multiples)) < 1e-3) >= ON_GRID:
+            return step
+    raise ValueError("the values lie on no decimal grid")
