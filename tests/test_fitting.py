@@ -168,6 +168,11 @@ def test_settings_follow_the_array():
         ({"steps": 0}, "steps must be at least 1"),
         ({"objective": "regression"}, "config.objective"),
         ({"objective": "classification"}, "labelled"),
+        (
+            {"labels": np.arange(400) % 2, "context": BANANA, "objective": "classification"},
+            "classification takes no contexts",
+        ),
+        ({"labels": np.arange(400) % 2, "context": BANANA}, "hybrid takes no contexts"),
         ({"settings": {"optimizer.lerning_rate": 1}}, "learning_rate"),
         ({"validation_fraction": 0.999}, "too few"),
         ({"key": jax.random.split(jax.random.key(0))}, "one typed key"),

@@ -119,6 +119,8 @@ def classifier_spec(config: Config, data: DataSet) -> ClassifierSpec:
     """
     if data.num_classes is None:
         raise ValueError(f"classification needs labelled images, and {data.name} has none: choose another data.name")
+    if data.context_dim:
+        raise ValueError(f"classification takes no contexts, and {data.name} has them: choose the objective density")
     settings = config.classifier
     if len(data.event_shape) != 3:
         raise ValueError(f"classification is for images, and {data.name} has vectors: choose the objective hybrid")

@@ -100,9 +100,8 @@ def _train(
     compile_step: Callable[[int], Step],
 ) -> TrainState:
     with MetricWriter(workdir) as writer:
-        trainer = _Trainer(
-            config, objective, workdir, writer, checkpoints, say, compile_step
-        )  # nothing to save yet: a signal ends it at once
+        # There is nothing to save until a step is done: a signal ends the process at once.
+        trainer = _Trainer(config, objective, workdir, writer, checkpoints, say, compile_step)
         with Progress(trainer.horizon, trainer.step) as progress, StopRequests() as stop:
             feed = batches(config, objective.examples, trainer.step)
             while not trainer.is_over and (batch := next(feed, None)) is not None:
@@ -254,10 +253,13 @@ class _Trainer:
             self._say(f"{line}, {self._time_left()} left")
 
     def _time_left(self) -> str:
-        """Predicted time until the last step, such as 1:05."""
-        done = max(self.step - self._first_step - 1, 1)
-        seconds_per_step = (time.monotonic() - (self._first_step_ended or self._started)) / done
-        minutes, seconds = divmod(round(seconds_per_step * max(self.horizon - self.step, 0)), 60)
+        """Time until the limit, or predicted time until the last step, such as 1:05."""
+        left = self._limit_s - self._writer.elapsed_s
+        if not self._limit_s:
+            done = max(self.step - self._first_step - 1, 1)
+            seconds_per_step = (time.monotonic() - (self._first_step_ended or self._started)) / done
+            left = seconds_per_step * (self.horizon - self.step)
+        minutes, seconds = divmod(round(max(left, 0)), 60)
         return f"{minutes}:{seconds:02d}"
 
     def save(self) -> None:

@@ -152,7 +152,7 @@ class Validation:
         self._evaluate = _parallel_evaluate()
         self._estimator = config.evaluation.logdet.build()
         self._reference = dataclasses.replace(config.logdet, kind="series").build(REFERENCE_TERMS)
-        self._max_num_terms, self._total_steps = config.training.max_num_terms, config.training.total_steps
+        self._max_num_terms = config.training.max_num_terms
         self._batch_size = config.evaluation.batch_size
 
     def __call__(self, current: TrainState) -> HeldOut:
@@ -176,7 +176,7 @@ class Validation:
         bias, is_exploited = self._bias(model, num_terms, reference)
         if bias < -ALARMING_BIAS:
             logging.warning(WARNING, self._spec.metric, -bias, num_terms)
-        if is_exploited and int(current.step) < self._total_steps:
+        if is_exploited and int(current.step) < int(current.horizon):
             num_terms = self._enough_terms(model, num_terms, reference)
         return HeldOut({**means, "training_bias": bias, "num_terms": num_terms}, num_terms)
 
