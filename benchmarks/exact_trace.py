@@ -17,7 +17,7 @@ from _record import describe, interleave, parser, summarize, table, write
 
 from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
-from iresnet_jax.models.closed_form_trace import has_trace
+from iresnet_jax.models.closed_form_jacobian import has_trace
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import unroll_by_default
 

@@ -31,7 +31,7 @@ DEFAULT_MINUTES = 3.0
 PATIENCE = 6  # validations, of which a run with a time limit makes 20
 WHITENED_DIMS = 256  # at most: a matrix of the square of that many numbers belongs to the model
 HYBRID_WEIGHT = 0.1  # weight of a vector's log-likelihood beside the cross-entropy of its class
-EXACT_DIMS = 16  # at most: no noise, for steps that take two to three times as long at 10 dimensions as with an estimate
+EXACT_DIMS = 32  # at most: no noise, in steps that take no longer than with estimates
 
 _PROGRAMS = Programs()  # compiled steps of earlier fits: folds of a cross-validation differ in their data alone
 

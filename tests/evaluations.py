@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from iresnet_jax.maths.inverse.fixed_point import Diagonal, invert_residual
-from iresnet_jax.models import closed_form_trace
+from iresnet_jax.models import closed_form_jacobian
 
 TOLERANCE = 1e-5
 
@@ -32,11 +32,11 @@ def watched_inverse(g, weights, y, lipschitz, memory, diagonal_of):
 
     def asked(x):
         jax.debug.callback(lambda: ASKED.append(len(SEEN)), ordered=True)
-        return closed_form_trace.jacobian_diagonal(diagonal_of, weights, x)
+        return closed_form_jacobian.jacobian_diagonal(diagonal_of, weights, x)
 
     known = None
     if diagonal_of is not None:
-        known = Diagonal(asked, closed_form_trace.largest_diagonal(diagonal_of, weights))
+        known = Diagonal(asked, closed_form_jacobian.largest_diagonal(diagonal_of, weights))
     return invert_residual(watched, y, lipschitz_bound=lipschitz, atol=TOLERANCE, memory=memory, diagonal=known)
 
 

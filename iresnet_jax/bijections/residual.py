@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.maths.inverse.fixed_point import Diagonal, FixedPointInfo, invert_residual
-from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo, Trace
+from iresnet_jax.maths.logdet.estimator import Jacobian, LogdetEstimator, LogdetInfo, Trace
 
 
 class Branch(NamedTuple):
@@ -23,6 +23,7 @@ class Branch(NamedTuple):
         g: ``x -> g(x)``, acting on each example of a batch alone.
         lipschitz_bound: Upper bound of ``Lip(g)``. The inverse and the truncation bound rely on it.
         trace: ``x -> tr J_g(x)`` in closed form, if there is one.
+        jacobian: ``x -> J_g(x) (b, d, d)`` in closed form, if there is one.
         at_zero: ``() -> g(0)`` as a batch of one, if it is the same for all examples. The inverse starts from ``y - g(0)``.
         diagonal: Diagonal of ``J_g``, if it has a closed form.
     """
@@ -30,6 +31,7 @@ class Branch(NamedTuple):
     g: Callable[[Array], Array]
     lipschitz_bound: float | Float[Array, ""]
     trace: Trace | None = None
+    jacobian: Jacobian | None = None
     at_zero: Callable[[], Array] | None = None
     diagonal: Diagonal | None = None
 
@@ -63,8 +65,12 @@ def forward_and_logdet(
     branch: Branch, x: Float[Array, "b ..."], key: Key[Array, "..."], estimator: LogdetEstimator
 ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo]:
     """``y = x + g(x)`` and ``log det(I + J_g(x))``; one key, or one an example."""
-    logdet, info = estimator(branch.g, x, key, lipschitz_bound=branch.lipschitz_bound, trace=branch.trace)
+    logdet, info = _logdet(branch, x, key, estimator)
     return forward(branch, x), logdet, info
+
+
+def _logdet(branch, x, key, estimator):
+    return estimator(branch.g, x, key, lipschitz_bound=branch.lipschitz_bound, trace=branch.trace, jacobian=branch.jacobian)
 
 
 def inverse(
@@ -100,7 +106,7 @@ def inverse_and_logdet(
 ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo, FixedPointInfo]:
     """``x = F^-1(y)`` and ``log|det dx/dy| = -log det(I + J_g(x))``, evaluated at the preimage ``x``."""
     x, solver_info = inverse(branch, y, solver)
-    logdet, info = estimator(branch.g, x, key, lipschitz_bound=branch.lipschitz_bound, trace=branch.trace)
+    logdet, info = _logdet(branch, x, key, estimator)
     return x, -logdet, info, solver_info
 
 

@@ -24,7 +24,7 @@ from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, branch_bound, model_
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import branch as branches
-from iresnet_jax.models import closed_form_trace, constraint
+from iresnet_jax.models import closed_form_jacobian, constraint
 from iresnet_jax.models.architecture import FlowSpec, Stage
 from iresnet_jax.models.branch import BranchSpec
 
@@ -222,15 +222,17 @@ def bijection(
 
 def known_branch(spec: BranchSpec, weights: Tree, lipschitz_bound: Any, context: Float[Array, "b k"] | None = None) -> Branch:
     """A branch of these weights with all that has a closed form."""
-    has_trace, has_diagonal = closed_form_trace.has_trace(spec), closed_form_trace.has_diagonal(spec)
+    has_trace, has_diagonal = closed_form_jacobian.has_trace(spec), closed_form_jacobian.has_diagonal(spec)
+    has_jacobian = closed_form_jacobian.has_jacobian(spec)
     return Branch(
         g=lambda x: branches.apply_branch(spec, weights, x, context),
         lipschitz_bound=lipschitz_bound,
-        trace=(lambda x: closed_form_trace.trace(spec, weights, x, context)) if has_trace else None,
+        trace=(lambda x: closed_form_jacobian.trace(spec, weights, x, context)) if has_trace else None,
+        jacobian=(lambda x: closed_form_jacobian.jacobian(spec, weights, x, context)) if has_jacobian else None,
         at_zero=(lambda: branches.at_zero(spec, weights)) if context is None else None,
         diagonal=Diagonal(
-            at=lambda x: closed_form_trace.jacobian_diagonal(spec, weights, x, context),
-            size=closed_form_trace.largest_diagonal(spec, weights),
+            at=lambda x: closed_form_jacobian.jacobian_diagonal(spec, weights, x, context),
+            size=closed_form_jacobian.largest_diagonal(spec, weights),
         )
         if has_diagonal
         else None,

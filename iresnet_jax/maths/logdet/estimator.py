@@ -15,6 +15,7 @@ from iresnet_jax.maths.upward_rounding import as_floats
 
 Branch = Callable[[Array], Array]
 Trace = Callable[[Array], Array]
+Jacobian = Callable[[Array], Array]
 Keys = Key[Array, "..."] | UInt32[Array, "..."]  # one, or one an example; typed, or of jax.random.PRNGKey
 Scalar = float | Float[Array, ""]
 Batch = Shaped[Array | np.ndarray, "..."] | Sequence  # made an array of floats by `as_floats`
@@ -56,6 +57,7 @@ class LogdetEstimator(ABC):
         *,
         lipschitz_bound: Scalar | None = None,
         trace: Trace | None = None,
+        jacobian: Jacobian | None = None,
     ) -> tuple[Float[Array, " b"], LogdetInfo]:
         """The log-determinant and its error.
 
@@ -65,12 +67,20 @@ class LogdetEstimator(ABC):
             key: Key of the random choices, one or one an example; only `ExactLogdet` needs none.
             lipschitz_bound: Upper bound of ``Lip(g)``, for the truncation bound.
             trace: ``x -> tr J (b,)`` in closed form, if there is one.
+            jacobian: ``x -> J (b, d, d)`` in closed form, if there is one.
         """
-        return self._estimate(branch, as_floats(x, "x"), key, jnp.inf if lipschitz_bound is None else lipschitz_bound, trace)
+        bound = jnp.inf if lipschitz_bound is None else lipschitz_bound
+        return self._estimate(branch, as_floats(x, "x"), key, bound, trace, jacobian)
 
     @abstractmethod
     def _estimate(
-        self, branch: Branch, x: Float[Array, "b ..."], key: Keys | None, lipschitz_bound: Scalar, trace: Trace | None
+        self,
+        branch: Branch,
+        x: Float[Array, "b ..."],
+        key: Keys | None,
+        lipschitz_bound: Scalar,
+        trace: Trace | None,
+        jacobian: Jacobian | None,
     ) -> tuple[Float[Array, " b"], LogdetInfo]: ...
 
 
@@ -88,7 +98,8 @@ class ProbingEstimator(LogdetEstimator):
     probe: str = "rademacher"
     exact_trace: bool = True
 
-    def _estimate(self, branch, x, key, lipschitz_bound, trace):
+    def _estimate(self, branch, x, key, lipschitz_bound, trace, jacobian):
+        del jacobian
         if key is None:
             raise ValueError("key must be given: the estimator draws random probes")
         samples, bound = self._samples(branch, x, key, lipschitz_bound, trace if self.exact_trace else None)

@@ -26,7 +26,7 @@ from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import flow, priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.branch import apply_branch, initial_weights
-from iresnet_jax.models.closed_form_trace import has_diagonal
+from iresnet_jax.models.closed_form_jacobian import has_diagonal
 from iresnet_jax.models.density import Density, DensitySpec
 
 BATCH = 8

@@ -1,4 +1,4 @@
-"""The closed form of ``tr J`` against dense Jacobians, and what it is for: steadier log-determinants, the same on average."""
+"""Closed forms of ``J`` and ``tr J`` against dense Jacobians, and their use: log-determinants steadier, or exact for less."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet, weighted_series
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.models import branch as branches
-from iresnet_jax.models import closed_form_trace
+from iresnet_jax.models import closed_form_jacobian
 from iresnet_jax.models.flow import known_branch
 
 EXACT = 1e-10
@@ -60,9 +60,11 @@ def make(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_trace_is_that_of_the_dense_jacobian(x64, name):
+def test_all_closed_forms_are_those_of_the_dense_jacobian(x64, name):
     spec, weights, x, context = make(name)
-    assert closed_form_trace.has_trace(spec)
+    is_dense = spec.kernel_sizes is None
+    assert closed_form_jacobian.has_trace(spec)
+    assert closed_form_jacobian.has_jacobian(spec) == is_dense
 
     def one(weights, x, context):
         context = None if context is None else context[None]
@@ -72,13 +74,16 @@ def test_the_trace_is_that_of_the_dense_jacobian(x64, name):
     def both(weights, x, context):
         jacobians = jax.vmap(jax.jacfwd(one, 1), (None, 0, 0))(weights, x, context)
         diagonal = (
-            closed_form_trace.jacobian_diagonal(spec, weights, x, context),
-            closed_form_trace.largest_diagonal(spec, weights),
+            closed_form_jacobian.jacobian_diagonal(spec, weights, x, context),
+            closed_form_jacobian.largest_diagonal(spec, weights),
         )
-        return jacobians, *diagonal, closed_form_trace.trace(spec, weights, x, context)
+        trace = closed_form_jacobian.trace(spec, weights, x, context)
+        full = closed_form_jacobian.jacobian(spec, weights, x, context) if is_dense else jacobians
+        return jacobians, *diagonal, trace, full
 
-    jacobians, diagonal, largest, trace = map(np.asarray, both(weights, x, context))
+    jacobians, diagonal, largest, trace, full = map(np.asarray, both(weights, x, context))
     jacobians = jacobians.reshape(BATCH, x[0].size, x[0].size)
+    np.testing.assert_allclose(full.reshape(jacobians.shape), jacobians, atol=EXACT)
     expected = np.diagonal(jacobians, axis1=1, axis2=2)
     np.testing.assert_allclose(diagonal, expected.reshape(x.shape), atol=EXACT)
     assert np.abs(diagonal).max() <= 1.1 * largest  # slopes may leave [0, 1] a little
@@ -96,7 +101,7 @@ def test_values_and_gradients_agree_on_average_over_probes(x64, name):
 
     def total(weights, x, *, closed_form):
         branch = functools.partial(branches.apply_branch, spec, weights)
-        trace = functools.partial(closed_form_trace.trace, spec, weights) if closed_form else None
+        trace = functools.partial(closed_form_jacobian.trace, spec, weights) if closed_form else None
         samples, _ = weighted_series(branch, x, probes, jnp.ones(5), 5, trace=trace)
         return jnp.sum(cotangent * jnp.mean(samples, axis=0))
 
@@ -107,7 +112,7 @@ def test_values_and_gradients_agree_on_average_over_probes(x64, name):
 @pytest.mark.parametrize("estimator", [SeriesLogdet(12, num_probes=16), RouletteLogdet(num_exact_terms=12, num_probes=16)])
 def test_estimates_are_steadier_and_right(x64, estimator):
     spec, weights, x, _ = make("conv, two channels of one")
-    branch, trace = (functools.partial(f, spec, weights) for f in (branches.apply_branch, closed_form_trace.trace))
+    branch, trace = (functools.partial(f, spec, weights) for f in (branches.apply_branch, closed_form_jacobian.trace))
 
     @jax.jit
     def run(x, key):
@@ -119,6 +124,19 @@ def test_estimates_are_steadier_and_right(x64, estimator):
     assert np.all(np.abs(plain - exact) < 5 * plain_info.stderr)
 
 
+@pytest.mark.parametrize("name", ["dense, preactivation", "dense, context"])
+def test_the_exact_logdet_and_its_gradients_are_the_same_with_it(x64, name):
+    spec, weights, x, context = make(name)
+
+    def total(weights, x, *, closed_form):
+        branch = known_branch(spec, weights, 0.9, context)
+        logdet, _ = ExactLogdet()(branch.g, x, jacobian=branch.jacobian if closed_form else None)
+        return jnp.sum(jnp.array([1.0, -0.7, 0.4]) * logdet)
+
+    run = jax.jit(jax.value_and_grad(total, (0, 1)), static_argnames="closed_form")
+    chex.assert_trees_all_close(run(weights, x, closed_form=True), run(weights, x, closed_form=False), rtol=1e-8, atol=EXACT)
+
+
 def test_other_branches_have_no_closed_form():
     for changes in (
         {"hidden": (4, 4), "kernel_sizes": (3, 1, 3)},
@@ -127,10 +145,18 @@ def test_other_branches_have_no_closed_form():
         {"activation": "maxmin"},
     ):
         spec = branches.BranchSpec(**{**CASES["conv"], "hidden": (4,), **changes})
-        assert not closed_form_trace.has_trace(spec)
+        assert not closed_form_jacobian.has_trace(spec)
         weights = jax.jit(lambda key, spec=spec: branches.initial_weights(spec, key))(jax.random.key(0))
         with pytest.raises(ValueError, match="two layers with an elementwise activation"):
-            closed_form_trace.trace(spec, weights, jnp.ones((1, *spec.in_shape)))
+            closed_form_jacobian.trace(spec, weights, jnp.ones((1, *spec.in_shape)))
+    wide = branches.BranchSpec(in_shape=(closed_form_jacobian.FULL_DIMS + 1,), hidden=(4,))
+    assert closed_form_jacobian.has_trace(wide)
+    for spec in (wide, branches.BranchSpec(**CASES["conv"])):
+        assert not closed_form_jacobian.has_jacobian(spec)
+        weights = branches.initial_weights(spec, jax.random.key(0))
+        assert known_branch(spec, weights, 0.9).jacobian is None
+        with pytest.raises(ValueError, match="dense branches of two layers"):
+            closed_form_jacobian.jacobian(spec, weights, jnp.ones((1, *spec.in_shape)))
 
 
 @pytest.mark.parametrize(("side", "taps"), [(2, 3), (1, 3), (4, 5)])
@@ -138,8 +164,8 @@ def test_on_a_torus_smaller_than_the_kernel_there_is_no_closed_form_and_none_is_
     shape = {"in_shape": (side, side, 1), "hidden": (4,), "kernel_sizes": (taps, taps), "padding": "CIRCULAR"}
     spec = branches.BranchSpec(**shape)
     weights = jax.jit(lambda key: branches.initial_weights(spec, key))(jax.random.key(0))
-    assert not closed_form_trace.has_trace(spec)
+    assert not closed_form_jacobian.has_trace(spec)
     with pytest.raises(ValueError, match="the trace has a closed form for two layers"):
-        closed_form_trace.trace(spec, weights, jnp.ones((1, side, side, 1)))
+        closed_form_jacobian.trace(spec, weights, jnp.ones((1, side, side, 1)))
     assert known_branch(spec, weights, 0.9).trace is None
-    assert closed_form_trace.has_trace(branches.BranchSpec(**shape | {"in_shape": (taps, taps, 1)}))
+    assert closed_form_jacobian.has_trace(branches.BranchSpec(**shape | {"in_shape": (taps, taps, 1)}))
