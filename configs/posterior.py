@@ -32,5 +32,5 @@ def get_config(simulator="sbi_two_moons"):
     else:
         config.model.stages = ({"num_blocks": 20, "hidden": (64,), "activation": "clipswish"},)
         config.constraint.num_steps = 2
-        config.training.update({"total_steps": 6000, "minutes": 4.5, "batch_size": 512})
+        config.training.update({"total_steps": 30_000, "minutes": 4.5, "batch_size": 512})
     return config

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 import tempfile
@@ -11,16 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
+from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.evaluation import trained_run
 from iresnet_jax.json_dataclasses import to_plain
+from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.history import History
+from iresnet_jax.models.priors import PRIORS
 from iresnet_jax.training.config import Config, parse
 from iresnet_jax.training.interruption import Stopped
 from iresnet_jax.training.loop import train
@@ -28,7 +34,10 @@ from iresnet_jax.training.metrics import read_metrics
 from iresnet_jax.training.programs import Programs
 
 DEFAULT_MINUTES = 3.0
+FEW, FEW_STEPS = 2000, 1000  # vectors that make a small model, and its updates
+NO_LIMIT = 1_000_000  # updates, more than a time limit allows
 PATIENCE = 6  # validations, of which a run with a time limit makes 20
+PRIOR_EXAMPLES = 10_000  # that choose the prior
 WHITENED_DIMS = 256  # at most: a matrix of the square of that many numbers belongs to the model
 HYBRID_WEIGHT = 0.1  # weight of a vector's log-likelihood beside the cross-entropy of its class
 EXACT_DIMS = 32  # at most: no noise, in steps that take no longer than with estimates
@@ -109,13 +118,15 @@ def choose_settings(
     plain: dict[str, Any] = to_plain(Config())
     plain["seed"], plain["objective"] = seed, objective
     plain["data"]["name"] = data.name
-    chosen = _for_vectors(num, dims) if is_vectors else _for_images(data, num)
+    chosen = _for_vectors(num, dims, conditional=bool(data.contexts)) if is_vectors else _for_images(data, num)
     for name, values in chosen.items():
         plain[name] |= values
+    if is_vectors and objective == "density" and not data.contexts:
+        plain["model"]["prior"] = likelier_prior(np.asarray(data.examples["train"][:PRIOR_EXAMPLES]))
     if architecture is not None:
         plain["model"]["stages"] = [dataclasses.asdict(stage) for stage in architecture]
     batch_size = _even(min(plain["training"]["batch_size"], num))
-    total = steps or 4000
+    total = steps or (FEW_STEPS if is_vectors and num < FEW else NO_LIMIT)
     plain["optimizer"]["warmup_steps"] = total // 20
     plain["training"] |= {
         "batch_size": batch_size,
@@ -123,30 +134,46 @@ def choose_settings(
         "minutes": 0.0 if steps else (minutes or DEFAULT_MINUTES),
         "patience": PATIENCE,
         "eval_every_steps": max(total // 20, 1),
-        "log_every_steps": 25,
+        "log_every_steps": 10,
         "eval_examples": 4096,
         "actnorm_examples": min(1024, num),
         # An average over a tenth of a short run, and never over more than some hundred steps.
-        "ema_decay": 0.99 if (steps or 4000) >= 1000 else 0.9,
+        "ema_decay": 0.99 if total >= 1000 else 0.9,
     }
     return parse(plain)
 
 
-def _for_vectors(num: int, dims: int) -> dict[str, dict[str, Any]]:
-    """Dense blocks. Few examples get a small model that starts as a normal density, which early stopping then improves on."""
-    width = 32 if num < 2000 else 128
-    blocks = 4 if num < 2000 else 10
-    stage = {"num_blocks": blocks, "hidden": (width,), "activation": "clipswish"}
+def _for_vectors(num: int, dims: int, *, conditional: bool) -> dict[str, dict[str, Any]]:
+    """Dense blocks. Few examples get a small model that starts as its prior, and few slow steps: they overfit soon."""
+    few = num < FEW
+    stage = {"num_blocks": 4 if few else 10, "hidden": (32 if few else 128,), "activation": "clipswish"}
     exact = {"kind": "exact"} if dims <= EXACT_DIMS else {"kind": "krylov", "num_terms": min(6, dims)}
     return {
-        "model": {"stages": [stage], "coeff": 0.97, "last_scale": 0.1 if num < 2000 else 1.0},
+        "model": {"stages": [stage], "coeff": 0.97, "last_scale": 0.1 if few else 1.0},
         "preprocessing": {"transform": "whiten" if dims <= WHITENED_DIMS else "standardize"},
         "logdet": exact,
         "hybrid": {"weight": HYBRID_WEIGHT, "fitted_priors": True},
         "evaluation": {"logdet": {"kind": "exact"}} if dims <= WHITENED_DIMS else {},
-        "optimizer": {"name": "muon", "learning_rate": 1e-2, "momentum": 0.95, "nesterov": True},
-        "training": {"batch_size": 256 if num >= 2000 else 64, "blocks": "scan"},
+        "optimizer": {
+            "name": "muon",
+            "learning_rate": 3e-3 if few and not conditional else 1e-2,
+            "momentum": 0.95,
+            "nesterov": True,
+        },
+        "training": {"batch_size": 64 if few else 256, "blocks": "scan"},
     }
+
+
+def likelier_prior(x: Float[np.ndarray, "n d"]) -> str:
+    """The prior under which decorrelated examples are likelier where a flow starts: "logistic" for heavy tails."""
+    transform = Whiten.fit(x) if x.shape[1] <= WHITENED_DIMS else Standardize.fit(x)
+    z = transform.bijection().forward(jnp.asarray(x, jnp.float32))
+
+    def mean_log_prob(kind):
+        scale = {PRIORS[kind].log_scale: jnp.full(z.shape[1], -math.log(PRIORS[kind].std))}
+        return float(jnp.mean(priors.log_prob(kind, {"mean": jnp.zeros(z.shape[1]), **scale}, z)))
+
+    return max(PRIORS, key=mean_log_prob)
 
 
 def _for_images(data: DataSet, num: int) -> dict[str, dict[str, Any]]:

@@ -75,13 +75,25 @@ def test_other_data_in_the_same_folder_are_refused(fitted):
 
 
 def test_a_time_limit_ends_training_and_the_learning_rate_has_come_down(tmp_path):
-    settings = {"training.total_steps": 50, "optimizer.warmup_steps": 0, "training.patience": 0, "training.log_every_steps": 5}
+    settings = {
+        "training.total_steps": 10**6,
+        "optimizer.warmup_steps": 0,
+        "training.patience": 0,
+        "training.log_every_steps": 5,
+    }
     model = ir.fit(BANANA, minutes=0.15, architecture=TINY, progress=False, settings=settings, workdir=tmp_path)
     assert model.history is not None
     rates = model.history.train["learning_rate"]
     assert rates[-1] < 0.2 * max(rates)
     seconds = model.history.validation["wall_time_s"][-1]
     assert 9 <= seconds < 30 or seconds < 9 + 2 * model.history.validation["wall_time_s"][0]  # compilation may take longer
+
+
+def test_few_vectors_take_few_steps_however_long_they_may():
+    settings = {"training.total_steps": 20, "training.eval_every_steps": 5, "training.patience": 0}
+    model = ir.fit(BANANA, minutes=60, architecture=TINY, progress=False, settings=settings)
+    assert model.history is not None
+    assert model.history.validation["step"] == [5, 10, 15, 20]
 
 
 def test_validations_without_an_improvement_end_training():
@@ -156,6 +168,8 @@ def test_settings_follow_the_array():
     assert (small.training.minutes, small.logdet.kind, wide.logdet.kind) == (3.0, "exact", "krylov")
     assert (large.preprocessing.transform, wide.preprocessing.transform) == ("whiten", "standardize")
     images = choose_settings(from_arrays("a", Arrays(RNG.integers(0, 256, (50, 16, 16, 3))), fractions=(0.1, 0.0)))
+    heavy = choose_settings(from_arrays("a", Arrays(RNG.standard_t(4, size=(500, 4))), fractions=(0.1, 0.0)))
+    assert (large.model.prior, wide.model.prior, heavy.model.prior) == ("gaussian", "gaussian", "logistic")
     assert [stage.squeeze for stage in images.model.stages] == [2, 2]
     assert images.training.batch_size <= 45
 

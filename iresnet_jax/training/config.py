@@ -165,10 +165,8 @@ class OptimizerConfig:
 class TrainingConfig:
     """The run."""
 
-    total_steps: Count = (
-        1000  # updates; with minutes, the length that the learning rate's warm-up and decay are measured against
-    )
-    minutes: NotNegative = 0.0  # wall-clock time that training takes, compilation included; 0 makes total_steps updates
+    total_steps: Count = 1000  # updates; warm-up and decay of the learning rate are fractions of them
+    minutes: NotNegative = 0.0  # most wall-clock time, compilation included; 0 is no limit
     patience: CountOrNone = 0  # validations without an improvement after which training ends; 0 never ends it early
     batch_size: Count = 128  # examples of a step over all devices
     ema_decay: Decay = 0.999  # moving average of the parameters, which evaluation uses; 0 evaluates the parameters themselves

@@ -48,7 +48,7 @@ def train(
     say: Callable[[str], None] | None = None,
     programs: Programs | None = None,
 ) -> TrainState:
-    """Trains for ``config.training.total_steps`` or ``minutes``, from where the workdir's newest checkpoint stands.
+    """Trains for ``config.training.total_steps``, at most for ``minutes``, from where the workdir's newest checkpoint stands.
 
     Args:
         config: All settings, from `config.parse`.
@@ -190,14 +190,14 @@ class _Trainer:
     @property
     def is_validation_due(self) -> bool:
         """Whether this is a step behind which the state is validated."""
-        if not self._limit_s:
-            return self._is_last_step or self.step % self._settings.eval_every_steps == 0
+        if self._is_last_step or self.step % self._settings.eval_every_steps == 0:
+            return True
         since = time.monotonic() - self._validated_at
-        return self._is_last_step or (self._is_compiled and since > self._limit_s / VALIDATIONS_IN_TIME)
+        return bool(self._limit_s) and self._is_compiled and since > self._limit_s / VALIDATIONS_IN_TIME
 
     @property
     def _is_last_step(self) -> bool:
-        if not self._limit_s:
+        if not self._limit_s or self.step >= self._settings.total_steps:
             return self.step >= self._settings.total_steps
         return self._writer.elapsed_s + self._validation_seconds >= self._limit_s and self.step > self._first_step
 
@@ -224,7 +224,8 @@ class _Trainer:
             return
         seconds_per_step = (time.monotonic() - self._first_step_ended) / steps
         left = max(self._limit_s - self._writer.elapsed_s - self._validation_seconds, 0.0) / seconds_per_step
-        self.state = self.state._replace(horizon=jnp.int32(self.step + max(int(left), 1)))
+        horizon = min(self.step + max(int(left), 1), max(self._settings.total_steps, self.step))
+        self.state = self.state._replace(horizon=jnp.int32(horizon))
 
     def _checked_means(self) -> dict[str, float]:
         window = jax.device_get(self._window)
