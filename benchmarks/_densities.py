@@ -55,7 +55,7 @@ VALIDATED = 1000  # most examples in a validation of a flow
 EVAL_BATCH_SIZE = 500
 
 FLOWJAX = {"knots": 8, "interval": 4, "flow_layers": 8, "nn_depth": 1, "nn_width": {"many": 128, "few": 50}}
-NORMFLOWS = {"blocks": {"many": 10, "few": 4}, "width": {"many": 128, "few": 32}, "hidden_layers": 2, "lipschitz_const": 0.98}
+NORMFLOWS = {"blocks": {"many": 20, "few": 4}, "width": {"many": 128, "few": 32}, "hidden_layers": 2, "lipschitz_const": 0.98}
 POWER_ITERATIONS, CONVERGED = 5, 200  # in a training step of normflows; before an evaluation
 
 COVARIANCES, REG_COVAR = ("full", "tied", "diag", "spherical"), (1e-6, 1e-4, 1e-2, 1e-1)

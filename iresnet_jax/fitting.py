@@ -146,7 +146,7 @@ def choose_settings(
 def _for_vectors(num: int, dims: int, *, conditional: bool) -> dict[str, dict[str, Any]]:
     """Dense blocks. Few examples get a small model that starts as its prior, and few slow steps: they overfit soon."""
     few = num < FEW
-    stage = {"num_blocks": 4 if few else 10, "hidden": (32 if few else 128,), "activation": "clipswish"}
+    stage = {"num_blocks": 4 if few else 20, "hidden": (32 if few else 128,), "activation": "clipswish"}
     exact = {"kind": "exact"} if dims <= EXACT_DIMS else {"kind": "krylov", "num_terms": min(6, dims)}
     return {
         "model": {"stages": [stage], "coeff": 0.97, "last_scale": 0.1 if few else 1.0},
