@@ -166,6 +166,8 @@ def make_parser() -> Parser:
         option.add_argument("--debug", action="store_true", help="show the traceback of a failure")
         option.set_defaults(run=command)
         options[command.__name__] = option
+    for name in ("evaluate", "reconstruct", "ood", "report"):
+        options[name].add_argument("--data", metavar="NAME", help="data instead of those of training, such as npy:FILE")
     options["sample"].add_argument("--num", type=int, default=64, help="how many (64)")
     options["sample"].add_argument("--temperature", type=float, default=1.0, help="factor on the prior's scale (1)")
     options["sample"].add_argument("--seed", type=int, default=0, help="of the latents (0)")
@@ -186,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         from iresnet_jax.evaluation import trained_run  # slow to import: --help and mistakes are answered without it
 
-        return arguments.run(trained_run.load(arguments.workdir), arguments)
+        run, data = trained_run.load(arguments.workdir), getattr(arguments, "data", None)
+        return arguments.run(run.with_data(data) if data else run, arguments)
 
     return explain_failures(command, debug=arguments.debug)
 

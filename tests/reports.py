@@ -5,14 +5,17 @@ import dataclasses
 from iresnet_jax.evaluation.machine_and_versions import Environment
 from iresnet_jax.evaluation.results import (
     Classification,
+    Entry,
     Estimate,
     Inversion,
     Likelihood,
     Mistake,
+    Points,
     Posterior,
     RoundTrips,
     SampleQuality,
     TrainingTimes,
+    Unlikely,
 )
 from iresnet_jax.models.model_certificate import Certificate, Constant
 from iresnet_jax.report.contents import Report
@@ -83,6 +86,7 @@ CLASSIFICATION = Classification(
     mistakes=(Mistake(index=1, label=0, prediction=1, probability=0.6),),
 )
 POSTERIOR = Posterior(divergence=0.0237, stderr=0.0034, num_examples=7919, c2st=(0.537, 0.588), num_samples=823)
+UNLIKELY = Unlikely(row=6173, log_prob=-27.31, entries=(Entry(14, 8.46, 5.83), Entry(9, -3.19, -4.27)))
 REPORT = Report(
     train=TrainingTimes(steps=4321, total_steps=4444, seconds_per_step=0.1832, compile_seconds=48.21, total_seconds=7384.0),
     environment=Environment(
@@ -103,6 +107,7 @@ REPORT = Report(
     ),
     config={"seed": 29, "model": {"widths": (61, 67), "head": {"kind": "none"}}},
     likelihood=LIKELIHOOD,
+    points=Points("points.npy", (UNLIKELY,)),
     posterior=POSTERIOR,
     classification=CLASSIFICATION,
     samples=SampleQuality(num=64, fraction_converged=1.0, max_error_bound=1e-5),

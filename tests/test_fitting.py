@@ -1,8 +1,10 @@
 """`fit`: the fifteen lines of the README, what it chooses, what it refuses, and that it is the code of ``train.py``."""
 
 import json
+import shutil
 import signal
 import threading
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +13,8 @@ import runs
 
 import iresnet_jax as ir
 from iresnet_jax import fitting
-from iresnet_jax.data.arrays import Arrays, from_arrays
+from iresnet_jax.__main__ import main
+from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.fitting import choose_settings, seed_of
 from iresnet_jax.models.history import History
 from iresnet_jax.training import run_folder
@@ -72,6 +75,46 @@ def test_it_is_the_code_of_training(fitted, tmp_path):
 def test_other_data_in_the_same_folder_are_refused(fitted):
     with pytest.raises(ValueError, match="other data"):
         ir.fit(BANANA + 1, key=jax.random.key(0), workdir=fitted[1], **QUICK)
+
+
+@pytest.fixture
+def workdir(fitted, tmp_path):
+    """A copy of the folder of a fit: commands write into it."""
+    return str(shutil.copytree(fitted[1], tmp_path / "run"))
+
+
+def test_commands_that_need_no_data_work_on_the_folder_of_a_fit(workdir, capsys):
+    assert run_folder.read_config(Path(workdir)).data.name == FITTED_ARRAY
+    for command in (["sample", "--num", "4"], ["certify"], ["freeze"]):
+        assert main([command[0], "--workdir", workdir, *command[1:]]) == 0, capsys.readouterr().err
+    assert np.load(Path(workdir) / "samples.npy").shape == (4, 2)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "reconstruct", "ood", "report"])
+def test_commands_that_need_data_say_how_to_give_the_array(command, workdir, capsys):
+    assert main([command, "--workdir", workdir]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {workdir} does not hold the array that its model was fitted to: save the array with numpy.save and add "
+        "--data npy:FILE\n"
+    )
+
+
+def test_an_array_in_a_file_is_recognised(workdir, tmp_path, capsys):
+    np.save(tmp_path / "same.npy", BANANA)
+    np.save(tmp_path / "other.npy", BANANA + 1)
+    np.save(tmp_path / "wide.npy", RNG.normal(size=(400, 3)))
+
+    def evaluate(name, status=0):
+        assert main(["evaluate", "--workdir", workdir, "--data", f"npy:{tmp_path / name}"]) == status
+        out, err = capsys.readouterr()
+        return out if status == 0 else err
+
+    same = evaluate("same.npy")
+    assert "are among those that validated: the checkpoint was chosen on them." in same
+    assert "other data" not in same
+    assert " nats (" in same
+    assert evaluate("other.npy").startswith("These are other data than the model was trained on")
+    assert "the model takes examples of shape (2,)" in evaluate("wide.npy", status=2)
 
 
 def test_a_time_limit_ends_training_and_the_learning_rate_has_come_down(tmp_path):

@@ -13,6 +13,7 @@ from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.splits import fraction_masks
 
+FITTED_ARRAY = "the array"  # name of the data that `iresnet_jax.fit` is given, which no name loads
 REPEATS = 2.0  # examples for each distinct value of an entry from which it counts as one that takes few values
 FINEST_GRID = 1e-4  # least spacing of a grid, in standard deviations of the entry
 UNRESOLVED = 1e-5  # standard deviation relative to the mean below which float32 cannot tell values apart

@@ -125,9 +125,11 @@ class DataSet:
             seed: Seed of endless data; each split of each seed has its own examples. Arrays ignore it.
 
         Raises:
-            ValueError: If all examples of endless data are asked for.
+            ValueError: If all examples of endless data are asked for, or the data have no such split.
         """
         if not self.is_endless:
+            if split not in self.examples:
+                raise ValueError(f"{self.name} has no split {split!r}: it has {', '.join(self.examples)}")
             return self.examples[split][:num]
         return np.asarray(self._drawn_of(split, num, seed)[0])
 

@@ -75,6 +75,7 @@ def _sample_linear_gaussian_given(key: PRNGKeyArray, x: Float[Array, " k"], n: i
 _RADIUS, _SPREAD, _OFFSET = 0.1, 0.01, 0.25
 _DIAGONAL = math.sqrt(2)
 _SLACK = 1e-6  # rounding of float32 may take a point of the crescent across its straight edge by so much
+_NO_SHARE = 1e-6  # rounding of a share of the crescent that is 0
 _MOST_ROUNDS = 10_000  # of a rejection sampler: enough for an observation whose box leaves a thousandth of the crescent
 _NUM_NODES = 512
 
@@ -145,8 +146,9 @@ def _share_in_box(x: Float[Array, " 2"]) -> Float[Array, ""]:
 
 
 def _sample_two_moons_given(key: PRNGKeyArray, x: Float[Array, " k"], n: int) -> Float32[Array, "n d"]:
-    """Points of the crescent, drawn again until they are possible, on either side at random."""
+    """Points of the crescent, drawn again until they are possible, on either side at random; none where no point is."""
     x, (key_side, key_rounds) = x.astype(jnp.float32), jax.random.split(key)
+    has_share = _share_in_box(x) > _NO_SHARE
 
     def uv(q):
         return q[:, 0] + _OFFSET - x[0], x[1] - q[:, 1]
@@ -162,7 +164,7 @@ def _sample_two_moons_given(key: PRNGKeyArray, x: Float[Array, " k"], n: int) ->
 
     def is_incomplete(state):
         number, q = state
-        return (number < _MOST_ROUNDS) & ~jnp.all(is_possible(q))
+        return has_share & (number < _MOST_ROUNDS) & ~jnp.all(is_possible(q))
 
     _, q = jax.lax.while_loop(is_incomplete, draw, (0, jnp.full((n, 2), jnp.nan, jnp.float32)))
     u, v = uv(q)

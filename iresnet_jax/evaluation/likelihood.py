@@ -11,13 +11,14 @@ where ``A = Var(a)``, ``D = mean_i Var(d_i)`` and ``E = mean_i Var(e_i)``: the t
 
 import math
 from dataclasses import asdict
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Num
 
-from iresnet_jax.evaluation.results import Estimate, Likelihood, MeanAndError
+from iresnet_jax.evaluation.results import Entry, Estimate, Likelihood, MeanAndError, Unlikely
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
@@ -31,6 +32,19 @@ from iresnet_jax.training.objectives.likelihood import evaluate_batch, evaluate_
 # For each noise draw, D dimensions take D products a block exactly, and 88 by an estimate of 4 draws of 22 terms, which leaves
 # the error of its probes. At 256 dimensions exactness costs 3 times as much.
 MAX_EXACT_DIMS = 256
+NUM_UNLIKELY, NUM_ENTRIES = 8, 3  # least likely points, and entries of each, that a report names
+
+
+class Measured(NamedTuple):
+    """Test likelihood, and what it is the mean of.
+
+    Attributes:
+        summary: The numbers of a report.
+        log_prob: Log-likelihood of each example in nats, mean over noise and probes.
+    """
+
+    summary: Likelihood
+    log_prob: Float[np.ndarray, " n"]
 
 
 def split_error(values: Float[np.ndarray, "n s p"]) -> MeanAndError:
@@ -77,7 +91,20 @@ def evaluate(
     contexts: Num[np.ndarray, "n k"] | None = None,
     entropy_floor: float | None = None,
 ) -> Likelihood:
-    """Test objective, bits/dim of images or nats of points, with its standard error in parts.
+    """Test objective with its standard error in parts: the summary of `measure`, which has the same arguments."""
+    return measure(model, examples, settings, seed, contexts=contexts, entropy_floor=entropy_floor).summary
+
+
+def measure(
+    model: Density,
+    examples: Num[np.ndarray, "n ..."],
+    settings: EvaluationConfig,
+    seed: int,
+    *,
+    contexts: Num[np.ndarray, "n k"] | None = None,
+    entropy_floor: float | None = None,
+) -> Measured:
+    """Test objective, bits/dim of images or nats of points, with its standard error in parts, and its value at each example.
 
     Up to 256 dimensions the log-determinant is exact, and the configured estimator on the noise of the first dequantisation
     checks it. Beyond, the estimator's mean is the result, unbiased if it is exact or a roulette. Its truncation bound is a
@@ -119,7 +146,7 @@ def evaluate(
     if is_exact and not isinstance(configured, ExactLogdet):
         estimated = values_of(configured, 1, settings.num_probe_draws)[:, 0].mean(axis=1)
         check = compare(estimated, values[:, 0, 0], configured)
-    return Likelihood(
+    summary = Likelihood(
         **parts,
         unit=spec.unit,
         estimator=_in_words(estimator),
@@ -132,6 +159,44 @@ def evaluate(
         entropy_floor=entropy_floor,
         num_dims=spec.flow.num_dims,
     )
+    return Measured(summary, -values.mean(axis=(1, 2)) / spec.unit_of_a_nat)
+
+
+def log_prob_of_samples(
+    model: Density,
+    samples: Float[np.ndarray, "m d"],
+    settings: EvaluationConfig,
+    seed: int,
+    *,
+    contexts: Num[np.ndarray, "n k"] | None = None,
+) -> Float[np.ndarray, " m"]:
+    """Log-likelihood of each sample of a model of vectors in nats, by one draw of noise and probes.
+
+    Args:
+        contexts: The contexts that `samples.draw` took again and again.
+    """
+    estimator = ExactLogdet() if model.spec.flow.num_dims <= MAX_EXACT_DIMS else settings.logdet.build()
+    repeated = None if contexts is None else contexts[np.arange(len(samples)) % len(contexts)]
+    key, step = jax.random.key(seed), parallel.parallelize_eval(evaluate_batch)
+    found = evaluate_examples(
+        step, model.with_(estimator=estimator), samples, key, settings.batch_size, contexts=repeated, draw=(0, 0)
+    )
+    return -np.asarray(found[model.spec.metric], np.float64)
+
+
+def least_likely(points: Float[np.ndarray, "n d"], log_prob: Float[np.ndarray, " n"]) -> tuple[Unlikely, ...]:
+    """The least likely points, those without a finite likelihood first, each with its entries that are furthest out.
+
+    Entries are compared by their distances from the mean in standard deviations, both over all points.
+    """
+    deviations = (points - points.mean(axis=0)) / np.maximum(points.std(axis=0), 1e-12)
+    order = np.argsort(np.where(np.isnan(log_prob), -np.inf, log_prob), kind="stable")[:NUM_UNLIKELY]
+    found = []
+    for row in order.tolist():
+        furthest = np.argsort(-np.abs(deviations[row]), kind="stable")[:NUM_ENTRIES].tolist()
+        entries = tuple(Entry(i, float(points[row, i]), float(deviations[row, i])) for i in furthest)
+        found.append(Unlikely(row, float(log_prob[row]), entries))
+    return tuple(found)
 
 
 def compare(estimated: Float[np.ndarray, " n"], exact: Float[np.ndarray, " n"], estimator: LogdetEstimator) -> Estimate:

@@ -126,6 +126,37 @@ class Likelihood(MeanAndError):
 
 
 @dataclass(frozen=True)
+class Entry:
+    """An entry of a vector: its number, its value, and its distance from the mean of all vectors in standard deviations."""
+
+    index: int
+    value: float
+    deviations: float
+
+
+@dataclass(frozen=True)
+class Unlikely:
+    """A test point with a low likelihood: its row in the test split, log p in nats, and the entries that are furthest out."""
+
+    row: int
+    log_prob: float
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Points:
+    """Likelihood of each test point.
+
+    Attributes:
+        file: Name of the ``.npy`` file in the folder of the run with log p of all test points in the order of their rows.
+        least_likely: The least likely of them, from the first.
+    """
+
+    file: str
+    least_likely: tuple[Unlikely, ...]
+
+
+@dataclass(frozen=True)
 class Posterior:
     """A conditional density beside the true posterior.
 

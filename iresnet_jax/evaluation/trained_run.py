@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from iresnet_jax.data.arrays import FITTED_ARRAY
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.models import saved
@@ -63,8 +64,21 @@ class Run:
 
     @functools.cached_property
     def data(self) -> DataSet:
-        """The data that the settings name, as they are now; samples and certificates need none."""
+        """The data that the settings name, as they are now; samples and certificates need none.
+
+        Raises:
+            ValueError: If they cannot be loaded, as the array that `iresnet_jax.fit` was given.
+        """
+        if self.config.data.name == FITTED_ARRAY:
+            raise ValueError(
+                f"{self.folder} does not hold the array that its model was fitted to: save the array with numpy.save and add "
+                "--data npy:FILE"
+            )
         return load_data(self.config.data)
+
+    def with_data(self, name: str) -> "Run":
+        """The same run on other data, by a name that `iresnet_jax.data.load` knows."""
+        return replace(self, config=replace(self.config, data=replace(self.config.data, name=name)))
 
     def test_examples(self) -> np.ndarray:
         """All test examples, or as many fresh ones of a toy or simulator as the settings ask for."""
@@ -93,11 +107,22 @@ class Run:
             taken = f"{wanted[0]}, {wanted[1]} levels and {wanted[2]} classes"
             got = f"{found.event_shape}, {found.num_levels} and {found.num_classes}"
             raise ValueError(f"the model takes examples of shape {taken}, and {found.name} has {got} now: bring its data back")
+        if self._validated_on_the_test():
+            note = f"The test examples of {found.name} are among those that validated: the checkpoint was chosen on them."
+            return replace(self, notes=(*self.notes, note))
         note = (
             f"These are other data than the model was trained on: {found.name} has the fingerprint "
             f"{found.fingerprint[:12]} now and had {self.fingerprint[:12]} then."
         )
         return replace(self, notes=(*self.notes, note))
+
+    def _validated_on_the_test(self) -> bool:
+        """Whether training set no test examples aside of these data, as `iresnet_jax.fit` does not.
+
+        Test and validation examples are then the first of one order, see `splits.fraction_masks`.
+        """
+        data = self.config.data
+        return not self.data.is_endless and load_data(replace(data, test_fraction=0.0)).fingerprint == self.fingerprint
 
 
 def load(folder: str | os.PathLike[str]) -> Run:

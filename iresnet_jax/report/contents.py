@@ -10,6 +10,7 @@ from iresnet_jax.evaluation.results import (
     Classification,
     Inversion,
     Likelihood,
+    Points,
     Posterior,
     SampleQuality,
     TrainingTimes,
@@ -27,6 +28,7 @@ class Report:
         environment: What the results were computed with.
         config: Settings of the run.
         likelihood: Test likelihood of a density.
+        points: Likelihood of each test point, of a density of vectors.
         posterior: Comparison of a conditional density with the true posterior, where that is known.
         classification: Test error of a model with classes.
         samples: Samples of a density.
@@ -40,6 +42,7 @@ class Report:
     environment: Environment
     config: Mapping[str, Any]
     likelihood: Likelihood | None = None
+    points: Points | None = None
     posterior: Posterior | None = None
     classification: Classification | None = None
     samples: SampleQuality | None = None

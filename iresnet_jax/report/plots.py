@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Number = float | int
 
 MAX_PAIRS = 5  # entries of a vector that are drawn
+MAX_LIKELIHOODS = 2000  # points that are drawn by their likelihood
 MAX_POSTERIORS = 4  # contexts whose posterior is drawn
 MAX_CURVE_POINTS = 600  # keeps seven panels of two splits below the size at which an SVG is given up
 
@@ -186,6 +187,54 @@ def pairs(data: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"]) -> 
     outside = int(np.any((samples < low) | (samples > high) | ~np.isfinite(samples), axis=1).sum())
     style.label(grid[0, 0], "", "", title=f"{outside} of {len(samples)} samples are outside", size=8)
     style.legend(grid[0, 0])
+    return figure
+
+
+def likelihoods(
+    data: Float[np.ndarray, "n d"],
+    log_prob: Float[np.ndarray, " n"],
+    log_prob_of_samples: Float[np.ndarray, " m"],
+    unlikely: Sequence[int],
+) -> "Figure":
+    """Draws histograms of log p of test points and of samples, and the test points in the colour of their log p.
+
+    Of longer vectors two entries are drawn: those in which the least likely points are furthest out. The title counts the
+    likelihoods that are not finite. Colours and histograms begin at the 1 % quantile of the test points; what is below is in
+    the first bin.
+
+    Args:
+        log_prob: Log-likelihood of each test point in nats.
+        log_prob_of_samples: The same of samples of the model.
+        unlikely: Rows of the least likely points, which are circled.
+    """
+    figure = style.figure(width=10.0, height=3.6)
+    left, right = figure.subplots(1, 2)
+    finite = np.isfinite(log_prob)
+    values = log_prob[finite] if finite.any() else np.zeros(1)
+    low, high = float(np.quantile(values, 0.01)), float(values.max())
+    bins = np.linspace(low, high if high > low else low + 1.0, 41)
+    for name, found, color in (("test data", log_prob, style.BLUE), ("samples", log_prob_of_samples, style.ORANGE)):
+        shown = np.clip(found[np.isfinite(found)], bins[0], bins[-1])
+        left.hist(shown, bins=bins.tolist(), density=True, histtype="step", color=color, linewidth=1.2, label=name)
+    lost = int((~finite).sum()) + int((~np.isfinite(log_prob_of_samples)).sum())
+    style.label(left, "log p [nats]", "share of points", title=f"{lost} likelihoods are not finite" if lost else "")
+    left.set_yticks([])
+    style.legend(left, loc="upper left")
+    circled = np.asarray(unlikely, dtype=int)
+    deviations = np.abs(data - data.mean(axis=0)) / np.maximum(data.std(axis=0), 1e-12)
+    chosen = np.sort(np.argsort(-deviations[circled].mean(axis=0), kind="stable")[:2]).tolist()
+    names = [f"entry {entry}" for entry in chosen]
+    points = data[:, chosen]
+    if len(chosen) == 1:
+        points, names = np.stack([points[:, 0], np.where(finite, log_prob, low)], axis=1), [*names, "log p [nats]"]
+    some = finite & (np.arange(len(data)) < MAX_LIKELIHOODS)
+    drawn = right.scatter(
+        *points[some].T, c=log_prob[some], s=4.0, cmap="viridis", vmin=bins[0], vmax=bins[-1], linewidths=0, rasterized=True
+    )
+    right.scatter(*points[circled].T, s=40.0, facecolors="none", edgecolors=style.PLUM, linewidths=1.2, label="least likely")
+    style.label(right, names[0], names[1])
+    style.legend(right, loc="upper left")
+    style.colorbar(figure, drawn, [right], label="log p [nats]", extend="min")
     return figure
 
 

@@ -8,7 +8,15 @@ import numpy as np
 
 from iresnet_jax.atomic_files import replacing
 from iresnet_jax.evaluation import accuracy, inversion, likelihood, machine_and_versions, posterior, samples
-from iresnet_jax.evaluation.results import Classification, Inversion, Likelihood, Posterior, SampleQuality, TrainingTimes
+from iresnet_jax.evaluation.results import (
+    Classification,
+    Inversion,
+    Likelihood,
+    Points,
+    Posterior,
+    SampleQuality,
+    TrainingTimes,
+)
 from iresnet_jax.evaluation.trained_run import Run
 from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.models.density import Density
@@ -25,6 +33,7 @@ NUM_IMAGES, NUM_POINTS = 64, 2000  # samples shown
 NUM_UNCERTIFIED = 64  # examples that a model without a certificate inverts: its solver runs to the cap
 SAMPLES_A_CLASS, CLASSES_SHOWN = 8, 10  # samples of each of the first classes
 MAP_SIDE = 128
+LOG_PROB_FILE = "test_log_prob.npy"
 
 Figures = dict[str, "Figure"]
 
@@ -41,7 +50,9 @@ def write(run: Run) -> Report:
     figures: Figures = {}
     if curves := [record for record in records if record["split"] != "timing"]:
         figures["learning_curves"] = plots.learning_curves(curves, run.step)
-    measured, drawn = _density(run, run.model, examples, figures) if isinstance(run.model, Density) else (None, None)
+    measured, points, drawn = None, None, None
+    if isinstance(run.model, Density):
+        measured, points, drawn = _density(run, run.model, examples, figures)
     compared = _posterior(run, figures)
     classification, by_class = _classes(run, examples, figures) if run.has_classes else (None, None)
     inverse, certificate = _bijection(run, examples, figures) if run.is_bijective else (None, None)
@@ -50,6 +61,7 @@ def write(run: Run) -> Report:
         environment=machine_and_versions.describe(),
         config=config,
         likelihood=measured,
+        points=points,
         posterior=compared,
         classification=classification,
         samples=drawn,
@@ -65,8 +77,10 @@ def write(run: Run) -> Report:
     return report
 
 
-def _density(run: Run, model: Density, examples: np.ndarray, figures: Figures) -> tuple[Likelihood, SampleQuality]:
-    """Likelihood and samples of a density."""
+def _density(
+    run: Run, model: Density, examples: np.ndarray, figures: Figures
+) -> tuple[Likelihood, Points | None, SampleQuality]:
+    """Likelihood, of vectors that of each point as well, and samples of a density."""
     settings, seed, levels = run.config.evaluation, run.config.seed, model.spec.num_levels
     contexts, is_image = run.test_contexts(), len(model.spec.flow.event_shape) == 3
     drawn = samples.draw(model, NUM_IMAGES if is_image else NUM_POINTS, settings.batch_size, seed=seed, contexts=contexts)
@@ -75,8 +89,15 @@ def _density(run: Run, model: Density, examples: np.ndarray, figures: Figures) -
         figures["density"] = plots.density_map(*likelihood.log_density_on_grid(model, examples[:NUM_POINTS], MAP_SIDE))
     elif not is_image:
         figures["pairs"] = plots.pairs(examples[:NUM_POINTS], drawn.values)
-    measured = likelihood.evaluate(model, examples, settings, seed, contexts=contexts, entropy_floor=run.data.entropy)
-    return measured, drawn.quality
+    measured = likelihood.measure(model, examples, settings, seed, contexts=contexts, entropy_floor=run.data.entropy)
+    if is_image:
+        return measured.summary, None, drawn.quality
+    of_samples = likelihood.log_prob_of_samples(model, drawn.values, settings, seed, contexts=contexts)
+    unlikely = likelihood.least_likely(examples, measured.log_prob)
+    figures["likelihoods"] = plots.likelihoods(examples, measured.log_prob, of_samples, [point.row for point in unlikely])
+    with replacing(run.folder / LOG_PROB_FILE) as incoming, incoming.open("wb") as file:
+        np.save(file, measured.log_prob)
+    return measured.summary, Points(LOG_PROB_FILE, unlikely), drawn.quality
 
 
 def _posterior(run: Run, figures: Figures) -> Posterior | None:

@@ -121,6 +121,25 @@ def test_two_moons_is_impossible_outside_of_the_box_and_of_the_crescent():
     assert np.all(np.isnan(simulator.sample_given(jax.random.key(0), jnp.asarray([5.0, 0.0]), 3)))
 
 
+def test_impossible_observations_are_answered_without_a_draw(monkeypatch):
+    rounds, sample = [], simulators._sample_crescent
+
+    def counted(key, n):
+        jax.debug.callback(lambda: rounds.append(1))
+        return sample(key, n)
+
+    monkeypatch.setattr(simulators, "_sample_crescent", counted)
+    draw = jax.jit(lambda key, x: simulators.get("sbi_two_moons").sample_given(key, x, 3))
+    for x in ([5.0, 0.0], [-5.0, 0.0], [0.0, 5.0], [0.0, -5.0], [-1.0, 1.0]):
+        assert np.all(np.isnan(draw(jax.random.key(0), jnp.asarray(x))))
+    jax.effects_barrier()
+    assert not rounds
+    for x in inside_and_cut().values():
+        assert np.all(np.isfinite(draw(jax.random.key(0), jnp.asarray(x, jnp.float32))))
+    jax.effects_barrier()
+    assert rounds
+
+
 def test_linear_gaussian_density_is_bayes_rule(x64):
     theta, x, _ = (values[:50].astype(np.float64) for values in pairs("linear_gaussian"))
     found = simulators.get("linear_gaussian").log_prob(jnp.asarray(theta), jnp.asarray(x))

@@ -165,3 +165,15 @@ def test_density_map_has_the_second_coordinate_along_its_rows():
     [expected] = jax.jit(type(model).log_prob)(model, grid)
     np.testing.assert_allclose(values[2, 5], expected, rtol=SAME_RTOL)
     assert abs(values[5, 2] - expected) > 1e-3
+
+
+def test_the_least_likely_points_have_their_entries_that_are_furthest_out():
+    points = np.random.default_rng(0).normal(size=(50, 5))
+    log_prob = np.linspace(-3, -1, 50)
+    points[17], log_prob[17], log_prob[31] = [0, 9, 0, -20, 0], -80.0, np.nan
+    found = likelihood.least_likely(points, log_prob)
+    assert [point.row for point in found] == [31, 17, 0, 1, 2, 3, 4, 5]
+    assert found[1].log_prob == -80.0
+    assert [(entry.index, entry.value) for entry in found[1].entries[:2]] == [(3, -20.0), (1, 9.0)]
+    expected = (points[17, 3] - points[:, 3].mean()) / points[:, 3].std()
+    assert found[1].entries[0].deviations == pytest.approx(expected)

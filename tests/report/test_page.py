@@ -10,12 +10,13 @@ import pytest
 from reports import EXACT, POINTS, REPORT, block, changed
 
 from iresnet_jax.report import page
+from iresnet_jax.report.formatting import MINUS
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 PIXEL = "data:image/png;base64," + base64.b64encode(b"pixel").decode()
 TIMES = "\N{MULTIPLICATION SIGN}"
 FIGURES = (
-    *("learning_curves", "confusion", "mistakes", "samples", "samples_by_class", "density", "posteriors"),
+    *("learning_curves", "confusion", "mistakes", "samples", "samples_by_class", "density", "likelihoods", "posteriors"),
     *("reconstructions", "error_histogram", "lipschitz"),
 )
 SHOWN = {
@@ -24,6 +25,7 @@ SHOWN = {
         "power series of 20 terms",
     ),
     "classification": ("4.71 %", "157", "3,333", "3.89", "5.68", "95 %", "0.1739"),
+    "points": ("6173", f"{MINUS}27.31", "entry 14: 8.46 (+5.8)", f"entry 9: {MINUS}3.19 ({MINUS}4.3)", "points.npy"),
     "posterior": ("0.0237 ± 0.0034", "7,919", "823", "0.537 to 0.588", "0.562"),
     "inverse": (
         *(f"3.4 {TIMES} 10⁻⁶", f"8.1 {TIMES} 10⁻⁶", f"1.9 {TIMES} 10⁻⁵", f"6.4 {TIMES} 10⁻⁷", "100 %", "23.4"),
@@ -98,7 +100,7 @@ def test_every_number_of_the_report_is_on_the_page(part):
     assert [text for text in SHOWN[part] if not shows(words, text)] == []
 
 
-PARTS = ("likelihood", "posterior", "classification", "samples", "inverse", "lipschitz")
+PARTS = ("likelihood", "points", "posterior", "classification", "samples", "inverse", "lipschitz")
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -36,6 +36,7 @@ FIGURES = {
     "lipschitz_bars": lambda: plots.lipschitz_bars(CERTIFICATE),
     "density_map": lambda: plots.density_map(-(GRID_X**2) - GRID_Y**2, (-3, 3, -3, 3)),
     "scatter": lambda: plots.scatter(RNG.normal(size=(500, 2))),
+    "likelihoods": lambda: plots.likelihoods(RNG.normal(size=(300, 3)), RNG.normal(size=300), RNG.normal(size=200), [7, 9]),
     "error_histogram": lambda: plots.error_histogram(RNG.uniform(1e-7, 1e-6, 200), np.full(200, 1e-5)),
 }
 PICTURES = {"image_grid", "image_grid_rgb", "reconstruction_pairs", "density_map"}
@@ -161,6 +162,20 @@ def test_bars_are_the_estimates_and_diamonds_the_bounds_whatever_they_are():
     assert axes.get_ylim() == (0.0, 1.04 * 1.5)
     free = tuple(dataclasses.replace(b, target=None) for b in blocks)
     assert len(plots.lipschitz_bars(dataclasses.replace(CERTIFICATE, blocks=free)).axes[0].lines) == 1
+
+
+def test_likelihoods_are_drawn_in_the_entries_in_which_the_least_likely_are_furthest_out():
+    data, log_prob = RNG.normal(size=(300, 4)), RNG.normal(size=300)
+    data[[5, 8], 1], data[[5, 8], 3] = 9.0, -9.0
+    log_prob[[5, 8]], log_prob[20] = -50.0, np.nan
+    left, right, _ = plots.likelihoods(data, log_prob, np.array([0.0, 1.0, -np.inf]), [5, 8]).axes
+    assert left.get_title(loc="left") == "2 likelihoods are not finite"
+    assert (right.get_xlabel(), right.get_ylabel()) == ("entry 1", "entry 3")
+    points, circles = right.collections[:2]
+    assert len(np.asarray(points.get_offsets())) == 299
+    np.testing.assert_array_equal(circles.get_offsets(), [[9.0, -9.0]] * 2)
+    alone = plots.likelihoods(data[:, :1], log_prob, np.zeros(3), [5]).axes[1]
+    assert (alone.get_xlabel(), alone.get_ylabel()) == ("entry 0", "log p [nats]")
 
 
 def test_figures_say_how_many_values_they_cannot_show():
