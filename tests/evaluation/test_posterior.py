@@ -30,12 +30,6 @@ SETTINGS = EvaluationConfig(batch_size=200, num_posteriors=2, num_posterior_samp
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilations(tmp_path_factory):
-    with runs.shared_compilations(tmp_path_factory):
-        yield
-
-
 def linear_gaussian_model(shift=0.0, scale=1.0):
     """The posterior ``N(x / 2, .05 I)`` as a flow of one block ``z = theta - x / 2`` and a prior of its own."""
     flow = FlowSpec((10,), (StageSpec(1, hidden=(2,)),), context_dim=10)
