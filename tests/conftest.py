@@ -23,14 +23,39 @@ from jaxtyping import install_import_hook  # noqa: E402 (flags come first)
 
 install_import_hook("iresnet_jax", "beartype.beartype")  # shape annotations are executed, not just read
 
+import gc  # noqa: E402
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(50_000, 20, 100)  # tracing allocates much that lives on: Python would look through it every 700 objects
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_compilations(tmp_path_factory):
+    """Keeps compiled programs on disk for as long as pytest runs, for all its processes and their subprocesses.
+
+    Only those that take long: writing costs at least 4 ms, and JAX looks at all files before it writes one.
+    """
+    import runs  # late, or the process that hands out the tests would import it too
+
+    settings = {
+        "jax_compilation_cache_dir": str(runs.shared(tmp_path_factory) / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_compilation_cache_max_size": 2**33,  # with a limit, JAX locks the folder against other processes
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        compilation_cache.reset_cache()  # programs compiled while tests were collected have fixed the settings
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,15 +1,12 @@
-"""Tiny training runs that all tests share, and a cache so that equal programs compile once for all of them."""
+"""Tiny training runs that all tests share."""
 
-import contextlib
 import functools
 import importlib.util
 import os
 import shutil
 from pathlib import Path
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from iresnet_jax.atomic_files import locked
 from iresnet_jax.training import loop, parallel
@@ -84,7 +81,7 @@ TRACES = "traces"  # file of a run from `trained`: how often its step was traced
 
 def trained(tmp_path_factory, name):
     """The folder of a run of `CONFIGS`: a copy of the one that the first test trained which asked, in whichever process."""
-    whole = _shared(tmp_path_factory) / name
+    whole = shared(tmp_path_factory) / name
     with locked(whole):
         if not whole.exists():
             incoming, traces = tmp_path_factory.mktemp("incoming"), []
@@ -104,30 +101,10 @@ def _counted(parallelize, traces, step):
     return parallelize(counted)
 
 
-def _shared(tmp_path_factory):
+def shared(tmp_path_factory):
     """The temporary folder of all test processes."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-
-
-@contextlib.contextmanager
-def shared_compilations(tmp_path_factory):
-    """Keeps compiled programs on disk for as long as pytest runs, for all its processes and their subprocesses."""
-    settings = {
-        "jax_compilation_cache_dir": str(_shared(tmp_path_factory) / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_compilation_cache_max_size": 2**33,  # with a limit, JAX locks the folder against other processes
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-            patch.setenv(name.upper(), str(value))
-        compilation_cache.reset_cache()
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @functools.cache

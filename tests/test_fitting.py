@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import runs
 
 import iresnet_jax as ir
 from iresnet_jax import fitting
@@ -25,12 +24,6 @@ TINY = (ir.StageSpec(num_blocks=2, hidden=(8,), activation="clipswish"),)
 QUICK = {"steps": 12, "architecture": TINY, "progress": False}
 BANANA = RNG.normal(size=(400, 2)).astype(np.float32)
 BANANA[:, 1] += BANANA[:, 0] ** 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilations(tmp_path_factory):
-    with runs.shared_compilations(tmp_path_factory):
-        yield
 
 
 @pytest.fixture(scope="module")

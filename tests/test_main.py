@@ -6,7 +6,6 @@ import shutil
 import kept
 import numpy as np
 import pytest
-import runs
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.bijections.residual import Solver
@@ -17,12 +16,6 @@ from iresnet_jax.models.saved import FILE_NAME
 from iresnet_jax.training import run_folder
 
 PNG = b"\x89PNG"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilations(tmp_path_factory):
-    with runs.shared_compilations(tmp_path_factory):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -43,8 +43,9 @@ def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any
     return lambda state, batch: mapped(_replicate(state, batch), batch)
 
 
+@functools.lru_cache(maxsize=64)
 def parallelize_eval(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Compiles an evaluation of examples for all local devices.
+    """Compiles an evaluation of examples for all local devices; the same function twice gives one result, which compiles once.
 
     Args:
         fn: ``(state, batch) -> outputs`` on one device's share; the first axis of every output counts its examples.

@@ -37,12 +37,6 @@ DEVICE_RTOL, DEVICE_ATOL = 1e-4, 1e-5
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilations(tmp_path_factory):
-    with runs.shared_compilations(tmp_path_factory):
-        yield
-
-
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("configs") / "tiny_moons.py"

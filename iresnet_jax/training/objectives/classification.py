@@ -1,6 +1,5 @@
 """The classification objective: one training step, with augmentation on the device, and the accuracy on held-out data."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -120,12 +119,6 @@ def classify_batch(model: Classifier | Density, batch: tuple[Any, Any]) -> dict[
     return {"loss": cross_entropy(logits, labels), "logits": logits}
 
 
-@functools.cache
-def parallel_classify() -> Callable[[Any, Any], Any]:
-    """`classify_batch` for all devices, one function for all runs: runs of equal shapes share what it compiles."""
-    return parallel.parallelize_eval(classify_batch)
-
-
 class Validation:
     """Accuracy and cross-entropy on held-out images under the averaged parameters, norms iterated to their tolerance."""
 
@@ -135,7 +128,7 @@ class Validation:
         self._labels = data.labels["validation"][: len(self._images)]
         constrain = make_constraint(config, spec, training=False)
         self._constrain = jax.jit(lambda params, spectral: constrain(params, spectral).weights)
-        self._evaluate = parallel_classify()
+        self._evaluate = parallel.parallelize_eval(classify_batch)
         self._batch_size = config.evaluation.batch_size
 
     def __call__(self, current: TrainState) -> HeldOut:

@@ -19,6 +19,7 @@ import optax
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.head import cross_entropy
+from iresnet_jax.training import parallel
 from iresnet_jax.training.config import Config, HybridConfig
 from iresnet_jax.training.from_config import Constrain, build_constraint
 from iresnet_jax.training.initialization import initial_variables
@@ -133,7 +134,7 @@ class Validation(likelihood.Validation):
     def __init__(self, config: Config, spec: DensitySpec, data: DataSet):
         super().__init__(config, spec, data)
         self._labels = data.labels["validation"][: len(self._examples)]
-        self._classify = classification.parallel_classify()
+        self._classify = parallel.parallelize_eval(classification.classify_batch)
 
     def __call__(self, current: TrainState) -> HeldOut:
         """The means over all examples."""

@@ -129,12 +129,6 @@ def _constrained_weights(settings: ConstraintConfig, flow: FlowSpec) -> Callable
     return jax.jit(lambda params, spectral: constrain(params, spectral).weights)
 
 
-@functools.cache
-def _parallel_evaluate() -> Callable[[Any, Any], Any]:
-    """`evaluate_batch` for all devices, likewise."""
-    return parallel.parallelize_eval(evaluate_batch)
-
-
 class Validation:
     """Mean objective of held-out data under the averaged parameters, norms iterated to their tolerance.
 
@@ -149,7 +143,7 @@ class Validation:
         self._examples = data.held_out("validation", config.training.eval_examples, config.seed)
         self._contexts = data.held_out_contexts("validation", config.training.eval_examples, config.seed)
         self._constrain = _constrained_weights(config.constraint, spec.flow)
-        self._evaluate = _parallel_evaluate()
+        self._evaluate = parallel.parallelize_eval(evaluate_batch)
         self._estimator = config.evaluation.logdet.build()
         self._reference = dataclasses.replace(config.logdet, kind="series").build(REFERENCE_TERMS)
         self._max_num_terms = config.training.max_num_terms

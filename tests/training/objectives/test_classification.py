@@ -31,12 +31,6 @@ SAME = 1e-5  # the same maths by another route, float32
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilations(tmp_path_factory):
-    with runs.shared_compilations(tmp_path_factory):
-        yield
-
-
 @pytest.fixture
 def config():
     return runs.config_of(runs.CLASSIFIER_CONFIG)

@@ -36,12 +36,6 @@ K, D = 3, 2
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilations(tmp_path_factory):
-    with runs.shared_compilations(tmp_path_factory):
-        yield
-
-
 @pytest.fixture
 def config():
     return runs.config_of(runs.HYBRID_CONFIG)
