@@ -96,7 +96,7 @@ def fit(
         labels: Classes, integers from 0 on, one an example.
         context: Context vectors ``(n, k)``: the model is then ``p(x | context)``.
         key: Source of all randomness; key 0 by default.
-        minutes: Time for training, compilation included; 3 by default.
+        minutes: Most time for training, compilation included; 3 by default. Fewer than 2000 vectors need less.
         steps: Number of updates instead of a time. A run of so many steps can be repeated, to the last bit on one machine.
         objective: "density", "classification" or "hybrid" (both in one); by default "density" without labels, and with labels
             "classification" of images and "hybrid" of vectors.

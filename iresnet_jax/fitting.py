@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
-from iresnet_jax.data.arrays import Arrays, from_arrays
+from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.evaluation import trained_run
 from iresnet_jax.json_dataclasses import to_plain
@@ -66,11 +66,11 @@ def fit(
     if validation is not None:
         held_out = validation if isinstance(validation, tuple) else (validation,)
         arrays = {"train": arrays, "validation": _arrays(*held_out)}
-    data = from_arrays("the array", arrays, fractions=(validation_fraction, 0.0))
+    data = from_arrays(FITTED_ARRAY, arrays, fractions=(validation_fraction, 0.0))
     config = choose_settings(
         data, objective=objective, minutes=minutes, steps=steps, architecture=architecture, seed=seed_of(key)
     )
-    config = with_settings(config, settings or {})
+    config = with_settings(config, {"data.validation_fraction": validation_fraction, **(settings or {})})
     with contextlib.ExitStack() as stack:
         folder = Path(workdir) if workdir is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         say = _Lines(data, config) if progress else None

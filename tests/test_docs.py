@@ -19,6 +19,7 @@ import runs
 from runs import ROOT
 
 from iresnet_jax.__main__ import make_parser
+from iresnet_jax.report.formatting import MINUS
 from iresnet_jax.training.command_line import parse_train_flags
 
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -235,6 +236,35 @@ def test_the_readme_has_the_results_of_the_records():
     assert [name for name in rows if name not in ("data", "---")] == list(README_ROWS)
     for name, folder in README_ROWS.items():
         assert_row_agrees(rows[name].replace("toy_2d/", ""), folder)
+
+
+DENSITIES = {
+    "iresnet_jax": "ours",
+    "flowjax": "flowjax",
+    "normflows": "normflows",
+    "mixture": "gmm",
+    "kernel density": "kde",
+    "truth": "truth",
+}
+
+
+def test_the_table_of_vectors_is_that_of_the_record():
+    record = json.loads((ROOT / "benchmarks/results/tabular.json").read_text())
+    expected = {(line["data"], line["model"]): line["log_prob"] for line in record["results"]["summary"]}
+    section = PAGES["docs/results.md"].read_text().split("\n## Vectors\n")[1].split("\n## ")[0]
+    header, _, *rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in header] == ["data", "dimensions", *DENSITIES]
+    assert {row[0].strip() for row in rows} == {data for data, _ in expected}
+    for row in rows:
+        for model, cell in zip(DENSITIES.values(), row[2:], strict=True):
+            found = expected.get((row[0].strip(), model))
+            assert cell.strip() == (in_cell(found) if found else "")
+
+
+def in_cell(found):
+    """A log-likelihood with the larger of its errors."""
+    error = max(found["stderr_examples"], found["stderr_seeds"])
+    return f"{found['mean']:.2f} ± {error:.2f}".replace("-", MINUS)
 
 
 def links(text):

@@ -57,7 +57,7 @@ def test_it_is_the_code_of_training(fitted, tmp_path):
     """The config in the folder of a fit, given to `train` with the same data, makes the same model bit for bit."""
     model, folder = fitted
     config = run_folder.read_config(folder)
-    data = from_arrays("the array", Arrays(BANANA), fractions=(0.1, 0.0))
+    data = from_arrays(FITTED_ARRAY, Arrays(BANANA), fractions=(0.1, 0.0))
     state = train(config, tmp_path / "run", data=data)
     assert int(state.step) == int(state.horizon) == 12
     again = ir.fit(BANANA, key=jax.random.key(0), workdir=tmp_path / "run", **QUICK)  # nothing is left to do
