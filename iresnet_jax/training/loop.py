@@ -166,7 +166,7 @@ class _Trainer:
         else:
             jax.block_until_ready(metrics)
             if self.step == self._first_step:
-                self._first_step_ended = time.monotonic()
+                self._first_step_ended = self._validated_at = time.monotonic()  # compiling is no time without validation
                 seconds = time.monotonic() - self._started
                 self._writer.write(self.step, {"compile_seconds": seconds}, split="timing")
                 if self._say:
@@ -254,12 +254,12 @@ class _Trainer:
             self._say(f"{line}, {self._time_left()} left")
 
     def _time_left(self) -> str:
-        """Time until the limit, or predicted time until the last step, such as 1:05."""
-        left = self._limit_s - self._writer.elapsed_s
-        if not self._limit_s:
-            done = max(self.step - self._first_step - 1, 1)
-            seconds_per_step = (time.monotonic() - (self._first_step_ended or self._started)) / done
-            left = seconds_per_step * (self.horizon - self.step)
+        """Predicted time until the last step, or until the limit if that comes first, such as 1:05."""
+        done = max(self.step - self._first_step - 1, 1)
+        seconds_per_step = (time.monotonic() - (self._first_step_ended or self._started)) / done
+        left = seconds_per_step * (self.horizon - self.step)
+        if self._limit_s:
+            left = min(left, self._limit_s - self._writer.elapsed_s)
         minutes, seconds = divmod(round(max(left, 0)), 60)
         return f"{minutes}:{seconds:02d}"
 
