@@ -22,7 +22,7 @@ LinearMap = Callable[[Array, Array], Array]
 
 # Vectors of a Lanczos cycle: memory of that many inputs, and an eigenproblem that GPUs solve in batches.
 _CYCLE = 32
-# Most steps that a tolerance may ask for; in up to so many dimensions one cycle takes the whole space instead.
+# Most steps that a tolerance may ask for; in up to so many dimensions the whole matrix is made instead.
 _MOST_STEPS, _WHOLE_SPACE = 20_000, 256
 # Chance, over the start, that an iteration to a tolerance misses it (as far as the theory of `_least_cycles` goes).
 _MISS = 1e-3
@@ -70,7 +70,8 @@ def spectral_norm(
     the estimate alone can promise this: a norm that stands 1 % above a crowd of singular values shows only once the iteration
     has found it. So cycles of Lanczos on ``A^T A`` are repeated as often as the theory of a random start asks for
     (Kuczynski & Wozniakowski 1992), and then until a cycle adds less than ``rtol / 4``; a power step ends it. The start is
-    the sum of ``v`` and a fixed random vector, so that this holds whatever ``v`` is.
+    the sum of ``v`` and a fixed random vector, so that this holds whatever ``v`` is. In up to 32 dimensions the eigenvectors of
+    ``A^T A`` are computed instead.
 
     Args:
         apply: Linear in ``x``, and in ``kernel`` for the gradient to be right.
@@ -126,10 +127,11 @@ def spectral_norm(
 
 def _iterate_to_tolerance(gram, v, rtol, max_steps):
     """Cycles of Lanczos on ``gram`` from the sum of ``v`` and a random vector: a Ritz vector, and how it ended."""
-    cycle = min(_CYCLE, v.size)
-    least_steps = cycle * _least_cycles(v.size, cycle, rtol)
+    if v.size <= _CYCLE:
+        return _in_whole_space(gram, v)
+    least_steps = _CYCLE * _least_cycles(v.size, rtol)
     if least_steps > _MOST_STEPS and v.size <= _WHOLE_SPACE:
-        cycle = least_steps = v.size
+        return _in_whole_space(gram, v)
     if max_steps is None and least_steps > _MOST_STEPS:
         raise ValueError(
             f"rtol={rtol:g} asks for {least_steps:,} steps in {v.size} dimensions, more than {_MOST_STEPS:,}: pass "
@@ -141,8 +143,8 @@ def _iterate_to_tolerance(gram, v, rtol, max_steps):
 
     def advance(state):
         k, x, previous, _ = state
-        x, sigma = _lanczos_cycle(gram, x, cycle)
-        return k + cycle, x, sigma, _relative_growth(previous, sigma)
+        x, sigma = _lanczos_cycle(gram, x)
+        return k + _CYCLE, x, sigma, _relative_growth(previous, sigma)
 
     def finished(state):
         k, _, sigma, change = state
@@ -154,24 +156,31 @@ def _iterate_to_tolerance(gram, v, rtol, max_steps):
     return jnp.where(sigma > 0, x, v), PowerIterationInfo(k, change, finished(state))
 
 
+def _in_whole_space(gram, v):
+    """An eigenvector of the whole matrix of ``gram``, for as many products as one cycle takes and less to compile."""
+    matrix = jax.vmap(gram)(jnp.eye(v.size, dtype=v.dtype).reshape(-1, *v.shape)).reshape(v.size, v.size)
+    eigenvalues, eigenvectors = jnp.linalg.eigh(matrix)
+    largest = eigenvalues[-1]
+    v = jnp.where(largest > 0, eigenvectors[:, -1].reshape(v.shape), v)
+    return v, PowerIterationInfo(jnp.int32(v.size), jnp.zeros_like(largest), jnp.isfinite(largest))
+
+
 def _relative_growth(previous, sigma):
     return (sigma - previous) / jnp.where(sigma > 0, sigma, 1)
 
 
-def _least_cycles(num_dims: int, cycle: int, rtol: float) -> int:
+def _least_cycles(num_dims: int, rtol: float) -> int:
     """Cycles after which a random start has found the norm, whatever the other singular values are.
 
     A cycle of ``m`` vectors multiplies the leading component, relative to those of all singular values more than ``rtol``
     below the norm, by a Chebyshev polynomial: at least ``T_n(1 + 4 rtol) = cosh(n acosh(1 + 4 rtol))`` with ``n = m - 1``. A
     random start in ``d`` dimensions has a leading component above ``miss / sqrt(d)`` with probability about ``1 - miss``.
     """
-    if cycle == num_dims:
-        return 1  # the whole space
-    gain = math.log(math.cosh(min((cycle - 1) * math.acosh(1 + 4 * rtol), 300.0)))
+    gain = math.log(math.cosh(min((_CYCLE - 1) * math.acosh(1 + 4 * rtol), 300.0)))
     return math.ceil(math.log(math.sqrt(num_dims) / _MISS) / gain)
 
 
-def _lanczos_cycle(gram, v, cycle):
+def _lanczos_cycle(gram, v):
     """The largest Ritz value of ``gram = A^T A`` in the Krylov space of ``v``: its vector, and its root, a norm of ``A``."""
 
     def extend(carry, j):
@@ -185,8 +194,8 @@ def _lanczos_cycle(gram, v, cycle):
         return (basis, jnp.where(kept > 0.5, rest, 0)), column
 
     shape = v.shape
-    carry = (jnp.zeros((cycle, v.size), v.dtype), unit(v)[0].reshape(-1))
-    (basis, _), columns = lax.scan(extend, carry, jnp.arange(cycle))
+    carry = (jnp.zeros((_CYCLE, v.size), v.dtype), unit(v)[0].reshape(-1))
+    (basis, _), columns = lax.scan(extend, carry, jnp.arange(_CYCLE))
     # Column j is known in rows 0..j; the matrix is symmetric.
     eigenvalues, eigenvectors = jnp.linalg.eigh(jnp.tril(columns) + jnp.tril(columns, -1).T, symmetrize_input=False)
     return (eigenvectors[:, -1] @ basis).reshape(shape), jnp.sqrt(jnp.maximum(eigenvalues[-1], 0))
