@@ -305,7 +305,7 @@ def kde(table: Table, seed: int, minutes: float) -> Fitted:
     def log_prob(x):
         return kernel_log_prob(squared_distances(change(x), train), bandwidth, train.shape[1]) + log_det
 
-    return Fitted(log_prob, train.size, {"bandwidth": bandwidth, "whitened": is_whitened})
+    return Fitted(lambda x: in_batches(log_prob, x), train.size, {"bandwidth": bandwidth, "whitened": is_whitened})
 
 
 def squared_distances(x: np.ndarray, train: np.ndarray) -> np.ndarray:
