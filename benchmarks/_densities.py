@@ -128,11 +128,12 @@ def flowjax(table: Table, seed: int, minutes: float) -> Fitted:
     state, best, batches = optimizer.init(params), params, _batches(table, seed)
 
     jax.block_until_ready(
-        (log_prob(params, table.validation[:VALIDATED]), update(params, state, next(batches), 0.0))
+        (log_prob(params, table.validation[:VALIDATED]), update(params, state, next(batches), jnp.float32(0)))
     )  # compiles
 
     def take_step(rate):
         nonlocal params, state
+        rate = jnp.float32(rate)  # a Python number would be a constant of the program, which every step would compile
         params, state = jax.block_until_ready(update(params, state, next(batches), rate))
 
     def keep():
