@@ -203,6 +203,7 @@ def test_settings_follow_the_array():
     assert small.model.stages[0].num_blocks < large.model.stages[0].num_blocks
     assert (small.training.minutes, small.logdet.kind, wide.logdet.kind) == (3.0, "exact", "krylov")
     assert (large.preprocessing.transform, wide.preprocessing.transform) == ("whiten", "standardize")
+    assert small.preprocessing.transform == "standardize"
     images = choose_settings(from_arrays("a", Arrays(RNG.integers(0, 256, (50, 16, 16, 3))), fractions=(0.1, 0.0)))
     heavy = choose_settings(from_arrays("a", Arrays(RNG.standard_t(4, size=(500, 4))), fractions=(0.1, 0.0)))
     assert (large.model.prior, wide.model.prior, heavy.model.prior) == ("gaussian", "gaussian", "logistic")
