@@ -237,6 +237,7 @@ MOMENTS = {
 # Forks, so that everything is imported once.
 MOMENTS_PROGRAM = """
 import functools, importlib, json, os, signal, sys, time
+import tensorboardX
 import train
 from iresnet_jax.evaluation import trained_run as run
 from iresnet_jax.report import report
