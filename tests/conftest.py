@@ -68,6 +68,12 @@ def forget_programs():
 
 
 @pytest.fixture
+def undrawn(monkeypatch):
+    """Reports whose figures are made and not drawn, which takes seconds; report/test_plots.py draws each kind."""
+    monkeypatch.setattr("iresnet_jax.report.report.to_svg_or_png", lambda figure: "data:image/png;base64,")
+
+
+@pytest.fixture
 def x64():
     """Runs one test in float64."""
     with jax.enable_x64(True):

@@ -155,6 +155,7 @@ def test_ood_says_an_area_for_every_score(folders, capsys):
     assert [line.split()[2].rstrip(":") for line in lines[1:]] == ["energy", "confidence", "distance"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_report_of_a_model_alone_says_what_it_has(copied, capsys):
     folder = copied["points"]
     assert said(capsys, "report", folder).splitlines()[-1] == f"report: {folder / 'report.html'}"
@@ -197,8 +198,9 @@ def test_mistakes_of_the_command_line_are_answered_in_one_sentence(tmp_path, cap
 
 
 def test_what_a_model_does_not_have_is_answered_in_one_sentence(folders, capsys):
-    found = answer(capsys, "sample", "--workdir", folders["classifier"])
-    assert "holds a classifier, which has no samples: that takes a density objective" in found
+    for label in ((), ("--label", "1")):
+        found = answer(capsys, "sample", "--workdir", folders["classifier"], *label)
+        assert "holds a classifier, which has no samples: that takes a density objective" in found
     points = ("--workdir", folders["points"])
     assert "number of samples must be at least 1, got -1" in answer(capsys, "sample", *points, "--num", "-1")
     assert "seed must not be negative, got -3" in answer(capsys, "sample", *points, "--seed", "-3")

@@ -92,12 +92,14 @@ class ResidualFlow(nn.Module):
         prior: "gaussian" or "logistic".
         last_scale: Initial factor on a branch's last layer.
         num_classes: Classes that have a prior each; None for one prior of all.
+        constrained: Whether ``init`` runs the power iterations, which change no shape.
     """
 
     spec: FlowSpec
     prior: str = "gaussian"
     last_scale: float = 1.0
     num_classes: int | None = None
+    constrained: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b d"]:
@@ -106,7 +108,7 @@ class ResidualFlow(nn.Module):
             return bijection(self.spec, self.constrain().weights, context=context).forward(x)
         latents = []
         for stage in self.spec.layout:
-            x = StageModule(self.spec, stage, self.last_scale, name=stage.name)(x, context)
+            x = StageModule(self.spec, stage, self.last_scale, self.constrained, name=stage.name)(x, context)
             if stage.spec.factor_out:
                 x, latent = reshape.split_channels(x)
                 latents.append(reshape.flatten(latent))

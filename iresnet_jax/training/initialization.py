@@ -1,5 +1,6 @@
 """The variables that training starts from."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -20,17 +21,6 @@ def num_parameters(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _module(last_scale: float, spec: Spec) -> Any:  # a module, which type checkers do not know to be hashable
-    if isinstance(spec, ClassifierSpec):
-        return linen.Classifier(spec, last_scale=last_scale)
-    return _module_of_flow(last_scale, spec, spec.num_classes)
-
-
-def _module_of_flow(last_scale: float, spec: DensitySpec, num_classes: int | None = None) -> Any:
-    """The module with one prior, by default, as that of any number of classes differs in its prior alone."""
-    return linen.ResidualFlow(spec.flow, prior=spec.prior, last_scale=last_scale, num_classes=num_classes)
-
-
 def abstract_variables(config: Config, spec: Spec) -> Any:
     """Shapes and dtypes of the variables, without computing them."""
     del config  # its initial scale changes neither
@@ -41,7 +31,12 @@ def abstract_variables(config: Config, spec: Spec) -> Any:
 def _abstract_variables(spec: Spec) -> Any:
     example = jax.ShapeDtypeStruct((2, *spec.flow.event_shape), np.float32)
     contexts = [jax.ShapeDtypeStruct((2, spec.flow.context_dim), np.float32)] if spec.flow.context_dim else []
-    return jax.eval_shape(_module(1.0, spec).init, jax.random.key(0), example, *contexts)
+    # Without the power iterations, which change no shape and take most of the time of tracing.
+    if isinstance(spec, DensitySpec):
+        module: Any = linen.ResidualFlow(spec.flow, prior=spec.prior, num_classes=spec.num_classes, constrained=False)
+    else:
+        module = linen.Classifier(dataclasses.replace(spec, constrained=False))
+    return jax.eval_shape(module.init, jax.random.key(0), example, *contexts)
 
 
 def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
@@ -50,11 +45,12 @@ def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
     examples, context = data.random_train(key_data, config.training.actnorm_examples)
     if isinstance(spec, ClassifierSpec):
         x = _preprocess(Classifier(spec, {}, {}, {}), examples)
-        module: Any = _module(config.model.last_scale, spec)  # hashable, which type checkers do not see
+        module: Any = linen.Classifier(spec, last_scale=config.model.last_scale)  # hashable, which type checkers do not see
         return _initializer(module)(key_init, x)[1]
     model = Density(spec, {}, {})
     given = [_preprocess(model, examples, key_noise), *([] if context is None else [model.scale_context(context)])]
-    module = _module_of_flow(config.model.last_scale, spec)
+    # With one prior, by default, as the module of any number of classes differs in its prior alone.
+    module = linen.ResidualFlow(spec.flow, prior=spec.prior, last_scale=config.model.last_scale)
     z, variables = _initializer(module)(key_init, *given)
     if spec.num_classes is not None:
         prior = priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes)

@@ -38,8 +38,12 @@ FIGURES = {
     "scatter": lambda: plots.scatter(RNG.normal(size=(500, 2))),
     "likelihoods": lambda: plots.likelihoods(RNG.normal(size=(300, 3)), RNG.normal(size=300), RNG.normal(size=200), [7, 9]),
     "error_histogram": lambda: plots.error_histogram(RNG.uniform(1e-7, 1e-6, 200), np.full(200, 1e-5)),
+    "confusion_matrix": lambda: plots.confusion_matrix(RNG.integers(0, 3, (4, 4)) + 9 * np.eye(4, dtype=int)),
+    "mistakes": lambda: pictures.examples(np.rint(16 * DIGITS).astype(np.uint8), 17, captions=[f"{i} as 0" for i in range(6)]),
+    "pairs": lambda: plots.pairs(*RNG.normal(size=(2, 300, 3))),
+    "posteriors": lambda: plots.posteriors(*RNG.normal(size=(2, 2, 300, 3))),
 }
-PICTURES = {"image_grid", "image_grid_rgb", "reconstruction_pairs", "density_map"}
+PICTURES = {"image_grid", "image_grid_rgb", "reconstruction_pairs", "density_map", "confusion_matrix", "mistakes"}
 
 
 def decode(uri):

@@ -28,10 +28,13 @@ from iresnet_jax.training.config import parse
 from iresnet_jax.training.interruption import SIGNALS, Stopped
 from iresnet_jax.training.metrics import read_metrics
 from iresnet_jax.training.objectives.likelihood import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys
+from iresnet_jax.training.programs import Programs
 from iresnet_jax.training.run_folder import alone_in, read_config, read_model
 
 # The same sums in another order, in float32; Adam divides by the root of tiny second moments, which magnifies their rounding.
 DEVICE_RTOL, DEVICE_ATOL = 1e-4, 1e-5
+
+PROGRAMS = Programs()
 
 # ml_collections loads config files in a way that Python is going to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -53,6 +56,13 @@ def config():
 def uninterrupted(tmp_path_factory):
     """The workdir of the run that was never stopped."""
     return runs.trained(tmp_path_factory, "toy")
+
+
+@pytest.fixture(autouse=True)
+def share_steps(monkeypatch):
+    """Runs of one config share its step, which the library does not do for endless data, of which there are moons only here."""
+    compiler = loop._step_compiler
+    monkeypatch.setattr(loop, "_step_compiler", lambda *arguments: compiler(*arguments[:-1], PROGRAMS))
 
 
 def measurements(workdir):
@@ -218,37 +228,45 @@ def test_the_command_line_of_a_run_told_to_stop_says_how_to_go_on(config_file, t
 
 # Each is a function that tells when it is entered, how long after that the signal comes, and whether the step is saved first.
 MOMENTS = {
-    "initialisation": ("initial_variables", "training/initialization.py", 0.1, False),
-    "compilation": ("take_step", "training/loop.py", 0.1, False),
-    "validation": ("measure", "objectives/likelihood.py", 0.1, True),
-    "checkpoint": ("_write", "training/checkpoints.py", 0.0, True),
-    "report": ("write", "report/report.py", 0.1, False),
+    "initialisation": ("iresnet_jax.training.objectives.likelihood", "initial_variables", 0.1, False),
+    "compilation": ("iresnet_jax.training.loop", "_Trainer.take_step", 0.1, False),
+    "validation": ("iresnet_jax.training.objectives.likelihood", "Validation.measure", 0.1, True),
+    "checkpoint": ("iresnet_jax.training.checkpoints", "_write", 0.0, True),
+    "report": ("iresnet_jax.report.report", "write", 0.1, False),
 }
-TELL = """
-def tell(function, file, say):
-    def trace(frame, event, arg):
-        if frame.f_code.co_name == function and frame.f_code.co_filename.endswith(file):
-            sys.settrace(None)
-            say()
-    sys.settrace(trace)
-"""
 # Forks, so that everything is imported once.
-MOMENTS_PROGRAM = f"""
-import json, os, signal, sys, time
+MOMENTS_PROGRAM = """
+import functools, importlib, json, os, signal, sys, time
+import tensorboardX
 import train
 from iresnet_jax.evaluation import trained_run as run
 from iresnet_jax.report import report
 from iresnet_jax.training import loop
-{TELL}
+
+def tell(module, name, say):
+    owner = importlib.import_module(module)
+    *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    function = getattr(owner, last)
+
+    @functools.wraps(function)
+    def telling(*arguments, **options):
+        setattr(owner, last, function)
+        say()
+        return function(*arguments, **options)
+
+    setattr(owner, last, telling)
+
 for line in sys.stdin:
-    number, function, file, pause, log, *arguments = json.loads(line)
+    number, module, name, pause, log, *arguments = json.loads(line)
     ready, told = os.pipe()
     child = os.fork()
     if child == 0:
         output = os.open(log, os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1), os.dup2(output, 2)
         train.end_at_signals(train.HINT)
-        tell(function, file, lambda: [os.write(told, b"!"), time.sleep(0.2 if pause == 0 else 0)])
+        tell(module, name, lambda: [os.write(told, b"!"), time.sleep(0.2 if pause == 0 else 0)])
         sys.exit(train.main(["train.py", *arguments]))
     os.close(told)
     os.read(ready, 1)
@@ -256,10 +274,15 @@ for line in sys.stdin:
     os.kill(child, number)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-IMPORT_PROGRAM = f"""
+IMPORT_PROGRAM = """
 import runpy, sys
-{TELL}
-tell("<module>", "jax/__init__.py", lambda: print("ready", flush=True))
+
+def trace(frame, event, arg):
+    if frame.f_code.co_name == "<module>" and frame.f_code.co_filename.endswith("jax/__init__.py"):
+        sys.settrace(None)
+        print("ready", flush=True)
+
+sys.settrace(trace)
 sys.argv = ["train.py"]
 runpy.run_path("train.py", run_name="__main__")
 """
@@ -276,11 +299,11 @@ def moments(config_file, uninterrupted, tmp_path_factory):
     assert process.stdout is not None
 
     def stop_at(moment, number):
-        function, file, pause, _ = MOMENTS[moment]
+        module, name, pause, _ = MOMENTS[moment]
         folder = tmp_path_factory.mktemp(moment)
         workdir = uninterrupted if moment == "report" else folder / "run"
         arguments = [f"--config={config_file}", f"--workdir={workdir}"]
-        print(json.dumps([number, function, file, pause, f"{folder}/log", *arguments]), file=process.stdin, flush=True)
+        print(json.dumps([number, module, name, pause, f"{folder}/log", *arguments]), file=process.stdin, flush=True)
         return int(process.stdout.readline()), (folder / "log").read_text(), workdir
 
     yield stop_at

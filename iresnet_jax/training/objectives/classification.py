@@ -1,5 +1,6 @@
 """The classification objective: one training step, with augmentation on the device, and the accuracy on held-out data."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import Constrained
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.training import parallel
-from iresnet_jax.training.config import AugmentationConfig, Config
+from iresnet_jax.training.config import AugmentationConfig, Config, ConstraintConfig
 from iresnet_jax.training.from_config import Constrain, build_constraint, unroll
 from iresnet_jax.training.initialization import initial_variables
 from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, UpdateRule, build_rule, update
@@ -33,7 +34,7 @@ def objective(config: Config, data: DataSet, spec: ClassifierSpec) -> Objective:
     rule = build_rule(config)
     step = make_step(
         Classifier(spec, {}, {}, {}, unroll=unroll(settings.blocks), rematerialize=settings.rematerialize),
-        make_constraint(config, spec, training=True),
+        make_constraint(config.constraint, spec, training=True),
         rule,
         seed=config.seed,
         label_smoothing=config.classifier.label_smoothing,
@@ -51,11 +52,18 @@ def objective(config: Config, data: DataSet, spec: ClassifierSpec) -> Objective:
     )
 
 
-def make_constraint(config: Config, spec: ClassifierSpec, *, training: bool) -> Constrain:
+def make_constraint(settings: ConstraintConfig, spec: ClassifierSpec, *, training: bool) -> Constrain:
     """``(params, spectral) ->`` the weights that run, for training steps or for validation."""
     if not spec.is_bijective:
         return lambda params, spectral: Constrained(params, spectral, {})
-    return build_constraint(config.constraint, spec.flow, training=training)
+    return build_constraint(settings, spec.flow, training=training)
+
+
+@functools.lru_cache(maxsize=64)
+def _constrained_weights(settings: ConstraintConfig, spec: ClassifierSpec) -> Callable[[Any, Any], Any]:
+    """``(params, spectral) ->`` weights for validation, one function for runs of one architecture, which share its program."""
+    constrain = make_constraint(settings, spec, training=False)
+    return jax.jit(lambda params, spectral: constrain(params, spectral).weights)
 
 
 def make_augmentation(settings: AugmentationConfig) -> Augment:
@@ -126,8 +134,7 @@ class Validation:
         self._spec = spec
         self._images = data.held_out("validation", config.training.eval_examples, config.seed)
         self._labels = data.labels["validation"][: len(self._images)]
-        constrain = make_constraint(config, spec, training=False)
-        self._constrain = jax.jit(lambda params, spectral: constrain(params, spectral).weights)
+        self._constrain = _constrained_weights(config.constraint, spec)
         self._evaluate = parallel.parallelize_eval(classify_batch)
         self._batch_size = config.evaluation.batch_size
 

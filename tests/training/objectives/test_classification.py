@@ -24,6 +24,7 @@ from iresnet_jax.training.checkpoints import load_named
 from iresnet_jax.training.config import AugmentationConfig
 from iresnet_jax.training.metrics import read_metrics
 from iresnet_jax.training.objectives import classification
+from iresnet_jax.training.programs import Programs
 
 DEVICE_RTOL, DEVICE_ATOL = 1e-4, 1e-5  # the same sums in another order, in float32
 SAME = 1e-5  # the same maths by another route, float32
@@ -67,11 +68,11 @@ def last_state(workdir):
 
 
 def test_a_stopped_run_ends_bit_for_bit_like_one_never_stopped(config, workdir, tmp_path, monkeypatch):
-    whole = loop.batches
+    whole, programs = loop.batches, Programs()
     monkeypatch.setattr(loop, "batches", lambda *arguments: itertools.islice(whole(*arguments), 4))
-    assert int(loop.train(config, tmp_path).step) == 4
+    assert int(loop.train(config, tmp_path, programs=programs).step) == 4
     monkeypatch.undo()
-    resumed = loop.train(config, tmp_path)
+    resumed = loop.train(config, tmp_path, programs=programs)
     chex.assert_trees_all_equal(last_state(tmp_path), last_state(workdir))
     assert np.abs(resumed.batch_stats["head"]["var"]).max() > 0
 
@@ -191,6 +192,7 @@ def test_test_error_by_hand(trained):
     np.testing.assert_allclose(result.loss, -log_p[np.arange(360), labels].mean(), rtol=SAME)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_commands_after_training(workdir, capsys):
     command = ("--workdir", str(workdir))
     assert main(["evaluate", *command]) == 0
