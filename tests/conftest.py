@@ -1,19 +1,27 @@
 """Every test runs on two simulated CPU devices, with shapes checked and implicit broadcasting an error."""
 
+import gc
 import os
 import signal
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np  # noqa: F401 (loads its BLAS)
+import threadpoolctl
+
+gc.set_threshold(50_000, 20, 100)  # imports and tracing allocate much that lives on: Python looks through it every 700 objects
+
 # Must be set before jax starts. Two devices are no more than the cores of the smallest machine we support.
 # What the tests compile runs for milliseconds: they are faster with code that is not optimised.
 FLAGS = ["--xla_force_host_platform_device_count=2", "--xla_backend_optimization_level=0"]
-if version("jaxlib").startswith("0.10."):  # compiles in two thirds of the time; later versions do not know the flag
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+if version("jaxlib").startswith("0.10."):  # compiles in half the time; later versions do not know the flags
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# NumPy's oracles are small: a second thread only waits for them, and takes a core from the other test process.
+# NumPy's oracles are small: a second thread only waits for them, and takes a core from the other test process. Some plugin of
+# pytest may have loaded NumPy before this file, which then has to be told (it took 25 times as long for a small SVD).
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+threadpoolctl.threadpool_limits(int(os.environ["OPENBLAS_NUM_THREADS"]), user_api="blas")
 
 # A job in the background of a shell ignores Ctrl-C, and so would the processes that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -23,15 +31,12 @@ from jaxtyping import install_import_hook  # noqa: E402 (flags come first)
 
 install_import_hook("iresnet_jax", "beartype.beartype")  # shape annotations are executed, not just read
 
-import gc  # noqa: E402
-
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-gc.set_threshold(50_000, 20, 100)  # tracing allocates much that lives on: Python would look through it every 700 objects
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("default")

@@ -5,6 +5,7 @@ are estimated by power iteration, as in the paper, or bounded from above. `norma
 of the same form: what runs is always a plain network whose layers already satisfy the constraint.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -73,6 +74,14 @@ def normalize(
         kernel, v = weights[layer.name]["kernel"], vectors[layer.name]
         norms[layer.name], new_vectors[layer.name], _ = spectral_norm(apply, kernel, v, num_steps=num_steps, rtol=rtol)
     return _within_budget(weights, new_vectors, norms, coeff=coeff, budget=budget)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "coeff", "budget", "rtol"))
+def normalize_converged(
+    spec: BranchSpec, weights: Weights, vectors: Vectors, *, coeff: float, budget: str = "layer", rtol: float = 1e-3
+) -> Normalized:
+    """`normalize` to the tolerance of all blocks of a stage, stacked; all programs that contain it share its trace."""
+    return jax.vmap(lambda w, v: normalize(spec, w, v, coeff=coeff, budget=budget, rtol=rtol))(weights, vectors)
 
 
 def normalize_certified(

@@ -70,12 +70,18 @@ def constrain(spec: FlowSpec, params: Tree, spectral: Tree, *, num_steps: int | 
     """
 
     def normalize(stage, blocks):
-        def of_block(weights, vectors):
-            return constraint.normalize(
-                stage.branch, weights, vectors, coeff=spec.coeff, budget=spec.budget, num_steps=num_steps, rtol=rtol
+        vectors = spectral[stage.name]["blocks"]
+        if num_steps is None:
+            return constraint.normalize_converged(
+                stage.branch, blocks, vectors, coeff=spec.coeff, budget=spec.budget, rtol=rtol
             )
 
-        return jax.vmap(of_block)(blocks, spectral[stage.name]["blocks"])
+        def of_block(weights, vectors):
+            return constraint.normalize(
+                stage.branch, weights, vectors, coeff=spec.coeff, budget=spec.budget, num_steps=num_steps
+            )
+
+        return jax.vmap(of_block)(blocks, vectors)
 
     return _constrain(spec, params, spectral, normalize)
 

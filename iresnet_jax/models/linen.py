@@ -51,10 +51,7 @@ class Blocks(nn.Module):
             weights[layer.name] = self.param(layer.name, lambda key, name=layer.name: initial(key)[name])
         vectors = stack(lambda key: constraint.initial_vectors(branch, key))(self.make_rng("params"))
         if self.constrained:
-            normalize = lambda w, v: constraint.normalize(  # noqa: E731
-                branch, w, v, coeff=self.flow.coeff, budget=self.flow.budget
-            )
-            start = jax.vmap(normalize)(weights, vectors)
+            start = constraint.normalize_converged(branch, weights, vectors, coeff=self.flow.coeff, budget=self.flow.budget)
         else:
             start = constraint.Normalized(weights, vectors, {}, jnp.full((), jnp.inf))
         for layer in branch.layers:  # converged already, so the first training step is as constrained as any

@@ -123,10 +123,11 @@ def certificate_of(
     per_layer = spec.coeff if constrained and spec.budget == "layer" else None
     per_block = spec.coeff if constrained else None
     blocks = []
+    estimates_of, flow = _estimates_and_bounds(spec, weights)
     for stage in spec.layout:
         own = weights[stage.name]
         of_layers = {name: np.asarray(values, np.float64) for name, values in bounds[stage.name].items()}
-        estimates = {name: np.asarray(values, np.float64) for name, values in _estimates(stage.branch, own["branch"]).items()}
+        estimates = {name: np.asarray(values, np.float64) for name, values in estimates_of[stage.name].items()}
         for k in range(stage.spec.num_blocks):
             layers = tuple(
                 Constant(layer.name, per_layer, float(estimates[layer.name][k]), float(of_layers[layer.name][k]))
@@ -135,14 +136,20 @@ def certificate_of(
             target = per_layer ** len(layers) if per_layer else per_block
             estimate = math.prod(layer.estimate for layer in layers)
             blocks.append(Constant(f"{stage.name}/block{k:02d}", target, estimate, float(own["lipschitz"][k]), layers))
-    whole = preprocessing.compose(bilipschitz(spec, weights))
+    whole = preprocessing.compose(flow)
     coeff, budget = (spec.coeff, spec.budget) if constrained else (None, None)
     return Certificate(coeff, budget, tuple(blocks), float(whole.forward), float(whole.inverse))
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _estimates_and_bounds(spec: FlowSpec, weights: Tree) -> tuple[Norms, BiLipschitz]:
+    """Norms of all layers by power iteration to a tolerance, and the bounds of the whole flow, compiled as one program."""
+    estimates = {stage.name: _estimates(stage.branch, weights[stage.name]["branch"]) for stage in spec.layout}
+    return estimates, bilipschitz(spec, weights)
+
+
 def _estimates(branch: BranchSpec, weights: Any) -> dict[str, Any]:
-    """Norms of the layers of a stage's blocks by power iteration to a tolerance, one a block."""
+    """Norms of the layers of a stage's blocks, one a block."""
     starts = constraint.initial_vectors(branch, jax.random.key(0))
     of_block = lambda w: constraint.normalize(branch, w, starts, coeff=0.5, rtol=RTOL).norms  # noqa: E731
     return jax.lax.map(of_block, jax.tree.map(jnp.asarray, weights))
