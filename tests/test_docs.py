@@ -267,6 +267,20 @@ def in_cell(found):
     return f"{found['mean']:.2f} ± {error:.2f}".replace("-", MINUS)
 
 
+def test_the_table_of_posteriors_is_that_of_the_record():
+    results = json.loads((ROOT / "benchmarks/results/posterior.json").read_text())["results"]
+    section = PAGES["docs/results.md"].read_text().split("\n## Posteriors\n")[1].split("\n## ")[0]
+    _, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")
+    ]
+    assert [row[0] for row in rows] == list(results)
+    for name, divergence, *others in rows:
+        found = results[name]
+        assert divergence == f"{found['divergence']:.4f} ± {found['stderr']:.4f}"
+        c2st = [f"{found['mean_c2st']:.3f}", f"{max(found['c2st']):.3f}", str(len(found["c2st"]))]
+        assert others == [*c2st, f"{found['training_seconds'] / 60:.1f}"]
+
+
 def links(text):
     """Files that a page links to or shows."""
     found = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text)
