@@ -19,7 +19,7 @@ if version("jaxlib").startswith("0.10."):  # compiles in half the time; later ve
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # NumPy's oracles are small: a second thread only waits for them, and takes a core from the other test process. Some plugin of
-# pytest may have loaded NumPy before this file, which then has to be told (it took 25 times as long for a small SVD).
+# pytest may have loaded NumPy before this file, which then has to be told.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 threadpoolctl.threadpool_limits(int(os.environ["OPENBLAS_NUM_THREADS"]), user_api="blas")
 

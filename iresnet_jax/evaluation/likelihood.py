@@ -162,24 +162,22 @@ def measure(
     return Measured(summary, -values.mean(axis=(1, 2)) / spec.unit_of_a_nat)
 
 
-def log_prob_of_samples(
+def log_prob(
     model: Density,
-    samples: Float[np.ndarray, "m d"],
+    points: Float[np.ndarray, "n d"],
     settings: EvaluationConfig,
     seed: int,
     *,
     contexts: Num[np.ndarray, "n k"] | None = None,
-) -> Float[np.ndarray, " m"]:
-    """Log-likelihood of each sample of a model of vectors in nats, by one draw of noise and probes.
+) -> Float[np.ndarray, " n"]:
+    """Log-likelihood of each point under a model of vectors in nats, by one draw of noise and probes.
 
-    Args:
-        contexts: The contexts that `samples.draw` took again and again.
+    Up to 256 dimensions the log-determinant is exact; other arguments are those of `measure`.
     """
     estimator = ExactLogdet() if model.spec.flow.num_dims <= MAX_EXACT_DIMS else settings.logdet.build()
-    repeated = None if contexts is None else contexts[np.arange(len(samples)) % len(contexts)]
     key, step = jax.random.key(seed), parallel.parallelize_eval(evaluate_batch)
     found = evaluate_examples(
-        step, model.with_(estimator=estimator), samples, key, settings.batch_size, contexts=repeated, draw=(0, 0)
+        step, model.with_(estimator=estimator), points, key, settings.batch_size, contexts=contexts, draw=(0, 0)
     )
     return -np.asarray(found[model.spec.metric], np.float64)
 

@@ -15,14 +15,11 @@ import numpy as np
 from jaxtyping import Float
 
 from iresnet_jax.data.simulators import Simulator
-from iresnet_jax.evaluation import samples
+from iresnet_jax.evaluation import likelihood, samples
 from iresnet_jax.evaluation.results import Posterior
 from iresnet_jax.evaluation.trained_run import Run
-from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models.density import Density
-from iresnet_jax.training import parallel
 from iresnet_jax.training.config import EvaluationConfig
-from iresnet_jax.training.objectives.likelihood import evaluate_batch, evaluate_examples
 
 FOLDS = 5
 _UNITS_A_DIMENSION = 10  # of each of the classifier's two hidden layers
@@ -77,7 +74,7 @@ def compare(
     if len(examples) < 2:
         raise ValueError(f"a standard error needs at least 2 examples, got {len(examples)}: evaluate more test data")
     truth = np.asarray(jax.jit(simulator.log_prob)(examples, contexts), np.float64)
-    difference = truth - _log_prob(model, examples, contexts, settings, seed)
+    difference = truth - likelihood.log_prob(model, examples, settings, seed, contexts=contexts)
     chosen, num = contexts[: settings.num_posteriors], settings.num_posterior_samples
     true_samples = _true_samples(simulator, chosen, num, seed)
     model_samples = _model_samples(model, chosen, num, settings.batch_size, seed)
@@ -122,16 +119,6 @@ def c2st(ours: Float[np.ndarray, "n d"], theirs: Float[np.ndarray, "n d"], *, se
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a classifier that could have been trained for longer
         return float(np.mean(cross_val_score(classifier, x, is_ours, cv=folds, scoring="accuracy")))
-
-
-def _log_prob(model, examples, contexts, settings, seed) -> Float[np.ndarray, " n"]:
-    """The model's log-density with the exact log-determinant."""
-    # On several simulated CPU devices the LU factorisations dead-lock in XLA's pool of as many threads (jaxlib 0.10).
-    num_devices = 1 if jax.default_backend() == "cpu" else None
-    exact, step = model.with_(estimator=ExactLogdet()), parallel.parallelize_eval(evaluate_batch)
-    key, size = jax.random.key(seed), settings.batch_size
-    outputs = evaluate_examples(step, exact, examples, key, size, contexts=contexts, num_devices=num_devices)
-    return -np.asarray(outputs[model.spec.metric], np.float64)
 
 
 def _true_samples(simulator: Simulator, contexts, num: int, seed: int) -> Float[np.ndarray, "c n d"]:

@@ -92,7 +92,8 @@ def _density(
     measured = likelihood.measure(model, examples, settings, seed, contexts=contexts, entropy_floor=run.data.entropy)
     if is_image:
         return measured.summary, None, drawn.quality
-    of_samples = likelihood.log_prob_of_samples(model, drawn.values, settings, seed, contexts=contexts)
+    taken = None if contexts is None else contexts[np.arange(len(drawn.values)) % len(contexts)]  # as `samples.draw` does
+    of_samples = likelihood.log_prob(model, drawn.values, settings, seed, contexts=taken)
     unlikely = likelihood.least_likely(examples, measured.log_prob)
     figures["likelihoods"] = plots.likelihoods(examples, measured.log_prob, of_samples, [point.row for point in unlikely])
     with replacing(run.folder / LOG_PROB_FILE) as incoming, incoming.open("wb") as file:

@@ -197,9 +197,10 @@ class _Trainer:
 
     @property
     def _is_last_step(self) -> bool:
-        if not self._limit_s or self.step >= self._settings.total_steps:
-            return self.step >= self._settings.total_steps
-        return self._writer.elapsed_s + self._validation_seconds >= self._limit_s and self.step > self._first_step
+        if self.step >= self._settings.total_steps:
+            return True
+        is_late = self._writer.elapsed_s + self._validation_seconds >= self._limit_s
+        return bool(self._limit_s) and is_late and self.step > self._first_step
 
     @property
     def is_save_due(self) -> bool:

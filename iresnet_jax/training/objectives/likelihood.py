@@ -209,7 +209,6 @@ def evaluate_examples(
     *,
     contexts: np.ndarray | None = None,
     draw: tuple[int, int] = (0, 0),
-    num_devices: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Runs a parallel evaluation over all examples.
 
@@ -219,15 +218,13 @@ def evaluate_examples(
         batch_size: Most examples at once, see `parallel.over_batches`.
         contexts: Context of each example, of a conditional density.
         draw: Number of the noise draw, and of the probe draw within it.
-        num_devices: Devices to use, from the first; all local ones by default.
     """
 
     def batch_of(indices):
         return examples[indices], None if contexts is None else contexts[indices], *evaluation_keys(key, indices, *draw)
 
     # On several simulated CPU devices the LU factorisations dead-lock in XLA's pool of as many threads (jaxlib 0.10).
-    if isinstance(model.estimator, ExactLogdet) and jax.default_backend() == "cpu":
-        num_devices = 1
+    num_devices = 1 if isinstance(model.estimator, ExactLogdet) and jax.default_backend() == "cpu" else None
     return parallel.over_batches(evaluate, model, batch_of, len(examples), batch_size, num_devices=num_devices)
 
 
