@@ -165,7 +165,11 @@ def _for_vectors(data: DataSet, objective: str) -> dict[str, dict[str, Any]]:
             "momentum": 0.95,
             "nesterov": True,
         },
-        "training": {"batch_size": 64 if few else 256, "blocks": "scan"},
+        "training": {
+            "batch_size": 64 if few else 256,
+            "blocks": "scan",
+            "rematerialize": "elementwise" if dims <= EXACT_DIMS else "nothing",
+        },
     }
 
 

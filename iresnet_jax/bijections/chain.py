@@ -1,8 +1,9 @@
 """Bijections one after the other: chains, and blocks of one shape that are repeated."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,15 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import Bijection, fold_in, from_walks
+from iresnet_jax.maths.logdet.exact import INVERSE_JACOBIANS
+
+Rematerialize = Literal["nothing", "elementwise", "blocks"]
+_POLICIES = {
+    "elementwise": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(INVERSE_JACOBIANS)
+    ),
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+}
 
 _MOST_ENTRIES = 16  # entries that one product of `_store` takes together
 
@@ -32,7 +42,9 @@ def chain(bijections: Sequence[Bijection]) -> Bijection:
     return from_walks(onward, back, lipschitz)
 
 
-def repeat(make: Callable[[Any], Bijection], weights: Any, *, unroll: bool = False, rematerialize: bool = False) -> Bijection:
+def repeat(
+    make: Callable[[Any], Bijection], weights: Any, *, unroll: bool = False, rematerialize: Rematerialize = "nothing"
+) -> Bijection:
     """The chain of ``make(weights[0]), make(weights[1]), ...``, all of one shape, with weights stacked on a leading axis.
 
     Scanned, program size and compile time do not depend on the number of blocks. Scanned or unrolled, the result is the same.
@@ -41,9 +53,10 @@ def repeat(make: Callable[[Any], Bijection], weights: Any, *, unroll: bool = Fal
         make: Builds one bijection from one slice of the weights.
         weights: Tree of arrays with a common leading axis.
         unroll: Write the blocks out one after the other.
-        rematerialize: Recompute a block's inside when it is differentiated, so that memory holds one activation a block.
+        rematerialize: What the backward pass computes anew: "nothing"; "elementwise", all but products of matrices,
+            convolutions and inverse Jacobians; or "blocks", so that memory holds one activation a block.
     """
-    build = (lambda w: _rematerialized(make, w)) if rematerialize else make
+    build = make if rematerialize == "nothing" else lambda w: _rematerialized(make, w, _POLICIES[rematerialize])
     num_blocks = jax.tree.leaves(weights)[0].shape[0]
     if unroll:
         return chain([_stored(build(jax.tree.map(lambda w, k=k: w[k], weights))) for k in range(num_blocks)])
@@ -85,11 +98,12 @@ def _store(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
     return jnp.matmul(x.reshape(-1, k), jnp.eye(k, dtype=x.dtype), precision="highest").reshape(x.shape)
 
 
-def _rematerialized(make: Callable[[Any], Bijection], weights: Any) -> Bijection:
-    """``make(weights)`` with forward passes that are recomputed in the backward pass, weights being explicit inputs."""
+def _rematerialized(make: Callable[[Any], Bijection], weights: Any, policy: Callable[..., bool]) -> Bijection:
+    """``make(weights)`` whose backward pass keeps what the policy says of a forward pass; weights are explicit inputs."""
+    keep = functools.partial(jax.checkpoint, policy=policy)
     return make(weights)._replace(
-        forward=lambda x: jax.checkpoint(lambda w, x: make(w).forward(x))(weights, x),
-        forward_and_logdet=lambda x, key: jax.checkpoint(lambda w, x: make(w).forward_and_logdet(x, key))(weights, x),
+        forward=lambda x: keep(lambda w, x: make(w).forward(x))(weights, x),
+        forward_and_logdet=lambda x, key: keep(lambda w, x: make(w).forward_and_logdet(x, key))(weights, x),
     )
 
 

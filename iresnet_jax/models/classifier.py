@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Num
 
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.bijection import Bijection
+from iresnet_jax.bijections.chain import Rematerialize
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import check_levels, known_levels
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
@@ -142,7 +143,8 @@ class Classifier:
         bounds: Guaranteed upper bounds of all layers' operator norms, by stage and layer, one a block; None in training.
         solver: Inverse of the blocks.
         unroll: Whether blocks are written out instead of scanned.
-        rematerialize: Whether a block's inside is recomputed in the backward pass; not for BatchNorm in the branches.
+        rematerialize: What the backward pass computes anew, see `iresnet_jax.bijections.chain.repeat`; not with BatchNorm in
+            the branches.
         history: What the training of a fitted model saw.
     """
 
@@ -153,7 +155,7 @@ class Classifier:
     bounds: Tree | None = field(default=None, repr=False)
     solver: Solver = Solver()
     unroll: bool = False
-    rematerialize: bool = False
+    rematerialize: Rematerialize = "nothing"
     history: History | None = field(default=None, repr=False)
 
     def with_(self, **changes: Any) -> "Classifier":

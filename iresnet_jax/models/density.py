@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, Num, Shaped
 
 from iresnet_jax.bijections.bijection import Bijection
-from iresnet_jax.bijections.chain import chain
+from iresnet_jax.bijections.chain import Rematerialize, chain
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import Grid, check_levels, dequantize_bijection
 from iresnet_jax.bijections.transforms.equalize import Equalize
@@ -155,7 +155,7 @@ class Density:
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
         unroll: Whether blocks are written out instead of scanned.
-        rematerialize: Whether a block's inside is recomputed in the backward pass instead of kept.
+        rematerialize: What the backward pass computes anew, see `iresnet_jax.bijections.chain.repeat`.
         history: What the training of a fitted model saw.
     """
 
@@ -166,7 +166,7 @@ class Density:
     estimator: LogdetEstimator = field(default_factory=ExactLogdet)
     solver: Solver = Solver()
     unroll: bool = False
-    rematerialize: bool = False
+    rematerialize: Rematerialize = "nothing"
     history: History | None = field(default=None, repr=False)
 
     def with_(self, **changes: Any) -> "Density":

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.bijections import actnorm, multiscale
 from iresnet_jax.bijections.bijection import Bijection
-from iresnet_jax.bijections.chain import chain, in_float64, repeat
+from iresnet_jax.bijections.chain import Rematerialize, chain, in_float64, repeat
 from iresnet_jax.bijections.residual import Branch, Solver, residual_bijection
 from iresnet_jax.maths.inverse.fixed_point import Diagonal
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, branch_bound, model_bounds
@@ -198,7 +198,7 @@ def bijection(
     *,
     context: Float[Array, "b k"] | None = None,
     unroll: bool = False,
-    rematerialize: bool = False,
+    rematerialize: Rematerialize = "nothing",
 ) -> Bijection:
     """The flow ``x (b, *event_shape) -> z (b, d)`` of constrained weights.
 
@@ -209,7 +209,7 @@ def bijection(
         solver: Inverse of the blocks.
         context: Context of every example that the bijection will see, if the model is conditional.
         unroll: Write blocks out instead of scanning over them; see `unroll_by_default`.
-        rematerialize: Recompute a block's inside in the backward pass instead of keeping it.
+        rematerialize: What the backward pass computes anew, see `repeat`.
     """
 
     def blocks_of(stage):

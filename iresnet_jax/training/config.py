@@ -177,7 +177,8 @@ class TrainingConfig:
     # If validation shows that training exploits what its log-determinant cuts off, logdet.num_terms is raised up to this.
     max_num_terms: CountOrNone = 20
     blocks: Literal["auto", "scan", "unroll"] = "auto"  # "auto" unrolls blocks on CPUs, where that is faster
-    rematerialize: bool = False  # recompute blocks in the backward pass: less memory, more time
+    # What the backward pass computes anew: less memory; "blocks" takes more time, "elementwise" less if blocks are scanned.
+    rematerialize: Literal["nothing", "elementwise", "blocks"] = "nothing"
     # Products on accelerators; "tensorfloat32" is faster and too coarse to invert.
     matmul_precision: Literal["float32", "tensorfloat32", "highest", "high", "default"] = "float32"
 

@@ -232,8 +232,26 @@ def test_layouts_change_neither_values_nor_gradients(x64):
         return run(weights, x)
 
     scanned = results()
-    for layout in ({"unroll": True}, {"rematerialize": True}, {"unroll": True, "rematerialize": True}):
+    layouts = [
+        {"unroll": unroll, "rematerialize": kind} for unroll in (False, True) for kind in ("nothing", "elementwise", "blocks")
+    ]
+    for layout in layouts[1:]:
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=LAYOUT, atol=LAYOUT), results(**layout), scanned)
+
+
+def test_a_backward_pass_keeps_less_the_more_it_computes_anew():
+    spec = FlowSpec((3,), (StageSpec(8, hidden=(32,), activation="clipswish"),))
+    weights = jax.eval_shape(lambda: random_weights.__wrapped__(spec, num_steps=1))
+
+    def kept(rematerialize):
+        def loss(weights, x):
+            whole = model.bijection(spec, weights, ExactLogdet(), rematerialize=rematerialize)
+            return jnp.mean(whole.forward_and_logdet(x, jax.random.key(0))[1])
+
+        compiled = jax.jit(jax.grad(loss)).lower(weights, jax.ShapeDtypeStruct((256, 3), jnp.float32)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert kept("nothing") > 2 * kept("elementwise") > 2 * kept("blocks")
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about fusion by XLA:CPU")

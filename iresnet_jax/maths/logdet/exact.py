@@ -7,11 +7,13 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from iresnet_jax.maths.logdet.estimator import Batch, Branch, Jacobian, LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.upward_rounding import as_floats
 
+INVERSE_JACOBIANS = "inverse Jacobians"  # their name for a backward pass that chooses what to keep
 SMALL = 32  # dimensions up to which elimination without exchanges of rows is the faster, see `log_abs_det`
 
 
@@ -68,6 +70,7 @@ def log_abs_det(matrices: Float[Array, "b d d"]) -> Float[Array, " b"]:
 @log_abs_det.defjvp
 def _derivative(primals, tangents):
     logdet, inverses = _eliminate(*primals)
+    inverses = checkpoint_name(inverses, INVERSE_JACOBIANS)
     return logdet, jnp.sum(jnp.swapaxes(inverses, 1, 2) * tangents[0], axis=(1, 2))
 
 
