@@ -166,7 +166,7 @@ def _for_vectors(data: DataSet, objective: str) -> dict[str, dict[str, Any]]:
             "nesterov": True,
         },
         "training": {
-            "batch_size": 64 if few else 256,
+            "batch_size": 64 if few else 128 if dims <= EXACT_DIMS else 256,
             "blocks": "scan",
             "rematerialize": "elementwise" if dims <= EXACT_DIMS else "nothing",
         },
