@@ -39,6 +39,7 @@ NO_LIMIT = 1_000_000  # updates, more than a time limit allows
 PATIENCE = 6  # validations, of which a whole run makes 20
 PRIOR_EXAMPLES = 10_000  # that choose the prior
 WHITENED_DIMS = 256  # at most: a matrix of the square of that many numbers belongs to the model
+NOISE = 0.3  # standard deviations; validation chooses between it and none
 HYBRID_WEIGHT = 0.1  # weight of a vector's log-likelihood beside the cross-entropy of its class
 EXACT_DIMS = 32  # at most: no noise; steps at 10, 20, 30 dimensions take .3, .8, 1.6 times as long as with `KrylovLogdet`
 
@@ -71,16 +72,47 @@ def fit(
         data, objective=objective, minutes=minutes, steps=steps, architecture=architecture, seed=seed_of(key)
     )
     config = with_settings(config, {"data.validation_fraction": validation_fraction, **(settings or {})})
+    say = _Lines(data, config) if progress else None
+    # A folder is of one run, and so many steps are those of one.
+    if workdir is not None or steps is not None or not _may_overfit(config, data):
+        return _fit_one(config, data, workdir, say)[0]
+    candidates = []
+    for noise in (NOISE, 0.0):
+        changes = {"augmentation.noise": noise, "training.minutes": config.training.minutes / 2}
+        if say:
+            say(f"training with noise of {noise} standard deviations on the examples" if noise else "training without noise")
+        model, was_stopped = _fit_one(with_settings(config, changes), data, None, say)
+        candidates.append(model)
+        if was_stopped:
+            break
+    return min(candidates, key=_validation_loss)
+
+
+def _may_overfit(config: Config, data: DataSet) -> bool:
+    """Whether validation chooses between training with noise and without: for densities of few vectors."""
+    is_density = config.objective == "density" and len(data.event_shape) == 1 and not data.contexts
+    return is_density and len(data.examples["train"]) < FEW and config.augmentation.noise == 0
+
+
+def _validation_loss(model: Any) -> float:
+    return min(model.history.validation[model.spec.metric])
+
+
+def _fit_one(
+    config: Config, data: DataSet, workdir: str | os.PathLike[str] | None, say: "_Lines | None"
+) -> tuple[Density | Classifier, bool]:
+    """The best model of one training run with its history, and whether a signal ended the run."""
     with contextlib.ExitStack() as stack:
         folder = Path(workdir) if workdir is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        say = _Lines(data, config) if progress else None
+        was_stopped = False
         try:
             train(config, folder, data=data, say=say, programs=_PROGRAMS)
         except Stopped as stopped:
+            was_stopped = True
             if say:
                 say(f"{str(stopped).split(':')[0]}: the best model so far")
         run = trained_run.load(folder)
-        return run.model.with_(history=History.from_records(read_metrics(folder), run.step))
+        return run.model.with_(history=History.from_records(read_metrics(folder), run.step)), was_stopped
 
 
 def choose_settings(
@@ -168,7 +200,6 @@ def _for_vectors(data: DataSet, objective: str) -> dict[str, dict[str, Any]]:
         "training": {
             "batch_size": 64 if few else 128 if dims <= EXACT_DIMS else 256,
             "blocks": "scan",
-            "rematerialize": "elementwise" if dims <= EXACT_DIMS else "nothing",
         },
     }
 

@@ -48,6 +48,48 @@ def test_the_lines_of_the_readme(fitted, tmp_path):
     np.testing.assert_allclose(again.log_prob(BANANA[:5]), model.log_prob(BANANA[:5]), rtol=1e-5)
 
 
+@pytest.mark.parametrize("better", [fitting.NOISE, 0.0])
+def test_validation_chooses_between_noise_and_none_for_few_vectors(monkeypatch, fitted, better):
+    tried = []
+
+    def fit_one(config, data, workdir, say):
+        noise = config.augmentation.noise
+        tried.append((noise, config.training.minutes))
+        history = History({}, {"nll": [3.0, 1.0 if noise == better else 2.0]}, step=len(tried))
+        return fitted[0].with_(history=history), False
+
+    monkeypatch.setattr(fitting, "_fit_one", fit_one)
+    history = ir.fit(BANANA, minutes=2, progress=False).history
+    assert tried == [(fitting.NOISE, 1.0), (0.0, 1.0)]
+    assert history is not None
+    assert tried[history.step - 1][0] == better
+    tried.clear()
+    ir.fit(np.tile(BANANA, (6, 1)) + RNG.normal(size=(2400, 2)), minutes=2, progress=False)
+    ir.fit(BANANA, context=BANANA, minutes=2, progress=False)
+    assert tried == [(0.0, 2.0), (0.0, 2.0)]
+
+
+def test_noise_widens_the_density_by_its_variance():
+    """A linear flow of 40 examples: their variance is 1 after standardising, and 1 + s^2 with noise of s."""
+    x = RNG.normal(size=(40, 2)) * [1.0, 100.0]
+    settings = {"optimizer.learning_rate": 0.05, "training.ema_decay": 0.9, "model.prior": "gaussian"}
+    linear = (ir.StageSpec(num_blocks=1, hidden=(4,), activation="identity"),)
+
+    def variances(noise):
+        options = {"steps": 300, "architecture": linear, "validation": x, "progress": False}
+        model = ir.fit(x, settings={**settings, "augmentation.noise": noise, "training.patience": 0}, **options)
+        grid = np.linspace(-6, 6, 241)
+        found = []
+        for scale, entry in ((x[:, 0].std(), 0), (x[:, 1].std(), 1)):
+            points = np.repeat(x.mean(axis=0)[None], len(grid), axis=0)
+            points[:, entry] += scale * grid
+            density = np.exp(np.asarray(model.log_prob(points.astype(np.float32)), np.float64))
+            found.append(np.sum(density * grid**2) / np.sum(density))
+        return np.array(found)
+
+    np.testing.assert_allclose(variances(1.0) / variances(0.0), 2, rtol=0.15)
+
+
 def test_training_is_better_than_the_normal_density_that_it_starts_from(fitted):
     losses = fitted[0].history.validation["nll"]
     assert losses[-1] < losses[0] - 0.01

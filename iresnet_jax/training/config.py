@@ -135,10 +135,11 @@ class ClassifierConfig:
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """Random changes of training images that are classified, made on the device."""
+    """Random changes of training examples: crops and flips of images that are classified, noise on vectors."""
 
     crop_padding: CountOrNone = 0  # largest shift in pixels
     flip: bool = False  # left to right, every other time
+    noise: NotNegative = 0.0  # on vectors whose density is learned: its standard deviation, in those of their entries
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,7 @@ class TrainingConfig:
     # If validation shows that training exploits what its log-determinant cuts off, logdet.num_terms is raised up to this.
     max_num_terms: CountOrNone = 20
     blocks: Literal["auto", "scan", "unroll"] = "auto"  # "auto" unrolls blocks on CPUs, where that is faster
-    # What the backward pass computes anew: less memory; "blocks" takes more time, "elementwise" less if blocks are scanned.
-    rematerialize: Literal["nothing", "elementwise", "blocks"] = "nothing"
+    rematerialize: bool = False  # recompute blocks in the backward pass: less memory, more time
     # Products on accelerators; "tensorfloat32" is faster and too coarse to invert.
     matmul_precision: Literal["float32", "tensorfloat32", "highest", "high", "default"] = "float32"
 
@@ -256,8 +256,11 @@ def _check_combinations(config: Config) -> None:
     boundaries = config.optimizer.boundaries
     if config.objective == "density" and augmented:
         raise ValueError(
-            "config.augmentation is for the objectives classification and hybrid: a density is that of the data as they are"
+            "crops and flips of config.augmentation are for the objectives classification and hybrid: a density is that of the "
+            "data as they are"
         )
+    if config.objective != "density" and config.augmentation.noise:
+        raise ValueError(f"config.augmentation.noise is for the objective density, got {config.augmentation.noise}")
     if config.objective != "classification" and config.constraint.norms == "none":
         raise ValueError("a density needs blocks that are contractions: constraint.norms = none is for classification alone")
     if config.preprocessing.entrywise and config.preprocessing.transform != "equalize":

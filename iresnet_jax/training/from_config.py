@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 
+from iresnet_jax.bijections.chain import Rematerialize
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.equalize import Equalize, entry_shares, level_frequencies
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
@@ -162,6 +163,17 @@ def build_solver(settings: EvaluationConfig) -> Solver:
 def unroll(blocks: str) -> bool:
     """Whether ``training.blocks`` writes blocks out instead of scanning over them."""
     return flow.unroll_by_default() if blocks == "auto" else blocks == "unroll"
+
+
+def rematerialize(config: Config) -> Rematerialize:
+    """What a backward pass computes anew: what the config says, and at least "elementwise" where that is faster.
+
+    It is where small dense blocks with exact log-determinants are scanned: a scan writes all that it keeps into stacks.
+    """
+    if config.training.rematerialize:
+        return "blocks"
+    is_faster = config.logdet.kind == "exact" and not unroll(config.training.blocks)
+    return "elementwise" if is_faster else "nothing"
 
 
 def build_schedule(settings: OptimizerConfig, total_steps: int) -> optax.Schedule:

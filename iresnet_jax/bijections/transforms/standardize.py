@@ -43,6 +43,11 @@ class Standardize:
         rows = np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1])
         return cls(tuple(rows.mean(axis=0).tolist()), tuple(rows.std(axis=0).tolist()))
 
+    @property
+    def entry_scales(self) -> tuple[float, ...]:
+        """Standard deviation of each entry."""
+        return self.scale
+
     def bijection(self) -> Bijection:
         """The affine map; its log-determinant is ``-sum log(scale)``, once for each pixel of an image."""
 
@@ -113,6 +118,11 @@ class Whiten:
         scale = np.maximum(centred.std(axis=0), SMALLEST_WITHIN * total)
         factor = scale[:, None] * np.linalg.cholesky(shrunk_correlation(centred / scale))
         return cls(tuple(mean.tolist()), tuple(map(tuple, factor.tolist())))
+
+    @property
+    def entry_scales(self) -> tuple[float, ...]:
+        """Standard deviation of each entry, of data within classes if labels were given."""
+        return tuple(np.linalg.norm(self.factor, axis=1).tolist())
 
     def bijection(self) -> Bijection:
         """The affine map; its log-determinant is ``-sum log(diagonal of factor)``."""

@@ -17,7 +17,7 @@ from iresnet_jax.models.flow import Constrained
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.training import parallel
 from iresnet_jax.training.config import AugmentationConfig, Config, ConstraintConfig
-from iresnet_jax.training.from_config import Constrain, build_constraint, unroll
+from iresnet_jax.training.from_config import Constrain, build_constraint, rematerialize, unroll
 from iresnet_jax.training.initialization import initial_variables
 from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, UpdateRule, build_rule, update
 from iresnet_jax.training.parallel import AXIS, example_keys
@@ -33,7 +33,7 @@ def objective(config: Config, data: DataSet, spec: ClassifierSpec) -> Objective:
     check_augmentation(augment_images, data)
     rule = build_rule(config)
     step = make_step(
-        Classifier(spec, {}, {}, {}, unroll=unroll(settings.blocks), rematerialize=settings.rematerialize),
+        Classifier(spec, {}, {}, {}, unroll=unroll(settings.blocks), rematerialize=rematerialize(config)),
         make_constraint(config.constraint, spec, training=True),
         rule,
         seed=config.seed,

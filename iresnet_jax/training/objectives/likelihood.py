@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
+from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.training import parallel
 from iresnet_jax.training.config import Config, ConstraintConfig
-from iresnet_jax.training.from_config import Constrain, build_constraint, unroll
+from iresnet_jax.training.from_config import Constrain, build_constraint, rematerialize, unroll
 from iresnet_jax.training.initialization import initial_variables
 from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, UpdateRule, build_rule, update
 from iresnet_jax.training.parallel import example_keys
@@ -40,10 +41,11 @@ def objective(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
     rule = build_rule(config)
     trained = config.logdet.build()
     constrain = build_constraint(config.constraint, spec.flow, training=True)
+    noise = make_noise(config.augmentation.noise, spec)
 
     def step(num_terms):
         model = template(config, spec).with_(estimator=config.logdet.build(num_terms))
-        return make_step(model, constrain, rule, seed=config.seed, draw=data.draw)
+        return make_step(model, constrain, rule, seed=config.seed, draw=data.draw, noise=noise)
 
     return Objective(
         name=spec.metric,
@@ -57,10 +59,29 @@ def objective(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
     )
 
 
+def make_noise(size: float, spec: DensitySpec) -> Float[np.ndarray, " d"] | None:
+    """Standard deviations of the noise that ``augmentation.noise`` asks for, 0 for entries on a grid; None for no noise.
+
+    Training on few examples with noise is training on a kernel density of them (Rothfuss et al. 2019, sec. 4): it keeps the
+    flow from enclosing each one by itself.
+
+    Raises:
+        ValueError: If the data are not vectors whose scale the model knows.
+    """
+    if size == 0:
+        return None
+    if not isinstance(spec.transform, Standardize | Whiten) or len(spec.flow.event_shape) != 1:
+        raise ValueError(
+            "config.augmentation.noise is for continuous vectors with preprocessing.transform standardize or whiten, got "
+            f"{type(spec.transform).__name__} of examples of shape {spec.flow.event_shape}"
+        )
+    on_grid = np.zeros(spec.flow.event_shape, bool) if spec.grid is None else np.asarray(spec.grid.spacing) > 0
+    return np.where(on_grid, 0, size * np.asarray(spec.transform.entry_scales)).astype(np.float32)
+
+
 def template(config: Config, spec: DensitySpec) -> Density:
     """The model without weights, run as training runs it."""
-    settings = config.training
-    return Density(spec, {}, {}, unroll=unroll(settings.blocks), rematerialize=settings.rematerialize)
+    return Density(spec, {}, {}, unroll=unroll(config.training.blocks), rematerialize=rematerialize(config))
 
 
 def make_step(
@@ -70,6 +91,7 @@ def make_step(
     *,
     seed: int,
     draw: Callable[[Any, Any], Any] | None = None,
+    noise: Float[np.ndarray, " d"] | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
     """The step ``(state, batch) -> (state, metrics)``, for `parallel.parallelize`.
 
@@ -82,6 +104,7 @@ def make_step(
         rule: How a gradient changes the state.
         seed: Seed of the run.
         draw: Sampler ``(key, placeholder) -> (example, context)`` of endless data; None takes those of the batch.
+        noise: Standard deviation of the noise on each entry, see `make_noise`; None is no noise.
     """
     spec = model.spec
 
@@ -91,6 +114,8 @@ def make_step(
         keys = jax.vmap(lambda k: jax.random.split(k, 3))(example_keys(key_examples, len(jax.tree.leaves(batch)[0])))
         key_draw, key_dequantise, key_probe = keys[:, 0], keys[:, 1], keys[:, 2]
         x, context = batch if draw is None else jax.vmap(draw)(key_draw, batch)
+        if noise is not None:
+            x = x + noise[None] * jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(key_draw)
         estimator = model.estimator.fix_length(key_length)
 
         def loss_of(params):
