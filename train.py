@@ -10,6 +10,13 @@ Flags:
 
 Ctrl-C and SIGTERM save the step that was reached and end with status 130 and 143; the same command goes on from there to the
 same result.
+
+A run on many hosts is the same command on each of them, see docs/clusters.md. TPU pods, SLURM, Open MPI and Kubernetes are
+detected; otherwise every process needs
+
+    --coordinator_address   HOST:PORT of process 0
+    --num_processes         number of processes
+    --process_id            number of this process, from 0
 """
 
 # ruff: noqa: E402
@@ -43,13 +50,20 @@ DEFAULT_CONFIG = "configs/digits_density.py"
 
 def run(argv: list[str]) -> int:
     """Trains and reports, as the command line says."""
-    config, workdir, _ = parse_train_flags(argv, default_config=DEFAULT_CONFIG)
+    given = parse_train_flags(argv, default_config=DEFAULT_CONFIG)
+    from iresnet_jax.training import distributed
+
+    distributed.initialize(given.coordinator_address, given.num_processes, given.process_id)
     from iresnet_jax.evaluation.trained_run import load
     from iresnet_jax.report.report import write
     from iresnet_jax.training.loop import train
 
-    train(config, workdir)
-    print(write(load(workdir)), f"report: {workdir / 'report.html'}", sep="\n")
+    with distributed.ending_together():
+        if not distributed.is_first():
+            logging.set_verbosity(logging.WARNING)
+        train(given.config, given.workdir)
+    if distributed.is_first():
+        print(write(load(given.workdir)), f"report: {given.workdir / 'report.html'}", sep="\n")
     return 0
 
 

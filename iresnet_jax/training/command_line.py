@@ -20,11 +20,23 @@ _LONGEST = 600  # characters of a message; compilers append whole programs to th
 
 
 class TrainFlags(NamedTuple):
-    """Flags of `train.py`: settings with their overrides, the folder of the run, and whether a failure shows its traceback."""
+    """Flags of `train.py`.
+
+    Attributes:
+        config: Settings with their overrides.
+        workdir: Folder of the run.
+        debug: Whether a failure shows its traceback.
+        coordinator_address: Of process 0, for a run of several processes; see `distributed.initialize` for this and the rest.
+        num_processes: How many there are.
+        process_id: Which of them this is.
+    """
 
     config: Config
     workdir: Path
     debug: bool
+    coordinator_address: str | None
+    num_processes: int | None
+    process_id: int | None
 
 
 def explain_failures(command: Callable[[], int], *, debug: bool = False) -> int:
@@ -65,7 +77,7 @@ def quiet_backends() -> None:
 
 
 def parse_train_flags(argv: Sequence[str], *, default_config: str) -> TrainFlags:
-    """Reads ``--config``, its overrides ``--config.FIELD=VALUE``, ``--workdir`` and ``--debug``.
+    """Reads ``--config``, its overrides ``--config.FIELD=VALUE``, and the other flags of `TrainFlags`.
 
     Args:
         argv: The command line, program name first.
@@ -97,7 +109,8 @@ def parse_train_flags(argv: Sequence[str], *, default_config: str) -> TrainFlags
     if not isinstance(values["config"].value, ConfigDict):
         raise ValueError(f"get_config() of {path} must return a ConfigDict, got {values['config'].value!r}")
     workdir = values["workdir"].value or Path("runs") / Path(path.split(":")[0]).stem
-    return TrainFlags(parse(values["config"].value), Path(workdir), bool(values["debug"].value))
+    debug, *processes = (values[name].value for name in TrainFlags._fields[2:])
+    return TrainFlags(parse(values["config"].value), Path(workdir), bool(debug), *processes)
 
 
 def _check_file(path: Path) -> None:
@@ -127,6 +140,9 @@ def _parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     config_flags.DEFINE_config_file("config", None, "Settings of the run.", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
     flags.DEFINE_bool("debug", default=False, help="Show the traceback of a failure.", flag_values=values)
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "Number of processes.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", flag_values=values)
     _, *rest = values(argv)
     config = values["config"].value
     if isinstance(config, config_flags.config_flags._ErrorConfig):  # an invalid config raises when it is first used

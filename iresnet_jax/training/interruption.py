@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -20,6 +21,7 @@ REPEAT_S = 1.0  # the same signal within this time is the same request: timeout(
 # Orders to the watcher, in the pipe that the numbers of signals go through: no signal has these numbers.
 _DEFER, _RESUME = 254, 255
 _pipe: int | None = None  # where to write orders; None where nobody called `end_at_signals`
+_before_leaving: list[Callable[[int], None]] = []
 
 
 class Stopped(KeyboardInterrupt):
@@ -50,6 +52,11 @@ def end_at_signals(advice: str = "") -> None:
     for number in _not_ignored():
         signal.signal(number, _leave_to_the_watcher)
     threading.Thread(target=_watch, args=(reading, advice), name="signals", daemon=True).start()
+
+
+def before_leaving(call: Callable[[int], None]) -> None:
+    """Has a function called with a signal's number before that signal ends this process, in the thread that ends it."""
+    _before_leaving.append(call)
 
 
 class StopRequests:
@@ -99,7 +106,7 @@ class StopRequests:
         now = time.monotonic()
         if self.received is None and (self.unsaved or _pipe is None):
             self.received, self._received_at = signal.Signals(number), now
-            _say(f"{self.received.name}: saving after this step; a second signal stops at once")
+            say(f"{self.received.name}: saving after this step; a second signal stops at once")
         elif _pipe is None and (number != self.received or now > self._received_at + REPEAT_S):
             raise KeyboardInterrupt
 
@@ -117,7 +124,9 @@ def _watch(reading: int, advice: str) -> None:
         elif number in SIGNALS and deferred and not noted:
             noted, noted_at = number, time.monotonic()
         elif number in SIGNALS and not (number == noted and time.monotonic() < noted_at + REPEAT_S):
-            _say(f"stopped by {signal.Signals(number).name}" + (f": {advice}" if advice else ""))
+            say(f"stopped by {signal.Signals(number).name}" + (f": {advice}" if advice else ""))
+            for call in _before_leaving:
+                call(number)
             os._exit(128 + number)
 
 
@@ -129,7 +138,7 @@ def _leave_to_the_watcher(number: int, _: FrameType | None) -> None:
     """Does nothing: with a handler of Python's, a signal's number is written to the pipe."""
 
 
-def _say(sentence: str) -> None:
+def say(sentence: str) -> None:
     """Writes a line past Python's buffers, whose locks the interrupted code may hold; below a progress bar, not into it."""
     with contextlib.suppress(OSError):
         os.write(2, f"{chr(10) if os.isatty(2) else ''}{sentence}\n".encode())

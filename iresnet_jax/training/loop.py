@@ -6,8 +6,11 @@ the step it has reached; if that lies between two lines of its log, the next lin
 is killed loses the steps since its last checkpoint, which is at most `SAVE_SECONDS` and one step old.
 """
 
+import contextlib
 import itertools
+import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,14 +24,16 @@ from absl import logging
 from iresnet_jax.data import conditioned_on_labels, load
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.device_batches import device_batches
-from iresnet_jax.training import parallel, run_folder
+from iresnet_jax.json_dataclasses import checked, tagged, to_plain
+from iresnet_jax.training import distributed, parallel, run_folder
+from iresnet_jax.training.agreement import Agreement, Wish, signal_of, wish_of
 from iresnet_jax.training.checkpoints import Checkpoints
 from iresnet_jax.training.config import Config, DataConfig
 from iresnet_jax.training.from_config import Spec, model_spec
 from iresnet_jax.training.initialization import num_parameters
 from iresnet_jax.training.interruption import Stopped, StopRequests
 from iresnet_jax.training.matmul_precision import device_summary, prepare_backend
-from iresnet_jax.training.metrics import MetricWriter, Progress, check_finite, read_metrics
+from iresnet_jax.training.metrics import MetricWriter, NoWriter, Progress, check_finite, read_metrics
 from iresnet_jax.training.objectives import classification, hybrid, likelihood
 from iresnet_jax.training.objectives.objective import Objective
 from iresnet_jax.training.programs import Programs, Step
@@ -66,25 +71,52 @@ def train(
         Stopped: On Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
     workdir = Path(workdir)
-    parallel.check_single_process()
     prepare_backend(config.training.matmul_precision)
     dataset = load_data(config.data) if data is None else data
     check_batch_size(config.training.batch_size, dataset)
-    run_folder.check_belongs_to(workdir, config)
-    checkpoints = Checkpoints(workdir)
-    spec = run_folder.model_for(workdir, config, dataset)
-    objective = build_objective(config, dataset, spec)
-    run_folder.claim(workdir, config, spec, dataset)
-    compile_step = _step_compiler(config, spec, objective, None if dataset.is_endless else programs)
-    with run_folder.alone_in(workdir):
-        return _train(config, workdir, objective, checkpoints, say, compile_step)
+    _check_alike(config, dataset)
+    spec = _begin(workdir, config, dataset)
+    objective, agreement = build_objective(config, dataset, spec), Agreement()
+    compile_step = _step_compiler(config, spec, objective, agreement, None if dataset.is_endless else programs)
+    with run_folder.alone_in(workdir) if distributed.is_first() else contextlib.nullcontext():
+        return _train(config, workdir, objective, say, agreement, compile_step)
 
 
-def _step_compiler(config: Config, spec: Spec, objective: Objective, programs: Programs | None) -> Callable[[int], Step]:
+def _check_alike(config: Config, data: DataSet) -> None:
+    """Raises ``ValueError`` if processes have different settings or data, or settings that only one process can keep."""
+    distributed.agree_on("config", json.dumps(to_plain(config)))
+    distributed.agree_on("data set", f"{data.name} of fingerprint {data.fingerprint}")
+    if config.training.minutes and parallel.num_processes() > 1:
+        raise ValueError(
+            f"config.training.minutes must be 0 with {parallel.num_processes()} processes, whose clocks differ, got "
+            f"{config.training.minutes}: give config.training.total_steps"
+        )
+
+
+def _begin(workdir: Path, config: Config, data: DataSet) -> Spec:
+    """Takes the folder for this run and returns its model; process 0 does, for all."""
+    claimed: list[Spec] = []
+
+    def claim():
+        run_folder.check_belongs_to(workdir, config)
+        Checkpoints(workdir)
+        spec = run_folder.model_for(workdir, config, data)
+        build_objective(config, data, spec)  # raises before anything is written
+        run_folder.claim(workdir, config, spec, data)
+        claimed.append(spec)
+        return tagged(spec) if parallel.num_processes() > 1 else None
+
+    plain = distributed.from_first(claim)
+    return claimed[0] if claimed else checked(Spec, plain, "model")
+
+
+def _step_compiler(
+    config: Config, spec: Spec, objective: Objective, agreement: Agreement, programs: Programs | None
+) -> Callable[[int], Step]:
     """``num_terms ->`` the step for all devices; compiled at its first call, unless the programs have it."""
 
     def new(num_terms):
-        return parallel.parallelize(objective.make_step(num_terms))
+        return parallel.parallelize(agreement.wrap(objective.make_step(num_terms)))
 
     if programs is None:
         return new
@@ -95,30 +127,34 @@ def _train(
     config: Config,
     workdir: Path,
     objective: Objective,
-    checkpoints: Checkpoints,
     say: Callable[[str], None] | None,
+    agreement: Agreement,
     compile_step: Callable[[int], Step],
 ) -> TrainState:
-    with MetricWriter(workdir) as writer:
+    with MetricWriter(workdir) if distributed.is_first() else NoWriter() as writer:
         # There is nothing to save until a step is done: a signal ends the process at once.
-        trainer = _Trainer(config, objective, workdir, writer, checkpoints, say, compile_step)
+        trainer = _Trainer(config, objective, workdir, writer, say, agreement, compile_step)
         with Progress(trainer.horizon, trainer.step) as progress, StopRequests() as stop:
             feed = batches(config, objective.examples, trainer.step)
+            is_shared = parallel.num_processes() > 1  # then a signal always waits for the step after which all stop
             while not trainer.is_over and (batch := next(feed, None)) is not None:
-                trainer.take_step(batch)
+                trainer.take_step(batch, stop.received)
                 stop.unsaved = True
                 if trainer.step % config.training.log_every_steps == 0 or trainer.is_validation_due:
                     means = trainer.log()
                     progress.update(trainer.step, {objective.name: means[objective.name]})
+                granted = trainer.granted(stop.received)
+                received = signal_of(granted)
                 if trainer.is_validation_due:
                     trainer.validate()
-                    stop.unsaved = False
-                elif stop.received or trainer.is_save_due:
+                    received = received if is_shared else stop.received
+                    stop.unsaved = is_shared
+                elif received or Wish.SAVE in granted:
                     trainer.save()
-                    stop.unsaved = False
-                if stop.received:
+                    stop.unsaved = is_shared
+                if received:
                     there = f"after step {trainer.step} of {trainer.horizon}"
-                    raise Stopped(f"stopped by {stop.received.name} {there}: the same command goes on from it", stop.received)
+                    raise Stopped(f"stopped by {received.name} {there}: the same command goes on from it", received)
     return trainer.state
 
 
@@ -130,22 +166,34 @@ class _Trainer:
         config: Config,
         objective: Objective,
         workdir: Path,
-        writer: MetricWriter,
-        checkpoints: Checkpoints,
+        writer: MetricWriter | NoWriter,
         say: Callable[[str], None] | None,
+        agreement: Agreement,
         compile_step: Callable[[int], Step],
     ):
         self._started = time.monotonic()
-        self._settings, self._objective, self._writer, self._checkpoints = config.training, objective, writer, checkpoints
-        self._say, self._limit_s, self._compile_step = say, 60 * config.training.minutes, compile_step
+        self._settings, self._objective, self._writer, self._checkpoints = (
+            config.training,
+            objective,
+            writer,
+            Checkpoints(workdir),
+        )
+        self._say, self._limit_s, self._agreement, self._compile_step = (
+            say,
+            60 * config.training.minutes,
+            agreement,
+            compile_step,
+        )
         fresh = objective.initial_state()
         logging.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
-        self.state, self.step = self._checkpoints.restore_latest(fresh) or (fresh, 0)
+        self.state, self.step = self._restored(fresh)
         self._first_step, self._validated_step = self.step, -1 if self.step == 0 else self.step
         if self.step:
             logging.info("resuming from step %d of %d", self.step, self.horizon)
         writer.truncate_after(self.step)
-        self._losses = [objective.loss(record) for record in read_metrics(workdir) if record["split"] == "validation"]
+        self._losses = distributed.from_first(
+            lambda: [objective.loss(record) for record in read_metrics(workdir) if record["split"] == "validation"]
+        )
         self._validate = objective.make_validation()
         self._saved_at = self._validated_at = time.monotonic()
         self._validation_seconds = 0.0
@@ -153,13 +201,29 @@ class _Trainer:
         self._window: list[Any] = []  # metrics of the steps since the last line of the log
         self._compile_later()
 
+    def _restored(self, fresh: TrainState) -> tuple[TrainState, int]:
+        """The newest checkpoint of process 0, or the fresh state; equal on all devices."""
+        found: list[tuple[TrainState, int]] = []
+
+        def restore():
+            found.append(self._checkpoints.restore_latest(fresh) or (fresh, 0))
+            return found[0][1]
+
+        step = distributed.from_first(restore)
+        state = found[0][0] if found else fresh
+        return (distributed.broadcast(state) if step else state), step
+
     def _compile_later(self) -> None:
         self._parallel_step = self._compile_step(int(self.state.num_terms))
         self._is_compiled = False
 
-    def take_step(self, batch: Any) -> None:
-        """Updates the state by one batch; the first call compiles, which the times of the log leave out."""
-        self.state, metrics = self._parallel_step(self.state, batch)
+    def take_step(self, batch: Any, received: signal.Signals | None) -> None:
+        """Updates the state by one batch; the first call compiles, which the times of the log leave out.
+
+        Args:
+            received: Signal that asks this process to stop.
+        """
+        self.state, metrics = self._agreement.take(self._parallel_step, self.state, batch, self._wishes(received))
         self._window.append(metrics)
         if self._is_compiled:
             self._timed_steps += 1
@@ -202,10 +266,14 @@ class _Trainer:
         is_late = self._writer.elapsed_s + self._validation_seconds >= self._limit_s
         return bool(self._limit_s) and is_late and self.step > self._first_step
 
-    @property
-    def is_save_due(self) -> bool:
-        """Whether a line of the log has just been written and the last checkpoint is old."""
-        return not self._window and time.monotonic() - self._saved_at > SAVE_SECONDS
+    def granted(self, received: signal.Signals | None) -> set[Wish]:
+        """What all processes do after this step."""
+        return self._agreement.granted(self._wishes(received))
+
+    def _wishes(self, received: signal.Signals | None) -> set[Wish]:
+        """To stop at a signal, and to save if a line of the log has just been written and the last checkpoint is old."""
+        is_save_due = not self._window and time.monotonic() - self._saved_at > SAVE_SECONDS
+        return wish_of(received) | ({Wish.SAVE} if is_save_due else set())
 
     def log(self) -> dict[str, float]:
         """Writes the means over the steps since the last line of the log, and returns them."""
@@ -271,7 +339,9 @@ class _Trainer:
         self._save(None)
 
     def _save(self, metric: float | None) -> None:
-        self._checkpoints.save(self.step, self.state, metric=metric)
+        parallel.check_equal_on_all_devices(self.state)
+        if distributed.is_first():
+            self._checkpoints.save(self.step, self.state, metric=metric)
         self._window_start = self._saved_at = time.monotonic()
 
 
@@ -301,8 +371,8 @@ def build_objective(config: Config, data: DataSet, spec: Spec | None = None) -> 
 
 
 def batches(config: Config, examples: Any, first_step: int) -> Iterator[Any]:
-    """The batch of every step from ``first_step`` on, split over the local devices; placeholders for endless data."""
+    """This process's share of the batch of every step from ``first_step`` on; placeholders for endless data."""
     size = config.training.batch_size
     if examples is None:
-        return itertools.repeat(parallel.shard(np.zeros(size, np.float32)))
+        return itertools.repeat(parallel.shard(parallel.own_share(np.zeros(size, np.float32))))
     return device_batches(examples, seed=config.seed, batch_size=size, first_step=first_step)

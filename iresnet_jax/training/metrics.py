@@ -105,6 +105,27 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
         return self._events
 
 
+class NoWriter(contextlib.AbstractContextManager["NoWriter"]):
+    """Takes measurements as `MetricWriter` does and writes nothing, in a process whose measurements another one writes."""
+
+    def __init__(self):
+        self._start = time.monotonic()
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat], *, split: str = "train") -> None:
+        """Does nothing."""
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since this process began to train."""
+        return time.monotonic() - self._start
+
+    def truncate_after(self, step: int) -> None:
+        """Does nothing."""
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Has nothing to close."""
+
+
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Reads what `MetricWriter` wrote, in that order.
 

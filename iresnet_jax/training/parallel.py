@@ -1,15 +1,17 @@
-"""Data parallelism over the local devices: the only file that mentions ``jax.pmap``.
+"""Data parallelism over the devices of all processes: the only file that mentions ``jax.pmap``.
 
 A step is written for one device and its share of the batch, and averages over ``AXIS`` with ``jax.lax.pmean``. Its results
 under ``jax.pmap`` (many devices) and ``jax.vmap(..., axis_name=AXIS)`` (one device, in tests) are equal. The state goes in and
 out without a device axis. If a ``pmean`` is forgotten, pmap returns the first device's value and vmap raises: test every step
 under both.
+
+Devices are in the order of their processes, so a process's share of a batch is contiguous. A process that has parted from the
+others (`distributed.ending_together`) goes on with its own devices.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,17 +23,18 @@ from jaxtyping import Array, PRNGKeyArray, Shaped
 from iresnet_jax.data.batches import eval_batches
 
 AXIS = "batch"
+_is_alone = False
 
 
 def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """Compiles a training step for all local devices.
+    """Compiles a training step for all devices of all processes.
 
     Args:
         step_fn: ``(state, batch) -> (state, metrics)`` on one device's share of the batch. All it returns must be equal on all
             devices: ``pmean`` the loss, the gradients and all statistics over ``AXIS``.
 
     Returns:
-        The same function for a batch from `shard`. It donates the state that it is given.
+        The same function for this process's share of a batch, from `shard`. It donates the state that it is given.
 
     Example:
         >>> def step_fn(state, batch):
@@ -39,22 +42,73 @@ def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any
         >>> step = parallelize(step_fn)
         >>> state, metrics = step(jnp.zeros(()), shard(np.ones((8, 2), np.float32)))
     """
-    mapped = jax.pmap(step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=(0,))
+    mapped = jax.pmap(
+        step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=(0,), devices=_devices()
+    )
     return lambda state, batch: mapped(_replicate(state, batch), batch)
 
 
-@functools.lru_cache(maxsize=64)
 def parallelize_eval(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Compiles an evaluation of examples for all local devices; the same function twice gives one result, which compiles once.
+    """Compiles an evaluation of examples for all devices; the same function twice compiles once.
 
     Args:
         fn: ``(state, batch) -> outputs`` on one device's share; the first axis of every output counts its examples.
 
     Returns:
-        The same function for a batch from `shard`; `unshard` joins its outputs. The state is not donated.
+        The same function for this process's share of a batch, from `shard`; it returns the outputs of the whole batch, on the
+        host. The state is not donated.
     """
-    mapped = jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=0)
-    return lambda state, batch: mapped(_replicate(state, batch), batch)
+    return functools.partial(_evaluate, fn)
+
+
+def _evaluate(fn, state, batch):
+    if num_processes() == 1:
+        outputs = _mapped_eval(fn, None)(_replicate(state, batch), batch)
+        return jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), jax.device_get(outputs))
+    return jax.device_get(_mapped_eval(fn, _devices())(_replicate(state, batch), batch))
+
+
+@functools.lru_cache(maxsize=64)
+def _mapped_eval(fn, devices):
+    if devices is None or num_processes() == 1:
+        return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=0, devices=devices)
+
+    def gathered(state, batch):  # a process can read the outputs of its own devices only
+        return jax.lax.all_gather(fn(state, batch), AXIS, tiled=True)
+
+    return jax.pmap(gathered, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+
+
+def num_processes() -> int:
+    """Processes that share a batch."""
+    return 1 if _is_alone else jax.process_count()
+
+
+def all_devices() -> int:
+    """Devices that share a batch, over all processes."""
+    return jax.local_device_count() if _is_alone else jax.device_count()
+
+
+def go_on_alone() -> None:
+    """From now on this process uses its own devices only; see `distributed.ending_together`."""
+    global _is_alone
+    _is_alone = jax.process_count() > 1
+    _mapped_eval.cache_clear()
+
+
+def _devices() -> tuple[Any, ...] | None:
+    """All devices by process; None is JAX's own choice, all local ones, where there is one process."""
+    if jax.process_count() == 1:
+        return None
+    return tuple(
+        jax.local_devices() if _is_alone else sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    )
+
+
+def own_share(indices: Any) -> Any:
+    """This process's share of the places of a batch."""
+    count = num_processes()
+    return indices if count == 1 else indices.reshape(count, -1)[jax.process_index()]
 
 
 def shard(batch: Any, *, num_devices: int | None = None) -> Any:
@@ -80,11 +134,6 @@ def shard(batch: Any, *, num_devices: int | None = None) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape((num_devices, size // num_devices, *leaf.shape[1:])), batch)
 
 
-def unshard(outputs: Any) -> Any:
-    """Joins the shares of all devices on the host: ``(num_devices, n_local, ...)`` becomes ``(n, ...)``."""
-    return jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), jax.device_get(outputs))
-
-
 def over_batches(
     evaluate: Callable[[Any, Any], Any],
     state: Any,
@@ -102,16 +151,15 @@ def over_batches(
         batch_of: Function that makes a pytree of the examples in given places.
         num_examples: Number of all examples.
         batch_size: Most examples at once; rounded up to a multiple of the number of devices.
-        num_devices: Devices to use, from the first; all local ones by default.
+        num_devices: Devices of this process to use, from the first; all by default.
 
     Returns:
         The outputs of all examples in order, on the host.
     """
-    parts, multiple = [], jax.local_device_count()
+    parts, multiple = [], all_devices()
     size = -(-min(batch_size, num_examples) // multiple) * multiple
     for indices, mask in eval_batches(num_examples, size):
-        batch = shard(batch_of(indices), num_devices=num_devices)
-        outputs = unshard(evaluate(state, batch))
+        outputs = evaluate(state, shard(batch_of(own_share(indices)), num_devices=num_devices))
         parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outputs))
     return jax.tree.map(lambda *values: np.concatenate(values), *parts)
 
@@ -138,6 +186,48 @@ def example_keys(key: PRNGKeyArray, local_batch_size: int, *, axis_name: str | N
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(first + jnp.arange(local_batch_size))
 
 
+def check_equal_on_all_devices(state: Any) -> None:
+    """Raises a RuntimeError that names the first array of a training state of which a device holds other bits than the first.
+
+    All devices compute the same update of the same state. One that errs, or a process with another library, trains a model of
+    its own that nothing else shows, since gradients are averaged.
+    """
+    if all_devices() == 1:
+        return
+    share = jnp.zeros((jax.local_device_count(), 1))
+    sums = np.asarray(_mapped_checksums(_devices())(_replicate(state, share), share))
+    differing = np.argwhere(sums != sums[:1])
+    if len(differing):
+        device, leaf = differing[np.argmin(differing[:, 1])]
+        name = jax.tree_util.keystr(jax.tree_util.tree_flatten_with_path(state)[0][leaf][0], simple=True, separator="/")
+        raise RuntimeError(
+            f"{name} differs between device 0 and device {device}: a device or its host is faulty or runs other software; the "
+            "last checkpoint is from before, so leave that host out and give the same command again"
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _mapped_checksums(devices):
+    def checksums(state, _):
+        return jax.lax.all_gather(jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(state)]), AXIS)
+
+    return jax.pmap(checksums, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+
+
+def _checksum(x: Array) -> Array:
+    """A sum of an array's bits that every bit changes, and a swap of two entries nearly always."""
+    bits = (
+        x.astype(jnp.uint32)
+        if x.dtype == bool
+        else jax.lax.bitcast_convert_type(x, _UINTS[x.dtype.itemsize]).astype(jnp.uint32)
+    )
+    mixed = (bits.reshape(-1) ^ jnp.uint32(0x9E3779B9)) * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1)
+    return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
+
+
+_UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
+
+
 def on_first_device(tree: Any) -> Any:
     """Arrays that are equal on all devices, on the first one alone.
 
@@ -147,19 +237,9 @@ def on_first_device(tree: Any) -> Any:
     return jax.device_put(tree, jax.local_devices()[0])
 
 
-def check_single_process() -> None:
-    """Raises a ValueError if `jax.distributed` joins several processes, or the environment names their coordinator."""
-    coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if coordinator or jax.process_count() > 1:
-        got = f"JAX_COORDINATOR_ADDRESS={coordinator}" if coordinator else f"{jax.process_count()} JAX processes"
-        raise ValueError(
-            f"training runs in a single process, on all devices of one machine, got {got}: do without jax.distributed"
-        )
-
-
 def check_global_batch_size(global_batch_size: int) -> None:
     """Raises a ValueError unless the size is a positive multiple of the number of devices."""
-    _check_divisible(global_batch_size, jax.device_count())
+    _check_divisible(global_batch_size, all_devices())
 
 
 def _replicate(state: Any, batch: Any) -> Any:

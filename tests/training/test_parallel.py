@@ -7,13 +7,12 @@ import pytest
 
 from iresnet_jax.training.parallel import (
     AXIS,
+    check_equal_on_all_devices,
     check_global_batch_size,
-    check_single_process,
     example_keys,
     parallelize,
     parallelize_eval,
     shard,
-    unshard,
 )
 
 RTOL = 1e-5  # float32 means over the same numbers, summed in another order
@@ -105,7 +104,7 @@ def test_eval_returns_examples_in_their_order_and_keeps_the_state():
     evaluate = parallelize_eval(lambda state, batch: {"sum": state + batch.sum(axis=1), "same": batch})
     state = jnp.float32(10.0)
     for num_devices in (1, 2):
-        outputs = unshard(evaluate(state, shard(x, num_devices=num_devices)))
+        outputs = evaluate(state, shard(x, num_devices=num_devices))
         np.testing.assert_array_equal(outputs["sum"], 10 + x.sum(axis=1))
         np.testing.assert_array_equal(outputs["same"], x)
     assert not state.is_deleted()
@@ -122,17 +121,17 @@ def test_example_keys_do_not_depend_on_the_number_of_devices(make_key):
 
     for num_devices in (1, 2):
         batch = shard(np.zeros(6), num_devices=num_devices)
-        np.testing.assert_array_equal(unshard(parallelize_eval(keys_of)(0, batch)), expected)
+        np.testing.assert_array_equal(parallelize_eval(keys_of)(0, batch), expected)
     in_notebook = jax.jit(lambda: jax.random.key_data(example_keys(key, 6, axis_name=None)))()
     np.testing.assert_array_equal(in_notebook, expected)
 
 
-def test_shares_are_contiguous_and_unshard_joins_them():
+def test_shares_are_contiguous():
     batch = {"x": np.arange(12).reshape(4, 3), "y": np.arange(4)}
     shares = shard(batch)
     assert shares["x"].shape == (2, 2, 3)
     np.testing.assert_array_equal(shares["y"], [[0, 1], [2, 3]])
-    jax.tree.map(np.testing.assert_array_equal, unshard(shares), batch)
+    np.testing.assert_array_equal(shares["x"][1], batch["x"][2:])
 
 
 def test_batches_that_cannot_be_shared_out_say_what_would_do():
@@ -147,12 +146,18 @@ def test_batches_that_cannot_be_shared_out_say_what_would_do():
     check_global_batch_size(64)
 
 
-def test_more_processes_than_one_are_refused(monkeypatch):
-    check_single_process()
-    with monkeypatch.context() as patch:
-        patch.setattr(jax, "process_count", lambda: 4)
-        with pytest.raises(ValueError, match="runs in a single process, on all devices of one machine, got 4 JAX processes"):
-            check_single_process()
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "node0:1234")
-    with pytest.raises(ValueError, match="got JAX_COORDINATOR_ADDRESS=node0:1234"):
-        check_single_process()
+def test_a_difference_between_devices_is_found_and_named():
+    placement = jax.sharding.NamedSharding(jax.sharding.Mesh(jax.local_devices(), (AXIS,)), jax.sharding.PartitionSpec())
+
+    def on_devices(*copies):
+        copies = [jax.device_put(copy, device) for copy, device in zip(copies, jax.local_devices(), strict=True)]
+        return jax.make_array_from_single_device_arrays(copies[0].shape, placement, copies)
+
+    same = np.arange(6, dtype=np.float32)
+    swapped, negated = same[[0, 2, 1, 3, 4, 5]], np.where(same == 0, -0.0, same).astype(np.float32)
+    state = {"params": {"first": on_devices(same, same), "second": on_devices(same, same)}, "step": jnp.int32(3)}
+    check_equal_on_all_devices(state)
+    for other in (swapped, negated, np.nextafter(same, 9)):
+        state["params"]["second"] = on_devices(same, other)
+        with pytest.raises(RuntimeError, match="params/second differs between device 0 and device 1"):
+            check_equal_on_all_devices(state)

@@ -1,0 +1,185 @@
+"""Several processes train as one does, on the same devices to the bit; what ends one of them ends all, in one sentence each."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from iresnet_jax.training import distributed, loop, parallel
+from iresnet_jax.training.checkpoints import load_named
+from iresnet_jax.training.metrics import read_metrics
+
+ROUNDING = 2e-5  # float32 sums over another number of devices, amplified by 40 steps
+SPARSE = {"training.total_steps": 40, "training.eval_every_steps": 20}
+OBJECTIVES = ("toy", "classifier", "hybrid")
+LONG = {"training.total_steps": 100_000, "training.eval_every_steps": 100_000}
+PROGRAM = Path(__file__).with_name("one_of_several.py")
+DEADLINE_S = 60
+ADVICE = "the same command on all processes, or on fewer, goes on from the last checkpoint"
+
+
+def start(num_processes, trainings, *, num_devices=1, **settings):
+    """Starts all processes of a run, on simulated devices each."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    flags = jax_flags(num_devices)
+    environment = {**runs.environment(), "PYTHONPATH": f"{runs.ROOT}:{runs.ROOT / 'tests'}", "XLA_FLAGS": flags}
+    given = json.dumps({"trainings": trainings, **settings})
+    commands = [
+        [sys.executable, "-W", "ignore", str(PROGRAM), address, str(num_processes), str(process), given]
+        for process in range(num_processes)
+    ]
+    return [
+        subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for command in commands
+    ]
+
+
+def jax_flags(num_devices):
+    others = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    return " ".join([*others, f"--xla_force_host_platform_device_count={num_devices}"])
+
+
+def finish(processes):
+    """Exit statuses, and what was said on stderr, transports' own lines left out."""
+    said = [process.communicate(timeout=4 * DEADLINE_S)[1] for process in processes]
+    own = [[line for line in text.splitlines() if not line.startswith("[Gloo]")] for text in said]
+    return [process.returncode for process in processes], own
+
+
+def await_step(workdir, step, processes):
+    """Waits until a run has logged a step."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not any(record["step"] >= step and record["split"] == "train" for record in read_metrics(workdir)):
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes), finish(processes)
+        time.sleep(0.1)
+
+
+def final(workdir):
+    """Step and arrays of the newest checkpoint."""
+    path = max((Path(workdir) / "checkpoints").glob("*.npz"), key=lambda path: int(path.stem))
+    return int(path.stem), load_named(path)
+
+
+def logs(workdir):
+    """What a run measured, without times."""
+    kept = [{k: v for k, v in record.items() if "second" not in k and k != "wall_time_s"} for record in read_metrics(workdir)]
+    return [record for record in kept if record["split"] != "timing"]
+
+
+def assert_close(found, expected):
+    (step, arrays), (expected_step, expected_arrays) = found, expected
+    assert step == expected_step
+    for name, array in expected_arrays.items():
+        scale = max(float(np.abs(array).max(initial=0)), 1e-3)
+        np.testing.assert_allclose(arrays[name].astype(float), array.astype(float), rtol=0, atol=ROUNDING * scale, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folders of the same trainings by two processes with a device each, and by one process with two."""
+    folder = tmp_path_factory.mktemp("trained")
+    processes = start(2, [[name, f"{folder}/{name}-two", SPARSE] for name in OBJECTIVES])
+    for name in OBJECTIVES:
+        loop.train(runs.config_of(runs.CONFIGS[name], **SPARSE), folder / f"{name}-one")
+    assert finish(processes) == ([0, 0], [[], []])
+    return folder
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_two_processes_train_like_one_with_as_many_devices(trained, name):
+    assert jax.local_device_count() == 2
+    assert final(trained / f"{name}-two")[0] == 40
+    assert_close(final(trained / f"{name}-two"), final(trained / f"{name}-one"))
+    for found, expected in zip(logs(trained / f"{name}-two"), logs(trained / f"{name}-one"), strict=True):
+        assert found.pop("split") == expected.pop("split")
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_signal_to_one_process_saves_the_same_step_and_ends_both(tmp_path):
+    processes = start(2, [["toy", str(tmp_path), LONG]])
+    await_step(tmp_path, 3, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    statuses, said = finish(processes)
+    assert statuses == [128 + signal.SIGTERM] * 2
+    step, _ = final(tmp_path)
+    sentence = f"stopped by SIGTERM after step {step} of {LONG['training.total_steps']}: the same command goes on from it"
+    assert said == [[sentence], ["SIGTERM: saving after this step; a second signal stops at once", sentence]]
+
+
+def test_one_process_goes_on_where_two_were(trained, tmp_path):
+    shutil.copytree(trained / "toy-two", tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "40.npz").unlink()
+    loop.train(runs.config_of(runs.CONFIGS["toy"], **SPARSE), tmp_path / "run")
+    assert_close(final(tmp_path / "run"), final(trained / "toy-one"))
+
+
+def test_two_processes_go_on_where_one_was_though_the_folder_is_that_of_process_0(trained, tmp_path):
+    shutil.copytree(trained / "toy-one", tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "40.npz").unlink()
+    there, elsewhere = (["toy", str(tmp_path / name), SPARSE] for name in ("run", "elsewhere"))
+    assert finish(start(2, [there], other=elsewhere)) == ([0, 0], [[], []])
+    assert_close(final(tmp_path / "run"), final(trained / "toy-one"))
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_process_that_is_killed_ends_the_other_with_its_name(tmp_path):
+    processes = start(2, [["toy", str(tmp_path), LONG]], lost_s=3.0)
+    await_step(tmp_path, 3, processes)
+    processes[1].kill()
+    statuses, said = finish(processes)
+    assert statuses == [distributed.LOST, -signal.SIGKILL]
+    assert said[0] == [f"process 1 has given no sign of life for 3 s: {ADVICE}"]
+
+
+def test_a_process_that_fails_alone_ends_the_other_with_its_reason(tmp_path):
+    processes = start(2, [["toy", str(tmp_path), LONG]])
+    await_step(tmp_path, 3, processes)
+    checkpoints = tmp_path / "checkpoints"
+    for file in checkpoints.glob("*"):
+        file.unlink()
+    if checkpoints.exists():
+        checkpoints.rmdir()
+    checkpoints.write_text("a file where process 0 wants to write")
+    processes[1].send_signal(signal.SIGTERM)
+    statuses, said = finish(processes)
+    assert statuses == [2, 2]
+    assert "error: the checkpoint of step" in said[0][-1]
+    assert said[1][-1].startswith("process 0 failed: the checkpoint of step")
+
+
+def test_what_processes_must_have_alike_is_compared(tmp_path):
+    processes = start(
+        2, [["toy", str(tmp_path), {"training.batch_size": 16}]], other=["toy", str(tmp_path), {"training.batch_size": 32}]
+    )
+    statuses, said = finish(processes)
+    assert statuses == [2, 2]
+    assert all("process 1 has another config than process 0" in " ".join(lines) for lines in said)
+
+
+def test_minutes_are_for_one_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(parallel, "num_processes", lambda: 2)
+    with pytest.raises(ValueError, match=r"minutes must be 0 with 2 processes, whose clocks differ, got 1\.0"):
+        loop.train(runs.config_of(runs.CONFIGS["toy"], **{"training.minutes": 1.0}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_and_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="several processes need --num_processes and --process_id too"):
+        distributed.initialize("localhost:1")
+    with pytest.raises(ValueError, match=r"--process_id must lie in \[0, 2\) .* got 2 and 2"):
+        distributed.initialize("localhost:1", 2, 2)
+    distributed.initialize()
+    assert jax.process_count() == 1
