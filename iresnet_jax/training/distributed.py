@@ -36,7 +36,7 @@ LOST = 75  # exit status: "try again later" among those of sysexits.h
 _FAILED = 2  # exit status, as of a mistake in a process on its own
 _OF_TRANSPORTS = ("Gloo", "NCCL", "RCCL", "collective", "coordination service", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 _BEAT_S = 1.0
-_DONE = "done"
+_DONE, _UNREACHABLE = "done", "process 0, which coordinates the others, cannot be reached"
 _BEATS, _ENDS, _RESULTS = "iresnet/beats/", "iresnet/ends/", "iresnet/results/"
 _FAILURES = {kind.__name__: kind for kind in (ValueError, RuntimeError, OSError)}
 _numbers = itertools.count()  # of results, in the same order in all processes
@@ -188,12 +188,13 @@ def _leave() -> None:
 
 
 class _Watcher:
-    """A thread that shows the other processes that this one lives, and ends it with a sentence if one of them does not."""
+    """Threads that show the other processes that this one lives, and end it with a sentence if one of them does not."""
 
     def __init__(self, client: Any, index: int, count: int):
         self._client, self._index, self._count = client, index, count
-        self._stopped = threading.Event()
+        self._stopped, self._heard_at = threading.Event(), time.monotonic()
         self._thread = threading.Thread(target=self._watch, name="processes", daemon=True)
+        threading.Thread(target=self._watch_the_store, name="coordinator", daemon=True).start()
         interruption.before_leaving(lambda number: self.announce(f"was stopped by {signal.Signals(number).name}", 128 + number))
         self._thread.start()
 
@@ -230,9 +231,9 @@ class _Watcher:
                 counts = dict(self._client.key_value_dir_get(_BEATS))
                 ends = dict(self._client.key_value_dir_get(_ENDS))
             except Exception:  # whatever the transport raises
-                self._end("process 0, which coordinates the others, cannot be reached", LOST)
+                self._end(_UNREACHABLE, LOST)
                 return
-            now = time.monotonic()
+            self._heard_at = now = time.monotonic()
             for process in range(self._count):
                 if (text := ends.get(f"{_ENDS}{process}", _DONE)) != _DONE:
                     end = json.loads(text)
@@ -244,6 +245,17 @@ class _Watcher:
                 elif process != self._index and now - seen[process][1] > LOST_S:
                     self._end(f"process {process} has given no sign of life for {LOST_S:.0f} s", LOST)
                     return
+
+    def _watch_the_store(self) -> None:
+        """Ends this process if the store, which has no deadlines, does not answer: its host may hang."""
+        checked_at = time.monotonic()
+        while not self._stopped.wait(_BEAT_S):
+            now = time.monotonic()
+            if now - checked_at > 10 * _BEAT_S:  # this process itself was suspended
+                self._heard_at = now
+            elif now - self._heard_at > LOST_S:
+                self._end(_UNREACHABLE, LOST)
+            checked_at = now
 
     def _end(self, reason: str, status: int) -> None:
         """Ends this process, which may be waiting in native code for one that is gone."""

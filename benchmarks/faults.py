@@ -1,0 +1,195 @@
+"""Whether a run of two processes survives what can happen to one of them: it must end cleanly, and go on to the same result.
+
+    python benchmarks/faults.py [--faults 25] [--quick]
+
+Each fault hits process 0 or 1 of a run on a moon-shaped toy while it compiles, takes steps, validates or saves:
+
+    SIGKILL    the process is gone at once, as when memory runs out
+    SIGTERM    a scheduler asks it to stop
+    SIGSTOP    it hangs for longer than the others wait for a sign of life; then it goes on, and has to find that out itself
+
+A clean end is one within `END_S` seconds after which no process is left. Then the same command is given on both, and the final
+parameters must be those of a run without faults, to the last bit. Nothing is repaired by hand in between. Statuses are those of
+`iresnet_jax.training.distributed`; "JAX" counts ends by JAX's own words, where process 0 and its coordinator are gone.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from _record import parser, table, write
+
+from iresnet_jax.training.checkpoints import load_named
+from iresnet_jax.training.config import default_config, parse
+from iresnet_jax.training.metrics import read_metrics
+
+END_S, START_S = 60.0, 120.0  # seconds
+TOTAL_STEPS, EVAL_EVERY = 200, 10
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
+MOMENTS = ("compiling", "stepping", "validating", "saving")
+ABORTED = -signal.SIGABRT
+ROOT = Path(__file__).parents[1]
+
+
+def config():
+    """Settings of a small run that validates and saves often."""
+    settings = default_config()
+    settings.data.name = "moons"
+    settings.model.stages = ({"num_blocks": 4, "hidden": (32, 32)},)
+    settings.preprocessing.transform = "none"
+    settings.training.update(
+        {"total_steps": TOTAL_STEPS, "eval_every_steps": EVAL_EVERY, "log_every_steps": 1, "batch_size": 64, "blocks": "scan"}
+    )
+    return parse(settings)
+
+
+def work(coordinator, process, workdir):
+    """Trains as one of two processes."""
+    from absl import logging
+
+    from iresnet_jax.training import distributed, interruption
+    from iresnet_jax.training.command_line import explain_failures
+    from iresnet_jax.training.loop import train
+
+    def run():
+        distributed.initialize(coordinator, 2, process)
+        logging.set_verbosity(logging.WARNING)
+        with distributed.ending_together():
+            train(config(), workdir)
+        return 0
+
+    interruption.end_at_signals("the same command goes on from the last checkpoint")
+    return explain_failures(run)
+
+
+class Pair:
+    """The two processes of a run."""
+
+    def __init__(self, workdir):
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            coordinator = f"localhost:{probe.getsockname()[1]}"
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        command = [sys.executable, "-W", "ignore", __file__, "--worker", coordinator]
+        self.workdir = workdir
+        self.logs = [tempfile.TemporaryFile(mode="w+") for _ in range(2)]
+        self.processes = [
+            subprocess.Popen([*command, str(number), str(workdir)], env=environment, stdout=log, stderr=log)
+            for number, log in enumerate(self.logs)
+        ]
+
+    def reach(self, moment, rng):
+        """Waits for a moment of the run."""
+        deadline, step = time.monotonic() + START_S, rng.randrange(EVAL_EVERY + 1, TOTAL_STEPS // 2)
+        if moment == "compiling":
+            time.sleep(rng.uniform(4, 8))
+            return
+        while time.monotonic() < deadline and all(process.poll() is None for process in self.processes):
+            records = read_metrics(self.workdir)
+            logged = max((record["step"] for record in records if record["split"] == "train"), default=0)
+            validated = max((record["step"] for record in records if record["split"] == "validation"), default=0)
+            if moment == "stepping" and logged >= step and logged % EVAL_EVERY:
+                return
+            if moment == "validating" and logged >= step and logged % EVAL_EVERY == 0 and validated < logged:
+                return
+            if moment == "saving" and logged >= step and validated == logged and logged % EVAL_EVERY == 0:
+                return
+            time.sleep(0.001)
+
+    def end(self, within):
+        """Exit statuses; None for a process that did not end in time and was killed."""
+        deadline, statuses = time.monotonic() + within, []
+        for process in self.processes:
+            try:
+                statuses.append(process.wait(max(deadline - time.monotonic(), 0.1)))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                statuses.append(None)
+        return statuses
+
+    def said(self):
+        """The last own line of each process."""
+        lines = []
+        for log in self.logs:
+            log.seek(0)
+            lines.append(next((line for line in reversed(log.read().splitlines()) if not line.startswith(("[Gloo]", " "))), ""))
+        return lines
+
+
+def newest(workdir):
+    """Step and arrays of the newest checkpoint."""
+    path = max((workdir / "checkpoints").glob("*.npz"), key=lambda path: int(path.stem))
+    return int(path.stem), load_named(path)
+
+
+def is_same(workdir, expected):
+    """Whether a run has ended with these parameters, to the last bit."""
+    (step, found), (last, arrays) = newest(workdir), expected
+    return step == last and all(np.array_equal(found[name], array, equal_nan=True) for name, array in arrays.items())
+
+
+def try_fault(number, folder, expected):
+    """One fault, the end that it makes, and how the run goes on."""
+    rng = random.Random(number)
+    sent, moment = SIGNALS[number % len(SIGNALS)], MOMENTS[number // len(SIGNALS) % len(MOMENTS)]
+    victim = (number + number // (len(SIGNALS) * len(MOMENTS))) % 2
+    pair = Pair(folder / str(number))
+    pair.reach(moment, rng)
+    began = time.monotonic()
+    pair.processes[victim].send_signal(sent)
+    if sent == signal.SIGSTOP:
+        other = pair.processes[1 - victim]
+        while other.poll() is None and time.monotonic() < began + END_S:
+            time.sleep(0.1)
+        pair.processes[victim].send_signal(signal.SIGCONT)
+    statuses = pair.end(max(began + END_S - time.monotonic(), 10.0))
+    seconds, said = time.monotonic() - began, pair.said()
+    again = Pair(folder / str(number))
+    resumed = again.end(4 * START_S)
+    fault = {"signal": sent.name, "moment": moment, "process": victim}
+    return {
+        **fault,
+        "statuses": statuses,
+        "said": said,
+        "seconds": seconds,
+        "ended": None not in statuses and seconds < END_S,
+        "by_jax": ABORTED in statuses,
+        "resumed": resumed == [0, 0] and is_same(folder / str(number), expected),
+    }
+
+
+def main():
+    """Tries all faults and writes the record."""
+    command = parser(__doc__)
+    command.add_argument("--faults", type=int, default=25, help="how many (25)")
+    arguments = command.parse_args()
+    num_faults = min(arguments.faults, 2) if arguments.quick else arguments.faults
+    with tempfile.TemporaryDirectory() as folder:
+        assert Pair(Path(folder) / "without").end(4 * START_S) == [0, 0]
+        expected = newest(Path(folder) / "without")
+        found = []
+        for number in range(num_faults):
+            found.append(try_fault(number, Path(folder), expected))
+            print(json.dumps(found[-1]), flush=True)
+    keys = ("signal", "moment", "process", "statuses", "ended", "by_jax", "resumed")
+    print(table([[fault[key] for key in keys] + [f"{fault['seconds']:.0f}"] for fault in found], [*keys, "seconds"]))
+    counts = {key: sum(fault[key] for fault in found) for key in ("ended", "by_jax", "resumed")}
+    ends = f"{counts['ended']} ended within {END_S:.0f} s ({counts['by_jax']} by JAX)"
+    print(f"{len(found)} faults: {ends}, {counts['resumed']} resumed")
+    settings = {"end_s": END_S, "total_steps": TOTAL_STEPS, "eval_every_steps": EVAL_EVERY}
+    write("faults", arguments, settings, {"summary": {"faults": len(found), **counts}, "faults": found})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        sys.exit(work(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])))
+    main()
