@@ -86,7 +86,8 @@ def dense_norms(kernels, image, strides, padding):
 
 
 def bounds_of(kernels, image, **options):
-    bound = jax.jit(jax.vmap(lambda kernel: certify.conv_norm_bound(kernel, image, **options)))
+    """One after the other: a batch of them would be traced again, function by function."""
+    bound = jax.jit(lambda kernels: jax.lax.map(lambda kernel: certify.conv_norm_bound(kernel, image, **options), kernels))
     return np.asarray(bound(jnp.asarray(kernels)))
 
 
