@@ -189,7 +189,7 @@ def _for_vectors(data: DataSet, objective: str) -> dict[str, dict[str, Any]]:
     # Likelier than 1e-2 by .15 to .3 nats on validation points of the ridges of benchmarks/tabular.py, 4e-2 less likely.
     many_rate = 2e-2 if is_exact and objective == "density" and not conditional else 1e-2
     return {
-        "model": {"stages": [stage], "coeff": 0.97, "prior": prior, "last_scale": 0.1 if few else 1.0},
+        "model": {"stages": [stage], "coeff": 0.97, "prior": prior, "last_scale": 0.1 if few else 1.0, "sharp": not few},
         "preprocessing": {"transform": transform},
         "logdet": exact,
         "hybrid": {"weight": HYBRID_WEIGHT, "fitted_priors": True},

@@ -185,13 +185,16 @@ def check_context(context_dim: int, batch_size: int, context: Float[Array, "..."
         raise ValueError(f"the model takes a context of shape (batch, {context_dim}), got {found}")
 
 
-def initial_weights(spec: BranchSpec, key: Array, *, last_scale: float = 1.0) -> Weights:
-    """Random kernels with variance ``1 / fan_in``, zero biases.
+def initial_weights(spec: BranchSpec, key: Array, *, last_scale: float = 1.0, sharp: bool = False) -> Weights:
+    r"""Random kernels with variance ``1 / fan_in``, zero biases.
 
     Args:
         spec: The architecture.
         key: Source of randomness.
         last_scale: Factor on the last layer; small values start the block near the identity.
+        sharp: Whether activations are as much sharper as the constraint makes their inputs smaller. A random layer from ``n``
+            to ``m`` units has the norm ``1 + sqrt(m / n)`` times the size of an output (Marchenko and Pastur 1967); divided by
+            it, its outputs are so small that an activation of constant sharpness is nearly linear on them.
     """
     activation = activations.get(spec.activation)
     weights: dict[str, dict[str, Array]] = {}
@@ -203,7 +206,12 @@ def initial_weights(spec: BranchSpec, key: Array, *, last_scale: float = 1.0) ->
             "bias": jnp.zeros((*layer.in_shape[:-1], cout) if spec.positional_bias else (cout,)),
         }
         if layer.activated and activation.initial_beta is not None:
-            weights[layer.name]["beta"] = jnp.full((), activation.initial_beta, jnp.result_type(float))
+            beta = activation.initial_beta
+            if sharp and i > 0:
+                *before, width = spec.layers[i - 1].kernel_shape
+                sharpness = math.log1p(math.exp(beta)) * (1 + math.sqrt(width / math.prod(before)))
+                beta = math.log(math.expm1(sharpness))  # of which the activation takes the softplus
+            weights[layer.name]["beta"] = jnp.full((), beta, jnp.result_type(float))
         if spec.context_dim:
             key_context = jax.random.fold_in(layer_key, 1)
             scale /= math.sqrt(spec.context_dim / math.prod(fan_in))  # variance 1 / context_dim

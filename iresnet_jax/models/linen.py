@@ -30,12 +30,14 @@ class Blocks(nn.Module):
         stage: The stage.
         last_scale: Initial factor on a branch's last layer.
         constrained: Whether the constraint holds; False for an ordinary residual network.
+        sharp: Whether activations start sharper, see `initial_weights`.
     """
 
     flow: FlowSpec
     stage: Stage
     last_scale: float = 1.0
     constrained: bool = True
+    sharp: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b ..."]:
@@ -46,7 +48,7 @@ class Blocks(nn.Module):
             return lambda key: jax.vmap(create)(jax.random.split(key, num_blocks))
 
         weights = {}
-        initial = stack(lambda key: initial_weights(branch, key, last_scale=self.last_scale))
+        initial = stack(lambda key: initial_weights(branch, key, last_scale=self.last_scale, sharp=self.sharp))
         for layer in branch.layers:
             weights[layer.name] = self.param(layer.name, lambda key, name=layer.name: initial(key)[name])
         vectors = stack(lambda key: constraint.initial_vectors(branch, key))(self.make_rng("params"))
@@ -68,12 +70,13 @@ class StageModule(nn.Module):
     stage: Stage
     last_scale: float = 1.0
     constrained: bool = True
+    sharp: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b ..."]:
         """The stage's output for what the stage before hands on, see `Blocks`."""
         x = chain(self.stage.entry).forward(x)
-        return Blocks(self.flow, self.stage, self.last_scale, self.constrained, name="blocks")(x, context)
+        return Blocks(self.flow, self.stage, self.last_scale, self.constrained, self.sharp, name="blocks")(x, context)
 
 
 class ResidualFlow(nn.Module):
@@ -90,6 +93,7 @@ class ResidualFlow(nn.Module):
         last_scale: Initial factor on a branch's last layer.
         num_classes: Classes that have a prior each; None for one prior of all.
         constrained: Whether ``init`` runs the power iterations, which change no shape.
+        sharp: Whether activations start sharper, see `initial_weights`.
     """
 
     spec: FlowSpec
@@ -97,6 +101,7 @@ class ResidualFlow(nn.Module):
     last_scale: float = 1.0
     num_classes: int | None = None
     constrained: bool = True
+    sharp: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b d"]:
@@ -105,7 +110,7 @@ class ResidualFlow(nn.Module):
             return bijection(self.spec, self.constrain().weights, context=context).forward(x)
         latents = []
         for stage in self.spec.layout:
-            x = StageModule(self.spec, stage, self.last_scale, self.constrained, name=stage.name)(x, context)
+            x = StageModule(self.spec, stage, self.last_scale, self.constrained, self.sharp, name=stage.name)(x, context)
             if stage.spec.factor_out:
                 x, latent = reshape.split_channels(x)
                 latents.append(reshape.flatten(latent))

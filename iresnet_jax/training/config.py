@@ -49,6 +49,7 @@ class ModelConfig:
     budget: Literal["layer", "block"] = "layer"  # c limits each layer's norm, or the product of the layers of each block
     prior: Literal["gaussian", "logistic"] = "gaussian"
     last_scale: NotNegative = 1.0  # initial factor on the last layer of each branch
+    sharp: bool = False  # whether activations of a density start sharper the wider their layer is, for dense blocks
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
     model = Density(spec, {}, {})
     given = [_preprocess(model, examples, key_noise), *([] if context is None else [model.scale_context(context)])]
     # With one prior, by default, as the module of any number of classes differs in its prior alone.
-    module = linen.ResidualFlow(spec.flow, prior=spec.prior, last_scale=config.model.last_scale)
+    module = linen.ResidualFlow(spec.flow, prior=spec.prior, last_scale=config.model.last_scale, sharp=config.model.sharp)
     z, variables = _initializer(module)(key_init, *given)
     if spec.num_classes is not None:
         prior = priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes)
