@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
@@ -210,13 +210,18 @@ def _for_vectors(data: DataSet, objective: str) -> dict[str, dict[str, Any]]:
 def likelier_prior(x: Float[np.ndarray, "n d"], transform: str) -> str:
     """The prior under which preprocessed examples, where a flow starts, are likelier: "logistic" for heavy tails."""
     fitted = Whiten.fit(x) if transform == "whiten" else Standardize.fit(x)
-    z = fitted.bijection().forward(jnp.asarray(x, jnp.float32))
+    found = _mean_log_probs(fitted.bijection().forward(jnp.asarray(x, jnp.float32)))
+    return max(PRIORS, key=lambda kind: float(found[kind]))
 
-    def mean_log_prob(kind):
-        scale = {PRIORS[kind].log_scale: jnp.full(z.shape[1], -math.log(PRIORS[kind].std))}
-        return float(jnp.mean(priors.log_prob(kind, {"mean": jnp.zeros(z.shape[1]), **scale}, z)))
 
-    return max(PRIORS, key=mean_log_prob)
+@jax.jit
+def _mean_log_probs(z: Float[Array, "n d"]) -> dict[str, Float[Array, ""]]:
+    """Mean log-density of latents under each prior of variance 1."""
+    found = {}
+    for kind, family in PRIORS.items():
+        scale = {family.log_scale: jnp.full(z.shape[1], -math.log(family.std))}
+        found[kind] = jnp.mean(priors.log_prob(kind, {"mean": jnp.zeros(z.shape[1]), **scale}, z))
+    return found
 
 
 def _for_images(data: DataSet) -> dict[str, dict[str, Any]]:

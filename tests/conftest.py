@@ -1,6 +1,5 @@
 """Every test runs on two simulated CPU devices, with shapes checked and implicit broadcasting an error."""
 
-import functools
 import gc
 import os
 import signal
@@ -35,7 +34,6 @@ install_import_hook("iresnet_jax", "beartype.beartype")  # shape annotations are
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from jax._src.interpreters import mlir  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -54,7 +52,7 @@ def shared_compilations(tmp_path_factory):
 
     settings = {
         "jax_compilation_cache_dir": str(runs.shared(tmp_path_factory) / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_compile_time_secs": 0.3,
         "jax_compilation_cache_max_size": 2**33,  # with a limit, JAX locks the folder against other processes
         "jax_include_full_tracebacks_in_locations": False,  # of every operation, in programs that nobody reads
     }
@@ -68,10 +66,10 @@ def shared_compilations(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_context():
-    """Lowers all programs of a module in one MLIR context: JAX makes one a program, a fifth of what a small one costs."""
-    with pytest.MonkeyPatch.context() as patch:
-        if make := getattr(mlir, "make_ir_context", None):  # not of JAX's public interface
-            patch.setattr(mlir, "make_ir_context", functools.cache(make))
+    """Lowers all programs of a module in one MLIR context."""
+    import lowering
+
+    with lowering.in_one_context():
         yield
 
 

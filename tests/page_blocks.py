@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 
 import jax
+import lowering
 import numpy as np
 
 import iresnet_jax as ir
@@ -57,7 +58,8 @@ def main(path: str) -> None:
     outcomes = {}
     for page, blocks in json.loads(Path(path).read_text()).items():
         start = time.process_time()
-        outcomes[page] = run_page(page, blocks)
+        with lowering.in_one_context():
+            outcomes[page] = run_page(page, blocks)
         print(f"{page}: {time.process_time() - start:.1f} s of processor time", flush=True)
     Path(path).write_text(json.dumps(outcomes))
 

@@ -239,6 +239,7 @@ class Density:
         Raises:
             ValueError: If the model has one prior for all.
         """
+        self.check_classes()
         return jax.nn.log_softmax(self.log_prior_by_class(self.encode(x, key)))
 
     # ---------------------------------------------------------------------------------------------- there and back
@@ -251,7 +252,8 @@ class Density:
             key: Source of the noise of integer levels; None takes the middle of each level's cell.
             context: Contexts of a conditional model.
         """
-        return self.flow(context).forward(self.preprocess(x, key))
+        preprocessed = self.preprocess(x, key)  # first, as it refuses what is no data
+        return self.flow(context).forward(preprocessed)
 
     def decode(self, z: Float[Array, "b d"], *, context: Contexts | None = None) -> tuple[Num[Array, "b ..."], FixedPointInfo]:
         """Data of latents, and how the inverse ended.

@@ -32,7 +32,11 @@ class Programs:
             num_terms: Terms of the log-determinant.
             compile_step: Makes a new step.
         """
-        training = dataclasses.replace(config.training, minutes=0.0, actnorm_examples=1, eval_examples=1)
+        training = dataclasses.replace(
+            config.training,
+            **{"minutes": 0.0, "patience": 0, "log_every_steps": 1, "eval_every_steps": 1},
+            **{"actnorm_examples": 1, "eval_examples": 1, "max_num_terms": 0},
+        )
         settings = dataclasses.replace(config, data=DataConfig(), evaluation=EvaluationConfig(), training=training)
         key = (settings, spec, num_terms)
         step = self._steps.pop(key, None) or compile_step()

@@ -34,8 +34,10 @@ FLOW = FlowSpec(
 
 
 def random_branch(spec, seed, scale=1.0):
-    weights = branches.initial_weights(spec, jax.random.key(seed))
-    return jax.tree.map(lambda w: scale * (w + 0.3 * jax.random.normal(jax.random.key(seed + 1), w.shape)), weights)
+    """Drawn by NumPy: JAX would compile a program for each shape."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(functools.partial(branches.initial_weights, spec), jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.normal(0, 0.4, leaf.shape), jnp.float32), shapes)
 
 
 def true_norms(spec, weights):
@@ -50,15 +52,15 @@ def true_norms(spec, weights):
 
 
 def random_params(spec, seed=0, scale=1.0):
-    params = {}
-    for i, (name, stage, _, branch) in enumerate(spec.layout):
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), stage.num_blocks)
-        blocks = jax.vmap(functools.partial(branches.initial_weights, branch))(keys)
-        blocks["actnorm"] = {
-            "bias": jnp.zeros((stage.num_blocks, branch.in_shape[-1])),
-            "log_scale": 0.3 * jax.random.normal(keys[0], (stage.num_blocks, branch.in_shape[-1])),
-        }
-        params[name] = {"blocks": jax.tree.map(lambda w: scale * w, blocks)}
+    params, rng = {}, np.random.default_rng(seed)
+    for name, stage, _, branch in spec.layout:
+        shapes = jax.eval_shape(functools.partial(branches.initial_weights, branch), jax.random.key(0))
+        shape = (stage.num_blocks, branch.in_shape[-1])
+        blocks = jax.tree.map(lambda leaf, num=stage.num_blocks: np.zeros((num, *leaf.shape)), shapes)
+        for layer in blocks.values():
+            layer["kernel"] = rng.normal(size=layer["kernel"].shape) / np.sqrt(np.prod(layer["kernel"].shape[1:-1]))
+        blocks["actnorm"] = {"bias": np.zeros(shape), "log_scale": 0.3 * rng.normal(size=shape)}
+        params[name] = {"blocks": jax.tree.map(lambda w: jnp.asarray(scale * w, jnp.float32), blocks)}
     return params
 
 
