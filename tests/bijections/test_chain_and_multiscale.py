@@ -45,17 +45,22 @@ def random_actnorm(rng, channels):
 def random_weights(spec, seed=0, num_steps=None):
     """Constrained weights of a flow away from its start: biases and scales are not zero."""
     rng = np.random.default_rng(seed)
-    params, spectral = {}, {}
-    for name, stage, _, branch in spec.layout:
-        keys = jax.random.split(jax.random.key(seed), stage.num_blocks)
-        blocks: dict[str, Any] = jax.vmap(functools.partial(branches.initial_weights, branch))(keys)
-        blocks["actnorm"] = {
-            "bias": jnp.zeros((stage.num_blocks, branch.in_shape[-1])),
-            "log_scale": jnp.zeros((stage.num_blocks, branch.in_shape[-1])),
-        }
-        params[name] = {"blocks": jax.tree.map(lambda a: a + jnp.asarray(0.3 * rng.normal(size=a.shape)), blocks)}
-        spectral[name] = {"blocks": jax.vmap(functools.partial(constraint.initial_vectors, branch))(keys)}
-    return jax.jit(functools.partial(model.constrain, spec, num_steps=num_steps))(params, spectral).weights
+
+    @jax.jit
+    def draw(key):
+        params, spectral = {}, {}
+        for name, stage, _, branch in spec.layout:
+            keys = jax.random.split(key, stage.num_blocks)
+            blocks: dict[str, Any] = jax.vmap(functools.partial(branches.initial_weights, branch))(keys)
+            blocks["actnorm"] = {
+                "bias": jnp.zeros((stage.num_blocks, branch.in_shape[-1])),
+                "log_scale": jnp.zeros((stage.num_blocks, branch.in_shape[-1])),
+            }
+            params[name] = {"blocks": jax.tree.map(lambda a: a + jnp.asarray(0.3 * rng.normal(size=a.shape)), blocks)}
+            spectral[name] = {"blocks": jax.vmap(functools.partial(constraint.initial_vectors, branch))(keys)}
+        return model.constrain(spec, params, spectral, num_steps=num_steps).weights
+
+    return draw(jax.random.key(seed))
 
 
 DENSE = FlowSpec((3,), (StageSpec(2, hidden=(4,), activation="tanh"),))
@@ -73,11 +78,16 @@ CONVOLUTIONAL = branches.BranchSpec((3, 3, 2), (3,), (2, 3), activation="lipswis
 
 def residual_case(branch_spec, coeff=0.8):
     rng = np.random.default_rng(3)
-    weights = branches.initial_weights(branch_spec, jax.random.key(3))
-    weights = jax.tree.map(lambda w: w + jnp.asarray(0.3 * rng.normal(size=w.shape)), weights)
-    vectors = constraint.initial_vectors(branch_spec, jax.random.key(4))
-    normalize = functools.partial(constraint.normalize, branch_spec, coeff=coeff, num_steps=50)
-    normal = jax.jit(normalize)(weights, vectors)
+
+    @jax.jit
+    def draw(key_weights, key_vectors):
+        weights = branches.initial_weights(branch_spec, key_weights)
+        weights = jax.tree.map(lambda w: w + jnp.asarray(0.3 * rng.normal(size=w.shape)), weights)
+        return constraint.normalize(
+            branch_spec, weights, constraint.initial_vectors(branch_spec, key_vectors), coeff=coeff, num_steps=50
+        )
+
+    normal = draw(jax.random.key(3), jax.random.key(4))
     branch = functools.partial(branches.apply_branch, branch_spec, normal.weights)
     return residual(branch, normal.lipschitz, ExactLogdet(), SOLVER)
 
