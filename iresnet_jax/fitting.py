@@ -73,8 +73,9 @@ def fit(
     )
     config = with_settings(config, {"data.validation_fraction": validation_fraction, **(settings or {})})
     say = _Lines(data, config) if progress else None
-    # A folder is of one run, and so many steps are those of one.
-    if workdir is not None or steps is not None or not _may_overfit(config, data):
+    # A folder is of one run, so many steps are those of one, and a given noise is the one that is wanted.
+    is_one = workdir is not None or steps is not None or "augmentation.noise" in (settings or {})
+    if is_one or not _may_overfit(config, data):
         return _fit_one(config, data, workdir, say)[0]
     candidates = []
     for noise in (NOISE, 0.0):
@@ -91,7 +92,7 @@ def fit(
 def _may_overfit(config: Config, data: DataSet) -> bool:
     """Whether validation chooses between training with noise and without: for densities of few vectors."""
     is_density = config.objective == "density" and len(data.event_shape) == 1 and not data.contexts
-    return is_density and len(data.examples["train"]) < FEW and config.augmentation.noise == 0
+    return is_density and len(data.examples["train"]) < FEW
 
 
 def _validation_loss(model: Any) -> float:
@@ -186,8 +187,11 @@ def _for_vectors(data: DataSet, objective: str) -> dict[str, dict[str, Any]]:
     stage = {"num_blocks": 4 if few else 20, "hidden": (32 if few else 128,), "activation": "clipswish"}
     is_exact = dims <= EXACT_DIMS
     exact = {"kind": "exact"} if is_exact else {"kind": "krylov", "num_terms": min(6, dims)}
-    # Likelier than 1e-2 by .15 to .3 nats on validation points of the ridges of benchmarks/tabular.py, 4e-2 less likely.
-    many_rate = 2e-2 if is_exact and objective == "density" and not conditional else 1e-2
+    if few:
+        rate = 1e-2 if conditional else 3e-3
+    else:
+        # 2e-2 was likelier than 1e-2 and 4e-2 on validation points of ridges (benchmarks/tabular.py), before "sharp" was there.
+        rate = 2e-2 if is_plain and is_exact else 1e-2
     return {
         "model": {"stages": [stage], "coeff": 0.97, "prior": prior, "last_scale": 0.1 if few else 1.0, "sharp": not few},
         "preprocessing": {"transform": transform},
@@ -196,14 +200,11 @@ def _for_vectors(data: DataSet, objective: str) -> dict[str, dict[str, Any]]:
         "evaluation": {"logdet": {"kind": "exact"}} if dims <= WHITENED_DIMS else {},
         "optimizer": {
             "name": "muon",
-            "learning_rate": 3e-3 if few and not conditional else 1e-2 if few else many_rate,
+            "learning_rate": rate,
             "momentum": 0.95,
             "nesterov": True,
         },
-        "training": {
-            "batch_size": 64 if few else 128 if is_exact else 256,
-            "blocks": "scan",
-        },
+        "training": {"batch_size": 64 if few else 128 if is_exact else 256, "blocks": "scan"},
     }
 
 

@@ -66,7 +66,8 @@ def test_validation_chooses_between_noise_and_none_for_few_vectors(monkeypatch, 
     tried.clear()
     ir.fit(np.tile(BANANA, (6, 1)) + RNG.normal(size=(2400, 2)), minutes=2, progress=False)
     ir.fit(BANANA, context=BANANA, minutes=2, progress=False)
-    assert tried == [(0.0, 2.0), (0.0, 2.0)]
+    ir.fit(BANANA, minutes=2, progress=False, settings={"augmentation.noise": 0.0})
+    assert tried == [(0.0, 2.0)] * 3
 
 
 def test_noise_widens_the_density_by_its_variance():

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -53,7 +52,7 @@ class Agreement:
             return step(state, batch)
         own = np.zeros((jax.local_device_count(), len(Wish)), np.float32)
         own[:, [*wishes]] = 1
-        state, (metrics, total) = step(state, (batch, jnp.asarray(own)))
+        state, (metrics, total) = step(state, (batch, own))
         self._sums.append(total)
         return state, metrics
 

@@ -26,9 +26,9 @@ class TrainFlags(NamedTuple):
         config: Settings with their overrides.
         workdir: Folder of the run.
         debug: Whether a failure shows its traceback.
-        coordinator_address: Of process 0, for a run of several processes; see `distributed.initialize` for this and the rest.
-        num_processes: How many there are.
-        process_id: Which of them this is.
+        coordinator_address: ``host:port`` of process 0 in a run of several processes, see `distributed.initialize`.
+        num_processes: Number of processes.
+        process_id: Number of this process, from 0.
     """
 
     config: Config

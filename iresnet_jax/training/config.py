@@ -49,7 +49,7 @@ class ModelConfig:
     budget: Literal["layer", "block"] = "layer"  # c limits each layer's norm, or the product of the layers of each block
     prior: Literal["gaussian", "logistic"] = "gaussian"
     last_scale: NotNegative = 1.0  # initial factor on the last layer of each branch
-    sharp: bool = False  # whether activations of a density start sharper the wider their layer is, for dense blocks
+    sharp: bool = False  # whether the Swish family starts sharper in a density the wider its layers are
 
 
 @dataclass(frozen=True)
@@ -262,6 +262,8 @@ def _check_combinations(config: Config) -> None:
         )
     if config.objective != "density" and config.augmentation.noise:
         raise ValueError(f"config.augmentation.noise is for the objective density, got {config.augmentation.noise}")
+    if config.objective == "classification" and config.model.sharp:
+        raise ValueError("config.model.sharp is for the objectives density and hybrid: leave it false for classification")
     if config.objective != "classification" and config.constraint.norms == "none":
         raise ValueError("a density needs blocks that are contractions: constraint.norms = none is for classification alone")
     if config.preprocessing.entrywise and config.preprocessing.transform != "equalize":

@@ -272,11 +272,13 @@ class _Watcher:
 
 
 def _wait_for(key: str) -> str:
-    """The value that another process sets."""
+    """The value that a process sets."""
     try:
         return _client().blocking_key_value_get(key, int(1000 * WAIT_S))
     except Exception as error:
-        raise RuntimeError(f"process 0 did not answer within {WAIT_S:.0f} s: {' '.join(str(error).split())[:200]}") from error
+        raise RuntimeError(
+            f"another process did not answer within {WAIT_S:.0f} s: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def _client() -> Any:

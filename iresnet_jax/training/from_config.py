@@ -166,14 +166,14 @@ def unroll(blocks: str) -> bool:
 
 
 def rematerialize(config: Config) -> Rematerialize:
-    """What a backward pass computes anew: what the config says, and at least "elementwise" where that is faster.
+    """What a backward pass computes anew: what the config says, and "elementwise" at least for exact log-dets in a scan.
 
-    It is where small dense blocks with exact log-determinants are scanned: a scan writes all that it keeps into stacks.
+    A scan writes all that it keeps into stacks, which takes longer than to recompute what is elementwise.
     """
     if config.training.rematerialize:
         return "blocks"
-    is_faster = config.logdet.kind == "exact" and not unroll(config.training.blocks)
-    return "elementwise" if is_faster else "nothing"
+    is_exact = config.logdet.kind == "exact"
+    return "elementwise" if is_exact and not unroll(config.training.blocks) else "nothing"
 
 
 def build_schedule(settings: OptimizerConfig, total_steps: int) -> optax.Schedule:

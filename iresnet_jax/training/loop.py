@@ -75,11 +75,11 @@ def train(
     dataset = load_data(config.data) if data is None else data
     check_batch_size(config.training.batch_size, dataset)
     _check_alike(config, dataset)
-    spec = _begin(workdir, config, dataset)
-    objective, agreement = build_objective(config, dataset, spec), Agreement()
+    checkpoints, agreement = Checkpoints(workdir), Agreement()
+    spec, objective = _begin(workdir, config, dataset)
     compile_step = _step_compiler(config, spec, objective, agreement, None if dataset.is_endless else programs)
     with run_folder.alone_in(workdir) if distributed.is_first() else contextlib.nullcontext():
-        return _train(config, workdir, objective, say, agreement, compile_step)
+        return _train(config, workdir, objective, checkpoints, say, agreement, compile_step)
 
 
 def _check_alike(config: Config, data: DataSet) -> None:
@@ -93,21 +93,22 @@ def _check_alike(config: Config, data: DataSet) -> None:
         )
 
 
-def _begin(workdir: Path, config: Config, data: DataSet) -> Spec:
-    """Takes the folder for this run and returns its model; process 0 does, for all."""
-    claimed: list[Spec] = []
+def _begin(workdir: Path, config: Config, data: DataSet) -> tuple[Spec, Objective]:
+    """Takes the folder for this run and returns its model and objective; process 0 does, for all."""
+    claimed: list[tuple[Spec, Objective]] = []
 
     def claim():
         run_folder.check_belongs_to(workdir, config)
-        Checkpoints(workdir)
         spec = run_folder.model_for(workdir, config, data)
-        build_objective(config, data, spec)  # raises before anything is written
+        claimed.append((spec, build_objective(config, data, spec)))  # which raises before anything is written
         run_folder.claim(workdir, config, spec, data)
-        claimed.append(spec)
         return tagged(spec) if parallel.num_processes() > 1 else None
 
     plain = distributed.from_first(claim)
-    return claimed[0] if claimed else checked(Spec, plain, "model")
+    if claimed:
+        return claimed[0]
+    spec = checked(Spec, plain, "model")
+    return spec, build_objective(config, data, spec)
 
 
 def _step_compiler(
@@ -127,14 +128,15 @@ def _train(
     config: Config,
     workdir: Path,
     objective: Objective,
+    checkpoints: Checkpoints,
     say: Callable[[str], None] | None,
     agreement: Agreement,
     compile_step: Callable[[int], Step],
 ) -> TrainState:
     with MetricWriter(workdir) if distributed.is_first() else NoWriter() as writer:
         # There is nothing to save until a step is done: a signal ends the process at once.
-        trainer = _Trainer(config, objective, workdir, writer, say, agreement, compile_step)
-        with Progress(trainer.horizon, trainer.step) as progress, StopRequests() as stop:
+        trainer = _Trainer(config, objective, workdir, writer, checkpoints, say, agreement, compile_step)
+        with Progress(trainer.horizon, trainer.step, shown=distributed.is_first()) as progress, StopRequests() as stop:
             feed = batches(config, objective.examples, trainer.step)
             is_shared = parallel.num_processes() > 1  # then a signal always waits for the step after which all stop
             while not trainer.is_over and (batch := next(feed, None)) is not None:
@@ -167,23 +169,15 @@ class _Trainer:
         objective: Objective,
         workdir: Path,
         writer: MetricWriter | NoWriter,
+        checkpoints: Checkpoints,
         say: Callable[[str], None] | None,
         agreement: Agreement,
         compile_step: Callable[[int], Step],
     ):
         self._started = time.monotonic()
-        self._settings, self._objective, self._writer, self._checkpoints = (
-            config.training,
-            objective,
-            writer,
-            Checkpoints(workdir),
-        )
-        self._say, self._limit_s, self._agreement, self._compile_step = (
-            say,
-            60 * config.training.minutes,
-            agreement,
-            compile_step,
-        )
+        self._settings, self._objective, self._writer, self._checkpoints = config.training, objective, writer, checkpoints
+        self._say, self._agreement, self._compile_step = say, agreement, compile_step
+        self._limit_s = 60 * config.training.minutes
         fresh = objective.initial_state()
         logging.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
         self.state, self.step = self._restored(fresh)

@@ -161,22 +161,23 @@ def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_ste
 
 
 class Progress(contextlib.AbstractContextManager["Progress"]):
-    """A progress bar with the newest measurements, the time of a step and the time left; silent unless stderr is a terminal.
+    """A progress bar with the newest measurements, the time of a step and the time left, if stderr is a terminal.
 
     Args:
         total_steps: Updates in the whole run.
         initial_step: Updates done by earlier processes; the time left does not count them.
+        shown: Whether there is a bar on a terminal.
 
     Example:
         >>> with Progress(1000) as progress:
         ...     progress.update(100, {"bits/dim": 3.45})
     """
 
-    def __init__(self, total_steps: int, initial_step: int = 0):
+    def __init__(self, total_steps: int, initial_step: int = 0, *, shown: bool = True):
         self._bar: Any = None
         self._step = initial_step
         self._time = time.monotonic()
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             from tqdm import tqdm  # imported late: without a terminal it is not needed
 
             layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"

@@ -62,15 +62,14 @@ def parallelize_eval(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
 
 
 def _evaluate(fn, state, batch):
-    if num_processes() == 1:
-        outputs = _mapped_eval(fn, None)(_replicate(state, batch), batch)
-        return jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), jax.device_get(outputs))
-    return jax.device_get(_mapped_eval(fn, _devices())(_replicate(state, batch), batch))
+    num_local, is_shared = jax.tree.leaves(batch)[0].shape[0], num_processes() > 1
+    outputs = jax.device_get(_mapped_eval(fn, _devices(num_local), is_shared)(_replicate(state, batch), batch))
+    return outputs if is_shared else jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), outputs)
 
 
 @functools.lru_cache(maxsize=64)
-def _mapped_eval(fn, devices):
-    if devices is None or num_processes() == 1:
+def _mapped_eval(fn, devices, is_shared):
+    if not is_shared:
         return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=0, devices=devices)
 
     def gathered(state, batch):  # a process can read the outputs of its own devices only
@@ -93,16 +92,15 @@ def go_on_alone() -> None:
     """From now on this process uses its own devices only; see `distributed.ending_together`."""
     global _is_alone
     _is_alone = jax.process_count() > 1
-    _mapped_eval.cache_clear()
 
 
-def _devices() -> tuple[Any, ...] | None:
-    """All devices by process; None is JAX's own choice, all local ones, where there is one process."""
+def _devices(num_local: int | None = None) -> tuple[Any, ...] | None:
+    """All devices by process, or the first of a process that is alone; None, JAX's own choice, where there is one process."""
     if jax.process_count() == 1:
         return None
-    return tuple(
-        jax.local_devices() if _is_alone else sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    )
+    if _is_alone:
+        return tuple(jax.local_devices()[:num_local])
+    return tuple(sorted(jax.devices(), key=lambda device: (device.process_index, device.id)))
 
 
 def own_share(indices: Any) -> Any:
@@ -151,7 +149,7 @@ def over_batches(
         batch_of: Function that makes a pytree of the examples in given places.
         num_examples: Number of all examples.
         batch_size: Most examples at once; rounded up to a multiple of the number of devices.
-        num_devices: Devices of this process to use, from the first; all by default.
+        num_devices: Devices to use, from the first, of a process that shares with no other; all by default.
 
     Returns:
         The outputs of all examples in order, on the host.

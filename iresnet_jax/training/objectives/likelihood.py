@@ -248,8 +248,10 @@ def evaluate_examples(
     def batch_of(indices):
         return examples[indices], None if contexts is None else contexts[indices], *evaluation_keys(key, indices, *draw)
 
-    # On several simulated CPU devices the LU factorisations dead-lock in XLA's pool of as many threads (jaxlib 0.10).
-    num_devices = 1 if isinstance(model.estimator, ExactLogdet) and jax.default_backend() == "cpu" else None
+    # On several simulated CPU devices the LU factorisations dead-lock in XLA's pool of as many threads (jaxlib 0.10). Processes
+    # that share a batch have to use all.
+    is_alone = parallel.num_processes() == 1
+    num_devices = 1 if is_alone and isinstance(model.estimator, ExactLogdet) and jax.default_backend() == "cpu" else None
     return parallel.over_batches(evaluate, model, batch_of, len(examples), batch_size, num_devices=num_devices)
 
 

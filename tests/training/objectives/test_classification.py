@@ -151,6 +151,7 @@ MISTAKES = {
         },
         "a density needs blocks that are contractions: constraint.norms = none is for classification alone",
     ),
+    "sharp": ({"model.sharp": True}, "config.model.sharp is for the objectives density and hybrid"),
     "smoothing": ({"classifier.label_smoothing": 1.5}, r"config.classifier.label_smoothing must lie in \[0, 1\), got 1.5"),
     "crop": ({"augmentation.crop_padding": 9}, r"padding must lie in \[0, 8\] for 8x8 images, got 9"),
     "padding": ({"classifier.pad_channels": -1}, r"config.classifier.pad_channels must lie in \[0, inf\), got -1"),
