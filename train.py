@@ -39,13 +39,17 @@ if __name__ == "__main__":  # before the imports, which take seconds; `end_at_si
 try:
     from absl import app, flags, logging
 
-    from iresnet_jax.training.command_line import asks_for_debug, explain_failures, parse_train_flags, quiet_backends
+    from iresnet_jax.training.command_line import (
+        DEFAULT_CONFIG,
+        asks_for_debug,
+        explain_failures,
+        parse_train_flags,
+        quiet_backends,
+    )
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: there is no package {error.name}: training needs pip install '.[train]'") from None
 from iresnet_jax.training.freed_memory import keep_freed_memory
 from iresnet_jax.training.interruption import end_at_signals
-
-DEFAULT_CONFIG = "configs/digits_density.py"
 
 
 def run(argv: list[str]) -> int:

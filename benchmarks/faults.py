@@ -30,6 +30,7 @@ from _record import parser, table, write
 from iresnet_jax.training.checkpoints import load_named
 from iresnet_jax.training.config import default_config, parse
 from iresnet_jax.training.metrics import read_metrics
+from iresnet_jax.training.run_folder import CONFIG_FILE
 
 END_S, START_S = 60.0, 120.0  # seconds
 TOTAL_STEPS, EVAL_EVERY = 200, 10
@@ -89,8 +90,10 @@ class Pair:
     def reach(self, moment, rng):
         """Waits for a moment of the run."""
         deadline, step = time.monotonic() + START_S, rng.randrange(EVAL_EVERY + 1, TOTAL_STEPS // 2)
-        if moment == "compiling":
-            time.sleep(rng.uniform(4, 8))
+        if moment == "compiling":  # once all have met: of one that never comes nobody can tell
+            while not (self.workdir / CONFIG_FILE).exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 4))
             return
         while time.monotonic() < deadline and all(process.poll() is None for process in self.processes):
             records = read_metrics(self.workdir)

@@ -1,11 +1,11 @@
-"""Everything after training: ``python -m iresnet_jax COMMAND --workdir DIR``."""
+"""Everything after training: ``python -m iresnet_jax COMMAND --workdir DIR``; and, before it, ``plan``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from iresnet_jax.training.command_line import MISTAKE, explain_failures, quiet_backends
+from iresnet_jax.training.command_line import DEFAULT_CONFIG, MISTAKE, explain_failures, parse_train_flags, quiet_backends
 from iresnet_jax.training.interruption import end_at_signals
 
 if TYPE_CHECKING:
@@ -146,6 +146,19 @@ def report(trained: "Run", _: argparse.Namespace) -> int:
     return 0
 
 
+def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Whether the training step of a config fits a machine that is not here; exit status 1 if it does not."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # the compiler for TPUs is asked to compile, not to run
+    from iresnet_jax.training import plan as plans
+
+    config = parse_train_flags(["plan", *rest], default_config=DEFAULT_CONFIG).config
+    made = plans.make(config, plans.machine(arguments.topology), find_largest=arguments.largest_batch)
+    _say(made)
+    return 0 if made.problem is None else 1
+
+
 def count(text: str) -> int:
     """A number of examples, for argparse."""
     number = int(text)
@@ -177,13 +190,25 @@ def make_parser() -> Parser:
     options["ood"].add_argument("--num", type=count, default=2000, help="how many images of each side, at most (2000)")
     options["freeze"].add_argument("--output", metavar="FILE", help="where to write (model.npz in the workdir)")
     options["reconstruct"].add_argument("--num", type=count, default=512, help="how many test examples, from the first (512)")
+    described = plan.__doc__ or ""
+    option = commands.add_parser("plan", help=described, description=f"{described} Other options: those of train.py.")
+    option.add_argument("--topology", required=True, help="v5e:4x8 and other TPU topologies; cuda:8 for eight GPUs")
+    option.add_argument(
+        "--largest-batch", action="store_true", help="find the largest batch that fits, in several compilations"
+    )
+    option.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
-    arguments = make_parser().parse_args(argv)
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
     quiet_backends()
+    if arguments.command == "plan":
+        return explain_failures(lambda: plan(arguments, rest), debug=arguments.debug)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
     def command() -> int:
         from iresnet_jax.evaluation import trained_run  # slow to import: --help and mistakes are answered without it

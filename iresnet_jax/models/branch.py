@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths import activations
+from iresnet_jax.maths import activations, target
 from iresnet_jax.maths.convolution import Padding, choose_implementation, conv
 from iresnet_jax.maths.norms.power_iteration import LinearMap
 
@@ -131,6 +132,7 @@ def apply_branch(
     context: Float[Array, "b k"] | None = None,
     *,
     before_layer: Callable[[str, Array], Array] | None = None,
+    bfloat16: bool = False,
 ) -> Float[Array, "b ..."]:
     """``g(x)`` or ``g(x; context)`` for weights as they are; constrained if they are (see `constraint`).
 
@@ -141,6 +143,7 @@ def apply_branch(
         context: One an example, if the branch is conditional.
         before_layer: ``(layer, input) -> input``, applied in front of a layer and its activation: where an ordinary residual
             network has its BatchNorm.
+        bfloat16: Whether the linear maps take and give bfloat16, see `apply_layer`.
 
     Raises:
         ValueError: If the context is not what the branch takes.
@@ -149,7 +152,7 @@ def apply_branch(
     h = x
     for layer in spec.layers:
         h = h if before_layer is None else before_layer(layer.name, h)
-        h = apply_layer(spec, layer, weights[layer.name], h, context)
+        h = apply_layer(spec, layer, weights[layer.name], h, context, bfloat16=bfloat16)
     return h
 
 
@@ -158,14 +161,42 @@ def at_zero(spec: BranchSpec, weights: Weights) -> Float[Array, "1 ..."]:
     return apply_branch(spec, weights, jnp.zeros((1, *spec.in_shape), jnp.result_type(*jax.tree.leaves(weights))))
 
 
-def apply_layer(spec: BranchSpec, layer: LayerSpec, parameters: Mapping[str, Array], h: Array, context: Array | None) -> Array:
-    """One layer with the activation in front of it, if it has one."""
-    h = linear_map(layer, spec.padding)(parameters["kernel"], activate(spec, layer, parameters, h))
-    bias = parameters["bias"]
+def apply_layer(
+    spec: BranchSpec,
+    layer: LayerSpec,
+    parameters: Mapping[str, Array],
+    h: Array,
+    context: Array | None,
+    *,
+    bfloat16: bool = False,
+) -> Array:
+    """One layer with the activation in front of it, if it has one.
+
+    With ``bfloat16`` the convolution or product takes its kernel and input rounded to bfloat16 and gives bfloat16; sums in it,
+    biases and activations keep the dtype of ``h``.
+    """
+    apply = linear_map(layer, spec.padding)
+    apply = _in_bfloat16(apply) if bfloat16 else apply
+    h, bias = apply(parameters["kernel"], activate(spec, layer, parameters, h)), parameters["bias"]
     h = h + bias.reshape((1,) * (h.ndim - bias.ndim) + bias.shape)
     if context is not None:
         h = h + (context @ parameters["context"]).reshape(len(h), *(1,) * (h.ndim - 2), -1)
     return h
+
+
+def _in_bfloat16(apply: LinearMap) -> LinearMap:
+    """The linear map on rounded kernels and inputs, with rounded results.
+
+    CPUs have no products of bfloat16, and XLA leaves out conversions there and back: numbers that are rounded and stay in
+    float32 give the same results and no less speed.
+    """
+
+    def rounded(x: Array) -> Array:
+        if target.platform() == "cpu":
+            return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        return x.astype(jnp.bfloat16)
+
+    return lambda kernel, x: rounded(apply(rounded(kernel), rounded(x))).astype(x.dtype)
 
 
 def activate(spec: BranchSpec, layer: LayerSpec, parameters: Mapping[str, Array], h: Array) -> Array:

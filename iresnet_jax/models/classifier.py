@@ -127,7 +127,7 @@ class Reconstruction(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["weights", "head", "statistics", "bounds"],
-    meta_fields=["spec", "solver", "unroll", "rematerialize", "history"],
+    meta_fields=["spec", "solver", "unroll", "rematerialize", "bfloat16", "history"],
 )
 @dataclass(frozen=True)
 class Classifier:
@@ -145,6 +145,7 @@ class Classifier:
         unroll: Whether blocks are written out instead of scanned.
         rematerialize: What the backward pass computes anew, see `iresnet_jax.bijections.chain.repeat`; not with BatchNorm in
             the branches.
+        bfloat16: Whether branches compute in bfloat16 on the way to features, see `flow.bijection`; not with BatchNorm either.
         history: What the training of a fitted model saw.
     """
 
@@ -156,6 +157,7 @@ class Classifier:
     solver: Solver = Solver()
     unroll: bool = False
     rematerialize: Rematerialize = "nothing"
+    bfloat16: bool = False
     history: History | None = field(default=None, repr=False)
 
     def with_(self, **changes: Any) -> "Classifier":
@@ -190,7 +192,12 @@ class Classifier:
         """Norms of all layers and Lipschitz constants of all blocks and of the network, estimated and guaranteed."""
         self.require_bijection()
         return certificate_of(
-            self.spec.flow, self.weights, self.bounds, self.spec.bilipschitz(), constrained=self.spec.constrained
+            self.spec.flow,
+            self.weights,
+            self.bounds,
+            self.spec.bilipschitz(),
+            constrained=self.spec.constrained,
+            bfloat16=self.bfloat16,
         )
 
     def freeze(self) -> "Classifier":
@@ -222,7 +229,14 @@ class Classifier:
     def flow(self) -> Bijection:
         """The invertible network alone, from its input to features as vectors."""
         self.require_bijection()
-        return bijection(self.spec.flow, self.weights, solver=self.solver, unroll=self.unroll, rematerialize=self.rematerialize)
+        return bijection(
+            self.spec.flow,
+            self.weights,
+            solver=self.solver,
+            unroll=self.unroll,
+            rematerialize=self.rematerialize,
+            bfloat16=self.bfloat16,
+        )
 
     def features_of_input(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """Features of an input of the network, such as `preprocess` gives."""
@@ -241,7 +255,7 @@ class Classifier:
 
 
 def training_logits(
-    model: Classifier, x: Float[Array, "b ..."], *, axis_name: str | None = None
+    model: Classifier, x: Float[Array, "b ..."], *, axis_name: str | None = None, num_parts: int = 1
 ) -> tuple[Float[Array, "b k"], dict[str, Any]]:
     """Logits by the statistics of the batch, and those statistics: of the ``head``, and of every stage with BatchNorm.
 
@@ -249,10 +263,21 @@ def training_logits(
         model: The classifier, whose own statistics are not used.
         x: Inputs of the network, from `Classifier.preprocess`.
         axis_name: Mapped axis of devices, see `head.batch_statistics`.
+        num_parts: Equal parts of the batch whose features are computed one after the other, and again in the backward pass,
+            so that no more than the arrays of one are in memory at a time; 1 with BatchNorm in the branches.
     """
     if model.spec.is_bijective:
-        features, statistics = model.features_of_input(x), {}
+        features, statistics = _features_in_parts(model, x, num_parts), {}
     else:
+        assert num_parts == 1
         features, statistics = batchnorm_features(model.spec.flow, model.weights, x, axis_name=axis_name, unroll=model.unroll)
     own = batch_statistics(features, axis_name=axis_name)
     return apply_head(model.head, own, features), {**statistics, "head": own}
+
+
+def _features_in_parts(model: Classifier, x: Float[Array, "b ..."], num_parts: int) -> Float[Array, "b ..."]:
+    if num_parts == 1:
+        return model.features_of_input(x)
+    parts = x.reshape(num_parts, -1, *x.shape[1:])
+    features = jax.lax.map(jax.checkpoint(model.features_of_input), parts)
+    return features.reshape(-1, *features.shape[2:])

@@ -138,7 +138,7 @@ class DensitySpec:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["weights", "prior", "bounds", "estimator"],
-    meta_fields=["spec", "solver", "unroll", "rematerialize", "history"],
+    meta_fields=["spec", "solver", "unroll", "rematerialize", "bfloat16", "history"],
 )
 @dataclass(frozen=True)
 class Density:
@@ -156,6 +156,7 @@ class Density:
         solver: Inverse of the blocks.
         unroll: Whether blocks are written out instead of scanned.
         rematerialize: What the backward pass computes anew, see `iresnet_jax.bijections.chain.repeat`.
+        bfloat16: Whether branches compute in bfloat16 on the way from data to latents, see `flow.bijection`.
         history: What the training of a fitted model saw.
     """
 
@@ -167,6 +168,7 @@ class Density:
     solver: Solver = Solver()
     unroll: bool = False
     rematerialize: Rematerialize = "nothing"
+    bfloat16: bool = False
     history: History | None = field(default=None, repr=False)
 
     def with_(self, **changes: Any) -> "Density":
@@ -295,7 +297,8 @@ class Density:
 
     def certificate(self) -> Certificate:
         """Norms of all layers and Lipschitz constants of all blocks and of the whole model, estimated and guaranteed."""
-        return certificate_of(self.spec.flow, self.weights, self.bounds, self.spec.transform.bilipschitz())
+        preprocessing = self.spec.transform.bilipschitz()
+        return certificate_of(self.spec.flow, self.weights, self.bounds, preprocessing, bfloat16=self.bfloat16)
 
     def freeze(self) -> "Density":
         """The same model with every block certified to be within the budget of ``spec.flow.coeff``, see `flow.freeze`."""
@@ -325,6 +328,7 @@ class Density:
             context=self.scale_context(context),
             unroll=self.unroll,
             rematerialize=self.rematerialize,
+            bfloat16=self.bfloat16,
         )
 
     def scale_context(self, context: Contexts | None) -> Float[Array, "b k"] | None:

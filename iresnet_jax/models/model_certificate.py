@@ -17,7 +17,7 @@ from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models import constraint
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.branch import BranchSpec
-from iresnet_jax.models.flow import Norms, Tree, bilipschitz
+from iresnet_jax.models.flow import Norms, Tree, as_params, bilipschitz, certify, rounded_to_bfloat16
 
 RTOL = 1e-3  # relative tolerance of the estimated norms
 
@@ -51,6 +51,7 @@ class Certificate:
         blocks: Every residual block.
         forward: Guaranteed bound of ``Lip(F)`` from data to latents.
         inverse: Guaranteed bound of ``Lip(F^-1)``; infinite where nothing is known.
+        bfloat16: Whether kernels were rounded to bfloat16 first, as the model runs them.
     """
 
     coeff: float | None
@@ -58,6 +59,7 @@ class Certificate:
     blocks: tuple[Constant, ...]
     forward: float
     inverse: float
+    bfloat16: bool = False
 
     @property
     def certified(self) -> bool:
@@ -82,8 +84,12 @@ class Certificate:
             return f"NOT CERTIFIED: no bound below 1 for {len(failed)} of {len(self.blocks)} blocks, the first is {failed[0]}"
         return (
             f"certified: every one of {len(self.blocks)} blocks is a contraction, Lip(g) <= {self.max_block:.5f}; whole model: "
-            f"Lip(F) <= {self.forward:.3g}, Lip(F^-1) <= {self.inverse:.3g}"
+            f"Lip(F) <= {self.forward:.3g}, Lip(F^-1) <= {self.inverse:.3g}{self._rounding}"
         )
+
+    @property
+    def _rounding(self) -> str:
+        return "; of kernels rounded to bfloat16, in exact arithmetic behind that" if self.bfloat16 else ""
 
     @property
     def table(self) -> str:
@@ -104,7 +110,13 @@ class Certificate:
 
 
 def certificate_of(
-    spec: FlowSpec, weights: Tree, bounds: Norms | None, preprocessing: BiLipschitz, *, constrained: bool = True
+    spec: FlowSpec,
+    weights: Tree,
+    bounds: Norms | None,
+    preprocessing: BiLipschitz,
+    *,
+    constrained: bool = True,
+    bfloat16: bool = False,
 ) -> Certificate:
     """The certificate of a flow's weights.
 
@@ -114,12 +126,15 @@ def certificate_of(
         bounds: Guaranteed bounds of their layers' norms.
         preprocessing: Constants of the map in front of the flow.
         constrained: Whether the weights are meant to satisfy ``spec.coeff``.
+        bfloat16: Whether kernels are rounded to bfloat16 when the model runs; it is those that are certified then.
 
     Raises:
         ValueError: If the weights have no bounds.
     """
     if bounds is None:
         raise ValueError("these weights are not certified: call freeze() first")
+    if bfloat16:
+        weights, bounds = _certify(spec, as_params(rounded_to_bfloat16(weights)))
     per_layer = spec.coeff if constrained and spec.budget == "layer" else None
     per_block = spec.coeff if constrained else None
     blocks = []
@@ -138,7 +153,10 @@ def certificate_of(
             blocks.append(Constant(f"{stage.name}/block{k:02d}", target, estimate, float(own["lipschitz"][k]), layers))
     whole = preprocessing.compose(flow)
     coeff, budget = (spec.coeff, spec.budget) if constrained else (None, None)
-    return Certificate(coeff, budget, tuple(blocks), float(whole.forward), float(whole.inverse))
+    return Certificate(coeff, budget, tuple(blocks), float(whole.forward), float(whole.inverse), bfloat16)
+
+
+_certify = jax.jit(certify, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

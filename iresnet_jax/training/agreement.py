@@ -30,11 +30,15 @@ class Wish(enum.IntEnum):
 
 
 class Agreement:
-    """The wishes of all processes; in a process on its own they are granted at once."""
+    """The wishes of all processes; in a process on its own they are granted at once.
 
-    def __init__(self):
+    Args:
+        num_processes: Their number, if it is not that of this run.
+    """
+
+    def __init__(self, num_processes: int | None = None):
         self._sums: collections.deque[Any] = collections.deque()
-        self._is_shared = parallel.num_processes() > 1
+        self._is_shared = (num_processes or parallel.num_processes()) > 1
 
     def wrap(self, step: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
         """A training step that takes wishes too and adds them up, for `parallel.parallelize`."""

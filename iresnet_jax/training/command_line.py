@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_flags
 from iresnet_jax.training.config import Config, parse, unknown_field_message
 from iresnet_jax.training.interruption import Stopped
 
+DEFAULT_CONFIG = "configs/digits_density.py"
 MISTAKE = 2  # exit status
 _FAILURES = (ArithmeticError, AttributeError, ImportError, LookupError, SyntaxError, TypeError)  # of a config file or override
 _LONGEST = 600  # characters of a message; compilers append whole programs to theirs

@@ -171,6 +171,7 @@ class TrainingConfig:
     minutes: NotNegative = 0.0  # most wall-clock time, compilation included; 0 is no limit
     patience: CountOrNone = 0  # validations without an improvement after which training ends; 0 never ends it early
     batch_size: Count = 128  # examples of a step over all devices
+    num_parts: Count = 1  # parts of each device's share, computed one after the other: a large batch in the memory of a part
     ema_decay: Decay = 0.999  # moving average of the parameters, which evaluation uses; 0 evaluates the parameters themselves
     actnorm_examples: Count = 1024  # training examples that ActNorm is fitted to
     log_every_steps: Count = 50
@@ -180,6 +181,9 @@ class TrainingConfig:
     max_num_terms: CountOrNone = 20
     blocks: Literal["auto", "scan", "unroll"] = "auto"  # "auto" unrolls blocks on CPUs, where that is faster
     rematerialize: bool = False  # recompute blocks in the backward pass: less memory, more time
+    # Branches in bfloat16 in training steps: faster on accelerators, in half the memory. Parameters, norms and sums stay in
+    # float32, as does everything after training.
+    bfloat16: bool = False
     # Products on accelerators; "tensorfloat32" is faster and too coarse to invert.
     matmul_precision: Literal["float32", "tensorfloat32", "highest", "high", "default"] = "float32"
 
@@ -266,6 +270,12 @@ def _check_combinations(config: Config) -> None:
         raise ValueError("config.model.sharp is for the objectives density and hybrid: leave it false for classification")
     if config.objective != "classification" and config.constraint.norms == "none":
         raise ValueError("a density needs blocks that are contractions: constraint.norms = none is for classification alone")
+    if config.training.num_parts > 1 and config.classifier.normalization == "batchnorm":
+        raise ValueError("BatchNorm in the branches needs the whole batch at once: set training.num_parts to 1")
+    if config.training.bfloat16 and config.classifier.normalization == "batchnorm":
+        raise ValueError(
+            "training.bfloat16 is for networks with ActNorm: set it to false, or classifier.normalization to actnorm"
+        )
     if config.preprocessing.entrywise and config.preprocessing.transform != "equalize":
         raise ValueError(f"preprocessing.entrywise is for transform equalize, got {config.preprocessing.transform!r}")
     if list(boundaries) != sorted(set(boundaries)):

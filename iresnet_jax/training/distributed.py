@@ -11,6 +11,7 @@ In a process on its own everything here does nothing, or the obvious.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
 import os
@@ -85,7 +86,21 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
             f"the {count} processes of this run could not meet ({' '.join(str(error).split())[:200]}): start the same command "
             "on all of them, with one --coordinator_address that all can reach and a --process_id each"
         ) from error
+    _wait_before_aborting()
     _watcher = _Watcher(_client(), jax.process_index(), jax.process_count())
+
+
+def _wait_before_aborting() -> None:
+    """Makes a thread that aborts this process sleep first, as JAX's do where process 0 is gone: the watcher can say so.
+
+    No Python runs in such a thread, so the handler is ``sleep`` of the C library, which takes the number of the signal for
+    seconds: six. If the watcher finds nothing amiss, the process ends as it would have.
+    """
+    if os.name != "posix":
+        return
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
 
 
 def is_first() -> bool:

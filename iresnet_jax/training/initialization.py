@@ -8,12 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from iresnet_jax.bijections import reshape
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.models import linen, priors
+from iresnet_jax.models import flow, linen, priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.head import batch_statistics
+from iresnet_jax.training import parallel
 from iresnet_jax.training.config import Config
 from iresnet_jax.training.from_config import Spec
+from iresnet_jax.training.parallel import AXIS
 
 
 def num_parameters(params: Any) -> int:
@@ -40,18 +44,18 @@ def _abstract_variables(spec: Spec) -> Any:
 
 
 def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
-    """Fresh variables, ActNorm fitted to training data."""
+    """Fresh variables, ActNorm fitted to training data, by all devices if their number divides that of the examples."""
     key_init, key_noise, key_data = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 2**31), 3)
     examples, context = data.random_train(key_data, config.training.actnorm_examples)
     if isinstance(spec, ClassifierSpec):
         x = _preprocess(Classifier(spec, {}, {}, {}), examples)
         module: Any = linen.Classifier(spec, last_scale=config.model.last_scale)  # hashable, which type checkers do not see
-        return _initializer(module)(key_init, x)[1]
+        return _initialize(module, spec, key_init, x)[1]
     model = Density(spec, {}, {})
     given = [_preprocess(model, examples, key_noise), *([] if context is None else [model.scale_context(context)])]
     # With one prior, by default, as the module of any number of classes differs in its prior alone.
     module = linen.ResidualFlow(spec.flow, prior=spec.prior, last_scale=config.model.last_scale, sharp=config.model.sharp)
-    z, variables = _initializer(module)(key_init, *given)
+    z, variables = _initialize(module, spec, key_init, *given)
     if spec.num_classes is not None:
         prior = priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes)
         if config.hybrid.fitted_priors:
@@ -59,6 +63,34 @@ def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
             prior = priors.of_classes(spec.prior, np.asarray(z), labels, spec.num_classes)
         variables = {**variables, "params": {**variables["params"], "prior": prior}}
     return variables
+
+
+def _initialize(module: Any, spec: Spec, key: jax.Array, *given: jax.Array) -> tuple[Any, Any]:
+    """Latents of inputs, or logits, and variables that are fitted to them."""
+    num_devices, is_bijective = parallel.all_devices(), isinstance(spec, DensitySpec) or spec.is_bijective
+    if num_devices == 1 or len(given[0]) % num_devices or not is_bijective:
+        return _initializer(module)(key, *given)
+    # Weights do not depend on the inputs, of which a few create them.
+    _, variables = _initializer(module)(key, *(rows[: len(rows) // num_devices] for rows in given))
+    constrain = flow.constrain if isinstance(spec, DensitySpec) or spec.constrained else flow.unconstrained
+    params = {stage.name: variables["params"][stage.name] for stage in spec.flow.layout}
+    weights = jax.jit(lambda params, spectral: constrain(spec.flow, params, spectral).weights)(params, variables["spectral"])
+
+    def fit(weights, inputs):
+        fitted, z = flow.fit_actnorm(spec.flow, weights, *inputs, axis_name=AXIS)
+        statistics = {}
+        if isinstance(spec, ClassifierSpec):
+            statistics = {"head": batch_statistics(reshape.unflatten(z, spec.feature_shape), axis_name=AXIS)}
+        weights = {name: {**stage, "actnorm": fitted[name]} for name, stage in weights.items()}
+        return weights, (statistics, jax.lax.all_gather(z, AXIS, tiled=True))
+
+    own = parallel.own_share(np.arange(len(given[0])))
+    everywhere = parallel.parallelize(fit)(weights, parallel.shard(tuple(rows[own] for rows in given)))
+    fitted, (statistics, z) = parallel.on_first_device(everywhere)
+    for name, stage in fitted.items():
+        params[name] = {"blocks": {**params[name]["blocks"], "actnorm": dict(stage["actnorm"])}}
+    variables = {**variables, "params": {**variables["params"], **params}}
+    return z, {**variables, "batch_stats": statistics} if statistics else variables
 
 
 _preprocess = jax.jit(lambda model, *given: model.preprocess(*given))

@@ -28,7 +28,7 @@ from iresnet_jax.json_dataclasses import checked, tagged, to_plain
 from iresnet_jax.training import distributed, parallel, run_folder
 from iresnet_jax.training.agreement import Agreement, Wish, signal_of, wish_of
 from iresnet_jax.training.checkpoints import Checkpoints
-from iresnet_jax.training.config import Config, DataConfig
+from iresnet_jax.training.config import Config, DataConfig, TrainingConfig
 from iresnet_jax.training.from_config import Spec, model_spec
 from iresnet_jax.training.initialization import num_parameters
 from iresnet_jax.training.interruption import Stopped, StopRequests
@@ -73,7 +73,7 @@ def train(
     workdir = Path(workdir)
     prepare_backend(config.training.matmul_precision)
     dataset = load_data(config.data) if data is None else data
-    check_batch_size(config.training.batch_size, dataset)
+    check_batch_size(config.training, dataset)
     _check_alike(config, dataset)
     checkpoints, agreement = Checkpoints(workdir), Agreement()
     spec, objective = _begin(workdir, config, dataset)
@@ -181,6 +181,7 @@ class _Trainer:
         fresh = objective.initial_state()
         logging.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
         self.state, self.step = self._restored(fresh)
+        parallel.check_equal_on_all_devices(self.state)
         self._first_step, self._validated_step = self.step, -1 if self.step == 0 else self.step
         if self.step:
             logging.info("resuming from step %d of %d", self.step, self.horizon)
@@ -346,9 +347,14 @@ def load_data(settings: DataConfig) -> DataSet:
     return conditioned_on_labels(data) if settings.condition_on_labels else data
 
 
-def check_batch_size(batch_size: int, data: DataSet) -> None:
-    """Raises ``ValueError`` unless a batch can be split over the devices and is no larger than the training data."""
+def check_batch_size(settings: TrainingConfig, data: DataSet) -> None:
+    """Raises ``ValueError`` unless a batch splits over devices and into parts, and is no larger than the training data."""
+    batch_size, num_parts = settings.batch_size, settings.num_parts
     parallel.check_global_batch_size(batch_size)
+    if (share := batch_size // parallel.all_devices()) % num_parts:
+        raise ValueError(
+            f"config.training.num_parts must divide the {share} examples that a device has of a batch, got {num_parts}"
+        )
     if data.examples and batch_size > (num := len(data.examples["train"])):
         raise ValueError(
             f"config.training.batch_size must be at most {num}, the training examples of {data.name}, got {batch_size}"

@@ -1,9 +1,9 @@
 """Data parallelism over the devices of all processes: the only file that mentions ``jax.pmap``.
 
-A step is written for one device and its share of the batch, and averages over ``AXIS`` with ``jax.lax.pmean``. Its results
-under ``jax.pmap`` (many devices) and ``jax.vmap(..., axis_name=AXIS)`` (one device, in tests) are equal. The state goes in and
-out without a device axis. If a ``pmean`` is forgotten, pmap returns the first device's value and vmap raises: test every step
-under both.
+A step is written for one device and its share of the batch: it differentiates the loss of that share, then averages gradients
+and metrics over ``AXIS`` with ``jax.lax.pmean``. Its results under ``jax.pmap`` (many devices) and ``jax.vmap(...,
+axis_name=AXIS)`` (one device, in tests) are equal. The state goes in and out without a device axis. If a ``pmean`` is
+forgotten, pmap returns the first device's value and vmap raises: test every step under both.
 
 Devices are in the order of their processes, so a process's share of a batch is contiguous. A process that has parted from the
 others (`distributed.ending_together`) goes on with its own devices.
@@ -12,7 +12,7 @@ others (`distributed.ending_together`) goes on with its own devices.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +46,17 @@ def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any
         step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=(0,), devices=_devices()
     )
     return lambda state, batch: mapped(_replicate(state, batch), batch)
+
+
+def for_devices(step_fn: Callable[[Any, Any], tuple[Any, Any]], devices: Sequence[Any]) -> Any:
+    """A training step for devices that this process need not have, jitted for whole batches: to lower and compile, not to run.
+
+    ``pmap`` is the same mapping under another signature.
+    """
+    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
+    split, whole = jax.sharding.PartitionSpec(AXIS), jax.sharding.PartitionSpec()
+    mapped = jax.shard_map(step_fn, mesh=mesh, in_specs=(whole, split), out_specs=(whole, whole), check_vma=False)
+    return jax.jit(mapped, donate_argnums=0)
 
 
 def parallelize_eval(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -199,8 +210,8 @@ def check_equal_on_all_devices(state: Any) -> None:
         device, leaf = differing[np.argmin(differing[:, 1])]
         name = jax.tree_util.keystr(jax.tree_util.tree_flatten_with_path(state)[0][leaf][0], simple=True, separator="/")
         raise RuntimeError(
-            f"{name} differs between device 0 and device {device}: a device or its host is faulty or runs other software; the "
-            "last checkpoint is from before, so leave that host out and give the same command again"
+            f"{name} differs between device 0 and device {device}: a device or its host is faulty or runs other software; "
+            "leave that host out and give the same command again, which goes on from the last checkpoint"
         )
 
 

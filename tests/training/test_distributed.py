@@ -145,6 +145,17 @@ def test_a_process_that_is_killed_ends_the_other_with_its_name(tmp_path):
     assert said[0] == [f"process 1 has given no sign of life for 3 s: {ADVICE}"]
 
 
+def test_the_other_process_says_so_where_process_0_and_its_coordinator_are_killed(tmp_path):
+    processes = start(2, [["toy", str(tmp_path), LONG]])
+    await_step(tmp_path, 3, processes)
+    processes[0].kill()
+    began = time.monotonic()
+    statuses, said = finish(processes)
+    assert time.monotonic() - began < 20
+    assert statuses == [-signal.SIGKILL, distributed.LOST]
+    assert said[1][-1] == f"process 0, which coordinates the others, cannot be reached: {ADVICE}"
+
+
 def test_a_process_that_fails_alone_ends_the_other_with_its_reason(tmp_path):
     processes = start(2, [["toy", str(tmp_path), LONG]])
     await_step(tmp_path, 3, processes)

@@ -114,12 +114,19 @@ def spectral_norm(
         v, info = _iterate_to_tolerance(lambda x: transpose(forward(x))[0], v, rtol, max_steps)
         v, u, _ = power_step(v)
     else:
-        v, u, sigma = power_step(v)
-        change = jnp.ones_like(sigma)
-        for _ in range(num_steps - 1):
-            previous = sigma
+
+        def again(_, state):
+            v, _, previous, _ = state
             v, u, sigma = power_step(v)
-            change = _relative_growth(previous, sigma)
+            return v, u, sigma, _relative_growth(previous, sigma)
+
+        if num_steps == 1:
+            v, u, sigma = power_step(v)
+            change = jnp.ones_like(sigma)
+        else:  # in a loop, which compiles one step
+            u, zero = jax.eval_shape(forward, v), jnp.zeros((), v.dtype)
+            state = v, jnp.zeros(u.shape, u.dtype), zero, zero
+            v, u, _, change = lax.fori_loop(0, num_steps, again, state)
         info = PowerIterationInfo(jnp.int32(num_steps), change, jnp.zeros((), bool))
     # Equal to |A^T u| in value; written this way its gradient is u v^T.
     return jnp.sum(u * apply(kernel, v)), v, info

@@ -31,9 +31,9 @@ def objective(config: Config, data: DataSet, spec: ClassifierSpec) -> Objective:
     settings = config.training
     augment_images = make_augmentation(config.augmentation)
     check_augmentation(augment_images, data)
-    rule = build_rule(config)
+    rule, blocks = build_rule(config), unroll(settings.blocks)
     step = make_step(
-        Classifier(spec, {}, {}, {}, unroll=unroll(settings.blocks), rematerialize=rematerialize(config)),
+        Classifier(spec, {}, {}, {}, unroll=blocks, rematerialize=rematerialize(config), bfloat16=settings.bfloat16),
         make_constraint(config.constraint, spec, training=True),
         rule,
         seed=config.seed,
@@ -104,15 +104,16 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         x = model.preprocess(augment_images(example_keys(key, len(images)), images))
 
-        def loss_of(params):
-            constrained = constrain(params, state.spectral)
-            current = model.with_(weights=constrained.weights, head=params["head"])
-            logits, statistics = training_logits(current, x, axis_name=AXIS)
+        def loss_of(weights, params, examples):
+            x, labels = examples
+            current = model.with_(weights=weights, head=params["head"])
+            logits, statistics = training_logits(current, x, axis_name=AXIS, num_parts=rule.num_parts)
             loss = jnp.mean(cross_entropy(logits, labels, label_smoothing=label_smoothing))
             accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels)
-            return Loss(loss, {"loss": loss, "accuracy": accuracy}, constrained, statistics)
+            return Loss(loss, {"loss": loss, "accuracy": accuracy}, statistics)
 
-        return update(state, loss_of, rule)
+        # The head's statistics are those of the whole batch: features alone are computed part by part.
+        return update(state, constrain, loss_of, (x, labels), rule._replace(num_parts=1))
 
     return step
 

@@ -97,13 +97,13 @@ def make_step(
         images, labels = batch
         key_length, key_examples = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
         keys = jax.vmap(lambda k: jax.random.split(k, 4))(example_keys(key_examples, len(images)))
-        key_noise, key_probe, key_augment, key_augment_noise = (keys[:, i] for i in range(4))
         estimator = model.estimator.fix_length(key_length)
         bits_weight = weight(state.step)
 
-        def loss_of(params):
-            constrained = constrain(params, state.spectral)
-            current = model.with_(weights=constrained.weights, prior=params["prior"], estimator=estimator)
+        def loss_of(weights, params, examples):
+            images, labels, keys = examples
+            key_noise, key_probe, key_augment, key_augment_noise = (keys[:, i] for i in range(4))
+            current = model.with_(weights=weights, prior=params["prior"], estimator=estimator)
             terms = current.terms(images, key_noise, key_probe)
             bits = jnp.mean(spec.in_units(terms.log_prob))
             logits = terms.log_prior_by_class
@@ -121,9 +121,9 @@ def make_step(
                 "accuracy": jnp.mean(jnp.argmax(logits, axis=1) == labels),
                 "bits_weight": jnp.asarray(bits_weight, bits.dtype),
             }
-            return Loss(loss, metrics, constrained)
+            return Loss(loss, metrics)
 
-        return update(state, loss_of, rule)
+        return update(state, constrain, loss_of, (images, labels, keys), rule)
 
     return step
 

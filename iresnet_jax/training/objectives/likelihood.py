@@ -81,7 +81,9 @@ def make_noise(size: float, spec: DensitySpec) -> Float[np.ndarray, " d"] | None
 
 def template(config: Config, spec: DensitySpec) -> Density:
     """The model without weights, run as training runs it."""
-    return Density(spec, {}, {}, unroll=unroll(config.training.blocks), rematerialize=rematerialize(config))
+    settings = config.training
+    blocks, again = unroll(settings.blocks), rematerialize(config)
+    return Density(spec, {}, {}, unroll=blocks, rematerialize=again, bfloat16=settings.bfloat16)
 
 
 def make_step(
@@ -118,15 +120,15 @@ def make_step(
             x = x + noise[None] * jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(key_draw)
         estimator = model.estimator.fix_length(key_length)
 
-        def loss_of(params):
-            constrained = constrain(params, state.spectral)
-            current = model.with_(weights=constrained.weights, prior=params["prior"], estimator=estimator)
+        def loss_of(weights, params, examples):
+            x, context, key_dequantise, key_probe = examples
+            current = model.with_(weights=weights, prior=params["prior"], estimator=estimator)
             terms = current.terms(x, key_dequantise, key_probe, context=context)
             loss = jnp.mean(spec.in_units(terms.log_prob))
             means = {"log_prior": jnp.mean(terms.log_prior), "log_det": jnp.mean(terms.log_det)}
-            return Loss(loss, {spec.metric: loss, **means}, constrained)
+            return Loss(loss, {spec.metric: loss, **means})
 
-        return update(state, loss_of, rule)
+        return update(state, constrain, loss_of, (x, context, key_dequantise, key_probe), rule)
 
     return step
 

@@ -11,7 +11,7 @@ from jax import lax
 from iresnet_jax.models.flow import Constrained
 from iresnet_jax.training import state
 from iresnet_jax.training.config import Config
-from iresnet_jax.training.from_config import build_optimizer, build_schedule
+from iresnet_jax.training.from_config import Constrain, build_optimizer, build_schedule
 from iresnet_jax.training.parallel import AXIS
 
 
@@ -66,13 +66,11 @@ class Loss(NamedTuple):
     Attributes:
         value: Loss to minimise, a mean over the batch.
         metrics: Means over the batch, for the log.
-        constrained: Constrained weights that the loss was computed with.
         batch_stats: BatchNorm's statistics of the batch, over all devices; None without BatchNorm.
     """
 
     value: Any
     metrics: dict[str, Any]
-    constrained: Constrained
     batch_stats: Any = None
 
 
@@ -84,12 +82,14 @@ class UpdateRule(NamedTuple):
         schedule: Learning rate by step of a run of ``total_steps``.
         total_steps: Updates that the schedule is made for; a run of another length stretches it.
         ema_decay: Decay of the moving averages of the parameters and of BatchNorm's statistics.
+        num_parts: Parts of a device's share of the batch that are computed one after the other.
     """
 
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     total_steps: int
     ema_decay: float
+    num_parts: int = 1
 
     def learning_rate(self, current: state.TrainState) -> jax.Array:
         """The learning rate of the next update."""
@@ -99,38 +99,66 @@ class UpdateRule(NamedTuple):
 
 def build_rule(config: Config) -> UpdateRule:
     """The update rule of a run."""
-    steps = config.training.total_steps
-    return UpdateRule(
-        build_optimizer(config.optimizer), build_schedule(config.optimizer, steps), steps, config.training.ema_decay
-    )
+    settings = config.training
+    schedule = build_schedule(config.optimizer, settings.total_steps)
+    optimizer = build_optimizer(config.optimizer)
+    return UpdateRule(optimizer, schedule, settings.total_steps, settings.ema_decay, settings.num_parts)
+
+
+LossOf = Callable[[Any, Any, Any], Loss]  # (constrained weights, parameters, examples) -> their loss
 
 
 def update(
-    current: state.TrainState, loss_of: Callable[[Any], Loss], rule: UpdateRule
+    current: state.TrainState, constrain: Constrain, loss_of: LossOf, batch: Any, rule: UpdateRule
 ) -> tuple[state.TrainState, dict[str, Any]]:
     """One step down the gradient of a loss, averaged over devices, and the metrics of the step.
 
+    Weights are constrained once, and the gradient goes back through the constraint once, whatever the number of parts.
+
     Args:
-        loss_of: ``params -> Loss`` on this device's share of the batch.
+        constrain: ``(params, spectral) ->`` constrained weights.
+        loss_of: ``(weights, params, examples) -> Loss``; of the parameters it uses those that have no constraint.
+        batch: This device's share of the batch, a pytree of arrays whose first axis counts examples.
     """
 
-    def value_and_rest(params):
-        loss = loss_of(params)
-        return lax.pmean(loss.value, AXIS), loss
+    def constrained_weights(params):
+        constrained = constrain(params, current.spectral)
+        return constrained.weights, constrained
 
-    gradients, loss = jax.grad(value_and_rest, has_aux=True)(current.params)
-    gradients = lax.pmean(gradients, AXIS)
-    spectral = lax.pmean(loss.constrained.spectral, AXIS)
+    weights, pull_back, constrained = jax.vjp(constrained_weights, current.params, has_aux=True)
+    (of_weights, direct), loss = mean_gradients(loss_of, weights, current.params, batch, rule.num_parts)
+    [through_constraint] = pull_back(of_weights)
+    own_gradients = jax.tree.map(jnp.add, through_constraint, direct)
+    own_metrics = {**loss.metrics, **constraint_metrics(constrained)}
+    # All sums over devices at once, which compilers make one reduction. Power iterates depend on no data: devices of one kind
+    # compute equal ones, their mean is for those that do not.
+    gradients, metrics, spectral = lax.pmean((own_gradients, own_metrics, constrained.spectral), AXIS)
     learning_rate = rule.learning_rate(current)
-    metrics = {
-        **lax.pmean(loss.metrics, AXIS),
-        **constraint_metrics(loss.constrained),
-        "grad_norm": optax.tree.norm(gradients),
-        "learning_rate": learning_rate,
-    }
+    metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": learning_rate}
     if loss.batch_stats:
         current = current._replace(batch_stats=state.average_statistics(current, loss.batch_stats, rule.ema_decay))
     return state.apply_gradients(current, gradients, spectral, rule.optimizer, learning_rate, rule.ema_decay), metrics
+
+
+def mean_gradients(loss_of: LossOf, weights: Any, params: Any, batch: Any, num_parts: int) -> tuple[tuple[Any, Any], Loss]:
+    """Gradients of a loss by ``(weights, params)``, and the loss; both means over equal parts of the batch.
+
+    With parts no more than the arrays of one are in memory at a time.
+    """
+
+    def of_examples(examples):
+        def value_and_rest(weights, params):
+            loss = loss_of(weights, params, examples)
+            return loss.value, loss
+
+        return jax.grad(value_and_rest, argnums=(0, 1), has_aux=True)(weights, params)
+
+    if num_parts == 1:
+        return of_examples(batch)
+    parts = jax.tree.map(lambda rows: rows.reshape(num_parts, -1, *rows.shape[1:]), batch)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_examples, jax.tree.map(lambda rows: rows[0], parts)))
+    sums, _ = lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, of_examples(part)), None), zeros, parts)
+    return jax.tree.map(lambda total: total / num_parts, sums)
 
 
 def constraint_metrics(constrained: Constrained) -> dict[str, Any]:
@@ -139,7 +167,4 @@ def constraint_metrics(constrained: Constrained) -> dict[str, Any]:
         return {}
     norms = [jnp.max(norm) for stage in constrained.norms.values() for norm in stage.values()]
     lipschitz = [jnp.max(stage["lipschitz"]) for stage in constrained.weights.values()]
-    return {
-        "max_sigma": lax.pmax(jnp.max(jnp.stack(norms)), AXIS),
-        "max_lipschitz": lax.pmax(jnp.max(jnp.stack(lipschitz)), AXIS),
-    }
+    return {"max_sigma": jnp.max(jnp.stack(norms)), "max_lipschitz": jnp.max(jnp.stack(lipschitz))}

@@ -1,0 +1,95 @@
+"""Plans of all configs: does a training step fit a TPU machine, what does it exchange, how long does it compile here.
+
+    python benchmarks/plans.py [--topology v5e:2x2] [--configs iresnet_density:cifar10 ...] [--quick]
+
+Needs the extra ``tpu``. Batches are those of the configs, at least one example a device. Plans that are in the record already
+are kept, each with the commit it was made with; to make one anew, take it out of the record or write elsewhere with --output.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from _models import read_config
+from _record import RESULTS, parser, table, write
+
+from iresnet_jax.evaluation import machine_and_versions
+from iresnet_jax.training import plan
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NAMES = (
+    "digits_density",
+    "digits_hybrid",
+    "mnist_density",
+    "fashion_mnist_density",
+    "toy_2d:moons",
+    "posterior:two_moons",
+    "digits_classification",
+    "mnist_classification",
+    "fashion_mnist_classification",
+    "iresnet_density:mnist",
+    "iresnet_density:cifar10",
+    "residual_flow_density:mnist",
+    "residual_flow_density:cifar10",
+    "residual_flow_density:downsampled_imagenet/32x32",
+    "iresnet_classification:mnist",
+    "iresnet_classification:cifar10",
+    "iresnet_classification:cifar10_released",
+    "iresnet_classification:cifar100",
+)
+SHOWN = (
+    "config",
+    "topology",
+    "batch",
+    "parameters",
+    "state MB",
+    "on the way MB",
+    "fits",
+    "GFLOP",
+    "reductions",
+    "MB",
+    "compile s",
+)
+
+
+def make(name, topology, *, find_largest):
+    """The plan of a config, as JSON."""
+    file, _, argument = name.partition(":")
+    path = CONFIGS / f"{file}.py"
+    config = read_config(f"{path}:{argument}" if argument else path)
+    made = plan.make(config, plan.machine(topology), find_largest=find_largest)
+    print(f"{name}: {made}\n", flush=True)
+    found = machine_and_versions.describe()
+    return {"config": name, **dataclasses.asdict(made), "commit": found.commit, "date": found.date}
+
+
+def row(made):
+    """A line of the table."""
+    size = lambda num: "" if num is None else f"{num / 1e6:.0f}"  # noqa: E731
+    fits = "no" if made["problem"] else "yes"
+    largest = "" if made["largest_share"] is None else f", {made['largest_share']} at most"
+    share = f"{made['batch_size']} ({made['batch_size'] // made['num_devices']} a chip{largest})"
+    costs = (f"{made['flops_per_example'] / 1e9:.3g}", len(made["reductions"]), size(sum(made["reductions"])))
+    memory = (size(made["argument_bytes"]), size(made["temporary_bytes"]))
+    parameters = f"{made['num_parameters']:,}"
+    return (made["config"], made["topology"], share, parameters, *memory, fits, *costs, f"{made['compile_seconds']:.0f}")
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--topology", default="v5e:2x2", help="TPU topology (v5e:2x2)")
+    options.add_argument("--configs", nargs="+", default=NAMES, metavar="NAME", help="of configs/, with what follows a colon")
+    options.add_argument("--largest-batch", action="store_true", help="find the largest batch that fits, too")
+    arguments = options.parse_args()
+    path = arguments.output or RESULTS / "plans.json"
+    made = json.loads(path.read_text())["results"] if path.exists() and not arguments.quick else []
+    done = {(one["config"], one["topology"]) for one in made}
+    for name in ("digits_density",) if arguments.quick else arguments.configs:
+        if (name, arguments.topology) not in done:
+            made.append(make(name, arguments.topology, find_largest=arguments.largest_batch))
+            write("plans", arguments, {"topology": arguments.topology}, made)
+    print(table([row(one) for one in made], SHOWN))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""The kind of device that programs are made for, which need not be the kind that makes them.
+
+A few choices that change no result depend on it: the form of convolutions, and whether blocks are written out. They ask here
+and not JAX, so that a machine without accelerators can compile for one, see `iresnet_jax.training.plan`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+_chosen = jax.make_user_context(default_value=None)  # JAX traces a function anew where it changes
+
+
+def platform() -> str:
+    """The target: "cpu", "tpu", "cuda" and so on; what this process runs on, except within `compiling_for`."""
+    return _chosen.value or jax.default_backend()
+
+
+@contextlib.contextmanager
+def compiling_for(name: str) -> Iterator[None]:
+    """Within ``with``, functions are traced for devices of this kind."""
+    with _chosen(name):
+        yield

@@ -1,0 +1,95 @@
+"""Branches in bfloat16: what is rounded, what is not, and what is certified then."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import kept
+import numpy as np
+import pytest
+import runs
+from oracles import dense_conv_matrix, operator_norm
+
+from iresnet_jax.data import load
+from iresnet_jax.models import branch as branches
+from iresnet_jax.models.branch import BranchSpec
+from iresnet_jax.training import loop, parallel
+
+UNIT = 2.0**-8  # spacing of bfloat16 at 1; a rounding is off by half of it
+
+
+def rounded(x):
+    return np.asarray(jnp.asarray(x, jnp.float32).astype(jnp.bfloat16).astype(jnp.float32), np.float64)
+
+
+@pytest.mark.parametrize("kernel_sizes", [(3, 1, 3), None], ids=["convolutions", "dense"])
+def test_layers_take_and_give_rounded_numbers(kernel_sizes):
+    shape = (5, 4, 2) if kernel_sizes else (6,)
+    spec = BranchSpec(shape, hidden=(7, 6), kernel_sizes=kernel_sizes, activation="tanh")
+    weights = branches.initial_weights(spec, jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (3, *shape))
+    found = jax.jit(functools.partial(branches.apply_branch, spec, bfloat16=True))(weights, x)
+    h = np.asarray(x, np.float64)
+    for layer in spec.layers:
+        h, kernel = rounded(np.tanh(h) if layer.activated else h), rounded(weights[layer.name]["kernel"])
+        matrix = dense_conv_matrix(kernel, *shape[:2]) if kernel_sizes else kernel.T
+        h = rounded(h.reshape(3, -1) @ matrix.T).reshape(3, *shape[:-1], -1)
+    assert found.dtype == x.dtype
+    # tanh in float32 and sums in another order may fall on the other side of a rounding: by one unit an entry, of a few.
+    difference = np.abs(np.asarray(found, np.float64) - h)
+    assert difference.max() <= 4 * UNIT * np.abs(h).max()
+    assert np.median(difference) == 0
+
+
+def test_the_way_forward_is_rounded_and_the_inverse_is_not():
+    model = kept.model(kept.IMAGES)
+    fast = model.with_(bfloat16=True)
+    images, _ = kept.images(4)
+    run = jax.jit(lambda model, images: (model.encode(images), model.log_prob(images)))
+    (z, log_prob), (fast_z, fast_log_prob) = run(model, images), run(fast, images)
+    scale = float(jnp.abs(z).max())
+    assert 0 < float(jnp.abs(fast_z - z).max()) < 4 * UNIT * scale
+    assert 0 < float(jnp.abs(fast_log_prob - log_prob).max()) < UNIT * float(jnp.abs(log_prob).max())
+    decode = jax.jit(lambda model, z: model.continuous.decode(z)[0])
+    np.testing.assert_array_equal(decode(fast, z), decode(model, z))
+
+
+@pytest.mark.parametrize("spec", [kept.IMAGES, kept.CLASSIFIER], ids=["density", "classifier"])
+def test_the_certificate_is_that_of_the_rounded_kernels(spec):
+    model = kept.model(spec)
+    certificate = model.with_(bfloat16=True).certificate()
+    [stage] = spec.flow.layout
+    weights = model.weights["stage0"]["branch"]
+    differs = False
+    for k, block in enumerate(certificate.blocks):
+        for layer, own in zip(stage.branch.layers, block.layers, strict=True):
+            kernel = rounded(weights[layer.name]["kernel"][k])
+            norm = operator_norm(dense_conv_matrix(kernel, *layer.in_shape[:2]))
+            assert norm <= own.bound < norm * 1.01
+            differs |= own.bound != model.certificate().blocks[k].layers[0].bound
+    assert differs
+    assert certificate.certified
+    assert certificate.verdict.endswith("of kernels rounded to bfloat16, in exact arithmetic behind that")
+    assert "bfloat16" not in model.certificate().verdict
+
+
+@pytest.mark.parametrize("name", ["hybrid", "classifier"])
+def test_training_rounds_branches_alone(name):
+    def after_a_step(bfloat16):
+        config = runs.config_of(runs.CONFIGS[name], **{"training.bfloat16": bfloat16, "optimizer.warmup_steps": 0})
+        objective = loop.build_objective(config, load(config.data.name))
+        step = parallel.parallelize(objective.make_step(objective.num_terms))
+        batch = jax.tree.map(lambda rows: rows[:32], objective.examples)
+        return jax.device_get(step(objective.initial_state(), parallel.shard(batch, num_devices=1)))
+
+    (state, metrics), (whole, whole_metrics) = after_a_step(bfloat16=True), after_a_step(bfloat16=False)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(state.params))
+    assert metrics["max_sigma"] == whole_metrics["max_sigma"]
+    assert 0 < abs(metrics["loss"] - whole_metrics["loss"]) < 2 * UNIT * abs(whole_metrics["loss"])
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(whole.params), strict=True))
+
+
+def test_batchnorm_in_the_branches_is_refused():
+    changes = {"training.bfloat16": True, "classifier.normalization": "batchnorm", "constraint.norms": "none"}
+    with pytest.raises(ValueError, match=r"training\.bfloat16 is for networks with ActNorm"):
+        runs.config_of(runs.CLASSIFIER_CONFIG, **changes)

@@ -1,0 +1,44 @@
+"""ActNorm fitted by all devices is the one that a single device fits."""
+
+import chex
+import jax
+import numpy as np
+import pytest
+import runs
+
+from iresnet_jax.data import load
+from iresnet_jax.training import parallel
+from iresnet_jax.training.from_config import model_spec
+from iresnet_jax.training.initialization import initial_variables
+
+RTOL, ATOL = 1e-4, 1e-5  # float32 means over the same numbers, summed in another order, and what blocks make of that
+CHANGES = {
+    "toy": {},
+    "hybrid": {"hybrid.fitted_priors": True},
+    "classifier": {"constraint.norms": "none"},
+}
+
+
+def variables_of(name, **changes):
+    config = runs.config_of(runs.CONFIGS[name], **CHANGES[name], **changes)
+    data = load(config.data.name)
+    return jax.device_get(initial_variables(config, model_spec(config, data), data))
+
+
+@pytest.mark.parametrize("name", runs.CONFIGS)
+def test_two_devices_fit_what_one_fits(name, monkeypatch):
+    assert jax.local_device_count() == 2
+    steps = []
+    parallelize = parallel.parallelize
+    monkeypatch.setattr(parallel, "parallelize", lambda step: steps.append(step) or parallelize(step))
+    found = variables_of(name)
+    assert len(steps) == 1
+    monkeypatch.setattr(parallel, "all_devices", lambda: 1)
+    chex.assert_trees_all_close(found, variables_of(name), rtol=RTOL, atol=ATOL)
+    assert len(steps) == 1
+
+
+def test_examples_that_do_not_split_evenly_stay_on_one_device(monkeypatch):
+    monkeypatch.setattr(parallel, "parallelize", None)  # would raise
+    variables = variables_of("toy", **{"training.actnorm_examples": 33})
+    assert np.isfinite(variables["params"]["stage0"]["blocks"]["actnorm"]["bias"]).all()
