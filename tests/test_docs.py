@@ -69,7 +69,13 @@ def test_blocks_are_found_with_their_lines():
         Block("sh", "ls\n", 3),
         Block("python", "x = 1\ny = 2\n", 7),
     ]
-    assert {block.language for path in PAGES.values() for block in blocks(path.read_text())} == {"python", "sh", "bibtex"}
+    assert {block.language for path in PAGES.values() for block in blocks(path.read_text())} == {
+        "python",
+        "sh",
+        "bash",
+        "yaml",
+        "bibtex",
+    }
 
 
 # --- Python ---------------------------------------------------------------------------------------------------------
@@ -145,6 +151,9 @@ def check_command(command):
                 assert set(extras.split(",") if extras else ()) <= set(known), f"{name} has no extra {extras}"
         case ["python", "train.py", *_]:
             parse_train_flags(command[1:], default_config="configs/digits_density.py")
+        case ["python", "-m", "iresnet_jax", "plan", *options]:
+            _, rest = make_parser().parse_known_args(["plan", *options])
+            parse_train_flags(["plan", *rest], default_config="configs/digits_density.py")
         case ["python", "-m", "iresnet_jax", *options]:
             if options not in ([], ["COMMAND"]):
                 make_parser().parse_args(options)
@@ -176,6 +185,7 @@ def test_commands_parse(page, monkeypatch):
         "python train.py --config.model.coef=0.9",
         "python train.py --config.model.coeff=1.5",
         "python -m iresnet_jax evalute --workdir runs/x",
+        "python -m iresnet_jax plan --topology=v5e:2x2 --config.training.batchsize=3",
         "python -m iresnet_jax sample --workdir runs/x --nun 3",
         "pytest tests/no_such",
         "make docs",

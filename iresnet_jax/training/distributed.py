@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -262,13 +263,13 @@ class _Watcher:
                     return
 
     def _watch_the_store(self) -> None:
-        """Ends this process if the store, which has no deadlines, does not answer: its host may hang."""
+        """Ends this process if the store, which has no deadlines, does not answer: its host may hang, or its process be gone."""
         checked_at = time.monotonic()
         while not self._stopped.wait(_BEAT_S):
             now = time.monotonic()
             if now - checked_at > 10 * _BEAT_S:  # this process itself was suspended
                 self._heard_at = now
-            elif now - self._heard_at > LOST_S:
+            elif now - self._heard_at > LOST_S or (now - self._heard_at > 2 * _BEAT_S and _is_gone(_coordinator())):
                 self._end(_UNREACHABLE, LOST)
             checked_at = now
 
@@ -301,6 +302,25 @@ def _client() -> Any:
     from jax._src.distributed import global_state
 
     return global_state.client
+
+
+def _coordinator() -> str:
+    """``host:port`` of the store, which JAX has no public name for either."""
+    from jax._src.distributed import global_state
+
+    return global_state.coordinator_address
+
+
+def _is_gone(address: str) -> bool:
+    """Whether a host answers that nothing listens at its port; silence says nothing."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_BEAT_S).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _detected_processes() -> int | None:
