@@ -263,7 +263,7 @@ class _Watcher:
                     return
 
     def _watch_the_store(self) -> None:
-        """Ends this process if the store, which has no deadlines, does not answer: its host may hang, or its process be gone."""
+        """Ends this process if the store, which has no deadlines, does not answer: its host hangs, or its process is gone."""
         checked_at = time.monotonic()
         while not self._stopped.wait(_BEAT_S):
             now = time.monotonic()
