@@ -23,7 +23,7 @@ NAMES = (
     "mnist_density",
     "fashion_mnist_density",
     "toy_2d:moons",
-    "posterior:two_moons",
+    "posterior:sbi_two_moons",
     "digits_classification",
     "mnist_classification",
     "fashion_mnist_classification",

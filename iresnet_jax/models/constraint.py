@@ -108,9 +108,14 @@ def normalize_certified(
         ValueError: If the method is unknown.
     """
     check_coeff(coeff)
-    norms = layer_bounds(spec, weights, method=method, num_squarings=num_squarings, twists=twists)
-    allowance = len(norms) * _SCALING_MARGIN
-    normalized = _within_budget(weights, {}, norms, coeff=coeff * (1 - allowance - _SCALING_MARGIN), budget=budget)
+    bounds = layer_bounds(spec, weights, method=method, num_squarings=num_squarings, twists=twists)
+    return scaled_by(bounds, weights, coeff=coeff, budget=budget)
+
+
+def scaled_by(bounds: dict[str, Float[Array, ""]], weights: Weights, *, coeff: float, budget: str = "layer") -> Normalized:
+    """`normalize_certified` by upper bounds that are known."""
+    allowance = len(bounds) * _SCALING_MARGIN
+    normalized = _within_budget(weights, {}, bounds, coeff=coeff * (1 - allowance - _SCALING_MARGIN), budget=budget)
     return normalized._replace(lipschitz=normalized.lipschitz * (1 + allowance))
 
 

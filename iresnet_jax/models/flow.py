@@ -149,24 +149,30 @@ def freeze(spec: FlowSpec, params: Tree) -> Frozen:
     Blocks are computed one after the other, so memory does not grow with depth.
     """
 
-    def scaled(stage, block):
-        return constraint.normalize_certified(stage.branch, block, coeff=spec.coeff, budget=spec.budget).weights
+    def bounded(stage, block):
+        def bound(state, is_scaled):  # twice in a loop, which compiles the certificate once
+            kernels, _ = state
+            found = constraint.layer_bounds(stage.branch, kernels)
+            scaled = constraint.scaled_by(found, kernels, coeff=spec.coeff, budget=spec.budget).weights
+            return (jax.tree.map(lambda old, new: jnp.where(is_scaled, old, new), kernels, scaled), found), None
 
-    return _certify(spec, params, scaled)
+        nothing = {layer.name: jnp.zeros((), block[layer.name]["kernel"].dtype) for layer in stage.branch.layers}
+        return jax.lax.scan(bound, (block, nothing), jnp.array([False, True]))[0]
+
+    return _certify(spec, params, bounded)
 
 
 def certify(spec: FlowSpec, params: Tree) -> Frozen:
     """The parameters of `constrain` unchanged, with guaranteed bounds of their norms, which may be 1 or more."""
-    return _certify(spec, params, lambda stage, block: block)
+    return _certify(spec, params, lambda stage, block: (block, constraint.layer_bounds(stage.branch, block)))
 
 
-def _certify(spec: FlowSpec, params: Tree, change: Callable[[Stage, Tree], Tree]) -> Frozen:
+def _certify(spec: FlowSpec, params: Tree, bounded: Callable[[Stage, Tree], tuple[Tree, Tree]]) -> Frozen:
     weights, bounds = {}, {}
     for stage in spec.layout:
 
         def of_block(block, stage=stage):
-            kernels = change(stage, block)
-            found = constraint.layer_bounds(stage.branch, kernels)
+            kernels, found = bounded(stage, block)
             return kernels, found, branch_bound(jnp.stack(list(found.values())))
 
         blocks = dict(params[stage.name]["blocks"])

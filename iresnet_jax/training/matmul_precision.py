@@ -19,6 +19,7 @@ def prepare_backend(matmul_precision: str) -> None:
 
 
 def device_summary() -> str:
-    """The devices of this process, such as ``2 x cpu``."""
-    devices = jax.local_devices()
-    return f"{len(devices)} x {devices[0].device_kind}"
+    """The devices of a run, such as ``2 x cpu`` or ``4 processes of 8 x NVIDIA H100``."""
+    devices, count = jax.local_devices(), jax.process_count()
+    own = f"{len(devices)} x {devices[0].device_kind}"
+    return own if count == 1 else f"{count} processes of {own}"

@@ -15,10 +15,11 @@ from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.json_dataclasses import first_difference, to_plain
 from iresnet_jax.models import saved
 from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.training import loop, parallel, state
+from iresnet_jax.training import loop, parallel, plan, state
 from iresnet_jax.training.config import parse
 from iresnet_jax.training.from_config import model_spec
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
+from iresnet_jax.training.program_costs import lowered_all_reduces
 
 SHAPES = {
     "digits": (8, 8, 1),
@@ -123,6 +124,18 @@ def test_a_cut_down_copy_takes_a_step(name):
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), current.params, after.params)
     assert any(jax.tree.leaves(moved))
     assert int(after.step) == 1
+
+
+SAME_STEP = {"0.7", "vanilla", *sorted(toys.TOYS)[1:], "cifar10_released", "cifar100"}  # as another of the same file
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize(("name", "argument"), [case[:2] for case in CASES if case[1] not in SAME_STEP])
+def test_the_training_step_lowers_for_accelerators(name, argument, platform):
+    config = get_config(name, argument)
+    on = plan.Machine(f"eight of {platform}", platform, (jax.devices()[0],), 8)
+    _, lowered, about = plan.lower(config, on, data_of(config), 8)
+    assert sum(lowered_all_reduces(lowered.as_text())) >= 4 * about["num_parameters"]  # of gradients
 
 
 def test_an_unknown_toy_is_answered_with_those_there_are():
