@@ -271,6 +271,26 @@ def test_the_table_of_vectors_is_that_of_the_record():
             assert cell.strip() == (in_cell(found) if found else "")
 
 
+def test_the_table_of_plans_is_that_of_the_record():
+    made = json.loads((ROOT / "benchmarks/results/plans.json").read_text())["results"]
+    section = PAGES["docs/clusters.md"].read_text().split("\n## A plan before")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
+    assert rows[2:] == [plan_row(one) for one in made]
+    paper = next(one for one in made if (one["config"], one["topology"]) == ("iresnet_density:cifar10", "v5e:4x8"))
+    assert paper["compile_seconds"] <= 180
+
+
+def plan_row(made):
+    """The cells of a plan, as the page has them."""
+    share = f"{made['batch_size'] // made['num_devices']}"
+    share += f", at most {made['largest_share']}" if made["largest_share"] else ""
+    megabytes = [made["argument_bytes"], made["temporary_bytes"], sum(made["reductions"])]
+    state, on_the_way, reduced = ("" if size is None else f"{size / 1e6:.0f}" for size in megabytes)
+    costs = [f"{made['flops_per_example'] / 1e9:.3g}", f"{len(made['reductions'])}: {reduced}", f"{made['compile_seconds']:.0f}"]
+    name = f"{made['config']}, {made['topology']}"
+    return [name, "no" if made["problem"] else "yes", share, f"{made['num_parameters']:,}", state, on_the_way, *costs]
+
+
 def in_cell(found):
     """A log-likelihood with the larger of its errors."""
     error = max(found["stderr_examples"], found["stderr_seeds"])
