@@ -286,7 +286,11 @@ def plan_row(made):
     share += f", at most {made['largest_share']}" if made["largest_share"] else ""
     megabytes = [made["argument_bytes"], made["temporary_bytes"], sum(made["reductions"])]
     state, on_the_way, reduced = ("" if size is None else f"{size / 1e6:.0f}" for size in megabytes)
-    costs = [f"{made['flops_per_example'] / 1e9:.3g}", f"{len(made['reductions'])}: {reduced}", f"{made['compile_seconds']:.0f}"]
+    costs = [
+        f"{made['flops_per_example'] / 1e9:.3g}",
+        f"{len(made['reductions'])}: {reduced}",
+        f"{made['compile_seconds']:.0f}",
+    ]
     name = f"{made['config']}, {made['topology']}"
     return [name, "no" if made["problem"] else "yes", share, f"{made['num_parameters']:,}", state, on_the_way, *costs]
 

@@ -267,7 +267,10 @@ class _Watcher:
         checked_at = time.monotonic()
         while not self._stopped.wait(_BEAT_S):
             now = time.monotonic()
-            if now - checked_at > 10 * _BEAT_S:  # this process itself was suspended
+            suspended_s = now - checked_at - _BEAT_S
+            if suspended_s > LOST_S:
+                self._end(f"this process was suspended for {suspended_s:.0f} s, and the others have given it up", LOST)
+            elif suspended_s > 10 * _BEAT_S:
                 self._heard_at = now
             elif now - self._heard_at > LOST_S or (now - self._heard_at > 2 * _BEAT_S and _is_gone(_coordinator())):
                 self._end(_UNREACHABLE, LOST)

@@ -130,7 +130,7 @@ def machine(topology: str) -> Machine:
 
     Raises:
         ValueError: If there is none of this name.
-        RuntimeError: If the compiler for TPUs is not installed.
+        RuntimeError: If the compiler for TPUs is not installed or in use.
     """
     kind, _, layout = topology.partition(":")
     if kind == "cuda" and (layout or "1").isdecimal() and int(layout or 1):
@@ -149,7 +149,9 @@ def machine(topology: str) -> Machine:
         text = " ".join(str(error).split())
         if "not installed" in text:
             raise RuntimeError(f"compiling for TPUs needs pip install '.[tpu]': {text[:200]}") from None
-        raise ValueError(f"there is no topology {topology!r}: {text[:200]}") from None
+        if "lockfile" in text:
+            raise RuntimeError("another process uses the compiler for TPUs, which serves one at a time: wait for it") from None
+        raise ValueError(f"the compiler for TPUs knows no topology {topology!r}: {text[:200]}") from None
     num_hosts = len({device.process_index for device in devices})
     return Machine(topology, "tpu", tuple(devices), len(devices), num_hosts, CHIPS[kind])
 

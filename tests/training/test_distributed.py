@@ -156,6 +156,19 @@ def test_the_other_process_says_so_where_process_0_and_its_coordinator_are_kille
     assert said[1][-1] == f"process 0, which coordinates the others, cannot be reached: {ADVICE}"
 
 
+def test_a_suspended_coordinator_ends_the_other_and_itself_when_it_wakes(tmp_path):
+    processes = start(2, [["toy", str(tmp_path), LONG]], lost_s=3.0)
+    await_step(tmp_path, 3, processes)
+    processes[0].send_signal(signal.SIGSTOP)
+    assert processes[1].wait(DEADLINE_S) == distributed.LOST
+    processes[0].send_signal(signal.SIGCONT)
+    statuses, said = finish(processes)
+    assert statuses == [distributed.LOST] * 2
+    assert said[1][-1] == f"process 0, which coordinates the others, cannot be reached: {ADVICE}"
+    assert said[0][-1].startswith("this process was suspended for ")
+    assert said[0][-1].endswith(f" s, and the others have given it up: {ADVICE}")
+
+
 def test_a_process_that_fails_alone_ends_the_other_with_its_reason(tmp_path):
     processes = start(2, [["toy", str(tmp_path), LONG]])
     await_step(tmp_path, 3, processes)
