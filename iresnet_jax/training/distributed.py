@@ -268,7 +268,7 @@ class _Watcher:
         while not self._stopped.wait(_BEAT_S):
             now = time.monotonic()
             suspended_s = now - checked_at - _BEAT_S
-            if suspended_s > LOST_S:
+            if suspended_s > 0.8 * LOST_S:  # the others count from the last sign of life, which may be some beats older
                 self._end(f"this process was suspended for {suspended_s:.0f} s, and the others have given it up", LOST)
             elif suspended_s > 10 * _BEAT_S:
                 self._heard_at = now
