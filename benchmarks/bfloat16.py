@@ -27,7 +27,7 @@ NUM_INVERTED, NUM_ENCODED = 128, 256  # test examples
 
 
 def train(config, folder, *, bfloat16, seed):
-    """The trained run, and its seconds a step."""
+    """The trained run."""
     config = replace(config, seed=seed, training=replace(config.training, bfloat16=bfloat16))
     loop.train(config, folder)
     return trained_run.load(folder)

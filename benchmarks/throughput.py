@@ -1,4 +1,4 @@
-"""Training steps on this machine's devices: examples a second and memory, by precision, and beside what `plan` expects.
+"""Training steps on this machine's devices: examples a second and memory, by precision.
 
     python benchmarks/throughput.py [--configs iresnet_density:cifar10 ...] [--batch 128] [--quick]
 

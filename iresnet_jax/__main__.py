@@ -169,7 +169,7 @@ def count(text: str) -> int:
 
 def make_parser() -> Parser:
     """The commands and their options."""
-    parser = Parser(prog="python -m iresnet_jax", description="Everything after training a model with train.py.")
+    parser = Parser(prog="python -m iresnet_jax", description="Everything before and after train.py.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     options = {}
     for command in (evaluate, sample, reconstruct, certify, freeze, ood, report):

@@ -22,7 +22,7 @@ training step sees.
 import dataclasses
 from pathlib import Path
 
-from iresnet_jax.data import decoding, simulators, toys
+from iresnet_jax.data import decoding, simulators, stand_in, toys
 from iresnet_jax.data.arrays import one_hot
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.simulators import Simulator
@@ -34,16 +34,7 @@ __all__ = ["EMBEDDED", "FORMATS", "TABLES", "TFDS_NAMES", "DataSet", "Simulator"
 EMBEDDED = {"digits": digits.load}
 FORMATS = {"idx": idx.source, "cifar": cifar.source, "npz": npz.source, "folder": image_folder.source}
 TABLES = {"npy": tables.load_npy, "csv": tables.load_csv}
-TFDS_NAMES = (  # the customary ones
-    "mnist",
-    "fashion_mnist",
-    "kmnist",
-    "cifar10",
-    "cifar100",
-    "svhn_cropped",
-    "downsampled_imagenet/32x32",
-    "downsampled_imagenet/64x64",
-)
+TFDS_NAMES = tuple(stand_in.IMAGES)  # the customary ones
 
 
 def load(name: str, data_dir: str | None = None, *, fractions: tuple[float, float] = (0.1, 0.1)) -> DataSet:

@@ -31,7 +31,7 @@ Pair = tuple[int, int]
 
 _THIN = 32  # largest number of output channels that counts as few on CPU
 _MOST_TAPS = 25  # largest number of taps that are written out
-_COLUMNS = 256  # of a TPU's matrix unit
+_MOST_COLUMNS = 256  # of a product of all taps of few channels, on TPUs
 
 PADDINGS = ("SAME", "VALID", "CIRCULAR")
 
@@ -94,6 +94,8 @@ def conv(
         pads = ((0, 0), (0, 0))
     if implementation == "auto":
         implementation = choose_implementation(kernel.shape)
+        if dtype == jnp.bfloat16 and kernel_height * kernel_width > 1:
+            implementation = "xla"  # which sums over taps in float32, as do its gradients
     if implementation == "xla":
         convolve = _convolve if target.platform() != "cpu" else _convolution.bind
         return convolve(x, kernel, window=_Window(strides, pads))
@@ -111,7 +113,7 @@ def choose_implementation(kernel_shape: Sequence[int]) -> Implementation:
     *taps, cin, cout = kernel_shape
     if math.prod(taps) == 1:
         return "patches"  # a plain matrix product
-    if target.platform() == "tpu" and math.prod(taps) * min(cin, cout) <= _COLUMNS:
+    if target.platform() == "tpu" and math.prod(taps) * min(cin, cout) <= _MOST_COLUMNS:
         return "patches" if cin <= cout else "taps"
     return "xla"
 

@@ -13,7 +13,7 @@ _chosen = jax.make_user_context(default_value=None)  # JAX traces a function ane
 
 
 def platform() -> str:
-    """The target: "cpu", "tpu", "cuda" and so on; what this process runs on, except within `compiling_for`."""
+    """The target: "cpu", "tpu", "gpu" or "cuda" and so on; what this process runs on, except within `compiling_for`."""
     return _chosen.value or jax.default_backend()
 
 

@@ -231,8 +231,8 @@ def bijection(
         context: Context of every example that the bijection will see, if the model is conditional.
         unroll: Write blocks out instead of scanning over them; see `unroll_by_default`.
         rematerialize: What the backward pass computes anew, see `repeat`.
-        bfloat16: Whether branches compute in bfloat16 on the way forward and in its log-determinant, see `apply_layer`; the
-            inverse never does.
+        bfloat16: Whether branches compute in bfloat16 on the way forward and in products with its Jacobian, see `apply_layer`.
+            The inverse, traces and Jacobians in closed form, and bounds of truncation are those of the weights as they are.
     """
 
     def blocks_of(stage):

@@ -1,7 +1,7 @@
 """The certificate of a model: how large the Lipschitz constants of its layers, blocks and of the whole are.
 
 Every layer has its norm as power iteration sees it, from below, and a guaranteed bound from above; every block has their
-products. The bounds concern the stored weights in exact arithmetic.
+products. The bounds concern the stored weights in exact arithmetic, or what bfloat16 makes of them in a model that runs so.
 """
 
 import functools
@@ -81,7 +81,8 @@ class Certificate:
         """One line: whether every block is certified a contraction."""
         failed = [block.name for block in self.blocks if not block.bound < 1]
         if failed:
-            return f"NOT CERTIFIED: no bound below 1 for {len(failed)} of {len(self.blocks)} blocks, the first is {failed[0]}"
+            found = f"no bound below 1 for {len(failed)} of {len(self.blocks)} blocks, the first is {failed[0]}"
+            return f"NOT CERTIFIED: {found}{self._rounding}"
         return (
             f"certified: every one of {len(self.blocks)} blocks is a contraction, Lip(g) <= {self.max_block:.5f}; whole model: "
             f"Lip(F) <= {self.forward:.3g}, Lip(F^-1) <= {self.inverse:.3g}{self._rounding}"

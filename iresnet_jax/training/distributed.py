@@ -95,13 +95,16 @@ def _wait_before_aborting() -> None:
     """Makes a thread that aborts this process sleep first, as JAX's do where process 0 is gone: the watcher can say so.
 
     No Python runs in such a thread, so the handler is ``sleep`` of the C library, which takes the number of the signal for
-    seconds: six. If the watcher finds nothing amiss, the process ends as it would have.
+    seconds: six. Then ``abort`` ends the process as ever; a SIGABRT that another process sends is only waited for.
     """
-    if os.name != "posix":
-        return
+    if os.name == "posix":
+        _handle_aborts(ctypes.cast(ctypes.CDLL(None).sleep, ctypes.c_void_p))
+
+
+def _handle_aborts(handler: ctypes.c_void_p) -> None:
     library = ctypes.CDLL(None)
     library.signal.argtypes, library.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
+    library.signal(signal.SIGABRT, handler)
 
 
 def is_first() -> bool:
@@ -200,6 +203,8 @@ def _leave() -> None:
     _watcher.stop()
     _watcher = None
     jax.distributed.shutdown()
+    if os.name == "posix":
+        _handle_aborts(ctypes.c_void_p(signal.SIG_DFL))
     parallel.go_on_alone()
 
 

@@ -66,31 +66,45 @@ def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
 
 
 def _initialize(module: Any, spec: Spec, key: jax.Array, *given: jax.Array) -> tuple[Any, Any]:
-    """Latents of inputs, or logits, and variables that are fitted to them."""
+    """Latents of inputs, which nobody asks of classifiers, and variables that are fitted to them."""
     num_devices, is_bijective = parallel.all_devices(), isinstance(spec, DensitySpec) or spec.is_bijective
     if num_devices == 1 or len(given[0]) % num_devices or not is_bijective:
         return _initializer(module)(key, *given)
     # Weights do not depend on the inputs, of which a few create them.
     _, variables = _initializer(module)(key, *(rows[: len(rows) // num_devices] for rows in given))
-    constrain = flow.constrain if isinstance(spec, DensitySpec) or spec.constrained else flow.unconstrained
     params = {stage.name: variables["params"][stage.name] for stage in spec.flow.layout}
-    weights = jax.jit(lambda params, spectral: constrain(spec.flow, params, spectral).weights)(params, variables["spectral"])
-
-    def fit(weights, inputs):
-        fitted, z = flow.fit_actnorm(spec.flow, weights, *inputs, axis_name=AXIS)
-        statistics = {}
-        if isinstance(spec, ClassifierSpec):
-            statistics = {"head": batch_statistics(reshape.unflatten(z, spec.feature_shape), axis_name=AXIS)}
-        weights = {name: {**stage, "actnorm": fitted[name]} for name, stage in weights.items()}
-        return weights, (statistics, jax.lax.all_gather(z, AXIS, tiled=True))
-
+    constrain, fit = _fitter(spec, num_devices)
     own = parallel.own_share(np.arange(len(given[0])))
-    everywhere = parallel.parallelize(fit)(weights, parallel.shard(tuple(rows[own] for rows in given)))
+    everywhere = fit(constrain(params, variables["spectral"]), parallel.shard(tuple(rows[own] for rows in given)))
     fitted, (statistics, z) = parallel.on_first_device(everywhere)
     for name, stage in fitted.items():
         params[name] = {"blocks": {**params[name]["blocks"], "actnorm": dict(stage["actnorm"])}}
     variables = {**variables, "params": {**variables["params"], **params}}
     return z, {**variables, "batch_stats": statistics} if statistics else variables
+
+
+@functools.lru_cache(maxsize=64)
+def _fitter(spec: Spec, num_devices: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """``(params, spectral) ->`` weights, and ``(weights, inputs) ->`` fitted weights, and statistics and latents of all inputs.
+
+    The second is for all devices, whose number decides which those are.
+    """
+    del num_devices
+    normalize = flow.constrain if isinstance(spec, DensitySpec) or spec.constrained else flow.unconstrained
+
+    @jax.jit
+    def constrain(params, spectral):
+        return normalize(spec.flow, params, spectral).weights
+
+    def fit(weights, inputs):
+        fitted, z = flow.fit_actnorm(spec.flow, weights, *inputs, axis_name=AXIS)
+        weights = {name: {**stage, "actnorm": fitted[name]} for name, stage in weights.items()}
+        if isinstance(spec, ClassifierSpec):
+            features = reshape.unflatten(z, spec.feature_shape)
+            return weights, ({"head": batch_statistics(features, axis_name=AXIS)}, None)
+        return weights, ({}, jax.lax.all_gather(z, AXIS, tiled=True))
+
+    return constrain, parallel.parallelize(fit)
 
 
 _preprocess = jax.jit(lambda model, *given: model.preprocess(*given))

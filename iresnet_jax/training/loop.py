@@ -205,8 +205,7 @@ class _Trainer:
             return found[0][1]
 
         step = distributed.from_first(restore)
-        state = found[0][0] if found else fresh
-        return (distributed.broadcast(state) if step else state), step
+        return distributed.broadcast(found[0][0] if found else fresh), step  # a fresh state, too: hosts round differently
 
     def _compile_later(self) -> None:
         self._parallel_step = self._compile_step(int(self.state.num_terms))

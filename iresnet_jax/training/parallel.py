@@ -55,6 +55,7 @@ def for_devices(step_fn: Callable[[Any, Any], tuple[Any, Any]], devices: Sequenc
     """
     mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
     split, whole = jax.sharding.PartitionSpec(AXIS), jax.sharding.PartitionSpec()
+    # With `check_vma`, gradients by the replicated state would come summed over devices already.
     mapped = jax.shard_map(step_fn, mesh=mesh, in_specs=(whole, split), out_specs=(whole, whole), check_vma=False)
     return jax.jit(mapped, donate_argnums=0)
 
@@ -211,7 +212,7 @@ def check_equal_on_all_devices(state: Any) -> None:
         name = jax.tree_util.keystr(jax.tree_util.tree_flatten_with_path(state)[0][leaf][0], simple=True, separator="/")
         raise RuntimeError(
             f"{name} differs between device 0 and device {device}: a device or its host is faulty or runs other software; "
-            "leave that host out and give the same command again, which goes on from the last checkpoint"
+            "leave that host out and give the same command again"
         )
 
 

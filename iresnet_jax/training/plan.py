@@ -1,9 +1,11 @@
 """Whether a config fits a machine that is not there: its training step compiled for a TPU topology, on a CPU.
 
-The step is the one that training runs, over all devices, with the optimizer and the sums of several hosts. TPUs need the extra
-``tpu``, whose compiler knows how much memory a step takes. For GPUs the step is lowered only: their compiler asks the GPU.
+The step is the one that training runs, with its optimizer. For TPUs it is compiled for all chips, with the sums of several
+hosts; that needs the extra ``tpu``, whose compiler knows how much memory a step takes. For GPUs one device's share is lowered
+only: their compiler asks the GPU.
 """
 
+import dataclasses
 import os
 import time
 import warnings
@@ -14,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from iresnet_jax.data import stand_in
+from iresnet_jax.data import conditioned_on_labels, stand_in
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.maths import target
 from iresnet_jax.training import loop, parallel, state
@@ -23,7 +25,7 @@ from iresnet_jax.training.chips import CHIPS, PASSES, Chip
 from iresnet_jax.training.config import Config
 from iresnet_jax.training.from_config import Spec, model_spec
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
-from iresnet_jax.training.program_costs import all_reduces, flops, lowered_all_reduces, num_bytes
+from iresnet_jax.training.program_costs import all_reduces, flops, has_random_loops, lowered_all_reduces, num_bytes
 
 UTILIZATION = 0.4  # share of the peak that the estimate of a step's time assumes
 RESOLUTION = 8  # the largest batch is found to one part in so many
@@ -41,6 +43,7 @@ class Plan:
         argument_bytes: Bytes on each device of the state and of its share of the batch.
         flops_per_example: Multiplications and additions of products and convolutions, with loops counted, an example; what a
             step does once, as for norms, is shared out.
+        has_random_loops: Whether loops of random length, as of a roulette's terms, were counted as if they ran once.
         reductions: Bytes of every reduction over devices in a step, the largest first; on GPUs before they are combined.
         temporary_bytes: Bytes on each device of what the step makes on the way; None if the compiler was not asked.
         code_bytes: Bytes of the program; None if it was not compiled.
@@ -57,6 +60,7 @@ class Plan:
     num_parameters: int
     argument_bytes: int
     flops_per_example: float
+    has_random_loops: bool
     reductions: tuple[int, ...]
     compile_seconds: float
     temporary_bytes: int | None = None
@@ -86,9 +90,11 @@ class Plan:
         lines = [
             self.verdict,
             f"{self.num_parameters:,} parameters; a device: {arguments}{temporary}{code}",
-            f"{self.flops_per_example / 1e9:.3g} GFLOP an example",
-            f"{len(self.reductions)} reductions over devices a step: {reductions}",
+            f"{self.flops_per_example / 1e9:.3g} GFLOP an example"
+            + (", with loops of random length counted as if they ran once" if self.has_random_loops else ""),
         ]
+        if self.reductions:
+            lines.append(f"{len(self.reductions)} reductions over devices a step: {reductions}")
         if self.largest_share is not None:
             lines.append(f"largest batch that fits: {self.largest_share} examples a device")
         if self.step_seconds is not None:
@@ -158,7 +164,10 @@ def machine(topology: str) -> Machine:
 
 def data_for(config: Config) -> DataSet:
     """The data of a config; random ones of the same shape in place of those of TensorFlow Datasets."""
-    return stand_in.images(config.data.name) or loop.load_data(config.data)
+    data = stand_in.images(config.data.name)
+    if data is None:
+        return loop.load_data(config.data)
+    return conditioned_on_labels(data) if config.data.condition_on_labels else data
 
 
 def make(
@@ -174,8 +183,11 @@ def make(
         say: Takes a line of progress of that search.
 
     Raises:
-        ValueError: If the batch does not split over the devices, or settings contradict each other or the data.
+        ValueError: If the batch does not split over the devices, settings contradict each other or the data, or the largest
+            batch is asked for where memory is not known.
     """
+    if find_largest and on.chip is None:
+        raise ValueError(f"--largest-batch needs a TPU topology: what a step takes on {on.topology} is not known here")
     data = data_for(config) if data is None else data
     size, num_devices = config.training.batch_size, on.num_devices
     if size % (num_devices * config.training.num_parts):
@@ -184,10 +196,10 @@ def make(
             f"got {size}"
         )
     plan = _plan(config, on, data, size)
-    if find_largest and on.platform == "tpu":
+    if find_largest:
         plan_of = lambda share: _plan(config, on, data, share * num_devices)  # noqa: E731
         largest = _largest(plan, plan_of, on, config.training.num_parts, say)
-        plan = Plan(**{**vars(plan), "largest_share": largest})
+        plan = dataclasses.replace(plan, largest_share=largest)
     return plan
 
 
@@ -202,6 +214,7 @@ def _plan(config: Config, on: Machine, data: DataSet, batch_size: int) -> Plan:
         "batch_size": batch_size,
         **about,
         "flops_per_example": costs.total() / share,
+        "has_random_loops": has_random_loops(traced.jaxpr.jaxpr),
     }
     if on.chip is None:
         reductions = tuple(lowered_all_reduces(lowered.as_text()))

@@ -34,6 +34,9 @@ def flops(jaxpr: core.Jaxpr) -> Counter[str]:
             kernel, numbers = equation.invars[1].aval, parameters["dimension_numbers"]
             taps = math.prod(kernel.shape) // kernel.shape[numbers.rhs_spec[0]]  # of one output channel
             total[kernel.dtype.name] += 2 * taps * math.prod(equation.outvars[0].aval.shape)
+        elif name == "convolution":  # that of CPUs, see `iresnet_jax.maths.convolution`
+            kernel = equation.invars[1].aval
+            total[kernel.dtype.name] += 2 * math.prod(kernel.shape[:3]) * math.prod(equation.outvars[0].aval.shape)
         elif name == "cond":
             total += max((flops(branch.jaxpr) for branch in parameters["branches"]), key=lambda cost: cost.total())
         else:
@@ -41,6 +44,13 @@ def flops(jaxpr: core.Jaxpr) -> Counter[str]:
             for inner in _inner(parameters):
                 total += Counter({dtype: runs * cost for dtype, cost in flops(inner).items()})
     return total
+
+
+def has_random_loops(jaxpr: core.Jaxpr) -> bool:
+    """Whether a loop runs until a condition holds, so that `flops` does not know how often."""
+    return any(
+        equation.primitive.name == "while" or any(map(has_random_loops, _inner(equation.params))) for equation in jaxpr.eqns
+    )
 
 
 def _inner(parameters: dict[str, Any]) -> list[core.Jaxpr]:

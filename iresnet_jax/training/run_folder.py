@@ -5,6 +5,7 @@ the data they came from. A resume reads the model from there and computes nothin
 """
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,14 +22,20 @@ FORMAT = 1  # version of both files
 CONFIG_FILE, MODEL_FILE = "config.json", "model.json"
 
 
+# Settings that change how a step is computed and not what: a run may go on with others, as on other devices.
+WAYS_TO_COMPUTE = ("num_parts", "rematerialize", "blocks")
+
+
 def check_belongs_to(workdir: Path, config: Config) -> None:
-    """Raises ``ValueError`` if the folder holds a run with another config; names the first difference."""
+    """Raises ``ValueError`` if the folder holds a run with another config; names the first difference that counts."""
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"{workdir} is a file: choose another --workdir")
     if not (workdir / CONFIG_FILE).exists():
         return
     theirs = read_config(workdir)
-    if difference := first_difference(to_plain(config), to_plain(theirs), "config"):
+    ways = {name: getattr(theirs.training, name) for name in WAYS_TO_COMPUTE}
+    ours = dataclasses.replace(config, training=dataclasses.replace(config.training, **ways))
+    if difference := first_difference(to_plain(ours), to_plain(theirs), "config"):
         raise ValueError(f"{workdir} holds a run with another config: {difference}; choose another --workdir or delete it")
 
 

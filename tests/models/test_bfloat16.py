@@ -11,6 +11,7 @@ import runs
 from oracles import dense_conv_matrix, operator_norm
 
 from iresnet_jax.data import load
+from iresnet_jax.maths import target
 from iresnet_jax.models import branch as branches
 from iresnet_jax.models.branch import BranchSpec
 from iresnet_jax.training import loop, parallel
@@ -39,6 +40,29 @@ def test_layers_take_and_give_rounded_numbers(kernel_sizes):
     difference = np.abs(np.asarray(found, np.float64) - h)
     assert difference.max() <= 4 * UNIT * np.abs(h).max()
     assert np.median(difference) == 0
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_accelerators_compute_what_cpus_do(platform):
+    """The form for them run here: few channels in, few out, and a gradient."""
+    spec = BranchSpec((6, 5, 3), hidden=(64,), kernel_sizes=(3, 3), activation="tanh")
+    weights = branches.initial_weights(spec, jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (4, *spec.in_shape))
+
+    def value_and_gradients(weights, x):
+        run = lambda weights, x: branches.apply_branch(spec, weights, x, bfloat16=True)  # noqa: E731
+        y, pull = jax.vjp(run, weights, x)
+        return y, pull(jnp.cos(y))
+
+    here = jax.jit(value_and_gradients)(weights, x)
+    with target.compiling_for(platform):
+        there = jax.jit(value_and_gradients)(weights, x)
+    exact = jax.jit(jax.vjp, static_argnums=0)(functools.partial(branches.apply_branch, spec), weights, x)[0]
+    for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+        scale = float(jnp.sqrt(jnp.mean(a**2)))
+        assert float(jnp.sqrt(jnp.mean((a - b) ** 2))) < 2 * UNIT * scale  # their roundings fall elsewhere
+    error = float(jnp.sqrt(jnp.mean((there[0] - exact) ** 2)))
+    assert 0 < error < 1.1 * float(jnp.sqrt(jnp.mean((here[0] - exact) ** 2)))
 
 
 def test_the_way_forward_is_rounded_and_the_inverse_is_not():

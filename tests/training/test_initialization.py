@@ -7,26 +7,31 @@ import pytest
 import runs
 
 from iresnet_jax.data import load
-from iresnet_jax.training import parallel
+from iresnet_jax.training import initialization, parallel
 from iresnet_jax.training.from_config import model_spec
 from iresnet_jax.training.initialization import initial_variables
 
 RTOL, ATOL = 1e-4, 1e-5  # float32 means over the same numbers, summed in another order, and what blocks make of that
-CHANGES = {
-    "toy": {},
-    "hybrid": {"hybrid.fitted_priors": True},
-    "classifier": {"constraint.norms": "none"},
+STAGE = {"num_blocks": 1, "hidden": (3,), "kernel_sizes": (3, 3), "squeeze": 2}
+CASES = {
+    "toy": (runs.TOY_CONFIG, {}),
+    "simulator": (runs.TOY_CONFIG, {"data.name": "sbi_two_moons"}),
+    "hybrid": (runs.HYBRID_CONFIG, {"hybrid.fitted_priors": True, "model.stages": ({**STAGE, "factor_out": True}, STAGE)}),
+    "classifier": (runs.CLASSIFIER_CONFIG, {}),
+    "vanilla": (runs.CLASSIFIER_CONFIG, {"constraint.norms": "none"}),
 }
 
 
 def variables_of(name, **changes):
-    config = runs.config_of(runs.CONFIGS[name], **CHANGES[name], **changes)
+    source, own = CASES[name]
+    config = runs.config_of(source, **own, **changes)
     data = load(config.data.name)
     return jax.device_get(initial_variables(config, model_spec(config, data), data))
 
 
-@pytest.mark.parametrize("name", runs.CONFIGS)
+@pytest.mark.parametrize("name", CASES)
 def test_two_devices_fit_what_one_fits(name, monkeypatch):
+    initialization._fitter.cache_clear()
     assert jax.local_device_count() == 2
     steps = []
     parallelize = parallel.parallelize

@@ -105,6 +105,23 @@ def test_a_plan_for_gpus(name):
     text = str(made)
     assert text.startswith("lowers for cuda:4 with 8 examples a device; what it takes on the way is known after a step")
     assert f"{made.num_parameters:,} parameters; a device: " in text
+    assert "loops of random length" not in text
+
+
+def test_a_roulette_says_that_its_loops_are_counted_once():
+    config = runs.config_of(runs.TOY_CONFIG, **{"logdet.kind": "roulette", **SHARED})
+    assert "GFLOP an example, with loops of random length counted as if they ran once" in str(
+        plan.make(config, plan.machine("cuda"))
+    )
+
+
+def test_a_plan_is_of_the_model_that_the_config_describes(tmp_path):
+    config = runs.config_of(runs.DIGITS_CONFIG, **{"data.name": "mnist", "training.batch_size": 8})
+    conditional = runs.config_of(
+        runs.DIGITS_CONFIG, **{"data.name": "mnist", "training.batch_size": 8, "data.condition_on_labels": True}
+    )
+    plain, given = (plan.make(one, plan.machine("cuda")).num_parameters for one in (config, conditional))
+    assert given == plain + 10 * (4 + 1)  # from 10 classes to the outputs of both layers
 
 
 def test_arithmetic_of_a_plan_does_not_depend_on_how_the_batch_is_spread():
@@ -150,7 +167,8 @@ def test_the_largest_batch_is_found_between_what_fits_and_what_does_not():
         temporary = int(1e9 + 1.7e8 * share + 1e5 * share**2)
         fits = 2e9 + temporary < on.chip.memory_bytes
         known = {"topology": on.topology, "num_devices": 4, "batch_size": 4 * share, "num_parameters": 0}
-        known |= {"argument_bytes": int(2e9), "flops_per_example": 0.0, "reductions": (), "compile_seconds": 0.0}
+        known |= {"argument_bytes": int(2e9), "flops_per_example": 0.0, "has_random_loops": False, "reductions": ()}
+        known["compile_seconds"] = 0.0
         return plan.Plan(**known, temporary_bytes=temporary if fits else None, problem=None if fits else "too much")
 
     true = max(share for share in range(1, 300) if plan_of(share).problem is None)
@@ -173,6 +191,7 @@ def test_mistakes_are_answered_in_a_sentence(capsys, tmp_path):
     given = f"--config={config}"
     assert "no topology 'v7:2x2': give one such as v4:2x2" in answer(capsys, given, "--topology=v7:2x2")
     assert "no topology 'cuda:x'" in answer(capsys, given, "--topology=cuda:x")
+    assert "--largest-batch needs a TPU topology" in answer(capsys, given, "--topology=cuda:8", "--largest-batch")
     assert "batch_size must be a multiple of 3 devices times 1 parts, got 16" in answer(capsys, given, "--topology=cuda:3")
     assert "config.training has no field 'batch_sise'" in answer(
         capsys, given, "--topology=cuda", "--config.training.batch_sise=3"

@@ -55,7 +55,8 @@ def objective(config: Config, data: DataSet, spec: ClassifierSpec) -> Objective:
 def make_constraint(settings: ConstraintConfig, spec: ClassifierSpec, *, training: bool) -> Constrain:
     """``(params, spectral) ->`` the weights that run, for training steps or for validation."""
     if not spec.is_bijective:
-        return lambda params, spectral: Constrained(params, spectral, {})
+        names = [stage.name for stage in spec.flow.layout]
+        return lambda params, spectral: Constrained({name: params[name] for name in names}, spectral, {})
     return build_constraint(settings, spec.flow, training=training)
 
 
@@ -104,9 +105,9 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         x = model.preprocess(augment_images(example_keys(key, len(images)), images))
 
-        def loss_of(weights, params, examples):
+        def loss_of(weights, free, examples):
             x, labels = examples
-            current = model.with_(weights=weights, head=params["head"])
+            current = model.with_(weights=weights, head=free["head"])
             logits, statistics = training_logits(current, x, axis_name=AXIS, num_parts=rule.num_parts)
             loss = jnp.mean(cross_entropy(logits, labels, label_smoothing=label_smoothing))
             accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels)

@@ -100,10 +100,10 @@ def make_step(
         estimator = model.estimator.fix_length(key_length)
         bits_weight = weight(state.step)
 
-        def loss_of(weights, params, examples):
+        def loss_of(weights, free, examples):
             images, labels, keys = examples
             key_noise, key_probe, key_augment, key_augment_noise = (keys[:, i] for i in range(4))
-            current = model.with_(weights=weights, prior=params["prior"], estimator=estimator)
+            current = model.with_(weights=weights, prior=free["prior"], estimator=estimator)
             terms = current.terms(images, key_noise, key_probe)
             bits = jnp.mean(spec.in_units(terms.log_prob))
             logits = terms.log_prior_by_class

@@ -120,9 +120,9 @@ def make_step(
             x = x + noise[None] * jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(key_draw)
         estimator = model.estimator.fix_length(key_length)
 
-        def loss_of(weights, params, examples):
+        def loss_of(weights, free, examples):
             x, context, key_dequantise, key_probe = examples
-            current = model.with_(weights=weights, prior=params["prior"], estimator=estimator)
+            current = model.with_(weights=weights, prior=free["prior"], estimator=estimator)
             terms = current.terms(x, key_dequantise, key_probe, context=context)
             loss = jnp.mean(spec.in_units(terms.log_prob))
             means = {"log_prior": jnp.mean(terms.log_prior), "log_det": jnp.mean(terms.log_det)}

@@ -105,7 +105,7 @@ def build_rule(config: Config) -> UpdateRule:
     return UpdateRule(optimizer, schedule, settings.total_steps, settings.ema_decay, settings.num_parts)
 
 
-LossOf = Callable[[Any, Any, Any], Loss]  # (constrained weights, parameters, examples) -> their loss
+LossOf = Callable[[Any, Any, Any], Loss]  # (constrained weights, parameters without a constraint, examples) -> their loss
 
 
 def update(
@@ -117,7 +117,7 @@ def update(
 
     Args:
         constrain: ``(params, spectral) ->`` constrained weights.
-        loss_of: ``(weights, params, examples) -> Loss``; of the parameters it uses those that have no constraint.
+        loss_of: ``(weights, free, examples) -> Loss``, where ``free`` are the parameters that have no constraint.
         batch: This device's share of the batch, a pytree of arrays whose first axis counts examples.
     """
 
@@ -126,9 +126,10 @@ def update(
         return constrained.weights, constrained
 
     weights, pull_back, constrained = jax.vjp(constrained_weights, current.params, has_aux=True)
-    (of_weights, direct), loss = mean_gradients(loss_of, weights, current.params, batch, rule.num_parts)
-    [through_constraint] = pull_back(of_weights)
-    own_gradients = jax.tree.map(jnp.add, through_constraint, direct)
+    free = {name: leaf for name, leaf in current.params.items() if name not in weights}
+    (of_weights, of_free), loss = mean_gradients(loss_of, weights, free, batch, rule.num_parts)
+    [own_gradients] = pull_back(of_weights)
+    own_gradients = {**own_gradients, **of_free}
     own_metrics = {**loss.metrics, **constraint_metrics(constrained)}
     # All sums over devices at once, which compilers make one reduction. Power iterates depend on no data: devices of one kind
     # compute equal ones, their mean is for those that do not.
@@ -140,18 +141,18 @@ def update(
     return state.apply_gradients(current, gradients, spectral, rule.optimizer, learning_rate, rule.ema_decay), metrics
 
 
-def mean_gradients(loss_of: LossOf, weights: Any, params: Any, batch: Any, num_parts: int) -> tuple[tuple[Any, Any], Loss]:
-    """Gradients of a loss by ``(weights, params)``, and the loss; both means over equal parts of the batch.
+def mean_gradients(loss_of: LossOf, weights: Any, free: Any, batch: Any, num_parts: int) -> tuple[tuple[Any, Any], Loss]:
+    """Gradients of a loss by ``(weights, free)``, and the loss; both means over equal parts of the batch.
 
     With parts no more than the arrays of one are in memory at a time.
     """
 
     def of_examples(examples):
-        def value_and_rest(weights, params):
-            loss = loss_of(weights, params, examples)
+        def value_and_rest(weights, free):
+            loss = loss_of(weights, free, examples)
             return loss.value, loss
 
-        return jax.grad(value_and_rest, argnums=(0, 1), has_aux=True)(weights, params)
+        return jax.grad(value_and_rest, argnums=(0, 1), has_aux=True)(weights, free)
 
     if num_parts == 1:
         return of_examples(batch)
