@@ -60,8 +60,10 @@ def run(argv: list[str]) -> int:
     distributed.initialize(given.coordinator_address, given.num_processes, given.process_id)
     from iresnet_jax.evaluation.trained_run import load
     from iresnet_jax.report.report import write
+    from iresnet_jax.training.compilation_cache import keep_compiled_programs
     from iresnet_jax.training.loop import train
 
+    keep_compiled_programs()
     with distributed.ending_together():
         if not distributed.is_first():
             logging.set_verbosity(logging.WARNING)

@@ -212,7 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         from iresnet_jax.evaluation import trained_run  # slow to import: --help and mistakes are answered without it
+        from iresnet_jax.training.compilation_cache import keep_compiled_programs
 
+        keep_compiled_programs()
         run, data = trained_run.load(arguments.workdir), getattr(arguments, "data", None)
         return arguments.run(run.with_data(data) if data else run, arguments)
 

@@ -27,6 +27,7 @@ from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.history import History
 from iresnet_jax.models.priors import PRIORS
+from iresnet_jax.training.compilation_cache import keep_compiled_programs
 from iresnet_jax.training.config import Config, parse
 from iresnet_jax.training.interruption import Stopped
 from iresnet_jax.training.loop import train
@@ -63,6 +64,7 @@ def fit(
     progress: bool = True,
 ) -> Density | Classifier:
     """Trains a model of an array; see ``iresnet_jax.fit``, which this is."""
+    keep_compiled_programs()
     arrays: Arrays | dict[str, Arrays] = _arrays(x, labels, context)
     if validation is not None:
         held_out = validation if isinstance(validation, tuple) else (validation,)

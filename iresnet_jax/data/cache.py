@@ -22,7 +22,14 @@ import numpy as np
 from iresnet_jax.data.dataset import describe, fingerprint_of
 
 RECORD = "record.json"
+FOLDER_VARIABLE = "IRESNET_JAX_CACHE_DIR"
 _ABANDONED_AFTER_S = 3600  # a living writer touches its files far more often
+
+
+def user_folder() -> Path:
+    """The user's folder for what can be made anew: ``$IRESNET_JAX_CACHE_DIR``, or ``iresnet_jax`` in their cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "iresnet_jax")
+    return Path(os.environ.get(FOLDER_VARIABLE) or default).expanduser()
 
 
 class DamagedCacheError(ValueError):

@@ -47,12 +47,9 @@ def load(source: Source) -> DataSet:
 
 def cache_places(beside: Path) -> list[Path]:
     """Folders where the cache may lie, the preferred one first."""
-    variable = "IRESNET_JAX_CACHE_DIR"
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "iresnet_jax")
-    folder = Path(os.environ.get(variable) or default).expanduser()
     digest = hashlib.sha256(os.fsencode(beside.resolve())).hexdigest()[:12]
-    elsewhere = folder / "-".join([*beside.parent.parts[-2:], digest]).lstrip("/")
-    return [elsewhere] if os.environ.get(variable) else [beside, elsewhere]
+    elsewhere = cache.user_folder() / "-".join([*beside.parent.parts[-2:], digest]).lstrip("/")
+    return [elsewhere] if os.environ.get(cache.FOLDER_VARIABLE) else [beside, elsewhere]
 
 
 def _find(places: list[Path], source: Source, *, quiet: bool = False) -> DataSet | None:
