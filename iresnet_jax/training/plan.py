@@ -98,7 +98,7 @@ class Plan:
         if self.largest_share is not None:
             lines.append(f"largest batch that fits: {self.largest_share} examples a device")
         if self.step_seconds is not None:
-            lines.append(f"about {1 / self.step_seconds:.3g} steps a second, {self.assumptions}")
+            lines.append(f"at most about {1 / self.step_seconds:.3g} steps a second, {self.assumptions}")
         verb = "lowered" if self.code_bytes is None and self.problem is None else "compiled"
         return "\n".join([*lines, f"{verb} in {self.compile_seconds:.0f} s"])
 
