@@ -21,6 +21,7 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.evaluation import likelihood, trained_run
 from iresnet_jax.evaluation.inversion import REFINED_ATOL
 from iresnet_jax.maths.inverse.fixed_point import example_norm
+from iresnet_jax.models.density import Density
 from iresnet_jax.training import loop
 
 NUM_INVERTED, NUM_ENCODED = 128, 256  # test examples
@@ -101,15 +102,19 @@ def main():
                 name: train(config, Path(folder) / name, bfloat16=name == "bfloat16", seed=seed)
                 for name in ("float32", "bfloat16")
             }
-            spec, values = runs["float32"].model.spec, {name: log_probs(run, run.model) for name, run in runs.items()}
-            examples = runs["float32"].test_examples()
+            values = {name: log_probs(run, run.model) for name, run in runs.items()}
+            model, examples = runs["float32"].model, runs["float32"].test_examples()
+            if not isinstance(model, Density):
+                raise SystemExit(f"error: {arguments.config} is no density")
+            spec = model.spec
             results.append(
                 {
                     "seed": seed,
+                    "unit": spec.unit,
                     "test": {name: in_bits(nats, spec) for name, nats in values.items()},
                     "bfloat16_minus_float32": in_bits(values["bfloat16"] - values["float32"], spec),
                     "inverse": {name: inverse_errors(run.model, examples[:NUM_INVERTED]) for name, run in runs.items()},
-                    "run_in_bfloat16": run_in_bfloat16(runs["float32"].model, examples[:NUM_ENCODED]),
+                    "run_in_bfloat16": run_in_bfloat16(model, examples[:NUM_ENCODED]),
                 }
             )
     for result in results:
@@ -121,9 +126,9 @@ def main():
             )
             for name, test in result["test"].items()
         ]
-        print(table(rows, ("trained in", spec.unit, *result["inverse"]["float32"])))
+        print(table(rows, ("trained in", result["unit"], *result["inverse"]["float32"])))
         difference = result["bfloat16_minus_float32"]
-        print(f"bfloat16 - float32: {difference['mean']:+.4f} ± {difference['stderr']:.4f} {spec.unit}")
+        print(f"bfloat16 - float32: {difference['mean']:+.4f} ± {difference['stderr']:.4f} {result['unit']}")
         print(f"the float32 model run in bfloat16: {result['run_in_bfloat16']}")
     settings = {"config": str(arguments.config), "seeds": arguments.seeds}
     write(f"bfloat16_{arguments.config.stem}", arguments, settings, results)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from _models import read_config
 from _record import parser, table, write
@@ -82,7 +83,7 @@ def work(file, precision, batch):
     print(json.dumps(found))
 
 
-def measure(name, precision, batch):
+def measure(name, precision, batch) -> dict[str, Any]:
     """Runs `work` in a process of its own."""
     file, _, argument = name.partition(":")
     path = str(CONFIGS / f"{file}.py") + (f":{argument}" if argument else "")
@@ -105,7 +106,8 @@ def main():
     options.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS, metavar="NAME")
     arguments = options.parse_args()
     names = ("digits_density",) if arguments.quick else arguments.configs
-    results, rows = {}, []
+    results: dict[str, dict[str, Any]] = {}
+    rows = []
     for name in names:
         results[name] = {}
         for precision in [BASELINE, "bfloat16"] if arguments.quick else arguments.precisions:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.dataset import DataSet, Splits
 
 _SQUARE, _COLOUR = (28, 28, 1), (32, 32, 3)
 IMAGES: dict[str, tuple[tuple[int, int, int], int | None]] = {  # shape of an image, and number of classes
@@ -28,8 +28,9 @@ def images(name: str) -> DataSet | None:
         return None
     shape, num_classes = IMAGES[name]
     rng = np.random.default_rng(0)
-    examples = dict.fromkeys(("train", "validation", "test"), rng.integers(0, 256, (NUM_EXAMPLES, *shape), np.uint8))
-    labels = {}
+    drawn = rng.integers(0, 256, (NUM_EXAMPLES, *shape), np.uint8)
+    examples: Splits = {split: drawn for split in ("train", "validation", "test")}
+    labels: Splits = {}
     if num_classes is not None:
-        labels = dict.fromkeys(examples, np.arange(NUM_EXAMPLES, dtype=np.int32) % num_classes)
+        labels = {split: np.arange(NUM_EXAMPLES, dtype=np.int32) % num_classes for split in examples}
     return DataSet.from_arrays(name, examples, labels, num_levels=256, num_classes=num_classes)

@@ -134,15 +134,16 @@ def certificate_of(
     """
     if bounds is None:
         raise ValueError("these weights are not certified: call freeze() first")
+    of_layers_by_stage = bounds
     if bfloat16:
-        weights, bounds = _certify(spec, as_params(rounded_to_bfloat16(weights)))
+        weights, of_layers_by_stage = _certify(spec, as_params(rounded_to_bfloat16(weights)))
     per_layer = spec.coeff if constrained and spec.budget == "layer" else None
     per_block = spec.coeff if constrained else None
     blocks = []
     estimates_of, flow = _estimates_and_bounds(spec, weights)
     for stage in spec.layout:
         own = weights[stage.name]
-        of_layers = {name: np.asarray(values, np.float64) for name, values in bounds[stage.name].items()}
+        of_layers = {name: np.asarray(values, np.float64) for name, values in of_layers_by_stage[stage.name].items()}
         estimates = {name: np.asarray(values, np.float64) for name, values in estimates_of[stage.name].items()}
         for k in range(stage.spec.num_blocks):
             layers = tuple(

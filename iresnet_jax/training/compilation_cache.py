@@ -10,6 +10,7 @@ import os
 import platform
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -26,7 +27,8 @@ def keep_compiled_programs() -> Path | None:
     Returns:
         The folder, under the user's cache folder; None if JAX's own settings hold, or the folder cannot be written.
     """
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    settings: Any = jax.config  # whose fields type checkers cannot see
+    if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
         return None
     folder = user_folder() / "programs" / _processor()
     try:

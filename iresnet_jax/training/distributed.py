@@ -316,7 +316,7 @@ def _coordinator() -> str:
     """``host:port`` of the store, which JAX has no public name for either."""
     from jax._src.distributed import global_state
 
-    return global_state.coordinator_address
+    return global_state.coordinator_address or ""
 
 
 def _is_gone(address: str) -> bool:
@@ -326,7 +326,7 @@ def _is_gone(address: str) -> bool:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_BEAT_S).close()
     except ConnectionRefusedError:
         return True
-    except OSError:
+    except (OSError, ValueError):
         return False
     return False
 

@@ -25,18 +25,18 @@ def flops(jaxpr: core.Jaxpr) -> Counter[str]:
     total: Counter[str] = Counter()
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
+        inputs: list[Any] = [value.aval for value in equation.invars]  # whose shapes type checkers cannot see
+        outputs: list[Any] = [value.aval for value in equation.outvars]
         if name == "dot_general":
             (contracted, _), _ = parameters["dimension_numbers"]
-            left = equation.invars[0].aval
-            length = math.prod(left.shape[axis] for axis in contracted)
-            total[left.dtype.name] += 2 * length * math.prod(equation.outvars[0].aval.shape)
+            length = math.prod(inputs[0].shape[axis] for axis in contracted)
+            total[inputs[0].dtype.name] += 2 * length * math.prod(outputs[0].shape)
         elif name == "conv_general_dilated":
-            kernel, numbers = equation.invars[1].aval, parameters["dimension_numbers"]
+            kernel, numbers = inputs[1], parameters["dimension_numbers"]
             taps = math.prod(kernel.shape) // kernel.shape[numbers.rhs_spec[0]]  # of one output channel
-            total[kernel.dtype.name] += 2 * taps * math.prod(equation.outvars[0].aval.shape)
+            total[kernel.dtype.name] += 2 * taps * math.prod(outputs[0].shape)
         elif name == "convolution":  # that of CPUs, see `iresnet_jax.maths.convolution`
-            kernel = equation.invars[1].aval
-            total[kernel.dtype.name] += 2 * math.prod(kernel.shape[:3]) * math.prod(equation.outvars[0].aval.shape)
+            total[inputs[1].dtype.name] += 2 * math.prod(inputs[1].shape[:3]) * math.prod(outputs[0].shape)
         elif name == "cond":
             total += max((flops(branch.jaxpr) for branch in parameters["branches"]), key=lambda cost: cost.total())
         else:
