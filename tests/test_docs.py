@@ -289,6 +289,7 @@ def plan_row(made):
     costs = [
         f"{made['flops_per_example'] / 1e9:.3g}",
         f"{len(made['reductions'])}: {reduced}",
+        f"{1 / made['step_seconds']:.0f}",
         f"{made['compile_seconds']:.0f}",
     ]
     name = f"{made['config']}, {made['topology']}"
