@@ -108,7 +108,7 @@ def choose_implementation(kernel_shape: Sequence[int]) -> Implementation:
     """The implementation for a kernel of shape ``(kh, kw, cin, cout)``: on CPUs the fastest in ``benchmarks/convolution.py``.
 
     On TPUs all taps of few channels fill the matrix unit in one product, where XLA's convolution uses a part of it for each
-    tap; with 12 channels it also compiles for up to a minute, and the product for a second.
+    tap, and takes far longer to compile.
     """
     *taps, cin, cout = kernel_shape
     if math.prod(taps) == 1:

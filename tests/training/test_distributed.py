@@ -19,7 +19,10 @@ from iresnet_jax.training import distributed, loop, parallel
 from iresnet_jax.training.checkpoints import load_named
 from iresnet_jax.training.metrics import read_metrics
 
-ROUNDING = 2e-5  # float32 sums over another number of devices, amplified by 40 steps
+ROUNDING = 2e-5  # float32 sums over another number of devices, amplified by 40 steps, of an array's largest entry
+# What sums of numbers around 1 leave where they vanish, as gradients of biases in front of BatchNorm do: with as many devices
+# the same share by share; with another number, float32's rounding.
+VANISHING, VANISHING_ELSEWHERE = 2e-8, float(np.finfo(np.float32).eps)
 SPARSE = {"training.total_steps": 40, "training.eval_every_steps": 20}
 EXACT = {**SPARSE, "evaluation.logdet.kind": "exact"}
 OBJECTIVES = {"toy": EXACT, "classifier": SPARSE, "hybrid": SPARSE}
@@ -80,31 +83,34 @@ def logs(workdir):
     return [record for record in kept if record["split"] != "timing"]
 
 
-def assert_close(found, expected):
+def assert_close(found, expected, vanishing=VANISHING):
     (step, arrays), (expected_step, expected_arrays) = found, expected
     assert step == expected_step
     for name, array in expected_arrays.items():
-        scale = max(float(np.abs(array).max(initial=0)), 1e-3)
-        np.testing.assert_allclose(arrays[name].astype(float), array.astype(float), rtol=0, atol=ROUNDING * scale, err_msg=name)
+        atol = max(ROUNDING * float(np.abs(array).max(initial=0)), vanishing)
+        np.testing.assert_allclose(arrays[name].astype(float), array.astype(float), rtol=0, atol=atol, err_msg=name)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Folders of the same trainings by two processes with a device each, and by one process with two."""
+    """Folders of the same trainings by two processes with a device each, by one with two, and by one with one."""
     folder = tmp_path_factory.mktemp("trained")
     processes = start(2, [[name, f"{folder}/{name}-two", changes] for name, changes in OBJECTIVES.items()])
+    alone = start(1, [[name, f"{folder}/{name}-alone", changes] for name, changes in OBJECTIVES.items()])
     for name, changes in OBJECTIVES.items():
         loop.train(runs.config_of(runs.CONFIGS[name], **changes), folder / f"{name}-one")
     assert finish(processes) == ([0, 0], [[], []])
+    assert finish(alone) == ([0], [[]])
     return folder
 
 
+@pytest.mark.parametrize(("spread", "vanishing"), [("two", VANISHING), ("alone", VANISHING_ELSEWHERE)])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_two_processes_train_like_one_with_as_many_devices(trained, name):
+def test_runs_do_not_depend_on_how_devices_are_spread(trained, name, spread, vanishing):
     assert jax.local_device_count() == 2
-    assert final(trained / f"{name}-two")[0] == 40
-    assert_close(final(trained / f"{name}-two"), final(trained / f"{name}-one"))
-    for found, expected in zip(logs(trained / f"{name}-two"), logs(trained / f"{name}-one"), strict=True):
+    assert final(trained / f"{name}-{spread}")[0] == 40
+    assert_close(final(trained / f"{name}-{spread}"), final(trained / f"{name}-one"), vanishing)
+    for found, expected in zip(logs(trained / f"{name}-{spread}"), logs(trained / f"{name}-one"), strict=True):
         assert found.pop("split") == expected.pop("split")
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
