@@ -48,7 +48,7 @@ try:
     )
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: there is no package {error.name}: training needs pip install '.[train]'") from None
-from iresnet_jax.training.freed_memory import keep_freed_memory
+from iresnet_jax.training import cpu
 from iresnet_jax.training.interruption import end_at_signals
 
 
@@ -58,6 +58,8 @@ def run(argv: list[str]) -> int:
     from iresnet_jax.training import distributed
 
     distributed.initialize(given.coordinator_address, given.num_processes, given.process_id)
+    if not distributed.is_shared():
+        cpu.use_all_cores(given.config)
     from iresnet_jax.evaluation.trained_run import load
     from iresnet_jax.report.report import write
     from iresnet_jax.training.compilation_cache import keep_compiled_programs
@@ -81,7 +83,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    cpu.use_large_pages()
     end_at_signals(HINT)
-    keep_freed_memory()
+    cpu.keep_freed_memory()
     # Flags of absl itself, such as --help, are read here; ours are left for `main`.
     app.run(main, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))

@@ -107,6 +107,11 @@ def _handle_aborts(handler: ctypes.c_void_p) -> None:
     library.signal(signal.SIGABRT, handler)
 
 
+def is_shared() -> bool:
+    """Whether `initialize` has joined this process to others; asking starts no backend."""
+    return _watcher is not None
+
+
 def is_first() -> bool:
     """Whether this process writes logs, checkpoints and reports: process 0, and any process on its own."""
     return jax.process_index() == 0

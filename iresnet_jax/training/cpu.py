@@ -1,0 +1,98 @@
+"""What a CPU needs to train fast, set up before JAX starts: memory in large pages that is kept, and a device for each core.
+
+XLA allocates the temporary arrays of every step anew on a CPU. By default the system finds and clears their memory in pages of
+4 KiB at every step, which takes a third of the step's time. And XLA runs few operations of a step on several cores at once,
+while devices that share the batch keep a core each. Accelerators see nothing of this.
+"""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import jax
+
+from iresnet_jax.training.config import Config
+
+LEAST_EXAMPLES = 8  # of each device; smaller shares are computed less efficiently
+_LARGE_PAGES = "glibc.malloc.hugetlb"
+_PAGES_ARE_CHOSEN = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_LARGEST = 2**31 - 1  # that a C int holds
+# Parameters of glibc's mallopt and their values.
+_SETTINGS = {
+    -1: _LARGEST,  # M_TRIM_THRESHOLD: never return the end of the heap
+    -2: 2**26,  # M_TOP_PAD: ask for that much more at a time
+    -3: _LARGEST,  # M_MMAP_THRESHOLD: no mapping of their own for large arrays
+}
+
+
+def use_large_pages() -> None:
+    """Starts this command again with large pages, where Linux gives them to programs that ask; returns where it does not.
+
+    glibc's allocator asks for them if ``GLIBC_TUNABLES`` says so when a process starts. Call this first of all.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if _LARGE_PAGES in tunables or not _can_ask_for_large_pages() or sys.gettrace() is not None:
+        return
+    asked = ":".join(filter(None, [tunables, f"{_LARGE_PAGES}=1"]))
+    try:
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "GLIBC_TUNABLES": asked})
+    except OSError:  # slower, and no reason to fail
+        return
+
+
+def _can_ask_for_large_pages() -> bool:
+    try:
+        return os.confstr("CS_GNU_LIBC_VERSION") is not None and "[madvise]" in _PAGES_ARE_CHOSEN.read_text()
+    except (AttributeError, ValueError, OSError):  # another system or C library
+        return False
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc's allocator hold on to memory that is freed; call it before JAX starts its threads.
+
+    Returns:
+        Whether the C library could be told so: True on Linux with glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        return False
+    return all([mallopt(parameter, value) == 1 for parameter, value in _SETTINGS.items()])
+
+
+def use_all_cores(config: Config) -> int:
+    """Makes as many CPU devices as `num_devices` says; call it before JAX touches a device, in a run of one process.
+
+    ``JAX_NUM_CPU_DEVICES``, and ``XLA_FLAGS`` with ``--xla_force_host_platform_device_count``, take precedence.
+
+    Returns:
+        The number of devices; 0 if the user's own setting holds, or JAX has started.
+    """
+    is_set = jax.config.jax_num_cpu_devices >= 0  # pyright: ignore[reportAttributeAccessIssue]
+    if is_set or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return 0
+    devices = num_devices(config, num_cores())
+    try:
+        jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError:  # which JAX raises once its backend is there
+        return 0
+    return devices
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_devices(config: Config, cores: int) -> int:
+    """The most devices, up to one a core, that share a config's batches evenly with at least `LEAST_EXAMPLES` each.
+
+    One where log-determinants are exact: their batches of LU factorisations dead-lock on several CPU devices (jaxlib 0.10).
+    """
+    size = config.training.batch_size
+    if config.logdet.kind == "exact":
+        return 1
+    return max(n for n in range(1, cores + 1) if n == 1 or (size % n == 0 and size >= LEAST_EXAMPLES * n))

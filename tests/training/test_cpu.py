@@ -1,0 +1,117 @@
+"""Memory in large pages that stays with the process, and a device for each core."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+
+from iresnet_jax.training import cpu
+from iresnet_jax.training.config import Config
+
+PROGRAM = """
+import resource, sys
+import numpy as np
+from iresnet_jax.training import cpu
+
+kept = cpu.keep_freed_memory() if sys.argv[1] == "kept" else None
+np.ones(2**23)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    np.ones(2**23)
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(name):
+    done = subprocess.run([sys.executable, "-c", PROGRAM, name], capture_output=True, text=True, check=True)
+    kept, faults = done.stdout.split()
+    return kept == "True", int(faults)
+
+
+def test_arrays_of_one_step_are_not_fetched_again_for_the_next():
+    kept, ours = page_faults("kept")
+    if not kept:
+        pytest.skip("the C library of this system has no mallopt")
+    _, default = page_faults("default")
+    assert default >= 20 * 2**26 / 2**21  # one a huge page of every array, at least
+    assert ours < default / 10
+
+
+def config_of(batch_size, kind="series"):
+    config = Config()
+    training = dataclasses.replace(config.training, batch_size=batch_size)
+    return dataclasses.replace(config, training=training, logdet=dataclasses.replace(config.logdet, kind=kind))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "cores", "devices"),
+    [(64, 2, 2), (64, 1, 1), (64, 3, 2), (63, 2, 1), (63, 4, 3), (16, 16, 2), (15, 2, 1), (128, 12, 8), (1, 4, 1)],
+)
+def test_devices_share_batches_evenly(batch_size, cores, devices):
+    assert cpu.num_devices(config_of(batch_size), cores) == devices
+
+
+def test_exact_logdets_take_one_device():
+    assert cpu.num_devices(config_of(64, "exact"), 4) == 1
+
+
+DEVICES = """
+import jax
+from iresnet_jax.training import cpu
+from iresnet_jax.training.config import Config
+
+print(cpu.use_all_cores(Config()), jax.local_device_count(), cpu.use_all_cores(Config()), cpu.num_cores())
+"""
+
+
+def devices_under(**environment):
+    plain = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    done = subprocess.run([sys.executable, "-c", DEVICES], capture_output=True, text=True, check=True, env=plain | environment)
+    return tuple(map(int, done.stdout.split()))
+
+
+def test_every_core_gets_a_device_before_jax_starts_and_not_after():
+    chosen, made, chosen_again, cores = devices_under()
+    assert chosen == made == cpu.num_devices(Config(), cores)
+    assert chosen_again == 0
+
+
+@pytest.mark.parametrize(
+    "setting", [{"JAX_NUM_CPU_DEVICES": "3"}, {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}], ids=str
+)
+def test_the_user_s_number_of_devices_holds(setting):
+    assert devices_under(**setting)[:2] == (0, 3)
+
+
+RESTARTED = """
+import os, sys
+from iresnet_jax.training import cpu
+
+cpu.use_large_pages()
+print(os.environ["GLIBC_TUNABLES"], *sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(not cpu._can_ask_for_large_pages(), reason="this system gives no large pages to those who ask")
+@pytest.mark.parametrize(
+    ("tunables", "expected"),
+    [
+        ("", "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.tcache_count=7", "glibc.malloc.tcache_count=7:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+    ],
+)
+def test_a_command_starts_again_with_its_arguments_and_large_pages(tunables, expected):
+    command = [sys.executable, "-c", RESTARTED, "--name", "a b"]
+    environment = {**os.environ, "GLIBC_TUNABLES": tunables}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == f"{expected} --name a b\n"
+
+
+def test_a_system_without_large_pages_goes_on(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu, "_PAGES_ARE_CHOSEN", tmp_path / "missing")
+    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("started again for nothing"))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    cpu.use_large_pages()
