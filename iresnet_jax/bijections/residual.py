@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.maths.inverse.fixed_point import Diagonal, FixedPointInfo, invert_residual
 from iresnet_jax.maths.logdet.estimator import Jacobian, LogdetEstimator, LogdetInfo, Trace
+from iresnet_jax.maths.logdet.jacobian_products import linearize
 
 
 class Branch(NamedTuple):
@@ -65,12 +66,13 @@ def forward_and_logdet(
     branch: Branch, x: Float[Array, "b ..."], key: Key[Array, "..."], estimator: LogdetEstimator
 ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo]:
     """``y = x + g(x)`` and ``log det(I + J_g(x))``; one key, or one an example."""
-    logdet, info = _logdet(branch, x, key, estimator)
-    return forward(branch, x), logdet, info
+    at = linearize(branch.g, x)
+    logdet, info = _logdet(at, branch, x, key, estimator)
+    return x + at.value, logdet, info
 
 
-def _logdet(branch, x, key, estimator):
-    return estimator(branch.g, x, key, lipschitz_bound=branch.lipschitz_bound, trace=branch.trace, jacobian=branch.jacobian)
+def _logdet(at, branch, x, key, estimator):
+    return estimator(at, x, key, lipschitz_bound=branch.lipschitz_bound, trace=branch.trace, jacobian=branch.jacobian)
 
 
 def inverse(
@@ -106,7 +108,7 @@ def inverse_and_logdet(
 ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo, FixedPointInfo]:
     """``x = F^-1(y)`` and ``log|det dx/dy| = -log det(I + J_g(x))``, evaluated at the preimage ``x``."""
     x, solver_info = inverse(branch, y, solver)
-    logdet, info = _logdet(branch, x, key, estimator)
+    logdet, info = _logdet(branch.g, branch, x, key, estimator)
     return x, -logdet, info, solver_info
 
 

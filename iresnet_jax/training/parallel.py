@@ -45,7 +45,21 @@ def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any
     mapped = jax.pmap(
         step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=(0,), devices=_devices()
     )
-    return lambda state, batch: mapped(_replicate(state, batch), batch)
+
+    def step(state, batch):
+        outputs = mapped(_replicate(state, batch), batch)
+        return jax.block_until_ready(outputs) if _may_dead_lock() else outputs
+
+    return step
+
+
+def _may_dead_lock() -> bool:
+    """Whether a step must end before the next one is queued, as on several CPU devices of one process.
+
+    Their threads are as many as the devices. One that waits in a reduction and one that waits for the step before its own
+    leave none to go on (jaxlib 0.10).
+    """
+    return jax.local_device_count() > 1 and jax.default_backend() == "cpu"
 
 
 def for_devices(step_fn: Callable[[Any, Any], tuple[Any, Any]], devices: Sequence[Any]) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Key, Shaped, UInt32
 
+from iresnet_jax.maths.logdet.jacobian_products import Linearized
 from iresnet_jax.maths.upward_rounding import as_floats
 
 Branch = Callable[[Array], Array]
@@ -51,7 +52,7 @@ class LogdetEstimator(ABC):
 
     def __call__(
         self,
-        branch: Branch,
+        branch: Branch | Linearized,
         x: Batch,
         key: Keys | None = None,
         *,
@@ -62,7 +63,7 @@ class LogdetEstimator(ABC):
         """The log-determinant and its error.
 
         Args:
-            branch: ``g``, acting on each example alone.
+            branch: ``g``, acting on each example alone, or linearised at ``x``.
             x: Where to evaluate.
             key: Key of the random choices, one or one an example; only `ExactLogdet` needs none.
             lipschitz_bound: Upper bound of ``Lip(g)``, for the truncation bound.
@@ -75,7 +76,7 @@ class LogdetEstimator(ABC):
     @abstractmethod
     def _estimate(
         self,
-        branch: Branch,
+        branch: Branch | Linearized,
         x: Float[Array, "b ..."],
         key: Keys | None,
         lipschitz_bound: Scalar,
@@ -108,7 +109,7 @@ class ProbingEstimator(LogdetEstimator):
 
     @abstractmethod
     def _samples(
-        self, branch: Branch, x: Float[Array, "b ..."], key: Keys, lipschitz_bound: Scalar, trace: Trace | None
+        self, branch: Branch | Linearized, x: Float[Array, "b ..."], key: Keys, lipschitz_bound: Scalar, trace: Trace | None
     ) -> tuple[Float[Array, "p b"], Float[Array, " b"]]:
         """One estimate a probe, and the bound of what they leave out."""
 

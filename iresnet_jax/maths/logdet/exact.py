@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from iresnet_jax.maths.logdet.estimator import Batch, Branch, Jacobian, LogdetEstimator, LogdetInfo
+from iresnet_jax.maths.logdet.jacobian_products import Linearized, linearize
 from iresnet_jax.maths.upward_rounding import as_floats
 
 INVERSE_JACOBIANS = "inverse Jacobians"  # their name for a backward pass that chooses what to keep
@@ -18,7 +19,7 @@ SMALL = 32  # dimensions up to which elimination without exchanges of rows is th
 
 
 def exact_logdet(
-    branch: Branch, x: Batch, *, columns_at_once: int = 64, jacobian: Jacobian | None = None
+    branch: Branch | Linearized, x: Batch, *, columns_at_once: int = 64, jacobian: Jacobian | None = None
 ) -> Float[Array, " b"]:
     """``log det(I + J)`` from the full Jacobian by elimination; exact to rounding, differentiable.
 
@@ -26,7 +27,7 @@ def exact_logdet(
     Up to `SMALL` rows are not exchanged, see `log_abs_det`.
 
     Args:
-        branch: ``g``, acting on each example alone.
+        branch: ``g``, acting on each example alone, or linearised at ``x``.
         x: Where to evaluate.
         columns_at_once: Jacobian columns computed side by side; less saves memory.
         jacobian: ``x -> J (b, d, d)`` in closed form, if there is one.
@@ -40,13 +41,14 @@ def exact_logdet(
     return log_abs_det(matrices) if num_dims <= SMALL else jnp.linalg.slogdet(matrices)[1]
 
 
-def _by_columns(branch: Branch, x: Float[Array, "b ..."], columns_at_once: int) -> Float[Array, "b d d"]:
+def _by_columns(branch: Branch | Linearized, x: Float[Array, "b ..."], columns_at_once: int) -> Float[Array, "b d d"]:
     """The Jacobian from its products with the unit vectors."""
     num_dims = math.prod(x.shape[1:])
     basis = jnp.eye(num_dims, dtype=x.dtype).reshape(num_dims, 1, *x.shape[1:])
+    at = linearize(branch, x)
 
     def column(direction):
-        return jax.jvp(branch, (x,), (jnp.broadcast_to(direction, x.shape),))[1].reshape(len(x), num_dims)
+        return at.push(jnp.broadcast_to(direction, x.shape)).reshape(len(x), num_dims)
 
     if num_dims <= 4:  # few: written out, since XLA:CPU multiplies batches of matrices more slowly than matrices
         columns = jnp.stack([column(direction) for direction in basis])

@@ -19,7 +19,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from iresnet_jax.maths.logdet.estimator import Branch, ProbingEstimator, Scalar, Trace
-from iresnet_jax.maths.logdet.jacobian_products import transposed_jacobian, with_gradient
+from iresnet_jax.maths.logdet.jacobian_products import (
+    Linearized,
+    jacobian_product,
+    linearize,
+    transposed_jacobian,
+    with_gradient,
+)
 from iresnet_jax.maths.upward_rounding import euclidean_norm, lipschitz_at_least
 
 
@@ -37,7 +43,7 @@ def truncation_bound(num_dims: int, lipschitz_bound: float, num_terms: int) -> f
 
 
 def weighted_series(
-    branch: Branch,
+    branch: Branch | Linearized,
     x: Float[Array, "b ..."],
     probes: Float[Array, "p b ..."],
     weights: Float[Array, " n"],
@@ -52,7 +58,7 @@ def weighted_series(
     over probes it is the derivative of the value.
 
     Args:
-        branch: ``g``, acting on each example alone. May close over traced parameters.
+        branch: ``g``, acting on each example alone, or linearised at ``x``. May close over traced parameters.
         x: Where to evaluate.
         probes: ``v``; with the columns of ``sqrt(d) I`` as probes the mean over them is the exact trace.
         weights: One weight a term, at least ``length`` of them.
@@ -63,7 +69,8 @@ def weighted_series(
     Returns:
         The estimates, and ``|v| |J^T^n v|`` with ``n`` the example's number of terms, for the bound of the remainder.
     """
-    pull = transposed_jacobian(branch, x, len(probes))
+    at = linearize(branch, x)
+    pushed, pull = jacobian_product(at, probes), transposed_jacobian(at, len(probes))
     example_axes = tuple(range(2, probes.ndim))
     weights = jnp.asarray(weights, x.dtype)
     if trace is not None:
@@ -74,40 +81,45 @@ def weighted_series(
     def expand(a):  # (b,) or () against (p, b, ...)
         return a if jnp.ndim(a) == 0 else a.reshape(1, -1, *(1,) * (probes.ndim - 2))
 
-    def term(k, carry):
-        u, value, neumann, tail = carry
-        weight = weights[k - 1]
-        if per_example:
-            weight = jnp.where(k <= length, weight, 0)
+    def signed(k):
         sign = jnp.where(k % 2 == 1, 1, -1).astype(x.dtype)
-        neumann = neumann + expand(sign * weight) * u
-        u = pull(u)
-        contribution = jnp.sum(u * probes, axis=example_axes)
-        norm = euclidean_norm(u, example_axes)
-        coefficient = sign * weight / k
-        if per_example:
-            value = value + coefficient[None] * contribution
-            tail = jnp.where((k <= length)[None], norm, tail)
-        else:
-            value, tail = value + coefficient * contribution, norm
-        return u, value, neumann, tail
+        return sign * (jnp.where(k <= length, weights[k - 1], 0) if per_example else weights[k - 1])
 
-    zeros = jnp.zeros(probes.shape[:2], x.dtype)
-    probe_norm = euclidean_norm(probes, example_axes)
-    carry = (probes, zeros, jnp.zeros_like(probes), probe_norm)
+    def dot(a, b):
+        return jnp.sum(a * b, axis=example_axes)
+
+    def norm(u):
+        return euclidean_norm(u, example_axes)
+
+    def term(k, carry):
+        u, value, neumann = carry
+        neumann = neumann + expand(signed(k)) * u
+        u = pull(u)
+        coefficient = signed(k) / k
+        return u, value + (coefficient[None] if per_example else coefficient) * dot(u, probes), neumann
+
+    carry = (probes, jnp.zeros(probes.shape[:2], x.dtype), jnp.zeros_like(probes))
     if isinstance(length, int):
         if not 0 <= length <= len(weights):
             raise ValueError(f"length must lie between 0 and the number of weights {len(weights)}, got {length}")
-        carry = lax.fori_loop(1, length + 1, term, carry, unroll=unroll and length > 0)
+        u, value, neumann = lax.fori_loop(1, length, term, carry, unroll=unroll and length > 1)
+        tail = norm(probes)
+        if length > 0:  # <J^T u, v> = <u, J v>, which the gradient needs anyway: only the bound takes another product
+            neumann = neumann + signed(length) * u
+            value, tail = value + signed(length) / length * dot(u, pushed), norm(pull(u))
     else:
         longest = jnp.max(length)
-        carry = lax.while_loop(
-            lambda c: c[0] <= longest, lambda c: (c[0] + 1, term(c[0], c[1])), (jnp.ones_like(longest), carry)
-        )[1]
-    _, value, neumann, tail = lax.stop_gradient(carry)
 
-    value = with_gradient(branch, x, probes, value, neumann)
-    return value if trace is None else value + trace(x)[None], tail * probe_norm
+        def term_and_tail(state):
+            k, carry, tail = state
+            carry = term(k, carry)
+            return k + 1, carry, jnp.where((k <= length)[None], norm(carry[0]), tail) if per_example else norm(carry[0])
+
+        state = (jnp.ones_like(longest), carry, norm(probes))
+        _, (_, value, neumann), tail = lax.while_loop(lambda state: state[0] <= longest, term_and_tail, state)
+    value, neumann, tail = lax.stop_gradient((value, neumann, tail))
+    value = with_gradient(value, pushed, neumann)
+    return value if trace is None else value + trace(x)[None], tail * norm(probes)
 
 
 def remainder_factor(lipschitz_bound: Scalar, num_terms: int, power: int, dtype: Any) -> Float[Array, ""]:

@@ -1,33 +1,53 @@
-"""Products with the Jacobian of a branch for many probes at once, and the gradient that they give an estimate."""
+"""A branch linearised at a batch: its value, products with its Jacobian, and the gradient that they give an estimate.
+
+Value and products share what they have in common: activations are evaluated, and differentiated in the backward pass, once.
+"""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths.logdet.estimator import Branch
+
+class Linearized(NamedTuple):
+    """A branch ``g`` at a batch ``x``.
+
+    Attributes:
+        value: ``g(x)``.
+        push: ``v -> J v`` for ``v`` of the shape of ``x``.
+    """
+
+    value: Float[Array, "b ..."]
+    push: Callable[[Array], Array]
 
 
-def transposed_jacobian(branch: Branch, x: Float[Array, "b ..."], num_probes: int) -> Callable[[Array], Array]:
+def linearize(branch: Callable[[Array], Array] | Linearized, x: Float[Array, "b ..."]) -> Linearized:
+    """The branch at ``x``; itself if it is linearised already."""
+    return branch if isinstance(branch, Linearized) else Linearized(*jax.linearize(branch, x))
+
+
+def jacobian_product(at: Linearized, probes: Float[Array, "p b ..."]) -> Float[Array, "p b ..."]:
+    """``J v`` for every probe."""
+    return _over_probes(at.push, len(probes))(probes)
+
+
+def transposed_jacobian(at: Linearized, num_probes: int) -> Callable[[Array], Array]:
     """``u -> J^T u`` for ``u`` of shape ``(p, b, ...)``; its gradient is zero."""
-    pure_branch, parameters = jax.closure_convert(branch, x)
-    frozen = lax.stop_gradient(parameters)
-    _, pullback = jax.vjp(lambda x: pure_branch(x, *frozen), lax.stop_gradient(x))
-    return _over_probes(lambda u: pullback(u)[0], num_probes)
+    example = jnp.zeros_like(at.value)
+    push, residuals = jax.closure_convert(at.push, example)
+    frozen = lax.stop_gradient(residuals)
+    transposed = jax.linear_transpose(lambda v: push(v, *frozen), example)
+    return _over_probes(lambda u: transposed(u)[0], num_probes)
 
 
 def with_gradient(
-    branch: Branch,
-    x: Float[Array, "b ..."],
-    probes: Float[Array, "p b ..."],
-    value: Float[Array, "p b"],
-    w: Float[Array, "p b ..."],
+    value: Float[Array, "p b"], pushed: Float[Array, "p b ..."], w: Float[Array, "p b ..."]
 ) -> Float[Array, "p b"]:
-    """``value`` with the gradient of ``<w, J v>``, in which ``w`` and the probes ``v`` are held fixed."""
-    pushed = _over_probes(lambda v: jax.jvp(branch, (x,), (v,))[1], len(probes))(probes)
-    surrogate = jnp.sum(lax.stop_gradient(w) * pushed, axis=tuple(range(2, probes.ndim)))
+    """``value`` with the gradient of ``<w, J v>``, where ``pushed`` is ``J v`` and ``w`` is held fixed."""
+    surrogate = jnp.sum(lax.stop_gradient(w) * pushed, axis=tuple(range(2, pushed.ndim)))
     return lax.stop_gradient(value) + (surrogate - lax.stop_gradient(surrogate))
 
 

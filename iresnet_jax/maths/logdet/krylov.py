@@ -31,7 +31,13 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.maths.logdet.estimator import Branch, ProbingEstimator, Scalar, Trace
-from iresnet_jax.maths.logdet.jacobian_products import transposed_jacobian, with_gradient
+from iresnet_jax.maths.logdet.jacobian_products import (
+    Linearized,
+    jacobian_product,
+    linearize,
+    transposed_jacobian,
+    with_gradient,
+)
 from iresnet_jax.maths.upward_rounding import lipschitz_at_least
 
 NUM_NODES = 24  # nodes of the quadrature; its error is below 1e-9 |v|^2 up to L = .98, 3e-8 |v|^2 at .99, 1e-4 |v|^2 at .999
@@ -165,7 +171,7 @@ class KrylovLogdet(ProbingEstimator):
 
 
 def quadratic_form(
-    branch: Branch,
+    branch: Branch | Linearized,
     x: Float[Array, "b ..."],
     probes: Float[Array, "p b ..."],
     num_steps: int,
@@ -176,7 +182,7 @@ def quadratic_form(
     """``v^T log(I + J) v`` for every probe ``v``, with the gradient ``<w, dJ v>``.
 
     Args:
-        branch: ``g``, acting on each example alone. May close over traced parameters.
+        branch: ``g``, acting on each example alone, or linearised at ``x``. May close over traced parameters.
         x: Where to evaluate.
         probes: ``v``; with the columns of ``sqrt(d) I`` as probes the mean over them is the exact trace.
         num_steps: Products with the transposed Jacobian.
@@ -186,7 +192,8 @@ def quadratic_form(
     Returns:
         The estimates and bounds of their errors, infinite without a Lipschitz bound below 1.
     """
-    basis, hessenberg = arnoldi(transposed_jacobian(branch, x, len(probes)), probes, num_steps)
+    at = linearize(branch, x)
+    basis, hessenberg = arnoldi(transposed_jacobian(at, len(probes)), probes, num_steps)
     leaving, hessenberg = hessenberg[num_steps, num_steps - 1], hessenberg[:num_steps]
     nodes, weights = quadrature()
     times = jnp.asarray([*nodes, 1.0], x.dtype).reshape(1, 1, -1, 1, 1)  # row, column, node, probe, example
@@ -203,7 +210,7 @@ def quadratic_form(
     coefficients = (solution if trace is None else solution.at[0].add(-1)) * jnp.sqrt(squared)[None]
     flat = basis.reshape(*coefficients.shape, math.prod(x.shape[1:]))
     w = _combine(coefficients, flat).reshape(probes.shape)
-    value = with_gradient(branch, x, probes, value, w)
+    value = with_gradient(value, jacobian_product(at, probes), w)
 
     ell = lax.stop_gradient(lipschitz_at_least(lipschitz_bound, x.dtype))
     contraction = ell < 1
