@@ -86,5 +86,6 @@ if __name__ == "__main__":
     cpu.use_large_pages()
     end_at_signals(HINT)
     cpu.keep_freed_memory()
+    cpu.compile_quickly()
     # Flags of absl itself, such as --help, are read here; ours are left for `main`.
     app.run(main, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))

@@ -5,6 +5,8 @@ the blocks of a stage, and hands them over. Collections: "params", trained; "spe
 running averages of a classifier's BatchNorm.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -31,6 +33,7 @@ class Blocks(nn.Module):
         last_scale: Initial factor on a branch's last layer.
         constrained: Whether the constraint holds; False for an ordinary residual network.
         sharp: Whether activations start sharper, see `initial_weights`.
+        fitted: Whether power iterates are converged and ActNorm is fitted; False leaves that to the caller.
     """
 
     flow: FlowSpec
@@ -38,6 +41,7 @@ class Blocks(nn.Module):
     last_scale: float = 1.0
     constrained: bool = True
     sharp: bool = False
+    fitted: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b ..."]:
@@ -52,13 +56,14 @@ class Blocks(nn.Module):
         for layer in branch.layers:
             weights[layer.name] = self.param(layer.name, lambda key, name=layer.name: initial(key)[name])
         vectors = stack(lambda key: constraint.initial_vectors(branch, key))(self.make_rng("params"))
-        if self.constrained:
+        if self.constrained and self.fitted:
             start = constraint.normalize_converged(branch, weights, vectors, coeff=self.flow.coeff, budget=self.flow.budget)
         else:
             start = constraint.Normalized(weights, vectors, {}, jnp.full((), jnp.inf))
         for layer in branch.layers:  # converged already, so the first training step is as constrained as any
             self.variable("spectral", layer.name, lambda name=layer.name: start.vectors[name])
-        fitted, y = initialize_actnorm(branch, start.weights, x, context)
+        fit = functools.partial(initialize_actnorm, branch, start.weights, x, context)
+        fitted, y = fit() if self.fitted else jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(fit))
         self.param("actnorm", lambda key: fitted)
         return y
 
@@ -71,12 +76,14 @@ class StageModule(nn.Module):
     last_scale: float = 1.0
     constrained: bool = True
     sharp: bool = False
+    fitted: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b ..."]:
         """The stage's output for what the stage before hands on, see `Blocks`."""
         x = chain(self.stage.entry).forward(x)
-        return Blocks(self.flow, self.stage, self.last_scale, self.constrained, self.sharp, name="blocks")(x, context)
+        settings = (self.last_scale, self.constrained, self.sharp, self.fitted)
+        return Blocks(self.flow, self.stage, *settings, name="blocks")(x, context)
 
 
 class ResidualFlow(nn.Module):
@@ -92,16 +99,16 @@ class ResidualFlow(nn.Module):
         prior: "gaussian" or "logistic".
         last_scale: Initial factor on a branch's last layer.
         num_classes: Classes that have a prior each; None for one prior of all.
-        constrained: Whether ``init`` runs the power iterations, which change no shape.
         sharp: Whether activations start sharper, see `initial_weights`.
+        fitted: Whether ``init`` converges power iterates and fits ActNorm; False creates variables of the same shapes.
     """
 
     spec: FlowSpec
     prior: str = "gaussian"
     last_scale: float = 1.0
     num_classes: int | None = None
-    constrained: bool = True
     sharp: bool = False
+    fitted: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b d"]:
@@ -110,7 +117,8 @@ class ResidualFlow(nn.Module):
             return bijection(self.spec, self.constrain().weights, context=context).forward(x)
         latents = []
         for stage in self.spec.layout:
-            x = StageModule(self.spec, stage, self.last_scale, self.constrained, self.sharp, name=stage.name)(x, context)
+            made = StageModule(self.spec, stage, self.last_scale, sharp=self.sharp, fitted=self.fitted, name=stage.name)
+            x = made(x, context)
             if stage.spec.factor_out:
                 x, latent = reshape.split_channels(x)
                 latents.append(reshape.flatten(latent))
@@ -134,10 +142,12 @@ class Classifier(nn.Module):
     Attributes:
         spec: The architecture.
         last_scale: Initial factor on a branch's last layer.
+        fitted: Whether ``init`` converges power iterates and fits ActNorm; False creates variables of the same shapes.
     """
 
     spec: ClassifierSpec
     last_scale: float = 1.0
+    fitted: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b k"]:
@@ -147,7 +157,8 @@ class Classifier(nn.Module):
             return ClassifierModel(self.spec, self.constrain().weights, params["head"], statistics).logits_of_input(x)
         for stage in self.spec.flow.layout:
             if self.spec.is_bijective:
-                x = StageModule(self.spec.flow, stage, self.last_scale, self.spec.constrained, name=stage.name)(x)
+                has_norms, flow = self.spec.constrained, self.spec.flow
+                x = StageModule(flow, stage, self.last_scale, has_norms, fitted=self.fitted, name=stage.name)(x)
             else:
                 x = BatchNormStage(stage, self.last_scale, name=stage.name)(x)
         head = self.param("head", lambda key: initial_head(key, x.shape[-1], self.spec.num_classes))

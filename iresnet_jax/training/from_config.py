@@ -1,5 +1,6 @@
 """What settings stand for: the model of some data, the constraint, the solver, the optimizer."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -153,6 +154,12 @@ def build_constraint(settings: ConstraintConfig, spec: FlowSpec, *, training: bo
         num_steps, rtol = settings.num_steps if training else None, settings.rtol
         return lambda params, spectral: flow.constrain(spec, params, spectral, num_steps=num_steps, rtol=rtol)
     return lambda params, spectral: flow.unconstrained(spec, params, spectral)
+
+
+@functools.lru_cache(maxsize=64)
+def compiled_constraint(settings: ConstraintConfig, spec: FlowSpec) -> Constrain:
+    """`build_constraint` for validation: one function for all that has one architecture, which shares its program."""
+    return jax.jit(build_constraint(settings, spec, training=False))
 
 
 def build_solver(settings: EvaluationConfig) -> Solver:

@@ -1,11 +1,11 @@
 """The variables that training starts from."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.bijections import reshape
@@ -15,8 +15,8 @@ from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.head import batch_statistics
 from iresnet_jax.training import parallel
-from iresnet_jax.training.config import Config
-from iresnet_jax.training.from_config import Spec
+from iresnet_jax.training.config import Config, ConstraintConfig
+from iresnet_jax.training.from_config import Spec, compiled_constraint
 from iresnet_jax.training.parallel import AXIS
 
 
@@ -35,11 +35,10 @@ def abstract_variables(config: Config, spec: Spec) -> Any:
 def _abstract_variables(spec: Spec) -> Any:
     example = jax.ShapeDtypeStruct((2, *spec.flow.event_shape), np.float32)
     contexts = [jax.ShapeDtypeStruct((2, spec.flow.context_dim), np.float32)] if spec.flow.context_dim else []
-    # Without the power iterations, which change no shape and take most of the time of tracing.
     if isinstance(spec, DensitySpec):
-        module: Any = linen.ResidualFlow(spec.flow, prior=spec.prior, num_classes=spec.num_classes, constrained=False)
+        module: Any = linen.ResidualFlow(spec.flow, prior=spec.prior, num_classes=spec.num_classes, fitted=False)
     else:
-        module = linen.Classifier(dataclasses.replace(spec, constrained=False))
+        module = linen.Classifier(spec, fitted=False)
     return jax.eval_shape(module.init, jax.random.key(0), example, *contexts)
 
 
@@ -50,12 +49,12 @@ def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
     if isinstance(spec, ClassifierSpec):
         x = _preprocess(Classifier(spec, {}, {}, {}), examples)
         module: Any = linen.Classifier(spec, last_scale=config.model.last_scale)  # hashable, which type checkers do not see
-        return _initialize(module, spec, key_init, x)[1]
+        return _initialize(config, module, spec, key_init, x)[1]
     model = Density(spec, {}, {})
     given = [_preprocess(model, examples, key_noise), *([] if context is None else [model.scale_context(context)])]
     # With one prior, by default, as the module of any number of classes differs in its prior alone.
     module = linen.ResidualFlow(spec.flow, prior=spec.prior, last_scale=config.model.last_scale, sharp=config.model.sharp)
-    z, variables = _initialize(module, spec, key_init, *given)
+    z, variables = _initialize(config, module, spec, key_init, *given)
     if spec.num_classes is not None:
         prior = priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes)
         if config.hybrid.fitted_priors:
@@ -65,36 +64,40 @@ def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
     return variables
 
 
-def _initialize(module: Any, spec: Spec, key: jax.Array, *given: jax.Array) -> tuple[Any, Any]:
+def _initialize(config: Config, module: Any, spec: Spec, key: jax.Array, *given: jax.Array) -> tuple[Any, Any]:
     """Latents of inputs, which nobody asks of classifiers, and variables that are fitted to them."""
-    num_devices, is_bijective = parallel.all_devices(), isinstance(spec, DensitySpec) or spec.is_bijective
-    if num_devices == 1 or len(given[0]) % num_devices or not is_bijective:
+    is_bijective = isinstance(spec, DensitySpec) or spec.is_bijective
+    if not is_bijective or not _splits(len(given[0])):
         return _initializer(module)(key, *given)
-    # Weights do not depend on the inputs, of which a few create them.
-    _, variables = _initializer(module)(key, *(rows[: len(rows) // num_devices] for rows in given))
+    # Weights do not depend on the inputs. To iterate norms afterwards shares the program of validation.
+    variables = _creator(module.clone(fitted=False))(key, *(rows[:2] for rows in given))
     params = {stage.name: variables["params"][stage.name] for stage in spec.flow.layout}
-    constrain, fit = _fitter(spec, num_devices)
+    norms = config.constraint.norms
+    if norms == "none":
+        copy, spectral = jax.tree.map(jnp.copy, params), variables["spectral"]  # of what `_fitter` takes for itself
+        weights = flow.unconstrained(spec.flow, copy, spectral).weights
+    else:
+        settings = config.constraint if norms == "estimated" else ConstraintConfig()
+        constrain = compiled_constraint(settings, spec.flow)
+        weights, spectral, _ = constrain(*parallel.on_first_device((params, variables["spectral"])))
     own = parallel.own_share(np.arange(len(given[0])))
-    everywhere = fit(constrain(params, variables["spectral"]), parallel.shard(tuple(rows[own] for rows in given)))
+    everywhere = _fitter(spec, parallel.all_devices())(weights, parallel.shard(tuple(rows[own] for rows in given)))
     fitted, (statistics, z) = parallel.on_first_device(everywhere)
     for name, stage in fitted.items():
         params[name] = {"blocks": {**params[name]["blocks"], "actnorm": dict(stage["actnorm"])}}
-    variables = {**variables, "params": {**variables["params"], **params}}
+    variables = {**variables, "params": {**variables["params"], **params}, "spectral": spectral}
     return z, {**variables, "batch_stats": statistics} if statistics else variables
 
 
+def _splits(num_examples: int) -> bool:
+    """Whether all devices can share so many examples evenly."""
+    return num_examples % parallel.all_devices() == 0
+
+
 @functools.lru_cache(maxsize=64)
-def _fitter(spec: Spec, num_devices: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """``(params, spectral) ->`` weights, and ``(weights, inputs) ->`` fitted weights, and statistics and latents of all inputs.
-
-    The second is for all devices, whose number decides which those are.
-    """
+def _fitter(spec: Spec, num_devices: int) -> Callable[..., Any]:
+    """``(weights, inputs) ->`` fitted weights, and statistics and latents of all inputs, for all devices, which are so many."""
     del num_devices
-    normalize = flow.constrain if isinstance(spec, DensitySpec) or spec.constrained else flow.unconstrained
-
-    @jax.jit
-    def constrain(params, spectral):
-        return normalize(spec.flow, params, spectral).weights
 
     def fit(weights, inputs):
         fitted, z = flow.fit_actnorm(spec.flow, weights, *inputs, axis_name=AXIS)
@@ -104,7 +107,7 @@ def _fitter(spec: Spec, num_devices: int) -> tuple[Callable[..., Any], Callable[
             return weights, ({"head": batch_statistics(features, axis_name=AXIS)}, None)
         return weights, ({}, jax.lax.all_gather(z, AXIS, tiled=True))
 
-    return constrain, parallel.parallelize(fit)
+    return parallel.parallelize(fit)
 
 
 _preprocess = jax.jit(lambda model, *given: model.preprocess(*given))
@@ -114,3 +117,8 @@ _preprocess = jax.jit(lambda model, *given: model.preprocess(*given))
 def _initializer(module: Any) -> Callable[..., tuple[Any, Any]]:
     """``(key, inputs) ->`` outputs and variables, one function for runs of one architecture, which share its program."""
     return jax.jit(module.init_with_output)
+
+
+@functools.lru_cache(maxsize=64)
+def _creator(module: Any) -> Callable[..., Any]:
+    return jax.jit(module.init)

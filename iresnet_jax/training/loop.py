@@ -6,6 +6,7 @@ the step it has reached; if that lies between two lines of its log, the next lin
 is killed loses the steps since its last checkpoint, which is at most `SAVE_SECONDS` and one step old.
 """
 
+import concurrent.futures
 import contextlib
 import itertools
 import json
@@ -178,10 +179,12 @@ class _Trainer:
         self._settings, self._objective, self._writer, self._checkpoints = config.training, objective, writer, checkpoints
         self._say, self._agreement, self._compile_step = say, agreement, compile_step
         self._limit_s = 60 * config.training.minutes
-        fresh = objective.initial_state()
-        logging.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
-        self.state, self.step = self._restored(fresh)
-        parallel.check_equal_on_all_devices(self.state)
+        self._parallel_step = compile_step(objective.num_terms)
+        with _meanwhile(lambda: _compile_ahead(self._parallel_step, objective, config.training.batch_size)):
+            fresh = objective.initial_state()
+            logging.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
+            self.state, self.step = self._restored(fresh)
+            parallel.check_equal_on_all_devices(self.state)
         self._first_step, self._validated_step = self.step, -1 if self.step == 0 else self.step
         if self.step:
             logging.info("resuming from step %d of %d", self.step, self.horizon)
@@ -194,7 +197,9 @@ class _Trainer:
         self._validation_seconds = 0.0
         self._first_step_ended: float | None = None  # for the speed of a run with a time limit
         self._window: list[Any] = []  # metrics of the steps since the last line of the log
-        self._compile_later()
+        self._is_compiled = False
+        if int(self.state.num_terms) != objective.num_terms:
+            self._compile_later()
 
     def _restored(self, fresh: TrainState) -> tuple[TrainState, int]:
         """The newest checkpoint of process 0, or the fresh state; equal on all devices."""
@@ -337,6 +342,29 @@ class _Trainer:
         if distributed.is_first():
             self._checkpoints.save(self.step, self.state, metric=metric)
         self._window_start = self._saved_at = time.monotonic()
+
+
+@contextlib.contextmanager
+def _meanwhile(function: Callable[[], None]) -> Iterator[None]:
+    """Runs a function in a thread of its own beside the body of ``with``, and raises what it raises."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        done = pool.submit(function)
+        yield
+        done.result()
+
+
+def _compile_ahead(step: Step, objective: Objective, batch_size: int) -> None:
+    """Compiles a step for the objective's first state; steps of several processes, which meet in it, compile when called."""
+    if parallel.num_processes() == 1 and isinstance(step, parallel.ParallelStep):
+        batch = abstract_batch(objective.examples, batch_size)
+        step.compile(objective.abstract_state(), jax.eval_shape(parallel.shard, batch))
+
+
+def abstract_batch(examples: Any, batch_size: int) -> Any:
+    """Shapes and dtypes of a batch; placeholders for endless data, which has no examples."""
+    if examples is None:
+        return jax.ShapeDtypeStruct((batch_size,), np.float32)
+    return jax.tree.map(lambda rows: jax.ShapeDtypeStruct((batch_size, *rows.shape[1:]), rows.dtype), examples)
 
 
 def load_data(settings: DataConfig) -> DataSet:

@@ -26,7 +26,7 @@ AXIS = "batch"
 _is_alone = False
 
 
-def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
+def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> ParallelStep:
     """Compiles a training step for all devices of all processes.
 
     Args:
@@ -42,15 +42,26 @@ def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any
         >>> step = parallelize(step_fn)
         >>> state, metrics = step(jnp.zeros(()), shard(np.ones((8, 2), np.float32)))
     """
-    mapped = jax.pmap(
-        step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=(0,), devices=_devices()
+    return ParallelStep(
+        jax.pmap(step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=(0,), devices=_devices())
     )
 
-    def step(state, batch):
-        outputs = mapped(_replicate(state, batch), batch)
-        return jax.block_until_ready(outputs) if _may_dead_lock() else outputs
 
-    return step
+class ParallelStep:
+    """A training step for all devices, from `parallelize`."""
+
+    def __init__(self, mapped: Any):
+        self._mapped, self._is_compiled = mapped, False
+
+    def compile(self, state: Any, batch: Any) -> None:
+        """Compiles the step for arrays of these shapes and dtypes, which need not exist yet; otherwise the first call does."""
+        if not self._is_compiled:
+            self._mapped, self._is_compiled = self._mapped.lower(state, batch).compile(), True
+
+    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        """The next state and metrics."""
+        outputs = self._mapped(_replicate(state, batch), batch)
+        return jax.block_until_ready(outputs) if _may_dead_lock() else outputs
 
 
 def _may_dead_lock() -> bool:

@@ -19,12 +19,12 @@ import numpy as np
 from iresnet_jax.data import conditioned_on_labels, stand_in
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.maths import target
-from iresnet_jax.training import loop, parallel, state
+from iresnet_jax.training import loop, parallel
 from iresnet_jax.training.agreement import Agreement, Wish
 from iresnet_jax.training.chips import CHIPS, PASSES, Chip
 from iresnet_jax.training.config import Config
-from iresnet_jax.training.from_config import Spec, model_spec
-from iresnet_jax.training.initialization import abstract_variables, num_parameters
+from iresnet_jax.training.from_config import model_spec
+from iresnet_jax.training.initialization import num_parameters
 from iresnet_jax.training.program_costs import all_reduces, flops, has_random_loops, lowered_all_reduces, num_bytes
 
 UTILIZATION = 0.4  # share of the peak that the estimate of a step's time assumes
@@ -247,30 +247,15 @@ def lower(config: Config, on: Machine, data: DataSet, batch_size: int) -> tuple[
     with target.compiling_for(on.platform), jax.default_matmul_precision(config.training.matmul_precision):
         spec = model_spec(config, data)
         objective = loop.build_objective(config, data, spec)
-        current = abstract_state(config, spec, objective)
+        current = objective.abstract_state()
         step = Agreement(on.num_hosts).wrap(objective.make_step(objective.num_terms))
-        batch = _batch(objective.examples, share * len(on.devices))
+        batch = loop.abstract_batch(objective.examples, share * len(on.devices))
         if on.num_hosts > 1:
             batch = batch, jax.ShapeDtypeStruct((len(on.devices), len(Wish)), np.float32)
         traced = parallel.for_devices(step, on.devices).trace(current, batch)
         lowered = traced.lower(lowering_platforms=(on.platform,))
     argument_bytes = num_bytes(current) + num_bytes(batch) // len(on.devices)
     return traced, lowered, {"num_parameters": num_parameters(current.params), "argument_bytes": argument_bytes}
-
-
-def abstract_state(config: Config, spec: Spec, objective: loop.Objective) -> state.TrainState:
-    """Shapes and dtypes of the training state."""
-    rule = objective.rule
-    return jax.eval_shape(
-        lambda variables: state.create(variables, rule.optimizer, num_terms=objective.num_terms, horizon=rule.total_steps),
-        abstract_variables(config, spec),
-    )
-
-
-def _batch(examples: Any, batch_size: int) -> Any:
-    if examples is None:
-        return jax.ShapeDtypeStruct((batch_size,), np.float32)
-    return jax.tree.map(lambda rows: jax.ShapeDtypeStruct((batch_size, *rows.shape[1:]), rows.dtype), examples)
 
 
 def estimate(costs: Any, reductions: tuple[int, ...], on: Machine, precision: str) -> tuple[float, str]:

@@ -115,3 +115,45 @@ def test_a_system_without_large_pages_goes_on(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("started again for nothing"))
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     cpu.use_large_pages()
+
+
+@pytest.fixture
+def flags(monkeypatch):
+    """Environment without flags, on a machine without accelerators."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(cpu, "_has_cpus_alone", lambda _: True)
+    return lambda: set(os.environ["XLA_FLAGS"].split())
+
+
+def test_flags_that_the_user_has_set_stay(flags, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
+    chosen = set(cpu.compile_quickly())
+    assert flags() == {"--xla_backend_optimization_level=3"} | chosen
+    assert not any("optimization_level" in flag for flag in chosen)
+
+
+def test_flags_are_set_once(flags):
+    chosen = cpu.compile_quickly()
+    assert chosen
+    assert flags() == set(chosen)
+    assert cpu.compile_quickly() == ()
+
+
+def test_accelerators_see_no_flags(flags, monkeypatch):
+    monkeypatch.setattr(cpu, "_has_cpus_alone", lambda _: False)
+    assert cpu.compile_quickly() == ()
+    assert not flags()
+
+
+def test_other_platforms_are_not_taken_for_cpus(monkeypatch):
+    assert cpu._has_cpus_alone("cpu")
+    assert not cpu._has_cpus_alone("cuda,cpu")
+    monkeypatch.setattr(cpu, "entry_points", lambda group: ["cuda12"])
+    assert not cpu._has_cpus_alone(None)
+
+
+def test_the_compiler_knows_the_flags():
+    program = "from iresnet_jax.training import cpu; import jax; cpu.compile_quickly(); print(jax.jit(lambda x: x + 1)(1.0))"
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "2.0"

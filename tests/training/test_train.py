@@ -230,7 +230,7 @@ def test_the_command_line_of_a_run_told_to_stop_says_how_to_go_on(config_file, t
 # Each is a function that tells when it is entered, how long after that the signal comes, and whether the step is saved first.
 MOMENTS = {
     "initialisation": ("iresnet_jax.training.objectives.likelihood", "initial_variables", 0.1, False),
-    "compilation": ("iresnet_jax.training.loop", "_Trainer.take_step", 0.1, False),
+    "compilation": ("iresnet_jax.training.loop", "_compile_ahead", 0.1, False),
     "validation": ("iresnet_jax.training.objectives.likelihood", "Validation.measure", 0.1, True),
     "checkpoint": ("iresnet_jax.training.checkpoints", "_write", 0.0, True),
     "report": ("iresnet_jax.report.report", "write", 0.1, False),

@@ -1,6 +1,5 @@
 """The classification objective: one training step, with augmentation on the device, and the accuracy on held-out data."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +16,8 @@ from iresnet_jax.models.flow import Constrained
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.training import parallel
 from iresnet_jax.training.config import AugmentationConfig, Config, ConstraintConfig
-from iresnet_jax.training.from_config import Constrain, build_constraint, rematerialize, unroll
-from iresnet_jax.training.initialization import initial_variables
+from iresnet_jax.training.from_config import Constrain, build_constraint, compiled_constraint, rematerialize, unroll
+from iresnet_jax.training.initialization import abstract_variables, initial_variables
 from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, UpdateRule, build_rule, update
 from iresnet_jax.training.parallel import AXIS, example_keys
 from iresnet_jax.training.state import TrainState
@@ -34,7 +33,7 @@ def objective(config: Config, data: DataSet, spec: ClassifierSpec) -> Objective:
     rule, blocks = build_rule(config), unroll(settings.blocks)
     step = make_step(
         Classifier(spec, {}, {}, {}, unroll=blocks, rematerialize=rematerialize(config), bfloat16=settings.bfloat16),
-        make_constraint(config.constraint, spec, training=True),
+        make_constraint(config.constraint, spec),
         rule,
         seed=config.seed,
         label_smoothing=config.classifier.label_smoothing,
@@ -45,6 +44,7 @@ def objective(config: Config, data: DataSet, spec: ClassifierSpec) -> Objective:
         examples=(data.examples["train"], data.labels["train"]),
         rule=rule,
         initial_variables=lambda: initial_variables(config, spec, data),
+        abstract_variables=lambda: abstract_variables(config, spec),
         make_step=lambda num_terms: step,
         make_validation=lambda: Validation(config, spec, data),
         # The error is a multiple of one over the number of examples, so this compares cross-entropies only where errors tie.
@@ -52,19 +52,12 @@ def objective(config: Config, data: DataSet, spec: ClassifierSpec) -> Objective:
     )
 
 
-def make_constraint(settings: ConstraintConfig, spec: ClassifierSpec, *, training: bool) -> Constrain:
-    """``(params, spectral) ->`` the weights that run, for training steps or for validation."""
+def make_constraint(settings: ConstraintConfig, spec: ClassifierSpec) -> Constrain:
+    """``(params, spectral) ->`` the weights that run, for training steps."""
     if not spec.is_bijective:
         names = [stage.name for stage in spec.flow.layout]
         return lambda params, spectral: Constrained({name: params[name] for name in names}, spectral, {})
-    return build_constraint(settings, spec.flow, training=training)
-
-
-@functools.lru_cache(maxsize=64)
-def _constrained_weights(settings: ConstraintConfig, spec: ClassifierSpec) -> Callable[[Any, Any], Any]:
-    """``(params, spectral) ->`` weights for validation, one function for runs of one architecture, which share its program."""
-    constrain = make_constraint(settings, spec, training=False)
-    return jax.jit(lambda params, spectral: constrain(params, spectral).weights)
+    return build_constraint(settings, spec.flow, training=True)
 
 
 def make_augmentation(settings: AugmentationConfig) -> Augment:
@@ -136,13 +129,16 @@ class Validation:
         self._spec = spec
         self._images = data.held_out("validation", config.training.eval_examples, config.seed)
         self._labels = data.labels["validation"][: len(self._images)]
-        self._constrain = _constrained_weights(config.constraint, spec)
+        self._constraint = config.constraint
         self._evaluate = parallel.parallelize_eval(classify_batch)
         self._batch_size = config.evaluation.batch_size
 
     def __call__(self, current: TrainState) -> HeldOut:
         """The means over all examples."""
-        weights = self._constrain(*parallel.on_first_device((current.ema, current.spectral)))
+        weights = {stage.name: current.ema[stage.name] for stage in self._spec.flow.layout}
+        if self._spec.is_bijective:
+            constrain = compiled_constraint(self._constraint, self._spec.flow)
+            weights = constrain(*parallel.on_first_device((weights, current.spectral))).weights
         model = Classifier(self._spec, weights, current.ema["head"], current.batch_stats)
         outputs = evaluate_images(self._evaluate, model, self._images, self._labels, self._batch_size)
         correct = outputs["logits"].argmax(axis=1) == self._labels

@@ -22,7 +22,7 @@ from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.training import parallel
 from iresnet_jax.training.config import Config, HybridConfig
 from iresnet_jax.training.from_config import Constrain, build_constraint
-from iresnet_jax.training.initialization import initial_variables
+from iresnet_jax.training.initialization import abstract_variables, initial_variables
 from iresnet_jax.training.objectives import classification, likelihood
 from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, UpdateRule, build_rule, update
 from iresnet_jax.training.parallel import example_keys
@@ -57,6 +57,7 @@ def objective(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
         examples=(data.examples["train"], data.labels["train"]),
         rule=rule,
         initial_variables=lambda: initial_variables(config, spec, data),
+        abstract_variables=lambda: abstract_variables(config, spec),
         make_step=step,
         make_validation=lambda: Validation(config, spec, data),
         loss=lambda held_out: held_out["cross_entropy"] + final_weight * held_out[spec.metric],

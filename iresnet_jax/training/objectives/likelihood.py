@@ -1,7 +1,6 @@
 """The likelihood objective: one training step, and the likelihood of held-out data."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +14,11 @@ from jaxtyping import Array, Float, Int, Key
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.training import parallel
-from iresnet_jax.training.config import Config, ConstraintConfig
-from iresnet_jax.training.from_config import Constrain, build_constraint, rematerialize, unroll
-from iresnet_jax.training.initialization import initial_variables
+from iresnet_jax.training.config import Config
+from iresnet_jax.training.from_config import Constrain, build_constraint, compiled_constraint, rematerialize, unroll
+from iresnet_jax.training.initialization import abstract_variables, initial_variables
 from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, UpdateRule, build_rule, update
 from iresnet_jax.training.parallel import example_keys
 from iresnet_jax.training.state import TrainState
@@ -52,6 +50,7 @@ def objective(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
         examples=None if data.is_endless else (data.examples["train"], data.contexts.get("train")),
         rule=rule,
         initial_variables=lambda: initial_variables(config, spec, data),
+        abstract_variables=lambda: abstract_variables(config, spec),
         make_step=step,
         make_validation=lambda: Validation(config, spec, data),
         loss=lambda held_out: held_out[spec.metric],
@@ -149,13 +148,6 @@ def evaluate_batch(model: Density, batch: tuple[Any, Any, Any, Any]) -> dict[str
     }
 
 
-@functools.lru_cache(maxsize=64)
-def _constrained_weights(settings: ConstraintConfig, flow: FlowSpec) -> Callable[[Any, Any], Any]:
-    """``(params, spectral) ->`` weights for validation, one function for runs of one architecture, which share its program."""
-    constrain = build_constraint(settings, flow, training=False)
-    return jax.jit(lambda params, spectral: constrain(params, spectral).weights)
-
-
 class Validation:
     """Mean objective of held-out data under the averaged parameters, norms iterated to their tolerance.
 
@@ -169,7 +161,7 @@ class Validation:
         self._spec, self._seed, self._logdet = spec, config.seed, config.logdet
         self._examples = data.held_out("validation", config.training.eval_examples, config.seed)
         self._contexts = data.held_out_contexts("validation", config.training.eval_examples, config.seed)
-        self._constrain = _constrained_weights(config.constraint, spec.flow)
+        self._constrain = compiled_constraint(config.constraint, spec.flow)
         self._evaluate = parallel.parallelize_eval(evaluate_batch)
         self._estimator = config.evaluation.logdet.build()
         self._reference = dataclasses.replace(config.logdet, kind="series").build(REFERENCE_TERMS)
@@ -183,7 +175,7 @@ class Validation:
     def model(self, current: TrainState) -> Density:
         """The model of the averaged parameters; blocks are scanned, which compiles in half the time."""
         stages = {stage.name: current.ema[stage.name] for stage in self._spec.flow.layout}
-        weights = self._constrain(*parallel.on_first_device((stages, current.spectral)))
+        weights = self._constrain(*parallel.on_first_device((stages, current.spectral))).weights
         return Density(self._spec, weights, current.ema["prior"], estimator=self._estimator)
 
     def measure(self, current: TrainState, model: Density) -> HeldOut:

@@ -35,6 +35,7 @@ class Objective(NamedTuple):
         examples: Pytree of arrays that batches are taken from; None for endless data, whose steps draw their own.
         rule: How a gradient changes the state.
         initial_variables: ``() ->`` fresh variables, fitted to training data.
+        abstract_variables: ``() ->`` their shapes and dtypes, without computing them.
         make_step: ``num_terms ->`` the step ``(state, batch) -> (state, metrics)``, for `parallel.parallelize`.
         make_validation: ``() ->`` the function that measures a state on held-out data.
         loss: Number that a checkpoint is chosen by, from the held-out metrics; lower is better.
@@ -45,6 +46,7 @@ class Objective(NamedTuple):
     examples: Any
     rule: "UpdateRule"
     initial_variables: Callable[[], Any]
+    abstract_variables: Callable[[], Any]
     make_step: Callable[[int], Callable[[state.TrainState, Any], tuple[state.TrainState, dict[str, Any]]]]
     make_validation: Callable[[], Callable[[state.TrainState], HeldOut]]
     loss: Callable[[Mapping[str, float]], float]
@@ -52,8 +54,15 @@ class Objective(NamedTuple):
 
     def initial_state(self) -> state.TrainState:
         """The state before the first update."""
+        return self._state_of(self.initial_variables())
+
+    def abstract_state(self) -> state.TrainState:
+        """Shapes and dtypes of the state."""
+        return jax.eval_shape(self._state_of, self.abstract_variables())
+
+    def _state_of(self, variables: Any) -> state.TrainState:
         rule, terms = self.rule, self.num_terms
-        return state.create(self.initial_variables(), rule.optimizer, num_terms=terms, horizon=rule.total_steps)
+        return state.create(variables, rule.optimizer, num_terms=terms, horizon=rule.total_steps)
 
     def adapt(self, current: state.TrainState, held_out: HeldOut) -> state.TrainState:
         """The state that training goes on with after a validation: with more terms of the log-determinant, if it found so."""
