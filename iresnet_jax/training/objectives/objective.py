@@ -54,7 +54,7 @@ class Objective(NamedTuple):
 
     def initial_state(self) -> state.TrainState:
         """The state before the first update."""
-        return self._state_of(self.initial_variables())
+        return jax.jit(self._state_of)(self.initial_variables())  # copies one by one would compile one by one
 
     def abstract_state(self) -> state.TrainState:
         """Shapes and dtypes of the state."""
