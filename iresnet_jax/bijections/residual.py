@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.maths.inverse.fixed_point import Diagonal, FixedPointInfo, invert_residual
-from iresnet_jax.maths.logdet.estimator import Jacobian, LogdetEstimator, LogdetInfo, Trace
+from iresnet_jax.maths.logdet.estimator import Jacobian, Logdet, LogdetEstimator, LogdetInfo, Trace
 from iresnet_jax.maths.logdet.jacobian_products import linearize
 
 
@@ -25,6 +25,7 @@ class Branch(NamedTuple):
         lipschitz_bound: Upper bound of ``Lip(g)``. The inverse and the truncation bound rely on it.
         trace: ``x -> tr J_g(x)`` in closed form, if there is one.
         jacobian: ``x -> J_g(x) (b, d, d)`` in closed form, if there is one.
+        logdet: ``x -> log det(I + J_g(x)) (b,)`` exactly, if there is a way that is shorter than ``d`` products with ``J_g``.
         at_zero: ``() -> g(0)`` as a batch of one, if it is the same for all examples. The inverse starts from ``y - g(0)``.
         diagonal: Diagonal of ``J_g``, if it has a closed form.
     """
@@ -33,6 +34,7 @@ class Branch(NamedTuple):
     lipschitz_bound: float | Float[Array, ""]
     trace: Trace | None = None
     jacobian: Jacobian | None = None
+    logdet: Logdet | None = None
     at_zero: Callable[[], Array] | None = None
     diagonal: Diagonal | None = None
 
@@ -72,7 +74,8 @@ def forward_and_logdet(
 
 
 def _logdet(at, branch, x, key, estimator):
-    return estimator(at, x, key, lipschitz_bound=branch.lipschitz_bound, trace=branch.trace, jacobian=branch.jacobian)
+    known = {"trace": branch.trace, "jacobian": branch.jacobian, "logdet": branch.logdet}
+    return estimator(at, x, key, lipschitz_bound=branch.lipschitz_bound, **known)
 
 
 def inverse(

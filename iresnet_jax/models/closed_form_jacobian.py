@@ -82,7 +82,7 @@ def jacobian(
     """
     if not has_jacobian(spec):
         raise ValueError(f"the Jacobian has a closed form for dense branches of two layers (see has_jacobian), not for {spec}")
-    d0, d1 = _slopes(spec, weights, x, context)
+    d0, d1 = slopes(spec, weights, x, context)
     there, back = (weights[layer.name]["kernel"] for layer in spec.layers)
     copies, num_dims, width = d0.shape[1] // x.shape[1], x.shape[1], there.shape[1]
     back = back.reshape(-1, width, num_dims)
@@ -121,18 +121,18 @@ def _taps(spec, weights):
     return product.reshape(*taps, there.shape[-2], back.shape[-2])
 
 
-def _slopes(spec, weights, x, context):
+def slopes(spec, weights, x, context):
     """``D_0``, of one example where it is 1, and ``D_1`` of `trace`."""
     first, second = spec.layers
     h = apply_layer(spec, first, weights[first.name], x, context)
 
-    def slopes(layer, h):
+    def slope(layer, h):
         return jax.jvp(lambda h: activate(spec, layer, weights[layer.name], h), (h,), (jnp.ones_like(h),))[1]
 
-    return slopes(first, x) if first.activated else jnp.ones_like(x[:1]), slopes(second, h)
+    return slope(first, x) if first.activated else jnp.ones_like(x[:1]), slope(second, h)
 
 
 def _slopes_and_taps(spec, weights, x, context):
     """``D_0``, ``D_1`` and ``M`` of `trace`."""
     taps = _taps(spec, weights)
-    return *_slopes(spec, weights, x, context), taps
+    return *slopes(spec, weights, x, context), taps

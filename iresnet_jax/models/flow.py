@@ -25,7 +25,7 @@ from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, branch_bound, model_
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import branch as branches
-from iresnet_jax.models import closed_form_jacobian, constraint
+from iresnet_jax.models import closed_form_jacobian, constraint, structured_logdet
 from iresnet_jax.models.architecture import FlowSpec, Stage
 from iresnet_jax.models.branch import BranchSpec
 
@@ -258,11 +258,13 @@ def known_branch(spec: BranchSpec, weights: Tree, lipschitz_bound: Any, context:
     """A branch of these weights with all that has a closed form."""
     has_trace, has_diagonal = closed_form_jacobian.has_trace(spec), closed_form_jacobian.has_diagonal(spec)
     has_jacobian = closed_form_jacobian.has_jacobian(spec)
+    has_logdet = structured_logdet.has_logdet(spec) and not has_jacobian
     return Branch(
         g=lambda x: branches.apply_branch(spec, weights, x, context),
         lipschitz_bound=lipschitz_bound,
         trace=(lambda x: closed_form_jacobian.trace(spec, weights, x, context)) if has_trace else None,
         jacobian=(lambda x: closed_form_jacobian.jacobian(spec, weights, x, context)) if has_jacobian else None,
+        logdet=(lambda x: structured_logdet.logdet(spec, weights, x, context)) if has_logdet else None,
         at_zero=(lambda: branches.at_zero(spec, weights)) if context is None else None,
         diagonal=Diagonal(
             at=lambda x: closed_form_jacobian.jacobian_diagonal(spec, weights, x, context),

@@ -17,6 +17,7 @@ from iresnet_jax.maths.upward_rounding import as_floats
 Branch = Callable[[Array], Array]
 Trace = Callable[[Array], Array]
 Jacobian = Callable[[Array], Array]
+Logdet = Callable[[Array], Array]
 Keys = Key[Array, "..."] | UInt32[Array, "..."]  # one, or one an example; typed, or of jax.random.PRNGKey
 Scalar = float | Float[Array, ""]
 Batch = Shaped[Array | np.ndarray, "..."] | Sequence  # made an array of floats by `as_floats`
@@ -59,6 +60,7 @@ class LogdetEstimator(ABC):
         lipschitz_bound: Scalar | None = None,
         trace: Trace | None = None,
         jacobian: Jacobian | None = None,
+        logdet: Logdet | None = None,
     ) -> tuple[Float[Array, " b"], LogdetInfo]:
         """The log-determinant and its error.
 
@@ -69,9 +71,10 @@ class LogdetEstimator(ABC):
             lipschitz_bound: Upper bound of ``Lip(g)``, for the truncation bound.
             trace: ``x -> tr J (b,)`` in closed form, if there is one.
             jacobian: ``x -> J (b, d, d)`` in closed form, if there is one.
+            logdet: ``x -> log det(I + J) (b,)`` exactly, if there is a way that is shorter than ``d`` products with ``J``.
         """
         bound = jnp.inf if lipschitz_bound is None else lipschitz_bound
-        return self._estimate(branch, as_floats(x, "x"), key, bound, trace, jacobian)
+        return self._estimate(branch, as_floats(x, "x"), key, bound, trace, jacobian, logdet)
 
     @abstractmethod
     def _estimate(
@@ -82,6 +85,7 @@ class LogdetEstimator(ABC):
         lipschitz_bound: Scalar,
         trace: Trace | None,
         jacobian: Jacobian | None,
+        logdet: Logdet | None,
     ) -> tuple[Float[Array, " b"], LogdetInfo]: ...
 
 
@@ -99,13 +103,13 @@ class ProbingEstimator(LogdetEstimator):
     probe: str = "rademacher"
     exact_trace: bool = True
 
-    def _estimate(self, branch, x, key, lipschitz_bound, trace, jacobian):
-        del jacobian
+    def _estimate(self, branch, x, key, lipschitz_bound, trace, jacobian, logdet):
+        del jacobian, logdet
         if key is None:
             raise ValueError("key must be given: the estimator draws random probes")
         samples, bound = self._samples(branch, x, key, lipschitz_bound, trace if self.exact_trace else None)
-        logdet, stderr = mean_and_stderr(samples)
-        return logdet, LogdetInfo(stderr, bound)
+        value, stderr = mean_and_stderr(samples)
+        return value, LogdetInfo(stderr, bound)
 
     @abstractmethod
     def _samples(

@@ -66,18 +66,21 @@ def log_abs_det(matrices: Float[Array, "b d d"]) -> Float[Array, " b"]:
     at most ``|(I + J)^-1|``. The derivative is ``tr((I + J)^-1 dJ)``. LAPACK's batches of factorisations can dead-lock on
     several simulated CPU devices, which this cannot.
     """
-    return _eliminate(matrices)[0]
+    return eliminate(matrices)[0]
 
 
 @log_abs_det.defjvp
 def _derivative(primals, tangents):
-    logdet, inverses = _eliminate(*primals)
+    logdet, inverses = eliminate(*primals)
     inverses = checkpoint_name(inverses, INVERSE_JACOBIANS)
     return logdet, jnp.sum(jnp.swapaxes(inverses, 1, 2) * tangents[0], axis=(1, 2))
 
 
-def _eliminate(matrices):
-    """Logarithms of the pivots, summed, and the inverses by Gauss-Jordan elimination; examples on the last axis meanwhile."""
+def eliminate(matrices: Float[Array, "b d d"]) -> tuple[Float[Array, " b"], Float[Array, "b d d"]]:
+    """Logarithms of the pivots, summed, and the inverses, by Gauss-Jordan elimination as in `log_abs_det`.
+
+    Examples are on the last axis meanwhile.
+    """
     num_dims = matrices.shape[-1]
 
     def step(k, carry):
@@ -97,14 +100,17 @@ def _eliminate(matrices):
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class ExactLogdet(LogdetEstimator):
-    """`exact_logdet` as an estimator without randomness and without error."""
+    """`exact_logdet`, or a shorter way where a branch has one, as an estimator without randomness and without error."""
 
     columns_at_once: int = 64
 
     unbiased: ClassVar[bool] = True
 
-    def _estimate(self, branch, x, key, lipschitz_bound, trace, jacobian):
+    def _estimate(self, branch, x, key, lipschitz_bound, trace, jacobian, logdet):
         del key, lipschitz_bound, trace
-        logdet = exact_logdet(branch, x, columns_at_once=self.columns_at_once, jacobian=jacobian)
-        zeros = jnp.zeros_like(logdet)
-        return logdet, LogdetInfo(zeros, zeros)
+        if logdet is None:
+            value = exact_logdet(branch, x, columns_at_once=self.columns_at_once, jacobian=jacobian)
+        else:
+            value = logdet(x)
+        zeros = jnp.zeros_like(value)
+        return value, LogdetInfo(zeros, zeros)
