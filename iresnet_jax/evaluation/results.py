@@ -60,6 +60,44 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """Error of examples' log-likelihoods that comes from their log-determinants, root mean square over examples.
+
+    Attributes:
+        target: Largest ``bias + stderr`` that was asked for, in ``unit``.
+        bias: Estimate of how far the expectation over probes is off, from how Krylov subspaces of increasing dimension converge
+            for the same probes; 0 if exact.
+        stderr: Standard error over probes, of the mean over noise draws; 0 if exact.
+        bias_bound: Guaranteed bound of the bias if the Lipschitz constants are guaranteed; often far above it.
+        products: Operations of an example for each noise draw, in those of a product with a block's Jacobian, summed over
+            blocks.
+        plan: What every stage does, in words.
+        unit: "bits/dim" or "nats".
+    """
+
+    target: float
+    bias: float
+    stderr: float
+    bias_bound: float
+    products: float
+    plan: tuple[str, ...]
+    unit: str
+
+    @property
+    def met(self) -> bool:
+        """Whether the target was met."""
+        return self.bias + self.stderr <= self.target
+
+    def __str__(self) -> str:
+        found = f"bias about {self.bias:.1g} (at most {self.bias_bound:.1g}) + stderr {self.stderr:.1g} {self.unit}"
+        verdict = f"{'within' if self.met else 'NOT within'} {self.target:g}"
+        return (
+            f"log-determinants of an example: {found}, {verdict}; as dear as {self.products:,.0f} products with Jacobians "
+            f"({'; '.join(self.plan)})"
+        )
+
+
+@dataclass(frozen=True)
 class Likelihood(MeanAndError):
     """Negative log-likelihood of test data; lower is better.
 
@@ -74,6 +112,7 @@ class Likelihood(MeanAndError):
         estimate: Estimate that checks an exact ``mean``; None without one.
         entropy_floor: Entropy of the data in nats, if known.
         num_dims: Entries of an example; None if not known.
+        accuracy: How a stated accuracy of the log-determinants was met; None if none was stated.
     """
 
     unit: str
@@ -86,6 +125,7 @@ class Likelihood(MeanAndError):
     estimate: Estimate | None = None
     entropy_floor: float | None = None
     num_dims: int | None = None
+    accuracy: Accuracy | None = None
 
     @property
     def key(self) -> str:
@@ -100,7 +140,9 @@ class Likelihood(MeanAndError):
             lines.append(f"a dimension: {self.mean / self.num_dims:.4f} ± {self.stderr / self.num_dims:.4f} nats")
         if self.entropy_floor is not None:
             lines.append(f"entropy of the data, below which no model can go: {self.entropy_floor:.4f} nats")
-        if self.truncation_bound:
+        if self.accuracy:
+            lines.append(str(self.accuracy))
+        elif self.truncation_bound:
             lines.append(f"terms beyond those always computed change it by at most {self.truncation_bound:.2g} {self.unit}")
         if self.estimate:
             lines.append(
@@ -114,6 +156,11 @@ class Likelihood(MeanAndError):
         found = []
         if not math.isfinite(self.mean):
             found.append("The likelihood is not finite.")
+        if self.accuracy and not self.accuracy.met:
+            found.append(
+                f"The log-determinants missed their target_stderr: bias about {self.accuracy.bias:.1g} and standard error "
+                f"{self.accuracy.stderr:.1g} instead of {self.accuracy.target:g} {self.unit} together."
+            )
         if self.estimate and self.estimate.unbiased and not abs(self.estimate.z) <= SUSPICIOUS_Z:
             found.append(
                 f"The estimated likelihood is {abs(self.estimate.z):.1f} standard errors away from the exact one: one of them "

@@ -275,6 +275,31 @@ def known_branch(spec: BranchSpec, weights: Tree, lipschitz_bound: Any, context:
     )
 
 
+def branch_inputs(
+    spec: FlowSpec,
+    weights: Tree,
+    x: Float[Array, "b ..."],
+    context: Float[Array, "b k"] | None = None,
+    *,
+    bfloat16: bool = False,
+) -> dict[str, Float[Array, "k b ..."]]:
+    """What the branch of every block takes on the way of ``x`` through the flow, by stage, stacked over blocks.
+
+    Arguments are those of `bijection`.
+    """
+    inputs = {}
+    for stage in spec.layout:
+
+        def step(x, block, stage=stage):
+            x, _ = actnorm.forward_and_logdet(actnorm.ActNormParams(**block["actnorm"]), x)
+            return x + branches.apply_branch(stage.branch, block["branch"], x, context, bfloat16=bfloat16), x
+
+        x, inputs[stage.name] = jax.lax.scan(step, chain(stage.entry).forward(x), weights[stage.name])
+        if stage.spec.factor_out:
+            x, _ = reshape.split_channels(x)
+    return inputs
+
+
 def unroll_by_default() -> bool:
     """Whether blocks are better written out: on CPUs, where a training step is then up to 1.7 times as fast."""
     return target.platform() == "cpu"

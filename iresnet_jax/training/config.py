@@ -195,6 +195,10 @@ class EvaluationConfig:
     batch_size: Count = 256
     num_dequantisations: Count = 4  # noise draws an image
     num_probe_draws: Count = 4  # probe draws a noise draw
+    # Largest error of an example's likelihood from its log-determinants, |bias| + standard error in bits/dim or nats, root mean
+    # square over examples: the cheapest exact or estimated log-determinants that reach it replace ``logdet``, which checks
+    # them, and num_probe_draws. 0 evaluates by ``logdet``, or exactly up to 256 dimensions.
+    target_stderr: NotNegative = 0.0
     num_examples: Count = 20_000  # test examples of a toy or simulator; other data use their whole test split
     # Test contexts of a simulator whose posterior samples a classifier tries to tell from the model's; 0 for none.
     num_posteriors: CountOrNone = 10

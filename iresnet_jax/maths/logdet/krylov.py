@@ -20,7 +20,7 @@ orthogonal, ``v^T (I + t J^T)^-1 v_(n+1) = -t v^T J^T (I + t J^T)^-1 v_(n+1)``.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -170,6 +170,67 @@ class KrylovLogdet(ProbingEstimator):
         return samples, jnp.mean(bounds, axis=0)
 
 
+def nested_quadratic_forms(
+    branch: Branch | Linearized,
+    x: Float[Array, "b ..."],
+    probes: Float[Array, "p b ..."],
+    sizes: Sequence[int],
+    *,
+    lipschitz_bound: Scalar = jnp.inf,
+    trace: Trace | None = None,
+) -> tuple[Float[Array, "s p b"], Float[Array, "p b"]]:
+    """``v^T log(I + J) v`` for every probe ``v`` by Krylov subspaces of several dimensions, for the products of the largest.
+
+    The spaces are nested, so the differences of their values show for the same probes how fast they converge. There is no
+    gradient, which saves the products that `quadratic_form` takes for it. Other arguments are those there.
+
+    Args:
+        branch: ``g``, acting on each example alone, or linearised at ``x``.
+        x: Where to evaluate.
+        probes: ``v``.
+        sizes: Dimensions of the subspaces, increasing; the last is the number of products with the transposed Jacobian.
+        lipschitz_bound: Upper bound of ``Lip(g)``, for the bound of the error.
+        trace: ``x -> tr J (b,)``, exact; replaces the first-order term.
+
+    Returns:
+        The estimates by dimension, and bounds of the errors of the last.
+    """
+    _, hessenberg = arnoldi(transposed_jacobian(linearize(branch, x), len(probes)), probes, sizes[-1])
+    squared = jnp.sum(probes**2, axis=tuple(range(2, probes.ndim)))
+    times = jnp.asarray(quadrature()[0], x.dtype).reshape(1, 1, -1, 1, 1)
+    values, bounds = [], squared
+    for size in sizes:
+        inner = hessenberg[:size, :size]
+        resolvents = _resolvents(inner, times)
+        values.append(squared * _integral(inner, resolvents, without_first_order=trace is not None))
+        bounds = _error_bounds(resolvents, hessenberg[size, size - 1], squared, times, lipschitz_bound)
+    return jnp.stack(values) + (0 if trace is None else trace(x)[None, None]), bounds
+
+
+def _resolvents(hessenberg, times):
+    """``(I + t H)^-1 e_1``, by row, node, probe and example."""
+    num = len(hessenberg)
+    identity = jnp.eye(num, dtype=hessenberg.dtype).reshape(num, num, 1, 1, 1)
+    return solve_hessenberg(identity + times * hessenberg[:, :, None])
+
+
+def _integral(hessenberg, resolvents, *, without_first_order):
+    """``e_1^T log(I + H) e_1``, or ``e_1^T (log(I + H) - H) e_1``."""
+    weights = jnp.asarray(quadrature()[1], hessenberg.dtype).reshape(-1, 1, 1)
+    of_node = jnp.sum(hessenberg[0][:, None] * resolvents, axis=0)  # e_1^T H y_t
+    return jnp.sum(weights * of_node, axis=0) - (hessenberg[0, 0] if without_first_order else 0)
+
+
+def _error_bounds(resolvents, leaving, squared, times, lipschitz_bound):
+    """The module's a posteriori bounds, infinite without a Lipschitz bound below 1."""
+    ell = lax.stop_gradient(lipschitz_at_least(lipschitz_bound, squared.dtype))
+    contraction = ell < 1
+    weights = jnp.asarray(quadrature()[1], squared.dtype).reshape(-1, 1, 1)
+    margins = 1 - times[0, 0] * jnp.where(contraction, ell, 0)
+    bounds = squared * leaving * jnp.sum(weights * jnp.abs(resolvents[-1]) * (1 - margins) / margins, axis=0)
+    return lax.stop_gradient(jnp.where(contraction, bounds, jnp.inf))
+
+
 def quadratic_form(
     branch: Branch | Linearized,
     x: Float[Array, "b ..."],
@@ -195,26 +256,16 @@ def quadratic_form(
     at = linearize(branch, x)
     basis, hessenberg = arnoldi(transposed_jacobian(at, len(probes)), probes, num_steps)
     leaving, hessenberg = hessenberg[num_steps, num_steps - 1], hessenberg[:num_steps]
-    nodes, weights = quadrature()
-    times = jnp.asarray([*nodes, 1.0], x.dtype).reshape(1, 1, -1, 1, 1)  # row, column, node, probe, example
-    identity = jnp.eye(num_steps, dtype=x.dtype).reshape(num_steps, num_steps, 1, 1, 1)
-    solutions = solve_hessenberg(identity + times * hessenberg[:, :, None])
+    times = jnp.asarray([*quadrature()[0], 1.0], x.dtype).reshape(1, 1, -1, 1, 1)  # row, column, node, probe, example
+    solutions = _resolvents(hessenberg, times)
     resolvents, solution = solutions[:, :-1], solutions[:, -1]
 
     example_axes = tuple(range(2, probes.ndim))
     squared = jnp.sum(probes**2, axis=example_axes)
-    weights = jnp.asarray(weights, x.dtype).reshape(-1, 1, 1)
-    of_node = jnp.sum(hessenberg[0][:, None] * resolvents, axis=0)  # e_1^T H y_t
-    first_order = 0 if trace is None else hessenberg[0, 0]
-    value = squared * (jnp.sum(weights * of_node, axis=0) - first_order)
+    value = squared * _integral(hessenberg, resolvents, without_first_order=trace is not None)
     coefficients = (solution if trace is None else solution.at[0].add(-1)) * jnp.sqrt(squared)[None]
     flat = basis.reshape(*coefficients.shape, math.prod(x.shape[1:]))
     w = _combine(coefficients, flat).reshape(probes.shape)
     value = with_gradient(value, jacobian_product(at, probes), w)
-
-    ell = lax.stop_gradient(lipschitz_at_least(lipschitz_bound, x.dtype))
-    contraction = ell < 1
-    margins = 1 - times[0, 0, :-1] * jnp.where(contraction, ell, 0)
-    bounds = squared * leaving * jnp.sum(weights * jnp.abs(resolvents[-1]) * (1 - margins) / margins, axis=0)
-    bounds = lax.stop_gradient(jnp.where(contraction, bounds, jnp.inf))
+    bounds = _error_bounds(resolvents, leaving, squared, times[:, :, :-1], lipschitz_bound)
     return value if trace is None else value + trace(x)[None], bounds

@@ -1,0 +1,362 @@
+r"""Log-likelihoods whose log-determinants have a stated accuracy, by the cheapest estimator of every block.
+
+A pilot on a few examples measures for every block the variance of an estimate by one probe and how its bias falls with the
+number of products; `plan.cheapest` then chooses between the exact log-determinant and Krylov subspaces, with the closed form of
+the trace where there is one. All examples follow, and probes are added in rounds until the target is met.
+
+The accuracy is ``bias + standard error`` of an example's log-likelihood, root mean square over examples; the standard error is
+that over probes. With ``v_n`` the value of an ``n``-dimensional Krylov subspace, its bias is estimated as
+
+    d_1 max(1, r / (1 - r)),    r = d_1 / d_2,    d_1 = rms |v_n - v_(n-1)|,    d_2 = rms |v_(n-1) - v_(n-2)|
+
+which is the rest of a geometric series and never less than the last change, or as the rigorous bound where that is smaller.
+Biases of blocks are added. Each example has its own keys, so results do not depend on batches.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Num
+
+from iresnet_jax.data.batches import eval_batches
+from iresnet_jax.evaluation import plan
+from iresnet_jax.evaluation.plan import PROBES_AT_ONCE, Block, Choice
+from iresnet_jax.evaluation.results import Accuracy
+from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo, draw_probes
+from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.maths.logdet.krylov import nested_quadratic_forms
+from iresnet_jax.models import structured_logdet
+from iresnet_jax.models.branch import BranchSpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.flow import branch_inputs, known_branch
+from iresnet_jax.training import parallel
+from iresnet_jax.training.objectives.likelihood import evaluation_keys
+
+PILOT_EXAMPLES, PILOT_PROBES = 32, 4
+# Dimensions of the pilot's Krylov subspaces; the last stands for the truth. Each set follows if the one before does not suffice.
+PILOT_SIZES = ((2, 3, 4, 6, 8, 10, 12), (12, 16, 20, 24), (24, 32, 40, 48))
+PILOT_DRAW = 2**20  # number of the pilot's draw, which no other draw has
+CHEAP = 100.0  # products for which a block is exact without a pilot, which takes half as many
+MAX_ROUNDS = 5
+FULL_ENTRIES = 2**26  # entries of full Jacobians that are in memory together
+
+
+def log_prob(
+    model: Density,
+    examples: Num[np.ndarray, "n ..."],
+    target: float,
+    seed: int = 0,
+    *,
+    num_dequantisations: int = 1,
+    batch_size: int = 256,
+    contexts: Num[np.ndarray, "n k"] | None = None,
+) -> tuple[Float[np.ndarray, "n s"], Accuracy]:
+    """Log-likelihood of every example and noise draw in nats, and how accurate its log-determinants are.
+
+    Args:
+        model: The model.
+        examples: Images of integer levels, or points.
+        target: Largest bias + standard error of an example, in bits/dim of images or nats of points, root mean square over
+            examples, for the mean over noise draws.
+        seed: Seed of noise and probes; the noise is that of `likelihood.measure` with this seed.
+        num_dequantisations: Noise draws of an example.
+        batch_size: Examples at once.
+        contexts: Context of each example, of a conditional density.
+
+    Raises:
+        ValueError: If the target is not positive.
+    """
+    if not 0 < target < math.inf:
+        raise ValueError(f"the target of the error must be a positive number of {model.spec.unit}, got {target}")
+    in_nats, spec = target / model.spec.unit_of_a_nat, model.spec
+    evaluation = _Evaluation(model, examples, jax.random.key(seed), batch_size, contexts)
+    blocks = evaluation.pilot(in_nats, num_dequantisations)
+    choices = plan.cheapest(blocks, in_nats, num_dequantisations)
+    sums = _Sums(np.zeros((len(examples), num_dequantisations)), [_Probes(choice) for choice in choices])
+    draws: list[int] | None = [choice.num_probes // PROBES_AT_ONCE for choice in choices]
+    for _ in range(MAX_ROUNDS):
+        if draws is None:
+            break
+        for noise_draw in range(num_dequantisations):
+            evaluation.add(sums, noise_draw, draws)
+        for probes, more in zip(sums.probes, draws, strict=True):
+            probes.num_draws += more
+        draws = sums.missing_draws(in_nats)
+    costs = (
+        replace(c, num_probes=p.num_probes).cost(b) / b.product for b, c, p in zip(blocks, choices, sums.probes, strict=True)
+    )
+    accuracy = Accuracy(
+        target=target,
+        bias=sums.bias() * spec.unit_of_a_nat,
+        stderr=sums.stderr() * spec.unit_of_a_nat,
+        bias_bound=sums.bias_bound() * spec.unit_of_a_nat,
+        products=sum(costs),
+        plan=_in_words(blocks, choices, sums.probes),
+        unit=spec.unit,
+    )
+    return sums.log_prob(), accuracy
+
+
+class _Probes:
+    """Sums over the probes of one block, arrays by example and noise draw."""
+
+    def __init__(self, choice: Choice):
+        self.choice, self.num_draws = choice, 0
+        self.total: Any = 0.0  # of the estimates
+        self.squares: Any = 0.0
+        self.last_change: Any = 0.0  # of the estimate from a Krylov subspace with one dimension less
+        self.change_before: Any = 0.0
+        self.bound: Any = 0.0
+
+    @property
+    def num_probes(self) -> int:
+        """Probes of each example and noise draw."""
+        return self.num_draws * PROBES_AT_ONCE
+
+    def variance(self) -> Float[np.ndarray, "n s"]:
+        """Variance of the mean over probes."""
+        spread = (self.squares - self.total**2 / self.num_probes) / (self.num_probes - 1)
+        return np.maximum(spread, 0) / self.num_probes
+
+    def bias(self, rounding: float) -> float:
+        """Estimate of the bias in nats, see the module."""
+        last, before = (_rms(change.mean(axis=1) / self.num_probes) for change in (self.last_change, self.change_before))
+        return min(extrapolated_bias(last, before, rounding), self.bias_bound())
+
+    def bias_bound(self) -> float:
+        """Guaranteed bound of the bias for these probes."""
+        return _rms(self.bound.mean(axis=1) / self.num_probes)
+
+
+def extrapolated_bias(last_change: float, change_before: float, rounding: float) -> float:
+    """What is left of a sequence whose changes go on to shrink at the ratio of the last two, at least the last change.
+
+    Args:
+        last_change: Size of the last change.
+        change_before: Size of the change before.
+        rounding: Size below which a change is noise; the bias is then that.
+    """
+    if last_change <= rounding:
+        return rounding
+    ratio = last_change / max(change_before, 1e-300)
+    return last_change * max(1.0, ratio / (1 - ratio)) if ratio < 1 else math.inf
+
+
+def _rms(values: Float[np.ndarray, "..."]) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+@dataclass
+class _Sums:
+    """What has been computed so far.
+
+    Attributes:
+        known: Log-likelihood without the log-determinants of estimated blocks, by example and noise draw.
+        probes: Sums over probes, by block; of exact blocks they stay empty.
+    """
+
+    known: Float[np.ndarray, "n s"]
+    probes: list[_Probes]
+
+    def estimated(self) -> list[_Probes]:
+        return [probes for probes in self.probes if probes.choice.num_steps]
+
+    def log_prob(self) -> Float[np.ndarray, "n s"]:
+        return self.known + sum((probes.total / probes.num_probes for probes in self.estimated()), np.zeros(()))
+
+    def stderr(self) -> float:
+        """Standard error over probes of the mean over noise draws, root mean square over examples, in nats."""
+        variance = sum((np.mean(probes.variance()) for probes in self.estimated()), 0.0)
+        return math.sqrt(variance / self.known.shape[1])
+
+    def stderr_of_mean(self) -> float:
+        """Standard error over probes of the mean over examples and noise draws, in nats."""
+        return self.stderr() / math.sqrt(len(self.known))
+
+    def bias(self) -> float:
+        return sum(probes.bias(self.rounding_of(probes)) for probes in self.estimated())
+
+    def bias_bound(self) -> float:
+        return sum(probes.bias_bound() for probes in self.estimated())
+
+    def rounding_of(self, probes: _Probes) -> float:
+        return float(np.finfo(np.float32).eps) * _rms(probes.total) / probes.num_probes
+
+    def missing_draws(self, target: float) -> list[int] | None:
+        """Further draws of every block that are expected to reach the target; None if it is reached or out of reach."""
+        room, stderr = target - self.bias(), self.stderr()
+        if room <= 0 or stderr <= room:
+            return None
+        more = 1.05 * (stderr / room) ** 2 - 1
+        return [math.ceil(more * probes.num_draws) for probes in self.probes]
+
+
+class _Evaluation:
+    """The programs of an evaluation and the data that they run on."""
+
+    def __init__(self, model, examples, key, batch_size, contexts):
+        self._model, self._examples, self._key, self._contexts = model, examples, key, contexts
+        self._batch_size = batch_size
+        self._blocks = [(stage, k) for stage in model.spec.flow.layout for k in range(stage.spec.num_blocks)]
+
+    def pilot(self, target: float, num_noise: int) -> list[Block]:
+        """What the plan has to know, from a few examples."""
+        blocks = []
+        for stage, _ in self._blocks:
+            product = structured_logdet.operations_of_product(stage.branch)
+            blocks.append(Block(stage.name, product, structured_logdet.cost(stage.branch) * product))
+        numbers = np.arange(min(PILOT_EXAMPLES, len(self._examples)))
+        prepared = None
+        for sizes in PILOT_SIZES:
+            asked = [b for b, block in enumerate(blocks) if block.exact > CHEAP * block.product]
+            if not asked:
+                break
+            prepared = prepared or self._prepare(numbers, len(numbers), 0)
+            for b in asked:
+                outputs = self._of_block(b, Choice(sizes[-1], PILOT_PROBES), sizes, prepared, len(numbers), 0, PILOT_DRAW)
+                values = np.asarray(outputs["values"], np.float64)  # (example, dimension, probe)
+                errors = (values - values[:, -1:]).mean(axis=2)[:, :-1]
+                biases = {size + 1: _rms(errors[:, i]) for i, size in enumerate(sizes[:-1])}
+                variance = float(values[:, -1].var(axis=1, ddof=1).mean())
+                blocks[b] = replace(blocks[b], variance=variance, biases={**(blocks[b].biases or {}), **biases})
+            if any(choice.num_steps for choice in plan.cheapest(blocks, target, num_noise)):
+                break
+        return blocks
+
+    def add(self, sums: _Sums, noise_draw: int, draws: list[int]) -> None:
+        """Adds draws of probes for every block; exact blocks and all the rest are computed where no block has draws yet."""
+        is_first = all(probes.num_draws == 0 for probes in sums.probes)
+        num, multiple = len(self._examples), parallel.all_devices()
+        size = -(-min(self._batch_size, num) // multiple) * multiple
+        for numbers, mask in eval_batches(num, size):
+            prepared, rows = self._prepare(numbers, size, noise_draw), numbers[mask]
+            if is_first:
+                sums.known[rows, noise_draw] = prepared["known"][mask]
+            for b, (probes, more) in enumerate(zip(sums.probes, draws, strict=True)):
+                steps = probes.choice.num_steps
+                if not steps and is_first:
+                    exact = self._of_block(b, probes.choice, (), prepared, size, noise_draw, 0)["values"]
+                    sums.known[rows, noise_draw] += np.asarray(exact, np.float64)[mask]
+                for draw in range(probes.num_draws, probes.num_draws + more if steps else 0):
+                    sizes = tuple(range(max(steps - 2, 1), steps + 1))
+                    outputs = self._of_block(b, probes.choice, sizes, prepared, size, noise_draw, draw)
+                    _add_draw(probes, outputs, rows, mask, noise_draw, sums.known.shape)
+
+    def _prepare(self, numbers, size, noise_draw):
+        """The likelihood without the log-determinants of blocks, the blocks' inputs, and what else they need."""
+        examples, contexts = self._examples[numbers], None if self._contexts is None else self._contexts[numbers]
+
+        def batch_of(places):
+            keys = evaluation_keys(self._key, numbers[places], noise_draw, 0)
+            return examples[places], None if contexts is None else contexts[places], *keys
+
+        prepare = parallel.parallelize_eval(_prepare)
+        model = self._model.with_(estimator=_NoLogdet())
+        found = parallel.over_batches(prepare, model, batch_of, len(numbers), size)
+        return {**found, "numbers": numbers}
+
+    def _of_block(self, b, choice, sizes, prepared, size, noise_draw, draw):
+        stage, k = self._blocks[b]
+        weights = jax.tree.map(lambda w: w[k], self._model.weights[stage.name])
+        probes = PILOT_PROBES if draw == PILOT_DRAW else PROBES_AT_ONCE
+        task = _Task(stage.branch, sizes, probes, weights["branch"], weights["lipschitz"])
+        inputs, contexts, numbers = prepared["inputs"][stage.name], prepared.get("context"), prepared["numbers"]
+
+        def batch_of(places):
+            keys = _probe_keys(self._key, numbers[places], noise_draw, b, draw)
+            return inputs[places, k], None if contexts is None else contexts[places], keys
+
+        num_devices = None
+        if not sizes:  # see `likelihood.evaluate_examples`
+            num_devices = 1 if parallel.num_processes() == 1 and jax.default_backend() == "cpu" else None
+            if not structured_logdet.has_logdet(stage.branch):
+                fits, multiple = max(FULL_ENTRIES // math.prod(stage.branch.in_shape) ** 2, 1), parallel.all_devices()
+                size = min(size, max(fits // multiple, 1) * multiple)
+        evaluate = parallel.parallelize_eval(_evaluate_block)
+        return parallel.over_batches(evaluate, task, batch_of, len(numbers), size, num_devices=num_devices)
+
+
+def _add_draw(probes, outputs, rows, mask, noise_draw, shape):
+    if not probes.num_draws and np.isscalar(probes.total):
+        for name in ("total", "squares", "last_change", "change_before", "bound"):
+            setattr(probes, name, np.zeros(shape))
+    values = np.asarray(outputs["values"], np.float64)[mask]  # (example, dimension, probe)
+    place = rows, noise_draw
+    probes.total[place] += values[:, -1].sum(axis=1)
+    probes.squares[place] += (values[:, -1] ** 2).sum(axis=1)
+    probes.last_change[place] += (values[:, -1] - values[:, -2]).sum(axis=1)
+    probes.change_before[place] += (values[:, -2] - values[:, -3]).sum(axis=1)
+    probes.bound[place] += np.asarray(outputs["bounds"], np.float64)[mask].sum(axis=1)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _NoLogdet(LogdetEstimator):
+    """Log-determinants of 0, for all other terms of a likelihood."""
+
+    unbiased: ClassVar[bool] = False
+
+    def _estimate(self, branch, x, key, lipschitz_bound, trace, jacobian, logdet):
+        zeros = jnp.zeros(len(x), x.dtype)
+        return zeros, LogdetInfo(zeros, zeros)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["weights", "lipschitz"], meta_fields=["spec", "sizes", "num_probes"]
+)
+@dataclass(frozen=True)
+class _Task:
+    """A block to evaluate: exactly if there are no sizes of Krylov subspaces."""
+
+    spec: BranchSpec
+    sizes: tuple[int, ...]
+    num_probes: int
+    weights: Any
+    lipschitz: Any
+
+
+def _prepare(model, batch):
+    x, context, key_noise, key_probe = batch
+    terms = model.terms(x, key_noise, key_probe, context=context)
+    y, context = model.preprocess(x, key_noise), model.scale_context(context)
+    inputs = branch_inputs(model.spec.flow, model.weights, y, context, bfloat16=model.bfloat16)
+    found = {"known": terms.log_prob, "inputs": {name: jnp.moveaxis(stage, 0, 1) for name, stage in inputs.items()}}
+    return found if context is None else {**found, "context": context}
+
+
+def _evaluate_block(task, batch):
+    x, context, keys = batch
+    branch = known_branch(task.spec, task.weights, task.lipschitz, context)
+    if not task.sizes:
+        return {"values": ExactLogdet()(branch.g, x, jacobian=branch.jacobian, logdet=branch.logdet)[0]}
+    probes = draw_probes(keys, x, task.num_probes)
+    values, bounds = nested_quadratic_forms(
+        branch.g, x, probes, task.sizes, lipschitz_bound=branch.lipschitz_bound, trace=branch.trace
+    )
+    return {"values": jnp.moveaxis(values, 2, 0), "bounds": jnp.moveaxis(bounds, 1, 0)}
+
+
+@jax.jit
+def _probe_keys(key, examples, noise_draw, block, draw):
+    _, keys = evaluation_keys(key, examples, noise_draw, draw)
+    return jax.vmap(lambda key: jax.random.fold_in(key, block))(keys)
+
+
+def _in_words(blocks, choices, probes):
+    words = []
+    for stage in dict.fromkeys(block.stage for block in blocks):
+        own = [b for b, block in enumerate(blocks) if block.stage == stage]
+        exact = sum(not choices[b].num_steps for b in own)
+        parts = [f"{exact} exact"] if exact else []
+        if len(own) > exact:
+            steps = next(choices[b].num_steps for b in own if choices[b].num_steps)
+            numbers = [probes[b].num_probes for b in own if choices[b].num_steps]
+            most = f"{min(numbers)}-{max(numbers)}" if min(numbers) < max(numbers) else f"{max(numbers)}"
+            parts.append(f"{len(numbers)} by {most} probes of {steps} products")
+        words.append(f"{stage}: {', '.join(parts)} blocks")
+    return tuple(words)
