@@ -19,6 +19,7 @@ from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
 from iresnet_jax.models.head import initial_head
 from iresnet_jax.training.config import EvaluationConfig, LogdetConfig
+from iresnet_jax.training.objectives.likelihood import evaluation_keys
 
 CLASSES, LEVELS, SHAPE = 3, 256, (4, 4, 1)
 STAGES = (StageSpec(2, hidden=(3,), kernel_sizes=(3, 3)),)
@@ -75,6 +76,33 @@ def write_data(path, seed=0):
     (train, train_labels), (test, test_labels) = images(40, seed), images(25, seed + 1)
     np.savez(path, x_train=train, y_train=train_labels, x_test=test, y_test=test_labels)
     return f"npz:{path}"
+
+
+dequantize = jax.jit(Density.dequantize)
+
+
+@jax.jit
+def latents_and_jacobians(model, u):
+    flow, transform = model.flow(), model.spec.transform.bijection()
+
+    def latent(u):
+        return flow.forward(transform.forward(u[None]))[0]
+
+    return jax.vmap(latent)(u), jax.vmap(jax.jacfwd(latent))(u)
+
+
+def dense_bits(model, examples, seed, noise_draw):
+    """Bits/dim by the Jacobian of the whole model in float64, one an image."""
+    with jax.enable_x64(True):
+        keys, _ = evaluation_keys(jax.random.key(seed), np.arange(len(examples)), noise_draw, 0)
+        prior = jax.tree.map(np.asarray, model.prior)
+        with jax.enable_x64(False):
+            u = jax.device_get(dequantize(model, examples, keys))
+        z, jacobian = map(np.asarray, latents_and_jacobians(model, u.astype(np.float64)))
+        log_scale = prior["log_std"].astype(np.float64)
+        log_prior = (-0.5 * ((z - prior["mean"]) / np.exp(log_scale)) ** 2 - log_scale - 0.5 * np.log(2 * np.pi)).sum(axis=1)
+        log_p = log_prior + np.linalg.slogdet(jacobian.reshape(len(z), z.shape[1], -1))[1]
+        return -log_p / (z.shape[1] * np.log(2)) + np.log2(LEVELS)
 
 
 OBJECTIVES = {POINTS: "density", IMAGES: "density", HYBRID: "hybrid", CLASSIFIER: "classification"}

@@ -10,7 +10,7 @@ where ``A = Var(a)``, ``D = mean_i Var(d_i)`` and ``E = mean_i Var(e_i)``: the t
 """
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Num
 
+from iresnet_jax.evaluation import stated_accuracy
 from iresnet_jax.evaluation.results import Entry, Estimate, Likelihood, MeanAndError, Unlikely
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
@@ -82,6 +83,14 @@ def split_error(values: Float[np.ndarray, "n s p"]) -> MeanAndError:
     return MeanAndError(float(by_example.mean()), total, stderr_data, stderr_probes, stderr_noise)
 
 
+def without_probes(parts: MeanAndError, stderr_probes: float) -> MeanAndError:
+    """Parts of an error of single probe draws, with the known part of the probes taken out of the part that holds it."""
+    rest = {"stderr_data": parts.stderr_data, "stderr_dequantisation": parts.stderr_dequantisation}
+    holder = "stderr_data" if parts.stderr_dequantisation is None else "stderr_dequantisation"
+    rest[holder] = math.sqrt(max((rest[holder] or 0.0) ** 2 - stderr_probes**2, 0.0))
+    return replace(parts, stderr_probes=stderr_probes, **rest)
+
+
 def evaluate(
     model: Density,
     examples: Num[np.ndarray, "n ..."],
@@ -106,9 +115,11 @@ def measure(
 ) -> Measured:
     """Test objective, bits/dim of images or nats of points, with its standard error in parts, and its value at each example.
 
-    Up to 256 dimensions the log-determinant is exact, and the configured estimator on the noise of the first dequantisation
-    checks it. Beyond, the estimator's mean is the result, unbiased if it is exact or a roulette. Its truncation bound is a
-    posteriori, see `SeriesLogdet` and `KrylovLogdet`, and rigorous if the Lipschitz constants are.
+    With ``settings.target_stderr`` the log-determinants have a stated accuracy, see `stated_accuracy`, and the configured
+    estimator on the first batch and noise checks them. Without, the log-determinant is exact up to 256 dimensions, and the
+    configured estimator on the noise of the first dequantisation checks it. Beyond, the estimator's mean is the result,
+    unbiased if it is exact or a roulette. Its truncation bound is a posteriori, see `SeriesLogdet` and `KrylovLogdet`, and
+    rigorous if the Lipschitz constants are.
 
     Args:
         examples: Images of integer levels, or points; at least 2.
@@ -117,24 +128,18 @@ def measure(
         contexts: Context of each example, of a conditional density.
         entropy_floor: Entropy of the data in nats, if known.
     """
+    if settings.target_stderr:
+        return _measure_to_target(model, examples, settings, seed, contexts, entropy_floor)
     spec = model.spec
-    has_noise = spec.num_levels is not None or spec.grid is not None
+    has_noise = _has_noise(spec)
     num_noise = settings.num_dequantisations if has_noise else 1
     configured = settings.logdet.build()
     estimator = ExactLogdet() if spec.flow.num_dims <= MAX_EXACT_DIMS else configured
     is_exact = isinstance(estimator, ExactLogdet)
     num_probes = 1 if is_exact else settings.num_probe_draws
-    key, step = jax.random.key(seed), parallel.parallelize_eval(evaluate_batch)
+    outputs_of = _Outputs(model, examples, settings, seed, contexts)
 
-    def outputs_of(estimator: LogdetEstimator, noise_draw: int, probe_draw: int) -> dict[str, np.ndarray]:
-        state, size, draw = model.with_(estimator=estimator), settings.batch_size, (noise_draw, probe_draw)
-        return evaluate_examples(step, state, examples, key, size, contexts=contexts, draw=draw)
-
-    def values_of(estimator: LogdetEstimator, num_noise: int, num_probes: int) -> Float[np.ndarray, "n s p"]:
-        draws = [[outputs_of(estimator, s, p)[spec.metric] for p in range(num_probes)] for s in range(num_noise)]
-        return np.moveaxis(np.array(draws, dtype=np.float64), -1, 0)
-
-    values = values_of(estimator, num_noise, num_probes)
+    values = outputs_of.values(estimator, num_noise, num_probes)
     parts = asdict(split_error(values))
     if is_exact:
         parts["stderr_probes"] = 0.0
@@ -144,7 +149,7 @@ def measure(
     bound = 0.0 if cut is None else float(np.mean(outputs_of(cut, 0, 0)["truncation_bound"], dtype=np.float64))
     check = None
     if is_exact and not isinstance(configured, ExactLogdet):
-        estimated = values_of(configured, 1, settings.num_probe_draws)[:, 0].mean(axis=1)
+        estimated = outputs_of.values(configured, 1, settings.num_probe_draws)[:, 0].mean(axis=1)
         check = compare(estimated, values[:, 0, 0], configured)
     summary = Likelihood(
         **parts,
@@ -160,6 +165,71 @@ def measure(
         num_dims=spec.flow.num_dims,
     )
     return Measured(summary, -values.mean(axis=(1, 2)) / spec.unit_of_a_nat)
+
+
+def _measure_to_target(model, examples, settings, seed, contexts, entropy_floor):
+    """`measure` with log-determinants of a stated accuracy."""
+    spec = model.spec
+    has_noise = _has_noise(spec)
+    num_noise = settings.num_dequantisations if has_noise else 1
+    found, accuracy = stated_accuracy.log_prob(
+        model,
+        examples,
+        settings.target_stderr,
+        seed,
+        num_dequantisations=num_noise,
+        batch_size=settings.batch_size,
+        contexts=contexts,
+    )
+    values = -spec.unit_of_a_nat * found
+    parts = asdict(without_probes(split_error(values[:, :, None]), accuracy.stderr / math.sqrt(len(examples))))
+    if not has_noise:
+        parts["stderr_dequantisation"] = 0.0
+    configured, check = settings.logdet.build(), None
+    if not isinstance(configured, ExactLogdet):
+        num = max(settings.batch_size, 2)
+        first = _Outputs(model, examples[:num], settings, seed, None if contexts is None else contexts[:num])
+        estimated = first.values(configured, 1, settings.num_probe_draws)[:, 0].mean(axis=1)
+        check = compare(estimated, values[:num, 0], configured)
+    is_exact = accuracy.bias == accuracy.stderr == 0
+    within = f"log-determinants within {accuracy.target:g} {spec.unit} an example, root mean square"
+    summary = Likelihood(
+        **parts,
+        unit=spec.unit,
+        estimator=_in_words(ExactLogdet()) if is_exact else within,
+        unbiased=is_exact,
+        truncation_bound=accuracy.bias_bound,
+        num_examples=len(examples),
+        num_dequantisations=num_noise if has_noise else 0,
+        num_probes=1,
+        estimate=check,
+        entropy_floor=entropy_floor,
+        num_dims=spec.flow.num_dims,
+        accuracy=accuracy,
+    )
+    return Measured(summary, found.mean(axis=1))
+
+
+def _has_noise(spec):
+    return spec.num_levels is not None or spec.grid is not None
+
+
+class _Outputs:
+    """Outputs of `evaluate_batch` for all examples by an estimator, for the noise and probes of a draw."""
+
+    def __init__(self, model, examples, settings, seed, contexts):
+        self._model, self._examples, self._size, self._contexts = model, examples, settings.batch_size, contexts
+        self._key, self._step = jax.random.key(seed), parallel.parallelize_eval(evaluate_batch)
+
+    def __call__(self, estimator: LogdetEstimator, noise_draw: int, probe_draw: int) -> dict[str, np.ndarray]:
+        state, draw = self._model.with_(estimator=estimator), (noise_draw, probe_draw)
+        return evaluate_examples(self._step, state, self._examples, self._key, self._size, contexts=self._contexts, draw=draw)
+
+    def values(self, estimator: LogdetEstimator, num_noise: int, num_probes: int) -> Float[np.ndarray, "n s p"]:
+        """The objective by example, noise draw and probe draw."""
+        metric = self._model.spec.metric
+        draws = [[self(estimator, s, p)[metric] for p in range(num_probes)] for s in range(num_noise)]
+        return np.moveaxis(np.array(draws, dtype=np.float64), -1, 0)
 
 
 def log_prob(

@@ -61,12 +61,20 @@ def cheapest(blocks: Sequence[Block], target: float, num_noise: int) -> list[Cho
     plans = [[Choice() for _ in blocks]]
     for share in BIAS_SHARES:
         bias, stderr = share * SAFETY * target, (1 - share) * SAFETY * target
-        plans.append(_at_share(blocks, bias, num_noise * stderr**2))
+        plans.append(_with_steps(blocks, _enough_steps(blocks, bias), num_noise * stderr**2))
     return min(plans, key=lambda plan: sum(choice.cost(block) for choice, block in zip(plan, blocks, strict=True)))
 
 
-def _at_share(blocks, bias, variance):
-    steps = _enough_steps(blocks, bias)
+def worth_more_steps(blocks: Sequence[Block], num_steps: int, target: float, num_noise: int) -> list[int]:
+    """Places of the measured blocks that `cheapest` leaves exact and would not if so many products had no bias."""
+    chosen = cheapest(blocks, target, num_noise)
+    steps = {block.stage: num_steps for block in blocks}
+    hoped = _with_steps(blocks, steps, num_noise * (SAFETY * target) ** 2)
+    return [b for b in range(len(blocks)) if hoped[b].num_steps and not chosen[b].num_steps]
+
+
+def _with_steps(blocks, steps, variance):
+    """Probes for the blocks of the stages whose number of products is known; exact where that is cheaper."""
     estimated = [b for b, block in enumerate(blocks) if block.stage in steps and block.variance is not None]
     while True:
         choices, plan = _allocate(blocks, estimated, steps, variance), [Choice() for _ in blocks]

@@ -5,12 +5,8 @@ number of products; `plan.cheapest` then chooses between the exact log-determina
 the trace where there is one. All examples follow, and probes are added in rounds until the target is met.
 
 The accuracy is ``bias + standard error`` of an example's log-likelihood, root mean square over examples; the standard error is
-that over probes. With ``v_n`` the value of an ``n``-dimensional Krylov subspace, its bias is estimated as
-
-    d_1 max(1, r / (1 - r)),    r = d_1 / d_2,    d_1 = rms |v_n - v_(n-1)|,    d_2 = rms |v_(n-1) - v_(n-2)|
-
-which is the rest of a geometric series and never less than the last change, or as the rigorous bound where that is smaller.
-Biases of blocks are added. Each example has its own keys, so results do not depend on batches.
+that over probes, and `probe_sums` says how the bias is estimated. Each example has its own keys, so results do not depend on
+batches.
 """
 
 import functools
@@ -25,7 +21,8 @@ from jaxtyping import Float, Num
 
 from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.evaluation import plan
-from iresnet_jax.evaluation.plan import PROBES_AT_ONCE, Block, Choice
+from iresnet_jax.evaluation.plan import PROBES_AT_ONCE, Block
+from iresnet_jax.evaluation.probe_sums import Sums, rms
 from iresnet_jax.evaluation.results import Accuracy
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo, draw_probes
 from iresnet_jax.maths.logdet.exact import ExactLogdet
@@ -38,7 +35,7 @@ from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
 
 PILOT_EXAMPLES, PILOT_PROBES = 32, 4
-# Dimensions of the pilot's Krylov subspaces; the last stands for the truth. Each set follows if the one before does not suffice.
+# Dimensions of the pilot's Krylov subspaces; the last stands for the truth. A later set follows if one does not suffice.
 PILOT_SIZES = ((2, 3, 4, 6, 8, 10, 12), (12, 16, 20, 24), (24, 32, 40, 48))
 PILOT_DRAW = 2**20  # number of the pilot's draw, which no other draw has
 CHEAP = 100.0  # products for which a block is exact without a pilot, which takes half as many
@@ -77,18 +74,18 @@ def log_prob(
     evaluation = _Evaluation(model, examples, jax.random.key(seed), batch_size, contexts)
     blocks = evaluation.pilot(in_nats, num_dequantisations)
     choices = plan.cheapest(blocks, in_nats, num_dequantisations)
-    sums = _Sums(np.zeros((len(examples), num_dequantisations)), [_Probes(choice) for choice in choices])
-    draws: list[int] | None = [choice.num_probes // PROBES_AT_ONCE for choice in choices]
-    for _ in range(MAX_ROUNDS):
-        if draws is None:
-            break
+    sums = Sums(choices, (len(examples), num_dequantisations))
+    draws = [choice.num_probes // PROBES_AT_ONCE for choice in choices]
+    for is_first in (True, *(False for _ in range(MAX_ROUNDS))):
         for noise_draw in range(num_dequantisations):
-            evaluation.add(sums, noise_draw, draws)
-        for probes, more in zip(sums.probes, draws, strict=True):
-            probes.num_draws += more
+            evaluation.add(sums, noise_draw, draws, is_first=is_first)
+        for block, more in zip(sums.blocks, draws, strict=True):
+            block.num_draws += more
         draws = sums.missing_draws(in_nats)
+        if not any(draws):
+            break
     costs = (
-        replace(c, num_probes=p.num_probes).cost(b) / b.product for b, c, p in zip(blocks, choices, sums.probes, strict=True)
+        replace(c, num_probes=p.num_probes).cost(b) / b.product for b, c, p in zip(blocks, choices, sums.blocks, strict=True)
     )
     accuracy = Accuracy(
         target=target,
@@ -96,104 +93,10 @@ def log_prob(
         stderr=sums.stderr() * spec.unit_of_a_nat,
         bias_bound=sums.bias_bound() * spec.unit_of_a_nat,
         products=sum(costs),
-        plan=_in_words(blocks, choices, sums.probes),
+        plan=_in_words(blocks, choices, sums.blocks),
         unit=spec.unit,
     )
     return sums.log_prob(), accuracy
-
-
-class _Probes:
-    """Sums over the probes of one block, arrays by example and noise draw."""
-
-    def __init__(self, choice: Choice):
-        self.choice, self.num_draws = choice, 0
-        self.total: Any = 0.0  # of the estimates
-        self.squares: Any = 0.0
-        self.last_change: Any = 0.0  # of the estimate from a Krylov subspace with one dimension less
-        self.change_before: Any = 0.0
-        self.bound: Any = 0.0
-
-    @property
-    def num_probes(self) -> int:
-        """Probes of each example and noise draw."""
-        return self.num_draws * PROBES_AT_ONCE
-
-    def variance(self) -> Float[np.ndarray, "n s"]:
-        """Variance of the mean over probes."""
-        spread = (self.squares - self.total**2 / self.num_probes) / (self.num_probes - 1)
-        return np.maximum(spread, 0) / self.num_probes
-
-    def bias(self, rounding: float) -> float:
-        """Estimate of the bias in nats, see the module."""
-        last, before = (_rms(change.mean(axis=1) / self.num_probes) for change in (self.last_change, self.change_before))
-        return min(extrapolated_bias(last, before, rounding), self.bias_bound())
-
-    def bias_bound(self) -> float:
-        """Guaranteed bound of the bias for these probes."""
-        return _rms(self.bound.mean(axis=1) / self.num_probes)
-
-
-def extrapolated_bias(last_change: float, change_before: float, rounding: float) -> float:
-    """What is left of a sequence whose changes go on to shrink at the ratio of the last two, at least the last change.
-
-    Args:
-        last_change: Size of the last change.
-        change_before: Size of the change before.
-        rounding: Size below which a change is noise; the bias is then that.
-    """
-    if last_change <= rounding:
-        return rounding
-    ratio = last_change / max(change_before, 1e-300)
-    return last_change * max(1.0, ratio / (1 - ratio)) if ratio < 1 else math.inf
-
-
-def _rms(values: Float[np.ndarray, "..."]) -> float:
-    return float(np.sqrt(np.mean(np.square(values))))
-
-
-@dataclass
-class _Sums:
-    """What has been computed so far.
-
-    Attributes:
-        known: Log-likelihood without the log-determinants of estimated blocks, by example and noise draw.
-        probes: Sums over probes, by block; of exact blocks they stay empty.
-    """
-
-    known: Float[np.ndarray, "n s"]
-    probes: list[_Probes]
-
-    def estimated(self) -> list[_Probes]:
-        return [probes for probes in self.probes if probes.choice.num_steps]
-
-    def log_prob(self) -> Float[np.ndarray, "n s"]:
-        return self.known + sum((probes.total / probes.num_probes for probes in self.estimated()), np.zeros(()))
-
-    def stderr(self) -> float:
-        """Standard error over probes of the mean over noise draws, root mean square over examples, in nats."""
-        variance = sum((np.mean(probes.variance()) for probes in self.estimated()), 0.0)
-        return math.sqrt(variance / self.known.shape[1])
-
-    def stderr_of_mean(self) -> float:
-        """Standard error over probes of the mean over examples and noise draws, in nats."""
-        return self.stderr() / math.sqrt(len(self.known))
-
-    def bias(self) -> float:
-        return sum(probes.bias(self.rounding_of(probes)) for probes in self.estimated())
-
-    def bias_bound(self) -> float:
-        return sum(probes.bias_bound() for probes in self.estimated())
-
-    def rounding_of(self, probes: _Probes) -> float:
-        return float(np.finfo(np.float32).eps) * _rms(probes.total) / probes.num_probes
-
-    def missing_draws(self, target: float) -> list[int] | None:
-        """Further draws of every block that are expected to reach the target; None if it is reached or out of reach."""
-        room, stderr = target - self.bias(), self.stderr()
-        if room <= 0 or stderr <= room:
-            return None
-        more = 1.05 * (stderr / room) ** 2 - 1
-        return [math.ceil(more * probes.num_draws) for probes in self.probes]
 
 
 class _Evaluation:
@@ -211,41 +114,38 @@ class _Evaluation:
             product = structured_logdet.operations_of_product(stage.branch)
             blocks.append(Block(stage.name, product, structured_logdet.cost(stage.branch) * product))
         numbers = np.arange(min(PILOT_EXAMPLES, len(self._examples)))
-        prepared = None
+        asked, prepared = [b for b, block in enumerate(blocks) if block.exact > CHEAP * block.product], None
         for sizes in PILOT_SIZES:
-            asked = [b for b, block in enumerate(blocks) if block.exact > CHEAP * block.product]
             if not asked:
                 break
             prepared = prepared or self._prepare(numbers, len(numbers), 0)
             for b in asked:
-                outputs = self._of_block(b, Choice(sizes[-1], PILOT_PROBES), sizes, prepared, len(numbers), 0, PILOT_DRAW)
+                outputs = self._of_block(b, sizes, PILOT_PROBES, prepared, len(numbers), 0, PILOT_DRAW)
                 values = np.asarray(outputs["values"], np.float64)  # (example, dimension, probe)
                 errors = (values - values[:, -1:]).mean(axis=2)[:, :-1]
-                biases = {size + 1: _rms(errors[:, i]) for i, size in enumerate(sizes[:-1])}
+                biases = {size + 1: rms(errors[:, i]) for i, size in enumerate(sizes[:-1])}
                 variance = float(values[:, -1].var(axis=1, ddof=1).mean())
                 blocks[b] = replace(blocks[b], variance=variance, biases={**(blocks[b].biases or {}), **biases})
-            if any(choice.num_steps for choice in plan.cheapest(blocks, target, num_noise)):
-                break
+            asked = plan.worth_more_steps(blocks, sizes[-1] + 1, target, num_noise)
         return blocks
 
-    def add(self, sums: _Sums, noise_draw: int, draws: list[int]) -> None:
-        """Adds draws of probes for every block; exact blocks and all the rest are computed where no block has draws yet."""
-        is_first = all(probes.num_draws == 0 for probes in sums.probes)
+    def add(self, sums: Sums, noise_draw: int, draws: list[int], *, is_first: bool) -> None:
+        """Adds draws of probes for every block; at first also exact blocks and everything else."""
         num, multiple = len(self._examples), parallel.all_devices()
         size = -(-min(self._batch_size, num) // multiple) * multiple
         for numbers, mask in eval_batches(num, size):
             prepared, rows = self._prepare(numbers, size, noise_draw), numbers[mask]
             if is_first:
                 sums.known[rows, noise_draw] = prepared["known"][mask]
-            for b, (probes, more) in enumerate(zip(sums.probes, draws, strict=True)):
-                steps = probes.choice.num_steps
+            for b, (block, more) in enumerate(zip(sums.blocks, draws, strict=True)):
+                steps = block.choice.num_steps
                 if not steps and is_first:
-                    exact = self._of_block(b, probes.choice, (), prepared, size, noise_draw, 0)["values"]
-                    sums.known[rows, noise_draw] += np.asarray(exact, np.float64)[mask]
-                for draw in range(probes.num_draws, probes.num_draws + more if steps else 0):
-                    sizes = tuple(range(max(steps - 2, 1), steps + 1))
-                    outputs = self._of_block(b, probes.choice, sizes, prepared, size, noise_draw, draw)
-                    _add_draw(probes, outputs, rows, mask, noise_draw, sums.known.shape)
+                    exact = self._of_block(b, (), 0, prepared, size, noise_draw, 0)["values"]
+                    sums.known[rows, noise_draw] += exact[mask]
+                for draw in range(block.num_draws, block.num_draws + more):
+                    sizes = tuple(range(steps - 2, steps + 1))
+                    outputs = self._of_block(b, sizes, PROBES_AT_ONCE, prepared, size, noise_draw, draw)
+                    block.add(rows, noise_draw, outputs["values"][mask], outputs["bounds"][mask])
 
     def _prepare(self, numbers, size, noise_draw):
         """The likelihood without the log-determinants of blocks, the blocks' inputs, and what else they need."""
@@ -255,16 +155,15 @@ class _Evaluation:
             keys = evaluation_keys(self._key, numbers[places], noise_draw, 0)
             return examples[places], None if contexts is None else contexts[places], *keys
 
-        prepare = parallel.parallelize_eval(_prepare)
+        prepare = parallel.parallelize_eval(_prepare_batch)
         model = self._model.with_(estimator=_NoLogdet())
         found = parallel.over_batches(prepare, model, batch_of, len(numbers), size)
         return {**found, "numbers": numbers}
 
-    def _of_block(self, b, choice, sizes, prepared, size, noise_draw, draw):
+    def _of_block(self, b, sizes, num_probes, prepared, size, noise_draw, draw):
         stage, k = self._blocks[b]
         weights = jax.tree.map(lambda w: w[k], self._model.weights[stage.name])
-        probes = PILOT_PROBES if draw == PILOT_DRAW else PROBES_AT_ONCE
-        task = _Task(stage.branch, sizes, probes, weights["branch"], weights["lipschitz"])
+        task = _Task(stage.branch, sizes, num_probes, weights["branch"], weights["lipschitz"])
         inputs, contexts, numbers = prepared["inputs"][stage.name], prepared.get("context"), prepared["numbers"]
 
         def batch_of(places):
@@ -279,19 +178,6 @@ class _Evaluation:
                 size = min(size, max(fits // multiple, 1) * multiple)
         evaluate = parallel.parallelize_eval(_evaluate_block)
         return parallel.over_batches(evaluate, task, batch_of, len(numbers), size, num_devices=num_devices)
-
-
-def _add_draw(probes, outputs, rows, mask, noise_draw, shape):
-    if not probes.num_draws and np.isscalar(probes.total):
-        for name in ("total", "squares", "last_change", "change_before", "bound"):
-            setattr(probes, name, np.zeros(shape))
-    values = np.asarray(outputs["values"], np.float64)[mask]  # (example, dimension, probe)
-    place = rows, noise_draw
-    probes.total[place] += values[:, -1].sum(axis=1)
-    probes.squares[place] += (values[:, -1] ** 2).sum(axis=1)
-    probes.last_change[place] += (values[:, -1] - values[:, -2]).sum(axis=1)
-    probes.change_before[place] += (values[:, -2] - values[:, -3]).sum(axis=1)
-    probes.bound[place] += np.asarray(outputs["bounds"], np.float64)[mask].sum(axis=1)
 
 
 @jax.tree_util.register_static
@@ -320,7 +206,7 @@ class _Task:
     lipschitz: Any
 
 
-def _prepare(model, batch):
+def _prepare_batch(model, batch):
     x, context, key_noise, key_probe = batch
     terms = model.terms(x, key_noise, key_probe, context=context)
     y, context = model.preprocess(x, key_noise), model.scale_context(context)
@@ -347,7 +233,7 @@ def _probe_keys(key, examples, noise_draw, block, draw):
     return jax.vmap(lambda key: jax.random.fold_in(key, block))(keys)
 
 
-def _in_words(blocks, choices, probes):
+def _in_words(blocks, choices, sums):
     words = []
     for stage in dict.fromkeys(block.stage for block in blocks):
         own = [b for b, block in enumerate(blocks) if block.stage == stage]
@@ -355,8 +241,8 @@ def _in_words(blocks, choices, probes):
         parts = [f"{exact} exact"] if exact else []
         if len(own) > exact:
             steps = next(choices[b].num_steps for b in own if choices[b].num_steps)
-            numbers = [probes[b].num_probes for b in own if choices[b].num_steps]
+            numbers = [sums[b].num_probes for b in own if choices[b].num_steps]
             most = f"{min(numbers)}-{max(numbers)}" if min(numbers) < max(numbers) else f"{max(numbers)}"
-            parts.append(f"{len(numbers)} by {most} probes of {steps} products")
-        words.append(f"{stage}: {', '.join(parts)} blocks")
+            parts.append(f"{len(numbers)} by {most} probes of {steps} products each")
+        words.append(f"{stage}: blocks {', '.join(parts)}")
     return tuple(words)

@@ -12,8 +12,6 @@ from iresnet_jax.evaluation import likelihood
 from iresnet_jax.evaluation.likelihood import compare, split_error
 from iresnet_jax.evaluation.results import SUSPICIOUS_Z
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
-from iresnet_jax.models.density import Density
-from iresnet_jax.training.objectives.likelihood import evaluation_keys
 
 # Estimates of variances from thousands of draws scatter by a few percent; a part that absorbs another one is off by far more.
 PARTS_RTOL = 0.1
@@ -97,36 +95,9 @@ def test_z_of_an_estimate_is_its_difference_in_standard_errors_of_the_difference
     assert abs(compare(exact + 1e-9, exact, RouletteLogdet()).z) < 0.1  # rounding of float32 is no difference
 
 
-dequantize = jax.jit(Density.dequantize)
-
-
-@jax.jit
-def latents_and_jacobians(model, u):
-    flow, transform = model.flow(), model.spec.transform.bijection()
-
-    def latent(u):
-        return flow.forward(transform.forward(u[None]))[0]
-
-    return jax.vmap(latent)(u), jax.vmap(jax.jacfwd(latent))(u)
-
-
-def dense_bits(model, examples, seed, noise_draw):
-    """Bits/dim by the Jacobian of the whole model in float64, one an image."""
-    with jax.enable_x64(True):
-        keys, _ = evaluation_keys(jax.random.key(seed), np.arange(len(examples)), noise_draw, 0)
-        prior = jax.tree.map(np.asarray, model.prior)
-        with jax.enable_x64(False):
-            u = jax.device_get(dequantize(model, examples, keys))
-        z, jacobian = map(np.asarray, latents_and_jacobians(model, u.astype(np.float64)))
-        log_scale = prior["log_std"].astype(np.float64)
-        log_prior = (-0.5 * ((z - prior["mean"]) / np.exp(log_scale)) ** 2 - log_scale - 0.5 * np.log(2 * np.pi)).sum(axis=1)
-        log_p = log_prior + np.linalg.slogdet(jacobian.reshape(len(z), z.shape[1], -1))[1]
-        return -log_p / (z.shape[1] * np.log(2)) + np.log2(kept.LEVELS)
-
-
 def test_the_exact_likelihood_is_the_headline_up_to_the_dimensions_where_it_is_affordable():
     model, (images, _) = kept.model(kept.IMAGES), kept.images(40)
-    by_hand = np.stack([dense_bits(model, images, 3, draw) for draw in range(2)])
+    by_hand = np.stack([kept.dense_bits(model, images, 3, draw) for draw in range(2)])
     result = likelihood.evaluate(model, images, kept.SETTINGS, 3)
     np.testing.assert_allclose(result.mean, by_hand.mean(), rtol=SAME_RTOL)
     assert result.estimator == "exact log-determinant"

@@ -1,0 +1,131 @@
+"""Log-likelihoods to a stated accuracy against those of dense Jacobians in float64."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import kept
+import numpy as np
+import pytest
+
+from iresnet_jax.evaluation import likelihood, plan, stated_accuracy
+from iresnet_jax.evaluation.results import SUSPICIOUS_Z, Accuracy
+from iresnet_jax.models import structured_logdet
+from iresnet_jax.training.config import parse
+
+TARGET, NUM, SEED = 0.004, 48, 3  # bits/dim of 16 dimensions
+BITS = 16 * math.log(2)
+
+
+@functools.cache
+def model_at(lipschitz):
+    flow = dataclasses.replace(kept.IMAGES.flow, coeff=lipschitz, budget="block")
+    return kept.model(dataclasses.replace(kept.IMAGES, flow=flow))
+
+
+@functools.cache
+def by_hand(lipschitz):
+    return kept.dense_bits(model_at(lipschitz), kept.images(NUM)[0], SEED, 0)
+
+
+@pytest.fixture
+def exact_is_dear(monkeypatch):
+    monkeypatch.setattr(structured_logdet, "cost", lambda spec: 1e9)
+
+
+def bits_of(lipschitz, target=TARGET, **settings):
+    found, accuracy = stated_accuracy.log_prob(
+        model_at(lipschitz), kept.images(NUM)[0], target, SEED, batch_size=16, **settings
+    )
+    return -found / BITS, accuracy
+
+
+@pytest.mark.parametrize("lipschitz", [0.7, 0.9, 0.98])
+@pytest.mark.usefixtures("exact_is_dear")
+def test_estimates_are_as_accurate_as_stated(lipschitz):
+    bits, accuracy = bits_of(lipschitz)
+    error = np.sqrt(np.mean((bits[:, 0] - by_hand(lipschitz)) ** 2))
+    assert accuracy.met
+    assert accuracy.bias <= accuracy.bias_bound
+    assert error <= TARGET
+    assert accuracy.stderr / 2 < error  # no more probes than it takes
+    assert "probes of" in accuracy.plan[0]
+
+
+def test_what_is_cheaper_exactly_is_exact():
+    bits, accuracy = bits_of(0.9)
+    np.testing.assert_allclose(bits[:, 0], by_hand(0.9), rtol=1e-5)
+    assert accuracy.bias == accuracy.stderr == accuracy.bias_bound == 0
+    assert accuracy.met
+    assert accuracy.plan == ("stage0: blocks 2 exact",)
+    assert accuracy.products > 2 * 16
+
+
+@pytest.mark.usefixtures("exact_is_dear")
+def test_rounds_of_probes_meet_what_the_plan_misses_and_run_the_program_they_have(monkeypatch):
+    traced, rounds = [], []
+    forms, add = stated_accuracy.nested_quadratic_forms, stated_accuracy._Evaluation.add
+
+    def counted(branch, x, probes, sizes, **known):
+        traced.append((x.shape, sizes))
+        return forms(branch, x, probes, sizes, **known)
+
+    def counted_add(self, sums, noise_draw, draws, **kwargs):
+        rounds.append(draws)
+        return add(self, sums, noise_draw, draws, **kwargs)
+
+    monkeypatch.setattr(stated_accuracy, "nested_quadratic_forms", counted)
+    monkeypatch.setattr(stated_accuracy._Evaluation, "add", counted_add)
+    monkeypatch.setattr(plan, "SAFETY", 3.0)
+    jax.clear_caches()
+    bits, accuracy = bits_of(0.9)
+    assert len(rounds) > 1
+    assert len(traced) == len(set(traced)) == 2  # the pilot and one program for all rounds
+    assert accuracy.met
+    assert np.sqrt(np.mean((bits[:, 0] - by_hand(0.9)) ** 2)) <= TARGET
+
+
+@pytest.mark.usefixtures("exact_is_dear")
+def test_the_mean_over_noise_draws_needs_fewer_probes():
+    (_, single), (_, double) = bits_of(0.9), bits_of(0.9, num_dequantisations=2)
+    assert double.met
+    assert double.products < 0.75 * single.products
+
+
+@pytest.mark.usefixtures("exact_is_dear")
+def test_the_likelihood_of_a_report_says_how_it_was_reached():
+    settings = dataclasses.replace(kept.SETTINGS, target_stderr=TARGET, num_dequantisations=1)
+    model, (images, _) = model_at(0.9), kept.images(NUM)
+    result = likelihood.evaluate(model, images, settings, SEED)
+    assert abs(result.mean - by_hand(0.9).mean()) <= TARGET
+    assert result.accuracy is not None
+    assert result.accuracy.met
+    assert not result.unbiased
+    assert result.stderr_probes == pytest.approx(result.accuracy.stderr / math.sqrt(NUM))
+    assert result.stderr == pytest.approx(by_hand(0.9).std(ddof=1) / math.sqrt(NUM), rel=0.05)
+    assert result.estimate is not None
+    assert abs(result.estimate.z) < SUSPICIOUS_Z
+    assert "within 0.004" in str(result)
+    assert result.warnings() == []
+
+
+def test_without_a_target_nothing_is_stated():
+    assert likelihood.evaluate(model_at(0.9), kept.images(40)[0], kept.SETTINGS, SEED).accuracy is None
+
+
+def test_a_missed_target_is_a_warning():
+    accuracy = Accuracy(0.001, 0.0005, 0.0006, 0.1, 100.0, ("stage0: blocks 2 exact",), "bits/dim")
+    assert not accuracy.met
+    assert "NOT within 0.001" in str(accuracy)
+    settings = dataclasses.replace(kept.SETTINGS, target_stderr=TARGET, num_dequantisations=1)
+    result = likelihood.evaluate(model_at(0.9), kept.images(NUM)[0], settings, SEED)
+    [warning] = dataclasses.replace(result, accuracy=accuracy).warnings()
+    assert "missed their target_stderr" in warning
+
+
+def test_targets_out_of_range_are_one_sentence():
+    with pytest.raises(ValueError, match=r"config.evaluation.target_stderr must .* got -1"):
+        parse({"evaluation": {"target_stderr": -1}})
+    with pytest.raises(ValueError, match="positive number of bits/dim, got 0"):
+        stated_accuracy.log_prob(model_at(0.9), kept.images(NUM)[0], 0.0)
