@@ -170,10 +170,10 @@ class _Evaluation:
             keys = _probe_keys(self._key, numbers[places], noise_draw, b, draw)
             return inputs[places, k], None if contexts is None else contexts[places], keys
 
-        num_devices = None
-        if not sizes:  # see `likelihood.evaluate_examples`
+        num_devices, has_logdet = None, structured_logdet.has_logdet(stage.branch)
+        if not sizes and not (has_logdet and stage.branch.kernel_sizes):  # LAPACK, see `likelihood.evaluate_examples`
             num_devices = 1 if parallel.num_processes() == 1 and jax.default_backend() == "cpu" else None
-            if not structured_logdet.has_logdet(stage.branch):
+            if not has_logdet:
                 fits, multiple = max(FULL_ENTRIES // math.prod(stage.branch.in_shape) ** 2, 1), parallel.all_devices()
                 size = min(size, max(fits // multiple, 1) * multiple)
         evaluate = parallel.parallelize_eval(_evaluate_block)
