@@ -43,6 +43,7 @@ from iresnet_jax.training.objectives.likelihood import evaluation_keys
 try:
     import normflows as nf  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
+    from _normflows import POISSON, block, take_step
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error}: install the packages of the extra 'bench'") from None
 
@@ -144,10 +145,6 @@ def build(image_shape, width, num_blocks, num_dense):
     side, _, channels = image_shape
     flows = []  # in the order of the data's way
 
-    def block(shape, net):
-        flows.append(nf.flows.ActNorm(shape))
-        flows.append(nf.flows.Residual(net, reduce_memory=True, n_dist="poisson", lamb=2.0, n_exact_terms=2))
-
     for _ in range(MOST_SCALES):
         if side % 2 or side // 2 < LEAST_SIDE:
             break
@@ -157,12 +154,12 @@ def build(image_shape, width, num_blocks, num_dense):
             net = nf.nets.LipschitzCNN(
                 [channels, width, width, channels], [3, 1, 3], lipschitz_const=COEFF, max_lipschitz_iter=POWER_ITERATIONS
             )
-            block((channels, 1, 1), net)
+            flows += block((channels, 1, 1), net, **POISSON)
     shape = (channels, side, side)
     dims = math.prod(shape)
     for _ in range(num_dense):
         net = nf.nets.LipschitzMLP([dims, width, dims], lipschitz_const=COEFF, max_lipschitz_iter=POWER_ITERATIONS)
-        block(shape, torch.nn.Sequential(torch.nn.Flatten(), net, torch.nn.Unflatten(1, shape)))
+        flows += block(shape, torch.nn.Sequential(torch.nn.Flatten(), net, torch.nn.Unflatten(1, shape)), **POISSON)
     return nf.NormalizingFlow(nf.distributions.DiagGaussian(shape), flows[::-1])
 
 
@@ -216,12 +213,8 @@ def train(model, inputs, seconds, effort, batch_size, learning_rate):
             now, since = elapsed, time.monotonic()
         decay = (1 + math.cos(math.pi * min(now / seconds, 1))) / 2
         optimizer.param_groups[0]["lr"] = learning_rate * decay * min((step + 1) / WARMUP_STEPS, 1)
-        optimizer.zero_grad()
-        loss = model.forward_kld(inputs.train(step, batch_size)[0]) / math.prod(inputs.images["train"].shape[1:])
-        loss.backward()
-        if torch.isfinite(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)):  # as its example goes on after NaN
-            optimizer.step()
-        nf.utils.update_lipschitz(model, POWER_ITERATIONS)
+        x, num_dims = inputs.train(step, batch_size)[0], math.prod(inputs.images["train"].shape[1:])
+        take_step(model, optimizer, x, num_dims=num_dims, clip_norm=CLIP_NORM, power_iterations=POWER_ITERATIONS)
         averaged.update_parameters(model)
         step += 1
 

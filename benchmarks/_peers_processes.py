@@ -1,0 +1,82 @@
+"""Worker processes of `peers.py`, from the parent's side: started, asked in turns, and stopped."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+WORKER = Path(__file__).with_name("_peers_worker.py")
+MEMORY_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES")  # of the environment: the peers' memory is that of their defaults
+
+
+class Worker:
+    """A process that runs one case; see `_peers_worker` for what it is told."""
+
+    def __init__(self, cores, module, case, arguments, environment=None):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(MEMORY_SETTINGS)} | (
+            environment or {}
+        )
+        told = json.dumps({"cores": cores, "module": module, "case": case, "arguments": arguments})
+        self._name, self._errors = f"{case} of {module}", tempfile.TemporaryFile("w+")
+        began = time.perf_counter()
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER), told],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment,
+        )
+        try:
+            self._answer()
+        except BaseException:
+            self.stop()
+            raise
+        self.ready_s = time.perf_counter() - began  # from the start of the process until the case was made
+
+    def ask(self, method, **arguments):
+        """The answer of a method of the case."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([method, arguments]) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self):
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            raise RuntimeError(f"the process of {self._name} ended:\n{self._errors.read()[-3000:]}")
+        return json.loads(line)
+
+    def stop(self):
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+
+@contextlib.contextmanager
+def workers():
+    """A function that starts workers, all of which end with the context."""
+    started = []
+
+    def start(*arguments, **settings):
+        started.append(Worker(*arguments, **settings))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for worker in started:
+            worker.stop()
+
+
+def core_counts():
+    """Cores of cases on one core and on two, by their number; one core alone where there is no other."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return {count: cores[:count] for count in (1, 2) if count <= len(cores)}

@@ -1,0 +1,129 @@
+"""Training steps of `peers.py`: time and memory, each peer, size and number of cores in a process of its own."""
+
+import time
+
+from _peers_worker import forget_peak, peak_bytes
+
+WARMUP = 2
+
+
+class Steps:
+    """A training that a worker goes on with; subclasses make ``_take``, one step, and ``_wait`` for its end."""
+
+    def _warm_up(self):
+        for _ in range(WARMUP):
+            self._take()
+        self._wait()
+        self._peak_bytes = peak_bytes()
+        self._can_forget = forget_peak()
+
+    def _take(self):
+        raise NotImplementedError
+
+    def _wait(self):
+        """Waits until all steps are done."""
+
+    def steps(self, num):
+        """Seconds of a step, mean over ``num``."""
+        start = time.perf_counter()
+        for _ in range(num):
+            self._take()
+        self._wait()
+        return (time.perf_counter() - start) / num
+
+    def memory(self):
+        """Largest resident memory of the process, and that since the first steps, without compilation."""
+        later = peak_bytes()
+        whole = None if later is None or self._peak_bytes is None else max(later, self._peak_bytes)
+        return {"peak_bytes": whole, "peak_bytes_after_warmup": later if self._can_forget else None, "loss": self._loss()}
+
+    def _loss(self):
+        raise NotImplementedError
+
+
+def prepare_ours():
+    """What train.py does in its process before JAX starts its threads. The one place to change with it."""
+    from iresnet_jax.training.freed_memory import keep_freed_memory
+
+    keep_freed_memory()
+    from iresnet_jax.training.compilation_cache import keep_compiled_programs
+
+    keep_compiled_programs()
+
+
+class Ours(Steps):
+    """The step of train.py, fed by its batches.
+
+    Args:
+        config: Plain data of a `Config`.
+    """
+
+    def __init__(self, config):
+        prepare_ours()
+        import jax
+
+        from iresnet_jax.training import loop, parallel, plan
+        from iresnet_jax.training.config import parse
+        from iresnet_jax.training.matmul_precision import prepare_backend
+
+        settings = parse(config)
+        prepare_backend(settings.training.matmul_precision)
+        objective = loop.build_objective(settings, plan.data_for(settings))
+        self._block, self._name = jax.block_until_ready, objective.name
+        self._state = objective.initial_state()
+        self._feed = loop.batches(settings, objective.examples, 0)
+        self._step = parallel.parallelize(objective.make_step(objective.num_terms))
+        self._metrics = {}
+        self._warm_up()
+
+    def _take(self):
+        self._state, self._metrics = self._step(self._state, next(self._feed))
+
+    def _wait(self):
+        self._block((self._state, self._metrics))
+
+    def _loss(self):
+        return float(self._metrics[self._name])
+
+
+class PyTorch(Steps):
+    """The step of a peer on batches that our preprocessing has gone over: Adam, gradient clipped, no moving average.
+
+    Args:
+        kind: "naive" or "normflows".
+        architecture: See `_peers_cases.architecture`.
+        batches: File of `_peers_cases.write_batches`.
+        num_dims: Dimensions of an image.
+        num_terms: Terms of the series.
+        num_steps: Power iterations.
+        learning_rate: Of Adam.
+        clip_norm: Largest norm of the gradient.
+        threads: Of PyTorch.
+    """
+
+    def __init__(self, kind, architecture, batches, num_dims, num_terms, num_steps, learning_rate, clip_norm, threads):
+        import numpy as np
+        import torch  # pyright: ignore[reportMissingImports]
+
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        from _normflows import take_step
+        from _peers_torch import flow
+
+        self._model = flow(architecture, kind, num_terms=num_terms, num_steps=num_steps)
+        optimizer = torch.optim.Adam(self._model.parameters(), learning_rate, (0.9, 0.99))
+        with np.load(batches) as arrays:
+            self._batches = torch.tensor(arrays["batches"])
+        with torch.no_grad():
+            self._model.log_prob(self._batches[0])  # fits ActNorm and shapes the vectors of the power iterations
+        self._number, self._last = 0, torch.zeros(())
+        settings = {"num_dims": num_dims, "clip_norm": clip_norm, "power_iterations": num_steps}
+        self._step = lambda x: take_step(self._model, optimizer, x, **settings)
+        self._warm_up()
+
+    def _take(self):
+        x = self._batches[self._number % len(self._batches)]
+        self._number, self._last = self._number + 1, self._step(x)
+
+    def _loss(self):
+        return float(self._last)
