@@ -2,12 +2,19 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from _models import read_config
 
-from iresnet_jax.models.density import Density
+from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.branch import initial_weights
+from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.flow import freeze
+from iresnet_jax.models.priors import standard
 from iresnet_jax.training import plan
 from iresnet_jax.training.config import default_config, estimator_settings, parse
 from iresnet_jax.training.from_config import density_spec
@@ -57,7 +64,9 @@ def architecture(spec):
                 "layers": [layer._asdict() for layer in inside.layers],
             }
         )
-    return {"stages": stages, "coeff": spec.flow.coeff, "prior": spec.prior}
+    last = spec.flow.layout[-1].branch.in_shape
+    ends = (last[0], last[-1]) if len(last) == 3 else None
+    return {"stages": stages, "ends": ends, "coeff": spec.flow.coeff, "prior": spec.prior}
 
 
 def write_batches(config, path):
@@ -73,3 +82,49 @@ def write_batches(config, path):
     x = np.moveaxis(np.asarray(jax.jit(Density(spec, {}, {}).preprocess)(examples, jax.random.key(0))), -1, 1)
     np.savez(path, batches=x.reshape(NUM_BATCHES, size, *x.shape[1:]))
     return architecture(spec), math.prod(data.event_shape)
+
+
+def write_arrays(model, x, z, path):
+    """Writes a case of `_peers_fixed`: inputs (b, h, w, c) or (b, d), latents, and the weights of the flow by path."""
+    x = np.asarray(x, np.float64)
+    arrays = {"x": np.moveaxis(x, -1, 1) if x.ndim == 4 else x, "z": np.asarray(z, np.float32)}
+    for stage, weights in model.weights.items():
+        arrays |= {f"{stage}/actnorm/{name}": value for name, value in weights["actnorm"].items()}
+        for layer, own in weights["branch"].items():
+            arrays |= {f"{stage}/branch/{layer}/{name}": value for name, value in own.items()}
+    given: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
+    np.savez(path, **given)
+
+
+def exact_inverse(model, z):
+    """The preimages of latents in float64, to 1e-10 in every block."""
+    with jax.enable_x64(True):
+        solver = Solver(atol=1e-10, refine=True)
+        x, info = jax.jit(lambda model, z: model.flow().inverse(z))(model.with_(solver=solver), jnp.asarray(z))
+        if not bool(info.converged.all()):
+            raise RuntimeError(f"the exact inverse did not converge: residuals up to {float(info.residual.max()):.1e}")
+        return np.asarray(x)
+
+
+def random_block(kind, lipschitz):
+    """A flow of one residual block on 16 x 16 x 12 with random kernels of certified norms, whose product is ``lipschitz``.
+
+    Args:
+        kind: "random", 3x3-1x1-3x3 with independent kernels; or "contracting", ``-W^T phi(W x + 1)``, whose Jacobian has
+            eigenvalues close to ``-lipschitz``, as blocks have them that training makes contract.
+        lipschitz: Bound of ``Lip(g)``, below 1.
+    """
+    kernel_sizes, hidden = ((3, 1, 3), (64, 64)) if kind == "random" else ((3, 3), (64,))
+    stage = StageSpec(1, hidden, kernel_sizes)
+    spec = FlowSpec((16, 16, 12), (stage,), coeff=lipschitz ** (1 / len(kernel_sizes)))
+    branch = spec.layout[0].branch
+    weights: Any = jax.tree.map(lambda leaf: 10 * leaf, initial_weights(branch, jax.random.key(0)))  # to be scaled down
+    if kind == "contracting":
+        there = weights["conv0"]["kernel"]
+        weights["conv1"]["kernel"] = -jnp.swapaxes(jnp.flip(there, (0, 1)), 2, 3)
+        weights["conv0"]["bias"] = jnp.ones_like(weights["conv0"]["bias"])
+    scale = {name: jnp.zeros(12) for name in ("bias", "log_scale")}
+    blocks = jax.tree.map(lambda leaf: leaf[None], {**weights, "actnorm": scale})
+    frozen = jax.jit(freeze, static_argnums=0)(spec, {"stage0": {"blocks": blocks}})
+    prior = standard("gaussian", spec.num_dims)
+    return Density(DensitySpec(spec), frozen.weights, prior, frozen.bounds)

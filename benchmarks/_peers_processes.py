@@ -9,6 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from _record import Timing
+
 WORKER = Path(__file__).with_name("_peers_worker.py")
 MEMORY_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES")  # of the environment: the peers' memory is that of their defaults
 
@@ -54,7 +56,9 @@ class Worker:
         return json.loads(line)
 
     def stop(self):
-        """Ends the process."""
+        """Ends the process, if it has not ended."""
+        if self._errors.closed:
+            return
         self._process.kill()
         self._process.communicate()
         self._errors.close()
@@ -74,6 +78,37 @@ def workers():
     finally:
         for worker in started:
             worker.stop()
+
+
+def take_turns(asked, *, turns, seconds_a_turn):
+    """Seconds of one unit of work of every worker, in turns.
+
+    Args:
+        asked: ``num ->`` seconds of each of ``num`` units, by name.
+        turns: Measurements of each, after one that is not counted.
+        seconds_a_turn: About what a measurement takes.
+    """
+    once = {name: ask(1) for name, ask in asked.items()}
+    nums = {name: max(round(seconds_a_turn / seconds), 1) for name, seconds in once.items()}
+    measured = {name: [] for name in asked}
+    for _ in range(turns):
+        for name, ask in asked.items():
+            measured[name].append(ask(nums[name]))
+    return {name: Timing(tuple(seconds)) for name, seconds in measured.items()}
+
+
+@contextlib.contextmanager
+def pinned(cores):
+    """This process, and those that it starts, on some cores, where the system can."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def core_counts():

@@ -10,8 +10,8 @@ WARMUP = 2
 class Steps:
     """A training that a worker goes on with; subclasses make ``_take``, one step, and ``_wait`` for its end."""
 
-    def _warm_up(self):
-        for _ in range(WARMUP):
+    def _warm_up(self, num=WARMUP):
+        for _ in range(num):
             self._take()
         self._wait()
         self._peak_bytes = peak_bytes()
@@ -99,9 +99,12 @@ class PyTorch(Steps):
         learning_rate: Of Adam.
         clip_norm: Largest norm of the gradient.
         threads: Of PyTorch.
+        warmup: Steps before it is ready.
     """
 
-    def __init__(self, kind, architecture, batches, num_dims, num_terms, num_steps, learning_rate, clip_norm, threads):
+    def __init__(
+        self, kind, architecture, batches, num_dims, num_terms, num_steps, learning_rate, clip_norm, threads, warmup=WARMUP
+    ):
         import numpy as np
         import torch  # pyright: ignore[reportMissingImports]
 
@@ -119,7 +122,7 @@ class PyTorch(Steps):
         self._number, self._last = 0, torch.zeros(())
         settings = {"num_dims": num_dims, "clip_norm": clip_norm, "power_iterations": num_steps}
         self._step = lambda x: take_step(self._model, optimizer, x, **settings)
-        self._warm_up()
+        self._warm_up(warmup)
 
     def _take(self):
         x = self._batches[self._number % len(self._batches)]

@@ -9,7 +9,7 @@ import math
 
 import normflows as nf  # pyright: ignore[reportMissingImports]
 import torch  # pyright: ignore[reportMissingImports]
-from _normflows import block
+from _normflows import POISSON, block
 from normflows.nets import lipschitz  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
@@ -167,6 +167,9 @@ class ActNorm(nf.flows.Flow):
             self.fitted = True
         return (z + self.bias) * self.log_scale.exp(), self.log_scale.sum() * math.prod(z.shape[2:])
 
+    def forward(self, z):
+        return z * (-self.log_scale).exp() - self.bias, -self.log_scale.sum() * math.prod(z.shape[2:])
+
 
 class NaiveResidual(nf.flows.Flow):
     """``x + g(x)`` with the series of Behrmann et al. 2019, Algorithm 2, differentiated as it stands."""
@@ -205,6 +208,11 @@ class Prior(nf.distributions.BaseDistribution):
         return (density - self.log_scale).flatten(1).sum(1)
 
 
+def entry(stage):
+    """What stands in front of a stage's blocks."""
+    return [Squeeze()] * stage["squeeze"] + ([] if stage["flattened"] is None else [Flatten(*stage["flattened"])])
+
+
 def flow(architecture, kind, *, num_terms, num_steps):
     """A flow to train, as a `normflows.NormalizingFlow`.
 
@@ -216,10 +224,8 @@ def flow(architecture, kind, *, num_terms, num_steps):
     """
     flows = []
     for stage in architecture["stages"]:
-        *space, channels = shape = stage["layers"][0]["in_shape"]
-        flows += [Squeeze()] * stage["squeeze"]
-        if stage["flattened"] is not None:
-            flows.append(Flatten(*stage["flattened"]))
+        *space, channels = stage["layers"][0]["in_shape"]
+        flows += entry(stage)
         of_channels = (channels, *(1 for _ in space))
         for _ in range(stage["num_blocks"]):
             net = branch(stage, kind, architecture["coeff"], num_steps)
@@ -227,5 +233,52 @@ def flow(architecture, kind, *, num_terms, num_steps):
                 flows += block(of_channels, net, n_power_series=num_terms)
             else:
                 flows += [ActNorm(of_channels), NaiveResidual(net, num_terms)]
-    *space, channels = shape
+    *space, channels = architecture["stages"][-1]["layers"][0]["in_shape"]
     return nf.NormalizingFlow(Prior(architecture["prior"], (channels, *space)), flows[::-1])
+
+
+def fixed_flow(architecture, weights):
+    """The layers of a flow with weights of ours, in the order of the data's way; latents are vectors in the order of ours.
+
+    Args:
+        architecture: As for `flow`.
+        weights: Arrays by path, such as "stage0/branch/conv0/kernel", stacked over blocks.
+    """
+    layers = []
+    for number, stage in enumerate(architecture["stages"]):
+        layers += entry(stage)
+        for k in range(stage["num_blocks"]):
+            own = {
+                name.removeprefix(f"stage{number}/"): torch.tensor(array[k])
+                for name, array in weights.items()
+                if name.startswith(f"stage{number}/")
+            }
+            net = branch(stage, "fixed")
+            _load_branch(net, stage, own)
+            _, residual = block((1,), net, **POISSON)
+            scale = ActNorm(own["actnorm/bias"].shape)
+            scale.bias.data, scale.log_scale.data = own["actnorm/bias"], own["actnorm/log_scale"]
+            if len(stage["layers"][0]["in_shape"]) == 3:
+                scale.bias.data, scale.log_scale.data = (p.data.view(-1, 1, 1) for p in (scale.bias, scale.log_scale))
+            scale.fitted = True
+            layers += [scale, residual]
+    if architecture["ends"] is not None:
+        layers.append(Flatten(*architecture["ends"]))
+    return [layer.eval() for layer in layers]
+
+
+def _load_branch(net, stage, own):
+    """Gives a branch its weights."""
+    parts = iter(net)
+    for layer in stage["layers"]:
+        name = f"branch/{layer['name']}"
+        if layer["activated"]:
+            activation = next(parts)
+            if isinstance(activation, LipSwish):
+                activation.beta.data = own[f"{name}/beta"]
+        linear, kernel, bias = next(parts), own[f"{name}/kernel"], own[f"{name}/bias"]
+        linear.weight.data = (kernel.permute(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T).contiguous()
+        if linear.bias is None:
+            next(parts).bias.data = bias.permute(2, 0, 1).contiguous()
+        else:
+            linear.bias.data = bias
