@@ -1,12 +1,20 @@
 """Every benchmark script still imports what it uses and reads its command line; what they measure is not tested."""
 
 import importlib
+import os
 import sys
+import warnings
 from pathlib import Path
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.branch import initial_weights
+from iresnet_jax.models.density import Density, DensitySpec
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
@@ -22,6 +30,15 @@ def in_folder(monkeypatch):
     for name in set(sys.modules) - before:
         if Path(getattr(sys.modules[name], "__file__", None) or "").parent == FOLDER:
             del sys.modules[name]
+
+
+@pytest.fixture
+def torch():
+    """PyTorch and normflows, of the extra `bench`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of their imports
+        pytest.importorskip("normflows")
+        return pytest.importorskip("torch")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -69,6 +86,72 @@ def test_density_of_ridges_integrates_to_one():
     stderr = weights.std() / len(x) ** 0.5
     assert stderr < 0.06
     assert abs(weights.mean() - 1) < 5 * stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system pins no processes")
+@pytest.mark.usefixtures("in_folder")
+def test_worker_answers_in_its_process_and_tells_why_it_ended(tmp_path):
+    processes = importlib.import_module("_peers_processes")
+    (tmp_path / "doubling.py").write_text(
+        "import os\n"
+        "class Doubling:\n"
+        "    def __init__(self, number):\n"
+        "        print('noise of a library')\n"
+        "        self.number = number\n"
+        "    def times(self, factor):\n"
+        "        return [factor * self.number, os.getpid(), sorted(os.sched_getaffinity(0))]\n"
+    )
+    cores = processes.core_counts()[1]
+    with processes.workers() as start:
+        worker = start(cores, "doubling", "Doubling", {"number": 21}, {"PYTHONPATH": str(tmp_path)})
+        answer, process, used = worker.ask("times", factor=2)
+        assert answer == 42
+        assert process != os.getpid()
+        assert used == cores
+        with pytest.raises(RuntimeError, match="unsupported operand"):
+            worker.ask("times", factor=None)
+
+
+@pytest.mark.usefixtures("in_folder", "torch")
+def test_pytorch_flow_with_weights_of_ours_is_the_same_function(tmp_path):
+    cases, fixed = (importlib.import_module(name) for name in ("_peers_cases", "_peers_fixed"))
+    convolutional = StageSpec(2, (6,), (3, 3), "clipswish", squeeze=2, positional_bias=True)
+    spec = FlowSpec((8, 8, 1), (convolutional, StageSpec(1, (5, 3), (3, 1, 3), "elu"), StageSpec(1, (7,), None, "lipswish")))
+    rng, weights = np.random.default_rng(0), {}
+    for stage in spec.layout:
+        branch = initial_weights(stage.branch, jax.random.key(0))
+        channels, blocks = stage.branch.in_shape[-1], stage.spec.num_blocks
+        scale = {name: jnp.zeros(channels) for name in ("bias", "log_scale")}
+        weights[stage.name] = jax.tree.map(
+            lambda leaf, blocks=blocks: jnp.asarray(0.3 * rng.normal(size=(blocks, *leaf.shape)), jnp.float32),
+            {"actnorm": scale, "branch": branch},
+        ) | {"lipschitz": jnp.full(blocks, 0.9)}
+    model = Density(DensitySpec(spec), weights, {})
+    x = rng.normal(size=(3, 8, 8, 1))
+    z = model.flow().forward(jnp.asarray(x, jnp.float32))
+    cases.write_arrays(model, x, z, tmp_path / "arrays.npz")
+    theirs = fixed.Normflows(cases.architecture(model.spec), tmp_path / "arrays.npz", threads=1)
+    assert max(theirs.check().values()) < 1e-5
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_naive_series_has_value_and_gradient_of_its_terms(torch):
+    naive = importlib.import_module("_peers_torch").NaiveResidual
+    net = torch.nn.Linear(5, 5, bias=False).double()
+    x, matrix = torch.zeros(2, 5, dtype=torch.float64), 0.2 * net.weight.detach().numpy()
+    net.weight.data.mul_(0.2)
+    torch.manual_seed(0)
+    _, log_det = naive(net, 4).inverse(x)
+    log_det.sum().backward()
+    torch.manual_seed(0)
+    v = torch.randn_like(x).numpy()
+    powers = [np.linalg.matrix_power(matrix, k) for k in range(5)]
+    series = sum((-1) ** (k + 1) / k * powers[k] for k in range(1, 5))
+    np.testing.assert_allclose(log_det.detach().numpy(), np.einsum("bi,ij,bj->b", v, series, v), rtol=1e-10)
+    gradient = sum(  # of sum_b v^T J^k v
+        (-1) ** (k + 1) / k * powers[i].T @ (v.T @ v) @ powers[k - 1 - i].T for k in range(1, 5) for i in range(k)
+    )
+    np.testing.assert_allclose(net.weight.grad.numpy(), gradient, rtol=1e-10)
 
 
 def test_every_script_has_its_line_in_the_readme():
