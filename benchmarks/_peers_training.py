@@ -146,7 +146,7 @@ def _first_step(workdir, cores, environment):
 def time_to(arguments, folder):
     """Seconds of train.py until validation of Fashion-MNIST is at ``arguments.time_to`` bits/dim, beside normflows' record."""
     cores, workdir, reached = max(core_counts().values(), key=len), folder / "fashion_mnist", None
-    flags = [f"--config={FASHION}", f"--workdir={workdir}", *arguments.train_flags]
+    flags = [f"--config={FASHION}", f"--workdir={workdir}", *arguments.train_flag]
     validations = []
     with _training(flags, cores, {}) as (process, began):
         for line in _lines(workdir, process, lambda line: line["split"] == "validation"):
@@ -163,7 +163,7 @@ def time_to(arguments, folder):
         "target": arguments.time_to,
         "seconds": reached,
         "validations": validations,
-        "flags": arguments.train_flags,
+        "flags": arguments.train_flag,
         "normflows_kept": {"seconds": theirs, "last": log[-1], "environment": kept["environment"]},
         "times_as_fast": theirs / reached if theirs and reached else None,
     }

@@ -53,12 +53,12 @@ def run(part, arguments):
 
 def main():
     options = parser(__doc__)
-    options.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)}")
+    options.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)}; '' for none")
     options.add_argument("--sizes", nargs="+", default=SIZES, choices=SIZES, help="of the training step")
     options.add_argument("--time-to", type=float, metavar="X", help="also trains on Fashion-MNIST to X bits/dim; takes minutes")
-    options.add_argument("--train-flags", nargs="+", default=[], metavar="FLAG", help="of train.py in that training")
+    options.add_argument("--train-flag", action="append", default=[], metavar="=FLAG", help="of train.py in that training")
     arguments = options.parse_args()
-    chosen = arguments.parts.split(",")
+    chosen = [part for part in arguments.parts.split(",") if part]
     if unknown := set(chosen) - set(PARTS):
         options.error(f"there are no parts {', '.join(sorted(unknown))}: choose of {', '.join(PARTS)}")
     try:
