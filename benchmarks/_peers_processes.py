@@ -22,17 +22,21 @@ class Worker:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(MEMORY_SETTINGS)} | (
             environment or {}
         )
-        told = json.dumps({"cores": cores, "module": module, "case": case, "arguments": arguments})
         self._name, self._errors = f"{case} of {module}", tempfile.TemporaryFile("w+")
+        read, written = os.pipe()  # a channel of its own: libraries print, and a process may start itself again
+        self._answers = os.fdopen(read)
+        told = {"cores": cores, "module": module, "case": case, "arguments": arguments, "answers": written}
         began = time.perf_counter()
         self._process = subprocess.Popen(
-            [sys.executable, str(WORKER), told],
+            [sys.executable, str(WORKER), json.dumps(told)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=self._errors,
             stderr=self._errors,
             text=True,
             env=environment,
+            pass_fds=[written],
         )
+        os.close(written)
         try:
             self._answer()
         except BaseException:
@@ -48,9 +52,9 @@ class Worker:
         return self._answer()
 
     def _answer(self):
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         if not line:
+            self._process.wait(60)  # until it has said why
             self._errors.seek(0)
             raise RuntimeError(f"the process of {self._name} ended:\n{self._errors.read()[-3000:]}")
         return json.loads(line)
@@ -61,6 +65,7 @@ class Worker:
             return
         self._process.kill()
         self._process.communicate()
+        self._answers.close()
         self._errors.close()
 
 

@@ -41,11 +41,18 @@ class Steps:
         raise NotImplementedError
 
 
-def prepare_ours():
-    """What train.py does in its process before JAX starts its threads. The one place to change with it."""
-    from iresnet_jax.training.freed_memory import keep_freed_memory
+def prepare_ours(config=None):
+    """What train.py does in its process before JAX starts. The one place to change with it.
 
-    keep_freed_memory()
+    Args:
+        config: Settings of the training; None for an evaluation, which `python -m iresnet_jax` runs on one device.
+    """
+    from iresnet_jax.training import cpu
+
+    if config is not None:
+        cpu.use_large_pages()  # starts this process again, the first time
+        cpu.keep_freed_memory()
+        cpu.use_all_cores(config)
     from iresnet_jax.training.compilation_cache import keep_compiled_programs
 
     keep_compiled_programs()
@@ -59,14 +66,15 @@ class Ours(Steps):
     """
 
     def __init__(self, config):
-        prepare_ours()
+        from iresnet_jax.training.config import parse
+
+        settings = parse(config)
+        prepare_ours(settings)
         import jax
 
         from iresnet_jax.training import loop, parallel, plan
-        from iresnet_jax.training.config import parse
         from iresnet_jax.training.matmul_precision import prepare_backend
 
-        settings = parse(config)
         prepare_backend(settings.training.matmul_precision)
         objective = loop.build_objective(settings, plan.data_for(settings))
         self._block, self._name = jax.block_until_ready, objective.name

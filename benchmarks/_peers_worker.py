@@ -1,8 +1,9 @@
 """A process of one peer: pinned to cores before it imports anything, and asked for work line by line.
 
-    python benchmarks/_peers_worker.py '{"cores": [0], "module": "_peers_step", "case": "Ours", "arguments": {...}}'
+    python _peers_worker.py '{"cores": [0], "module": "_peers_step", "case": "Ours", "arguments": {...}, "answers": 5}'
 
-The parent writes a line of JSON, ``[method, arguments]``, and reads one back. The first line says that the case is ready.
+The parent writes a line of JSON, ``[method, arguments]``, and reads one back from the file descriptor ``answers``. The first
+line says that the case is ready.
 """
 
 import importlib
@@ -34,13 +35,12 @@ def main():
     told = json.loads(sys.argv[1])
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, told["cores"])
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
     case = getattr(importlib.import_module(told["module"]), told["case"])(**told["arguments"])
-    print("null", file=answers, flush=True)
-    for line in sys.stdin:
-        method, arguments = json.loads(line)
-        print(json.dumps(getattr(case, method)(**arguments)), file=answers, flush=True)
+    with open(told["answers"], "w") as answers:
+        print("null", file=answers, flush=True)
+        for line in sys.stdin:
+            method, arguments = json.loads(line)
+            print(json.dumps(getattr(case, method)(**arguments)), file=answers, flush=True)
 
 
 if __name__ == "__main__":
