@@ -52,6 +52,7 @@ def prepare_ours(config=None):
     if config is not None:
         cpu.use_large_pages()  # starts this process again, the first time
         cpu.keep_freed_memory()
+        cpu.compile_quickly()
         cpu.use_all_cores(config)
     from iresnet_jax.training.compilation_cache import keep_compiled_programs
 
