@@ -46,7 +46,7 @@ def own_cache(folder, name):
 
 def steps(arguments, start, folder):
     """Training steps: time by number of cores and largest memory, of every size."""
-    sizes, effort = arguments.sizes, {"turns": 10, "seconds_a_turn": 3.0}
+    sizes, effort = arguments.sizes, {"turns": 5, "seconds_a_turn": 2.0}
     if arguments.quick:
         sizes, effort = ("quick",), {"turns": 2, "seconds_a_turn": 0.2}
     results = {}
