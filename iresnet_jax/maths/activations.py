@@ -5,6 +5,7 @@ A residual branch with weights of operator norm at most ``c < 1`` is a contracti
 input and every ``beta``; its docstring has the proof. Channels are on the last axis.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ class Activation(NamedTuple):
         channel_factor: Output channels for each input channel.
         monotone: Whether the map acts elementwise with slopes in [0, 1], as layers of sandwich type require.
         elementwise: Whether each output entry depends on one input entry alone.
+        slope_lipschitz: Lipschitz constant of the Jacobian in the 2-norm, of elementwise activations the largest slope of the
+            slope; times ``softplus(beta)`` for those with a ``beta``. None where the Jacobian jumps.
     """
 
     apply: Callable[..., Array]
@@ -38,6 +41,7 @@ class Activation(NamedTuple):
     channel_factor: int
     monotone: bool
     elementwise: bool = True
+    slope_lipschitz: float | None = None
 
 
 def _positive_beta(x: Float[Array, "..."], beta: Float[Array, "..."] | float | None) -> Float[Array, "..."]:
@@ -126,7 +130,12 @@ def identity(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _fixed(
-    name: str, function: Callable[[Array], Array], *, smooth: bool = True, monotone: bool = True, elementwise: bool = True
+    name: str,
+    function: Callable[[Array], Array],
+    slope_lipschitz: float | None,
+    *,
+    monotone: bool = True,
+    elementwise: bool = True,
 ) -> Activation:
     """An activation without parameters; it refuses a ``beta`` instead of ignoring it."""
 
@@ -136,27 +145,45 @@ def _fixed(
         return function(x)
 
     return Activation(
-        apply, has_beta=False, initial_beta=None, smooth=smooth, channel_factor=1, monotone=monotone, elementwise=elementwise
+        apply,
+        has_beta=False,
+        initial_beta=None,
+        smooth=slope_lipschitz is not None,
+        channel_factor=1,
+        monotone=monotone,
+        elementwise=elementwise,
+        slope_lipschitz=slope_lipschitz,
     )
 
 
-def _swish_like(function: Callable[..., Array], *, channel_factor: int) -> Activation:
-    """A member of the Swish family; its slope is negative around ``b x = -2.4``."""
+def _swish_like(function: Callable[..., Array], slope_lipschitz: float, *, channel_factor: int) -> Activation:
+    """A member of the Swish family; its slope is negative around ``b x = -2.4``.
+
+    The slope ``s(t)`` of `lipswish` has the derivative ``s'(t) = sigmoid'(t) (2 - t tanh(t / 2))``, which is even, 1/2 at 0,
+    where both factors are largest, and at least ``-0.08``: ``|s'| <= 1/2``. A factor ``b`` comes from ``t = b x``.
+    """
     return Activation(
-        function, has_beta=True, initial_beta=_INITIAL_BETA, smooth=True, channel_factor=channel_factor, monotone=False
+        function,
+        has_beta=True,
+        initial_beta=_INITIAL_BETA,
+        smooth=True,
+        channel_factor=channel_factor,
+        monotone=False,
+        slope_lipschitz=slope_lipschitz,
     )
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "elu": _fixed("elu", jax.nn.elu),  # slope 1 above 0 and exp(x) below, continuous
-    "softplus": _fixed("softplus", jax.nn.softplus),  # slope sigmoid(x)
-    "softplus4": _fixed("softplus4", softplus4),
-    "tanh": _fixed("tanh", jnp.tanh),  # slope 1 - tanh(x)^2
-    "relu": _fixed("relu", jax.nn.relu, smooth=False),  # slope 0 or 1
-    "lipswish": _swish_like(lipswish, channel_factor=1),
-    "clipswish": _swish_like(clipswish, channel_factor=2),
-    "maxmin": _fixed("maxmin", maxmin, smooth=False, monotone=False, elementwise=False),
-    "identity": _fixed("identity", identity),
+    "elu": _fixed("elu", jax.nn.elu, 1.0),  # slope 1 above 0 and exp(x) below: continuous, its own slope at most 1
+    "softplus": _fixed("softplus", jax.nn.softplus, 0.25),  # slope sigmoid(x)
+    "softplus4": _fixed("softplus4", softplus4, 1.0),
+    "tanh": _fixed("tanh", jnp.tanh, 4 / (3 * math.sqrt(3))),  # slope 1 - tanh(x)^2, steepest where tanh(x)^2 = 1/3
+    "relu": _fixed("relu", jax.nn.relu, None),  # slope 0 or 1
+    "lipswish": _swish_like(lipswish, 0.5 / _LIPSWISH_BOUND, channel_factor=1),
+    # The slopes of both outputs differ by a constant, so they change alike.
+    "clipswish": _swish_like(clipswish, math.sqrt(0.5) / (_LIPSWISH_BOUND * _CLIPSWISH_BOUND), channel_factor=2),
+    "maxmin": _fixed("maxmin", maxmin, None, monotone=False, elementwise=False),
+    "identity": _fixed("identity", identity, 0.0),
 }
 
 

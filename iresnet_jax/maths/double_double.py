@@ -1,0 +1,145 @@
+r"""Arithmetic of about 100 bits on the host: a number is the unevaluated sum of two float64 numbers (Dekker 1971).
+
+It measures residuals that float64 would round away. NumPy computes it, one IEEE operation after the other: a compiler that
+fuses a product into a sum would break the error terms. No elementary function of the platform is trusted: `exp` and `log` are
+made of sums and products, and what `numpy.log` contributes is a first guess that is verified.
+
+Numbers are pairs ``(high, low)`` of arrays with ``|low| <= ulp(high) / 2``. Sums and products err by a few units of
+``2^-104`` of their result (Joldes et al. 2017); `UNIT`, ``2^-90``, bounds the relative error of every function in this file
+with a wide margin.
+"""
+
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+Array = np.ndarray
+UNIT = 2.0**-90  # relative error of any function in this file is at most this
+LARGEST_EXPONENT = 700.0  # largest argument of `exp`, up or down
+
+_HALVINGS = 10  # of the argument of exp's series, after which it is at most 0.00034
+
+
+class DoubleDouble(NamedTuple):
+    """The unevaluated sum ``high + low``.
+
+    Attributes:
+        high: The number rounded to float64.
+        low: The rest.
+    """
+
+    high: Float[Array, "..."]
+    low: Float[Array, "..."]
+
+    @classmethod
+    def of(cls, value: Float[Array, "..."] | float) -> "DoubleDouble":
+        """A float64 array, exactly."""
+        high = np.asarray(value, np.float64)
+        return cls(high, np.zeros_like(high))
+
+    @classmethod
+    def constant(cls, value: Fraction) -> "DoubleDouble":
+        """A rational number, to 2^-106 of it."""
+        high = float(value)
+        return cls(np.asarray(high), np.asarray(float(value - Fraction(high))))
+
+    def __neg__(self) -> "DoubleDouble":
+        return DoubleDouble(-self.high, -self.low)
+
+    def __add__(self, other: "DoubleDouble") -> "DoubleDouble":
+        high, error = two_sum(self.high, other.high)
+        low, low_error = two_sum(self.low, other.low)
+        high, error = _fast_two_sum(high, error + low)
+        return DoubleDouble(*_fast_two_sum(high, error + low_error))
+
+    def __sub__(self, other: "DoubleDouble") -> "DoubleDouble":
+        return self + -other
+
+    def __mul__(self, other: "DoubleDouble") -> "DoubleDouble":
+        high, error = _two_prod(self.high, other.high)
+        return DoubleDouble(*_fast_two_sum(high, error + (self.high * other.low + self.low * other.high)))
+
+    def times(self, factor: float) -> "DoubleDouble":
+        """The product with a power of two, exactly."""
+        return DoubleDouble(self.high * factor, self.low * factor)
+
+    def reciprocal(self) -> "DoubleDouble":
+        """``1 / x``: a Newton step from the quotient of float64."""
+        guess = DoubleDouble.of(1 / self.high)
+        return guess + guess * (DoubleDouble.of(1.0) - self * guess)
+
+    def map(self, function) -> "DoubleDouble":
+        """The same function of arrays on both parts, such as a reshape."""
+        return DoubleDouble(function(self.high), function(self.low))
+
+
+def where(condition: Array, x: DoubleDouble, y: DoubleDouble) -> DoubleDouble:
+    """``numpy.where`` on both parts."""
+    return DoubleDouble(np.where(condition, x.high, y.high), np.where(condition, x.low, y.low))
+
+
+def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """``a + b`` as its rounded value and the exact rest (Knuth)."""
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)
+
+
+def _fast_two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """`two_sum` for ``|a| >= |b|``."""
+    s = a + b
+    return s, b - (s - a)
+
+
+def _split(a: Array) -> tuple[Array, Array]:
+    """``a`` as two numbers of 26 bits each (Veltkamp)."""
+    c = 134217729.0 * a  # 2^27 + 1
+    high = c - (c - a)
+    return high, a - high
+
+
+def _two_prod(a: Array, b: Array) -> tuple[Array, Array]:
+    """``a b`` as its rounded value and the exact rest (Dekker)."""
+    p = a * b
+    (a1, a2), (b1, b2) = _split(a), _split(b)
+    return p, a2 * b2 - (((p - a1 * b1) - a2 * b1) - a1 * b2)
+
+
+# log 2 = -log(1 - 1/2), from the series of 2 atanh(1/3) in rational arithmetic.
+LOG2 = DoubleDouble.constant(sum((2 * Fraction(1, 3) ** (2 * k + 1) / (2 * k + 1) for k in range(40)), Fraction(0)))
+
+
+def exp(x: DoubleDouble) -> DoubleDouble:
+    r"""``e^x`` for ``|x| <= 700``.
+
+    ``x = k log 2 + 2^10 r`` with ``|r| <= 0.00034``. ``e^r - 1`` is ``r + r^2/2 + r^3/6`` and a rest below ``2^-39`` of it,
+    for which float64 does; then ``e^2r - 1 = 2 (e^r - 1) + (e^r - 1)^2`` ten times. Arguments out of range become the nearest
+    one in it.
+    """
+    inside = np.abs(x.high) <= LARGEST_EXPONENT
+    x = where(inside, x, DoubleDouble.of(np.clip(x.high, -LARGEST_EXPONENT, LARGEST_EXPONENT)))
+    k = np.rint(x.high / math.log(2))
+    r = (x - LOG2 * DoubleDouble.of(k)).times(2.0**-_HALVINGS)
+    h = r.high
+    rest = h * h * h * h * (1 / 24 + h * (1 / 120 + h * (1 / 720 + h * (1 / 5040 + h / 40320))))
+    square = r * r
+    m = r + square.times(0.5) + square * r * DoubleDouble.constant(Fraction(1, 6)) + DoubleDouble.of(rest)
+    for _ in range(_HALVINGS):
+        m = m.times(2.0) + m * m
+    k = k.astype(np.int64)
+    return (DoubleDouble.of(1.0) + m).map(lambda part: np.ldexp(part, k))
+
+
+def log(x: DoubleDouble) -> DoubleDouble:
+    """``log x`` of positive numbers, to `UNIT` of ``max(1, |log x|)``: a Newton step ``y + (x e^-y - 1)`` from float64's guess.
+
+    The step's error is half the square of its size, which is looked at: a platform's logarithm that errs by more than ``2^-46``
+    gives NaN.
+    """
+    guess = np.log(x.high)
+    step = x * exp(DoubleDouble.of(-guess)) - DoubleDouble.of(1.0)
+    trusted = np.abs(step.high) <= 2.0**-46
+    return DoubleDouble.of(np.where(trusted, guess, np.nan)) + step
