@@ -21,8 +21,8 @@ from iresnet_jax.maths.logdet.exact import ExactLogdet, exact_logdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
-from iresnet_jax.maths.norms import convolution_certificate as certify
 from iresnet_jax.maths.norms.power_iteration import soft_normalize, spectral_norm
+from iresnet_jax.models import certify
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec

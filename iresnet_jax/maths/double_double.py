@@ -11,14 +11,13 @@ with a wide margin.
 
 import math
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
-Array = np.ndarray
+Array = Any  # float64 arrays of NumPy, and the scalars that operations make of those without axes
 UNIT = 2.0**-90  # relative error of any function in this file is at most this
-LARGEST_EXPONENT = 700.0  # largest argument of `exp`, up or down
+LARGEST_EXPONENT = 600.0  # largest argument of `exp`, up or down; beyond, low parts leave float64's range
 
 _HALVINGS = 10  # of the argument of exp's series, after which it is at most 0.00034
 
@@ -31,11 +30,11 @@ class DoubleDouble(NamedTuple):
         low: The rest.
     """
 
-    high: Float[Array, "..."]
-    low: Float[Array, "..."]
+    high: Array
+    low: Array
 
     @classmethod
-    def of(cls, value: Float[Array, "..."] | float) -> "DoubleDouble":
+    def of(cls, value: Array | float) -> "DoubleDouble":
         """A float64 array, exactly."""
         high = np.asarray(value, np.float64)
         return cls(high, np.zeros_like(high))
@@ -113,7 +112,7 @@ LOG2 = DoubleDouble.constant(sum((2 * Fraction(1, 3) ** (2 * k + 1) / (2 * k + 1
 
 
 def exp(x: DoubleDouble) -> DoubleDouble:
-    r"""``e^x`` for ``|x| <= 700``.
+    r"""``e^x`` for ``|x| <= 600``.
 
     ``x = k log 2 + 2^10 r`` with ``|r| <= 0.00034``. ``e^r - 1`` is ``r + r^2/2 + r^3/6`` and a rest below ``2^-39`` of it,
     for which float64 does; then ``e^2r - 1 = 2 (e^r - 1) + (e^r - 1)^2`` ten times. Arguments out of range become the nearest

@@ -6,14 +6,14 @@ which 1.1 and 1.004 are decimal numbers. Only arithmetic is trusted, no elementa
 
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from iresnet_jax.maths.double_double import DoubleDouble, exp, log, where
 
-Array = np.ndarray
-Value = tuple[DoubleDouble, Float[Array, "..."]]
+Array = Any
+Value = tuple[DoubleDouble, Array]
 
 ERROR = 2.0**-80  # relative to 1 + |x|
 SLOPE_ERROR = 2.0**-48
@@ -75,7 +75,7 @@ def _lipswish(x: DoubleDouble, sharpness: DoubleDouble) -> Value:
 
 
 def _clipswish(x: DoubleDouble, sharpness: DoubleDouble) -> Value:
-    first, s, slope = _swish(x, sharpness)
+    first, _, slope = _swish(x, sharpness)
     second = first - x  # -x sigmoid(-b x)
     factor = DoubleDouble.constant(_CLIPSWISH)
     both = DoubleDouble(*(np.concatenate(parts, axis=-1) for parts in zip(first, second, strict=True)))

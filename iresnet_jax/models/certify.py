@@ -1,6 +1,6 @@
 r"""Guarantees for computed numbers, as functions: how far an inverse is from the exact one, and how large norms can be.
 
-`inverse` certifies the inverse of a whole flow by the theorem in `iresnet_jax.maths.inverse.shadowing`. A trajectory near the one
+`inverse` certifies the inverse of a whole flow by the theorem in `iresnet_jax.maths.inverse.shadowing`. A trajectory near that
 of ``x`` is refined to some 80 bits, so its distance from the exact one is far below the error of ``x``, and the bound is the
 distance of ``x`` from it and a little more. Bounds are computed on the host's CPU in float64 and double-double and cover all
 rounding. Sums, products, quotients and roots of IEEE arithmetic are trusted, no elementary function and no linear solver is.
@@ -29,6 +29,7 @@ from iresnet_jax.models.trajectory import (
     Entries,
     PreciseStage,
     Residuals,
+    ending_at,
     entries_of,
     follow,
     go_back,
@@ -65,7 +66,7 @@ class InverseCertificate(NamedTuple):
     applied: Bool[np.ndarray, " b"]
     beta: Float[np.ndarray, " b"]
     eta: Float[np.ndarray, " b"]
-    K: Float[np.ndarray, " b"]  # noqa: N815
+    K: Float[np.ndarray, " b"]
     h: Float[np.ndarray, " b"]
     refined: Float[np.ndarray, "b ..."]
     refined_bound: Float[np.ndarray, " b"]
@@ -100,7 +101,7 @@ def inverse(
     """
     spec = model.spec.flow
     _check(model, y, x)
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]), np.errstate(all="ignore"):
+    with jax.enable_x64(), jax.default_device(jax.local_devices(backend="cpu")[0]), np.errstate(all="ignore"):
         problem = _Problem.of(model)
         y = np.asarray(y, np.float64).reshape(len(y), -1)
         start = np.asarray(x, np.float64).reshape(len(x), -1)
@@ -156,16 +157,15 @@ def _certify(problem, y, start, contexts):
     last = np.zeros_like(y)
     last[:, problem.entries.latents] = y
     context = None if contexts is None else jnp.asarray(contexts)
-    points = np.array(follow(problem.spec, problem.weights, jnp.asarray(start.reshape(-1, *problem.spec.event_shape)), context))
-    points[:, -1] = last
+    points = follow(problem.spec, problem.weights, jnp.asarray(start.reshape(-1, *problem.spec.event_shape)), context)
+    points = ending_at(problem.stages, np.array(points), last)
     best = _nothing(start)
     smooth = bool(np.all(np.isfinite(problem.constants.second)))
     trajectory = DoubleDouble.of(points)
     for attempt in range(_MAX_LINEARIZATIONS):
         if attempt == _MAX_LINEARIZATIONS - 1 or not (smooth and np.all(np.isfinite(trajectory.high))):
             points = np.array(go_back(problem.spec, problem.weights, jnp.asarray(y), context, Solver(atol=1e-13)))
-            points[:, -1] = last
-            trajectory = DoubleDouble.of(points)
+            trajectory = DoubleDouble.of(ending_at(problem.stages, points, last))
         found = residuals(problem.stages, trajectory, contexts)
         if not smooth:
             return _better(best, _bounds(problem, None, found, trajectory, start))
@@ -203,7 +203,7 @@ def _bounds(problem, linearized, found: Residuals, trajectory: DoubleDouble, sta
     distance = np.linalg.norm(gap.high, axis=1) * _UP
     rows = []
     for i, residual in enumerate(sizes):
-        residual = np.nan_to_num(residual, nan=np.inf)
+        residual = np.nan_to_num(residual, nan=np.inf, posinf=np.inf)
         if linearized is None:
             num = len(residual)
             products = shadowing.Products(np.full((num, num), np.inf), np.full((num, num), np.inf))
@@ -213,7 +213,7 @@ def _bounds(problem, linearized, found: Residuals, trajectory: DoubleDouble, sta
         radii = shadowing.radii(products, residual, constants.second, constants.inverse)
         numbers = shadowing.classical(shadowing.inverse_norms(products), residual, constants.second)
         rows.append((distance[i] + radii.radii[0], np.all(radii.applied), *numbers, radii.radii[0]))
-    error, applied, beta, eta, K, h, own = np.nan_to_num(np.array(rows, np.float64), nan=np.inf).T  # noqa: N806
+    error, applied, beta, eta, K, h, own = np.nan_to_num(np.array(rows, np.float64), nan=np.inf, posinf=np.inf).T
     return InverseCertificate(error * _UP, applied.astype(bool), beta, eta, K, h, trajectory.high[:, 0], own)
 
 
@@ -300,6 +300,6 @@ def _check(model, y, x) -> None:
         raise ValueError(f"the dense certificate takes up to {MOST_DIMS} dimensions, got {spec.num_dims}")
     if x.shape[1:] != tuple(spec.event_shape) or math.prod(y.shape[1:]) != spec.num_dims or len(x) != len(y):
         raise ValueError(
-            f"y must have {spec.num_dims} entries an example and x the shape (b, {', '.join(map(str, spec.event_shape))}) of the "
-            f"flow's input, got {y.shape} and {x.shape}"
+            f"y must have {spec.num_dims} entries an example and x the shape (b, {', '.join(map(str, spec.event_shape))}) of "
+            f"the flow's input, got {y.shape} and {x.shape}"
         )

@@ -1,7 +1,7 @@
 r"""Dense Jacobians of a flow's steps in float64, how wrong they may be, and how fast they vary.
 
-``J_t = (I + J_g(u)) diag(s)`` with ``u = s (x + b)``. ``J_g = W_n D_n ... W_1 D_1`` is a product of the layers and of slopes that
-are known to nearly all their bits, see `trajectory`.
+``J_t = (I + J_g(u)) diag(s)`` with ``u = s (x + b)``. ``J_g = W_n D_n ... W_1 D_1`` is a product of the layers and of slopes
+that are known to nearly all their bits, see `trajectory`.
 """
 
 import functools
@@ -19,7 +19,6 @@ from iresnet_jax.maths import activations
 from iresnet_jax.maths.inverse.inverse_products import U, gamma
 from iresnet_jax.maths.lipschitz_bounds import branch_jacobian_bound
 from iresnet_jax.maths.precise_activations import SLOPE_ERROR
-from iresnet_jax.models.architecture import Stage
 from iresnet_jax.models.branch import BranchSpec, linear_map
 from iresnet_jax.models.trajectory import PreciseStage
 

@@ -183,10 +183,26 @@ def precise_stages(spec: FlowSpec, weights: Tree, bounds: Norms) -> tuple[Precis
     return tuple(stages)
 
 
+def ending_at(
+    stages: Sequence[PreciseStage], points: Float[np.ndarray, "b t d"], last: Float[np.ndarray, "b d"]
+) -> Float[np.ndarray, "b t d"]:
+    """The trajectories with another last point: entries that are not acted on any more have its values."""
+    points, end = points.copy(), points.shape[1]
+    points[:, -1] = last
+    for stage in reversed(stages):
+        left = np.setdiff1d(np.arange(points.shape[2]), stage.active)
+        start = end - 1 - len(stage.layers[0].norm)
+        points[:, start:end, left] = last[:, None, left]
+        end = start + 1
+    return points
+
+
 def residuals(
     stages: Sequence[PreciseStage], trajectory: DoubleDouble, context: Float[np.ndarray, "b k"] | None = None
 ) -> Residuals:
     """The residuals of trajectories ``(b, t, d)``, all steps of a stage at once, with guaranteed bounds of their errors.
+
+    Entries that a step does not act on are taken to be the same in front of it and behind it, see `ending_at`.
 
     An error ``delta`` in the input of a layer is ``|W| delta`` behind it, and an activation is 1-Lipschitz; what products,
     activations and sums add is bounded where it arises.
@@ -197,11 +213,7 @@ def residuals(
     for stage in stages:
         k = len(stage.layers[0].norm)
         now, end = slice(start, start + k), slice(start + 1, start + k + 1)
-        shape = (k, b, *stage.branch.in_shape)
-        x, after = (
-            trajectory.map(lambda part, t=t: np.moveaxis(part[:, t][..., stage.active], 0, 1).reshape(shape))
-            for t in (now, end)
-        )
+        x, after = (_inputs(stage, trajectory, points) for points in (now, end))
         u = (x + stage.bias) * stage.scale
         error = 4 * UNIT * _norm(u)
         g, error, of_arguments, of_layers = _branch(stage, u, error, context)
@@ -213,6 +225,16 @@ def residuals(
         slopes.append(of_layers)
         start += k
     return Residuals(values, errors, argument_errors, tuple(slopes))
+
+
+def _inputs(stage, trajectory, points):
+    """Some points of trajectories as inputs ``(k, b, ...)`` of a stage's branches."""
+
+    def of_branch(part):
+        entries = np.moveaxis(part[:, points][..., stage.active], 0, 1)
+        return entries.reshape(*entries.shape[:2], *stage.branch.in_shape)
+
+    return trajectory.map(of_branch)
 
 
 def _branch(stage, h, error, context):

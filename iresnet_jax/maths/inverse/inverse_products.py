@@ -10,7 +10,6 @@ A step acts on some coordinates of a vector of ``d`` and leaves the others alone
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -81,7 +80,7 @@ def invert(matrix: Float[Array, "d d"], distance: Float[Array, ""]) -> Inverses:
 
 
 def product_tables(
-    inverses: Sequence[Inverses], active: Sequence[Int[np.ndarray, " a"]], num_dims: int, num_rows: int
+    inverses: Sequence[Inverses], active: Sequence[Int[Array, " _"]], num_dims: int, num_rows: int
 ) -> ProductTables:
     """Norms of the products of inverses, from each of the first rows on.
 
@@ -115,7 +114,7 @@ def product_tables(
 
 
 def solve_backward(
-    inverses: Sequence[Inverses], active: Sequence[Int[np.ndarray, " a"]], residuals: Float[Array, "t d"]
+    inverses: Sequence[Inverses], active: Sequence[Int[Array, " _"]], residuals: Float[Array, "t d"]
 ) -> Float[Array, "t d"]:
     """The correction ``e_t = R_t (e_{t+1} - r_t)`` of every point of a trajectory, ``e_T = 0``: a Newton step."""
     ends = np.cumsum([len(group.norms) for group in inverses])

@@ -2,8 +2,8 @@ r"""How far a computed preimage of a whole chain of maps is from the exact one: 
 
 ``F = F_{T-1} ... F_0`` is a bijection whose steps have Jacobians with a known Lipschitz constant. The bounds of the steps'
 inverses multiply, to 1e12 and more for a deep flow; the inverse of the whole is far better conditioned than that. So the
-unknown is the trajectory ``x_0, ..., x_{T-1}`` with ``F_t(x_t) = x_{t+1}`` and ``x_T = y``, and the theorem is one of Newton and
-Kantorovich for its block-bidiagonal equations.
+unknown is the trajectory ``x_0, ..., x_{T-1}`` with ``F_t(x_t) = x_{t+1}`` and ``x_T = y``, and the theorem is one of Newton
+and Kantorovich for its block-bidiagonal equations.
 
 **Setting.** ``x^_t`` is any trajectory with ``x^_T = y``, ``r_t = F_t(x^_t) - x^_{t+1}`` its residuals, ``J_t`` the Jacobian of
 ``F_t`` at ``x^_t``, and ``K_t`` a Lipschitz constant of that Jacobian. ``x*_t`` is the exact trajectory, which exists and is
@@ -93,10 +93,11 @@ class Classical(NamedTuple):
 
     beta: float
     eta: float
-    K: float  # noqa: N815
+    K: float
     h: float
 
 
+@np.errstate(all="ignore")
 def radii(
     products: Products, residuals: Float[Array, " t"], second: Float[Array, " t"], inverse_lipschitz: Float[Array, " t"]
 ) -> Radii:
@@ -120,40 +121,42 @@ def radii(
         blockwise = _UP * (behind + residuals[s]) * inverse_lipschitz[s]
         applied[s] = a > 0 and np.isfinite(c) and 4 * k * c <= (1 - _MARGIN) * a * a
         root = _UP * 2 * c / (a + np.sqrt(a * a - 4 * k * c)) if applied[s] else np.inf
-        bounds[s] = np.nan_to_num(min(root, blockwise), nan=np.inf)
-        quadratic[s] = np.nan_to_num(_UP * second[s] / 2 * bounds[s] ** 2, nan=np.inf)
+        bounds[s] = np.nan_to_num(min(root, blockwise), nan=np.inf, posinf=np.inf)
+        quadratic[s] = np.nan_to_num(_UP * second[s] / 2 * bounds[s] ** 2, nan=np.inf, posinf=np.inf)
         behind = bounds[s]
     return Radii(bounds, applied)
 
 
+@np.errstate(all="ignore")
 def inverse_norms(products: Products) -> Float[Array, "t t"]:
-    r"""Bounds of the exact ``|X_{s,t}| = |J_s^-1 ... J_t^-1|``: ``(|P_{s,t}| + sum_{s < k <= t} |D_{s,k}| |X_{k,t}|) / (1 - |D_{s,s}|)``.
+    r"""Bounds of the norms of the exact ``X_{s,t} = J_s^-1 ... J_t^-1``.
 
+    ``|X_{s,t}| <= (|P_{s,t}| + sum_{s < k <= t} |D_{s,k}| |X_{k,t}|) / (1 - |D_{s,s}|)``, from the last row up.
     Infinite in a row whose approximate inverse is none, ``|D_{s,s}| >= 1``.
     """
     norms, defects = products
     num = len(norms)
     exact = np.zeros((num, num))
-    with np.errstate(invalid="ignore"):
-        for s in reversed(range(num)):
-            gap = (1 - defects[s, s]) / _UP
-            row = norms[s] + defects[s, s + 1 :] @ exact[s + 1 :]
-            exact[s, s:] = np.nan_to_num(_UP * row[s:] / gap, nan=np.inf) if gap > 0 else np.inf
+    for s in reversed(range(num)):
+        gap = (1 - defects[s, s]) / _UP
+        row = norms[s] + defects[s, s + 1 :] @ exact[s + 1 :]
+        exact[s, s:] = np.nan_to_num(_UP * row[s:] / gap, nan=np.inf, posinf=np.inf) if gap > 0 else np.inf
     return exact
 
 
+@np.errstate(all="ignore")
 def classical(exact: Float[Array, "t t"], residuals: Float[Array, " t"], second: Float[Array, " t"]) -> Classical:
     """The numbers of the normwise theorem from `inverse_norms`.
 
     The norm of a matrix of blocks is at most that of the matrix of their norms, and ``DG``, whose blocks ``J_t`` vary each with
     its own ``x_t``, has the Lipschitz constant ``max_t K_t``.
     """
-    K = float(np.max(second))  # noqa: N806
+    K = float(np.max(second))
     if not np.all(np.isfinite(exact)):
         return Classical(np.inf, np.inf, K, np.inf)
     beta = float(_UP * matrix_norm(exact))
     eta = float(_UP * np.linalg.norm(exact @ residuals))
-    return Classical(beta, eta, K, float(np.nan_to_num(_UP * beta * K * eta, nan=np.inf)))
+    return Classical(beta, eta, K, float(np.nan_to_num(_UP * beta * K * eta, nan=np.inf, posinf=np.inf)))
 
 
 def matrix_norm(matrix: Float[Array, "t t"]) -> float:

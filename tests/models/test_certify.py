@@ -1,0 +1,187 @@
+"""Certified inverses against Newton's method in decimal numbers of 50 digits, on small flows of every kind."""
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import kept
+import numpy as np
+import pytest
+
+from iresnet_jax.maths import activations
+from iresnet_jax.maths.double_double import DoubleDouble
+from iresnet_jax.models import certify, trajectory
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.flow import freeze
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import _plain_flow as plain
+
+CONV = {"hidden": (3,), "kernel_sizes": (3, 3)}
+FLOWS = {
+    "points": FlowSpec((2,), (StageSpec(2, hidden=(6, 5), activation="lipswish"),), coeff=0.9),
+    "preactivated": FlowSpec((3,), (StageSpec(2, hidden=(6,), activation="elu", preactivation=True),)),
+    "tanh": FlowSpec((2,), (StageSpec(3, hidden=(6,), activation="tanh"),), coeff=0.999),
+    "images": FlowSpec(
+        (4, 4, 1),
+        (
+            StageSpec(1, **CONV, activation="clipswish", squeeze=2, factor_out=True, positional_bias=True),
+            StageSpec(1, **CONV, activation="softplus4", padding="CIRCULAR"),
+            StageSpec(1, hidden=(5,), activation="softplus"),
+        ),
+    ),
+}
+JUMPS = {name: FlowSpec((2,), (StageSpec(2, hidden=(6,), activation=name),)) for name in ("relu", "maxmin")}
+
+
+@functools.cache
+def model(name):
+    """A density of such a flow, with random weights."""
+    spec = {**FLOWS, **JUMPS}[name]
+    make = jax.jit(lambda key: freeze(spec, kept.random_params(spec, key)))
+    frozen = make(jax.random.key(1))
+    weights = jax.tree.map(np.asarray, frozen.weights)
+    for stage in weights.values():
+        rng = np.random.default_rng(0)
+        for layer in stage["branch"].values():
+            layer["bias"] = (0.3 * rng.normal(size=layer["bias"].shape)).astype(np.float32)
+    return Density(DensitySpec(spec), weights, {}, frozen.bounds)
+
+
+@functools.cache
+def exact_inverse(name, scale):
+    """Latents of two inputs of that size, in float32, and their preimages in decimal numbers."""
+    own = model(name)
+    flow = own.spec.flow
+    x = scale * np.random.default_rng(2).normal(size=(2, *flow.event_shape))
+    with jax.enable_x64(True):
+        weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), own.weights)
+        whole = lambda x: trajectory.follow(flow, weights, x[None], None)[0, -1][trajectory.entries_of(flow).latents]  # noqa: E731
+        y = np.asarray(jax.vmap(whole)(jnp.asarray(x))).astype(np.float32)
+        jacobians = np.asarray(jax.vmap(jax.jacfwd(whole))(jnp.asarray(x))).reshape(2, flow.num_dims, -1)
+    preimages = []
+    for one, latents, jacobian in zip(x, y, jacobians, strict=True):
+        step = np.linalg.inv(jacobian)
+        preimages.append(plain.invert(plain.DECIMAL, flow, own.weights, latents, one, step, num_steps=5))
+    for latents, preimage in zip(y, preimages, strict=True):
+        wrong = plain.forward(plain.DECIMAL, flow, own.weights, preimage) - plain.DECIMAL.of(latents)
+        assert max(abs(wrong)) < 1e-25
+    return y, preimages
+
+
+def rounded(preimages, dtype: type = np.float64):
+    return np.array([preimage.astype(np.float64) for preimage in preimages]).astype(dtype)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_bounds_hold_and_are_sharp_from_float32_to_the_last_bit_of_float64(name):
+    y, preimages = exact_inverse(name, 1.0)
+    noise = np.random.default_rng(3).normal(size=(2, *model(name).spec.flow.event_shape))
+    for x in (rounded(preimages), rounded(preimages, np.float32), rounded(preimages) + 1e-4 * noise):
+        found = certify.inverse(model(name), y, x)
+        errors = np.array([plain.distance(plain.DECIMAL, one, exact) for one, exact in zip(x, preimages, strict=True)])
+        assert found.applied.all()
+        assert np.all(errors <= found.error_bound)
+        assert np.all(found.error_bound <= 1.002 * errors)
+        assert np.all(found.h < 1e-3)
+        for one, bound, exact in zip(found.refined, found.refined_bound, preimages, strict=True):
+            assert plain.distance(plain.DECIMAL, one, exact) <= bound + 2.0**-53 * np.linalg.norm(one)
+
+
+@pytest.mark.parametrize("name", ["points", "tanh"])
+@pytest.mark.parametrize("scale", [30.0, 1e3])
+def test_bounds_hold_far_from_the_data_and_far_from_the_preimage(name, scale):
+    y, preimages = exact_inverse(name, scale)
+    for x in (rounded(preimages), rounded(preimages) + scale, np.zeros_like(rounded(preimages))):
+        found = certify.inverse(model(name), y, x)
+        errors = np.array([plain.distance(plain.DECIMAL, one, exact) for one, exact in zip(x, preimages, strict=True)])
+        assert np.all(errors <= found.error_bound)
+        assert found.applied.all()
+        assert np.all(found.error_bound <= 1.01 * errors + 1e-14 * scale)
+
+
+@pytest.mark.parametrize("name", JUMPS)
+def test_slopes_that_jump_leave_the_bounds_of_the_blocks(name):
+    y, preimages = exact_inverse(name, 1.0)
+    found = certify.inverse(model(name), y, rounded(preimages, np.float32))
+    errors = [
+        plain.distance(plain.DECIMAL, one, exact) for one, exact in zip(rounded(preimages, np.float32), preimages, strict=True)
+    ]
+    assert not found.applied.any()
+    assert np.all(np.isinf(found.h))
+    assert np.all(errors <= found.error_bound)
+    assert np.all(found.error_bound <= np.array(errors) + 1e-12)
+
+
+def test_an_input_that_is_no_number_has_an_infinite_bound():
+    y, preimages = exact_inverse("points", 1.0)
+    x = rounded(preimages)
+    x[1] = np.nan
+    found = certify.inverse(model("points"), y, x)
+    assert np.isfinite(found.error_bound[0])
+    assert not np.isfinite(found.error_bound[1])
+
+
+def test_what_cannot_be_certified_is_refused():
+    own = model("points")
+    y, x = np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32)
+    with pytest.raises(ValueError, match="call freeze"):
+        certify.inverse(own.with_(bounds=None), y, x)
+    with pytest.raises(ValueError, match="y must have 2 entries"):
+        certify.inverse(own, y, x[:, :1])
+    weights = {"stage0": {**own.weights["stage0"], "lipschitz": np.ones(2, np.float32)}}
+    with pytest.raises(ValueError, match="not certified to be a contraction"):
+        certify.inverse(own.with_(weights=weights), y, x)
+
+
+def test_residuals_against_decimal_numbers():
+    """One step of every kind: its residual in 50 digits is within the bound, which is far below float64's rounding."""
+    for name in ("points", "preactivated", "images"):
+        own, flow = model(name), model(name).spec.flow
+        stages = trajectory.precise_stages(flow, own.weights, own.bounds)
+        x = np.random.default_rng(0).normal(size=(1, *flow.event_shape))
+        with jax.enable_x64(True):
+            weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), own.weights)
+            points = np.asarray(trajectory.follow(flow, weights, jnp.asarray(x), None))
+            found = trajectory.residuals(stages, DoubleDouble.of(points))
+        entries = trajectory.entries_of(flow)
+        start = 0
+        for stage, active in zip(flow.layout, entries.active, strict=True):
+            alone = dataclasses.replace(stage.spec, num_blocks=1, squeeze=1, factor_out=False)
+            step_spec = FlowSpec(stage.branch.in_shape, (alone,))
+            for k in range(stage.spec.num_blocks):
+                step_weights = {"stage0": jax.tree.map(lambda a, k=k: a[k : k + 1], own.weights[stage.name])}
+                t = start + k
+                inside = plain.DECIMAL.of(points[0, t, active].reshape(stage.branch.in_shape))
+                after = plain.forward(plain.DECIMAL, step_spec, step_weights, inside)
+                wanted = after - plain.DECIMAL.of(points[0, t + 1, active])
+                error = plain.distance(plain.DECIMAL, found.values[0, t, active], wanted)
+                assert error <= found.errors[0, t] <= 1e-16 * np.linalg.norm(found.values[0, t]) + 1e-19
+                assert np.linalg.norm(np.delete(found.values[0, t], active)) == 0
+            start += stage.spec.num_blocks
+        assert entries.latents.tolist() != list(range(flow.num_dims)) or name != "images"
+
+
+@pytest.mark.parametrize("name", sorted(activations.ACTIVATIONS))
+def test_slopes_change_no_faster_than_stated(name):
+    """Sampled differences of slopes on a fine grid, in float64: never above the constant, and close to it."""
+    entry = activations.ACTIVATIONS[name]
+    if not entry.elementwise:
+        assert entry.slope_lipschitz is None
+        return
+    x = np.linspace(-8, 8, 4001)
+    beta = 1.3
+    apply = functools.partial(entry.apply, beta=beta) if entry.has_beta else entry.apply
+    with jax.enable_x64(True):
+        slopes = np.asarray(jax.vmap(jax.jacfwd(lambda t: apply(t[None])))(jnp.asarray(x)))
+    steepness = np.linalg.norm(np.diff(slopes, axis=0), axis=1) / np.diff(x)[0]
+    if entry.slope_lipschitz is None:
+        assert steepness.max() > 100
+        return
+    stated = entry.slope_lipschitz * (np.log1p(np.exp(beta)) if entry.has_beta else 1)
+    assert steepness.max() <= stated * (1 + 1e-6) + 1e-12
+    assert steepness.max() >= 0.99 * stated
