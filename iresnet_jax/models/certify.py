@@ -107,7 +107,7 @@ def inverse(
         start = np.asarray(x, np.float64).reshape(len(x), -1)
         scaled = model.scale_context(context) if isinstance(model, Density) else None
         contexts = None if scaled is None else np.asarray(scaled, np.float64)
-        parts, size = [], problem.chunk
+        parts, size = [], min(problem.chunk, 2 ** math.ceil(math.log2(max(len(y), 1))))
         for first in range(0, len(y), size):
             chosen = np.minimum(np.arange(first, first + size), len(y) - 1)  # the last part is filled up with its last example
             part = _certify(problem, y[chosen], start[chosen], None if contexts is None else contexts[chosen])
