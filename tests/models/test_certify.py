@@ -13,8 +13,9 @@ import pytest
 
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.double_double import DoubleDouble
-from iresnet_jax.models import certify, trajectory
+from iresnet_jax.models import certified_inverse, certify, trajectory
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.branch import apply_branch
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
 
@@ -185,3 +186,113 @@ def test_slopes_change_no_faster_than_stated(name):
     stated = entry.slope_lipschitz * (np.log1p(np.exp(beta)) if entry.has_beta else 1)
     assert steepness.max() <= stated * (1 + 1e-6) + 1e-12
     assert steepness.max() >= 0.99 * stated
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_jacobians_of_steps_against_forward_differentiation(name):
+    own, flow = model(name), model(name).spec.flow
+    x = np.random.default_rng(0).normal(size=(1, *flow.event_shape))
+    with jax.enable_x64(True):
+        problem = certified_inverse.Problem.of(own)
+        points = np.asarray(trajectory.follow(flow, problem.weights, jnp.asarray(x), None))
+        found = trajectory.residuals(problem.stages, DoubleDouble.of(points))
+        linearized = certified_inverse.linearize(problem, found, DoubleDouble.of(points))
+        wanted = np.asarray(dense_steps(name, jnp.asarray(points[0])))
+    errors = problem.constants.jacobian_errors(found.argument_errors)[0]
+    assert np.all(errors <= 1e-11)
+    t = 0
+    for group, active in zip(linearized.inverses, problem.entries.active, strict=True):
+        for matrix in np.asarray(group.forward[0]):
+            np.testing.assert_allclose(matrix, wanted[t][np.ix_(active, active)], rtol=0, atol=1e-13)
+            t += 1
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_jacobians_of_steps_change_no_faster_than_stated(name):
+    """Sampled pairs of points at all distances, and pairs that climb: gradient ascent on the quotient from the best sample."""
+    own, flow = model(name), model(name).spec.flow
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        constants = certified_inverse.Problem.of(own).constants
+        num = len(constants.second)
+        step = jax.jit(lambda points: dense_steps(name, points))
+        best, largest = None, np.zeros(num)
+        for _ in range(150):
+            one = 2 * rng.normal(size=(num, flow.num_dims))
+            other = one + 10.0 ** rng.uniform(-3, 0) * rng.normal(size=one.shape)
+            quotients = quotient(step, one, other)
+            largest = np.maximum(largest, quotients)
+            if best is None or quotients.max() > best[0]:
+                best = (quotients.max(), one, other)
+        _, one, other = best
+        for _ in range(150):
+            near = [point + 0.1 * rng.normal(size=point.shape) for point in (one, other)]
+            quotients = quotient(step, *near)
+            if quotients.max() > best[0]:
+                best, (one, other) = (quotients.max(), *near), near
+            largest = np.maximum(largest, quotients)
+    assert np.all(largest <= constants.second)
+    assert np.all(constants.second <= 60 * largest)
+
+
+def quotient(step, one, other):
+    entries = np.linalg.norm(one - other, axis=1)
+    return np.linalg.norm(np.asarray(step(one)) - np.asarray(step(other)), 2, axis=(1, 2)) / entries
+
+
+def dense_steps(name, points):
+    """Jacobians of all steps at points ``(t, d)`` on the whole vector, by forward differentiation in float64."""
+    own, flow = model(name), model(name).spec.flow
+    found, start = [], 0
+    for stage, active in zip(flow.layout, trajectory.entries_of(flow).active, strict=True):
+        weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), own.weights[stage.name])
+
+        def step(block, u, stage=stage):
+            scale, bias = jnp.exp(block["actnorm"]["log_scale"]), block["actnorm"]["bias"]
+            u = ((u.reshape(-1, len(scale)) + bias[None]) * scale[None]).reshape(1, *stage.branch.in_shape)
+            return (u + apply_branch(stage.branch, block["branch"], u)).ravel()
+
+        own_points = points[start : start + stage.spec.num_blocks][:, active]
+        jacobians = jax.vmap(jax.jacfwd(step, argnums=1))(weights, own_points)
+        whole = jnp.tile(jnp.eye(flow.num_dims), (stage.spec.num_blocks, 1, 1))
+        found.append(whole.at[:, active[:, None], active[None]].set(jacobians))
+        start += stage.spec.num_blocks
+    return jnp.concatenate(found)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_local_constants_against_singular_values_and_pairs_of_points(name):
+    own, flow = model(name), model(name).spec.flow
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *flow.event_shape))
+    entries = trajectory.entries_of(flow)
+    at_point = certify.local_constants(own, x, 0.0)
+    radius = 0.02
+    in_ball = certify.local_constants(own, x, radius)
+    with jax.enable_x64(True):
+        weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), own.weights)
+        run = jax.jit(lambda x: trajectory.follow(flow, weights, x, None))
+        for i, one in enumerate(x):
+            whole = np.eye(flow.num_dims)
+            for jacobian in np.asarray(jax.jit(lambda p: dense_steps(name, p))(np.asarray(run(one[None]))[0, :-1])):
+                whole = jacobian @ whole
+            values = np.linalg.svd(whole, compute_uv=False)
+            assert values[0] * (1 - 1e-12) <= at_point.forward[i] <= 1.001 * values[0]
+            assert (1 - 1e-12) / values[-1] <= at_point.inverse[i] <= 1.001 / values[-1]
+            directions = rng.normal(size=(2, 400, flow.num_dims))
+            directions /= np.linalg.norm(directions, axis=2, keepdims=True)
+            pairs = one.ravel()[None, None] + radius * rng.uniform(size=(2, 400, 1)) ** 0.2 * directions
+            images = [np.asarray(run(p.reshape(-1, *flow.event_shape)))[:, -1][:, entries.latents] for p in pairs]
+            ratio = np.linalg.norm(images[0] - images[1], axis=1) / np.linalg.norm(pairs[0] - pairs[1], axis=1)
+            assert ratio.max() <= in_ball.forward[i]
+            assert 1 / ratio.min() <= in_ball.inverse[i]
+            assert at_point.forward[i] <= in_ball.forward[i] <= in_ball.global_forward
+            assert at_point.inverse[i] <= in_ball.inverse[i] <= in_ball.global_inverse
+
+
+def test_without_smooth_slopes_local_constants_are_the_global_ones():
+    found = certify.local_constants(model("relu"), np.zeros((1, 2)), 0.1)
+    assert found.forward[0] == found.global_forward
+    assert found.inverse[0] == found.global_inverse
+    with pytest.raises(ValueError, match="radius must be at least 0"):
+        certify.local_constants(model("relu"), np.zeros((1, 2)), -1.0)

@@ -23,12 +23,14 @@ class Inverses(NamedTuple):
     """Approximate inverses of a group of matrices of one size.
 
     Attributes:
+        forward: The matrices that were inverted, ``M_t``.
         matrices: ``R_t``.
         norms: Bounds of ``|R_t|_2``.
         defects: Bounds of ``|R_t J_t - I|_2`` for every ``J_t`` within the given distance of the matrix that was inverted.
         jacobians: Bounds of ``|J_t|_2``.
     """
 
+    forward: Float[Array, "k d d"]
     matrices: Float[Array, "k d d"]
     norms: Float[Array, " k"]
     defects: Float[Array, " k"]
@@ -36,11 +38,11 @@ class Inverses(NamedTuple):
 
 
 class ProductTables(NamedTuple):
-    """Norms of ``P_{s,t}``, the computed product ``R_s ... R_t``, and what rounding contributed.
+    """Norms of computed products ``P_{s,t} = R_s ... R_t``, or forward ``M_t ... M_s``, and what rounding contributed.
 
     Attributes:
         norms: Bounds of ``|P_{s,t}|_2``.
-        rounding: Bounds of ``|P_{s,t} - P_{s,t-1} R_t|_2``.
+        rounding: Bounds of ``|P_{s,t} - P_{s,t-1} R_t|_2``, or forward ``|P_{s,t} - M_t P_{s,t-1}|_2``.
     """
 
     norms: Float[Array, "r t"]
@@ -76,32 +78,41 @@ def invert(matrix: Float[Array, "d d"], distance: Float[Array, ""]) -> Inverses:
     size, own = frobenius(inverse), frobenius(matrix)
     norm = norm_bound(inverse)
     defect = frobenius(inverse @ matrix - jnp.eye(d)) + gamma(d + 2) * (size * own + d**0.5)
-    return Inverses(inverse, norm, (defect + norm * distance) * _UP, (norm_bound(matrix) + distance) * _UP)
+    return Inverses(matrix, inverse, norm, (defect + norm * distance) * _UP, (norm_bound(matrix) + distance) * _UP)
 
 
 def product_tables(
-    inverses: Sequence[Inverses], active: Sequence[Int[Array, " _"]], num_dims: int, num_rows: int
+    matrices: Sequence[Float[Array, "_ _ _"]],
+    active: Sequence[Int[Array, " _"]],
+    num_dims: int,
+    num_rows: int,
+    *,
+    forward: bool = False,
 ) -> ProductTables:
-    """Norms of the products of inverses, from each of the first rows on.
+    """Norms of products of the steps' matrices, from each of the first rows on.
 
     Args:
-        inverses: Inverses of the steps, a group for each set of coordinates.
+        matrices: Approximate inverses ``R_t`` of the steps, a group for each set of coordinates.
         active: Coordinates that each group acts on.
         num_dims: Length of the whole vector.
         num_rows: Rows ``s`` to compute: one product of matrices for each ``t >= s``, and one more for its norm.
+        forward: Whether each matrix multiplies those before it from the left, as Jacobians do, instead of from the right.
     """
-    starts = np.cumsum([0, *(len(group.norms) for group in inverses)])
+    starts = np.cumsum([0, *(len(group) for group in matrices)])
     num = int(starts[-1])
 
     def row(s, tables):
         state = (jnp.eye(num_dims), jnp.asarray(num_dims**0.5), tables)
-        for group, entries, start, end in zip(inverses, active, starts[:-1], starts[1:], strict=True):
+        for group, entries, start, end in zip(matrices, active, starts[:-1], starts[1:], strict=True):
 
             def step(t, state, group=group, entries=entries, start=int(start)):
                 product, size, tables = state
-                inverse = group.matrices[t - start]
-                rounding = gamma(len(entries)) * size * frobenius(inverse) * _UP
-                product = product.at[:, entries].set(product[:, entries] @ inverse)
+                matrix = group[t - start]
+                rounding = gamma(len(entries)) * size * frobenius(matrix) * _UP
+                if forward:
+                    product = product.at[entries].set(matrix @ product[entries])
+                else:
+                    product = product.at[:, entries].set(product[:, entries] @ matrix)
                 norms, roundings = tables
                 tables = ProductTables(norms.at[s, t].set(norm_bound(product)), roundings.at[s, t].set(rounding))
                 return product, frobenius(product), tables

@@ -174,7 +174,9 @@ def test_products_of_inverses_against_dense_algebra(num_rows):
     exact = exact_products(np.array(whole))
     with jax.enable_x64(True):
         inverses = [inverse_products.invert_group(jnp.asarray(group), jnp.full(len(group), 1e-9)) for group in matrices]
-        tables = inverse_products.product_tables(inverses, [jnp.asarray(a) for a in active], D, num_rows)
+        tables = inverse_products.product_tables(
+            [own.matrices for own in inverses], [jnp.asarray(a) for a in active], D, num_rows
+        )
         values = rng.normal(size=(T, D))
         values[3:, [1, 2]] = 0
         steps = inverse_products.solve_backward(inverses, [jnp.asarray(a) for a in active], jnp.asarray(values))
