@@ -8,7 +8,7 @@ of IEEE arithmetic are trusted, no elementary function and no linear solver is.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.maths.double_double import DoubleDouble
 from iresnet_jax.maths.inverse import inverse_products, shadowing
 from iresnet_jax.maths.inverse.inverse_products import Inverses, ProductTables
+from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.step_jacobians import StepConstants, step_constants, step_jacobians
@@ -113,10 +114,20 @@ def inverse(
 
 
 class Problem(NamedTuple):
-    """A flow prepared for certification."""
+    """A flow prepared for certification.
 
-    spec: object
-    weights: object
+    Attributes:
+        spec: Architecture of the flow.
+        weights: Its weights in float64.
+        stages: Its steps in double-double.
+        entries: Where the vector of a trajectory keeps what.
+        constants: Guaranteed constants of the steps.
+        num_rows: Rows of the table of products that are computed.
+        chunk: Examples that are certified together, at most.
+    """
+
+    spec: FlowSpec
+    weights: Any
     stages: tuple[PreciseStage, ...]
     entries: Entries
     constants: StepConstants
@@ -126,9 +137,10 @@ class Problem(NamedTuple):
     @classmethod
     def of(cls, model: Density | Classifier) -> "Problem":
         """Prepares a model's flow; in float64."""
-        spec = model.spec.flow
+        spec, bounds = model.spec.flow, model.bounds
+        assert bounds is not None
         weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), model.weights)
-        stages = precise_stages(spec, weights, model.bounds)
+        stages = precise_stages(spec, weights, bounds)
         kernels = [{name: layer["kernel"] for name, layer in weights[stage.name]["branch"].items()} for stage in spec.layout]
         lipschitz = [weights[stage.name]["lipschitz"] for stage in spec.layout]
         constants = step_constants(stages, kernels, lipschitz)
@@ -146,7 +158,7 @@ class Linearization(NamedTuple):
 
     inverses: tuple[Inverses, ...]
     tables: ProductTables
-    center: Float[np.ndarray, "b t d"]
+    center: DoubleDouble
 
 
 def _certify(problem, y, start, contexts):
@@ -205,8 +217,8 @@ def _bounds(problem, linearized, found: Residuals, trajectory: DoubleDouble, sta
             num = len(residual)
             products = shadowing.Products(np.full((num, num), np.inf), np.full((num, num), np.inf))
         else:
-            moved = trajectory.map(lambda part, i=i: part[i]) - DoubleDouble.of(linearized.center[i])
-            products = products_of(problem, linearized, i, np.linalg.norm(moved.high, axis=1)[:-1] * _UP)
+            moved = (trajectory - linearized.center).high[i, :-1]
+            products = products_of(problem, linearized, i, np.linalg.norm(moved, axis=1) * _UP)
         radii = shadowing.radii(products, residual, constants.second, constants.inverse)
         numbers = shadowing.classical(shadowing.inverse_norms(products), residual, constants.second)
         rows.append((distance[i] + radii.radii[0], np.all(radii.applied), *numbers, radii.radii[0]))
@@ -247,7 +259,7 @@ def linearize(problem: Problem, found: Residuals, trajectory: DoubleDouble) -> L
         inverses.append(_invert(stage.branch, kernels, scale, slopes, distances[:, start : start + k]))
         start += k
     tables = tables_of(problem, tuple(group.matrices for group in inverses), problem.num_rows)
-    return Linearization(tuple(inverses), tables, trajectory.high)
+    return Linearization(tuple(inverses), tables, trajectory)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -281,7 +293,8 @@ def _newton(inverses, active, values):
 
 def _nothing(start) -> InverseCertificate:
     infinite = np.full(len(start), np.inf)
-    return InverseCertificate(infinite, np.zeros(len(start), bool), *[infinite] * 4, start, infinite)
+    nothing = np.zeros(len(start), bool)
+    return InverseCertificate(infinite, nothing, infinite, infinite, infinite, infinite, start, infinite)
 
 
 def _better(one: InverseCertificate, other: InverseCertificate) -> InverseCertificate:

@@ -19,7 +19,7 @@ from iresnet_jax.maths import activations
 from iresnet_jax.maths.inverse.inverse_products import U, gamma
 from iresnet_jax.maths.lipschitz_bounds import branch_jacobian_bound
 from iresnet_jax.maths.precise_activations import SLOPE_ERROR
-from iresnet_jax.models.branch import BranchSpec, linear_map
+from iresnet_jax.models.branch import BranchSpec, LayerSpec, linear_map
 from iresnet_jax.models.trajectory import PreciseStage
 
 _UP = 1 + 2.0**-30
@@ -92,7 +92,9 @@ def _constants(stage: PreciseStage, kernels, k: int, scale: np.ndarray, lipschit
         slopes.append(steepness)
         matrix = np.abs(kernels[layer.spec.name])
         by_output = matrix.reshape(-1, matrix.shape[-1])
-        rows.append(float(np.sqrt(np.max(np.sum(by_output**2, axis=0)))) * _UP)
+        rows.append(
+            layer.norm[k] if taps_meet(stage.branch, layer.spec) else float(np.sqrt(np.max(np.sum(by_output**2, axis=0)))) * _UP
+        )
         by_input = matrix.sum(axis=-1).reshape(-1, matrix.shape[-2]).sum(axis=0)
         size = float(np.sqrt(np.max(by_output.sum(axis=0)) * np.max(by_input))) * _UP
         growth *= max(size, layer.norm[k])
@@ -103,6 +105,13 @@ def _constants(stage: PreciseStage, kernels, k: int, scale: np.ndarray, lipschit
     slope_factor = 2 * largest * math.sqrt(d) * growth * num_activated * _UP
     inverse = _UP / ((1 - lipschitz) * least) if lipschitz < 1 and least > 0 else math.inf
     return second, lipschitz, largest, inverse, own_error, slope_factor, max(slopes)
+
+
+def taps_meet(branch: BranchSpec, layer: LayerSpec) -> bool:
+    """Whether two taps of a layer read the same entry, as on a torus smaller than the kernel: rows are sums of taps then."""
+    if len(layer.kernel_shape) == 2 or branch.padding != "CIRCULAR":
+        return False
+    return any(size < taps for size, taps in zip(branch.in_shape[:2], layer.kernel_shape[:2], strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=0)
