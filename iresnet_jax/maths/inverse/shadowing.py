@@ -23,9 +23,10 @@ well they are that.
 **Theorem.** Let ``|e_t| <= rho_t`` for ``t > s``. With the norms of (2), the numbers
 
     c = sum_{t >= s} |P_{s,t}| |r_t| + sum_{t > s} (|P_{s,t}| K_t / 2 rho_t^2 + |D_{s,t}| rho_t),
-    a = 1 - |D_{s,s}| > 0,    k = |P_{s,s}| K_s / 2
+    a = 1 - |D_{s,s}|,    k = |P_{s,s}| K_s / 2
 
-satisfy ``4 k c <= a^2`` only if ``|e_s| <= rho_s = 2 c / (a + sqrt(a^2 - 4 k c))``, the lesser root of ``c + k rho^2 = a rho``.
+bound the error of step ``s``: if ``a > 0`` and ``4 k c <= a^2``, then ``|e_s| <= rho_s = 2 c / (a + sqrt(a^2 - 4 k c))``, the
+lesser root of ``c + k rho^2 = a rho``.
 
 *Proof.* Fix the true ``e_t`` for ``t > s`` and let ``Phi(e)`` be the right-hand side of (2) as a function of ``e = e_s``, which
 enters ``q_s`` and ``D_{s,s} e_s``. ``|e| <= rho_s`` gives ``|Phi(e)| <= c + k rho_s^2 + (1 - a) rho_s = rho_s``, so by Brouwer
