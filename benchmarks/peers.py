@@ -18,6 +18,7 @@ inverse runs by its own rule, and with the largest power of ten as ``atol`` and 
 error is the largest of an entry of the flow's input, against the preimage in float64.
 """
 
+import argparse
 import contextlib
 import importlib.metadata
 import tempfile
@@ -65,11 +66,6 @@ def main():
         versions = {name: importlib.metadata.version(name) for name in ("normflows", "torch")}
     except importlib.metadata.PackageNotFoundError as error:
         raise SystemExit(f"error: there is no package {error.name}: install the packages of the extra 'bench'") from None
-    results = {part: run(part, arguments) for part in chosen}
-    if arguments.time_to is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            results["time_to"] = training.time_to(arguments, Path(folder))
-        print(f"\ntime to {arguments.time_to} bits/dim\n{table(training.time_rows(results['time_to']), training.TIME_HEADER)}")
     settings = {
         "versions": versions,
         "cores": core_counts(),
@@ -77,7 +73,19 @@ def main():
         "likelihood_bits_per_dim": likelihood.TARGET,
         "inverse_error_of_an_entry": inverse.TOLERANCE,
     }
-    write("peers", arguments, settings, results)
+    for part in chosen:
+        record(part, arguments, settings, run(part, arguments))
+    if arguments.time_to is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            results = training.time_to(arguments, Path(folder))
+        print(f"\ntime to {arguments.time_to} bits/dim\n{table(training.time_rows(results), training.TIME_HEADER)}")
+        record("time_to", arguments, settings, results)
+
+
+def record(part, arguments, settings, results):
+    """Writes the record of a part as soon as it is measured."""
+    output = arguments.output and arguments.output.with_stem(f"{arguments.output.stem}_{part}")
+    write(f"peers_{part}", argparse.Namespace(**{**vars(arguments), "output": output}), settings, results)
 
 
 if __name__ == "__main__":
