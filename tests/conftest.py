@@ -18,6 +18,8 @@ if version("jaxlib").startswith("0.10."):  # compiles in half the time; later ve
     FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Large pages for test processes, where Linux has them; commands that tests start need not start themselves again for them.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 # NumPy's oracles are small: a second thread only waits for them, and takes a core from the other test process. Some plugin of
 # pytest may have loaded NumPy before this file, which then has to be told.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

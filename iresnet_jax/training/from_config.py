@@ -196,8 +196,9 @@ def build_schedule(settings: OptimizerConfig, total_steps: int) -> optax.Schedul
     )
 
 
+@functools.lru_cache(maxsize=64)
 def build_optimizer(settings: OptimizerConfig) -> optax.GradientTransformation:
-    """The update rule at a learning rate of 1, which `build_schedule` sets."""
+    """The update rule at a learning rate of 1, which `build_schedule` sets; one object for equal settings."""
     return make_optimizer(
         name=settings.name,
         learning_rate=1.0,

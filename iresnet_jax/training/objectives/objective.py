@@ -1,5 +1,6 @@
 """What the training loop knows of a model: its first variables, a training step and a validation."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -54,19 +55,22 @@ class Objective(NamedTuple):
 
     def initial_state(self) -> state.TrainState:
         """The state before the first update."""
-        return jax.jit(self._state_of)(self.initial_variables())  # copies one by one would compile one by one
+        created = _state_creator(self.rule.optimizer)(self.initial_variables())
+        return created._replace(num_terms=jnp.int32(self.num_terms), horizon=jnp.int32(self.rule.total_steps))
 
     def abstract_state(self) -> state.TrainState:
         """Shapes and dtypes of the state."""
-        return jax.eval_shape(self._state_of, self.abstract_variables())
-
-    def _state_of(self, variables: Any) -> state.TrainState:
-        rule, terms = self.rule, self.num_terms
-        return state.create(variables, rule.optimizer, num_terms=terms, horizon=rule.total_steps)
+        return jax.eval_shape(_state_creator(self.rule.optimizer), self.abstract_variables())
 
     def adapt(self, current: state.TrainState, held_out: HeldOut) -> state.TrainState:
         """The state that training goes on with after a validation: with more terms of the log-determinant, if it found so."""
         return current._replace(num_terms=jnp.int32(held_out.num_terms))
+
+
+@functools.lru_cache(maxsize=64)
+def _state_creator(optimizer: optax.GradientTransformation) -> Callable[[Any], state.TrainState]:
+    """One program for the state of all runs with one optimizer: copies one by one would compile one by one."""
+    return jax.jit(lambda variables: state.create(variables, optimizer))
 
 
 class Loss(NamedTuple):
