@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
@@ -15,6 +16,8 @@ from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.maths.inverse.fixed_point import Diagonal, FixedPointInfo, invert_residual
 from iresnet_jax.maths.logdet.estimator import Jacobian, Logdet, LogdetEstimator, LogdetInfo, Trace
 from iresnet_jax.maths.logdet.jacobian_products import linearize
+
+LOG_DETERMINANT = "log_determinant"  # name of its operations in programs
 
 
 class Branch(NamedTuple):
@@ -75,7 +78,8 @@ def forward_and_logdet(
 
 def _logdet(at, branch, x, key, estimator):
     known = {"trace": branch.trace, "jacobian": branch.jacobian, "logdet": branch.logdet}
-    return estimator(at, x, key, lipschitz_bound=branch.lipschitz_bound, **known)
+    with jax.named_scope(LOG_DETERMINANT):
+        return estimator(at, x, key, lipschitz_bound=branch.lipschitz_bound, **known)
 
 
 def inverse(

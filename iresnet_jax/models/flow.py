@@ -31,6 +31,7 @@ from iresnet_jax.models.branch import BranchSpec
 
 Tree = Mapping[str, Any]
 Norms = Mapping[str, Mapping[str, Float[Array, " k"]]]  # by stage and layer, one a block
+NORMS = "norms"  # name of the constraint's operations in programs
 
 
 class Constrained(NamedTuple):
@@ -135,7 +136,8 @@ def _constrain(
     for stage in spec.layout:
         blocks = dict(params[stage.name]["blocks"])
         scale = blocks.pop("actnorm")
-        normalized = normalize(stage, blocks)
+        with jax.named_scope(NORMS):
+            normalized = normalize(stage, blocks)
         weights[stage.name] = {"actnorm": scale, "branch": normalized.weights, "lipschitz": normalized.lipschitz}
         new_spectral[stage.name] = {"blocks": normalized.vectors} if normalized.vectors else spectral[stage.name]
         norms[stage.name] = normalized.norms

@@ -9,6 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from iresnet_jax.training.optimizers import ema_update
 
+OPTIMIZER = "optimizer"  # name of the update's operations in programs
+
 
 class TrainState(NamedTuple):
     """The state of a run, equal on every device.
@@ -49,6 +51,7 @@ def create(variables: Any, optimizer: optax.GradientTransformation, *, num_terms
     )
 
 
+@jax.named_scope(OPTIMIZER)
 def apply_gradients(
     state: TrainState,
     gradients: Any,
