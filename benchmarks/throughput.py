@@ -32,28 +32,16 @@ WARMUP, MAX_STEPS, MAX_S = 3, 50, 20.0  # steps that are not timed, and that are
 def work(file, precision, batch):
     """Takes steps and prints what they took, as JSON."""
     import jax
-    import numpy as np
 
-    from iresnet_jax.training import loop, parallel, plan, state
-    from iresnet_jax.training.from_config import model_spec
-    from iresnet_jax.training.initialization import abstract_variables
+    from iresnet_jax.training import loop, parallel, plan, profile
     from iresnet_jax.training.matmul_precision import prepare_backend
     from iresnet_jax.training.program_costs import flops
 
     config = read_config(file, *PRECISIONS[precision], *([f"training.batch_size={batch}"] if batch else []))
     prepare_backend(config.training.matmul_precision)
     data = plan.data_for(config)
-    spec = model_spec(config, data)
-    objective = loop.build_objective(config, data, spec)
-    rng = np.random.default_rng(0)
-    variables = jax.tree.map(
-        lambda leaf: (0.02 * rng.normal(size=leaf.shape)).astype(leaf.dtype), abstract_variables(config, spec)
-    )
-    for statistics in jax.tree.leaves(variables.get("batch_stats", {})):
-        statistics[...] = 1
-    current = state.create(variables, objective.rule.optimizer, num_terms=objective.num_terms, horizon=1000)
-    indices = np.arange(config.training.batch_size) % len(jax.tree.leaves(objective.examples)[0])
-    batch = parallel.shard(jax.tree.map(lambda rows: rows[indices], objective.examples))
+    objective = loop.build_objective(config, data)
+    current, batch = profile.random_state(objective), profile.first_batch(objective.examples, config.training.batch_size)
     step = objective.make_step(objective.num_terms)
     traced = parallel.for_devices(step, jax.devices()[:1]).trace(current, jax.tree.map(lambda rows: rows[0], batch))
     share = config.training.batch_size // jax.device_count()

@@ -1,10 +1,12 @@
-"""Everything after training: ``python -m iresnet_jax COMMAND --workdir DIR``; and, before it, ``plan``."""
+"""Everything after training: ``python -m iresnet_jax COMMAND --workdir DIR``; and, before it, ``plan`` and ``profile``."""
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from iresnet_jax.training import cpu
 from iresnet_jax.training.command_line import DEFAULT_CONFIG, MISTAKE, explain_failures, parse_train_flags, quiet_backends
 from iresnet_jax.training.interruption import end_at_signals
 
@@ -159,6 +161,18 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0 if made.problem is None else 1
 
 
+def profile(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Where the time of a config's training step goes on this machine: a table, and a trace to look into."""
+    config = parse_train_flags(["profile", *rest], default_config=DEFAULT_CONFIG).config
+    cpu.use_all_cores(config)
+    from iresnet_jax.training import profile as profiles
+    from iresnet_jax.training.compilation_cache import keep_compiled_programs
+
+    keep_compiled_programs()
+    _say(profiles.take(config, arguments.output or tempfile.mkdtemp(prefix="iresnet_jax_profile_")))
+    return 0
+
+
 def count(text: str) -> int:
     """A number of examples, for argparse."""
     number = int(text)
@@ -197,6 +211,10 @@ def make_parser() -> Parser:
         "--largest-batch", action="store_true", help="find the largest batch that fits, in several compilations"
     )
     option.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    described = profile.__doc__ or ""
+    option = commands.add_parser("profile", help=described, description=f"{described} Other options: those of train.py.")
+    option.add_argument("--output", metavar="DIR", help="where to write the trace (a new temporary folder)")
+    option.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser
 
 
@@ -205,8 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
     quiet_backends()
-    if arguments.command == "plan":
-        return explain_failures(lambda: plan(arguments, rest), debug=arguments.debug)
+    if of_config := {"plan": plan, "profile": profile}.get(arguments.command):
+        return explain_failures(lambda: of_config(arguments, rest), debug=arguments.debug)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
@@ -226,5 +244,11 @@ def _say(*results: object) -> None:
 
 
 if __name__ == "__main__":
+    runs_steps = sys.argv[1:2] == ["profile"]  # as train.py runs them
+    if runs_steps:
+        cpu.use_large_pages()
     end_at_signals("give the same command to start again")
+    if runs_steps:
+        cpu.keep_freed_memory()
+        cpu.compile_quickly()
     sys.exit(main())

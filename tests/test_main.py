@@ -16,6 +16,7 @@ from iresnet_jax.models.saved import FILE_NAME
 from iresnet_jax.training import run_folder
 
 PNG = b"\x89PNG"
+COMMANDS = ("evaluate", "sample", "reconstruct", "certify", "freeze", "ood", "report", "plan", "profile")
 
 
 @pytest.fixture(scope="module")
@@ -241,4 +242,4 @@ def test_help_lists_the_commands(capsys):
         main(["--help"])
     assert exit.value.code == 0
     listed = capsys.readouterr().out
-    assert all(command in listed for command in ("evaluate", "sample", "reconstruct", "certify", "freeze", "ood", "report"))
+    assert all(command in listed for command in COMMANDS)

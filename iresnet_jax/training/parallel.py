@@ -58,6 +58,11 @@ class ParallelStep:
         if not self._is_compiled:
             self._mapped, self._is_compiled = self._mapped.lower(state, batch).compile(), True
 
+    @property
+    def program(self) -> str:
+        """The text of the compiled program, after `compile`."""
+        return self._mapped.as_text()
+
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
         """The next state and metrics."""
         outputs = self._mapped(_replicate(state, batch), batch)

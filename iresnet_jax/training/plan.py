@@ -22,7 +22,7 @@ from iresnet_jax.maths import target
 from iresnet_jax.training import loop, parallel
 from iresnet_jax.training.agreement import Agreement, Wish
 from iresnet_jax.training.chips import CHIPS, PASSES, Chip
-from iresnet_jax.training.config import Config
+from iresnet_jax.training.config import Config, TrainingConfig
 from iresnet_jax.training.from_config import model_spec
 from iresnet_jax.training.initialization import num_parameters
 from iresnet_jax.training.program_costs import all_reduces, flops, has_random_loops, lowered_all_reduces, num_bytes
@@ -170,6 +170,15 @@ def data_for(config: Config) -> DataSet:
     return conditioned_on_labels(data) if config.data.condition_on_labels else data
 
 
+def check_splits(settings: TrainingConfig, num_devices: int) -> None:
+    """Raises ``ValueError`` unless a batch splits over devices and into parts."""
+    size, num_parts = settings.batch_size, settings.num_parts
+    if size % (num_devices * num_parts):
+        raise ValueError(
+            f"config.training.batch_size must be a multiple of {num_devices} devices times {num_parts} parts, got {size}"
+        )
+
+
 def make(
     config: Config, on: Machine, *, data: DataSet | None = None, find_largest: bool = False, say: Callable[[str], None] = print
 ) -> Plan:
@@ -190,11 +199,7 @@ def make(
         raise ValueError(f"--largest-batch needs a TPU topology: what a step takes on {on.topology} is not known here")
     data = data_for(config) if data is None else data
     size, num_devices = config.training.batch_size, on.num_devices
-    if size % (num_devices * config.training.num_parts):
-        raise ValueError(
-            f"config.training.batch_size must be a multiple of {num_devices} devices times {config.training.num_parts} parts, "
-            f"got {size}"
-        )
+    check_splits(config.training, num_devices)
     plan = _plan(config, on, data, size)
     if find_largest:
         plan_of = lambda share: _plan(config, on, data, share * num_devices)  # noqa: E731

@@ -1,0 +1,196 @@
+"""What the operations of a compiled step are, read from the program's text: their part of the mathematics and their kind.
+
+The text of an operation ends with its path: the names of `jax.named_scope` and of JAX's transformations around the code that it
+was made from, such as ``jit(step)/transpose(jvp(norms))/mul``. A fusion has the path of its last operation, so that its
+time counts for one part, whatever else it contains.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from iresnet_jax.bijections.residual import LOG_DETERMINANT
+from iresnet_jax.models.flow import NORMS
+from iresnet_jax.training.state import OPTIMIZER
+
+PARTS = (
+    "norms and their gradient",
+    "forward, without log-determinants",
+    "log-determinants: products with J",
+    "backward",
+    "random numbers",
+    "optimizer and averages",
+    "sums over devices, with waiting",
+    "other",
+)
+KINDS = (
+    "convolutions",
+    "matrix products",
+    "elementwise",
+    "copies and transposes",
+    "reductions",
+    "sums over devices, with waiting",
+    "loops and other",
+)
+_NORMS, _FORWARD, _LOGDET, _BACKWARD, _RANDOM, _OPTIMIZER, _DEVICES, _OTHER = PARTS
+_CONVOLUTION, _PRODUCT, _ELEMENTWISE, _COPY, _REDUCTION, _, _LOOP = KINDS
+
+_COLLECTIVE = re.compile(r"(all-|collective-|reduce-scatter)")
+_DRAWS = re.compile(r"threefry|random_|rng_|_(rademacher|bernoulli|uniform|normal\w*|randint|shuffle|gamma|categorical)\)")
+_MOVES = frozenset(
+    "copy copy-start copy-done transpose reshape bitcast slice dynamic-slice dynamic-update-slice concatenate pad broadcast "
+    "reverse gather scatter iota".split()
+)
+_NO_WORK = frozenset("parameter constant tuple get-tuple-element bitcast iota".split())
+_OTHERS = frozenset(
+    "while conditional call custom-call sort fft cholesky triangular-solve rng rng-bit-generator partition-id replica-id "
+    "infeed outfeed send recv async-start async-update async-done after-all".split()
+)
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)$"
+)
+_PATH = re.compile(r'op_name="([^"]*)"')
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+
+
+class Operation(NamedTuple):
+    """An operation of a compiled program.
+
+    Attributes:
+        name: Its name there, such as "fusion.12".
+        shape: Type and shape of its result, without the layout, such as "f32[32,8]".
+        path: Where in the step it comes from, see the module; empty if the compiler does not say.
+        part: One of `PARTS`.
+        kind: One of `KINDS`.
+    """
+
+    name: str
+    shape: str
+    path: str
+    part: str
+    kind: str
+
+    @property
+    def short_path(self) -> str:
+        """The path without what is around the whole step; the name if there is no path."""
+        return self.path.rpartition("/shard_map/")[2] or self.name
+
+
+class _Instruction(NamedTuple):
+    """A line of a program."""
+
+    shape: str
+    opcode: str
+    rest: str
+    computation: str
+
+    @property
+    def path(self) -> str:
+        found = _PATH.search(self.rest)
+        return found[1] if found else ""
+
+    @property
+    def called(self) -> list[str]:
+        branches = _BRANCHES.search(self.rest)
+        return _CALLED.findall(self.rest) + (_OPERAND.findall(branches[1]) if branches else [])
+
+    @property
+    def operands(self) -> list[str]:
+        return _OPERAND.findall(self.rest.split(")")[0])
+
+
+def operations(program: str) -> dict[str, Operation]:
+    """The operations of a program by their names.
+
+    Args:
+        program: Text of a compiled program.
+    """
+    lines = dict(_instructions(program))
+    bodies: dict[str, list[_Instruction]] = {}
+    caller: dict[str, str] = {}
+    for name, line in lines.items():
+        bodies.setdefault(line.computation, []).append(line)
+        caller.update(dict.fromkeys(line.called, name))
+    found = {}
+    for name, line in lines.items():
+        path = _known_path(name, lines, caller)
+        shape = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", line.shape)
+        part = _DEVICES if _COLLECTIVE.match(line.opcode) else part_of(path)
+        found[name] = Operation(name, shape, path, part, _kind(line, bodies))
+    return found
+
+
+def _instructions(program: str) -> Iterator[tuple[str, _Instruction]]:
+    computation = ""
+    for line in program.splitlines():
+        if match := _INSTRUCTION.match(line):
+            yield match["name"], _Instruction(match["shape"], match["opcode"], match["rest"], computation)
+        elif match := _COMPUTATION.match(line):
+            computation = match["name"]
+
+
+def _known_path(name: str, lines: Mapping[str, _Instruction], caller: Mapping[str, str]) -> str:
+    """The path of an operation; of one that the compiler added, that of what it copies or of the loop that it is in."""
+    tried: set[str] = set()
+    while name in lines and name not in tried:
+        tried.add(name)
+        line = lines[name]
+        if "/" in line.path and not line.path.endswith("/shard_map"):  # which is around everything
+            return line.path
+        name = next((operand for operand in line.operands if operand in lines and operand not in tried), "")
+        if lines.get(name) is None or lines[name].opcode in ("parameter", "constant"):
+            name = caller.get(line.computation, "")
+    return ""
+
+
+def part_of(path: str) -> str:
+    """The part of a training step, one of `PARTS`, that the path of an operation leads to."""
+    if re.search(r"\bp(sum|mean|max)\w*$", path):
+        return _DEVICES
+    if _DRAWS.search(path):
+        return _RANDOM
+    for scope, part in ((NORMS, _NORMS), (OPTIMIZER, _OPTIMIZER)):
+        if re.search(rf"\b{scope}\b", path):
+            return part
+    before, is_logdet, _ = path.partition(LOG_DETERMINANT)  # products with J^T inside are no backward pass
+    if "transpose(" in before:
+        return _BACKWARD
+    if is_logdet:
+        return _LOGDET
+    return _FORWARD if "jvp(" in path else _OTHER
+
+
+def _kind(line: _Instruction, bodies: Mapping[str, list[_Instruction]]) -> str:
+    if _COLLECTIVE.match(line.opcode):
+        return _DEVICES
+    inside = list(_inside(line, bodies))
+    opcodes = Counter(each.opcode for each in inside)
+    targets = " ".join(match[1] for each in inside if (match := _TARGET.search(each.rest))).lower()
+    if opcodes["convolution"] or "conv" in targets:
+        paths = [each.path for each in inside if each.opcode == "convolution"]
+        only_products = paths and all(path.endswith("dot_general") for path in paths)  # as TPUs compute them
+        return _PRODUCT if only_products else _CONVOLUTION
+    if opcodes["dot"] or re.search("gemm|matmul|dot", targets):
+        return _PRODUCT
+    if opcodes["reduce"] or opcodes["reduce-window"]:
+        return _REDUCTION
+    work = set(opcodes) - _NO_WORK - {"fusion", "call"}
+    if work & _OTHERS:
+        return _LOOP
+    if work - _MOVES:
+        return _ELEMENTWISE
+    return _COPY if set(opcodes) & _MOVES else _LOOP
+
+
+def _inside(line: _Instruction, bodies: Mapping[str, list[_Instruction]]) -> Iterator[_Instruction]:
+    """An operation and what it is fused from."""
+    yield line
+    if line.opcode in ("fusion", "call"):
+        for name in line.called:
+            for inner in bodies.get(name, []):
+                yield from _inside(inner, bodies)
