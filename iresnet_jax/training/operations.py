@@ -17,7 +17,7 @@ from iresnet_jax.training.state import OPTIMIZER
 PARTS = (
     "norms and their gradient",
     "forward, without log-determinants",
-    "log-determinants: products with J",
+    "log-determinants",
     "backward",
     "random numbers",
     "optimizer and averages",
