@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -75,7 +76,8 @@ def compile_quickly() -> tuple[str, ...]:
     Returns:
         The flags that were set; none where there may be an accelerator.
     """
-    if not _has_cpus_alone(jax.config.jax_platforms):  # pyright: ignore[reportAttributeAccessIssue]
+    settings: Any = jax.config
+    if not _has_cpus_alone(settings.jax_platforms):
         return ()
     flags = {"--xla_backend_optimization_level": "1"}
     if version("jaxlib").startswith("0.10."):  # later ones do not know the flag, which they end at
@@ -99,10 +101,11 @@ def use_all_cores(config: Config) -> int:
     ``JAX_NUM_CPU_DEVICES``, and ``XLA_FLAGS`` with ``--xla_force_host_platform_device_count``, take precedence.
 
     Returns:
-        The number of devices; 0 if the user's own setting holds, or JAX has started.
+        The number of devices; 0 if the user's own setting holds, JAX has started, or there may be an accelerator.
     """
-    is_set = jax.config.jax_num_cpu_devices >= 0  # pyright: ignore[reportAttributeAccessIssue]
-    if is_set or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    settings: Any = jax.config  # whose fields type checkers cannot see
+    is_set = settings.jax_num_cpu_devices >= 0 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if is_set or not _has_cpus_alone(settings.jax_platforms):
         return 0
     devices = num_devices(config, num_cores())
     try:
