@@ -4,6 +4,7 @@ A lane is what one operation runs on at a time: a CPU core or an accelerator.
 """
 
 import functools
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -87,9 +88,15 @@ def read_events(trace: Any, backend: str) -> Iterator[Event]:
     """The operations that a trace, a `jax.profiler.ProfileData`, has of the devices of a backend."""
     for number, (line, is_host) in enumerate(_lines(trace, backend)):
         for event in line.events:
-            name = dict(event.stats).get("hlo_op", None if is_host else event.name)
+            name = _statistics(event).get("hlo_op", None if is_host else event.name)
             if name is not None:  # TPUs call an operation by its whole text
                 yield Event(number, str(name).split(" = ")[0].lstrip("%"), event.start_ns, event.duration_ns)
+
+
+def _statistics(event: Any) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # about a type of jaxlib 0.12 itself
+        return dict(event.stats)
 
 
 def _lines(trace: Any, backend: str) -> Iterator[tuple[Any, bool]]:
