@@ -10,9 +10,9 @@ def block(shape, net, **settings):
     """ActNorm and a residual block, in the order of the data's way.
 
     Args:
-        shape: Of the ActNorm's parameters, such as ``(c, 1, 1)``.
+        shape: Shape of the ActNorm's parameters, such as ``(c, 1, 1)``.
         net: Branch.
-        settings: Of the block's log-determinant, such as `POISSON`; in its memory-saving form.
+        settings: Estimator of the block's log-determinant, such as `POISSON`, in its memory-saving form.
     """
     return [nf.flows.ActNorm(shape), nf.flows.Residual(net, reduce_memory=True, **settings)]
 

@@ -22,7 +22,7 @@ class Normflows:
     Args:
         architecture: See `_peers_cases.architecture`.
         arrays: File with ``x``, ``z`` and the weights of ours, see `_peers_cases.write_arrays`.
-        threads: Of PyTorch.
+        threads: Threads of PyTorch.
     """
 
     def __init__(self, architecture, arrays, threads):
@@ -140,7 +140,7 @@ class Ours:
 
         Args:
             num: Inverses; one before them compiles.
-            atol: Of the solver.
+            atol: Tolerance of the solver.
             refine: Whether it goes on in float64.
         """
         from iresnet_jax.bijections.residual import Solver

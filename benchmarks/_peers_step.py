@@ -1,13 +1,14 @@
 """Training steps of `peers.py`: time and memory, each peer, size and number of cores in a process of its own."""
 
 import time
+from abc import ABC, abstractmethod
 
 from _peers_worker import forget_peak, peak_bytes
 
 WARMUP = 2
 
 
-class Steps:
+class Steps(ABC):
     """A training that a worker goes on with; subclasses make ``_take``, one step, and ``_wait`` for its end."""
 
     def _warm_up(self, num=WARMUP):
@@ -17,10 +18,10 @@ class Steps:
         self._peak_bytes = peak_bytes()
         self._can_forget = forget_peak()
 
-    def _take(self):
-        raise NotImplementedError
+    @abstractmethod
+    def _take(self): ...
 
-    def _wait(self):
+    def _wait(self):  # noqa: B027 (PyTorch has nothing to wait for)
         """Waits until all steps are done."""
 
     def steps(self, num):
@@ -37,8 +38,8 @@ class Steps:
         whole = None if later is None or self._peak_bytes is None else max(later, self._peak_bytes)
         return {"peak_bytes": whole, "peak_bytes_after_warmup": later if self._can_forget else None, "loss": self._loss()}
 
-    def _loss(self):
-        raise NotImplementedError
+    @abstractmethod
+    def _loss(self): ...
 
 
 def prepare_ours(config=None):
@@ -105,9 +106,9 @@ class PyTorch(Steps):
         num_dims: Dimensions of an image.
         num_terms: Terms of the series.
         num_steps: Power iterations.
-        learning_rate: Of Adam.
+        learning_rate: Learning rate of Adam.
         clip_norm: Largest norm of the gradient.
-        threads: Of PyTorch.
+        threads: Threads of PyTorch.
         warmup: Steps before it is ready.
     """
 

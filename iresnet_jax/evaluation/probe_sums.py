@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from iresnet_jax.evaluation.plan import PROBES_AT_ONCE, Choice
+from iresnet_jax.evaluation.allocation import PROBES_AT_ONCE, Choice
 
 MARGIN = 1.05  # on the number of further probes, as the variance that it is computed from is an estimate
 

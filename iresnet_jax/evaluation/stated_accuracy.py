@@ -1,8 +1,8 @@
 r"""Log-likelihoods whose log-determinants have a stated accuracy, by the cheapest estimator of every block.
 
 A pilot on a few examples measures for every block the variance of an estimate by one probe and how its bias falls with the
-number of products; `plan.cheapest` then chooses between the exact log-determinant and Krylov subspaces, with the closed form of
-the trace where there is one. All examples follow, and probes are added in rounds until the target is met.
+number of products; `allocation.cheapest` then chooses between the exact log-determinant and Krylov subspaces, with the closed
+form of the trace where there is one. All examples follow, and probes are added in rounds until the target is met.
 
 The accuracy is ``bias + standard error`` of an example's log-likelihood, root mean square over examples; the standard error is
 that over probes, and `probe_sums` says how the bias is estimated. Each example has its own keys, so results do not depend on
@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from iresnet_jax.data.batches import eval_batches
-from iresnet_jax.evaluation import plan
-from iresnet_jax.evaluation.plan import PROBES_AT_ONCE, Block
+from iresnet_jax.evaluation import allocation
+from iresnet_jax.evaluation.allocation import PROBES_AT_ONCE, Block
 from iresnet_jax.evaluation.probe_sums import Sums, rms
 from iresnet_jax.evaluation.results import Accuracy
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo, draw_probes
@@ -73,7 +73,7 @@ def log_prob(
     in_nats, spec = target / model.spec.unit_of_a_nat, model.spec
     evaluation = _Evaluation(model, examples, jax.random.key(seed), batch_size, contexts)
     blocks = evaluation.pilot(in_nats, num_dequantisations)
-    choices = plan.cheapest(blocks, in_nats, num_dequantisations)
+    choices = allocation.cheapest(blocks, in_nats, num_dequantisations)
     sums = Sums(choices, (len(examples), num_dequantisations))
     draws = [choice.num_probes // PROBES_AT_ONCE for choice in choices]
     for is_first in (True, *(False for _ in range(MAX_ROUNDS))):
@@ -126,7 +126,7 @@ class _Evaluation:
                 biases = {size + 1: rms(errors[:, i]) for i, size in enumerate(sizes[:-1])}
                 variance = float(values[:, -1].var(axis=1, ddof=1).mean())
                 blocks[b] = replace(blocks[b], variance=variance, biases={**(blocks[b].biases or {}), **biases})
-            asked = plan.worth_more_steps(blocks, sizes[-1] + 1, target, num_noise)
+            asked = allocation.worth_more_steps(blocks, sizes[-1] + 1, target, num_noise)
         return blocks
 
     def add(self, sums: Sums, noise_draw: int, draws: list[int], *, is_first: bool) -> None:

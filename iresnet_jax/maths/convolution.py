@@ -131,7 +131,7 @@ def _conv_by_patches(x, kernel, strides):
 
 
 def _product(x, matrix):
-    """``x @ matrix``, pixels as rows: XLA:CPU computes the gradient of the matrix of ``x @ matrix`` five times more slowly."""
+    """``x @ matrix``, pixels as rows: XLA:CPU computes the gradient of the matrix of ``x @ matrix`` more slowly."""
     return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)
 
 

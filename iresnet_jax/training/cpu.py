@@ -1,7 +1,7 @@
 """What a CPU needs to train fast, set up before JAX starts: large pages, quick compilation, a device a core.
 
 XLA allocates the temporary arrays of every step anew on a CPU. By default the system finds and clears their memory in pages of
-4 KiB at every step, which takes a third of the step's time. And XLA runs few operations of a step on several cores at once,
+4 KiB at every step, which costs much of its time. And XLA runs few operations of a step on several cores at once,
 while devices that share the batch keep a core each. Accelerators see nothing of this.
 """
 
@@ -70,8 +70,8 @@ def compile_quickly() -> tuple[str, ...]:
     """Sets ``XLA_FLAGS`` that make compiling on a CPU cheaper; call it before JAX touches a device.
 
     Programs of this library spend their time in convolutions and matrix products, which come compiled with XLA: more than the
-    first level of optimisation makes nothing faster. In jaxlib 0.10 the emitters of fusions hold on to a gigabyte of memory;
-    those before them make steps up to 8 % longer. A flag that the user has set stays.
+    first level of optimisation makes little faster. In jaxlib 0.10 the emitters of fusions hold on to much memory; those before
+    them take half of a process' memory and make steps a little longer. A flag that the user has set stays.
 
     Returns:
         The flags that were set; none where there may be an accelerator.

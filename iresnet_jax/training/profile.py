@@ -207,7 +207,7 @@ def matmul_peak(dtype: Any, size: int | None = None) -> float:
     """Multiplications and additions a second of one large matrix product on every device at once, the fastest of some.
 
     Args:
-        dtype: Of the matrices.
+        dtype: Type of the matrices' entries.
         size: Their rows and columns; by default large enough for these devices to reach their best.
     """
     size = MATRIX_SIZE.get(jax.default_backend(), LARGE_MATRIX_SIZE) if size is None else size

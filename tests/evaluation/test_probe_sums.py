@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from iresnet_jax.evaluation.plan import PROBES_AT_ONCE, Choice
+from iresnet_jax.evaluation.allocation import PROBES_AT_ONCE, Choice
 from iresnet_jax.evaluation.probe_sums import Sums, extrapolated_bias
 
 

@@ -9,7 +9,7 @@ import kept
 import numpy as np
 import pytest
 
-from iresnet_jax.evaluation import likelihood, plan, stated_accuracy
+from iresnet_jax.evaluation import likelihood, stated_accuracy
 from iresnet_jax.evaluation.results import SUSPICIOUS_Z, Accuracy
 from iresnet_jax.models import structured_logdet
 from iresnet_jax.training.config import parse
@@ -77,7 +77,7 @@ def test_rounds_of_probes_meet_what_the_plan_misses_and_run_the_program_they_hav
 
     monkeypatch.setattr(stated_accuracy, "nested_quadratic_forms", counted)
     monkeypatch.setattr(stated_accuracy._Evaluation, "add", counted_add)
-    monkeypatch.setattr(plan, "SAFETY", 3.0)
+    monkeypatch.setattr(allocation, "SAFETY", 3.0)
     jax.clear_caches()
     bits, accuracy = bits_of(0.9)
     assert len(rounds) > 1

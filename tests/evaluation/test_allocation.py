@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from iresnet_jax.evaluation import plan
-from iresnet_jax.evaluation.plan import Block, Choice, cheapest
+from iresnet_jax.evaluation import allocation
+from iresnet_jax.evaluation.allocation import Block, Choice, cheapest
 
 CURVE = {n: 2.0**-n for n in range(3, 40)}  # bias by number of products
 DEAR, CHEAP = 1e5, 30.0  # products of an exact log-determinant
@@ -37,12 +37,12 @@ def test_it_meets_the_target_for_no_more_than_exact_or_equal_probes(name, target
     blocks = MODELS[name]
     choices = cheapest(blocks, target, num_noise)
     assert error(choices, blocks, num_noise) <= target
-    assert all(choice.num_probes % plan.PROBES_AT_ONCE == 0 for choice in choices)
+    assert all(choice.num_probes % allocation.PROBES_AT_ONCE == 0 for choice in choices)
     assert cost(choices, blocks) <= sum(block.exact for block in blocks)
     for steps in range(3, 40):
         for probes in (2**k for k in range(1, 16)):
             equal = [Choice(steps, probes) if block.variance is not None else Choice() for block in blocks]
-            if error(equal, blocks, num_noise) <= plan.SAFETY * target * 0.6:  # room for its split into bias and error
+            if error(equal, blocks, num_noise) <= allocation.SAFETY * target * 0.6:  # room for its split into bias and error
                 assert cost(choices, blocks) <= cost(equal, blocks)
 
 
@@ -56,4 +56,4 @@ def test_more_steps_are_worth_it_only_where_the_bias_is_the_obstacle():
     slow = {n: 1.0 for n in range(3, 14)}
     blocks = [Block("a", 1.0, DEAR, 1.0, slow), Block("b", 1.0, CHEAP, 1.0, slow), Block("c", 1.0, DEAR, 1.0, CURVE)]
     assert cheapest(blocks, 0.05, 1)[0] == Choice()
-    assert plan.worth_more_steps(blocks, 13, 0.05, 1) == [0]
+    assert allocation.worth_more_steps(blocks, 13, 0.05, 1) == [0]
