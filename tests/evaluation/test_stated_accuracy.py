@@ -9,7 +9,7 @@ import kept
 import numpy as np
 import pytest
 
-from iresnet_jax.evaluation import likelihood, stated_accuracy
+from iresnet_jax.evaluation import allocation, likelihood, stated_accuracy
 from iresnet_jax.evaluation.results import SUSPICIOUS_Z, Accuracy
 from iresnet_jax.models import structured_logdet
 from iresnet_jax.training.config import parse
