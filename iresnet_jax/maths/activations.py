@@ -119,6 +119,27 @@ def maxmin(x: Float[Array, "... c"]) -> Float[Array, "... c"]:
     return jnp.stack([jnp.maximum(first, second), jnp.minimum(first, second)], axis=-1).reshape(x.shape)
 
 
+@jax.custom_jvp
+def elu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    r"""``x`` above 0 and ``exp(x) - 1`` below: slope ``exp(min(x, 0))`` in (0, 1], hence 1-Lipschitz and monotone.
+
+    Written as ``2 t / (1 - t)`` with ``t = tanh(x / 2)``, which is accurate near 0 and costs XLA:CPU little more than half of
+    ``expm1``. The slope ``1 + min(y, 0)`` is one of the value ``y``, which the next layer keeps anyway.
+
+    Example:
+        >>> elu(jnp.array([-1.0, 2.0]))
+        Array([-0.63212055,  2.        ], dtype=float32)
+    """
+    t = jnp.tanh(jnp.minimum(x, 0) / 2)
+    return jnp.where(x > 0, x, 2 * t / (1 - t))
+
+
+@elu.defjvp
+def _elu_jvp(primals, tangents):
+    y = elu(*primals)
+    return y, (1 + jnp.where(y > 0, 0, y)) * tangents[0]
+
+
 def softplus4(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Sharper softplus, ``softplus(4 x) / 4``: slope ``sigmoid(4 x)`` in (0, 1), hence 1-Lipschitz and monotone."""
     return jax.nn.softplus(4 * x) / 4
@@ -174,7 +195,7 @@ def _swish_like(function: Callable[..., Array], slope_lipschitz: float, *, chann
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "elu": _fixed("elu", jax.nn.elu, 1.0),  # slope 1 above 0 and exp(x) below: continuous, its own slope at most 1
+    "elu": _fixed("elu", elu, 1.0),  # slope exp(min(x, 0)): continuous, its own slope at most 1
     "softplus": _fixed("softplus", jax.nn.softplus, 0.25),  # slope sigmoid(x)
     "softplus4": _fixed("softplus4", softplus4, 1.0),
     "tanh": _fixed("tanh", jnp.tanh, 4 / (3 * math.sqrt(3))),  # slope 1 - tanh(x)^2, steepest where tanh(x)^2 = 1/3

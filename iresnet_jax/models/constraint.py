@@ -16,10 +16,11 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.maths.norms.circulant_embedding import TWISTS, Twist
 from iresnet_jax.maths.norms.convolution_certificate import conv_norm_bound, dense_norm_bound
-from iresnet_jax.maths.norms.power_iteration import soft_normalize, spectral_norm
+from iresnet_jax.maths.norms.power_iteration import norm_along, singular_vectors, soft_normalize
 from iresnet_jax.models.branch import BranchSpec, Weights, linear_map
 
 Vectors = dict[str, Float[Array, "..."]]
+VectorPair = tuple[Float[Array, "..."], Float[Array, "..."]]
 
 BUDGETS = ("layer", "block")
 
@@ -68,12 +69,31 @@ def normalize(
     Raises:
         ValueError: If ``coeff`` is not in (0, 1) or the budget is unknown.
     """
-    new_vectors, norms = {}, {}
+    pairs = layer_vectors(spec, weights, vectors, num_steps=num_steps, rtol=rtol)
+    return normalize_along(spec, weights, pairs, coeff=coeff, budget=budget)
+
+
+def layer_vectors(
+    spec: BranchSpec, weights: Weights, vectors: Vectors, *, num_steps: int | None = None, rtol: float = 1e-3
+) -> dict[str, VectorPair]:
+    """The singular vectors ``(u, v)`` of every layer's norm, by power iteration, without a gradient; see `normalize`."""
+    pairs = {}
     for layer in spec.layers:
         apply = linear_map(layer, spec.padding, single=True)
-        kernel, v = weights[layer.name]["kernel"], vectors[layer.name]
-        norms[layer.name], new_vectors[layer.name], _ = spectral_norm(apply, kernel, v, num_steps=num_steps, rtol=rtol)
-    return _within_budget(weights, new_vectors, norms, coeff=coeff, budget=budget)
+        u, v, _ = singular_vectors(apply, weights[layer.name]["kernel"], vectors[layer.name], num_steps=num_steps, rtol=rtol)
+        pairs[layer.name] = (u, v)
+    return pairs
+
+
+def normalize_along(
+    spec: BranchSpec, weights: Weights, pairs: dict[str, VectorPair], *, coeff: float, budget: str = "layer"
+) -> Normalized:
+    """`normalize` by singular vectors that are known, from `layer_vectors`."""
+    norms = {
+        layer.name: norm_along(linear_map(layer, spec.padding, single=True), weights[layer.name]["kernel"], *pairs[layer.name])
+        for layer in spec.layers
+    }
+    return _within_budget(weights, {name: v for name, (_, v) in pairs.items()}, norms, coeff=coeff, budget=budget)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "coeff", "budget", "rtol"))

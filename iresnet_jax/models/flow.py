@@ -8,11 +8,13 @@
 Blocks of one stage have one shape, and every array of theirs is stacked on a leading axis. All functions are pure.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections import actnorm, multiscale, reshape
@@ -60,7 +62,15 @@ class Frozen(NamedTuple):
     bounds: Norms
 
 
-def constrain(spec: FlowSpec, params: Tree, spectral: Tree, *, num_steps: int | None = None, rtol: float = 1e-3) -> Constrained:
+def constrain(
+    spec: FlowSpec,
+    params: Tree,
+    spectral: Tree,
+    *,
+    num_steps: int | None = None,
+    rtol: float = 1e-3,
+    over_blocks: Callable[[Callable[..., Any]], Callable[..., Any]] = jax.vmap,
+) -> Constrained:
     """Brings every block into the budget of ``spec.coeff``, as power iteration estimates norms.
 
     Args:
@@ -69,6 +79,8 @@ def constrain(spec: FlowSpec, params: Tree, spectral: Tree, *, num_steps: int | 
         spectral: ``{"stage0": {"blocks": {"conv0": v, ...}}, ...}``, the power iterates.
         num_steps: Power iterations a layer (training, warm start); None iterates to the tolerance (everything else).
         rtol: Relative tolerance of the norms.
+        over_blocks: How power iteration of one block becomes that of all blocks of a stage: ``jax.vmap``, or a map that shares
+            the blocks among devices. Used with ``num_steps``; no gradient goes through it.
     """
 
     def normalize(stage, blocks):
@@ -78,12 +90,9 @@ def constrain(spec: FlowSpec, params: Tree, spectral: Tree, *, num_steps: int | 
                 stage.branch, blocks, vectors, coeff=spec.coeff, budget=spec.budget, rtol=rtol
             )
 
-        def of_block(weights, vectors):
-            return constraint.normalize(
-                stage.branch, weights, vectors, coeff=spec.coeff, budget=spec.budget, num_steps=num_steps
-            )
-
-        return jax.vmap(of_block)(blocks, vectors)
+        iterate = functools.partial(constraint.layer_vectors, stage.branch, num_steps=num_steps)
+        scale = functools.partial(constraint.normalize_along, stage.branch, coeff=spec.coeff, budget=spec.budget)
+        return jax.vmap(scale)(blocks, over_blocks(iterate)(lax.stop_gradient(blocks), vectors))
 
     return _constrain(spec, params, spectral, normalize)
 

@@ -18,6 +18,7 @@ from iresnet_jax.models import flow
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.density import DensitySpec, Transform
+from iresnet_jax.training import parallel
 from iresnet_jax.training.config import (
     Config,
     ConstraintConfig,
@@ -151,8 +152,11 @@ def build_constraint(settings: ConstraintConfig, spec: FlowSpec, *, training: bo
         squarings, twists = settings.num_squarings, settings.twists
         return lambda params, spectral: flow.constrain_certified(spec, params, spectral, num_squarings=squarings, twists=twists)
     if settings.norms == "estimated":
-        num_steps, rtol = settings.num_steps if training else None, settings.rtol
-        return lambda params, spectral: flow.constrain(spec, params, spectral, num_steps=num_steps, rtol=rtol)
+        if not training:
+            return lambda params, spectral: flow.constrain(spec, params, spectral, rtol=settings.rtol)
+        return lambda params, spectral: flow.constrain(
+            spec, params, spectral, num_steps=settings.num_steps, over_blocks=parallel.shared_vmap
+        )
     return lambda params, spectral: flow.unconstrained(spec, params, spectral)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray, Shaped
 
 from iresnet_jax.data.batches import eval_batches
@@ -76,6 +77,34 @@ def _may_dead_lock() -> bool:
     leave none to go on (jaxlib 0.10).
     """
     return jax.local_device_count() > 1 and jax.default_backend() == "cpu"
+
+
+def shared_vmap(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``jax.vmap(fn)`` inside a step, of which every device computes its share; all devices get the whole.
+
+    For work that depends on the state alone, which all devices would do alike. No gradient may go through it. The rows of one
+    device are as many as those of another: where they do not come out even, some are computed twice.
+
+    Args:
+        fn: Function of arrays whose first axis counts what is shared, ``k`` rows.
+    """
+
+    def mapped(*arguments):
+        [num_rows] = {leaf.shape[0] for leaf in jax.tree.leaves(arguments)}
+        num_devices = jax.lax.axis_size(AXIS)
+        share = -(-num_rows // num_devices)
+        if share == num_rows:
+            return jax.vmap(fn)(*arguments)
+        own = (jax.lax.axis_index(AXIS) * share + jnp.arange(share)) % num_rows
+        outputs = jax.vmap(fn)(*jax.tree.map(lambda leaf: leaf[own], arguments))
+        rows, unravel = jax.vmap(lambda row: ravel_pytree(row)[0])(outputs), ravel_pytree(jax.tree.map(_first, outputs))[1]
+        return jax.vmap(unravel)(jax.lax.all_gather(rows, AXIS, tiled=True)[:num_rows])  # one reduction for all arrays
+
+    return mapped
+
+
+def _first(leaf):
+    return leaf[0]
 
 
 def for_devices(step_fn: Callable[[Any, Any], tuple[Any, Any]], devices: Sequence[Any]) -> Any:

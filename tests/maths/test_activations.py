@@ -137,6 +137,19 @@ def test_values_match_closed_forms(x64):
         np.testing.assert_allclose(ACTIVATIONS[name].apply(jnp.asarray(x), beta), values, rtol=0, atol=CLOSED_FORM)
 
 
+def test_elu_is_accurate_near_zero_and_so_are_two_derivatives(x64):
+    x = np.concatenate([-np.logspace(-30, 1.5, 200), np.logspace(-30, 1.5, 20)])
+    exp = np.where(x > 0, 1, np.exp(x))
+    derivatives = (np.where(x > 0, x, np.expm1(x)), exp, np.where(x > 0, 0, exp))
+    slope = jax.vmap(jax.grad(activations.elu))
+    for function, expected in zip(
+        (activations.elu, slope, jax.vmap(jax.grad(jax.grad(activations.elu)))), derivatives, strict=True
+    ):
+        np.testing.assert_allclose(function(jnp.asarray(x)), expected, rtol=1e-14, atol=4e-16)
+    single = np.float32(x)
+    np.testing.assert_allclose(activations.elu(jnp.asarray(single)), np.where(x > 0, single, np.expm1(single)), rtol=5e-7)
+
+
 def test_maxmin_sorts_neighbours_and_splits_ties():
     x = jnp.array([[1.0, 3.0, 5.0, 2.0], [-1.0, -1.0, 0.0, 4.0]])
     np.testing.assert_array_equal(activations.maxmin(x), [[3.0, 1.0, 5.0, 2.0], [-1.0, -1.0, 4.0, 0.0]])

@@ -13,6 +13,7 @@ from iresnet_jax.training.parallel import (
     parallelize,
     parallelize_eval,
     shard,
+    shared_vmap,
 )
 
 RTOL = 1e-5  # float32 means over the same numbers, summed in another order
@@ -71,6 +72,31 @@ def test_one_device_two_devices_and_vmap_agree(batches):
         state, losses = run(step, batches, num_devices)
         np.testing.assert_allclose(losses, reference_losses, rtol=RTOL)
         np.testing.assert_allclose(state["weights"], reference["weights"], rtol=RTOL)
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 5])
+def test_rows_that_devices_share_are_those_of_vmap(num_rows):
+    def statistics(row, scale):
+        return {"sum": scale * row.sum(), "cubes": (row**3, jnp.max(row))}
+
+    rows, scales = jnp.arange(3.0 * num_rows).reshape(num_rows, 3), jnp.linspace(1, 2, num_rows)
+
+    def step(state, batch):
+        return shared_vmap(statistics)(*state), {}
+
+    expected = jax.vmap(statistics)(rows, scales)
+    for run, num_devices in ((parallelize(step), 2), (parallelize(step), 1), (simulate(step), 2), (simulate(step), 1)):
+        outputs, _ = run((rows + 0, scales + 0), shard(np.zeros((2, 1), np.float32), num_devices=num_devices))
+        for output, wanted in zip(jax.tree.leaves(outputs), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(output, wanted, rtol=RTOL)
+
+
+def test_each_device_computes_its_share_of_the_rows_alone():
+    def step(state, batch):
+        return shared_vmap(lambda row: row + jax.lax.axis_index(AXIS))(state), {}
+
+    outputs, _ = parallelize(step)(jnp.zeros(5), shard(np.zeros((2, 1), np.float32)))
+    np.testing.assert_array_equal(outputs, [0, 0, 0, 1, 1])
 
 
 def test_the_state_is_donated_and_the_step_compiled_once(batches):

@@ -91,6 +91,27 @@ def spectral_norm(
     Example:
         >>> sigma, v, info = spectral_norm(lambda w, x: x @ w, kernel, v, num_steps=5)
     """
+    u, v, info = singular_vectors(apply, kernel, v, num_steps=num_steps, rtol=rtol, max_steps=max_steps)
+    return norm_along(apply, kernel, u, v), v, info
+
+
+def norm_along(
+    apply: LinearMap, kernel: Float[Array, "..."], u: Float[Array, "..."], v: Float[Array, "..."]
+) -> Float[Array, ""]:
+    """``<u, A v>``: the norm for leading singular vectors, with the gradient ``u v^T``."""
+    return jnp.sum(u * apply(kernel, v))
+
+
+def singular_vectors(
+    apply: LinearMap,
+    kernel: Float[Array, "..."],
+    v: Float[Array, "..."],
+    *,
+    num_steps: int | None = None,
+    rtol: float = 1e-3,
+    max_steps: int | None = None,
+) -> tuple[Float[Array, "..."], Float[Array, "..."], PowerIterationInfo]:
+    """The unit vectors ``u`` and ``v`` of `spectral_norm`, without a gradient; arguments and errors are the same."""
     if num_steps is not None and num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}; use num_steps=None to iterate to a tolerance")
     if not 0 < rtol < 1:
@@ -128,8 +149,7 @@ def spectral_norm(
             state = v, jnp.zeros(u.shape, u.dtype), zero, zero
             v, u, _, change = lax.fori_loop(0, num_steps, again, state)
         info = PowerIterationInfo(jnp.int32(num_steps), change, jnp.zeros((), bool))
-    # Equal to |A^T u| in value; written this way its gradient is u v^T.
-    return jnp.sum(u * apply(kernel, v)), v, info
+    return u, v, info
 
 
 def _iterate_to_tolerance(gram, v, rtol, max_steps):

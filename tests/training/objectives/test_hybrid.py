@@ -21,12 +21,12 @@ from iresnet_jax.evaluation import trained_run as run
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import freeze
+from iresnet_jax.models.flow import constrain, freeze
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.models.saved import load as load_model
 from iresnet_jax.training import loop, parallel
 from iresnet_jax.training.config import HybridConfig
-from iresnet_jax.training.from_config import build_constraint, density_spec
+from iresnet_jax.training.from_config import density_spec
 from iresnet_jax.training.metrics import read_metrics
 from iresnet_jax.training.objectives import hybrid
 
@@ -229,10 +229,10 @@ def test_the_loss_is_cross_entropy_plus_weighted_bits():
     key_length, key_examples = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key_examples, i), 4))(jnp.arange(len(images)))
     template = template.with_(estimator=config.logdet.build().fix_length(key_length))
-    constrain = build_constraint(config.constraint, template.spec.flow, training=True)
 
     def terms(params):
-        model = template.with_(weights=constrain(params, start.spectral).weights, prior=params["prior"])
+        weights = constrain(template.spec.flow, params, start.spectral, num_steps=config.constraint.num_steps).weights
+        model = template.with_(weights=weights, prior=params["prior"])
         bits = model.spec.in_units(model.terms(images, keys[:, 0], keys[:, 1]).log_prob)
         log_p = model.class_log_probs(images, keys[:, 0])
         entropy = cross_entropy(log_p, jnp.asarray(labels), label_smoothing=0.1)
