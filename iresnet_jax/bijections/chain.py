@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.bijection import Bijection, fold_in, from_walks
 from iresnet_jax.maths import target
@@ -27,20 +27,46 @@ _MOST_ENTRIES = 16  # entries that one product of `_store` takes together
 
 def chain(bijections: Sequence[Bijection]) -> Bijection:
     """``F = F_n ... F_2 F_1``, first to last."""
-    bijections = tuple(bijections)
+    return _chain(tuple(bijections), _keys)
+
+
+def _chain(bijections, keys_of):
+    """`chain` whose keys are ``keys_of(key, number of bijections)``."""
+
+    def links(key):
+        keys = [None] * len(bijections) if key is None else keys_of(key, len(bijections))
+        return list(zip(bijections, keys, strict=True))
 
     def onward(way, key):
-        for i, bijection in enumerate(bijections):
-            way = way.through(bijection, fold_in(key, i))
+        for bijection, own in links(key):
+            way = way.through(bijection, own)
         return way
 
     def back(way, key):
-        for i, bijection in reversed(list(enumerate(bijections))):
-            way = way.through(bijection, fold_in(key, i))
+        for bijection, own in reversed(links(key)):
+            way = way.through(bijection, own)
         return way
 
     lipschitz = math.prod((bijection.inverse_lipschitz for bijection in bijections), start=jnp.asarray(1.0))
     return from_walks(onward, back, lipschitz)
+
+
+def after_exact(exact: Bijection, bijection: Bijection) -> Bijection:
+    """The chain of two of which the first is in closed form, so that the second has the key for itself."""
+    return from_walks(
+        onward=lambda way, key: way.through(exact, key).through(bijection, key),
+        back=lambda way, key: way.through(bijection, key).through(exact, key),
+        inverse_lipschitz=exact.inverse_lipschitz * bijection.inverse_lipschitz,
+    )
+
+
+def _keys(key: Key[Array, "..."], num: int) -> Key[Array, "n ..."]:
+    """``fold_in(key, i)`` for ``i < num``, made at once: one by one they take longer to start than to compute."""
+    return jax.vmap(lambda i: fold_in(key, i))(jnp.arange(num))
+
+
+def _keys_of_blocks(key: Key[Array, "..."], num: int) -> Key[Array, "k ..."]:
+    return jax.vmap(lambda own: fold_in(own, 1))(_keys(key, num))  # 1: the random numbers of earlier versions
 
 
 def repeat(
@@ -60,14 +86,16 @@ def repeat(
     build = make if rematerialize == "nothing" else lambda w: _rematerialized(make, w, _POLICIES[rematerialize])
     num_blocks = jax.tree.leaves(weights)[0].shape[0]
     if unroll:
-        return chain([_stored(build(jax.tree.map(lambda w, k=k: w[k], weights))) for k in range(num_blocks)])
+        blocks = [_stored(build(jax.tree.map(lambda w, k=k: w[k], weights))) for k in range(num_blocks)]
+        return _chain(blocks, _keys_of_blocks)
 
     def over_blocks(way, key, *, reverse):
         def step(way, block):
-            k, w = block
-            return way.through(build(w), fold_in(key, k)), None
+            w, own = block
+            return way.through(build(w), own), None
 
-        return lax.scan(step, way, (jnp.arange(num_blocks), weights), reverse=reverse)[0]
+        keys = None if key is None else _keys_of_blocks(key, num_blocks)
+        return lax.scan(step, way, (weights, keys), reverse=reverse)[0]
 
     return from_walks(
         onward=lambda way, key: over_blocks(way, key, reverse=False),

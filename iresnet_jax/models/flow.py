@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.bijections import actnorm, multiscale, reshape
 from iresnet_jax.bijections.bijection import Bijection
-from iresnet_jax.bijections.chain import Rematerialize, chain, in_float64, repeat
+from iresnet_jax.bijections.chain import Rematerialize, after_exact, chain, in_float64, repeat
 from iresnet_jax.bijections.residual import Branch, Solver, residual_bijection
 from iresnet_jax.maths import target
 from iresnet_jax.maths.inverse.fixed_point import Diagonal
@@ -255,7 +255,7 @@ def bijection(
                 rounded = lambda x: branches.apply_branch(stage.branch, block["branch"], x, context, bfloat16=True)  # noqa: E731
                 fast = residual_bijection(branch._replace(g=rounded), estimator, solver)
                 block_bijection = block_bijection._replace(forward=fast.forward, forward_and_logdet=fast.forward_and_logdet)
-            return chain([scale, block_bijection])
+            return after_exact(scale, block_bijection)
 
         blocks = repeat(make, weights[stage.name], unroll=unroll, rematerialize=rematerialize)
         return multiscale.Stage(chain([*stage.entry, blocks]), stage.spec.factor_out)
