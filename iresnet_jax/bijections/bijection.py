@@ -4,7 +4,7 @@ Along a chain standard errors add in quadrature, truncation bounds and evaluatio
 multiplied by ``Lip(F^-1)`` of each bijection whose inverse is applied after it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -140,13 +140,16 @@ def follow_inverse_info(later: FixedPointInfo, own: FixedPointInfo, inverse_lips
     )
 
 
-def fold_in(key: Key[Array, "..."] | None, data: int | Array) -> Key[Array, "..."] | None:
-    """``jax.random.fold_in`` for one key, one an example, or none."""
-    if key is None:
-        return None
+def fold_in(key: Key[Array, "..."], data: int | Array) -> Key[Array, "..."]:
+    """``jax.random.fold_in`` for one key or one an example."""
     if key.ndim == 0:
         return jax.random.fold_in(key, data)
     return jax.vmap(lambda k: jax.random.fold_in(k, data))(key)
+
+
+def keys_of_links(key: Key[Array, "..."] | None, num: int) -> Sequence[Key[Array, "..."] | None]:
+    """``fold_in(key, i)`` for ``i < num``, made at once: one by one they compile longer; no keys if there is none."""
+    return [None] * num if key is None else list(jax.vmap(lambda i: fold_in(key, i))(jnp.arange(num)))
 
 
 def exact_bijection(

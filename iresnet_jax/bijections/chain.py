@@ -8,9 +8,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from iresnet_jax.bijections.bijection import Bijection, fold_in, from_walks
+from iresnet_jax.bijections.bijection import Bijection, fold_in, from_walks, keys_of_links
 from iresnet_jax.maths import target
 from iresnet_jax.maths.logdet.exact import INVERSE_JACOBIANS
 
@@ -27,15 +27,14 @@ _MOST_ENTRIES = 16  # entries that one product of `_store` takes together
 
 def chain(bijections: Sequence[Bijection]) -> Bijection:
     """``F = F_n ... F_2 F_1``, first to last."""
-    return _chain(tuple(bijections), _keys)
+    return _chain(tuple(bijections), keys_of_links)
 
 
 def _chain(bijections, keys_of):
     """`chain` whose keys are ``keys_of(key, number of bijections)``."""
 
     def links(key):
-        keys = [None] * len(bijections) if key is None else keys_of(key, len(bijections))
-        return list(zip(bijections, keys, strict=True))
+        return list(zip(bijections, keys_of(key, len(bijections)), strict=True))
 
     def onward(way, key):
         for bijection, own in links(key):
@@ -60,13 +59,9 @@ def after_exact(exact: Bijection, bijection: Bijection) -> Bijection:
     )
 
 
-def _keys(key: Key[Array, "..."], num: int) -> Key[Array, "n ..."]:
-    """``fold_in(key, i)`` for ``i < num``, made at once: one by one they take longer to start than to compute."""
-    return jax.vmap(lambda i: fold_in(key, i))(jnp.arange(num))
-
-
-def _keys_of_blocks(key: Key[Array, "..."], num: int) -> Key[Array, "k ..."]:
-    return jax.vmap(lambda own: fold_in(own, 1))(_keys(key, num))  # 1: the random numbers of earlier versions
+def _keys_of_blocks(key, num):
+    """Keys as in `keys_of_links`, folded with 1 once more, which gives the random numbers of earlier versions."""
+    return [None] * num if key is None else jax.vmap(lambda k: fold_in(fold_in(key, k), 1))(jnp.arange(num))
 
 
 def repeat(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from iresnet_jax.bijections.bijection import Bijection, fold_in, from_walks
+from iresnet_jax.bijections.bijection import Bijection, from_walks, keys_of_links
 from iresnet_jax.bijections.reshape import flatten, merge_channels, split_channels, unflatten
 
 
@@ -37,8 +37,8 @@ def multiscale(stages: Sequence[Stage], event_shape: tuple[int, ...], *, batch_s
         if way.y.shape[1:] != event_shape:
             raise ValueError(f"the flow takes examples of shape {event_shape}, got an array of shape {way.y.shape}")
         latents = []
-        for i, stage in enumerate(stages):
-            way = way.through(stage.bijection, fold_in(key, i))
+        for stage, own in zip(stages, keys_of_links(key, len(stages)), strict=True):
+            way = way.through(stage.bijection, own)
             if stage.factor_out:
                 kept, latent = split_channels(way.y)
                 latents.append(flatten(latent))
@@ -51,10 +51,10 @@ def multiscale(stages: Sequence[Stage], event_shape: tuple[int, ...], *, batch_s
         parts = jnp.split(way.x, ends[:-1], axis=1)
         *latents, x = [unflatten(part, shape) for part, shape in zip(parts, shapes, strict=True)]
         way = way._replace(x=x)
-        for i, stage in reversed(list(enumerate(stages))):
+        for stage, own in reversed(list(zip(stages, keys_of_links(key, len(stages)), strict=True))):
             if stage.factor_out:
                 way = way._replace(x=merge_channels(way.x, latents.pop()))
-            way = way.through(stage.bijection, fold_in(key, i))
+            way = way.through(stage.bijection, own)
         return way
 
     lipschitz = jnp.asarray(1.0)

@@ -66,6 +66,18 @@ def keep_freed_memory() -> bool:
     return all([mallopt(parameter, value) == 1 for parameter, value in _SETTINGS.items()])
 
 
+def return_freed_memory() -> bool:
+    """Returns what is freed to the system once, such as a compiler's memory before the first step; see `keep_freed_memory`.
+
+    Returns:
+        Whether the C library could be told so.
+    """
+    try:
+        return sys.platform.startswith("linux") and ctypes.CDLL(None).malloc_trim(0) == 1
+    except (AttributeError, OSError):  # another C library
+        return False
+
+
 def compile_quickly() -> tuple[str, ...]:
     """Sets ``XLA_FLAGS`` that make compiling on a CPU cheaper; call it before JAX touches a device.
 

@@ -26,7 +26,7 @@ from iresnet_jax.data import conditioned_on_labels, load
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.device_batches import device_batches
 from iresnet_jax.json_dataclasses import checked, tagged, to_plain
-from iresnet_jax.training import distributed, parallel, run_folder
+from iresnet_jax.training import cpu, distributed, parallel, run_folder
 from iresnet_jax.training.agreement import Agreement, Wish, signal_of, wish_of
 from iresnet_jax.training.checkpoints import Checkpoints
 from iresnet_jax.training.config import Config, DataConfig, TrainingConfig
@@ -185,6 +185,7 @@ class _Trainer:
             logging.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
             self.state, self.step = self._restored(fresh)
             parallel.check_equal_on_all_devices(self.state)
+        cpu.return_freed_memory()  # which steps would not find use for, in its fragments
         self._first_step, self._validated_step = self.step, -1 if self.step == 0 else self.step
         if self.step:
             logging.info("resuming from step %d of %d", self.step, self.horizon)

@@ -39,6 +39,29 @@ def test_arrays_of_one_step_are_not_fetched_again_for_the_next():
     assert ours < default / 10
 
 
+FRAGMENTS = """
+import numpy as np
+from iresnet_jax.training import cpu
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+kept = cpu.keep_freed_memory()
+large, small = zip(*((np.ones(2**17), np.ones(2**9)) for _ in range(200)))
+del large  # holes of 1 MiB
+before = resident()
+print(kept and cpu.return_freed_memory(), before - resident())
+"""
+
+
+def test_holes_between_arrays_are_returned_once():
+    done = subprocess.run([sys.executable, "-c", FRAGMENTS], capture_output=True, text=True, check=True)
+    returned, difference = done.stdout.split()
+    if returned != "True":
+        pytest.skip("the C library of this system has no malloc_trim")
+    assert int(difference) > 100 * 2**20
+
+
 def config_of(batch_size, kind="series"):
     config = Config()
     training = dataclasses.replace(config.training, batch_size=batch_size)
