@@ -7,6 +7,7 @@ SBI benchmark (Lueckmann et al. 2021, appendix T): ``linear_gaussian`` is T.1, `
 Samples are in float32. Log-densities have the dtype of their arguments.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -109,6 +110,7 @@ def _log_prob_two_moons(theta: Float[Array, "n d"], x: Float[Array, "n k"]) -> F
     return jnp.where(is_possible, log_crescent - math.log(2) - log_share, -jnp.inf)
 
 
+@functools.cache
 def _radius_quadrature() -> tuple[np.ndarray, np.ndarray]:
     """Radii within 6 standard deviations and their weights in the mean over ``r``."""
     nodes, weights = np.polynomial.legendre.leggauss(_NUM_NODES)
@@ -117,16 +119,13 @@ def _radius_quadrature() -> tuple[np.ndarray, np.ndarray]:
     return _RADIUS + _SPREAD * deviations, weights / weights.sum()
 
 
-_RADII, _RADIUS_WEIGHTS = _radius_quadrature()
-
-
 def _share_in_box(x: Float[Array, " 2"]) -> Float[Array, ""]:
     r"""Share of the crescent that the observation ``x`` leaves possible, with an absolute error below 2e-4.
 
     For a radius ``r``, the angles with ``|u| >= 0`` are ``|a| <= A``, and ``|u| + |v| <= sqrt 2`` fails within ``alpha`` of
     ``-pi / 4`` and within ``beta`` of ``pi / 4``: the share of angles is exact, its mean over ``r`` a quadrature.
     """
-    r, weights = jnp.asarray(_RADII, x.dtype), jnp.asarray(_RADIUS_WEIGHTS, x.dtype)
+    r, weights = (jnp.asarray(values, x.dtype) for values in _radius_quadrature())
     along, across = x[0] - _OFFSET, x[1]
 
     def arc(cosine):

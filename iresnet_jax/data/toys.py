@@ -9,6 +9,7 @@ than the noise is wide, which is accurate to rounding wherever a sample may fall
 the dtype of ``x`` and are finite, except for the checkerboard, which is ``-inf`` off its squares.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -56,10 +57,17 @@ def _uniform(key: PRNGKeyArray, n: int, low: float = 0.0, high: float = 1.0) -> 
     return jax.random.uniform(key, (n,), jnp.float32, low, high)
 
 
+@functools.cache
 def _unit_gauss_legendre(num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and log-weights of the Gauss-Legendre quadrature of a mean over a uniform variable on [0, 1]."""
     nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
     return (nodes + 1) / 2, np.log(weights / 2)
+
+
+def _on_first_use(build: Callable[[], LogProb]) -> LogProb:
+    """The density ``build()``, made when it is first evaluated: a quadrature's nodes take longer than the import."""
+    built = functools.cache(build)
+    return lambda x: built()(x)
 
 
 def _gaussian_mixture(centres: np.ndarray, log_weights: np.ndarray, sigma: float) -> LogProb:
@@ -174,7 +182,7 @@ def _swissroll_log_prob():
 
 _SPIRAL_TURN = 3 * np.pi  # 540 degrees
 _SPIRAL_JITTER, _SPIRAL_SIGMA = 0.5 / 3, 0.1
-_SPIRAL_QUADRATURE = _unit_gauss_legendre(384)  # the widest gap is 0.8 sigma
+_SPIRAL_NODES = 384  # the widest gap is 0.8 sigma
 
 
 def _sample_2spirals(key: PRNGKeyArray, n: int) -> Float32[Array, "n 2"]:
@@ -196,7 +204,7 @@ def _log_prob_of_jitter(offset: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _log_prob_2spirals(x: Float[Array, "n 2"]) -> Float[Array, " n"]:
-    nodes, log_weights = _SPIRAL_QUADRATURE
+    nodes, log_weights = _unit_gauss_legendre(_SPIRAL_NODES)
     angle = _SPIRAL_TURN * nodes  # nodes are for sqrt(U), whose density is 2 * node
     curve = _polar(angle / 3, np.pi - angle, np)
     centres, log_masses = jnp.asarray(curve, x.dtype), jnp.asarray(log_weights + np.log(2 * nodes), x.dtype)
@@ -269,12 +277,12 @@ def _log_prob_pinwheel(x: Float[Array, "n 2"]) -> Float[Array, " n"]:
 _ALL = (
     Toy("8gaussians", _sample_8gaussians, _log_prob_8gaussians, 2.8319),
     Toy("checkerboard", _sample_checkerboard, _log_prob_checkerboard, math.log(32)),
-    Toy("moons", _sample_moons, _moons_log_prob(), 2.3939),
+    Toy("moons", _sample_moons, _on_first_use(_moons_log_prob), 2.3939),
     _rings("circles", (3.0, 1.5), 3 * 0.08, 3.2681),  # the customary sampler adds the noise before it scales by 3
     _rings("rings", (3.0, 2.25, 1.5, 0.75), 0.08, 2.6232),  # the customary sampler adds the noise after it scales by 3
     Toy("pinwheel", _sample_pinwheel, _log_prob_pinwheel, 2.3178),
     Toy("2spirals", _sample_2spirals, _log_prob_2spirals, 2.6455),
-    Toy("swissroll", _sample_swissroll, _swissroll_log_prob(), 2.6696),
+    Toy("swissroll", _sample_swissroll, _on_first_use(_swissroll_log_prob), 2.6696),
 )
 _BY_NAME = {toy.name: toy for toy in _ALL}
 TOYS: tuple[str, ...] = tuple(_BY_NAME)
