@@ -1,7 +1,8 @@
 """A flow written down once more, in plain NumPy on numbers of any precision: what certified inverses are compared with.
 
 It shares no code with the library. `LONG` are the platform's long doubles, of 64 bits on x86, `DECIMAL` decimal numbers of 50
-digits. Weights count as the numbers they are; 1.1 and 1.004 in LipSwish and CLipSwish are decimal numbers.
+digits, and `mpmath_numbers` those of mpmath. Weights count as the numbers they are; 1.1 and 1.004 in LipSwish and CLipSwish are
+decimal numbers.
 """
 
 import decimal
@@ -33,6 +34,17 @@ DECIMAL = Numbers(
     np.vectorize(lambda v: v.exp(), otypes=[object]),
     np.vectorize(lambda v: v.ln(), otypes=[object]),
 )
+FLOAT = Numbers(lambda a: np.asarray(a, np.float64), np.exp, np.log)
+
+
+def mpmath_numbers(digits: int = 50) -> Numbers:
+    """Numbers of mpmath with so many digits."""
+    import mpmath
+
+    context = mpmath.mp.clone()
+    context.dps = digits
+    of, exp, log = (np.vectorize(f, otypes=[object]) for f in (lambda v: context.mpf(float(v)), context.exp, context.log))
+    return Numbers(lambda a: of(np.asarray(a, np.float64)), exp, log)
 
 
 def forward(numbers: Numbers, spec: Any, weights: Any, x: Any) -> Any:
@@ -96,17 +108,18 @@ def _squeeze(x: Any, factor: int) -> Any:
 
 
 def _conv(numbers: Numbers, x: Any, kernel: Any, *, circular: bool) -> Any:
-    rows, columns = x.shape[:2]
+    """A convolution of images ``(..., h, w, c)``."""
+    rows, columns = x.shape[-3:-1]
     y: Any = 0
     for i, j in np.ndindex(kernel.shape[:2]):
         up, left = i - (kernel.shape[0] - 1) // 2, j - (kernel.shape[1] - 1) // 2
         if circular:
-            moved = np.roll(x, (-up, -left), axis=(0, 1))
+            moved = np.roll(x, (-up, -left), axis=(-3, -2))
         else:
             moved = np.broadcast_to(numbers.of(0.0), x.shape).copy()
-            to = slice(max(-up, 0), rows - max(up, 0)), slice(max(-left, 0), columns - max(left, 0))
-            at = slice(max(up, 0), rows - max(-up, 0)), slice(max(left, 0), columns - max(-left, 0))
-            moved[to] = x[at]
+            to = slice(max(-up, 0), rows - max(up, 0)), slice(max(-left, 0), columns - max(left, 0)), slice(None)
+            at = slice(max(up, 0), rows - max(-up, 0)), slice(max(left, 0), columns - max(-left, 0)), slice(None)
+            moved[..., *to] = x[..., *at]
         y = y + moved @ kernel[i, j]
     return y
 

@@ -1,10 +1,12 @@
-"""Guarantees for computed numbers, as functions: errors of inverses, local constants of a flow, and norms of layers."""
+"""Guarantees for computed numbers, as functions: inverses, log-likelihoods, local constants of a flow, and norms of layers."""
 
 from iresnet_jax.maths.norms.convolution_certificate import conv_norm_bound, conv_norm_bound_any_size, dense_norm_bound
 from iresnet_jax.models.certified_inverse import InverseCertificate, inverse
+from iresnet_jax.models.certified_likelihood import Interval, log_det, log_prob
 from iresnet_jax.models.local_constants import LocalConstants, local_constants
 
 __all__ = [
+    "Interval",
     "InverseCertificate",
     "LocalConstants",
     "conv_norm_bound",
@@ -12,4 +14,6 @@ __all__ = [
     "dense_norm_bound",
     "inverse",
     "local_constants",
+    "log_det",
+    "log_prob",
 ]
