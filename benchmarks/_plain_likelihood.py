@@ -116,7 +116,8 @@ def _equalized(numbers, transform, u, level):
     """The distribution function of every entry, and its slope, from a list of its own frequencies."""
     n, m = len(transform.frequencies), int(np.argmax(transform.frequencies))
     frequencies = numbers.of(transform.frequencies)
-    shares = numbers.of(transform.shares or [transform.frequencies[m]] * u.size)
+    frequencies = frequencies / frequencies.sum()
+    shares = [frequencies[m]] * u.size if transform.shares is None else numbers.of(transform.shares)
     values, slopes = [], []
     for entry, k, share in zip(u.ravel(), np.asarray(level).ravel(), shares, strict=True):
         own = frequencies * ((1 - share) / (1 - frequencies[m]))

@@ -28,12 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from iresnet_jax.bijections.transforms.enclosures import enclose, enclose_cells
+from iresnet_jax.bijections.transforms.forward_enclosure import enclose_cells, enclose_forward
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.ball_arithmetic import Ball, joined, log
-from iresnet_jax.maths.double_double import DoubleDouble
+from iresnet_jax.maths.double_double import UNIT, DoubleDouble
 from iresnet_jax.maths.logdet import verified
-from iresnet_jax.models import prior_enclosures
+from iresnet_jax.models import enclosed_priors
 from iresnet_jax.models.branch import BranchSpec
 from iresnet_jax.models.certified_inverse import Problem, check_certified
 from iresnet_jax.models.classifier import Classifier
@@ -69,7 +69,8 @@ class Interval(NamedTuple):
         if spec.num_levels is None:
             return Interval(-self.upper, -self.lower)
         nat = (log(Ball.of(2.0)) * Ball.of(spec.flow.num_dims)).reciprocal()
-        return Interval(*((Ball.of(-end) * nat).bounds()[side] for side, end in enumerate((self.upper, self.lower))))
+        with np.errstate(invalid="ignore"):  # of infinite ends, which stay so
+            return Interval(*((Ball.of(-end) * nat).bounds()[side] for side, end in enumerate((self.upper, self.lower))))
 
 
 def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, context: Contexts | None = None) -> Interval:
@@ -86,6 +87,9 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
         key: Source of dequantisation noise, as `Density.log_prob` takes it.
         context: Contexts of a conditional density.
 
+    Returns:
+        The intervals; the whole line where nothing can be promised, as for data that are no numbers.
+
     Raises:
         ValueError: If the model has no certified bounds, a block is no contraction, the slope of an activation jumps, there are
             too many dimensions, or data are refused by `Density.log_prob`.
@@ -101,12 +105,14 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
     noisy = np.asarray(model.dequantize(x, key_noise))
     u = given if spec.num_levels is None and spec.grid is None else noisy
     scaled = _scaled(model, context)
+    if not len(u):
+        return Interval(np.zeros(0), np.zeros(0))
     with _precise(), np.errstate(all="ignore"):
-        y, log_det_transform = enclose(spec.transform, u)
-        latents, log_det = _through(Problem.of(model), y.map(lambda part: part.reshape(len(u), -1)), scaled)
-        log_prior = prior_enclosures.log_prob(spec.prior, model.prior, latents)
-        cells = enclose_cells(spec.num_levels, spec.grid, spec.flow.num_dims)
-        return Interval(*(log_prior + log_det + log_det_transform + cells).bounds())
+        y, of_transform = enclose_forward(spec.transform, u)
+        latents, of_flow = _through(Problem.of(model), y.map(lambda part: part.reshape(len(u), -1)), scaled)
+        log_prior = enclosed_priors.log_prob(spec.prior, model.prior, latents)
+        of_cells = enclose_cells(spec.num_levels, spec.grid, spec.flow.num_dims)
+        return Interval(*(log_prior + of_flow + of_transform + of_cells).bounds())
 
 
 def log_det(
@@ -129,6 +135,8 @@ def log_det(
     if x.shape[1:] != shape:
         raise ValueError(f"x must have the shape (b, {', '.join(map(str, shape))}) of the flow's input, got {x.shape}")
     scaled = _scaled(model, context)
+    if not len(x):
+        return Interval(np.zeros(0), np.zeros(0))
     with _precise(), np.errstate(all="ignore"):
         start = Ball.of(np.asarray(x, np.float64).reshape(len(x), -1))
         return Interval(*_through(Problem.of(model), start, scaled)[1].bounds())
@@ -191,7 +199,7 @@ def _follow(problem: Problem, start: Ball, contexts: np.ndarray | None) -> Follo
     trajectory = trajectory + DoubleDouble.of(steps)
     remaining = residuals(problem.stages, trajectory, contexts)
     errors = _errors(problem.constants, np.linalg.norm(start.radius, axis=1), remaining)
-    moved = np.linalg.norm(steps[:, :-1], axis=2) * _UP
+    moved = (np.linalg.norm(steps, axis=2) + UNIT * np.linalg.norm(trajectory.high, axis=2))[:, :-1] * _UP
     return Followed(trajectory.map(lambda part: part[:, -1]), errors, moved, found.argument_errors, tuple(factors))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from iresnet_jax.maths.ball_arithmetic import Ball
-from iresnet_jax.models import prior_enclosures, priors
+from iresnet_jax.models import enclosed_priors, priors
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import _plain_flow as plain
@@ -29,7 +29,7 @@ def test_log_densities_are_enclosed(kind, num_classes, scale):
     }
     z = scale * rng.normal(size=(3, DIMS))
     errors = np.array([0.0, 1e-15, 1e-6])
-    found = prior_enclosures.log_prob(kind, params, Ball.of(z).widened(errors[:, None]))
+    found = enclosed_priors.log_prob(kind, params, Ball.of(z).widened(errors[:, None]))
     lower, upper = found.bounds()
     for i, one in enumerate(z):
         for side in (-1, 1):
@@ -37,11 +37,11 @@ def test_log_densities_are_enclosed(kind, num_classes, scale):
             exact = plain_likelihood.log_prior(NUMBERS, kind, params, NUMBERS.of(moved))
             assert mpmath.mpf(float(lower[i])) <= exact <= mpmath.mpf(float(upper[i]))
             if errors[i]:  # the ends of the balls are not in what the middles give
-                of_middle = prior_enclosures.log_prob(kind, params, Ball.of(z)).bounds()
+                of_middle = enclosed_priors.log_prob(kind, params, Ball.of(z)).bounds()
                 assert not of_middle[0][i] <= float(exact) <= of_middle[1][i] or errors[i] < 1e-12
     assert np.all(upper - lower <= 1e-13 * np.abs(lower) + 40 * DIMS * scale * errors)
 
 
 def test_other_priors_are_refused():
     with pytest.raises(ValueError, match="has no guaranteed enclosure"):
-        prior_enclosures.log_prob("cauchy", {"mean": np.zeros(2), "log_scale": np.zeros(2)}, Ball.of(np.zeros((1, 2))))
+        enclosed_priors.log_prob("cauchy", {"mean": np.zeros(2), "log_scale": np.zeros(2)}, Ball.of(np.zeros((1, 2))))

@@ -1,8 +1,8 @@
 r"""The preprocessing transforms once more, with guaranteed errors: balls that hold ``t(u)`` and ``log|det dt/du|``.
 
-Constants of a transform count as the float64 numbers that they are, and ``u`` as the numbers that are given. `Equalize` maps
-each entry by the line of its level, which `quantize` reads off ``u`` in its own dtype; tables of float intervals, which keep
-round trips exact, move nothing here.
+Constants of a transform count as the float64 numbers that they are, and ``u`` as the numbers that are given. The frequencies
+of `Equalize` count as divided by their sum, and each entry is mapped by the line of its level, which `quantize` reads off ``u``
+in its own dtype. The tables of float intervals that keep round trips exact move nothing here.
 """
 
 from fractions import Fraction
@@ -25,7 +25,7 @@ _REFINEMENTS = 2  # of the solution of a triangular system, by the digits of flo
 _UP = 1 + 2.0**-30
 
 
-def enclose(transform: Any, u: Float[np.ndarray, "b ..."]) -> tuple[Ball, Ball]:
+def enclose_forward(transform: Any, u: Float[np.ndarray, "b ..."]) -> tuple[Ball, Ball]:
     """Balls of ``t(u)``, of the shape of ``u``, and of ``log|det dt/du|``, one an example; under ``enable_x64``.
 
     Args:
@@ -103,11 +103,12 @@ def _logit(alpha: float, u: Ball) -> tuple[Ball, Ball]:
 
 def _equalize(transform: Equalize, u: np.ndarray) -> tuple[Ball, Ball]:
     entries, n = np.asarray(u.reshape(len(u), -1)), len(transform.frequencies)
-    frequencies = [Fraction(f) for f in transform.frequencies]
+    total = sum(map(Fraction, transform.frequencies))
+    frequencies = [Fraction(f) / total for f in transform.frequencies]
     m = int(np.argmax(transform.frequencies))
     rest = [Fraction(0) if k == m else f for k, f in enumerate(frequencies)]
     k = np.asarray(quantize(jnp.asarray(entries), n)).astype(np.int64)
-    shares = [Fraction(p) for p in (transform.shares or (transform.frequencies[m],))]
+    shares = [frequencies[m]] if transform.shares is None else [Fraction(p) for p in transform.shares]
     p = _row(Ball.rational(shares))
     others = _row(Ball.rational([(1 - share) / (1 - frequencies[m]) for share in shares]))
     below, own = (_at(Ball.rational(table), k) for table in ([Fraction(0), *accumulate(rest[:-1])], frequencies))
