@@ -82,7 +82,8 @@ class Ours(Steps):
         self._block, self._name = jax.block_until_ready, objective.name
         self._state = objective.initial_state()
         self._feed = loop.batches(settings, objective.examples, 0)
-        self._step = parallel.parallelize(objective.make_step(objective.num_terms))
+        self._of_device = objective.make_step(objective.num_terms)
+        self._step = parallel.parallelize(self._of_device)
         self._metrics = {}
         self._warm_up()
 
@@ -94,6 +95,15 @@ class Ours(Steps):
 
     def _loss(self):
         return float(self._metrics[self._name])
+
+    def arithmetic(self):
+        """Multiplications and additions of a step, and how many a second one large matrix product does here."""
+        from jax import numpy as jnp
+
+        from iresnet_jax.training.profile import matmul_peak, step_flops
+
+        flops = step_flops(self._of_device, self._state, next(self._feed))
+        return {"flops": flops, "matmul_peak_flops": matmul_peak(jnp.float32)}
 
 
 class PyTorch(Steps):

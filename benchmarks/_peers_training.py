@@ -67,6 +67,8 @@ def steps(arguments, start, folder):
             again = start(cores, module, case, given, own_cache(folder, f"{size}_{count}"))
             again.ask("steps", num=WARMUP)
             memory[OURS, count]["peak_bytes_of_a_second_run"] = again.ask("memory")["peak_bytes"]
+            arithmetic = again.ask("arithmetic")
+            memory[OURS, count] |= {**arithmetic, "floor_s": arithmetic["flops"] / arithmetic["matmul_peak_flops"]}
             again.stop()
         results[size] = {"batch_size": config.training.batch_size, "num_terms": config.logdet.num_terms, "cores": {}}
         for (peer, count), timing in timings.items():
@@ -104,11 +106,12 @@ def _step_row(size, count, peer, found, ours):
         gigabytes("peak_bytes"),
         "" if found["peak_bytes"] is None else f"{found['peak_bytes'] / ours['peak_bytes']:.2f}",
         gigabytes("peak_bytes_of_a_second_run"),
+        "" if found.get("floor_s") is None else f"{1e3 * found['floor_s']:.1f}",
     )
 
 
 STEP_HEADER = ("size", "cores", "peer", "ms a step", "quartiles", "times ours", "target", "times one core")
-STEP_HEADER += ("peak GB", "times ours", "2nd run GB")
+STEP_HEADER += ("peak GB", "times ours", "2nd run GB", "floor ms")
 
 
 def startups(arguments, start, folder):

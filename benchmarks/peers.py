@@ -12,6 +12,8 @@ differentiated. Ours is the step of train.py with all that it sets up.
     sampling    samples a second of trained flows to a true error of 1e-5
     startup     time from the start of a process to the end of its first step
 
+The floor of our step is its arithmetic at the speed of one large matrix product on the same cores.
+
 The peers train with Adam on batches that our preprocessing has gone over, and keep no moving average of their parameters.
 normflows' seconds of a likelihood are extrapolated: time of a draw, times the draws that its measured variance asks for. Its
 inverse runs by its own rule, and with the largest power of ten as ``atol`` and ``rtol`` that reaches the error, if one does. An

@@ -128,8 +128,7 @@ def take(config: Config, folder: str | Path, *, data: DataSet | None = None) -> 
     folder.mkdir(parents=True, exist_ok=True)
     current, batch = random_state(objective), first_batch(objective.examples, config.training.batch_size)
     step = objective.make_step(objective.num_terms)
-    share = jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype), batch)
-    traced = parallel.for_devices(step, jax.local_devices()[:1]).trace(current, share)
+    traced = _traced(step, current, batch)
     run = parallel.parallelize(step)
     with _paths_in_programs():
         run.compile(current, batch)
@@ -147,13 +146,29 @@ def take(config: Config, folder: str | Path, *, data: DataSet | None = None) -> 
         lanes=f"{num_lanes} {lane}{'s' if num_lanes > 1 else ''}",
         batch_size=config.training.batch_size,
         step_seconds=float(np.median(seconds)),
-        flops=float(flops(traced.jaxpr.jaxpr).total()) * jax.local_device_count(),
-        has_random_loops=has_random_loops(traced.jaxpr.jaxpr),
+        flops=float(flops(traced).total()) * jax.local_device_count(),
+        has_random_loops=has_random_loops(traced),
         peak_flops=matmul_peak(dtype),
         peak_dtype=jnp.dtype(dtype).name,
         recording=_record(clock, operations(run.program), folder, num_lanes),
         folder=folder,
     )
+
+
+def step_flops(step: Callable[[Any, Any], Any], current: Any, batch: Any) -> float:
+    """Multiplications and additions of a step's products and convolutions on all local devices, see `program_costs.flops`.
+
+    Args:
+        step: Step of an objective.
+        current: State that it takes.
+        batch: This process's share of a batch, by device.
+    """
+    return float(flops(_traced(step, current, batch)).total()) * jax.local_device_count()
+
+
+def _traced(step, current, batch):
+    share = jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype), batch)
+    return parallel.for_devices(step, jax.local_devices()[:1]).trace(current, share).jaxpr.jaxpr
 
 
 @contextlib.contextmanager
