@@ -29,6 +29,7 @@ from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.batchnorm import batchnorm_features
+from iresnet_jax.models.certified_info import CertifiedInfo
 from iresnet_jax.models.flow import Tree, as_params, bijection, freeze
 from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, linear, pool
 from iresnet_jax.models.history import History
@@ -116,12 +117,14 @@ class Reconstruction(NamedTuple):
         images: Images with pixels on the scale of [0, 1], which they may leave.
         padding_residual: Euclidean norm of the padding channels, in the units of the network's input: 0 for the features of
             an image, and the distance from those of all images otherwise.
-        info: How the inverse ended; its error bound is in the units of the network's input.
+        info: How the inverse ended; its error bound is in the units of the network's input. With ``certify`` a `CertifiedInfo`,
+            whose error bound is that of ``images``; ``info.certificate.error_bound`` also bounds the error of
+            ``padding_residual``.
     """
 
     images: Float[Array, "b h w c"]
     padding_residual: Float[Array, " b"]
-    info: FixedPointInfo
+    info: FixedPointInfo | CertifiedInfo
 
 
 @functools.partial(
@@ -180,11 +183,26 @@ class Classifier:
         """
         return self.features_of_input(self.preprocess(images))
 
-    def reconstruct(self, features: Float[Array, "b ..."]) -> Reconstruction:
+    def reconstruct(self, features: Float[Array, "b ..."], *, certify: bool = False) -> Reconstruction:
         """The images that features belong to (Behrmann et al. 2019, fig. 3 and 6).
 
         Without a constraint the iteration may not converge, or to another image; `Reconstruction.info` promises nothing then.
+
+        Args:
+            features: Features of `ClassifierSpec.feature_shape`.
+            certify: Whether to guarantee the result, on the host and outside of ``jit``, see `Density.decode`.
+
+        Raises:
+            ValueError: With ``certify`` under ``jit``, or for a model without certified bounds, see `certify.inverse`.
         """
+        if certify:
+            from iresnet_jax.models import certified_decoding  # late: it takes models
+
+            certified_decoding.check(self, features)
+            decoded = certified_decoding.reconstruct(self, features)
+            info = certified_decoding.certified(self, decoded)
+            residual = reshape.padding_residual(decoded.flow_input, self.spec.pad_channels)
+            return Reconstruction(decoded.data, residual, info)
         x, info = self.flow().inverse(reshape.flatten(features))
         return Reconstruction(self.spec.unpad(x), reshape.padding_residual(x, self.spec.pad_channels), info)
 
