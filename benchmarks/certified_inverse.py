@@ -9,14 +9,15 @@ is relative to the true error, or to 100 units of rounding of ``x`` where that i
 """
 
 import dataclasses
+import sys
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from _models import add_workdir, flow_input
-from _plain_flow import DECIMAL, LONG, distance, forward, invert
 from _record import parser, table, write
 
 from iresnet_jax import certify
@@ -25,6 +26,9 @@ from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.models import trajectory
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import as_params, freeze
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from plain_flow import DECIMAL, LONG, distance, forward, invert
 
 ROUNDINGS = 100  # units of rounding of x below which errors are not told apart
 TEMPERATURE, FACTOR, COEFF = 5.0, 1e3, 0.999

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from iresnet_jax.evaluation.trained_run import Run
+    from iresnet_jax.models.architecture import FlowSpec
+
+CERTIFY_S = 5.0  # roughly, for guaranteed errors of inverses where no number of examples is asked for
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,6 +66,7 @@ def sample(trained: "Run", arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         labels=labels,
         contexts=contexts,
+        num_certified=_num_certified(arguments, model.spec.flow),
     )
     png, npy = write_samples(drawn.values, model.spec.num_levels, trained.folder)
     _say(*trained.notes, drawn.quality, f"written: {png} and {npy}")
@@ -105,7 +109,8 @@ def reconstruct(trained: "Run", arguments: argparse.Namespace) -> int:
     examples, size = trained.test_examples()[: arguments.num], trained.config.evaluation.batch_size
     contexts = trained.test_contexts()
     contexts = None if contexts is None else contexts[: arguments.num]
-    result = inversion.reconstruct(trained.model, examples, size, trained.config.seed, contexts=contexts)
+    num = _num_certified(arguments, trained.model.spec.flow)
+    result = inversion.reconstruct(trained.model, examples, size, trained.config.seed, contexts=contexts, num_certified=num)
     figure = reconstructions(result)
     path = None if figure is None else write_png(figure, trained.folder / "reconstructions.png")
     _say(*trained.notes, result.summary, f"written: {path}" if path else "")
@@ -173,11 +178,11 @@ def profile(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def count(text: str) -> int:
+def count(text: str, least: int = 1) -> int:
     """A number of examples, for argparse."""
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"it must be at least 1, got {number}")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"it must be at least {least}, got {number}")
     return number
 
 
@@ -195,6 +200,13 @@ def make_parser() -> Parser:
         options[command.__name__] = option
     for name in ("evaluate", "reconstruct", "ood", "report"):
         options[name].add_argument("--data", metavar="NAME", help="data instead of those of training, such as npy:FILE")
+    for name in ("sample", "reconstruct"):
+        options[name].add_argument(
+            "--certify",
+            type=lambda text: count(text, least=0),
+            metavar="N",
+            help="how many, from the first, get a guaranteed error; 0 for none (what takes some seconds, at most 64)",
+        )
     options["sample"].add_argument("--num", type=int, default=64, help="how many (64)")
     options["sample"].add_argument("--temperature", type=float, default=1.0, help="factor on the prior's scale (1)")
     options["sample"].add_argument("--seed", type=int, default=0, help="of the latents (0)")
@@ -237,6 +249,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(run.with_data(data) if data else run, arguments)
 
     return explain_failures(command, debug=arguments.debug)
+
+
+def _num_certified(arguments: argparse.Namespace, flow: "FlowSpec") -> int | None:
+    """Examples to certify: as many as were asked for, or as take some seconds; None for none."""
+    from iresnet_jax.evaluation.guarantee import affordable
+
+    return affordable(flow, CERTIFY_S) if arguments.certify is None else arguments.certify or None
 
 
 def _say(*results: object) -> None:

@@ -10,8 +10,11 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from iresnet_jax.bijections.reshape import padding_residual
 from iresnet_jax.data.batches import eval_batches
+from iresnet_jax.evaluation import guarantee
 from iresnet_jax.evaluation.results import RECOVERED, Inversion, RoundTrips
 from iresnet_jax.maths.inverse.fixed_point import example_norm
+from iresnet_jax.models import certified_decoding
+from iresnet_jax.models.certified_inverse import InverseCertificate
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
 
@@ -25,7 +28,7 @@ class RoundTrip(NamedTuple):
     Attributes:
         max_abs_error: Largest entry of the error, in the units of the flow's input.
         euclidean_error: Euclidean norm of the error.
-        error_bound: Guaranteed bound of the Euclidean error, by certified Lipschitz bounds propagated through the chain.
+        error_bound: Guaranteed bound of the Euclidean error, by the product of the blocks' bounds: vacuous for deep flows.
         converged: Whether the inverse met its tolerance in all blocks.
         num_evals: Evaluations of residual branches in all blocks together.
     """
@@ -46,6 +49,8 @@ class Reconstructions(NamedTuple):
         trip: Round trips of all examples.
         refined: Round trips in float64 of the first 512 examples.
         summary: The numbers of a report.
+        certificate: Certified inverses of the first examples in the precision of training; None where there are none.
+        certified_errors: Distances of their computed inverses from the refined ones, Euclidean; empty where there are none.
     """
 
     originals: Float[np.ndarray, "n ..."]
@@ -53,6 +58,8 @@ class Reconstructions(NamedTuple):
     trip: RoundTrip
     refined: RoundTrip
     summary: Inversion
+    certificate: InverseCertificate | None = None
+    certified_errors: Float[np.ndarray, " m"] = np.zeros(0)
 
 
 def reconstruct(
@@ -62,6 +69,7 @@ def reconstruct(
     seed: int,
     *,
     contexts: Num[np.ndarray, "n k"] | None = None,
+    num_certified: int | None = None,
 ) -> Reconstructions:
     """Encodes examples and inverts their latents, in the precision of training and in float64.
 
@@ -70,15 +78,19 @@ def reconstruct(
         examples: Images of integer levels, or points; at least one.
         seed: Seed of the dequantisation.
         contexts: Context of each example, of a conditional density.
+        num_certified: Examples whose inverse is certified by `certify.inverse`, from the first; 0 says that one takes too long,
+            None that nobody asked.
     """
     spec, key = model.spec, jax.random.key(seed)
     precise = model.with_(solver=model.solver._replace(atol=REFINED_ATOL, refine=True))
-    parts, refined = [], []
+    parts, refined, to_certify = [], [], []
     for i, (indices, mask) in enumerate(eval_batches(len(examples), min(batch_size, len(examples)))):
         originals, there = _originals(model, jax.random.fold_in(key, i), examples[indices])
         context = None if contexts is None else contexts[indices]
-        outputs = jax.device_get((originals, *_there_and_back(model, there, context)))
+        *outputs, decoded = jax.device_get((originals, *_there_and_back(model, there, context)))
         parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outputs))
+        if i * batch_size < (num_certified or 0):
+            to_certify.append(jax.tree.map(lambda values, mask=mask: values[mask], decoded))
         if i * batch_size < NUM_EXAMPLES:
             with jax.enable_x64():
                 trip = jax.device_get(_in_float64(precise, there, context))
@@ -93,14 +105,22 @@ def reconstruct(
     if spec.num_levels is not None:
         # A density spreads levels over [0, 1) in cells, a classifier puts the last level at 1.
         grey = float(np.abs(reconstructions - originals).max() * (spec.num_levels - isinstance(spec, ClassifierSpec)))
+    found, certificate, errors = None, None, np.zeros(0)
+    if num_certified is not None:
+        found, certified = guarantee.certify(model, to_certify, num_certified, contexts)
+        if certified is not None:
+            certificate = certified.certificate
+            inputs = np.concatenate([decoded.flow_input for decoded in to_certify])[: len(certificate.refined)]
+            errors = np.linalg.norm((inputs - certificate.refined).reshape(len(inputs), -1), axis=1)
     summary = Inversion(
         **asdict(summarize(trip, spec.flow.num_blocks)),
         num_examples=len(originals),
         refined=summarize(exact, spec.flow.num_blocks),
         max_grey_level_error=grey,
         max_padding_residual=float(padding.max()) if isinstance(spec, ClassifierSpec) and spec.pad_channels else None,
+        guarantee=found,
     )
-    return Reconstructions(originals, reconstructions, trip, exact, summary)
+    return Reconstructions(originals, reconstructions, trip, exact, summary, certificate, errors)
 
 
 @jax.jit
@@ -113,11 +133,13 @@ def _originals(model, key, examples):
 
 @jax.jit
 def _there_and_back(model, there, context):
-    """Continuous examples that came back, what is in their padding, and how it went."""
-    back, trip = round_trip(model, there, context)
+    """Continuous examples that came back, what is in their padding, how it went, and what a certificate takes."""
     if isinstance(model, Classifier):
-        return model.spec.unpad(back), padding_residual(back, model.spec.pad_channels), trip
-    return model.spec.transform.bijection().inverse(back)[0], padding_residual(back, 0), trip
+        decoded = certified_decoding.reconstruct(model, model.flow().forward(there))
+    else:
+        decoded = certified_decoding.decode(model, model.flow(context).forward(there), context=context)
+    padding = padding_residual(decoded.flow_input, model.spec.pad_channels if isinstance(model, Classifier) else 0)
+    return decoded.continuous, padding, _compared(there, decoded.flow_input, decoded.info), decoded
 
 
 @jax.jit
@@ -151,6 +173,10 @@ def round_trip(
     """
     bijection = model.flow() if isinstance(model, Classifier) else model.flow(context)
     back, info = bijection.inverse(bijection.forward(there))
+    return back, _compared(there, back, info)
+
+
+def _compared(there, back, info) -> RoundTrip:
     error = back - there
     largest = jnp.max(jnp.abs(error), axis=tuple(range(1, error.ndim)))
-    return back, RoundTrip(largest, example_norm(error), 2 * info.error_bound, info.converged, info.num_evals)
+    return RoundTrip(largest, example_norm(error), 2 * info.error_bound, info.converged, info.num_evals)

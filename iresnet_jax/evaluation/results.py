@@ -296,27 +296,70 @@ class Classification:
 
 
 @dataclass(frozen=True)
+class InverseGuarantee:
+    """Guaranteed errors of computed inverses of the whole flow, rounding included, see `models.certified_inverse`.
+
+    Attributes:
+        num_examples: Examples that were certified, the first ones.
+        num_applied: Those to whose whole trajectory the theorem applied; the blocks' bounds multiply for the others.
+        median_bound: Median of the Euclidean bounds, in the units of the flow's input; infinite if nothing was certified.
+        max_bound: Largest of them.
+        median_data_bound: Median of the bounds in the units of continuous data, or of images on the scale of [0, 1].
+        max_data_bound: Largest of them.
+        fraction_certain: Fraction of entries whose level, or value on a grid, is guaranteed; None for continuous data.
+        median_beta: Median of ``beta``, the bound of how far residuals of the trajectory's equations reach.
+        K: Lipschitz constant of the equations' derivative.
+        max_h: Largest ``h = beta K eta``.
+        reason: Why the theorem did not apply, or nothing was certified; empty if it applied to all.
+    """
+
+    num_examples: int = 0
+    num_applied: int = 0
+    median_bound: float = math.inf
+    max_bound: float = math.inf
+    median_data_bound: float = math.inf
+    max_data_bound: float = math.inf
+    fraction_certain: float | None = None
+    median_beta: float = math.inf
+    K: float = math.inf
+    max_h: float = math.inf
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if not self.num_examples:
+            return f"guaranteed error of the inverse: none, {self.reason}"
+        how = "by the theorem for the whole flow" if self.num_applied else "by the bounds of the blocks, which multiply"
+        how += f" for {self.num_applied}" if 0 < self.num_applied < self.num_examples else ""
+        how += f" ({self.reason})" if self.reason else ""
+        certain = "" if self.fraction_certain is None else f"; {100 * self.fraction_certain:.4g} % of the levels are certain"
+        return (
+            f"guaranteed error of the inverse, Euclidean: at most {self.max_bound:.2g} in the flow's units and "
+            f"{self.max_data_bound:.2g} in the data's (medians {self.median_bound:.2g} and {self.median_data_bound:.2g}), of "
+            f"{self.num_examples} examples {how}{certain}"
+        )
+
+
+@dataclass(frozen=True)
 class SampleQuality:
     """How the inverse ended for a number of samples.
 
     Attributes:
         num: Samples.
         fraction_converged: Fraction whose inverse met its tolerance.
-        max_error_bound: Largest error bound, Euclidean, in the units of the flow's input.
+        max_error_bound: Largest product of the blocks' error bounds, Euclidean, in the units of continuous data.
         failed: Numbers of the samples that did not converge.
+        guarantee: Guaranteed errors of the first samples; None if that was not asked for.
     """
 
     num: int
     fraction_converged: float
     max_error_bound: float
     failed: tuple[int, ...] = ()
+    guarantee: InverseGuarantee | None = None
 
     def __str__(self) -> str:
-        line = (
-            f"samples: the inverse converged for {self.num - len(self.failed)} of {self.num}; "
-            f"largest error bound {self.max_error_bound:.2g} (Euclidean)"
-        )
-        return "\n".join([line, *self.warnings()])
+        line = f"samples: the inverse converged for {self.num - len(self.failed)} of {self.num}"
+        return "\n".join([line, *([str(self.guarantee)] if self.guarantee else []), *self.warnings()])
 
     def warnings(self, name: str = "samples") -> list[str]:
         """A sentence that numbers the samples whose inverse did not converge."""
@@ -333,7 +376,7 @@ class RoundTrips:
     Attributes:
         max_abs_error: Largest entry of any error, in the units of the flow's input.
         max_euclidean_error: Largest Euclidean norm of an example's error.
-        max_error_bound: Largest guaranteed bound of a Euclidean error.
+        max_error_bound: Largest bound of a Euclidean error that multiplies the bounds of the blocks: vacuous for deep flows.
         fraction_within_bound: Fraction of examples whose Euclidean error is within its bound.
         fraction_converged: Fraction of examples whose inverse met its tolerance.
         fraction_recovered: Fraction of examples with no entry off by more than 1e-4, whatever was promised.
@@ -358,24 +401,26 @@ class Inversion(RoundTrips):
         refined: Round trips in float64 of the first test examples.
         max_grey_level_error: Largest error of a pixel in grey levels; None for points.
         max_padding_residual: Largest Euclidean norm of what should be zero padding; None without padding.
+        guarantee: Guaranteed errors of the first examples, in the precision of training; None if that was not asked for.
     """
 
     num_examples: int
     refined: RoundTrips
     max_grey_level_error: float | None = None
     max_padding_residual: float | None = None
+    guarantee: InverseGuarantee | None = None
 
     def __str__(self) -> str:
         converged, recovered = (round(f * self.num_examples) for f in (self.fraction_converged, self.fraction_recovered))
         grey = "" if self.max_grey_level_error is None else f" ({self.max_grey_level_error:.2g} grey levels)"
         verdict = "inverted" if converged == self.num_examples else "NOT INVERTED"
         by_luck = "" if converged == recovered else f"; {recovered} came back to {RECOVERED:g}"
-        return (
+        line = (
             f"inverse: {verdict}; {converged} of {self.num_examples} test examples converged, largest error "
-            f"{self.max_abs_error:.2g}{grey}, Euclidean {self.max_euclidean_error:.2g} with bound {self.max_error_bound:.2g}, "
-            f"{self.mean_evals:.1f} evaluations a block; in float64 {self.refined.max_euclidean_error:.2g} with bound "
-            f"{self.refined.max_error_bound:.2g}{by_luck}"
+            f"{self.max_abs_error:.2g}{grey}, Euclidean {self.max_euclidean_error:.2g}, in float64 "
+            f"{self.refined.max_euclidean_error:.2g}, {self.mean_evals:.1f} evaluations a block{by_luck}"
         )
+        return f"{line}\n{self.guarantee}" if self.guarantee else line
 
     def warnings(self, *, promised: bool = True) -> list[str]:
         """Sentences about errors beyond their bounds and, where an inverse is promised, examples that did not converge."""

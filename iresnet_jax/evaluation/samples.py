@@ -8,7 +8,10 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
-from iresnet_jax.evaluation.results import SampleQuality
+from iresnet_jax.bijections.bijection import follow_inverse_info, no_inverse_error
+from iresnet_jax.evaluation import guarantee
+from iresnet_jax.evaluation.results import InverseGuarantee, SampleQuality
+from iresnet_jax.models import certified_decoding
 from iresnet_jax.models.density import Density
 
 
@@ -18,12 +21,15 @@ class Samples(NamedTuple):
     Attributes:
         values: Images of integer levels, or points.
         converged: Whether each sample's inverse met its tolerance.
-        error_bound: Error bound of each sample, Euclidean, in the units of continuous data, by the certified norms.
+        error_bound: Error bound of each sample, Euclidean, in the units of continuous data, by the product of the blocks'
+            bounds: vacuous for deep flows.
+        guarantee: Guaranteed errors of the first samples; None if that was not asked for.
     """
 
     values: Num[np.ndarray, "n ..."]
     converged: Bool[np.ndarray, " n"]
     error_bound: Float[np.ndarray, " n"]
+    guarantee: InverseGuarantee | None = None
 
     @property
     def quality(self) -> SampleQuality:
@@ -34,6 +40,7 @@ class Samples(NamedTuple):
             fraction_converged=float(self.converged.mean()),
             max_error_bound=float(self.error_bound.max()),
             failed=tuple(failed.tolist()),
+            guarantee=self.guarantee,
         )
 
 
@@ -46,6 +53,7 @@ def draw(
     seed: int = 0,
     labels: Sequence[int] | None = None,
     contexts: Float[np.ndarray, "_ k"] | None = None,
+    num_certified: int | None = None,
 ) -> Samples:
     """Draws latents from the prior and inverts them, to the levels of the data.
 
@@ -55,8 +63,9 @@ def draw(
         temperature: Factor on the prior's scale, at least 0; 1 samples the model.
         seed: Seed of the latents, at least 0.
         labels: Class of each sample, of a model whose classes have priors; the model draws them by default.
-
         contexts: Context of each sample, of a conditional density; fewer than samples are taken again and again.
+        num_certified: Samples that are certified by `certify.inverse`, from the first; 0 says that one takes too long, None
+            that nobody asked.
 
     Raises:
         ValueError: If ``num``, ``temperature``, ``seed`` or a label is out of range, the model has no classes, or it needs
@@ -84,13 +93,21 @@ def draw(
         _sample(model, jax.random.fold_in(key, i), at_once, temperature, batch_labels[i], batch_contexts[i])
         for i in range(num_batches)
     ]
-    x, info = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:num], *jax.device_get(parts))
-    return Samples(x, info.converged, info.error_bound)
+    whole, bounds = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:num], *jax.device_get(parts))
+    found = None
+    if num_certified is not None:
+        taken = None if contexts is None else contexts[np.arange(num) % len(contexts)]
+        found, _ = guarantee.certify(model, [whole], num_certified, taken)
+    return Samples(whole.data, whole.info.converged, bounds, found)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _sample(model, key, num, temperature, labels, context):
-    return model.sample(key, num, temperature=temperature, labels=labels, context=context)
+    """`Density.sample` with all that a certificate needs, and the blocks' bounds in the units of continuous data."""
+    latents = model._sample_prior(key, num, temperature, labels)
+    decoded = certified_decoding.decode(model, latents, context=context)
+    preprocessing = model.spec.transform.bijection().inverse_lipschitz
+    return decoded, follow_inverse_info(decoded.info, no_inverse_error(decoded.data), preprocessing).error_bound
 
 
 def _label_batches(model: Density, labels: Sequence[int], num: int, at_once: int) -> list[Int[np.ndarray, " n"]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iresnet_jax.atomic_files import replacing
-from iresnet_jax.evaluation import accuracy, inversion, likelihood, machine_and_versions, posterior, samples
+from iresnet_jax.evaluation import accuracy, guarantee, inversion, likelihood, machine_and_versions, posterior, samples
 from iresnet_jax.evaluation.results import (
     Classification,
     Inversion,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 NUM_IMAGES, NUM_POINTS = 64, 2000  # samples shown
 NUM_UNCERTIFIED = 64  # examples that a model without a certificate inverts: its solver runs to the cap
+CERTIFY_S = 0.5  # roughly, for guaranteed errors of inverses; compiling takes some seconds beside
 SAMPLES_A_CLASS, CLASSES_SHOWN = 8, 10  # samples of each of the first classes
 MAP_SIDE = 128
 LOG_PROB_FILE = "test_log_prob.npy"
@@ -136,10 +137,13 @@ def _bijection(run: Run, examples: np.ndarray, figures: Figures) -> tuple[Invers
     chosen = examples[: num if certificate.certified else NUM_UNCERTIFIED]
     contexts = run.test_contexts()
     contexts = None if contexts is None else contexts[: len(chosen)]
-    result = inversion.reconstruct(run.model, chosen, run.config.evaluation.batch_size, run.config.seed, contexts=contexts)
+    size, num_certified = run.config.evaluation.batch_size, guarantee.affordable(run.model.spec.flow, CERTIFY_S)
+    result = inversion.reconstruct(run.model, chosen, size, run.config.seed, contexts=contexts, num_certified=num_certified)
     if shown := pictures.reconstructions(result):
         figures["reconstructions"] = shown
     errors, bounds = np.asarray(result.refined.euclidean_error), np.asarray(result.refined.error_bound)
+    if result.certificate is not None:
+        errors, bounds = result.certified_errors, result.certificate.error_bound
     if np.isfinite(errors).any():
         figures["error_histogram"] = plots.error_histogram(errors, bounds if np.isfinite(bounds).any() else None)
     figures["lipschitz"] = plots.lipschitz_bars(certificate)

@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import kept
 import numpy as np
+import plain_flow as plain
 import pytest
 
 from iresnet_jax.maths import activations
@@ -18,9 +17,6 @@ from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.branch import apply_branch
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-import _plain_flow as plain
 
 CONV = {"hidden": (3,), "kernel_sizes": (3, 3)}
 FLOWS = {

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from reports import EXACT, POINTS, REPORT, block, changed
 
+from iresnet_jax.evaluation.results import InverseGuarantee
 from iresnet_jax.report import page
 from iresnet_jax.report.formatting import MINUS
 
@@ -212,6 +213,21 @@ def test_a_bound_is_only_called_guaranteed_when_every_block_is_certified():
         assert "(not below 1)" in read(report).words
     assert grounds(dataclasses.replace(REPORT, likelihood=POINTS, lipschitz=None))["Truncation bound"] == "guaranteed"
     assert "No bound holds" in read(changed("inverse", max_error_bound=math.inf)).words
+
+
+def test_the_guaranteed_error_of_the_whole_flow_stands_in_place_of_the_product():
+    found = InverseGuarantee(32, 32, 2.3e-6, 7.7e-6, 1.9e-6, 6.1e-6, 0.98)
+    words = read(changed("inverse", guarantee=found)).words
+    assert f"within 7.7 {TIMES} 10⁻⁶ of the exact one" in words
+    assert "The residual of the solver bounds" not in words
+    assert f"largest guaranteed error 7.7 {TIMES} 10⁻⁶" in words
+    assert f"6.1 {TIMES} 10⁻⁶" in words
+    assert "levels that are certain 98" in words
+    jumps = dataclasses.replace(found, num_applied=0, reason="slopes of relu jump")
+    words = read(changed("inverse", guarantee=jumps)).words
+    assert "The whole flow has no better bound: slopes of relu jump." in words
+    none = InverseGuarantee(reason="the weights are not certified")
+    assert "no better bound: the weights are not certified" in read(changed("inverse", guarantee=none)).words
 
 
 def test_warnings_come_first():

@@ -1,0 +1,79 @@
+"""Guaranteed errors of inverses that were computed in bulk: of how many examples, and their median and worst."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Num
+
+from iresnet_jax.evaluation.results import InverseGuarantee
+from iresnet_jax.models import certified_decoding
+from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.certified_decoding import Decoded
+from iresnet_jax.models.certified_info import CertifiedInfo
+from iresnet_jax.models.certified_inverse import check_certified
+from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.models.density import Density
+
+MOST_EXAMPLES, TOO_LONG_S = 64, 120.0
+STEP_S, OPERATIONS_A_SECOND = 1e-3, 1e10  # rough: of one step's residuals, and of dense products, on one CPU core
+
+
+def seconds_each(spec: FlowSpec) -> float:
+    """About how long an example takes on one core, compilation aside: a residual and ten products of matrices a step."""
+    return spec.num_blocks * (STEP_S + 20.0 * spec.num_dims**3 / OPERATIONS_A_SECOND)
+
+
+def affordable(spec: FlowSpec, seconds: float) -> int:
+    """How many examples take about that many seconds: a power of two up to `MOST_EXAMPLES`, and 0 where one takes minutes."""
+    each = seconds_each(spec)
+    return 0 if each > TOO_LONG_S else 2 ** int(np.log2(np.clip(seconds / each, 1, MOST_EXAMPLES)))
+
+
+def certify(
+    model: Density | Classifier, parts: Sequence[Decoded], num: int, contexts: Num[np.ndarray, "n k"] | None = None
+) -> tuple[InverseGuarantee, CertifiedInfo | None]:
+    """What is guaranteed of the first examples that were decoded, as numbers of a report and example by example.
+
+    Args:
+        model: The model.
+        parts: Batches of examples, as NumPy's arrays.
+        num: Examples to certify, at most; 0 where one takes too long.
+        contexts: Their contexts, of a conditional density.
+
+    Returns:
+        The summary, which says why where nothing is guaranteed, and the certificates; None where nothing is.
+    """
+    try:
+        check_certified(model)
+    except ValueError as error:
+        return InverseGuarantee(reason=str(error)), None
+    if num == 0:
+        minutes = seconds_each(model.spec.flow) / 60
+        return InverseGuarantee(reason=f"an example would take about {minutes:.0f} min, see certify.inverse"), None
+    first = jax.tree.map(lambda *values: np.concatenate(values)[:num], *parts)
+    contexts = None if contexts is None else contexts[: len(first.latents)]
+    info = certified_decoding.certified(model, first, context=contexts)
+    return summarize(model.spec.flow, info), info
+
+
+def summarize(spec: FlowSpec, info: CertifiedInfo) -> InverseGuarantee:
+    """Medians and maxima over examples."""
+    own, reason = info.certificate, ""
+    if not np.all(own.applied):
+        jumps = not np.all(np.isfinite(own.K))
+        names = ", ".join(sorted({stage.activation for stage in spec.stages}))
+        reason = f"slopes of {names} jump" if jumps else "the others' bounds are those of the blocks, which multiply"
+    return InverseGuarantee(
+        num_examples=len(info.error_bound),
+        num_applied=int(np.sum(own.applied)),
+        median_bound=float(np.median(own.error_bound)),
+        max_bound=float(np.max(own.error_bound)),
+        median_data_bound=float(np.median(info.error_bound)),
+        max_data_bound=float(np.max(info.error_bound)),
+        fraction_certain=None if info.certain is None else float(np.mean(info.certain)),
+        median_beta=float(np.median(own.beta)),
+        K=float(np.max(own.K)),
+        max_h=float(np.max(own.h)),
+        reason=reason,
+    )
