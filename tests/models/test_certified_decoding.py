@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from iresnet_jax.bijections.chain import chain
+from iresnet_jax.bijections.reshape import padding_residual
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.bijections.transforms.equalize import Equalize
@@ -124,7 +125,7 @@ def test_without_certify_the_program_is_what_it_was():
     features = jnp.zeros((2, *classifier.spec.feature_shape))
     programs = [
         str(jax.make_jaxpr(function)(classifier, features))
-        for function in (lambda model, y: model.reconstruct(y)[::2], _reconstruct_as_it_was)
+        for function in (lambda model, y: tuple(model.reconstruct(y)), _reconstruct_as_it_was)
     ]
     assert programs[0] == programs[1]
 
@@ -136,7 +137,7 @@ def _decode_as_it_was(model, z):
 
 def _reconstruct_as_it_was(model, features):
     x, info = model.flow().inverse(features.reshape(len(features), -1))
-    return model.spec.unpad(x), info
+    return model.spec.unpad(x), padding_residual(x, model.spec.pad_channels), info
 
 
 def test_what_cannot_be_certified_is_refused():

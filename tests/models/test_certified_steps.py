@@ -15,7 +15,9 @@ from iresnet_jax.models.certified_inverse import Problem, linearize, products_of
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
 
-TORI = {"one pixel": (1, 1, 1), "two by two": (2, 2, 1)}
+# Shapes, and the share of the constant that is attained: it takes the layer's norm for that of its rows, which is twice as much
+# as a pixel of four moves.
+TORI = {"one pixel": ((1, 1, 1), 1.0), "two by two": ((2, 2, 1), 0.5)}
 
 
 def torus(shape):
@@ -45,8 +47,9 @@ def jacobians(flow, weights, points):
 
 @pytest.mark.parametrize("name", TORI)
 def test_jacobians_of_kernels_wider_than_the_torus_change_no_faster_than_stated(name, monkeypatch):
-    """Where the slopes change fastest, at 0, in the direction of all ones: the constant is nearly attained."""
-    own = torus(TORI[name])
+    """Where the slopes change fastest, at 0, in the direction of all ones."""
+    shape, share = TORI[name]
+    own = torus(shape)
     flow = own.spec.flow
     d = flow.num_dims
     with jax.enable_x64(True):
@@ -55,7 +58,7 @@ def test_jacobians_of_kernels_wider_than_the_torus_change_no_faster_than_stated(
         ends = [sign * length / 2 * np.ones((1, d)) / np.sqrt(d) for sign in (1, -1)]
         one, other = (jacobians(flow, problem.weights, end)[0] for end in ends)
         quotient = np.linalg.norm(one - other, 2) / length
-        assert 0.85 * problem.constants.second[0] < quotient <= problem.constants.second[0]
+        assert 0.99 * share * problem.constants.second[0] < quotient <= problem.constants.second[0]
         monkeypatch.setattr(step_jacobians, "taps_meet", lambda branch, layer: False)
         assert quotient > 1.2 * Problem.of(own).constants.second[0]  # rows as long as on a larger image
 
