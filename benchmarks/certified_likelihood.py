@@ -9,15 +9,15 @@ model in mpmath's of 50 digits. A value counts as broken if it is not in the int
 
 import dataclasses
 import resource
+import sys
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from _models import add_workdir
-from _plain_flow import DECIMAL, FLOAT, LONG, mpmath_numbers
-from _plain_likelihood import log_prob
 from _record import parser, table, write
 
 from iresnet_jax import certify
@@ -27,6 +27,10 @@ from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.branch import initial_weights
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import as_params, freeze
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from plain_flow import DECIMAL, FLOAT, LONG, mpmath_numbers
+from plain_likelihood import log_prob
 
 COEFF, DIGITS, TARGET = 0.999, 50, 1e-6  # bits/dim
 

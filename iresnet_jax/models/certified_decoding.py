@@ -1,6 +1,6 @@
 """The certified inverse in the units of the data: what `Density.decode` and `Classifier.reconstruct` do with ``certify=True``.
 
-`certified_inverse` bounds the error of the flow's input, and `enclosure` what preprocessing makes of it.
+`certified_inverse` bounds the error of the flow's input, and `inverse_enclosure` what preprocessing makes of it.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Num
 
 from iresnet_jax.bijections.reshape import flatten
 from iresnet_jax.bijections.transforms.dequantize import Grid
-from iresnet_jax.bijections.transforms.enclosure import certain_levels, certain_on_grid, distance_bound, enclose_inverse
+from iresnet_jax.bijections.transforms.inverse_enclosure import certain_levels, certain_on_grid, distance_bound, enclose_inverse
 from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.models.certified_info import CertifiedInfo

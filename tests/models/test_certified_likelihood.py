@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import sys
 from pathlib import Path
 
 import jax
@@ -10,6 +9,8 @@ import jax.numpy as jnp
 import kept
 import mpmath
 import numpy as np
+import plain_flow as plain
+import plain_likelihood
 import pytest
 
 import iresnet_jax as ir
@@ -24,9 +25,6 @@ from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-import _plain_flow as plain  # noqa: E402
-import _plain_likelihood as plain_likelihood  # noqa: E402
 
 NUMBERS = plain.mpmath_numbers(50)
 CONV = {"hidden": (3,), "kernel_sizes": (3, 3)}

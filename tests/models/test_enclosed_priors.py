@@ -1,18 +1,13 @@
 """Enclosures of priors against mpmath's numbers of 50 digits."""
 
-import sys
-from pathlib import Path
-
 import mpmath
 import numpy as np
+import plain_flow as plain
+import plain_likelihood
 import pytest
 
 from iresnet_jax.maths.ball_arithmetic import Ball
 from iresnet_jax.models import enclosed_priors, priors
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-import _plain_flow as plain
-import _plain_likelihood as plain_likelihood
 
 NUMBERS = plain.mpmath_numbers(50)
 DIMS = 5

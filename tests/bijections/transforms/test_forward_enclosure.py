@@ -1,13 +1,13 @@
 """Enclosures of the preprocessing against mpmath's numbers of 50 digits, and beside the transforms' own values in float64."""
 
 import functools
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
+import plain_flow as plain
+import plain_likelihood
 import pytest
 
 from iresnet_jax.bijections.transforms import forward_enclosure
@@ -15,10 +15,6 @@ from iresnet_jax.bijections.transforms.dequantize import Grid, dequantize
 from iresnet_jax.bijections.transforms.equalize import Equalize, entry_shares, level_frequencies
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
-
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
-import _plain_flow as plain
-import _plain_likelihood as plain_likelihood
 
 SHAPE, LEVELS = (3, 3, 2), 17
 NUMBERS = plain.mpmath_numbers(50)

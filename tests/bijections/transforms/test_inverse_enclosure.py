@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from iresnet_jax.bijections.transforms.dequantize import Grid
-from iresnet_jax.bijections.transforms.enclosure import certain_levels, certain_on_grid, distance_bound, enclose_inverse
 from iresnet_jax.bijections.transforms.equalize import Equalize
+from iresnet_jax.bijections.transforms.inverse_enclosure import certain_levels, certain_on_grid, distance_bound, enclose_inverse
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 

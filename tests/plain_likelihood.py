@@ -1,4 +1,4 @@
-"""The log-density of a model written down once more, in plain NumPy on numbers of any precision, see `_plain_flow`.
+"""The log-density of a model written down once more, in plain NumPy on numbers of any precision, see `plain_flow`.
 
 Its determinant is that of the whole flow's Jacobian, by Gaussian elimination with exchanges of rows.
 """
@@ -6,7 +6,7 @@ Its determinant is that of the whole flow's Jacobian, by Gaussian elimination wi
 from typing import Any
 
 import numpy as np
-from _plain_flow import Numbers, _activation, _conv, _squeeze
+from plain_flow import Numbers, _activation, _conv, _squeeze
 
 
 def log_prob(numbers: Numbers, model: Any, u: Any, level: Any = None) -> Any:
