@@ -163,7 +163,7 @@ class DataSet:
         if self.simulator is not None:
             return jax.jit(self.simulator.sample, static_argnums=1)(key, num)
         if self.toy is not None:
-            return self.toy.sample(key, num), None
+            return jax.jit(self.toy.sample, static_argnums=1)(key, num), None
         raise ValueError(f"{self.name} is a data set of arrays: nothing draws its examples")
 
     def _drawn_of(self, split: str, num: int | None, seed: int) -> tuple[Array, Array | None]:
