@@ -5,8 +5,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+from forked import Forked
 
 from iresnet_jax.training import distributed, loop, parallel
 from iresnet_jax.training.checkpoints import load_named
@@ -26,27 +25,35 @@ VANISHING, VANISHING_ELSEWHERE = 2e-8, float(np.finfo(np.float32).eps)
 SPARSE = {"training.total_steps": 40, "training.eval_every_steps": 20}
 EXACT = {**SPARSE, "evaluation.logdet.kind": "exact"}
 OBJECTIVES = {"toy": EXACT, "classifier": SPARSE, "hybrid": SPARSE}
-LONG = {"training.total_steps": 100_000, "training.eval_every_steps": 100_000}
+LONG = {  # runs that something ends, of what compiles fastest
+    "training.total_steps": 100_000,
+    "training.eval_every_steps": 100_000,
+    "training.blocks": "unroll",
+    "model.stages": ({"num_blocks": 1, "hidden": (4,)},),
+    "logdet.kind": "exact",
+}
 PROGRAM = Path(__file__).with_name("one_of_several.py")
 DEADLINE_S = 60
 ADVICE = "the same command on all processes, or on fewer, goes on from the last checkpoint"
 
 
-def start(num_processes, trainings, *, num_devices=1, **settings):
-    """Starts all processes of a run, on simulated devices each."""
+def start(num_processes, trainings, folder, *, num_devices=1, **settings):
+    """Starts all processes of a run, on simulated devices each, whose words are kept in a folder."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    flags = jax_flags(num_devices)
-    environment = {**runs.environment(), "PYTHONPATH": f"{runs.ROOT}:{runs.ROOT / 'tests'}", "XLA_FLAGS": flags}
     given = json.dumps({"trainings": trainings, **settings})
-    commands = [
-        [sys.executable, "-W", "ignore", str(PROGRAM), address, str(num_processes), str(process), given]
-        for process in range(num_processes)
-    ]
     return [
-        subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for command in commands
+        Forked(
+            PROGRAM,
+            address,
+            str(num_processes),
+            str(process),
+            given,
+            folder=folder / f"process{process}",
+            XLA_FLAGS=jax_flags(num_devices),
+        )
+        for process in range(num_processes)
     ]
 
 
@@ -57,9 +64,8 @@ def jax_flags(num_devices):
 
 def finish(processes):
     """Exit statuses, and what was said on stderr, transports' own lines left out."""
-    said = [process.communicate(timeout=4 * DEADLINE_S)[1] for process in processes]
-    own = [[line for line in text.splitlines() if not line.startswith("[Gloo]")] for text in said]
-    return [process.returncode for process in processes], own
+    statuses = [process.wait(4 * DEADLINE_S) for process in processes]
+    return statuses, [[line for line in process.said() if not line.startswith("[Gloo]")] for process in processes]
 
 
 def await_step(workdir, step, processes):
@@ -95,8 +101,8 @@ def assert_close(found, expected, vanishing=VANISHING):
 def trained(tmp_path_factory):
     """Folders of the same trainings by two processes with a device each, by one with two, and by one with one."""
     folder = tmp_path_factory.mktemp("trained")
-    processes = start(2, [[name, f"{folder}/{name}-two", changes] for name, changes in OBJECTIVES.items()])
-    alone = start(1, [[name, f"{folder}/{name}-alone", changes] for name, changes in OBJECTIVES.items()])
+    processes = start(2, [[name, f"{folder}/{name}-two", changes] for name, changes in OBJECTIVES.items()], folder / "two")
+    alone = start(1, [[name, f"{folder}/{name}-alone", changes] for name, changes in OBJECTIVES.items()], folder / "alone")
     for name, changes in OBJECTIVES.items():
         loop.train(runs.config_of(runs.CONFIGS[name], **changes), folder / f"{name}-one")
     assert finish(processes) == ([0, 0], [[], []])
@@ -116,12 +122,12 @@ def test_runs_do_not_depend_on_how_devices_are_spread(trained, name, spread, van
 
 
 def test_a_signal_to_one_process_saves_the_same_step_and_ends_both(tmp_path):
-    processes = start(2, [["toy", str(tmp_path), LONG]])
-    await_step(tmp_path, 3, processes)
+    processes = start(2, [["toy", str(tmp_path / "run"), LONG]], tmp_path)
+    await_step(tmp_path / "run", 3, processes)
     processes[1].send_signal(signal.SIGTERM)
     statuses, said = finish(processes)
     assert statuses == [128 + signal.SIGTERM] * 2
-    step, _ = final(tmp_path)
+    step, _ = final(tmp_path / "run")
     sentence = f"stopped by SIGTERM after step {step} of {LONG['training.total_steps']}: the same command goes on from it"
     assert said == [[sentence], ["SIGTERM: saving after this step; a second signal stops at once", sentence]]
 
@@ -137,24 +143,24 @@ def test_two_processes_of_two_devices_go_on_where_one_was_though_the_folder_is_t
     shutil.copytree(trained / "toy-one", tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "40.npz").unlink()
     there, elsewhere = (["toy", str(tmp_path / name), EXACT] for name in ("run", "elsewhere"))
-    assert finish(start(2, [there], other=elsewhere, num_devices=2)) == ([0, 0], [[], []])
+    assert finish(start(2, [there], tmp_path, other=elsewhere, num_devices=2)) == ([0, 0], [[], []])
     assert_close(final(tmp_path / "run"), final(trained / "toy-one"))
     assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_process_that_is_killed_ends_the_other_with_its_name(tmp_path):
-    processes = start(2, [["toy", str(tmp_path), LONG]], lost_s=3.0)
-    await_step(tmp_path, 3, processes)
-    processes[1].kill()
+    processes = start(2, [["toy", str(tmp_path / "run"), LONG]], tmp_path, lost_s=3.0)
+    await_step(tmp_path / "run", 3, processes)
+    processes[1].send_signal(signal.SIGKILL)
     statuses, said = finish(processes)
     assert statuses == [distributed.LOST, -signal.SIGKILL]
     assert said[0] == [f"process 1 has given no sign of life for 3 s: {ADVICE}"]
 
 
 def test_the_other_process_says_so_where_process_0_and_its_coordinator_are_killed(tmp_path):
-    processes = start(2, [["toy", str(tmp_path), LONG]])
-    await_step(tmp_path, 3, processes)
-    processes[0].kill()
+    processes = start(2, [["toy", str(tmp_path / "run"), LONG]], tmp_path)
+    await_step(tmp_path / "run", 3, processes)
+    processes[0].send_signal(signal.SIGKILL)
     began = time.monotonic()
     statuses, said = finish(processes)
     assert time.monotonic() - began < 20
@@ -163,8 +169,8 @@ def test_the_other_process_says_so_where_process_0_and_its_coordinator_are_kille
 
 
 def test_a_suspended_coordinator_ends_the_other_and_itself_when_it_wakes(tmp_path):
-    processes = start(2, [["toy", str(tmp_path), LONG]], lost_s=3.0)
-    await_step(tmp_path, 3, processes)
+    processes = start(2, [["toy", str(tmp_path / "run"), LONG]], tmp_path, lost_s=3.0)
+    await_step(tmp_path / "run", 3, processes)
     processes[0].send_signal(signal.SIGSTOP)
     assert processes[1].wait(DEADLINE_S) == distributed.LOST
     processes[0].send_signal(signal.SIGCONT)
@@ -176,9 +182,9 @@ def test_a_suspended_coordinator_ends_the_other_and_itself_when_it_wakes(tmp_pat
 
 
 def test_a_process_that_fails_alone_ends_the_other_with_its_reason(tmp_path):
-    processes = start(2, [["toy", str(tmp_path), LONG]])
-    await_step(tmp_path, 3, processes)
-    checkpoints = tmp_path / "checkpoints"
+    processes = start(2, [["toy", str(tmp_path / "run"), LONG]], tmp_path)
+    await_step(tmp_path / "run", 3, processes)
+    checkpoints = tmp_path / "run" / "checkpoints"
     for file in checkpoints.glob("*"):
         file.unlink()
     if checkpoints.exists():
@@ -192,8 +198,9 @@ def test_a_process_that_fails_alone_ends_the_other_with_its_reason(tmp_path):
 
 
 def test_what_processes_must_have_alike_is_compared(tmp_path):
+    workdir = str(tmp_path / "run")
     processes = start(
-        2, [["toy", str(tmp_path), {"training.batch_size": 16}]], other=["toy", str(tmp_path), {"training.batch_size": 32}]
+        2, [["toy", workdir, {"training.batch_size": 16}]], tmp_path, other=["toy", workdir, {"training.batch_size": 32}]
     )
     statuses, said = finish(processes)
     assert statuses == [2, 2]
