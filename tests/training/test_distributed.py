@@ -38,7 +38,7 @@ ADVICE = "the same command on all processes, or on fewer, goes on from the last 
 
 
 def start(num_processes, trainings, folder, *, num_devices=1, **settings):
-    """Starts all processes of a run, on simulated devices each, whose words are kept in a folder."""
+    """Starts all processes of a run, on simulated devices each; ``folder`` keeps what they print."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
@@ -173,6 +173,7 @@ def test_a_suspended_coordinator_ends_the_other_and_itself_when_it_wakes(tmp_pat
     await_step(tmp_path / "run", 3, processes)
     processes[0].send_signal(signal.SIGSTOP)
     assert processes[1].wait(DEADLINE_S) == distributed.LOST
+    time.sleep(1.5)  # process 1 ends 2 to 4 s after the stop: process 0, which looks once a second, then counts at least 2.5 s
     processes[0].send_signal(signal.SIGCONT)
     statuses, said = finish(processes)
     assert statuses == [distributed.LOST] * 2
