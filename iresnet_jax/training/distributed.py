@@ -219,6 +219,7 @@ class _Watcher:
     def __init__(self, client: Any, index: int, count: int):
         self._client, self._index, self._count = client, index, count
         self._stopped, self._heard_at = threading.Event(), time.monotonic()
+        self._ending = threading.Lock()  # only the first thread that finds a reason to end says it
         self._thread = threading.Thread(target=self._watch, name="processes", daemon=True)
         threading.Thread(target=self._watch_the_store, name="coordinator", daemon=True).start()
         interruption.before_leaving(lambda number: self.announce(f"was stopped by {signal.Signals(number).name}", 128 + number))
@@ -288,12 +289,13 @@ class _Watcher:
 
     def _end(self, reason: str, status: int) -> None:
         """Ends this process, which may be waiting in native code for one that is gone."""
-        if self._stopped.is_set():
-            return
-        interruption.say(f"{reason}: the same command on all processes, or on fewer, goes on from the last checkpoint")
-        self._let_others_read()
-        sys.stdout.flush()
-        os._exit(status)
+        with self._ending:
+            if self._stopped.is_set():
+                return
+            interruption.say(f"{reason}: the same command on all processes, or on fewer, goes on from the last checkpoint")
+            self._let_others_read()
+            sys.stdout.flush()
+            os._exit(status)
 
     def _set(self, key: str, value: str) -> None:
         with contextlib.suppress(Exception):
