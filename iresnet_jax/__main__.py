@@ -145,6 +145,21 @@ def ood(trained: "Run", arguments: argparse.Namespace) -> int:
     return 0
 
 
+def robustness(trained: "Run", arguments: argparse.Namespace) -> int:
+    """Verified accuracy by radius, beside the accuracy under attack; exit status 1 if the attack breaks a certificate."""
+    from iresnet_jax.evaluation.robustness import evaluate
+    from iresnet_jax.models.classifier import Classifier
+
+    if not isinstance(trained.model, Classifier):
+        raise ValueError(f"{trained.folder} holds a density: radii are certified for classifiers")
+    trained = trained.with_data_checked()
+    images, labels = trained.test_examples()[: arguments.num], trained.data.labels["test"][: arguments.num]
+    size = trained.config.evaluation.batch_size
+    result = evaluate(trained.model, images, labels, radii=arguments.radii, batch_size=size, seed=trained.config.seed)
+    _say(*trained.notes, result)
+    return 0 if result.num_broken == 0 else 1
+
+
 def report(trained: "Run", _: argparse.Namespace) -> int:
     """All results, to report.json and report.html."""
     from iresnet_jax.report.report import write
@@ -186,19 +201,24 @@ def count(text: str, least: int = 1) -> int:
     return number
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas, for argparse."""
+    return tuple(float(number) for number in text.split(","))
+
+
 def make_parser() -> Parser:
     """The commands and their options."""
     parser = Parser(prog="python -m iresnet_jax", description="Everything before and after train.py.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     options = {}
-    for command in (evaluate, sample, reconstruct, certify, freeze, ood, report):
+    for command in (evaluate, sample, reconstruct, certify, freeze, ood, robustness, report):
         described = command.__doc__ or ""
         option = commands.add_parser(command.__name__, help=described, description=described)
         option.add_argument("--workdir", required=True, metavar="DIR", help="folder of the training run, or of a model")
         option.add_argument("--debug", action="store_true", help="show the traceback of a failure")
         option.set_defaults(run=command)
         options[command.__name__] = option
-    for name in ("evaluate", "reconstruct", "ood", "report"):
+    for name in ("evaluate", "reconstruct", "ood", "robustness", "report"):
         options[name].add_argument("--data", metavar="NAME", help="data instead of those of training, such as npy:FILE")
     for name in ("sample", "reconstruct"):
         options[name].add_argument(
@@ -214,6 +234,14 @@ def make_parser() -> Parser:
     options["sample"].add_argument("--label", type=int, help="of which class, of a hybrid (any)")
     options["ood"].add_argument("--against", default="rotated", help="rotated (default), noise, or the name of a data set")
     options["ood"].add_argument("--num", type=count, default=2000, help="how many images of each side, at most (2000)")
+    options["robustness"].add_argument("--num", type=count, default=100, help="how many test images, from the first (100)")
+    options["robustness"].add_argument(
+        "--radii",
+        type=numbers,
+        default=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+        metavar="NUMBERS",
+        help="norms of perturbations of pixels in [0, 1], increasing (0.001,0.003,...,1)",
+    )
     options["freeze"].add_argument("--output", metavar="FILE", help="where to write (model.npz in the workdir)")
     options["reconstruct"].add_argument("--num", type=count, default=512, help="how many test examples, from the first (512)")
     described = plan.__doc__ or ""

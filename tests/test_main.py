@@ -16,7 +16,7 @@ from iresnet_jax.models.saved import FILE_NAME
 from iresnet_jax.training import run_folder
 
 PNG = b"\x89PNG"
-COMMANDS = ("evaluate", "sample", "reconstruct", "certify", "freeze", "ood", "report", "plan", "profile")
+COMMANDS = ("evaluate", "sample", "reconstruct", "certify", "freeze", "ood", "robustness", "report", "plan", "profile")
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,15 @@ def test_freeze_writes_the_same_model(folders, tmp_path, capsys):
         assert {name: array.tobytes() for name, array in ours.items()} == {
             name: array.tobytes() for name, array in theirs.items()
         }
+
+
+def test_robustness_says_the_verified_accuracy(folders, capsys):
+    lines = said(capsys, "robustness", folders["classifier"], "--num", "3", "--radii", "1e-6,0.1").splitlines()
+    assert "3 test images" in lines[0]
+    assert [line.split()[0] for line in lines[2:]] == ["1e-06", "0.1"]
+    assert "holds a density" in answer(capsys, "robustness", "--workdir", folders["hybrid"])
+    assert "positive and increasing" in answer(capsys, "robustness", "--workdir", folders["classifier"], "--radii", "1,0.1")
+    assert "invalid numbers value" in answer(capsys, "robustness", "--workdir", folders["classifier"], "--radii", "a")
 
 
 def test_ood_says_an_area_for_every_score(folders, capsys):

@@ -42,6 +42,7 @@ class Activation(NamedTuple):
     monotone: bool
     elementwise: bool = True
     slope_lipschitz: float | None = None
+    convex: bool = False
 
 
 def _positive_beta(x: Float[Array, "..."], beta: Float[Array, "..."] | float | None) -> Float[Array, "..."]:
@@ -157,6 +158,7 @@ def _fixed(
     *,
     monotone: bool = True,
     elementwise: bool = True,
+    convex: bool = False,
 ) -> Activation:
     """An activation without parameters; it refuses a ``beta`` instead of ignoring it."""
 
@@ -174,6 +176,7 @@ def _fixed(
         monotone=monotone,
         elementwise=elementwise,
         slope_lipschitz=slope_lipschitz,
+        convex=convex,
     )
 
 
@@ -195,16 +198,16 @@ def _swish_like(function: Callable[..., Array], slope_lipschitz: float, *, chann
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "elu": _fixed("elu", elu, 1.0),  # slope exp(min(x, 0)): continuous, its own slope at most 1
-    "softplus": _fixed("softplus", jax.nn.softplus, 0.25),  # slope sigmoid(x)
-    "softplus4": _fixed("softplus4", softplus4, 1.0),
+    "elu": _fixed("elu", elu, 1.0, convex=True),  # slope exp(min(x, 0)): continuous, its own slope at most 1
+    "softplus": _fixed("softplus", jax.nn.softplus, 0.25, convex=True),  # slope sigmoid(x)
+    "softplus4": _fixed("softplus4", softplus4, 1.0, convex=True),
     "tanh": _fixed("tanh", jnp.tanh, 4 / (3 * math.sqrt(3))),  # slope 1 - tanh(x)^2, steepest where tanh(x)^2 = 1/3
-    "relu": _fixed("relu", jax.nn.relu, None),  # slope 0 or 1
+    "relu": _fixed("relu", jax.nn.relu, None, convex=True),  # slope 0 or 1
     "lipswish": _swish_like(lipswish, 0.5 / _LIPSWISH_BOUND, channel_factor=1),
     # The slopes of both outputs differ by a constant, so they change alike.
     "clipswish": _swish_like(clipswish, math.sqrt(0.5) / (_LIPSWISH_BOUND * _CLIPSWISH_BOUND), channel_factor=2),
     "maxmin": _fixed("maxmin", maxmin, None, monotone=False, elementwise=False),
-    "identity": _fixed("identity", identity, 0.0),
+    "identity": _fixed("identity", identity, 0.0, convex=True),
 }
 
 

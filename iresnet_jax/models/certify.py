@@ -3,9 +3,11 @@
 from iresnet_jax.maths.norms.convolution_certificate import conv_norm_bound, conv_norm_bound_any_size, dense_norm_bound
 from iresnet_jax.models.certified_inverse import InverseCertificate, inverse
 from iresnet_jax.models.certified_likelihood import Interval, log_det, log_prob
+from iresnet_jax.models.certified_radius import CertifiedRadius, radius
 from iresnet_jax.models.local_constants import LocalConstants, local_constants
 
 __all__ = [
+    "CertifiedRadius",
     "Interval",
     "InverseCertificate",
     "LocalConstants",
@@ -16,4 +18,5 @@ __all__ = [
     "local_constants",
     "log_det",
     "log_prob",
+    "radius",
 ]

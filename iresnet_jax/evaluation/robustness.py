@@ -1,0 +1,175 @@
+"""Verified accuracy of a classifier against the radius of perturbations, beside its accuracy under an attack.
+
+An image is verified at a radius if it is classified rightly and its certified radius is no smaller. Accuracy under attack
+counts images that are classified rightly and for which no perturbation up to that norm was found that changes the class. The
+fraction that no perturbation at all breaks lies between the two.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Integer, Key, Num
+from scipy.stats import binomtest
+
+from iresnet_jax.data.batches import eval_batches
+from iresnet_jax.evaluation.accuracy import CONFIDENCE
+from iresnet_jax.evaluation.results import Robustness, RobustnessAt
+from iresnet_jax.models.certified_radius import CertifiedRadius, radius
+from iresnet_jax.models.classifier import Classifier
+
+RADII = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+NUM_EXAMPLES = 100  # test images, from the first
+_SHORTER = 1 - 1e-6  # than the radius, so that rounding leaves no perturbation longer than it
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """Projected gradient descent on the margin in a ball of the 2-norm (Madry et al. 2018).
+
+    Attributes:
+        num_restarts: Random starts in the ball; the first start is the image itself.
+        num_steps: Steps of each.
+        step_size: Length of a step over the radius.
+    """
+
+    num_restarts: int = 3
+    num_steps: int = 40
+    step_size: float = 0.1
+
+    def __post_init__(self):
+        if self.num_restarts < 1 or self.num_steps < 1 or not self.step_size > 0:
+            raise ValueError(f"an attack needs at least 1 restart, 1 step and a positive step_size, got {self}")
+
+
+def evaluate(
+    model: Classifier,
+    images: Integer[np.ndarray, "n h w c"],
+    labels: Int[np.ndarray, " n"],
+    *,
+    radii: Sequence[float] = RADII,
+    attack: Attack = Attack(),
+    batch_size: int = 64,
+    seed: int = 0,
+    certified: CertifiedRadius | None = None,
+) -> Robustness:
+    """Verified accuracy and accuracy under attack at each radius.
+
+    Args:
+        model: A classifier with bounds.
+        images: Images of integer levels.
+        labels: Their classes.
+        radii: Norms of perturbations, of pixels on the scale of [0, 1], which they may leave; increasing and positive.
+        attack: How to attack.
+        batch_size: Images that are attacked together.
+        seed: Seed of the attack's starts.
+        certified: Certified radii of the images, if they are known.
+
+    Raises:
+        ValueError: If the model cannot be certified, the radii are not increasing and positive, or there are no images.
+    """
+    if not len(images) or len(images) != len(labels):
+        raise ValueError(f"a robust accuracy needs images with a label each, got {len(images)} and {len(labels)}")
+    if not len(radii) or min(radii) <= 0 or list(radii) != sorted(set(radii)):
+        raise ValueError(f"radii must be positive and increasing, got {tuple(radii)}")
+    certified = radius(model, images) if certified is None else certified
+    right = certified.predicted == labels
+    rows, resists = [], right
+    for r in radii:
+        safe = certified.radius >= r
+        broken = np.zeros(len(images), bool)
+        for indices, mask in eval_batches(len(images), min(batch_size, len(images))):
+            keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(indices))
+            found = attacked(model, images[indices], certified.predicted[indices], r, keys, attack)
+            broken[np.asarray(indices)[mask]] = found[mask]
+        resists = resists & ~broken  # a perturbation of a smaller norm is one of this norm too
+        rows.append(
+            RobustnessAt(r, _fraction(right & safe), _interval(right & safe), _fraction(resists), int(np.sum(safe & broken)))
+        )
+    median, whole = (float(np.median(values)) for values in (certified.radius, certified.global_radius))
+    return Robustness(len(images), _fraction(right), tuple(rows), median, whole, CONFIDENCE)
+
+
+def attacked(
+    model: Classifier,
+    images: Integer[np.ndarray, "b h w c"],
+    classes: Int[np.ndarray, " b"],
+    radius: float,
+    keys: Key[Array, " b"],
+    attack: Attack,
+) -> Bool[np.ndarray, " b"]:
+    """For which images a perturbation of at most that norm was found that changes the class; verified in float64.
+
+    Args:
+        model: The classifier.
+        images: Images of integer levels.
+        classes: The classes that it gives them.
+        radius: Largest norm of a perturbation, of pixels on the scale of [0, 1].
+        keys: Sources of the random starts, one an image.
+        attack: How to attack.
+    """
+    pixels = np.asarray(images, np.float64) / (model.spec.num_levels - 1)
+    moves = np.asarray(_climb(model, jnp.asarray(pixels, jnp.float32), jnp.asarray(classes), radius, keys, attack), np.float64)
+    lengths = np.sqrt(np.sum(np.square(moves), axis=(-3, -2, -1), keepdims=True))
+    moves *= np.minimum(1, radius * _SHORTER / np.maximum(lengths, 1e-300))
+    with jax.enable_x64():
+        precise = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (model.weights, model.head, model.statistics))
+        precise = model.with_(**dict(zip(("weights", "head", "statistics"), precise, strict=True)))
+        logits = np.asarray(_logits(precise, jnp.asarray(pixels + moves).reshape(-1, *pixels.shape[1:])))
+    given = logits.argmax(axis=1).reshape(len(moves), -1)
+    return np.any(given != np.asarray(classes), axis=0)
+
+
+@jax.jit
+def _logits(model: Classifier, pixels: Float[Array, "b h w c"]) -> Float[Array, "b k"]:
+    return model.logits_of_input(model.spec.pad(pixels))
+
+
+@functools.partial(jax.jit, static_argnames="attack")
+def _climb(model, pixels, classes, radius, keys, attack: Attack) -> Num[Array, "s b h w c"]:
+    """The perturbations with the least margins, one a restart and image."""
+
+    def margins(moves):
+        logits = _logits(model, pixels + moves)
+        own = jnp.take_along_axis(logits, classes[:, None], axis=1)[:, 0]
+        others = jnp.where(jax.nn.one_hot(classes, logits.shape[1]) > 0, -jnp.inf, logits)
+        return own - jnp.max(others, axis=1)
+
+    def unit(values):
+        return values / jnp.maximum(jnp.sqrt(jnp.sum(values**2, axis=(1, 2, 3), keepdims=True)), 1e-12)
+
+    def step(state, _):
+        moves, best, least = state
+        values, pull = jax.vjp(margins, moves)
+        best = jnp.where((values < least)[:, None, None, None], moves, best)
+        moves = moves - attack.step_size * radius * unit(pull(jnp.ones_like(values))[0])
+        lengths = jnp.sqrt(jnp.sum(moves**2, axis=(1, 2, 3), keepdims=True))
+        moves = moves * jnp.minimum(1, radius * _SHORTER / jnp.maximum(lengths, 1e-12))
+        return (moves, best, jnp.minimum(values, least)), None
+
+    def restart(index):
+        def draw(key):
+            key_direction, key_length = jax.random.split(jax.random.fold_in(key, index))
+            share = jax.random.uniform(key_length) ** (1 / pixels[0].size)
+            return share, jax.random.normal(key_direction, pixels.shape[1:])
+
+        shares, directions = jax.vmap(draw)(keys)
+        start = jnp.where(index > 0, radius * _SHORTER, 0) * shares[:, None, None, None] * unit(directions)
+        state = (start, start, jnp.full(len(pixels), jnp.inf))
+        (moves, best, least), _ = lax.scan(step, state, length=attack.num_steps)
+        return jnp.where((margins(moves) < least)[:, None, None, None], moves, best)
+
+    return lax.map(restart, jnp.arange(attack.num_restarts))
+
+
+def _fraction(chosen: Bool[np.ndarray, " n"]) -> float:
+    return float(np.mean(chosen))
+
+
+def _interval(chosen: Bool[np.ndarray, " n"]) -> tuple[float, float]:
+    interval = binomtest(int(chosen.sum()), len(chosen)).proportion_ci(CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
