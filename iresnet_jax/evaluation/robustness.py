@@ -49,7 +49,7 @@ class Attack:
 def evaluate(
     model: Classifier,
     images: Integer[np.ndarray, "n h w c"],
-    labels: Int[np.ndarray, " n"],
+    labels: Int[np.ndarray, " _"],
     *,
     radii: Sequence[float] = RADII,
     attack: Attack = Attack(),

@@ -151,8 +151,8 @@ def backward(spec: FlowSpec, groups: Sequence[Group], slopes: Slopes, last: Floa
                     z = _transposed(layer, stage.branch.padding, kernels[layer.name], z)
                     found.append(None if slope is None else z)
                     if slope is not None:
-                        z = _copies(z * slope, activations.get(stage.branch.activation).channel_factor).sum(axis=-2)
-                before = g.at[:, active].set((above + z).reshape(len(g), -1) * scale)
+                        z = _copies(z * slope[None], activations.get(stage.branch.activation).channel_factor).sum(axis=-2)
+                before = g.at[:, active].set((above + z).reshape(len(g), -1) * scale[None])
                 return before, (g, tuple(found[::-1]))
 
             g, (passed, found) = lax.scan(step, g, (dict(group.kernels), group.scale, of_layers), reverse=True)
@@ -168,7 +168,7 @@ def _copies(values: Float[Array, "... m"], factor: int) -> Float[Array, "... f c
     return values.reshape(*values.shape[:-1], factor, -1)
 
 
-def weights_of(outputs: Float[np.ndarray, "... m"], name: str) -> Float[np.ndarray, "... c"]:
+def weights_of(outputs: Float[Array, "... m"], name: str) -> Float[Array, "... c"]:
     """``w`` of `iresnet_jax.maths.margin_bounds` for gradients in the outputs of an activation, one for each of its inputs."""
     activation = activations.get(name)
     own = jnp.maximum(-outputs, 0) if activation.convex else jnp.abs(outputs)
@@ -203,16 +203,19 @@ def forward(
             def step(state, own, stage=stage, active=active):
                 tangents, form, rounding = state
                 kernels, scale, *of_layers = own
-                u = tangents[:, active] * scale
+                u = tangents[:, active] * scale[None]
                 z, found = u.reshape(-1, *stage.branch.in_shape), []
                 for layer, slope, weight in zip(stage.branch.layers, *of_layers, strict=True):
                     if slope is not None:
                         matrix, own = z.reshape(len(z), -1), weight.reshape(num, -1)
                         lengths = jnp.sum(matrix**2, axis=0)
-                        found.append(jnp.stack([_norm(matrix), _norm(matrix * jnp.sqrt(lengths)) * _UP]))
-                        form = form + jax.lax.map(lambda w, matrix=matrix: (matrix * w) @ matrix.T, own)
+                        found.append(jnp.stack([_norm(matrix), _norm(matrix * jnp.sqrt(lengths)[None]) * _UP]))
+                        form = form + jax.lax.map(lambda w, matrix=matrix: (matrix * w[None]) @ matrix.T, own)
                         rounding = rounding + gamma(matrix.shape[1] + 64) * (own @ lengths)
-                        z = jnp.concatenate([z] * activations.get(stage.branch.activation).channel_factor, axis=-1) * slope
+                        z = (
+                            jnp.concatenate([z] * activations.get(stage.branch.activation).channel_factor, axis=-1)
+                            * slope[None]
+                        )
                     z = linear_map(layer, stage.branch.padding)(kernels[layer.name], z)
                 after = tangents.at[:, active].set(u + z.reshape(len(z), -1))
                 return (after, form, rounding), (_sizes(tangents), jnp.array(found).reshape(-1, 2))

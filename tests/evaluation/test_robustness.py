@@ -12,17 +12,18 @@ from iresnet_jax.models import certify
 
 NUM, RADII = 12, (1e-4, 1.0, 30.0)
 ATTACK = Attack(num_restarts=2, num_steps=10)
+IMAGES, _ = kept.images(NUM)
 
 
 @functools.cache
 def certified():
-    return certify.radius(kept.model(kept.CLASSIFIER), kept.images(NUM))
+    return certify.radius(kept.model(kept.CLASSIFIER), IMAGES)
 
 
 def evaluate(labels=None, **settings):
     own, labels = certified(), certified().predicted if labels is None else labels
     settings = {"radii": RADII, "attack": ATTACK, "certified": own, **settings}
-    return robustness.evaluate(kept.model(kept.CLASSIFIER), kept.images(NUM), labels, **settings)
+    return robustness.evaluate(kept.model(kept.CLASSIFIER), IMAGES, labels, **settings)
 
 
 def test_what_holds_lies_between_verified_and_attacked():

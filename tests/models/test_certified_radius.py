@@ -19,11 +19,12 @@ from iresnet_jax.models.flow import freeze
 from iresnet_jax.models.head import initial_head
 
 LEVELS, SHAPE, CLASSES = 5, (2, 2, 1), 3
+ROUNDING = 1e-12  # of margins of size 1 in float64
 NUM_IMAGES, NUM_STARTS, NUM_STEPS = 6, 64, 60
 
 
 def spec_of(*stages, **fields):
-    fields = {"pad_channels": 1, "mean": (0.4,), "std": (0.3,), **fields}
+    fields = {"pad_channels": 3, "mean": (0.4,), "std": (0.3,), **fields}
     shape = (2, 2, 1 + fields["pad_channels"])
     return ClassifierSpec(FlowSpec(shape, stages), SHAPE, CLASSES, LEVELS, **fields)
 
@@ -35,7 +36,7 @@ SPECS = {
         StageSpec(1, **CONV, activation="clipswish", squeeze=2, positional_bias=True),
         StageSpec(2, hidden=(5, 4), activation="lipswish"),
     ),
-    "tanh, not padded": spec_of(StageSpec(2, **CONV, activation="tanh", padding="CIRCULAR"), pad_channels=0),
+    "tanh, not padded": spec_of(StageSpec(2, **CONV, activation="tanh", squeeze=2, padding="CIRCULAR"), pad_channels=0),
     "relu": spec_of(StageSpec(2, **CONV, activation="relu")),
     "maxmin": spec_of(StageSpec(2, **CONV, activation="maxmin")),
 }
@@ -51,6 +52,7 @@ def model(name):
     statistics = {"head": {"mean": rng.normal(0, 0.3, channels), "var": rng.uniform(0.3, 1, channels)}}
     head = initial_head(jax.random.key(4), channels, CLASSES)
     head["norm"] = {"scale": jnp.linspace(0.5, 1.5, channels), "bias": jnp.linspace(-0.5, 0.5, channels)}
+    head["linear"]["bias"] = jnp.array([0.05, -0.05, 0.0])  # no ties where all rectifiers are off
     as_float32 = functools.partial(jax.tree.map, lambda a: np.asarray(a, np.float32))
     return Classifier(spec, as_float32(frozen.weights), as_float32(head), as_float32(statistics), frozen.bounds)
 
@@ -147,7 +149,7 @@ def test_what_cannot_be_certified_is_refused():
 
 def test_rectifiers_add_no_more_than_the_duality_says():
     """Against points of the sphere that put all their length where it counts."""
-    own, rng = model("elu, preactivated"), np.random.default_rng(0)
+    own, rng = model("squeezed, then dense"), np.random.default_rng(0)
     last = rng.normal(size=(2, own.spec.flow.num_dims))
     head = Head.of(own, last)
     for distance in (0.1, 1.0, 10.0):
@@ -159,7 +161,7 @@ def test_rectifiers_add_no_more_than_the_duality_says():
             if np.any(moved.predicted != head.predicted):
                 continue
             worst = np.maximum(worst, head.margins + np.einsum("bkd,bd->bk", head.gradients, move) - moved.margins)
-        assert np.all(worst <= bound)
+        assert np.all(worst <= bound + ROUNDING)
     assert np.any(worst > 0.2 * bound)
 
 
