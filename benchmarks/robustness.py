@@ -20,6 +20,7 @@ from iresnet_jax.evaluation import robustness
 from iresnet_jax.evaluation.robustness import Attack
 from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.json_dataclasses import to_plain
+from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.report import style
 
 RADII = tuple(float(r) for r in np.geomspace(1e-5, 3, 12).round(7))
@@ -69,6 +70,8 @@ def main():
     )
     arguments = options.parse_args()
     run, num = load(arguments.workdir), 4 if arguments.quick else arguments.num
+    if not isinstance(run.model, Classifier):
+        raise SystemExit(f"{arguments.workdir} holds a density: radii are certified for classifiers")
     images, labels = run.test_examples()[:num], run.data.labels["test"][:num]
     attack = Attack(num_steps=5) if arguments.quick else Attack()
     begin = time.perf_counter()
@@ -96,7 +99,7 @@ def main():
         "right": (certified.predicted == labels).tolist(),
     }
     settings = {"workdir": str(arguments.workdir), "num": num, "forms": arguments.forms, "attack": to_plain(attack), "at": AT}
-    if written := write(f"robustness_{arguments.workdir.resolve().name}", arguments, settings, results):
+    if written := write(f"robustness_{arguments.workdir.name}", arguments, settings, results):
         picture(result, certified, labels, written.with_suffix(".png"))
 
 

@@ -198,7 +198,8 @@ def _tangents(problem: Problem, found: Residuals, weights, order: Int[np.ndarray
     norms = forward(spec.flow, problem.groups, _by_example(found.slopes), chosen, jnp.asarray(first))
     forms = np.full((len(order), num_others), np.inf)
     np.put_along_axis(forms, order, np.asarray(norms.forms), axis=1)
-    return Tangents(*(np.asarray(values).T for values in norms[:4]), forms)
+    points, frobenius, arguments, fourth = (np.asarray(values).T for values in norms[:4])
+    return Tangents(points, frobenius, arguments, fourth, forms)
 
 
 def _by_example(slopes):

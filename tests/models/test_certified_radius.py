@@ -175,7 +175,7 @@ def chain(curvature=None):
     last, center = rng.normal(size=3), rng.normal(size=3)
     known = 4 / (3 * np.sqrt(3)) if curvature is None else curvature
     steps = [
-        Step(1.0, (np.linalg.norm(first, 2), np.linalg.norm(second, 2)), (1.0, 1.0), (None, known), 0.0)
+        Step(1.0, (float(np.linalg.norm(first, 2)), float(np.linalg.norm(second, 2))), (1.0, 1.0), (None, known), 0.0)
         for first, second in layers
     ]
 
