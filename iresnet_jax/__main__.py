@@ -150,12 +150,13 @@ def robustness(trained: "Run", arguments: argparse.Namespace) -> int:
     from iresnet_jax.evaluation.robustness import evaluate
     from iresnet_jax.models.classifier import Classifier
 
-    if not isinstance(trained.model, Classifier):
+    model = trained.model
+    if not isinstance(model, Classifier):
         raise ValueError(f"{trained.folder} holds a density: radii are certified for classifiers")
     trained = trained.with_data_checked()
     images, labels = trained.test_examples()[: arguments.num], trained.data.labels["test"][: arguments.num]
     size = trained.config.evaluation.batch_size
-    result = evaluate(trained.model, images, labels, radii=arguments.radii, batch_size=size, seed=trained.config.seed)
+    result = evaluate(model, images, labels, radii=arguments.radii, batch_size=size, seed=trained.config.seed)
     _say(*trained.notes, result)
     return 0 if result.num_broken == 0 else 1
 
