@@ -74,7 +74,13 @@ def forward(numbers: Numbers, spec: Any, weights: Any, x: Any) -> Any:
 
 
 def invert(
-    numbers: Numbers, spec: Any, weights: Any, y: Any, near: Any, inverse_jacobian: np.ndarray, num_steps: int = 4
+    numbers: Numbers,
+    spec: Any,
+    weights: Any,
+    y: Any,
+    near: Any,
+    solve: np.ndarray | Callable[[np.ndarray], np.ndarray],
+    num_steps: int = 4,
 ) -> Any:
     """The preimage of latents ``y`` by Newton's method, from a point that is near.
 
@@ -84,13 +90,18 @@ def invert(
         weights: Weights of the flow.
         y: Latents of one example, in float64.
         near: Where to start, in float64.
-        inverse_jacobian: Inverse of the whole flow's Jacobian there, in float64.
-        num_steps: Steps; each takes the error down by the error of the Jacobian.
+        solve: Inverse of the whole flow's Jacobian there, or what multiplies a vector with it; in float64.
+        num_steps: Steps; each takes the error down by the error of `solve`.
     """
-    x, step = numbers.of(near), numbers.of(inverse_jacobian)
+    x = numbers.of(near)
     for _ in range(num_steps):
         wrong = numbers.of(y) - forward(numbers, spec, weights, x)
-        x = x + (step @ wrong).reshape(x.shape)
+        if callable(solve):
+            size = float(np.max(abs(wrong))) or 1.0  # in float64's range, whatever the numbers are
+            step = numbers.of(solve((wrong / numbers.of(size)).astype(np.float64))) * numbers.of(size)
+        else:
+            step = numbers.of(solve) @ wrong
+        x = x + step.reshape(x.shape)
     return x
 
 

@@ -6,9 +6,8 @@ Bounds are computed on the host's CPU in float64 and double-double and cover all
 of IEEE arithmetic are trusted, no elementary function and no linear solver is.
 """
 
-import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,29 +16,16 @@ from jaxtyping import Array, Bool, Float
 
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.maths.double_double import DoubleDouble
-from iresnet_jax.maths.inverse import inverse_products, shadowing
-from iresnet_jax.maths.inverse.inverse_products import Inverses, ProductTables
-from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.maths.inverse import shadowing
+from iresnet_jax.models.certification_problem import Problem, check_certified
 from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.models.dense_linearization import linearize, newton_steps, products_of
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.step_jacobians import StepConstants, step_constants, step_jacobians
-from iresnet_jax.models.trajectory import (
-    Entries,
-    PreciseStage,
-    Residuals,
-    ending_at,
-    entries_of,
-    follow,
-    go_back,
-    precise_stages,
-    residuals,
-)
+from iresnet_jax.models.step_norms import chained, newton_step, step_norms
+from iresnet_jax.models.trajectory import Residuals, ending_at, follow, go_back, residuals
 
-MOST_DIMS = 4096  # of the dense path
 _MAX_LINEARIZATIONS, _MAX_STEPS = 4, 6
 _GOOD_ENOUGH = 1e-3  # of the bound, for the part that comes from the refined trajectory
-_CHUNK_ENTRIES = 2**17  # of the widest layer in all blocks of a stage, in the examples that are refined together
-_ALL_ROWS = 1e12  # floating-point operations up to which all products are computed instead of those from the first step
 _UP = 1 + 2.0**-40
 
 
@@ -56,6 +42,8 @@ class InverseCertificate(NamedTuple):
         h: ``beta K eta``; up to 1/2 the normwise theorem applies. The one used is blockwise and may apply beyond.
         refined: The preimage that the certificate found, to float64.
         refined_bound: Bound of its distance from the exact one, before rounding to float64.
+        estimate: What `error_bound` would be if estimated norms of steps were bounds, which is not guaranteed; NaN where no
+            norm had to be estimated.
     """
 
     error_bound: Float[np.ndarray, " b"]
@@ -66,6 +54,7 @@ class InverseCertificate(NamedTuple):
     h: Float[np.ndarray, " b"]
     refined: Float[np.ndarray, "b ..."]
     refined_bound: Float[np.ndarray, " b"]
+    estimate: Float[np.ndarray, " b"]
 
 
 def inverse(
@@ -96,7 +85,7 @@ def inverse(
         >>> certify.inverse(model, z, x).error_bound  # doctest: +SKIP
     """
     spec = model.spec.flow
-    check_certified(model)
+    check_certified(model, most_dims=math.inf)
     _check_shapes(model, y, x)
     with jax.enable_x64(), jax.default_device(jax.local_devices(backend="cpu")[0]), np.errstate(all="ignore"):
         problem = Problem.of(model)
@@ -113,98 +102,76 @@ def inverse(
     return joined._replace(refined=joined.refined.reshape(len(y), *spec.event_shape))
 
 
-class Problem(NamedTuple):
-    """A flow prepared for certification.
-
-    Attributes:
-        spec: Architecture of the flow.
-        weights: Its weights in float64.
-        stages: Its steps in double-double.
-        entries: Where the vector of a trajectory keeps what.
-        constants: Guaranteed constants of the steps.
-        num_rows: Rows of the table of products that are computed.
-        chunk: Examples that are certified together, at most.
-    """
-
-    spec: FlowSpec
-    weights: Any
-    stages: tuple[PreciseStage, ...]
-    entries: Entries
-    constants: StepConstants
-    num_rows: int
-    chunk: int
-
-    @classmethod
-    def of(cls, model: Density | Classifier) -> "Problem":
-        """Prepares a model's flow; in float64."""
-        spec, bounds = model.spec.flow, model.bounds
-        assert bounds is not None
-        weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), model.weights)
-        stages = precise_stages(spec, weights, bounds)
-        kernels = [{name: layer["kernel"] for name, layer in weights[stage.name]["branch"].items()} for stage in spec.layout]
-        lipschitz = [weights[stage.name]["lipschitz"] for stage in spec.layout]
-        constants = step_constants(stages, kernels, lipschitz)
-        num = len(constants.second)
-        affordable = 2.0 * num**2 * spec.num_dims**3 <= _ALL_ROWS
-        widest = max(
-            stage.spec.num_blocks * math.prod(layer.in_shape) for stage in spec.layout for layer in stage.branch.layers
-        )
-        chunk = max(1, min(32, _CHUNK_ENTRIES // widest))
-        return cls(spec, weights, stages, entries_of(spec), constants, num if affordable else 1, chunk)
-
-
-class Linearization(NamedTuple):
-    """Approximate inverses of the steps' Jacobians of some examples, and where they were taken."""
-
-    inverses: tuple[Inverses, ...]
-    tables: ProductTables
-    center: DoubleDouble
-
-
-def _certify(problem, y, start, contexts):
+def _certify(problem: Problem, y, start, contexts):
     """The fields of `InverseCertificate` for a part of the examples."""
     last = np.zeros_like(y)
     last[:, problem.entries.latents] = y
     context = None if contexts is None else jnp.asarray(contexts)
     points = follow(problem.spec, problem.weights, jnp.asarray(start.reshape(-1, *problem.spec.event_shape)), context)
-    points = ending_at(problem.stages, np.array(points), last)
+    trajectory = DoubleDouble.of(ending_at(problem.stages, np.array(points), last))
+    certify = _with_products if problem.dense and problem.smooth else _with_norms
     best = _nothing(start)
-    smooth = bool(np.all(np.isfinite(problem.constants.second)))
-    trajectory = DoubleDouble.of(points)
     for attempt in range(_MAX_LINEARIZATIONS):
-        if attempt == _MAX_LINEARIZATIONS - 1 or not (smooth and np.all(np.isfinite(trajectory.high))):
+        if attempt == _MAX_LINEARIZATIONS - 1 or not (problem.smooth and np.all(np.isfinite(trajectory.high))):
             points = np.array(go_back(problem.spec, problem.weights, jnp.asarray(y), context, Solver(atol=1e-13)))
             trajectory = DoubleDouble.of(ending_at(problem.stages, points, last))
-        found = residuals(problem.stages, trajectory, contexts)
-        if not smooth:
-            return _better(best, _bounds(problem, None, found, trajectory, start))
-        linearized = linearize(problem, found, trajectory)
-        best, trajectory = _refine(problem, linearized, found, trajectory, start, contexts, best)
-        if np.all(best.applied):
+        found, trajectory = certify(problem, trajectory, start, contexts, best)
+        best = _better(best, found)
+        if np.all(best.applied) or not problem.smooth:
             break
     return best
 
 
-def _refine(problem, linearized, found, trajectory, start, contexts, best):
-    """Newton steps with one linearization, while they help."""
+def _with_products(problem: Problem, trajectory, start, contexts, best):
+    """The best certificates of Newton's steps with one linearization, while they help, and the last trajectory."""
+    found = residuals(problem.stages, trajectory, contexts)
+    linearized = linearize(problem, found, trajectory)
     size = np.full(len(start), np.inf)
     for _ in range(_MAX_STEPS):
-        now = _bounds(problem, linearized, found, trajectory, start)
-        best = _better(best, now)
+        moved = np.linalg.norm((trajectory - linearized.center).high[:, :-1], axis=2) * _UP
+        products = [products_of(problem, linearized, i, own) for i, own in enumerate(moved)]
+        best = _better(best, _bounds(problem, products, found, trajectory, start))
         good = best.applied & (best.refined_bound <= _GOOD_ENOUGH * best.error_bound)
         shrunk = np.linalg.norm(found.values, axis=(1, 2)) < size / 4
         if np.all(good | ~shrunk):
             break
         size = np.linalg.norm(found.values, axis=(1, 2))
-        steps = np.array(_newton(linearized.inverses, problem.entries.active, jnp.asarray(found.values)))
-        steps = np.where(np.all(np.isfinite(steps), axis=(1, 2), keepdims=True), steps, 0)
-        steps = np.concatenate([steps, np.zeros_like(steps[:, :1])], axis=1)
-        trajectory = trajectory + DoubleDouble.of(steps)
+        trajectory = _moved(trajectory, newton_steps(problem, linearized, found.values))
         found = residuals(problem.stages, trajectory, contexts)
     return best, trajectory
 
 
-def _bounds(problem, linearized, found: Residuals, trajectory: DoubleDouble, start) -> InverseCertificate:
+def _with_norms(problem: Problem, trajectory, start, contexts, best):
+    """The certificates from the norms of each step's inverse, behind as many Newton steps as help, and the last trajectory."""
+    found = residuals(problem.stages, trajectory, contexts)
+    for _ in range(_MAX_STEPS):
+        size, floor = (np.linalg.norm(part.reshape(len(start), -1), axis=1) for part in (found.values, found.errors))
+        if np.all(size <= floor):
+            break
+        moved = _moved(trajectory, newton_step(problem, found))
+        after = residuals(problem.stages, moved, contexts)
+        smaller = np.linalg.norm(after.values, axis=(1, 2)) < size
+        trajectory = DoubleDouble(*(np.where(smaller[:, None, None], b, a) for a, b in zip(trajectory, moved, strict=True)))
+        found = found.where(~smaller, after)
+        if not np.any(np.linalg.norm(found.values, axis=(1, 2)) < size / 4):
+            break
+    norms = step_norms(problem, found)
+    tables = ([shadowing.products_of_norms(chained(problem, own)) for own in every] for every in norms)
+    bounds, estimates = (_bounds(problem, table, found, trajectory, start) for table in tables)
+    estimated = np.any(norms.estimates != norms.bounds, axis=1)
+    return bounds._replace(estimate=np.where(estimated, estimates.error_bound, np.nan)), trajectory
+
+
+def _moved(trajectory: DoubleDouble, steps) -> DoubleDouble:
+    """A trajectory and the corrections of all its points but the last; those that are no numbers count as 0."""
+    steps = np.array(steps)
+    steps = np.where(np.all(np.isfinite(steps), axis=(1, 2), keepdims=True), steps, 0)
+    return trajectory + DoubleDouble.of(np.concatenate([steps, np.zeros_like(steps[:, :1])], axis=1))
+
+
+def _bounds(
+    problem: Problem, products: list[shadowing.Products], found: Residuals, trajectory: DoubleDouble, start
+) -> InverseCertificate:
     """What the theorem says of a trajectory, for each example."""
     constants = problem.constants
     sizes = (np.linalg.norm(found.values, axis=2) + found.errors) * _UP
@@ -213,88 +180,18 @@ def _bounds(problem, linearized, found: Residuals, trajectory: DoubleDouble, sta
     rows = []
     for i, residual in enumerate(sizes):
         residual = np.nan_to_num(residual, nan=np.inf, posinf=np.inf)
-        if linearized is None:
-            num = len(residual)
-            products = shadowing.Products(np.full((num, num), np.inf), np.full((num, num), np.inf))
-        else:
-            moved = (trajectory - linearized.center).high[i, :-1]
-            products = products_of(problem, linearized, i, np.linalg.norm(moved, axis=1) * _UP)
-        radii = shadowing.radii(products, residual, constants.second, constants.inverse)
-        numbers = shadowing.classical(shadowing.inverse_norms(products), residual, constants.second)
+        radii = shadowing.radii(products[i], residual, constants.second, constants.inverse)
+        numbers = shadowing.classical(shadowing.inverse_norms(products[i]), residual, constants.second)
         rows.append((distance[i] + radii.radii[0], np.all(radii.applied), *numbers, radii.radii[0]))
     error, applied, beta, eta, K, h, own = np.nan_to_num(np.array(rows, np.float64), nan=np.inf, posinf=np.inf).T
-    return InverseCertificate(error * _UP, applied.astype(bool), beta, eta, K, h, trajectory.high[:, 0], own)
-
-
-def products_of(problem: Problem, linearized: Linearization, i: int, moved: Float[np.ndarray, " t"]) -> shadowing.Products:
-    """Norms and defects of the products for one example, whose trajectory moved since it was linearized.
-
-    Rows that were not computed stand for exact products of the approximate inverses.
-    """
-    size, defect = (
-        np.concatenate([np.asarray(getattr(group, name)[i]) for group in linearized.inverses]) for name in ("norms", "defects")
-    )
-    defect = (defect + size * problem.constants.second * moved) * _UP
-    num, rows = len(size), problem.num_rows
-    norms, rounding = np.zeros((2, num, num))
-    norms[:rows], rounding[:rows] = (np.asarray(table[i]) for table in linearized.tables)
-    for s in range(rows, num):
-        norms[s, s:] = np.cumprod(np.maximum(size[s:], 1)) * _UP
-    before = np.concatenate([np.zeros((num, 1)), norms[:, :-1]], axis=1)
-    np.fill_diagonal(before, 1)
-    jacobians = np.concatenate([np.asarray(group.jacobians[i]) for group in linearized.inverses])
-    jacobians = np.maximum(jacobians + problem.constants.second * moved, 1)
-    return shadowing.Products(norms, np.triu(before * defect + rounding * jacobians) * _UP)
-
-
-def linearize(problem: Problem, found: Residuals, trajectory: DoubleDouble) -> Linearization:
-    """Jacobians of all steps along trajectories, their inverses and norms of products, from the slopes in their residuals."""
-    distances = problem.constants.jacobian_errors(found.argument_errors)
-    inverses, start = [], 0
-    for stage, own in zip(problem.spec.layout, problem.stages, strict=True):
-        k = stage.spec.num_blocks
-        kernels = {name: layer["kernel"] for name, layer in problem.weights[stage.name]["branch"].items()}
-        scale = np.broadcast_to(own.scale.high[:, 0], (k, *stage.branch.in_shape)).reshape(k, -1)
-        slopes = found.slopes[len(inverses)]
-        inverses.append(_invert(stage.branch, kernels, scale, slopes, distances[:, start : start + k]))
-        start += k
-    tables = tables_of(problem, tuple(group.matrices for group in inverses), problem.num_rows)
-    return Linearization(tuple(inverses), tables, trajectory)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _invert(branch, kernels, scale, slopes, distances):
-    def of_example(own):
-        slopes, distances = own
-        return inverse_products.invert_group(step_jacobians(branch, kernels, scale, slopes), distances)
-
-    by_example = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), tuple(slopes))
-    return jax.lax.map(of_example, (by_example, distances))
-
-
-def tables_of(problem: "Problem", matrices, num_rows: int, *, forward: bool = False) -> ProductTables:
-    """`inverse_products.product_tables` of matrices ``(b, k, d, d)`` of each stage, for each example."""
-    active = tuple(jnp.asarray(entries) for entries in problem.entries.active)
-    return _tables(matrices, active, problem.spec.num_dims, num_rows, forward)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _tables(matrices, active, num_dims, num_rows, forward):
-    def of_example(own):
-        return inverse_products.product_tables(own, active, num_dims, num_rows, forward=forward)
-
-    return jax.lax.map(of_example, matrices)
-
-
-@jax.jit
-def _newton(inverses, active, values):
-    return jax.lax.map(lambda own: inverse_products.solve_backward(own[0], active, own[1]), (inverses, values))
+    nothing = np.full(len(error), np.nan)
+    return InverseCertificate(error * _UP, applied.astype(bool), beta, eta, K, h, trajectory.high[:, 0], own, nothing)
 
 
 def _nothing(start) -> InverseCertificate:
     infinite = np.full(len(start), np.inf)
     nothing = np.zeros(len(start), bool)
-    return InverseCertificate(infinite, nothing, infinite, infinite, infinite, infinite, start, infinite)
+    return InverseCertificate(infinite, nothing, infinite, infinite, infinite, infinite, start, infinite, infinite * np.nan)
 
 
 def _better(one: InverseCertificate, other: InverseCertificate) -> InverseCertificate:
@@ -302,19 +199,6 @@ def _better(one: InverseCertificate, other: InverseCertificate) -> InverseCertif
     takes = (other.applied & ~one.applied) | ((other.applied == one.applied) & (other.error_bound < one.error_bound))
     chosen = [np.where(takes.reshape(-1, *[1] * (np.ndim(a) - 1)), b, a) for a, b in zip(one, other, strict=True)]
     return InverseCertificate(*chosen)
-
-
-def check_certified(model: Density | Classifier) -> None:
-    """Raises ``ValueError`` unless every block is certified to be a contraction and the flow is small enough for `Problem`."""
-    if isinstance(model, Classifier):
-        model.require_bijection()
-    if model.bounds is None:
-        raise ValueError("the weights are not certified: call freeze() first")
-    if not all(np.all(np.asarray(stage["lipschitz"]) < 1) for stage in model.weights.values()):
-        raise ValueError("a block is not certified to be a contraction, so the inverse may not be unique: see certificate()")
-    num_dims = model.spec.flow.num_dims
-    if num_dims > MOST_DIMS:
-        raise ValueError(f"the dense certificate takes up to {MOST_DIMS} dimensions, got {num_dims}")
 
 
 def _check_shapes(model, y, x) -> None:

@@ -35,7 +35,7 @@ from iresnet_jax.maths.double_double import UNIT, DoubleDouble
 from iresnet_jax.maths.logdet import verified
 from iresnet_jax.models import enclosed_priors
 from iresnet_jax.models.branch import BranchSpec
-from iresnet_jax.models.certified_inverse import Problem, check_certified
+from iresnet_jax.models.certification_problem import Problem, check_certified
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Contexts, Data, Density, DensitySpec
 from iresnet_jax.models.step_jacobians import StepConstants, step_constants, step_jacobians

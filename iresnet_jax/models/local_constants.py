@@ -10,12 +10,17 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.maths.double_double import DoubleDouble
 from iresnet_jax.maths.inverse import local_bounds, shadowing
+from iresnet_jax.maths.inverse.inverse_products import gamma
+from iresnet_jax.maths.inverse.least_eigenvalue import singular_value_bounds
 from iresnet_jax.maths.norms.convolution_certificate import dense_norm_bound
-from iresnet_jax.models.certified_inverse import Problem, check_certified, linearize, products_of, tables_of
+from iresnet_jax.models.certification_problem import Problem, check_certified
 from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.models.dense_linearization import linearize, products_of, tables_of
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import bilipschitz
-from iresnet_jax.models.trajectory import follow, residuals
+from iresnet_jax.models.step_blocks import jacobian_blocks
+from iresnet_jax.models.step_norms import chained, forward_correction, step_norms
+from iresnet_jax.models.trajectory import Residuals, follow, residuals
 
 _UP = 1 + 2.0**-40
 
@@ -46,7 +51,8 @@ def local_constants(
     """Guaranteed constants of a model's flow in the ball of a radius around each input, rounding included.
 
     See `iresnet_jax.maths.inverse.local_bounds`. At radius 0 they bound the largest singular value of the flow's Jacobian and
-    the reciprocal of the least one, from above. Products of all pairs of steps are computed: ``T^2`` products of matrices.
+    the reciprocal of the least one, from above. Small flows compute the products of all pairs of steps, ``T^2 / 2`` matrices.
+    Large ones compute the product of all steps only, so that their constants grow fast with the radius.
 
     Args:
         model: A model with certified bounds.
@@ -80,17 +86,53 @@ def local_constants(
 
 
 def _of_example(problem: Problem, x, context, radius) -> local_bounds.LocalBounds:
-    second = problem.constants.second
-    if not np.all(np.isfinite(second)):
+    if not problem.smooth:
         return local_bounds.LocalBounds(np.inf, np.inf)
     points = follow(problem.spec, problem.weights, jnp.asarray(x), None if context is None else jnp.asarray(context))
     trajectory = DoubleDouble.of(np.array(points))
     found = residuals(problem.stages, trajectory, context)
-    problem = problem._replace(num_rows=len(second))
+    if problem.dense:
+        forward, inverse = _by_all_products(problem, found, trajectory)
+    else:
+        trajectory = trajectory + DoubleDouble.of(np.array(forward_correction(problem, found)))
+        found = residuals(problem.stages, trajectory, context)
+        forward, inverse = _by_the_whole_product(problem, found)
+    sizes = (np.linalg.norm(found.values[0], axis=1) + found.errors[0]) * _UP
+    return local_bounds.in_ball(forward, inverse, problem.constants.second, sizes, radius)
+
+
+def _by_the_whole_product(problem: Problem, found: Residuals):
+    """Norms of the products of Jacobians and of inverses: those of the steps multiply, but for the product of all of them."""
+    constants, d = problem.constants, problem.spec.num_dims
+    stretch = chained(problem, (1 + constants.branch) * constants.largest_scale * _UP)
+    forward = shadowing.products_of_norms(stretch).norms
+    inverse = shadowing.products_of_norms(chained(problem, step_norms(problem, found).bounds[0])).norms
+    errors = constants.jacobian_errors(found.argument_errors)[0]
+    product, wrong, t = np.eye(d), 0.0, 0
+    for place, (stage, entries) in enumerate(zip(problem.spec.layout, problem.entries.active, strict=True)):
+        for k in range(stage.spec.num_blocks):
+            if not problem.layers[t]:
+                return forward, inverse
+            slopes = tuple(None if own is None else own[k, 0] for own in found.slopes[place])
+            matrix = jacobian_blocks(stage.branch, problem.layers[t], slopes).dense()
+            matrix = (matrix + np.eye(len(matrix))) * problem.scales[place][k]
+            size, own = (float(np.linalg.norm(part)) * _UP for part in (product, matrix))
+            wrong = (stretch[t] * wrong + (errors[t] + gamma(len(matrix) + 2) * own) * size) * _UP
+            product[entries] = matrix @ product[entries]
+            t += 1
+    least, largest = singular_value_bounds(product)
+    forward[0, -1] = min(forward[0, -1], (largest + wrong) * _UP)
+    if least > wrong:
+        inverse[0, -1] = min(inverse[0, -1], _UP / (least - wrong))
+    return forward, inverse
+
+
+def _by_all_products(problem: Problem, found: Residuals, trajectory: DoubleDouble):
+    """Norms of the products of Jacobians and of inverses, each from its own matrix."""
     linearized = linearize(problem, found, trajectory)
-    inverse = shadowing.inverse_norms(products_of(problem, linearized, 0, np.zeros(len(second))))
+    inverse = shadowing.inverse_norms(products_of(problem, linearized, 0, np.zeros(len(problem.constants.second))))
     matrices = tuple(group.forward for group in linearized.inverses)
-    tables = tables_of(problem, matrices, len(second), forward=True)
+    tables = tables_of(problem, matrices, forward=True)
     errors = problem.constants.jacobian_errors(found.argument_errors)[0]
     sizes = np.concatenate([np.asarray(group.jacobians[0]) for group in linearized.inverses])
     norms, rounding = (np.asarray(table[0]) for table in tables)
@@ -104,8 +146,7 @@ def _of_example(problem: Problem, x, context, radius) -> local_bounds.LocalBound
     exact[0, -1] = min(exact[0, -1], (tight[0] + 2 * (exact[0, -1] - norms[0, -1])) * _UP)
     of_inverse = float(np.asarray(linearized.tables.norms[0])[0, -1])
     inverse[0, -1] = min(inverse[0, -1], (tight[1] + 2 * (inverse[0, -1] - of_inverse)) * _UP)
-    sizes = (np.linalg.norm(found.values[0], axis=1) + found.errors[0]) * _UP
-    return local_bounds.in_ball(exact, inverse, second, sizes, radius)
+    return exact, inverse
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

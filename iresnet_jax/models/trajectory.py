@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from iresnet_jax.bijections import residual
 from iresnet_jax.bijections.actnorm import ActNormParams, forward_and_logdet, inverse_and_logdet
@@ -163,6 +163,19 @@ class Residuals(NamedTuple):
     errors: Float[np.ndarray, "b t"]
     argument_errors: Float[np.ndarray, "b t"]
     slopes: tuple[tuple[np.ndarray | None, ...], ...]
+
+    def where(self, condition: Bool[np.ndarray, " b"], other: "Residuals") -> "Residuals":
+        """These residuals for the examples that meet a condition, the other ones elsewhere."""
+
+        def chosen(one, two, axis=0):
+            return np.where(condition.reshape(-1, *[1] * (one.ndim - 1 - axis)), one, two)
+
+        arrays = [chosen(one, two) for one, two in zip(self[:-1], other[:-1], strict=True)]
+        slopes = tuple(
+            tuple(None if one is None else chosen(one, two, axis=1) for one, two in zip(*stage, strict=True))
+            for stage in zip(self.slopes, other.slopes, strict=True)
+        )
+        return Residuals(*arrays, slopes)
 
 
 def precise_stages(spec: FlowSpec, weights: Tree, bounds: Norms) -> tuple[PreciseStage, ...]:

@@ -12,11 +12,14 @@ import pytest
 
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.double_double import DoubleDouble
-from iresnet_jax.models import certified_inverse, certify, trajectory
+from iresnet_jax.models import certification_problem, certify, step_blocks, trajectory
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.branch import apply_branch
+from iresnet_jax.models.certification_problem import Problem
+from iresnet_jax.models.dense_linearization import linearize
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
+from iresnet_jax.models.step_norms import newton_step, step_norms
 
 CONV = {"hidden": (3,), "kernel_sizes": (3, 3)}
 FLOWS = {
@@ -70,10 +73,19 @@ def exact_inverse(name, scale):
     return y, preimages
 
 
+@pytest.fixture(params=["all products", "norms of steps"])
+def path(request, monkeypatch):
+    """Both ways to bound products of inverses, on the same small flows."""
+    if request.param == "norms of steps":
+        monkeypatch.setattr(certification_problem, "ALL_PRODUCTS", 0.0)
+    return request.param
+
+
 def rounded(preimages, dtype: type = np.float64):
     return np.array([preimage.astype(np.float64) for preimage in preimages]).astype(dtype)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("name", FLOWS)
 def test_bounds_hold_and_are_sharp_from_float32_to_the_last_bit_of_float64(name):
     y, preimages = exact_inverse(name, 1.0)
@@ -85,10 +97,12 @@ def test_bounds_hold_and_are_sharp_from_float32_to_the_last_bit_of_float64(name)
         assert np.all(errors <= found.error_bound)
         assert np.all(found.error_bound <= 1.002 * errors)
         assert np.all(found.h < 1e-3)
+        assert np.all(np.isnan(found.estimate))
         for one, bound, exact in zip(found.refined, found.refined_bound, preimages, strict=True):
             assert plain.distance(plain.DECIMAL, one, exact) <= bound + 2.0**-53 * np.linalg.norm(one)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("name", ["points", "tanh"])
 @pytest.mark.parametrize("scale", [30.0, 1e3])
 def test_bounds_hold_far_from_the_data_and_far_from_the_preimage(name, scale):
@@ -114,6 +128,51 @@ def test_slopes_that_jump_leave_the_bounds_of_the_blocks(name):
     assert np.all(found.error_bound <= np.array(errors) + 1e-12)
 
 
+@pytest.mark.parametrize("name", FLOWS)
+def test_norms_of_steps_against_singular_values(name):
+    own, flow = model(name), model(name).spec.flow
+    x = np.random.default_rng(0).normal(size=(2, *flow.event_shape))
+    with jax.enable_x64(True):
+        problem = Problem.of(own)
+        points = np.asarray(trajectory.follow(flow, problem.weights, jnp.asarray(x), None))
+        found = trajectory.residuals(problem.stages, DoubleDouble.of(points))
+        norms = step_norms(problem, found)
+        wanted = np.array([np.asarray(dense_steps(name, jnp.asarray(one))) for one in points])
+        values = found._replace(values=np.random.default_rng(1).normal(size=found.values.shape))
+        corrections = np.asarray(newton_step(problem, values))
+    t = 0
+    for stage, active in zip(flow.layout, problem.entries.active, strict=True):
+        for _ in range(stage.spec.num_blocks):
+            for i in range(2):
+                exact = 1 / np.linalg.svd(wanted[i, t][np.ix_(active, active)], compute_uv=False)[-1]
+                assert exact <= norms.bounds[i, t] <= problem.constants.inverse[t]
+                assert norms.bounds[i, t] <= 1.6 * exact  # the symmetric part, and the least scale for all entries
+            t += 1
+    later = np.zeros((2, flow.num_dims))
+    for t in reversed(range(len(problem.layers))):
+        later = np.linalg.solve(wanted[:, t], (later - values.values[:, t])[..., None])[..., 0]
+        np.testing.assert_allclose(corrections[:, t], later, rtol=0, atol=1e-9)
+
+
+def test_beyond_the_largest_jacobians_norms_are_estimated_and_the_bounds_are_the_global_ones(monkeypatch):
+    y, preimages = exact_inverse("images", 1.0)
+    x = rounded(preimages)
+    errors = np.array([plain.distance(plain.DECIMAL, one, exact) for one, exact in zip(x, preimages, strict=True)])
+    monkeypatch.setattr(certification_problem, "ALL_PRODUCTS", 0.0)
+    verified = certify.inverse(model("images"), y, x)
+    monkeypatch.setattr(step_blocks, "MOST_ENTRIES", 0)
+    found = certify.inverse(model("images"), y, x)
+    assert np.all(np.isfinite(found.estimate))
+    assert np.all(errors <= found.error_bound)
+    assert np.all(found.estimate <= found.error_bound)
+    assert np.all(verified.refined_bound < found.refined_bound)
+    with jax.enable_x64(True):
+        problem = Problem.of(model("images"))
+    assert not any(problem.layers)
+    own = problem.constants.inverse
+    assert np.all(found.beta >= np.prod(np.maximum(own, 1)))  # nothing estimated is in it
+
+
 def test_an_input_that_is_no_number_has_an_infinite_bound():
     y, preimages = exact_inverse("points", 1.0)
     x = rounded(preimages)
@@ -130,6 +189,8 @@ def test_what_cannot_be_certified_is_refused():
         certify.inverse(own.with_(bounds=None), y, x)
     with pytest.raises(ValueError, match="y must have 2 entries"):
         certify.inverse(own, y, x[:, :1])
+    with pytest.raises(ValueError, match="up to 1 dimensions, got 2"):
+        certification_problem.check_certified(own, most_dims=1)
     weights = {"stage0": {**own.weights["stage0"], "lipschitz": np.ones(2, np.float32)}}
     with pytest.raises(ValueError, match="not certified to be a contraction"):
         certify.inverse(own.with_(weights=weights), y, x)
@@ -189,10 +250,10 @@ def test_jacobians_of_steps_against_forward_differentiation(name):
     own, flow = model(name), model(name).spec.flow
     x = np.random.default_rng(0).normal(size=(1, *flow.event_shape))
     with jax.enable_x64(True):
-        problem = certified_inverse.Problem.of(own)
+        problem = Problem.of(own)
         points = np.asarray(trajectory.follow(flow, problem.weights, jnp.asarray(x), None))
         found = trajectory.residuals(problem.stages, DoubleDouble.of(points))
-        linearized = certified_inverse.linearize(problem, found, DoubleDouble.of(points))
+        linearized = linearize(problem, found, DoubleDouble.of(points))
         wanted = np.asarray(dense_steps(name, jnp.asarray(points[0])))
     errors = problem.constants.jacobian_errors(found.argument_errors)[0]
     assert np.all(errors <= 1e-11)
@@ -209,7 +270,7 @@ def test_jacobians_of_steps_change_no_faster_than_stated(name):
     own, flow = model(name), model(name).spec.flow
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
-        constants = certified_inverse.Problem.of(own).constants
+        constants = Problem.of(own).constants
         num = len(constants.second)
         step = jax.jit(lambda points: dense_steps(name, points))
         best, largest = None, np.zeros(num)
@@ -256,6 +317,7 @@ def dense_steps(name, points):
     return jnp.concatenate(found)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("name", FLOWS)
 def test_local_constants_against_singular_values_and_pairs_of_points(name):
     own, flow = model(name), model(name).spec.flow

@@ -70,6 +70,18 @@ class Products(NamedTuple):
     defects: Float[Array, "t t"]
 
 
+def products_of_norms(norms: Float[Array, " t"]) -> Products:
+    """Products whose norms are bounded by those of their factors: the exact ones, without defects.
+
+    Args:
+        norms: Bounds of ``|J_t^-1|``.
+    """
+    table = np.zeros((len(norms), len(norms)))
+    for s in range(len(norms)):
+        table[s, s:] = np.cumprod(norms[s:]) * _UP
+    return Products(table, np.zeros_like(table))
+
+
 class Radii(NamedTuple):
     """Guaranteed distances of a trajectory from the exact one.
 
