@@ -86,8 +86,8 @@ def kernels_of(stage: Tree) -> dict[str, Array]:
     return {name: layer["kernel"] for name, layer in stage["branch"].items()}
 
 
-def check_certified(model: Density | Classifier, *, most_dims: float = MOST_DIMS) -> None:
-    """Raises ``ValueError`` unless every block is certified to be a contraction and the flow has at most so many dimensions."""
+def check_certified(model: Density | Classifier, *, most_dims: int | None = MOST_DIMS) -> None:
+    """Raises ``ValueError`` unless every block is certified to be a contraction, and for more dimensions than that."""
     if isinstance(model, Classifier):
         model.require_bijection()
     if model.bounds is None:
@@ -95,5 +95,5 @@ def check_certified(model: Density | Classifier, *, most_dims: float = MOST_DIMS
     if not all(np.all(np.asarray(stage["lipschitz"]) < 1) for stage in model.weights.values()):
         raise ValueError("a block is not certified to be a contraction, so the inverse may not be unique: see certificate()")
     num_dims = model.spec.flow.num_dims
-    if num_dims > most_dims:
+    if most_dims is not None and num_dims > most_dims:
         raise ValueError(f"dense Jacobians are computed up to {most_dims} dimensions, got {num_dims}")

@@ -170,12 +170,16 @@ class Residuals(NamedTuple):
         def chosen(one, two, axis=0):
             return np.where(condition.reshape(-1, *[1] * (one.ndim - 1 - axis)), one, two)
 
-        arrays = [chosen(one, two) for one, two in zip(self[:-1], other[:-1], strict=True)]
         slopes = tuple(
             tuple(None if one is None else chosen(one, two, axis=1) for one, two in zip(*stage, strict=True))
             for stage in zip(self.slopes, other.slopes, strict=True)
         )
-        return Residuals(*arrays, slopes)
+        return Residuals(
+            chosen(self.values, other.values),
+            chosen(self.errors, other.errors),
+            chosen(self.argument_errors, other.argument_errors),
+            slopes,
+        )
 
 
 def precise_stages(spec: FlowSpec, weights: Tree, bounds: Norms) -> tuple[PreciseStage, ...]:
