@@ -19,7 +19,7 @@ from iresnet_jax.models.dense_linearization import linearize, products_of, table
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import bilipschitz
 from iresnet_jax.models.step_blocks import jacobian_blocks
-from iresnet_jax.models.step_norms import chained, forward_correction, step_norms
+from iresnet_jax.models.step_norms import chained, forward_correction
 from iresnet_jax.models.trajectory import Residuals, follow, residuals
 
 _UP = 1 + 2.0**-40
@@ -52,7 +52,7 @@ def local_constants(
 
     See `iresnet_jax.maths.inverse.local_bounds`. At radius 0 they bound the largest singular value of the flow's Jacobian and
     the reciprocal of the least one, from above. Small flows compute the products of all pairs of steps, ``T^2 / 2`` matrices.
-    Large ones compute the product of all steps only, so that their constants grow fast with the radius.
+    Large ones compute the product of all steps only: their constants are as sharp at radius 0, and of little use beyond 1e-12.
 
     Args:
         model: A model with certified bounds.
@@ -92,61 +92,63 @@ def _of_example(problem: Problem, x, context, radius) -> local_bounds.LocalBound
     trajectory = DoubleDouble.of(np.array(points))
     found = residuals(problem.stages, trajectory, context)
     if problem.dense:
-        forward, inverse = _by_all_products(problem, found, trajectory)
-    else:
-        trajectory = trajectory + DoubleDouble.of(np.array(forward_correction(problem, found)))
-        found = residuals(problem.stages, trajectory, context)
-        forward, inverse = _by_the_whole_product(problem, found)
-    sizes = (np.linalg.norm(found.values[0], axis=1) + found.errors[0]) * _UP
-    return local_bounds.in_ball(forward, inverse, problem.constants.second, sizes, radius)
+        return _by_all_products(problem, found, trajectory, radius)
+    trajectory = trajectory + DoubleDouble.of(np.array(forward_correction(problem, found)))
+    return _by_the_whole_product(problem, residuals(problem.stages, trajectory, context), radius)
 
 
-def _by_the_whole_product(problem: Problem, found: Residuals):
-    """Norms of the products of Jacobians and of inverses: those of the steps multiply, but for the product of all of them."""
+def _by_the_whole_product(problem: Problem, found: Residuals, radius) -> local_bounds.LocalBounds:
+    """Constants in a ball from the singular values of the product of all Jacobians at its centre.
+
+    With ``M_t`` near ``J_t`` and ``P_t = M_{t-1} ... M_0``, products of mean Jacobians differ from ``P_t`` by at most ``w_t``,
+    ``w_{t+1} = |J'_t| w_t + |J'_t - M_t| |P_t|`` and ``|J'_t - M_t| <= |J_t - M_t| + K_t ((|P_t| + w_t) R + E_t)``, in the
+    notation of `local_bounds`. Singular values differ by as much.
+    """
     constants, d = problem.constants, problem.spec.num_dims
     stretch = chained(problem, (1 + constants.branch) * constants.largest_scale * _UP)
-    forward = shadowing.products_of_norms(stretch).norms
-    inverse = shadowing.products_of_norms(chained(problem, step_norms(problem, found).bounds[0])).norms
     errors = constants.jacobian_errors(found.argument_errors)[0]
-    product, wrong, t = np.eye(d), 0.0, 0
+    sizes = (np.linalg.norm(found.values[0], axis=1) + found.errors[0]) * _UP
+    product, size, wrong, off, t = np.eye(d), 1.0, 0.0, 0.0, 0
     for place, (stage, entries) in enumerate(zip(problem.spec.layout, problem.entries.active, strict=True)):
         for k in range(stage.spec.num_blocks):
             if not problem.layers[t]:
-                return forward, inverse
+                return local_bounds.LocalBounds(np.inf, np.inf)
             slopes = tuple(None if own is None else own[k, 0] for own in found.slopes[place])
             matrix = jacobian_blocks(stage.branch, problem.layers[t], slopes).dense()
             matrix = (matrix + np.eye(len(matrix))) * problem.scales[place][k]
-            size, own = (float(np.linalg.norm(part)) * _UP for part in (product, matrix))
-            wrong = (stretch[t] * wrong + (errors[t] + gamma(len(matrix) + 2) * own) * size) * _UP
+            rounding = gamma(len(matrix) + 2) * float(np.linalg.norm(matrix)) * float(np.linalg.norm(product)) * _UP
+            change = errors[t] + constants.second[t] * ((size + wrong) * radius + off)
+            wrong = (stretch[t] * wrong + change * size + rounding) * _UP
+            off = (stretch[t] * off + sizes[t]) * _UP
             product[entries] = matrix @ product[entries]
+            size = min((stretch[t] + errors[t]) * size + rounding, float(np.linalg.norm(product))) * _UP
             t += 1
     least, largest = singular_value_bounds(product)
-    forward[0, -1] = min(forward[0, -1], (largest + wrong) * _UP)
-    if least > wrong:
-        inverse[0, -1] = min(inverse[0, -1], _UP / (least - wrong))
-    return forward, inverse
+    inverse = _UP / (least - wrong) if least > wrong else np.inf
+    return local_bounds.LocalBounds(float(np.nan_to_num((largest + wrong) * _UP, nan=np.inf)), float(inverse))
 
 
-def _by_all_products(problem: Problem, found: Residuals, trajectory: DoubleDouble):
-    """Norms of the products of Jacobians and of inverses, each from its own matrix."""
+def _by_all_products(problem: Problem, found: Residuals, trajectory: DoubleDouble, radius) -> local_bounds.LocalBounds:
+    """Constants in a ball from the norms of the products of Jacobians, and of inverses, of all pairs of steps."""
     linearized = linearize(problem, found, trajectory)
     inverse = shadowing.inverse_norms(products_of(problem, linearized, 0, np.zeros(len(problem.constants.second))))
     matrices = tuple(group.forward for group in linearized.inverses)
     tables = tables_of(problem, matrices, forward=True)
     errors = problem.constants.jacobian_errors(found.argument_errors)[0]
-    sizes = np.concatenate([np.asarray(group.jacobians[0]) for group in linearized.inverses])
+    own_sizes = np.concatenate([np.asarray(group.jacobians[0]) for group in linearized.inverses])
     norms, rounding = (np.asarray(table[0]) for table in tables)
     active = tuple(jnp.asarray(entries) for entries in problem.entries.active)
     tight = [
         float(_whole_norm(tuple(group[0] for group in own), active, problem.spec.num_dims, way))
         for own, way in ((matrices, True), (tuple(group.matrices for group in linearized.inverses), False))
     ]
-    exact = local_bounds.forward_norms(norms, rounding, np.maximum(sizes, 1), errors)
+    exact = local_bounds.forward_norms(norms, rounding, np.maximum(own_sizes, 1), errors)
     # Twice the bound of a product's error: for its own, and for that of the other product of the same matrices.
     exact[0, -1] = min(exact[0, -1], (tight[0] + 2 * (exact[0, -1] - norms[0, -1])) * _UP)
     of_inverse = float(np.asarray(linearized.tables.norms[0])[0, -1])
     inverse[0, -1] = min(inverse[0, -1], (tight[1] + 2 * (inverse[0, -1] - of_inverse)) * _UP)
-    return exact, inverse
+    sizes = (np.linalg.norm(found.values[0], axis=1) + found.errors[0]) * _UP
+    return local_bounds.in_ball(exact, inverse, problem.constants.second, sizes, radius)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -12,7 +12,6 @@ import itertools
 from collections.abc import Callable
 
 import numpy as np
-import scipy.linalg
 from jaxtyping import Float
 
 from iresnet_jax.maths.inverse.inverse_products import U, gamma
@@ -46,7 +45,7 @@ def least_eigenvalue_estimate(apply: Callable[[Array], Array], num_dims: int, nu
         vectors.append(image / beside[-1])
     if not np.all(np.isfinite(diagonal)):
         return np.nan, np.nan
-    values, small = scipy.linalg.eigh_tridiagonal(diagonal, beside[:-1])
+    values, small = np.linalg.eigh(np.diag(diagonal) + np.diag(beside[:-1], -1))  # which reads the lower half
     return float(values[0]), float(abs(small[-1, 0]) * beside[-1])
 
 
@@ -122,6 +121,7 @@ def cholesky(matrix: RowBlocks) -> RowBlocks:
         LinAlgError: If the matrix is not positive definite to rounding.
     """
     factor: dict[tuple[int, int], Array] = {}
+    inverses: list[Array] = []
     for i in range(matrix.num_rows):
         for j in range(i + 1):
             own = matrix.blocks.get((i, j))
@@ -132,10 +132,11 @@ def cholesky(matrix: RowBlocks) -> RowBlocks:
             if own is None:
                 continue
             if i == j:
-                factor[i, i] = scipy.linalg.cholesky(own, lower=True, check_finite=False)
+                factor[i, i] = np.linalg.cholesky(own)
+                if i + 1 < matrix.num_rows:
+                    inverses.append(np.linalg.inv(factor[i, i]).T)
             else:
-                solved = scipy.linalg.solve_triangular(factor[j, j], own.T, lower=True, check_finite=False)
-                factor[i, j] = np.ascontiguousarray(solved.T)
+                factor[i, j] = own @ inverses[j]
     return RowBlocks(factor, matrix.num_rows)
 
 
