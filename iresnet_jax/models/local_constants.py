@@ -116,7 +116,8 @@ def _by_the_whole_product(problem: Problem, found: Residuals, radius) -> local_b
             slopes = tuple(None if own is None else own[k, 0] for own in found.slopes[place])
             matrix = jacobian_blocks(stage.branch, problem.layers[t], slopes).dense()
             matrix = (matrix + np.eye(len(matrix))) * problem.scales[place][k]
-            rounding = gamma(len(matrix) + 2) * float(np.linalg.norm(matrix)) * float(np.linalg.norm(product)) * _UP
+            terms = np.abs(matrix) @ np.abs(product[entries])
+            rounding = gamma(len(matrix) + 2) * float(np.linalg.norm(terms)) * _UP
             change = errors[t] + constants.second[t] * ((size + wrong) * radius + off)
             wrong = (stretch[t] * wrong + change * size + rounding) * _UP
             off = (stretch[t] * off + sizes[t]) * _UP
