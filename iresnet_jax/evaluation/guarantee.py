@@ -9,9 +9,9 @@ from jaxtyping import Num
 from iresnet_jax.evaluation.results import InverseGuarantee
 from iresnet_jax.models import certified_decoding
 from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.certification_problem import check_certified
 from iresnet_jax.models.certified_decoding import Decoded
 from iresnet_jax.models.certified_info import CertifiedInfo
-from iresnet_jax.models.certification_problem import check_certified
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 

@@ -16,8 +16,8 @@ from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.bijections.transforms.inverse_enclosure import certain_levels, certain_on_grid, distance_bound, enclose_inverse
 from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
-from iresnet_jax.models.certified_info import CertifiedInfo
 from iresnet_jax.models.certification_problem import check_certified
+from iresnet_jax.models.certified_info import CertifiedInfo
 from iresnet_jax.models.certified_inverse import inverse
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Contexts, Density
