@@ -74,7 +74,7 @@ class Ours(Steps):
         prepare_ours(settings)
         import jax
 
-        from iresnet_jax.training import loop, parallel, plan
+        from iresnet_jax.training import cpu, loop, parallel, plan
         from iresnet_jax.training.matmul_precision import prepare_backend
 
         prepare_backend(settings.training.matmul_precision)
@@ -84,6 +84,9 @@ class Ours(Steps):
         self._feed = loop.batches(settings, objective.examples, 0)
         self._of_device = objective.make_step(objective.num_terms)
         self._step = parallel.parallelize(self._of_device)
+        batch = loop.abstract_batch(objective.examples, settings.training.batch_size)
+        self._step.compile(self._state, jax.eval_shape(parallel.shard, batch))
+        cpu.return_freed_memory()
         self._metrics = {}
         self._warm_up()
 
