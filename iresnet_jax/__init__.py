@@ -1,6 +1,7 @@
 """Invertible residual networks in JAX (Behrmann et al., ICML 2019).
 
-Models are `Density` and `Classifier`; `load` reads them. Everything they are made of works by itself on arrays and callables.
+Models are `Density`, `Classifier` and `Reconstructor`; `load` reads them. Everything they are made of works by itself on arrays
+and callables.
 Importing this needs JAX and jaxtyping alone; names and collections of Flax are in `iresnet_jax.models.linen`.
 """
 
@@ -27,6 +28,7 @@ from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import bijection, constrain, freeze
+from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 
 __all__ = [
     "Bijection",
@@ -44,6 +46,8 @@ __all__ = [
     "KrylovLogdet",
     "LogdetInfo",
     "Logit",
+    "Reconstructor",
+    "ReconstructorSpec",
     "RouletteLogdet",
     "SeriesLogdet",
     "Solver",
@@ -139,7 +143,7 @@ def fit(
     )
 
 
-def load(path: str | os.PathLike[str]) -> Density | Classifier:
+def load(path: str | os.PathLike[str]) -> Density | Classifier | Reconstructor:
     """Reads a trained model: a file that ``model.save`` wrote, a folder that holds ``model.npz``, or the folder of a run.
 
     Every block's bound is computed anew from the weights that are found. Reading the folder of a run, whose best checkpoint on

@@ -29,9 +29,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def evaluate(trained: "Run", _: argparse.Namespace) -> int:
-    """Test likelihood with its standard error; test error of a model with classes; divergence from a known posterior."""
-    from iresnet_jax.evaluation import accuracy, likelihood, posterior
+    """Test likelihood, test error of a model with classes, divergence from a known posterior, or error of reconstructions."""
+    from iresnet_jax.evaluation import accuracy, inverse_problem, likelihood, posterior
     from iresnet_jax.models.density import Density
+    from iresnet_jax.models.reconstructor import Reconstructor
 
     trained = trained.with_data_checked()
     model, settings, seed, examples = trained.model, trained.config.evaluation, trained.config.seed, trained.test_examples()
@@ -41,6 +42,8 @@ def evaluate(trained: "Run", _: argparse.Namespace) -> int:
         results.append(likelihood.evaluate(model, examples, settings, seed, contexts=contexts, entropy_floor=floor))
         if compared := posterior.compare_run(trained):
             results.append(compared.summary)
+    if isinstance(model, Reconstructor):
+        results.append(inverse_problem.evaluate_run(trained)[0])
     if trained.has_classes:
         results.append(accuracy.evaluate(model, examples, trained.data.labels["test"], settings.batch_size))
     _say(*trained.notes, *results)
@@ -55,7 +58,7 @@ def sample(trained: "Run", arguments: argparse.Namespace) -> int:
 
     model, size = trained.model, trained.config.evaluation.batch_size
     if not isinstance(model, Density):
-        raise ValueError(f"{trained.folder} holds a classifier, which has no samples: that takes a density objective")
+        raise ValueError(f"{trained.folder} holds no density, so there are no samples: that takes a density objective")
     labels = None if arguments.label is None else [arguments.label] * arguments.num
     contexts = context_vectors(arguments.context, model.spec.flow.context_dim)
     drawn = samples.draw(

@@ -145,6 +145,8 @@ def choose_settings(
         raise ValueError(f"give minutes or steps, not both: got {minutes} and {steps}")
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
+    if objective == "inversion":
+        raise ValueError("fit has no objective inversion: train a reconstructor by train.py --config=configs/deblurring.py")
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     is_vectors = len(data.event_shape) == 1

@@ -14,6 +14,7 @@ from iresnet_jax.models.certified_decoding import Decoded
 from iresnet_jax.models.certified_info import CertifiedInfo
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
+from iresnet_jax.models.reconstructor import Reconstructor
 
 MOST_EXAMPLES, TOO_LONG_S = 64, 120.0
 STEP_S, OPERATIONS_A_SECOND = 1e-3, 1e10  # rough: of one step's residuals, and of dense products, on one CPU core
@@ -31,7 +32,7 @@ def affordable(spec: FlowSpec, seconds: float) -> int:
 
 
 def certify(
-    model: Density | Classifier, parts: Sequence[Decoded], num: int, contexts: Num[np.ndarray, "n k"] | None = None
+    model: Density | Classifier | Reconstructor, parts: Sequence[Decoded], num: int, contexts: Num[np.ndarray, "n k"] | None = None
 ) -> tuple[InverseGuarantee, CertifiedInfo | None]:
     """What is guaranteed of the first examples that were decoded, as numbers of a report and example by example.
 

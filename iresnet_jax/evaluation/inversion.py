@@ -17,6 +17,7 @@ from iresnet_jax.models import certified_decoding
 from iresnet_jax.models.certified_inverse import InverseCertificate
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
+from iresnet_jax.models.reconstructor import Reconstructor
 
 NUM_EXAMPLES = 512  # examples inverted in float64, at most: enough to see a rare failure, few enough for a laptop
 REFINED_ATOL = 1e-13
@@ -63,7 +64,7 @@ class Reconstructions(NamedTuple):
 
 
 def reconstruct(
-    model: Density | Classifier,
+    model: Density | Classifier | Reconstructor,
     examples: Num[np.ndarray, "n ..."],
     batch_size: int,
     seed: int,
@@ -103,8 +104,8 @@ def reconstruct(
     exact = joined(refined)
     grey = None
     if spec.num_levels is not None:
-        # A density spreads levels over [0, 1) in cells, a classifier puts the last level at 1.
-        grey = float(np.abs(reconstructions - originals).max() * (spec.num_levels - isinstance(spec, ClassifierSpec)))
+        # A density spreads levels over [0, 1) in cells, the others put the last level at 1.
+        grey = float(np.abs(reconstructions - originals).max() * (spec.num_levels - (not isinstance(model, Density))))
     found, certificate, errors = None, None, np.zeros(0)
     if num_certified is not None:
         found, certified = guarantee.certify(model, to_certify, num_certified, contexts)
@@ -126,7 +127,7 @@ def reconstruct(
 @jax.jit
 def _originals(model, key, examples):
     """Continuous examples, and the inputs of the flow that they make."""
-    if isinstance(model, Classifier):
+    if not isinstance(model, Density):
         return examples / (model.spec.num_levels - 1), model.preprocess(examples)
     return model.dequantize(examples, key), model.preprocess(examples, key)
 
@@ -136,6 +137,8 @@ def _there_and_back(model, there, context):
     """Continuous examples that came back, what is in their padding, how it went, and what a certificate takes."""
     if isinstance(model, Classifier):
         decoded = certified_decoding.reconstruct(model, model.flow().forward(there))
+    elif isinstance(model, Reconstructor):
+        decoded = certified_decoding.invert(model, model.flow().forward(there))
     else:
         decoded = certified_decoding.decode(model, model.flow(context).forward(there), context=context)
     padding = padding_residual(decoded.flow_input, model.spec.pad_channels if isinstance(model, Classifier) else 0)
@@ -161,7 +164,7 @@ def summarize(trip: RoundTrip, num_blocks: int) -> RoundTrips:
 
 
 def round_trip(
-    model: Density | Classifier, there: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
+    model: Density | Classifier | Reconstructor, there: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
 ) -> tuple[Float[Array, "b ..."], RoundTrip]:
     """The model's flow and its inverse, under a context if the model is conditional.
 
@@ -171,7 +174,7 @@ def round_trip(
     Returns:
         What came back, and how it went.
     """
-    bijection = model.flow() if isinstance(model, Classifier) else model.flow(context)
+    bijection = model.flow(context) if isinstance(model, Density) else model.flow()
     back, info = bijection.inverse(bijection.forward(there))
     return back, _compared(there, back, info)
 

@@ -21,6 +21,7 @@ from iresnet_jax.evaluation.results import Score, Separation
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.head import linear
+from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.training.config import EvaluationConfig
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
 
@@ -81,6 +82,8 @@ def compare(
         raise ValueError(f"scores are compared between images, and {dataset.name} are points: give a model of images")
     inside = dataset.held_out("test", num, seed)
     outside = others(dataset, other, num, seed, data_dir)
+    if isinstance(model, Reconstructor):
+        raise ValueError("scores are those of a density or a classifier, and this is a reconstructor")
     if isinstance(model, Classifier):
         score = _classifier_scores(model, dataset, settings.batch_size)
     else:

@@ -22,6 +22,7 @@ from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import Frozen, freeze
+from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 from iresnet_jax.training.checkpoints import Checkpoints
 from iresnet_jax.training.config import Config, parse
 from iresnet_jax.training.from_config import Spec, build_optimizer, build_solver
@@ -46,7 +47,7 @@ class Run:
     """
 
     folder: Path
-    model: Density | Classifier
+    model: Density | Classifier | Reconstructor
     config: Config
     fingerprint: str
     step: int
@@ -60,6 +61,8 @@ class Run:
     @property
     def is_bijective(self) -> bool:
         """Whether there is an inverse to try at least."""
+        if isinstance(self.model, Reconstructor):
+            return self.model.spec.constrained
         return isinstance(self.model, Density) or self.model.spec.is_bijective
 
     @functools.cached_property
@@ -188,7 +191,7 @@ def _frozen(flow: FlowSpec, params: Any) -> Frozen:
     return _freeze(flow, {stage.name: params[stage.name] for stage in flow.layout})
 
 
-def _model(config: Config, spec: Spec, best: TrainState) -> Density | Classifier:
+def _model(config: Config, spec: Spec, best: TrainState) -> Density | Classifier | Reconstructor:
     """The model of a training state: frozen, or certified as it is where training had no constraint."""
     solver = build_solver(config.evaluation)
     if isinstance(spec, ClassifierSpec):
@@ -199,7 +202,11 @@ def _model(config: Config, spec: Spec, best: TrainState) -> Density | Classifier
             return saved.with_bounds(spec, {"params": best.ema, **parts}).with_(solver=solver)
         frozen = _frozen(spec.flow, best.ema)
         return Classifier(spec, frozen.weights, **parts, bounds=frozen.bounds, solver=solver)
+    if isinstance(spec, ReconstructorSpec) and not spec.constrained:
+        return saved.with_bounds(spec, {"params": best.ema}).with_(solver=solver)
     frozen = _frozen(spec.flow, best.ema)
+    if isinstance(spec, ReconstructorSpec):
+        return Reconstructor(spec, frozen.weights, frozen.bounds, solver)
     return Density(spec, frozen.weights, best.ema["prior"], frozen.bounds, solver=solver)
 
 

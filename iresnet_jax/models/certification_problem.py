@@ -13,6 +13,7 @@ from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import Tree
+from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.models.step_blocks import layers_of
 from iresnet_jax.models.step_jacobians import StepConstants, step_constants
 from iresnet_jax.models.trajectory import Entries, PreciseStage, entries_of, precise_stages
@@ -57,7 +58,7 @@ class Problem(NamedTuple):
         return [kernels_of(self.weights[stage.name]) for stage in self.spec.layout]
 
     @classmethod
-    def of(cls, model: Density | Classifier) -> "Problem":
+    def of(cls, model: Density | Classifier | Reconstructor) -> "Problem":
         """Prepares a model's flow; in float64."""
         spec, bounds = model.spec.flow, model.bounds
         assert bounds is not None
@@ -86,7 +87,7 @@ def kernels_of(stage: Tree) -> dict[str, Array]:
     return {name: layer["kernel"] for name, layer in stage["branch"].items()}
 
 
-def check_certified(model: Density | Classifier, *, most_dims: int | None = MOST_DIMS) -> None:
+def check_certified(model: Density | Classifier | Reconstructor, *, most_dims: int | None = MOST_DIMS) -> None:
     """Raises ``ValueError`` unless every block is certified to be a contraction, and for more dimensions than that."""
     if isinstance(model, Classifier):
         model.require_bijection()

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Num
 from iresnet_jax.bijections.reshape import flatten
 from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.bijections.transforms.inverse_enclosure import certain_levels, certain_on_grid, distance_bound, enclose_inverse
+from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.models.certification_problem import check_certified
@@ -21,6 +22,7 @@ from iresnet_jax.models.certified_info import CertifiedInfo
 from iresnet_jax.models.certified_inverse import inverse
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Contexts, Density
+from iresnet_jax.models.reconstructor import Reconstructor
 
 
 class Decoded(NamedTuple):
@@ -41,7 +43,7 @@ class Decoded(NamedTuple):
     info: FixedPointInfo
 
 
-def check(model: Density | Classifier, *arrays: Any) -> None:
+def check(model: Density | Classifier | Reconstructor, *arrays: Any) -> None:
     """Raises ``ValueError`` in one sentence under ``jit``, and for models that `certify.inverse` does not take."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model, arrays))):
         raise ValueError(
@@ -66,7 +68,13 @@ def reconstruct(model: Classifier, features: Float[Array, "b ..."]) -> Decoded:
     return Decoded(y, x, images, images, info)
 
 
-def certified(model: Density | Classifier, decoded: Decoded, *, context: Contexts | None = None) -> CertifiedInfo:
+def invert(model: Reconstructor, y: Float[Array, "b d"]) -> Decoded:
+    """`Reconstructor.invert` with all that a certificate needs, from measurements as vectors."""
+    x, info = model.flow().inverse(y)
+    return Decoded(y, x, x, x, info)
+
+
+def certified(model: Density | Classifier | Reconstructor, decoded: Decoded, *, context: Contexts | None = None) -> CertifiedInfo:
     """What is guaranteed of decoded latents; on the host, outside of ``jit``.
 
     Raises:
@@ -76,16 +84,16 @@ def certified(model: Density | Classifier, decoded: Decoded, *, context: Context
     context = None if context is None else jnp.asarray(context)
     certificate = inverse(model, decoded.latents, decoded.flow_input, context=context)
     x, u, data = (np.asarray(part) for part in (decoded.flow_input, decoded.continuous, decoded.data))
-    transform: Any
+    transform: Any = Identity()
     if isinstance(model, Classifier):
         spec = model.spec
         channels = spec.image_shape[-1]
         mean, std = (values * (channels // len(values)) for values in (spec.mean, spec.std))
         x, transform = x[..., :channels], Standardize(mean, std)
-    else:
+    elif isinstance(model, Density):
         transform = model.spec.transform
     enclosure = enclose_inverse(transform, x.astype(np.float64), certificate.error_bound)
-    if isinstance(model, Classifier):
+    if not isinstance(model, Density):
         levels = model.spec.num_levels
         certain = certain_on_grid(np.rint(data * (levels - 1.0)) / (levels - 1.0), enclosure, _pixels(levels, data.shape[-1]))
     elif model.spec.num_levels is not None:
@@ -98,5 +106,5 @@ def certified(model: Density | Classifier, decoded: Decoded, *, context: Context
 
 
 def _pixels(num_levels: int, channels: int) -> Grid:
-    """Levels on the scale of [0, 1], where a classifier puts the last one at 1."""
+    """Levels on the scale of [0, 1], where all but densities put the last one at 1."""
     return Grid((0.0,) * channels, (1 / (num_levels - 1),) * channels)

@@ -22,6 +22,7 @@ from iresnet_jax.models.certification_problem import Problem, check_certified
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.dense_linearization import linearize, newton_steps, products_of
 from iresnet_jax.models.density import Density
+from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.models.step_norms import chained, newton_step, step_norms
 from iresnet_jax.models.trajectory import Residuals, ending_at, follow, go_back, residuals
 
@@ -59,7 +60,7 @@ class InverseCertificate(NamedTuple):
 
 
 def inverse(
-    model: Density | Classifier,
+    model: Density | Classifier | Reconstructor,
     y: Float[Array, "b ..."] | Float[np.ndarray, "b ..."],
     x: Float[Array, "b ..."] | Float[np.ndarray, "b ..."],
     *,
@@ -68,7 +69,8 @@ def inverse(
     r"""Guaranteed bounds of ``|x - F^-1(y)|`` for a computed inverse ``x`` of a model's flow ``F``, rounding included.
 
     ``F`` is the map of the model's weights in exact arithmetic, and ``y`` and ``x`` are the numbers that are given: float32
-    numbers are certified in float64. The flow is `Density.flow` or `Classifier.flow`, without preprocessing.
+    numbers are certified in float64. The flow is `Density.flow`, `Classifier.flow` or
+    `Reconstructor.flow`, without preprocessing.
 
     Small flows (up to 1e10 operations) take the norms of all products of the steps' inverses. Large ones take the product of
     the norms, each verified from a banded matrix: 1e6 or so for 22 blocks, where the trajectory is refined to residuals of
@@ -77,7 +79,7 @@ def inverse(
 
     Args:
         model: A model with certified bounds, as `freeze` and `load` give it.
-        y: Latents ``(b, d)``, or features of a classifier.
+        y: Latents ``(b, d)``, features of a classifier, or `Reconstructor.as_latents` of measurements.
         x: Inputs of the flow, as the inverse gave them.
         context: Contexts of a conditional density.
 

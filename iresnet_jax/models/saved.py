@@ -25,14 +25,15 @@ from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import as_params, certify
 from iresnet_jax.models.head import batch_statistics, initial_head
+from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 
 FILE_NAME = "model.npz"
 FORMAT = 2
 _HEADER = "header"
 _MOST_HEADER = 2**24  # bytes
 
-Model = Density | Classifier
-Spec = DensitySpec | ClassifierSpec
+Model = Density | Classifier | Reconstructor
+Spec = DensitySpec | ClassifierSpec | ReconstructorSpec
 
 
 def save(model: Model, path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> Path:
@@ -109,12 +110,14 @@ def with_bounds(spec: Spec, arrays: Mapping[str, Any]) -> Model:
     found = _certified(spec.flow, arrays["params"])
     if isinstance(spec, DensitySpec):
         return Density(spec, found.weights, bounds=found.bounds, **rest)
+    if isinstance(spec, ReconstructorSpec):
+        return Reconstructor(spec, found.weights, found.bounds)
     return Classifier(spec, found.weights, bounds=found.bounds, **rest)
 
 
 def _arrays(model: Model) -> dict[str, Any]:
     """The arrays of a model that are not computed from others, as `with_bounds` takes them."""
-    fields = ("prior",) if isinstance(model, Density) else ("head", "statistics")
+    fields = {Density: ("prior",), Classifier: ("head", "statistics"), Reconstructor: ()}[type(model)]
     return {"params": as_params(model.weights), **{name: getattr(model, name) for name in fields}}
 
 
@@ -130,6 +133,8 @@ def _empty(spec: Spec) -> dict[str, Any]:
     params = {stage.name: {"blocks": blocks(stage)} for stage in spec.flow.layout}
     if isinstance(spec, DensitySpec):
         return {"params": params, "prior": priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes)}
+    if isinstance(spec, ReconstructorSpec):
+        return {"params": params}
     channels = spec.feature_shape[-1]
     head = initial_head(jax.random.key(0), channels, spec.num_classes)
     return {"params": params, "head": head, "statistics": {"head": batch_statistics(jnp.zeros((1, channels)))}}

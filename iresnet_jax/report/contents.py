@@ -8,6 +8,7 @@ from typing import Any
 from iresnet_jax.evaluation.machine_and_versions import Environment
 from iresnet_jax.evaluation.results import (
     Classification,
+    InverseProblem,
     Inversion,
     Likelihood,
     Points,
@@ -31,6 +32,7 @@ class Report:
         points: Likelihood of each test point, of a density of vectors.
         posterior: Comparison of a conditional density with the true posterior, where that is known.
         classification: Test error of a model with classes.
+        inverse_problem: Reconstructions from measurements, of a reconstructor.
         samples: Samples of a density.
         samples_by_class: Samples of each class, of a density with classes.
         inverse: Round trips of a model with an inverse.
@@ -45,6 +47,7 @@ class Report:
     points: Points | None = None
     posterior: Posterior | None = None
     classification: Classification | None = None
+    inverse_problem: InverseProblem | None = None
     samples: SampleQuality | None = None
     samples_by_class: SampleQuality | None = None
     inverse: Inversion | None = None
@@ -64,6 +67,7 @@ class Report:
             *(self.likelihood.warnings() if self.likelihood else ()),
             *(self.posterior.warnings() if self.posterior else ()),
             *(self.classification.warnings() if self.classification else ()),
+            *(self.inverse_problem.warnings() if self.inverse_problem else ()),
             *(self.samples.warnings() if self.samples else ()),
             *(self.samples_by_class.warnings("samples by class") if self.samples_by_class else ()),
             *(self.inverse.warnings(promised=promised) if self.inverse else ()),
@@ -72,7 +76,7 @@ class Report:
 
     def __str__(self) -> str:
         verdict = self.lipschitz and self.lipschitz.verdict
-        headlines = [self.likelihood, self.posterior, self.classification, self.inverse, verdict]
+        headlines = [self.likelihood, self.posterior, self.classification, self.inverse_problem, self.inverse, verdict]
         said = "\n".join(str(headline) for headline in headlines if headline)
         return "\n".join([said, *(warning for warning in self.warnings() if warning not in said)])
 

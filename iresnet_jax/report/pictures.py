@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from iresnet_jax.atomic_files import replacing
+from iresnet_jax.evaluation.inverse_problem import Reconstructed
 from iresnet_jax.evaluation.inversion import Reconstructions
 from iresnet_jax.report import style
 from iresnet_jax.report.plots import scatter
@@ -62,6 +63,26 @@ def reconstructions(result: Reconstructions) -> "Figure | None":
     shown = slice(0, NUM_RECONSTRUCTED)
     errors = np.asarray(result.trip.max_abs_error)[shown]
     return reconstruction_pairs(result.originals[shown], result.reconstructions[shown], errors)
+
+
+def reconstructed_measurements(found: Reconstructed) -> "Figure":
+    """Draws the first measurements above their reconstructions and the images that were measured."""
+    shown = slice(0, NUM_RECONSTRUCTED)
+    count, (height, width) = len(found.x[shown]), found.x.shape[1:3]
+    cell = 9.0 / max(count, 6)
+    figure = style.figure(width=0.9 + cell * count, height=0.3 + 3.2 * cell * height / width)
+    grid = figure.subplots(3, count, squeeze=False)
+    rows = (("measured", found.y), ("reconstructed", found.found), ("image", found.x))
+    for row, (name, images) in zip(grid, rows, strict=True):
+        row[0].set_ylabel(name, size=9, color=style.MIDTONE)
+        for axes, image in zip(row, _rgb(images[shown]), strict=True):
+            axes.imshow(_mosaic(image[None], 1, gap=0), interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+    for axes, error in zip(grid[1], found.relative_error[shown], strict=True):
+        axes.set_xlabel(f"{error:.3f}", size=7, color=style.MIDTONE)
+    return figure
 
 
 def image_grid(images: Images, columns: int = 8, *, captions: Sequence[str] | None = None) -> "Figure":

@@ -7,9 +7,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iresnet_jax.atomic_files import replacing
-from iresnet_jax.evaluation import accuracy, guarantee, inversion, likelihood, machine_and_versions, posterior, samples
+from iresnet_jax.evaluation import (
+    accuracy,
+    guarantee,
+    inverse_problem,
+    inversion,
+    likelihood,
+    machine_and_versions,
+    posterior,
+    samples,
+)
 from iresnet_jax.evaluation.results import (
     Classification,
+    InverseProblem,
     Inversion,
     Likelihood,
     Points,
@@ -21,6 +31,7 @@ from iresnet_jax.evaluation.trained_run import Run
 from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.model_certificate import Certificate
+from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.report import page, pictures, plots
 from iresnet_jax.report.contents import Report
 from iresnet_jax.report.style import to_svg_or_png
@@ -56,6 +67,7 @@ def write(run: Run) -> Report:
         measured, points, drawn = _density(run, run.model, examples, figures)
     compared = _posterior(run, figures)
     classification, by_class = _classes(run, examples, figures) if run.has_classes else (None, None)
+    measurements = _measurements(run, figures) if isinstance(run.model, Reconstructor) else None
     inverse, certificate = _bijection(run, examples, figures) if run.is_bijective else (None, None)
     report = Report(
         train=TrainingTimes.from_metrics(records, run.step),
@@ -65,6 +77,7 @@ def write(run: Run) -> Report:
         points=points,
         posterior=compared,
         classification=classification,
+        inverse_problem=measurements,
         samples=drawn,
         samples_by_class=by_class,
         inverse=inverse,
@@ -128,6 +141,13 @@ def _classes(run: Run, images: np.ndarray, figures: Figures) -> tuple[Classifica
     drawn = samples.draw(model, len(labels), size, seed=run.config.seed + 1, labels=labels)
     figures["samples_by_class"] = pictures.examples(drawn.values, levels, columns=SAMPLES_A_CLASS)
     return result, drawn.quality
+
+
+def _measurements(run: Run, figures: Figures) -> InverseProblem:
+    """Reconstructions of test images from measurements."""
+    summary, found = inverse_problem.evaluate_run(run)
+    figures["measurements"] = pictures.reconstructed_measurements(found)
+    return summary
 
 
 def _bijection(run: Run, examples: np.ndarray, figures: Figures) -> tuple[Inversion, Certificate]:

@@ -46,7 +46,9 @@ class ModelConfig:
 
     stages: tuple[StageSpec, ...] = (StageSpec(num_blocks=4, hidden=(32, 32), kernel_sizes=(3, 1, 3)),)
     coeff: Annotated[float, Range("(0, 1)")] = 0.9  # largest operator norm c
-    budget: Literal["layer", "block"] = "layer"  # c limits each layer's norm, or the product of the layers of each block
+    # c limits each layer's norm; the product of the layers of each block; or "network", the Lipschitz constants L_b of all
+    # blocks by prod (1 - L_b) = 1 - c, so that Lip(F^-1) <= 1 / (1 - c) without ActNorm.
+    budget: Literal["layer", "block", "network"] = "layer"
     prior: Literal["gaussian", "logistic"] = "gaussian"
     last_scale: NotNegative = 1.0  # initial factor on the last layer of each branch
     sharp: bool = False  # whether the Swish family starts sharper in a density the wider its layers are
@@ -135,6 +137,21 @@ class ClassifierConfig:
 
 
 @dataclass(frozen=True)
+class InverseProblemConfig:
+    """Objective "inversion": images are measured, and a network ``F`` learns to reconstruct them by its inverse.
+
+    The loss is ``(1 - a) |P(F^-1(y)) - x|^2 + a |F(x) - y|^2``, with ``y`` the blurred image ``x`` with noise, ``P`` the
+    projection onto pixels in [0, 1] and ``a`` the ``forward_share``.
+    """
+
+    width: NotNegative = 1.0  # standard deviation of the Gaussian blur in pixels; 0 does not blur
+    noise: NotNegative = 0.05  # standard deviation of the noise, as a fraction of the range from black to white
+    # 0 trains the reconstruction (Arndt et al. 2024), 1 the forward operator alone, without an inverse (Arndt et al. 2023).
+    forward_share: Annotated[float, Range("[0, 1]")] = 0.0
+    training_atol: Positive = 1e-3  # largest Euclidean error of each block's inverse in training, in units of pixels
+
+
+@dataclass(frozen=True)
 class AugmentationConfig:
     """Random changes of training examples: crops and flips of images that are classified, noise on vectors."""
 
@@ -218,7 +235,8 @@ class Config:
     """All settings of a run."""
 
     seed: Annotated[int, Range("[0, 4294967296)")] = 0  # JAX would cut off further bits
-    objective: Literal["density", "classification", "hybrid"] = "density"  # "hybrid" is a density with a prior for every class
+    # "hybrid" is a density with a prior for every class, "inversion" reconstructs images from measurements.
+    objective: Literal["density", "classification", "hybrid", "inversion"] = "density"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
@@ -226,6 +244,7 @@ class Config:
     constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
     hybrid: HybridConfig = field(default_factory=HybridConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    inverse_problem: InverseProblemConfig = field(default_factory=InverseProblemConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -267,12 +286,16 @@ def _check_combinations(config: Config) -> None:
             "crops and flips of config.augmentation are for the objectives classification and hybrid: a density is that of the "
             "data as they are"
         )
+    if config.objective == "inversion":
+        _check_inversion(config)
     if config.objective != "density" and config.augmentation.noise:
         raise ValueError(f"config.augmentation.noise is for the objective density, got {config.augmentation.noise}")
-    if config.objective == "classification" and config.model.sharp:
-        raise ValueError("config.model.sharp is for the objectives density and hybrid: leave it false for classification")
-    if config.objective != "classification" and config.constraint.norms == "none":
-        raise ValueError("a density needs blocks that are contractions: constraint.norms = none is for classification alone")
+    if config.objective in ("classification", "inversion") and config.model.sharp:
+        raise ValueError(f"config.model.sharp is for the objectives density and hybrid: leave it false for {config.objective}")
+    if config.objective in ("density", "hybrid") and config.constraint.norms == "none":
+        raise ValueError(
+            "a density needs blocks that are contractions: constraint.norms = none is for classification and inversion"
+        )
     if config.training.num_parts > 1 and config.classifier.normalization == "batchnorm":
         raise ValueError("BatchNorm in the branches needs the whole batch at once: set training.num_parts to 1")
     if config.training.bfloat16 and config.classifier.normalization == "batchnorm":
@@ -285,6 +308,22 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(f"config.optimizer.boundaries must increase, got {boundaries}")
     if not config.model.stages:
         raise ValueError("config.model.stages must have at least one stage, got none")
+
+
+def _check_inversion(config: Config) -> None:
+    if config.augmentation.crop_padding or config.augmentation.flip:
+        raise ValueError("crops and flips of config.augmentation are for the objectives classification and hybrid")
+    if config.classifier.normalization == "batchnorm":
+        raise ValueError("the objective inversion has no normalization: leave classifier.normalization at actnorm")
+    if config.training.bfloat16:
+        raise ValueError(
+            "training.bfloat16 is for the way forward, and the objective inversion trains the inverse: set it to false"
+        )
+    if config.constraint.norms == "none" and config.inverse_problem.forward_share:
+        raise ValueError(
+            "without a constraint there is no inverse, and the network maps measurements to images: set "
+            "inverse_problem.forward_share to 0, or constraint.norms to estimated"
+        )
 
 
 def check_name(name: str, known: Iterable[str]) -> None:

@@ -14,22 +14,25 @@ from iresnet_jax.bijections.transforms.equalize import Equalize, entry_shares, l
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.measurements import Measurement
 from iresnet_jax.models import flow
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.density import DensitySpec, Transform
+from iresnet_jax.models.reconstructor import ReconstructorSpec, block_coeff
 from iresnet_jax.training import parallel
 from iresnet_jax.training.config import (
     Config,
     ConstraintConfig,
     EvaluationConfig,
+    InverseProblemConfig,
     ModelConfig,
     OptimizerConfig,
     PreprocessingConfig,
 )
 from iresnet_jax.training.optimizers import make_optimizer, make_schedule
 
-Spec = DensitySpec | ClassifierSpec
+Spec = DensitySpec | ClassifierSpec | ReconstructorSpec
 SCALE_EXAMPLES = 10_000  # of a simulator, whose mean and standard deviation become the scale of its data
 Constrain = Callable[[Any, Any], flow.Constrained]  # (params, spectral) -> constrained weights
 
@@ -40,7 +43,10 @@ def build_flow_spec(settings: ModelConfig, event_shape: tuple[int, ...], context
     Raises:
         ValueError: If stages do not fit that shape.
     """
-    return FlowSpec(tuple(event_shape), settings.stages, settings.coeff, settings.budget, context_dim)
+    if settings.budget != "network":
+        return FlowSpec(tuple(event_shape), settings.stages, settings.coeff, settings.budget, context_dim)
+    coeff = block_coeff(settings.coeff, sum(stage.num_blocks for stage in settings.stages))
+    return FlowSpec(tuple(event_shape), settings.stages, coeff, "block", context_dim)
 
 
 def density_spec(config: Config, data: DataSet) -> DensitySpec:
@@ -141,8 +147,30 @@ def classifier_spec(config: Config, data: DataSet) -> ClassifierSpec:
     )
 
 
+def reconstructor_spec(config: Config, data: DataSet) -> ReconstructorSpec:
+    """The reconstructor of the images of a data set.
+
+    Raises:
+        ValueError: If the data are no images of grey levels, or settings do not fit them.
+    """
+    if data.num_levels is None or len(data.event_shape) != 3 or data.context_dim:
+        raise ValueError(
+            f"the objective inversion is for images of grey levels without contexts, which {data.name} has not: choose "
+            "another data.name"
+        )
+    flow_spec = build_flow_spec(config.model, data.event_shape)
+    return ReconstructorSpec(flow_spec, data.num_levels, constrained=config.constraint.norms != "none")
+
+
+def build_measurement(settings: InverseProblemConfig) -> Measurement:
+    """How the objective "inversion" measures images."""
+    return Measurement(settings.width, settings.noise)
+
+
 def model_spec(config: Config, data: DataSet) -> Spec:
     """The model of a data set, whatever the objective."""
+    if config.objective == "inversion":
+        return reconstructor_spec(config, data)
     return classifier_spec(config, data) if config.objective == "classification" else density_spec(config, data)
 
 

@@ -14,6 +14,7 @@ from iresnet_jax.models import flow, linen, priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.head import batch_statistics
+from iresnet_jax.models.reconstructor import ReconstructorSpec
 from iresnet_jax.training import parallel
 from iresnet_jax.training.config import Config, ConstraintConfig
 from iresnet_jax.training.from_config import Spec, compiled_constraint
@@ -35,6 +36,9 @@ def abstract_variables(config: Config, spec: Spec) -> Any:
 def _abstract_variables(spec: Spec) -> Any:
     example = jax.ShapeDtypeStruct((2, *spec.flow.event_shape), np.float32)
     contexts = [jax.ShapeDtypeStruct((2, spec.flow.context_dim), np.float32)] if spec.flow.context_dim else []
+    if isinstance(spec, ReconstructorSpec):
+        created = jax.eval_shape(linen.ResidualFlow(spec.flow, fitted=False).init, jax.random.key(0), example)
+        return _without_prior(created)
     if isinstance(spec, DensitySpec):
         module: Any = linen.ResidualFlow(spec.flow, prior=spec.prior, num_classes=spec.num_classes, fitted=False)
     else:
@@ -45,6 +49,8 @@ def _abstract_variables(spec: Spec) -> Any:
 def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
     """Fresh variables, ActNorm fitted to training data, by all devices if their number divides that of the examples."""
     key_init, key_noise, key_data = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 2**31), 3)
+    if isinstance(spec, ReconstructorSpec):
+        return _initialize_reconstructor(config, spec, key_init)
     examples, context = data.random_train(key_data, config.training.actnorm_examples)
     if isinstance(spec, ClassifierSpec):
         x = _preprocess(Classifier(spec, {}, {}, {}), examples)
@@ -87,6 +93,20 @@ def _initialize(config: Config, module: Any, spec: Spec, key: jax.Array, *given:
         params[name] = {"blocks": {**params[name]["blocks"], "actnorm": dict(stage["actnorm"])}}
     variables = {**variables, "params": {**variables["params"], **params}, "spectral": spectral}
     return z, {**variables, "batch_stats": statistics} if statistics else variables
+
+
+def _initialize_reconstructor(config: Config, spec: ReconstructorSpec, key: jax.Array) -> Any:
+    """Random branches, norms iterated; ActNorm is the identity, from which training does not move it."""
+    module: Any = linen.ResidualFlow(spec.flow, last_scale=config.model.last_scale, fitted=False)
+    variables = _without_prior(_creator(module)(key, jnp.zeros((2, *spec.flow.event_shape))))
+    if not spec.constrained:
+        return variables
+    constrain = compiled_constraint(ConstraintConfig(), spec.flow)
+    return {**variables, "spectral": constrain(variables["params"], variables["spectral"]).spectral}
+
+
+def _without_prior(variables: Any) -> Any:
+    return {**variables, "params": {name: value for name, value in variables["params"].items() if name != "prior"}}
 
 
 def _splits(num_examples: int) -> bool:

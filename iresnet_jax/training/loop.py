@@ -35,12 +35,17 @@ from iresnet_jax.training.initialization import num_parameters
 from iresnet_jax.training.interruption import Stopped, StopRequests
 from iresnet_jax.training.matmul_precision import device_summary, prepare_backend
 from iresnet_jax.training.metrics import MetricWriter, NoWriter, Progress, check_finite, read_metrics
-from iresnet_jax.training.objectives import classification, hybrid, likelihood
+from iresnet_jax.training.objectives import classification, hybrid, inversion, likelihood
 from iresnet_jax.training.objectives.objective import Objective
 from iresnet_jax.training.programs import Programs, Step
 from iresnet_jax.training.state import TrainState
 
-OBJECTIVES = {"density": likelihood.objective, "classification": classification.objective, "hybrid": hybrid.objective}
+OBJECTIVES = {
+    "density": likelihood.objective,
+    "classification": classification.objective,
+    "hybrid": hybrid.objective,
+    "inversion": inversion.objective,
+}
 
 SAVE_SECONDS = 600.0  # between checkpoints, where validations are further apart
 VALIDATIONS_IN_TIME = 20  # of a run with a time limit

@@ -1,0 +1,199 @@
+"""Are images reconstructed better by the inverse of a network than by total variation, and does its bound on noise hold?
+
+    python benchmarks/inverse_problem.py --data digits [--noise .01 .05 .1] [--lipschitz .5 ... .999] [--workdir DIR] [--quick]
+
+Trains configs/deblurring.py for every noise and every L, and the same network without constraint from measurements to images.
+Beside them stand Tikhonov (with the norm or the gradient as penalty) and total variation over images in [0, 1], whose weights
+are chosen on validation images as L is. All methods see the same test measurements, and their reconstructions are projected
+onto [0, 1]. Errors are |found - x| / |x|, means over test images. Total variation is minimised for all images at once, and for
+a few by scikit-image as well, to compare. Target: with the best L an error of at most that of total variation, and no
+reconstruction of perturbed data outside its certified bound. With --workdir the same command goes on from where it stopped.
+"""
+
+import math
+import os
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+import numpy as np
+from _models import read_config
+from _record import parser, table, write
+from _variational import Spectra, by_scikit_image, minimize_total_variation, objective, tikhonov
+
+from iresnet_jax.data import load as load_data
+from iresnet_jax.evaluation import inverse_problem, trained_run
+from iresnet_jax.training.config import Config
+from iresnet_jax.training.from_config import build_measurement, reconstructor_spec
+from iresnet_jax.training.initialization import abstract_variables, num_parameters
+from iresnet_jax.training.loop import train
+from iresnet_jax.training.metrics import read_metrics
+
+CONFIG = Path(__file__).parents[1] / "configs" / "deblurring.py"
+NOISES = (0.01, 0.05, 0.1)
+LIPSCHITZ = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
+NUM_VALIDATION, NUM_TEST = 500, 1000  # images, at most
+WEIGHTS = 10.0 ** np.arange(-6, 0.6, 0.25)
+REFINED_STEPS, COMPARED_STEPS, NUM_COMPARED = 2000, 3000, 2
+QUICK_STEPS = 10
+VANILLA = "vanilla"
+HEADER = ("noise", "method", "test error", "validation", "certified", "found", "")
+
+
+def config_of(name: str, noise: float, lipschitz: float | str, steps: int | None) -> Config:
+    """The config of one training."""
+    chosen = "constraint.norms=none" if lipschitz == VANILLA else f"model.coeff={lipschitz}"
+    few = [] if steps is None else [f"training.total_steps={steps}", f"training.eval_every_steps={steps}"]
+    return read_config(f"{CONFIG}:{name}", f"inverse_problem.noise={noise}", chosen, *few)
+
+
+def summarize(errors):
+    """Mean and standard error."""
+    return {"relative_error": float(errors.mean()), "stderr": float(errors.std(ddof=1) / math.sqrt(len(errors)))}
+
+
+def relative_errors(found, x):
+    """``|found - x| / |x|`` of every image."""
+    return np.sqrt(((found - x) ** 2).sum(axis=(1, 2)) / (x**2).sum(axis=(1, 2)))
+
+
+def images_of(config, data, num_validation, num_test):
+    """Validation and test images in [0, 1] and their measurements, as training and `inverse_problem.evaluate` see them."""
+    measurement, found = build_measurement(config.inverse_problem), {}
+    for split, num in (("validation", num_validation), ("test", num_test)):
+        x = np.asarray(data.held_out(split, num), np.float32) / (data.num_levels - 1)
+        y = measurement.held_out(jax.numpy.asarray(x), config.seed, split)
+        found[split] = x[..., 0].astype(np.float64), np.asarray(y, np.float64)[..., 0]
+    return found
+
+
+def without_learning(config, images, *, quick):
+    """Tikhonov and total variation, their weights chosen on validation images, and test errors by image."""
+    (x, y), (x_test, y_test) = images["validation"], images["test"]
+    spectra = Spectra.of(*x.shape[1:], config.inverse_problem.width)
+    weights = WEIGHTS[::8] if quick else WEIGHTS
+    steps = 50 if quick else REFINED_STEPS
+    choices = [(relative_errors(tikhonov(spectra, y, w, p), x).mean(), w, p) for w in weights for p in ("norm", "gradient")]
+    error, weight, penalty = min(choices)
+    of_tikhonov = relative_errors(tikhonov(spectra, y_test, weight, penalty), x_test)
+    found = {"tikhonov": {"validation": error, "weight": weight, "penalty": penalty, **summarize(of_tikhonov)}}
+    coarse = [(relative_errors(minimize_total_variation(spectra, y, w, steps // 5), x).mean(), w) for w in weights]
+    best = min(coarse)[1]
+    finer = [] if quick else [best * 10.0**power for power in (-0.25, -0.125, 0, 0.125, 0.25)]
+    error, weight = min((relative_errors(minimize_total_variation(spectra, y, w, steps), x).mean(), w) for w in [best, *finer])
+    images_found = minimize_total_variation(spectra, y_test, weight, steps)
+    of_variation = relative_errors(images_found, x_test)
+    few = slice(0, NUM_COMPARED)
+    theirs = by_scikit_image(spectra, y_test[few], weight, *((20, 20) if quick else (1000, 200)))
+    ours, by_them = (objective(spectra, images, y_test[few], weight) for images in (images_found[few], theirs))
+    found["total_variation"] = {
+        "validation": error,
+        "weight": weight,
+        **summarize(of_variation),
+        "objective_over_scikit_image": float((ours / by_them).max()),
+        "error_by_scikit_image": float(relative_errors(theirs, x_test[few]).mean()),
+        "error_of_the_same": float(of_variation[few].mean()),
+    }
+    return found, of_variation
+
+
+def trained(config, workdir, num_test):
+    """One training, or what is left of it, and its errors on test images."""
+    begin, load_before = time.monotonic(), os.getloadavg()
+    train(config, workdir)
+    seconds, run = time.monotonic() - begin, trained_run.load(workdir)
+    result, found = inverse_problem.evaluate(
+        run.model,
+        run.test_examples()[:num_test],
+        build_measurement(config.inverse_problem),
+        batch_size=config.evaluation.batch_size,
+        seed=config.seed,
+    )
+    validation = [record["relative_error"] for record in read_metrics(workdir) if record["split"] == "validation"]
+    about = {"validation": min(validation), "step": run.step, "seconds": seconds, "load_before": load_before[0]}
+    return {**about, **asdict(result)}, found.relative_error.astype(np.float64)
+
+
+def rows_of(results):
+    """The table of everything so far."""
+    rows = []
+    for noise, found in results.items():
+        for method in ("tikhonov", "total_variation", VANILLA):
+            if method in found:
+                rows.append((noise, method.replace("_", " "), *_cells(found[method])))
+        rows += [(noise, f"L = {lipschitz}", *_cells(own)) for lipschitz, own in found["lipschitz"].items()]
+        if best := found.get("best"):
+            verdict = "reached" if best["reached"] else "missed"
+            rows.append((noise, f"best L = {best['lipschitz']}", f"{best['over_total_variation']:+.4f}", "", "", "", verdict))
+    return rows
+
+
+def _cells(own):
+    error = f"{own['relative_error']:.4f} ± {own['stderr']:.4f}"
+    if "certified_amplification" not in own:
+        return error, f"{own['validation']:.4f}", "", "", ""
+    certified, largest = own["certified_amplification"], own["largest_amplification"]
+    outside = "" if own["fraction_within_bound"] == 1 else f"{1 - own['fraction_within_bound']:.1%} outside"
+    return error, f"{own['validation']:.4f}", f"{certified:.4g}", f"{largest:.4g}", outside
+
+
+def best_of(found, errors, of_variation):
+    """The L that is best on validation, beside total variation on the same test measurements."""
+    lipschitz = min(found["lipschitz"], key=lambda key: found["lipschitz"][key]["validation"])
+    difference = errors[lipschitz] - of_variation
+    mean, stderr = summarize(difference).values()
+    within = all(own["fraction_within_bound"] == 1 for own in found["lipschitz"].values())
+    return {
+        "lipschitz": lipschitz,
+        "over_total_variation": mean,
+        "stderr_of_difference": stderr,
+        "reached": bool(mean <= 0 and within),
+    }
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--data", default="digits", help="a data set of configs/deblurring.py")
+    options.add_argument("--noise", type=float, nargs="+", default=NOISES, help="fractions of the range from black to white")
+    options.add_argument("--lipschitz", type=float, nargs="+", default=LIPSCHITZ, help="constants L of the whole network")
+    options.add_argument("--steps", type=int, help="updates of every training, instead of the config's")
+    options.add_argument("--workdir", type=Path, metavar="DIR", help="keeps the runs in folders of this one")
+    arguments = options.parse_args()
+    steps = QUICK_STEPS if arguments.quick else arguments.steps
+    num_validation, num_test = (32, 32) if arguments.quick else (NUM_VALIDATION, NUM_TEST)
+    noises = arguments.noise[:1] if arguments.quick else arguments.noise
+    constants = arguments.lipschitz[:1] if arguments.quick else arguments.lipschitz
+    any_config = config_of(arguments.data, noises[0], 0.9, steps)
+    data = load_data(any_config.data.name, any_config.data.data_dir)
+    results = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (arguments.workdir or Path(temporary)) / arguments.data
+        for noise in noises:
+            images = images_of(config_of(arguments.data, noise, 0.9, steps), data, num_validation, num_test)
+            fixed, of_variation = without_learning(config_of(arguments.data, noise, 0.9, steps), images, quick=arguments.quick)
+            found, errors = results.setdefault(noise, {**fixed, "lipschitz": {}}), {}
+            for lipschitz in [*constants, VANILLA]:
+                config = config_of(arguments.data, noise, lipschitz, steps)
+                own, errors[lipschitz] = trained(config, folder / f"noise{noise}_{lipschitz}", num_test)
+                (found if lipschitz == VANILLA else found["lipschitz"])[lipschitz] = own
+                print(table(rows_of(results), HEADER), flush=True)
+            found["best"] = best_of(found, errors, of_variation)
+            print(table(rows_of(results), HEADER), flush=True)
+            settings = {
+                "config": asdict(any_config),
+                "parameters": _num_parameters(any_config, data),
+                "num_validation": len(images["validation"][0]),
+                "num_test": len(images["test"][0]),
+                "num_perturbed": min(inverse_problem.NUM_PERTURBED, num_test),
+            }
+            write(f"inverse_problem_{arguments.data}", arguments, settings, results)
+
+
+def _num_parameters(config, data):
+    return num_parameters(abstract_variables(config, reconstructor_spec(config, data))["params"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+r"""Reconstructions of test images from measurements: their errors, and what becomes of perturbed measurements beside the bound.
+
+The inverse problem is that of `training.objectives.inversion`; round trips through a network are in `evaluation.inversion`.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Integer, Key
+
+from iresnet_jax.data.measurements import Measurement
+from iresnet_jax.evaluation.results import InverseProblem
+from iresnet_jax.evaluation.trained_run import Run
+from iresnet_jax.maths.inverse.fixed_point import example_norm
+from iresnet_jax.models.reconstructor import Reconstructor
+from iresnet_jax.training import parallel
+from iresnet_jax.training.from_config import build_measurement
+from iresnet_jax.training.objectives.inversion import relative_error
+
+NUM_PERTURBED = 128  # test measurements that are perturbed, at most
+NUM_ITERATIONS = 20  # power iterations that look for the direction in which the reconstruction changes most
+LEAST_NOISE = 0.01  # size of perturbations where measurements have less noise
+SMALL = 0.01  # of that size, for perturbations that see the Jacobian alone
+
+
+class Reconstructed(NamedTuple):
+    """Test images, their measurements and what was made of them.
+
+    Attributes:
+        x: Images with pixels in [0, 1].
+        y: Measurements.
+        found: Reconstructions.
+        relative_error: ``|found - x| / |x|`` of every image.
+        within_bound: Whether ``|F^-1(y) - x| <= |y - F(x)| / (1 - L)``, the bound of this image's error, held.
+        converged: Whether the inverse met its tolerance.
+    """
+
+    x: Float[np.ndarray, "n h w c"]
+    y: Float[np.ndarray, "n h w c"]
+    found: Float[np.ndarray, "n h w c"]
+    relative_error: Float[np.ndarray, " n"]
+    within_bound: Bool[np.ndarray, " n"]
+    converged: Bool[np.ndarray, " n"]
+
+
+class Perturbed(NamedTuple):
+    """What perturbations ``d`` of measurements did, one entry an image.
+
+    Attributes:
+        random: ``|R(y + d) - R(y)| / |d|`` for noise ``d``.
+        adversarial: The largest of the same for directions that were looked for, of the size of the noise and much smaller.
+        within_bound: Whether all were within the certified bound, up to the solver's own error bounds.
+    """
+
+    random: Float[Array, " b"] | Float[np.ndarray, " b"]
+    adversarial: Float[Array, " b"] | Float[np.ndarray, " b"]
+    within_bound: Bool[Array, " b"] | Bool[np.ndarray, " b"]
+
+
+def evaluate_run(run: Run) -> tuple[InverseProblem, Reconstructed]:
+    """Measures the model of a run on its test images, see `evaluate`."""
+    assert isinstance(run.model, Reconstructor)
+    settings, seed = run.config.evaluation, run.config.seed
+    return evaluate(
+        run.model, run.test_examples(), build_measurement(run.config.inverse_problem), batch_size=settings.batch_size, seed=seed
+    )
+
+
+def evaluate(
+    model: Reconstructor, images: Integer[np.ndarray, "n h w c"], measurement: Measurement, *, batch_size: int, seed: int
+) -> tuple[InverseProblem, Reconstructed]:
+    """Errors of reconstructions, and the amplification of perturbations: certified, and the largest that was found.
+
+    Args:
+        model: Model with bounds of its norms.
+        images: Test images of integer levels, at least 2.
+        measurement: How they are measured.
+        batch_size: Images at once.
+        seed: Seed of the noise.
+
+    Raises:
+        ValueError: If there are fewer than 2 images.
+    """
+    if len(images) < 2:
+        raise ValueError(f"a standard error needs at least 2 images, got {len(images)}: evaluate more test data")
+    x = np.asarray(model.preprocess(images))
+    y = np.asarray(measurement.held_out(jnp.asarray(x), seed, "test"))
+    outputs = parallel.over_batches(
+        parallel.parallelize_eval(_reconstruct), model, lambda indices: (x[indices], y[indices]), len(x), batch_size
+    )
+    certified = model.noise_amplification
+    within_bound = outputs["distance"] <= certified * outputs["data_error"] + outputs["error_bound"]
+    found = Reconstructed(
+        x, y, outputs["found"], outputs["relative_error"], np.asarray(within_bound), np.asarray(outputs["converged"])
+    )
+    perturbed = perturb(model, y[:NUM_PERTURBED], max(measurement.noise, LEAST_NOISE), seed)
+    errors = found.relative_error.astype(np.float64)
+    squared = np.mean((found.found - x).astype(np.float64) ** 2, axis=(1, 2, 3))
+    summary = InverseProblem(
+        relative_error=float(errors.mean()),
+        stderr=float(errors.std(ddof=1) / math.sqrt(len(errors))),
+        psnr=float(np.mean(-10 * np.log10(np.maximum(squared, 1e-12)))),
+        num_examples=len(x),
+        certified_amplification=certified,
+        largest_amplification=float(np.maximum(perturbed.random, perturbed.adversarial).max()),
+        largest_amplification_of_noise=float(perturbed.random.max()),
+        num_perturbed=len(perturbed.random),
+        fraction_within_bound=float(np.concatenate([found.within_bound, perturbed.within_bound]).mean()),
+        fraction_converged=float(found.converged.mean()),
+        width=measurement.width,
+        noise=measurement.noise,
+    )
+    return summary, found
+
+
+def _reconstruct(model: Reconstructor, batch):
+    """Reconstructions of ``(images, measurements)``, for `parallelize_eval`."""
+    x, y = batch
+    inverted, info = model.invert(y)
+    found = jnp.clip(inverted, 0, 1)
+    data_error = example_norm(y - model.measure(x)) if model.spec.constrained else jnp.full(len(x), jnp.inf)
+    return {
+        "found": found,
+        "relative_error": relative_error(found, x),
+        "distance": example_norm(inverted - x),
+        "data_error": data_error,
+        "error_bound": info.error_bound,
+        "converged": info.converged,
+    }
+
+
+def perturb(model: Reconstructor, y: Float[np.ndarray, "b h w c"], noise: float, seed: int) -> Perturbed:
+    """Perturbs measurements by noise and in the directions in which the reconstruction changes most, before the projection.
+
+    A direction comes from power iteration on ``J^T J`` with ``J`` the Jacobian of ``F^-1`` at a measurement.
+
+    Args:
+        model: Model with bounds of its norms.
+        y: Measurements.
+        noise: Standard deviation of the noise in every pixel, which also sets the size of adversarial perturbations.
+        seed: Seed of the noise.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), 2**31 + 6)
+    return Perturbed(*jax.device_get(_perturb(model, jnp.asarray(y), noise, model.noise_amplification, key)))
+
+
+@functools.partial(jax.jit, static_argnames="num_iterations")
+def _perturb(model, y, noise, certified, key: Key[Array, ""], num_iterations: int = NUM_ITERATIONS):
+    normal, size = jax.random.normal(key, y.shape), noise * math.sqrt(math.prod(y.shape[1:]))
+    before, info, push = jax.linearize(lambda y: model.invert(y), y, has_aux=True)
+    pull = jax.linear_transpose(push, y)
+
+    def of_norm(d, size):
+        return d * (size / jnp.maximum(example_norm(d), 1e-30)).reshape(-1, 1, 1, 1)
+
+    direction = jax.lax.fori_loop(0, num_iterations, lambda _, d: of_norm(pull(push(d))[0], 1.0), of_norm(normal, 1.0))
+    outcomes = []
+    for d in (noise * normal, of_norm(direction, size), of_norm(direction, SMALL * size)):
+        after, info_after = model.invert(y + d)
+        moved, norm = example_norm(after - before), example_norm(d)
+        slack = info.error_bound + info_after.error_bound + jnp.finfo(y.dtype).eps * certified * (example_norm(y) + norm)
+        outcomes.append((moved / norm, moved <= certified * norm + slack))
+    ratios, within = (jnp.stack(values) for values in zip(*outcomes, strict=True))
+    return ratios[0], jnp.maximum(ratios[1], ratios[2]), jnp.all(within, axis=0)

@@ -1,0 +1,184 @@
+r"""A learned forward operator as a value, and the reconstruction of images from measurements by its inverse.
+
+    F(x) close to A x,    reconstruction of y:  P(F^-1(y)),    |F^-1(y) - F^-1(y')| <= |y - y'| / (1 - L)
+
+(Arndt et al. 2023). ``F`` takes images to images of the same shape: residual blocks without ActNorm, whose Lipschitz constants
+``L_b`` satisfy ``prod_b (1 - L_b) = 1 - L``. ``L`` is the regularisation parameter: what ``F^-1`` can make of noise is bounded
+whatever the data are. ``P`` is the projection onto pixels in [0, 1], which no pair of images comes out of further apart.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num
+
+from iresnet_jax.bijections import reshape
+from iresnet_jax.bijections.bijection import Bijection
+from iresnet_jax.bijections.chain import Rematerialize, chain
+from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.bijections.transforms.dequantize import check_levels, known_levels
+from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
+from iresnet_jax.maths.lipschitz_bounds import model_bounds
+from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.flow import Tree, as_params, bijection, freeze
+from iresnet_jax.models.history import History
+from iresnet_jax.models.model_certificate import Certificate, certificate_of
+
+Measurements = Float[Array, "b h w c"] | Float[np.ndarray, "b h w c"]
+
+
+@dataclass(frozen=True)
+class ReconstructorSpec:
+    """All that defines a reconstructor but its weights.
+
+    Attributes:
+        flow: Architecture of ``F`` on images ``(h, w, c)``, without channels that are factored out.
+        num_levels: Grey levels of the images that it was trained on.
+        constrained: Whether blocks are contractions and reconstructions are ``P(F^-1(y))``. False is an ordinary residual
+            network from measurements to images, ``P(F(y))``, to compare with: nothing bounds what it makes of noise.
+    """
+
+    flow: FlowSpec
+    num_levels: int = 256
+    constrained: bool = True
+
+    def __post_init__(self):
+        if len(self.flow.event_shape) != 3:
+            raise ValueError(f"a reconstructor takes images (h, w, c), got examples of shape {self.flow.event_shape}")
+        if any(stage.factor_out for stage in self.flow.stages):
+            raise ValueError("a reconstructor takes images to images: no stage may factor_out channels")
+        if self.flow.context_dim:
+            raise ValueError("a reconstructor takes no contexts")
+
+    @property
+    def num_classes(self) -> None:
+        """Nothing: a reconstructor knows of no classes."""
+
+    @property
+    def permutation(self) -> Bijection:
+        """Images to vectors with the entries in the order of `flow`'s outputs: all squeezes, one after the other."""
+        last = self.flow.layout[-1].branch.in_shape
+        entries = [bijection for stage in self.flow.layout for bijection in stage.entry]
+        return chain([*entries, *([reshape.flatten_bijection(last)] if len(last) > 1 else [])])
+
+
+def block_coeff(coeff: float, num_blocks: int) -> float:
+    """Lipschitz constant ``L_b = 1 - (1 - L)^(1/n)`` of each of ``n`` blocks that have the constant ``L`` together.
+
+    Then ``Lip(F^-1) <= prod_b 1 / (1 - L_b) = 1 / (1 - L)``.
+    """
+    return -math.expm1(math.log1p(-coeff) / num_blocks)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weights", "bounds"],
+    meta_fields=["spec", "solver", "unroll", "rematerialize", "history"],
+)
+@dataclass(frozen=True)
+class Reconstructor:
+    """A learned forward operator with its weights, and how to invert it. A pytree: ``jit``, ``vmap`` and ``grad`` take it.
+
+    Images have pixels in [0, 1], see `preprocess`, and measurements have their shape.
+
+    Attributes:
+        spec: All that defines the model but its weights.
+        weights: Weights of the flow, as `flow.freeze`, `flow.constrain` or `flow.unconstrained` give them.
+        bounds: Guaranteed upper bounds of all layers' operator norms, by stage and layer, one a block; None in training.
+        solver: Inverse of the blocks.
+        unroll: Whether blocks are written out instead of scanned.
+        rematerialize: What the backward pass of `measure` computes anew, see `iresnet_jax.bijections.chain.repeat`.
+        history: What the training of a fitted model saw.
+    """
+
+    spec: ReconstructorSpec
+    weights: Tree = field(repr=False)
+    bounds: Tree | None = field(default=None, repr=False)
+    solver: Solver = Solver()
+    unroll: bool = False
+    rematerialize: Rematerialize = "nothing"
+    history: History | None = field(default=None, repr=False)
+
+    def with_(self, **changes: Any) -> "Reconstructor":
+        """The same model with other fields, such as ``solver``."""
+        return dataclasses.replace(self, **changes)
+
+    def preprocess(self, images: Num[Array, "b h w c"] | Num[np.ndarray, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Images of integer levels with pixels in [0, 1]; levels out of range become NaN."""
+        levels = self.spec.num_levels
+        check_levels(images, levels, self.spec.flow.event_shape)
+        return known_levels(jnp.asarray(images), levels) / (levels - 1)
+
+    def measure(self, x: Measurements) -> Float[Array, "b h w c"]:
+        """``F(x)``: what the learned operator measures of images."""
+        self._check(x)
+        return self._as_images(self.flow().forward(jnp.asarray(x)))
+
+    def reconstruct(self, y: Measurements) -> tuple[Float[Array, "b h w c"], FixedPointInfo]:
+        """``P(F^-1(y))``, and how the inverse ended.
+
+        ``info.error_bound`` bounds the distance from the exact reconstruction, which the projection does not increase. An
+        ordinary network, which inverts nothing, reports an error of 0.
+        """
+        x, info = self.invert(y)
+        return jnp.clip(x, 0, 1), info
+
+    def invert(self, y: Measurements) -> tuple[Float[Array, "b h w c"], FixedPointInfo]:
+        """``F^-1(y)`` without the projection; ``F(y)`` of an ordinary network."""
+        self._check(y)
+        if not self.spec.constrained:
+            x = self.measure(y)
+            nothing = jnp.zeros(len(x), x.dtype)
+            return x, FixedPointInfo(jnp.zeros(len(x), jnp.int32), nothing, nothing, nothing == 0)
+        return self.flow().inverse(self.as_latents(y))
+
+    def as_latents(self, y: Measurements) -> Float[Array, "b d"]:
+        """Measurements as vectors in the order of `flow`'s outputs, as `certify.inverse` takes them."""
+        return self.spec.permutation.forward(jnp.asarray(y))
+
+    @property
+    def noise_amplification(self) -> float:
+        """Guaranteed bound of ``|reconstruct(y) - reconstruct(y')| / |y - y'|``: 1 / (1 - L), as certified.
+
+        Raises:
+            ValueError: If the weights have no bounds, see `freeze`.
+        """
+        certificate = self.certificate()
+        return certificate.inverse if self.spec.constrained else certificate.forward
+
+    def certificate(self) -> Certificate:
+        """Norms of all layers and Lipschitz constants of all blocks and of ``F``, estimated and guaranteed."""
+        spec = self.spec
+        return certificate_of(spec.flow, self.weights, self.bounds, model_bounds([]), constrained=spec.constrained)
+
+    def freeze(self) -> "Reconstructor":
+        """The same model with every block certified to be within the budget of ``spec.flow.coeff``, see `flow.freeze`."""
+        if not self.spec.constrained:
+            raise ValueError("this network has no Lipschitz constraint: there is nothing to freeze it to")
+        frozen = freeze(self.spec.flow, as_params(self.weights))
+        return self.with_(weights=frozen.weights, bounds=frozen.bounds)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the model to one file, which `iresnet_jax.load` reads."""
+        from iresnet_jax.models import saved  # late: it knows all kinds of models
+
+        return saved.save(self, path)
+
+    def flow(self) -> Bijection:
+        """``F`` from images to vectors."""
+        return bijection(self.spec.flow, self.weights, solver=self.solver, unroll=self.unroll, rematerialize=self.rematerialize)
+
+    def _as_images(self, vectors: Float[Array, "b d"]) -> Float[Array, "b h w c"]:
+        return self.spec.permutation.inverse(vectors)[0]
+
+    def _check(self, images: Measurements) -> None:
+        if images.shape[1:] != tuple(self.spec.flow.event_shape):
+            raise ValueError(f"images and measurements must have shape {self.spec.flow.event_shape}, got {images.shape[1:]}")
