@@ -52,6 +52,8 @@ CASES = [
     ("mnist_classification", "vanilla", None),
     ("fashion_mnist_classification", None, None),
     ("fashion_mnist_classification", "vanilla", None),
+    ("deblurring", "digits", 43_296),
+    ("deblurring", "fashion_mnist", None),
     ("iresnet_classification", "mnist", None),
     ("iresnet_classification", "cifar10", None),
     ("iresnet_classification", "cifar10_released", 4_873_178),  # 4.91 M in the authors' code

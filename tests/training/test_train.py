@@ -626,7 +626,7 @@ def test_two_processes_do_not_train_in_one_workdir(config_file, tmp_path, capsys
         ("logdet.parameter=0.0", "config.logdet.parameter must lie in (0, inf), got 0.0"),
         ("seed=4294967296", "config.seed must lie in [0, 4294967296), got 4294967296"),
         ("optimizer.boundaries=(0.6, 0.3)", "config.optimizer.boundaries must increase, got (0.6, 0.3)"),
-        ("objective=densities", "config.objective must be one of density, classification, hybrid, got 'densities'"),
+        ("objective=densities", "config.objective must be one of density, classification, hybrid, inversion, got 'densities'"),
         (
             "augmentation.noise=0.1",
             "config.augmentation.noise is for continuous vectors with preprocessing.transform standardize",

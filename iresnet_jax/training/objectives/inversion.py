@@ -67,7 +67,7 @@ def objective(config: Config, data: DataSet, spec: ReconstructorSpec) -> Objecti
 
 
 def make_constraint(config: Config, spec: ReconstructorSpec) -> Constrain:
-    """``(params, spectral) ->`` the weights that run, for training steps; their ActNorm is the identity and gets no gradient."""
+    """``(params, spectral) ->`` the weights that run, for training steps; ActNorm is the identity and gets no gradient."""
     constrain = build_constraint(config.constraint, spec.flow, training=True)
 
     def without_actnorm(params, spectral) -> Constrained:
@@ -154,7 +154,7 @@ def _squared_norm(x: jax.Array) -> jax.Array:
 
 
 class Validation:
-    """Errors of held-out images, always measured alike, under the averaged parameters with norms iterated to their tolerance."""
+    """Errors of held-out images, always measured alike, under averaged parameters with norms iterated to their tolerance."""
 
     def __init__(self, config: Config, spec: ReconstructorSpec, data: DataSet):
         self._spec, self._share = spec, config.inverse_problem.forward_share

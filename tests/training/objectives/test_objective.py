@@ -13,6 +13,7 @@ CASES = {
     "conditional": (runs.TOY_CONFIG, {"logdet.kind": "roulette", "data.name": "sbi_two_moons"}),
     "hybrid": (runs.HYBRID_CONFIG, {"augmentation.crop_padding": 1}),
     "classifier": (runs.CLASSIFIER_CONFIG, {}),
+    "reconstructor": (runs.INVERSION_CONFIG, {}),
 }
 
 

@@ -1,0 +1,99 @@
+"""Errors of reconstructions, and perturbations against the dense Jacobian of the inverse and against a wrong bound."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from iresnet_jax.__main__ import main
+from iresnet_jax.data.measurements import Measurement
+from iresnet_jax.evaluation import inverse_problem, ood, trained_run
+from iresnet_jax.training.config import EvaluationConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return runs.trained(tmp_path_factory, "reconstructor")
+
+
+@pytest.fixture(scope="module")
+def run(workdir):
+    return trained_run.load(workdir)
+
+
+@pytest.fixture(scope="module")
+def evaluated(run):
+    return inverse_problem.evaluate_run(run)
+
+
+def test_errors_are_those_of_the_definition(run, evaluated):
+    summary, found = evaluated
+    x = run.test_examples() / 16
+    np.testing.assert_allclose(found.x, x, atol=1e-6)
+    own, _ = jax.jit(lambda m, y: m.reconstruct(y))(run.model, found.y)
+    np.testing.assert_allclose(found.found, own, atol=1e-5)
+    errors = np.sqrt(((own - x) ** 2).sum(axis=(1, 2, 3)) / (x**2).sum(axis=(1, 2, 3)))
+    assert summary.relative_error == pytest.approx(errors.mean(), rel=1e-4)
+    assert summary.stderr == pytest.approx(errors.std(ddof=1) / np.sqrt(360), rel=1e-4)
+    psnr = -10 * np.log10(((own - x) ** 2).mean(axis=(1, 2, 3)))
+    assert summary.psnr == pytest.approx(psnr.mean(), rel=1e-4)
+
+
+def test_no_error_exceeds_its_bound(evaluated):
+    summary, _ = evaluated
+    assert summary.fraction_within_bound == summary.fraction_converged == 1
+    assert summary.largest_amplification_of_noise < summary.largest_amplification <= summary.certified_amplification
+    assert summary.warnings() == []
+
+
+def test_the_worst_direction_is_that_of_the_dense_jacobian(run):
+    y = np.asarray(Measurement(1.0, 0.05).held_out(run.model.preprocess(run.test_examples()[:3]), 0, "test"))
+    found = inverse_problem.perturb(run.model, y, 0.05, 0)
+    jacobian = jax.jit(jax.vmap(jax.jacrev(lambda y: run.model.invert(y[None])[0].reshape(-1))))(y)
+    largest = np.linalg.norm(np.asarray(jacobian, np.float64).reshape(3, 64, 64), ord=2, axis=(1, 2))
+    np.testing.assert_allclose(
+        found.adversarial, largest, rtol=0.03
+    )  # power iteration of 20 steps, perturbations of finite size
+    assert (found.random < found.adversarial).all()
+
+
+def test_a_bound_that_is_too_small_is_seen(run):
+    y = np.asarray(run.model.preprocess(run.test_examples()[:3]))
+    certified = 0.9 * float(inverse_problem.perturb(run.model, y, 0.05, 0).adversarial.min())
+    _, _, within = inverse_problem._perturb(run.model, y, 0.05, certified, jax.random.key(0))
+    assert not np.any(within)
+
+
+def test_warnings_name_what_is_broken(evaluated):
+    broken = dataclasses.replace(evaluated[0], fraction_within_bound=0.75, fraction_converged=0.5)
+    first, second = broken.warnings()
+    assert first.startswith("25 % of the reconstructions exceed their certified bound")
+    assert second.startswith("The inverse did not converge for 50 % of the measurements")
+
+
+def test_command_and_report_say_the_same(workdir, run, evaluated, capsys, undrawn):
+    summary, _ = evaluated
+    said = (workdir / runs.SAID).read_text()
+    assert f"relative error {summary.relative_error:.4f} ± {summary.stderr:.4f}" in said
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["inverse_problem"]["relative_error"] == pytest.approx(summary.relative_error, rel=1e-5)
+    assert report["warnings"] == []
+    html = (workdir / "report.html").read_text()
+    assert "Amplification of noise" in html
+    assert "Reconstruction from measurements" in html
+    assert main(["evaluate", "--workdir", str(workdir)]) == 0
+    assert capsys.readouterr().out.strip() == str(summary)
+
+
+def test_what_a_reconstructor_cannot_do_is_said_in_a_sentence(workdir, run, capsys):
+    assert main(["sample", "--workdir", str(workdir)]) == 2
+    assert "holds no density, so there are no samples" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="this is a reconstructor"):
+        ood.compare(run.model, run.data, "noise", EvaluationConfig(), 0)
+    with pytest.raises(ValueError, match="a standard error needs at least 2 images, got 1"):
+        inverse_problem.evaluate(run.model, run.test_examples()[:1], Measurement(1.0, 0.1), batch_size=4, seed=0)

@@ -1,0 +1,132 @@
+"""The learned forward operator: shapes, its inverse, the bound of its amplification, and its file."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import kept
+import numpy as np
+import pytest
+
+from iresnet_jax import certify
+from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.models import saved
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.flow import freeze
+from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec, block_coeff
+
+L = 0.9
+STAGES = (StageSpec(2, hidden=(6,), kernel_sizes=(3, 3), squeeze=2), StageSpec(1, hidden=(9,)))  # with a stage of vectors
+SPEC = ReconstructorSpec(FlowSpec((4, 4, 1), STAGES, block_coeff(L, 3), "block"), num_levels=17)
+
+
+@functools.cache
+def model():
+    @jax.jit
+    def make(key):
+        params = kept.random_params(SPEC.flow, key)
+        for stage in params.values():
+            stage["blocks"]["actnorm"] = jax.tree.map(jnp.zeros_like, stage["blocks"]["actnorm"])
+            stage["blocks"] |= {
+                name: {**layer, "kernel": 5 * layer["kernel"]} for name, layer in stage["blocks"].items() if name != "actnorm"
+            }
+        return freeze(SPEC.flow, params)
+
+    with jax.enable_x64(False):
+        frozen = make(jax.random.key(0))
+    return Reconstructor(SPEC, frozen.weights, frozen.bounds)
+
+
+def images(num=5, seed=0):
+    return np.random.default_rng(seed).uniform(size=(num, 4, 4, 1)).astype(np.float32)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 4, 50])
+@pytest.mark.parametrize("coeff", [0.5, 0.99, 0.999])
+def test_constants_of_the_blocks_multiply_to_that_of_the_network(coeff, num_blocks):
+    own = block_coeff(coeff, num_blocks)
+    assert 0 < own < 1
+    np.testing.assert_allclose((1 / (1 - own)) ** num_blocks, 1 / (1 - coeff), rtol=1e-12)
+
+
+def test_reconstructions_invert_the_operator_and_are_projected():
+    x = images()
+    y = jax.jit(lambda m, x: m.measure(x))(model(), x)
+    assert y.shape == x.shape
+    back, info = jax.jit(lambda m, y: m.invert(y))(model(), y)
+    assert bool(info.converged.all())
+    np.testing.assert_allclose(back, x, atol=1e-5)
+    far = 10 * np.asarray(y) - 3
+    unprojected, found = (
+        jax.jit(lambda m, y: m.invert(y)[0])(model(), far),
+        jax.jit(lambda m, y: m.reconstruct(y)[0])(model(), far),
+    )
+    assert float(unprojected.min()) < 0
+    assert float(unprojected.max()) > 1
+    np.testing.assert_array_equal(found, np.clip(unprojected, 0, 1))
+
+
+def test_measurements_keep_the_places_of_pixels():
+    """Without branches the operator is the identity, whatever is squeezed on the way."""
+    weights = jax.tree.map(jnp.zeros_like, dict(model().weights))
+    nothing = model().with_(weights=weights)
+    np.testing.assert_array_equal(nothing.measure(images()), images())
+    np.testing.assert_array_equal(nothing.invert(images())[0], images())
+
+
+def test_noise_amplification_is_the_bound_of_the_jacobian_and_close_to_it_at_most(x64):
+    bound = model().noise_amplification
+    assert 0.99 / (1 - L) < bound <= 1 / (1 - L)
+    precise = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), model()).with_(solver=Solver(atol=1e-10))
+    y = jnp.asarray(images(3), jnp.float64)
+    jacobians = jax.jit(jax.vmap(jax.jacrev(lambda y: precise.invert(y[None])[0].reshape(-1))))(y)
+    largest = np.linalg.norm(np.asarray(jacobians).reshape(3, 16, 16), ord=2, axis=(1, 2))
+    assert (largest <= bound).all()
+    assert largest.max() > 1.2  # and the test would see a bound below it
+
+
+def test_the_certified_inverse_takes_it():
+    y = images()
+    x, info = jax.jit(lambda m, y: m.invert(y))(model(), y)
+    certificate = certify.inverse(model(), np.asarray(model().as_latents(y)), np.asarray(x))
+    assert (certificate.error_bound <= info.error_bound).all()
+
+
+def test_a_saved_model_is_the_same(tmp_path):
+    read = saved.load(model().save(tmp_path / "model.npz"))
+    assert isinstance(read, Reconstructor)
+    assert read.spec == SPEC
+    np.testing.assert_array_equal(read.measure(images()), model().measure(images()))
+    assert read.noise_amplification == model().noise_amplification
+
+
+def test_an_ordinary_network_maps_measurements_to_images():
+    ordinary = model().with_(spec=dataclasses.replace(SPEC, constrained=False))
+    found, info = ordinary.reconstruct(images())
+    np.testing.assert_allclose(found, np.clip(model().measure(images()), 0, 1), atol=1e-6)
+    assert bool(info.converged.all())
+    assert ordinary.noise_amplification == pytest.approx(ordinary.certificate().forward)
+    with pytest.raises(ValueError, match="no Lipschitz constraint"):
+        ordinary.freeze()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: ReconstructorSpec(FlowSpec((4,), (StageSpec(1, (3,)),))),
+            r"takes images \(h, w, c\), got examples of shape \(4,\)",
+        ),
+        (
+            lambda: ReconstructorSpec(FlowSpec((4, 4, 2), (StageSpec(1, (3,), (1, 1), factor_out=True),))),
+            "no stage may factor_out channels",
+        ),
+        (lambda: model().reconstruct(np.zeros((2, 8, 8, 1), np.float32)), r"must have shape \(4, 4, 1\), got \(8, 8, 1\)"),
+        (lambda: model().preprocess(np.zeros((2, 4, 4, 1), np.float32)), "integer levels 0 to 16"),
+        (lambda: model().with_(bounds=None).certificate(), r"call freeze\(\) first"),
+    ],
+)
+def test_mistakes_of_callers(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

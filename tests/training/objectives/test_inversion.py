@@ -1,0 +1,186 @@
+"""Training through the inverse: the loss and its gradient, a run and its resume, and what it refuses."""
+
+import functools
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.data import load
+from iresnet_jax.evaluation import trained_run
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.branch import initial_weights
+from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
+from iresnet_jax.training import loop, parallel
+from iresnet_jax.training.metrics import read_metrics
+from iresnet_jax.training.objectives import inversion
+
+ITERATION = 1e-6  # gradients through an iteration, float64
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+# --- the loss and its gradient ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def small():
+    """Two dense blocks on images of 2 x 2, in float64, with images and measurements partly outside [0, 1]."""
+    flow = FlowSpec((2, 2, 1), (StageSpec(2, hidden=(3,), activation="softplus"),), 0.8, "block")
+    [stage] = flow.layout
+    keys = jax.random.split(jax.random.key(0), 2)
+    branch = jax.vmap(lambda key: initial_weights(stage.branch, key))(keys)
+    branch = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), branch)
+
+    def scaled(layer):
+        norms = jnp.linalg.norm(layer["kernel"], ord=2, axis=(1, 2))
+        return {**layer, "kernel": layer["kernel"] * (0.8 / norms).reshape(-1, 1, 1)}
+
+    branch = {name: scaled(layer) for name, layer in branch.items()}
+    weights = {
+        "stage0": {
+            "actnorm": {"bias": jnp.zeros((2, 4)), "log_scale": jnp.zeros((2, 4))},
+            "branch": branch,
+            "lipschitz": jnp.full(2, 0.64),
+        }
+    }
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(size=(3, 2, 2, 1)), rng.normal(size=(3, 2, 2, 1))
+    return Reconstructor(ReconstructorSpec(flow), weights, solver=Solver(atol=1e-12)), jnp.asarray(x), jnp.asarray(y)
+
+
+def block(branch, k, x):
+    """A residual block in matrices."""
+    first, second = branch["dense0"], branch["dense1"]
+    hidden = x @ first["kernel"][k] + first["bias"][k]
+    return x + jax.nn.softplus(hidden) @ second["kernel"][k] + second["bias"][k]
+
+
+def unrolled_loss(branch, x, y, forward_share):
+    """The loss with every fixed-point step written out, which reverse mode differentiates one by one."""
+    x, y = x.reshape(3, 4), y.reshape(3, 4)
+    found = y
+    for k in (1, 0):
+        target = found
+        for _ in range(120):  # .64^120 = 6e-24
+            found = target - (block(branch, k, found) - found)
+    back = jnp.mean(jnp.sum((jnp.clip(found, 0, 1) - x) ** 2, axis=1))
+    there = jnp.mean(jnp.sum((block(branch, 1, block(branch, 0, x)) - y) ** 2, axis=1))
+    return (1 - forward_share) * back + forward_share * there
+
+
+@pytest.mark.parametrize("forward_share", [0.0, 0.3, 1.0])
+def test_the_loss_and_its_gradient_are_those_of_the_iteration_step_by_step(x64, forward_share):
+    model, x, y = small()
+
+    def ours(branch):
+        stage = {**model.weights["stage0"], "branch": branch}
+        return inversion.loss(model.with_(weights={"stage0": stage}), x, y, forward_share=forward_share).value
+
+    branch = model.weights["stage0"]["branch"]
+    value, gradient = jax.jit(jax.value_and_grad(ours))(branch)
+    expected, of_steps = jax.jit(jax.value_and_grad(functools.partial(unrolled_loss, forward_share=forward_share)))(
+        branch, x, y
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-9)
+    chex.assert_trees_all_close(gradient, of_steps, rtol=ITERATION, atol=ITERATION * float(value))
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 1e-2 * float(value)
+
+
+def test_the_check_rejects_a_gradient_that_stops_at_the_inverse(x64):
+    """A few steps of the iteration from the solution, as truncated back-propagation has it, give another gradient."""
+    model, x, y = small()
+    branch = model.weights["stage0"]["branch"]
+
+    def one_step(branch):
+        found, start = y.reshape(3, 4), model.invert(y)[0].reshape(3, 4)
+        middle = block(branch, 0, start)
+        for k, at in ((1, middle), (0, start)):
+            at = jax.lax.stop_gradient(at)
+            found = found - (block(branch, k, at) - at)
+        return jnp.mean(jnp.sum((jnp.clip(found, 0, 1) - x.reshape(3, 4)) ** 2, axis=1))
+
+    exact = jax.jit(jax.grad(functools.partial(unrolled_loss, forward_share=0.0)))(branch, x, y)
+    wrong = jax.jit(jax.grad(one_step))(branch)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(wrong, exact, rtol=0.05, atol=1e-3)
+
+
+def test_an_image_that_is_black_all_over_has_a_finite_error():
+    x = jnp.zeros((2, 2, 2, 1)).at[1].set(0.5)
+    np.testing.assert_allclose(inversion.relative_error(x + 0.5, x), [1.0, 1.0])
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return runs.trained(tmp_path_factory, "reconstructor")
+
+
+def test_training_lowers_the_loss_and_logs_its_parts(workdir):
+    records = read_metrics(workdir)
+    validated = [record for record in records if record["split"] == "validation"]
+    assert validated[-1]["loss"] < validated[0]["loss"]
+    assert validated[-1]["converged"] == 1
+    trained = [record for record in records if record["split"] == "train"]
+    assert all(record["solver_evals"] > 2 and np.isfinite(record["grad_norm"]) for record in trained)
+
+
+def test_the_trained_model_keeps_its_bound_and_has_no_actnorm(workdir):
+    run = trained_run.load(workdir)
+    assert 1 < run.model.noise_amplification <= 1 / (1 - run.config.model.coeff)
+    for stage in run.model.weights.values():
+        assert not any(np.any(np.asarray(leaf)) for leaf in stage["actnorm"].values())
+    assert trained_run.load(trained_run.save(run, workdir / "one" / "model.npz").parent).model.spec == run.model.spec
+
+
+def test_a_run_goes_on_bit_for_bit(workdir, tmp_path):
+    config = trained_run.load(workdir).config
+    shutil.copytree(workdir, tmp_path / "run")
+    whole = jax.device_get(loop.train(config, tmp_path / "run"))  # is over: nothing is trained
+    (tmp_path / "run" / "checkpoints" / "8.npz").unlink()
+    again = jax.device_get(loop.train(config, tmp_path / "run"))
+    assert int(again.step) == int(whole.step) == 8
+    chex.assert_trees_all_equal(again, whole)
+
+
+def test_a_step_does_not_depend_on_the_devices():
+    config = runs.config_of(runs.INVERSION_CONFIG)
+    objective = loop.build_objective(config, load("digits"))
+    step = objective.make_step(0)
+    examples = objective.examples[:32]
+    start = objective.initial_state()
+    two, _ = parallel.parallelize(step)(start, parallel.shard(examples))
+    one, _ = jax.jit(jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS))(
+        objective.initial_state(), examples[None]
+    )
+    chex.assert_trees_all_close(jax.device_get(two.params), jax.device_get(one.params), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"augmentation.flip": True},
+            "crops and flips of config.augmentation are for the objectives classification and hybrid",
+        ),
+        ({"model.sharp": True}, "leave it false for inversion"),
+        ({"training.bfloat16": True}, "training.bfloat16 is for the way forward"),
+        ({"constraint.norms": "none", "inverse_problem.forward_share": 0.5}, "without a constraint there is no inverse"),
+        ({"classifier.normalization": "batchnorm"}, "the objective inversion has no normalization"),
+        ({"data.name": "moons"}, "the objective inversion is for images of grey levels without contexts, which moons has not"),
+        ({"inverse_problem.noise": -0.1}, r"inverse_problem.noise must lie in \[0, inf\), got -0.1"),
+        ({"inverse_problem.forward_share": 1.5}, r"inverse_problem.forward_share must lie in \[0, 1\]"),
+    ],
+)
+def test_mistakes_are_answered_in_a_sentence(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        loop.train(runs.config_of(runs.INVERSION_CONFIG, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
