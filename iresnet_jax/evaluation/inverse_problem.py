@@ -151,7 +151,8 @@ def perturb(model: Reconstructor, y: Float[np.ndarray, "b h w c"], noise: float,
 @functools.partial(jax.jit, static_argnames="num_iterations")
 def _perturb(model, y, noise, certified, key: Key[Array, ""], num_iterations: int = NUM_ITERATIONS):
     normal, size = jax.random.normal(key, y.shape), noise * math.sqrt(math.prod(y.shape[1:]))
-    before, info, push = jax.linearize(lambda y: model.invert(y), y, has_aux=True)
+    before, info = model.invert(y)
+    _, push = jax.linearize(lambda y: model.invert(y)[0], y)
     pull = jax.linear_transpose(push, y)
 
     def of_norm(d, size):

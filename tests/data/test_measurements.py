@@ -38,7 +38,7 @@ def test_images_are_blurred_along_both_axes_and_every_channel_by_itself(x64):
     found = Measurement(width=0.8, noise=0.1).exact(jnp.asarray(x))
     expected = np.einsum("ij,bjkc,lk->bilc", blur_matrix(5, 0.8), x, blur_matrix(4, 0.8))
     np.testing.assert_allclose(found, expected, atol=SAME)
-    np.testing.assert_array_equal(Measurement(width=0, noise=0).exact(jnp.asarray(x)), x)
+    np.testing.assert_array_equal(Measurement(width=0.0, noise=0.0).exact(jnp.asarray(x)), x)
 
 
 def test_noise_has_its_standard_deviation_and_depends_on_the_example_alone():

@@ -57,8 +57,8 @@ def small():
 def block(branch, k, x):
     """A residual block in matrices."""
     first, second = branch["dense0"], branch["dense1"]
-    hidden = x @ first["kernel"][k] + first["bias"][k]
-    return x + jax.nn.softplus(hidden) @ second["kernel"][k] + second["bias"][k]
+    hidden = x @ first["kernel"][k] + first["bias"][k][None]
+    return x + jax.nn.softplus(hidden) @ second["kernel"][k] + second["bias"][k][None]
 
 
 def unrolled_loss(branch, x, y, forward_share):
