@@ -17,7 +17,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import jax
 import numpy as np
 from _models import read_config
 from _record import parser, table, write
@@ -64,8 +63,8 @@ def images_of(config, data, num_validation, num_test):
     measurement, found = build_measurement(config.inverse_problem), {}
     for split, num in (("validation", num_validation), ("test", num_test)):
         x = np.asarray(data.held_out(split, num), np.float32) / (data.num_levels - 1)
-        y = measurement.held_out(jax.numpy.asarray(x), config.seed, split)
-        found[split] = x[..., 0].astype(np.float64), np.asarray(y, np.float64)[..., 0]
+        y = measurement.held_out(x, config.seed, split)
+        found[split] = x[..., 0].astype(np.float64), y[..., 0].astype(np.float64)
     return found
 
 

@@ -46,11 +46,14 @@ class Measurement:
         noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
         return self.exact(x) + self.noise * noise
 
-    def held_out(self, x: Float[Array, "b h w c"], seed: int, split: str, *, first: int = 0) -> Float[Array, "b h w c"]:
+    def held_out(
+        self, x: Float[Array, "b h w c"] | Float[np.ndarray, "b h w c"], seed: int, split: str, *, first: int = 0
+    ) -> Float[np.ndarray, "b h w c"]:
         """Measurements of examples ``first``, ``first + 1``, ... of "validation" or "test", always the same for one seed."""
         stream = {"validation": 4, "test": 5}[split]
         key = jax.random.fold_in(jax.random.key(seed), 2**31 + stream)
-        return self.draw(jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(len(x))), x)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(len(x)))
+        return np.asarray(self.draw(keys, jnp.asarray(x)))
 
 
 @functools.lru_cache(maxsize=16)

@@ -88,7 +88,7 @@ def evaluate(
     if len(images) < 2:
         raise ValueError(f"a standard error needs at least 2 images, got {len(images)}: evaluate more test data")
     x = np.asarray(model.preprocess(images))
-    y = np.asarray(measurement.held_out(jnp.asarray(x), seed, "test"))
+    y = measurement.held_out(x, seed, "test")
     outputs = parallel.over_batches(
         parallel.parallelize_eval(_reconstruct), model, lambda indices: (x[indices], y[indices]), len(x), batch_size
     )

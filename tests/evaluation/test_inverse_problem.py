@@ -52,7 +52,7 @@ def test_no_error_exceeds_its_bound(evaluated):
 
 
 def test_the_worst_direction_is_that_of_the_dense_jacobian(run):
-    y = np.asarray(Measurement(1.0, 0.05).held_out(run.model.preprocess(run.test_examples()[:3]), 0, "test"))
+    y = Measurement(1.0, 0.05).held_out(run.model.preprocess(run.test_examples()[:3]), 0, "test")
     found = inverse_problem.perturb(run.model, y, 0.05, 0)
     jacobian = jax.jit(jax.vmap(jax.jacrev(lambda y: run.model.invert(y[None])[0].reshape(-1))))(y)
     largest = np.linalg.norm(np.asarray(jacobian, np.float64).reshape(3, 64, 64), ord=2, axis=(1, 2))

@@ -160,7 +160,7 @@ class Validation:
         self._spec, self._share = spec, config.inverse_problem.forward_share
         images = data.held_out("validation", config.training.eval_examples, config.seed)
         self._x = np.asarray(Reconstructor(spec, {}).preprocess(images))
-        self._y = np.asarray(build_measurement(config.inverse_problem).held_out(self._x, config.seed, "validation"))
+        self._y = build_measurement(config.inverse_problem).held_out(self._x, config.seed, "validation")
         self._constraint, self._solver = config.constraint, build_solver(config.evaluation)
         self._evaluate = parallel.parallelize_eval(measured_errors)
         self._batch_size = config.evaluation.batch_size
