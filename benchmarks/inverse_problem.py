@@ -24,6 +24,8 @@ from _variational import Spectra, by_scikit_image, minimize_total_variation, obj
 
 from iresnet_jax.data import load as load_data
 from iresnet_jax.evaluation import inverse_problem, trained_run
+from iresnet_jax.training import cpu
+from iresnet_jax.training.compilation_cache import keep_compiled_programs
 from iresnet_jax.training.config import Config
 from iresnet_jax.training.from_config import build_measurement, reconstructor_spec
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
@@ -160,6 +162,8 @@ def main():
     options.add_argument("--steps", type=int, help="updates of every training, instead of the config's")
     options.add_argument("--workdir", type=Path, metavar="DIR", help="keeps the runs in folders of this one")
     arguments = options.parse_args()
+    cpu.compile_quickly()
+    keep_compiled_programs()
     steps = QUICK_STEPS if arguments.quick else arguments.steps
     num_validation, num_test = (32, 32) if arguments.quick else (NUM_VALIDATION, NUM_TEST)
     noises = arguments.noise[:1] if arguments.quick else arguments.noise

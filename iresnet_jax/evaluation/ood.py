@@ -55,7 +55,7 @@ def auroc(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -> 
 
 
 def compare(
-    model: Density | Classifier,
+    model: Density | Classifier | Reconstructor,
     dataset: DataSet,
     other: str,
     settings: EvaluationConfig,
@@ -76,7 +76,7 @@ def compare(
         data_dir: Folder of the other data set.
 
     Raises:
-        ValueError: If the data are points, or there is no such data set.
+        ValueError: If the data are points, the model is a reconstructor, or there is no such data set.
     """
     if dataset.num_levels is None:
         raise ValueError(f"scores are compared between images, and {dataset.name} are points: give a model of images")

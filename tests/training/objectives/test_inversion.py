@@ -133,12 +133,14 @@ def test_training_lowers_the_loss_and_logs_its_parts(workdir):
     assert all(record["solver_evals"] > 2 and np.isfinite(record["grad_norm"]) for record in trained)
 
 
-def test_the_trained_model_keeps_its_bound_and_has_no_actnorm(workdir):
+def test_the_trained_model_keeps_its_bound_and_has_no_actnorm(workdir, tmp_path):
     run = trained_run.load(workdir)
     assert 1 < run.model.noise_amplification <= 1 / (1 - run.config.model.coeff)
     for stage in run.model.weights.values():
         assert not any(np.any(np.asarray(leaf)) for leaf in stage["actnorm"].values())
-    assert trained_run.load(trained_run.save(run, workdir / "one" / "model.npz").parent).model.spec == run.model.spec
+    kept = trained_run.load(trained_run.save(run, tmp_path / "model.npz").parent)
+    assert kept.model.spec == run.model.spec
+    assert kept.model.noise_amplification == run.model.noise_amplification
 
 
 def test_a_run_goes_on_bit_for_bit(workdir, tmp_path):
