@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from iresnet_jax.data.measurements import Measurement
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.branch import initial_weights
 from iresnet_jax.models.density import Density, DensitySpec
@@ -158,3 +159,53 @@ def test_every_script_has_its_line_in_the_readme():
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert SCRIPTS
     assert [name for name in SCRIPTS if f"python benchmarks/{name}.py" not in readme] == []
+
+
+@pytest.fixture
+def variational(in_folder):
+    """Reconstructions without learning, with images, measurements and eigenvalues of a problem of 6 x 7 pixels."""
+    module = importlib.import_module("_variational")
+    rng = np.random.default_rng(0)
+    spectra, x = module.Spectra.of(6, 7, 0.8), np.zeros((2, 6, 7))
+    x[:, 2:5, 1:4] = 0.9
+    return module, spectra, x, spectra.apply(spectra.blur, x) + 0.05 * rng.normal(size=x.shape)
+
+
+def test_spectra_are_those_of_the_blur_and_of_the_laplacian(variational):
+    module, spectra, x, _ = variational
+    blurred = Measurement(0.8, 0.0).exact(jnp.asarray(x[..., None], jnp.float32))[..., 0]
+    np.testing.assert_allclose(spectra.apply(spectra.blur, x), blurred, atol=1e-6)
+    p = np.random.default_rng(1).normal(size=(2, *x.shape))
+    assert (module.gradient(x) * p).sum() == pytest.approx((x * module.gradient_transposed(p)).sum())
+    np.testing.assert_allclose(module.gradient_transposed(module.gradient(x)), spectra.apply(spectra.laplacian, x), atol=1e-12)
+
+
+def test_tikhonov_solves_its_normal_equations(variational):
+    module, spectra, _, y = variational
+    bright = 0.5 + 0.1 * y  # so that the projection changes nothing
+    for penalty, quadratic in (("norm", np.ones_like(spectra.laplacian)), ("gradient", spectra.laplacian)):
+        found = module.tikhonov(spectra, bright, 0.1, penalty)
+        slope = spectra.apply(spectra.blur, spectra.apply(spectra.blur, found) - bright) + 0.1 * spectra.apply(quadratic, found)
+        np.testing.assert_allclose(slope, 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight", [1e-4, 3e-3, 0.1])
+def test_no_image_fits_with_less_total_variation(variational, weight):
+    module, spectra, x, y = variational
+    found = module.minimize_total_variation(spectra, y, weight, num_steps=4000)
+    least, rng = module.objective(spectra, found, y, weight), np.random.default_rng(2)
+    assert (found >= 0).all()
+    assert (found <= 1).all()
+    others = [x, np.clip(y, 0, 1), np.full_like(y, 0.3)]
+    others += [np.clip(found + size * rng.normal(size=y.shape), 0, 1) for size in np.repeat([1e-1, 1e-2, 1e-3], 50)]
+    others += [found + share * (other - found) for share in (1e-2, 1e-3) for other in others]  # the problem is convex
+    for other in others:
+        assert (module.objective(spectra, other, y, weight) >= least * (1 - 1e-5)).all()
+
+
+def test_total_variation_agrees_with_scikit_image(variational):
+    pytest.importorskip("skimage")
+    module, spectra, _, y = variational
+    ours = module.minimize_total_variation(spectra, y, 3e-3, num_steps=2000)
+    theirs = module.by_scikit_image(spectra, y, 3e-3)
+    np.testing.assert_allclose(ours, theirs, atol=2e-3)

@@ -317,6 +317,28 @@ def test_the_table_of_posteriors_is_that_of_the_record():
         assert others == [*c2st, f"{found['training_seconds'] / 60:.1f}"]
 
 
+def test_the_table_of_inverse_problems_is_that_of_the_records():
+    section = PAGES["docs/inverse-problems.md"].read_text().split("\n## Measured\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
+    records = sorted((ROOT / "benchmarks/results").glob("inverse_problem_*.json"))
+    expected = []
+    for record in map(json.loads, (path.read_text() for path in records)):
+        name = record["settings"]["config"]["data"]["name"]
+        expected += [inverse_problem_row(name, noise, found) for noise, found in record["results"].items()]
+    assert expected
+    assert rows[2:] == expected
+
+
+def inverse_problem_row(name, noise, found):
+    """The cells of the network that is best on validation beside the other methods, as the page has them."""
+    best = found["best"]["lipschitz"]
+    own = found["lipschitz"][str(best)]
+    errors = [found["tikhonov"], found["total_variation"], own, found["vanilla"]]
+    written = [f"{one['relative_error']:.3f} ± {one['stderr']:.3f}".replace("0.", ".") for one in errors]
+    amplified = [f"{one['largest_amplification']:.1f}" for one in (own, found["vanilla"])]
+    return [f"{name}, {100 * float(noise):g} %", *written, f"{best:g}", f"{own['certified_amplification']:.1f}", *amplified]
+
+
 def links(text):
     """Files that a page links to or shows."""
     found = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text)
