@@ -10,6 +10,7 @@ a few by scikit-image as well, to compare. Target: with the best L an error of a
 reconstruction of perturbed data outside its certified bound. With --workdir the same command goes on from where it stopped.
 """
 
+import itertools
 import math
 import os
 import tempfile
@@ -35,9 +36,10 @@ from iresnet_jax.training.metrics import read_metrics
 CONFIG = Path(__file__).parents[1] / "configs" / "deblurring.py"
 NOISES = (0.01, 0.05, 0.1)
 LIPSCHITZ = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
-NUM_VALIDATION, NUM_TEST = 500, 1000  # images, at most
-WEIGHTS = 10.0 ** np.arange(-6, 0.6, 0.25)
-REFINED_STEPS, COMPARED_STEPS, NUM_COMPARED = 2000, 3000, 2
+NUM_VALIDATION, NUM_TEST = 200, 1000  # images, at most
+WEIGHTS = 10.0 ** np.arange(-6, 0.6, 0.5)
+FINER = 10.0 ** np.arange(-0.25, 0.3, 0.125)  # times the best of them
+COARSE_STEPS, STEPS, NUM_COMPARED = 200, 1000, 2  # of total variation; images that scikit-image reconstructs too
 QUICK_STEPS = 10
 VANILLA = "vanilla"
 HEADER = ("noise", "method", "test error", "validation", "certified", "found", "")
@@ -71,24 +73,28 @@ def images_of(config, data, num_validation, num_test):
 
 
 def without_learning(config, images, *, quick):
-    """Tikhonov and total variation, their weights chosen on validation images, and test errors by image."""
+    """Tikhonov and total variation, their weights chosen on validation images, and test errors of the latter by image."""
     (x, y), (x_test, y_test) = images["validation"], images["test"]
     spectra = Spectra.of(*x.shape[1:], config.inverse_problem.width)
-    weights = WEIGHTS[::8] if quick else WEIGHTS
-    steps = 50 if quick else REFINED_STEPS
-    choices = [(relative_errors(tikhonov(spectra, y, w, p), x).mean(), w, p) for w in weights for p in ("norm", "gradient")]
-    error, weight, penalty = min(choices)
+
+    def best_of_tikhonov(weights):
+        candidates = itertools.product(weights, ("norm", "gradient"))
+        return min((relative_errors(tikhonov(spectra, y, *one), x).mean(), *one) for one in candidates)
+
+    def best_variation(weights, steps):
+        return min((relative_errors(minimize_total_variation(spectra, y, w, steps), x).mean(), w) for w in weights)
+
+    weights, finer = (WEIGHTS[4::4], [1.0]) if quick else (WEIGHTS, FINER)
+    coarse_steps, steps = (20, 50) if quick else (COARSE_STEPS, STEPS)
+    error, weight, penalty = best_of_tikhonov(best_of_tikhonov(weights)[1] * np.array(finer))
     of_tikhonov = relative_errors(tikhonov(spectra, y_test, weight, penalty), x_test)
     found = {"tikhonov": {"validation": error, "weight": weight, "penalty": penalty, **summarize(of_tikhonov)}}
-    coarse = [(relative_errors(minimize_total_variation(spectra, y, w, steps // 5), x).mean(), w) for w in weights]
-    best = min(coarse)[1]
-    finer = [] if quick else [best * 10.0**power for power in (-0.25, -0.125, 0, 0.125, 0.25)]
-    error, weight = min((relative_errors(minimize_total_variation(spectra, y, w, steps), x).mean(), w) for w in [best, *finer])
-    images_found = minimize_total_variation(spectra, y_test, weight, steps)
-    of_variation = relative_errors(images_found, x_test)
+    error, weight = best_variation(best_variation(weights, coarse_steps)[1] * np.array(finer), steps)
+    reconstructed = minimize_total_variation(spectra, y_test, weight, steps)
+    of_variation = relative_errors(reconstructed, x_test)
     few = slice(0, NUM_COMPARED)
-    theirs = by_scikit_image(spectra, y_test[few], weight, *((20, 20) if quick else (1000, 200)))
-    ours, by_them = (objective(spectra, images, y_test[few], weight) for images in (images_found[few], theirs))
+    theirs = by_scikit_image(spectra, y_test[few], weight, *((20, 20) if quick else ()))
+    ours, by_them = (objective(spectra, some, y_test[few], weight) for some in (reconstructed[few], theirs))
     found["total_variation"] = {
         "validation": error,
         "weight": weight,
