@@ -32,7 +32,10 @@ def affordable(spec: FlowSpec, seconds: float) -> int:
 
 
 def certify(
-    model: Density | Classifier | Reconstructor, parts: Sequence[Decoded], num: int, contexts: Num[np.ndarray, "n k"] | None = None
+    model: Density | Classifier | Reconstructor,
+    parts: Sequence[Decoded],
+    num: int,
+    contexts: Num[np.ndarray, "n k"] | None = None,
 ) -> tuple[InverseGuarantee, CertifiedInfo | None]:
     """What is guaranteed of the first examples that were decoded, as numbers of a report and example by example.
 

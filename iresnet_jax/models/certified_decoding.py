@@ -74,7 +74,9 @@ def invert(model: Reconstructor, y: Float[Array, "b d"]) -> Decoded:
     return Decoded(y, x, x, x, info)
 
 
-def certified(model: Density | Classifier | Reconstructor, decoded: Decoded, *, context: Contexts | None = None) -> CertifiedInfo:
+def certified(
+    model: Density | Classifier | Reconstructor, decoded: Decoded, *, context: Contexts | None = None
+) -> CertifiedInfo:
     """What is guaranteed of decoded latents; on the host, outside of ``jit``.
 
     Raises:
