@@ -25,6 +25,7 @@ from _variational import Spectra, by_scikit_image, minimize_total_variation, obj
 
 from iresnet_jax.data import load as load_data
 from iresnet_jax.evaluation import inverse_problem, trained_run
+from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.training import cpu
 from iresnet_jax.training.compilation_cache import keep_compiled_programs
 from iresnet_jax.training.config import Config
@@ -111,6 +112,7 @@ def trained(config, workdir, num_test):
     begin, load_before = time.monotonic(), os.getloadavg()
     train(config, workdir)
     seconds, run = time.monotonic() - begin, trained_run.load(workdir)
+    assert isinstance(run.model, Reconstructor)
     result, found = inverse_problem.evaluate(
         run.model,
         run.test_examples()[:num_test],

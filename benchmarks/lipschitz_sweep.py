@@ -29,6 +29,7 @@ from iresnet_jax.evaluation.results import RECOVERED, TrainingTimes
 from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.json_dataclasses import first_difference, to_plain
 from iresnet_jax.models import saved
+from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.report import style
 from iresnet_jax.training import loop
 from iresnet_jax.training.metrics import read_metrics
@@ -85,6 +86,7 @@ def measure(variant, seed, folder, arguments):
     measured, num = workdir / "sweep.json", [32, 32] if arguments.quick else [arguments.num, arguments.num_certified]
     if measured.exists() and (kept := json.loads(measured.read_text()))["num"] == num:
         return kept["row"]
+    assert isinstance(run.model, Classifier)
     result = accuracy.evaluate(run.model, run.test_examples(), run.data.labels["test"], config.evaluation.batch_size)
     times = TrainingTimes.from_metrics(read_metrics(workdir), run.step)
     row = {"variant": variant, "seed": seed, "error": result.error, "num_examples": result.num_examples}

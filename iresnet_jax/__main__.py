@@ -44,7 +44,7 @@ def evaluate(trained: "Run", _: argparse.Namespace) -> int:
             results.append(compared.summary)
     if isinstance(model, Reconstructor):
         results.append(inverse_problem.evaluate_run(trained)[0])
-    if trained.has_classes:
+    elif trained.has_classes:
         results.append(accuracy.evaluate(model, examples, trained.data.labels["test"], settings.batch_size))
     _say(*trained.notes, *results)
     return 0

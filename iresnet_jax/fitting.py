@@ -27,6 +27,7 @@ from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.history import History
 from iresnet_jax.models.priors import PRIORS
+from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.training.compilation_cache import keep_compiled_programs
 from iresnet_jax.training.config import Config, parse
 from iresnet_jax.training.interruption import Stopped
@@ -115,6 +116,7 @@ def _fit_one(
             if say:
                 say(f"{str(stopped).split(':')[0]}: the best model so far")
         run = trained_run.load(folder)
+        assert not isinstance(run.model, Reconstructor)  # `choose_settings` refuses its objective
         return run.model.with_(history=History.from_records(read_metrics(folder), run.step)), was_stopped
 
 

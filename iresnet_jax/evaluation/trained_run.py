@@ -61,8 +61,6 @@ class Run:
     @property
     def is_bijective(self) -> bool:
         """Whether there is an inverse to try at least."""
-        if isinstance(self.model, Reconstructor):
-            return self.model.spec.constrained
         return isinstance(self.model, Density) or self.model.spec.is_bijective
 
     @functools.cached_property

@@ -63,6 +63,11 @@ class ReconstructorSpec:
         """Nothing: a reconstructor knows of no classes."""
 
     @property
+    def is_bijective(self) -> bool:
+        """Whether reconstructions are those of an inverse, which exists."""
+        return self.constrained
+
+    @property
     def permutation(self) -> Bijection:
         """Images to vectors with the entries in the order of `flow`'s outputs: all squeezes, one after the other."""
         last = self.flow.layout[-1].branch.in_shape

@@ -128,6 +128,7 @@ def _posterior(run: Run, figures: Figures) -> Posterior | None:
 def _classes(run: Run, images: np.ndarray, figures: Figures) -> tuple[Classification, SampleQuality | None]:
     """Test error of a model with classes and, of a density, samples of each class."""
     model, size, levels = run.model, run.config.evaluation.batch_size, run.model.spec.num_levels
+    assert not isinstance(model, Reconstructor)  # it knows of no classes
     result = accuracy.evaluate(model, images, run.data.labels["test"], size)
     figures["confusion"] = plots.confusion_matrix(np.array(result.confusion))
     if result.mistakes:
