@@ -34,14 +34,14 @@ class Spectra(NamedTuple):
         """The eigenvalues for images of one size."""
         blurs, laplacians = [], []
         for size in (height, width):
-            basis = fft.dct(np.eye(size), axis=0, norm="ortho")
+            basis = np.asarray(fft.dct(np.eye(size), axis=0, norm="ortho"))
             blurs.append(np.einsum("ki,ij,kj->k", basis, blur_matrix(size, blur_width), basis))
             laplacians.append(4 * np.sin(np.pi * np.arange(size) / (2 * size)) ** 2)
         return cls(np.multiply.outer(*blurs), np.add.outer(*laplacians))
 
     def apply(self, values: np.ndarray, x: np.ndarray) -> np.ndarray:
         """The operator with these eigenvalues."""
-        return fft.idctn(values * fft.dctn(x, axes=(1, 2), norm="ortho"), axes=(1, 2), norm="ortho")
+        return np.asarray(fft.idctn(values * fft.dctn(x, axes=(1, 2), norm="ortho"), axes=(1, 2), norm="ortho"))
 
 
 def gradient(x):
@@ -100,7 +100,7 @@ def minimize_total_variation(spectra: Spectra, y, weight: float, num_steps: int 
 
 def by_scikit_image(spectra: Spectra, y, weight: float, num_steps: int = 500, num_inner: int = 200):
     """The same images by FISTA with scikit-image's proximal map of total variation, one after the other, to compare with."""
-    from skimage.restoration import denoise_tv_chambolle
+    from skimage.restoration import denoise_tv_chambolle  # pyright: ignore[reportMissingImports]
 
     found = []
     for one in y:

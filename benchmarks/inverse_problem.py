@@ -10,7 +10,6 @@ a few by scikit-image as well, to compare. Target: with the best L an error of a
 reconstruction of perturbed data outside its certified bound. With --workdir the same command goes on from where it stopped.
 """
 
-import itertools
 import math
 import os
 import tempfile
@@ -76,11 +75,14 @@ def images_of(config, data, num_validation, num_test):
 def without_learning(config, images, *, quick):
     """Tikhonov and total variation, their weights chosen on validation images, and test errors of the latter by image."""
     (x, y), (x_test, y_test) = images["validation"], images["test"]
-    spectra = Spectra.of(*x.shape[1:], config.inverse_problem.width)
+    spectra = Spectra.of(x.shape[1], x.shape[2], config.inverse_problem.width)
 
     def best_of_tikhonov(weights):
-        candidates = itertools.product(weights, ("norm", "gradient"))
-        return min((relative_errors(tikhonov(spectra, y, *one), x).mean(), *one) for one in candidates)
+        return min(
+            (relative_errors(tikhonov(spectra, y, weight, penalty), x).mean(), weight, penalty)
+            for weight in weights
+            for penalty in ("norm", "gradient")
+        )
 
     def best_variation(weights, steps):
         return min((relative_errors(minimize_total_variation(spectra, y, w, steps), x).mean(), w) for w in weights)

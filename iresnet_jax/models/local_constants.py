@@ -18,6 +18,7 @@ from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.dense_linearization import linearize, products_of, tables_of
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import bilipschitz
+from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.models.step_blocks import jacobian_blocks
 from iresnet_jax.models.step_norms import chained, forward_correction
 from iresnet_jax.models.trajectory import Residuals, follow, residuals
@@ -42,7 +43,7 @@ class LocalConstants(NamedTuple):
 
 
 def local_constants(
-    model: Density | Classifier,
+    model: Density | Classifier | Reconstructor,
     x: Float[Array, "b ..."] | Float[np.ndarray, "b ..."],
     radius: float,
     *,
