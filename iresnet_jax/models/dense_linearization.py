@@ -68,7 +68,7 @@ def _invert(branch, kernels, scale, slopes, distances):
     return jax.lax.map(of_example, (by_example, distances))
 
 
-def tables_of(problem: Problem, matrices: Sequence[Float[Array, "b k _ _"]], *, forward: bool = False) -> ProductTables:
+def tables_of(problem: Problem, matrices: Sequence[Float[Array, "b _ _ _"]], *, forward: bool = False) -> ProductTables:
     """`inverse_products.product_tables` of matrices of each stage, for each example."""
     active = tuple(jnp.asarray(entries) for entries in problem.entries.active)
     num = len(problem.constants.second)
