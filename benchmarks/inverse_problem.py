@@ -1,6 +1,6 @@
 """Are images reconstructed better by the inverse of a network than by total variation, and does its bound on noise hold?
 
-    python benchmarks/inverse_problem.py --data digits [--noise .01 .05 .1] [--lipschitz .5 ... .999] [--workdir DIR] [--quick]
+    python benchmarks/inverse_problem.py --data digits [--noise .01 .05 .1] [--lipschitz .8 ... .999] [--workdir DIR] [--quick]
 
 Trains configs/deblurring.py for every noise and every L, and the same network without constraint from measurements to images.
 Beside them stand Tikhonov (with the norm or the gradient as penalty) and total variation over images in [0, 1], whose weights
@@ -35,7 +35,7 @@ from iresnet_jax.training.metrics import read_metrics
 
 CONFIG = Path(__file__).parents[1] / "configs" / "deblurring.py"
 NOISES = (0.01, 0.05, 0.1)
-LIPSCHITZ = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
+LIPSCHITZ = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)  # as in the papers
 NUM_VALIDATION, NUM_TEST = 200, 1000  # images, at most
 WEIGHTS = 10.0 ** np.arange(-6, 0.6, 0.5)
 FINER = 10.0 ** np.arange(-0.25, 0.3, 0.125)  # times the best of them
@@ -170,6 +170,7 @@ def main():
     options.add_argument("--noise", type=float, nargs="+", default=NOISES, help="fractions of the range from black to white")
     options.add_argument("--lipschitz", type=float, nargs="+", default=LIPSCHITZ, help="constants L of the whole network")
     options.add_argument("--steps", type=int, help="updates of every training, instead of the config's")
+    options.add_argument("--trained", action="store_true", help="leave out every L that --workdir has not trained yet")
     options.add_argument("--workdir", type=Path, metavar="DIR", help="keeps the runs in folders of this one")
     arguments = options.parse_args()
     cpu.compile_quickly()
@@ -187,9 +188,12 @@ def main():
             images = images_of(config_of(arguments.data, noise, 0.9, steps), data, num_validation, num_test)
             fixed, of_variation = without_learning(config_of(arguments.data, noise, 0.9, steps), images, quick=arguments.quick)
             found, errors = results.setdefault(noise, {**fixed, "lipschitz": {}}), {}
-            for lipschitz in [*constants, VANILLA]:
+            names = {lipschitz: folder / f"noise{noise}_{lipschitz}" for lipschitz in [*constants, VANILLA]}
+            for lipschitz, run_folder in names.items():
+                if arguments.trained and not (run_folder / "checkpoints").exists():
+                    continue
                 config = config_of(arguments.data, noise, lipschitz, steps)
-                own, errors[lipschitz] = trained(config, folder / f"noise{noise}_{lipschitz}", num_test)
+                own, errors[lipschitz] = trained(config, run_folder, num_test)
                 (found if lipschitz == VANILLA else found["lipschitz"])[lipschitz] = own
                 print(table(rows_of(results), HEADER), flush=True)
             found["best"] = best_of(found, errors, of_variation)
