@@ -5,6 +5,8 @@ Workers of `peers.py`. The arrays of a case are inputs ``x`` of the flow in floa
 """
 
 import time
+from dataclasses import asdict
+from typing import cast
 
 import numpy as np
 from _peers_step import prepare_ours
@@ -36,7 +38,13 @@ class Normflows:
             known = {name: given[name] for name in given.files}
         self._torch, self._x, self._z = torch, torch.tensor(known["x"]), torch.tensor(known["z"])
         self._flows = fixed_flow(architecture, known)
-        self._log_dets = []
+        self._log_dets, self._evals = [], 0
+        for layer in self._flows:
+            if hasattr(layer, "iresblock"):
+                layer.iresblock.nnet.register_forward_hook(self._count)
+
+    def _count(self, *_):
+        self._evals += 1
 
     def check(self):
         """Largest difference of the latents from ours, of those above 1 as a share, in float32 and in float64."""
@@ -64,9 +72,14 @@ class Normflows:
         return (time.perf_counter() - start) / num
 
     def log_dets(self):
-        """Mean and variance of every image's log-determinant over all draws so far."""
+        """Mean and variance of every image's log-determinant over all draws so far, and the variance of their mean."""
         values = np.stack(self._log_dets)
-        return {"mean": values.mean(axis=0).tolist(), "variance": values.var(axis=0, ddof=1).tolist(), "draws": len(values)}
+        return {
+            "draws": len(values),
+            "mean": values.mean(axis=0).tolist(),
+            "variance": values.var(axis=0, ddof=1).tolist(),
+            "variance_of_mean": float(values.mean(axis=1).var(ddof=1)),
+        }
 
     def invert(self, num, tolerance=None):
         """Seconds of the inverse of all latents, mean over ``num``, by its iteration.
@@ -78,7 +91,7 @@ class Normflows:
         settings = {} if tolerance is None else {"atol": tolerance, "rtol": tolerance}
         start = time.perf_counter()
         for _ in range(num):
-            y = self._z.float()
+            self._evals, y = 0, self._z.float()
             with self._torch.no_grad():
                 for layer in reversed(self._flows):
                     if hasattr(layer, "iresblock"):
@@ -89,8 +102,8 @@ class Normflows:
         return (time.perf_counter() - start) / num
 
     def error(self):
-        """How far the last inverse is from the exact one."""
-        return error_of(self._found, self._x.numpy())
+        """How far the last inverse is from the exact one, and the evaluations of branches in all blocks together."""
+        return {**error_of(self._found, self._x.numpy()), "evals": self._evals}
 
 
 class Ours:
@@ -111,29 +124,29 @@ class Ours:
         self._jax, self._jnp, self._model = jax, jnp, iresnet_jax.load(model)
         with np.load(arrays) as given:
             self._x, self._z = given["x"], given["z"]
-        self._images = np.moveaxis(self._x, 1, -1) if self._x.ndim == 4 else self._x
-        self._forward = jax.jit(lambda model, x, key: model.flow().forward_and_logdet(x, key)[:2])
         self._compiled = set()
         self._inverse = jax.jit(lambda model, z: model.flow().inverse(z))
 
-    def log_dets(self, num, estimator, key=0, num_images=None):
-        """Seconds of the log-determinants of all images, or of some, mean over ``num``, and their values.
+    def log_probs(self, num, images, target):
+        """Seconds of the log-likelihoods of images to a stated accuracy, mean over ``num``, and what was found.
 
         Args:
-            num: Evaluations; one before them compiles.
-            estimator: Plain data of a `LogdetConfig`.
-            key: Number of the key of the probes; further evaluations have the following ones.
-            num_images: Images, from the first.
+            num: Evaluations, all with the same keys; one before the first compiles.
+            images: File of the images, as levels.
+            target: Largest bias + standard error of an image, in bits/dim.
         """
-        from iresnet_jax.training.config import LogdetConfig
+        from iresnet_jax.evaluation import stated_accuracy
+        from iresnet_jax.models.density import Density
 
-        model = self._model.with_(estimator=LogdetConfig(**estimator).build())
-        x = self._jnp.asarray(self._images[:num_images], self._jnp.float32)
-        keys = [self._jax.random.key(key + i) for i in range(num)]
-        self._jax.block_until_ready(self._forward(model, x, keys[0]))
+        model, levels = cast(Density, self._model), np.load(images)
+        if images not in self._compiled:
+            stated_accuracy.log_prob(model, levels, target)
+            self._compiled.add(images)
         start = time.perf_counter()
-        values = [np.asarray(self._forward(model, x, key)[1], np.float64) for key in keys]
-        return {"seconds": (time.perf_counter() - start) / num, "values": np.stack(values).tolist()}
+        for _ in range(num):
+            values, accuracy = stated_accuracy.log_prob(model, levels, target)
+        seconds = (time.perf_counter() - start) / num
+        return {"seconds": seconds, "values": values[:, 0].tolist(), "accuracy": asdict(accuracy)}
 
     def invert(self, num, atol, refine):
         """Seconds of the inverse of all latents, mean over ``num``.
@@ -161,5 +174,6 @@ class Ours:
     def error(self):
         """How far the last inverse is from the exact one, and what the solver says."""
         found = np.moveaxis(self._found, -1, 1) if self._found.ndim == 4 else self._found
-        evals, converged = (np.asarray(values) for values in (self._info.num_evals, self._info.converged))
-        return {**error_of(found, self._x), "mean_evals": float(evals.mean()), "converged": float(converged.mean())}
+        evals, bound, converged = (np.asarray(field) for field in (self._info.num_evals, *self._info[2:]))
+        says = {"evals": float(evals.mean()), "error_bound": float(bound.max()), "converged": float(converged.mean())}
+        return {**error_of(found, self._x), **says}

@@ -1,68 +1,87 @@
-"""Inverses of `peers.py` to an equal true error: of one block by its Lipschitz constant, and of trained flows from samples."""
+"""Inverses of `peers.py` to an equal true error: of one block by its Lipschitz constant, and of trained flows from samples.
+
+Both sides run by their own rule, as they are and with the largest power of ten as tolerance that reaches the true error. Where
+normflows does not reach 1e-5 at any tolerance, both are asked for the least error that it reaches, and ours for 1e-5 beside.
+"""
 
 from typing import cast
 
 import jax
 import numpy as np
-from _peers_cases import architecture, exact_inverse, random_block, write_arrays
-from _peers_processes import core_counts, take_turns
+from _peers_cases import exact_inverse, random_block
+from _peers_pair import NORMFLOWS, OURS, pair
+from _peers_processes import take_turns
 from _record import RESULTS
 
+from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.models import priors
 from iresnet_jax.models.density import Density
 
 TOLERANCE = 1e-5  # largest error of an entry
 LIPSCHITZ, KINDS = (0.7, 0.9, 0.98), ("random", "contracting")
-OUR_SETTINGS = [{"atol": atol, "refine": refine} for refine in (False, True) for atol in (1e-5, 1e-6, 1e-7)]
-THEIR_TOLERANCES = [10.0**-k for k in range(6, 15)]  # of the square of a change
-PATIENCE_S = 60.0  # no smaller tolerance of normflows is tried once an inverse took so long
-OURS, DEFAULT, TUNED = "ours", "normflows", "normflows, tuned"
+OUR_DEFAULT = {"atol": Solver().atol, "refine": False}
+OUR_SETTINGS = [{"atol": 10.0**-k, "refine": False} for k in range(7)]
+OUR_SETTINGS += [{"atol": 10.0**-k, "refine": True} for k in range(3, 9)]
+THEIR_TOLERANCES = [10.0**-k for k in range(5, 15)]  # of the square of a change
+MOST_EVALS = 1000  # of a block by normflows: about where its iteration gives up
+OUR_TUNED, OUR_EXACT, THEIR_TUNED = "ours, tuned", "ours, to 1e-5", "normflows, tuned"
+AGREEMENT = 1e-8  # of latents
+EFFORT = {"turns": 9, "seconds_a_turn": 0.3, "most_seconds": 20}
+QUICK_EFFORT = {"turns": 2, "seconds_a_turn": 0.1}
 
 
-def first_that_reaches(worker, settings):
-    """The first settings whose inverse is within `TOLERANCE`, None if none is, and what every one that was tried reached."""
+def first_that_reaches(worker, settings, goal, *, gives_up=lambda found: False):
+    """The first settings whose inverse is within a true error, None if none is, and what every one that was tried reached."""
     tried = []
     for setting in settings:
         seconds = worker.ask("invert", num=1, **setting)
         tried.append({**setting, **worker.ask("error"), "seconds": seconds})
-        if tried[-1]["largest"] <= TOLERANCE:
+        if tried[-1]["largest"] <= goal:
             return setting, tried
-        if seconds > PATIENCE_S:
+        if gives_up(tried[-1]):
             break
     return None, tried
 
 
-def race(model, z, start, folder, *, turns, seconds_a_turn):
-    """Seconds of the inverse of all latents, in turns, of ours and of normflows as it is and with the tolerance it needs."""
-    cores, x = max(core_counts().values(), key=len), exact_inverse(model, z)
-    write_arrays(model, x, z, folder / "arrays.npz")
-    arrays, file = str(folder / "arrays.npz"), str(model.save(folder / "model.npz"))
-    ours = start(cores, "_peers_fixed", "Ours", {"model": file, "arrays": arrays})
-    given = {"architecture": architecture(model.spec), "arrays": arrays, "threads": len(cores)}
-    theirs = start(cores, "_peers_fixed", "Normflows", given)
-    agreement = theirs.ask("check")
-    scale = max(float(np.abs(z).max()), 1.0)
-    if agreement["float64"] > 1e-8 * scale:
-        raise RuntimeError(f"the exact inverse is none under PyTorch's weights: {agreement}")
-    our_setting, our_tries = first_that_reaches(ours, OUR_SETTINGS)
-    setting, tries = first_that_reaches(theirs, [{"tolerance": tolerance} for tolerance in THEIR_TOLERANCES])
-    asked = {
-        OURS: lambda num: ours.ask("invert", num=num, **(our_setting or OUR_SETTINGS[-1])),
-        DEFAULT: lambda num: theirs.ask("invert", num=num),
-    }
-    if setting is not None:
-        asked[TUNED] = lambda num: theirs.ask("invert", num=num, **setting)
-    timings = take_turns(asked, turns=turns, seconds_a_turn=seconds_a_turn)
-    found = {name: {**timing.summary(), "times_ours": timings[OURS].speedup_over(timing)} for name, timing in timings.items()}
-    theirs.ask("invert", num=1)
-    found[OURS] |= our_tries[-1]
-    found[DEFAULT] |= theirs.ask("error")
-    if setting is not None:
-        found[TUNED] |= tries[-1]
-    for worker in (ours, theirs):
-        worker.stop()
-    return {"num": len(z), "agreement": agreement, "peers": found, "normflows_tried": tries, "ours_tried": our_tries}
+def race(model, z, start, folder, effort):
+    """Seconds of the inverse of all latents, in turns, of both sides as they are and as tuned."""
+    num_blocks, scale = model.spec.flow.num_blocks, max(float(np.abs(z).max()), 1.0)
+    with pair(model, exact_inverse(model, z), z, start, folder, agreement=AGREEMENT * scale) as workers:
+
+        def gives_up(found):
+            return found["evals"] > MOST_EVALS * num_blocks
+
+        theirs, their_tries = first_that_reaches(
+            workers.theirs, [{"tolerance": t} for t in THEIR_TOLERANCES], TOLERANCE, gives_up=gives_up
+        )
+        best = min(their_tries, key=lambda tried: tried["largest"])
+        goal = TOLERANCE if theirs else best["largest"]
+        ours, our_tries = first_that_reaches(workers.ours, OUR_SETTINGS, goal)
+        settings = {
+            OURS: (workers.ours, OUR_DEFAULT),
+            OUR_TUNED: (workers.ours, ours),
+            NORMFLOWS: (workers.theirs, {}),
+            THEIR_TUNED: (workers.theirs, theirs or {"tolerance": best["tolerance"]}),
+        }
+        if goal > TOLERANCE:
+            settings[OUR_EXACT] = workers.ours, first_that_reaches(workers.ours, OUR_SETTINGS, TOLERANCE)[0]
+        settings = {name: given for name, given in settings.items() if given[1] is not None}
+        asked = {
+            name: lambda num, worker=worker, setting=setting: worker.ask("invert", num=num, **setting)
+            for name, (worker, setting) in settings.items()
+        }
+        timings = take_turns(asked, **effort)
+        peers = {}
+        for name, (worker, setting) in settings.items():
+            worker.ask("invert", num=1, **setting)
+            peers[name] = {**timings[name].summary(), **setting, **worker.ask("error")}
+            peers[name]["evals_a_block"] = peers[name].pop("evals") / num_blocks
+            for baseline in (OURS, OUR_TUNED):
+                if baseline in timings:
+                    peers[name][f"times {baseline}"] = timings[baseline].speedup_over(timings[name])
+        tried = {NORMFLOWS: their_tries, OURS: our_tries}
+        return {"num": len(z), "goal": goal, "agreement": workers.agreement, "peers": peers, "tried": tried}
 
 
 def inverses(arguments, start, folder):
@@ -73,7 +92,7 @@ def inverses(arguments, start, folder):
     results = {}
     for name, model in cases.items():
         z = np.asarray(jax.jit(lambda model, x: model.flow().forward(x))(model, batch))
-        results[name] = race(model, z, start, folder, **_effort(arguments))
+        results[name] = race(model, z, start, folder, QUICK_EFFORT if arguments.quick else EFFORT)
     return results
 
 
@@ -84,34 +103,33 @@ def samples(arguments, start, folder):
         model = cast(Density, load(RESULTS / name).model)
         num = 4 if arguments.quick else 64
         z = np.asarray(priors.sample(model.spec.prior, model.prior, jax.random.key(2), num, 1.0))
-        results[name] = race(model, z, start, folder, **_effort(arguments))
+        results[name] = race(model, z, start, folder, QUICK_EFFORT if arguments.quick else EFFORT)
     return results
 
 
-def _effort(arguments):
-    return {"turns": 2, "seconds_a_turn": 0.2} if arguments.quick else {"turns": 10, "seconds_a_turn": 2.0}
-
-
-def _row(name, found, peer, unit):
-    own = found["peers"].get(peer)
-    if own is None:
-        best = min(found["normflows_tried"], key=lambda tried: tried["largest"])
-        return (name, peer, "never", f"{best['largest']:.1e}", f"{best['euclidean']:.1e}", "")
-    seconds = own["median_s"]
-    shown = f"{1e3 * seconds:.1f}" if unit == "ms" else f"{found['num'] / seconds:.1f}"
-    return (name, peer, shown, f"{own['largest']:.1e}", f"{own['euclidean']:.1e}", f"{own['times_ours']:.1f}")
+def _rows(results, shown):
+    rows = []
+    for name, found in results.items():
+        for peer, own in found["peers"].items():
+            tolerance = own.get("atol", own.get("tolerance"))
+            rule = "its own" if tolerance is None else f"{tolerance:g}" + (", float64" if own.get("refine") else "")
+            ratios = [f"{own[key]:.2f}" if (key := f"times {baseline}") in own else "" for baseline in (OURS, OUR_TUNED)]
+            error = f"{own['largest']:.1e}" + ("" if own["largest"] <= TOLERANCE else " (above 1e-5)")
+            seconds = shown(found["num"], own["median_s"])
+            rows.append((name, peer, rule, seconds, *ratios, f"{own['evals_a_block']:.1f}", error, f"{own['euclidean']:.1e}"))
+    return rows
 
 
 def inverse_rows(results):
     """The table of `inverses`."""
-    return [_row(name, found, peer, "ms") for name, found in results.items() for peer in (OURS, DEFAULT, TUNED)]
+    return _rows(results, lambda _, seconds: f"{1e3 * seconds:.1f}")
 
 
 def sample_rows(results):
     """The table of `samples`."""
-    return [_row(name, found, peer, "rate") for name, found in results.items() for peer in (OURS, DEFAULT, TUNED)]
+    return _rows(results, lambda num, seconds: f"{num / seconds:.1f}")
 
 
-ERRORS = ("error of an entry", "of an example", "times ours")
-INVERSE_HEADER = ("block", "peer", "ms a batch", *ERRORS)
-SAMPLE_HEADER = ("model", "peer", "samples/s", *ERRORS)
+COLUMNS = ("times ours", "times ours, tuned", "evaluations a block", "error of an entry", "of an example")
+INVERSE_HEADER = ("block", "peer", "tolerance", "ms a batch", *COLUMNS)
+SAMPLE_HEADER = ("model", "peer", "tolerance", "samples/s", *COLUMNS)

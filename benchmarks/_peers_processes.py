@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from _record import Timing
 
 WORKER = Path(__file__).with_name("_peers_worker.py")
 MEMORY_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES")  # of the environment: the peers' memory is that of their defaults
+
+LEAST_TURNS = 3
 
 
 class Worker:
@@ -85,18 +88,22 @@ def workers():
             worker.stop()
 
 
-def take_turns(asked, *, turns, seconds_a_turn):
+def take_turns(asked, *, turns, seconds_a_turn, most_seconds=math.inf):
     """Seconds of one unit of work of every worker, in turns.
 
     Args:
         asked: ``num ->`` seconds of each of ``num`` units, by name.
         turns: Measurements of each, after one that is not counted.
         seconds_a_turn: About what a measurement takes.
+        most_seconds: Stops early, but not before `LEAST_TURNS`.
     """
     once = {name: ask(1) for name, ask in asked.items()}
     nums = {name: max(round(seconds_a_turn / seconds), 1) for name, seconds in once.items()}
     measured = {name: [] for name in asked}
-    for _ in range(turns):
+    began = time.perf_counter()
+    for turn in range(turns):
+        if turn >= LEAST_TURNS and time.perf_counter() - began > most_seconds:
+            break
         for name, ask in asked.items():
             measured[name].append(ask(nums[name]))
     return {name: Timing(tuple(seconds)) for name, seconds in measured.items()}

@@ -113,6 +113,35 @@ def test_worker_answers_in_its_process_and_tells_why_it_ended(tmp_path):
             worker.ask("times", factor=None)
 
 
+@pytest.mark.usefixtures("in_folder")
+def test_inverses_are_tuned_to_the_first_tolerance_that_reaches_the_error():
+    inverse = importlib.import_module("_peers_inverse")
+
+    class Halving:
+        """A worker whose error is half of its tolerance, at least .01, from more and more evaluations."""
+
+        def ask(self, method, tolerance=None, **_):
+            if method == "invert":
+                self.tolerance = tolerance
+                return 1.0
+            return {"largest": max(self.tolerance / 2, 0.01), "evals": 1 / self.tolerance}
+
+    settings = [{"tolerance": 10.0**-k} for k in range(1, 6)]
+    found, tried = inverse.first_that_reaches(Halving(), settings, 0.03)
+    assert found == {"tolerance": 0.01}
+    assert [each["largest"] for each in tried] == [0.05, 0.01]
+    found, tried = inverse.first_that_reaches(Halving(), settings, 0.001, gives_up=lambda found: found["evals"] > 500)
+    assert found is None
+    assert len(tried) == 3
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_turns_end_early_but_not_before_three():
+    processes = importlib.import_module("_peers_processes")
+    timings = processes.take_turns({"slow": lambda num: 5.0}, turns=9, seconds_a_turn=1.0, most_seconds=0)
+    assert timings["slow"].seconds == (5.0, 5.0, 5.0)
+
+
 @pytest.mark.usefixtures("in_folder", "torch")
 def test_pytorch_flow_with_weights_of_ours_is_the_same_function(tmp_path):
     cases, fixed = (importlib.import_module(name) for name in ("_peers_cases", "_peers_fixed"))
