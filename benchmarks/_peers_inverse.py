@@ -27,7 +27,7 @@ THEIR_TOLERANCES = [10.0**-k for k in range(5, 15)]  # of the square of a change
 MOST_EVALS = 1000  # of a block by normflows: about where its iteration gives up
 OUR_TUNED, OUR_EXACT, THEIR_TUNED = "ours, tuned", "ours, to 1e-5", "normflows, tuned"
 AGREEMENT = 1e-8  # of latents
-EFFORT = {"turns": 9, "seconds_a_turn": 0.3, "most_seconds": 20}
+EFFORT = {"turns": 7, "seconds_a_turn": 0.3, "most_seconds": 12}
 QUICK_EFFORT = {"turns": 2, "seconds_a_turn": 0.1}
 
 
