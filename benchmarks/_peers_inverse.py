@@ -4,6 +4,7 @@ Both sides run by their own rule, as they are and with the largest power of ten 
 normflows does not reach 1e-5 at any tolerance, both are asked for the least error that it reaches, and ours for 1e-5 beside.
 """
 
+import functools
 from typing import cast
 
 import jax
@@ -67,15 +68,18 @@ def race(model, z, start, folder, effort):
         if goal > TOLERANCE:
             settings[OUR_EXACT] = workers.ours, first_that_reaches(workers.ours, OUR_SETTINGS, TOLERANCE)[0]
         settings = {name: given for name, given in settings.items() if given[1] is not None}
-        asked = {
-            name: lambda num, worker=worker, setting=setting: worker.ask("invert", num=num, **setting)
-            for name, (worker, setting) in settings.items()
-        }
-        timings = take_turns(asked, **effort)
+        errors = {}
+
+        def invert(name, num):
+            worker, setting = settings[name]
+            seconds = worker.ask("invert", num=num, **setting)
+            errors[name] = worker.ask("error")
+            return seconds
+
+        timings = take_turns({name: functools.partial(invert, name) for name in settings}, **effort)
         peers = {}
-        for name, (worker, setting) in settings.items():
-            worker.ask("invert", num=1, **setting)
-            peers[name] = {**timings[name].summary(), **setting, **worker.ask("error")}
+        for name, (_, setting) in settings.items():
+            peers[name] = {**timings[name].summary(), **setting, **errors[name]}
             peers[name]["evals_a_block"] = peers[name].pop("evals") / num_blocks
             for baseline in (OURS, OUR_TUNED):
                 if baseline in timings:
@@ -101,7 +105,7 @@ def samples(arguments, start, folder):
     results = {}
     for name in ("digits_density",) if arguments.quick else ("digits_density", "mnist_density"):
         model = cast(Density, load(RESULTS / name).model)
-        num = 4 if arguments.quick else 64
+        num = 4 if arguments.quick else 32
         z = np.asarray(priors.sample(model.spec.prior, model.prior, jax.random.key(2), num, 1.0))
         results[name] = race(model, z, start, folder, QUICK_EFFORT if arguments.quick else EFFORT)
     return results
