@@ -210,7 +210,7 @@ def test_mistakes_of_the_command_line_are_answered_in_one_sentence(tmp_path, cap
 def test_what_a_model_does_not_have_is_answered_in_one_sentence(folders, capsys):
     for label in ((), ("--label", "1")):
         found = answer(capsys, "sample", "--workdir", folders["classifier"], *label)
-        assert "holds a classifier, which has no samples: that takes a density objective" in found
+        assert "holds no density, so there are no samples: that takes a density objective" in found
     points = ("--workdir", folders["points"])
     assert "number of samples must be at least 1, got -1" in answer(capsys, "sample", *points, "--num", "-1")
     assert "seed must not be negative, got -3" in answer(capsys, "sample", *points, "--seed", "-3")

@@ -139,7 +139,7 @@ def test_checkpoints_are_chosen_by_accuracy_and_ties_broken_by_the_loss(config):
 MISTAKES = {
     "objective": (
         {"objective": "clasification"},
-        "config.objective must be one of density, classification, hybrid, got 'clasification'",
+        "config.objective must be one of density, classification, hybrid, inversion, got 'clasification'",
     ),
     "no labels": ({"data.name": "moons"}, "classification needs labelled images, and moons has none"),
     "density without constraint": (
@@ -149,7 +149,7 @@ MISTAKES = {
             "augmentation.crop_padding": 0,
             "augmentation.flip": False,
         },
-        "a density needs blocks that are contractions: constraint.norms = none is for classification alone",
+        "a density needs blocks that are contractions: constraint.norms = none is for classification and inversion",
     ),
     "sharp": ({"model.sharp": True}, "config.model.sharp is for the objectives density and hybrid"),
     "smoothing": ({"classifier.label_smoothing": 1.5}, r"config.classifier.label_smoothing must lie in \[0, 1\), got 1.5"),
@@ -212,7 +212,7 @@ def test_commands_after_training(workdir, capsys):
     assert "somebody" in page
     assert "No samples were drawn" not in page
     assert main(["sample", *command]) == 2
-    assert "holds a classifier, which has no samples" in capsys.readouterr().err
+    assert "holds no density, so there are no samples" in capsys.readouterr().err
 
 
 def test_a_frozen_classifier_is_the_same_in_one_file(trained, workdir, tmp_path, capsys):

@@ -62,13 +62,12 @@ def block(branch, k, x):
 
 
 def unrolled_loss(branch, x, y, forward_share):
-    """The loss with every fixed-point step written out, which reverse mode differentiates one by one."""
+    """The loss with a fixed number of steps to each preimage, which reverse mode differentiates one by one."""
     x, y = x.reshape(3, 4), y.reshape(3, 4)
     found = y
     for k in (1, 0):
-        target = found
-        for _ in range(120):  # .64^120 = 6e-24
-            found = target - (block(branch, k, found) - found)
+        step = lambda at, _, k=k, target=found: (target - (block(branch, k, at) - at), None)  # noqa: E731
+        found, _ = jax.lax.scan(step, found, length=120)  # .64^120 = 6e-24
     back = jnp.mean(jnp.sum((jnp.clip(found, 0, 1) - x) ** 2, axis=1))
     there = jnp.mean(jnp.sum((block(branch, 1, block(branch, 0, x)) - y) ** 2, axis=1))
     return (1 - forward_share) * back + forward_share * there
