@@ -62,7 +62,9 @@ class Problem(NamedTuple):
         """Prepares a model's flow; in float64."""
         spec, bounds = model.spec.flow, model.bounds
         assert bounds is not None
-        weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), model.weights)
+        weights = jax.tree.map(
+            lambda a: jnp.asarray(np.asarray(a, np.float64)), model.weights
+        )  # on the host: nothing to compile
         stages = precise_stages(spec, weights, bounds)
         kernels = [kernels_of(weights[stage.name]) for stage in spec.layout]
         lipschitz = [weights[stage.name]["lipschitz"] for stage in spec.layout]

@@ -114,7 +114,7 @@ class Problem(NamedTuple):
         """Prepares a classifier."""
         spec, bounds = model.spec.flow, model.bounds
         assert bounds is not None
-        weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), model.weights)
+        weights = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), model.weights)
         stages, groups, steps = precise_stages(spec, weights, bounds), [], []
         for stage, own in zip(spec.layout, stages, strict=True):
             kernels = {name: layer["kernel"] for name, layer in weights[stage.name]["branch"].items()}

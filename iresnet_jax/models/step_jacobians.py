@@ -66,14 +66,10 @@ def step_constants(
     rows = []
     for stage, own, of_branches in zip(stages, kernels, lipschitz, strict=True):
         scales = stage.scale.high.reshape(len(stage.scale.high), -1) * (1 + 4 * U)
+        on_host = {name: np.asarray(kernel, np.float64) for name, kernel in own.items()}
+        bounds = np.asarray(of_branches, np.float64)
         rows += [
-            _constants(
-                stage,
-                {name: np.asarray(kernel[k], np.float64) for name, kernel in own.items()},
-                k,
-                scales[k],
-                float(of_branches[k]),
-            )
+            _constants(stage, {name: kernel[k] for name, kernel in on_host.items()}, k, scales[k], float(bounds[k]))
             for k in range(len(scales))
         ]
     return StepConstants(*np.array(rows).T)

@@ -47,7 +47,8 @@ def precise(name):
     with jax.enable_x64(True):
         model = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), model).with_(solver=Solver(atol=1e-13, refine=True))
         context = None if context is None else jnp.asarray(context, jnp.float64)
-        x, _ = model.flow(context).inverse(jnp.asarray(z, jnp.float64))
+        z = jnp.asarray(z, jnp.float64)
+        x = jax.jit(lambda model, z, context: model.flow(context).inverse(z)[0])(model, z, context)
         return np.asarray(x), np.asarray(model.spec.transform.bijection().inverse(x)[0])
 
 

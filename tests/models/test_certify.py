@@ -61,8 +61,8 @@ def exact_inverse(name, scale):
     with jax.enable_x64(True):
         weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), own.weights)
         whole = lambda x: trajectory.follow(flow, weights, x[None], None)[0, -1][trajectory.entries_of(flow).latents]  # noqa: E731
-        y = np.asarray(jax.vmap(whole)(jnp.asarray(x))).astype(np.float32)
-        jacobians = np.asarray(jax.vmap(jax.jacfwd(whole))(jnp.asarray(x))).reshape(2, flow.num_dims, -1)
+        y, jacobians = jax.jit(lambda x: (jax.vmap(whole)(x), jax.vmap(jax.jacfwd(whole))(x)))(jnp.asarray(x))
+        y, jacobians = np.asarray(y).astype(np.float32), np.asarray(jacobians).reshape(2, flow.num_dims, -1)
     preimages = []
     for one, latents, jacobian in zip(x, y, jacobians, strict=True):
         step = np.linalg.inv(jacobian)
@@ -137,7 +137,7 @@ def test_norms_of_steps_against_singular_values(name):
         points = np.asarray(trajectory.follow(flow, problem.weights, jnp.asarray(x), None))
         found = trajectory.residuals(problem.stages, DoubleDouble.of(points))
         norms = step_norms(problem, found)
-        wanted = np.array([np.asarray(dense_steps(name, jnp.asarray(one))) for one in points])
+        wanted = np.array([dense_steps(name, jnp.asarray(one)) for one in points])
         acted_on = [a for a, s in zip(problem.entries.active, flow.layout, strict=True) for _ in range(s.spec.num_blocks)]
         values = np.zeros_like(found.values)
         for t, active in enumerate(acted_on):
@@ -235,7 +235,7 @@ def test_slopes_change_no_faster_than_stated(name):
     beta = 1.3
     apply = functools.partial(entry.apply, beta=beta) if entry.has_beta else entry.apply
     with jax.enable_x64(True):
-        slopes = np.asarray(jax.vmap(jax.jacfwd(lambda t: apply(t[None])))(jnp.asarray(x)))
+        slopes = np.asarray(jax.jit(jax.vmap(jax.jacfwd(lambda t: apply(t[None]))))(jnp.asarray(x)))
     steepness = np.linalg.norm(np.diff(slopes, axis=0), axis=1) / np.diff(x)[0]
     if entry.slope_lipschitz is None:
         assert steepness.max() > 100
@@ -297,6 +297,7 @@ def quotient(step, one, other):
     return np.linalg.norm(np.asarray(step(one)) - np.asarray(step(other)), 2, axis=(1, 2)) / entries
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def dense_steps(name, points):
     """Jacobians of all steps at points ``(t, d)`` on the whole vector, by forward differentiation in float64."""
     own, flow = model(name), model(name).spec.flow
@@ -332,7 +333,7 @@ def test_local_constants_against_singular_values_and_pairs_of_points(name):
         run = jax.jit(lambda x: trajectory.follow(flow, weights, x, None))
         for i, one in enumerate(x):
             whole = np.eye(flow.num_dims)
-            for jacobian in np.asarray(jax.jit(lambda p: dense_steps(name, p))(np.asarray(run(one[None]))[0, :-1])):
+            for jacobian in np.asarray(dense_steps(name, np.asarray(run(one[None]))[0, :-1])):
                 whole = jacobian @ whole
             values = np.linalg.svd(whole, compute_uv=False)
             assert values[0] * (1 - 1e-12) <= at_point.forward[i] <= 1.001 * values[0]

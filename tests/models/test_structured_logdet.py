@@ -1,5 +1,6 @@
 """Exact log-determinants of branches with few numbers in their Jacobian, against dense determinants in float64."""
 
+import functools
 import math
 
 import jax
@@ -48,22 +49,32 @@ NONE = {
 }
 
 
-def dense_jacobian(spec, weights, x, context):
+@functools.partial(jax.jit, static_argnums=0)
+def jacobian_of_block(spec, weights, x, context):
+    """``I + J``."""
+
     def at(x, context):
         return apply_branch(spec, weights, x[None], None if context is None else context[None])[0]
 
     jacobian = jax.vmap(jax.jacfwd(at), in_axes=(0, None if context is None else 0))(x, context)
-    return np.asarray(jacobian).reshape(len(x), math.prod(spec.in_shape), -1)
+    return jnp.eye(math.prod(spec.in_shape))[None] + jacobian.reshape(len(x), math.prod(spec.in_shape), -1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def random_case(spec):
+    """Weights, inputs and contexts."""
+    x = jax.random.normal(jax.random.key(1), (BATCH, *spec.in_shape))
+    context = jax.random.normal(jax.random.key(2), (BATCH, spec.context_dim)) if spec.context_dim else None
+    return initial_weights(spec, jax.random.key(0)), x, context
 
 
 def of_norm(spec):
-    """Weights, inputs and contexts such that the largest norm of the Jacobian is `NORM`, by the size of the last layer."""
-    weights = dict(initial_weights(spec, jax.random.key(0)))
-    x = jax.random.normal(jax.random.key(1), (BATCH, *spec.in_shape))
-    context = jax.random.normal(jax.random.key(2), (BATCH, spec.context_dim)) if spec.context_dim else None
+    """`random_case` with the last layer scaled such that the largest norm of the Jacobian is `NORM`."""
+    weights, x, context = random_case(spec)
     last = spec.layers[-1].name
-    norms = np.linalg.norm(dense_jacobian(spec, weights, x, context), 2, axis=(1, 2))
-    weights[last] = {**weights[last], "kernel": weights[last]["kernel"] * NORM / norms.max()}
+    jacobian = np.asarray(jacobian_of_block(spec, weights, x, context)) - np.eye(math.prod(spec.in_shape))
+    norms = np.linalg.norm(jacobian, 2, axis=(1, 2))
+    weights[last] = {**weights[last], "kernel": jnp.asarray(np.asarray(weights[last]["kernel"]) * (NORM / norms.max()))}
     return weights, x, context
 
 
@@ -72,12 +83,12 @@ def test_it_is_the_determinant_of_the_dense_jacobian(name):
     with jax.enable_x64(True):
         spec = BranchSpec(**CASES[name])
         weights, x, context = of_norm(spec)
-        expected = np.linalg.slogdet(np.eye(math.prod(spec.in_shape)) + dense_jacobian(spec, weights, x, context))[1]
+        expected = np.linalg.slogdet(jacobian_of_block(spec, weights, x, context))[1]
         branch = known_branch(spec, weights, 1.0, context)
         found = jax.jit(lambda x: structured_logdet.logdet(spec, weights, x, context))(x)
         np.testing.assert_allclose(found, expected, rtol=EXACT, atol=EXACT)
         if branch.jacobian is None:
-            estimate, info = ExactLogdet()(branch.g, x, logdet=branch.logdet)
+            estimate, info = jax.jit(lambda x: ExactLogdet()(branch.g, x, logdet=branch.logdet))(x)
             np.testing.assert_allclose(estimate, expected, rtol=EXACT, atol=EXACT)
             assert not np.any(info.stderr)
         assert 0 < structured_logdet.cost(spec)
@@ -96,11 +107,12 @@ def test_a_stencil_that_is_too_small_is_rejected():
     with jax.enable_x64(True):
         spec = BranchSpec(**CASES["two convolutions"])
         weights, x, _ = of_norm(spec)
-        expected = np.linalg.slogdet(np.eye(math.prod(spec.in_shape)) + dense_jacobian(spec, weights, x, None))[1]
-        found = {
-            reach: banded.stencil_logdet(banded.stencil_by_products(lambda x: apply_branch(spec, weights, x), x, reach))
-            for reach in (1, 2)
-        }
+        expected = np.linalg.slogdet(jacobian_of_block(spec, weights, x, None))[1]
+
+        def by_products(x, reach):
+            return banded.stencil_logdet(banded.stencil_by_products(lambda x: apply_branch(spec, weights, x), x, reach))
+
+        found = {reach: jax.jit(by_products, static_argnums=1)(x, reach) for reach in (1, 2)}
         np.testing.assert_allclose(found[2], expected, rtol=EXACT)
         assert np.abs(found[1] - expected).max() > 1e-3
 
@@ -117,10 +129,10 @@ def test_groups_of_examples_and_gradients_are_those_of_the_whole(monkeypatch):
             jacobian = jax.vmap(jax.jacfwd(lambda x: apply_branch(spec, weights, x[None])[0]))(x)
             return jnp.sum(jnp.linalg.slogdet(jnp.eye(112)[None] + jacobian.reshape(BATCH, 112, 112))[1])
 
-        expected = jax.grad(dense)(x)
-        np.testing.assert_allclose(jax.grad(total)(x), expected, rtol=1e-8, atol=1e-8)
+        expected, of_dense = jax.jit(jax.value_and_grad(dense))(x)
+        np.testing.assert_allclose(jax.jit(jax.grad(total))(x), of_dense, rtol=1e-8, atol=1e-8)
         monkeypatch.setattr(banded, "MOST_ENTRIES", 1)
-        np.testing.assert_allclose(total(x), dense(x), rtol=EXACT)
+        np.testing.assert_allclose(jax.jit(total)(x), expected, rtol=EXACT)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -24,7 +24,7 @@ ROUNDING = 2e-5  # float32 sums over another number of devices, amplified by 40 
 VANISHING, VANISHING_ELSEWHERE = 2e-8, float(np.finfo(np.float32).eps)
 SPARSE = {"training.total_steps": 40, "training.eval_every_steps": 20}
 EXACT = {**SPARSE, "evaluation.logdet.kind": "exact"}
-OBJECTIVES = {"toy": EXACT, "classifier": SPARSE, "hybrid": SPARSE}
+OBJECTIVES = {"toy": EXACT, "classifier": SPARSE}
 LONG = {  # runs that something ends, of what compiles fastest
     "training.total_steps": 100_000,
     "training.eval_every_steps": 100_000,
