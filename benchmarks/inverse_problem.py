@@ -1,6 +1,7 @@
 """Are images reconstructed better by the inverse of a network than by total variation, and does its bound on noise hold?
 
     python benchmarks/inverse_problem.py --data digits [--noise .01 .05 .1] [--lipschitz .8 ... .999] [--workdir DIR] [--quick]
+    python benchmarks/inverse_problem.py --data digits --forward-share 1 # the blur is learned, and its inverse as it comes
 
 Trains configs/deblurring.py for every noise and every L, and the same network without constraint from measurements to images.
 Beside them stand Tikhonov (with the norm or the gradient as penalty) and total variation over images in [0, 1], whose weights
@@ -45,11 +46,12 @@ VANILLA = "vanilla"
 HEADER = ("noise", "method", "test error", "validation", "certified", "found", "")
 
 
-def config_of(name: str, noise: float, lipschitz: float | str, steps: int | None) -> Config:
+def config_of(name: str, noise: float, lipschitz: float | str, steps: int | None, forward_share: float) -> Config:
     """The config of one training."""
-    chosen = "constraint.norms=none" if lipschitz == VANILLA else f"model.coeff={lipschitz}"
+    constrained = f"model.coeff={lipschitz}", f"inverse_problem.forward_share={forward_share}"
+    chosen = ("constraint.norms=none",) if lipschitz == VANILLA else constrained
     few = [] if steps is None else [f"training.total_steps={steps}", f"training.eval_every_steps={steps}"]
-    return read_config(f"{CONFIG}:{name}", f"inverse_problem.noise={noise}", chosen, *few)
+    return read_config(f"{CONFIG}:{name}", f"inverse_problem.noise={noise}", *chosen, *few)
 
 
 def summarize(errors):
@@ -169,6 +171,7 @@ def main():
     options.add_argument("--data", default="digits", help="a data set of configs/deblurring.py")
     options.add_argument("--noise", type=float, nargs="+", default=NOISES, help="fractions of the range from black to white")
     options.add_argument("--lipschitz", type=float, nargs="+", default=LIPSCHITZ, help="constants L of the whole network")
+    options.add_argument("--forward-share", type=float, default=0.0, metavar="A", help="1 trains F itself and no inverse")
     options.add_argument("--steps", type=int, help="updates of every training, instead of the config's")
     options.add_argument("--trained", action="store_true", help="leave out every L that --workdir has not trained yet")
     options.add_argument("--workdir", type=Path, metavar="DIR", help="keeps the runs in folders of this one")
@@ -179,21 +182,24 @@ def main():
     num_validation, num_test = (32, 32) if arguments.quick else (NUM_VALIDATION, NUM_TEST)
     noises = arguments.noise[:1] if arguments.quick else arguments.noise
     constants = arguments.lipschitz[:1] if arguments.quick else arguments.lipschitz
-    any_config = config_of(arguments.data, noises[0], 0.9, steps)
+
+    def config_at(noise, lipschitz):
+        return config_of(arguments.data, noise, lipschitz, steps, arguments.forward_share)
+
+    any_config = config_at(noises[0], 0.9)
     data = load_data(any_config.data.name, any_config.data.data_dir)
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (arguments.workdir or Path(temporary)) / arguments.data
+        folder = (arguments.workdir or Path(temporary)) / f"{arguments.data}{arguments.forward_share or ''}"
         for noise in noises:
-            images = images_of(config_of(arguments.data, noise, 0.9, steps), data, num_validation, num_test)
-            fixed, of_variation = without_learning(config_of(arguments.data, noise, 0.9, steps), images, quick=arguments.quick)
+            images = images_of(config_at(noise, 0.9), data, num_validation, num_test)
+            fixed, of_variation = without_learning(config_at(noise, 0.9), images, quick=arguments.quick)
             found, errors = results.setdefault(noise, {**fixed, "lipschitz": {}}), {}
             names = {lipschitz: folder / f"noise{noise}_{lipschitz}" for lipschitz in [*constants, VANILLA]}
             for lipschitz, run_folder in names.items():
                 if arguments.trained and not (run_folder / "checkpoints").exists():
                     continue
-                config = config_of(arguments.data, noise, lipschitz, steps)
-                own, errors[lipschitz] = trained(config, run_folder, num_test)
+                own, errors[lipschitz] = trained(config_at(noise, lipschitz), run_folder, num_test)
                 (found if lipschitz == VANILLA else found["lipschitz"])[lipschitz] = own
                 print(table(rows_of(results), HEADER), flush=True)
             found["best"] = best_of(found, errors, of_variation)
@@ -205,7 +211,8 @@ def main():
                 "num_test": len(images["test"][0]),
                 "num_perturbed": min(inverse_problem.NUM_PERTURBED, num_test),
             }
-            write(f"inverse_problem_{arguments.data}", arguments, settings, results)
+            kind = "inverse_problem" if arguments.forward_share == 0 else f"forward_share{arguments.forward_share:g}"
+            write(f"{kind}_{arguments.data}", arguments, settings, results)
 
 
 def _num_parameters(config, data):
