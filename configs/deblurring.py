@@ -3,8 +3,9 @@
     python train.py --config=configs/deblurring.py:digits --workdir=runs/deblurring_digits
     python train.py --config=configs/deblurring.py:fashion_mnist --config.model.coeff=0.99 --config.inverse_problem.noise=0.01
 
-Noise is amplified at most 1 / (1 - L) times with L = config.model.coeff, the regularisation parameter: the less noise, the
-larger the best L. --config.constraint.norms=none trains an ordinary network from measurements to images instead.
+Noise is amplified at most 1 / (1 - L) times, L = config.model.coeff. --config.inverse_problem.forward_share=1 trains F alone,
+which makes L the regularisation parameter: the less noise, the larger the best one. --config.constraint.norms=none trains an
+ordinary network from measurements to images instead.
 """
 
 from iresnet_jax.training.config import check_name, default_config
@@ -25,5 +26,5 @@ def get_config(data="digits"):
     # A block's inverse is a loop, which gains nothing from blocks that are written out, and they take long to compile.
     config.training.update({"total_steps": 2000, "batch_size": 64, "ema_decay": 0.99, "log_every_steps": 100, "blocks": "scan"})
     if data != "digits":  # 12 times as many pixels
-        config.training.update({"total_steps": 1500, "batch_size": 32, "eval_examples": 512})
+        config.training.update({"total_steps": 5000, "batch_size": 32, "eval_examples": 512})
     return config

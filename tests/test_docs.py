@@ -317,16 +317,25 @@ def test_the_table_of_posteriors_is_that_of_the_record():
         assert others == [*c2st, f"{found['training_seconds'] / 60:.1f}"]
 
 
-def test_the_table_of_inverse_problems_is_that_of_the_records():
+def test_the_tables_of_inverse_problems_are_those_of_the_records():
     section = PAGES["docs/inverse-problems.md"].read_text().split("\n## Measured\n")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
-    records = sorted((ROOT / "benchmarks/results").glob("inverse_problem_*.json"))
+    folder = ROOT / "benchmarks/results"
     expected = []
-    for record in map(json.loads, (path.read_text() for path in records)):
+    for record in map(read_json, sorted(folder.glob("inverse_problem_*.json"))):
         name = record["settings"]["config"]["data"]["name"]
         expected += [inverse_problem_row(name, noise, found) for noise, found in record["results"].items()]
-    assert expected
-    assert rows[2:] == expected
+    by_lipschitz = []
+    for trained, file in (("inverse", "inverse_problem_digits.json"), ("operator", "forward_share1_digits.json")):
+        for noise, found in read_json(folder / file)["results"].items():
+            errors = [f"{own['relative_error']:.3f}".replace("0.", ".") for own in found["lipschitz"].values()]
+            by_lipschitz.append([f"{trained}, {100 * float(noise):g} %", *errors])
+    assert rows[2 : 2 + len(expected)] == expected
+    assert rows[2 + len(expected) + 2 :] == by_lipschitz
+
+
+def read_json(path):
+    return json.loads(path.read_text())
 
 
 def inverse_problem_row(name, noise, found):
