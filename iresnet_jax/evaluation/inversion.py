@@ -18,6 +18,7 @@ from iresnet_jax.models.certified_inverse import InverseCertificate
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.reconstructor import Reconstructor
+from iresnet_jax.training import parallel
 
 NUM_EXAMPLES = 512  # examples inverted in float64, at most: enough to see a rare failure, few enough for a laptop
 REFINED_ATOL = 1e-13
@@ -72,7 +73,7 @@ def reconstruct(
     contexts: Num[np.ndarray, "n k"] | None = None,
     num_certified: int | None = None,
 ) -> Reconstructions:
-    """Encodes examples and inverts their latents, in the precision of training and in float64.
+    """Encodes examples and inverts their latents on all devices, in the precision of training and in float64.
 
     Args:
         model: Model with an inverse.
@@ -83,18 +84,19 @@ def reconstruct(
             None that nobody asked.
     """
     spec, key = model.spec, jax.random.key(seed)
-    precise = model.with_(solver=model.solver._replace(atol=REFINED_ATOL, refine=True))
+    placed = parallel.on_local_devices(model)
+    precise = placed.with_(solver=model.solver._replace(atol=REFINED_ATOL, refine=True))
     parts, refined, to_certify = [], [], []
     for i, (indices, mask) in enumerate(eval_batches(len(examples), min(batch_size, len(examples)))):
-        originals, there = _originals(model, jax.random.fold_in(key, i), examples[indices])
+        originals, there = jax.device_get(_originals(model, jax.random.fold_in(key, i), examples[indices]))
         context = None if contexts is None else contexts[indices]
-        *outputs, decoded = jax.device_get((originals, *_there_and_back(model, there, context)))
+        *outputs, decoded = originals, *_on_all_devices(_there_and_back, placed, there, context)
         parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outputs))
         if i * batch_size < (num_certified or 0):
             to_certify.append(jax.tree.map(lambda values, mask=mask: values[mask], decoded))
         if i * batch_size < NUM_EXAMPLES:
             with jax.enable_x64():
-                trip = jax.device_get(_in_float64(precise, there, context))
+                trip = _on_all_devices(_in_float64, precise, there, context)
             refined.append(jax.tree.map(lambda values, mask=mask: values[mask], trip))
 
     def joined(parts):
@@ -132,9 +134,18 @@ def _originals(model, key, examples):
     return model.dequantize(examples, key), model.preprocess(examples, key)
 
 
-@jax.jit
-def _there_and_back(model, there, context):
+def _on_all_devices(fn, model, there, context):
+    """What ``fn(model, (there, context))`` returns for a batch, on the host."""
+
+    def batch_of(places):
+        return there[places], None if context is None else context[places]
+
+    return parallel.over_batches(parallel.parallelize_eval(fn), model, batch_of, len(there), len(there))
+
+
+def _there_and_back(model, batch):
     """Continuous examples that came back, what is in their padding, how it went, and what a certificate takes."""
+    there, context = batch
     if isinstance(model, Classifier):
         decoded = certified_decoding.reconstruct(model, model.flow().forward(there))
     elif isinstance(model, Reconstructor):
@@ -145,9 +156,8 @@ def _there_and_back(model, there, context):
     return decoded.continuous, padding, _compared(there, decoded.flow_input, decoded.info), decoded
 
 
-@jax.jit
-def _in_float64(model, there, context):
-    return round_trip(model, there.astype(jnp.float64), context if context is None else context.astype(jnp.float64))[1]
+def _in_float64(model, batch):
+    return round_trip(model, *jax.tree.map(lambda values: values.astype(jnp.float64), batch))[1]
 
 
 def summarize(trip: RoundTrip, num_blocks: int) -> RoundTrips:

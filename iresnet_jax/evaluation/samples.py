@@ -13,6 +13,7 @@ from iresnet_jax.evaluation import guarantee
 from iresnet_jax.evaluation.results import InverseGuarantee, SampleQuality
 from iresnet_jax.models import certified_decoding
 from iresnet_jax.models.density import Density
+from iresnet_jax.training import parallel
 
 
 class Samples(NamedTuple):
@@ -55,7 +56,9 @@ def draw(
     contexts: Float[np.ndarray, "_ k"] | None = None,
     num_certified: int | None = None,
 ) -> Samples:
-    """Draws latents from the prior and inverts them, to the levels of the data.
+    """Draws latents from the prior and inverts them on all devices, to the levels of the data.
+
+    The latents do not depend on the number of devices.
 
     Args:
         num: Samples, at least 1.
@@ -85,26 +88,31 @@ def draw(
     at_once = min(num, batch_size)
     key, num_batches = jax.random.key(seed), -(-num // at_once)
     batch_labels = [None] * num_batches if labels is None else _label_batches(model, labels, num, at_once)
-    batch_contexts: list[np.ndarray | None] = [None] * num_batches
-    if contexts is not None:
-        rows = np.arange(num_batches * at_once).reshape(num_batches, at_once) % len(contexts)
-        batch_contexts = [contexts[places] for places in rows]
     parts = [
-        _sample(model, jax.random.fold_in(key, i), at_once, temperature, batch_labels[i], batch_contexts[i])
+        jax.device_get(_latents(model, jax.random.fold_in(key, i), at_once, temperature, batch_labels[i]))
         for i in range(num_batches)
     ]
-    whole, bounds = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:num], *jax.device_get(parts))
+    latents = np.concatenate(parts)[:num]
+    taken = None if contexts is None else contexts[np.arange(num) % len(contexts)]
+
+    def batch_of(places):
+        return latents[places], None if taken is None else taken[places]
+
+    whole, bounds = parallel.over_batches(parallel.parallelize_eval(_decode), model, batch_of, num, batch_size)
     found = None
     if num_certified is not None:
-        taken = None if contexts is None else contexts[np.arange(num) % len(contexts)]
         found, _ = guarantee.certify(model, [whole], num_certified, taken)
     return Samples(whole.data, whole.info.converged, bounds, found)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _sample(model, key, num, temperature, labels, context):
-    """`Density.sample` with all that a certificate needs, and the blocks' bounds in the units of continuous data."""
-    latents = model._sample_prior(key, num, temperature, labels)
+def _latents(model, key, num, temperature, labels):
+    return model._sample_prior(key, num, temperature, labels)
+
+
+def _decode(model, batch):
+    """`certified_decoding.decode` of ``(latents, contexts)``, and the blocks' bounds in the units of continuous data."""
+    latents, context = batch
     decoded = certified_decoding.decode(model, latents, context=context)
     preprocessing = model.spec.transform.bijection().inverse_lipschitz
     return decoded, follow_inverse_info(decoded.info, no_inverse_error(decoded.data), preprocessing).error_bound

@@ -227,6 +227,7 @@ def over_batches(
     """
     parts, multiple = [], all_devices()
     size = -(-min(batch_size, num_examples) // multiple) * multiple
+    state = on_local_devices(state, num_devices=num_devices)  # once, not for every batch
     for indices, mask in eval_batches(num_examples, size):
         outputs = evaluate(state, shard(batch_of(own_share(indices)), num_devices=num_devices))
         parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outputs))
@@ -306,6 +307,14 @@ def on_first_device(tree: Any) -> Any:
     return jax.device_put(tree, jax.local_devices()[0])
 
 
+def on_local_devices(tree: Any, *, num_devices: int | None = None) -> Any:
+    """Arrays on each device of this process, or on its first ``num_devices``; an evaluation has to copy a state that is not."""
+    placement = _replicated(jax.local_device_count() if num_devices is None else num_devices)
+    if all(getattr(leaf, "sharding", None) == placement for leaf in jax.tree.leaves(tree)):
+        return tree
+    return jax.device_put(tree, placement, may_alias=False)  # an alias of the caller's arrays could not be donated
+
+
 def check_global_batch_size(global_batch_size: int) -> None:
     """Raises a ValueError unless the size is a positive multiple of the number of devices."""
     _check_divisible(global_batch_size, all_devices())
@@ -313,10 +322,7 @@ def check_global_batch_size(global_batch_size: int) -> None:
 
 def _replicate(state: Any, batch: Any) -> Any:
     """Places the state where a step returns it: from another placement pmap would compile the step twice."""
-    placement = _replicated(jax.tree.leaves(batch)[0].shape[0])
-    if all(getattr(leaf, "sharding", None) == placement for leaf in jax.tree.leaves(state)):
-        return state
-    return jax.device_put(state, placement, may_alias=False)  # an alias of the caller's arrays could not be donated
+    return on_local_devices(state, num_devices=jax.tree.leaves(batch)[0].shape[0])
 
 
 @functools.cache

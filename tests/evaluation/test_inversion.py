@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.evaluation.inversion import reconstruct
+from iresnet_jax.evaluation.inversion import REFINED_ATOL, reconstruct, round_trip
 
+DEVICE_ATOL = 1e-5, 1e-12  # ten times the tolerance of the solver in float32, and in float64
 EXACT_RTOL = 1e-12  # the same float64 numbers
 
 
@@ -36,6 +37,25 @@ def test_reconstructions_are_exact_to_rounding_and_within_their_bound(spec):
     assert 1 < summary.mean_evals < 200
     assert str(summary).startswith("inverse: inverted; 70 of 70 test examples converged")
     assert summary.warnings() == []
+
+
+def test_two_devices_invert_as_one_does_in_both_precisions():
+    assert jax.local_device_count() == 2
+    points = np.asarray(jax.random.normal(jax.random.key(1), (3, 2)))
+    model, run, trips = kept.model(kept.POINTS), jax.jit(round_trip), []
+    trips.append(run(model, points)[1])
+    with jax.enable_x64(True):
+        refined = model.with_(solver=model.solver._replace(atol=REFINED_ATOL, refine=True))
+        trips.append(jax.device_get(run(refined, points.astype(np.float64))[1]))
+    for num in (1, 3):  # at most 2 at once
+        result = reconstruct(model, points[:num], 2, 0)
+        assert result.summary.num_examples == num
+        np.testing.assert_allclose(result.reconstructions, points[:num], rtol=0, atol=DEVICE_ATOL[0])
+        for trip, expected, atol in zip((result.trip, result.refined), trips, DEVICE_ATOL, strict=True):
+            for name, found in trip._asdict().items():
+                assert found.dtype == getattr(expected, name).dtype
+                if name != "num_evals":  # which depend on rounding
+                    np.testing.assert_allclose(found, getattr(expected, name)[:num], rtol=0, atol=atol, err_msg=name)
 
 
 def test_the_originals_are_the_data_and_their_noise_is_of_the_seed():

@@ -1,11 +1,41 @@
-"""Samples depend on the seed alone, come in batches of one size, and say where their inverse failed."""
+"""Samples depend on the seed alone, not on devices, and say where their inverse failed."""
 
+import jax
 import kept
 import numpy as np
 import pytest
 
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.evaluation import samples
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.density import Density, DensitySpec
+
+CONDITIONAL = DensitySpec(FlowSpec((2,), (StageSpec(1, hidden=(4,)),), context_dim=1))
+DEVICE_ATOL = 1e-5  # ten times the tolerance of the solver, whose rounding depends on the share of a device
+CONTEXTS = np.array([[-2.0], [3.0]], np.float32)
+DRAWS = {  # options of a draw, at most 2 at once, and those of `Density.sample` for each batch
+    "one": (kept.POINTS, 1, {}, [{}]),
+    "odd": (kept.POINTS, 3, {}, [{}, {}]),
+    "labels": (kept.HYBRID, 3, {"labels": [0, 2, 1]}, [{"labels": np.array(n)} for n in ([0, 2], [1, 0])]),
+    "contexts": (CONDITIONAL, 3, {"contexts": CONTEXTS}, [{"context": CONTEXTS}, {"context": CONTEXTS}]),
+}
+sample = jax.jit(Density.sample, static_argnums=2)
+
+
+@pytest.mark.parametrize(("spec", "num", "options", "batches"), DRAWS.values(), ids=DRAWS)
+def test_two_devices_draw_the_samples_of_one(spec, num, options, batches):
+    assert jax.local_device_count() == 2
+    model, key, at_once = kept.model(spec), jax.random.key(3), min(num, 2)
+    parts = [sample(model, jax.random.fold_in(key, i), at_once, **given) for i, given in enumerate(batches)]
+    values, info = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:num], *parts)
+    drawn = samples.draw(model, num, 2, seed=3, **options)
+    assert drawn.values.dtype == values.dtype
+    if spec.num_levels is None:
+        np.testing.assert_allclose(drawn.values, values, rtol=0, atol=DEVICE_ATOL)
+    else:  # rounding may cross the border of a level
+        assert np.abs(drawn.values.astype(int) - values).max() <= 1
+        assert np.mean(drawn.values != values) < 0.03
+    np.testing.assert_array_equal(drawn.converged, info.converged)
 
 
 def test_samples_depend_on_the_seed_alone_and_concentrate_at_low_temperature():
