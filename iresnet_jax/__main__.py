@@ -172,6 +172,9 @@ def report(trained: "Run", _: argparse.Namespace) -> int:
     return 0
 
 
+SHARED = (evaluate, sample, reconstruct, report)  # commands whose examples are shared by all devices
+
+
 def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     """Whether the training step of a config fits a machine that is not here; exit status 1 if it does not."""
     import jax
@@ -277,6 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from iresnet_jax.training.compilation_cache import keep_compiled_programs
 
         keep_compiled_programs()
+        if arguments.run in SHARED:
+            cpu.use_all_cores(trained_run.read_config(arguments.workdir))
         run, data = trained_run.load(arguments.workdir), getattr(arguments, "data", None)
         return arguments.run(run.with_data(data) if data else run, arguments)
 

@@ -7,13 +7,13 @@ import kept
 import numpy as np
 import pytest
 
-from iresnet_jax.__main__ import main
+from iresnet_jax.__main__ import SHARED, main
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.evaluation import samples
 from iresnet_jax.evaluation import trained_run as run
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.saved import FILE_NAME
-from iresnet_jax.training import run_folder
+from iresnet_jax.training import cpu, run_folder
 
 PNG = b"\x89PNG"
 COMMANDS = ("evaluate", "sample", "reconstruct", "certify", "freeze", "ood", "robustness", "report", "plan", "profile")
@@ -191,6 +191,16 @@ def test_report_of_a_model_alone_says_what_it_has(copied, capsys):
     assert [point["log_prob"] for point in found] == np.sort(log_prob)[:8].tolist()
     loaded = run.load(folder)
     np.testing.assert_allclose(log_prob, loaded.model.log_prob(loaded.test_examples()), rtol=1e-4, atol=1e-4)
+
+
+def test_commands_that_share_examples_use_all_cores_before_the_model_is_loaded(copied, capsys, monkeypatch):
+    calls, load = [], run.load
+    monkeypatch.setattr(cpu, "use_all_cores", lambda config: calls.append(config.data.name))
+    monkeypatch.setattr(run, "load", lambda folder: calls.append("load") or load(folder))
+    said(capsys, "sample", copied["points"], "--num", "1", "--certify", "0")
+    said(capsys, "certify", copied["points"])
+    assert calls == ["moons", "load", "load"]
+    assert {command.__name__ for command in SHARED} == {"evaluate", "sample", "reconstruct", "report"}
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------

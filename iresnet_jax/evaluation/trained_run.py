@@ -23,13 +23,13 @@ from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import Frozen, freeze
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
+from iresnet_jax.training import run_folder
 from iresnet_jax.training.checkpoints import Checkpoints
 from iresnet_jax.training.config import Config, parse
 from iresnet_jax.training.from_config import Spec, build_optimizer, build_solver
 from iresnet_jax.training.initialization import abstract_variables
 from iresnet_jax.training.loop import load_data
 from iresnet_jax.training.matmul_precision import prepare_backend
-from iresnet_jax.training.run_folder import CONFIG_FILE, FORMAT, read_config, read_model
 from iresnet_jax.training.state import TrainState, create
 
 
@@ -144,15 +144,28 @@ def load(folder: str | os.PathLike[str]) -> Run:
         >>> samples, info = run.model.sample(jax.random.key(0), 64)  # doctest: +SKIP
     """
     folder = Path(folder)
-    if (folder / saved.FILE_NAME).exists() and not (folder / CONFIG_FILE).exists():
+    if _is_model_alone(folder):
         return _load_file(folder)
-    config = read_config(folder)
+    config = run_folder.read_config(folder)
     prepare_backend(config.training.matmul_precision)
-    spec, fingerprint = read_model(folder)
+    spec, fingerprint = run_folder.read_model(folder)
     optimizer = build_optimizer(config.optimizer)
     target = jax.eval_shape(lambda variables: create(variables, optimizer), abstract_variables(config, spec))
     best, step, notes = _restore(Checkpoints(folder), target, folder)
     return Run(folder, _model(config, spec, best), config, fingerprint, step, notes)
+
+
+def read_config(folder: str | os.PathLike[str]) -> Config:
+    """Reads the settings of a folder that `load` takes, of which it raises the errors; no device starts."""
+    folder = Path(folder)
+    if not _is_model_alone(folder):
+        return run_folder.read_config(folder)
+    path = folder / saved.FILE_NAME
+    return _parsed(path, saved.read_about(path))[0]
+
+
+def _is_model_alone(folder: Path) -> bool:
+    return (folder / saved.FILE_NAME).exists() and not (folder / run_folder.CONFIG_FILE).exists()
 
 
 def save(run: Run, path: str | os.PathLike[str] | None = None) -> Path:
@@ -164,7 +177,7 @@ def save(run: Run, path: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         ValueError: If it is a network with BatchNorm in its branches.
     """
-    about = {"format": FORMAT, "config": to_plain(run.config), "fingerprint": run.fingerprint, "step": run.step}
+    about = {"format": run_folder.FORMAT, "config": to_plain(run.config), "fingerprint": run.fingerprint, "step": run.step}
     return saved.save(run.model, run.folder / saved.FILE_NAME if path is None else path, about)
 
 
@@ -172,14 +185,19 @@ def _load_file(folder: Path) -> Run:
     """The run of a model that `save` wrote."""
     path = folder / saved.FILE_NAME
     model, about = saved.read(path)
-    if about.get("format") != FORMAT:
-        raise ValueError(f"{path} says nothing of a training in this version: iresnet_jax.load reads the model alone")
-    try:
-        config, fingerprint, step = parse(about["config"]), str(about["fingerprint"]), int(about["step"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it from a copy") from None
+    config, fingerprint, step = _parsed(path, about)
     prepare_backend(config.training.matmul_precision)
     return Run(folder, model.with_(solver=build_solver(config.evaluation)), config, fingerprint, step)
+
+
+def _parsed(path: Path, about: dict[str, Any]) -> tuple[Config, str, int]:
+    """Settings, fingerprint of the data and step, of what `save` wrote beside a model."""
+    if about.get("format") != run_folder.FORMAT:
+        raise ValueError(f"{path} says nothing of a training in this version: iresnet_jax.load reads the model alone")
+    try:
+        return parse(about["config"]), str(about["fingerprint"]), int(about["step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it from a copy") from None
 
 
 _freeze = jax.jit(freeze, static_argnums=0)  # one function for all runs: those of one architecture share its program

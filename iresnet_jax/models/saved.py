@@ -4,12 +4,13 @@ Bounds of norms are not stored: `load` computes them anew from the weights it fi
 its weights do not have.
 """
 
+import contextlib
 import json
 import math
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,27 @@ def read(path: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]:
     Raises:
         ValueError: If there is no such file, or it is damaged or from another version.
     """
+    with _opened(path) as (archive, header):
+        spec = checked(Spec, header["spec"], "model")
+        with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); models are in float32, wherever they are read
+            expected = jax.eval_shape(lambda: _empty(spec))
+        arrays = jax.tree.map_with_path(lambda key, leaf: _read_array(archive, _name(key), leaf), expected)
+        names = {f"{_name(key)}.npy" for key, _ in jax.tree.leaves_with_path(expected)}
+        if left_over := set(archive.namelist()) - {f"{_HEADER}.npy"} - names:
+            raise ValueError(f"it holds {sorted(left_over)[0]}, which such a model does not have")
+        about = header["about"]
+    return with_bounds(spec, jax.tree.map(jnp.asarray, arrays)), about
+
+
+def read_about(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads what travels with a model, ``about`` of `save`; arguments and errors are those of `read`. No device starts."""
+    with _opened(path) as (_, header):
+        return header["about"]
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[zipfile.ZipFile, dict[str, Any]]]:
+    """The file of a model and its header; whatever is wrong in it, until the context ends, is a ``ValueError``."""
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
@@ -82,18 +104,11 @@ def read(path: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]:
             header = json.loads(_read_array(archive, _HEADER, None).tobytes())
             if header.get("format") != FORMAT:
                 raise ValueError(f"its format is {header.get('format')}, not {FORMAT}")
-            spec = checked(Spec, header["spec"], "model")
-            with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); models are in float32, wherever they are read
-                expected = jax.eval_shape(lambda: _empty(spec))
-            arrays = jax.tree.map_with_path(lambda key, leaf: _read_array(archive, _name(key), leaf), expected)
-            names = {f"{_name(key)}.npy" for key, _ in jax.tree.leaves_with_path(expected)}
-            if left_over := set(archive.namelist()) - {f"{_HEADER}.npy"} - names:
-                raise ValueError(f"it holds {sorted(left_over)[0]}, which such a model does not have")
+            yield archive, header
     except damaged as error:
         raise ValueError(
             f"{path} is damaged or was written by another version ({error}): freeze or save the model again"
         ) from None
-    return with_bounds(spec, jax.tree.map(jnp.asarray, arrays)), header["about"]
 
 
 _certified = jax.jit(certify, static_argnums=0)

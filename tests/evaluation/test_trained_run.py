@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import jax
@@ -14,7 +17,7 @@ import runs
 from iresnet_jax import data
 from iresnet_jax.evaluation import trained_run as run
 from iresnet_jax.models.saved import FILE_NAME
-from iresnet_jax.training import run_folder, state
+from iresnet_jax.training import cpu, run_folder, state
 from iresnet_jax.training.checkpoints import Checkpoints, load_named
 from iresnet_jax.training.from_config import build_optimizer, model_spec
 from iresnet_jax.training.initialization import initial_variables
@@ -123,6 +126,25 @@ def test_a_model_alone_is_the_same_run(toy, tmp_path):
 def test_a_model_beside_the_run_does_not_replace_it(copied, toy):
     run.save(run.Run(copied, kept.model(kept.POINTS), toy.config, toy.fingerprint, step=7))
     assert run.load(copied).step == 20
+
+
+READING = """
+import sys
+from iresnet_jax.evaluation.trained_run import read_config
+from iresnet_jax.training import cpu
+
+configs = [read_config(folder) for folder in sys.argv[1:]]
+print([config.data.name for config in configs], cpu.use_all_cores(configs[0]))
+"""
+
+
+def test_settings_are_read_before_jax_starts(toy, trained, tmp_path):
+    run.save(toy, tmp_path / FILE_NAME)
+    assert run.read_config(trained) == run.read_config(tmp_path) == toy.config
+    plain = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    command = [sys.executable, "-c", READING, str(trained), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=plain | {"PYTHONPATH": str(runs.ROOT)})
+    assert done.stdout.strip() == f"['moons', 'moons'] {cpu.num_devices(toy.config, cpu.num_cores())}"
 
 
 def test_a_model_that_knows_no_run_is_read_by_another_function(tmp_path):
