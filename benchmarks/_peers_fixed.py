@@ -107,7 +107,7 @@ class Normflows:
 
 
 class Ours:
-    """The flow as the library runs it.
+    """The flow as the commands for trained models run it, examples shared by one device a core.
 
     Args:
         model: File of the model.
@@ -117,15 +117,16 @@ class Ours:
     def __init__(self, model, arrays):
         prepare_ours()
         import jax
-        import jax.numpy as jnp
 
         import iresnet_jax
+        from iresnet_jax.training import parallel
 
-        self._jax, self._jnp, self._model = jax, jnp, iresnet_jax.load(model)
+        self._jax, self._model, self._over_batches = jax, iresnet_jax.load(model), parallel.over_batches
         with np.load(arrays) as given:
             self._x, self._z = given["x"], given["z"]
         self._compiled = set()
-        self._inverse = jax.jit(lambda model, z: model.flow().inverse(z))
+        self._placed = parallel.on_local_devices(self._model)
+        self._inverse = parallel.parallelize_eval(lambda model, z: model.flow().inverse(z))
 
     def log_probs(self, num, images, target):
         """Seconds of the log-likelihoods of images to a stated accuracy, mean over ``num``, and what was found.
@@ -158,18 +159,20 @@ class Ours:
         """
         from iresnet_jax.bijections.residual import Solver
 
-        model = self._model.with_(solver=Solver(atol=atol, refine=refine))
+        model = self._placed.with_(solver=Solver(atol=atol, refine=refine))
+        z = self._z.astype(np.float64 if refine else np.float32)
+
+        def inverse():
+            return self._over_batches(self._inverse, model, lambda places: z[places], len(z), len(z))
+
         with self._jax.enable_x64(refine):
-            z = self._jnp.asarray(self._z)
             if (atol, refine) not in self._compiled:
-                self._jax.block_until_ready(self._inverse(model, z))
+                inverse()
                 self._compiled.add((atol, refine))
             start = time.perf_counter()
             for _ in range(num):
-                found, self._info = self._jax.block_until_ready(self._inverse(model, z))
-            seconds = (time.perf_counter() - start) / num
-            self._found = np.asarray(found)
-        return seconds
+                self._found, self._info = inverse()
+            return (time.perf_counter() - start) / num
 
     def error(self):
         """How far the last inverse is from the exact one, and what the solver says."""

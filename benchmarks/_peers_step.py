@@ -43,18 +43,19 @@ class Steps(ABC):
 
 
 def prepare_ours(config=None):
-    """What train.py does in its process before JAX starts. The one place to change with it.
+    """What train.py, or a command for a trained model, does in its process before JAX starts: the one place to change.
 
     Args:
-        config: Settings of the training; None for an evaluation, which `python -m iresnet_jax` runs on one device.
+        config: Settings of the training; None for an evaluation by `python -m iresnet_jax`, on one device a core.
     """
     from iresnet_jax.training import cpu
+    from iresnet_jax.training.config import Config
 
     if config is not None:
         cpu.use_large_pages()  # starts this process again, the first time
         cpu.keep_freed_memory()
         cpu.compile_quickly()
-        cpu.use_all_cores(config)
+    cpu.use_all_cores(config or Config())
     from iresnet_jax.training.compilation_cache import keep_compiled_programs
 
     keep_compiled_programs()

@@ -9,6 +9,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import kept
 import numpy as np
 import pytest
 
@@ -162,6 +163,19 @@ def test_pytorch_flow_with_weights_of_ours_is_the_same_function(tmp_path):
     cases.write_arrays(model, x, z, tmp_path / "arrays.npz")
     theirs = fixed.Normflows(cases.architecture(model.spec), tmp_path / "arrays.npz", threads=1)
     assert max(theirs.check().values()) < 1e-5
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_our_inverses_are_shared_by_devices_in_both_precisions(tmp_path):
+    cases, fixed = (importlib.import_module(name) for name in ("_peers_cases", "_peers_fixed"))
+    model, z = kept.model(kept.POINTS), np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)
+    cases.write_arrays(model, cases.exact_inverse(model, z), z, tmp_path / "arrays.npz")
+    ours = fixed.Ours(model.save(tmp_path / "model.npz"), tmp_path / "arrays.npz")
+    for atol, refine in ((1e-6, False), (1e-9, True)):
+        assert ours.invert(1, atol, refine) > 0
+        found = ours.error()
+        assert found["euclidean"] < 10 * atol
+        assert found["converged"] == 1
 
 
 @pytest.mark.usefixtures("in_folder")
