@@ -4,8 +4,8 @@
 
 Every peer, size and number of cores is a process of its own, pinned to its cores, and takes turns with the others. normflows
 runs as in its examples. The naive series is Algorithm 2 of Behrmann et al. 2019 as it stands: Hutchinson's probe, and all terms
-differentiated. Ours is the step of train.py with all that it sets up. For likelihoods, inverses and samples ours has one device a
-core, as commands of `python -m iresnet_jax` have.
+differentiated. Ours is the step of train.py with all that it sets up. For likelihoods, inverses and samples ours has a device
+a core, as commands of `python -m iresnet_jax` have.
 
     step        time and largest memory of a training step, on one core and on two
     likelihood  seconds an image until |bias| + standard error of the log-likelihood is at most .001 bits/dim
