@@ -1,7 +1,7 @@
 """Are images reconstructed better by the inverse of a network than by total variation, and does its bound on noise hold?
 
-    python benchmarks/inverse_problem.py --data digits [--noise .01 .05 .1] [--lipschitz .8 ... .999] [--workdir DIR] [--quick]
-    python benchmarks/inverse_problem.py --data digits --forward-share 1 # the blur is learned, and its inverse as it comes
+    python benchmarks/inverse_problem.py --data digits [--noise .01 .05 .1] [--lipschitz .5 ... .999] [--workdir DIR] [--quick]
+    python benchmarks/inverse_problem.py --data digits --forward-share 1  # F learns the blur, and no inverse is trained
 
 Trains configs/deblurring.py for every noise and every L, and the same network without constraint from measurements to images.
 Beside them stand Tikhonov (with the norm or the gradient as penalty) and total variation over images in [0, 1], whose weights

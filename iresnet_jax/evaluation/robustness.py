@@ -21,6 +21,7 @@ from iresnet_jax.evaluation.accuracy import CONFIDENCE
 from iresnet_jax.evaluation.results import Robustness, RobustnessAt
 from iresnet_jax.models.certified_radius import CertifiedRadius, radius
 from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.models.trajectory import in_float64
 
 RADII = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 NUM_EXAMPLES = 100  # test images, from the first
@@ -117,7 +118,7 @@ def attacked(
     lengths = np.sqrt(np.sum(np.square(moves), axis=(-3, -2, -1), keepdims=True))
     moves *= np.minimum(1, radius * _SHORTER / np.maximum(lengths, 1e-300))
     with jax.enable_x64():
-        precise = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (model.weights, model.head, model.statistics))
+        precise = in_float64((model.weights, model.head, model.statistics))
         precise = model.with_(**dict(zip(("weights", "head", "statistics"), precise, strict=True)))
         logits = np.asarray(_logits(precise, jnp.asarray(pixels + moves).reshape(-1, *pixels.shape[1:])))
     given = logits.argmax(axis=1).reshape(len(moves), -1)

@@ -3,8 +3,6 @@
 import math
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -16,7 +14,7 @@ from iresnet_jax.models.flow import Tree
 from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.models.step_blocks import layers_of
 from iresnet_jax.models.step_jacobians import StepConstants, step_constants
-from iresnet_jax.models.trajectory import Entries, PreciseStage, entries_of, precise_stages
+from iresnet_jax.models.trajectory import Entries, PreciseStage, entries_of, in_float64, precise_stages
 
 MOST_DIMS = 4096  # of what takes dense Jacobians
 _CHUNK_ENTRIES = 2**17  # of the widest layer in all blocks of a stage, in the examples that are refined together
@@ -62,9 +60,7 @@ class Problem(NamedTuple):
         """Prepares a model's flow; in float64."""
         spec, bounds = model.spec.flow, model.bounds
         assert bounds is not None
-        weights = jax.tree.map(
-            lambda a: jnp.asarray(np.asarray(a, np.float64)), model.weights
-        )  # on the host: nothing to compile
+        weights = in_float64(model.weights)
         stages = precise_stages(spec, weights, bounds)
         kernels = [kernels_of(weights[stage.name]) for stage in spec.layout]
         lipschitz = [weights[stage.name]["lipschitz"] for stage in spec.layout]

@@ -27,7 +27,7 @@ from iresnet_jax.models.certified_head import Head
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.flow import bilipschitz
 from iresnet_jax.models.step_passes import Group, backward, forward, group_and_steps, weights_of
-from iresnet_jax.models.trajectory import PreciseStage, Residuals, follow, precise_stages, residuals
+from iresnet_jax.models.trajectory import PreciseStage, Residuals, follow, in_float64, precise_stages, residuals
 
 Images = Num[Array, "b h w c"] | Num[np.ndarray, "b h w c"]
 
@@ -114,7 +114,7 @@ class Problem(NamedTuple):
         """Prepares a classifier."""
         spec, bounds = model.spec.flow, model.bounds
         assert bounds is not None
-        weights = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), model.weights)
+        weights = in_float64(model.weights)
         stages, groups, steps = precise_stages(spec, weights, bounds), [], []
         for stage, own in zip(spec.layout, stages, strict=True):
             kernels = {name: layer["kernel"] for name, layer in weights[stage.name]["branch"].items()}

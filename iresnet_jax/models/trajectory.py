@@ -182,6 +182,11 @@ class Residuals(NamedTuple):
         )
 
 
+def in_float64(tree: Any) -> Any:
+    """The arrays of a tree in float64, under ``enable_x64``; converted on the host, which compiles nothing."""
+    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), tree)
+
+
 def precise_stages(spec: FlowSpec, weights: Tree, bounds: Norms) -> tuple[PreciseStage, ...]:
     """The steps of a flow in double-double.
 
