@@ -76,11 +76,11 @@ def small_model(model):
     return Density(spec, frozen.weights, priors.standard(spec.prior, flow.num_dims), frozen.bounds)
 
 
-def cases(run, num, num_decimal, *, quick):
+def cases(run, num, num_long, num_decimal, *, quick):
     """All cases of a model, by name."""
     model = run.model
     x = np.asarray(run.data.held_out("test", num, run.config.seed))
-    both = {"float64": (FLOAT, len(x)), "long": (LONG, len(x))}
+    both = {"float64": (FLOAT, len(x)), "long": (LONG, len(x) if num_long is None else num_long)}
     if model.spec.num_classes is None:
         crops = x[:, 2:6, 2:6, :1] if x.shape[1] < 16 else x[:, 12:16, 12:16, :1]
         yield "small model", Case(small_model(model), crops[:3], {**both, "mpmath": (mpmath_numbers(DIGITS), 3)})
@@ -128,6 +128,7 @@ def main():
     options = parser(__doc__)
     add_workdir(options)
     options.add_argument("--num", type=int, default=None, metavar="N", help="test images")
+    options.add_argument("--long", type=int, default=None, metavar="N", help="images of a case checked in long doubles (all)")
     options.add_argument("--decimal", type=int, default=3, metavar="N", help="test images that are checked in 50 digits")
     options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
     arguments = options.parse_args()
@@ -135,7 +136,7 @@ def main():
     results, rows = {}, []
     header = ("case", "images", "width", "worst", f"below {TARGET}", "broken", "of values", "ms")
     num = arguments.num or (8 if arguments.quick else 360)
-    for name, case in cases(run, num, arguments.decimal, quick=arguments.quick):
+    for name, case in cases(run, num, arguments.long, arguments.decimal, quick=arguments.quick):
         if arguments.only not in name:
             continue
         row = results[name] = measure(case)
