@@ -125,14 +125,15 @@ def elu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     r"""``x`` above 0 and ``exp(x) - 1`` below: slope ``exp(min(x, 0))`` in (0, 1], hence 1-Lipschitz and monotone.
 
     Written as ``2 t / (1 - t)`` with ``t = tanh(x / 2)``, which is accurate near 0 and costs XLA:CPU little more than half of
-    ``expm1``. The slope ``1 + min(y, 0)`` is one of the value ``y``, which the next layer keeps anyway.
+    ``expm1``. The slope ``1 + min(y, 0)`` is one of the value ``y``, which the next layer keeps anyway. XLA computes again what
+    needs no division: with the division last, ``y`` is all that it keeps for the slope.
 
     Example:
         >>> elu(jnp.array([-1.0, 2.0]))
         Array([-0.63212055,  2.        ], dtype=float32)
     """
     t = jnp.tanh(jnp.minimum(x, 0) / 2)
-    return jnp.where(x > 0, x, 2 * t / (1 - t))
+    return jnp.where(x > 0, x, 2 * t) / (1 - t)
 
 
 @elu.defjvp

@@ -5,6 +5,7 @@ and not JAX, so that a machine without accelerators can compile for one, see `ir
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import jax
@@ -15,6 +16,15 @@ _chosen = jax.make_user_context(default_value=None)  # JAX traces a function ane
 def platform() -> str:
     """The target: "cpu", "tpu", "gpu" or "cuda" and so on; what this process runs on, except within `compiling_for`."""
     return _chosen.value or jax.default_backend()
+
+
+def is_slow_in_place() -> bool:
+    """Whether an elementwise operation takes several times as long where its result overwrites an operand.
+
+    So it is with XLA:CPU's older emitters of fusions, which training asks for (`iresnet_jax.training.cpu`). LLVM vectorises
+    their loops behind a check that arrays do not overlap, and goes on entry by entry if they do.
+    """
+    return platform() == "cpu" and "--xla_cpu_use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", "")
 
 
 @contextlib.contextmanager

@@ -177,11 +177,17 @@ def apply_layer(
     """
     apply = linear_map(layer, spec.padding)
     apply = _in_bfloat16(apply) if bfloat16 else apply
-    h, bias = apply(parameters["kernel"], activate(spec, layer, parameters, h)), parameters["bias"]
-    h = h + bias.reshape((1,) * (h.ndim - bias.ndim) + bias.shape)
+    h = _add_bias(apply(parameters["kernel"], activate(spec, layer, parameters, h)), parameters["bias"])
     if context is not None:
         h = h + (context @ parameters["context"]).reshape(len(h), *(1,) * (h.ndim - 2), -1)
     return h
+
+
+def _add_bias(h: Float[Array, "b *space c"], bias: Float[Array, "*pixels c"]) -> Float[Array, "b *space c"]:
+    if target.is_slow_in_place():  # of another rank than the layer's result, lest it and what follows overwrite that
+        channels = h.shape[-1]
+        return (h.reshape(len(h), math.prod(h.shape[1:-1]), channels) + bias.reshape(1, -1, channels)).reshape(h.shape)
+    return h + bias.reshape((1,) * (h.ndim - bias.ndim) + bias.shape)
 
 
 def _in_bfloat16(apply: LinearMap) -> LinearMap:
