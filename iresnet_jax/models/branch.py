@@ -9,6 +9,7 @@ A conditional branch ``g(x; context)`` shifts the output of every layer by a lin
 ``g`` is a contraction in ``x`` for every context, and any function of the context.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -177,14 +178,17 @@ def apply_layer(
     """
     apply = linear_map(layer, spec.padding)
     apply = _in_bfloat16(apply) if bfloat16 else apply
-    h = _add_bias(apply(parameters["kernel"], activate(spec, layer, parameters, h)), parameters["bias"])
+    h = apply(parameters["kernel"], activate(spec, layer, parameters, h))
+    h = _add_bias(h, parameters["bias"], apart=target.is_slow_in_place())
     if context is not None:
         h = h + (context @ parameters["context"]).reshape(len(h), *(1,) * (h.ndim - 2), -1)
     return h
 
 
-def _add_bias(h: Float[Array, "b *space c"], bias: Float[Array, "*pixels c"]) -> Float[Array, "b *space c"]:
-    if target.is_slow_in_place():  # of another rank than the layer's result, lest it and what follows overwrite that
+@functools.partial(jax.jit, static_argnames="apart", inline=True)
+def _add_bias(h: Float[Array, "b *space c"], bias: Float[Array, "*pixels c"], *, apart: bool) -> Float[Array, "b *space c"]:
+    """``h + bias``; ``apart`` makes of it what XLA does not write over ``h``, an array of another rank."""
+    if apart:
         channels = h.shape[-1]
         return (h.reshape(len(h), math.prod(h.shape[1:-1]), channels) + bias.reshape(1, -1, channels)).reshape(h.shape)
     return h + bias.reshape((1,) * (h.ndim - bias.ndim) + bias.shape)

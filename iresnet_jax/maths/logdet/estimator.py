@@ -1,5 +1,6 @@
 """The interface of log-determinant estimators, the error that they report, and their probes."""
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -150,6 +151,7 @@ def draw_probes(key: Keys, x: Float[Array, "b ..."], num_probes: int, probe: str
     return jax.vmap(lambda k: draw(k, (num_probes, *x.shape[1:]), x.dtype), out_axes=1)(key)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _signs(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> Array:
     """Independent signs, a bit each: `jax.random.rademacher` makes a whole word of random bits for one."""
     size, word = math.prod(shape), jnp.arange(32, dtype=jnp.uint32)[None]
