@@ -22,7 +22,6 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray, Shaped
 
 from iresnet_jax.data.batches import eval_batches
-from iresnet_jax.maths import target
 
 AXIS = "batch"
 _is_alone = False
@@ -36,8 +35,7 @@ def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> ParallelStep:
             devices: ``pmean`` the loss, the gradients and all statistics over ``AXIS``.
 
     Returns:
-        The same function for this process's share of a batch, from `shard`. It donates the state that it is given, except where
-        that makes the optimizer slow.
+        The same function for this process's share of a batch, from `shard`. It donates the state that it is given.
 
     Example:
         >>> def step_fn(state, batch):
@@ -45,9 +43,8 @@ def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> ParallelStep:
         >>> step = parallelize(step_fn)
         >>> state, metrics = step(jnp.zeros(()), shard(np.ones((8, 2), np.float32)))
     """
-    donated = () if target.is_slow_in_place() else (0,)
     return ParallelStep(
-        jax.pmap(step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=donated, devices=_devices())
+        jax.pmap(step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=(0,), devices=_devices())
     )
 
 

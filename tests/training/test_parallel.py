@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iresnet_jax.maths import target
 from iresnet_jax.training.parallel import (
     AXIS,
     check_equal_on_all_devices,
@@ -100,9 +99,7 @@ def test_each_device_computes_its_share_of_the_rows_alone():
     np.testing.assert_array_equal(outputs, [0, 0, 0, 1, 1])
 
 
-@pytest.mark.parametrize("is_slow", [False, True])
-def test_the_state_is_donated_unless_that_is_slow_and_the_step_compiled_once(batches, monkeypatch, is_slow):
-    monkeypatch.setattr(target, "is_slow_in_place", lambda: is_slow)
+def test_the_state_is_donated_and_the_step_compiled_once(batches):
     num_traces = 0
 
     def counted_step(state, batch):
@@ -116,7 +113,7 @@ def test_the_state_is_donated_unless_that_is_slow_and_the_step_compiled_once(bat
         state, _ = step(state, shard(batch))
         jax.block_until_ready(state)  # warnings are errors: donation that cannot be used would be one
     assert num_traces == 1  # also where the first state lies on one device, unlike those that a step returns
-    assert old["weights"].is_deleted() == (not is_slow)
+    assert old["weights"].is_deleted()
     assert state["weights"].shape == (3,)
 
 
