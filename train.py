@@ -21,7 +21,9 @@ detected; otherwise every process needs
 
 # ruff: noqa: E402
 import os
+import runpy
 import signal
+from importlib.util import find_spec
 
 HINT = "the same command goes on from the last checkpoint"
 
@@ -35,6 +37,8 @@ if __name__ == "__main__":  # before the imports, which take seconds; `end_at_si
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop_at_once)
+    if (package := find_spec("iresnet_jax")) and package.origin:  # which is not imported yet: see the file
+        runpy.run_path(os.path.join(os.path.dirname(package.origin), "training", "interpreter.py"))["prepare"]()
 
 try:
     from absl import app, flags, logging
@@ -83,7 +87,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cpu.use_large_pages()
     end_at_signals(HINT)
     cpu.keep_freed_memory()
     cpu.compile_quickly()

@@ -50,11 +50,11 @@ def prepare_ours(config=None):
     Args:
         config: Settings of the training; None for an evaluation by `python -m iresnet_jax`, on one device a core.
     """
-    from iresnet_jax.training import cpu
+    from iresnet_jax.training import cpu, interpreter
     from iresnet_jax.training.config import Config
 
     if config is not None:
-        cpu.use_large_pages()  # starts this process again, the first time
+        interpreter.prepare()  # starts this process again, the first time
         cpu.keep_freed_memory()
         cpu.compile_quickly()
     cpu.use_all_cores(config or Config())

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from iresnet_jax.training import cpu
+from iresnet_jax.training import cpu, interpreter
 from iresnet_jax.training.command_line import DEFAULT_CONFIG, MISTAKE, explain_failures, parse_train_flags, quiet_backends
 from iresnet_jax.training.interruption import end_at_signals
 
@@ -302,7 +302,8 @@ def _say(*results: object) -> None:
 if __name__ == "__main__":
     runs_steps = sys.argv[1:2] == ["profile"]  # as train.py runs them
     if runs_steps:
-        cpu.use_large_pages()
+        interpreter.use_large_pages()
+    interpreter.collect_garbage_rarely()
     end_at_signals("give the same command to start again")
     if runs_steps:
         cpu.keep_freed_memory()

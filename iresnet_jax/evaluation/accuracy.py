@@ -2,8 +2,6 @@
 
 import numpy as np
 from jaxtyping import Int, Num
-from scipy.stats import binomtest
-from sklearn.metrics import confusion_matrix
 
 from iresnet_jax.evaluation.results import Classification, Mistake
 from iresnet_jax.models.classifier import Classifier
@@ -30,13 +28,14 @@ def summarize(logits: Num[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], *, 
     Args:
         loss: Mean cross-entropy in nats.
     """
+    from sklearn.metrics import confusion_matrix  # late: half a second, for which training should not wait
+
     predictions = logits.argmax(axis=1)
     wrong = np.flatnonzero(predictions != labels)
     best = np.exp(logits.max(axis=1) - np.logaddexp.reduce(logits, axis=1))
-    interval = binomtest(len(wrong), len(labels)).proportion_ci(CONFIDENCE, method="wilson")
     return Classification(
         error=len(wrong) / len(labels),
-        interval=(float(interval.low), float(interval.high)),
+        interval=fraction_interval(len(wrong), len(labels)),
         confidence=CONFIDENCE,
         num_errors=len(wrong),
         num_examples=len(labels),
@@ -44,3 +43,11 @@ def summarize(logits: Num[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], *, 
         confusion=tuple(map(tuple, confusion_matrix(labels, predictions, labels=range(logits.shape[1])).tolist())),
         mistakes=tuple(Mistake(int(i), int(labels[i]), int(predictions[i]), float(best[i])) for i in wrong[:NUM_MISTAKES]),
     )
+
+
+def fraction_interval(count: int, total: int) -> tuple[float, float]:
+    """Wilson's (1927) interval of a probability, from how often something happened."""
+    from scipy.stats import binomtest  # late, as above
+
+    interval = binomtest(count, total).proportion_ci(CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)

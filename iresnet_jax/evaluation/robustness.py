@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, Num
-from scipy.stats import binomtest
 
 from iresnet_jax.data.batches import eval_batches
-from iresnet_jax.evaluation.accuracy import CONFIDENCE
+from iresnet_jax.evaluation.accuracy import CONFIDENCE, fraction_interval
 from iresnet_jax.evaluation.results import Robustness, RobustnessAt
 from iresnet_jax.models.certified_radius import CertifiedRadius, radius
 from iresnet_jax.models.classifier import Classifier
@@ -89,7 +88,13 @@ def evaluate(
             broken[np.asarray(indices)[mask]] = found[mask]
         resists = resists & ~broken  # a perturbation of a smaller norm is one of this norm too
         rows.append(
-            RobustnessAt(r, _fraction(right & safe), _interval(right & safe), _fraction(resists), int(np.sum(safe & broken)))
+            RobustnessAt(
+                r,
+                _fraction(right & safe),
+                fraction_interval(int(np.sum(right & safe)), len(right)),
+                _fraction(resists),
+                int(np.sum(safe & broken)),
+            )
         )
     median, whole = (float(np.median(values)) for values in (certified.radius, certified.global_radius))
     return Robustness(len(images), _fraction(right), tuple(rows), median, whole, CONFIDENCE)
@@ -169,8 +174,3 @@ def _climb(model, pixels, classes, radius, keys, attack: Attack) -> Num[Array, "
 
 def _fraction(chosen: Bool[np.ndarray, " n"]) -> float:
     return float(np.mean(chosen))
-
-
-def _interval(chosen: Bool[np.ndarray, " n"]) -> tuple[float, float]:
-    interval = binomtest(int(chosen.sum()), len(chosen)).proportion_ci(CONFIDENCE, method="wilson")
-    return float(interval.low), float(interval.high)

@@ -1,8 +1,8 @@
-"""What a CPU needs to train fast, set up before JAX starts: large pages, quick compilation, a device a core.
+"""What a CPU needs to train fast, set up before JAX starts: memory that stays, quick compilation, a device a core.
 
-XLA allocates the temporary arrays of every step anew on a CPU. By default the system finds and clears their memory in pages of
-4 KiB at every step, which costs much of its time. And XLA runs few operations of a step on several cores at once,
-while devices that share the batch keep a core each. Accelerators see nothing of this.
+XLA allocates the temporary arrays of every step anew on a CPU. By default the system finds and clears their memory at every
+step, which costs much of its time (in small pages, see `iresnet_jax.training.interpreter`). And XLA runs few operations of a
+step on several cores at once, while devices that share the batch keep a core each. Accelerators see nothing of this.
 """
 
 import ctypes
@@ -10,7 +10,6 @@ import os
 import sys
 from importlib.metadata import entry_points, version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,8 +17,6 @@ import jax
 from iresnet_jax.training.config import Config
 
 LEAST_EXAMPLES = 8  # of each device; smaller shares are computed less efficiently
-_LARGE_PAGES = "glibc.malloc.hugetlb"
-_PAGES_ARE_CHOSEN = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _LARGEST = 2**31 - 1  # that a C int holds
 # Parameters of glibc's mallopt and their values.
 _SETTINGS = {
@@ -27,28 +24,6 @@ _SETTINGS = {
     -2: 2**26,  # M_TOP_PAD: ask for that much more at a time
     -3: _LARGEST,  # M_MMAP_THRESHOLD: no mapping of their own for large arrays
 }
-
-
-def use_large_pages() -> None:
-    """Starts this command again with large pages, where Linux gives them to programs that ask; returns where it does not.
-
-    glibc's allocator asks for them if ``GLIBC_TUNABLES`` says so when a process starts. Call this first of all.
-    """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if _LARGE_PAGES in tunables or not _can_ask_for_large_pages() or sys.gettrace() is not None:
-        return
-    asked = ":".join(filter(None, [tunables, f"{_LARGE_PAGES}=1"]))
-    try:
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, "GLIBC_TUNABLES": asked})
-    except OSError:  # slower, and no reason to fail
-        return
-
-
-def _can_ask_for_large_pages() -> bool:
-    try:
-        return os.confstr("CS_GNU_LIBC_VERSION") is not None and "[madvise]" in _PAGES_ARE_CHOSEN.read_text()
-    except (AttributeError, ValueError, OSError):  # another system or C library
-        return False
 
 
 def keep_freed_memory() -> bool:

@@ -1,4 +1,4 @@
-"""Memory in large pages that stays with the process, and a device for each core."""
+"""Memory that stays with the process, and a device for each core."""
 
 import dataclasses
 import os
@@ -106,38 +106,6 @@ def test_every_core_gets_a_device_before_jax_starts_and_not_after():
 )
 def test_the_user_s_number_of_devices_holds(setting):
     assert devices_under(**setting)[:2] == (0, 3)
-
-
-RESTARTED = """
-import os, sys
-from iresnet_jax.training import cpu
-
-cpu.use_large_pages()
-print(os.environ["GLIBC_TUNABLES"], *sys.argv[1:])
-"""
-
-
-@pytest.mark.skipif(not cpu._can_ask_for_large_pages(), reason="this system gives no large pages to those who ask")
-@pytest.mark.parametrize(
-    ("tunables", "expected"),
-    [
-        ("", "glibc.malloc.hugetlb=1"),
-        ("glibc.malloc.tcache_count=7", "glibc.malloc.tcache_count=7:glibc.malloc.hugetlb=1"),
-        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
-    ],
-)
-def test_a_command_starts_again_with_its_arguments_and_large_pages(tunables, expected):
-    command = [sys.executable, "-c", RESTARTED, "--name", "a b"]
-    environment = {**os.environ, "GLIBC_TUNABLES": tunables}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout == f"{expected} --name a b\n"
-
-
-def test_a_system_without_large_pages_goes_on(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu, "_PAGES_ARE_CHOSEN", tmp_path / "missing")
-    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("started again for nothing"))
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    cpu.use_large_pages()
 
 
 @pytest.fixture
