@@ -37,6 +37,14 @@ def test_digits_keep_their_labels_and_lose_no_image(dataset):
     assert found == expected
 
 
+def test_a_table_that_is_kept_elsewhere_is_found_by_scikit_learn(dataset, monkeypatch):
+    monkeypatch.setattr(digits, "find_spec", lambda _: None)
+    elsewhere = digits.load()
+    for split in SPLITS:
+        np.testing.assert_array_equal(elsewhere.examples[split], dataset.examples[split])
+        np.testing.assert_array_equal(elsewhere.labels[split], dataset.labels[split])
+
+
 def test_split_is_stratified(dataset):
     per_class = {split: np.bincount(dataset.labels[split], minlength=10) for split in SPLITS}
     total = sum(per_class.values())
