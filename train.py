@@ -37,7 +37,7 @@ if __name__ == "__main__":  # before the imports, which take seconds; `end_at_si
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop_at_once)
-    if (package := find_spec("iresnet_jax")) and package.origin:  # which is not imported yet: see the file
+    if (package := find_spec("iresnet_jax")) and package.origin:  # by its path: importing it would import JAX first
         runpy.run_path(os.path.join(os.path.dirname(package.origin), "training", "interpreter.py"))["prepare"]()
 
 try:

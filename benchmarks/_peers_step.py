@@ -25,7 +25,7 @@ class Steps(ABC):
         """Waits until all steps are done."""
 
     def steps(self, num):
-        """Seconds of a step, mean over ``num``, after one that finds caches and memory as others left them."""
+        """Seconds of a step, mean over ``num``, after one that does not count: it finds caches as other processes left them."""
         self._take()
         self._wait()
         start = time.perf_counter()
@@ -53,8 +53,9 @@ def prepare_ours(config=None):
     from iresnet_jax.training import cpu, interpreter
     from iresnet_jax.training.config import Config
 
+    interpreter.collect_garbage_rarely()
     if config is not None:
-        interpreter.prepare()  # starts this process again, the first time
+        interpreter.use_large_pages()  # starts this process again, the first time
         cpu.keep_freed_memory()
         cpu.compile_quickly()
     cpu.use_all_cores(config or Config())

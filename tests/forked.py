@@ -16,7 +16,14 @@ from runs import ROOT
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
-    ["runs", "tensorboardX", "iresnet_jax.evaluation.trained_run", "iresnet_jax.report.report", "sklearn.datasets"]
+    [
+        "runs",
+        "tensorboardX",
+        "iresnet_jax.evaluation.trained_run",
+        "iresnet_jax.report.report",
+        "scipy.stats",
+        "sklearn.metrics",
+    ]
 )
 
 

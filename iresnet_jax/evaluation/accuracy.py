@@ -46,7 +46,7 @@ def summarize(logits: Num[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], *, 
 
 
 def fraction_interval(count: int, total: int) -> tuple[float, float]:
-    """Wilson's (1927) interval of a probability, from how often something happened."""
+    """Wilson's (1927) interval of a probability, from ``count`` events in ``total`` trials, at `CONFIDENCE`."""
     from scipy.stats import binomtest  # late, as above
 
     interval = binomtest(count, total).proportion_ci(CONFIDENCE, method="wilson")

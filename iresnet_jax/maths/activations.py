@@ -125,8 +125,8 @@ def elu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     r"""``x`` above 0 and ``exp(x) - 1`` below: slope ``exp(min(x, 0))`` in (0, 1], hence 1-Lipschitz and monotone.
 
     Written as ``2 t / (1 - t)`` with ``t = tanh(x / 2)``, which is accurate near 0 and costs XLA:CPU little more than half of
-    ``expm1``. The slope ``1 + min(y, 0)`` is one of the value ``y``, which the next layer keeps anyway. XLA computes again what
-    needs no division: with the division last, ``y`` is all that it keeps for the slope.
+    ``expm1``. The slope ``1 + min(y, 0)`` is one of the value ``y``, which the next layer keeps anyway. XLA repeats a
+    cheap last operation, such as a selection, in all that uses it, and keeps its operands: so the division comes last.
 
     Example:
         >>> elu(jnp.array([-1.0, 2.0]))

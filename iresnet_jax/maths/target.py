@@ -1,7 +1,7 @@
 """The kind of device that programs are made for, which need not be the kind that makes them.
 
-A few choices that change no result depend on it: the form of convolutions, and whether blocks are written out. They ask here
-and not JAX, so that a machine without accelerators can compile for one, see `iresnet_jax.training.plan`.
+A few choices that change no result depend on it: the form of convolutions and biases, and whether blocks are written out. They
+ask here and not JAX, so that a machine without accelerators can compile for one, see `iresnet_jax.training.plan`.
 """
 
 import contextlib

@@ -187,7 +187,7 @@ def apply_layer(
 
 @functools.partial(jax.jit, static_argnames="apart", inline=True)
 def _add_bias(h: Float[Array, "b *space c"], bias: Float[Array, "*pixels c"], *, apart: bool) -> Float[Array, "b *space c"]:
-    """``h + bias``; ``apart`` makes of it what XLA does not write over ``h``, an array of another rank."""
+    """``h + bias``; ``apart`` makes it an array of another rank, which XLA does not write over ``h``: `is_slow_in_place`."""
     if apart:
         channels = h.shape[-1]
         return (h.reshape(len(h), math.prod(h.shape[1:-1]), channels) + bias.reshape(1, -1, channels)).reshape(h.shape)

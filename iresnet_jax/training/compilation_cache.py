@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from iresnet_jax.data.cache import user_folder
 
 MOST_BYTES = 2**30  # then the programs that were not used for longest are removed
-LEAST_S = 0.03  # time of compilation below which a program is not kept: most are so small, and looking for one takes time, too
+LEAST_S = 0.03  # time of compilation below which a program is not kept, as looking for one takes time, too
 
 
 def keep_compiled_programs() -> Path | None:

@@ -1,8 +1,9 @@
 """What a CPU needs to train fast, set up before JAX starts: memory that stays, quick compilation, a device a core.
 
 XLA allocates the temporary arrays of every step anew on a CPU. By default the system finds and clears their memory at every
-step, which costs much of its time (in small pages, see `iresnet_jax.training.interpreter`). And XLA runs few operations of a
-step on several cores at once, while devices that share the batch keep a core each. Accelerators see nothing of this.
+step, which costs much of its time, in small pages most (`iresnet_jax.training.interpreter` asks for large ones). And XLA runs
+few operations of a step on several cores at once, while devices that share the batch keep a core each. Accelerators see nothing
+of this.
 """
 
 import ctypes

@@ -30,7 +30,7 @@ PATHS = {
     "jit(step)/shard_map/transpose(jvp(log_determinant))/jvp()/add": BACKWARD,
     "jit(step)/shard_map/transpose(jvp(while))/body/transpose": BACKWARD,
     "jit(step)/shard_map/jvp()/transpose": FORWARD,
-    "jit(step)/shard_map/jvp(log_determinant)/vmap(jit(_rademacher))/jit(_bernoulli)/lt": RANDOM,
+    "jit(step)/shard_map/jvp(log_determinant)/vmap(random_signs)/and": RANDOM,
     "jit(step)/shard_map/vmap(jit(_threefry_fold_in))/while/body/xor": RANDOM,
     "jit(step)/shard_map/optimizer/add": OPTIMIZER,
     "jit(step)/shard_map/psum": DEVICES,

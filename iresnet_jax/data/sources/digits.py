@@ -60,7 +60,7 @@ def load() -> DataSet:
 
 
 def _table() -> Num[np.ndarray, "n 65"]:
-    """Pixels and class of every digit: the table of scikit-learn, whose import takes half a second, read past it."""
+    """Pixels and class of every digit, from scikit-learn's file without importing scikit-learn, which takes half a second."""
     package = find_spec("sklearn")
     file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz" if package and package.origin else None
     if file is not None and file.is_file():

@@ -154,9 +154,10 @@ def draw_probes(key: Keys, x: Float[Array, "b ..."], num_probes: int, probe: str
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _signs(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> Array:
     """Independent signs, a bit each: `jax.random.rademacher` makes a whole word of random bits for one."""
-    size, word = math.prod(shape), jnp.arange(32, dtype=jnp.uint32)[None]
-    bits = jax.random.bits(key, (-(-size // 32), 1), jnp.uint32) >> word & 1
-    return (1 - 2 * bits.reshape(-1)[:size].reshape(shape).astype(jnp.int32)).astype(dtype)
+    with jax.named_scope("random_signs"):
+        size, place = math.prod(shape), jnp.arange(32, dtype=jnp.uint32)[None]
+        bits = jax.random.bits(key, (-(-size // 32), 1), jnp.uint32) >> place & 1
+        return (1 - 2 * bits.reshape(-1)[:size].reshape(shape).astype(jnp.int32)).astype(dtype)
 
 
 def mean_and_stderr(samples: Float[Array, "p b"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
