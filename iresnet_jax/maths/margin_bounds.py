@@ -135,7 +135,7 @@ def displacements(
 
     Args:
         steps: The steps.
-        adjoints: Of these only the residuals and the errors of slopes.
+        adjoints: Errors of the start, the residuals and the slopes; its gradients are not used.
         tangents: The Jacobians; None bounds them by products of norms.
         first: ``|P_0|``.
         radius: ``r``.

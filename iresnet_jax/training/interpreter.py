@@ -43,8 +43,5 @@ def _can_ask_for_large_pages() -> bool:
 
 
 def collect_garbage_rarely() -> None:
-    """Lets Python look for garbage after 50,000 new objects.
-
-    After 700, as before Python 3.13, it looks so often that a start that finds its programs on disk takes a fifth longer.
-    """
+    """Lets Python look for garbage after 50,000 new objects; by default it looks so often that tracing takes longer."""
     gc.set_threshold(*_COLLECTIONS)
