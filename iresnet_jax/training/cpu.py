@@ -25,10 +25,14 @@ _SETTINGS = {
     -2: 2**26,  # M_TOP_PAD: ask for that much more at a time
     -3: _LARGEST,  # M_MMAP_THRESHOLD: no mapping of their own for large arrays
 }
+_ONE_ARENA = {-8: 1}  # M_ARENA_MAX
 
 
 def keep_freed_memory() -> bool:
     """Makes glibc's allocator hold on to memory that is freed; call it before JAX starts its threads.
+
+    An arena of a thread holds arrays of less than 64 MiB, and larger ones are returned all the same; only the first thread's
+    has no limit. Where there is one core, all threads share it. On several, compilation would take longer for it.
 
     Returns:
         Whether the C library could be told so: True on Linux with glibc.
@@ -39,7 +43,8 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another C library
         return False
-    return all([mallopt(parameter, value) == 1 for parameter, value in _SETTINGS.items()])
+    settings = _SETTINGS | (_ONE_ARENA if num_cores() == 1 else {})
+    return all([mallopt(parameter, value) == 1 for parameter, value in settings.items()])
 
 
 def return_freed_memory() -> bool:
