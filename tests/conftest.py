@@ -48,14 +48,13 @@ hypothesis.settings.load_profile("default")
 def shared_compilations(tmp_path_factory):
     """Keeps compiled programs on disk for as long as pytest runs, for all its processes and their subprocesses.
 
-    Only those that take long: writing costs at least 4 ms, and JAX looks at all files before it writes one.
+    Only those that take long, as writing does, too. There is no limit: JAX would look at all files before it writes one.
     """
     import runs  # late, or the process that hands out the tests would import it too
 
     settings = {
         "jax_compilation_cache_dir": str(runs.shared(tmp_path_factory) / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.3,
-        "jax_compilation_cache_max_size": 2**33,  # with a limit, JAX locks the folder against other processes
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
         "jax_include_full_tracebacks_in_locations": False,  # of every operation, in programs that nobody reads
     }
     with pytest.MonkeyPatch.context() as patch:

@@ -5,6 +5,7 @@ Settings of JAX take precedence: ``JAX_COMPILATION_CACHE_DIR`` names another fol
 switches the cache off.
 """
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -17,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from iresnet_jax.data.cache import user_folder
 
-MOST_BYTES = 2**30  # then the programs that were not used for longest are removed
+MOST_BYTES = 2**30  # of all programs when a process starts; those that were not used for longest are removed
 LEAST_S = 0.03  # time of compilation below which a program is not kept, as looking for one takes time, too
 
 
@@ -37,11 +38,27 @@ def keep_compiled_programs() -> Path | None:
         return None
     if not os.access(folder, os.W_OK):
         return None
+    _remove_oldest(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_S)
     compilation_cache.reset_cache()  # which programs that were compiled before have fixed
     return folder
+
+
+def _remove_oldest(folder: Path) -> None:
+    """Removes programs until the others take at most `MOST_BYTES`. JAX would look at every file before it writes one."""
+    programs = []
+    for path in folder.glob("*-cache"):
+        with contextlib.suppress(OSError):  # another process has removed it
+            found = path.stat()
+            programs.append((max(found.st_atime, found.st_mtime), found.st_size, path))
+    total = sum(size for _, size, _ in programs)
+    for _, size, path in sorted(programs):
+        if total <= MOST_BYTES:
+            return
+        with contextlib.suppress(OSError):
+            path.unlink()
+        total -= size
 
 
 def _processor() -> str:

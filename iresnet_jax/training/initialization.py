@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Key, UInt32
 
 from iresnet_jax.bijections import reshape
 from iresnet_jax.data.dataset import DataSet
@@ -48,7 +49,7 @@ def _abstract_variables(spec: Spec) -> Any:
 
 def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
     """Fresh variables, ActNorm fitted to training data, by all devices if their number divides that of the examples."""
-    key_init, key_noise, key_data = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 2**31), 3)
+    key_init, key_noise, key_data = _keys(np.uint32(config.seed))
     if isinstance(spec, ReconstructorSpec):
         return _initialize_reconstructor(config, spec, key_init)
     examples, context = data.random_train(key_data, config.training.actnorm_examples)
@@ -68,6 +69,12 @@ def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
             prior = priors.of_classes(spec.prior, np.asarray(z), labels, spec.num_classes)
         variables = {**variables, "params": {**variables["params"], "prior": prior}}
     return variables
+
+
+@jax.jit
+def _keys(seed: UInt32[Array, ""]) -> tuple[Key[Array, ""], ...]:
+    """Of weights, dequantisation and choice of examples; one program, where each operation would be one."""
+    return tuple(jax.random.split(jax.random.fold_in(jax.random.key(seed), 2**31), 3))
 
 
 def _initialize(config: Config, module: Any, spec: Spec, key: jax.Array, *given: jax.Array) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """Programs that were compiled are found again by the next process, unless the user says otherwise."""
 
+import os
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import jax
 import pytest
 import runs
 
+from iresnet_jax.training import compilation_cache
 from iresnet_jax.training.compilation_cache import keep_compiled_programs
 
 PROGRAM = """
@@ -36,6 +38,31 @@ def test_the_next_process_finds_what_one_compiled(tmp_path):
     again, *events, same = said(tmp_path)
     assert any("cache_hits" in line for line in events)
     assert (again, same) == (folder, result)
+
+
+def test_programs_that_were_not_used_for_longest_make_room(tmp_path):
+    folder = tmp_path / "cache" / "programs" / compilation_cache._processor()
+    folder.mkdir(parents=True)
+    sizes = {"old": 2**29, "older": 2**28, "new": 2**29, "newest": 2**29}
+    for name, size in sizes.items():
+        path = folder / f"{name}-cache"
+        path.touch()
+        os.truncate(path, size)
+        used = {"older": 1, "old": 2, "new": 3, "newest": 4}[name]
+        os.utime(path, (used, used))
+    said(tmp_path)
+    kept = {path.name for path in folder.glob("*-cache")}
+    assert {"new-cache", "newest-cache"} <= kept
+    assert not {"old-cache", "older-cache"} & kept
+
+
+def test_a_program_that_was_cut_off_is_compiled_again(tmp_path):
+    _, *_, result = said(tmp_path)
+    for path in (tmp_path / "cache").glob("programs/*/*-cache"):
+        os.truncate(path, path.stat().st_size // 2)
+    _, *events, same = said(tmp_path)
+    assert same == result
+    assert not any("cache_hits" in line for line in events)
 
 
 @pytest.mark.parametrize(
