@@ -1,8 +1,8 @@
-"""What keeping freed memory saves in a training step on a CPU, against the C library's default in the same run.
+"""What kept memory in large pages saves in a training step on a CPU, against the C library's default in the same run.
 
     python benchmarks/allocator.py [--config configs/digits_density.py] [--quick]
 
-Two processes take training steps in turns, one of them after `cpu.keep_freed_memory`, as train.py does.
+Two processes take training steps in turns, one of them with large pages and after `cpu.keep_freed_memory`, as train.py does.
 """
 
 import json
@@ -65,7 +65,8 @@ def main():
     workers = {}
     for name in (BASELINE, OURS):
         command = [sys.executable, __file__, "--config", str(arguments.config), "--work", name]
-        workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=plain)
+        environment = plain | ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if name == OURS else {})
+        workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         assert workers[name].stdout.readline() == "ready\n", f"the process of {name} ended"
     measured = {name: [] for name in workers}
     for _ in range(2 if arguments.quick else arguments.turns):
