@@ -73,7 +73,7 @@ def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
 
 @jax.jit
 def _keys(seed: UInt32[Array, ""]) -> tuple[Key[Array, ""], ...]:
-    """Of weights, dequantisation and choice of examples; one program, where each operation would be one."""
+    """Keys of weights, of dequantisation and of the choice of examples; one program, where each operation would be one."""
     return tuple(jax.random.split(jax.random.fold_in(jax.random.key(seed), 2**31), 3))
 
 

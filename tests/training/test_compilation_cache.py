@@ -43,12 +43,10 @@ def test_the_next_process_finds_what_one_compiled(tmp_path):
 def test_programs_that_were_not_used_for_longest_make_room(tmp_path):
     folder = tmp_path / "cache" / "programs" / compilation_cache._processor()
     folder.mkdir(parents=True)
-    sizes = {"old": 2**29, "older": 2**28, "new": 2**29, "newest": 2**29}
-    for name, size in sizes.items():
+    for used, (name, size) in enumerate([("older", 2**28), ("old", 2**29), ("new", 2**29), ("newest", 2**29)]):
         path = folder / f"{name}-cache"
         path.touch()
         os.truncate(path, size)
-        used = {"older": 1, "old": 2, "new": 3, "newest": 4}[name]
         os.utime(path, (used, used))
     said(tmp_path)
     kept = {path.name for path in folder.glob("*-cache")}
