@@ -43,7 +43,7 @@ if __name__ == "__main__":  # before the imports, which take seconds; `end_at_si
 try:
     from absl import app, flags, logging
 
-    from iresnet_jax.training.command_line import (
+    from iresnet_jax.runs.command_line import (
         DEFAULT_CONFIG,
         asks_for_debug,
         explain_failures,
@@ -52,22 +52,22 @@ try:
     )
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: there is no package {error.name}: training needs pip install '.[train]'") from None
-from iresnet_jax.training import cpu
-from iresnet_jax.training.interruption import end_at_signals
+from iresnet_jax.runs import cpu
+from iresnet_jax.runs.interruption import end_at_signals
 
 
 def run(argv: list[str]) -> int:
     """Trains and reports, as the command line says."""
     given = parse_train_flags(argv, default_config=DEFAULT_CONFIG)
-    from iresnet_jax.training import distributed
+    from iresnet_jax.runs import distributed
 
     distributed.initialize(given.coordinator_address, given.num_processes, given.process_id)
     if not distributed.is_shared():
         cpu.use_all_cores(given.config)
     from iresnet_jax.evaluation.trained_run import load
     from iresnet_jax.report.report import write
-    from iresnet_jax.training.compilation_cache import keep_compiled_programs
-    from iresnet_jax.training.loop import train
+    from iresnet_jax.runs.compilation_cache import keep_compiled_programs
+    from iresnet_jax.runs.loop import train
 
     keep_compiled_programs()
     with distributed.ending_together():

@@ -10,14 +10,14 @@ import numpy as np
 from _models import read_config
 
 from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.branches.branch import initial_weights
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.branch import initial_weights
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
 from iresnet_jax.models.priors import standard
-from iresnet_jax.training import plan
-from iresnet_jax.training.config import default_config, estimator_settings, parse
-from iresnet_jax.training.from_config import density_spec
+from iresnet_jax.runs.config import default_config, estimator_settings, parse
+from iresnet_jax.runs.from_config import density_spec
+from iresnet_jax.runs.planning import plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ACTNORM_EXAMPLES, NUM_BATCHES = 256, 4

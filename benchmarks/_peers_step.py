@@ -50,8 +50,8 @@ def prepare_ours(config=None):
     Args:
         config: Settings of the training; None for an evaluation by `python -m iresnet_jax`, on one device a core.
     """
-    from iresnet_jax.training import cpu, interpreter
-    from iresnet_jax.training.config import Config
+    from iresnet_jax.runs import cpu, interpreter
+    from iresnet_jax.runs.config import Config
 
     interpreter.collect_garbage_rarely()
     if config is not None:
@@ -59,7 +59,7 @@ def prepare_ours(config=None):
         cpu.keep_freed_memory()
         cpu.compile_quickly()
     cpu.use_all_cores(config or Config())
-    from iresnet_jax.training.compilation_cache import keep_compiled_programs
+    from iresnet_jax.runs.compilation_cache import keep_compiled_programs
 
     keep_compiled_programs()
 
@@ -72,14 +72,16 @@ class Ours(Steps):
     """
 
     def __init__(self, config):
-        from iresnet_jax.training.config import parse
+        from iresnet_jax.runs.config import parse
 
         settings = parse(config)
         prepare_ours(settings)
         import jax
 
-        from iresnet_jax.training import cpu, loop, parallel, plan
-        from iresnet_jax.training.matmul_precision import prepare_backend
+        from iresnet_jax.runs import cpu, loop
+        from iresnet_jax.runs.backend import prepare_backend
+        from iresnet_jax.runs.planning import plan
+        from iresnet_jax.training import parallel
 
         prepare_backend(settings.training.matmul_precision)
         objective = loop.build_objective(settings, plan.data_for(settings))
@@ -107,7 +109,7 @@ class Ours(Steps):
         """Multiplications and additions of a step, and how many a second one large matrix product does here."""
         from jax import numpy as jnp
 
-        from iresnet_jax.training.profile import matmul_peak, step_flops
+        from iresnet_jax.runs.planning.profile import matmul_peak, step_flops
 
         flops = step_flops(self._of_device, self._state, next(self._feed))
         return {"flops": flops, "matmul_peak_flops": matmul_peak(jnp.float32)}

@@ -21,7 +21,7 @@ STEPS = 5  # training steps a turn
 
 def work(path, name):
     """Takes steps whenever a line comes in, and answers with the seconds of one."""
-    from iresnet_jax.training import cpu
+    from iresnet_jax.runs import cpu
 
     if name == OURS and not cpu.keep_freed_memory():
         raise RuntimeError("the C library of this system has no mallopt")
@@ -29,7 +29,8 @@ def work(path, name):
     import numpy as np
 
     from iresnet_jax import data
-    from iresnet_jax.training import loop, parallel
+    from iresnet_jax.runs import loop
+    from iresnet_jax.training import parallel
 
     config = read_config(path)
     objective = loop.build_objective(config, data.load(config.data.name, config.data.data_dir))

@@ -22,7 +22,7 @@ from iresnet_jax.evaluation import likelihood, trained_run
 from iresnet_jax.evaluation.inversion import REFINED_ATOL
 from iresnet_jax.maths.inverse.fixed_point import example_norm
 from iresnet_jax.models.density import Density
-from iresnet_jax.training import loop
+from iresnet_jax.runs import loop
 
 NUM_INVERTED, NUM_ENCODED = 128, 256  # test examples
 

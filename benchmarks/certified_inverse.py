@@ -26,13 +26,13 @@ from _record import parser, table, write
 
 from iresnet_jax import certify
 from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.certification import trajectory
+from iresnet_jax.certification.problem import Problem
+from iresnet_jax.certification.step_norms import newton_step
 from iresnet_jax.evaluation.trained_run import load
-from iresnet_jax.maths.double_double import DoubleDouble
-from iresnet_jax.models import trajectory
-from iresnet_jax.models.certification_problem import Problem
+from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import as_params, freeze
-from iresnet_jax.models.step_norms import newton_step
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from plain_flow import DECIMAL, LONG, distance, forward, invert

@@ -21,10 +21,10 @@ from _models import add_workdir
 from _record import parser, table, write
 
 from iresnet_jax import certify
+from iresnet_jax.branches.branch import initial_weights
 from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.branch import initial_weights
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import as_params, freeze
 

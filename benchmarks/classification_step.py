@@ -12,7 +12,8 @@ from _models import read_config
 from _record import describe, interleave, parser, summarize, write
 
 from iresnet_jax import data
-from iresnet_jax.training import loop, parallel
+from iresnet_jax.runs import loop
+from iresnet_jax.training import parallel
 
 VARIANTS = {"unconstrained": "none", "estimated": "estimated", "certified": "certified"}
 

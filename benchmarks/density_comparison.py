@@ -35,8 +35,8 @@ from iresnet_jax.data.batches import batch_indices
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.evaluation import machine_and_versions
 from iresnet_jax.models.density import DensitySpec
-from iresnet_jax.training.config import Config, parse
-from iresnet_jax.training.from_config import density_spec
+from iresnet_jax.runs.config import Config, parse
+from iresnet_jax.runs.from_config import density_spec
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
 

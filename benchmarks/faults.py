@@ -10,7 +10,7 @@ Each fault hits process 0 or 1 of a run on a moon-shaped toy while it compiles, 
 
 A clean end is one within `END_S` seconds after which no process is left. Then the same command is given on both, and the final
 parameters must be those of a run without faults, to the last bit. Nothing is repaired by hand in between. Statuses are those of
-`iresnet_jax.training.distributed`; "JAX" counts ends by JAX's own words, where process 0 and its coordinator are gone.
+`iresnet_jax.runs.distributed`; "JAX" counts ends by JAX's own words, where process 0 and its coordinator are gone.
 """
 
 import json
@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 from _record import parser, table, write
 
-from iresnet_jax.training.checkpoints import load_named
-from iresnet_jax.training.config import default_config, parse
-from iresnet_jax.training.metrics import read_metrics
-from iresnet_jax.training.run_folder import CONFIG_FILE
+from iresnet_jax.runs.checkpoints import load_named
+from iresnet_jax.runs.config import default_config, parse
+from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.runs.run_folder import CONFIG_FILE
 
 END_S, START_S = 60.0, 120.0  # seconds
 TOTAL_STEPS, EVAL_EVERY = 200, 10
@@ -56,9 +56,9 @@ def work(coordinator, process, workdir):
     """Trains as one of two processes."""
     from absl import logging
 
-    from iresnet_jax.training import distributed, interruption
-    from iresnet_jax.training.command_line import explain_failures
-    from iresnet_jax.training.loop import train
+    from iresnet_jax.runs import distributed, interruption
+    from iresnet_jax.runs.command_line import explain_failures
+    from iresnet_jax.runs.loop import train
 
     def run():
         distributed.initialize(coordinator, 2, process)

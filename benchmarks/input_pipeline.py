@@ -27,9 +27,9 @@ from iresnet_jax.data import cache
 from iresnet_jax.data.batches import batch_indices
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.device_batches import device_batches
+from iresnet_jax.runs.config import default_config, parse
+from iresnet_jax.runs.loop import build_objective
 from iresnet_jax.training import parallel
-from iresnet_jax.training.config import default_config, parse
-from iresnet_jax.training.loop import build_objective
 
 SIZES = {"MNIST": (60_000, 28, 28, 1), "CIFAR-10": (50_000, 32, 32, 3)}
 WAYS = ("streamed", "resident", "synchronous")

@@ -26,13 +26,13 @@ from _variational import Spectra, by_scikit_image, minimize_total_variation, obj
 from iresnet_jax.data import load as load_data
 from iresnet_jax.evaluation import inverse_problem, trained_run
 from iresnet_jax.models.reconstructor import Reconstructor
-from iresnet_jax.training import cpu
-from iresnet_jax.training.compilation_cache import keep_compiled_programs
-from iresnet_jax.training.config import Config
-from iresnet_jax.training.from_config import build_measurement, reconstructor_spec
+from iresnet_jax.runs import cpu
+from iresnet_jax.runs.compilation_cache import keep_compiled_programs
+from iresnet_jax.runs.config import Config
+from iresnet_jax.runs.from_config import build_measurement, reconstructor_spec
+from iresnet_jax.runs.loop import train
+from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
-from iresnet_jax.training.loop import train
-from iresnet_jax.training.metrics import read_metrics
 
 CONFIG = Path(__file__).parents[1] / "configs" / "deblurring.py"
 NOISES = (0.01, 0.05, 0.1)

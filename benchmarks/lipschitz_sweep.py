@@ -31,8 +31,8 @@ from iresnet_jax.json_dataclasses import first_difference, to_plain
 from iresnet_jax.models import saved
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.report import style
-from iresnet_jax.training import loop
-from iresnet_jax.training.metrics import read_metrics
+from iresnet_jax.runs import loop
+from iresnet_jax.runs.metrics import read_metrics
 
 VARIANTS = ("batchnorm", "vanilla", "0.9", "0.8", "0.7", "0.6", "0.5")
 SOLVERS = {"banach": Solver(memory=0, max_evals=500), "anderson": Solver(memory=4, max_evals=2000)}

@@ -14,7 +14,7 @@ from _models import read_config
 from _record import RESULTS, parser, table, write
 
 from iresnet_jax.evaluation import machine_and_versions
-from iresnet_jax.training import plan
+from iresnet_jax.runs.planning import plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = (

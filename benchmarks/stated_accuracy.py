@@ -19,9 +19,9 @@ import numpy as np
 from _models import add_workdir, blocks, branch_of, flow_input
 from _record import parser, table, write
 
+from iresnet_jax.branches import structured_logdet
 from iresnet_jax.evaluation import stated_accuracy
 from iresnet_jax.evaluation.trained_run import load
-from iresnet_jax.models import structured_logdet
 from iresnet_jax.models.density import Density
 
 TARGETS, QUICK_TARGETS = (0.003, 0.001, 0.0003), (0.003,)

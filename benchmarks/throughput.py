@@ -33,9 +33,11 @@ def work(file, precision, batch):
     """Takes steps and prints what they took, as JSON."""
     import jax
 
-    from iresnet_jax.training import loop, parallel, plan, profile
-    from iresnet_jax.training.matmul_precision import prepare_backend
-    from iresnet_jax.training.program_costs import flops
+    from iresnet_jax.runs import loop
+    from iresnet_jax.runs.backend import prepare_backend
+    from iresnet_jax.runs.planning import plan, profile
+    from iresnet_jax.runs.planning.program_costs import flops
+    from iresnet_jax.training import parallel
 
     config = read_config(file, *PRECISIONS[precision], *([f"training.batch_size={batch}"] if batch else []))
     prepare_backend(config.training.matmul_precision)

@@ -8,7 +8,7 @@ which makes L the regularisation parameter: the less noise, the larger the best 
 ordinary network from measurements to images instead.
 """
 
-from iresnet_jax.training.config import check_name, default_config
+from iresnet_jax.runs.config import check_name, default_config
 
 WIDTHS = {"digits": 1.0, "mnist": 1.5, "fashion_mnist": 1.5}  # of the blur, in pixels
 

@@ -8,7 +8,7 @@ Variants after a colon: a number is the coefficient c in place of .9, such as :0
 At c = .9 4 of 360 test digits are wrong, 1.11 %, after 75 s on 2 cores (benchmarks/results/digits_classification).
 """
 
-from iresnet_jax.training.config import default_config, set_variant
+from iresnet_jax.runs.config import default_config, set_variant
 
 
 def get_config(variant="0.9"):

@@ -5,7 +5,7 @@
 Test 1.847 +- .013 bits/dim after 1.5 minutes on 2 cores, compilation included (benchmarks/results/digits_density).
 """
 
-from iresnet_jax.training.config import default_config
+from iresnet_jax.runs.config import default_config
 
 
 def get_config():

@@ -7,7 +7,7 @@ Every class has its own prior, and Bayes' rule classifies: 4 of 360 test digits 
 after 2.5 minutes on 2 cores (benchmarks/results/digits_hybrid).
 """
 
-from iresnet_jax.training.config import default_config
+from iresnet_jax.runs.config import default_config
 
 
 def get_config():

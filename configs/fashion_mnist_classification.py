@@ -9,7 +9,7 @@ At c = .9 770 of 10,000 test images are wrong, 7.70 % (benchmarks/results/fashio
 unconstrained twin. Their trainings took 137 and 98 minutes on one core that they shared with other work for most of the time.
 """
 
-from iresnet_jax.training.config import default_config, set_variant
+from iresnet_jax.runs.config import default_config, set_variant
 
 TRAIN_EXAMPLES, EPOCHS, BATCH_SIZE = 55_000, 12, 128
 

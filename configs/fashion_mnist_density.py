@@ -5,7 +5,7 @@
 Test 2.973 +- .009 bits/dim after 63 minutes on one core (benchmarks/results/fashion_mnist_density).
 """
 
-from iresnet_jax.training.config import default_config, estimator_settings
+from iresnet_jax.runs.config import default_config, estimator_settings
 
 
 def get_config():

@@ -8,7 +8,7 @@ c = .9 the paper reports test errors of .40, 6.78 and 24.58 %, without a constra
 accelerators: 200 epochs; by its plan (docs/clusters.md) a step of 54 blocks takes 4.6 GB on each of four TPU v5e chips.
 """
 
-from iresnet_jax.training.config import check_name, default_config
+from iresnet_jax.runs.config import check_name, default_config
 
 REPORTED = {"mnist": 0.40, "cifar10": 6.78, "cifar100": 24.58}  # errors in % at c = .9
 PIXELS = {

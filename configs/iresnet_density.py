@@ -8,7 +8,7 @@ has 25.03 million parameters. Made for accelerators: 200 epochs of 48 blocks wit
 step of 128 images takes 5.1 GB on each of four TPU v5e chips, or 1.3 GB on each of 32.
 """
 
-from iresnet_jax.training.config import check_name, default_config, estimator_settings
+from iresnet_jax.runs.config import check_name, default_config, estimator_settings
 
 REPORTED = {"mnist": 1.06, "cifar10": 3.45}
 TRAIN_EXAMPLES = {"mnist": 55_000, "cifar10": 45_000}  # without those held out for validation

@@ -9,7 +9,7 @@ At c = .9 49 of 10,000 test images are wrong, .49 %, after 27 minutes on one cor
 45 of the unconstrained twin. The paper reports .40 % and .38 %, of a network of 21 blocks.
 """
 
-from iresnet_jax.training.config import default_config, set_variant
+from iresnet_jax.runs.config import default_config, set_variant
 
 TRAIN_EXAMPLES, EPOCHS, BATCH_SIZE = 55_000, 15, 128
 

@@ -7,7 +7,7 @@ core with the other one busy (benchmarks/results/mnist_density). The paper repor
 and copied to three channels, Residual Flows .970.
 """
 
-from iresnet_jax.training.config import default_config, estimator_settings
+from iresnet_jax.runs.config import default_config, estimator_settings
 
 
 def get_config():

@@ -8,7 +8,7 @@ true posterior and how well a classifier tells samples of the model from true on
 """
 
 from iresnet_jax.data.simulators import SIMULATORS
-from iresnet_jax.training.config import check_name, default_config, estimator_settings
+from iresnet_jax.runs.config import check_name, default_config, estimator_settings
 
 
 def get_config(simulator="sbi_two_moons"):

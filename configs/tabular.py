@@ -7,7 +7,7 @@ test.csv). Columns that begin with ``context`` are what the density is condition
 by itself.
 """
 
-from iresnet_jax.training.config import default_config, estimator_settings
+from iresnet_jax.runs.config import default_config, estimator_settings
 
 
 def get_config():

@@ -9,7 +9,7 @@ on 2 cores.
 """
 
 from iresnet_jax.data.toys import TOYS
-from iresnet_jax.training.config import check_name, default_config, estimator_settings
+from iresnet_jax.runs.config import check_name, default_config, estimator_settings
 
 REPORTED = {"moons": 2.60, "circles": 3.44, "checkerboard": 3.81}
 

@@ -15,6 +15,7 @@ from iresnet_jax.bijections.multiscale import multiscale
 from iresnet_jax.bijections.residual import Branch, Solver, residual_bijection
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
+from iresnet_jax.certification import certify
 from iresnet_jax.maths.convolution import conv
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo, invert_residual
 from iresnet_jax.maths.logdet.estimator import LogdetInfo
@@ -23,7 +24,6 @@ from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.maths.norms.power_iteration import soft_normalize, spectral_norm
-from iresnet_jax.models import certify
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec

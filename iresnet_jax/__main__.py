@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from iresnet_jax.training import cpu, interpreter
-from iresnet_jax.training.command_line import DEFAULT_CONFIG, MISTAKE, explain_failures, parse_train_flags, quiet_backends
-from iresnet_jax.training.interruption import end_at_signals
+from iresnet_jax.runs import cpu, interpreter
+from iresnet_jax.runs.command_line import DEFAULT_CONFIG, MISTAKE, explain_failures, parse_train_flags, quiet_backends
+from iresnet_jax.runs.interruption import end_at_signals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -180,7 +180,7 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # the compiler for TPUs is asked to compile, not to run
-    from iresnet_jax.training import plan as plans
+    from iresnet_jax.runs.planning import plan as plans
 
     config = parse_train_flags(["plan", *rest], default_config=DEFAULT_CONFIG).config
     made = plans.make(config, plans.machine(arguments.topology), find_largest=arguments.largest_batch)
@@ -192,8 +192,8 @@ def profile(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     """Where the time of a config's training step goes on this machine: a table, and a trace to look into."""
     config = parse_train_flags(["profile", *rest], default_config=DEFAULT_CONFIG).config
     cpu.use_all_cores(config)
-    from iresnet_jax.training import profile as profiles
-    from iresnet_jax.training.compilation_cache import keep_compiled_programs
+    from iresnet_jax.runs.compilation_cache import keep_compiled_programs
+    from iresnet_jax.runs.planning import profile as profiles
 
     keep_compiled_programs()
     _say(profiles.take(config, arguments.output or tempfile.mkdtemp(prefix="iresnet_jax_profile_")))
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         from iresnet_jax.evaluation import trained_run  # slow to import: --help and mistakes are answered without it
-        from iresnet_jax.training.compilation_cache import keep_compiled_programs
+        from iresnet_jax.runs.compilation_cache import keep_compiled_programs
 
         keep_compiled_programs()
         if arguments.run in SHARED:

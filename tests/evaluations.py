@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from iresnet_jax.branches import closed_form_jacobian
 from iresnet_jax.maths.inverse.fixed_point import Diagonal, invert_residual
-from iresnet_jax.models import closed_form_jacobian
 
 TOLERANCE = 1e-5
 

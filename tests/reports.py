@@ -17,7 +17,7 @@ from iresnet_jax.evaluation.results import (
     TrainingTimes,
     Unlikely,
 )
-from iresnet_jax.models.model_certificate import Certificate, Constant
+from iresnet_jax.models.certificate import Certificate, Constant
 from iresnet_jax.report.contents import Report
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from iresnet_jax.atomic_files import locked
-from iresnet_jax.training import loop, parallel
-from iresnet_jax.training.config import parse
+from iresnet_jax.runs import loop
+from iresnet_jax.runs.config import parse
+from iresnet_jax.training import parallel
 
 ROOT = Path(__file__).parents[1]
 TOTAL_STEPS, EVAL_EVERY = 40, 2
 
 TOY_CONFIG = f"""
-from iresnet_jax.training.config import default_config
+from iresnet_jax.runs.config import default_config
 
 def get_config():
     config = default_config()
@@ -31,7 +32,7 @@ def get_config():
 """
 
 DIGITS_CONFIG = """
-from iresnet_jax.training.config import default_config
+from iresnet_jax.runs.config import default_config
 
 def get_config():
     config = default_config()
@@ -44,7 +45,7 @@ def get_config():
 """
 
 CLASSIFIER_CONFIG = """
-from iresnet_jax.training.config import default_config
+from iresnet_jax.runs.config import default_config
 
 def get_config():
     config = default_config()
@@ -60,7 +61,7 @@ def get_config():
 """
 
 HYBRID_CONFIG = """
-from iresnet_jax.training.config import default_config
+from iresnet_jax.runs.config import default_config
 
 def get_config():
     config = default_config()
@@ -76,7 +77,7 @@ def get_config():
 """
 
 INVERSION_CONFIG = """
-from iresnet_jax.training.config import default_config
+from iresnet_jax.runs.config import default_config
 
 def get_config():
     config = default_config()

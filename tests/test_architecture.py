@@ -13,7 +13,7 @@ PACKAGE = Path(iresnet_jax.__file__).parent  # the checkout's or an installed on
 ROOT = Path(__file__).parents[1]  # train.py and configs/ are never installed
 
 # A folder's files may import those of folders further up in this list, and of their own.
-FOLDERS = ("maths", "bijections", "models", "data", "training", "evaluation", "report")
+FOLDERS = ("maths", "branches", "bijections", "models", "certification", "data", "training", "runs", "evaluation", "report")
 # Files beside the folders: how files are written whole and dataclasses become JSON is for everyone, the others may import all.
 FOR_EVERYONE, EDGES = ("atomic_files", "json_dataclasses"), ("__init__", "__main__", "estimators", "fitting")
 HEAVY = {"absl", "optax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "flax", "ml_collections"}
@@ -67,9 +67,9 @@ def test_dependencies_point_one_way():
     [
         ("maths", "from iresnet_jax.bijections import residual"),
         ("bijections", "from iresnet_jax import models"),
-        ("models", "import iresnet_jax.training.config"),
+        ("models", "import iresnet_jax.runs.config"),
         ("evaluation", "from iresnet_jax.report import plots"),
-        ("atomic_files", "from iresnet_jax.maths.upward_rounding import at_least"),
+        ("atomic_files", "from iresnet_jax.maths.enclosures.upward_rounding import at_least"),
     ],
 )
 def test_a_wrong_dependency_is_rejected(folder, line):

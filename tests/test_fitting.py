@@ -16,8 +16,8 @@ from iresnet_jax.__main__ import main
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.fitting import choose_settings, seed_of
 from iresnet_jax.models.history import History
-from iresnet_jax.training import run_folder
-from iresnet_jax.training.loop import train
+from iresnet_jax.runs import run_folder
+from iresnet_jax.runs.loop import train
 
 RNG = np.random.default_rng(0)
 TINY = (ir.StageSpec(num_blocks=2, hidden=(8,), activation="clipswish"),)

@@ -13,7 +13,7 @@ from iresnet_jax.evaluation import samples
 from iresnet_jax.evaluation import trained_run as run
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.saved import FILE_NAME
-from iresnet_jax.training import cpu, run_folder
+from iresnet_jax.runs import cpu, run_folder
 
 PNG = b"\x89PNG"
 COMMANDS = ("evaluate", "sample", "reconstruct", "certify", "freeze", "ood", "robustness", "report", "plan", "profile")

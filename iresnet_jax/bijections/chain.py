@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import Bijection, fold_in, from_walks, keys_of_links
-from iresnet_jax.maths import target
+from iresnet_jax.maths import platforms as target
 from iresnet_jax.maths.logdet.exact import INVERSE_JACOBIANS
 
 Rematerialize = Literal["nothing", "elementwise", "blocks"]

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 from jaxtyping import Num
 
+from iresnet_jax.certification import decoding as certified_decoding
+from iresnet_jax.certification.decoding import Decoded
+from iresnet_jax.certification.info import CertifiedInfo
+from iresnet_jax.certification.problem import check_certified
 from iresnet_jax.evaluation.results import InverseGuarantee
-from iresnet_jax.models import certified_decoding
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.certification_problem import check_certified
-from iresnet_jax.models.certified_decoding import Decoded
-from iresnet_jax.models.certified_info import CertifiedInfo
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.reconstructor import Reconstructor

@@ -17,8 +17,8 @@ from iresnet_jax.evaluation.results import InverseProblem
 from iresnet_jax.evaluation.trained_run import Run
 from iresnet_jax.maths.inverse.fixed_point import example_norm
 from iresnet_jax.models.reconstructor import Reconstructor
+from iresnet_jax.runs.from_config import build_measurement
 from iresnet_jax.training import parallel
-from iresnet_jax.training.from_config import build_measurement
 from iresnet_jax.training.objectives.inversion import relative_error
 
 NUM_PERTURBED = 128  # test measurements that are perturbed, at most

@@ -9,12 +9,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from iresnet_jax.bijections.reshape import padding_residual
+from iresnet_jax.certification import decoding as certified_decoding
+from iresnet_jax.certification.inverse import InverseCertificate
 from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.evaluation import guarantee
 from iresnet_jax.evaluation.results import RECOVERED, Inversion, RoundTrips
 from iresnet_jax.maths.inverse.fixed_point import example_norm
-from iresnet_jax.models import certified_decoding
-from iresnet_jax.models.certified_inverse import InverseCertificate
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.reconstructor import Reconstructor

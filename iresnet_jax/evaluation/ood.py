@@ -22,7 +22,7 @@ from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.head import linear
 from iresnet_jax.models.reconstructor import Reconstructor
-from iresnet_jax.training.config import EvaluationConfig
+from iresnet_jax.runs.config import EvaluationConfig
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
 
 OTHERS = ("rotated", "noise")

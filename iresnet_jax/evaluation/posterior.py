@@ -19,7 +19,7 @@ from iresnet_jax.evaluation import likelihood, samples
 from iresnet_jax.evaluation.results import Posterior
 from iresnet_jax.evaluation.trained_run import Run
 from iresnet_jax.models.density import Density
-from iresnet_jax.training.config import EvaluationConfig
+from iresnet_jax.runs.config import EvaluationConfig
 
 FOLDS = 5
 _UNITS_A_DIMENSION = 10  # of each of the classifier's two hidden layers

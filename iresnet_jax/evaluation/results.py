@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from iresnet_jax.models.model_certificate import Certificate
+from iresnet_jax.models.certificate import Certificate
 
 SUSPICIOUS_Z = 4.0  # one in 16,000 unbiased estimates differs from the exact value by more standard errors
 FLOOR_Z = 3.0  # standard errors below the entropy of the data from which a likelihood is too good to be true

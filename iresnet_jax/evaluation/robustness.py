@@ -15,12 +15,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, Num
 
+from iresnet_jax.certification.radius import CertifiedRadius, radius
+from iresnet_jax.certification.trajectory import in_float64
 from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.evaluation.accuracy import CONFIDENCE, fraction_interval
 from iresnet_jax.evaluation.results import Robustness, RobustnessAt
-from iresnet_jax.models.certified_radius import CertifiedRadius, radius
 from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.models.trajectory import in_float64
 
 RADII = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 NUM_EXAMPLES = 100  # test images, from the first

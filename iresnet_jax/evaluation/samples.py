@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
 from iresnet_jax.bijections.bijection import follow_inverse_info, no_inverse_error
+from iresnet_jax.certification import decoding as certified_decoding
 from iresnet_jax.evaluation import guarantee
 from iresnet_jax.evaluation.results import InverseGuarantee, SampleQuality
-from iresnet_jax.models import certified_decoding
 from iresnet_jax.models.density import Density
 from iresnet_jax.training import parallel
 

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Num
 
+from iresnet_jax.branches import structured_logdet
+from iresnet_jax.branches.branch import BranchSpec
 from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.evaluation import allocation
 from iresnet_jax.evaluation.allocation import PROBES_AT_ONCE, Block
@@ -27,8 +29,6 @@ from iresnet_jax.evaluation.results import Accuracy
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo, draw_probes
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.krylov import nested_quadratic_forms
-from iresnet_jax.models import structured_logdet
-from iresnet_jax.models.branch import BranchSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import branch_inputs, known_branch
 from iresnet_jax.training import parallel

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.bijection import Bijection
-from iresnet_jax.models import constraint
-from iresnet_jax.models.branch import BranchSpec
+from iresnet_jax.branches import constraint
+from iresnet_jax.branches.branch import BranchSpec
 
 
 @dataclass(frozen=True)

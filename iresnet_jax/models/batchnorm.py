@@ -6,8 +6,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.chain import chain
+from iresnet_jax.branches.branch import BranchSpec, apply_branch
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.branch import BranchSpec, apply_branch
 from iresnet_jax.models.flow import Tree
 from iresnet_jax.models.head import batch_norm, batch_statistics
 

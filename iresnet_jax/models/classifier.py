@@ -25,15 +25,15 @@ from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import check_levels, known_levels
+from iresnet_jax.certification.info import CertifiedInfo
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.batchnorm import batchnorm_features
-from iresnet_jax.models.certified_info import CertifiedInfo
+from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.flow import Tree, as_params, bijection, freeze
 from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, linear, pool
 from iresnet_jax.models.history import History
-from iresnet_jax.models.model_certificate import Certificate, certificate_of
 
 NORMALIZATIONS = ("actnorm", "batchnorm")
 Images = Num[Array, "b h w c"] | Num[np.ndarray, "b h w c"]
@@ -196,7 +196,7 @@ class Classifier:
             ValueError: With ``certify`` under ``jit``, or for a model without certified bounds, see `certify.inverse`.
         """
         if certify:
-            from iresnet_jax.models import certified_decoding  # late: it takes models
+            from iresnet_jax.certification import decoding as certified_decoding  # late: it takes models
 
             certified_decoding.check(self, features)
             decoded = certified_decoding.reconstruct(self, features)

@@ -33,15 +33,15 @@ from iresnet_jax.bijections.transforms.dequantize import Grid, check_levels, deq
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.certification.info import CertifiedInfo
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.certified_info import CertifiedInfo
+from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.flow import Tree, as_params, bijection, freeze
 from iresnet_jax.models.history import History
-from iresnet_jax.models.model_certificate import Certificate, certificate_of
 
 Transform = Identity | Center | Logit | Equalize | Standardize | Whiten
 Data = Num[Array, "b ..."] | Num[np.ndarray, "b ..."]
@@ -283,7 +283,7 @@ class Density:
             >>> info.error_bound, info.certain.all(), info.certificate.applied  # doctest: +SKIP
         """
         if certify:
-            from iresnet_jax.models import certified_decoding  # late: it takes models
+            from iresnet_jax.certification import decoding as certified_decoding  # late: it takes models
 
             certified_decoding.check(self, z, context)
             decoded = certified_decoding.decode(self, z, context=context)

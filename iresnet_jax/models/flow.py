@@ -21,15 +21,15 @@ from iresnet_jax.bijections import actnorm, multiscale, reshape
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize, after_exact, chain, in_float64, repeat
 from iresnet_jax.bijections.residual import Branch, Solver, residual_bijection
-from iresnet_jax.maths import target
+from iresnet_jax.branches import branch as branches
+from iresnet_jax.branches import closed_form_jacobian, constraint, structured_logdet
+from iresnet_jax.branches.branch import BranchSpec
+from iresnet_jax.maths import platforms as target
 from iresnet_jax.maths.inverse.fixed_point import Diagonal
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, branch_bound, model_bounds
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.models import branch as branches
-from iresnet_jax.models import closed_form_jacobian, constraint, structured_logdet
 from iresnet_jax.models.architecture import FlowSpec, Stage
-from iresnet_jax.models.branch import BranchSpec
 
 Tree = Mapping[str, Any]
 Norms = Mapping[str, Mapping[str, Float[Array, " k"]]]  # by stage and layer, one a block

@@ -14,10 +14,11 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.chain import chain
-from iresnet_jax.models import constraint, priors
+from iresnet_jax.branches import constraint
+from iresnet_jax.branches.branch import initial_weights
+from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, Stage
 from iresnet_jax.models.batchnorm import batchnorm_blocks
-from iresnet_jax.models.branch import initial_weights
 from iresnet_jax.models.classifier import Classifier as ClassifierModel
 from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.flow import Constrained, bijection, constrain, initialize_actnorm, unconstrained

@@ -28,9 +28,9 @@ from iresnet_jax.bijections.transforms.dequantize import check_levels, known_lev
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.lipschitz_bounds import model_bounds
 from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.flow import Tree, as_params, bijection, freeze
 from iresnet_jax.models.history import History
-from iresnet_jax.models.model_certificate import Certificate, certificate_of
 
 Measurements = Float[Array, "b h w c"] | Float[np.ndarray, "b h w c"]
 

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.atomic_files import replacing
+from iresnet_jax.branches.branch import initial_weights
 from iresnet_jax.json_dataclasses import checked, tagged
 from iresnet_jax.models import priors
-from iresnet_jax.models.branch import initial_weights
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import as_params, certify

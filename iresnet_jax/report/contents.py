@@ -17,7 +17,7 @@ from iresnet_jax.evaluation.results import (
     TrainingTimes,
     certificate_warnings,
 )
-from iresnet_jax.models.model_certificate import Certificate
+from iresnet_jax.models.certificate import Certificate
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from iresnet_jax.models.model_certificate import Certificate
+from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.report import style
 
 if TYPE_CHECKING:

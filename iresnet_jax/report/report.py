@@ -29,13 +29,13 @@ from iresnet_jax.evaluation.results import (
 )
 from iresnet_jax.evaluation.trained_run import Run
 from iresnet_jax.json_dataclasses import to_plain
+from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.model_certificate import Certificate
 from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.report import page, pictures, plots
 from iresnet_jax.report.contents import Report
 from iresnet_jax.report.style import to_svg_or_png
-from iresnet_jax.training.metrics import read_metrics
+from iresnet_jax.runs.metrics import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

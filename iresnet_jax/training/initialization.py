@@ -16,9 +16,9 @@ from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.head import batch_statistics
 from iresnet_jax.models.reconstructor import ReconstructorSpec
+from iresnet_jax.runs.config import Config, ConstraintConfig
+from iresnet_jax.runs.from_config import Spec, compiled_constraint
 from iresnet_jax.training import parallel
-from iresnet_jax.training.config import Config, ConstraintConfig
-from iresnet_jax.training.from_config import Spec, compiled_constraint
 from iresnet_jax.training.parallel import AXIS
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from iresnet_jax.training.array_names import STACKED
+from iresnet_jax.runs.array_names import STACKED
 
 OPTIMIZERS = ("adam", "adamw", "adamax", "muon", "sgd")
 ADAM_RMS = 0.2  # root mean square of an Adam update divided by the learning rate (Liu et al., 2025, Section 2.2)

@@ -17,11 +17,12 @@ from iresnet_jax.bijections.chain import chain, repeat
 from iresnet_jax.bijections.multiscale import Stage, multiscale
 from iresnet_jax.bijections.reshape import flatten_bijection, squeeze_bijection
 from iresnet_jax.bijections.residual import Branch, Solver, residual_bijection
+from iresnet_jax.branches import branch as branches
+from iresnet_jax.branches import constraint
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
-from iresnet_jax.models import branch as branches
-from iresnet_jax.models import constraint, priors
 from iresnet_jax.models import flow as model
+from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 
 EXACT = 1e-9  # the same mathematics by another route in float64; slogdet of up to 32 dimensions

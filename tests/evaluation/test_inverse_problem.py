@@ -11,7 +11,7 @@ import runs
 from iresnet_jax.__main__ import main
 from iresnet_jax.data.measurements import Measurement
 from iresnet_jax.evaluation import inverse_problem, ood, trained_run
-from iresnet_jax.training.config import EvaluationConfig
+from iresnet_jax.runs.config import EvaluationConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 

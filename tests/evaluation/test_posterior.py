@@ -21,9 +21,9 @@ from iresnet_jax.evaluation.results import Posterior
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
-from iresnet_jax.training import loop
-from iresnet_jax.training.config import EvaluationConfig, parse
-from iresnet_jax.training.from_config import density_spec
+from iresnet_jax.runs import loop
+from iresnet_jax.runs.config import EvaluationConfig, parse
+from iresnet_jax.runs.from_config import density_spec
 
 ATOL_F32 = 1e-4  # log-densities in float32, of a flow whose weights are zero
 SETTINGS = EvaluationConfig(batch_size=200, num_posteriors=2, num_posterior_samples=200)

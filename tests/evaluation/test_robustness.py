@@ -6,9 +6,9 @@ import kept
 import numpy as np
 import pytest
 
+from iresnet_jax.certification import certify
 from iresnet_jax.evaluation import robustness
 from iresnet_jax.evaluation.robustness import Attack
-from iresnet_jax.models import certify
 
 NUM, RADII = 12, (1e-4, 1.0, 30.0)
 ATTACK = Attack(num_restarts=2, num_steps=10)

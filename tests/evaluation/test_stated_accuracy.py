@@ -9,10 +9,10 @@ import kept
 import numpy as np
 import pytest
 
+from iresnet_jax.branches import structured_logdet
 from iresnet_jax.evaluation import allocation, likelihood, stated_accuracy
 from iresnet_jax.evaluation.results import SUSPICIOUS_Z, Accuracy
-from iresnet_jax.models import structured_logdet
-from iresnet_jax.training.config import parse
+from iresnet_jax.runs.config import parse
 
 TARGET, NUM, SEED = 0.004, 48, 3  # bits/dim of 16 dimensions
 BITS = 16 * math.log(2)

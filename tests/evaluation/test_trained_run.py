@@ -17,9 +17,10 @@ import runs
 from iresnet_jax import data
 from iresnet_jax.evaluation import trained_run as run
 from iresnet_jax.models.saved import FILE_NAME
-from iresnet_jax.training import cpu, run_folder, state
-from iresnet_jax.training.checkpoints import Checkpoints, load_named
-from iresnet_jax.training.from_config import build_optimizer, model_spec
+from iresnet_jax.runs import cpu, run_folder
+from iresnet_jax.runs.checkpoints import Checkpoints, load_named
+from iresnet_jax.runs.from_config import build_optimizer, model_spec
+from iresnet_jax.training import state
 from iresnet_jax.training.initialization import initial_variables
 
 NORM_RTOL = 1e-2  # ten times the tolerance of the norms

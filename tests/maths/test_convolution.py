@@ -11,7 +11,7 @@ import oracles
 import pytest
 from jax import lax
 
-from iresnet_jax.maths import target
+from iresnet_jax.maths import platforms as target
 from iresnet_jax.maths.convolution import PADDINGS, choose_implementation, conv, explicit_padding
 
 EXACT = 1e-12  # the same sum of at most a hundred terms in another order, in float64

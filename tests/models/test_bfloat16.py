@@ -10,11 +10,12 @@ import pytest
 import runs
 from oracles import dense_conv_matrix, operator_norm
 
+from iresnet_jax.branches import branch as branches
+from iresnet_jax.branches.branch import BranchSpec
 from iresnet_jax.data import load
-from iresnet_jax.maths import target
-from iresnet_jax.models import branch as branches
-from iresnet_jax.models.branch import BranchSpec
-from iresnet_jax.training import loop, parallel
+from iresnet_jax.maths import platforms as target
+from iresnet_jax.runs import loop
+from iresnet_jax.training import parallel
 
 UNIT = 2.0**-8  # spacing of bfloat16 at 1; a rounding is off by half of it
 

@@ -8,11 +8,11 @@ import kept
 import numpy as np
 import pytest
 
-from iresnet_jax.maths.double_double import DoubleDouble
-from iresnet_jax.models import step_jacobians, trajectory
+from iresnet_jax.certification import step_jacobians, trajectory
+from iresnet_jax.certification.dense_linearization import linearize, products_of
+from iresnet_jax.certification.problem import Problem
+from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.certification_problem import Problem
-from iresnet_jax.models.dense_linearization import linearize, products_of
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
 

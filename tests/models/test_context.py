@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.branches import branch as branches
+from iresnet_jax.branches import constraint
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
-from iresnet_jax.models import branch as branches
-from iresnet_jax.models import constraint, density
+from iresnet_jax.models import density
 from iresnet_jax.models import flow as model
 from iresnet_jax.models import linen as modules
 from iresnet_jax.models.architecture import FlowSpec, StageSpec

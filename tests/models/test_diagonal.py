@@ -15,8 +15,8 @@ from iresnet_jax import data
 from iresnet_jax.bijections import actnorm
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.branches.branch import apply_branch
 from iresnet_jax.maths.inverse.fixed_point import Diagonal, invert_residual
-from iresnet_jax.models.branch import apply_branch
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 REAL_DATA_DIR = os.environ.get("TFDS_DATA_DIR", "")

@@ -12,9 +12,9 @@ import sys
 import runs
 from absl import logging
 
-from iresnet_jax.training import distributed, interruption
-from iresnet_jax.training.command_line import explain_failures
-from iresnet_jax.training.loop import train
+from iresnet_jax.runs import distributed, interruption
+from iresnet_jax.runs.command_line import explain_failures
+from iresnet_jax.runs.loop import train
 
 
 def main():

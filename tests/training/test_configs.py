@@ -15,11 +15,13 @@ from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.json_dataclasses import first_difference, to_plain
 from iresnet_jax.models import saved
 from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.training import loop, parallel, plan, state
-from iresnet_jax.training.config import parse
-from iresnet_jax.training.from_config import model_spec
+from iresnet_jax.runs import loop
+from iresnet_jax.runs.config import parse
+from iresnet_jax.runs.from_config import model_spec
+from iresnet_jax.runs.planning import plan
+from iresnet_jax.runs.planning.program_costs import lowered_all_reduces
+from iresnet_jax.training import parallel, state
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
-from iresnet_jax.training.program_costs import lowered_all_reduces
 
 SHAPES = {
     "digits": (8, 8, 1),

@@ -8,8 +8,8 @@ import runs
 
 from iresnet_jax.data import load
 from iresnet_jax.models import flow
+from iresnet_jax.runs.from_config import model_spec
 from iresnet_jax.training import initialization, parallel
-from iresnet_jax.training.from_config import model_spec
 from iresnet_jax.training.initialization import initial_variables
 
 CONVERGED = 2e-3  # twice the tolerance of the power iterations

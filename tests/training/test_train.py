@@ -20,16 +20,17 @@ from runs import EVAL_EVERY, ROOT, TOTAL_STEPS
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import load
 from iresnet_jax.json_dataclasses import to_plain
-from iresnet_jax.training import loop, parallel
-from iresnet_jax.training.array_names import to_named
-from iresnet_jax.training.checkpoints import load_named
-from iresnet_jax.training.command_line import asks_for_debug
-from iresnet_jax.training.config import parse
-from iresnet_jax.training.interruption import SIGNALS, Stopped
-from iresnet_jax.training.metrics import read_metrics
+from iresnet_jax.runs import loop
+from iresnet_jax.runs.array_names import to_named
+from iresnet_jax.runs.checkpoints import load_named
+from iresnet_jax.runs.command_line import asks_for_debug
+from iresnet_jax.runs.compiled_steps import Programs
+from iresnet_jax.runs.config import parse
+from iresnet_jax.runs.interruption import SIGNALS, Stopped
+from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.runs.run_folder import alone_in, read_config, read_model
+from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives.likelihood import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys
-from iresnet_jax.training.programs import Programs
-from iresnet_jax.training.run_folder import alone_in, read_config, read_model
 
 # The same sums in another order, in float32; Adam divides by the root of tiny second moments, which magnifies their rounding.
 DEVICE_RTOL, DEVICE_ATOL = 1e-4, 1e-5
@@ -230,9 +231,9 @@ def test_the_command_line_of_a_run_told_to_stop_says_how_to_go_on(config_file, t
 # Each is a function that tells when it is entered, how long after that the signal comes, and whether the step is saved first.
 MOMENTS = {
     "initialisation": ("iresnet_jax.training.objectives.likelihood", "initial_variables", 0.1, False),
-    "compilation": ("iresnet_jax.training.loop", "_compile_ahead", 0.1, False),
+    "compilation": ("iresnet_jax.runs.loop", "_compile_ahead", 0.1, False),
     "validation": ("iresnet_jax.training.objectives.likelihood", "Validation.measure", 0.1, True),
-    "checkpoint": ("iresnet_jax.training.checkpoints", "_write", 0.0, True),
+    "checkpoint": ("iresnet_jax.runs.checkpoints", "_write", 0.0, True),
     "report": ("iresnet_jax.report.report", "write", 0.1, False),
 }
 # Forks, so that everything is imported once.

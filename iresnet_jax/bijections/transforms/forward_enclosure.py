@@ -17,9 +17,9 @@ from iresnet_jax.bijections.transforms.dequantize import Grid, quantize
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
-from iresnet_jax.maths.ball_arithmetic import Ball, joined, log, where
-from iresnet_jax.maths.double_double import DoubleDouble
-from iresnet_jax.maths.inverse.inverse_products import invert
+from iresnet_jax.maths.chains.inverse_products import invert
+from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, joined, log, where
+from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 
 _REFINEMENTS = 2  # of the solution of a triangular system, by the digits of float64 each
 _UP = 1 + 2.0**-30

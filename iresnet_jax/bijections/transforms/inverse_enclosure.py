@@ -20,9 +20,9 @@ from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
-from iresnet_jax.maths.double_double import DoubleDouble, where
+from iresnet_jax.maths.enclosures.double_double import DoubleDouble, where
+from iresnet_jax.maths.enclosures.precise_activations import sigmoid
 from iresnet_jax.maths.norms.convolution_certificate import dense_norm_bound
-from iresnet_jax.maths.precise_activations import sigmoid
 
 _U = 2.0**-53
 _UP = 1 + 2.0**-40

@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from iresnet_jax.maths.enclosures.upward_rounding import as_floats, euclidean_norm, lipschitz_at_least
 from iresnet_jax.maths.inverse.anderson import History
-from iresnet_jax.maths.upward_rounding import as_floats, euclidean_norm, lipschitz_at_least
 
 Branch = Callable[[Array], Array]
 

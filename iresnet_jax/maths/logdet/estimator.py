@@ -13,8 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Key, Shaped, UInt32
 
+from iresnet_jax.maths.enclosures.upward_rounding import as_floats
 from iresnet_jax.maths.logdet.jacobian_products import Linearized
-from iresnet_jax.maths.upward_rounding import as_floats
 
 Branch = Callable[[Array], Array]
 Trace = Callable[[Array], Array]

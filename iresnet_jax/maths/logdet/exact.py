@@ -10,9 +10,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from iresnet_jax.maths.enclosures.upward_rounding import as_floats
 from iresnet_jax.maths.logdet.estimator import Batch, Branch, Jacobian, LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.jacobian_products import Linearized, linearize
-from iresnet_jax.maths.upward_rounding import as_floats
 
 INVERSE_JACOBIANS = "inverse Jacobians"  # their name for a backward pass that chooses what to keep
 SMALL = 32  # dimensions up to which elimination without exchanges of rows is the faster, see `log_abs_det`

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from iresnet_jax.maths.enclosures.upward_rounding import euclidean_norm, lipschitz_at_least
 from iresnet_jax.maths.logdet.estimator import Branch, ProbingEstimator, Scalar, Trace
 from iresnet_jax.maths.logdet.jacobian_products import (
     Linearized,
@@ -26,7 +27,6 @@ from iresnet_jax.maths.logdet.jacobian_products import (
     transposed_jacobian,
     with_gradient,
 )
-from iresnet_jax.maths.upward_rounding import euclidean_norm, lipschitz_at_least
 
 
 def truncation_bound(num_dims: int, lipschitz_bound: float, num_terms: int) -> float:

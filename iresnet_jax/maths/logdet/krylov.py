@@ -30,6 +30,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from iresnet_jax.maths.enclosures.upward_rounding import lipschitz_at_least
 from iresnet_jax.maths.logdet.estimator import Branch, ProbingEstimator, Scalar, Trace
 from iresnet_jax.maths.logdet.jacobian_products import (
     Linearized,
@@ -38,7 +39,6 @@ from iresnet_jax.maths.logdet.jacobian_products import (
     transposed_jacobian,
     with_gradient,
 )
-from iresnet_jax.maths.upward_rounding import lipschitz_at_least
 
 NUM_NODES = 24  # nodes of the quadrature; its error is below 1e-9 |v|^2 up to L = .98, 3e-8 |v|^2 at .99, 1e-4 |v|^2 at .999
 WRITTEN_OUT = 12  # rows up to which a Hessenberg system is written out, which XLA:CPU runs 70 times as fast as loops over rows

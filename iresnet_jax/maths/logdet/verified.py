@@ -28,9 +28,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths import ball_arithmetic
-from iresnet_jax.maths.ball_arithmetic import Ball
-from iresnet_jax.maths.inverse.inverse_products import frobenius, gamma
+from iresnet_jax.maths.chains.inverse_products import frobenius, gamma
+from iresnet_jax.maths.enclosures import ball_arithmetic
+from iresnet_jax.maths.enclosures.ball_arithmetic import Ball
 
 _UP = 1 + 2.0**-30
 

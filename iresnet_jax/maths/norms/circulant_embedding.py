@@ -13,8 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from iresnet_jax.maths.enclosures.upward_rounding import power_of_two, rounded_up
 from iresnet_jax.maths.norms import gram_iteration as gram
-from iresnet_jax.maths.upward_rounding import power_of_two, rounded_up
 
 Pair = tuple[int, int]
 Twist = Pair

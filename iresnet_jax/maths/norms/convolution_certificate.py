@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from jaxtyping import Array, Float
 
 from iresnet_jax.maths.convolution import Padding, explicit_padding
+from iresnet_jax.maths.enclosures.upward_rounding import rounded_up
 from iresnet_jax.maths.norms import circulant_embedding as embedding
 from iresnet_jax.maths.norms.circulant_embedding import TWISTS, Twist
-from iresnet_jax.maths.upward_rounding import rounded_up
 
 _DENSE_SIDE = 256  # a layer with at most so many inputs or outputs is written out as a matrix
 

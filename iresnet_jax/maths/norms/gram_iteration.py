@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths.upward_rounding import power_of_two
+from iresnet_jax.maths.enclosures.upward_rounding import power_of_two
 
 _EXACT_SLACK = 2.0**10  # "exact" squares until the rank factor is below 1 + _EXACT_SLACK eps: 1.2e-4 or 2.3e-13
 MARGIN = 1.01  # covers the rounding of the rounding terms themselves, up to 5e4 rows in float32

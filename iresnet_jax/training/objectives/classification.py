@@ -14,9 +14,9 @@ from iresnet_jax.models.classifier import Classifier, ClassifierSpec, training_l
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import Constrained
 from iresnet_jax.models.head import cross_entropy
+from iresnet_jax.runs.config import AugmentationConfig, Config, ConstraintConfig
+from iresnet_jax.runs.from_config import Constrain, build_constraint, compiled_constraint, rematerialize, unroll
 from iresnet_jax.training import parallel
-from iresnet_jax.training.config import AugmentationConfig, Config, ConstraintConfig
-from iresnet_jax.training.from_config import Constrain, build_constraint, compiled_constraint, rematerialize, unroll
 from iresnet_jax.training.initialization import abstract_variables, initial_variables
 from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, UpdateRule, build_rule, update
 from iresnet_jax.training.parallel import AXIS, example_keys

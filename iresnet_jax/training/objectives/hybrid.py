@@ -19,9 +19,9 @@ import optax
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.head import cross_entropy
+from iresnet_jax.runs.config import Config, HybridConfig
+from iresnet_jax.runs.from_config import Constrain, build_constraint
 from iresnet_jax.training import parallel
-from iresnet_jax.training.config import Config, HybridConfig
-from iresnet_jax.training.from_config import Constrain, build_constraint
 from iresnet_jax.training.initialization import abstract_variables, initial_variables
 from iresnet_jax.training.objectives import classification, likelihood
 from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, UpdateRule, build_rule, update

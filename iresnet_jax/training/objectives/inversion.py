@@ -20,9 +20,8 @@ from iresnet_jax.data.measurements import Measurement
 from iresnet_jax.maths.inverse.fixed_point import example_norm
 from iresnet_jax.models.flow import Constrained
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
-from iresnet_jax.training import parallel
-from iresnet_jax.training.config import Config
-from iresnet_jax.training.from_config import (
+from iresnet_jax.runs.config import Config
+from iresnet_jax.runs.from_config import (
     Constrain,
     build_constraint,
     build_measurement,
@@ -31,6 +30,7 @@ from iresnet_jax.training.from_config import (
     rematerialize,
     unroll,
 )
+from iresnet_jax.training import parallel
 from iresnet_jax.training.initialization import abstract_variables, initial_variables
 from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, UpdateRule, build_rule, update
 from iresnet_jax.training.parallel import example_keys

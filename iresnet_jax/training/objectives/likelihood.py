@@ -15,9 +15,9 @@ from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.runs.config import Config
+from iresnet_jax.runs.from_config import Constrain, build_constraint, compiled_constraint, rematerialize, unroll
 from iresnet_jax.training import parallel
-from iresnet_jax.training.config import Config
-from iresnet_jax.training.from_config import Constrain, build_constraint, compiled_constraint, rematerialize, unroll
 from iresnet_jax.training.initialization import abstract_variables, initial_variables
 from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, UpdateRule, build_rule, update
 from iresnet_jax.training.parallel import example_keys

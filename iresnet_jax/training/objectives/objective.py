@@ -10,9 +10,9 @@ import optax
 from jax import lax
 
 from iresnet_jax.models.flow import Constrained
+from iresnet_jax.runs.config import Config
+from iresnet_jax.runs.from_config import Constrain, build_optimizer, build_schedule
 from iresnet_jax.training import state
-from iresnet_jax.training.config import Config
-from iresnet_jax.training.from_config import Constrain, build_optimizer, build_schedule
 from iresnet_jax.training.parallel import AXIS
 
 

@@ -19,14 +19,14 @@ from iresnet_jax.bijections import actnorm, residual
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.bijections.residual import Branch, Solver
 from iresnet_jax.bijections.transforms.logit import Logit
+from iresnet_jax.branches.branch import apply_branch, initial_weights
+from iresnet_jax.branches.closed_form_jacobian import has_diagonal
 from iresnet_jax.data.sources import digits
 from iresnet_jax.maths.inverse.fixed_point import invert_residual
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import flow, priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.branch import apply_branch, initial_weights
-from iresnet_jax.models.closed_form_jacobian import has_diagonal
 from iresnet_jax.models.density import Density, DensitySpec
 
 BATCH = 8

@@ -10,11 +10,11 @@ from jax import lax
 
 from iresnet_jax.bijections import actnorm, residual
 from iresnet_jax.bijections.residual import Branch, Solver
+from iresnet_jax.branches.branch import apply_branch
 from iresnet_jax.maths.inverse.fixed_point import Settings, invert_residual, solve_linear
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.branch import apply_branch
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
 from iresnet_jax.models.linen import ResidualFlow

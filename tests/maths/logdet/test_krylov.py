@@ -13,7 +13,7 @@ from iresnet_jax.maths.logdet import krylov
 from iresnet_jax.maths.logdet.exact import ExactLogdet, exact_logdet
 from iresnet_jax.maths.logdet.hutchinson_series import weighted_series
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet, quadratic_form
-from iresnet_jax.training.config import LogdetConfig
+from iresnet_jax.runs.config import LogdetConfig
 
 QUADRATURE = 1e-9  # of 24 nodes, relative to the squared norm of a probe, for L up to .98
 SINGLE = 2e-5  # float32, relative to the squared norm of a probe

@@ -19,12 +19,13 @@ from iresnet_jax.models import classifier
 from iresnet_jax.models.head import apply_head
 from iresnet_jax.models.saved import FILE_NAME
 from iresnet_jax.models.saved import load as load_model
-from iresnet_jax.training import loop, parallel
-from iresnet_jax.training.checkpoints import load_named
-from iresnet_jax.training.config import AugmentationConfig
-from iresnet_jax.training.metrics import read_metrics
+from iresnet_jax.runs import loop
+from iresnet_jax.runs.checkpoints import load_named
+from iresnet_jax.runs.compiled_steps import Programs
+from iresnet_jax.runs.config import AugmentationConfig
+from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives import classification
-from iresnet_jax.training.programs import Programs
 
 DEVICE_RTOL, DEVICE_ATOL = 1e-4, 1e-5  # the same sums in another order, in float32
 SAME = 1e-5  # the same maths by another route, float32

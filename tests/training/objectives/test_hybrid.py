@@ -24,10 +24,11 @@ from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import constrain, freeze
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.models.saved import load as load_model
-from iresnet_jax.training import loop, parallel
-from iresnet_jax.training.config import HybridConfig
-from iresnet_jax.training.from_config import density_spec
-from iresnet_jax.training.metrics import read_metrics
+from iresnet_jax.runs import loop
+from iresnet_jax.runs.config import HybridConfig
+from iresnet_jax.runs.from_config import density_spec
+from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives import hybrid
 
 DEVICE_RTOL, DEVICE_ATOL = 1e-4, 1e-5  # the same sums in another order, in float32

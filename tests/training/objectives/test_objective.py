@@ -6,7 +6,8 @@ import pytest
 import runs
 
 from iresnet_jax.data import load
-from iresnet_jax.training import loop, parallel
+from iresnet_jax.runs import loop
+from iresnet_jax.training import parallel
 
 ROUNDING_RTOL, ROUNDING_ATOL = 1e-4, 1e-5  # the same sums in another order, in float32
 CASES = {

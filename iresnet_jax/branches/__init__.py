@@ -1,0 +1,1 @@
+"""Residual branches as values: one kind a file."""

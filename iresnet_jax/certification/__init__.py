@@ -1,0 +1,1 @@
+"""Guarantees for computed numbers of whole models."""

@@ -1,0 +1,329 @@
+r"""A flow as a chain of steps on one vector, and its trajectory: in float64, and with its residuals in double-double.
+
+A step is an ActNorm and a residual block. It acts on some entries of a vector of all ``d`` dimensions, read in the order that
+its branch has them in, and leaves the others alone: squeezing and flattening are orders of entries, and a part that left as
+latents is not acted on again. The first point of a trajectory is the flow's input, the last one holds its latents.
+
+The map is the one of the weights as real numbers: those of float32 weights are the same in every precision.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from iresnet_jax.bijections import residual
+from iresnet_jax.bijections.actnorm import ActNormParams, forward_and_logdet, inverse_and_logdet
+from iresnet_jax.bijections.chain import chain
+from iresnet_jax.bijections.reshape import flatten, split_channels
+from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.branches.branch import BranchSpec, LayerSpec, apply_branch, linear_map
+from iresnet_jax.maths.convolution import Padding
+from iresnet_jax.maths.enclosures import precise_activations
+from iresnet_jax.maths.enclosures.double_double import UNIT, DoubleDouble, exp
+from iresnet_jax.maths.enclosures.split_products import Sliced, product
+from iresnet_jax.models.architecture import FlowSpec, Stage
+from iresnet_jax.models.flow import Norms, Tree, known_branch
+
+_UP = 1 + 2.0**-30
+
+
+class Entries(NamedTuple):
+    """Where the vector of a trajectory keeps what.
+
+    Attributes:
+        active: Entries that the steps of each stage act on, in the order of their branch's input.
+        latents: Entries of the latent vector, in its order.
+    """
+
+    active: tuple[Int[np.ndarray, " a"], ...]
+    latents: Int[np.ndarray, " d"]
+
+
+@functools.lru_cache(maxsize=32)
+def entries_of(spec: FlowSpec) -> Entries:
+    """The entries of a flow's steps, from its own reshapes of a vector of indices."""
+    active, latents = [], []
+    with jax.ensure_compile_time_eval():
+        indices = jnp.arange(spec.num_dims).reshape(1, *spec.event_shape)
+        for stage in spec.layout:
+            indices = chain(stage.entry).forward(indices)
+            active.append(np.asarray(indices).ravel())
+            if stage.spec.factor_out:
+                indices, left = split_channels(indices)
+                latents.append(np.asarray(left).ravel())
+        latents.append(np.asarray(indices).ravel())
+    return Entries(tuple(active), np.concatenate(latents))
+
+
+# ------------------------------------------------------------------------------------------------------- in float64
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def follow(
+    spec: FlowSpec, weights: Tree, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None
+) -> Float[Array, "b t d"]:
+    """Every point of the trajectory that starts at ``x``, the last one included."""
+
+    def step(stage, u, block):
+        u, _ = forward_and_logdet(ActNormParams(**block["actnorm"]), u)
+        return u + apply_branch(stage.branch, block["branch"], u, context)
+
+    vector, points = flatten(x), []
+    for stage, active in zip(spec.layout, entries_of(spec).active, strict=True):
+
+        def move(vector, block, stage=stage, active=active):
+            u = step(stage, vector[:, active].reshape(-1, *stage.branch.in_shape), block)
+            return vector.at[:, active].set(flatten(u)), vector
+
+        vector, found = lax.scan(move, vector, weights[stage.name])
+        points.append(found)
+    return jnp.moveaxis(jnp.concatenate([*points, vector[None]]), 0, 1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def go_back(
+    spec: FlowSpec, weights: Tree, y: Float[Array, "b d"], context: Float[Array, "b k"] | None, solver: Solver
+) -> Float[Array, "b t d"]:
+    """Every point of the trajectory that ends at the latents ``y``, by the iterative inverse of every block."""
+    entries = entries_of(spec)
+    vector, points = jnp.zeros_like(y).at[:, entries.latents].set(y), []
+    last = vector
+    for stage, active in reversed(list(zip(spec.layout, entries.active, strict=True))):
+
+        def move(vector, block, stage=stage, active=active):
+            branch = known_branch(stage.branch, block["branch"], block["lipschitz"], context)
+            u, _ = residual.inverse(branch, vector[:, active].reshape(-1, *stage.branch.in_shape), solver)
+            u, _ = inverse_and_logdet(ActNormParams(**block["actnorm"]), u)
+            vector = vector.at[:, active].set(flatten(u))
+            return vector, vector
+
+        vector, found = lax.scan(move, vector, weights[stage.name], reverse=True)
+        points.append(found)
+    return jnp.moveaxis(jnp.concatenate([*points[::-1], last[None]]), 0, 1)
+
+
+# ------------------------------------------------------------------------------------------------ in double-double
+
+
+class Layer(NamedTuple):
+    """A layer of all blocks of a stage, ready for `residuals`.
+
+    Attributes:
+        spec: The layer.
+        kernel: Its kernel as a matrix, in slices.
+        bias: Bias, of a shape that fits outputs ``(k, b, p, c)``.
+        norm: Bound of the operator norm.
+        sharpness: ``softplus(beta)`` of the activation in front, of a shape that fits inputs ``(k, b, ...)``; None without.
+        context: Kernel of the context in slices; None without.
+    """
+
+    spec: LayerSpec
+    kernel: Sliced
+    bias: DoubleDouble
+    norm: Float[np.ndarray, " k"]
+    sharpness: DoubleDouble | None
+    context: Sliced | None
+
+
+class PreciseStage(NamedTuple):
+    """The steps of a stage in double-double.
+
+    Attributes:
+        branch: Architecture of the branches.
+        active: Entries that the steps act on.
+        bias: Bias of the ActNorms, of a shape that fits ``(k, b, ...)``.
+        scale: Scale of the ActNorms, likewise.
+        layers: Layers of the branches.
+    """
+
+    branch: BranchSpec
+    active: Int[np.ndarray, " a"]
+    bias: DoubleDouble
+    scale: DoubleDouble
+    layers: tuple[Layer, ...]
+
+
+class Residuals(NamedTuple):
+    """What is wrong with a trajectory, and the slopes of its activations.
+
+    Attributes:
+        values: ``F_t(x_t) - x_{t+1}``, rounded to float64; 0 at entries that a step does not act on.
+        errors: Bounds of the Euclidean norm of the error of `values`.
+        argument_errors: Bounds of the error of every argument of an activation.
+        slopes: Slope of every output of an activation, ``(k, b, ...)``, by stage and layer; None in front of a layer without.
+    """
+
+    values: Float[np.ndarray, "b t d"]
+    errors: Float[np.ndarray, "b t"]
+    argument_errors: Float[np.ndarray, "b t"]
+    slopes: tuple[tuple[np.ndarray | None, ...], ...]
+
+    def where(self, condition: Bool[np.ndarray, " b"], other: "Residuals") -> "Residuals":
+        """These residuals for the examples that meet a condition, the other ones elsewhere."""
+
+        def chosen(one, two, axis=0):
+            return np.where(condition.reshape(-1, *[1] * (one.ndim - 1 - axis)), one, two)
+
+        slopes = tuple(
+            tuple(None if one is None else chosen(one, two, axis=1) for one, two in zip(*stage, strict=True))
+            for stage in zip(self.slopes, other.slopes, strict=True)
+        )
+        return Residuals(
+            chosen(self.values, other.values),
+            chosen(self.errors, other.errors),
+            chosen(self.argument_errors, other.argument_errors),
+            slopes,
+        )
+
+
+def in_float64(tree: Any) -> Any:
+    """The arrays of a tree in float64, under ``enable_x64``; converted on the host, which compiles nothing."""
+    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), tree)
+
+
+def precise_stages(spec: FlowSpec, weights: Tree, bounds: Norms) -> tuple[PreciseStage, ...]:
+    """The steps of a flow in double-double.
+
+    Args:
+        spec: Architecture of the flow.
+        weights: Weights of its stages.
+        bounds: Guaranteed bounds of its layers' norms.
+    """
+    stages = []
+    for stage, active in zip(spec.layout, entries_of(spec).active, strict=True):
+        own = jax.tree.map(lambda a: np.asarray(a, np.float64), weights[stage.name])
+        scale = exp(DoubleDouble.of(_by_channel(own["actnorm"]["log_scale"], stage.branch.in_shape)))
+        layers = tuple(_layer(stage, layer, own["branch"][layer.name], bounds) for layer in stage.branch.layers)
+        bias = DoubleDouble.of(_by_channel(own["actnorm"]["bias"], stage.branch.in_shape))
+        stages.append(PreciseStage(stage.branch, active, bias, scale, layers))
+    return tuple(stages)
+
+
+def ending_at(
+    stages: Sequence[PreciseStage], points: Float[np.ndarray, "b t d"], last: Float[np.ndarray, "b d"]
+) -> Float[np.ndarray, "b t d"]:
+    """The trajectories with another last point: entries that are not acted on any more have its values."""
+    points, end = points.copy(), points.shape[1]
+    points[:, -1] = last
+    for stage in reversed(stages):
+        left = np.setdiff1d(np.arange(points.shape[2]), stage.active)
+        start = end - 1 - len(stage.layers[0].norm)
+        points[:, start:end, left] = last[:, None, left]
+        end = start + 1
+    return points
+
+
+def residuals(
+    stages: Sequence[PreciseStage], trajectory: DoubleDouble, context: Float[np.ndarray, "b k"] | None = None
+) -> Residuals:
+    """The residuals of trajectories ``(b, t, d)``, all steps of a stage at once, with guaranteed bounds of their errors.
+
+    Entries that a step does not act on are taken to be the same in front of it and behind it, see `ending_at`.
+
+    An error ``delta`` in the input of a layer is ``|W| delta`` behind it, and an activation is 1-Lipschitz; what products,
+    activations and sums add is bounded where it arises.
+    """
+    b, num, d = trajectory.high.shape
+    values, slopes, start = np.zeros((b, num - 1, d)), [], 0
+    errors, argument_errors = np.zeros((2, b, num - 1))
+    for stage in stages:
+        k = len(stage.layers[0].norm)
+        now, end = slice(start, start + k), slice(start + 1, start + k + 1)
+        x, after = (_inputs(stage, trajectory, points) for points in (now, end))
+        u = (x + stage.bias) * stage.scale
+        error = 4 * UNIT * _norm(u)
+        g, error, of_arguments, of_layers = _branch(stage, u, error, context)
+        r = u + g - after
+        error = error + 4 * UNIT * _norm(u)  # of u itself, beside what it became in g
+        error = error + 4 * UNIT * (_norm(u) + _norm(g) + _norm(after)) + 2.0**-53 * _norm(r)
+        values[:, now, stage.active] = np.moveaxis(r.high.reshape(k, b, -1), 0, 1)
+        errors[:, now], argument_errors[:, now] = error.T * _UP, of_arguments.T * _UP
+        slopes.append(of_layers)
+        start += k
+    return Residuals(values, errors, argument_errors, tuple(slopes))
+
+
+def _inputs(stage, trajectory, points):
+    """Some points of trajectories as inputs ``(k, b, ...)`` of a stage's branches."""
+
+    def of_branch(part):
+        entries = np.moveaxis(part[:, points][..., stage.active], 0, 1)
+        return entries.reshape(*entries.shape[:2], *stage.branch.in_shape)
+
+    return trajectory.map(of_branch)
+
+
+def _branch(stage, h, error, context):
+    """``g``, bounds of its error and of the arguments' of activations, and the slopes; ``error`` bounds that of the input."""
+    slopes, of_arguments = [], np.zeros_like(error)
+    for layer in stage.layers:
+        slope = None
+        if layer.spec.activated:
+            of_arguments = np.maximum(of_arguments, error)
+            size = _norm(h) + np.sqrt(np.prod(h.high.shape[2:]))
+            error = error + precise_activations.ERROR * size
+            h, slope = precise_activations.activate(stage.branch.activation, h, layer.sharpness)
+        slopes.append(slope)
+        h, own = product(h, layer.kernel, functools.partial(_apply, layer.spec, stage.branch.padding))
+        h = h + layer.bias
+        if layer.context is not None:
+            contexts = DoubleDouble.of(np.broadcast_to(context, (len(layer.norm), *context.shape)))
+            shift, of_shift = product(contexts, layer.context, _shift)
+            h, own = h + shift.map(lambda part, h=h: _between(part, h)), own + of_shift
+        positions = np.prod(h.high.shape[2:-1])
+        own = np.sqrt(positions * np.sum(np.square(own), axis=-1)) * _UP
+        error = layer.norm[:, None] * error + own + 4 * UNIT * _norm(h)
+    return h, error, of_arguments, tuple(slopes)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(layer: LayerSpec, padding: Padding, inputs: Float[Array, "k i b ..."], kernels: Float[Array, "k ..."]) -> Array:
+    """A layer's linear map of slices: sums that are exact, whatever a compiler makes of their order."""
+    apply = linear_map(layer, padding)
+
+    def of_block(block):
+        h, kernel = block
+        return apply(kernel, h.reshape(-1, *h.shape[2:])).reshape(*h.shape[:2], *layer.in_shape[:-1], -1)
+
+    return lax.map(of_block, (inputs, kernels))
+
+
+@jax.jit
+def _shift(contexts: Float[Array, "k i b c"], kernels: Float[Array, "k c m"]) -> Float[Array, "k i b m"]:
+    return jnp.einsum("kibc,kcm->kibm", contexts, kernels)
+
+
+def _layer(stage: Stage, layer: LayerSpec, own: Any, bounds: Norms) -> Layer:
+    num, bias = len(own["kernel"]), own["bias"]
+    sharpness = None
+    if "beta" in own:
+        beta = own["beta"]
+        sharpness = precise_activations.softplus(DoubleDouble.of(beta.reshape(num, *(1,) * len(layer.in_shape), -1)))
+    return Layer(
+        spec=layer,
+        kernel=Sliced.of(own["kernel"]),
+        bias=DoubleDouble.of(bias.reshape(num, *(1,) * (len(layer.in_shape) + 2 - bias.ndim), *bias.shape[1:])),
+        norm=np.asarray(bounds[stage.name][layer.name], np.float64),
+        sharpness=sharpness,
+        context=Sliced.of(own["context"]) if "context" in own else None,
+    )
+
+
+def _by_channel(values: np.ndarray, in_shape: tuple[int, ...]) -> np.ndarray:
+    return values.reshape(len(values), *(1,) * len(in_shape), -1)
+
+
+def _norm(x: DoubleDouble) -> Float[np.ndarray, "k b"]:
+    """Euclidean norm of each example, rounded up."""
+    return np.sqrt(np.sum(np.square(x.high), axis=tuple(range(2, x.high.ndim)))) * _UP + 1e-150
+
+
+def _between(values: np.ndarray, h: DoubleDouble) -> np.ndarray:
+    """``(k, b, c)`` with axes of length one for the positions of ``h``."""
+    return values.reshape(*values.shape[:2], *(1,) * (h.high.ndim - 3), -1)

@@ -1,0 +1,1 @@
+"""Arithmetic whose results hold the exact numbers: balls, double-double, upward rounding."""

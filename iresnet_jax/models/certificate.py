@@ -1,0 +1,175 @@
+"""The certificate of a model: how large the Lipschitz constants of its layers, blocks and of the whole are.
+
+Every layer has its norm as power iteration sees it, from below, and a guaranteed bound from above; every block has their
+products. The bounds concern the stored weights in exact arithmetic, or what bfloat16 makes of them in a model that runs so.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from iresnet_jax.branches import constraint
+from iresnet_jax.branches.branch import BranchSpec
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
+from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.flow import Norms, Tree, as_params, bilipschitz, certify, rounded_to_bfloat16
+
+RTOL = 1e-3  # relative tolerance of the estimated norms
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The Lipschitz constant of a layer or of a block's branch.
+
+    Attributes:
+        name: "conv0" of a layer, "stage0/block03" of a block.
+        target: Largest constant that the constraint allows; None without one.
+        estimate: Norm by power iteration, or the product of the layers'; from below.
+        bound: Guaranteed upper bound.
+        layers: Constants of a block's layers; none of a layer.
+    """
+
+    name: str
+    target: float | None
+    estimate: float
+    bound: float
+    layers: tuple["Constant", ...] = ()
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Lipschitz constants of a whole model. As a string it is a table with a verdict.
+
+    Attributes:
+        coeff: Coefficient of the constraint; None without one.
+        budget: "layer" or "block", see `FlowSpec`; None without a constraint.
+        blocks: Every residual block.
+        forward: Guaranteed bound of ``Lip(F)`` from data to latents.
+        inverse: Guaranteed bound of ``Lip(F^-1)``; infinite where nothing is known.
+        bfloat16: Whether kernels were rounded to bfloat16 first, as the model runs them.
+    """
+
+    coeff: float | None
+    budget: str | None
+    blocks: tuple[Constant, ...]
+    forward: float
+    inverse: float
+    bfloat16: bool = False
+
+    @property
+    def certified(self) -> bool:
+        """Whether every block is guaranteed to be a contraction."""
+        return all(block.bound < 1 for block in self.blocks)
+
+    @property
+    def max_block(self) -> float:
+        """The largest bound of a block; NaN if one is."""
+        return max((block.bound for block in self.blocks), key=lambda bound: (math.isnan(bound), bound))
+
+    @property
+    def target(self) -> float | None:
+        """The Lipschitz constant that the constraint leaves a block at most; None without one."""
+        return max((block.target for block in self.blocks if block.target is not None), default=None)
+
+    @property
+    def verdict(self) -> str:
+        """One line: whether every block is certified a contraction."""
+        failed = [block.name for block in self.blocks if not block.bound < 1]
+        if failed:
+            found = f"no bound below 1 for {len(failed)} of {len(self.blocks)} blocks, the first is {failed[0]}"
+            return f"NOT CERTIFIED: {found}{self._rounding}"
+        return (
+            f"certified: every one of {len(self.blocks)} blocks is a contraction, Lip(g) <= {self.max_block:.5f}; whole model: "
+            f"Lip(F) <= {self.forward:.3g}, Lip(F^-1) <= {self.inverse:.3g}{self._rounding}"
+        )
+
+    @property
+    def _rounding(self) -> str:
+        return "; of kernels rounded to bfloat16, in exact arithmetic behind that" if self.bfloat16 else ""
+
+    @property
+    def table(self) -> str:
+        """Target, estimate and certified bound of every layer and block, a line each."""
+        rows = []
+        for block in self.blocks:
+            rows += [(f"{block.name}/{layer.name}", layer) for layer in block.layers]
+            rows.append((block.name, block))
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{'':{width}}   target  estimate  certified bound"]
+        for name, row in rows:
+            limit = "" if row.target is None else f"{row.target:.4f}"
+            lines.append(f"{name:{width}}  {limit:>7}  {row.estimate:8.5f}  {row.bound:15.5f}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return f"{self.table}\n{self.verdict}"
+
+
+def certificate_of(
+    spec: FlowSpec,
+    weights: Tree,
+    bounds: Norms | None,
+    preprocessing: BiLipschitz,
+    *,
+    constrained: bool = True,
+    bfloat16: bool = False,
+) -> Certificate:
+    """The certificate of a flow's weights.
+
+    Args:
+        spec: Architecture of the flow.
+        weights: Frozen or certified weights, see `flow.freeze` and `flow.certify`.
+        bounds: Guaranteed bounds of their layers' norms.
+        preprocessing: Constants of the map in front of the flow.
+        constrained: Whether the weights are meant to satisfy ``spec.coeff``.
+        bfloat16: Whether kernels are rounded to bfloat16 when the model runs; it is those that are certified then.
+
+    Raises:
+        ValueError: If the weights have no bounds.
+    """
+    if bounds is None:
+        raise ValueError("these weights are not certified: call freeze() first")
+    of_layers_by_stage = bounds
+    if bfloat16:
+        weights, of_layers_by_stage = _certify(spec, as_params(rounded_to_bfloat16(weights)))
+    per_layer = spec.coeff if constrained and spec.budget == "layer" else None
+    per_block = spec.coeff if constrained else None
+    blocks = []
+    estimates_of, flow = _estimates_and_bounds(spec, weights)
+    for stage in spec.layout:
+        own = weights[stage.name]
+        of_layers = {name: np.asarray(values, np.float64) for name, values in of_layers_by_stage[stage.name].items()}
+        estimates = {name: np.asarray(values, np.float64) for name, values in estimates_of[stage.name].items()}
+        for k in range(stage.spec.num_blocks):
+            layers = tuple(
+                Constant(layer.name, per_layer, float(estimates[layer.name][k]), float(of_layers[layer.name][k]))
+                for layer in stage.branch.layers
+            )
+            target = per_layer ** len(layers) if per_layer else per_block
+            estimate = math.prod(layer.estimate for layer in layers)
+            blocks.append(Constant(f"{stage.name}/block{k:02d}", target, estimate, float(own["lipschitz"][k]), layers))
+    whole = preprocessing.compose(flow)
+    coeff, budget = (spec.coeff, spec.budget) if constrained else (None, None)
+    return Certificate(coeff, budget, tuple(blocks), float(whole.forward), float(whole.inverse), bfloat16)
+
+
+_certify = jax.jit(certify, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _estimates_and_bounds(spec: FlowSpec, weights: Tree) -> tuple[Norms, BiLipschitz]:
+    """Norms of all layers by power iteration to a tolerance, and the bounds of the whole flow, compiled as one program."""
+    estimates = {stage.name: _estimates(stage.branch, weights[stage.name]["branch"]) for stage in spec.layout}
+    return estimates, bilipschitz(spec, weights)
+
+
+def _estimates(branch: BranchSpec, weights: Any) -> dict[str, Any]:
+    """Norms of the layers of a stage's blocks, one a block."""
+    starts = constraint.initial_vectors(branch, jax.random.key(0))
+    of_block = lambda w: constraint.normalize(branch, w, starts, coeff=0.5, rtol=RTOL).norms  # noqa: E731
+    return jax.lax.map(of_block, jax.tree.map(jnp.asarray, weights))

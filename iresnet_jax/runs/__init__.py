@@ -1,0 +1,1 @@
+"""The application around the library: configs, the loop on disk, hosts, signals."""

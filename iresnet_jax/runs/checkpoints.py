@@ -1,0 +1,194 @@
+"""Checkpoints of a training run: the newest few and the best one, each an ``.npz`` file.
+
+A file holds the arrays of a state under readable names (see `array_names`), so ``numpy.load`` reads it too. It is written
+under another name and renamed at the end: a killed process or a full disk cannot damage what was there before. The format keeps
+a checksum of each array, which finds what a failing disk did since.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+import numpy as np
+
+from iresnet_jax.atomic_files import replacing
+from iresnet_jax.runs.array_names import from_named, to_named
+
+_METRIC = "(metric)"  # no array of a state is called that
+
+
+class Checkpoints:
+    """The checkpoints ``workdir/checkpoints/<step>.npz``: the newest to resume from, the best to evaluate.
+
+    Args:
+        workdir: Folder of the run, created when needed.
+        keep: How many of the newest checkpoints to keep beside the best one, >= 1. With 2, one is left to fall back to.
+
+    Raises:
+        ValueError: If ``keep`` is less than 1 or ``workdir/checkpoints`` is a file.
+
+    Example:
+        >>> checkpoints = Checkpoints("runs/moons")
+        >>> checkpoints.save(100, state, metric=3.2)  # doctest: +SKIP
+        >>> restored = checkpoints.restore_latest(state)  # doctest: +SKIP
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}: without a checkpoint a run cannot be resumed")
+        self._folder = Path(workdir) / "checkpoints"
+        self._keep = keep
+        if self._folder.exists() and not self._folder.is_dir():
+            raise ValueError(f"{self._folder} is a file, where a folder is needed: move it away or choose another workdir")
+
+    def path(self, step: int) -> Path:
+        """Returns the file of a step, whether it exists or not."""
+        return self._folder / f"{step}.npz"
+
+    def save(self, step: int, state: Any, *, metric: SupportsFloat | None = None) -> None:
+        """Writes the checkpoint of a step, then deletes those that are no longer needed.
+
+        Checkpoints of later steps are deleted too: resuming from an earlier step gave up their future.
+
+        Args:
+            step: Finished updates, >= 0.
+            state: A pytree of arrays, without a device axis.
+            metric: What model selection goes by, lower is better, e.g. validation bits/dim. NaN is never the best.
+
+        Raises:
+            OSError: If the disk is full or not writable; the checkpoints already there are kept.
+            ValueError: If the step is negative or the state has no values or two arrays of one name.
+        """
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}: it counts finished updates")
+        named = to_named(state)
+        if not any(array.size for array in named.values()):
+            raise ValueError("the state has no values to save: pass the whole training state")
+        named[_METRIC] = np.array(math.nan if metric is None else float(metric))
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self._folder.glob("*.incoming"):  # of killed processes
+                leftover.unlink()
+            with replacing(self.path(step)) as incoming:
+                _write(incoming, named)
+        except OSError as error:
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {self._folder} ({_reason(error)}): "
+                "free disk space or check permissions and resume; the checkpoints written before are kept"
+            ) from error
+        past = [other for other in self._steps() if other <= step]
+        best = [other for _, other in self._by_metric() if other in past]
+        for other in set(self._steps()) - {*past[: self._keep], *best[:1]}:
+            with contextlib.suppress(OSError):
+                self.path(other).unlink()
+
+    def restore_latest(self, target: Any) -> tuple[Any, int] | None:
+        """Reads the newest checkpoint that is intact.
+
+        Args:
+            target: A state, or its ``jax.eval_shape``, that says what structure, shapes and dtypes to restore.
+
+        Returns:
+            The state and its step, or None if nothing was saved yet. Falling back past a damaged checkpoint warns.
+
+        Raises:
+            RuntimeError: If there are checkpoints and all of them are damaged.
+            ValueError: If the newest intact one does not fit ``target``; it names the first difference.
+        """
+        return self._restore(self._steps(), target)
+
+    def restore_best(self, target: Any) -> tuple[Any, int] | None:
+        """Reads the checkpoint with the lowest metric; otherwise like ``restore_latest``.
+
+        One whose metric cannot be read may be the best, so it is tried first, to say that it is damaged.
+        """
+        return self._restore([step for _, step in sorted(self._by_metric(), key=lambda entry: entry[0] < math.inf)], target)
+
+    def _restore(self, steps: list[int], target: Any) -> tuple[Any, int] | None:
+        """Restores the first of ``steps`` that can be read."""
+        for step, fallback in itertools.zip_longest(steps, steps[1:]):
+            try:
+                named = load_named(self.path(step))
+            except Exception as error:  # Damage shows as whatever zipfile or NumPy trips over.
+                if fallback is None:
+                    raise RuntimeError(
+                        f"no checkpoint in {self._folder} can be read (step {step}: {_reason(error)}): put back a copy of one, "
+                        "or delete this folder to start again"
+                    ) from error
+                warnings.warn(
+                    f"the checkpoint {self.path(step)} is damaged ({_reason(error)}); falling back to step {fallback}",
+                    stacklevel=3,
+                )
+            else:
+                return from_named(named, target), step
+        return None
+
+    def _steps(self) -> list[int]:
+        """Lists the steps of complete checkpoints, newest first; unfinished ones have other names."""
+        return sorted((int(path.stem) for path in self._folder.glob("*.npz") if path.stem.isdecimal()), reverse=True)
+
+    def _by_metric(self) -> list[tuple[float, int]]:
+        """Lists (metric, step) of checkpoints that have a metric, best first."""
+        entries = []
+        for step in self._steps():
+            try:
+                metric = float(_read(self.path(step), _METRIC)[_METRIC])
+            except Exception:  # Damaged, in whichever way: listed last, so that restoring it can say so.
+                metric = math.inf
+            entries.append((metric, step))
+        return sorted(entry for entry in entries if not math.isnan(entry[0]))
+
+
+def load_named(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Reads all arrays of one checkpoint by name, without knowing the model it belongs to.
+
+    Raises:
+        Exception: If the file is damaged, any that zipfile or NumPy raises; every array is compared with its checksum.
+
+    Example:
+        >>> named = load_named("runs/moons/checkpoints/1000.npz")  # doctest: +SKIP
+        >>> named["params/stage0/block03/conv1/kernel"].shape  # doctest: +SKIP
+    """
+    named = _read(Path(path))
+    del named[_METRIC]
+    return named
+
+
+def _write(path: Path, named: dict[str, np.ndarray]) -> None:
+    """Writes arrays as ``numpy.savez`` does, any names and dtypes included.
+
+    NumPy's format does not know the dtypes of JAX, such as bfloat16. Their bits are written, under ``NAME.bfloat16``.
+    """
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in named.items():
+            ending, bits = "npy", array
+            if array.dtype.kind == "V":
+                ending, bits = array.dtype.name, array.view(f"u{array.dtype.itemsize}")
+            with archive.open(f"{name}.{ending}", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, bits, allow_pickle=False)
+
+
+def _read(path: Path, only: str | None = None) -> dict[str, np.ndarray]:
+    named = {}
+    with zipfile.ZipFile(path) as archive:
+        for entry in [f"{only}.npy"] if only else archive.namelist():
+            name, _, ending = entry.rpartition(".")
+            with archive.open(entry) as member:
+                array = np.lib.format.read_array(member, allow_pickle=False)
+            named[name] = array if ending == "npy" else array.view(ending)
+    return named
+
+
+def _reason(error: Exception) -> str:
+    """Shortens an error to a phrase: the system's own words where it has some."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,46 @@
+"""Training steps that have been compiled, for runs in one process that differ in their data alone."""
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from iresnet_jax.runs.config import Config, DataConfig, EvaluationConfig
+from iresnet_jax.runs.from_config import Spec
+
+Step = Callable[[Any, Any], tuple[Any, Any]]
+
+
+class Programs:
+    """Compiled training steps by what they depend on; the least recently used are dropped.
+
+    A model's constants of the data, such as a mean, are part of its spec: runs share a step if their specs are equal.
+
+    Args:
+        most: Largest number of steps that are kept.
+    """
+
+    def __init__(self, most: int = 32):
+        self._most, self._steps = most, OrderedDict()
+
+    def step(self, config: Config, spec: Spec, num_terms: int, compile_step: Callable[[], Step]) -> Step:
+        """The step of an earlier run that was compiled with equal arguments, or else a new one.
+
+        Args:
+            config: Settings of the run.
+            spec: Its model.
+            num_terms: Terms of the log-determinant.
+            compile_step: Makes a new step.
+        """
+        training = dataclasses.replace(
+            config.training,
+            **{"minutes": 0.0, "patience": 0, "log_every_steps": 1, "eval_every_steps": 1},
+            **{"actnorm_examples": 1, "eval_examples": 1, "max_num_terms": 0},
+        )
+        settings = dataclasses.replace(config, data=DataConfig(), evaluation=EvaluationConfig(), training=training)
+        key = (settings, spec, num_terms)
+        step = self._steps.pop(key, None) or compile_step()
+        self._steps[key] = step
+        if len(self._steps) > self._most:
+            self._steps.popitem(last=False)
+        return step

@@ -1,0 +1,128 @@
+"""The folder of a run: its settings and its model, written once when training starts, and the lock of whoever trains in it.
+
+``config.json`` holds the settings; ``model.json`` the architecture, grey levels, histogram and classes, and the fingerprint of
+the data they came from. A resume reads the model from there and computes nothing anew from data files.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from iresnet_jax.atomic_files import locked, replacing
+from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.json_dataclasses import checked, first_difference, tagged, to_plain
+from iresnet_jax.models.saved import Spec
+from iresnet_jax.runs.config import Config, parse
+from iresnet_jax.runs.from_config import model_spec
+
+FORMAT = 1  # version of both files
+CONFIG_FILE, MODEL_FILE = "config.json", "model.json"
+
+
+# Settings that change how a step is computed and not what: a run may go on with others, as on other devices.
+WAYS_TO_COMPUTE = ("num_parts", "rematerialize", "blocks")
+
+
+def check_belongs_to(workdir: Path, config: Config) -> None:
+    """Raises ``ValueError`` if the folder holds a run with another config; names the first difference that counts."""
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"{workdir} is a file: choose another --workdir")
+    if not (workdir / CONFIG_FILE).exists():
+        return
+    theirs = read_config(workdir)
+    ways = {name: getattr(theirs.training, name) for name in WAYS_TO_COMPUTE}
+    ours = dataclasses.replace(config, training=dataclasses.replace(config.training, **ways))
+    if difference := first_difference(to_plain(ours), to_plain(theirs), "config"):
+        raise ValueError(f"{workdir} holds a run with another config: {difference}; choose another --workdir or delete it")
+
+
+def read_config(workdir: Path) -> Config:
+    """The settings of a run.
+
+    Raises:
+        ValueError: If there are none, they are damaged or written by another version.
+    """
+    if not workdir.is_dir():
+        raise ValueError(f"there is no workdir {workdir}: give the --workdir of a training run")
+    if not (workdir / CONFIG_FILE).exists():
+        raise ValueError(f"{workdir} has no {CONFIG_FILE}, so it is not the workdir of a training run")
+    plain = _read(workdir / CONFIG_FILE)
+    try:
+        return parse(plain)
+    except ValueError as error:
+        raise ValueError(f"{workdir / CONFIG_FILE} is damaged ({error}): restore it, or choose another --workdir") from None
+
+
+def read_model(workdir: Path) -> tuple[Spec, str]:
+    """The model of a run without its weights, and the fingerprint of its data.
+
+    Raises:
+        ValueError: If there is none, it is damaged or written by another version.
+    """
+    path = workdir / MODEL_FILE
+    plain = _read(path)
+    try:
+        return checked(Spec, plain["model"], "model"), str(plain["data"]["fingerprint"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or choose another --workdir") from None
+
+
+def model_for(workdir: Path, config: Config, data: DataSet) -> Spec:
+    """The model that a run in this folder trains: the one it began with, or for a new run that of the config and the data.
+
+    Raises:
+        ValueError: If the run began with other data.
+    """
+    if not (workdir / MODEL_FILE).exists():
+        return model_spec(config, data)
+    spec, fingerprint = read_model(workdir)
+    if fingerprint != data.fingerprint:
+        raise ValueError(
+            f"{workdir} was trained on other data: {data.name} has the fingerprint {data.fingerprint[:12]} now and had "
+            f"{fingerprint[:12]} when training began; bring those data back, or choose another --workdir"
+        )
+    return spec
+
+
+def claim(workdir: Path, config: Config, spec: Spec, data: DataSet) -> None:
+    """Writes the settings and the model of a new run; does nothing for one that has them."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    model = {"model": tagged(spec), "data": {"name": data.name, "fingerprint": data.fingerprint}}
+    # The model first: a folder with a config is one of a run.
+    for name, plain in ((MODEL_FILE, model), (CONFIG_FILE, to_plain(config))):
+        if not (workdir / name).exists():
+            with replacing(workdir / name) as incoming:
+                incoming.write_text(json.dumps({"format": FORMAT, **plain}, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def alone_in(workdir: Path) -> Iterator[None]:
+    """Within ``with``, no other process trains in the folder; the lock of a process that dies is free.
+
+    Raises:
+        ValueError: If another process trains there.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(workdir / "training", timeout_s=0.0))
+        except TimeoutError:
+            message = f"another process is training in {workdir}: wait until it has ended, or choose another --workdir"
+            raise ValueError(message) from None
+        yield
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object of a file of the present version, without its version number."""
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        version = plain.pop("format", None)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: restore it, or choose another --workdir") from None
+    except (AttributeError, TypeError, ValueError):  # not UTF-8, not JSON, or not an object
+        raise ValueError(f"{path} is damaged: restore it, or choose another --workdir") from None
+    if version != FORMAT:
+        raise ValueError(f"{path} was written by another version of iresnet_jax: train again, or use that version")
+    return plain

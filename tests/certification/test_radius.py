@@ -1,0 +1,237 @@
+"""Certified radii of classifiers against searches of the ball in float64, and the bounds that they are made of."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import kept
+import numpy as np
+import pytest
+
+from iresnet_jax.certification import certify
+from iresnet_jax.certification.head import Head
+from iresnet_jax.maths.chains import margin_bounds
+from iresnet_jax.maths.chains.margin_bounds import Adjoints, Step, Tangents
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.flow import freeze
+from iresnet_jax.models.head import initial_head
+
+LEVELS, SHAPE, CLASSES = 5, (2, 2, 1), 3
+ROUNDING = 1e-12  # of margins of size 1 in float64
+NUM_IMAGES, NUM_STARTS, NUM_STEPS = 6, 64, 60
+
+
+def spec_of(*stages, **fields):
+    fields = {"pad_channels": 3, "mean": (0.4,), "std": (0.3,), **fields}
+    shape = (2, 2, 1 + fields["pad_channels"])
+    return ClassifierSpec(FlowSpec(shape, stages), SHAPE, CLASSES, LEVELS, **fields)
+
+
+CONV = {"hidden": (4,), "kernel_sizes": (3, 3)}
+SPECS = {
+    "elu, preactivated": spec_of(StageSpec(2, **CONV, activation="elu", preactivation=True)),
+    "squeezed, then dense": spec_of(
+        StageSpec(1, **CONV, activation="clipswish", squeeze=2, positional_bias=True),
+        StageSpec(2, hidden=(5, 4), activation="lipswish"),
+    ),
+    "tanh, not padded": spec_of(StageSpec(2, **CONV, activation="tanh", squeeze=2, padding="CIRCULAR"), pad_channels=0),
+    "relu": spec_of(StageSpec(2, **CONV, activation="relu")),
+    "maxmin": spec_of(StageSpec(2, **CONV, activation="maxmin")),
+}
+SMOOTH = ("elu, preactivated", "squeezed, then dense", "tanh, not padded")
+
+
+@functools.cache
+def model(name):
+    """A classifier with random weights, its head's statistics those of random features."""
+    spec = SPECS[name]
+    frozen = jax.jit(lambda key: freeze(spec.flow, kept.random_params(spec.flow, key)))(jax.random.key(3))
+    channels, rng = spec.feature_shape[-1], np.random.default_rng(1)
+    statistics = {"head": {"mean": rng.normal(0, 0.3, channels), "var": rng.uniform(0.3, 1, channels)}}
+    head = initial_head(jax.random.key(4), channels, CLASSES)
+    head["norm"] = {"scale": jnp.linspace(0.5, 1.5, channels), "bias": jnp.linspace(-0.5, 0.5, channels)}
+    head["linear"]["bias"] = jnp.array([0.05, -0.05, 0.0])  # no ties where all rectifiers are off
+    as_float32 = functools.partial(jax.tree.map, lambda a: np.asarray(a, np.float32))
+    return Classifier(spec, as_float32(frozen.weights), as_float32(head), as_float32(statistics), frozen.bounds)
+
+
+@functools.cache
+def images():
+    return np.random.default_rng(0).integers(0, LEVELS, (NUM_IMAGES, *SHAPE), np.uint8)
+
+
+@jax.jit
+def logits_of(own, pixels):
+    return own.logits_of_input(own.spec.pad(pixels))
+
+
+@jax.jit
+def least_margins(own, pixels, classes, radii, key):
+    """The least margins that projected gradient descent from many starts finds in balls around some images."""
+
+    def margins(moves):
+        found = logits_of(own, pixels + moves)
+        rest = jnp.where(jax.nn.one_hot(classes, CLASSES) > 0, -jnp.inf, found)
+        return found[jnp.arange(len(classes)), classes] - rest.max(axis=1)
+
+    def onto(moves):
+        lengths = jnp.sqrt(jnp.sum(moves**2, axis=(1, 2, 3)))
+        return moves * jnp.minimum(1, radii / jnp.maximum(lengths, 1e-300))[:, None, None, None]
+
+    def search(key):
+        def step(_, state):
+            moves, least = state
+            slopes = jax.grad(lambda moves: margins(moves).sum())(moves)
+            slopes /= jnp.sqrt(jnp.sum(slopes**2, axis=(1, 2, 3), keepdims=True)) + 1e-300
+            moves = onto(moves - 0.1 * radii[:, None, None, None] * slopes)
+            return moves, jnp.minimum(least, margins(moves))
+
+        moves = onto(jax.random.normal(key, pixels.shape) * radii[:, None, None, None])
+        return jax.lax.fori_loop(0, NUM_STEPS, step, (moves, margins(moves)))[1]
+
+    return jax.lax.map(search, jax.random.split(key, NUM_STARTS)).min(axis=0)
+
+
+def searched(own, classes, radii):
+    with jax.enable_x64():
+        precise = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (own.weights, own.head, own.statistics))
+        precise = own.with_(**dict(zip(("weights", "head", "statistics"), precise, strict=True)), bounds=None)
+        pixels = jnp.asarray(images() / (LEVELS - 1), jnp.float64)
+        return np.asarray(least_margins(precise, pixels, jnp.asarray(classes), jnp.asarray(radii), jax.random.key(0)))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_no_search_breaks_a_certified_radius(name):
+    own = model(name)
+    found = certify.radius(own, images())
+    assert np.all(found.radius == np.maximum(found.radius, 0))
+    assert np.all(found.radius[found.margin > 1e-3] > 0)
+    np.testing.assert_array_equal(found.predicted, np.asarray(logits_of(own, images() / np.float32(LEVELS - 1))).argmax(axis=1))
+    assert np.all(searched(own, found.predicted, found.radius) > 0)
+    assert np.mean(searched(own, found.predicted, 50 * found.radius + 3) < 0) > 0.5, (
+        "a search that finds nothing proves nothing"
+    )
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_local_radii_are_the_larger_ones_and_jacobians_make_them_larger(name):
+    own = model(name)
+    dense, products = certify.radius(own, images()), certify.radius(own, images(), num_forms=0)
+    one = certify.radius(own, images(), num_forms=1)
+    assert np.all(dense.radius >= np.maximum(dense.global_radius, dense.local_radius) * (1 - 1e-12))
+    assert np.all(dense.local_radius > dense.global_radius)
+    assert np.all(products.local_radius <= one.local_radius * (1 + 1e-9))
+    assert np.all(one.local_radius <= dense.local_radius * (1 + 1e-9))
+    assert np.median(dense.local_radius / dense.global_radius) > 1.5
+
+
+@pytest.mark.parametrize("name", ["relu", "maxmin"])
+def test_slopes_that_jump_leave_the_global_radius(name):
+    found = certify.radius(model(name), images())
+    np.testing.assert_array_equal(found.radius, found.global_radius)
+    np.testing.assert_array_equal(found.local_radius, 0)
+
+
+def test_what_cannot_be_certified_is_refused():
+    own = model("relu")
+    with pytest.raises(ValueError, match="call freeze"):
+        certify.radius(own.with_(bounds=None), images())
+    with pytest.raises(ValueError, match="num_forms must be at least 0"):
+        certify.radius(own, images(), num_forms=-1)
+    with pytest.raises(ValueError, match="the model takes images"):
+        certify.radius(own, images()[:, :1])
+    spec = dataclasses.replace(SPECS["relu"], constrained=False, normalization="batchnorm")
+    with pytest.raises(ValueError, match="BatchNorm"):
+        certify.radius(own.with_(spec=spec), images())
+
+
+def test_rectifiers_add_no_more_than_the_duality_says():
+    """Against points of the sphere that put all their length where it counts."""
+    own, rng = model("squeezed, then dense"), np.random.default_rng(0)
+    last = rng.normal(size=(2, own.spec.flow.num_dims))
+    head = Head.of(own, last)
+    for distance in (0.1, 1.0, 10.0):
+        bound, worst = head.rectified(np.full(head.margins.shape, distance)), np.zeros(head.margins.shape)
+        for _ in range(3000):
+            move = rng.normal(size=last.shape) * (rng.random(last.shape) < rng.random())
+            move *= distance / np.maximum(np.linalg.norm(move, axis=1, keepdims=True), 1e-9)
+            moved = Head.of(own, last + move)
+            if np.any(moved.predicted != head.predicted):
+                continue
+            worst = np.maximum(worst, head.margins + np.einsum("bkd,bd->bk", head.gradients, move) - moved.margins)
+        assert np.all(worst <= bound + ROUNDING)
+    assert np.any(worst > 0.2 * bound)
+
+
+# ------------------------------------------------------------------------------------------ a chain with known numbers
+
+
+def chain(curvature=None):
+    """Two steps ``x + W2 tanh(W1 x)`` in three dimensions, a linear function, and what the bounds take of them."""
+    rng = np.random.default_rng(2)
+    layers = [[matrix / np.linalg.norm(matrix, 2) for matrix in rng.normal(size=(2, 3, 3))] for _ in range(2)]
+    last, center = rng.normal(size=3), rng.normal(size=3)
+    known = 4 / (3 * np.sqrt(3)) if curvature is None else curvature
+    steps = [
+        Step(1.0, (float(np.linalg.norm(first, 2)), float(np.linalg.norm(second, 2))), (1.0, 1.0), (None, known), 0.0)
+        for first, second in layers
+    ]
+
+    def value(x):
+        for first, second in layers:
+            x = x + np.tanh(x @ first.T) @ second.T
+        return x @ last
+
+    points, jacobians = [center], [np.eye(3)]
+    arguments = []
+    for first, second in layers:
+        h = first @ points[-1]
+        arguments.append((first @ jacobians[-1], 1 - np.tanh(h) ** 2))
+        jacobians.append(jacobians[-1] + second @ np.diag(arguments[-1][1]) @ arguments[-1][0])
+        points.append(points[-1] + second @ np.tanh(h))
+    gradients, weights = [last], []
+    for (first, second), (_, slope) in zip(layers[::-1], arguments[::-1], strict=True):
+        weights.append(np.abs(second.T @ gradients[-1]))
+        gradients.append(gradients[-1] + first.T @ (slope * (second.T @ gradients[-1])))
+    form = sum(known * a.T @ np.diag(w) @ a for (a, _), w in zip(arguments, weights[::-1], strict=True))
+    norm = lambda a: np.linalg.norm(a, 2)  # noqa: E731
+    none = np.zeros((2, 1))
+    adjoints = Adjoints(
+        np.array([[norm(gradients[-1])]]),
+        np.zeros(1),
+        np.array([[[norm(g)]] for g in gradients[::-1]]),
+        np.array([[[w.max()]] for w in weights[::-1]]),
+        none,
+        none,
+    )
+    fourth = [[norm(np.linalg.norm(a, axis=1)[:, None] * a)] for a, _ in arguments]
+    sizes = np.array([[norm(p)] for p in jacobians])
+    tangents = Tangents(sizes, sizes, np.array([[norm(a)] for a, _ in arguments]), np.array(fourth), np.array([[norm(form)]]))
+    return steps, adjoints, tangents, value, center
+
+
+def fall(radius, curvature=None, *, dense=True):
+    steps, adjoints, tangents, value, center = chain(curvature)
+    tangents = tangents if dense else None
+    radii = np.array([[radius]])
+    found = margin_bounds.displacements(steps, adjoints, tangents, 1.0, radii)
+    bound = margin_bounds.fall(steps, adjoints, tangents, found, radii).item()
+    moves = np.random.default_rng(0).normal(size=(20_000, 3))
+    moves *= radius / np.linalg.norm(moves, axis=1, keepdims=True)
+    return bound, (value(center) - value(center + moves)).max()
+
+
+@pytest.mark.parametrize("radius", [1e-3, 0.1, 1.0])
+@pytest.mark.parametrize("dense", [True, False])
+def test_no_point_of_the_ball_falls_further_than_the_bound(radius, dense):
+    bound, worst = fall(radius, dense=dense)
+    assert 0 < worst <= bound
+    if radius == 1e-3:
+        assert bound <= 1.01 * worst
+
+
+def test_the_check_rejects_a_curvature_of_zero():
+    bound, worst = fall(1.0, curvature=0.0)
+    assert worst > 1.001 * bound
