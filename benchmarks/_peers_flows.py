@@ -1,15 +1,74 @@
-"""A trained flow of ours, to evaluate and to invert: as it is, and with the same weights in normflows' blocks.
+"""One trained flow in two processes: as it is, and with the same weights in normflows' blocks.
 
-Workers of `peers.py`. The arrays of a case are inputs ``x`` of the flow in float64, (b, c, h, w) or (b, d), and their latents
-``z``. For inverses ``z`` is given, and ``x`` are its exact preimages.
+Arrays of a case are inputs ``x`` of the flow in float64, (b, c, h, w) or (b, d), and their latents ``z``. For inverses ``z`` is
+given, and ``x`` are its exact preimages.
 """
 
+import contextlib
 import time
 from dataclasses import asdict
-from typing import cast
+from typing import Any, cast
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from _peers_step import prepare_ours
+from _processes import most_cores
+from _steps import prepare_jax
+
+import iresnet_jax
+from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.evaluation import stated_accuracy
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.flow import as_params
+from iresnet_jax.training import parallel
+
+
+def architecture(spec):
+    """Plain data of a `DensitySpec`'s flow, for PyTorch.
+
+    Raises:
+        ValueError: If it is none of those that `_pytorch` builds.
+    """
+    stages = []
+    for stage in spec.flow.layout:
+        given, inside = stage.spec, stage.branch
+        if given.factor_out or given.squeeze not in (1, 2) or given.padding != "SAME" or spec.flow.budget != "layer":
+            raise ValueError(f"PyTorch has squeezes by 2, a budget for each layer and no factor-out: {given}")
+        side, _, channels = stage.in_shape if len(stage.in_shape) == 3 else (1, 1, 1)
+        is_flattened = len(stage.in_shape) == 3 and len(inside.in_shape) == 1
+        stages.append(
+            {
+                "num_blocks": given.num_blocks,
+                "squeeze": int(given.squeeze == 2),
+                "flattened": (side // given.squeeze, channels * given.squeeze**2) if is_flattened else None,
+                "activation": given.activation,
+                "positional_bias": given.positional_bias,
+                "layers": [layer._asdict() for layer in inside.layers],
+            }
+        )
+    last = spec.flow.layout[-1].branch.in_shape
+    ends = (last[0], last[-1]) if len(last) == 3 else None
+    return {"stages": stages, "ends": ends, "coeff": spec.flow.coeff, "prior": spec.prior}
+
+
+def write_arrays(model, x, z, path):
+    """Writes inputs (b, h, w, c) or (b, d), their latents, and the weights of the flow by path."""
+    x = np.asarray(x, np.float64)
+    arrays: dict[str, Any] = {"x": np.moveaxis(x, -1, 1) if x.ndim == 4 else x, "z": np.asarray(z, np.float32)}
+    for stage, params in as_params(model.weights).items():
+        for layer, own in params["blocks"].items():
+            arrays |= {f"{stage}/{layer}/{name}": np.asarray(value) for name, value in own.items()}
+    np.savez(path, **arrays)
+
+
+def exact_inverse(model, z):
+    """The preimages of latents in float64, to 1e-10 in every block."""
+    with jax.enable_x64(True):
+        precise = model.with_(solver=Solver(atol=1e-10, refine=True))
+        x, info = jax.jit(lambda model, z: model.flow().inverse(z))(precise, jnp.asarray(z))
+        if not bool(info.converged.all()):
+            raise RuntimeError(f"the exact inverse did not converge: residuals up to {float(info.residual.max()):.1e}")
+        return np.asarray(x)
 
 
 def error_of(found, exact):
@@ -18,12 +77,44 @@ def error_of(found, exact):
     return {"largest": float(np.abs(difference).max()), "euclidean": float(np.linalg.norm(difference, axis=1).max())}
 
 
-class Normflows:
+@contextlib.contextmanager
+def pair(model, x, z, start, folder, *, agreement):
+    """Starts `OurFlow` and `TorchFlow` on all cores that are compared; they end with the context.
+
+    Args:
+        model: `Density` whose flow it is.
+        x: Inputs of the flow.
+        z: Their latents.
+        start: See `_processes.workers`.
+        folder: Where the workers find the flow and the arrays.
+        agreement: Largest difference of PyTorch's latents in float64.
+
+    Yields:
+        Both workers, and the largest difference of PyTorch's latents from those given, see `TorchFlow.check`.
+
+    Raises:
+        RuntimeError: If PyTorch's latents differ by more.
+    """
+    cores = most_cores()
+    write_arrays(model, x, z, folder / "arrays.npz")
+    arrays, file = str(folder / "arrays.npz"), str(model.save(folder / "model.npz"))
+    given = {"architecture": architecture(model.spec), "arrays": arrays, "threads": len(cores)}
+    ours = start(cores, "_peers_flows", "OurFlow", {"model": file, "arrays": arrays})
+    theirs = start(cores, "_peers_flows", "TorchFlow", given)
+    found = theirs.ask("check")
+    if not found["float64"] <= agreement:
+        raise RuntimeError(f"PyTorch's latents in float64 are those of ours up to {found['float64']:.1e}, not {agreement:.1e}")
+    yield ours, theirs, found
+    for worker in (ours, theirs):
+        worker.stop()
+
+
+class TorchFlow:
     """The flow with normflows' residual blocks in PyTorch.
 
     Args:
-        architecture: See `_peers_cases.architecture`.
-        arrays: File with ``x``, ``z`` and the weights of ours, see `_peers_cases.write_arrays`.
+        architecture: See `architecture`.
+        arrays: File with ``x``, ``z`` and the weights of ours, see `write_arrays`.
         threads: Threads of PyTorch.
     """
 
@@ -32,12 +123,14 @@ class Normflows:
 
         torch.set_num_threads(threads)
         torch.manual_seed(0)
-        from _peers_torch import fixed_flow
+        from _pytorch import fixed_flow
 
+        weights: dict[str, dict[str, Any]] = {}
         with np.load(arrays) as given:
-            known = {name: given[name] for name in given.files}
-        self._torch, self._x, self._z = torch, torch.tensor(known["x"]), torch.tensor(known["z"])
-        self._flows = fixed_flow(architecture, known)
+            self._torch, self._x, self._z = torch, torch.tensor(given["x"]), torch.tensor(given["z"])
+            for stage, _, name in (path.partition("/") for path in given.files if "/" in path):
+                weights.setdefault(stage, {})[name] = given[f"{stage}/{name}"]
+        self._flows = fixed_flow(architecture, weights)
         self._log_dets, self._evals = [], 0
         for layer in self._flows:
             if hasattr(layer, "iresblock"):
@@ -106,27 +199,26 @@ class Normflows:
         return {**error_of(self._found, self._x.numpy()), "evals": self._evals}
 
 
-class Ours:
+def _inverse(model, z):
+    return model.flow().inverse(z)
+
+
+class OurFlow:
     """The flow as the commands for trained models run it, examples shared by one device a core.
 
     Args:
         model: File of the model.
-        arrays: As for `Normflows`.
+        arrays: As for `TorchFlow`.
     """
 
     def __init__(self, model, arrays):
-        prepare_ours()
-        import jax
-
-        import iresnet_jax
-        from iresnet_jax.training import parallel
-
-        self._jax, self._model, self._over_batches = jax, iresnet_jax.load(model), parallel.over_batches
+        prepare_jax()
+        self._model = cast(Density, iresnet_jax.load(model))
         with np.load(arrays) as given:
             self._x, self._z = given["x"], given["z"]
         self._compiled = set()
         self._placed = parallel.on_local_devices(self._model)
-        self._inverse = parallel.parallelize_eval(lambda model, z: model.flow().inverse(z))
+        self._inverse = parallel.parallelize_eval(_inverse)
 
     def log_probs(self, num, images, target):
         """Seconds of the log-likelihoods of images to a stated accuracy, mean over ``num``, and what was found.
@@ -136,16 +228,13 @@ class Ours:
             images: File of the images, as levels.
             target: Largest bias + standard error of an image, in bits/dim.
         """
-        from iresnet_jax.evaluation import stated_accuracy
-        from iresnet_jax.models.density import Density
-
-        model, levels = cast(Density, self._model), np.load(images)
+        levels = np.load(images)
         if images not in self._compiled:
-            stated_accuracy.log_prob(model, levels, target)
+            stated_accuracy.log_prob(self._model, levels, target)
             self._compiled.add(images)
         start = time.perf_counter()
         for _ in range(num):
-            values, accuracy = stated_accuracy.log_prob(model, levels, target)
+            values, accuracy = stated_accuracy.log_prob(self._model, levels, target)
         seconds = (time.perf_counter() - start) / num
         return {"seconds": seconds, "values": values[:, 0].tolist(), "accuracy": asdict(accuracy)}
 
@@ -157,15 +246,13 @@ class Ours:
             atol: Tolerance of the solver.
             refine: Whether it goes on in float64.
         """
-        from iresnet_jax.bijections.residual import Solver
-
         model = self._placed.with_(solver=Solver(atol=atol, refine=refine))
         z = self._z.astype(np.float64 if refine else np.float32)
 
         def inverse():
-            return self._over_batches(self._inverse, model, lambda places: z[places], len(z), len(z))
+            return parallel.over_batches(self._inverse, model, lambda places: z[places], len(z), len(z))
 
-        with self._jax.enable_x64(refine):
+        with jax.enable_x64(refine):
             if (atol, refine) not in self._compiled:
                 inverse()
                 self._compiled.add((atol, refine))
