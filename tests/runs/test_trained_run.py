@@ -132,7 +132,7 @@ def test_a_model_beside_the_run_does_not_replace_it(copied, toy):
 READING = """
 import sys
 from iresnet_jax.runs.trained_run import read_config
-from iresnet_jax.training import cpu
+from iresnet_jax.runs import cpu
 
 configs = [read_config(folder) for folder in sys.argv[1:]]
 print([config.data.name for config in configs], cpu.use_all_cores(configs[0]))
