@@ -22,7 +22,7 @@ from _peers_flows import exact_inverse, pair
 from _record import RESULTS, take_turns
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.evaluation.trained_run import load
+from iresnet_jax.runs.trained_run import load
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import priors
