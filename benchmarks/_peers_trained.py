@@ -22,7 +22,6 @@ from _peers_flows import exact_inverse, pair
 from _record import RESULTS, take_turns
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.runs.trained_run import load
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import priors
@@ -30,6 +29,7 @@ from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
 from iresnet_jax.models.linen import ResidualFlow
+from iresnet_jax.runs.trained_run import load
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
 
 OURS, NORMFLOWS = "ours", "normflows"
@@ -190,7 +190,13 @@ def race(model, z, start, folder, effort):
             for baseline in (OURS, OUR_TUNED):
                 if baseline in timings:
                     peers[name][f"times {baseline}"] = timings[baseline].speedup_over(timings[name])
-        return {"num": len(z), "goal": goal, "agreement": agreement, "peers": peers, "tried": {NORMFLOWS: their_tries, OURS: our_tries}}
+        return {
+            "num": len(z),
+            "goal": goal,
+            "agreement": agreement,
+            "peers": peers,
+            "tried": {NORMFLOWS: their_tries, OURS: our_tries},
+        }
 
 
 def random_block(kind, lipschitz):

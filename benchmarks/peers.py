@@ -34,7 +34,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from _models import read_config
+from _models import config_file, read_config
 from _peers_flows import architecture
 from _peers_trained import NORMFLOWS, OURS, TARGET, TOLERANCE, inverses, likelihoods, samples
 from _processes import core_counts, most_cores, pin, workers
@@ -50,7 +50,7 @@ from iresnet_jax.runs.planning import plan
 NAIVE = "naive"
 SIZES = ("digits", "64", "128")  # the config, and channels of `colour_config`
 NUM_BATCHES = 4
-DIGITS, FASHION = (ROOT / "configs" / f"{name}_density.py" for name in ("digits", "fashion_mnist"))
+DIGITS, FASHION = config_file("digits_density"), config_file("fashion_mnist_density")
 KEPT = RESULTS / "density_comparison_fashion_mnist.json"
 POLL_S = 0.02
 
