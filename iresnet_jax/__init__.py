@@ -19,7 +19,7 @@ from iresnet_jax.certification import certify
 from iresnet_jax.maths.convolution import conv
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo, invert_residual
 from iresnet_jax.maths.logdet.estimator import LogdetInfo
-from iresnet_jax.maths.logdet.exact import ExactLogdet, exact_logdet
+from iresnet_jax.maths.logdet.exact import ExactLogdet, dense_logdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
@@ -57,7 +57,7 @@ __all__ = [
     "chain",
     "constrain",
     "conv",
-    "exact_logdet",
+    "dense_logdet",
     "fit",
     "freeze",
     "invert_residual",

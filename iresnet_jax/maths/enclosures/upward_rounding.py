@@ -1,9 +1,9 @@
 r"""Rounding upwards, for numbers that must not end below the bound that they stand for.
 
 Float64 arithmetic of certificates multiplies what it has computed of a bound by `UP`. A sum of ``n`` positive terms rounds by
-at most ``gamma_n = n u / (1 - n u)`` of it (Higham 2002, Lemma 3.1), which is less than ``2^-32`` for a million terms: `UP` covers
-such a sum and what a few operations around it round. Sums whose terms cancel take `gamma` times the sum of the absolute terms
-instead. `at_least` and `rounded_up` round numbers of any float type up, traced ones too.
+at most ``gamma_n = n u / (1 - n u)`` of it (Higham 2002, Lemma 3.1), less than ``2^-32`` for a million: `UP` covers such a
+sum and what a few operations around it round. Sums whose terms cancel take `gamma` times the sum of the absolute terms instead.
+`at_least` and `rounded_up` round numbers of any float type up, traced ones too.
 """
 
 from collections.abc import Sequence
