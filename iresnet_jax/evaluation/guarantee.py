@@ -6,9 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Num
 
-from iresnet_jax.certification import decoding as certified_decoding
-from iresnet_jax.certification.decoding import Decoded
-from iresnet_jax.certification.info import CertifiedInfo
+from iresnet_jax.certification.decoding import CertifiedInfo, Decoded, certified
 from iresnet_jax.certification.problem import check_certified
 from iresnet_jax.evaluation.results import InverseGuarantee
 from iresnet_jax.models.architecture import FlowSpec
@@ -31,7 +29,7 @@ def affordable(spec: FlowSpec, seconds: float) -> int:
     return 0 if each > TOO_LONG_S else 2 ** int(np.log2(np.clip(seconds / each, 1, MOST_EXAMPLES)))
 
 
-def certify(
+def guaranteed(
     model: Density | Classifier | Reconstructor,
     parts: Sequence[Decoded],
     num: int,
@@ -57,7 +55,7 @@ def certify(
         return InverseGuarantee(reason=f"an example would take about {minutes:.0f} min, see certify.inverse"), None
     first = jax.tree.map(lambda *values: np.concatenate(values)[:num], *parts)
     contexts = None if contexts is None else contexts[: len(first.latents)]
-    info = certified_decoding.certified(model, first, context=contexts)
+    info = certified(model, first, context=contexts)
     return summarize(model.spec.flow, info), info
 
 

@@ -49,10 +49,10 @@ def test_where_nothing_is_guaranteed_the_reason_is_said():
     assert "2 examples by the bounds of the blocks, which multiply (slopes of relu jump)" in str(of_blocks)
     assert np.isfinite(of_blocks.max_bound)
     bare = kept.model(kept.POINTS).with_(bounds=None)
-    none, certificates = guarantee.certify(bare, [], 2)
+    none, certificates = guarantee.guaranteed(bare, [], 2)
     assert certificates is None
     assert "none, the weights are not certified: call freeze() first" in str(none)
-    dear, _ = guarantee.certify(kept.model(kept.POINTS), [], 0)
+    dear, _ = guarantee.guaranteed(kept.model(kept.POINTS), [], 0)
     assert "none, an example would take about" in str(dear)
 
 
