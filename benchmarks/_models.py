@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from iresnet_jax.models.flow import as_params, branch_inputs, freeze
 from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.trained_run import Run, load
+
+sys.path.append(str(ROOT / "tests"))  # for plain_flow, which tests of certificates have too
 
 
 def config_file(name: str) -> str:

@@ -24,11 +24,7 @@ from iresnet_jax.training import parallel
 
 
 def architecture(spec):
-    """Plain data of a `DensitySpec`'s flow, for PyTorch.
-
-    Raises:
-        ValueError: If it is none of those that `_pytorch` builds.
-    """
+    """Plain data of a `DensitySpec`'s flow, for `_pytorch`; ``ValueError`` for a flow that it does not build."""
     stages = []
     for stage in spec.flow.layout:
         given, inside = stage.spec, stage.branch
@@ -79,21 +75,9 @@ def error_of(found, exact):
 
 @contextlib.contextmanager
 def pair(model, x, z, start, folder, *, agreement):
-    """Starts `OurFlow` and `TorchFlow` on all cores that are compared; they end with the context.
+    """`OurFlow` and `TorchFlow` on all cores that are compared, and how far their latents are apart, see `TorchFlow.check`.
 
-    Args:
-        model: `Density` whose flow it is.
-        x: Inputs of the flow.
-        z: Their latents.
-        start: See `_processes.workers`.
-        folder: Where the workers find the flow and the arrays.
-        agreement: Largest difference of PyTorch's latents in float64.
-
-    Yields:
-        Both workers, and the largest difference of PyTorch's latents from those given, see `TorchFlow.check`.
-
-    Raises:
-        RuntimeError: If PyTorch's latents differ by more.
+    Both end with the context. ``RuntimeError`` if latents in float64 differ by more than ``agreement``.
     """
     cores = most_cores()
     write_arrays(model, x, z, folder / "arrays.npz")
@@ -110,13 +94,7 @@ def pair(model, x, z, start, folder, *, agreement):
 
 
 class TorchFlow:
-    """The flow with normflows' residual blocks in PyTorch.
-
-    Args:
-        architecture: See `architecture`.
-        arrays: File with ``x``, ``z`` and the weights of ours, see `write_arrays`.
-        threads: Threads of PyTorch.
-    """
+    """The flow with normflows' residual blocks in PyTorch: see `architecture` and `write_arrays`."""
 
     def __init__(self, architecture, arrays, threads):
         import torch  # pyright: ignore[reportMissingImports]
@@ -175,12 +153,7 @@ class TorchFlow:
         }
 
     def invert(self, num, tolerance=None):
-        """Seconds of the inverse of all latents, mean over ``num``, by its iteration.
-
-        Args:
-            num: Inverses.
-            tolerance: ``atol`` and ``rtol`` of its rule; None for its own, 1e-5.
-        """
+        """Seconds of the inverse of all latents, mean over ``num``, by its iteration, whose ``atol`` and ``rtol`` are 1e-5."""
         settings = {} if tolerance is None else {"atol": tolerance, "rtol": tolerance}
         start = time.perf_counter()
         for _ in range(num):
@@ -199,53 +172,40 @@ class TorchFlow:
         return {**error_of(self._found, self._x.numpy()), "evals": self._evals}
 
 
+def _mean_seconds(num, function):
+    """Mean seconds of some calls after one that does not count, and the last result."""
+    function()
+    start = time.perf_counter()
+    for _ in range(num):
+        found = function()
+    return (time.perf_counter() - start) / num, found
+
+
 def _inverse(model, z):
     return model.flow().inverse(z)
 
 
 class OurFlow:
-    """The flow as the commands for trained models run it, examples shared by one device a core.
-
-    Args:
-        model: File of the model.
-        arrays: As for `TorchFlow`.
-    """
+    """The flow as the commands for trained models run it, examples shared by one device a core."""
 
     def __init__(self, model, arrays):
         prepare_jax()
         self._model = cast(Density, iresnet_jax.load(model))
         with np.load(arrays) as given:
             self._x, self._z = given["x"], given["z"]
-        self._compiled = set()
-        self._placed = parallel.on_local_devices(self._model)
-        self._inverse = parallel.parallelize_eval(_inverse)
+        self._placed, self._inverse = parallel.on_local_devices(self._model), parallel.parallelize_eval(_inverse)
 
     def log_probs(self, num, images, target):
-        """Seconds of the log-likelihoods of images to a stated accuracy, mean over ``num``, and what was found.
+        """Seconds of the log-likelihoods of a file of images, mean over ``num`` after one that compiles, and what was found.
 
-        Args:
-            num: Evaluations, all with the same keys; one before the first compiles.
-            images: File of the images, as levels.
-            target: Largest bias + standard error of an image, in bits/dim.
+        Each has the same keys and a bias + standard error of at most ``target`` bits/dim.
         """
         levels = np.load(images)
-        if images not in self._compiled:
-            stated_accuracy.log_prob(self._model, levels, target)
-            self._compiled.add(images)
-        start = time.perf_counter()
-        for _ in range(num):
-            values, accuracy = stated_accuracy.log_prob(self._model, levels, target)
-        seconds = (time.perf_counter() - start) / num
+        seconds, (values, accuracy) = _mean_seconds(num, lambda: stated_accuracy.log_prob(self._model, levels, target))
         return {"seconds": seconds, "values": values[:, 0].tolist(), "accuracy": asdict(accuracy)}
 
     def invert(self, num, atol, refine):
-        """Seconds of the inverse of all latents, mean over ``num``.
-
-        Args:
-            num: Inverses; one before them compiles.
-            atol: Tolerance of the solver.
-            refine: Whether it goes on in float64.
-        """
+        """Seconds of the inverse of all latents, mean over ``num`` after one that compiles; it may go on in float64."""
         model = self._placed.with_(solver=Solver(atol=atol, refine=refine))
         z = self._z.astype(np.float64 if refine else np.float32)
 
@@ -253,13 +213,8 @@ class OurFlow:
             return parallel.over_batches(self._inverse, model, lambda places: z[places], len(z), len(z))
 
         with jax.enable_x64(refine):
-            if (atol, refine) not in self._compiled:
-                inverse()
-                self._compiled.add((atol, refine))
-            start = time.perf_counter()
-            for _ in range(num):
-                self._found, self._info = inverse()
-            return (time.perf_counter() - start) / num
+            seconds, (self._found, self._info) = _mean_seconds(num, inverse)
+        return seconds
 
     def error(self):
         """How far the last inverse is from the exact one, and what the solver says."""

@@ -1,10 +1,10 @@
 """Trained flows beside normflows at equal accuracy: likelihoods, inverses of a block, and samples.
 
-Likelihoods: ours are those of `stated_accuracy.log_prob`, from levels to nats, pilot included. normflows' estimator has no bias:
-a power series of 20 terms, and a random number of further ones, divided by the probability that they are there. Its mean over
-``n`` draws has the standard error ``sqrt(variance / n)``; the draws that the target takes are too many to run, so seconds are
-those of a draw times ``variance / target^2``. The measured variance is that of ordinary draws: the rare long ones, divided by
-probabilities that fall faster than the terms, would raise it.
+Likelihoods: ours are those of `stated_accuracy.log_prob`, from levels to nats, pilot included. normflows' estimator has no
+bias: a power series of 20 terms, and a random number of further ones, divided by the probability that they are there. Its mean
+over ``n`` draws has the standard error ``sqrt(variance / n)``; the draws that the target takes are too many to run, so seconds
+are those of a draw times ``variance / target^2``. The measured variance is that of ordinary draws: the rare long ones, divided
+by probabilities that fall faster than the terms, would raise it.
 
 Inverses: both sides run by their own rule, as they are and with the largest power of ten as tolerance that reaches the true
 error. Where normflows does not reach 1e-5 at any tolerance, both are asked for the least error that it reaches, and ours for
@@ -77,21 +77,51 @@ def reference(model, images):
 
 
 def likelihoods(arguments, start, folder):
-    """Seconds an image of ours and of normflows, by model."""
-    results = {}
+    """Seconds an image of ours and of normflows, by model; accuracies are in bits/dim."""
+    results, num_images = {}, 4 if arguments.quick else NUM_IMAGES
     for name in MODELS[:1] if arguments.quick else MODELS:
         run = load(RESULTS / name)
-        model, images = run.model, run.data.held_out("test", 4 if arguments.quick else NUM_IMAGES, run.config.seed)
+        model, images = run.model, run.data.held_out("test", num_images, run.config.seed)
         x, z, log_dets, exact = reference(model, images)
         np.save(folder / "images.npy", images)
-        with pair(model, x[:NUM_DRAWN], z[:NUM_DRAWN], start, folder, agreement=1e-6) as workers:
-            results[name] = _likelihood(*workers, model.spec, str(folder / "images.npy"), exact, log_dets, arguments)
+        with pair(model, x[:NUM_DRAWN], z[:NUM_DRAWN], start, folder, agreement=1e-6) as (our_flow, their_flow, agreement):
+            timings, found, draws = _evaluated(our_flow, their_flow, str(folder / "images.npy"), num_images, arguments)
+        unit, count, drawn = model.spec.unit_of_a_nat, draws["draws"], min(num_images, NUM_DRAWN)
+        variance = unit**2 * float(np.mean(draws["variance"]))
+        difference = unit * (np.array(draws["mean"]) - log_dets[:drawn])
+        needed = max(math.ceil(variance / TARGET**2), 1)
+        seconds = {OURS: timings[OURS].median, NORMFLOWS: needed * timings[NORMFLOWS].median}
+        error = unit * (np.array(found["values"]) - exact)
+        results[name] = {
+            "agreement": agreement,
+            "seconds_an_image": seconds,
+            "times_as_fast": seconds[NORMFLOWS] / seconds[OURS],
+            OURS: {
+                **timings[OURS].summary(),
+                "num_images": num_images,
+                **found["accuracy"],
+                "true_error": float(np.sqrt(np.mean(error**2))),
+                "true_bias": float(error.mean()),
+            },
+            NORMFLOWS: {
+                "extrapolated": "seconds of a draw times the draws that its measured variance asks for, bias taken as 0",
+                "seconds_of_a_draw_an_image": timings[NORMFLOWS].summary(),
+                "num_images": drawn,
+                "draws_run": count,
+                "standard_error_of_draws_run": math.sqrt(variance / count),
+                "true_error_of_draws_run": float(np.sqrt(np.mean(difference**2))),
+                "true_bias_of_draws_run": float(difference.mean()),
+                "standard_error_of_true_bias": unit * math.sqrt(draws["variance_of_mean"] / count),
+                "variance_of_a_draw": variance,
+                "draws_needed": needed,
+                "products_needed": needed * PRODUCTS_OF_A_DRAW * model.spec.flow.num_blocks,
+            },
+        }
     return results
 
 
-def _likelihood(our_flow, their_flow, agreement, spec, images, exact, log_dets, arguments):
-    """Seconds in turns, what ours found, and what normflows would take; everything in bits/dim."""
-    num, drawn = len(exact), min(len(exact), NUM_DRAWN)
+def _evaluated(our_flow, their_flow, images, num, arguments):
+    """Seconds an image in turns, what ours found, and normflows' draws."""
     answers = []
 
     def ours(count):
@@ -99,44 +129,12 @@ def _likelihood(our_flow, their_flow, agreement, spec, images, exact, log_dets, 
         return answers[-1]["seconds"] / num
 
     def theirs(count):
-        return their_flow.ask("draws", num=count) / drawn
+        return their_flow.ask("draws", num=count) / min(num, NUM_DRAWN)
 
     timings = take_turns({OURS: ours, NORMFLOWS: theirs}, **(QUICK_EFFORT if arguments.quick else LIKELIHOOD_EFFORT))
-    draws = their_flow.ask("log_dets")
-    if (missing := (4 if arguments.quick else DRAWS) - draws["draws"]) > 0:
+    if (missing := (4 if arguments.quick else DRAWS) - their_flow.ask("log_dets")["draws"]) > 0:
         their_flow.ask("draws", num=missing)
-        draws = their_flow.ask("log_dets")
-    unit, count = spec.unit_of_a_nat, draws["draws"]
-    variance = unit**2 * float(np.mean(draws["variance"]))
-    difference = unit * (np.array(draws["mean"]) - log_dets[:drawn])
-    needed = max(math.ceil(variance / TARGET**2), 1)
-    seconds = {OURS: timings[OURS].median, NORMFLOWS: needed * timings[NORMFLOWS].median}
-    error = unit * (np.array(answers[-1]["values"]) - exact)
-    return {
-        "agreement": agreement,
-        "seconds_an_image": seconds,
-        "times_as_fast": seconds[NORMFLOWS] / seconds[OURS],
-        OURS: {
-            **timings[OURS].summary(),
-            "num_images": num,
-            **answers[-1]["accuracy"],
-            "true_error": float(np.sqrt(np.mean(error**2))),
-            "true_bias": float(error.mean()),
-        },
-        NORMFLOWS: {
-            "extrapolated": "seconds of a draw times the draws that its measured variance asks for, bias taken as 0",
-            "seconds_of_a_draw_an_image": timings[NORMFLOWS].summary(),
-            "num_images": drawn,
-            "draws_run": count,
-            "standard_error_of_draws_run": math.sqrt(variance / count),
-            "true_error_of_draws_run": float(np.sqrt(np.mean(difference**2))),
-            "true_bias_of_draws_run": float(difference.mean()),
-            "standard_error_of_true_bias": unit * math.sqrt(draws["variance_of_mean"] / count),
-            "variance_of_a_draw": variance,
-            "draws_needed": needed,
-            "products_needed": needed * PRODUCTS_OF_A_DRAW * spec.flow.num_blocks,
-        },
-    }
+    return timings, answers[-1], their_flow.ask("log_dets")
 
 
 def first_that_reaches(worker, settings, goal, *, gives_up=lambda found: False):
@@ -202,10 +200,8 @@ def race(model, z, start, folder, effort):
 def random_block(kind, lipschitz):
     """A flow of one residual block on 16 x 16 x 12 with random kernels of certified norms, whose product is ``lipschitz``.
 
-    Args:
-        kind: "random", 3x3-1x1-3x3 with independent kernels; or "contracting", ``-W^T phi(W x + 1)``, whose Jacobian has
-            eigenvalues close to ``-lipschitz``, as blocks have them that training makes contract.
-        lipschitz: Bound of ``Lip(g)``, below 1.
+    A "random" block is 3x3-1x1-3x3 with independent kernels. A "contracting" one is ``-W^T phi(W x + 1)``, whose Jacobian has
+    eigenvalues close to ``-lipschitz``, as blocks have them that training makes contract.
     """
     kernel_sizes, hidden = ((3, 1, 3), (64, 64)) if kind == "random" else ((3, 3), (64,))
     spec = FlowSpec((16, 16, 12), (StageSpec(1, hidden, kernel_sizes),), coeff=lipschitz ** (1 / len(kernel_sizes)))
@@ -217,7 +213,7 @@ def random_block(kind, lipschitz):
         blocks["conv0"]["bias"] = jnp.ones_like(blocks["conv0"]["bias"])
     blocks["actnorm"] = jax.tree.map(jnp.zeros_like, blocks["actnorm"])
     frozen = jax.jit(freeze, static_argnums=0)(spec, {"stage0": {"blocks": blocks}})
-    return Density(DensitySpec(spec), frozen.weights, priors.standard("gaussian", spec.num_dims), frozen.bounds)
+    return Density(DensitySpec(spec), frozen, priors.standard("gaussian", spec.num_dims))
 
 
 def inverses(arguments, start, folder):

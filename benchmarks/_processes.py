@@ -20,15 +20,7 @@ MEMORY_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES")  # of the environment: workers h
 
 
 class Worker:
-    """A process that runs one case.
-
-    Args:
-        cores: Cores that it may use; None for all.
-        module: Module beside this one that has the case.
-        case: Class of the case.
-        arguments: Its arguments, as plain data.
-        environment: Variables to set.
-    """
+    """A process that runs ``case(**arguments)`` of a module on some cores (None: all), with some variables set."""
 
     def __init__(self, cores, module, case, arguments, environment=None):
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(MEMORY_SETTINGS)}
@@ -55,14 +47,9 @@ class Worker:
         self.ready_s = time.perf_counter() - began  # from the start of the process until the case was made
 
     def ask(self, method, **arguments):
-        """The answer of a method of the case.
-
-        Raises:
-            RuntimeError: If the process ends instead, with what it said last.
-        """
+        """The answer of a method of the case; ``RuntimeError`` with the last words of the process if it ends instead."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([method, arguments]) + "\n")
-        self._process.stdin.flush()
+        print(json.dumps([method, arguments]), file=self._process.stdin, flush=True)
         return self._answer()
 
     def _answer(self):
@@ -75,12 +62,11 @@ class Worker:
 
     def stop(self):
         """Ends the process, if it has not ended."""
-        if self._errors.closed:
-            return
-        self._process.kill()
-        self._process.communicate()
-        self._answers.close()
-        self._errors.close()
+        if not self._errors.closed:
+            self._process.kill()
+            self._process.communicate()
+            self._answers.close()
+            self._errors.close()
 
 
 @contextlib.contextmanager
@@ -88,8 +74,8 @@ def workers():
     """`Worker`, but that all end with the context."""
     with contextlib.ExitStack() as stack:
 
-        def start(*arguments, **settings):
-            worker = Worker(*arguments, **settings)
+        def start(*arguments):
+            worker = Worker(*arguments)
             stack.callback(worker.stop)
             return worker
 
@@ -108,12 +94,9 @@ def most_cores():
 
 
 def pin(cores):
-    """Lets this process, and those that it starts, use some cores, where the system can; returns those that it had."""
-    if cores is None or not hasattr(os, "sched_setaffinity"):
-        return None
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    return before
+    """Lets this process, and those that it starts, use some cores alone, where the system can."""
+    if cores is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
 
 
 def main():

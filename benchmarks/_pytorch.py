@@ -1,8 +1,8 @@
 """Residual flows in PyTorch, of the layers of normflows: with its blocks, or with a naive series as the paper has it.
 
 Nothing here imports JAX, so that the memory of a process is PyTorch's own. An architecture is the plain data that
-`_peers_trained.architecture` makes of a `FlowSpec`. Arrays are (b, c, h, w) where ours are (b, h, w, c); squeezes and flattening
-put channels in the order of ours, so that weights of ours give the same function.
+`_peers_flows.architecture` makes of a `FlowSpec`. Arrays are (b, c, h, w) where ours are (b, h, w, c); squeezes and
+flattening put channels in the order of ours, so that weights of ours give the same function.
 """
 
 import functools
@@ -48,6 +48,11 @@ def take_step(model, optimizer, x, *, clip_norm, power_iterations, num_dims=1):
         optimizer.step()
     nf.utils.update_lipschitz(model, power_iterations)
     return loss
+
+
+def count_parameters(model):
+    """Numbers in all parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def exact_log_prob(model, x):
@@ -201,7 +206,7 @@ def flow(architecture, kind, *, num_terms, num_steps):
     """A flow to train, as a `normflows.NormalizingFlow`.
 
     Args:
-        architecture: Plain data, see `_peers_trained.architecture`.
+        architecture: Plain data, see `_peers_flows.architecture`.
         kind: "naive" or "normflows".
         num_terms: Terms of the series.
         num_steps: Power iterations a step.

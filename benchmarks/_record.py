@@ -41,39 +41,14 @@ class Timing(NamedTuple):
         """Median over turns of the baseline's time over this one, both from the same run."""
         return statistics.median(b / own for own, b in zip(self.seconds, baseline.seconds, strict=True))
 
-    def summary(self, baseline: "Timing | None" = None) -> dict[str, Any]:
-        """The numbers for a record: median, quartiles, and the speed-up over a baseline."""
+    def summary(self) -> dict[str, Any]:
+        """The numbers for a record."""
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        numbers: dict[str, Any] = {"median_s": self.median, "quartiles_s": [low, high], "turns": len(self.seconds)}
-        return numbers if baseline is None else {**numbers, "speedup": self.speedup_over(baseline)}
-
-
-def interleave(
-    functions: Mapping[str, Callable[[], Any]], *, turns: int = 20, max_seconds: float = math.inf
-) -> dict[str, Timing]:
-    """Times functions in turns, each until its result is ready; what they compile in two calls beforehand is not counted.
-
-    Args:
-        functions: Functions to time, by name.
-        turns: Measurements of each.
-        max_seconds: Stops early, but not before `LEAST_TURNS`.
-    """
-
-    def timed(function):
-        def seconds(_):
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            return time.perf_counter() - start
-
-        return seconds
-
-    jax.block_until_ready([function() for function in functions.values()])
-    asked = {name: timed(function) for name, function in functions.items()}
-    return take_turns(asked, turns=turns, seconds_a_turn=0, most_seconds=max_seconds)
+        return {"median_s": self.median, "quartiles_s": [low, high], "turns": len(self.seconds)}
 
 
 def take_turns(
-    asked: Mapping[Any, Callable[[int], float]], *, turns: int, seconds_a_turn: float, most_seconds: float = math.inf
+    asked: Mapping[Any, Callable[[int], float]], *, turns: int, seconds_a_turn: float = 0, most_seconds: float = math.inf
 ) -> dict[Any, Timing]:
     """Seconds of one unit of work of everyone, in turns.
 
@@ -94,9 +69,24 @@ def take_turns(
     return {name: Timing(tuple(seconds)) for name, seconds in measured.items()}
 
 
+def interleave(functions: Mapping[str, Callable[[], Any]], **settings: Any) -> dict[str, Timing]:
+    """Times functions by `take_turns`, each until its result is ready; two calls beforehand compile and warm up."""
+
+    def timed(function):
+        def seconds(_):
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            return time.perf_counter() - start
+
+        return seconds
+
+    jax.block_until_ready([function() for function in functions.values()])
+    return take_turns({name: timed(function) for name, function in functions.items()}, **settings)
+
+
 def summarize(timings: Mapping[str, Timing], baseline: str) -> dict[str, Any]:
     """Every timing's numbers with its speed-up over the baseline, which has 1."""
-    return {name: timing.summary(timings[baseline]) for name, timing in timings.items()}
+    return {name: {**own.summary(), "speedup": own.speedup_over(timings[baseline])} for name, own in timings.items()}
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -113,7 +103,7 @@ def show(results: Any, name: str = "") -> None:
         single = {key: value for key, value in results.items() if not isinstance(value, Mapping | list | tuple)}
         written = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in single.items())
         if line := ", ".join(written):
-            print(f"{name}: {line}", flush=True)
+            print(f"{name}: {line}" if name else line, flush=True)
         for key, part in results.items():
             show(part, f"{name} {key}".strip())
     elif isinstance(results, list):
@@ -136,7 +126,7 @@ def write(name: str, arguments: argparse.Namespace, settings: Mapping[str, Any],
     record = {
         "benchmark": name,
         "command": shlex.join(["python", *sys.argv]),
-        "environment": {**asdict(environment.describe()), "processor": processor()},
+        "environment": {**asdict(environment.describe()), "processor": _processor()},
         "settings": {"quick": arguments.quick, **settings},
         "results": results,
     }
@@ -146,7 +136,7 @@ def write(name: str, arguments: argparse.Namespace, settings: Mapping[str, Any],
     print(f"written: {path}")
 
 
-def processor() -> str:
+def _processor() -> str:
     """The model of this machine's processor, as far as the operating system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

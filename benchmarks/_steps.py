@@ -3,6 +3,8 @@
 Nothing is imported before a worker makes its case: what a process does before JAX starts counts, and PyTorch's have no JAX.
 """
 
+import contextlib
+import itertools
 import time
 from pathlib import Path
 
@@ -10,13 +12,13 @@ WARMUP = 2
 
 
 def prepare_jax(config=None, *, keeps_memory=True):
-    """What train.py, or a command for a trained model, does in its process before JAX starts: the one place to change.
+    """What train.py does in its process before JAX starts: the one place to change.
 
-    Args:
-        config: Settings of the training; None for an evaluation by `python -m iresnet_jax`, on one device a core.
-        keeps_memory: Whether freed memory stays, in large pages, as with train.py.
+    Without a config it is what a command for a trained model does, with one device a core. Without ``keeps_memory`` the C
+    library's memory is as it is by default.
     """
     from iresnet_jax.runs import cpu, interpreter
+    from iresnet_jax.runs.compilation_cache import keep_compiled_programs
     from iresnet_jax.runs.config import Config
 
     interpreter.collect_garbage_rarely()
@@ -26,8 +28,6 @@ def prepare_jax(config=None, *, keeps_memory=True):
             cpu.keep_freed_memory()
         cpu.compile_quickly()
     cpu.use_all_cores(config or Config())
-    from iresnet_jax.runs.compilation_cache import keep_compiled_programs
-
     keep_compiled_programs()
 
 
@@ -45,28 +45,22 @@ def training_step(config, data):
 
 def _peak_bytes():
     """Largest resident memory of this process, where the system tells."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
-
-
-def _forget_peak():
-    """Makes the system count the largest memory from now on; returns whether it can."""
-    try:
-        return Path("/proc/self/clear_refs").write_text("5") == 1
-    except OSError:
-        return False
 
 
 class Steps:
     """A training that a worker goes on with; subclasses make `take`, one step, `wait` for its end, and `loss`."""
 
     def warm_up(self, num=WARMUP):
-        """Takes the first steps, which compile."""
+        """Takes the first steps, which compile; the largest memory is then counted anew, where the system can."""
         for _ in range(num):
             self.take()
         self.wait()
-        self._peak_bytes, self._can_forget = _peak_bytes(), _forget_peak()
+        self._peak_bytes, self._is_forgotten = _peak_bytes(), False
+        with contextlib.suppress(OSError):
+            self._is_forgotten = Path("/proc/self/clear_refs").write_text("5") > 0
 
     def steps(self, num):
         """Seconds of a step, mean over ``num``, after one that does not count: it finds caches as other processes left them."""
@@ -82,19 +76,14 @@ class Steps:
         """Largest resident memory of the process, and that since the first steps, without compilation."""
         later = _peak_bytes()
         whole = None if later is None or self._peak_bytes is None else max(later, self._peak_bytes)
-        return {"peak_bytes": whole, "peak_bytes_after_warmup": later if self._can_forget else None, "loss": self.loss()}
+        return {"peak_bytes": whole, "peak_bytes_after_warmup": later if self._is_forgotten else None, "loss": self.loss()}
 
     def wait(self):
         """Waits until all steps are done."""
 
 
 class OurSteps(Steps):
-    """The step of train.py, fed by its batches; random images stand in for those of TensorFlow Datasets.
-
-    Args:
-        config: Plain data of a `Config`.
-        keeps_memory: See `prepare_jax`.
-    """
+    """The step of train.py for plain data of a config; random images stand in for those of TensorFlow Datasets."""
 
     def __init__(self, config, *, keeps_memory=True):
         from iresnet_jax.runs.config import parse
@@ -165,8 +154,6 @@ class TorchSteps(Steps):
     """
 
     def __init__(self, kind, architecture, batches, num_terms, num_steps, learning_rate, clip_norm, threads, warmup=WARMUP):
-        import itertools
-
         import numpy as np
         import torch  # pyright: ignore[reportMissingImports]
 

@@ -37,7 +37,7 @@ def main():
             return steps
 
         asked = {name: steps_of(name) for name in faults}
-        timings = take_turns(asked, turns=2 if arguments.quick else arguments.turns, seconds_a_turn=0)
+        timings = take_turns(asked, turns=2 if arguments.quick else arguments.turns)
     results = summarize(timings, BASELINE)
     for name, own in results.items():
         own["page_faults_a_step"] = sum(faults[name][1:]) / len(faults[name][1:])  # the first was no turn

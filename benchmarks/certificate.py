@@ -61,7 +61,7 @@ def step_costs(side, channels, width, batch, *, turns):
 
         return functools.partial(jax.jit(jax.grad(loss)).lower(params).compile(), params)
 
-    return interleave({name: compiled(own) for name, own in constraints.items()}, turns=turns, max_seconds=20)
+    return interleave({name: compiled(own) for name, own in constraints.items()}, turns=turns, most_seconds=20)
 
 
 def whole_model(width):

@@ -27,7 +27,7 @@ def main():
     with workers() as start:
         running = {name: start(None, "_steps", "OurSteps", {"config": to_plain(config)}) for name, config in configs.items()}
         asked = {name: lambda num, worker=worker: worker.ask("steps", num=num) for name, worker in running.items()}
-        timings = take_turns(asked, turns=3 if arguments.quick else 100, seconds_a_turn=0)
+        timings = take_turns(asked, turns=3 if arguments.quick else 100)
         devices = running[BASELINE].ask("devices")["num_devices"]
     results = summarize(timings, BASELINE)
     for name, own in results.items():

@@ -55,7 +55,7 @@ def value_and_gradients(x, kernels, implementation, scanned):
     return jax.value_and_grad(loss, argnums=(0, 1))(x, kernels)
 
 
-def measure(case, *, turns, max_seconds):
+def measure(case, *, turns, most_seconds):
     """Timings of every implementation, in every form."""
     cin, cout, side, batch = case
     rng = np.random.default_rng(0)
@@ -66,7 +66,7 @@ def measure(case, *, turns, max_seconds):
         for form in FORMS
         for implementation in (*IMPLEMENTATIONS, "jax")
     }
-    return interleave(variants, turns=turns, max_seconds=max_seconds)
+    return interleave(variants, turns=turns, most_seconds=most_seconds)
 
 
 def rule(cin, cout, threshold):
@@ -88,10 +88,10 @@ def cost(medians, choose):
 
 def main():
     arguments = parser(__doc__).parse_args()
-    turns, max_seconds = (3, 1.0) if arguments.quick else (11, 6.0)
+    turns, most_seconds = (3, 1.0) if arguments.quick else (11, 6.0)
     results, medians = [], {}
     for case in QUICK_CASES if arguments.quick else CASES:
-        timings = measure(case, turns=turns, max_seconds=max_seconds)
+        timings = measure(case, turns=turns, most_seconds=most_seconds)
         medians[case] = {name: timing.median for name, timing in timings.items()}
         results.append({**dict(zip(SHAPES, case, strict=True)), "timings": summarize(timings, BASELINE)})
         show(results[-1], str(case))

@@ -52,7 +52,7 @@ def main():
     for num_blocks in (2, 4) if arguments.quick else (4, 8, 16, 32):
         made = {layout: gradient(num_blocks, layout) for layout in LAYOUTS}
         functions = {layout: function for layout, (function, _) in made.items()}
-        numbers = summarize(interleave(functions, turns=3 if arguments.quick else 20, max_seconds=60), "fused")
+        numbers = summarize(interleave(functions, turns=3 if arguments.quick else 20, most_seconds=60), "fused")
         results[num_blocks] = {layout: {**numbers[layout], "compile_s": seconds} for layout, (_, seconds) in made.items()}
     show(results)
     write("depth", arguments, {"batch_size": BATCH_SIZE, "num_products": NUM_PRODUCTS}, results)

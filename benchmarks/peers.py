@@ -175,14 +175,9 @@ def training(flags, environment):
     The run is killed in the end.
     """
     workdir = Path(next(flag.partition("=")[2] for flag in flags if flag.startswith("--workdir=")))
-    began, before = time.perf_counter(), pin(most_cores())
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *flags],
-        env={**os.environ, **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    pin(before)
+    began, command = time.perf_counter(), [sys.executable, str(ROOT / "train.py"), *flags]
+    nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env={**os.environ, **environment}, preexec_fn=lambda: pin(most_cores()), **nowhere)
 
     def lines():
         path, read, is_over = workdir / "metrics.jsonl", 0, False
