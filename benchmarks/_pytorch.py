@@ -59,20 +59,18 @@ def exact_log_prob(model, x):
     """Log-densities by the Jacobian of every residual block, in the precision of the parameters: a double array ``(b,)``."""
     model.eval()
     z, total = torch.as_tensor(x, dtype=next(model.q0.parameters()).dtype), 0.0
-    with torch.no_grad():
-        for layer in reversed(model.flows):
-            if isinstance(layer, nf.flows.Residual):
-                jacobian = torch.func.vmap(torch.func.jacrev(_of_one(layer.iresblock.nnet), chunk_size=ROWS_AT_ONCE))(z)
-                whole = torch.eye(z[0].numel(), dtype=z.dtype) + jacobian.reshape(len(z), z[0].numel(), -1)
-                z, log_det = layer.iresblock(z), torch.linalg.slogdet(whole).logabsdet
-            else:
-                z, log_det = layer.inverse(z)
-            total = total + log_det
-        return (model.q0.log_prob(z) + total).double().numpy()
-
-
-def _of_one(net):
-    return lambda x: net(x[None])[0]
+    for layer in reversed(model.flows):
+        if isinstance(layer, nf.flows.Residual):
+            z = z.detach().requires_grad_()
+            g = layer.iresblock.nnet(z)
+            unit = torch.eye(z[0].numel(), dtype=z.dtype)
+            of_batch = functools.partial(torch.autograd.grad, g.flatten(1).sum(0), z, is_grads_batched=True, retain_graph=True)
+            rows = torch.cat([of_batch(some)[0] for some in unit.split(ROWS_AT_ONCE)])  # (row, example, ...)
+            z, log_det = z + g, torch.linalg.slogdet(unit + rows.flatten(2).transpose(0, 1)).logabsdet
+        else:
+            z, log_det = layer.inverse(z)
+        z, total = z.detach(), total + torch.as_tensor(log_det).detach()
+    return (model.q0.log_prob(z) + total).detach().double().numpy()
 
 
 class LipSwish(nn.Module):
