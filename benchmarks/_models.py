@@ -13,7 +13,7 @@ from iresnet_jax.bijections.actnorm import ActNormParams, actnorm_bijection
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.bijections.reshape import split_channels
 from iresnet_jax.bijections.residual import Branch
-from iresnet_jax.branches.branch import BranchSpec
+from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.evaluation.trained_run import Run
 from iresnet_jax.models.architecture import FlowSpec, Stage
 from iresnet_jax.models.density import Density
@@ -57,7 +57,7 @@ class Block(NamedTuple):
     """
 
     name: str
-    spec: BranchSpec
+    spec: FeedforwardSpec
     weights: Any
     x: jax.Array
     y: jax.Array
@@ -75,13 +75,13 @@ def blocks(flow: FlowSpec, weights: Tree, x: Any) -> Iterator[Block]:
             x, _ = split_channels(x)
 
 
-def branch_of(spec: BranchSpec, weights: Tree) -> Branch:
+def branch_of(spec: FeedforwardSpec, weights: Tree) -> Branch:
     """The branch of a `Block` with all that has a closed form."""
-    return known_branch(spec, weights["branch"], weights["lipschitz"])
+    return Branch(spec, weights.branch, weights.branch.lipschitz_bound)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _through(stage: Stage, block: Tree, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``x`` behind a block's ActNorm, and the output of the block."""
-    x = actnorm_bijection(ActNormParams(**block["actnorm"])).forward(x)
+    x = actnorm_bijection(block.actnorm).forward(x)
     return x, x + branch_of(stage.branch, block).g(x)

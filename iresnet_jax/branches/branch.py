@@ -170,13 +170,13 @@ class BranchSpec:
     """
 
     in_shape: tuple[int, ...]
-    context_dim: int = 0
+    context_dim: int = field(default=0, kw_only=True)
 
     @classmethod
     def of_stage(cls, stage: Any, in_shape: tuple[int, ...], context_dim: int) -> Self:
         """The branch that a `StageSpec` describes, for examples of this shape."""
         del stage
-        return cls(in_shape, context_dim)
+        return cls(in_shape, context_dim=context_dim)
 
     def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharp: bool = False) -> Weights:
         """Random weights, a dictionary; ``last_scale`` is a factor on ``g``, ``sharp`` asks for sharper activations."""

@@ -3,8 +3,8 @@ r"""The branch of the paper: layers one after the other, ``g = W_n phi ... W_2 p
 Weights are a dictionary, one entry a layer: ``{"conv0": {"kernel", "bias", "beta"}, "conv1": ...}`` ("dense0" ... for vectors).
 ``beta`` belongs to the activation in front of its layer and exists for activations that have one.
 
-**Budget.** With 1-Lipschitz activations ``Lip(g) <= |W_n| ... |W_1|`` (sec. 2.1). Kernels are scaled down, never up, by norms that
-power iteration estimates, as in the paper, or that are bounded from above.
+**Budget.** With 1-Lipschitz activations ``Lip(g) <= |W_n| ... |W_1|`` (sec. 2.1). Kernels are scaled down, never up, by norms
+that power iteration estimates, as in the paper, or that are bounded from above.
 
 **Contexts.** A conditional branch ``g(x; context)`` shifts the output of every layer by a linear map of the context, which has
 no constraint: ``g`` is a contraction in ``x`` for every context, and any function of the context.
@@ -52,7 +52,7 @@ class FeedforwardSpec(BranchSpec):
             Lipschitz constant, and tells a small network where in the image it is.
     """
 
-    hidden: tuple[int, ...] = ()
+    hidden: tuple[int, ...]
     kernel_sizes: tuple[int, ...] | None = None
     activation: str = "elu"
     preactivation: bool = False
@@ -84,7 +84,7 @@ class FeedforwardSpec(BranchSpec):
         """The branch that a `StageSpec` describes, for examples of this shape."""
         return cls(
             in_shape,
-            context_dim,
+            context_dim=context_dim,
             hidden=tuple(stage.hidden),
             kernel_sizes=None if stage.kernel_sizes is None else tuple(stage.kernel_sizes),
             activation=stage.activation,
@@ -208,9 +208,7 @@ class FeedforwardSpec(BranchSpec):
         Raises:
             ValueError: If ``coeff`` is not in (0, 1) or the budget is unknown.
         """
-        norms = {
-            layer.name: layer.norm_along(weights[layer.name]["kernel"], vectors[layer.name]) for layer in self.layers
-        }
+        norms = {layer.name: layer.norm_along(weights[layer.name]["kernel"], vectors[layer.name]) for layer in self.layers}
         scaled, lipschitz = _within_budget(weights, norms, coeff=coeff, budget=budget)
         branch = Branch(self, scaled, lipschitz, "estimated")
         return Constrained(branch, {name: v for name, (_, v) in vectors.items()}, norms)
@@ -265,12 +263,13 @@ class FeedforwardSpec(BranchSpec):
 
     def trace(self, weights: Weights, x: Float[Array, "b ..."], context: Context = None) -> Float[Array, " b"]:
         """``tr J_g(x)`` in closed form, see `two_layers.trace`."""
-        return two_layers.trace(self._taps(weights), *self._slopes(weights, x, context), self.padding)
+        d0, d1 = self._slopes(weights, x, context)
+        return two_layers.trace(self._taps(weights), d0, d1, self.padding)
 
     def diagonal(self, weights: Weights, x: Float[Array, "b ..."], context: Context = None) -> Float[Array, "b ..."]:
         """The diagonal of ``J_g(x)`` in closed form, for what ``g`` costs."""
-        slopes = self._slopes(weights, x, context)
-        return two_layers.diagonal(self._taps(weights), *slopes, self.in_shape[-1], self.padding)
+        d0, d1 = self._slopes(weights, x, context)
+        return two_layers.diagonal(self._taps(weights), d0, d1, self.in_shape[-1], self.padding)
 
     def largest_diagonal(self, weights: Weights) -> Float[Array, ""]:
         """The largest absolute value that an entry of the diagonal can have if slopes are between 0 and 1."""
@@ -278,20 +277,21 @@ class FeedforwardSpec(BranchSpec):
 
     def jacobian(self, weights: Weights, x: Float[Array, "b d"], context: Context = None) -> Float[Array, "b d d"]:
         """``J_g(x)`` of a dense branch of two layers as one product of matrices."""
-        return two_layers.jacobian(*self._kernels(weights), *self._slopes(weights, x, context))
+        (there, back), (d0, d1) = self._kernels(weights), self._slopes(weights, x, context)
+        return two_layers.jacobian(there, back, d0, d1)
 
     def logdet(self, weights: Weights, x: Float[Array, "b ..."], context: Context = None) -> Float[Array, " b"]:
         """``log det(I + J_g(x))``, exact to rounding, for ``Lip(g) < 1``.
 
         A dense branch takes the matrix of its hidden units, convolutions take their stencil.
         """
-        if self.kernel_sizes is None:
-            matrices = two_layers.through_hidden_units(*self._kernels(weights), *self._slopes(weights, x, context))
-            return jnp.linalg.slogdet(jnp.eye(matrices.shape[-1], dtype=x.dtype)[None] + matrices)[1]
-        if not self._has_stencil:
+        if self.kernel_sizes is not None and not self._has_stencil:
             return stencil_logdet(stencil_by_products(lambda x: self.apply(weights, x, context), x, self._reach))
-        d0, d1 = self._slopes(weights, x, context)
-        return stencil_logdet(two_layers.stencil(*self._kernels(weights), d0 if self.preactivation else None, d1))
+        (there, back), (d0, d1) = self._kernels(weights), self._slopes(weights, x, context)
+        if self.kernel_sizes is None:
+            matrices = two_layers.through_hidden_units(there, back, d0, d1)
+            return jnp.linalg.slogdet(jnp.eye(matrices.shape[-1], dtype=x.dtype)[None] + matrices)[1]
+        return stencil_logdet(two_layers.stencil(there, back, d0 if self.preactivation else None, d1))
 
     @property
     def product_operations(self) -> float:
@@ -328,7 +328,8 @@ class FeedforwardSpec(BranchSpec):
         return tuple(weights[layer.name]["kernel"] for layer in self.layers)
 
     def _taps(self, weights: Weights) -> Array:
-        return two_layers.mirrored_taps(*self._kernels(weights))
+        there, back = self._kernels(weights)
+        return two_layers.mirrored_taps(there, back)
 
     def _slopes(self, weights: Weights, x: Array, context: Context) -> tuple[Array, Array]:
         """``D_0``, of one example where it is 1, and ``D_1`` of `two_layers`."""

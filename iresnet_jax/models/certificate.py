@@ -6,10 +6,12 @@ products. The bounds concern the stored weights in exact arithmetic, or what bfl
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
@@ -169,7 +171,7 @@ def _estimates_and_bounds(spec: FlowSpec, weights: Weights) -> tuple[Norms, BiLi
     return {name: _estimates(block.branch) for name, block in weights.items()}, bilipschitz(spec, weights)
 
 
-def _estimates(branch: Branch) -> Norms:
+def _estimates(branch: Branch) -> Mapping[str, Array]:
     """Norms of the layers of a stage's blocks, one a block."""
     spec = branch.spec
     if not spec.layers:

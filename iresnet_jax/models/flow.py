@@ -228,9 +228,7 @@ def rounded_to_bfloat16(weights: Weights) -> dict[str, Block]:
 
 def as_params(weights: Weights) -> dict[str, Any]:
     """Weights in the form of the parameters of `constrain`."""
-    return {
-        name: {"blocks": {**block.branch.weights, "actnorm": block.actnorm._asdict()}} for name, block in weights.items()
-    }
+    return {name: {"blocks": {**block.branch.weights, "actnorm": block.actnorm._asdict()}} for name, block in weights.items()}
 
 
 def bilipschitz(spec: FlowSpec, weights: Weights) -> BiLipschitz:

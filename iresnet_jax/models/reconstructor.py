@@ -176,7 +176,8 @@ class Reconstructor:
 
     def flow(self) -> Bijection:
         """``F`` from images to vectors."""
-        return flow_bijection(self.spec.flow, self.weights, solver=self.solver, unroll=self.unroll, rematerialize=self.rematerialize)
+        settings = {"solver": self.solver, "unroll": self.unroll, "rematerialize": self.rematerialize}
+        return flow_bijection(self.spec.flow, self.weights, **settings)
 
     def _as_images(self, vectors: Float[Array, "b d"]) -> Float[Array, "b h w c"]:
         return self.spec.permutation.inverse(vectors)[0]

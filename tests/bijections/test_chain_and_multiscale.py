@@ -52,7 +52,7 @@ def random_weights(spec, seed=0, num_steps=None):
         params, spectral = {}, {}
         for name, stage, _, branch in spec.layout:
             keys = jax.random.split(key, stage.num_blocks)
-            blocks: dict[str, Any] = jax.vmap(functools.partial(branches.initial_weights, branch))(keys)
+            blocks: dict[str, Any] = jax.vmap(branch.initial_weights)(keys)
             blocks["actnorm"] = {
                 "bias": jnp.zeros((stage.num_blocks, branch.in_shape[-1])),
                 "log_scale": jnp.zeros((stage.num_blocks, branch.in_shape[-1])),
@@ -74,7 +74,7 @@ IMAGES = FlowSpec(
 )
 
 
-CONVOLUTIONAL = branches.BranchSpec((3, 3, 2), (3,), (2, 3), activation="lipswish", preactivation=True)
+CONVOLUTIONAL = FeedforwardSpec((3, 3, 2), (3,), (2, 3), activation="lipswish", preactivation=True)
 
 
 def residual_case(branch_spec, coeff=0.8):
@@ -82,14 +82,14 @@ def residual_case(branch_spec, coeff=0.8):
 
     @jax.jit
     def draw(key_weights, key_vectors):
-        weights = branches.initial_weights(branch_spec, key_weights)
+        weights = branch_spec.initial_weights(key_weights)
         weights = jax.tree.map(lambda w: w + jnp.asarray(0.3 * rng.normal(size=w.shape)), weights)
         return constraint.normalize(
             branch_spec, weights, constraint.initial_vectors(branch_spec, key_vectors), coeff=coeff, num_steps=50
         )
 
     normal = draw(jax.random.key(3), jax.random.key(4))
-    branch = functools.partial(branches.apply_branch, branch_spec, normal.weights)
+    branch = functools.partial(branch_spec.apply, normal.weights)
     return residual(branch, normal.lipschitz, ExactLogdet(), SOLVER)
 
 
@@ -412,12 +412,12 @@ def test_blocks_of_a_constrained_model_are_contractions(x64):
     for name, _, _, branch in IMAGES.layout:
         norms = []
         for layer in branch.layers:
-            kernel = weights[name]["branch"][layer.name]["kernel"][0]
+            kernel = weights[name].branch.weights[layer.name]["kernel"][0]
             if layer.name.startswith("conv"):
                 kernel = oracles.dense_conv_matrix(kernel, *layer.in_shape[:2], padding=branch.padding)
             norms.append(oracles.operator_norm(kernel))
         assert max(norms) <= IMAGES.coeff * (1 + 1e-3)
-        np.testing.assert_allclose(weights[name]["lipschitz"][0], np.prod(norms), rtol=1e-3)
+        np.testing.assert_allclose(weights[name].branch.lipschitz_bound[0], np.prod(norms), rtol=1e-3)
 
 
 def test_a_model_in_the_plane_is_a_density(x64):
@@ -448,12 +448,12 @@ def test_a_model_in_the_plane_is_a_density(x64):
         (lambda: FlowSpec((5, 4, 1), (StageSpec(1, (4,), (3, 3), squeeze=2),)), "stage 0 cannot squeeze"),
         (lambda: StageSpec(0, (4,)), "num_blocks must be at least 1, got 0"),
         (lambda: StageSpec(1, (4,), squeeze=0), "squeeze must be a positive factor"),
-        (lambda: branches.BranchSpec((4, 4, 1), (4,)), "a dense branch takes vectors, got examples of shape"),
-        (lambda: branches.BranchSpec((4,), (4,), (3, 3)), "a convolutional branch takes images"),
-        (lambda: branches.BranchSpec((4, 4, 1), (4,), (3,)), "kernel_sizes needs 2 entries, one a layer"),
-        (lambda: branches.BranchSpec((4, 4, 1), (4,), (3, 3), padding="VALID"), "padding must be SAME or CIRCULAR"),
-        (lambda: branches.BranchSpec((4,), (4,), activation="swish"), "activation must be one of .* got 'swish'"),
-        (lambda: branches.BranchSpec((4,), ()), "hidden must name at least one positive width"),
+        (lambda: FeedforwardSpec((4, 4, 1), (4,)), "a dense branch takes vectors, got examples of shape"),
+        (lambda: FeedforwardSpec((4,), (4,), (3, 3)), "a convolutional branch takes images"),
+        (lambda: FeedforwardSpec((4, 4, 1), (4,), (3,)), "kernel_sizes needs 2 entries, one a layer"),
+        (lambda: FeedforwardSpec((4, 4, 1), (4,), (3, 3), padding="VALID"), "padding must be SAME or CIRCULAR"),
+        (lambda: FeedforwardSpec((4,), (4,), activation="swish"), "activation must be one of .* got 'swish'"),
+        (lambda: FeedforwardSpec((4,), ()), "hidden must name at least one positive width"),
     ],
 )
 def test_mistakes_are_named(make, message):
@@ -462,16 +462,16 @@ def test_mistakes_are_named(make, message):
 
 
 def test_a_bias_by_pixel_is_a_bias_of_every_pixel_and_leaves_the_jacobian_alone():
-    shared = branches.BranchSpec((3, 2, 1), (4,), (3, 3))
-    by_pixel = branches.BranchSpec((3, 2, 1), (4,), (3, 3), positional_bias=True)
-    weights = branches.initial_weights(by_pixel, jax.random.key(0))
+    shared = FeedforwardSpec((3, 2, 1), (4,), (3, 3))
+    by_pixel = FeedforwardSpec((3, 2, 1), (4,), (3, 3), positional_bias=True)
+    weights = by_pixel.initial_weights(jax.random.key(0))
     assert [weights[layer.name]["bias"].shape for layer in by_pixel.layers] == [(3, 2, 4), (3, 2, 1)]
     x = jax.random.normal(jax.random.key(1), (2, 3, 2, 1))
     same = {name: {**layer, "bias": layer["bias"][0, 0]} for name, layer in weights.items()}
-    np.testing.assert_array_equal(branches.apply_branch(by_pixel, weights, x), branches.apply_branch(shared, same, x))
+    np.testing.assert_array_equal(by_pixel.apply(weights, x), shared.apply(same, x))
     shift = jnp.arange(6.0).reshape(3, 2, 1)
     moved = {**weights, "conv1": {**weights["conv1"], "bias": shift}}
-    difference = branches.apply_branch(by_pixel, moved, x) - branches.apply_branch(by_pixel, weights, x)
+    difference = by_pixel.apply(moved, x) - by_pixel.apply(weights, x)
     np.testing.assert_allclose(difference, jnp.broadcast_to(shift, x.shape), atol=1e-5)
     vectors = constraint.initial_vectors(by_pixel, jax.random.key(2))
     norms_of = jax.jit(lambda weights: constraint.normalize(by_pixel, weights, vectors, coeff=0.5).norms)

@@ -46,11 +46,11 @@ CASES = {
 
 
 def make(name):
-    spec = branches.BranchSpec(**CASES[name])
+    spec = FeedforwardSpec(**CASES[name])
 
     @jax.jit
     def draw(keys):
-        weights = branches.initial_weights(spec, keys[0], last_scale=0.3)
+        weights = spec.initial_weights(keys[0], last_scale=0.3)
         for layer in weights.values():
             layer["bias"] = 0.5 * jax.random.normal(keys[1], layer["bias"].shape)
         context = jax.random.normal(keys[3], (BATCH, spec.context_dim)) if spec.context_dim else None
@@ -68,7 +68,7 @@ def test_all_closed_forms_are_those_of_the_dense_jacobian(x64, name):
 
     def one(weights, x, context):
         context = None if context is None else context[None]
-        return branches.apply_branch(spec, weights, x[None], context)[0]
+        return spec.apply(weights, x[None], context)[0]
 
     @jax.jit
     def both(weights, x, context):
@@ -100,7 +100,7 @@ def test_values_and_gradients_agree_on_average_over_probes(x64, name):
     cotangent = jnp.array([1.0, -0.7, 0.4])
 
     def total(weights, x, *, closed_form):
-        branch = functools.partial(branches.apply_branch, spec, weights)
+        branch = functools.partial(spec.apply, weights)
         trace = functools.partial(closed_form_jacobian.trace, spec, weights) if closed_form else None
         samples, _ = weighted_series(branch, x, probes, jnp.ones(5), 5, trace=trace)
         return jnp.sum(cotangent * jnp.mean(samples, axis=0))
@@ -129,7 +129,7 @@ def test_the_exact_logdet_and_its_gradients_are_the_same_with_it(x64, name):
     spec, weights, x, context = make(name)
 
     def total(weights, x, *, closed_form):
-        branch = known_branch(spec, weights, 0.9, context)
+        branch = Branch(spec, weights, 0.9).given(context)
         logdet, _ = ExactLogdet()(branch.g, x, jacobian=branch.jacobian if closed_form else None)
         return jnp.sum(jnp.array([1.0, -0.7, 0.4]) * logdet)
 
@@ -144,17 +144,17 @@ def test_other_branches_have_no_closed_form():
         {"kernel_sizes": (2, 2)},
         {"activation": "maxmin"},
     ):
-        spec = branches.BranchSpec(**{**CASES["conv"], "hidden": (4,), **changes})
+        spec = FeedforwardSpec(**{**CASES["conv"], "hidden": (4,), **changes})
         assert not closed_form_jacobian.has_trace(spec)
-        weights = jax.jit(lambda key, spec=spec: branches.initial_weights(spec, key))(jax.random.key(0))
+        weights = jax.jit(lambda key, spec=spec: spec.initial_weights(key))(jax.random.key(0))
         with pytest.raises(ValueError, match="two layers with an elementwise activation"):
             closed_form_jacobian.trace(spec, weights, jnp.ones((1, *spec.in_shape)))
-    wide = branches.BranchSpec(in_shape=(closed_form_jacobian.FULL_DIMS + 1,), hidden=(4,))
+    wide = FeedforwardSpec(in_shape=(closed_form_jacobian.FULL_DIMS + 1,), hidden=(4,))
     assert closed_form_jacobian.has_trace(wide)
-    for spec in (wide, branches.BranchSpec(**CASES["conv"])):
+    for spec in (wide, FeedforwardSpec(**CASES["conv"])):
         assert not closed_form_jacobian.has_jacobian(spec)
-        weights = branches.initial_weights(spec, jax.random.key(0))
-        assert known_branch(spec, weights, 0.9).jacobian is None
+        weights = spec.initial_weights(jax.random.key(0))
+        assert Branch(spec, weights, 0.9).jacobian is None
         with pytest.raises(ValueError, match="dense branches of two layers"):
             closed_form_jacobian.jacobian(spec, weights, jnp.ones((1, *spec.in_shape)))
 
@@ -162,10 +162,10 @@ def test_other_branches_have_no_closed_form():
 @pytest.mark.parametrize(("side", "taps"), [(2, 3), (1, 3), (4, 5)])
 def test_on_a_torus_smaller_than_the_kernel_there_is_no_closed_form_and_none_is_used(side, taps):
     shape = {"in_shape": (side, side, 1), "hidden": (4,), "kernel_sizes": (taps, taps), "padding": "CIRCULAR"}
-    spec = branches.BranchSpec(**shape)
-    weights = jax.jit(lambda key: branches.initial_weights(spec, key))(jax.random.key(0))
+    spec = FeedforwardSpec(**shape)
+    weights = jax.jit(lambda key: spec.initial_weights(key))(jax.random.key(0))
     assert not closed_form_jacobian.has_trace(spec)
     with pytest.raises(ValueError, match="the trace has a closed form for two layers"):
         closed_form_jacobian.trace(spec, weights, jnp.ones((1, side, side, 1)))
-    assert known_branch(spec, weights, 0.9).trace is None
-    assert closed_form_jacobian.has_trace(branches.BranchSpec(**shape | {"in_shape": (taps, taps, 1)}))
+    assert Branch(spec, weights, 0.9).trace is None
+    assert closed_form_jacobian.has_trace(FeedforwardSpec(**shape | {"in_shape": (taps, taps, 1)}))

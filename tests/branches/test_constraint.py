@@ -20,9 +20,9 @@ from iresnet_jax.models.architecture import FlowSpec, StageSpec
 COEFF = 0.9
 TIGHT = 0.03  # how far below the bound a norm may lie
 SPECS = {
-    "dense": branches.BranchSpec((5,), (7, 6), activation="clipswish"),
-    "convolutional": branches.BranchSpec((4, 5, 3), (6, 8), (3, 1, 3), activation="lipswish", preactivation=True),
-    "periodic": branches.BranchSpec((4, 4, 2), (5,), (3, 2), activation="tanh", padding="CIRCULAR"),
+    "dense": FeedforwardSpec((5,), (7, 6), activation="clipswish"),
+    "convolutional": FeedforwardSpec((4, 5, 3), (6, 8), (3, 1, 3), activation="lipswish", preactivation=True),
+    "periodic": FeedforwardSpec((4, 4, 2), (5,), (3, 2), activation="tanh", padding="CIRCULAR"),
 }
 FLOW = FlowSpec(
     (4, 4, 2),
@@ -37,7 +37,7 @@ FLOW = FlowSpec(
 def random_branch(spec, seed, scale=1.0):
     """Drawn by NumPy: JAX would compile a program for each shape."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(functools.partial(branches.initial_weights, spec), jax.random.key(0))
+    shapes = jax.eval_shape(spec.initial_weights, jax.random.key(0))
     return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.normal(0, 0.4, leaf.shape), jnp.float32), shapes)
 
 
@@ -55,7 +55,7 @@ def true_norms(spec, weights):
 def random_params(spec, seed=0, scale=1.0):
     params, rng = {}, np.random.default_rng(seed)
     for name, stage, _, branch in spec.layout:
-        shapes = jax.eval_shape(functools.partial(branches.initial_weights, branch), jax.random.key(0))
+        shapes = jax.eval_shape(branch.initial_weights, jax.random.key(0))
         shape = (stage.num_blocks, branch.in_shape[-1])
         blocks = jax.tree.map(lambda leaf, num=stage.num_blocks: np.zeros((num, *leaf.shape)), shapes)
         for layer in blocks.values():
@@ -130,7 +130,7 @@ def test_gradient_flows_through_the_certified_norm():
     @jax.jit
     def loss(weights):
         normalized = constraint.normalize_certified(spec, weights, coeff=COEFF, method="gram").weights
-        return jnp.sum(branches.apply_branch(spec, normalized, x) ** 2)
+        return jnp.sum(spec.apply(normalized, x) ** 2)
 
     with jax.enable_x64(True):
         weights, x = jax.tree.map(lambda a: a.astype(jnp.float64), (weights, x))
@@ -147,8 +147,8 @@ def test_gradient_flows_through_the_certified_norm():
 def test_frozen_weights_are_certified_and_tight(budget):
     spec, fixed = frozen(budget)
     for name, _, _, branch in spec.layout:
-        for block, lipschitz in enumerate(fixed.weights[name]["lipschitz"]):
-            weights = jax.tree.map(lambda w, block=block: w[block], fixed.weights[name]["branch"])
+        for block, lipschitz in enumerate(fixed.weights[name].branch.lipschitz_bound):
+            weights = jax.tree.map(lambda w, block=block: w[block], fixed.weights[name].branch)
             norms = true_norms(branch, weights)
             for layer, norm in norms.items():
                 bound = float(fixed.bounds[name][layer][block])
@@ -171,7 +171,7 @@ def test_freezing_shrinks_what_power_iteration_let_through():
     for label, weights in {"hoped": hoped, "frozen": fixed}.items():
         for name, _, _, branch in FLOW.layout:
             for block in range(2):
-                norms = true_norms(branch, jax.tree.map(lambda w, block=block: w[block], weights[name]["branch"]))
+                norms = true_norms(branch, jax.tree.map(lambda w, block=block: w[block], weights[name].branch))
                 worst[label] = max(worst[label], *norms.values())
     assert worst["frozen"] <= FLOW.coeff < worst["hoped"]
 
@@ -210,9 +210,9 @@ def test_constrained_training_is_certified_at_every_step():
         weights = constrain(params, {name: {} for name in params}).weights
         for name, _, _, branch in FLOW.layout:
             for block in range(2):
-                norms = true_norms(branch, jax.tree.map(lambda w, block=block: w[block], weights[name]["branch"]))
+                norms = true_norms(branch, jax.tree.map(lambda w, block=block: w[block], weights[name].branch))
                 assert max(norms.values()) <= FLOW.coeff
-                assert np.prod(list(norms.values())) <= weights[name]["lipschitz"][block] < 1
+                assert np.prod(list(norms.values())) <= weights[name].branch.lipschitz_bound[block] < 1
 
 
 def test_mistakes_are_named():
@@ -233,4 +233,4 @@ def test_mistakes_are_named():
 def test_bounds_of_blocks_are_products_rounded_up():
     _, fixed = frozen()
     bounds = jnp.stack([fixed.bounds["stage1"][f"dense{i}"][0] for i in range(3)])
-    assert fixed.weights["stage1"]["lipschitz"][0] == branch_bound(bounds)
+    assert fixed.weights["stage1"].branch.lipschitz_bound[0] == branch_bound(bounds)

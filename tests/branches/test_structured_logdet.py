@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from iresnet_jax.branches import structured_logdet
-from iresnet_jax.branches.branch import BranchSpec, apply_branch, initial_weights
+from iresnet_jax.branches.feedforward import FeedforwardSpec, apply_branch, initial_weights
 from iresnet_jax.maths.logdet import banded
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models.flow import known_branch
@@ -52,7 +52,7 @@ NONE = {
 @functools.partial(jax.jit, static_argnums=0)
 def dense_jacobian(spec, weights, x, context):
     def at(x, context):
-        return apply_branch(spec, weights, x[None], None if context is None else context[None])[0]
+        return spec.apply(weights, x[None], None if context is None else context[None])[0]
 
     jacobian = jax.vmap(jax.jacfwd(at), in_axes=(0, None if context is None else 0))(x, context)
     return jacobian.reshape(len(x), math.prod(spec.in_shape), -1)
@@ -68,7 +68,7 @@ def random_case(spec):
     """Weights, inputs and contexts."""
     x = jax.random.normal(jax.random.key(1), (BATCH, *spec.in_shape))
     context = jax.random.normal(jax.random.key(2), (BATCH, spec.context_dim)) if spec.context_dim else None
-    return initial_weights(spec, jax.random.key(0)), x, context
+    return spec.initial_weights(jax.random.key(0)), x, context
 
 
 def of_norm(spec):
@@ -83,10 +83,10 @@ def of_norm(spec):
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_the_determinant_of_the_dense_jacobian(name):
     with jax.enable_x64(True):
-        spec = BranchSpec(**CASES[name])
+        spec = FeedforwardSpec(**CASES[name])
         weights, x, context = of_norm(spec)
         expected = dense_logdet(spec, weights, x, context)
-        branch = known_branch(spec, weights, 1.0, context)
+        branch = Branch(spec, weights, 1.0).given(context)
         found = jax.jit(lambda x: structured_logdet.logdet(spec, weights, x, context))(x)
         np.testing.assert_allclose(found, expected, rtol=EXACT, atol=EXACT)
         if branch.jacobian is None:
@@ -98,8 +98,8 @@ def test_it_is_the_determinant_of_the_dense_jacobian(name):
 
 @pytest.mark.parametrize("name", NONE)
 def test_other_branches_have_none(name):
-    spec = BranchSpec(**NONE[name])
-    assert known_branch(spec, initial_weights(spec, jax.random.key(0)), 1.0).logdet is None
+    spec = FeedforwardSpec(**NONE[name])
+    assert known_branch(spec, spec.initial_weights(jax.random.key(0)), 1.0).logdet is None
     assert structured_logdet.cost(spec) > math.prod(spec.in_shape)
     with pytest.raises(ValueError, match="no shorter way"):
         structured_logdet.logdet(spec, {}, jnp.zeros((1, *spec.in_shape)))
@@ -107,12 +107,12 @@ def test_other_branches_have_none(name):
 
 def test_a_stencil_that_is_too_small_is_rejected():
     with jax.enable_x64(True):
-        spec = BranchSpec(**CASES["two convolutions"])
+        spec = FeedforwardSpec(**CASES["two convolutions"])
         weights, x, _ = of_norm(spec)
         expected = dense_logdet(spec, weights, x, None)
 
         def by_products(x, reach):
-            return banded.stencil_logdet(banded.stencil_by_products(lambda x: apply_branch(spec, weights, x), x, reach))
+            return banded.stencil_logdet(banded.stencil_by_products(lambda x: spec.apply(weights, x), x, reach))
 
         found = {reach: jax.jit(by_products, static_argnums=1)(x, reach) for reach in (1, 2)}
         np.testing.assert_allclose(found[2], expected, rtol=EXACT)
@@ -121,14 +121,14 @@ def test_a_stencil_that_is_too_small_is_rejected():
 
 def test_groups_of_examples_and_gradients_are_those_of_the_whole(monkeypatch):
     with jax.enable_x64(True):
-        spec = BranchSpec(**CASES["two convolutions"])
+        spec = FeedforwardSpec(**CASES["two convolutions"])
         weights, x, _ = of_norm(spec)
 
         def total(x):
             return jnp.sum(structured_logdet.logdet(spec, weights, x))
 
         def dense(x):
-            jacobian = jax.vmap(jax.jacfwd(lambda x: apply_branch(spec, weights, x[None])[0]))(x)
+            jacobian = jax.vmap(jax.jacfwd(lambda x: spec.apply(weights, x[None])[0]))(x)
             return jnp.sum(jnp.linalg.slogdet(jnp.eye(112)[None] + jacobian.reshape(BATCH, 112, 112))[1])
 
         expected, of_dense = jax.jit(jax.value_and_grad(dense))(x)

@@ -213,7 +213,7 @@ def train(spec, examples, estimator, num_steps):
 
     @jax.jit
     def start(batch):
-        blocks = jax.vmap(functools.partial(initial_weights, stage.branch))(jax.random.split(key, num_blocks))
+        blocks = jax.vmap(stage.branch.initial_weights)(jax.random.split(key, num_blocks))
         scales = actnorm.initialize(enter(spec, batch))._asdict()  # for the first block; the others begin with none
         scales = jax.tree.map(lambda a: jnp.stack([a] + [jnp.zeros_like(a)] * (num_blocks - 1)), scales)
         return {"stage0": {"blocks": blocks | {"actnorm": scales}}, "prior": priors.standard(spec.prior, spec.flow.num_dims)}
@@ -273,21 +273,21 @@ def trained_blocks(request):
 
         @jax.jit
         def through(block, x):
-            x, _ = actnorm.forward_and_logdet(actnorm.ActNormParams(**block["actnorm"]), x)
-            return x, x + apply_branch(branch, block["branch"], x)
+            x, _ = actnorm.forward_and_logdet(block.actnorm, x)
+            return x, x + branch.apply(block.branch, x)
 
         found = []
         for k in range(spec.flow.num_blocks):
             block = jax.tree.map(lambda w, k=k: jnp.asarray(w[k]), weights)
             inside, x = through(block, x)
-            found.append((block["branch"], block["lipschitz"], inside))
+            found.append((block.branch, block.branch.lipschitz_bound, inside))
         return branch, found
 
 
 def test_trained_blocks_need_fewer_evaluations(x64, trained_blocks):
     """To the same true error, on average over examples; where few are saved, no Krylov method would save many more."""
     branch, blocks = trained_blocks
-    g = functools.partial(apply_branch, branch)
+    g = branch.apply
     methods = {
         "banach": {"memory": 0},
         "anderson": {"memory": 4},

@@ -201,8 +201,8 @@ def decode_unrolled(weights, z, context):
     (stage,) = SPEC.flow.layout
     for k in (1, 0):
         block = jax.tree.map(lambda w, k=k: w[k], weights["stage0"])
-        z = banach(lambda x, block=block: apply_branch(stage.branch, block["branch"], x, context), z)
-        z, _ = actnorm.inverse_and_logdet(actnorm.ActNormParams(**block["actnorm"]), z)
+        z = banach(lambda x, block=block: stage.branch.apply(block.branch, x, context), z)
+        z, _ = actnorm.inverse_and_logdet(block.actnorm, z)
     return z
 
 
