@@ -10,7 +10,6 @@ import numpy as np
 from _models import read_config
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.branches.branch import initial_weights
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
@@ -89,7 +88,7 @@ def write_arrays(model, x, z, path):
     x = np.asarray(x, np.float64)
     arrays = {"x": np.moveaxis(x, -1, 1) if x.ndim == 4 else x, "z": np.asarray(z, np.float32)}
     for stage, weights in model.weights.items():
-        arrays |= {f"{stage}/actnorm/{name}": value for name, value in weights["actnorm"].items()}
+        arrays |= {f"{stage}/actnorm/{name}": value for name, value in weights.actnorm._asdict().items()}
         for layer, own in weights.branch.items():
             arrays |= {f"{stage}/branch/{layer}/{name}": value for name, value in own.items()}
     given: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}

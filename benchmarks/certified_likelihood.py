@@ -21,7 +21,6 @@ from _models import add_workdir
 from _record import parser, table, write
 
 from iresnet_jax import certify
-from iresnet_jax.branches.branch import initial_weights
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
@@ -52,7 +51,7 @@ def random_weights(model, key):
     for stage in params.values():
         stage["blocks"]["actnorm"] = jax.tree.map(lambda a: 0.1 * a, stage["blocks"]["actnorm"])
     frozen = jax.jit(freeze, static_argnums=0)(flow, params)
-    return model.with_(spec=dataclasses.replace(model.spec, flow=flow), weights=frozen, bounds=frozen.bounds)
+    return model.with_(spec=dataclasses.replace(model.spec, flow=flow), weights=frozen)
 
 
 def small_model(model):

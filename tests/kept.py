@@ -10,7 +10,6 @@ import runs
 
 from iresnet_jax import data
 from iresnet_jax.bijections.transforms.logit import Logit
-from iresnet_jax.branches.branch import initial_weights
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
@@ -57,9 +56,7 @@ def model(spec):
             statistics = {"head": {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}}
             return Classifier(spec, frozen, initial_head(keys[1], channels, CLASSES), statistics)
         prior = priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes)
-        return Density(
-            spec, frozen, {**prior, "mean": 0.3 * jax.random.normal(keys[1], prior["mean"].shape)}
-        )
+        return Density(spec, frozen, {**prior, "mean": 0.3 * jax.random.normal(keys[1], prior["mean"].shape)})
 
     return make(jax.random.key(0))
 

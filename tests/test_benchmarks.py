@@ -13,7 +13,6 @@ import kept
 import numpy as np
 import pytest
 
-from iresnet_jax.branches.branch import initial_weights
 from iresnet_jax.data.measurements import Measurement
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,11 +93,11 @@ class Branch:
         check_context(self.spec.context_dim, len(x), self.context)
         return self._scaled(self.spec.apply(self.weights, x, self.context, bfloat16=self.bfloat16))
 
-    def given(self, context: Float[Array, "b k"] | None) -> Self:
+    def given(self, context: Float[Array, "b k"] | None) -> "Branch":
         """The branch with these contexts bound, one for each example of the batches it will see."""
         return dataclasses.replace(self, context=context)
 
-    def in_bfloat16(self) -> Self:
+    def in_bfloat16(self) -> "Branch":
         """The branch whose ``g`` computes in bfloat16."""
         return dataclasses.replace(self, bfloat16=True)
 
@@ -173,7 +173,7 @@ class BranchSpec:
     context_dim: int = field(default=0, kw_only=True)
 
     @classmethod
-    def of_stage(cls, stage: Any, in_shape: tuple[int, ...], context_dim: int) -> Self:
+    def of_stage(cls, stage: Any, in_shape: tuple[int, ...], context_dim: int) -> "BranchSpec":
         """The branch that a `StageSpec` describes, for examples of this shape."""
         del stage
         return cls(in_shape, context_dim=context_dim)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ class FeedforwardSpec(BranchSpec):
             raise ValueError(f"a residual branch keeps the image size: padding must be SAME or CIRCULAR, got {self.padding!r}")
 
     @classmethod
-    def of_stage(cls, stage: Any, in_shape: tuple[int, ...], context_dim: int) -> Self:
+    def of_stage(cls, stage: Any, in_shape: tuple[int, ...], context_dim: int) -> "FeedforwardSpec":
         """The branch that a `StageSpec` describes, for examples of this shape."""
         return cls(
             in_shape,

@@ -16,9 +16,9 @@ from iresnet_jax.bijections.bijection import Bijection, fold_in, follow_inverse_
 from iresnet_jax.bijections.chain import chain, repeat
 from iresnet_jax.bijections.multiscale import Stage, multiscale
 from iresnet_jax.bijections.reshape import flatten_bijection, squeeze_bijection
-from iresnet_jax.bijections.residual import Branch, Solver, residual_bijection
-from iresnet_jax.branches import branch as branches
-from iresnet_jax.branches import constraint
+from iresnet_jax.bijections.residual import Solver, residual_bijection
+from iresnet_jax.branches.branch import CallableBranch
+from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import flow as model
@@ -35,7 +35,7 @@ SOLVER = Solver(atol=INVERSE_ATOL)
 
 
 def residual(g, lipschitz_bound, estimator, solver=SOLVER):
-    return residual_bijection(Branch(g, lipschitz_bound), estimator, solver)
+    return residual_bijection(CallableBranch(g, lipschitz_bound), estimator, solver)
 
 
 def random_actnorm(rng, channels):
@@ -58,7 +58,7 @@ def random_weights(spec, seed=0, num_steps=None):
                 "log_scale": jnp.zeros((stage.num_blocks, branch.in_shape[-1])),
             }
             params[name] = {"blocks": jax.tree.map(lambda a: a + jnp.asarray(0.3 * rng.normal(size=a.shape)), blocks)}
-            spectral[name] = {"blocks": jax.vmap(functools.partial(constraint.initial_vectors, branch))(keys)}
+            spectral[name] = {"blocks": jax.vmap(branch.initial_iterates)(keys)}
         return model.constrain(spec, params, spectral, num_steps=num_steps).weights
 
     return draw(jax.random.key(seed))
@@ -84,13 +84,11 @@ def residual_case(branch_spec, coeff=0.8):
     def draw(key_weights, key_vectors):
         weights = branch_spec.initial_weights(key_weights)
         weights = jax.tree.map(lambda w: w + jnp.asarray(0.3 * rng.normal(size=w.shape)), weights)
-        return constraint.normalize(
-            branch_spec, weights, constraint.initial_vectors(branch_spec, key_vectors), coeff=coeff, num_steps=50
-        )
+        vectors = branch_spec.singular_vectors(weights, branch_spec.initial_iterates(key_vectors), num_steps=50)
+        return branch_spec.constrained(weights, vectors, coeff=coeff).branch
 
-    normal = draw(jax.random.key(3), jax.random.key(4))
-    branch = functools.partial(branch_spec.apply, normal.weights)
-    return residual(branch, normal.lipschitz, ExactLogdet(), SOLVER)
+    branch = draw(jax.random.key(3), jax.random.key(4))
+    return residual(branch, branch.lipschitz_bound, ExactLogdet(), SOLVER)
 
 
 def chain_case():
@@ -125,7 +123,7 @@ def multiscale_case():
 
 
 def model_case(spec, **layout):
-    return model.bijection(spec, random_weights(spec), ExactLogdet(), SOLVER, **layout)
+    return model.flow_bijection(spec, random_weights(spec), ExactLogdet(), SOLVER, **layout)
 
 
 # Shape of an example, and the bijection. A new bijection is one line here.
@@ -237,7 +235,7 @@ def test_layouts_change_neither_values_nor_gradients(x64):
         @jax.jit
         @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
         def run(weights, x):
-            z, logdet, info = model.bijection(DENSE, weights, estimator, **layout).forward_and_logdet(x, jax.random.key(0))
+            z, logdet, info = model.flow_bijection(DENSE, weights, estimator, **layout).forward_and_logdet(x, jax.random.key(0))
             return jnp.sum(jnp.sin(z)) + jnp.sum(logdet * jnp.arange(1.0, 4.0)), (z, logdet, info.truncation_bound)
 
         return run(weights, x)
@@ -256,7 +254,7 @@ def test_a_backward_pass_keeps_less_the_more_it_computes_anew():
 
     def kept(rematerialize):
         def loss(weights, x):
-            whole = model.bijection(spec, weights, ExactLogdet(), rematerialize=rematerialize)
+            whole = model.flow_bijection(spec, weights, ExactLogdet(), rematerialize=rematerialize)
             return jnp.mean(whole.forward_and_logdet(x, jax.random.key(0))[1])
 
         compiled = jax.jit(jax.grad(loss)).lower(weights, jax.ShapeDtypeStruct((256, 3), jnp.float32)).compile()
@@ -273,7 +271,8 @@ def test_work_of_unrolled_blocks_grows_with_their_number_not_its_square():
         weights = jax.eval_shape(lambda: random_weights.__wrapped__(spec, num_steps=1))
 
         def loss(weights, x):
-            z, logdet, _ = model.bijection(spec, weights, SeriesLogdet(2), unroll=True).forward_and_logdet(x, jax.random.key(0))
+            flow = model.flow_bijection(spec, weights, SeriesLogdet(2), unroll=True)
+            z, logdet, _ = flow.forward_and_logdet(x, jax.random.key(0))
             return jnp.mean(logdet) - jnp.mean(z**2)
 
         x = jax.ShapeDtypeStruct((BATCH, 4, 4, 2), jnp.float32)
@@ -289,7 +288,7 @@ def test_program_size_does_not_depend_on_the_number_of_blocks():
         weights = jax.eval_shape(lambda: random_weights(spec, num_steps=1))
 
         def run(weights, x):
-            bijection = model.bijection(spec, weights, SeriesLogdet(3), unroll=unroll)
+            bijection = model.flow_bijection(spec, weights, SeriesLogdet(3), unroll=unroll)
             z, logdet, _ = bijection.forward_and_logdet(x, jax.random.key(0))
             return logdet, bijection.inverse(z)
 
@@ -397,7 +396,7 @@ def test_float32_data_stay_float32_in_a_float64_session():
     with jax.enable_x64(True):
         spec = DENSE
         weights = jax.tree.map(lambda a: a.astype(jnp.float32), random_weights(spec))
-        bijection = model.bijection(spec, weights, SeriesLogdet(2))
+        bijection = model.flow_bijection(spec, weights, SeriesLogdet(2))
         x, key = jax.ShapeDtypeStruct((1, 3), jnp.float32), jax.random.key(0)
         z, logdet, info = jax.eval_shape(lambda x: bijection.forward_and_logdet(x, key), x)
         back, solver_info = jax.eval_shape(bijection.inverse, z)
@@ -422,7 +421,7 @@ def test_blocks_of_a_constrained_model_are_contractions(x64):
 
 def test_a_model_in_the_plane_is_a_density(x64):
     spec = FlowSpec((2,), (StageSpec(2, hidden=(8,), activation="tanh"),), coeff=0.9)
-    bijection = model.bijection(spec, random_weights(spec, seed=1, num_steps=20))
+    bijection = model.flow_bijection(spec, random_weights(spec, seed=1, num_steps=20))
     prior = priors.standard("gaussian", 2)
 
     @jax.jit
@@ -473,8 +472,7 @@ def test_a_bias_by_pixel_is_a_bias_of_every_pixel_and_leaves_the_jacobian_alone(
     moved = {**weights, "conv1": {**weights["conv1"], "bias": shift}}
     difference = by_pixel.apply(moved, x) - by_pixel.apply(weights, x)
     np.testing.assert_allclose(difference, jnp.broadcast_to(shift, x.shape), atol=1e-5)
-    vectors = constraint.initial_vectors(by_pixel, jax.random.key(2))
-    norms_of = jax.jit(lambda weights: constraint.normalize(by_pixel, weights, vectors, coeff=0.5).norms)
+    norms_of = jax.jit(by_pixel.norm_bounds)
     assert norms_of(moved) == norms_of(weights)
 
 

@@ -11,7 +11,6 @@ import plain_flow as plain
 import pytest
 
 from iresnet_jax import certify
-from iresnet_jax.branches.branch import apply_branch
 from iresnet_jax.certification import problem as certification_problem
 from iresnet_jax.certification import step_blocks, trajectory
 from iresnet_jax.certification.dense_linearization import linearize

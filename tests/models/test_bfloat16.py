@@ -10,7 +10,6 @@ import pytest
 import runs
 from oracles import dense_conv_matrix, operator_norm
 
-from iresnet_jax.branches import branch as branches
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.data import load
 from iresnet_jax.maths import platforms as target

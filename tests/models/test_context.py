@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.branches import branch as branches
 from iresnet_jax.branches import constraint
+from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.models import density

@@ -11,7 +11,6 @@ import pytest
 
 from iresnet_jax.bijections import actnorm
 from iresnet_jax.bijections.reshape import squeeze
-from iresnet_jax.branches import branch as branches
 from iresnet_jax.models import flow as model
 from iresnet_jax.models import linen as modules
 from iresnet_jax.models.architecture import FlowSpec, StageSpec

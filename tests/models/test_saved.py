@@ -12,7 +12,6 @@ import pytest
 import iresnet_jax as ir
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
-from iresnet_jax.branches.branch import initial_weights
 from iresnet_jax.json_dataclasses import checked, tagged
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec

@@ -11,7 +11,6 @@ import pytest
 import runs
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.branches.branch import initial_weights
 from iresnet_jax.data import load
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
