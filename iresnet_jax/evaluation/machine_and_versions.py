@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from iresnet_jax.runs.backend import device_summary
+from iresnet_jax.runs.machine import device_summary
 
 
 @dataclass(frozen=True)
