@@ -24,11 +24,11 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import Block, freeze
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 from iresnet_jax.runs import run_folder
-from iresnet_jax.runs.backend import prepare_backend
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.config import Config, parse
 from iresnet_jax.runs.from_config import Spec, build_optimizer, build_solver
 from iresnet_jax.runs.loop import load_data
+from iresnet_jax.runs.machine import prepare_backend
 from iresnet_jax.training.initialization import abstract_variables
 from iresnet_jax.training.state import TrainState, create
 
