@@ -17,24 +17,23 @@ def prepare_jax(config=None, *, keeps_memory=True):
     Without a config it is what a command for a trained model does, with one device a core. Without ``keeps_memory`` the C
     library's memory is as it is by default.
     """
-    from iresnet_jax.runs import cpu, interpreter
-    from iresnet_jax.runs.compilation_cache import keep_compiled_programs
+    from iresnet_jax.runs import allocator, machine
     from iresnet_jax.runs.config import Config
 
-    interpreter.collect_garbage_rarely()
+    allocator.collect_garbage_rarely()
     if config is not None:
         if keeps_memory:
-            interpreter.use_large_pages()  # starts this process again, the first time
-            cpu.keep_freed_memory()
-        cpu.compile_quickly()
-    cpu.use_all_cores(config or Config())
-    keep_compiled_programs()
+            allocator.use_large_pages()  # starts this process again, the first time
+            allocator.keep_freed_memory()
+        machine.compile_quickly()
+    machine.use_all_cores(config or Config())
+    machine.keep_compiled_programs()
 
 
 def training_step(config, data):
     """The step of train.py: for one device and for all, the state before the first, endless batches, the name of the loss."""
     from iresnet_jax.runs import loop
-    from iresnet_jax.runs.backend import prepare_backend
+    from iresnet_jax.runs.machine import prepare_backend
     from iresnet_jax.training import parallel
 
     prepare_backend(config.training.matmul_precision)
@@ -92,7 +91,7 @@ class OurSteps(Steps):
         prepare_jax(settings, keeps_memory=keeps_memory)
         import jax
 
-        from iresnet_jax.runs import cpu
+        from iresnet_jax.runs import allocator
         from iresnet_jax.runs.planning import plan
 
         self._jax, began = jax, time.perf_counter()
@@ -100,7 +99,7 @@ class OurSteps(Steps):
         self.take()
         self.wait()
         if keeps_memory:
-            cpu.return_freed_memory()
+            allocator.return_freed_memory()
         self.warm_up()
         self._warmup_s = time.perf_counter() - began
 

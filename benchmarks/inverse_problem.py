@@ -25,8 +25,7 @@ from _variational import Spectra, minimize_total_variation, tikhonov
 
 from iresnet_jax.evaluation import inverse_problem
 from iresnet_jax.models.reconstructor import Reconstructor
-from iresnet_jax.runs import cpu
-from iresnet_jax.runs.compilation_cache import keep_compiled_programs
+from iresnet_jax.runs import machine
 from iresnet_jax.runs.from_config import build_measurement, reconstructor_spec
 from iresnet_jax.runs.loop import load_data, train
 from iresnet_jax.runs.metrics import read_metrics
@@ -130,8 +129,8 @@ def main():
     options.add_argument("--trained", action="store_true", help="leave out every L that --workdir has not trained yet")
     options.add_argument("--workdir", type=Path, metavar="DIR", help="keeps the runs in folders of this one")
     arguments = options.parse_args()
-    cpu.compile_quickly()
-    keep_compiled_programs()
+    machine.compile_quickly()
+    machine.keep_compiled_programs()
     steps = QUICK_STEPS if arguments.quick else arguments.steps
     num_validation, num_test = (32, 32) if arguments.quick else (NUM_VALIDATION, NUM_TEST)
     noises = arguments.noise[:1] if arguments.quick else arguments.noise
