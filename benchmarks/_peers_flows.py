@@ -37,7 +37,6 @@ def architecture(spec):
                 "num_blocks": given.num_blocks,
                 "squeeze": int(given.squeeze == 2),
                 "flattened": (side // given.squeeze, channels * given.squeeze**2) if is_flattened else None,
-                "activation": given.activation,
                 "positional_bias": given.positional_bias,
                 "layers": [layer._asdict() for layer in inside.layers],
             }

@@ -109,8 +109,8 @@ def branch(stage, make_layer):
     """A residual branch; ``make_layer(taps, channels_in, channels_out, bias=...)`` makes its layers."""
     parts = []
     for layer in stage["layers"]:
-        if layer["activated"]:
-            parts.append(ACTIVATIONS[stage["activation"]]())
+        if layer["activation"]:
+            parts.append(ACTIVATIONS[layer["activation"]]())
         *space, _ = layer["in_shape"]
         *taps, cin, cout = layer["kernel_shape"]
         positional = stage["positional_bias"] and bool(space)
@@ -251,7 +251,7 @@ def _load(net, stage, own):
     parts = iter(net)
     for layer in stage["layers"]:
         name = layer["name"]
-        if layer["activated"] and isinstance(activation := next(parts), LipSwish):
+        if layer["activation"] and isinstance(activation := next(parts), LipSwish):
             activation.beta.data = own[f"{name}/beta"]
         linear, kernel, bias = next(parts), own[f"{name}/kernel"], own[f"{name}/bias"]
         linear.weight.data = (kernel.permute(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T).contiguous()
