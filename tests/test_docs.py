@@ -22,13 +22,15 @@ from iresnet_jax.__main__ import make_parser
 from iresnet_jax.report.formatting import MINUS
 from iresnet_jax.runs.command_line import parse_train_flags
 
-PAGES = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in FILES}
 README = PAGES["README.md"].read_text(encoding="utf-8")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 MODEL = "benchmarks/results/digits_hybrid/model.npz"  # read by a block
 SECTIONS = (
     "Install",
-    "In fifteen lines",
+    "A first model",
+    "How it works",
     "Training from a config",
     "Results",
     "What is guaranteed",
@@ -157,6 +159,8 @@ def check_command(command):
         case ["python", "-m", "iresnet_jax", *options]:
             if options not in ([], ["COMMAND"]):
                 make_parser().parse_args(options)
+        case ["python", "-m", "build"]:
+            assert any(package.startswith("build>") for package in EXTRAS["test"])
         case ["python", script, *_]:
             assert (ROOT / script).is_file(), f"there is no {script}"
         case ["pytest", *paths]:
