@@ -29,10 +29,10 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.certification import trajectory
 from iresnet_jax.certification.problem import Problem
 from iresnet_jax.certification.step_norms import newton_step
-from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import as_params, freeze
+from iresnet_jax.runs.trained_run import load
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from plain_flow import DECIMAL, LONG, distance, forward, invert
@@ -98,7 +98,7 @@ def cases(run, num, *, quick):
     yield "test, float32", encoded(model, x)
     if isinstance(model, Density):
         for temperature, name in ((1.0, "samples"), (TEMPERATURE, f"latents at temperature {TEMPERATURE:.0f}")):
-            latents = model._sample_prior(jax.random.key(1), len(few), temperature, None)
+            latents = model.sample_latents(jax.random.key(1), len(few), temperature=temperature)
             yield f"{name}, float32", decoded(model, latents)
     if not quick:
         yield f"inputs times {FACTOR:.0f}, float32", encoded(model, FACTOR * few)

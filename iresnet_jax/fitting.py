@@ -19,7 +19,6 @@ from jaxtyping import Array, Float
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.evaluation import trained_run
 from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import StageSpec
@@ -28,6 +27,7 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.history import History
 from iresnet_jax.models.priors import PRIORS
 from iresnet_jax.models.reconstructor import Reconstructor
+from iresnet_jax.runs import trained_run
 from iresnet_jax.runs.compilation_cache import keep_compiled_programs
 from iresnet_jax.runs.compiled_steps import Programs
 from iresnet_jax.runs.config import Config, parse
