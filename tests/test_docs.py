@@ -74,6 +74,7 @@ def test_blocks_are_found_with_their_lines():
     assert {block.language for path in PAGES.values() for block in blocks(path.read_text())} == {
         "python",
         "sh",
+        "text",
         "bash",
         "yaml",
         "bibtex",
@@ -163,7 +164,8 @@ def check_command(command):
             assert any(package.startswith("build>") for package in EXTRAS["test"])
         case ["python", script, *_]:
             assert (ROOT / script).is_file(), f"there is no {script}"
-        case ["pytest", *paths]:
+        case ["pytest", *words]:
+            paths = [word for word in words if not word.startswith("-")]
             assert all((ROOT / path).exists() for path in paths), f"there is not all of {paths}"
         case ["mkdocs", "serve" | "build", *_]:
             assert any(package.startswith("mkdocs>") for package in EXTRAS["docs"])
