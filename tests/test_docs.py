@@ -147,7 +147,7 @@ def commands(text):
 def check_command(command):
     """Raises unless a command names what there is, with options that it has."""
     match command:
-        case ["pip", "install", *packages]:
+        case ["pip", "install", "-e", *packages] | ["pip", "install", *packages]:
             for package in packages:
                 name, _, extras = package.rstrip("]").partition("[")
                 known = EXTRAS if name == "." else metadata.metadata(name).get_all("Provides-Extra")
