@@ -14,7 +14,8 @@ import pytest
 from evaluations import TOLERANCE, solve_and_watch
 
 from iresnet_jax.bijections import residual
-from iresnet_jax.bijections.residual import Branch, Solver
+from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.branches.branch import CallableBranch
 from iresnet_jax.maths.inverse.fixed_point import invert_residual
 
 BATCH = 8
@@ -155,7 +156,7 @@ def test_starting_behind_what_a_branch_always_adds(x64, refine):
         return (tanh_network(weights, x) + far).astype(x.dtype)
 
     def solve(at_zero=None, memory=4):
-        whole, solver = Branch(branch, 0.9, at_zero=at_zero), Solver(atol=TOLERANCE, memory=memory, refine=refine)
+        whole, solver = CallableBranch(branch, 0.9, at_zero=at_zero), Solver(atol=TOLERANCE, memory=memory, refine=refine)
         found, info = jax.jit(lambda x: residual.inverse(whole, x + branch(x), solver))(x)
         assert info.converged.all()
         assert (np.linalg.norm(found - x, axis=1) <= info.error_bound).all()
@@ -184,12 +185,9 @@ def test_a_result_does_not_depend_on_batch_mates_or_their_order(x64):
             np.testing.assert_allclose(alone[0], other[i], rtol=1e-12, atol=1e-14)
 
 
-# ------------------------------------------------------------------------------------------------------ trained blocks
-
-
 def test_refining_with_weights_in_float64(x64):
     slopes = jnp.asarray([[0.5, -0.7, 0.2]])
-    branch = Branch(lambda x: slopes * jnp.tanh(x), lipschitz_bound=0.7)
+    branch = CallableBranch(lambda x: slopes * jnp.tanh(x), lipschitz_bound=0.7)
     x, info = jax.jit(lambda y: residual.inverse(branch, y, Solver(atol=1e-12, refine=True)))(jnp.ones((2, 3)))
     assert info.converged.all()
     np.testing.assert_allclose(x + slopes * jnp.tanh(x), 1, atol=1e-12)
