@@ -23,13 +23,40 @@ from iresnet_jax.runs import loop
 from iresnet_jax.runs.config import Config, TrainingConfig
 from iresnet_jax.runs.from_config import model_spec
 from iresnet_jax.runs.hosts import Agreement, Wish
-from iresnet_jax.runs.planning.chips import CHIPS, PASSES, Chip
-from iresnet_jax.runs.planning.program_costs import all_reduces, flops, has_random_loops, lowered_all_reduces, num_bytes
+from iresnet_jax.runs.planning.program_costs import compiled_reductions, flops, has_random_loops, num_bytes, reductions
 from iresnet_jax.training import parallel
 from iresnet_jax.training.initialization import num_parameters
 
 UTILIZATION = 0.4  # share of the peak that the estimate of a step's time assumes
 RESOLUTION = 8  # the largest batch is found to one part in so many
+# Passes of bfloat16 products that make one of float32 on a TPU, by `training.matmul_precision`.
+PASSES = {"float32": 6, "highest": 6, "tensorfloat32": 3, "high": 3, "default": 1}
+_GIB, _GBIT = 2.0**30, 1e9 / 8
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A kind of TPU chip.
+
+    Attributes:
+        memory_bytes: Memory.
+        peak_flops: Multiplications and additions a second of bfloat16 products.
+        link_bytes: Bytes a second that a chip exchanges with its neighbours, over all links.
+        accelerator_type: The smallest machine, by the name that libtpu knows.
+    """
+
+    memory_bytes: float
+    peak_flops: float
+    link_bytes: float
+    accelerator_type: str
+
+
+CHIPS = {  # as their makers publish it: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm
+    "v4": Chip(32 * _GIB, 275e12, 2400 * _GBIT, "v4-8"),
+    "v5e": Chip(16 * _GIB, 197e12, 1600 * _GBIT, "v5litepod-4"),
+    "v5p": Chip(95 * _GIB, 459e12, 4800 * _GBIT, "v5p-8"),
+    "v6e": Chip(32 * _GIB, 918e12, 3584 * _GBIT, "v6e-4"),
+}
 
 
 @dataclass(frozen=True)
@@ -213,18 +240,18 @@ def _plan(config: Config, on: Machine, data: DataSet, batch_size: int) -> Plan:
     began = time.monotonic()
     traced, lowered, about = lower(config, on, data, batch_size)
     costs = flops(traced.jaxpr.jaxpr)
-    share = batch_size // on.num_devices
-    known: dict[str, Any] = {
-        "topology": on.topology,
-        "num_devices": on.num_devices,
-        "batch_size": batch_size,
+    plan = Plan(
+        topology=on.topology,
+        num_devices=on.num_devices,
+        batch_size=batch_size,
+        flops_per_example=costs.total() * on.num_devices / batch_size,
+        has_random_loops=has_random_loops(traced.jaxpr.jaxpr),
+        reductions=() if on.chip else tuple(reductions(traced.jaxpr.jaxpr)),
+        compile_seconds=time.monotonic() - began,
         **about,
-        "flops_per_example": costs.total() / share,
-        "has_random_loops": has_random_loops(traced.jaxpr.jaxpr),
-    }
+    )
     if on.chip is None:
-        reductions = tuple(lowered_all_reduces(lowered.as_text()))
-        return Plan(**known, reductions=reductions, compile_seconds=time.monotonic() - began)
+        return plan
     try:
         with warnings.catch_warnings():  # JAX's cache on disk cannot read programs for devices that are not here
             warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
@@ -233,12 +260,12 @@ def _plan(config: Config, on: Machine, data: DataSet, batch_size: int) -> Plan:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         problem = " ".join(str(error).split("RESOURCE_EXHAUSTED:")[-1].split())[:200]
-        return Plan(**known, reductions=(), problem=problem, compile_seconds=time.monotonic() - began)
-    memory, reductions = compiled.memory_analysis(), tuple(all_reduces(compiled.as_text()))
-    seconds, assumptions = estimate(costs, reductions, on, config.training.matmul_precision)
-    return Plan(
-        **known,
-        reductions=reductions,
+        return dataclasses.replace(plan, problem=problem, compile_seconds=time.monotonic() - began)
+    memory, combined = compiled.memory_analysis(), tuple(compiled_reductions(compiled.as_text()))
+    seconds, assumptions = estimate(costs, combined, on, config.training.matmul_precision)
+    return dataclasses.replace(
+        plan,
+        reductions=combined,
         temporary_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
         step_seconds=seconds,
