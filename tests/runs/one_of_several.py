@@ -10,7 +10,6 @@ import json
 import sys
 
 import tiny_runs as runs
-from absl import logging
 
 from iresnet_jax.runs import hosts, signals
 from iresnet_jax.runs.command_line import explain_failures
@@ -22,7 +21,6 @@ def main():
     settings = json.loads(settings)
     hosts.LOST_S = settings.get("lost_s", hosts.LOST_S)
     hosts.initialize(coordinator, int(num_processes), int(process_id))
-    logging.set_verbosity(logging.WARNING)
     if "other" in settings and process_id == "1":
         settings["trainings"][0] = settings["other"]
     with hosts.ending_together():
