@@ -103,8 +103,8 @@ MISFITS = [
     ({"params/prior/mean": None}, "it lacks 'params/prior/mean'"),
     ({"params/stage0/block01/conv1/bias": None}, "it lacks 'params/stage0/block01/conv1/bias'"),
     ({"params/stage0/block03/conv1/bias": np.zeros(4)}, "it holds 'params/stage0/block03/conv1/bias'"),
-    ({"params/prior/mean": np.zeros(4, np.float32)}, r"'params/prior/mean' has shape \(4,\) in it, not \(5,\)"),
-    ({"step": np.int64(0)}, "'step' has dtype int64 in it, not int32"),
+    ({"params/prior/mean": np.zeros(4, np.float32)}, r"'params/prior/mean' is float32\[4\] in it, not float32\[5\]"),
+    ({"step": np.int64(0)}, r"'step' is int64\[\] in it, not int32\[\]"),
 ]
 
 
@@ -307,10 +307,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
         assert restored_latest(checkpoints, big_state(0))[1] == 20  # warnings are errors
         damage(checkpoints.path(20))
     damage(checkpoints.path(10))
-    with (
-        pytest.warns(UserWarning, match="20.npz"),
-        pytest.raises(RuntimeError, match="no checkpoint in .* can be read") as error,
-    ):
+    with pytest.warns(UserWarning, match="20.npz"), pytest.raises(RuntimeError, match=r"no checkpoint in .*") as error:
         checkpoints.restore_latest(big_state(0))
     assert "\n" not in str(error.value)
 
