@@ -14,7 +14,7 @@ from _models import read_config
 from _record import RESULTS, parser, table, write
 
 from iresnet_jax.evaluation import environment
-from iresnet_jax.runs.planning import plan
+from iresnet_jax.runs.planning import plan, topologies
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = (
@@ -57,7 +57,7 @@ def make(name, topology, *, find_largest):
     file, _, argument = name.partition(":")
     path = CONFIGS / f"{file}.py"
     config = read_config(f"{path}:{argument}" if argument else path)
-    made = plan.make(config, plan.machine(topology), find_largest=find_largest)
+    made = plan.make(config, topologies.machine(topology), find_largest=find_largest)
     print(f"{name}: {made}\n", flush=True)
     found = environment.describe()
     return {"config": name, **dataclasses.asdict(made), "commit": found.commit, "date": found.date}

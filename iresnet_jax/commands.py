@@ -23,6 +23,7 @@ from iresnet_jax.runs import machine
 from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.planning import plan as plans
 from iresnet_jax.runs.planning import profile as profiles
+from iresnet_jax.runs.planning import topologies
 from iresnet_jax.runs.trained_run import Run, save
 
 CERTIFY_S = 5.0  # roughly, for guaranteed errors of inverses where no number of examples is asked for
@@ -156,7 +157,7 @@ def plan(arguments: argparse.Namespace, flags: Sequence[str]) -> Answer:
     """Compiles the training step of a config for a machine that is not here."""
     jax.config.update("jax_platforms", "cpu")  # the compiler for TPUs is asked to compile, not to run
     config = parse_train_flags(["python -m iresnet_jax plan", *flags]).config
-    made = plans.make(config, plans.machine(arguments.topology), find_largest=arguments.largest_batch)
+    made = plans.make(config, topologies.machine(arguments.topology), find_largest=arguments.largest_batch)
     return Answer([made], made.problem is None)
 
 

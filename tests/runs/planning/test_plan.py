@@ -12,7 +12,7 @@ from jax import lax
 from iresnet_jax.__main__ import main
 from iresnet_jax.maths import platforms as target
 from iresnet_jax.maths.convolution import conv
-from iresnet_jax.runs.planning import plan
+from iresnet_jax.runs.planning import plan, topologies
 from iresnet_jax.runs.planning.program_costs import compiled_reductions, flops, num_bytes, reductions
 from iresnet_jax.training import parallel
 
@@ -96,7 +96,7 @@ def test_the_target_is_this_process_unless_another_is_chosen():
 def test_a_plan_for_gpus(name):
     changes = {"logdet.kind": "roulette"} if name == "toy" else {}
     config = runs.config_of(runs.CONFIGS[name], **SHARED, **changes)
-    made = plan.make(config, plan.machine("cuda:4"))
+    made = plan.make(config, topologies.machine("cuda:4"))
     assert (made.num_devices, made.batch_size) == (4, 32)
     assert made.temporary_bytes is None
     params = 4 * made.num_parameters
@@ -113,7 +113,7 @@ def test_a_plan_for_gpus(name):
 def test_a_plan_is_of_the_model_that_the_config_describes():
     usual = {"data.name": "mnist", "training.batch_size": 8}
     plain, given = (
-        plan.make(runs.config_of(runs.DIGITS_CONFIG, **usual, **changes), plan.machine("cuda")).num_parameters
+        plan.make(runs.config_of(runs.DIGITS_CONFIG, **usual, **changes), topologies.machine("cuda")).num_parameters
         for changes in ({}, {"data.condition_on_labels": True})
     )
     assert given == plain + 10 * (4 + 1)  # from 10 classes to the outputs of both layers
@@ -124,7 +124,11 @@ def test_arithmetic_of_a_plan_does_not_depend_on_how_the_batch_is_spread():
     config, parts = (runs.config_of(runs.HYBRID_CONFIG, **usual, **{"training.num_parts": count}) for count in (1, 4))
     one, four, in_parts = (
         plan.make(*arguments).flops_per_example
-        for arguments in ((config, plan.machine("cuda")), (config, plan.machine("cuda:4")), (parts, plan.machine("cuda")))
+        for arguments in (
+            (config, topologies.machine("cuda")),
+            (config, topologies.machine("cuda:4")),
+            (parts, topologies.machine("cuda")),
+        )
     )
     assert one < four < 4 * one  # the constraint is shared by fewer
     assert in_parts == pytest.approx(one, rel=0.02)
@@ -133,7 +137,7 @@ def test_arithmetic_of_a_plan_does_not_depend_on_how_the_batch_is_spread():
 @pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu, of the extra tpu")
 def test_a_step_for_tpus_has_one_reduction_for_all_gradients():
     """Whose bytes depend on neither power iterations, terms nor batch, as memory does not depend on the number of terms."""
-    on = plan.machine("v5e:2x2")
+    on = topologies.machine("v5e:2x2")
     usual = {"logdet.kind": "series", "logdet.num_terms": 5, "constraint.num_steps": 1, **SHARED}
     made = plan.make(runs.config_of(runs.HYBRID_CONFIG, **usual), on)
     assert made.problem is None
@@ -148,7 +152,7 @@ def test_a_step_for_tpus_has_one_reduction_for_all_gradients():
 
 
 def test_the_largest_batch_is_found_between_what_fits_and_what_does_not():
-    on = plan.Machine("v5e:2x2", "tpu", (), 4, chip=plan.CHIPS["v5e"])
+    on = topologies.Machine("v5e:2x2", "tpu", (), 4, chip=topologies.CHIPS["v5e"])
     tried = []
 
     def plan_of(share):
