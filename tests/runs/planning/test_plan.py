@@ -123,12 +123,8 @@ def test_arithmetic_of_a_plan_does_not_depend_on_how_the_batch_is_spread():
     usual = {**SHARED, "constraint.norms": "certified"}
     config, parts = (runs.config_of(runs.HYBRID_CONFIG, **usual, **{"training.num_parts": count}) for count in (1, 4))
     one, four, in_parts = (
-        plan.make(*arguments).flops_per_example
-        for arguments in (
-            (config, topologies.machine("cuda")),
-            (config, topologies.machine("cuda:4")),
-            (parts, topologies.machine("cuda")),
-        )
+        plan.make(settings, topologies.machine(name)).flops_per_example
+        for settings, name in ((config, "cuda"), (config, "cuda:4"), (parts, "cuda"))
     )
     assert one < four < 4 * one  # the constraint is shared by fewer
     assert in_parts == pytest.approx(one, rel=0.02)
