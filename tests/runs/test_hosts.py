@@ -179,6 +179,7 @@ def test_missing_and_wrong_arguments_are_refused(monkeypatch):
         with pytest.raises(ValueError, match="several processes need --coordinator_address, --num_processes and --process_id"):
             hosts.initialize(*arguments)
     hosts.initialize()
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)  # which a plan for TPUs sets
     for name, value in SINGLE:
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
