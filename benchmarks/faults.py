@@ -53,15 +53,12 @@ def config():
 
 def work(coordinator, process, workdir):
     """Trains as one of two processes."""
-    from absl import logging
-
     from iresnet_jax.runs import hosts, signals
     from iresnet_jax.runs.command_line import explain_failures
     from iresnet_jax.runs.loop import train
 
     def run():
         hosts.initialize(coordinator, 2, process)
-        logging.set_verbosity(logging.WARNING)
         with hosts.ending_together():
             train(config(), workdir)
         return 0

@@ -13,7 +13,7 @@ from _models import config_file, read_config
 from _record import RESULTS, parser, write
 
 from iresnet_jax.evaluation import environment
-from iresnet_jax.runs.planning import plan
+from iresnet_jax.runs.planning import plan, topologies
 
 NAMES = (
     *("digits_density", "digits_hybrid", "mnist_density", "fashion_mnist_density", "toy_2d:moons", "posterior:sbi_two_moons"),
@@ -27,7 +27,7 @@ NAMES = (
 
 def make(name, topology, *, find_largest):
     """The plan of a config, as JSON."""
-    made = plan.make(read_config(config_file(name)), plan.machine(topology), find_largest=find_largest)
+    made = plan.make(read_config(config_file(name)), topologies.machine(topology), find_largest=find_largest)
     print(f"{name}: {made}\n", flush=True)
     found = environment.describe()
     return {"config": name, **dataclasses.asdict(made), "commit": found.commit, "date": found.date}
