@@ -2,10 +2,10 @@
 
     python benchmarks/peers.py [--parts step,likelihood,...] [--time-to 3.37] [--quick]
 
-Every peer, size and number of cores is a process of its own, pinned to its cores, and takes turns with the others. normflows
-runs as in its examples. The naive series is Algorithm 2 of Behrmann et al. 2019 as it stands: Hutchinson's probe, and all terms
-differentiated. Ours is the step of train.py with all that it sets up. For likelihoods, inverses and samples ours has a device
-a core, as commands of `python -m iresnet_jax` have.
+In training every peer, size and number of cores is a process of its own, pinned to its cores, and takes turns with the others.
+normflows runs as in its examples. The naive series is Algorithm 2 of Behrmann et al. 2019 as it stands: Hutchinson's probe, and
+all terms differentiated. Ours is the step of train.py with all that it sets up. For likelihoods, inverses and samples ours has
+a device a core, as commands of `python -m iresnet_jax` have.
 
     step        time and largest memory of a training step, on one core and on two
     likelihood  seconds an image until |bias| + standard error of the log-likelihood is at most .001 bits/dim
@@ -35,7 +35,7 @@ from _peers_flows import architecture
 from _peers_trained import NORMFLOWS, OURS, TARGET, TOLERANCE, inverses, likelihoods, samples
 from _processes import core_counts, most_cores, workers
 from _record import RESULTS, Timing, parser, show, take_turns, write
-from _steps import WARMUP
+from _steps import WARMUP, prepare_jax
 
 from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.models.density import Density
@@ -140,7 +140,7 @@ def startups(arguments, start, folder):
 
 
 def time_to(arguments, start, folder):
-    """Seconds of a training until validation of Fashion-MNIST is at ``arguments.time_to`` bits/dim, beside normflows' record."""
+    """Seconds of a training on Fashion-MNIST until validation is at so many bits/dim, beside normflows' record."""
     config = read_config(FASHION, *(flag.removeprefix("--config.") for flag in arguments.train_flag))
     began, workdir = time.time(), folder / "fashion_mnist"
     start(most_cores(), "_steps", "OurTraining", {"config": to_plain(config), "workdir": str(workdir)})
@@ -168,7 +168,9 @@ def time_to(arguments, start, folder):
     }
 
 
-PARTS = {"step": steps, "likelihood": likelihoods, "inverse": inverses, "sampling": samples, "startup": startups}
+IN_WORKERS = {"step": steps, "startup": startups, "time_to": time_to}
+HERE = {"likelihood": likelihoods, "inverse": inverses, "sampling": samples}
+PARTS = ("step", "likelihood", "inverse", "sampling", "startup")
 
 
 def main():
@@ -198,9 +200,10 @@ def main():
         output = arguments.output and arguments.output.with_stem(f"{arguments.output.stem}_{part}")
         write(f"peers_{part}", argparse.Namespace(**{**vars(arguments), "output": output}), settings, results)
 
+    prepare_jax()
     for part in chosen + ["time_to"] * (arguments.time_to is not None):
         with workers() as start, tempfile.TemporaryDirectory() as folder:
-            record(part, {**PARTS, "time_to": time_to}[part](arguments, start, Path(folder)))
+            record(part, HERE[part](arguments) if part in HERE else IN_WORKERS[part](arguments, start, Path(folder)))
 
 
 if __name__ == "__main__":

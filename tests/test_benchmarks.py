@@ -135,12 +135,13 @@ def test_turns_end_early_but_not_before_three(benchmark):
 
 def test_inverses_are_tuned_to_the_first_tolerance_that_reaches_the_error(benchmark):
     class Halving:
-        """A worker whose error is half of its tolerance, at least .01, from more and more evaluations."""
+        """A flow whose error is half of its tolerance, at least .01, from more and more evaluations."""
 
-        def ask(self, method, tolerance=None, **_):
-            if method == "invert":
-                self.tolerance = tolerance
-                return 1.0
+        def invert(self, num, tolerance):
+            self.tolerance = tolerance
+            return 1.0 * num
+
+        def error(self):
             return {"largest": max(self.tolerance / 2, 0.01), "evals": 1 / self.tolerance}
 
     first_that_reaches = benchmark("_peers_trained").first_that_reaches
@@ -153,11 +154,10 @@ def test_inverses_are_tuned_to_the_first_tolerance_that_reaches_the_error(benchm
     assert len(tried) == 3
 
 
-def test_our_inverses_are_shared_by_devices_in_both_precisions(benchmark, tmp_path):
+def test_our_inverses_are_shared_by_devices_in_both_precisions(benchmark):
     flows = benchmark("_peers_flows")
     model, z = kept.model(kept.POINTS), np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)
-    flows.write_arrays(model, flows.exact_inverse(model, z), z, tmp_path / "arrays.npz")
-    ours = flows.OurFlow(model.save(tmp_path / "model.npz"), tmp_path / "arrays.npz")
+    ours = flows.OurFlow(model, flows.exact_inverse(model, z), z)
     for atol, refine in ((1e-6, False), (1e-9, True)):
         assert ours.invert(1, atol, refine) > 0
         found = ours.error()
@@ -166,15 +166,14 @@ def test_our_inverses_are_shared_by_devices_in_both_precisions(benchmark, tmp_pa
 
 
 @pytest.mark.usefixtures("torch")
-def test_pytorch_flow_with_weights_of_ours_is_the_same_function(benchmark, tmp_path):
-    flows = benchmark("_peers_flows")
+def test_pytorch_flow_with_weights_of_ours_is_the_same_function(benchmark):
     convolutional = StageSpec(2, (6,), (3, 3), "clipswish", squeeze=2, positional_bias=True)
     spec = FlowSpec((8, 8, 1), (convolutional, StageSpec(1, (5, 3), (3, 1, 3), "elu"), StageSpec(1, (7,), None, "lipswish")))
     model = Density(DensitySpec(spec), freeze(spec, kept.random_params(spec, jax.random.key(0))), {})
     x = np.random.default_rng(0).normal(size=(3, 8, 8, 1))
-    flows.write_arrays(model, x, model.flow().forward(jnp.asarray(x, jnp.float32)), tmp_path / "arrays.npz")
-    theirs = flows.TorchFlow(flows.architecture(model.spec), tmp_path / "arrays.npz", threads=1)
-    assert max(theirs.check().values()) < 1e-5
+    z = model.flow().forward(jnp.asarray(x, jnp.float32))
+    theirs = benchmark("_peers_flows").TorchFlow(model, x, z, agreement=1e-5)
+    assert theirs.agreement["float32"] < 1e-5
 
 
 def test_naive_series_has_value_and_gradient_of_its_terms(benchmark, torch):
