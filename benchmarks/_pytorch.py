@@ -217,12 +217,12 @@ def fixed_flow(architecture, weights):
     layers = []
     for number, stage in enumerate(architecture["stages"]):
         layers += entry(stage)
-        *space, _ = stage["layers"][0]["in_shape"]
+        *space, channels = stage["layers"][0]["in_shape"]
         for k in range(stage["num_blocks"]):
             own = {name: torch.tensor(array[k]) for name, array in weights[f"stage{number}"].items()}
             net = branch(stage, plain_layer)
             _load(net, stage, own)
-            scale, residual = block((1,), net, **POISSON)
+            scale, residual = block((channels, *(1 for _ in space)), net, **POISSON)
             shift, log_scale = (own[f"actnorm/{name}"].view(1, -1, *(1 for _ in space)) for name in ("bias", "log_scale"))
             scale.t.data, scale.s.data, scale.data_dep_init_done = -shift, -log_scale, torch.tensor(1.0)
             layers += [scale, residual]

@@ -171,9 +171,13 @@ def test_pytorch_flow_with_weights_of_ours_is_the_same_function(benchmark):
     spec = FlowSpec((8, 8, 1), (convolutional, StageSpec(1, (5, 3), (3, 1, 3), "elu"), StageSpec(1, (7,), None, "lipswish")))
     model = Density(DensitySpec(spec), freeze(spec, kept.random_params(spec, jax.random.key(0))), {})
     x = np.random.default_rng(0).normal(size=(3, 8, 8, 1))
-    z = model.flow().forward(jnp.asarray(x, jnp.float32))
+    z, log_dets, _ = jax.jit(lambda x: model.flow().forward_and_logdet(x, jax.random.key(0)))(jnp.asarray(x, jnp.float32))
     theirs = benchmark("_peers_flows").TorchFlow(model, x, z, agreement=1e-5)
     assert theirs.agreement["float32"] < 1e-5
+    theirs.draw(40)
+    stderr = theirs.log_dets.std(axis=0, ddof=1) / 40**0.5
+    assert (stderr < 0.5).all()
+    assert (np.abs(theirs.log_dets.mean(axis=0) - log_dets) < 5 * stderr).all()
 
 
 def test_naive_series_has_value_and_gradient_of_its_terms(benchmark, torch):
