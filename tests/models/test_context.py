@@ -1,6 +1,5 @@
 """Conditional branches ``g(x; context)``: the density, samples, the inverse and gradients with respect to the context."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.branches.branch import Branch
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
@@ -160,6 +160,6 @@ def test_contexts_of_the_wrong_shape_are_named():
         whole.encode(x, context=jnp.zeros((BATCH, 5)))
     with pytest.raises(ValueError, match="context_dim must not be negative, got -1"):
         FeedforwardSpec((2,), (3,), context_dim=-1)
-    plain = dataclasses.replace(PLANE, context_dim=0)
+    plain = Branch(FeedforwardSpec((2,), (3,)), {}, 0.5)
     with pytest.raises(ValueError, match=r"takes no context \(context_dim=0\), got one of shape \(3, 4\)"):
-        whole.with_(spec=density.DensitySpec(plain)).encode(x, context=jnp.zeros((BATCH, 4)))
+        plain.given(jnp.zeros((BATCH, 4)))(x)
