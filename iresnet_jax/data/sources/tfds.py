@@ -4,8 +4,8 @@ Only preparing a data set, which downloads it and is done once, needs TensorFlow
 prepared elsewhere and its folder copied. A data set that is prepared and decoded is found again without importing TFDS either.
 """
 
+import contextlib
 import importlib.util
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -117,35 +117,32 @@ def _prepare(root: Path, name: str) -> Path | None:
 
 
 def _contents(name: str, folder: Path) -> Contents:
-    info_path = folder / "dataset_info.json"
-    try:
-        written_as = json.loads(info_path.read_text("utf-8")).get("fileFormat", "tfrecord")
-    except (AttributeError, ValueError) as error:  # not UTF-8, not JSON, or not an object
-        raise ValueError(f"{info_path} is damaged: {error}; delete its folder to have {name} prepared again") from None
-    if written_as != _FORMAT:
-        raise ValueError(
-            f"{name} was prepared in {folder} as {written_as}, which only TensorFlow can read: "
-            f"delete that folder to have it prepared as {_FORMAT}, or choose another data_dir"
-        )
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(folder)
+    with _explaining(name, folder):
+        builder = tfds.builder_from_directory(folder)
     info: Any = builder.info
     image_key, label_key = _keys(info, name)
 
     def read(split: str) -> Iterator[Chunk]:
-        try:
+        with _explaining(name, folder):
             records = builder.as_data_source(split)
             for start in range(0, len(records), CHUNK):
                 examples = records.__getitems__(range(start, min(start + CHUNK, len(records))))
                 labels = np.array([example[label_key] for example in examples]) if label_key else None
                 yield [example[image_key] for example in examples], labels
-        except Exception as error:  # array_record, protobuf and Pillow each have their own
-            problem = f"cannot read split {split!r} of {name} in {folder}, which seems damaged: delete it to prepare it again"
-            raise ValueError(f"{problem} ({' '.join(str(error).split())})") from error
 
     num_classes = info.features[label_key].num_classes if label_key else None
     return Contents({split: found.num_examples for split, found in info.splits.items()}, num_classes, read)
+
+
+@contextlib.contextmanager
+def _explaining(name: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # array_record, protobuf, Pillow and TFDS each have their own, also for files of another format
+        problem = " ".join(str(error).split())
+        raise ValueError(f"cannot read {name} in {folder}, delete that folder to have it prepared again: {problem}") from error
 
 
 def _keys(info: Any, name: str) -> tuple[str, str | None]:
