@@ -15,20 +15,22 @@ from typing import NamedTuple
 import kept
 import numpy as np
 import pytest
-import runs
-from runs import ROOT
+import tiny_runs as runs
+from tiny_runs import ROOT
 
 from iresnet_jax.__main__ import make_parser
 from iresnet_jax.report.formatting import MINUS
 from iresnet_jax.runs.command_line import parse_train_flags
 
-PAGES = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in FILES}
 README = PAGES["README.md"].read_text(encoding="utf-8")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 MODEL = "benchmarks/results/digits_hybrid/model.npz"  # read by a block
 SECTIONS = (
     "Install",
-    "In fifteen lines",
+    "A first model",
+    "How it works",
     "Training from a config",
     "Results",
     "What is guaranteed",
@@ -72,6 +74,7 @@ def test_blocks_are_found_with_their_lines():
     assert {block.language for path in PAGES.values() for block in blocks(path.read_text())} == {
         "python",
         "sh",
+        "text",
         "bash",
         "yaml",
         "bibtex",
@@ -144,7 +147,7 @@ def commands(text):
 def check_command(command):
     """Raises unless a command names what there is, with options that it has."""
     match command:
-        case ["pip", "install", *packages]:
+        case ["pip", "install", "-e", *packages] | ["pip", "install", *packages]:
             for package in packages:
                 name, _, extras = package.rstrip("]").partition("[")
                 known = EXTRAS if name == "." else metadata.metadata(name).get_all("Provides-Extra")
@@ -157,9 +160,12 @@ def check_command(command):
         case ["python", "-m", "iresnet_jax", *options]:
             if options not in ([], ["COMMAND"]):
                 make_parser().parse_args(options)
+        case ["python", "-m", "build"]:
+            assert any(package.startswith("build>") for package in EXTRAS["test"])
         case ["python", script, *_]:
             assert (ROOT / script).is_file(), f"there is no {script}"
-        case ["pytest", *paths]:
+        case ["pytest", *words]:
+            paths = [word for word in words if not word.startswith("-")]
             assert all((ROOT / path).exists() for path in paths), f"there is not all of {paths}"
         case ["mkdocs", "serve" | "build", *_]:
             assert any(package.startswith("mkdocs>") for package in EXTRAS["docs"])

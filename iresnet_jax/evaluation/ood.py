@@ -4,20 +4,18 @@ Every score is larger for stranger images. Its number is the area under the ROC 
 perfect score and 1/2 for a coin. Numbers of different scores do not compare, so every result carries the definitions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Integer, Num
-from scipy.stats import rankdata
-from sklearn.metrics import roc_auc_score
 
 from iresnet_jax import data
 from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.evaluation.results import Score, Separation
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.head import linear
@@ -39,6 +37,37 @@ DEFINITIONS = {
     "typicality": "distance of those bits per dimension from their mean over training images (Nalisnick et al. 2019)",
 }
 
+
+@dataclass(frozen=True)
+class Score:
+    """Area under the ROC curve of a score, and the score's definition: areas of different scores do not compare."""
+
+    auroc: float
+    definition: str
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well scores tell other images from test images.
+
+    Attributes:
+        other: "rotated", "noise" or the name of a data set.
+        num_inside: Test images.
+        num_outside: Other images.
+        scores: Scores by name.
+    """
+
+    other: str
+    num_inside: int
+    num_outside: int
+    scores: Mapping[str, Score]
+
+    def __str__(self) -> str:
+        lines = [f"{self.num_inside} test images against {self.num_outside} others ({self.other}):"]
+        lines += [f"  AUROC {score.auroc:.4f}  {name}: {score.definition}" for name, score in self.scores.items()]
+        return "\n".join(lines)
+
+
 Scores = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
@@ -51,6 +80,9 @@ def auroc(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -> 
     scores = np.concatenate([inside, outside])
     if not len(inside) or not len(outside) or np.isnan(scores).any():
         raise ValueError(f"an AUROC needs scores on both sides, none of them NaN: got {len(inside)} and {len(outside)}")
+    from scipy.stats import rankdata  # late: a second, for which other commands should not wait
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(np.repeat([0, 1], [len(inside), len(outside)]), rankdata(scores)))
 
 

@@ -1,36 +1,33 @@
 r"""Log-likelihoods whose log-determinants have a stated accuracy, by the cheapest estimator of every block.
 
 A pilot on a few examples measures for every block the variance of an estimate by one probe and how its bias falls with the
-number of products; `allocation.cheapest` then chooses between the exact log-determinant and Krylov subspaces, with the closed
+number of products; `probes.cheapest` then chooses between the exact log-determinant and Krylov subspaces, with the closed
 form of the trace where there is one. All examples follow, and probes are added in rounds until the target is met.
 
 The accuracy is ``bias + standard error`` of an example's log-likelihood, root mean square over examples; the standard error is
-that over probes, and `probe_sums` says how the bias is estimated. Each example has its own keys, so results do not depend on
+that over probes, and `probes` says how the bias is estimated. Each example has its own keys, so results do not depend on
 batches.
 """
 
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Num
 
-from iresnet_jax.branches import structured_logdet
-from iresnet_jax.branches.branch import BranchSpec
+from iresnet_jax.branches.branch import Branch
 from iresnet_jax.data.batches import eval_batches
-from iresnet_jax.evaluation import allocation
-from iresnet_jax.evaluation.allocation import PROBES_AT_ONCE, Block
-from iresnet_jax.evaluation.probe_sums import Sums, rms
-from iresnet_jax.evaluation.results import Accuracy
+from iresnet_jax.evaluation import probes
+from iresnet_jax.evaluation.probes import PROBES_AT_ONCE, Block, Sums, rms
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo, draw_probes
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.krylov import nested_quadratic_forms
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.flow import branch_inputs, known_branch
+from iresnet_jax.models.flow import branch_inputs
 from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
 
@@ -41,6 +38,44 @@ PILOT_DRAW = 2**20  # number of the pilot's draw, which no other draw has
 CHEAP = 100.0  # products for which a block is exact without a pilot, which takes half as many
 MAX_ROUNDS = 5
 FULL_ENTRIES = 2**26  # entries of full Jacobians that are in memory together
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Error of examples' log-likelihoods that comes from their log-determinants, root mean square over examples.
+
+    Attributes:
+        target: Largest ``bias + stderr`` that was asked for, in ``unit``.
+        bias: Estimate of how far the expectation over probes is off, from how Krylov subspaces of increasing dimension converge
+            for the same probes; 0 if exact.
+        stderr: Standard error over probes, of the mean over noise draws; 0 if exact.
+        bias_bound: Guaranteed bound of the bias if the Lipschitz constants are guaranteed; often far above it.
+        products: Operations of an example for each noise draw, in those of a product with a block's Jacobian, summed over
+            blocks.
+        plan: What every stage does, in words.
+        unit: "bits/dim" or "nats".
+    """
+
+    target: float
+    bias: float
+    stderr: float
+    bias_bound: float
+    products: float
+    plan: tuple[str, ...]
+    unit: str
+
+    @property
+    def met(self) -> bool:
+        """Whether the target was met."""
+        return self.bias + self.stderr <= self.target
+
+    def __str__(self) -> str:
+        found = f"bias about {self.bias:.1g} (at most {self.bias_bound:.1g}) + stderr {self.stderr:.1g} {self.unit}"
+        verdict = f"{'within' if self.met else 'NOT within'} {self.target:g}"
+        return (
+            f"log-determinants of an example: {found}, {verdict}; as dear as {self.products:,.0f} products with Jacobians "
+            f"({'; '.join(self.plan)})"
+        )
 
 
 def log_prob(
@@ -73,7 +108,7 @@ def log_prob(
     in_nats, spec = target / model.spec.unit_of_a_nat, model.spec
     evaluation = _Evaluation(model, examples, jax.random.key(seed), batch_size, contexts)
     blocks = evaluation.pilot(in_nats, num_dequantisations)
-    choices = allocation.cheapest(blocks, in_nats, num_dequantisations)
+    choices = probes.cheapest(blocks, in_nats, num_dequantisations)
     sums = Sums(choices, (len(examples), num_dequantisations))
     draws = [choice.num_probes // PROBES_AT_ONCE for choice in choices]
     for is_first in (True, *(False for _ in range(MAX_ROUNDS))):
@@ -111,8 +146,8 @@ class _Evaluation:
         """What the plan has to know, from a few examples."""
         blocks = []
         for stage, _ in self._blocks:
-            product = structured_logdet.operations_of_product(stage.branch)
-            blocks.append(Block(stage.name, product, structured_logdet.cost(stage.branch) * product))
+            product = stage.branch.product_operations
+            blocks.append(Block(stage.name, product, stage.branch.logdet_cost * product))
         numbers = np.arange(min(PILOT_EXAMPLES, len(self._examples)))
         asked, prepared = [b for b, block in enumerate(blocks) if block.exact > CHEAP * block.product], None
         for sizes in PILOT_SIZES:
@@ -126,7 +161,7 @@ class _Evaluation:
                 biases = {size + 1: rms(errors[:, i]) for i, size in enumerate(sizes[:-1])}
                 variance = float(values[:, -1].var(axis=1, ddof=1).mean())
                 blocks[b] = replace(blocks[b], variance=variance, biases={**(blocks[b].biases or {}), **biases})
-            asked = allocation.worth_more_steps(blocks, sizes[-1] + 1, target, num_noise)
+            asked = probes.worth_more_steps(blocks, sizes[-1] + 1, target, num_noise)
         return blocks
 
     def add(self, sums: Sums, noise_draw: int, draws: list[int], *, is_first: bool) -> None:
@@ -162,16 +197,15 @@ class _Evaluation:
 
     def _of_block(self, b, sizes, num_probes, prepared, size, noise_draw, draw):
         stage, k = self._blocks[b]
-        weights = jax.tree.map(lambda w: w[k], self._model.weights[stage.name])
-        task = _Task(stage.branch, sizes, num_probes, weights["branch"], weights["lipschitz"])
+        task = _Task(jax.tree.map(lambda w: w[k], self._model.weights[stage.name].branch), sizes, num_probes)
         inputs, contexts, numbers = prepared["inputs"][stage.name], prepared.get("context"), prepared["numbers"]
 
         def batch_of(places):
             keys = _probe_keys(self._key, numbers[places], noise_draw, b, draw)
             return inputs[places, k], None if contexts is None else contexts[places], keys
 
-        num_devices, has_logdet = None, structured_logdet.has_logdet(stage.branch)
-        if not sizes and not (has_logdet and stage.branch.kernel_sizes):  # LAPACK, see `likelihood.evaluate_examples`
+        num_devices, has_logdet = None, "logdet" in stage.branch.knows
+        if not sizes and not (has_logdet and len(stage.branch.in_shape) == 3):  # LAPACK, see `likelihood.evaluate_examples`
             num_devices = 1 if parallel.num_processes() == 1 and jax.default_backend() == "cpu" else None
             if not has_logdet:
                 fits, multiple = max(FULL_ENTRIES // math.prod(stage.branch.in_shape) ** 2, 1), parallel.all_devices()
@@ -192,18 +226,14 @@ class _NoLogdet(LogdetEstimator):
         return zeros, LogdetInfo(zeros, zeros)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["weights", "lipschitz"], meta_fields=["spec", "sizes", "num_probes"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["branch"], meta_fields=["sizes", "num_probes"])
 @dataclass(frozen=True)
 class _Task:
     """A block to evaluate: exactly if there are no sizes of Krylov subspaces."""
 
-    spec: BranchSpec
+    branch: Branch
     sizes: tuple[int, ...]
     num_probes: int
-    weights: Any
-    lipschitz: Any
 
 
 def _prepare_batch(model, batch):
@@ -217,12 +247,12 @@ def _prepare_batch(model, batch):
 
 def _evaluate_block(task, batch):
     x, context, keys = batch
-    branch = known_branch(task.spec, task.weights, task.lipschitz, context)
+    branch = task.branch.given(context)
     if not task.sizes:
-        return {"values": ExactLogdet()(branch.g, x, jacobian=branch.jacobian, logdet=branch.logdet)[0]}
+        return {"values": ExactLogdet()(branch, x, jacobian=branch.jacobian, logdet=branch.logdet)[0]}
     probes = draw_probes(keys, x, task.num_probes)
     values, bounds = nested_quadratic_forms(
-        branch.g, x, probes, task.sizes, lipschitz_bound=branch.lipschitz_bound, trace=branch.trace
+        branch, x, probes, task.sizes, lipschitz_bound=branch.lipschitz_bound, trace=branch.trace
     )
     return {"values": jnp.moveaxis(values, 2, 0), "bounds": jnp.moveaxis(bounds, 1, 0)}
 

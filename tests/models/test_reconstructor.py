@@ -35,7 +35,7 @@ def model():
 
     with jax.enable_x64(False):
         frozen = make(jax.random.key(0))
-    return Reconstructor(SPEC, frozen.weights, frozen.bounds)
+    return Reconstructor(SPEC, frozen)
 
 
 def images(num=5, seed=0):
@@ -86,11 +86,13 @@ def test_noise_amplification_is_the_bound_of_the_jacobian_and_close_to_it_at_mos
     assert largest.max() > 1.2  # and the test would see a bound below it
 
 
-def test_the_certified_inverse_takes_it():
+def test_certified_decoding_takes_its_measurements():
     y = images()
-    x, info = jax.jit(lambda m, y: m.invert(y))(model(), y)
-    certificate = certify.inverse(model(), np.asarray(model().as_latents(y)), np.asarray(x))
-    assert (certificate.error_bound <= info.error_bound).all()
+    plain, info = model().invert(y)
+    x, found = certify.decode(model(), y)
+    np.testing.assert_array_equal(x, plain)
+    assert found.certificate.applied.all()
+    assert (found.error_bound <= info.error_bound).all()
 
 
 def test_a_saved_model_is_the_same(tmp_path):
@@ -124,7 +126,7 @@ def test_an_ordinary_network_maps_measurements_to_images():
         ),
         (lambda: model().reconstruct(np.zeros((2, 8, 8, 1), np.float32)), r"must have shape \(4, 4, 1\), got \(8, 8, 1\)"),
         (lambda: model().preprocess(np.zeros((2, 4, 4, 1), np.float32)), "integer levels 0 to 16"),
-        (lambda: model().with_(bounds=None).certificate(), r"call freeze\(\) first"),
+        (lambda: model().with_(weights=kept.uncertified(model().weights)).certificate(), r"call freeze\(\) first"),
     ],
 )
 def test_mistakes_of_callers(call, message):

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-import runs
+import tiny_runs as runs
 
-from iresnet_jax.evaluation import trained_run as run
+from iresnet_jax.runs import trained_run as run
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 

@@ -10,14 +10,13 @@ import kept
 import numpy as np
 import optax
 import pytest
-import runs
 import scipy.special
 import scipy.stats
+import tiny_runs as runs
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import load
 from iresnet_jax.evaluation import ood, samples
-from iresnet_jax.evaluation import trained_run as run
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
@@ -25,6 +24,7 @@ from iresnet_jax.models.flow import constrain, freeze
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.models.saved import load as load_model
 from iresnet_jax.runs import loop
+from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.config import HybridConfig
 from iresnet_jax.runs.from_config import density_spec
 from iresnet_jax.runs.metrics import read_metrics
@@ -147,12 +147,12 @@ def test_without_labels_classes_come_as_often_as_the_model_says():
     model, _ = plane()
     means = np.repeat(100 * np.arange(K, dtype=np.float32)[:, None], D, axis=1)
     model = model.with_(prior={**model.prior, "mean": means, "log_std": np.zeros((K, D), np.float32)})
-    draw_latents = jax.jit(type(model)._sample_prior, static_argnums=(2, 3))
-    z = draw_latents(model, jax.random.key(0), 6000, 1.0, None)
+    draw_latents = jax.jit(type(model).sample_latents, static_argnames=("num", "temperature"))
+    z = draw_latents(model, jax.random.key(0), 6000)
     counts = np.bincount(np.rint(np.asarray(z[:, 0]) / 100).astype(int), minlength=K)
     expected = 6000 * scipy.special.softmax(np.asarray(model.prior["class_logits"], np.float64))
     assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3
-    assert draw_latents(model, jax.random.key(0), 5, 0.0, np.full(5, 2))[:, 0].tolist() == [200.0] * 5
+    assert draw_latents(model, jax.random.key(0), 5, temperature=0.0, labels=np.full(5, 2))[:, 0].tolist() == [200.0] * 5
 
 
 @pytest.mark.parametrize(

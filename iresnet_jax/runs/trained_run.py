@@ -1,0 +1,246 @@
+"""A run after training: its model, its settings and its data, from the folder of a run or of a model alone.
+
+The parameters are the moving average of the checkpoint that was best on validation, and the weights are frozen: scaled by
+guaranteed bounds of their norms, so that every block is a certified contraction whatever training used (`flow.freeze`).
+"""
+
+import functools
+import os
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from iresnet_jax.data.arrays import FITTED_ARRAY
+from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.json_dataclasses import to_plain
+from iresnet_jax.models import saved
+from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.flow import Block, freeze
+from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
+from iresnet_jax.runs import run_folder
+from iresnet_jax.runs.checkpoints import Checkpoints
+from iresnet_jax.runs.config import Config, parse
+from iresnet_jax.runs.from_config import Spec, build_optimizer, build_solver
+from iresnet_jax.runs.loop import load_data
+from iresnet_jax.runs.machine import prepare_backend
+from iresnet_jax.training.initialization import abstract_variables
+from iresnet_jax.training.state import TrainState, create
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model with what it was trained on.
+
+    Attributes:
+        folder: Folder of the run, or of the model.
+        model: The model, with frozen weights.
+        config: Settings that it was trained with.
+        fingerprint: Fingerprint of the data that it was trained on.
+        step: Updates behind the parameters.
+        notes: Sentences that a reader of any result must know, such as which checkpoint had to be used instead.
+    """
+
+    folder: Path
+    model: Density | Classifier | Reconstructor
+    config: Config
+    fingerprint: str
+    step: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the model says of an example which class it belongs to."""
+        return self.model.spec.num_classes is not None
+
+    @property
+    def is_bijective(self) -> bool:
+        """Whether there is an inverse to try at least."""
+        return isinstance(self.model, Density) or self.model.spec.is_bijective
+
+    @functools.cached_property
+    def data(self) -> DataSet:
+        """The data that the settings name, as they are now; samples and certificates need none.
+
+        Raises:
+            ValueError: If they cannot be loaded, as the array that `iresnet_jax.fit` was given.
+        """
+        if self.config.data.name == FITTED_ARRAY:
+            raise ValueError(
+                f"{self.folder} does not hold the array that its model was fitted to: save the array with numpy.save and add "
+                "--data npy:FILE"
+            )
+        return load_data(self.config.data)
+
+    def with_data(self, name: str) -> "Run":
+        """The same run on other data, by a name that `iresnet_jax.data.load` knows."""
+        return replace(self, config=replace(self.config, data=replace(self.config.data, name=name)))
+
+    def test_examples(self) -> np.ndarray:
+        """All test examples, or as many fresh ones of a toy or simulator as the settings ask for."""
+        return self.data.held_out("test", self._num_test, self.config.seed)
+
+    def test_contexts(self) -> np.ndarray | None:
+        """The contexts of `test_examples`; None of a model without."""
+        return self.data.held_out_contexts("test", self._num_test, self.config.seed)
+
+    @property
+    def _num_test(self) -> int | None:
+        return self.config.evaluation.num_examples if self.data.is_endless else None
+
+    def with_data_checked(self) -> "Run":
+        """The same run, with a note if its data have changed since training.
+
+        Raises:
+            ValueError: If the model cannot take them: their shape, levels or classes are others.
+        """
+        if self.data.fingerprint == self.fingerprint:
+            return self
+        spec, found = self.model.spec, self.data
+        shape = spec.image_shape if isinstance(spec, ClassifierSpec) else spec.flow.event_shape
+        wanted = (tuple(shape), spec.num_levels, spec.num_classes)
+        if wanted != (found.event_shape, found.num_levels, found.num_classes if self.has_classes else None):
+            taken = f"{wanted[0]}, {wanted[1]} levels and {wanted[2]} classes"
+            got = f"{found.event_shape}, {found.num_levels} and {found.num_classes}"
+            raise ValueError(f"the model takes examples of shape {taken}, and {found.name} has {got} now: bring its data back")
+        if self._validated_on_the_test():
+            note = f"The test examples of {found.name} are among those that validated: the checkpoint was chosen on them."
+            return replace(self, notes=(*self.notes, note))
+        note = (
+            f"These are other data than the model was trained on: {found.name} has the fingerprint "
+            f"{found.fingerprint[:12]} now and had {self.fingerprint[:12]} then."
+        )
+        return replace(self, notes=(*self.notes, note))
+
+    def _validated_on_the_test(self) -> bool:
+        """Whether training set no test examples aside of these data, as `iresnet_jax.fit` does not.
+
+        Test and validation examples are then the first of one order, see `splits.fraction_masks`.
+        """
+        data = self.config.data
+        return not self.data.is_endless and load_data(replace(data, test_fraction=0.0)).fingerprint == self.fingerprint
+
+
+def load(folder: str | os.PathLike[str]) -> Run:
+    """Loads the best checkpoint of a run, or the latest where there is no best one, which `Run.notes` then says.
+
+    A folder with nothing of a training but ``model.npz`` will do as well. On an accelerator this also sets the precision of
+    matrix products in this process, see `matmul_precision.prepare_backend`.
+
+    Args:
+        folder: Folder of the run, as `loop.train` filled it, or of a model.
+
+    Raises:
+        ValueError: If it is no such folder, or a file in it is damaged or of another version.
+        RuntimeError: If it has no checkpoint yet, or none that can be read.
+
+    Example:
+        >>> run = load("runs/digits_density")  # doctest: +SKIP
+        >>> samples, info = run.model.sample(jax.random.key(0), 64)  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    if _is_model_alone(folder):
+        return _load_file(folder)
+    config = run_folder.read_config(folder)
+    prepare_backend(config.training.matmul_precision)
+    spec, fingerprint = run_folder.read_model(folder)
+    optimizer = build_optimizer(config.optimizer)
+    target = jax.eval_shape(lambda variables: create(variables, optimizer), abstract_variables(config, spec))
+    best, step, notes = _restore(Checkpoints(folder), target, folder)
+    return Run(folder, _model(config, spec, best), config, fingerprint, step, notes)
+
+
+def read_config(folder: str | os.PathLike[str]) -> Config:
+    """Reads the settings of a folder that `load` takes, of which it raises the errors; no device starts."""
+    folder = Path(folder)
+    if not _is_model_alone(folder):
+        return run_folder.read_config(folder)
+    path = folder / saved.FILE_NAME
+    return _parsed(path, saved.read_about(path))[0]
+
+
+def _is_model_alone(folder: Path) -> bool:
+    return (folder / saved.FILE_NAME).exists() and not (folder / run_folder.CONFIG_FILE).exists()
+
+
+def save(run: Run, path: str | os.PathLike[str] | None = None) -> Path:
+    """Writes the model of a run to one file, with the settings and the data that it was trained with.
+
+    Args:
+        path: File to write; by default ``model.npz`` in the folder of the run.
+
+    Raises:
+        ValueError: If it is a network with BatchNorm in its branches.
+    """
+    about = {"format": run_folder.FORMAT, "config": to_plain(run.config), "fingerprint": run.fingerprint, "step": run.step}
+    return saved.save(run.model, run.folder / saved.FILE_NAME if path is None else path, about)
+
+
+def _load_file(folder: Path) -> Run:
+    """The run of a model that `save` wrote."""
+    path = folder / saved.FILE_NAME
+    model, about = saved.read(path)
+    config, fingerprint, step = _parsed(path, about)
+    prepare_backend(config.training.matmul_precision)
+    return Run(folder, model.with_(solver=build_solver(config.evaluation)), config, fingerprint, step)
+
+
+def _parsed(path: Path, about: dict[str, Any]) -> tuple[Config, str, int]:
+    """Settings, fingerprint of the data and step, of what `save` wrote beside a model."""
+    if about.get("format") != run_folder.FORMAT:
+        raise ValueError(f"{path} says nothing of a training in this version: iresnet_jax.load reads the model alone")
+    try:
+        return parse(about["config"]), str(about["fingerprint"]), int(about["step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it from a copy") from None
+
+
+_freeze = jax.jit(freeze, static_argnums=0)  # one function for all runs: those of one architecture share its program
+
+
+def _frozen(flow: FlowSpec, params: Any) -> dict[str, Block]:
+    return _freeze(flow, {stage.name: params[stage.name] for stage in flow.layout})
+
+
+def _model(config: Config, spec: Spec, best: TrainState) -> Density | Classifier | Reconstructor:
+    """The model of a training state: frozen, or certified as it is where training had no constraint."""
+    solver = build_solver(config.evaluation)
+    if isinstance(spec, ClassifierSpec):
+        parts = {"head": best.ema["head"], "statistics": best.batch_stats}
+        if not spec.is_bijective:
+            return Classifier(spec, best.ema, **parts, solver=solver)
+        if not spec.constrained:
+            return saved.model_of(spec, {"params": best.ema, **parts}).with_(solver=solver)
+        frozen = _frozen(spec.flow, best.ema)
+        return Classifier(spec, frozen, **parts, solver=solver)
+    if isinstance(spec, ReconstructorSpec) and not spec.constrained:
+        return saved.model_of(spec, {"params": best.ema}).with_(solver=solver)
+    frozen = _frozen(spec.flow, best.ema)
+    if isinstance(spec, ReconstructorSpec):
+        return Reconstructor(spec, frozen, solver=solver)
+    return Density(spec, frozen, best.ema["prior"], solver=solver)
+
+
+def _restore(checkpoints: Checkpoints, target: Any, folder: Path) -> tuple[TrainState, int, tuple[str, ...]]:
+    """The state to use, its step, and what is to be said about the choice."""
+    notes = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            restored, why = checkpoints.restore_best(target), "there is no checkpoint chosen on validation"
+        except RuntimeError:
+            restored, why = None, "the checkpoints chosen on validation are damaged"
+        if restored is None:
+            restored = checkpoints.restore_latest(target)
+            if restored is None:
+                raise RuntimeError(
+                    f"{folder} has no checkpoint yet: the first is written at the first evaluation of the training"
+                )
+            notes.append(f"These are the parameters of the latest checkpoint, step {restored[1]}: {why}.")
+    warned = [str(warning.message) for warning in caught]
+    return (*restored, (*notes, *(f"{sentence[0].upper()}{sentence[1:]}." for sentence in warned)))

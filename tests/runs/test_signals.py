@@ -1,0 +1,182 @@
+"""Ctrl-C and SIGTERM end a process in one sentence and the right status, whatever it is doing."""
+
+import itertools
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from iresnet_jax.runs import signals
+from iresnet_jax.runs.signals import SIGNALS, Stopped, StopRequests
+
+# Read as a file, so that a process takes 0.1 s and not the second of importing JAX.
+HEAD = f"""
+import hashlib, os, runpy, signal, sys, threading, time
+owner = runpy.run_path({signals.__file__!r})
+StopRequests, Stopped, end_at_signals = owner["StopRequests"], owner["Stopped"], owner["end_at_signals"]
+ready = lambda: print("ready", flush=True)
+native = lambda seconds: hashlib.pbkdf2_hmac("sha256", b"", b"", int(3e6 * seconds))  # one call, in which threads run
+
+def until(condition):
+    while not condition():
+        time.sleep(0.001)
+
+"""
+MOST_S = 10.0  # how long a process may take to end; those that are not told to stop take a minute
+REPEAT = f"owner['end_at_signals'].__globals__['REPEAT_S'] = {signals.REPEAT_S} / 10\n"
+OWNED = "end_at_signals('go on')\n"
+NOTED = "SIGTERM: saving after this step; a second signal stops at once\n"
+
+
+def run(program, *sent, pause_s=0.0):
+    """Status and output of a program that gets signals one after the other, each when it says that it is ready."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HEAD + program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        for number in sent:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(pause_s)
+            process.send_signal(number)
+        out, err = process.communicate(timeout=MOST_S)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+MOMENTS = {
+    "in Python": "ready()\nuntil(lambda: False)",
+    "in native code": "ready()\nnative(60); native(60)",
+    "in a lock": "lock = threading.Lock()\nlock.acquire()\nready()\nlock.acquire()",
+    "in another thread's native code": (
+        "thread = threading.Thread(target=lambda: [ready(), native(60)])\nthread.start(); thread.join()"
+    ),
+    "in a loop that has saved all": (
+        "with StopRequests() as stop:\n    stop.unsaved = True; stop.unsaved = False; ready(); native(60)"
+    ),
+    "in a loop's first compilation": "with StopRequests():\n    ready(); native(60)",
+    "after the loop": "with StopRequests() as stop:\n    stop.unsaved = True\nready()\nnative(60)",
+    "under try and finally": "try:\n    ready(); until(lambda: False)\nfinally:\n    print('unwound')",
+}
+
+
+@pytest.mark.parametrize(("moment", "number"), zip(MOMENTS, itertools.cycle(SIGNALS), strict=False))
+def test_a_signal_ends_the_process_in_one_sentence(moment, number):
+    assert run(OWNED + MOMENTS[moment], number) == (128 + number, "", f"stopped by {number.name}: go on\n")
+
+
+def test_without_an_owner_there_would_be_a_traceback_and_an_unwound_stack():
+    status, out, err = run("try:\n    ready(); native(0.2)\nfinally:\n    print('unwound')", signal.SIGINT)
+    assert status != 130
+    assert out == "unwound\n"
+    assert len(err.splitlines()) > 1
+
+
+COMPILATION = """
+import jax, jax.numpy as jnp
+
+def long(x):
+    for i in range(400):
+        x = jnp.sort(jnp.sin(x @ x + i), axis=i % 2)
+    return x
+
+lowered = jax.jit(long).lower(jnp.ones((8, 8)))
+ready()
+lowered.compile()
+print("compiled")
+"""
+
+
+def test_a_compilation_by_xla_is_cut_short(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # compiled as users do: this program takes 15 s
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    assert run(OWNED + COMPILATION, signal.SIGTERM, pause_s=0.3) == (143, "", "stopped by SIGTERM: go on\n")
+
+
+# --- deferred -------------------------------------------------------------------------------------------------------
+
+LOOP = """
+with StopRequests() as stop:
+    stop.unsaved = True
+    ready()
+    {wait}
+    assert stop.received == signal.SIGTERM
+    print("saved", flush=True)
+    sys.exit(Stopped("", stop.received).status)
+"""
+# What the loop does, the signals that it gets meanwhile, and its status and output.
+DEFERRED = [
+    ("native(0.5)", [signal.SIGTERM], (143, "saved\n", NOTED)),
+    ("until(lambda: stop.received)", [signal.SIGTERM], (143, "saved\n", NOTED)),
+    (
+        "until(lambda: stop.received); ready(); native(60)",
+        [signal.SIGTERM, signal.SIGINT],
+        (130, "", NOTED + "stopped by SIGINT: go on\n"),
+    ),
+    (  # the same signal at once again is no second one
+        "until(lambda: stop.received); ready(); native(0.3)",
+        [signal.SIGTERM] * 2,
+        (143, "saved\n", NOTED),
+    ),
+    (  # and is one later
+        "until(lambda: stop.received); time.sleep(0.2); ready(); native(60)",
+        [signal.SIGTERM] * 2,
+        (143, "", NOTED + "stopped by SIGTERM: go on\n"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("wait", "sent", "end"), DEFERRED)
+def test_a_loop_saves_first_and_the_second_signal_ends_it_at_once(wait, sent, end):
+    repeat = REPEAT if "sleep" in wait else ""
+    assert run(repeat + OWNED + LOOP.format(wait=wait), *sent) == end
+
+
+IGNORING = """
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+end_at_signals()
+with StopRequests() as stop:
+    stop.unsaved = True
+    ready()
+    native(0.2)
+    assert stop.received is None
+ready()
+native(60)
+"""
+
+
+def test_signals_that_are_ignored_stay_ignored():
+    assert run(IGNORING, signal.SIGINT, signal.SIGTERM) == (143, "", "stopped by SIGTERM\n")
+
+
+# --- within a process that nobody owns, such as a notebook ------------------------------------------------------------
+
+
+def test_a_notebook_notes_the_first_signal_and_interrupts_at_the_second():
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    with StopRequests() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received is signal.SIGTERM
+        signal.raise_signal(signal.SIGTERM)  # so soon, it is the same request
+    assert Stopped("", stop.received).status == 143
+    with pytest.raises(KeyboardInterrupt) as interrupt, StopRequests():  # noqa: PT012
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert not isinstance(interrupt.value, Stopped)
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
+
+
+def test_threads_hear_no_signals():
+    def enter():
+        with StopRequests() as stop:
+            heard.append(stop.received)
+
+    heard = []
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert heard == [None]

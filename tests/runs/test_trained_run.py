@@ -1,0 +1,256 @@
+"""A run after training: which parameters count, what they need to be read, and what is said of damage and of other data."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import jax
+import kept
+import numpy as np
+import pytest
+import tiny_runs as runs
+
+from iresnet_jax import data
+from iresnet_jax.models.saved import FILE_NAME
+from iresnet_jax.runs import allocator, machine, run_folder
+from iresnet_jax.runs import trained_run as run
+from iresnet_jax.runs.checkpoints import Checkpoints, load_named
+from iresnet_jax.runs.from_config import build_optimizer, model_spec
+from iresnet_jax.training import state
+from iresnet_jax.training.initialization import initial_variables
+
+NORM_RTOL = 1e-2  # ten times the tolerance of the norms
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run on a toy with two checkpoints, the first of which is the best, their averages drawn at random."""
+    workdir = tmp_path_factory.mktemp("toy")
+    config, dataset = runs.config_of(runs.TOY_CONFIG), data.load("moons")
+    spec = model_spec(config, dataset)
+    run_folder.claim(workdir, config, spec, dataset)
+    optimizer = build_optimizer(config.optimizer)
+    start = jax.jit(lambda variables: state.create(variables, optimizer))(initial_variables(config, spec, dataset))
+    rng = np.random.default_rng(0)
+    for step, metric in ((20, 2.0), (40, 3.0)):
+        ema = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), start.ema)
+        Checkpoints(workdir).save(step, start._replace(step=np.int32(step), ema=ema), metric=metric)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def toy(trained):
+    return run.load(trained)
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def same(a, b):
+    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+# --- which parameters -----------------------------------------------------------------------------------------------
+
+
+def test_the_parameters_are_the_average_of_the_best_checkpoint(toy, trained):
+    named = load_named(trained / "checkpoints" / "20.npz")
+    assert (toy.step, toy.notes) == (20, ())
+    np.testing.assert_array_equal(toy.model.prior["mean"], named["ema/prior/mean"])
+    branch = toy.model.weights["stage0"].branch
+    np.testing.assert_array_equal(branch["dense0"]["bias"][1], named["ema/stage0/block01/dense0/bias"])
+    for layer, found in branch.items():
+        for k, kernel in enumerate(np.asarray(found["kernel"], np.float64)):
+            before = named[f"ema/stage0/block{k:02d}/{layer}/kernel"].astype(np.float64)
+            scale = min(1, 0.9 / np.linalg.norm(before, 2))
+            np.testing.assert_allclose(np.linalg.norm(kernel, 2), scale * np.linalg.norm(before, 2), rtol=NORM_RTOL)
+            np.testing.assert_allclose(kernel * np.abs(before).max(), before * np.abs(kernel).max(), atol=1e-5)
+    assert toy.model.certificate().certified
+    assert toy.model.solver.atol == toy.config.evaluation.inverse_atol
+
+
+def test_a_best_checkpoint_that_is_damaged_is_said_to_be(toy, copied):
+    (copied / "checkpoints" / "20.npz").write_bytes(b"")
+    found = run.load(copied)
+    assert found.step == 40
+    assert not same(found.model.prior, toy.model.prior)
+    [note] = found.notes
+    assert note.startswith(f"The checkpoint {copied / 'checkpoints' / '20.npz'} is damaged")
+    assert note.endswith("falling back to step 40.")
+
+
+def test_the_latest_checkpoint_is_the_second_choice_and_said_to_be(copied):
+    with zipfile.ZipFile(copied / "checkpoints" / "40.npz") as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    never_validated = io.BytesIO()
+    np.save(never_validated, np.nan)
+    with zipfile.ZipFile(copied / "checkpoints" / "40.npz", "w") as archive:
+        for name, values in {**content, "(metric).npy": never_validated.getvalue()}.items():
+            archive.writestr(name, values)
+    for damage, why in (
+        (lambda path: path.write_bytes(b""), "the checkpoints chosen on validation are damaged"),
+        (lambda path: path.unlink(), "there is no checkpoint chosen on validation"),
+    ):
+        damage(copied / "checkpoints" / "20.npz")
+        found = run.load(copied)
+        assert found.step == 40
+        assert found.notes == (f"These are the parameters of the latest checkpoint, step 40: {why}.",)
+
+
+# --- one file -------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_alone_is_the_same_run(toy, tmp_path):
+    path = run.save(toy, tmp_path / FILE_NAME)
+    assert path == tmp_path / FILE_NAME
+    alone = run.load(tmp_path)
+    assert (alone.model.spec, alone.config, alone.fingerprint, alone.step) == (
+        toy.model.spec,
+        toy.config,
+        toy.fingerprint,
+        toy.step,
+    )
+    assert same(alone.model.prior, toy.model.prior)
+    assert same(alone.model.weights["stage0"].branch, toy.model.weights["stage0"].branch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), alone.model.bounds, toy.model.bounds)  # anew
+    assert alone.model.solver == toy.model.solver
+    np.testing.assert_array_equal(alone.test_examples(), toy.test_examples())
+    assert alone.test_examples().shape == (256, 2)
+
+
+def test_a_model_beside_the_run_does_not_replace_it(copied, toy):
+    run.save(run.Run(copied, kept.model(kept.POINTS), toy.config, toy.fingerprint, step=7))
+    assert run.load(copied).step == 20
+
+
+READING = """
+import sys
+from iresnet_jax.runs import machine
+from iresnet_jax.runs.trained_run import read_config
+
+configs = [read_config(folder) for folder in sys.argv[1:]]
+print([config.data.name for config in configs], machine.use_all_cores(configs[0]))
+"""
+
+
+def test_settings_are_read_before_jax_starts(toy, trained, tmp_path):
+    run.save(toy, tmp_path / FILE_NAME)
+    assert run.read_config(trained) == run.read_config(tmp_path) == toy.config
+    plain = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    command = [sys.executable, "-c", READING, str(trained), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=plain | {"PYTHONPATH": str(runs.ROOT)})
+    assert done.stdout.strip() == f"['moons', 'moons'] {machine.num_devices(toy.config, allocator.num_cores())}"
+
+
+def test_a_model_that_knows_no_run_is_read_by_another_function(tmp_path):
+    kept.model(kept.POINTS).save(tmp_path / FILE_NAME)
+    with pytest.raises(ValueError, match=r"model\.npz says nothing of a training.*: iresnet_jax\.load reads the model alone"):
+        run.load(tmp_path)
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_images(tmp_path):
+    """The folder of a hybrid's ``model.npz``, and the file of its data."""
+    path = tmp_path / "images.npz"
+    return kept.folder(tmp_path / "run", kept.HYBRID, kept.write_data(path)), path
+
+
+def test_other_data_are_noticed(of_images):
+    folder, path = of_images
+    loaded = run.load(folder)
+    assert loaded.with_data_checked() is loaded
+    kept.write_data(path, seed=5)
+    [note] = run.load(folder).with_data_checked().notes
+    now = data.load(loaded.config.data.name).fingerprint
+    assert note == (
+        f"These are other data than the model was trained on: npz:{path} has the fingerprint {now[:12]} now and had "
+        f"{loaded.fingerprint[:12]} then."
+    )
+
+
+def test_the_model_needs_no_data(of_images):
+    folder, path = of_images
+    before = run.load(folder)
+    path.unlink()
+    after = run.load(folder)
+    assert (after.model.spec, after.fingerprint) == (before.model.spec, before.fingerprint)
+    with pytest.raises(ValueError, match=f"the file {path} .* does not exist"):
+        after.with_data_checked()
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        (
+            lambda arrays: {name: array[:, :3] if name[0] == "x" else array for name, array in arrays.items()},
+            "(3, 4, 1), 256 and 3",
+        ),
+        (lambda arrays: {name: array for name, array in arrays.items() if name[0] == "x"}, "(4, 4, 1), 256 and None"),
+        (lambda arrays: {name: array + 2 * (name[0] == "y") for name, array in arrays.items()}, "(4, 4, 1), 256 and 5"),
+    ],
+    ids=["shape", "no labels", "more classes"],
+)
+def test_data_that_the_model_cannot_take_are_refused(of_images, changed, found):
+    folder, path = of_images
+    np.savez(path, **changed(dict(np.load(path))))
+    with pytest.raises(ValueError, match=r"takes examples of shape \(4, 4, 1\), 256 levels and 3 classes, and npz:") as raised:
+        run.load(folder).with_data_checked()
+    assert f"has {found} now" in str(raised.value)
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+
+def test_folders_that_are_none_are_said_to_be(tmp_path, copied):
+    with pytest.raises(ValueError, match=f"there is no workdir {tmp_path / 'none'}"):
+        run.load(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        run.load(tmp_path)
+    with pytest.raises(ValueError, match="unset JAX_ENABLE_X64"), jax.enable_x64(True):
+        run.load(copied)
+
+
+def test_damaged_runs_are_explained(copied):
+    for checkpoint in (copied / "checkpoints").iterdir():
+        checkpoint.write_bytes(b"")
+    with pytest.raises(RuntimeError, match=r"no checkpoint in .* can be read"):
+        run.load(copied)
+    shutil.rmtree(copied / "checkpoints")
+    with pytest.raises(RuntimeError, match="has no checkpoint yet"):
+        run.load(copied)
+    for name in ("model.json", "config.json"):
+        whole = (copied / name).read_text()
+        for damaged in ("{", "{}", "[]", '{"format": 1, "seed": "x"}', whole[:-20]):
+            (copied / name).write_text(damaged)
+            with pytest.raises(ValueError, match=rf"{name} (is damaged|was written by another version)"):
+                run.load(copied)
+        (copied / name).write_text(whole)
+        (copied / name).rename(copied / "elsewhere")
+        with pytest.raises(ValueError, match=name):
+            run.load(copied)
+        (copied / "elsewhere").rename(copied / name)
+    config = json.loads((copied / "config.json").read_text())
+    config["model"]["coeff"] = 1.5
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.model\.coeff must lie in \(0, 1\), got 1\.5"):
+        run.load(copied)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_damaged_files_are_explained(tmp_path, damage):
+    path = kept.folder(tmp_path / "run", kept.POINTS) / FILE_NAME
+    content = bytearray(path.read_bytes())
+    for quarter in (1, 2, 3):  # one of them alone may be padding
+        content[quarter * len(content) // 4] ^= 0xFF
+    path.write_bytes({"cut": content[:1000], "flipped": content, "empty": b""}[damage])
+    with pytest.raises(ValueError, match=r"model\.npz is damaged or was written by another version .*: freeze or save"):
+        run.load(path.parent)
