@@ -119,8 +119,8 @@ COMMANDS = {
 }
 
 
-def run(argv: Sequence[str]) -> int:
-    """Runs one command; returns its exit status."""
+def make_parser() -> Parser:
+    """The parser of `COMMANDS`."""
     parser = Parser(prog="python -m iresnet_jax", description="Everything before and after train.py.")
     parsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for name, command in COMMANDS.items():
@@ -129,6 +129,12 @@ def run(argv: Sequence[str]) -> int:
         for flag, settings in command.options.items():
             options.add_argument(flag, **settings)
         options.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs one command; returns its exit status."""
+    parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
     command = COMMANDS[arguments.command]
     if rest and not command.takes_config:

@@ -123,7 +123,8 @@ def read_config(file: str, overrides: Iterable[str] = ()) -> Config:
     settings = _settings_of(Path(name), variant)
     for override in overrides:
         path, has_value, text = override.lstrip("-").partition("=")
-        _set(settings, path.removeprefix("no"), text if has_value else str(not path.startswith("no")))
+        root, *keys = re.findall(r"[^.\[\]]+", path)
+        settings = _changed(settings, keys, text if has_value else str(root == "config"), "config")
     return parse(settings)
 
 
@@ -145,19 +146,25 @@ def _settings_of(path: Path, variant: str) -> dict[str, Any]:
     return to_plain(config)
 
 
-def _set(node: Any, path: str, text: str) -> None:
-    """Sets the field of a path such as ``config.model.stages[0].hidden``; `parse` says whether it exists and may be that."""
-    _, *names = re.finditer(r"[^.\[\]]+", path)
-    for match in names:
-        name, before = match[0], path[: match.start() - 1]
-        if isinstance(node, list) and not (name.isdecimal() and int(name) < len(node)):
-            raise ValueError(f"{before} has no entry {name}: it has {len(node)}")
-        if not isinstance(node, list | dict):
-            raise ValueError(f"{before} has no fields: it is {node!r}")
-        key = int(name) if isinstance(node, list) else name
-        if match is names[-1]:
-            node[key] = _read(text, type(node[key]) if isinstance(node, list) or key in node else tuple)
-        node = node.setdefault(key, {}) if isinstance(node, dict) else node[key]
+def _changed(value: Any, keys: Sequence[str], text: str, path: str) -> Any:
+    """Plain data with another value under some keys; whether these exist, and may have it, `parse` says.
+
+    Args:
+        keys: What leads to the value, such as ``["model", "stages", "0", "hidden"]``.
+        text: The value.
+        path: What messages call the data.
+    """
+    if not keys:
+        return _read(text, type(value))
+    key, *rest = keys
+    if isinstance(value, dict):
+        return value | {key: _changed(value.get(key, {} if rest else ()), rest, text, f"{path}.{key}")}
+    if not isinstance(value, list):
+        raise ValueError(f"{path} has no fields: it is {value!r}")
+    if not (key.isdecimal() and int(key) < len(value)):
+        raise ValueError(f"{path} has no entry {key}: it has {len(value)}")
+    changed = _changed(value[int(key)], rest, text, f"{path}[{key}]")
+    return [changed if index == int(key) else entry for index, entry in enumerate(value)]
 
 
 def _read(text: str, kind: type) -> Any:
