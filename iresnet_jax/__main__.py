@@ -64,7 +64,7 @@ COMMANDS = {
             "--num": {"type": int, "default": 64, "help": "how many (64)"},
             "--temperature": {"type": float, "default": 1.0, "help": "factor on the prior's scale (1)"},
             "--seed": {"type": int, "default": 0, "help": "of the latents (0)"},
-            "--context": {"metavar": "NUMBERS", "help": "context: 1.0,2.0,... or a .npy file with one a row"},
+            "--context": {"metavar": "NUMBERS", "help": "context: 1.0,2.0,... or a .npy file with one per row"},
             "--label": {"type": int, "help": "of which class, of a hybrid (any)"},
         },
         shares_examples=True,
@@ -120,7 +120,11 @@ COMMANDS = {
 
 
 def make_parser() -> Parser:
+<<<<<<< HEAD
     """The parser of `COMMANDS`."""
+=======
+    """The parser of all commands."""
+>>>>>>> main
     parser = Parser(prog="python -m iresnet_jax", description="Everything before and after train.py.")
     parsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for name, command in COMMANDS.items():

@@ -94,7 +94,7 @@ class ResidualFlow(nn.Module):
 
     Attributes:
         spec: The architecture.
-        prior: "gaussian" or "logistic".
+        prior_family: "gaussian" or "logistic".
         last_scale: Initial factor on a branch's last layer.
         num_classes: Classes that have a prior each; None for one prior of all.
         sharp: Whether activations start sharper, see `BranchSpec.initial_weights`.
@@ -102,7 +102,7 @@ class ResidualFlow(nn.Module):
     """
 
     spec: FlowSpec
-    prior: str = "gaussian"
+    prior_family: str = "gaussian"
     last_scale: float = 1.0
     num_classes: int | None = None
     sharp: bool = False
@@ -120,7 +120,7 @@ class ResidualFlow(nn.Module):
             if stage.spec.factor_out:
                 x, latent = reshape.split_channels(x)
                 latents.append(reshape.flatten(latent))
-        self.param("prior", lambda key: priors.standard(self.prior, self.spec.num_dims, self.num_classes))
+        self.param("prior", lambda key: priors.standard(self.prior_family, self.spec.num_dims, self.num_classes))
         return jnp.concatenate([*latents, reshape.flatten(x)], axis=-1)
 
     def constrain(self, *, num_steps: int | None = None, rtol: float = 1e-3) -> Constrained:
