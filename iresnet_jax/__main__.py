@@ -120,11 +120,7 @@ COMMANDS = {
 
 
 def make_parser() -> Parser:
-<<<<<<< HEAD
     """The parser of `COMMANDS`."""
-=======
-    """The parser of all commands."""
->>>>>>> main
     parser = Parser(prog="python -m iresnet_jax", description="Everything before and after train.py.")
     parsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for name, command in COMMANDS.items():
