@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
@@ -21,26 +21,6 @@ from iresnet_jax.runs.signals import Stopped
 DEFAULT_CONFIG = "configs/digits_density.py"
 MISTAKE = 2  # exit status
 _LONGEST = 600  # characters of a message; compilers append whole programs to theirs
-
-
-class TrainFlags(NamedTuple):
-    """Flags of `train.py`.
-
-    Attributes:
-        config: Settings with their overrides.
-        workdir: Folder of the run.
-        debug: Whether a failure shows its traceback.
-        coordinator_address: ``host:port`` of process 0 in a run of several processes, see `hosts.initialize`.
-        num_processes: Number of processes.
-        process_id: Number of this process, from 0.
-    """
-
-    config: Config
-    workdir: Path
-    debug: bool
-    coordinator_address: str | None
-    num_processes: int | None
-    process_id: int | None
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,12 +62,15 @@ def quiet_backends() -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
 
 
-def parse_train_flags(argv: Sequence[str], *, default_config: str = DEFAULT_CONFIG) -> TrainFlags:
-    """Reads ``--config``, its overrides ``--config.FIELD=VALUE``, and the other flags of `TrainFlags`.
+def parse_train_flags(argv: Sequence[str], *, default_config: str = DEFAULT_CONFIG) -> argparse.Namespace:
+    """Reads the flags of `train.py`, which describes them, and the overrides ``--config.FIELD=VALUE``.
 
     Args:
         argv: The command line, program name first.
         default_config: Config file if none is given.
+
+    Returns:
+        The flags by name: a `Config`, the workdir as a path, ``debug``, and the arguments of `hosts.initialize`.
 
     Raises:
         ValueError: If a flag or a field is unknown, a value does not fit, or the config file fails.
@@ -101,11 +84,10 @@ def parse_train_flags(argv: Sequence[str], *, default_config: str = DEFAULT_CONF
     parser.add_argument("--coordinator_address")
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--process_id", type=int)
-    given = vars(parser.parse_args([argument for argument in arguments if argument not in overrides]))
-    file = given.pop("config")
-    config = read_config(file, overrides)
-    workdir = given.pop("workdir") or Path("runs") / Path(file.partition(":")[0]).stem
-    return TrainFlags(config, workdir, **given)
+    given = parser.parse_args([argument for argument in arguments if argument not in overrides])
+    given.workdir = given.workdir or Path("runs") / Path(given.config.partition(":")[0]).stem
+    given.config = read_config(given.config, overrides)
+    return given
 
 
 def read_config(file: str, overrides: Iterable[str] = ()) -> Config:
