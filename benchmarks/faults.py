@@ -120,7 +120,7 @@ class Pair:
         lines = []
         for log in self.logs:
             log.seek(0)
-            lines.append(next((line for line in reversed(log.read().splitlines()) if not line.startswith(("[Gloo]", " "))), ""))
+            lines.append(next((line for line in reversed(log.read().splitlines()) if not line.startswith(("[Gloo]", "***", " "))), ""))
         return lines
 
 
