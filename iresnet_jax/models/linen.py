@@ -16,7 +16,7 @@ from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.models import priors
-from iresnet_jax.models.architecture import FlowSpec, Stage
+from iresnet_jax.models.architecture import FlowSpec, PlacedStage
 from iresnet_jax.models.batchnorm import batchnorm_blocks
 from iresnet_jax.models.classifier import Classifier as ClassifierModel
 from iresnet_jax.models.classifier import ClassifierSpec
@@ -37,7 +37,7 @@ class Blocks(nn.Module):
     """
 
     flow: FlowSpec
-    stage: Stage
+    stage: PlacedStage
     last_scale: float = 1.0
     constrained: bool = True
     sharp: bool = False
@@ -70,7 +70,7 @@ class StageModule(nn.Module):
     """A stage, so that its blocks' arrays are named ``stage0/blocks/conv0/kernel``; attributes as in `Blocks`."""
 
     flow: FlowSpec
-    stage: Stage
+    stage: PlacedStage
     last_scale: float = 1.0
     constrained: bool = True
     sharp: bool = False
@@ -181,7 +181,7 @@ class BatchNormStage(nn.Module):
         last_scale: Initial factor on a branch's last layer.
     """
 
-    stage: Stage
+    stage: PlacedStage
     last_scale: float
 
     @nn.compact
