@@ -69,7 +69,7 @@ def reference(model, images):
         @jax.jit
         def evaluate(model, x):
             z, log_dets, _ = model.flow().forward_and_logdet(x, jax.random.key(0))
-            return z, log_dets, priors.log_prob(model.spec.prior, model.prior, z)
+            return z, log_dets, priors.log_prob(model.spec.prior_family, model.prior, z)
 
         parts = [evaluate(exact, x[i : i + AT_ONCE]) for i in range(0, len(x), AT_ONCE)]
         z, log_dets, log_prior = (np.concatenate(values) for values in zip(*parts, strict=True))
