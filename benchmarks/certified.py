@@ -122,12 +122,13 @@ def exact_errors(case: Inverted, refined, numbers, num):
 
     def solve(y, wrong):
         with jax.enable_x64():
-            return np.asarray(_solve(model, jnp.asarray(y[None]), jnp.asarray(wrong[None]))).ravel()
+            return np.asarray(_solve(model, jnp.asarray(y), jnp.asarray(wrong.reshape(y.shape)))).ravel()
 
     errors = []
     for i in range(num):
-        y = case.y[i].astype(np.float64).ravel()
-        x = invert(numbers, spec, weights, y, refined[i], functools.partial(solve, y), num_steps=3)
+        own = case.y[i : i + 1].astype(np.float64)
+        y = own.ravel()
+        x = invert(numbers, spec, weights, y, refined[i], functools.partial(solve, own), num_steps=3)
         wrong = float(np.max(abs(forward(numbers, spec, weights, x) - numbers.of(y))))
         if not wrong <= (1e-14 if numbers is LONG else 1e-25) * max(1.0, float(np.max(abs(y)))):
             raise RuntimeError(f"Newton's method left a residual of {wrong}: there is no reference")
@@ -270,7 +271,8 @@ def main():
     options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
     options.add_argument("--radii", type=float, nargs="+", default=[0.0, 1e-4, 1e-3, 1e-2], metavar="R", help="of constants")
     arguments = options.parse_args()
-    run, what, quick = load(arguments.workdir), arguments.what, arguments.quick
+    what, quick = arguments.what, arguments.quick
+    run = load_kind(arguments.workdir, Density)[0] if what == "likelihood" else load(arguments.workdir)
     num = arguments.num or ((2 if quick else 20) if what == "constants" else 8 if quick else 360)
     name, settings, results = f"certified_{what}_{name_of(run)}", {"data": run.config.data.name, "step": run.step}, {}
     if what == "constants":
@@ -278,20 +280,17 @@ def main():
         results = constants_of(run.model, np.asarray(flow_input(run, num), np.float64), arguments.radii)
     elif what == "inverse":
         settings |= {"roundings": ROUNDINGS, "only": arguments.only}
-        for case_name, case in inverse_cases(run, num, quick=quick):
-            if arguments.only in case_name:
-                results[case_name] = inverse_of(case, arguments.decimal)
-                show(results[case_name], case_name)
+        chosen, measure = inverse_cases(run, num, quick=quick), functools.partial(inverse_of, num_decimal=arguments.decimal)
     else:
-        load_kind(arguments.workdir, Density)
         settings |= {"digits": DIGITS, "only": arguments.only}
-        for case_name, case in likelihood_cases(run, num, arguments.long, arguments.decimal, quick=quick):
+        chosen, measure = likelihood_cases(run, num, arguments.long, arguments.decimal, quick=quick), likelihood_of
+    if what != "constants":
+        for case_name, case in chosen:
             if arguments.only in case_name:
-                results[case_name] = likelihood_of(case)
+                results[case_name] = measure(case)
                 show(results[case_name], case_name)
         settings["peak_memory_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    show(results)
-    write(name, arguments, settings, results)
+    write(name, arguments, settings, results, is_shown=what != "constants")
 
 
 if __name__ == "__main__":

@@ -228,7 +228,6 @@ def main():
         "normflows": {**theirs, "validation": log, "exact": check(model, inputs, num_exact)},
         "difference": {"bits_per_dim": better, "stderr": stderr},
     }
-    show(results)
     settings = {
         "data": config.data.name,
         "preprocessing": asdict(config.preprocessing),

@@ -198,7 +198,7 @@ def main():
     def record(part, results):
         show(results, part)
         output = arguments.output and arguments.output.with_stem(f"{arguments.output.stem}_{part}")
-        write(f"peers_{part}", argparse.Namespace(**{**vars(arguments), "output": output}), settings, results)
+        write(f"peers_{part}", argparse.Namespace(**{**vars(arguments), "output": output}), settings, results, is_shown=True)
 
     prepare_jax()
     for part in chosen + ["time_to"] * (arguments.time_to is not None):
