@@ -22,7 +22,7 @@ from _models import read_config
 from _record import parser, table, write
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.data.batches import eval_batches
+from iresnet_jax.training.parallel import eval_batches
 from iresnet_jax.evaluation import accuracy
 from iresnet_jax.evaluation.inversion import round_trip
 from iresnet_jax.evaluation.results import RECOVERED, TrainingTimes

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from iresnet_jax.bijections.reshape import padding_residual
 from iresnet_jax.certification import decoding as certified_decoding
 from iresnet_jax.certification.inverse import InverseCertificate
-from iresnet_jax.data.batches import eval_batches
+from iresnet_jax.training.parallel import eval_batches
 from iresnet_jax.evaluation import guarantee
 from iresnet_jax.evaluation.results import RECOVERED, Inversion, RoundTrips
 from iresnet_jax.maths.inverse.fixed_point import example_norm

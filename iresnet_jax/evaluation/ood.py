@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
 from iresnet_jax import data
-from iresnet_jax.data.batches import eval_batches
+from iresnet_jax.training.parallel import eval_batches
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.evaluation.results import Score, Separation
 from iresnet_jax.models.classifier import Classifier

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key, Num
 
 from iresnet_jax.certification.radius import CertifiedRadius, radius
 from iresnet_jax.certification.trajectory import in_float64
-from iresnet_jax.data.batches import eval_batches
+from iresnet_jax.training.parallel import eval_batches
 from iresnet_jax.evaluation.accuracy import CONFIDENCE, fraction_interval
 from iresnet_jax.evaluation.results import Robustness, RobustnessAt
 from iresnet_jax.models.classifier import Classifier

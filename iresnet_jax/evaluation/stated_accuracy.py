@@ -21,7 +21,7 @@ from jaxtyping import Float, Num
 
 from iresnet_jax.branches import structured_logdet
 from iresnet_jax.branches.branch import BranchSpec
-from iresnet_jax.data.batches import eval_batches
+from iresnet_jax.training.parallel import eval_batches
 from iresnet_jax.evaluation import allocation
 from iresnet_jax.evaluation.allocation import PROBES_AT_ONCE, Block
 from iresnet_jax.evaluation.probe_sums import Sums, rms
