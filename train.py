@@ -64,10 +64,10 @@ def run(argv: list[str]) -> int:
     distributed.initialize(given.coordinator_address, given.num_processes, given.process_id)
     if not distributed.is_shared():
         cpu.use_all_cores(given.config)
-    from iresnet_jax.evaluation.trained_run import load
     from iresnet_jax.report.report import write
     from iresnet_jax.runs.compilation_cache import keep_compiled_programs
     from iresnet_jax.runs.loop import train
+    from iresnet_jax.runs.trained_run import load
 
     keep_compiled_programs()
     with distributed.ending_together():

@@ -14,12 +14,12 @@ from iresnet_jax.bijections.chain import chain
 from iresnet_jax.bijections.reshape import split_channels
 from iresnet_jax.bijections.residual import Branch
 from iresnet_jax.branches.branch import BranchSpec
-from iresnet_jax.evaluation.trained_run import Run
 from iresnet_jax.models.architecture import FlowSpec, Stage
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import Tree, known_branch
 from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config
+from iresnet_jax.runs.trained_run import Run
 
 
 def read_config(file: str | Path, *overrides: str) -> Config:

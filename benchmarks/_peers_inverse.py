@@ -15,9 +15,9 @@ from _peers_processes import take_turns
 from _record import RESULTS
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.models import priors
 from iresnet_jax.models.density import Density
+from iresnet_jax.runs.trained_run import load
 
 TOLERANCE = 1e-5  # largest error of an entry
 LIPSCHITZ, KINDS = (0.7, 0.9, 0.98), ("random", "contracting")

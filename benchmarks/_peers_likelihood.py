@@ -16,11 +16,11 @@ from _peers_pair import NORMFLOWS, OURS, pair
 from _peers_processes import take_turns
 from _record import RESULTS
 
-from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.density import Density
+from iresnet_jax.runs.trained_run import load
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
 
 TARGET = 0.001  # bits/dim

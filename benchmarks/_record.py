@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 
 from iresnet_jax.atomic_files import replacing
-from iresnet_jax.evaluation import machine_and_versions
+from iresnet_jax.evaluation import environment
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -125,7 +125,7 @@ def write(name: str, arguments: argparse.Namespace, settings: Mapping[str, Any],
     record = {
         "benchmark": name,
         "command": shlex.join(["python", *sys.argv]),
-        "environment": {**asdict(machine_and_versions.describe()), "processor": processor()},
+        "environment": {**asdict(environment.describe()), "processor": processor()},
         "settings": {"quick": arguments.quick, **settings},
         "results": results,
     }

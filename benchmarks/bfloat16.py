@@ -18,11 +18,11 @@ from _models import read_config
 from _record import parser, table, write
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.evaluation import likelihood, trained_run
+from iresnet_jax.evaluation import likelihood
 from iresnet_jax.evaluation.inversion import REFINED_ATOL
 from iresnet_jax.maths.inverse.fixed_point import example_norm
 from iresnet_jax.models.density import Density
-from iresnet_jax.runs import loop
+from iresnet_jax.runs import loop, trained_run
 
 NUM_INVERTED, NUM_ENCODED = 128, 256  # test examples
 

@@ -29,10 +29,10 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.certification import trajectory
 from iresnet_jax.certification.problem import Problem
 from iresnet_jax.certification.step_norms import newton_step
-from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import as_params, freeze
+from iresnet_jax.runs.trained_run import load
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from plain_flow import DECIMAL, LONG, distance, forward, invert

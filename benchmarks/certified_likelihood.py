@@ -22,11 +22,11 @@ from _record import parser, table, write
 
 from iresnet_jax import certify
 from iresnet_jax.branches.branch import initial_weights
-from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import as_params, freeze
+from iresnet_jax.runs.trained_run import load
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from plain_flow import DECIMAL, FLOAT, LONG, mpmath_numbers

@@ -33,7 +33,7 @@ from iresnet_jax import data
 from iresnet_jax.bijections.transforms.dequantize import dequantize_bijection
 from iresnet_jax.data.batches import batch_indices
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.evaluation import machine_and_versions
+from iresnet_jax.evaluation import environment
 from iresnet_jax.models.density import DensitySpec
 from iresnet_jax.runs.config import Config, parse
 from iresnet_jax.runs.from_config import density_spec
@@ -296,7 +296,7 @@ def main():
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     likelihood, times, there = (ours.report[part] for part in ("bits_per_dim", "train", "environment"))
-    here = asdict(machine_and_versions.describe())
+    here = asdict(environment.describe())
     if any(here[fact] != there[fact] for fact in ("platform", "cpu_count")):
         print(f"note: our run was made elsewhere, on {there['platform']} with {there['cpu_count']} cores")
     seconds = times["total_seconds"] if arguments.minutes is None else 60 * arguments.minutes

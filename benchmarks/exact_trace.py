@@ -16,10 +16,10 @@ from _models import add_workdir, blocks, branch_of, flow_input
 from _record import describe, interleave, parser, summarize, table, write
 
 from iresnet_jax.branches.closed_form_jacobian import has_trace
-from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import unroll_by_default
+from iresnet_jax.runs.trained_run import load
 
 SERIES = SeriesLogdet(20)
 WITH, WITHOUT = "closed form", "estimated"

@@ -19,8 +19,8 @@ from _record import describe, interleave, parser, summarize, table, write
 from jax import lax
 
 from iresnet_jax.bijections.residual import Solver, inverse
-from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.runs.trained_run import load
 
 TOLERANCE = 1e-5
 # Steps remembered, and whether the diagonal of the Jacobian is used where it has a closed form.

@@ -24,9 +24,9 @@ from _record import parser, table, write
 from _variational import Spectra, by_scikit_image, minimize_total_variation, objective, tikhonov
 
 from iresnet_jax.data import load as load_data
-from iresnet_jax.evaluation import inverse_problem, trained_run
+from iresnet_jax.evaluation import inverse_problem
 from iresnet_jax.models.reconstructor import Reconstructor
-from iresnet_jax.runs import cpu
+from iresnet_jax.runs import cpu, trained_run
 from iresnet_jax.runs.compilation_cache import keep_compiled_programs
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.from_config import build_measurement, reconstructor_spec

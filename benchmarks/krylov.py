@@ -18,10 +18,10 @@ import numpy as np
 from _models import add_workdir, blocks, branch_of, flow_input
 from _record import describe, interleave, parser, summarize, table, write
 
-from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.models.density import Density
+from iresnet_jax.runs.trained_run import load
 
 PRODUCTS, QUICK_PRODUCTS = (2, 4, 6, 8, 12, 16), (4,)
 REFERENCE = KrylovLogdet(60)

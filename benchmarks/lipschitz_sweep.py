@@ -22,17 +22,17 @@ from _models import read_config
 from _record import parser, table, write
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.training.parallel import eval_batches
 from iresnet_jax.evaluation import accuracy
-from iresnet_jax.evaluation.inversion import round_trip
-from iresnet_jax.evaluation.results import RECOVERED, TrainingTimes
-from iresnet_jax.evaluation.trained_run import load
+from iresnet_jax.evaluation.inversion import RECOVERED, round_trip
 from iresnet_jax.json_dataclasses import first_difference, to_plain
 from iresnet_jax.models import saved
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.report import style
+from iresnet_jax.report.contents import TrainingTimes
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.runs.trained_run import load
+from iresnet_jax.training.parallel import eval_batches
 
 VARIANTS = ("batchnorm", "vanilla", "0.9", "0.8", "0.7", "0.6", "0.5")
 SOLVERS = {"banach": Solver(memory=0, max_evals=500), "anderson": Solver(memory=4, max_evals=2000)}

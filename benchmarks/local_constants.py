@@ -16,8 +16,8 @@ from _record import parser, table, write
 from certified_inverse import jacobians_at
 
 from iresnet_jax import certify
-from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.models.density import Density
+from iresnet_jax.runs.trained_run import load
 
 
 def main():

@@ -12,7 +12,7 @@ from _models import add_workdir
 from _record import parser, table, write
 
 from iresnet_jax.evaluation import ood
-from iresnet_jax.evaluation.trained_run import load
+from iresnet_jax.runs.trained_run import load
 
 
 def main():

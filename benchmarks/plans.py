@@ -13,7 +13,7 @@ from pathlib import Path
 from _models import read_config
 from _record import RESULTS, parser, table, write
 
-from iresnet_jax.evaluation import machine_and_versions
+from iresnet_jax.evaluation import environment
 from iresnet_jax.runs.planning import plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -59,7 +59,7 @@ def make(name, topology, *, find_largest):
     config = read_config(f"{path}:{argument}" if argument else path)
     made = plan.make(config, plan.machine(topology), find_largest=find_largest)
     print(f"{name}: {made}\n", flush=True)
-    found = machine_and_versions.describe()
+    found = environment.describe()
     return {"config": name, **dataclasses.asdict(made), "commit": found.commit, "date": found.date}
 
 

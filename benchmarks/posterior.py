@@ -19,9 +19,9 @@ from _record import parser, table, write
 
 from iresnet_jax.data.simulators import SIMULATORS
 from iresnet_jax.evaluation import posterior
-from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.runs.config import parse
 from iresnet_jax.runs.loop import train
+from iresnet_jax.runs.trained_run import load
 
 CONFIG = Path(__file__).parents[1] / "configs" / "posterior.py"
 TARGETS = {"linear_gaussian": ("divergence", 0.02), "sbi_two_moons": ("mean_c2st", 0.6)}

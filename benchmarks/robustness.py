@@ -18,10 +18,10 @@ from _record import parser, table, write
 from iresnet_jax import certify
 from iresnet_jax.evaluation import robustness
 from iresnet_jax.evaluation.robustness import Attack
-from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.report import style
+from iresnet_jax.runs.trained_run import load
 
 RADII = tuple(float(r) for r in np.geomspace(1e-5, 3, 12).round(7))
 AT = 0.999  # of its certified radius an image is attacked

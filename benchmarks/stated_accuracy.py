@@ -21,8 +21,8 @@ from _record import parser, table, write
 
 from iresnet_jax.branches import structured_logdet
 from iresnet_jax.evaluation import stated_accuracy
-from iresnet_jax.evaluation.trained_run import load
 from iresnet_jax.models.density import Density
+from iresnet_jax.runs.trained_run import load
 
 TARGETS, QUICK_TARGETS = (0.003, 0.001, 0.0003), (0.003,)
 PERIODS = (2, 3)

@@ -27,7 +27,7 @@ import numpy as np
 from _densities import MODELS
 from _record import RESULTS, parser, write
 
-from iresnet_jax.evaluation import machine_and_versions
+from iresnet_jax.evaluation import environment
 
 BASELINE, TRUTH = "ours", "truth"
 MINUTES = {"patches": 3.0, "ridges": 1.5}  # of the time for each model; the tables get TABLE_MINUTES
@@ -156,7 +156,7 @@ def kept_runs(path, settings):
 
 def made_with():
     """What a run was made with, which may be another commit than that of the next one."""
-    found = machine_and_versions.describe()
+    found = environment.describe()
     installed = {name: importlib.metadata.version(name) for name in VERSIONS if _is_installed(name)}
     return {"commit": found.commit, "date": found.date, "versions": installed}
 

@@ -162,7 +162,7 @@ def load(path: str | os.PathLike[str]) -> Density | Classifier | Reconstructor:
     from iresnet_jax.models import saved  # late: reading files is not part of the mathematics
 
     if os.path.isdir(path) and os.path.exists(os.path.join(path, "config.json")):
-        from iresnet_jax.evaluation import trained_run
+        from iresnet_jax.runs import trained_run
 
         return trained_run.load(path).model
     return saved.load(path)

@@ -13,8 +13,8 @@ from iresnet_jax.runs.interruption import end_at_signals
 if TYPE_CHECKING:
     import numpy as np
 
-    from iresnet_jax.evaluation.trained_run import Run
     from iresnet_jax.models.architecture import FlowSpec
+    from iresnet_jax.runs.trained_run import Run
 
 CERTIFY_S = 5.0  # roughly, for guaranteed errors of inverses where no number of examples is asked for
 
@@ -39,7 +39,7 @@ def evaluate(trained: "Run", _: argparse.Namespace) -> int:
     results = []
     if isinstance(model, Density):
         floor, contexts = trained.data.entropy, trained.test_contexts()
-        results.append(likelihood.evaluate(model, examples, settings, seed, contexts=contexts, entropy_floor=floor))
+        results.append(likelihood.measure(model, examples, settings, seed, contexts=contexts, entropy_floor=floor).summary)
         if compared := posterior.compare_run(trained):
             results.append(compared.summary)
     if isinstance(model, Reconstructor):
@@ -129,7 +129,7 @@ def certify(trained: "Run", _: argparse.Namespace) -> int:
 
 def freeze(trained: "Run", arguments: argparse.Namespace) -> int:
     """The certified model as one small file, model.npz, for use without the folder of its training."""
-    from iresnet_jax.evaluation.trained_run import save
+    from iresnet_jax.runs.trained_run import save
 
     certificate = trained.model.certificate()
     path = save(trained, arguments.output)
@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
     def command() -> int:
-        from iresnet_jax.evaluation import trained_run  # slow to import: --help and mistakes are answered without it
+        from iresnet_jax.runs import trained_run  # slow to import: --help and mistakes are answered without it
         from iresnet_jax.runs.compilation_cache import keep_compiled_programs
 
         keep_compiled_programs()

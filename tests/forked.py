@@ -19,7 +19,7 @@ FORKSERVER.set_forkserver_preload(
     [
         "runs",
         "tensorboardX",
-        "iresnet_jax.evaluation.trained_run",
+        "iresnet_jax.runs.trained_run",
         "iresnet_jax.report.report",
         "scipy.stats",
         "sklearn.metrics",

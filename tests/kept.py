@@ -11,13 +11,13 @@ import runs
 from iresnet_jax import data
 from iresnet_jax.bijections.transforms.logit import Logit
 from iresnet_jax.branches.branch import initial_weights
-from iresnet_jax.evaluation import trained_run as run
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
 from iresnet_jax.models.head import initial_head
+from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.config import EvaluationConfig, LogdetConfig
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
 

@@ -2,23 +2,15 @@
 
 import dataclasses
 
-from iresnet_jax.evaluation.machine_and_versions import Environment
-from iresnet_jax.evaluation.results import (
-    Classification,
-    Entry,
-    Estimate,
-    Inversion,
-    Likelihood,
-    Mistake,
-    Points,
-    Posterior,
-    RoundTrips,
-    SampleQuality,
-    TrainingTimes,
-    Unlikely,
-)
+from iresnet_jax.evaluation.accuracy import Classification, Mistake
+from iresnet_jax.evaluation.environment import Environment
+from iresnet_jax.evaluation.inversion import Inversion, RoundTrips
+from iresnet_jax.evaluation.likelihood import Estimate, Likelihood
+from iresnet_jax.evaluation.points import Entry, Points, Unlikely
+from iresnet_jax.evaluation.posterior import Posterior
+from iresnet_jax.evaluation.samples import SampleQuality
 from iresnet_jax.models.certificate import Certificate, Constant
-from iresnet_jax.report.contents import Report
+from iresnet_jax.report.contents import Report, TrainingTimes
 
 
 def block(name, *, estimate=0.7012, bound=0.7243):

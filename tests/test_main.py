@@ -10,10 +10,10 @@ import pytest
 from iresnet_jax.__main__ import SHARED, main
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.evaluation import samples
-from iresnet_jax.evaluation import trained_run as run
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.saved import FILE_NAME
 from iresnet_jax.runs import cpu, run_folder
+from iresnet_jax.runs import trained_run as run
 
 PNG = b"\x89PNG"
 COMMANDS = ("evaluate", "sample", "reconstruct", "certify", "freeze", "ood", "robustness", "report", "plan", "profile")

@@ -1,6 +1,6 @@
 """The certified inverse in the units of the data: what `Density.decode` and `Classifier.reconstruct` do with ``certify=True``.
 
-`certified_inverse` bounds the error of the flow's input, and `inverse_enclosure` what preprocessing makes of it.
+`certification.inverse` bounds the error of the flow's input, and the transform's ``enclose_inverse`` what becomes of it.
 """
 
 from typing import Any, NamedTuple
@@ -12,8 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 from iresnet_jax.bijections.reshape import flatten
-from iresnet_jax.bijections.transforms.dequantize import Grid
-from iresnet_jax.bijections.transforms.inverse_enclosure import certain_levels, certain_on_grid, distance_bound, enclose_inverse
+from iresnet_jax.bijections.transforms.dequantize import Grid, certain_levels
 from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.certification.info import CertifiedInfo
@@ -94,15 +93,15 @@ def certified(
         x, transform = x[..., :channels], Standardize(mean, std)
     elif isinstance(model, Density):
         transform = model.spec.transform
-    enclosure = enclose_inverse(transform, x.astype(np.float64), certificate.error_bound)
+    enclosure = transform.enclose_inverse(x.astype(np.float64), certificate.error_bound)
     if not isinstance(model, Density):
         levels = model.spec.num_levels
-        certain = certain_on_grid(np.rint(data * (levels - 1.0)) / (levels - 1.0), enclosure, _pixels(levels, data.shape[-1]))
+        certain = _pixels(levels, data.shape[-1]).certain(np.rint(data * (levels - 1.0)) / (levels - 1.0), enclosure)
     elif model.spec.num_levels is not None:
         certain = certain_levels(data, enclosure, model.spec.num_levels)
     else:
-        certain = None if model.spec.grid is None else certain_on_grid(data, enclosure, model.spec.grid)
-    bound = distance_bound(u, enclosure, certificate.error_bound)
+        certain = None if model.spec.grid is None else model.spec.grid.certain(data, enclosure)
+    bound = enclosure.distance_bound(u, certificate.error_bound)
     info = decoded.info
     return CertifiedInfo(info.num_evals, info.residual, bound, info.converged, certain, certificate)
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from iresnet_jax.bijections.transforms.forward_enclosure import enclose_cells, enclose_forward
+from iresnet_jax.bijections.transforms.dequantize import enclose_volume
 from iresnet_jax.branches.branch import BranchSpec
 from iresnet_jax.certification import enclosed_priors
 from iresnet_jax.certification.problem import Problem, check_certified
@@ -108,11 +108,14 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
     if not len(u):
         return Interval(np.zeros(0), np.zeros(0))
     with _precise(), np.errstate(all="ignore"):
-        y, of_transform = enclose_forward(spec.transform, u)
+        y, of_transform = spec.transform.enclose_forward(u)
         latents, of_flow = _through(Problem.of(model), y.map(lambda part: part.reshape(len(u), -1)), scaled)
         log_prior = enclosed_priors.log_prob(spec.prior, model.prior, latents)
-        of_cells = enclose_cells(spec.num_levels, spec.grid, spec.flow.num_dims)
-        return Interval(*(log_prior + of_flow + of_transform + of_cells).bounds())
+        if spec.num_levels is not None:
+            of_transform = of_transform + enclose_volume(spec.num_levels, spec.flow.num_dims)
+        elif spec.grid is not None:
+            of_transform = of_transform + spec.grid.enclose_volume()
+        return Interval(*(log_prior + of_flow + of_transform).bounds())
 
 
 def log_det(

@@ -1,9 +1,11 @@
 """Top-1 test error of a classifier or a density with classes, with an interval, and which class is taken for which."""
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Int, Num
 
-from iresnet_jax.evaluation.results import Classification, Mistake
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.training import parallel
@@ -11,6 +13,53 @@ from iresnet_jax.training.objectives import classification
 
 CONFIDENCE = 0.95  # probability that the interval covers the true error
 NUM_MISTAKES = 32  # listed and shown
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A test image that was classified wrongly, with its place in the test split and the probability of the wrong class."""
+
+    index: int
+    label: int
+    prediction: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Top-1 error on test images.
+
+    Attributes:
+        error: Fraction of images that were classified wrongly.
+        interval: Wilson interval of ``error``, low and high.
+        confidence: Probability that the interval covers the true error.
+        num_errors: Images that were classified wrongly.
+        num_examples: Test images.
+        loss: Mean cross-entropy in nats, without label smoothing.
+        confusion: Numbers of images by class (row) and predicted class (column).
+        mistakes: First mistakes.
+    """
+
+    error: float
+    interval: tuple[float, float]
+    confidence: float
+    num_errors: int
+    num_examples: int
+    loss: float
+    confusion: tuple[tuple[int, ...], ...]
+    mistakes: tuple[Mistake, ...]
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        line = (
+            f"test error: {100 * self.error:.2f} % ({self.num_errors} of {self.num_examples} images; "
+            f"{100 * self.confidence:.0f} % interval {100 * low:.2f} to {100 * high:.2f} %), cross-entropy {self.loss:.4f} nats"
+        )
+        return "\n".join([line, *self.warnings()])
+
+    def warnings(self) -> list[str]:
+        """A sentence about logits that are not finite."""
+        return [] if math.isfinite(self.loss) else ["The cross-entropy is not finite: the test error means nothing."]
 
 
 def evaluate(

@@ -1,6 +1,8 @@
 """Guaranteed errors of inverses that were computed in bulk: of how many examples, and their median and worst."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -10,7 +12,6 @@ from iresnet_jax.certification import decoding as certified_decoding
 from iresnet_jax.certification.decoding import Decoded
 from iresnet_jax.certification.info import CertifiedInfo
 from iresnet_jax.certification.problem import check_certified
-from iresnet_jax.evaluation.results import InverseGuarantee
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
@@ -18,6 +19,50 @@ from iresnet_jax.models.reconstructor import Reconstructor
 
 MOST_EXAMPLES, TOO_LONG_S = 64, 120.0
 STEP_S, OPERATIONS_A_SECOND = 1e-3, 1e10  # rough: of one step's residuals, and of dense products, on one CPU core
+
+
+@dataclass(frozen=True)
+class InverseGuarantee:
+    """Guaranteed errors of computed inverses of the whole flow, rounding included, see `certify.inverse`.
+
+    Attributes:
+        num_examples: Examples that were certified, the first ones.
+        num_applied: Those to whose whole trajectory the theorem applied; the blocks' bounds multiply for the others.
+        median_bound: Median of the Euclidean bounds, in the units of the flow's input; infinite if nothing was certified.
+        max_bound: Largest of them.
+        median_data_bound: Median of the bounds in the units of continuous data, or of images on the scale of [0, 1].
+        max_data_bound: Largest of them.
+        fraction_certain: Fraction of entries whose level, or value on a grid, is guaranteed; None for continuous data.
+        median_beta: Median of ``beta``, the bound of how far residuals of the trajectory's equations reach.
+        K: Lipschitz constant of the equations' derivative.
+        max_h: Largest ``h = beta K eta``.
+        reason: Why the theorem did not apply, or nothing was certified; empty if it applied to all.
+    """
+
+    num_examples: int = 0
+    num_applied: int = 0
+    median_bound: float = math.inf
+    max_bound: float = math.inf
+    median_data_bound: float = math.inf
+    max_data_bound: float = math.inf
+    fraction_certain: float | None = None
+    median_beta: float = math.inf
+    K: float = math.inf
+    max_h: float = math.inf
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if not self.num_examples:
+            return f"guaranteed error of the inverse: none, {self.reason}"
+        how = "by the theorem for the whole flow" if self.num_applied else "by the bounds of the blocks, which multiply"
+        how += f" for {self.num_applied}" if 0 < self.num_applied < self.num_examples else ""
+        how += f" ({self.reason})" if self.reason else ""
+        certain = "" if self.fraction_certain is None else f"; {100 * self.fraction_certain:.4g} % of the levels are certain"
+        return (
+            f"guaranteed error of the inverse, Euclidean: at most {self.max_bound:.2g} in the flow's units and "
+            f"{self.max_data_bound:.2g} in the data's (medians {self.median_bound:.2g} and {self.median_data_bound:.2g}), of "
+            f"{self.num_examples} examples {how}{certain}"
+        )
 
 
 def seconds_each(spec: FlowSpec) -> float:
@@ -31,7 +76,7 @@ def affordable(spec: FlowSpec, seconds: float) -> int:
     return 0 if each > TOO_LONG_S else 2 ** int(np.log2(np.clip(seconds / each, 1, MOST_EXAMPLES)))
 
 
-def certify(
+def bound_inverses(
     model: Density | Classifier | Reconstructor,
     parts: Sequence[Decoded],
     num: int,

@@ -5,6 +5,7 @@ The inverse problem is that of `training.objectives.inversion`; round trips thro
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -13,11 +14,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, Key
 
 from iresnet_jax.data.measurements import Measurement
-from iresnet_jax.evaluation.results import InverseProblem
-from iresnet_jax.evaluation.trained_run import Run
 from iresnet_jax.maths.inverse.fixed_point import example_norm
 from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.runs.from_config import build_measurement
+from iresnet_jax.runs.trained_run import Run
 from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives.inversion import relative_error
 
@@ -25,6 +25,61 @@ NUM_PERTURBED = 128  # test measurements that are perturbed, at most
 NUM_ITERATIONS = 20  # power iterations that look for the direction in which the reconstruction changes most
 LEAST_NOISE = 0.01  # size of perturbations where measurements have less noise
 SMALL = 0.01  # of that size, for perturbations that see the Jacobian alone
+
+
+@dataclass(frozen=True)
+class InverseProblem:
+    """Reconstructions of test images from measurements, and what perturbed measurements do to them.
+
+    Attributes:
+        relative_error: ``|P(F^-1(y)) - x| / |x|``, mean over test images.
+        stderr: Standard error of ``relative_error``.
+        psnr: Peak signal-to-noise ratio in dB, mean over test images.
+        num_examples: Test images.
+        certified_amplification: Guaranteed bound of ``|F^-1(y + d) - F^-1(y)| / |d|``: 1 / (1 - L). Of a network without a
+            constraint the product of its blocks' bounds, often useless.
+        largest_amplification: Largest such ratio of all perturbations.
+        largest_amplification_of_noise: Largest such ratio for random noise.
+        num_perturbed: Measurements that were perturbed.
+        fraction_within_bound: Fraction of test images and perturbed measurements whose error was within its certified bound.
+        fraction_converged: Fraction of test images whose inverse met its tolerance.
+        width: Standard deviation of the blur in pixels.
+        noise: Standard deviation of the noise, as a fraction of the range from black to white.
+    """
+
+    relative_error: float
+    stderr: float
+    psnr: float
+    num_examples: int
+    certified_amplification: float
+    largest_amplification: float
+    largest_amplification_of_noise: float
+    num_perturbed: int
+    fraction_within_bound: float
+    fraction_converged: float
+    width: float
+    noise: float
+
+    def __str__(self) -> str:
+        return (
+            f"reconstruction: relative error {self.relative_error:.4f} ± {self.stderr:.4f}, {self.psnr:.2f} dB, of "
+            f"{self.num_examples} test images (blur of {self.width:g} pixels, {100 * self.noise:g} % noise)\n"
+            f"amplification of perturbations: certified {self.certified_amplification:.4g} at most; found "
+            f"{self.largest_amplification:.4g} in the worst directions of {self.num_perturbed} measurements, "
+            f"{self.largest_amplification_of_noise:.4g} for noise"
+        )
+
+    def warnings(self) -> list[str]:
+        """Sentences about errors beyond their bounds and images whose inverse did not converge."""
+        found = []
+        if (outside := 1 - self.fraction_within_bound) > 0:
+            found.append(
+                f"{100 * outside:.3g} % of the reconstructions exceed their certified bound: a constant is underestimated."
+            )
+        if self.fraction_converged < 1:
+            percent = 100 * (1 - self.fraction_converged)
+            found.append(f"The inverse did not converge for {percent:.3g} % of the measurements: allow more evaluations.")
+        return found
 
 
 class Reconstructed(NamedTuple):

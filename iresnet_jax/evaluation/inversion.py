@@ -1,6 +1,6 @@
 """Test examples to latents or features and back: is the trained network invertible, and how exactly?"""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import jax
@@ -11,17 +11,86 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from iresnet_jax.bijections.reshape import padding_residual
 from iresnet_jax.certification import decoding as certified_decoding
 from iresnet_jax.certification.inverse import InverseCertificate
-from iresnet_jax.training.parallel import eval_batches
 from iresnet_jax.evaluation import guarantee
-from iresnet_jax.evaluation.results import RECOVERED, Inversion, RoundTrips
+from iresnet_jax.evaluation.guarantee import InverseGuarantee
 from iresnet_jax.maths.inverse.fixed_point import example_norm
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.training import parallel
+from iresnet_jax.training.parallel import eval_batches
 
 NUM_EXAMPLES = 512  # examples inverted in float64, at most: enough to see a rare failure, few enough for a laptop
 REFINED_ATOL = 1e-13
+RECOVERED = 1e-4  # largest entry of an error up to which an example counts as recovered, whatever was promised
+
+
+@dataclass(frozen=True)
+class RoundTrips:
+    """Errors of examples that were encoded and inverted.
+
+    Attributes:
+        max_abs_error: Largest entry of any error, in the units of the flow's input.
+        max_euclidean_error: Largest Euclidean norm of an example's error.
+        max_error_bound: Largest bound of a Euclidean error that multiplies the bounds of the blocks: vacuous for deep flows.
+        fraction_within_bound: Fraction of examples whose Euclidean error is within its bound.
+        fraction_converged: Fraction of examples whose inverse met its tolerance.
+        fraction_recovered: Fraction of examples with no entry off by more than 1e-4, whatever was promised.
+        mean_evals: Evaluations of the branch, mean over blocks and examples.
+    """
+
+    max_abs_error: float
+    max_euclidean_error: float
+    max_error_bound: float
+    fraction_within_bound: float
+    fraction_converged: float
+    fraction_recovered: float
+    mean_evals: float
+
+
+@dataclass(frozen=True)
+class Inversion(RoundTrips):
+    """Round trips in the precision of training, and in float64.
+
+    Attributes:
+        num_examples: Test examples.
+        refined: Round trips in float64 of the first test examples.
+        max_grey_level_error: Largest error of a pixel in grey levels; None for points.
+        max_padding_residual: Largest Euclidean norm of what should be zero padding; None without padding.
+        guarantee: Guaranteed errors of the first examples, in the precision of training; None if that was not asked for.
+    """
+
+    num_examples: int
+    refined: RoundTrips
+    max_grey_level_error: float | None = None
+    max_padding_residual: float | None = None
+    guarantee: InverseGuarantee | None = None
+
+    def __str__(self) -> str:
+        converged, recovered = (round(f * self.num_examples) for f in (self.fraction_converged, self.fraction_recovered))
+        grey = "" if self.max_grey_level_error is None else f" ({self.max_grey_level_error:.2g} grey levels)"
+        verdict = "inverted" if converged == self.num_examples else "NOT INVERTED"
+        by_luck = "" if converged == recovered else f"; {recovered} came back to {RECOVERED:g}"
+        line = (
+            f"inverse: {verdict}; {converged} of {self.num_examples} test examples converged, largest error "
+            f"{self.max_abs_error:.2g}{grey}, Euclidean {self.max_euclidean_error:.2g}, in float64 "
+            f"{self.refined.max_euclidean_error:.2g}, {self.mean_evals:.1f} evaluations a block{by_luck}"
+        )
+        return f"{line}\n{self.guarantee}" if self.guarantee else line
+
+    def warnings(self, *, promised: bool = True) -> list[str]:
+        """Sentences about errors beyond their bounds and, where an inverse is promised, examples that did not converge."""
+        wrong = "a Lipschitz constant or the rounding is underestimated."
+        found = []
+        if not self.max_abs_error <= self.max_error_bound:
+            found.append(f"The largest inversion error exceeds its bound: {wrong}")
+        for precision, trips in (("the precision of training", self), ("float64", self.refined)):
+            if (outside := 1 - trips.fraction_within_bound) > 0:
+                found.append(f"{100 * outside:.3g} % of the inversion errors in {precision} exceed their bound: {wrong}")
+        if promised and self.fraction_converged < 1:
+            percent = 100 * (1 - self.fraction_converged)
+            found.append(f"The inverse did not converge for {percent:.3g} % of the examples: allow more evaluations.")
+        return found
 
 
 class RoundTrip(NamedTuple):
@@ -110,7 +179,7 @@ def reconstruct(
         grey = float(np.abs(reconstructions - originals).max() * (spec.num_levels - (not isinstance(model, Density))))
     found, certificate, errors = None, None, np.zeros(0)
     if num_certified is not None:
-        found, certified = guarantee.certify(model, to_certify, num_certified, contexts)
+        found, certified = guarantee.bound_inverses(model, to_certify, num_certified, contexts)
         if certified is not None:
             certificate = certified.certificate
             inputs = np.concatenate([decoded.flow_input for decoded in to_certify])[: len(certificate.refined)]

@@ -10,16 +10,15 @@ where ``A = Var(a)``, ``D = mean_i Var(d_i)`` and ``E = mean_i Var(e_i)``: the t
 """
 
 import math
-from dataclasses import asdict, replace
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Num
 
 from iresnet_jax.evaluation import stated_accuracy
-from iresnet_jax.evaluation.results import Entry, Estimate, Likelihood, MeanAndError, Unlikely
+from iresnet_jax.evaluation.stated_accuracy import Accuracy
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
@@ -33,7 +32,123 @@ from iresnet_jax.training.objectives.likelihood import evaluate_batch, evaluate_
 # For each noise draw, D dimensions take D products a block exactly, and 88 by an estimate of 4 draws of 22 terms, which leaves
 # the error of its probes. At 256 dimensions exactness costs 3 times as much.
 MAX_EXACT_DIMS = 256
-NUM_UNLIKELY, NUM_ENTRIES = 8, 3  # least likely points, and entries of each, that a report names
+SUSPICIOUS_Z = 4.0  # one in 16,000 unbiased estimates differs from the exact value by more standard errors
+FLOOR_Z = 3.0  # standard errors below the entropy of the data from which a likelihood is too good to be true
+
+
+@dataclass(frozen=True)
+class MeanAndError:
+    """A mean over examples and its standard error, in parts whose squares add up.
+
+    Attributes:
+        mean: Mean over examples, noise and probes.
+        stderr: Standard error of the mean, all parts together.
+        stderr_data: Part due to the choice of test examples; more examples shrink it.
+        stderr_probes: Part due to probes and series lengths; more draws or probes shrink it. None after a single draw, whose
+            effect the other parts contain.
+        stderr_dequantisation: Part due to the noise; more dequantisations shrink it. None after a single dequantisation, whose
+            effect ``stderr_data`` contains.
+    """
+
+    mean: float
+    stderr: float
+    stderr_data: float
+    stderr_probes: float | None
+    stderr_dequantisation: float | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Estimated log-determinants beside exact ones, on the same examples with the noise of the first dequantisation.
+
+    Attributes:
+        estimator: Estimator in words.
+        unbiased: Whether ``difference`` is 0 in expectation.
+        mean: Mean objective by the estimate.
+        difference: Mean of estimate less exact value.
+        z: ``difference`` in its standard errors.
+    """
+
+    estimator: str
+    unbiased: bool
+    mean: float
+    difference: float
+    z: float
+
+
+@dataclass(frozen=True)
+class Likelihood(MeanAndError):
+    """Negative log-likelihood of test data; lower is better.
+
+    Attributes:
+        unit: "bits/dim" for images, "nats" for points.
+        estimator: Log-determinant behind ``mean`` in words, "exact log-determinant" where that is affordable.
+        unbiased: Whether ``mean`` has no truncation bias.
+        truncation_bound: Bound of what the terms that are always computed can miss, mean over examples; 0 if exact.
+        num_examples: Test examples.
+        num_dequantisations: Noise draws of each example; 0 for points.
+        num_probes: Probe draws of each noise draw.
+        estimate: Estimate that checks an exact ``mean``; None without one.
+        entropy_floor: Entropy of the data in nats, if known.
+        num_dims: Entries of an example; None if not known.
+        accuracy: How a stated accuracy of the log-determinants was met; None if none was stated.
+    """
+
+    unit: str
+    estimator: str
+    unbiased: bool
+    truncation_bound: float
+    num_examples: int
+    num_dequantisations: int
+    num_probes: int
+    estimate: Estimate | None = None
+    entropy_floor: float | None = None
+    num_dims: int | None = None
+    accuracy: Accuracy | None = None
+
+    @property
+    def key(self) -> str:
+        """Name in ``report.json``."""
+        return "nll" if self.unit == "nats" else "bits_per_dim"
+
+    def __str__(self) -> str:
+        parts = {"test examples": self.stderr_data, "probes": self.stderr_probes, "dequantisation": self.stderr_dequantisation}
+        split = ", ".join(f"{name} {stderr:.2g}" for name, stderr in parts.items() if stderr)
+        lines = [f"test: {self.mean:.4f} ± {self.stderr:.4f} {self.unit} ({split}; {self.estimator})"]
+        if self.unit == "nats" and self.num_dims:
+            lines.append(f"a dimension: {self.mean / self.num_dims:.4f} ± {self.stderr / self.num_dims:.4f} nats")
+        if self.entropy_floor is not None:
+            lines.append(f"entropy of the data, below which no model can go: {self.entropy_floor:.4f} nats")
+        if self.accuracy:
+            lines.append(str(self.accuracy))
+        elif self.truncation_bound:
+            lines.append(f"terms beyond those always computed change it by at most {self.truncation_bound:.2g} {self.unit}")
+        if self.estimate:
+            lines.append(
+                f"check: {self.estimate.mean:.4f} {self.unit} on the first noise by an estimate ({self.estimate.estimator}), "
+                f"z = {self.estimate.z:+.2f} from the exact value"
+            )
+        return "\n".join([*lines, *self.warnings()])
+
+    def warnings(self) -> list[str]:
+        """Sentences about a likelihood that is not finite, too good to be true, or off its check."""
+        found = []
+        if not math.isfinite(self.mean):
+            found.append("The likelihood is not finite.")
+        if self.accuracy and not self.accuracy.met:
+            found.append(
+                f"The log-determinants missed their target_stderr: bias about {self.accuracy.bias:.1g} and standard error "
+                f"{self.accuracy.stderr:.1g} instead of {self.accuracy.target:g} {self.unit} together."
+            )
+        if self.estimate and self.estimate.unbiased and not abs(self.estimate.z) <= SUSPICIOUS_Z:
+            found.append(
+                f"The estimated likelihood is {abs(self.estimate.z):.1f} standard errors away from the exact one: one of them "
+                "is wrong."
+            )
+        if self.entropy_floor is not None and self.mean < self.entropy_floor - FLOOR_Z * self.stderr:
+            below = (self.entropy_floor - self.mean) / max(self.stderr, 1e-12)
+            found.append(f"The likelihood is better than the entropy of the data allows, by {below:.1f} standard errors.")
+        return found
 
 
 class Measured(NamedTuple):
@@ -91,19 +206,6 @@ def without_probes(parts: MeanAndError, stderr_probes: float) -> MeanAndError:
     return replace(parts, stderr_probes=stderr_probes, **rest)
 
 
-def evaluate(
-    model: Density,
-    examples: Num[np.ndarray, "n ..."],
-    settings: EvaluationConfig,
-    seed: int,
-    *,
-    contexts: Num[np.ndarray, "n k"] | None = None,
-    entropy_floor: float | None = None,
-) -> Likelihood:
-    """Test objective with its standard error in parts: the summary of `measure`, which has the same arguments."""
-    return measure(model, examples, settings, seed, contexts=contexts, entropy_floor=entropy_floor).summary
-
-
 def measure(
     model: Density,
     examples: Num[np.ndarray, "n ..."],
@@ -128,108 +230,28 @@ def measure(
         contexts: Context of each example, of a conditional density.
         entropy_floor: Entropy of the data in nats, if known.
     """
-    if settings.target_stderr:
-        return _measure_to_target(model, examples, settings, seed, contexts, entropy_floor)
-    spec = model.spec
-    has_noise = _has_noise(spec)
+    spec, configured = model.spec, settings.logdet.build()
+    has_noise = spec.num_levels is not None or spec.grid is not None
     num_noise = settings.num_dequantisations if has_noise else 1
-    configured = settings.logdet.build()
-    estimator = ExactLogdet() if spec.flow.num_dims <= MAX_EXACT_DIMS else configured
-    is_exact = isinstance(estimator, ExactLogdet)
-    num_probes = 1 if is_exact else settings.num_probe_draws
-    outputs_of = _Outputs(model, examples, settings, seed, contexts)
-
-    values = outputs_of.values(estimator, num_noise, num_probes)
-    parts = asdict(split_error(values))
-    if is_exact:
-        parts["stderr_probes"] = 0.0
-    if not has_noise:
-        parts["stderr_dequantisation"] = 0.0
-    cut = _always_computed(estimator)
-    bound = 0.0 if cut is None else float(np.mean(outputs_of(cut, 0, 0)["truncation_bound"], dtype=np.float64))
+    draws = _Draws(model, examples, settings, seed, contexts)
+    values, parts, facts = (_to_target if settings.target_stderr else _by_estimator)(draws, num_noise)
     check = None
-    if is_exact and not isinstance(configured, ExactLogdet):
-        estimated = outputs_of.values(configured, 1, settings.num_probe_draws)[:, 0].mean(axis=1)
-        check = compare(estimated, values[:, 0, 0], configured)
+    if facts.pop("is_checked") and not isinstance(configured, ExactLogdet):
+        num = max(settings.batch_size, 2) if settings.target_stderr else len(examples)
+        estimated = draws.values(configured, 1, settings.num_probe_draws, num=num)[:, 0].mean(axis=1)
+        check = compare(estimated, values[:num, 0, 0], configured)
     summary = Likelihood(
-        **parts,
+        **asdict(parts if has_noise else replace(parts, stderr_dequantisation=0.0)),
+        **facts,
         unit=spec.unit,
-        estimator=_in_words(estimator),
-        unbiased=estimator.unbiased,
-        truncation_bound=bound,
         num_examples=len(examples),
         num_dequantisations=num_noise if has_noise else 0,
-        num_probes=num_probes,
+        num_probes=values.shape[2],
         estimate=check,
         entropy_floor=entropy_floor,
         num_dims=spec.flow.num_dims,
     )
     return Measured(summary, -values.mean(axis=(1, 2)) / spec.unit_of_a_nat)
-
-
-def _measure_to_target(model, examples, settings, seed, contexts, entropy_floor):
-    """`measure` with log-determinants of a stated accuracy."""
-    spec = model.spec
-    has_noise = _has_noise(spec)
-    num_noise = settings.num_dequantisations if has_noise else 1
-    found, accuracy = stated_accuracy.log_prob(
-        model,
-        examples,
-        settings.target_stderr,
-        seed,
-        num_dequantisations=num_noise,
-        batch_size=settings.batch_size,
-        contexts=contexts,
-    )
-    values = -spec.unit_of_a_nat * found
-    parts = asdict(without_probes(split_error(values[:, :, None]), accuracy.stderr / math.sqrt(len(examples))))
-    if not has_noise:
-        parts["stderr_dequantisation"] = 0.0
-    configured, check = settings.logdet.build(), None
-    if not isinstance(configured, ExactLogdet):
-        num = max(settings.batch_size, 2)
-        first = _Outputs(model, examples[:num], settings, seed, None if contexts is None else contexts[:num])
-        estimated = first.values(configured, 1, settings.num_probe_draws)[:, 0].mean(axis=1)
-        check = compare(estimated, values[:num, 0], configured)
-    is_exact = accuracy.bias == accuracy.stderr == 0
-    within = f"log-determinants within {accuracy.target:g} {spec.unit} an example, root mean square"
-    summary = Likelihood(
-        **parts,
-        unit=spec.unit,
-        estimator=_in_words(ExactLogdet()) if is_exact else within,
-        unbiased=is_exact,
-        truncation_bound=accuracy.bias_bound,
-        num_examples=len(examples),
-        num_dequantisations=num_noise if has_noise else 0,
-        num_probes=1,
-        estimate=check,
-        entropy_floor=entropy_floor,
-        num_dims=spec.flow.num_dims,
-        accuracy=accuracy,
-    )
-    return Measured(summary, found.mean(axis=1))
-
-
-def _has_noise(spec):
-    return spec.num_levels is not None or spec.grid is not None
-
-
-class _Outputs:
-    """Outputs of `evaluate_batch` for all examples by an estimator, for the noise and probes of a draw."""
-
-    def __init__(self, model, examples, settings, seed, contexts):
-        self._model, self._examples, self._size, self._contexts = model, examples, settings.batch_size, contexts
-        self._key, self._step = jax.random.key(seed), parallel.parallelize_eval(evaluate_batch)
-
-    def __call__(self, estimator: LogdetEstimator, noise_draw: int, probe_draw: int) -> dict[str, np.ndarray]:
-        state, draw = self._model.with_(estimator=estimator), (noise_draw, probe_draw)
-        return evaluate_examples(self._step, state, self._examples, self._key, self._size, contexts=self._contexts, draw=draw)
-
-    def values(self, estimator: LogdetEstimator, num_noise: int, num_probes: int) -> Float[np.ndarray, "n s p"]:
-        """The objective by example, noise draw and probe draw."""
-        metric = self._model.spec.metric
-        draws = [[self(estimator, s, p)[metric] for p in range(num_probes)] for s in range(num_noise)]
-        return np.moveaxis(np.array(draws, dtype=np.float64), -1, 0)
 
 
 def log_prob(
@@ -244,27 +266,77 @@ def log_prob(
 
     Up to 256 dimensions the log-determinant is exact; other arguments are those of `measure`.
     """
-    estimator = ExactLogdet() if model.spec.flow.num_dims <= MAX_EXACT_DIMS else settings.logdet.build()
-    key, step = jax.random.key(seed), parallel.parallelize_eval(evaluate_batch)
-    found = evaluate_examples(
-        step, model.with_(estimator=estimator), points, key, settings.batch_size, contexts=contexts, draw=(0, 0)
+    draws = _Draws(model, points, settings, seed, contexts)
+    return -draws.values(draws.estimator, 1, 1)[:, 0, 0]
+
+
+class _Draws(NamedTuple):
+    """The objective of examples, by noise draw and probe draw."""
+
+    model: Density
+    examples: Num[np.ndarray, "n ..."]
+    settings: EvaluationConfig
+    seed: int
+    contexts: Num[np.ndarray, "n k"] | None
+
+    @property
+    def estimator(self) -> LogdetEstimator:
+        """Exact up to 256 dimensions, as configured beyond."""
+        return ExactLogdet() if self.model.spec.flow.num_dims <= MAX_EXACT_DIMS else self.settings.logdet.build()
+
+    def outputs(
+        self, estimator: LogdetEstimator, noise_draw: int, probe_draw: int, num: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """Outputs of `evaluate_batch` for the first examples."""
+        return evaluate_examples(
+            parallel.parallelize_eval(evaluate_batch),
+            self.model.with_(estimator=estimator),
+            self.examples[:num],
+            jax.random.key(self.seed),
+            self.settings.batch_size,
+            contexts=None if self.contexts is None else self.contexts[:num],
+            draw=(noise_draw, probe_draw),
+        )
+
+    def values(
+        self, estimator: LogdetEstimator, num_noise: int, num_probes: int, num: int | None = None
+    ) -> Float[np.ndarray, "n s p"]:
+        """The objective of the first examples."""
+        metric = self.model.spec.metric
+        found = [[self.outputs(estimator, s, p, num)[metric] for p in range(num_probes)] for s in range(num_noise)]
+        return np.moveaxis(np.array(found, dtype=np.float64), -1, 0)
+
+
+def _by_estimator(draws: _Draws, num_noise: int) -> tuple[Float[np.ndarray, "n s p"], MeanAndError, dict[str, Any]]:
+    """Values, parts of their error and other fields of `Likelihood`, by exact or estimated log-determinants."""
+    estimator = draws.estimator
+    is_exact = isinstance(estimator, ExactLogdet)
+    values = draws.values(estimator, num_noise, 1 if is_exact else draws.settings.num_probe_draws)
+    parts = split_error(values)
+    cut = _always_computed(estimator)
+    bound = 0.0 if cut is None else float(np.mean(draws.outputs(cut, 0, 0)["truncation_bound"], dtype=np.float64))
+    facts = {"estimator": _in_words(estimator), "unbiased": estimator.unbiased, "truncation_bound": bound}
+    return values, replace(parts, stderr_probes=0.0) if is_exact else parts, {**facts, "is_checked": is_exact}
+
+
+def _to_target(draws: _Draws, num_noise: int) -> tuple[Float[np.ndarray, "n s p"], MeanAndError, dict[str, Any]]:
+    """The same by log-determinants of a stated accuracy."""
+    model, examples, settings, seed, contexts = draws
+    found, accuracy = stated_accuracy.log_prob(
+        model,
+        examples,
+        settings.target_stderr,
+        seed,
+        num_dequantisations=num_noise,
+        batch_size=settings.batch_size,
+        contexts=contexts,
     )
-    return -np.asarray(found[model.spec.metric], np.float64)
-
-
-def least_likely(points: Float[np.ndarray, "n d"], log_prob: Float[np.ndarray, " n"]) -> tuple[Unlikely, ...]:
-    """The least likely points, those without a finite likelihood first, each with its entries that are furthest out.
-
-    Entries are compared by their distances from the mean in standard deviations, both over all points.
-    """
-    deviations = (points - points.mean(axis=0)) / np.maximum(points.std(axis=0), 1e-12)
-    order = np.argsort(np.where(np.isnan(log_prob), -np.inf, log_prob), kind="stable")[:NUM_UNLIKELY]
-    found = []
-    for row in order.tolist():
-        furthest = np.argsort(-np.abs(deviations[row]), kind="stable")[:NUM_ENTRIES].tolist()
-        entries = tuple(Entry(i, float(points[row, i]), float(deviations[row, i])) for i in furthest)
-        found.append(Unlikely(row, float(log_prob[row]), entries))
-    return tuple(found)
+    values = -model.spec.unit_of_a_nat * found[:, :, None]
+    parts = without_probes(split_error(values), accuracy.stderr / math.sqrt(len(examples)))
+    is_exact = accuracy.bias == accuracy.stderr == 0
+    within = f"log-determinants within {accuracy.target:g} {model.spec.unit} an example, root mean square"
+    facts = {"estimator": _in_words(ExactLogdet()) if is_exact else within, "unbiased": is_exact}
+    return values, parts, {**facts, "truncation_bound": accuracy.bias_bound, "accuracy": accuracy, "is_checked": True}
 
 
 def compare(estimated: Float[np.ndarray, " n"], exact: Float[np.ndarray, " n"], estimator: LogdetEstimator) -> Estimate:
@@ -279,28 +351,6 @@ def compare(estimated: Float[np.ndarray, " n"], exact: Float[np.ndarray, " n"], 
         difference=float(difference.mean()),
         z=float(difference.mean() / stderr),
     )
-
-
-def log_density_on_grid(
-    model: Density, points: Float[np.ndarray, "n 2"], side: int
-) -> tuple[Float[np.ndarray, "m m"], tuple[float, float, float, float]]:
-    """Exact log-density of a model of the plane on a square grid around points.
-
-    Args:
-        side: Grid points along each axis.
-
-    Returns:
-        Natural log of the density, rows along the second coordinate, and (left, right, bottom, top).
-    """
-    reach = 1.1 * float(np.abs(points).max())
-    edge = (np.arange(side) + 0.5) / side * 2 * reach - reach
-    grid = np.stack(np.meshgrid(edge, edge), axis=-1).astype(np.float32)
-
-    @jax.jit
-    def log_density(model, grid):
-        return jax.lax.map(model.log_prob, grid)
-
-    return np.asarray(log_density(model.with_(estimator=ExactLogdet()), jnp.asarray(grid))), (-reach, reach, -reach, reach)
 
 
 def _always_computed(estimator: LogdetEstimator) -> SeriesLogdet | KrylovLogdet | None:

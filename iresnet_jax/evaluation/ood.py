@@ -4,7 +4,8 @@ Every score is larger for stranger images. Its number is the area under the ROC 
 perfect score and 1/2 for a coin. Numbers of different scores do not compare, so every result carries the definitions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,15 +16,14 @@ from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
 from iresnet_jax import data
-from iresnet_jax.training.parallel import eval_batches
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.evaluation.results import Score, Separation
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.head import linear
 from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.runs.config import EvaluationConfig
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
+from iresnet_jax.training.parallel import eval_batches
 
 OTHERS = ("rotated", "noise")
 NUM_EXAMPLES = 2000  # images of each side, at most
@@ -38,6 +38,37 @@ DEFINITIONS = {
     "likelihood": "bits per dimension of the image, a single draw of noise and probes",
     "typicality": "distance of those bits per dimension from their mean over training images (Nalisnick et al. 2019)",
 }
+
+
+@dataclass(frozen=True)
+class Score:
+    """Area under the ROC curve of a score, and the score's definition: areas of different scores do not compare."""
+
+    auroc: float
+    definition: str
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well scores tell other images from test images.
+
+    Attributes:
+        other: "rotated", "noise" or the name of a data set.
+        num_inside: Test images.
+        num_outside: Other images.
+        scores: Scores by name.
+    """
+
+    other: str
+    num_inside: int
+    num_outside: int
+    scores: Mapping[str, Score]
+
+    def __str__(self) -> str:
+        lines = [f"{self.num_inside} test images against {self.num_outside} others ({self.other}):"]
+        lines += [f"  AUROC {score.auroc:.4f}  {name}: {score.definition}" for name, score in self.scores.items()]
+        return "\n".join(lines)
+
 
 Scores = Callable[[np.ndarray], dict[str, np.ndarray]]
 

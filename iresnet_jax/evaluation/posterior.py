@@ -8,6 +8,7 @@ if none can, 1 if all can.
 
 import math
 import warnings
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -16,14 +17,59 @@ from jaxtyping import Float
 
 from iresnet_jax.data.simulators import Simulator
 from iresnet_jax.evaluation import likelihood, samples
-from iresnet_jax.evaluation.results import Posterior
-from iresnet_jax.evaluation.trained_run import Run
+from iresnet_jax.evaluation.likelihood import FLOOR_Z
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import EvaluationConfig
+from iresnet_jax.runs.trained_run import Run
 
 FOLDS = 5
 _UNITS_A_DIMENSION = 10  # of each of the classifier's two hidden layers
 _MAX_EPOCHS = 1000
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A conditional density beside the true posterior.
+
+    Attributes:
+        divergence: Expected Kullback-Leibler divergence of the truth from the model in nats, mean over test pairs.
+        stderr: Standard error of ``divergence``.
+        num_examples: Test pairs.
+        c2st: Accuracy of a classifier that tells samples of the model from true ones, for each of a few test contexts.
+        num_samples: Samples of the model, and of the truth, for each of these contexts.
+    """
+
+    divergence: float
+    stderr: float
+    num_examples: int
+    c2st: tuple[float, ...]
+    num_samples: int
+
+    @property
+    def mean_c2st(self) -> float | None:
+        """Mean accuracy over the contexts; .5 says that the classifier cannot tell. None without contexts."""
+        return float(np.mean(self.c2st)) if self.c2st else None
+
+    def __str__(self) -> str:
+        lines = [f"true posterior: the model diverges by {self.divergence:.4f} ± {self.stderr:.4f} nats"]
+        if self.mean_c2st is not None:
+            lines.append(
+                f"C2ST {self.mean_c2st:.3f} (.5 is indistinguishable; {self.num_samples} samples each for {len(self.c2st)} "
+                f"contexts, {min(self.c2st):.3f} to {max(self.c2st):.3f})"
+            )
+        return "\n".join([*lines, *self.warnings()])
+
+    def warnings(self) -> list[str]:
+        """Sentences about a model that is better than the truth, or whose numbers are not finite."""
+        found = []
+        if not math.isfinite(self.divergence):
+            found.append("The divergence from the true posterior is not finite.")
+        elif self.divergence < -FLOOR_Z * self.stderr:
+            below = -self.divergence / max(self.stderr, 1e-12)
+            found.append(f"The model is more likely than the true posterior, by {below:.1f} standard errors.")
+        if not all(map(math.isfinite, self.c2st)):
+            found.append("C2ST is not a number: some samples of the model are not finite.")
+        return found
 
 
 class Comparison(NamedTuple):

@@ -17,14 +17,71 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key, Num
 
 from iresnet_jax.certification.radius import CertifiedRadius, radius
 from iresnet_jax.certification.trajectory import in_float64
-from iresnet_jax.training.parallel import eval_batches
 from iresnet_jax.evaluation.accuracy import CONFIDENCE, fraction_interval
-from iresnet_jax.evaluation.results import Robustness, RobustnessAt
 from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.training.parallel import eval_batches
 
 RADII = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 NUM_EXAMPLES = 100  # test images, from the first
 _SHORTER = 1 - 1e-6  # than the radius, so that rounding leaves no perturbation longer than it
+
+
+@dataclasses.dataclass(frozen=True)
+class RobustnessAt:
+    """How a classifier holds against perturbations of one norm.
+
+    Attributes:
+        radius: Largest norm of a perturbation, of pixels on the scale of [0, 1].
+        verified: Fraction of images that are classified rightly whatever the perturbation, guaranteed.
+        interval: Wilson interval of ``verified``, low and high.
+        attacked: Fraction of images that are classified rightly and whose class no attack changed: an upper bound.
+        num_broken: Images with a certified radius of that size whose class the attack changed: 0, or a certificate is wrong.
+    """
+
+    radius: float
+    verified: float
+    interval: tuple[float, float]
+    attacked: float
+    num_broken: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Robustness:
+    """Verified accuracy and accuracy under attack against the radius.
+
+    Attributes:
+        num_examples: Test images.
+        accuracy: Fraction that is classified rightly.
+        at: Results by radius.
+        median_radius: Median of the certified radii.
+        median_global_radius: Median of those that the Lipschitz constant of the whole network gives.
+        confidence: Probability that an interval covers the true accuracy.
+    """
+
+    num_examples: int
+    accuracy: float
+    at: tuple[RobustnessAt, ...]
+    median_radius: float
+    median_global_radius: float
+    confidence: float
+
+    @property
+    def num_broken(self) -> int:
+        """Certificates that the attack broke, at any radius."""
+        return sum(row.num_broken for row in self.at)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.num_examples} test images, {100 * self.accuracy:.1f} % right; median certified radius "
+            f"{self.median_radius:.2g}, by the Lipschitz constant alone {self.median_global_radius:.2g}",
+            f"    radius  verified [%]  ({100 * self.confidence:.0f} % interval)  under attack [%]",
+        ]
+        for row in self.at:
+            interval = "({:.1f} to {:.1f})".format(*(100 * value for value in row.interval))
+            lines.append(f"{row.radius:10g}  {100 * row.verified:12.1f}  {interval:>16}  {100 * row.attacked:16.1f}")
+        if self.num_broken:
+            lines.append(f"{self.num_broken} certificates were broken by the attack: please report it")
+        return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True)

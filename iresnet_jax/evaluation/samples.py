@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -11,9 +12,39 @@ from jaxtyping import Bool, Float, Int, Num
 from iresnet_jax.bijections.bijection import follow_inverse_info, no_inverse_error
 from iresnet_jax.certification import decoding as certified_decoding
 from iresnet_jax.evaluation import guarantee
-from iresnet_jax.evaluation.results import InverseGuarantee, SampleQuality
+from iresnet_jax.evaluation.guarantee import InverseGuarantee
 from iresnet_jax.models.density import Density
 from iresnet_jax.training import parallel
+
+
+@dataclass(frozen=True)
+class SampleQuality:
+    """How the inverse ended for a number of samples.
+
+    Attributes:
+        num: Samples.
+        fraction_converged: Fraction whose inverse met its tolerance.
+        max_error_bound: Largest product of the blocks' error bounds, Euclidean, in the units of continuous data.
+        failed: Numbers of the samples that did not converge.
+        guarantee: Guaranteed errors of the first samples; None if that was not asked for.
+    """
+
+    num: int
+    fraction_converged: float
+    max_error_bound: float
+    failed: tuple[int, ...] = ()
+    guarantee: InverseGuarantee | None = None
+
+    def __str__(self) -> str:
+        line = f"samples: the inverse converged for {self.num - len(self.failed)} of {self.num}"
+        return "\n".join([line, *([str(self.guarantee)] if self.guarantee else []), *self.warnings()])
+
+    def warnings(self, name: str = "samples") -> list[str]:
+        """A sentence that numbers the samples whose inverse did not converge."""
+        if not self.failed:
+            return []
+        named = ", ".join(map(str, self.failed[:10])) + (", ..." if len(self.failed) > 10 else "")
+        return [f"The inverse did not converge for {len(self.failed)} of {self.num} {name}, numbers {named}."]
 
 
 class Samples(NamedTuple):
@@ -101,7 +132,7 @@ def draw(
     whole, bounds = parallel.over_batches(parallel.parallelize_eval(_decode), model, batch_of, num, batch_size)
     found = None
     if num_certified is not None:
-        found, _ = guarantee.certify(model, [whole], num_certified, taken)
+        found, _ = guarantee.bound_inverses(model, [whole], num_certified, taken)
     return Samples(whole.data, whole.info.converged, bounds, found)
 
 

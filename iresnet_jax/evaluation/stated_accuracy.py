@@ -1,11 +1,11 @@
 r"""Log-likelihoods whose log-determinants have a stated accuracy, by the cheapest estimator of every block.
 
 A pilot on a few examples measures for every block the variance of an estimate by one probe and how its bias falls with the
-number of products; `allocation.cheapest` then chooses between the exact log-determinant and Krylov subspaces, with the closed
+number of products; `probes.cheapest` then chooses between the exact log-determinant and Krylov subspaces, with the closed
 form of the trace where there is one. All examples follow, and probes are added in rounds until the target is met.
 
 The accuracy is ``bias + standard error`` of an example's log-likelihood, root mean square over examples; the standard error is
-that over probes, and `probe_sums` says how the bias is estimated. Each example has its own keys, so results do not depend on
+that over probes, and `probes` says how the bias is estimated. Each example has its own keys, so results do not depend on
 batches.
 """
 
@@ -21,11 +21,8 @@ from jaxtyping import Float, Num
 
 from iresnet_jax.branches import structured_logdet
 from iresnet_jax.branches.branch import BranchSpec
-from iresnet_jax.training.parallel import eval_batches
-from iresnet_jax.evaluation import allocation
-from iresnet_jax.evaluation.allocation import PROBES_AT_ONCE, Block
-from iresnet_jax.evaluation.probe_sums import Sums, rms
-from iresnet_jax.evaluation.results import Accuracy
+from iresnet_jax.evaluation import probes
+from iresnet_jax.evaluation.probes import PROBES_AT_ONCE, Block, Sums, rms
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo, draw_probes
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.krylov import nested_quadratic_forms
@@ -33,6 +30,7 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import branch_inputs, known_branch
 from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
+from iresnet_jax.training.parallel import eval_batches
 
 PILOT_EXAMPLES, PILOT_PROBES = 32, 4
 # Dimensions of the pilot's Krylov subspaces; the last stands for the truth. A later set follows if one does not suffice.
@@ -41,6 +39,44 @@ PILOT_DRAW = 2**20  # number of the pilot's draw, which no other draw has
 CHEAP = 100.0  # products for which a block is exact without a pilot, which takes half as many
 MAX_ROUNDS = 5
 FULL_ENTRIES = 2**26  # entries of full Jacobians that are in memory together
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Error of examples' log-likelihoods that comes from their log-determinants, root mean square over examples.
+
+    Attributes:
+        target: Largest ``bias + stderr`` that was asked for, in ``unit``.
+        bias: Estimate of how far the expectation over probes is off, from how Krylov subspaces of increasing dimension converge
+            for the same probes; 0 if exact.
+        stderr: Standard error over probes, of the mean over noise draws; 0 if exact.
+        bias_bound: Guaranteed bound of the bias if the Lipschitz constants are guaranteed; often far above it.
+        products: Operations of an example for each noise draw, in those of a product with a block's Jacobian, summed over
+            blocks.
+        plan: What every stage does, in words.
+        unit: "bits/dim" or "nats".
+    """
+
+    target: float
+    bias: float
+    stderr: float
+    bias_bound: float
+    products: float
+    plan: tuple[str, ...]
+    unit: str
+
+    @property
+    def met(self) -> bool:
+        """Whether the target was met."""
+        return self.bias + self.stderr <= self.target
+
+    def __str__(self) -> str:
+        found = f"bias about {self.bias:.1g} (at most {self.bias_bound:.1g}) + stderr {self.stderr:.1g} {self.unit}"
+        verdict = f"{'within' if self.met else 'NOT within'} {self.target:g}"
+        return (
+            f"log-determinants of an example: {found}, {verdict}; as dear as {self.products:,.0f} products with Jacobians "
+            f"({'; '.join(self.plan)})"
+        )
 
 
 def log_prob(
@@ -73,7 +109,7 @@ def log_prob(
     in_nats, spec = target / model.spec.unit_of_a_nat, model.spec
     evaluation = _Evaluation(model, examples, jax.random.key(seed), batch_size, contexts)
     blocks = evaluation.pilot(in_nats, num_dequantisations)
-    choices = allocation.cheapest(blocks, in_nats, num_dequantisations)
+    choices = probes.cheapest(blocks, in_nats, num_dequantisations)
     sums = Sums(choices, (len(examples), num_dequantisations))
     draws = [choice.num_probes // PROBES_AT_ONCE for choice in choices]
     for is_first in (True, *(False for _ in range(MAX_ROUNDS))):
@@ -126,7 +162,7 @@ class _Evaluation:
                 biases = {size + 1: rms(errors[:, i]) for i, size in enumerate(sizes[:-1])}
                 variance = float(values[:, -1].var(axis=1, ddof=1).mean())
                 blocks[b] = replace(blocks[b], variance=variance, biases={**(blocks[b].biases or {}), **biases})
-            asked = allocation.worth_more_steps(blocks, sizes[-1] + 1, target, num_noise)
+            asked = probes.worth_more_steps(blocks, sizes[-1] + 1, target, num_noise)
         return blocks
 
     def add(self, sums: Sums, noise_draw: int, draws: list[int], *, is_first: bool) -> None:

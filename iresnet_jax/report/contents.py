@@ -1,23 +1,56 @@
 """Contents of a report: the results of one run."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from iresnet_jax.evaluation.machine_and_versions import Environment
-from iresnet_jax.evaluation.results import (
-    Classification,
-    InverseProblem,
-    Inversion,
-    Likelihood,
-    Points,
-    Posterior,
-    SampleQuality,
-    TrainingTimes,
-    certificate_warnings,
-)
+import numpy as np
+
+from iresnet_jax.evaluation.accuracy import Classification
+from iresnet_jax.evaluation.environment import Environment
+from iresnet_jax.evaluation.inverse_problem import InverseProblem
+from iresnet_jax.evaluation.inversion import Inversion
+from iresnet_jax.evaluation.likelihood import Likelihood
+from iresnet_jax.evaluation.points import Points
+from iresnet_jax.evaluation.posterior import Posterior
+from iresnet_jax.evaluation.samples import SampleQuality
 from iresnet_jax.models.certificate import Certificate
+
+ESTIMATE_RTOL = 1e-5  # rounding by which a norm's estimate may exceed its bound
+
+
+@dataclass(frozen=True)
+class TrainingTimes:
+    """Wall-clock time of a training run; None where its metrics do not tell.
+
+    Attributes:
+        steps: Updates behind the evaluated parameters.
+        total_steps: Updates of the run so far.
+        seconds_per_step: Median over the logged windows.
+        compile_seconds: Start to end of the first step, of the last process.
+        total_seconds: Start to last record.
+    """
+
+    steps: int
+    total_steps: int
+    seconds_per_step: float | None = None
+    compile_seconds: float | None = None
+    total_seconds: float | None = None
+
+    @classmethod
+    def from_metrics(cls, records: Iterable[Mapping[str, Any]], steps: int) -> "TrainingTimes":
+        """Times of a run from the records of its metrics."""
+        records = list(records)
+        windows = [record["seconds_per_step"] for record in records if "seconds_per_step" in record]
+        compiles = [record["compile_seconds"] for record in records if "compile_seconds" in record]
+        return cls(
+            steps=steps,
+            total_steps=max((record["step"] for record in records), default=steps),
+            seconds_per_step=float(np.median(windows)) if windows else None,
+            compile_seconds=compiles[-1] if compiles else None,
+            total_seconds=max((record["wall_time_s"] for record in records), default=None),
+        )
 
 
 @dataclass(frozen=True)
@@ -91,6 +124,26 @@ class Report:
         if self.lipschitz:
             facts["lipschitz"] |= {"certified": self.lipschitz.certified, "max_block": self.lipschitz.max_block}
         return _strict({**facts, "warnings": self.warnings()})
+
+
+def certificate_warnings(certificate: Certificate) -> list[str]:
+    """Sentences about blocks that are not certified contractions, and about estimates above their certified bound."""
+    blocks = certificate.blocks
+    if certificate.coeff is None:
+        loose = sum(not block.bound < 1 for block in blocks)
+        return [
+            f"This network has no Lipschitz constraint: {loose} of its {len(blocks)} blocks are not certified contractions, so "
+            "no inverse is promised."
+        ]
+    found = []
+    for block in blocks:
+        if not block.estimate < 1:
+            found.append(f"{block.name}: Lipschitz estimate {block.estimate:.4g} is not below 1, the inverse may not exist.")
+        elif not block.bound < 1:
+            found.append(f"{block.name}: certified bound {block.bound:.4g} is not below 1, invertibility is not proven.")
+        if block.estimate > block.bound * (1 + ESTIMATE_RTOL):
+            found.append(f"{block.name}: the estimate {block.estimate:.4g} exceeds the certified bound {block.bound:.4g}.")
+    return found
 
 
 def _strict(value: Any) -> Any:

@@ -9,33 +9,31 @@ import numpy as np
 from iresnet_jax.atomic_files import replacing
 from iresnet_jax.evaluation import (
     accuracy,
+    environment,
     guarantee,
     inverse_problem,
     inversion,
     likelihood,
-    machine_and_versions,
+    points,
     posterior,
     samples,
 )
-from iresnet_jax.evaluation.results import (
-    Classification,
-    InverseProblem,
-    Inversion,
-    Likelihood,
-    Points,
-    Posterior,
-    SampleQuality,
-    TrainingTimes,
-)
-from iresnet_jax.evaluation.trained_run import Run
+from iresnet_jax.evaluation.accuracy import Classification
+from iresnet_jax.evaluation.inverse_problem import InverseProblem
+from iresnet_jax.evaluation.inversion import Inversion
+from iresnet_jax.evaluation.likelihood import Likelihood
+from iresnet_jax.evaluation.points import Points
+from iresnet_jax.evaluation.posterior import Posterior
+from iresnet_jax.evaluation.samples import SampleQuality
 from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.report import page, pictures, plots
-from iresnet_jax.report.contents import Report
+from iresnet_jax.report.contents import Report, TrainingTimes
 from iresnet_jax.report.style import to_svg_or_png
 from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.runs.trained_run import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +69,7 @@ def write(run: Run) -> Report:
     inverse, certificate = _bijection(run, examples, figures) if run.is_bijective else (None, None)
     report = Report(
         train=TrainingTimes.from_metrics(records, run.step),
-        environment=machine_and_versions.describe(),
+        environment=environment.describe(),
         config=config,
         likelihood=measured,
         points=points,
@@ -100,7 +98,7 @@ def _density(
     drawn = samples.draw(model, NUM_IMAGES if is_image else NUM_POINTS, settings.batch_size, seed=seed, contexts=contexts)
     figures["samples"] = pictures.examples(drawn.values, levels)
     if model.spec.flow.event_shape == (2,) and contexts is None:
-        figures["density"] = plots.density_map(*likelihood.log_density_on_grid(model, examples[:NUM_POINTS], MAP_SIDE))
+        figures["density"] = plots.density_map(*points.log_density_on_grid(model, examples[:NUM_POINTS], MAP_SIDE))
     elif not is_image:
         figures["pairs"] = plots.pairs(examples[:NUM_POINTS], drawn.values)
     measured = likelihood.measure(model, examples, settings, seed, contexts=contexts, entropy_floor=run.data.entropy)
@@ -108,7 +106,7 @@ def _density(
         return measured.summary, None, drawn.quality
     taken = None if contexts is None else contexts[np.arange(len(drawn.values)) % len(contexts)]  # as `samples.draw` does
     of_samples = likelihood.log_prob(model, drawn.values, settings, seed, contexts=taken)
-    unlikely = likelihood.least_likely(examples, measured.log_prob)
+    unlikely = points.least_likely(examples, measured.log_prob)
     figures["likelihoods"] = plots.likelihoods(examples, measured.log_prob, of_samples, [point.row for point in unlikely])
     with replacing(run.folder / LOG_PROB_FILE) as incoming, incoming.open("wb") as file:
         np.save(file, measured.log_prob)

@@ -30,6 +30,7 @@ from iresnet_jax.training.objectives.hybrid import HybridConfig
 from iresnet_jax.training.optimizers import OptimizerConfig
 from iresnet_jax.training.trainer import TrainingConfig
 
+
 @dataclass(frozen=True)
 class DataConfig:
     """What is learnt."""
@@ -108,7 +109,7 @@ class AugmentationConfig:
 class EvaluationConfig:
     """What is measured after training."""
 
-    logdet: LogdetConfig = LogdetConfig(kind="roulette", num_exact_terms=20)
+    logdet: LogdetConfig = LogdetConfig(kind="roulette", num_exact_terms=20)  # noqa: RUF009 (it is frozen)
     batch_size: Count = 256
     num_dequantisations: Count = 4  # noise draws an image
     num_probe_draws: Count = 4  # probe draws a noise draw

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 
-from iresnet_jax.json_dataclasses import Count, Positive, Range
 from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.json_dataclasses import Count, Positive, Range
 from iresnet_jax.models import flow, saved
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec

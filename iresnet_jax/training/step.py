@@ -104,7 +104,7 @@ class UpdateRule(NamedTuple):
     ema_decay: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # programs are kept by which step they are of
 class TrainingStep:
     """``(state, batch) -> (state, metrics)``: one step down the gradient of a loss, averaged over devices.
 

@@ -237,7 +237,7 @@ class Trainer:
 
     def _log(self) -> None:
         """Writes the means over the steps since the last line of the log."""
-        means = self.checked_means()
+        means = self._checked_means()
         if self._timed_steps:
             means["seconds_per_step"] = (time.monotonic() - self._window_start) / self._timed_steps
         self.write(means, "train")
@@ -255,12 +255,23 @@ class Trainer:
         horizon = min(self.step + max(int(left), 1), max(self._settings.total_steps, self.step))
         self.state = self.state._replace(horizon=jnp.int32(horizon))
 
-    def checked_means(self) -> dict[str, float]:
+    def _checked_means(self) -> dict[str, float]:
         """Means over the steps since the last line of the log; RuntimeError if one of them blew up."""
         window = jax.device_get(self._window)
         means = {name: float(np.mean([metrics[name] for metrics in window], dtype=np.float64)) for name in window[0]}
         check_finite(means, self.step - len(self._window), self.step)
         return means
+
+    def save_unvalidated(self) -> None:
+        """Saves the state between two validations, unless the steps since the last line of the log blew up."""
+        if self._window:
+            self._checked_means()
+        self._save(None)
+
+    def _save(self, loss: float | None) -> None:
+        parallel.check_equal_on_all_devices(self.state)
+        self.save(loss)
+        self._window_start = time.monotonic()
 
     def _validate_state(self) -> None:
         """Measures the state on held-out data, keeps it, and goes on with the terms that the validation asks for."""
@@ -272,9 +283,8 @@ class Trainer:
             self.state = self.state._replace(num_terms=jnp.int32(held_out.num_terms))
             self._use_terms(held_out.num_terms)
         self._losses.append(self._objective.selection(held_out.metrics))
-        parallel.check_equal_on_all_devices(self.state)
-        self.save(self._losses[-1])
-        self._validated_at = self._window_start = time.monotonic()
+        self._save(self._losses[-1])
+        self._validated_at = time.monotonic()
         self._validated_step, self._validation_seconds = self.step, self._validated_at - began
         name, left = self._objective.name, self._time_left()
         self._say(f"step {self.step} of {self.horizon}: validation {name} {held_out.metrics[name]:.4f}, {left} left")

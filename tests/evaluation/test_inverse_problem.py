@@ -10,7 +10,8 @@ import runs
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.data.measurements import Measurement
-from iresnet_jax.evaluation import inverse_problem, ood, trained_run
+from iresnet_jax.evaluation import inverse_problem, ood
+from iresnet_jax.runs import trained_run
 from iresnet_jax.runs.config import EvaluationConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

@@ -2,15 +2,12 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import kept
 import numpy as np
 import pytest
 
 from iresnet_jax.evaluation import likelihood
-from iresnet_jax.evaluation.likelihood import compare, split_error
-from iresnet_jax.evaluation.results import SUSPICIOUS_Z
+from iresnet_jax.evaluation.likelihood import SUSPICIOUS_Z, compare, split_error
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 
 # Estimates of variances from thousands of draws scatter by a few percent; a part that absorbs another one is off by far more.
@@ -98,7 +95,7 @@ def test_z_of_an_estimate_is_its_difference_in_standard_errors_of_the_difference
 def test_the_exact_likelihood_is_the_headline_up_to_the_dimensions_where_it_is_affordable():
     model, (images, _) = kept.model(kept.IMAGES), kept.images(40)
     by_hand = np.stack([kept.dense_bits(model, images, 3, draw) for draw in range(2)])
-    result = likelihood.evaluate(model, images, kept.SETTINGS, 3)
+    result = likelihood.measure(model, images, kept.SETTINGS, 3).summary
     np.testing.assert_allclose(result.mean, by_hand.mean(), rtol=SAME_RTOL)
     assert result.estimator == "exact log-determinant"
     assert result.unit == "bits/dim"
@@ -119,37 +116,13 @@ def test_the_exact_likelihood_is_the_headline_up_to_the_dimensions_where_it_is_a
 
 def test_an_estimate_is_the_headline_beyond(monkeypatch):
     model, points = kept.model(kept.POINTS), np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
-    exact = likelihood.evaluate(model, points, kept.SETTINGS, 3)
+    exact = likelihood.measure(model, points, kept.SETTINGS, 3).summary
     assert (exact.unit, exact.num_dequantisations, exact.stderr_dequantisation) == ("nats", 0, 0)
     monkeypatch.setattr(likelihood, "MAX_EXACT_DIMS", 1)
-    result = likelihood.evaluate(model, points, kept.SETTINGS, 3)
+    result = likelihood.measure(model, points, kept.SETTINGS, 3).summary
     assert result.estimator == "unbiased, 8 exact terms and a Poisson(2) tail"
     assert result.estimate is None
     assert abs(result.mean - exact.mean) < 5 * result.stderr_probes
     assert 0 < result.stderr_probes < result.stderr_data
     bound = max(block.bound for block in model.certificate().blocks)
     assert 0 < result.truncation_bound < 2 * 2 * bound**9 / 9 / (1 - bound)  # two dimensions, two blocks, eight terms
-
-
-def test_density_map_has_the_second_coordinate_along_its_rows():
-    model, points = kept.model(kept.POINTS), np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
-    values, (left, right, bottom, top) = likelihood.log_density_on_grid(model, points, side=8)
-    assert (left, bottom) == (-right, -top)
-    assert right == pytest.approx(1.1 * np.abs(points).max())
-    centres = left + (np.arange(8) + 0.5) * (right - left) / 8
-    grid = jnp.asarray([[centres[5], centres[2]]], jnp.float32)
-    [expected] = jax.jit(type(model).log_prob)(model, grid)
-    np.testing.assert_allclose(values[2, 5], expected, rtol=SAME_RTOL)
-    assert abs(values[5, 2] - expected) > 1e-3
-
-
-def test_the_least_likely_points_have_their_entries_that_are_furthest_out():
-    points = np.random.default_rng(0).normal(size=(50, 5))
-    log_prob = np.linspace(-3, -1, 50)
-    points[17], log_prob[17], log_prob[31] = [0, 9, 0, -20, 0], -80.0, np.nan
-    found = likelihood.least_likely(points, log_prob)
-    assert [point.row for point in found] == [31, 17, 0, 1, 2, 3, 4, 5]
-    assert found[1].log_prob == -80.0
-    assert [(entry.index, entry.value) for entry in found[1].entries[:2]] == [(3, -20.0), (1, 9.0)]
-    expected = (points[17, 3] - points[:, 3].mean()) / points[:, 3].std()
-    assert found[1].entries[0].deviations == pytest.approx(expected)

@@ -17,7 +17,7 @@ from iresnet_jax.__main__ import main
 from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.data import simulators
 from iresnet_jax.evaluation import posterior
-from iresnet_jax.evaluation.results import Posterior
+from iresnet_jax.evaluation.posterior import Posterior
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from iresnet_jax.branches import structured_logdet
-from iresnet_jax.evaluation import allocation, likelihood, stated_accuracy
-from iresnet_jax.evaluation.results import SUSPICIOUS_Z, Accuracy
+from iresnet_jax.evaluation import likelihood, probes, stated_accuracy
+from iresnet_jax.evaluation.likelihood import SUSPICIOUS_Z
+from iresnet_jax.evaluation.stated_accuracy import Accuracy
 from iresnet_jax.runs.config import parse
 
 TARGET, NUM, SEED = 0.004, 48, 3  # bits/dim of 16 dimensions
@@ -77,7 +78,7 @@ def test_rounds_of_probes_meet_what_the_plan_misses_and_run_the_program_they_hav
 
     monkeypatch.setattr(stated_accuracy, "nested_quadratic_forms", counted)
     monkeypatch.setattr(stated_accuracy._Evaluation, "add", counted_add)
-    monkeypatch.setattr(allocation, "SAFETY", 3.0)
+    monkeypatch.setattr(probes, "SAFETY", 3.0)
     jax.clear_caches()
     bits, accuracy = bits_of(0.9)
     assert len(rounds) > 1
@@ -97,7 +98,7 @@ def test_the_mean_over_noise_draws_needs_fewer_probes():
 def test_the_likelihood_of_a_report_says_how_it_was_reached():
     settings = dataclasses.replace(kept.SETTINGS, target_stderr=TARGET, num_dequantisations=1)
     model, (images, _) = model_at(0.9), kept.images(NUM)
-    result = likelihood.evaluate(model, images, settings, SEED)
+    result = likelihood.measure(model, images, settings, SEED).summary
     assert abs(result.mean - by_hand(0.9).mean()) <= TARGET
     assert result.accuracy is not None
     assert result.accuracy.met
@@ -111,7 +112,7 @@ def test_the_likelihood_of_a_report_says_how_it_was_reached():
 
 
 def test_without_a_target_nothing_is_stated():
-    assert likelihood.evaluate(model_at(0.9), kept.images(40)[0], kept.SETTINGS, SEED).accuracy is None
+    assert likelihood.measure(model_at(0.9), kept.images(40)[0], kept.SETTINGS, SEED).summary.accuracy is None
 
 
 def test_a_missed_target_is_a_warning():
@@ -119,7 +120,7 @@ def test_a_missed_target_is_a_warning():
     assert not accuracy.met
     assert "NOT within 0.001" in str(accuracy)
     settings = dataclasses.replace(kept.SETTINGS, target_stderr=TARGET, num_dequantisations=1)
-    result = likelihood.evaluate(model_at(0.9), kept.images(NUM)[0], settings, SEED)
+    result = likelihood.measure(model_at(0.9), kept.images(NUM)[0], settings, SEED).summary
     [warning] = dataclasses.replace(result, accuracy=accuracy).warnings()
     assert "missed their target_stderr" in warning
 

@@ -4,10 +4,13 @@ import dataclasses
 import json
 import math
 
+import jax
 import pytest
 from reports import CERTIFICATE, EXACT, INVERSE, POINTS, REPORT, TRIPS, block, changed
 
-from iresnet_jax.evaluation.results import SampleQuality
+from iresnet_jax.evaluation import environment
+from iresnet_jax.evaluation.samples import SampleQuality
+from iresnet_jax.report.contents import TrainingTimes
 
 FAILED = SampleQuality(num=12, fraction_converged=0.0, max_error_bound=math.inf, failed=tuple(range(12)))
 UNCONSTRAINED = dataclasses.replace(CERTIFICATE, coeff=None, budget=None, blocks=(block("b3", bound=1.03), block("b4")))
@@ -137,3 +140,17 @@ def test_the_headline_has_a_line_for_every_part():
     )
     assert len(lines) == len(starts)
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+
+
+def test_training_times_are_those_of_the_log():
+    records = [{"step": 0, "split": "timing", "wall_time_s": 3.0, "compile_seconds": 2.5}]
+    for step, seconds in enumerate((9.0, 0.1, 0.2), 1):
+        records.append({"step": step, "split": "train", "wall_time_s": 3.0 + step, "seconds_per_step": seconds})
+    assert TrainingTimes.from_metrics(records, 2) == TrainingTimes(2, 3, 0.2, 2.5, 6.0)
+    assert TrainingTimes.from_metrics([], 0) == TrainingTimes(steps=0, total_steps=0)
+
+
+def test_environment_names_versions_and_devices():
+    facts = environment.describe()
+    assert facts.jax == jax.__version__
+    assert facts.cpu_count >= 1

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from reports import EXACT, POINTS, REPORT, block, changed
 
-from iresnet_jax.evaluation.results import InverseGuarantee
+from iresnet_jax.evaluation.guarantee import InverseGuarantee
 from iresnet_jax.report import page
 from iresnet_jax.report.formatting import MINUS
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import runs
 
-from iresnet_jax.evaluation import trained_run as run
+from iresnet_jax.runs import trained_run as run
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 

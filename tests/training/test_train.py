@@ -241,7 +241,7 @@ MOMENTS_PROGRAM = """
 import functools, importlib, json, os, signal, sys, time
 import tensorboardX
 import train
-from iresnet_jax.evaluation import trained_run as run
+from iresnet_jax.runs import trained_run as run
 from iresnet_jax.report import report
 from iresnet_jax.training import loop
 

@@ -14,9 +14,11 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Integer, Key, Num, UInt8
+from jaxtyping import Array, Bool, Float, Integer, Key, Num, UInt8
 
 from iresnet_jax.bijections.bijection import Bijection, no_inverse_error, no_logdet_error
+from iresnet_jax.bijections.transforms.enclosure import Enclosure
+from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log
 
 
 def cells(num_levels: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -151,6 +153,18 @@ def dequantize_bijection(num_levels: int) -> Bijection:
     return Bijection(lambda x: cell_centers(x, num_levels), forward_and_logdet, inverse, inverse_and_logdet, jnp.inf)
 
 
+def enclose_volume(num_levels: int, num_dims: int) -> Ball:
+    """The log-determinant of `dequantize_bijection`, ``-num_dims log num_levels``."""
+    return -log(Ball.of(num_levels)) * Ball.of(num_dims)
+
+
+def certain_levels(x: Integer[np.ndarray, "b ..."], enclosure: Enclosure, num_levels: int) -> Bool[np.ndarray, "b ..."]:
+    """Whether the integer levels ``x``, whose cells are ``[k, k + 1) / n``, are those of every point of the enclosure."""
+    ends = np.nextafter(num_levels * enclosure.low, -np.inf), np.nextafter(num_levels * enclosure.high, np.inf)
+    low, high = (np.clip(np.floor(end), 0, num_levels - 1) for end in ends)
+    return (low == high) & (low == np.asarray(x, np.float64))
+
+
 @dataclass(frozen=True)
 class Grid:
     """Entries of vectors that lie on grids ``offset + k spacing``, beside entries that are continuous.
@@ -197,3 +211,21 @@ class Grid:
             return x, jnp.full(len(u), -volume, u.dtype), no_logdet_error(u), info
 
         return Bijection(lambda x: x, forward_and_logdet, inverse, inverse_and_logdet, jnp.inf)
+
+    def enclose_volume(self) -> Ball:
+        """The log-determinant of `bijection`, ``sum log spacing`` over entries on a grid."""
+        return log(Ball.of(np.array([1.0, *(width for width in self.spacing if width > 0)]))).sum()
+
+    def certain(self, x: Float[np.ndarray, "b ... d"], enclosure: Enclosure) -> Bool[np.ndarray, "b ... d"]:
+        """Whether the values ``x`` are those on the grid next to every point of the enclosure; False at continuous entries."""
+        spacing, offset = np.asarray(self.spacing), np.asarray(self.offset)
+        step = np.where(spacing > 0, spacing, 1)
+
+        def nearest(values, direction):
+            margin = 2.0**-48 * (np.abs(values) + np.abs(offset)) / step  # more than what the few operations round
+            return np.floor((values - offset) / step + 0.5 + direction * margin)
+
+        with np.errstate(all="ignore"):
+            low, high = nearest(enclosure.low, -1), nearest(enclosure.high, 1)
+            own = np.rint((np.asarray(x, np.float64) - offset) / step)
+            return (spacing > 0) & (low == high) & (low == own)

@@ -21,6 +21,8 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
 from typing import NamedTuple
 
 import jax
@@ -30,7 +32,19 @@ from jaxtyping import Array, Float, Integer
 
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection
 from iresnet_jax.bijections.transforms.dequantize import cells, quantize
-from iresnet_jax.bijections.transforms.logit import check_alpha, log_logistic, logit_log_slopes, sum_event
+from iresnet_jax.bijections.transforms.enclosure import UNIT_ROUNDOFF, UP, Enclosure, ends, increasing, on_balls
+from iresnet_jax.bijections.transforms.logit import (
+    UNIT_ERROR,
+    check_alpha,
+    enclose_logit,
+    log_logistic,
+    logit_log_slopes,
+    precise_unit,
+    steepest_unit,
+    sum_event,
+)
+from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log, where
+from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 
 WEIGHT_OF_ALL = 0.01  # weight of the frequency over all entries in an entry's share: no level is impossible anywhere
@@ -101,6 +115,42 @@ class Equalize:
         x = x + jax.lax.stop_gradient(inside - x)
         logdet = sum_event(log_logistic(entries) - math.log1p(-2 * self.alpha) - jnp.log(cell.slope))
         return x.reshape(y.shape), logdet
+
+    def enclose_forward(self, u: Float[np.ndarray, "b ..."]) -> tuple[Ball, Ball]:
+        """The map in double-double.
+
+        Frequencies count as divided by their sum, and each entry is mapped by the line of the level that `quantize` reads off
+        ``u`` in its own dtype. The tables of float intervals that keep round trips exact move nothing here.
+        """
+        entries, cells = u.reshape(len(u), -1), _precise_cells(self)
+        k = np.asarray(quantize(jnp.asarray(entries), cells.num_levels)).astype(np.int64)
+        start, width = (table.map(lambda part: _at(part, k)) for table in (cells.below, cells.widths))
+        num = Ball.of(cells.num_levels)
+        y, log_slopes = enclose_logit(self.alpha, start + width * (Ball.of(entries) * num - Ball.of(k)))
+        return y.map(lambda part: part.reshape(u.shape)), (log_slopes + log(width * num)).sum()
+
+    @on_balls
+    def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
+        """The inverse in double-double, increasing in every entry; frequencies count as divided by their sum."""
+        cells, wrong_u = _precise_cells(self), 4 * UNIT_ERROR / (1 - 2 * self.alpha)
+        widths, num = cells.widths.middle.high, cells.num_levels
+        narrowest = np.minimum(widths, np.minimum(np.roll(widths, 1, axis=1), np.roll(widths, -1, axis=1)))
+        narrowest = np.where(narrowest > 2.0**-50, narrowest, 0)  # float64 cannot tell narrower cells apart: nothing is known
+
+        def value(t):
+            u = precise_unit(t, self.alpha)
+            k = cells.holding(u)  # or a neighbour, if u is next to an edge: both continue to there
+            below, width = (table.middle.map(lambda part: _at(part, k)) for table in (cells.below, cells.widths))
+            x = (DoubleDouble.of(k) + (u - below) * width.reciprocal()) * DoubleDouble.of(num).reciprocal()
+            return x.high, 2 * UNIT_ROUNDOFF * np.abs(x.high) + 2 * wrong_u / (num * _at(narrowest, k))
+
+        low, high = (precise_unit(end, self.alpha) for end in ends(y, radius))
+        first, last = (cells.holding(end) for end in (low - DoubleDouble.of(wrong_u), high + DoubleDouble.of(wrong_u)))
+        narrow, k = np.full_like(y, np.inf), first
+        while np.any(k <= last):
+            narrow = np.minimum(narrow, _at(widths, np.minimum(k, last)))
+            k = k + 1
+        return increasing(value, steepest_unit(y, radius, self.alpha) / (num * narrow) * UP, y, radius)
 
     @property
     def _commonest(self) -> int:
@@ -212,6 +262,52 @@ def _increasing(rows: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
     for k in range(1, rows.shape[1]):
         rows[:, k] = np.maximum(rows[:, k], np.nextafter(rows[:, k - 1], rows.dtype.type(np.inf)))
     return rows
+
+
+class _PreciseCells(NamedTuple):
+    """The distribution functions once more for enclosures, ``(entries or 1, levels)``.
+
+    Attributes:
+        widths: Frequency of each level, ``u`` over its cell.
+        below: ``u`` at the lower edge of each cell.
+    """
+
+    widths: Ball
+    below: Ball
+
+    @property
+    def num_levels(self) -> int:
+        return self.widths.radius.shape[1]
+
+    def holding(self, u: DoubleDouble) -> np.ndarray:
+        """The level ``(b, d)`` whose cell holds ``u``; the first and the last cell go on outside [0, 1]."""
+        below, last = self.below.middle, self.num_levels - 1
+        if len(below.high) == 1:
+            k = np.searchsorted(below.high[0], u.high, side="right") - 1
+        else:
+            k = np.stack([np.searchsorted(row, u.high[:, i], side="right") - 1 for i, row in enumerate(below.high)], axis=1)
+        k = np.clip(k, 0, last)
+        k = np.where((k > 0) & ((u - below.map(lambda part: _at(part, k))).high < 0), k - 1, k)
+        following = np.minimum(k + 1, last)
+        return np.where((u - below.map(lambda part: _at(part, following))).high >= 0, following, k)
+
+
+def _at(table: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """The entries ``(b, d)`` of a table ``(d or 1, levels)`` for the level of each entry."""
+    return table[0 if len(table) == 1 else np.arange(k.shape[1])[None], k]
+
+
+@functools.lru_cache(maxsize=8)
+def _precise_cells(spec: Equalize) -> _PreciseCells:
+    """The tables from rational arithmetic."""
+    f, m = [Fraction(frequency) for frequency in spec.frequencies], spec._commonest
+    total, levels = sum(f), np.arange(len(f))[None]
+    rest = [Fraction(0) if k == m else each for k, each in enumerate(f)]
+    p = [f[m] / total] if spec.shares is None else [Fraction(share) for share in spec.shares]
+    shares, others = (Ball.rational(own).map(lambda part: part[:, None]) for own in (p, [(1 - q) / (total - f[m]) for q in p]))
+    own, before = (Ball.rational(row).map(lambda part: part[None]) for row in (rest, [Fraction(0), *accumulate(rest[:-1])]))
+    nothing = Ball.of(np.zeros((1, 1)))
+    return _PreciseCells(where(levels == m, shares, others * own), others * before + where(levels > m, shares, nothing))
 
 
 def level_frequencies(images: Integer[np.ndarray, "..."], num_levels: int = 256) -> tuple[float, ...]:

@@ -5,10 +5,17 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection, isometric_bijection
+from iresnet_jax.bijections.transforms.enclosure import UNIT_ROUNDOFF, UP, Enclosure, affine, increasing, on_balls
+from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log
+from iresnet_jax.maths.enclosures.double_double import DoubleDouble
+from iresnet_jax.maths.enclosures.precise_activations import sigmoid
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
+
+UNIT_ERROR = 2.0**-80  # absolute error of a logistic function in double-double, with a wide margin
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,15 @@ class Identity:
         """Both constants are 1."""
         return model_bounds([])
 
+    def enclose_forward(self, u: Float[np.ndarray, "b ..."]) -> tuple[Ball, Ball]:
+        """The data, exactly."""
+        return Ball.of(u), Ball.of(np.zeros(len(u)))
+
+    @on_balls
+    def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
+        """The balls themselves."""
+        return affine(y, np.zeros_like(y), np.broadcast_to(radius[:, None], y.shape), np.ones(len(y)))
+
 
 @dataclass(frozen=True)
 class Center:
@@ -35,6 +51,17 @@ class Center:
     def bilipschitz(self) -> BiLipschitz:
         """Both constants are 1."""
         return model_bounds([])
+
+    def enclose_forward(self, u: Float[np.ndarray, "b ..."]) -> tuple[Ball, Ball]:
+        """``u - 1/2`` in double-double."""
+        return Ball.of(u) - Ball.of(0.5), Ball.of(np.zeros(len(u)))
+
+    @on_balls
+    def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
+        """The balls around ``y + 1/2``."""
+        center = y + 0.5
+        reach = np.broadcast_to(radius[:, None], y.shape)
+        return affine(center, UNIT_ROUNDOFF * np.abs(center), reach, np.ones(len(y)))
 
 
 @dataclass(frozen=True)
@@ -74,6 +101,41 @@ class Logit:
         """
         x = (jax.nn.sigmoid(y) - self.alpha) / (1 - 2 * self.alpha)
         return x, sum_event(log_logistic(y) - math.log1p(-2 * self.alpha))
+
+    def enclose_forward(self, u: Float[np.ndarray, "b ..."]) -> tuple[Ball, Ball]:
+        """The logit in double-double."""
+        y, log_slopes = enclose_logit(self.alpha, Ball.of(u))
+        return y, log_slopes.map(lambda part: part.reshape(len(part), -1)).sum()
+
+    @on_balls
+    def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
+        """The logistic function in double-double, increasing in every entry."""
+
+        def value(t):
+            u = precise_unit(t, self.alpha)
+            return u.high, UNIT_ROUNDOFF * np.abs(u.high) + UNIT_ERROR / (1 - 2 * self.alpha)
+
+        return increasing(value, steepest_unit(y, radius, self.alpha), y, radius)
+
+
+def enclose_logit(alpha: float, u: Ball) -> tuple[Ball, Ball]:
+    """``log(s / (1 - s))`` with ``s = alpha + (1 - 2 alpha) u``, and the logarithm of its slope, entry by entry."""
+    slope = Ball.of(1.0) - Ball.of(2 * alpha)
+    s = Ball.of(alpha) + slope * u
+    log_s, log_rest = log(s), log(Ball.of(1.0) - s)
+    return log_s - log_rest, log(slope) - log_s - log_rest
+
+
+def precise_unit(y: DoubleDouble, alpha: float) -> DoubleDouble:
+    """The logit's inverse ``u = (sigmoid(y) - alpha) / (1 - 2 alpha)``, to ``UNIT_ERROR / (1 - 2 alpha)``."""
+    return (sigmoid(y) - DoubleDouble.of(alpha)) * (DoubleDouble.of(1.0) - DoubleDouble.of(2 * alpha)).reciprocal()
+
+
+def steepest_unit(y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"], alpha: float) -> Float[np.ndarray, "b d"]:
+    """Upper bounds of the slope ``du/dy`` of the logit's inverse on ``[y - r, y + r]``: that of the point nearest to 0."""
+    nearest = np.maximum(np.abs(y) - radius[:, None] * UP, 0) * (1 - 4 * UNIT_ROUNDOFF)
+    s = sigmoid(DoubleDouble.of(nearest))
+    return ((s * (DoubleDouble.of(1.0) - s)).high + UNIT_ERROR) / (1 - 2 * alpha) * UP
 
 
 def logit_log_slopes(alpha: float) -> Float[Array, " 2"]:

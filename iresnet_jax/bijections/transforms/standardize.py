@@ -6,16 +6,24 @@ examples. The constants are kept in float64 and rounded to the dtype of the data
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection
+from iresnet_jax.bijections.transforms.enclosure import UNIT_ROUNDOFF, UP, Enclosure, affine, on_balls
+from iresnet_jax.maths.chains.inverse_products import invert
+from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, joined, log
+from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.upward_rounding import at_least
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
+from iresnet_jax.maths.norms.convolution_certificate import dense_norm_bound
 
 _ROUNDING = 1e-5  # relative error of constants rounded to float32 and of their products, with a wide margin
 SMALLEST_WITHIN = 1e-2  # least standard deviation within classes that `Whiten.fit` takes, in those of all data
+_REFINEMENTS = 2  # of the solution of a triangular system, by the digits of float64 each
+_TINY = 1e-300  # more than what products lose by underflow
 SHRINKAGE = 1e-6  # least share by which correlations shrink: single precision inverts the factor
 
 
@@ -64,6 +72,21 @@ class Standardize:
     def bilipschitz(self) -> BiLipschitz:
         """``1 / min(scale)`` and ``max(scale)``, rounded up."""
         return _bilipschitz(1 / min(self.scale), max(self.scale))
+
+    def enclose_forward(self, u: Float[np.ndarray, "b ..."]) -> tuple[Ball, Ball]:
+        """The affine map in double-double."""
+        scale = Ball.of(np.asarray(self.scale))
+        y = (Ball.of(u) - Ball.of(np.asarray(self.mean))) * scale.reciprocal()
+        positions = Ball.of(np.full(len(u), np.prod(u.shape[1:-1])))
+        return y, -(log(scale).sum() * positions)
+
+    @on_balls
+    def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
+        """Intervals of ``scale y + mean``."""
+        scale, mean = (np.tile(values, y.shape[1] // len(values)) for values in (self.scale, self.mean))
+        center = y * scale + mean
+        errors = 2 * UNIT_ROUNDOFF * (np.abs(y * scale) + np.abs(center)) + _TINY
+        return affine(center, errors, radius[:, None] * scale, np.full(len(y), max(self.scale)))
 
     def _constants(self, x: Array) -> tuple[Array, Array]:
         shape = (1,) * (x.ndim - 1) + (-1,)
@@ -144,6 +167,39 @@ class Whiten:
         """The reciprocal of the least and the largest singular value of ``factor``, rounded up."""
         values = np.linalg.svd(np.asarray(self.factor), compute_uv=False)
         return _bilipschitz(1 / values[-1], values[0])
+
+    def enclose_forward(self, u: Float[np.ndarray, "b d"]) -> tuple[Ball, Ball]:
+        r"""The solution of ``T y = u - m``, refined, and how far it may be off: ``|T^-1| |u - m - T y|``.
+
+        ``|T^-1|_2 <= |R|_2 / (1 - |R T - I|_2)`` for any matrix ``R``.
+        """
+        factor = np.asarray(self.factor)
+        guess = invert(jnp.asarray(factor), jnp.zeros(()))
+        inverse, norm, defect = (np.asarray(part) for part in (guess.matrices, guess.norms, guess.defects))
+        centred = Ball.of(u) - Ball.of(np.asarray(self.mean))
+        inverse_norm = norm / (1 - defect) * UP if defect < 1 else np.inf
+        matrix, solutions = Ball.of(factor), []
+        for i in range(len(u)):
+            own = centred.map(lambda part, i=i: part[i])
+            y = wrong = Ball.of(inverse @ own.middle.high)
+            for step in range(_REFINEMENTS + 1):
+                wrong = own - (matrix * y.map(lambda part: part[None])).sum()
+                if step < _REFINEMENTS:  # any numbers near the solution will do: what counts is their residual
+                    y = Ball(y.middle + DoubleDouble.of(inverse @ wrong.middle.high), np.zeros(len(inverse)))
+            size = np.linalg.norm(np.abs(wrong.middle.high) + np.abs(wrong.middle.low) + wrong.radius) * UP
+            solutions.append(y.widened(np.full(len(y.radius), inverse_norm * size)))
+        log_det = -log(Ball.of(np.diag(factor))).sum()
+        return joined(np.stack, solutions), log_det + Ball.of(np.zeros(len(u)))
+
+    @on_balls
+    def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
+        """Intervals of ``factor y + mean``, from the norms of the factor and of its rows."""
+        factor, mean = np.asarray(self.factor), np.asarray(self.mean)
+        center = y @ factor.T + mean
+        errors = 4 * len(mean) * UNIT_ROUNDOFF * (np.abs(y) @ np.abs(factor).T + np.abs(mean)) + _TINY
+        with jax.enable_x64():
+            largest = float(dense_norm_bound(jnp.asarray(factor)))
+        return affine(center, errors, radius[:, None] * np.linalg.norm(factor, axis=1) * UP, np.full(len(y), largest))
 
 
 def shrunk_correlation(z: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "d d"]:

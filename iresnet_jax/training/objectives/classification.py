@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, Shaped
@@ -42,11 +41,6 @@ def make_loss(
         return Loss(value, {"loss": value, "accuracy": jnp.mean(jnp.argmax(logits, axis=1) == labels)}, statistics)
 
     return loss
-
-
-def check_augmentation(augment: Augment, images: Shaped[np.ndarray, "n h w c"]) -> None:
-    """Raises ``ValueError`` in one sentence if images of this size cannot be changed like that."""
-    jax.eval_shape(lambda images: augment(jax.random.split(jax.random.key(0), 1), images), images[:1])
 
 
 def selection(held_out: Any) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from iresnet_jax.maths.logdet.config import LogdetConfig
+from iresnet_jax.training.initialization import abstract_variables
 from iresnet_jax.training.step import TrainingStep, TrainState
 
 
@@ -36,7 +37,6 @@ class Objective(NamedTuple):
         selection: Number that the best state is chosen by, from the held-out metrics; lower is better.
         examples: Pytree of arrays that batches are taken from; None for endless data, whose steps draw their own.
         initial_variables: ``() ->`` fresh variables, fitted to training data.
-        abstract_variables: ``() ->`` their shapes and dtypes, without computing them.
         logdet: Settings of the log-determinant, for models that have one in training.
     """
 
@@ -46,7 +46,6 @@ class Objective(NamedTuple):
     selection: Callable[[Mapping[str, float]], float]
     examples: Any
     initial_variables: Callable[[], Any]
-    abstract_variables: Callable[[], Any]
     logdet: LogdetConfig | None = None
 
     @property
@@ -70,6 +69,10 @@ class Objective(NamedTuple):
     def initial_state(self) -> TrainState:
         """The state of fresh variables."""
         return self.state_of(self.initial_variables())
+
+    def abstract_variables(self) -> Any:
+        """Shapes and dtypes of the variables, without computing them."""
+        return abstract_variables(self.step.model.spec)
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state."""

@@ -17,7 +17,6 @@ import scipy.stats
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import load
 from iresnet_jax.evaluation import ood, samples
-from iresnet_jax.evaluation import trained_run as run
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
@@ -25,6 +24,7 @@ from iresnet_jax.models.flow import constrain, freeze
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.models.saved import load as load_model
 from iresnet_jax.runs import loop
+from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.config import HybridConfig
 from iresnet_jax.runs.from_config import density_spec
 from iresnet_jax.runs.metrics import read_metrics

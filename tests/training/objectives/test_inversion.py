@@ -13,10 +13,9 @@ import runs
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.branches.branch import initial_weights
 from iresnet_jax.data import load
-from iresnet_jax.evaluation import trained_run
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
-from iresnet_jax.runs import loop
+from iresnet_jax.runs import loop, trained_run
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives import inversion

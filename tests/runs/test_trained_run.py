@@ -15,9 +15,9 @@ import pytest
 import runs
 
 from iresnet_jax import data
-from iresnet_jax.evaluation import trained_run as run
 from iresnet_jax.models.saved import FILE_NAME
 from iresnet_jax.runs import cpu, run_folder
+from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.checkpoints import Checkpoints, load_named
 from iresnet_jax.runs.from_config import build_optimizer, model_spec
 from iresnet_jax.training import state
@@ -131,8 +131,8 @@ def test_a_model_beside_the_run_does_not_replace_it(copied, toy):
 
 READING = """
 import sys
-from iresnet_jax.evaluation.trained_run import read_config
-from iresnet_jax.training import cpu
+from iresnet_jax.runs.trained_run import read_config
+from iresnet_jax.runs import cpu
 
 configs = [read_config(folder) for folder in sys.argv[1:]]
 print([config.data.name for config in configs], cpu.use_all_cores(configs[0]))

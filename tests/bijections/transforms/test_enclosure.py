@@ -1,20 +1,109 @@
-"""Enclosures of preprocessing's inverse against decimal numbers of 50 digits, and which rounded values are certain."""
+"""Enclosures of the preprocessing and of its inverse against numbers of many digits, and which rounded values are certain."""
 
 import decimal
+import functools
 from decimal import Decimal
 
+import jax
+import jax.numpy as jnp
+import mpmath
 import numpy as np
+import plain_flow as plain
+import plain_likelihood
 import pytest
 
-from iresnet_jax.bijections.transforms.dequantize import Grid
-from iresnet_jax.bijections.transforms.equalize import Equalize
-from iresnet_jax.bijections.transforms.inverse_enclosure import certain_levels, certain_on_grid, distance_bound, enclose_inverse
+from iresnet_jax.bijections.transforms.dequantize import Grid, certain_levels, dequantize, enclose_volume
+from iresnet_jax.bijections.transforms.equalize import Equalize, entry_shares, level_frequencies
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 
+SHAPE, LEVELS = (3, 3, 2), 17
+NUMBERS = plain.mpmath_numbers(50)
+IMAGES = np.random.default_rng(0).integers(0, LEVELS, (40, *SHAPE)) * np.random.default_rng(1).integers(0, 2, (40, *SHAPE))
+FREQUENCIES = level_frequencies(IMAGES, LEVELS)
+VECTORS = np.random.default_rng(2).normal(size=(50, 4)) @ np.random.default_rng(3).normal(size=(4, 4)) + 3.0
+ON_UNIT = {
+    "identity": Identity(),
+    "center": Center(),
+    "logit": Logit(0.05),
+    "logit of little alpha": Logit(1e-6),
+    "equalize": Equalize(FREQUENCIES),
+    "equalize by entry": Equalize(FREQUENCIES, entry_shares(IMAGES, FREQUENCIES), alpha=1e-6),
+    "standardize images": Standardize((0.1, 0.4), (0.3, 1e-4)),
+}
+ON_VECTORS = {"standardize": Standardize.fit(VECTORS), "whiten": Whiten.fit(VECTORS)}
+
+
+@functools.cache
+def noisy():
+    """Float32 data with noise, and floats at the edges of cells."""
+    u = np.array(dequantize(jax.random.key(0), jnp.asarray(IMAGES[:4]), LEVELS))
+    u[0, 0, 0, 0], u[1, 0, 0, 0] = np.float32(IMAGES[0, 0, 0, 0] / LEVELS), 0.0
+    levels = IMAGES[:4].copy()
+    levels[1, 0, 0, 0] = 0
+    return u, levels
+
+
+def distances(ball, exact):
+    """By how much of the radius exact numbers miss the middles, at most."""
+    of, radii = np.vectorize(mpmath.mpf, otypes=[object]), ball.radius.ravel()
+    with mpmath.workdps(50):
+        middle = of(ball.middle.high.ravel()) + of(ball.middle.low.ravel())
+        gaps = [abs(a - mpmath.mpf(str(b))) for a, b in zip(middle, np.asarray(exact, object).ravel(), strict=True)]
+        return np.array([float(gap - mpmath.mpf(float(r))) for gap, r in zip(gaps, radii, strict=True)])
+
+
+@pytest.mark.parametrize("name", [*ON_UNIT, *ON_VECTORS])
+def test_enclosures_hold_values_and_log_determinants(name):
+    transform = {**ON_UNIT, **ON_VECTORS}[name]
+    u, levels = noisy() if name in ON_UNIT else (VECTORS[:4], VECTORS[:4])
+    with jax.enable_x64(True):
+        y, log_det = transform.enclose_forward(u)
+        ours = [np.asarray(part) for part in transform.bijection().forward_and_logdet(jnp.asarray(u, jnp.float64), None)[:2]]
+    assert y.radius.shape == u.shape
+    exact = [
+        plain_likelihood._transform(NUMBERS, transform, NUMBERS.of(one), level) for one, level in zip(u, levels, strict=True)
+    ]
+    assert np.all(distances(y, np.array([value for value, _ in exact])) <= 0)
+    assert np.all(distances(log_det, [value for _, value in exact]) <= 0)
+    assert np.all(y.radius <= 1e-20 * (1 + np.abs(y.middle.high)))
+    assert np.all(log_det.radius <= 1e-20 * (1 + np.abs(log_det.middle.high)))
+    if name != "identity":
+        moved = y._replace(middle=y.middle.map(lambda part: part + 1e-18 if part is y.middle.low else part))
+        assert np.any(distances(moved, np.array([value for value, _ in exact])) > 0)
+    at_edges = np.unravel_index([0, u[0].size], u.shape)  # there float64 may read another level off float32's number
+    mine = y.middle.high.copy()
+    mine[at_edges] = ours[0][at_edges]
+    np.testing.assert_allclose(mine, ours[0], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(log_det.middle.high[2:], ours[1][2:], rtol=1e-11)
+
+
+def test_cells_have_the_volume_that_the_bijections_say():
+    grid = Grid((0.0, 1.0, 2.0), (0.5, 0.0, 3.0))
+    with jax.enable_x64(True):
+        ours = float(grid.bijection().forward_and_logdet(jnp.zeros((1, 3)), jax.random.key(0))[1][0])
+    for ball, value, exact in (
+        (enclose_volume(256, 7), -7 * np.log(256.0), -7 * mpmath.log(256)),
+        (grid.enclose_volume(), ours, mpmath.log(mpmath.mpf("1.5"))),
+    ):
+        lower, upper = ball.bounds()
+        assert lower <= float(exact) <= upper
+        assert upper - lower <= 1e-14 * abs(value) + 1e-25
+        np.testing.assert_allclose(lower, value, rtol=1e-14, atol=1e-25)
+
+
+def test_a_factor_that_float64_cannot_invert_promises_nothing():
+    factor = ((1.0, 0.0), (1e300, 1e-300))
+    with jax.enable_x64(True), np.errstate(all="ignore"):
+        y, _ = Whiten((0.0, 0.0), factor).enclose_forward(np.ones((1, 2)))
+    assert np.all(np.isneginf(y.bounds()[0]))
+
+
+# ------------------------------------------------------------------------------------------------- the inverse on balls
+
 EXACT = 1e-14  # relative error of centres: some units of rounding
 BELOW = 1e-60  # rounding of the decimal numbers
-FREQUENCIES = (0.2, 1e-6, 0.7 - 1e-6, 0.1)
+FEW = (0.2, 1e-6, 0.7 - 1e-6, 0.1)
 TRANSFORMS = {
     "identity": Identity(),
     "center": Center(),
@@ -22,8 +111,8 @@ TRANSFORMS = {
     "logit, small alpha": Logit(1e-6),
     "standardize": Standardize((1.0, -2.0, 1e3), (0.1, 3.0, 7.0)),
     "whiten": Whiten((1.0, -2.0, 5.0), ((2.0, 0.0, 0.0), (-1.5, 0.3, 0.0), (0.2, 0.4, 5.0))),
-    "equalize": Equalize(FREQUENCIES, alpha=0.05),
-    "equalize by entry": Equalize(FREQUENCIES, (0.5, 0.99, 0.02), alpha=1e-3),
+    "equalize": Equalize(FEW, alpha=0.05),
+    "equalize by entry": Equalize(FEW, (0.5, 0.99, 0.02), alpha=1e-3),
 }
 
 
@@ -70,8 +159,8 @@ def distance(x, y):
 def test_every_point_of_the_ball_is_enclosed(name, radius):
     transform, rng = TRANSFORMS[name], np.random.default_rng(0)
     y = np.concatenate([rng.normal(size=(8, 3)), 10 * rng.normal(size=(4, 3)), [[0.0, 700.0, -700.0]]])
-    found = enclose_inverse(transform, y, np.full(len(y), radius))
-    bounds = distance_bound(found.center, found, np.full(len(y), radius))
+    found = transform.enclose_inverse(y, np.full(len(y), radius))
+    bounds = found.distance_bound(found.center, np.full(len(y), radius))
     steepest = np.zeros(len(y))
     for i, center in enumerate(found.center):
         middle = exact_inverse(transform, list(map(Decimal, y[i].tolist())))
@@ -97,7 +186,7 @@ def test_every_point_of_the_ball_is_enclosed(name, radius):
 def test_a_smaller_constant_is_rejected():
     """The oracle notices a slope that is 1 % too small."""
     y = np.zeros((1, 3))
-    found = enclose_inverse(TRANSFORMS["logit"], y, np.full(1, 1e-3))
+    found = TRANSFORMS["logit"].enclose_inverse(y, np.full(1, 1e-3))
     image = exact_inverse(TRANSFORMS["logit"], [Decimal("1e-3"), Decimal(0), Decimal(0)])
     change = distance(image, exact_inverse(TRANSFORMS["logit"], [Decimal(0)] * 3))
     assert 0.99 * found.lipschitz[0] * 1e-3 < change <= found.lipschitz[0] * 1e-3
@@ -106,26 +195,26 @@ def test_a_smaller_constant_is_rejected():
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_nothing_is_enclosed_where_nothing_is_known(name):
     y = np.array([[0.0, 0.0, 0.0], [np.nan, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    found = enclose_inverse(TRANSFORMS[name], y, np.array([np.inf, 0.1, 0.1]))
+    found = TRANSFORMS[name].enclose_inverse(y, np.array([np.inf, 0.1, 0.1]))
     assert np.all(np.isneginf(found.low[:2]) & np.isposinf(found.high[:2]))
-    bounds = distance_bound(found.center, found, np.array([np.inf, 0.1, 0.1]))
+    bounds = found.distance_bound(found.center, np.array([np.inf, 0.1, 0.1]))
     np.testing.assert_array_equal(np.isfinite(bounds), [False, False, True])
 
 
 def test_levels_are_certain_where_no_edge_is_near():
     x = np.array([[0.1, 0.25, 0.2501, 0.7, -0.1, 1.2]])
-    found = enclose_inverse(Identity(), x, np.full(1, 1e-3))
+    found = Identity().enclose_inverse(x, np.full(1, 1e-3))
     levels = np.array([[0, 1, 1, 2, 0, 3]], np.uint8)  # of 4: edges at .25, .5, .75
     np.testing.assert_array_equal(certain_levels(levels, found, 4), [[True, False, False, True, True, True]])
     assert not certain_levels(levels + 1, found, 4)[0, :1].any()  # a wrong level is not certain
-    at_edge = enclose_inverse(Identity(), x, np.zeros(1))
+    at_edge = Identity().enclose_inverse(x, np.zeros(1))
     assert not certain_levels(levels, at_edge, 4)[0, 1]  # without any error the edge itself is within the rounding
 
 
 def test_values_on_a_grid_are_certain_where_the_middle_between_two_is_far():
     grid = Grid((10.0, 0.0, 0.0), (0.5, 0.0, 2.0))
     x = np.array([[10.6, 0.3, 2.9], [10.74, 0.3, 2.9995]])
-    found = enclose_inverse(Identity(), x, np.full(2, 1e-3))
+    found = Identity().enclose_inverse(x, np.full(2, 1e-3))
     rounded = np.array([[10.5, 0.3, 2.0], [10.5, 0.3, 2.0]])
-    np.testing.assert_array_equal(certain_on_grid(rounded, found, grid), [[True, False, True], [True, False, False]])
-    assert not certain_on_grid(rounded + 0.5, found, grid)[0, 0]
+    np.testing.assert_array_equal(grid.certain(rounded, found), [[True, False, True], [True, False, False]])
+    assert not grid.certain(rounded + 0.5, found)[0, 0]

@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import jax
 
 from iresnet_jax.runs.backend import device_summary
+from iresnet_jax.runs.cpu import num_cores
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,13 @@ def describe() -> Environment:
         devices=device_summary(),
         backend=jax.default_backend(),
         matmul_precision=getattr(jax.config, "jax_default_matmul_precision", None) or "default",
-        cpu_count=_cpu_count(),
+        cpu_count=num_cores(),
         platform=platform.platform(),
         python=platform.python_version(),
         **{name: _version(name) for name in ("iresnet_jax", "jax", "jaxlib", "flax", "optax", "numpy")},
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         commit=_commit(),
     )
-
-
-def _cpu_count() -> int | None:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _version(package: str) -> str | None:
@@ -61,17 +56,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout that holds this package, marked if files differ from it."""
+    """Commit of the checkout that holds this package, marked if its files differ from it."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
+    command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty= with changes"]
     try:
-        commit = _git(root, "rev-parse", "--short=12", "HEAD")
-        return commit + (" with changes" if _git(root, "status", "--porcelain") else "")
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):  # no git, or no commit yet
         return None
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()

@@ -1,0 +1,35 @@
+"""The least likely points, and the map of a density over the plane."""
+
+import jax
+import jax.numpy as jnp
+import kept
+import numpy as np
+import pytest
+
+from iresnet_jax.evaluation.points import least_likely, log_density_on_grid
+
+SAME_RTOL = 1e-5  # the same maths by another route, float32
+
+
+def test_density_map_has_the_second_coordinate_along_its_rows():
+    model, points = kept.model(kept.POINTS), np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
+    values, (left, right, bottom, top) = log_density_on_grid(model, points, side=8)
+    assert (left, bottom) == (-right, -top)
+    assert right == pytest.approx(1.1 * np.abs(points).max())
+    centres = left + (np.arange(8) + 0.5) * (right - left) / 8
+    grid = jnp.asarray([[centres[5], centres[2]]], jnp.float32)
+    [expected] = jax.jit(type(model).log_prob)(model, grid)
+    np.testing.assert_allclose(values[2, 5], expected, rtol=SAME_RTOL)
+    assert abs(values[5, 2] - expected) > 1e-3
+
+
+def test_the_least_likely_points_have_their_entries_that_are_furthest_out():
+    points = np.random.default_rng(0).normal(size=(50, 5))
+    log_prob = np.linspace(-3, -1, 50)
+    points[17], log_prob[17], log_prob[31] = [0, 9, 0, -20, 0], -80.0, np.nan
+    found = least_likely(points, log_prob)
+    assert [point.row for point in found] == [31, 17, 0, 1, 2, 3, 4, 5]
+    assert found[1].log_prob == -80.0
+    assert [(entry.index, entry.value) for entry in found[1].entries[:2]] == [(3, -20.0), (1, 9.0)]
+    expected = (points[17, 3] - points[:, 3].mean()) / points[:, 3].std()
+    assert found[1].entries[0].deviations == pytest.approx(expected)
