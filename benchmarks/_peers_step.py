@@ -88,9 +88,9 @@ class Ours(Steps):
         self._block, self._name = jax.block_until_ready, objective.name
         self._state = objective.initial_state()
         self._feed = loop.batches(settings, objective.examples, 0)
-        self._of_device = objective.make_step(objective.num_terms)
+        self._of_device = objective.step
         self._step = parallel.parallelize(self._of_device)
-        batch = loop.abstract_batch(objective.examples, settings.training.batch_size)
+        batch = objective.abstract_batch(settings.training.batch_size)
         self._step.compile(self._state, jax.eval_shape(parallel.shard, batch))
         cpu.return_freed_memory()
         self._metrics = {}

@@ -36,7 +36,7 @@ def work(path, name):
     objective = loop.build_objective(config, data.load(config.data.name, config.data.data_dir))
     current = objective.initial_state()
     batch = next(loop.batches(config, objective.examples, 0))
-    step = parallel.parallelize(objective.make_step(objective.num_terms))
+    step = parallel.parallelize(objective.step)
     for _ in range(2):
         current, metrics = step(current, batch)
     jax.block_until_ready(metrics)

@@ -23,7 +23,7 @@ def make_step(config):
     objective = loop.build_objective(config, data.load(config.data.name, config.data.data_dir))
     current = objective.initial_state()
     batch = next(loop.batches(config, objective.examples, 0))
-    step = parallel.parallelize(objective.make_step(objective.num_terms))
+    step = parallel.parallelize(objective.step)
 
     def take():
         nonlocal current  # the step donates its state

@@ -55,7 +55,7 @@ def training_step(images):
     splits = {split: images for split in ("train", "validation", "test")}
     dataset = DataSet.from_arrays("random", splits, {}, num_levels=256, num_classes=None, fingerprint="random")
     objective = build_objective(parse(settings), dataset)
-    step = parallel.parallelize(objective.make_step(objective.num_terms))
+    step = parallel.parallelize(objective.step)
     return step, objective.initial_state()
 
 

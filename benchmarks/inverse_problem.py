@@ -216,7 +216,7 @@ def main():
 
 
 def _num_parameters(config, data):
-    return num_parameters(abstract_variables(config, reconstructor_spec(config, data))["params"])
+    return num_parameters(abstract_variables(reconstructor_spec(config, data))["params"])
 
 
 if __name__ == "__main__":

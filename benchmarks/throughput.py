@@ -44,7 +44,7 @@ def work(file, precision, batch):
     data = plan.data_for(config)
     objective = loop.build_objective(config, data)
     current, batch = profile.random_state(objective), profile.first_batch(objective.examples, config.training.batch_size)
-    step = objective.make_step(objective.num_terms)
+    step = objective.step
     traced = parallel.for_devices(step, jax.devices()[:1]).trace(current, jax.tree.map(lambda rows: rows[0], batch))
     share = config.training.batch_size // jax.device_count()
     run = parallel.parallelize(step)

@@ -85,7 +85,7 @@ def after_steps(config, num_shares, mapped, num_steps=2):
     size = config.training.batch_size
     batch = parallel.shard((images[:size], labels[:size]), num_devices=num_shares)
     current = objective.initial_state()
-    step = mapped(objective.make_step(objective.num_terms))
+    step = mapped(objective.step)
     for _ in range(num_steps):
         current, metrics = step(current, batch)
     return jax.device_get((current, metrics))

@@ -198,7 +198,7 @@ def setup(config):
 def after_steps(config, num_shares, mapped, num_steps=2):
     """The state after a few steps with the batch in so many shares, and the metrics of each."""
     objective, current, batch = setup(config)
-    step, metrics = mapped(objective.make_step(objective.num_terms)), []
+    step, metrics = mapped(objective.step), []
     for _ in range(num_steps):
         current, found = step(current, parallel.shard(batch, num_devices=num_shares))
         metrics.append(jax.device_get(found))

@@ -155,7 +155,7 @@ def test_a_run_goes_on_bit_for_bit(workdir, tmp_path):
 def test_a_step_does_not_depend_on_the_devices():
     config = runs.config_of(runs.INVERSION_CONFIG)
     objective = loop.build_objective(config, load("digits"))
-    step = objective.make_step(0)
+    step = objective.step
     examples = objective.examples[:32]
     start = objective.initial_state()
     two, _ = parallel.parallelize(step)(start, parallel.shard(examples))

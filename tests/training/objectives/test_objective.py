@@ -24,7 +24,7 @@ def after_steps(name, num_parts, num_steps=2):
     config = runs.config_of(source, **{"training.num_parts": num_parts, **changes})
     objective = loop.build_objective(config, load(config.data.name))
     current, feed = objective.initial_state(), loop.batches(config, objective.examples, 0)
-    step = parallel.parallelize(objective.make_step(objective.num_terms))
+    step = parallel.parallelize(objective.step)
     for _ in range(num_steps):
         current, metrics = step(current, next(feed))
     return jax.device_get((current, metrics))
@@ -43,7 +43,7 @@ def test_parts_take_the_memory_of_one(name):
         changes = {"training.batch_size": 512, "training.num_parts": num_parts}
         config = runs.config_of(runs.CONFIGS[name], **changes)
         objective = loop.build_objective(config, load(config.data.name))
-        step, current = objective.make_step(objective.num_terms), objective.initial_state()
+        step, current = objective.step, objective.initial_state()
         batch = jax.tree.map(lambda rows: rows[:512], objective.examples)
         compiled = parallel.for_devices(step, jax.devices()[:1]).lower(current, batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes
