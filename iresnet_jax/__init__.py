@@ -9,17 +9,17 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from iresnet_jax import certification as certify
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import chain, repeat
 from iresnet_jax.bijections.multiscale import multiscale
 from iresnet_jax.bijections.residual import Branch, Solver, residual_bijection
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
-from iresnet_jax.certification import certify
 from iresnet_jax.maths.convolution import conv
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo, invert_residual
 from iresnet_jax.maths.logdet.estimator import LogdetInfo
-from iresnet_jax.maths.logdet.exact import ExactLogdet, exact_logdet
+from iresnet_jax.maths.logdet.exact import ExactLogdet, dense_logdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
@@ -57,7 +57,7 @@ __all__ = [
     "chain",
     "constrain",
     "conv",
-    "exact_logdet",
+    "dense_logdet",
     "fit",
     "freeze",
     "invert_residual",

@@ -25,14 +25,13 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.history import History
 from iresnet_jax.models.priors import PRIORS
 from iresnet_jax.runs import trained_run
-from iresnet_jax.runs.backend import prepare_backend
-from iresnet_jax.runs.compilation_cache import keep_compiled_programs
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import Config, parse
 from iresnet_jax.runs.from_config import build_objective, build_solver, model_spec
-from iresnet_jax.runs.interruption import Stopped, StopRequests
 from iresnet_jax.runs.loop import batches, check_batch_size, step_compiler, train
+from iresnet_jax.runs.machine import keep_compiled_programs, prepare_backend
 from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.runs.signals import Stopped, StopRequests
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.trainer import Best, Trainer
 

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import runs
+import tiny_runs as runs
 
 from iresnet_jax import data
 from iresnet_jax.bijections.transforms.logit import Logit

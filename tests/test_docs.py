@@ -15,8 +15,8 @@ from typing import NamedTuple
 import kept
 import numpy as np
 import pytest
-import runs
-from runs import ROOT
+import tiny_runs as runs
+from tiny_runs import ROOT
 
 from iresnet_jax.__main__ import make_parser
 from iresnet_jax.report.formatting import MINUS

@@ -37,11 +37,10 @@ from iresnet_jax.certification.trajectory import Residuals, follow, residuals
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, joined, log
 from iresnet_jax.maths.enclosures.double_double import UNIT, DoubleDouble
+from iresnet_jax.maths.enclosures.upward_rounding import UP
 from iresnet_jax.maths.logdet import verified
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Contexts, Data, Density, DensitySpec
-
-_UP = 1 + 2.0**-30
 
 
 class Interval(NamedTuple):
@@ -202,24 +201,24 @@ def _follow(problem: Problem, start: Ball, contexts: np.ndarray | None) -> Follo
     trajectory = trajectory + DoubleDouble.of(steps)
     remaining = residuals(problem.stages, trajectory, contexts)
     errors = _errors(problem.constants, np.linalg.norm(start.radius, axis=1), remaining)
-    moved = (np.linalg.norm(steps, axis=2) + UNIT * np.linalg.norm(trajectory.high, axis=2))[:, :-1] * _UP
+    moved = (np.linalg.norm(steps, axis=2) + UNIT * np.linalg.norm(trajectory.high, axis=2))[:, :-1] * UP
     return Followed(trajectory.map(lambda part: part[:, -1]), errors, moved, found.argument_errors, tuple(factors))
 
 
 def _errors(constants: StepConstants, at_start: np.ndarray, remaining: Residuals) -> Float[np.ndarray, "b n"]:
     """The module's ``e_t``."""
-    sizes = (np.linalg.norm(remaining.values, axis=2) + remaining.errors) * _UP
-    growth = np.maximum(1, (1 + constants.branch) * constants.largest_scale * _UP)
-    errors = [at_start * _UP]
+    sizes = (np.linalg.norm(remaining.values, axis=2) + remaining.errors) * UP
+    growth = np.maximum(1, (1 + constants.branch) * constants.largest_scale * UP)
+    errors = [at_start * UP]
     for t, factor in enumerate(growth):
-        errors.append((factor * errors[-1] + sizes[:, t]) * _UP)
+        errors.append((factor * errors[-1] + sizes[:, t]) * UP)
     return np.stack(errors, axis=1)
 
 
 def _log_det(problem: Problem, constants: StepConstants, followed: Followed) -> Ball:
     """The flow's log-determinant ``(b,)``: those of ``I + J_g`` of all steps, and the scales."""
     away = problem.constants.largest_scale * (followed.moved + followed.errors[:, :-1])
-    distance = constants.jacobian_errors(followed.argument_errors) + constants.second * away * _UP
+    distance = constants.jacobian_errors(followed.argument_errors) + constants.second * away * UP
     terms, t = [], 0
     for stage, factors in zip(problem.spec.layout, followed.factors, strict=True):
         now = slice(t, t + stage.spec.num_blocks)

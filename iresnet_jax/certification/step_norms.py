@@ -22,9 +22,9 @@ from iresnet_jax.certification.step_blocks import jacobian_blocks
 from iresnet_jax.certification.trajectory import Residuals
 from iresnet_jax.maths.chains.least_eigenvalue import least_eigenvalue_bound, least_eigenvalue_estimate
 from iresnet_jax.maths.chains.row_blocks import identity_and_symmetric_part
+from iresnet_jax.maths.enclosures.upward_rounding import UP
 from iresnet_jax.maths.inverse.fixed_point import Settings, solve_linear
 
-_UP = 1 + 2.0**-30
 _MEMORY, _MOST_EVALS = 8, 300  # of the linear solves
 
 
@@ -46,7 +46,7 @@ def step_norms(problem: Problem, found: Residuals) -> StepNorms:
     A step whose slopes jump has the global bound of its inverse.
     """
     constants = problem.constants
-    distances = constants.jacobian_errors(found.argument_errors) / constants.largest_scale * _UP
+    distances = constants.jacobian_errors(found.argument_errors) / constants.largest_scale * UP
     bounds = np.broadcast_to(constants.inverse, distances.shape).copy()
     estimates, start = bounds.copy(), 0
     for place, stage in enumerate(problem.spec.layout):
@@ -66,8 +66,8 @@ def step_norms(problem: Problem, found: Residuals) -> StepNorms:
                     apply = functools.partial(_symmetric_part, stage.branch, own, slopes)
                     estimate, _ = least_eigenvalue_estimate(apply, math.prod(stage.branch.in_shape))
                     least = margin
-                bounds[i, t] = constants.inverse[t] * margin / least * _UP
-                estimates[i, t] = constants.inverse[t] * margin / max(estimate, margin) * _UP
+                bounds[i, t] = constants.inverse[t] * margin / least * UP
+                estimates[i, t] = constants.inverse[t] * margin / max(estimate, margin) * UP
         start += stage.spec.num_blocks
     return StepNorms(bounds, estimates)
 

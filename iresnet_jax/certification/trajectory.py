@@ -27,10 +27,9 @@ from iresnet_jax.maths.convolution import Padding
 from iresnet_jax.maths.enclosures import precise_activations
 from iresnet_jax.maths.enclosures.double_double import UNIT, DoubleDouble, exp
 from iresnet_jax.maths.enclosures.split_products import Sliced, product
+from iresnet_jax.maths.enclosures.upward_rounding import UP
 from iresnet_jax.models.architecture import FlowSpec, Stage
 from iresnet_jax.models.flow import Norms, Tree, known_branch
-
-_UP = 1 + 2.0**-30
 
 
 class Entries(NamedTuple):
@@ -243,7 +242,7 @@ def residuals(
         error = error + 4 * UNIT * _norm(u)  # of u itself, beside what it became in g
         error = error + 4 * UNIT * (_norm(u) + _norm(g) + _norm(after)) + 2.0**-53 * _norm(r)
         values[:, now, stage.active] = np.moveaxis(r.high.reshape(k, b, -1), 0, 1)
-        errors[:, now], argument_errors[:, now] = error.T * _UP, of_arguments.T * _UP
+        errors[:, now], argument_errors[:, now] = error.T * UP, of_arguments.T * UP
         slopes.append(of_layers)
         start += k
     return Residuals(values, errors, argument_errors, tuple(slopes))
@@ -277,7 +276,7 @@ def _branch(stage, h, error, context):
             shift, of_shift = product(contexts, layer.context, _shift)
             h, own = h + shift.map(lambda part, h=h: _between(part, h)), own + of_shift
         positions = np.prod(h.high.shape[2:-1])
-        own = np.sqrt(positions * np.sum(np.square(own), axis=-1)) * _UP
+        own = np.sqrt(positions * np.sum(np.square(own), axis=-1)) * UP
         error = layer.norm[:, None] * error + own + 4 * UNIT * _norm(h)
     return h, error, of_arguments, tuple(slopes)
 
@@ -321,7 +320,7 @@ def _by_channel(values: np.ndarray, in_shape: tuple[int, ...]) -> np.ndarray:
 
 def _norm(x: DoubleDouble) -> Float[np.ndarray, "k b"]:
     """Euclidean norm of each example, rounded up."""
-    return np.sqrt(np.sum(np.square(x.high), axis=tuple(range(2, x.high.ndim)))) * _UP + 1e-150
+    return np.sqrt(np.sum(np.square(x.high), axis=tuple(range(2, x.high.ndim)))) * UP + 1e-150
 
 
 def _between(values: np.ndarray, h: DoubleDouble) -> np.ndarray:

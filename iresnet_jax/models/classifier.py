@@ -25,7 +25,6 @@ from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import check_levels, known_levels
-from iresnet_jax.certification.info import CertifiedInfo
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.models.architecture import FlowSpec
@@ -117,14 +116,12 @@ class Reconstruction(NamedTuple):
         images: Images with pixels on the scale of [0, 1], which they may leave.
         padding_residual: Euclidean norm of the padding channels, in the units of the network's input: 0 for the features of
             an image, and the distance from those of all images otherwise.
-        info: How the inverse ended; its error bound is in the units of the network's input. With ``certify`` a `CertifiedInfo`,
-            whose error bound is that of ``images``; ``info.certificate.error_bound`` also bounds the error of
-            ``padding_residual``.
+        info: How the inverse ended; its error bound is in the units of the network's input.
     """
 
     images: Float[Array, "b h w c"]
     padding_residual: Float[Array, " b"]
-    info: FixedPointInfo | CertifiedInfo
+    info: FixedPointInfo
 
 
 @functools.partial(
@@ -183,26 +180,14 @@ class Classifier:
         """
         return self.features_of_input(self.preprocess(images))
 
-    def reconstruct(self, features: Float[Array, "b ..."], *, certify: bool = False) -> Reconstruction:
-        """The images that features belong to (Behrmann et al. 2019, fig. 3 and 6).
+    def reconstruct(self, features: Float[Array, "b ..."]) -> Reconstruction:
+        """The images that features belong to (Behrmann et al. 2019, fig. 3 and 6); `certify.decode` guarantees their error.
 
         Without a constraint the iteration may not converge, or to another image; `Reconstruction.info` promises nothing then.
 
         Args:
             features: Features of `ClassifierSpec.feature_shape`.
-            certify: Whether to guarantee the result, on the host and outside of ``jit``, see `Density.decode`.
-
-        Raises:
-            ValueError: With ``certify`` under ``jit``, or for a model without certified bounds, see `certify.inverse`.
         """
-        if certify:
-            from iresnet_jax.certification import decoding as certified_decoding  # late: it takes models
-
-            certified_decoding.check(self, features)
-            decoded = certified_decoding.reconstruct(self, features)
-            info = certified_decoding.certified(self, decoded)
-            residual = reshape.padding_residual(decoded.flow_input, self.spec.pad_channels)
-            return Reconstruction(decoded.data, residual, info)
         x, info = self.flow().inverse(reshape.flatten(features))
         return Reconstruction(self.spec.unpad(x), reshape.padding_residual(x, self.spec.pad_channels), info)
 

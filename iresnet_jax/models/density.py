@@ -33,7 +33,6 @@ from iresnet_jax.bijections.transforms.dequantize import Grid, check_levels, deq
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
-from iresnet_jax.certification.info import CertifiedInfo
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
@@ -258,36 +257,17 @@ class Density:
         preprocessed = self.preprocess(x, key)  # first, as it refuses what is no data
         return self.flow(context).forward(preprocessed)
 
-    def decode(
-        self, z: Float[Array, "b d"], *, context: Contexts | None = None, certify: bool = False
-    ) -> tuple[Num[Array, "b ..."], FixedPointInfo | CertifiedInfo]:
-        """Data of latents, and how the inverse ended.
+    def decode(self, z: Float[Array, "b d"], *, context: Contexts | None = None) -> tuple[Num[Array, "b ..."], FixedPointInfo]:
+        """Data of latents, and how the inverse ended; `certify.decode` guarantees the error of the same data.
 
         Args:
             z: Latents.
             context: Contexts of a conditional model.
-            certify: Whether to guarantee the result, on the host and outside of ``jit``: from some milliseconds an example of
-                64 dimensions to many seconds of 784.
 
         Returns:
             The data, and a `FixedPointInfo`. Its ``error_bound`` is in the units of continuous data: [0, 1) for integer levels,
-            before they are rounded down. It multiplies the blocks' bounds, which says nothing of a deep flow. With ``certify``
-            the same data with a `CertifiedInfo`, whose ``error_bound`` is that of the whole flow, and which says of every entry
-            whether its level is certain.
-
-        Raises:
-            ValueError: With ``certify`` under ``jit``, or for a model without certified bounds, see `certify.inverse`.
-
-        Example:
-            >>> x, info = model.decode(z, certify=True)  # doctest: +SKIP
-            >>> info.error_bound, info.certain.all(), info.certificate.applied  # doctest: +SKIP
+            before they are rounded down. It multiplies the blocks' bounds, which says nothing of a deep flow.
         """
-        if certify:
-            from iresnet_jax.certification import decoding as certified_decoding  # late: it takes models
-
-            certified_decoding.check(self, z, context)
-            decoded = certified_decoding.decode(self, z, context=context)
-            return decoded.data, certified_decoding.certified(self, decoded, context=context)
         u, info = chain([self._transform, self.flow(context)]).inverse(z)
         return self.round_to_data(u), info
 
@@ -299,9 +279,8 @@ class Density:
         temperature: float = 1.0,
         context: Contexts | None = None,
         labels: Shaped[Array, " m"] | None = None,
-        certify: bool = False,
-    ) -> tuple[Num[Array, "n ..."], FixedPointInfo | CertifiedInfo]:
-        """Samples: latents from the prior through the inverse.
+    ) -> tuple[Num[Array, "n ..."], FixedPointInfo]:
+        """Samples: latents from the prior through the inverse, `decode` of `sample_latents`.
 
         Args:
             key: Source of the latents.
@@ -310,16 +289,35 @@ class Density:
             context: Context of each sample.
             labels: Class of each sample, where classes have priors; drawn from ``p(y)`` by default. Classes that do not exist,
                 which cannot be refused under ``jit``, give an inverse that did not converge.
-            certify: Whether to guarantee how far each sample is from the exact preimage of its latents, see `decode`.
 
         Returns:
             The data, and how the inverse ended, see `decode`.
 
         Raises:
             ValueError: If labels are given to a model without classes or are not ``num`` integers, if ``num`` or
-                ``temperature`` is out of range, or for the reasons of `decode`.
+                ``temperature`` is out of range.
         """
-        return self.decode(self._sample_prior(key, num, temperature, labels), context=context, certify=certify)
+        return self.decode(self.sample_latents(key, num, temperature=temperature, labels=labels), context=context)
+
+    def sample_latents(
+        self, key: Key[Array, ""], num: int, *, temperature: float = 1.0, labels: Shaped[Array, " m"] | None = None
+    ) -> Float[Array, "n d"]:
+        """Latents from the prior; arguments and errors are those of `sample`."""
+        if num < 1:
+            raise ValueError(f"the number of samples must be at least 1, got {num}")
+        if self.spec.num_classes is None:
+            if labels is not None:
+                self.check_classes()
+            return priors.sample(self.spec.prior, self.prior, key, num, temperature)
+        key_label, key_noise = jax.random.split(key)
+        drawn = jax.random.categorical(key_label, self.prior["class_logits"], shape=(num,))
+        labels = drawn if labels is None else jnp.asarray(labels)
+        if labels.shape != (num,) or not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ValueError(f"labels must be {num} integers, one a sample, got {labels.dtype} of shape {labels.shape}")
+        chosen = jax.tree.map(lambda stacked: stacked[labels], self._priors_of_classes)
+        one = jax.vmap(lambda prior, key: priors.sample(self.spec.prior, prior, key, 1, temperature)[0])
+        known = (labels >= 0) & (labels < self.spec.num_classes)
+        return jnp.where(known[:, None], one(chosen, jax.random.split(key_noise, num)), jnp.nan)
 
     # ------------------------------------------------------------------------------------------------ certificate
 
@@ -406,20 +404,3 @@ class Density:
     @property
     def _priors_of_classes(self) -> Mapping[str, Array]:
         return {name: values for name, values in self.prior.items() if name != "class_logits"}
-
-    def _sample_prior(self, key, num, temperature, labels):
-        if num < 1:
-            raise ValueError(f"the number of samples must be at least 1, got {num}")
-        if self.spec.num_classes is None:
-            if labels is not None:
-                self.check_classes()
-            return priors.sample(self.spec.prior, self.prior, key, num, temperature)
-        key_label, key_noise = jax.random.split(key)
-        drawn = jax.random.categorical(key_label, self.prior["class_logits"], shape=(num,))
-        labels = drawn if labels is None else jnp.asarray(labels)
-        if labels.shape != (num,) or not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise ValueError(f"labels must be {num} integers, one a sample, got {labels.dtype} of shape {labels.shape}")
-        chosen = jax.tree.map(lambda stacked: stacked[labels], self._priors_of_classes)
-        one = jax.vmap(lambda prior, key: priors.sample(self.spec.prior, prior, key, 1, temperature)[0])
-        known = (labels >= 0) & (labels < self.spec.num_classes)
-        return jnp.where(known[:, None], one(chosen, jax.random.split(key_noise, num)), jnp.nan)

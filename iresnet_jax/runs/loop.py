@@ -22,15 +22,15 @@ from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.device_batches import device_batches
 from iresnet_jax.json_dataclasses import checked, tagged, to_plain
 from iresnet_jax.models.saved import Spec
-from iresnet_jax.runs import cpu, distributed, run_folder
-from iresnet_jax.runs.agreement import Agreement, Wish, signal_of, wish_of
-from iresnet_jax.runs.backend import device_summary, prepare_backend
+from iresnet_jax.runs import allocator, hosts, run_folder
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.from_config import build_objective, load_data
-from iresnet_jax.runs.interruption import Stopped, StopRequests
+from iresnet_jax.runs.hosts import Agreement, Wish, signal_of, wish_of
+from iresnet_jax.runs.machine import device_summary, prepare_backend
 from iresnet_jax.runs.metrics import MetricWriter, Progress, read_metrics
+from iresnet_jax.runs.signals import Stopped, StopRequests
 from iresnet_jax.training import parallel
 from iresnet_jax.training.initialization import num_parameters
 from iresnet_jax.training.objectives.objective import Objective
@@ -74,12 +74,12 @@ def train(
     spec, objective = _begin(workdir, config, dataset)
     compile_step = step_compiler(config, spec, None if dataset.is_endless else steps, agreement)
     with contextlib.ExitStack() as stack:
-        if distributed.is_first():
+        if hosts.is_first():
             stack.enter_context(run_folder.alone_in(workdir))
-        writer = stack.enter_context(MetricWriter(workdir)) if distributed.is_first() else None
+        writer = stack.enter_context(MetricWriter(workdir)) if hosts.is_first() else None
         # There is nothing to save until a step is done: a signal ends the process at once.
         run = _RunOnDisk(objective, config.training, workdir, writer, checkpoints, agreement, compile_step, say)
-        progress = stack.enter_context(Progress(run.horizon, run.step, shown=distributed.is_first()))
+        progress = stack.enter_context(Progress(run.horizon, run.step, shown=hosts.is_first()))
         run.watch(stack.enter_context(StopRequests()), progress)
         run.run(batches(config, objective.examples, run.step), run.heed_requests)
         return run.state
@@ -101,8 +101,8 @@ def check_batch_size(settings: TrainingConfig, data: DataSet) -> None:
 
 def _check_alike(config: Config, data: DataSet) -> None:
     """Raises ``ValueError`` if processes have different settings or data, or settings that only one process can keep."""
-    distributed.agree_on("config", json.dumps(to_plain(config)))
-    distributed.agree_on("data set", f"{data.name} of fingerprint {data.fingerprint}")
+    hosts.agree_on("config", json.dumps(to_plain(config)))
+    hosts.agree_on("data set", f"{data.name} of fingerprint {data.fingerprint}")
     if config.training.minutes and parallel.num_processes() > 1:
         raise ValueError(
             f"config.training.minutes must be 0 with {parallel.num_processes()} processes, whose clocks differ, got "
@@ -121,7 +121,7 @@ def _begin(workdir: Path, config: Config, data: DataSet) -> tuple[Spec, Objectiv
         run_folder.claim(workdir, config, spec, data)
         return tagged(spec) if parallel.num_processes() > 1 else None
 
-    plain = distributed.from_first(claim)
+    plain = hosts.from_first(claim)
     if claimed:
         return claimed[0]
     spec = checked(Spec, plain, "model")
@@ -186,9 +186,9 @@ class _RunOnDisk(Trainer):
             records = [record for record in read_metrics(self._workdir) if record["split"] == "validation"]
             return step, [self._objective.selection(record) for record in records]
 
-        step, losses = distributed.from_first(restore)
-        state = distributed.broadcast(found[0][0] if found else fresh)  # a fresh state, too: hosts round differently
-        cpu.return_freed_memory()  # which steps would not find use for, in its fragments
+        step, losses = hosts.from_first(restore)
+        state = hosts.broadcast(found[0][0] if found else fresh)  # a fresh state, too: hosts round differently
+        allocator.return_freed_memory()  # which steps would not find use for, in its fragments
         return Restored(state, step, tuple(losses))
 
     def take(self, step: Step, batch: Any) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class _RunOnDisk(Trainer):
 
     def save(self, loss: float | None) -> None:
         """Writes a checkpoint."""
-        if distributed.is_first():
+        if hosts.is_first():
             self._checkpoints.save(self.step, self.state, metric=loss)
         self._saved_at = time.monotonic()
         # With several processes a signal always waits for the step after which all stop.

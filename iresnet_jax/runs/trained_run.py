@@ -22,10 +22,10 @@ from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.runs import run_folder
-from iresnet_jax.runs.backend import prepare_backend
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.config import Config, parse
 from iresnet_jax.runs.from_config import build_solver, load_data
+from iresnet_jax.runs.machine import prepare_backend
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.initialization import abstract_variables
 from iresnet_jax.training.optimizers import make_optimizer

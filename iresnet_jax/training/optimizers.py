@@ -14,7 +14,7 @@ import optax
 from iresnet_jax.json_dataclasses import CountOrNone, Decay, NotNegative, Positive, Range
 
 ADAM_RMS = 0.2  # root mean square of an Adam update divided by the learning rate (Liu et al., 2025, Section 2.2)
-STACKED = "blocks"  # key of arrays that are stacked over blocks
+STACKED = "blocks"  # dictionary key under which arrays of identical blocks are stacked along their first axis
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ import numpy as np
 import plain_flow as plain
 import pytest
 
+from iresnet_jax import certify
 from iresnet_jax.branches.branch import apply_branch
-from iresnet_jax.certification import certify, step_blocks, trajectory
 from iresnet_jax.certification import problem as certification_problem
+from iresnet_jax.certification import step_blocks, trajectory
 from iresnet_jax.certification.dense_linearization import linearize
 from iresnet_jax.certification.problem import Problem
 from iresnet_jax.certification.step_norms import newton_step, step_norms

@@ -9,7 +9,7 @@ import kept
 import numpy as np
 import pytest
 
-from iresnet_jax.certification import certify
+from iresnet_jax import certify
 from iresnet_jax.certification.head import Head
 from iresnet_jax.maths.chains import margin_bounds
 from iresnet_jax.maths.chains.margin_bounds import Adjoints, Step, Tangents

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import kept
 import numpy as np
 import pytest
-import runs
+import tiny_runs as runs
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.bijections.transforms.standardize import Standardize

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import kept
 import numpy as np
 import pytest
-import runs
+import tiny_runs as runs
 from oracles import dense_conv_matrix, operator_norm
 
 from iresnet_jax.branches import branch as branches

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
-from runs import ROOT
+import tiny_runs as runs
+from tiny_runs import ROOT
 
 from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.runs import loop

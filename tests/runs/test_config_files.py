@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from runs import ROOT
+from tiny_runs import ROOT
 
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.data import load, simulators, toys

@@ -11,16 +11,15 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-import runs
-from runs import EVAL_EVERY, ROOT, TOTAL_STEPS
+import tiny_runs as runs
+from tiny_runs import EVAL_EVERY, ROOT, TOTAL_STEPS
 
 from iresnet_jax.runs import loop
-from iresnet_jax.runs.array_names import to_named
-from iresnet_jax.runs.checkpoints import load_named
+from iresnet_jax.runs.checkpoints import load_named, to_named
 from iresnet_jax.runs.compiled_steps import CompiledSteps
-from iresnet_jax.runs.interruption import SIGNALS, Stopped
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.run_folder import alone_in
+from iresnet_jax.runs.signals import SIGNALS, Stopped
 from iresnet_jax.training.objectives.likelihood import TOLERATED_BIAS
 from iresnet_jax.training.trainer import Trainer
 

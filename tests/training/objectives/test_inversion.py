@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
+import tiny_runs as runs
 
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.branches.branch import initial_weights
