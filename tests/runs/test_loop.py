@@ -120,6 +120,13 @@ def test_a_finished_run_is_not_trained_further(config, uninterrupted, monkeypatc
     assert measurements(uninterrupted) == before
 
 
+def test_a_run_goes_on_with_other_parts(tmp_path_factory):
+    workdir = runs.trained(tmp_path_factory, "toy")
+    (workdir / "checkpoints" / f"{TOTAL_STEPS}.npz").unlink()
+    ended = loop.train(runs.config_of(runs.TOY_CONFIG, **{"training.num_parts": 2}), workdir)
+    assert int(ended.step) == TOTAL_STEPS
+
+
 # --- told to stop ---------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,6 @@
 """Training through the inverse: the loss and its gradient, a run and its resume, and what it refuses."""
 
 import functools
-import shutil
 
 import chex
 import jax
@@ -12,12 +11,10 @@ import tiny_runs as runs
 
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.branches.branch import initial_weights
-from iresnet_jax.data import load
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
-from iresnet_jax.runs import loop, trained_run
+from iresnet_jax.runs import trained_run
 from iresnet_jax.runs.metrics import read_metrics
-from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives import inversion
 
 ITERATION = 1e-6  # gradients through an iteration, float64
@@ -79,7 +76,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_iteration_step_by_step(x64, 
 
     def ours(branch):
         stage = {**model.weights["stage0"], "branch": branch}
-        return inversion.loss(model.with_(weights={"stage0": stage}), x, y, forward_share=forward_share).value
+        return inversion.loss_of_measurements(model.with_(weights={"stage0": stage}), x, y, forward_share=forward_share).value
 
     branch = model.weights["stage0"]["branch"]
     value, gradient = jax.jit(jax.value_and_grad(ours))(branch)
@@ -140,48 +137,3 @@ def test_the_trained_model_keeps_its_bound_and_has_no_actnorm(workdir, tmp_path)
     kept = trained_run.load(trained_run.save(run, tmp_path / "model.npz").parent)
     assert kept.model.spec == run.model.spec
     assert kept.model.noise_amplification == run.model.noise_amplification
-
-
-def test_a_run_goes_on_bit_for_bit(workdir, tmp_path):
-    config = trained_run.load(workdir).config
-    shutil.copytree(workdir, tmp_path / "run")
-    whole = jax.device_get(loop.train(config, tmp_path / "run"))  # is over: nothing is trained
-    (tmp_path / "run" / "checkpoints" / "8.npz").unlink()
-    again = jax.device_get(loop.train(config, tmp_path / "run"))
-    assert int(again.step) == int(whole.step) == 8
-    chex.assert_trees_all_equal(again, whole)
-
-
-def test_a_step_does_not_depend_on_the_devices():
-    config = runs.config_of(runs.INVERSION_CONFIG)
-    objective = loop.build_objective(config, load("digits"))
-    step = objective.step
-    examples = objective.examples[:32]
-    start = objective.initial_state()
-    two, _ = parallel.parallelize(step)(start, parallel.shard(examples))
-    one, _ = jax.jit(jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS))(
-        objective.initial_state(), examples[None]
-    )
-    chex.assert_trees_all_close(jax.device_get(two.params), jax.device_get(one.params), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"augmentation.flip": True},
-            "crops and flips of config.augmentation are for the objectives classification and hybrid",
-        ),
-        ({"model.sharp": True}, "leave it false for inversion"),
-        ({"training.bfloat16": True}, "training.bfloat16 is for the way forward"),
-        ({"constraint.norms": "none", "inverse_problem.forward_share": 0.5}, "without a constraint there is no inverse"),
-        ({"classifier.normalization": "batchnorm"}, "the objective inversion has no normalization"),
-        ({"data.name": "moons"}, "the objective inversion is for images of grey levels without contexts, which moons has not"),
-        ({"inverse_problem.noise": -0.1}, r"inverse_problem.noise must lie in \[0, inf\), got -0.1"),
-        ({"inverse_problem.forward_share": 1.5}, r"inverse_problem.forward_share must lie in \[0, 1\]"),
-    ],
-)
-def test_mistakes_are_answered_in_a_sentence(changes, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        loop.train(runs.config_of(runs.INVERSION_CONFIG, **changes), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
