@@ -88,7 +88,7 @@ def random_weights(model, key):
     for stage in params.values():
         stage["blocks"]["actnorm"] = jax.tree.map(lambda a: 0.1 * a, stage["blocks"]["actnorm"])
     frozen = jax.jit(freeze, static_argnums=0)(spec, params)
-    return model.with_(spec=dataclasses.replace(model.spec, flow=spec), weights=frozen.weights, bounds=frozen.bounds)
+    return model.with_(spec=dataclasses.replace(model.spec, flow=spec), weights=frozen)
 
 
 def cases(run, num, *, quick):

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from iresnet_jax.certification.head import Head
+from iresnet_jax.certification.problem import check_layers, kernels_of
 from iresnet_jax.certification.step_passes import Group, backward, forward, group_and_steps, weights_of
 from iresnet_jax.certification.trajectory import PreciseStage, Residuals, follow, in_float64, precise_stages, residuals
 from iresnet_jax.maths.chains import margin_bounds
@@ -74,8 +75,7 @@ def radius(model: Classifier, images: Images, *, num_forms: int | None = None) -
         >>> certify.radius(model, images).radius  # doctest: +SKIP
     """
     model.require_bijection()
-    if model.bounds is None:
-        raise ValueError("the weights are not certified: call freeze() first")
+    check_layers(model)
     if num_forms is not None and num_forms < 0:
         raise ValueError(f"num_forms must be at least 0, got {num_forms}")
     num_others = model.spec.num_classes - 1
@@ -111,12 +111,10 @@ class Problem(NamedTuple):
     @classmethod
     def of(cls, model: Classifier) -> "Problem":
         """Prepares a classifier."""
-        spec, bounds = model.spec.flow, model.bounds
-        assert bounds is not None
-        weights = in_float64(model.weights)
-        stages, groups, steps = precise_stages(spec, weights, bounds), [], []
+        spec, weights = model.spec.flow, in_float64(model.weights)
+        stages, groups, steps = precise_stages(spec, weights), [], []
         for stage, own in zip(spec.layout, stages, strict=True):
-            kernels = {name: layer["kernel"] for name, layer in weights[stage.name]["branch"].items()}
+            kernels = kernels_of(weights[stage.name])
             group, of_stage = group_and_steps(own, kernels)
             groups.append(group)
             steps += of_stage

@@ -15,7 +15,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.branches.branch import BranchSpec, LayerSpec, linear_map
+from iresnet_jax.branches.feedforward import FeedforwardSpec
+from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.certification.trajectory import PreciseStage
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.enclosures.precise_activations import SLOPE_ERROR
@@ -102,7 +103,7 @@ def _constants(stage: PreciseStage, kernels, k: int, scale: np.ndarray, lipschit
     return second, lipschitz, largest, inverse, own_error, slope_factor, max(slopes)
 
 
-def taps_meet(branch: BranchSpec, layer: LayerSpec) -> bool:
+def taps_meet(branch: FeedforwardSpec, layer: LayerSpec) -> bool:
     """Whether two taps of a layer read the same entry, as on a torus smaller than the kernel: rows are sums of taps then."""
     if len(layer.kernel_shape) == 2 or branch.padding != "CIRCULAR":
         return False
@@ -111,7 +112,7 @@ def taps_meet(branch: BranchSpec, layer: LayerSpec) -> bool:
 
 @functools.partial(jax.jit, static_argnums=0)
 def step_jacobians(
-    branch: BranchSpec, kernels: Mapping[str, Array], scale: Float[Array, "k d"], slopes: Sequence[Array | None]
+    branch: FeedforwardSpec, kernels: Mapping[str, Array], scale: Float[Array, "k d"], slopes: Sequence[Array | None]
 ) -> Float[Array, "k d d"]:
     """The Jacobians of the steps of a stage at one point each: tangents of all unit vectors, some at a time.
 
@@ -134,7 +135,7 @@ def step_jacobians(
                 if slope is not None:
                     copies = slope.shape[-1] // tangents.shape[-1]
                     tangents = jnp.concatenate([tangents] * copies, axis=-1) * slope[None]
-                tangents = linear_map(layer, branch.padding)(kernels[layer.name], tangents)
+                tangents = layer.linear_map()(kernels[layer.name], tangents)
             return tangents.reshape(chunk, d)
 
         transposed = lax.map(of_chunk, jnp.arange(0, d, chunk)).reshape(-1, d)[:d]

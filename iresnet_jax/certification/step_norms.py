@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.branches.branch import BranchSpec, linear_map
+from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.certification.problem import Problem, kernels_of
 from iresnet_jax.certification.step_blocks import jacobian_blocks
 from iresnet_jax.certification.trajectory import Residuals
@@ -85,13 +85,13 @@ def _symmetric_part(branch, kernels, slopes, v):
 
 
 def tangent(
-    branch: BranchSpec, kernels: Mapping[str, Array], slopes: Sequence[Array | None], u: Float[Array, "b ..."]
+    branch: FeedforwardSpec, kernels: Mapping[str, Array], slopes: Sequence[Array | None], u: Float[Array, "b ..."]
 ) -> Float[Array, "b ..."]:
     """``J_g u`` of one block for slopes in front of each layer, ``(b, ...)``."""
     for layer, slope in zip(branch.layers, slopes, strict=True):
         if slope is not None:
             u = jnp.concatenate([u] * (slope.shape[-1] // u.shape[-1]), axis=-1) * slope
-        u = linear_map(layer, branch.padding)(kernels[layer.name], u)
+        u = layer.linear_map()(kernels[layer.name], u)
     return u
 
 
@@ -152,7 +152,8 @@ def _newton_step(spec, weights, active, scales, slopes, values):
 
         start = end - stage.spec.num_blocks
         own = weights[stage.name]
-        steps = (kernels_of(own), scale, tuple(own_slopes), own["lipschitz"], jnp.moveaxis(values[:, start:end], 1, 0))
+        right = jnp.moveaxis(values[:, start:end], 1, 0)
+        steps = (kernels_of(own), scale, tuple(own_slopes), own.branch.lipschitz_bound, right)
         later, found = lax.scan(step, later, steps, reverse=True)
         corrections.append(found)
         end = start

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.branches.branch import LayerSpec, linear_map
+from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.certification.step_jacobians import taps_meet
 from iresnet_jax.certification.trajectory import PreciseStage, entries_of
 from iresnet_jax.maths import activations
@@ -118,7 +118,7 @@ def _constants(stage: PreciseStage, sizes: Mapping[str, np.ndarray], scale: floa
 
 
 def _transposed(layer: LayerSpec, padding, kernel: Array, z: Float[Array, "c ..."]) -> Float[Array, "c ..."]:
-    apply = functools.partial(linear_map(layer, padding), kernel)
+    apply = functools.partial(layer.linear_map(), kernel)
     example = jax.ShapeDtypeStruct((len(z), *layer.in_shape), z.dtype)
     return jax.linear_transpose(apply, example)(z)[0]
 
@@ -215,7 +215,7 @@ def forward(
                             jnp.concatenate([z] * activations.get(stage.branch.activation).channel_factor, axis=-1)
                             * slope[None]
                         )
-                    z = linear_map(layer, stage.branch.padding)(kernels[layer.name], z)
+                    z = layer.linear_map()(kernels[layer.name], z)
                 after = tangents.at[:, active].set(u + z.reshape(len(z), -1))
                 return (after, form, rounding), (_sizes(tangents), jnp.array(found).reshape(-1, 2))
 

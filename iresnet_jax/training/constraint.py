@@ -46,8 +46,8 @@ def training_constraint(settings: ConstraintConfig, spec: Spec) -> Constrain:
     def without_actnorm(params, spectral):  # which is the identity and gets no gradient
         constrained = constrain(params, spectral)
         weights = {
-            name: {**stage, "actnorm": jax.tree.map(jnp.zeros_like, stage["actnorm"])}
-            for name, stage in constrained.weights.items()
+            name: block._replace(actnorm=jax.tree.map(jnp.zeros_like, block.actnorm))
+            for name, block in constrained.weights.items()
         }
         return constrained._replace(weights=weights)
 
@@ -94,10 +94,9 @@ def certified_model(spec: Spec, params: Any, batch_stats: Any, solver: Solver = 
         if not spec.is_bijective:
             return Classifier(spec, stages, **free, solver=solver)
     if not isinstance(spec, DensitySpec) and not spec.constrained:
-        return saved.with_bounds(spec, {"params": stages, **free}).with_(solver=solver)
-    frozen = _freeze(spec.flow, stages)
+        return saved.model_of(spec, {"params": stages, **free}).with_(solver=solver)
     kind = {DensitySpec: Density, ClassifierSpec: Classifier, ReconstructorSpec: Reconstructor}[type(spec)]
-    return kind(spec, weights=frozen.weights, bounds=frozen.bounds, **free, solver=solver)
+    return kind(spec, _freeze(spec.flow, stages), **free, solver=solver)
 
 
 _freeze = jax.jit(flow.freeze, static_argnums=0)  # one function for all runs: those of one architecture share its program

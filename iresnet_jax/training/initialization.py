@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Key, UInt32
 
 from iresnet_jax.bijections import reshape
+from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.models import flow, linen, priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
@@ -76,8 +77,8 @@ def initial_variables(
     variables, weights = _created(spec, module, constraint, key_init, *(rows[:2] for rows in inputs))
     fitted, statistics, z = _fitted(spec, weights, inputs)
     params = dict(variables["params"])
-    for name, stage in fitted.items():
-        params[name] = {"blocks": {**params[name]["blocks"], "actnorm": dict(stage["actnorm"])}}
+    for name, block in fitted.items():
+        params[name] = {"blocks": {**params[name]["blocks"], "actnorm": block.actnorm._asdict()}}
     if isinstance(spec, DensitySpec) and spec.num_classes is not None:
         params["prior"] = priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes)
         if fitted_priors:
@@ -108,11 +109,11 @@ def _created(
     stages = {stage.name: variables["params"][stage.name] for stage in spec.flow.layout}
     if constraint.norms == "none":
         copy = jax.tree.map(jnp.copy, stages)  # of what `_fitter` takes for itself
-        weights, spectral, _ = flow.unconstrained(spec.flow, copy, variables["spectral"])
+        weights, spectral, _ = flow.unconstrained(spec.flow, copy, variables.get("spectral", {}))
     else:
         settings = constraint if constraint.norms == "estimated" else ConstraintConfig()
         constrain = validation_constraint(settings, spec.flow)
-        weights, spectral, _ = constrain(*parallel.on_first_device((stages, variables["spectral"])))
+        weights, spectral, _ = constrain(*parallel.on_first_device((stages, variables.get("spectral", {}))))
     return {**variables, "spectral": spectral}, weights
 
 
@@ -135,7 +136,7 @@ def _fitter(spec: Spec, num_devices: int) -> Callable[..., Any]:
 
     def fit(weights, inputs):
         fitted, z = flow.fit_actnorm(spec.flow, weights, *inputs, axis_name=AXIS)
-        weights = {name: {**stage, "actnorm": fitted[name]} for name, stage in weights.items()}
+        weights = {name: block._replace(actnorm=ActNormParams(**fitted[name])) for name, block in weights.items()}
         if isinstance(spec, ClassifierSpec):
             features = reshape.unflatten(z, spec.feature_shape)
             return weights, ({"head": batch_statistics(features, axis_name=AXIS)}, None)

@@ -184,7 +184,7 @@ def test_kept_models_are_those_of_their_configs_and_can_be_inverted(file):
     kept, about = saved.read(file)
     config = get_config(file.parent.name, None)
     assert first_difference(to_plain(config), to_plain(parse(about["config"])), "config") is None
-    assert all(float(np.max(stage["lipschitz"])) < 1 for stage in kept.weights.values())
+    assert all(float(np.max(stage.branch.lipschitz_bound)) < 1 for stage in kept.weights.values())
     levels = kept.spec.num_levels
     images = np.random.default_rng(0).integers(0, levels, (1, *SHAPES[config.data.name]), np.uint8)
     if isinstance(kept, Classifier):

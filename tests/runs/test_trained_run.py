@@ -63,7 +63,7 @@ def test_the_parameters_are_the_average_of_the_best_checkpoint(toy, trained):
     named = load_named(trained / "checkpoints" / "20.npz")
     assert (toy.step, toy.notes) == (20, ())
     np.testing.assert_array_equal(toy.model.prior["mean"], named["ema/prior/mean"])
-    branch = toy.model.weights["stage0"]["branch"]
+    branch = toy.model.weights["stage0"].branch
     np.testing.assert_array_equal(branch["dense0"]["bias"][1], named["ema/stage0/block01/dense0/bias"])
     for layer, found in branch.items():
         for k, kernel in enumerate(np.asarray(found["kernel"], np.float64)):
@@ -117,7 +117,7 @@ def test_a_model_alone_is_the_same_run(toy, tmp_path):
         toy.step,
     )
     assert same(alone.model.prior, toy.model.prior)
-    assert same(alone.model.weights["stage0"]["branch"], toy.model.weights["stage0"]["branch"])
+    assert same(alone.model.weights["stage0"].branch, toy.model.weights["stage0"].branch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), alone.model.bounds, toy.model.bounds)  # anew
     assert alone.model.solver == toy.model.solver
     np.testing.assert_array_equal(alone.test_examples(), toy.test_examples())

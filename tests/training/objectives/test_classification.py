@@ -182,7 +182,7 @@ def test_a_network_without_a_constraint_says_that_nothing_is_promised(trained, w
         (copy / f"{name}.json").write_text(json.dumps(plain))
     vanilla = run.load(copy).model
     for layer in ("conv0", "conv1"):
-        ours, theirs = (model.weights["stage0"]["branch"][layer]["kernel"] for model in (vanilla, trained.model))
+        ours, theirs = (model.weights["stage0"].branch.weights[layer]["kernel"] for model in (vanilla, trained.model))
         assert np.abs(ours).max() > 1.1 * np.abs(theirs).max()
     certificate = vanilla.certificate()
     assert certificate.target is None

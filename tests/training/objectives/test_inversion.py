@@ -1,5 +1,6 @@
 """Training through the inverse: the loss and its gradient, a run and its resume, and what it refuses."""
 
+import dataclasses
 import functools
 
 import chex
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import tiny_runs as runs
 
+from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.branches.branch import initial_weights
+from iresnet_jax.branches.branch import Branch
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.flow import Block
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 from iresnet_jax.runs import trained_run
 from iresnet_jax.runs.metrics import read_metrics
@@ -31,7 +34,7 @@ def small():
     flow = FlowSpec((2, 2, 1), (StageSpec(2, hidden=(3,), activation="softplus"),), 0.8, "block")
     [stage] = flow.layout
     keys = jax.random.split(jax.random.key(0), 2)
-    branch = jax.vmap(lambda key: initial_weights(stage.branch, key))(keys)
+    branch = jax.vmap(stage.branch.initial_weights)(keys)
     branch = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), branch)
 
     def scaled(layer):
@@ -40,11 +43,7 @@ def small():
 
     branch = {name: scaled(layer) for name, layer in branch.items()}
     weights = {
-        "stage0": {
-            "actnorm": {"bias": jnp.zeros((2, 4)), "log_scale": jnp.zeros((2, 4))},
-            "branch": branch,
-            "lipschitz": jnp.full(2, 0.64),
-        }
+        "stage0": Block(ActNormParams(jnp.zeros((2, 4)), jnp.zeros((2, 4))), Branch(stage.branch, branch, jnp.full(2, 0.64)))
     }
     rng = np.random.default_rng(0)
     x, y = rng.uniform(size=(3, 2, 2, 1)), rng.normal(size=(3, 2, 2, 1))
@@ -75,10 +74,13 @@ def test_the_loss_and_its_gradient_are_those_of_the_iteration_step_by_step(x64, 
     model, x, y = small()
 
     def ours(branch):
-        stage = {**model.weights["stage0"], "branch": branch}
-        return inversion.loss_of_measurements(model.with_(weights={"stage0": stage}), x, y, forward_share=forward_share).value
+        of_stage = model.weights["stage0"]
+        of_stage = of_stage._replace(branch=dataclasses.replace(of_stage.branch, weights=branch))
+        return inversion.loss_of_measurements(
+            model.with_(weights={"stage0": of_stage}), x, y, forward_share=forward_share
+        ).value
 
-    branch = model.weights["stage0"]["branch"]
+    branch = model.weights["stage0"].branch.weights
     value, gradient = jax.jit(jax.value_and_grad(ours))(branch)
     expected, of_steps = jax.jit(jax.value_and_grad(functools.partial(unrolled_loss, forward_share=forward_share)))(
         branch, x, y
@@ -91,7 +93,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_iteration_step_by_step(x64, 
 def test_the_check_rejects_a_gradient_that_stops_at_the_inverse(x64):
     """A few steps of the iteration from the solution, as truncated back-propagation has it, give another gradient."""
     model, x, y = small()
-    branch = model.weights["stage0"]["branch"]
+    branch = model.weights["stage0"].branch.weights
 
     def one_step(branch):
         found, start = y.reshape(3, 4), model.invert(y)[0].reshape(3, 4)

@@ -25,7 +25,7 @@ def test_validation_says_what_training_gains_by_what_it_cuts_off(caplog):
     validation, current, model = validate_untrained(num_terms=1, **many)  # whose trace is exact
     x = jnp.asarray(load("moons").held_out("validation", 32, 0))
     jacobians = jax.jit(jax.vmap(jax.jacfwd(lambda x: model.flow().forward(x[None])[0])))(x)
-    scales = np.exp(model.weights["stage0"]["actnorm"]["log_scale"][0])
+    scales = np.exp(model.weights["stage0"].actnorm.log_scale[0])
     of_block = np.asarray(jacobians / scales[None, None, :], np.float64)
     missed = np.linalg.slogdet(of_block)[1] - (np.trace(of_block, axis1=1, axis2=2) - 2)  # log det(I + J) - tr J
     with caplog.at_level("WARNING"):
