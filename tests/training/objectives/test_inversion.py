@@ -135,7 +135,7 @@ def test_the_trained_model_keeps_its_bound_and_has_no_actnorm(workdir, tmp_path)
     run = trained_run.load(workdir)
     assert 1 < run.model.noise_amplification <= 1 / (1 - run.config.model.coeff)
     for stage in run.model.weights.values():
-        assert not any(np.any(np.asarray(leaf)) for leaf in stage["actnorm"].values())
+        assert not any(np.any(np.asarray(leaf)) for leaf in stage.actnorm)
     kept = trained_run.load(trained_run.save(run, tmp_path / "model.npz").parent)
     assert kept.model.spec == run.model.spec
     assert kept.model.noise_amplification == run.model.noise_amplification
