@@ -9,6 +9,7 @@ is killed loses the steps since its last checkpoint, which is at most `SAVE_SECO
 import contextlib
 import itertools
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any, SupportsFloat
 
 import numpy as np
-from absl import logging
 
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.device_batches import device_batches
@@ -37,6 +37,7 @@ from iresnet_jax.training.objectives.objective import Objective
 from iresnet_jax.training.step import TrainingStep, TrainState
 from iresnet_jax.training.trainer import Restored, Step, Trainer, TrainingConfig
 
+_logger = logging.getLogger(__name__)
 SAVE_SECONDS = 600.0  # between checkpoints, where validations are further apart
 
 
@@ -165,10 +166,10 @@ class _RunOnDisk(Trainer):
     ):
         self._workdir, self._writer, self._checkpoints, self._agreement = workdir, writer, checkpoints, agreement
         self._progress: Progress | None = None
-        super().__init__(objective, settings, compile_step=compile_step, say=say or (lambda line: logging.info("%s", line)))
+        super().__init__(objective, settings, compile_step=compile_step, say=say or (lambda line: _logger.info("%s", line)))
         self._saved_at = time.monotonic()
         if self.step:
-            logging.info("resuming from step %d of %d", self.step, self.horizon)
+            _logger.info("resuming from step %d of %d", self.step, self.horizon)
 
     def watch(self, stop: StopRequests, progress: Progress) -> None:
         """From now on signals are noted, and the bar shows where the run stands."""
@@ -176,7 +177,7 @@ class _RunOnDisk(Trainer):
 
     def restored(self, fresh: TrainState) -> Restored:
         """The newest checkpoint of process 0, or the fresh state; equal on all devices."""
-        logging.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
+        _logger.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
         found: list[tuple[TrainState, int]] = []
 
         def restore():
