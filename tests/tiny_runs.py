@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from iresnet_jax.atomic_files import locked
-from iresnet_jax.runs import loop
+from iresnet_jax.runs import hosts, loop
 from iresnet_jax.runs.config import parse
 from iresnet_jax.training import parallel
 
@@ -118,7 +118,6 @@ def _train_from_the_command_line(source, workdir, patch):
     path = workdir.parent / f"{workdir.name}_config.py"
     path.write_text(source)
     said = []
-    patch.setattr("iresnet_jax.runs.hosts.initialize", lambda *_: None)  # which has to come before anything else of JAX
     patch.setattr("builtins.print", lambda *words, sep=" ", **_: said.append(sep.join(map(str, words))))
     status = train_script().main(["train.py", f"--config={path}", f"--workdir={workdir}"])
     assert status == 0, said
@@ -141,12 +140,20 @@ def shared(tmp_path_factory):
 
 @functools.cache
 def train_script():
-    """The module train.py."""
+    """The module train.py, whose ``main`` runs in this process."""
     spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    main = module.main
+
+    def in_this_process(argv):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hosts, "initialize", lambda *_: None)  # which has to come before anything else of JAX
+            return main(argv)
+
+    module.main = in_this_process
     return module
 
 
