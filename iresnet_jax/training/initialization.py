@@ -80,9 +80,9 @@ def initial_variables(
     for name, block in fitted.items():
         params[name] = {"blocks": {**params[name]["blocks"], "actnorm": block.actnorm._asdict()}}
     if isinstance(spec, DensitySpec) and spec.num_classes is not None:
-        params["prior"] = priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes)
+        params["prior"] = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
         if fitted_priors:
-            params["prior"] = priors.of_classes(spec.prior, np.asarray(z), np.resize(labels, len(z)), spec.num_classes)
+            params["prior"] = priors.of_classes(spec.prior_family, np.asarray(z), np.resize(labels, len(z)), spec.num_classes)
     variables = {**variables, "params": params}
     return {**variables, "batch_stats": statistics} if statistics else variables
 
@@ -97,8 +97,8 @@ def _module(spec: Spec, last_scale: float = 1.0, *, sharp: bool = False) -> Any:
     """The module that creates the variables; of a density with classes the one with one prior, which is replaced."""
     if isinstance(spec, ClassifierSpec):
         return linen.Classifier(spec, last_scale=last_scale)
-    prior = spec.prior if isinstance(spec, DensitySpec) else "gaussian"
-    return linen.ResidualFlow(spec.flow, prior=prior, last_scale=last_scale, sharp=sharp)
+    family = spec.prior_family if isinstance(spec, DensitySpec) else "gaussian"
+    return linen.ResidualFlow(spec.flow, prior_family=family, last_scale=last_scale, sharp=sharp)
 
 
 def _created(
