@@ -154,7 +154,7 @@ def test_a_frozen_classifier_is_the_same_in_one_file(trained, workdir, tmp_path,
     capsys.readouterr()
     loaded, model = load_model(path), trained.model
     assert loaded.spec == model.spec
-    for part in ("weights", "head", "statistics", "bounds"):
+    for part in ("weights", "head", "statistics"):
         chex.assert_trees_all_close(getattr(loaded, part), getattr(model, part), rtol=SAME)
     images = trained.test_examples()[:4]
 

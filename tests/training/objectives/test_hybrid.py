@@ -69,7 +69,7 @@ def plane(kind="gaussian", num_classes=K):
 
     with jax.enable_x64(False):  # the first test that asks may be one in float64
         prior, points = make(jax.random.key(3))
-        return Density(spec, frozen_plane().weights, prior, frozen_plane().bounds), points
+        return Density(spec, frozen_plane(), prior), points
 
 
 def scattered(key, tree):
