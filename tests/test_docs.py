@@ -19,7 +19,7 @@ import runs
 from runs import ROOT
 
 from iresnet_jax.__main__ import make_parser
-from iresnet_jax.report.formatting import MINUS
+from iresnet_jax.report.page import MINUS
 from iresnet_jax.runs.command_line import parse_train_flags
 
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}

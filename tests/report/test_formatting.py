@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from iresnet_jax.report import formatting
+from iresnet_jax.report import page as formatting
 
 
 @pytest.mark.parametrize(

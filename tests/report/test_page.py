@@ -11,7 +11,7 @@ from reports import EXACT, POINTS, REPORT, block, changed
 
 from iresnet_jax.evaluation.guarantee import InverseGuarantee
 from iresnet_jax.report import page
-from iresnet_jax.report.formatting import MINUS
+from iresnet_jax.report.page import MINUS
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 PIXEL = "data:image/png;base64," + base64.b64encode(b"pixel").decode()

@@ -59,14 +59,14 @@ def test_a_figure_draws_something_of_a_readable_size(name):
     uri = style.to_svg_or_png(figure)
     assert uri.startswith("data:image/png;" if name in PICTURES else "data:image/svg+xml;")
     assert len(decode(uri)) <= 200_000
-    pixels = np.asarray(Image.open(io.BytesIO(style._save(figure, "png", dpi=60, ground="white"))).convert("L"))
+    pixels = np.asarray(Image.open(io.BytesIO(style.rendered(figure, "png", dpi=60, ground="white"))).convert("L"))
     assert (pixels < 240).mean() > 0.005  # an empty figure is all white, as the next test shows
     assert pixels.std() > 5.0
 
 
 def test_an_empty_figure_would_be_noticed():
     empty = style.figure(width=4.0, height=3.0)
-    pixels = np.asarray(Image.open(io.BytesIO(style._save(empty, "png", dpi=60, ground="white"))).convert("L"))
+    pixels = np.asarray(Image.open(io.BytesIO(style.rendered(empty, "png", dpi=60, ground="white"))).convert("L"))
     assert (pixels < 240).mean() == 0.0
 
 
