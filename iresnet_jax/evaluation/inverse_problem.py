@@ -3,7 +3,6 @@ r"""Reconstructions of test images from measurements: their errors, and what bec
 The inverse problem is that of `training.objectives.inversion`; round trips through a network are in `evaluation.inversion`.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, Key
 
 from iresnet_jax.data.measurements import Measurement
+from iresnet_jax.evaluation.likelihood import split_error
 from iresnet_jax.maths.inverse.fixed_point import example_norm
 from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.runs.from_config import build_measurement
@@ -140,8 +140,6 @@ def evaluate(
     Raises:
         ValueError: If there are fewer than 2 images.
     """
-    if len(images) < 2:
-        raise ValueError(f"a standard error needs at least 2 images, got {len(images)}: evaluate more test data")
     x = np.asarray(model.preprocess(images))
     y = measurement.held_out(x, seed, "test")
     evaluate, certified = parallel.parallelize_eval(_reconstruct), model.noise_amplification
@@ -149,11 +147,11 @@ def evaluate(
     allowed = certified * outputs.pop("data_error") + outputs.pop("error_bound")
     found = Reconstructed(x, y, within_bound=outputs.pop("distance") <= allowed, **outputs)
     perturbed = perturb(model, y[:NUM_PERTURBED], max(measurement.noise, LEAST_NOISE), seed)
-    errors = found.relative_error.astype(np.float64)
+    error = split_error(found.relative_error[:, None, None])
     squared = np.mean((found.found - x).astype(np.float64) ** 2, axis=(1, 2, 3))
     summary = InverseProblem(
-        relative_error=float(errors.mean()),
-        stderr=float(errors.std(ddof=1) / math.sqrt(len(errors))),
+        relative_error=error.mean,
+        stderr=error.stderr,
         psnr=float(np.mean(-10 * np.log10(np.maximum(squared, 1e-12)))),
         num_examples=len(x),
         certified_amplification=certified,

@@ -96,5 +96,5 @@ def test_what_a_reconstructor_cannot_do_is_said_in_a_sentence(workdir, run, caps
     assert "holds no density, so there are no samples" in capsys.readouterr().err
     with pytest.raises(ValueError, match="this is a reconstructor"):
         ood.compare(run.model, run.data, "noise", EvaluationConfig(), 0)
-    with pytest.raises(ValueError, match="a standard error needs at least 2 images, got 1"):
+    with pytest.raises(ValueError, match="a standard error needs at least 2 examples, got 1"):
         inverse_problem.evaluate(run.model, run.test_examples()[:1], Measurement(1.0, 0.1), batch_size=4, seed=0)
