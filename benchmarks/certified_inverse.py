@@ -88,7 +88,7 @@ def random_weights(model, key):
     for stage in params.values():
         stage["blocks"]["actnorm"] = jax.tree.map(lambda a: 0.1 * a, stage["blocks"]["actnorm"])
     frozen = jax.jit(freeze, static_argnums=0)(spec, params)
-    return model.with_(spec=dataclasses.replace(model.spec, flow=spec), weights=frozen.weights, bounds=frozen.bounds)
+    return model.with_(spec=dataclasses.replace(model.spec, flow=spec), weights=frozen)
 
 
 def cases(run, num, *, quick):
@@ -98,7 +98,7 @@ def cases(run, num, *, quick):
     yield "test, float32", encoded(model, x)
     if isinstance(model, Density):
         for temperature, name in ((1.0, "samples"), (TEMPERATURE, f"latents at temperature {TEMPERATURE:.0f}")):
-            latents = model._sample_prior(jax.random.key(1), len(few), temperature, None)
+            latents = model.sample_latents(jax.random.key(1), len(few), temperature=temperature)
             yield f"{name}, float32", decoded(model, latents)
     if not quick:
         yield f"inputs times {FACTOR:.0f}, float32", encoded(model, FACTOR * few)

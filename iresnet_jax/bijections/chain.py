@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import Bijection, fold_in, from_walks, keys_of_links
-from iresnet_jax.maths import platforms as target
+from iresnet_jax.maths import platforms
 from iresnet_jax.maths.logdet.exact import INVERSE_JACOBIANS
 
 Rematerialize = Literal["nothing", "elementwise", "blocks"]
@@ -116,7 +116,7 @@ def _store(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
     and so adds it up anew for each block behind: work that grows with the square of depth (``benchmarks/depth.py``).
     ``lax.optimization_barrier`` does not stop it; a matrix product does, and by the identity it is exact.
     """
-    if target.platform() != "cpu":
+    if platforms.platform() != "cpu":
         return x
     k = max(n for n in range(1, _MOST_ENTRIES + 1) if math.prod(x.shape[1:]) % n == 0)  # examples stay apart
     return jnp.matmul(x.reshape(-1, k), jnp.eye(k, dtype=x.dtype), precision="highest").reshape(x.shape)

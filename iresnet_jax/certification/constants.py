@@ -14,16 +14,14 @@ from iresnet_jax.certification.step_blocks import jacobian_blocks
 from iresnet_jax.certification.step_norms import chained, forward_correction
 from iresnet_jax.certification.trajectory import Residuals, follow, residuals
 from iresnet_jax.maths.chains import local_bounds, shadowing
-from iresnet_jax.maths.chains.inverse_products import gamma
 from iresnet_jax.maths.chains.least_eigenvalue import singular_value_bounds
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
+from iresnet_jax.maths.enclosures.upward_rounding import UP, gamma
 from iresnet_jax.maths.norms.convolution_certificate import dense_norm_bound
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import bilipschitz
 from iresnet_jax.models.reconstructor import Reconstructor
-
-_UP = 1 + 2.0**-40
 
 
 class LocalConstants(NamedTuple):
@@ -106,9 +104,9 @@ def _by_the_whole_product(problem: Problem, found: Residuals, radius) -> local_b
     notation of `local_bounds`. Singular values differ by as much.
     """
     constants, d = problem.constants, problem.spec.num_dims
-    stretch = chained(problem, (1 + constants.branch) * constants.largest_scale * _UP)
+    stretch = chained(problem, (1 + constants.branch) * constants.largest_scale * UP)
     errors = constants.jacobian_errors(found.argument_errors)[0]
-    sizes = (np.linalg.norm(found.values[0], axis=1) + found.errors[0]) * _UP
+    sizes = (np.linalg.norm(found.values[0], axis=1) + found.errors[0]) * UP
     product, size, wrong, off, t = np.eye(d), 1.0, 0.0, 0.0, 0
     for place, (stage, entries) in enumerate(zip(problem.spec.layout, problem.entries.active, strict=True)):
         for k in range(stage.spec.num_blocks):
@@ -118,16 +116,16 @@ def _by_the_whole_product(problem: Problem, found: Residuals, radius) -> local_b
             matrix = jacobian_blocks(stage.branch, problem.layers[t], slopes).dense()
             matrix = (matrix + np.eye(len(matrix))) * problem.scales[place][k]
             terms = np.abs(matrix) @ np.abs(product[entries])
-            rounding = gamma(len(matrix) + 2) * float(np.linalg.norm(terms)) * _UP
+            rounding = gamma(len(matrix) + 2) * float(np.linalg.norm(terms)) * UP
             change = errors[t] + constants.second[t] * ((size + wrong) * radius + off)
-            wrong = (stretch[t] * wrong + change * size + rounding) * _UP
-            off = (stretch[t] * off + sizes[t]) * _UP
+            wrong = (stretch[t] * wrong + change * size + rounding) * UP
+            off = (stretch[t] * off + sizes[t]) * UP
             product[entries] = matrix @ product[entries]
-            size = min((stretch[t] + errors[t]) * size + rounding, float(np.linalg.norm(product))) * _UP
+            size = min((stretch[t] + errors[t]) * size + rounding, float(np.linalg.norm(product))) * UP
             t += 1
     least, largest = singular_value_bounds(product)
-    inverse = _UP / (least - wrong) if least > wrong else np.inf
-    return local_bounds.LocalBounds(float(np.nan_to_num((largest + wrong) * _UP, nan=np.inf)), float(inverse))
+    inverse = UP / (least - wrong) if least > wrong else np.inf
+    return local_bounds.LocalBounds(float(np.nan_to_num((largest + wrong) * UP, nan=np.inf)), float(inverse))
 
 
 def _by_all_products(problem: Problem, found: Residuals, trajectory: DoubleDouble, radius) -> local_bounds.LocalBounds:
@@ -146,10 +144,10 @@ def _by_all_products(problem: Problem, found: Residuals, trajectory: DoubleDoubl
     ]
     exact = local_bounds.forward_norms(norms, rounding, np.maximum(own_sizes, 1), errors)
     # Twice the bound of a product's error: for its own, and for that of the other product of the same matrices.
-    exact[0, -1] = min(exact[0, -1], (tight[0] + 2 * (exact[0, -1] - norms[0, -1])) * _UP)
+    exact[0, -1] = min(exact[0, -1], (tight[0] + 2 * (exact[0, -1] - norms[0, -1])) * UP)
     of_inverse = float(np.asarray(linearized.tables.norms[0])[0, -1])
-    inverse[0, -1] = min(inverse[0, -1], (tight[1] + 2 * (inverse[0, -1] - of_inverse)) * _UP)
-    sizes = (np.linalg.norm(found.values[0], axis=1) + found.errors[0]) * _UP
+    inverse[0, -1] = min(inverse[0, -1], (tight[1] + 2 * (inverse[0, -1] - of_inverse)) * UP)
+    sizes = (np.linalg.norm(found.values[0], axis=1) + found.errors[0]) * UP
     return local_bounds.in_ball(exact, inverse, problem.constants.second, sizes, radius)
 
 

@@ -15,8 +15,7 @@ from iresnet_jax.certification.trajectory import Residuals
 from iresnet_jax.maths.chains import inverse_products, shadowing
 from iresnet_jax.maths.chains.inverse_products import Inverses, ProductTables
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
-
-_UP = 1 + 2.0**-40
+from iresnet_jax.maths.enclosures.upward_rounding import UP
 
 
 class Linearization(NamedTuple):
@@ -32,13 +31,13 @@ def products_of(problem: Problem, linearized: Linearization, i: int, moved: Floa
     size, defect = (
         np.concatenate([np.asarray(getattr(group, name)[i]) for group in linearized.inverses]) for name in ("norms", "defects")
     )
-    defect = (defect + size * problem.constants.second * moved) * _UP
+    defect = (defect + size * problem.constants.second * moved) * UP
     norms, rounding = (np.asarray(table[i]) for table in linearized.tables)
     before = np.concatenate([np.zeros((len(size), 1)), norms[:, :-1]], axis=1)
     np.fill_diagonal(before, 1)
     jacobians = np.concatenate([np.asarray(group.jacobians[i]) for group in linearized.inverses])
     jacobians = np.maximum(jacobians + problem.constants.second * moved, 1)
-    return shadowing.Products(norms, np.triu(before * defect + rounding * jacobians) * _UP)
+    return shadowing.Products(norms, np.triu(before * defect + rounding * jacobians) * UP)
 
 
 def linearize(problem: Problem, found: Residuals, trajectory: DoubleDouble) -> Linearization:

@@ -19,11 +19,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from iresnet_jax.certification.trajectory import entries_of
-from iresnet_jax.maths.chains.inverse_products import U, gamma
+from iresnet_jax.maths.enclosures.upward_rounding import UP, U, gamma
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.head import BATCH_NORM_EPS
 
-_UP = 1 + 2.0**-30
 _DISTANCES = np.geomspace(1e-8, 1e4, 160)  # of features; a lambda is best for each, and 2 % off between two of them
 
 
@@ -79,18 +78,18 @@ class Head(NamedTuple):
         errors = 2 * np.sum(np.abs(w) * of_u, axis=-1) + gamma(w.shape[-1] + 8) * terms
         gradients = np.zeros((*w.shape[:2], last.shape[1]))
         gradients[..., order] = w * (u > 0) * alpha
-        c = np.abs(np.minimum(w, 0) * alpha) * _UP
-        a = np.maximum(np.abs(u) - of_u, 0) / (np.abs(alpha) * _UP + 1e-300)
-        lipschitz = np.linalg.norm(w * alpha, axis=-1) * _UP
+        c = np.abs(np.minimum(w, 0) * alpha) * UP
+        a = np.maximum(np.abs(u) - of_u, 0) / (np.abs(alpha) * UP + 1e-300)
+        lipschitz = np.linalg.norm(w * alpha, axis=-1) * UP
         lambdas = (np.linalg.norm(c, axis=-1)[..., None] + 1e-300) / (2 * _DISTANCES)
         constants = np.zeros_like(lambdas)
         for i, of_example in enumerate(c):  # at most (k, d, l) numbers at a time
             for j, own in enumerate(of_example):
                 excess = np.square(own)[:, None] / (4 * lambdas[i, j]) - (own * a[i, 0])[:, None]
-                constants[i, j] = np.sum(np.maximum(excess, 0), axis=0) * _UP
-        return cls(predicted, margins, errors * _UP, gradients, lipschitz, lambdas, constants)
+                constants[i, j] = np.sum(np.maximum(excess, 0), axis=0) * UP
+        return cls(predicted, margins, errors * UP, gradients, lipschitz, lambdas, constants)
 
     def rectified(self, distance: Float[np.ndarray, "b k"]) -> Float[np.ndarray, "b k"]:
         """Bound of ``sum |w_k| q_k`` over entries with ``w_k < 0``, and of what rounding in `gradients` makes of a move."""
         dual = self.lambdas * np.square(distance)[..., None] + self.constants
-        return (np.min(dual, axis=-1) + 16 * U * self.lipschitz * distance) * _UP
+        return (np.min(dual, axis=-1) + 16 * U * self.lipschitz * distance) * UP

@@ -22,13 +22,13 @@ from iresnet_jax.certification.step_norms import chained, newton_step, step_norm
 from iresnet_jax.certification.trajectory import Residuals, ending_at, follow, go_back, residuals
 from iresnet_jax.maths.chains import shadowing
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
+from iresnet_jax.maths.enclosures.upward_rounding import UP
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.reconstructor import Reconstructor
 
 _MAX_LINEARIZATIONS, _MAX_STEPS = 4, 6
 _GOOD_ENOUGH = 1e-3  # of the bound, for the part that comes from the refined trajectory
-_UP = 1 + 2.0**-40
 
 
 class InverseCertificate(NamedTuple):
@@ -134,7 +134,7 @@ def _with_products(problem: Problem, trajectory, start, contexts, best):
     linearized = linearize(problem, found, trajectory)
     size = np.full(len(start), np.inf)
     for _ in range(_MAX_STEPS):
-        moved = np.linalg.norm((trajectory - linearized.center).high[:, :-1], axis=2) * _UP
+        moved = np.linalg.norm((trajectory - linearized.center).high[:, :-1], axis=2) * UP
         products = [products_of(problem, linearized, i, own) for i, own in enumerate(moved)]
         best = _better(best, _bounds(problem, products, found, trajectory, start))
         good = best.applied & (best.refined_bound <= _GOOD_ENOUGH * best.error_bound)
@@ -180,9 +180,9 @@ def _bounds(
 ) -> InverseCertificate:
     """What the theorem says of a trajectory, for each example."""
     constants = problem.constants
-    sizes = (np.linalg.norm(found.values, axis=2) + found.errors) * _UP
+    sizes = (np.linalg.norm(found.values, axis=2) + found.errors) * UP
     gap = trajectory.map(lambda part: part[:, 0]) - DoubleDouble.of(start)
-    distance = np.linalg.norm(gap.high, axis=1) * _UP
+    distance = np.linalg.norm(gap.high, axis=1) * UP
     rows = []
     for i, residual in enumerate(sizes):
         residual = np.nan_to_num(residual, nan=np.inf, posinf=np.inf)
@@ -191,7 +191,7 @@ def _bounds(
         rows.append((distance[i] + radii.radii[0], np.all(radii.applied), *numbers, radii.radii[0]))
     error, applied, beta, eta, K, h, own = np.nan_to_num(np.array(rows, np.float64), nan=np.inf, posinf=np.inf).T
     nothing = np.full(len(error), np.nan)
-    return InverseCertificate(error * _UP, applied.astype(bool), beta, eta, K, h, trajectory.high[:, 0], own, nothing)
+    return InverseCertificate(error * UP, applied.astype(bool), beta, eta, K, h, trajectory.high[:, 0], own, nothing)
 
 
 def _nothing(start) -> InverseCertificate:

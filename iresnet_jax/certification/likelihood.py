@@ -29,19 +29,18 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.transforms.dequantize import enclose_volume
-from iresnet_jax.branches.branch import BranchSpec
+from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.certification import enclosed_priors
-from iresnet_jax.certification.problem import Problem, check_certified
+from iresnet_jax.certification.problem import Problem, check_certified, kernels_of
 from iresnet_jax.certification.step_jacobians import StepConstants, step_constants, step_jacobians
 from iresnet_jax.certification.trajectory import Residuals, follow, residuals
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, joined, log
 from iresnet_jax.maths.enclosures.double_double import UNIT, DoubleDouble
+from iresnet_jax.maths.enclosures.upward_rounding import UP
 from iresnet_jax.maths.logdet import verified
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Contexts, Data, Density, DensitySpec
-
-_UP = 1 + 2.0**-30
 
 
 class Interval(NamedTuple):
@@ -190,7 +189,7 @@ def _follow(problem: Problem, start: Ball, contexts: np.ndarray | None) -> Follo
     for stage, own, active, slopes in zip(
         problem.spec.layout, problem.stages, problem.entries.active, found.slopes, strict=True
     ):
-        kernels = {name: layer["kernel"] for name, layer in problem.weights[stage.name]["branch"].items()}
+        kernels = kernels_of(problem.weights[stage.name])
         matrices, of_stage = _linearize(stage.branch, kernels, slopes)
         factors.append(of_stage)
         scale = np.broadcast_to(own.scale.high[:, 0], (stage.spec.num_blocks, *stage.branch.in_shape))
@@ -202,30 +201,30 @@ def _follow(problem: Problem, start: Ball, contexts: np.ndarray | None) -> Follo
     trajectory = trajectory + DoubleDouble.of(steps)
     remaining = residuals(problem.stages, trajectory, contexts)
     errors = _errors(problem.constants, np.linalg.norm(start.radius, axis=1), remaining)
-    moved = (np.linalg.norm(steps, axis=2) + UNIT * np.linalg.norm(trajectory.high, axis=2))[:, :-1] * _UP
+    moved = (np.linalg.norm(steps, axis=2) + UNIT * np.linalg.norm(trajectory.high, axis=2))[:, :-1] * UP
     return Followed(trajectory.map(lambda part: part[:, -1]), errors, moved, found.argument_errors, tuple(factors))
 
 
 def _errors(constants: StepConstants, at_start: np.ndarray, remaining: Residuals) -> Float[np.ndarray, "b n"]:
     """The module's ``e_t``."""
-    sizes = (np.linalg.norm(remaining.values, axis=2) + remaining.errors) * _UP
-    growth = np.maximum(1, (1 + constants.branch) * constants.largest_scale * _UP)
-    errors = [at_start * _UP]
+    sizes = (np.linalg.norm(remaining.values, axis=2) + remaining.errors) * UP
+    growth = np.maximum(1, (1 + constants.branch) * constants.largest_scale * UP)
+    errors = [at_start * UP]
     for t, factor in enumerate(growth):
-        errors.append((factor * errors[-1] + sizes[:, t]) * _UP)
+        errors.append((factor * errors[-1] + sizes[:, t]) * UP)
     return np.stack(errors, axis=1)
 
 
 def _log_det(problem: Problem, constants: StepConstants, followed: Followed) -> Ball:
     """The flow's log-determinant ``(b,)``: those of ``I + J_g`` of all steps, and the scales."""
     away = problem.constants.largest_scale * (followed.moved + followed.errors[:, :-1])
-    distance = constants.jacobian_errors(followed.argument_errors) + constants.second * away * _UP
+    distance = constants.jacobian_errors(followed.argument_errors) + constants.second * away * UP
     terms, t = [], 0
     for stage, factors in zip(problem.spec.layout, followed.factors, strict=True):
         now = slice(t, t + stage.spec.num_blocks)
         terms.append(verified.log_abs_det(factors, distance[:, now], constants.inverse[now]).sum())
         positions = Ball.of(math.prod(stage.branch.in_shape[:-1]))
-        log_scales = Ball.of(np.asarray(problem.weights[stage.name]["actnorm"]["log_scale"]).ravel())
+        log_scales = Ball.of(np.asarray(problem.weights[stage.name].actnorm.log_scale).ravel())
         terms.append(log_scales.sum() * positions)
         t = now.stop
     return functools.reduce(Ball.__add__, terms)
@@ -235,8 +234,8 @@ def _unscaled_constants(problem: Problem) -> StepConstants:
     """Constants of the maps ``I + g`` alone, without the scales of their ActNorms."""
     ones = [stage._replace(scale=DoubleDouble.of(np.ones_like(stage.scale.high))) for stage in problem.stages]
     own = [problem.weights[stage.name] for stage in problem.spec.layout]
-    kernels = [{name: layer["kernel"] for name, layer in weights["branch"].items()} for weights in own]
-    return step_constants(ones, kernels, [weights["lipschitz"] for weights in own])
+    kernels = [kernels_of(weights) for weights in own]
+    return step_constants(ones, kernels, [weights.branch.lipschitz_bound for weights in own])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -260,7 +259,7 @@ def _check(model: Density | Classifier) -> None:
         )
 
 
-def _smooth(branch: BranchSpec) -> bool:
+def _smooth(branch: FeedforwardSpec) -> bool:
     activated = any(layer.activated for layer in branch.layers)
     return not activated or activations.get(branch.activation).slope_lipschitz is not None
 

@@ -11,9 +11,10 @@ from iresnet_jax.certification.step_jacobians import StepConstants, step_constan
 from iresnet_jax.certification.trajectory import Entries, PreciseStage, entries_of, in_float64, precise_stages
 from iresnet_jax.maths.chains.row_blocks import RowBlocks
 from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.certificate import require_bounds
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.flow import Tree
+from iresnet_jax.models.flow import Block
 from iresnet_jax.models.reconstructor import Reconstructor
 
 MOST_DIMS = 4096  # of what takes dense Jacobians
@@ -58,12 +59,10 @@ class Problem(NamedTuple):
     @classmethod
     def of(cls, model: Density | Classifier | Reconstructor) -> "Problem":
         """Prepares a model's flow; in float64."""
-        spec, bounds = model.spec.flow, model.bounds
-        assert bounds is not None
-        weights = in_float64(model.weights)
-        stages = precise_stages(spec, weights, bounds)
+        spec, weights = model.spec.flow, in_float64(model.weights)
+        stages = precise_stages(spec, weights)
         kernels = [kernels_of(weights[stage.name]) for stage in spec.layout]
-        lipschitz = [weights[stage.name]["lipschitz"] for stage in spec.layout]
+        lipschitz = [weights[stage.name].branch.lipschitz_bound for stage in spec.layout]
         constants = step_constants(stages, kernels, lipschitz)
         scales = tuple(
             np.broadcast_to(own.scale.high[:, 0], (stage.spec.num_blocks, *stage.branch.in_shape)).reshape(
@@ -80,18 +79,28 @@ class Problem(NamedTuple):
         return cls(spec, weights, stages, entries_of(spec), constants, scales, layers, dense, chunk)
 
 
-def kernels_of(stage: Tree) -> dict[str, Array]:
-    """Kernels of a stage's layers by name."""
-    return {name: layer["kernel"] for name, layer in stage["branch"].items()}
+def kernels_of(block: Block) -> dict[str, Array]:
+    """Kernels of the layers of a stage's blocks by name."""
+    return {name: layer["kernel"] for name, layer in block.branch.weights.items()}
+
+
+def check_layers(model: Density | Classifier | Reconstructor) -> None:
+    """Raises ``ValueError`` unless every branch is a chain of layers with guaranteed norms."""
+    require_bounds(model.weights)
+    for stage in model.spec.flow.layout:
+        if not stage.branch.layers:
+            raise ValueError(
+                f"{stage.name} has branches of kind {stage.spec.kind!r}, which certificates cannot follow: they take chains of "
+                "layers and activations; certificate() has the bounds on that kind's word"
+            )
 
 
 def check_certified(model: Density | Classifier | Reconstructor, *, most_dims: int | None = MOST_DIMS) -> None:
     """Raises ``ValueError`` unless every block is certified to be a contraction, and for more dimensions than that."""
     if isinstance(model, Classifier):
         model.require_bijection()
-    if model.bounds is None:
-        raise ValueError("the weights are not certified: call freeze() first")
-    if not all(np.all(np.asarray(stage["lipschitz"]) < 1) for stage in model.weights.values()):
+    check_layers(model)
+    if not all(np.all(np.asarray(stage.branch.lipschitz_bound) < 1) for stage in model.weights.values()):
         raise ValueError("a block is not certified to be a contraction, so the inverse may not be unique: see certificate()")
     num_dims = model.spec.flow.num_dims
     if most_dims is not None and num_dims > most_dims:

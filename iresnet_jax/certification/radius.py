@@ -19,20 +19,20 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from iresnet_jax.certification.head import Head
+from iresnet_jax.certification.problem import check_layers, kernels_of
 from iresnet_jax.certification.step_passes import Group, backward, forward, group_and_steps, weights_of
 from iresnet_jax.certification.trajectory import PreciseStage, Residuals, follow, in_float64, precise_stages, residuals
 from iresnet_jax.maths.chains import margin_bounds
-from iresnet_jax.maths.chains.inverse_products import U
 from iresnet_jax.maths.chains.margin_bounds import Adjoints, Step, Tangents
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.precise_activations import SLOPE_ERROR
+from iresnet_jax.maths.enclosures.upward_rounding import UP, U
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.flow import bilipschitz
 
 Images = Num[Array, "b h w c"] | Num[np.ndarray, "b h w c"]
 
 MOST_ENTRIES = 256  # of an image whose Jacobians are computed by default
-_UP = 1 + 2.0**-30
 _CHUNK = 16  # images whose trajectories are computed together
 _NUM_BISECTIONS = 40
 
@@ -75,8 +75,7 @@ def radius(model: Classifier, images: Images, *, num_forms: int | None = None) -
         >>> certify.radius(model, images).radius  # doctest: +SKIP
     """
     model.require_bijection()
-    if model.bounds is None:
-        raise ValueError("the weights are not certified: call freeze() first")
+    check_layers(model)
     if num_forms is not None and num_forms < 0:
         raise ValueError(f"num_forms must be at least 0, got {num_forms}")
     num_others = model.spec.num_classes - 1
@@ -112,12 +111,10 @@ class Problem(NamedTuple):
     @classmethod
     def of(cls, model: Classifier) -> "Problem":
         """Prepares a classifier."""
-        spec, bounds = model.spec.flow, model.bounds
-        assert bounds is not None
-        weights = in_float64(model.weights)
-        stages, groups, steps = precise_stages(spec, weights, bounds), [], []
+        spec, weights = model.spec.flow, in_float64(model.weights)
+        stages, groups, steps = precise_stages(spec, weights), [], []
         for stage, own in zip(spec.layout, stages, strict=True):
-            kernels = {name: layer["kernel"] for name, layer in weights[stage.name]["branch"].items()}
+            kernels = kernels_of(weights[stage.name])
             group, of_stage = group_and_steps(own, kernels)
             groups.append(group)
             steps += of_stage
@@ -131,7 +128,7 @@ class Problem(NamedTuple):
     @property
     def first(self) -> float:
         """``|P_0|``, of the map from pixels to the flow's input."""
-        return 1 / min(self.model.spec.std) * _UP
+        return 1 / min(self.model.spec.std) * UP
 
 
 def _radii(problem: Problem, inputs: Float[np.ndarray, "b h w c"], num_forms: int) -> tuple[np.ndarray, ...]:
@@ -139,7 +136,7 @@ def _radii(problem: Problem, inputs: Float[np.ndarray, "b h w c"], num_forms: in
     spec = problem.model.spec
     points = np.array(follow(spec.flow, problem.weights, jnp.asarray(inputs), None))
     found = residuals(problem.stages, DoubleDouble.of(points))
-    sizes = np.nan_to_num((np.linalg.norm(found.values, axis=2) + found.errors) * _UP, nan=np.inf).T
+    sizes = np.nan_to_num((np.linalg.norm(found.values, axis=2) + found.errors) * UP, nan=np.inf).T
     start_error = 8 * U * (1 + max(map(abs, spec.mean))) * problem.first * math.sqrt(inputs[0].size)
     head = Head.of(problem.model, points[:, -1])
     globally = _global(problem, head, sizes, start_error)
@@ -159,19 +156,19 @@ def _global(problem: Problem, head: Head, residual_sizes: Float[np.ndarray, "t b
     """The radii by the Lipschitz constant of the network, whose computed features are off by at most ``error``."""
     error = np.full(residual_sizes.shape[1], start_error)
     for step, size in zip(problem.steps, residual_sizes, strict=True):
-        error = (step.stretch * error + size) * _UP
-    sure = head.margins - (head.errors + head.lipschitz * error[:, None]) * _UP
-    return np.maximum(np.nan_to_num(sure / (head.lipschitz * problem.lipschitz * problem.first) / _UP), 0)
+        error = (step.stretch * error + size) * UP
+    sure = head.margins - (head.errors + head.lipschitz * error[:, None]) * UP
+    return np.maximum(np.nan_to_num(sure / (head.lipschitz * problem.lipschitz * problem.first) / UP), 0)
 
 
 def _adjoints(problem: Problem, head: Head, found: Residuals, sizes, start_error) -> tuple[Adjoints, list[list[Any]]]:
     """Gradients of the margins along the trajectories, and ``S w`` of the activations, by stage and layer."""
     spec = problem.model.spec
     passed = backward(spec.flow, problem.groups, _by_example(found.slopes), jnp.asarray(head.gradients))
-    points = np.moveaxis(np.asarray(jnp.linalg.norm(passed.points, axis=-1)), 1, 0) * _UP
+    points = np.moveaxis(np.asarray(jnp.linalg.norm(passed.points, axis=-1)), 1, 0) * UP
     start = np.asarray(passed.points[:, 0]).reshape(*head.margins.shape, *spec.flow.event_shape)
     start = start[..., : spec.image_shape[-1]] / np.asarray(spec.std)
-    slope = np.sqrt(np.sum(start**2, axis=(-3, -2, -1))) * _UP
+    slope = np.sqrt(np.sum(start**2, axis=(-3, -2, -1))) * UP
     weights, largest, steepest, steps = [], [], [], iter(problem.steps)
     for stage, outputs in zip(spec.flow.layout, passed.outputs, strict=True):
         own = [next(steps) for _ in range(stage.spec.num_blocks)]
@@ -184,7 +181,7 @@ def _adjoints(problem: Problem, head: Head, found: Residuals, sizes, start_error
         steepest += [max((c for c in step.curvatures if c is not None), default=0.0) for step in own]
     slope_errors = 2 * SLOPE_ERROR + np.array(steepest)[:, None] * found.argument_errors.T
     start_errors = np.full(len(start), start_error)
-    return Adjoints(slope, start_errors, points, np.array(largest), sizes, slope_errors * _UP), weights
+    return Adjoints(slope, start_errors, points, np.array(largest), sizes, slope_errors * UP), weights
 
 
 def _tangents(problem: Problem, found: Residuals, weights, order: Int[np.ndarray, "b c"], num_others: int) -> Tangents:
@@ -229,4 +226,4 @@ def _holds(problem: Problem, head: Head, adjoints: Adjoints, tangents: Tangents 
     """Whether no margin falls to 0 in balls of these radii, one for each other class."""
     moved = margin_bounds.displacements(problem.steps, adjoints, tangents, problem.first, radii)
     fallen = margin_bounds.fall(problem.steps, adjoints, tangents, moved, radii)
-    return head.margins > (fallen + head.rectified(moved.points[-1]) + head.errors) * _UP
+    return head.margins > (fallen + head.rectified(moved.points[-1]) + head.errors) * UP

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from iresnet_jax.branches.branch import BranchSpec
+from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.certification.trajectory import PreciseStage
 from iresnet_jax.maths.chains.row_blocks import RowBlocks, behind_activation, layer_blocks
 
@@ -30,7 +30,7 @@ def layers_of(stages: Sequence[PreciseStage], kernels: Sequence[Mapping[str, Any
     return tuple(steps)
 
 
-def num_entries(branch: BranchSpec) -> int:
+def num_entries(branch: FeedforwardSpec) -> int:
     """Numbers in the banded Jacobian of a branch."""
     if branch.kernel_sizes is None:
         return math.prod(branch.in_shape) ** 2
@@ -39,7 +39,7 @@ def num_entries(branch: BranchSpec) -> int:
     return height * seen * (width * channels) ** 2
 
 
-def jacobian_blocks(branch: BranchSpec, layers: Sequence[RowBlocks], slopes: Sequence[np.ndarray | None]) -> RowBlocks:
+def jacobian_blocks(branch: FeedforwardSpec, layers: Sequence[RowBlocks], slopes: Sequence[np.ndarray | None]) -> RowBlocks:
     """``J_g = W_n D_n ... W_1 D_1`` of one branch at slopes of one example, in front of each layer.
 
     Every entry of a product is a sum of at most as many terms as a layer has taps and channels, which `StepConstants` bounds.

@@ -15,14 +15,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.branches.branch import BranchSpec, LayerSpec, linear_map
+from iresnet_jax.branches.feedforward import FeedforwardSpec
+from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.certification.trajectory import PreciseStage
 from iresnet_jax.maths import activations
-from iresnet_jax.maths.chains.inverse_products import U, gamma
 from iresnet_jax.maths.enclosures.precise_activations import SLOPE_ERROR
+from iresnet_jax.maths.enclosures.upward_rounding import UP, U, gamma
 from iresnet_jax.maths.lipschitz_bounds import branch_jacobian_bound
 
-_UP = 1 + 2.0**-30
 _CHUNK_BYTES = 2**26  # of the tangents of one hidden layer that are computed together
 
 
@@ -50,7 +50,7 @@ class StepConstants(NamedTuple):
     def jacobian_errors(self, argument_errors: Float[np.ndarray, "... t"]) -> Float[np.ndarray, "... t"]:
         """Bounds of the error of `step_jacobians` in the 2-norm, for such errors of the activations' arguments."""
         slopes = 2 * SLOPE_ERROR + self.steepest * argument_errors
-        return (self.own_error + self.slope_factor * slopes) * _UP
+        return (self.own_error + self.slope_factor * slopes) * UP
 
 
 def step_constants(
@@ -82,28 +82,28 @@ def _constants(stage: PreciseStage, kernels, k: int, scale: np.ndarray, lipschit
         steepness = 0.0
         if layer.spec.activated:
             known = activation.slope_lipschitz
-            sharpness = 1.0 if layer.sharpness is None else float(np.max(layer.sharpness.high[k])) * _UP
-            steepness = math.inf if known is None else known * sharpness * _UP
+            sharpness = 1.0 if layer.sharpness is None else float(np.max(layer.sharpness.high[k])) * UP
+            steepness = math.inf if known is None else known * sharpness * UP
             num_activated += 1
         slopes.append(steepness)
         matrix = np.abs(kernels[layer.spec.name])
         by_output = matrix.reshape(-1, matrix.shape[-1])
         rows.append(
-            layer.norm[k] if taps_meet(stage.branch, layer.spec) else float(np.sqrt(np.max(np.sum(by_output**2, axis=0)))) * _UP
+            layer.norm[k] if taps_meet(stage.branch, layer.spec) else float(np.sqrt(np.max(np.sum(by_output**2, axis=0)))) * UP
         )
         by_input = matrix.sum(axis=-1).reshape(-1, matrix.shape[-2]).sum(axis=0)
-        size = float(np.sqrt(np.max(by_output.sum(axis=0)) * np.max(by_input))) * _UP
+        size = float(np.sqrt(np.max(by_output.sum(axis=0)) * np.max(by_input))) * UP
         growth *= max(size, layer.norm[k])
         rounding += gamma(len(by_output) + 2)
     largest, least = float(np.max(scale)), float(np.min(scale)) * (1 - 16 * U)
-    second = branch_jacobian_bound([float(layer.norm[k]) for layer in stage.layers], slopes, rows) * largest**2 * _UP
-    own_error = largest * math.sqrt(d) * (growth * rounding + 4 * U * (1 + growth)) * _UP
-    slope_factor = 2 * largest * math.sqrt(d) * growth * num_activated * _UP
-    inverse = _UP / ((1 - lipschitz) * least) if lipschitz < 1 and least > 0 else math.inf
+    second = branch_jacobian_bound([float(layer.norm[k]) for layer in stage.layers], slopes, rows) * largest**2 * UP
+    own_error = largest * math.sqrt(d) * (growth * rounding + 4 * U * (1 + growth)) * UP
+    slope_factor = 2 * largest * math.sqrt(d) * growth * num_activated * UP
+    inverse = UP / ((1 - lipschitz) * least) if lipschitz < 1 and least > 0 else math.inf
     return second, lipschitz, largest, inverse, own_error, slope_factor, max(slopes)
 
 
-def taps_meet(branch: BranchSpec, layer: LayerSpec) -> bool:
+def taps_meet(branch: FeedforwardSpec, layer: LayerSpec) -> bool:
     """Whether two taps of a layer read the same entry, as on a torus smaller than the kernel: rows are sums of taps then."""
     if len(layer.kernel_shape) == 2 or branch.padding != "CIRCULAR":
         return False
@@ -112,7 +112,7 @@ def taps_meet(branch: BranchSpec, layer: LayerSpec) -> bool:
 
 @functools.partial(jax.jit, static_argnums=0)
 def step_jacobians(
-    branch: BranchSpec, kernels: Mapping[str, Array], scale: Float[Array, "k d"], slopes: Sequence[Array | None]
+    branch: FeedforwardSpec, kernels: Mapping[str, Array], scale: Float[Array, "k d"], slopes: Sequence[Array | None]
 ) -> Float[Array, "k d d"]:
     """The Jacobians of the steps of a stage at one point each: tangents of all unit vectors, some at a time.
 
@@ -135,7 +135,7 @@ def step_jacobians(
                 if slope is not None:
                     copies = slope.shape[-1] // tangents.shape[-1]
                     tangents = jnp.concatenate([tangents] * copies, axis=-1) * slope[None]
-                tangents = linear_map(layer, branch.padding)(kernels[layer.name], tangents)
+                tangents = layer.linear_map()(kernels[layer.name], tangents)
             return tangents.reshape(chunk, d)
 
         transposed = lax.map(of_chunk, jnp.arange(0, d, chunk)).reshape(-1, d)[:d]

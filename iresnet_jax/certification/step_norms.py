@@ -16,15 +16,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.branches.branch import BranchSpec, linear_map
+from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.certification.problem import Problem, kernels_of
 from iresnet_jax.certification.step_blocks import jacobian_blocks
 from iresnet_jax.certification.trajectory import Residuals
 from iresnet_jax.maths.chains.least_eigenvalue import least_eigenvalue_bound, least_eigenvalue_estimate
 from iresnet_jax.maths.chains.row_blocks import identity_and_symmetric_part
+from iresnet_jax.maths.enclosures.upward_rounding import UP
 from iresnet_jax.maths.inverse.fixed_point import Settings, solve_linear
 
-_UP = 1 + 2.0**-30
 _MEMORY, _MOST_EVALS = 8, 300  # of the linear solves
 
 
@@ -46,7 +46,7 @@ def step_norms(problem: Problem, found: Residuals) -> StepNorms:
     A step whose slopes jump has the global bound of its inverse.
     """
     constants = problem.constants
-    distances = constants.jacobian_errors(found.argument_errors) / constants.largest_scale * _UP
+    distances = constants.jacobian_errors(found.argument_errors) / constants.largest_scale * UP
     bounds = np.broadcast_to(constants.inverse, distances.shape).copy()
     estimates, start = bounds.copy(), 0
     for place, stage in enumerate(problem.spec.layout):
@@ -66,8 +66,8 @@ def step_norms(problem: Problem, found: Residuals) -> StepNorms:
                     apply = functools.partial(_symmetric_part, stage.branch, own, slopes)
                     estimate, _ = least_eigenvalue_estimate(apply, math.prod(stage.branch.in_shape))
                     least = margin
-                bounds[i, t] = constants.inverse[t] * margin / least * _UP
-                estimates[i, t] = constants.inverse[t] * margin / max(estimate, margin) * _UP
+                bounds[i, t] = constants.inverse[t] * margin / least * UP
+                estimates[i, t] = constants.inverse[t] * margin / max(estimate, margin) * UP
         start += stage.spec.num_blocks
     return StepNorms(bounds, estimates)
 
@@ -85,13 +85,13 @@ def _symmetric_part(branch, kernels, slopes, v):
 
 
 def tangent(
-    branch: BranchSpec, kernels: Mapping[str, Array], slopes: Sequence[Array | None], u: Float[Array, "b ..."]
+    branch: FeedforwardSpec, kernels: Mapping[str, Array], slopes: Sequence[Array | None], u: Float[Array, "b ..."]
 ) -> Float[Array, "b ..."]:
     """``J_g u`` of one block for slopes in front of each layer, ``(b, ...)``."""
     for layer, slope in zip(branch.layers, slopes, strict=True):
         if slope is not None:
             u = jnp.concatenate([u] * (slope.shape[-1] // u.shape[-1]), axis=-1) * slope
-        u = linear_map(layer, branch.padding)(kernels[layer.name], u)
+        u = layer.linear_map()(kernels[layer.name], u)
     return u
 
 
@@ -152,7 +152,8 @@ def _newton_step(spec, weights, active, scales, slopes, values):
 
         start = end - stage.spec.num_blocks
         own = weights[stage.name]
-        steps = (kernels_of(own), scale, tuple(own_slopes), own["lipschitz"], jnp.moveaxis(values[:, start:end], 1, 0))
+        right = jnp.moveaxis(values[:, start:end], 1, 0)
+        steps = (kernels_of(own), scale, tuple(own_slopes), own.branch.lipschitz_bound, right)
         later, found = lax.scan(step, later, steps, reverse=True)
         corrections.append(found)
         end = start

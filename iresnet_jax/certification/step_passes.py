@@ -15,18 +15,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.branches.branch import LayerSpec, linear_map
+from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.certification.step_jacobians import taps_meet
 from iresnet_jax.certification.trajectory import PreciseStage, entries_of
 from iresnet_jax.maths import activations
-from iresnet_jax.maths.chains.inverse_products import U, frobenius, gamma
 from iresnet_jax.maths.chains.margin_bounds import Step
+from iresnet_jax.maths.enclosures.upward_rounding import UP, U, frobenius_bound, gamma
 from iresnet_jax.maths.norms.convolution_certificate import dense_norm_bound
 from iresnet_jax.models.architecture import FlowSpec
 
 Slopes = tuple[tuple[Array | None, ...], ...]  # (k, ...) of each layer of each stage
 
-_UP = 1 + 2.0**-30
 _NUM_SQUARINGS = 5  # of Gram matrices: the norm of one with 784 columns is at most 5 % too large
 
 
@@ -100,13 +99,13 @@ def _constants(stage: PreciseStage, sizes: Mapping[str, np.ndarray], scale: floa
         curvature = None
         if layer.spec.activated:
             known = activation.slope_lipschitz
-            sharpness = 1.0 if layer.sharpness is None else float(np.max(layer.sharpness.high[k])) * _UP
-            curvature = math.inf if known is None else known * sharpness * _UP
+            sharpness = 1.0 if layer.sharpness is None else float(np.max(layer.sharpness.high[k])) * UP
+            curvature = math.inf if known is None else known * sharpness * UP
         size, norm = sizes[layer.spec.name], float(layer.norm[k])
         by_output = size.reshape(-1, size.shape[-1])
         by_input = size.sum(axis=-1).reshape(-1, size.shape[-2]).sum(axis=0)
-        absolute = float(np.sqrt(np.max(by_output.sum(axis=0)) * np.max(by_input))) * _UP
-        row = float(np.sqrt(np.max(np.sum(by_output**2, axis=0)))) * _UP
+        absolute = float(np.sqrt(np.max(by_output.sum(axis=0)) * np.max(by_input))) * UP
+        row = float(np.sqrt(np.max(np.sum(by_output**2, axis=0)))) * UP
         norms.append(norm)
         rows.append(norm if taps_meet(stage.branch, layer.spec) else min(row, norm))
         curvatures.append(curvature)
@@ -114,12 +113,12 @@ def _constants(stage: PreciseStage, sizes: Mapping[str, np.ndarray], scale: floa
         taps = size.size // (size.shape[-1] * size.shape[-2])
         rounding += gamma(taps * max(size.shape[-2:]) + 4)
     largest = scale * (1 + 4 * U)
-    own = largest * (growth * rounding + 8 * U * (1 + growth)) * _UP
+    own = largest * (growth * rounding + 8 * U * (1 + growth)) * UP
     return Step(largest, tuple(norms), tuple(rows), tuple(curvatures), own)
 
 
 def _transposed(layer: LayerSpec, padding, kernel: Array, z: Float[Array, "c ..."]) -> Float[Array, "c ..."]:
-    apply = functools.partial(linear_map(layer, padding), kernel)
+    apply = functools.partial(layer.linear_map(), kernel)
     example = jax.ShapeDtypeStruct((len(z), *layer.in_shape), z.dtype)
     return jax.linear_transpose(apply, example)(z)[0]
 
@@ -209,14 +208,14 @@ def forward(
                     if slope is not None:
                         matrix, own = z.reshape(len(z), -1), weight.reshape(num, -1)
                         lengths = jnp.sum(matrix**2, axis=0)
-                        found.append(jnp.stack([_norm(matrix), _norm(matrix * jnp.sqrt(lengths)[None]) * _UP]))
+                        found.append(jnp.stack([_norm(matrix), _norm(matrix * jnp.sqrt(lengths)[None]) * UP]))
                         form = form + jax.lax.map(lambda w, matrix=matrix: (matrix * w[None]) @ matrix.T, own)
                         rounding = rounding + gamma(matrix.shape[1] + 64) * (own @ lengths)
                         z = (
                             jnp.concatenate([z] * activations.get(stage.branch.activation).channel_factor, axis=-1)
                             * slope[None]
                         )
-                    z = linear_map(layer, stage.branch.padding)(kernels[layer.name], z)
+                    z = layer.linear_map()(kernels[layer.name], z)
                 after = tangents.at[:, active].set(u + z.reshape(len(z), -1))
                 return (after, form, rounding), (_sizes(tangents), jnp.array(found).reshape(-1, 2))
 
@@ -225,7 +224,7 @@ def forward(
             arguments.append(found.reshape(-1, 2))
         tangents, form, rounding = state
         points, arguments = jnp.concatenate([*points, _sizes(tangents)[None]]), jnp.concatenate(arguments)
-        forms = (lax.map(_norm, form) + rounding) * _UP
+        forms = (lax.map(_norm, form) + rounding) * UP
         return Forward(points[:, 0], points[:, 1], arguments[:, 0], arguments[:, 1], forms)
 
     return lax.map(of_example, (slopes, weights))
@@ -233,8 +232,8 @@ def forward(
 
 def _sizes(matrix: Float[Array, "n d"]) -> Float[Array, "2"]:
     """Bounds of the 2-norm and of the Frobenius norm."""
-    return jnp.stack([_norm(matrix), frobenius(matrix)])
+    return jnp.stack([_norm(matrix), frobenius_bound(matrix)])
 
 
 def _norm(matrix: Float[Array, "n m"]) -> Float[Array, ""]:
-    return jnp.minimum(dense_norm_bound(matrix, method="gram", num_squarings=_NUM_SQUARINGS), frobenius(matrix))
+    return jnp.minimum(dense_norm_bound(matrix, method="gram", num_squarings=_NUM_SQUARINGS), frobenius_bound(matrix))

@@ -18,19 +18,19 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from iresnet_jax.bijections import residual
-from iresnet_jax.bijections.actnorm import ActNormParams, forward_and_logdet, inverse_and_logdet
+from iresnet_jax.bijections.actnorm import forward_and_logdet, inverse_and_logdet
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.bijections.reshape import flatten, split_channels
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.branches.branch import BranchSpec, LayerSpec, apply_branch, linear_map
+from iresnet_jax.branches.feedforward import FeedforwardSpec
+from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.maths.convolution import Padding
 from iresnet_jax.maths.enclosures import precise_activations
 from iresnet_jax.maths.enclosures.double_double import UNIT, DoubleDouble, exp
 from iresnet_jax.maths.enclosures.split_products import Sliced, product
-from iresnet_jax.models.architecture import FlowSpec, Stage
-from iresnet_jax.models.flow import Norms, Tree, known_branch
-
-_UP = 1 + 2.0**-30
+from iresnet_jax.maths.enclosures.upward_rounding import UP
+from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.flow import Block, Weights
 
 
 class Entries(NamedTuple):
@@ -66,13 +66,13 @@ def entries_of(spec: FlowSpec) -> Entries:
 
 @functools.partial(jax.jit, static_argnums=0)
 def follow(
-    spec: FlowSpec, weights: Tree, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None
+    spec: FlowSpec, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None
 ) -> Float[Array, "b t d"]:
     """Every point of the trajectory that starts at ``x``, the last one included."""
 
     def step(stage, u, block):
-        u, _ = forward_and_logdet(ActNormParams(**block["actnorm"]), u)
-        return u + apply_branch(stage.branch, block["branch"], u, context)
+        u, _ = forward_and_logdet(block.actnorm, u)
+        return u + block.branch.given(context)(u)
 
     vector, points = flatten(x), []
     for stage, active in zip(spec.layout, entries_of(spec).active, strict=True):
@@ -88,7 +88,7 @@ def follow(
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def go_back(
-    spec: FlowSpec, weights: Tree, y: Float[Array, "b d"], context: Float[Array, "b k"] | None, solver: Solver
+    spec: FlowSpec, weights: Weights, y: Float[Array, "b d"], context: Float[Array, "b k"] | None, solver: Solver
 ) -> Float[Array, "b t d"]:
     """Every point of the trajectory that ends at the latents ``y``, by the iterative inverse of every block."""
     entries = entries_of(spec)
@@ -97,9 +97,8 @@ def go_back(
     for stage, active in reversed(list(zip(spec.layout, entries.active, strict=True))):
 
         def move(vector, block, stage=stage, active=active):
-            branch = known_branch(stage.branch, block["branch"], block["lipschitz"], context)
-            u, _ = residual.inverse(branch, vector[:, active].reshape(-1, *stage.branch.in_shape), solver)
-            u, _ = inverse_and_logdet(ActNormParams(**block["actnorm"]), u)
+            u, _ = residual.inverse(block.branch.given(context), vector[:, active].reshape(-1, *stage.branch.in_shape), solver)
+            u, _ = inverse_and_logdet(block.actnorm, u)
             vector = vector.at[:, active].set(flatten(u))
             return vector, vector
 
@@ -142,7 +141,7 @@ class PreciseStage(NamedTuple):
         layers: Layers of the branches.
     """
 
-    branch: BranchSpec
+    branch: FeedforwardSpec
     active: Int[np.ndarray, " a"]
     bias: DoubleDouble
     scale: DoubleDouble
@@ -187,20 +186,19 @@ def in_float64(tree: Any) -> Any:
     return jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), tree)
 
 
-def precise_stages(spec: FlowSpec, weights: Tree, bounds: Norms) -> tuple[PreciseStage, ...]:
+def precise_stages(spec: FlowSpec, weights: Weights) -> tuple[PreciseStage, ...]:
     """The steps of a flow in double-double.
 
     Args:
         spec: Architecture of the flow.
-        weights: Weights of its stages.
-        bounds: Guaranteed bounds of its layers' norms.
+        weights: Weights of its stages, with guaranteed norms.
     """
     stages = []
     for stage, active in zip(spec.layout, entries_of(spec).active, strict=True):
         own = jax.tree.map(lambda a: np.asarray(a, np.float64), weights[stage.name])
-        scale = exp(DoubleDouble.of(_by_channel(own["actnorm"]["log_scale"], stage.branch.in_shape)))
-        layers = tuple(_layer(stage, layer, own["branch"][layer.name], bounds) for layer in stage.branch.layers)
-        bias = DoubleDouble.of(_by_channel(own["actnorm"]["bias"], stage.branch.in_shape))
+        scale = exp(DoubleDouble.of(_by_channel(own.actnorm.log_scale, stage.branch.in_shape)))
+        layers = tuple(_layer(layer, own) for layer in stage.branch.layers)
+        bias = DoubleDouble.of(_by_channel(own.actnorm.bias, stage.branch.in_shape))
         stages.append(PreciseStage(stage.branch, active, bias, scale, layers))
     return tuple(stages)
 
@@ -243,7 +241,7 @@ def residuals(
         error = error + 4 * UNIT * _norm(u)  # of u itself, beside what it became in g
         error = error + 4 * UNIT * (_norm(u) + _norm(g) + _norm(after)) + 2.0**-53 * _norm(r)
         values[:, now, stage.active] = np.moveaxis(r.high.reshape(k, b, -1), 0, 1)
-        errors[:, now], argument_errors[:, now] = error.T * _UP, of_arguments.T * _UP
+        errors[:, now], argument_errors[:, now] = error.T * UP, of_arguments.T * UP
         slopes.append(of_layers)
         start += k
     return Residuals(values, errors, argument_errors, tuple(slopes))
@@ -277,7 +275,7 @@ def _branch(stage, h, error, context):
             shift, of_shift = product(contexts, layer.context, _shift)
             h, own = h + shift.map(lambda part, h=h: _between(part, h)), own + of_shift
         positions = np.prod(h.high.shape[2:-1])
-        own = np.sqrt(positions * np.sum(np.square(own), axis=-1)) * _UP
+        own = np.sqrt(positions * np.sum(np.square(own), axis=-1)) * UP
         error = layer.norm[:, None] * error + own + 4 * UNIT * _norm(h)
     return h, error, of_arguments, tuple(slopes)
 
@@ -285,7 +283,7 @@ def _branch(stage, h, error, context):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _apply(layer: LayerSpec, padding: Padding, inputs: Float[Array, "k i b ..."], kernels: Float[Array, "k ..."]) -> Array:
     """A layer's linear map of slices: sums that are exact, whatever a compiler makes of their order."""
-    apply = linear_map(layer, padding)
+    apply = layer.linear_map()
 
     def of_block(block):
         h, kernel = block
@@ -299,7 +297,9 @@ def _shift(contexts: Float[Array, "k i b c"], kernels: Float[Array, "k c m"]) ->
     return jnp.einsum("kibc,kcm->kibm", contexts, kernels)
 
 
-def _layer(stage: Stage, layer: LayerSpec, own: Any, bounds: Norms) -> Layer:
+def _layer(layer: LayerSpec, block: Block) -> Layer:
+    assert block.branch.norms is not None
+    own = block.branch.weights[layer.name]
     num, bias = len(own["kernel"]), own["bias"]
     sharpness = None
     if "beta" in own:
@@ -309,7 +309,7 @@ def _layer(stage: Stage, layer: LayerSpec, own: Any, bounds: Norms) -> Layer:
         spec=layer,
         kernel=Sliced.of(own["kernel"]),
         bias=DoubleDouble.of(bias.reshape(num, *(1,) * (len(layer.in_shape) + 2 - bias.ndim), *bias.shape[1:])),
-        norm=np.asarray(bounds[stage.name][layer.name], np.float64),
+        norm=np.asarray(block.branch.norms[layer.name], np.float64),
         sharpness=sharpness,
         context=Sliced.of(own["context"]) if "context" in own else None,
     )
@@ -321,7 +321,7 @@ def _by_channel(values: np.ndarray, in_shape: tuple[int, ...]) -> np.ndarray:
 
 def _norm(x: DoubleDouble) -> Float[np.ndarray, "k b"]:
     """Euclidean norm of each example, rounded up."""
-    return np.sqrt(np.sum(np.square(x.high), axis=tuple(range(2, x.high.ndim)))) * _UP + 1e-150
+    return np.sqrt(np.sum(np.square(x.high), axis=tuple(range(2, x.high.ndim)))) * UP + 1e-150
 
 
 def _between(values: np.ndarray, h: DoubleDouble) -> np.ndarray:

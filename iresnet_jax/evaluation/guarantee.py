@@ -8,9 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Num
 
-from iresnet_jax.certification import decoding as certified_decoding
-from iresnet_jax.certification.decoding import Decoded
-from iresnet_jax.certification.info import CertifiedInfo
+from iresnet_jax.certification.decoding import CertifiedInfo, Decoded, certified
 from iresnet_jax.certification.problem import check_certified
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier
@@ -102,7 +100,7 @@ def bound_inverses(
         return InverseGuarantee(reason=f"an example would take about {minutes:.0f} min, see certify.inverse"), None
     first = jax.tree.map(lambda *values: np.concatenate(values)[:num], *parts)
     contexts = None if contexts is None else contexts[: len(first.latents)]
-    info = certified_decoding.certified(model, first, context=contexts)
+    info = certified(model, first, context=contexts)
     return summarize(model.spec.flow, info), info
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from iresnet_jax.bijections.reshape import padding_residual
-from iresnet_jax.certification import decoding as certified_decoding
+from iresnet_jax.certification.decoding import to_data
 from iresnet_jax.certification.inverse import InverseCertificate
 from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.evaluation import guarantee
@@ -215,12 +215,8 @@ def _on_all_devices(fn, model, there, context):
 def _there_and_back(model, batch):
     """Continuous examples that came back, what is in their padding, how it went, and what a certificate takes."""
     there, context = batch
-    if isinstance(model, Classifier):
-        decoded = certified_decoding.reconstruct(model, model.flow().forward(there))
-    elif isinstance(model, Reconstructor):
-        decoded = certified_decoding.invert(model, model.flow().forward(there))
-    else:
-        decoded = certified_decoding.decode(model, model.flow(context).forward(there), context=context)
+    flow = model.flow(context) if isinstance(model, Density) else model.flow()
+    decoded = to_data(model, flow.forward(there), context=context)
     padding = padding_residual(decoded.flow_input, model.spec.pad_channels if isinstance(model, Classifier) else 0)
     return decoded.continuous, padding, _compared(there, decoded.flow_input, decoded.info), decoded
 

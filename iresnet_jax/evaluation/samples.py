@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
 from iresnet_jax.bijections.bijection import follow_inverse_info, no_inverse_error
-from iresnet_jax.certification import decoding as certified_decoding
+from iresnet_jax.certification.decoding import to_data
 from iresnet_jax.evaluation import guarantee
 from iresnet_jax.evaluation.guarantee import InverseGuarantee
 from iresnet_jax.models.density import Density
@@ -116,13 +116,13 @@ def draw(
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _latents(model, key, num, temperature, labels):
-    return model._sample_prior(key, num, temperature, labels)
+    return model.sample_latents(key, num, temperature=temperature, labels=labels)
 
 
 def _decode(model, batch):
-    """`certified_decoding.decode` of ``(latents, contexts)``, and the blocks' bounds in the units of continuous data."""
+    """`to_data` of ``(latents, contexts)``, and the blocks' bounds in the units of continuous data."""
     latents, context = batch
-    decoded = certified_decoding.decode(model, latents, context=context)
+    decoded = to_data(model, latents, context=context)
     preprocessing = model.spec.transform.bijection().inverse_lipschitz
     return decoded, follow_inverse_info(decoded.info, no_inverse_error(decoded.data), preprocessing).error_bound
 

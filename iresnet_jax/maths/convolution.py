@@ -23,7 +23,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths import platforms as target
+from iresnet_jax.maths import platforms
 
 Padding = str | Sequence[tuple[int, int]]
 Implementation = Literal["auto", "xla", "patches", "taps"]
@@ -97,7 +97,7 @@ def conv(
         if dtype == jnp.bfloat16 and kernel_height * kernel_width > 1:
             implementation = "xla"  # which sums over taps in float32, as do its gradients
     if implementation == "xla":
-        convolve = _convolve if target.platform() != "cpu" else _convolution.bind
+        convolve = _convolve if platforms.platform() != "cpu" else _convolution.bind
         return convolve(x, kernel, window=_Window(strides, pads))
     if pads != ((0, 0), (0, 0)):
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
@@ -113,7 +113,7 @@ def choose_implementation(kernel_shape: Sequence[int]) -> Implementation:
     *taps, cin, cout = kernel_shape
     if math.prod(taps) == 1:
         return "patches"  # a plain matrix product
-    if target.platform() == "tpu" and math.prod(taps) * min(cin, cout) <= _MOST_COLUMNS:
+    if platforms.platform() == "tpu" and math.prod(taps) * min(cin, cout) <= _MOST_COLUMNS:
         return "patches" if cin <= cout else "taps"
     return "xla"
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from iresnet_jax.maths.enclosures.upward_rounding import lipschitz_at_least, rounded_up
+from iresnet_jax.maths.enclosures.upward_rounding import UP, lipschitz_at_least, rounded_up
 
 Scalar = float | Shaped[Array, ""]
 
@@ -96,7 +96,7 @@ def branch_jacobian_bound(
         before, behind = math.prod(norms[:i]), math.prod(norms[i:])
         moved = rows[i - 1] * math.prod(norms[: i - 1]) if i else 1.0
         total += behind * slope * min(moved, before) * before if math.isfinite(slope) else math.inf
-    return total * (1 + 2.0**-40)
+    return total * UP
 
 
 def block_bounds(lipschitz_bound: Scalar) -> BiLipschitz:

@@ -1,7 +1,7 @@
 """The kind of device that programs are made for, which need not be the kind that makes them.
 
 A few choices that change no result depend on it: the form of convolutions and biases, and whether blocks are written out. They
-ask here and not JAX, so that a machine without accelerators can compile for one, see `iresnet_jax.runs.planning.plan`.
+ask `platform` and not JAX, so that a machine without accelerators can compile for one (`iresnet_jax.runs.planning.plan`).
 """
 
 import contextlib
@@ -14,21 +14,28 @@ _chosen = jax.make_user_context(default_value=None)  # JAX traces a function ane
 
 
 def platform() -> str:
-    """The target: "cpu", "tpu", "gpu" or "cuda" and so on; what this process runs on, except within `compiling_for`."""
+    """Name of the platform that functions are traced for, such as "cpu", "gpu" or "tpu".
+
+    It is the platform that this process runs on, except within `compiling_for`.
+    """
     return _chosen.value or jax.default_backend()
 
 
 def is_slow_in_place() -> bool:
     """Whether an elementwise operation takes several times as long where its result overwrites an operand.
 
-    So it is with XLA:CPU's older emitters of fusions, which training asks for (`iresnet_jax.runs.cpu`). LLVM vectorises
-    their loops behind a check that arrays do not overlap, and goes on entry by entry if they do.
+    It does with XLA:CPU's older emitters of fusions, which training asks for (`iresnet_jax.runs.cpu`): LLVM vectorises their
+    loops behind a check that arrays do not overlap, and goes on entry by entry if they do.
     """
     return platform() == "cpu" and "--xla_cpu_use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", "")
 
 
 @contextlib.contextmanager
 def compiling_for(name: str) -> Iterator[None]:
-    """Within ``with``, functions are traced for devices of this kind."""
+    """Traces functions for another platform within ``with``.
+
+    Args:
+        name: A platform's name, as `platform` returns it.
+    """
     with _chosen(name):
         yield

@@ -33,14 +33,13 @@ from iresnet_jax.bijections.transforms.dequantize import Grid, check_levels, deq
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
-from iresnet_jax.certification.info import CertifiedInfo
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import Certificate, certificate_of
-from iresnet_jax.models.flow import Tree, as_params, bijection, freeze
+from iresnet_jax.models.flow import Tree, Weights, as_params, flow_bijection, freeze
 from iresnet_jax.models.history import History
 
 Transform = Identity | Center | Logit | Equalize | Standardize | Whiten
@@ -138,7 +137,7 @@ class DensitySpec:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weights", "prior", "bounds", "estimator"],
+    data_fields=["weights", "prior", "estimator"],
     meta_fields=["spec", "solver", "unroll", "rematerialize", "bfloat16", "history"],
 )
 @dataclass(frozen=True)
@@ -152,19 +151,17 @@ class Density:
         spec: All that defines the model but its weights.
         weights: Constrained weights of the flow, as `flow.freeze` or `flow.constrain` give them.
         prior: Parameters of the prior.
-        bounds: Guaranteed upper bounds of all layers' operator norms, by stage and layer, one a block; None in training.
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
         unroll: Whether blocks are written out instead of scanned.
         rematerialize: What the backward pass computes anew, see `iresnet_jax.bijections.chain.repeat`.
-        bfloat16: Whether branches compute in bfloat16 on the way from data to latents, see `flow.bijection`.
+        bfloat16: Whether branches compute in bfloat16 on the way from data to latents, see `flow_bijection`.
         history: What the training of a fitted model saw.
     """
 
     spec: DensitySpec
-    weights: Tree = field(repr=False)
+    weights: Weights = field(repr=False)
     prior: Tree = field(repr=False)
-    bounds: Tree | None = field(default=None, repr=False)
     estimator: LogdetEstimator = field(default_factory=ExactLogdet)
     solver: Solver = Solver()
     unroll: bool = False
@@ -258,36 +255,17 @@ class Density:
         preprocessed = self.preprocess(x, key)  # first, as it refuses what is no data
         return self.flow(context).forward(preprocessed)
 
-    def decode(
-        self, z: Float[Array, "b d"], *, context: Contexts | None = None, certify: bool = False
-    ) -> tuple[Num[Array, "b ..."], FixedPointInfo | CertifiedInfo]:
-        """Data of latents, and how the inverse ended.
+    def decode(self, z: Float[Array, "b d"], *, context: Contexts | None = None) -> tuple[Num[Array, "b ..."], FixedPointInfo]:
+        """Data of latents, and how the inverse ended; `certify.decode` guarantees the error of the same data.
 
         Args:
             z: Latents.
             context: Contexts of a conditional model.
-            certify: Whether to guarantee the result, on the host and outside of ``jit``: from some milliseconds an example of
-                64 dimensions to many seconds of 784.
 
         Returns:
             The data, and a `FixedPointInfo`. Its ``error_bound`` is in the units of continuous data: [0, 1) for integer levels,
-            before they are rounded down. It multiplies the blocks' bounds, which says nothing of a deep flow. With ``certify``
-            the same data with a `CertifiedInfo`, whose ``error_bound`` is that of the whole flow, and which says of every entry
-            whether its level is certain.
-
-        Raises:
-            ValueError: With ``certify`` under ``jit``, or for a model without certified bounds, see `certify.inverse`.
-
-        Example:
-            >>> x, info = model.decode(z, certify=True)  # doctest: +SKIP
-            >>> info.error_bound, info.certain.all(), info.certificate.applied  # doctest: +SKIP
+            before they are rounded down. It multiplies the blocks' bounds, which says nothing of a deep flow.
         """
-        if certify:
-            from iresnet_jax.certification import decoding as certified_decoding  # late: it takes models
-
-            certified_decoding.check(self, z, context)
-            decoded = certified_decoding.decode(self, z, context=context)
-            return decoded.data, certified_decoding.certified(self, decoded, context=context)
         u, info = chain([self._transform, self.flow(context)]).inverse(z)
         return self.round_to_data(u), info
 
@@ -299,9 +277,8 @@ class Density:
         temperature: float = 1.0,
         context: Contexts | None = None,
         labels: Shaped[Array, " m"] | None = None,
-        certify: bool = False,
-    ) -> tuple[Num[Array, "n ..."], FixedPointInfo | CertifiedInfo]:
-        """Samples: latents from the prior through the inverse.
+    ) -> tuple[Num[Array, "n ..."], FixedPointInfo]:
+        """Samples: latents from the prior through the inverse, `decode` of `sample_latents`.
 
         Args:
             key: Source of the latents.
@@ -310,28 +287,46 @@ class Density:
             context: Context of each sample.
             labels: Class of each sample, where classes have priors; drawn from ``p(y)`` by default. Classes that do not exist,
                 which cannot be refused under ``jit``, give an inverse that did not converge.
-            certify: Whether to guarantee how far each sample is from the exact preimage of its latents, see `decode`.
 
         Returns:
             The data, and how the inverse ended, see `decode`.
 
         Raises:
             ValueError: If labels are given to a model without classes or are not ``num`` integers, if ``num`` or
-                ``temperature`` is out of range, or for the reasons of `decode`.
+                ``temperature`` is out of range.
         """
-        return self.decode(self._sample_prior(key, num, temperature, labels), context=context, certify=certify)
+        return self.decode(self.sample_latents(key, num, temperature=temperature, labels=labels), context=context)
+
+    def sample_latents(
+        self, key: Key[Array, ""], num: int, *, temperature: float = 1.0, labels: Shaped[Array, " m"] | None = None
+    ) -> Float[Array, "n d"]:
+        """Latents from the prior; arguments and errors are those of `sample`."""
+        if num < 1:
+            raise ValueError(f"the number of samples must be at least 1, got {num}")
+        if self.spec.num_classes is None:
+            if labels is not None:
+                self.check_classes()
+            return priors.sample(self.spec.prior, self.prior, key, num, temperature)
+        key_label, key_noise = jax.random.split(key)
+        drawn = jax.random.categorical(key_label, self.prior["class_logits"], shape=(num,))
+        labels = drawn if labels is None else jnp.asarray(labels)
+        if labels.shape != (num,) or not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ValueError(f"labels must be {num} integers, one a sample, got {labels.dtype} of shape {labels.shape}")
+        chosen = jax.tree.map(lambda stacked: stacked[labels], self._priors_of_classes)
+        one = jax.vmap(lambda prior, key: priors.sample(self.spec.prior, prior, key, 1, temperature)[0])
+        known = (labels >= 0) & (labels < self.spec.num_classes)
+        return jnp.where(known[:, None], one(chosen, jax.random.split(key_noise, num)), jnp.nan)
 
     # ------------------------------------------------------------------------------------------------ certificate
 
     def certificate(self) -> Certificate:
         """Norms of all layers and Lipschitz constants of all blocks and of the whole model, estimated and guaranteed."""
         preprocessing = self.spec.transform.bilipschitz()
-        return certificate_of(self.spec.flow, self.weights, self.bounds, preprocessing, bfloat16=self.bfloat16)
+        return certificate_of(self.spec.flow, self.weights, preprocessing, bfloat16=self.bfloat16)
 
     def freeze(self) -> "Density":
         """The same model with every block certified to be within the budget of ``spec.flow.coeff``, see `flow.freeze`."""
-        frozen = freeze(self.spec.flow, as_params(self.weights))
-        return self.with_(weights=frozen.weights, bounds=frozen.bounds)
+        return self.with_(weights=freeze(self.spec.flow, as_params(self.weights)))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the model to one file, which `iresnet_jax.load` reads."""
@@ -348,7 +343,7 @@ class Density:
 
     def flow(self, context: Contexts | None = None) -> Bijection:
         """The residual flow alone, from preprocessed data to latents."""
-        return bijection(
+        return flow_bijection(
             self.spec.flow,
             self.weights,
             self.estimator,
@@ -406,20 +401,3 @@ class Density:
     @property
     def _priors_of_classes(self) -> Mapping[str, Array]:
         return {name: values for name, values in self.prior.items() if name != "class_logits"}
-
-    def _sample_prior(self, key, num, temperature, labels):
-        if num < 1:
-            raise ValueError(f"the number of samples must be at least 1, got {num}")
-        if self.spec.num_classes is None:
-            if labels is not None:
-                self.check_classes()
-            return priors.sample(self.spec.prior, self.prior, key, num, temperature)
-        key_label, key_noise = jax.random.split(key)
-        drawn = jax.random.categorical(key_label, self.prior["class_logits"], shape=(num,))
-        labels = drawn if labels is None else jnp.asarray(labels)
-        if labels.shape != (num,) or not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise ValueError(f"labels must be {num} integers, one a sample, got {labels.dtype} of shape {labels.shape}")
-        chosen = jax.tree.map(lambda stacked: stacked[labels], self._priors_of_classes)
-        one = jax.vmap(lambda prior, key: priors.sample(self.spec.prior, prior, key, 1, temperature)[0])
-        known = (labels >= 0) & (labels < self.spec.num_classes)
-        return jnp.where(known[:, None], one(chosen, jax.random.split(key_noise, num)), jnp.nan)

@@ -1,4 +1,4 @@
-"""Certified decoding: bounds in the units of the data against inverses in float64, and what it costs where it is not asked."""
+"""Certified decoding: bounds in the units of the data against inverses in float64."""
 
 import dataclasses
 import functools
@@ -9,8 +9,7 @@ import kept
 import numpy as np
 import pytest
 
-from iresnet_jax.bijections.chain import chain
-from iresnet_jax.bijections.reshape import padding_residual
+from iresnet_jax import certify
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.bijections.transforms.equalize import Equalize
@@ -38,7 +37,7 @@ def decoded(name):
     model = kept.model(spec)
     z = jax.random.normal(jax.random.key(1), (3, spec.flow.num_dims))
     context = jax.random.normal(jax.random.key(2), (3, 3)) if spec.flow.context_dim else None
-    return model, z, context, model.decode(z, context=context), model.decode(z, context=context, certify=True)
+    return model, z, context, model.decode(z, context=context), certify.decode(model, z, context=context)
 
 
 def precise(name):
@@ -78,7 +77,7 @@ def test_bounds_hold_in_the_units_of_the_data_and_certain_levels_are_those_of_fl
 
 def test_certificates_of_rough_inverses_are_wider_and_leave_levels_open():
     model, z, *_ = decoded("images by logit")
-    _, found = model.with_(solver=Solver(max_evals=2)).decode(z, certify=True)
+    _, found = certify.decode(model.with_(solver=Solver(max_evals=2)), z)
     _, wanted = precise("images by logit")
     rough, _ = model.with_(solver=Solver(max_evals=2)).continuous.decode(z)
     error = np.linalg.norm((np.asarray(rough, np.float64) - wanted).reshape(3, -1), axis=1)
@@ -94,70 +93,30 @@ def test_a_classifier_bounds_its_images_and_their_padding():
     model = kept.model(kept.CLASSIFIER)
     images, _ = kept.images(3)
     features = model.features(images)
-    plain, found = model.reconstruct(features), model.reconstruct(features, certify=True)
-    np.testing.assert_array_equal(plain.images, found.images)
-    np.testing.assert_array_equal(plain.padding_residual, found.padding_residual)
-    assert found.info.certificate.applied.all()
+    plain, (reconstructed, found) = model.reconstruct(features), certify.decode(model, features)
+    np.testing.assert_array_equal(plain.images, reconstructed)
+    assert found.certificate.applied.all()
     with jax.enable_x64(True):
         own = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), model).with_(solver=Solver(atol=1e-13, refine=True))
         wanted = own.reconstruct(jnp.asarray(features, jnp.float64))
-    error = np.linalg.norm((np.asarray(found.images, np.float64) - np.asarray(wanted.images)).reshape(3, -1), axis=1)
-    assert np.all(error <= found.info.error_bound + EXACT)
-    assert np.all(found.info.error_bound <= 20 * error + 1e-6)
-    assert found.info.certain.all()
+    error = np.linalg.norm((np.asarray(reconstructed, np.float64) - np.asarray(wanted.images)).reshape(3, -1), axis=1)
+    assert np.all(error <= found.error_bound + EXACT)
+    assert np.all(found.error_bound <= 20 * error + 1e-6)
+    assert found.certain.all()
     np.testing.assert_array_equal(np.rint(255 * np.asarray(wanted.images)), images)
 
 
-def test_samples_are_certified_like_other_latents():
-    model = kept.model(kept.POINTS)
-    x, info = model.sample(jax.random.key(3), 3, certify=True)
-    np.testing.assert_array_equal(x, model.sample(jax.random.key(3), 3)[0])
-    assert info.error_bound.shape == (3,)
-    assert np.all(info.error_bound < 1e-5)
-
-
-def test_without_certify_the_program_is_what_it_was():
-    model = kept.model(kept.IMAGES)
-    z = jnp.zeros((2, 16))
-    as_it_was = jax.make_jaxpr(lambda model, z: _decode_as_it_was(model, z))(model, z)
-    assert str(jax.make_jaxpr(lambda model, z: model.decode(z))(model, z)) == str(as_it_was)
-    assert str(jax.make_jaxpr(lambda model, z: model.decode(2 * z))(model, z)) != str(as_it_was)
-    classifier = kept.model(kept.CLASSIFIER)
-    features = jnp.zeros((2, *classifier.spec.feature_shape))
-    programs = [
-        str(jax.make_jaxpr(function)(classifier, features))
-        for function in (lambda model, y: tuple(model.reconstruct(y)), _reconstruct_as_it_was)
-    ]
-    assert programs[0] == programs[1]
-
-
-def _decode_as_it_was(model, z):
-    u, info = chain([model.spec.transform.bijection(), model.flow()]).inverse(z)
-    return model._dequantize.inverse(u)[0], info
-
-
-def _reconstruct_as_it_was(model, features):
-    x, info = model.flow().inverse(features.reshape(len(features), -1))
-    return model.spec.unpad(x), padding_residual(x, model.spec.pad_channels), info
-
-
 def test_what_cannot_be_certified_is_refused():
-    model = kept.model(kept.POINTS)
-    z = jnp.zeros((1, 2))
+    model, z = kept.model(kept.POINTS), jnp.zeros((1, 2))
     with pytest.raises(ValueError, match="outside of jit"):
-        jax.jit(lambda z: model.decode(z, certify=True)[0])(z)
-    with pytest.raises(ValueError, match="outside of jit"):
-        jax.jit(lambda model: model.sample(jax.random.key(0), 1, certify=True)[0])(model)
+        jax.jit(lambda z: certify.decode(model, z)[0])(z)
     with pytest.raises(ValueError, match="call freeze"):
-        model.with_(bounds=None).decode(z, certify=True)
-    classifier = kept.model(kept.CLASSIFIER)
-    with pytest.raises(ValueError, match="call freeze"):
-        classifier.with_(bounds=None).reconstruct(jnp.zeros((1, *classifier.spec.feature_shape)), certify=True)
+        certify.decode(model.with_(bounds=None), z)
 
 
 def test_slopes_that_jump_keep_the_bounds_of_the_blocks():
     spec = DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(6,), activation="relu"),)))
-    _, info = kept.model(spec).decode(jnp.ones((2, 2)), certify=True)
+    _, info = certify.decode(kept.model(spec), jnp.ones((2, 2)))
     assert not info.certificate.applied.any()
     assert np.all(np.isinf(info.certificate.K))
     assert np.all(info.error_bound < 1e-3)

@@ -6,7 +6,7 @@ import kept
 import numpy as np
 import pytest
 
-from iresnet_jax.certification import certify
+from iresnet_jax import certify
 from iresnet_jax.evaluation import robustness
 from iresnet_jax.evaluation.robustness import Attack
 

@@ -8,7 +8,7 @@ import kept
 import numpy as np
 import pytest
 
-from iresnet_jax.branches import structured_logdet
+from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.evaluation import likelihood, probes, stated_accuracy
 from iresnet_jax.evaluation.likelihood import SUSPICIOUS_Z
 from iresnet_jax.runs.config import parse
@@ -30,7 +30,7 @@ def by_hand(lipschitz):
 
 @pytest.fixture
 def exact_is_dear(monkeypatch):
-    monkeypatch.setattr(structured_logdet, "cost", lambda spec: 1e9)
+    monkeypatch.setattr(FeedforwardSpec, "logdet_cost", 1e9)
 
 
 def bits_of(lipschitz, **settings):

@@ -11,7 +11,7 @@ import oracles
 import pytest
 from jax import lax
 
-from iresnet_jax.maths import platforms as target
+from iresnet_jax.maths import platforms
 from iresnet_jax.maths.convolution import PADDINGS, choose_implementation, conv, explicit_padding
 
 EXACT = 1e-12  # the same sum of at most a hundred terms in another order, in float64
@@ -85,7 +85,7 @@ def test_one_stride_stands_for_both_axes_and_auto_is_one_of_the_three():
 
 def test_one_tap_is_a_plain_matrix_product_and_all_else_goes_to_xla():
     assert choose_implementation((1, 1, 64, 64)) == "patches"
-    with target.compiling_for("tpu"):
+    with platforms.compiling_for("tpu"):
         kernels = [(1, 1, 64, 64), (3, 3, 12, 512), (3, 3, 512, 12), (3, 3, 48, 512)]
         assert [choose_implementation(kernel) for kernel in kernels] == ["patches", "patches", "taps", "xla"]
     assert choose_implementation((3, 3, 2, 64)) == choose_implementation((1, 3, 64, 2)) == "xla"

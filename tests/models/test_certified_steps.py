@@ -29,7 +29,7 @@ def torus(shape):
         if "kernel" in layer:
             layer["kernel"] = jnp.ones_like(layer["kernel"])
     frozen = jax.jit(lambda params: freeze(spec, params))(params)
-    return Density(DensitySpec(spec), frozen.weights, {}, frozen.bounds)
+    return Density(DensitySpec(spec), frozen, {})
 
 
 def jacobians(flow, weights, points):

@@ -35,7 +35,7 @@ def model():
 
     with jax.enable_x64(False):
         frozen = make(jax.random.key(0))
-    return Reconstructor(SPEC, frozen.weights, frozen.bounds)
+    return Reconstructor(SPEC, frozen)
 
 
 def images(num=5, seed=0):
@@ -86,11 +86,13 @@ def test_noise_amplification_is_the_bound_of_the_jacobian_and_close_to_it_at_mos
     assert largest.max() > 1.2  # and the test would see a bound below it
 
 
-def test_the_certified_inverse_takes_it():
+def test_certified_decoding_takes_its_measurements():
     y = images()
-    x, info = jax.jit(lambda m, y: m.invert(y))(model(), y)
-    certificate = certify.inverse(model(), np.asarray(model().as_latents(y)), np.asarray(x))
-    assert (certificate.error_bound <= info.error_bound).all()
+    plain, info = model().invert(y)
+    x, found = certify.decode(model(), y)
+    np.testing.assert_array_equal(x, plain)
+    assert found.certificate.applied.all()
+    assert (found.error_bound <= info.error_bound).all()
 
 
 def test_a_saved_model_is_the_same(tmp_path):

@@ -16,9 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
-
-UP = 1 + 2.0**-30
-UNIT_ROUNDOFF = 2.0**-53
+from iresnet_jax.maths.enclosures.upward_rounding import UP
 
 Array = np.ndarray
 

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Integer
 
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection
 from iresnet_jax.bijections.transforms.dequantize import cells, quantize
-from iresnet_jax.bijections.transforms.enclosure import UNIT_ROUNDOFF, UP, Enclosure, ends, increasing, on_balls
+from iresnet_jax.bijections.transforms.enclosure import Enclosure, ends, increasing, on_balls
 from iresnet_jax.bijections.transforms.logit import (
     UNIT_ERROR,
     check_alpha,
@@ -45,6 +45,7 @@ from iresnet_jax.bijections.transforms.logit import (
 )
 from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log, where
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
+from iresnet_jax.maths.enclosures.upward_rounding import UP, U
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 
 WEIGHT_OF_ALL = 0.01  # weight of the frequency over all entries in an entry's share: no level is impossible anywhere
@@ -142,7 +143,7 @@ class Equalize:
             k = cells.holding(u)  # or a neighbour, if u is next to an edge: both continue to there
             below, width = (table.middle.map(lambda part: _at(part, k)) for table in (cells.below, cells.widths))
             x = (DoubleDouble.of(k) + (u - below) * width.reciprocal()) * DoubleDouble.of(num).reciprocal()
-            return x.high, 2 * UNIT_ROUNDOFF * np.abs(x.high) + 2 * wrong_u / (num * _at(narrowest, k))
+            return x.high, 2 * U * np.abs(x.high) + 2 * wrong_u / (num * _at(narrowest, k))
 
         low, high = (precise_unit(end, self.alpha) for end in ends(y, radius))
         first, last = (cells.holding(end) for end in (low - DoubleDouble.of(wrong_u), high + DoubleDouble.of(wrong_u)))

@@ -9,10 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection, isometric_bijection
-from iresnet_jax.bijections.transforms.enclosure import UNIT_ROUNDOFF, UP, Enclosure, affine, increasing, on_balls
+from iresnet_jax.bijections.transforms.enclosure import Enclosure, affine, increasing, on_balls
 from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.precise_activations import sigmoid
+from iresnet_jax.maths.enclosures.upward_rounding import UP, U
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 
 UNIT_ERROR = 2.0**-80  # absolute error of a logistic function in double-double, with a wide margin
@@ -61,7 +62,7 @@ class Center:
         """The balls around ``y + 1/2``."""
         center = y + 0.5
         reach = np.broadcast_to(radius[:, None], y.shape)
-        return affine(center, UNIT_ROUNDOFF * np.abs(center), reach, np.ones(len(y)))
+        return affine(center, U * np.abs(center), reach, np.ones(len(y)))
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Logit:
 
         def value(t):
             u = precise_unit(t, self.alpha)
-            return u.high, UNIT_ROUNDOFF * np.abs(u.high) + UNIT_ERROR / (1 - 2 * self.alpha)
+            return u.high, U * np.abs(u.high) + UNIT_ERROR / (1 - 2 * self.alpha)
 
         return increasing(value, steepest_unit(y, radius, self.alpha), y, radius)
 
@@ -133,7 +134,7 @@ def precise_unit(y: DoubleDouble, alpha: float) -> DoubleDouble:
 
 def steepest_unit(y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"], alpha: float) -> Float[np.ndarray, "b d"]:
     """Upper bounds of the slope ``du/dy`` of the logit's inverse on ``[y - r, y + r]``: that of the point nearest to 0."""
-    nearest = np.maximum(np.abs(y) - radius[:, None] * UP, 0) * (1 - 4 * UNIT_ROUNDOFF)
+    nearest = np.maximum(np.abs(y) - radius[:, None] * UP, 0) * (1 - 4 * U)
     s = sigmoid(DoubleDouble.of(nearest))
     return ((s * (DoubleDouble.of(1.0) - s)).high + UNIT_ERROR) / (1 - 2 * alpha) * UP
 

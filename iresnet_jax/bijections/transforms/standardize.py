@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection
-from iresnet_jax.bijections.transforms.enclosure import UNIT_ROUNDOFF, UP, Enclosure, affine, on_balls
+from iresnet_jax.bijections.transforms.enclosure import Enclosure, affine, on_balls
 from iresnet_jax.maths.chains.inverse_products import invert
 from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, joined, log
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
-from iresnet_jax.maths.enclosures.upward_rounding import at_least
+from iresnet_jax.maths.enclosures.upward_rounding import UP, U, at_least
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.norms.convolution_certificate import dense_norm_bound
 
@@ -85,7 +85,7 @@ class Standardize:
         """Intervals of ``scale y + mean``."""
         scale, mean = (np.tile(values, y.shape[1] // len(values)) for values in (self.scale, self.mean))
         center = y * scale + mean
-        errors = 2 * UNIT_ROUNDOFF * (np.abs(y * scale) + np.abs(center)) + _TINY
+        errors = 2 * U * (np.abs(y * scale) + np.abs(center)) + _TINY
         return affine(center, errors, radius[:, None] * scale, np.full(len(y), max(self.scale)))
 
     def _constants(self, x: Array) -> tuple[Array, Array]:
@@ -196,7 +196,7 @@ class Whiten:
         """Intervals of ``factor y + mean``, from the norms of the factor and of its rows."""
         factor, mean = np.asarray(self.factor), np.asarray(self.mean)
         center = y @ factor.T + mean
-        errors = 4 * len(mean) * UNIT_ROUNDOFF * (np.abs(y) @ np.abs(factor).T + np.abs(mean)) + _TINY
+        errors = 4 * len(mean) * U * (np.abs(y) @ np.abs(factor).T + np.abs(mean)) + _TINY
         with jax.enable_x64():
             largest = float(dense_norm_bound(jnp.asarray(factor)))
         return affine(center, errors, radius[:, None] * np.linalg.norm(factor, axis=1) * UP, np.full(len(y), largest))

@@ -15,8 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-U = 2.0**-53
-_UP = 1 + 2.0**-30  # more than what rounding makes of a Frobenius norm of 2^20 entries and of the few operations around it
+from iresnet_jax.maths.enclosures.upward_rounding import UP, frobenius_bound, gamma
 
 
 class Inverses(NamedTuple):
@@ -49,21 +48,11 @@ class ProductTables(NamedTuple):
     rounding: Float[Array, "r t"]
 
 
-def gamma(num: int) -> float:
-    """``gamma_n``, rounded up."""
-    return num * U / (1 - num * U) * (1 + 8 * U)
-
-
-def frobenius(matrix: Float[Array, "n m"]) -> Float[Array, ""]:
-    """Bound of the Frobenius norm."""
-    return jnp.sqrt(jnp.sum(matrix * matrix)) * _UP + 1e-150  # squares below float64's range count as nothing
-
-
 def norm_bound(matrix: Float[Array, "n m"]) -> Float[Array, ""]:
     """Bound of the 2-norm: ``|A|_2^2 <= |A^T A|_F``, close to it where few singular values are large."""
-    size = frobenius(matrix)
-    gram = frobenius(matrix.T @ matrix) + gamma(matrix.shape[0] + 2) * size**2
-    return jnp.minimum(size, jnp.sqrt(gram) * _UP)
+    size = frobenius_bound(matrix)
+    gram = frobenius_bound(matrix.T @ matrix) + gamma(matrix.shape[0] + 2) * size**2
+    return jnp.minimum(size, jnp.sqrt(gram) * UP)
 
 
 def invert(matrix: Float[Array, "d d"], distance: Float[Array, ""]) -> Inverses:
@@ -75,10 +64,10 @@ def invert(matrix: Float[Array, "d d"], distance: Float[Array, ""]) -> Inverses:
     """
     d = len(matrix)
     inverse = jnp.linalg.inv(matrix)
-    size, own = frobenius(inverse), frobenius(matrix)
+    size, own = frobenius_bound(inverse), frobenius_bound(matrix)
     norm = norm_bound(inverse)
-    defect = frobenius(inverse @ matrix - jnp.eye(d)) + gamma(d + 2) * (size * own + d**0.5)
-    return Inverses(matrix, inverse, norm, (defect + norm * distance) * _UP, (norm_bound(matrix) + distance) * _UP)
+    defect = frobenius_bound(inverse @ matrix - jnp.eye(d)) + gamma(d + 2) * (size * own + d**0.5)
+    return Inverses(matrix, inverse, norm, (defect + norm * distance) * UP, (norm_bound(matrix) + distance) * UP)
 
 
 def product_tables(
@@ -108,14 +97,14 @@ def product_tables(
             def step(t, state, group=group, entries=entries, start=int(start)):
                 product, size, tables = state
                 matrix = group[t - start]
-                rounding = gamma(len(entries)) * size * frobenius(matrix) * _UP
+                rounding = gamma(len(entries)) * size * frobenius_bound(matrix) * UP
                 if forward:
                     product = product.at[entries].set(matrix @ product[entries])
                 else:
                     product = product.at[:, entries].set(product[:, entries] @ matrix)
                 norms, roundings = tables
                 tables = ProductTables(norms.at[s, t].set(norm_bound(product)), roundings.at[s, t].set(rounding))
-                return product, frobenius(product), tables
+                return product, frobenius_bound(product), tables
 
             state = lax.fori_loop(jnp.maximum(s, start), end, step, state)
         return state[-1]

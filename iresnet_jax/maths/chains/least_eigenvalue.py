@@ -14,11 +14,10 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
-from iresnet_jax.maths.chains.inverse_products import U, gamma
 from iresnet_jax.maths.chains.row_blocks import RowBlocks
+from iresnet_jax.maths.enclosures.upward_rounding import UP, U, gamma
 
 Array = np.ndarray
-_UP = 1 + 2.0**-30
 _BELOW = (0.005, 0.05, 0.3)  # of the estimate by which bounds are tried below it
 _BELOW_SINGULAR = (1e-7, 1e-4, 0.1)  # likewise, for squares of singular values
 
@@ -71,7 +70,7 @@ def least_eigenvalue_bound(matrix: RowBlocks, at_least: float) -> float:
 
 def singular_value_bounds(matrix: Float[Array, "n m"]) -> tuple[float, float]:
     """Verified bounds of the least singular value, from below, and of the largest, from above: those of ``A^T A``."""
-    size = float(np.linalg.norm(matrix)) * _UP
+    size = float(np.linalg.norm(matrix)) * UP
     if not np.isfinite(size):
         return 0.0, np.inf
     gram = matrix.T @ matrix
@@ -88,7 +87,7 @@ def singular_value_bounds(matrix: Float[Array, "n m"]) -> tuple[float, float]:
         if bound < largest:
             largest = bound
             break
-    return float(np.sqrt(least) / _UP), float(np.sqrt(largest) * _UP)
+    return float(np.sqrt(least) / UP), float(np.sqrt(largest) * UP)
 
 
 def _bound_at(matrix: RowBlocks, shift: float) -> float:
@@ -109,9 +108,9 @@ def _bound_at(matrix: RowBlocks, shift: float) -> float:
                 continue
             rest = shifted.get((i, j), 0.0) - sum(factor.blocks[i, k] @ factor.blocks[j, k].T for k in common)
             total += (1 if i == j else 2) * float(np.vdot(rest, rest))
-    size, of_factor = matrix.frobenius() * _UP, factor.frobenius() * _UP
+    size, of_factor = matrix.frobenius() * UP, factor.frobenius() * UP
     rounding = gamma(num_dims + 4) * (size + abs(shift) * num_dims**0.5 + of_factor**2) + 4 * U * size
-    return float(shift * (1 - 4 * U) - (np.sqrt(total) + rounding) * _UP)
+    return float(shift * (1 - 4 * U) - (np.sqrt(total) + rounding) * UP)
 
 
 def cholesky(matrix: RowBlocks) -> RowBlocks:

@@ -23,8 +23,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from iresnet_jax.maths.enclosures.upward_rounding import UP
+
 Array = np.ndarray
-_UP = 1 + 2.0**-32
 
 
 class LocalBounds(NamedTuple):
@@ -59,8 +60,8 @@ def forward_norms(
     for s in range(num):
         error, before = 0.0, 1.0
         for t in range(s, num):
-            error = (sizes[t] * error + errors[t] * before + rounding[s, t]) * _UP
-            exact[s, t] = before = (norms[s, t] + error) * _UP
+            error = (sizes[t] * error + errors[t] * before + rounding[s, t]) * UP
+            exact[s, t] = before = (norms[s, t] + error) * UP
     return exact
 
 
@@ -85,14 +86,14 @@ def in_ball(
     stretch, off, changes = np.ones(num + 1), np.zeros(num + 1), np.zeros(num)
     behind = np.vstack([forward, np.zeros((1, num))])  # row k + 1: the products behind step k
     for t in range(num):
-        changes[t] = _UP * second[t] * (stretch[t] * radius + off[t])
+        changes[t] = UP * second[t] * (stretch[t] * radius + off[t])
         factors = np.array([*behind[1 : t + 1, t], 1.0])
-        stretch[t + 1] = _UP * (forward[0, t] + factors @ (changes[: t + 1] * stretch[: t + 1]))
-        off[t + 1] = _UP * (factors @ (residuals[: t + 1] + second[: t + 1] / 2 * off[: t + 1] ** 2))
+        stretch[t + 1] = UP * (forward[0, t] + factors @ (changes[: t + 1] * stretch[: t + 1]))
+        off[t + 1] = UP * (factors @ (residuals[: t + 1] + second[: t + 1] / 2 * off[: t + 1] ** 2))
     shrink = np.zeros(num)
     for s in reversed(range(num)):
-        gap = (1 - inverse[s, s] * changes[s] * _UP) / _UP
+        gap = (1 - inverse[s, s] * changes[s] * UP) / UP
         later = inverse[s, s + 1 :] @ (changes[s + 1 :] * shrink[s + 1 :])
-        shrink[s] = _UP * (inverse[s, -1] + later) / gap if gap > 0 else np.inf
+        shrink[s] = UP * (inverse[s, -1] + later) / gap if gap > 0 else np.inf
     known = np.nan_to_num([stretch[-1], shrink[0]], nan=np.inf, posinf=np.inf)
     return LocalBounds(float(known[0]), float(known[1]))

@@ -44,8 +44,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from iresnet_jax.maths.enclosures.upward_rounding import UP
+
 Array = np.ndarray
-_UP = 1 + 2.0**-30
 
 
 class Step(NamedTuple):
@@ -68,7 +69,7 @@ class Step(NamedTuple):
     @property
     def stretch(self) -> float:
         """Bound of ``|J|`` for slopes of at most 1."""
-        return self.scale * (1 + float(np.prod(self.norms))) * _UP
+        return self.scale * (1 + float(np.prod(self.norms))) * UP
 
 
 class Adjoints(NamedTuple):
@@ -141,7 +142,7 @@ def displacements(
         radius: ``r``.
     """
     eps = np.broadcast_to(adjoints.start_error[:, None], radius.shape)
-    moved = (first * radius + eps) * _UP
+    moved = (first * radius + eps) * UP
     points, arguments, beyond = [moved], [], []
     for t, step in enumerate(steps):
         rounding = 0.0 if tangents is None else step.rounding * tangents.frobenius[t][:, None] * radius
@@ -154,17 +155,17 @@ def displacements(
                     a = len(arguments)
                     size = np.minimum(size, tangents.arguments[a][:, None] * radius + inside)
                     square = np.minimum(square, (np.sqrt(tangents.fourth[a])[:, None] * radius + inside) ** 2)
-                arguments.append(size * _UP)
-                beyond.append(inside * _UP)
+                arguments.append(size * UP)
+                beyond.append(inside * UP)
                 bent = np.minimum(curvature / 2 * square, 2 * size) + adjoints.slope_errors[t][:, None] * size
-                inside, injected, reach = (inside + bent) * _UP, (injected + bent) * _UP, np.minimum(reach, size) * _UP
+                inside, injected, reach = (inside + bent) * UP, (injected + bent) * UP, np.minimum(reach, size) * UP
             row = rows * reach
-            inside, injected, reach = (norm * part * _UP for part in (inside, injected, reach))
+            inside, injected, reach = (norm * part * UP for part in (inside, injected, reach))
         residual = adjoints.residuals[t][:, None]
-        eps = (step.stretch * eps + injected + rounding + residual) * _UP
-        moved = (step.stretch * moved + residual) * _UP
+        eps = (step.stretch * eps + injected + rounding + residual) * UP
+        moved = (step.stretch * moved + residual) * UP
         if tangents is not None:
-            moved = np.minimum(moved, (tangents.points[t + 1][:, None] * radius + eps) * _UP)
+            moved = np.minimum(moved, (tangents.points[t + 1][:, None] * radius + eps) * UP)
         points.append(moved)
     return Displacements(points, arguments, beyond)
 
@@ -192,4 +193,4 @@ def fall(
             a += 1
     if tangents is not None:
         bent = np.minimum(bent, (np.sqrt(tangents.forms + form) * radius + np.sqrt(rest)) ** 2)
-    return (linear + bent / 2) * _UP
+    return (linear + bent / 2) * UP

@@ -50,9 +50,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from iresnet_jax.maths.enclosures.double_double import UNIT
+from iresnet_jax.maths.enclosures.upward_rounding import UP
 
 Array = np.ndarray
-_UP = 1 + 2.0**-32  # more than all roundings of a sum of positive products over 2^10 steps
 _MARGIN = 2.0**-20  # by which a discriminant that decides must be positive, relative to its terms
 
 assert UNIT < 2.0**-53
@@ -78,7 +78,7 @@ def products_of_norms(norms: Float[Array, " t"]) -> Products:
     """
     table = np.zeros((len(norms), len(norms)))
     for s in range(len(norms)):
-        table[s, s:] = np.cumprod(norms[s:]) * _UP
+        table[s, s:] = np.cumprod(norms[s:]) * UP
     return Products(table, np.zeros_like(table))
 
 
@@ -129,13 +129,13 @@ def radii(
     for s in reversed(range(num)):
         later = slice(s + 1, num)
         c = np.dot(norms[s, s:], residuals[s:]) + np.dot(norms[s, later], quadratic[later])
-        c = _UP * (c + np.dot(defects[s, later], bounds[later]))
-        a, k = (1 - defects[s, s]) / _UP, _UP * norms[s, s] * second[s] / 2
-        blockwise = _UP * (behind + residuals[s]) * inverse_lipschitz[s]
+        c = UP * (c + np.dot(defects[s, later], bounds[later]))
+        a, k = (1 - defects[s, s]) / UP, UP * norms[s, s] * second[s] / 2
+        blockwise = UP * (behind + residuals[s]) * inverse_lipschitz[s]
         applied[s] = a > 0 and np.isfinite(c) and 4 * k * c <= (1 - _MARGIN) * a * a
-        root = _UP * 2 * c / (a + np.sqrt(a * a - 4 * k * c)) if applied[s] else np.inf
+        root = UP * 2 * c / (a + np.sqrt(a * a - 4 * k * c)) if applied[s] else np.inf
         bounds[s] = np.nan_to_num(min(root, blockwise), nan=np.inf, posinf=np.inf)
-        quadratic[s] = np.nan_to_num(_UP * second[s] / 2 * bounds[s] ** 2, nan=np.inf, posinf=np.inf)
+        quadratic[s] = np.nan_to_num(UP * second[s] / 2 * bounds[s] ** 2, nan=np.inf, posinf=np.inf)
         behind = bounds[s]
     return Radii(bounds, applied)
 
@@ -151,9 +151,9 @@ def inverse_norms(products: Products) -> Float[Array, "t t"]:
     num = len(norms)
     exact = np.zeros((num, num))
     for s in reversed(range(num)):
-        gap = (1 - defects[s, s]) / _UP
+        gap = (1 - defects[s, s]) / UP
         row = norms[s] + defects[s, s + 1 :] @ exact[s + 1 :]
-        exact[s, s:] = np.nan_to_num(_UP * row[s:] / gap, nan=np.inf, posinf=np.inf) if gap > 0 else np.inf
+        exact[s, s:] = np.nan_to_num(UP * row[s:] / gap, nan=np.inf, posinf=np.inf) if gap > 0 else np.inf
     return exact
 
 
@@ -167,9 +167,9 @@ def classical(exact: Float[Array, "t t"], residuals: Float[Array, " t"], second:
     K = float(np.max(second))
     if not np.all(np.isfinite(exact)):
         return Classical(np.inf, np.inf, K, np.inf)
-    beta = float(_UP * matrix_norm(exact))
-    eta = float(_UP * np.linalg.norm(exact @ residuals))
-    return Classical(beta, eta, K, float(np.nan_to_num(_UP * beta * K * eta, nan=np.inf, posinf=np.inf)))
+    beta = float(UP * matrix_norm(exact))
+    eta = float(UP * np.linalg.norm(exact @ residuals))
+    return Classical(beta, eta, K, float(np.nan_to_num(UP * beta * K * eta, nan=np.inf, posinf=np.inf)))
 
 
 def matrix_norm(matrix: Float[Array, "t t"]) -> float:
@@ -179,4 +179,4 @@ def matrix_norm(matrix: Float[Array, "t t"]) -> float:
     for _ in range(50):
         v = gram @ v
         v = np.maximum(v / np.max(v), 1e-9) if np.max(v) > 0 else np.ones(len(gram))
-    return float(np.sqrt(np.max(gram @ v / v)) * _UP)
+    return float(np.sqrt(np.max(gram @ v / v)) * UP)

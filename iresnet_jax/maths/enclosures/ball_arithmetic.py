@@ -14,9 +14,9 @@ import numpy as np
 
 from iresnet_jax.maths.enclosures import double_double, precise_activations
 from iresnet_jax.maths.enclosures.double_double import LARGEST_EXPONENT, UNIT, DoubleDouble
+from iresnet_jax.maths.enclosures.upward_rounding import UP
 
 Array = Any  # float64 arrays of NumPy
-_UP = 1 + 2.0**-30  # more than all roundings of a sum of positive numbers over 2^20 terms
 _TINY = 1e-250  # more than what the underflow of a product or an exponential may lose
 _MOST_LEVELS = 64  # of a sum by halves
 
@@ -50,7 +50,7 @@ class Ball(NamedTuple):
 
     def __add__(self, other: "Ball") -> "Ball":
         middle = self.middle + other.middle
-        return Ball(middle, (self.radius + other.radius + UNIT * np.abs(middle.high)) * _UP)
+        return Ball(middle, (self.radius + other.radius + UNIT * np.abs(middle.high)) * UP)
 
     def __sub__(self, other: "Ball") -> "Ball":
         return self + -other
@@ -58,17 +58,17 @@ class Ball(NamedTuple):
     def __mul__(self, other: "Ball") -> "Ball":
         middle = self.middle * other.middle
         mixed = np.abs(self.middle.high) * other.radius + np.abs(other.middle.high) * self.radius
-        return Ball(middle, (mixed + self.radius * other.radius + UNIT * np.abs(middle.high)) * _UP + _TINY)
+        return Ball(middle, (mixed + self.radius * other.radius + UNIT * np.abs(middle.high)) * UP + _TINY)
 
     def reciprocal(self) -> "Ball":
         """``1 / x``; unknown for a ball that reaches 0."""
-        middle, size = self.middle.reciprocal(), np.abs(self.middle.high) / _UP
-        away = np.where(self.radius < size, (size - self.radius) / _UP, 0)
-        return Ball(middle, (self.radius / (size * away) + UNIT / size) * _UP + _TINY)
+        middle, size = self.middle.reciprocal(), np.abs(self.middle.high) / UP
+        away = np.where(self.radius < size, (size - self.radius) / UP, 0)
+        return Ball(middle, (self.radius / (size * away) + UNIT / size) * UP + _TINY)
 
     def widened(self, error: Array) -> "Ball":
         """The ball with a larger radius."""
-        return Ball(self.middle, (self.radius + error) * _UP)
+        return Ball(self.middle, (self.radius + error) * UP)
 
     def map(self, function) -> "Ball":
         """The same function of arrays on all parts, such as a reshape."""
@@ -77,7 +77,7 @@ class Ball(NamedTuple):
     def sum(self) -> "Ball":
         """The sum over the last axis, by halves: each level of sums errs by `UNIT` times the sum of absolute values at most."""
         parts = self.middle.map(lambda part: np.moveaxis(part, -1, 0))
-        size = np.sum(np.abs(parts.high), axis=0) * _UP
+        size = np.sum(np.abs(parts.high), axis=0) * UP
         while len(parts.high) > 1:
             half = len(parts.high) // 2
             first, second, rest = (
@@ -85,11 +85,11 @@ class Ball(NamedTuple):
                 for chosen in (slice(half), slice(half, 2 * half), slice(2 * half, None))
             )
             parts = DoubleDouble(*(np.concatenate(pair) for pair in zip(first + second, rest, strict=True)))
-        return Ball(parts.map(lambda part: part[0]), (np.sum(self.radius, axis=-1) + _MOST_LEVELS * UNIT * size) * _UP)
+        return Ball(parts.map(lambda part: part[0]), (np.sum(self.radius, axis=-1) + _MOST_LEVELS * UNIT * size) * UP)
 
     def bounds(self) -> tuple[Array, Array]:
         """Float64 numbers that no number of the ball is below, and none above."""
-        gap = (self.radius + np.abs(self.middle.low)) * _UP
+        gap = (self.radius + np.abs(self.middle.low)) * UP
         known = np.isfinite(self.middle.high) & np.isfinite(gap)
         lower, upper = np.nextafter(self.middle.high - gap, -np.inf), np.nextafter(self.middle.high + gap, np.inf)
         return np.where(known, lower, -np.inf), np.where(known, upper, np.inf)
@@ -115,21 +115,21 @@ def exp(x: Ball) -> Ball:
     small = x.middle.high < -LARGEST_EXPONENT
     middle = double_double.where(small, DoubleDouble.of(np.zeros_like(middle.high)), middle)
     known = (r <= 1) & (x.middle.high <= LARGEST_EXPONENT)
-    return Ball(middle, np.where(known, np.abs(middle.high) * (r + r * r + UNIT) * _UP + _TINY, np.inf))
+    return Ball(middle, np.where(known, np.abs(middle.high) * (r + r * r + UNIT) * UP + _TINY, np.inf))
 
 
 def log(x: Ball) -> Ball:
     """``log x``: ``|log(m + t) - log m| <= r / (m - r)`` for ``|t| <= r < m``; unknown for a ball that reaches 0."""
-    middle, least = double_double.log(x.middle), x.middle.high / _UP
+    middle, least = double_double.log(x.middle), x.middle.high / UP
     known = x.radius < least
-    slope = 1 / np.where(known, (least - x.radius) / _UP, 0)
-    return Ball(middle, np.where(known, (x.radius * slope + UNIT * np.maximum(1, np.abs(middle.high))) * _UP, np.inf))
+    slope = 1 / np.where(known, (least - x.radius) / UP, 0)
+    return Ball(middle, np.where(known, (x.radius * slope + UNIT * np.maximum(1, np.abs(middle.high))) * UP, np.inf))
 
 
 def softplus(x: Ball) -> Ball:
     """``log(1 + e^x)``, whose slope is between 0 and 1."""
     middle = precise_activations.softplus(x.middle)
-    return Ball(middle, (x.radius + precise_activations.ERROR * (1 + np.abs(x.middle.high))) * _UP)
+    return Ball(middle, (x.radius + precise_activations.ERROR * (1 + np.abs(x.middle.high))) * UP)
 
 
 def log_sum_exp(x: Ball) -> Ball:

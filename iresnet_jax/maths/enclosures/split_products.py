@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from iresnet_jax.maths.enclosures.double_double import UNIT, DoubleDouble, two_sum
+from iresnet_jax.maths.enclosures.upward_rounding import UP
 
 Array = np.ndarray
 _LEFT, _RIGHT = 4, 3  # slices of the left and of the right factor
@@ -71,7 +72,7 @@ def product(
             total = part if total is None else total + part
     assert total is not None
     left_out = kernel.largest * (2.0 ** (-4 * beta) + 16 * UNIT) + kernel.rest
-    return total, kernel.num_terms * scale.reshape(*scale.shape[:2], 1) * left_out[:, None] * (1 + 2.0**-40)
+    return total, kernel.num_terms * scale.reshape(*scale.shape[:2], 1) * left_out[:, None] * UP
 
 
 def _bits(num_terms: int) -> int:

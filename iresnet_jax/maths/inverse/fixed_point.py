@@ -184,7 +184,7 @@ def broadcast_to_examples(per_example: Array, like: Array) -> Array:
     return per_example.reshape(per_example.shape + (1,) * (like.ndim - 1))
 
 
-class _Problem(NamedTuple):
+class _Equation(NamedTuple):
     """The equation ``y = x + g(x)`` on examples as vectors ``(b, d)``, and the tolerance of its solution.
 
     Attributes:
@@ -272,7 +272,7 @@ def _iterate(branch, y, settings, atol, start=None, diagonal=None):
         return lambda x: function(x.reshape(shape)).reshape(vectors).astype(y.dtype)
 
     flat = y.reshape(vectors)
-    problem = _Problem(
+    equation = _Equation(
         branch=on_vectors(branch),
         y=flat,
         y_norm=example_norm(flat),
@@ -281,16 +281,16 @@ def _iterate(branch, y, settings, atol, start=None, diagonal=None):
         diagonal=None if diagonal is None else diagonal._replace(at=on_vectors(diagonal.at)),
     )
     x = flat if start is None else start.reshape(vectors)
-    state = _begin(problem, x, min(memory, vectors[1]))  # as many steps explain everything that is linear
+    state = _begin(equation, x, min(memory, vectors[1]))  # as many steps explain everything that is linear
 
     def go_on(state):
         return (state.step < max_evals) & ~jnp.all(state.done)
 
-    x, info = _verdict(problem, lax.while_loop(go_on, lambda state: _advance(problem, state), state))
+    x, info = _verdict(equation, lax.while_loop(go_on, lambda state: _advance(equation, state), state))
     return x.reshape(shape), info
 
 
-def _begin(problem: _Problem, x: Array, memory: int) -> _State:
+def _begin(equation: _Equation, x: Array, memory: int) -> _State:
     """Nothing is evaluated yet, so the best residual is infinite."""
     zero, nothing = jnp.zeros(len(x), x.dtype), jnp.zeros(len(x), jnp.int32)
     return _State(
@@ -298,7 +298,7 @@ def _begin(problem: _Problem, x: Array, memory: int) -> _State:
         x=x,
         best=_Evaluation(x, x, x, zero + jnp.inf, zero),
         history=History.empty(x, memory) if memory else None,
-        slopes=None if problem.diagonal is None else _Slopes(jnp.zeros_like(x), nothing, nothing),
+        slopes=None if equation.diagonal is None else _Slopes(jnp.zeros_like(x), nothing, nothing),
         first_residual=zero,
         stalled_evals=nothing,
         num_evals=nothing,
@@ -306,18 +306,18 @@ def _begin(problem: _Problem, x: Array, memory: int) -> _State:
     )
 
 
-def _advance(problem: _Problem, state: _State) -> _State:
+def _advance(equation: _Equation, state: _State) -> _State:
     """Evaluates the branch once, keeps the best, decides who is done and where to evaluate next."""
-    now = _evaluate(problem, state.x)
+    now = _evaluate(equation, state.x)
     better = ~state.done & (now.residual < state.best.residual)
     best = now.where(better, state.best)
     first_residual = jnp.where(state.step == 0, now.residual, state.first_residual)
     stalled_evals = jnp.where(better, 0, state.stalled_evals + 1)
     rate = _rate(first_residual, state)
-    target = jnp.maximum(problem.small_enough, _NOISE * best.rounding)
+    target = jnp.maximum(equation.small_enough, _NOISE * best.rounding)
     done = state.done | (best.residual <= target) | _hopeless(rate, stalled_evals, now.residual)
     evals_left = jnp.where(done, 0, jnp.log(best.residual / target) / rate)
-    next_x, history, slopes = _next_iterate(problem, state, now, best, evals_left)
+    next_x, history, slopes = _next_iterate(equation, state, now, best, evals_left)
     return _State(
         step=state.step + 1,
         x=jnp.where(state.done[:, None], state.x, next_x),
@@ -331,13 +331,13 @@ def _advance(problem: _Problem, state: _State) -> _State:
     )
 
 
-def _evaluate(problem: _Problem, x: Array) -> _Evaluation:
+def _evaluate(equation: _Equation, x: Array) -> _Evaluation:
     """``|fl(r) - r| <= eps (|x| + |y| + |g|)``, and what an entry loses that is too small for the format."""
-    image = problem.y - problem.branch(x)
-    r, g = image - x, problem.y - image  # the branch's own output would be a second result, which XLA:CPU computes twice
+    image = equation.y - equation.branch(x)
+    r, g = image - x, equation.y - image  # the branch's own output would be a second result, which XLA:CPU computes twice
     info = jnp.finfo(x.dtype)
     lost = 4 * math.sqrt(x.shape[1]) * float(info.tiny)
-    rounding = info.eps * (example_norm(x) + problem.y_norm + example_norm(g)) + lost
+    rounding = info.eps * (example_norm(x) + equation.y_norm + example_norm(g)) + lost
     return _Evaluation(x, image, r, example_norm(r), rounding)
 
 
@@ -353,7 +353,7 @@ def _hopeless(rate: Array, stalled_evals: Array, residual: Array) -> Array:
     return (stalled_evals >= jnp.clip(1 / rate, 2, 1000)) | ~jnp.isfinite(residual)
 
 
-def _next_iterate(problem: _Problem, state: _State, now: _Evaluation, best: _Evaluation, evals_left: Array):
+def _next_iterate(equation: _Equation, state: _State, now: _Evaluation, best: _Evaluation, evals_left: Array):
     """Anderson's step, with Newton's for the rest; a Banach step from the best iterate where ``|r| > L |r_best|``."""
     next_x, unexplained = now.image, now.r
     history, slopes = state.history, state.slopes
@@ -361,29 +361,29 @@ def _next_iterate(problem: _Problem, state: _State, now: _Evaluation, best: _Eva
         history = history.extend(state.step, now.image, now.r)
         accelerated, rest, share = history.extrapolate()
         # Steps that explain less than (1 - L) |r|^2 / 2, or whose share is NaN, are worse than a Banach step.
-        worthwhile = (share >= _WORTHWHILE * problem.margin * now.residual**2)[:, None]
+        worthwhile = (share >= _WORTHWHILE * equation.margin * now.residual**2)[:, None]
         next_x, unexplained = jnp.where(worthwhile, accelerated, next_x), jnp.where(worthwhile, rest, unexplained)
-    if slopes is not None and problem.diagonal is not None:
-        evals_left = jnp.where(problem.diagonal.size > _LARGE, evals_left, 0)
-        slopes = slopes.ask(state.step, evals_left, lambda: _slopes_at(problem, now.x))
+    if slopes is not None and equation.diagonal is not None:
+        evals_left = jnp.where(equation.diagonal.size > _LARGE, evals_left, 0)
+        slopes = slopes.ask(state.step, evals_left, lambda: _slopes_at(equation, now.x))
         next_x = next_x - slopes.values / (1 + slopes.values) * unexplained
-    as_good_as_banach = now.residual <= problem.lipschitz_bound * state.best.residual
+    as_good_as_banach = now.residual <= equation.lipschitz_bound * state.best.residual
     return jnp.where(as_good_as_banach[:, None], next_x, best.image), history, slopes
 
 
-def _slopes_at(problem: _Problem, x: Array) -> Array:
+def _slopes_at(equation: _Equation, x: Array) -> Array:
     """``|diag J| <= min(L, .999)``, so that ``1 + diag J`` stays above .001 under a false L too."""
-    assert problem.diagonal is not None
-    limit = jnp.minimum(problem.lipschitz_bound, 0.999)
-    return jnp.clip(jnp.nan_to_num(problem.diagonal.at(x)), -limit, limit)
+    assert equation.diagonal is not None
+    limit = jnp.minimum(equation.lipschitz_bound, 0.999)
+    return jnp.clip(jnp.nan_to_num(equation.diagonal.at(x)), -limit, limit)
 
 
-def _verdict(problem: _Problem, end: _State) -> tuple[Array, FixedPointInfo]:
+def _verdict(equation: _Equation, end: _State) -> tuple[Array, FixedPointInfo]:
     """``|x - x*| <= |r| / (1 - L)`` at the best iterate, ``L |r| / (1 - L)`` after the Banach step that follows convergence."""
-    best, margin = end.best, problem.margin
+    best, margin = end.best, equation.margin
     contraction = margin > 0
-    converged = contraction & (best.residual <= jnp.maximum(problem.small_enough, _ROUNDING_FLOOR * best.rounding))
-    to_go = jnp.where(converged, problem.lipschitz_bound, 1) * best.residual
+    converged = contraction & (best.residual <= jnp.maximum(equation.small_enough, _ROUNDING_FLOOR * best.rounding))
+    to_go = jnp.where(converged, equation.lipschitz_bound, 1) * best.residual
     info = FixedPointInfo(
         num_evals=end.num_evals + (0 if end.slopes is None else end.slopes.num_asked),
         residual=best.residual,

@@ -18,7 +18,7 @@ INVERSE_JACOBIANS = "inverse Jacobians"  # their name for a backward pass that c
 SMALL = 32  # dimensions up to which elimination without exchanges of rows is the faster, see `log_abs_det`
 
 
-def exact_logdet(
+def dense_logdet(
     branch: Branch | Linearized, x: Batch, *, columns_at_once: int = 64, jacobian: Jacobian | None = None
 ) -> Float[Array, " b"]:
     """``log det(I + J)`` from the full Jacobian by elimination; exact to rounding, differentiable.
@@ -100,7 +100,7 @@ def eliminate(matrices: Float[Array, "b d d"]) -> tuple[Float[Array, " b"], Floa
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class ExactLogdet(LogdetEstimator):
-    """`exact_logdet`, or a shorter way where a branch has one, as an estimator without randomness and without error."""
+    """`dense_logdet`, or a shorter way where a branch has one, as an estimator without randomness and without error."""
 
     columns_at_once: int = 64
 
@@ -109,7 +109,7 @@ class ExactLogdet(LogdetEstimator):
     def _estimate(self, branch, x, key, lipschitz_bound, trace, jacobian, logdet):
         del key, lipschitz_bound, trace
         if logdet is None:
-            value = exact_logdet(branch, x, columns_at_once=self.columns_at_once, jacobian=jacobian)
+            value = dense_logdet(branch, x, columns_at_once=self.columns_at_once, jacobian=jacobian)
         else:
             value = logdet(x)
         zeros = jnp.zeros_like(value)

@@ -28,11 +28,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths.chains.inverse_products import frobenius, gamma
 from iresnet_jax.maths.enclosures import ball_arithmetic
 from iresnet_jax.maths.enclosures.ball_arithmetic import Ball
-
-_UP = 1 + 2.0**-30
+from iresnet_jax.maths.enclosures.upward_rounding import UP, frobenius_bound, gamma
 
 
 class Factors(NamedTuple):
@@ -52,8 +50,8 @@ def factorize(matrix: Float[Array, "d d"]) -> Factors:
     d = len(matrix)
     packed, _, permutation = lax.linalg.lu(matrix)
     lower, upper = jnp.tril(packed, -1) + jnp.eye(d), jnp.triu(packed)
-    rounding = gamma(d + 2) * (frobenius(lower) * frobenius(upper) + frobenius(matrix))
-    residual = (frobenius(matrix[permutation] - lower @ upper) + rounding) * _UP
+    rounding = gamma(d + 2) * (frobenius_bound(lower) * frobenius_bound(upper) + frobenius_bound(matrix))
+    residual = (frobenius_bound(matrix[permutation] - lower @ upper) + rounding) * UP
     permutes = jnp.all(jnp.sort(permutation) == jnp.arange(d))
     return Factors(jnp.diagonal(upper), jnp.where(permutes, residual, jnp.inf))
 
@@ -69,7 +67,7 @@ def log_abs_det(factors: Factors, distance: Float[np.ndarray, "..."], inverse_no
     """
     pivots, residual = (np.asarray(part, np.float64) for part in factors)
     d = pivots.shape[-1]
-    size = inverse_norm * (distance + residual) * _UP
-    trace_norm = inverse_norm * (d * distance + np.sqrt(d) * residual) * _UP
-    error = np.where(size < 1, trace_norm / np.where(size < 1, 1 - size, 1) * _UP, np.inf)
+    size = inverse_norm * (distance + residual) * UP
+    trace_norm = inverse_norm * (d * distance + np.sqrt(d) * residual) * UP
+    error = np.where(size < 1, trace_norm / np.where(size < 1, 1 - size, 1) * UP, np.inf)
     return ball_arithmetic.log(Ball.of(np.abs(pivots))).sum().widened(error)

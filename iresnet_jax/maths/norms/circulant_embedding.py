@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths.enclosures.upward_rounding import power_of_two, rounded_up
+from iresnet_jax.maths.enclosures.upward_rounding import gamma, power_of_two, rounded_up
 from iresnet_jax.maths.norms import gram_iteration as gram
 
 Pair = tuple[int, int]
@@ -165,7 +165,7 @@ def grid_bound(
     attained = symbol_norm(kernel, phases.reshape(-1, 2, num_taps)[jnp.argmax(norms == bound)])
     bound = bound + (attained - lax.stop_gradient(attained))
     absolute = lax.stop_gradient(gram.frobenius(jnp.sum(jnp.abs(kernel), axis=0)[None]))
-    symbol_error = gram.MARGIN * gram.gamma(num_taps + 10, kernel.dtype) * absolute
+    symbol_error = gram.MARGIN * gamma(num_taps + 10, kernel.dtype) * absolute
     return scale * rounded_up(bound + symbol_error) + flushed
 
 

@@ -23,13 +23,12 @@ float64.
 """
 
 import math
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths.enclosures.upward_rounding import power_of_two
+from iresnet_jax.maths.enclosures.upward_rounding import gamma, power_of_two
 
 _EXACT_SLACK = 2.0**10  # "exact" squares until the rank factor is below 1 + _EXACT_SLACK eps: 1.2e-4 or 2.3e-13
 MARGIN = 1.01  # covers the rounding of the rounding terms themselves, up to 5e4 rows in float32
@@ -100,12 +99,6 @@ def _gram_error(matrix):
     row_sums = absolute @ jnp.sum(absolute, axis=0)
     squared = math.sqrt(matrix.shape[0]) * jnp.square(frobenius(matrix))
     return MARGIN * gamma(sum(_blocks(matrix)), matrix.dtype) * jnp.minimum(squared, jnp.max(row_sums))
-
-
-def gamma(num_roundings: int, dtype: Any) -> float:
-    """``gamma_n = n u / (1 - n u)``, the relative error that ``n`` roundings can add up to (Higham 2002, Lemma 3.1)."""
-    nu = num_roundings * float(jnp.finfo(dtype).eps) / 2
-    return nu / (1 - nu)
 
 
 def frobenius(matrix: Float[Array, "... d"]) -> Float[Array, ""]:

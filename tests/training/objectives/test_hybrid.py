@@ -10,9 +10,9 @@ import kept
 import numpy as np
 import optax
 import pytest
-import runs
 import scipy.special
 import scipy.stats
+import tiny_runs as runs
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import load
@@ -147,12 +147,12 @@ def test_without_labels_classes_come_as_often_as_the_model_says():
     model, _ = plane()
     means = np.repeat(100 * np.arange(K, dtype=np.float32)[:, None], D, axis=1)
     model = model.with_(prior={**model.prior, "mean": means, "log_std": np.zeros((K, D), np.float32)})
-    draw_latents = jax.jit(type(model)._sample_prior, static_argnums=(2, 3))
-    z = draw_latents(model, jax.random.key(0), 6000, 1.0, None)
+    draw_latents = jax.jit(type(model).sample_latents, static_argnames=("num", "temperature"))
+    z = draw_latents(model, jax.random.key(0), 6000)
     counts = np.bincount(np.rint(np.asarray(z[:, 0]) / 100).astype(int), minlength=K)
     expected = 6000 * scipy.special.softmax(np.asarray(model.prior["class_logits"], np.float64))
     assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3
-    assert draw_latents(model, jax.random.key(0), 5, 0.0, np.full(5, 2))[:, 0].tolist() == [200.0] * 5
+    assert draw_latents(model, jax.random.key(0), 5, temperature=0.0, labels=np.full(5, 2))[:, 0].tolist() == [200.0] * 5
 
 
 @pytest.mark.parametrize(
