@@ -89,8 +89,9 @@ class Report:
 
     @property
     def certified(self) -> bool:
-        """Whether every block is certified a contraction."""
-        return self.lipschitz is not None and self.lipschitz.certified
+        """Whether every block is certified a contraction, by bounds that are guaranteed and not the user's word."""
+        known = self.lipschitz
+        return known is not None and known.certified and all(block.word == "certified" for block in known.blocks)
 
     def warnings(self) -> list[str]:
         """Sentences to read before any number."""
