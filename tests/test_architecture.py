@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]  # train.py and configs/ are never installed
 # A folder's files may import those of folders further up in this list, and of their own.
 FOLDERS = ("maths", "branches", "bijections", "models", "certification", "data", "training", "runs", "evaluation", "report")
 # Files beside the folders: how files are written whole and dataclasses become JSON is for everyone, the others may import all.
-FOR_EVERYONE, EDGES = ("atomic_files", "json_dataclasses"), ("__init__", "__main__", "estimators", "fitting")
+FOR_EVERYONE, EDGES = ("atomic_files", "json_dataclasses"), ("__init__", "__main__", "commands", "estimators", "fitting")
 HEAVY = {"absl", "optax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "flax", "ml_collections"}
 
 

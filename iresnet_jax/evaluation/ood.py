@@ -11,9 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float, Integer, Num
-from scipy.spatial.distance import cdist
-from scipy.stats import rankdata
-from sklearn.metrics import roc_auc_score
 
 from iresnet_jax import data
 from iresnet_jax.data.dataset import DataSet
@@ -82,6 +79,9 @@ def auroc(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -> 
     scores = np.concatenate([inside, outside])
     if not len(inside) or not len(outside) or np.isnan(scores).any():
         raise ValueError(f"an AUROC needs scores on both sides, none of them NaN: got {len(inside)} and {len(outside)}")
+    from scipy.stats import rankdata  # late: a second, for which other commands should not wait
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(np.repeat([0, 1], [len(inside), len(outside)]), rankdata(scores)))
 
 
@@ -168,6 +168,8 @@ def _outputs(function: Callable[..., Any], model: Any, images: Num[np.ndarray, "
 
 
 def _classifier_scores(model: Classifier, dataset: DataSet, batch_size: int) -> Scores:
+    from scipy.spatial.distance import cdist  # late, as above
+
     labels = dataset.labels["train"][:NUM_FITTED]
     pooled, _ = _outputs(_pooled_and_logits, model, dataset.examples["train"][:NUM_FITTED], batch_size)
     classes, places = np.unique(labels, return_inverse=True)

@@ -24,8 +24,8 @@ def platform() -> str:
 def is_slow_in_place() -> bool:
     """Whether an elementwise operation takes several times as long where its result overwrites an operand.
 
-    It does with XLA:CPU's older emitters of fusions, which training asks for (`iresnet_jax.runs.cpu`): LLVM vectorises their
-    loops behind a check that arrays do not overlap, and goes on entry by entry if they do.
+    It does with XLA:CPU's older emitters of fusions, which training asks for (`iresnet_jax.runs.machine`): LLVM vectorises
+    their loops behind a check that arrays do not overlap, and goes on entry by entry if they do.
     """
     return platform() == "cpu" and "--xla_cpu_use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", "")
 

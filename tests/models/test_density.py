@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import kept
 import numpy as np
 import pytest
 
@@ -116,7 +117,7 @@ def test_a_model_is_an_argument_like_any_array():
     assert isinstance(gradients, Density)
     assert np.any(gradients.weights["stage0"].branch.weights["conv0"]["kernel"])
     assert gradients.spec == density.spec
-    twice = jax.tree.map(lambda a: jnp.stack([a, a]), density.with_(bounds=None))
+    twice = jax.tree.map(lambda a: jnp.stack([a, a]), density)
     both = jax.jit(jax.vmap(lambda m: m.terms(x, key, key).log_prob))(twice)
     np.testing.assert_allclose(both[0], terms_of(density, x, key, key).log_prob, rtol=SINGLE)
     traces = []
@@ -184,7 +185,7 @@ def test_bayes_rule(with_classes):
 
 
 def test_freezing_certifies(with_classes):
-    loose = with_classes.with_(weights=jax.tree.map(lambda a: 3 * a, with_classes.weights), bounds=None)
+    loose = with_classes.with_(weights=kept.uncertified(with_classes.weights, 3))
     with pytest.raises(ValueError, match=r"not certified: call freeze\(\) first"):
         loose.certificate()
     certificate = jax.jit(Density.freeze)(loose).certificate()

@@ -18,8 +18,8 @@ from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.config import parse
 from iresnet_jax.runs.from_config import model_spec
-from iresnet_jax.runs.planning import plan
-from iresnet_jax.runs.planning.program_costs import lowered_all_reduces
+from iresnet_jax.runs.planning import plan, topologies
+from iresnet_jax.runs.planning.program_costs import reductions
 from iresnet_jax.training import parallel, state
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
 
@@ -142,9 +142,9 @@ ON_GPUS = [("digits_density", None), ("digits_hybrid", None), ("digits_classific
 )
 def test_the_training_step_lowers_for_accelerators(name, argument, platform):
     config = get_config(name, argument)
-    on = plan.Machine(f"eight of {platform}", platform, (jax.devices()[0],), 8)
-    _, lowered, about = plan.lower(config, on, data_of(config), 8)
-    assert sum(lowered_all_reduces(lowered.as_text())) >= 4 * about["num_parameters"]  # of gradients
+    on = topologies.Machine(f"eight of {platform}", platform, (jax.devices()[0],), 8)
+    traced, _, about = plan.lower(config, on, data_of(config), 8)
+    assert sum(reductions(traced.jaxpr.jaxpr)) >= 4 * about["num_parameters"]  # of gradients
 
 
 def test_an_unknown_toy_is_answered_with_those_there_are():

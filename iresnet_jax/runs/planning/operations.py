@@ -6,7 +6,6 @@ time counts for one part, whatever else it contains.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -42,17 +41,17 @@ _MOVES = frozenset(
     "copy copy-start copy-done transpose reshape bitcast slice dynamic-slice dynamic-update-slice concatenate pad broadcast "
     "reverse gather scatter iota".split()
 )
-_NO_WORK = frozenset("parameter constant tuple get-tuple-element bitcast iota".split())
+_NO_WORK = frozenset("parameter constant tuple get-tuple-element bitcast iota fusion call".split())
 _OTHERS = frozenset(
-    "while conditional call custom-call sort fft cholesky triangular-solve rng rng-bit-generator partition-id replica-id "
+    "while conditional custom-call sort fft cholesky triangular-solve rng rng-bit-generator partition-id replica-id "
     "infeed outfeed send recv async-start async-update async-done after-all".split()
 )
-_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(
     r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)$"
 )
 _PATH = re.compile(r'op_name="([^"]*)"')
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|(?:true|false)_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
@@ -80,9 +79,14 @@ class Operation(NamedTuple):
         """The path without what is around the whole step; the name if there is no path."""
         return self.path.rpartition("/shard_map/")[2] or self.name
 
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """What operations have alike that are the same work at the same place in the code."""
+        return self.kind, self.shape, self.path or self.name
+
 
 class _Instruction(NamedTuple):
-    """A line of a program."""
+    """A line of a program: its opcode, what follows in brackets and behind them, and the computation that it is in."""
 
     shape: str
     opcode: str
@@ -98,10 +102,6 @@ class _Instruction(NamedTuple):
     def called(self) -> list[str]:
         branches = _BRANCHES.search(self.rest)
         return _CALLED.findall(self.rest) + (_OPERAND.findall(branches[1]) if branches else [])
-
-    @property
-    def operands(self) -> list[str]:
-        return _OPERAND.findall(self.rest.split(")")[0])
 
 
 def operations(program: str) -> dict[str, Operation]:
@@ -120,8 +120,9 @@ def operations(program: str) -> dict[str, Operation]:
     for name, line in lines.items():
         path = _known_path(name, lines, caller)
         shape = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", line.shape)
-        part = _DEVICES if _COLLECTIVE.match(line.opcode) else part_of(path)
-        found[name] = Operation(name, shape, path, part, _kind(line, bodies))
+        is_sum = _COLLECTIVE.match(line.opcode)
+        kind = _DEVICES if is_sum else _kind(list(_inside(line, bodies)))
+        found[name] = Operation(name, shape, path, _DEVICES if is_sum else part_of(path), kind)
     return found
 
 
@@ -142,8 +143,9 @@ def _known_path(name: str, lines: Mapping[str, _Instruction], caller: Mapping[st
         line = lines[name]
         if "/" in line.path and not line.path.endswith("/shard_map"):  # which is around everything
             return line.path
-        name = next((operand for operand in line.operands if operand in lines and operand not in tried), "")
-        if lines.get(name) is None or lines[name].opcode in ("parameter", "constant"):
+        operands = _OPERAND.findall(line.rest.split(")")[0])
+        name = next((operand for operand in operands if operand in lines and operand not in tried), "")
+        if not name or lines[name].opcode in ("parameter", "constant"):
             name = caller.get(line.computation, "")
     return ""
 
@@ -165,28 +167,6 @@ def part_of(path: str) -> str:
     return _FORWARD if "jvp(" in path else _OTHER
 
 
-def _kind(line: _Instruction, bodies: Mapping[str, list[_Instruction]]) -> str:
-    if _COLLECTIVE.match(line.opcode):
-        return _DEVICES
-    inside = list(_inside(line, bodies))
-    opcodes = Counter(each.opcode for each in inside)
-    targets = " ".join(match[1] for each in inside if (match := _TARGET.search(each.rest))).lower()
-    if opcodes["convolution"] or "conv" in targets:
-        paths = [each.path for each in inside if each.opcode == "convolution"]
-        only_products = paths and all(path.endswith("dot_general") for path in paths)  # as TPUs compute them
-        return _PRODUCT if only_products else _CONVOLUTION
-    if opcodes["dot"] or re.search("gemm|matmul|dot", targets):
-        return _PRODUCT
-    if opcodes["reduce"] or opcodes["reduce-window"]:
-        return _REDUCTION
-    work = set(opcodes) - _NO_WORK - {"fusion", "call"}
-    if work & _OTHERS:
-        return _LOOP
-    if work - _MOVES:
-        return _ELEMENTWISE
-    return _COPY if set(opcodes) & _MOVES else _LOOP
-
-
 def _inside(line: _Instruction, bodies: Mapping[str, list[_Instruction]]) -> Iterator[_Instruction]:
     """An operation and what it is fused from."""
     yield line
@@ -194,3 +174,22 @@ def _inside(line: _Instruction, bodies: Mapping[str, list[_Instruction]]) -> Ite
         for name in line.called:
             for inner in bodies.get(name, []):
                 yield from _inside(inner, bodies)
+
+
+def _kind(inside: list[_Instruction]) -> str:
+    """The kind of an operation that consists of these, one of `KINDS`."""
+    opcodes = {each.opcode for each in inside}
+    targets = " ".join(match[1] for each in inside if (match := _TARGET.search(each.rest))).lower()
+    if "convolution" in opcodes or "conv" in targets:
+        paths = [each.path for each in inside if each.opcode == "convolution"]
+        only_products = paths and all(path.endswith("dot_general") for path in paths)  # as TPUs compute them
+        return _PRODUCT if only_products else _CONVOLUTION
+    if "dot" in opcodes or re.search("gemm|matmul|dot", targets):
+        return _PRODUCT
+    if opcodes & {"reduce", "reduce-window"}:
+        return _REDUCTION
+    if opcodes & _OTHERS:
+        return _LOOP
+    if opcodes - _NO_WORK - _MOVES:
+        return _ELEMENTWISE
+    return _COPY if opcodes & _MOVES else _LOOP

@@ -5,6 +5,7 @@ replaced by random ones of their shape.
 """
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -134,12 +135,10 @@ def take(config: Config, folder: str | Path, *, data: DataSet | None = None) -> 
     run = parallel.parallelize(step)
     with _paths_in_programs():
         run.compile(current, batch)
-    clock = _Clock(run, current, batch)
-    for _ in range(WARMUP):
-        clock.step()
-    began, seconds = time.perf_counter(), []
-    while len(seconds) < FEWEST or (len(seconds) < MOST and time.perf_counter() - began < MOST_S):
-        seconds.append(clock.step())
+    clock = _clocked(run, current, batch)
+    _, seconds = list(itertools.islice(clock, WARMUP)), [next(clock)]
+    while len(seconds) < FEWEST or (len(seconds) < MOST and sum(seconds) < MOST_S):
+        seconds.append(next(clock))
     is_cpu = jax.default_backend() == "cpu"
     num_lanes, lane = (allocator.num_cores(), "core") if is_cpu else (jax.local_device_count(), "device")
     dtype = jnp.bfloat16 if config.training.bfloat16 and not is_cpu else jnp.float32
@@ -206,18 +205,13 @@ def first_batch(examples: Any, size: int) -> Any:
     return parallel.shard(jax.tree.map(lambda rows: rows[places], examples))
 
 
-class _Clock:
-    """Steps one after the other, each of which is waited for."""
-
-    def __init__(self, run: Callable[[Any, Any], tuple[Any, Any]], current: Any, batch: Any):
-        self._run, self._current, self._batch = run, current, batch
-
-    def step(self) -> float:
-        """Takes a step; its seconds."""
+def _clocked(run: Callable[[Any, Any], tuple[Any, Any]], current: Any, batch: Any) -> Iterator[float]:
+    """Steps one after the other, each of which is waited for, and their seconds."""
+    while True:
         began = time.perf_counter()
-        self._current, metrics = self._run(self._current, self._batch)
+        current, metrics = run(current, batch)
         jax.block_until_ready(metrics)
-        return time.perf_counter() - began
+        yield time.perf_counter() - began
 
 
 def matmul_peak(dtype: Any, size: int | None = None) -> float:
@@ -239,13 +233,13 @@ def matmul_peak(dtype: Any, size: int | None = None) -> float:
     return 2 * size**3 * len(matrices) / fastest
 
 
-def _record(clock: _Clock, known: Mapping[str, Operation], folder: Path, num_lanes: int) -> Recording | None:
+def _record(clock: Iterator[float], known: Mapping[str, Operation], folder: Path, num_lanes: int) -> Recording | None:
     options = ProfileOptions()
     options.python_tracer_level = 0  # which would slow the steps down
     earlier = set(folder.rglob("*.xplane.pb"))
     with jax.profiler.trace(folder, profiler_options=options):
         for _ in range(RECORDED):
-            clock.step()
+            next(clock)
     written = sorted(set(folder.rglob("*.xplane.pb")) - earlier)
     traces = [ProfileData.from_file(str(path)) for path in written]
     events = [event for trace in traces for event in read_events(trace, jax.default_backend())]
