@@ -7,13 +7,13 @@ import io
 import math
 import sys
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from reports import CERTIFICATE, block
 
+from iresnet_jax.evaluation.inverse_problem import Reconstructed
 from iresnet_jax.report import pictures, plots, style
 
 
@@ -30,7 +30,7 @@ def records(num_steps=300):
 RNG = np.random.default_rng(0)
 DIGITS = RNG.uniform(size=(6, 8, 8, 1))
 GRID_X, GRID_Y = np.meshgrid(np.linspace(-3, 3, 40), np.linspace(-3, 3, 40))
-MEASURED = SimpleNamespace(x=DIGITS, y=DIGITS, found=DIGITS, relative_error=np.full(6, 0.1))
+MEASURED = Reconstructed(DIGITS, DIGITS, DIGITS, np.full(6, 0.1), np.ones(6, bool), np.ones(6, bool))
 FIGURES = {
     "learning_curves": lambda: plots.learning_curves(records()),
     "image_grid": lambda: pictures.image_grid(DIGITS.astype(np.float32), columns=4),
