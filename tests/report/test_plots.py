@@ -91,7 +91,7 @@ def test_figures_of_long_runs_and_of_noise_stay_small():
     long = [{k: v + RNG.normal() if k == "log_det" else v for k, v in line.items()} for line in records(6_000)]
     images = RNG.uniform(size=(64, 32, 32, 3))  # noise: the worst case for compression
     for figure in (plots.learning_curves(long), pictures.image_grid(images)):
-        assert len(decode(style.to_svg_or_png(figure))) <= 200_000
+        assert len(decode(style.to_svg_or_png(figure))) <= 300_000  # five of them and their base64 are less than 2 MB
 
 
 def test_learning_curves_show_what_was_logged():
