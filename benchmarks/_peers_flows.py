@@ -43,7 +43,7 @@ def architecture(spec):
         )
     last = spec.flow.layout[-1].branch.in_shape
     ends = (last[0], last[-1]) if len(last) == 3 else None
-    return {"stages": stages, "ends": ends, "coeff": spec.flow.coeff, "prior": spec.prior}
+    return {"stages": stages, "ends": ends, "coeff": spec.flow.coeff, "prior": spec.prior_family}
 
 
 def write_arrays(model, x, z, path):

@@ -69,7 +69,7 @@ def reference(model, images):
         @jax.jit
         def evaluate(model, x):
             z, log_dets, _ = model.flow().forward_and_logdet(x, jax.random.key(0))
-            return z, log_dets, priors.log_prob(model.spec.prior, model.prior, z)
+            return z, log_dets, priors.log_prob(model.spec.prior_family, model.prior, z)
 
         parts = [evaluate(exact, x[i : i + AT_ONCE]) for i in range(0, len(x), AT_ONCE)]
         z, log_dets, log_prior = (np.concatenate(values) for values in zip(*parts, strict=True))
@@ -235,6 +235,6 @@ def samples(arguments, start, folder):
     results = {}
     for name in MODELS[:1] if arguments.quick else MODELS:
         model: Any = load(RESULTS / name).model
-        z = priors.sample(model.spec.prior, model.prior, jax.random.key(2), 4 if arguments.quick else 32, 1.0)
+        z = priors.sample(model.spec.prior_family, model.prior, jax.random.key(2), 4 if arguments.quick else 32, 1.0)
         results[name] = race(model, np.asarray(z), start, folder, QUICK_EFFORT if arguments.quick else INVERSE_EFFORT)
     return results

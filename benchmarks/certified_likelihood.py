@@ -48,8 +48,8 @@ def small_model(model):
     transform = model.spec.transform
     if hasattr(transform, "shares"):
         transform = dataclasses.replace(transform, shares=None)
-    spec = DensitySpec(flow, model.spec.prior, transform, model.spec.num_levels)
-    return Density(spec, jax.jit(freeze, static_argnums=0)(flow, params), priors.standard(spec.prior, flow.num_dims))
+    spec = DensitySpec(flow, model.spec.prior_family, transform, model.spec.num_levels)
+    return Density(spec, jax.jit(freeze, static_argnums=0)(flow, params), priors.standard(spec.prior_family, flow.num_dims))
 
 
 def cases(run, num, num_long, num_decimal, *, quick):

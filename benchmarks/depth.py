@@ -32,9 +32,9 @@ def gradient(num_blocks, layout):
     flow = FlowSpec((28, 28, 1), (StageSpec(num_blocks, squeeze=2, **branch),), coeff=0.95)
     key = jax.random.key(0)
     x = jax.random.normal(key, (BATCH_SIZE, *flow.event_shape))
-    params = jax.jit(ResidualFlow(flow, prior="logistic").init)(key, x)["params"]
+    params = jax.jit(ResidualFlow(flow, prior_family="logistic").init)(key, x)["params"]
     weights = jax.jit(lambda params: freeze(flow, params))(params)
-    spec, estimator = DensitySpec(flow, prior="logistic"), KrylovLogdet(NUM_PRODUCTS)
+    spec, estimator = DensitySpec(flow, prior_family="logistic"), KrylovLogdet(NUM_PRODUCTS)
     model = Density(spec, weights, params["prior"], estimator=estimator, unroll=layout != "scanned")
 
     def loss(weights):

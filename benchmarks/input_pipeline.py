@@ -28,6 +28,7 @@ from iresnet_jax.data import cache
 from iresnet_jax.data.batches import batch_indices
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.device_batches import device_batches
+from iresnet_jax.data.sources.source import Contents, Source
 from iresnet_jax.runs.config import default_config, parse
 from iresnet_jax.training import parallel
 
@@ -41,11 +42,12 @@ def memory_mapped(folder, shape):
     """Random images, written and opened as decoded data sets are."""
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     path = Path(folder) / "x".join(map(str, shape))
-    cache.write(path, cache.Facts("x", 256, None), {"images": cache.Layout("uint8", shape)}, [("images", images)])
+    source = Source("random", path, "as drawn", lambda: Contents({}, None, iter))  # which is not asked for its images
+    cache.write(path, source, {"train_examples": ("uint8", shape)}, [("train_examples", images)], None)
     start = time.perf_counter()
-    opened = cache.read(path)
+    opened = cache.read(path, source)
     assert opened is not None
-    return opened.arrays["images"], time.perf_counter() - start
+    return opened.examples["train"], time.perf_counter() - start
 
 
 def step_of(images):

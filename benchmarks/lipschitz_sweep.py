@@ -24,8 +24,8 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.evaluation import accuracy
 from iresnet_jax.evaluation.inversion import RECOVERED, round_trip
 from iresnet_jax.json_dataclasses import first_difference, to_plain
-from iresnet_jax.models import saved
 from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.report.contents import TrainingTimes
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.metrics import read_metrics
@@ -61,7 +61,7 @@ def invertibility(run, num):
 
 def trained(config, workdir):
     """The run of a config: the model in the folder, or a training that begins or goes on there."""
-    if not (workdir / saved.FILE_NAME).exists():
+    if not (workdir / FILE_NAME).exists():
         loop.train(config, workdir)
         return load(workdir)
     run = load(workdir)

@@ -12,10 +12,12 @@ from typing import Any
 from iresnet_jax import certification as certify
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import chain, repeat
-from iresnet_jax.bijections.multiscale import multiscale
+from iresnet_jax.bijections.multiscale import Stage, multiscale
 from iresnet_jax.bijections.residual import Solver, residual_bijection
+from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
+from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.branches.branch import Branch, BranchSpec, CallableBranch
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.maths.convolution import conv
@@ -48,6 +50,7 @@ __all__ = [
     "FeedforwardSpec",
     "FixedPointInfo",
     "FlowSpec",
+    "Grid",
     "Identity",
     "KrylovLogdet",
     "LogdetInfo",
@@ -57,7 +60,10 @@ __all__ = [
     "RouletteLogdet",
     "SeriesLogdet",
     "Solver",
+    "Stage",
     "StageSpec",
+    "Standardize",
+    "Whiten",
     "certify",
     "chain",
     "constrain",

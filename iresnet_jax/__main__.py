@@ -64,7 +64,7 @@ COMMANDS = {
             "--num": {"type": int, "default": 64, "help": "how many (64)"},
             "--temperature": {"type": float, "default": 1.0, "help": "factor on the prior's scale (1)"},
             "--seed": {"type": int, "default": 0, "help": "of the latents (0)"},
-            "--context": {"metavar": "NUMBERS", "help": "context: 1.0,2.0,... or a .npy file with one a row"},
+            "--context": {"metavar": "NUMBERS", "help": "context: 1.0,2.0,... or a .npy file with one per row"},
             "--label": {"type": int, "help": "of which class, of a hybrid (any)"},
         },
         shares_examples=True,
@@ -119,8 +119,8 @@ COMMANDS = {
 }
 
 
-def run(argv: Sequence[str]) -> int:
-    """Runs one command; returns its exit status."""
+def make_parser() -> Parser:
+    """The parser of all commands."""
     parser = Parser(prog="python -m iresnet_jax", description="Everything before and after train.py.")
     parsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for name, command in COMMANDS.items():
@@ -129,6 +129,12 @@ def run(argv: Sequence[str]) -> int:
         for flag, settings in command.options.items():
             options.add_argument(flag, **settings)
         options.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs one command; returns its exit status."""
+    parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
     command = COMMANDS[arguments.command]
     if rest and not command.takes_config:

@@ -55,7 +55,7 @@ def model(spec):
             channels = spec.feature_shape[-1]
             statistics = {"head": {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}}
             return Classifier(spec, frozen, initial_head(keys[1], channels, CLASSES), statistics)
-        prior = priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes)
+        prior = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
         return Density(spec, frozen, {**prior, "mean": 0.3 * jax.random.normal(keys[1], prior["mean"].shape)})
 
     return make(jax.random.key(0))

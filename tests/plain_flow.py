@@ -227,7 +227,7 @@ def log_prob(numbers: Numbers, model: Any, u: Any, level: Any = None) -> Any:
     y, log_slopes = transform(numbers, spec.transform, numbers.of(u), level)
     z, jacobian = forward_and_jacobian(numbers, spec.flow, weights, y)
     cells = 0 if spec.num_levels is None else spec.flow.num_dims * numbers.log(numbers.of(float(spec.num_levels)))
-    return log_prior(numbers, spec.prior, prior, z) + log_abs_det(numbers, jacobian) + log_slopes - cells
+    return log_prior(numbers, spec.prior_family, prior, z) + log_abs_det(numbers, jacobian) + log_slopes - cells
 
 
 def log_abs_det(numbers: Numbers, matrix: Any) -> Any:

@@ -11,7 +11,7 @@ from iresnet_jax.__main__ import COMMANDS, main
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.evaluation import samples
 from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.models.saved import FILE_NAME
+from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import machine, run_folder
 from iresnet_jax.runs import trained_run as run
 

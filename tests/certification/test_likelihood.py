@@ -63,7 +63,7 @@ def model(spec):
             layer["bias"] = (0.3 * rng.normal(size=layer["bias"].shape)).astype(np.float32)
     prior = {
         name: jnp.asarray(0.3 * rng.normal(size=values.shape), jnp.float32)
-        for name, values in priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes).items()
+        for name, values in priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes).items()
     }
     return Density(spec, weights, prior)
 

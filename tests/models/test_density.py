@@ -45,7 +45,7 @@ def model(spec=IMAGES):
 
 def _model(spec):
     x = jax.random.normal(jax.random.key(1), (64, *spec.flow.event_shape))
-    module = ResidualFlow(spec.flow, spec.prior, num_classes=spec.num_classes)
+    module = ResidualFlow(spec.flow, spec.prior_family, num_classes=spec.num_classes)
 
     @jax.jit
     def build(x):
@@ -231,7 +231,7 @@ def test_labels_that_are_none_are_named(with_classes):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"prior": "cauchy"}, "prior must be one of gaussian, logistic, got 'cauchy'"),
+        ({"prior_family": "cauchy"}, "prior_family must be one of gaussian, logistic, got 'cauchy'"),
         ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
         ({"num_levels": 9}, "equalize needs the frequency of each of 9 levels, got 8"),
         ({"transform": Equalize((0.5, 0.5), (0.5,) * 3), "num_levels": 2}, r"a share for each entry of \(4, 4, 1\), got 3"),

@@ -15,6 +15,7 @@ from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.json_dataclasses import first_difference, to_plain
 from iresnet_jax.models import saved
 from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.config import parse
 from iresnet_jax.runs.from_config import model_spec
@@ -176,7 +177,7 @@ def test_a_variant_changes_the_constraint_and_at_most_the_learning_rate(name):
     assert plain == half == vanilla
 
 
-KEPT = sorted((ROOT / "benchmarks/results").glob(f"*/{saved.FILE_NAME}"))
+KEPT = sorted((ROOT / "benchmarks/results").glob(f"*/{FILE_NAME}"))
 
 
 def test_there_are_kept_models():

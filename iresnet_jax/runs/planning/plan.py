@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from iresnet_jax.data import conditioned_on_labels, stand_in
+from iresnet_jax.data import conditioned_on_labels
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.sources import tfds
 from iresnet_jax.maths import platforms as target
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.config import Config, TrainingConfig
@@ -112,7 +113,7 @@ def _size(num: float | int) -> str:
 
 def data_for(config: Config) -> DataSet:
     """The data of a config; random ones of the same shape in place of those of TensorFlow Datasets."""
-    data = stand_in.images(config.data.name)
+    data = tfds.stand_in(config.data.name)
     if data is None:
         return loop.load_data(config.data)
     return conditioned_on_labels(data) if config.data.condition_on_labels else data

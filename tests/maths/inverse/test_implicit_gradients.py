@@ -202,7 +202,7 @@ def test_of_samples(x64, frozen):
         return combine(Density(SPEC, weights, prior, solver=Solver(atol=ATOL)).sample(key, BATCH, context=context)[0])
 
     def reference(weights, prior, context):
-        return combine(decode_unrolled(weights, priors.sample(SPEC.prior, prior, key, BATCH), context))
+        return combine(decode_unrolled(weights, priors.sample(SPEC.prior_family, prior, key, BATCH), context))
 
     arguments = (weights, prior, context)
     expected = jax.jit(jax.grad(reference, (0, 1, 2)))(*arguments)
