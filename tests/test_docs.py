@@ -375,3 +375,8 @@ def test_the_readme_is_short_and_in_order():
         assert promise in shell
     [picture] = [target for target in links(README) if target.endswith(".png")]
     assert (ROOT / picture).stat().st_size < 300_000
+
+
+def test_the_citation_has_the_version_of_the_package():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
