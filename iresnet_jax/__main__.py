@@ -120,7 +120,7 @@ COMMANDS = {
 
 
 def make_parser() -> Parser:
-    """The parser of all commands."""
+    """The parser of `COMMANDS`."""
     parser = Parser(prog="python -m iresnet_jax", description="Everything before and after train.py.")
     parsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for name, command in COMMANDS.items():
@@ -146,14 +146,11 @@ def run(argv: Sequence[str]) -> int:
     machine.keep_compiled_programs()
     execute = getattr(commands, arguments.command)
     if command.takes_config:
-        answer = execute(arguments, rest)
-    else:
-        if command.shares_examples:
-            machine.use_all_cores(trained_run.read_config(arguments.workdir))
-        trained, data = trained_run.load(arguments.workdir), getattr(arguments, "data", None)
-        answer = execute(trained.with_data(data) if data else trained, arguments)
-    print("\n".join(map(str, answer.lines)))
-    return 0 if answer.holds else 1
+        return 0 if execute(arguments, rest) else 1
+    if command.shares_examples:
+        machine.use_all_cores(trained_run.read_config(arguments.workdir))
+    trained, data = trained_run.load(arguments.workdir), getattr(arguments, "data", None)
+    return 0 if execute(trained.with_data(data) if data else trained, arguments) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from iresnet_jax.atomic_files import locked
-from iresnet_jax.runs import hosts, loop
+from iresnet_jax.runs import loop
 from iresnet_jax.runs.config import parse
 from iresnet_jax.training import parallel
 
@@ -140,20 +140,12 @@ def shared(tmp_path_factory):
 
 @functools.cache
 def train_script():
-    """The module train.py, whose ``main`` runs in this process."""
+    """The module train.py."""
     spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    main = module.main
-
-    def in_this_process(argv):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(hosts, "initialize", lambda *_: None)  # which has to come before anything else of JAX
-            return main(argv)
-
-    module.main = in_this_process
     return module
 
 

@@ -194,7 +194,7 @@ def _plan(config: Config, on: Machine, data: DataSet, batch_size: int) -> Plan:
     )
 
 
-def lower(config: Config, on: Machine, data: DataSet, batch_size: int) -> tuple[Any, Any, dict[str, int]]:
+def lower(config: Config, on: Machine, data: DataSet, batch_size: int) -> tuple[Any, Any, dict[str, Any]]:
     """The training step, traced and lowered for a machine, and its parameters and the bytes of its arguments."""
     share = batch_size // on.num_devices
     with target.compiling_for(on.platform), jax.default_matmul_precision(config.training.matmul_precision):

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Jaxpr
 from jax.profiler import ProfileData, ProfileOptions
 
 from iresnet_jax.data.dataset import DataSet
@@ -133,7 +134,7 @@ def take(config: Config, folder: str | Path, *, data: DataSet | None = None) -> 
     folder.mkdir(parents=True, exist_ok=True)
     current, batch = random_state(objective), first_batch(objective.examples, config.training.batch_size)
     step = objective.step
-    traced = _traced(step, current, batch)
+    traced = traced_step(step, current, batch)
     run = parallel.parallelize(step)
     with _paths_in_programs():
         run.compile(current, batch)
@@ -158,18 +159,8 @@ def take(config: Config, folder: str | Path, *, data: DataSet | None = None) -> 
     )
 
 
-def step_flops(step: Callable[[Any, Any], Any], current: Any, batch: Any) -> float:
-    """Multiplications and additions of a step's products and convolutions on all local devices, see `program_costs.flops`.
-
-    Args:
-        step: Step of an objective.
-        current: State that it takes.
-        batch: This process's share of a batch, by device.
-    """
-    return float(flops(_traced(step, current, batch)).total()) * jax.local_device_count()
-
-
-def _traced(step, current, batch):
+def traced_step(step: Callable[[Any, Any], Any], current: Any, batch: Any) -> Jaxpr:
+    """The program of an objective's step on one device's share of a batch, for `program_costs`."""
     share = jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype), batch)
     return parallel.for_devices(step, jax.local_devices()[:1]).trace(current, share).jaxpr.jaxpr
 

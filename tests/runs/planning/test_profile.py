@@ -17,8 +17,6 @@ from iresnet_jax.runs.planning.recording import Event, read_events, self_seconds
 NORMS, FORWARD, LOGDET, BACKWARD, RANDOM, OPTIMIZER, DEVICES, OTHER = PARTS
 CONVOLUTION, PRODUCT, ELEMENTWISE, COPY, REDUCTION, _, LOOP = KINDS
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 # --- operations -----------------------------------------------------------------------------------------------------
 
