@@ -178,7 +178,7 @@ def frozen():
     context = jax.random.normal(jax.random.key(1), (64, CONTEXT_DIM))
     init = jax.jit(ResidualFlow(SPEC.flow).init)
     params = init(jax.random.key(0), jax.random.normal(jax.random.key(2), (64, DIM)), context)["params"]
-    return jax.device_get((jax.jit(functools.partial(freeze, SPEC.flow))(params), params["prior"]))
+    return jax.jit(functools.partial(freeze, SPEC.flow))(params), params["prior"]
 
 
 def decode_unrolled(weights, z, context):
@@ -206,7 +206,9 @@ def test_of_samples(x64, frozen):
 
     arguments = (weights, prior, context)
     expected = jax.jit(jax.grad(reference, (0, 1, 2)))(*arguments)
-    assert all(np.abs(leaf).max() > 100 * SAME for leaf in jax.tree.leaves(expected)), "something has no influence"
+    for path, leaf in jax.tree.leaves_with_path(expected):
+        is_bound = any(name in jax.tree_util.keystr(path) for name in ("lipschitz_bound", "norms"))
+        assert (np.abs(leaf).max() > 100 * SAME) != is_bound, "something has no influence"
     assert_same(jax.jit(jax.grad(ours, (0, 1, 2)))(*arguments), expected)
 
 
