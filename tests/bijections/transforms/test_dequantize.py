@@ -139,7 +139,7 @@ def test_caller_mistakes(call, match):
 def test_every_8_bit_level_has_its_centre_and_no_other_number_has_one():
     levels = jnp.arange(256, dtype=jnp.uint8)
     for num_levels, known in ((256, 256), (17, 17)):
-        centers = np.asarray(cell_centers(levels, num_levels))
+        centers = cell_centers(levels, num_levels)
         np.testing.assert_allclose(centers[:known], (np.arange(known) + 0.5) / num_levels, rtol=1e-6)
         assert np.isnan(centers[known:]).all()
         np.testing.assert_array_equal(quantize(centers[:known], num_levels), levels[:known])
