@@ -109,7 +109,7 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
     with _precise(), np.errstate(all="ignore"):
         y, of_transform = spec.transform.enclose_forward(u)
         latents, of_flow = _through(Problem.of(model), y.map(lambda part: part.reshape(len(u), -1)), scaled)
-        log_prior = enclosed_priors.log_prob(spec.prior, model.prior, latents)
+        log_prior = enclosed_priors.log_prob(spec.prior_family, model.prior, latents)
         if spec.num_levels is not None:
             of_transform = of_transform + enclose_volume(spec.num_levels, spec.flow.num_dims)
         elif spec.grid is not None:

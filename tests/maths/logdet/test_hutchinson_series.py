@@ -25,7 +25,7 @@ SIGMAS = 5  # standard errors within which a sample mean must lie
 
 DIM, BATCH = 4, 3
 LIPSCHITZ = 0.5
-WEIGHTS = np.array([1.0, -0.7, 0.4])  # cotangents of mixed sign, one an example
+WEIGHTS = np.array([1.0, -0.7, 0.4])  # cotangents of mixed sign, one per example
 
 
 def network(seed=0, lipschitz=LIPSCHITZ):
