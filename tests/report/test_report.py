@@ -2,12 +2,9 @@
 
 import json
 
-import pytest
 import tiny_runs as runs
 
 from iresnet_jax.runs import trained_run as run
-
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 def test_training_ends_with_a_report_of_images(tmp_path_factory):
