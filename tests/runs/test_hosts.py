@@ -72,12 +72,20 @@ def assert_close(found, expected):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Folders of the same trainings by two processes with a device each, and by one with two."""
+    """Folders of the same trainings by one process with two devices, and by two processes with two devices each.
+
+    The two go on with the toy where the one stood after half its steps. They have folders of their own.
+    """
     folder = tmp_path_factory.mktemp("trained")
-    processes = start(2, [[name, f"{folder}/{name}-two", changes] for name, changes in OBJECTIVES.items()], folder / "two")
     for name, changes in OBJECTIVES.items():
         loop.train(runs.config_of(runs.CONFIGS[name], **changes), folder / f"{name}-one")
+    shutil.copytree(folder / "toy-one", folder / "toy-two")
+    (folder / "toy-two" / "checkpoints" / "40.npz").unlink()
+    toy, classifier = ([name, str(folder / f"{name}-two"), changes] for name, changes in OBJECTIVES.items())
+    elsewhere = [toy[0], str(folder / "elsewhere"), toy[2]]
+    processes = start(2, [toy, classifier], folder, other=elsewhere, num_devices=2)
     assert finish(processes) == ([0, 0], [[], []])
+    assert not (folder / "elsewhere").exists()  # the folder is that of process 0
     return folder
 
 
@@ -92,19 +100,10 @@ def test_runs_do_not_depend_on_how_devices_are_spread(trained, name):
 
 
 def test_one_process_goes_on_where_two_were(trained, tmp_path):
-    shutil.copytree(trained / "toy-two", tmp_path / "run")
+    shutil.copytree(trained / "classifier-two", tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "40.npz").unlink()
-    loop.train(runs.config_of(runs.CONFIGS["toy"], **EXACT), tmp_path / "run")
-    assert_close(final(tmp_path / "run"), final(trained / "toy-one"))
-
-
-def test_two_processes_of_two_devices_go_on_where_one_was_though_the_folder_is_that_of_process_0(trained, tmp_path):
-    shutil.copytree(trained / "toy-one", tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "40.npz").unlink()
-    there, elsewhere = (["toy", str(tmp_path / name), EXACT] for name in ("run", "elsewhere"))
-    assert finish(start(2, [there], tmp_path, other=elsewhere, num_devices=2)) == ([0, 0], [[], []])
-    assert_close(final(tmp_path / "run"), final(trained / "toy-one"))
-    assert not (tmp_path / "elsewhere").exists()
+    loop.train(runs.config_of(runs.CONFIGS["classifier"], **SPARSE), tmp_path / "run")
+    assert_close(final(tmp_path / "run"), final(trained / "classifier-one"))
 
 
 # --- ends -------------------------------------------------------------------------------------------------------------
