@@ -18,7 +18,8 @@ from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.training import parallel
 
 ROUNDING = 2e-5  # float32 sums over another number of devices, amplified by 40 steps, of an array's largest entry
-VANISHING = 2e-8  # what sums of numbers around 1 leave where they vanish, as gradients of biases in front of BatchNorm do
+# What sums of numbers around 1 leave where they vanish, as gradients of biases in front of ActNorm do: float32's rounding.
+VANISHING = {"toy": 2e-8, "classifier": float(np.finfo(np.float32).eps)}
 SPARSE = {"training.total_steps": 40, "training.eval_every_steps": 20}
 EXACT = {**SPARSE, "evaluation.logdet.kind": "exact"}
 OBJECTIVES = {"toy": EXACT, "classifier": SPARSE}
@@ -62,12 +63,13 @@ def logs(workdir):
     return [record for record in kept if record["split"] != "timing"]
 
 
-def assert_close(found, expected):
+def assert_close(name, found, expected):
+    """The same step, and arrays that are as close as rounding lets them be."""
     (step, arrays), (expected_step, expected_arrays) = found, expected
-    assert step == expected_step
-    for name, array in expected_arrays.items():
-        atol = max(ROUNDING * float(np.abs(array).max(initial=0)), VANISHING)
-        np.testing.assert_allclose(arrays[name].astype(float), array.astype(float), rtol=0, atol=atol, err_msg=name)
+    assert step == expected_step == 40
+    for place, array in expected_arrays.items():
+        atol = max(ROUNDING * float(np.abs(array).max(initial=0)), VANISHING[name])
+        np.testing.assert_allclose(arrays[place].astype(float), array.astype(float), rtol=0, atol=atol, err_msg=place)
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +94,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_runs_do_not_depend_on_how_devices_are_spread(trained, name):
     assert jax.local_device_count() == 2
-    assert final(trained / f"{name}-two")[0] == 40
-    assert_close(final(trained / f"{name}-two"), final(trained / f"{name}-one"))
+    assert_close(name, final(trained / f"{name}-two"), final(trained / f"{name}-one"))
     for found, expected in zip(logs(trained / f"{name}-two"), logs(trained / f"{name}-one"), strict=True):
         assert found.pop("split") == expected.pop("split")
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -103,7 +104,7 @@ def test_one_process_goes_on_where_two_were(trained, tmp_path):
     shutil.copytree(trained / "classifier-two", tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "40.npz").unlink()
     loop.train(runs.config_of(runs.CONFIGS["classifier"], **SPARSE), tmp_path / "run")
-    assert_close(final(tmp_path / "run"), final(trained / "classifier-one"))
+    assert_close("classifier", final(tmp_path / "run"), final(trained / "classifier-one"))
 
 
 # --- ends -------------------------------------------------------------------------------------------------------------
