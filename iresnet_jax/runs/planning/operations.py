@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from iresnet_jax.bijections.residual import LOG_DETERMINANT
 from iresnet_jax.models.flow import NORMS
-from iresnet_jax.training.state import OPTIMIZER
+from iresnet_jax.training.step import OPTIMIZER
 
 PARTS = (
     "norms and their gradient",
