@@ -12,19 +12,21 @@ from typing import Annotated, Any, Literal
 import ml_collections
 from ml_collections import config_dict
 
-from iresnet_jax.json_dataclasses import Range, from_plain
-from iresnet_jax.maths.logdet.estimator import LogdetEstimator
-from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
-from iresnet_jax.maths.logdet.krylov import KrylovLogdet
-from iresnet_jax.maths.logdet.roulette import RouletteLogdet
+from iresnet_jax.json_dataclasses import (
+    Count,
+    CountOrNone,
+    Decay,
+    NotNegative,
+    Positive,
+    Range,
+    from_plain,
+)
+from iresnet_jax.maths.logdet.config import LogdetConfig
 from iresnet_jax.models.architecture import StageSpec
-
-Count = Annotated[int, Range("[1, inf)")]
-CountOrNone = Annotated[int, Range("[0, inf)")]  # 0 switches something off
-Positive = Annotated[float, Range("(0, inf)")]
-NotNegative = Annotated[float, Range("[0, inf)")]
-Decay = Annotated[float, Range("[0, 1)")]  # decay of an average, which would never move at 1
+from iresnet_jax.training.constraint import ConstraintConfig
+from iresnet_jax.training.objectives.hybrid import HybridConfig
+from iresnet_jax.training.optimizers import OptimizerConfig
+from iresnet_jax.training.trainer import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -65,64 +67,6 @@ class PreprocessingConfig:
 
 
 @dataclass(frozen=True)
-class LogdetConfig:
-    """An estimator of log-determinants; each kind reads only the fields that name it."""
-
-    # "series" is cut off after num_terms; "roulette" is a series without bias; "krylov" suits blocks that stretch or shrink as
-    # much as they may; "exact" takes the whole Jacobian.
-    kind: Literal["exact", "series", "roulette", "krylov"] = "series"
-    num_terms: Count = 5  # terms of "series", Jacobian products of "krylov"
-    num_probes: Count = 1  # probe vectors an example; all kinds but "exact"
-    probe: Literal["rademacher", "gaussian"] = "rademacher"
-    exact_trace: bool = True  # the trace in closed form where there is one: less noise, see benchmarks/exact_trace.py
-    distribution: Literal["poisson", "geometric"] = "poisson"  # random length of "roulette"
-    parameter: Positive = 2.0  # mean of "poisson", or success probability of "geometric"
-    num_exact_terms: CountOrNone = 2  # terms of "roulette" before its random ones
-
-    def __post_init__(self):
-        self.build()  # raises where a parameter does not suit its distribution
-
-    def build(self, num_terms: int | None = None) -> LogdetEstimator:
-        """The estimator, or the one with another number of terms."""
-        count = num_terms or self.num_terms
-        probes: dict[str, Any] = {"num_probes": self.num_probes, "probe": self.probe, "exact_trace": self.exact_trace}
-        if self.kind == "exact":
-            return ExactLogdet()
-        if self.kind == "roulette":
-            return RouletteLogdet(self.distribution, self.parameter, self.num_exact_terms, **probes)
-        return KrylovLogdet(count, **probes) if self.kind == "krylov" else SeriesLogdet(count, **probes)
-
-
-@dataclass(frozen=True)
-class ConstraintConfig:
-    """How training keeps blocks contractions; a trained model is certified in any case."""
-
-    # "estimated": norms by power iteration. "certified": guaranteed upper bounds at every step. "none": an ordinary residual
-    # network without inverse, for classification alone.
-    norms: Literal["estimated", "certified", "none"] = "estimated"
-    num_steps: Count = 1  # power iterations a training step; validation iterates until rtol
-    rtol: Positive = 1e-3  # relative tolerance of the norm in validation
-    num_squarings: Annotated[int, Range("[0, 20]")] = 4  # Gram iterations of "certified"
-    # Twists of the embedding behind "certified": "all" is tighter than "one" below 8 x 8 pixels, and four times as dear.
-    twists: Literal["auto", "all", "one"] = "auto"
-
-
-@dataclass(frozen=True)
-class HybridConfig:
-    """Objective "hybrid", which minimises cross-entropy + lambda bits/dim, or nats instead for continuous data.
-
-    A weight lambda of ``D log 2`` for images of D dimensions, and of 1 for continuous data, is the likelihood of data and
-    labels; a smaller weight pays more attention to the labels.
-    """
-
-    weight: NotNegative = 1.0  # lambda after the ramp
-    initial_weight: NotNegative = 1.0  # lambda at step 0, if there is a ramp
-    ramp_steps: CountOrNone = 0  # steps of the straight line between them; 0 for no ramp
-    # Priors start from the moments of their class' latents instead of equal: the first step has an LDA to improve on.
-    fitted_priors: bool = False
-
-
-@dataclass(frozen=True)
 class ClassifierConfig:
     """The classifier of objective "classification"."""
 
@@ -160,54 +104,10 @@ class AugmentationConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """The update rule and its learning rate."""
-
-    # "muon" is steepest descent in the operator norm; .95 is its usual momentum.
-    name: Literal["adam", "adamw", "adamax", "muon", "sgd"] = "adam"
-    learning_rate: Positive = 1e-3  # peak
-    schedule: Literal["constant", "cosine", "step"] = "cosine"
-    warmup_steps: CountOrNone = 100  # straight line from 0 to the peak
-    final_fraction: Annotated[float, Range("[0, 1]")] = 0.0  # end of "cosine", as a fraction of the peak
-    boundaries: tuple[Annotated[float, Range("(0, 1)")], ...] = ()  # decays of "step", as fractions of training.total_steps
-    decay_factor: Annotated[float, Range("(0, 1]")] = 0.1  # factor of "step" at each boundary
-    weight_decay: NotNegative = 0.0  # kernels alone decay; decoupled from the gradient in "adamw" and "muon"
-    momentum: Decay = 0.9  # "sgd" and "muon"
-    nesterov: bool = False  # "sgd" and "muon"
-    b1: Decay = 0.9  # decay of the first moment in the Adam family, and of "muon" for all but kernels
-    b2: Decay = 0.99  # decay of the second moment in the Adam family, and of "muon" for all but kernels
-    clip_norm: NotNegative = 1.0  # largest norm of the whole gradient; 0 does not clip
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The run."""
-
-    total_steps: Count = 1000  # updates; warm-up and decay of the learning rate are fractions of them
-    minutes: NotNegative = 0.0  # most wall-clock time, compilation included; 0 is no limit
-    patience: CountOrNone = 0  # validations without an improvement after which training ends; 0 never ends it early
-    batch_size: Count = 128  # examples of a step over all devices
-    num_parts: Count = 1  # parts of each device's share, computed one after the other: a large batch in the memory of a part
-    ema_decay: Decay = 0.999  # moving average of the parameters, which evaluation uses; 0 evaluates the parameters themselves
-    actnorm_examples: Count = 1024  # training examples that ActNorm is fitted to
-    log_every_steps: Count = 50
-    eval_every_steps: Count = 500  # steps between validations, each with a checkpoint
-    eval_examples: Count = 2048  # most validation examples
-    # If validation shows that training exploits what its log-determinant cuts off, logdet.num_terms is raised up to this.
-    max_num_terms: CountOrNone = 20
-    blocks: Literal["auto", "scan", "unroll"] = "auto"  # "auto" unrolls blocks on CPUs, where that is faster
-    rematerialize: bool = False  # recompute blocks in the backward pass: less memory, more time
-    # Branches in bfloat16 in training steps. Parameters, norms and sums stay in float32, as does everything after training.
-    bfloat16: bool = False
-    # Products on accelerators; "tensorfloat32" is faster and too coarse to invert.
-    matmul_precision: Literal["float32", "tensorfloat32", "highest", "high", "default"] = "float32"
-
-
-@dataclass(frozen=True)
 class EvaluationConfig:
     """What is measured after training."""
 
-    logdet: LogdetConfig = LogdetConfig(kind="roulette", num_exact_terms=20)
+    logdet: LogdetConfig = LogdetConfig(kind="roulette", num_exact_terms=20)  # noqa: RUF009 (it is frozen)
     batch_size: Count = 256
     num_dequantisations: Count = 4  # noise draws an image
     num_probe_draws: Count = 4  # probe draws a noise draw
