@@ -41,10 +41,6 @@ SECTIONS = (
 )
 
 
-# absl reads config files so.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
-
 class Block(NamedTuple):
     """Code between fences, and its first line in the file."""
 

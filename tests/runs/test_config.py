@@ -14,9 +14,6 @@ from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.command_line import parse_train_flags
 
-# ml_collections loads config files in a way that Python is going to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def config_files(tmp_path_factory):
