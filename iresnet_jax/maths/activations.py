@@ -63,7 +63,7 @@ def _positive_beta(x: Float[Array, "..."], beta: Float[Array, "..."] | float | N
     if beta.shape not in ((), x.shape[-1:]):
         raise ValueError(
             f"beta must have shape () or {x.shape[-1:]} for an input of shape {x.shape}, got {beta.shape}: "
-            "use one value a layer or one a channel"
+            "use one value a layer or one per channel"
         )
     return jnp.broadcast_to(jax.nn.softplus(beta), x.shape)
 
@@ -79,7 +79,7 @@ def lipswish(x: Float[Array, "..."], beta: Float[Array, "..."] | float | None = 
 
     Args:
         x: Input.
-        beta: Raw sharpness, any real number, one a layer or one an input channel; 0.5 if ``None``.
+        beta: Raw sharpness, any real number, one per layer or one per input channel; 0.5 if ``None``.
 
     Raises:
         ValueError: If ``beta`` has neither shape ``()`` nor one entry a channel.

@@ -42,7 +42,7 @@ def dequantize(
     is strictly below 1 and `quantize` returns ``x`` exactly.
 
     Args:
-        key: One typed key (``jax.random.key``), or one an example, of shape ``(b,)``: an example's noise then does
+        key: One typed key (``jax.random.key``), or one per example, of shape ``(b,)``: an example's noise then does
             not depend on the rest of the batch.
         x: Integers in ``[0, num_levels)``. Others, which cannot be refused under ``jit``, become NaN.
         num_levels: Number of values an entry can take, 2 to 256.
@@ -73,7 +73,7 @@ def dequantize(
 
 
 def _uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """Numbers in [0, 1), from one key or from one an example."""
+    """Numbers in [0, 1), from one key or from one per example."""
     if key.ndim == 0:
         return jax.random.uniform(key, shape, dtype)
     return jax.vmap(lambda own: jax.random.uniform(own, shape[1:], dtype))(key)
