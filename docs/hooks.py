@@ -83,7 +83,7 @@ def names_of_the_package() -> str:
 
 
 def settings() -> Iterator[str]:
-    """A table for each group of settings, from the fields and comments of `Config` and of the dataclasses that it consists of."""
+    """A table for each group of settings, from the fields and comments of `Config` and the dataclasses that it consists of."""
     classes = config_classes()
     config, lines = classes["Config"]
     fields = [node for node in config.body if isinstance(node, ast.AnnAssign)]

@@ -63,7 +63,7 @@ def _positive_beta(x: Float[Array, "..."], beta: Float[Array, "..."] | float | N
     if beta.shape not in ((), x.shape[-1:]):
         raise ValueError(
             f"beta must have shape () or {x.shape[-1:]} for an input of shape {x.shape}, got {beta.shape}: "
-            "use one value a layer or one per channel"
+            "use one value per layer or one per channel"
         )
     return jnp.broadcast_to(jax.nn.softplus(beta), x.shape)
 
