@@ -38,7 +38,7 @@ def training_step(config, data):
 
     prepare_backend(config.training.matmul_precision)
     objective = loop.build_objective(config, data)
-    step, feed = objective.make_step(objective.num_terms), loop.batches(config, objective.examples, 0)
+    step, feed = objective.step, loop.batches(config, objective.examples, 0)
     return step, parallel.parallelize(step), objective.initial_state(), feed, objective.name
 
 

@@ -188,7 +188,7 @@ def main():
             report["environment"],
         )
         inputs = Inputs(config)
-        ours = num_parameters(abstract_variables(config, inputs.spec)["params"])
+        ours = num_parameters(abstract_variables(inputs.spec)["params"])
         model, width = build_matched(inputs.spec.flow.event_shape, ours)
     except (KeyError, ValueError, OSError) as error:
         raise SystemExit(f"error: {arguments.workdir} has no report of a density of images: {error}") from None
