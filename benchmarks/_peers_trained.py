@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _models import encode
 from _peers_flows import OurFlow, TorchFlow, exact_inverse
 from _record import RESULTS, take_turns
 
@@ -212,7 +213,7 @@ def inverses(arguments):
     for kind in KINDS:
         for bound in LIPSCHITZ[1:2] if arguments.quick else LIPSCHITZ:
             model = random_block(kind, bound)
-            z = np.asarray(jax.jit(lambda model, x: model.flow().forward(x))(model, batch))
+            z = np.asarray(encode(model, batch))
             results[f"{kind}, L = {bound}"] = race(model, z, effort)
     return results
 

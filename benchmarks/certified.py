@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _models import flow_input, load, load_kind, model_parser, name_of, randomized
+from _models import decode, encode, flow_input, load, load_kind, model_parser, name_of, norms, randomized
 from _record import show, write
 from plain_flow import DECIMAL, FLOAT, LONG, distance, forward, invert, log_prob, mpmath_numbers
 
@@ -71,30 +71,20 @@ class Inverted(NamedTuple):
 
 
 @jax.jit
-def _encode(model, x):
-    return model.flow().forward(x)
-
-
-@jax.jit
-def _decode(model, y):
-    return model.flow().inverse(y)
-
-
-@jax.jit
 def _solve(model, y, wrong):
     """``DF^-1 wrong`` at the preimage of latents."""
-    return jax.jvp(lambda y: model.flow().inverse(y)[0], (y,), (wrong,))[1]
+    return jax.jvp(lambda y: decode(model, y)[0], (y,), (wrong,))[1]
 
 
 def decoded(model, y) -> Inverted:
     """Preimages of latents in their own precision."""
-    x, info = _decode(model, y)
+    x, info = decode(model, y)
     return Inverted(model, np.asarray(y), np.asarray(x), np.asarray(info.error_bound))
 
 
 def encoded(model, x) -> Inverted:
     """Preimages of the latents of inputs, in the inputs' precision."""
-    return decoded(model, _encode(model, x))
+    return decoded(model, encode(model, x))
 
 
 def inverse_cases(run, num, *, quick):
@@ -141,8 +131,8 @@ def inverse_of(case: Inverted, num_decimal):
     found, seconds = timed(certify.inverse, case.model, case.y, case.x)
     errors = exact_errors(case, found.refined, LONG, len(case.y))
     decimal = exact_errors(case, found.refined, DECIMAL, min(num_decimal, len(case.y)))
-    slack = 2.0**-60 * np.linalg.norm(found.refined.reshape(len(errors), -1), axis=1)
-    rounding = ROUNDINGS * 2.0**-52 * np.linalg.norm(case.x.reshape(len(errors), -1).astype(np.float64), axis=1)
+    slack = 2.0**-60 * norms(found.refined)
+    rounding = ROUNDINGS * 2.0**-52 * norms(case.x)
     ratios, allowed = found.error_bound / errors, found.error_bound / np.maximum(errors, rounding)
     spreads = {"error": errors, "bound": found.error_bound, "ratio": ratios, "ratio_to_target": allowed}
     return {
@@ -236,7 +226,7 @@ def singular_values(model, x):
 
         @jax.jit
         def jacobian(x):
-            return jax.jacfwd(lambda x: model.with_(weights=weights).flow().forward(x[None])[0])(x)
+            return jax.jacfwd(lambda x: encode(model.with_(weights=weights), x[None])[0])(x)
 
         return np.array([np.linalg.svd(np.reshape(jacobian(one), (one.size, -1)), compute_uv=False) for one in x])
 

@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _models import blocks, flow_input, load, model_parser, name_of
+from _models import blocks, decode, encode, flow_input, load, model_parser, name_of
 from _record import interleave, summarize, write
 from jax import lax
 
@@ -88,20 +88,14 @@ def count(model, x):
     return results
 
 
-@jax.jit
-def invert(model, z):
-    """The inverse of the whole flow."""
-    return model.flow().inverse(z)
-
-
 def time_whole(model, z, *, turns):
     """Wall-clock of the whole model's inverse, in turns, and how it ended."""
     atol = model.solver.atol
     models = {name: model.with_(solver=Solver(atol=atol, memory=m, diagonal=used)) for name, (m, used) in METHODS.items()}
-    timings = interleave({name: functools.partial(invert, own, z) for name, own in models.items()}, turns=turns)
+    timings = interleave({name: functools.partial(decode, own, z) for name, own in models.items()}, turns=turns)
     results = summarize(timings, "banach")
     for name, own in models.items():
-        _, info = invert(own, z)
+        _, info = decode(own, z)
         evals, converged = float(info.num_evals.mean()), float(info.converged.mean())
         results[name] |= {"mean_evals_a_block": evals / model.spec.flow.num_blocks, "converged": converged}
     return results
@@ -113,8 +107,7 @@ def main():
     arguments = options.parse_args()
     run = load(arguments.workdir)
     model, x = run.model, flow_input(run, arguments.num or (16 if arguments.quick else 128))
-    z = jax.jit(lambda model, x: model.flow().forward(x))(model, x)
-    results = {"blocks": count(model, x), "whole": time_whole(model, z, turns=5 if arguments.quick else 30)}
+    results = {"blocks": count(model, x), "whole": time_whole(model, encode(model, x), turns=5 if arguments.quick else 30)}
     settings = {"data": run.config.data.name, "step": run.step, "num_examples": len(x)}
     settings |= {"tolerance": TOLERANCE, "inverse_atol": model.solver.atol}
     write(f"inverse_{name_of(run)}", arguments, settings, results)
