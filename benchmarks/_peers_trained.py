@@ -1,10 +1,9 @@
 """Trained flows beside normflows at equal accuracy: likelihoods, inverses of a block, and samples.
 
-Likelihoods: ours are those of `stated_accuracy.log_prob`, from levels to nats, pilot included. normflows' estimator has no
-bias: a power series of 20 terms, and a random number of further ones, divided by the probability that they are there. Its mean
-over ``n`` draws has the standard error ``sqrt(variance / n)``; the draws that the target takes are too many to run, so seconds
-are those of a draw times ``variance / target^2``. The measured variance is that of ordinary draws: the rare long ones, divided
-by probabilities that fall faster than the terms, would raise it.
+Likelihoods: normflows' estimator has no bias: a power series of 20 terms, and a random number of further ones, divided by the
+probability that they are there. Its mean over ``n`` draws has the standard error ``sqrt(variance / n)``; the draws that the
+target takes are too many to run, so seconds are those of a draw times ``variance / target^2``. The measured variance is that of
+ordinary draws: the rare long ones, divided by probabilities that fall faster than the terms, would raise it.
 
 Inverses: both sides run by their own rule, as they are and with the largest power of ten as tolerance that reaches the true
 error. Where normflows does not reach 1e-5 at any tolerance, both are asked for the least error that it reaches, and ours for

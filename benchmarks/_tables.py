@@ -4,14 +4,14 @@ Every data set is drawn anew for each seed, and is then the same for all models:
 
 "patches": 8 x 8 grey pixels from scikit-learn's two photographs. A photograph is cut into 70 tiles of 61 x 64 pixels; four
 fifths of the tiles train, a tenth validates, a tenth tests, and patches lie within a tile, so that no pixel is in two splits.
-Grey levels are whole numbers; each patch gets uniform noise of one level and is divided by 256, its mean is subtracted, and
-the last pixel, which the others determine, is left out: 63 dimensions (as BSDS300 in Papamakarios et al. 2017). Test patches
-are in the order of their places, as neighbours resemble each other and errors have to be taken over groups of them.
+Grey levels are whole numbers; each patch gets uniform noise of one level and is divided by 256, its mean is subtracted, and the
+last pixel, which the others determine, is left out: 63 dimensions (as BSDS300 in Papamakarios et al. 2017). Test patches are in
+the order of their places, as neighbours resemble each other and errors have to be taken over groups of them.
 
-"breast_cancer", "wine", "diabetes": the features of scikit-learn's tables, 70 % of the rows to train and 15 % each to
-validate and to test. Their numbers are rounded, some to a few values such as sex and age: each column gets uniform noise of
-the width of the grid that most of its values lie on, see `grid_width`. Column s5 of diabetes is the logarithm of a whole
-number; that number gets the noise.
+"breast_cancer", "wine", "diabetes": the features of scikit-learn's tables, 70 % of the rows to train and 15 % each to validate
+and to test. Their numbers are rounded, some to a few values such as sex and age: each column gets uniform noise of the width of
+the grid that most of its values lie on, see `grid_width`. Column s5 of diabetes is the logarithm of a whole number; that number
+gets the noise.
 
 "ridges": 6 dimensions with a known density, see `Ridges`.
 """
