@@ -5,22 +5,18 @@
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from iresnet_jax.bijections.reshape import flatten
 from iresnet_jax.bijections.transforms.dequantize import Grid, certain_levels
 from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.certification.inverse import InverseCertificate, inverse
-from iresnet_jax.certification.problem import check_certified
+from iresnet_jax.certification.prepared import Model, check, vectors_of
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Contexts, Density
-from iresnet_jax.models.reconstructor import Reconstructor
 
 
 class CertifiedInfo(NamedTuple):
@@ -66,7 +62,7 @@ class Decoded(NamedTuple):
 
 
 def decode(
-    model: Density | Classifier | Reconstructor,
+    model: Model,
     z: Float[Array, "b ..."] | Float[np.ndarray, "b ..."],
     *,
     context: Contexts | None = None,
@@ -89,14 +85,12 @@ def decode(
         >>> x, info = certify.decode(model, z)  # doctest: +SKIP
         >>> info.error_bound, info.certain.all(), info.certificate.applied  # doctest: +SKIP
     """
-    _check(model, z, context)
+    check(model, z, context)
     decoded = to_data(model, jnp.asarray(z), context=context)
     return decoded.data, certified(model, decoded, context=context)
 
 
-def to_data(
-    model: Density | Classifier | Reconstructor, z: Float[Array, "b ..."], *, context: Contexts | None = None
-) -> Decoded:
+def to_data(model: Model, z: Float[Array, "b ..."], *, context: Contexts | None = None) -> Decoded:
     """The model's own operations from latents to data, under ``jit`` too, with all that `certified` needs.
 
     Args:
@@ -104,30 +98,22 @@ def to_data(
         z: Latents, features or measurements, in their own shape or as vectors in the order of the flow's outputs.
         context: Contexts of a conditional density.
     """
+    z = vectors_of(model, z)
     if isinstance(model, Density):
         x, info = model.flow(context).inverse(z)
         u = model.continuous_of_input(x)
         return Decoded(z, x, u, model.round_to_data(u), info)
-    if isinstance(model, Classifier):
-        z = flatten(z)
-        x, info = model.flow().inverse(z)
-        images = model.spec.unpad(x)
-        return Decoded(z, x, images, images, info)
-    z = z if z.ndim == 2 else model.as_latents(z)
     x, info = model.flow().inverse(z)
-    return Decoded(z, x, x, x, info)
+    images = model.spec.unpad(x) if isinstance(model, Classifier) else x
+    return Decoded(z, x, images, images, info)
 
 
-def certified(
-    model: Density | Classifier | Reconstructor, decoded: Decoded, *, context: Contexts | None = None
-) -> CertifiedInfo:
+def certified(model: Model, decoded: Decoded, *, context: Contexts | None = None) -> CertifiedInfo:
     """What is guaranteed of decoded latents; on the host, outside of ``jit``.
 
     Raises:
         ValueError: For the reasons of `decode`.
     """
-    _check(model, decoded, context)
-    context = None if context is None else jnp.asarray(context)
     certificate = inverse(model, decoded.latents, decoded.flow_input, context=context)
     x, u, data = (np.asarray(part) for part in (decoded.flow_input, decoded.continuous, decoded.data))
     transform: Any = Identity()
@@ -149,12 +135,6 @@ def certified(
     bound = enclosure.distance_bound(u, certificate.error_bound)
     info = decoded.info
     return CertifiedInfo(info.num_evals, info.residual, bound, info.converged, certain, certificate)
-
-
-def _check(model: Density | Classifier | Reconstructor, *arrays: Any) -> None:
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model, arrays))):
-        raise ValueError("certificates are computed on the host, outside of jit, vmap and grad: call certify out there")
-    check_certified(model)
 
 
 def _pixels(num_levels: int, channels: int) -> Grid:
