@@ -38,7 +38,9 @@ if __name__ == "__main__":  # before the imports, which take seconds; `end_at_si
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop_at_once)
     if (package := find_spec("iresnet_jax")) and package.origin:  # by its path: importing it would import JAX first
-        runpy.run_path(os.path.join(os.path.dirname(package.origin), "training", "interpreter.py"))["prepare"]()
+        memory = runpy.run_path(os.path.join(os.path.dirname(package.origin), "runs", "allocator.py"))
+        memory["use_large_pages"]()
+        memory["collect_garbage_rarely"]()
 
 try:
     from absl import app, flags, logging
@@ -52,29 +54,29 @@ try:
     )
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: there is no package {error.name}: training needs pip install '.[train]'") from None
-from iresnet_jax.runs import cpu
-from iresnet_jax.runs.interruption import end_at_signals
+from iresnet_jax.runs import allocator, machine
+from iresnet_jax.runs.signals import end_at_signals
 
 
 def run(argv: list[str]) -> int:
     """Trains and reports, as the command line says."""
     given = parse_train_flags(argv, default_config=DEFAULT_CONFIG)
-    from iresnet_jax.runs import distributed
+    from iresnet_jax.runs import hosts
 
-    distributed.initialize(given.coordinator_address, given.num_processes, given.process_id)
-    if not distributed.is_shared():
-        cpu.use_all_cores(given.config)
+    hosts.initialize(given.coordinator_address, given.num_processes, given.process_id)
+    if not hosts.is_shared():
+        machine.use_all_cores(given.config)
     from iresnet_jax.report.report import write
-    from iresnet_jax.runs.compilation_cache import keep_compiled_programs
     from iresnet_jax.runs.loop import train
+    from iresnet_jax.runs.machine import keep_compiled_programs
     from iresnet_jax.runs.trained_run import load
 
     keep_compiled_programs()
-    with distributed.ending_together():
-        if not distributed.is_first():
+    with hosts.ending_together():
+        if not hosts.is_first():
             logging.set_verbosity(logging.WARNING)
         train(given.config, given.workdir)
-    if distributed.is_first():
+    if hosts.is_first():
         print(write(load(given.workdir)), f"report: {given.workdir / 'report.html'}", sep="\n")
     return 0
 
@@ -88,7 +90,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     end_at_signals(HINT)
-    cpu.keep_freed_memory()
-    cpu.compile_quickly()
+    allocator.keep_freed_memory()
+    machine.compile_quickly()
     # Flags of absl itself, such as --help, are read here; ours are left for `main`.
     app.run(main, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))

@@ -1,7 +1,6 @@
 """What benchmarks share: settings of a config file, a trained model on the command line, and its blocks one by one."""
 
 import argparse
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,14 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from iresnet_jax.bijections.actnorm import ActNormParams, actnorm_bijection
+from iresnet_jax.bijections.actnorm import actnorm_bijection
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.bijections.reshape import split_channels
-from iresnet_jax.bijections.residual import Branch
-from iresnet_jax.branches.branch import BranchSpec
-from iresnet_jax.models.architecture import FlowSpec, Stage
+from iresnet_jax.branches.branch import Branch
+from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.flow import Tree, known_branch
+from iresnet_jax.models.flow import Block as Blocks
+from iresnet_jax.models.flow import Weights
 from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.trained_run import Run
@@ -46,42 +45,35 @@ def flow_input(run: Run, num: int) -> Any:
 
 
 class Block(NamedTuple):
-    """A residual block and where test examples meet it. The spec is static under ``jit``, the weights are an argument.
+    """A residual block and where test examples meet it.
 
     Attributes:
         name: "stage0/block03".
-        spec: Architecture of the branch.
-        weights: ``{"actnorm", "branch", "lipschitz"}`` of this block.
+        branch: The branch.
         x: Input of the branch.
         y: Output of the block, ``x + g(x)``.
     """
 
     name: str
-    spec: BranchSpec
-    weights: Any
+    branch: Branch
     x: jax.Array
     y: jax.Array
 
 
-def blocks(flow: FlowSpec, weights: Tree, x: Any) -> Iterator[Block]:
+def blocks(flow: FlowSpec, weights: Weights, x: Any) -> Iterator[Block]:
     """Every residual block on the way of ``x`` through a flow."""
     for stage in flow.layout:
         x = chain(stage.entry).forward(jnp.asarray(x))
         for k in range(stage.spec.num_blocks):
             block = jax.tree.map(lambda w, k=k: jnp.asarray(w)[k], weights[stage.name])
-            inside, x = _through(stage, block, x)
-            yield Block(f"{stage.name}/block{k:02d}", stage.branch, block, inside, x)
+            inside, x = _through(block, x)
+            yield Block(f"{stage.name}/block{k:02d}", block.branch, inside, x)
         if stage.spec.factor_out:
             x, _ = split_channels(x)
 
 
-def branch_of(spec: BranchSpec, weights: Tree) -> Branch:
-    """The branch of a `Block` with all that has a closed form."""
-    return known_branch(spec, weights["branch"], weights["lipschitz"])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _through(stage: Stage, block: Tree, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+@jax.jit
+def _through(block: Blocks, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``x`` behind a block's ActNorm, and the output of the block."""
-    x = actnorm_bijection(ActNormParams(**block["actnorm"])).forward(x)
-    return x, x + branch_of(stage.branch, block).g(x)
+    x = actnorm_bijection(block.actnorm).forward(x)
+    return x, x + block.branch(x)

@@ -10,7 +10,6 @@ import numpy as np
 from _models import read_config
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.branches.branch import initial_weights
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
@@ -89,8 +88,8 @@ def write_arrays(model, x, z, path):
     x = np.asarray(x, np.float64)
     arrays = {"x": np.moveaxis(x, -1, 1) if x.ndim == 4 else x, "z": np.asarray(z, np.float32)}
     for stage, weights in model.weights.items():
-        arrays |= {f"{stage}/actnorm/{name}": value for name, value in weights["actnorm"].items()}
-        for layer, own in weights["branch"].items():
+        arrays |= {f"{stage}/actnorm/{name}": value for name, value in weights.actnorm._asdict().items()}
+        for layer, own in weights.branch.items():
             arrays |= {f"{stage}/branch/{layer}/{name}": value for name, value in own.items()}
     given: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
     np.savez(path, **given)
@@ -118,7 +117,7 @@ def random_block(kind, lipschitz):
     stage = StageSpec(1, hidden, kernel_sizes)
     spec = FlowSpec((16, 16, 12), (stage,), coeff=lipschitz ** (1 / len(kernel_sizes)))
     branch = spec.layout[0].branch
-    weights: Any = jax.tree.map(lambda leaf: 10 * leaf, initial_weights(branch, jax.random.key(0)))  # to be scaled down
+    weights: Any = jax.tree.map(lambda leaf: 10 * leaf, branch.initial_weights(jax.random.key(0)))  # to be scaled down
     if kind == "contracting":
         there = weights["conv0"]["kernel"]
         weights["conv1"]["kernel"] = -jnp.swapaxes(jnp.flip(there, (0, 1)), 2, 3)
@@ -127,4 +126,4 @@ def random_block(kind, lipschitz):
     blocks = jax.tree.map(lambda leaf: leaf[None], {**weights, "actnorm": scale})
     frozen = jax.jit(freeze, static_argnums=0)(spec, {"stage0": {"blocks": blocks}})
     prior = standard("gaussian", spec.num_dims)
-    return Density(DensitySpec(spec), frozen.weights, prior, frozen.bounds)
+    return Density(DensitySpec(spec), frozen, prior)

@@ -50,16 +50,16 @@ def prepare_ours(config=None):
     Args:
         config: Settings of the training; None for an evaluation by `python -m iresnet_jax`, on one device a core.
     """
-    from iresnet_jax.runs import cpu, interpreter
+    from iresnet_jax.runs import allocator, machine
     from iresnet_jax.runs.config import Config
 
-    interpreter.collect_garbage_rarely()
+    allocator.collect_garbage_rarely()
     if config is not None:
-        interpreter.use_large_pages()  # starts this process again, the first time
-        cpu.keep_freed_memory()
-        cpu.compile_quickly()
-    cpu.use_all_cores(config or Config())
-    from iresnet_jax.runs.compilation_cache import keep_compiled_programs
+        allocator.use_large_pages()  # starts this process again, the first time
+        allocator.keep_freed_memory()
+        machine.compile_quickly()
+    machine.use_all_cores(config or Config())
+    from iresnet_jax.runs.machine import keep_compiled_programs
 
     keep_compiled_programs()
 
@@ -78,8 +78,8 @@ class Ours(Steps):
         prepare_ours(settings)
         import jax
 
-        from iresnet_jax.runs import cpu, loop
-        from iresnet_jax.runs.backend import prepare_backend
+        from iresnet_jax.runs import allocator, loop
+        from iresnet_jax.runs.machine import prepare_backend
         from iresnet_jax.runs.planning import plan
         from iresnet_jax.training import parallel
 
@@ -92,7 +92,7 @@ class Ours(Steps):
         self._step = parallel.parallelize(self._of_device)
         batch = loop.abstract_batch(objective.examples, settings.training.batch_size)
         self._step.compile(self._state, jax.eval_shape(parallel.shard, batch))
-        cpu.return_freed_memory()
+        allocator.return_freed_memory()
         self._metrics = {}
         self._warm_up()
 

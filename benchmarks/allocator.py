@@ -2,7 +2,7 @@
 
     python benchmarks/allocator.py [--config configs/digits_density.py] [--quick]
 
-Two processes take training steps in turns, one of them with large pages and after `cpu.keep_freed_memory`, as train.py does.
+Two processes take training steps in turns, one of them as train.py does: with large pages, after `allocator.keep_freed_memory`.
 """
 
 import json
@@ -21,9 +21,9 @@ STEPS = 5  # training steps a turn
 
 def work(path, name):
     """Takes steps whenever a line comes in, and answers with the seconds of one."""
-    from iresnet_jax.runs import cpu
+    from iresnet_jax.runs import allocator
 
-    if name == OURS and not cpu.keep_freed_memory():
+    if name == OURS and not allocator.keep_freed_memory():
         raise RuntimeError("the C library of this system has no mallopt")
     import jax
     import numpy as np

@@ -79,7 +79,7 @@ def whole_model(width):
     begin = time.perf_counter()
     frozen = jax.block_until_ready(jax.jit(lambda params: freeze(flow, params))(params))
     seconds = time.perf_counter() - begin
-    largest = max(float(stage["lipschitz"].max()) for stage in frozen.weights.values())
+    largest = max(float(stage.branch.lipschitz_bound.max()) for stage in frozen.values())
     return {"parameters": num_parameters(params), "freeze_and_certify_s": seconds, "largest_block_bound": largest}
 
 

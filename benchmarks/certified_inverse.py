@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from _models import add_workdir, flow_input
 from _record import parser, table, write
+from iresnet_jax.certification.problem import Problem
+from iresnet_jax.certification.step_norms import newton_step
 
 from iresnet_jax import certify
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.certification import trajectory
-from iresnet_jax.certification.problem import Problem
-from iresnet_jax.certification.step_norms import newton_step
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import as_params, freeze
@@ -88,7 +88,7 @@ def random_weights(model, key):
     for stage in params.values():
         stage["blocks"]["actnorm"] = jax.tree.map(lambda a: 0.1 * a, stage["blocks"]["actnorm"])
     frozen = jax.jit(freeze, static_argnums=0)(spec, params)
-    return model.with_(spec=dataclasses.replace(model.spec, flow=spec), weights=frozen.weights, bounds=frozen.bounds)
+    return model.with_(spec=dataclasses.replace(model.spec, flow=spec), weights=frozen)
 
 
 def cases(run, num, *, quick):

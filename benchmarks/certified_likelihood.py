@@ -21,7 +21,6 @@ from _models import add_workdir
 from _record import parser, table, write
 
 from iresnet_jax import certify
-from iresnet_jax.branches.branch import initial_weights
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
@@ -52,7 +51,7 @@ def random_weights(model, key):
     for stage in params.values():
         stage["blocks"]["actnorm"] = jax.tree.map(lambda a: 0.1 * a, stage["blocks"]["actnorm"])
     frozen = jax.jit(freeze, static_argnums=0)(flow, params)
-    return model.with_(spec=dataclasses.replace(model.spec, flow=flow), weights=frozen.weights, bounds=frozen.bounds)
+    return model.with_(spec=dataclasses.replace(model.spec, flow=flow), weights=frozen)
 
 
 def small_model(model):
@@ -66,14 +65,14 @@ def small_model(model):
     for i, stage in enumerate(flow.layout):
         keys = jax.random.split(jax.random.key(i), stage.spec.num_blocks + 1)
         noise = 0.1 * jax.random.normal(keys[0], (2, stage.spec.num_blocks, stage.branch.in_shape[-1]))
-        blocks = jax.vmap(lambda key, stage=stage: initial_weights(stage.branch, key))(keys[1:])
+        blocks = jax.vmap(lambda key, stage=stage: stage.branch.initial_weights(key))(keys[1:])
         params[stage.name] = {"blocks": {**blocks, "actnorm": {"bias": noise[0], "log_scale": noise[1]}}}
     frozen = jax.jit(freeze, static_argnums=0)(flow, params)
     transform = dataclasses.replace(
         model.spec.transform, **({"shares": None} if hasattr(model.spec.transform, "shares") else {})
     )
     spec = DensitySpec(flow, model.spec.prior, transform, model.spec.num_levels)
-    return Density(spec, frozen.weights, priors.standard(spec.prior, flow.num_dims), frozen.bounds)
+    return Density(spec, frozen, priors.standard(spec.prior, flow.num_dims))
 
 
 def cases(run, num, num_long, num_decimal, *, quick):

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from _models import add_workdir, blocks, branch_of, flow_input
 from _record import describe, interleave, parser, summarize, table, write
-
 from iresnet_jax.branches.closed_form_jacobian import has_trace
+
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import unroll_by_default

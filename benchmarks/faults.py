@@ -10,7 +10,7 @@ Each fault hits process 0 or 1 of a run on a moon-shaped toy while it compiles, 
 
 A clean end is one within `END_S` seconds after which no process is left. Then the same command is given on both, and the final
 parameters must be those of a run without faults, to the last bit. Nothing is repaired by hand in between. Statuses are those of
-`iresnet_jax.runs.distributed`; "JAX" counts ends by JAX's own words, where process 0 and its coordinator are gone.
+`iresnet_jax.runs.hosts`; "JAX" counts ends by JAX's own words, where process 0 and its coordinator are gone.
 """
 
 import json
@@ -56,18 +56,18 @@ def work(coordinator, process, workdir):
     """Trains as one of two processes."""
     from absl import logging
 
-    from iresnet_jax.runs import distributed, interruption
+    from iresnet_jax.runs import hosts, signals
     from iresnet_jax.runs.command_line import explain_failures
     from iresnet_jax.runs.loop import train
 
     def run():
-        distributed.initialize(coordinator, 2, process)
+        hosts.initialize(coordinator, 2, process)
         logging.set_verbosity(logging.WARNING)
-        with distributed.ending_together():
+        with hosts.ending_together():
             train(config(), workdir)
         return 0
 
-    interruption.end_at_signals("the same command goes on from the last checkpoint")
+    signals.end_at_signals("the same command goes on from the last checkpoint")
     return explain_failures(run)
 
 

@@ -83,7 +83,7 @@ def count(model, x):
         weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), model.weights)
         for block in blocks(model.spec.flow, weights, np.asarray(x, np.float64)):
             needed = {method: evaluations(block, *how) for method, how in METHODS.items()}
-            row = {"block": block.name, "lipschitz_bound": float(block.weights["lipschitz"])}
+            row = {"block": block.name, "lipschitz_bound": float(block.weights.branch.lipschitz_bound)}
             for method, values in needed.items():
                 row |= {f"{method}_mean": float(values.mean()), f"{method}_max": int(values.max())}
             row["ratio"] = row["banach_mean"] / row["default_mean"]

@@ -26,11 +26,11 @@ from _variational import Spectra, by_scikit_image, minimize_total_variation, obj
 from iresnet_jax.data import load as load_data
 from iresnet_jax.evaluation import inverse_problem
 from iresnet_jax.models.reconstructor import Reconstructor
-from iresnet_jax.runs import cpu, trained_run
-from iresnet_jax.runs.compilation_cache import keep_compiled_programs
+from iresnet_jax.runs import machine, trained_run
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.from_config import build_measurement, reconstructor_spec
 from iresnet_jax.runs.loop import train
+from iresnet_jax.runs.machine import keep_compiled_programs
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
 
@@ -176,7 +176,7 @@ def main():
     options.add_argument("--trained", action="store_true", help="leave out every L that --workdir has not trained yet")
     options.add_argument("--workdir", type=Path, metavar="DIR", help="keeps the runs in folders of this one")
     arguments = options.parse_args()
-    cpu.compile_quickly()
+    machine.compile_quickly()
     keep_compiled_programs()
     steps = QUICK_STEPS if arguments.quick else arguments.steps
     num_validation, num_test = (32, 32) if arguments.quick else (NUM_VALIDATION, NUM_TEST)

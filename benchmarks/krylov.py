@@ -98,7 +98,7 @@ def main():
     }
     timings = interleave(timed, turns=5 if arguments.quick else 30)
     print(f"value and gradient of the first block: {describe(timings, 'series 8')}")
-    lipschitz = max(float(jnp.max(stage["lipschitz"])) for stage in model.weights.values())
+    lipschitz = max(float(jnp.max(stage.branch.lipschitz_bound)) for stage in model.weights.values())
     settings = {"data": name, "step": run.step, "num_examples": num, "lipschitz": lipschitz}
     results = {"biases": rows, "bound_of_reference": uncertain, "seconds": summarize(timings, "series 8")}
     write(f"krylov_{name}", arguments, settings, results)

@@ -34,7 +34,7 @@ def work(file, precision, batch):
     import jax
 
     from iresnet_jax.runs import loop
-    from iresnet_jax.runs.backend import prepare_backend
+    from iresnet_jax.runs.machine import prepare_backend
     from iresnet_jax.runs.planning import plan, profile
     from iresnet_jax.runs.planning.program_costs import flops
     from iresnet_jax.training import parallel

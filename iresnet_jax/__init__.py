@@ -13,9 +13,11 @@ from iresnet_jax import certification as certify
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import chain, repeat
 from iresnet_jax.bijections.multiscale import multiscale
-from iresnet_jax.bijections.residual import Branch, Solver, residual_bijection
+from iresnet_jax.bijections.residual import Solver, residual_bijection
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
+from iresnet_jax.branches.branch import Branch, BranchSpec, CallableBranch
+from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.maths.convolution import conv
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo, invert_residual
 from iresnet_jax.maths.logdet.estimator import LogdetInfo
@@ -27,12 +29,15 @@ from iresnet_jax.maths.norms.power_iteration import soft_normalize, spectral_nor
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import bijection, constrain, freeze
+from iresnet_jax.models.flow import Block, constrain, flow_bijection, freeze
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 
 __all__ = [
     "Bijection",
+    "Block",
     "Branch",
+    "BranchSpec",
+    "CallableBranch",
     "Center",
     "Classifier",
     "ClassifierSpec",
@@ -40,6 +45,7 @@ __all__ = [
     "DensitySpec",
     "Equalize",
     "ExactLogdet",
+    "FeedforwardSpec",
     "FixedPointInfo",
     "FlowSpec",
     "Identity",
@@ -52,13 +58,13 @@ __all__ = [
     "SeriesLogdet",
     "Solver",
     "StageSpec",
-    "bijection",
     "certify",
     "chain",
     "constrain",
     "conv",
     "dense_logdet",
     "fit",
+    "flow_bijection",
     "freeze",
     "invert_residual",
     "load",

@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from iresnet_jax.runs import cpu, interpreter
+from iresnet_jax.runs import allocator, machine
 from iresnet_jax.runs.command_line import DEFAULT_CONFIG, MISTAKE, explain_failures, parse_train_flags, quiet_backends
-from iresnet_jax.runs.interruption import end_at_signals
+from iresnet_jax.runs.signals import end_at_signals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -191,8 +191,8 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 def profile(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     """Where the time of a config's training step goes on this machine: a table, and a trace to look into."""
     config = parse_train_flags(["profile", *rest], default_config=DEFAULT_CONFIG).config
-    cpu.use_all_cores(config)
-    from iresnet_jax.runs.compilation_cache import keep_compiled_programs
+    machine.use_all_cores(config)
+    from iresnet_jax.runs.machine import keep_compiled_programs
     from iresnet_jax.runs.planning import profile as profiles
 
     keep_compiled_programs()
@@ -277,11 +277,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         from iresnet_jax.runs import trained_run  # slow to import: --help and mistakes are answered without it
-        from iresnet_jax.runs.compilation_cache import keep_compiled_programs
+        from iresnet_jax.runs.machine import keep_compiled_programs
 
         keep_compiled_programs()
         if arguments.run in SHARED:
-            cpu.use_all_cores(trained_run.read_config(arguments.workdir))
+            machine.use_all_cores(trained_run.read_config(arguments.workdir))
         run, data = trained_run.load(arguments.workdir), getattr(arguments, "data", None)
         return arguments.run(run.with_data(data) if data else run, arguments)
 
@@ -302,10 +302,10 @@ def _say(*results: object) -> None:
 if __name__ == "__main__":
     runs_steps = sys.argv[1:2] == ["profile"]  # as train.py runs them
     if runs_steps:
-        interpreter.use_large_pages()
-    interpreter.collect_garbage_rarely()
+        allocator.use_large_pages()
+    allocator.collect_garbage_rarely()
     end_at_signals("give the same command to start again")
     if runs_steps:
-        cpu.keep_freed_memory()
-        cpu.compile_quickly()
+        allocator.keep_freed_memory()
+        machine.compile_quickly()
     sys.exit(main())

@@ -28,12 +28,12 @@ from iresnet_jax.models.history import History
 from iresnet_jax.models.priors import PRIORS
 from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.runs import trained_run
-from iresnet_jax.runs.compilation_cache import keep_compiled_programs
 from iresnet_jax.runs.compiled_steps import Programs
 from iresnet_jax.runs.config import Config, parse
-from iresnet_jax.runs.interruption import Stopped
 from iresnet_jax.runs.loop import train
+from iresnet_jax.runs.machine import keep_compiled_programs
 from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.runs.signals import Stopped
 
 DEFAULT_MINUTES = 3.0
 FEW, FEW_STEPS = 2000, 1000  # vectors that make a small model, and its updates

@@ -50,7 +50,7 @@ def shared_compilations(tmp_path_factory):
 
     Only those that take long, as writing does, too. There is no limit: JAX would look at all files before it writes one.
     """
-    import runs  # late, or the process that hands out the tests would import it too
+    import tiny_runs as runs  # late, or the process that hands out the tests would import it too
 
     settings = {
         "jax_compilation_cache_dir": str(runs.shared(tmp_path_factory) / "compiled"),

@@ -12,12 +12,12 @@ import warnings
 from pathlib import Path
 
 import pytest
-from runs import ROOT
+from tiny_runs import ROOT
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
     [
-        "runs",
+        "tiny_runs",
         "tensorboardX",
         "iresnet_jax.runs.trained_run",
         "iresnet_jax.report.report",

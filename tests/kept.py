@@ -6,11 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import runs
+import tiny_runs as runs
 
 from iresnet_jax import data
 from iresnet_jax.bijections.transforms.logit import Logit
-from iresnet_jax.branches.branch import initial_weights
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
@@ -38,7 +37,7 @@ def random_params(flow, key):
     params = {}
     for stage, own in zip(flow.layout, jax.random.split(key, len(flow.layout)), strict=True):
         keys = jax.random.split(own, stage.spec.num_blocks + 1)
-        blocks = jax.vmap(lambda key, stage=stage: initial_weights(stage.branch, key))(keys[1:])
+        blocks = jax.vmap(lambda key, stage=stage: stage.branch.initial_weights(key))(keys[1:])
         noise = 0.1 * jax.random.normal(keys[0], (2, stage.spec.num_blocks, stage.branch.in_shape[-1]))
         params[stage.name] = {"blocks": {**blocks, "actnorm": {"bias": noise[0], "log_scale": noise[1]}}}
     return params
@@ -55,11 +54,9 @@ def model(spec):
         if isinstance(spec, ClassifierSpec):
             channels = spec.feature_shape[-1]
             statistics = {"head": {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}}
-            return Classifier(spec, frozen.weights, initial_head(keys[1], channels, CLASSES), statistics, frozen.bounds)
+            return Classifier(spec, frozen, initial_head(keys[1], channels, CLASSES), statistics)
         prior = priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes)
-        return Density(
-            spec, frozen.weights, {**prior, "mean": 0.3 * jax.random.normal(keys[1], prior["mean"].shape)}, frozen.bounds
-        )
+        return Density(spec, frozen, {**prior, "mean": 0.3 * jax.random.normal(keys[1], prior["mean"].shape)})
 
     return make(jax.random.key(0))
 

@@ -55,10 +55,10 @@ def forward(numbers: Numbers, spec: Any, weights: Any, x: Any) -> Any:
         x = _squeeze(x, stage.squeeze)
         x = x.ravel() if stage.kernel_sizes is None else x
         for k in range(stage.num_blocks):
-            x = x + numbers.of(own["actnorm"]["bias"][k])
-            x = x * numbers.exp(numbers.of(own["actnorm"]["log_scale"][k]))
+            x = x + numbers.of(own.actnorm.bias[k])
+            x = x * numbers.exp(numbers.of(own.actnorm.log_scale[k]))
             g = x
-            for j, layer in enumerate(own["branch"].values()):
+            for j, layer in enumerate(own.branch.values()):
                 if j or stage.preactivation:
                     beta = numbers.of(layer["beta"][k]) if "beta" in layer else None
                     g = _activation(numbers, stage.activation, g, beta)

@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import environment
+from tiny_runs import environment
 
 from iresnet_jax.atomic_files import locked, replacing
 

@@ -13,7 +13,6 @@ import kept
 import numpy as np
 import pytest
 
-from iresnet_jax.branches.branch import initial_weights
 from iresnet_jax.data.measurements import Measurement
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
@@ -150,7 +149,7 @@ def test_pytorch_flow_with_weights_of_ours_is_the_same_function(tmp_path):
     spec = FlowSpec((8, 8, 1), (convolutional, StageSpec(1, (5, 3), (3, 1, 3), "elu"), StageSpec(1, (7,), None, "lipswish")))
     rng, weights = np.random.default_rng(0), {}
     for stage in spec.layout:
-        branch = initial_weights(stage.branch, jax.random.key(0))
+        branch = stage.branch.initial_weights(jax.random.key(0))
         channels, blocks = stage.branch.in_shape[-1], stage.spec.num_blocks
         scale = {name: jnp.zeros(channels) for name in ("bias", "log_scale")}
         weights[stage.name] = jax.tree.map(

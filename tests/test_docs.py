@@ -15,8 +15,8 @@ from typing import NamedTuple
 import kept
 import numpy as np
 import pytest
-import runs
-from runs import ROOT
+import tiny_runs as runs
+from tiny_runs import ROOT
 
 from iresnet_jax.__main__ import make_parser
 from iresnet_jax.report.formatting import MINUS
@@ -328,7 +328,7 @@ def test_the_tables_of_inverse_problems_are_those_of_the_records():
     by_lipschitz = []
     for trained, file in (("inverse", "inverse_problem_digits.json"), ("operator", "forward_share1_digits.json")):
         for noise, found in read_json(folder / file)["results"].items():
-            errors = [f"{own['relative_error']:.3f}".replace("0.", ".") for own in found["lipschitz"].values()]
+            errors = [f"{own['relative_error']:.3f}".replace("0.", ".") for own in found.branch.lipschitz_bound.values()]
             by_lipschitz.append([f"{trained}, {100 * float(noise):g} %", *errors])
     assert rows[2 : 2 + len(expected)] == expected
     assert rows[2 + len(expected) + 2 :] == by_lipschitz
@@ -340,8 +340,8 @@ def read_json(path):
 
 def inverse_problem_row(name, noise, found):
     """The cells of the network that is best on validation beside the other methods, as the page has them."""
-    best = found["best"]["lipschitz"]
-    own = found["lipschitz"][str(best)]
+    best = found["best"].branch.lipschitz_bound
+    own = found.branch.lipschitz_bound[str(best)]
     errors = [found["tikhonov"], found["total_variation"], own, found["vanilla"]]
     written = [f"{one['relative_error']:.3f} ± {one['stderr']:.3f}".replace("0.", ".") for one in errors]
     amplified = [f"{one['largest_amplification']:.1f}" for one in (own, found["vanilla"])]

@@ -12,7 +12,7 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.evaluation import samples
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.saved import FILE_NAME
-from iresnet_jax.runs import cpu, run_folder
+from iresnet_jax.runs import machine, run_folder
 from iresnet_jax.runs import trained_run as run
 
 PNG = b"\x89PNG"
@@ -195,7 +195,7 @@ def test_report_of_a_model_alone_says_what_it_has(copied, capsys):
 
 def test_commands_that_share_examples_use_all_cores_before_the_model_is_loaded(copied, capsys, monkeypatch):
     calls, load = [], run.load
-    monkeypatch.setattr(cpu, "use_all_cores", lambda config: calls.append(config.data.name))
+    monkeypatch.setattr(machine, "use_all_cores", lambda config: calls.append(config.data.name))
     monkeypatch.setattr(run, "load", lambda folder: calls.append("load") or load(folder))
     said(capsys, "sample", copied["points"], "--num", "1", "--certify", "0")
     said(capsys, "certify", copied["points"])

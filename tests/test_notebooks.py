@@ -5,7 +5,7 @@ import re
 
 import matplotlib as mpl
 import pytest
-from runs import ROOT
+from tiny_runs import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHORTER = {  # what makes a notebook long, and what the test runs instead

@@ -1,11 +1,10 @@
 """The residual block ``y = x + g(x)`` with ``Lip(g) < 1`` (Behrmann et al. 2019).
 
-A branch is a callable with what is known about it; parameters live in its closure. Log-determinants belong to the direction in
-the function's name.
+A branch is a callable that knows more about itself, see `iresnet_jax.branches.branch`. Log-determinants belong to the direction
+in the function's name.
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,33 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.bijection import Bijection
-from iresnet_jax.maths.inverse.fixed_point import Diagonal, FixedPointInfo, invert_residual
-from iresnet_jax.maths.logdet.estimator import Jacobian, Logdet, LogdetEstimator, LogdetInfo, Trace
+from iresnet_jax.branches.branch import AnyBranch
+from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo, invert_residual
+from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.jacobian_products import linearize
 
 LOG_DETERMINANT = "log_determinant"  # name of its operations in programs
-
-
-class Branch(NamedTuple):
-    """A residual branch and what is known about it.
-
-    Attributes:
-        g: ``x -> g(x)``, acting on each example of a batch alone.
-        lipschitz_bound: Upper bound of ``Lip(g)``. The inverse and the truncation bound rely on it.
-        trace: ``x -> tr J_g(x)`` in closed form, if there is one.
-        jacobian: ``x -> J_g(x) (b, d, d)`` in closed form, if there is one.
-        logdet: ``x -> log det(I + J_g(x)) (b,)`` exactly, if there is a way that is shorter than ``d`` products with ``J_g``.
-        at_zero: ``() -> g(0)`` as a batch of one, if it is the same for all examples. The inverse starts from ``y - g(0)``.
-        diagonal: Diagonal of ``J_g``, if it has a closed form.
-    """
-
-    g: Callable[[Array], Array]
-    lipschitz_bound: float | Float[Array, ""]
-    trace: Trace | None = None
-    jacobian: Jacobian | None = None
-    logdet: Logdet | None = None
-    at_zero: Callable[[], Array] | None = None
-    diagonal: Diagonal | None = None
 
 
 class Solver(NamedTuple):
@@ -62,16 +40,16 @@ class Solver(NamedTuple):
     diagonal: bool = True
 
 
-def forward(branch: Branch, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+def forward(branch: AnyBranch, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
     """``y = x + g(x)``."""
-    return x + branch.g(x)
+    return x + branch(x)
 
 
 def forward_and_logdet(
-    branch: Branch, x: Float[Array, "b ..."], key: Key[Array, "..."], estimator: LogdetEstimator
+    branch: AnyBranch, x: Float[Array, "b ..."], key: Key[Array, "..."], estimator: LogdetEstimator
 ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo]:
     """``y = x + g(x)`` and ``log det(I + J_g(x))``; one key, or one an example."""
-    at = linearize(branch.g, x)
+    at = linearize(branch, x)
     logdet, info = _logdet(at, branch, x, key, estimator)
     return x + at.value, logdet, info
 
@@ -83,7 +61,7 @@ def _logdet(at, branch, x, key, estimator):
 
 
 def inverse(
-    branch: Branch, y: Float[Array, "b ..."], solver: Solver = Solver()
+    branch: AnyBranch, y: Float[Array, "b ..."], solver: Solver = Solver()
 ) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
     """``x`` with ``y = x + g(x)``, see `fixed_point.invert_residual`; in float64 if the solver refines.
 
@@ -101,25 +79,25 @@ def inverse(
         diagonal=diagonal,
     )
     if not solver.refine:
-        return solve(branch.g, y, start=start, atol=solver.atol)
+        return solve(branch, y, start=start, atol=solver.atol)
     if jnp.result_type(float) != jnp.float64:
         raise ValueError("refine works in float64: call it under `with jax.enable_x64(True):`")
     y32, start32 = y.astype(jnp.float32), start.astype(jnp.float32)
-    coarse, coarse_info = solve(lambda x: branch.g(x).astype(jnp.float32), y32, start=start32, atol=max(solver.atol, 1e-6))
-    x, info = solve(branch.g, y.astype(jnp.float64), start=coarse, atol=solver.atol)
+    coarse, coarse_info = solve(lambda x: branch(x).astype(jnp.float32), y32, start=start32, atol=max(solver.atol, 1e-6))
+    x, info = solve(branch, y.astype(jnp.float64), start=coarse, atol=solver.atol)
     return x, info._replace(num_evals=info.num_evals + coarse_info.num_evals)
 
 
 def inverse_and_logdet(
-    branch: Branch, y: Float[Array, "b ..."], key: Key[Array, "..."], estimator: LogdetEstimator, solver: Solver = Solver()
+    branch: AnyBranch, y: Float[Array, "b ..."], key: Key[Array, "..."], estimator: LogdetEstimator, solver: Solver = Solver()
 ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo, FixedPointInfo]:
     """``x = F^-1(y)`` and ``log|det dx/dy| = -log det(I + J_g(x))``, evaluated at the preimage ``x``."""
     x, solver_info = inverse(branch, y, solver)
-    logdet, info = _logdet(branch.g, branch, x, key, estimator)
+    logdet, info = _logdet(branch, branch, x, key, estimator)
     return x, -logdet, info, solver_info
 
 
-def residual_bijection(branch: Branch, estimator: LogdetEstimator, solver: Solver = Solver()) -> Bijection:
+def residual_bijection(branch: AnyBranch, estimator: LogdetEstimator, solver: Solver = Solver()) -> Bijection:
     """``y = x + g(x)`` as a bijection, ``Lip(F^-1) <= 1/(1 - Lip(g))``."""
     return Bijection(
         forward=lambda x: forward(branch, x),

@@ -1,221 +1,280 @@
-"""Residual branches: ``g = W_n phi ... W_2 phi W_1 (phi)`` on explicit weights (Behrmann et al. 2019, sec. 2).
+"""A residual branch as a value: ``g(x; context)`` with its weights, and what is known about it.
 
-A branch is described by a `BranchSpec`; its weights are a plain dictionary, one entry a layer:
-``{"conv0": {"kernel", "bias", "beta"}, "conv1": ...}`` ("dense0" ... for vectors). ``beta`` belongs to the activation in front
-of its layer and exists for activations that have one. Weights run as they are: `constraint` makes of any the ones whose layers
-satisfy it.
-
-A conditional branch ``g(x; context)`` shifts the output of every layer by a linear map of the context, which has no constraint:
-``g`` is a contraction in ``x`` for every context, and any function of the context.
+A kind of branch is a `BranchSpec`: an architecture without weights, in one file of this folder. From weights it makes a
+`Branch`, which estimators, solvers and certificates take without asking what kind it is. A kind of one's own needs
+`BranchSpec.initial_weights`, `BranchSpec.apply` and `BranchSpec.lipschitz_bound`, and one line in `kinds`.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths import activations
-from iresnet_jax.maths import platforms as target
-from iresnet_jax.maths.convolution import Padding, choose_implementation, conv
-from iresnet_jax.maths.norms.power_iteration import LinearMap
+from iresnet_jax.maths.inverse.fixed_point import Diagonal
+from iresnet_jax.maths.logdet.estimator import Jacobian, Logdet, Trace
 
-Weights = Mapping[str, Mapping[str, Array]]
+if TYPE_CHECKING:
+    from iresnet_jax.branches.layers import LayerSpec
+
+Weights = Mapping[str, Any]
+Norms = Mapping[str, Float[Array, "..."]]  # operator norms, by layer
+BUDGETS = ("layer", "block")
 
 
-class LayerSpec(NamedTuple):
-    """One linear layer of a branch.
+class CallableBranch(NamedTuple):
+    """A branch that is any function, and what is known about it.
 
     Attributes:
-        name: Key among the branch's weights.
-        kernel_shape: ``(kh, kw, cin, cout)`` of a convolution, ``(cin, cout)`` of a dense layer.
-        in_shape: Shape of one input, without the batch.
-        activated: Whether the activation is applied to the layer's input.
+        g: ``x -> g(x)``, acting on each example of a batch alone.
+        lipschitz_bound: Upper bound of ``Lip(g)``. The inverse and the truncation bound rely on it.
+        trace: ``x -> tr J_g(x)`` in closed form, if there is one.
+        jacobian: ``x -> J_g(x) (b, d, d)`` in closed form, if there is one.
+        logdet: ``x -> log det(I + J_g(x)) (b,)`` exactly, if there is a way that is shorter than ``d`` products with ``J_g``.
+        at_zero: ``() -> g(0)`` as a batch of one, if it is the same for all examples. The inverse starts from ``y - g(0)``.
+        diagonal: Diagonal of ``J_g``, if it has a closed form.
     """
 
-    name: str
-    kernel_shape: tuple[int, ...]
-    in_shape: tuple[int, ...]
-    activated: bool
+    g: Callable[[Array], Array]
+    lipschitz_bound: float | Float[Array, ""]
+    trace: Trace | None = None
+    jacobian: Jacobian | None = None
+    logdet: Logdet | None = None
+    at_zero: Callable[[], Array] | None = None
+    diagonal: Diagonal | None = None
+
+    def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        """``g(x)``."""
+        return self.g(x)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weights", "lipschitz_bound", "norms", "gain", "context"],
+    meta_fields=["spec", "word", "bfloat16"],
+)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity, as functions are
+class Branch:
+    """A residual branch with its weights: a pytree, which scans and ``vmap`` run over when arrays are stacked over blocks.
+
+    Attributes:
+        spec: The architecture.
+        weights: Weights of the branch, as `spec` takes them.
+        lipschitz_bound: Upper bound of ``Lip(g)``.
+        word: Whose word the bound is: "certified" for a guaranteed bound of these very weights, "estimated" for power
+            iteration, "user" for what a kind says of itself, "none" for weights without a constraint.
+        norms: Guaranteed operator norms of the layers, if they were computed.
+        gain: Factor on ``g``, by which a kind that scales its output is brought into the budget; None is 1.
+        context: Contexts that the branch depends on, one an example, see `given`.
+        bfloat16: Whether ``g`` computes in bfloat16. What is known in closed form is that of the weights as they are.
+    """
+
+    spec: "BranchSpec"
+    weights: Weights = field(repr=False)
+    lipschitz_bound: Any
+    word: str = "estimated"
+    norms: Norms | None = field(default=None, repr=False)
+    gain: Any = None
+    context: Any = None
+    bfloat16: bool = False
+
+    def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        """``g(x)``, or ``g(x; context)`` if contexts are bound.
+
+        Raises:
+            ValueError: If the contexts are not what the branch takes.
+        """
+        check_context(self.spec.context_dim, len(x), self.context)
+        return self._scaled(self.spec.apply(self.weights, x, self.context, bfloat16=self.bfloat16))
+
+    def given(self, context: Float[Array, "b k"] | None) -> "Branch":
+        """The branch with these contexts bound, one for each example of the batches it will see."""
+        return dataclasses.replace(self, context=context)
+
+    def in_bfloat16(self) -> "Branch":
+        """The branch whose ``g`` computes in bfloat16."""
+        return dataclasses.replace(self, bfloat16=True)
+
+    @property
+    def trace(self) -> Trace | None:
+        """``x -> tr J_g(x)`` in closed form, if there is one."""
+        return self._known("trace")
+
+    @property
+    def jacobian(self) -> Jacobian | None:
+        """``x -> J_g(x) (b, d, d)`` in closed form, if there is one."""
+        return self._known("jacobian")
+
+    @property
+    def logdet(self) -> Logdet | None:
+        """``x -> log det(I + J_g(x))`` exactly, if there is a way that is shorter than ``d`` products with ``J_g``."""
+        return self._known("logdet")
+
+    @property
+    def at_zero(self) -> Callable[[], Array] | None:
+        """``() -> g(0)`` as a batch of one; None with contexts, on which it depends."""
+        if self.context is not None:
+            return None
+        dtype = jnp.result_type(*jax.tree.leaves(self.weights))
+        return lambda: self._scaled(self.spec.apply(self.weights, jnp.zeros((1, *self.spec.in_shape), dtype), None))
+
+    @property
+    def diagonal(self) -> Diagonal | None:
+        """Diagonal of ``J_g``, if it has a closed form that an inverse gains from."""
+        at = self._known("diagonal")
+        return None if at is None else Diagonal(at, self._scaled(self.spec.largest_diagonal(self.weights)))
+
+    def _known(self, name: str) -> Callable[[Array], Array] | None:
+        if name not in self.spec.knows or (name == "logdet" and self.gain is not None):
+            return None
+        closed_form = getattr(self.spec, name)
+        return lambda x: self._scaled(closed_form(self.weights, x, self.context))
+
+    def _scaled(self, value: Array) -> Array:
+        return value if self.gain is None else jnp.asarray(self.gain, value.dtype) * value
+
+
+AnyBranch = Branch | CallableBranch
+
+
+class Constrained(NamedTuple):
+    """A branch within its budget.
+
+    Attributes:
+        branch: The branch, whose Lipschitz constant is within the budget as far as its norms are right.
+        iterates: Power iterates to go on from, in the form they were given; empty if none were used.
+        norms: Operator norm of every layer before it was scaled: estimated, or bounded from above.
+    """
+
+    branch: Branch
+    iterates: Weights
+    norms: Norms
 
 
 @dataclass(frozen=True)
 class BranchSpec:
-    """The architecture of a residual branch.
+    """The architecture of a residual branch: what makes a `Branch` of weights. Kinds of branches inherit from this.
+
+    A kind has to have `of_stage`, `initial_weights`, `apply` and `lipschitz_bound`. The methods here bring any such branch into
+    a budget by a factor on its output. A kind that knows its layers scales them instead, as `feedforward` does.
 
     Attributes:
-        in_shape: Shape of one example, ``(h, w, c)`` for convolutions, ``(d,)`` for dense layers.
-        hidden: Widths of the hidden layers; the output has the width of the input.
-        kernel_sizes: Taps of every convolution, one more than hidden widths (3, 1, 3 in the paper); None for dense layers.
-        activation: A name in `activations.ACTIVATIONS`.
-        preactivation: Whether the branch begins with the activation, as all but a network's first do in the paper.
-        padding: Padding of the convolutions, "SAME" (zeros) or "CIRCULAR".
-        positional_bias: Whether a convolution has a bias for every pixel instead of one a channel. A bias does not enter the
-            Lipschitz constant, and tells a small network where in the image it is.
+        in_shape: Shape of one example, ``(h, w, c)`` or ``(d,)``.
         context_dim: Length of the context vector of an example; 0 for none.
     """
 
     in_shape: tuple[int, ...]
-    hidden: tuple[int, ...]
-    kernel_sizes: tuple[int, ...] | None = None
-    activation: str = "elu"
-    preactivation: bool = False
-    padding: Padding = "SAME"
-    positional_bias: bool = False
-    context_dim: int = 0
+    context_dim: int = field(default=0, kw_only=True)
 
-    def __post_init__(self):
-        activations.get(self.activation)
-        if self.context_dim < 0:
-            raise ValueError(f"context_dim must not be negative, got {self.context_dim}; 0 is no context")
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden must name at least one positive width, got {self.hidden}")
-        if self.kernel_sizes is None:
-            if len(self.in_shape) != 1:
-                raise ValueError(f"a dense branch takes vectors, got examples of shape {self.in_shape}: flatten them first")
-            return
-        if len(self.in_shape) != 3:
-            raise ValueError(f"a convolutional branch takes images (h, w, c), got examples of shape {self.in_shape}")
-        if len(self.kernel_sizes) != len(self.hidden) + 1:
-            raise ValueError(
-                f"kernel_sizes needs {len(self.hidden) + 1} entries, one a layer, for hidden={self.hidden}; "
-                f"got {self.kernel_sizes}"
-            )
-        if self.padding not in ("SAME", "CIRCULAR"):
-            raise ValueError(f"a residual branch keeps the image size: padding must be SAME or CIRCULAR, got {self.padding!r}")
+    @classmethod
+    def of_stage(cls, stage: Any, in_shape: tuple[int, ...], context_dim: int) -> "BranchSpec":
+        """The branch that a `StageSpec` describes, for examples of this shape."""
+        del stage
+        return cls(in_shape, context_dim=context_dim)
+
+    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharp: bool = False) -> Weights:
+        """Random weights, a dictionary; ``last_scale`` is a factor on ``g``, ``sharp`` asks for sharper activations."""
+        raise NotImplementedError
+
+    def apply(
+        self, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None, *, bfloat16: bool = False
+    ) -> Float[Array, "b ..."]:
+        """``g(x; context)`` of weights as they are."""
+        raise NotImplementedError
+
+    def lipschitz_bound(self, weights: Weights) -> Float[Array, ""]:
+        """Upper bound of ``Lip(g)`` of weights as they are, for every context."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------- the budget
+
+    def initial_iterates(self, key: Array) -> Weights:
+        """Random starts of power iterations; empty for a kind that iterates nothing."""
+        del key
+        return {}
+
+    def singular_vectors(self, weights: Weights, iterates: Weights, *, num_steps: int | None, rtol: float = 1e-3) -> Weights:
+        """What norms are measured along, by power iteration without a gradient; ``num_steps`` None iterates to ``rtol``."""
+        del weights, num_steps, rtol
+        return iterates
+
+    def constrained(self, weights: Weights, vectors: Weights, *, coeff: float, budget: str) -> Constrained:
+        """The branch brought into the budget by norms along `singular_vectors`.
+
+        Args:
+            weights: Unconstrained weights, as an optimizer holds them.
+            vectors: From `singular_vectors`.
+            coeff: Largest norm of a layer (budget "layer") or of the whole branch ("block"), in (0, 1).
+            budget: "layer" or "block".
+        """
+        return self.certified(weights, self.norm_bounds(weights), coeff=coeff, budget=budget)._replace(iterates=vectors)
+
+    def norm_bounds(self, weights: Weights, **settings: Any) -> Norms:
+        """Guaranteed upper bound of every layer's operator norm; of a branch without layers that of ``g``, called "branch"."""
+        del settings
+        return {"branch": self.lipschitz_bound(weights)}
+
+    def certified(self, weights: Weights, bounds: Norms, *, coeff: float, budget: str) -> Constrained:
+        """The branch brought into the budget by `norm_bounds`. Arguments are those of `constrained`."""
+        del budget
+        check_coeff(coeff)
+        bound = bounds["branch"]
+        gain = jnp.minimum(coeff / jnp.maximum(bound, jnp.finfo(bound.dtype).tiny), 1)
+        lipschitz = lax.stop_gradient(jnp.minimum(bound, coeff))
+        return Constrained(Branch(self, weights, lipschitz, "user", gain=gain), {}, bounds)
+
+    def with_bounds(self, weights: Weights, bounds: Norms, *, coeff: float) -> Branch:
+        """The branch of weights that are in the budget already, for guaranteed bounds of these very weights."""
+        return self.certified(weights, bounds, coeff=coeff, budget="block").branch
+
+    # ------------------------------------------------------------------------------------------ what it knows more
 
     @property
-    def layers(self) -> tuple[LayerSpec, ...]:
-        """The linear layers from input to output."""
-        factor = activations.get(self.activation).channel_factor
-        *space, channels = self.in_shape
-        widths = (*self.hidden, channels)
-        layers, cin = [], channels
-        for i, cout in enumerate(widths):
-            activated = self.preactivation or i > 0
-            cin_of_layer = cin * factor if activated else cin
-            if self.kernel_sizes is None:
-                layers.append(LayerSpec(f"dense{i}", (cin_of_layer, cout), (cin_of_layer,), activated))
-            else:
-                k = self.kernel_sizes[i]
-                layers.append(LayerSpec(f"conv{i}", (k, k, cin_of_layer, cout), (*space, cin_of_layer), activated))
-            cin = cout
-        return tuple(layers)
+    def knows(self) -> frozenset[str]:
+        """Names of the methods that exist and pay: "trace", "jacobian", "logdet", "diagonal", of ``(weights, x, context)``."""
+        return frozenset()
+
+    def largest_diagonal(self, weights: Weights) -> Float[Array, ""]:
+        """The largest absolute value that an entry of the Jacobian's diagonal can have."""
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> "tuple[LayerSpec, ...]":
+        """The linear layers of a branch that is a chain of them and of activations, which is what certificates can follow.
+
+        Such a kind is `LayerSpec.apply` of one layer after the other. The weights of a layer stand under its name, and so does
+        its guaranteed norm in `Branch.norms`.
+        """
+        return ()
+
+    @property
+    def product_operations(self) -> float:
+        """Operations of one product with the Jacobian of one example."""
+        return 2.0 * math.prod(self.in_shape) ** 2
+
+    @property
+    def logdet_cost(self) -> float:
+        """Operations of the exact log-determinant of one example, in products with its Jacobian."""
+        num_dims = math.prod(self.in_shape)
+        return num_dims + 2 / 3 * num_dims**3 / self.product_operations
 
 
-def linear_map(layer: LayerSpec, padding: Padding = "SAME", *, single: bool = False) -> LinearMap:
-    """``(kernel, x) -> W x`` of a layer, without its bias.
-
-    Args:
-        layer: The layer.
-        padding: Padding of a convolution.
-        single: For one example without a batch axis, in a form that stays fast under ``vmap`` over kernels.
-    """
-    if len(layer.kernel_shape) == 2:
-        return lambda kernel, x: x @ kernel
-    if not single:
-        return lambda kernel, x: conv(x, kernel, padding=padding)
-    thin_in = layer.kernel_shape[2] <= layer.kernel_shape[3]
-    implementation = choose_implementation(layer.kernel_shape)
-    if implementation == "xla":  # vmap would make it a grouped convolution
-        implementation = "patches" if thin_in else "taps"
-    return lambda kernel, x: conv(x[None], kernel, padding=padding, implementation=implementation)[0]
+def check_coeff(coeff: float) -> None:
+    """Raises ``ValueError`` unless ``coeff`` is in (0, 1)."""
+    if not 0 < coeff < 1:
+        raise ValueError(f"coeff must lie in (0, 1), got {coeff}: the inverse only exists for a contraction")
 
 
-def apply_branch(
-    spec: BranchSpec,
-    weights: Weights,
-    x: Float[Array, "b ..."],
-    context: Float[Array, "b k"] | None = None,
-    *,
-    before_layer: Callable[[str, Array], Array] | None = None,
-    bfloat16: bool = False,
-) -> Float[Array, "b ..."]:
-    """``g(x)`` or ``g(x; context)`` for weights as they are; constrained if they are (see `constraint`).
-
-    Args:
-        spec: The architecture.
-        weights: Weights of every layer.
-        x: Inputs.
-        context: One an example, if the branch is conditional.
-        before_layer: ``(layer, input) -> input``, applied in front of a layer and its activation: where an ordinary residual
-            network has its BatchNorm.
-        bfloat16: Whether the linear maps take and give bfloat16, see `apply_layer`.
-
-    Raises:
-        ValueError: If the context is not what the branch takes.
-    """
-    check_context(spec.context_dim, len(x), context)
-    h = x
-    for layer in spec.layers:
-        h = h if before_layer is None else before_layer(layer.name, h)
-        h = apply_layer(spec, layer, weights[layer.name], h, context, bfloat16=bfloat16)
-    return h
-
-
-def at_zero(spec: BranchSpec, weights: Weights) -> Float[Array, "1 ..."]:
-    """``g(0)`` of a branch without context: what it adds to every input, as a batch of one example."""
-    return apply_branch(spec, weights, jnp.zeros((1, *spec.in_shape), jnp.result_type(*jax.tree.leaves(weights))))
-
-
-def apply_layer(
-    spec: BranchSpec,
-    layer: LayerSpec,
-    parameters: Mapping[str, Array],
-    h: Array,
-    context: Array | None,
-    *,
-    bfloat16: bool = False,
-) -> Array:
-    """One layer with the activation in front of it, if it has one.
-
-    With ``bfloat16`` the convolution or product takes its kernel and input rounded to bfloat16 and gives bfloat16; sums in it,
-    biases and activations keep the dtype of ``h``.
-    """
-    apply = linear_map(layer, spec.padding)
-    apply = _in_bfloat16(apply) if bfloat16 else apply
-    h = apply(parameters["kernel"], activate(spec, layer, parameters, h))
-    h = _add_bias(h, parameters["bias"], apart=target.is_slow_in_place())
-    if context is not None:
-        h = h + (context @ parameters["context"]).reshape(len(h), *(1,) * (h.ndim - 2), -1)
-    return h
-
-
-@functools.partial(jax.jit, static_argnames="apart", inline=True)
-def _add_bias(h: Float[Array, "b *space c"], bias: Float[Array, "*pixels c"], *, apart: bool) -> Float[Array, "b *space c"]:
-    """``h + bias``; ``apart`` makes it an array of another rank, which XLA does not write over ``h``: `is_slow_in_place`."""
-    if apart:
-        channels = h.shape[-1]
-        return (h.reshape(len(h), math.prod(h.shape[1:-1]), channels) + bias.reshape(1, -1, channels)).reshape(h.shape)
-    return h + bias.reshape((1,) * (h.ndim - bias.ndim) + bias.shape)
-
-
-def _in_bfloat16(apply: LinearMap) -> LinearMap:
-    """The linear map on rounded kernels and inputs, with rounded results.
-
-    CPUs have no products of bfloat16, and XLA leaves out conversions there and back: numbers that are rounded and stay in
-    float32 give the same results and no less speed.
-    """
-
-    def rounded(x: Array) -> Array:
-        if target.platform() == "cpu":
-            return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        return x.astype(jnp.bfloat16)
-
-    return lambda kernel, x: rounded(apply(rounded(kernel), rounded(x))).astype(x.dtype)
-
-
-def activate(spec: BranchSpec, layer: LayerSpec, parameters: Mapping[str, Array], h: Array) -> Array:
-    """The activation in front of a layer, if it has one."""
-    activation = activations.get(spec.activation)
-    if not layer.activated:
-        return h
-    return activation.apply(h, parameters["beta"]) if activation.has_beta else activation.apply(h)
+def check_budget(budget: str) -> None:
+    """Raises ``ValueError`` unless the budget is one of `BUDGETS`."""
+    if budget not in BUDGETS:
+        raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
 
 
 def check_context(context_dim: int, batch_size: int, context: Float[Array, "..."] | None) -> None:
@@ -225,37 +284,3 @@ def check_context(context_dim: int, batch_size: int, context: Float[Array, "..."
     if context_dim and (context is None or context.shape != (batch_size, context_dim)):
         found = "none" if context is None else f"shape {context.shape} for a batch of {batch_size}"
         raise ValueError(f"the model takes a context of shape (batch, {context_dim}), got {found}")
-
-
-def initial_weights(spec: BranchSpec, key: Array, *, last_scale: float = 1.0, sharp: bool = False) -> Weights:
-    r"""Random kernels with variance ``1 / fan_in``, zero biases.
-
-    Args:
-        spec: The architecture.
-        key: Source of randomness.
-        last_scale: Factor on the last layer; small values start the block near the identity.
-        sharp: Whether activations are as much sharper as the constraint makes their inputs smaller. A random layer from ``n``
-            to ``m`` units has the norm ``1 + sqrt(m / n)`` times the size of an output (Marchenko and Pastur 1967); divided by
-            it, its outputs are so small that an activation of constant sharpness is nearly linear on them.
-    """
-    activation = activations.get(spec.activation)
-    weights: dict[str, dict[str, Array]] = {}
-    for i, (layer, layer_key) in enumerate(zip(spec.layers, jax.random.split(key, len(spec.layers)), strict=True)):
-        *fan_in, cout = layer.kernel_shape
-        scale = (last_scale if i == len(spec.layers) - 1 else 1.0) / math.sqrt(math.prod(fan_in))
-        weights[layer.name] = {
-            "kernel": scale * jax.random.normal(layer_key, layer.kernel_shape),
-            "bias": jnp.zeros((*layer.in_shape[:-1], cout) if spec.positional_bias else (cout,)),
-        }
-        if layer.activated and activation.initial_beta is not None:
-            beta = activation.initial_beta
-            if sharp and i > 0:
-                *before, width = spec.layers[i - 1].kernel_shape
-                sharpness = math.log1p(math.exp(beta)) * (1 + math.sqrt(width / math.prod(before)))
-                beta = math.log(math.expm1(sharpness))  # of which the activation takes the softplus
-            weights[layer.name]["beta"] = jnp.full((), beta, jnp.result_type(float))
-        if spec.context_dim:
-            key_context = jax.random.fold_in(layer_key, 1)
-            scale /= math.sqrt(spec.context_dim / math.prod(fan_in))  # variance 1 / context_dim
-            weights[layer.name]["context"] = scale * jax.random.normal(key_context, (spec.context_dim, cout))
-    return weights

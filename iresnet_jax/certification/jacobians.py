@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from iresnet_jax.bijections.reshape import flatten
-from iresnet_jax.certification._layers import LayerSpec, layers_of
+from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.certification.trajectory import Layer, PreciseStage, entries_of
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.chains.margin_bounds import Step
@@ -74,7 +74,7 @@ class Place(NamedTuple):
 def places_of(spec: FlowSpec) -> list[Place]:
     """The places of all stages."""
     active = entries_of(spec).active
-    return [Place(layers_of(stage.branch), stage.branch.in_shape, own) for stage, own in zip(spec.layout, active, strict=True)]
+    return [Place(stage.branch.layers, stage.branch.in_shape, own) for stage, own in zip(spec.layout, active, strict=True)]
 
 
 def push(

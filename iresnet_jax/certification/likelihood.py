@@ -31,7 +31,6 @@ from jaxtyping import Array, Float, Key
 from iresnet_jax.bijections.reshape import flatten
 from iresnet_jax.bijections.transforms.dequantize import enclose_volume
 from iresnet_jax.certification import enclosed_priors
-from iresnet_jax.certification._layers import layers_of
 from iresnet_jax.certification.jacobians import Steps, places_of, step_jacobians
 from iresnet_jax.certification.passes import FlowSlopes, forward_correction
 from iresnet_jax.certification.prepared import MOST_DIMS, PreparedFlow, in_parts, prepared
@@ -198,7 +197,7 @@ def _factors(spec: FlowSpec, steps: Sequence[Steps], slopes: FlowSlopes) -> tupl
 
 def _check_smooth(model: Density | Classifier) -> None:
     """Raises ``ValueError`` where the slope of an activation jumps."""
-    names = {layer.activation for stage in model.spec.flow.layout for layer in layers_of(stage.branch)}
+    names = {layer.activation for stage in model.spec.flow.layout for layer in stage.branch.layers}
     for name in names - {None}:
         if activations.get(name).slope_lipschitz is None:
             raise ValueError(

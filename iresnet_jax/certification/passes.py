@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.reshape import flatten
-from iresnet_jax.certification._layers import LayerSpec
+from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.certification.jacobians import Steps, over_copies, places_of, pull, push
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.enclosures.upward_rounding import UP, frobenius_bound, gamma

@@ -15,9 +15,10 @@ from iresnet_jax.certification.jacobians import StepConstants, Steps, constants_
 from iresnet_jax.certification.trajectory import Entries, PreciseStage, entries_of, in_float64, precise_stages
 from iresnet_jax.maths.chains.margin_bounds import Step
 from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.certificate import require_bounds
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Contexts, Density
-from iresnet_jax.models.flow import Tree
+from iresnet_jax.models.flow import Weights
 from iresnet_jax.models.reconstructor import Reconstructor
 
 Model = Density | Classifier | Reconstructor
@@ -41,7 +42,7 @@ class PreparedFlow:
     """
 
     spec: FlowSpec
-    weights: Tree
+    weights: Weights
     stages: tuple[PreciseStage, ...]
     steps: tuple[Steps, ...]
     margin_steps: tuple[Step, ...]
@@ -50,10 +51,8 @@ class PreparedFlow:
     @classmethod
     def of(cls, model: Model) -> "PreparedFlow":
         """The flow of a model with certified bounds; under ``enable_x64``."""
-        spec, bounds = model.spec.flow, model.bounds
-        assert bounds is not None
-        weights = in_float64(model.weights)
-        stages = precise_stages(spec, weights, bounds)
+        spec, weights = model.spec.flow, in_float64(model.weights)
+        stages = precise_stages(spec, weights)
         return cls(spec, weights, stages, tuple(map(Steps.of, stages)), *constants_of(stages))
 
     @property
@@ -96,9 +95,15 @@ def check(model: Model, *given: Any, most_dims: int | None = None, contraction: 
         raise ValueError("certificates are computed on the host, outside of jit, vmap and grad: call certify out there")
     if isinstance(model, Classifier):
         model.require_bijection()
-    if model.bounds is None:
-        raise ValueError("the weights are not certified: call freeze() first")
-    if contraction and not all(np.all(np.asarray(stage["lipschitz"]) < 1) for stage in model.weights.values()):
+    require_bounds(model.weights)
+    for stage in model.spec.flow.layout:
+        branch = model.weights[stage.name].branch
+        if not branch.spec.layers or branch.norms is None or branch.gain is not None:
+            raise ValueError(
+                f"{stage.name} has branches of kind {stage.spec.kind!r}, which certificates cannot follow: they take chains of "
+                "layers and activations; certificate() has the bounds on that kind's word"
+            )
+    if contraction and not all(np.all(np.asarray(block.branch.lipschitz_bound) < 1) for block in model.weights.values()):
         raise ValueError("a block is not certified to be a contraction, so the inverse may not be unique: see certificate()")
     if most_dims is not None and model.spec.flow.num_dims > most_dims:
         raise ValueError(f"dense Jacobians are computed up to {most_dims} dimensions, got {model.spec.flow.num_dims}")

@@ -18,18 +18,17 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from iresnet_jax.bijections import residual
-from iresnet_jax.bijections.actnorm import ActNormParams, forward_and_logdet, inverse_and_logdet
+from iresnet_jax.bijections.actnorm import forward_and_logdet, inverse_and_logdet
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.bijections.reshape import flatten, split_channels
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.branches.branch import apply_branch
-from iresnet_jax.certification._layers import LayerSpec, layers_of
+from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.maths.enclosures import precise_activations
 from iresnet_jax.maths.enclosures.double_double import UNIT, DoubleDouble, exp
 from iresnet_jax.maths.enclosures.split_products import Sliced, product
 from iresnet_jax.maths.enclosures.upward_rounding import UP
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import Norms, Tree, known_branch
+from iresnet_jax.models.flow import Weights
 
 
 class Entries(NamedTuple):
@@ -65,19 +64,19 @@ def entries_of(spec: FlowSpec) -> Entries:
 
 @functools.partial(jax.jit, static_argnums=0)
 def follow(
-    spec: FlowSpec, weights: Tree, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None
+    spec: FlowSpec, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None
 ) -> Float[Array, "b t d"]:
     """Every point of the trajectory that starts at ``x``, the last one included."""
 
-    def step(stage, u, block):
-        u, _ = forward_and_logdet(ActNormParams(**block["actnorm"]), u)
-        return u + apply_branch(stage.branch, block["branch"], u, context)
+    def step(u, block):
+        u, _ = forward_and_logdet(block.actnorm, u)
+        return u + block.branch.given(context)(u)
 
     vector, points = flatten(x), []
     for stage, active in zip(spec.layout, entries_of(spec).active, strict=True):
 
         def move(vector, block, stage=stage, active=active):
-            u = step(stage, vector[:, active].reshape(-1, *stage.branch.in_shape), block)
+            u = step(vector[:, active].reshape(-1, *stage.branch.in_shape), block)
             return vector.at[:, active].set(flatten(u)), vector
 
         vector, found = lax.scan(move, vector, weights[stage.name])
@@ -87,7 +86,7 @@ def follow(
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def go_back(
-    spec: FlowSpec, weights: Tree, y: Float[Array, "b d"], context: Float[Array, "b k"] | None, solver: Solver
+    spec: FlowSpec, weights: Weights, y: Float[Array, "b d"], context: Float[Array, "b k"] | None, solver: Solver
 ) -> Float[Array, "b t d"]:
     """Every point of the trajectory that ends at the latents ``y``, by the iterative inverse of every block."""
     entries = entries_of(spec)
@@ -96,9 +95,8 @@ def go_back(
     for stage, active in reversed(list(zip(spec.layout, entries.active, strict=True))):
 
         def move(vector, block, stage=stage, active=active):
-            branch = known_branch(stage.branch, block["branch"], block["lipschitz"], context)
-            u, _ = residual.inverse(branch, vector[:, active].reshape(-1, *stage.branch.in_shape), solver)
-            u, _ = inverse_and_logdet(ActNormParams(**block["actnorm"]), u)
+            u, _ = residual.inverse(block.branch.given(context), vector[:, active].reshape(-1, *stage.branch.in_shape), solver)
+            u, _ = inverse_and_logdet(block.actnorm, u)
             vector = vector.at[:, active].set(flatten(u))
             return vector, vector
 
@@ -189,31 +187,28 @@ def in_float64(tree: Any) -> Any:
     return jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), tree)
 
 
-def precise_stages(spec: FlowSpec, weights: Tree, bounds: Norms) -> tuple[PreciseStage, ...]:
+def precise_stages(spec: FlowSpec, weights: Weights) -> tuple[PreciseStage, ...]:
     """The steps of a flow in double-double.
 
     Args:
         spec: Architecture of the flow.
-        weights: Weights of its stages.
-        bounds: Guaranteed bounds of its layers' norms.
+        weights: Weights of its stages, with guaranteed norms of their layers.
     """
     stages = []
     for stage, active in zip(spec.layout, entries_of(spec).active, strict=True):
         own = jax.tree.map(lambda a: np.asarray(a, np.float64), weights[stage.name])
-        bias, log_scale = own["actnorm"]["bias"], own["actnorm"]["log_scale"]
+        log_scale, branch = own.actnorm.log_scale, own.branch
         by_channel = (len(log_scale), *(1,) * len(stage.branch.in_shape), -1)
-        layers = tuple(
-            _layer(layer, own["branch"][layer.name], bounds[stage.name][layer.name]) for layer in layers_of(stage.branch)
-        )
+        layers = tuple(_layer(layer, branch.weights[layer.name], branch.norms[layer.name]) for layer in branch.spec.layers)
         stages.append(
             PreciseStage(
-                in_shape=stage.branch.in_shape,
+                in_shape=branch.spec.in_shape,
                 active=active,
-                bias=DoubleDouble.of(bias.reshape(by_channel)),
+                bias=DoubleDouble.of(own.actnorm.bias.reshape(by_channel)),
                 log_scale=log_scale,
                 scale=exp(DoubleDouble.of(log_scale.reshape(by_channel))),
                 layers=layers,
-                lipschitz=own["lipschitz"],
+                lipschitz=branch.lipschitz_bound,
             )
         )
     return tuple(stages)

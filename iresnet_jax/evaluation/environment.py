@@ -9,8 +9,8 @@ from pathlib import Path
 
 import jax
 
-from iresnet_jax.runs.backend import device_summary
-from iresnet_jax.runs.cpu import num_cores
+from iresnet_jax.runs.allocator import num_cores
+from iresnet_jax.runs.machine import device_summary
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,14 @@ batches.
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Num
 
-from iresnet_jax.branches import structured_logdet
-from iresnet_jax.branches.branch import BranchSpec
+from iresnet_jax.branches.branch import Branch
 from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.evaluation import probes
 from iresnet_jax.evaluation.probes import PROBES_AT_ONCE, Block, Sums, rms
@@ -28,7 +27,7 @@ from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo, draw
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.krylov import nested_quadratic_forms
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.flow import branch_inputs, known_branch
+from iresnet_jax.models.flow import branch_inputs
 from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
 
@@ -147,8 +146,8 @@ class _Evaluation:
         """What the plan has to know, from a few examples."""
         blocks = []
         for stage, _ in self._blocks:
-            product = structured_logdet.operations_of_product(stage.branch)
-            blocks.append(Block(stage.name, product, structured_logdet.cost(stage.branch) * product))
+            product = stage.branch.product_operations
+            blocks.append(Block(stage.name, product, stage.branch.logdet_cost * product))
         numbers = np.arange(min(PILOT_EXAMPLES, len(self._examples)))
         asked, prepared = [b for b, block in enumerate(blocks) if block.exact > CHEAP * block.product], None
         for sizes in PILOT_SIZES:
@@ -198,16 +197,15 @@ class _Evaluation:
 
     def _of_block(self, b, sizes, num_probes, prepared, size, noise_draw, draw):
         stage, k = self._blocks[b]
-        weights = jax.tree.map(lambda w: w[k], self._model.weights[stage.name])
-        task = _Task(stage.branch, sizes, num_probes, weights["branch"], weights["lipschitz"])
+        task = _Task(jax.tree.map(lambda w: w[k], self._model.weights[stage.name].branch), sizes, num_probes)
         inputs, contexts, numbers = prepared["inputs"][stage.name], prepared.get("context"), prepared["numbers"]
 
         def batch_of(places):
             keys = _probe_keys(self._key, numbers[places], noise_draw, b, draw)
             return inputs[places, k], None if contexts is None else contexts[places], keys
 
-        num_devices, has_logdet = None, structured_logdet.has_logdet(stage.branch)
-        if not sizes and not (has_logdet and stage.branch.kernel_sizes):  # LAPACK, see `likelihood.evaluate_examples`
+        num_devices, has_logdet = None, "logdet" in stage.branch.knows
+        if not sizes and not (has_logdet and len(stage.branch.in_shape) == 3):  # LAPACK, see `likelihood.evaluate_examples`
             num_devices = 1 if parallel.num_processes() == 1 and jax.default_backend() == "cpu" else None
             if not has_logdet:
                 fits, multiple = max(FULL_ENTRIES // math.prod(stage.branch.in_shape) ** 2, 1), parallel.all_devices()
@@ -228,18 +226,14 @@ class _NoLogdet(LogdetEstimator):
         return zeros, LogdetInfo(zeros, zeros)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["weights", "lipschitz"], meta_fields=["spec", "sizes", "num_probes"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["branch"], meta_fields=["sizes", "num_probes"])
 @dataclass(frozen=True)
 class _Task:
     """A block to evaluate: exactly if there are no sizes of Krylov subspaces."""
 
-    spec: BranchSpec
+    branch: Branch
     sizes: tuple[int, ...]
     num_probes: int
-    weights: Any
-    lipschitz: Any
 
 
 def _prepare_batch(model, batch):
@@ -253,12 +247,12 @@ def _prepare_batch(model, batch):
 
 def _evaluate_block(task, batch):
     x, context, keys = batch
-    branch = known_branch(task.spec, task.weights, task.lipschitz, context)
+    branch = task.branch.given(context)
     if not task.sizes:
-        return {"values": ExactLogdet()(branch.g, x, jacobian=branch.jacobian, logdet=branch.logdet)[0]}
+        return {"values": ExactLogdet()(branch, x, jacobian=branch.jacobian, logdet=branch.logdet)[0]}
     probes = draw_probes(keys, x, task.num_probes)
     values, bounds = nested_quadratic_forms(
-        branch.g, x, probes, task.sizes, lipschitz_bound=branch.lipschitz_bound, trace=branch.trace
+        branch, x, probes, task.sizes, lipschitz_bound=branch.lipschitz_bound, trace=branch.trace
     )
     return {"values": jnp.moveaxis(values, 2, 0), "bounds": jnp.moveaxis(bounds, 1, 0)}
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.bijection import Bijection
-from iresnet_jax.branches import constraint
-from iresnet_jax.branches.branch import BranchSpec
+from iresnet_jax.branches import kinds
+from iresnet_jax.branches.branch import BranchSpec, check_budget, check_coeff
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,10 @@ class StageSpec:
     Attributes:
         num_blocks: Number of blocks, each an ActNorm and a residual branch.
         hidden, kernel_sizes, activation, preactivation, padding, positional_bias: Architecture of the branches, see
-            `BranchSpec`; without ``kernel_sizes`` branches are dense and take flattened arrays.
+            `FeedforwardSpec`; without ``kernel_sizes`` branches are dense and take flattened arrays.
         squeeze: Space-to-depth factor in front of the blocks; 1 for none.
         factor_out: Whether half of the channels leave as latents behind the blocks.
+        kind: Kind of the branches, a name in `kinds.KINDS`.
     """
 
     num_blocks: int
@@ -32,8 +33,10 @@ class StageSpec:
     factor_out: bool = False
     padding: str = "SAME"
     positional_bias: bool = False
+    kind: str = "feedforward"
 
     def __post_init__(self):
+        kinds.get(self.kind)
         for name, values in (("hidden", self.hidden), ("kernel_sizes", self.kernel_sizes or ())):
             if not all(value > 0 for value in values):
                 raise ValueError(f"{name} must be positive numbers, got {values}")
@@ -89,9 +92,8 @@ class FlowSpec:
     context_dim: int = 0
 
     def __post_init__(self):
-        constraint.check_coeff(self.coeff)
-        if self.budget not in constraint.BUDGETS:
-            raise ValueError(f"budget must be one of {', '.join(constraint.BUDGETS)}, got {self.budget!r}")
+        check_coeff(self.coeff)
+        check_budget(self.budget)
         if not self.stages:
             raise ValueError("a flow needs at least one stage, got none")
         self.layout  # noqa: B018 (checks every shape)
@@ -115,16 +117,7 @@ class FlowSpec:
             shape = _squeezed(shape, stage.squeeze, i)
             if stage.kernel_sizes is None:
                 shape = (math.prod(shape),)
-            branch = BranchSpec(
-                in_shape=shape,
-                hidden=tuple(stage.hidden),
-                kernel_sizes=None if stage.kernel_sizes is None else tuple(stage.kernel_sizes),
-                activation=stage.activation,
-                preactivation=stage.preactivation,
-                padding=stage.padding,
-                positional_bias=stage.positional_bias,
-                context_dim=self.context_dim,
-            )
+            branch = kinds.get(stage.kind).of_stage(stage, shape, self.context_dim)
             placed.append(Stage(f"stage{i}", stage, in_shape, branch))
             if stage.factor_out:
                 if shape[-1] % 2:

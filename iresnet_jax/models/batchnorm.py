@@ -6,14 +6,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.chain import chain
-from iresnet_jax.branches.branch import BranchSpec, apply_branch
+from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.flow import Tree
 from iresnet_jax.models.head import batch_norm, batch_statistics
 
 
 def batchnorm_blocks(
-    branch: BranchSpec,
+    branch: FeedforwardSpec,
     blocks: Tree,
     x: Float[Array, "b ..."],
     *,
@@ -43,7 +43,7 @@ def batchnorm_blocks(
             used[layer] = batch_statistics(h, axis_name=axis_name) if given is None else given[layer]
             return batch_norm(norms[layer], used[layer], h)
 
-        return x + apply_branch(branch, weights, x, before_layer=normalize), used
+        return x + branch.apply(weights, x, before_layer=normalize), used
 
     weights = {name: layer for name, layer in blocks.items() if name != "batchnorm"}
     return lax.scan(step, x, ((blocks["batchnorm"], weights), statistics), unroll=unroll)

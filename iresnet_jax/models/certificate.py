@@ -6,18 +6,17 @@ products. The bounds concern the stored weights in exact arithmetic, or what bfl
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jaxtyping import Array
 
-from iresnet_jax.branches import constraint
-from iresnet_jax.branches.branch import BranchSpec
+from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import Norms, Tree, as_params, bilipschitz, certify, rounded_to_bfloat16
+from iresnet_jax.models.flow import Norms, Weights, as_params, bilipschitz, rounded_to_bfloat16, with_bounds
 
 RTOL = 1e-3  # relative tolerance of the estimated norms
 
@@ -29,9 +28,10 @@ class Constant:
     Attributes:
         name: "conv0" of a layer, "stage0/block03" of a block.
         target: Largest constant that the constraint allows; None without one.
-        estimate: Norm by power iteration, or the product of the layers'; from below.
-        bound: Guaranteed upper bound.
+        estimate: Norm by power iteration, or the product of the layers', from below; NaN of a branch without layers.
+        bound: Upper bound, guaranteed as far as ``word`` says.
         layers: Constants of a block's layers; none of a layer.
+        word: Whose word the bound is, see `Branch`: "certified", or "user" for a bound that a kind of branch says of itself.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Constant:
     estimate: float
     bound: float
     layers: tuple["Constant", ...] = ()
+    word: str = "certified"
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,13 @@ class Certificate:
             return f"NOT CERTIFIED: {found}{self._rounding}"
         return (
             f"certified: every one of {len(self.blocks)} blocks is a contraction, Lip(g) <= {self.max_block:.5f}; whole model: "
-            f"Lip(F) <= {self.forward:.3g}, Lip(F^-1) <= {self.inverse:.3g}{self._rounding}"
+            f"Lip(F) <= {self.forward:.3g}, Lip(F^-1) <= {self.inverse:.3g}{self._words}{self._rounding}"
         )
+
+    @property
+    def _words(self) -> str:
+        claimed = [block.name for block in self.blocks if block.word == "user"]
+        return f"; on the user's word for {len(claimed)} blocks, the first is {claimed[0]}" if claimed else ""
 
     @property
     def _rounding(self) -> str:
@@ -103,7 +109,8 @@ class Certificate:
         lines = [f"{'':{width}}   target  estimate  certified bound"]
         for name, row in rows:
             limit = "" if row.target is None else f"{row.target:.4f}"
-            lines.append(f"{name:{width}}  {limit:>7}  {row.estimate:8.5f}  {row.bound:15.5f}")
+            word = "" if row.word == "certified" else f"  {row.word}'s word"
+            lines.append(f"{name:{width}}  {limit:>7}  {row.estimate:8.5f}  {row.bound:15.5f}{word}")
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -111,20 +118,13 @@ class Certificate:
 
 
 def certificate_of(
-    spec: FlowSpec,
-    weights: Tree,
-    bounds: Norms | None,
-    preprocessing: BiLipschitz,
-    *,
-    constrained: bool = True,
-    bfloat16: bool = False,
+    spec: FlowSpec, weights: Weights, preprocessing: BiLipschitz, *, constrained: bool = True, bfloat16: bool = False
 ) -> Certificate:
     """The certificate of a flow's weights.
 
     Args:
         spec: Architecture of the flow.
-        weights: Frozen or certified weights, see `flow.freeze` and `flow.certify`.
-        bounds: Guaranteed bounds of their layers' norms.
+        weights: Weights with guaranteed bounds, see `flow.freeze` and `flow.with_bounds`.
         preprocessing: Constants of the map in front of the flow.
         constrained: Whether the weights are meant to satisfy ``spec.coeff``.
         bfloat16: Whether kernels are rounded to bfloat16 when the model runs; it is those that are certified then.
@@ -132,44 +132,54 @@ def certificate_of(
     Raises:
         ValueError: If the weights have no bounds.
     """
-    if bounds is None:
-        raise ValueError("these weights are not certified: call freeze() first")
-    of_layers_by_stage = bounds
+    require_bounds(weights)
     if bfloat16:
-        weights, of_layers_by_stage = _certify(spec, as_params(rounded_to_bfloat16(weights)))
+        weights = _with_bounds(spec, as_params(rounded_to_bfloat16(weights)))
     per_layer = spec.coeff if constrained and spec.budget == "layer" else None
     per_block = spec.coeff if constrained else None
     blocks = []
     estimates_of, flow = _estimates_and_bounds(spec, weights)
     for stage in spec.layout:
-        own = weights[stage.name]
-        of_layers = {name: np.asarray(values, np.float64) for name, values in of_layers_by_stage[stage.name].items()}
-        estimates = {name: np.asarray(values, np.float64) for name, values in estimates_of[stage.name].items()}
+        branch = weights[stage.name].branch
+        of_layers, estimates, bounds = jax.device_get((branch.norms or {}, estimates_of[stage.name], branch.lipschitz_bound))
         for k in range(stage.spec.num_blocks):
             layers = tuple(
                 Constant(layer.name, per_layer, float(estimates[layer.name][k]), float(of_layers[layer.name][k]))
                 for layer in stage.branch.layers
             )
-            target = per_layer ** len(layers) if per_layer else per_block
-            estimate = math.prod(layer.estimate for layer in layers)
-            blocks.append(Constant(f"{stage.name}/block{k:02d}", target, estimate, float(own["lipschitz"][k]), layers))
+            target = per_layer ** len(layers) if per_layer and layers else per_block
+            estimate = math.prod(layer.estimate for layer in layers) if layers else math.nan
+            name = f"{stage.name}/block{k:02d}"
+            blocks.append(Constant(name, target, estimate, float(bounds[k]), layers, branch.word))
     whole = preprocessing.compose(flow)
     coeff, budget = (spec.coeff, spec.budget) if constrained else (None, None)
     return Certificate(coeff, budget, tuple(blocks), float(whole.forward), float(whole.inverse), bfloat16)
 
 
-_certify = jax.jit(certify, static_argnums=0)
+def require_bounds(weights: Weights) -> None:
+    """Raises ``ValueError`` unless every branch has a bound that is guaranteed, by certificate or by its kind's word."""
+    if not all(block.branch.word in ("certified", "user") for block in weights.values()):
+        raise ValueError("these weights are not certified: call freeze() first")
+
+
+_with_bounds = jax.jit(with_bounds, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _estimates_and_bounds(spec: FlowSpec, weights: Tree) -> tuple[Norms, BiLipschitz]:
+def _estimates_and_bounds(spec: FlowSpec, weights: Weights) -> tuple[Norms, BiLipschitz]:
     """Norms of all layers by power iteration to a tolerance, and the bounds of the whole flow, compiled as one program."""
-    estimates = {stage.name: _estimates(stage.branch, weights[stage.name]["branch"]) for stage in spec.layout}
-    return estimates, bilipschitz(spec, weights)
+    return {name: _estimates(block.branch) for name, block in weights.items()}, bilipschitz(spec, weights)
 
 
-def _estimates(branch: BranchSpec, weights: Any) -> dict[str, Any]:
+def _estimates(branch: Branch) -> Mapping[str, Array]:
     """Norms of the layers of a stage's blocks, one a block."""
-    starts = constraint.initial_vectors(branch, jax.random.key(0))
-    of_block = lambda w: constraint.normalize(branch, w, starts, coeff=0.5, rtol=RTOL).norms  # noqa: E731
-    return jax.lax.map(of_block, jax.tree.map(jnp.asarray, weights))
+    spec = branch.spec
+    if not spec.layers:
+        return {}
+    starts = spec.initial_iterates(jax.random.key(0))
+
+    def of_block(weights):
+        vectors = spec.singular_vectors(weights, starts, num_steps=None, rtol=RTOL)
+        return spec.constrained(weights, vectors, coeff=0.5, budget="layer").norms
+
+    return jax.lax.map(of_block, jax.tree.map(jnp.asarray, branch.weights))

@@ -30,7 +30,7 @@ from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.batchnorm import batchnorm_features
 from iresnet_jax.models.certificate import Certificate, certificate_of
-from iresnet_jax.models.flow import Tree, as_params, bijection, freeze
+from iresnet_jax.models.flow import Tree, Weights, as_params, flow_bijection, freeze
 from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, linear, pool
 from iresnet_jax.models.history import History
 
@@ -92,7 +92,7 @@ class ClassifierSpec:
 
     @property
     def is_bijective(self) -> bool:
-        """Whether the network is a `flow.bijection`, with an inverse to try at least."""
+        """Whether the network is a `flow_bijection`, with an inverse to try at least."""
         return self.normalization == "actnorm"
 
     def pad(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
@@ -126,7 +126,7 @@ class Reconstruction(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weights", "head", "statistics", "bounds"],
+    data_fields=["weights", "head", "statistics"],
     meta_fields=["spec", "solver", "unroll", "rematerialize", "bfloat16", "history"],
 )
 @dataclass(frozen=True)
@@ -140,20 +140,18 @@ class Classifier:
         weights: Weights of the flow, as `flow.freeze`, `flow.constrain` or `flow.unconstrained` give them.
         head: Parameters of the head, see `head.apply_head`.
         statistics: Running averages of BatchNorm: of the "head", and of every stage with BatchNorm.
-        bounds: Guaranteed upper bounds of all layers' operator norms, by stage and layer, one a block; None in training.
         solver: Inverse of the blocks.
         unroll: Whether blocks are written out instead of scanned.
         rematerialize: What the backward pass computes anew, see `iresnet_jax.bijections.chain.repeat`; not with BatchNorm in
             the branches.
-        bfloat16: Whether branches compute in bfloat16 on the way to features, see `flow.bijection`; not with BatchNorm either.
+        bfloat16: Whether branches compute in bfloat16 on the way to features, see `flow_bijection`; not with BatchNorm either.
         history: What the training of a fitted model saw.
     """
 
     spec: ClassifierSpec
-    weights: Tree = field(repr=False)
+    weights: Weights | Tree = field(repr=False)
     head: Tree = field(repr=False)
     statistics: Tree = field(repr=False)
-    bounds: Tree | None = field(default=None, repr=False)
     solver: Solver = Solver()
     unroll: bool = False
     rematerialize: Rematerialize = "nothing"
@@ -197,7 +195,6 @@ class Classifier:
         return certificate_of(
             self.spec.flow,
             self.weights,
-            self.bounds,
             self.spec.bilipschitz(),
             constrained=self.spec.constrained,
             bfloat16=self.bfloat16,
@@ -207,8 +204,7 @@ class Classifier:
         """The same model with every block certified to be within the budget of ``spec.flow.coeff``, see `flow.freeze`."""
         if not self.spec.constrained:
             raise ValueError("this network has no Lipschitz constraint: there is nothing to freeze it to")
-        frozen = freeze(self.spec.flow, as_params(self.weights))
-        return self.with_(weights=frozen.weights, bounds=frozen.bounds)
+        return self.with_(weights=freeze(self.spec.flow, as_params(self.weights)))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the model to one file, which `iresnet_jax.load` reads."""
@@ -232,7 +228,7 @@ class Classifier:
     def flow(self) -> Bijection:
         """The invertible network alone, from its input to features as vectors."""
         self.require_bijection()
-        return bijection(
+        return flow_bijection(
             self.spec.flow,
             self.weights,
             solver=self.solver,

@@ -39,7 +39,7 @@ from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import Certificate, certificate_of
-from iresnet_jax.models.flow import Tree, as_params, bijection, freeze
+from iresnet_jax.models.flow import Tree, Weights, as_params, flow_bijection, freeze
 from iresnet_jax.models.history import History
 
 Transform = Identity | Center | Logit | Equalize | Standardize | Whiten
@@ -137,7 +137,7 @@ class DensitySpec:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weights", "prior", "bounds", "estimator"],
+    data_fields=["weights", "prior", "estimator"],
     meta_fields=["spec", "solver", "unroll", "rematerialize", "bfloat16", "history"],
 )
 @dataclass(frozen=True)
@@ -151,19 +151,17 @@ class Density:
         spec: All that defines the model but its weights.
         weights: Constrained weights of the flow, as `flow.freeze` or `flow.constrain` give them.
         prior: Parameters of the prior.
-        bounds: Guaranteed upper bounds of all layers' operator norms, by stage and layer, one a block; None in training.
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
         unroll: Whether blocks are written out instead of scanned.
         rematerialize: What the backward pass computes anew, see `iresnet_jax.bijections.chain.repeat`.
-        bfloat16: Whether branches compute in bfloat16 on the way from data to latents, see `flow.bijection`.
+        bfloat16: Whether branches compute in bfloat16 on the way from data to latents, see `flow_bijection`.
         history: What the training of a fitted model saw.
     """
 
     spec: DensitySpec
-    weights: Tree = field(repr=False)
+    weights: Weights = field(repr=False)
     prior: Tree = field(repr=False)
-    bounds: Tree | None = field(default=None, repr=False)
     estimator: LogdetEstimator = field(default_factory=ExactLogdet)
     solver: Solver = Solver()
     unroll: bool = False
@@ -324,12 +322,11 @@ class Density:
     def certificate(self) -> Certificate:
         """Norms of all layers and Lipschitz constants of all blocks and of the whole model, estimated and guaranteed."""
         preprocessing = self.spec.transform.bilipschitz()
-        return certificate_of(self.spec.flow, self.weights, self.bounds, preprocessing, bfloat16=self.bfloat16)
+        return certificate_of(self.spec.flow, self.weights, preprocessing, bfloat16=self.bfloat16)
 
     def freeze(self) -> "Density":
         """The same model with every block certified to be within the budget of ``spec.flow.coeff``, see `flow.freeze`."""
-        frozen = freeze(self.spec.flow, as_params(self.weights))
-        return self.with_(weights=frozen.weights, bounds=frozen.bounds)
+        return self.with_(weights=freeze(self.spec.flow, as_params(self.weights)))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the model to one file, which `iresnet_jax.load` reads."""
@@ -346,7 +343,7 @@ class Density:
 
     def flow(self, context: Contexts | None = None) -> Bijection:
         """The residual flow alone, from preprocessed data to latents."""
-        return bijection(
+        return flow_bijection(
             self.spec.flow,
             self.weights,
             self.estimator,

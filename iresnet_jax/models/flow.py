@@ -1,13 +1,14 @@
 """A multi-scale residual flow: its constrained weights, and the bijection that they make.
 
-    parameters --constrain--> weights (every block a contraction) --bijection--> F, F^-1, log-dets     in training
-    parameters --freeze--> weights (every block certified a contraction) --bijection--> ...            after it
+    parameters --constrain--> weights (every block a contraction) --flow_bijection--> F, F^-1, log-dets     in training
+    parameters --freeze--> weights (every block certified a contraction) --flow_bijection--> ...            after it
 
 `unconstrained` is the way around both, to an ordinary residual network for comparison: no inverse is promised.
 
 Blocks of one stage have one shape, and every array of theirs is stacked on a leading axis. All functions are pure.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,48 +19,51 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections import actnorm, multiscale, reshape
+from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize, after_exact, chain, in_float64, repeat
-from iresnet_jax.bijections.residual import Branch, Solver, residual_bijection
-from iresnet_jax.branches import branch as branches
-from iresnet_jax.branches import closed_form_jacobian, constraint, structured_logdet
-from iresnet_jax.branches.branch import BranchSpec
-from iresnet_jax.maths import platforms as target
-from iresnet_jax.maths.inverse.fixed_point import Diagonal
-from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, branch_bound, model_bounds
+from iresnet_jax.bijections.residual import Solver, residual_bijection
+from iresnet_jax.branches.branch import Branch, BranchSpec
+from iresnet_jax.branches.branch import Constrained as ConstrainedBranch
+from iresnet_jax.branches.layers import training_twists
+from iresnet_jax.maths import platforms
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models.architecture import FlowSpec, Stage
 
 Tree = Mapping[str, Any]
-Norms = Mapping[str, Mapping[str, Float[Array, " k"]]]  # by stage and layer, one a block
 NORMS = "norms"  # name of the constraint's operations in programs
+
+
+class Block(NamedTuple):
+    """The blocks of a stage, every array stacked over blocks; scans run over it, a slice is one block.
+
+    Attributes:
+        actnorm: ActNorm in front of the branch.
+        branch: The residual branch.
+    """
+
+    actnorm: ActNormParams
+    branch: Branch
+
+
+Weights = Mapping[str, Block]  # by stage
+Norms = Mapping[str, Mapping[str, Float[Array, " k"]]]  # by stage and layer, one a block
 
 
 class Constrained(NamedTuple):
     """Weights whose blocks are contractions, and the norms before the constraint.
 
     Attributes:
-        weights: ``{"stage0": {"actnorm", "branch", "lipschitz"}, ...}``, arrays stacked over blocks: what `bijection` runs.
+        weights: ``{"stage0": Block, ...}``: what `flow_bijection` runs.
         spectral: Power iterates to go on from, in the form they were given.
         norms: Operator norms before normalisation, estimated or bounded: ``{"stage0": {"conv0": (num_blocks,), ...}, ...}``.
     """
 
-    weights: Tree
+    weights: Weights
     spectral: Tree
     norms: Norms
-
-
-class Frozen(NamedTuple):
-    """Weights to use after training: fixed, and every block a contraction by certificate.
-
-    Attributes:
-        weights: Weights as in `Constrained`; ``lipschitz`` is the guaranteed bound of each block's ``Lip(g)``.
-        bounds: Guaranteed upper bounds of the norms of these very kernels, in the form of ``Constrained.norms``.
-    """
-
-    weights: Tree
-    bounds: Norms
 
 
 def constrain(
@@ -83,18 +87,37 @@ def constrain(
             the blocks among devices. Used with ``num_steps``; no gradient goes through it.
     """
 
-    def normalize(stage, blocks):
-        vectors = spectral[stage.name]["blocks"]
+    def of_stage(stage, weights):
+        iterates = spectral[stage.name]["blocks"] if spectral.get(stage.name) else {}
         if num_steps is None:
-            return constraint.normalize_converged(
-                stage.branch, blocks, vectors, coeff=spec.coeff, budget=spec.budget, rtol=rtol
-            )
+            return constrain_blocks(stage.branch, weights, iterates, coeff=spec.coeff, budget=spec.budget, rtol=rtol)
+        iterate = functools.partial(stage.branch.singular_vectors, num_steps=num_steps)
+        scale = functools.partial(stage.branch.constrained, coeff=spec.coeff, budget=spec.budget)
+        return jax.vmap(scale)(weights, over_blocks(iterate)(lax.stop_gradient(weights), iterates))
 
-        iterate = functools.partial(constraint.layer_vectors, stage.branch, num_steps=num_steps)
-        scale = functools.partial(constraint.normalize_along, stage.branch, coeff=spec.coeff, budget=spec.budget)
-        return jax.vmap(scale)(blocks, over_blocks(iterate)(lax.stop_gradient(blocks), vectors))
+    return _constrain(spec, params, spectral, of_stage)
 
-    return _constrain(spec, params, spectral, normalize)
+
+@functools.partial(jax.jit, static_argnames=("branch", "coeff", "budget", "rtol"))
+def constrain_blocks(
+    branch: BranchSpec, weights: Tree, iterates: Tree, *, coeff: float, budget: str = "layer", rtol: float = 1e-3
+) -> ConstrainedBranch:
+    """All blocks of a stage in the budget, norms iterated to the tolerance; all programs that contain it share its trace.
+
+    Args:
+        branch: Architecture of the stage's branches.
+        weights: Weights of the branches, stacked over blocks.
+        iterates: Power iterates, likewise.
+        coeff: See `FlowSpec`.
+        budget: See `FlowSpec`.
+        rtol: Relative tolerance of the norms.
+    """
+
+    def of_block(weights, iterates):
+        vectors = branch.singular_vectors(weights, iterates, num_steps=None, rtol=rtol)
+        return branch.constrained(weights, vectors, coeff=coeff, budget=budget)
+
+    return jax.vmap(of_block)(weights, iterates)
 
 
 def constrain_certified(
@@ -107,123 +130,120 @@ def constrain_certified(
         params: Parameters as in `constrain`.
         spectral: Power iterates, returned unchanged.
         num_squarings: Squarings of the Gram iteration, see `dense_norm_bound`.
-        twists: "all", "one" or "auto", see `constraint.training_twists`.
+        twists: "all", "one" or "auto", see `training_twists`.
     """
 
-    def normalize(stage, blocks):
-        chosen = constraint.training_twists(stage.branch, twists)
+    def of_stage(stage, weights):
+        chosen = training_twists(stage.branch.in_shape[-1], twists)
 
         def of_block(weights):
-            return constraint.normalize_certified(
-                stage.branch,
-                weights,
-                coeff=spec.coeff,
-                budget=spec.budget,
-                method="gram",
-                num_squarings=num_squarings,
-                twists=chosen,
-            )
+            bounds = stage.branch.norm_bounds(weights, method="gram", num_squarings=num_squarings, twists=chosen)
+            return stage.branch.certified(weights, bounds, coeff=spec.coeff, budget=spec.budget)
 
-        return jax.vmap(of_block)(blocks)
+        return jax.vmap(of_block)(weights)
 
-    return _constrain(spec, params, spectral, normalize)
+    return _constrain(spec, params, spectral, of_stage)
 
 
 def unconstrained(spec: FlowSpec, params: Tree, spectral: Tree) -> Constrained:
-    """Parameters and power iterates of `constrain` unchanged; ``lipschitz`` is infinite, so no inverse reports convergence."""
+    """Parameters and power iterates of `constrain` unchanged; the bounds are infinite, so no inverse reports convergence."""
 
-    def as_they_are(stage, blocks):
-        return constraint.Normalized(blocks, {}, {}, jnp.full(stage.spec.num_blocks, jnp.inf))
+    def as_they_are(stage, weights):
+        branch = Branch(stage.branch, weights, jnp.full(stage.spec.num_blocks, jnp.inf), "none")
+        return ConstrainedBranch(branch, {}, {})
 
     return _constrain(spec, params, spectral, as_they_are)
 
 
 def _constrain(
-    spec: FlowSpec, params: Tree, spectral: Tree, normalize: Callable[[Stage, Tree], constraint.Normalized]
+    spec: FlowSpec, params: Tree, spectral: Tree, of_stage: Callable[[Stage, Tree], ConstrainedBranch]
 ) -> Constrained:
-    weights, new_spectral, norms = {}, {}, {}
+    weights, new_spectral, norms = {}, dict(spectral), {}
     for stage in spec.layout:
-        blocks = dict(params[stage.name]["blocks"])
-        scale = blocks.pop("actnorm")
+        scale, of_branch = _parts(params[stage.name])
         with jax.named_scope(NORMS):
-            normalized = normalize(stage, blocks)
-        weights[stage.name] = {"actnorm": scale, "branch": normalized.weights, "lipschitz": normalized.lipschitz}
-        new_spectral[stage.name] = {"blocks": normalized.vectors} if normalized.vectors else spectral[stage.name]
-        norms[stage.name] = normalized.norms
+            found = of_stage(stage, of_branch)
+        weights[stage.name] = Block(scale, found.branch)
+        if found.iterates:
+            new_spectral[stage.name] = {"blocks": found.iterates}
+        norms[stage.name] = found.norms
     return Constrained(weights, new_spectral, norms)
 
 
-def freeze(spec: FlowSpec, params: Tree) -> Frozen:
+def _parts(stage: Tree) -> tuple[ActNormParams, Tree]:
+    """ActNorm and the branch's weights among the parameters of a stage."""
+    blocks = dict(stage["blocks"])
+    return ActNormParams(**blocks.pop("actnorm")), blocks
+
+
+def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
     """Weights to use after training, from the parameters of `constrain`: every block is certified to be within the budget.
 
-    Kernels are scaled by guaranteed bounds of their norms; the returned bounds are those of the scaled and rounded kernels.
+    Kernels are scaled by guaranteed bounds of their norms; the branches' ``norms`` are those of the scaled and rounded kernels.
     Blocks are computed one after the other, so memory does not grow with depth.
     """
 
-    def bounded(stage, block):
+    def of_block(branch, block):
         def bound(state, is_scaled):  # twice in a loop, which compiles the certificate once
-            kernels, _ = state
-            found = constraint.layer_bounds(stage.branch, kernels)
-            scaled = constraint.scaled_by(found, kernels, coeff=spec.coeff, budget=spec.budget).weights
-            return (jax.tree.map(lambda old, new: jnp.where(is_scaled, old, new), kernels, scaled), found), None
+            weights, _ = state
+            found = branch.norm_bounds(weights)
+            scaled = branch.certified(weights, found, coeff=spec.coeff, budget=spec.budget).branch.weights
+            return (jax.tree.map(lambda old, new: jnp.where(is_scaled, old, new), weights, scaled), found), None
 
-        nothing = {layer.name: jnp.zeros((), block[layer.name]["kernel"].dtype) for layer in stage.branch.layers}
-        return jax.lax.scan(bound, (block, nothing), jnp.array([False, True]))[0]
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(branch.norm_bounds, block))
+        weights, bounds = jax.lax.scan(bound, (block, nothing), jnp.array([False, True]))[0]
+        return branch.with_bounds(weights, bounds, coeff=spec.coeff)
 
-    return _certify(spec, params, bounded)
+    return _with_bounds(spec, params, of_block)
 
 
-def certify(spec: FlowSpec, params: Tree) -> Frozen:
+def with_bounds(spec: FlowSpec, params: Tree) -> dict[str, Block]:
     """The parameters of `constrain` unchanged, with guaranteed bounds of their norms, which may be 1 or more."""
-    return _certify(spec, params, lambda stage, block: (block, constraint.layer_bounds(stage.branch, block)))
+    of_block = lambda branch, block: branch.with_bounds(block, branch.norm_bounds(block), coeff=spec.coeff)  # noqa: E731
+    return _with_bounds(spec, params, of_block)
 
 
-def _certify(spec: FlowSpec, params: Tree, bounded: Callable[[Stage, Tree], tuple[Tree, Tree]]) -> Frozen:
-    weights, bounds = {}, {}
+def _with_bounds(spec: FlowSpec, params: Tree, of_block: Callable[[BranchSpec, Tree], Branch]) -> dict[str, Block]:
+    weights = {}
     for stage in spec.layout:
-
-        def of_block(block, stage=stage):
-            kernels, found = bounded(stage, block)
-            return kernels, found, branch_bound(jnp.stack(list(found.values())))
-
-        blocks = dict(params[stage.name]["blocks"])
-        scale = blocks.pop("actnorm")
-        kernels, bounds[stage.name], lipschitz = jax.lax.map(of_block, blocks)
-        weights[stage.name] = {"actnorm": scale, "branch": kernels, "lipschitz": lipschitz}
-    return Frozen(weights, bounds)
+        scale, of_branch = _parts(params[stage.name])
+        weights[stage.name] = Block(scale, jax.lax.map(functools.partial(of_block, stage.branch), of_branch))
+    return weights
 
 
-def rounded_to_bfloat16(weights: Tree) -> dict[str, Any]:
-    """The weights as `bijection` runs them in bfloat16: kernels are rounded, and their dtype stays."""
+def rounded_to_bfloat16(weights: Weights) -> dict[str, Block]:
+    """The weights as `flow_bijection` runs them in bfloat16: kernels are rounded, and their dtype stays."""
 
-    def rounded(layer):
-        kernel = jnp.asarray(layer["kernel"])
-        return {**layer, "kernel": kernel.astype(jnp.bfloat16).astype(kernel.dtype)}
+    def rounded(path, leaf):
+        is_kernel = jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
+        return jnp.asarray(leaf).astype(jnp.bfloat16).astype(leaf.dtype) if is_kernel else leaf
 
     return {
-        name: {**stage, "branch": {layer: rounded(own) for layer, own in stage["branch"].items()}}
-        for name, stage in weights.items()
+        name: block._replace(
+            branch=dataclasses.replace(block.branch, weights=jax.tree.map_with_path(rounded, block.branch.weights))
+        )
+        for name, block in weights.items()
     }
 
 
-def as_params(weights: Tree) -> dict[str, Any]:
+def as_params(weights: Weights) -> dict[str, Any]:
     """Weights in the form of the parameters of `constrain`."""
-    return {name: {"blocks": {**stage["branch"], "actnorm": stage["actnorm"]}} for name, stage in weights.items()}
+    return {name: {"blocks": {**block.branch.weights, "actnorm": block.actnorm._asdict()}} for name, block in weights.items()}
 
 
-def bilipschitz(spec: FlowSpec, weights: Tree) -> BiLipschitz:
+def bilipschitz(spec: FlowSpec, weights: Weights) -> BiLipschitz:
     """Bounds of ``Lip(F)`` and ``Lip(F^-1)`` of the whole flow, guaranteed for weights from `freeze`; pessimistic in depth."""
     bounds = model_bounds([])
     for stage in reversed(spec.layout):
-        log_scales = jnp.asarray(weights[stage.name]["actnorm"]["log_scale"])
-        own = model_bounds(jnp.asarray(weights[stage.name]["lipschitz"]), list(log_scales))
+        block = weights[stage.name]
+        own = model_bounds(jnp.asarray(block.branch.lipschitz_bound), list(jnp.asarray(block.actnorm.log_scale)))
         bounds = own.compose(bounds.beside_identity() if stage.spec.factor_out else bounds)
     return bounds
 
 
-def bijection(
+def flow_bijection(
     spec: FlowSpec,
-    weights: Tree,
+    weights: Weights,
     estimator: LogdetEstimator = ExactLogdet(),
     solver: Solver = Solver(),
     *,
@@ -242,53 +262,30 @@ def bijection(
         context: Context of every example that the bijection will see, if the model is conditional.
         unroll: Write blocks out instead of scanning over them; see `unroll_by_default`.
         rematerialize: What the backward pass computes anew, see `repeat`.
-        bfloat16: Whether branches compute in bfloat16 on the way forward and in products with its Jacobian, see `apply_layer`.
-            The inverse, traces and Jacobians in closed form, and bounds of truncation are those of the weights as they are.
+        bfloat16: Whether branches compute in bfloat16 on the way forward and in products with its Jacobian, see
+            `Branch.in_bfloat16`. The inverse, closed forms and bounds of truncation are those of the weights as they are.
     """
 
-    def blocks_of(stage):
-        def make(block):
-            scale = actnorm.actnorm_bijection(actnorm.ActNormParams(**block["actnorm"]))
-            branch = known_branch(stage.branch, block["branch"], block["lipschitz"], context)
-            block_bijection = residual_bijection(branch, estimator, solver)
-            if bfloat16:
-                rounded = lambda x: branches.apply_branch(stage.branch, block["branch"], x, context, bfloat16=True)  # noqa: E731
-                fast = residual_bijection(branch._replace(g=rounded), estimator, solver)
-                block_bijection = block_bijection._replace(forward=fast.forward, forward_and_logdet=fast.forward_and_logdet)
-            return after_exact(scale, block_bijection)
+    def make(block):
+        branch = block.branch.given(context)
+        own = residual_bijection(branch, estimator, solver)
+        if bfloat16:
+            fast = residual_bijection(branch.in_bfloat16(), estimator, solver)
+            own = own._replace(forward=fast.forward, forward_and_logdet=fast.forward_and_logdet)
+        return after_exact(actnorm.actnorm_bijection(block.actnorm), own)
 
+    def stage_of(stage):
         blocks = repeat(make, weights[stage.name], unroll=unroll, rematerialize=rematerialize)
         return multiscale.Stage(chain([*stage.entry, blocks]), stage.spec.factor_out)
 
     batch_size = 1 if context is None else len(context)
-    whole = multiscale.multiscale([blocks_of(stage) for stage in spec.layout], spec.event_shape, batch_size=batch_size)
+    whole = multiscale.multiscale([stage_of(stage) for stage in spec.layout], spec.event_shape, batch_size=batch_size)
     return in_float64(whole) if solver.refine else whole
-
-
-def known_branch(spec: BranchSpec, weights: Tree, lipschitz_bound: Any, context: Float[Array, "b k"] | None = None) -> Branch:
-    """A branch of these weights with all that has a closed form."""
-    has_trace, has_diagonal = closed_form_jacobian.has_trace(spec), closed_form_jacobian.has_diagonal(spec)
-    has_jacobian = closed_form_jacobian.has_jacobian(spec)
-    has_logdet = structured_logdet.has_logdet(spec) and not has_jacobian
-    return Branch(
-        g=lambda x: branches.apply_branch(spec, weights, x, context),
-        lipschitz_bound=lipschitz_bound,
-        trace=(lambda x: closed_form_jacobian.trace(spec, weights, x, context)) if has_trace else None,
-        jacobian=(lambda x: closed_form_jacobian.jacobian(spec, weights, x, context)) if has_jacobian else None,
-        logdet=(lambda x: structured_logdet.logdet(spec, weights, x, context)) if has_logdet else None,
-        at_zero=(lambda: branches.at_zero(spec, weights)) if context is None else None,
-        diagonal=Diagonal(
-            at=lambda x: closed_form_jacobian.jacobian_diagonal(spec, weights, x, context),
-            size=closed_form_jacobian.largest_diagonal(spec, weights),
-        )
-        if has_diagonal
-        else None,
-    )
 
 
 def branch_inputs(
     spec: FlowSpec,
-    weights: Tree,
+    weights: Weights,
     x: Float[Array, "b ..."],
     context: Float[Array, "b k"] | None = None,
     *,
@@ -296,15 +293,16 @@ def branch_inputs(
 ) -> dict[str, Float[Array, "k b ..."]]:
     """What the branch of every block takes on the way of ``x`` through the flow, by stage, stacked over blocks.
 
-    Arguments are those of `bijection`.
+    Arguments are those of `flow_bijection`.
     """
+
+    def step(x, block):
+        x, _ = actnorm.forward_and_logdet(block.actnorm, x)
+        branch = block.branch.given(context)
+        return x + (branch.in_bfloat16() if bfloat16 else branch)(x), x
+
     inputs = {}
     for stage in spec.layout:
-
-        def step(x, block, stage=stage):
-            x, _ = actnorm.forward_and_logdet(actnorm.ActNormParams(**block["actnorm"]), x)
-            return x + branches.apply_branch(stage.branch, block["branch"], x, context, bfloat16=bfloat16), x
-
         x, inputs[stage.name] = jax.lax.scan(step, chain(stage.entry).forward(x), weights[stage.name])
         if stage.spec.factor_out:
             x, _ = reshape.split_channels(x)
@@ -313,12 +311,11 @@ def branch_inputs(
 
 def unroll_by_default() -> bool:
     """Whether blocks are better written out: on CPUs, where a training step is then up to 1.7 times as fast."""
-    return target.platform() == "cpu"
+    return platforms.platform() == "cpu"
 
 
 def initialize_actnorm(
-    branch: BranchSpec,
-    blocks: Tree,
+    branch: Branch,
     x: Float[Array, "b ..."],
     context: Float[Array, "b k"] | None = None,
     *,
@@ -327,8 +324,7 @@ def initialize_actnorm(
     """ActNorm of a stage's blocks from data: each block's from what the blocks before it make of the batch.
 
     Args:
-        branch: The stage's branch.
-        blocks: Constrained branch weights, stacked over blocks.
+        branch: The constrained branches of the stage, stacked over blocks.
         x: A representative batch, already squeezed or flattened for this stage.
         context: Contexts of the batch, if the model is conditional.
         axis_name: Mapped axis of devices that the batch is spread over, see `actnorm.initialize`.
@@ -337,12 +333,12 @@ def initialize_actnorm(
         ``{"bias", "log_scale"}`` stacked over blocks, and the stage's output.
     """
 
-    def step(x, weights):
+    def step(x, branch):
         params = actnorm.initialize(x, axis_name=axis_name)
         x, _ = actnorm.forward_and_logdet(params, x)
-        return x + branches.apply_branch(branch, weights, x, context), params._asdict()
+        return x + branch.given(context)(x), params._asdict()
 
-    x, params = jax.lax.scan(step, x, blocks)
+    x, params = jax.lax.scan(step, x, branch)
     return params, x
 
 
@@ -368,8 +364,8 @@ def fit_actnorm(
     """
     fitted, latents = {}, []
     for stage in spec.layout:
-        x, blocks = chain(stage.entry).forward(x), weights[stage.name]["branch"]
-        fitted[stage.name], x = initialize_actnorm(stage.branch, blocks, x, context, axis_name=axis_name)
+        x, branch = chain(stage.entry).forward(x), weights[stage.name].branch
+        fitted[stage.name], x = initialize_actnorm(branch, x, context, axis_name=axis_name)
         if stage.spec.factor_out:
             x, latent = reshape.split_channels(x)
             latents.append(reshape.flatten(latent))

@@ -14,14 +14,13 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.chain import chain
-from iresnet_jax.branches import constraint
-from iresnet_jax.branches.branch import initial_weights
+from iresnet_jax.branches.branch import Branch
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, Stage
 from iresnet_jax.models.batchnorm import batchnorm_blocks
 from iresnet_jax.models.classifier import Classifier as ClassifierModel
 from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.flow import Constrained, bijection, constrain, initialize_actnorm, unconstrained
+from iresnet_jax.models.flow import Constrained, constrain, constrain_blocks, flow_bijection, initialize_actnorm, unconstrained
 from iresnet_jax.models.head import apply_head, batch_statistics, initial_head
 
 
@@ -33,7 +32,7 @@ class Blocks(nn.Module):
         stage: The stage.
         last_scale: Initial factor on a branch's last layer.
         constrained: Whether the constraint holds; False for an ordinary residual network.
-        sharp: Whether activations start sharper, see `initial_weights`.
+        sharp: Whether activations start sharper, see `BranchSpec.initial_weights`.
         fitted: Whether power iterates are converged and ActNorm is fitted; False leaves that to the caller.
     """
 
@@ -52,18 +51,16 @@ class Blocks(nn.Module):
         def stack(create):
             return lambda key: jax.vmap(create)(jax.random.split(key, num_blocks))
 
-        weights = {}
-        initial = stack(lambda key: initial_weights(branch, key, last_scale=self.last_scale, sharp=self.sharp))
-        for layer in branch.layers:
-            weights[layer.name] = self.param(layer.name, lambda key, name=layer.name: initial(key)[name])
-        vectors = stack(lambda key: constraint.initial_vectors(branch, key))(self.make_rng("params"))
+        initial = stack(lambda key: branch.initial_weights(key, last_scale=self.last_scale, sharp=self.sharp))
+        names = jax.eval_shape(initial, jax.random.key(0))
+        weights = {name: self.param(name, lambda key, name=name: initial(key)[name]) for name in names}
+        iterates = stack(branch.initial_iterates)(self.make_rng("params"))
+        start = Branch(branch, weights, jnp.full(num_blocks, jnp.inf), "none")
         if self.constrained and self.fitted:
-            start = constraint.normalize_converged(branch, weights, vectors, coeff=self.flow.coeff, budget=self.flow.budget)
-        else:
-            start = constraint.Normalized(weights, vectors, {}, jnp.full((), jnp.inf))
-        for layer in branch.layers:  # converged already, so the first training step is as constrained as any
-            self.variable("spectral", layer.name, lambda name=layer.name: start.vectors[name])
-        fit = functools.partial(initialize_actnorm, branch, start.weights, x, context)
+            start, iterates, _ = constrain_blocks(branch, weights, iterates, coeff=self.flow.coeff, budget=self.flow.budget)
+        for name, iterate in iterates.items():  # converged already, so the first training step is as constrained as any
+            self.variable("spectral", name, lambda iterate=iterate: iterate)
+        fit = functools.partial(initialize_actnorm, start, x, context)
         fitted, y = fit() if self.fitted else jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(fit))
         self.param("actnorm", lambda key: fitted)
         return y
@@ -93,14 +90,14 @@ class ResidualFlow(nn.Module):
     ``init(key, x)`` or ``init(key, x, context)`` fits ActNorm to ``x`` and runs the power iterations to convergence:
 
         >>> variables = ResidualFlow(spec).init(key, x)
-        >>> weights = freeze(spec, variables["params"]).weights
+        >>> weights = freeze(spec, variables["params"])
 
     Attributes:
         spec: The architecture.
         prior: "gaussian" or "logistic".
         last_scale: Initial factor on a branch's last layer.
         num_classes: Classes that have a prior each; None for one prior of all.
-        sharp: Whether activations start sharper, see `initial_weights`.
+        sharp: Whether activations start sharper, see `BranchSpec.initial_weights`.
         fitted: Whether ``init`` converges power iterates and fits ActNorm; False creates variables of the same shapes.
     """
 
@@ -115,7 +112,7 @@ class ResidualFlow(nn.Module):
     def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b d"]:
         """The latents of ``x``. Under ``init``, which needs a representative batch, creates all variables on the way."""
         if not self.is_initializing():
-            return bijection(self.spec, self.constrain().weights, context=context).forward(x)
+            return flow_bijection(self.spec, self.constrain().weights, context=context).forward(x)
         latents = []
         for stage in self.spec.layout:
             made = StageModule(self.spec, stage, self.last_scale, sharp=self.sharp, fitted=self.fitted, name=stage.name)
@@ -194,7 +191,7 @@ class BatchNormStage(nn.Module):
 
         def initial(key):
             keys = jax.random.split(key, num_blocks)
-            weights = jax.vmap(lambda key: initial_weights(branch, key, last_scale=self.last_scale))(keys)
+            weights = jax.vmap(lambda key: branch.initial_weights(key, last_scale=self.last_scale))(keys)
             widths = zip(branch.layers, (branch.in_shape[-1], *branch.hidden), strict=True)
             shapes = {layer.name: (num_blocks, width) for layer, width in widths}
             norms = {name: {"scale": jnp.ones(shape), "bias": jnp.zeros(shape)} for name, shape in shapes.items()}

@@ -29,7 +29,7 @@ from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.lipschitz_bounds import model_bounds
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import Certificate, certificate_of
-from iresnet_jax.models.flow import Tree, as_params, bijection, freeze
+from iresnet_jax.models.flow import Weights, as_params, flow_bijection, freeze
 from iresnet_jax.models.history import History
 
 Measurements = Float[Array, "b h w c"] | Float[np.ndarray, "b h w c"]
@@ -85,7 +85,7 @@ def block_coeff(coeff: float, num_blocks: int) -> float:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weights", "bounds"],
+    data_fields=["weights"],
     meta_fields=["spec", "solver", "unroll", "rematerialize", "history"],
 )
 @dataclass(frozen=True)
@@ -97,7 +97,6 @@ class Reconstructor:
     Attributes:
         spec: All that defines the model but its weights.
         weights: Weights of the flow, as `flow.freeze`, `flow.constrain` or `flow.unconstrained` give them.
-        bounds: Guaranteed upper bounds of all layers' operator norms, by stage and layer, one a block; None in training.
         solver: Inverse of the blocks.
         unroll: Whether blocks are written out instead of scanned.
         rematerialize: What the backward pass of `measure` computes anew, see `iresnet_jax.bijections.chain.repeat`.
@@ -105,8 +104,7 @@ class Reconstructor:
     """
 
     spec: ReconstructorSpec
-    weights: Tree = field(repr=False)
-    bounds: Tree | None = field(default=None, repr=False)
+    weights: Weights = field(repr=False)
     solver: Solver = Solver()
     unroll: bool = False
     rematerialize: Rematerialize = "nothing"
@@ -162,14 +160,13 @@ class Reconstructor:
     def certificate(self) -> Certificate:
         """Norms of all layers and Lipschitz constants of all blocks and of ``F``, estimated and guaranteed."""
         spec = self.spec
-        return certificate_of(spec.flow, self.weights, self.bounds, model_bounds([]), constrained=spec.constrained)
+        return certificate_of(spec.flow, self.weights, model_bounds([]), constrained=spec.constrained)
 
     def freeze(self) -> "Reconstructor":
         """The same model with every block certified to be within the budget of ``spec.flow.coeff``, see `flow.freeze`."""
         if not self.spec.constrained:
             raise ValueError("this network has no Lipschitz constraint: there is nothing to freeze it to")
-        frozen = freeze(self.spec.flow, as_params(self.weights))
-        return self.with_(weights=frozen.weights, bounds=frozen.bounds)
+        return self.with_(weights=freeze(self.spec.flow, as_params(self.weights)))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the model to one file, which `iresnet_jax.load` reads."""
@@ -179,7 +176,8 @@ class Reconstructor:
 
     def flow(self) -> Bijection:
         """``F`` from images to vectors."""
-        return bijection(self.spec.flow, self.weights, solver=self.solver, unroll=self.unroll, rematerialize=self.rematerialize)
+        settings = {"solver": self.solver, "unroll": self.unroll, "rematerialize": self.rematerialize}
+        return flow_bijection(self.spec.flow, self.weights, **settings)
 
     def _as_images(self, vectors: Float[Array, "b d"]) -> Float[Array, "b h w c"]:
         return self.spec.permutation.inverse(vectors)[0]

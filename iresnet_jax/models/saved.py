@@ -19,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.atomic_files import replacing
-from iresnet_jax.branches.branch import initial_weights
 from iresnet_jax.json_dataclasses import checked, tagged
 from iresnet_jax.models import priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import as_params, certify
+from iresnet_jax.models.flow import as_params, with_bounds
 from iresnet_jax.models.head import batch_statistics, initial_head
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 
@@ -82,7 +81,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]:
         if left_over := set(archive.namelist()) - {f"{_HEADER}.npy"} - names:
             raise ValueError(f"it holds {sorted(left_over)[0]}, which such a model does not have")
         about = header["about"]
-    return with_bounds(spec, jax.tree.map(jnp.asarray, arrays)), about
+    return model_of(spec, jax.tree.map(jnp.asarray, arrays)), about
 
 
 def read_about(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -111,27 +110,23 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[zipfile.ZipFile, dic
         ) from None
 
 
-_certified = jax.jit(certify, static_argnums=0)
+_bounded = jax.jit(with_bounds, static_argnums=0)
 
 
-def with_bounds(spec: Spec, arrays: Mapping[str, Any]) -> Model:
+def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:
     """A model of weights as they are, with guaranteed bounds of their norms.
 
     Args:
         spec: All that defines the model but its weights.
-        arrays: ``params`` as `flow.certify` takes them, and the rest of the fields of the model's class by name.
+        arrays: ``params`` as `flow.with_bounds` takes them, and the rest of the fields of the model's class by name.
     """
     rest = {name: value for name, value in arrays.items() if name != "params"}
-    found = _certified(spec.flow, arrays["params"])
-    if isinstance(spec, DensitySpec):
-        return Density(spec, found.weights, bounds=found.bounds, **rest)
-    if isinstance(spec, ReconstructorSpec):
-        return Reconstructor(spec, found.weights, found.bounds)
-    return Classifier(spec, found.weights, bounds=found.bounds, **rest)
+    kind = {DensitySpec: Density, ClassifierSpec: Classifier, ReconstructorSpec: Reconstructor}[type(spec)]
+    return kind(spec, _bounded(spec.flow, arrays["params"]), **rest)
 
 
 def _arrays(model: Model) -> dict[str, Any]:
-    """The arrays of a model that are not computed from others, as `with_bounds` takes them."""
+    """The arrays of a model that are not computed from others, as `model_of` takes them."""
     fields = {Density: ("prior",), Classifier: ("head", "statistics"), Reconstructor: ()}[type(model)]
     return {"params": as_params(model.weights), **{name: getattr(model, name) for name in fields}}
 
@@ -143,7 +138,7 @@ def _empty(spec: Spec) -> dict[str, Any]:
         channels = stage.branch.in_shape[-1:]
         scale = {"bias": jnp.zeros(channels), "log_scale": jnp.zeros(channels)}
         keys = jax.random.split(jax.random.key(0), stage.spec.num_blocks)
-        return jax.vmap(lambda key: {**initial_weights(stage.branch, key), "actnorm": scale})(keys)
+        return jax.vmap(lambda key: {**stage.branch.initial_weights(key), "actnorm": scale})(keys)
 
     params = {stage.name: {"blocks": blocks(stage)} for stage in spec.flow.layout}
     if isinstance(spec, DensitySpec):

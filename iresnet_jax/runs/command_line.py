@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from iresnet_jax.runs.config import Config, parse, unknown_field_message
-from iresnet_jax.runs.interruption import Stopped
+from iresnet_jax.runs.signals import Stopped
 
 DEFAULT_CONFIG = "configs/digits_density.py"
 MISTAKE = 2  # exit status
@@ -27,7 +27,7 @@ class TrainFlags(NamedTuple):
         config: Settings with their overrides.
         workdir: Folder of the run.
         debug: Whether a failure shows its traceback.
-        coordinator_address: ``host:port`` of process 0 in a run of several processes, see `distributed.initialize`.
+        coordinator_address: ``host:port`` of process 0 in a run of several processes, see `hosts.initialize`.
         num_processes: Number of processes.
         process_id: Number of this process, from 0.
     """

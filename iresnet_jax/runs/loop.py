@@ -26,15 +26,15 @@ from iresnet_jax.data import conditioned_on_labels, load
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.device_batches import device_batches
 from iresnet_jax.json_dataclasses import checked, tagged, to_plain
-from iresnet_jax.runs import cpu, distributed, run_folder
-from iresnet_jax.runs.agreement import Agreement, Wish, signal_of, wish_of
-from iresnet_jax.runs.backend import device_summary, prepare_backend
+from iresnet_jax.runs import allocator, hosts, run_folder
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.compiled_steps import Programs, Step
 from iresnet_jax.runs.config import Config, DataConfig, TrainingConfig
 from iresnet_jax.runs.from_config import Spec, model_spec
-from iresnet_jax.runs.interruption import Stopped, StopRequests
+from iresnet_jax.runs.hosts import Agreement, Wish, signal_of, wish_of
+from iresnet_jax.runs.machine import device_summary, prepare_backend
 from iresnet_jax.runs.metrics import MetricWriter, NoWriter, Progress, check_finite, read_metrics
+from iresnet_jax.runs.signals import Stopped, StopRequests
 from iresnet_jax.training import parallel
 from iresnet_jax.training.initialization import num_parameters
 from iresnet_jax.training.objectives import classification, hybrid, inversion, likelihood
@@ -85,14 +85,14 @@ def train(
     checkpoints, agreement = Checkpoints(workdir), Agreement()
     spec, objective = _begin(workdir, config, dataset)
     compile_step = _step_compiler(config, spec, objective, agreement, None if dataset.is_endless else programs)
-    with run_folder.alone_in(workdir) if distributed.is_first() else contextlib.nullcontext():
+    with run_folder.alone_in(workdir) if hosts.is_first() else contextlib.nullcontext():
         return _train(config, workdir, objective, checkpoints, say, agreement, compile_step)
 
 
 def _check_alike(config: Config, data: DataSet) -> None:
     """Raises ``ValueError`` if processes have different settings or data, or settings that only one process can keep."""
-    distributed.agree_on("config", json.dumps(to_plain(config)))
-    distributed.agree_on("data set", f"{data.name} of fingerprint {data.fingerprint}")
+    hosts.agree_on("config", json.dumps(to_plain(config)))
+    hosts.agree_on("data set", f"{data.name} of fingerprint {data.fingerprint}")
     if config.training.minutes and parallel.num_processes() > 1:
         raise ValueError(
             f"config.training.minutes must be 0 with {parallel.num_processes()} processes, whose clocks differ, got "
@@ -111,7 +111,7 @@ def _begin(workdir: Path, config: Config, data: DataSet) -> tuple[Spec, Objectiv
         run_folder.claim(workdir, config, spec, data)
         return tagged(spec) if parallel.num_processes() > 1 else None
 
-    plain = distributed.from_first(claim)
+    plain = hosts.from_first(claim)
     if claimed:
         return claimed[0]
     spec = checked(Spec, plain, "model")
@@ -140,10 +140,10 @@ def _train(
     agreement: Agreement,
     compile_step: Callable[[int], Step],
 ) -> TrainState:
-    with MetricWriter(workdir) if distributed.is_first() else NoWriter() as writer:
+    with MetricWriter(workdir) if hosts.is_first() else NoWriter() as writer:
         # There is nothing to save until a step is done: a signal ends the process at once.
         trainer = _Trainer(config, objective, workdir, writer, checkpoints, say, agreement, compile_step)
-        with Progress(trainer.horizon, trainer.step, shown=distributed.is_first()) as progress, StopRequests() as stop:
+        with Progress(trainer.horizon, trainer.step, shown=hosts.is_first()) as progress, StopRequests() as stop:
             feed = batches(config, objective.examples, trainer.step)
             is_shared = parallel.num_processes() > 1  # then a signal always waits for the step after which all stop
             while not trainer.is_over and (batch := next(feed, None)) is not None:
@@ -191,12 +191,12 @@ class _Trainer:
             logging.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
             self.state, self.step = self._restored(fresh)
             parallel.check_equal_on_all_devices(self.state)
-        cpu.return_freed_memory()  # which steps would not find use for, in its fragments
+        allocator.return_freed_memory()  # which steps would not find use for, in its fragments
         self._first_step, self._validated_step = self.step, -1 if self.step == 0 else self.step
         if self.step:
             logging.info("resuming from step %d of %d", self.step, self.horizon)
         writer.truncate_after(self.step)
-        self._losses = distributed.from_first(
+        self._losses = hosts.from_first(
             lambda: [objective.loss(record) for record in read_metrics(workdir) if record["split"] == "validation"]
         )
         self._validate = objective.make_validation()
@@ -216,8 +216,8 @@ class _Trainer:
             found.append(self._checkpoints.restore_latest(fresh) or (fresh, 0))
             return found[0][1]
 
-        step = distributed.from_first(restore)
-        return distributed.broadcast(found[0][0] if found else fresh), step  # a fresh state, too: hosts round differently
+        step = hosts.from_first(restore)
+        return hosts.broadcast(found[0][0] if found else fresh), step  # a fresh state, too: hosts round differently
 
     def _compile_later(self) -> None:
         self._parallel_step = self._compile_step(int(self.state.num_terms))
@@ -346,7 +346,7 @@ class _Trainer:
 
     def _save(self, metric: float | None) -> None:
         parallel.check_equal_on_all_devices(self.state)
-        if distributed.is_first():
+        if hosts.is_first():
             self._checkpoints.save(self.step, self.state, metric=metric)
         self._window_start = self._saved_at = time.monotonic()
 

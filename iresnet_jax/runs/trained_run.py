@@ -21,14 +21,14 @@ from iresnet_jax.models import saved
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.flow import Frozen, freeze
+from iresnet_jax.models.flow import Block, freeze
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 from iresnet_jax.runs import run_folder
-from iresnet_jax.runs.backend import prepare_backend
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.config import Config, parse
 from iresnet_jax.runs.from_config import Spec, build_optimizer, build_solver
 from iresnet_jax.runs.loop import load_data
+from iresnet_jax.runs.machine import prepare_backend
 from iresnet_jax.training.initialization import abstract_variables
 from iresnet_jax.training.state import TrainState, create
 
@@ -203,7 +203,7 @@ def _parsed(path: Path, about: dict[str, Any]) -> tuple[Config, str, int]:
 _freeze = jax.jit(freeze, static_argnums=0)  # one function for all runs: those of one architecture share its program
 
 
-def _frozen(flow: FlowSpec, params: Any) -> Frozen:
+def _frozen(flow: FlowSpec, params: Any) -> dict[str, Block]:
     return _freeze(flow, {stage.name: params[stage.name] for stage in flow.layout})
 
 
@@ -215,15 +215,15 @@ def _model(config: Config, spec: Spec, best: TrainState) -> Density | Classifier
         if not spec.is_bijective:
             return Classifier(spec, best.ema, **parts, solver=solver)
         if not spec.constrained:
-            return saved.with_bounds(spec, {"params": best.ema, **parts}).with_(solver=solver)
+            return saved.model_of(spec, {"params": best.ema, **parts}).with_(solver=solver)
         frozen = _frozen(spec.flow, best.ema)
-        return Classifier(spec, frozen.weights, **parts, bounds=frozen.bounds, solver=solver)
+        return Classifier(spec, frozen, **parts, solver=solver)
     if isinstance(spec, ReconstructorSpec) and not spec.constrained:
-        return saved.with_bounds(spec, {"params": best.ema}).with_(solver=solver)
+        return saved.model_of(spec, {"params": best.ema}).with_(solver=solver)
     frozen = _frozen(spec.flow, best.ema)
     if isinstance(spec, ReconstructorSpec):
-        return Reconstructor(spec, frozen.weights, frozen.bounds, solver)
-    return Density(spec, frozen.weights, best.ema["prior"], frozen.bounds, solver=solver)
+        return Reconstructor(spec, frozen, solver=solver)
+    return Density(spec, frozen, best.ema["prior"], solver=solver)
 
 
 def _restore(checkpoints: Checkpoints, target: Any, folder: Path) -> tuple[TrainState, int, tuple[str, ...]]:

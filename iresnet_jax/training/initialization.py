@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Key, UInt32
 
 from iresnet_jax.bijections import reshape
+from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models import flow, linen, priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
@@ -87,17 +88,17 @@ def _initialize(config: Config, module: Any, spec: Spec, key: jax.Array, *given:
     params = {stage.name: variables["params"][stage.name] for stage in spec.flow.layout}
     norms = config.constraint.norms
     if norms == "none":
-        copy, spectral = jax.tree.map(jnp.copy, params), variables["spectral"]  # of what `_fitter` takes for itself
+        copy, spectral = jax.tree.map(jnp.copy, params), variables.get("spectral", {})  # of what `_fitter` takes for itself
         weights = flow.unconstrained(spec.flow, copy, spectral).weights
     else:
         settings = config.constraint if norms == "estimated" else ConstraintConfig()
         constrain = compiled_constraint(settings, spec.flow)
-        weights, spectral, _ = constrain(*parallel.on_first_device((params, variables["spectral"])))
+        weights, spectral, _ = constrain(*parallel.on_first_device((params, variables.get("spectral", {}))))
     own = parallel.own_share(np.arange(len(given[0])))
     everywhere = _fitter(spec, parallel.all_devices())(weights, parallel.shard(tuple(rows[own] for rows in given)))
     fitted, (statistics, z) = parallel.on_first_device(everywhere)
-    for name, stage in fitted.items():
-        params[name] = {"blocks": {**params[name]["blocks"], "actnorm": dict(stage["actnorm"])}}
+    for name, block in fitted.items():
+        params[name] = {"blocks": {**params[name]["blocks"], "actnorm": block.actnorm._asdict()}}
     variables = {**variables, "params": {**variables["params"], **params}, "spectral": spectral}
     return z, {**variables, "batch_stats": statistics} if statistics else variables
 
@@ -109,7 +110,7 @@ def _initialize_reconstructor(config: Config, spec: ReconstructorSpec, key: jax.
     if not spec.constrained:
         return variables
     constrain = compiled_constraint(ConstraintConfig(), spec.flow)
-    return {**variables, "spectral": constrain(variables["params"], variables["spectral"]).spectral}
+    return {**variables, "spectral": constrain(variables["params"], variables.get("spectral", {})).spectral}
 
 
 def _without_prior(variables: Any) -> Any:
@@ -128,7 +129,7 @@ def _fitter(spec: Spec, num_devices: int) -> Callable[..., Any]:
 
     def fit(weights, inputs):
         fitted, z = flow.fit_actnorm(spec.flow, weights, *inputs, axis_name=AXIS)
-        weights = {name: {**stage, "actnorm": fitted[name]} for name, stage in weights.items()}
+        weights = {name: block._replace(actnorm=ActNormParams(**fitted[name])) for name, block in weights.items()}
         if isinstance(spec, ClassifierSpec):
             features = reshape.unflatten(z, spec.feature_shape)
             return weights, ({"head": batch_statistics(features, axis_name=AXIS)}, None)

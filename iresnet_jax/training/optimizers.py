@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from iresnet_jax.runs.array_names import STACKED
-
+STACKED = "blocks"  # dictionary key under which arrays of identical blocks are stacked along their first axis
 OPTIMIZERS = ("adam", "adamw", "adamax", "muon", "sgd")
 ADAM_RMS = 0.2  # root mean square of an Adam update divided by the learning rate (Liu et al., 2025, Section 2.2)
 SCHEDULES = ("constant", "cosine", "step")

@@ -6,7 +6,7 @@ axis_name=AXIS)`` (one device, in tests) are equal. The state goes in and out wi
 forgotten, pmap returns the first device's value and vmap raises: test every step under both.
 
 Devices are in the order of their processes, so a process's share of a batch is contiguous. A process that has parted from the
-others (`distributed.ending_together`) goes on with its own devices.
+others (`hosts.ending_together`) goes on with its own devices.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def all_devices() -> int:
 
 
 def go_on_alone() -> None:
-    """From now on this process uses its own devices only; see `distributed.ending_together`."""
+    """From now on this process uses its own devices only; see `hosts.ending_together`."""
     global _is_alone
     _is_alone = jax.process_count() > 1
 

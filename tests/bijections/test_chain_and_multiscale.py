@@ -16,9 +16,9 @@ from iresnet_jax.bijections.bijection import Bijection, fold_in, follow_inverse_
 from iresnet_jax.bijections.chain import chain, repeat
 from iresnet_jax.bijections.multiscale import Stage, multiscale
 from iresnet_jax.bijections.reshape import flatten_bijection, squeeze_bijection
-from iresnet_jax.bijections.residual import Branch, Solver, residual_bijection
-from iresnet_jax.branches import branch as branches
-from iresnet_jax.branches import constraint
+from iresnet_jax.bijections.residual import Solver, residual_bijection
+from iresnet_jax.branches.branch import CallableBranch
+from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import flow as model
@@ -35,7 +35,7 @@ SOLVER = Solver(atol=INVERSE_ATOL)
 
 
 def residual(g, lipschitz_bound, estimator, solver=SOLVER):
-    return residual_bijection(Branch(g, lipschitz_bound), estimator, solver)
+    return residual_bijection(CallableBranch(g, lipschitz_bound), estimator, solver)
 
 
 def random_actnorm(rng, channels):
@@ -52,13 +52,13 @@ def random_weights(spec, seed=0, num_steps=None):
         params, spectral = {}, {}
         for name, stage, _, branch in spec.layout:
             keys = jax.random.split(key, stage.num_blocks)
-            blocks: dict[str, Any] = jax.vmap(functools.partial(branches.initial_weights, branch))(keys)
+            blocks: dict[str, Any] = jax.vmap(branch.initial_weights)(keys)
             blocks["actnorm"] = {
                 "bias": jnp.zeros((stage.num_blocks, branch.in_shape[-1])),
                 "log_scale": jnp.zeros((stage.num_blocks, branch.in_shape[-1])),
             }
             params[name] = {"blocks": jax.tree.map(lambda a: a + jnp.asarray(0.3 * rng.normal(size=a.shape)), blocks)}
-            spectral[name] = {"blocks": jax.vmap(functools.partial(constraint.initial_vectors, branch))(keys)}
+            spectral[name] = {"blocks": jax.vmap(branch.initial_iterates)(keys)}
         return model.constrain(spec, params, spectral, num_steps=num_steps).weights
 
     return draw(jax.random.key(seed))
@@ -74,7 +74,7 @@ IMAGES = FlowSpec(
 )
 
 
-CONVOLUTIONAL = branches.BranchSpec((3, 3, 2), (3,), (2, 3), activation="lipswish", preactivation=True)
+CONVOLUTIONAL = FeedforwardSpec((3, 3, 2), (3,), (2, 3), activation="lipswish", preactivation=True)
 
 
 def residual_case(branch_spec, coeff=0.8):
@@ -82,15 +82,13 @@ def residual_case(branch_spec, coeff=0.8):
 
     @jax.jit
     def draw(key_weights, key_vectors):
-        weights = branches.initial_weights(branch_spec, key_weights)
+        weights = branch_spec.initial_weights(key_weights)
         weights = jax.tree.map(lambda w: w + jnp.asarray(0.3 * rng.normal(size=w.shape)), weights)
-        return constraint.normalize(
-            branch_spec, weights, constraint.initial_vectors(branch_spec, key_vectors), coeff=coeff, num_steps=50
-        )
+        vectors = branch_spec.singular_vectors(weights, branch_spec.initial_iterates(key_vectors), num_steps=50)
+        return branch_spec.constrained(weights, vectors, coeff=coeff).branch
 
-    normal = draw(jax.random.key(3), jax.random.key(4))
-    branch = functools.partial(branches.apply_branch, branch_spec, normal.weights)
-    return residual(branch, normal.lipschitz, ExactLogdet(), SOLVER)
+    branch = draw(jax.random.key(3), jax.random.key(4))
+    return residual(branch, branch.lipschitz_bound, ExactLogdet(), SOLVER)
 
 
 def chain_case():
@@ -125,7 +123,7 @@ def multiscale_case():
 
 
 def model_case(spec, **layout):
-    return model.bijection(spec, random_weights(spec), ExactLogdet(), SOLVER, **layout)
+    return model.flow_bijection(spec, random_weights(spec), ExactLogdet(), SOLVER, **layout)
 
 
 # Shape of an example, and the bijection. A new bijection is one line here.
@@ -237,7 +235,7 @@ def test_layouts_change_neither_values_nor_gradients(x64):
         @jax.jit
         @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
         def run(weights, x):
-            z, logdet, info = model.bijection(DENSE, weights, estimator, **layout).forward_and_logdet(x, jax.random.key(0))
+            z, logdet, info = model.flow_bijection(DENSE, weights, estimator, **layout).forward_and_logdet(x, jax.random.key(0))
             return jnp.sum(jnp.sin(z)) + jnp.sum(logdet * jnp.arange(1.0, 4.0)), (z, logdet, info.truncation_bound)
 
         return run(weights, x)
@@ -256,7 +254,7 @@ def test_a_backward_pass_keeps_less_the_more_it_computes_anew():
 
     def kept(rematerialize):
         def loss(weights, x):
-            whole = model.bijection(spec, weights, ExactLogdet(), rematerialize=rematerialize)
+            whole = model.flow_bijection(spec, weights, ExactLogdet(), rematerialize=rematerialize)
             return jnp.mean(whole.forward_and_logdet(x, jax.random.key(0))[1])
 
         compiled = jax.jit(jax.grad(loss)).lower(weights, jax.ShapeDtypeStruct((256, 3), jnp.float32)).compile()
@@ -273,7 +271,8 @@ def test_work_of_unrolled_blocks_grows_with_their_number_not_its_square():
         weights = jax.eval_shape(lambda: random_weights.__wrapped__(spec, num_steps=1))
 
         def loss(weights, x):
-            z, logdet, _ = model.bijection(spec, weights, SeriesLogdet(2), unroll=True).forward_and_logdet(x, jax.random.key(0))
+            flow = model.flow_bijection(spec, weights, SeriesLogdet(2), unroll=True)
+            z, logdet, _ = flow.forward_and_logdet(x, jax.random.key(0))
             return jnp.mean(logdet) - jnp.mean(z**2)
 
         x = jax.ShapeDtypeStruct((BATCH, 4, 4, 2), jnp.float32)
@@ -289,7 +288,7 @@ def test_program_size_does_not_depend_on_the_number_of_blocks():
         weights = jax.eval_shape(lambda: random_weights(spec, num_steps=1))
 
         def run(weights, x):
-            bijection = model.bijection(spec, weights, SeriesLogdet(3), unroll=unroll)
+            bijection = model.flow_bijection(spec, weights, SeriesLogdet(3), unroll=unroll)
             z, logdet, _ = bijection.forward_and_logdet(x, jax.random.key(0))
             return logdet, bijection.inverse(z)
 
@@ -397,7 +396,7 @@ def test_float32_data_stay_float32_in_a_float64_session():
     with jax.enable_x64(True):
         spec = DENSE
         weights = jax.tree.map(lambda a: a.astype(jnp.float32), random_weights(spec))
-        bijection = model.bijection(spec, weights, SeriesLogdet(2))
+        bijection = model.flow_bijection(spec, weights, SeriesLogdet(2))
         x, key = jax.ShapeDtypeStruct((1, 3), jnp.float32), jax.random.key(0)
         z, logdet, info = jax.eval_shape(lambda x: bijection.forward_and_logdet(x, key), x)
         back, solver_info = jax.eval_shape(bijection.inverse, z)
@@ -412,17 +411,17 @@ def test_blocks_of_a_constrained_model_are_contractions(x64):
     for name, _, _, branch in IMAGES.layout:
         norms = []
         for layer in branch.layers:
-            kernel = weights[name]["branch"][layer.name]["kernel"][0]
+            kernel = weights[name].branch.weights[layer.name]["kernel"][0]
             if layer.name.startswith("conv"):
                 kernel = oracles.dense_conv_matrix(kernel, *layer.in_shape[:2], padding=branch.padding)
             norms.append(oracles.operator_norm(kernel))
         assert max(norms) <= IMAGES.coeff * (1 + 1e-3)
-        np.testing.assert_allclose(weights[name]["lipschitz"][0], np.prod(norms), rtol=1e-3)
+        np.testing.assert_allclose(weights[name].branch.lipschitz_bound[0], np.prod(norms), rtol=1e-3)
 
 
 def test_a_model_in_the_plane_is_a_density(x64):
     spec = FlowSpec((2,), (StageSpec(2, hidden=(8,), activation="tanh"),), coeff=0.9)
-    bijection = model.bijection(spec, random_weights(spec, seed=1, num_steps=20))
+    bijection = model.flow_bijection(spec, random_weights(spec, seed=1, num_steps=20))
     prior = priors.standard("gaussian", 2)
 
     @jax.jit
@@ -448,12 +447,12 @@ def test_a_model_in_the_plane_is_a_density(x64):
         (lambda: FlowSpec((5, 4, 1), (StageSpec(1, (4,), (3, 3), squeeze=2),)), "stage 0 cannot squeeze"),
         (lambda: StageSpec(0, (4,)), "num_blocks must be at least 1, got 0"),
         (lambda: StageSpec(1, (4,), squeeze=0), "squeeze must be a positive factor"),
-        (lambda: branches.BranchSpec((4, 4, 1), (4,)), "a dense branch takes vectors, got examples of shape"),
-        (lambda: branches.BranchSpec((4,), (4,), (3, 3)), "a convolutional branch takes images"),
-        (lambda: branches.BranchSpec((4, 4, 1), (4,), (3,)), "kernel_sizes needs 2 entries, one a layer"),
-        (lambda: branches.BranchSpec((4, 4, 1), (4,), (3, 3), padding="VALID"), "padding must be SAME or CIRCULAR"),
-        (lambda: branches.BranchSpec((4,), (4,), activation="swish"), "activation must be one of .* got 'swish'"),
-        (lambda: branches.BranchSpec((4,), ()), "hidden must name at least one positive width"),
+        (lambda: FeedforwardSpec((4, 4, 1), (4,)), "a dense branch takes vectors, got examples of shape"),
+        (lambda: FeedforwardSpec((4,), (4,), (3, 3)), "a convolutional branch takes images"),
+        (lambda: FeedforwardSpec((4, 4, 1), (4,), (3,)), "kernel_sizes needs 2 entries, one a layer"),
+        (lambda: FeedforwardSpec((4, 4, 1), (4,), (3, 3), padding="VALID"), "padding must be SAME or CIRCULAR"),
+        (lambda: FeedforwardSpec((4,), (4,), activation="swish"), "activation must be one of .* got 'swish'"),
+        (lambda: FeedforwardSpec((4,), ()), "hidden must name at least one positive width"),
     ],
 )
 def test_mistakes_are_named(make, message):
@@ -462,19 +461,18 @@ def test_mistakes_are_named(make, message):
 
 
 def test_a_bias_by_pixel_is_a_bias_of_every_pixel_and_leaves_the_jacobian_alone():
-    shared = branches.BranchSpec((3, 2, 1), (4,), (3, 3))
-    by_pixel = branches.BranchSpec((3, 2, 1), (4,), (3, 3), positional_bias=True)
-    weights = branches.initial_weights(by_pixel, jax.random.key(0))
+    shared = FeedforwardSpec((3, 2, 1), (4,), (3, 3))
+    by_pixel = FeedforwardSpec((3, 2, 1), (4,), (3, 3), positional_bias=True)
+    weights = by_pixel.initial_weights(jax.random.key(0))
     assert [weights[layer.name]["bias"].shape for layer in by_pixel.layers] == [(3, 2, 4), (3, 2, 1)]
     x = jax.random.normal(jax.random.key(1), (2, 3, 2, 1))
     same = {name: {**layer, "bias": layer["bias"][0, 0]} for name, layer in weights.items()}
-    np.testing.assert_array_equal(branches.apply_branch(by_pixel, weights, x), branches.apply_branch(shared, same, x))
+    np.testing.assert_array_equal(by_pixel.apply(weights, x), shared.apply(same, x))
     shift = jnp.arange(6.0).reshape(3, 2, 1)
     moved = {**weights, "conv1": {**weights["conv1"], "bias": shift}}
-    difference = branches.apply_branch(by_pixel, moved, x) - branches.apply_branch(by_pixel, weights, x)
+    difference = by_pixel.apply(moved, x) - by_pixel.apply(weights, x)
     np.testing.assert_allclose(difference, jnp.broadcast_to(shift, x.shape), atol=1e-5)
-    vectors = constraint.initial_vectors(by_pixel, jax.random.key(2))
-    norms_of = jax.jit(lambda weights: constraint.normalize(by_pixel, weights, vectors, coeff=0.5).norms)
+    norms_of = jax.jit(by_pixel.norm_bounds)
     assert norms_of(moved) == norms_of(weights)
 
 

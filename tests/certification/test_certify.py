@@ -9,14 +9,13 @@ import kept
 import numpy as np
 import plain_flow as plain
 import pytest
-
-from iresnet_jax import certify
-from iresnet_jax.branches.branch import apply_branch
-from iresnet_jax.certification import problem as certification_problem
-from iresnet_jax.certification import step_blocks, trajectory
 from iresnet_jax.certification.dense_linearization import linearize
 from iresnet_jax.certification.problem import Problem
 from iresnet_jax.certification.step_norms import newton_step, step_norms
+
+from iresnet_jax import certify
+from iresnet_jax.certification import problem as certification_problem
+from iresnet_jax.certification import step_blocks, trajectory
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -46,12 +45,12 @@ def model(name):
     spec = {**FLOWS, **JUMPS}[name]
     make = jax.jit(lambda key: freeze(spec, kept.random_params(spec, key)))
     frozen = make(jax.random.key(1))
-    weights = jax.tree.map(np.asarray, frozen.weights)
+    weights = jax.tree.map(np.asarray, frozen)
     for stage in weights.values():
         rng = np.random.default_rng(0)
-        for layer in stage["branch"].values():
+        for layer in stage.branch.values():
             layer["bias"] = (0.3 * rng.normal(size=layer["bias"].shape)).astype(np.float32)
-    return Density(DensitySpec(spec), weights, {}, frozen.bounds)
+    return Density(DensitySpec(spec), weights, {})
 
 
 @functools.cache
@@ -308,9 +307,9 @@ def dense_steps(name, points):
         weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), own.weights[stage.name])
 
         def step(block, u, stage=stage):
-            scale, bias = jnp.exp(block["actnorm"]["log_scale"]), block["actnorm"]["bias"]
+            scale, bias = jnp.exp(block.actnorm.log_scale), block.actnorm.bias
             u = ((u.reshape(-1, len(scale)) + bias[None]) * scale[None]).reshape(1, *stage.branch.in_shape)
-            return (u + apply_branch(stage.branch, block["branch"], u)).ravel()
+            return (u + stage.branch.apply(block.branch, u)).ravel()
 
         own_points = points[start : start + stage.spec.num_blocks][:, active]
         jacobians = jax.vmap(jax.jacfwd(step, argnums=1))(weights, own_points)

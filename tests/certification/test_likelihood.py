@@ -58,15 +58,15 @@ KEY_NOISE = jax.random.split(jax.random.key(0))[0]  # of `log_prob` without a ke
 def model(spec):
     """A density with random weights, biases and prior."""
     frozen = jax.jit(lambda key: freeze(spec.flow, kept.random_params(spec.flow, key)))(jax.random.key(1))
-    weights, rng = jax.tree.map(np.asarray, frozen.weights), np.random.default_rng(0)
+    weights, rng = jax.tree.map(np.asarray, frozen), np.random.default_rng(0)
     for stage in weights.values():
-        for layer in stage["branch"].values():
+        for layer in stage.branch.values():
             layer["bias"] = (0.3 * rng.normal(size=layer["bias"].shape)).astype(np.float32)
     prior = {
         name: jnp.asarray(0.3 * rng.normal(size=values.shape), jnp.float32)
         for name, values in priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes).items()
     }
-    return Density(spec, weights, prior, frozen.bounds)
+    return Density(spec, weights, prior)
 
 
 def data(spec, scale=1.0, num=3):

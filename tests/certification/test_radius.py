@@ -54,7 +54,7 @@ def model(name):
     head["norm"] = {"scale": jnp.linspace(0.5, 1.5, channels), "bias": jnp.linspace(-0.5, 0.5, channels)}
     head["linear"]["bias"] = jnp.array([0.05, -0.05, 0.0])  # no ties where all rectifiers are off
     as_float32 = functools.partial(jax.tree.map, lambda a: np.asarray(a, np.float32))
-    return Classifier(spec, as_float32(frozen.weights), as_float32(head), as_float32(statistics), frozen.bounds)
+    return Classifier(spec, as_float32(frozen), as_float32(head), as_float32(statistics))
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import jax
 import kept
 import numpy as np
 import pytest
-from runs import ROOT
+from tiny_runs import ROOT
 
 from iresnet_jax.evaluation import guarantee, inversion, samples
 from iresnet_jax.evaluation.inversion import Inversion

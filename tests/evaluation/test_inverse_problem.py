@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-import runs
+import tiny_runs as runs
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.data.measurements import Measurement

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import kept
 import numpy as np
 import pytest
-import runs
+import tiny_runs as runs
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.bijections.transforms.standardize import Standardize
@@ -44,7 +44,7 @@ def zero_weights():
 def linear_gaussian_model(shift=0.0, scale=1.0):
     """The posterior ``N(x / 2, .05 I)`` as a flow of one block ``z = theta - x / 2`` and a prior of its own."""
     weights, bounds = jax.tree.map(jnp.asarray, zero_weights())
-    weights["stage0"]["branch"]["dense1"]["context"] = -0.5 * jnp.eye(10)[None]
+    weights["stage0"].branch.weights["dense1"]["context"] = -0.5 * jnp.eye(10)[None]
     prior = {"mean": jnp.full((10,), shift), "log_std": jnp.full((10,), math.log(scale * math.sqrt(0.05)))}
     return Density(DensitySpec(LINEAR_FLOW), weights, prior, bounds)
 

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import kept
 import numpy as np
 import pytest
-import runs
+import tiny_runs as runs
 from oracles import dense_conv_matrix, operator_norm
 
-from iresnet_jax.branches import branch as branches
-from iresnet_jax.branches.branch import BranchSpec
+from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.data import load
 from iresnet_jax.maths import platforms as target
 from iresnet_jax.runs import loop
@@ -27,10 +26,10 @@ def rounded(x):
 @pytest.mark.parametrize("kernel_sizes", [(3, 1, 3), None], ids=["convolutions", "dense"])
 def test_layers_take_and_give_rounded_numbers(kernel_sizes):
     shape = (5, 4, 2) if kernel_sizes else (6,)
-    spec = BranchSpec(shape, hidden=(7, 6), kernel_sizes=kernel_sizes, activation="tanh")
-    weights = branches.initial_weights(spec, jax.random.key(0))
+    spec = FeedforwardSpec(shape, hidden=(7, 6), kernel_sizes=kernel_sizes, activation="tanh")
+    weights = spec.initial_weights(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (3, *shape))
-    found = jax.jit(functools.partial(branches.apply_branch, spec, bfloat16=True))(weights, x)
+    found = jax.jit(functools.partial(spec.apply, bfloat16=True))(weights, x)
     h = np.asarray(x, np.float64)
     for layer in spec.layers:
         h, kernel = rounded(np.tanh(h) if layer.activated else h), rounded(weights[layer.name]["kernel"])
@@ -46,19 +45,19 @@ def test_layers_take_and_give_rounded_numbers(kernel_sizes):
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_accelerators_compute_what_cpus_do(platform):
     """The form for them run here: few channels in, few out, and a gradient."""
-    spec = BranchSpec((6, 5, 3), hidden=(64,), kernel_sizes=(3, 3), activation="tanh")
-    weights = branches.initial_weights(spec, jax.random.key(0))
+    spec = FeedforwardSpec((6, 5, 3), hidden=(64,), kernel_sizes=(3, 3), activation="tanh")
+    weights = spec.initial_weights(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (4, *spec.in_shape))
 
     def value_and_gradients(weights, x):
-        run = lambda weights, x: branches.apply_branch(spec, weights, x, bfloat16=True)  # noqa: E731
+        run = lambda weights, x: spec.apply(weights, x, bfloat16=True)  # noqa: E731
         y, pull = jax.vjp(run, weights, x)
         return y, pull(jnp.cos(y))
 
     here = jax.jit(value_and_gradients)(weights, x)
     with target.compiling_for(platform):
         there = jax.jit(value_and_gradients)(weights, x)
-    exact = jax.jit(jax.vjp, static_argnums=0)(functools.partial(branches.apply_branch, spec), weights, x)[0]
+    exact = jax.jit(jax.vjp, static_argnums=0)(spec.apply, weights, x)[0]
     for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
         scale = float(jnp.sqrt(jnp.mean(a**2)))
         assert float(jnp.sqrt(jnp.mean((a - b) ** 2))) < 2 * UNIT * scale  # their roundings fall elsewhere
@@ -84,7 +83,7 @@ def test_the_certificate_is_that_of_the_rounded_kernels(spec):
     model = kept.model(spec)
     certificate = model.with_(bfloat16=True).certificate()
     [stage] = spec.flow.layout
-    weights = model.weights["stage0"]["branch"]
+    weights = model.weights["stage0"].branch
     differs = False
     for k, block in enumerate(certificate.blocks):
         for layer, own in zip(stage.branch.layers, block.layers, strict=True):

@@ -22,7 +22,7 @@ def test_norms_agree_with_singular_values_and_bounds_lie_above(spec):
     model = kept.model(spec)
     certificate = model.certificate()
     [stage] = spec.flow.layout
-    weights = model.weights["stage0"]["branch"]
+    weights = model.weights["stage0"].branch
     assert [block.name for block in certificate.blocks] == ["stage0/block00", "stage0/block01"]
     for k, block in enumerate(certificate.blocks):
         assert [layer.name for layer in block.layers] == [layer.name for layer in stage.branch.layers]
@@ -44,7 +44,7 @@ def test_norms_agree_with_singular_values_and_bounds_lie_above(spec):
 def test_one_block_without_a_bound_is_none_for_the_model():
     model = kept.model(kept.POINTS)
     weights = jax.tree.map(np.array, model.weights)
-    weights["stage0"]["lipschitz"][1] = np.inf
+    weights["stage0"].branch.lipschitz_bound[1] = np.inf
     broken = model.with_(weights=weights).certificate()
     assert not broken.certified
     assert broken.max_block == broken.inverse == np.inf

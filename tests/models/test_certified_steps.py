@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import kept
 import numpy as np
 import pytest
-
-from iresnet_jax.certification import step_jacobians, trajectory
 from iresnet_jax.certification.dense_linearization import linearize, products_of
 from iresnet_jax.certification.problem import Problem
+
+from iresnet_jax.certification import step_jacobians, trajectory
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
@@ -29,7 +29,7 @@ def torus(shape):
         if "kernel" in layer:
             layer["kernel"] = jnp.ones_like(layer["kernel"])
     frozen = jax.jit(lambda params: freeze(spec, params))(params)
-    return Density(DensitySpec(spec), frozen.weights, {}, frozen.bounds)
+    return Density(DensitySpec(spec), frozen, {})
 
 
 def jacobians(flow, weights, points):

@@ -68,7 +68,7 @@ def variables():
 @pytest.fixture(scope="module")
 def model(variables):
     frozen = jax.jit(lambda params: flow.freeze(SPEC.flow, params))(variables["params"])
-    return Classifier(SPEC, frozen.weights, variables["params"]["head"], variables["batch_stats"], frozen.bounds)
+    return Classifier(SPEC, frozen, variables["params"]["head"], variables["batch_stats"])
 
 
 def elu(x):
@@ -84,8 +84,8 @@ def naive_features(weights, images):
     for name, num_blocks, preactivation in (("stage0", 2, False), ("stage1", 1, True)):
         stage = jax.tree.map(lambda a: np.asarray(a, np.float64), weights[name])
         for k in range(num_blocks):
-            x = (x + stage["actnorm"]["bias"][k]) * np.exp(stage["actnorm"]["log_scale"][k])
-            first, second = (stage["branch"][f"conv{i}"] for i in (0, 1))
+            x = (x + stage.actnorm.bias[k]) * np.exp(stage.actnorm.log_scale[k])
+            first, second = (stage.branch.weights[f"conv{i}"] for i in (0, 1))
             h = elu(x) if preactivation else x
             h = oracles.conv_forward(h, first["kernel"][k]) + first["bias"][k]
             x = x + oracles.conv_forward(elu(h), second["kernel"][k]) + second["bias"][k]
@@ -129,7 +129,7 @@ def test_modules_apply_what_the_model_computes(variables, model):
 
     found, constrained = cast(Any, both(variables, preprocess(SPEC, images)))
     np.testing.assert_allclose(found, logits_of(model.with_(weights=constrained.weights), images), atol=SINGLE)
-    assert (constrained.weights["stage0"]["lipschitz"] <= 0.81 * (1 + NORM_RTOL)).all()
+    assert (constrained.weights["stage0"].branch.lipschitz_bound <= 0.81 * (1 + NORM_RTOL)).all()
 
 
 def test_padding_channels_start_with_scale_one(variables):
@@ -265,21 +265,21 @@ def test_all_levels_of_8_bits_are_known():
 def test_without_a_constraint_weights_run_as_they_are_and_no_inverse_is_promised(variables):
     as_they_are = cast(Any, modules.Classifier(VANILLA).apply(variables, method="constrain")).weights
     frozen = jax.jit(lambda params: flow.certify(VANILLA.flow, params))(variables["params"])
-    for run in (as_they_are, frozen.weights):
+    for run in (as_they_are, frozen):
         for name in ("stage0", "stage1"):
             blocks = dict(variables["params"][name]["blocks"])
             chex.assert_trees_all_equal(run[name]["actnorm"], blocks.pop("actnorm"))
-            chex.assert_trees_all_equal(dict(run[name]["branch"]), blocks)
-    assert np.isinf(as_they_are["stage0"]["lipschitz"]).all()
-    assert (frozen.weights["stage0"]["lipschitz"] > 1).all()
+            chex.assert_trees_all_equal(dict(run[name].branch), blocks)
+    assert np.isinf(as_they_are["stage0"].branch.lipschitz_bound).all()
+    assert (frozen["stage0"].branch.lipschitz_bound > 1).all()
     for name in ("stage0", "stage1"):
         product = np.prod([frozen.bounds[name][f"conv{i}"] for i in (0, 1)], axis=0)
-        np.testing.assert_allclose(frozen.weights[name]["lipschitz"], product, rtol=SINGLE)
+        np.testing.assert_allclose(frozen[name].branch.lipschitz_bound, product, rtol=SINGLE)
     free = Classifier(VANILLA, as_they_are, variables["params"]["head"], variables["batch_stats"], solver=Solver(max_evals=50))
     back = reconstruct(free, features_of(free, images_of(4)))
     assert not back.info.converged.any()
     assert np.isinf(back.info.error_bound).all()
-    certified = free.with_(weights=frozen.weights, bounds=frozen.bounds).certificate()
+    certified = free.with_(weights=frozen, bounds=frozen.bounds).certificate()
     assert not certified.certified
     assert certified.coeff is None
     assert "NOT CERTIFIED" in str(certified)

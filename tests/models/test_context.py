@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.branches import branch as branches
 from iresnet_jax.branches import constraint
+from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.models import density
@@ -77,10 +77,10 @@ def test_each_example_has_its_own_context_and_comes_back_under_it(name, x64):
 
 def test_the_constraint_is_in_x_alone():
     branch = PLANE.layout[0].branch
-    weights = jax.tree.map(lambda a: a[0], frozen("plane")[0]["stage0"]["branch"])
+    weights = jax.tree.map(lambda a: a[0], frozen("plane")[0]["stage0"].branch)
     strong = {name: {**layer, "context": 100 * layer["context"]} for name, layer in weights.items()}
     x = jax.random.normal(jax.random.key(2), (BATCH, 2))
-    jacobian_at = jax.jit(jax.jacfwd(lambda x, context: branches.apply_branch(branch, strong, x[None], context)[0]))
+    jacobian_at = jax.jit(jax.jacfwd(lambda x, context: branch.apply(strong, x[None], context)[0]))
     for context in jax.random.normal(jax.random.key(3), (5, BATCH, CONTEXT_DIM)):
         assert np.linalg.norm(np.asarray(jacobian_at(x[0], context[:1]), np.float64), 2) < 0.9
     bounds_of = jax.jit(functools.partial(constraint.layer_bounds, branch))
@@ -160,7 +160,7 @@ def test_contexts_of_the_wrong_shape_are_named():
     with pytest.raises(ValueError, match=r"takes a context of shape \(batch, 4\), got shape \(3, 5\) for a batch of 3"):
         whole.encode(x, context=jnp.zeros((BATCH, 5)))
     with pytest.raises(ValueError, match="context_dim must not be negative, got -1"):
-        branches.BranchSpec((2,), (3,), context_dim=-1)
+        FeedforwardSpec((2,), (3,), context_dim=-1)
     plain = dataclasses.replace(PLANE, context_dim=0)
     with pytest.raises(ValueError, match=r"takes no context \(context_dim=0\), got one of shape \(3, 4\)"):
         whole.with_(spec=density.DensitySpec(plain)).encode(x, context=jnp.zeros((BATCH, 4)))

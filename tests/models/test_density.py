@@ -52,7 +52,7 @@ def _model(spec):
         return freeze(spec.flow, params), params["prior"]
 
     frozen, prior = build(x)
-    return Density(spec, frozen.weights, prior, frozen.bounds)
+    return Density(spec, frozen, prior)
 
 
 def images(num=5, seed=0):
@@ -114,7 +114,7 @@ def test_a_model_is_an_argument_like_any_array():
 
     gradients = jax.jit(jax.grad(loss, allow_int=True))(density, x)
     assert isinstance(gradients, Density)
-    assert np.any(gradients.weights["stage0"]["branch"]["conv0"]["kernel"])
+    assert np.any(gradients.weights["stage0"].branch.weights["conv0"]["kernel"])
     assert gradients.spec == density.spec
     twice = jax.tree.map(lambda a: jnp.stack([a, a]), density.with_(bounds=None))
     both = jax.jit(jax.vmap(lambda m: m.terms(x, key, key).log_prob))(twice)

@@ -178,14 +178,14 @@ def blocks_of(kept, images):
 
     @jax.jit
     def through(block, x):
-        x, _ = actnorm.forward_and_logdet(actnorm.ActNormParams(**block["actnorm"]), x)
-        return x, x + apply_branch(stage.branch, block["branch"], x)
+        x, _ = actnorm.forward_and_logdet(block.actnorm, x)
+        return x, x + stage.branch.apply(block.branch, x)
 
     y = entered(kept, images)
     for k in range(stage.spec.num_blocks):
         block = jax.tree.map(lambda w, k=k: w[k], weights)
         x, y = through(block, y)
-        yield stage.branch, block["branch"], block["lipschitz"], x, y
+        yield stage.branch, block.branch, block.branch.lipschitz_bound, x, y
 
 
 @pytest.mark.parametrize(("model", "slow", "factor"), [("digits_hybrid", 35, 3), ("mnist_density", 38, 1.7)])

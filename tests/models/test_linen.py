@@ -11,7 +11,6 @@ import pytest
 
 from iresnet_jax.bijections import actnorm
 from iresnet_jax.bijections.reshape import squeeze
-from iresnet_jax.branches import branch as branches
 from iresnet_jax.models import flow as model
 from iresnet_jax.models import linen as modules
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -94,11 +93,11 @@ def test_the_input_of_every_branch_has_mean_zero_and_variance_one(constrained, b
     for stage, (name, _, _, branch) in enumerate(SPEC.layout):
         for k in range(SPEC.stages[stage].num_blocks):
             block = jax.tree.map(lambda a, k=k: a[k], constrained.weights[name])
-            x, _ = actnorm.forward_and_logdet(actnorm.ActNormParams(**block["actnorm"]), x)
+            x, _ = actnorm.forward_and_logdet(block.actnorm, x)
             axes = tuple(range(x.ndim - 1))
             np.testing.assert_allclose(jnp.mean(x, axes), 0, atol=STATISTICS)
             np.testing.assert_allclose(jnp.var(x, axes), 1, atol=STATISTICS)
-            x = x + branches.apply_branch(branch, block["branch"], x)
+            x = x + branch.apply(block.branch, x)
         x = x[..., :2].reshape(len(x), -1) if stage == 0 else x
 
 
@@ -106,7 +105,7 @@ def test_norms_hold_before_the_first_step(variables, constrained):
     for name, _, _, branch in SPEC.layout:
         for layer in branch.layers:
             raw = variables["params"][name]["blocks"][layer.name]["kernel"][0]
-            kernel = constrained.weights[name]["branch"][layer.name]["kernel"][0]
+            kernel = constrained.weights[name].branch.weights[layer.name]["kernel"][0]
             unfold = functools.partial(oracles.dense_conv_matrix, height=2, width=2) if raw.ndim == 4 else np.asarray
             true = oracles.operator_norm(unfold(raw))
             np.testing.assert_allclose(constrained.norms[name][layer.name][0], true, rtol=SPECTRAL)
@@ -139,9 +138,9 @@ def test_calling_the_module_uses_the_stored_scales(start, batch):
 
 def test_a_small_last_scale_starts_near_the_identity(batch):
     branch = SPEC.layout[0].branch
-    weights = branches.initial_weights(branch, jax.random.key(0), last_scale=1e-3)
+    weights = branch.initial_weights(jax.random.key(0), last_scale=1e-3)
     x = squeeze(batch, 2)
-    assert jnp.max(jnp.abs(branches.apply_branch(branch, weights, x))) < 0.05
+    assert jnp.max(jnp.abs(branch.apply(weights, x))) < 0.05
 
 
 def test_variables_have_types_of_their_own(start):

@@ -35,7 +35,7 @@ def model():
 
     with jax.enable_x64(False):
         frozen = make(jax.random.key(0))
-    return Reconstructor(SPEC, frozen.weights, frozen.bounds)
+    return Reconstructor(SPEC, frozen)
 
 
 def images(num=5, seed=0):

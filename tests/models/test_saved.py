@@ -12,7 +12,6 @@ import pytest
 import iresnet_jax as ir
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
-from iresnet_jax.branches.branch import initial_weights
 from iresnet_jax.json_dataclasses import checked, tagged
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -34,7 +33,7 @@ def params(scale):
     for stage in FLOW.layout:
         keys = jax.random.split(jax.random.key(0), stage.spec.num_blocks)
         channels = jnp.zeros((len(keys), stage.branch.in_shape[-1]))
-        weights = jax.vmap(lambda key, branch=stage.branch: initial_weights(branch, key))(keys)
+        weights = jax.vmap(lambda key, branch=stage.branch: branch.initial_weights(key))(keys)
         blocks[stage.name] = {
             "blocks": jax.tree.map(lambda a: scale * a, {**weights, "actnorm": {"bias": channels, "log_scale": channels}})
         }

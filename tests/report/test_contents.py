@@ -109,15 +109,15 @@ def test_the_file_holds_every_number_and_null_for_what_json_does_not_have():
     assert "notes" not in facts
     assert "nll" not in facts
     assert facts["bits_per_dim"]["mean"] == 1.062314
-    assert facts["lipschitz"]["blocks"][1]["layers"][1] == {
+    assert facts.branch.lipschitz_bound["blocks"][1]["layers"][1] == {
         "name": "conv_out",
         "target": None,
         "estimate": 0.7867,
         "bound": 0.8041,
         "layers": [],
     }
-    assert facts["lipschitz"]["certified"]
-    assert facts["lipschitz"]["max_block"] == 0.7243
+    assert facts.branch.lipschitz_bound["certified"]
+    assert facts.branch.lipschitz_bound["max_block"] == 0.7243
     assert facts["inverse"]["refined"]["mean_evals"] == 35.79
     assert facts["config"]["model"]["widths"] == [61, 67]
     facts = dataclasses.replace(changed("inverse", max_error_bound=math.inf), likelihood=POINTS, classification=None).to_json()

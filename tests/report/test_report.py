@@ -3,7 +3,7 @@
 import json
 
 import pytest
-import runs
+import tiny_runs as runs
 
 from iresnet_jax.runs import trained_run as run
 

@@ -13,8 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from iresnet_jax.runs.array_names import from_named, to_named
-from iresnet_jax.runs.checkpoints import Checkpoints, load_named
+from iresnet_jax.runs.checkpoints import Checkpoints, from_named, load_named, to_named
 
 MAX_SAVE_S = 2.0  # measured 0.04 for 1000 arrays; one file an array takes about 0.5, and a busy machine is slower
 

@@ -12,11 +12,11 @@ import jax
 import kept
 import numpy as np
 import pytest
-import runs
+import tiny_runs as runs
 
 from iresnet_jax import data
 from iresnet_jax.models.saved import FILE_NAME
-from iresnet_jax.runs import cpu, run_folder
+from iresnet_jax.runs import allocator, machine, run_folder
 from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.checkpoints import Checkpoints, load_named
 from iresnet_jax.runs.from_config import build_optimizer, model_spec
@@ -63,7 +63,7 @@ def test_the_parameters_are_the_average_of_the_best_checkpoint(toy, trained):
     named = load_named(trained / "checkpoints" / "20.npz")
     assert (toy.step, toy.notes) == (20, ())
     np.testing.assert_array_equal(toy.model.prior["mean"], named["ema/prior/mean"])
-    branch = toy.model.weights["stage0"]["branch"]
+    branch = toy.model.weights["stage0"].branch
     np.testing.assert_array_equal(branch["dense0"]["bias"][1], named["ema/stage0/block01/dense0/bias"])
     for layer, found in branch.items():
         for k, kernel in enumerate(np.asarray(found["kernel"], np.float64)):
@@ -117,7 +117,7 @@ def test_a_model_alone_is_the_same_run(toy, tmp_path):
         toy.step,
     )
     assert same(alone.model.prior, toy.model.prior)
-    assert same(alone.model.weights["stage0"]["branch"], toy.model.weights["stage0"]["branch"])
+    assert same(alone.model.weights["stage0"].branch, toy.model.weights["stage0"].branch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), alone.model.bounds, toy.model.bounds)  # anew
     assert alone.model.solver == toy.model.solver
     np.testing.assert_array_equal(alone.test_examples(), toy.test_examples())
@@ -131,11 +131,11 @@ def test_a_model_beside_the_run_does_not_replace_it(copied, toy):
 
 READING = """
 import sys
+from iresnet_jax.runs import machine
 from iresnet_jax.runs.trained_run import read_config
-from iresnet_jax.runs import cpu
 
 configs = [read_config(folder) for folder in sys.argv[1:]]
-print([config.data.name for config in configs], cpu.use_all_cores(configs[0]))
+print([config.data.name for config in configs], machine.use_all_cores(configs[0]))
 """
 
 
@@ -145,7 +145,7 @@ def test_settings_are_read_before_jax_starts(toy, trained, tmp_path):
     plain = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     command = [sys.executable, "-c", READING, str(trained), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=plain | {"PYTHONPATH": str(runs.ROOT)})
-    assert done.stdout.strip() == f"['moons', 'moons'] {cpu.num_devices(toy.config, cpu.num_cores())}"
+    assert done.stdout.strip() == f"['moons', 'moons'] {machine.num_devices(toy.config, allocator.num_cores())}"
 
 
 def test_a_model_that_knows_no_run_is_read_by_another_function(tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from runs import ROOT
+from tiny_runs import ROOT
 
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.data import load, simulators, toys
@@ -188,7 +188,7 @@ def test_kept_models_are_those_of_their_configs_and_can_be_inverted(file):
     kept, about = saved.read(file)
     config = get_config(file.parent.name, None)
     assert first_difference(to_plain(config), to_plain(parse(about["config"])), "config") is None
-    assert all(float(np.max(stage["lipschitz"])) < 1 for stage in kept.weights.values())
+    assert all(float(np.max(stage.branch.lipschitz_bound)) < 1 for stage in kept.weights.values())
     levels = kept.spec.num_levels
     images = np.random.default_rng(0).integers(0, levels, (1, *SHAPES[config.data.name]), np.uint8)
     if isinstance(kept, Classifier):

@@ -4,7 +4,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-import runs
+import tiny_runs as runs
 
 from iresnet_jax.data import load
 from iresnet_jax.models import flow

@@ -14,21 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
-from runs import EVAL_EVERY, ROOT, TOTAL_STEPS
+import tiny_runs as runs
+from tiny_runs import EVAL_EVERY, ROOT, TOTAL_STEPS
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import load
 from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.runs import loop
-from iresnet_jax.runs.array_names import to_named
-from iresnet_jax.runs.checkpoints import load_named
+from iresnet_jax.runs.checkpoints import load_named, to_named
 from iresnet_jax.runs.command_line import asks_for_debug
 from iresnet_jax.runs.compiled_steps import Programs
 from iresnet_jax.runs.config import parse
-from iresnet_jax.runs.interruption import SIGNALS, Stopped
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.run_folder import alone_in, read_config, read_model
+from iresnet_jax.runs.signals import SIGNALS, Stopped
 from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives.likelihood import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys
 
@@ -373,7 +372,7 @@ def test_validation_says_what_training_gains_by_what_it_cuts_off(caplog):
     validation, current, model = validate_untrained(num_terms=1, **many)  # whose trace is exact
     x = jnp.asarray(load("moons").held_out("validation", 32, 0))
     jacobians = jax.jit(jax.vmap(jax.jacfwd(lambda x: model.flow().forward(x[None])[0])))(x)
-    scales = np.exp(model.weights["stage0"]["actnorm"]["log_scale"][0])
+    scales = np.exp(model.weights["stage0"].actnorm.log_scale[0])
     of_block = np.asarray(jacobians / scales[None, None, :], np.float64)
     missed = np.linalg.slogdet(of_block)[1] - (np.trace(of_block, axis1=1, axis2=2) - 2)  # log det(I + J) - tr J
     with caplog.at_level("WARNING"):

@@ -20,9 +20,9 @@ from iresnet_jax.data import conditioned_on_labels, stand_in
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.maths import platforms as target
 from iresnet_jax.runs import loop
-from iresnet_jax.runs.agreement import Agreement, Wish
 from iresnet_jax.runs.config import Config, TrainingConfig
 from iresnet_jax.runs.from_config import model_spec
+from iresnet_jax.runs.hosts import Agreement, Wish
 from iresnet_jax.runs.planning.chips import CHIPS, PASSES, Chip
 from iresnet_jax.runs.planning.program_costs import all_reduces, flops, has_random_loops, lowered_all_reduces, num_bytes
 from iresnet_jax.training import parallel

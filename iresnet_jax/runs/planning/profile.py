@@ -17,9 +17,9 @@ import numpy as np
 from jax.profiler import ProfileData, ProfileOptions
 
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.runs import cpu, loop
-from iresnet_jax.runs.backend import device_summary, prepare_backend
+from iresnet_jax.runs import allocator, loop
 from iresnet_jax.runs.config import Config
+from iresnet_jax.runs.machine import device_summary, prepare_backend
 from iresnet_jax.runs.planning import plan
 from iresnet_jax.runs.planning.operations import Operation, operations
 from iresnet_jax.runs.planning.program_costs import flops, has_random_loops
@@ -141,7 +141,7 @@ def take(config: Config, folder: str | Path, *, data: DataSet | None = None) -> 
     while len(seconds) < FEWEST or (len(seconds) < MOST and time.perf_counter() - began < MOST_S):
         seconds.append(clock.step())
     is_cpu = jax.default_backend() == "cpu"
-    num_lanes, lane = (cpu.num_cores(), "core") if is_cpu else (jax.local_device_count(), "device")
+    num_lanes, lane = (allocator.num_cores(), "core") if is_cpu else (jax.local_device_count(), "device")
     dtype = jnp.bfloat16 if config.training.bfloat16 and not is_cpu else jnp.float32
     return Profile(
         devices=device_summary(),

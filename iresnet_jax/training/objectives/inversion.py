@@ -73,8 +73,8 @@ def make_constraint(config: Config, spec: ReconstructorSpec) -> Constrain:
     def without_actnorm(params, spectral) -> Constrained:
         constrained = constrain(params, spectral)
         weights = {
-            name: {**stage, "actnorm": jax.tree.map(jnp.zeros_like, stage["actnorm"])}
-            for name, stage in constrained.weights.items()
+            name: block._replace(actnorm=jax.tree.map(jnp.zeros_like, block.actnorm))
+            for name, block in constrained.weights.items()
         }
         return constrained._replace(weights=weights)
 

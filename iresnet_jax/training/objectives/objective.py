@@ -180,5 +180,5 @@ def constraint_metrics(constrained: Constrained) -> dict[str, Any]:
     if not any(constrained.norms.values()):
         return {}
     norms = [jnp.max(norm) for stage in constrained.norms.values() for norm in stage.values()]
-    lipschitz = [jnp.max(stage["lipschitz"]) for stage in constrained.weights.values()]
+    lipschitz = [jnp.max(stage.branch.lipschitz_bound) for stage in constrained.weights.values()]
     return {"max_sigma": jnp.max(jnp.stack(norms)), "max_lipschitz": jnp.max(jnp.stack(lipschitz))}

@@ -17,10 +17,9 @@ from jax import lax
 
 from iresnet_jax.bijections import actnorm, residual
 from iresnet_jax.bijections.chain import chain
-from iresnet_jax.bijections.residual import Branch, Solver
+from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.logit import Logit
-from iresnet_jax.branches.branch import apply_branch, initial_weights
-from iresnet_jax.branches.closed_form_jacobian import has_diagonal
+from iresnet_jax.branches.branch import CallableBranch
 from iresnet_jax.data.sources import digits
 from iresnet_jax.maths.inverse.fixed_point import invert_residual
 from iresnet_jax.maths.logdet.exact import ExactLogdet
@@ -167,7 +166,7 @@ def test_starting_behind_what_a_branch_always_adds(x64, refine):
         return (tanh_network(weights, x) + far).astype(x.dtype)
 
     def solve(at_zero=None, memory=4):
-        whole, solver = Branch(branch, 0.9, at_zero=at_zero), Solver(atol=TOLERANCE, memory=memory, refine=refine)
+        whole, solver = CallableBranch(branch, 0.9, at_zero=at_zero), Solver(atol=TOLERANCE, memory=memory, refine=refine)
         found, info = jax.jit(lambda x: residual.inverse(whole, x + branch(x), solver))(x)
         assert info.converged.all()
         assert (np.linalg.norm(found - x, axis=1) <= info.error_bound).all()
@@ -213,7 +212,7 @@ def train(spec, examples, estimator, num_steps):
 
     @jax.jit
     def start(batch):
-        blocks = jax.vmap(functools.partial(initial_weights, stage.branch))(jax.random.split(key, num_blocks))
+        blocks = jax.vmap(stage.branch.initial_weights)(jax.random.split(key, num_blocks))
         scales = actnorm.initialize(enter(spec, batch))._asdict()  # for the first block; the others begin with none
         scales = jax.tree.map(lambda a: jnp.stack([a] + [jnp.zeros_like(a)] * (num_blocks - 1)), scales)
         return {"stage0": {"blocks": blocks | {"actnorm": scales}}, "prior": priors.standard(spec.prior, spec.flow.num_dims)}
@@ -239,7 +238,7 @@ def train(spec, examples, estimator, num_steps):
 
     params, losses = jax.device_get(run(start(data[:256])))
     assert np.mean(losses[-50:]) < np.mean(losses[:50]) - 1
-    return jax.jit(functools.partial(flow.freeze, spec.flow))(params).weights
+    return jax.jit(functools.partial(flow.freeze, spec.flow))(params)
 
 
 def correlated():
@@ -273,26 +272,26 @@ def trained_blocks(request):
 
         @jax.jit
         def through(block, x):
-            x, _ = actnorm.forward_and_logdet(actnorm.ActNormParams(**block["actnorm"]), x)
-            return x, x + apply_branch(branch, block["branch"], x)
+            x, _ = actnorm.forward_and_logdet(block.actnorm, x)
+            return x, x + block.branch(x)
 
         found = []
         for k in range(spec.flow.num_blocks):
             block = jax.tree.map(lambda w, k=k: jnp.asarray(w[k]), weights)
             inside, x = through(block, x)
-            found.append((block["branch"], block["lipschitz"], inside))
+            found.append((block.branch.weights, block.branch.lipschitz_bound, inside))
         return branch, found
 
 
 def test_trained_blocks_need_fewer_evaluations(x64, trained_blocks):
     """To the same true error, on average over examples; where few are saved, no Krylov method would save many more."""
     branch, blocks = trained_blocks
-    g = functools.partial(apply_branch, branch)
+    g = branch.apply
     methods = {
         "banach": {"memory": 0},
         "anderson": {"memory": 4},
         "unlimited": {"memory": 16},  # GMRES, as far as a block is linear
-        "with diagonal": {"memory": 4, "diagonal_of": branch if has_diagonal(branch) else None},
+        "with diagonal": {"memory": 4, "diagonal_of": branch if "diagonal" in branch.knows else None},
     }
     counts = {name: [] for name in methods}
     for weights, lipschitz, x_true in blocks:
@@ -308,7 +307,7 @@ def test_trained_blocks_need_fewer_evaluations(x64, trained_blocks):
 
 def test_refining_with_weights_in_float64(x64):
     slopes = jnp.asarray([[0.5, -0.7, 0.2]])
-    branch = Branch(lambda x: slopes * jnp.tanh(x), lipschitz_bound=0.7)
+    branch = CallableBranch(lambda x: slopes * jnp.tanh(x), lipschitz_bound=0.7)
     x, info = jax.jit(lambda y: residual.inverse(branch, y, Solver(atol=1e-12, refine=True)))(jnp.ones((2, 3)))
     assert info.converged.all()
     np.testing.assert_allclose(x + slopes * jnp.tanh(x), 1, atol=1e-12)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
+import tiny_runs as runs
 from jax import lax
 
 from iresnet_jax.__main__ import main

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
+import tiny_runs as runs
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.runs.planning import profile

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
+import tiny_runs as runs
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import augment, load
@@ -206,7 +206,7 @@ def test_commands_after_training(workdir, capsys):
     assert report["inverse"]["fraction_recovered"] == 1
     assert 0 <= report["inverse"]["max_padding_residual"] <= report["inverse"]["max_error_bound"]
     assert report["inverse"]["max_grey_level_error"] < 16 * 1e-4
-    assert report["lipschitz"]["certified"]
+    assert report.branch.lipschitz_bound["certified"]
     assert report["warnings"] == []
     page = (workdir / "report.html").read_text()
     assert page.count("data:image/") >= 5  # curves, confusion, reconstructions, histogram, constants
@@ -250,7 +250,7 @@ def test_a_network_without_a_constraint_says_that_nothing_is_promised(trained, w
         (copy / f"{name}.json").write_text(json.dumps(plain))
     vanilla = run.load(copy).model
     for layer in ("conv0", "conv1"):
-        ours, theirs = (model.weights["stage0"]["branch"][layer]["kernel"] for model in (vanilla, trained.model))
+        ours, theirs = (model.weights["stage0"].branch.weights[layer]["kernel"] for model in (vanilla, trained.model))
         assert np.abs(ours).max() > 1.1 * np.abs(theirs).max()
     certificate = vanilla.certificate()
     assert certificate.target is None

@@ -10,9 +10,9 @@ import kept
 import numpy as np
 import optax
 import pytest
-import runs
 import scipy.special
 import scipy.stats
+import tiny_runs as runs
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import load

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
+import tiny_runs as runs
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.branches.branch import initial_weights
 from iresnet_jax.data import load
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
@@ -34,7 +33,7 @@ def small():
     flow = FlowSpec((2, 2, 1), (StageSpec(2, hidden=(3,), activation="softplus"),), 0.8, "block")
     [stage] = flow.layout
     keys = jax.random.split(jax.random.key(0), 2)
-    branch = jax.vmap(lambda key: initial_weights(stage.branch, key))(keys)
+    branch = jax.vmap(lambda key: stage.branch.initial_weights(key))(keys)
     branch = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), branch)
 
     def scaled(layer):
@@ -81,7 +80,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_iteration_step_by_step(x64, 
         stage = {**model.weights["stage0"], "branch": branch}
         return inversion.loss(model.with_(weights={"stage0": stage}), x, y, forward_share=forward_share).value
 
-    branch = model.weights["stage0"]["branch"]
+    branch = model.weights["stage0"].branch
     value, gradient = jax.jit(jax.value_and_grad(ours))(branch)
     expected, of_steps = jax.jit(jax.value_and_grad(functools.partial(unrolled_loss, forward_share=forward_share)))(
         branch, x, y
@@ -94,7 +93,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_iteration_step_by_step(x64, 
 def test_the_check_rejects_a_gradient_that_stops_at_the_inverse(x64):
     """A few steps of the iteration from the solution, as truncated back-propagation has it, give another gradient."""
     model, x, y = small()
-    branch = model.weights["stage0"]["branch"]
+    branch = model.weights["stage0"].branch
 
     def one_step(branch):
         found, start = y.reshape(3, 4), model.invert(y)[0].reshape(3, 4)

@@ -3,7 +3,7 @@
 import chex
 import jax
 import pytest
-import runs
+import tiny_runs as runs
 
 from iresnet_jax.data import load
 from iresnet_jax.runs import loop

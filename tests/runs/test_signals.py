@@ -8,13 +8,13 @@ import time
 
 import pytest
 
-from iresnet_jax.runs import interruption
-from iresnet_jax.runs.interruption import SIGNALS, Stopped, StopRequests
+from iresnet_jax.runs import signals
+from iresnet_jax.runs.signals import SIGNALS, Stopped, StopRequests
 
 # Read as a file, so that a process takes 0.1 s and not the second of importing JAX.
 HEAD = f"""
 import hashlib, os, runpy, signal, sys, threading, time
-owner = runpy.run_path({interruption.__file__!r})
+owner = runpy.run_path({signals.__file__!r})
 StopRequests, Stopped, end_at_signals = owner["StopRequests"], owner["Stopped"], owner["end_at_signals"]
 ready = lambda: print("ready", flush=True)
 native = lambda seconds: hashlib.pbkdf2_hmac("sha256", b"", b"", int(3e6 * seconds))  # one call, in which threads run
@@ -25,7 +25,7 @@ def until(condition):
 
 """
 MOST_S = 10.0  # how long a process may take to end; those that are not told to stop take a minute
-REPEAT = f"owner['end_at_signals'].__globals__['REPEAT_S'] = {interruption.REPEAT_S} / 10\n"
+REPEAT = f"owner['end_at_signals'].__globals__['REPEAT_S'] = {signals.REPEAT_S} / 10\n"
 
 
 def run(program, *signals, pause_s=0.0):

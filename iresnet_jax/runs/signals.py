@@ -11,7 +11,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -21,7 +20,6 @@ REPEAT_S = 1.0  # the same signal within this time is the same request: timeout(
 # Orders to the watcher, in the pipe that the numbers of signals go through: no signal has these numbers.
 _DEFER, _RESUME = 254, 255
 _pipe: int | None = None  # where to write orders; None where nobody called `end_at_signals`
-_before_leaving: list[Callable[[int], None]] = []
 
 
 class Stopped(KeyboardInterrupt):
@@ -52,11 +50,6 @@ def end_at_signals(advice: str = "") -> None:
     for number in _not_ignored():
         signal.signal(number, _leave_to_the_watcher)
     threading.Thread(target=_watch, args=(reading, advice), name="signals", daemon=True).start()
-
-
-def before_leaving(call: Callable[[int], None]) -> None:
-    """Has a function called with a signal's number before that signal ends this process, in the thread that ends it."""
-    _before_leaving.append(call)
 
 
 class StopRequests:
@@ -125,8 +118,6 @@ def _watch(reading: int, advice: str) -> None:
             noted, noted_at = number, time.monotonic()
         elif number in SIGNALS and not (number == noted and time.monotonic() < noted_at + REPEAT_S):
             say(f"stopped by {signal.Signals(number).name}" + (f": {advice}" if advice else ""))
-            for call in _before_leaving:
-                call(number)
             os._exit(128 + number)
 
 

@@ -1,5 +1,6 @@
 """Several processes train as one does, on the same devices to the bit; what ends one of them ends all, in one sentence each."""
 
+import functools
 import json
 import os
 import shutil
@@ -11,18 +12,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import runs
+import tiny_runs as runs
 from forked import Forked
 
-from iresnet_jax.runs import distributed, loop
+from iresnet_jax.runs import hosts, loop
 from iresnet_jax.runs.checkpoints import load_named
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.training import parallel
 
 ROUNDING = 2e-5  # float32 sums over another number of devices, amplified by 40 steps, of an array's largest entry
-# What sums of numbers around 1 leave where they vanish, as gradients of biases in front of BatchNorm do: with as many devices
-# the same share by share; with another number, float32's rounding.
-VANISHING, VANISHING_ELSEWHERE = 2e-8, float(np.finfo(np.float32).eps)
+VANISHING = 2e-8  # what sums of numbers around 1 leave where they vanish, as gradients of biases in front of BatchNorm do
 SPARSE = {"training.total_steps": 40, "training.eval_every_steps": 20}
 EXACT = {**SPARSE, "evaluation.logdet.kind": "exact"}
 OBJECTIVES = {"toy": EXACT, "classifier": SPARSE}
@@ -35,6 +34,8 @@ LONG = {  # runs that something ends, of what compiles fastest
 }
 PROGRAM = Path(__file__).with_name("one_of_several.py")
 DEADLINE_S = 60
+LOST_S = 5
+ENDS_OF_THE_LOST = (hosts.LOST, -signal.SIGABRT)  # by this library's words, and by JAX's
 ADVICE = "the same command on all processes, or on fewer, goes on from the last checkpoint"
 
 
@@ -90,47 +91,33 @@ def logs(workdir):
     return [record for record in kept if record["split"] != "timing"]
 
 
-def assert_close(found, expected, vanishing=VANISHING):
+def assert_close(found, expected):
     (step, arrays), (expected_step, expected_arrays) = found, expected
     assert step == expected_step
     for name, array in expected_arrays.items():
-        atol = max(ROUNDING * float(np.abs(array).max(initial=0)), vanishing)
+        atol = max(ROUNDING * float(np.abs(array).max(initial=0)), VANISHING)
         np.testing.assert_allclose(arrays[name].astype(float), array.astype(float), rtol=0, atol=atol, err_msg=name)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Folders of the same trainings by two processes with a device each, by one with two, and by one with one."""
+    """Folders of the same trainings by two processes with a device each, and by one with two."""
     folder = tmp_path_factory.mktemp("trained")
     processes = start(2, [[name, f"{folder}/{name}-two", changes] for name, changes in OBJECTIVES.items()], folder / "two")
-    alone = start(1, [[name, f"{folder}/{name}-alone", changes] for name, changes in OBJECTIVES.items()], folder / "alone")
     for name, changes in OBJECTIVES.items():
         loop.train(runs.config_of(runs.CONFIGS[name], **changes), folder / f"{name}-one")
     assert finish(processes) == ([0, 0], [[], []])
-    assert finish(alone) == ([0], [[]])
     return folder
 
 
-@pytest.mark.parametrize(("spread", "vanishing"), [("two", VANISHING), ("alone", VANISHING_ELSEWHERE)])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_runs_do_not_depend_on_how_devices_are_spread(trained, name, spread, vanishing):
+def test_runs_do_not_depend_on_how_devices_are_spread(trained, name):
     assert jax.local_device_count() == 2
-    assert final(trained / f"{name}-{spread}")[0] == 40
-    assert_close(final(trained / f"{name}-{spread}"), final(trained / f"{name}-one"), vanishing)
-    for found, expected in zip(logs(trained / f"{name}-{spread}"), logs(trained / f"{name}-one"), strict=True):
+    assert final(trained / f"{name}-two")[0] == 40
+    assert_close(final(trained / f"{name}-two"), final(trained / f"{name}-one"))
+    for found, expected in zip(logs(trained / f"{name}-two"), logs(trained / f"{name}-one"), strict=True):
         assert found.pop("split") == expected.pop("split")
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
-
-
-def test_a_signal_to_one_process_saves_the_same_step_and_ends_both(tmp_path):
-    processes = start(2, [["toy", str(tmp_path / "run"), LONG]], tmp_path)
-    await_step(tmp_path / "run", 3, processes)
-    processes[1].send_signal(signal.SIGTERM)
-    statuses, said = finish(processes)
-    assert statuses == [128 + signal.SIGTERM] * 2
-    step, _ = final(tmp_path / "run")
-    sentence = f"stopped by SIGTERM after step {step} of {LONG['training.total_steps']}: the same command goes on from it"
-    assert said == [[sentence], ["SIGTERM: saving after this step; a second signal stops at once", sentence]]
 
 
 def test_one_process_goes_on_where_two_were(trained, tmp_path):
@@ -149,41 +136,39 @@ def test_two_processes_of_two_devices_go_on_where_one_was_though_the_folder_is_t
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_process_that_is_killed_ends_the_other_with_its_name(tmp_path):
-    processes = start(2, [["toy", str(tmp_path / "run"), LONG]], tmp_path, lost_s=3.0)
+# --- ends -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_to_one_process_saves_the_same_step_and_ends_both(tmp_path):
+    processes = start(2, [["toy", str(tmp_path / "run"), LONG]], tmp_path)
+    await_step(tmp_path / "run", 3, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    statuses, said = finish(processes)
+    assert statuses == [128 + signal.SIGTERM] * 2
+    step, _ = final(tmp_path / "run")
+    sentence = f"stopped by SIGTERM after step {step} of {LONG['training.total_steps']}: the same command goes on from it"
+    assert said == [[sentence], ["SIGTERM: saving after this step; a second signal stops at once", sentence]]
+
+
+def test_a_process_that_is_killed_ends_the_other(tmp_path):
+    processes = start(2, [["toy", str(tmp_path / "run"), LONG]], tmp_path)
     await_step(tmp_path / "run", 3, processes)
     processes[1].send_signal(signal.SIGKILL)
     statuses, said = finish(processes)
-    assert statuses == [distributed.LOST, -signal.SIGKILL]
-    assert said[0] == [f"process 1 has given no sign of life for 3 s: {ADVICE}"]
-
-
-def test_the_other_process_says_so_where_process_0_and_its_coordinator_are_killed(tmp_path):
-    processes = start(2, [["toy", str(tmp_path / "run"), LONG]], tmp_path)
-    await_step(tmp_path / "run", 3, processes)
-    processes[0].send_signal(signal.SIGKILL)
-    began = time.monotonic()
-    statuses, said = finish(processes)
-    assert time.monotonic() - began < 20
-    assert statuses == [-signal.SIGKILL, distributed.LOST]
-    assert said[1][-1] == f"process 0, which coordinates the others, cannot be reached: {ADVICE}"
+    assert statuses == [hosts.LOST, -signal.SIGKILL]
+    assert said[0][-1].startswith(f"another process has failed or cannot be reached, see what it said: {ADVICE} (")
 
 
 def test_a_suspended_coordinator_ends_the_other_and_itself_when_it_wakes(tmp_path):
-    processes = start(2, [["toy", str(tmp_path / "run"), LONG]], tmp_path, lost_s=3.0)
+    processes = start(2, [["toy", str(tmp_path / "run"), LONG]], tmp_path, lost_s=LOST_S)
     await_step(tmp_path / "run", 3, processes)
     processes[0].send_signal(signal.SIGSTOP)
-    assert processes[1].wait(DEADLINE_S) == distributed.LOST
-    time.sleep(1.5)  # process 1 ends 2 to 4 s after the stop: process 0, which looks once a second, then counts at least 2.5 s
+    assert processes[1].wait(DEADLINE_S) in ENDS_OF_THE_LOST
     processes[0].send_signal(signal.SIGCONT)
-    statuses, said = finish(processes)
-    assert statuses == [distributed.LOST] * 2
-    assert said[1][-1] == f"process 0, which coordinates the others, cannot be reached: {ADVICE}"
-    assert said[0][-1].startswith("this process was suspended for ")
-    assert said[0][-1].endswith(f" s, and the others have given it up: {ADVICE}")
+    assert processes[0].wait(DEADLINE_S) in ENDS_OF_THE_LOST
 
 
-def test_a_process_that_fails_alone_ends_the_other_with_its_reason(tmp_path):
+def test_a_process_that_fails_alone_says_why_and_ends_the_other(tmp_path):
     processes = start(2, [["toy", str(tmp_path / "run"), LONG]], tmp_path)
     await_step(tmp_path / "run", 3, processes)
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -193,10 +178,10 @@ def test_a_process_that_fails_alone_ends_the_other_with_its_reason(tmp_path):
         checkpoints.rmdir()
     checkpoints.write_text("a file where process 0 wants to write")
     processes[1].send_signal(signal.SIGTERM)
-    statuses, said = finish(processes)
-    assert statuses == [2, 2]
+    (status, other), said = finish(processes)
+    assert status == 2
     assert "error: the checkpoint of step" in said[0][-1]
-    assert said[1][-1].startswith("process 0 failed: the checkpoint of step")
+    assert other in ENDS_OF_THE_LOST
 
 
 def test_what_processes_must_have_alike_is_compared(tmp_path):
@@ -211,15 +196,29 @@ def test_what_processes_must_have_alike_is_compared(tmp_path):
 
 def test_minutes_are_for_one_process(monkeypatch, tmp_path):
     monkeypatch.setattr(parallel, "num_processes", lambda: 2)
-    with pytest.raises(ValueError, match=r"minutes must be 0 with 2 processes, whose clocks differ, got 1\.0"):
+    with pytest.raises(ValueError, match=r"minutes must be 0 with 2 processes"):
         loop.train(runs.config_of(runs.CONFIGS["toy"], **{"training.minutes": 1.0}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_and_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match="several processes need --num_processes and --process_id too"):
-        distributed.initialize("localhost:1")
-    with pytest.raises(ValueError, match=r"--process_id must lie in \[0, 2\) .* got 2 and 2"):
-        distributed.initialize("localhost:1", 2, 2)
-    distributed.initialize()
-    assert jax.process_count() == 1
+def test_missing_and_wrong_arguments_are_refused(monkeypatch):
+    asked = []
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", functools.partial(refused, asked))
+    for arguments in (("localhost:1",), ("localhost:1", 2, 2)):
+        with pytest.raises(ValueError, match="several processes need --coordinator_address, --num_processes and --process_id"):
+            hosts.initialize(*arguments)
+    hosts.initialize()
+    for name, value in SINGLE:
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            hosts.initialize()
+    assert asked == [None] * 3 + ["deactivate"] * len(SINGLE)
+
+
+SINGLE = [("SLURM_NTASKS", "1"), ("OMPI_COMM_WORLD_SIZE", "1"), ("KUBERNETES_SERVICE_HOST", "10.0.0.1")]
+
+
+def refused(asked, *arguments, cluster_detection_method, **options):
+    """JAX's function, once it has started: it finds no cluster, and says whether it was asked to look for one."""
+    asked.append(cluster_detection_method)
+    raise ValueError("Number of processes must be defined.")

@@ -1,0 +1,366 @@
+r"""The branch of the paper: layers one after the other, ``g = W_n phi ... W_2 phi W_1 (phi)`` (Behrmann et al. 2019, sec. 2).
+
+Weights are a dictionary, one entry a layer: ``{"conv0": {"kernel", "bias", "beta"}, "conv1": ...}`` ("dense0" ... for vectors).
+``beta`` belongs to the activation in front of its layer and exists for activations that have one.
+
+**Budget.** With 1-Lipschitz activations ``Lip(g) <= |W_n| ... |W_1|`` (sec. 2.1). Kernels are scaled down, never up, by norms
+that power iteration estimates, as in the paper, or that are bounded from above.
+
+**Contexts.** A conditional branch ``g(x; context)`` shifts the output of every layer by a linear map of the context, which has
+no constraint: ``g`` is a contraction in ``x`` for every context, and any function of the context.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from iresnet_jax.branches.branch import Branch, BranchSpec, Constrained, Norms, Weights, check_budget, check_coeff
+from iresnet_jax.branches.layers import LayerSpec, VectorPair
+from iresnet_jax.maths import activations, two_layers
+from iresnet_jax.maths.convolution import Padding
+from iresnet_jax.maths.lipschitz_bounds import branch_bound
+from iresnet_jax.maths.logdet.banded import num_operations, num_products, stencil_by_products, stencil_logdet
+from iresnet_jax.maths.norms.power_iteration import soft_normalize
+
+Context = Float[Array, "b k"] | None
+
+FULL_DIMS = 256  # at most: a Jacobian in closed form makes d^2 numbers of every example and of every hidden unit
+
+# Allowance a layer for the rounding of its scaled kernel. Entry by entry it is eps / 2, by which a norm grows by at most
+# sqrt(taps * min(cin, cout)) eps / 2: 7e-6 for 5 x 5 taps and 512 channels.
+_SCALING_MARGIN = 1e-5
+
+
+@dataclass(frozen=True)
+class FeedforwardSpec(BranchSpec):
+    """The architecture of a branch of layers.
+
+    Attributes:
+        hidden: Widths of the hidden layers; the output has the width of the input.
+        kernel_sizes: Taps of every convolution, one more than hidden widths (3, 1, 3 in the paper); None for dense layers.
+        activation: A name in `activations.ACTIVATIONS`.
+        preactivation: Whether the branch begins with the activation, as all but a network's first do in the paper.
+        padding: Padding of the convolutions, "SAME" (zeros) or "CIRCULAR".
+        positional_bias: Whether a convolution has a bias for every pixel instead of one a channel. A bias does not enter the
+            Lipschitz constant, and tells a small network where in the image it is.
+    """
+
+    hidden: tuple[int, ...]
+    kernel_sizes: tuple[int, ...] | None = None
+    activation: str = "elu"
+    preactivation: bool = False
+    padding: Padding = "SAME"
+    positional_bias: bool = False
+
+    def __post_init__(self):
+        activations.get(self.activation)
+        if self.context_dim < 0:
+            raise ValueError(f"context_dim must not be negative, got {self.context_dim}; 0 is no context")
+        if not self.hidden or min(self.hidden) < 1:
+            raise ValueError(f"hidden must name at least one positive width, got {self.hidden}")
+        if self.kernel_sizes is None:
+            if len(self.in_shape) != 1:
+                raise ValueError(f"a dense branch takes vectors, got examples of shape {self.in_shape}: flatten them first")
+            return
+        if len(self.in_shape) != 3:
+            raise ValueError(f"a convolutional branch takes images (h, w, c), got examples of shape {self.in_shape}")
+        if len(self.kernel_sizes) != len(self.hidden) + 1:
+            raise ValueError(
+                f"kernel_sizes needs {len(self.hidden) + 1} entries, one a layer, for hidden={self.hidden}; "
+                f"got {self.kernel_sizes}"
+            )
+        if self.padding not in ("SAME", "CIRCULAR"):
+            raise ValueError(f"a residual branch keeps the image size: padding must be SAME or CIRCULAR, got {self.padding!r}")
+
+    @classmethod
+    def of_stage(cls, stage: Any, in_shape: tuple[int, ...], context_dim: int) -> "FeedforwardSpec":
+        """The branch that a `StageSpec` describes, for examples of this shape."""
+        return cls(
+            in_shape,
+            context_dim=context_dim,
+            hidden=tuple(stage.hidden),
+            kernel_sizes=None if stage.kernel_sizes is None else tuple(stage.kernel_sizes),
+            activation=stage.activation,
+            preactivation=stage.preactivation,
+            padding=stage.padding,
+            positional_bias=stage.positional_bias,
+        )
+
+    @cached_property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The linear layers from input to output."""
+        factor = activations.get(self.activation).channel_factor
+        *space, channels = self.in_shape
+        layers, cin = [], channels
+        for i, cout in enumerate((*self.hidden, channels)):
+            activation = self.activation if self.preactivation or i > 0 else None
+            own = cin * factor if activation else cin
+            if self.kernel_sizes is None:
+                layers.append(LayerSpec(f"dense{i}", (own, cout), (own,), activation))
+            else:
+                k = self.kernel_sizes[i]
+                layers.append(LayerSpec(f"conv{i}", (k, k, own, cout), (*space, own), activation, self.padding))
+            cin = cout
+        return tuple(layers)
+
+    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharp: bool = False) -> Weights:
+        r"""Random kernels with variance ``1 / fan_in``, zero biases.
+
+        Args:
+            key: Source of randomness.
+            last_scale: Factor on the last layer; small values start the block near the identity.
+            sharp: Whether activations are as much sharper as the constraint makes their inputs smaller. A random layer from
+                ``n`` to ``m`` units has the norm ``1 + sqrt(m / n)`` times the size of an output (Marchenko and Pastur 1967);
+                divided by it, its outputs are so small that an activation of constant sharpness is nearly linear on them.
+        """
+        activation = activations.get(self.activation)
+        weights: dict[str, dict[str, Array]] = {}
+        for i, (layer, layer_key) in enumerate(zip(self.layers, jax.random.split(key, len(self.layers)), strict=True)):
+            *fan_in, cout = layer.kernel_shape
+            scale = (last_scale if i == len(self.layers) - 1 else 1.0) / math.sqrt(math.prod(fan_in))
+            weights[layer.name] = {
+                "kernel": scale * jax.random.normal(layer_key, layer.kernel_shape),
+                "bias": jnp.zeros((*layer.in_shape[:-1], cout) if self.positional_bias else (cout,)),
+            }
+            if layer.activated and activation.initial_beta is not None:
+                beta = activation.initial_beta
+                if sharp and i > 0:
+                    *before, width = self.layers[i - 1].kernel_shape
+                    sharpness = math.log1p(math.exp(beta)) * (1 + math.sqrt(width / math.prod(before)))
+                    beta = math.log(math.expm1(sharpness))  # of which the activation takes the softplus
+                weights[layer.name]["beta"] = jnp.full((), beta, jnp.result_type(float))
+            if self.context_dim:
+                key_context = jax.random.fold_in(layer_key, 1)
+                scale /= math.sqrt(self.context_dim / math.prod(fan_in))  # variance 1 / context_dim
+                weights[layer.name]["context"] = scale * jax.random.normal(key_context, (self.context_dim, cout))
+        return weights
+
+    def apply(
+        self,
+        weights: Weights,
+        x: Float[Array, "b ..."],
+        context: Context = None,
+        *,
+        bfloat16: bool = False,
+        before_layer: Callable[[str, Array], Array] | None = None,
+    ) -> Float[Array, "b ..."]:
+        """``g(x)`` or ``g(x; context)`` for weights as they are.
+
+        Args:
+            weights: Weights of every layer.
+            x: Inputs.
+            context: One an example, if the branch is conditional.
+            bfloat16: Whether the linear maps take and give bfloat16, see `LayerSpec.apply`.
+            before_layer: ``(layer, input) -> input``, applied in front of a layer and its activation: where an ordinary
+                residual network has its BatchNorm.
+        """
+        h = x
+        for layer in self.layers:
+            h = h if before_layer is None else before_layer(layer.name, h)
+            h = layer.apply(weights[layer.name], h, context, bfloat16=bfloat16)
+        return h
+
+    def lipschitz_bound(self, weights: Weights) -> Float[Array, ""]:
+        """The product of guaranteed bounds of the layers' norms, rounded up."""
+        return branch_bound(jnp.stack(list(self.norm_bounds(weights).values())))
+
+    # ------------------------------------------------------------------------------------------------- the budget
+
+    def initial_iterates(self, key: Array) -> dict[str, Array]:
+        """Random starts of the power iterations, one a layer, of shape ``layer.in_shape``."""
+        keys = jax.random.split(key, len(self.layers))
+        return {layer.name: jax.random.normal(k, layer.in_shape) for layer, k in zip(self.layers, keys, strict=True)}
+
+    def singular_vectors(
+        self, weights: Weights, iterates: Weights, *, num_steps: int | None = None, rtol: float = 1e-3
+    ) -> dict[str, VectorPair]:
+        """The singular vectors ``(u, v)`` of every layer's norm, by power iteration from ``iterates``, without a gradient.
+
+        Args:
+            weights: Weights of the branch.
+            iterates: Power iterates, one a layer.
+            num_steps: Power iterations a layer; None iterates to the tolerance.
+            rtol: Relative tolerance of the norms.
+        """
+        return {
+            layer.name: layer.singular_vectors(
+                weights[layer.name]["kernel"], iterates[layer.name], num_steps=num_steps, rtol=rtol
+            )
+            for layer in self.layers
+        }
+
+    def constrained(self, weights: Weights, vectors: Weights, *, coeff: float, budget: str = "layer") -> Constrained:
+        """The branch brought into the budget by the norms that `singular_vectors` see.
+
+        Args:
+            weights: Unconstrained weights, as an optimizer holds them.
+            vectors: From `singular_vectors`.
+            coeff: Largest norm of a layer (budget "layer") or product of the norms of all layers ("block"), in (0, 1).
+            budget: "layer" or "block".
+
+        Raises:
+            ValueError: If ``coeff`` is not in (0, 1) or the budget is unknown.
+        """
+        norms = {layer.name: layer.norm_along(weights[layer.name]["kernel"], vectors[layer.name]) for layer in self.layers}
+        scaled, lipschitz = _within_budget(weights, norms, coeff=coeff, budget=budget)
+        branch = Branch(self, scaled, lipschitz, "estimated")
+        return Constrained(branch, {name: v for name, (_, v) in vectors.items()}, norms)
+
+    def norm_bounds(self, weights: Weights, **settings: Any) -> dict[str, Array]:
+        """Guaranteed upper bound of every layer's operator norm; settings are those of `LayerSpec.norm_bound`."""
+        return {layer.name: layer.norm_bound(weights[layer.name]["kernel"], **settings) for layer in self.layers}
+
+    def certified(self, weights: Weights, bounds: Norms, *, coeff: float, budget: str = "layer") -> Constrained:
+        """The branch brought into the budget by guaranteed bounds: ``Lip(g)`` is within it by construction.
+
+        There is no state, so this holds from the first step on, after any update and for any weights. Arguments and errors are
+        those of `constrained`, with ``bounds`` from `norm_bounds`.
+        """
+        check_coeff(coeff)
+        allowance = len(bounds) * _SCALING_MARGIN
+        within = coeff * (1 - allowance - _SCALING_MARGIN)
+        scaled, lipschitz = _within_budget(weights, bounds, coeff=within, budget=budget)
+        return Constrained(Branch(self, scaled, lipschitz * (1 + allowance), "estimated"), {}, bounds)
+
+    def with_bounds(self, weights: Weights, bounds: Norms, *, coeff: float = 0.9) -> Branch:
+        """The branch of these very weights with guaranteed bounds of its layers' norms, which may be 1 or more."""
+        del coeff
+        return Branch(self, weights, branch_bound(jnp.stack(list(bounds.values()))), "certified", norms=bounds)
+
+    # ------------------------------------------------------------------------------------------ what it knows more
+
+    @cached_property
+    def knows(self) -> frozenset[str]:
+        """What has a closed form that pays.
+
+        Trace and diagonal: two layers around an elementwise activation, of the same odd kernel size if any. On a torus that is
+        smaller than the kernel, taps meet that are not mirrored. The diagonal serves inverses of convolutions: of a dense
+        branch it is one entry of many in a row. The Jacobian: a dense branch of those, of at most `FULL_DIMS` dimensions.
+        The log-determinant: where it takes fewer operations than ``d`` products with the Jacobian.
+        """
+        sizes, known = self.kernel_sizes, set()
+        same_size = sizes is None or (sizes[0] == sizes[-1] and sizes[0] % 2 == 1)
+        meets = sizes is not None and self.padding == "CIRCULAR" and min(self.in_shape[:2]) < sizes[0]
+        if self._is_elementwise and same_size and not meets:
+            known |= {"trace"} | ({"diagonal"} if sizes is not None else set())
+            if sizes is None and self.in_shape[0] <= FULL_DIMS:
+                known.add("jacobian")
+        return frozenset(known | ({"logdet"} if self.has_logdet and "jacobian" not in known else set()))
+
+    @property
+    def has_logdet(self) -> bool:
+        """Whether `logdet` exists and takes fewer operations than ``d`` products with the Jacobian."""
+        if self.kernel_sizes is None:
+            return self._is_elementwise and self.hidden[0] < self.in_shape[0]
+        return self.padding == "SAME" and num_products(self.in_shape, self._reach) < math.prod(self.in_shape)
+
+    def trace(self, weights: Weights, x: Float[Array, "b ..."], context: Context = None) -> Float[Array, " b"]:
+        """``tr J_g(x)`` in closed form, see `two_layers.trace`."""
+        d0, d1 = self._slopes(weights, x, context)
+        return two_layers.trace(self._taps(weights), d0, d1, self.padding)
+
+    def diagonal(self, weights: Weights, x: Float[Array, "b ..."], context: Context = None) -> Float[Array, "b ..."]:
+        """The diagonal of ``J_g(x)`` in closed form, for what ``g`` costs."""
+        d0, d1 = self._slopes(weights, x, context)
+        return two_layers.diagonal(self._taps(weights), d0, d1, self.in_shape[-1], self.padding)
+
+    def largest_diagonal(self, weights: Weights) -> Float[Array, ""]:
+        """The largest absolute value that an entry of the diagonal can have if slopes are between 0 and 1."""
+        return two_layers.largest_diagonal(self._taps(weights), self.in_shape[:-1], self.padding)
+
+    def jacobian(self, weights: Weights, x: Float[Array, "b d"], context: Context = None) -> Float[Array, "b d d"]:
+        """``J_g(x)`` of a dense branch of two layers as one product of matrices."""
+        (there, back), (d0, d1) = self._kernels(weights), self._slopes(weights, x, context)
+        return two_layers.jacobian(there, back, d0, d1)
+
+    def logdet(self, weights: Weights, x: Float[Array, "b ..."], context: Context = None) -> Float[Array, " b"]:
+        """``log det(I + J_g(x))``, exact to rounding, for ``Lip(g) < 1``.
+
+        A dense branch takes the matrix of its hidden units, convolutions take their stencil.
+        """
+        if self.kernel_sizes is not None and not self._has_stencil:
+            return stencil_logdet(stencil_by_products(lambda x: self.apply(weights, x, context), x, self._reach))
+        (there, back), (d0, d1) = self._kernels(weights), self._slopes(weights, x, context)
+        if self.kernel_sizes is None:
+            matrices = two_layers.through_hidden_units(there, back, d0, d1)
+            return jnp.linalg.slogdet(jnp.eye(matrices.shape[-1], dtype=x.dtype)[None] + matrices)[1]
+        return stencil_logdet(two_layers.stencil(there, back, d0 if self.preactivation else None, d1))
+
+    @property
+    def product_operations(self) -> float:
+        """Operations of one product with the Jacobian of one example."""
+        return sum(2.0 * math.prod(layer.in_shape[:-1]) * math.prod(layer.kernel_shape) for layer in self.layers)
+
+    @property
+    def logdet_cost(self) -> float:
+        """Operations of the exact log-determinant of one example, in products with its Jacobian."""
+        product = self.product_operations
+        if not self.has_logdet:
+            return super().logdet_cost
+        if self.kernel_sizes is None:
+            return 1 + 2 / 3 * self.hidden[0] ** 3 / product
+        elimination = num_operations(self.in_shape, self._reach) / product
+        if not self._has_stencil:
+            return num_products(self.in_shape, self._reach) + elimination
+        first, second = (math.prod(layer.kernel_shape) for layer in self.layers)
+        return 2.0 * math.prod(self.in_shape[:2]) * first * second / self.hidden[0] / product + elimination
+
+    @property
+    def _is_elementwise(self) -> bool:
+        return len(self.hidden) == 1 and activations.get(self.activation).elementwise
+
+    @property
+    def _has_stencil(self) -> bool:
+        return self._is_elementwise and all(size % 2 for size in self.kernel_sizes or ())
+
+    @property
+    def _reach(self) -> int:
+        return sum(size // 2 for size in self.kernel_sizes or ())
+
+    def _kernels(self, weights: Weights) -> tuple[Array, ...]:
+        return tuple(weights[layer.name]["kernel"] for layer in self.layers)
+
+    def _taps(self, weights: Weights) -> Array:
+        there, back = self._kernels(weights)
+        return two_layers.mirrored_taps(there, back)
+
+    def _slopes(self, weights: Weights, x: Array, context: Context) -> tuple[Array, Array]:
+        """``D_0``, of one example where it is 1, and ``D_1`` of `two_layers`."""
+        first, second = self.layers
+        h = first.apply(weights[first.name], x, context)
+
+        def slope(layer, h):
+            return jax.jvp(lambda h: layer.activate(weights[layer.name], h), (h,), (jnp.ones_like(h),))[1]
+
+        return slope(first, x) if first.activated else jnp.ones_like(x[:1]), slope(second, h)
+
+
+def _within_budget(
+    weights: Weights, norms: Mapping[str, Array], *, coeff: float, budget: str
+) -> tuple[dict[str, Any], Float[Array, ""]]:
+    """Kernels scaled down to the budget, never up: each to norm ``coeff``, or all by one factor to a product of ``coeff``.
+
+    Returns:
+        The weights, and the product of the norms after it.
+    """
+    check_coeff(coeff)
+    check_budget(budget)
+    sizes = jnp.stack(list(norms.values()))
+    if budget == "layer":
+        excess = sizes / coeff
+    else:  # the geometric mean, which cannot overflow; a zero layer makes the product zero
+        all_positive = jnp.all(sizes > 0)
+        mean = jnp.exp(jnp.mean(jnp.log(jnp.where(all_positive, sizes, 1))))
+        excess = jnp.broadcast_to(jnp.where(all_positive, mean, 0) / coeff ** (1 / len(norms)), sizes.shape)
+    scaled = {
+        name: {**weights[name], "kernel": soft_normalize(weights[name]["kernel"], excess[i], 1.0)}
+        for i, name in enumerate(norms)
+    }
+    return scaled, lax.stop_gradient(jnp.prod(sizes / jnp.maximum(excess, 1)))

@@ -1,0 +1,118 @@
+r"""The Jacobian ``J = W_2 D_1 W_1 D_0`` of two layers around an elementwise activation, in closed form.
+
+``D_i`` are the slopes of the activations in front of the layers: ``D_0`` at the input, of one example where it is 1, ``D_1`` at
+the hidden units. Kernels are ``(k, k, cin, cout)`` of convolutions, of one odd size, and ``(cin, cout)`` of dense layers. An
+activation may make several channels of one, copy after copy.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from iresnet_jax.maths.convolution import Padding, conv
+
+
+def mirrored_taps(there: Array, back: Array) -> Array:
+    """``M[t]_(c, j) = W_1[t]_(c, j) W_2[-t]_(j, c)``.
+
+    A pixel's output comes back to its own input through the tap ``t`` of ``W_1`` and the mirrored tap ``-t`` of ``W_2`` alone.
+    """
+    taps, channels, width = there.shape[:-2], back.shape[-1], there.shape[-1]
+    back = jnp.flip(back, range(len(taps)))
+    product = jnp.einsum(
+        "...scj,...tjc->...sctj", there.reshape(*taps, -1, channels, width), back.reshape(*taps, -1, width, channels)
+    )
+    return product.reshape(*taps, there.shape[-2], back.shape[-2])
+
+
+def trace(taps: Array, d0: Float[Array, "_ ..."], d1: Float[Array, "b ..."], padding: Padding) -> Float[Array, " b"]:
+    r"""``tr J = sum_p <D_1(p), z(p)>`` with ``z = conv(D_0; M)``, for a fraction of what ``g`` costs.
+
+    The convolution's padding takes care of the border. Where ``D_0`` is 1, ``z`` is the same for all examples.
+
+    Args:
+        taps: ``M`` of `mirrored_taps`.
+        d0: Slopes at the input.
+        d1: Slopes at the hidden units.
+        padding: Padding of the convolutions.
+    """
+    z = d0 @ taps if taps.ndim == 2 else conv(d0, taps, padding=padding)
+    return jnp.sum(d1 * z, axis=tuple(range(1, d1.ndim)))
+
+
+def diagonal(taps: Array, d0: Float[Array, "_ ..."], d1: Float[Array, "b ..."], channels: int, padding: Padding) -> Array:
+    """``diag J(p) = D_0(p) conv^T(D_1; M)(p)``: the terms of `trace` as the pixel of the input has them."""
+    by_copy = d0 * _transposed(taps, d1, padding)
+    return jnp.sum(by_copy.reshape(*by_copy.shape[:-1], -1, channels), axis=-2)
+
+
+def largest_diagonal(taps: Array, space: tuple[int, ...], padding: Padding) -> Float[Array, ""]:
+    """The largest absolute value that an entry of the diagonal can have if slopes are between 0 and 1."""
+    ones = jnp.ones((1, *space, taps.shape[-1]), taps.dtype)
+    above, below = (_transposed(side(taps, 0), ones, padding) for side in (jnp.maximum, jnp.minimum))
+    return jnp.maximum(jnp.max(above), -jnp.min(below))
+
+
+def _transposed(taps: Array, d1: Array, padding: Padding) -> Array:
+    """``conv^T(D_1; M)``."""
+    mirrored = jnp.swapaxes(jnp.flip(taps, range(taps.ndim - 2)), -2, -1)
+    return d1 @ mirrored if taps.ndim == 2 else conv(d1, mirrored, padding=padding)
+
+
+def jacobian(
+    there: Float[Array, "m h"], back: Float[Array, "n d"], d0: Float[Array, "_ m"], d1: Float[Array, "b n"]
+) -> Float[Array, "b d d"]:
+    """``J`` of dense layers as one product of matrices: the slopes of a batch times what the weights make of each slope.
+
+    Products with unit vectors take as many operations, but XLA:CPU computes the slopes' derivatives anew for each of them: at
+    10 dimensions and 128 hidden units a gradient takes 17 times as long.
+    """
+    num_dims, width = back.shape[1], there.shape[1]
+    copies = len(there) // num_dims
+    each = jnp.einsum("tjo,sij->tjsoi", back.reshape(-1, width, num_dims), there.reshape(copies, num_dims, width))
+    by_copy = (d1 @ each.reshape(d1.shape[1], -1)).reshape(len(d1), copies, num_dims, num_dims)
+    return jnp.sum(by_copy * d0.reshape(-1, copies, 1, num_dims), axis=1)
+
+
+def through_hidden_units(
+    there: Float[Array, "m h"], back: Float[Array, "n d"], d0: Float[Array, "_ m"], d1: Float[Array, "b n"]
+) -> Float[Array, "b h h"]:
+    """``D_1 W_1 D_0 W_2``, whose ``det(I + .)`` is that of ``I + J`` (Sylvester), with as many rows as hidden units."""
+    num_dims, width = back.shape[1], there.shape[1]
+    there, back = there.reshape(-1, num_dims, width), back.reshape(-1, width, num_dims)
+    if len(d0) == 1:  # no activation in front: one product of the weights for all examples
+        core = jnp.einsum("toi,sih->toh", back, there)[None]
+    else:
+        core = jnp.einsum("bsi,toi,sih->btoh", d0.reshape(len(d0), -1, num_dims), back, there)
+    return jnp.sum(d1.reshape(len(d1), -1, width, 1) * core, axis=1)
+
+
+def stencil(
+    there: Float[Array, "k k m h"],
+    back: Float[Array, "l l n c"],
+    d0: Float[Array, "_ y x m"] | None,
+    d1: Float[Array, "b y x n"],
+) -> Float[Array, "b y x s s c c"]:
+    """``J`` of two convolutions that take zeros beyond the border, as the stencil of `logdet.banded`; ``d0`` None is 1.
+
+    A hidden pixel ``q`` carries the input of pixel ``q + a`` to the output of pixel ``q - b``, by the tap ``a`` of ``W_1`` and
+    the tap ``b`` of ``W_2``. One product of matrices takes ``D_1`` to all these paths; paths with the same ``a + b`` add up.
+    """
+    b, h, w, _ = d1.shape
+    taps, taps_back, width, c = len(there), len(back), there.shape[-1], back.shape[-1]
+    there, back = there.reshape(taps, taps, -1, c, width), back.reshape(taps_back, taps_back, -1, width, c)
+    copies, size, border = there.shape[2], taps + taps_back - 1, taps_back // 2
+    pairs = jnp.einsum("xysih,uvtho->thuvxysio", there, back).reshape(d1.shape[-1], -1)
+    paths = (d1.reshape(-1, d1.shape[-1]) @ pairs).reshape(b, h, w, taps_back, taps_back, taps, taps, copies, c, c)
+    paths = jnp.pad(paths, ((0, 0), (border, border), (border, border)) + ((0, 0),) * 7)
+    found = jnp.zeros((b, h, w, size, size, copies, c, c), d1.dtype)
+    for u in range(taps_back):
+        for v in range(taps_back):
+            own = paths[:, u : u + h, v : v + w, u, v]
+            found = found.at[:, :, :, u : u + taps, v : v + taps].add(own)
+    if d0 is not None:
+        reach = size // 2
+        d0 = jnp.pad(d0.reshape(b, h, w, copies, c), ((0, 0), (reach, reach), (reach, reach), (0, 0), (0, 0)))
+        rows = jnp.stack([d0[:, s : s + h] for s in range(size)], axis=2)
+        neighbours = jnp.stack([rows[:, :, :, t : t + w] for t in range(size)], axis=4)  # (b, h, s, w, t, copies, c)
+        found = found * jnp.swapaxes(neighbours, 2, 3)[..., None]
+    return jnp.sum(found, axis=5)

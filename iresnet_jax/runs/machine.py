@@ -1,0 +1,159 @@
+"""How JAX uses this machine: a CPU's cores and compiler, the precision of products, and compiled programs kept on disk.
+
+What has to be set before JAX touches a device says so. Memory is the business of `iresnet_jax.runs.allocator`.
+"""
+
+import contextlib
+import hashlib
+import os
+import platform
+import re
+from importlib.metadata import entry_points, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
+
+from iresnet_jax.data.cache import user_folder
+from iresnet_jax.runs.allocator import num_cores
+from iresnet_jax.runs.config import Config
+
+LEAST_EXAMPLES = 8  # of each device; smaller shares are computed less efficiently
+MOST_BYTES = 2**30  # of all programs on disk when a process starts; those that were not used for longest are removed
+LEAST_S = 0.03  # time of compilation below which a program is not kept, as looking for one takes time, too
+
+_settings: Any = jax.config  # whose fields type checkers cannot see
+
+
+def compile_quickly() -> tuple[str, ...]:
+    """Sets ``XLA_FLAGS`` that make compiling on a CPU cheaper; call it before JAX touches a device.
+
+    Programs of this library spend their time in convolutions and matrix products, which come compiled with XLA: more than the
+    first level of optimisation makes little faster. In jaxlib 0.10 the emitters of fusions hold on to much memory; those before
+    them take half of a process' memory and make steps a little longer. A flag that the user has set stays.
+
+    Returns:
+        The flags that were set; none where there may be an accelerator.
+    """
+    if not _has_cpus_alone(_settings.jax_platforms):
+        return ()
+    flags = {"--xla_backend_optimization_level": "1"}
+    if version("jaxlib").startswith("0.10."):  # later ones do not know the flag, which they end at
+        flags["--xla_cpu_use_fusion_emitters"] = "false"
+    given = os.environ.get("XLA_FLAGS", "")
+    chosen = tuple(f"{name}={value}" for name, value in flags.items() if name not in given)
+    os.environ["XLA_FLAGS"] = " ".join(filter(None, [given, *chosen]))
+    return chosen
+
+
+def _has_cpus_alone(platforms: str | None) -> bool:
+    """Whether JAX has no other platform to choose, as far as this can be known before it starts."""
+    if platforms:
+        return platforms == "cpu"
+    return not entry_points(group="jax_plugins") and not any(map(find_spec, ("jax_plugins", "libtpu")))
+
+
+def use_all_cores(config: Config) -> int:
+    """Makes as many CPU devices as `num_devices` says; call it before JAX touches a device, in a run of one process.
+
+    XLA runs few operations of a step on several cores at once, while devices that share the batch keep a core each.
+    ``JAX_NUM_CPU_DEVICES``, and ``XLA_FLAGS`` with ``--xla_force_host_platform_device_count``, take precedence.
+
+    Returns:
+        The number of devices; 0 if the user's own setting holds, JAX has started, or there may be an accelerator.
+    """
+    is_set = _settings.jax_num_cpu_devices >= 0 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if is_set or not _has_cpus_alone(_settings.jax_platforms):
+        return 0
+    devices = num_devices(config, num_cores())
+    try:
+        jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError:  # which JAX raises once its backend is there
+        return 0
+    return devices
+
+
+def num_devices(config: Config, cores: int) -> int:
+    """The most devices, up to one a core, that share a config's batches evenly with at least `LEAST_EXAMPLES` each.
+
+    One where log-determinants are exact: their batches of LU factorisations dead-lock on several CPU devices (jaxlib 0.10).
+    """
+    size = config.training.batch_size
+    if config.logdet.kind == "exact":
+        return 1
+    return max(n for n in range(1, cores + 1) if n == 1 or (size % n == 0 and size >= LEAST_EXAMPLES * n))
+
+
+def prepare_backend(matmul_precision: str) -> None:
+    """Sets the precision of matrix products and convolutions on the accelerators of this process.
+
+    Their default there has 11 bits or fewer: an inverse could not be better than 1e-3, nor norms be trusted.
+
+    Raises:
+        ValueError: If JAX makes float64 of everything, in which runs are neither trained nor read.
+    """
+    if jnp.result_type(float) == jnp.float64:
+        raise ValueError("runs are trained and read in float32: unset JAX_ENABLE_X64, or call this outside of jax.enable_x64")
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", matmul_precision)
+
+
+def device_summary() -> str:
+    """The devices of a run, such as ``2 x cpu`` or ``4 processes of 8 x NVIDIA H100``."""
+    devices, count = jax.local_devices(), jax.process_count()
+    own = f"{len(devices)} x {devices[0].device_kind}"
+    return own if count == 1 else f"{count} processes of {own}"
+
+
+def keep_compiled_programs() -> Path | None:
+    """Switches on JAX's cache of compiled programs on disk: the next process finds what this one compiles from now on.
+
+    The first step of a run waits for its program to be compiled. Settings of JAX take precedence: ``JAX_COMPILATION_CACHE_DIR``
+    names another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` switches the cache off.
+
+    Returns:
+        The folder, under the user's cache folder; None if JAX's own settings hold, or the folder cannot be written.
+    """
+    if _settings.jax_compilation_cache_dir is not None or not _settings.jax_enable_compilation_cache:
+        return None
+    folder = user_folder() / "programs" / _processor()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # who can write there can have code run here
+    except OSError:
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    _remove_oldest(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_S)
+    compilation_cache.reset_cache()  # which programs that were compiled before have fixed
+    return folder
+
+
+def _remove_oldest(folder: Path) -> None:
+    """Removes programs until the others take at most `MOST_BYTES`. JAX would look at every file before it writes one."""
+    programs = []
+    for path in folder.glob("*-cache"):
+        with contextlib.suppress(OSError):  # another process has removed it
+            found = path.stat()
+            programs.append((max(found.st_atime, found.st_mtime), found.st_size, path))
+    total = sum(size for _, size, _ in programs)
+    for _, size, path in sorted(programs):
+        if total <= MOST_BYTES:
+            return
+        with contextlib.suppress(OSError):
+            path.unlink()
+        total -= size
+
+
+def _processor() -> str:
+    """A name for processors that can run each other's programs: homes are shared by unlike machines."""
+    try:
+        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:  # not Linux
+        flags = None
+    known = flags[1] if flags else platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(known.encode()).hexdigest()[:8]}"

@@ -1,0 +1,173 @@
+"""Closed forms of feed-forward branches, against dense Jacobians and their determinants in float64."""
+
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from iresnet_jax.branches.branch import Branch
+from iresnet_jax.branches.feedforward import FULL_DIMS, FeedforwardSpec
+from iresnet_jax.maths.logdet import banded
+from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
+from iresnet_jax.maths.logdet.roulette import RouletteLogdet
+
+EXACT = 1e-10  # same maths by another route, float64
+BATCH, NORM = 3, 0.98
+
+TRACE = {
+    "dense": {"in_shape": (5,), "hidden": (7,)},
+    "dense, narrow": {"in_shape": (7,), "hidden": (3,), "activation": "clipswish"},
+    "dense, preactivation": {"in_shape": (5,), "hidden": (7,), "activation": "clipswish", "preactivation": True},
+    "dense, context": {"in_shape": (3,), "hidden": (4,), "activation": "lipswish", "context_dim": 2},
+    "conv": {"in_shape": (7, 8, 2), "hidden": (3,), "kernel_sizes": (3, 3), "activation": "tanh"},
+    "conv, preactivation, two channels of one": {
+        "in_shape": (7, 6, 2),
+        "hidden": (3,),
+        "kernel_sizes": (3, 3),
+        "activation": "clipswish",
+        "preactivation": True,
+        "positional_bias": True,
+    },
+    "conv, context": {"in_shape": (6, 7, 1), "hidden": (3,), "kernel_sizes": (3, 3), "context_dim": 2},
+    "conv, circular": {"in_shape": (4, 5, 1), "hidden": (4,), "kernel_sizes": (3, 3), "padding": "CIRCULAR"},
+    "conv, larger than the image": {"in_shape": (3, 2, 2), "hidden": (4,), "kernel_sizes": (5, 5)},
+    "conv, lower than the reach": {"in_shape": (2, 9, 1), "hidden": (3,), "kernel_sizes": (3, 3)},
+    "conv, single taps": {"in_shape": (3, 2, 2), "hidden": (3,), "kernel_sizes": (1, 1)},
+}
+LOGDET_ALONE = {
+    "three convolutions": {"in_shape": (6, 9, 1), "hidden": (3, 2), "kernel_sizes": (3, 1, 3), "activation": "clipswish"},
+    "channels that an activation mixes": {
+        "in_shape": (7, 6, 1),
+        "hidden": (4,),
+        "kernel_sizes": (3, 3),
+        "activation": "maxmin",
+    },
+    "kernels of two sizes": {"in_shape": (9, 8, 1), "hidden": (3,), "kernel_sizes": (5, 3), "activation": "tanh"},
+    "even kernels": {"in_shape": (7, 8, 1), "hidden": (3,), "kernel_sizes": (2, 2)},
+}
+NOTHING = {
+    "two hidden layers": {"in_shape": (7,), "hidden": (3, 3)},
+    "a torus smaller than the kernel": {"in_shape": (2, 2, 1), "hidden": (4,), "kernel_sizes": (3, 3), "padding": "CIRCULAR"},
+    "three convolutions within reach": {"in_shape": (4, 5, 2), "hidden": (3, 3), "kernel_sizes": (3, 1, 3)},
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def dense_jacobian(spec, weights, x, context):
+    def at(x, context):
+        return spec.apply(weights, x[None], None if context is None else context[None])[0]
+
+    jacobian = jax.vmap(jax.jacfwd(at), in_axes=(0, None if context is None else 0))(x, context)
+    return jacobian.reshape(len(x), math.prod(spec.in_shape), -1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def draw(spec):
+    keys = jax.random.split(jax.random.key(0), 4)
+    weights = spec.initial_weights(keys[0])
+    for layer in weights.values():
+        layer["bias"] = 0.5 * jax.random.normal(keys[1], layer["bias"].shape)
+    context = jax.random.normal(keys[3], (BATCH, spec.context_dim)) if spec.context_dim else None
+    return weights, jax.random.normal(keys[2], (BATCH, *spec.in_shape)), context
+
+
+def make(case):
+    """Architecture, weights whose Jacobians have a norm of at most `NORM`, inputs, contexts and dense Jacobians."""
+    spec = FeedforwardSpec(**case)
+    weights, x, context = draw(spec)
+    factor = NORM / np.linalg.norm(dense_jacobian(spec, weights, x, context), 2, axis=(1, 2)).max()
+    last = spec.layers[-1].name
+    weights[last] = {**weights[last], "kernel": factor * weights[last]["kernel"]}
+    return spec, weights, x, context, np.asarray(dense_jacobian(spec, weights, x, context))
+
+
+@pytest.mark.parametrize("case", [*TRACE.values(), *LOGDET_ALONE.values()], ids=[*TRACE, *LOGDET_ALONE])
+def test_what_a_branch_knows_is_that_of_its_dense_jacobian(x64, case):
+    spec, weights, x, context, jacobians = make(case)
+    assert ("trace" in spec.knows) == (case in TRACE.values())
+    expected = {
+        "trace": np.trace(jacobians, axis1=1, axis2=2),
+        "diagonal": np.diagonal(jacobians, axis1=1, axis2=2).reshape(x.shape),
+        "jacobian": jacobians,
+        "logdet": np.linalg.slogdet(np.eye(x[0].size) + jacobians)[1],
+    }
+    names = sorted(spec.knows | ({"logdet"} if spec.has_logdet else set()))
+    found = jax.jit(lambda w, x: {name: getattr(spec, name)(w, x, context) for name in names})(weights, x)
+    assert found
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=EXACT, atol=EXACT)
+    branch = Branch(spec, weights, 1.0).given(context)
+    if branch.diagonal is not None:
+        assert np.abs(expected["diagonal"]).max() <= 1.1 * branch.diagonal.size  # slopes may leave [0, 1] a little
+    exact, info = jax.jit(lambda x: ExactLogdet()(branch, x, jacobian=branch.jacobian, logdet=branch.logdet))(x)
+    np.testing.assert_allclose(exact, expected["logdet"], rtol=EXACT, atol=EXACT)
+    assert not np.any(info.stderr)
+
+
+@pytest.mark.parametrize("name", ["dense, preactivation", "conv"])
+def test_gradients_are_those_of_dense_jacobians(x64, name):
+    spec, weights, x, _, _ = make(TRACE[name])
+    known = next(name for name in ("jacobian", "logdet") if name in spec.knows)
+    branch = Branch(spec, weights, 1.0)
+
+    def total(weights, x, *, closed_form):
+        if not closed_form:
+            matrices = jnp.eye(x[0].size)[None] + dense_jacobian(spec, weights, x, None)
+            return jnp.sum(jnp.array([1.0, -0.7, 0.4]) * jnp.linalg.slogdet(matrices)[1])
+        own = Branch(spec, weights, 1.0)
+        logdet, _ = ExactLogdet()(own, x, **{known: getattr(own, known)})
+        return jnp.sum(jnp.array([1.0, -0.7, 0.4]) * logdet)
+
+    assert getattr(branch, known) is not None
+    run = jax.jit(jax.value_and_grad(total, (0, 1)), static_argnames="closed_form")
+    chex.assert_trees_all_close(run(weights, x, closed_form=True), run(weights, x, closed_form=False), rtol=1e-8, atol=EXACT)
+
+
+@pytest.mark.parametrize("estimator", [SeriesLogdet(12, num_probes=16), RouletteLogdet(num_exact_terms=12, num_probes=16)])
+def test_estimates_by_the_trace_are_steadier_and_right(x64, estimator):
+    spec, weights, x, _, jacobians = make(TRACE["dense, preactivation"])
+    last = spec.layers[-1].name
+    branch = Branch(spec, {**weights, last: {**weights[last], "kernel": 0.3 * weights[last]["kernel"]}}, 0.3)
+    exact = np.linalg.slogdet(np.eye(x[0].size) + 0.3 * jacobians)[1]
+    run = jax.jit(lambda x, key: (estimator(branch, x, key), estimator(branch, x, key, trace=branch.trace)))
+    (plain, plain_info), (logdet, info) = run(x, jax.random.key(1))
+    assert np.all(info.stderr < 0.5 * plain_info.stderr)
+    assert np.all(np.abs(logdet - exact) < 5 * info.stderr + 1e-6)  # what a dozen terms leave out
+    assert np.all(np.abs(plain - exact) < 5 * plain_info.stderr)
+
+
+def test_other_branches_know_nothing():
+    for case in NOTHING.values():
+        spec = FeedforwardSpec(**case)
+        assert not spec.knows
+        assert spec.logdet_cost > math.prod(spec.in_shape)
+    assert FeedforwardSpec((FULL_DIMS + 1,), (FULL_DIMS + 2,)).knows == {"trace"}
+
+
+def test_a_stencil_that_is_too_small_is_rejected(x64, monkeypatch):
+    spec, weights, x, _, jacobians = make(TRACE["conv"])
+    expected = np.linalg.slogdet(np.eye(x[0].size) + jacobians)[1]
+
+    def by_products(x, reach):
+        return banded.stencil_logdet(banded.stencil_by_products(functools.partial(spec.apply, weights), x, reach))
+
+    found = {reach: jax.jit(by_products, static_argnums=1)(x, reach) for reach in (1, 2)}
+    np.testing.assert_allclose(found[2], expected, rtol=EXACT)
+    assert np.abs(found[1] - expected).max() > 1e-3
+    monkeypatch.setattr(banded, "MOST_ENTRIES", 1)  # examples one after the other
+    np.testing.assert_allclose(jax.jit(functools.partial(spec.logdet, weights))(x), expected, rtol=EXACT)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_elimination_by_halves_is_stable_for_contractions(sign):
+    num_dims = 100
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(2, num_dims, num_dims)))[0]
+    matrices = np.eye(num_dims) + sign * NORM * rotation
+    logdet, inverse = banded.logdet_and_inverse(jnp.asarray(matrices, jnp.float32))
+    np.testing.assert_allclose(logdet, np.linalg.slogdet(matrices)[1], atol=1e-3)
+    np.testing.assert_allclose(inverse @ matrices, np.broadcast_to(np.eye(num_dims), matrices.shape), atol=1e-3)

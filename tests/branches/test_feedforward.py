@@ -1,0 +1,252 @@
+"""The budget of feed-forward branches, estimated and certified, and freezing, against singular values in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from iresnet_jax.bijections.transforms.logit import Logit
+from iresnet_jax.branches.branch import BUDGETS
+from iresnet_jax.branches.feedforward import FeedforwardSpec
+from iresnet_jax.branches.layers import training_twists
+from iresnet_jax.maths import activations, platforms
+from iresnet_jax.models import density
+from iresnet_jax.models import flow as model
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+
+COEFF = 0.9
+TIGHT = 0.03  # how far below the bound a norm may lie
+SPECS = {
+    "dense": FeedforwardSpec((5,), (7, 6), activation="clipswish"),
+    "convolutional": FeedforwardSpec((4, 5, 3), (6, 8), (3, 1, 3), activation="lipswish", preactivation=True),
+    "periodic": FeedforwardSpec((4, 4, 2), (5,), (3, 2), activation="tanh", padding="CIRCULAR"),
+}
+FLOW = FlowSpec(
+    (4, 4, 2),
+    (
+        StageSpec(2, hidden=(6,), kernel_sizes=(3, 3), activation="lipswish", squeeze=2, factor_out=True),
+        StageSpec(2, hidden=(8, 8), activation="elu"),
+    ),
+    coeff=0.8,
+)
+
+
+def random_branch(spec, seed, scale=1.0):
+    """Drawn by NumPy: JAX would compile a program for each shape."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(spec.initial_weights, jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.normal(0, 0.4, leaf.shape), jnp.float32), shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("budget", "method"))
+def certified(spec, weights, *, budget="layer", method="exact"):
+    return spec.certified(weights, spec.norm_bounds(weights, method=method), coeff=COEFF, budget=budget).branch
+
+
+def true_norms(spec, weights):
+    """The layers' operator norms by SVD of the unfolded maps."""
+    norms = {}
+    for layer in spec.layers:
+        kernel = np.asarray(weights[layer.name]["kernel"], np.float64)
+        if kernel.ndim == 4:
+            kernel = oracles.dense_conv_matrix(kernel, *layer.in_shape[:2], padding=layer.padding)
+        norms[layer.name] = oracles.operator_norm(kernel)
+    return norms
+
+
+def random_params(spec, seed=0, scale=1.0):
+    params, rng = {}, np.random.default_rng(seed)
+    for name, stage, _, branch in spec.layout:
+        shapes = jax.eval_shape(branch.initial_weights, jax.random.key(0))
+        shape = (stage.num_blocks, branch.in_shape[-1])
+        blocks = jax.tree.map(lambda leaf, num=stage.num_blocks: np.zeros((num, *leaf.shape)), shapes)
+        for layer in blocks.values():
+            layer["kernel"] = rng.normal(size=layer["kernel"].shape) / np.sqrt(np.prod(layer["kernel"].shape[1:-1]))
+        blocks["actnorm"] = {"bias": np.zeros(shape), "log_scale": 0.3 * rng.normal(size=shape)}
+        params[name] = {"blocks": jax.tree.map(lambda w: jnp.asarray(scale * w, jnp.float32), blocks)}
+    return params
+
+
+def each_block(spec, weights):
+    """Every block's branch of a flow, one by one."""
+    for name, stage, _, _ in spec.layout:
+        for k in range(stage.num_blocks):
+            yield jax.tree.map(lambda w, k=k: w[k], weights[name].branch)
+
+
+@functools.cache
+def frozen(budget="layer"):
+    spec = FlowSpec(FLOW.event_shape, FLOW.stages, FLOW.coeff, budget)
+    return spec, jax.jit(functools.partial(model.freeze, spec))(random_params(spec))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("method", ["exact", "gram"])
+@pytest.mark.parametrize("name", SPECS)
+def test_a_certified_budget_holds_for_any_weights(name, method, budget):
+    spec = SPECS[name]
+    for seed, scale in enumerate((1.0, 1e-3, 1e6)):
+        weights = random_branch(spec, seed, scale)
+        branch = certified(spec, weights, budget=budget, method=method)
+        norms, product = true_norms(spec, branch.weights), float(branch.lipschitz_bound)
+        assert np.prod(list(norms.values())) <= product <= COEFF
+        if budget == "layer":
+            assert max(norms.values()) <= COEFF
+        if scale >= 1 and method == "exact":  # nothing of the budget is given away beyond the bounds' slack
+            used = min(norms.values()) if budget == "layer" else np.prod(list(norms.values())) ** (1 / len(norms))
+            assert used >= (COEFF if budget == "layer" else COEFF ** (1 / len(norms))) * (1 - 0.2)
+        if scale < 1:
+            for layer, own in weights.items():
+                np.testing.assert_array_equal(branch.weights[layer]["kernel"], own["kernel"])
+
+
+def test_a_budget_by_block_scales_all_layers_by_one_factor():
+    spec = SPECS["dense"]
+    weights = random_branch(spec, 0)
+
+    @jax.jit
+    def by_estimate(weights, iterates):
+        vectors = spec.singular_vectors(weights, iterates)
+        return spec.constrained(weights, vectors, coeff=COEFF, budget="block").branch
+
+    estimated = by_estimate(weights, spec.initial_iterates(jax.random.key(5)))
+    for branch in (certified(spec, weights, budget="block"), estimated):
+        factors = [float(branch.weights[n]["kernel"][0, 0] / weights[n]["kernel"][0, 0]) for n in weights]
+        np.testing.assert_allclose(factors, factors[0], rtol=1e-6)
+        np.testing.assert_allclose(np.prod(list(true_norms(spec, branch.weights).values())), COEFF, rtol=2e-3)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_weights_of_nothing_and_not_numbers(budget):
+    spec = SPECS["dense"]
+    zero = jax.tree.map(jnp.zeros_like, random_branch(spec, 0))
+    assert float(certified(spec, zero, budget=budget).lipschitz_bound) == 0
+
+    def total(weights):
+        return sum(jnp.sum(a) for a in jax.tree.leaves(certified(spec, weights, budget=budget, method="gram").weights))
+
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(jax.jit(jax.grad(total))(zero)))
+    weights = random_branch(spec, 0)
+    broken = {**weights, "dense1": {**weights["dense1"], "kernel": jnp.full((14, 6), jnp.nan)}}
+    assert np.isnan(certified(spec, broken, budget=budget).lipschitz_bound)
+
+
+def test_gradients_flow_through_the_certified_norm(x64):
+    spec = SPECS["convolutional"]
+    weights = jax.tree.map(lambda a: a.astype(jnp.float64), random_branch(spec, 2))
+    x = jax.random.normal(jax.random.key(7), (2, *spec.in_shape))
+
+    @jax.jit
+    def loss(weights):
+        return jnp.sum(certified(spec, weights, method="gram")(x) ** 2)
+
+    direction = jax.tree.map(lambda a: jax.random.normal(jax.random.key(3), a.shape, a.dtype), weights)
+    gradient = jax.jit(jax.grad(loss))(weights)
+    slope = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+    step = 1e-5
+    ahead, behind = (jax.tree.map(lambda w, d, s=s: w + s * d, weights, direction) for s in (step, -step))
+    np.testing.assert_allclose(slope, (loss(ahead) - loss(behind)) / (2 * step), rtol=1e-6)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_frozen_weights_are_certified_and_tight(budget):
+    spec, fixed = frozen(budget)
+    for branch in each_block(spec, fixed):
+        assert branch.word == "certified"
+        norms = true_norms(branch.spec, branch.weights)
+        for layer, norm in norms.items():
+            assert norm <= float(branch.norms[layer]) <= norm * (1 + TIGHT)
+        bound = spec.coeff if budget == "block" else spec.coeff ** len(norms)
+        assert np.prod(list(norms.values())) <= branch.lipschitz_bound <= bound * (1 + 1e-6)
+
+
+def test_freezing_shrinks_what_power_iteration_let_through():
+    params = random_params(FLOW, scale=3.0)
+    starts = {
+        name: {"blocks": jax.vmap(branch.initial_iterates)(jax.random.split(jax.random.key(1), 2))}
+        for name, _, _, branch in FLOW.layout
+    }
+    hoped = jax.jit(functools.partial(model.constrain, FLOW, num_steps=1))(params, starts).weights
+    fixed = jax.jit(functools.partial(model.freeze, FLOW))(params)
+    worst_hoped, worst = (
+        max(max(true_norms(b.spec, b.weights).values()) for b in each_block(FLOW, weights)) for weights in (hoped, fixed)
+    )
+    assert worst <= FLOW.coeff < worst_hoped
+
+
+def test_whole_model_bounds_hold_for_jacobians():
+    spec, fixed = frozen()
+    bounds = Logit(0.05).bilipschitz().compose(model.bilipschitz(spec, fixed))
+    x = jax.random.uniform(jax.random.key(4), (5, *spec.event_shape))
+    with jax.enable_x64(True):
+        weights = jax.tree.map(lambda a: a.astype(jnp.float64), fixed)
+        whole = density.Density(density.DensitySpec(spec, transform=Logit(0.05)), weights, {})
+        jacobians = jax.jit(jax.vmap(jax.jacfwd(lambda x: whole.encode(x[None])[0])))(jnp.asarray(x, jnp.float64))
+        for jacobian in np.asarray(jacobians).reshape(len(x), spec.num_dims, -1):
+            sizes = np.linalg.svd(jacobian, compute_uv=False)
+            assert sizes[0] <= bounds.forward
+            assert 1 / sizes[-1] <= bounds.inverse
+    assert 1 < bounds.forward < 1e5
+
+
+def test_every_activation_is_covered_by_the_certificate():
+    """The certificate multiplies norms of linear maps: activations must be 1-Lipschitz as computed, up to rounding."""
+    x = 3 * jax.random.normal(jax.random.key(1), (200, 4))
+    for name, activation in activations.ACTIVATIONS.items():
+        for beta in (-3.0, 0.5, 4.0) if activation.has_beta else (None,):
+            apply = activation.apply if beta is None else functools.partial(activation.apply, beta=beta)
+            jacobians = np.asarray(jax.jit(jax.vmap(jax.jacfwd(apply)))(x), np.float64)
+            assert np.linalg.norm(jacobians, 2, axis=(1, 2)).max() <= 1 + 1e-5, name
+
+
+def test_certified_training_holds_at_every_step():
+    constrain = jax.jit(functools.partial(model.constrain_certified, FLOW))
+    for seed in range(3):
+        params = random_params(FLOW, seed, scale=2.0)
+        for branch in each_block(FLOW, constrain(params, {name: {} for name in params}).weights):
+            norms = true_norms(branch.spec, branch.weights)
+            assert max(norms.values()) <= FLOW.coeff
+            assert np.prod(list(norms.values())) <= branch.lipschitz_bound < 1
+
+
+def test_sharp_activations_see_what_others_see_of_unconstrained_layers():
+    """`sharpness * input` of a wide constrained layer is as large as for a layer of norm about 1 without a wide side."""
+    spec = FeedforwardSpec((6,), hidden=(512,), activation="clipswish", preactivation=True)
+    plain, sharp = (spec.initial_weights(jax.random.key(0), sharp=sharp) for sharp in (False, True))
+    first, second = (layer.name for layer in spec.layers)
+    np.testing.assert_array_equal(plain[first]["kernel"], sharp[first]["kernel"])
+    assert float(plain[first]["beta"]) == float(sharp[first]["beta"])  # in front of any layer
+    kernel = np.asarray(plain[first]["kernel"], np.float64)
+    shrunk = np.linalg.norm(kernel, axis=0).mean() / np.linalg.norm(kernel, ord=2)  # an output's size over the layer's norm
+    ratio = np.log1p(np.exp(float(sharp[second]["beta"]))) / np.log1p(np.exp(float(plain[second]["beta"])))
+    np.testing.assert_allclose(ratio * shrunk, np.linalg.norm(kernel, axis=0).mean(), rtol=0.1)
+
+
+@pytest.mark.parametrize("positional_bias", [False, True])
+def test_a_bias_is_the_same_where_results_should_not_overwrite_operands(positional_bias, monkeypatch):
+    spec = FeedforwardSpec((4, 3, 2), hidden=(6,), kernel_sizes=(3, 1), positional_bias=positional_bias)
+    weights, x = random_branch(spec, 0), jax.random.normal(jax.random.key(9), (3, *spec.in_shape))
+    outputs = []
+    for is_slow in (False, True):
+        monkeypatch.setattr(platforms, "is_slow_in_place", lambda value=is_slow: value)
+        outputs.append(spec.apply(weights, x))
+    np.testing.assert_array_equal(*outputs)
+    assert np.ptp(outputs[0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: FlowSpec((5,), (StageSpec(1, hidden=(3,)),), budget="network"), "budget must be one of layer, block"),
+        (lambda: training_twists(3, "some"), "twists must be auto, all or one, got 'some'"),
+        (lambda: SPECS["dense"].certified({}, {}, coeff=1.1), r"coeff must lie in \(0, 1\), got 1"),
+        (lambda: certified(SPECS["dense"], random_branch(SPECS["dense"], 0), method="hope"), "method must be"),
+        (lambda: StageSpec(1, (3,), kind="dens"), "kind must be one of feedforward"),
+    ],
+)
+def test_mistakes_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()

@@ -1,0 +1,141 @@
+"""A device for each core, flags for the compiler, and compiled programs that the next process finds."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import pytest
+import tiny_runs as runs
+
+from iresnet_jax.runs import machine
+from iresnet_jax.runs.allocator import num_cores
+from iresnet_jax.runs.config import Config
+
+
+def config_of(batch_size, kind="series"):
+    config = Config()
+    training = dataclasses.replace(config.training, batch_size=batch_size)
+    return dataclasses.replace(config, training=training, logdet=dataclasses.replace(config.logdet, kind=kind))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "cores", "devices"),
+    [(64, 2, 2), (64, 1, 1), (64, 3, 2), (63, 2, 1), (63, 4, 3), (16, 16, 2), (15, 2, 1), (128, 12, 8), (1, 4, 1)],
+)
+def test_devices_share_batches_evenly(batch_size, cores, devices):
+    assert machine.num_devices(config_of(batch_size), cores) == devices
+    assert machine.num_devices(config_of(batch_size, "exact"), cores) == 1
+
+
+# --- in processes of their own ----------------------------------------------------------------------------------------
+
+PROGRAM = """
+import jax, jax.numpy as jnp
+from iresnet_jax.runs import machine
+from iresnet_jax.runs.config import Config
+
+machine.LEAST_S, events = 0.0, []
+flags = machine.compile_quickly()
+devices = machine.use_all_cores(Config())
+jax.jit(lambda x: x + 1)(1.0)  # compiled before the cache is there
+folder = machine.keep_compiled_programs()
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rpartition("/")[2]))
+print(len(flags), devices, jax.local_device_count(), machine.use_all_cores(Config()))
+print(folder)
+print(jax.jit(lambda x: jnp.sin(x) * 3)(2.0), events.count("cache_hits"))
+"""
+
+
+def said(tmp_path, **variables):
+    """What a process of its own prints, line by line."""
+    apart = ("COMPILATION_CACHE", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
+    environment = {name: value for name, value in runs.environment().items() if not any(part in name for part in apart)}
+    environment |= {"IRESNET_JAX_CACHE_DIR": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu", **variables}
+    run = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()
+
+
+def test_a_process_has_a_device_a_core_and_finds_what_another_one_compiled(tmp_path):
+    used, folder, computed = said(tmp_path)
+    num_flags, *devices = map(int, used.split())
+    assert num_flags >= 1  # which the compiler knows
+    count = machine.num_devices(Config(), num_cores())
+    assert devices == [count, count, 0]  # too late, once JAX has started
+    assert folder.startswith(str(tmp_path / "cache" / "programs"))
+    result, hits = computed.split()
+    assert hits == "0"
+
+    used, again, computed = said(tmp_path, JAX_NUM_CPU_DEVICES=str(count))
+    assert used.split()[1:] == ["0", str(count), "0"]  # the user's number of devices holds
+    assert (again, computed) == (folder, f"{result} 1")
+
+    for path in (tmp_path / "cache").glob("programs/*/*-cache"):  # cut off
+        os.truncate(path, path.stat().st_size // 2)
+    used, again, computed = said(tmp_path, XLA_FLAGS=f"--xla_force_host_platform_device_count={count + 1}")
+    assert used.split()[1:] == ["0", str(count + 1), "0"]
+    assert (again, computed) == (folder, f"{result} 0")
+
+
+# --- compiled programs ------------------------------------------------------------------------------------------------
+
+
+def test_programs_that_were_not_used_for_longest_make_room(tmp_path):
+    for used, (name, size) in enumerate([("older", 2**28), ("old", 2**29), ("new", 2**29), ("newest", 2**29)]):
+        path = tmp_path / f"{name}-cache"
+        path.touch()
+        os.truncate(path, size)
+        os.utime(path, (used, used))
+    machine._remove_oldest(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"new-cache", "newest-cache"}
+
+
+@pytest.mark.parametrize("setting", ["switched off", "nowhere to write", "another folder"])
+def test_nothing_is_kept_where_that_is_not_wanted_or_cannot_be(tmp_path, monkeypatch, setting):
+    folder = tmp_path / "theirs" if setting == "another folder" else None
+    enabled = setting != "switched off"
+    settings = SimpleNamespace(jax_compilation_cache_dir=folder, jax_enable_compilation_cache=enabled)
+    monkeypatch.setattr(machine, "_settings", settings)
+    parent = "/dev/null" if setting == "nowhere to write" else str(tmp_path)
+    monkeypatch.setenv("IRESNET_JAX_CACHE_DIR", f"{parent}/cache")
+    before = jax.config.jax_compilation_cache_dir
+    assert machine.keep_compiled_programs() is None
+    assert not list(tmp_path.iterdir())
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flags(monkeypatch):
+    """Environment without flags, on a machine without accelerators."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(machine, "_has_cpus_alone", lambda _: True)
+    return lambda: set(os.environ["XLA_FLAGS"].split())
+
+
+def test_flags_are_set_once_and_those_of_the_user_stay(flags, monkeypatch):
+    chosen = machine.compile_quickly()
+    assert chosen
+    assert flags() == set(chosen)
+    assert machine.compile_quickly() == ()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
+    chosen = set(machine.compile_quickly())
+    assert flags() == {"--xla_backend_optimization_level=3"} | chosen
+    assert not any("optimization_level" in flag for flag in chosen)
+
+
+def test_accelerators_see_no_flags(flags, monkeypatch):
+    monkeypatch.setattr(machine, "_has_cpus_alone", lambda _: False)
+    assert machine.compile_quickly() == ()
+    assert not flags()
+
+
+def test_other_platforms_are_not_taken_for_cpus(monkeypatch):
+    assert machine._has_cpus_alone("cpu")
+    assert not machine._has_cpus_alone("cuda,cpu")
+    monkeypatch.setattr(machine, "entry_points", lambda group: ["cuda12"])
+    assert not machine._has_cpus_alone(None)
