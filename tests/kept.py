@@ -61,6 +61,18 @@ def model(spec):
     return make(jax.random.key(0))
 
 
+def uncertified(weights, factor=1.0):
+    """Weights times a factor whose branches have no guaranteed bounds any more."""
+    return {
+        name: block._replace(
+            branch=dataclasses.replace(
+                block.branch, weights=jax.tree.map(lambda a: factor * a, block.branch.weights), word="estimated", norms=None
+            )
+        )
+        for name, block in weights.items()
+    }
+
+
 def images(num, seed=0):
     """Images and their classes, which their brightness tells."""
     rng = np.random.default_rng(seed)

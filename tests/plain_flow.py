@@ -58,7 +58,7 @@ def forward(numbers: Numbers, spec: Any, weights: Any, x: Any) -> Any:
             x = x + numbers.of(own.actnorm.bias[k])
             x = x * numbers.exp(numbers.of(own.actnorm.log_scale[k]))
             g = x
-            for j, layer in enumerate(own.branch.values()):
+            for j, layer in enumerate(own.branch.weights.values()):
                 if j or stage.preactivation:
                     beta = numbers.of(layer["beta"][k]) if "beta" in layer else None
                     g = _activation(numbers, stage.activation, g, beta)

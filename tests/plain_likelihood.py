@@ -38,7 +38,7 @@ def forward_and_jacobian(numbers: Numbers, spec: Any, weights: Any, x: Any) -> t
             scale = numbers.exp(numbers.of(own.actnorm.log_scale[k]))
             x, v = (x + numbers.of(own.actnorm.bias[k])) * scale, v * scale
             g, w = x, v
-            for j, layer in enumerate(own.branch.values()):
+            for j, layer in enumerate(own.branch.weights.values()):
                 if j or stage.preactivation:
                     beta = numbers.of(layer["beta"][k]) if "beta" in layer else None
                     slopes = _slopes(numbers, stage.activation, g, beta)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from iresnet_jax.branches.layers import LayerSpec
 
 Weights = Mapping[str, Any]
-Norms = Mapping[str, Float[Array, "..."]]  # operator norms, by layer
+Norms = Mapping[str, Any]  # operator norms by layer, arrays of JAX or NumPy
 BUDGETS = ("layer", "block")
 
 

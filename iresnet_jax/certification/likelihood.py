@@ -30,7 +30,6 @@ from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.reshape import flatten
 from iresnet_jax.bijections.transforms.dequantize import enclose_volume
-from iresnet_jax.certification import enclosed_priors
 from iresnet_jax.certification.jacobians import Steps, places_of, step_jacobians
 from iresnet_jax.certification.passes import FlowSlopes, forward_correction
 from iresnet_jax.certification.prepared import MOST_DIMS, PreparedFlow, in_parts, prepared
@@ -40,6 +39,7 @@ from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log
 from iresnet_jax.maths.enclosures.double_double import UNIT, DoubleDouble
 from iresnet_jax.maths.enclosures.upward_rounding import UP
 from iresnet_jax.maths.logdet import verified
+from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Contexts, Data, Density, DensitySpec
@@ -113,7 +113,7 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
             log_det = log_det + enclose_volume(spec.num_levels, spec.flow.num_dims)
         elif spec.grid is not None:
             log_det = log_det + spec.grid.enclose_volume()
-        return Interval(*(enclosed_priors.log_prob(spec.prior, model.prior, latents) + log_det).bounds())
+        return Interval(*(priors.enclose_log_prob(spec.prior, model.prior, latents) + log_det).bounds())
 
 
 def log_det(

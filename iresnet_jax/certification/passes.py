@@ -32,7 +32,7 @@ _NUM_SQUARINGS = 5  # of Gram matrices: the norm of one with 784 columns is at m
 @functools.partial(jax.jit, static_argnums=0)
 def forward_correction(
     spec: FlowSpec, steps: Sequence[Steps], slopes: FlowSlopes, residuals: Float[Array, "b t d"]
-) -> Float[Array, "b t d"]:
+) -> Float[Array, "b t+1 d"]:
     """The correction ``e_{t+1} = J_t e_t + r_t`` of every point of a trajectory that starts where it should, ``e_0 = 0``."""
     now, corrections = jnp.zeros_like(residuals[:, 0]), []
     for place, *own in zip(places_of(spec), steps, _by_step(slopes), _by_stage(steps, residuals), strict=True):

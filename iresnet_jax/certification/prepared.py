@@ -133,7 +133,9 @@ def prepared(
         yield PreparedFlow.of(model), scaled
 
 
-def vectors_of(model: Model, y: Float[Array, "b ..."] | Float[np.ndarray, "b ..."]) -> Float[Array, "b d"]:
+def vectors_of(
+    model: Model, y: Float[Array, "b ..."] | Float[np.ndarray, "b ..."]
+) -> Float[Array, "b d"] | Float[np.ndarray, "b d"]:
     """Latents, features or measurements as vectors in the order of the flow's outputs; vectors are taken to have it."""
     if isinstance(model, Reconstructor) and y.ndim > 2:
         return model.as_latents(y)

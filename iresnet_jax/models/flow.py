@@ -49,7 +49,7 @@ class Block(NamedTuple):
 
 
 Weights = Mapping[str, Block]  # by stage
-Norms = Mapping[str, Mapping[str, Float[Array, " k"]]]  # by stage and layer, one a block
+Norms = Mapping[str, Mapping[str, Any]]  # by stage and layer, one a block
 
 
 class Constrained(NamedTuple):

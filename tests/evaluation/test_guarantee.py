@@ -6,6 +6,7 @@ import jax
 import kept
 import numpy as np
 import pytest
+from certified_flows import changed
 from tiny_runs import ROOT
 
 from iresnet_jax.evaluation import guarantee, inversion, samples
@@ -49,7 +50,7 @@ def test_where_nothing_is_guaranteed_the_reason_is_said():
     assert (of_blocks.num_applied, of_blocks.fraction_certain) == (0, None)
     assert "2 examples by the bounds of the blocks, which multiply (slopes of relu jump)" in str(of_blocks)
     assert np.isfinite(of_blocks.max_bound)
-    bare = kept.model(kept.POINTS).with_(bounds=None)
+    bare = changed(kept.model(kept.POINTS), word="estimated")
     none, certificates = guarantee.bound_inverses(bare, [], 2)
     assert certificates is None
     assert "none, the weights are not certified: call freeze() first" in str(none)
