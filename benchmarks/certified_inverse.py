@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from _models import add_workdir, flow_input
 from _record import parser, table, write
-from iresnet_jax.certification.problem import Problem
-from iresnet_jax.certification.step_norms import newton_step
 
 from iresnet_jax import certify
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.certification import trajectory
+from iresnet_jax.certification.passes import newton_step
+from iresnet_jax.certification.prepared import PreparedFlow
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import as_params, freeze
@@ -130,24 +130,24 @@ def solves_at(model, x):
     if model.spec.flow.num_dims <= DENSE:
         return [np.linalg.inv(jacobian) for jacobian in jacobians_at(model, x)]
     with jax.enable_x64():
-        problem = Problem.of(model)
-    leaves, next_active = [], [*problem.entries.active[1:], np.array([], int)]
-    for active, following in zip(problem.entries.active, next_active, strict=True):
+        flow = PreparedFlow.of(model)
+    leaves, next_active = [], [*flow.entries.active[1:], np.array([], int)]
+    for active, following in zip(flow.entries.active, next_active, strict=True):
         leaves.append(np.setdiff1d(active, following))  # entries that no later stage acts on
-    ends = np.cumsum([stage.spec.num_blocks for stage in problem.spec.layout]) - 1
+    ends = np.cumsum([stage.spec.num_blocks for stage in flow.spec.layout]) - 1
 
     def at(one):
         with jax.enable_x64():
-            points = trajectory.follow(problem.spec, problem.weights, jnp.asarray(one[None], jnp.float64), None)
-            found = trajectory.residuals(problem.stages, DoubleDouble.of(np.asarray(points)))
+            points = trajectory.follow(flow.spec, flow.weights, jnp.asarray(one[None], jnp.float64), None)
+            found = trajectory.residuals(flow.stages, DoubleDouble.of(np.asarray(points)))
 
         def solve(wrong):
             vector, values = np.zeros(len(wrong)), np.zeros_like(found.values)
-            vector[problem.entries.latents] = wrong
+            vector[flow.entries.latents] = wrong
             for end, entries in zip(ends, leaves, strict=True):
                 values[0, end, entries] = -vector[entries]
             with jax.enable_x64():
-                return np.asarray(newton_step(problem, found._replace(values=values)))[0, 0]
+                return np.asarray(newton_step(flow.spec, flow.steps, found.slopes, jnp.asarray(values)))[0, 0]
 
         return solve
 

@@ -94,9 +94,9 @@ def inverse(
             f"the flow's input, got {y.shape} and {x.shape}"
         )
     with prepared(model, y, x, context=context) as (flow, contexts):
-        y, x = np.asarray(vectors_of(model, y), np.float64), np.asarray(x, np.float64).reshape(len(x), -1)
+        y, x = np.asarray(vectors_of(model, y), np.float64), np.asarray(x, np.float64).reshape(len(x), spec.num_dims)
         found = in_parts(functools.partial(_certify, flow), flow.chunk, y, x, contexts)
-    return found._replace(refined=found.refined.reshape(-1, *spec.event_shape))
+    return found._replace(refined=found.refined.reshape(len(found.refined), *spec.event_shape))
 
 
 def _certify(flow: PreparedFlow, y, start, contexts) -> InverseCertificate:

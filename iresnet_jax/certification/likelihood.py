@@ -28,7 +28,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from iresnet_jax.bijections.reshape import flatten
 from iresnet_jax.bijections.transforms.dequantize import enclose_volume
 from iresnet_jax.certification.jacobians import Steps, places_of, step_jacobians
 from iresnet_jax.certification.passes import FlowSlopes, forward_correction
@@ -107,7 +106,7 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
     u = given if spec.num_levels is None and spec.grid is None else noisy
     with prepared(model, x, context=context, most_dims=MOST_DIMS) as (flow, contexts):
         y, log_det = spec.transform.enclose_forward(u)
-        latents, of_flow = _through(flow, y.map(flatten), contexts)
+        latents, of_flow = _through(flow, y.map(lambda part: part.reshape(len(part), spec.flow.num_dims)), contexts)
         log_det = log_det + of_flow
         if spec.num_levels is not None:
             log_det = log_det + enclose_volume(spec.num_levels, spec.flow.num_dims)
@@ -136,7 +135,8 @@ def log_det(
     if x.shape[1:] != shape:
         raise ValueError(f"x must have the shape (b, {', '.join(map(str, shape))}) of the flow's input, got {x.shape}")
     with prepared(model, x, context=context, most_dims=MOST_DIMS) as (flow, contexts):
-        return Interval(*_through(flow, Ball.of(np.asarray(x, np.float64).reshape(len(x), -1)), contexts)[1].bounds())
+        inputs = np.asarray(x, np.float64).reshape(len(x), flow.spec.num_dims)
+        return Interval(*_through(flow, Ball.of(inputs), contexts)[1].bounds())
 
 
 def _through(flow: PreparedFlow, start: Ball, contexts: np.ndarray | None) -> tuple[Ball, Ball]:
@@ -197,9 +197,10 @@ def _factors(spec: FlowSpec, steps: Sequence[Steps], slopes: FlowSlopes) -> tupl
 
 def _check_smooth(model: Density | Classifier) -> None:
     """Raises ``ValueError`` where the slope of an activation jumps."""
-    names = {layer.activation for stage in model.spec.flow.layout for layer in stage.branch.layers}
-    for name in names - {None}:
-        if activations.get(name).slope_lipschitz is None:
+    for stage in model.spec.flow.layout:
+        names = [layer.activation for layer in stage.branch.layers if layer.activation is not None]
+        jumping = [name for name in names if activations.get(name).slope_lipschitz is None]
+        if jumping:
             raise ValueError(
-                f"a guaranteed log-determinant takes activations with a Lipschitz derivative, and that of {name} jumps"
+                f"a guaranteed log-determinant takes activations with a Lipschitz derivative, and that of {jumping[0]} jumps"
             )

@@ -139,7 +139,7 @@ def vectors_of(
     """Latents, features or measurements as vectors in the order of the flow's outputs; vectors are taken to have it."""
     if isinstance(model, Reconstructor) and y.ndim > 2:
         return model.as_latents(y)
-    return y.reshape(len(y), -1)
+    return y.reshape(len(y), model.spec.flow.num_dims)
 
 
 def in_parts(certify: Callable[..., Any], size: int, *arrays: Any) -> Any:

@@ -59,7 +59,7 @@ def _inverses(spec: FlowSpec, steps: Sequence[Steps], slopes, distances) -> tupl
 @functools.partial(jax.jit, static_argnums=0, static_argnames="forward")
 def tables_of(spec: FlowSpec, matrices: Sequence[Float[Array, "b _ _ _"]], *, forward: bool = False) -> ProductTables:
     """`inverse_products.product_tables` of matrices of each stage, for each example."""
-    active = tuple(jnp.asarray(entries) for entries in entries_of(spec).active)
+    active = tuple(map(jnp.asarray, entries_of(spec).active))
 
     def of_example(own):
         return inverse_products.product_tables(own, active, spec.num_dims, spec.num_blocks, forward=forward)
@@ -83,5 +83,5 @@ def newton_step_by_inverses(
     spec: FlowSpec, inverses: Sequence[Inverses], values: Float[Array, "b t d"]
 ) -> Float[Array, "b t d"]:
     """`passes.newton_step` by the approximate inverses."""
-    active = entries_of(spec).active
+    active = tuple(map(jnp.asarray, entries_of(spec).active))
     return jax.lax.map(lambda own: inverse_products.solve_backward(own[0], active, own[1]), (inverses, values))
