@@ -19,10 +19,11 @@ detected; otherwise every process needs
     --process_id            number of this process, from 0
 """
 
-# ruff: noqa: E402
+import logging
 import os
 import runpy
 import signal
+import sys
 from importlib.util import find_spec
 
 HINT = "the same command goes on from the last checkpoint"
@@ -43,24 +44,15 @@ if __name__ == "__main__":  # before the imports, which take seconds; `end_at_si
         memory["collect_garbage_rarely"]()
 
 try:
-    from absl import app, flags, logging
-
-    from iresnet_jax.runs.command_line import (
-        DEFAULT_CONFIG,
-        asks_for_debug,
-        explain_failures,
-        parse_train_flags,
-        quiet_backends,
-    )
+    from iresnet_jax.runs import allocator, command_line, machine
+    from iresnet_jax.runs.signals import end_at_signals
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: there is no package {error.name}: training needs pip install '.[train]'") from None
-from iresnet_jax.runs import allocator, machine
-from iresnet_jax.runs.signals import end_at_signals
 
 
 def run(argv: list[str]) -> int:
     """Trains and reports, as the command line says."""
-    given = parse_train_flags(argv, default_config=DEFAULT_CONFIG)
+    given = command_line.parse_train_flags(argv)
     from iresnet_jax.runs import hosts
 
     hosts.initialize(given.coordinator_address, given.num_processes, given.process_id)
@@ -68,13 +60,12 @@ def run(argv: list[str]) -> int:
         machine.use_all_cores(given.config)
     from iresnet_jax.report.report import write
     from iresnet_jax.runs.loop import train
-    from iresnet_jax.runs.machine import keep_compiled_programs
     from iresnet_jax.runs.trained_run import load
 
-    keep_compiled_programs()
+    machine.keep_compiled_programs()
     with hosts.ending_together():
         if not hosts.is_first():
-            logging.set_verbosity(logging.WARNING)
+            logging.getLogger("iresnet_jax").setLevel(logging.WARNING)
         train(given.config, given.workdir)
     if hosts.is_first():
         print(write(load(given.workdir)), f"report: {given.workdir / 'report.html'}", sep="\n")
@@ -83,14 +74,17 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """The exit status of `run`."""
-    logging.set_verbosity(logging.INFO)
-    quiet_backends()
-    return explain_failures(lambda: run(argv), debug=asks_for_debug(argv))
+    if {"-h", "--help"} & {*argv}:
+        print(__doc__)
+        return 0
+    logging.getLogger("iresnet_jax").setLevel(logging.INFO)
+    command_line.quiet_backends()
+    return command_line.explain_failures(lambda: run(argv), debug="--debug" in argv)
 
 
 if __name__ == "__main__":
     end_at_signals(HINT)
     allocator.keep_freed_memory()
     machine.compile_quickly()
-    # Flags of absl itself, such as --help, are read here; ours are left for `main`.
-    app.run(main, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    sys.exit(main(sys.argv))

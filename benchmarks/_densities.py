@@ -19,9 +19,8 @@ examples all together up to 8 components, otherwise reg_covar of full covariance
 the minutes are used up. The last fit is not interrupted.
 
 "kde": Gaussian `KernelDensity`; the bandwidth, and whether the data are whitened first, by validation, on at most 400
-examples. Its sums over all training examples are computed with matrix products and checked against it on 4 examples, with a
-tree of one leaf: with its default tree, scikit-learn 1.9 takes ten times as long in 63 dimensions, and rounding in the tree's
-bounds makes outliers likelier than they are, by up to 368 nats.
+examples. Its tree is one leaf: with its default tree, scikit-learn 1.9 takes ten times as long in 63 dimensions, and rounding
+in the tree's bounds makes outliers likelier than they are, by up to 368 nats.
 
 Log-determinants on test examples are exact, for normflows by `torch.linalg.slogdet` of each block's Jacobian in float64.
 """
@@ -37,7 +36,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
 from _tables import Table
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
@@ -56,13 +54,12 @@ EVAL_BATCH_SIZE = 500
 
 FLOWJAX = {"knots": 8, "interval": 4, "flow_layers": 8, "nn_depth": 1, "nn_width": {"many": 128, "few": 50}}
 NORMFLOWS = {"blocks": {"many": 20, "few": 4}, "width": {"many": 128, "few": 32}, "hidden_layers": 2, "lipschitz_const": 0.98}
-POWER_ITERATIONS, CONVERGED = 5, 200  # in a training step of normflows; before an evaluation
+POWER_ITERATIONS = 5  # in a training step of normflows
 
 COVARIANCES, REG_COVAR = ("full", "tied", "diag", "spherical"), (1e-6, 1e-4, 1e-2, 1e-1)
 FIRST_MIXTURES = {"few": ((1, 2, 3, 4, 6, 8), COVARIANCES, REG_COVAR), "many": ((4,), ("full",), REG_COVAR)}
 MORE_COMPONENTS = (1.5, 2, 3, 4, 8, 16, 32, 64)  # times those of the best of the first
 BANDWIDTHS, REFINEMENTS = tuple(0.05 * 2.0**k for k in range(7)), (0.5, 0.25)  # the latter in powers of 2
-KDE_CHECKED = 4
 KDE_VALIDATED = 400
 
 
@@ -125,25 +122,19 @@ def flowjax(table: Table, seed: int, minutes: float) -> Fitted:
         change, state = optimizer.update(gradient, state)
         return eqx.apply_updates(params, jax.tree.map(lambda leaf: -rate * leaf, change)), state
 
-    state, best, batches = optimizer.init(params), params, _batches(table, seed)
-
-    jax.block_until_ready(
-        (log_prob(params, table.validation[:VALIDATED]), update(params, state, next(batches), jnp.float32(0)))
-    )  # compiles
+    state, batches = optimizer.init(params), _batches(table, seed)
 
     def take_step(rate):
         nonlocal params, state
         rate = jnp.float32(rate)  # a Python number would be a constant of the program, which every step would compile
         params, state = jax.block_until_ready(update(params, state, next(batches), rate))
 
-    def keep():
-        nonlocal best
-        best = params
-
     def validate():
         return float(log_prob(params, table.validation[:VALIDATED]).mean())
 
-    steps = train(take_step, validate, keep, 60 * minutes)
+    validate()  # which compiles, as the next line does
+    jax.block_until_ready(update(params, state, next(batches), jnp.float32(0)))
+    best, steps = train(take_step, validate, lambda: params, 60 * minutes)
     return Fitted(lambda x: in_batches(lambda batch: log_prob(best, batch), x), num_parameters(params), steps)
 
 
@@ -151,86 +142,57 @@ def normflows(table: Table, seed: int, minutes: float) -> Fitted:
     """The residual flow of normflows."""
     import normflows as nf  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
+    from _pytorch import CONVERGED, block, exact_log_prob, take_step
 
     torch.manual_seed(seed)
     dims, size = table.train.shape[1], _size(table)
     widths = [dims, *NORMFLOWS["hidden_layers"] * [NORMFLOWS["width"][size]], dims]
-    flows = []  # in the order of the data's way
-    for _ in range(NORMFLOWS["blocks"][size]):
-        net = nf.nets.LipschitzMLP(
-            widths, lipschitz_const=NORMFLOWS["lipschitz_const"], max_lipschitz_iter=POWER_ITERATIONS, init_zeros=True
-        )
-        flows += [nf.flows.ActNorm(dims), nf.flows.Residual(net, reduce_memory=True, n_dist="poisson")]
+    settings = {"lipschitz_const": NORMFLOWS["lipschitz_const"], "max_lipschitz_iter": POWER_ITERATIONS}
+    nets = [nf.nets.LipschitzMLP(widths, **settings, init_zeros=True) for _ in range(NORMFLOWS["blocks"][size])]
+    flows = [layer for net in nets for layer in block(dims, net, n_dist="poisson")]  # in the order of the data's way
     model = nf.NormalizingFlow(nf.distributions.DiagGaussian(dims), flows[::-1])
     model.log_prob(torch.tensor(table.train[:1024]))  # fits ActNorm and shapes the vectors of the power iterations
     nf.utils.update_lipschitz(model, CONVERGED)
-    optimizer, best = torch.optim.Adam(model.parameters(), LEARNING_RATE), copy.deepcopy(model.state_dict())
-    batches = _batches(table, seed)
+    optimizer, batches = torch.optim.Adam(model.parameters(), LEARNING_RATE), _batches(table, seed)
 
-    def take_step(rate):
+    def train_step(rate):
         optimizer.param_groups[0]["lr"] = rate
-        optimizer.zero_grad()
         model.train()
-        model.forward_kld(torch.tensor(next(batches))).backward()
-        if torch.isfinite(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)):  # as its example goes on after NaN
-            optimizer.step()
-        nf.utils.update_lipschitz(model, POWER_ITERATIONS)
-
-    def jacobian(net, x):
-        """The Jacobian of a branch by the chain rule, layer by layer: (b, d, d)."""
-        product = torch.eye(dims, dtype=x.dtype).expand(len(x), dims, dims)
-        for layer in net.net:
-            x = x.detach().requires_grad_()
-            y = layer(x)
-            if hasattr(layer, "compute_weight"):
-                product = layer.compute_weight(update=False) @ product
-            else:
-                product = torch.autograd.grad(y.sum(), x)[0][:, :, None] * product
-            x = y
-        return product.detach()
-
-    def exact_log_prob(x):
-        """The log-density by the Jacobian of every block, in the parameters' precision."""
-        model.eval()
-        z, log_det = torch.tensor(x, dtype=model.q0.loc.dtype), 0.0
-        for layer in reversed(model.flows):
-            if isinstance(layer, nf.flows.Residual):
-                whole = torch.eye(dims, dtype=z.dtype) + jacobian(layer.iresblock.nnet, z)
-                z, added = layer.iresblock(z).detach(), torch.linalg.slogdet(whole).logabsdet
-            else:
-                z, added = (part.detach() for part in layer.inverse(z))  # pyright: ignore[reportCallIssue]
-            log_det = log_det + added
-        return (model.q0.log_prob(z) + log_det).detach().numpy()
+        x = torch.tensor(next(batches))
+        take_step(model, optimizer, x, clip_norm=CLIP_NORM, power_iterations=POWER_ITERATIONS)
 
     def validate():
         nf.utils.update_lipschitz(model, CONVERGED)
-        return in_batches(exact_log_prob, table.validation[:VALIDATED]).mean()
+        return in_batches(lambda x: exact_log_prob(model, x), table.validation[:VALIDATED]).mean()
 
-    def keep():
-        nonlocal best
-        best = copy.deepcopy(model.state_dict())
-
-    steps = train(take_step, validate, keep, 60 * minutes)
+    best, steps = train(train_step, validate, lambda: copy.deepcopy(model.state_dict()), 60 * minutes)
     model.load_state_dict(best)
     model.double()
     nf.utils.update_lipschitz(model, CONVERGED)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return Fitted(lambda x: in_batches(exact_log_prob, x), count, steps)
+    return Fitted(
+        lambda x: in_batches(lambda x: exact_log_prob(model, x), x),
+        sum(parameter.numel() for parameter in model.parameters()),
+        steps,
+    )
 
 
 def train(
-    take_step: Callable[[float], None], validate: Callable[[], float], keep: Callable[[], None], seconds: float
-) -> dict[str, Any]:
+    take_step: Callable[[float], None], validate: Callable[[], float], snapshot: Callable[[], Any], seconds: float
+) -> tuple[Any, dict[str, Any]]:
     """Trains a flow of others for some seconds, its validations not counted.
 
     Args:
         take_step: Updates the parameters at a learning rate.
         validate: Mean log-density of validation examples.
-        keep: Remembers the parameters as the best so far.
+        snapshot: The parameters as they are.
         seconds: Time; the learning rate reaches zero at its end.
+
+    Returns:
+        The parameters that were best on validation examples, and how long it took.
     """
-    best, best_step, step, due, used = -math.inf, 0, 0, FIRST_VALIDATION, 0.0
-    while True:
+    best, best_value, best_step, step, due, used = snapshot(), -math.inf, 0, 0, FIRST_VALIDATION, 0.0
+    is_over = False
+    while not is_over:
         began = time.monotonic()
         decay = (1 + math.cos(math.pi * min(used / seconds, 1))) / 2
         take_step(LEARNING_RATE * decay * min((step + 1) / WARMUP_STEPS, 1))
@@ -238,11 +200,9 @@ def train(
         is_over = used >= seconds or step >= OVERFITTED * best_step + ATTEMPTS
         if step >= due or is_over:
             due = max(step + FIRST_VALIDATION, int(step * LATER_VALIDATIONS))
-            if (held_out := validate()) > best:
-                best, best_step = held_out, step
-                keep()
-        if is_over:
-            return {"steps": step, "best_step": best_step, "training_seconds": used}
+            if (value := validate()) > best_value:
+                best, best_value, best_step = snapshot(), value, step
+    return best, {"steps": step, "best_step": best_step, "training_seconds": used}
 
 
 def gmm(table: Table, seed: int, minutes: float) -> Fitted:
@@ -281,44 +241,23 @@ def kde(table: Table, seed: int, minutes: float) -> Fitted:
     inputs = {False: (lambda x: x, 0.0), True: whitening(table.train)}
     scores: dict[tuple[bool, float], float] = {}
 
-    def best(is_whitened):
-        return max((case for case in scores if case[0] == is_whitened), key=scores.__getitem__)
+    def density(is_whitened, bandwidth):
+        change, log_det = inputs[is_whitened]
+        fitted = KernelDensity(bandwidth=bandwidth, leaf_size=len(table.train)).fit(change(table.train))
+        return lambda x: fitted.score_samples(change(x)) + log_det
 
-    for is_whitened, (change, log_det) in inputs.items():
-        train = change(table.train)
-        distances = squared_distances(change(table.validation[:KDE_VALIDATED]), train)
+    def attempt(*case):
+        scores[case] = float(density(*case)(table.validation[:KDE_VALIDATED]).mean())
 
-        def attempt(bandwidth, is_whitened=is_whitened, distances=distances, log_det=log_det, dims=train.shape[1]):
-            scores[is_whitened, bandwidth] = float(kernel_log_prob(distances, bandwidth, dims).mean()) + log_det
-
+    for is_whitened in inputs:
         for bandwidth in BANDWIDTHS:
-            attempt(bandwidth)
+            attempt(is_whitened, bandwidth)
         for power in REFINEMENTS:
-            middle = best(is_whitened)[1]
-            attempt(middle * 2**-power)
-            attempt(middle * 2**power)
-    is_whitened, bandwidth = max(best(False), best(True), key=scores.__getitem__)
-    change, log_det = inputs[is_whitened]
-    train, checked = change(table.train), change(table.validation[:KDE_CHECKED])
-    theirs = KernelDensity(bandwidth=bandwidth, leaf_size=len(train)).fit(train).score_samples(checked)
-    np.testing.assert_allclose(kernel_log_prob(squared_distances(checked, train), bandwidth, train.shape[1]), theirs, rtol=1e-6)
-
-    def log_prob(x):
-        return kernel_log_prob(squared_distances(change(x), train), bandwidth, train.shape[1]) + log_det
-
-    return Fitted(lambda x: in_batches(log_prob, x), train.size, {"bandwidth": bandwidth, "whitened": is_whitened})
-
-
-def squared_distances(x: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Squared Euclidean distances of examples to all training examples."""
-    x, train = x.astype(np.float64), train.astype(np.float64)
-    return np.maximum((x**2).sum(axis=1)[:, None] + (train**2).sum(axis=1) - 2 * x @ train.T, 0)
-
-
-def kernel_log_prob(distances: np.ndarray, bandwidth: float, dims: int) -> np.ndarray:
-    """The log-density that `KernelDensity.score_samples` gives, from squared distances."""
-    normalization = math.log(distances.shape[1]) + dims * math.log(bandwidth * math.sqrt(2 * math.pi))
-    return np.asarray(scipy.special.logsumexp(-distances / (2 * bandwidth**2), axis=1)) - normalization
+            _, middle = max((case for case in scores if case[0] == is_whitened), key=scores.__getitem__)
+            attempt(is_whitened, middle * 2**-power)
+            attempt(is_whitened, middle * 2**power)
+    best = max(scores, key=scores.__getitem__)
+    return Fitted(density(*best), table.train.size, {"bandwidth": best[1], "whitened": best[0]})
 
 
 def whitening(train: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
@@ -370,7 +309,3 @@ MODELS: dict[str, Callable[[Table, int, float], Fitted]] = {
     "gmm": gmm,
     "kde": kde,
 }
-PACKAGES = {
-    "normflows": ("normflows", "torch"),
-    "flowjax": ("flowjax",),
-}  # beside the extra `train`, by the first word of a model

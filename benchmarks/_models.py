@@ -1,24 +1,30 @@
-"""What benchmarks share: settings of a config file, a trained model on the command line, and its blocks one by one."""
+"""Models that are measured: settings of a config file, a trained model on the command line, its blocks, random weights."""
 
 import argparse
+import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from _record import ROOT, parser
 
-from iresnet_jax.bijections.actnorm import actnorm_bijection
-from iresnet_jax.bijections.chain import chain
-from iresnet_jax.bijections.reshape import split_channels
-from iresnet_jax.branches.branch import Branch
-from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.flow import Block as Blocks
-from iresnet_jax.models.flow import Weights
+from iresnet_jax.models.flow import as_params, branch_inputs, freeze
 from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config
-from iresnet_jax.runs.trained_run import Run
+from iresnet_jax.runs.trained_run import Run, load
+
+sys.path.append(str(ROOT / "tests"))  # for plain_flow, which tests of certificates have too
+
+
+def config_file(name: str) -> str:
+    """Path of a config by its name in configs/, with the variant that follows a colon."""
+    file, colon, variant = name.partition(":")
+    return f"{ROOT / 'configs' / file}.py{colon}{variant}"
 
 
 def read_config(file: str | Path, *overrides: str) -> Config:
@@ -32,9 +38,24 @@ def read_config(file: str | Path, *overrides: str) -> Config:
     return parse_train_flags(["benchmark", *flags], default_config=str(file)).config
 
 
-def add_workdir(options: argparse.ArgumentParser) -> None:
-    """Adds the option that names a trained model."""
+def model_parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line of a benchmark of a trained model."""
+    options = parser(description)
     options.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="folder of a training run or of model.npz")
+    return options
+
+
+def load_kind(folder: Path, kind: type[Density] | type[Classifier]) -> tuple[Run, Any]:
+    """A run and its model, which the command exits without if it is of another kind."""
+    run = load(folder)
+    if not isinstance(run.model, kind):
+        raise SystemExit(f"error: {folder} holds a {type(run.model).__name__}, and this takes a {kind.__name__}")
+    return run, run.model
+
+
+def name_of(run: Run) -> str:
+    """Name of a run's data for records; those of classifiers say so."""
+    return run.config.data.name + ("" if isinstance(run.model, Density) else "_classification")
 
 
 def flow_input(run: Run, num: int) -> Any:
@@ -49,31 +70,31 @@ class Block(NamedTuple):
 
     Attributes:
         name: "stage0/block03".
-        branch: The branch.
+        branch: The branch, a pytree.
         x: Input of the branch.
-        y: Output of the block, ``x + g(x)``.
     """
 
     name: str
-    branch: Branch
+    branch: Any
     x: jax.Array
-    y: jax.Array
 
 
-def blocks(flow: FlowSpec, weights: Weights, x: Any) -> Iterator[Block]:
-    """Every residual block on the way of ``x`` through a flow."""
-    for stage in flow.layout:
-        x = chain(stage.entry).forward(jnp.asarray(x))
-        for k in range(stage.spec.num_blocks):
-            block = jax.tree.map(lambda w, k=k: jnp.asarray(w)[k], weights[stage.name])
-            inside, x = _through(block, x)
-            yield Block(f"{stage.name}/block{k:02d}", block.branch, inside, x)
-        if stage.spec.factor_out:
-            x, _ = split_channels(x)
+def blocks(model: Any, x: Any) -> Iterator[Block]:
+    """Every residual block on the way of ``x`` through a model's flow."""
+    inputs = jax.jit(lambda model, x: branch_inputs(model.spec.flow, model.weights, x))(model, x)
+    for stage, own in inputs.items():
+        for k, of_block in enumerate(own):
+            branch = jax.tree.map(lambda leaf, k=k: jnp.asarray(leaf)[k], model.weights[stage].branch)
+            yield Block(f"{stage}/block{k:02d}", branch, of_block)
 
 
-@jax.jit
-def _through(block: Blocks, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``x`` behind a block's ActNorm, and the output of the block."""
-    x = actnorm_bijection(block.actnorm).forward(x)
-    return x, x + block.branch(x)
+def randomized(model: Any, coeff: float, key: jax.Array) -> Any:
+    """The same architecture with random weights of the largest norms that the constraint allows, ``L = coeff`` a block."""
+    flow = dataclasses.replace(model.spec.flow, coeff=coeff, budget="block")
+    leaves, tree = jax.tree.flatten(as_params(model.weights))
+    keys = jax.random.split(key, len(leaves))
+    params = jax.tree.unflatten(tree, [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+    for stage in params.values():
+        stage["blocks"]["actnorm"] = jax.tree.map(lambda a: 0.1 * a, stage["blocks"]["actnorm"])
+    frozen = jax.jit(freeze, static_argnums=0)(flow, params)
+    return model.with_(spec=dataclasses.replace(model.spec, flow=flow), weights=frozen)

@@ -6,12 +6,13 @@ median over turns of the ratio within a turn. Compare numbers of one run, not of
 
 import argparse
 import json
+import math
 import platform
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,9 @@ import jax
 from iresnet_jax.atomic_files import replacing
 from iresnet_jax.evaluation import environment
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+LEAST_TURNS = 3
 
 
 class Timing(NamedTuple):
@@ -34,63 +37,56 @@ class Timing(NamedTuple):
         """The median time."""
         return statistics.median(self.seconds)
 
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        """The times that a quarter and three quarters of the turns stayed below."""
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return low, high
-
     def speedup_over(self, baseline: "Timing") -> float:
         """Median over turns of the baseline's time over this one, both from the same run."""
         return statistics.median(b / own for own, b in zip(self.seconds, baseline.seconds, strict=True))
 
-    def summary(self, baseline: "Timing | None" = None) -> dict[str, Any]:
-        """The numbers for a results file."""
-        low, high = self.quartiles
-        numbers: dict[str, Any] = {"median_s": self.median, "quartiles_s": [low, high], "turns": len(self.seconds)}
-        return numbers if baseline is None else {**numbers, "speedup": self.speedup_over(baseline)}
+    def summary(self) -> dict[str, Any]:
+        """The numbers for a record."""
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return {"median_s": self.median, "quartiles_s": [low, high], "turns": len(self.seconds)}
 
 
-def interleave(
-    functions: Mapping[str, Callable[[], Any]], *, turns: int = 20, warmup: int = 2, max_seconds: float = float("inf")
-) -> dict[str, Timing]:
-    """Times functions in turns, each until its result is ready; what they compile in the warm-up is not counted.
+def take_turns(
+    asked: Mapping[Any, Callable[[int], float]], *, turns: int, seconds_a_turn: float = 0, most_seconds: float = math.inf
+) -> dict[Any, Timing]:
+    """Seconds of one unit of work of everyone, in turns.
 
     Args:
-        functions: Functions to time, by name.
-        turns: Measurements of each.
-        warmup: Calls of each beforehand.
-        max_seconds: Stops early, but not before two turns.
+        asked: ``num ->`` mean seconds of each of ``num`` units, by name.
+        turns: Measurements of each, after one that is not counted.
+        seconds_a_turn: About what a measurement takes; units that take longer are measured one by one.
+        most_seconds: Stops early, but not before `LEAST_TURNS`.
     """
-    for function in functions.values():
-        for _ in range(warmup):
-            jax.block_until_ready(function())
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    begin = time.perf_counter()
-    for turn in range(max(turns, 2)):
-        if turn >= 2 and time.perf_counter() - begin > max_seconds:
+    nums = {name: max(round(seconds_a_turn / ask(1)), 1) for name, ask in asked.items()}
+    measured: dict[Any, list[float]] = {name: [] for name in asked}
+    began = time.perf_counter()
+    for turn in range(turns):
+        if turn >= LEAST_TURNS and time.perf_counter() - began > most_seconds:
             break
-        for name, function in functions.items():
+        for name, ask in asked.items():
+            measured[name].append(ask(nums[name]))
+    return {name: Timing(tuple(seconds)) for name, seconds in measured.items()}
+
+
+def interleave(functions: Mapping[str, Callable[[], Any]], **settings: Any) -> dict[str, Timing]:
+    """Times functions by `take_turns`, each until its result is ready; two calls beforehand compile and warm up."""
+
+    def timed(function):
+        def seconds(_):
             start = time.perf_counter()
             jax.block_until_ready(function())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+            return time.perf_counter() - start
+
+        return seconds
+
+    jax.block_until_ready([function() for function in functions.values()])
+    return take_turns({name: timed(function) for name, function in functions.items()}, **settings)
 
 
 def summarize(timings: Mapping[str, Timing], baseline: str) -> dict[str, Any]:
     """Every timing's numbers with its speed-up over the baseline, which has 1."""
-    return {name: timing.summary(timings[baseline]) for name, timing in timings.items()}
-
-
-def describe(timings: Mapping[str, Timing], baseline: str) -> str:
-    """One line: the baseline's median and spread, then the others' with their speed-ups."""
-    parts = []
-    for name in (baseline, *(other for other in timings if other != baseline)):
-        timing = timings[name]
-        low, high = timing.quartiles
-        ratio = "" if name == baseline else f" ({timing.speedup_over(timings[baseline]):.2f}x)"
-        parts.append(f"{name} {1e3 * timing.median:.3g} ms [{1e3 * low:.3g}, {1e3 * high:.3g}]{ratio}")
-    return "  ".join(parts)
+    return {name: {**own.summary(), "speedup": own.speedup_over(timings[baseline])} for name, own in timings.items()}
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -101,14 +97,21 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
-    """Columns aligned to the right."""
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+def show(results: Any, name: str = "") -> None:
+    """Prints the numbers of a record, a line for each of its innermost parts."""
+    if isinstance(results, Mapping):
+        single = {key: value for key, value in results.items() if not isinstance(value, Mapping | list | tuple)}
+        written = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in single.items())
+        if line := ", ".join(written):
+            print(f"{name}: {line}" if name else line, flush=True)
+        for key, part in results.items():
+            show(part, f"{name} {key}".strip())
+    elif isinstance(results, list):
+        for place, part in enumerate(results):
+            show(part, f"{name} {place}".strip())
 
 
-def write(name: str, arguments: argparse.Namespace, settings: Mapping[str, Any], results: Any) -> Path | None:
+def write(name: str, arguments: argparse.Namespace, settings: Mapping[str, Any], results: Any) -> None:
     """Writes ``results/<name>.json`` and says where; nothing for a quick run that names no file.
 
     Args:
@@ -117,15 +120,13 @@ def write(name: str, arguments: argparse.Namespace, settings: Mapping[str, Any],
         settings: Everything that the numbers depend on.
         results: The numbers.
     """
-    path = arguments.output
-    if path is None:
-        if arguments.quick:
-            return None
-        path = RESULTS / f"{name}.json"
+    path = arguments.output or RESULTS / f"{name}.json"
+    if arguments.quick and not arguments.output:
+        return
     record = {
         "benchmark": name,
         "command": shlex.join(["python", *sys.argv]),
-        "environment": {**asdict(environment.describe()), "processor": processor()},
+        "environment": {**asdict(environment.describe()), "processor": _processor()},
         "settings": {"quick": arguments.quick, **settings},
         "results": results,
     }
@@ -133,10 +134,9 @@ def write(name: str, arguments: argparse.Namespace, settings: Mapping[str, Any],
     with replacing(path) as incoming:
         incoming.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written: {path}")
-    return path
 
 
-def processor() -> str:
+def _processor() -> str:
     """The model of this machine's processor, as far as the operating system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

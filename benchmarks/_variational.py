@@ -4,7 +4,7 @@ r"""Reconstructions without learning, for batches of images in float64: Tikhonov
     total variation:  argmin_x |A x - y|^2 / 2 + w TV(x)   over x in [0, 1]
 
 The blur ``A`` and the Laplacian with reflecting borders have the eigenvectors of the discrete cosine transform, so quadratic
-problems are solved exactly. Total variation is isotropic, with forward differences, as in scikit-image.
+problems are solved exactly. Total variation is isotropic, with forward differences.
 """
 
 from typing import NamedTuple
@@ -63,16 +63,6 @@ def gradient_transposed(p):
     return found
 
 
-def total_variation(x):
-    """Isotropic total variation of every image."""
-    return np.sqrt((gradient(x) ** 2).sum(axis=0)).sum(axis=(1, 2))
-
-
-def objective(spectra: Spectra, x, y, weight):
-    """What `minimize_total_variation` minimises, of every image."""
-    return ((spectra.apply(spectra.blur, x) - y) ** 2).sum(axis=(1, 2)) / 2 + weight * total_variation(x)
-
-
 def tikhonov(spectra: Spectra, y, weight: float, penalty: str):
     """Tikhonov's reconstructions; the penalty is "norm" or "gradient"."""
     of_penalty = {"norm": np.ones_like(spectra.laplacian), "gradient": spectra.laplacian}[penalty]
@@ -96,22 +86,3 @@ def minimize_total_variation(spectra: Spectra, y, weight: float, num_steps: int 
         v = np.clip(relaxed_v + dual_v, 0, 1)
         dual_z, dual_v = shifted - z, dual_v + relaxed_v - v
     return v
-
-
-def by_scikit_image(spectra: Spectra, y, weight: float, num_steps: int = 500, num_inner: int = 200):
-    """The same images by FISTA with scikit-image's proximal map of total variation, one after the other, to compare with."""
-    from skimage.restoration import denoise_tv_chambolle  # pyright: ignore[reportMissingImports]
-
-    found = []
-    for one in y:
-        x = ahead = np.clip(one, 0, 1)
-        t = 1.0
-        for _ in range(num_steps):  # the eigenvalues of A are at most 1, and so is the step
-            residual = spectra.apply(spectra.blur, ahead[None]) - one[None]
-            descended = ahead - spectra.apply(spectra.blur, residual)[0]
-            denoised = denoise_tv_chambolle(descended, weight=weight, eps=1e-9, max_num_iter=num_inner)
-            last, x = x, np.clip(denoised, 0, 1)
-            t, before = (1 + np.sqrt(1 + 4 * t**2)) / 2, t
-            ahead = x + (before - 1) / t * (x - last)
-        found.append(x)
-    return np.stack(found)

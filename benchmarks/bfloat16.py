@@ -14,29 +14,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _models import read_config
-from _record import parser, table, write
+from _models import load_kind, read_config
+from _record import parser, show, write
 
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.evaluation import likelihood
-from iresnet_jax.evaluation.inversion import REFINED_ATOL
-from iresnet_jax.maths.inverse.fixed_point import example_norm
 from iresnet_jax.models.density import Density
-from iresnet_jax.runs import loop, trained_run
+from iresnet_jax.runs import loop
 
 NUM_INVERTED, NUM_ENCODED = 128, 256  # test examples
-
-
-def train(config, folder, *, bfloat16, seed):
-    """The trained run."""
-    config = replace(config, seed=seed, training=replace(config.training, bfloat16=bfloat16))
-    loop.train(config, folder)
-    return trained_run.load(folder)
-
-
-def log_probs(run, model):
-    """Log-likelihood of each test example in nats."""
-    return likelihood.measure(model, run.test_examples(), run.config.evaluation, run.config.seed).log_prob
+ATOL = 1e-13  # of the exact inverse, in float64
 
 
 def in_bits(nats, spec):
@@ -45,14 +32,23 @@ def in_bits(nats, spec):
     return {"mean": float(values.mean()), "stderr": float(values.std(ddof=1) / math.sqrt(len(values)))}
 
 
+def norms(x):
+    """Euclidean norm of every example."""
+    return np.linalg.norm(np.asarray(x).reshape(len(x), -1), axis=1)
+
+
+@jax.jit
+def _inverse(model, z):
+    return model.flow().inverse(z)
+
+
 def inverse_errors(model, examples):
     """True errors of decoded latents in float32, and their guaranteed bounds."""
     z = jax.jit(lambda model: model.encode(examples))(model)
-    x, info = jax.jit(lambda model, z: model.flow().inverse(z))(model, z)
+    x, info = _inverse(model, z)
     with jax.enable_x64(True):
-        refined = model.with_(solver=Solver(atol=REFINED_ATOL, refine=True))
-        truth, _ = jax.jit(lambda model, z: model.flow().inverse(z.astype(jnp.float64)))(refined, z)
-        errors = np.asarray(example_norm(x.astype(jnp.float64) - truth))
+        truth, _ = _inverse(model.with_(solver=Solver(atol=ATOL, refine=True)), z.astype(jnp.float64))
+        errors = norms(x.astype(jnp.float64) - truth)
     bounds = np.asarray(info.error_bound)
     return {
         "largest_error": float(errors.max()),
@@ -71,19 +67,38 @@ def run_in_bfloat16(model, examples):
         u = model.preprocess(examples)
         return terms.log_prob, terms.log_det, u, model.flow().forward(u)
 
-    key = jax.random.key(0)
+    key, fast = jax.random.key(0), model.with_(bfloat16=True)
     log_prob, log_det, u, z = there(model, key)
-    fast_log_prob, fast_log_det, _, fast_z = there(model.with_(bfloat16=True), key)
-    back, _ = jax.jit(lambda model, z: model.flow().inverse(z))(model, fast_z)
+    fast_log_prob, fast_log_det, _, fast_z = there(fast, key)
     unit = model.spec.unit_of_a_nat
     return {
-        "latents_relative": float((example_norm(fast_z - z) / example_norm(z)).max()),
+        "latents_relative": float((norms(fast_z - z) / norms(z)).max()),
         "log_det_mean": float(unit * (fast_log_det - log_det).mean()),
         "log_det_rms": float(unit * jnp.sqrt(jnp.mean((fast_log_det - log_det) ** 2))),
         "loss_mean": float(-unit * (fast_log_prob - log_prob).mean()),
-        "round_trip_largest": float(jnp.abs(back - u).max()),
+        "round_trip_largest": float(jnp.abs(_inverse(model, fast_z)[0] - u).max()),
         "max_lipschitz": model.certificate().max_block,
-        "max_lipschitz_bfloat16": model.with_(bfloat16=True).certificate().max_block,
+        "max_lipschitz_bfloat16": fast.certificate().max_block,
+    }
+
+
+def measure(config, folder, seed):
+    """Both trainings of a seed."""
+    models, nats = {}, {}
+    for name in ("float32", "bfloat16"):
+        own = replace(config, seed=seed, training=replace(config.training, bfloat16=name == "bfloat16"))
+        loop.train(own, folder / name)
+        run, models[name] = load_kind(folder / name, Density)
+        examples = run.test_examples()
+        nats[name] = likelihood.measure(models[name], examples, config.evaluation, seed).log_prob
+    spec = models["float32"].spec
+    return {
+        "seed": seed,
+        "unit": spec.unit,
+        "test": {name: in_bits(values, spec) for name, values in nats.items()},
+        "bfloat16_minus_float32": in_bits(nats["bfloat16"] - nats["float32"], spec),
+        "inverse": {name: inverse_errors(model, examples[:NUM_INVERTED]) for name, model in models.items()},
+        "run_in_bfloat16": run_in_bfloat16(models["float32"], examples[:NUM_ENCODED]),
     }
 
 
@@ -92,44 +107,12 @@ def main():
     options.add_argument("--config", type=Path, default=Path("configs/digits_density.py"), metavar="FILE")
     options.add_argument("--seeds", type=int, default=1)
     arguments = options.parse_args()
-    config = read_config(arguments.config)
-    if arguments.quick:
-        config = replace(config, training=replace(config.training, total_steps=100))
+    config = read_config(arguments.config, *(["training.total_steps=100"] if arguments.quick else []))
     results = []
     for seed in range(arguments.seeds):
         with tempfile.TemporaryDirectory() as folder:
-            runs = {
-                name: train(config, Path(folder) / name, bfloat16=name == "bfloat16", seed=seed)
-                for name in ("float32", "bfloat16")
-            }
-            values = {name: log_probs(run, run.model) for name, run in runs.items()}
-            model, examples = runs["float32"].model, runs["float32"].test_examples()
-            if not isinstance(model, Density):
-                raise SystemExit(f"error: {arguments.config} is no density")
-            spec = model.spec
-            results.append(
-                {
-                    "seed": seed,
-                    "unit": spec.unit,
-                    "test": {name: in_bits(nats, spec) for name, nats in values.items()},
-                    "bfloat16_minus_float32": in_bits(values["bfloat16"] - values["float32"], spec),
-                    "inverse": {name: inverse_errors(run.model, examples[:NUM_INVERTED]) for name, run in runs.items()},
-                    "run_in_bfloat16": run_in_bfloat16(model, examples[:NUM_ENCODED]),
-                }
-            )
-    for result in results:
-        rows = [
-            (
-                name,
-                f"{test['mean']:.4f} ± {test['stderr']:.4f}",
-                *(f"{value:.3g}" for value in result["inverse"][name].values()),
-            )
-            for name, test in result["test"].items()
-        ]
-        print(table(rows, ("trained in", result["unit"], *result["inverse"]["float32"])))
-        difference = result["bfloat16_minus_float32"]
-        print(f"bfloat16 - float32: {difference['mean']:+.4f} ± {difference['stderr']:.4f} {result['unit']}")
-        print(f"the float32 model run in bfloat16: {result['run_in_bfloat16']}")
+            results.append(measure(config, Path(folder), seed))
+    show(results)
     settings = {"config": str(arguments.config), "seeds": arguments.seeds}
     write(f"bfloat16_{arguments.config.stem}", arguments, settings, results)
 

@@ -9,29 +9,24 @@ model in mpmath's of 50 digits. A value counts as broken if it is not in the int
 
 import dataclasses
 import resource
-import sys
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _models import add_workdir
-from _record import parser, table, write
+from _models import load_kind, model_parser, randomized
+from _record import show, write
+from plain_flow import DECIMAL, FLOAT, LONG, log_prob, mpmath_numbers
 
 from iresnet_jax import certify
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import as_params, freeze
-from iresnet_jax.runs.trained_run import load
+from iresnet_jax.models.flow import freeze
+from iresnet_jax.models.linen import ResidualFlow
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from plain_flow import DECIMAL, FLOAT, LONG, mpmath_numbers
-from plain_likelihood import log_prob
-
-COEFF, DIGITS, TARGET = 0.999, 50, 1e-6  # bits/dim
+COEFF, DIGITS = 0.999, 50
 
 
 class Case(NamedTuple):
@@ -42,37 +37,19 @@ class Case(NamedTuple):
     checks: dict[str, tuple[Any, int]]
 
 
-def random_weights(model, key):
-    """The same architecture with random weights of the constraint's largest norms, ``L`` up to .999 a block."""
-    flow = dataclasses.replace(model.spec.flow, coeff=COEFF, budget="block")
-    leaves, tree = jax.tree.flatten(as_params(model.weights))
-    keys = jax.random.split(key, len(leaves))
-    params = jax.tree.unflatten(tree, [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
-    for stage in params.values():
-        stage["blocks"]["actnorm"] = jax.tree.map(lambda a: 0.1 * a, stage["blocks"]["actnorm"])
-    frozen = jax.jit(freeze, static_argnums=0)(flow, params)
-    return model.with_(spec=dataclasses.replace(model.spec, flow=flow), weights=frozen)
-
-
 def small_model(model):
     """A random density of images of 4 x 4, with the prior, the levels and the grey levels' distribution of another one."""
     stages = (
         StageSpec(2, hidden=(6,), kernel_sizes=(3, 3), activation="clipswish", squeeze=2),
         StageSpec(2, hidden=(8,), activation="tanh"),
     )
-    flow = FlowSpec((4, 4, 1), stages, coeff=0.95)
-    params = {}
-    for i, stage in enumerate(flow.layout):
-        keys = jax.random.split(jax.random.key(i), stage.spec.num_blocks + 1)
-        noise = 0.1 * jax.random.normal(keys[0], (2, stage.spec.num_blocks, stage.branch.in_shape[-1]))
-        blocks = jax.vmap(lambda key, stage=stage: stage.branch.initial_weights(key))(keys[1:])
-        params[stage.name] = {"blocks": {**blocks, "actnorm": {"bias": noise[0], "log_scale": noise[1]}}}
-    frozen = jax.jit(freeze, static_argnums=0)(flow, params)
-    transform = dataclasses.replace(
-        model.spec.transform, **({"shares": None} if hasattr(model.spec.transform, "shares") else {})
-    )
-    spec = DensitySpec(flow, model.spec.prior, transform, model.spec.num_levels)
-    return Density(spec, frozen, priors.standard(spec.prior, flow.num_dims))
+    flow, key = FlowSpec((4, 4, 1), stages, coeff=0.95), jax.random.key(0)
+    params = jax.jit(ResidualFlow(flow).init)(key, jax.random.normal(key, (64, 4, 4, 1)))["params"]
+    transform = model.spec.transform
+    if hasattr(transform, "shares"):
+        transform = dataclasses.replace(transform, shares=None)
+    spec = DensitySpec(flow, model.spec.prior_family, transform, model.spec.num_levels)
+    return Density(spec, jax.jit(freeze, static_argnums=0)(flow, params), priors.standard(spec.prior_family, flow.num_dims))
 
 
 def cases(run, num, num_long, num_decimal, *, quick):
@@ -88,11 +65,11 @@ def cases(run, num, num_long, num_decimal, *, quick):
         few = x[:16]
         constant = np.broadcast_to(np.arange(len(few), dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1)), few.shape)
         yield "constant images", Case(model, constant, both)
-        yield f"random weights, L = {COEFF}", Case(random_weights(model, jax.random.key(2)), few, both)
+        yield f"random weights, L = {COEFF}", Case(randomized(model, COEFF, jax.random.key(2)), few, both)
 
 
 def measure(case: Case):
-    """One row of the table, as numbers."""
+    """The numbers of a case."""
     model = case.model
     certify.log_prob(model, case.x)  # compiles
     begin = time.perf_counter()
@@ -100,62 +77,43 @@ def measure(case: Case):
     seconds = (time.perf_counter() - begin) / len(case.x)
     own_key = jax.random.split(jax.random.key(0))[0]  # of the noise that `log_prob` draws without a key
     u = np.asarray(model.dequantize(jnp.asarray(case.x), own_key)).astype(np.float64)
-    weights = jax.tree.map(np.asarray, model)
-    width = found.in_units(model.spec).width
+    weights, in_bits = jax.tree.map(np.asarray, model), found.in_units(model.spec)
     row = {
         "examples": len(case.x),
-        "median_width": float(np.median(width)),
-        "worst_width": float(width.max()),
-        "median_bits_per_dim": float(np.median(found.in_units(model.spec).lower)),
+        "median_width": float(np.median(in_bits.width)),
+        "worst_width": float(in_bits.width.max()),
+        "median_bits_per_dim": float(np.median(in_bits.lower)),
         "seconds_per_example": seconds,
     }
+    middle = (found.lower + found.upper) / 2
     for name, (numbers, most) in case.checks.items():
-        checked = min(most, len(case.x))
-        values = [log_prob(numbers, weights, u[i], case.x[i]) for i in range(checked)]
+        values = [log_prob(numbers, weights, u[i], case.x[i]) for i in range(min(most, len(case.x)))]
         outside = [not found.lower[i] <= value <= found.upper[i] for i, value in enumerate(values)]
-        middle = (found.lower + found.upper) / 2
         apart = [abs(float(value - type(value)(middle[i]))) / max(found.width[i], 1e-300) for i, value in enumerate(values)]
         row |= {
-            f"examples_{name}": checked,
-            f"broken_{name}": int(sum(outside)),
-            f"worst_distance_from_middle_{name}": float(max(apart, default=0.0)),
+            f"examples_{name}": len(values),
+            f"broken_{name}": sum(outside),
+            f"worst_distance_from_middle_{name}": max(apart, default=0.0),
         }
     return row
 
 
 def main():
-    options = parser(__doc__)
-    add_workdir(options)
+    options = model_parser(__doc__)
     options.add_argument("--num", type=int, default=None, metavar="N", help="test images")
     options.add_argument("--long", type=int, default=None, metavar="N", help="images of a case checked in long doubles (all)")
     options.add_argument("--decimal", type=int, default=3, metavar="N", help="test images that are checked in 50 digits")
     options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
     arguments = options.parse_args()
-    run = load(arguments.workdir)
-    results, rows = {}, []
-    header = ("case", "images", "width", "worst", f"below {TARGET}", "broken", "of values", "ms")
+    (run, _), results = load_kind(arguments.workdir, Density), {}
     num = arguments.num or (8 if arguments.quick else 360)
     for name, case in cases(run, num, arguments.long, arguments.decimal, quick=arguments.quick):
-        if arguments.only not in name:
-            continue
-        row = results[name] = measure(case)
-        broken, values = (sum(n for key, n in row.items() if key.startswith(start)) for start in ("broken_", "examples_"))
-        widths = f"{row['median_width']:.2g}", f"{row['worst_width']:.2g}"
-        rows.append(
-            (
-                name,
-                row["examples"],
-                *widths,
-                "yes" if row["worst_width"] <= TARGET else "no",
-                broken,
-                values,
-                f"{1e3 * row['seconds_per_example']:.0f}",
-            )
-        )
-        print(table(rows, header), flush=True)
+        if arguments.only in name:
+            results[name] = measure(case)
+            show(results[name], name)
     settings = {"data": run.config.data.name, "step": run.step, "digits": DIGITS, "only": arguments.only}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    write(f"certified_likelihood_{run.config.data.name}", arguments, {**settings, "peak_memory_kib": peak}, results)
+    settings["peak_memory_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    write(f"certified_likelihood_{run.config.data.name}", arguments, settings, results)
 
 
 if __name__ == "__main__":

@@ -7,30 +7,14 @@ The paper reports .5 s a step with one power iteration and .2 s without, 2.5 tim
 
 from pathlib import Path
 
-import jax
 from _models import read_config
-from _record import describe, interleave, parser, summarize, write
+from _processes import workers
+from _record import parser, show, summarize, take_turns, write
 
-from iresnet_jax import data
-from iresnet_jax.runs import loop
-from iresnet_jax.training import parallel
+from iresnet_jax.json_dataclasses import to_plain
 
-VARIANTS = {"unconstrained": "none", "estimated": "estimated", "certified": "certified"}
-
-
-def make_step(config):
-    """A function without arguments that takes one training step."""
-    objective = loop.build_objective(config, data.load(config.data.name, config.data.data_dir))
-    current = objective.initial_state()
-    batch = next(loop.batches(config, objective.examples, 0))
-    step = parallel.parallelize(objective.make_step(objective.num_terms))
-
-    def take():
-        nonlocal current  # the step donates its state
-        current, metrics = step(current, batch)
-        return metrics
-
-    return take
+BASELINE = "unconstrained"
+VARIANTS = {BASELINE: "none", "estimated": "estimated", "certified": "certified"}
 
 
 def main():
@@ -40,16 +24,18 @@ def main():
     arguments = options.parse_args()
     file = f"{arguments.config}:{arguments.variant}" if arguments.variant else arguments.config
     configs = {name: read_config(file, f"constraint.norms={norms}") for name, norms in VARIANTS.items()}
-    steps = {name: make_step(config) for name, config in configs.items()}
-    timings = interleave(steps, turns=3 if arguments.quick else 100, warmup=2)
-    print(describe(timings, "unconstrained"))
-    ratios = {name: 1 / timing.speedup_over(timings["unconstrained"]) for name, timing in timings.items()}
-    for name, ratio in ratios.items():
-        print(f"  {name}: {ratio:.3f} times the unconstrained step")
+    with workers() as start:
+        running = {name: start(None, "_steps", "OurSteps", {"config": to_plain(config)}) for name, config in configs.items()}
+        asked = {name: lambda num, worker=worker: worker.ask("steps", num=num) for name, worker in running.items()}
+        timings = take_turns(asked, turns=3 if arguments.quick else 100)
+        devices = running[BASELINE].ask("devices")["num_devices"]
+    results = summarize(timings, BASELINE)
+    for name, own in results.items():
+        own["ratio"] = 1 / timings[name].speedup_over(timings[BASELINE])
+    show(results)
     config = configs["estimated"]
     settings = {"config": str(arguments.config), "variant": arguments.variant, "num_steps": config.constraint.num_steps}
-    settings |= {"batch_size": config.training.batch_size, "devices": jax.local_device_count()}
-    results = {name: {**numbers, "ratio": ratios[name]} for name, numbers in summarize(timings, "unconstrained").items()}
+    settings |= {"batch_size": config.training.batch_size, "devices": devices}
     write(f"classification_step_{arguments.config.stem}", arguments, settings, results)
 
 

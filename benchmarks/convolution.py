@@ -14,7 +14,7 @@ import statistics
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _record import describe, interleave, parser, summarize, table, write
+from _record import interleave, parser, show, summarize, write
 from jax import lax
 
 from iresnet_jax.maths import convolution
@@ -22,7 +22,8 @@ from iresnet_jax.maths import convolution
 IMPLEMENTATIONS = ("xla", "patches", "taps")
 FORMS = ("unrolled", "scanned")
 NUM_KERNELS = 4
-# channels in, channels out, side of the image, batch
+BASELINE = "xla unrolled"
+SHAPES = ("channels_in", "channels_out", "side", "batch")
 CASES = (
     *((1, 32, 28, 64), (4, 32, 4, 64), (4, 48, 14, 64), (4, 512, 8, 32), (12, 128, 16, 32), (16, 64, 14, 64)),
     *((24, 256, 8, 32), (32, 64, 16, 32), (32, 512, 4, 32), (48, 48, 14, 32), (64, 64, 4, 64), (96, 96, 8, 32)),
@@ -54,7 +55,8 @@ def value_and_gradients(x, kernels, implementation, scanned):
     return jax.value_and_grad(loss, argnums=(0, 1))(x, kernels)
 
 
-def measure(case, *, turns, max_seconds):
+def measure(case, *, turns, most_seconds):
+    """Timings of every implementation, in every form."""
     cin, cout, side, batch = case
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(batch, side, side, cin)), jnp.float32)
@@ -64,7 +66,7 @@ def measure(case, *, turns, max_seconds):
         for form in FORMS
         for implementation in (*IMPLEMENTATIONS, "jax")
     }
-    return interleave(variants, turns=turns, warmup=1, max_seconds=max_seconds)
+    return interleave(variants, turns=turns, most_seconds=most_seconds)
 
 
 def rule(cin, cout, threshold):
@@ -81,31 +83,26 @@ def cost(medians, choose):
         for form in FORMS:
             best = min(times[f"{implementation} {form}"] for implementation in IMPLEMENTATIONS)
             logs.append(math.log(times[f"{choose(cin, cout)} {form}"] / best))
-    return math.exp(statistics.mean(logs)), math.exp(max(logs))
+    return {"geometric_mean": math.exp(statistics.mean(logs)), "worst": math.exp(max(logs))}
 
 
 def main():
     arguments = parser(__doc__).parse_args()
-    cases = QUICK_CASES if arguments.quick else CASES
-    turns, max_seconds = (3, 1.0) if arguments.quick else (11, 6.0)
+    turns, most_seconds = (3, 1.0) if arguments.quick else (11, 6.0)
     results, medians = [], {}
-    for case in cases:
-        timings = measure(case, turns=turns, max_seconds=max_seconds)
+    for case in QUICK_CASES if arguments.quick else CASES:
+        timings = measure(case, turns=turns, most_seconds=most_seconds)
         medians[case] = {name: timing.median for name, timing in timings.items()}
-        cin, cout, side, batch = case
-        print(f"{cin:3} -> {cout:3}, {side:2} x {side:2}, batch {batch}: {describe(timings, 'xla unrolled')}", flush=True)
-        shape = dict(zip(("channels_in", "channels_out", "side", "batch"), case, strict=True))
-        results.append({**shape, "timings": summarize(timings, "xla unrolled")})
+        results.append({**dict(zip(SHAPES, case, strict=True)), "timings": summarize(timings, BASELINE)})
+        show(results[-1], str(case))
     costs = {f"threshold {t}": cost(medians, functools.partial(rule, threshold=t)) for t in THRESHOLDS}
-    best = min(costs, key=costs.__getitem__)
+    best = min(costs, key=lambda name: costs[name]["geometric_mean"])
     costs["as it is set"] = cost(medians, lambda cin, cout: convolution.choose_implementation((3, 3, cin, cout)))
     costs |= {f"always {i}": cost(medians, lambda cin, cout, i=i: i) for i in (*IMPLEMENTATIONS, "jax")}
-    print("time over that of the fastest implementation of every case:")
-    print(table([(name, f"{mean:.3f}", f"{worst:.2f}") for name, (mean, worst) in costs.items()], ("", "mean", "worst")))
+    show(costs, "time over that of the fastest implementation of every case,")
     print(f"least on this machine ({jax.default_backend()}): {best}")
-    settings = {"kernel_size": 3, "num_kernels": NUM_KERNELS, "dtype": "float32", "turns": turns, "baseline": "xla unrolled"}
-    found = {name: {"geometric_mean": mean, "worst": worst} for name, (mean, worst) in costs.items()}
-    write("convolution", arguments, settings, {"cases": results, "cost_of_rules": found, "recommended": best})
+    settings = {"kernel_size": 3, "num_kernels": NUM_KERNELS, "dtype": "float32", "turns": turns, "baseline": BASELINE}
+    write("convolution", arguments, settings, {"cases": results, "cost_of_rules": costs, "recommended": best})
 
 
 if __name__ == "__main__":

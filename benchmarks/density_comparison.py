@@ -16,6 +16,7 @@ our runs, a cosine schedule to the end of its time and the parameters that were 
 
 import copy
 import importlib.metadata
+import itertools
 import json
 import math
 import subprocess
@@ -27,12 +28,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from _record import parser, table, write
+from _record import ROOT, parser, show, write
 
 from iresnet_jax import data
 from iresnet_jax.bijections.transforms.dequantize import dequantize_bijection
 from iresnet_jax.data.batches import batch_indices
-from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.evaluation import environment
 from iresnet_jax.models.density import DensitySpec
 from iresnet_jax.runs.config import Config, parse
@@ -43,15 +43,14 @@ from iresnet_jax.training.objectives.likelihood import evaluation_keys
 try:
     import normflows as nf  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
-    from _normflows import POISSON, block, take_step
+    from _pytorch import CONVERGED, POISSON, block, count_parameters, exact_log_prob, take_step
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error}: install the packages of the extra 'bench'") from None
 
-TRAIN_PY = Path(__file__).resolve().parents[1] / "train.py"
 PARAMETER_TOLERANCE = 0.1
 LEAST_SIDE, MOST_SCALES = 4, 3
 COEFF = 0.98  # largest operator norm of a layer
-POWER_ITERATIONS, CONVERGED = 5, 200  # in a training step; before an evaluation
+POWER_ITERATIONS = 5  # in a training step
 BETAS, WARMUP_STEPS, CLIP_NORM, EMA_DECAY = (0.9, 0.99), 100, 1.0, 0.999
 ACTNORM_EXAMPLES, EVAL_BATCH_SIZE, EXACT_DRAWS = 512, 100, 16
 
@@ -72,7 +71,7 @@ class Ours(NamedTuple):
     """What a training run of ours left behind."""
 
     config: Config
-    data: DataSet
+    data: data.DataSet
     spec: DensitySpec
     num_parameters: int
     report: dict
@@ -163,11 +162,6 @@ def build(image_shape, width, num_blocks, num_dense):
     return nf.NormalizingFlow(nf.distributions.DiagGaussian(shape), flows[::-1])
 
 
-def count_parameters(model):
-    """Numbers in all parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def build_matched(image_shape, num_parameters, *depth):
     """The model whose number of parameters comes closest, and its width.
 
@@ -199,24 +193,24 @@ def train(model, inputs, seconds, effort, batch_size, learning_rate):
     nf.utils.update_lipschitz(model, CONVERGED)
     optimizer = torch.optim.Adam(model.parameters(), learning_rate, BETAS)
     averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
-    best, log, step, elapsed, since = model, [], 0, 0.0, time.monotonic()
-    while True:
-        now = elapsed + time.monotonic() - since
-        if now >= seconds * (len(log) + 1) / effort.validations:
-            elapsed, held_out = now, evaluate(averaged.module, inputs, "validation", effort.validation_images).mean()
-            print(f"normflows: {elapsed / 60:5.1f} min, step {step}, validation {held_out:.4f} bits/dim", flush=True)
+    best, log, elapsed = model, [], 0.0
+    for step in itertools.count():
+        if elapsed >= seconds * (len(log) + 1) / effort.validations:
+            held_out = float(evaluate(averaged.module, inputs, "validation", effort.validation_images).mean())
             if held_out < min((entry["validation"] for entry in log), default=math.inf):
                 best = copy.deepcopy(averaged.module)
-            log.append({"minutes": elapsed / 60, "step": step, "validation": float(held_out)})
+            log.append({"minutes": elapsed / 60, "step": step, "validation": held_out})
+            show(log[-1], "normflows")
             if len(log) == effort.validations:
                 return best, log
-            now, since = elapsed, time.monotonic()
-        decay = (1 + math.cos(math.pi * min(now / seconds, 1))) / 2
+        since = time.monotonic()
+        decay = (1 + math.cos(math.pi * min(elapsed / seconds, 1))) / 2
         optimizer.param_groups[0]["lr"] = learning_rate * decay * min((step + 1) / WARMUP_STEPS, 1)
-        x, num_dims = inputs.train(step, batch_size)[0], math.prod(inputs.images["train"].shape[1:])
+        x, num_dims = inputs.train(step, batch_size)[0], inputs.spec.flow.num_dims
         take_step(model, optimizer, x, num_dims=num_dims, clip_norm=CLIP_NORM, power_iterations=POWER_ITERATIONS)
         averaged.update_parameters(model)
-        step += 1
+        elapsed += time.monotonic() - since
+    raise AssertionError("not reached")
 
 
 def evaluate(model, inputs, split, num):
@@ -228,24 +222,10 @@ def evaluate(model, inputs, split, num):
         return np.concatenate([inputs.bits(model.log_prob(x), log_det) for x, log_det in batches])
 
 
-def exact_log_prob(model, x):
-    """The log-density of one transformed image, in float64 from the whole flow's Jacobian."""
-    model = copy.deepcopy(model).double().eval()
-    jacobian = []
-    for dims in torch.arange(x.numel()).split(EVAL_BATCH_SIZE):  # one copy of the image for each row
-        copies = x.double().expand(len(dims), *x.shape).clone().requires_grad_()
-        z = copies
-        for layer in reversed(model.flows):
-            z = layer.iresblock(z) if isinstance(layer, nf.flows.Residual) else layer.inverse(z)[0]
-        (rows,) = torch.autograd.grad(z.flatten(1)[torch.arange(len(dims)), dims].sum(), copies)
-        jacobian.append(rows.flatten(1))
-    return model.q0.log_prob(z[:1]).item() + torch.linalg.slogdet(torch.cat(jacobian)).logabsdet.item()
-
-
 def check(model, inputs, num):
     """How far the estimate lies from the exact likelihood on a few test images, in bits/dim and in standard errors."""
     x, log_det = next(inputs.held_out("test", num, num))
-    exact = torch.tensor([exact_log_prob(model, image) for image in x])
+    exact = torch.tensor(exact_log_prob(copy.deepcopy(model).double(), x))
     with torch.no_grad():
         draws = [inputs.bits(model.log_prob(x), log_det).mean() for _ in range(EXACT_DRAWS)]
     difference = np.mean(draws) - inputs.bits(exact, log_det).mean()
@@ -261,19 +241,6 @@ def clustered_stderr(values, size):
     return float(whole.std(ddof=1) / math.sqrt(len(values) / size))
 
 
-def row(name, numbers):
-    """A line of the table."""
-    return (
-        name,
-        f"{numbers['bits_per_dim']:.4f} ± {numbers['stderr']:.4f}",
-        numbers["num_parameters"],
-        f"{numbers['training_minutes']:.1f}",
-        numbers["steps"],
-        f"{numbers['steps_per_second']:.2f}",
-        numbers["batch_size"],
-    )
-
-
 def main():
     options = parser(__doc__)
     options.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="folder of a training run of ours")
@@ -287,7 +254,7 @@ def main():
     arguments = options.parse_args()
     effort = QUICK if arguments.quick else Effort()
     if arguments.config:
-        command = [sys.executable, str(TRAIN_PY), f"--config={arguments.config}", f"--workdir={arguments.workdir}"]
+        command = [sys.executable, str(ROOT / "train.py"), f"--config={arguments.config}", f"--workdir={arguments.workdir}"]
         if status := subprocess.run(command, check=False).returncode:
             raise SystemExit(status)  # it has said why
     try:
@@ -300,15 +267,11 @@ def main():
     if any(here[fact] != there[fact] for fact in ("platform", "cpu_count")):
         print(f"note: our run was made elsewhere, on {there['platform']} with {there['cpu_count']} cores")
     seconds = times["total_seconds"] if arguments.minutes is None else 60 * arguments.minutes
-    seconds = min(seconds, 60.0) if arguments.quick else seconds
-
-    num_parameters = count_parameters(model)
-    print(f"parameters: ours {ours.num_parameters}, normflows {num_parameters} with width {width}", flush=True)
     inputs = Inputs(ours)
-    model, log = train(model, inputs, seconds, effort, arguments.batch_size, arguments.learning_rate)
+    model, log = train(
+        model, inputs, min(seconds, 60.0) if arguments.quick else seconds, effort, arguments.batch_size, arguments.learning_rate
+    )
     values = evaluate(model, inputs, "test", effort.test_images)
-    checked = check(model, inputs, effort.exact_images)
-    print(f"normflows: estimate of {checked['num_examples']} images against their exact likelihood: z = {checked['z']:+.2f}")
     own = {
         "bits_per_dim": likelihood["mean"],
         "stderr": likelihood["stderr"],
@@ -321,17 +284,14 @@ def main():
     theirs = {
         "bits_per_dim": float(values.mean()),
         "stderr": clustered_stderr(values, EVAL_BATCH_SIZE),
-        "num_parameters": num_parameters,
+        "num_parameters": count_parameters(model),
         "training_minutes": log[-1]["minutes"],
         "steps": log[-1]["step"],
         "steps_per_second": log[-1]["step"] / (60 * log[-1]["minutes"]),
         "batch_size": arguments.batch_size,
     }
-    header = ("", "test bits/dim", "parameters", "minutes", "steps", "steps/s", "batch")
-    print(table([row("ours", own), row("normflows", theirs)], header))
-    better = theirs["bits_per_dim"] - own["bits_per_dim"]
+    better = theirs["bits_per_dim"] - own["bits_per_dim"]  # ours is better where this is positive
     stderr = math.hypot(theirs["stderr"], own["stderr"])  # at least that of the difference, as the images are the same
-    print(f"normflows - ours: {better:+.4f} ± {stderr:.4f} bits/dim (ours is better where this is positive)")
     settings = {
         "data": ours.config.data.name,
         "preprocessing": asdict(ours.config.preprocessing),
@@ -353,9 +313,10 @@ def main():
     }
     results = {
         "ours": own,
-        "normflows": {**theirs, "validation": log, "exact": checked},
+        "normflows": {**theirs, "validation": log, "exact": check(model, inputs, effort.exact_images)},
         "difference": {"bits_per_dim": better, "stderr": stderr},
     }
+    show(results)
     name = ours.config.data.name.replace("/", "_").replace(":", "_")
     write(f"density_comparison_{name}", arguments, settings, results)
 

@@ -13,7 +13,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from _record import interleave, parser, summarize, table, write
+from _record import interleave, parser, show, summarize, write
 
 from iresnet_jax.bijections import chain
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
@@ -32,9 +32,9 @@ def gradient(num_blocks, layout):
     flow = FlowSpec((28, 28, 1), (StageSpec(num_blocks, squeeze=2, **branch),), coeff=0.95)
     key = jax.random.key(0)
     x = jax.random.normal(key, (BATCH_SIZE, *flow.event_shape))
-    params = jax.jit(ResidualFlow(flow, prior="logistic").init)(key, x)["params"]
-    weights = jax.jit(lambda params: freeze(flow, params))(params).weights
-    spec, estimator = DensitySpec(flow, prior="logistic"), KrylovLogdet(NUM_PRODUCTS)
+    params = jax.jit(ResidualFlow(flow, prior_family="logistic").init)(key, x)["params"]
+    weights = jax.jit(lambda params: freeze(flow, params))(params)
+    spec, estimator = DensitySpec(flow, prior_family="logistic"), KrylovLogdet(NUM_PRODUCTS)
     model = Density(spec, weights, params["prior"], estimator=estimator, unroll=layout != "scanned")
 
     def loss(weights):
@@ -48,18 +48,13 @@ def gradient(num_blocks, layout):
 
 def main():
     arguments = parser(__doc__).parse_args()
-    rows, results = [], {}
+    results = {}
     for num_blocks in (2, 4) if arguments.quick else (4, 8, 16, 32):
-        functions, compile_seconds = {}, {}
-        for layout in LAYOUTS:
-            functions[layout], compile_seconds[layout] = gradient(num_blocks, layout)
-        timings = interleave(functions, turns=3 if arguments.quick else 20, warmup=2, max_seconds=60)
-        numbers = summarize(timings, "fused")
-        results[num_blocks] = {name: {**numbers[name], "compile_s": compile_seconds[name]} for name in LAYOUTS}
-        for name, own in results[num_blocks].items():
-            milliseconds = 1e3 * own["median_s"] / num_blocks
-            rows.append((num_blocks, name, f"{milliseconds:.2f}", f"{own['speedup']:.2f}", f"{own['compile_s']:.1f}"))
-    print(table(rows, ("blocks", "layout", "ms a block", "speed-up", "compile s")))
+        made = {layout: gradient(num_blocks, layout) for layout in LAYOUTS}
+        functions = {layout: function for layout, (function, _) in made.items()}
+        numbers = summarize(interleave(functions, turns=3 if arguments.quick else 20, most_seconds=60), "fused")
+        results[num_blocks] = {layout: {**numbers[layout], "compile_s": seconds} for layout, (_, seconds) in made.items()}
+    show(results)
     write("depth", arguments, {"batch_size": BATCH_SIZE, "num_products": NUM_PRODUCTS}, results)
 
 

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from _record import parser, table, write
+from _record import ROOT, parser, show, write
 
 from iresnet_jax.runs.checkpoints import load_named
 from iresnet_jax.runs.config import default_config, parse
@@ -37,7 +37,6 @@ TOTAL_STEPS, EVAL_EVERY = 200, 10
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 MOMENTS = ("compiling", "stepping", "validating", "saving")
 ABORTED = -signal.SIGABRT
-ROOT = Path(__file__).parents[1]
 
 
 def config():
@@ -54,15 +53,12 @@ def config():
 
 def work(coordinator, process, workdir):
     """Trains as one of two processes."""
-    from absl import logging
-
     from iresnet_jax.runs import hosts, signals
     from iresnet_jax.runs.command_line import explain_failures
     from iresnet_jax.runs.loop import train
 
     def run():
         hosts.initialize(coordinator, 2, process)
-        logging.set_verbosity(logging.WARNING)
         with hosts.ending_together():
             train(config(), workdir)
         return 0
@@ -124,7 +120,8 @@ class Pair:
         lines = []
         for log in self.logs:
             log.seek(0)
-            lines.append(next((line for line in reversed(log.read().splitlines()) if not line.startswith(("[Gloo]", " "))), ""))
+            own = [line for line in log.read().splitlines() if not line.startswith(("[Gloo]", "***", " "))]
+            lines.append(own[-1] if own else "")
         return lines
 
 
@@ -183,13 +180,10 @@ def main():
         for number in range(num_faults):
             found.append(try_fault(number, Path(folder), expected))
             print(json.dumps(found[-1]), flush=True)
-    keys = ("signal", "moment", "process", "statuses", "ended", "by_jax", "resumed")
-    print(table([[fault[key] for key in keys] + [f"{fault['seconds']:.0f}"] for fault in found], [*keys, "seconds"]))
-    counts = {key: sum(fault[key] for fault in found) for key in ("ended", "by_jax", "resumed")}
-    ends = f"{counts['ended']} ended within {END_S:.0f} s ({counts['by_jax']} by JAX)"
-    print(f"{len(found)} faults: {ends}, {counts['resumed']} resumed")
+    summary = {"faults": len(found), **{key: sum(fault[key] for fault in found) for key in ("ended", "by_jax", "resumed")}}
+    show(summary)
     settings = {"end_s": END_S, "total_steps": TOTAL_STEPS, "eval_every_steps": EVAL_EVERY}
-    write("faults", arguments, settings, {"summary": {"faults": len(found), **counts}, "faults": found})
+    write("faults", arguments, settings, {"summary": summary, "faults": found})
 
 
 if __name__ == "__main__":

@@ -21,14 +21,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from _record import interleave, parser, table, write
+from _record import interleave, parser, show, write
+from _steps import training_step
 
 from iresnet_jax.data import cache
 from iresnet_jax.data.batches import batch_indices
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.device_batches import device_batches
+from iresnet_jax.data.sources.source import Contents, Source
 from iresnet_jax.runs.config import default_config, parse
-from iresnet_jax.runs.loop import build_objective
 from iresnet_jax.training import parallel
 
 SIZES = {"MNIST": (60_000, 28, 28, 1), "CIFAR-10": (50_000, 32, 32, 3)}
@@ -41,22 +42,21 @@ def memory_mapped(folder, shape):
     """Random images, written and opened as decoded data sets are."""
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     path = Path(folder) / "x".join(map(str, shape))
-    cache.write(path, cache.Facts("x", 256, None), {"images": cache.Layout("uint8", shape)}, [("images", images)])
+    source = Source("random", path, "as drawn", lambda: Contents({}, None, iter))  # which is not asked for its images
+    cache.write(path, source, {"train_examples": ("uint8", shape)}, [("train_examples", images)], None)
     start = time.perf_counter()
-    opened = cache.read(path)
+    opened = cache.read(path, source)
     assert opened is not None
-    return opened.arrays["images"], time.perf_counter() - start
+    return opened.examples["train"], time.perf_counter() - start
 
 
-def training_step(images):
+def step_of(images):
     """The compiled step of the library, for a density model of these images, and its first state."""
     settings = default_config()
     settings.model.stages = STAGES
     splits = {split: images for split in ("train", "validation", "test")}
     dataset = DataSet.from_arrays("random", splits, {}, num_levels=256, num_classes=None, fingerprint="random")
-    objective = build_objective(parse(settings), dataset)
-    step = parallel.parallelize(objective.make_step(objective.num_terms))
-    return step, objective.initial_state()
+    return training_step(parse(settings), dataset)[1:3]
 
 
 def feeds(images):
@@ -72,7 +72,7 @@ def feeds(images):
 
 def measure(images, *, turns, steps):
     """Per way: median host time of a batch, median step and slowdown over a fixed batch."""
-    step, current = training_step(images)
+    step, current = step_of(images)
     sources = feeds(images)
     waited = {name: [] for name in sources}
 
@@ -102,14 +102,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for name, shape in SIZES.items():
             images, opened_s = memory_mapped(folder, shape)
-            measured = results[name] = {"open_s": opened_s, **measure(images, turns=turns, steps=steps)}
-            print(f"{name}: {measured['fixed batch']['step_s'] * 1e3:.1f} ms a step, cache opened in {opened_s:.3f} s")
-            rows = [
-                (way, f"{1e6 * of['host_s']:.0f} us", f"{of['host_share']:.2%}", f"{of['slowdown']:+.1%}")
-                for way, of in measured.items()
-                if way in WAYS
-            ]
-            print(table(rows, ("way", "host time", "share of a step", "slowdown")))
+            results[name] = {"open_s": opened_s, **measure(images, turns=turns, steps=steps)}
+    show(results)
     settings = {"sizes": SIZES, "batch_size": BATCH_SIZE, "stages": STAGES, "turns": turns, "steps_a_turn": steps}
     write("input_pipeline", arguments, settings, results)
 

@@ -14,13 +14,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _models import add_workdir, blocks, branch_of, flow_input
-from _record import describe, interleave, parser, summarize, table, write
+from _models import blocks, flow_input, load, model_parser, name_of
+from _record import interleave, show, summarize, write
 from jax import lax
 
 from iresnet_jax.bijections.residual import Solver, inverse
-from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.runs.trained_run import load
+from iresnet_jax.branches.branch import CallableBranch
 
 TOLERANCE = 1e-5
 # Steps remembered, and whether the diagonal of the Jacobian is used where it has a closed form.
@@ -31,27 +30,23 @@ _iterates: list[np.ndarray] = []  # x and g(x), in the order of their evaluation
 _diagonals: list[int] = []  # how many iterates there were when the diagonal of the Jacobian was asked for
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "solver"))
-def solve_and_tell(spec, weights, y, solver):
+@functools.partial(jax.jit, static_argnames="solver")
+def solve_and_tell(branch, y, solver):
     """The inverse of one block, noting every evaluation of its branch."""
-    branch = branch_of(spec, weights)
 
-    def g(x):
-        value = branch.g(x)
+    def noted(x):
+        value = branch(x)
         # As bits: a callback runs in a thread of its own, where float64 is not switched on.
         bits = lax.bitcast_convert_type(jnp.stack([x, value]), jnp.uint32)
         jax.debug.callback(lambda bits: _iterates.append(np.array(bits).view(np.float64)[..., 0]), bits, ordered=True)
         return value
 
-    def noting(at):
-        def diagonal(x):
-            jax.debug.callback(lambda: _diagonals.append(len(_iterates)), ordered=True)
-            return at(x)
+    def diagonal(x):
+        jax.debug.callback(lambda: _diagonals.append(len(_iterates)), ordered=True)
+        return branch.diagonal.at(x)
 
-        return diagonal
-
-    known = branch.diagonal
-    return inverse(branch._replace(g=g, diagonal=known and known._replace(at=noting(known.at))), y, solver)
+    known = branch.diagonal and branch.diagonal._replace(at=diagonal)
+    return inverse(CallableBranch(noted, branch.lipschitz_bound, at_zero=branch.at_zero, diagonal=known), y, solver)
 
 
 def evaluations(block, memory, with_diagonal):
@@ -62,9 +57,10 @@ def evaluations(block, memory, with_diagonal):
     _iterates.clear()
     _diagonals.clear()
     solver = Solver(atol=TOLERANCE / 10, max_evals=MAX_EVALS, memory=memory, diagonal=with_diagonal)
-    jax.block_until_ready(solve_and_tell(block.spec, block.weights, block.y, solver))
+    image = block.x + block.branch(block.x)
+    jax.block_until_ready(solve_and_tell(block.branch, image, solver))
     jax.effects_barrier()
-    x_true, y = (np.asarray(a).reshape(len(a), -1) for a in (block.x, block.y))
+    x_true, y = (np.asarray(a).reshape(len(a), -1) for a in (block.x, image))
     x, g = np.stack(_iterates, axis=1).reshape(2, len(_iterates), *y.shape)
     residual = np.linalg.norm(y - x - g, axis=-1)
     error = np.linalg.norm(y - g - x_true, axis=-1)
@@ -81,9 +77,9 @@ def count(model, x):
     results = []
     with jax.enable_x64():
         weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), model.weights)
-        for block in blocks(model.spec.flow, weights, np.asarray(x, np.float64)):
+        for block in blocks(model.with_(weights=weights), np.asarray(x, np.float64)):
+            row = {"block": block.name, "lipschitz_bound": float(block.branch.lipschitz_bound)}
             needed = {method: evaluations(block, *how) for method, how in METHODS.items()}
-            row = {"block": block.name, "lipschitz_bound": float(block.weights.branch.lipschitz_bound)}
             for method, values in needed.items():
                 row |= {f"{method}_mean": float(values.mean()), f"{method}_max": int(values.max())}
             row["ratio"] = row["banach_mean"] / row["default_mean"]
@@ -103,40 +99,26 @@ def time_whole(model, z, *, turns):
     atol = model.solver.atol
     models = {name: model.with_(solver=Solver(atol=atol, memory=m, diagonal=used)) for name, (m, used) in METHODS.items()}
     timings = interleave({name: functools.partial(invert, own, z) for name, own in models.items()}, turns=turns)
-    ended = {}
+    results = summarize(timings, "banach")
     for name, own in models.items():
         _, info = invert(own, z)
         evals, converged = float(info.num_evals.mean()), float(info.converged.mean())
-        ended[name] = {"mean_evals_a_block": evals / model.spec.flow.num_blocks, "converged": converged}
-    return timings, ended
+        results[name] |= {"mean_evals_a_block": evals / model.spec.flow.num_blocks, "converged": converged}
+    return results
 
 
 def main():
-    options = parser(__doc__)
-    add_workdir(options)
+    options = model_parser(__doc__)
     options.add_argument("--num", type=int, default=None, metavar="N", help="test examples")
     arguments = options.parse_args()
     run = load(arguments.workdir)
-    model, name = run.model, run.config.data.name
-    x = flow_input(run, arguments.num or (16 if arguments.quick else 128))
-    counted = count(model, x)
-    print(f"evaluations until the error is at most {TOLERANCE}, mean over {len(x)} test examples (most):")
-    rows = []
-    for row in counted:
-        evals = (f"{row[f'{method}_mean']:.1f} ({row[f'{method}_max']})" for method in METHODS)
-        rows.append((row["block"], f"{row['lipschitz_bound']:.3f}", *evals, f"{row['ratio']:.2f}", row["examples_worse"]))
-    print(table(rows, ("block", "L", *METHODS, "ratio", "examples worse")))
+    model, x = run.model, flow_input(run, arguments.num or (16 if arguments.quick else 128))
     z = jax.jit(lambda model, x: model.flow().forward(x))(model, x)
-    timings, ended = time_whole(model, z, turns=5 if arguments.quick else 30)
-    print(f"whole inverse of {len(x)} examples: {describe(timings, 'banach')}")
-    for method, numbers in ended.items():
-        evals, converged = numbers["mean_evals_a_block"], 100 * numbers["converged"]
-        print(f"  {method}: {evals:.1f} evaluations a block, {converged:.1f} % converged")
-    settings = {"data": name, "step": run.step, "num_examples": len(x)}
+    results = {"blocks": count(model, x), "whole": time_whole(model, z, turns=5 if arguments.quick else 30)}
+    show(results)
+    settings = {"data": run.config.data.name, "step": run.step, "num_examples": len(x)}
     settings |= {"tolerance": TOLERANCE, "inverse_atol": model.solver.atol}
-    whole = {method: {**numbers, **ended[method]} for method, numbers in summarize(timings, "banach").items()}
-    kind = "_classification" if isinstance(model, Classifier) else ""
-    write(f"inverse_{name}{kind}", arguments, settings, {"blocks": counted, "whole": whole})
+    write(f"inverse_{name_of(run)}", arguments, settings, results)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
 Trains configs/deblurring.py for every noise and every L, and the same network without constraint from measurements to images.
 Beside them stand Tikhonov (with the norm or the gradient as penalty) and total variation over images in [0, 1], whose weights
 are chosen on validation images as L is. All methods see the same test measurements, and their reconstructions are projected
-onto [0, 1]. Errors are |found - x| / |x|, means over test images. Total variation is minimised for all images at once, and for
-a few by scikit-image as well, to compare. Target: with the best L an error of at most that of total variation, and no
-reconstruction of perturbed data outside its certified bound. With --workdir the same command goes on from where it stopped.
+onto [0, 1]. Errors are |found - x| / |x|, means over test images. Target: with the best L an error of at most that of total
+variation, and no reconstruction of perturbed data outside its certified bound. With --workdir the same command goes on from
+where it stopped.
 """
 
 import math
@@ -19,39 +19,26 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from _models import read_config
-from _record import parser, table, write
-from _variational import Spectra, by_scikit_image, minimize_total_variation, objective, tikhonov
+from _models import config_file, load, read_config
+from _record import parser, show, write
+from _variational import Spectra, minimize_total_variation, tikhonov
 
-from iresnet_jax.data import load as load_data
 from iresnet_jax.evaluation import inverse_problem
 from iresnet_jax.models.reconstructor import Reconstructor
-from iresnet_jax.runs import machine, trained_run
-from iresnet_jax.runs.config import Config
+from iresnet_jax.runs import machine
 from iresnet_jax.runs.from_config import build_measurement, reconstructor_spec
-from iresnet_jax.runs.loop import train
-from iresnet_jax.runs.machine import keep_compiled_programs
+from iresnet_jax.runs.loop import load_data, train
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
 
-CONFIG = Path(__file__).parents[1] / "configs" / "deblurring.py"
 NOISES = (0.01, 0.05, 0.1)
 LIPSCHITZ = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)  # as in the papers
 NUM_VALIDATION, NUM_TEST = 200, 1000  # images, at most
 WEIGHTS = 10.0 ** np.arange(-6, 0.6, 0.5)
 FINER = 10.0 ** np.arange(-0.25, 0.3, 0.125)  # times the best of them
-COARSE_STEPS, STEPS, NUM_COMPARED = 200, 1000, 2  # of total variation; images that scikit-image reconstructs too
+COARSE_STEPS, STEPS = 200, 1000  # of total variation
 QUICK_STEPS = 10
 VANILLA = "vanilla"
-HEADER = ("noise", "method", "test error", "validation", "certified", "found", "")
-
-
-def config_of(name: str, noise: float, lipschitz: float | str, steps: int | None, forward_share: float) -> Config:
-    """The config of one training."""
-    constrained = f"model.coeff={lipschitz}", f"inverse_problem.forward_share={forward_share}"
-    chosen = ("constraint.norms=none",) if lipschitz == VANILLA else constrained
-    few = [] if steps is None else [f"training.total_steps={steps}", f"training.eval_every_steps={steps}"]
-    return read_config(f"{CONFIG}:{name}", f"inverse_problem.noise={noise}", *chosen, *few)
 
 
 def summarize(errors):
@@ -89,25 +76,14 @@ def without_learning(config, images, *, quick):
     def best_variation(weights, steps):
         return min((relative_errors(minimize_total_variation(spectra, y, w, steps), x).mean(), w) for w in weights)
 
-    weights, finer = (WEIGHTS[4::4], [1.0]) if quick else (WEIGHTS, FINER)
+    weights, finer = (WEIGHTS[4::4], np.ones(1)) if quick else (WEIGHTS, FINER)
     coarse_steps, steps = (20, 50) if quick else (COARSE_STEPS, STEPS)
-    error, weight, penalty = best_of_tikhonov(best_of_tikhonov(weights)[1] * np.array(finer))
+    error, weight, penalty = best_of_tikhonov(best_of_tikhonov(weights)[1] * finer)
     of_tikhonov = relative_errors(tikhonov(spectra, y_test, weight, penalty), x_test)
     found = {"tikhonov": {"validation": error, "weight": weight, "penalty": penalty, **summarize(of_tikhonov)}}
-    error, weight = best_variation(best_variation(weights, coarse_steps)[1] * np.array(finer), steps)
-    reconstructed = minimize_total_variation(spectra, y_test, weight, steps)
-    of_variation = relative_errors(reconstructed, x_test)
-    few = slice(0, NUM_COMPARED)
-    theirs = by_scikit_image(spectra, y_test[few], weight, *((20, 20) if quick else ()))
-    ours, by_them = (objective(spectra, some, y_test[few], weight) for some in (reconstructed[few], theirs))
-    found["total_variation"] = {
-        "validation": error,
-        "weight": weight,
-        **summarize(of_variation),
-        "objective_over_scikit_image": float((ours / by_them).max()),
-        "error_by_scikit_image": float(relative_errors(theirs, x_test[few]).mean()),
-        "error_of_the_same": float(of_variation[few].mean()),
-    }
+    error, weight = best_variation(best_variation(weights, coarse_steps)[1] * finer, steps)
+    of_variation = relative_errors(minimize_total_variation(spectra, y_test, weight, steps), x_test)
+    found["total_variation"] = {"validation": error, "weight": weight, **summarize(of_variation)}
     return found, of_variation
 
 
@@ -115,7 +91,7 @@ def trained(config, workdir, num_test):
     """One training, or what is left of it, and its errors on test images."""
     begin, load_before = time.monotonic(), os.getloadavg()
     train(config, workdir)
-    seconds, run = time.monotonic() - begin, trained_run.load(workdir)
+    seconds, run = time.monotonic() - begin, load(workdir)
     assert isinstance(run.model, Reconstructor)
     result, found = inverse_problem.evaluate(
         run.model,
@@ -127,29 +103,6 @@ def trained(config, workdir, num_test):
     validation = [record["relative_error"] for record in read_metrics(workdir) if record["split"] == "validation"]
     about = {"validation": min(validation), "step": run.step, "seconds": seconds, "load_before": load_before[0]}
     return {**about, **asdict(result)}, found.relative_error.astype(np.float64)
-
-
-def rows_of(results):
-    """The table of everything so far."""
-    rows = []
-    for noise, found in results.items():
-        for method in ("tikhonov", "total_variation", VANILLA):
-            if method in found:
-                rows.append((noise, method.replace("_", " "), *_cells(found[method])))
-        rows += [(noise, f"L = {lipschitz}", *_cells(own)) for lipschitz, own in found["lipschitz"].items()]
-        if best := found.get("best"):
-            verdict = "reached" if best["reached"] else "missed"
-            rows.append((noise, f"best L = {best['lipschitz']}", f"{best['over_total_variation']:+.4f}", "", "", "", verdict))
-    return rows
-
-
-def _cells(own):
-    error = f"{own['relative_error']:.4f} ± {own['stderr']:.4f}"
-    if "certified_amplification" not in own:
-        return error, f"{own['validation']:.4f}", "", "", ""
-    certified, largest = own["certified_amplification"], own["largest_amplification"]
-    outside = "" if own["fraction_within_bound"] == 1 else f"{1 - own['fraction_within_bound']:.1%} outside"
-    return error, f"{own['validation']:.4f}", f"{certified:.4g}", f"{largest:.4g}", outside
 
 
 def best_of(found, errors, of_variation):
@@ -177,46 +130,43 @@ def main():
     options.add_argument("--workdir", type=Path, metavar="DIR", help="keeps the runs in folders of this one")
     arguments = options.parse_args()
     machine.compile_quickly()
-    keep_compiled_programs()
+    machine.keep_compiled_programs()
     steps = QUICK_STEPS if arguments.quick else arguments.steps
     num_validation, num_test = (32, 32) if arguments.quick else (NUM_VALIDATION, NUM_TEST)
     noises = arguments.noise[:1] if arguments.quick else arguments.noise
     constants = arguments.lipschitz[:1] if arguments.quick else arguments.lipschitz
+    few = [f"training.total_steps={steps}", f"training.eval_every_steps={steps}"] if steps else []
 
     def config_at(noise, lipschitz):
-        return config_of(arguments.data, noise, lipschitz, steps, arguments.forward_share)
+        constrained = f"model.coeff={lipschitz}", f"inverse_problem.forward_share={arguments.forward_share}"
+        chosen = ("constraint.norms=none",) if lipschitz == VANILLA else constrained
+        return read_config(config_file(f"deblurring:{arguments.data}"), f"inverse_problem.noise={noise}", *chosen, *few)
 
-    any_config = config_at(noises[0], 0.9)
-    data = load_data(any_config.data.name, any_config.data.data_dir)
-    results = {}
+    any_config, results = config_at(noises[0], 0.9), {}
+    data = load_data(any_config.data)
+    kind = "inverse_problem" if arguments.forward_share == 0 else f"forward_share{arguments.forward_share:g}"
+    settings = {
+        "config": asdict(any_config),
+        "parameters": num_parameters(abstract_variables(any_config, reconstructor_spec(any_config, data))["params"]),
+        "num_perturbed": min(inverse_problem.NUM_PERTURBED, num_test),
+    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.workdir or Path(temporary)) / f"{arguments.data}{arguments.forward_share or ''}"
         for noise in noises:
             images = images_of(config_at(noise, 0.9), data, num_validation, num_test)
+            settings |= {f"num_{split}": len(x) for split, (x, _) in images.items()}
             fixed, of_variation = without_learning(config_at(noise, 0.9), images, quick=arguments.quick)
             found, errors = results.setdefault(noise, {**fixed, "lipschitz": {}}), {}
-            names = {lipschitz: folder / f"noise{noise}_{lipschitz}" for lipschitz in [*constants, VANILLA]}
-            for lipschitz, run_folder in names.items():
+            for lipschitz in [*constants, VANILLA]:
+                run_folder = folder / f"noise{noise}_{lipschitz}"
                 if arguments.trained and not (run_folder / "checkpoints").exists():
                     continue
                 own, errors[lipschitz] = trained(config_at(noise, lipschitz), run_folder, num_test)
                 (found if lipschitz == VANILLA else found["lipschitz"])[lipschitz] = own
-                print(table(rows_of(results), HEADER), flush=True)
+                show(own, f"noise {noise}, L = {lipschitz}")
             found["best"] = best_of(found, errors, of_variation)
-            print(table(rows_of(results), HEADER), flush=True)
-            settings = {
-                "config": asdict(any_config),
-                "parameters": _num_parameters(any_config, data),
-                "num_validation": len(images["validation"][0]),
-                "num_test": len(images["test"][0]),
-                "num_perturbed": min(inverse_problem.NUM_PERTURBED, num_test),
-            }
-            kind = "inverse_problem" if arguments.forward_share == 0 else f"forward_share{arguments.forward_share:g}"
+            show(found, f"noise {noise}")
             write(f"{kind}_{arguments.data}", arguments, settings, results)
-
-
-def _num_parameters(config, data):
-    return num_parameters(abstract_variables(config, reconstructor_spec(config, data))["params"])
 
 
 if __name__ == "__main__":

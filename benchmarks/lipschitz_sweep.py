@@ -13,26 +13,22 @@ and metrics.jsonl, such as a copy of results/mnist_classification, stands for it
 """
 
 import json
-import statistics
 from pathlib import Path
 
 import jax
 import numpy as np
-from _models import read_config
-from _record import parser, table, write
+from _models import load, read_config
+from _record import parser, show, write
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.evaluation import accuracy
 from iresnet_jax.evaluation.inversion import RECOVERED, round_trip
 from iresnet_jax.json_dataclasses import first_difference, to_plain
-from iresnet_jax.models import saved
 from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.report import style
+from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.report.contents import TrainingTimes
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.metrics import read_metrics
-from iresnet_jax.runs.trained_run import load
 
 VARIANTS = ("batchnorm", "vanilla", "0.9", "0.8", "0.7", "0.6", "0.5")
 SOLVERS = {"banach": Solver(memory=0, max_evals=500), "anderson": Solver(memory=4, max_evals=2000)}
@@ -47,14 +43,10 @@ def there_and_back(model, images):
 
 def invertibility(run, num):
     """Summary of the round trips of test images, by either solver."""
-    images, settings = run.data.held_out("test", num), run.config.evaluation
-    found = {}
+    images, size, found = run.data.held_out("test", num), run.config.evaluation.batch_size, {}
     for name, solver in SOLVERS.items():
-        model = run.model.with_(solver=solver._replace(atol=settings.inverse_atol))
-        trips = []
-        for indices, mask in eval_batches(len(images), min(settings.batch_size, len(images))):
-            trip = jax.device_get(there_and_back(model, images[indices]))
-            trips.append(jax.tree.map(lambda values, mask=mask: values[mask], trip))
+        model = run.model.with_(solver=solver._replace(atol=run.config.evaluation.inverse_atol))
+        trips = [there_and_back(model, images[i : i + size]) for i in range(0, len(images), size)]
         trip = jax.tree.map(lambda *values: np.concatenate(values), *trips)
         found[name] = {
             "num": len(images),
@@ -69,7 +61,7 @@ def invertibility(run, num):
 
 def trained(config, workdir):
     """The run of a config: the model in the folder, or a training that begins or goes on there."""
-    if not (workdir / saved.FILE_NAME).exists():
+    if not (workdir / FILE_NAME).exists():
         loop.train(config, workdir)
         return load(workdir)
     run = load(workdir)
@@ -100,48 +92,6 @@ def measure(variant, seed, folder, arguments):
     return row
 
 
-def summarized(rows):
-    """One line a variant: means over seeds."""
-    lines = []
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        own = [row for row in rows if row["variant"] == variant]
-        errors = [100 * row["error"] for row in own]
-        spread = f" ± {statistics.stdev(errors) / len(errors) ** 0.5:.2f}" if len(errors) > 1 else ""
-        line = [variant, f"{statistics.mean(errors):.2f}{spread}"]
-        if "inverse" in own[0]:
-            line.append(f"{max(row['max_block'] for row in own):.3g}")
-            for name in SOLVERS:
-                recovered = statistics.mean(row["inverse"][name]["recovered"] for row in own)
-                worst = max(row["inverse"][name]["max_error"] for row in own)
-                line += [f"{100 * recovered:.1f} %", f"{worst:.1e}"]
-            line.append(f"{100 * statistics.mean(row['inverse']['anderson']['converged'] for row in own):.1f} %")
-        lines.append([*line, *[""] * (8 - len(line))])
-    return lines
-
-
-def picture(rows, path):
-    """Error, and the largest reconstruction error, against the coefficient."""
-    figure = style.figure(width=10.0, height=3.4)
-    left, right = figure.subplots(1, 2)
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    for row in rows:
-        place = variants.index(row["variant"])
-        left.scatter(place, 100 * row["error"], color=style.BLUE, alpha=0.7)
-        for name, color in zip(SOLVERS, (style.ORANGE, style.PLUM), strict=True):
-            error = row.get("inverse", {}).get(name, {}).get("max_error")
-            if error is not None:
-                label = name if row is rows[-1] else ""
-                right.scatter(place, min(error, 1e6), color=color, alpha=0.7, label=label)
-    left.set_ylim(bottom=0)
-    right.set_yscale("log")
-    right.axhline(RECOVERED, color=style.INK, linewidth=1.0)
-    for axes, title in ((left, "test error [%]"), (right, "largest reconstruction error")):
-        axes.set_xticks(range(len(variants)), variants)
-        style.label(axes, "c", title)
-    style.legend(right)
-    figure.savefig(path, dpi=150)
-
-
 def main():
     options = parser(__doc__)
     options.add_argument("--config", type=Path, default=Path("configs/digits_classification.py"), metavar="FILE")
@@ -157,15 +107,11 @@ def main():
     for seed in seeds:
         for variant in arguments.variants:
             rows.append(measure(variant, seed, folder, arguments))
-            print(f"{variant} seed {seed}: error {100 * rows[-1]['error']:.2f} %, {rows[-1].get('inverse')}", flush=True)
+            show(rows[-1], f"{variant} seed {seed}")
     rows.sort(key=lambda row: arguments.variants.index(row["variant"]))
-    header = ("c", "test error [%]", "largest Lip(g)", "recovered, Banach", "worst", "recovered, Anderson", "worst", "promised")
-    print(table(summarized(rows), header))
-    name = f"lipschitz_sweep_{arguments.config.stem}"
     solvers = {name: {"memory": solver.memory, "max_evals": solver.max_evals} for name, solver in SOLVERS.items()}
     settings = {"config": str(arguments.config), "seeds": list(seeds), "solvers": solvers, "recovered": RECOVERED}
-    if written := write(name, arguments, settings, rows):
-        picture(rows, written.with_suffix(".png"))
+    write(f"lipschitz_sweep_{arguments.config.stem}", arguments, settings, rows)
 
 
 if __name__ == "__main__":

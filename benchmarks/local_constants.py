@@ -10,54 +10,56 @@ compilation.
 import os
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from _models import add_workdir, flow_input
-from _record import parser, table, write
-from certified_inverse import jacobians_at
+from _models import flow_input, load, model_parser, name_of
+from _record import show, write
 
 from iresnet_jax import certify
-from iresnet_jax.models.density import Density
-from iresnet_jax.runs.trained_run import load
+
+
+def singular_values(model, x):
+    """Singular values of the whole flow's Jacobian, in float64, for each example."""
+    with jax.enable_x64():
+        weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), model.weights)
+
+        @jax.jit
+        def jacobian(x):
+            return jax.jacfwd(lambda x: model.with_(weights=weights).flow().forward(x[None])[0])(x)
+
+        return np.array([np.linalg.svd(np.reshape(jacobian(one), (one.size, -1)), compute_uv=False) for one in x])
 
 
 def main():
-    options = parser(__doc__)
-    add_workdir(options)
+    options = model_parser(__doc__)
     options.add_argument("--images", type=int, default=None, metavar="N", help="test examples")
     options.add_argument("--radii", type=float, nargs="+", default=[0.0, 1e-4, 1e-3, 1e-2], metavar="R")
     arguments = options.parse_args()
-    run = load(arguments.workdir)
+    run, results = load(arguments.workdir), {}
     x = np.asarray(flow_input(run, arguments.images or (2 if arguments.quick else 20)), np.float64)
-    values = [np.linalg.svd(jacobian, compute_uv=False) for jacobian in jacobians_at(run.model, x)]
-    forward, inverse = np.array([own[0] for own in values]), np.array([1 / own[-1] for own in values])
+    values = singular_values(run.model, x)
+    exact = {"forward": values[:, 0], "inverse": 1 / values[:, -1]}
     certify.local_constants(run.model, x[:1], 0.0)  # compiles
-    results, rows = {}, []
     for radius in arguments.radii:
         begin = time.perf_counter()
         found = certify.local_constants(run.model, x, radius)
         seconds = (time.perf_counter() - begin) / len(x)
-        stretch, shrink = found.forward / forward, found.inverse / inverse
+        ratios = {way: getattr(found, way) / own for way, own in exact.items()}
         results[f"{radius:g}"] = {
             "examples": len(x),
-            "below_singular_values": int((stretch < 1 - 1e-9).sum() + (shrink < 1 - 1e-9).sum()),
-            "median_forward": float(np.median(forward)),
-            "median_inverse": float(np.median(inverse)),
-            "median_ratio_forward": float(np.median(stretch)),
-            "worst_ratio_forward": float(stretch.max()),
-            "median_ratio_inverse": float(np.median(shrink)),
-            "worst_ratio_inverse": float(shrink.max()),
+            "below_singular_values": int(sum((ratio < 1 - 1e-9).sum() for ratio in ratios.values())),
+            **{f"median_{way}": float(np.median(own)) for way, own in exact.items()},
+            **{f"median_ratio_{way}": float(np.median(ratio)) for way, ratio in ratios.items()},
+            **{f"worst_ratio_{way}": float(ratio.max()) for way, ratio in ratios.items()},
             "global_forward": found.global_forward,
             "global_inverse": found.global_inverse,
             "seconds_per_example": seconds,
             "load_average": os.getloadavg()[0],
         }
-        pairs = ((forward, stretch), (inverse, shrink))
-        cells = [f"{np.median(exact):.3g}, times {np.median(ratio):.6g} ({ratio.max():.6g})" for exact, ratio in pairs]
-        rows.append((f"{radius:g}", *cells, f"{seconds:.2f}"))
-        print(table(rows, ("radius", "forward at centre, bound (worst)", "inverse at centre, bound (worst)", "s")), flush=True)
-    kind = "" if isinstance(run.model, Density) else "_classification"
+        show(results[f"{radius:g}"], f"radius {radius:g}")
     settings = {"data": run.config.data.name, "step": run.step, "radii": arguments.radii}
-    write(f"local_constants_{run.config.data.name}{kind}", arguments, settings, results)
+    write(f"local_constants_{name_of(run)}", arguments, settings, results)
 
 
 if __name__ == "__main__":

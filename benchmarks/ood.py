@@ -8,16 +8,14 @@ quarter turn, "noise", or the test images of any data set by its name, brought t
 
 from dataclasses import asdict
 
-from _models import add_workdir
-from _record import parser, table, write
+from _models import load, model_parser
+from _record import show, write
 
 from iresnet_jax.evaluation import ood
-from iresnet_jax.runs.trained_run import load
 
 
 def main():
-    options = parser(__doc__)
-    add_workdir(options)
+    options = model_parser(__doc__)
     options.add_argument("--against", nargs="+", default=list(ood.OTHERS), metavar="NAME", help="what to tell apart")
     arguments = options.parse_args()
     run = load(arguments.workdir)
@@ -25,16 +23,12 @@ def main():
 
     def compare(other):
         folder = config.data.data_dir
-        return ood.compare(run.model, run.data, other, config.evaluation, config.seed, num=num, data_dir=folder)
+        return asdict(ood.compare(run.model, run.data, other, config.evaluation, config.seed, num=num, data_dir=folder))
 
     results = [compare(other) for other in arguments.against]
-    names = list(results[0].scores)
-    rows = [(result.other, *(f"{result.scores[name].auroc:.4f}" for name in names)) for result in results]
-    print(table(rows, ("against", *names)))
-    for name in names:
-        print(f"{name}: {ood.DEFINITIONS[name]}")
+    show(results)
     settings = {"data": config.data.name, "step": run.step}
-    write(f"ood_{config.data.name}_{config.objective}", arguments, settings, [asdict(result) for result in results])
+    write(f"ood_{config.data.name}_{config.objective}", arguments, settings, results)
 
 
 if __name__ == "__main__":

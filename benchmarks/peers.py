@@ -16,44 +16,188 @@ a core, as commands of `python -m iresnet_jax` have.
 The floor of our step is its arithmetic at the speed of one large matrix product on the same cores.
 
 The peers train with Adam on batches that our preprocessing has gone over, and keep no moving average of their parameters.
-normflows' seconds of a likelihood are extrapolated: time of a draw, times the draws that its measured variance asks for.
-Inverses run by the rule of each side, and tuned: with the largest power of ten as tolerance that reaches the true error. Where
-no tolerance of normflows does, both are tuned to the least error that it reaches. The true error is the largest of an entry of
-the flow's input, against the preimage in float64, which PyTorch confirms.
+The true error of an inverse is the largest of an entry of the flow's input, against the preimage in float64, which PyTorch
+confirms. How likelihoods and inverses are measured is in _peers_trained.py.
 """
 
 import argparse
 import contextlib
 import importlib.metadata
+import json
+import os
+import subprocess
+import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 
-import _peers_inverse as inverse
-import _peers_likelihood as likelihood
-import _peers_training as training
-from _peers_cases import colour_config
-from _peers_processes import core_counts, workers
-from _record import parser, table, write
+import jax
+import numpy as np
+from _models import config_file, read_config
+from _peers_flows import architecture
+from _peers_trained import NORMFLOWS, OURS, TARGET, TOLERANCE, inverses, likelihoods, samples
+from _processes import core_counts, most_cores, pin, workers
+from _record import RESULTS, ROOT, Timing, parser, show, take_turns, write
+from _steps import WARMUP
 
+from iresnet_jax.json_dataclasses import to_plain
+from iresnet_jax.models.density import Density
+from iresnet_jax.runs.config import default_config, estimator_settings, parse
+from iresnet_jax.runs.from_config import density_spec
+from iresnet_jax.runs.planning import plan
+
+NAIVE = "naive"
 SIZES = ("digits", "64", "128")  # the config, and channels of `colour_config`
-PARTS = {
-    "step": (training.steps, training.step_rows, training.STEP_HEADER),
-    "likelihood": (likelihood.likelihoods, likelihood.rows, likelihood.HEADER),
-    "inverse": (inverse.inverses, inverse.inverse_rows, inverse.INVERSE_HEADER),
-    "sampling": (inverse.samples, inverse.sample_rows, inverse.SAMPLE_HEADER),
-    "startup": (training.startups, training.startup_rows, training.STARTUP_HEADER),
-}
+NUM_BATCHES = 4
+DIGITS, FASHION = config_file("digits_density"), config_file("fashion_mnist_density")
+KEPT = RESULTS / "density_comparison_fashion_mnist.json"
+POLL_S = 0.02
 
 
-def run(part, arguments):
-    """Measures a part, prints its table and returns its results."""
-    measure, rows, header = PARTS[part]
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        results = measure(arguments, stack.enter_context(workers()), folder)
-    print(f"\n{part}\n{table(rows(results), header)}", flush=True)
+def colour_config(width, num_blocks=4):
+    """Three scales of blocks 3x3-1x1-3x3 with ELU on 32 x 32 x 3: 5 terms of the series, 5 power iterations, 32 images."""
+    config = default_config()
+    config.data.name = "cifar10"  # random images stand in for it
+    block = {"num_blocks": num_blocks, "hidden": (width, width), "kernel_sizes": (3, 1, 3), "activation": "elu", "squeeze": 2}
+    config.model.stages = (block, block, block)
+    config.constraint.num_steps = 5
+    config.logdet = estimator_settings(kind="series", num_terms=5, num_probes=1)
+    config.training.update({"batch_size": 32, "actnorm_examples": 256})
+    return parse(config)
+
+
+def step_config(name):
+    """The config of a size: "digits", or the number of channels of `colour_config`."""
+    return read_config(DIGITS) if name == "digits" else colour_config(int(name))
+
+
+def step_cases(config, folder):
+    """Case and arguments of the workers of a training step, by peer; PyTorch's want their number of threads, too."""
+    data, size = plan.data_for(config), config.training.batch_size
+    spec = density_spec(config, data)
+    examples = np.asarray(data.examples["train"][: NUM_BATCHES * size])
+    x = np.moveaxis(np.asarray(jax.jit(Density(spec, {}, {}).preprocess)(examples, jax.random.key(0))), -1, 1)
+    np.save(folder / "batches.npy", x.reshape(NUM_BATCHES, size, *x.shape[1:]))
+    of_peers = {
+        "architecture": architecture(spec),
+        "batches": str(folder / "batches.npy"),
+        "num_terms": config.logdet.num_terms,
+        "num_steps": config.constraint.num_steps,
+        "learning_rate": config.optimizer.learning_rate,
+        "clip_norm": config.optimizer.clip_norm,
+    }
+    peers = {kind: ("TorchSteps", {"kind": kind, **of_peers}) for kind in (NORMFLOWS, NAIVE)}
+    return {OURS: ("OurSteps", {"config": to_plain(config)}), **peers}
+
+
+def own_cache(folder, name):
+    """Environment of a process whose compiled programs stand in a folder of their own, empty at first."""
+    return {"IRESNET_JAX_CACHE_DIR": str(folder / f"cache_{name}")}
+
+
+def steps(arguments, start, folder):
+    """Training steps: time by number of cores and largest memory, of every size."""
+    effort = {"turns": 2, "seconds_a_turn": 0.2} if arguments.quick else {"turns": 5, "seconds_a_turn": 2.0}
+    results = {}
+    for size in ("quick",) if arguments.quick else arguments.sizes:
+        config = colour_config(8, num_blocks=1) if size == "quick" else step_config(size)
+        cases, running = step_cases(config, folder), {}
+        for peer, (case, given) in cases.items():
+            for count, cores in core_counts().items():
+                threads = {} if peer == OURS else {"threads": count}
+                running[peer, count] = start(cores, "_steps", case, given | threads, own_cache(folder, f"{size}_{count}"))
+        asked = {name: lambda num, worker=worker: worker.ask("steps", num=num) for name, worker in running.items()}
+        timings = take_turns(asked, **effort)
+        memory = {name: worker.ask("memory") for name, worker in running.items()}
+        for worker in running.values():
+            worker.stop()
+        for count, cores in core_counts().items():  # a second run finds the programs of the first
+            again = start(cores, "_steps", *cases[OURS], own_cache(folder, f"{size}_{count}"))
+            again.ask("steps", num=WARMUP)
+            memory[OURS, count]["peak_bytes_of_a_second_run"] = again.ask("memory")["peak_bytes"]
+            arithmetic = again.ask("arithmetic")
+            memory[OURS, count] |= {**arithmetic, "floor_s": arithmetic["flops"] / arithmetic["matmul_peak_flops"]}
+            again.stop()
+        results[size] = {"batch_size": config.training.batch_size, "num_terms": config.logdet.num_terms, "cores": {}}
+        for (peer, count), timing in timings.items():
+            found = {**timing.summary(), **memory[peer, count]}
+            found["times_ours"] = timings[OURS, count].speedup_over(timing)
+            found["times_as_fast_as_on_one_core"] = timing.speedup_over(timings[peer, 1])
+            results[size]["cores"].setdefault(str(count), {})[peer] = found
     return results
+
+
+def startups(arguments, start, folder):
+    """Seconds from the start of a process until the first training step of the digits density is done."""
+    cores, (case, given) = most_cores(), step_cases(read_config(DIGITS), folder)[NORMFLOWS]
+    measured = {"ours, cold": [], "ours, warm": [], NORMFLOWS: []}
+    for number in range(2 if arguments.quick else 3):
+        for name in ("cold", "warm"):
+            flags = [f"--config={DIGITS}", f"--workdir={folder / f'{name}_{number}'}"]
+            with training(flags, own_cache(folder, f"startup_{number}")) as lines:
+                measured[f"ours, {name}"].append(next(seconds for seconds, line in lines if line["split"] == "timing"))
+        worker = start(cores, "_steps", case, given | {"threads": len(cores), "warmup": 1})
+        measured[NORMFLOWS].append(worker.ready_s)
+        worker.stop()
+    return {name: Timing(tuple(seconds)).summary() for name, seconds in measured.items()}
+
+
+def time_to(arguments, folder):
+    """Seconds of train.py until validation of Fashion-MNIST is at ``arguments.time_to`` bits/dim, beside normflows' record."""
+    flags = [f"--config={FASHION}", f"--workdir={folder / 'fashion_mnist'}", *arguments.train_flag]
+    validations, reached = [], None
+    with training(flags, {}) as lines:
+        for seconds, line in lines:
+            if line["split"] == "validation":
+                validations.append({"seconds": seconds, "step": line["step"], "bits_per_dim": line["bits_per_dim"]})
+                print(f"ours: {validations[-1]}", flush=True)
+                if line["bits_per_dim"] <= arguments.time_to:
+                    reached = seconds
+                    break
+    kept = json.loads(KEPT.read_text())
+    log = kept["results"][NORMFLOWS]["validation"]
+    theirs = next((60 * entry["minutes"] for entry in log if entry["validation"] <= arguments.time_to), None)
+    return {
+        "target": arguments.time_to,
+        "seconds": reached,
+        "validations": validations,
+        "flags": arguments.train_flag,
+        "normflows_kept": {"seconds": theirs, "last": log[-1], "environment": kept["environment"]},
+        "times_as_fast": theirs / reached if theirs and reached else None,
+    }
+
+
+@contextlib.contextmanager
+def training(flags, environment):
+    """A run of train.py on all cores that are compared: seconds since its start and line of its log, as lines are written.
+
+    The run is killed in the end.
+    """
+    workdir = Path(next(flag.partition("=")[2] for flag in flags if flag.startswith("--workdir=")))
+    began, command = time.perf_counter(), [sys.executable, str(ROOT / "train.py"), *flags]
+    nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env={**os.environ, **environment}, preexec_fn=lambda: pin(most_cores()), **nowhere)
+
+    def lines():
+        path, read, is_over = workdir / "metrics.jsonl", 0, False
+        while not is_over:
+            is_over = process.poll() is not None
+            whole = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+            yield from ((time.perf_counter() - began, json.loads(line)) for line in whole[read:])
+            read = len(whole)
+            time.sleep(POLL_S)
+        if process.returncode:
+            raise RuntimeError(f"train.py ended with status {process.returncode}")
+
+    try:
+        yield lines()
+    finally:
+        process.kill()
+        process.wait()
+
+
+PARTS = {"step": steps, "likelihood": likelihoods, "inverse": inverses, "sampling": samples, "startup": startups}
 
 
 def main():
@@ -74,22 +218,21 @@ def main():
         "versions": versions,
         "cores": core_counts(),
         "colour": asdict(colour_config(64).model),
-        "likelihood_bits_per_dim": likelihood.TARGET,
-        "inverse_error_of_an_entry": inverse.TOLERANCE,
+        "likelihood_bits_per_dim": TARGET,
+        "inverse_error_of_an_entry": TOLERANCE,
     }
+
+    def record(part, results):
+        show(results, part)
+        output = arguments.output and arguments.output.with_stem(f"{arguments.output.stem}_{part}")
+        write(f"peers_{part}", argparse.Namespace(**{**vars(arguments), "output": output}), settings, results)
+
     for part in chosen:
-        record(part, arguments, settings, run(part, arguments))
+        with workers() as start, tempfile.TemporaryDirectory() as folder:
+            record(part, PARTS[part](arguments, start, Path(folder)))
     if arguments.time_to is not None:
         with tempfile.TemporaryDirectory() as folder:
-            results = training.time_to(arguments, Path(folder))
-        print(f"\ntime to {arguments.time_to} bits/dim\n{table(training.time_rows(results), training.TIME_HEADER)}")
-        record("time_to", arguments, settings, results)
-
-
-def record(part, arguments, settings, results):
-    """Writes the record of a part as soon as it is measured."""
-    output = arguments.output and arguments.output.with_stem(f"{arguments.output.stem}_{part}")
-    write(f"peers_{part}", argparse.Namespace(**{**vars(arguments), "output": output}), settings, results)
+            record("time_to", time_to(arguments, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -8,71 +8,29 @@ are kept, each with the commit it was made with; to make one anew, take it out o
 
 import dataclasses
 import json
-from pathlib import Path
 
-from _models import read_config
-from _record import RESULTS, parser, table, write
+from _models import config_file, read_config
+from _record import RESULTS, parser, write
 
 from iresnet_jax.evaluation import environment
-from iresnet_jax.runs.planning import plan
+from iresnet_jax.runs.planning import plan, topologies
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = (
-    "digits_density",
-    "digits_hybrid",
-    "mnist_density",
-    "fashion_mnist_density",
-    "toy_2d:moons",
-    "posterior:sbi_two_moons",
-    "digits_classification",
-    "mnist_classification",
-    "fashion_mnist_classification",
-    "iresnet_density:mnist",
-    "iresnet_density:cifar10",
-    "residual_flow_density:mnist",
-    "residual_flow_density:cifar10",
-    "residual_flow_density:downsampled_imagenet/32x32",
-    "iresnet_classification:mnist",
-    "iresnet_classification:cifar10",
-    "iresnet_classification:cifar10_released",
+    *("digits_density", "digits_hybrid", "mnist_density", "fashion_mnist_density", "toy_2d:moons", "posterior:sbi_two_moons"),
+    *("digits_classification", "mnist_classification", "fashion_mnist_classification"),
+    *("iresnet_density:mnist", "iresnet_density:cifar10"),
+    *("residual_flow_density:mnist", "residual_flow_density:cifar10", "residual_flow_density:downsampled_imagenet/32x32"),
+    *("iresnet_classification:mnist", "iresnet_classification:cifar10", "iresnet_classification:cifar10_released"),
     "iresnet_classification:cifar100",
-)
-SHOWN = (
-    "config",
-    "topology",
-    "batch",
-    "parameters",
-    "state MB",
-    "on the way MB",
-    "fits",
-    "GFLOP",
-    "reductions",
-    "MB",
-    "compile s",
 )
 
 
 def make(name, topology, *, find_largest):
     """The plan of a config, as JSON."""
-    file, _, argument = name.partition(":")
-    path = CONFIGS / f"{file}.py"
-    config = read_config(f"{path}:{argument}" if argument else path)
-    made = plan.make(config, plan.machine(topology), find_largest=find_largest)
+    made = plan.make(read_config(config_file(name)), topologies.machine(topology), find_largest=find_largest)
     print(f"{name}: {made}\n", flush=True)
     found = environment.describe()
     return {"config": name, **dataclasses.asdict(made), "commit": found.commit, "date": found.date}
-
-
-def row(made):
-    """A line of the table."""
-    size = lambda num: "" if num is None else f"{num / 1e6:.0f}"  # noqa: E731
-    fits = "no" if made["problem"] else "yes"
-    largest = "" if made["largest_share"] is None else f", {made['largest_share']} at most"
-    share = f"{made['batch_size']} ({made['batch_size'] // made['num_devices']} a chip{largest})"
-    costs = (f"{made['flops_per_example'] / 1e9:.3g}", len(made["reductions"]), size(sum(made["reductions"])))
-    memory = (size(made["argument_bytes"]), size(made["temporary_bytes"]))
-    parameters = f"{made['num_parameters']:,}"
-    return (made["config"], made["topology"], share, parameters, *memory, fits, *costs, f"{made['compile_seconds']:.0f}")
 
 
 def main():
@@ -88,7 +46,6 @@ def main():
         if (name, arguments.topology) not in done:
             made.append(make(name, arguments.topology, find_largest=arguments.largest_batch))
             write("plans", arguments, {"topology": arguments.topology}, made)
-    print(table([row(one) for one in made], SHOWN))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ An error is the larger of two: over groups of neighbouring test examples, and ov
 differences example by example.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -25,7 +26,7 @@ import _densities
 import _tables
 import numpy as np
 from _densities import MODELS
-from _record import RESULTS, parser, write
+from _record import RESULTS, parser, show, write
 
 from iresnet_jax.evaluation import environment
 
@@ -49,7 +50,9 @@ SETTINGS = {
 
 
 def measure(table, model, seed, minutes):
-    """Fits a model and evaluates it on the test examples."""
+    """Fits a model and evaluates it on the test examples; the truth takes no fit."""
+    if model == TRUTH:
+        return {**likelihood(table.true_log_prob), "fit_seconds": 0.0, "num_parameters": 0, "details": {}}
     began = time.monotonic()
     fitted = MODELS[model](table, seed, minutes)
     fit_seconds = time.monotonic() - began
@@ -113,33 +116,6 @@ def summarize(runs):
     return lines
 
 
-def with_error(estimate, sign=""):
-    """A mean with the larger of its errors."""
-    error = max(estimate["stderr_examples"], estimate["stderr_seeds"])
-    return f"{estimate['mean']:{sign}.3f} ± {error:.3f}"
-
-
-def markdown(summary):
-    """The table of all results."""
-    header = ("data", "minutes", "model", "test log-likelihood, nats", "by seed", "ours - it", "seconds", "parameters")
-    rows = [header, ("---",) * len(header)]
-    for line in summary:
-        difference = line.get("ours_minus_it")
-        rows.append(
-            (
-                line["data"],
-                f"{line['minutes']:g}",
-                line["model"],
-                with_error(line["log_prob"]),
-                ", ".join(f"{mean:.3f}" for mean in line["log_prob"]["by_seed"]),
-                with_error(difference, "+") if difference else "",
-                f"{line['fit_seconds']:.0f}",
-                " to ".join(str(number) for number in sorted({min(line["num_parameters"]), max(line["num_parameters"])})),
-            )
-        )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def kept_runs(path, settings):
     """The runs of a record that was begun before.
 
@@ -156,24 +132,11 @@ def kept_runs(path, settings):
 
 def made_with():
     """What a run was made with, which may be another commit than that of the next one."""
-    found = environment.describe()
-    installed = {name: importlib.metadata.version(name) for name in VERSIONS if _is_installed(name)}
+    found, installed = environment.describe(), {}
+    for name in VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
     return {"commit": found.commit, "date": found.date, "versions": installed}
-
-
-def _is_installed(distribution):
-    try:
-        return bool(importlib.metadata.version(distribution))
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
-def check_installed(models):
-    """Raises ``ValueError`` if a model's packages are missing."""
-    for model in models:
-        missing = [name for name in _densities.PACKAGES.get(model.split("_")[0], ()) if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ValueError(f"{model} needs {', '.join(missing)}: install the extra 'bench', or choose other --models")
 
 
 def main():
@@ -186,34 +149,25 @@ def main():
     quick = arguments.quick
     names = arguments.data or (["wine"] if quick else _tables.NAMES)
     path = arguments.output or (None if quick else RESULTS / "tabular.json")
+    packages = {model.split("_")[0] for model in arguments.models} & {"flowjax", "normflows"}
+    if missing := [name for name in sorted(packages) if importlib.util.find_spec(name) is None]:
+        raise SystemExit(f"error: there is no {' and no '.join(missing)}: install the extra 'bench', or choose other --models")
     try:
-        check_installed(arguments.models)
         runs = kept_runs(path, {"quick": quick, **SETTINGS})
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-
-    def record(identity, result):
-        runs.append({**identity, **result, **made_with()})
-        done = f"{runs[-1]['log_prob']:.3f} ± {runs[-1]['stderr']:.3f} nats after {runs[-1]['fit_seconds']:.0f} s"
-        print(f"{identity['data']}, seed {identity['seed']}, {identity['model']}: {done}", flush=True)
-        write("tabular", arguments, SETTINGS, {"summary": summarize(runs), "runs": runs})
-
-    def is_missing(identity):
-        return all(any(run[name] != value for name, value in identity.items()) for run in runs)
-
     for seed in range(1 if quick else arguments.seeds):
         for name in names:
             table = _tables.load(name, seed, quick=quick)
             minutes = arguments.minutes or (QUICK_MINUTES if quick else MINUTES.get(name, TABLE_MINUTES))
-            for model in arguments.models:
+            for model in arguments.models + [TRUTH] * (table.true_log_prob is not None):
                 identity = {"data": name, "model": model, "seed": seed, "minutes": minutes}
-                if is_missing(identity):
-                    record(identity, measure(table, model, seed, minutes))
-            identity = {"data": name, "model": TRUTH, "seed": seed, "minutes": minutes}
-            if table.true_log_prob is not None and is_missing(identity):
-                nothing = {"fit_seconds": 0.0, "num_parameters": 0, "details": {}}
-                record(identity, {**likelihood(table.true_log_prob), **nothing})
-    print(markdown(summarize(runs)))
+                if any(identity.items() <= run.items() for run in runs):
+                    continue
+                runs.append({**identity, **measure(table, model, seed, minutes), **made_with()})
+                show(runs[-1])
+                write("tabular", arguments, SETTINGS, {"summary": summarize(runs), "runs": runs})
+    show(summarize(runs))
 
 
 if __name__ == "__main__":

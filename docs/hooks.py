@@ -15,7 +15,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "iresnet_jax"
-FOLDERS = ("maths", "bijections", "models", "data", "training", "evaluation", "report")
+FOLDERS = ("maths", "branches", "bijections", "models", "certification", "training", "data", "runs", "evaluation", "report")
 SHOWN_FILES = (".json", ".jsonl", ".png", ".md")  # of benchmarks/, which pages link to
 NUMBERS = {  # names of annotations in runs/config.py
     "Count": "integer in [1, inf)",
@@ -84,7 +84,7 @@ def names_of_the_package() -> str:
 
 def settings() -> Iterator[str]:
     """A table for each group of settings, from the fields and comments of ``runs/config.py``."""
-    source = (PACKAGE / "training" / "config.py").read_text("utf-8")
+    source = (PACKAGE / "runs" / "config.py").read_text("utf-8")
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     lines = source.splitlines()
     fields = [node for node in classes["Config"].body if isinstance(node, ast.AnnAssign)]

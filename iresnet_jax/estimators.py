@@ -7,8 +7,10 @@ outside of the compiled programs, so fits to data of one shape, such as the fold
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -91,10 +93,12 @@ class _ResidualFlow(BaseEstimator):
 
 
 class ResidualFlowDensity(DensityMixin, _ResidualFlow):
-    """A residual flow as a density estimator with the methods of `sklearn.mixture.GaussianMixture`.
+    """A residual flow as a density estimator.
 
-    Integer features and others on a regular grid count as such: `score_samples` is then a bound of the log-probability of
-    their values. A constant feature has no density: `fit` refuses it by name.
+    `score_samples` and `score` are those of `sklearn.mixture.GaussianMixture`; `sample` returns the samples alone.
+
+    Integer features, and others on a regular grid, are dequantised: `score_samples` is then a lower bound of the
+    log-probability of their values. A constant feature has no density: `fit` refuses it by name.
 
     Args:
         steps: Updates to train for.
@@ -102,7 +106,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         architecture: Stages of the flow; by default they depend on the number of samples.
         validation_fraction: Share of the samples that chooses the best step, in (0, 1).
         random_state: Seed. Fits with the same integer to data of one shape share their compiled programs.
-        settings: Other settings by name, such as ``{"optimizer.learning_rate": 1e-3}``, see `training.config.Config`.
+        settings: Other settings by name, such as ``{"optimizer.learning_rate": 1e-3}``, see `runs.config.Config`.
         verbose: Whether to write lines of progress to stderr.
 
     Attributes:
@@ -144,7 +148,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         return scipy.special.logsumexp(draws, axis=0) - np.log(NOISE_DRAWS) + volume
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Mean log-likelihood of the samples in nats, as `GaussianMixture.score`; ``y`` is ignored."""
+        """Mean log-likelihood of the samples in nats, as that of `sklearn.mixture.GaussianMixture`; ``y`` is ignored."""
         del y
         return float(self.score_samples(X).mean())
 
@@ -180,7 +184,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
     def _log_prob(self, x: np.ndarray) -> np.ndarray:
         """Log-density of points, those of the cells of a grid included."""
         y, log_det = _forward(self.model_.spec.transform, x)
-        seeds = (_hashes(x) >> np.uint64(32)).astype(np.uint32)
+        seeds = _bits(x, 1)[:, 0].astype(np.uint32)
         return _over_batches(_log_prob, _core(self.model_), y, seeds) + log_det
 
 
@@ -188,7 +192,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
     """A residual flow with a prior for every class, which classifies by Bayes' rule.
 
     The model is a density of samples and labels, trained for the labels' cross-entropy and, with a tenth of the weight, for the
-    likelihood of the samples: ``model_.log_prob`` tells samples that are like none of the classes. Constant features are
+    likelihood of the samples: ``model_.log_prob`` is low for samples that are like none of the classes. Constant features are
     ignored, and repeated values are spread over the gaps between them in training.
 
     Args:
@@ -197,7 +201,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
         architecture: Stages of the flow; by default they depend on the number of samples.
         validation_fraction: Share of the samples that chooses the best step, in (0, 1).
         random_state: Seed. Fits with the same integer to data of one shape share their compiled programs.
-        settings: Other settings by name, such as ``{"hybrid.weight": 1.0}``, see `training.config.Config`.
+        settings: Other settings by name, such as ``{"hybrid.weight": 1.0}``, see `runs.config.Config`.
         verbose: Whether to write lines of progress to stderr.
 
     Attributes:
@@ -234,14 +238,14 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
         return self
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
-        """Log-probability of every class of ``classes_``, a row a sample."""
+        """Log-probability of every class of ``classes_``, one row per sample."""
         x = self._checked(X)[:, self.varying_features_]
         y = np.clip(_forward(self.model_.spec.transform, x)[0], -FARTHEST, FARTHEST)
         logits = _over_batches(_class_logits, _core(self.model_), y)
         return scipy.special.log_softmax(logits, axis=1)
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Probability of every class of ``classes_``, a row a sample."""
+        """Probability of every class of ``classes_``, one row per sample."""
         return np.exp(self.predict_log_proba(X))
 
     def predict(self, X: Any) -> np.ndarray:
@@ -250,7 +254,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
         return self.classes_[best]
 
 
-# ------------------------------------------------------------------------------------- affine preprocessing, in float64
+# Affine preprocessing, in float64 -------------------------------------------------------------------------------------
 
 
 def _forward(transform: Any, x: np.ndarray) -> tuple[np.ndarray, float]:
@@ -284,37 +288,23 @@ def _spread(x: np.ndarray) -> np.ndarray:
     return spread
 
 
-# ---------------------------------------------------------------------------- noise that depends on the sample alone
-
-
 def _noise(x: np.ndarray, draws: int) -> np.ndarray:
     """Uniform numbers in [0, 1) of shape ``(draws, n, d)``; equal samples have equal ones, wherever they stand."""
-    columns, numbers = x.shape[1], np.arange(draws, dtype=np.uint64)[:, None, None]
-    places = numbers * np.uint64(columns) + np.arange(1, columns + 1, dtype=np.uint64)
-    mixed = _mixed(_hashes(x)[None, :, None] + places * np.uint64(0x9E3779B97F4A7C15))
-    return (mixed >> np.uint64(11)) * 2.0**-53
+    bits = _bits(x, draws * x.shape[1]).reshape(len(x), draws, -1)
+    return (bits >> np.uint64(11)).swapaxes(0, 1) * 2.0**-53
 
 
-def _hashes(x: np.ndarray) -> np.ndarray:
-    """64 bits for each sample."""
-    hashes = np.zeros(len(x), np.uint64)
-    for column in (x + 0.0).T:  # -0 becomes 0
-        hashes = _mixed((hashes ^ np.ascontiguousarray(column).view(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
-    return hashes
+def _bits(x: np.ndarray, num: int) -> np.ndarray:
+    """Random numbers of 64 bits, ``num`` for each sample, from a hash of the sample alone."""
+    rows = np.ascontiguousarray(x + 0.0)  # -0 becomes 0
+    return np.stack([np.frombuffer(hashlib.shake_128(row.tobytes()).digest(8 * num), np.uint64) for row in rows])
 
 
-def _mixed(bits: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele et al. 2014): every bit of the result depends on every bit."""
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
-
-
-# ------------------------------------------------------------------------------------------------- compiled programs
+# Compiled programs ----------------------------------------------------------------------------------------------------
 
 
 def _core(model: Density) -> Density:
-    """The model behind its preprocessing, whose spec holds no constants of the data: fits of one shape share programs.
+    """The model after its preprocessing, whose spec holds no constants of the data: fits of one shape share programs.
 
     The log-determinant of more than `EXACT_DIMS` dimensions is that of a Krylov space of 20 dimensions for each of 4 probes.
     """
@@ -330,15 +320,13 @@ def _batch_size(num_dims: int) -> int:
 
 def _over_batches(program: Callable[..., Any], model: Density, *arrays: np.ndarray) -> np.ndarray:
     """Results of a program for all samples, by batches of one size, in float64."""
-
-    def batches() -> Iterator[np.ndarray]:
-        size, num = _batch_size(arrays[0].shape[1]), len(arrays[0])
-        for start in range(0, num, size):
-            parts = [array[start : start + size] for array in arrays]
-            padded = [np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)]) for part in parts]
-            yield np.asarray(program(model, *padded))[: len(parts[0])]
-
-    return np.concatenate(list(batches())).astype(np.float64)
+    size, results = _batch_size(arrays[0].shape[1]), []
+    for start in range(0, len(arrays[0]), size):
+        parts = [array[start : start + size] for array in arrays]
+        missing = size - len(parts[0])
+        padded = [np.pad(part, [(0, missing)] + [(0, 0)] * (part.ndim - 1)) for part in parts]
+        results.append(np.asarray(program(model, *padded))[: len(parts[0])])
+    return np.concatenate(results).astype(np.float64)
 
 
 @jax.jit
@@ -351,9 +339,7 @@ def _class_logits(model: Density, y: Any) -> jax.Array:
     return model.log_prior_by_class(model.encode(y.astype(jnp.float32)))
 
 
-def _sample_core(model: Density, key: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=2)
+def _sample(model: Density, key: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
     y, info = model.sample(key, num)
     return y, info.converged
-
-
-_sample = jax.jit(_sample_core, static_argnums=2)

@@ -45,6 +45,8 @@ def tagged(value: Any) -> Any:
 def from_plain(cls: type[T], plain: Any, path: str) -> T:
     """The dataclass that a mapping describes; fields without an entry keep their default.
 
+    A class may say under ``renamed`` what its fields were called before.
+
     Args:
         path: What messages call the mapping, such as ``config``.
 
@@ -53,7 +55,8 @@ def from_plain(cls: type[T], plain: Any, path: str) -> T:
     """
     if not isinstance(plain, Mapping) and not hasattr(plain, "items"):
         raise ValueError(f"{path} must be a dictionary, got {plain!r}")
-    plain = dict(plain.items())
+    names = getattr(cls, "renamed", {})
+    plain = {names.get(name, name): value for name, value in plain.items()}
     if plain.pop("type", cls.__name__) != cls.__name__:
         raise ValueError(f"{path} is not of the type {cls.__name__}")
     hints = typing.get_type_hints(cls, include_extras=True)

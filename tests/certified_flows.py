@@ -51,7 +51,7 @@ def density(spec):
     rng = np.random.default_rng(0)
     prior = {
         name: jnp.asarray(0.3 * rng.normal(size=values.shape), jnp.float32)
-        for name, values in priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes).items()
+        for name, values in priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes).items()
     }
     return Density(spec, weights(spec.flow), prior)
 

@@ -1,6 +1,7 @@
-"""Every benchmark script still imports what it uses and reads its command line; what they measure is not tested."""
+"""Benchmarks read their command lines, what they compare is right, and kept models give the numbers of their reports."""
 
 import importlib
+import json
 import os
 import sys
 import warnings
@@ -14,8 +15,11 @@ import numpy as np
 import pytest
 
 from iresnet_jax.data.measurements import Measurement
+from iresnet_jax.evaluation import accuracy, likelihood
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.flow import freeze
+from iresnet_jax.runs import trained_run
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
@@ -23,11 +27,11 @@ NOT_INSTALLED = ("normflows", "torch")  # the extra `bench`
 
 
 @pytest.fixture
-def in_folder(monkeypatch):
-    """Scripts find the modules beside them, as when they are run, and nobody else does."""
+def benchmark(monkeypatch):
+    """A function that imports a script or a module beside it, as when it is run; nobody else finds them."""
     monkeypatch.syspath_prepend(str(FOLDER))
     before = set(sys.modules)
-    yield
+    yield importlib.import_module
     for name in set(sys.modules) - before:
         if Path(getattr(sys.modules[name], "__file__", None) or "").parent == FOLDER:
             del sys.modules[name]
@@ -43,56 +47,68 @@ def torch():
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.usefixtures("in_folder")
-def test_script_explains_its_options(name, monkeypatch, capsys):
+def test_script_of_the_readme_explains_its_options(benchmark, name, monkeypatch, capsys):
+    assert f"python benchmarks/{name}.py" in (FOLDER / "README.md").read_text(encoding="utf-8")
     if name == "density_comparison":
         for package in NOT_INSTALLED:
             monkeypatch.setitem(sys.modules, package, mock.MagicMock())
-    script = importlib.import_module(name)
+        monkeypatch.setitem(sys.modules, "_pytorch", mock.MagicMock())
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit) as ended:
-        script.main()
+        benchmark(name).main()
     assert ended.value.code == 0
-    shown = capsys.readouterr().out
-    assert "--quick" in shown
-    assert "--output" in shown
+    assert {"--quick", "--output"} <= set(capsys.readouterr().out.split())
 
 
-@pytest.mark.usefixtures("in_folder")
-def test_no_pixel_of_a_photograph_is_in_two_splits():
-    tables = importlib.import_module("_tables")
+def report_of(name):
+    """A kept run, and its report."""
+    folder = FOLDER / "results" / name
+    return trained_run.load(folder), json.loads((folder / "report.json").read_text())
+
+
+def test_kept_density_has_the_likelihood_of_its_report():
+    run, report = report_of("digits_density")
+    found = likelihood.measure(run.model, run.test_examples(), run.config.evaluation, run.config.seed)
+    mean = -float(found.log_prob.mean()) * run.model.spec.unit_of_a_nat
+    assert mean == pytest.approx(report["bits_per_dim"]["mean"], abs=1e-6)
+
+
+def test_kept_hybrid_makes_the_errors_of_its_report():
+    run, report = report_of("digits_hybrid")
+    found = accuracy.evaluate(run.model, run.test_examples(), run.data.labels["test"], batch_size=360)
+    assert found.error == report["classification"]["error"]
+
+
+# --- what is compared -----------------------------------------------------------------------------------------------
+
+
+def test_no_pixel_of_a_photograph_is_in_two_splits(benchmark):
+    tables = benchmark("_tables")
     numbered = np.arange(2 * 427 * 640).reshape(2, 427, 640)
     parts = tables.cut(numbered, np.random.default_rng(0), tables.PATCHES)
     assert [len(part) for part in parts] == list(tables.PATCHES)
     assert sum(len(np.unique(part)) for part in parts) == len(np.unique(np.concatenate(parts)))
 
 
-@pytest.mark.usefixtures("in_folder")
-def test_noise_is_as_wide_as_the_grid_of_most_values():
-    tables = importlib.import_module("_tables")
-    assert tables.grid_width(np.array([1.0, 2, 2, 1])) == pytest.approx(1)
-    assert tables.grid_width(np.array([0.3, 1.2, 5.5, 2.7])) == pytest.approx(0.1)
-    assert tables.grid_width(np.array([1065.0, 1050, 735, 1480, 1285, 1547])) == pytest.approx(5)
-    ages = np.repeat(np.arange(20.0, 60.0), 5)[:, None]
-    noisy = tables.dequantized(ages, np.random.default_rng(0), [])
-    assert 0.45 < np.abs(noisy - ages).max() < 0.5
+@pytest.mark.parametrize(
+    ("values", "width"), [((1, 2, 2, 1), 1), ((0.3, 1.2, 5.5, 2.7), 0.1), ((1065, 1050, 735, 1480, 1285, 1547), 5)]
+)
+def test_noise_is_as_wide_as_the_grid_of_most_values(benchmark, values, width):
+    assert benchmark("_tables").grid_width(np.array(values, float)) == pytest.approx(width)
 
 
-@pytest.mark.usefixtures("in_folder")
-def test_density_of_ridges_integrates_to_one():
-    ridges = importlib.import_module("_tables").Ridges
+def test_density_of_ridges_integrates_to_one(benchmark):
     x = 2 * np.random.default_rng(0).normal(size=(400_000, 6))
     log_proposal = -0.5 * (x**2 / 4 + np.log(8 * np.pi)).sum(axis=1)
-    weights = np.exp(ridges.log_prob(x) - log_proposal)
+    weights = np.exp(benchmark("_tables").Ridges.log_prob(x) - log_proposal)
     stderr = weights.std() / len(x) ** 0.5
     assert stderr < 0.06
     assert abs(weights.mean() - 1) < 5 * stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system pins no processes")
-@pytest.mark.usefixtures("in_folder")
-def test_worker_answers_in_its_process_and_tells_why_it_ended(tmp_path):
-    processes = importlib.import_module("_peers_processes")
+def test_worker_answers_in_its_process_and_tells_why_it_ended(benchmark, tmp_path):
+    processes = benchmark("_processes")
     (tmp_path / "doubling.py").write_text(
         "import os\n"
         "class Doubling:\n"
@@ -106,17 +122,18 @@ def test_worker_answers_in_its_process_and_tells_why_it_ended(tmp_path):
     with processes.workers() as start:
         worker = start(cores, "doubling", "Doubling", {"number": 21}, {"PYTHONPATH": str(tmp_path)})
         answer, process, used = worker.ask("times", factor=2)
-        assert answer == 42
+        assert (answer, used) == (42, cores)
         assert process != os.getpid()
-        assert used == cores
         with pytest.raises(RuntimeError, match="unsupported operand"):
             worker.ask("times", factor=None)
 
 
-@pytest.mark.usefixtures("in_folder")
-def test_inverses_are_tuned_to_the_first_tolerance_that_reaches_the_error():
-    inverse = importlib.import_module("_peers_inverse")
+def test_turns_end_early_but_not_before_three(benchmark):
+    timings = benchmark("_record").take_turns({"slow": lambda num: 5.0}, turns=9, seconds_a_turn=1.0, most_seconds=0)
+    assert timings["slow"].seconds == (5.0, 5.0, 5.0)
 
+
+def test_inverses_are_tuned_to_the_first_tolerance_that_reaches_the_error(benchmark):
     class Halving:
         """A worker whose error is half of its tolerance, at least .01, from more and more evaluations."""
 
@@ -126,50 +143,21 @@ def test_inverses_are_tuned_to_the_first_tolerance_that_reaches_the_error():
                 return 1.0
             return {"largest": max(self.tolerance / 2, 0.01), "evals": 1 / self.tolerance}
 
+    first_that_reaches = benchmark("_peers_trained").first_that_reaches
     settings = [{"tolerance": 10.0**-k} for k in range(1, 6)]
-    found, tried = inverse.first_that_reaches(Halving(), settings, 0.03)
+    found, tried = first_that_reaches(Halving(), settings, 0.03)
     assert found == {"tolerance": 0.01}
     assert [each["largest"] for each in tried] == [0.05, 0.01]
-    found, tried = inverse.first_that_reaches(Halving(), settings, 0.001, gives_up=lambda found: found["evals"] > 500)
+    found, tried = first_that_reaches(Halving(), settings, 0.001, gives_up=lambda found: found["evals"] > 500)
     assert found is None
     assert len(tried) == 3
 
 
-@pytest.mark.usefixtures("in_folder")
-def test_turns_end_early_but_not_before_three():
-    processes = importlib.import_module("_peers_processes")
-    timings = processes.take_turns({"slow": lambda num: 5.0}, turns=9, seconds_a_turn=1.0, most_seconds=0)
-    assert timings["slow"].seconds == (5.0, 5.0, 5.0)
-
-
-@pytest.mark.usefixtures("in_folder", "torch")
-def test_pytorch_flow_with_weights_of_ours_is_the_same_function(tmp_path):
-    cases, fixed = (importlib.import_module(name) for name in ("_peers_cases", "_peers_fixed"))
-    convolutional = StageSpec(2, (6,), (3, 3), "clipswish", squeeze=2, positional_bias=True)
-    spec = FlowSpec((8, 8, 1), (convolutional, StageSpec(1, (5, 3), (3, 1, 3), "elu"), StageSpec(1, (7,), None, "lipswish")))
-    rng, weights = np.random.default_rng(0), {}
-    for stage in spec.layout:
-        branch = stage.branch.initial_weights(jax.random.key(0))
-        channels, blocks = stage.branch.in_shape[-1], stage.spec.num_blocks
-        scale = {name: jnp.zeros(channels) for name in ("bias", "log_scale")}
-        weights[stage.name] = jax.tree.map(
-            lambda leaf, blocks=blocks: jnp.asarray(0.3 * rng.normal(size=(blocks, *leaf.shape)), jnp.float32),
-            {"actnorm": scale, "branch": branch},
-        ) | {"lipschitz": jnp.full(blocks, 0.9)}
-    model = Density(DensitySpec(spec), weights, {})
-    x = rng.normal(size=(3, 8, 8, 1))
-    z = model.flow().forward(jnp.asarray(x, jnp.float32))
-    cases.write_arrays(model, x, z, tmp_path / "arrays.npz")
-    theirs = fixed.Normflows(cases.architecture(model.spec), tmp_path / "arrays.npz", threads=1)
-    assert max(theirs.check().values()) < 1e-5
-
-
-@pytest.mark.usefixtures("in_folder")
-def test_our_inverses_are_shared_by_devices_in_both_precisions(tmp_path):
-    cases, fixed = (importlib.import_module(name) for name in ("_peers_cases", "_peers_fixed"))
+def test_our_inverses_are_shared_by_devices_in_both_precisions(benchmark, tmp_path):
+    flows = benchmark("_peers_flows")
     model, z = kept.model(kept.POINTS), np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)
-    cases.write_arrays(model, cases.exact_inverse(model, z), z, tmp_path / "arrays.npz")
-    ours = fixed.Ours(model.save(tmp_path / "model.npz"), tmp_path / "arrays.npz")
+    flows.write_arrays(model, flows.exact_inverse(model, z), z, tmp_path / "arrays.npz")
+    ours = flows.OurFlow(model.save(tmp_path / "model.npz"), tmp_path / "arrays.npz")
     for atol, refine in ((1e-6, False), (1e-9, True)):
         assert ours.invert(1, atol, refine) > 0
         found = ours.error()
@@ -177,9 +165,20 @@ def test_our_inverses_are_shared_by_devices_in_both_precisions(tmp_path):
         assert found["converged"] == 1
 
 
-@pytest.mark.usefixtures("in_folder")
-def test_naive_series_has_value_and_gradient_of_its_terms(torch):
-    naive = importlib.import_module("_peers_torch").NaiveResidual
+@pytest.mark.usefixtures("torch")
+def test_pytorch_flow_with_weights_of_ours_is_the_same_function(benchmark, tmp_path):
+    flows = benchmark("_peers_flows")
+    convolutional = StageSpec(2, (6,), (3, 3), "clipswish", squeeze=2, positional_bias=True)
+    spec = FlowSpec((8, 8, 1), (convolutional, StageSpec(1, (5, 3), (3, 1, 3), "elu"), StageSpec(1, (7,), None, "lipswish")))
+    model = Density(DensitySpec(spec), freeze(spec, kept.random_params(spec, jax.random.key(0))), {})
+    x = np.random.default_rng(0).normal(size=(3, 8, 8, 1))
+    flows.write_arrays(model, x, model.flow().forward(jnp.asarray(x, jnp.float32)), tmp_path / "arrays.npz")
+    theirs = flows.TorchFlow(flows.architecture(model.spec), tmp_path / "arrays.npz", threads=1)
+    assert max(theirs.check().values()) < 1e-5
+
+
+def test_naive_series_has_value_and_gradient_of_its_terms(benchmark, torch):
+    naive = benchmark("_pytorch").NaiveResidual
     net = torch.nn.Linear(5, 5, bias=False).double()
     x, matrix = torch.zeros(2, 5, dtype=torch.float64), 0.2 * net.weight.detach().numpy()
     net.weight.data.mul_(0.2)
@@ -197,16 +196,32 @@ def test_naive_series_has_value_and_gradient_of_its_terms(torch):
     np.testing.assert_allclose(net.weight.grad.numpy(), gradient, rtol=1e-10)
 
 
-def test_every_script_has_its_line_in_the_readme():
-    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert SCRIPTS
-    assert [name for name in SCRIPTS if f"python benchmarks/{name}.py" not in readme] == []
+def test_exact_likelihoods_of_normflows_are_those_of_the_whole_jacobian(benchmark, torch):
+    pytorch, nf = benchmark("_pytorch"), importlib.import_module("normflows")
+    torch.manual_seed(0)
+    nets = [nf.nets.LipschitzCNN([2, 5, 2], [3, 3], init_zeros=False) for _ in range(2)]
+    flows = [layer for net in nets for layer in pytorch.block((2, 1, 1), net, **pytorch.POISSON)]
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian((2, 4, 4)), flows[::-1])
+    x = torch.randn(3, 2, 4, 4)
+    model.log_prob(x)  # fits ActNorm
+    model.double()
+    found = pytorch.exact_log_prob(model, x)
+
+    def latents(x):
+        for layer in flows:
+            x = layer.iresblock(x) if hasattr(layer, "iresblock") else layer.inverse(x)[0]
+        return x
+
+    for one, value in zip(x.double().split(1), found, strict=True):
+        jacobian = torch.autograd.functional.jacobian(latents, one).reshape(32, 32)
+        exact = model.q0.log_prob(latents(one)) + torch.linalg.slogdet(jacobian).logabsdet
+        assert value == pytest.approx(exact.item(), rel=1e-10)
 
 
 @pytest.fixture
-def variational(in_folder):
+def variational(benchmark):
     """Reconstructions without learning, with images, measurements and eigenvalues of a problem of 6 x 7 pixels."""
-    module = importlib.import_module("_variational")
+    module = benchmark("_variational")
     rng = np.random.default_rng(0)
     spectra, x = module.Spectra.of(6, 7, 0.8), np.zeros((2, 6, 7))
     x[:, 2:5, 1:4] = 0.9
@@ -234,20 +249,15 @@ def test_tikhonov_solves_its_normal_equations(variational):
 @pytest.mark.parametrize("weight", [1e-4, 3e-3, 0.1])
 def test_no_image_fits_with_less_total_variation(variational, weight):
     module, spectra, x, y = variational
-    found = module.minimize_total_variation(spectra, y, weight, num_steps=4000)
-    least, rng = module.objective(spectra, found, y, weight), np.random.default_rng(2)
-    assert (found >= 0).all()
-    assert (found <= 1).all()
+
+    def objective(x):
+        variation = np.sqrt((module.gradient(x) ** 2).sum(axis=0)).sum(axis=(1, 2))
+        return ((spectra.apply(spectra.blur, x) - y) ** 2).sum(axis=(1, 2)) / 2 + weight * variation
+
+    found, rng = module.minimize_total_variation(spectra, y, weight, num_steps=4000), np.random.default_rng(2)
+    assert ((found >= 0) & (found <= 1)).all()
     others = [x, np.clip(y, 0, 1), np.full_like(y, 0.3)]
     others += [np.clip(found + size * rng.normal(size=y.shape), 0, 1) for size in np.repeat([1e-1, 1e-2, 1e-3], 50)]
     others += [found + share * (other - found) for share in (1e-2, 1e-3) for other in others]  # the problem is convex
     for other in others:
-        assert (module.objective(spectra, other, y, weight) >= least * (1 - 1e-5)).all()
-
-
-def test_total_variation_agrees_with_scikit_image(variational):
-    pytest.importorskip("skimage")
-    module, spectra, _, y = variational
-    ours = module.minimize_total_variation(spectra, y, 3e-3, num_steps=2000)
-    theirs = module.by_scikit_image(spectra, y, 3e-3)
-    np.testing.assert_allclose(ours, theirs, atol=2e-3)
+        assert (objective(other) >= objective(found) * (1 - 1e-5)).all()

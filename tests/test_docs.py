@@ -22,13 +22,15 @@ from iresnet_jax.__main__ import make_parser
 from iresnet_jax.report.formatting import MINUS
 from iresnet_jax.runs.command_line import parse_train_flags
 
-PAGES = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in FILES}
 README = PAGES["README.md"].read_text(encoding="utf-8")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 MODEL = "benchmarks/results/digits_hybrid/model.npz"  # read by a block
 SECTIONS = (
     "Install",
-    "In fifteen lines",
+    "A first model",
+    "How it works",
     "Training from a config",
     "Results",
     "What is guaranteed",
@@ -72,6 +74,7 @@ def test_blocks_are_found_with_their_lines():
     assert {block.language for path in PAGES.values() for block in blocks(path.read_text())} == {
         "python",
         "sh",
+        "text",
         "bash",
         "yaml",
         "bibtex",
@@ -144,7 +147,7 @@ def commands(text):
 def check_command(command):
     """Raises unless a command names what there is, with options that it has."""
     match command:
-        case ["pip", "install", *packages]:
+        case ["pip", "install", "-e", *packages] | ["pip", "install", *packages]:
             for package in packages:
                 name, _, extras = package.rstrip("]").partition("[")
                 known = EXTRAS if name == "." else metadata.metadata(name).get_all("Provides-Extra")
@@ -157,9 +160,12 @@ def check_command(command):
         case ["python", "-m", "iresnet_jax", *options]:
             if options not in ([], ["COMMAND"]):
                 make_parser().parse_args(options)
+        case ["python", "-m", "build"]:
+            assert any(package.startswith("build>") for package in EXTRAS["test"])
         case ["python", script, *_]:
             assert (ROOT / script).is_file(), f"there is no {script}"
-        case ["pytest", *paths]:
+        case ["pytest", *words]:
+            paths = [word for word in words if not word.startswith("-")]
             assert all((ROOT / path).exists() for path in paths), f"there is not all of {paths}"
         case ["mkdocs", "serve" | "build", *_]:
             assert any(package.startswith("mkdocs>") for package in EXTRAS["docs"])
@@ -328,7 +334,7 @@ def test_the_tables_of_inverse_problems_are_those_of_the_records():
     by_lipschitz = []
     for trained, file in (("inverse", "inverse_problem_digits.json"), ("operator", "forward_share1_digits.json")):
         for noise, found in read_json(folder / file)["results"].items():
-            errors = [f"{own['relative_error']:.3f}".replace("0.", ".") for own in found.branch.lipschitz_bound.values()]
+            errors = [f"{own['relative_error']:.3f}".replace("0.", ".") for own in found["lipschitz"].values()]
             by_lipschitz.append([f"{trained}, {100 * float(noise):g} %", *errors])
     assert rows[2 : 2 + len(expected)] == expected
     assert rows[2 + len(expected) + 2 :] == by_lipschitz
@@ -340,8 +346,8 @@ def read_json(path):
 
 def inverse_problem_row(name, noise, found):
     """The cells of the network that is best on validation beside the other methods, as the page has them."""
-    best = found["best"].branch.lipschitz_bound
-    own = found.branch.lipschitz_bound[str(best)]
+    best = found["best"]["lipschitz"]
+    own = found["lipschitz"][str(best)]
     errors = [found["tikhonov"], found["total_variation"], own, found["vanilla"]]
     written = [f"{one['relative_error']:.3f} ± {one['stderr']:.3f}".replace("0.", ".") for one in errors]
     amplified = [f"{one['largest_amplification']:.1f}" for one in (own, found["vanilla"])]
@@ -369,3 +375,8 @@ def test_the_readme_is_short_and_in_order():
         assert promise in shell
     [picture] = [target for target in links(README) if target.endswith(".png")]
     assert (ROOT / picture).stat().st_size < 300_000
+
+
+def test_the_citation_has_the_version_of_the_package():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

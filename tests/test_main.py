@@ -2,21 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import kept
 import numpy as np
 import pytest
 
-from iresnet_jax.__main__ import SHARED, main
+from iresnet_jax.__main__ import COMMANDS, main
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.evaluation import samples
 from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.models.saved import FILE_NAME
+from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import machine, run_folder
 from iresnet_jax.runs import trained_run as run
 
 PNG = b"\x89PNG"
-COMMANDS = ("evaluate", "sample", "reconstruct", "certify", "freeze", "ood", "robustness", "report", "plan", "profile")
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,7 @@ def said(capsys, command, folder, *options, status=0):
 
 def answer(capsys, *arguments):
     """The one line that a failing command leaves on stderr."""
-    try:
-        status = main(list(map(str, arguments)))
-    except SystemExit as exit:  # argparse's way
-        status = exit.code
+    status = main(list(map(str, arguments)))
     out, err = capsys.readouterr()
     assert status == 2
     assert out == ""
@@ -128,7 +125,9 @@ def test_certify_tells_layer_by_layer_and_fails_without_a_certificate(folders, c
     assert any(line.startswith("stage0/block01/dense0   0.9000") for line in lines)
     assert lines[-1].startswith("certified: every one of 2 blocks is a contraction")
     loaded = run.load(folders["points"])
-    weights = {"stage0": {**loaded.model.weights["stage0"], "lipschitz": np.array([0.5, np.inf], np.float32)}}
+    block = loaded.model.weights["stage0"]
+    branch = replace(block.branch, lipschitz_bound=np.array([0.5, np.inf], np.float32))
+    weights = {"stage0": block._replace(branch=branch)}
     broken = run.Run(loaded.folder, loaded.model.with_(weights=weights), loaded.config, loaded.fingerprint, 7)
     monkeypatch.setattr(run, "load", lambda folder: broken)
     assert said(capsys, "certify", folders["points"], status=1).splitlines()[-1] == (
@@ -151,9 +150,6 @@ def test_robustness_says_the_verified_accuracy(folders, capsys):
     lines = said(capsys, "robustness", folders["classifier"], "--num", "3", "--radii", "1e-6,0.1").splitlines()
     assert "3 test images" in lines[0]
     assert [line.split()[0] for line in lines[2:]] == ["1e-06", "0.1"]
-    assert "holds a density" in answer(capsys, "robustness", "--workdir", folders["hybrid"])
-    assert "positive and increasing" in answer(capsys, "robustness", "--workdir", folders["classifier"], "--radii", "1,0.1")
-    assert "invalid numbers value" in answer(capsys, "robustness", "--workdir", folders["classifier"], "--radii", "a")
 
 
 def test_ood_says_an_area_for_every_score(folders, capsys):
@@ -200,36 +196,46 @@ def test_commands_that_share_examples_use_all_cores_before_the_model_is_loaded(c
     said(capsys, "sample", copied["points"], "--num", "1", "--certify", "0")
     said(capsys, "certify", copied["points"])
     assert calls == ["moons", "load", "load"]
-    assert {command.__name__ for command in SHARED} == {"evaluate", "sample", "reconstruct", "report"}
+    shared = {name for name, command in COMMANDS.items() if command.shares_examples}
+    assert shared == {"evaluate", "sample", "reconstruct", "report"}
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
 
 
-def test_mistakes_of_the_command_line_are_answered_in_one_sentence(tmp_path, capsys):
-    assert "invalid choice: 'evalute'" in answer(capsys, "evalute", "--workdir", "x")
-    assert "--workdir" in answer(capsys, "evaluate")
-    assert "--nun" in answer(capsys, "sample", "--workdir", "x", "--nun", "3")
-    assert "it must be at least 1, got 0" in answer(capsys, "reconstruct", "--workdir", "x", "--num", "0")
-    assert f"there is no workdir {tmp_path / 'none'}" in answer(capsys, "evaluate", "--workdir", tmp_path / "none")
-    assert "has no config.json" in answer(capsys, "report", "--workdir", tmp_path)
+MISTAKES = [
+    # of the command line
+    ("evalute", None, [], "invalid choice: 'evalute'"),
+    ("evaluate", None, [], "--workdir"),
+    ("sample", "points", ["--nun", "3"], "--nun"),
+    ("reconstruct", "points", ["--num", "0"], "at least 1, got 0"),
+    ("robustness", "classifier", ["--radii", "a"], "invalid numbers value"),
+    ("evaluate", "nowhere", [], "there is no workdir"),
+    ("report", "", [], "has no config.json"),
+    # what a model does not have
+    ("sample", "classifier", ["--label", "1"], "holds no density"),
+    ("sample", "points", ["--num", "-1"], "at least 1, got -1"),
+    ("sample", "points", ["--seed", "-3"], "seed must not be negative"),
+    ("sample", "points", ["--temperature", "nan"], "temperature must be at least 0"),
+    ("sample", "points", ["--label", "0"], "one prior for all"),
+    ("sample", "points", ["--context", "1.0"], "takes no context"),
+    ("sample", "hybrid", ["--label", "3"], "there is no class 3"),
+    ("ood", "points", [], "moons are points"),
+    ("ood", "hybrid", ["--against", "nosuch"], "unknown data set 'nosuch'"),
+    ("robustness", "hybrid", [], "holds a density"),
+    ("robustness", "classifier", ["--radii", "1,0.1"], "positive and increasing"),
+]
+
+
+@pytest.mark.parametrize(("command", "folder", "options", "sentence"), MISTAKES)
+def test_mistakes_are_answered_in_one_sentence(folders, tmp_path, capsys, command, folder, options, sentence):
+    workdir = [] if folder is None else ["--workdir", folders.get(folder, tmp_path / folder)]
+    assert sentence in answer(capsys, command, *workdir, *options)
+
+
+def test_a_mistake_has_a_traceback_for_who_asks(tmp_path):
     with pytest.raises(ValueError, match="there is no workdir"):
         main(["evaluate", "--workdir", str(tmp_path / "none"), "--debug"])
-
-
-def test_what_a_model_does_not_have_is_answered_in_one_sentence(folders, capsys):
-    for label in ((), ("--label", "1")):
-        found = answer(capsys, "sample", "--workdir", folders["classifier"], *label)
-        assert "holds no density, so there are no samples: that takes a density objective" in found
-    points = ("--workdir", folders["points"])
-    assert "number of samples must be at least 1, got -1" in answer(capsys, "sample", *points, "--num", "-1")
-    assert "seed must not be negative, got -3" in answer(capsys, "sample", *points, "--seed", "-3")
-    assert "temperature must be at least 0, got nan" in answer(capsys, "sample", *points, "--temperature", "nan")
-    assert "one prior for all" in answer(capsys, "sample", *points, "--label", "0")
-    assert "moons are points" in answer(capsys, "ood", *points)
-    hybrid = ("--workdir", folders["hybrid"])
-    assert "there is no class 3: classes are 0 to 2" in answer(capsys, "sample", *hybrid, "--label", "3")
-    assert "unknown data set 'nosuch'" in answer(capsys, "ood", *hybrid, "--against", "nosuch")
 
 
 def test_a_network_with_batchnorm_has_no_inverse_and_no_certificate(tmp_path, data_file, capsys, monkeypatch):
@@ -238,8 +244,7 @@ def test_a_network_with_batchnorm_has_no_inverse_and_no_certificate(tmp_path, da
     model = Classifier(spec, {}, {}, {})
     monkeypatch.setattr(run, "load", lambda folder: run.Run(loaded.folder, model, loaded.config, loaded.fingerprint, 7))
     for command in ("certify", "freeze", "reconstruct"):
-        sentence = answer(capsys, command, "--workdir", loaded.folder)
-        assert sentence == "error: a network with BatchNorm in its branches has no bounds and no inverse: that takes ActNorm"
+        assert "has no bounds and no inverse" in answer(capsys, command, "--workdir", loaded.folder)
 
 
 def test_missing_and_damaged_files_are_answered_in_one_sentence(copied, tmp_path, capsys):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.certification.banded import jacobian_blocks, layers_of_step
 from iresnet_jax.certification.passes import forward_correction
-from iresnet_jax.certification.prepared import MOST_DIMS, Model, PreparedFlow, in_parts, prepared
+from iresnet_jax.certification.prepared import MOST_DIMS, PreparedFlow, in_parts, prepared
 from iresnet_jax.certification.products import linearize, products_at, tables_of
 from iresnet_jax.certification.trajectory import Residuals, entries_of, follow, residuals
 from iresnet_jax.maths.chains import local_bounds, shadowing
@@ -21,6 +21,7 @@ from iresnet_jax.maths.enclosures.upward_rounding import UP, gamma
 from iresnet_jax.maths.norms.convolution_certificate import dense_norm_bound
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.flow import bilipschitz
+from iresnet_jax.models.model import Model
 
 
 class LocalConstants(NamedTuple):

@@ -13,10 +13,11 @@ from iresnet_jax.bijections.transforms.dequantize import Grid, certain_levels
 from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.certification.inverse import InverseCertificate, inverse
-from iresnet_jax.certification.prepared import Model, check, vectors_of
+from iresnet_jax.certification.prepared import check, vectors_of
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Contexts, Density
+from iresnet_jax.models.reconstructor import Reconstructor
 
 
 class CertifiedInfo(NamedTuple):
@@ -62,7 +63,7 @@ class Decoded(NamedTuple):
 
 
 def decode(
-    model: Model,
+    model: Density | Classifier | Reconstructor,
     z: Float[Array, "b ..."] | Float[np.ndarray, "b ..."],
     *,
     context: Contexts | None = None,
@@ -90,7 +91,9 @@ def decode(
     return decoded.data, certified(model, decoded, context=context)
 
 
-def to_data(model: Model, z: Float[Array, "b ..."], *, context: Contexts | None = None) -> Decoded:
+def to_data(
+    model: Density | Classifier | Reconstructor, z: Float[Array, "b ..."], *, context: Contexts | None = None
+) -> Decoded:
     """The model's own operations from latents to data, under ``jit`` too, with all that `certified` needs.
 
     Args:
@@ -108,7 +111,9 @@ def to_data(model: Model, z: Float[Array, "b ..."], *, context: Contexts | None 
     return Decoded(z, x, images, images, info)
 
 
-def certified(model: Model, decoded: Decoded, *, context: Contexts | None = None) -> CertifiedInfo:
+def certified(
+    model: Density | Classifier | Reconstructor, decoded: Decoded, *, context: Contexts | None = None
+) -> CertifiedInfo:
     """What is guaranteed of decoded latents; on the host, outside of ``jit``.
 
     Raises:

@@ -17,12 +17,13 @@ from jaxtyping import Array, Bool, Float
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.certification.banded import step_norms
 from iresnet_jax.certification.passes import newton_step
-from iresnet_jax.certification.prepared import Model, PreparedFlow, in_parts, prepared, vectors_of
+from iresnet_jax.certification.prepared import PreparedFlow, in_parts, prepared, vectors_of
 from iresnet_jax.certification.products import linearize, newton_step_by_inverses, products_at
 from iresnet_jax.certification.trajectory import Residuals, ending_at, follow, go_back, residuals
 from iresnet_jax.maths.chains import shadowing
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.upward_rounding import UP
+from iresnet_jax.models.model import Model
 
 _MAX_LINEARIZATIONS, _MAX_STEPS = 4, 6
 _GOOD_ENOUGH = 1e-3  # of the bound, for the part that comes from the refined trajectory

@@ -112,7 +112,7 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
             log_det = log_det + enclose_volume(spec.num_levels, spec.flow.num_dims)
         elif spec.grid is not None:
             log_det = log_det + spec.grid.enclose_volume()
-        return Interval(*(priors.enclose_log_prob(spec.prior, model.prior, latents) + log_det).bounds())
+        return Interval(*(priors.enclose_log_prob(spec.prior_family, model.prior, latents) + log_det).bounds())
 
 
 def log_det(

@@ -16,12 +16,10 @@ from iresnet_jax.certification.trajectory import Entries, PreciseStage, entries_
 from iresnet_jax.maths.chains.margin_bounds import Step
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import require_bounds
-from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Contexts, Density
 from iresnet_jax.models.flow import Weights
+from iresnet_jax.models.model import Model
 from iresnet_jax.models.reconstructor import Reconstructor
-
-Model = Density | Classifier | Reconstructor
 
 MOST_DIMS = 4096  # of what takes dense Jacobians
 ALL_PRODUCTS = 1e10  # floating-point operations up to which the products of all pairs of steps are computed
@@ -93,8 +91,7 @@ def check(model: Model, *given: Any, most_dims: int | None = None, contraction: 
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model, given))):
         raise ValueError("certificates are computed on the host, outside of jit, vmap and grad: call certify out there")
-    if isinstance(model, Classifier):
-        model.require_bijection()
+    model.require_bijection()
     require_bounds(model.weights)
     for stage in model.spec.flow.layout:
         branch = model.weights[stage.name].branch

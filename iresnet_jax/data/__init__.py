@@ -10,31 +10,30 @@
 ``cifar:PATH``          the binary version of CIFAR-10 or CIFAR-100, a folder or the ``.tar.gz``
 ``npz:FILE``            arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``, or ``x`` alone, to be split; images of 8 bits
                         or floats, with contexts ``context_train`` or ``context``
-``npy:PATH`` ``csv:``   vectors or images of floats, see `sources.tables`
+``npy:PATH`` ``csv:``   vectors or images of floats, see `sources.array_files`
 ``folder:FOLDER``       image files ``train/CLASS/NAME.png``, ``test/CLASS/NAME.png``
 ======================  ==============================================================================================
 
 Pixels stay integers until the model dequantises them, so ``num_levels`` and bits per dimension always belong together. Image
-files are decoded once (`decoding`, `cache`). `splits` says how the validation split is made, and `batches` which examples a
+files are decoded once (`cache`). `splits` says how the validation split is made, and `batches` which examples a
 training step sees.
 """
 
 import dataclasses
 from pathlib import Path
 
-from iresnet_jax.data import decoding, simulators, stand_in, toys
-from iresnet_jax.data.arrays import one_hot
+import numpy as np
+
+from iresnet_jax.data import cache
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.simulators import Simulator
-from iresnet_jax.data.sources import cifar, digits, idx, image_folder, npz, tables, tfds
-from iresnet_jax.data.toys import Toy
+from iresnet_jax.data.simulators import SIMULATORS, Simulator
+from iresnet_jax.data.sources import array_files, cifar, digits, idx, image_folder, tfds
+from iresnet_jax.data.toys import TOYS, Toy
 
-__all__ = ["EMBEDDED", "FORMATS", "TABLES", "TFDS_NAMES", "DataSet", "Simulator", "Toy", "conditioned_on_labels", "load"]
+__all__ = ["DataSet", "Simulator", "Toy", "conditioned_on_labels", "load"]
 
-EMBEDDED = {"digits": digits.load}
-FORMATS = {"idx": idx.source, "cifar": cifar.source, "npz": npz.source, "folder": image_folder.source}
-TABLES = {"npy": tables.load_npy, "csv": tables.load_csv}
-TFDS_NAMES = tuple(stand_in.IMAGES)  # the customary ones
+_IMAGES = {"idx": idx.source, "cifar": cifar.source, "folder": image_folder.source}
+_ARRAYS = {"npz": array_files.load_npz, "npy": array_files.load_npy, "csv": array_files.load_csv}
 
 
 def load(name: str, data_dir: str | None = None, *, fractions: tuple[float, float] = (0.1, 0.1)) -> DataSet:
@@ -59,29 +58,24 @@ def load(name: str, data_dir: str | None = None, *, fractions: tuple[float, floa
         RuntimeError: If TFDS cannot prepare it.
         OSError: If files cannot be read, or decoded images cannot be written.
     """
-    if name in toys.TOYS:
-        return DataSet.from_toy(toys.get(name))
-    if name in simulators.SIMULATORS:
-        return DataSet.from_simulator(simulators.get(name))
-    if name in EMBEDDED:
-        return EMBEDDED[name]()
+    if name in TOYS:
+        return DataSet.from_toy(TOYS[name])
+    if name in SIMULATORS:
+        return DataSet.from_simulator(SIMULATORS[name])
+    if name == "digits":
+        return digits.load()
     kind, colon, path = name.partition(":")
     place = Path(data_dir or "", Path(path).expanduser()).expanduser()
-    if colon and kind in TABLES:
-        return TABLES[kind](place, name, fractions)
-    if colon and kind == "npz" and (arrays := npz.continuous_arrays(place, name)) is not None:
-        return tables.load_npz(arrays, place, name, fractions)
-    if colon and kind in FORMATS:
-        source = FORMATS[kind](place, name)
-    else:
-        source = tfds.source(name, data_dir)
+    if colon and kind in _ARRAYS:
+        return _ARRAYS[kind](place, name, fractions)
+    source = _IMAGES[kind](place, name) if colon and kind in _IMAGES else tfds.source(name, data_dir)
     if source is None:
         raise ValueError(
-            f"unknown data set {name!r}: known are the images {', '.join([*EMBEDDED, *TFDS_NAMES])} and others of TFDS, "
-            f"the toys {', '.join(toys.TOYS)}, the simulators {', '.join(simulators.SIMULATORS)}, "
-            f"and own data as {', '.join(f'{kind}:PATH' for kind in [*FORMATS, *TABLES])}"
+            f"unknown data set {name!r}: known are the images digits, {', '.join(tfds.CUSTOMARY)} and others of TFDS, "
+            f"the toys {', '.join(TOYS)}, the simulators {', '.join(SIMULATORS)}, "
+            f"and own data as {', '.join(f'{kind}:PATH' for kind in [*_IMAGES, *_ARRAYS])}"
         )
-    return decoding.load(source)
+    return cache.load(source)
 
 
 def conditioned_on_labels(data: DataSet) -> DataSet:
@@ -93,5 +87,6 @@ def conditioned_on_labels(data: DataSet) -> DataSet:
     if data.num_classes is None or data.contexts:
         problem = "contexts already" if data.contexts else "no labels"
         raise ValueError(f"data.condition_on_labels makes contexts of labels, and {data.name} has {problem}: switch it off")
-    contexts = {split: one_hot(labels, data.num_classes) for split, labels in data.labels.items()}
+    vectors = np.eye(data.num_classes, dtype=np.float32)
+    contexts = {split: vectors[labels] for split, labels in data.labels.items()}
     return dataclasses.replace(data, contexts=contexts)

@@ -4,6 +4,7 @@ Integer images are levels, floats are continuous. An entry of a vector that take
 one that is constant, or repeats values of no grid, has no density and is refused by name.
 """
 
+import collections
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.splits import fraction_masks
+from iresnet_jax.data.splits import fraction_masks, validation_mask
 
 FITTED_ARRAY = "the array"  # name of the data that `iresnet_jax.fit` is given, which no name loads
 REPEATS = 2.0  # examples for each distinct value of an entry from which it counts as one that takes few values
@@ -51,7 +52,7 @@ def from_arrays(
 
     Args:
         name: Name in messages and reports.
-        arrays: All examples, or those of each split, "train" among them.
+        arrays: All examples, or those of each split, "train" among them; "validation" is carved from it if it is missing.
         fractions: Shares of all examples that are set aside for validation and for the test, where they are not split yet.
             The choice depends on the number of examples alone, see `splits.fraction_masks`.
         num_levels: Levels of integer images; by default 256 if there is one above 127, else one more than the largest.
@@ -66,6 +67,9 @@ def from_arrays(
     else:
         if "train" not in arrays:
             raise ValueError(f"{name} has no training examples: its splits are {', '.join(arrays) or 'none'}")
+        if "validation" not in arrays:
+            chosen = validation_mask(len(arrays["train"].x))
+            arrays = {**arrays, "train": arrays["train"].take(~chosen), "validation": arrays["train"].take(chosen)}
         parts = {split: _checked(part, num_levels) for split, part in arrays.items()}
         shapes = {part.x.shape[1:] for part in parts.values()}
         if len(shapes) > 1:
@@ -107,33 +111,27 @@ def find_grid(x: np.ndarray, column_names: Sequence[str] = ()) -> Grid | None:
     Raises:
         ValueError: If entries are constant, repeat values that are on no grid, or cannot be told apart in float32.
     """
-    constant, scattered, unresolved = [], [], []
+    refused = collections.defaultdict(list)
     offset, spacing = np.zeros(x.shape[1]), np.zeros(x.shape[1])
     for column, values in enumerate(np.asarray(x, np.float64).T):
         distinct = np.unique(values)
         if len(distinct) < 2:
-            constant.append(column)
+            refused["an entry that is constant in single precision has no density: drop {}"].append(column)
         elif distinct.std() < UNRESOLVED * abs(distinct.mean()):
-            unresolved.append(column)
+            refused["single precision cannot tell values apart so far from 0: subtract the mean of {}"].append(column)
         elif len(values) >= REPEATS * len(distinct):
             step = _step(distinct)
-            if step is None or step < FINEST_GRID * values.std():
-                scattered.append(column)
-            else:
+            if step is not None and step >= FINEST_GRID * values.std():
                 offset[column], spacing[column] = distinct[0], step
-    if constant:
-        raise ValueError(
-            f"{_columns(constant, column_names)} constant in single precision, so there is no density: drop {_them(constant)}"
-        )
-    if unresolved:
-        raise ValueError(
-            f"{_columns(unresolved, column_names)} too far from 0 for single precision to tell values apart: subtract the mean"
-        )
-    if scattered:
-        raise ValueError(
-            f"{_columns(scattered, column_names)} made of few values that lie on no regular grid, where a density would grow "
-            f"without bound: add noise of the size of their rounding, or drop {_them(scattered)}"
-        )
+            else:
+                refused[
+                    "a density of few values on no regular grid would grow without bound: "
+                    "add noise of the size of their rounding to {}, or drop it"
+                ].append(column)
+    for problem, columns in refused.items():
+        named = [f"column {column}" + (f" ({column_names[column]!r})" if column_names else "") for column in columns]
+        more = f" and {len(columns) - NAMED} more" if len(columns) > NAMED else ""
+        raise ValueError(problem.format(", ".join(named[:NAMED]) + more))
     return Grid(tuple(offset.tolist()), tuple(spacing.tolist())) if spacing.any() else None
 
 
@@ -211,18 +209,3 @@ def _context(context: np.ndarray, num: int) -> np.ndarray:
     if context.ndim != 2 or len(context) != num or not context.shape[1]:
         raise ValueError(f"context must hold a vector for each of {num} examples, got shape {context.shape}")
     return _finite_floats(context, "the context")
-
-
-def one_hot(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Labels as context vectors."""
-    return np.eye(num_classes, dtype=np.float32)[labels]
-
-
-def _columns(columns: list[int], names: Sequence[str]) -> str:
-    shown = [f"{column} ({names[column]!r})" if names else str(column) for column in columns[:NAMED]]
-    more = f" and {len(columns) - NAMED} more" if len(columns) > NAMED else ""
-    return f"{'column' if len(columns) == 1 else 'columns'} {', '.join(shown)}{more} {'is' if len(columns) == 1 else 'are'}"
-
-
-def _them(columns: list[int]) -> str:
-    return "it" if len(columns) == 1 else "them"

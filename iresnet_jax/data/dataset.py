@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, PRNGKeyArray, Shaped
+from numpy.typing import DTypeLike
 
 from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.data.simulators import Simulator
@@ -31,7 +32,7 @@ class DataSet:
         num_classes: Classes, labelled ``0`` to ``num_classes - 1``; None without labels.
         fingerprint: Identity of the content in 64 hexadecimal digits. Another pixel, label, order, shape or number of levels
             gives another fingerprint; name, path, file format and times of change do not matter.
-        examples: Arrays by split; empty for endless data. They may be read-only views of files: index them a batch at a time.
+        examples: Arrays by split; empty for endless data. They may be read-only views of files: index them batch by batch.
         labels: Classes by split; empty without labels.
         contexts: Context vectors by split, on which a density of the examples may depend; empty without.
         grid: Entries of vectors that lie on a grid; None if all are continuous, or levels.
@@ -70,7 +71,8 @@ class DataSet:
             arrays = {f"{split}_examples": array for split, array in examples.items()}
             arrays |= {f"{split}_labels": array for split, array in labels.items()}
             arrays |= {f"{split}_contexts": array for split, array in (contexts or {}).items()}
-            described = {name: describe(array, _sha256(np.ascontiguousarray(array).data)) for name, array in arrays.items()}
+            hashes = {name: hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for name, array in arrays.items()}
+            described = {name: describe(array.dtype, array.shape, hashes[name]) for name, array in arrays.items()}
             fingerprint = fingerprint_of(described, num_levels=num_levels, num_classes=num_classes)
         event_shape = examples["train"].shape[1:]
         return cls(name, event_shape, num_levels, num_classes, fingerprint, examples, labels, contexts or {}, grid)
@@ -121,27 +123,17 @@ class DataSet:
 
         Args:
             split: "validation" or "test".
-            num: Most examples to return; None returns the whole split, which endless data do not have.
+            num: Largest number of examples to return; None returns the whole split, which endless data do not have.
             seed: Seed of endless data; each split of each seed has its own examples. Arrays ignore it.
 
         Raises:
             ValueError: If all examples of endless data are asked for, or the data have no such split.
         """
-        if not self.is_endless:
-            if split not in self.examples:
-                raise ValueError(f"{self.name} has no split {split!r}: it has {', '.join(self.examples)}")
-            return self.examples[split][:num]
-        return np.asarray(self._drawn_of(split, num, seed)[0])
+        return self._held_out(split, num, seed)[0]
 
     def held_out_contexts(self, split: str, num: int | None = None, seed: int = 0) -> Shaped[np.ndarray, "_ k"] | None:
-        """Returns the contexts of what `held_out` returns; None without contexts.
-
-        Raises:
-            ValueError: If all contexts of a simulator are asked for.
-        """
-        if self.simulator is not None:
-            return np.asarray(self._drawn_of(split, num, seed)[1])
-        return self.contexts[split][:num] if self.contexts else None
+        """Returns the contexts of what `held_out` returns with the same arguments; None without contexts."""
+        return self._held_out(split, num, seed)[1]
 
     def random_train(self, key: PRNGKeyArray, num: int) -> tuple[Shaped[Array, "_ ..."], Shaped[Array, "_ k"] | None]:
         """Draws up to ``num`` distinct training examples and their contexts, to initialise a model with."""
@@ -158,25 +150,28 @@ class DataSet:
     def _random_places(self, key: PRNGKeyArray, num: int) -> np.ndarray:
         return np.asarray(jax.random.permutation(key, len(self.examples["train"])))[:num]
 
+    def _held_out(self, split: str, num: int | None, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+        if not self.is_endless:
+            if split not in self.examples:
+                raise ValueError(f"{self.name} has no split {split!r}: it has {', '.join(self.examples)}")
+            return self.examples[split][:num], self.contexts[split][:num] if self.contexts else None
+        if num is None:
+            raise ValueError(f"{self.name} has no end: say how many examples of {split!r} to draw")
+        stream = {"validation": 1, "test": 2}[split]
+        examples, contexts = self._drawn(jax.random.fold_in(jax.random.key(seed), 2**31 + stream), num)
+        return np.asarray(examples), None if contexts is None else np.asarray(contexts)
+
     def _drawn(self, key: PRNGKeyArray, num: int) -> tuple[Array, Array | None]:
         """Examples of endless data and their contexts."""
         if self.simulator is not None:
             return jax.jit(self.simulator.sample, static_argnums=1)(key, num)
-        if self.toy is not None:
-            return jax.jit(self.toy.sample, static_argnums=1)(key, num), None
-        raise ValueError(f"{self.name} is a data set of arrays: nothing draws its examples")
-
-    def _drawn_of(self, split: str, num: int | None, seed: int) -> tuple[Array, Array | None]:
-        """The first examples and contexts of a split of endless data."""
-        if num is None:
-            raise ValueError(f"{self.name} has no end: say how many examples of {split!r} to draw")
-        stream = {"validation": 1, "test": 2}[split]
-        return self._drawn(jax.random.fold_in(jax.random.key(seed), 2**31 + stream), num)
+        assert self.toy is not None
+        return jax.jit(self.toy.sample, static_argnums=1)(key, num), None
 
 
-def describe(array: np.ndarray, sha256: str) -> dict[str, Any]:
+def describe(dtype: DTypeLike, shape: tuple[int, ...], sha256: str) -> dict[str, Any]:
     """Returns what `fingerprint_of` knows of an array: its type, its shape and the SHA-256 of its bytes in C order."""
-    return {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": sha256}
+    return {"dtype": np.dtype(dtype).name, "shape": list(shape), "sha256": sha256}
 
 
 def fingerprint_of(arrays: dict[str, dict[str, Any]], *, num_levels: int | None, num_classes: int | None) -> str:
@@ -185,8 +180,4 @@ def fingerprint_of(arrays: dict[str, dict[str, Any]], *, num_levels: int | None,
 
 
 def _hash(content: dict[str, Any]) -> str:
-    return _sha256(json.dumps(content, sort_keys=True).encode())
-
-
-def _sha256(content: bytes | memoryview) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

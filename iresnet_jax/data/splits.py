@@ -3,7 +3,7 @@
 import hashlib
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 _SALT = "iresnet_jax/validation"  # part of the definition of the split: changing it invalidates every reported number
 _MOST_VALIDATION = 5000
@@ -20,10 +20,7 @@ def validation_mask(num_train: int) -> Bool[np.ndarray, " n"]:
     Args:
         num_train: Number of published training examples, at least 2.
     """
-    chosen = _by_digest(num_train)[: min(max(num_train // 10, 1), _MOST_VALIDATION)]
-    mask = np.zeros(num_train, bool)
-    mask[chosen] = True
-    return mask
+    return np.isin(np.arange(num_train), by_digest(num_train)[: min(max(num_train // 10, 1), _MOST_VALIDATION)])
 
 
 def fraction_masks(num: int, fractions: tuple[float, float]) -> dict[str, Bool[np.ndarray, " n"]]:
@@ -48,16 +45,15 @@ def fraction_masks(num: int, fractions: tuple[float, float]) -> dict[str, Bool[n
         raise ValueError(
             f"{num} examples are too few to be split into {', '.join(['train', *counts])}: at least {len(counts) + 2}"
         )
-    order, masks, start = _by_digest(num), {}, 0
-    for split, count in counts.items():
-        masks[split] = np.isin(np.arange(num), order[start : start + count])
-        start += count
-    return {"train": np.isin(np.arange(num), order[start:]), **masks}
+    parts = np.split(by_digest(num), np.cumsum(list(counts.values())))
+    masks = {split: np.isin(np.arange(num), part) for split, part in zip([*counts, "train"], parts, strict=True)}
+    return dict(reversed(masks.items()))
 
 
-def _by_digest(num: int) -> list[int]:
-    digests = [hashlib.sha256(f"{_SALT}:{index}".encode()).digest() for index in range(num)]
-    return sorted(range(num), key=digests.__getitem__)
+def by_digest(num: int, salt: str = _SALT) -> Int[np.ndarray, " n"]:
+    """The numbers below ``num`` by the SHA-256 of "<salt>:<number>": an order that looks random and never changes."""
+    digests = [hashlib.sha256(f"{salt}:{index}".encode()).digest() for index in range(num)]
+    return np.array(sorted(range(num), key=digests.__getitem__), int)
 
 
 def routes(num_examples: dict[str, int], name: str) -> Routes:

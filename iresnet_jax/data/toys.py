@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import i0e, log_ndtr, logsumexp
+from jax.scipy.stats import norm
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 _BLOCK = 1024  # points evaluated at once: a quadrature of 384 nodes then holds a few MB
 
+Points = Float32[Array, "n 2"]
 LogProb = Callable[[Float[Array, "n 2"]], Float[Array, " n"]]
 
 
@@ -29,7 +31,7 @@ class Toy(NamedTuple):
     """A density on the plane.
 
     Attributes:
-        name: Name that `get` knows it by.
+        name: Name in `TOYS`.
         sample: Sampler ``(key, n) ->`` ``n`` independent points; a pure function, which jit can compile with a static ``n``.
         log_prob: Log-density in nats.
         entropy: Differential entropy in nats, from an integral of the density over a fine grid, correct to 1e-4. A model whose
@@ -37,7 +39,7 @@ class Toy(NamedTuple):
     """
 
     name: str
-    sample: Callable[[PRNGKeyArray, int], Float32[Array, "n 2"]]
+    sample: Callable[[PRNGKeyArray, int], Points]
     log_prob: LogProb
     entropy: float
 
@@ -49,7 +51,7 @@ def _polar(radius: Any, angle: Any, numpy: Any = jnp) -> Any:
     return numpy.stack([radius * numpy.cos(angle), radius * numpy.sin(angle)], axis=-1)
 
 
-def _normal(key: PRNGKeyArray, n: int) -> Float32[Array, "n 2"]:
+def _normal(key: PRNGKeyArray, n: int) -> Points:
     return jax.random.normal(key, (n, 2), jnp.float32)
 
 
@@ -57,32 +59,35 @@ def _uniform(key: PRNGKeyArray, n: int, low: float = 0.0, high: float = 1.0) -> 
     return jax.random.uniform(key, (n,), jnp.float32, low, high)
 
 
-@functools.cache
-def _unit_gauss_legendre(num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and log-weights of the Gauss-Legendre quadrature of a mean over a uniform variable on [0, 1]."""
-    nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
-    return (nodes + 1) / 2, np.log(weights / 2)
+def _mixture(components: Callable[[], tuple[np.ndarray, np.ndarray]], log_kernel: Callable[[Any], Any]) -> LogProb:
+    """The log-density of noise around random points, or around a curve whose quadrature nodes are the points.
 
-
-def _on_first_use(build: Callable[[], LogProb]) -> LogProb:
-    """The density ``build()``, made when it is first evaluated: a quadrature's nodes take longer than the import."""
-    built = functools.cache(build)
-    return lambda x: built()(x)
-
-
-def _gaussian_mixture(centres: np.ndarray, log_weights: np.ndarray, sigma: float) -> LogProb:
-    """A mixture of isotropic Gaussians, or a uniform curve plus noise whose quadrature nodes are the centres."""
+    Args:
+        components: Function that returns the points ``(m, 2)`` and the logs of their shares ``(m,)``; it is called once, when
+            the density is first evaluated.
+        log_kernel: Log-density of the noise of one coordinate.
+    """
+    components = functools.cache(components)
 
     def log_prob(x: Float[Array, "n 2"]) -> Float[Array, " n"]:
-        means, log_masses = jnp.asarray(centres, x.dtype), jnp.asarray(log_weights, x.dtype)
+        centres, log_shares = (jnp.asarray(values, x.dtype) for values in components())
 
         def of_point(point):
-            squared_distance = jnp.sum((point[None] - means) ** 2, axis=-1)
-            return logsumexp(log_masses - squared_distance / (2 * sigma**2)) - math.log(2 * np.pi * sigma**2)
+            return logsumexp(log_shares + jnp.sum(log_kernel(point[None] - centres), axis=-1))
 
         return jax.lax.map(of_point, x, batch_size=_BLOCK)
 
     return log_prob
+
+
+def _gaussian(sigma: float) -> Callable[[Any], Any]:
+    return functools.partial(norm.logpdf, scale=sigma)
+
+
+def _unit_gauss_legendre(num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and log-weights of the Gauss-Legendre quadrature of a mean over a uniform variable on [0, 1]."""
+    nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
+    return (nodes + 1) / 2, np.log(weights / 2)
 
 
 # Eight Gaussians on a circle: exact -----------------------------------------------------------------------------------
@@ -91,19 +96,20 @@ def _gaussian_mixture(centres: np.ndarray, log_weights: np.ndarray, sigma: float
 _GAUSSIANS_CENTRES, _GAUSSIANS_SIGMA = _polar(4 / 1.414, 2 * np.pi / 8 * np.arange(8), np), 0.5 / 1.414
 
 
-def _sample_8gaussians(key: PRNGKeyArray, n: int) -> Float32[Array, "n 2"]:
+def _sample_8gaussians(key: PRNGKeyArray, n: int) -> Points:
     key_component, key_noise = jax.random.split(key)
     centre = jnp.asarray(_GAUSSIANS_CENTRES, jnp.float32)[jax.random.randint(key_component, (n,), 0, 8)]
     return centre + _GAUSSIANS_SIGMA * _normal(key_noise, n)
 
 
-_log_prob_8gaussians = _gaussian_mixture(_GAUSSIANS_CENTRES, np.full(8, -math.log(8)), _GAUSSIANS_SIGMA)
+def _gaussians() -> tuple[np.ndarray, np.ndarray]:
+    return _GAUSSIANS_CENTRES, np.full(8, -math.log(8))
 
 
 # Checkerboard: uniform on 8 squares of side 2 in [-4, 4)^2, exact -----------------------------------------------------
 
 
-def _sample_checkerboard(key: PRNGKeyArray, n: int) -> Float32[Array, "n 2"]:
+def _sample_checkerboard(key: PRNGKeyArray, n: int) -> Points:
     key_column, key_offset, key_row = jax.random.split(key, 3)
     first = _uniform(key_column, n, -2.0, 2.0)
     row = jax.random.randint(key_row, (n,), -1, 1).astype(jnp.float32)
@@ -127,7 +133,7 @@ def _rings(name: str, radii: tuple[float, ...], sigma: float, entropy: float) ->
     ``z = r R / sigma^2``.
     """
 
-    def sample(key: PRNGKeyArray, n: int) -> Float32[Array, "n 2"]:
+    def sample(key: PRNGKeyArray, n: int) -> Points:
         key_ring, key_angle, key_noise = jax.random.split(key, 3)
         ring = jax.random.randint(key_ring, (n,), 0, len(radii))
         angle = _uniform(key_angle, n, 0.0, 2 * np.pi)
@@ -146,7 +152,7 @@ def _rings(name: str, radii: tuple[float, ...], sigma: float, entropy: float) ->
 _MOONS_SIGMA = 2 * 0.1
 
 
-def _sample_moons(key: PRNGKeyArray, n: int) -> Float32[Array, "n 2"]:
+def _sample_moons(key: PRNGKeyArray, n: int) -> Points:
     key_moon, key_angle, key_noise = jax.random.split(key, 3)
     upper = _polar(1.0, _uniform(key_angle, n, 0.0, np.pi))
     lower = jnp.asarray([[1.0, 0.5]], jnp.float32) - upper
@@ -154,11 +160,11 @@ def _sample_moons(key: PRNGKeyArray, n: int) -> Float32[Array, "n 2"]:
     return 2 * curve + jnp.asarray([[-1.0, -0.2]], jnp.float32) + _MOONS_SIGMA * _normal(key_noise, n)
 
 
-def _moons_log_prob():
+def _moons() -> tuple[np.ndarray, np.ndarray]:
     nodes, log_weights = _unit_gauss_legendre(64)  # the widest gap is 0.8 sigma: relative error below 1e-10
     upper = _polar(1.0, np.pi * nodes, np)
     centres = 2 * np.concatenate([upper, np.array([1.0, 0.5]) - upper]) + np.array([-1.0, -0.2])
-    return _gaussian_mixture(centres, np.concatenate([log_weights, log_weights]) - math.log(2), _MOONS_SIGMA)
+    return centres, np.tile(log_weights, 2) - math.log(2)
 
 
 # Swiss roll: a spiral plus Gaussian noise, by quadrature over the angle -----------------------------------------------
@@ -166,26 +172,25 @@ def _moons_log_prob():
 _ROLL_SIGMA = 1 / 5
 
 
-def _sample_swissroll(key: PRNGKeyArray, n: int) -> Float32[Array, "n 2"]:
+def _sample_swissroll(key: PRNGKeyArray, n: int) -> Points:
     key_angle, key_noise = jax.random.split(key)
     angle = _uniform(key_angle, n, 1.5 * np.pi, 4.5 * np.pi)
     return _polar(angle / 5, angle) + _ROLL_SIGMA * _normal(key_noise, n)
 
 
-def _swissroll_log_prob():
+def _roll() -> tuple[np.ndarray, np.ndarray]:
     nodes, log_weights = _unit_gauss_legendre(192)  # the widest gap is 0.8 sigma
     angle = 1.5 * np.pi * (1 + 2 * nodes)
-    return _gaussian_mixture(_polar(angle / 5, angle, np), log_weights, _ROLL_SIGMA)
+    return _polar(angle / 5, angle, np), log_weights
 
 
 # Two spirals: a spiral or its reflection in the origin, plus uniform jitter and Gaussian noise, by quadrature ----------
 
 _SPIRAL_TURN = 3 * np.pi  # 540 degrees
 _SPIRAL_JITTER, _SPIRAL_SIGMA = 0.5 / 3, 0.1
-_SPIRAL_NODES = 384  # the widest gap is 0.8 sigma
 
 
-def _sample_2spirals(key: PRNGKeyArray, n: int) -> Float32[Array, "n 2"]:
+def _sample_2spirals(key: PRNGKeyArray, n: int) -> Points:
     key_angle, key_jitter, key_arm, key_noise = jax.random.split(key, 4)
     angle = _SPIRAL_TURN * jnp.sqrt(_uniform(key_angle, n))
     jitter = _SPIRAL_JITTER * jax.random.uniform(key_jitter, (n, 2), jnp.float32)
@@ -194,7 +199,13 @@ def _sample_2spirals(key: PRNGKeyArray, n: int) -> Float32[Array, "n 2"]:
     return sign * arm + _SPIRAL_SIGMA * _normal(key_noise, n)
 
 
-def _log_prob_of_jitter(offset: Float[Array, "..."]) -> Float[Array, "..."]:
+def _spiral_arm() -> tuple[np.ndarray, np.ndarray]:
+    nodes, log_weights = _unit_gauss_legendre(384)  # the widest gap is 0.8 sigma
+    angle = _SPIRAL_TURN * nodes  # nodes are for sqrt(U), whose density is 2 * node
+    return _polar(angle / 3, np.pi - angle, np), log_weights + np.log(2 * nodes)
+
+
+def _jitter_and_noise(offset: Float[Array, "..."]) -> Float[Array, "..."]:
     r"""Log-density of ``z = w U + sigma N``, ``log((Phi(z / sigma) - Phi((z - w) / sigma)) / w)``, accurate in both tails."""
     half = _SPIRAL_JITTER / 2
     distance = jnp.abs(offset - half)  # symmetry keeps both arguments in the left tail, where log_ndtr is accurate
@@ -203,20 +214,11 @@ def _log_prob_of_jitter(offset: Float[Array, "..."]) -> Float[Array, "..."]:
     return log_high + jnp.log1p(-jnp.exp(log_low - log_high)) - math.log(_SPIRAL_JITTER)
 
 
+_log_prob_of_arm = _mixture(_spiral_arm, _jitter_and_noise)
+
+
 def _log_prob_2spirals(x: Float[Array, "n 2"]) -> Float[Array, " n"]:
-    nodes, log_weights = _unit_gauss_legendre(_SPIRAL_NODES)
-    angle = _SPIRAL_TURN * nodes  # nodes are for sqrt(U), whose density is 2 * node
-    curve = _polar(angle / 3, np.pi - angle, np)
-    centres, log_masses = jnp.asarray(curve, x.dtype), jnp.asarray(log_weights + np.log(2 * nodes), x.dtype)
-
-    def of_point(point):
-        def of_arm(reflected):
-            log_terms = jnp.sum(_log_prob_of_jitter(reflected[None] - centres), axis=-1)
-            return logsumexp(log_masses + log_terms)
-
-        return jnp.logaddexp(of_arm(point), of_arm(-point)) - math.log(2)
-
-    return jax.lax.map(of_point, x, batch_size=_BLOCK)
+    return jnp.logaddexp(_log_prob_of_arm(x), _log_prob_of_arm(-x)) - math.log(2)
 
 
 # Pinwheel: a Gaussian whose points are turned by an angle that grows with their first coordinate ----------------------
@@ -225,7 +227,7 @@ _WHEEL_ARMS, _WHEEL_RATE = 5, 0.25
 _WHEEL_RADIAL, _WHEEL_TANGENTIAL = 0.3, 0.1
 
 
-def _sample_pinwheel(key: PRNGKeyArray, n: int) -> Float32[Array, "n 2"]:
+def _sample_pinwheel(key: PRNGKeyArray, n: int) -> Points:
     key_arm, key_noise = jax.random.split(key)
     arm = jax.random.randint(key_arm, (n,), 0, _WHEEL_ARMS).astype(jnp.float32)
     a, b = (_normal(key_noise, n) * jnp.asarray([[_WHEEL_RADIAL, _WHEEL_TANGENTIAL]], jnp.float32)).T
@@ -264,42 +266,25 @@ def _log_prob_pinwheel(x: Float[Array, "n 2"]) -> Float[Array, " n"]:
 
         phi = jax.lax.fori_loop(0, 6, newton, (left + right) / 2)
         a, b = radius * jnp.cos(phi), radius * jnp.sin(phi)
-        log_gaussian = -(((a - 1) / _WHEEL_RADIAL) ** 2 + (b / _WHEEL_TANGENTIAL) ** 2) / 2
+        log_gaussian = norm.logpdf(a, 1, _WHEEL_RADIAL) + norm.logpdf(b, 0, _WHEEL_TANGENTIAL)
         log_volume = jnp.log(jnp.abs(4 * (1 + b * wind(phi))))
-        log_constant = math.log(2 * np.pi * _WHEEL_RADIAL * _WHEEL_TANGENTIAL * _WHEEL_ARMS)
-        return logsumexp(jnp.where(is_bracket, log_gaussian - log_volume, -jnp.inf)) - log_constant
+        return logsumexp(jnp.where(is_bracket, log_gaussian - log_volume, -jnp.inf)) - math.log(_WHEEL_ARMS)
 
     return jax.lax.map(of_point, x, batch_size=_BLOCK)
 
 
 # The collection -------------------------------------------------------------------------------------------------------
 
-_ALL = (
-    Toy("8gaussians", _sample_8gaussians, _log_prob_8gaussians, 2.8319),
-    Toy("checkerboard", _sample_checkerboard, _log_prob_checkerboard, math.log(32)),
-    Toy("moons", _sample_moons, _on_first_use(_moons_log_prob), 2.3939),
-    _rings("circles", (3.0, 1.5), 3 * 0.08, 3.2681),  # the customary sampler adds the noise before it scales by 3
-    _rings("rings", (3.0, 2.25, 1.5, 0.75), 0.08, 2.6232),  # the customary sampler adds the noise after it scales by 3
-    Toy("pinwheel", _sample_pinwheel, _log_prob_pinwheel, 2.3178),
-    Toy("2spirals", _sample_2spirals, _log_prob_2spirals, 2.6455),
-    Toy("swissroll", _sample_swissroll, _on_first_use(_swissroll_log_prob), 2.6696),
-)
-_BY_NAME = {toy.name: toy for toy in _ALL}
-TOYS: tuple[str, ...] = tuple(_BY_NAME)
-
-
-def get(name: str) -> Toy:
-    """Returns the toy density called ``name``.
-
-    Example::
-
-        toy = get("moons")
-        x = toy.sample(jax.random.key(0), 500)
-        excess_nll = -jnp.mean(toy.log_prob(x)) - toy.entropy  # 0 within its standard error
-
-    Raises:
-        ValueError: If `TOYS` does not hold the name.
-    """
-    if name not in _BY_NAME:
-        raise ValueError(f"unknown 2-D toy {name!r}: known are {', '.join(TOYS)}; iresnet_jax.data.load knows images too")
-    return _BY_NAME[name]
+TOYS: dict[str, Toy] = {
+    toy.name: toy
+    for toy in (
+        Toy("8gaussians", _sample_8gaussians, _mixture(_gaussians, _gaussian(_GAUSSIANS_SIGMA)), 2.8319),
+        Toy("checkerboard", _sample_checkerboard, _log_prob_checkerboard, math.log(32)),
+        Toy("moons", _sample_moons, _mixture(_moons, _gaussian(_MOONS_SIGMA)), 2.3939),
+        _rings("circles", (3.0, 1.5), 3 * 0.08, 3.2681),  # the customary sampler adds the noise before it scales by 3
+        _rings("rings", (3.0, 2.25, 1.5, 0.75), 0.08, 2.6232),  # the customary sampler adds the noise after it scales by 3
+        Toy("pinwheel", _sample_pinwheel, _log_prob_pinwheel, 2.3178),
+        Toy("2spirals", _sample_2spirals, _log_prob_2spirals, 2.6455),
+        Toy("swissroll", _sample_swissroll, _mixture(_roll, _gaussian(_ROLL_SIGMA)), 2.6696),
+    )
+}

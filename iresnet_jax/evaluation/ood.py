@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Integer, Num
-from scipy.stats import rankdata
-from sklearn.metrics import roc_auc_score
 
 from iresnet_jax import data
 from iresnet_jax.data.batches import eval_batches
@@ -82,6 +80,9 @@ def auroc(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -> 
     scores = np.concatenate([inside, outside])
     if not len(inside) or not len(outside) or np.isnan(scores).any():
         raise ValueError(f"an AUROC needs scores on both sides, none of them NaN: got {len(inside)} and {len(outside)}")
+    from scipy.stats import rankdata  # late: a second, for which other commands should not wait
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(np.repeat([0, 1], [len(inside), len(outside)]), rankdata(scores)))
 
 

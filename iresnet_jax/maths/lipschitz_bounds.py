@@ -144,29 +144,3 @@ def model_bounds(
         scale = BiLipschitz(jnp.exp(jnp.max(log_scale)), jnp.exp(-jnp.min(log_scale)))
         bounds = bounds.compose(BiLipschitz(*(rounded_up(value) for value in scale)))
     return bounds
-
-
-def certified_radius(margin: Float[Array, " b"], lipschitz: Scalar) -> Float[Array, " b"]:
-    r"""The l2 radius in which a classifier's decision cannot change: ``margin / (sqrt(2) Lambda)``.
-
-    Proof. Let ``|z(x) - z(x')|_2 <= Lambda |x - x'|_2`` for the logits ``z``. A difference of two of them is
-    ``z_i - z_j = <e_i - e_j, z>`` with ``|e_i - e_j|_2 = sqrt(2)``, so it moves by at most ``sqrt(2) Lambda |x - x'|_2``. While
-    that is less than the smallest ``z_i - z_j`` at ``x``, class ``i`` stays on top (Tsuzuku et al. 2018, Prop. 1).
-
-    Args:
-        margin: Logit of the class in question less the largest other one, exact: the rounding of the network's forward pass
-            is not covered.
-        lipschitz: ``Lambda``, a guaranteed bound for the whole map from image to logits.
-
-    Returns:
-        The radius in the input's units, rounded down; 0 without a positive margin, or if a traced ``Lambda`` is no bound.
-
-    Raises:
-        ValueError: If a concrete ``Lambda`` is negative or NaN.
-
-    Example:
-        >>> certified_radius(jnp.array([1.0, -0.2]), 2.0)  # 0.354, 0
-    """
-    lipschitz = lipschitz_at_least(lipschitz)
-    eps = max(float(jnp.finfo(x.dtype).eps) for x in (margin, lipschitz))  # the product with sqrt(2) rounds in the latter's
-    return jnp.where(margin > 0, margin / (lipschitz * math.sqrt(2)) * (1 - 8 * eps), 0)

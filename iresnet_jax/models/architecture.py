@@ -20,7 +20,7 @@ class StageSpec:
         hidden, kernel_sizes, activation, preactivation, padding, positional_bias: Architecture of the branches, see
             `FeedforwardSpec`; without ``kernel_sizes`` branches are dense and take flattened arrays.
         squeeze: Space-to-depth factor in front of the blocks; 1 for none.
-        factor_out: Whether half of the channels leave as latents behind the blocks.
+        factor_out: Whether half of the channels leave as latents after the blocks.
         kind: Kind of the branches, a name in `kinds.KINDS`.
     """
 
@@ -46,7 +46,7 @@ class StageSpec:
             raise ValueError(f"squeeze must be a positive factor (1 for none), got {self.squeeze}")
 
 
-class Stage(NamedTuple):
+class PlacedStage(NamedTuple):
     """A stage in its place in a flow.
 
     Attributes:
@@ -109,7 +109,7 @@ class FlowSpec:
         return sum(stage.num_blocks for stage in self.stages)
 
     @functools.cached_property
-    def layout(self) -> tuple[Stage, ...]:
+    def layout(self) -> tuple[PlacedStage, ...]:
         """The stages in their places: the one walk over the architecture that everything else follows."""
         placed, shape = [], tuple(self.event_shape)
         for i, stage in enumerate(self.stages):
@@ -118,7 +118,7 @@ class FlowSpec:
             if stage.kernel_sizes is None:
                 shape = (math.prod(shape),)
             branch = kinds.get(stage.kind).of_stage(stage, shape, self.context_dim)
-            placed.append(Stage(f"stage{i}", stage, in_shape, branch))
+            placed.append(PlacedStage(f"stage{i}", stage, in_shape, branch))
             if stage.factor_out:
                 if shape[-1] % 2:
                     raise ValueError(f"stage {i} factors out half of its channels but has {shape[-1]}: squeeze before it")

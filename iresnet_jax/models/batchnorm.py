@@ -61,6 +61,7 @@ def batchnorm_features(
     """Features of all stages, and the statistics that were used; arguments as in `batchnorm_blocks`, by stage."""
     used = {}
     for stage in spec.layout:
+        assert isinstance(stage.branch, FeedforwardSpec)  # BatchNorm stands in front of layers
         x = chain(stage.entry).forward(x)
         given = None if statistics is None else statistics[stage.name]["blocks"]
         x, own = batchnorm_blocks(

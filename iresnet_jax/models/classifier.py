@@ -8,12 +8,9 @@ inverse takes features to padded arrays, whose padding channels say how far they
 The network to compare with, see `batchnorm`, has no inverse; its weights are its parameters as they are.
 """
 
-import dataclasses
 import functools
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +26,10 @@ from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.batchnorm import batchnorm_features
-from iresnet_jax.models.certificate import Certificate, certificate_of
-from iresnet_jax.models.flow import Tree, Weights, as_params, flow_bijection, freeze
+from iresnet_jax.models.flow import Tree, Weights, flow_bijection
 from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, linear, pool
 from iresnet_jax.models.history import History
+from iresnet_jax.models.model import Model
 
 NORMALIZATIONS = ("actnorm", "batchnorm")
 Images = Num[Array, "b h w c"] | Num[np.ndarray, "b h w c"]
@@ -47,8 +44,8 @@ class ClassifierSpec:
         image_shape: Height, width and channels of an image.
         num_classes: Number of classes, at least 2.
         num_levels: Grey levels of a pixel.
-        pad_channels: Channels of zeros behind those of the image; they make the network wider.
-        mean: Mean of pixels in [0, 1], one a channel or one for all; subtracted.
+        pad_channels: Channels of zeros after those of the image; they make the network wider.
+        mean: Mean of pixels in [0, 1], one per channel or one for all; subtracted.
         std: Divisor of the difference, in the same form.
         constrained: Whether blocks are contractions. False is an ordinary residual network, of which no inverse is promised.
         normalization: "actnorm" in front of every branch, or "batchnorm" inside of it, in front of every layer.
@@ -92,7 +89,7 @@ class ClassifierSpec:
 
     @property
     def is_bijective(self) -> bool:
-        """Whether the network is a `flow_bijection`, with an inverse to try at least."""
+        """Whether the network is a bijection, whose inverse can at least be tried."""
         return self.normalization == "actnorm"
 
     def pad(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
@@ -130,7 +127,7 @@ class Reconstruction(NamedTuple):
     meta_fields=["spec", "solver", "unroll", "rematerialize", "bfloat16", "history"],
 )
 @dataclass(frozen=True)
-class Classifier:
+class Classifier(Model):
     """A classifier with its weights, and how to run it. A pytree: ``jit``, ``vmap`` and ``grad`` take it as an argument.
 
     Methods take images of integer levels, as the data set has them.
@@ -141,12 +138,14 @@ class Classifier:
         head: Parameters of the head, see `head.apply_head`.
         statistics: Running averages of BatchNorm: of the "head", and of every stage with BatchNorm.
         solver: Inverse of the blocks.
-        unroll: Whether blocks are written out instead of scanned.
-        rematerialize: What the backward pass computes anew, see `iresnet_jax.bijections.chain.repeat`; not with BatchNorm in
+        unroll: Whether blocks are unrolled instead of scanned.
+        rematerialize: What the backward pass recomputes, see `iresnet_jax.bijections.chain.repeat`; not with BatchNorm in
             the branches.
         bfloat16: Whether branches compute in bfloat16 on the way to features, see `flow_bijection`; not with BatchNorm either.
         history: What the training of a fitted model saw.
     """
+
+    arrays: ClassVar[tuple[str, ...]] = ("head", "statistics")
 
     spec: ClassifierSpec
     weights: Weights | Tree = field(repr=False)
@@ -157,10 +156,6 @@ class Classifier:
     rematerialize: Rematerialize = "nothing"
     bfloat16: bool = False
     history: History | None = field(default=None, repr=False)
-
-    def with_(self, **changes: Any) -> "Classifier":
-        """The same model with other fields, such as ``solver``."""
-        return dataclasses.replace(self, **changes)
 
     def logits(self, images: Images) -> Float[Array, "b k"]:
         """Logits of images, by running averages."""
@@ -188,34 +183,6 @@ class Classifier:
         """
         x, info = self.flow().inverse(reshape.flatten(features))
         return Reconstruction(self.spec.unpad(x), reshape.padding_residual(x, self.spec.pad_channels), info)
-
-    def certificate(self) -> Certificate:
-        """Norms of all layers and Lipschitz constants of all blocks and of the network, estimated and guaranteed."""
-        self.require_bijection()
-        return certificate_of(
-            self.spec.flow,
-            self.weights,
-            self.spec.bilipschitz(),
-            constrained=self.spec.constrained,
-            bfloat16=self.bfloat16,
-        )
-
-    def freeze(self) -> "Classifier":
-        """The same model with every block certified to be within the budget of ``spec.flow.coeff``, see `flow.freeze`."""
-        if not self.spec.constrained:
-            raise ValueError("this network has no Lipschitz constraint: there is nothing to freeze it to")
-        return self.with_(weights=freeze(self.spec.flow, as_params(self.weights)))
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the model to one file, which `iresnet_jax.load` reads."""
-        from iresnet_jax.models import saved  # late: it knows all kinds of models
-
-        return saved.save(self, path)
-
-    def require_bijection(self) -> None:
-        """Raises ``ValueError`` in one sentence where something is asked of a network with BatchNorm in its branches."""
-        if not self.spec.is_bijective:
-            raise ValueError("a network with BatchNorm in its branches has no bounds and no inverse: that takes ActNorm")
 
     # --------------------------------------------------------------------------------------------------- its parts
 

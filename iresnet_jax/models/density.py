@@ -15,11 +15,9 @@ as the determinants are the same for all classes.
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +32,14 @@ from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.certificate import Certificate, certificate_of
-from iresnet_jax.models.flow import Tree, Weights, as_params, flow_bijection, freeze
+from iresnet_jax.models.flow import Tree, Weights, flow_bijection
 from iresnet_jax.models.history import History
+from iresnet_jax.models.model import Model
 
 Transform = Identity | Center | Logit | Equalize | Standardize | Whiten
 Data = Num[Array, "b ..."] | Num[np.ndarray, "b ..."]
@@ -48,7 +47,7 @@ Contexts = Float[Array, "_ k"] | Float[np.ndarray, "_ k"]
 
 
 class LogProb(NamedTuple):
-    """A log-likelihood and its terms, in nats, one an example.
+    """A log-likelihood and its terms, in nats, one per example.
 
     Attributes:
         log_prob: Sum of all terms.
@@ -73,7 +72,7 @@ class DensitySpec:
 
     Attributes:
         flow: Architecture of the flow.
-        prior: "gaussian" or "logistic".
+        prior_family: "gaussian" or "logistic", the family of the prior.
         transform: Preprocessing: `Center`, `Logit` or `Equalize` of images in [0, 1), `Standardize` or `Whiten` of other
             continuous data, `Identity` of either.
         num_levels: Integer levels of the data, at least 2; None for continuous data.
@@ -82,8 +81,11 @@ class DensitySpec:
         context: Scale of the contexts of a conditional density; None takes contexts as they are.
     """
 
+    constrained: ClassVar[bool] = True
+    renamed: ClassVar[dict[str, str]] = {"prior": "prior_family"}  # fields of files that earlier versions wrote
+
     flow: FlowSpec
-    prior: str = "gaussian"
+    prior_family: str = "gaussian"
     transform: Transform = field(default_factory=Identity)
     num_levels: int | None = None
     num_classes: int | None = None
@@ -106,8 +108,8 @@ class DensitySpec:
                 )
         if self.num_classes is not None and self.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {self.num_classes}: the data set needs labels")
-        if self.prior not in priors.PRIORS:
-            raise ValueError(f"prior must be one of {', '.join(priors.PRIORS)}, got {self.prior!r}")
+        if self.prior_family not in priors.PRIORS:
+            raise ValueError(f"prior_family must be one of {', '.join(priors.PRIORS)}, got {self.prior_family!r}")
         if isinstance(self.transform, Equalize):
             levels, shares = len(self.transform.frequencies), self.transform.shares
             if self.num_levels not in (None, levels):
@@ -125,6 +127,10 @@ class DensitySpec:
         """Name of the reported likelihood in logs: "bits_per_dim" or "nll"."""
         return "nll" if self.num_levels is None else "bits_per_dim"
 
+    def bilipschitz(self) -> BiLipschitz:
+        """Bounds of the Lipschitz constants of the preprocessing and of its inverse."""
+        return self.transform.bilipschitz()
+
     def in_units(self, log_prob: Float[Array, " b"]) -> Float[Array, " b"]:
         """``-log_prob`` in `unit`: what is minimised and reported."""
         return -log_prob * self.unit_of_a_nat
@@ -141,7 +147,7 @@ class DensitySpec:
     meta_fields=["spec", "solver", "unroll", "rematerialize", "bfloat16", "history"],
 )
 @dataclass(frozen=True)
-class Density:
+class Density(Model):
     """A density with its weights, and how to run it. A pytree: ``jit``, ``vmap`` and ``grad`` take it as an argument.
 
     Methods take and give data as the data set has them: integer levels for models of images, floats for continuous data. The
@@ -153,11 +159,13 @@ class Density:
         prior: Parameters of the prior.
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
-        unroll: Whether blocks are written out instead of scanned.
-        rematerialize: What the backward pass computes anew, see `iresnet_jax.bijections.chain.repeat`.
+        unroll: Whether blocks are unrolled instead of scanned.
+        rematerialize: What the backward pass recomputes, see `iresnet_jax.bijections.chain.repeat`.
         bfloat16: Whether branches compute in bfloat16 on the way from data to latents, see `flow_bijection`.
         history: What the training of a fitted model saw.
     """
+
+    arrays: ClassVar[tuple[str, ...]] = ("prior",)
 
     spec: DensitySpec
     weights: Weights = field(repr=False)
@@ -169,10 +177,6 @@ class Density:
     bfloat16: bool = False
     history: History | None = field(default=None, repr=False)
 
-    def with_(self, **changes: Any) -> "Density":
-        """The same model with other fields, such as ``estimator`` or ``solver``."""
-        return dataclasses.replace(self, **changes)
-
     @property
     def continuous(self) -> "Density":
         """The density of the dequantised data: of points of [0, 1) instead of integer levels, of cells instead of a grid."""
@@ -181,11 +185,11 @@ class Density:
     # ------------------------------------------------------------------------------------------------ likelihood
 
     def log_prob(self, x: Data, key: Key[Array, "..."] | None = None, *, context: Contexts | None = None) -> Float[Array, " b"]:
-        """Log-likelihood in nats, one an example; of integer levels a lower bound for one draw of noise, see `terms`.
+        """Log-likelihood in nats, one per example; of integer levels a lower bound for one draw of noise, see `terms`.
 
         Args:
             x: Data.
-            key: Source of noise and probes, one or one an example; None draws both from a fixed key.
+            key: Source of noise and probes, one key or one per example; None draws both from a fixed key.
             context: Contexts of a conditional model: the result is ``log p(x | context)``.
         """
         key = jax.random.key(0) if key is None else key
@@ -204,7 +208,7 @@ class Density:
 
         Args:
             x: Data.
-            key_noise: Source of the dequantisation noise of integer levels, one or one an example.
+            key_noise: Source of the dequantisation noise of integer levels, one key or one per example.
             key_probe: Source of the estimator's probes, likewise.
             context: Contexts of a conditional model.
         """
@@ -213,7 +217,7 @@ class Density:
         z, log_det, info = self.flow(context).forward_and_logdet(y, key_probe)
         by_class = None if self.spec.num_classes is None else self.log_prior_by_class(z)
         if by_class is None:
-            log_prior = priors.log_prob(self.spec.prior, self.prior, z)
+            log_prior = priors.log_prob(self.spec.prior_family, self.prior, z)
         else:
             log_prior = jax.nn.logsumexp(by_class, axis=1)
         preprocessing = log_det_cells + log_det_transform
@@ -226,7 +230,7 @@ class Density:
             ValueError: If the model has one prior for all.
         """
         self.check_classes()
-        of_classes = jax.vmap(lambda one: priors.log_prob(self.spec.prior, one, z), out_axes=1)(self._priors_of_classes)
+        of_classes = jax.vmap(lambda one: priors.log_prob(self.spec.prior_family, one, z), out_axes=1)(self._priors_of_classes)
         return of_classes + jax.nn.log_softmax(self.prior["class_logits"])[None]
 
     def class_log_probs(self, x: Data, key: Key[Array, "..."] | None = None) -> Float[Array, "b k"]:
@@ -264,7 +268,7 @@ class Density:
 
         Returns:
             The data, and a `FixedPointInfo`. Its ``error_bound`` is in the units of continuous data: [0, 1) for integer levels,
-            before they are rounded down. It multiplies the blocks' bounds, which says nothing of a deep flow.
+            before they are rounded down. It is the product of the blocks' bounds, which says little about a deep flow.
         """
         u, info = chain([self._transform, self.flow(context)]).inverse(z)
         return self.round_to_data(u), info
@@ -306,33 +310,16 @@ class Density:
         if self.spec.num_classes is None:
             if labels is not None:
                 self.check_classes()
-            return priors.sample(self.spec.prior, self.prior, key, num, temperature)
+            return priors.sample(self.spec.prior_family, self.prior, key, num, temperature)
         key_label, key_noise = jax.random.split(key)
         drawn = jax.random.categorical(key_label, self.prior["class_logits"], shape=(num,))
         labels = drawn if labels is None else jnp.asarray(labels)
         if labels.shape != (num,) or not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise ValueError(f"labels must be {num} integers, one a sample, got {labels.dtype} of shape {labels.shape}")
+            raise ValueError(f"labels must be {num} integers, one per sample, got {labels.dtype} of shape {labels.shape}")
         chosen = jax.tree.map(lambda stacked: stacked[labels], self._priors_of_classes)
-        one = jax.vmap(lambda prior, key: priors.sample(self.spec.prior, prior, key, 1, temperature)[0])
+        one = jax.vmap(lambda prior, key: priors.sample(self.spec.prior_family, prior, key, 1, temperature)[0])
         known = (labels >= 0) & (labels < self.spec.num_classes)
         return jnp.where(known[:, None], one(chosen, jax.random.split(key_noise, num)), jnp.nan)
-
-    # ------------------------------------------------------------------------------------------------ certificate
-
-    def certificate(self) -> Certificate:
-        """Norms of all layers and Lipschitz constants of all blocks and of the whole model, estimated and guaranteed."""
-        preprocessing = self.spec.transform.bilipschitz()
-        return certificate_of(self.spec.flow, self.weights, preprocessing, bfloat16=self.bfloat16)
-
-    def freeze(self) -> "Density":
-        """The same model with every block certified to be within the budget of ``spec.flow.coeff``, see `flow.freeze`."""
-        return self.with_(weights=freeze(self.spec.flow, as_params(self.weights)))
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the model to one file, which `iresnet_jax.load` reads."""
-        from iresnet_jax.models import saved  # late: it knows all kinds of models
-
-        return saved.save(self, path)
 
     def check_classes(self) -> None:
         """Raises ``ValueError`` in one sentence unless every class has its own prior."""
@@ -370,7 +357,7 @@ class Density:
         return self._dequantize.forward(x) if key is None else self._dequantize.forward_and_logdet(x, key)[0]
 
     def continuous_of_input(self, y: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-        """Continuous data for the flow's input, the inverse of the preprocessing behind `dequantize`."""
+        """Continuous data for the flow's input, the inverse of the preprocessing after `dequantize`."""
         return self._transform.inverse(y)[0]
 
     def round_to_data(self, u: Float[Array, "b ..."]) -> Num[Array, "b ..."]:

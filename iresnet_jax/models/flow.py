@@ -30,7 +30,7 @@ from iresnet_jax.maths import platforms
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.models.architecture import FlowSpec, Stage
+from iresnet_jax.models.architecture import FlowSpec, PlacedStage
 
 Tree = Mapping[str, Any]
 NORMS = "norms"  # name of the constraint's operations in programs
@@ -156,7 +156,7 @@ def unconstrained(spec: FlowSpec, params: Tree, spectral: Tree) -> Constrained:
 
 
 def _constrain(
-    spec: FlowSpec, params: Tree, spectral: Tree, of_stage: Callable[[Stage, Tree], ConstrainedBranch]
+    spec: FlowSpec, params: Tree, spectral: Tree, of_stage: Callable[[PlacedStage, Tree], ConstrainedBranch]
 ) -> Constrained:
     weights, new_spectral, norms = {}, dict(spectral), {}
     for stage in spec.layout:

@@ -16,7 +16,7 @@ from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.models import priors
-from iresnet_jax.models.architecture import FlowSpec, Stage
+from iresnet_jax.models.architecture import FlowSpec, PlacedStage
 from iresnet_jax.models.batchnorm import batchnorm_blocks
 from iresnet_jax.models.classifier import Classifier as ClassifierModel
 from iresnet_jax.models.classifier import ClassifierSpec
@@ -37,7 +37,7 @@ class Blocks(nn.Module):
     """
 
     flow: FlowSpec
-    stage: Stage
+    stage: PlacedStage
     last_scale: float = 1.0
     constrained: bool = True
     sharp: bool = False
@@ -70,7 +70,7 @@ class StageModule(nn.Module):
     """A stage, so that its blocks' arrays are named ``stage0/blocks/conv0/kernel``; attributes as in `Blocks`."""
 
     flow: FlowSpec
-    stage: Stage
+    stage: PlacedStage
     last_scale: float = 1.0
     constrained: bool = True
     sharp: bool = False
@@ -94,7 +94,7 @@ class ResidualFlow(nn.Module):
 
     Attributes:
         spec: The architecture.
-        prior: "gaussian" or "logistic".
+        prior_family: "gaussian" or "logistic".
         last_scale: Initial factor on a branch's last layer.
         num_classes: Classes that have a prior each; None for one prior of all.
         sharp: Whether activations start sharper, see `BranchSpec.initial_weights`.
@@ -102,7 +102,7 @@ class ResidualFlow(nn.Module):
     """
 
     spec: FlowSpec
-    prior: str = "gaussian"
+    prior_family: str = "gaussian"
     last_scale: float = 1.0
     num_classes: int | None = None
     sharp: bool = False
@@ -120,7 +120,7 @@ class ResidualFlow(nn.Module):
             if stage.spec.factor_out:
                 x, latent = reshape.split_channels(x)
                 latents.append(reshape.flatten(latent))
-        self.param("prior", lambda key: priors.standard(self.prior, self.spec.num_dims, self.num_classes))
+        self.param("prior", lambda key: priors.standard(self.prior_family, self.spec.num_dims, self.num_classes))
         return jnp.concatenate([*latents, reshape.flatten(x)], axis=-1)
 
     def constrain(self, *, num_steps: int | None = None, rtol: float = 1e-3) -> Constrained:
@@ -181,7 +181,7 @@ class BatchNormStage(nn.Module):
         last_scale: Initial factor on a branch's last layer.
     """
 
-    stage: Stage
+    stage: PlacedStage
     last_scale: float
 
     @nn.compact

@@ -3,17 +3,13 @@ r"""A learned forward operator as a value, and the reconstruction of images from
     F(x) close to A x,    reconstruction of y:  P(F^-1(y)),    |F^-1(y) - F^-1(y')| <= |y - y'| / (1 - L)
 
 (Arndt et al. 2023). ``F`` takes images to images of the same shape: residual blocks without ActNorm, whose Lipschitz constants
-``L_b`` satisfy ``prod_b (1 - L_b) = 1 - L``. ``L`` is the regularisation parameter: what ``F^-1`` can make of noise is bounded
-whatever the data are. ``P`` is the projection onto pixels in [0, 1], which no pair of images comes out of further apart.
+``L_b`` satisfy ``prod_b (1 - L_b) = 1 - L``. ``L`` is the regularisation parameter: it bounds how ``F^-1`` amplifies noise,
+for all data. ``P`` is the projection onto pixels in [0, 1], which increases no distance.
 """
 
-import dataclasses
 import functools
 import math
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +22,11 @@ from iresnet_jax.bijections.chain import Rematerialize, chain
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import check_levels, known_levels
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
-from iresnet_jax.maths.lipschitz_bounds import model_bounds
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.certificate import Certificate, certificate_of
-from iresnet_jax.models.flow import Weights, as_params, flow_bijection, freeze
+from iresnet_jax.models.flow import Weights, flow_bijection
 from iresnet_jax.models.history import History
+from iresnet_jax.models.model import Model
 
 Measurements = Float[Array, "b h w c"] | Float[np.ndarray, "b h w c"]
 
@@ -43,7 +39,7 @@ class ReconstructorSpec:
         flow: Architecture of ``F`` on images ``(h, w, c)``, without channels that are factored out.
         num_levels: Grey levels of the images that it was trained on.
         constrained: Whether blocks are contractions and reconstructions are ``P(F^-1(y))``. False is an ordinary residual
-            network from measurements to images, ``P(F(y))``, to compare with: nothing bounds what it makes of noise.
+            network from measurements to images, ``P(F(y))``, to compare with: nothing bounds how it amplifies noise.
     """
 
     flow: FlowSpec
@@ -64,8 +60,12 @@ class ReconstructorSpec:
 
     @property
     def is_bijective(self) -> bool:
-        """Whether reconstructions are those of an inverse, which exists."""
+        """Whether reconstructions come from an inverse, which then exists."""
         return self.constrained
+
+    def bilipschitz(self) -> BiLipschitz:
+        """Bounds of the Lipschitz constants of the preprocessing, which there is none of."""
+        return model_bounds([])
 
     @property
     def permutation(self) -> Bijection:
@@ -89,7 +89,7 @@ def block_coeff(coeff: float, num_blocks: int) -> float:
     meta_fields=["spec", "solver", "unroll", "rematerialize", "history"],
 )
 @dataclass(frozen=True)
-class Reconstructor:
+class Reconstructor(Model):
     """A learned forward operator with its weights, and how to invert it. A pytree: ``jit``, ``vmap`` and ``grad`` take it.
 
     Images have pixels in [0, 1], see `preprocess`, and measurements have their shape.
@@ -98,8 +98,8 @@ class Reconstructor:
         spec: All that defines the model but its weights.
         weights: Weights of the flow, as `flow.freeze`, `flow.constrain` or `flow.unconstrained` give them.
         solver: Inverse of the blocks.
-        unroll: Whether blocks are written out instead of scanned.
-        rematerialize: What the backward pass of `measure` computes anew, see `iresnet_jax.bijections.chain.repeat`.
+        unroll: Whether blocks are unrolled instead of scanned.
+        rematerialize: What the backward pass of `measure` recomputes, see `iresnet_jax.bijections.chain.repeat`.
         history: What the training of a fitted model saw.
     """
 
@@ -109,10 +109,6 @@ class Reconstructor:
     unroll: bool = False
     rematerialize: Rematerialize = "nothing"
     history: History | None = field(default=None, repr=False)
-
-    def with_(self, **changes: Any) -> "Reconstructor":
-        """The same model with other fields, such as ``solver``."""
-        return dataclasses.replace(self, **changes)
 
     def preprocess(self, images: Num[Array, "b h w c"] | Num[np.ndarray, "b h w c"]) -> Float[Array, "b h w c"]:
         """Images of integer levels with pixels in [0, 1]; levels out of range become NaN."""
@@ -156,23 +152,6 @@ class Reconstructor:
         """
         certificate = self.certificate()
         return certificate.inverse if self.spec.constrained else certificate.forward
-
-    def certificate(self) -> Certificate:
-        """Norms of all layers and Lipschitz constants of all blocks and of ``F``, estimated and guaranteed."""
-        spec = self.spec
-        return certificate_of(spec.flow, self.weights, model_bounds([]), constrained=spec.constrained)
-
-    def freeze(self) -> "Reconstructor":
-        """The same model with every block certified to be within the budget of ``spec.flow.coeff``, see `flow.freeze`."""
-        if not self.spec.constrained:
-            raise ValueError("this network has no Lipschitz constraint: there is nothing to freeze it to")
-        return self.with_(weights=freeze(self.spec.flow, as_params(self.weights)))
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the model to one file, which `iresnet_jax.load` reads."""
-        from iresnet_jax.models import saved  # late: it knows all kinds of models
-
-        return saved.save(self, path)
 
     def flow(self) -> Bijection:
         """``F`` from images to vectors."""

@@ -1,8 +1,4 @@
-"""A model as one file: its spec as JSON and its arrays, and nothing of its training.
-
-Bounds of norms are not stored: `load` computes them anew from the weights it finds, so a file cannot claim a certificate that
-its weights do not have.
-"""
+"""Models read from their files, see `model`, with every header checked before anything is allocated."""
 
 import contextlib
 import json
@@ -18,53 +14,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax.atomic_files import replacing
-from iresnet_jax.json_dataclasses import checked, tagged
+from iresnet_jax.json_dataclasses import checked
 from iresnet_jax.models import priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import as_params, with_bounds
+from iresnet_jax.models.flow import with_bounds
 from iresnet_jax.models.head import batch_statistics, initial_head
+from iresnet_jax.models.model import FILE_NAME, FORMAT, HEADER, array_name
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 
-FILE_NAME = "model.npz"
-FORMAT = 2
-_HEADER = "header"
 _MOST_HEADER = 2**24  # bytes
 
 Model = Density | Classifier | Reconstructor
 Spec = DensitySpec | ClassifierSpec | ReconstructorSpec
 
 
-def save(model: Model, path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> Path:
-    """Writes a model to one file and returns its path; a file that was there is replaced in one step.
-
-    Args:
-        model: A model whose network is a bijection.
-        path: The file; ``.npz`` is its customary end.
-        about: JSON data that travel with the model, such as the settings of its training.
-
-    Raises:
-        ValueError: If the network has BatchNorm in its branches.
-    """
-    if isinstance(model, Classifier):
-        model.require_bijection()
-    path = Path(path)
-    header = {"format": FORMAT, "spec": tagged(model.spec), "about": dict(about or {})}
-    arrays: dict[str, Any] = {_name(key): np.asarray(leaf) for key, leaf in jax.tree.leaves_with_path(_arrays(model))}
-    arrays[_HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    with replacing(path) as incoming, incoming.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-    return path
-
-
 def load(path: str | os.PathLike[str]) -> Model:
-    """Reads a model that `save` wrote, see `read`."""
+    """Reads a model that `Model.save` wrote, see `read`."""
     return read(path)[0]
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]:
-    """Reads a model that `save` wrote, with bounds of its norms computed anew, and ``about`` of `save`.
+    """Reads a model that `Model.save` wrote, with bounds of its norms computed from its weights, and ``about`` of `Model.save`.
 
     Args:
         path: The file, or a folder that holds ``model.npz``.
@@ -76,16 +47,16 @@ def read(path: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]:
         spec = checked(Spec, header["spec"], "model")
         with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); models are in float32, wherever they are read
             expected = jax.eval_shape(lambda: _empty(spec))
-        arrays = jax.tree.map_with_path(lambda key, leaf: _read_array(archive, _name(key), leaf), expected)
-        names = {f"{_name(key)}.npy" for key, _ in jax.tree.leaves_with_path(expected)}
-        if left_over := set(archive.namelist()) - {f"{_HEADER}.npy"} - names:
+        arrays = jax.tree.map_with_path(lambda key, leaf: _read_array(archive, array_name(key), leaf), expected)
+        names = {f"{array_name(key)}.npy" for key, _ in jax.tree.leaves_with_path(expected)}
+        if left_over := set(archive.namelist()) - {f"{HEADER}.npy"} - names:
             raise ValueError(f"it holds {sorted(left_over)[0]}, which such a model does not have")
         about = header["about"]
     return model_of(spec, jax.tree.map(jnp.asarray, arrays)), about
 
 
 def read_about(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads what travels with a model, ``about`` of `save`; arguments and errors are those of `read`. No device starts."""
+    """Reads ``about`` of `Model.save`, which starts no device; arguments and errors are those of `read`."""
     with _opened(path) as (_, header):
         return header["about"]
 
@@ -100,7 +71,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[zipfile.ZipFile, dic
     damaged = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, AttributeError, TypeError, ValueError)
     try:
         with zipfile.ZipFile(path) as archive:
-            header = json.loads(_read_array(archive, _HEADER, None).tobytes())
+            header = json.loads(_read_array(archive, HEADER, None).tobytes())
             if header.get("format") != FORMAT:
                 raise ValueError(f"its format is {header.get('format')}, not {FORMAT}")
             yield archive, header
@@ -125,12 +96,6 @@ def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:
     return kind(spec, _bounded(spec.flow, arrays["params"]), **rest)
 
 
-def _arrays(model: Model) -> dict[str, Any]:
-    """The arrays of a model that are not computed from others, as `model_of` takes them."""
-    fields = {Density: ("prior",), Classifier: ("head", "statistics"), Reconstructor: ()}[type(model)]
-    return {"params": as_params(model.weights), **{name: getattr(model, name) for name in fields}}
-
-
 def _empty(spec: Spec) -> dict[str, Any]:
     """Arrays of the shapes that a model of this spec has."""
 
@@ -142,7 +107,7 @@ def _empty(spec: Spec) -> dict[str, Any]:
 
     params = {stage.name: {"blocks": blocks(stage)} for stage in spec.flow.layout}
     if isinstance(spec, DensitySpec):
-        return {"params": params, "prior": priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes)}
+        return {"params": params, "prior": priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)}
     if isinstance(spec, ReconstructorSpec):
         return {"params": params}
     channels = spec.feature_shape[-1]
@@ -168,7 +133,3 @@ def _read_array(archive: zipfile.ZipFile, name: str, expected: Any) -> np.ndarra
     if not np.all(np.isfinite(array)):
         raise ValueError(f"{name} holds numbers that are not finite")
     return array
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -242,23 +242,26 @@ def from_named(named: Mapping[str, np.ndarray], target: Any) -> Any:
     Raises:
         ValueError: If a name is missing or left over, or a shape or dtype differs; it names the first difference.
     """
-    used: set[str] = set()
+    left = dict(named)
 
     def restored(path: Any, leaf: Any) -> Any:
         like = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)  # a Python number
-        shape, dtype = tuple(like.shape), np.dtype(like.dtype)
-        names, stacked = _names(path, shape)
-        used.update(names)
-        arrays = [_matching(named, name, shape[1:] if stacked else shape, dtype) for name in names]
-        array = (np.stack(arrays) if arrays else np.zeros(shape, dtype)) if stacked else arrays[0]
+        names, stacked = _names(path, tuple(like.shape))
+        expected = np.dtype(like.dtype), tuple(like.shape[1:] if stacked else like.shape)
+        for name in names:
+            if name not in left:
+                raise _misfit(f"it lacks {name!r}")
+            if (found := (left[name].dtype, left[name].shape)) != expected:
+                raise _misfit(f"{name!r} is {found[0]}{list(found[1])} in it, not {expected[0]}{list(expected[1])}")
+        arrays = [left.pop(name) for name in names]
+        array = (np.stack(arrays) if arrays else np.zeros(like.shape, expected[0])) if stacked else arrays[0]
         if like is not leaf:
             return array.item()
         return array.copy() if isinstance(leaf, np.ndarray | np.generic) else jnp.array(array)  # a copy, which can be donated
 
     tree = jax.tree.map_with_path(restored, target)
-    for name in named:
-        if name not in used:
-            raise ValueError(_misfit(f"it holds {name!r}, which this state does not have"))
+    if left:
+        raise _misfit(f"it holds {next(iter(left))!r}, which this state does not have")
     return tree
 
 
@@ -281,20 +284,5 @@ def _joined(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _matching(named: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns ``named[name]`` after checking that it is what the target needs."""
-    if name not in named:
-        raise ValueError(_misfit(f"it lacks {name!r}"))
-    array = named[name]
-    if array.shape != shape:
-        raise ValueError(_misfit(f"{name!r} has shape {array.shape} in it, not {shape}"))
-    if array.dtype != dtype:
-        raise ValueError(_misfit(f"{name!r} has dtype {array.dtype} in it, not {dtype}"))
-    return array
-
-
-def _misfit(difference: str) -> str:
-    return (
-        f"the checkpoint does not fit this state, {difference}: "
-        "build the state from the configuration the checkpoint was saved with"
-    )
+def _misfit(difference: str) -> ValueError:
+    return ValueError(f"the checkpoint does not fit this state, {difference}: build the state from the config of its run")

@@ -1,43 +1,34 @@
-"""Command lines that answer a mistake in one sentence."""
+"""Command lines that answer a mistake in one sentence, and config files with their overrides."""
 
+import argparse
+import ast
+import inspect
 import logging
 import re
+import runpy
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from iresnet_jax.runs.config import Config, parse, unknown_field_message
+from iresnet_jax.json_dataclasses import to_plain
+from iresnet_jax.runs.config import Config, parse
 from iresnet_jax.runs.signals import Stopped
 
 DEFAULT_CONFIG = "configs/digits_density.py"
 MISTAKE = 2  # exit status
-_FAILURES = (ArithmeticError, AttributeError, ImportError, LookupError, SyntaxError, TypeError)  # of a config file or override
 _LONGEST = 600  # characters of a message; compilers append whole programs to theirs
 
 
-class TrainFlags(NamedTuple):
-    """Flags of `train.py`.
+class Parser(argparse.ArgumentParser):
+    """A parser of command lines that raises ``ValueError`` with a sentence instead of printing its usage."""
 
-    Attributes:
-        config: Settings with their overrides.
-        workdir: Folder of the run.
-        debug: Whether a failure shows its traceback.
-        coordinator_address: ``host:port`` of process 0 in a run of several processes, see `hosts.initialize`.
-        num_processes: Number of processes.
-        process_id: Number of this process, from 0.
-    """
-
-    config: Config
-    workdir: Path
-    debug: bool
-    coordinator_address: str | None
-    num_processes: int | None
-    process_id: int | None
+    def error(self, message: str) -> NoReturn:
+        """Says what was wrong and where to look."""
+        raise ValueError(f"{message}; see {self.prog} --help")
 
 
 def explain_failures(command: Callable[[], int], *, debug: bool = False) -> int:
@@ -60,12 +51,6 @@ def explain_failures(command: Callable[[], int], *, debug: bool = False) -> int:
             return MISTAKE
 
 
-def asks_for_debug(argv: Sequence[str]) -> bool:
-    """Whether ``--debug`` is set, in any form that absl reads, even if the rest of the command line is wrong."""
-    forms = [argument for argument in argv if re.fullmatch(r"--?(no)?debug(=.*)?", argument)]
-    return bool(forms) and not re.fullmatch(r"--?nodebug|--?debug=(false|f|0|n|no)", forms[-1], re.IGNORECASE)
-
-
 def one_sentence(error: Exception) -> str:
     """Message of an exception on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -77,92 +62,97 @@ def quiet_backends() -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
 
 
-def parse_train_flags(argv: Sequence[str], *, default_config: str) -> TrainFlags:
-    """Reads ``--config``, its overrides ``--config.FIELD=VALUE``, and the other flags of `TrainFlags`.
+def parse_train_flags(argv: Sequence[str], *, default_config: str = DEFAULT_CONFIG) -> argparse.Namespace:
+    """Reads the flags of `train.py`, which describes them, and the overrides ``--config.FIELD=VALUE``.
 
     Args:
         argv: The command line, program name first.
         default_config: Config file if none is given.
 
+    Returns:
+        The flags by name: a `Config`, the workdir as a path, ``debug``, and the arguments of `hosts.initialize`.
+
     Raises:
-        ValueError: If a flag or a field is unknown, or a value does not fit.
-        OSError: If the config file cannot be read.
+        ValueError: If a flag or a field is unknown, a value does not fit, or the config file fails.
     """
     program, *arguments = argv
-    arguments = _joined(arguments)
-    if not any(re.fullmatch(r"--?config(=.*)?", argument) for argument in arguments):
-        arguments = [f"--config={default_config}", *arguments]
-    for file in (match[1] for argument in arguments if (match := re.fullmatch(r"--?config=([^:]*).*", argument))):
-        _check_file(Path(file))
-    try:
-        values, rest = _parse([program, *arguments])
-    except _FAILURES as error:  # raised deep inside, which does not name the override
-        raise ValueError(_explain_override(program, arguments) or one_sentence(error)) from None
-    except flags.Error as error:  # its message holds the traceback of the config file
-        message = str(error).replace("\\n", "\n")
-        if "get_config() takes 0 positional arguments" in message:
-            raise ValueError("the config file has no variants: leave out the colon and what follows it") from None
-        raised = re.findall(r"^ValueError: (.+?)\s*$", message, re.MULTILINE)
-        raise ValueError(raised[-1] if raised else one_sentence(error)) from None
-    if rest:
-        raise ValueError(f"unexpected argument {rest[0]!r}: settings are given as --config.FIELD=VALUE")
-    path = config_flags.get_config_filename(values["config"])
-    if not isinstance(values["config"].value, ConfigDict):
-        raise ValueError(f"get_config() of {path} must return a ConfigDict, got {values['config'].value!r}")
-    workdir = values["workdir"].value or Path("runs") / Path(path.split(":")[0]).stem
-    debug, *processes = (values[name].value for name in TrainFlags._fields[2:])
-    return TrainFlags(parse(values["config"].value), Path(workdir), bool(debug), *processes)
+    overrides = [argument for argument in arguments if re.match(r"--?(no)?config\.", argument)]
+    parser = Parser(prog=program, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default=default_config)
+    parser.add_argument("--workdir", type=Path)
+    parser.add_argument("--debug", action="store_true")
+    parser.add_argument("--coordinator_address")
+    parser.add_argument("--num_processes", type=int)
+    parser.add_argument("--process_id", type=int)
+    given = parser.parse_args([argument for argument in arguments if argument not in overrides])
+    given.workdir = given.workdir or Path("runs") / Path(given.config.partition(":")[0]).stem
+    given.config = read_config(given.config, overrides)
+    return given
 
 
-def _check_file(path: Path) -> None:
-    """Raises ``ValueError`` unless this is a text file."""
+def read_config(file: str, overrides: Iterable[str] = ()) -> Config:
+    """The settings of a config file, some of them overridden.
+
+    Args:
+        file: The file; a variant follows after a colon, as in ``configs/toy_2d.py:moons``.
+        overrides: Changes such as ``--config.model.stages[0].num_blocks=8``; ``--config.FIELD`` is true, ``--noconfig.FIELD``
+            false.
+
+    Raises:
+        ValueError: If the file fails, a field is unknown or a value does not fit.
+    """
+    name, _, variant = file.partition(":")
+    settings = _settings_of(Path(name), variant)
+    for override in overrides:
+        path, has_value, text = override.lstrip("-").partition("=")
+        root, *keys = re.findall(r"[^.\[\]]+", path)
+        settings = _changed(settings, keys, text if has_value else str(root == "config"), "config")
+    return parse(settings)
+
+
+def _settings_of(path: Path, variant: str) -> dict[str, Any]:
+    """What a config file returns, as plain data."""
     if not path.is_file():
         raise ValueError(f"there is no config file {path}: those that come with the library are in configs/")
     try:
-        path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"the config file {path} is not UTF-8: save it as UTF-8") from None
+        get_config = runpy.run_path(str(path))["get_config"]
+        if variant and not inspect.signature(get_config).parameters:
+            raise ValueError("the config file has no variants: leave out the colon and what follows it")
+        config = get_config(*([variant] if variant else []))
+    except (ValueError, OSError):  # in the words of the file
+        raise
+    except Exception as error:  # whatever a program raises
+        raise ValueError(f"the config file {path} fails: {type(error).__name__}: {one_sentence(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"get_config() of {path} must return a ConfigDict, got {config!r}")
+    return to_plain(config)
 
 
-def _joined(arguments: list[str]) -> list[str]:
-    """``--config FILE`` as ``--config=FILE``."""
-    joined: list[str] = []
-    for argument in arguments:
-        if joined and joined[-1] in ("--config", "-config"):
-            joined[-1] += "=" + argument
-        else:
-            joined.append(argument)
-    return joined
+def _changed(value: Any, keys: Sequence[str], text: str, path: str) -> Any:
+    """Plain data with another value under some keys; whether these exist, and may have it, `parse` says.
+
+    Args:
+        keys: What leads to the value, such as ``["model", "stages", "0", "hidden"]``.
+        text: The value.
+        path: What messages call the data.
+    """
+    if not keys:
+        return _read(text, type(value))
+    key, *rest = keys
+    if isinstance(value, dict):
+        return value | {key: _changed(value.get(key, {} if rest else ()), rest, text, f"{path}.{key}")}
+    if not isinstance(value, list):
+        raise ValueError(f"{path} has no fields: it is {value!r}")
+    if not (key.isdecimal() and int(key) < len(value)):
+        raise ValueError(f"{path} has no entry {key}: it has {len(value)}")
+    changed = _changed(value[int(key)], rest, text, f"{path}[{key}]")
+    return [changed if index == int(key) else entry for index, entry in enumerate(value)]
 
 
-def _parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
-    """Returns all flags and the arguments left over; flags are defined anew, so this can run many times in one process."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "Settings of the run.", flag_values=values, sys_argv=argv)
-    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
-    flags.DEFINE_bool("debug", default=False, help="Show the traceback of a failure.", flag_values=values)
-    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "Number of processes.", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", flag_values=values)
-    _, *rest = values(argv)
-    config = values["config"].value
-    if isinstance(config, config_flags.config_flags._ErrorConfig):  # an invalid config raises when it is first used
-        config.lock  # noqa: B018
-    return values, rest
-
-
-def _explain_override(program: str, arguments: list[str]) -> str | None:
-    """Returns a sentence about the first override that fails by itself."""
-    overrides = [argument for argument in arguments if re.match(r"--?(no)?config\.", argument)]
-    others = [argument for argument in arguments if argument not in overrides]
+def _read(text: str, kind: type) -> Any:
+    """The value that a text means where one of this type stood; the text itself if it means none, for `parse` to refuse."""
+    readers = {str: str, float: float, bool: {"true": True, "false": False}.__getitem__}
     try:
-        config: Any = _parse([program, *others])[0]["config"].value
-    except _FAILURES as error:  # its message holds its traceback
-        return "the config file itself fails: " + " ".join(str(error).replace("\\n", "\n").strip().splitlines()[-2:])
-    for override in overrides:
-        try:
-            _parse([program, *others, override])
-        except _FAILURES:
-            path = re.sub(r"^--?(no)?config\.", "", override).split("=")[0]
-            return unknown_field_message(config, path)
-    return None
+        return readers.get(kind, ast.literal_eval)(text.lower() if kind is bool else text)
+    except (ValueError, SyntaxError, KeyError):
+        return text

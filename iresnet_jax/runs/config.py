@@ -5,7 +5,6 @@ A file in ``configs/`` starts from `default_config`, a dictionary of these field
 """
 
 import dataclasses
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Literal
 import ml_collections
 from ml_collections import config_dict
 
-from iresnet_jax.json_dataclasses import Range, did_you_mean, from_plain
+from iresnet_jax.json_dataclasses import Range, from_plain
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
@@ -351,20 +350,3 @@ def set_variant(config: Any, variant: str) -> None:
         config.model.coeff = float(variant)
     except ValueError:
         raise ValueError(f"a variant is a coefficient such as 0.7, vanilla or batchnorm; got {variant!r}") from None
-
-
-def unknown_field_message(config: ml_collections.ConfigDict, path: str) -> str:
-    """One sentence about an override ``--config.PATH=...`` that names no setting, such as ``model.stages[0].hiden``."""
-    node: Any = config
-    done = "config"
-    for name, is_index in ((part.rstrip("]"), part.endswith("]")) for part in re.split(r"[.\[]", path)):
-        if is_index:
-            if not (isinstance(node, list | tuple) and name.isdecimal() and int(name) < len(node)):
-                return f"{done} has no entry {name}: it has {len(node) if isinstance(node, list | tuple) else 0}"
-            node, done = node[int(name)], f"{done}[{name}]"
-        else:
-            known = list(node) if isinstance(node, dict | ml_collections.ConfigDict) else []
-            if name not in known:
-                return f"{done} has no field {name!r}{did_you_mean(name, known)}"
-            node, done = node[name], f"{done}.{name}"
-    return f"{done} cannot be set to that value"

@@ -61,7 +61,7 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
         raise ValueError(f"a hybrid takes no contexts, and {data.name} has them: choose the objective density")
     return DensitySpec(
         flow=build_flow_spec(config.model, data.event_shape, data.context_dim),
-        prior=config.model.prior,
+        prior_family=config.model.prior,
         transform=build_transform(config.preprocessing, data, by_class=config.objective == "hybrid"),
         num_levels=data.num_levels,
         num_classes=data.num_classes if config.objective == "hybrid" else None,

@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
+import logging
 import os
 import signal
 import time
@@ -20,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from iresnet_jax.data import conditioned_on_labels, load
 from iresnet_jax.data.dataset import DataSet
@@ -47,6 +47,8 @@ OBJECTIVES = {
     "hybrid": hybrid.objective,
     "inversion": inversion.objective,
 }
+
+_logger = logging.getLogger(__name__)
 
 SAVE_SECONDS = 600.0  # between checkpoints, where validations are further apart
 VALIDATIONS_IN_TIME = 20  # of a run with a time limit
@@ -188,13 +190,13 @@ class _Trainer:
         self._parallel_step = compile_step(objective.num_terms)
         with _meanwhile(lambda: _compile_ahead(self._parallel_step, objective, config.training.batch_size)):
             fresh = objective.initial_state()
-            logging.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
+            _logger.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
             self.state, self.step = self._restored(fresh)
             parallel.check_equal_on_all_devices(self.state)
         allocator.return_freed_memory()  # which steps would not find use for, in its fragments
         self._first_step, self._validated_step = self.step, -1 if self.step == 0 else self.step
         if self.step:
-            logging.info("resuming from step %d of %d", self.step, self.horizon)
+            _logger.info("resuming from step %d of %d", self.step, self.horizon)
         writer.truncate_after(self.step)
         self._losses = hosts.from_first(
             lambda: [objective.loss(record) for record in read_metrics(workdir) if record["split"] == "validation"]
@@ -324,7 +326,7 @@ class _Trainer:
         self._validation_seconds = self._validated_at - began
         name, value = self._objective.name, held_out.metrics[self._objective.name]
         line = f"step {self.step} of {self.horizon}: validation {name} {value:.4f}"
-        logging.info("%s", line)
+        _logger.info("%s", line)
         if self._say:
             self._say(f"{line}, {self._time_left()} left")
 

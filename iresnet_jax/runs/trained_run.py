@@ -22,6 +22,7 @@ from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import Block, freeze
+from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 from iresnet_jax.runs import run_folder
 from iresnet_jax.runs.checkpoints import Checkpoints
@@ -160,12 +161,12 @@ def read_config(folder: str | os.PathLike[str]) -> Config:
     folder = Path(folder)
     if not _is_model_alone(folder):
         return run_folder.read_config(folder)
-    path = folder / saved.FILE_NAME
+    path = folder / FILE_NAME
     return _parsed(path, saved.read_about(path))[0]
 
 
 def _is_model_alone(folder: Path) -> bool:
-    return (folder / saved.FILE_NAME).exists() and not (folder / run_folder.CONFIG_FILE).exists()
+    return (folder / FILE_NAME).exists() and not (folder / run_folder.CONFIG_FILE).exists()
 
 
 def save(run: Run, path: str | os.PathLike[str] | None = None) -> Path:
@@ -178,12 +179,12 @@ def save(run: Run, path: str | os.PathLike[str] | None = None) -> Path:
         ValueError: If it is a network with BatchNorm in its branches.
     """
     about = {"format": run_folder.FORMAT, "config": to_plain(run.config), "fingerprint": run.fingerprint, "step": run.step}
-    return saved.save(run.model, run.folder / saved.FILE_NAME if path is None else path, about)
+    return run.model.save(run.folder / FILE_NAME if path is None else path, about)
 
 
 def _load_file(folder: Path) -> Run:
     """The run of a model that `save` wrote."""
-    path = folder / saved.FILE_NAME
+    path = folder / FILE_NAME
     model, about = saved.read(path)
     config, fingerprint, step = _parsed(path, about)
     prepare_backend(config.training.matmul_precision)

@@ -42,7 +42,7 @@ def _abstract_variables(spec: Spec) -> Any:
         created = jax.eval_shape(linen.ResidualFlow(spec.flow, fitted=False).init, jax.random.key(0), example)
         return _without_prior(created)
     if isinstance(spec, DensitySpec):
-        module: Any = linen.ResidualFlow(spec.flow, prior=spec.prior, num_classes=spec.num_classes, fitted=False)
+        module: Any = linen.ResidualFlow(spec.flow, prior_family=spec.prior_family, num_classes=spec.num_classes, fitted=False)
     else:
         module = linen.Classifier(spec, fitted=False)
     return jax.eval_shape(module.init, jax.random.key(0), example, *contexts)
@@ -61,13 +61,15 @@ def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
     model = Density(spec, {}, {})
     given = [_preprocess(model, examples, key_noise), *([] if context is None else [model.scale_context(context)])]
     # With one prior, by default, as the module of any number of classes differs in its prior alone.
-    module = linen.ResidualFlow(spec.flow, prior=spec.prior, last_scale=config.model.last_scale, sharp=config.model.sharp)
+    module = linen.ResidualFlow(
+        spec.flow, prior_family=spec.prior_family, last_scale=config.model.last_scale, sharp=config.model.sharp
+    )
     z, variables = _initialize(config, module, spec, key_init, *given)
     if spec.num_classes is not None:
-        prior = priors.standard(spec.prior, spec.flow.num_dims, spec.num_classes)
+        prior = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
         if config.hybrid.fitted_priors:
             labels = data.random_train_labels(key_data, config.training.actnorm_examples)
-            prior = priors.of_classes(spec.prior, np.asarray(z), labels, spec.num_classes)
+            prior = priors.of_classes(spec.prior_family, np.asarray(z), labels, spec.num_classes)
         variables = {**variables, "params": {**variables["params"], "prior": prior}}
     return variables
 

@@ -449,7 +449,7 @@ def test_a_model_in_the_plane_is_a_density(x64):
         (lambda: StageSpec(1, (4,), squeeze=0), "squeeze must be a positive factor"),
         (lambda: FeedforwardSpec((4, 4, 1), (4,)), "a dense branch takes vectors, got examples of shape"),
         (lambda: FeedforwardSpec((4,), (4,), (3, 3)), "a convolutional branch takes images"),
-        (lambda: FeedforwardSpec((4, 4, 1), (4,), (3,)), "kernel_sizes needs 2 entries, one a layer"),
+        (lambda: FeedforwardSpec((4, 4, 1), (4,), (3,)), "kernel_sizes needs 2 entries"),
         (lambda: FeedforwardSpec((4, 4, 1), (4,), (3, 3), padding="VALID"), "padding must be SAME or CIRCULAR"),
         (lambda: FeedforwardSpec((4,), (4,), activation="swish"), "activation must be one of .* got 'swish'"),
         (lambda: FeedforwardSpec((4,), ()), "hidden must name at least one positive width"),

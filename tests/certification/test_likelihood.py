@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import plain_flow as plain
-import plain_likelihood
 import pytest
 from certified_flows import FLOWS, density
 
@@ -46,9 +45,7 @@ def data(spec, scale=1.0, num=3):
 def exact(own, x, numbers=NUMBERS):
     """Log-likelihoods in 50 digits, at the noise of `log_prob` without a key."""
     u = np.asarray(own.dequantize(x, KEY_NOISE)) if own.spec.num_levels else x
-    return [
-        plain_likelihood.log_prob(numbers, own, np.asarray(one, np.float64), level) for one, level in zip(u, x, strict=True)
-    ]
+    return [plain.log_prob(numbers, own, np.asarray(one, np.float64), level) for one, level in zip(u, x, strict=True)]
 
 
 def contained(interval, values):
@@ -120,10 +117,8 @@ def test_log_determinants_of_flows_hold_the_dense_one():
     x = np.random.default_rng(3).normal(size=(3, 4, 4, 1)).astype(np.float32)
     found = certify.log_det(own, x)
     for i, one in enumerate(x):
-        _, jacobian = plain_likelihood.forward_and_jacobian(NUMBERS, spec.flow, own.weights, NUMBERS.of(one))
-        assert contained(
-            certify.Interval(*(end[i : i + 1] for end in found)), [plain_likelihood.log_abs_det(NUMBERS, jacobian)]
-        )
+        _, jacobian = plain.forward_and_jacobian(NUMBERS, spec.flow, own.weights, NUMBERS.of(one))
+        assert contained(certify.Interval(*(end[i : i + 1] for end in found)), [plain.log_abs_det(NUMBERS, jacobian)])
     assert np.all(found.width < 1e-9)
 
 
@@ -143,7 +138,7 @@ def test_densities_on_a_grid_and_of_contexts():
     x = np.array([[0.5, 0.3], [1.0, -0.2]], np.float32)
     found = certify.log_prob(own, x)
     noisy = np.asarray(own.dequantize(x, KEY_NOISE), np.float64)
-    continuous = [plain_likelihood.log_prob(NUMBERS, own, one) + NUMBERS.log(NUMBERS.of(0.5)) for one in noisy]
+    continuous = [plain.log_prob(NUMBERS, own, one) + NUMBERS.log(NUMBERS.of(0.5)) for one in noisy]
     assert contained(found, continuous).all()
     assert np.all(found.width < 1e-9)
 

@@ -1,16 +1,17 @@
-"""The data set that training and evaluation see: images and toys behind one interface, and what they are known by."""
+"""The data set that training and evaluation see: images, toys and simulators behind one value, and what they are known by."""
 
-import gzip
 import os
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from image_sets import write_idx
 
 from iresnet_jax import data
-from iresnet_jax.data import toys
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.simulators import SIMULATORS
+from iresnet_jax.data.toys import TOYS
 
 RNG = np.random.default_rng(0)
 IMAGES = {"train": RNG.integers(0, 256, (12, 4, 3, 1), np.uint8), "test": RNG.integers(0, 256, (5, 4, 3, 1), np.uint8)}
@@ -28,20 +29,9 @@ def make(images=IMAGES, labels=LABELS, num_levels=256, num_classes=3, name="x"):
 
 # Fingerprints -------------------------------------------------------------------------------------------------------------
 
-
-def with_one_pixel_changed():
-    images = {split: array.copy() for split, array in IMAGES.items()}
-    images["test"][4, 3, 2, 0] ^= 1
-    return make(images)
-
-
-def with_one_label_changed():
-    return make(labels={**LABELS, "train": np.where(np.arange(12) == 7, 2, LABELS["train"]).astype(np.int32)})
-
-
 CHANGES = {
-    "a pixel": with_one_pixel_changed,
-    "a label": with_one_label_changed,
+    "a pixel": lambda: make({**IMAGES, "test": IMAGES["test"] ^ (np.arange(60) == 59).reshape(5, 4, 3, 1)}),
+    "a label": lambda: make(labels={**LABELS, "train": np.where(np.arange(12) == 7, 2, LABELS["train"]).astype(np.int32)}),
     "the order": lambda: make({**IMAGES, "train": IMAGES["train"][::-1]}),
     "the shape": lambda: make({split: array.reshape(-1, 3, 4, 1) for split, array in IMAGES.items()}),
     "the type": lambda: make({split: array.astype(np.int32) for split, array in IMAGES.items()}),
@@ -67,47 +57,30 @@ def test_fingerprints_are_pinned():
     """Runs carry them: if one of these changes, no run can be resumed."""
     assert data.load("digits").fingerprint == "84b4816d5cfd35a96837a6074ea70492b45f5b7772b7668ff067c90ba575c038"
     assert data.load("moons").fingerprint == "3d126f0fd0a487d2ffd1fac837b0271c44af2cb1e803c5c6e196576b2302e265"
-
-
-def test_toys_have_different_fingerprints():
-    assert len({data.load(name).fingerprint for name in toys.TOYS}) == len(toys.TOYS)
-
-
-def write_idx(folder, images, labels, *, compress=False):
-    folder.mkdir()
-    for split, prefix in (("train", "train"), ("test", "t10k")):
-        for kind, array in (("images", images[split][..., 0]), ("labels", labels[split].astype(np.uint8))):
-            content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
-            path = folder / f"{prefix}-{kind}-idx{array.ndim}-ubyte{'.gz' if compress else ''}"
-            path.write_bytes(gzip.compress(content) if compress else content)
-    return f"idx:{folder}"
+    endless = (*TOYS, *SIMULATORS)
+    assert len({data.load(name).fingerprint for name in endless}) == len(endless)
 
 
 def test_fingerprint_of_files_is_that_of_their_content(tmp_path):
-    first = data.load(write_idx(tmp_path / "a", IMAGES, LABELS))
-    again = data.load(f"idx:{tmp_path}/a")  # from the cache
-    in_memory = make(first.examples, first.labels)
-    packed = data.load(write_idx(tmp_path / "b", IMAGES, LABELS, compress=True))
-    np.savez(tmp_path / "c.npz", x_train=IMAGES["train"], y_train=LABELS["train"], x_test=IMAGES["test"], y_test=LABELS["test"])
-    as_npz = data.load(f"npz:{tmp_path}/c.npz")
-    assert len({found.fingerprint for found in (first, again, in_memory, packed, as_npz)}) == 1
-
-
-def test_fingerprint_does_not_depend_on_place_or_time(tmp_path):
-    first = data.load(write_idx(tmp_path / "a", IMAGES, LABELS))
-    shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=shutil.ignore_patterns("*decoded"))
-    for path in (tmp_path / "b").iterdir():
+    train, test = ((IMAGES[split][..., 0], LABELS[split].astype(np.uint8)) for split in ("train", "test"))
+    name = f"idx:{write_idx(tmp_path / 'a', train, test)}"
+    first = data.load(name)
+    shutil.copytree(tmp_path / "a", tmp_path / "elsewhere", ignore=shutil.ignore_patterns("*decoded"))
+    for path in (tmp_path / "elsewhere").iterdir():
         os.utime(path, (1e9, 1e9))
-    assert data.load(f"idx:{tmp_path}/b").fingerprint == first.fingerprint
-
-
-def test_pixels_changed_on_disk_change_the_fingerprint(tmp_path):
-    name = write_idx(tmp_path / "a", IMAGES, LABELS)
-    before = data.load(name).fingerprint
+    np.savez(tmp_path / "c.npz", x_train=train[0], y_train=train[1], x_test=test[0], y_test=test[1])
+    same = [
+        data.load(name),  # from the cache
+        make(first.examples, first.labels),
+        data.load(f"idx:{tmp_path}/elsewhere"),
+        data.load(f"idx:{write_idx(tmp_path / 'packed', train, test, suffix='.gz')}"),
+        data.load(f"npz:{tmp_path}/c.npz"),
+    ]
+    assert {found.fingerprint for found in same} == {first.fingerprint}
     path = tmp_path / "a" / "t10k-images-idx3-ubyte"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert data.load(name).fingerprint != before
+    assert data.load(name).fingerprint != first.fingerprint
 
 
 # Examples -----------------------------------------------------------------------------------------------------------------
@@ -119,25 +92,36 @@ def test_held_out_examples_of_arrays_are_the_first_ones():
     np.testing.assert_array_equal(dataset.held_out("test"), IMAGES["test"])
     assert len(dataset.held_out("test", 100)) == 5
     assert (dataset.event_shape, dataset.draw, dataset.toy, dataset.entropy) == ((4, 3, 1), None, None, None)
+    with pytest.raises(ValueError, match="no split 'validation'"):
+        dataset.held_out("validation")
 
 
-def test_held_out_points_of_a_toy_belong_to_their_split_and_seed():
-    toy = data.load("moons")
-    points = toy.held_out("test", 7, seed=1)
-    assert (points.shape, points.dtype, toy.num_levels, toy.num_classes) == ((7, 2), np.float32, None, None)
-    np.testing.assert_array_equal(points, toy.held_out("test", 7, seed=1))
-    for other in (toy.held_out("validation", 7, seed=1), toy.held_out("test", 7, seed=2)):
-        assert not np.any(points == other)
-    with pytest.raises(ValueError, match="moons has no end: say how many examples of 'test' to draw"):
-        toy.held_out("test")
+@pytest.mark.parametrize("name", ["moons", *SIMULATORS])
+def test_held_out_examples_of_endless_data_belong_to_their_split_and_seed(name):
+    dataset, source = data.load(name), {**TOYS, **SIMULATORS}[name]
+    assert (dataset.is_endless, dataset.entropy, dataset.num_levels, dataset.num_classes) == (True, source.entropy, None, None)
+    kinds = [dataset.held_out, dataset.held_out_contexts] if dataset.context_dim else [dataset.held_out]
+    for kind, size in zip(kinds, [*dataset.event_shape, dataset.context_dim], strict=False):
+        found = kind("test", 7, seed=1)
+        assert (found.shape, found.dtype) == ((7, size), np.float32)
+        np.testing.assert_array_equal(found, kind("test", 7, seed=1))
+        for other in (kind("validation", 7, seed=1), kind("test", 7, seed=2)):
+            assert not np.any(found == other)
+        with pytest.raises(ValueError, match="has no end"):
+            kind("test")
+    if dataset.context_dim:
+        examples, contexts = dataset.held_out("test", 50), dataset.held_out_contexts("test", 50)
+        assert np.all(np.isfinite(jax.jit(source.log_prob)(examples, contexts)))  # they belong together
 
 
-def test_a_toy_draws_one_example_for_each_key():
-    toy = data.load("moons")
-    keys = jax.random.split(jax.random.key(0), 5)
-    points = jax.jit(jax.vmap(lambda key: toy.draw(key, None)[0]))(keys)
-    assert len({tuple(point) for point in np.asarray(points).tolist()}) == 5
-    assert toy.entropy == toys.get("moons").entropy
+@pytest.mark.parametrize("name", ["moons", *SIMULATORS])
+def test_endless_data_draw_one_example_for_each_key(name):
+    dataset, sample = data.load(name), jax.jit({**TOYS, **SIMULATORS}[name].sample, static_argnums=1)
+    keys = jax.random.split(jax.random.key(0), 4)
+    drawn = jax.jit(jax.vmap(lambda key: dataset.draw(key, None)))(keys)
+    for i, key in enumerate(keys):
+        for found, expected in zip(jax.tree.leaves(drawn), jax.tree.leaves(sample(key, 1)), strict=True):
+            np.testing.assert_allclose(found[i], expected[0], rtol=1e-6, atol=1e-6)
 
 
 def test_random_training_examples_are_distinct_and_no_more_than_there_are():
@@ -148,9 +132,9 @@ def test_random_training_examples_are_distinct_and_no_more_than_there_are():
     assert data.load("moons").random_train(key, 7)[0].shape == (7, 2)
 
 
-def test_unknown_names_and_formats_list_the_known_ones():
-    known = r"the images digits, mnist, .*, the toys .*moons.*, the simulators .*, and own data as idx:PATH, "
-    expected = r"unknown data set '{}': known are " + known
-    for name in ("moon", "h5:/a/b", "../mnist", "", "mnist:", "/etc/passwd"):
-        with pytest.raises(ValueError, match=expected.format(name)):
-            data.load(name)
+@pytest.mark.parametrize("name", ["moon", "h5:/a/b", "../mnist", "", "mnist:", "/etc/passwd"])
+def test_unknown_names_and_formats_list_the_known_ones(name):
+    with pytest.raises(
+        ValueError, match=rf"unknown data set '{name}': .*digits, mnist, .*moons.* sbi_two_moons, .* idx:PATH, "
+    ):
+        data.load(name)

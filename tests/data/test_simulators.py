@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from iresnet_jax import data
 from iresnet_jax.data import simulators
 
 NUM_PAIRS = 20_000
@@ -34,13 +33,13 @@ every_simulator = pytest.mark.parametrize("name", simulators.SIMULATORS)
 @functools.cache
 def pairs(name):
     """Pairs of a simulator with their posterior log-density."""
-    simulator = simulators.get(name)
+    simulator = simulators.SIMULATORS[name]
     theta, x = jax.jit(simulator.sample, static_argnums=1)(jax.random.key(7), NUM_PAIRS)
     return np.asarray(theta), np.asarray(x), np.asarray(jax.jit(simulator.log_prob)(theta, x), np.float64)
 
 
 def posterior_samples(name, x, num, seed=3):
-    sample = jax.jit(simulators.get(name).sample_given, static_argnums=2)
+    sample = jax.jit(simulators.SIMULATORS[name].sample_given, static_argnums=2)
     return np.asarray(sample(jax.random.key(seed), jnp.asarray(x, jnp.float32), num), np.float64)
 
 
@@ -65,28 +64,27 @@ def two_moons_likelihood(theta, x):
     return np.where(p[..., 0] > 0, stats.norm.pdf(radius, 0.1, 0.01) / (np.pi * radius), 0)
 
 
-def box_grid(cells):
+def box_grid():
     """A random point in every cell of the box: the edges of the crescents lie along the diagonals of the cells."""
-    corner = np.stack(np.meshgrid(np.arange(cells), np.arange(cells), indexing="ij"), -1).reshape(-1, 2)
-    return (corner + np.random.default_rng(5).random(corner.shape)) / cells * 2 - 1
+    corner = np.stack(np.meshgrid(np.arange(CELLS), np.arange(CELLS), indexing="ij"), -1).reshape(-1, 2)
+    return (corner + np.random.default_rng(5).random(corner.shape)) / CELLS * 2 - 1
+
+
+# Observations whose crescents lie within the box of the prior, and observations that the box cuts.
+PLACES = {"middle": [-0.3, 0.2], "touching": [0.3, 0.0], "corner": [-1.05, 0.05], "side": [-0.4, 0.7], "rim": [0.2, 1.38]}
 
 
 @functools.cache
-def inside_and_cut():
-    """Observations whose crescents lie within the box of the prior, and observations that the box cuts."""
-    box = {"middle": [-0.3, 0.2], "touching": [0.3, 0.0], "corner": [-1.05, 0.05], "side": [-0.4, 0.7], "rim": [0.2, 1.38]}
-    return {name: np.array(x) for name, x in box.items()}
-
-
-@functools.cache
-def of_cells(place, cells):
+def of_cells(place):
     """Density and likelihood at a point of every cell of the box, the density only where the likelihood is not tiny."""
-    x, grid = inside_and_cut()[place], box_grid(cells)
+    x, grid = np.array(PLACES[place]), box_grid()
     likelihood = two_moons_likelihood(grid, x)
     near = likelihood > 1e-9 * likelihood.max()
     with jax.enable_x64(True):
         theta = jnp.asarray(grid[near])
-        log_prob = jax.jit(simulators.get("sbi_two_moons").log_prob)(theta, jnp.broadcast_to(jnp.asarray(x), theta.shape))
+        log_prob = jax.jit(simulators.SIMULATORS["sbi_two_moons"].log_prob)(
+            theta, jnp.broadcast_to(jnp.asarray(x), theta.shape)
+        )
     density = np.zeros(len(grid))
     density[near] = np.exp(log_prob)
     return density, likelihood
@@ -95,54 +93,26 @@ def of_cells(place, cells):
 # Densities ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["middle", "touching", "corner", "side", "rim"])
+@pytest.mark.parametrize("place", PLACES)
 def test_two_moons_density_is_normalised_and_proportional_to_the_likelihood(place):
-    density, likelihood = of_cells(place, CELLS)
+    density, likelihood = of_cells(place)
     assert density.sum() * (2 / CELLS) ** 2 == pytest.approx(1, abs=ATOL_MASS)
     evidence = likelihood.sum() * (2 / CELLS) ** 2
     np.testing.assert_allclose(density * evidence, likelihood, atol=2e-3 * likelihood.max())
 
 
-def test_two_moons_density_at_the_parameters_of_pairs_is_bayes_rule():
-    """Where the box leaves the whole crescent, the evidence is a half of the prior's density times both sides."""
-    theta, x, log_prob = pairs("sbi_two_moons")
-    expected = np.log(two_moons_likelihood(theta.astype(np.float64), x.astype(np.float64)) / 2)
-    whole = (np.max(np.abs(theta), axis=1) < 0.7) & (np.abs(theta.sum(axis=1)) > 0.3)
-    np.testing.assert_allclose(log_prob[whole], expected[whole], rtol=0, atol=0.01)
-    assert np.all(log_prob > expected - 0.01)  # less room, more density
-    assert np.any(log_prob > expected + 0.5)
-
-
 def test_two_moons_is_impossible_outside_of_the_box_and_of_the_crescent():
-    simulator = simulators.get("sbi_two_moons")
+    simulator = simulators.SIMULATORS["sbi_two_moons"]
     theta = jnp.asarray([[1.001, 0.0], [0.0, -1.5], [0.4, 0.4]])
     x = jnp.asarray([[-0.35, 0.7], [-0.8, 1.0], [-0.6, 0.0]])
     assert np.all(np.isneginf(jax.jit(simulator.log_prob)(theta, x)))
-    assert np.all(np.isnan(posterior_samples("sbi_two_moons", [5.0, 0.0], 3)))
-
-
-def test_impossible_observations_are_answered_without_a_draw(monkeypatch):
-    rounds, sample = [], simulators._sample_crescent
-
-    def counted(key, n):
-        jax.debug.callback(lambda: rounds.append(1))
-        return sample(key, n)
-
-    monkeypatch.setattr(simulators, "_sample_crescent", counted)
-    draw = jax.jit(lambda key, x: simulators.get("sbi_two_moons").sample_given(key, x, 3))
-    for x in ([5.0, 0.0], [-5.0, 0.0], [0.0, 5.0], [0.0, -5.0], [-1.0, 1.0]):
-        assert np.all(np.isnan(draw(jax.random.key(0), jnp.asarray(x))))
-    jax.effects_barrier()
-    assert not rounds
-    for x in inside_and_cut().values():
-        assert np.all(np.isfinite(draw(jax.random.key(0), jnp.asarray(x, jnp.float32))))
-    jax.effects_barrier()
-    assert rounds
+    for impossible in ([5.0, 0.0], [-5.0, 0.0], [0.0, 5.0], [-1.0, 1.0]):
+        assert np.all(np.isnan(posterior_samples("sbi_two_moons", impossible, 3)))
 
 
 def test_linear_gaussian_density_is_bayes_rule(x64):
     theta, x, _ = (values[:50].astype(np.float64) for values in pairs("linear_gaussian"))
-    found = simulators.get("linear_gaussian").log_prob(jnp.asarray(theta), jnp.asarray(x))
+    found = simulators.SIMULATORS["linear_gaussian"].log_prob(jnp.asarray(theta), jnp.asarray(x))
     deviation = math.sqrt(0.1)
     joint = stats.norm.logpdf(theta, 0, deviation).sum(-1) + stats.norm.logpdf(x, theta, deviation).sum(-1)
     np.testing.assert_allclose(found, joint - stats.norm.logpdf(x, 0, math.sqrt(0.2)).sum(-1), rtol=0, atol=ATOL_F64)
@@ -156,7 +126,7 @@ def test_pairs_have_the_entropy(name):
     information = -pairs(name)[2]
     standard_error = information.std() / np.sqrt(NUM_PAIRS)
     assert standard_error < 0.02
-    assert abs(information.mean() - simulators.get(name).entropy) <= 4 * standard_error + ATOL_ENTROPY
+    assert abs(information.mean() - simulators.SIMULATORS[name].entropy) <= 4 * standard_error + ATOL_ENTROPY
 
 
 def test_two_moons_entropy_is_an_integral_over_the_observations(x64):
@@ -173,7 +143,7 @@ def test_two_moons_entropy_is_an_integral_over_the_observations(x64):
     weight = stats.norm.pdf(radius, 0.1, 0.01)
     of_crescent = stats.norm(0.1, 0.01).entropy() + np.sum(weight * np.log(np.pi * radius)) / weight.sum()
     entropy = of_crescent + math.log(2) + log_share
-    assert entropy == pytest.approx(simulators.get("sbi_two_moons").entropy, abs=ATOL_ENTROPY)
+    assert entropy == pytest.approx(simulators.SIMULATORS["sbi_two_moons"].entropy, abs=ATOL_ENTROPY)
 
 
 # Samplers -----------------------------------------------------------------------------------------------------------------
@@ -190,10 +160,10 @@ def test_two_moons_observations_follow_the_benchmarks_simulator():
 
 @pytest.mark.parametrize("place", ["middle", "corner", "side"])
 def test_two_moons_posterior_samples_have_the_moments_of_the_density(place):
-    drawn = posterior_samples("sbi_two_moons", inside_and_cut()[place], NUM_PAIRS)
+    drawn = posterior_samples("sbi_two_moons", PLACES[place], NUM_PAIRS)
     assert np.abs(drawn).max() <= 1
-    mass = of_cells(place, CELLS)[0]
-    mass, grid = mass / mass.sum(), box_grid(CELLS)
+    mass = of_cells(place)[0]
+    mass, grid = mass / mass.sum(), box_grid()
 
     def assert_moments_agree(drawn):
         """Of shape, place and side, to 5 standard errors, which see a shift by a tenth of the noise."""
@@ -217,7 +187,7 @@ def test_linear_gaussian_posterior_samples_have_its_moments():
 
 @every_simulator
 def test_pairs_and_posterior_samples_are_float32_whatever_the_default_precision(name, x64):
-    simulator = simulators.get(name)
+    simulator = simulators.SIMULATORS[name]
     theta, x = jax.eval_shape(lambda key: simulator.sample(key, 5), jax.random.key(0))
     assert theta == jax.ShapeDtypeStruct((5, simulator.num_parameters), jnp.float32)
     assert x == jax.ShapeDtypeStruct((5, simulator.num_observed), jnp.float32)
@@ -226,40 +196,3 @@ def test_pairs_and_posterior_samples_are_float32_whatever_the_default_precision(
         assert jax.eval_shape(lambda key, x: simulator.sample_given(key, x, 5), jax.random.key(0), given) == theta
         shapes = (jax.ShapeDtypeStruct(values.shape, dtype) for values in (theta, x))
         assert jax.eval_shape(simulator.log_prob, *shapes) == jax.ShapeDtypeStruct((5,), dtype)
-
-
-# As a data set ------------------------------------------------------------------------------------------------------------
-
-
-@every_simulator
-def test_a_simulator_is_endless_data_with_contexts(name):
-    loaded, simulator = data.load(name), simulators.get(name)
-    assert (loaded.event_shape, loaded.context_dim) == ((simulator.num_parameters,), simulator.num_observed)
-    assert (loaded.entropy, loaded.is_endless) == (simulator.entropy, True)
-    examples, contexts = loaded.held_out("test", 50, seed=1), loaded.held_out_contexts("test", 50, seed=1)
-    assert np.all(np.isfinite(jax.jit(simulator.log_prob)(examples, contexts)))  # they belong together
-    np.testing.assert_array_equal(contexts, loaded.held_out_contexts("test", 50, seed=1))
-    for other in (loaded.held_out_contexts("validation", 50, seed=1), loaded.held_out_contexts("test", 50, seed=2)):
-        assert not np.any(contexts == other)
-    with pytest.raises(ValueError, match=f"{name} has no end: say how many examples of 'test' to draw"):
-        loaded.held_out_contexts("test")
-    theta, x = loaded.random_train(jax.random.key(0), 7)
-    assert (theta.shape, x.shape) == ((7, simulator.num_parameters), (7, simulator.num_observed))
-
-
-@every_simulator
-def test_a_draw_for_each_key_is_a_sample_of_one(name):
-    keys = jax.random.split(jax.random.key(0), 4)
-    theta, x = jax.jit(jax.vmap(lambda key: data.load(name).draw(key, None)))(keys)
-    sample = jax.jit(simulators.get(name).sample, static_argnums=1)
-    for i, key in enumerate(keys):
-        expected = sample(key, 1)
-        np.testing.assert_allclose(theta[i], expected[0][0], rtol=1e-6)
-        np.testing.assert_allclose(x[i], expected[1][0], rtol=1e-6, atol=1e-6)
-
-
-def test_names_and_fingerprints():
-    assert len({data.load(name).fingerprint for name in (*simulators.SIMULATORS, "moons")}) == 3
-    assert data.load("sbi_two_moons").fingerprint == data.load("sbi_two_moons").fingerprint
-    with pytest.raises(ValueError, match="unknown simulator 'moons': known are linear_gaussian, sbi_two_moons"):
-        simulators.get("moons")

@@ -1,6 +1,7 @@
 """The splits that reported numbers belong to."""
 
 import numpy as np
+import pytest
 
 from iresnet_jax.data import splits
 
@@ -12,19 +13,44 @@ def test_validation_split_is_pinned():
     assert np.flatnonzero(splits.validation_mask(60_000))[:4].tolist() == [8, 20, 23, 31]
 
 
-def test_validation_never_comes_from_the_test_split():
-    routes = splits.routes({"train": 100, "test": 10}, "x")
-    assert {published: set(ours) for published, ours in routes.items()} == {"train": {"train", "validation"}, "test": {"test"}}
-    assert not np.any(routes["train"]["train"] & routes["train"]["validation"])
-    assert np.all(routes["train"]["train"] | routes["train"]["validation"])
-    published = splits.routes({"train": 100, "validation": 20, "test": 10, "extra": 5}, "x")
-    assert {p: {s: int(m.sum()) for s, m in ours.items()} for p, ours in published.items()} == {
-        "train": {"train": 100},
-        "validation": {"validation": 20},
-        "test": {"test": 10},
-    }
-    only = splits.routes({"train": 100, "validation": 20}, "x")  # as the downsampled ImageNet
-    assert {p: {s: int(m.sum()) for s, m in ours.items()} for p, ours in only.items()} == {
-        "train": {"train": 90, "validation": 10},
-        "validation": {"test": 20},
-    }
+def test_fractions_depend_on_the_number_alone_and_their_parts_are_disjoint():
+    masks = splits.fraction_masks(50, (0.1, 0.1))
+    assert sum(mask.astype(int) for mask in masks.values()).tolist() == [1] * 50
+    assert list(splits.fraction_masks(50, (0.1, 0.0))) == ["train", "validation"]
+    np.testing.assert_array_equal(masks["test"], splits.fraction_masks(50, (0.2, 0.1))["test"])
+    for num, fractions, message in ((3, (0.1, 0.1), "too few"), (30, (0.6, 0.5), "shares")):
+        with pytest.raises(ValueError, match=message):
+            splits.fraction_masks(num, fractions)
+
+
+@pytest.mark.parametrize(
+    ("published", "ours"),
+    [
+        ({"train": 100, "test": 10}, {"train": {"train": 90, "validation": 10}, "test": {"test": 10}}),
+        (
+            {"train": 100, "validation": 20, "test": 10, "extra": 5},
+            {"train": {"train": 100}, "validation": {"validation": 20}, "test": {"test": 10}},
+        ),
+        # As the downsampled ImageNet.
+        ({"train": 100, "validation": 20}, {"train": {"train": 90, "validation": 10}, "validation": {"test": 20}}),
+    ],
+)
+def test_validation_never_comes_from_the_test_split(published, ours):
+    routes = splits.routes(published, "x")
+    assert {split: {name: int(mask.sum()) for name, mask in masks.items()} for split, masks in routes.items()} == ours
+    for masks in routes.values():
+        assert np.all(sum(mask.astype(int) for mask in masks.values()) == 1)
+
+
+@pytest.mark.parametrize(
+    ("published", "message"),
+    [
+        ({"train": 9}, r"no split 'test' \(nor 'validation'\): it has 'train'"),
+        ({}, "no split 'train': it has none"),
+        ({"train": 1, "test": 9}, "'train' of x holds 1"),
+        ({"train": 9, "test": 0}, "'test' of x holds 0"),
+    ],
+)
+def test_missing_and_empty_splits_are_named(published, message):
+    with pytest.raises(ValueError, match=message):
+        splits.routes(published, "x")

@@ -52,7 +52,7 @@ def linear_gaussian_model(shift=0.0, scale=1.0):
 def test_the_true_posterior_diverges_by_nothing_and_a_wrong_one_by_its_divergence(monkeypatch):
     """The classifier, which takes its time in 10-D, has a test of its own."""
     monkeypatch.setattr(posterior, "c2st", lambda ours, theirs: float(np.abs(ours.mean(axis=0) - theirs.mean(axis=0)).max()))
-    simulator = simulators.get("linear_gaussian")
+    simulator = simulators.SIMULATORS["linear_gaussian"]
     theta, x = map(np.asarray, simulator.sample(jax.random.key(0), 400))
     right = posterior.compare(linear_gaussian_model(), simulator, theta, x, SETTINGS, 0)
     assert abs(right.summary.divergence) < ATOL_F32
@@ -116,7 +116,7 @@ def small(name):
 def test_from_training_to_samples_and_report(name, tmp_path, capsys, monkeypatch):
     """All samples are drawn 64 at once, by one program; the classifier has a test of its own, and takes few epochs here."""
     monkeypatch.setattr(posterior, "_MAX_EPOCHS", 5)
-    config, simulator = small(name), simulators.get(name)
+    config, simulator = small(name), simulators.SIMULATORS[name]
     loop.train(config, tmp_path)
     capsys.readouterr()
     assert main(["evaluate", "--workdir", str(tmp_path)]) == 0

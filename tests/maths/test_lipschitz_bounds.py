@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iresnet_jax.maths.lipschitz_bounds import block_bounds, branch_bound, certified_radius, model_bounds
+from iresnet_jax.maths.lipschitz_bounds import block_bounds, branch_bound, model_bounds
 
 EXACT = 1e-11  # a few roundings of float64, upwards
 
@@ -66,39 +66,16 @@ def test_bounds_of_a_number_of_python_are_no_bounds_of_a_smaller_one(bound):
     assert float(branch_bound([bound, 1.0], gain=1.1)) >= 1.1 * bound
 
 
-def test_a_radius_in_float64_of_a_bound_in_float32_is_rounded_down(x64):
-    rng = np.random.default_rng(0)
-    for margin, lipschitz in zip(rng.uniform(0.1, 10, 100), rng.uniform(0.1, 10, 100).astype(np.float32), strict=True):
-        radius = certified_radius(jnp.asarray([margin]), jnp.float32(lipschitz))
-        assert float(radius[0]) <= margin / (np.sqrt(2) * np.float64(lipschitz))
-
-
-def test_certified_radius_is_the_distance_to_the_boundary_of_a_scaled_identity(x64):
-    """Logits 3 x in the plane: the boundary is the diagonal, so the constant cannot be improved."""
-    x = np.array([2.0, 0.5])
-    radius = float(certified_radius(jnp.asarray([3 * (x[0] - x[1])]), 3.0)[0])
-    np.testing.assert_allclose(radius, (x[0] - x[1]) / np.sqrt(2), rtol=EXACT)
-    towards = np.array([-1.0, 1.0]) / np.sqrt(2)
-    inside, outside = (x + factor * radius * towards for factor in (1, 1.001))
-    assert inside[0] >= inside[1]
-    assert outside[0] < outside[1]
-    np.testing.assert_array_equal(certified_radius(jnp.array([-1.0, 0.0]), 2.0), 0)
-
-
 @pytest.mark.parametrize("bad", [-0.1, float("nan")])
 def test_what_bounds_nothing_is_refused_or_infinite(bad):
-    margin = jnp.ones(2)
     functions = (
         lambda bound: block_bounds(bound),
         lambda bound: branch_bound([0.5, bound]),
         lambda bound: branch_bound([0.5], gain=bound),
-        lambda bound: certified_radius(margin, bound),
     )
     for function in functions:
         for concrete in (bad, np.float64(bad), jnp.float32(bad)):
             with pytest.raises(ValueError, match="a Lipschitz bound must be at least 0, got"):
                 function(concrete)
-    block, layers, gain, radius = jax.jit(lambda bound: [function(bound) for function in functions])(bad)
+    block, layers, gain = jax.jit(lambda bound: [function(bound) for function in functions])(bad)
     assert all(np.isinf(value) for value in (*block, layers, gain))
-    np.testing.assert_array_equal(radius, 0)
-    np.testing.assert_array_equal(certified_radius(jnp.array([np.nan, 0.0]), 0.0), 0)

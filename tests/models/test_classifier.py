@@ -264,22 +264,22 @@ def test_all_levels_of_8_bits_are_known():
 
 def test_without_a_constraint_weights_run_as_they_are_and_no_inverse_is_promised(variables):
     as_they_are = cast(Any, modules.Classifier(VANILLA).apply(variables, method="constrain")).weights
-    frozen = jax.jit(lambda params: flow.certify(VANILLA.flow, params))(variables["params"])
+    frozen = jax.jit(lambda params: flow.with_bounds(VANILLA.flow, params))(variables["params"])
     for run in (as_they_are, frozen):
         for name in ("stage0", "stage1"):
             blocks = dict(variables["params"][name]["blocks"])
-            chex.assert_trees_all_equal(run[name]["actnorm"], blocks.pop("actnorm"))
-            chex.assert_trees_all_equal(dict(run[name].branch), blocks)
+            chex.assert_trees_all_equal(run[name].actnorm._asdict(), blocks.pop("actnorm"))
+            chex.assert_trees_all_equal(dict(run[name].branch.weights), blocks)
     assert np.isinf(as_they_are["stage0"].branch.lipschitz_bound).all()
     assert (frozen["stage0"].branch.lipschitz_bound > 1).all()
     for name in ("stage0", "stage1"):
-        product = np.prod([frozen.bounds[name][f"conv{i}"] for i in (0, 1)], axis=0)
+        product = np.prod([frozen[name].branch.norms[f"conv{i}"] for i in (0, 1)], axis=0)
         np.testing.assert_allclose(frozen[name].branch.lipschitz_bound, product, rtol=SINGLE)
     free = Classifier(VANILLA, as_they_are, variables["params"]["head"], variables["batch_stats"], solver=Solver(max_evals=50))
     back = reconstruct(free, features_of(free, images_of(4)))
     assert not back.info.converged.any()
     assert np.isinf(back.info.error_bound).all()
-    certified = free.with_(weights=frozen, bounds=frozen.bounds).certificate()
+    certified = free.with_(weights=frozen).certificate()
     assert not certified.certified
     assert certified.coeff is None
     assert "NOT CERTIFIED" in str(certified)

@@ -1,6 +1,5 @@
 """Conditional branches ``g(x; context)``: the density, samples, the inverse and gradients with respect to the context."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.branches import constraint
+from iresnet_jax.branches.branch import Branch
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
@@ -49,7 +48,7 @@ def _frozen(spec):
     x, context = jax.random.normal(keys[0], (64, *spec.event_shape)), jax.random.normal(keys[1], (64, CONTEXT_DIM))
     variables = jax.jit(modules.ResidualFlow(spec).init)(keys[2], x, context)
     fixed = jax.jit(functools.partial(model.freeze, spec))(variables["params"])
-    return fixed.weights, variables["params"]["prior"]
+    return fixed, variables["params"]["prior"]
 
 
 def case(name):
@@ -77,13 +76,13 @@ def test_each_example_has_its_own_context_and_comes_back_under_it(name, x64):
 
 def test_the_constraint_is_in_x_alone():
     branch = PLANE.layout[0].branch
-    weights = jax.tree.map(lambda a: a[0], frozen("plane")[0]["stage0"].branch)
+    weights = jax.tree.map(lambda a: a[0], frozen("plane")[0]["stage0"].branch.weights)
     strong = {name: {**layer, "context": 100 * layer["context"]} for name, layer in weights.items()}
     x = jax.random.normal(jax.random.key(2), (BATCH, 2))
     jacobian_at = jax.jit(jax.jacfwd(lambda x, context: branch.apply(strong, x[None], context)[0]))
     for context in jax.random.normal(jax.random.key(3), (5, BATCH, CONTEXT_DIM)):
         assert np.linalg.norm(np.asarray(jacobian_at(x[0], context[:1]), np.float64), 2) < 0.9
-    bounds_of = jax.jit(functools.partial(constraint.layer_bounds, branch))
+    bounds_of = jax.jit(branch.norm_bounds)
     assert len(bounds_of(weights)) == len(branch.layers)
     jax.tree.map(np.testing.assert_array_equal, bounds_of(strong), bounds_of(weights))
 
@@ -161,6 +160,6 @@ def test_contexts_of_the_wrong_shape_are_named():
         whole.encode(x, context=jnp.zeros((BATCH, 5)))
     with pytest.raises(ValueError, match="context_dim must not be negative, got -1"):
         FeedforwardSpec((2,), (3,), context_dim=-1)
-    plain = dataclasses.replace(PLANE, context_dim=0)
+    plain = Branch(FeedforwardSpec((2,), (3,)), {}, 0.5)
     with pytest.raises(ValueError, match=r"takes no context \(context_dim=0\), got one of shape \(3, 4\)"):
-        whole.with_(spec=density.DensitySpec(plain)).encode(x, context=jnp.zeros((BATCH, 4)))
+        plain.given(jnp.zeros((BATCH, 4)))(x)

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import kept
 import numpy as np
 import pytest
 
@@ -44,7 +45,7 @@ def model(spec=IMAGES):
 
 def _model(spec):
     x = jax.random.normal(jax.random.key(1), (64, *spec.flow.event_shape))
-    module = ResidualFlow(spec.flow, spec.prior, num_classes=spec.num_classes)
+    module = ResidualFlow(spec.flow, spec.prior_family, num_classes=spec.num_classes)
 
     @jax.jit
     def build(x):
@@ -116,7 +117,7 @@ def test_a_model_is_an_argument_like_any_array():
     assert isinstance(gradients, Density)
     assert np.any(gradients.weights["stage0"].branch.weights["conv0"]["kernel"])
     assert gradients.spec == density.spec
-    twice = jax.tree.map(lambda a: jnp.stack([a, a]), density.with_(bounds=None))
+    twice = jax.tree.map(lambda a: jnp.stack([a, a]), density)
     both = jax.jit(jax.vmap(lambda m: m.terms(x, key, key).log_prob))(twice)
     np.testing.assert_allclose(both[0], terms_of(density, x, key, key).log_prob, rtol=SINGLE)
     traces = []
@@ -184,7 +185,7 @@ def test_bayes_rule(with_classes):
 
 
 def test_freezing_certifies(with_classes):
-    loose = with_classes.with_(weights=jax.tree.map(lambda a: 3 * a, with_classes.weights), bounds=None)
+    loose = with_classes.with_(weights=kept.uncertified(with_classes.weights, 3))
     with pytest.raises(ValueError, match=r"not certified: call freeze\(\) first"):
         loose.certificate()
     certificate = jax.jit(Density.freeze)(loose).certificate()
@@ -221,16 +222,16 @@ def test_mistakes_are_named(call, sentence):
 
 
 def test_labels_that_are_none_are_named(with_classes):
-    with pytest.raises(ValueError, match=r"labels must be 2 integers, one a sample, got int32 of shape \(1,\)"):
+    with pytest.raises(ValueError, match=r"labels must be 2 integers, .* int32 of shape \(1,\)"):
         with_classes.sample(jax.random.key(0), 2, labels=jnp.array([0]))
-    with pytest.raises(ValueError, match="labels must be 2 integers, one a sample, got float32"):
+    with pytest.raises(ValueError, match=r"labels must be 2 integers, .* float32"):
         with_classes.sample(jax.random.key(0), 2, labels=jnp.array([0.0, 1.0]))
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"prior": "cauchy"}, "prior must be one of gaussian, logistic, got 'cauchy'"),
+        ({"prior_family": "cauchy"}, "prior_family must be one of gaussian, logistic, got 'cauchy'"),
         ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
         ({"num_levels": 9}, "equalize needs the frequency of each of 9 levels, got 8"),
         ({"transform": Equalize((0.5, 0.5), (0.5,) * 3), "num_levels": 2}, r"a share for each entry of \(4, 4, 1\), got 3"),

@@ -15,7 +15,6 @@ from iresnet_jax import data
 from iresnet_jax.bijections import actnorm
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.branches.branch import apply_branch
 from iresnet_jax.maths.inverse.fixed_point import Diagonal, invert_residual
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
@@ -179,13 +178,13 @@ def blocks_of(kept, images):
     @jax.jit
     def through(block, x):
         x, _ = actnorm.forward_and_logdet(block.actnorm, x)
-        return x, x + stage.branch.apply(block.branch, x)
+        return x, x + block.branch(x)
 
     y = entered(kept, images)
     for k in range(stage.spec.num_blocks):
         block = jax.tree.map(lambda w, k=k: w[k], weights)
         x, y = through(block, y)
-        yield stage.branch, block.branch, block.branch.lipschitz_bound, x, y
+        yield stage.branch, block.branch.weights, block.branch.lipschitz_bound, x, y
 
 
 @pytest.mark.parametrize(("model", "slow", "factor"), [("digits_hybrid", 35, 3), ("mnist_density", 38, 1.7)])
@@ -196,7 +195,7 @@ def test_slow_blocks_of_kept_models_take_a_fraction_of_the_evaluations(x64, mode
         pytest.skip(f"no {name} in array_record under TFDS_DATA_DIR={REAL_DATA_DIR!r}")
     images = data.load(name).examples["test"][:8]
     kept = ir.load(RESULTS / model)
-    g = functools.partial(apply_branch, kept.spec.flow.layout[0].branch)
+    g = kept.spec.flow.layout[0].branch.apply
     found = 0
     for branch, weights, lipschitz, x_true, y in blocks_of(kept, images):
         _, banach = solve_and_watch(g, y, x_true, lipschitz, memory=0, weights=weights)

@@ -90,14 +90,14 @@ def test_blocks_start_different(variables):
 
 def test_the_input_of_every_branch_has_mean_zero_and_variance_one(constrained, batch):
     x = squeeze(batch, 2)
-    for stage, (name, _, _, branch) in enumerate(SPEC.layout):
+    for stage, (name, *_) in enumerate(SPEC.layout):
         for k in range(SPEC.stages[stage].num_blocks):
             block = jax.tree.map(lambda a, k=k: a[k], constrained.weights[name])
             x, _ = actnorm.forward_and_logdet(block.actnorm, x)
             axes = tuple(range(x.ndim - 1))
             np.testing.assert_allclose(jnp.mean(x, axes), 0, atol=STATISTICS)
             np.testing.assert_allclose(jnp.var(x, axes), 1, atol=STATISTICS)
-            x = x + branch.apply(block.branch, x)
+            x = x + block.branch(x)
         x = x[..., :2].reshape(len(x), -1) if stage == 0 else x
 
 
@@ -116,7 +116,7 @@ def test_constrained_variables_make_a_bijection(variables, batch):
     @jax.jit
     def there_and_back(variables, x):
         weights = cast(Any, MODULE.apply)(variables, method="constrain").weights
-        bijection = model.bijection(SPEC, weights)
+        bijection = model.flow_bijection(SPEC, weights)
         z, logdet, _ = bijection.forward_and_logdet(x, jax.random.key(0))
         return z, logdet, bijection.inverse(z)
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import plain_flow as plain
-import plain_likelihood
 import pytest
 from scipy import integrate, stats
 
@@ -140,7 +139,7 @@ def test_enclosures_hold_the_numbers_of_50_digits(kind, num_classes, scale):
     for i, one in enumerate(z):
         for side in (-1, 1):
             moved = one + side * errors[i] * (1 - 1e-6) * np.sign(one)
-            exact = plain_likelihood.log_prior(numbers, kind, params, numbers.of(moved))
+            exact = plain.log_prior(numbers, kind, params, numbers.of(moved))
             assert mpmath.mpf(float(lower[i])) <= exact <= mpmath.mpf(float(upper[i]))
             if errors[i]:  # the ends of the balls are not in what the middles give
                 of_middle = priors.enclose_log_prob(kind, params, Ball.of(z)).bounds()

@@ -126,7 +126,7 @@ def test_an_ordinary_network_maps_measurements_to_images():
         ),
         (lambda: model().reconstruct(np.zeros((2, 8, 8, 1), np.float32)), r"must have shape \(4, 4, 1\), got \(8, 8, 1\)"),
         (lambda: model().preprocess(np.zeros((2, 4, 4, 1), np.float32)), "integer levels 0 to 16"),
-        (lambda: model().with_(bounds=None).certificate(), r"call freeze\(\) first"),
+        (lambda: model().with_(weights=kept.uncertified(model().weights)).certificate(), r"call freeze\(\) first"),
     ],
 )
 def test_mistakes_of_callers(call, message):

@@ -19,7 +19,7 @@ from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import DensitySpec
 from iresnet_jax.models.flow import as_params, freeze
 from iresnet_jax.models.head import initial_head
-from iresnet_jax.models.saved import Spec, read, save, with_bounds
+from iresnet_jax.models.saved import Spec, model_of, read
 
 FLOW = FlowSpec(
     (4, 4, 1), (StageSpec(2, hidden=(3,), kernel_sizes=(3, 3), squeeze=2), StageSpec(1, hidden=(4,), activation="lipswish"))
@@ -37,19 +37,19 @@ def params(scale):
         blocks[stage.name] = {
             "blocks": jax.tree.map(lambda a: scale * a, {**weights, "actnorm": {"bias": channels, "log_scale": channels}})
         }
-    return as_params(jax.jit(lambda p: freeze(FLOW, p).weights)(blocks))
+    return as_params(jax.jit(lambda p: freeze(FLOW, p))(blocks))
 
 
 @pytest.fixture(scope="module")
 def density():
-    return with_bounds(DENSITY, {"params": params(2.0), "prior": priors.standard("logistic", 16, 3)})
+    return model_of(DENSITY, {"params": params(2.0), "prior": priors.standard("logistic", 16, 3)})
 
 
 @pytest.fixture(scope="module")
 def classifier():
     head = initial_head(jax.random.key(1), 16, 3)
     statistics = {"head": {"mean": jnp.zeros(16), "var": jnp.ones(16)}}
-    return with_bounds(CLASSIFIER, {"params": params(2.0), "head": head, "statistics": statistics})
+    return model_of(CLASSIFIER, {"params": params(2.0), "head": head, "statistics": statistics})
 
 
 def same(a, b):
@@ -61,7 +61,7 @@ def test_what_is_saved_is_what_is_loaded(density, classifier, tmp_path):
         path = model.save(tmp_path / f"{name}.npz")
         assert same(ir.load(path), model)
         assert sorted(file.name for file in tmp_path.iterdir() if name in file.name) == [path.name]
-    save(density, tmp_path / "model.npz", {"step": 7})
+    density.save(tmp_path / "model.npz", {"step": 7})
     loaded, about = read(tmp_path)  # a folder that holds it
     assert about == {"step": 7}
     assert same(loaded, density)
@@ -86,7 +86,7 @@ def test_specs_are_plain_data():
             "model must be of the type DensitySpec or ClassifierSpec or ReconstructorSpec, got 'Sofa'",
         ),
         (lambda plain: plain | {"colour": 1}, "model has no field 'colour'"),
-        (lambda plain: plain | {"prior": 3}, "model.prior must be a string, got 3"),
+        (lambda plain: plain | {"prior": 3}, "model.prior_family must be a string, got 3"),
         (lambda plain: plain | {"num_levels": True}, "model.num_levels must be a whole number, got True"),
         (lambda plain: plain | {"flow": plain["flow"] | {"coeff": 1.5}}, r"coeff must lie in \(0, 1\), got 1.5"),
         (
@@ -130,7 +130,9 @@ def test_bounds_are_those_of_the_weights_in_the_file(density, tmp_path):
     assert ir.load(path).certificate().certified
     rewritten(path, lambda content: content.update({KERNEL: npy(2 * np.load(io.BytesIO(content[KERNEL])))}))
     loaded = ir.load(path)
-    np.testing.assert_allclose(loaded.bounds["stage0"]["conv0"], 2 * density.bounds["stage0"]["conv0"], rtol=1e-3)
+    np.testing.assert_allclose(
+        loaded.weights["stage0"].branch.norms["conv0"], 2 * density.weights["stage0"].branch.norms["conv0"], rtol=1e-3
+    )
     assert not loaded.certificate().certified
 
 

@@ -31,22 +31,17 @@ def make_state(seed=0, num_blocks=3):
     def array(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    params = {
-        "stage0": {
-            "blocks": {
-                "conv1": {
-                    "kernel": array(num_blocks, 3, 3, 2, 4),
-                    "bias": array(num_blocks, 4),
-                }
-            },
-            "first": {"kernel": array(2, 2)},
-        },
-        "prior": {"mean": array(5)},
-    }
+    blocks = {"conv1": {"kernel": array(num_blocks, 3, 3, 2, 4), "bias": array(num_blocks, 4)}}
+    params = {"stage0": {"blocks": blocks, "first": {"kernel": array(2, 2)}}, "prior": {"mean": array(5)}}
     opt_state = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)).init(params)
     opt_state = jax.tree.map(lambda leaf: leaf + jnp.asarray(seed, leaf.dtype), opt_state)
     spectral = {"stage0": {"blocks": {"conv1": {"u": array(num_blocks, 4)}}}}
     return State(params, opt_state, spectral, jnp.int32(seed))
+
+
+def big_state(seed):
+    """A state whose numbers do not compress, so that its data are in the largest file."""
+    return {"w": jnp.asarray(np.random.default_rng(seed).normal(size=20_000), jnp.float32), "step": jnp.int32(seed)}
 
 
 def assert_same_bits(actual, expected):
@@ -87,8 +82,6 @@ def test_from_named_inverts_to_named_for_every_kind_of_leaf():
     tree = {
         "blocks": [jnp.arange(4, dtype=jnp.uint32).reshape(2, 2), np.zeros((2, 0, 3))],
         "none_yet": {"blocks": {"bias": jnp.zeros((0, 4), jnp.bfloat16)}},
-        "half": jnp.array([1.5, -0.0, jnp.nan], jnp.bfloat16),
-        "double": np.array([np.pi]),
         "flag": jnp.array(True),
         "epoch": 3,
         "rate": 0.1,
@@ -106,43 +99,41 @@ def test_restored_arrays_can_be_donated():
     assert restored.params["prior"]["mean"].is_deleted()
 
 
-def without(named, name):
-    return {key: value for key, value in named.items() if key != name}
+MISFITS = [
+    ({"params/prior/mean": None}, "it lacks 'params/prior/mean'"),
+    ({"params/stage0/block01/conv1/bias": None}, "it lacks 'params/stage0/block01/conv1/bias'"),
+    ({"params/stage0/block03/conv1/bias": np.zeros(4)}, "it holds 'params/stage0/block03/conv1/bias'"),
+    ({"params/prior/mean": np.zeros(4, np.float32)}, r"'params/prior/mean' is float32\[4\] in it, not float32\[5\]"),
+    ({"step": np.int64(0)}, r"'step' is int64\[\] in it, not int32\[\]"),
+]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda named: without(named, "params/prior/mean"), "it lacks 'params/prior/mean'"),
-        (
-            lambda named: without(named, "params/stage0/block01/conv1/bias"),
-            "it lacks 'params/stage0/block01/conv1/bias'",
-        ),
-        (lambda named: named | {"ema/w": np.zeros(1)}, "it holds 'ema/w', which this state does not have"),
-        (
-            lambda named: named | {"params/prior/mean": np.zeros(4, np.float32)},
-            r"'params/prior/mean' has shape \(4,\) in it, not \(5,\)",
-        ),
-        (lambda named: named | {"step": np.int64(0)}, "'step' has dtype int64 in it, not int32"),
-    ],
-)
-def test_a_difference_is_named_in_one_sentence(change, message):
+@pytest.mark.parametrize(("changes", "message"), MISFITS)
+def test_a_difference_is_named_in_one_sentence(changes, message):
     state = make_state()
+    named = {name: array for name, array in (to_named(state) | changes).items() if array is not None}
     with pytest.raises(ValueError, match=message) as caught:
-        from_named(change(to_named(state)), state)
+        from_named(named, state)
     assert "\n" not in str(caught.value)
 
 
-def test_more_blocks_than_the_state_has_are_noticed():
-    with pytest.raises(ValueError, match="it holds 'params/stage0/block02/"):
-        from_named(to_named(make_state(num_blocks=3)), make_state(num_blocks=2))
-
-
-def test_names_that_cannot_be_told_apart_are_refused():
+def test_mistakes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="two arrays of the state are called 'a/b'"):
         to_named({"a": {"b": np.zeros(1)}, "a/b": np.zeros(1)})
     with pytest.raises(ValueError, match="the scalar 'blocks/slope' lies under 'blocks'"):
         to_named({"blocks": {"slope": np.float32(1)}})
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        Checkpoints(tmp_path, keep=0)
+    with pytest.raises(ValueError, match="not be negative, got -1"):
+        Checkpoints(tmp_path).save(-1, make_state())
+    with pytest.raises(ValueError, match="no values to save"):
+        Checkpoints(tmp_path).save(0, {"empty": np.zeros((0, 3))})
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(ValueError, match="where a folder is needed"):
+        Checkpoints(tmp_path)
+
+
+# --- saving and restoring ----------------------------------------------------------------------------------------
 
 
 def restored_latest(checkpoints, target):
@@ -151,13 +142,11 @@ def restored_latest(checkpoints, target):
     return result
 
 
-def restored_best(checkpoints, target):
-    result = checkpoints.restore_best(target)
-    assert result is not None
-    return result
-
-
-# --- saving and restoring ----------------------------------------------------------------------------------------
+def best_of(checkpoints):
+    """The step of the best checkpoint, which holds a state of that step."""
+    state, step = checkpoints.restore_best(make_state())
+    assert int(state.step) == step
+    return step
 
 
 def steps_in(workdir):
@@ -165,7 +154,7 @@ def steps_in(workdir):
     return sorted(int(path.name.removesuffix(".npz")) for path in (workdir / "checkpoints").iterdir())
 
 
-def test_round_trip_is_bit_exact_across_processes(tmp_path):
+def test_round_trip_is_bit_exact(tmp_path):
     state = make_state(seed=5)
     assert Checkpoints(tmp_path).restore_latest(state) is None
     assert Checkpoints(tmp_path).restore_best(state) is None
@@ -175,12 +164,15 @@ def test_round_trip_is_bit_exact_across_processes(tmp_path):
     assert_same_bits(restored, state)
     with pytest.raises(AssertionError):  # the comparison can fail
         assert_same_bits(restored, make_state(seed=6))
+    assert_same_bits(load_named(tmp_path / "checkpoints" / "120.npz"), to_named(state))
+    with pytest.raises(ValueError, match="does not fit this state"):  # and is not taken for a damaged one
+        Checkpoints(tmp_path).restore_latest(make_state(num_blocks=4))
 
 
 def test_every_dtype_and_empty_arrays_survive(tmp_path, x64):
     state = {
         "double": jnp.array([jnp.pi, -0.0, jnp.nan]),
-        "half": jnp.array([1.5, 2.5], jnp.bfloat16),
+        "half": jnp.array([1.5, -0.0, jnp.nan], jnp.bfloat16),
         "flag": jnp.array([True, False]),
         "key": jax.random.PRNGKey(0),
         "empty": jnp.zeros((0, 3)),
@@ -192,20 +184,14 @@ def test_every_dtype_and_empty_arrays_survive(tmp_path, x64):
     assert_same_bits(restored, state)
 
 
-def test_the_newest_are_kept_and_a_step_can_be_saved_again(tmp_path):
+@pytest.mark.parametrize(("saved", "kept"), [((10, 20, 30, 30), [20, 30]), ((10, 20, 15), [10, 15])])
+def test_the_newest_are_kept_and_an_earlier_step_gives_up_the_later_ones(tmp_path, saved, kept):
     checkpoints = Checkpoints(tmp_path, keep=2)
-    for step in (10, 20, 30, 30):
+    for step in saved:
         checkpoints.save(step, make_state(step))
-    assert steps_in(tmp_path) == [20, 30]
+    assert steps_in(tmp_path) == kept
     restored, step = restored_latest(checkpoints, make_state())
-    assert (step, int(restored.step)) == (30, 30)
-
-
-def test_saving_an_earlier_step_gives_up_the_later_ones(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    for step in (10, 20, 15):
-        checkpoints.save(step, make_state(step))
-    assert steps_in(tmp_path) == [10, 15]
+    assert step == int(restored.step) == kept[-1]
 
 
 def test_the_best_survives_a_resume(tmp_path):
@@ -215,10 +201,9 @@ def test_the_best_survives_a_resume(tmp_path):
     for step, metric in ((30, 1.5), (40, float("nan")), (50, 1.0), (60, None)):
         checkpoints.save(step, make_state(step), metric=metric)
     assert steps_in(tmp_path) == [20, 50, 60]
-    restored, step = restored_best(checkpoints, make_state())
-    assert (step, int(restored.step)) == (20, 20)
+    assert best_of(checkpoints) == 20
     checkpoints.save(70, make_state(70), metric=np.float32(0.5))
-    assert restored_best(checkpoints, make_state())[1] == 70
+    assert best_of(checkpoints) == 70
     assert steps_in(tmp_path) == [60, 70]
 
 
@@ -275,28 +260,6 @@ def test_a_kill_at_any_moment_loses_neither_the_newest_nor_the_best(tmp_path):
     assert int(done.stdout) >= 6  # at each of three arrays, before and after the renaming, and when the old ones are deleted
 
 
-def test_of_several_with_a_metric_the_lowest_is_the_best(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=3)
-    for step, metric in ((10, 1.0), (20, 2.0), (30, 1.0)):
-        checkpoints.save(step, make_state(step), metric=metric)
-    assert restored_best(checkpoints, make_state())[1] == 10
-
-
-def test_named_arrays_can_be_read_without_a_state(tmp_path):
-    state = make_state()
-    Checkpoints(tmp_path).save(7, state)
-    named = load_named(tmp_path / "checkpoints" / "7.npz")
-    assert_same_bits(named, to_named(state))
-
-
-def test_a_checkpoint_of_another_model_is_not_taken_for_a_damaged_one(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, make_state(num_blocks=2))
-    checkpoints.save(2, make_state(num_blocks=2))
-    with pytest.raises(ValueError, match="does not fit this state, it lacks 'params/stage0/block02/conv1/bias'"):
-        checkpoints.restore_latest(make_state(num_blocks=3))
-
-
 # --- damage ------------------------------------------------------------------------------------------------------
 
 
@@ -315,11 +278,6 @@ def clear_page(path):
     path.write_bytes(content[:4096] + bytes(4096) + content[8192:])
 
 
-def big_state(seed):
-    """A state whose numbers do not compress, so that its data are in the largest file."""
-    return {"w": jnp.asarray(np.random.default_rng(seed).normal(size=20_000), jnp.float32), "step": jnp.int32(seed)}
-
-
 DAMAGE = {
     "half of it": lambda path: truncate(path, path.stat().st_size // 2),
     "without its last byte": lambda path: truncate(path, -1),
@@ -335,37 +293,23 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     checkpoints = Checkpoints(tmp_path)
-    for step in (10, 20):
-        checkpoints.save(step, big_state(step))
+    for step, metric in ((10, 2.0), (20, 1.0)):
+        checkpoints.save(step, big_state(step), metric=metric)
     damage(checkpoints.path(20))
-    with pytest.warns(UserWarning, match="20.npz is damaged .* falling back to step 10"):
-        restored, step = restored_latest(Checkpoints(tmp_path), big_state(0))
-    assert step == 10
-    assert_same_bits(restored, big_state(10))
+    for restore in (Checkpoints(tmp_path).restore_latest, checkpoints.restore_best):
+        with pytest.warns(UserWarning, match="20.npz is damaged .* falling back to step 10"):
+            restored, step = restore(big_state(0))
+        assert step == 10
+        assert_same_bits(restored, big_state(10))
 
     if checkpoints.path(20).is_file():
         checkpoints.save(20, big_state(20))  # a resumed run comes by again
         assert restored_latest(checkpoints, big_state(0))[1] == 20  # warnings are errors
         damage(checkpoints.path(20))
     damage(checkpoints.path(10))
-    with (
-        pytest.warns(UserWarning, match="20.npz is damaged"),
-        pytest.raises(RuntimeError, match=r"no checkpoint in .* can be read .* put back a copy") as error,
-    ):
+    with pytest.warns(UserWarning, match="20.npz"), pytest.raises(RuntimeError, match=r"no checkpoint in .*") as error:
         checkpoints.restore_latest(big_state(0))
     assert "\n" not in str(error.value)
-
-
-def test_the_best_that_is_damaged_falls_back_to_the_next(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    for step, metric in ((10, 3.0), (20, 1.0), (30, 2.0)):
-        checkpoints.save(step, big_state(step), metric=metric)
-    flip_bit(checkpoints.path(20), 1000)
-    with pytest.warns(UserWarning, match="20.npz is damaged .* falling back to step 30"):
-        assert restored_best(checkpoints, big_state(0))[1] == 30
-    checkpoints.path(20).write_bytes(b"")
-    with pytest.warns(UserWarning, match="20.npz is damaged .* falling back to step 30"):
-        assert restored_best(checkpoints, big_state(0))[1] == 30
 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
@@ -415,24 +359,8 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_there(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
-    (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(ValueError, match=r"checkpoints is a file, where a folder is needed: move it away"):
-        Checkpoints(tmp_path)
-
-
 def test_a_thousand_small_arrays_are_cheap_to_save(tmp_path):
     state = {f"layer{i}": {"kernel": np.full((8, 8), i, np.float32)} for i in range(1000)}
     start = time.perf_counter()
     Checkpoints(tmp_path).save(1, state)
     assert time.perf_counter() - start < MAX_SAVE_S
-    assert steps_in(tmp_path) == [1]
-
-
-def test_arguments_out_of_range(tmp_path):
-    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
-        Checkpoints(tmp_path, keep=0)
-    with pytest.raises(ValueError, match="step must not be negative, got -1"):
-        Checkpoints(tmp_path).save(-1, make_state())
-    with pytest.raises(ValueError, match="no values to save"):
-        Checkpoints(tmp_path).save(0, {"empty": np.zeros((0, 3))})

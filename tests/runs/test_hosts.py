@@ -1,11 +1,8 @@
 """Several processes train as one does, on the same devices to the bit; what ends one of them ends all, in one sentence each."""
 
 import functools
-import json
-import os
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_runs as runs
-from forked import Forked
+from one_of_several import start
 
 from iresnet_jax.runs import hosts, loop
 from iresnet_jax.runs.checkpoints import load_named
@@ -32,36 +29,10 @@ LONG = {  # runs that something ends, of what compiles fastest
     "model.stages": ({"num_blocks": 1, "hidden": (4,)},),
     "logdet.kind": "exact",
 }
-PROGRAM = Path(__file__).with_name("one_of_several.py")
 DEADLINE_S = 60
 LOST_S = 5
 ENDS_OF_THE_LOST = (hosts.LOST, -signal.SIGABRT)  # by this library's words, and by JAX's
 ADVICE = "the same command on all processes, or on fewer, goes on from the last checkpoint"
-
-
-def start(num_processes, trainings, folder, *, num_devices=1, **settings):
-    """Starts all processes of a run, on simulated devices each; ``folder`` keeps what they print."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    given = json.dumps({"trainings": trainings, **settings})
-    return [
-        Forked(
-            PROGRAM,
-            address,
-            str(num_processes),
-            str(process),
-            given,
-            folder=folder / f"process{process}",
-            XLA_FLAGS=jax_flags(num_devices),
-        )
-        for process in range(num_processes)
-    ]
-
-
-def jax_flags(num_devices):
-    others = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    return " ".join([*others, f"--xla_force_host_platform_device_count={num_devices}"])
 
 
 def finish(processes):
@@ -208,6 +179,7 @@ def test_missing_and_wrong_arguments_are_refused(monkeypatch):
         with pytest.raises(ValueError, match="several processes need --coordinator_address, --num_processes and --process_id"):
             hosts.initialize(*arguments)
     hosts.initialize()
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)  # which a plan for TPUs sets
     for name, value in SINGLE:
         with monkeypatch.context() as patch:
             patch.setenv(name, value)

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM end a process in one sentence and the right status, whatever it is doing."""
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -26,16 +27,18 @@ def until(condition):
 """
 MOST_S = 10.0  # how long a process may take to end; those that are not told to stop take a minute
 REPEAT = f"owner['end_at_signals'].__globals__['REPEAT_S'] = {signals.REPEAT_S} / 10\n"
+OWNED = "end_at_signals('go on')\n"
+NOTED = "SIGTERM: saving after this step; a second signal stops at once\n"
 
 
-def run(program, *signals, pause_s=0.0):
-    """Output of a program that gets signals one after the other, each when it says that it is ready."""
+def run(program, *sent, pause_s=0.0):
+    """Status and output of a program that gets signals one after the other, each when it says that it is ready."""
     process = subprocess.Popen(
         [sys.executable, "-c", HEAD + program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     try:
-        for number in signals:
+        for number in sent:
             assert process.stdout.readline() == "ready\n"
             time.sleep(pause_s)
             process.send_signal(number)
@@ -46,36 +49,28 @@ def run(program, *signals, pause_s=0.0):
 
 
 MOMENTS = {
-    "in Python": "end_at_signals('go on')\nready()\nuntil(lambda: False)",
-    "in native code": "end_at_signals('go on')\nready()\nnative(60); native(60)",
-    "in a lock": "end_at_signals('go on')\nlock = threading.Lock()\nlock.acquire()\nready()\nlock.acquire()",
+    "in Python": "ready()\nuntil(lambda: False)",
+    "in native code": "ready()\nnative(60); native(60)",
+    "in a lock": "lock = threading.Lock()\nlock.acquire()\nready()\nlock.acquire()",
     "in another thread's native code": (
-        "end_at_signals('go on')\n"
-        "thread = threading.Thread(target=lambda: [ready(), native(60)])\n"
-        "thread.start(); thread.join()"
+        "thread = threading.Thread(target=lambda: [ready(), native(60)])\nthread.start(); thread.join()"
     ),
     "in a loop that has saved all": (
-        "end_at_signals('go on')\n"
-        "with StopRequests() as stop:\n"
-        "    stop.unsaved = True; stop.unsaved = False; ready(); native(60)"
+        "with StopRequests() as stop:\n    stop.unsaved = True; stop.unsaved = False; ready(); native(60)"
     ),
-    "in a loop's first compilation": "end_at_signals('go on')\nwith StopRequests():\n    ready(); native(60)",
-    "after the loop": "end_at_signals('go on')\nwith StopRequests() as stop:\n    stop.unsaved = True\nready()\nnative(60)",
-    "under try and finally": (
-        "end_at_signals('go on')\ntry:\n    ready(); until(lambda: False)\nfinally:\n    print('unwound')"
-    ),
+    "in a loop's first compilation": "with StopRequests():\n    ready(); native(60)",
+    "after the loop": "with StopRequests() as stop:\n    stop.unsaved = True\nready()\nnative(60)",
+    "under try and finally": "try:\n    ready(); until(lambda: False)\nfinally:\n    print('unwound')",
 }
 
 
-@pytest.mark.parametrize("program", MOMENTS.values(), ids=MOMENTS.keys())
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_process_in_one_sentence(program, number, status):
-    assert run(program, number) == (status, "", f"stopped by {number.name}: go on\n")
+@pytest.mark.parametrize(("moment", "number"), list(zip(MOMENTS, itertools.cycle(SIGNALS), strict=False)))
+def test_a_signal_ends_the_process_in_one_sentence(moment, number):
+    assert run(OWNED + MOMENTS[moment], number) == (128 + number, "", f"stopped by {number.name}: go on\n")
 
 
 def test_without_an_owner_there_would_be_a_traceback_and_an_unwound_stack():
-    program = "try:\n    ready(); native(0.2)\nfinally:\n    print('unwound')"
-    status, out, err = run(program, signal.SIGINT)
+    status, out, err = run("try:\n    ready(); native(0.2)\nfinally:\n    print('unwound')", signal.SIGINT)
     assert status != 130
     assert out == "unwound\n"
     assert len(err.splitlines()) > 1
@@ -83,7 +78,6 @@ def test_without_an_owner_there_would_be_a_traceback_and_an_unwound_stack():
 
 COMPILATION = """
 import jax, jax.numpy as jnp
-end_at_signals("go on")
 
 def long(x):
     for i in range(400):
@@ -100,13 +94,12 @@ print("compiled")
 def test_a_compilation_by_xla_is_cut_short(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # compiled as users do: this program takes 15 s
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    assert run(COMPILATION, signal.SIGTERM, pause_s=0.3) == (143, "", "stopped by SIGTERM: go on\n")
+    assert run(OWNED + COMPILATION, signal.SIGTERM, pause_s=0.3) == (143, "", "stopped by SIGTERM: go on\n")
 
 
 # --- deferred -------------------------------------------------------------------------------------------------------
 
 LOOP = """
-end_at_signals("go on")
 with StopRequests() as stop:
     stop.unsaved = True
     ready()
@@ -115,27 +108,32 @@ with StopRequests() as stop:
     print("saved", flush=True)
     sys.exit(Stopped("", stop.received).status)
 """
-NOTED = "SIGTERM: saving after this step; a second signal stops at once\n"
+# What the loop does, the signals that it gets meanwhile, and its status and output.
+DEFERRED = [
+    ("native(0.5)", [signal.SIGTERM], (143, "saved\n", NOTED)),
+    ("until(lambda: stop.received)", [signal.SIGTERM], (143, "saved\n", NOTED)),
+    (
+        "until(lambda: stop.received); ready(); native(60)",
+        [signal.SIGTERM, signal.SIGINT],
+        (130, "", NOTED + "stopped by SIGINT: go on\n"),
+    ),
+    (  # the same signal at once again is no second one
+        "until(lambda: stop.received); ready(); native(0.3)",
+        [signal.SIGTERM] * 2,
+        (143, "saved\n", NOTED),
+    ),
+    (  # and is one later
+        "until(lambda: stop.received); time.sleep(0.2); ready(); native(60)",
+        [signal.SIGTERM] * 2,
+        (143, "", NOTED + "stopped by SIGTERM: go on\n"),
+    ),
+]
 
 
-@pytest.mark.parametrize("wait", ["native(0.5)", "until(lambda: stop.received)"])
-def test_the_loop_saves_first(wait):
-    assert run(LOOP.format(wait=wait), signal.SIGTERM) == (143, "saved\n", NOTED)
-
-
-@pytest.mark.parametrize("wait", ["native(60)", "until(lambda: False)"])
-def test_the_second_signal_ends_the_loop_at_once(wait):
-    status, out, err = run(LOOP.format(wait=f"until(lambda: stop.received); ready(); {wait}"), signal.SIGTERM, signal.SIGINT)
-    assert (status, out) == (130, "")
-    assert err.splitlines()[-1] == "stopped by SIGINT: go on"
-
-
-def test_the_same_signal_at_once_again_is_no_second_one():
-    program = LOOP.format(wait="until(lambda: stop.received); ready(); native(0.3)")
-    assert run(program, signal.SIGTERM, signal.SIGTERM) == (143, "saved\n", NOTED)
-    program = REPEAT + LOOP.format(wait="until(lambda: stop.received); time.sleep(0.2); ready(); native(60)")
-    status, out, err = run(program, signal.SIGTERM, signal.SIGTERM)
-    assert (status, out, err) == (143, "", NOTED + "stopped by SIGTERM: go on\n")
+@pytest.mark.parametrize(("wait", "sent", "end"), DEFERRED)
+def test_a_loop_saves_first_and_the_second_signal_ends_it_at_once(wait, sent, end):
+    repeat = REPEAT if "sleep" in wait else ""
+    assert run(repeat + OWNED + LOOP.format(wait=wait), *sent) == end
 
 
 IGNORING = """

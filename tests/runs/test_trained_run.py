@@ -15,7 +15,7 @@ import pytest
 import tiny_runs as runs
 
 from iresnet_jax import data
-from iresnet_jax.models.saved import FILE_NAME
+from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import allocator, machine, run_folder
 from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.checkpoints import Checkpoints, load_named

@@ -15,11 +15,12 @@ from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.json_dataclasses import first_difference, to_plain
 from iresnet_jax.models import saved
 from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.config import parse
 from iresnet_jax.runs.from_config import model_spec
-from iresnet_jax.runs.planning import plan
-from iresnet_jax.runs.planning.program_costs import lowered_all_reduces
+from iresnet_jax.runs.planning import plan, topologies
+from iresnet_jax.runs.planning.program_costs import reductions
 from iresnet_jax.training import parallel, state
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
 
@@ -142,9 +143,9 @@ ON_GPUS = [("digits_density", None), ("digits_hybrid", None), ("digits_classific
 )
 def test_the_training_step_lowers_for_accelerators(name, argument, platform):
     config = get_config(name, argument)
-    on = plan.Machine(f"eight of {platform}", platform, (jax.devices()[0],), 8)
-    _, lowered, about = plan.lower(config, on, data_of(config), 8)
-    assert sum(lowered_all_reduces(lowered.as_text())) >= 4 * about["num_parameters"]  # of gradients
+    on = topologies.Machine(f"eight of {platform}", platform, (jax.devices()[0],), 8)
+    traced, _, about = plan.lower(config, on, data_of(config), 8)
+    assert sum(reductions(traced.jaxpr.jaxpr)) >= 4 * about["num_parameters"]  # of gradients
 
 
 def test_an_unknown_toy_is_answered_with_those_there_are():
@@ -176,7 +177,7 @@ def test_a_variant_changes_the_constraint_and_at_most_the_learning_rate(name):
     assert plain == half == vanilla
 
 
-KEPT = sorted((ROOT / "benchmarks/results").glob(f"*/{saved.FILE_NAME}"))
+KEPT = sorted((ROOT / "benchmarks/results").glob(f"*/{FILE_NAME}"))
 
 
 def test_there_are_kept_models():

@@ -22,7 +22,7 @@ from iresnet_jax.data import load
 from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.checkpoints import load_named, to_named
-from iresnet_jax.runs.command_line import asks_for_debug
+from iresnet_jax.runs.command_line import DEFAULT_CONFIG, parse_train_flags
 from iresnet_jax.runs.compiled_steps import Programs
 from iresnet_jax.runs.config import parse
 from iresnet_jax.runs.metrics import read_metrics
@@ -512,14 +512,14 @@ MISTAKES = {
         "config.training has no field 'batch_sise': did you mean 'batch_size'?",
     ),
     "second of two": (["--config.seed=1", "--config.sed=2"], "config has no field 'sed': did you mean 'seed'?"),
-    "type": (["--config.training.batch_size=abc"], "config.training.batch_size=abc"),
+    "type": (["--config.training.batch_size=abc"], "config.training.batch_size must be a whole number, got 'abc'"),
     "no such stage": (["--config.model.stages[3].num_blocks=2"], "config.model.stages has no entry 3: it has 1"),
     "stage field": (
         ["--config.model.stages[0].num_block=2"],
         "config.model.stages[0] has no field 'num_block': did you mean 'num_blocks'?",
     ),
     "flag": (["--worcdir=x"], "worcdir"),
-    "stray": (["extra"], "unexpected argument 'extra'"),
+    "stray": (["extra"], "unrecognized arguments: extra"),
     "coeff": (["--config.model.coeff=1.5"], "config.model.coeff must lie in (0, 1), got 1.5"),
     "devices": (["--config.training.batch_size=15"], "a batch of 15 examples cannot be split evenly over 2 devices"),
     "data": (["--config.data.name=mons"], "unknown data set 'mons': known are the images digits"),
@@ -553,11 +553,11 @@ def test_a_config_file_that_fails_is_answered_in_one_sentence(config_file, tmp_p
     wrong.write_text(config_file.read_text().replace("config.data.name", "config.data.nam"))
     status, line = answer(capsys, f"--config={wrong}")
     assert status == 2
-    assert line.startswith("error: the config file itself fails: ")
+    assert line.startswith(f"error: the config file {wrong} fails: ")
     assert 'Did you mean "name" instead of "nam"?' in line
     for program, sentence in (
         (b"def get_config(:", "invalid syntax (wrong.py, line 1)"),
-        (b'name = "\xff"', f"{wrong} is not UTF-8"),
+        (b'name = "\xff"', "SyntaxError"),
         (b"import nowhere", "No module named 'nowhere'"),
         (b"def get_config():\n    return 1 / 0", "division by zero"),
         (b"def get_config():\n    return 3", f"get_config() of {wrong} must return a ConfigDict, got 3"),
@@ -753,21 +753,6 @@ def test_a_config_file_may_follow_a_space_and_need_not_have_variants(config_file
     assert (status, line) == (2, "error: the config file has no variants: leave out the colon and what follows it")
 
 
-@pytest.mark.parametrize(
-    ("argument", "asked"),
-    [
-        ("--debug", True),
-        ("-debug", True),
-        ("--debug=true", True),
-        ("--debug=false", False),
-        ("--nodebug", False),
-        ("--x", False),
-    ],
-)
-def test_debug_is_read_in_every_form(argument, asked):
-    assert asks_for_debug(["train.py", argument]) is asked
-
-
 def test_real_command_line_of_a_mistake(config_file):
     command = [sys.executable, str(ROOT / "train.py"), f"--config={config_file}", "--config.trainig.batch_size=3"]
     done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, check=False)
@@ -780,9 +765,8 @@ def test_real_command_line_of_a_mistake(config_file):
 
 
 def test_flags_override_fields_and_name_the_workdir_after_the_config(config_file):
-    parse = runs.train_script().parse_train_flags
     arguments = [f"--config={config_file}", "--config.seed=3", "--config.model.stages[0].hidden=(4,)"]
-    flags = parse(["train.py", *arguments], default_config="configs/digits_density.py")
+    flags = parse_train_flags(["train.py", *arguments])
     assert flags.config.seed == 3
     assert flags.config.model.stages[0].hidden == (4,)
     assert flags.workdir == Path("runs/tiny_moons")
@@ -791,9 +775,7 @@ def test_flags_override_fields_and_name_the_workdir_after_the_config(config_file
 
 def test_the_default_config_is_used_where_none_is_named(monkeypatch):
     monkeypatch.chdir(ROOT)
-    flags = runs.train_script().parse_train_flags(
-        ["train.py", "--config.seed=3"], default_config=runs.train_script().DEFAULT_CONFIG
-    )
+    flags = parse_train_flags(["train.py", "--config.seed=3"], default_config=DEFAULT_CONFIG)
     assert flags.config.seed == 3
     assert flags.workdir == Path("runs/digits_density")
 

@@ -4,16 +4,14 @@ A record is the label (CIFAR-100: the coarse and the fine one) and 3 x 32 x 32 b
 (https://www.cs.toronto.edu/~kriz/cifar.html).
 """
 
-import functools
 import tarfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from iresnet_jax.data.sources.source import CHUNK, Chunk, Contents, Source, source_in_folder, source_of_file
+from iresnet_jax.data.sources.source import Contents, Source, check_path
 
 _PIXELS = 3 * 32 * 32
 
@@ -35,46 +33,33 @@ def source(path: Path, name: str) -> Source:
     Raises:
         ValueError: If there is no such file or folder.
     """
-    opener = functools.partial(_open, path)
     if path.is_file():
-        return source_of_file(name, path, opener)
-    if path.is_dir():
-        return source_in_folder(name, path, _in_folder(path), opener)
-    raise ValueError(f"there is no folder or file {path} for {name}: check the path")
+        return Source.of_files(name, path, [path], lambda: _contents(name, path, _from_archive(path)))
+    check_path(path, name, is_folder=True)
+    # In the folder or below it, as an archive is unpacked.
+    files = [found for found in path.rglob("*.bin") if found.name in _NAMES and found.is_file()]
+    return Source.of_files(name, path, files, lambda: _contents(name, path, {file.name: file.read_bytes() for file in files}))
 
 
-def _open(path: Path) -> Contents:
-    files = _from_archive(path) if path.is_file() else {p.name: p.read_bytes() for p in _in_folder(path)}
+def _contents(name: str, path: Path, files: dict[str, bytes]) -> Contents:
     version = _CIFAR100 if _CIFAR100.files["train"][0] in files else _CIFAR10
-    if version is _CIFAR100 and any(name in files for name in _CIFAR10.files["train"]):
+    if version is _CIFAR100 and any(file in files for file in _CIFAR10.files["train"]):
         raise ValueError(f"{path} holds both CIFAR-10 and CIFAR-100: give the folder of one of them")
-    needed = [name for names in version.files.values() for name in names]
-    if missing := [name for name in needed if name not in files]:
-        raise ValueError(
-            f"{path} lacks {', '.join(missing)}: the binary version of CIFAR is needed (cifar-10-binary.tar.gz), not python's"
-        )
-    record = version.label_bytes + _PIXELS
-    for name in needed:
-        if not files[name] or len(files[name]) % record:
+    size, images, labels = version.label_bytes + _PIXELS, {}, {}
+    for split, needed in version.files.items():
+        if missing := [file for file in needed if file not in files]:
             raise ValueError(
-                f"{name} in {path} has {len(files[name])} bytes, not a multiple of {record}: it is damaged, fetch it again"
+                f"{path} lacks {', '.join(missing)}: the binary version of CIFAR is needed, cifar-10-binary.tar.gz or its files"
             )
-
-    def chunks(split: str) -> Iterator[Chunk]:
-        for name in version.files[split]:
-            records = np.frombuffer(files[name], np.uint8).reshape(-1, record)
-            for start in range(0, len(records), CHUNK):
-                block = records[start : start + CHUNK]
-                planes = block[:, version.label_bytes :].reshape(-1, 3, 32, 32)
-                yield planes.transpose(0, 2, 3, 1), block[:, version.label_bytes - 1]
-
-    num_examples = {split: sum(len(files[name]) for name in names) // record for split, names in version.files.items()}
-    return Contents(num_examples, version.num_classes, chunks)
-
-
-def _in_folder(path: Path) -> list[Path]:
-    """Finds the files of either version in a folder or below it, as an archive is unpacked."""
-    return [found for found in path.rglob("*.bin") if found.name in _NAMES and found.is_file()]
+        for file in needed:
+            if not files[file] or len(files[file]) % size:
+                raise ValueError(
+                    f"{file} in {path} has {len(files[file])} bytes, not a multiple of {size}: it is damaged, fetch it again"
+                )
+        records = np.frombuffer(b"".join(files[file] for file in needed), np.uint8).reshape(-1, size)
+        images[split] = records[:, version.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels[split] = records[:, version.label_bytes - 1]
+    return Contents.of_arrays(name, images, labels, version.num_classes)
 
 
 def _from_archive(path: Path) -> dict[str, bytes]:

@@ -4,7 +4,6 @@
 of handwritten digits"). There is no customary split, so this file defines one and keeps it fixed for good.
 """
 
-import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from jaxtyping import Int, Integer, Num
 
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.splits import by_digest
 
 _SALT = "iresnet_jax/digits"  # part of the definition of the split: changing it invalidates every reported number
 
@@ -29,14 +29,11 @@ def split_indices(labels: Integer[np.ndarray, " n"]) -> dict[str, Int[np.ndarray
     Returns:
         Ascending indices of each split; together they hold every index once.
     """
-    digests = [hashlib.sha256(f"{_SALT}:{index}".encode()).digest() for index in range(len(labels))]
-    dealt = np.array(sorted(range(len(labels)), key=lambda index: (labels[index], digests[index])), dtype=int)
+    order = by_digest(len(labels), _SALT)
+    dealt = order[np.argsort(labels[order], kind="stable")]
     place = np.arange(len(labels)) % 10
-    return {
-        "train": np.sort(dealt[place > 2]),
-        "validation": np.sort(dealt[place == 2]),
-        "test": np.sort(dealt[place < 2]),
-    }
+    chosen = {"train": place > 2, "validation": place == 2, "test": place < 2}
+    return {split: np.sort(dealt[mask]) for split, mask in chosen.items()}
 
 
 def load() -> DataSet:

@@ -1,12 +1,11 @@
 """A folder of image files: ``train/CLASS/NAME.png`` and ``test/CLASS/NAME.png``, or without classes ``train/NAME.png``."""
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from iresnet_jax.data.sources.source import CHUNK, Chunk, Contents, Source, check_is_folder, source_in_folder, stack
+from iresnet_jax.data.sources.source import CHUNK, Chunk, Contents, Source, check_path
 
 _SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
@@ -21,7 +20,7 @@ def source(folder: Path, name: str) -> Source:
     Raises:
         ValueError: If there is no such folder, or a split under two names.
     """
-    check_is_folder(folder, name)
+    check_path(folder, name, is_folder=True)
     files = {}
     for split, names in _SPLITS.items():
         found = [folder / candidate for candidate in names if (folder / candidate).is_dir()]
@@ -30,30 +29,29 @@ def source(folder: Path, name: str) -> Source:
         for inside in found:
             files[split] = sorted(path for path in inside.rglob("*") if _is_image(path.relative_to(inside)))
     everything = [path for paths in files.values() for path in paths]
-    return source_in_folder(name, folder, everything, functools.partial(_open, folder, name, files))
+    return Source.of_files(name, folder, everything, lambda: _contents(folder, name, files))
 
 
-def _open(folder: Path, name: str, files: dict[str, list[Path]]) -> Contents:
+def _contents(folder: Path, name: str, files: dict[str, list[Path]]) -> Contents:
     classes = sorted({_class_of(path, folder) for path in files.get("train", ())})
     labelled = classes not in ([], [""])
     number = {of_class: i for i, of_class in enumerate(classes)}
-    for paths in files.values():
-        for path in paths:
-            if labelled and not _class_of(path, folder):
-                raise ValueError(f"{path} lies beside the folders of the classes: move it into one, or remove it")
-            if _class_of(path, folder) not in number:
-                raise ValueError(
-                    f"the class of {path} does not occur in {folder / 'train'}: {name} needs training images of every class"
-                )
+    for path in (path for paths in files.values() for path in paths):
+        if labelled and not _class_of(path, folder):
+            raise ValueError(f"{path} lies beside the folders of the classes: move it into one, or remove it")
+        if _class_of(path, folder) not in number:
+            raise ValueError(
+                f"the class of {path} does not occur in {folder / 'train'}: {name} needs training images of every class"
+            )
 
-    def chunks(split: str) -> Iterator[Chunk]:
-        paths = files[split]
-        for start in range(0, len(paths), CHUNK):
-            block = paths[start : start + CHUNK]
-            images = stack([_decode(path) for path in block], lambda i, block=block: str(block[i]))
-            yield images, np.array([number[_class_of(path, folder)] for path in block]) if labelled else None
+    def read(split: str) -> Iterator[Chunk]:
+        for start in range(0, len(files[split]), CHUNK):
+            block = files[split][start : start + CHUNK]
+            labels = np.array([number[_class_of(path, folder)] for path in block]) if labelled else None
+            yield [_decode(path) for path in block], labels
 
-    return Contents({split: len(paths) for split, paths in files.items()}, len(classes) if labelled else None, chunks)
+    num_examples = {split: len(paths) for split, paths in files.items()}
+    return Contents(num_examples, len(classes) if labelled else None, read, lambda split, i: str(files[split][i]))
 
 
 def _is_image(path: Path) -> bool:
@@ -73,9 +71,7 @@ def _decode(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             if image.mode not in _GREY | _COLOUR:
-                raise ValueError(
-                    f"{path} has pixels of type {image.mode}: convert it to 8-bit grey or RGB without transparency"
-                )
+                raise ValueError(f"{path} has pixels of type {image.mode}: convert it to 8-bit grey or opaque RGB")
             pixels = np.asarray(image.convert("L" if image.mode in _GREY else "RGB"))
     except (OSError, SyntaxError) as error:  # what Pillow raises for damaged files
         raise ValueError(f"{path} is not an intact image: {error}") from None

@@ -4,9 +4,8 @@ Only preparing a data set, which downloads it and is done once, needs TensorFlow
 prepared elsewhere and its folder copied. A data set that is prepared and decoded is found again without importing TFDS either.
 """
 
-import functools
+import contextlib
 import importlib.util
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -16,9 +15,22 @@ from typing import Any
 import numpy as np
 
 from iresnet_jax.atomic_files import locked
-from iresnet_jax.data.sources.source import CHUNK, Chunk, Contents, Source, check_is_folder, source_in_folder, stack
+from iresnet_jax.data.dataset import DataSet, Splits
+from iresnet_jax.data.sources.source import CHUNK, Chunk, Contents, Source, check_path
 
 _FORMAT = "array_record"
+_SQUARE, _COLOUR = (28, 28, 1), (32, 32, 3)
+CUSTOMARY: dict[str, tuple[tuple[int, int, int], int | None]] = {  # shape of an image, and number of classes
+    "mnist": (_SQUARE, 10),
+    "fashion_mnist": (_SQUARE, 10),
+    "kmnist": (_SQUARE, 10),
+    "cifar10": (_COLOUR, 10),
+    "cifar100": (_COLOUR, 100),
+    "svhn_cropped": (_COLOUR, 10),
+    "downsampled_imagenet/32x32": (_COLOUR, None),
+    "downsampled_imagenet/64x64": ((64, 64, 3), None),
+}
+_NUM_STAND_INS = 256
 
 
 def source(name: str, data_dir: str | None = None) -> Source | None:
@@ -41,12 +53,25 @@ def source(name: str, data_dir: str | None = None) -> Source | None:
         return None
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     if root.exists():
-        check_is_folder(root, name)
+        check_path(root, name, is_folder=True)
     folder = _find(root, name) or _prepare(root, name)
     if folder is None:
         return None
     files = [path for path in folder.iterdir() if path.suffix == ".json" or f".{_FORMAT}-" in path.name]
-    return source_in_folder(name, folder, files, functools.partial(_open, name, folder))
+    return Source.of_files(name, folder, files, lambda: _contents(name, folder))
+
+
+def stand_in(name: str) -> DataSet | None:
+    """Random images with the shape and the classes of a customary data set, for who does not have it; None of another name."""
+    if name not in CUSTOMARY:
+        return None
+    shape, num_classes = CUSTOMARY[name]
+    drawn = np.random.default_rng(0).integers(0, 256, (_NUM_STAND_INS, *shape), np.uint8)
+    examples: Splits = dict.fromkeys(("train", "validation", "test"), drawn)
+    labels: Splits = {}
+    if num_classes is not None:
+        labels = dict.fromkeys(examples, np.arange(_NUM_STAND_INS, dtype=np.int32) % num_classes)
+    return DataSet.from_arrays(name, examples, labels, num_levels=256, num_classes=num_classes)
 
 
 def _find(root: Path, name: str) -> Path | None:
@@ -63,19 +88,16 @@ def _find(root: Path, name: str) -> Path | None:
 def _prepare(root: Path, name: str) -> Path | None:
     import tensorflow_datasets as tfds  # slow to import
 
-    base, _, version = name.partition(":")
-    base, _, configuration = base.partition("/")
-    try:
-        known: Any = tfds.builder_cls(base)
-    except tfds.core.DatasetNotFoundError:
-        return None
-    if configuration and configuration not in known.builder_configs:
-        found = ", ".join(known.builder_configs) or "none"
-        raise ValueError(f"the TFDS data set {base} has no configuration {configuration!r}: it has {found}")
     try:
         builder = tfds.builder(name, data_dir=root)
-    except AssertionError:
-        raise ValueError(f"TFDS cannot prepare version {version} of {base}: leave :{version} out of the name") from None
+    except tfds.core.DatasetNotFoundError:
+        return None
+    except (AssertionError, ValueError):  # a version or a configuration that it does not have
+        known: Any = tfds.builder_cls(base := re.split("[:/]", name)[0])
+        configurations = ", ".join(known.builder_configs) or "none"
+        raise ValueError(
+            f"TFDS has no {name}: {base} has version {known.VERSION} and the configurations {configurations}"
+        ) from None
     folder = Path(builder.data_path)
     if (folder / "dataset_info.json").is_file():  # the default configuration
         return folder
@@ -94,45 +116,33 @@ def _prepare(root: Path, name: str) -> Path | None:
     return folder
 
 
-def _open(name: str, folder: Path) -> Contents:
-    info_path = folder / "dataset_info.json"
-    try:
-        written_as = json.loads(info_path.read_text("utf-8")).get("fileFormat", "tfrecord")
-    except (AttributeError, ValueError) as error:  # not UTF-8, not JSON, or not an object
-        raise ValueError(f"{info_path} is damaged: {error}; delete its folder to have {name} prepared again") from None
-    if written_as != _FORMAT:
-        raise ValueError(
-            f"{name} was prepared in {folder} as {written_as}, which only TensorFlow can read: "
-            f"delete that folder to have it prepared as {_FORMAT}, or choose another data_dir"
-        )
+def _contents(name: str, folder: Path) -> Contents:
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(folder)
-    image_key, label_key = _keys(builder.info, name)
-
-    def chunks(split: str) -> Iterator[Chunk]:
-        start = 0
-        for examples in _examples(builder, split, name, folder):
-            images = stack(
-                [example[image_key] for example in examples],
-                lambda i, start=start: f"image {start + i} of split {split!r} of {name}",
-            )
-            yield images, np.array([example[label_key] for example in examples]) if label_key else None
-            start += len(examples)
-
+    with _explaining(name, folder):
+        builder = tfds.builder_from_directory(folder)
     info: Any = builder.info
+    image_key, label_key = _keys(info, name)
+
+    def read(split: str) -> Iterator[Chunk]:
+        with _explaining(name, folder):
+            records = builder.as_data_source(split)
+            for start in range(0, len(records), CHUNK):
+                examples = records.__getitems__(range(start, min(start + CHUNK, len(records))))
+                labels = np.array([example[label_key] for example in examples]) if label_key else None
+                yield [example[image_key] for example in examples], labels
+
     num_classes = info.features[label_key].num_classes if label_key else None
-    return Contents({split: found.num_examples for split, found in info.splits.items()}, num_classes, chunks)
+    return Contents({split: found.num_examples for split, found in info.splits.items()}, num_classes, read)
 
 
-def _examples(builder: Any, split: str, name: str, folder: Path) -> Iterator[list[dict[str, Any]]]:
+@contextlib.contextmanager
+def _explaining(name: str, folder: Path) -> Iterator[None]:
     try:
-        records = builder.as_data_source(split)
-        for start in range(0, len(records), CHUNK):
-            yield records.__getitems__(range(start, min(start + CHUNK, len(records))))
-    except Exception as error:  # array_record, protobuf and Pillow each have their own
-        message = f"cannot read split {split!r} of {name} in {folder}, which seems damaged: delete it to have it prepared again"
-        raise ValueError(f"{message} ({' '.join(str(error).split())})") from error
+        yield
+    except Exception as error:  # array_record, protobuf, Pillow and TFDS each have their own, also for files of another format
+        problem = " ".join(str(error).split())
+        raise ValueError(f"cannot read {name} in {folder}, delete that folder to have it prepared again: {problem}") from error
 
 
 def _keys(info: Any, name: str) -> tuple[str, str | None]:

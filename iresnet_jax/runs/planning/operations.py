@@ -6,7 +6,6 @@ time counts for one part, whatever else it contains.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -42,19 +41,18 @@ _MOVES = frozenset(
     "copy copy-start copy-done transpose reshape bitcast slice dynamic-slice dynamic-update-slice concatenate pad broadcast "
     "reverse gather scatter iota".split()
 )
-_NO_WORK = frozenset("parameter constant tuple get-tuple-element bitcast iota".split())
+_NO_WORK = frozenset("parameter constant tuple get-tuple-element bitcast iota fusion call".split())
 _OTHERS = frozenset(
-    "while conditional call custom-call sort fft cholesky triangular-solve rng rng-bit-generator partition-id replica-id "
+    "while conditional custom-call sort fft cholesky triangular-solve rng rng-bit-generator partition-id replica-id "
     "infeed outfeed send recv async-start async-update async-done after-all".split()
 )
-_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(
-    r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)$"
+    r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\((?P<operands>[^)]*)(?P<rest>.*)$"
 )
 _PATH = re.compile(r'op_name="([^"]*)"')
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_OPERAND = re.compile(r"%([\w.\-]+)")
+_CALLS = re.compile(r"(?:calls|to_apply|body|condition|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
+_NAME = re.compile(r"%?([\w.\-]+)")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
 
@@ -80,28 +78,10 @@ class Operation(NamedTuple):
         """The path without what is around the whole step; the name if there is no path."""
         return self.path.rpartition("/shard_map/")[2] or self.name
 
-
-class _Instruction(NamedTuple):
-    """A line of a program."""
-
-    shape: str
-    opcode: str
-    rest: str
-    computation: str
-
     @property
-    def path(self) -> str:
-        found = _PATH.search(self.rest)
-        return found[1] if found else ""
-
-    @property
-    def called(self) -> list[str]:
-        branches = _BRANCHES.search(self.rest)
-        return _CALLED.findall(self.rest) + (_OPERAND.findall(branches[1]) if branches else [])
-
-    @property
-    def operands(self) -> list[str]:
-        return _OPERAND.findall(self.rest.split(")")[0])
+    def place(self) -> tuple[str, str, str]:
+        """What operations have alike that are the same work at the same place in the code."""
+        return self.kind, self.shape, self.path or self.name
 
 
 def operations(program: str) -> dict[str, Operation]:
@@ -110,42 +90,50 @@ def operations(program: str) -> dict[str, Operation]:
     Args:
         program: Text of a compiled program.
     """
-    lines = dict(_instructions(program))
-    bodies: dict[str, list[_Instruction]] = {}
+    lines: dict[str, re.Match[str]] = {}
+    home: dict[str, str] = {}  # the computation that an operation is in
+    bodies: dict[str, list[re.Match[str]]] = {}
     caller: dict[str, str] = {}
-    for name, line in lines.items():
-        bodies.setdefault(line.computation, []).append(line)
-        caller.update(dict.fromkeys(line.called, name))
+    for text in program.splitlines():
+        if header := _COMPUTATION.match(text):
+            body = bodies[header["name"]] = []
+            computation = header["name"]
+        elif line := _INSTRUCTION.match(text):
+            lines[line["name"]], home[line["name"]] = line, computation
+            body.append(line)
+            caller.update(dict.fromkeys(_called(line), line["name"]))
+
+    def known_path(name: str) -> str:
+        """The path of an operation; of one that the compiler added, that of what it copies or of the loop that it is in."""
+        tried: set[str] = set()
+        while name in lines and name not in tried:
+            tried.add(name)
+            path, operands = _path(lines[name]), _NAME.findall(lines[name]["operands"])
+            if "/" in path and not path.endswith("/shard_map"):  # which is around everything
+                return path
+            copied = next((operand for operand in operands if operand in lines and operand not in tried), "")
+            is_made_here = copied and lines[copied]["opcode"] not in ("parameter", "constant")
+            name = copied if is_made_here else caller.get(home[name], "")
+        return ""
+
     found = {}
     for name, line in lines.items():
-        path = _known_path(name, lines, caller)
-        shape = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", line.shape)
-        part = _DEVICES if _COLLECTIVE.match(line.opcode) else part_of(path)
-        found[name] = Operation(name, shape, path, part, _kind(line, bodies))
+        path, shape = known_path(name), re.sub(r"\{[^}]*\}|/\*.*?\*/", "", line["shape"])
+        if _COLLECTIVE.match(line["opcode"]):
+            found[name] = Operation(name, shape, path, _DEVICES, _DEVICES)
+        else:
+            found[name] = Operation(name, shape, path, part_of(path), _kind(list(_inside(line, bodies))))
     return found
 
 
-def _instructions(program: str) -> Iterator[tuple[str, _Instruction]]:
-    computation = ""
-    for line in program.splitlines():
-        if match := _INSTRUCTION.match(line):
-            yield match["name"], _Instruction(match["shape"], match["opcode"], match["rest"], computation)
-        elif match := _COMPUTATION.match(line):
-            computation = match["name"]
+def _path(line: re.Match[str]) -> str:
+    found = _PATH.search(line["rest"])
+    return found[1] if found else ""
 
 
-def _known_path(name: str, lines: Mapping[str, _Instruction], caller: Mapping[str, str]) -> str:
-    """The path of an operation; of one that the compiler added, that of what it copies or of the loop that it is in."""
-    tried: set[str] = set()
-    while name in lines and name not in tried:
-        tried.add(name)
-        line = lines[name]
-        if "/" in line.path and not line.path.endswith("/shard_map"):  # which is around everything
-            return line.path
-        name = next((operand for operand in line.operands if operand in lines and operand not in tried), "")
-        if lines.get(name) is None or lines[name].opcode in ("parameter", "constant"):
-            name = caller.get(line.computation, "")
-    return ""
+def _called(line: re.Match[str]) -> list[str]:
+    """The computations that an operation calls."""
+    return [name for called in _CALLS.findall(line["rest"]) for name in _NAME.findall(called)]
 
 
 def part_of(path: str) -> str:
@@ -165,32 +153,29 @@ def part_of(path: str) -> str:
     return _FORWARD if "jvp(" in path else _OTHER
 
 
-def _kind(line: _Instruction, bodies: Mapping[str, list[_Instruction]]) -> str:
-    if _COLLECTIVE.match(line.opcode):
-        return _DEVICES
-    inside = list(_inside(line, bodies))
-    opcodes = Counter(each.opcode for each in inside)
-    targets = " ".join(match[1] for each in inside if (match := _TARGET.search(each.rest))).lower()
-    if opcodes["convolution"] or "conv" in targets:
-        paths = [each.path for each in inside if each.opcode == "convolution"]
-        only_products = paths and all(path.endswith("dot_general") for path in paths)  # as TPUs compute them
-        return _PRODUCT if only_products else _CONVOLUTION
-    if opcodes["dot"] or re.search("gemm|matmul|dot", targets):
-        return _PRODUCT
-    if opcodes["reduce"] or opcodes["reduce-window"]:
-        return _REDUCTION
-    work = set(opcodes) - _NO_WORK - {"fusion", "call"}
-    if work & _OTHERS:
-        return _LOOP
-    if work - _MOVES:
-        return _ELEMENTWISE
-    return _COPY if set(opcodes) & _MOVES else _LOOP
-
-
-def _inside(line: _Instruction, bodies: Mapping[str, list[_Instruction]]) -> Iterator[_Instruction]:
+def _inside(line: re.Match[str], bodies: Mapping[str, list[re.Match[str]]]) -> Iterator[re.Match[str]]:
     """An operation and what it is fused from."""
     yield line
-    if line.opcode in ("fusion", "call"):
-        for name in line.called:
+    if line["opcode"] in ("fusion", "call"):
+        for name in _called(line):
             for inner in bodies.get(name, []):
                 yield from _inside(inner, bodies)
+
+
+def _kind(inside: list[re.Match[str]]) -> str:
+    """The kind of an operation that consists of these, one of `KINDS`."""
+    opcodes = {line["opcode"] for line in inside}
+    targets = " ".join(target for line in inside for target in _TARGET.findall(line["rest"])).lower()
+    if "convolution" in opcodes or "conv" in targets:
+        paths = [_path(line) for line in inside if line["opcode"] == "convolution"]
+        only_products = paths and all(path.endswith("dot_general") for path in paths)  # as TPUs compute them
+        return _PRODUCT if only_products else _CONVOLUTION
+    if "dot" in opcodes or re.search("gemm|matmul|dot", targets):
+        return _PRODUCT
+    if opcodes & {"reduce", "reduce-window"}:
+        return _REDUCTION
+    if opcodes & _OTHERS:
+        return _LOOP
+    if opcodes - _NO_WORK - _MOVES:
+        return _ELEMENTWISE
+    return _COPY if opcodes & _MOVES else _LOOP

@@ -6,7 +6,6 @@ only: their compiler asks the GPU.
 """
 
 import dataclasses
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -16,15 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from iresnet_jax.data import conditioned_on_labels, stand_in
+from iresnet_jax.data import conditioned_on_labels
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.sources import tfds
 from iresnet_jax.maths import platforms as target
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.config import Config, TrainingConfig
 from iresnet_jax.runs.from_config import model_spec
 from iresnet_jax.runs.hosts import Agreement, Wish
-from iresnet_jax.runs.planning.chips import CHIPS, PASSES, Chip
-from iresnet_jax.runs.planning.program_costs import all_reduces, flops, has_random_loops, lowered_all_reduces, num_bytes
+from iresnet_jax.runs.planning.program_costs import compiled_reductions, flops, has_random_loops, num_bytes, reductions
+from iresnet_jax.runs.planning.topologies import PASSES, Machine
 from iresnet_jax.training import parallel
 from iresnet_jax.training.initialization import num_parameters
 
@@ -111,61 +111,9 @@ def _size(num: float | int) -> str:
     return f"{num:.0f} B"
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Devices to compile for.
-
-    Attributes:
-        topology: Its name, such as "v5e:4x8" or "cuda:8".
-        platform: "tpu" or "cuda".
-        devices: What stands for its devices here: the topology's, or one CPU for one GPU.
-        num_devices: Their number.
-        num_hosts: Their hosts; 1 for GPUs.
-        chip: Their kind; None for GPUs.
-    """
-
-    topology: str
-    platform: str
-    devices: tuple[Any, ...]
-    num_devices: int
-    num_hosts: int = 1
-    chip: Chip | None = None
-
-
-def machine(topology: str) -> Machine:
-    """The machine of a name: ``v5e:4x8`` and other TPU topologies, ``cuda`` for one GPU or ``cuda:8``.
-
-    Raises:
-        ValueError: If there is none of this name.
-        RuntimeError: If the compiler for TPUs is not installed or in use.
-    """
-    kind, _, layout = topology.partition(":")
-    if kind == "cuda" and (layout or "1").isdecimal() and int(layout or 1):
-        return Machine(topology, "cuda", (jax.devices("cpu")[0],), int(layout or 1))
-    if kind not in CHIPS or not layout:
-        known = ", ".join(f"{name}:2x2" for name in CHIPS)
-        raise ValueError(f"there is no topology {topology!r}: give one such as {known}, or cuda:8 for eight GPUs")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no machine is asked what it is
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", CHIPS[kind].accelerator_type)
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    from jax.experimental import topologies
-
-    try:
-        devices = topologies.get_topology_desc(topology, platform="tpu").devices
-    except Exception as error:  # whatever the plugin raises
-        text = " ".join(str(error).split())
-        if "not installed" in text:
-            raise RuntimeError(f"compiling for TPUs needs pip install '.[tpu]': {text[:200]}") from None
-        if "lockfile" in text:
-            raise RuntimeError("another process uses the compiler for TPUs, which serves one at a time: wait for it") from None
-        raise ValueError(f"the compiler for TPUs knows no topology {topology!r}: {text[:200]}") from None
-    num_hosts = len({device.process_index for device in devices})
-    return Machine(topology, "tpu", tuple(devices), len(devices), num_hosts, CHIPS[kind])
-
-
 def data_for(config: Config) -> DataSet:
     """The data of a config; random ones of the same shape in place of those of TensorFlow Datasets."""
-    data = stand_in.images(config.data.name)
+    data = tfds.stand_in(config.data.name)
     if data is None:
         return loop.load_data(config.data)
     return conditioned_on_labels(data) if config.data.condition_on_labels else data
@@ -187,7 +135,7 @@ def make(
 
     Args:
         config: All settings.
-        on: The machine, from `machine`.
+        on: The machine, from `topologies.machine`.
         data: The data; by default `data_for`.
         find_largest: Also search for the largest batch that fits, which compiles several times.
         say: Takes a line of progress of that search.
@@ -213,18 +161,18 @@ def _plan(config: Config, on: Machine, data: DataSet, batch_size: int) -> Plan:
     began = time.monotonic()
     traced, lowered, about = lower(config, on, data, batch_size)
     costs = flops(traced.jaxpr.jaxpr)
-    share = batch_size // on.num_devices
-    known: dict[str, Any] = {
-        "topology": on.topology,
-        "num_devices": on.num_devices,
-        "batch_size": batch_size,
+    plan = Plan(
+        topology=on.topology,
+        num_devices=on.num_devices,
+        batch_size=batch_size,
+        flops_per_example=costs.total() * on.num_devices / batch_size,
+        has_random_loops=has_random_loops(traced.jaxpr.jaxpr),
+        reductions=() if on.chip else tuple(reductions(traced.jaxpr.jaxpr)),
+        compile_seconds=time.monotonic() - began,
         **about,
-        "flops_per_example": costs.total() / share,
-        "has_random_loops": has_random_loops(traced.jaxpr.jaxpr),
-    }
+    )
     if on.chip is None:
-        reductions = tuple(lowered_all_reduces(lowered.as_text()))
-        return Plan(**known, reductions=reductions, compile_seconds=time.monotonic() - began)
+        return plan
     try:
         with warnings.catch_warnings():  # JAX's cache on disk cannot read programs for devices that are not here
             warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
@@ -233,12 +181,12 @@ def _plan(config: Config, on: Machine, data: DataSet, batch_size: int) -> Plan:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         problem = " ".join(str(error).split("RESOURCE_EXHAUSTED:")[-1].split())[:200]
-        return Plan(**known, reductions=(), problem=problem, compile_seconds=time.monotonic() - began)
-    memory, reductions = compiled.memory_analysis(), tuple(all_reduces(compiled.as_text()))
-    seconds, assumptions = estimate(costs, reductions, on, config.training.matmul_precision)
-    return Plan(
-        **known,
-        reductions=reductions,
+        return dataclasses.replace(plan, problem=problem, compile_seconds=time.monotonic() - began)
+    memory, combined = compiled.memory_analysis(), tuple(compiled_reductions(compiled.as_text()))
+    seconds, assumptions = estimate(costs, combined, on, config.training.matmul_precision)
+    return dataclasses.replace(
+        plan,
+        reductions=combined,
         temporary_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
         step_seconds=seconds,
@@ -247,7 +195,7 @@ def _plan(config: Config, on: Machine, data: DataSet, batch_size: int) -> Plan:
     )
 
 
-def lower(config: Config, on: Machine, data: DataSet, batch_size: int) -> tuple[Any, Any, dict[str, int]]:
+def lower(config: Config, on: Machine, data: DataSet, batch_size: int) -> tuple[Any, Any, dict[str, Any]]:
     """The training step, traced and lowered for a machine, and its parameters and the bytes of its arguments."""
     share = batch_size // on.num_devices
     with target.compiling_for(on.platform), jax.default_matmul_precision(config.training.matmul_precision):

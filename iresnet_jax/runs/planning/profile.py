@@ -5,6 +5,7 @@ replaced by random ones of their shape.
 """
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Jaxpr
 from jax.profiler import ProfileData, ProfileOptions
 
 from iresnet_jax.data.dataset import DataSet
@@ -130,16 +132,14 @@ def take(config: Config, folder: str | Path, *, data: DataSet | None = None) -> 
     folder.mkdir(parents=True, exist_ok=True)
     current, batch = random_state(objective), first_batch(objective.examples, config.training.batch_size)
     step = objective.make_step(objective.num_terms)
-    traced = _traced(step, current, batch)
+    traced = traced_step(step, current, batch)
     run = parallel.parallelize(step)
     with _paths_in_programs():
         run.compile(current, batch)
-    clock = _Clock(run, current, batch)
-    for _ in range(WARMUP):
-        clock.step()
-    began, seconds = time.perf_counter(), []
-    while len(seconds) < FEWEST or (len(seconds) < MOST and time.perf_counter() - began < MOST_S):
-        seconds.append(clock.step())
+    clock = _clocked(run, current, batch)
+    _, seconds = list(itertools.islice(clock, WARMUP)), [next(clock)]
+    while len(seconds) < FEWEST or (len(seconds) < MOST and sum(seconds) < MOST_S):
+        seconds.append(next(clock))
     is_cpu = jax.default_backend() == "cpu"
     num_lanes, lane = (allocator.num_cores(), "core") if is_cpu else (jax.local_device_count(), "device")
     dtype = jnp.bfloat16 if config.training.bfloat16 and not is_cpu else jnp.float32
@@ -157,18 +157,8 @@ def take(config: Config, folder: str | Path, *, data: DataSet | None = None) -> 
     )
 
 
-def step_flops(step: Callable[[Any, Any], Any], current: Any, batch: Any) -> float:
-    """Multiplications and additions of a step's products and convolutions on all local devices, see `program_costs.flops`.
-
-    Args:
-        step: Step of an objective.
-        current: State that it takes.
-        batch: This process's share of a batch, by device.
-    """
-    return float(flops(_traced(step, current, batch)).total()) * jax.local_device_count()
-
-
-def _traced(step, current, batch):
+def traced_step(step: Callable[[Any, Any], Any], current: Any, batch: Any) -> Jaxpr:
+    """The program of an objective's step on one device's share of a batch, for `program_costs`."""
     share = jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype), batch)
     return parallel.for_devices(step, jax.local_devices()[:1]).trace(current, share).jaxpr.jaxpr
 
@@ -206,18 +196,13 @@ def first_batch(examples: Any, size: int) -> Any:
     return parallel.shard(jax.tree.map(lambda rows: rows[places], examples))
 
 
-class _Clock:
-    """Steps one after the other, each of which is waited for."""
-
-    def __init__(self, run: Callable[[Any, Any], tuple[Any, Any]], current: Any, batch: Any):
-        self._run, self._current, self._batch = run, current, batch
-
-    def step(self) -> float:
-        """Takes a step; its seconds."""
+def _clocked(run: Callable[[Any, Any], tuple[Any, Any]], current: Any, batch: Any) -> Iterator[float]:
+    """Steps one after the other, each of which is waited for, and their seconds."""
+    while True:
         began = time.perf_counter()
-        self._current, metrics = self._run(self._current, self._batch)
+        current, metrics = run(current, batch)
         jax.block_until_ready(metrics)
-        return time.perf_counter() - began
+        yield time.perf_counter() - began
 
 
 def matmul_peak(dtype: Any, size: int | None = None) -> float:
@@ -239,13 +224,13 @@ def matmul_peak(dtype: Any, size: int | None = None) -> float:
     return 2 * size**3 * len(matrices) / fastest
 
 
-def _record(clock: _Clock, known: Mapping[str, Operation], folder: Path, num_lanes: int) -> Recording | None:
+def _record(clock: Iterator[float], known: Mapping[str, Operation], folder: Path, num_lanes: int) -> Recording | None:
     options = ProfileOptions()
     options.python_tracer_level = 0  # which would slow the steps down
     earlier = set(folder.rglob("*.xplane.pb"))
     with jax.profiler.trace(folder, profiler_options=options):
         for _ in range(RECORDED):
-            clock.step()
+            next(clock)
     written = sorted(set(folder.rglob("*.xplane.pb")) - earlier)
     traces = [ProfileData.from_file(str(path)) for path in written]
     events = [event for trace in traces for event in read_events(trace, jax.default_backend())]

@@ -7,20 +7,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend import core
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 _ALL_REDUCE = re.compile(r"= (?P<shapes>.*?) all-reduce(?:-start)?\(")
-_LOWERED_ALL_REDUCE = re.compile(r'"stablehlo\.all_reduce"\(')
 _SHAPE = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\]")
-_LOWERED_SHAPE = re.compile(r"tensor<((?:\d+x)*)(i1|u?i\d+|f\d+|bf16)>")
-_BYTES = {"pred": 1, "i1": 1}
 
 
-def flops(jaxpr: core.Jaxpr) -> Counter[str]:
+def flops(jaxpr: Jaxpr) -> Counter[str]:
     """Multiplications and additions of matrix products and convolutions, by the dtype of their operands.
 
     The body of a scan counts as often as it runs. One of ``while``, whose number of runs is not known, counts once; of the
-    branches of a condition the dearest counts. Zeros of a convolution's padding count, as in XLA's own counts.
+    branches of a condition the dearest counts. Zeros of a convolution's padding count, as in XLA's own counts, which leave out
+    how often loops run.
     """
     total: Counter[str] = Counter()
     for equation in jaxpr.eqns:
@@ -46,48 +44,37 @@ def flops(jaxpr: core.Jaxpr) -> Counter[str]:
     return total
 
 
-def has_random_loops(jaxpr: core.Jaxpr) -> bool:
+def has_random_loops(jaxpr: Jaxpr) -> bool:
     """Whether a loop runs until a condition holds, so that `flops` does not know how often."""
-    return any(
-        equation.primitive.name == "while" or any(map(has_random_loops, _inner(equation.params))) for equation in jaxpr.eqns
-    )
+    return any(each.primitive.name == "while" or any(map(has_random_loops, _inner(each.params))) for each in jaxpr.eqns)
 
 
-def _inner(parameters: dict[str, Any]) -> list[core.Jaxpr]:
+def reductions(jaxpr: Jaxpr) -> list[int]:
+    """Bytes of every reduction over devices before it is compiled, which will combine many of them; the largest first."""
     found = []
-    for value in parameters.values():
-        for leaf in value if isinstance(value, tuple | list) else [value]:
-            if isinstance(leaf, core.ClosedJaxpr):
-                found.append(leaf.jaxpr)
-            elif isinstance(leaf, core.Jaxpr):
-                found.append(leaf)
-    return found
-
-
-def all_reduces(hlo: str) -> list[int]:
-    """Bytes of every reduction over devices in a compiled program, the largest first."""
-    found = []
-    for match in _ALL_REDUCE.finditer(hlo):
-        shapes = _SHAPE.findall(match["shapes"])
-        found.append(sum(_size(kind) * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in shapes))
+    for equation in jaxpr.eqns:
+        if equation.primitive.name.startswith(("psum", "pmax", "pmin")):
+            found += [num_bytes(value.aval) for value in equation.outvars]
+        for inner in _inner(equation.params):
+            found += reductions(inner)
     return sorted(found, reverse=True)
 
 
-def lowered_all_reduces(stablehlo: str) -> list[int]:
-    """Bytes of every reduction in a program before it is compiled, which will combine many of them; the largest first."""
+def compiled_reductions(program: str) -> list[int]:
+    """Bytes of every reduction over devices in the text of a compiled program, the largest first."""
     found = []
-    for match in _LOWERED_ALL_REDUCE.finditer(stablehlo):
-        types = re.search(r"\}\) : \([^)]*\) -> (\([^)]*\)|tensor<[^>]*>)", stablehlo[match.end() :])
-        assert types is not None
-        shapes = _LOWERED_SHAPE.findall(types[1])
-        found.append(sum(_size(kind) * math.prod(map(int, filter(None, dims.split("x")))) for dims, kind in shapes))
+    for match in _ALL_REDUCE.finditer(program):
+        shapes = [(kind, [int(size) for size in sizes.split(",") if size]) for kind, sizes in _SHAPE.findall(match["shapes"])]
+        found.append(sum(math.prod(sizes) * (1 if kind == "pred" else int(kind.lstrip("subf")) // 8) for kind, sizes in shapes))
     return sorted(found, reverse=True)
-
-
-def _size(kind: str) -> int:
-    return _BYTES.get(kind) or int(re.sub(r"\D", "", kind)) // 8
 
 
 def num_bytes(tree: Any) -> int:
     """Bytes of arrays or of their shapes."""
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _inner(parameters: dict[str, Any]) -> list[Jaxpr]:
+    """The programs among the parameters of an equation."""
+    leaves = jax.tree.leaves(list(parameters.values()), is_leaf=lambda value: isinstance(value, ClosedJaxpr | Jaxpr))
+    return [leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf for leaf in leaves if isinstance(leaf, ClosedJaxpr | Jaxpr)]

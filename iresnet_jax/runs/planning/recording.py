@@ -3,10 +3,10 @@
 A lane is what one operation runs on at a time: a CPU core or an accelerator.
 """
 
-import functools
+import itertools
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from iresnet_jax.runs.planning.operations import KINDS, PARTS, Operation
@@ -25,22 +25,6 @@ class Share(NamedTuple):
     seconds: float = 0.0
     runs: float = 0.0
 
-    def plus(self, other: "Share") -> "Share":
-        """What both take."""
-        return Share(self.seconds + other.seconds, self.runs + other.runs)
-
-
-class Costly(NamedTuple):
-    """Operations of one kind, shape and place in the code.
-
-    Attributes:
-        share: What they take.
-        operation: The costliest of them.
-    """
-
-    share: Share
-    operation: Operation
-
 
 class Recording(NamedTuple):
     """A recorded step, mean over those that were recorded.
@@ -49,13 +33,13 @@ class Recording(NamedTuple):
         seconds: From the first operation to the last, divided by the steps.
         parts: What operations take by `PARTS`.
         kinds: The same by `KINDS`.
-        costliest: What took longest, at most `COSTLIEST`.
+        costliest: What operations of one kind, shape and place in the code took, with one of them; at most `COSTLIEST`.
     """
 
     seconds: float
     parts: dict[str, Share]
     kinds: dict[str, Share]
-    costliest: tuple[Costly, ...]
+    costliest: tuple[tuple[Share, Operation], ...]
 
     @property
     def busy_seconds(self) -> float:
@@ -86,28 +70,26 @@ class Event(NamedTuple):
 
 def read_events(trace: Any, backend: str) -> Iterator[Event]:
     """The operations that a trace, a `jax.profiler.ProfileData`, has of the devices of a backend."""
-    for number, (line, is_host) in enumerate(_lines(trace, backend)):
-        for event in line.events:
-            name = _statistics(event).get("hlo_op", None if is_host else event.name)
+    place = "/host:" if backend == "cpu" else "/device:"
+    planes = [list(plane.lines) for plane in trace.planes if plane.name.startswith(place)]
+    if backend != "cpu":
+        planes = [_of_operations(lines) for lines in planes]
+    for number, line in enumerate(itertools.chain(*planes)):
+        for event in line.events:  # threads of a CPU have others, too
+            name = _statistics(event).get("hlo_op", None if backend == "cpu" else event.name)
             if name is not None:  # TPUs call an operation by its whole text
                 yield Event(number, str(name).split(" = ")[0].lstrip("%"), event.start_ns, event.duration_ns)
+
+
+def _of_operations(lines: list[Any]) -> list[Any]:
+    """The line of an accelerator's operations, or of each of its streams."""
+    return [line for line in lines if line.name == "XLA Ops"] or [line for line in lines if line.name.startswith("Stream")]
 
 
 def _statistics(event: Any) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # about a type of jaxlib 0.12 itself
         return dict(event.stats)
-
-
-def _lines(trace: Any, backend: str) -> Iterator[tuple[Any, bool]]:
-    """The lines of operations, and whether they hold other events, too."""
-    for plane in trace.planes:
-        lines = list(plane.lines)
-        if backend == "cpu" and plane.name.startswith("/host:"):
-            yield from ((line, True) for line in lines)
-        elif backend != "cpu" and plane.name.startswith("/device:"):
-            whole = [line for line in lines if line.name == "XLA Ops"]
-            yield from ((line, False) for line in whole or lines if line in whole or line.name.startswith("Stream"))
 
 
 def summarize(
@@ -125,21 +107,32 @@ def summarize(
     if not events:
         return None
     runs = Counter(event.name for event in events)
-    parts, kinds = {part: Share() for part in PARTS}, {kind: Share() for kind in KINDS}
-    alike: dict[tuple[str, ...], list[Costly]] = defaultdict(list)
-    for name, seconds in self_seconds(events).items():
-        operation = known.get(name) or Operation(name, "", "", PARTS[-1], KINDS[-1])
-        share = Share(seconds / (num_steps * num_lanes), runs[name] / (num_steps * num_devices))
-        parts[operation.part] = parts[operation.part].plus(share)
-        kinds[operation.kind] = kinds[operation.kind].plus(share)
-        alike[operation.kind, operation.shape, operation.path or name].append(Costly(share, operation))
-    groups = []
-    for group in alike.values():
-        total = functools.reduce(Share.plus, (each.share for each in group))
-        groups.append(Costly(total, max(group, key=lambda each: each.share.seconds).operation))
-    costliest = sorted(groups, key=lambda group: -group.share.seconds)[:COSTLIEST]
+    took = [
+        (
+            known.get(name) or Operation(name, "", "", PARTS[-1], KINDS[-1]),
+            Share(seconds / (num_steps * num_lanes), runs[name] / (num_steps * num_devices)),
+        )
+        for name, seconds in self_seconds(events).items()
+    ]
+    parts, kinds = _by(took, lambda each: each.part), _by(took, lambda each: each.kind)
+    alike, some = _by(took, lambda each: each.place), {each.place: each for each, _ in took}
+    costliest = sorted(alike.items(), key=lambda item: -item[1].seconds)[:COSTLIEST]
     whole = max(event.start + event.duration for event in events) - min(event.start for event in events)
-    return Recording(1e-9 * whole / num_steps, parts, kinds, tuple(costliest))
+    return Recording(
+        1e-9 * whole / num_steps,
+        {part: parts[part] for part in PARTS},
+        {kind: kinds[kind] for kind in KINDS},
+        tuple((share, some[place]) for place, share in costliest),
+    )
+
+
+def _by(took: list[tuple[Operation, Share]], key: Callable[[Operation], Any]) -> defaultdict[Any, Share]:
+    """What operations with the same key take together."""
+    total: defaultdict[Any, Share] = defaultdict(Share)
+    for operation, share in took:
+        before = total[key(operation)]
+        total[key(operation)] = Share(before.seconds + share.seconds, before.runs + share.runs)
+    return total
 
 
 def self_seconds(events: list[Event]) -> dict[str, float]:

@@ -4,59 +4,37 @@ import hashlib
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from iresnet_jax import data
 from iresnet_jax.data.sources import digits
 
 SPLITS = ("train", "validation", "test")
+PIXELS, CLASSES = load_digits(return_X_y=True)
 
 
-@pytest.fixture(scope="module")
-def dataset():
+@pytest.fixture(params=["file", "scikit-learn"])
+def dataset(request, monkeypatch):
+    if request.param == "scikit-learn":
+        monkeypatch.setattr(digits, "find_spec", lambda _: None)  # the table is kept elsewhere
     return data.load("digits")
 
 
-def test_digits_have_the_documented_shapes_and_levels(dataset):
-    assert (dataset.name, dataset.num_levels, dataset.num_classes) == ("digits", 17, 10)
-    assert dataset.event_shape == (8, 8, 1)
-    assert {split: len(dataset.examples[split]) for split in SPLITS} == {"train": 1257, "validation": 180, "test": 360}
-    for split in SPLITS:
-        assert dataset.examples[split].shape == (len(dataset.labels[split]), 8, 8, 1)
-        assert dataset.examples[split].dtype == np.uint8
-        assert dataset.labels[split].dtype == np.int32
-    every_pixel = np.concatenate([dataset.examples[split].ravel() for split in SPLITS])
-    assert set(np.unique(every_pixel)) == set(range(17))
-
-
 def test_digits_keep_their_labels_and_lose_no_image(dataset):
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
-    expected = sorted((int(y), x.astype(np.uint8).tobytes()) for x, y in zip(pixels, labels, strict=True))
-    found = sorted((int(y), x.tobytes()) for s in SPLITS for x, y in zip(dataset.examples[s], dataset.labels[s], strict=True))
-    assert found == expected
-
-
-def test_a_table_that_is_kept_elsewhere_is_found_by_scikit_learn(dataset, monkeypatch):
-    monkeypatch.setattr(digits, "find_spec", lambda _: None)
-    elsewhere = digits.load()
-    for split in SPLITS:
-        np.testing.assert_array_equal(elsewhere.examples[split], dataset.examples[split])
-        np.testing.assert_array_equal(elsewhere.labels[split], dataset.labels[split])
+    assert (dataset.num_levels, dataset.num_classes, dataset.event_shape) == (17, 10, (8, 8, 1))
+    assert [len(dataset.examples[split]) for split in SPLITS] == [1257, 180, 360]
+    images, labels = (np.concatenate([found[split] for split in SPLITS]) for found in (dataset.examples, dataset.labels))
+    assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
+    places = np.concatenate(list(digits.split_indices(CLASSES).values()))
+    np.testing.assert_array_equal(images.reshape(-1, 64), PIXELS[places])
+    np.testing.assert_array_equal(labels, CLASSES[places])
 
 
-def test_split_is_stratified(dataset):
-    per_class = {split: np.bincount(dataset.labels[split], minlength=10) for split in SPLITS}
-    total = sum(per_class.values())
-    for split, share in (("train", 0.7), ("validation", 0.1), ("test", 0.2)):
-        assert np.all(np.abs(per_class[split] - share * total) < 2)
-
-
-def test_split_is_disjoint_and_pinned():
+def test_split_is_stratified_disjoint_and_pinned():
     """Reported numbers belong to this very split: if the checksum changes, they are void."""
-    from sklearn.datasets import load_digits
-
-    splits = digits.split_indices(load_digits(return_X_y=True)[1])
-    assert np.array_equal(np.sort(np.concatenate(list(splits.values()))), np.arange(1797))
+    splits = digits.split_indices(CLASSES)
+    np.testing.assert_array_equal(np.sort(np.concatenate(list(splits.values()))), np.arange(1797))
+    for split, share in zip(SPLITS, (0.7, 0.1, 0.2), strict=True):
+        assert np.all(np.abs(np.bincount(CLASSES[splits[split]]) - share * np.bincount(CLASSES)) < 2)
     text = ";".join(",".join(map(str, splits[split])) for split in SPLITS)
     assert hashlib.sha256(text.encode()).hexdigest() == "09a06fde5fa3dcec27f9c7b1527dd6c48812d3508dc392a3b03ed59dca8a5da9"

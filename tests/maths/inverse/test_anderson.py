@@ -10,23 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from evaluations import TOLERANCE, solve_and_watch
-from jax import lax
 
-from iresnet_jax.bijections import actnorm, residual
-from iresnet_jax.bijections.chain import chain
+from iresnet_jax.bijections import residual
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.bijections.transforms.logit import Logit
 from iresnet_jax.branches.branch import CallableBranch
-from iresnet_jax.data.sources import digits
 from iresnet_jax.maths.inverse.fixed_point import invert_residual
-from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
-from iresnet_jax.models import flow, priors
-from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.density import Density, DensitySpec
 
 BATCH = 8
 
@@ -193,116 +183,6 @@ def test_a_result_does_not_depend_on_batch_mates_or_their_order(x64):
     for i in range(len(y)):
         for alone, other in zip(jax.tree.leaves(solve(y[i : i + 1])), jax.tree.leaves(together), strict=True):
             np.testing.assert_allclose(alone[0], other[i], rtol=1e-12, atol=1e-14)
-
-
-# ------------------------------------------------------------------------------------------------------ trained blocks
-
-
-def enter(spec, x):
-    """Examples as the blocks of the flow's only stage take them."""
-    (stage,) = spec.flow.layout
-    return chain([spec.transform.bijection(), *stage.entry]).forward(x)
-
-
-def train(spec, examples, estimator, num_steps):
-    """Frozen weights of a flow of one stage after so many steps of Adam."""
-    key, data = jax.random.key(0), jnp.asarray(examples, jnp.float32)
-    (stage,), num_blocks = spec.flow.layout, spec.flow.num_blocks
-    optimizer = optax.adam(5e-3)
-
-    @jax.jit
-    def start(batch):
-        blocks = jax.vmap(stage.branch.initial_weights)(jax.random.split(key, num_blocks))
-        scales = actnorm.initialize(enter(spec, batch))._asdict()  # for the first block; the others begin with none
-        scales = jax.tree.map(lambda a: jnp.stack([a] + [jnp.zeros_like(a)] * (num_blocks - 1)), scales)
-        return {"stage0": {"blocks": blocks | {"actnorm": scales}}, "prior": priors.standard(spec.prior, spec.flow.num_dims)}
-
-    def step(carry, i):
-        params, state = carry
-        key_batch, key_probe = jax.random.split(jax.random.fold_in(key, i))
-
-        def loss(params):
-            weights = flow.constrain_certified(spec.flow, params, {"stage0": {}}).weights
-            x = jax.random.choice(key_batch, data, (64,))
-            model = Density(spec, weights, params["prior"], estimator=estimator)
-            return -jnp.mean(model.log_prob(x, key_probe))
-
-        value, gradients = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(gradients, state, params)
-        return (optax.apply_updates(params, updates), state), value
-
-    @jax.jit
-    def run(params):
-        (params, _), losses = lax.scan(step, (params, optimizer.init(params)), jnp.arange(num_steps))
-        return params, losses
-
-    params, losses = jax.device_get(run(start(data[:256])))
-    assert np.mean(losses[-50:]) < np.mean(losses[:50]) - 1
-    return jax.jit(functools.partial(flow.freeze, spec.flow))(params)
-
-
-def correlated():
-    """Examples in six dimensions whose widths span one and a half decades, and a flow for them."""
-    rng = np.random.default_rng(0)
-    examples = rng.normal(size=(4096, 6)) * 10 ** -np.linspace(0, 1.5, 6) @ orthogonal(rng, 6)
-    spec = FlowSpec((6,), (StageSpec(2, hidden=(32,), activation="elu"),), coeff=0.99)
-    return DensitySpec(spec), examples, ExactLogdet()
-
-
-def images():
-    """Dequantised digits, and a flow of convolutions for them."""
-    source = digits.load()
-    noise = np.random.default_rng(0).uniform(size=source.examples["train"].shape)
-    stage = StageSpec(2, hidden=(12,), kernel_sizes=(3, 3), activation="clipswish", squeeze=2)
-    spec = DensitySpec(FlowSpec(source.event_shape, (stage,), coeff=0.98), transform=Logit())
-    return spec, (source.examples["train"] + noise) / source.num_levels, SeriesLogdet(num_terms=3)
-
-
-@pytest.fixture(scope="module", params=[correlated, images], ids=["correlated", "digits"])
-def trained_blocks(request):
-    """The branch of a trained flow, and of every block its weights, Lipschitz bound and inputs."""
-    spec, examples, estimator = request.param()
-    weights = train(spec, examples, estimator, num_steps=200)
-    with jax.enable_x64(True):
-        weights = jax.tree.map(lambda w: np.asarray(w, np.float64), weights["stage0"])
-        x, branch = (
-            jax.jit(functools.partial(enter, spec))(jnp.asarray(examples[:BATCH], jnp.float64)),
-            spec.flow.layout[0].branch,
-        )
-
-        @jax.jit
-        def through(block, x):
-            x, _ = actnorm.forward_and_logdet(block.actnorm, x)
-            return x, x + block.branch(x)
-
-        found = []
-        for k in range(spec.flow.num_blocks):
-            block = jax.tree.map(lambda w, k=k: jnp.asarray(w[k]), weights)
-            inside, x = through(block, x)
-            found.append((block.branch.weights, block.branch.lipschitz_bound, inside))
-        return branch, found
-
-
-def test_trained_blocks_need_fewer_evaluations(x64, trained_blocks):
-    """To the same true error, on average over examples; where few are saved, no Krylov method would save many more."""
-    branch, blocks = trained_blocks
-    g = branch.apply
-    methods = {
-        "banach": {"memory": 0},
-        "anderson": {"memory": 4},
-        "unlimited": {"memory": 16},  # GMRES, as far as a block is linear
-        "with diagonal": {"memory": 4, "diagonal_of": branch if "diagonal" in branch.knows else None},
-    }
-    counts = {name: [] for name in methods}
-    for weights, lipschitz, x_true in blocks:
-        y = x_true + jax.jit(g)(weights, x_true)
-        for name, method in methods.items():
-            counts[name].append(solve_and_watch(g, y, x_true, lipschitz, weights=weights, **method)[1].mean())
-    banach, anderson, unlimited, with_diagonal = (np.array(counts[name]) for name in methods)
-    assert banach.max() > 30, "the blocks are no challenge"
-    assert np.all(banach >= np.select([banach >= 50, banach >= 15], [2.0, 1.3], 1.0) * anderson), counts
-    assert np.all(anderson <= 1.25 * unlimited), counts
-    assert np.all(with_diagonal <= anderson + 1), counts  # what it costs where it is of no use
 
 
 def test_refining_with_weights_in_float64(x64):

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from iresnet_jax.maths.inverse.fixed_point import Settings, invert_residual, solve_linear
+from iresnet_jax.maths.inverse.fixed_point import invert_residual
 
 ATOL = 1e-6  # the default tolerance of the inverse
-GRADIENT = 1e-6  # implicit derivatives at a preimage that is good to 1e-10
 NEWTON = 1e-12  # what the dense solution is good for, and rounding in our comparison with it
 
 
@@ -83,23 +82,6 @@ def test_a_branch_that_returns_nan_spoils_its_own_example_only():
     np.testing.assert_allclose(x[0], 2 / 3, atol=ATOL)
 
 
-def slow_near_zero(x):
-    """Slope -.95 at 0 and nearly none at 10; elementwise, so that a batch mate cannot change how sums are rounded."""
-    return -0.95 * jnp.tanh(x)
-
-
-@pytest.mark.parametrize("memory", [0, 4])
-def test_a_result_does_not_depend_on_batch_mates(memory):
-    solve = jax.jit(functools.partial(invert_residual, slow_near_zero, lipschitz_bound=0.95, memory=memory))
-    fast, slow = jnp.full((1, 3), 9.0), jnp.full((1, 3), 0.01)
-    x_alone, alone = solve(fast)
-    x_together, together = solve(jnp.concatenate([fast, slow]))
-    assert 2 * alone.num_evals[0] < together.num_evals[1]
-    np.testing.assert_array_equal(x_together[:1], x_alone)
-    for a, b in zip(together, alone, strict=True):
-        np.testing.assert_array_equal(a[:1], b)
-
-
 def network(x, w1, bias, w2):
     return jnp.tanh(x @ w1.T + bias[None]) @ w2.T
 
@@ -133,112 +115,11 @@ def test_random_contractions_against_newton(seed, dim, coeff, double):
         assert np.all(np.asarray(info.error_bound) <= 1.01 * ATOL)
 
 
-def test_vmap_over_problems_is_a_loop_over_problems(x64):
-    problems = [random_contraction(seed, 3, 0.8) for seed in range(3)]
-    stacked = [jnp.asarray(np.stack(arrays)) for arrays in zip(*problems, strict=True)]
-    w1, bias, w2, y = stacked
-    x, info = jax.jit(jax.vmap(lambda *problem: invert_network(*problem, 0.8)))(y, w1, bias, w2)
-    for i in range(3):
-        x_alone, alone = invert_network(y[i], w1[i], bias[i], w2[i], 0.8)
-        np.testing.assert_allclose(x[i], x_alone, rtol=NEWTON, atol=NEWTON)
-        np.testing.assert_array_equal(info.num_evals[i], alone.num_evals)
-
-
-def test_anderson_needs_fewer_evaluations_for_the_same_bound(x64):
-    problem = [jnp.asarray(a) for a in random_contraction(7, 5, 0.95)]
-    w1, bias, w2, y = problem
-    results = {memory: invert_network(y, w1, bias, w2, 0.95, memory=memory) for memory in (0, 4)}
-    for x, info in results.values():
-        np.testing.assert_allclose(x, results[0][0], atol=2 * ATOL)
-        assert jnp.all(info.error_bound <= 1.01 * ATOL)
-    assert jnp.all(results[4][1].num_evals < results[0][1].num_evals)
-
-
 def test_images_keep_their_shape_and_their_own_norm(x64):
     y = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3, 2)))
     x, info = solve(lambda x: 0.5 * x, y, lipschitz_bound=0.5, memory=0)
     assert_bound_holds(info, error(x, np.asarray(y) / 1.5))
     np.testing.assert_allclose(info.residual / 2, error(1.5 * x, np.asarray(y)), rtol=1e-6)  # x is one step further
-
-
-# ---------------------------------------------------------------------------------------------------- derivatives
-
-
-@pytest.fixture
-def problem(x64):
-    return tuple(jnp.asarray(a) for a in random_contraction(3, 3, 0.8))
-
-
-def dense_derivative(w1, bias, w2, x, right_hand_side, *, adjoint=False):
-    """``(I + J)^-1 b`` of every row, by dense solves."""
-    rows = []
-    for row, b in zip(np.asarray(x), np.asarray(right_hand_side), strict=True):
-        matrix = np.eye(len(row)) + oracles.tanh_network(row, *(np.asarray(a) for a in (w1, bias, w2)))[1]
-        rows.append(np.linalg.solve(matrix.T if adjoint else matrix, b))
-    return np.stack(rows)
-
-
-def test_derivatives_are_those_of_the_exact_solution(problem):
-    w1, bias, w2, y = problem
-    rng = np.random.default_rng(0)
-    cotangent = jnp.asarray(rng.normal(size=y.shape))
-    tangents = [jnp.asarray(rng.normal(size=a.shape)) for a in (y, w1, bias, w2)]
-
-    def invert(y, w1, bias, w2):
-        return invert_residual(functools.partial(network, w1=w1, bias=bias, w2=w2), y, lipschitz_bound=0.8, atol=1e-10)[0]
-
-    @jax.jit
-    def both_ways(problem, cotangent, tangents):
-        x, pullback = jax.vjp(invert, *problem)
-        return x, pullback(cotangent), jax.jvp(invert, problem, tangents)[1]
-
-    x, gradients, pushed = both_ways((y, w1, bias, w2), cotangent, tuple(tangents))
-    u = dense_derivative(w1, bias, w2, x, cotangent, adjoint=True)
-    _, pull_branch = jax.vjp(functools.partial(network, x), w1, bias, w2)
-    expected = (u, *pull_branch(jnp.asarray(-u)))  # dx = (I + J)^-1 (dy - dg)
-    for actual, wanted in zip(gradients, expected, strict=True):
-        np.testing.assert_allclose(actual, wanted, rtol=GRADIENT, atol=GRADIENT)
-    inner = sum(jnp.sum(g * t) for g, t in zip(expected, tangents, strict=True))
-    np.testing.assert_allclose(jnp.sum(pushed * cotangent), inner, rtol=GRADIENT)
-    with pytest.raises(AssertionError):  # one Banach step's derivative is not the solution's
-        np.testing.assert_allclose(cotangent, expected[0], rtol=0.1)
-
-
-@pytest.mark.parametrize("adjoint", [False, True])
-def test_linear_solves_against_dense_ones(problem, adjoint):
-    w1, bias, w2, y = problem
-    branch = functools.partial(network, w1=w1, bias=bias, w2=w2)
-
-    @jax.jit
-    def run(x, b):
-        push = lambda u: jax.jvp(branch, (x,), (u,))[1]  # noqa: E731
-        product = (lambda u: jax.linear_transpose(push, x)(u)[0]) if adjoint else push
-        return solve_linear(product, b, Settings(jnp.asarray(0.8)))
-
-    u, info = run(y, y[::-1])
-    expected = dense_derivative(w1, bias, w2, y, y[::-1], adjoint=adjoint)
-    assert jnp.all(info.converged)
-    np.testing.assert_allclose(u, expected, rtol=1e-10, atol=1e-10)
-    assert_bound_holds(info, error(u, expected))
-
-
-def test_a_derivative_that_does_not_converge_is_nan():
-    @jax.jit
-    def invert(y):  # three evaluations are too few for the derivative's tolerance
-        return invert_residual(lambda x: 0.9 * jnp.sin(x), y, lipschitz_bound=0.9, max_evals=3, memory=0)[0]
-
-    y = jnp.array([[0.5, -1.0]])
-    assert jnp.all(jnp.isfinite(invert(y)))
-    assert jnp.all(jnp.isnan(jax.jit(jax.grad(lambda y: jnp.sum(invert(y))))(y)))
-
-
-def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="max_evals must be at least 1, got 0"):
-        invert_residual(lambda x: x, jnp.ones((1, 1)), lipschitz_bound=0.5, max_evals=0)
-    with pytest.raises(ValueError, match="atol must be positive, got 0"):
-        invert_residual(lambda x: x, jnp.ones((1, 1)), lipschitz_bound=0.5, atol=0.0)
-    with pytest.raises(ValueError, match="memory must not be negative, got -1"):
-        invert_residual(lambda x: x, jnp.ones((1, 1)), lipschitz_bound=0.5, memory=-1)
 
 
 def half(x):
@@ -254,32 +135,40 @@ def test_the_error_of_tiny_and_huge_examples_is_within_its_bound(size):
     assert 0 < error <= info.error_bound[0] < max(np.linalg.norm(y.astype(np.float64)), 1e-36)
 
 
+@pytest.mark.parametrize(
+    ("y", "settings", "message"),
+    [
+        (jnp.ones((1, 1)), {"max_evals": 0}, "max_evals must be at least 1, got 0"),
+        (jnp.ones((1, 1)), {"atol": 0.0}, "atol must be positive, got 0"),
+        (jnp.ones((1, 1)), {"atol": float("nan")}, "atol must be positive, got nan"),
+        (jnp.ones((1, 1)), {"memory": -1}, "memory must not be negative, got -1"),
+        (jnp.float32(1.0), {}, "y must have a batch axis first"),
+        (jnp.ones((1, 1)), {"lipschitz_bound": -0.5}, "a Lipschitz bound must be at least 0"),
+        (jnp.ones((1, 1)), {"lipschitz_bound": jnp.float32("nan")}, "a Lipschitz bound must be at least 0"),
+    ],
+)
+def test_mistakes_are_named(y, settings, message):
+    with pytest.raises(ValueError, match=message):
+        invert_residual(half, y, **({"lipschitz_bound": 0.5} | settings))
+
+
 @pytest.mark.parametrize("bad", [-0.5, float("nan")])
-def test_a_bound_that_is_none_is_refused_or_never_converges(bad):
-    y = jnp.ones((2, 3))
-    for concrete in (bad, jnp.float32(bad)):
-        with pytest.raises(ValueError, match="a Lipschitz bound must be at least 0, got"):
-            invert_residual(half, y, lipschitz_bound=concrete)
-    _, info = jax.jit(lambda bound: invert_residual(half, y, lipschitz_bound=bound))(bad)
+def test_a_traced_bound_that_is_none_never_converges(bad):
+    _, info = jax.jit(lambda bound: invert_residual(half, jnp.ones((2, 3)), lipschitz_bound=bound))(bad)
     assert not info.converged.any()
     assert np.isinf(info.error_bound).all()
 
 
 def test_whatever_can_be_a_batch_is_one():
     solve = functools.partial(invert_residual, half, lipschitz_bound=np.float64(0.5))
-    expected = np.array([[2.0, 4.0]]) / 1.5
     for y in ([[2, 4]], np.array([[2.0, 4.0]]), jnp.array([[2, 4]])):
         x, info = jax.jit(lambda y=y: solve(y))()
-        np.testing.assert_allclose(x, expected, atol=1e-6)
+        np.testing.assert_allclose(x, np.array([[2.0, 4.0]]) / 1.5, atol=ATOL)
         assert info.converged.all()
     for shape in ((0, 3), (0,)):
         x, info = jax.jit(solve)(jnp.zeros(shape))
         assert x.shape == shape
         assert info.converged.shape == (0,)
-    with pytest.raises(ValueError, match="y must have a batch axis first, got a scalar"):
-        solve(jnp.float32(1.0))
-    with pytest.raises(ValueError, match="atol must be positive, got nan"):
-        solve(jnp.ones((1, 1)), atol=float("nan"))
 
 
 @pytest.mark.parametrize("memory", [0, 4])

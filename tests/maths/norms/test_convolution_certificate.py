@@ -159,17 +159,6 @@ def test_conv_bound_of_larger_layers_against_power_iteration(shape, image):
     assert estimate <= bound <= TIGHT * estimate
 
 
-def test_power_estimate_is_below_the_dense_norm_is_below_the_bound(x64):
-    taps, image, cin, cout, _, _ = GEOMETRIES["3x3"]
-    names, kernels = kernels_of_every_kind((*taps, cin, cout), seed=4)
-    matrices = [oracles.dense_conv_matrix(kernel, *image) for kernel in kernels]
-    start = np.random.default_rng(0).normal(size=matrices[0].shape[1])
-    estimates = [oracles.power_iteration(lambda x, m=m: m @ x, lambda y, m=m: m.T @ y, start, 20) for m in matrices]
-    norms = [np.linalg.norm(matrix, 2) for matrix in matrices]
-    assert_upper_bounds(np.array(norms) * (1 + EXACT), estimates, names)
-    assert_upper_bounds(bounds_of(kernels, image), norms, names)
-
-
 def test_the_check_rejects_the_plain_circulant(x64):
     """The periodic layer's norm is no bound for zero padding, and the comparison above sees it."""
     kernels = np.random.default_rng(0).normal(size=(64, 3, 3, 1, 1))
@@ -220,20 +209,6 @@ def test_dense_bound(shape, x64):
         norm = np.linalg.norm(scale * matrix, 2)
         bound = certify.dense_norm_bound(jnp.asarray(scale * matrix))
         assert norm <= bound <= norm * (1 + EXACT)
-
-
-def test_float32_dense_bounds_hold_where_a_float32_svd_falls_short():
-    rng = np.random.default_rng(8)
-    gauss = rng.normal(size=(40, 48, 48))
-    rank_one = np.einsum("ki,kj->kij", *rng.normal(size=(2, 40, 48)))
-    matrices = np.concatenate([gauss, rank_one, np.linalg.qr(gauss)[0]]).astype(np.float32)
-    norms = np.linalg.norm(matrices.astype(np.float64), 2, axis=(1, 2))
-    names = [str(i) for i in range(len(norms))]
-    bounds = np.asarray(jax.jit(jax.vmap(certify.dense_norm_bound))(jnp.asarray(matrices)))
-    assert_upper_bounds(bounds, norms, names)
-    np.testing.assert_array_less(bounds, norms * (1 + EXACT_F32))
-    with pytest.raises(AssertionError, match="<"):
-        assert_upper_bounds(np.linalg.norm(matrices, 2, axis=(1, 2)), norms, names)
 
 
 def test_gradient_of_the_gram_bound_against_differences(x64):
@@ -357,12 +332,16 @@ def test_bounds_hold_at_the_default_level_of_the_compiler(options):
     np.testing.assert_array_less(bounds, norms * (1.2 if options else 1 + EXACT_F32) + 1e-30)
 
 
-def test_dense_bounds_hold_at_the_default_level_of_the_compiler():
-    rng = np.random.default_rng(16)
-    gauss = rng.normal(size=(20, 40, 40))
-    rank_one = np.einsum("ki,kj->kij", *rng.normal(size=(2, 20, 40)))
+@BOTH_LEVELS
+def test_float32_dense_bounds_hold_where_a_float32_svd_falls_short(compiled):
+    rng = np.random.default_rng(8)
+    gauss = rng.normal(size=(40, 48, 48))
+    rank_one = np.einsum("ki,kj->kij", *rng.normal(size=(2, 40, 48)))
     matrices = np.concatenate([gauss, rank_one, np.linalg.qr(gauss)[0]]).astype(np.float32)
     norms = np.linalg.norm(matrices.astype(np.float64), 2, axis=(1, 2))
-    bounds = np.asarray(users_jit(jax.vmap(certify.dense_norm_bound))(matrices))
-    assert_upper_bounds(bounds, norms, range(len(norms)))
+    names = [str(i) for i in range(len(norms))]
+    bounds = np.asarray(compiled(jax.vmap(certify.dense_norm_bound))(matrices))
+    assert_upper_bounds(bounds, norms, names)
     np.testing.assert_array_less(bounds, norms * (1 + EXACT_F32))
+    with pytest.raises(AssertionError, match="<"):
+        assert_upper_bounds(np.linalg.norm(matrices, 2, axis=(1, 2)), norms, names)

@@ -17,8 +17,6 @@ from iresnet_jax.runs.planning.recording import Event, read_events, self_seconds
 NORMS, FORWARD, LOGDET, BACKWARD, RANDOM, OPTIMIZER, DEVICES, OTHER = PARTS
 CONVOLUTION, PRODUCT, ELEMENTWISE, COPY, REDUCTION, _, LOOP = KINDS
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 # --- operations -----------------------------------------------------------------------------------------------------
 
@@ -129,14 +127,13 @@ def test_times_are_means_over_steps_and_lanes():
         LOOP: pytest.approx((1e-9, 0.25)),
     }
     assert made.idle_share == pytest.approx(0.75)
-    assert [(each.operation.path, each.share.runs) for each in made.costliest] == [("jvp()/add", 0.75), ("", 0.25)]
+    assert [(operation.path, share.runs) for share, operation in made.costliest] == [("jvp()/add", 0.75), ("", 0.25)]
 
 
 def test_without_events_a_profile_says_so():
     assert summarize([], {}, num_steps=1, num_lanes=1, num_devices=1) is None
     made = Profile("1 x gpu", "1 device", 8, 0.5, 2e9, False, 8e9, "float32", None, runs.ROOT)
     assert made.share_of_peak == 0.5
-    assert "50.0% of the 8 GFLOP/s of one large float32 matrix product" in str(made)
     assert "no operations of these devices were recorded" in str(made)
 
 
@@ -210,7 +207,7 @@ def test_the_command_prints_tables_that_add_up_and_writes_the_trace(tmp_path, ca
     of_parts, of_kinds = ({name: share.seconds for name, share in each.items()} for each in (found.parts, found.kinds))
     assert found.busy_seconds == pytest.approx(sum(of_parts.values()))
     assert found.busy_seconds == pytest.approx(sum(of_kinds.values()))
-    assert 0 < sum(each.share.seconds for each in found.costliest) <= found.busy_seconds
+    assert 0 < sum(share.seconds for share, _ in found.costliest) <= found.busy_seconds
     assert all(seconds >= 0 for seconds in [*of_parts.values(), *of_kinds.values()])
     assert all(of_parts[part] > 0 for part in PARTS if part != OTHER)
     assert of_parts[OTHER] < 0.2 * found.busy_seconds
@@ -221,21 +218,14 @@ def test_the_command_prints_tables_that_add_up_and_writes_the_trace(tmp_path, ca
         assert f"\n{title} " in out
 
 
-def answer(capsys, *arguments):
-    assert main(["profile", *map(str, arguments)]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    [line] = err.splitlines()
-    return line
-
-
 def test_mistakes_are_answered_in_a_sentence(tmp_path, capsys):
-    given = f"--config={config_file(tmp_path)}"
-    assert "there is no config file nosuch.py" in answer(capsys, "--config=nosuch.py")
-    assert "config.training has no field 'batch_sise'" in answer(capsys, given, "--config.training.batch_sise=3")
-    assert "batch_size must be a multiple of 2 devices times 1 parts, got 33" in answer(
-        capsys, given, "--config.training.batch_size=33"
-    )
-    file = tmp_path / "file"
-    file.touch()
-    assert str(file) in answer(capsys, given, "--output", file)
+    (tmp_path / "file").touch()
+    for option, sentence in (
+        ("--config.training.batch_size=33", "multiple of 2 devices times 1 parts, got 33"),
+        (f"--output={tmp_path / 'file'}", str(tmp_path / "file")),
+    ):
+        assert main(["profile", f"--config={config_file(tmp_path)}", option]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        [line] = err.splitlines()
+        assert sentence in line

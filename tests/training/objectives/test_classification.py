@@ -16,7 +16,7 @@ from iresnet_jax.data import augment, load
 from iresnet_jax.evaluation import accuracy, ood
 from iresnet_jax.models import classifier
 from iresnet_jax.models.head import apply_head
-from iresnet_jax.models.saved import FILE_NAME
+from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.models.saved import load as load_model
 from iresnet_jax.runs import loop
 from iresnet_jax.runs import trained_run as run

@@ -64,7 +64,7 @@ def frozen_plane():
 @functools.cache
 def plane(kind="gaussian", num_classes=K):
     """A model of the plane with a random prior for every class, and points of it, in float32."""
-    spec = DensitySpec(PLANE, prior=kind, num_levels=None, num_classes=num_classes)
+    spec = DensitySpec(PLANE, prior_family=kind, num_levels=None, num_classes=num_classes)
 
     @jax.jit
     def make(key):

@@ -1,0 +1,240 @@
+"""Trained flows beside normflows at equal accuracy: likelihoods, inverses of a block, and samples.
+
+Likelihoods: ours are those of `stated_accuracy.log_prob`, from levels to nats, pilot included. normflows' estimator has no
+bias: a power series of 20 terms, and a random number of further ones, divided by the probability that they are there. Its mean
+over ``n`` draws has the standard error ``sqrt(variance / n)``; the draws that the target takes are too many to run, so seconds
+are those of a draw times ``variance / target^2``. The measured variance is that of ordinary draws: the rare long ones, divided
+by probabilities that fall faster than the terms, would raise it.
+
+Inverses: both sides run by their own rule, as they are and with the largest power of ten as tolerance that reaches the true
+error. Where normflows does not reach 1e-5 at any tolerance, both are asked for the least error that it reaches, and ours for
+1e-5 beside.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _peers_flows import exact_inverse, pair
+from _record import RESULTS, take_turns
+
+from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
+from iresnet_jax.models import priors
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.flow import freeze
+from iresnet_jax.models.linen import ResidualFlow
+from iresnet_jax.runs.trained_run import load
+from iresnet_jax.training.objectives.likelihood import evaluation_keys
+
+OURS, NORMFLOWS = "ours", "normflows"
+MODELS = ("digits_density", "mnist_density")
+QUICK_EFFORT = {"turns": 2, "seconds_a_turn": 0.1}
+
+TARGET = 0.001  # bits/dim of a likelihood
+NUM_IMAGES, NUM_DRAWN = 128, 32  # of ours; the first of them are drawn for by normflows
+AT_ONCE = 16  # images with exact log-determinants in float64, which take much memory
+DRAWS = 12  # of normflows
+PRODUCTS_OF_A_DRAW = 22  # in a block: 20 terms, and 2 on average
+LIKELIHOOD_EFFORT = {"turns": 5, "seconds_a_turn": 0.1, "most_seconds": 60}
+
+TOLERANCE = 1e-5  # largest error of an entry of an inverse
+LIPSCHITZ, KINDS = (0.7, 0.9, 0.98), ("random", "contracting")
+OUR_DEFAULT = {"atol": Solver().atol, "refine": False}
+OUR_SETTINGS = [{"atol": 10.0**-k, "refine": False} for k in range(7)]
+OUR_SETTINGS += [{"atol": 10.0**-k, "refine": True} for k in range(3, 9)]
+THEIR_TOLERANCES = [10.0**-k for k in range(5, 15)]  # of the square of a change
+MOST_EVALS = 1000  # of a block by normflows: about where its iteration gives up
+OUR_TUNED, OUR_EXACT, THEIR_TUNED = "ours, tuned", "ours, to 1e-5", "normflows, tuned"
+INVERSE_EFFORT = {"turns": 7, "seconds_a_turn": 0.3, "most_seconds": 12}
+
+
+def reference(model, images):
+    """Inputs of the flow, and in float64 latents, exact log-determinants and log-likelihoods, under the noise of seed 0."""
+    keys = evaluation_keys(jax.random.key(0), np.arange(len(images)), 0, 0)
+    cheap = model.with_(estimator=SeriesLogdet(num_terms=1))  # only what comes before the flow is read
+    x, known = jax.jit(lambda model, x, keys: (model.preprocess(x, keys[0]), model.terms(x, *keys).log_det_transform))(
+        cheap, images, keys
+    )
+    x, known = np.asarray(x, np.float64), np.asarray(known, np.float64)
+    with jax.enable_x64(True):
+        weights, prior = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (model.weights, model.prior))
+        exact = model.with_(weights=weights, prior=prior, estimator=ExactLogdet())
+
+        @jax.jit
+        def evaluate(model, x):
+            z, log_dets, _ = model.flow().forward_and_logdet(x, jax.random.key(0))
+            return z, log_dets, priors.log_prob(model.spec.prior_family, model.prior, z)
+
+        parts = [evaluate(exact, x[i : i + AT_ONCE]) for i in range(0, len(x), AT_ONCE)]
+        z, log_dets, log_prior = (np.concatenate(values) for values in zip(*parts, strict=True))
+    return x, z, log_dets, log_prior + log_dets + known
+
+
+def likelihoods(arguments, start, folder):
+    """Seconds an image of ours and of normflows, by model; accuracies are in bits/dim."""
+    results, num_images = {}, 4 if arguments.quick else NUM_IMAGES
+    for name in MODELS[:1] if arguments.quick else MODELS:
+        run = load(RESULTS / name)
+        model, images = run.model, run.data.held_out("test", num_images, run.config.seed)
+        x, z, log_dets, exact = reference(model, images)
+        np.save(folder / "images.npy", images)
+        with pair(model, x[:NUM_DRAWN], z[:NUM_DRAWN], start, folder, agreement=1e-6) as (our_flow, their_flow, agreement):
+            timings, found, draws = _evaluated(our_flow, their_flow, str(folder / "images.npy"), num_images, arguments)
+        unit, count, drawn = model.spec.unit_of_a_nat, draws["draws"], min(num_images, NUM_DRAWN)
+        variance = unit**2 * float(np.mean(draws["variance"]))
+        difference = unit * (np.array(draws["mean"]) - log_dets[:drawn])
+        needed = max(math.ceil(variance / TARGET**2), 1)
+        seconds = {OURS: timings[OURS].median, NORMFLOWS: needed * timings[NORMFLOWS].median}
+        error = unit * (np.array(found["values"]) - exact)
+        results[name] = {
+            "agreement": agreement,
+            "seconds_an_image": seconds,
+            "times_as_fast": seconds[NORMFLOWS] / seconds[OURS],
+            OURS: {
+                **timings[OURS].summary(),
+                "num_images": num_images,
+                **found["accuracy"],
+                "true_error": float(np.sqrt(np.mean(error**2))),
+                "true_bias": float(error.mean()),
+            },
+            NORMFLOWS: {
+                "extrapolated": "seconds of a draw times the draws that its measured variance asks for, bias taken as 0",
+                "seconds_of_a_draw_an_image": timings[NORMFLOWS].summary(),
+                "num_images": drawn,
+                "draws_run": count,
+                "standard_error_of_draws_run": math.sqrt(variance / count),
+                "true_error_of_draws_run": float(np.sqrt(np.mean(difference**2))),
+                "true_bias_of_draws_run": float(difference.mean()),
+                "standard_error_of_true_bias": unit * math.sqrt(draws["variance_of_mean"] / count),
+                "variance_of_a_draw": variance,
+                "draws_needed": needed,
+                "products_needed": needed * PRODUCTS_OF_A_DRAW * model.spec.flow.num_blocks,
+            },
+        }
+    return results
+
+
+def _evaluated(our_flow, their_flow, images, num, arguments):
+    """Seconds an image in turns, what ours found, and normflows' draws."""
+    answers = []
+
+    def ours(count):
+        answers.append(our_flow.ask("log_probs", num=count, images=images, target=TARGET))
+        return answers[-1]["seconds"] / num
+
+    def theirs(count):
+        return their_flow.ask("draws", num=count) / min(num, NUM_DRAWN)
+
+    timings = take_turns({OURS: ours, NORMFLOWS: theirs}, **(QUICK_EFFORT if arguments.quick else LIKELIHOOD_EFFORT))
+    if (missing := (4 if arguments.quick else DRAWS) - their_flow.ask("log_dets")["draws"]) > 0:
+        their_flow.ask("draws", num=missing)
+    return timings, answers[-1], their_flow.ask("log_dets")
+
+
+def first_that_reaches(worker, settings, goal, *, gives_up=lambda found: False):
+    """The first settings whose inverse is within a true error, None if none is, and what every one that was tried reached."""
+    tried = []
+    for setting in settings:
+        seconds = worker.ask("invert", num=1, **setting)
+        tried.append({**setting, **worker.ask("error"), "seconds": seconds})
+        if tried[-1]["largest"] <= goal:
+            return setting, tried
+        if gives_up(tried[-1]):
+            break
+    return None, tried
+
+
+def race(model, z, start, folder, effort):
+    """Seconds of the inverse of all latents, in turns, of both sides as they are and as tuned."""
+    num_blocks, scale = model.spec.flow.num_blocks, max(float(np.abs(z).max()), 1.0)
+    with pair(model, exact_inverse(model, z), z, start, folder, agreement=1e-8 * scale) as (our_flow, their_flow, agreement):
+
+        def gives_up(found):
+            return found["evals"] > MOST_EVALS * num_blocks
+
+        tolerances = [{"tolerance": tolerance} for tolerance in THEIR_TOLERANCES]
+        theirs, their_tries = first_that_reaches(their_flow, tolerances, TOLERANCE, gives_up=gives_up)
+        best = min(their_tries, key=lambda tried: tried["largest"])
+        goal = TOLERANCE if theirs else best["largest"]
+        ours, our_tries = first_that_reaches(our_flow, OUR_SETTINGS, goal)
+        settings = {
+            OURS: (our_flow, OUR_DEFAULT),
+            OUR_TUNED: (our_flow, ours),
+            NORMFLOWS: (their_flow, {}),
+            THEIR_TUNED: (their_flow, theirs or {"tolerance": best["tolerance"]}),
+        }
+        if goal > TOLERANCE:
+            settings[OUR_EXACT] = our_flow, first_that_reaches(our_flow, OUR_SETTINGS, TOLERANCE)[0]
+        settings = {name: given for name, given in settings.items() if given[1] is not None}
+        errors = {}
+
+        def invert(name, num):
+            worker, setting = settings[name]
+            seconds = worker.ask("invert", num=num, **setting)
+            errors[name] = worker.ask("error")
+            return seconds
+
+        timings = take_turns({name: functools.partial(invert, name) for name in settings}, **effort)
+        peers = {}
+        for name, (_, setting) in settings.items():
+            peers[name] = {**timings[name].summary(), **setting, **errors[name]}
+            peers[name]["evals_a_block"] = peers[name].pop("evals") / num_blocks
+            for baseline in (OURS, OUR_TUNED):
+                if baseline in timings:
+                    peers[name][f"times {baseline}"] = timings[baseline].speedup_over(timings[name])
+        return {
+            "num": len(z),
+            "goal": goal,
+            "agreement": agreement,
+            "peers": peers,
+            "tried": {NORMFLOWS: their_tries, OURS: our_tries},
+        }
+
+
+def random_block(kind, lipschitz):
+    """A flow of one residual block on 16 x 16 x 12 with random kernels of certified norms, whose product is ``lipschitz``.
+
+    A "random" block is 3x3-1x1-3x3 with independent kernels. A "contracting" one is ``-W^T phi(W x + 1)``, whose Jacobian has
+    eigenvalues close to ``-lipschitz``, as blocks have them that training makes contract.
+    """
+    kernel_sizes, hidden = ((3, 1, 3), (64, 64)) if kind == "random" else ((3, 3), (64,))
+    spec = FlowSpec((16, 16, 12), (StageSpec(1, hidden, kernel_sizes),), coeff=lipschitz ** (1 / len(kernel_sizes)))
+    params = jax.jit(ResidualFlow(spec).init)(jax.random.key(0), jnp.zeros((2, 16, 16, 12)))["params"]
+    blocks = {name: jax.tree.map(lambda leaf: 10 * leaf, own) for name, own in params["stage0"]["blocks"].items()}
+    if kind == "contracting":
+        there = blocks["conv0"]["kernel"]  # (1, 3, 3, 12, 64)
+        blocks["conv1"]["kernel"] = -jnp.swapaxes(jnp.flip(there, (1, 2)), 3, 4)
+        blocks["conv0"]["bias"] = jnp.ones_like(blocks["conv0"]["bias"])
+    blocks["actnorm"] = jax.tree.map(jnp.zeros_like, blocks["actnorm"])
+    frozen = jax.jit(freeze, static_argnums=0)(spec, {"stage0": {"blocks": blocks}})
+    return Density(DensitySpec(spec), frozen, priors.standard("gaussian", spec.num_dims))
+
+
+def inverses(arguments, start, folder):
+    """Inverse of one random block, by case."""
+    lipschitz = LIPSCHITZ[1:2] if arguments.quick else LIPSCHITZ
+    batch = jax.random.normal(jax.random.key(1), (4 if arguments.quick else 32, 16, 16, 12))
+    results = {}
+    for kind in KINDS:
+        for bound in lipschitz:
+            model = random_block(kind, bound)
+            z = np.asarray(jax.jit(lambda model, x: model.flow().forward(x))(model, batch))
+            effort = QUICK_EFFORT if arguments.quick else INVERSE_EFFORT
+            results[f"{kind}, L = {bound}"] = race(model, z, start, folder, effort)
+    return results
+
+
+def samples(arguments, start, folder):
+    """Samples of trained flows, from latents of their priors, by model."""
+    results = {}
+    for name in MODELS[:1] if arguments.quick else MODELS:
+        model: Any = load(RESULTS / name).model
+        z = priors.sample(model.spec.prior_family, model.prior, jax.random.key(2), 4 if arguments.quick else 32, 1.0)
+        results[name] = race(model, np.asarray(z), start, folder, QUICK_EFFORT if arguments.quick else INVERSE_EFFORT)
+    return results

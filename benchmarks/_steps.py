@@ -1,0 +1,178 @@
+"""Training steps in worker processes: the step of train.py, and those of others in PyTorch.
+
+Nothing is imported before a worker makes its case: what a process does before JAX starts counts, and PyTorch's have no JAX.
+"""
+
+import contextlib
+import itertools
+import time
+from pathlib import Path
+
+WARMUP = 2
+
+
+def prepare_jax(config=None, *, keeps_memory=True):
+    """What train.py does in its process before JAX starts: the one place to change.
+
+    Without a config it is what a command for a trained model does, with one device a core. Without ``keeps_memory`` the C
+    library's memory is as it is by default.
+    """
+    from iresnet_jax.runs import allocator, machine
+    from iresnet_jax.runs.config import Config
+
+    allocator.collect_garbage_rarely()
+    if config is not None:
+        if keeps_memory:
+            allocator.use_large_pages()  # starts this process again, the first time
+            allocator.keep_freed_memory()
+        machine.compile_quickly()
+    machine.use_all_cores(config or Config())
+    machine.keep_compiled_programs()
+
+
+def training_step(config, data):
+    """The step of train.py: for one device and for all, the state before the first, endless batches, the name of the loss."""
+    from iresnet_jax.runs import loop
+    from iresnet_jax.runs.machine import prepare_backend
+    from iresnet_jax.training import parallel
+
+    prepare_backend(config.training.matmul_precision)
+    objective = loop.build_objective(config, data)
+    step, feed = objective.make_step(objective.num_terms), loop.batches(config, objective.examples, 0)
+    return step, parallel.parallelize(step), objective.initial_state(), feed, objective.name
+
+
+def _peak_bytes():
+    """Largest resident memory of this process, where the system tells."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
+
+
+class Steps:
+    """A training that a worker goes on with; subclasses make `take`, one step, `wait` for its end, and `loss`."""
+
+    def warm_up(self, num=WARMUP):
+        """Takes the first steps, which compile; the largest memory is then counted anew, where the system can."""
+        for _ in range(num):
+            self.take()
+        self.wait()
+        self._peak_bytes, self._is_forgotten = _peak_bytes(), False
+        with contextlib.suppress(OSError):
+            self._is_forgotten = Path("/proc/self/clear_refs").write_text("5") > 0
+
+    def steps(self, num):
+        """Seconds of a step, mean over ``num``, after one that does not count: it finds caches as other processes left them."""
+        self.take()
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(num):
+            self.take()
+        self.wait()
+        return (time.perf_counter() - start) / num
+
+    def memory(self):
+        """Largest resident memory of the process, and that since the first steps, without compilation."""
+        later = _peak_bytes()
+        whole = None if later is None or self._peak_bytes is None else max(later, self._peak_bytes)
+        return {"peak_bytes": whole, "peak_bytes_after_warmup": later if self._is_forgotten else None, "loss": self.loss()}
+
+    def wait(self):
+        """Waits until all steps are done."""
+
+
+class OurSteps(Steps):
+    """The step of train.py for plain data of a config; random images stand in for those of TensorFlow Datasets."""
+
+    def __init__(self, config, *, keeps_memory=True):
+        from iresnet_jax.runs.config import parse
+
+        settings = parse(config)
+        prepare_jax(settings, keeps_memory=keeps_memory)
+        import jax
+
+        from iresnet_jax.runs import allocator
+        from iresnet_jax.runs.planning import plan
+
+        self._jax, began = jax, time.perf_counter()
+        self._of_device, self._step, self._state, self._feed, self._name = training_step(settings, plan.data_for(settings))
+        self.take()
+        self.wait()
+        if keeps_memory:
+            allocator.return_freed_memory()
+        self.warm_up()
+        self._warmup_s = time.perf_counter() - began
+
+    def take(self):
+        self._state, self._metrics = self._step(self._state, next(self._feed))
+
+    def wait(self):
+        self._jax.block_until_ready((self._state, self._metrics))
+
+    def loss(self):
+        return float(self._metrics[self._name])
+
+    def page_faults(self):
+        """Minor page faults of this process so far."""
+        return int(Path("/proc/self/stat").read_text().split()[9])
+
+    def arithmetic(self):
+        """Multiplications and additions of a step, and how many a second one large matrix product does here."""
+        from jax import numpy as jnp
+
+        from iresnet_jax.runs.planning.profile import matmul_peak, traced_step
+        from iresnet_jax.runs.planning.program_costs import flops
+
+        one_device = flops(traced_step(self._of_device, self._state, next(self._feed))).total()
+        found = float(one_device) * self._jax.local_device_count()
+        return {"flops": found, "matmul_peak_flops": matmul_peak(jnp.float32)}
+
+    def devices(self):
+        """The devices, the most of the first one's memory, and what starting took."""
+        memory = self._jax.local_devices()[0].memory_stats() or {}
+        return {
+            "warmup_seconds": self._warmup_s,
+            "peak_bytes": memory.get("peak_bytes_in_use"),
+            "device": self._jax.devices()[0].device_kind,
+            "num_devices": self._jax.device_count(),
+            "grad_norm": float(self._metrics["grad_norm"]),
+        }
+
+
+class TorchSteps(Steps):
+    """The step of a peer on batches that our preprocessing has gone over: Adam, gradient clipped, no moving average.
+
+    Args:
+        kind: "naive" or "normflows".
+        architecture: See `_peers_flows.architecture`.
+        batches: File of batches, (n, b, c, h, w).
+        num_terms: Terms of the series.
+        num_steps: Power iterations.
+        learning_rate: Learning rate of Adam.
+        clip_norm: Largest norm of the gradient.
+        threads: Threads of PyTorch.
+        warmup: Steps before it is ready.
+    """
+
+    def __init__(self, kind, architecture, batches, num_terms, num_steps, learning_rate, clip_norm, threads, warmup=WARMUP):
+        import numpy as np
+        import torch  # pyright: ignore[reportMissingImports]
+
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        from _pytorch import flow, take_step
+
+        model = flow(architecture, kind, num_terms=num_terms, num_steps=num_steps)
+        optimizer = torch.optim.Adam(model.parameters(), learning_rate, (0.9, 0.99))
+        given = torch.tensor(np.load(batches))
+        with torch.no_grad():
+            model.log_prob(given[0])  # fits ActNorm and shapes the vectors of the power iterations
+        settings = {"num_dims": given[0, 0].numel(), "clip_norm": clip_norm, "power_iterations": num_steps}
+        self._losses = (take_step(model, optimizer, x, **settings) for x in itertools.cycle(given))
+        self.warm_up(warmup)
+
+    def take(self):
+        self._last = next(self._losses)
+
+    def loss(self):
+        return float(self._last)

@@ -1,0 +1,176 @@
+"""What each command of ``python -m iresnet_jax`` does; `iresnet_jax.__main__` has their table and options.
+
+Each says what it found, and returns whether what was asked for holds: if not, the exit status is 1.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from iresnet_jax.evaluation import accuracy, inverse_problem, inversion, likelihood, posterior, samples
+from iresnet_jax.evaluation.guarantee import affordable
+from iresnet_jax.evaluation.ood import compare
+from iresnet_jax.evaluation.robustness import evaluate as verified_accuracy
+from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.reconstructor import Reconstructor
+from iresnet_jax.report.pictures import reconstructions, write_png, write_samples
+from iresnet_jax.report.report import write
+from iresnet_jax.runs import machine
+from iresnet_jax.runs.command_line import parse_train_flags
+from iresnet_jax.runs.planning import plan as plans
+from iresnet_jax.runs.planning import profile as profiles
+from iresnet_jax.runs.planning import topologies
+from iresnet_jax.runs.trained_run import Run, save
+
+CERTIFY_S = 5.0  # roughly, for guaranteed errors of inverses where no number of examples is asked for
+
+
+def evaluate(run: Run, _: argparse.Namespace) -> bool:
+    """Measures a model on the test examples."""
+    run = run.with_data_checked()
+    model, settings, seed, examples = run.model, run.config.evaluation, run.config.seed, run.test_examples()
+    lines = []
+    if isinstance(model, Density):
+        floor, contexts = run.data.entropy, run.test_contexts()
+        lines.append(likelihood.measure(model, examples, settings, seed, contexts=contexts, entropy_floor=floor).summary)
+        if compared := posterior.compare_run(run):
+            lines.append(compared.summary)
+    if isinstance(model, Reconstructor):
+        lines.append(inverse_problem.evaluate_run(run)[0])
+    elif run.has_classes:
+        lines.append(accuracy.evaluate(model, examples, run.data.labels["test"], settings.batch_size))
+    _say(*run.notes, *lines)
+    return True
+
+
+def sample(run: Run, arguments: argparse.Namespace) -> bool:
+    """Draws samples of a density."""
+    model, size = run.model, run.config.evaluation.batch_size
+    if not isinstance(model, Density):
+        raise ValueError(f"{run.folder} holds no density, so there are no samples: that takes a density objective")
+    drawn = samples.draw(
+        model,
+        arguments.num,
+        size,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        labels=None if arguments.label is None else [arguments.label] * arguments.num,
+        contexts=context_vectors(arguments.context, model.spec.flow.context_dim),
+        num_certified=_num_certified(arguments, model.spec.flow),
+    )
+    png, npy = write_samples(drawn.values, model.spec.num_levels, run.folder)
+    _say(*run.notes, drawn.quality, f"written: {png} and {npy}")
+    return bool(drawn.converged.all())
+
+
+def context_vectors(text: str | None, context_dim: int) -> Float[np.ndarray, "n k"] | None:
+    """The context vectors that ``--context`` gives: numbers separated by commas, or a ``.npy`` file with one a row.
+
+    Raises:
+        ValueError: If the model takes none, needs one, or takes vectors of another length.
+    """
+    if text is None:
+        if context_dim:
+            raise ValueError(f"this density takes a context: give its {context_dim} numbers with --context 1.0,2.0,...")
+        return None
+    if not context_dim:
+        raise ValueError("this density takes no context: leave --context out")
+    try:
+        given = np.load(text, allow_pickle=False) if text.endswith(".npy") else np.array([float(n) for n in text.split(",")])
+        contexts = np.atleast_2d(given).astype(np.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--context takes numbers such as 1.0,2.0 or a .npy file, got {text!r}: {error}") from None
+    if contexts.ndim != 2 or contexts.shape[1] != context_dim or not np.all(np.isfinite(contexts)):
+        raise ValueError(f"--context must give {context_dim} finite numbers a sample, got shape {contexts.shape}")
+    return contexts
+
+
+def reconstruct(run: Run, arguments: argparse.Namespace) -> bool:
+    """Encodes test examples and inverts them."""
+    if isinstance(run.model, Classifier):
+        run.model.require_bijection()
+    run = run.with_data_checked()
+    examples, size = run.test_examples()[: arguments.num], run.config.evaluation.batch_size
+    contexts = run.test_contexts()
+    contexts = None if contexts is None else contexts[: arguments.num]
+    num = _num_certified(arguments, run.model.spec.flow)
+    result = inversion.reconstruct(run.model, examples, size, run.config.seed, contexts=contexts, num_certified=num)
+    figure = reconstructions(result)
+    written = [] if figure is None else [f"written: {write_png(figure, run.folder / 'reconstructions.png')}"]
+    _say(*run.notes, result.summary, *written)
+    return bool(result.trip.converged.all())
+
+
+def _num_certified(arguments: argparse.Namespace, flow: FlowSpec) -> int | None:
+    """Examples to certify: as many as were asked for, or as take some seconds; None for none."""
+    return affordable(flow, CERTIFY_S) if arguments.certify is None else arguments.certify or None
+
+
+def certify(run: Run, _: argparse.Namespace) -> bool:
+    """Bounds the Lipschitz constant of every layer and block."""
+    certificate = run.model.certificate()
+    _say(*run.notes, certificate)
+    return certificate.certified
+
+
+def freeze(run: Run, arguments: argparse.Namespace) -> bool:
+    """Writes the certified model as one file."""
+    certificate = run.model.certificate()
+    path = save(run, arguments.output)
+    _say(*run.notes, certificate.verdict, f"written: {path} ({path.stat().st_size / 1e6:.2g} MB)")
+    return certificate.certified
+
+
+def ood(run: Run, arguments: argparse.Namespace) -> bool:
+    """Compares the scores of test images with those of other images."""
+    run = run.with_data_checked()
+    settings, seed, data_dir = run.config.evaluation, run.config.seed, run.config.data.data_dir
+    against, num = arguments.against, arguments.num
+    _say(*run.notes, compare(run.model, run.data, against, settings, seed, num=num, data_dir=data_dir))
+    return True
+
+
+def robustness(run: Run, arguments: argparse.Namespace) -> bool:
+    """Verifies the accuracy of a classifier by radius, and attacks it."""
+    model = run.model
+    if not isinstance(model, Classifier):
+        raise ValueError(f"{run.folder} holds a density: radii are certified for classifiers")
+    run = run.with_data_checked()
+    images, labels = run.test_examples()[: arguments.num], run.data.labels["test"][: arguments.num]
+    size = run.config.evaluation.batch_size
+    result = verified_accuracy(model, images, labels, radii=arguments.radii, batch_size=size, seed=run.config.seed)
+    _say(*run.notes, result)
+    return result.num_broken == 0
+
+
+def report(run: Run, _: argparse.Namespace) -> bool:
+    """Writes all results."""
+    _say(write(run), f"report: {run.folder / 'report.html'}")
+    return True
+
+
+def plan(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:
+    """Compiles the training step of a config for a machine that is not here."""
+    jax.config.update("jax_platforms", "cpu")  # the compiler for TPUs is asked to compile, not to run
+    config = parse_train_flags(["python -m iresnet_jax plan", *flags]).config
+    made = plans.make(config, topologies.machine(arguments.topology), find_largest=arguments.largest_batch)
+    _say(made)
+    return made.problem is None
+
+
+def profile(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:
+    """Records the training step of a config on this machine."""
+    config = parse_train_flags(["python -m iresnet_jax profile", *flags]).config
+    machine.use_all_cores(config)
+    _say(profiles.take(config, arguments.output or tempfile.mkdtemp(prefix="iresnet_jax_profile_")))
+    return True
+
+
+def _say(*lines: object) -> None:
+    print("\n".join(map(str, lines)))

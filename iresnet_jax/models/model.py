@@ -1,0 +1,85 @@
+"""What all kinds of models have in common: fields replaced, a certificate, and a file of their own.
+
+A file holds the spec as JSON and the arrays, and nothing of the training. Bounds of norms are not stored: `saved.load` computes
+them anew from the weights it finds, so a file cannot claim a certificate that its weights do not have.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import numpy as np
+
+from iresnet_jax.atomic_files import replacing
+from iresnet_jax.json_dataclasses import tagged
+from iresnet_jax.models.certificate import Certificate, certificate_of
+from iresnet_jax.models.flow import as_params, freeze
+
+FILE_NAME = "model.npz"
+FORMAT = 2
+HEADER = "header"
+
+M = TypeVar("M", bound="Model")
+
+
+class Model:
+    """A model as a value: `spec`, all that defines it but its weights, and `weights` of its flow, see `flow`.
+
+    Attributes:
+        arrays: Names of the fields with arrays beside the weights.
+    """
+
+    arrays: ClassVar[tuple[str, ...]] = ()
+    spec: Any
+    weights: Any
+
+    def with_(self: M, **changes: Any) -> M:
+        """The same model with other fields, such as ``solver``."""
+        return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    def certificate(self) -> Certificate:
+        """Norms of all layers and Lipschitz constants of all blocks and of the whole model, estimated and guaranteed."""
+        self.require_bijection()
+        bfloat16 = getattr(self, "bfloat16", False)
+        preprocessing, constrained = self.spec.bilipschitz(), self.spec.constrained
+        return certificate_of(self.spec.flow, self.weights, preprocessing, constrained=constrained, bfloat16=bfloat16)
+
+    def freeze(self: M) -> M:
+        """The same model with every block certified to be within the budget of ``spec.flow.coeff``, see `flow.freeze`."""
+        if not self.spec.constrained:
+            raise ValueError("this network has no Lipschitz constraint: there is nothing to freeze it to")
+        return self.with_(weights=freeze(self.spec.flow, as_params(self.weights)))
+
+    def require_bijection(self) -> None:
+        """Raises ``ValueError`` in one sentence where something is asked of a network with BatchNorm in its branches."""
+        if getattr(self.spec, "normalization", "actnorm") == "batchnorm":
+            raise ValueError("a network with BatchNorm in its branches has no bounds and no inverse: that takes ActNorm")
+
+    def save(self, path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> Path:
+        """Writes the model to one file, which `iresnet_jax.load` reads; a file that was there is replaced in one step.
+
+        Args:
+            path: The file; ``.npz`` is its customary end.
+            about: JSON data that travel with the model, such as the settings of its training.
+
+        Raises:
+            ValueError: If the network has BatchNorm in its branches.
+        """
+        self.require_bijection()
+        path = Path(path)
+        header = {"format": FORMAT, "spec": tagged(self.spec), "about": dict(about or {})}
+        stored = {"params": as_params(self.weights), **{name: getattr(self, name) for name in self.arrays}}
+        arrays: dict[str, Any] = {array_name(key): np.asarray(leaf) for key, leaf in jax.tree.leaves_with_path(stored)}
+        arrays[HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        with replacing(path) as incoming, incoming.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        return path
+
+
+def array_name(path: Any) -> str:
+    """Name of an array in the file, such as ``params/stage0/blocks/conv0/kernel``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,0 +1,95 @@
+"""The processes of a run of several, forked from one that has imported the library: its imports take a core two seconds."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import warnings
+
+import pytest
+import tiny_runs as runs
+
+from iresnet_jax.runs import hosts, signals
+from iresnet_jax.runs.command_line import explain_failures
+from iresnet_jax.runs.loop import train
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["one_of_several", "tensorboardX"])
+FOLDERS = (runs.ROOT, runs.ROOT / "tests")
+
+
+class OneOfSeveral:
+    """A process that trains; what it writes on stderr goes to a file.
+
+    Args:
+        folder: Where to keep ``stderr``.
+        arguments: Those of `work`.
+    """
+
+    def __init__(self, folder, *arguments):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._stderr = folder / "stderr"
+        self._process = FORKSERVER.Process(target=work, args=(str(self._stderr), *arguments), daemon=True)
+        with pytest.MonkeyPatch.context() as patch:  # for the process that is forked, which the first of all starts
+            patch.setenv("PYTHONPATH", os.pathsep.join(map(str, FOLDERS)))
+            self._process.start()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def poll(self) -> int | None:
+        """The exit status, as `subprocess.Popen` gives it; None while the process runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout_s: float) -> int:
+        """The exit status of the process, which has to end in time."""
+        self._process.join(timeout_s)
+        assert self._process.exitcode is not None, f"after {timeout_s} s it still runs, and has said {self.said()}"
+        return self._process.exitcode
+
+    def said(self) -> list[str]:
+        """Lines on stderr."""
+        return self._stderr.read_text().splitlines() if self._stderr.exists() else []
+
+
+def start(num_processes, trainings, folder, *, num_devices=1, other=None, lost_s=hosts.LOST_S):
+    """Starts all processes of a run.
+
+    Args:
+        num_processes: Their number.
+        trainings: What they train one after the other: names in `tiny_runs.CONFIGS`, workdirs and changes of settings.
+        folder: Where to keep what they print.
+        num_devices: Simulated devices of each.
+        other: What process 1 trains instead of the first.
+        lost_s: See `hosts.LOST_S`.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    started = []
+    for process in range(num_processes):
+        own = [other, *trainings[1:]] if process == 1 and other else trainings
+        arguments = address, num_processes, process, own, num_devices, lost_s
+        started.append(OneOfSeveral(folder / f"process{process}", *arguments))
+    return started
+
+
+def work(stderr, address, num_processes, process, trainings, num_devices, lost_s):
+    """Trains as one of several processes."""
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    others = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    os.environ["XLA_FLAGS"] = " ".join([*others, f"--xla_force_host_platform_device_count={num_devices}"])
+    warnings.simplefilter("ignore")
+    hosts.LOST_S = lost_s
+    signals.end_at_signals("the same command goes on")
+
+    def run():
+        hosts.initialize(address, num_processes, process)
+        with hosts.ending_together():
+            for name, workdir, changes in trainings:
+                train(runs.config_of(runs.CONFIGS[name], **changes), workdir)
+        return 0
+
+    sys.exit(explain_failures(run))
