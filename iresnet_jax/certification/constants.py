@@ -20,6 +20,7 @@ from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.upward_rounding import UP, gamma
 from iresnet_jax.maths.norms.convolution_certificate import dense_norm_bound
 from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.density import Contexts
 from iresnet_jax.models.flow import bilipschitz
 from iresnet_jax.models.model import Model
 
@@ -45,7 +46,7 @@ def local_constants(
     x: Float[Array, "b ..."] | Float[np.ndarray, "b ..."],
     radius: float,
     *,
-    context: Float[Array, "b k"] | None = None,
+    context: Contexts | None = None,
 ) -> LocalConstants:
     """Guaranteed constants of a model's flow in the ball of a radius around each input, rounding included.
 
@@ -68,14 +69,15 @@ def local_constants(
     if not radius >= 0:
         raise ValueError(f"radius must be at least 0, got {radius}")
     with prepared(model, x, context=context, most_dims=MOST_DIMS) as (flow, contexts):
-        of_whole = tuple(map(float, bilipschitz(flow.spec, flow.weights)))
+        forward, inverse = map(float, bilipschitz(flow.spec, flow.weights))
         if not flow.smooth:
-            return LocalConstants(*(np.full(len(x), value) for value in of_whole), *of_whole)
+            return LocalConstants(np.full(len(x), forward), np.full(len(x), inverse), forward, inverse)
         bounds = in_parts(functools.partial(_of_example, flow, radius), 1, np.asarray(x, np.float64), contexts)
-    return LocalConstants(*(np.minimum(own, cap) for own, cap in zip(bounds, of_whole, strict=True)), *of_whole)
+    return LocalConstants(np.minimum(bounds[0], forward), np.minimum(bounds[1], inverse), forward, inverse)
 
 
-def _of_example(flow: PreparedFlow, radius: float, x, context) -> local_bounds.LocalBounds:
+def _of_example(flow: PreparedFlow, radius: float, x, context) -> tuple[np.ndarray, np.ndarray]:
+    """The constants in a ball around one example, each as an array of one."""
     trajectory = DoubleDouble.of(np.array(follow(flow.spec, flow.weights, x, context)))
     found = residuals(flow.stages, trajectory, context)
     if flow.dense:
@@ -84,7 +86,7 @@ def _of_example(flow: PreparedFlow, radius: float, x, context) -> local_bounds.L
         moves = forward_correction(flow.spec, flow.steps, found.slopes, found.values)
         trajectory = trajectory + DoubleDouble.of(np.array(moves))
         bounds = _by_the_whole_product(flow, residuals(flow.stages, trajectory, context), radius)
-    return local_bounds.LocalBounds(*(np.array([bound]) for bound in bounds))
+    return np.array([bounds.forward]), np.array([bounds.inverse])
 
 
 def _by_the_whole_product(flow: PreparedFlow, found: Residuals, radius) -> local_bounds.LocalBounds:

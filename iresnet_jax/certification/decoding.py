@@ -101,14 +101,14 @@ def to_data(
         z: Latents, features or measurements, in their own shape or as vectors in the order of the flow's outputs.
         context: Contexts of a conditional density.
     """
-    z = vectors_of(model, z)
+    latents = jnp.asarray(vectors_of(model, z))
     if isinstance(model, Density):
-        x, info = model.flow(context).inverse(z)
+        x, info = model.flow(context).inverse(latents)
         u = model.continuous_of_input(x)
-        return Decoded(z, x, u, model.round_to_data(u), info)
-    x, info = model.flow().inverse(z)
+        return Decoded(latents, x, u, model.round_to_data(u), info)
+    x, info = model.flow().inverse(latents)
     images = model.spec.unpad(x) if isinstance(model, Classifier) else x
-    return Decoded(z, x, images, images, info)
+    return Decoded(latents, x, images, images, info)
 
 
 def certified(

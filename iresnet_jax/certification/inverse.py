@@ -23,6 +23,7 @@ from iresnet_jax.certification.trajectory import Residuals, ending_at, follow, g
 from iresnet_jax.maths.chains import shadowing
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.upward_rounding import UP
+from iresnet_jax.models.density import Contexts
 from iresnet_jax.models.model import Model
 
 _MAX_LINEARIZATIONS, _MAX_STEPS = 4, 6
@@ -62,7 +63,7 @@ def inverse(
     y: Float[Array, "b ..."] | Float[np.ndarray, "b ..."],
     x: Float[Array, "b ..."] | Float[np.ndarray, "b ..."],
     *,
-    context: Float[Array, "b k"] | None = None,
+    context: Contexts | None = None,
 ) -> InverseCertificate:
     r"""Guaranteed bounds of ``|x - F^-1(y)|`` for a computed inverse ``x`` of a model's flow ``F``, rounding included.
 
