@@ -39,7 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "temperature": {"type": float, "default": 1.0, "help": "factor on the prior's scale (1)"},
     "seed": {"type": int, "default": 0, "help": "of the latents (0)"},
-    "context": {"metavar": "NUMBERS", "help": "context: 1.0,2.0,... or a .npy file with one a row"},
+    "context": {"metavar": "NUMBERS", "help": "context: 1.0,2.0,... or a .npy file with one per row"},
     "label": {"type": int, "help": "of which class, of a hybrid (any)"},
     "against": {"default": "rotated", "help": "rotated (default), noise, or the name of a data set"},
     "radii": {

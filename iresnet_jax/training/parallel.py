@@ -282,7 +282,7 @@ def example_keys(key: PRNGKeyArray, local_batch_size: int, *, axis_name: str | N
         axis_name: Mapped axis that counts the devices; None, as under plain ``jit``, gives the keys of the first device.
 
     Returns:
-        Keys of the kind of ``key``, one an example.
+        Keys of the kind of ``key``, one per example.
 
     Example:
         >>> keys = example_keys(jax.random.key(0), 4, axis_name=None)
