@@ -198,7 +198,7 @@ def _finite_floats(array: np.ndarray, what: str) -> np.ndarray:
 def _labels(labels: np.ndarray, num: int) -> np.ndarray:
     if labels.shape != (num,) or not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
         raise ValueError(
-            f"labels must be {num} integers from 0 on, one an example, got {labels.dtype} of shape {labels.shape}: "
+            f"labels must be {num} integers from 0 on, one per example, got {labels.dtype} of shape {labels.shape}: "
             "number the classes with np.unique(labels, return_inverse=True)[1]"
         )
     return labels.astype(np.int32)
