@@ -25,9 +25,8 @@ from _record import interleave, parser, show, write
 from _steps import training_step
 
 from iresnet_jax.data import cache
-from iresnet_jax.data.batches import batch_indices
+from iresnet_jax.data.batches import batch_indices, device_batches
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.device_batches import device_batches
 from iresnet_jax.data.sources.source import Contents, Source
 from iresnet_jax.runs.config import default_config, parse
 from iresnet_jax.training import parallel

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.data import conditioned_on_labels, load
+from iresnet_jax.data.batches import device_batches
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.device_batches import device_batches
 from iresnet_jax.json_dataclasses import checked, tagged, to_plain
 from iresnet_jax.runs import allocator, hosts, run_folder
 from iresnet_jax.runs.checkpoints import Checkpoints
