@@ -38,7 +38,7 @@ def training_step(config, data):
 
     prepare_backend(config.training.matmul_precision)
     objective = loop.build_objective(config, data)
-    step, feed = objective.make_step(objective.num_terms), loop.batches(config, objective.examples, 0)
+    step, feed = objective.step, loop.batches(config, objective.examples, 0)
     return step, parallel.parallelize(step), objective.initial_state(), feed, objective.name
 
 
@@ -120,10 +120,12 @@ class OurSteps(Steps):
         """Multiplications and additions of a step, and how many a second one large matrix product does here."""
         from jax import numpy as jnp
 
-        from iresnet_jax.runs.planning.profile import matmul_peak, step_flops
+        from iresnet_jax.runs.planning.profile import matmul_peak, traced_step
+        from iresnet_jax.runs.planning.program_costs import flops
 
-        flops = step_flops(self._of_device, self._state, next(self._feed))
-        return {"flops": flops, "matmul_peak_flops": matmul_peak(jnp.float32)}
+        one_device = flops(traced_step(self._of_device, self._state, next(self._feed))).total()
+        found = float(one_device) * self._jax.local_device_count()
+        return {"flops": found, "matmul_peak_flops": matmul_peak(jnp.float32)}
 
     def devices(self):
         """The devices, the most of the first one's memory, and what starting took."""

@@ -92,7 +92,7 @@ def load_ours(workdir, data_dir):
         raise ValueError(f"{workdir} is a run on {config.data.name}: the comparison needs one on images")
     dataset = data.load(config.data.name, data_dir or config.data.data_dir)
     spec = density_spec(config, dataset)
-    return Ours(config, dataset, spec, num_parameters(abstract_variables(config, spec)["params"]), report)
+    return Ours(config, dataset, spec, num_parameters(abstract_variables(spec)["params"]), report)
 
 
 class Inputs:

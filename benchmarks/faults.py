@@ -120,7 +120,8 @@ class Pair:
         lines = []
         for log in self.logs:
             log.seek(0)
-            lines.append(next((line for line in reversed(log.read().splitlines()) if not line.startswith(("[Gloo]", " "))), ""))
+            own = [line for line in log.read().splitlines() if not line.startswith(("[Gloo]", "***", " "))]
+            lines.append(own[-1] if own else "")
         return lines
 
 

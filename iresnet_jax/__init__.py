@@ -103,17 +103,17 @@ def fit(
     Settings are chosen from the shape, the number and the kind of the examples. The loop is that of ``train.py``: a tenth of
     the examples validate, the parameters are averaged, training ends early once validation no longer improves, and the model is
     the best one on validation, certified. Floats are continuous; integer images are levels; integer entries of vectors, and
-    floats on a grid, are dequantised. A density of fewer than 2000 vectors is trained twice, with noise on the examples, which
-    overfits less, and without, and validation chooses. Needs ``pip install 'iresnet_jax[train]'``.
+    floats on a grid, are dequantised. A density of fewer than 2000 vectors is trained twice, with and without
+    noise on the examples, which prevents overfitting, and validation chooses. Needs ``pip install 'iresnet_jax[train]'``.
 
     Ctrl-C ends training, in a notebook too, and gives the best model so far.
 
     Args:
         x: Vectors ``(n, d)`` or images ``(n, h, w, c)``.
-        labels: Classes, integers from 0 on, one an example.
+        labels: Classes, integers from 0 on, one per example.
         context: Context vectors ``(n, k)``: the model is then ``p(x | context)``.
         key: Source of all randomness; key 0 by default.
-        minutes: Most time for training, compilation included; 3 by default. Fewer than 2000 vectors need less.
+        minutes: Longest time for training, compilation included; 3 by default. Fewer than 2000 vectors need less.
         steps: Number of updates instead of a time, in one run that can be repeated, to the last bit on one machine.
         objective: "density", "classification" or "hybrid" (both in one); by default "density" without labels, and with labels
             "classification" of images and "hybrid" of vectors.
@@ -122,7 +122,7 @@ def fit(
         validation: Examples that validate instead of a share of ``x``: an array like ``x``, or with labels or contexts
             ``(x, labels, context)``. The first 4096 count.
         settings: Other settings of a config file by their names, such as ``{"optimizer.learning_rate": 1e-3}``.
-        workdir: Folder for checkpoints and metrics, in which the same call goes on from where it was stopped; temporary by
+        workdir: Folder for checkpoints and metrics, from which the same call resumes after an interruption; temporary by
             default.
         progress: Whether lines of progress are written to stderr.
 
@@ -158,8 +158,8 @@ def fit(
 def load(path: str | os.PathLike[str]) -> Density | Classifier | Reconstructor:
     """Reads a trained model: a file that ``model.save`` wrote, a folder that holds ``model.npz``, or the folder of a run.
 
-    Every block's bound is computed anew from the weights that are found. Reading the folder of a run, whose best checkpoint on
-    validation counts, takes what training takes (``pip install 'iresnet_jax[train]'``).
+    The bounds of all blocks are computed from the weights in the file. The folder of a run gives its best checkpoint on
+    validation, and reading it needs the packages of training (``pip install 'iresnet_jax[train]'``).
 
     Args:
         path: The file or folder.

@@ -1,9 +1,11 @@
-"""What each command of ``python -m iresnet_jax`` does; `iresnet_jax.__main__` has their table and options."""
+"""What each command of ``python -m iresnet_jax`` does; `iresnet_jax.__main__` has their table and options.
+
+Each says what it found, and returns whether what was asked for holds: if not, the exit status is 1.
+"""
 
 import argparse
 import tempfile
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -29,14 +31,7 @@ from iresnet_jax.runs.trained_run import Run, save
 CERTIFY_S = 5.0  # roughly, for guaranteed errors of inverses where no number of examples is asked for
 
 
-class Answer(NamedTuple):
-    """What a command says, one entry a line or more, and whether what was asked for holds; exit status 1 if not."""
-
-    lines: Sequence[object]
-    holds: bool = True
-
-
-def evaluate(run: Run, _: argparse.Namespace) -> Answer:
+def evaluate(run: Run, _: argparse.Namespace) -> bool:
     """Measures a model on the test examples."""
     run = run.with_data_checked()
     model, settings, seed, examples = run.model, run.config.evaluation, run.config.seed, run.test_examples()
@@ -50,10 +45,11 @@ def evaluate(run: Run, _: argparse.Namespace) -> Answer:
         lines.append(inverse_problem.evaluate_run(run)[0])
     elif run.has_classes:
         lines.append(accuracy.evaluate(model, examples, run.data.labels["test"], settings.batch_size))
-    return Answer([*run.notes, *lines])
+    _say(*run.notes, *lines)
+    return True
 
 
-def sample(run: Run, arguments: argparse.Namespace) -> Answer:
+def sample(run: Run, arguments: argparse.Namespace) -> bool:
     """Draws samples of a density."""
     model, size = run.model, run.config.evaluation.batch_size
     if not isinstance(model, Density):
@@ -69,11 +65,12 @@ def sample(run: Run, arguments: argparse.Namespace) -> Answer:
         num_certified=_num_certified(arguments, model.spec.flow),
     )
     png, npy = write_samples(drawn.values, model.spec.num_levels, run.folder)
-    return Answer([*run.notes, drawn.quality, f"written: {png} and {npy}"], bool(drawn.converged.all()))
+    _say(*run.notes, drawn.quality, f"written: {png} and {npy}")
+    return bool(drawn.converged.all())
 
 
 def context_vectors(text: str | None, context_dim: int) -> Float[np.ndarray, "n k"] | None:
-    """The context vectors that ``--context`` gives: numbers separated by commas, or a ``.npy`` file with one a row.
+    """The context vectors that ``--context`` gives: numbers separated by commas, or a ``.npy`` file with one per row.
 
     Raises:
         ValueError: If the model takes none, needs one, or takes vectors of another length.
@@ -94,7 +91,7 @@ def context_vectors(text: str | None, context_dim: int) -> Float[np.ndarray, "n 
     return contexts
 
 
-def reconstruct(run: Run, arguments: argparse.Namespace) -> Answer:
+def reconstruct(run: Run, arguments: argparse.Namespace) -> bool:
     """Encodes test examples and inverts them."""
     if isinstance(run.model, Classifier):
         run.model.require_bijection()
@@ -106,7 +103,8 @@ def reconstruct(run: Run, arguments: argparse.Namespace) -> Answer:
     result = inversion.reconstruct(run.model, examples, size, run.config.seed, contexts=contexts, num_certified=num)
     figure = reconstructions(result)
     written = [] if figure is None else [f"written: {write_png(figure, run.folder / 'reconstructions.png')}"]
-    return Answer([*run.notes, result.summary, *written], bool(result.trip.converged.all()))
+    _say(*run.notes, result.summary, *written)
+    return bool(result.trip.converged.all())
 
 
 def _num_certified(arguments: argparse.Namespace, flow: FlowSpec) -> int | None:
@@ -114,29 +112,31 @@ def _num_certified(arguments: argparse.Namespace, flow: FlowSpec) -> int | None:
     return affordable(flow, CERTIFY_S) if arguments.certify is None else arguments.certify or None
 
 
-def certify(run: Run, _: argparse.Namespace) -> Answer:
+def certify(run: Run, _: argparse.Namespace) -> bool:
     """Bounds the Lipschitz constant of every layer and block."""
     certificate = run.model.certificate()
-    return Answer([*run.notes, certificate], certificate.certified)
+    _say(*run.notes, certificate)
+    return certificate.certified
 
 
-def freeze(run: Run, arguments: argparse.Namespace) -> Answer:
+def freeze(run: Run, arguments: argparse.Namespace) -> bool:
     """Writes the certified model as one file."""
     certificate = run.model.certificate()
     path = save(run, arguments.output)
-    written = f"written: {path} ({path.stat().st_size / 1e6:.2g} MB)"
-    return Answer([*run.notes, certificate.verdict, written], certificate.certified)
+    _say(*run.notes, certificate.verdict, f"written: {path} ({path.stat().st_size / 1e6:.2g} MB)")
+    return certificate.certified
 
 
-def ood(run: Run, arguments: argparse.Namespace) -> Answer:
+def ood(run: Run, arguments: argparse.Namespace) -> bool:
     """Compares the scores of test images with those of other images."""
     run = run.with_data_checked()
     settings, seed, data_dir = run.config.evaluation, run.config.seed, run.config.data.data_dir
     against, num = arguments.against, arguments.num
-    return Answer([*run.notes, compare(run.model, run.data, against, settings, seed, num=num, data_dir=data_dir)])
+    _say(*run.notes, compare(run.model, run.data, against, settings, seed, num=num, data_dir=data_dir))
+    return True
 
 
-def robustness(run: Run, arguments: argparse.Namespace) -> Answer:
+def robustness(run: Run, arguments: argparse.Namespace) -> bool:
     """Verifies the accuracy of a classifier by radius, and attacks it."""
     model = run.model
     if not isinstance(model, Classifier):
@@ -145,24 +145,32 @@ def robustness(run: Run, arguments: argparse.Namespace) -> Answer:
     images, labels = run.test_examples()[: arguments.num], run.data.labels["test"][: arguments.num]
     size = run.config.evaluation.batch_size
     result = verified_accuracy(model, images, labels, radii=arguments.radii, batch_size=size, seed=run.config.seed)
-    return Answer([*run.notes, result], result.num_broken == 0)
+    _say(*run.notes, result)
+    return result.num_broken == 0
 
 
-def report(run: Run, _: argparse.Namespace) -> Answer:
+def report(run: Run, _: argparse.Namespace) -> bool:
     """Writes all results."""
-    return Answer([write(run), f"report: {run.folder / 'report.html'}"])
+    _say(write(run), f"report: {run.folder / 'report.html'}")
+    return True
 
 
-def plan(arguments: argparse.Namespace, flags: Sequence[str]) -> Answer:
+def plan(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:
     """Compiles the training step of a config for a machine that is not here."""
     jax.config.update("jax_platforms", "cpu")  # the compiler for TPUs is asked to compile, not to run
     config = parse_train_flags(["python -m iresnet_jax plan", *flags]).config
     made = plans.make(config, topologies.machine(arguments.topology), find_largest=arguments.largest_batch)
-    return Answer([made], made.problem is None)
+    _say(made)
+    return made.problem is None
 
 
-def profile(arguments: argparse.Namespace, flags: Sequence[str]) -> Answer:
+def profile(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:
     """Records the training step of a config on this machine."""
     config = parse_train_flags(["python -m iresnet_jax profile", *flags]).config
     machine.use_all_cores(config)
-    return Answer([profiles.take(config, arguments.output or tempfile.mkdtemp(prefix="iresnet_jax_profile_"))])
+    _say(profiles.take(config, arguments.output or tempfile.mkdtemp(prefix="iresnet_jax_profile_")))
+    return True
+
+
+def _say(*lines: object) -> None:
+    print("\n".join(map(str, lines)))

@@ -93,10 +93,12 @@ class _ResidualFlow(BaseEstimator):
 
 
 class ResidualFlowDensity(DensityMixin, _ResidualFlow):
-    """A residual flow as a density estimator with the methods of `sklearn.mixture.GaussianMixture`.
+    """A residual flow as a density estimator.
 
-    Integer features and others on a regular grid count as such: `score_samples` is then a bound of the log-probability of
-    their values. A constant feature has no density: `fit` refuses it by name.
+    `score_samples` and `score` are those of `sklearn.mixture.GaussianMixture`; `sample` returns the samples alone.
+
+    Integer features, and others on a regular grid, are dequantised: `score_samples` is then a lower bound of the
+    log-probability of their values. A constant feature has no density: `fit` refuses it by name.
 
     Args:
         steps: Updates to train for.
@@ -146,7 +148,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         return scipy.special.logsumexp(draws, axis=0) - np.log(NOISE_DRAWS) + volume
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Mean log-likelihood of the samples in nats, as `GaussianMixture.score`; ``y`` is ignored."""
+        """Mean log-likelihood of the samples in nats, as that of `sklearn.mixture.GaussianMixture`; ``y`` is ignored."""
         del y
         return float(self.score_samples(X).mean())
 
@@ -190,7 +192,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
     """A residual flow with a prior for every class, which classifies by Bayes' rule.
 
     The model is a density of samples and labels, trained for the labels' cross-entropy and, with a tenth of the weight, for the
-    likelihood of the samples: ``model_.log_prob`` tells samples that are like none of the classes. Constant features are
+    likelihood of the samples: ``model_.log_prob`` is low for samples that are like none of the classes. Constant features are
     ignored, and repeated values are spread over the gaps between them in training.
 
     Args:
@@ -236,14 +238,14 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
         return self
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
-        """Log-probability of every class of ``classes_``, a row a sample."""
+        """Log-probability of every class of ``classes_``, one row per sample."""
         x = self._checked(X)[:, self.varying_features_]
         y = np.clip(_forward(self.model_.spec.transform, x)[0], -FARTHEST, FARTHEST)
         logits = _over_batches(_class_logits, _core(self.model_), y)
         return scipy.special.log_softmax(logits, axis=1)
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Probability of every class of ``classes_``, a row a sample."""
+        """Probability of every class of ``classes_``, one row per sample."""
         return np.exp(self.predict_log_proba(X))
 
     def predict(self, X: Any) -> np.ndarray:
@@ -302,7 +304,7 @@ def _bits(x: np.ndarray, num: int) -> np.ndarray:
 
 
 def _core(model: Density) -> Density:
-    """The model behind its preprocessing, whose spec holds no constants of the data: fits of one shape share programs.
+    """The model after its preprocessing, whose spec holds no constants of the data: fits of one shape share programs.
 
     The log-determinant of more than `EXACT_DIMS` dimensions is that of a Krylov space of 20 dimensions for each of 4 probes.
     """

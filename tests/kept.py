@@ -101,7 +101,7 @@ def latents_and_jacobians(model, u):
 
 
 def dense_bits(model, examples, seed, noise_draw):
-    """Bits/dim by the Jacobian of the whole model in float64, one an image."""
+    """Bits/dim by the Jacobian of the whole model in float64, one per image."""
     with jax.enable_x64(True):
         keys, _ = evaluation_keys(jax.random.key(seed), np.arange(len(examples)), noise_draw, 0)
         prior = jax.tree.map(np.asarray, model.prior)

@@ -19,7 +19,7 @@ import tiny_runs as runs
 from tiny_runs import ROOT
 
 from iresnet_jax.__main__ import make_parser
-from iresnet_jax.report.formatting import MINUS
+from iresnet_jax.report.page import MINUS
 from iresnet_jax.runs.command_line import parse_train_flags
 
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,10 +39,6 @@ SECTIONS = (
     "Limits",
     "Citation",
 )
-
-
-# absl reads config files so.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 class Block(NamedTuple):
@@ -375,3 +371,8 @@ def test_the_readme_is_short_and_in_order():
         assert promise in shell
     [picture] = [target for target in links(README) if target.endswith(".png")]
     assert (ROOT / picture).stat().st_size < 300_000
+
+
+def test_the_citation_has_the_version_of_the_package():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import kept
 import numpy as np
@@ -124,7 +125,9 @@ def test_certify_tells_layer_by_layer_and_fails_without_a_certificate(folders, c
     assert any(line.startswith("stage0/block01/dense0   0.9000") for line in lines)
     assert lines[-1].startswith("certified: every one of 2 blocks is a contraction")
     loaded = run.load(folders["points"])
-    weights = {"stage0": {**loaded.model.weights["stage0"], "lipschitz": np.array([0.5, np.inf], np.float32)}}
+    block = loaded.model.weights["stage0"]
+    branch = replace(block.branch, lipschitz_bound=np.array([0.5, np.inf], np.float32))
+    weights = {"stage0": block._replace(branch=branch)}
     broken = run.Run(loaded.folder, loaded.model.with_(weights=weights), loaded.config, loaded.fingerprint, 7)
     monkeypatch.setattr(run, "load", lambda folder: broken)
     assert said(capsys, "certify", folders["points"], status=1).splitlines()[-1] == (
@@ -193,12 +196,8 @@ def test_commands_that_share_examples_use_all_cores_before_the_model_is_loaded(c
     said(capsys, "sample", copied["points"], "--num", "1", "--certify", "0")
     said(capsys, "certify", copied["points"])
     assert calls == ["moons", "load", "load"]
-    assert {name for name, command in COMMANDS.items() if command.shares_examples} == {
-        "evaluate",
-        "sample",
-        "reconstruct",
-        "report",
-    }
+    shared = {name for name, command in COMMANDS.items() if command.shares_examples}
+    assert shared == {"evaluate", "sample", "reconstruct", "report"}
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------

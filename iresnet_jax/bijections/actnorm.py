@@ -19,8 +19,8 @@ class ActNormParams(NamedTuple):
     """Parameters of ``y = (x + bias) exp(log_scale)``.
 
     Attributes:
-        bias: Shift in the units of the input, one a channel; added first.
-        log_scale: Natural log of the scale, one a channel.
+        bias: Shift in the units of the input, one per channel; added first.
+        log_scale: Natural log of the scale, one per channel.
     """
 
     bias: Float[Array, " c"]

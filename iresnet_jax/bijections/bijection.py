@@ -20,7 +20,7 @@ class Bijection(NamedTuple):
 
     Attributes:
         forward: ``x -> y``.
-        forward_and_logdet: ``(x, key) -> (y, log|det dy/dx|, LogdetInfo)``; one key, or one an example.
+        forward_and_logdet: ``(x, key) -> (y, log|det dy/dx|, LogdetInfo)``; one key, or one per example.
         inverse: ``y -> (x, FixedPointInfo)``.
         inverse_and_logdet: ``(y, key) -> (x, log|det dx/dy|, LogdetInfo, FixedPointInfo)``.
         inverse_lipschitz: Upper bound of ``Lip(F^-1)``, guaranteed if the bounds of its parts are.
@@ -141,7 +141,7 @@ def follow_inverse_info(later: FixedPointInfo, own: FixedPointInfo, inverse_lips
 
 
 def fold_in(key: Key[Array, "..."], data: int | Array) -> Key[Array, "..."]:
-    """``jax.random.fold_in`` for one key or one an example."""
+    """``jax.random.fold_in`` for one key or one per example."""
     if key.ndim == 0:
         return jax.random.fold_in(key, data)
     return jax.vmap(lambda k: jax.random.fold_in(k, data))(key)

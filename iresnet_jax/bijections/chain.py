@@ -74,8 +74,8 @@ def repeat(
     Args:
         make: Builds one bijection from one slice of the weights.
         weights: Tree of arrays with a common leading axis.
-        unroll: Write the blocks out one after the other.
-        rematerialize: What the backward pass computes anew: "nothing"; "elementwise", all but products of matrices,
+        unroll: Whether blocks are unrolled instead of scanned.
+        rematerialize: What the backward pass recomputes: "nothing"; "elementwise", all but products of matrices,
             convolutions and inverse Jacobians; or "blocks", so that memory holds one activation a block.
     """
     build = make if rematerialize == "nothing" else lambda w: _rematerialized(make, w, _POLICIES[rematerialize])
@@ -112,8 +112,8 @@ def _stored(bijection: Bijection) -> Bijection:
 def _store(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
     """``x``, put into memory before it is used, on CPU.
 
-    Blocks written out are one program, in which XLA:CPU fuses the sum ``x + g_1 + g_2 + ...`` into everything that reads it,
-    and so adds it up anew for each block behind: work that grows with the square of depth (``benchmarks/depth.py``).
+    Unrolled blocks are one program, in which XLA:CPU fuses the sum ``x + g_1 + g_2 + ...`` into everything that reads it.
+    Each later block adds it up again: work that grows with the square of depth (``benchmarks/depth.py``).
     ``lax.optimization_barrier`` does not stop it; a matrix product does, and by the identity it is exact.
     """
     if platforms.platform() != "cpu":

@@ -48,7 +48,7 @@ def forward(branch: AnyBranch, x: Float[Array, "b ..."]) -> Float[Array, "b ..."
 def forward_and_logdet(
     branch: AnyBranch, x: Float[Array, "b ..."], key: Key[Array, "..."], estimator: LogdetEstimator
 ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo]:
-    """``y = x + g(x)`` and ``log det(I + J_g(x))``; one key, or one an example."""
+    """``y = x + g(x)`` and ``log det(I + J_g(x))``; one key, or one per example."""
     at = linearize(branch, x)
     logdet, info = _logdet(at, branch, x, key, estimator)
     return x + at.value, logdet, info

@@ -46,9 +46,9 @@ class FeedforwardSpec(BranchSpec):
         hidden: Widths of the hidden layers; the output has the width of the input.
         kernel_sizes: Taps of every convolution, one more than hidden widths (3, 1, 3 in the paper); None for dense layers.
         activation: A name in `activations.ACTIVATIONS`.
-        preactivation: Whether the branch begins with the activation, as all but a network's first do in the paper.
+        preactivation: Whether the branch begins with the activation, as all branches but the first do in the paper.
         padding: Padding of the convolutions, "SAME" (zeros) or "CIRCULAR".
-        positional_bias: Whether a convolution has a bias for every pixel instead of one a channel. A bias does not enter the
+        positional_bias: Whether a convolution has a bias for every pixel instead of one per channel. A bias does not enter the
             Lipschitz constant, and tells a small network where in the image it is.
     """
 
@@ -73,7 +73,7 @@ class FeedforwardSpec(BranchSpec):
             raise ValueError(f"a convolutional branch takes images (h, w, c), got examples of shape {self.in_shape}")
         if len(self.kernel_sizes) != len(self.hidden) + 1:
             raise ValueError(
-                f"kernel_sizes needs {len(self.hidden) + 1} entries, one a layer, for hidden={self.hidden}; "
+                f"kernel_sizes needs {len(self.hidden) + 1} entries, one per layer, for hidden={self.hidden}; "
                 f"got {self.kernel_sizes}"
             )
         if self.padding not in ("SAME", "CIRCULAR"):
@@ -174,7 +174,7 @@ class FeedforwardSpec(BranchSpec):
     # ------------------------------------------------------------------------------------------------- the budget
 
     def initial_iterates(self, key: Array) -> dict[str, Array]:
-        """Random starts of the power iterations, one a layer, of shape ``layer.in_shape``."""
+        """Random starts of the power iterations, one per layer, of shape ``layer.in_shape``."""
         keys = jax.random.split(key, len(self.layers))
         return {layer.name: jax.random.normal(k, layer.in_shape) for layer, k in zip(self.layers, keys, strict=True)}
 
@@ -185,7 +185,7 @@ class FeedforwardSpec(BranchSpec):
 
         Args:
             weights: Weights of the branch.
-            iterates: Power iterates, one a layer.
+            iterates: Power iterates, one per layer.
             num_steps: Power iterations a layer; None iterates to the tolerance.
             rtol: Relative tolerance of the norms.
         """

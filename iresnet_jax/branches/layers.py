@@ -67,7 +67,7 @@ class LayerSpec(NamedTuple):
     def apply(
         self, parameters: Mapping[str, Array], h: Array, context: Array | None = None, *, bfloat16: bool = False
     ) -> Array:
-        """The layer behind its activation, with its bias and a linear map of the context.
+        """The layer after its activation, with its bias and a linear map of the context.
 
         With ``bfloat16`` the convolution or product takes its kernel and input rounded to bfloat16 and gives bfloat16; sums in
         it, biases and activations keep the dtype of ``h``.

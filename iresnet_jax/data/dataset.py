@@ -32,7 +32,7 @@ class DataSet:
         num_classes: Classes, labelled ``0`` to ``num_classes - 1``; None without labels.
         fingerprint: Identity of the content in 64 hexadecimal digits. Another pixel, label, order, shape or number of levels
             gives another fingerprint; name, path, file format and times of change do not matter.
-        examples: Arrays by split; empty for endless data. They may be read-only views of files: index them a batch at a time.
+        examples: Arrays by split; empty for endless data. They may be read-only views of files: index them batch by batch.
         labels: Classes by split; empty without labels.
         contexts: Context vectors by split, on which a density of the examples may depend; empty without.
         grid: Entries of vectors that lie on a grid; None if all are continuous, or levels.
@@ -123,7 +123,7 @@ class DataSet:
 
         Args:
             split: "validation" or "test".
-            num: Most examples to return; None returns the whole split, which endless data do not have.
+            num: Largest number of examples to return; None returns the whole split, which endless data do not have.
             seed: Seed of endless data; each split of each seed has its own examples. Arrays ignore it.
 
         Raises:

@@ -30,7 +30,7 @@ Implementation = Literal["auto", "xla", "patches", "taps"]
 Pair = tuple[int, int]
 
 _THIN = 32  # largest number of output channels that counts as few on CPU
-_MOST_TAPS = 25  # largest number of taps that are written out
+_MOST_TAPS = 25  # largest number of taps that are unrolled
 _MOST_COLUMNS = 256  # of a product of all taps of few channels, on TPUs
 
 PADDINGS = ("SAME", "VALID", "CIRCULAR")
@@ -147,7 +147,7 @@ class _Window(NamedTuple):
     """Geometry along each axis: ``y[i] = sum_t x[(s i + d t - p) / e] K[t]`` over the taps ``t`` at which ``e`` divides."""
 
     strides: Pair  # s
-    pads: tuple[Pair, Pair]  # p before and the padding behind the image
+    pads: tuple[Pair, Pair]  # p before and the padding after the image
     x_dilation: Pair = (1, 1)  # e
     kernel_dilation: Pair = (1, 1)  # d
 

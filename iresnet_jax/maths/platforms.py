@@ -1,6 +1,6 @@
 """The kind of device that programs are made for, which need not be the kind that makes them.
 
-A few choices that change no result depend on it: the form of convolutions and biases, and whether blocks are written out. They
+A few choices that change no result depend on it: the form of convolutions and biases, and whether blocks are unrolled. They
 ask `platform` and not JAX, so that a machine without accelerators can compile for one (`iresnet_jax.runs.planning.plan`).
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import jax
 
-_chosen = jax.make_user_context(default_value=None)  # JAX traces a function anew where it changes
+_chosen = jax.make_user_context(default_value=None)  # JAX traces a function again if it changes
 
 
 def platform() -> str:
@@ -25,7 +25,7 @@ def is_slow_in_place() -> bool:
     """Whether an elementwise operation takes several times as long where its result overwrites an operand.
 
     It does with XLA:CPU's older emitters of fusions, which training asks for (`iresnet_jax.runs.machine`): LLVM vectorises
-    their loops behind a check that arrays do not overlap, and goes on entry by entry if they do.
+    their loops only for arrays that do not overlap; other loops run entry by entry.
     """
     return platform() == "cpu" and "--xla_cpu_use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", "")
 

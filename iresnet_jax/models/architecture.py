@@ -20,7 +20,7 @@ class StageSpec:
         hidden, kernel_sizes, activation, preactivation, padding, positional_bias: Architecture of the branches, see
             `FeedforwardSpec`; without ``kernel_sizes`` branches are dense and take flattened arrays.
         squeeze: Space-to-depth factor in front of the blocks; 1 for none.
-        factor_out: Whether half of the channels leave as latents behind the blocks.
+        factor_out: Whether half of the channels leave as latents after the blocks.
         kind: Kind of the branches, a name in `kinds.KINDS`.
     """
 

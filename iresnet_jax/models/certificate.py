@@ -1,4 +1,4 @@
-"""The certificate of a model: how large the Lipschitz constants of its layers, blocks and of the whole are.
+"""The certificate of a model: the Lipschitz constants of its layers, of its blocks and of the whole map.
 
 Every layer has its norm as power iteration sees it, from below, and a guaranteed bound from above; every block has their
 products. The bounds concern the stored weights in exact arithmetic, or what bfloat16 makes of them in a model that runs so.
@@ -29,7 +29,7 @@ class Constant:
         name: "conv0" of a layer, "stage0/block03" of a block.
         target: Largest constant that the constraint allows; None without one.
         estimate: Norm by power iteration, or the product of the layers', from below; NaN of a branch without layers.
-        bound: Upper bound, guaranteed as far as ``word`` says.
+        bound: Upper bound, guaranteed if ``word`` says so.
         layers: Constants of a block's layers; none of a layer.
         word: Whose word the bound is, see `Branch`: "certified", or "user" for a bound that a kind of branch says of itself.
     """
@@ -74,7 +74,7 @@ class Certificate:
 
     @property
     def target(self) -> float | None:
-        """The Lipschitz constant that the constraint leaves a block at most; None without one."""
+        """Largest Lipschitz constant that the constraint allows a block; None without a constraint."""
         return max((block.target for block in self.blocks if block.target is not None), default=None)
 
     @property
@@ -172,7 +172,7 @@ def _estimates_and_bounds(spec: FlowSpec, weights: Weights) -> tuple[Norms, BiLi
 
 
 def _estimates(branch: Branch) -> Mapping[str, Array]:
-    """Norms of the layers of a stage's blocks, one a block."""
+    """Norms of the layers of a stage's blocks, one per block."""
     spec = branch.spec
     if not spec.layers:
         return {}

@@ -44,8 +44,8 @@ class ClassifierSpec:
         image_shape: Height, width and channels of an image.
         num_classes: Number of classes, at least 2.
         num_levels: Grey levels of a pixel.
-        pad_channels: Channels of zeros behind those of the image; they make the network wider.
-        mean: Mean of pixels in [0, 1], one a channel or one for all; subtracted.
+        pad_channels: Channels of zeros after those of the image; they make the network wider.
+        mean: Mean of pixels in [0, 1], one per channel or one for all; subtracted.
         std: Divisor of the difference, in the same form.
         constrained: Whether blocks are contractions. False is an ordinary residual network, of which no inverse is promised.
         normalization: "actnorm" in front of every branch, or "batchnorm" inside of it, in front of every layer.
@@ -89,7 +89,7 @@ class ClassifierSpec:
 
     @property
     def is_bijective(self) -> bool:
-        """Whether the network is a `flow_bijection`, with an inverse to try at least."""
+        """Whether the network is a bijection, whose inverse can at least be tried."""
         return self.normalization == "actnorm"
 
     def pad(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
@@ -138,8 +138,8 @@ class Classifier(Model):
         head: Parameters of the head, see `head.apply_head`.
         statistics: Running averages of BatchNorm: of the "head", and of every stage with BatchNorm.
         solver: Inverse of the blocks.
-        unroll: Whether blocks are written out instead of scanned.
-        rematerialize: What the backward pass computes anew, see `iresnet_jax.bijections.chain.repeat`; not with BatchNorm in
+        unroll: Whether blocks are unrolled instead of scanned.
+        rematerialize: What the backward pass recomputes, see `iresnet_jax.bijections.chain.repeat`; not with BatchNorm in
             the branches.
         bfloat16: Whether branches compute in bfloat16 on the way to features, see `flow_bijection`; not with BatchNorm either.
         history: What the training of a fitted model saw.

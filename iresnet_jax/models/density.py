@@ -47,7 +47,7 @@ Contexts = Float[Array, "_ k"] | Float[np.ndarray, "_ k"]
 
 
 class LogProb(NamedTuple):
-    """A log-likelihood and its terms, in nats, one an example.
+    """A log-likelihood and its terms, in nats, one per example.
 
     Attributes:
         log_prob: Sum of all terms.
@@ -159,8 +159,8 @@ class Density(Model):
         prior: Parameters of the prior.
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
-        unroll: Whether blocks are written out instead of scanned.
-        rematerialize: What the backward pass computes anew, see `iresnet_jax.bijections.chain.repeat`.
+        unroll: Whether blocks are unrolled instead of scanned.
+        rematerialize: What the backward pass recomputes, see `iresnet_jax.bijections.chain.repeat`.
         bfloat16: Whether branches compute in bfloat16 on the way from data to latents, see `flow_bijection`.
         history: What the training of a fitted model saw.
     """
@@ -185,11 +185,11 @@ class Density(Model):
     # ------------------------------------------------------------------------------------------------ likelihood
 
     def log_prob(self, x: Data, key: Key[Array, "..."] | None = None, *, context: Contexts | None = None) -> Float[Array, " b"]:
-        """Log-likelihood in nats, one an example; of integer levels a lower bound for one draw of noise, see `terms`.
+        """Log-likelihood in nats, one per example; of integer levels a lower bound for one draw of noise, see `terms`.
 
         Args:
             x: Data.
-            key: Source of noise and probes, one or one an example; None draws both from a fixed key.
+            key: Source of noise and probes, one key or one per example; None draws both from a fixed key.
             context: Contexts of a conditional model: the result is ``log p(x | context)``.
         """
         key = jax.random.key(0) if key is None else key
@@ -208,7 +208,7 @@ class Density(Model):
 
         Args:
             x: Data.
-            key_noise: Source of the dequantisation noise of integer levels, one or one an example.
+            key_noise: Source of the dequantisation noise of integer levels, one key or one per example.
             key_probe: Source of the estimator's probes, likewise.
             context: Contexts of a conditional model.
         """
@@ -268,7 +268,7 @@ class Density(Model):
 
         Returns:
             The data, and a `FixedPointInfo`. Its ``error_bound`` is in the units of continuous data: [0, 1) for integer levels,
-            before they are rounded down. It multiplies the blocks' bounds, which says nothing of a deep flow.
+            before they are rounded down. It is the product of the blocks' bounds, which says little about a deep flow.
         """
         u, info = chain([self._transform, self.flow(context)]).inverse(z)
         return self.round_to_data(u), info
@@ -315,7 +315,7 @@ class Density(Model):
         drawn = jax.random.categorical(key_label, self.prior["class_logits"], shape=(num,))
         labels = drawn if labels is None else jnp.asarray(labels)
         if labels.shape != (num,) or not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise ValueError(f"labels must be {num} integers, one a sample, got {labels.dtype} of shape {labels.shape}")
+            raise ValueError(f"labels must be {num} integers, one per sample, got {labels.dtype} of shape {labels.shape}")
         chosen = jax.tree.map(lambda stacked: stacked[labels], self._priors_of_classes)
         one = jax.vmap(lambda prior, key: priors.sample(self.spec.prior_family, prior, key, 1, temperature)[0])
         known = (labels >= 0) & (labels < self.spec.num_classes)
@@ -357,7 +357,7 @@ class Density(Model):
         return self._dequantize.forward(x) if key is None else self._dequantize.forward_and_logdet(x, key)[0]
 
     def continuous_of_input(self, y: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-        """Continuous data for the flow's input, the inverse of the preprocessing behind `dequantize`."""
+        """Continuous data for the flow's input, the inverse of the preprocessing after `dequantize`."""
         return self._transform.inverse(y)[0]
 
     def round_to_data(self, u: Float[Array, "b ..."]) -> Num[Array, "b ..."]:

@@ -31,7 +31,7 @@ class History:
 
     @classmethod
     def from_records(cls, records: Iterable[Mapping[str, Any]], step: int) -> "History":
-        """The history in the records of `training.metrics.read_metrics`."""
+        """The history in the records of `runs.metrics.read_metrics`."""
         records = list(records)
         train, validation = (_columns([r for r in records if r["split"] == split]) for split in ("train", "validation"))
         return cls(train, validation, step)

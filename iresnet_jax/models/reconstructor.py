@@ -3,8 +3,8 @@ r"""A learned forward operator as a value, and the reconstruction of images from
     F(x) close to A x,    reconstruction of y:  P(F^-1(y)),    |F^-1(y) - F^-1(y')| <= |y - y'| / (1 - L)
 
 (Arndt et al. 2023). ``F`` takes images to images of the same shape: residual blocks without ActNorm, whose Lipschitz constants
-``L_b`` satisfy ``prod_b (1 - L_b) = 1 - L``. ``L`` is the regularisation parameter: what ``F^-1`` can make of noise is bounded
-whatever the data are. ``P`` is the projection onto pixels in [0, 1], which no pair of images comes out of further apart.
+``L_b`` satisfy ``prod_b (1 - L_b) = 1 - L``. ``L`` is the regularisation parameter: it bounds how ``F^-1`` amplifies noise,
+for all data. ``P`` is the projection onto pixels in [0, 1], which increases no distance.
 """
 
 import functools
@@ -39,7 +39,7 @@ class ReconstructorSpec:
         flow: Architecture of ``F`` on images ``(h, w, c)``, without channels that are factored out.
         num_levels: Grey levels of the images that it was trained on.
         constrained: Whether blocks are contractions and reconstructions are ``P(F^-1(y))``. False is an ordinary residual
-            network from measurements to images, ``P(F(y))``, to compare with: nothing bounds what it makes of noise.
+            network from measurements to images, ``P(F(y))``, to compare with: nothing bounds how it amplifies noise.
     """
 
     flow: FlowSpec
@@ -60,7 +60,7 @@ class ReconstructorSpec:
 
     @property
     def is_bijective(self) -> bool:
-        """Whether reconstructions are those of an inverse, which exists."""
+        """Whether reconstructions come from an inverse, which then exists."""
         return self.constrained
 
     def bilipschitz(self) -> BiLipschitz:
@@ -98,8 +98,8 @@ class Reconstructor(Model):
         spec: All that defines the model but its weights.
         weights: Weights of the flow, as `flow.freeze`, `flow.constrain` or `flow.unconstrained` give them.
         solver: Inverse of the blocks.
-        unroll: Whether blocks are written out instead of scanned.
-        rematerialize: What the backward pass of `measure` computes anew, see `iresnet_jax.bijections.chain.repeat`.
+        unroll: Whether blocks are unrolled instead of scanned.
+        rematerialize: What the backward pass of `measure` recomputes, see `iresnet_jax.bijections.chain.repeat`.
         history: What the training of a fitted model saw.
     """
 

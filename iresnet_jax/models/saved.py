@@ -35,7 +35,7 @@ def load(path: str | os.PathLike[str]) -> Model:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]:
-    """Reads a model that `Model.save` wrote, with bounds of its norms computed anew, and ``about`` of `Model.save`.
+    """Reads a model that `Model.save` wrote, with bounds of its norms computed from its weights, and ``about`` of `Model.save`.
 
     Args:
         path: The file, or a folder that holds ``model.npz``.

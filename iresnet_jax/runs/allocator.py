@@ -1,6 +1,6 @@
 """Memory that stays with a process that trains: in large pages, held by the allocator, and collected less often.
 
-XLA allocates the temporary arrays of every step anew on a CPU. By default the system finds and clears their memory at every
+On a CPU, XLA allocates the temporary arrays of every step again. By default the system finds and clears their memory at every
 step, which costs much of its time, in small pages most. Accelerators see nothing of this.
 
 Nothing but the standard library is imported here: `train.py` runs this file before it imports the package, as a command that

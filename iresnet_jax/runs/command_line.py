@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
@@ -21,26 +21,6 @@ from iresnet_jax.runs.signals import Stopped
 DEFAULT_CONFIG = "configs/digits_density.py"
 MISTAKE = 2  # exit status
 _LONGEST = 600  # characters of a message; compilers append whole programs to theirs
-
-
-class TrainFlags(NamedTuple):
-    """Flags of `train.py`.
-
-    Attributes:
-        config: Settings with their overrides.
-        workdir: Folder of the run.
-        debug: Whether a failure shows its traceback.
-        coordinator_address: ``host:port`` of process 0 in a run of several processes, see `hosts.initialize`.
-        num_processes: Number of processes.
-        process_id: Number of this process, from 0.
-    """
-
-    config: Config
-    workdir: Path
-    debug: bool
-    coordinator_address: str | None
-    num_processes: int | None
-    process_id: int | None
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,12 +62,15 @@ def quiet_backends() -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
 
 
-def parse_train_flags(argv: Sequence[str], *, default_config: str = DEFAULT_CONFIG) -> TrainFlags:
-    """Reads ``--config``, its overrides ``--config.FIELD=VALUE``, and the other flags of `TrainFlags`.
+def parse_train_flags(argv: Sequence[str], *, default_config: str = DEFAULT_CONFIG) -> argparse.Namespace:
+    """Reads the flags of `train.py`, which describes them, and the overrides ``--config.FIELD=VALUE``.
 
     Args:
         argv: The command line, program name first.
         default_config: Config file if none is given.
+
+    Returns:
+        The flags by name: a `Config`, the workdir as a path, ``debug``, and the arguments of `hosts.initialize`.
 
     Raises:
         ValueError: If a flag or a field is unknown, a value does not fit, or the config file fails.
@@ -101,11 +84,10 @@ def parse_train_flags(argv: Sequence[str], *, default_config: str = DEFAULT_CONF
     parser.add_argument("--coordinator_address")
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--process_id", type=int)
-    given = vars(parser.parse_args([argument for argument in arguments if argument not in overrides]))
-    file = given.pop("config")
-    config = read_config(file, overrides)
-    workdir = given.pop("workdir") or Path("runs") / Path(file.partition(":")[0]).stem
-    return TrainFlags(config, workdir, **given)
+    given = parser.parse_args([argument for argument in arguments if argument not in overrides])
+    given.workdir = given.workdir or Path("runs") / Path(given.config.partition(":")[0]).stem
+    given.config = read_config(given.config, overrides)
+    return given
 
 
 def read_config(file: str, overrides: Iterable[str] = ()) -> Config:
@@ -123,7 +105,8 @@ def read_config(file: str, overrides: Iterable[str] = ()) -> Config:
     settings = _settings_of(Path(name), variant)
     for override in overrides:
         path, has_value, text = override.lstrip("-").partition("=")
-        _set(settings, path.removeprefix("no"), text if has_value else str(not path.startswith("no")))
+        root, *keys = re.findall(r"[^.\[\]]+", path)
+        settings = _changed(settings, keys, text if has_value else str(root == "config"), "config")
     return parse(settings)
 
 
@@ -145,19 +128,25 @@ def _settings_of(path: Path, variant: str) -> dict[str, Any]:
     return to_plain(config)
 
 
-def _set(node: Any, path: str, text: str) -> None:
-    """Sets the field of a path such as ``config.model.stages[0].hidden``; `parse` says whether it exists and may be that."""
-    _, *names = re.finditer(r"[^.\[\]]+", path)
-    for match in names:
-        name, before = match[0], path[: match.start() - 1]
-        if isinstance(node, list) and not (name.isdecimal() and int(name) < len(node)):
-            raise ValueError(f"{before} has no entry {name}: it has {len(node)}")
-        if not isinstance(node, list | dict):
-            raise ValueError(f"{before} has no fields: it is {node!r}")
-        key = int(name) if isinstance(node, list) else name
-        if match is names[-1]:
-            node[key] = _read(text, type(node[key]) if isinstance(node, list) or key in node else tuple)
-        node = node.setdefault(key, {}) if isinstance(node, dict) else node[key]
+def _changed(value: Any, keys: Sequence[str], text: str, path: str) -> Any:
+    """Plain data with another value under some keys; whether these exist, and may have it, `parse` says.
+
+    Args:
+        keys: What leads to the value, such as ``["model", "stages", "0", "hidden"]``.
+        text: The value.
+        path: What messages call the data.
+    """
+    if not keys:
+        return _read(text, type(value))
+    key, *rest = keys
+    if isinstance(value, dict):
+        return value | {key: _changed(value.get(key, {} if rest else ()), rest, text, f"{path}.{key}")}
+    if not isinstance(value, list):
+        raise ValueError(f"{path} has no fields: it is {value!r}")
+    if not (key.isdecimal() and int(key) < len(value)):
+        raise ValueError(f"{path} has no entry {key}: it has {len(value)}")
+    changed = _changed(value[int(key)], rest, text, f"{path}[{key}]")
+    return [changed if index == int(key) else entry for index, entry in enumerate(value)]
 
 
 def _read(text: str, kind: type) -> Any:

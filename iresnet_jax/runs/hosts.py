@@ -74,11 +74,13 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
             heartbeat_timeout_seconds=LOST_S,
             shutdown_timeout_seconds=SHUTDOWN_S,
         )
-    except ValueError as error:  # an argument is missing, and no cluster was detected that tells it
-        if is_given:
+    except ValueError as error:
+        if is_given or "be defined" not in str(error):  # otherwise nothing is given and no cluster is there
             needed = "--coordinator_address, --num_processes and --process_id, where no cluster is detected that tells them"
             raise ValueError(f"several processes need {needed}: {error}") from None
     except Exception as error:  # whatever the transport raises
+        if not is_given and "must be called before" in str(error):  # JAX has started, as in a notebook
+            return
         raise RuntimeError(
             f"the processes of this run could not meet ({' '.join(str(error).split())[:200]}): start the same command "
             "on all of them, with one --coordinator_address that all can reach and a --process_id each"

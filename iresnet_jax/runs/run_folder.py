@@ -1,7 +1,7 @@
 """The folder of a run: its settings and its model, written once when training starts, and the lock of whoever trains in it.
 
 ``config.json`` holds the settings; ``model.json`` the architecture, grey levels, histogram and classes, and the fingerprint of
-the data they came from. A resume reads the model from there and computes nothing anew from data files.
+the data they came from. A resume reads the model from there and computes nothing from data files again.
 """
 
 import contextlib

@@ -222,9 +222,9 @@ def test_mistakes_are_named(call, sentence):
 
 
 def test_labels_that_are_none_are_named(with_classes):
-    with pytest.raises(ValueError, match=r"labels must be 2 integers, one a sample, got int32 of shape \(1,\)"):
+    with pytest.raises(ValueError, match=r"labels must be 2 integers, .* int32 of shape \(1,\)"):
         with_classes.sample(jax.random.key(0), 2, labels=jnp.array([0]))
-    with pytest.raises(ValueError, match="labels must be 2 integers, one a sample, got float32"):
+    with pytest.raises(ValueError, match=r"labels must be 2 integers, .* float32"):
         with_classes.sample(jax.random.key(0), 2, labels=jnp.array([0.0, 1.0]))
 
 

@@ -64,7 +64,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize(("moment", "number"), zip(MOMENTS, itertools.cycle(SIGNALS), strict=False))
+@pytest.mark.parametrize(("moment", "number"), list(zip(MOMENTS, itertools.cycle(SIGNALS), strict=False)))
 def test_a_signal_ends_the_process_in_one_sentence(moment, number):
     assert run(OWNED + MOMENTS[moment], number) == (128 + number, "", f"stopped by {number.name}: go on\n")
 

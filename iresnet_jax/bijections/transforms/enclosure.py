@@ -2,7 +2,7 @@ r"""Guaranteed enclosures of preprocessing: how every transform says what is cer
 
 A transform ``t`` has two methods for certificates:
 
-- ``enclose_forward(u)``, under ``enable_x64``: balls of ``t(u)`` and of ``log|det dt/du|``, the latter one an example.
+- ``enclose_forward(u)``, under ``enable_x64``: balls of ``t(u)`` and of ``log|det dt/du|``, the latter one per example.
 - ``enclose_inverse(y, radius)``: the `Enclosure` of ``t^-1`` on balls ``|y' - y| <= radius`` (Euclidean).
 
 Both are about the map of the transform's constants as real numbers, float64 as they are kept, and cover rounding.
@@ -22,7 +22,7 @@ Array = np.ndarray
 
 
 class Enclosure(NamedTuple):
-    """What is guaranteed of ``t^-1`` on the balls ``|y' - y| <= r``, one an example.
+    """What is guaranteed of ``t^-1`` on the balls ``|y' - y| <= r``, one per example.
 
     Attributes:
         low: Bound from below of every entry of ``t^-1(y')``.

@@ -186,7 +186,7 @@ class _Tables(NamedTuple):
         edges: Edges of the cells in ``x``, one more than levels.
         below, above: Sums of the other levels' frequencies below and above each level, without the commonest.
         frequencies: Frequency of each level.
-        others: Factor on the other levels' frequencies, one an entry or one for all.
+        others: Factor on the other levels' frequencies, one per entry or one for all.
         shares: Frequency of the commonest level, in the same form.
         starts: Smallest float ``y`` of each cell, ``(entries or 1, levels)``.
         commonest: The commonest level.

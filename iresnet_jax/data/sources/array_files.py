@@ -56,7 +56,7 @@ def load_npz(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
 
 
 def load_npy(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
-    """The data set of one ``.npy`` file, or of a folder with one a split.
+    """The data set of one ``.npy`` file, or of a folder with one per split.
 
     Raises:
         ValueError: If there is none, or it is damaged, or the arrays do not make up a data set.
@@ -70,7 +70,7 @@ def load_npy(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
 
 
 def load_csv(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
-    """The data set of one table of numbers separated by commas, or of a folder with one a split.
+    """The data set of one table of numbers separated by commas, or of a folder with one per split.
 
     Raises:
         ValueError: If there is none, a number is missing or none, or the table does not make up a data set.

@@ -46,7 +46,7 @@ class Contents(NamedTuple):
             num_classes: Number of classes; by default one more than the largest label of the training images.
 
         Raises:
-            ValueError: If labels are no integers, one an image.
+            ValueError: If labels are no integers, one per image.
         """
         for split, found in labels.items():
             if found.shape != (len(images[split]),) or not np.issubdtype(found.dtype, np.integer):

@@ -45,7 +45,7 @@ class History(NamedTuple):
         )
 
     def extrapolate(self) -> tuple[Array, Array, Array]:
-        """``image`` and ``r`` less what past steps explain, and the part of ``|r|^2`` that they explain, one an example.
+        """``image`` and ``r`` less what past steps explain, and the part of ``|r|^2`` that they explain, one per example.
 
         The explained part is NaN if the least-squares problem for ``gamma`` has no solution.
         """

@@ -1,7 +1,7 @@
 """The inverse of a residual block by fixed-point iteration, with a verdict and an error bound for every example.
 
-Behrmann et al. 2019, Algorithm 1 and Lemma 2, accelerated (Anderson's method, and Newton's as far as the diagonal of the
-Jacobian is known) and differentiable (implicit function theorem). An example stops on its own residual, never on that of its
+Behrmann et al. 2019, Algorithm 1 and Lemma 2, accelerated (Anderson's method, and Newton's if the diagonal of the Jacobian
+is known) and differentiable (implicit function theorem). An example stops on its own residual, never on that of its
 batch mates, and rounding apart its result does not depend on them.
 """
 
@@ -102,7 +102,7 @@ def invert_residual(
     Its result does not depend on its batch mates. ``info.error_bound`` is guaranteed if ``lipschitz_bound`` is, up to rounding
     inside the branch: the residual's own rounding and one unit in the last place of ``g`` are included.
 
-    Convergence is not raised on: read ``info.converged``. If it is true, the Banach step from the iterate of least residual is
+    Failure raises nothing: read ``info.converged``. If it is true, the Banach step from the iterate of least residual is
     returned, which takes no further evaluation; otherwise that iterate.
 
     Derivatives, forward and reverse, are those of the exact solution at the returned ``x`` (implicit function theorem):
@@ -120,7 +120,7 @@ def invert_residual(
         memory: Steps that Anderson's method remembers, usually 3 to 5, at most an example's size; 0 is plain Banach iteration.
             It helps where few directions are slow, as in trained blocks.
         start: Where to begin; ``y`` by default.
-        diagonal: Diagonal of the Jacobian of ``g``, computed at most twice an example; a wrong one costs evaluations only.
+        diagonal: Diagonal of the Jacobian of ``g``, computed at most twice per example; a wrong one only costs evaluations.
 
     Returns:
         ``x`` and how the iteration ended.
@@ -190,7 +190,7 @@ class _Equation(NamedTuple):
     Attributes:
         branch: ``g`` on vectors.
         y: Right-hand side.
-        y_norm: Norm of ``y``, one an example.
+        y_norm: Norm of ``y``, one per example.
         lipschitz_bound: ``L``; infinite promises nothing.
         small_enough: Largest residual at which a Banach step is within ``atol``: ``atol (1 - L) / L``.
         diagonal: Diagonal of the Jacobian on vectors; None if unknown.
@@ -264,7 +264,7 @@ class _State(NamedTuple):
 
 
 def _iterate(branch, y, settings, atol, start=None, diagonal=None):
-    """`invert_residual` without its derivatives; ``atol`` may be one an example."""
+    """`invert_residual` without its derivatives; ``atol`` may be one per example."""
     lipschitz_bound, max_evals, memory = settings
     shape, vectors = y.shape, (len(y), math.prod(y.shape[1:]))
 
@@ -332,7 +332,7 @@ def _advance(equation: _Equation, state: _State) -> _State:
 
 
 def _evaluate(equation: _Equation, x: Array) -> _Evaluation:
-    """``|fl(r) - r| <= eps (|x| + |y| + |g|)``, and what an entry loses that is too small for the format."""
+    """``|fl(r) - r| <= eps (|x| + |y| + |g|)``, plus what entries lose that are too small for the format."""
     image = equation.y - equation.branch(x)
     r, g = image - x, equation.y - image  # the branch's own output would be a second result, which XLA:CPU computes twice
     info = jnp.finfo(x.dtype)

@@ -20,14 +20,14 @@ Branch = Callable[[Array], Array]
 Trace = Callable[[Array], Array]
 Jacobian = Callable[[Array], Array]
 Logdet = Callable[[Array], Array]
-Keys = Key[Array, "..."] | UInt32[Array, "..."]  # one, or one an example; typed, or of jax.random.PRNGKey
+Keys = Key[Array, "..."] | UInt32[Array, "..."]  # one, or one per example; typed, or of jax.random.PRNGKey
 Scalar = float | Float[Array, ""]
 Batch = Shaped[Array | np.ndarray, "..."] | Sequence  # made an array of floats by `as_floats`
 PROBES = ("rademacher", "gaussian")
 
 
 class LogdetInfo(NamedTuple):
-    """Error of a log-determinant, in nats, one an example.
+    """Error of a log-determinant, in nats, one per example.
 
     Attributes:
         stderr: Standard error over the probes; 0 if exact, infinite for a single probe.
@@ -69,7 +69,7 @@ class LogdetEstimator(ABC):
         Args:
             branch: ``g``, acting on each example alone, or linearised at ``x``.
             x: Where to evaluate.
-            key: Key of the random choices, one or one an example; only `ExactLogdet` needs none.
+            key: Key of the random choices, one or one per example; only `ExactLogdet` needs none.
             lipschitz_bound: Upper bound of ``Lip(g)``, for the truncation bound.
             trace: ``x -> tr J (b,)`` in closed form, if there is one.
             jacobian: ``x -> J (b, d, d)`` in closed form, if there is one.

@@ -23,7 +23,7 @@ def dense_logdet(
 ) -> Float[Array, " b"]:
     """``log det(I + J)`` from the full Jacobian by elimination; exact to rounding, differentiable.
 
-    Costs ``d`` Jacobian-vector products, or the closed form, and ``O(d^3)`` an example: for dimensions up to about a thousand.
+    Costs ``d`` Jacobian-vector products, or the closed form, and ``O(d^3)`` per example: for dimensions up to about a thousand.
     Up to `SMALL` rows are not exchanged, see `log_abs_det`.
 
     Args:

@@ -62,7 +62,7 @@ def weighted_series(
         x: Where to evaluate.
         probes: ``v``; with the columns of ``sqrt(d) I`` as probes the mean over them is the exact trace.
         weights: One weight a term, at least ``length`` of them.
-        length: Number of terms. A static number, a traced one (one compiled loop then serves every length), or one an example.
+        length: Number of terms. A static number, a traced one (one compiled loop then serves every length), or one per example.
         trace: ``x -> tr J (b,)``, exact and differentiable; replaces the first term, whose weight must be 1 in expectation.
         unroll: Write the terms out instead of looping; needs a static length.
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from iresnet_jax.bijections.residual import LOG_DETERMINANT
 from iresnet_jax.models.flow import NORMS
-from iresnet_jax.training.state import OPTIMIZER
+from iresnet_jax.training.step import OPTIMIZER
 
 PARTS = (
     "norms and their gradient",
@@ -48,12 +48,11 @@ _OTHERS = frozenset(
 )
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(
-    r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)$"
+    r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\((?P<operands>[^)]*)(?P<rest>.*)$"
 )
 _PATH = re.compile(r'op_name="([^"]*)"')
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|(?:true|false)_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_OPERAND = re.compile(r"%([\w.\-]+)")
+_CALLS = re.compile(r"(?:calls|to_apply|body|condition|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
+_NAME = re.compile(r"%?([\w.\-]+)")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
 
@@ -75,33 +74,9 @@ class Operation(NamedTuple):
     kind: str
 
     @property
-    def short_path(self) -> str:
-        """The path without what is around the whole step; the name if there is no path."""
-        return self.path.rpartition("/shard_map/")[2] or self.name
-
-    @property
     def place(self) -> tuple[str, str, str]:
-        """What operations have alike that are the same work at the same place in the code."""
-        return self.kind, self.shape, self.path or self.name
-
-
-class _Instruction(NamedTuple):
-    """A line of a program: its opcode, what follows in brackets and behind them, and the computation that it is in."""
-
-    shape: str
-    opcode: str
-    rest: str
-    computation: str
-
-    @property
-    def path(self) -> str:
-        found = _PATH.search(self.rest)
-        return found[1] if found else ""
-
-    @property
-    def called(self) -> list[str]:
-        branches = _BRANCHES.search(self.rest)
-        return _CALLED.findall(self.rest) + (_OPERAND.findall(branches[1]) if branches else [])
+        """Kind, shape, and path without what is around the whole step, or the name if there is no path."""
+        return self.kind, self.shape, self.path.rpartition("/shard_map/")[2] or self.name
 
 
 def operations(program: str) -> dict[str, Operation]:
@@ -110,44 +85,50 @@ def operations(program: str) -> dict[str, Operation]:
     Args:
         program: Text of a compiled program.
     """
-    lines = dict(_instructions(program))
-    bodies: dict[str, list[_Instruction]] = {}
+    lines: dict[str, re.Match[str]] = {}
+    home: dict[str, str] = {}  # the computation that an operation is in
+    bodies: dict[str, list[re.Match[str]]] = {}
     caller: dict[str, str] = {}
-    for name, line in lines.items():
-        bodies.setdefault(line.computation, []).append(line)
-        caller.update(dict.fromkeys(line.called, name))
+    for text in program.splitlines():
+        if header := _COMPUTATION.match(text):
+            body = bodies[header["name"]] = []
+            computation = header["name"]
+        elif line := _INSTRUCTION.match(text):
+            lines[line["name"]], home[line["name"]] = line, computation
+            body.append(line)
+            caller.update(dict.fromkeys(_called(line), line["name"]))
+
+    def known_path(name: str) -> str:
+        """The path of an operation; of one that the compiler added, that of what it copies or of the loop that it is in."""
+        tried: set[str] = set()
+        while name in lines and name not in tried:
+            tried.add(name)
+            path, operands = _path(lines[name]), _NAME.findall(lines[name]["operands"])
+            if "/" in path and not path.endswith("/shard_map"):  # which is around everything
+                return path
+            copied = next((operand for operand in operands if operand in lines and operand not in tried), "")
+            is_made_here = copied and lines[copied]["opcode"] not in ("parameter", "constant")
+            name = copied if is_made_here else caller.get(home[name], "")
+        return ""
+
     found = {}
     for name, line in lines.items():
-        path = _known_path(name, lines, caller)
-        shape = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", line.shape)
-        is_sum = _COLLECTIVE.match(line.opcode)
-        kind = _DEVICES if is_sum else _kind(list(_inside(line, bodies)))
-        found[name] = Operation(name, shape, path, _DEVICES if is_sum else part_of(path), kind)
+        path, shape = known_path(name), re.sub(r"\{[^}]*\}|/\*.*?\*/", "", line["shape"])
+        if _COLLECTIVE.match(line["opcode"]):
+            found[name] = Operation(name, shape, path, _DEVICES, _DEVICES)
+        else:
+            found[name] = Operation(name, shape, path, part_of(path), _kind(list(_inside(line, bodies))))
     return found
 
 
-def _instructions(program: str) -> Iterator[tuple[str, _Instruction]]:
-    computation = ""
-    for line in program.splitlines():
-        if match := _INSTRUCTION.match(line):
-            yield match["name"], _Instruction(match["shape"], match["opcode"], match["rest"], computation)
-        elif match := _COMPUTATION.match(line):
-            computation = match["name"]
+def _path(line: re.Match[str]) -> str:
+    found = _PATH.search(line["rest"])
+    return found[1] if found else ""
 
 
-def _known_path(name: str, lines: Mapping[str, _Instruction], caller: Mapping[str, str]) -> str:
-    """The path of an operation; of one that the compiler added, that of what it copies or of the loop that it is in."""
-    tried: set[str] = set()
-    while name in lines and name not in tried:
-        tried.add(name)
-        line = lines[name]
-        if "/" in line.path and not line.path.endswith("/shard_map"):  # which is around everything
-            return line.path
-        operands = _OPERAND.findall(line.rest.split(")")[0])
-        name = next((operand for operand in operands if operand in lines and operand not in tried), "")
-        if not name or lines[name].opcode in ("parameter", "constant"):
-            name = caller.get(line.computation, "")
-    return ""
+def _called(line: re.Match[str]) -> list[str]:
+    """The computations that an operation calls."""
+    return [name for called in _CALLS.findall(line["rest"]) for name in _NAME.findall(called)]
 
 
 def part_of(path: str) -> str:
@@ -167,21 +148,21 @@ def part_of(path: str) -> str:
     return _FORWARD if "jvp(" in path else _OTHER
 
 
-def _inside(line: _Instruction, bodies: Mapping[str, list[_Instruction]]) -> Iterator[_Instruction]:
+def _inside(line: re.Match[str], bodies: Mapping[str, list[re.Match[str]]]) -> Iterator[re.Match[str]]:
     """An operation and what it is fused from."""
     yield line
-    if line.opcode in ("fusion", "call"):
-        for name in line.called:
+    if line["opcode"] in ("fusion", "call"):
+        for name in _called(line):
             for inner in bodies.get(name, []):
                 yield from _inside(inner, bodies)
 
 
-def _kind(inside: list[_Instruction]) -> str:
+def _kind(inside: list[re.Match[str]]) -> str:
     """The kind of an operation that consists of these, one of `KINDS`."""
-    opcodes = {each.opcode for each in inside}
-    targets = " ".join(match[1] for each in inside if (match := _TARGET.search(each.rest))).lower()
+    opcodes = {line["opcode"] for line in inside}
+    targets = " ".join(target for line in inside for target in _TARGET.findall(line["rest"])).lower()
     if "convolution" in opcodes or "conv" in targets:
-        paths = [each.path for each in inside if each.opcode == "convolution"]
+        paths = [_path(line) for line in inside if line["opcode"] == "convolution"]
         only_products = paths and all(path.endswith("dot_general") for path in paths)  # as TPUs compute them
         return _PRODUCT if only_products else _CONVOLUTION
     if "dot" in opcodes or re.search("gemm|matmul|dot", targets):

@@ -19,8 +19,6 @@ from iresnet_jax.training import parallel
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 SHARED = {"training.batch_size": 32}
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 def cost(function, *shapes):
     arguments = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]

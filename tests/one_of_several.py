@@ -16,7 +16,7 @@ from iresnet_jax.runs.loop import train
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["one_of_several", "tensorboardX"])
-FOLDERS = (runs.ROOT, runs.ROOT / "tests", runs.ROOT / "tests" / "runs")
+FOLDERS = (runs.ROOT, runs.ROOT / "tests")
 
 
 class OneOfSeveral:
