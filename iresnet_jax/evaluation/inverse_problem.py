@@ -3,7 +3,6 @@ r"""Reconstructions of test images from measurements: their errors, and what bec
 The inverse problem is that of `training.objectives.inversion`; round trips through a network are in `evaluation.inversion`.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, Key
 
 from iresnet_jax.data.measurements import Measurement
+from iresnet_jax.evaluation.likelihood import split_error
 from iresnet_jax.maths.inverse.fixed_point import example_norm
 from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.runs.from_config import build_measurement
@@ -140,24 +140,18 @@ def evaluate(
     Raises:
         ValueError: If there are fewer than 2 images.
     """
-    if len(images) < 2:
-        raise ValueError(f"a standard error needs at least 2 images, got {len(images)}: evaluate more test data")
     x = np.asarray(model.preprocess(images))
     y = measurement.held_out(x, seed, "test")
-    outputs = parallel.over_batches(
-        parallel.parallelize_eval(_reconstruct), model, lambda indices: (x[indices], y[indices]), len(x), batch_size
-    )
-    certified = model.noise_amplification
-    within_bound = outputs["distance"] <= certified * outputs["data_error"] + outputs["error_bound"]
-    found = Reconstructed(
-        x, y, outputs["found"], outputs["relative_error"], np.asarray(within_bound), np.asarray(outputs["converged"])
-    )
+    evaluate, certified = parallel.parallelize_eval(_reconstruct), model.noise_amplification
+    outputs = parallel.over_batches(evaluate, model, lambda places: (x[places], y[places]), len(x), batch_size)
+    allowed = certified * outputs.pop("data_error") + outputs.pop("error_bound")
+    found = Reconstructed(x, y, within_bound=outputs.pop("distance") <= allowed, **outputs)
     perturbed = perturb(model, y[:NUM_PERTURBED], max(measurement.noise, LEAST_NOISE), seed)
-    errors = found.relative_error.astype(np.float64)
+    error = split_error(found.relative_error[:, None, None])
     squared = np.mean((found.found - x).astype(np.float64) ** 2, axis=(1, 2, 3))
     summary = InverseProblem(
-        relative_error=float(errors.mean()),
-        stderr=float(errors.std(ddof=1) / math.sqrt(len(errors))),
+        relative_error=error.mean,
+        stderr=error.stderr,
         psnr=float(np.mean(-10 * np.log10(np.maximum(squared, 1e-12)))),
         num_examples=len(x),
         certified_amplification=certified,
@@ -177,12 +171,11 @@ def _reconstruct(model: Reconstructor, batch):
     x, y = batch
     inverted, info = model.invert(y)
     found = jnp.clip(inverted, 0, 1)
-    data_error = example_norm(y - model.measure(x)) if model.spec.constrained else jnp.full(len(x), jnp.inf)
     return {
         "found": found,
         "relative_error": relative_error(found, x),
         "distance": example_norm(inverted - x),
-        "data_error": data_error,
+        "data_error": example_norm(y - model.measure(x)) if model.spec.constrained else jnp.full(len(x), jnp.inf),
         "error_bound": info.error_bound,
         "converged": info.converged,
     }
@@ -200,11 +193,11 @@ def perturb(model: Reconstructor, y: Float[np.ndarray, "b h w c"], noise: float,
         seed: Seed of the noise.
     """
     key = jax.random.fold_in(jax.random.key(seed), 2**31 + 6)
-    return Perturbed(*jax.device_get(_perturb(model, jnp.asarray(y), noise, model.noise_amplification, key)))
+    return jax.device_get(_perturb(model, jnp.asarray(y), noise, model.noise_amplification, key))
 
 
-@functools.partial(jax.jit, static_argnames="num_iterations")
-def _perturb(model, y, noise, certified, key: Key[Array, ""], num_iterations: int = NUM_ITERATIONS):
+@jax.jit
+def _perturb(model, y, noise, certified, key: Key[Array, ""]) -> Perturbed:
     normal, size = jax.random.normal(key, y.shape), noise * math.sqrt(math.prod(y.shape[1:]))
     before, info = model.invert(y)
     _, push = jax.linearize(lambda y: model.invert(y)[0], y)
@@ -213,12 +206,12 @@ def _perturb(model, y, noise, certified, key: Key[Array, ""], num_iterations: in
     def of_norm(d, size):
         return d * (size / jnp.maximum(example_norm(d), 1e-30)).reshape(-1, 1, 1, 1)
 
-    direction = jax.lax.fori_loop(0, num_iterations, lambda _, d: of_norm(pull(push(d))[0], 1.0), of_norm(normal, 1.0))
-    outcomes = []
+    direction = jax.lax.fori_loop(0, NUM_ITERATIONS, lambda _, d: of_norm(pull(push(d))[0], 1.0), of_norm(normal, 1.0))
+    ratios, within = [], jnp.ones(len(y), bool)
     for d in (noise * normal, of_norm(direction, size), of_norm(direction, SMALL * size)):
         after, info_after = model.invert(y + d)
         moved, norm = example_norm(after - before), example_norm(d)
         slack = info.error_bound + info_after.error_bound + jnp.finfo(y.dtype).eps * certified * (example_norm(y) + norm)
-        outcomes.append((moved / norm, moved <= certified * norm + slack))
-    ratios, within = (jnp.stack(values) for values in zip(*outcomes, strict=True))
-    return ratios[0], jnp.maximum(ratios[1], ratios[2]), jnp.all(within, axis=0)
+        ratios.append(moved / norm)
+        within &= moved <= certified * norm + slack
+    return Perturbed(ratios[0], jnp.maximum(ratios[1], ratios[2]), within)

@@ -11,7 +11,7 @@ where ``A = Var(a)``, ``D = mean_i Var(d_i)`` and ``E = mean_i Var(e_i)``: the t
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -82,9 +82,9 @@ class Likelihood(MeanAndError):
 
     Attributes:
         unit: "bits/dim" for images, "nats" for points.
-        estimator: Log-determinant behind ``mean`` in words, "exact log-determinant" where that is affordable.
+        estimator: Log-determinant that ``mean`` was computed with, in words, "exact log-determinant" where that is affordable.
         unbiased: Whether ``mean`` has no truncation bias.
-        truncation_bound: Bound of what the terms that are always computed can miss, mean over examples; 0 if exact.
+        truncation_bound: Bound of the truncation error of the terms that are always computed, mean over examples; 0 if exact.
         num_examples: Test examples.
         num_dequantisations: Noise draws of each example; 0 for points.
         num_probes: Probe draws of each noise draw.
@@ -152,18 +152,13 @@ class Likelihood(MeanAndError):
 
 
 class Measured(NamedTuple):
-    """Test likelihood, and what it is the mean of.
-
-    Attributes:
-        summary: The numbers of a report.
-        log_prob: Log-likelihood of each example in nats, mean over noise and probes.
-    """
+    """Test likelihood, and the log-likelihood of each example in nats, mean over noise and probes."""
 
     summary: Likelihood
     log_prob: Float[np.ndarray, " n"]
 
 
-def split_error(values: Float[np.ndarray, "n s p"]) -> MeanAndError:
+def split_error(values: Float[np.ndarray, "n s p"], stderr_probes: float | None = None) -> MeanAndError:
     r"""Splits the standard error of the mean of nested draws: an analysis of variance with random effects.
 
     ``E`` is the mean over ``i, s`` of the variance over ``p``. The variance over ``s`` of means over ``p`` expects
@@ -173,6 +168,7 @@ def split_error(values: Float[np.ndarray, "n s p"]) -> MeanAndError:
 
     Args:
         values: Objective by example, noise draw and probe draw.
+        stderr_probes: Part due to probes where it is known, as a single probe draw does not tell it.
 
     Raises:
         ValueError: If there are fewer than two examples.
@@ -184,6 +180,8 @@ def split_error(values: Float[np.ndarray, "n s p"]) -> MeanAndError:
     by_noise = values.mean(axis=2)
     by_example = by_noise.mean(axis=1)
     probes = values.var(axis=2, ddof=1).mean() if num_probes > 1 else None
+    if stderr_probes is not None:
+        probes = stderr_probes**2 * values.size
     noise = None
     if num_noise > 1:
         noise = max(by_noise.var(axis=1, ddof=1).mean() - (probes or 0.0) / num_probes, 0.0)
@@ -196,14 +194,6 @@ def split_error(values: Float[np.ndarray, "n s p"]) -> MeanAndError:
     stderr_probes, stderr_noise = stderr(probes, num_noise * num_probes), stderr(noise, num_noise)
     total = math.hypot(stderr_data, stderr_probes or 0.0, stderr_noise or 0.0)
     return MeanAndError(float(by_example.mean()), total, stderr_data, stderr_probes, stderr_noise)
-
-
-def without_probes(parts: MeanAndError, stderr_probes: float) -> MeanAndError:
-    """Parts of an error of single probe draws, with the known part of the probes taken out of the part that holds it."""
-    rest = {"stderr_data": parts.stderr_data, "stderr_dequantisation": parts.stderr_dequantisation}
-    holder = "stderr_data" if parts.stderr_dequantisation is None else "stderr_dequantisation"
-    rest[holder] = math.sqrt(max((rest[holder] or 0.0) ** 2 - stderr_probes**2, 0.0))
-    return replace(parts, stderr_probes=stderr_probes, **rest)
 
 
 def measure(
@@ -231,25 +221,49 @@ def measure(
         entropy_floor: Entropy of the data in nats, if known.
     """
     spec, configured = model.spec, settings.logdet.build()
+    draws = _Draws(model, examples, settings, seed, contexts)
     has_noise = spec.num_levels is not None or spec.grid is not None
     num_noise = settings.num_dequantisations if has_noise else 1
-    draws = _Draws(model, examples, settings, seed, contexts)
-    values, parts, facts = (_to_target if settings.target_stderr else _by_estimator)(draws, num_noise)
+    if settings.target_stderr:
+        found, accuracy = stated_accuracy.log_prob(
+            model,
+            examples,
+            settings.target_stderr,
+            seed,
+            num_dequantisations=num_noise,
+            batch_size=settings.batch_size,
+            contexts=contexts,
+        )
+        values = -spec.unit_of_a_nat * found[:, :, None]
+        parts = split_error(values, accuracy.stderr / math.sqrt(len(examples)))
+        bound, is_exact, num_checked = accuracy.bias_bound, accuracy.bias == accuracy.stderr == 0, max(settings.batch_size, 2)
+        within = f"log-determinants within {accuracy.target:g} {spec.unit} an example, root mean square"
+        estimator, unbiased = _in_words(ExactLogdet()) if is_exact else within, is_exact
+    else:
+        used, accuracy = draws.estimator, None
+        is_exact = isinstance(used, ExactLogdet)
+        values = draws.values(used, num_noise, 1 if is_exact else settings.num_probe_draws)
+        parts = split_error(values, 0.0 if is_exact else None)
+        cut, num_checked = _always_computed(used), len(examples) if is_exact else 0
+        bound = 0.0 if cut is None else float(np.mean(draws.outputs(cut, 0, 0)["truncation_bound"], dtype=np.float64))
+        estimator, unbiased = _in_words(used), used.unbiased
     check = None
-    if facts.pop("is_checked") and not isinstance(configured, ExactLogdet):
-        num = max(settings.batch_size, 2) if settings.target_stderr else len(examples)
-        estimated = draws.values(configured, 1, settings.num_probe_draws, num=num)[:, 0].mean(axis=1)
-        check = compare(estimated, values[:num, 0, 0], configured)
+    if num_checked and not isinstance(configured, ExactLogdet):
+        estimated = draws.values(configured, 1, settings.num_probe_draws, num_checked)[:, 0].mean(axis=1)
+        check = compare(estimated, values[:num_checked, 0, 0], configured)
     summary = Likelihood(
         **asdict(parts if has_noise else replace(parts, stderr_dequantisation=0.0)),
-        **facts,
         unit=spec.unit,
+        estimator=estimator,
+        unbiased=unbiased,
+        truncation_bound=bound,
         num_examples=len(examples),
         num_dequantisations=num_noise if has_noise else 0,
         num_probes=values.shape[2],
         estimate=check,
         entropy_floor=entropy_floor,
         num_dims=spec.flow.num_dims,
+        accuracy=accuracy,
     )
     return Measured(summary, -values.mean(axis=(1, 2)) / spec.unit_of_a_nat)
 
@@ -305,38 +319,6 @@ class _Draws(NamedTuple):
         metric = self.model.spec.metric
         found = [[self.outputs(estimator, s, p, num)[metric] for p in range(num_probes)] for s in range(num_noise)]
         return np.moveaxis(np.array(found, dtype=np.float64), -1, 0)
-
-
-def _by_estimator(draws: _Draws, num_noise: int) -> tuple[Float[np.ndarray, "n s p"], MeanAndError, dict[str, Any]]:
-    """Values, parts of their error and other fields of `Likelihood`, by exact or estimated log-determinants."""
-    estimator = draws.estimator
-    is_exact = isinstance(estimator, ExactLogdet)
-    values = draws.values(estimator, num_noise, 1 if is_exact else draws.settings.num_probe_draws)
-    parts = split_error(values)
-    cut = _always_computed(estimator)
-    bound = 0.0 if cut is None else float(np.mean(draws.outputs(cut, 0, 0)["truncation_bound"], dtype=np.float64))
-    facts = {"estimator": _in_words(estimator), "unbiased": estimator.unbiased, "truncation_bound": bound}
-    return values, replace(parts, stderr_probes=0.0) if is_exact else parts, {**facts, "is_checked": is_exact}
-
-
-def _to_target(draws: _Draws, num_noise: int) -> tuple[Float[np.ndarray, "n s p"], MeanAndError, dict[str, Any]]:
-    """The same by log-determinants of a stated accuracy."""
-    model, examples, settings, seed, contexts = draws
-    found, accuracy = stated_accuracy.log_prob(
-        model,
-        examples,
-        settings.target_stderr,
-        seed,
-        num_dequantisations=num_noise,
-        batch_size=settings.batch_size,
-        contexts=contexts,
-    )
-    values = -model.spec.unit_of_a_nat * found[:, :, None]
-    parts = without_probes(split_error(values), accuracy.stderr / math.sqrt(len(examples)))
-    is_exact = accuracy.bias == accuracy.stderr == 0
-    within = f"log-determinants within {accuracy.target:g} {model.spec.unit} an example, root mean square"
-    facts = {"estimator": _in_words(ExactLogdet()) if is_exact else within, "unbiased": is_exact}
-    return values, parts, {**facts, "truncation_bound": accuracy.bias_bound, "accuracy": accuracy, "is_checked": True}
 
 
 def compare(estimated: Float[np.ndarray, " n"], exact: Float[np.ndarray, " n"], estimator: LogdetEstimator) -> Estimate:

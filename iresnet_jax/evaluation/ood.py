@@ -9,19 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Integer, Num
 
 from iresnet_jax import data
-from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.head import linear
 from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.runs.config import EvaluationConfig
-from iresnet_jax.training.objectives.likelihood import evaluation_keys
+from iresnet_jax.training import parallel
+from iresnet_jax.training.objectives.likelihood import evaluate_batch, evaluate_examples
 
 OTHERS = ("rotated", "noise")
 NUM_EXAMPLES = 2000  # images of each side, at most
@@ -68,7 +67,7 @@ class Separation:
         return "\n".join(lines)
 
 
-Scores = Callable[[np.ndarray], dict[str, np.ndarray]]
+Scores = Callable[[np.ndarray], dict[str, np.ndarray]]  # of images, each by its name
 
 
 def auroc(inside: Float[np.ndarray, " n"], outside: Float[np.ndarray, " m"]) -> float:
@@ -152,54 +151,55 @@ def adapt(
     return np.rint(scaled * (new_levels - 1)).astype(np.uint8)
 
 
-def _in_batches(function: Callable[..., Any], model: Any, images: Num[np.ndarray, "n h w c"], batch_size: int) -> Any:
-    """Outputs in float64 of a function of (model, images, their places)."""
-    parts = []
-    for indices, mask in eval_batches(len(images), min(batch_size, len(images))):
-        outputs = jax.device_get(function(model, images[indices], indices))
-        parts.append(jax.tree.map(lambda values, mask=mask: values[mask].astype(np.float64), outputs))
-    return jax.tree.map(lambda *values: np.concatenate(values), *parts)
-
-
-@jax.jit
-def _pooled_and_logits(model, images, _):
+def _pooled_and_logits(model, images):
     pooled = model.pooled(images)
     return pooled, linear(model.head, pooled)
 
 
+def _class_log_probs(model, images):
+    return model.class_log_probs(images)
+
+
+def _outputs(function: Callable[..., Any], model: Any, images: Num[np.ndarray, "n h w c"], batch_size: int) -> Any:
+    """Outputs of ``function(model, images)`` in float64."""
+    evaluate = parallel.parallelize_eval(function)
+    found = parallel.over_batches(evaluate, model, lambda places: images[places], len(images), batch_size)
+    return jax.tree.map(lambda values: values.astype(np.float64), found)
+
+
 def _classifier_scores(model: Classifier, dataset: DataSet, batch_size: int) -> Scores:
+    from scipy.spatial.distance import cdist  # late, as above
+
     labels = dataset.labels["train"][:NUM_FITTED]
-    pooled, _ = _in_batches(_pooled_and_logits, model, dataset.examples["train"][:NUM_FITTED], batch_size)
+    pooled, _ = _outputs(_pooled_and_logits, model, dataset.examples["train"][:NUM_FITTED], batch_size)
     classes, places = np.unique(labels, return_inverse=True)
     means = np.stack([pooled[labels == k].mean(axis=0) for k in classes])
     spread = pooled - means[places]
     covariance = spread.T @ spread / len(spread)
     covariance += RIDGE * np.diag(covariance).max() * np.eye(len(covariance))
-    whiten = np.linalg.inv(np.linalg.cholesky(covariance)).T
+    inverse = np.linalg.inv(covariance)
 
     def score(images: np.ndarray) -> dict[str, np.ndarray]:
-        pooled, logits = _in_batches(_pooled_and_logits, model, images, batch_size)
+        pooled, logits = _outputs(_pooled_and_logits, model, images, batch_size)
         log_sum = np.logaddexp.reduce(logits, axis=1)
-        distances = np.linalg.norm((pooled[:, None] - means[None]) @ whiten, axis=-1)
+        distances = cdist(pooled, means, "mahalanobis", VI=inverse)
         return {"energy": -log_sum, "confidence": -np.exp(logits.max(axis=1) - log_sum), "distance": distances.min(axis=1)}
 
     return score
 
 
 def _density_scores(model: Density, dataset: DataSet, batch_size: int, seed: int) -> Scores:
-    @jax.jit
-    def bits(model, images, indices):
-        keys = evaluation_keys(jax.random.key(seed), jnp.asarray(indices), 0, 0)
-        return model.spec.in_units(model.terms(images, *keys).log_prob)
+    def bits(images: np.ndarray) -> np.ndarray:
+        evaluate, key = parallel.parallelize_eval(evaluate_batch), jax.random.key(seed)
+        return evaluate_examples(evaluate, model, images, key, batch_size)[model.spec.metric].astype(np.float64)
 
-    class_log_probs = jax.jit(lambda model, images, _: model.class_log_probs(images))
-    usual = _in_batches(bits, model, dataset.examples["train"][:NUM_FITTED], batch_size).mean()
+    usual = bits(dataset.examples["train"][:NUM_FITTED]).mean()
 
     def score(images: np.ndarray) -> dict[str, np.ndarray]:
-        found = _in_batches(bits, model, images, batch_size)
+        found = bits(images)
         scores = {"likelihood": found, "typicality": np.abs(found - usual)}
         if model.spec.num_classes is not None:
-            scores["confidence"] = -np.exp(_in_batches(class_log_probs, model, images, batch_size).max(axis=1))
+            scores["confidence"] = -np.exp(_outputs(_class_log_probs, model, images, batch_size).max(axis=1))
         return scores
 
     return score

@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from iresnet_jax.data.simulators import Simulator
 from iresnet_jax.evaluation import likelihood, samples
-from iresnet_jax.evaluation.likelihood import FLOOR_Z
+from iresnet_jax.evaluation.likelihood import FLOOR_Z, split_error
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import EvaluationConfig
 from iresnet_jax.runs.trained_run import Run
@@ -73,14 +73,7 @@ class Posterior:
 
 
 class Comparison(NamedTuple):
-    """Samples of the model and of the true posterior for a few test contexts, and the numbers of a report.
-
-    Attributes:
-        summary: The numbers.
-        contexts: The first test contexts.
-        truth: Samples of the true posterior by context.
-        samples: Samples of the model by context.
-    """
+    """The numbers of a report, the first test contexts, and samples of the truth and of the model for each of these."""
 
     summary: Posterior
     contexts: Float[np.ndarray, "c k"]
@@ -117,21 +110,21 @@ def compare(
     Raises:
         ValueError: If there are fewer than 2 examples.
     """
-    if len(examples) < 2:
-        raise ValueError(f"a standard error needs at least 2 examples, got {len(examples)}: evaluate more test data")
     truth = np.asarray(jax.jit(simulator.log_prob)(examples, contexts), np.float64)
     difference = truth - likelihood.log_prob(model, examples, settings, seed, contexts=contexts)
+    divergence = split_error(difference[:, None, None])
     chosen, num = contexts[: settings.num_posteriors], settings.num_posterior_samples
-    true_samples = _true_samples(simulator, chosen, num, seed)
-    model_samples = _model_samples(model, chosen, num, settings.batch_size, seed)
-    accuracies = tuple(c2st(ours, theirs) for theirs, ours in zip(true_samples, model_samples, strict=True))
-    summary = Posterior(
-        divergence=float(difference.mean()),
-        stderr=float(difference.std(ddof=1) / math.sqrt(len(difference))),
-        num_examples=len(examples),
-        c2st=accuracies,
-        num_samples=num,
-    )
+    true_samples = np.zeros((len(chosen), num, examples.shape[1]), np.float32)
+    draw = jax.jit(simulator.sample_given, static_argnums=2)
+    for i, key in enumerate(jax.random.split(jax.random.fold_in(jax.random.key(seed), 2**31 + 3), len(chosen))):
+        true_samples[i] = draw(key, chosen[i], num)
+    model_samples = np.zeros_like(true_samples)
+    if len(chosen):
+        repeated = np.repeat(chosen, num, axis=0)
+        drawn = samples.draw(model, len(repeated), settings.batch_size, seed=seed, contexts=repeated)
+        model_samples = drawn.values.reshape(model_samples.shape)
+    accuracies = tuple(map(c2st, model_samples, true_samples))
+    summary = Posterior(divergence.mean, divergence.stderr, len(examples), accuracies, num)
     return Comparison(summary, chosen, true_samples, model_samples)
 
 
@@ -165,18 +158,3 @@ def c2st(ours: Float[np.ndarray, "n d"], theirs: Float[np.ndarray, "n d"], *, se
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a classifier that could have been trained for longer
         return float(np.mean(cross_val_score(classifier, x, is_ours, cv=folds, scoring="accuracy")))
-
-
-def _true_samples(simulator: Simulator, contexts, num: int, seed: int) -> Float[np.ndarray, "c n d"]:
-    draw = jax.jit(simulator.sample_given, static_argnums=2)
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 2**31 + 3), len(contexts))
-    drawn = [np.asarray(draw(key, context, num)) for key, context in zip(keys, contexts, strict=True)]
-    return np.stack(drawn) if drawn else np.zeros((0, num, simulator.num_parameters), np.float32)
-
-
-def _model_samples(model: Density, contexts, num: int, batch_size: int, seed: int) -> Float[np.ndarray, "c n d"]:
-    if not len(contexts):
-        return np.zeros((0, num, *model.spec.flow.event_shape), np.float32)
-    repeated = np.repeat(contexts, num, axis=0)
-    drawn = samples.draw(model, len(repeated), batch_size, seed=seed, contexts=repeated)
-    return drawn.values.reshape(len(contexts), num, -1)

@@ -122,56 +122,8 @@ def _allocate(blocks, estimated, steps, variance):
     return choices
 
 
-class BlockSums:
-    """Sums over the probes of one block, by example and noise draw; they stay 0 for an exact block."""
-
-    def __init__(self, choice: Choice, shape: tuple[int, int]):
-        self.choice, self.num_draws = choice, 0
-        self._total, self._squares, self._bound = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-        self._changes = np.zeros((2, *shape))  # the last one, from a subspace of one dimension less, and the one before
-
-    @property
-    def num_probes(self) -> int:
-        """Probes of each example and noise draw."""
-        return self.num_draws * PROBES_AT_ONCE
-
-    def add(
-        self,
-        rows: Int[np.ndarray, " m"],
-        noise_draw: int,
-        values: Float[np.ndarray, "m 3 p"],
-        bounds: Float[np.ndarray, "m p"],
-    ) -> None:
-        """Adds the probes of a draw: values of subspaces of the last three numbers of dimensions, and bounds of the last."""
-        values = values.astype(np.float64)
-        self._total[rows, noise_draw] += values[:, -1].sum(axis=1)
-        self._squares[rows, noise_draw] += (values[:, -1] ** 2).sum(axis=1)
-        for i in range(2):
-            self._changes[i, rows, noise_draw] += (values[:, -1 - i] - values[:, -2 - i]).sum(axis=1)
-        self._bound[rows, noise_draw] += bounds.astype(np.float64).sum(axis=1)
-
-    def mean(self) -> Float[np.ndarray, "n s"]:
-        """The log-determinant."""
-        return self._total / self.num_probes
-
-    def variance(self) -> float:
-        """Variance of the mean over probes, mean over examples and noise draws."""
-        spread = (self._squares - self._total**2 / self.num_probes) / (self.num_probes - 1)
-        return float(np.maximum(spread, 0).mean()) / self.num_probes
-
-    def bias(self) -> float:
-        """Estimate of the bias in nats, root mean square over examples."""
-        last, before = (rms(change.mean(axis=1)) / self.num_probes for change in self._changes)
-        rounding = float(np.finfo(np.float32).eps) * rms(self.mean())
-        return min(extrapolated_bias(last, before, rounding), self.bias_bound())
-
-    def bias_bound(self) -> float:
-        """Bound of the bias for these probes, guaranteed if the Lipschitz constant is."""
-        return rms(self._bound.mean(axis=1)) / self.num_probes
-
-
 def extrapolated_bias(last_change: float, change_before: float, rounding: float) -> float:
-    """What is left of a sequence whose changes go on to shrink at the ratio of the last two, at least the last change.
+    """The rest of a sequence whose changes keep shrinking at the ratio of the last two; at least the last change.
 
     Args:
         last_change: Size of the last change.
@@ -190,41 +142,72 @@ def rms(values: Float[np.ndarray, "..."]) -> float:
 
 
 class Sums:
-    """All that has been computed for some examples and noise draws.
+    """Sums over the probes of every block, by example and noise draw; those of an exact block stay 0.
 
     Attributes:
-        known: Log-likelihood without the log-determinants of estimated blocks.
-        blocks: The sums of every block.
+        known: Log-likelihood without the log-determinants of estimated blocks, by example and noise draw.
+        num_draws: Draws of `PROBES_AT_ONCE` probes that an example has had for each noise draw, by block.
     """
 
     def __init__(self, choices: Sequence[Choice], shape: tuple[int, int]):
-        self.known = np.zeros(shape)
-        self.blocks = [BlockSums(choice, shape) for choice in choices]
+        self.known, self.num_draws = np.zeros(shape), [0 for _ in choices]
+        self._estimated = [b for b, choice in enumerate(choices) if choice.num_steps]
+        self._total, self._squares, self._bound = np.zeros((3, len(choices), *shape))
+        self._changes = np.zeros((2, len(choices), *shape))  # the last one, from one dimension less, and the one before
 
-    @property
-    def _estimated(self) -> list[BlockSums]:
-        return [block for block in self.blocks if block.choice.num_steps]
+    def num_probes(self, block: int) -> int:
+        """Probes of each example and noise draw."""
+        return self.num_draws[block] * PROBES_AT_ONCE
+
+    def add(
+        self,
+        block: int,
+        rows: Int[np.ndarray, " m"],
+        noise_draw: int,
+        values: Float[np.ndarray, "m 3 p"],
+        bounds: Float[np.ndarray, "m p"],
+    ) -> None:
+        """Adds the probes of a draw: values of subspaces of the last three numbers of dimensions, and bounds of the last."""
+        values = values.astype(np.float64)
+        self._total[block, rows, noise_draw] += values[:, -1].sum(axis=1)
+        self._squares[block, rows, noise_draw] += (values[:, -1] ** 2).sum(axis=1)
+        self._bound[block, rows, noise_draw] += bounds.astype(np.float64).sum(axis=1)
+        for i in range(2):
+            self._changes[i, block, rows, noise_draw] += (values[:, -1 - i] - values[:, -2 - i]).sum(axis=1)
 
     def log_prob(self) -> Float[np.ndarray, "n s"]:
         """Log-likelihood in nats."""
-        return self.known + sum((block.mean() for block in self._estimated), np.zeros(()))
+        return self.known + sum((self._total[b] / self.num_probes(b) for b in self._estimated), np.zeros(()))
 
     def stderr(self) -> float:
         """Standard error over probes of the mean over noise draws, root mean square over examples, in nats."""
-        return math.sqrt(sum((block.variance() for block in self._estimated), 0.0) / self.known.shape[1])
+        variance = 0.0
+        for b in self._estimated:
+            num = self.num_probes(b)
+            spread = (self._squares[b] - self._total[b] ** 2 / num) / (num - 1)
+            variance += float(np.maximum(spread, 0).mean()) / num
+        return math.sqrt(variance / self.known.shape[1])
 
     def bias(self) -> float:
-        """Estimate of the bias in nats."""
-        return sum((block.bias() for block in self._estimated), 0.0)
+        """Estimate of the bias in nats, root mean square over examples; biases of blocks are added."""
+        found = 0.0
+        for b in self._estimated:
+            last, before = (rms(change[b].mean(axis=1)) / self.num_probes(b) for change in self._changes)
+            rounding = float(np.finfo(np.float32).eps) * rms(self._total[b]) / self.num_probes(b)
+            found += min(extrapolated_bias(last, before, rounding), self._bias_bound(b))
+        return found
 
     def bias_bound(self) -> float:
-        """Bound of the bias in nats."""
-        return sum((block.bias_bound() for block in self._estimated), 0.0)
+        """Bound of the bias in nats for these probes, guaranteed if the Lipschitz constants are."""
+        return sum(map(self._bias_bound, self._estimated), 0.0)
+
+    def _bias_bound(self, block: int) -> float:
+        return rms(self._bound[block].mean(axis=1)) / self.num_probes(block)
 
     def missing_draws(self, target: float) -> list[int]:
         """Further draws of every block that are expected to meet the target; none if it is met or biases leave no room."""
         room, stderr = target - self.bias(), self.stderr()
         if room <= 0 or stderr <= room:
-            return [0 for _ in self.blocks]
+            return [0 for _ in self.num_draws]
         more = MARGIN * (stderr / room) ** 2 - 1
-        return [math.ceil(more * block.num_draws) for block in self.blocks]
+        return [math.ceil(more * num) for num in self.num_draws]

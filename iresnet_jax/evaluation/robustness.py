@@ -17,12 +17,10 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key, Num
 
 from iresnet_jax.certification.radius import CertifiedRadius, radius
 from iresnet_jax.certification.trajectory import in_float64
-from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.evaluation.accuracy import CONFIDENCE, fraction_interval
 from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.training.parallel import eval_batches
 
-RADII = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-NUM_EXAMPLES = 100  # test images, from the first
 _SHORTER = 1 - 1e-6  # than the radius, so that rounding leaves no perturbation longer than it
 
 
@@ -108,7 +106,7 @@ def evaluate(
     images: Integer[np.ndarray, "n h w c"],
     labels: Int[np.ndarray, " _"],
     *,
-    radii: Sequence[float] = RADII,
+    radii: Sequence[float],
     attack: Attack = Attack(),
     batch_size: int = 64,
     seed: int = 0,
@@ -137,22 +135,14 @@ def evaluate(
     right = certified.predicted == labels
     rows, resists = [], right
     for r in radii:
-        safe = certified.radius >= r
-        broken = np.zeros(len(images), bool)
+        safe, broken = certified.radius >= r, np.zeros(len(images), bool)
         for indices, mask in eval_batches(len(images), min(batch_size, len(images))):
             keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(indices))
             found = attacked(model, images[indices], certified.predicted[indices], r, keys, attack)
             broken[np.asarray(indices)[mask]] = found[mask]
         resists = resists & ~broken  # a perturbation of a smaller norm is one of this norm too
-        rows.append(
-            RobustnessAt(
-                r,
-                _fraction(right & safe),
-                fraction_interval(int(np.sum(right & safe)), len(right)),
-                _fraction(resists),
-                int(np.sum(safe & broken)),
-            )
-        )
+        verified, interval = _fraction(right & safe), fraction_interval(int(np.sum(right & safe)), len(right))
+        rows.append(RobustnessAt(r, verified, interval, _fraction(resists), int(np.sum(safe & broken))))
     median, whole = (float(np.median(values)) for values in (certified.radius, certified.global_radius))
     return Robustness(len(images), _fraction(right), tuple(rows), median, whole, CONFIDENCE)
 

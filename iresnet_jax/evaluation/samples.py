@@ -48,32 +48,11 @@ class SampleQuality:
 
 
 class Samples(NamedTuple):
-    """Samples and how their inverse ended.
-
-    Attributes:
-        values: Images of integer levels, or points.
-        converged: Whether each sample's inverse met its tolerance.
-        error_bound: Error bound of each sample, Euclidean, in the units of continuous data, by the product of the blocks'
-            bounds: vacuous for deep flows.
-        guarantee: Guaranteed errors of the first samples; None if that was not asked for.
-    """
+    """Images of integer levels, or points; whether each one's inverse met its tolerance; and the numbers of a report."""
 
     values: Num[np.ndarray, "n ..."]
     converged: Bool[np.ndarray, " n"]
-    error_bound: Float[np.ndarray, " n"]
-    guarantee: InverseGuarantee | None = None
-
-    @property
-    def quality(self) -> SampleQuality:
-        """The numbers of a report."""
-        failed = np.flatnonzero(~self.converged)
-        return SampleQuality(
-            num=len(self.values),
-            fraction_converged=float(self.converged.mean()),
-            max_error_bound=float(self.error_bound.max()),
-            failed=tuple(failed.tolist()),
-            guarantee=self.guarantee,
-        )
+    quality: SampleQuality
 
 
 def draw(
@@ -118,11 +97,9 @@ def draw(
         )
     at_once = min(num, batch_size)
     key, num_batches = jax.random.key(seed), -(-num // at_once)
-    batch_labels = [None] * num_batches if labels is None else _label_batches(model, labels, num, at_once)
-    parts = [
-        jax.device_get(_latents(model, jax.random.fold_in(key, i), at_once, temperature, batch_labels[i]))
-        for i in range(num_batches)
-    ]
+    batches = [None] * num_batches if labels is None else _label_batches(model, labels, num, at_once)
+    keys = [jax.random.fold_in(key, i) for i in range(num_batches)]
+    parts = [_latents(model, key, at_once, temperature, batch) for key, batch in zip(keys, batches, strict=True)]
     latents = np.concatenate(parts)[:num]
     taken = None if contexts is None else contexts[np.arange(num) % len(contexts)]
 
@@ -130,10 +107,11 @@ def draw(
         return latents[places], None if taken is None else taken[places]
 
     whole, bounds = parallel.over_batches(parallel.parallelize_eval(_decode), model, batch_of, num, batch_size)
-    found = None
+    converged, found = whole.info.converged, None
     if num_certified is not None:
         found, _ = guarantee.bound_inverses(model, [whole], num_certified, taken)
-    return Samples(whole.data, whole.info.converged, bounds, found)
+    failed = tuple(np.flatnonzero(~converged).tolist())
+    return Samples(whole.data, converged, SampleQuality(num, float(converged.mean()), float(bounds.max()), failed, found))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

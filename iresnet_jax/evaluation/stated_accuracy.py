@@ -20,9 +20,8 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from iresnet_jax.branches.branch import Branch
-from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.evaluation import probes
-from iresnet_jax.evaluation.probes import PROBES_AT_ONCE, Block, Sums, rms
+from iresnet_jax.evaluation.probes import PROBES_AT_ONCE, Block, Choice, Sums, rms
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo, draw_probes
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.krylov import nested_quadratic_forms
@@ -30,6 +29,7 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import branch_inputs
 from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
+from iresnet_jax.training.parallel import eval_batches
 
 PILOT_EXAMPLES, PILOT_PROBES = 32, 4
 # Dimensions of the pilot's Krylov subspaces; the last stands for the truth. A later set follows if one does not suffice.
@@ -113,22 +113,19 @@ def log_prob(
     draws = [choice.num_probes // PROBES_AT_ONCE for choice in choices]
     for is_first in (True, *(False for _ in range(MAX_ROUNDS))):
         for noise_draw in range(num_dequantisations):
-            evaluation.add(sums, noise_draw, draws, is_first=is_first)
-        for block, more in zip(sums.blocks, draws, strict=True):
-            block.num_draws += more
+            evaluation.add(sums, choices, noise_draw, draws, is_first=is_first)
+        sums.num_draws = [num + more for num, more in zip(sums.num_draws, draws, strict=True)]
         draws = sums.missing_draws(in_nats)
         if not any(draws):
             break
-    costs = (
-        replace(c, num_probes=p.num_probes).cost(b) / b.product for b, c, p in zip(blocks, choices, sums.blocks, strict=True)
-    )
+    done = [replace(choice, num_probes=sums.num_probes(b)) for b, choice in enumerate(choices)]
     accuracy = Accuracy(
         target=target,
         bias=sums.bias() * spec.unit_of_a_nat,
         stderr=sums.stderr() * spec.unit_of_a_nat,
         bias_bound=sums.bias_bound() * spec.unit_of_a_nat,
-        products=sum(costs),
-        plan=_in_words(blocks, choices, sums.blocks),
+        products=sum(choice.cost(block) / block.product for choice, block in zip(done, blocks, strict=True)),
+        plan=_in_words(blocks, done),
         unit=spec.unit,
     )
     return sums.log_prob(), accuracy
@@ -164,7 +161,7 @@ class _Evaluation:
             asked = probes.worth_more_steps(blocks, sizes[-1] + 1, target, num_noise)
         return blocks
 
-    def add(self, sums: Sums, noise_draw: int, draws: list[int], *, is_first: bool) -> None:
+    def add(self, sums: Sums, choices: list[Choice], noise_draw: int, draws: list[int], *, is_first: bool) -> None:
         """Adds draws of probes for every block; at first also exact blocks and everything else."""
         num, multiple = len(self._examples), parallel.all_devices()
         size = -(-min(self._batch_size, num) // multiple) * multiple
@@ -172,15 +169,14 @@ class _Evaluation:
             prepared, rows = self._prepare(numbers, size, noise_draw), numbers[mask]
             if is_first:
                 sums.known[rows, noise_draw] = prepared["known"][mask]
-            for b, (block, more) in enumerate(zip(sums.blocks, draws, strict=True)):
-                steps = block.choice.num_steps
-                if not steps and is_first:
+            for b, choice in enumerate(choices):
+                if not choice.num_steps and is_first:
                     exact = self._of_block(b, (), 0, prepared, size, noise_draw, 0)["values"]
                     sums.known[rows, noise_draw] += exact[mask]
-                for draw in range(block.num_draws, block.num_draws + more):
-                    sizes = tuple(range(steps - 2, steps + 1))
+                sizes = tuple(range(choice.num_steps - 2, choice.num_steps + 1))
+                for draw in range(sums.num_draws[b], sums.num_draws[b] + draws[b]):
                     outputs = self._of_block(b, sizes, PROBES_AT_ONCE, prepared, size, noise_draw, draw)
-                    block.add(rows, noise_draw, outputs["values"][mask], outputs["bounds"][mask])
+                    sums.add(b, rows, noise_draw, outputs["values"][mask], outputs["bounds"][mask])
 
     def _prepare(self, numbers, size, noise_draw):
         """The likelihood without the log-determinants of blocks, the blocks' inputs, and what else they need."""
@@ -263,16 +259,16 @@ def _probe_keys(key, examples, noise_draw, block, draw):
     return jax.vmap(lambda key: jax.random.fold_in(key, block))(keys)
 
 
-def _in_words(blocks, choices, sums):
+def _in_words(blocks: list[Block], choices: list[Choice]) -> tuple[str, ...]:
+    """What the blocks of every stage did."""
     words = []
     for stage in dict.fromkeys(block.stage for block in blocks):
-        own = [b for b, block in enumerate(blocks) if block.stage == stage]
-        exact = sum(not choices[b].num_steps for b in own)
-        parts = [f"{exact} exact"] if exact else []
-        if len(own) > exact:
-            steps = next(choices[b].num_steps for b in own if choices[b].num_steps)
-            numbers = [sums[b].num_probes for b in own if choices[b].num_steps]
-            most = f"{min(numbers)}-{max(numbers)}" if min(numbers) < max(numbers) else f"{max(numbers)}"
-            parts.append(f"{len(numbers)} by {most} probes of {steps} products each")
+        own = [choice for block, choice in zip(blocks, choices, strict=True) if block.stage == stage]
+        estimated = [choice for choice in own if choice.num_steps]
+        parts = [f"{len(own) - len(estimated)} exact"] if len(own) > len(estimated) else []
+        if estimated:
+            least, most = (end(choice.num_probes for choice in estimated) for end in (min, max))
+            num = f"{least}-{most}" if least < most else f"{most}"
+            parts.append(f"{len(estimated)} by {num} probes of {estimated[0].num_steps} products each")
         words.append(f"{stage}: blocks {', '.join(parts)}")
     return tuple(words)

@@ -25,7 +25,7 @@ class TrainingTimes:
     """Wall-clock time of a training run; None where its metrics do not tell.
 
     Attributes:
-        steps: Updates behind the evaluated parameters.
+        steps: Number of updates that led to the evaluated parameters.
         total_steps: Updates of the run so far.
         seconds_per_step: Median over the logged windows.
         compile_seconds: Start to end of the first step, of the last process.
@@ -89,23 +89,20 @@ class Report:
 
     @property
     def certified(self) -> bool:
-        """Whether every block is certified a contraction."""
-        return self.lipschitz is not None and self.lipschitz.certified
+        """Whether every block is certified a contraction, by bounds that are guaranteed and not the user's word."""
+        known = self.lipschitz
+        return known is not None and known.certified and all(block.word == "certified" for block in known.blocks)
 
     def warnings(self) -> list[str]:
         """Sentences to read before any number."""
-        promised = self.lipschitz is None or self.lipschitz.coeff is not None
-        return [
-            *self.notes,
-            *(self.likelihood.warnings() if self.likelihood else ()),
-            *(self.posterior.warnings() if self.posterior else ()),
-            *(self.classification.warnings() if self.classification else ()),
-            *(self.inverse_problem.warnings() if self.inverse_problem else ()),
-            *(self.samples.warnings() if self.samples else ()),
-            *(self.samples_by_class.warnings("samples by class") if self.samples_by_class else ()),
-            *(self.inverse.warnings(promised=promised) if self.inverse else ()),
-            *(certificate_warnings(self.lipschitz) if self.lipschitz else ()),
-        ]
+        found = list(self.notes)
+        for part in (self.likelihood, self.posterior, self.classification, self.inverse_problem, self.samples):
+            found += part.warnings() if part else ()
+        if self.samples_by_class:
+            found += self.samples_by_class.warnings("samples by class")
+        if self.inverse:
+            found += self.inverse.warnings(promised=self.lipschitz is None or self.lipschitz.coeff is not None)
+        return [*found, *(certificate_warnings(self.lipschitz) if self.lipschitz else ())]
 
     def __str__(self) -> str:
         verdict = self.lipschitz and self.lipschitz.verdict
@@ -115,8 +112,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Content of ``report.json``; numbers that are not finite become None."""
-        facts = {name: value for name, value in asdict(self).items() if value is not None}
-        del facts["notes"]
+        facts = {name: value for name, value in asdict(self).items() if value is not None and name != "notes"}
         if self.likelihood:
             facts[self.likelihood.key] = facts.pop("likelihood")
         if self.posterior:

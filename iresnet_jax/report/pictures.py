@@ -2,9 +2,9 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Num
@@ -28,14 +28,14 @@ def examples(
     values: Num[np.ndarray, "n ..."], num_levels: int | None, *, columns: int = 8, captions: Sequence[str] | None = None
 ) -> "Figure":
     """Draws images by `image_grid`, continuous ones from their 1 % to their 99 % quantile; of vectors two entries."""
-    if num_levels is None and values.ndim == 4:
-        finite = values[np.isfinite(values)]
-        low, high = np.quantile(finite, [0.01, 0.99]) if finite.size else (0.0, 1.0)
-        scaled = np.clip((values - low) / max(high - low, 1e-12), 0.0, 1.0)
-        return image_grid(scaled if values.shape[-1] in (1, 3) else scaled[..., :1], columns, captions=captions)
-    if num_levels is None:
-        return scatter(values[:, :2] if values.shape[1] > 1 else np.stack([values[:, 0], np.zeros(len(values))], axis=1))
-    return image_grid(values / (num_levels - 1), columns, captions=captions)
+    if num_levels is not None:
+        return image_grid(values / (num_levels - 1), columns, captions=captions)
+    if values.ndim != 4:
+        return scatter(values[:, :2] if values.shape[1] > 1 else np.pad(values, ((0, 0), (0, 1))))
+    finite = values[np.isfinite(values)]
+    low, high = np.quantile(finite, [0.01, 0.99]) if finite.size else (0.0, 1.0)
+    scaled = np.clip((values - low) / max(high - low, 1e-12), 0.0, 1.0)
+    return image_grid(scaled if values.shape[-1] in (1, 3) else scaled[..., :1], columns, captions=captions)
 
 
 def write_samples(
@@ -54,35 +54,6 @@ def write_png(figure: "Figure", path: Path) -> Path:
     with replacing(path) as incoming:
         figure.savefig(incoming, format="png", dpi=150)
     return path
-
-
-def reconstructions(result: Reconstructions) -> "Figure | None":
-    """Draws the first originals above their reconstructions; None for points, and for images that are not in [0, 1]."""
-    if result.originals.ndim != 4 or result.originals.min() < 0 or result.originals.max() > 1:
-        return None
-    shown = slice(0, NUM_RECONSTRUCTED)
-    errors = np.asarray(result.trip.max_abs_error)[shown]
-    return reconstruction_pairs(result.originals[shown], result.reconstructions[shown], errors)
-
-
-def reconstructed_measurements(found: Reconstructed) -> "Figure":
-    """Draws the first measurements above their reconstructions and the images that were measured."""
-    shown = slice(0, NUM_RECONSTRUCTED)
-    count, (height, width) = len(found.x[shown]), found.x.shape[1:3]
-    cell = 9.0 / max(count, 6)
-    figure = style.figure(width=0.9 + cell * count, height=0.3 + 3.2 * cell * height / width)
-    grid = figure.subplots(3, count, squeeze=False)
-    rows = (("measured", found.y), ("reconstructed", found.found), ("image", found.x))
-    for row, (name, images) in zip(grid, rows, strict=True):
-        row[0].set_ylabel(name, size=9, color=style.MIDTONE)
-        for axes, image in zip(row, _rgb(images[shown]), strict=True):
-            axes.imshow(_mosaic(image[None], 1, gap=0), interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            for spine in axes.spines.values():
-                spine.set_visible(False)
-    for axes, error in zip(grid[1], found.relative_error[shown], strict=True):
-        axes.set_xlabel(f"{error:.3f}", size=7, color=style.MIDTONE)
-    return figure
 
 
 def image_grid(images: Images, columns: int = 8, *, captions: Sequence[str] | None = None) -> "Figure":
@@ -106,27 +77,29 @@ def image_grid(images: Images, columns: int = 8, *, captions: Sequence[str] | No
     finite = pixels[np.isfinite(pixels)]
     if finite.size and (finite.min() < 0.0 or finite.max() > 1.0):
         raise ValueError(f"pixels must lie in [0, 1], got [{finite.min():.3g}, {finite.max():.3g}]: undo the preprocessing")
-    columns = min(columns, len(pixels))
-    if captions is not None:
-        return _captioned(pixels, columns, captions)
-    mosaic = _mosaic(pixels, columns)
-    rows = math.ceil(len(pixels) / columns)
-    figure = style.figure(width=1.0 * columns, height=1.0 * rows * images.shape[1] / images.shape[2], row_gap=None)
+    columns, (count, height, width, _) = min(columns, len(pixels)), pixels.shape
+    rows, below = math.ceil(count / columns), 1 if captions is None else 1 + math.ceil(height / 4)
+    tiles = np.pad(_opaque(pixels), ((0, rows * columns - count), (0, below), (0, 1), (0, 0)))
+    tiles = tiles.reshape(rows, columns, *tiles.shape[1:]).swapaxes(1, 2)
+    mosaic = tiles.reshape(rows * (height + below), columns * (width + 1), 4)[:-1, :-1]
+    figure = style.figure(width=1.0 * columns, height=1.0 * rows * (height + below - 1) / width, row_gap=None)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.imshow(mosaic, interpolation="nearest", aspect="auto")
+    for i, caption in enumerate(captions or ()):
+        row, column = divmod(i, columns)
+        place = column * (width + 1) + width / 2 - 0.5, row * (height + below) + height
+        axes.text(*place, caption, ha="center", va="top", size=8, color=style.MIDTONE)
     axes.set_axis_off()
     return figure
 
 
-def _captioned(pixels: Float[np.ndarray, "n h w 3"], columns: int, captions: Sequence[str]) -> "Figure":
-    rows = math.ceil(len(pixels) / columns)
-    figure = style.figure(width=1.0 * columns, height=1.25 * rows * pixels.shape[1] / pixels.shape[2])
-    for axes, pixel, caption in zip(figure.subplots(rows, columns, squeeze=False).flat, pixels, captions, strict=False):
-        axes.imshow(_mosaic(pixel[None], 1, gap=0), interpolation="nearest")
-        axes.set_title(caption, size=8, color=style.MIDTONE, pad=2)
-    for axes in figure.axes:
-        axes.set_axis_off()
-    return figure
+def reconstructions(result: Reconstructions) -> "Figure | None":
+    """Draws the first originals above their reconstructions; None for points, and for images that are not in [0, 1]."""
+    if result.originals.ndim != 4 or result.originals.min() < 0 or result.originals.max() > 1:
+        return None
+    shown = slice(0, NUM_RECONSTRUCTED)
+    errors = np.asarray(result.trip.max_abs_error)[shown]
+    return reconstruction_pairs(result.originals[shown], result.reconstructions[shown], errors)
 
 
 def reconstruction_pairs(originals: Images, reconstructions: Images, errors: Float[np.ndarray, " n"]) -> "Figure":
@@ -145,26 +118,42 @@ def reconstruction_pairs(originals: Images, reconstructions: Images, errors: Flo
     """
     above, below = _rgb(originals), _rgb(reconstructions)
     maps = np.abs(above - below).max(axis=-1)
-    count, height, width, _ = above.shape
-    cell = 9.0 / max(count, 6)
-    figure = style.figure(width=1.6 + cell * count, height=0.7 + 3.0 * cell * height / width)
-    grid = figure.subplots(3, count, squeeze=False)
+    rows = {"original": _opaque(above), "inverted": _opaque(below), "|difference|": maps}
     largest = np.max(maps, where=np.isfinite(maps), initial=0.0)
-    shown = None
-    for i in range(count):
-        grid[0, i].imshow(_mosaic(above[i : i + 1], 1, gap=0), interpolation="nearest")
-        grid[1, i].imshow(_mosaic(below[i : i + 1], 1, gap=0), interpolation="nearest")
-        shown = grid[2, i].imshow(maps[i], interpolation="nearest", cmap="magma", vmin=0.0, vmax=largest or 1.0)
-        grid[2, i].set_xlabel(f"{errors[i]:.1e}" if np.isfinite(errors[i]) else "not finite", size=7, color=style.MIDTONE)
-    for row, name in zip(grid, ("original", "inverted", "|difference|"), strict=True):
-        row[0].set_ylabel(name, size=9, color=style.MIDTONE)
-        for axes in row:
-            axes.set(xticks=[], yticks=[])
-            for spine in axes.spines.values():
-                spine.set_visible(False)
-    if shown is not None:
-        style.colorbar(figure, shown, list(grid[2]), label="")
+    figure, grid = _strips(rows, margins=(1.6, 0.7), cmap="magma", vmin=0.0, vmax=largest or 1.0)
+    for axes, error in zip(grid[2], errors, strict=True):
+        axes.set_xlabel(f"{error:.1e}" if np.isfinite(error) else "not finite", size=7, color=style.MIDTONE)
+    style.colorbar(figure, grid[2, 0].images[0], list(grid[2]), label="")
     return figure
+
+
+def reconstructed_measurements(found: Reconstructed) -> "Figure":
+    """Draws the first measurements above their reconstructions and the images that were measured."""
+    rows = {"measured": found.y, "reconstructed": found.found, "image": found.x}
+    rows = {name: _opaque(_rgb(images[:NUM_RECONSTRUCTED])) for name, images in rows.items()}
+    figure, grid = _strips(rows, margins=(0.9, 0.5))
+    for axes, error in zip(grid[1], found.relative_error, strict=False):
+        axes.set_xlabel(f"{error:.3f}", size=7, color=style.MIDTONE)
+    return figure
+
+
+def _strips(rows: Mapping[str, np.ndarray], margins: tuple[float, float], **options: Any) -> "tuple[Figure, np.ndarray]":
+    """Draws named rows of RGBA images or of maps, for which the options are; returns the figure and its grid of axes.
+
+    Args:
+        margins: Inches beside and between the images, which are 1.5 inches wide at most.
+    """
+    count, height, width = next(iter(rows.values())).shape[:3]
+    cell = 9.0 / max(count, 6)
+    figure = style.figure(width=margins[0] + cell * count, height=margins[1] + len(rows) * cell * height / width)
+    grid = figure.subplots(len(rows), count, squeeze=False)
+    for line, (name, images) in zip(grid, rows.items(), strict=True):
+        for axes, image in zip(line, images, strict=True):
+            axes.imshow(image, interpolation="nearest", **options)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        line[0].set_ylabel(name, size=9, color=style.MIDTONE)
+    return figure, grid
 
 
 def _rgb(images: Images) -> Float[np.ndarray, "n h w 3"]:
@@ -175,14 +164,7 @@ def _rgb(images: Images) -> Float[np.ndarray, "n h w 3"]:
     return images if images.shape[-1] == 3 else np.repeat(images.mean(axis=-1, keepdims=True), 3, axis=-1)
 
 
-def _mosaic(pixels: Float[np.ndarray, "n h w 3"], columns: int, gap: int = 1) -> Float[np.ndarray, "rows columns 4"]:
-    """Tiles images in reading order into one RGBA array, with transparent gaps."""
-    count, height, width, _ = pixels.shape
-    rows = math.ceil(count / columns)
-    opaque = np.ones((count, height, width, 4))
-    opaque[..., :3] = np.where(np.isfinite(pixels).all(-1, keepdims=True), np.clip(pixels, 0.0, 1.0), NOT_FINITE)
-    canvas = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4))
-    for i, tile in enumerate(opaque):
-        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
-        canvas[top : top + height, left : left + width] = tile
-    return canvas
+def _opaque(pixels: Float[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n h w 4"]:
+    """RGBA images in [0, 1], with the colour `NOT_FINITE` where a channel is not."""
+    shown = np.where(np.isfinite(pixels).all(-1, keepdims=True), np.clip(pixels, 0.0, 1.0), NOT_FINITE)
+    return np.concatenate([shown, np.ones((*shown.shape[:3], 1))], axis=-1)

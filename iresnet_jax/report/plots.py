@@ -29,7 +29,6 @@ _TERMS = {
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
 }
-_NOT_CURVES = {"step", "split", "wall_time_s"}
 
 
 def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int | None = None) -> "Figure":
@@ -51,20 +50,22 @@ def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int | 
         >>> len(learning_curves(records).axes)
         2
     """
-    headline = next((name for name in _HEADLINES if any(name in record for record in records)), None)
+    logged = {name for record in records for name, value in record.items() if _is_number(value)}
+    headline = next((name for name in _HEADLINES if name in logged), None)
     if headline is None:
         raise ValueError(
             f"the {len(records)} records hold none of {', '.join(_HEADLINES)}: log at least one of them at every step shown"
         )
-    terms = [name for name in _TERMS if any(name in record for record in records)]
-    terms += sorted({k for r in records for k, v in r.items() if _is_number(v)} - {headline, *terms, *_NOT_CURVES})
+    terms = [name for name in _TERMS if name in logged]
+    terms += sorted(logged - {headline, *terms, "step", "wall_time_s"})
     columns = 4
     rows = math.ceil(len(terms) / columns)
     figure = style.figure(width=10.0, height=3.6 + 1.85 * rows, row_gap=0.09)
     grid = figure.add_gridspec(1 + rows, columns, height_ratios=[2.0, *[1.0] * rows])
     by_step = figure.add_subplot(grid[0, : columns // 2])
     by_time = figure.add_subplot(grid[0, columns // 2 :])
-    seconds, unit = _time_unit(max((r.get("wall_time_s") or 0.0 for r in records), default=0.0))
+    longest = max((record.get("wall_time_s") or 0.0 for record in records), default=0.0)
+    seconds, unit = (3600.0, "h") if longest >= 7200 else (60.0, "min") if longest >= 120 else (1.0, "s")
     _draw_splits(by_step, records, "step", headline)
     _draw_splits(by_time, records, "wall_time_s", headline, x_scale=1.0 / seconds)
     style.label(by_step, "step", _HEADLINES[headline], title=_evaluated(records, headline, evaluated_step))
@@ -303,14 +304,10 @@ def error_histogram(errors: Float[np.ndarray, " n"], bounds: Float[np.ndarray, "
 def _draw_splits(axes: "Axes", records: Sequence[Mapping[str, Any]], x: str, y: str, *, x_scale: float = 1.0) -> None:
     """Draws one quantity of both splits: training faint with its running median, validation with markers."""
     for split, color in (("train", style.BLUE), ("validation", style.ORANGE)):
-        pairs = sorted(
-            (r[x] * x_scale, r[y] if _is_number(r[y]) else math.nan)
-            for r in records
-            if r.get("split") == split and y in r and _is_number(r.get(x))
-        )
-        if not pairs:
+        found = [record for record in records if record.get("split") == split and y in record and _is_number(record.get(x))]
+        if not found:
             continue
-        values = np.array(pairs, dtype=np.float64)
+        values = np.array(sorted((r[x] * x_scale, r[y] if _is_number(r[y]) else math.nan) for r in found), dtype=np.float64)
         values[~np.isfinite(values)] = np.nan
         if split == "validation":
             axes.plot(*values.T, color=color, linewidth=1.4, marker="o", markersize=3, label=split, zorder=3)
@@ -334,13 +331,6 @@ def _running_median(values: Float[np.ndarray, "n 2"], window: int) -> Float[np.n
     starts = range(0, len(values) - window + 1, max(window // 2, 1))
     windows = [values[s : s + window] for s in starts]
     return np.array([np.nanmedian(w, axis=0) if np.isfinite(w).all(axis=1).any() else [np.nan] * 2 for w in windows])
-
-
-def _time_unit(longest_s: float) -> tuple[float, str]:
-    """The unit in which the longest time is a readable number: its seconds and its name."""
-    if longest_s >= 2 * 3600:
-        return 3600.0, "h"
-    return (60.0, "min") if longest_s >= 120 else (1.0, "s")
 
 
 def _is_number(value: object) -> bool:

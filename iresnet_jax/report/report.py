@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,15 +18,7 @@ from iresnet_jax.evaluation import (
     posterior,
     samples,
 )
-from iresnet_jax.evaluation.accuracy import Classification
-from iresnet_jax.evaluation.inverse_problem import InverseProblem
-from iresnet_jax.evaluation.inversion import Inversion
-from iresnet_jax.evaluation.likelihood import Likelihood
-from iresnet_jax.evaluation.points import Points
-from iresnet_jax.evaluation.posterior import Posterior
-from iresnet_jax.evaluation.samples import SampleQuality
 from iresnet_jax.json_dataclasses import to_plain
-from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.report import page, pictures, plots
@@ -45,7 +37,8 @@ SAMPLES_A_CLASS, CLASSES_SHOWN = 8, 10  # samples of each of the first classes
 MAP_SIDE = 128
 LOG_PROB_FILE = "test_log_prob.npy"
 
-Figures = dict[str, "Figure"]
+Results = dict[str, Any]  # fields of `Report`
+Figures = dict[str, "Figure"]  # by the name that the page gives them
 
 
 def write(run: Run) -> Report:
@@ -56,32 +49,26 @@ def write(run: Run) -> Report:
         >>> report.likelihood.mean  # doctest: +SKIP
     """
     run = run.with_data_checked()
-    records, config, examples = read_metrics(run.folder), to_plain(run.config), run.test_examples()
+    records, examples = read_metrics(run.folder), run.test_examples()
+    results: Results = {}
     figures: Figures = {}
     if curves := [record for record in records if record["split"] != "timing"]:
         figures["learning_curves"] = plots.learning_curves(curves, run.step)
-    measured, points, drawn = None, None, None
     if isinstance(run.model, Density):
-        measured, points, drawn = _density(run, run.model, examples, figures)
-    compared = _posterior(run, figures)
-    classification, by_class = _classes(run, examples, figures) if run.has_classes else (None, None)
-    measurements = _measurements(run, figures) if isinstance(run.model, Reconstructor) else None
-    inverse, certificate = _bijection(run, examples, figures) if run.is_bijective else (None, None)
-    report = Report(
-        train=TrainingTimes.from_metrics(records, run.step),
-        environment=environment.describe(),
-        config=config,
-        likelihood=measured,
-        points=points,
-        posterior=compared,
-        classification=classification,
-        inverse_problem=measurements,
-        samples=drawn,
-        samples_by_class=by_class,
-        inverse=inverse,
-        lipschitz=certificate,
-        notes=run.notes,
-    )
+        results |= _density(run, run.model, examples, figures)
+    if compared := posterior.compare_run(run):
+        results["posterior"] = compared.summary
+        if len(compared.contexts):
+            figures["posteriors"] = plots.posteriors(compared.truth, compared.samples)
+    if run.has_classes:
+        results |= _classes(run, examples, figures)
+    if isinstance(run.model, Reconstructor):
+        results["inverse_problem"], found = inverse_problem.evaluate_run(run)
+        figures["measurements"] = pictures.reconstructed_measurements(found)
+    if run.is_bijective:
+        results |= _bijection(run, examples, figures)
+    times, config = TrainingTimes.from_metrics(records, run.step), to_plain(run.config)
+    report = Report(times, environment.describe(), config, notes=run.notes, **results)
     uris = {name: to_svg_or_png(figure) for name, figure in figures.items()}
     html = page.render(report, uris, title=run.folder.resolve().name, references=dict(run.config.references.values))
     _write_text(run.folder / "report.json", json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n")
@@ -89,72 +76,53 @@ def write(run: Run) -> Report:
     return report
 
 
-def _density(
-    run: Run, model: Density, examples: np.ndarray, figures: Figures
-) -> tuple[Likelihood, Points | None, SampleQuality]:
+def _density(run: Run, model: Density, examples: np.ndarray, figures: Figures) -> Results:
     """Likelihood, of vectors that of each point as well, and samples of a density."""
-    settings, seed, levels = run.config.evaluation, run.config.seed, model.spec.num_levels
+    settings, seed = run.config.evaluation, run.config.seed
     contexts, is_image = run.test_contexts(), len(model.spec.flow.event_shape) == 3
-    drawn = samples.draw(model, NUM_IMAGES if is_image else NUM_POINTS, settings.batch_size, seed=seed, contexts=contexts)
-    figures["samples"] = pictures.examples(drawn.values, levels)
+    num = NUM_IMAGES if is_image else NUM_POINTS
+    drawn = samples.draw(model, num, settings.batch_size, seed=seed, contexts=contexts)
+    figures["samples"] = pictures.examples(drawn.values, model.spec.num_levels)
     if model.spec.flow.event_shape == (2,) and contexts is None:
-        figures["density"] = plots.density_map(*points.log_density_on_grid(model, examples[:NUM_POINTS], MAP_SIDE))
+        figures["density"] = plots.density_map(*points.log_density_on_grid(model, examples[:num], MAP_SIDE))
     elif not is_image:
-        figures["pairs"] = plots.pairs(examples[:NUM_POINTS], drawn.values)
+        figures["pairs"] = plots.pairs(examples[:num], drawn.values)
     measured = likelihood.measure(model, examples, settings, seed, contexts=contexts, entropy_floor=run.data.entropy)
+    results = {"likelihood": measured.summary, "samples": drawn.quality}
     if is_image:
-        return measured.summary, None, drawn.quality
-    taken = None if contexts is None else contexts[np.arange(len(drawn.values)) % len(contexts)]  # as `samples.draw` does
+        return results
+    taken = None if contexts is None else contexts[np.arange(num) % len(contexts)]  # as `samples.draw` does
     of_samples = likelihood.log_prob(model, drawn.values, settings, seed, contexts=taken)
     unlikely = points.least_likely(examples, measured.log_prob)
     figures["likelihoods"] = plots.likelihoods(examples, measured.log_prob, of_samples, [point.row for point in unlikely])
     with replacing(run.folder / LOG_PROB_FILE) as incoming, incoming.open("wb") as file:
         np.save(file, measured.log_prob)
-    return measured.summary, Points(LOG_PROB_FILE, unlikely), drawn.quality
+    return {**results, "points": points.Points(LOG_PROB_FILE, unlikely)}
 
 
-def _posterior(run: Run, figures: Figures) -> Posterior | None:
-    """A conditional density beside the true posterior; None where no simulator knows it."""
-    found = posterior.compare_run(run)
-    if found is None:
-        return None
-    if len(found.contexts):
-        figures["posteriors"] = plots.posteriors(found.truth, found.samples)
-    return found.summary
-
-
-def _classes(run: Run, images: np.ndarray, figures: Figures) -> tuple[Classification, SampleQuality | None]:
+def _classes(run: Run, images: np.ndarray, figures: Figures) -> Results:
     """Test error of a model with classes and, of a density, samples of each class."""
     model, size, levels = run.model, run.config.evaluation.batch_size, run.model.spec.num_levels
     assert not isinstance(model, Reconstructor)  # it knows of no classes
     result = accuracy.evaluate(model, images, run.data.labels["test"], size)
     figures["confusion"] = plots.confusion_matrix(np.array(result.confusion))
     if result.mistakes:
+        chosen = images[[mistake.index for mistake in result.mistakes]]
         captions = [f"{mistake.label} as {mistake.prediction}" for mistake in result.mistakes]
-        figures["mistakes"] = pictures.examples(
-            images[[mistake.index for mistake in result.mistakes]], levels, captions=captions
-        )
+        figures["mistakes"] = pictures.examples(chosen, levels, captions=captions)
     if not isinstance(model, Density):
-        return result, None
+        return {"classification": result}
     labels = np.repeat(range(min(model.spec.num_classes or 0, CLASSES_SHOWN)), SAMPLES_A_CLASS).tolist()
     drawn = samples.draw(model, len(labels), size, seed=run.config.seed + 1, labels=labels)
     figures["samples_by_class"] = pictures.examples(drawn.values, levels, columns=SAMPLES_A_CLASS)
-    return result, drawn.quality
+    return {"classification": result, "samples_by_class": drawn.quality}
 
 
-def _measurements(run: Run, figures: Figures) -> InverseProblem:
-    """Reconstructions of test images from measurements."""
-    summary, found = inverse_problem.evaluate_run(run)
-    figures["measurements"] = pictures.reconstructed_measurements(found)
-    return summary
-
-
-def _bijection(run: Run, examples: np.ndarray, figures: Figures) -> tuple[Inversion, Certificate]:
+def _bijection(run: Run, examples: np.ndarray, figures: Figures) -> Results:
     """Round trips and Lipschitz constants; a certified classifier inverts all test images, as its features lose nothing."""
-    certificate = run.model.certificate()
+    certificate, contexts = run.model.certificate(), run.test_contexts()
     num = inversion.NUM_EXAMPLES if isinstance(run.model, Density) else len(examples)
     chosen = examples[: num if certificate.certified else NUM_UNCERTIFIED]
-    contexts = run.test_contexts()
     contexts = None if contexts is None else contexts[: len(chosen)]
     size, num_certified = run.config.evaluation.batch_size, guarantee.affordable(run.model.spec.flow, CERTIFY_S)
     result = inversion.reconstruct(run.model, chosen, size, run.config.seed, contexts=contexts, num_certified=num_certified)
@@ -166,7 +134,7 @@ def _bijection(run: Run, examples: np.ndarray, figures: Figures) -> tuple[Invers
     if np.isfinite(errors).any():
         figures["error_histogram"] = plots.error_histogram(errors, bounds if np.isfinite(bounds).any() else None)
     figures["lipschitz"] = plots.lipschitz_bars(certificate)
-    return result.summary, certificate
+    return {"inverse": result.summary, "lipschitz": certificate}
 
 
 def _write_text(path: Path, text: str) -> None:

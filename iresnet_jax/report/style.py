@@ -33,35 +33,33 @@ def to_svg_or_png(figure: "Figure", *, max_bytes: int = 200_000) -> str:
         >>> to_svg_or_png(figure(width=1.0, height=1.0))[:19]
         'data:image/svg+xml;'
     """
-    pictures = any(axes.images for axes in figure.axes)
-    if not pictures:
-        svg = _themed(_save(figure, "svg", dpi=160, ground="none").decode())
+    has_pictures = any(axes.images for axes in figure.axes)
+    if not has_pictures:
+        svg = _themed(rendered(figure, "svg", dpi=160, ground="none").decode()).encode()
         if len(svg) <= max_bytes:
-            return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+            return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
     png = b""
     for dpi in (180, 120, 80, 50):
-        png = _save(figure, "png", dpi=dpi, ground="none" if pictures else "white")  # INK would vanish on a dark page
+        png = rendered(figure, "png", dpi=dpi, ground="none" if has_pictures else "white")  # INK would vanish on a dark page
         if len(png) <= max_bytes:
             break
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _save(figure: "Figure", kind: str, *, dpi: int, ground: str) -> bytes:
-    """Renders a figure in memory, without the date of the rendering."""
+def rendered(figure: "Figure", kind: str, *, dpi: int, ground: str) -> bytes:
+    """A figure as a file of the kind "svg" or "png" on a ground, without the date of the rendering."""
     file = io.BytesIO()
     for axes in figure.axes:
         axes.set_facecolor("none")
-    metadata = {"Date": None} if kind == "svg" else None
-    figure.savefig(file, format=kind, dpi=dpi, facecolor=ground, metadata=metadata)
+    figure.savefig(file, format=kind, dpi=dpi, facecolor=ground, metadata={"Date": None} if kind == "svg" else None)
     return file.getvalue()
 
 
 def _themed(svg: str) -> str:
     """Gives everything drawn in INK the text colour of the reader's light or dark scheme."""
-    style = (
-        f"<style>svg{{color:{INK};color-scheme:light dark}}@media(prefers-color-scheme:dark){{svg{{color:#d8dde4}}}}</style>"
-    )
+    dark = "@media(prefers-color-scheme:dark){svg{color:#d8dde4}}"
     head, tag, body = svg.partition("<defs>")
+    style = f"<style>svg{{color:{INK};color-scheme:light dark}}{dark}</style>"
     return head + style + tag + body.replace(INK, "currentColor")
 
 

@@ -4,23 +4,15 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
-from iresnet_jax.evaluation.accuracy import NUM_MISTAKES, summarize
+from iresnet_jax.evaluation.accuracy import NUM_MISTAKES, fraction_interval, summarize
 
 Z = 1.959964  # 97.5 % quantile of the normal distribution
-
-
-def logits_of(predictions, num_classes, margin=2.0):
-    return margin * np.eye(num_classes)[predictions]
 
 
 @pytest.mark.parametrize(("wrong", "num"), [(0, 360), (5, 360), (360, 360), (1, 1), (40, 10_000)])
 def test_the_interval_ends_where_the_errors_are_just_not_surprising(wrong, num):
     """Wilson's interval holds the ``p`` with ``|p_hat - p| <= z sqrt(p (1 - p) / n)``."""
-    labels = np.zeros(num, int)
-    predictions = np.repeat([1, 0], [wrong, num - wrong])
-    result = summarize(logits_of(predictions, 2), labels, loss=0.5)
-    assert (result.num_errors, result.num_examples, result.error) == (wrong, num, wrong / num)
-    low, high = result.interval
+    low, high = fraction_interval(wrong, num)
     p = wrong / num
 
     def surprise(q):
@@ -31,13 +23,13 @@ def test_the_interval_ends_where_the_errors_are_just_not_surprising(wrong, num):
 
 
 def test_confusion_has_classes_along_its_rows_and_classes_that_do_not_occur():
-    result = summarize(logits_of([0, 1, 1, 0], 4), np.array([0, 0, 1, 2]), loss=0.5)
+    result = summarize(2.0 * np.eye(4)[[0, 1, 1, 0]], np.array([0, 0, 1, 2]), loss=0.5)
     assert result.confusion == ((1, 1, 0, 0), (0, 1, 0, 0), (1, 0, 0, 0), (0, 0, 0, 0))
+    assert (result.error, result.num_errors, result.interval) == (0.5, 2, fraction_interval(2, 4))
 
 
 def test_mistakes_are_the_first_with_the_probability_of_what_they_were_taken_for():
-    predictions = np.array([0, 2] * 40)
-    result = summarize(logits_of(predictions, 3), np.zeros(80, int), loss=0.5)
+    result = summarize(2.0 * np.eye(3)[[0, 2] * 40], np.zeros(80, int), loss=0.5)
     assert len(result.mistakes) == NUM_MISTAKES < result.num_errors == 40
     first = result.mistakes[0]
     assert (first.index, first.label, first.prediction) == (1, 0, 2)

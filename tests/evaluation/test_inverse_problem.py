@@ -9,12 +9,9 @@ import pytest
 import tiny_runs as runs
 
 from iresnet_jax.__main__ import main
-from iresnet_jax.data.measurements import Measurement
 from iresnet_jax.evaluation import inverse_problem, ood
 from iresnet_jax.runs import trained_run
 from iresnet_jax.runs.config import EvaluationConfig
-
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
@@ -45,39 +42,29 @@ def test_errors_are_those_of_the_definition(run, evaluated):
     assert summary.psnr == pytest.approx(psnr.mean(), rel=1e-4)
 
 
-def test_no_error_exceeds_its_bound(evaluated):
+def test_no_error_exceeds_its_bound_and_one_that_did_would_be_named(evaluated):
     summary, _ = evaluated
     assert summary.fraction_within_bound == summary.fraction_converged == 1
     assert summary.largest_amplification_of_noise < summary.largest_amplification <= summary.certified_amplification
     assert summary.warnings() == []
-
-
-def test_the_worst_direction_is_that_of_the_dense_jacobian(run):
-    y = Measurement(1.0, 0.05).held_out(run.model.preprocess(run.test_examples()[:3]), 0, "test")
-    found = inverse_problem.perturb(run.model, y, 0.05, 0)
-    jacobian = jax.jit(jax.vmap(jax.jacrev(lambda y: run.model.invert(y[None])[0].reshape(-1))))(y)
-    largest = np.linalg.norm(np.asarray(jacobian, np.float64).reshape(3, 64, 64), ord=2, axis=(1, 2))
-    np.testing.assert_allclose(
-        found.adversarial, largest, rtol=0.03
-    )  # power iteration of 20 steps, perturbations of finite size
-    assert (found.random < found.adversarial).all()
-
-
-def test_a_bound_that_is_too_small_is_seen(run):
-    y = np.asarray(run.model.preprocess(run.test_examples()[:3]))
-    certified = 0.9 * float(inverse_problem.perturb(run.model, y, 0.05, 0).adversarial.min())
-    _, _, within = inverse_problem._perturb(run.model, y, 0.05, certified, jax.random.key(0))
-    assert not np.any(within)
-
-
-def test_warnings_name_what_is_broken(evaluated):
-    broken = dataclasses.replace(evaluated[0], fraction_within_bound=0.75, fraction_converged=0.5)
-    first, second = broken.warnings()
+    first, second = dataclasses.replace(summary, fraction_within_bound=0.75, fraction_converged=0.5).warnings()
     assert first.startswith("25 % of the reconstructions exceed their certified bound")
     assert second.startswith("The inverse did not converge for 50 % of the measurements")
 
 
-def test_command_and_report_say_the_same(workdir, run, evaluated, capsys, undrawn):
+def test_the_worst_direction_is_that_of_the_dense_jacobian(run, evaluated):
+    y = evaluated[1].y[:3]
+    found = inverse_problem.perturb(run.model, y, 0.05, 0)
+    jacobian = jax.jit(jax.vmap(jax.jacrev(lambda y: run.model.invert(y[None])[0].reshape(-1))))(y)
+    largest = np.linalg.norm(np.asarray(jacobian, np.float64).reshape(3, 64, 64), ord=2, axis=(1, 2))
+    # power iteration of 20 steps, perturbations of finite size
+    np.testing.assert_allclose(found.adversarial, largest, rtol=0.03)
+    assert (found.random < found.adversarial).all()
+    too_small = 0.9 * float(found.adversarial.min())
+    assert not np.any(inverse_problem._perturb(run.model, y, 0.05, too_small, jax.random.key(0)).within_bound)
+
+
+def test_command_and_report_say_the_same(workdir, run, evaluated, capsys):
     summary, _ = evaluated
     said = (workdir / runs.SAID).read_text()
     assert f"relative error {summary.relative_error:.4f} ± {summary.stderr:.4f}" in said
@@ -93,8 +80,6 @@ def test_command_and_report_say_the_same(workdir, run, evaluated, capsys, undraw
 
 def test_what_a_reconstructor_cannot_do_is_said_in_a_sentence(workdir, run, capsys):
     assert main(["sample", "--workdir", str(workdir)]) == 2
-    assert "holds no density, so there are no samples" in capsys.readouterr().err
+    assert "holds no density" in capsys.readouterr().err
     with pytest.raises(ValueError, match="this is a reconstructor"):
         ood.compare(run.model, run.data, "noise", EvaluationConfig(), 0)
-    with pytest.raises(ValueError, match="a standard error needs at least 2 images, got 1"):
-        inverse_problem.evaluate(run.model, run.test_examples()[:1], Measurement(1.0, 0.1), batch_size=4, seed=0)

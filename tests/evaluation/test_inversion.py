@@ -1,42 +1,56 @@
-"""Round trips are exact to rounding and within their bound, in both precisions, or said not to be."""
+"""Round trips are exact to rounding and within their bound, in both precisions, or said not to be; so are guarantees."""
+
+import json
 
 import jax
 import kept
 import numpy as np
 import pytest
+from tiny_runs import ROOT
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.evaluation.inversion import REFINED_ATOL, reconstruct, round_trip
+from iresnet_jax.evaluation import guarantee
+from iresnet_jax.evaluation.inversion import REFINED_ATOL, Inversion, reconstruct, round_trip
+from iresnet_jax.evaluation.samples import SampleQuality
+from iresnet_jax.json_dataclasses import from_plain, to_plain
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.density import DensitySpec
 
 DEVICE_ATOL = 1e-5, 1e-12  # ten times the tolerance of the solver in float32, and in float64
 EXACT_RTOL = 1e-12  # the same float64 numbers
+JUMPS = DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(6,), activation="relu"),)))
 
 
 @pytest.mark.parametrize("spec", [kept.IMAGES, kept.CLASSIFIER], ids=["density", "classifier"])
-def test_reconstructions_are_exact_to_rounding_and_within_their_bound(spec):
+def test_reconstructions_are_exact_to_rounding_within_their_bound_and_certified_from_the_first(spec):
     images, _ = kept.images(70)
-    result = reconstruct(kept.model(spec), images, 32, 0)  # three batches, the last one not full
-    summary = result.summary
-    assert result.trip.converged.all()
-    assert (result.trip.euclidean_error <= result.trip.error_bound).all()
-    assert result.refined.converged.all()
-    assert (result.refined.euclidean_error <= result.refined.error_bound).all()
-    assert result.refined.error_bound.max() < 1e-6 * result.trip.error_bound.max()
-    assert 0 < result.refined.euclidean_error.max() < 1e-6 * result.trip.euclidean_error.max()
-    assert summary.num_examples == 70
+    result = reconstruct(kept.model(spec), images, 32, 0, num_certified=40)  # three batches, the last one not full
+    summary, trip, refined = result.summary, result.trip, result.refined
+    assert summary.fraction_converged == summary.fraction_within_bound == 1
+    assert summary.refined.fraction_converged == summary.refined.fraction_within_bound == 1
+    assert 0 < refined.euclidean_error.max() < 1e-6 * trip.euclidean_error.max()
+    assert refined.error_bound.max() < 1e-6 * trip.error_bound.max()
+    assert summary.num_examples == len(trip.converged) == 70
     assert summary.max_abs_error <= summary.max_euclidean_error <= summary.max_error_bound < 1e-3
-    error = np.abs(result.originals - result.reconstructions).max()
     is_density = spec is kept.IMAGES
+    np.testing.assert_array_equal(np.floor(256 * result.originals) if is_density else np.rint(255 * result.originals), images)
+    error = np.abs(result.originals - result.reconstructions).max()
     np.testing.assert_allclose(summary.max_grey_level_error, (256 if is_density else 255) * error, rtol=EXACT_RTOL)
     levels = np.floor(256 * result.reconstructions) if is_density else np.rint(255 * result.reconstructions)
     assert (levels != images).mean() < 1e-3  # noise may fall next to the border of its cell
-    if is_density:
-        assert summary.max_padding_residual is None
-    else:
-        assert summary.max_padding_residual < 1e-5
+    assert summary.max_padding_residual is None if is_density else summary.max_padding_residual < 1e-5
     assert 1 < summary.mean_evals < 200
     assert str(summary).startswith("inverse: inverted; 70 of 70 test examples converged")
     assert summary.warnings() == []
+
+    found, certificate = summary.guarantee, result.certificate
+    assert (found.num_examples, found.num_applied, found.reason) == (40, 40, "")
+    assert len(result.certified_errors) == 40
+    assert np.all(result.certified_errors <= certificate.error_bound)
+    assert 0 < found.median_bound <= found.max_bound == certificate.error_bound.max() <= trip.error_bound[:40].max()
+    assert 0 < found.median_data_bound <= found.max_data_bound < 1e-4
+    assert found.fraction_certain > 0.9
+    assert "of 40 examples by the theorem for the whole flow" in str(summary)
 
 
 def test_two_devices_invert_as_one_does_in_both_precisions():
@@ -47,30 +61,50 @@ def test_two_devices_invert_as_one_does_in_both_precisions():
     with jax.enable_x64(True):
         refined = model.with_(solver=model.solver._replace(atol=REFINED_ATOL, refine=True))
         trips.append(jax.device_get(run(refined, points.astype(np.float64))[1]))
-    for num in (1, 3):  # at most 2 at once
-        result = reconstruct(model, points[:num], 2, 0)
-        assert result.summary.num_examples == num
-        np.testing.assert_allclose(result.reconstructions, points[:num], rtol=0, atol=DEVICE_ATOL[0])
-        for trip, expected, atol in zip((result.trip, result.refined), trips, DEVICE_ATOL, strict=True):
-            for name, found in trip._asdict().items():
-                assert found.dtype == getattr(expected, name).dtype
-                if name != "num_evals":  # which depend on rounding
-                    np.testing.assert_allclose(found, getattr(expected, name)[:num], rtol=0, atol=atol, err_msg=name)
-
-
-def test_the_originals_are_the_data_and_their_noise_is_of_the_seed():
-    images, _ = kept.images(32)
-    model = kept.model(kept.IMAGES)
-    first, again, other = (reconstruct(model, images, 32, seed).originals for seed in (0, 0, 1))
-    np.testing.assert_array_equal(np.floor(256 * first), images)
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).all()
+    result = reconstruct(model, points, 2, 0)
+    np.testing.assert_allclose(result.reconstructions, points, rtol=0, atol=DEVICE_ATOL[0])
+    for trip, expected, atol in zip((result.trip, result.refined), trips, DEVICE_ATOL, strict=True):
+        for name, found in trip._asdict().items():
+            assert found.dtype == getattr(expected, name).dtype
+            if name != "num_evals":  # which depend on rounding
+                np.testing.assert_allclose(found, getattr(expected, name), rtol=0, atol=atol, err_msg=name)
 
 
 def test_an_inverse_that_is_stopped_too_early_is_said_to_be():
     points = np.asarray(jax.random.normal(jax.random.key(0), (3, 2)))
-    result = reconstruct(kept.model(kept.POINTS).with_(solver=Solver(max_evals=1)), points, 32, 0)
+    result = reconstruct(kept.model(kept.POINTS).with_(solver=Solver(max_evals=1)), points, 2, 0)
     assert result.summary.max_grey_level_error is None
     assert "NOT INVERTED; 0 of 3" in str(result.summary)
     [warning] = [warning for warning in result.summary.warnings() if "did not converge" in warning]
     assert "for 100 % of the examples" in warning
+
+
+def test_where_nothing_is_guaranteed_the_reason_is_said():
+    points = np.asarray(jax.random.normal(jax.random.key(0), (3, 2)))
+    of_blocks = reconstruct(kept.model(JUMPS), points, 4, 0, num_certified=2).summary.guarantee
+    assert (of_blocks.num_applied, of_blocks.fraction_certain) == (0, None)
+    assert "2 examples by the bounds of the blocks, which multiply (slopes of relu jump)" in str(of_blocks)
+    assert np.isfinite(of_blocks.max_bound)
+    model = kept.model(kept.POINTS)
+    none, certificates = guarantee.bound_inverses(model.with_(weights=kept.uncertified(model.weights)), [], 2)
+    assert certificates is None
+    assert "none, these weights are not certified" in str(none)
+    dear, _ = guarantee.bound_inverses(model, [], 0)
+    assert "none, an example would take about" in str(dear)
+
+
+def test_the_number_of_certified_examples_follows_from_their_cost():
+    small, large = kept.POINTS.flow, FlowSpec((32, 32, 3), (StageSpec(48, hidden=(8,), kernel_sizes=(3, 3)),))
+    assert guarantee.affordable(small, 10.0) == guarantee.MOST_EXAMPLES
+    assert guarantee.affordable(small, 1e-6) == 1
+    assert guarantee.affordable(large, 1e9) == 0
+
+
+def test_reports_without_a_guarantee_are_still_read():
+    old = json.loads((ROOT / "benchmarks/results/digits_density/report.json").read_text())
+    old["inverse"].pop("guarantee", None)
+    old["samples"].pop("guarantee", None)
+    read = from_plain(Inversion, old["inverse"], "inverse")
+    assert read.guarantee is None
+    assert from_plain(SampleQuality, old["samples"], "samples").guarantee is None
+    assert from_plain(Inversion, to_plain(read), "inverse") == read

@@ -55,28 +55,26 @@ def test_a_split_that_forgets_to_subtract_the_probes_is_rejected():
         check_parts(naive, *CASES[0])
 
 
-def test_parts_add_up_to_the_standard_error_of_independent_examples():
+def test_parts_add_up_to_the_standard_error_of_independent_examples_and_none_becomes_negative():
     values = nested_draws(1.0, 0.5, 0.8, n=50)
     result = split_error(values)
     np.testing.assert_allclose(result.stderr, values.mean(axis=(1, 2)).std(ddof=1) / np.sqrt(50), rtol=EXACT_RTOL)
     squares = result.stderr_data**2 + result.stderr_probes**2 + result.stderr_dequantisation**2
     np.testing.assert_allclose(result.stderr**2, squares, rtol=EXACT_RTOL)
+    without_noise = split_error(nested_draws(1.0, 0.0, 1.0, n=20, seed=3))
+    assert 0 <= without_noise.stderr_dequantisation < without_noise.stderr_probes
 
 
-def test_what_one_draw_cannot_tell_is_none_and_stays_in_the_total():
+def test_what_one_draw_cannot_tell_is_none_stays_in_the_total_and_can_be_given():
     values = nested_draws(0.1, 0.5, 0.8, s=1, p=1)
     result = split_error(values)
-    assert result.stderr_probes is None
-    assert result.stderr_dequantisation is None
+    assert (result.stderr_probes, result.stderr_dequantisation) == (None, None)
     np.testing.assert_allclose(result.stderr, values.std(ddof=1) / np.sqrt(len(values)), rtol=EXACT_RTOL)
-    assert split_error(values[:, :, [0, 0]]).stderr_probes == 0
+    known = split_error(values, 0.8 / np.sqrt(len(values)))
+    np.testing.assert_allclose(known.stderr, result.stderr, rtol=EXACT_RTOL)
+    np.testing.assert_allclose(known.stderr_data, np.hypot(0.1, 0.5) / np.sqrt(len(values)), rtol=PARTS_RTOL)
     with pytest.raises(ValueError, match="at least 2 examples, got 1"):
         split_error(values[:1])
-
-
-def test_no_dequantisation_part_becomes_negative():
-    result = split_error(nested_draws(1.0, 0.0, 1.0, n=20, seed=3))
-    assert 0 <= result.stderr_dequantisation < result.stderr_probes
 
 
 def test_z_of_an_estimate_is_its_difference_in_standard_errors_of_the_difference():
@@ -95,21 +93,20 @@ def test_z_of_an_estimate_is_its_difference_in_standard_errors_of_the_difference
 def test_the_exact_likelihood_is_the_headline_up_to_the_dimensions_where_it_is_affordable():
     model, (images, _) = kept.model(kept.IMAGES), kept.images(40)
     by_hand = np.stack([kept.dense_bits(model, images, 3, draw) for draw in range(2)])
-    result = likelihood.measure(model, images, kept.SETTINGS, 3).summary
+    result, log_prob = likelihood.measure(model, images, kept.SETTINGS, 3)
+    np.testing.assert_allclose(-log_prob * kept.IMAGES.unit_of_a_nat, by_hand.mean(axis=0), rtol=SAME_RTOL)
     np.testing.assert_allclose(result.mean, by_hand.mean(), rtol=SAME_RTOL)
-    assert result.estimator == "exact log-determinant"
-    assert result.unit == "bits/dim"
-    assert result.truncation_bound == result.stderr_probes == 0
+    assert (result.estimator, result.unit) == ("exact log-determinant", "bits/dim")
+    assert (result.truncation_bound, result.stderr_probes, result.accuracy) == (0, 0, None)
     assert (result.num_examples, result.num_dequantisations, result.num_probes) == (40, 2, 1)
-    per_image = by_hand.mean(axis=0)
-    np.testing.assert_allclose(result.stderr, per_image.std(ddof=1) / np.sqrt(40), rtol=DIFFERENCE_RTOL)
+    np.testing.assert_allclose(result.stderr, by_hand.mean(axis=0).std(ddof=1) / np.sqrt(40), rtol=DIFFERENCE_RTOL)
     noise = np.sqrt(by_hand.var(axis=0, ddof=1).mean() / (2 * 40))
     np.testing.assert_allclose(result.stderr_dequantisation, noise, rtol=DIFFERENCE_RTOL)
     assert 0 < result.stderr_dequantisation < result.stderr_data
     estimate = result.estimate
     assert estimate.estimator == "unbiased, 8 exact terms and a Poisson(2) tail"
-    assert abs(estimate.z) < SUSPICIOUS_Z
     assert estimate.unbiased
+    assert abs(estimate.z) < SUSPICIOUS_Z
     assert estimate.difference != 0
     np.testing.assert_allclose(estimate.mean - estimate.difference, by_hand[0].mean(), rtol=SAME_RTOL)
 

@@ -59,8 +59,5 @@ def test_a_certificate_that_is_wrong_is_broken():
 def test_mistakes_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         evaluate(**settings)
-
-
-def test_an_attack_needs_steps():
     with pytest.raises(ValueError, match="at least 1 restart"):
         Attack(num_steps=0)

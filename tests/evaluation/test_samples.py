@@ -13,22 +13,21 @@ from iresnet_jax.models.density import Density, DensitySpec
 CONDITIONAL = DensitySpec(FlowSpec((2,), (StageSpec(1, hidden=(4,)),), context_dim=1))
 DEVICE_ATOL = 1e-5  # ten times the tolerance of the solver, whose rounding depends on the share of a device
 CONTEXTS = np.array([[-2.0], [3.0]], np.float32)
-DRAWS = {  # options of a draw, at most 2 at once, and those of `Density.sample` for each batch
-    "one": (kept.POINTS, 1, {}, [{}]),
-    "odd": (kept.POINTS, 3, {}, [{}, {}]),
-    "labels": (kept.HYBRID, 3, {"labels": [0, 2, 1]}, [{"labels": np.array(n)} for n in ([0, 2], [1, 0])]),
-    "contexts": (CONDITIONAL, 3, {"contexts": CONTEXTS}, [{"context": CONTEXTS}, {"context": CONTEXTS}]),
+DRAWS = {  # model, options of a draw of 3, 2 at once, and those of `Density.sample` for both batches
+    "points": (kept.POINTS, {}, [{}, {}]),
+    "labels": (kept.HYBRID, {"labels": [0, 2, 1]}, [{"labels": np.array(n)} for n in ([0, 2], [1, 0])]),
+    "contexts": (CONDITIONAL, {"contexts": CONTEXTS}, [{"context": CONTEXTS}, {"context": CONTEXTS}]),
 }
 sample = jax.jit(Density.sample, static_argnums=2)
 
 
-@pytest.mark.parametrize(("spec", "num", "options", "batches"), DRAWS.values(), ids=DRAWS)
-def test_two_devices_draw_the_samples_of_one(spec, num, options, batches):
+@pytest.mark.parametrize(("spec", "options", "batches"), DRAWS.values(), ids=DRAWS)
+def test_two_devices_draw_the_samples_of_one(spec, options, batches):
     assert jax.local_device_count() == 2
-    model, key, at_once = kept.model(spec), jax.random.key(3), min(num, 2)
-    parts = [sample(model, jax.random.fold_in(key, i), at_once, **given) for i, given in enumerate(batches)]
-    values, info = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:num], *parts)
-    drawn = samples.draw(model, num, 2, seed=3, **options)
+    model, key = kept.model(spec), jax.random.key(3)
+    parts = [sample(model, jax.random.fold_in(key, i), 2, **given) for i, given in enumerate(batches)]
+    values, info = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:3], *parts)
+    drawn = samples.draw(model, 3, 2, seed=3, **options)
     assert drawn.values.dtype == values.dtype
     if spec.num_levels is None:
         np.testing.assert_allclose(drawn.values, values, rtol=0, atol=DEVICE_ATOL)
@@ -40,33 +39,31 @@ def test_two_devices_draw_the_samples_of_one(spec, num, options, batches):
 
 def test_samples_depend_on_the_seed_alone_and_concentrate_at_low_temperature():
     model = kept.model(kept.POINTS)
-    a, b, c = (samples.draw(model, 4, 16, seed=seed).values for seed in (0, 0, 1))
+    a, b, c = (samples.draw(model, 3, 2, seed=seed).values for seed in (0, 0, 1))
     np.testing.assert_array_equal(a, b)
     assert np.abs(a - c).max() > 0.1
-    assert np.ptp(samples.draw(model, 4, 16, temperature=0.0).values, axis=0).max() == 0
-
-
-def test_samples_of_images_are_levels_and_the_last_batch_is_cut():
-    model = kept.model(kept.IMAGES)
-    drawn = samples.draw(model, 7, 5)
-    assert (drawn.values.shape, drawn.values.dtype) == ((7, *kept.SHAPE), np.uint8)
-    assert drawn.quality.num == 7
-    assert drawn.quality.failed == ()
-    assert drawn.quality.max_error_bound == drawn.error_bound.max() < 1e-4
-    np.testing.assert_array_equal(drawn.values[:5], samples.draw(model, 5, 5).values)
-    assert np.any(drawn.values[5:] != drawn.values[:2])  # another batch, other latents
-
-
-def test_labels_choose_the_prior_of_each_sample():
-    model = kept.model(kept.HYBRID)
-    cold = samples.draw(model, 5, 3, temperature=0.0, labels=[0, 1, 2, 1, 0]).values
-    np.testing.assert_array_equal(cold[0], cold[4])
-    np.testing.assert_array_equal(cold[1], cold[3])
+    assert np.ptp(samples.draw(model, 3, 2, temperature=0.0).values, axis=0).max() == 0
+    cold = samples.draw(kept.model(kept.HYBRID), 3, 2, temperature=0.0, labels=[0, 1, 0]).values
+    np.testing.assert_array_equal(cold[0], cold[2])  # the mean of the prior of class 0
     assert np.any(cold[0] != cold[1])
 
 
+def test_samples_of_images_are_levels_the_last_batch_is_cut_and_the_first_are_certified():
+    model = kept.model(kept.IMAGES)
+    drawn = samples.draw(model, 5, 3, num_certified=4)
+    quality, found = drawn.quality, drawn.quality.guarantee
+    assert (drawn.values.shape, drawn.values.dtype) == ((5, *kept.SHAPE), np.uint8)
+    assert (quality.num, quality.failed, found.num_examples, found.num_applied) == (5, (), 4, 4)
+    assert found.max_data_bound < quality.max_error_bound < 1e-4
+    assert "guaranteed error of the inverse" in str(quality)
+    plain = samples.draw(model, 3, 3)
+    np.testing.assert_array_equal(drawn.values[:3], plain.values)
+    assert np.any(drawn.values[3:] != drawn.values[:2])  # another batch, other latents
+    assert str(plain.quality) == "samples: the inverse converged for 3 of 3"
+
+
 def test_failed_inverses_are_counted_and_named():
-    quality = samples.draw(kept.model(kept.POINTS).with_(solver=Solver(max_evals=1)), 3, 16).quality
+    quality = samples.draw(kept.model(kept.POINTS).with_(solver=Solver(max_evals=1)), 3, 2).quality
     assert (quality.fraction_converged, quality.failed) == (0, (0, 1, 2))
     assert "did not converge for 3 of 3 samples, numbers 0, 1, 2." in str(quality)
 
@@ -74,12 +71,12 @@ def test_failed_inverses_are_counted_and_named():
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [
-        (kept.POINTS, {"num": 0}, "number of samples must be at least 1, got 0"),
-        (kept.POINTS, {"seed": -1}, "seed must not be negative, got -1"),
-        (kept.POINTS, {"temperature": -0.5}, "temperature must be at least 0, got -0.5"),
-        (kept.POINTS, {"labels": [0] * 4}, "this density has one prior for all"),
-        (kept.HYBRID, {"labels": [0]}, "there must be a label for each of 4 samples, got 1"),
-        (kept.HYBRID, {"labels": [0, 1, 2, 3]}, "there is no class 3: classes are 0 to 2"),
+        (kept.POINTS, {"num": 0}, "at least 1, got 0"),
+        (kept.POINTS, {"seed": -1}, "not be negative, got -1"),
+        (kept.POINTS, {"temperature": -0.5}, "at least 0, got -0.5"),
+        (kept.POINTS, {"labels": [0] * 4}, "one prior for all"),
+        (kept.HYBRID, {"labels": [0]}, "a label for each of 4 samples, got 1"),
+        (kept.HYBRID, {"labels": [0, 1, 2, 3]}, "there is no class 3"),
     ],
 )
 def test_mistakes_are_explained(spec, options, message):

@@ -2,16 +2,18 @@
 
 import base64
 import dataclasses
+import doctest
 import math
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from reports import EXACT, POINTS, REPORT, block, changed
 
 from iresnet_jax.evaluation.guarantee import InverseGuarantee
 from iresnet_jax.report import page
-from iresnet_jax.report.formatting import MINUS
+from iresnet_jax.report.page import MINUS
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 PIXEL = "data:image/png;base64," + base64.b64encode(b"pixel").decode()
@@ -41,6 +43,7 @@ SHOWN = {
     "config": ("seed", "29", "61, 67", "kind"),
     "references": ("Glow", "1.05", "+0.012"),
 }
+PARTS = ("likelihood", "points", "posterior", "classification", "samples", "inverse", "lipschitz")
 
 
 class Reader(HTMLParser):
@@ -74,8 +77,12 @@ class Reader(HTMLParser):
         return " ".join(" ".join(self.text).split())
 
 
-def read(report=REPORT, figures=None, references=None):
-    return Reader(page.render(report, figures or {}, title="A run", references=references))
+def render(report=REPORT, figures=None, references=None, title="A run"):
+    return page.render(report, figures or {}, title=title, references=references)
+
+
+def read(*arguments, **options):
+    return Reader(render(*arguments, **options))
 
 
 def shows(words, text):
@@ -83,34 +90,26 @@ def shows(words, text):
     return re.search(rf"(?<![\w.,]){re.escape(text)}(?!\w|[.,]\d)", words) is not None
 
 
-def test_the_reader_rejects_broken_markup():
+def test_the_reader_rejects_broken_markup_and_parts_of_other_numbers():
     for broken in ("<p><b>x</p></b>", "<div><p>x</p>", "</p>", '<p id="a" id="b">x</p>'):
         with pytest.raises(AssertionError):
             Reader(broken)
-
-
-def test_a_part_of_another_number_does_not_count():
     words = "0.9117 1.05 2,300"
     assert not any(shows(words, part) for part in ("11", "17", "05", "0.911", "300", "2", "1"))
     assert all(shows(words, part) for part in words.split())
 
 
-@pytest.mark.parametrize("part", SHOWN)
-def test_every_number_of_the_report_is_on_the_page(part):
+def test_every_number_of_the_report_is_on_the_page():
     words = read(references={"Glow": 1.05}).words
-    assert [text for text in SHOWN[part] if not shows(words, text)] == []
-
-
-PARTS = ("likelihood", "points", "posterior", "classification", "samples", "inverse", "lipschitz")
+    assert [text for texts in SHOWN.values() for text in texts if not shows(words, text)] == []
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_that_a_model_does_not_have_leaves_no_trace(part):
-    others = {text for name, texts in SHOWN.items() if name != part for text in texts}
-    reader = read(dataclasses.replace(REPORT, **{part: None}))
-    assert [text for text in SHOWN.get(part, ()) if text not in others and shows(reader.words, text)] == []
-    for other in set(SHOWN) - {part, "references"}:
-        assert [text for text in SHOWN[other] if not shows(reader.words, text)] == []
+    others = {text for name, texts in SHOWN.items() if name not in (part, "references") for text in texts}
+    words = read(dataclasses.replace(REPORT, **{part: None})).words
+    assert [text for text in SHOWN.get(part, ()) if text not in others and shows(words, text)] == []
+    assert [text for text in others if not shows(words, text)] == []
 
 
 def test_no_section_is_empty():
@@ -126,24 +125,18 @@ def test_no_section_is_empty():
 
 def sections(report, figures=None):
     """The markup of every section by its id."""
-    text = page.render(report, figures or {}, title="A run")
-    return dict(re.findall(r'<section id="([\w-]+)">(.*?)</section>', text, flags=re.DOTALL))
+    return dict(re.findall(r'<section id="([\w-]+)">(.*?)</section>', render(report, figures), flags=re.DOTALL))
 
 
-def test_the_page_of_a_toy_is_in_nats_beside_its_entropy():
+def test_a_likelihood_is_shown_in_its_unit_beside_its_entropy_or_with_its_check():
     words = read(dataclasses.replace(REPORT, likelihood=POINTS, classification=None)).words
     assert "2.8714 ± 0.0061" in words
     assert "nats" in words
     assert "bits" not in words
     assert re.search(r"entropy of the data 2\.832 \+0\.039", words)
-    assert "Read this first" not in words
-
-
-def test_an_exact_likelihood_is_shown_with_its_check():
     words = read(dataclasses.replace(REPORT, likelihood=EXACT)).words
     assert "Log-determinant: exact log-determinant" in words
-    assert all(shows(words, text) for text in ("z = +1.27", "1.0651", "0.0012"))
-    assert "roulette of 7 terms" in words
+    assert all(shows(words, text) for text in ("z = +1.27", "1.0651", "0.0012", "roulette of 7 terms"))
     assert "Truncation bound" not in words
     assert "log-det probes" not in words
 
@@ -155,8 +148,8 @@ def test_the_page_loads_nothing():
     assert not re.search(r"url\(|@import|https?:", "".join(reader.styles))
     assert "--accent" in "".join(reader.styles)
     assert all(len(image["alt"]) > 10 for image in reader.images)
-    with pytest.raises(ValueError, match=r"figure 'samples' must be an image data URI, got 'http://x/y.png'"):
-        page.render(REPORT, {"samples": "http://x/y.png"}, title="A run")
+    with pytest.raises(ValueError, match="figure 'samples' must be an image data URI"):
+        render(figures={"samples": "http://x/y.png"})
 
 
 EVIL = '<script>alert("&")</script>'
@@ -172,13 +165,13 @@ INJECTED = {
 
 @pytest.mark.parametrize("place", INJECTED)
 def test_text_is_escaped(place):
-    text = page.render(INJECTED[place], {}, title="A run")
+    text = render(INJECTED[place])
     assert "<script" not in text
     assert EVIL in Reader(text).words  # shown as written, not dropped
 
 
 def test_title_references_and_figures_are_escaped():
-    text = page.render(REPORT, {"samples": 'data:image/png,"><b>'}, title=EVIL, references={EVIL: 1.0})
+    text = render(figures={"samples": 'data:image/png,"><b>'}, title=EVIL, references={EVIL: 1.0})
     assert "<script" not in text
     assert Reader(text).words.count(EVIL) == 3  # title, heading, reference
     assert Reader(text).images[0]["src"] == 'data:image/png,"><b>'
@@ -186,10 +179,7 @@ def test_title_references_and_figures_are_escaped():
 
 def grounds(report):
     """The badges of the tiles, by the tiles' names."""
-    tiles = re.findall(
-        r'<div class="tile"><h3>(.*?)</h3>.*?class="badge (\w+)"', page.render(report, {}, title="A run"), re.DOTALL
-    )
-    return dict(tiles)
+    return dict(re.findall(r'<div class="tile"><h3>(.*?)</h3>.*?class="badge (\w+)"', render(report), re.DOTALL))
 
 
 def test_a_bound_is_only_called_guaranteed_when_every_block_is_certified():
@@ -208,9 +198,13 @@ def test_a_bound_is_only_called_guaranteed_when_every_block_is_certified():
         report = changed("lipschitz", blocks=(block("a"), block("b", bound=bound)))
         assert grounds(report)["Truncation bound"] == "conditional"
         assert grounds(report)["Largest Lipschitz constant"] == ("guaranteed" if bound == 1.03 else "estimated")
-        assert "if the estimated Lipschitz constants are right" in read(report).words
-        assert "every block is invertible" not in read(report).words
-        assert "(not below 1)" in read(report).words
+        words = read(report).words
+        assert "if the estimated Lipschitz constants are right" in words
+        assert "every block is invertible" not in words
+        assert "(not below 1)" in words
+    report = changed("lipschitz", blocks=(block("a"), dataclasses.replace(block("b"), word="user")))
+    assert grounds(report)["Truncation bound"] == grounds(report)["Largest Lipschitz constant"] == "conditional"
+    assert "user's word for 1 of 2 blocks" in read(report).words
     assert grounds(dataclasses.replace(REPORT, likelihood=POINTS, lipschitz=None))["Truncation bound"] == "guaranteed"
     assert "No bound holds" in read(changed("inverse", max_error_bound=math.inf)).words
 
@@ -218,35 +212,60 @@ def test_a_bound_is_only_called_guaranteed_when_every_block_is_certified():
 def test_the_guaranteed_error_of_the_whole_flow_stands_in_place_of_the_product():
     found = InverseGuarantee(32, 32, 2.3e-6, 7.7e-6, 1.9e-6, 6.1e-6, 0.98)
     words = read(changed("inverse", guarantee=found)).words
-    assert f"within 7.7 {TIMES} 10⁻⁶ of the exact one" in words
-    assert "The residual of the solver bounds" not in words
-    assert f"largest guaranteed error 7.7 {TIMES} 10⁻⁶" in words
-    assert f"6.1 {TIMES} 10⁻⁶" in words
+    for text in (f"7.7 {TIMES} 10⁻⁶ of the exact one", f"largest guaranteed error 7.7 {TIMES} 10⁻⁶", f"6.1 {TIMES} 10⁻⁶"):
+        assert text in words
     assert "levels that are certain 98" in words
+    assert "The residual of the solver bounds" not in words
     jumps = dataclasses.replace(found, num_applied=0, reason="slopes of relu jump")
-    words = read(changed("inverse", guarantee=jumps)).words
-    assert "The whole flow has no better bound: slopes of relu jump." in words
-    none = InverseGuarantee(reason="the weights are not certified")
-    assert "no better bound: the weights are not certified" in read(changed("inverse", guarantee=none)).words
+    for guarantee in (jumps, InverseGuarantee(reason="the weights are not certified")):
+        assert f"The whole flow has no better bound: {guarantee.reason}." in read(changed("inverse", guarantee=guarantee)).words
 
 
 def test_warnings_come_first():
     report = dataclasses.replace(changed("likelihood", mean=math.nan), notes=("Validation was still falling.",))
-    before = page.render(report, {}, title="A run").partition("<section")[0]
+    before = render(report).partition("<section")[0]
     assert "Validation was still falling." in before
     assert "The likelihood is not finite." in before
-    assert "<aside" not in page.render(REPORT, {}, title="A run")
+    assert "<aside" not in render()
 
 
-def test_many_blocks_are_folded():
-    folded = changed("lipschitz", blocks=tuple(block(f"b{i}") for i in range(48)))
-    assert "<details><summary>Every block (48)</summary>" in page.render(folded, {}, title="A run")
-    assert "<details open><summary>Every block (2)</summary>" in page.render(REPORT, {}, title="A run")
-
-
-def test_what_was_not_recorded_is_said():
+def test_many_blocks_are_folded_and_what_was_not_recorded_is_said():
+    assert "<details open><summary>Every block (2)</summary>" in render()
     times = dataclasses.replace(REPORT.train, seconds_per_step=None, compile_seconds=None)
-    report = dataclasses.replace(REPORT, train=times, environment=dataclasses.replace(REPORT.environment, commit=None))
+    report = changed("lipschitz", blocks=tuple(block(f"b{i}") for i in range(48)))
+    report = dataclasses.replace(report, train=times, environment=dataclasses.replace(REPORT.environment, commit=None))
+    assert "<details><summary>Every block (48)</summary>" in render(report)
     words = read(report).words
     assert "time per step not recorded compilation not recorded" in words
     assert "commit" not in words
+
+
+@pytest.mark.parametrize(
+    ("mean", "stderr", "text"),
+    [
+        (3.45178, 0.0123, "3.452 ± 0.012"),
+        (3.45178, 0.0996, "3.45 ± 0.10"),  # rounds up into the next digit
+        (1234.5, 21.0, "1,234 ± 21"),
+        (-0.5, 0.1, f"{MINUS}0.50 ± 0.10"),
+        (2.0, 0.0, "2.000"),
+        (2.0, None, "2.000"),
+        (2.0, math.nan, "2.000 ± not a number"),
+        (math.inf, 0.1, "∞ ± 0.10"),
+        (1.0, 3.2e-12, f"1.00000000 ± 3.2 {TIMES} 10⁻¹²"),
+    ],
+)
+def test_digits_follow_the_uncertainty(mean, stderr, text):
+    assert page.uncertain(mean, stderr) == text
+
+
+def test_numbers_of_any_kind_are_written():
+    values = [np.int64(70000), np.float32(0.25), 0.0, -2.5e-9, 123456.0, math.nan, -math.inf, None]
+    assert [page.number(v, 3) for v in values] == [
+        *("70,000", "0.250", "0", f"{MINUS}2.50 {TIMES} 10⁻⁹", f"1.23 {TIMES} 10⁵", "not a number", f"{MINUS}∞", "not recorded")
+    ]
+    seconds = [2.5e-5, 0.9994, 59.94, 59.96, 3599.9, 360000.0, None]
+    assert [page.duration(s) for s in seconds] == [
+        *("25.0 µs", "999 ms", "59.9 s", "1 min 0 s", "1 h 0 min", "100 h 0 min", "not recorded")
+    ]
+    failed, attempted = doctest.testmod(page)
+    assert (failed, attempted) == (0, 4)

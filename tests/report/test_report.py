@@ -2,12 +2,7 @@
 
 import json
 
-import pytest
 import tiny_runs as runs
-
-from iresnet_jax.runs import trained_run as run
-
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 def test_training_ends_with_a_report_of_images(tmp_path_factory):
@@ -19,8 +14,7 @@ def test_training_ends_with_a_report_of_images(tmp_path_factory):
 
     content = json.loads((workdir / "report.json").read_text(), parse_constant=no_constant)
     assert content["train"]["steps"] <= content["train"]["total_steps"] == 8
-    assert content["train"]["compile_seconds"] > 0
-    assert content["train"]["seconds_per_step"] > 0
+    assert min(content["train"][name] for name in ("compile_seconds", "seconds_per_step")) > 0
     assert content["inverse"]["fraction_converged"] == 1
     assert content["environment"]["devices"] == "2 x cpu"
     config = json.loads((workdir / "config.json").read_text())
@@ -28,8 +22,7 @@ def test_training_ends_with_a_report_of_images(tmp_path_factory):
     assert content["config"] == config
     assert content["warnings"] == []
     bits = content["bits_per_dim"]
-    assert bits["num_examples"] == 360
-    assert bits["estimator"] == "exact log-determinant"
+    assert (bits["num_examples"], bits["estimator"]) == (360, "exact log-determinant")
     assert f"test: {bits['mean']:.4f} ± {bits['stderr']:.4f} bits/dim" in said
     assert "inverse: inverted; 360 of 360" in said
     assert said.endswith("report: RUN/report.html")
@@ -38,4 +31,3 @@ def test_training_ends_with_a_report_of_images(tmp_path_factory):
     assert page.count("data:image/") == 8
     assert "://" not in page.replace("http://www.w3.org", "")  # it needs nothing from elsewhere
     assert not list(workdir.glob("*.incoming"))
-    assert run.load(workdir).step == content["train"]["steps"]
