@@ -124,7 +124,8 @@ def make_parser() -> Parser:
         options = parsers.add_parser(name, help=command.help, description=command.help + others)
         for option in command.options.split():
             flag, _, default = option.partition("=")
-            options.add_argument(f"--{flag}", **OPTIONS[flag], **({"default": int(default)} if default else {}))
+            settings = OPTIONS[flag] | ({"default": int(default)} if default else {})
+            options.add_argument(f"--{flag}", **settings)
         options.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser
 

@@ -166,7 +166,8 @@ def test_flags_override_fields_and_name_the_workdir_after_the_config(config_file
     assert (flags.config.seed, flags.config.model.stages[0].hidden, flags.debug) == (3, (4,), False)
     assert flags.workdir == Path("runs/toy")
     monkeypatch.chdir(ROOT)
-    assert parse_train_flags(["train.py", "--debug"])[1:3] == (Path("runs/digits_density"), True)
+    flags = parse_train_flags(["train.py", "--debug"])
+    assert (flags.workdir, flags.debug) == (Path("runs/digits_density"), True)
 
 
 # --- the folder of a run ----------------------------------------------------------------------------------------------
