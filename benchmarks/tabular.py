@@ -32,8 +32,8 @@ TABLE_MINUTES, QUICK_MINUTES = 1.0, 0.05
 GROUPS = 100  # most groups of neighbouring test examples
 VERSIONS = ("iresnet_jax", "jax", "scikit-learn", "flowjax", "normflows", "torch")
 SETTINGS = {
-    "patches": _tables.PATCHES._asdict(),
-    "ridges": _tables.RIDGES._asdict(),
+    "patches": _tables.PATCHES,
+    "ridges": _tables.RIDGES,
     "groups": GROUPS,
     "flowjax": _densities.FLOWJAX,
     "normflows": {**_densities.NORMFLOWS, "power_iterations": _densities.POWER_ITERATIONS},
