@@ -176,7 +176,7 @@ def _checked(arrays: Arrays) -> Arrays:
     if labels is not None:
         if labels.shape != (len(x),) or labels.dtype.kind not in "iu" or labels.min() < 0:
             raise ValueError(
-                f"labels must be {len(x)} integers from 0 on, one an example, got {labels.dtype} of shape {labels.shape}: "
+                f"labels must be {len(x)} integers from 0 on, one per example, got {labels.dtype} of shape {labels.shape}: "
                 "number the classes with np.unique(labels, return_inverse=True)[1]"
             )
         labels = labels.astype(np.int32)

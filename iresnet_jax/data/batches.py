@@ -123,7 +123,7 @@ def batch_indices(
     """Returns the examples that training step ``step`` sees, or one process's share of them.
 
     Epoch ``e`` is a permutation of all examples drawn from ``(seed, e)`` and cut into ``num_examples // batch_size`` batches.
-    The remainder of an epoch is dropped; as every epoch is permuted anew, no example is left out for good. Another release of
+    The remainder of an epoch is dropped; as every epoch has its own order, no example is left out for good. Another release of
     NumPy may permute differently. Processes take contiguous shares of the batch in the order of their index, so the whole batch
     is the same on any number of hosts.
 

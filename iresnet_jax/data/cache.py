@@ -43,7 +43,7 @@ class DamagedCacheError(ValueError):
 
 
 def user_folder() -> Path:
-    """The user's folder for what can be made anew: ``$IRESNET_JAX_CACHE_DIR``, or ``iresnet_jax`` in their cache folder."""
+    """The user's folder for what can be made again: ``$IRESNET_JAX_CACHE_DIR``, or ``iresnet_jax`` in their cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "iresnet_jax")
     return Path(os.environ.get(FOLDER_VARIABLE) or default).expanduser()
 
