@@ -147,7 +147,7 @@ def main():
     kind = "inverse_problem" if arguments.forward_share == 0 else f"forward_share{arguments.forward_share:g}"
     settings = {
         "config": asdict(any_config),
-        "parameters": num_parameters(abstract_variables(any_config, reconstructor_spec(any_config, data))["params"]),
+        "parameters": num_parameters(abstract_variables(reconstructor_spec(any_config, data))["params"]),
         "num_perturbed": min(inverse_problem.NUM_PERTURBED, num_test),
     }
     with tempfile.TemporaryDirectory() as temporary:
@@ -166,7 +166,7 @@ def main():
                 show(own, f"noise {noise}, L = {lipschitz}")
             found["best"] = best_of(found, errors, of_variation)
             show(found, f"noise {noise}")
-            write(f"{kind}_{arguments.data}", arguments, settings, results)
+            write(f"{kind}_{arguments.data}", arguments, settings, results, is_shown=True)
 
 
 if __name__ == "__main__":

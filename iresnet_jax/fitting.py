@@ -1,11 +1,9 @@
 """`fit`: a model of an array, with settings chosen from the array and the machine; the same code as ``train.py``."""
 
-import contextlib
 import dataclasses
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,14 +24,16 @@ from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.history import History
 from iresnet_jax.models.priors import PRIORS
-from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.runs import trained_run
-from iresnet_jax.runs.compiled_steps import Programs
+from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import Config, parse
-from iresnet_jax.runs.loop import train
-from iresnet_jax.runs.machine import keep_compiled_programs
+from iresnet_jax.runs.from_config import build_objective, build_solver, model_spec
+from iresnet_jax.runs.loop import batches, check_batch_size, step_compiler, train
+from iresnet_jax.runs.machine import keep_compiled_programs, prepare_backend
 from iresnet_jax.runs.metrics import read_metrics
-from iresnet_jax.runs.signals import Stopped
+from iresnet_jax.runs.signals import Stopped, StopRequests
+from iresnet_jax.training.constraint import certified_model
+from iresnet_jax.training.trainer import Best, Trainer
 
 DEFAULT_MINUTES = 3.0
 FEW, FEW_STEPS = 2000, 1000  # vectors that make a small model, and its updates
@@ -45,7 +45,7 @@ NOISE = 0.3  # standard deviations; validation chooses between it and none
 HYBRID_WEIGHT = 0.1  # weight of a vector's log-likelihood beside the cross-entropy of its class
 EXACT_DIMS = 32  # at most: no noise; steps at 10, 20, 30 dimensions take .3, .8, 1.6 times as long as with `KrylovLogdet`
 
-_PROGRAMS = Programs()  # compiled steps of earlier fits: folds of a cross-validation differ in their data alone
+_STEPS = CompiledSteps()  # compiled steps of earlier fits: folds of a cross-validation differ in their data alone
 
 
 def fit(
@@ -106,18 +106,36 @@ def _fit_one(
     config: Config, data: DataSet, workdir: str | os.PathLike[str] | None, say: "_Lines | None"
 ) -> tuple[Density | Classifier, bool]:
     """The best model of one training run with its history, and whether a signal ended the run."""
-    with contextlib.ExitStack() as stack:
-        folder = Path(workdir) if workdir is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        was_stopped = False
-        try:
-            train(config, folder, data=data, say=say, programs=_PROGRAMS)
-        except Stopped as stopped:
-            was_stopped = True
-            if say:
-                say(f"{str(stopped).split(':')[0]}: the best model so far")
-        run = trained_run.load(folder)
-        assert not isinstance(run.model, Reconstructor)  # `choose_settings` refuses its objective
-        return run.model.with_(history=History.from_records(read_metrics(folder), run.step)), was_stopped
+    fitted = _fit_in_memory(config, data, say) if workdir is None else _fit_on_disk(config, data, Path(workdir), say)
+    if fitted[1] and say:
+        say(f"{fitted[1].split(':')[0]}: the best model so far")
+    return fitted[0], bool(fitted[1])
+
+
+def _fit_in_memory(config: Config, data: DataSet, say: "_Lines | None") -> tuple[Any, str]:
+    prepare_backend(config.training.matmul_precision)
+    check_batch_size(config.training, data)
+    spec = model_spec(config, data)
+    objective = build_objective(config, data, spec)
+    trainer = Trainer(
+        objective, config.training, compile_step=step_compiler(config, spec, _STEPS), say=say or (lambda line: None)
+    )
+    with StopRequests() as stop:
+        trainer.run(batches(config, objective.examples, 0), lambda: stop.received is not None)
+    best = trainer.best or Best(math.inf, trainer.step, trainer.state.ema, trainer.state.batch_stats)
+    model = certified_model(spec, *jax.device_put((best.ema, best.batch_stats)), build_solver(config.evaluation))
+    said = f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}" if stop.received else ""
+    return model.with_(history=History.from_records(trainer.records, best.step)), said
+
+
+def _fit_on_disk(config: Config, data: DataSet, folder: Path, say: "_Lines | None") -> tuple[Any, str]:
+    said = ""
+    try:
+        train(config, folder, data=data, say=say, steps=_STEPS)
+    except Stopped as stopped:
+        said = str(stopped)
+    run = trained_run.load(folder)
+    return run.model.with_(history=History.from_records(read_metrics(folder), run.step)), said
 
 
 def choose_settings(
@@ -135,7 +153,7 @@ def choose_settings(
         data: The data.
         objective: "density", "classification" or "hybrid"; by default "density" without labels, and with labels
             "classification" of images and "hybrid" of vectors.
-        minutes: Most wall-clock time for training.
+        minutes: Limit of the wall-clock time for training.
         steps: Updates instead of a time.
         architecture: Stages of the flow.
         seed: Seed of the run.
@@ -215,7 +233,7 @@ def _for_vectors(data: DataSet, objective: str) -> dict[str, dict[str, Any]]:
 
 
 def likelier_prior(x: Float[np.ndarray, "n d"], transform: str) -> str:
-    """The prior under which preprocessed examples, where a flow starts, are likelier: "logistic" for heavy tails."""
+    """The prior under which preprocessed examples are likelier, before any training of the flow: "logistic" for heavy tails."""
     fitted = Whiten.fit(x) if transform == "whiten" else Standardize.fit(x)
     found = _mean_log_probs(fitted.bijection().forward(jnp.asarray(x, jnp.float32)))
     return max(PRIORS, key=lambda kind: float(found[kind]))
@@ -232,7 +250,7 @@ def _mean_log_probs(z: Float[Array, "n d"]) -> dict[str, Float[Array, ""]]:
 
 
 def _for_images(data: DataSet) -> dict[str, dict[str, Any]]:
-    """Convolutional blocks on squeezed images, a stage a halving, down to 4 x 4 pixels or fewer."""
+    """Convolutional blocks on squeezed images, a stage for each halving, down to 4 x 4 pixels or fewer."""
     height, width, _ = data.event_shape
     stages, side = [], min(height, width)
     while side % 2 == 0 and height % 2 == 0 and width % 2 == 0 and side >= 8 and len(stages) < 3:

@@ -12,7 +12,7 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 T = TypeVar("T")
 
@@ -27,6 +27,13 @@ class Range:
         low, high = (float(end) for end in self.interval[1:-1].split(","))
         above = number >= low if self.interval[0] == "[" else number > low
         return above and (number <= high if self.interval[-1] == "]" else number < high)
+
+
+Count = Annotated[int, Range("[1, inf)")]
+CountOrNone = Annotated[int, Range("[0, inf)")]  # 0 switches something off
+Positive = Annotated[float, Range("(0, inf)")]
+NotNegative = Annotated[float, Range("[0, inf)")]
+Decay = Annotated[float, Range("[0, 1)")]  # decay of an average, which would never move at 1
 
 
 def to_plain(value: Any) -> dict[str, Any]:

@@ -311,7 +311,7 @@ def data_of(monkeypatch):
     class Seen(Exception):
         """Ends `fit` before it trains."""
 
-    def stop(config, folder, *, data, **_):
+    def stop(config, data, say):
         raise Seen(data)
 
     def fit(*arguments, **options):
@@ -319,7 +319,7 @@ def data_of(monkeypatch):
             ir.fit(*arguments, steps=1, progress=False, **options)
         return seen.value.args[0]
 
-    monkeypatch.setattr(fitting, "train", stop)
+    monkeypatch.setattr(fitting, "_fit_in_memory", stop)
     return fit
 
 

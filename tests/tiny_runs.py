@@ -167,3 +167,13 @@ def settings_of(source):
 def environment():
     """For subprocesses: this process's, in which the package is found."""
     return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def one_block(*, max_num_terms=0, training=None, **estimator):
+    """A config of one block of the plane whose log-determinant is trained like this, and exact in validation."""
+    settings = settings_of(TOY_CONFIG)
+    settings.model.stages = ({"num_blocks": 1, "hidden": (8,)},)
+    settings.logdet.update(estimator)
+    settings.evaluation.logdet.kind = "exact"
+    settings.training.update({"max_num_terms": max_num_terms, **(training or {})})
+    return parse(settings)

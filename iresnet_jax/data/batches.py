@@ -4,10 +4,9 @@ Only indices are decided here, on the host; nothing is stored between calls, so 
 """
 
 import functools
-from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 
 @functools.lru_cache(maxsize=4)  # consecutive steps share an epoch; a permutation of a large set is worth keeping
@@ -64,41 +63,3 @@ def batch_indices(
     share = batch_size // process_count
     start = batch * batch_size + process_index * share
     return _epoch_order(seed, epoch, num_examples)[start : start + share]
-
-
-def eval_batches(num_examples: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, " b"], Bool[np.ndarray, " b"]]]:
-    """Goes through every example once, in order, in batches of one shape.
-
-    The last batch is filled up with copies of example 0 that its mask leaves out: an evaluation then compiles once and uses
-    every example. Average with the mask: ``sum(mask * value) / num_examples``.
-
-    Example::
-
-        total = 0.0
-        for indices, mask in eval_batches(len(images), batch_size=256):
-            total += np.sum(mask * np.asarray(log_prob(images[indices])))
-        mean = total / len(images)
-
-    Args:
-        num_examples: Number of examples in the split, at least 1.
-        batch_size: Examples in a batch, at least 1; it may exceed ``num_examples``.
-
-    Returns:
-        Iterator over ``(indices, mask)``; ``mask`` is true where the example counts.
-
-    Raises:
-        ValueError: If either number is below 1.
-    """
-    if num_examples < 1 or batch_size < 1:
-        raise ValueError(
-            f"num_examples and batch_size must be at least 1, got {num_examples} and {batch_size}: "
-            "check that the split is not empty"
-        )
-
-    def batches():  # so that the caller's mistakes raise at the call, not at the first batch
-        for start in range(0, num_examples, batch_size):
-            indices = np.arange(start, start + batch_size)
-            mask = indices < num_examples
-            yield np.where(mask, indices, 0), mask
-
-    return batches()

@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from iresnet_jax.bijections.reshape import padding_residual
 from iresnet_jax.certification.decoding import to_data
 from iresnet_jax.certification.inverse import InverseCertificate
-from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.evaluation import guarantee
 from iresnet_jax.evaluation.guarantee import InverseGuarantee
 from iresnet_jax.maths.inverse.fixed_point import example_norm
@@ -19,6 +18,7 @@ from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.training import parallel
+from iresnet_jax.training.parallel import eval_batches
 
 NUM_EXAMPLES = 512  # examples inverted in float64, at most: enough to see a rare failure, few enough for a laptop
 REFINED_ATOL = 1e-13

@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key, Num
 
 from iresnet_jax.certification.radius import CertifiedRadius, radius
 from iresnet_jax.certification.trajectory import in_float64
-from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.evaluation.accuracy import CONFIDENCE, fraction_interval
 from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.training.parallel import eval_batches
 
 _SHORTER = 1 - 1e-6  # than the radius, so that rounding leaves no perturbation longer than it
 

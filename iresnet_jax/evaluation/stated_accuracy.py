@@ -20,7 +20,6 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from iresnet_jax.branches.branch import Branch
-from iresnet_jax.data.batches import eval_batches
 from iresnet_jax.evaluation import probes
 from iresnet_jax.evaluation.probes import PROBES_AT_ONCE, Block, Choice, Sums, rms
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo, draw_probes
@@ -30,6 +29,7 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import branch_inputs
 from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives.likelihood import evaluation_keys
+from iresnet_jax.training.parallel import eval_batches
 
 PILOT_EXAMPLES, PILOT_PROBES = 32, 4
 # Dimensions of the pilot's Krylov subspaces; the last stands for the truth. A later set follows if one does not suffice.

@@ -3,15 +3,13 @@
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
+from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs.config import Config, DataConfig, EvaluationConfig
-from iresnet_jax.runs.from_config import Spec
-
-Step = Callable[[Any, Any], tuple[Any, Any]]
+from iresnet_jax.training.trainer import Step
 
 
-class Programs:
+class CompiledSteps:
     """Compiled training steps by what they depend on; the least recently used are dropped.
 
     A model's constants of the data, such as a mean, are part of its spec: runs share a step if their specs are equal.

@@ -12,19 +12,21 @@ from typing import Annotated, Any, Literal
 import ml_collections
 from ml_collections import config_dict
 
-from iresnet_jax.json_dataclasses import Range, from_plain
-from iresnet_jax.maths.logdet.estimator import LogdetEstimator
-from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
-from iresnet_jax.maths.logdet.krylov import KrylovLogdet
-from iresnet_jax.maths.logdet.roulette import RouletteLogdet
+from iresnet_jax.json_dataclasses import (
+    Count,
+    CountOrNone,
+    Decay,
+    NotNegative,
+    Positive,
+    Range,
+    from_plain,
+)
+from iresnet_jax.maths.logdet.config import LogdetConfig
 from iresnet_jax.models.architecture import StageSpec
-
-Count = Annotated[int, Range("[1, inf)")]
-CountOrNone = Annotated[int, Range("[0, inf)")]  # 0 switches something off
-Positive = Annotated[float, Range("(0, inf)")]
-NotNegative = Annotated[float, Range("[0, inf)")]
-Decay = Annotated[float, Range("[0, 1)")]  # decay of an average, which would never move at 1
+from iresnet_jax.training.constraint import ConstraintConfig
+from iresnet_jax.training.objectives.hybrid import HybridConfig
+from iresnet_jax.training.optimizers import OptimizerConfig
+from iresnet_jax.training.trainer import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,10 @@ class DataConfig:
 
     name: str = "digits"  # a name that `iresnet_jax.data.load` knows: an image data set, a 2-D toy or a simulator
     data_dir: str | None = None  # folder of TensorFlow Datasets; None is $TFDS_DATA_DIR or its default
-    # Shares of arrays in a file that has not split them; image data sets come with their splits.
+    # Shares of the examples of a file without splits; image data sets come with their splits.
     validation_fraction: Annotated[float, Range("(0, 1)")] = 0.1
     test_fraction: Annotated[float, Range("[0, 1)")] = 0.1
-    condition_on_labels: bool = False  # "density" is p(x | class): the class, as a vector of 0 and 1, is the context
+    condition_on_labels: bool = False  # the class, as a vector of 0 and 1, is the context of a density p(x | class)
 
 
 @dataclass(frozen=True)
@@ -45,90 +47,33 @@ class ModelConfig:
 
     stages: tuple[StageSpec, ...] = (StageSpec(num_blocks=4, hidden=(32, 32), kernel_sizes=(3, 1, 3)),)
     coeff: Annotated[float, Range("(0, 1)")] = 0.9  # largest operator norm c
-    # c limits each layer's norm; the product of the layers of each block; or "network", the Lipschitz constants L_b of all
-    # blocks by prod (1 - L_b) = 1 - c, so that Lip(F^-1) <= 1 / (1 - c) without ActNorm.
+    # What c limits. "layer": the norm of each layer. "block": the product of the norms of each block. "network": the Lipschitz
+    # constants L_b of all blocks together, by prod (1 - L_b) = 1 - c, so that Lip(F^-1) <= 1 / (1 - c); without ActNorm.
     budget: Literal["layer", "block", "network"] = "layer"
     prior: Literal["gaussian", "logistic"] = "gaussian"
     last_scale: NotNegative = 1.0  # initial factor on the last layer of each branch
-    sharp: bool = False  # whether the Swish family starts sharper in a density the wider its layers are
+    sharp: bool = False  # whether activations of the Swish family start sharper in wider layers of a density
 
 
 @dataclass(frozen=True)
 class PreprocessingConfig:
     """The first bijection of a density."""
 
-    # Pixels in [0, 1]: "center", x - 1/2; "logit", logit(alpha + (1 - 2 alpha) x); "equalize", the cumulative histogram of the
-    # training pixels, then the logit. Continuous data: "standardize" each entry, or "whiten" vectors. Either: "none".
+    # For pixels x in [0, 1]: "center" is x - 1/2, "logit" is logit(alpha + (1 - 2 alpha) x), and "equalize" is the cumulative
+    # histogram of the training pixels, then the logit. For continuous data: "standardize" each entry, or "whiten" vectors.
+    # For both: "none".
     transform: Literal["center", "logit", "equalize", "standardize", "whiten", "none"] = "center"
     entrywise: bool = False  # "equalize" with each pixel's own frequency of the most common grey level
     alpha: Annotated[float, Range("(0, 0.5)")] = 0.05
 
 
 @dataclass(frozen=True)
-class LogdetConfig:
-    """An estimator of log-determinants; each kind reads only the fields that name it."""
-
-    # "series" is cut off after num_terms; "roulette" is a series without bias; "krylov" suits blocks that stretch or shrink as
-    # much as they may; "exact" takes the whole Jacobian.
-    kind: Literal["exact", "series", "roulette", "krylov"] = "series"
-    num_terms: Count = 5  # terms of "series", Jacobian products of "krylov"
-    num_probes: Count = 1  # probe vectors an example; all kinds but "exact"
-    probe: Literal["rademacher", "gaussian"] = "rademacher"
-    exact_trace: bool = True  # the trace in closed form where there is one: less noise, see benchmarks/exact_trace.py
-    distribution: Literal["poisson", "geometric"] = "poisson"  # random length of "roulette"
-    parameter: Positive = 2.0  # mean of "poisson", or success probability of "geometric"
-    num_exact_terms: CountOrNone = 2  # terms of "roulette" before its random ones
-
-    def __post_init__(self):
-        self.build()  # raises where a parameter does not suit its distribution
-
-    def build(self, num_terms: int | None = None) -> LogdetEstimator:
-        """The estimator, or the one with another number of terms."""
-        count = num_terms or self.num_terms
-        probes: dict[str, Any] = {"num_probes": self.num_probes, "probe": self.probe, "exact_trace": self.exact_trace}
-        if self.kind == "exact":
-            return ExactLogdet()
-        if self.kind == "roulette":
-            return RouletteLogdet(self.distribution, self.parameter, self.num_exact_terms, **probes)
-        return KrylovLogdet(count, **probes) if self.kind == "krylov" else SeriesLogdet(count, **probes)
-
-
-@dataclass(frozen=True)
-class ConstraintConfig:
-    """How training keeps blocks contractions; a trained model is certified in any case."""
-
-    # "estimated": norms by power iteration. "certified": guaranteed upper bounds at every step. "none": an ordinary residual
-    # network without inverse, for classification alone.
-    norms: Literal["estimated", "certified", "none"] = "estimated"
-    num_steps: Count = 1  # power iterations a training step; validation iterates until rtol
-    rtol: Positive = 1e-3  # relative tolerance of the norm in validation
-    num_squarings: Annotated[int, Range("[0, 20]")] = 4  # Gram iterations of "certified"
-    # Twists of the embedding behind "certified": "all" is tighter than "one" below 8 x 8 pixels, and four times as dear.
-    twists: Literal["auto", "all", "one"] = "auto"
-
-
-@dataclass(frozen=True)
-class HybridConfig:
-    """Objective "hybrid", which minimises cross-entropy + lambda bits/dim, or nats instead for continuous data.
-
-    A weight lambda of ``D log 2`` for images of D dimensions, and of 1 for continuous data, is the likelihood of data and
-    labels; a smaller weight pays more attention to the labels.
-    """
-
-    weight: NotNegative = 1.0  # lambda after the ramp
-    initial_weight: NotNegative = 1.0  # lambda at step 0, if there is a ramp
-    ramp_steps: CountOrNone = 0  # steps of the straight line between them; 0 for no ramp
-    # Priors start from the moments of their class' latents instead of equal: the first step has an LDA to improve on.
-    fitted_priors: bool = False
-
-
-@dataclass(frozen=True)
 class ClassifierConfig:
     """The classifier of objective "classification"."""
 
-    pad_channels: CountOrNone = 0  # channels of zeros behind those of an image: they widen the network
-    mean: tuple[float, ...] = (0.5,)  # pixel mean on [0, 1], one a channel or one for all
-    std: tuple[Positive, ...] = (0.5,)  # pixel standard deviation, one a channel or one for all
+    pad_channels: CountOrNone = 0  # channels of zeros after those of an image: they widen the network
+    mean: tuple[float, ...] = (0.5,)  # pixel mean on [0, 1], one per channel or one for all
+    std: tuple[Positive, ...] = (0.5,)  # pixel standard deviation, one per channel or one for all
     label_smoothing: Decay = 0.0  # also of objective "hybrid"
     # "actnorm" in front of every branch; "batchnorm" in front of every layer inside it makes the ordinary residual network to
     # compare with, which has neither constraint nor inverse.
@@ -155,70 +100,26 @@ class AugmentationConfig:
     """Random changes of training examples: crops and flips of images that are classified, noise on vectors."""
 
     crop_padding: CountOrNone = 0  # largest shift in pixels
-    flip: bool = False  # left to right, every other time
-    noise: NotNegative = 0.0  # on vectors whose density is learned: its standard deviation, in those of their entries
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """The update rule and its learning rate."""
-
-    # "muon" is steepest descent in the operator norm; .95 is its usual momentum.
-    name: Literal["adam", "adamw", "adamax", "muon", "sgd"] = "adam"
-    learning_rate: Positive = 1e-3  # peak
-    schedule: Literal["constant", "cosine", "step"] = "cosine"
-    warmup_steps: CountOrNone = 100  # straight line from 0 to the peak
-    final_fraction: Annotated[float, Range("[0, 1]")] = 0.0  # end of "cosine", as a fraction of the peak
-    boundaries: tuple[Annotated[float, Range("(0, 1)")], ...] = ()  # decays of "step", as fractions of training.total_steps
-    decay_factor: Annotated[float, Range("(0, 1]")] = 0.1  # factor of "step" at each boundary
-    weight_decay: NotNegative = 0.0  # kernels alone decay; decoupled from the gradient in "adamw" and "muon"
-    momentum: Decay = 0.9  # "sgd" and "muon"
-    nesterov: bool = False  # "sgd" and "muon"
-    b1: Decay = 0.9  # decay of the first moment in the Adam family, and of "muon" for all but kernels
-    b2: Decay = 0.99  # decay of the second moment in the Adam family, and of "muon" for all but kernels
-    clip_norm: NotNegative = 1.0  # largest norm of the whole gradient; 0 does not clip
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The run."""
-
-    total_steps: Count = 1000  # updates; warm-up and decay of the learning rate are fractions of them
-    minutes: NotNegative = 0.0  # most wall-clock time, compilation included; 0 is no limit
-    patience: CountOrNone = 0  # validations without an improvement after which training ends; 0 never ends it early
-    batch_size: Count = 128  # examples of a step over all devices
-    num_parts: Count = 1  # parts of each device's share, computed one after the other: a large batch in the memory of a part
-    ema_decay: Decay = 0.999  # moving average of the parameters, which evaluation uses; 0 evaluates the parameters themselves
-    actnorm_examples: Count = 1024  # training examples that ActNorm is fitted to
-    log_every_steps: Count = 50
-    eval_every_steps: Count = 500  # steps between validations, each with a checkpoint
-    eval_examples: Count = 2048  # most validation examples
-    # If validation shows that training exploits what its log-determinant cuts off, logdet.num_terms is raised up to this.
-    max_num_terms: CountOrNone = 20
-    blocks: Literal["auto", "scan", "unroll"] = "auto"  # "auto" unrolls blocks on CPUs, where that is faster
-    rematerialize: bool = False  # recompute blocks in the backward pass: less memory, more time
-    # Branches in bfloat16 in training steps. Parameters, norms and sums stay in float32, as does everything after training.
-    bfloat16: bool = False
-    # Products on accelerators; "tensorfloat32" is faster and too coarse to invert.
-    matmul_precision: Literal["float32", "tensorfloat32", "highest", "high", "default"] = "float32"
+    flip: bool = False  # left to right, with probability 1/2
+    noise: NotNegative = 0.0  # standard deviation of noise on vectors of a density, relative to that of each entry
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """What is measured after training."""
 
-    logdet: LogdetConfig = LogdetConfig(kind="roulette", num_exact_terms=20)
+    logdet: LogdetConfig = LogdetConfig(kind="roulette", num_exact_terms=20)  # noqa: RUF009 (it is frozen)
     batch_size: Count = 256
-    num_dequantisations: Count = 4  # noise draws an image
-    num_probe_draws: Count = 4  # probe draws a noise draw
-    # Largest error of an example's likelihood from its log-determinants, |bias| + standard error in bits/dim or nats, root mean
-    # square over examples: the cheapest exact or estimated log-determinants that reach it replace ``logdet``, which checks
-    # them, and num_probe_draws. 0 evaluates by ``logdet``, or exactly up to 256 dimensions.
+    num_dequantisations: Count = 4  # noise draws per image
+    num_probe_draws: Count = 4  # probe draws per noise draw
+    # Wanted error of an example's likelihood from its log-determinants: |bias| + standard error in bits/dim or nats, root mean
+    # square over examples. The cheapest log-determinants that reach it, exact or estimated, take the place of ``logdet`` and
+    # num_probe_draws, and ``logdet`` checks them. 0 evaluates by ``logdet``, or exactly up to 256 dimensions.
     target_stderr: NotNegative = 0.0
     num_examples: Count = 20_000  # test examples of a toy or simulator; other data use their whole test split
-    # Test contexts of a simulator whose posterior samples a classifier tries to tell from the model's; 0 for none.
+    # Test contexts of a simulator at which a classifier tries to tell true posterior samples from the model's; 0 for none.
     num_posteriors: CountOrNone = 10
-    num_posterior_samples: Annotated[int, Range("[10, inf)")] = 1000  # samples of the model, and of the truth, a context
+    num_posterior_samples: Annotated[int, Range("[10, inf)")] = 1000  # samples per context, of the model and of the truth
     inverse_atol: Positive = 1e-6  # largest Euclidean error of each block's inverse, for every example
 
 
@@ -233,7 +134,7 @@ class ReferencesConfig:
 class Config:
     """All settings of a run."""
 
-    seed: Annotated[int, Range("[0, 4294967296)")] = 0  # JAX would cut off further bits
+    seed: Annotated[int, Range("[0, 4294967296)")] = 0  # of all randomness; JAX would cut off further bits
     # "hybrid" is a density with a prior for every class, "inversion" reconstructs images from measurements.
     objective: Literal["density", "classification", "hybrid", "inversion"] = "density"
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,131 +1,85 @@
-"""What settings stand for: the model of some data, the constraint, the solver, the optimizer."""
+"""What settings stand for: the data, their model, its objective."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from iresnet_jax.bijections.chain import Rematerialize
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.equalize import Equalize, entry_shares, level_frequencies
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.data import augment, conditioned_on_labels, load
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.measurements import Measurement
 from iresnet_jax.models import flow
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.density import DensitySpec, Transform
-from iresnet_jax.models.reconstructor import ReconstructorSpec, block_coeff
+from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.density import Density, DensitySpec, Transform
+from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec, block_coeff
+from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs.config import (
+    AugmentationConfig,
     Config,
-    ConstraintConfig,
+    DataConfig,
     EvaluationConfig,
     InverseProblemConfig,
     ModelConfig,
-    OptimizerConfig,
     PreprocessingConfig,
 )
-from iresnet_jax.training import parallel
+from iresnet_jax.training import initialization
+from iresnet_jax.training.constraint import training_constraint
+from iresnet_jax.training.objectives import classification, hybrid, inversion, likelihood
+from iresnet_jax.training.objectives.objective import Objective
 from iresnet_jax.training.optimizers import make_optimizer, make_schedule
+from iresnet_jax.training.step import TrainingStep, UpdateRule
 
-Spec = DensitySpec | ClassifierSpec | ReconstructorSpec
 SCALE_EXAMPLES = 10_000  # of a simulator, whose mean and standard deviation become the scale of its data
-Constrain = Callable[[Any, Any], flow.Constrained]  # (params, spectral) -> constrained weights
 
 
-def build_flow_spec(settings: ModelConfig, event_shape: tuple[int, ...], context_dim: int = 0) -> FlowSpec:
-    """The architecture for examples of one shape, with contexts of some length.
+def load_data(settings: DataConfig) -> DataSet:
+    """The data that a config names."""
+    fractions = settings.validation_fraction, settings.test_fraction
+    data = load(settings.name, settings.data_dir, fractions=fractions)
+    return conditioned_on_labels(data) if settings.condition_on_labels else data
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+def model_spec(config: Config, data: DataSet) -> Spec:
+    """The model of a data set, whatever the objective.
 
     Raises:
-        ValueError: If stages do not fit that shape.
+        ValueError: If settings do not fit the data.
     """
-    if settings.budget != "network":
-        return FlowSpec(tuple(event_shape), settings.stages, settings.coeff, settings.budget, context_dim)
-    coeff = block_coeff(settings.coeff, sum(stage.num_blocks for stage in settings.stages))
-    return FlowSpec(tuple(event_shape), settings.stages, coeff, "block", context_dim)
+    if config.objective == "inversion":
+        return reconstructor_spec(config, data)
+    return classifier_spec(config, data) if config.objective == "classification" else density_spec(config, data)
 
 
 def density_spec(config: Config, data: DataSet) -> DensitySpec:
-    """The density of a data set, with a prior for every class if the objective is hybrid.
-
-    Raises:
-        ValueError: If the data have no labels that it needs, or settings do not fit them.
-    """
-    if config.objective == "hybrid" and data.num_classes is None:
+    """The density of a data set, with a prior for every class if the objective is hybrid."""
+    is_hybrid = config.objective == "hybrid"
+    if is_hybrid and data.num_classes is None:
         raise ValueError(f"a hybrid needs labelled images, and {data.name} has none: choose another data.name")
-    if config.objective == "hybrid" and data.context_dim:
+    if is_hybrid and data.context_dim:
         raise ValueError(f"a hybrid takes no contexts, and {data.name} has them: choose the objective density")
     return DensitySpec(
         flow=build_flow_spec(config.model, data.event_shape, data.context_dim),
         prior_family=config.model.prior,
-        transform=build_transform(config.preprocessing, data, by_class=config.objective == "hybrid"),
+        transform=build_transform(config.preprocessing, data, by_class=is_hybrid),
         num_levels=data.num_levels,
-        num_classes=data.num_classes if config.objective == "hybrid" else None,
+        num_classes=data.num_classes if is_hybrid else None,
         grid=data.grid,
         context=_context_scale(data),
     )
 
 
-def _context_scale(data: DataSet) -> Standardize | None:
-    """The standard scale of contexts; entries that are constant keep their own."""
-    if not data.context_dim:
-        return None
-    contexts = np.asarray(_to_scale_by(data)[1], np.float64)
-    scale = contexts.std(axis=0)
-    return Standardize(tuple(contexts.mean(axis=0).tolist()), tuple(np.where(scale > 0, scale, 1).tolist()))
-
-
-def _to_scale_by(data: DataSet) -> tuple[Any, Any]:
-    """The training examples and contexts, or some of a simulator, always the same."""
-    if data.is_endless:
-        return data.random_train(jax.random.key(0), SCALE_EXAMPLES)
-    return data.examples["train"], data.contexts.get("train")
-
-
-def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: bool = False) -> Transform:
-    """The preprocessing of a data set; "equalize" counts the levels of its training images.
-
-    Args:
-        by_class: Whether "whiten" is by the covariance within classes.
-
-    Raises:
-        ValueError: If it needs integer levels that the data do not have.
-    """
-    if settings.transform == "none":
-        return Identity()
-    if settings.transform in ("standardize", "whiten"):
-        if data.num_levels is not None or data.toy is not None:
-            raise ValueError(f"preprocessing.transform {settings.transform} is for arrays of continuous data, not {data.name}")
-        if settings.transform == "whiten" and len(data.event_shape) != 1:
-            raise ValueError(f"preprocessing.transform whiten is for vectors, and {data.name} has images: standardize them")
-        examples, _ = _to_scale_by(data)
-        if settings.transform == "standardize":
-            return Standardize.fit(np.asarray(examples))
-        return Whiten.fit(np.asarray(examples), data.labels["train"] if by_class else None)
-    if data.num_levels is None:
-        raise ValueError(
-            f"preprocessing.transform {settings.transform} is for data with grey levels, which {data.name} has not: "
-            "set it to standardize, whiten or none"
-        )
-    if settings.transform == "center":
-        return Center()
-    if settings.transform == "logit":
-        return Logit(settings.alpha)
-    images = data.examples["train"]
-    frequencies = level_frequencies(images, data.num_levels)
-    return Equalize(frequencies, entry_shares(images, frequencies) if settings.entrywise else None, settings.alpha)
-
-
 def classifier_spec(config: Config, data: DataSet) -> ClassifierSpec:
-    """The classifier of a data set.
-
-    Raises:
-        ValueError: If the data have no labels, or settings do not fit them.
-    """
+    """The classifier of a data set."""
     if data.num_classes is None:
         raise ValueError(f"classification needs labelled images, and {data.name} has none: choose another data.name")
     if data.context_dim:
@@ -148,11 +102,7 @@ def classifier_spec(config: Config, data: DataSet) -> ClassifierSpec:
 
 
 def reconstructor_spec(config: Config, data: DataSet) -> ReconstructorSpec:
-    """The reconstructor of the images of a data set.
-
-    Raises:
-        ValueError: If the data are no images of grey levels, or settings do not fit them.
-    """
+    """The reconstructor of the images of a data set."""
     if data.num_levels is None or len(data.event_shape) != 3 or data.context_dim:
         raise ValueError(
             f"the objective inversion is for images of grey levels without contexts, which {data.name} has not: choose "
@@ -162,36 +112,65 @@ def reconstructor_spec(config: Config, data: DataSet) -> ReconstructorSpec:
     return ReconstructorSpec(flow_spec, data.num_levels, constrained=config.constraint.norms != "none")
 
 
-def build_measurement(settings: InverseProblemConfig) -> Measurement:
-    """How the objective "inversion" measures images."""
-    return Measurement(settings.width, settings.noise)
+def build_flow_spec(settings: ModelConfig, event_shape: tuple[int, ...], context_dim: int = 0) -> FlowSpec:
+    """The architecture for examples of one shape, with contexts of some length."""
+    if settings.budget != "network":
+        return FlowSpec(tuple(event_shape), settings.stages, settings.coeff, settings.budget, context_dim)
+    coeff = block_coeff(settings.coeff, sum(stage.num_blocks for stage in settings.stages))
+    return FlowSpec(tuple(event_shape), settings.stages, coeff, "block", context_dim)
 
 
-def model_spec(config: Config, data: DataSet) -> Spec:
-    """The model of a data set, whatever the objective."""
-    if config.objective == "inversion":
-        return reconstructor_spec(config, data)
-    return classifier_spec(config, data) if config.objective == "classification" else density_spec(config, data)
+def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: bool = False) -> Transform:
+    """The preprocessing of a data set; "equalize" counts the levels of its training images.
 
+    Args:
+        settings: The kind of preprocessing.
+        data: The data.
+        by_class: Whether "whiten" is by the covariance within classes.
 
-def build_constraint(settings: ConstraintConfig, spec: FlowSpec, *, training: bool) -> Constrain:
-    """``(params, spectral) -> Constrained``, for training steps or for validation."""
-    if settings.norms == "certified":
-        squarings, twists = settings.num_squarings, settings.twists
-        return lambda params, spectral: flow.constrain_certified(spec, params, spectral, num_squarings=squarings, twists=twists)
-    if settings.norms == "estimated":
-        if not training:
-            return lambda params, spectral: flow.constrain(spec, params, spectral, rtol=settings.rtol)
-        return lambda params, spectral: flow.constrain(
-            spec, params, spectral, num_steps=settings.num_steps, over_blocks=parallel.shared_vmap
+    Raises:
+        ValueError: If it needs integer levels that the data do not have.
+    """
+    kind = settings.transform
+    if kind == "none":
+        return Identity()
+    if kind in ("standardize", "whiten"):
+        if data.num_levels is not None or data.toy is not None:
+            raise ValueError(f"preprocessing.transform {kind} is for arrays of continuous data, not {data.name}")
+        if kind == "whiten" and len(data.event_shape) != 1:
+            raise ValueError(f"preprocessing.transform whiten is for vectors, and {data.name} has images: standardize them")
+        examples = np.asarray(_to_scale_by(data)[0])
+        if kind == "standardize":
+            return Standardize.fit(examples)
+        return Whiten.fit(examples, data.labels["train"] if by_class else None)
+    if data.num_levels is None:
+        raise ValueError(
+            f"preprocessing.transform {kind} is for data with grey levels, which {data.name} has not: "
+            "set it to standardize, whiten or none"
         )
-    return lambda params, spectral: flow.unconstrained(spec, params, spectral)
+    if kind == "center":
+        return Center()
+    if kind == "logit":
+        return Logit(settings.alpha)
+    images = data.examples["train"]
+    frequencies = level_frequencies(images, data.num_levels)
+    return Equalize(frequencies, entry_shares(images, frequencies) if settings.entrywise else None, settings.alpha)
 
 
-@functools.lru_cache(maxsize=64)
-def compiled_constraint(settings: ConstraintConfig, spec: FlowSpec) -> Constrain:
-    """`build_constraint` for validation: one function for all that has one architecture, which shares its program."""
-    return jax.jit(build_constraint(settings, spec, training=False))
+def _context_scale(data: DataSet) -> Standardize | None:
+    """The standard scale of contexts; entries that are constant keep their own."""
+    if not data.context_dim:
+        return None
+    contexts = np.asarray(_to_scale_by(data)[1], np.float64)
+    scale = contexts.std(axis=0)
+    return Standardize(tuple(contexts.mean(axis=0).tolist()), tuple(np.where(scale > 0, scale, 1).tolist()))
+
+
+def _to_scale_by(data: DataSet) -> tuple[Any, Any]:
+    """The training examples and contexts, or some of a simulator, always the same."""
+    if data.is_endless:
+        return data.random_train(jax.random.key(0), SCALE_EXAMPLES)
+    return data.examples["train"], data.contexts.get("train")
 
 
 def build_solver(settings: EvaluationConfig) -> Solver:
@@ -199,8 +178,127 @@ def build_solver(settings: EvaluationConfig) -> Solver:
     return Solver(atol=settings.inverse_atol)
 
 
-def unroll(blocks: str) -> bool:
+# -------------------------------------------------------------------------------------------------------- the objective
+
+
+def build_objective(config: Config, data: DataSet, spec: Spec | None = None) -> Objective:
+    """What ``config.objective`` names, for a model that is by default the one of the settings and the data.
+
+    Raises:
+        ValueError: If settings do not fit the data.
+    """
+    spec = model_spec(config, data) if spec is None else spec
+    if isinstance(spec, ClassifierSpec):
+        return _classification(config, data, spec)
+    if isinstance(spec, ReconstructorSpec):
+        return _inversion(config, data, spec)
+    return _hybrid(config, data, spec) if config.objective == "hybrid" else _density(config, data, spec)
+
+
+def _density(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
+    loss = likelihood.make_loss(data.draw, likelihood.noise_scales(config.augmentation.noise, spec))
+    return Objective(
+        name=spec.metric,
+        step=_step(config, _trained_density(config, spec), loss),
+        make_validation=lambda: likelihood.Validation(spec, **_held_out(config, data)),
+        selection=lambda held_out: held_out[spec.metric],
+        examples=None if data.is_endless else (data.examples["train"], data.contexts.get("train")),
+        logdet=config.logdet,
+        initial_variables=lambda: initial_variables(config, spec, data),
+    )
+
+
+def _hybrid(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
+    loss = hybrid.make_loss(
+        config.hybrid, label_smoothing=config.classifier.label_smoothing, augment=build_augmentation(config.augmentation, data)
+    )
+    weight = float(config.hybrid.weight_of_step()(config.training.total_steps))
+    return Objective(
+        name="accuracy",
+        step=_step(config, _trained_density(config, spec), loss),
+        make_validation=lambda: hybrid.Validation(_held_out_labels(config, data), spec, **_held_out(config, data)),
+        selection=lambda held_out: held_out["cross_entropy"] + weight * held_out[spec.metric],
+        examples=(data.examples["train"], data.labels["train"]),
+        logdet=config.logdet,
+        initial_variables=lambda: initial_variables(config, spec, data),
+    )
+
+
+def _classification(config: Config, data: DataSet, spec: ClassifierSpec) -> Objective:
+    training = config.training
+    model = Classifier(spec, {}, {}, {}, unroll=unroll(config), rematerialize=rematerialize(config), bfloat16=training.bfloat16)
+    loss = classification.make_loss(
+        build_augmentation(config.augmentation, data),
+        label_smoothing=config.classifier.label_smoothing,
+        num_parts=training.num_parts,
+    )
+    return Objective(
+        name="accuracy",
+        step=_step(config, model, loss, num_parts=1),  # the loss itself computes parts
+        make_validation=lambda: classification.Validation(
+            spec,
+            data.held_out("validation", training.eval_examples),
+            _held_out_labels(config, data),
+            constraint=config.constraint,
+            batch_size=config.evaluation.batch_size,
+        ),
+        selection=classification.selection,
+        examples=(data.examples["train"], data.labels["train"]),
+        initial_variables=lambda: initial_variables(config, spec, data),
+    )
+
+
+def _inversion(config: Config, data: DataSet, spec: ReconstructorSpec) -> Objective:
+    settings, measurement = config.inverse_problem, build_measurement(config.inverse_problem)
+    solver = Solver(atol=settings.training_atol)
+    model = Reconstructor(spec, {}, solver=solver, unroll=unroll(config), rematerialize=rematerialize(config))
+
+    def make_validation():
+        x = np.asarray(model.preprocess(data.held_out("validation", config.training.eval_examples)))
+        return inversion.Validation(
+            spec,
+            x,
+            measurement.held_out(x, config.seed, "validation"),
+            constraint=config.constraint,
+            solver=build_solver(config.evaluation),
+            forward_share=settings.forward_share,
+            batch_size=config.evaluation.batch_size,
+        )
+
+    return Objective(
+        name="loss",
+        step=_step(config, model, inversion.make_loss(measurement.draw, forward_share=settings.forward_share)),
+        make_validation=make_validation,
+        selection=lambda held_out: held_out["relative_error"],
+        examples=data.examples["train"],
+        initial_variables=lambda: initial_variables(config, spec, data),
+    )
+
+
+def _step(config: Config, model: Any, loss: Callable[..., Any], num_parts: int | None = None) -> TrainingStep:
+    """The training step of a model without weights."""
+    training, constrain = config.training, training_constraint(config.constraint, model.spec)
+    schedule = make_schedule(config.optimizer, training.total_steps)
+    rule = UpdateRule(make_optimizer(config.optimizer), schedule, training.total_steps, training.ema_decay)
+    return TrainingStep(model, loss, constrain, rule, config.seed, num_parts or training.num_parts)
+
+
+def _trained_density(config: Config, spec: DensitySpec) -> Density:
+    """The density without weights, as training runs it."""
+    return Density(
+        spec,
+        {},
+        {},
+        estimator=config.logdet.build(),
+        unroll=unroll(config),
+        rematerialize=rematerialize(config),
+        bfloat16=config.training.bfloat16,
+    )
+
+
+def unroll(config: Config) -> bool:
     """Whether ``training.blocks`` writes blocks out instead of scanning over them."""
+    blocks = config.training.blocks
     return flow.unroll_by_default() if blocks == "auto" else blocks == "unroll"
 
 
@@ -211,33 +309,67 @@ def rematerialize(config: Config) -> Rematerialize:
     """
     if config.training.rematerialize:
         return "blocks"
-    is_exact = config.logdet.kind == "exact"
-    return "elementwise" if is_exact and not unroll(config.training.blocks) else "nothing"
+    return "elementwise" if config.logdet.kind == "exact" and not unroll(config) else "nothing"
 
 
-def build_schedule(settings: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """The learning rate by step; a warm-up longer than the run is cut to it."""
-    return make_schedule(
-        schedule=settings.schedule,
-        learning_rate=settings.learning_rate,
-        total_steps=total_steps,
-        warmup_steps=min(settings.warmup_steps, total_steps),
-        final_fraction=settings.final_fraction,
-        boundaries=settings.boundaries,
-        decay_factor=settings.decay_factor,
+def _held_out(config: Config, data: DataSet) -> dict[str, Any]:
+    """What a validation of a density measures, and how."""
+    num, seed = config.training.eval_examples, config.seed
+    return {
+        "examples": data.held_out("validation", num, seed),
+        "contexts": data.held_out_contexts("validation", num, seed),
+        "constraint": config.constraint,
+        "estimator": config.evaluation.logdet.build(),
+        "logdet": config.logdet,
+        "max_num_terms": config.training.max_num_terms,
+        "batch_size": config.evaluation.batch_size,
+        "seed": seed,
+    }
+
+
+def _held_out_labels(config: Config, data: DataSet) -> Any:
+    return data.labels["validation"][: config.training.eval_examples]
+
+
+def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
+    """Fresh variables, fitted to training data."""
+    num, has_labels = config.training.actnorm_examples, isinstance(spec, DensitySpec) and spec.num_classes is not None
+
+    def examples_of(key):
+        return *data.random_train(key, num), data.random_train_labels(key, num) if has_labels else None
+
+    return initialization.initial_variables(
+        spec,
+        config.seed,
+        examples_of,
+        constraint=config.constraint,
+        last_scale=config.model.last_scale,
+        sharp=config.model.sharp,
+        fitted_priors=config.hybrid.fitted_priors,
     )
 
 
-@functools.lru_cache(maxsize=64)
-def build_optimizer(settings: OptimizerConfig) -> optax.GradientTransformation:
-    """The update rule at a learning rate of 1, which `build_schedule` sets; one object for equal settings."""
-    return make_optimizer(
-        name=settings.name,
-        learning_rate=1.0,
-        weight_decay=settings.weight_decay,
-        momentum=settings.momentum,
-        nesterov=settings.nesterov,
-        b1=settings.b1,
-        b2=settings.b2,
-        clip_norm=settings.clip_norm,
-    )
+def build_measurement(settings: InverseProblemConfig) -> Measurement:
+    """How the objective "inversion" measures images."""
+    return Measurement(settings.width, settings.noise)
+
+
+def build_augmentation(settings: AugmentationConfig, data: DataSet) -> classification.Augment | None:
+    """The random change of training images that ``config.augmentation`` describes; None for no change.
+
+    Raises:
+        ValueError: If images of this size cannot be changed like that.
+    """
+    padding = settings.crop_padding
+    if not padding and not settings.flip:
+        return None
+
+    def augment_images(keys, images):
+        if not padding:
+            return augment.random_flip(keys, images)
+        change = augment.crop_and_flip if settings.flip else augment.random_crop
+        return change(keys, images, padding=padding)
+
+    keys, one = jax.random.split(jax.random.key(0), 1), data.examples["train"][:1]
+    jax.eval_shape(augment_images, keys, one)
+    return augment_images

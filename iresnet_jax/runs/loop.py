@@ -1,4 +1,4 @@
-"""The training loop: batches in, metrics and checkpoints out, and the same run again after an interruption.
+"""The training loop on disk: metrics and checkpoints out, and the same run again after an interruption.
 
 A workdir belongs to one config. Running the same command again resumes from the newest intact checkpoint, and goes on bit for
 bit as if it had not been stopped: batches and random numbers are functions of (seed, step). A run that is told to stop saves
@@ -6,52 +6,39 @@ the step it has reached; if that lies between two lines of its log, the next lin
 is killed loses the steps since its last checkpoint, which is at most `SAVE_SECONDS` and one step old.
 """
 
-import concurrent.futures
 import contextlib
 import itertools
 import json
 import logging
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax.data import conditioned_on_labels, load
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.device_batches import device_batches
 from iresnet_jax.json_dataclasses import checked, tagged, to_plain
+from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs import allocator, hosts, run_folder
 from iresnet_jax.runs.checkpoints import Checkpoints
-from iresnet_jax.runs.compiled_steps import Programs, Step
-from iresnet_jax.runs.config import Config, DataConfig, TrainingConfig
-from iresnet_jax.runs.from_config import Spec, model_spec
+from iresnet_jax.runs.compiled_steps import CompiledSteps
+from iresnet_jax.runs.config import Config
+from iresnet_jax.runs.from_config import build_objective, load_data
 from iresnet_jax.runs.hosts import Agreement, Wish, signal_of, wish_of
 from iresnet_jax.runs.machine import device_summary, prepare_backend
-from iresnet_jax.runs.metrics import MetricWriter, NoWriter, Progress, check_finite, read_metrics
+from iresnet_jax.runs.metrics import MetricWriter, Progress, read_metrics
 from iresnet_jax.runs.signals import Stopped, StopRequests
 from iresnet_jax.training import parallel
 from iresnet_jax.training.initialization import num_parameters
-from iresnet_jax.training.objectives import classification, hybrid, inversion, likelihood
 from iresnet_jax.training.objectives.objective import Objective
-from iresnet_jax.training.state import TrainState
-
-OBJECTIVES = {
-    "density": likelihood.objective,
-    "classification": classification.objective,
-    "hybrid": hybrid.objective,
-    "inversion": inversion.objective,
-}
+from iresnet_jax.training.step import TrainingStep, TrainState
+from iresnet_jax.training.trainer import Restored, Step, Trainer, TrainingConfig
 
 _logger = logging.getLogger(__name__)
-
 SAVE_SECONDS = 600.0  # between checkpoints, where validations are further apart
-VALIDATIONS_IN_TIME = 20  # of a run with a time limit
 
 
 def train(
@@ -60,7 +47,7 @@ def train(
     *,
     data: DataSet | None = None,
     say: Callable[[str], None] | None = None,
-    programs: Programs | None = None,
+    steps: CompiledSteps | None = None,
 ) -> TrainState:
     """Trains for ``config.training.total_steps``, at most for ``minutes``, from where the workdir's newest checkpoint stands.
 
@@ -68,8 +55,8 @@ def train(
         config: All settings, from `config.parse`.
         workdir: Folder of the run: config, model, metrics, checkpoints.
         data: The data; by default what ``config.data`` names.
-        say: Takes a line of progress at every validation, for callers without a progress bar.
-        programs: Compiled steps of earlier runs on arrays, to which this run adds its own; None compiles anew.
+        say: Takes a line of progress at every validation; by default the log.
+        steps: Compiled steps of earlier runs on arrays, to which this run adds its own; None compiles anew.
 
     Returns:
         The last state.
@@ -86,9 +73,31 @@ def train(
     _check_alike(config, dataset)
     checkpoints, agreement = Checkpoints(workdir), Agreement()
     spec, objective = _begin(workdir, config, dataset)
-    compile_step = _step_compiler(config, spec, objective, agreement, None if dataset.is_endless else programs)
-    with run_folder.alone_in(workdir) if hosts.is_first() else contextlib.nullcontext():
-        return _train(config, workdir, objective, checkpoints, say, agreement, compile_step)
+    compile_step = step_compiler(config, spec, None if dataset.is_endless else steps, agreement)
+    with contextlib.ExitStack() as stack:
+        if hosts.is_first():
+            stack.enter_context(run_folder.alone_in(workdir))
+        writer = stack.enter_context(MetricWriter(workdir)) if hosts.is_first() else None
+        # There is nothing to save until a step is done: a signal ends the process at once.
+        run = _RunOnDisk(objective, config.training, workdir, writer, checkpoints, agreement, compile_step, say)
+        progress = stack.enter_context(Progress(run.horizon, run.step, shown=hosts.is_first()))
+        run.watch(stack.enter_context(StopRequests()), progress)
+        run.run(batches(config, objective.examples, run.step), run.heed_requests)
+        return run.state
+
+
+def check_batch_size(settings: TrainingConfig, data: DataSet) -> None:
+    """Raises ``ValueError`` unless a batch splits over devices and into parts, and is no larger than the training data."""
+    batch_size, num_parts = settings.batch_size, settings.num_parts
+    parallel.check_global_batch_size(batch_size)
+    if (share := batch_size // parallel.all_devices()) % num_parts:
+        raise ValueError(
+            f"config.training.num_parts must divide the {share} examples that a device has of a batch, got {num_parts}"
+        )
+    if data.examples and batch_size > (num := len(data.examples["train"])):
+        raise ValueError(
+            f"config.training.batch_size must be at most {num}, the training examples of {data.name}, got {batch_size}"
+        )
 
 
 def _check_alike(config: Config, data: DataSet) -> None:
@@ -120,290 +129,17 @@ def _begin(workdir: Path, config: Config, data: DataSet) -> tuple[Spec, Objectiv
     return spec, build_objective(config, data, spec)
 
 
-def _step_compiler(
-    config: Config, spec: Spec, objective: Objective, agreement: Agreement, programs: Programs | None
-) -> Callable[[int], Step]:
-    """``num_terms ->`` the step for all devices; compiled at its first call, unless the programs have it."""
+def step_compiler(
+    config: Config, spec: Spec, steps: CompiledSteps | None, agreement: Agreement | None = None
+) -> Callable[[TrainingStep, int], Step]:
+    """``(step, num_terms) ->`` the step for all devices; compiled at its first call, unless there is one already."""
 
-    def new(num_terms):
-        return parallel.parallelize(agreement.wrap(objective.make_step(num_terms)))
+    def new(step):
+        return parallel.parallelize(step if agreement is None else agreement.wrap(step))
 
-    if programs is None:
-        return new
-    return lambda num_terms: programs.step(config, spec, num_terms, lambda: new(num_terms))
-
-
-def _train(
-    config: Config,
-    workdir: Path,
-    objective: Objective,
-    checkpoints: Checkpoints,
-    say: Callable[[str], None] | None,
-    agreement: Agreement,
-    compile_step: Callable[[int], Step],
-) -> TrainState:
-    with MetricWriter(workdir) if hosts.is_first() else NoWriter() as writer:
-        # There is nothing to save until a step is done: a signal ends the process at once.
-        trainer = _Trainer(config, objective, workdir, writer, checkpoints, say, agreement, compile_step)
-        with Progress(trainer.horizon, trainer.step, shown=hosts.is_first()) as progress, StopRequests() as stop:
-            feed = batches(config, objective.examples, trainer.step)
-            is_shared = parallel.num_processes() > 1  # then a signal always waits for the step after which all stop
-            while not trainer.is_over and (batch := next(feed, None)) is not None:
-                trainer.take_step(batch, stop.received)
-                stop.unsaved = True
-                if trainer.step % config.training.log_every_steps == 0 or trainer.is_validation_due:
-                    means = trainer.log()
-                    progress.update(trainer.step, {objective.name: means[objective.name]})
-                granted = trainer.granted(stop.received)
-                received = signal_of(granted)
-                if trainer.is_validation_due:
-                    trainer.validate()
-                    received = received if is_shared else stop.received
-                    stop.unsaved = is_shared
-                elif received or Wish.SAVE in granted:
-                    trainer.save()
-                    stop.unsaved = is_shared
-                if received:
-                    there = f"after step {trainer.step} of {trainer.horizon}"
-                    raise Stopped(f"stopped by {received.name} {there}: the same command goes on from it", received)
-    return trainer.state
-
-
-class _Trainer:
-    """A run between two steps: its state, what it has not logged yet, and its clocks."""
-
-    def __init__(
-        self,
-        config: Config,
-        objective: Objective,
-        workdir: Path,
-        writer: MetricWriter | NoWriter,
-        checkpoints: Checkpoints,
-        say: Callable[[str], None] | None,
-        agreement: Agreement,
-        compile_step: Callable[[int], Step],
-    ):
-        self._started = time.monotonic()
-        self._settings, self._objective, self._writer, self._checkpoints = config.training, objective, writer, checkpoints
-        self._say, self._agreement, self._compile_step = say, agreement, compile_step
-        self._limit_s = 60 * config.training.minutes
-        self._parallel_step = compile_step(objective.num_terms)
-        with _meanwhile(lambda: _compile_ahead(self._parallel_step, objective, config.training.batch_size)):
-            fresh = objective.initial_state()
-            _logger.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
-            self.state, self.step = self._restored(fresh)
-            parallel.check_equal_on_all_devices(self.state)
-        allocator.return_freed_memory()  # which steps would not find use for, in its fragments
-        self._first_step, self._validated_step = self.step, -1 if self.step == 0 else self.step
-        if self.step:
-            _logger.info("resuming from step %d of %d", self.step, self.horizon)
-        writer.truncate_after(self.step)
-        self._losses = hosts.from_first(
-            lambda: [objective.loss(record) for record in read_metrics(workdir) if record["split"] == "validation"]
-        )
-        self._validate = objective.make_validation()
-        self._saved_at = self._validated_at = time.monotonic()
-        self._validation_seconds = 0.0
-        self._first_step_ended: float | None = None  # for the speed of a run with a time limit
-        self._window: list[Any] = []  # metrics of the steps since the last line of the log
-        self._is_compiled = False
-        if int(self.state.num_terms) != objective.num_terms:
-            self._compile_later()
-
-    def _restored(self, fresh: TrainState) -> tuple[TrainState, int]:
-        """The newest checkpoint of process 0, or the fresh state; equal on all devices."""
-        found: list[tuple[TrainState, int]] = []
-
-        def restore():
-            found.append(self._checkpoints.restore_latest(fresh) or (fresh, 0))
-            return found[0][1]
-
-        step = hosts.from_first(restore)
-        return hosts.broadcast(found[0][0] if found else fresh), step  # a fresh state, too: hosts round differently
-
-    def _compile_later(self) -> None:
-        self._parallel_step = self._compile_step(int(self.state.num_terms))
-        self._is_compiled = False
-
-    def take_step(self, batch: Any, received: signal.Signals | None) -> None:
-        """Updates the state by one batch; the first call compiles, which the times of the log leave out.
-
-        Args:
-            received: Signal that asks this process to stop.
-        """
-        self.state, metrics = self._agreement.take(self._parallel_step, self.state, batch, self._wishes(received))
-        self._window.append(metrics)
-        if self._is_compiled:
-            self._timed_steps += 1
-        else:
-            jax.block_until_ready(metrics)
-            if self.step == self._first_step:
-                self._first_step_ended = self._validated_at = time.monotonic()  # compiling is no time without validation
-                seconds = time.monotonic() - self._started
-                self._writer.write(self.step, {"compile_seconds": seconds}, split="timing")
-                if self._say:
-                    value = float(metrics[self._objective.name])
-                    self._say(f"first step after {seconds:.0f} s: {self._objective.name} {value:.4f}")
-            self._timed_steps, self._window_start, self._is_compiled = 0, time.monotonic(), True
-        self.step += 1
-
-    @property
-    def horizon(self) -> int:
-        """Updates in the whole run, as far as is known."""
-        return int(self.state.horizon)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the last validation ended training: at the last step, out of time, or without improvement for too long."""
-        patience = self._settings.patience
-        is_stale = bool(patience) and len(self._losses) - 1 - int(np.argmin(self._losses or [0.0])) >= patience
-        return self.step == self._validated_step and (is_stale or self._is_last_step)
-
-    @property
-    def is_validation_due(self) -> bool:
-        """Whether this is a step behind which the state is validated."""
-        if self._is_last_step or self.step % self._settings.eval_every_steps == 0:
-            return True
-        since = time.monotonic() - self._validated_at
-        return bool(self._limit_s) and self._is_compiled and since > self._limit_s / VALIDATIONS_IN_TIME
-
-    @property
-    def _is_last_step(self) -> bool:
-        if self.step >= self._settings.total_steps:
-            return True
-        is_late = self._writer.elapsed_s + self._validation_seconds >= self._limit_s
-        return bool(self._limit_s) and is_late and self.step > self._first_step
-
-    def granted(self, received: signal.Signals | None) -> set[Wish]:
-        """What all processes do after this step."""
-        return self._agreement.granted(self._wishes(received))
-
-    def _wishes(self, received: signal.Signals | None) -> set[Wish]:
-        """To stop at a signal, and to save if a line of the log has just been written and the last checkpoint is old."""
-        is_save_due = not self._window and time.monotonic() - self._saved_at > SAVE_SECONDS
-        return wish_of(received) | ({Wish.SAVE} if is_save_due else set())
-
-    def log(self) -> dict[str, float]:
-        """Writes the means over the steps since the last line of the log, and returns them."""
-        means = self._checked_means()
-        if self._timed_steps:
-            means["seconds_per_step"] = (time.monotonic() - self._window_start) / self._timed_steps
-        self._writer.write(self.step, means)
-        if self._limit_s:
-            self._estimate_horizon()
-        self._window, self._timed_steps, self._window_start = [], 0, time.monotonic()
-        return means
-
-    def _estimate_horizon(self) -> None:
-        """Predicts how many steps the time limit leaves, from the time of those so far with their validations."""
-        steps = self.step - self._first_step - 1
-        if steps < 1 or self._first_step_ended is None:
-            return
-        seconds_per_step = (time.monotonic() - self._first_step_ended) / steps
-        left = max(self._limit_s - self._writer.elapsed_s - self._validation_seconds, 0.0) / seconds_per_step
-        horizon = min(self.step + max(int(left), 1), max(self._settings.total_steps, self.step))
-        self.state = self.state._replace(horizon=jnp.int32(horizon))
-
-    def _checked_means(self) -> dict[str, float]:
-        window = jax.device_get(self._window)
-        means = {name: float(np.mean([metrics[name] for metrics in window], dtype=np.float64)) for name in window[0]}
-        check_finite(means, self.step - len(self._window), self.step)
-        return means
-
-    def validate(self) -> None:
-        """Measures the state on held-out data, lets the objective adapt it, and saves it."""
-        began = time.monotonic()
-        held_out = self._validate(self.state)
-        check_finite(held_out.metrics, self.step, self.step)
-        self._writer.write(self.step, held_out.metrics, split="validation")
-        adapted = self._objective.adapt(self.state, held_out)
-        if int(adapted.num_terms) != int(self.state.num_terms):
-            self.state = adapted
-            self._compile_later()
-        self._losses.append(self._objective.loss(held_out.metrics))
-        self._save(self._losses[-1])
-        self._validated_at, self._validated_step = time.monotonic(), self.step
-        self._validation_seconds = self._validated_at - began
-        name, value = self._objective.name, held_out.metrics[self._objective.name]
-        line = f"step {self.step} of {self.horizon}: validation {name} {value:.4f}"
-        _logger.info("%s", line)
-        if self._say:
-            self._say(f"{line}, {self._time_left()} left")
-
-    def _time_left(self) -> str:
-        """Predicted time until the last step, or until the limit if that comes first, such as 1:05."""
-        done = max(self.step - self._first_step - 1, 1)
-        seconds_per_step = (time.monotonic() - (self._first_step_ended or self._started)) / done
-        left = seconds_per_step * (self.horizon - self.step)
-        if self._limit_s:
-            left = min(left, self._limit_s - self._writer.elapsed_s)
-        minutes, seconds = divmod(round(max(left, 0)), 60)
-        return f"{minutes}:{seconds:02d}"
-
-    def save(self) -> None:
-        """Saves the state between two validations, unless the steps since the last line of the log blew up."""
-        if self._window:
-            self._checked_means()
-        self._save(None)
-
-    def _save(self, metric: float | None) -> None:
-        parallel.check_equal_on_all_devices(self.state)
-        if hosts.is_first():
-            self._checkpoints.save(self.step, self.state, metric=metric)
-        self._window_start = self._saved_at = time.monotonic()
-
-
-@contextlib.contextmanager
-def _meanwhile(function: Callable[[], None]) -> Iterator[None]:
-    """Runs a function in a thread of its own beside the body of ``with``, and raises what it raises."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        done = pool.submit(function)
-        yield
-        done.result()
-
-
-def _compile_ahead(step: Step, objective: Objective, batch_size: int) -> None:
-    """Compiles a step for the objective's first state; steps of several processes, which meet in it, compile when called."""
-    if parallel.num_processes() == 1 and isinstance(step, parallel.ParallelStep):
-        batch = abstract_batch(objective.examples, batch_size)
-        step.compile(objective.abstract_state(), jax.eval_shape(parallel.shard, batch))
-
-
-def abstract_batch(examples: Any, batch_size: int) -> Any:
-    """Shapes and dtypes of a batch; placeholders for endless data, which has no examples."""
-    if examples is None:
-        return jax.ShapeDtypeStruct((batch_size,), np.float32)
-    return jax.tree.map(lambda rows: jax.ShapeDtypeStruct((batch_size, *rows.shape[1:]), rows.dtype), examples)
-
-
-def load_data(settings: DataConfig) -> DataSet:
-    """The data that a config names."""
-    fractions = settings.validation_fraction, settings.test_fraction
-    data = load(settings.name, settings.data_dir, fractions=fractions)
-    return conditioned_on_labels(data) if settings.condition_on_labels else data
-
-
-def check_batch_size(settings: TrainingConfig, data: DataSet) -> None:
-    """Raises ``ValueError`` unless a batch splits over devices and into parts, and is no larger than the training data."""
-    batch_size, num_parts = settings.batch_size, settings.num_parts
-    parallel.check_global_batch_size(batch_size)
-    if (share := batch_size // parallel.all_devices()) % num_parts:
-        raise ValueError(
-            f"config.training.num_parts must divide the {share} examples that a device has of a batch, got {num_parts}"
-        )
-    if data.examples and batch_size > (num := len(data.examples["train"])):
-        raise ValueError(
-            f"config.training.batch_size must be at most {num}, the training examples of {data.name}, got {batch_size}"
-        )
-
-
-def build_objective(config: Config, data: DataSet, spec: Spec | None = None) -> Objective:
-    """What ``config.objective`` names, for a model that is by default the one of the settings and the data.
-
-    Raises:
-        ValueError: If settings do not fit the data.
-    """
-    return OBJECTIVES[config.objective](config, data, model_spec(config, data) if spec is None else spec)
+    if steps is None:
+        return lambda step, num_terms: new(step)
+    return lambda step, num_terms: steps.step(config, spec, num_terms, lambda: new(step))
 
 
 def batches(config: Config, examples: Any, first_step: int) -> Iterator[Any]:
@@ -412,3 +148,88 @@ def batches(config: Config, examples: Any, first_step: int) -> Iterator[Any]:
     if examples is None:
         return itertools.repeat(parallel.shard(parallel.own_share(np.zeros(size, np.float32))))
     return device_batches(examples, seed=config.seed, batch_size=size, first_step=first_step)
+
+
+class _RunOnDisk(Trainer):
+    """A run that keeps measurements and checkpoints in a folder, saves when it is told to stop, and agrees on that."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        settings: TrainingConfig,
+        workdir: Path,
+        writer: MetricWriter | None,
+        checkpoints: Checkpoints,
+        agreement: Agreement,
+        compile_step: Callable[[TrainingStep, int], Step],
+        say: Callable[[str], None] | None,
+    ):
+        self._workdir, self._writer, self._checkpoints, self._agreement = workdir, writer, checkpoints, agreement
+        self._progress: Progress | None = None
+        super().__init__(objective, settings, compile_step=compile_step, say=say or (lambda line: _logger.info("%s", line)))
+        self._saved_at = time.monotonic()
+        if self.step:
+            _logger.info("resuming from step %d of %d", self.step, self.horizon)
+
+    def watch(self, stop: StopRequests, progress: Progress) -> None:
+        """From now on signals are noted, and the bar shows where the run stands."""
+        self._stop, self._progress = stop, progress
+
+    def restored(self, fresh: TrainState) -> Restored:
+        """The newest checkpoint of process 0, or the fresh state; equal on all devices."""
+        _logger.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
+        found: list[tuple[TrainState, int]] = []
+
+        def restore():
+            found.append(self._checkpoints.restore_latest(fresh) or (fresh, 0))
+            step = found[0][1]
+            self._writer.truncate_after(step)
+            records = [record for record in read_metrics(self._workdir) if record["split"] == "validation"]
+            return step, [self._objective.selection(record) for record in records]
+
+        step, losses = hosts.from_first(restore)
+        state = hosts.broadcast(found[0][0] if found else fresh)  # a fresh state, too: hosts round differently
+        allocator.return_freed_memory()  # which steps would not find use for, in its fragments
+        return Restored(state, step, tuple(losses))
+
+    def take(self, step: Step, batch: Any) -> dict[str, Any]:
+        """Updates the state by one batch, and hands what this process wishes to all others."""
+        self.state, metrics = self._agreement.take(step, self.state, batch, self._wishes())
+        self._stop.unsaved = True
+        return metrics
+
+    def write(self, metrics: Mapping[str, SupportsFloat], split: str) -> None:
+        """Writes measurements and shows those of steps."""
+        if self._writer is not None:
+            self._writer.write(self.step, metrics, split=split)
+        if split == "train" and self._progress is not None:
+            self._progress.update(self.step, {self._objective.name: metrics[self._objective.name]})
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training so far, over all processes of the run."""
+        return super().elapsed_s if self._writer is None else self._writer.elapsed_s
+
+    def save(self, loss: float | None) -> None:
+        """Writes a checkpoint."""
+        if hosts.is_first():
+            self._checkpoints.save(self.step, self.state, metric=loss)
+        self._saved_at = time.monotonic()
+        # With several processes a signal always waits for the step after which all stop.
+        self._stop.unsaved = parallel.num_processes() > 1
+
+    def heed_requests(self) -> bool:
+        """After a step: saves and raises `Stopped` if some process was told to stop, or saves if that is due."""
+        granted = self._agreement.granted(self._wishes())
+        received = signal_of(granted)
+        if (received or Wish.SAVE in granted) and not self.is_validated:
+            self.save_unvalidated()
+        if received:
+            there = f"after step {self.step} of {self.horizon}"
+            raise Stopped(f"stopped by {received.name} {there}: the same command goes on from it", received)
+        return False
+
+    def _wishes(self) -> set[Wish]:
+        """To stop at a signal, and to save if a line of the log has just been written and the last checkpoint is old."""
+        is_save_due = self.is_logged and time.monotonic() - self._saved_at > SAVE_SECONDS
+        return wish_of(self._stop.received) | ({Wish.SAVE} if is_save_due else set())

@@ -1,10 +1,9 @@
-"""Measurements of a run as JSON lines and TensorBoard events, a progress bar, and a check for NaN."""
+"""Measurements of a run as JSON lines and TensorBoard events, and a progress bar."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 import time
@@ -105,27 +104,6 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
         return self._events
 
 
-class NoWriter(contextlib.AbstractContextManager["NoWriter"]):
-    """Takes measurements as `MetricWriter` does and writes nothing, in a process whose measurements another one writes."""
-
-    def __init__(self):
-        self._start = time.monotonic()
-
-    def write(self, step: int, metrics: Mapping[str, SupportsFloat], *, split: str = "train") -> None:
-        """Does nothing."""
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds since this process began to train."""
-        return time.monotonic() - self._start
-
-    def truncate_after(self, step: int) -> None:
-        """Does nothing."""
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Has nothing to close."""
-
-
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Reads what `MetricWriter` wrote, in that order.
 
@@ -148,16 +126,6 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise ValueError(f"line {number} of {path} is not a measurement: delete or repair that line") from None
     return records
-
-
-def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_step: int) -> None:
-    """Raises a RuntimeError if a metric that was gathered over these steps is NaN or infinite."""
-    bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
-    if bad:
-        raise RuntimeError(
-            f"{', '.join(bad)} became non-finite between steps {first_step} and {last_step}; the last good checkpoint is "
-            "kept; lower the learning rate, lengthen the warm-up or clip the gradient, and resume"
-        )
 
 
 class Progress(contextlib.AbstractContextManager["Progress"]):

@@ -18,20 +18,19 @@ from iresnet_jax.data.arrays import FITTED_ARRAY
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.models import saved
-from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.flow import Block, freeze
 from iresnet_jax.models.model import FILE_NAME
-from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
+from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.runs import run_folder
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.config import Config, parse
-from iresnet_jax.runs.from_config import Spec, build_optimizer, build_solver
-from iresnet_jax.runs.loop import load_data
+from iresnet_jax.runs.from_config import build_solver, load_data
 from iresnet_jax.runs.machine import prepare_backend
+from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.initialization import abstract_variables
-from iresnet_jax.training.state import TrainState, create
+from iresnet_jax.training.optimizers import make_optimizer
+from iresnet_jax.training.step import TrainState
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Run:
         model: The model, with frozen weights.
         config: Settings that it was trained with.
         fingerprint: Fingerprint of the data that it was trained on.
-        step: Updates behind the parameters.
+        step: Number of updates that led to the parameters.
         notes: Sentences that a reader of any result must know, such as which checkpoint had to be used instead.
     """
 
@@ -150,10 +149,11 @@ def load(folder: str | os.PathLike[str]) -> Run:
     config = run_folder.read_config(folder)
     prepare_backend(config.training.matmul_precision)
     spec, fingerprint = run_folder.read_model(folder)
-    optimizer = build_optimizer(config.optimizer)
-    target = jax.eval_shape(lambda variables: create(variables, optimizer), abstract_variables(config, spec))
+    optimizer = make_optimizer(config.optimizer)
+    target = jax.eval_shape(lambda variables: TrainState.create(variables, optimizer), abstract_variables(spec))
     best, step, notes = _restore(Checkpoints(folder), target, folder)
-    return Run(folder, _model(config, spec, best), config, fingerprint, step, notes)
+    model = certified_model(spec, best.ema, best.batch_stats, build_solver(config.evaluation))
+    return Run(folder, model, config, fingerprint, step, notes)
 
 
 def read_config(folder: str | os.PathLike[str]) -> Config:
@@ -199,32 +199,6 @@ def _parsed(path: Path, about: dict[str, Any]) -> tuple[Config, str, int]:
         return parse(about["config"]), str(about["fingerprint"]), int(about["step"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore it from a copy") from None
-
-
-_freeze = jax.jit(freeze, static_argnums=0)  # one function for all runs: those of one architecture share its program
-
-
-def _frozen(flow: FlowSpec, params: Any) -> dict[str, Block]:
-    return _freeze(flow, {stage.name: params[stage.name] for stage in flow.layout})
-
-
-def _model(config: Config, spec: Spec, best: TrainState) -> Density | Classifier | Reconstructor:
-    """The model of a training state: frozen, or certified as it is where training had no constraint."""
-    solver = build_solver(config.evaluation)
-    if isinstance(spec, ClassifierSpec):
-        parts = {"head": best.ema["head"], "statistics": best.batch_stats}
-        if not spec.is_bijective:
-            return Classifier(spec, best.ema, **parts, solver=solver)
-        if not spec.constrained:
-            return saved.model_of(spec, {"params": best.ema, **parts}).with_(solver=solver)
-        frozen = _frozen(spec.flow, best.ema)
-        return Classifier(spec, frozen, **parts, solver=solver)
-    if isinstance(spec, ReconstructorSpec) and not spec.constrained:
-        return saved.model_of(spec, {"params": best.ema}).with_(solver=solver)
-    frozen = _frozen(spec.flow, best.ema)
-    if isinstance(spec, ReconstructorSpec):
-        return Reconstructor(spec, frozen, solver=solver)
-    return Density(spec, frozen, best.ema["prior"], solver=solver)
 
 
 def _restore(checkpoints: Checkpoints, target: Any, folder: Path) -> tuple[TrainState, int, tuple[str, ...]]:

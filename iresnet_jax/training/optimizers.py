@@ -3,32 +3,45 @@
 Convention: ``step`` counts finished updates; the first update uses the learning rate of step 0.
 """
 
-from __future__ import annotations
-
-import math
-from collections.abc import Sequence
-from typing import Any
+import functools
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-STACKED = "blocks"  # dictionary key under which arrays of identical blocks are stacked along their first axis
-OPTIMIZERS = ("adam", "adamw", "adamax", "muon", "sgd")
+from iresnet_jax.json_dataclasses import CountOrNone, Decay, NotNegative, Positive, Range
+
 ADAM_RMS = 0.2  # root mean square of an Adam update divided by the learning rate (Liu et al., 2025, Section 2.2)
-SCHEDULES = ("constant", "cosine", "step")
+STACKED = "blocks"  # dictionary key under which arrays of identical blocks are stacked along their first axis
 
 
-def make_schedule(
-    *,
-    schedule: str,
-    learning_rate: float,
-    total_steps: int,
-    warmup_steps: int = 0,
-    final_fraction: float = 0.0,
-    boundaries: Sequence[float] = (),
-    decay_factor: float = 0.1,
-) -> optax.Schedule:
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule and its learning rate."""
+
+    # "muon" is steepest descent in the operator norm; .95 is its usual momentum.
+    name: Literal["adam", "adamw", "adamax", "muon", "sgd"] = "adam"
+    learning_rate: Positive = 1e-3  # peak of the schedule
+    schedule: Literal["constant", "cosine", "step"] = "cosine"
+    warmup_steps: CountOrNone = 100  # steps of the linear warm-up from 0 to the peak
+    final_fraction: Annotated[float, Range("[0, 1]")] = 0.0  # end of "cosine", as a fraction of the peak
+    boundaries: tuple[Annotated[float, Range("(0, 1)")], ...] = ()  # decays of "step", as fractions of training.total_steps
+    decay_factor: Annotated[float, Range("(0, 1]")] = 0.1  # factor of "step" at each boundary
+    weight_decay: NotNegative = 0.0  # of kernels only; decoupled from the gradient in "adamw" and "muon"
+    momentum: Decay = 0.9  # of "sgd" and "muon"
+    nesterov: bool = False  # of "sgd" and "muon"
+    b1: Decay = 0.9  # decay of the first moment in the Adam family, and of "muon" for all but kernels
+    b2: Decay = 0.99  # decay of the second moment in the Adam family, and of "muon" for all but kernels
+    clip_norm: NotNegative = 1.0  # largest norm of the whole gradient; 0 does not clip
+
+    def __post_init__(self):
+        if list(self.boundaries) != sorted(set(self.boundaries)):
+            raise ValueError(f"boundaries must increase, got {self.boundaries}")
+
+
+def make_schedule(settings: OptimizerConfig, total_steps: int) -> optax.Schedule:
     r"""Builds a learning-rate schedule that warms up linearly to its peak, then decays.
 
     .. math:: \eta(t) = \eta \cdot \min(t / t_w, 1) \cdot d(t)
@@ -38,72 +51,41 @@ def make_schedule(
     is the peak exactly at step ``t_w``, and never above it.
 
     Args:
-        schedule: "constant", "cosine" or "step".
-        learning_rate: Peak, positive and finite.
-        total_steps: Updates in the whole run, at least 1; later the schedule stays at its last value.
-        warmup_steps: Updates ``t_w`` until the peak, in [0, total_steps]; 0 starts at the peak.
-        final_fraction: Fraction of the peak where "cosine" ends, in [0, 1].
-        boundaries: Fractions of ``total_steps`` where "step" decays, in (0, 1), increasing and not within the warm-up.
-        decay_factor: Factor of "step" at each boundary, in (0, 1].
+        settings: Peak, warm-up and decay. A warm-up longer than the run is cut to it.
+        total_steps: Updates in the whole run; later the schedule stays at its last value.
 
     Returns:
         The learning rate as a function of the step.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If a boundary lies in the warm-up.
 
     Example:
-        >>> eta = make_schedule(schedule="step", learning_rate=0.1, total_steps=100, boundaries=(0.3, 0.6))
+        >>> eta = make_schedule(OptimizerConfig(schedule="step", warmup_steps=0, boundaries=(0.3, 0.6)), total_steps=100)
         >>> [round(float(eta(step)), 6) for step in (0, 29, 30, 60)]
-        [0.1, 0.1, 0.01, 0.001]
+        [0.001, 0.001, 0.0001, 1e-05]
     """
-    _check_choice("schedule", schedule, SCHEDULES)
-    _check_learning_rate(learning_rate)
-    if total_steps < 1:
-        raise ValueError(f"total_steps must be at least 1, got {total_steps}: it is the length of the whole run")
-    if not 0 <= warmup_steps <= total_steps:
-        raise ValueError(
-            f"warmup_steps must lie in [0, total_steps = {total_steps}], got {warmup_steps}: "
-            "shorten the warm-up or train for longer"
-        )
-    if not 0 <= final_fraction <= 1:
-        raise ValueError(f"final_fraction must lie in [0, 1], got {final_fraction}: it is a fraction of the peak learning rate")
-    if not 0 < decay_factor <= 1:
-        raise ValueError(f"decay_factor must lie in (0, 1], got {decay_factor}: 0.1 or 0.2 are usual")
-    if list(boundaries) != sorted(set(boundaries)) or not all(0 < b < 1 for b in boundaries):
-        raise ValueError(
-            f"boundaries must be increasing fractions of total_steps in (0, 1), got {tuple(boundaries)}: "
-            "divide step or epoch numbers by their total"
-        )
-    decay_steps = [round(boundary * total_steps) - warmup_steps for boundary in boundaries]
-    if schedule == "step" and min(decay_steps, default=0) < 0:
-        raise ValueError(
-            f"boundaries must not lie in the warm-up, the first {warmup_steps} of {total_steps} steps, "
-            f"got {tuple(boundaries)}: shorten the warm-up or decay later"
-        )
-    if schedule == "cosine":
-        decay = optax.cosine_decay_schedule(learning_rate, max(total_steps - warmup_steps, 1), alpha=final_fraction)
-    elif schedule == "step":
-        decay = optax.piecewise_constant_schedule(learning_rate, dict.fromkeys(decay_steps, decay_factor))
+    peak, warmup_steps = settings.learning_rate, min(settings.warmup_steps, total_steps)
+    if settings.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, max(total_steps - warmup_steps, 1), alpha=settings.final_fraction)
+    elif settings.schedule == "step":
+        decay_steps = [round(boundary * total_steps) - warmup_steps for boundary in settings.boundaries]
+        if min(decay_steps, default=0) < 0:
+            raise ValueError(
+                f"boundaries must not lie in the warm-up, the first {warmup_steps} of {total_steps} steps, "
+                f"got {settings.boundaries}: shorten the warm-up or decay later"
+            )
+        decay = optax.piecewise_constant_schedule(peak, dict.fromkeys(decay_steps, settings.decay_factor))
     else:
-        decay = optax.constant_schedule(learning_rate)
+        decay = optax.constant_schedule(peak)
     if not warmup_steps:
         return decay
-    return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), decay], [warmup_steps])
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), decay], [warmup_steps])
 
 
-def make_optimizer(
-    *,
-    name: str,
-    learning_rate: float | optax.Schedule,
-    weight_decay: float = 0.0,
-    momentum: float = 0.9,
-    nesterov: bool = False,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    clip_norm: float = 0.0,
-) -> optax.GradientTransformation:
-    r"""Builds an optimiser: clip, decay, precondition, scale by the learning rate.
+@functools.lru_cache(maxsize=64)
+def make_optimizer(settings: OptimizerConfig) -> optax.GradientTransformation:
+    r"""Builds an optimiser at a learning rate of 1, which `make_schedule` sets; one object for equal settings.
 
     The gradient of the loss is clipped first. Weight decay then adds ``weight_decay * w`` for kernels, see `decay_mask`. In
     "adamw" and "muon" it is decoupled, ``w <- w - lr * weight_decay * w`` (Loshchilov and Hutter, 2019,
@@ -115,62 +97,40 @@ def make_optimizer(
     Adam update (Liu et al., 2025, Eq. 4), so learning rates carry over. Other parameters than kernels
     move by AdamW without decay, or by NAdam if ``nesterov``.
 
-    Args:
-        name: "adam", "adamw", "adamax", "muon" or "sgd".
-        learning_rate: Positive number or a schedule.
-        weight_decay: Factor of the decay, at least 0; 0 switches it off.
-        momentum: Decay of the averaged gradient in "sgd" and "muon", in [0, 1); .95 is usual with "muon".
-        nesterov: Whether "sgd" and "muon" look ahead along the momentum.
-        b1: Decay of the first moment of the Adam family, in [0, 1).
-        b2: Decay of the second moment (the maximum, in "adamax"), in [0, 1).
-        clip_norm: Largest L2 norm of the whole gradient, at least 0; 0 does not clip.
-
     Returns:
         An optax transformation whose ``update`` needs the parameters. Its ``init`` raises ``ValueError`` if ``weight_decay`` is
         positive and no parameter is called ``kernel``.
 
-    Raises:
-        ValueError: If an argument is outside its range.
-
     Example:
-        >>> optimizer = make_optimizer(name="adamax", learning_rate=0.003)
+        >>> optimizer = make_optimizer(OptimizerConfig(name="adamax"))
         >>> opt_state = optimizer.init({"kernel": jnp.ones((2, 2))})
     """
-    _check_choice("name", name, OPTIMIZERS)
-    for label, value in (("momentum", momentum), ("b1", b1), ("b2", b2)):
-        if not 0 <= value < 1:
-            raise ValueError(f"{label} must lie in [0, 1), got {value}: an average over all steps never forgets")
-    for label, value in (("weight_decay", weight_decay), ("clip_norm", clip_norm)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{label} must be finite and not negative, got {value}: 0 switches it off")
-    if not callable(learning_rate):
-        _check_learning_rate(learning_rate)
-
-    parts = []
-    if clip_norm:
-        parts.append(optax.clip_by_global_norm(clip_norm))
+    name, momentum, b1, b2 = settings.name, settings.momentum, settings.b1, settings.b2
+    parts = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
     if name == "muon":
         muon = optax.contrib.muon(
-            learning_rate,
+            1.0,
             beta=momentum,
-            nesterov=nesterov,
-            weight_decay=weight_decay,
-            weight_decay_mask=_non_empty_decay_mask if weight_decay else None,
+            nesterov=settings.nesterov,
+            weight_decay=settings.weight_decay,
+            weight_decay_mask=_non_empty_decay_mask if settings.weight_decay else None,
             adam_b1=b1,
             adam_b2=b2,
             consistent_rms=ADAM_RMS,
             muon_weight_dimension_numbers=kernels_as_matrices,
         )
         return optax.chain(*parts, muon)
-    decay = [optax.add_decayed_weights(weight_decay, mask=_non_empty_decay_mask)] if weight_decay else []
+    decay = []
+    if settings.weight_decay:
+        decay = [optax.add_decayed_weights(settings.weight_decay, mask=_non_empty_decay_mask)]
     if name == "sgd":
-        precondition = [optax.trace(decay=momentum, nesterov=nesterov)] if momentum else []
+        precondition = [optax.trace(decay=momentum, nesterov=settings.nesterov)] if momentum else []
     elif name == "adamax":
         precondition = [optax.scale_by_adamax(b1=b1, b2=b2)]
     else:
         precondition = [optax.scale_by_adam(b1=b1, b2=b2)]
     parts += [*precondition, *decay] if name == "adamw" else [*decay, *precondition]
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(*parts, optax.scale_by_learning_rate(1.0))
 
 
 def decay_mask(params: Any) -> Any:
@@ -217,12 +177,7 @@ def ema_update(ema: Any, params: Any, step: Any, decay: float) -> Any:
 
     Returns:
         The new average, in the dtypes of ``ema``.
-
-    Raises:
-        ValueError: If ``decay`` is outside [0, 1).
     """
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must lie in [0, 1), got {decay}: at 1 the average would never move")
     step = jnp.asarray(step)
     rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda e, p: e + (1.0 - rate).astype(e.dtype) * (p - e), ema, params)
@@ -237,13 +192,3 @@ def _non_empty_decay_mask(params: Any) -> Any:
     if not any(jax.tree.leaves(mask)):
         raise ValueError("weight_decay would act on nothing, as no parameter is called 'kernel': set it to 0")
     return mask
-
-
-def _check_learning_rate(learning_rate: float) -> None:
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate must be positive and finite, got {learning_rate}: 1e-3 is usual with the Adam family")
-
-
-def _check_choice(label: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{label} must be one of {', '.join(allowed)}, got {value!r}")

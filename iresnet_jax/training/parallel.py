@@ -12,16 +12,14 @@ others (`hosts.ending_together`) goes on with its own devices.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, PRNGKeyArray, Shaped
-
-from iresnet_jax.data.batches import eval_batches
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, Shaped
 
 AXIS = "batch"
 _is_alone = False
@@ -108,9 +106,9 @@ def _first(leaf):
 
 
 def for_devices(step_fn: Callable[[Any, Any], tuple[Any, Any]], devices: Sequence[Any]) -> Any:
-    """A training step for devices that this process need not have, jitted for whole batches: to lower and compile, not to run.
+    """The mapping of `parallelize` for devices that this process need not have, of whole batches: to trace and compile.
 
-    ``pmap`` is the same mapping under another signature.
+    ``pmap`` lowers for devices of this process alone, and does not say what it traced.
     """
     mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
     split, whole = jax.sharding.PartitionSpec(AXIS), jax.sharding.PartitionSpec()
@@ -234,6 +232,44 @@ def over_batches(
     return jax.tree.map(lambda *values: np.concatenate(values), *parts)
 
 
+def eval_batches(num_examples: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, " b"], Bool[np.ndarray, " b"]]]:
+    """Goes through every example once, in order, in batches of one shape.
+
+    The last batch is filled up with copies of example 0 that its mask leaves out: an evaluation then compiles once and uses
+    every example. Average with the mask: ``sum(mask * value) / num_examples``.
+
+    Example::
+
+        total = 0.0
+        for indices, mask in eval_batches(len(images), batch_size=256):
+            total += np.sum(mask * np.asarray(log_prob(images[indices])))
+        mean = total / len(images)
+
+    Args:
+        num_examples: Number of examples in the split, at least 1.
+        batch_size: Examples in a batch, at least 1; it may exceed ``num_examples``.
+
+    Returns:
+        Iterator over ``(indices, mask)``; ``mask`` is true where the example counts.
+
+    Raises:
+        ValueError: If either number is below 1.
+    """
+    if num_examples < 1 or batch_size < 1:
+        raise ValueError(
+            f"num_examples and batch_size must be at least 1, got {num_examples} and {batch_size}: "
+            "check that the split is not empty"
+        )
+
+    def batches():  # so that the caller's mistakes raise at the call, not at the first batch
+        for start in range(0, num_examples, batch_size):
+            indices = np.arange(start, start + batch_size)
+            mask = indices < num_examples
+            yield np.where(mask, indices, 0), mask
+
+    return batches()
+
+
 def example_keys(key: PRNGKeyArray, local_batch_size: int, *, axis_name: str | None = AXIS) -> Shaped[Array, "b ..."]:
     """Derives a random key for each example, the same for any number of devices.
 
@@ -246,7 +282,7 @@ def example_keys(key: PRNGKeyArray, local_batch_size: int, *, axis_name: str | N
         axis_name: Mapped axis that counts the devices; None, as under plain ``jit``, gives the keys of the first device.
 
     Returns:
-        Keys of the kind of ``key``, one an example.
+        Keys of the kind of ``key``, one per example.
 
     Example:
         >>> keys = example_keys(jax.random.key(0), 4, axis_name=None)

@@ -58,19 +58,3 @@ def test_impossible_batches_are_refused():
         batches.batch_indices(0, -1, 5, 50)
     with pytest.raises(ValueError, match="got seed -2 and step 0"):
         batches.batch_indices(-2, 0, 5, 50)
-
-
-@given(num_examples=st.integers(1, 100), batch_size=st.integers(1, 120))
-def test_evaluation_uses_every_example_once_with_one_shape(num_examples, batch_size):
-    found = list(batches.eval_batches(num_examples, batch_size))
-    assert {(indices.shape, mask.shape) for indices, mask in found} == {((batch_size,), (batch_size,))}
-    assert np.array_equal(np.concatenate([indices[mask] for indices, mask in found]), np.arange(num_examples))
-    padding = np.concatenate([indices[~mask] for indices, mask in found])
-    assert np.array_equal(padding, np.zeros(-num_examples % batch_size))
-
-
-def test_evaluation_refuses_an_empty_split_at_the_call():
-    with pytest.raises(ValueError, match="got 0 and 8"):
-        batches.eval_batches(0, 8)
-    with pytest.raises(ValueError, match="got 8 and 0"):
-        batches.eval_batches(8, 0)

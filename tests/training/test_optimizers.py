@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from iresnet_jax.training.optimizers import OPTIMIZERS, decay_mask, ema_update, make_optimizer, make_schedule
+from iresnet_jax.training.optimizers import OptimizerConfig, decay_mask, ema_update, make_optimizer, make_schedule
 
 RTOL = 1e-6  # a handful of float32 operations
 PEAK = 0.25  # exact in binary, so that "exactly the peak" can be asked for
@@ -22,6 +22,12 @@ def params_and_grads():
     }
     grads = jax.tree.map(lambda p: rng.normal(size=p.shape), params)
     return jax.tree.map(jnp.float32, params), jax.tree.map(jnp.float32, grads)
+
+
+def optimizer_of(name, learning_rate, clip_norm=0.0, **settings):
+    """The optimizer at this learning rate instead of 1."""
+    made = make_optimizer(OptimizerConfig(name=name, clip_norm=clip_norm, **settings))
+    return optax.chain(made, optax.scale(learning_rate))
 
 
 def run(optimizer, params, grads_of_step):
@@ -46,9 +52,13 @@ def assert_warms_up_over_8_steps(values):
     np.testing.assert_allclose(values[9:], PEAK, rtol=1e-4)  # a cosine is flat at its top
 
 
+def schedule_of(total_steps, **settings):
+    return make_schedule(OptimizerConfig(**{"learning_rate": PEAK, "warmup_steps": 0, **settings}), total_steps)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "step"])
 def test_warmup_is_linear_and_meets_the_peak_exactly(schedule):
-    eta = make_schedule(schedule=schedule, learning_rate=PEAK, total_steps=1000, warmup_steps=8, boundaries=(0.5,))
+    eta = schedule_of(1000, schedule=schedule, warmup_steps=8, boundaries=(0.5,))
     assert_warms_up_over_8_steps(jax.jit(eta)(np.arange(12)))
 
 
@@ -65,57 +75,36 @@ def test_wrong_warmups_would_be_noticed(wrong):
         assert_warms_up_over_8_steps(np.array([wrong(step) for step in range(12)]))
 
 
-def test_without_warmup_the_first_update_uses_the_peak():
-    eta = make_schedule(schedule="cosine", learning_rate=PEAK, total_steps=10)
-    assert eta(0) == PEAK
-
-
-def test_cosine_passes_the_middle_and_stays_at_its_end():
-    eta = make_schedule(schedule="cosine", learning_rate=PEAK, total_steps=110, warmup_steps=10, final_fraction=0.1)
-    quarter = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi / 4))
-    values = jax.jit(eta)(np.array([10, 35, 60, 110, 500])) / PEAK
-    np.testing.assert_allclose(values, [1.0, quarter, 0.55, 0.1, 0.1], rtol=RTOL)
-
-
-def test_steps_decay_at_their_boundaries():
-    eta = make_schedule(
-        schedule="step",
-        learning_rate=PEAK,
-        total_steps=200,
-        warmup_steps=10,
-        boundaries=(0.3, 0.6, 0.8),
-        decay_factor=0.2,
-    )
-    steps = (10, 59, 60, 119, 120, 159, 160, 199, 1000)
-    expected = [1, 1, 0.2, 0.2, 0.04, 0.04, 0.008, 0.008, 0.008]
+@pytest.mark.parametrize(
+    ("total_steps", "settings", "steps", "expected"),
+    [
+        (10, {}, [0], [1.0]),  # without a warm-up the first update uses the peak
+        (5, {"warmup_steps": 8, "schedule": "constant"}, [0, 4, 5], [0.0, 0.8, 1.0]),  # one longer than the run is cut to it
+        (
+            110,
+            {"warmup_steps": 10, "final_fraction": 0.1},
+            [10, 35, 60, 110, 500],
+            [1.0, 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi / 4)), 0.55, 0.1, 0.1],
+        ),
+        (
+            200,
+            {"warmup_steps": 10, "schedule": "step", "boundaries": (0.3, 0.6, 0.8), "decay_factor": 0.2},
+            [10, 59, 60, 119, 120, 159, 160, 199, 1000],
+            [1, 1, 0.2, 0.2, 0.04, 0.04, 0.008, 0.008, 0.008],
+        ),
+    ],
+    ids=["first", "short", "cosine", "step"],
+)
+def test_schedules_pass_these_points(total_steps, settings, steps, expected):
+    eta = schedule_of(total_steps, **settings)
     np.testing.assert_allclose(jax.jit(eta)(np.array(steps)) / PEAK, expected, rtol=RTOL)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"schedule": "linear"}, "schedule must be one of constant, cosine, step, got 'linear'"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive"),
-        ({"learning_rate": np.nan}, "learning_rate must be positive and finite, got nan"),
-        ({"learning_rate": np.inf}, "learning_rate must be positive and finite, got inf"),
-        ({"total_steps": 0}, "total_steps must be at least 1"),
-        ({"warmup_steps": 101}, r"warmup_steps must lie in \[0, total_steps = 100\], got 101"),
-        ({"warmup_steps": -1}, "warmup_steps must lie in"),
-        ({"final_fraction": 1.5}, "final_fraction must lie in"),
-        ({"final_fraction": np.nan}, "final_fraction must lie in"),
-        ({"decay_factor": 0.0}, "decay_factor must lie in"),
-        (
-            {"schedule": "step", "warmup_steps": 50, "boundaries": (0.3,)},
-            r"must not lie in the warm-up, the first 50 of 100 steps",
-        ),
-        ({"boundaries": (60.0, 120.0)}, "boundaries must be increasing fractions"),
-        ({"boundaries": (0.6, 0.3)}, "boundaries must be increasing fractions"),
-    ],
-)
-def test_schedule_arguments_out_of_range(wrong, message):
-    arguments = {"schedule": "constant", "learning_rate": 0.1, "total_steps": 100} | wrong
-    with pytest.raises(ValueError, match=message):
-        make_schedule(**arguments)
+def test_boundaries_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="the first 50 of 100 steps"):
+        schedule_of(100, schedule="step", warmup_steps=50, boundaries=(0.3,))
+    with pytest.raises(ValueError, match="must increase"):
+        OptimizerConfig(boundaries=(0.6, 0.3))
 
 
 # --- optimisers --------------------------------------------------------------------------------------------------
@@ -159,7 +148,7 @@ def sgd_oracle(p, grads, lr, momentum, nesterov):
 def test_updates_follow_the_published_algorithm(arguments, oracle):
     start = {"kernel": jnp.array([1.0, -2.0])}
     grads = [np.array([0.5, -1.0]), np.array([-3.0, 0.2]), np.array([0.1, 0.4])]
-    result = run(make_optimizer(learning_rate=0.1, **arguments), start, [{"kernel": jnp.float32(g)} for g in grads])
+    result = run(optimizer_of(learning_rate=0.1, **arguments), start, [{"kernel": jnp.float32(g)} for g in grads])
     np.testing.assert_allclose(result["kernel"], oracle(np.array([1.0, -2.0]), grads), rtol=10 * RTOL)
 
 
@@ -172,7 +161,7 @@ def test_muon_equalises_the_singular_values_of_each_block_s_kernel():
     }
     grads = jax.tree.map(jnp.float32, grads)
     zero = jax.tree.map(jnp.zeros_like, grads)
-    moved = run(make_optimizer(name="muon", learning_rate=lr, momentum=0.95, nesterov=True), zero, [grads])
+    moved = run(optimizer_of(name="muon", learning_rate=lr, momentum=0.95, nesterov=True), zero, [grads])
     matrices = [(grads["head"]["kernel"], moved["head"]["kernel"])]
     for block in range(blocks):
         matrices.append(tuple(tree["blocks"]["conv0"]["kernel"][block].reshape(36, 8) for tree in (grads, moved)))
@@ -191,11 +180,11 @@ def test_decay_mask_picks_kernels_only():
     assert chosen == ["['stage0']['blocks']['conv1']['kernel']"]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["adam", "adamw", "adamax", "muon", "sgd"])
 def test_weight_decay_acts_on_kernels_and_on_nothing_else(name):
     params, _ = params_and_grads()
     zero = jax.tree.map(jnp.zeros_like, params)
-    decayed = run(make_optimizer(name=name, learning_rate=0.01, weight_decay=0.1), params, [zero])
+    decayed = run(optimizer_of(name=name, learning_rate=0.01, weight_decay=0.1), params, [zero])
     before, after = params["conv1"].pop("kernel"), decayed["conv1"].pop("kernel")
     assert np.all(np.abs(after) < np.abs(before))
     jax.tree.map(np.testing.assert_array_equal, decayed, params)
@@ -203,24 +192,24 @@ def test_weight_decay_acts_on_kernels_and_on_nothing_else(name):
 
 def test_adamw_decay_is_decoupled():
     params, grads = params_and_grads()
-    plain = run(make_optimizer(name="adamw", learning_rate=0.01), params, [grads])
-    decayed = run(make_optimizer(name="adamw", learning_rate=0.01, weight_decay=0.5), params, [grads])
+    plain = run(optimizer_of(name="adamw", learning_rate=0.01), params, [grads])
+    decayed = run(optimizer_of(name="adamw", learning_rate=0.01, weight_decay=0.5), params, [grads])
     expected = plain["conv1"]["kernel"] - 0.01 * 0.5 * params["conv1"]["kernel"]
     np.testing.assert_allclose(decayed["conv1"]["kernel"], expected, rtol=RTOL)
 
 
 def test_sgd_decay_is_the_gradient_of_an_l2_penalty_and_enters_the_momentum():
     params = {"kernel": jnp.array([1.0, -2.0])}
-    optimizer = make_optimizer(name="sgd", learning_rate=0.1, momentum=0.9, weight_decay=0.5)
+    optimizer = optimizer_of(name="sgd", learning_rate=0.1, momentum=0.9, weight_decay=0.5)
     result = run(optimizer, params, [{"kernel": jnp.zeros(2)}] * 2)
     first = 1 - 0.1 * 0.5
     second = first - 0.1 * (0.9 * 0.5 + 0.5 * first)
     np.testing.assert_allclose(result["kernel"], second * np.array([1.0, -2.0]), rtol=RTOL)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["adam", "adamw", "adamax", "muon", "sgd"])
 def test_weight_decay_of_nothing_is_an_error(name):
-    optimizer = make_optimizer(name=name, learning_rate=0.1, weight_decay=0.1)
+    optimizer = optimizer_of(name=name, learning_rate=0.1, weight_decay=0.1)
     with pytest.raises(ValueError, match="no parameter is called 'kernel'"):
         optimizer.init({"weight": jnp.ones(2)})
 
@@ -228,39 +217,14 @@ def test_weight_decay_of_nothing_is_an_error(name):
 def test_clipping_bounds_the_global_norm_of_the_gradient_before_decay():
     params = {"kernel": jnp.array([3.0]), "bias": jnp.array([5.0])}
     grads = {"kernel": jnp.array([30.0]), "bias": jnp.array([40.0])}
-    optimizer = make_optimizer(name="sgd", learning_rate=1.0, momentum=0.0, clip_norm=1.0, weight_decay=0.5)
+    optimizer = optimizer_of(name="sgd", learning_rate=1.0, momentum=0.0, clip_norm=1.0, weight_decay=0.5)
     result = run(optimizer, params, [grads])
     np.testing.assert_allclose(result["kernel"], [3.0 - 0.6 - 1.5], rtol=RTOL)
     np.testing.assert_allclose(result["bias"], [5.0 - 0.8], rtol=RTOL)
 
     small = jax.tree.map(lambda g: g / 100, grads)
-    result = run(make_optimizer(name="sgd", learning_rate=1.0, momentum=0.0, clip_norm=1.0), params, [small])
+    result = run(optimizer_of(name="sgd", learning_rate=1.0, momentum=0.0, clip_norm=1.0), params, [small])
     np.testing.assert_allclose(result["bias"], [5.0 - 0.4], rtol=RTOL)
-
-
-def test_optimizer_uses_the_schedule_from_step_zero():
-    schedule = make_schedule(schedule="constant", learning_rate=0.5, total_steps=10, warmup_steps=2)
-    optimizer = make_optimizer(name="sgd", learning_rate=schedule, momentum=0.0)
-    result = run(optimizer, {"kernel": jnp.zeros(1)}, [{"kernel": jnp.ones(1)}] * 4)
-    np.testing.assert_allclose(result["kernel"], [-(0.0 + 0.25 + 0.5 + 0.5)], rtol=RTOL)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"name": "lamb"}, "name must be one of adam, adamw, adamax, muon, sgd, got 'lamb'"),
-        ({"momentum": 1.0}, "momentum must lie in"),
-        ({"b2": -0.1}, "b2 must lie in"),
-        ({"learning_rate": np.nan}, "learning_rate must be positive and finite, got nan"),
-        ({"momentum": np.nan}, "momentum must lie in"),
-        ({"weight_decay": -1e-4}, "weight_decay must be finite and not negative"),
-        ({"weight_decay": np.nan}, "weight_decay must be finite and not negative"),
-        ({"clip_norm": -1.0}, "clip_norm must be finite and not negative"),
-    ],
-)
-def test_optimizer_arguments_out_of_range(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        make_optimizer(**({"name": "sgd", "learning_rate": 0.1} | wrong))
 
 
 # --- moving average ----------------------------------------------------------------------------------------------
@@ -278,8 +242,3 @@ def test_ema_keeps_dtypes(x64):
     tree = {"a": jnp.ones(2, jnp.float32), "b": jnp.ones(2, jnp.float64)}
     result = jax.jit(ema_update, static_argnums=3)(tree, tree, jnp.int32(3), 0.9)
     assert jax.tree.map(lambda leaf: leaf.dtype, result) == jax.tree.map(lambda leaf: leaf.dtype, tree)
-
-
-def test_ema_that_never_moves_is_an_error():
-    with pytest.raises(ValueError, match="decay must lie in"):
-        ema_update(1.0, 2.0, 0, 1.0)

@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from iresnet_jax.training.parallel import (
     AXIS,
     check_equal_on_all_devices,
     check_global_batch_size,
+    eval_batches,
     example_keys,
     parallelize,
     parallelize_eval,
@@ -187,3 +190,19 @@ def test_a_difference_between_devices_is_found_and_named():
         state["params"]["second"] = on_devices(same, other)
         with pytest.raises(RuntimeError, match="params/second differs between device 0 and device 1"):
             check_equal_on_all_devices(state)
+
+
+@given(num_examples=st.integers(1, 100), batch_size=st.integers(1, 120))
+def test_evaluation_uses_every_example_once_with_one_shape(num_examples, batch_size):
+    found = list(eval_batches(num_examples, batch_size))
+    assert {(indices.shape, mask.shape) for indices, mask in found} == {((batch_size,), (batch_size,))}
+    assert np.array_equal(np.concatenate([indices[mask] for indices, mask in found]), np.arange(num_examples))
+    padding = np.concatenate([indices[~mask] for indices, mask in found])
+    assert np.array_equal(padding, np.zeros(-num_examples % batch_size))
+
+
+def test_evaluation_refuses_an_empty_split_at_the_call():
+    with pytest.raises(ValueError, match="got 0 and 8"):
+        eval_batches(0, 8)
+    with pytest.raises(ValueError, match="got 8 and 0"):
+        eval_batches(8, 0)

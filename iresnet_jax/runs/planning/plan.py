@@ -19,9 +19,8 @@ from iresnet_jax.data import conditioned_on_labels
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.sources import tfds
 from iresnet_jax.maths import platforms as target
-from iresnet_jax.runs import loop
 from iresnet_jax.runs.config import Config, TrainingConfig
-from iresnet_jax.runs.from_config import model_spec
+from iresnet_jax.runs.from_config import build_objective, load_data
 from iresnet_jax.runs.hosts import Agreement, Wish
 from iresnet_jax.runs.planning.program_costs import compiled_reductions, flops, has_random_loops, num_bytes, reductions
 from iresnet_jax.runs.planning.topologies import PASSES, Machine
@@ -115,7 +114,7 @@ def data_for(config: Config) -> DataSet:
     """The data of a config; random ones of the same shape in place of those of TensorFlow Datasets."""
     data = tfds.stand_in(config.data.name)
     if data is None:
-        return loop.load_data(config.data)
+        return load_data(config.data)
     return conditioned_on_labels(data) if config.data.condition_on_labels else data
 
 
@@ -199,11 +198,10 @@ def lower(config: Config, on: Machine, data: DataSet, batch_size: int) -> tuple[
     """The training step, traced and lowered for a machine, and its parameters and the bytes of its arguments."""
     share = batch_size // on.num_devices
     with target.compiling_for(on.platform), jax.default_matmul_precision(config.training.matmul_precision):
-        spec = model_spec(config, data)
-        objective = loop.build_objective(config, data, spec)
+        objective = build_objective(config, data)
         current = objective.abstract_state()
-        step = Agreement(on.num_hosts).wrap(objective.make_step(objective.num_terms))
-        batch = loop.abstract_batch(objective.examples, share * len(on.devices))
+        step = Agreement(on.num_hosts).wrap(objective.step)
+        batch = objective.abstract_batch(share * len(on.devices))
         if on.num_hosts > 1:
             batch = batch, jax.ShapeDtypeStruct((len(on.devices), len(Wish)), np.float32)
         traced = parallel.for_devices(step, on.devices).trace(current, batch)

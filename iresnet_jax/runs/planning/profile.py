@@ -19,18 +19,20 @@ from jax.extend.core import Jaxpr
 from jax.profiler import ProfileData, ProfileOptions
 
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.runs import allocator, loop
+from iresnet_jax.runs import allocator
 from iresnet_jax.runs.config import Config
+from iresnet_jax.runs.from_config import build_objective
 from iresnet_jax.runs.machine import device_summary, prepare_backend
 from iresnet_jax.runs.planning import plan
-from iresnet_jax.runs.planning.operations import Operation, operations
+from iresnet_jax.runs.planning.operations import KINDS, PARTS, Operation, operations
 from iresnet_jax.runs.planning.program_costs import flops, has_random_loops
 from iresnet_jax.runs.planning.recording import Recording, Share, read_events, summarize
-from iresnet_jax.training import parallel, state
+from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives.objective import Objective
+from iresnet_jax.training.step import TrainState
 
 WARMUP, FEWEST, MOST, MOST_S = 3, 5, 50, 10.0  # steps that are not timed; that are, at least and at most; seconds for them
-RECORDED = 10
+RECORDED, COSTLIEST = 10, 10  # steps that are recorded, operations that are shown
 MATRIX_SIZE = {"cpu": 2048}  # of the product whose speed is the peak
 LARGE_MATRIX_SIZE = 8192  # on accelerators
 PRODUCTS = 5  # of which the fastest counts
@@ -94,13 +96,14 @@ def _tables(recording: Recording, lanes: str) -> Iterator[str]:
         return f"{name:<34} {1e3 * share.seconds:8.2f} {share.seconds / recording.seconds:7.1%} {runs:>7}{rest}"
 
     yield f"recorded step: {whole}, mean over {lanes}: operations {busy}, idle {idle:.1%}; recording lengthens every run"
-    for title, shares in (("by part", recording.parts), ("by kind of operation", recording.kinds)):
+    for title, attribute, names in (("by part", "part", PARTS), ("by kind of operation", "kind", KINDS)):
         yield f"\n{title:<34} {'ms':>8} {'share':>7} {'runs':>7}"
+        shares = dict.fromkeys(names, Share()) | recording.by(attribute)
         yield from (row(name, share) for name, share in sorted(shares.items(), key=lambda item: -item[1].seconds))
         yield row("idle", Share(idle * recording.seconds))
     yield f"\n{'costliest operations':<34} {'ms':>8} {'share':>7} {'runs':>7}  result, from"
-    for share, each in recording.costliest:
-        yield row(each.kind, share, f"  {_shortened(each.shape, 30)}  {_shortened(each.short_path, 90)}")
+    for (kind, shape, path), share in itertools.islice(recording.by("place").items(), COSTLIEST):
+        yield row(kind, share, f"  {_shortened(shape, 30)}  {_shortened(path, 90)}")
     yield ""
 
 
@@ -127,11 +130,11 @@ def take(config: Config, folder: str | Path, *, data: DataSet | None = None) -> 
     prepare_backend(config.training.matmul_precision)
     data = plan.data_for(config) if data is None else data
     plan.check_splits(config.training, parallel.all_devices())
-    objective = loop.build_objective(config, data)
+    objective = build_objective(config, data)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     current, batch = random_state(objective), first_batch(objective.examples, config.training.batch_size)
-    step = objective.make_step(objective.num_terms)
+    step = objective.step
     traced = traced_step(step, current, batch)
     run = parallel.parallelize(step)
     with _paths_in_programs():
@@ -177,15 +180,14 @@ def _paths_in_programs() -> Iterator[None]:
             jax.config.update(name, value)
 
 
-def random_state(objective: Objective) -> state.TrainState:
+def random_state(objective: Objective) -> TrainState:
     """A state with random parameters, whose steps take as long as those of a trained one."""
     rng = np.random.default_rng(0)
     draw = lambda leaf: (_SCALE * rng.normal(size=leaf.shape)).astype(leaf.dtype)  # noqa: E731
     variables = jax.tree.map(draw, objective.abstract_variables())
     for statistics in jax.tree.leaves(variables.get("batch_stats", {})):
         statistics[...] = 1
-    rule = objective.rule
-    return state.create(variables, rule.optimizer, num_terms=objective.num_terms, horizon=rule.total_steps)
+    return objective.state_of(variables)
 
 
 def first_batch(examples: Any, size: int) -> Any:

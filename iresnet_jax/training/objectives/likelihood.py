@@ -1,6 +1,7 @@
-"""The likelihood objective: one training step, and the likelihood of held-out data."""
+"""The likelihood objective: the loss of a batch, and the likelihood of held-out data."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,20 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jaxtyping import Array, Float, Int, Key
 
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
-from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.maths.logdet.config import LogdetConfig
+from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.runs.config import Config
-from iresnet_jax.runs.from_config import Constrain, build_constraint, compiled_constraint, rematerialize, unroll
 from iresnet_jax.training import parallel
-from iresnet_jax.training.initialization import abstract_variables, initial_variables
-from iresnet_jax.training.objectives.objective import HeldOut, Loss, Objective, UpdateRule, build_rule, update
-from iresnet_jax.training.parallel import example_keys
-from iresnet_jax.training.state import TrainState
+from iresnet_jax.training.constraint import ConstraintConfig, validated_model
+from iresnet_jax.training.objectives.objective import HeldOut
+from iresnet_jax.training.step import Loss, StepKeys, TrainState
 
 TOLERATED_BIAS = 0.002  # of what is trained, in bits/dim or nats; beyond it training raises its number of terms
 REFERENCE_TERMS = 60  # of the series: at an eigenvalue of -.9 they leave .0002 of -2.3
@@ -32,33 +30,36 @@ WARNING = (
     "on validation data the log-determinant of training reads %s lower by %.3f than one that is not cut off: training "
     "exploited what its %d terms cut off; start with a larger logdet.num_terms, lower model.coeff or use logdet.kind = roulette"
 )
+_logger = logging.getLogger(__name__)
 
 
-def objective(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
-    """The likelihood of the data under a model."""
-    rule = build_rule(config)
-    trained = config.logdet.build()
-    constrain = build_constraint(config.constraint, spec.flow, training=True)
-    noise = make_noise(config.augmentation.noise, spec)
+def make_loss(
+    draw: Callable[[Any, Any], Any] | None = None, noise: Float[np.ndarray, " d"] | None = None
+) -> Callable[[Density, Any, StepKeys], Loss]:
+    """The loss ``(model, (examples, contexts), keys) -> Loss``: the negative log-likelihood in the model's unit.
 
-    def step(num_terms):
-        model = template(config, spec).with_(estimator=config.logdet.build(num_terms))
-        return make_step(model, constrain, rule, seed=config.seed, draw=data.draw, noise=noise)
+    A random series length is one of the step, so blocks and devices share it.
 
-    return Objective(
-        name=spec.metric,
-        examples=None if data.is_endless else (data.examples["train"], data.contexts.get("train")),
-        rule=rule,
-        initial_variables=lambda: initial_variables(config, spec, data),
-        abstract_variables=lambda: abstract_variables(config, spec),
-        make_step=step,
-        make_validation=lambda: Validation(config, spec, data),
-        loss=lambda held_out: held_out[spec.metric],
-        num_terms=0 if trained.unbiased else config.logdet.num_terms,
-    )
+    Args:
+        draw: Sampler ``(key, placeholder) -> (example, context)`` of endless data; None takes those of the batch.
+        noise: Standard deviation of the noise on each entry, see `noise_scales`; None is no noise.
+    """
+
+    def loss(model: Density, batch: Any, keys: StepKeys) -> Loss:
+        key_draw, key_dequantise, key_probe = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys.examples), 1, 0)
+        x, context = batch if draw is None else jax.vmap(draw)(key_draw, batch)
+        if noise is not None:
+            x = x + noise[None] * jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(key_draw)
+        model = model.with_(estimator=model.estimator.fix_length(keys.shared))
+        terms = model.terms(x, key_dequantise, key_probe, context=context)
+        value = jnp.mean(model.spec.in_units(terms.log_prob))
+        means = {"log_prior": jnp.mean(terms.log_prior), "log_det": jnp.mean(terms.log_det)}
+        return Loss(value, {model.spec.metric: value, **means})
+
+    return loss
 
 
-def make_noise(size: float, spec: DensitySpec) -> Float[np.ndarray, " d"] | None:
+def noise_scales(size: float, spec: DensitySpec) -> Float[np.ndarray, " d"] | None:
     """Standard deviations of the noise that ``augmentation.noise`` asks for, 0 for entries on a grid; None for no noise.
 
     Training on few examples with noise is training on a kernel density of them (Rothfuss et al. 2019, sec. 4): it keeps the
@@ -78,76 +79,6 @@ def make_noise(size: float, spec: DensitySpec) -> Float[np.ndarray, " d"] | None
     return np.where(on_grid, 0, size * np.asarray(spec.transform.entry_scales)).astype(np.float32)
 
 
-def template(config: Config, spec: DensitySpec) -> Density:
-    """The model without weights, run as training runs it."""
-    settings = config.training
-    blocks, again = unroll(settings.blocks), rematerialize(config)
-    return Density(spec, {}, {}, unroll=blocks, rematerialize=again, bfloat16=settings.bfloat16)
-
-
-def make_step(
-    model: Density,
-    constrain: Constrain,
-    rule: UpdateRule,
-    *,
-    seed: int,
-    draw: Callable[[Any, Any], Any] | None = None,
-    noise: Float[np.ndarray, " d"] | None = None,
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
-    """The step ``(state, batch) -> (state, metrics)``, for `parallel.parallelize`.
-
-    Every example has its own random key, made from (seed, step, place in the whole batch): a run gives the same result on any
-    number of devices. A random series length comes from (seed, step) alone, so blocks and devices share it.
-
-    Args:
-        model: The model without weights.
-        constrain: ``(params, spectral) ->`` constrained weights.
-        rule: How a gradient changes the state.
-        seed: Seed of the run.
-        draw: Sampler ``(key, placeholder) -> (example, context)`` of endless data; None takes those of the batch.
-        noise: Standard deviation of the noise on each entry, see `make_noise`; None is no noise.
-    """
-    spec = model.spec
-
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        key_length, key_examples = jax.random.split(key)
-        keys = jax.vmap(lambda k: jax.random.split(k, 3))(example_keys(key_examples, len(jax.tree.leaves(batch)[0])))
-        key_draw, key_dequantise, key_probe = keys[:, 0], keys[:, 1], keys[:, 2]
-        x, context = batch if draw is None else jax.vmap(draw)(key_draw, batch)
-        if noise is not None:
-            x = x + noise[None] * jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(key_draw)
-        estimator = model.estimator.fix_length(key_length)
-
-        def loss_of(weights, free, examples):
-            x, context, key_dequantise, key_probe = examples
-            current = model.with_(weights=weights, prior=free["prior"], estimator=estimator)
-            terms = current.terms(x, key_dequantise, key_probe, context=context)
-            loss = jnp.mean(spec.in_units(terms.log_prob))
-            means = {"log_prior": jnp.mean(terms.log_prior), "log_det": jnp.mean(terms.log_det)}
-            return Loss(loss, {spec.metric: loss, **means})
-
-        return update(state, constrain, loss_of, (x, context, key_dequantise, key_probe), rule)
-
-    return step
-
-
-def evaluate_batch(model: Density, batch: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
-    """Objective, terms and truncation bound of ``(examples, contexts, noise keys, probe keys)``, for `parallelize_eval`.
-
-    Each example's keys, from `evaluation_keys`, decide its noise, probes and series length, so that results do not depend on
-    the batching.
-    """
-    x, context, key_noise, key_probe = batch
-    terms = model.terms(x, key_noise, key_probe, context=context)
-    return {
-        model.spec.metric: model.spec.in_units(terms.log_prob),
-        "log_prior": terms.log_prior,
-        "log_det": terms.log_det,
-        "truncation_bound": model.spec.unit_of_a_nat * terms.info.truncation_bound,
-    }
-
-
 class Validation:
     """Mean objective of held-out data under the averaged parameters, norms iterated to their tolerance.
 
@@ -155,41 +86,58 @@ class Validation:
     before the loss on held-out data rises. ``training_bias`` shows it: the objective by the log-determinant of training less
     the objective by `REFERENCE_TERMS` terms of the series, on one batch with the same noise and probes. While it is below
     `-TOLERATED_BIAS`, training goes on with more terms.
+
+    Args:
+        spec: The model.
+        examples: Held-out examples.
+        contexts: Their contexts, of a conditional density.
+        constraint: How blocks are constrained.
+        estimator: Log-determinant of the validation.
+        logdet: Log-determinant of training.
+        max_num_terms: Most terms that training may go on with.
+        batch_size: Most examples at once.
+        seed: Seed of the run.
     """
 
-    def __init__(self, config: Config, spec: DensitySpec, data: DataSet):
-        self._spec, self._seed, self._logdet = spec, config.seed, config.logdet
-        self._examples = data.held_out("validation", config.training.eval_examples, config.seed)
-        self._contexts = data.held_out_contexts("validation", config.training.eval_examples, config.seed)
-        self._constrain = compiled_constraint(config.constraint, spec.flow)
+    def __init__(
+        self,
+        spec: DensitySpec,
+        examples: np.ndarray,
+        contexts: np.ndarray | None,
+        *,
+        constraint: ConstraintConfig,
+        estimator: LogdetEstimator,
+        logdet: LogdetConfig,
+        max_num_terms: int,
+        batch_size: int,
+        seed: int,
+    ):
+        self._template, self._constraint = Density(spec, {}, {}, estimator=estimator), constraint
+        self._examples, self._contexts, self._batch_size, self._seed = examples, contexts, batch_size, seed
+        self._logdet, self._max_num_terms = logdet, max_num_terms
         self._evaluate = parallel.parallelize_eval(evaluate_batch)
-        self._estimator = config.evaluation.logdet.build()
-        self._reference = dataclasses.replace(config.logdet, kind="series").build(REFERENCE_TERMS)
-        self._max_num_terms = config.training.max_num_terms
-        self._batch_size = config.evaluation.batch_size
 
-    def __call__(self, current: TrainState) -> HeldOut:
+    def __call__(self, state: TrainState) -> HeldOut:
         """The mean of every term, and the terms of the log-determinant that training goes on with."""
-        return self.measure(current, self.model(current))
+        return self.measure(state, self.model(state))
 
-    def model(self, current: TrainState) -> Density:
-        """The model of the averaged parameters; blocks are scanned, which compiles in half the time."""
-        stages = {stage.name: current.ema[stage.name] for stage in self._spec.flow.layout}
-        weights = self._constrain(*parallel.on_first_device((stages, current.spectral))).weights
-        return Density(self._spec, weights, current.ema["prior"], estimator=self._estimator)
+    def model(self, state: TrainState) -> Density:
+        """The model of the averaged parameters."""
+        return validated_model(self._template, self._constraint, state.ema, state.spectral)
 
-    def measure(self, current: TrainState, model: Density) -> HeldOut:
+    def measure(self, state: TrainState, model: Density) -> HeldOut:
         """What `__call__` returns, under the `model` of a training state."""
         outputs = self._outputs(model)
         means = {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
-        num_terms = int(current.num_terms)
+        num_terms = int(state.num_terms)
         if self._logdet.build().unbiased:
             return HeldOut(means, num_terms)
-        reference = self._on_a_batch(model.with_(estimator=self._reference))
+        without_cut = dataclasses.replace(self._logdet, kind="series").build(REFERENCE_TERMS)
+        reference = self._on_a_batch(model.with_(estimator=without_cut))
         bias, is_exploited = self._bias(model, num_terms, reference)
         if bias < -ALARMING_BIAS:
-            logging.warning(WARNING, self._spec.metric, -bias, num_terms)
-        if is_exploited and int(current.step) < int(current.horizon):
+            _logger.warning(WARNING, model.spec.metric, -bias, num_terms)
+        if is_exploited and int(state.step) < int(state.horizon):
             num_terms = self._enough_terms(model, num_terms, reference)
         return HeldOut({**means, "training_bias": bias, "num_terms": num_terms}, num_terms)
 
@@ -200,7 +148,7 @@ class Validation:
             num_terms = min(math.ceil(MORE_TERMS * num_terms), self._max_num_terms)
             _, is_exploited = self._bias(model, num_terms, reference)
         if num_terms > before:
-            logging.info("training goes on with %d terms of the log-determinant: it exploits what fewer cut off", num_terms)
+            _logger.info("training goes on with %d terms of the log-determinant: it exploits what fewer cut off", num_terms)
         return num_terms
 
     def _outputs(self, model: Density, num: int | None = None) -> dict[str, np.ndarray]:
@@ -210,7 +158,7 @@ class Validation:
         return outputs
 
     def _on_a_batch(self, model: Density) -> np.ndarray:
-        return self._outputs(model, self._batch_size)[self._spec.metric].astype(np.float64)
+        return self._outputs(model, self._batch_size)[model.spec.metric].astype(np.float64)
 
     def _bias(self, model: Density, num_terms: int, reference: np.ndarray) -> tuple[float, bool]:
         """How the objective by so many terms differs from the other, and whether it is lower by more than is tolerated."""
@@ -229,10 +177,12 @@ def evaluate_examples(
     contexts: np.ndarray | None = None,
     draw: tuple[int, int] = (0, 0),
 ) -> dict[str, np.ndarray]:
-    """Runs a parallel evaluation over all examples.
+    """Objective, terms and truncation bound of all examples, by all devices.
 
     Args:
         evaluate: `evaluate_batch` for all devices, see `parallel.parallelize_eval`.
+        model: The density.
+        examples: The examples.
         key: Source of randomness; the random numbers of an example depend on the key, its place and the draw, not on batches.
         batch_size: Most examples at once, see `parallel.over_batches`.
         contexts: Context of each example, of a conditional density.
@@ -247,6 +197,22 @@ def evaluate_examples(
     is_alone = parallel.num_processes() == 1
     num_devices = 1 if is_alone and isinstance(model.estimator, ExactLogdet) and jax.default_backend() == "cpu" else None
     return parallel.over_batches(evaluate, model, batch_of, len(examples), batch_size, num_devices=num_devices)
+
+
+def evaluate_batch(model: Density, batch: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
+    """Objective, terms and truncation bound of ``(examples, contexts, noise keys, probe keys)``, for `parallelize_eval`.
+
+    Each example's keys, from `evaluation_keys`, decide its noise, probes and series length, so that results do not depend on
+    the batching.
+    """
+    x, context, key_noise, key_probe = batch
+    terms = model.terms(x, key_noise, key_probe, context=context)
+    return {
+        model.spec.metric: model.spec.in_units(terms.log_prob),
+        "log_prior": terms.log_prior,
+        "log_det": terms.log_det,
+        "truncation_bound": model.spec.unit_of_a_nat * terms.info.truncation_bound,
+    }
 
 
 @jax.jit

@@ -1,7 +1,7 @@
 """Training through the inverse: the loss and its gradient, a run and its resume, and what it refuses."""
 
+import dataclasses
 import functools
-import shutil
 
 import chex
 import jax
@@ -10,18 +10,17 @@ import numpy as np
 import pytest
 import tiny_runs as runs
 
+from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.data import load
+from iresnet_jax.branches.branch import Branch
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.flow import Block
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
-from iresnet_jax.runs import loop, trained_run
+from iresnet_jax.runs import trained_run
 from iresnet_jax.runs.metrics import read_metrics
-from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives import inversion
 
 ITERATION = 1e-6  # gradients through an iteration, float64
-
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 # --- the loss and its gradient ----------------------------------------------------------------------------------------
@@ -33,7 +32,7 @@ def small():
     flow = FlowSpec((2, 2, 1), (StageSpec(2, hidden=(3,), activation="softplus"),), 0.8, "block")
     [stage] = flow.layout
     keys = jax.random.split(jax.random.key(0), 2)
-    branch = jax.vmap(lambda key: stage.branch.initial_weights(key))(keys)
+    branch = jax.vmap(stage.branch.initial_weights)(keys)
     branch = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), branch)
 
     def scaled(layer):
@@ -42,11 +41,7 @@ def small():
 
     branch = {name: scaled(layer) for name, layer in branch.items()}
     weights = {
-        "stage0": {
-            "actnorm": {"bias": jnp.zeros((2, 4)), "log_scale": jnp.zeros((2, 4))},
-            "branch": branch,
-            "lipschitz": jnp.full(2, 0.64),
-        }
+        "stage0": Block(ActNormParams(jnp.zeros((2, 4)), jnp.zeros((2, 4))), Branch(stage.branch, branch, jnp.full(2, 0.64)))
     }
     rng = np.random.default_rng(0)
     x, y = rng.uniform(size=(3, 2, 2, 1)), rng.normal(size=(3, 2, 2, 1))
@@ -77,10 +72,13 @@ def test_the_loss_and_its_gradient_are_those_of_the_iteration_step_by_step(x64, 
     model, x, y = small()
 
     def ours(branch):
-        stage = {**model.weights["stage0"], "branch": branch}
-        return inversion.loss(model.with_(weights={"stage0": stage}), x, y, forward_share=forward_share).value
+        of_stage = model.weights["stage0"]
+        of_stage = of_stage._replace(branch=dataclasses.replace(of_stage.branch, weights=branch))
+        return inversion.loss_of_measurements(
+            model.with_(weights={"stage0": of_stage}), x, y, forward_share=forward_share
+        ).value
 
-    branch = model.weights["stage0"].branch
+    branch = model.weights["stage0"].branch.weights
     value, gradient = jax.jit(jax.value_and_grad(ours))(branch)
     expected, of_steps = jax.jit(jax.value_and_grad(functools.partial(unrolled_loss, forward_share=forward_share)))(
         branch, x, y
@@ -93,7 +91,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_iteration_step_by_step(x64, 
 def test_the_check_rejects_a_gradient_that_stops_at_the_inverse(x64):
     """A few steps of the iteration from the solution, as truncated back-propagation has it, give another gradient."""
     model, x, y = small()
-    branch = model.weights["stage0"].branch
+    branch = model.weights["stage0"].branch.weights
 
     def one_step(branch):
         found, start = y.reshape(3, 4), model.invert(y)[0].reshape(3, 4)
@@ -135,52 +133,7 @@ def test_the_trained_model_keeps_its_bound_and_has_no_actnorm(workdir, tmp_path)
     run = trained_run.load(workdir)
     assert 1 < run.model.noise_amplification <= 1 / (1 - run.config.model.coeff)
     for stage in run.model.weights.values():
-        assert not any(np.any(np.asarray(leaf)) for leaf in stage["actnorm"].values())
+        assert not any(np.any(np.asarray(leaf)) for leaf in stage.actnorm)
     kept = trained_run.load(trained_run.save(run, tmp_path / "model.npz").parent)
     assert kept.model.spec == run.model.spec
     assert kept.model.noise_amplification == run.model.noise_amplification
-
-
-def test_a_run_goes_on_bit_for_bit(workdir, tmp_path):
-    config = trained_run.load(workdir).config
-    shutil.copytree(workdir, tmp_path / "run")
-    whole = jax.device_get(loop.train(config, tmp_path / "run"))  # is over: nothing is trained
-    (tmp_path / "run" / "checkpoints" / "8.npz").unlink()
-    again = jax.device_get(loop.train(config, tmp_path / "run"))
-    assert int(again.step) == int(whole.step) == 8
-    chex.assert_trees_all_equal(again, whole)
-
-
-def test_a_step_does_not_depend_on_the_devices():
-    config = runs.config_of(runs.INVERSION_CONFIG)
-    objective = loop.build_objective(config, load("digits"))
-    step = objective.make_step(0)
-    examples = objective.examples[:32]
-    start = objective.initial_state()
-    two, _ = parallel.parallelize(step)(start, parallel.shard(examples))
-    one, _ = jax.jit(jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS))(
-        objective.initial_state(), examples[None]
-    )
-    chex.assert_trees_all_close(jax.device_get(two.params), jax.device_get(one.params), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"augmentation.flip": True},
-            "crops and flips of config.augmentation are for the objectives classification and hybrid",
-        ),
-        ({"model.sharp": True}, "leave it false for inversion"),
-        ({"training.bfloat16": True}, "training.bfloat16 is for the way forward"),
-        ({"constraint.norms": "none", "inverse_problem.forward_share": 0.5}, "without a constraint there is no inverse"),
-        ({"classifier.normalization": "batchnorm"}, "the objective inversion has no normalization"),
-        ({"data.name": "moons"}, "the objective inversion is for images of grey levels without contexts, which moons has not"),
-        ({"inverse_problem.noise": -0.1}, r"inverse_problem.noise must lie in \[0, inf\), got -0.1"),
-        ({"inverse_problem.forward_share": 1.5}, r"inverse_problem.forward_share must lie in \[0, 1\]"),
-    ],
-)
-def test_mistakes_are_answered_in_a_sentence(changes, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        loop.train(runs.config_of(runs.INVERSION_CONFIG, **changes), tmp_path / "run")
-    assert not (tmp_path / "run").exists()

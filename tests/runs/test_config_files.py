@@ -21,7 +21,7 @@ from iresnet_jax.runs.config import parse
 from iresnet_jax.runs.from_config import model_spec
 from iresnet_jax.runs.planning import plan, topologies
 from iresnet_jax.runs.planning.program_costs import reductions
-from iresnet_jax.training import parallel, state
+from iresnet_jax.training import parallel
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
 
 SHAPES = {
@@ -93,7 +93,7 @@ def test_configs_describe_models_that_fit_their_data(name, argument, parameters)
     config = get_config(name, argument)
     data = data_of(config)
     spec = model_spec(config, data)
-    params = abstract_variables(config, spec)["params"]
+    params = abstract_variables(spec)["params"]
     if parameters is not None:
         assert num_parameters(params) == parameters
     loop.build_objective(config, data)
@@ -117,13 +117,9 @@ def test_a_cut_down_copy_takes_a_step(name):
     spec = model_spec(config, data)
     objective = loop.build_objective(config, data, spec)
     rng = np.random.default_rng(0)
-    variables = jax.tree.map(
-        lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), abstract_variables(config, spec)
-    )
-    current = state.create(variables, objective.rule.optimizer, num_terms=objective.num_terms)
-    step = jax.jit(
-        jax.vmap(objective.make_step(objective.num_terms), in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS)
-    )
+    variables = jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), abstract_variables(spec))
+    current = objective.state_of(variables)
+    step = jax.jit(jax.vmap(objective.step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS))
     after, metrics = step(current, jax.tree.map(lambda rows: rows[None, :8], objective.examples))
     assert 0 < float(metrics["bits_per_dim"]) < 50
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), current.params, after.params)

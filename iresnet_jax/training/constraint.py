@@ -1,0 +1,116 @@
+"""How blocks become contractions: in training steps, in validation, and by certificate in the trained model."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.json_dataclasses import Count, Positive, Range
+from iresnet_jax.models import flow, saved
+from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
+from iresnet_jax.models.saved import Model, Spec
+from iresnet_jax.training import parallel
+
+Constrain = Callable[[Any, Any], flow.Constrained]  # (params, spectral) -> constrained weights
+
+
+@dataclass(frozen=True)
+class ConstraintConfig:
+    """How training keeps blocks contractions; a trained model is certified in any case."""
+
+    # "estimated": norms by power iteration. "certified": guaranteed upper bounds at every step. "none": an ordinary residual
+    # network without an inverse, for objectives "classification" and "inversion".
+    norms: Literal["estimated", "certified", "none"] = "estimated"
+    num_steps: Count = 1  # power iterations per training step; validation iterates until rtol
+    rtol: Positive = 1e-3  # relative tolerance of the norm in validation
+    num_squarings: Annotated[int, Range("[0, 20]")] = 4  # Gram iterations of "certified"
+    # Twists of the embedding behind "certified": "all" is tighter than "one" below 8 x 8 pixels, and takes four times as long.
+    twists: Literal["auto", "all", "one"] = "auto"
+
+
+def training_constraint(settings: ConstraintConfig, spec: Spec) -> Constrain:
+    """``(params, spectral) ->`` the weights that run in training steps."""
+    if isinstance(spec, ClassifierSpec) and not spec.is_bijective:
+        return functools.partial(_as_they_are, spec.flow)
+    constrain = _constraint(settings, spec.flow, num_steps=settings.num_steps, over_blocks=parallel.shared_vmap)
+    if not isinstance(spec, ReconstructorSpec):
+        return constrain
+
+    def without_actnorm(params, spectral):  # which is the identity and gets no gradient
+        constrained = constrain(params, spectral)
+        weights = {
+            name: block._replace(actnorm=jax.tree.map(jnp.zeros_like, block.actnorm))
+            for name, block in constrained.weights.items()
+        }
+        return constrained._replace(weights=weights)
+
+    return without_actnorm
+
+
+@functools.lru_cache(maxsize=64)
+def validation_constraint(settings: ConstraintConfig, spec: FlowSpec) -> Constrain:
+    """``(params, spectral) ->`` the weights that run in validation, norms iterated to their tolerance.
+
+    One function for all models of one architecture, which share its program.
+    """
+    return jax.jit(_constraint(settings, spec, rtol=settings.rtol))
+
+
+def validated_model(template: Any, settings: ConstraintConfig, params: Any, spectral: Any, **rest: Any) -> Any:
+    """The model of averaged parameters, as validation runs it: blocks are scanned, which compiles in half the time.
+
+    Args:
+        template: The model without weights.
+        settings: How its blocks are constrained.
+        params: Parameters as in `TrainState.ema`.
+        spectral: Power iterates.
+        rest: Other fields of the model.
+    """
+    spec = template.spec
+    stages = {stage.name: params[stage.name] for stage in spec.flow.layout}
+    free = {name: leaf for name, leaf in params.items() if name not in stages}
+    if not isinstance(spec, ClassifierSpec) or spec.is_bijective:
+        stages = validation_constraint(settings, spec.flow)(*parallel.on_first_device((stages, spectral))).weights
+    return template.with_(weights=stages, **free, **rest)
+
+
+def certified_model(spec: Spec, params: Any, batch_stats: Any, solver: Solver = Solver()) -> Model:
+    """The model of averaged parameters after training: certified to be within its budget, whatever training used.
+
+    Where training had no constraint, the weights stay as they are and their bounds are certified. Arguments are those of
+    `validated_model`, ``batch_stats`` the running averages of a classifier's BatchNorm.
+    """
+    stages = {stage.name: params[stage.name] for stage in spec.flow.layout}
+    free = {name: leaf for name, leaf in params.items() if name not in stages}
+    if isinstance(spec, ClassifierSpec):
+        free["statistics"] = batch_stats
+        if not spec.is_bijective:
+            return Classifier(spec, stages, **free, solver=solver)
+    if not isinstance(spec, DensitySpec) and not spec.constrained:
+        return saved.model_of(spec, {"params": stages, **free}).with_(solver=solver)
+    kind = {DensitySpec: Density, ClassifierSpec: Classifier, ReconstructorSpec: Reconstructor}[type(spec)]
+    return kind(spec, _freeze(spec.flow, stages), **free, solver=solver)
+
+
+_freeze = jax.jit(flow.freeze, static_argnums=0)  # one function for all runs: those of one architecture share its program
+
+
+def _as_they_are(spec: FlowSpec, params: Any, spectral: Any) -> flow.Constrained:
+    """The parameters of the stages of an ordinary residual network."""
+    return flow.Constrained({stage.name: params[stage.name] for stage in spec.layout}, spectral, {})
+
+
+def _constraint(settings: ConstraintConfig, spec: FlowSpec, **iteration: Any) -> Constrain:
+    if settings.norms == "none":
+        return functools.partial(flow.unconstrained, spec)
+    if settings.norms == "certified":
+        certified = {"num_squarings": settings.num_squarings, "twists": settings.twists}
+        return functools.partial(flow.constrain_certified, spec, **certified)
+    return functools.partial(flow.constrain, spec, **iteration)

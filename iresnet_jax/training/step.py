@@ -1,0 +1,188 @@
+"""One training step, read from top to bottom: constrain, loss and gradients, mean over devices, optimizer, averages.
+
+A step is written for one device and its share of the batch; `parallel.parallelize` maps it over all devices.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float, Int, Key
+
+from iresnet_jax.models.flow import Constrained
+from iresnet_jax.training.constraint import Constrain
+from iresnet_jax.training.optimizers import ema_update
+from iresnet_jax.training.parallel import AXIS, example_keys
+
+OPTIMIZER = "optimizer"  # name of the update's operations in programs
+
+
+class TrainState(NamedTuple):
+    """The state of a run, equal on every device, which every step changes and every checkpoint saves.
+
+    Attributes:
+        step: Finished updates.
+        params: Parameters that the optimizer changes.
+        spectral: Power iterates.
+        ema: Moving average of the parameters; evaluation uses it.
+        opt_state: State of the optimizer.
+        batch_stats: Running averages of BatchNorm; empty without BatchNorm.
+        num_terms: Terms of the log-determinant in training, which validation may raise; 0 if the estimator has no such setting.
+        horizon: Updates in the whole run, on which the learning rate depends; a run with a time limit estimates it on the way.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    spectral: Any
+    ema: Any
+    opt_state: Any
+    batch_stats: Any
+    num_terms: Int[Array, ""]
+    horizon: Int[Array, ""]
+
+    @classmethod
+    def create(cls, variables: Any, optimizer: optax.GradientTransformation) -> "TrainState":
+        """The state before the first update, of variables by collection: "params", "spectral" and "batch_stats"."""
+        params = jax.tree.map(jnp.copy, variables["params"])  # a buffer each: the step is given the state, and frees it
+        return cls(
+            step=jnp.int32(0),
+            params=params,
+            spectral=variables.get("spectral", {}),
+            ema=jax.tree.map(jnp.copy, params),
+            opt_state=optimizer.init(params),
+            batch_stats=variables.get("batch_stats", {}),
+            num_terms=jnp.int32(0),
+            horizon=jnp.int32(1),
+        )
+
+
+class StepKeys(NamedTuple):
+    """The randomness of a step: a run gives the same result on any number of devices, its batches in any number of parts.
+
+    Attributes:
+        step: Finished updates.
+        shared: Key from (seed, step): one for all examples, on all devices.
+        examples: Key of every example, from (seed, step, place in the whole batch).
+    """
+
+    step: Int[Array, ""]
+    shared: Key[Array, ""]
+    examples: Key[Array, " b"]
+
+
+class Loss(NamedTuple):
+    """Loss of examples, and what comes with it.
+
+    Attributes:
+        value: Loss to minimise, a mean over the examples.
+        metrics: Means over the examples, for the log.
+        batch_stats: BatchNorm's statistics of the batch, over all devices; None without BatchNorm.
+    """
+
+    value: Float[Array, ""]
+    metrics: dict[str, Any]
+    batch_stats: Any = None
+
+
+class UpdateRule(NamedTuple):
+    """How a gradient changes the state.
+
+    Attributes:
+        optimizer: Optimizer at a learning rate of 1.
+        schedule: Learning rate by step of a run of ``total_steps``.
+        total_steps: Updates that the schedule is made for; a run of another length stretches it.
+        ema_decay: Decay of the moving averages of the parameters and of BatchNorm's statistics.
+    """
+
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    total_steps: int
+    ema_decay: float
+
+
+@dataclass(frozen=True, eq=False)  # programs are kept by which step they are of
+class TrainingStep:
+    """``(state, batch) -> (state, metrics)``: one step down the gradient of a loss, averaged over devices.
+
+    Attributes:
+        model: The model without weights, run as training runs it.
+        loss: ``(model, batch, keys) -> Loss``, of a constrained model on examples of the batch.
+        constrain: ``(params, spectral) ->`` constrained weights.
+        rule: How a gradient changes the state.
+        seed: Seed of the run.
+        num_parts: Parts of a device's share of the batch whose losses are computed one after the other.
+    """
+
+    model: Any
+    loss: Callable[[Any, Any, StepKeys], Loss]
+    constrain: Constrain
+    rule: UpdateRule
+    seed: int
+    num_parts: int = 1
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        """The state after one update and the metrics of the step, of this device's share of a batch."""
+        rule = self.rule
+        key_shared, key_examples = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), state.step))
+        keys = example_keys(key_examples, len(jax.tree.leaves(batch)[0]))
+
+        # Every block becomes a contraction, once, and the gradient goes back through that once, whatever the number of parts.
+        def constrained_weights(params):
+            constrained = self.constrain(params, state.spectral)
+            return constrained.weights, constrained
+
+        weights, pull_back, constrained = jax.vjp(constrained_weights, state.params, has_aux=True)
+        free = {name: leaf for name, leaf in state.params.items() if name not in weights}  # as of priors: without a constraint
+
+        def loss_of(weights, free, rows):
+            batch, keys = rows
+            loss = self.loss(self.model.with_(weights=weights, **free), batch, StepKeys(state.step, key_shared, keys))
+            return loss.value, loss
+
+        (of_weights, of_free), loss = _mean_over_parts(
+            lambda rows: jax.grad(loss_of, argnums=(0, 1), has_aux=True)(weights, free, rows), (batch, keys), self.num_parts
+        )
+        [gradients] = pull_back(of_weights)
+        gradients = {**gradients, **of_free}
+
+        # All means over devices at once, which compilers make one reduction. Power iterates depend on no data: devices of one
+        # kind compute equal ones, their mean is for those that do not.
+        own_metrics = {**loss.metrics, **_constraint_metrics(constrained)}
+        gradients, metrics, spectral = lax.pmean((gradients, own_metrics, constrained.spectral), AXIS)
+
+        with jax.named_scope(OPTIMIZER):
+            learning_rate = jnp.asarray(rule.schedule(state.step * (rule.total_steps / state.horizon)))
+            metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": learning_rate}
+            updates, opt_state = rule.optimizer.update(gradients, state.opt_state, state.params)
+            updates = jax.tree.map(lambda update: learning_rate.astype(update.dtype) * update, updates)
+            params = optax.apply_updates(state.params, updates)
+
+            ema, batch_stats = ema_update(state.ema, params, state.step, rule.ema_decay), state.batch_stats
+            if loss.batch_stats:  # which are those of one batch: their average is over ten at least
+                batch_stats = ema_update(batch_stats, loss.batch_stats, state.step, max(rule.ema_decay, 0.9))
+        return state._replace(
+            step=state.step + 1, params=params, spectral=spectral, ema=ema, opt_state=opt_state, batch_stats=batch_stats
+        ), metrics
+
+
+def _mean_over_parts(compute: Callable[[Any], Any], rows: Any, num_parts: int) -> Any:
+    """Mean of what a function computes of equal parts of some rows: no more than the arrays of one part are in memory."""
+    if num_parts == 1:
+        return compute(rows)
+    parts = jax.tree.map(lambda rows: rows.reshape(num_parts, -1, *rows.shape[1:]), rows)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(compute, jax.tree.map(lambda rows: rows[0], parts)))
+    sums, _ = lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, compute(part)), None), zeros, parts)
+    return jax.tree.map(lambda total: total / num_parts, sums)
+
+
+def _constraint_metrics(constrained: Constrained) -> dict[str, Any]:
+    """The largest operator norm before normalisation and the largest Lipschitz constant after it, if norms were measured."""
+    if not any(constrained.norms.values()):
+        return {}
+    norms = [jnp.max(norm) for stage in constrained.norms.values() for norm in stage.values()]
+    lipschitz = [jnp.max(block.branch.lipschitz_bound) for block in constrained.weights.values()]
+    return {"max_sigma": jnp.max(jnp.stack(norms)), "max_lipschitz": jnp.max(jnp.stack(lipschitz))}

@@ -1,0 +1,315 @@
+"""Training in memory: steps, a log of their means, validations, and an end by steps, time, patience or request.
+
+What a run keeps, it keeps here in memory; `runs.loop` keeps it on disk.
+"""
+
+import concurrent.futures
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, SupportsFloat
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from iresnet_jax.json_dataclasses import Count, CountOrNone, Decay, NotNegative
+from iresnet_jax.training import parallel
+from iresnet_jax.training.objectives.objective import Objective
+from iresnet_jax.training.step import TrainingStep, TrainState
+
+VALIDATIONS_IN_TIME = 20  # of a run with a time limit
+
+Step = Callable[[Any, Any], tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The run."""
+
+    total_steps: Count = 1000  # updates; warm-up and decay of the learning rate are fractions of them
+    minutes: NotNegative = 0.0  # limit of the wall-clock time, compilation included; 0 is no limit
+    patience: CountOrNone = 0  # validations without an improvement after which training ends; 0 never ends it early
+    batch_size: Count = 128  # examples of a step over all devices
+    num_parts: Count = 1  # parts of each device's share, computed one after the other to save memory
+    ema_decay: Decay = 0.999  # moving average of the parameters, which evaluation uses; 0 evaluates the parameters themselves
+    actnorm_examples: Count = 1024  # training examples that ActNorm is fitted to
+    log_every_steps: Count = 50
+    eval_every_steps: Count = 500  # steps between validations, each with a checkpoint
+    eval_examples: Count = 2048  # largest number of validation examples
+    # If validation shows that training exploits the truncation of its log-determinant, logdet.num_terms is raised, up to this.
+    max_num_terms: CountOrNone = 20
+    blocks: Literal["auto", "scan", "unroll"] = "auto"  # "auto" unrolls blocks on CPUs, where that is faster
+    rematerialize: bool = False  # recompute blocks in the backward pass: less memory, more time
+    # Branches in bfloat16 in training steps. Parameters, norms and sums stay in float32, as does everything after training.
+    bfloat16: bool = False
+    # Precision of matrix products on accelerators; "tensorfloat32" is faster, but too coarse for inverses.
+    matmul_precision: Literal["float32", "tensorfloat32", "highest", "high", "default"] = "float32"
+
+
+class Best(NamedTuple):
+    """The state that was best on validation.
+
+    Attributes:
+        loss: Number that it was chosen by.
+        step: Updates behind it.
+        ema: Averaged parameters, on the host.
+        batch_stats: Running averages of BatchNorm, on the host.
+    """
+
+    loss: float
+    step: int
+    ema: Any
+    batch_stats: Any
+
+
+class Restored(NamedTuple):
+    """Where a run goes on.
+
+    Attributes:
+        state: Its state.
+        step: Updates behind it.
+        losses: Losses of the validations so far.
+    """
+
+    state: TrainState
+    step: int = 0
+    losses: tuple[float, ...] = ()
+
+
+class Trainer:
+    """A run between two steps: its state, what it has not logged yet, and its clocks.
+
+    A run that keeps more than memory does overrides `restored`, `take`, `write`, `save` and `elapsed_s`.
+
+    Args:
+        objective: What is trained.
+        settings: Length of the run, and when it logs and validates.
+        compile_step: ``(step, num_terms) ->`` the step of all devices; by default `parallel.parallelize`.
+        say: Takes a line of progress at the first step and at every validation.
+
+    Attributes:
+        state: The state.
+        step: Finished updates.
+        records: Measurements so far, as `History.from_records` takes them.
+        best: The state that was best on validation; None before the first validation.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        settings: TrainingConfig,
+        *,
+        compile_step: Callable[[TrainingStep, int], Step] = lambda step, num_terms: parallel.parallelize(step),
+        say: Callable[[str], None] = lambda line: None,
+    ):
+        self._started = time.monotonic()
+        self._objective, self._settings, self._compile_step, self._say = objective, settings, compile_step, say
+        self._limit_s = 60 * settings.minutes
+        self.records: list[dict[str, Any]] = []
+        self.best: Best | None = None
+        self._use_terms(objective.num_terms)
+        with _meanwhile(lambda: _compile_ahead(self._parallel_step, objective, settings.batch_size)):
+            self.state, self.step, losses = self.restored(objective.initial_state())
+            parallel.check_equal_on_all_devices(self.state)
+        if int(self.state.num_terms) != objective.num_terms:
+            self._use_terms(int(self.state.num_terms))
+        self._losses = list(losses)
+        self._first_step, self._validated_step = self.step, -1 if self.step == 0 else self.step
+        self._validate = objective.make_validation()
+        self._validated_at = self._window_start = time.monotonic()
+        self._validation_seconds = 0.0
+        self._first_step_ended: float | None = None  # for the speed of a run with a time limit
+        self._window: list[Any] = []  # metrics of the steps since the last line of the log
+        self._timed_steps = 0
+
+    def run(self, batches: Iterator[Any], after_step: Callable[[], bool] = lambda: False) -> None:
+        """Takes steps until a validation ends training, batches end, or what is called after every step says so."""
+        while not self._is_over and (batch := next(batches, None)) is not None:
+            self._take_step(batch)
+            is_validation_due = self._is_validation_due
+            if self.step % self._settings.log_every_steps == 0 or is_validation_due:
+                self._log()
+            if is_validation_due:
+                self._validate_state()
+            if after_step():
+                return
+
+    # ------------------------------------------------------------------------------------------------ what a run keeps
+
+    def restored(self, fresh: TrainState) -> Restored:
+        """Where to go on."""
+        return Restored(fresh)
+
+    def take(self, step: Step, batch: Any) -> dict[str, Any]:
+        """Updates the state by one batch and returns the metrics of the step."""
+        self.state, metrics = step(self.state, batch)
+        return metrics
+
+    def write(self, metrics: Mapping[str, SupportsFloat], split: str) -> None:
+        """Keeps measurements."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self.records.append({"step": self.step, "split": split, "wall_time_s": round(self.elapsed_s, 3), **values})
+
+    def save(self, loss: float | None) -> None:
+        """Keeps the state behind a validation with this loss if it is the best so far."""
+        if loss is not None and (self.best is None or loss < self.best.loss):
+            self.best = Best(loss, self.step, *jax.device_get((self.state.ema, self.state.batch_stats)))
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training so far."""
+        return time.monotonic() - self._started
+
+    # ------------------------------------------------------------------------------------------------ where a run stands
+
+    @property
+    def horizon(self) -> int:
+        """Updates in the whole run, as far as is known."""
+        return int(self.state.horizon)
+
+    @property
+    def is_logged(self) -> bool:
+        """Whether a line of the log stands behind the last step."""
+        return not self._window
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether a validation stands behind the last step."""
+        return self.step == self._validated_step
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the last validation ended training: at the last step, out of time, or without improvement for too long."""
+        patience = self._settings.patience
+        is_stale = bool(patience) and len(self._losses) - 1 - int(np.argmin(self._losses or [0.0])) >= patience
+        return self.is_validated and (is_stale or self._is_last_step)
+
+    @property
+    def _is_validation_due(self) -> bool:
+        if self._is_last_step or self.step % self._settings.eval_every_steps == 0:
+            return True
+        since = time.monotonic() - self._validated_at
+        return bool(self._limit_s) and self._is_compiled and since > self._limit_s / VALIDATIONS_IN_TIME
+
+    @property
+    def _is_last_step(self) -> bool:
+        if self.step >= self._settings.total_steps:
+            return True
+        is_late = self.elapsed_s + self._validation_seconds >= self._limit_s
+        return bool(self._limit_s) and is_late and self.step > self._first_step
+
+    def _time_left(self) -> str:
+        """Predicted time until the last step, or until the limit if that comes first, such as 1:05."""
+        done = max(self.step - self._first_step - 1, 1)
+        seconds_per_step = (time.monotonic() - (self._first_step_ended or self._started)) / done
+        left = seconds_per_step * (self.horizon - self.step)
+        if self._limit_s:
+            left = min(left, self._limit_s - self.elapsed_s)
+        minutes, seconds = divmod(round(max(left, 0)), 60)
+        return f"{minutes}:{seconds:02d}"
+
+    # ------------------------------------------------------------------------------------------------ what a run does
+
+    def _use_terms(self, num_terms: int) -> None:
+        """Takes steps with so many terms of the log-determinant from now on, which are another program."""
+        self._parallel_step = self._compile_step(self._objective.step_with(num_terms), num_terms)
+        self._is_compiled = False
+
+    def _take_step(self, batch: Any) -> None:
+        """Updates the state by one batch; the first call compiles, which the times of the log leave out."""
+        metrics = self.take(self._parallel_step, batch)
+        self._window.append(metrics)
+        if self._is_compiled:
+            self._timed_steps += 1
+        else:
+            jax.block_until_ready(metrics)
+            if self.step == self._first_step:
+                self._first_step_ended = self._validated_at = time.monotonic()  # compiling is no time without validation
+                seconds = time.monotonic() - self._started
+                self.write({"compile_seconds": seconds}, "timing")
+                name = self._objective.name
+                self._say(f"first step after {seconds:.0f} s: {name} {float(metrics[name]):.4f}")
+            self._timed_steps, self._window_start, self._is_compiled = 0, time.monotonic(), True
+        self.step += 1
+
+    def _log(self) -> None:
+        """Writes the means over the steps since the last line of the log."""
+        means = self._checked_means()
+        if self._timed_steps:
+            means["seconds_per_step"] = (time.monotonic() - self._window_start) / self._timed_steps
+        self.write(means, "train")
+        if self._limit_s:
+            self._estimate_horizon()
+        self._window, self._timed_steps, self._window_start = [], 0, time.monotonic()
+
+    def _estimate_horizon(self) -> None:
+        """Predicts how many steps the time limit leaves, from the time of those so far with their validations."""
+        steps = self.step - self._first_step - 1
+        if steps < 1 or self._first_step_ended is None:
+            return
+        seconds_per_step = (time.monotonic() - self._first_step_ended) / steps
+        left = max(self._limit_s - self.elapsed_s - self._validation_seconds, 0.0) / seconds_per_step
+        horizon = min(self.step + max(int(left), 1), max(self._settings.total_steps, self.step))
+        self.state = self.state._replace(horizon=jnp.int32(horizon))
+
+    def _checked_means(self) -> dict[str, float]:
+        """Means over the steps since the last line of the log; RuntimeError if one of them blew up."""
+        window = jax.device_get(self._window)
+        means = {name: float(np.mean([metrics[name] for metrics in window], dtype=np.float64)) for name in window[0]}
+        check_finite(means, self.step - len(self._window), self.step)
+        return means
+
+    def save_unvalidated(self) -> None:
+        """Saves the state between two validations, unless the steps since the last line of the log blew up."""
+        if self._window:
+            self._checked_means()
+        self._save(None)
+
+    def _save(self, loss: float | None) -> None:
+        parallel.check_equal_on_all_devices(self.state)
+        self.save(loss)
+        self._window_start = time.monotonic()
+
+    def _validate_state(self) -> None:
+        """Measures the state on held-out data, keeps it, and goes on with the terms that the validation asks for."""
+        began = time.monotonic()
+        held_out = self._validate(self.state)
+        check_finite(held_out.metrics, self.step, self.step)
+        self.write(held_out.metrics, "validation")
+        if held_out.num_terms != int(self.state.num_terms):
+            self.state = self.state._replace(num_terms=jnp.int32(held_out.num_terms))
+            self._use_terms(held_out.num_terms)
+        self._losses.append(self._objective.selection(held_out.metrics))
+        self._save(self._losses[-1])
+        self._validated_at = time.monotonic()
+        self._validated_step, self._validation_seconds = self.step, self._validated_at - began
+        name, left = self._objective.name, self._time_left()
+        self._say(f"step {self.step} of {self.horizon}: validation {name} {held_out.metrics[name]:.4f}, {left} left")
+
+
+def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_step: int) -> None:
+    """Raises a RuntimeError if a metric that was gathered over these steps is NaN or infinite."""
+    bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
+    if bad:
+        raise RuntimeError(
+            f"{', '.join(bad)} became non-finite between steps {first_step} and {last_step}; checkpoints from before are kept; "
+            "lower the learning rate, lengthen the warm-up or clip the gradient, and resume"
+        )
+
+
+@contextlib.contextmanager
+def _meanwhile(function: Callable[[], None]) -> Iterator[None]:
+    """Runs a function in a thread of its own beside the body of ``with``, and raises what it raises."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        done = pool.submit(function)
+        yield
+        done.result()
+
+
+def _compile_ahead(step: Step, objective: Objective, batch_size: int) -> None:
+    """Compiles a step for the objective's first state; steps of several processes, which meet in it, compile when called."""
+    if parallel.num_processes() == 1 and isinstance(step, parallel.ParallelStep):
+        step.compile(objective.abstract_state(), jax.eval_shape(parallel.shard, objective.abstract_batch(batch_size)))

@@ -1,0 +1,183 @@
+"""Mistakes in a config file or on the command line are answered in one sentence, before anything is written."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_runs as runs
+from tiny_runs import ROOT
+
+from iresnet_jax.json_dataclasses import to_plain
+from iresnet_jax.runs import loop
+from iresnet_jax.runs.command_line import parse_train_flags
+
+
+@pytest.fixture(scope="module")
+def config_files(tmp_path_factory):
+    """A config file for each of `runs.CONFIGS`."""
+    folder = tmp_path_factory.mktemp("configs")
+    for name, source in runs.CONFIGS.items():
+        (folder / f"{name}.py").write_text(source)
+    return {name: folder / f"{name}.py" for name in runs.CONFIGS}
+
+
+@pytest.fixture
+def answer(capsys, tmp_path):
+    """The one line on stderr of a command that fails."""
+
+    def run(*arguments, workdir=None):
+        workdir = tmp_path / "new" if workdir is None else workdir
+        existed = workdir.exists()
+        status = runs.train_script().main(["train.py", f"--workdir={workdir}", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        *_, line = err.rstrip().splitlines()
+        assert (status, out) == (2, "")
+        assert line.startswith("error: ")
+        assert "Traceback" not in err
+        assert workdir.exists() == existed, "a mistake must not claim a workdir"
+        return line
+
+    return run
+
+
+MISTAKES = [
+    # flags and names
+    ("toy", "trainig.batch_size=3", "config has no field 'trainig': did you mean 'training'?"),
+    ("toy", "seed=1 sed=2", "config has no field 'sed': did you mean 'seed'?"),
+    ("toy", "training.batch_size=abc", "config.training.batch_size must be a whole number, got 'abc'"),
+    ("toy", "model.stages[3].num_blocks=2", "config.model.stages has no entry 3: it has 1"),
+    ("toy", "model.stages[0].num_block=2", "did you mean 'num_blocks'?"),
+    # values
+    ("toy", "model.coeff=1.5", "config.model.coeff must lie in (0, 1), got 1.5"),
+    ("toy", "training.log_every_steps=0", "must lie in [1, inf), got 0"),
+    ("toy", "training.ema_decay=1.5", "must lie in [0, 1), got 1.5"),
+    ("toy", "preprocessing.alpha=0.7", "must lie in (0, 0.5), got 0.7"),
+    ("toy", "optimizer.learning_rate=nan", "must be a number, got nan"),
+    ("toy", "optimizer.clip_norm=-1.0", "must lie in [0, inf), got -1.0"),
+    ("toy", "optimizer.boundaries=(0.6, 0.3)", "boundaries must increase"),
+    ("toy", "seed=4294967296", "must lie in [0, 4294967296)"),
+    ("toy", "logdet.kind=magic", "must be one of exact, series, roulette, krylov, got 'magic'"),
+    ("toy", "logdet.kind=roulette logdet.distribution=geometric", "config.logdet: the geometric"),
+    ("toy", "objective=densities", "must be one of density, classification, hybrid, inversion"),
+    ("toy", "model.stages[0].hidden=(4.5,)", "config.model.stages[0].hidden[0] must be a whole number, got 4.5"),
+    ("toy", "model.stages[0].hidden=(0,)", "hidden must be positive numbers"),
+    ("toy", "model.stages=((1, 2),)", "config.model.stages[0] must be a dictionary"),
+    # what does not fit together, or the data, or the devices
+    ("toy", "data.name=mons", "unknown data set 'mons'"),
+    ("toy", "training.batch_size=15", "cannot be split evenly over 2 devices"),
+    ("toy", "training.num_parts=3", "num_parts must divide the 8 examples"),
+    ("hybrid", "training.batch_size=2000", "must be at most 1257, the training examples of digits"),
+    ("toy", "preprocessing.entrywise=true", "preprocessing.entrywise is for transform equalize"),
+    ("toy", "preprocessing.transform=logit", "is for data with grey levels"),
+    ("toy", "augmentation.noise=0.1", "noise is for continuous vectors"),
+    ("toy", "augmentation.flip=true", "crops and flips of config.augmentation are for"),
+    ("toy", "constraint.norms=none", "a density needs blocks that are contractions"),
+    ("classifier", "data.name=moons", "classification needs labelled images"),
+    ("classifier", "model.sharp=true", "config.model.sharp is for the objectives density and hybrid"),
+    ("classifier", "augmentation.crop_padding=9", "padding must lie in [0, 8] for 8x8 images"),
+    ("classifier", "classifier.label_smoothing=1.5", "must lie in [0, 1), got 1.5"),
+    (
+        "classifier",
+        "training.num_parts=2 classifier.normalization=batchnorm constraint.norms=none",
+        "BatchNorm in the branches needs the whole batch at once",
+    ),
+    ("hybrid", "data.name=moons", "a hybrid needs labelled images"),
+    ("hybrid", "hybrid.weight=-1.0", "must lie in [0, inf), got -1.0"),
+    ("reconstructor", "augmentation.flip=true", "crops and flips of config.augmentation are for"),
+    ("reconstructor", "training.bfloat16=true", "training.bfloat16 is for the way forward"),
+    ("reconstructor", "constraint.norms=none", "without a constraint there is no inverse"),
+    ("reconstructor", "classifier.normalization=batchnorm", "the objective inversion has no normalization"),
+    ("reconstructor", "data.name=moons", "is for images of grey levels without contexts"),
+    ("reconstructor", "inverse_problem.forward_share=1.5", "must lie in [0, 1]"),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides", "fragment"), MISTAKES)
+def test_mistakes_are_answered_in_one_sentence(config_files, answer, name, overrides, fragment):
+    overrides = [f"--config.{override}" for override in re.split(r" (?=[a-z_.]+=)", overrides)]
+    assert fragment in answer(f"--config={config_files[name]}", *overrides)
+
+
+def test_mistakes_in_other_flags_are_answered_in_one_sentence(config_files, answer, tmp_path):
+    for flag, fragment in (("--worcdir=x", "worcdir"), ("extra", "extra")):
+        assert fragment in answer(f"--config={config_files['toy']}", flag)
+    assert "there is no config file configs/nowhere.py" in answer("--config", "configs/nowhere.py")
+    assert "the config file has no variants" in answer(f"--config={config_files['toy']}:0.7")
+
+
+@pytest.mark.parametrize(
+    ("program", "fragment"),
+    [
+        (b"def get_config(:", "invalid syntax (wrong.py, line 1)"),
+        (b'name = "\xff"', "can't decode byte 0xff"),
+        (b"import nowhere", "No module named 'nowhere'"),
+        (b"def get_config():\n    return 1 / 0", "division by zero"),
+        (b"def get_config():\n    return 3", "must return a ConfigDict, got 3"),
+        (runs.TOY_CONFIG.replace("config.data.name", "config.data.nam").encode(), 'Did you mean "name" instead of "nam"?'),
+    ],
+)
+def test_a_config_file_that_fails_is_answered_in_one_sentence(answer, tmp_path, program, fragment):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_bytes(program)
+    assert fragment in answer(f"--config={wrong}")
+
+
+def test_a_config_file_answers_for_its_own_variants(answer, tmp_path):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("def get_config(name):\n    raise ValueError(f'{name} is none of a and b')\n")
+    assert answer(f"--config={wrong}:c") == "error: c is none of a and b"
+
+
+def test_everything_in_float64_is_refused(config_files, answer, x64):
+    assert "unset JAX_ENABLE_X64" in answer(f"--config={config_files['toy']}")
+
+
+def test_failures_of_a_run_are_sentences_unless_debugging_and_bugs_are_not(config_files, answer, tmp_path, monkeypatch):
+    def fail(error):
+        def train(config, workdir):
+            raise error
+
+        monkeypatch.setattr(loop, "train", train)
+
+    arguments = [f"--config={config_files['toy']}", f"--workdir={tmp_path}"]
+    fail(RuntimeError("nll became non-finite;\n lower the learning rate"))
+    assert answer(*arguments) == "error: nll became non-finite; lower the learning rate"
+    with pytest.raises(RuntimeError, match="non-finite"):
+        runs.train_script().main(["train.py", *arguments, "--debug"])
+    fail(TypeError("a bug"))
+    with pytest.raises(TypeError, match="a bug"):
+        runs.train_script().main(["train.py", *arguments])
+
+
+def test_the_real_command_line_of_a_mistake(config_files):
+    command = [sys.executable, str(ROOT / "train.py"), f"--config={config_files['toy']}", "--config.trainig.batch_size=3"]
+    done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: config has no field 'trainig': did you mean 'training'?"
+    assert "Traceback" not in done.stderr
+
+
+def test_flags_override_fields_and_name_the_workdir_after_the_config(config_files, monkeypatch):
+    arguments = [f"--config={config_files['toy']}", "--config.seed=3", "--config.model.stages[0].hidden=(4,)"]
+    flags = parse_train_flags(["train.py", *arguments])
+    assert (flags.config.seed, flags.config.model.stages[0].hidden, flags.debug) == (3, (4,), False)
+    assert flags.workdir == Path("runs/toy")
+    monkeypatch.chdir(ROOT)
+    flags = parse_train_flags(["train.py", "--debug"])
+    assert (flags.workdir, flags.debug) == (Path("runs/digits_density"), True)
+
+
+# --- the folder of a run ----------------------------------------------------------------------------------------------
+
+
+def test_a_workdir_holds_the_config_that_was_trained_and_refuses_another(config_files, tmp_path_factory, answer):
+    workdir = runs.trained(tmp_path_factory, "toy")
+    written = (workdir / "config.json").read_text()
+    assert json.loads(written) == {"format": 1, **to_plain(runs.config_of(runs.TOY_CONFIG))}
+    override = "--config.optimizer.learning_rate=0.5"
+    line = answer(f"--config={config_files['toy']}", f"--workdir={workdir}", override, workdir=workdir)
+    assert "config.optimizer.learning_rate is 0.5 now and was 0.001" in line
+    assert (workdir / "config.json").read_text() == written

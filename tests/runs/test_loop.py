@@ -1,0 +1,359 @@
+"""The loop on disk: the same after a kill, a signal at any moment, and a resume."""
+
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny_runs as runs
+from tiny_runs import EVAL_EVERY, ROOT, TOTAL_STEPS
+
+from iresnet_jax.runs import loop
+from iresnet_jax.runs.checkpoints import load_named, to_named
+from iresnet_jax.runs.compiled_steps import CompiledSteps
+from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.runs.run_folder import alone_in
+from iresnet_jax.runs.signals import SIGNALS, Stopped
+from iresnet_jax.training.objectives.likelihood import TOLERATED_BIAS
+from iresnet_jax.training.trainer import Trainer
+
+STEPS = CompiledSteps()
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("configs") / "tiny_moons.py"
+    path.write_text(runs.TOY_CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config():
+    return runs.config_of(runs.TOY_CONFIG)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The workdir of the run that was never stopped."""
+    return runs.trained(tmp_path_factory, "toy")
+
+
+@pytest.fixture(autouse=True)
+def share_steps(monkeypatch):
+    """Runs of one config share its step, which the library does not do for endless data, of which there are moons only here."""
+    compiler = loop.step_compiler
+    monkeypatch.setattr(loop, "step_compiler", lambda config, spec, _, agreement: compiler(config, spec, STEPS, agreement))
+
+
+def measurements(workdir):
+    """What a run wrote down, without the times."""
+    timed = ("wall_time_s", "seconds_per_step", "compile_seconds")
+    kept = [{k: v for k, v in record.items() if k not in timed} for record in read_metrics(workdir)]
+    return [record for record in kept if record["split"] != "timing"]
+
+
+def newest(workdir):
+    """The step of the newest checkpoint."""
+    return max(steps_of(workdir))
+
+
+def steps_of(workdir):
+    return [int(path.stem) for path in (workdir / "checkpoints").glob("*.npz")]
+
+
+def last_state(workdir):
+    """The arrays of the newest checkpoint by name."""
+    return load_named(workdir / "checkpoints" / f"{newest(workdir)}.npz")
+
+
+def assert_ends_like(workdir, reference):
+    """The same bits in the last state, and the same measurements."""
+    ours, theirs = last_state(workdir), last_state(reference)
+    assert {name: array.tobytes() for name, array in ours.items()} == {name: array.tobytes() for name, array in theirs.items()}
+    assert measurements(workdir) == measurements(reference)
+
+
+# --- one run --------------------------------------------------------------------------------------------------------
+
+
+def test_training_improves_validation_and_never_recompiles(uninterrupted):
+    assert (uninterrupted / runs.TRACES).read_text() == "2"  # of ActNorm's initialisation, and of the step
+    assert newest(uninterrupted) == TOTAL_STEPS == last_state(uninterrupted)["step"]
+    validation = [record["nll"] for record in measurements(uninterrupted) if record["split"] == "validation"]
+    assert len(validation) == TOTAL_STEPS // EVAL_EVERY
+    assert validation[-1] < validation[0]
+
+
+def test_a_killed_run_ends_bit_for_bit_like_one_never_stopped(config, config_file, uninterrupted, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), f"--config={config_file}", f"--workdir={tmp_path}"]
+    process = subprocess.Popen(command, env=runs.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not steps_of(tmp_path):
+        assert process.poll() is None, "the process ended by itself"
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < newest(tmp_path) < TOTAL_STEPS, "it was not killed in the middle"
+
+    resumed = loop.train(config, tmp_path)
+    assert_ends_like(tmp_path, uninterrupted)
+    chex.assert_trees_all_equal(to_named(resumed), last_state(uninterrupted))  # what is returned is what is saved
+    with pytest.raises(AssertionError):  # the comparison can fail
+        chex.assert_trees_all_equal(to_named(resumed._replace(params=resumed.ema)), last_state(uninterrupted))
+
+
+def test_a_finished_run_is_not_trained_further(config, uninterrupted, monkeypatch):
+    monkeypatch.setattr(loop, "batches", lambda *_: iter(()))
+    before = measurements(uninterrupted)
+    again = loop.train(config, uninterrupted)
+    chex.assert_trees_all_equal(to_named(again), last_state(uninterrupted))
+    assert measurements(uninterrupted) == before
+
+
+def test_a_run_goes_on_with_other_parts(tmp_path_factory):
+    workdir = runs.trained(tmp_path_factory, "toy")
+    (workdir / "checkpoints" / f"{TOTAL_STEPS}.npz").unlink()
+    ended = loop.train(runs.config_of(runs.TOY_CONFIG, **{"training.num_parts": 2}), workdir)
+    assert int(ended.step) == TOTAL_STEPS
+
+
+# --- told to stop ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def happens_before(monkeypatch):
+    """Has something happen while a step waits for its batch."""
+
+    def arrange(step, event):
+        def eventful(config, examples, first_step):
+            for k, batch in enumerate(feed(config, examples, first_step), first_step):
+                if k == step:
+                    event()
+                yield batch
+
+        monkeypatch.setattr(loop, "batches", eventful)
+
+    feed = loop.batches
+    return arrange
+
+
+def send(*signals):
+    return lambda: [signal.raise_signal(number) for number in signals]
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, EVAL_EVERY * 2), (signal.SIGINT, TOTAL_STEPS - 1)])
+def test_a_run_told_to_stop_saves_the_step_it_is_in(config, uninterrupted, tmp_path, happens_before, number, step):
+    handlers = [signal.getsignal(each) for each in SIGNALS]
+    happens_before(step, send(number))
+    with pytest.raises(Stopped, match=rf"stopped by {number.name} after step {step + 1} of {TOTAL_STEPS}: the same"):
+        loop.train(config, tmp_path)
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
+    assert measurements(tmp_path)[-1]["step"] == step + 1
+
+    happens_before(step, lambda: pytest.fail("a step was taken twice"))
+    loop.train(config, tmp_path)
+    assert_ends_like(tmp_path, uninterrupted)
+
+
+def test_a_second_signal_stops_at_once(config, tmp_path, happens_before):
+    happens_before(EVAL_EVERY, send(signal.SIGTERM, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        loop.train(config, tmp_path)
+    assert not isinstance(interrupt.value, Stopped)
+    assert measurements(tmp_path)[-1]["step"] == EVAL_EVERY
+
+
+def test_a_run_that_blew_up_is_not_saved_when_told_to_stop(config, tmp_path, happens_before, monkeypatch):
+    config = runs.config_of(runs.TOY_CONFIG, **{"training.log_every_steps": 4, "training.eval_every_steps": 4})
+    take = Trainer.take
+
+    def blown_up(self, *arguments):
+        return {name: jnp.nan * value for name, value in take(self, *arguments).items()}
+
+    monkeypatch.setattr(loop._RunOnDisk, "take", blown_up)
+    happens_before(1, send(signal.SIGTERM))
+    with pytest.raises(RuntimeError, match="non-finite between steps 0 and 2"):
+        loop.train(config, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_is_saved_between_validations_that_are_far_apart(config, tmp_path, happens_before, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def die():
+        raise Killed
+
+    happens_before(EVAL_EVERY + 1, die)
+    for seconds, saved in ((600.0, EVAL_EVERY), (0.0, EVAL_EVERY + 1)):
+        monkeypatch.setattr(loop, "SAVE_SECONDS", seconds)
+        with pytest.raises(Killed):
+            loop.train(config, tmp_path / str(seconds))
+        assert newest(tmp_path / str(seconds)) == saved
+
+
+# Each is a function that tells when it is entered, how long after that the signal comes, and whether the step is saved first.
+MOMENTS = {
+    "initialisation": ("iresnet_jax.training.initialization", "initial_variables", 0.1, False),
+    "compilation": ("iresnet_jax.training.trainer", "_compile_ahead", 0.1, False),
+    "validation": ("iresnet_jax.training.objectives.likelihood", "Validation.measure", 0.1, True),
+    "checkpoint": ("iresnet_jax.runs.checkpoints", "_write", 0.0, True),
+    "report": ("iresnet_jax.report.report", "write", 0.1, False),
+}
+# Forks, so that everything is imported once.
+MOMENTS_PROGRAM = """
+import functools, importlib, json, os, signal, sys, time
+import tensorboardX
+import train
+from iresnet_jax.runs import trained_run as run
+from iresnet_jax.report import report
+from iresnet_jax.runs import loop
+
+def tell(module, name, say):
+    owner = importlib.import_module(module)
+    *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    function = getattr(owner, last)
+
+    @functools.wraps(function)
+    def telling(*arguments, **options):
+        setattr(owner, last, function)
+        say()
+        return function(*arguments, **options)
+
+    setattr(owner, last, telling)
+
+for line in sys.stdin:
+    number, module, name, pause, log, *arguments = json.loads(line)
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1), os.dup2(output, 2)
+        train.end_at_signals(train.HINT)
+        tell(module, name, lambda: [os.write(told, b"!"), time.sleep(0.2 if pause == 0 else 0)])
+        sys.exit(train.main(["train.py", *arguments]))
+    os.close(told)
+    os.read(ready, 1)
+    time.sleep(pause)
+    os.kill(child, number)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+IMPORT_PROGRAM = """
+import runpy, sys
+
+def trace(frame, event, arg):
+    if frame.f_code.co_name == "<module>" and frame.f_code.co_filename.endswith("jax/__init__.py"):
+        sys.settrace(None)
+        print("ready", flush=True)
+
+sys.settrace(trace)
+sys.argv = ["train.py"]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def moments(config_file, uninterrupted, tmp_path_factory):
+    """Runs a program to be stopped at `MOMENTS`."""
+    command = [sys.executable, "-W", "ignore", "-c", MOMENTS_PROGRAM]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=runs.environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def stop_at(moment, number):
+        module, name, pause, _ = MOMENTS[moment]
+        folder = tmp_path_factory.mktemp(moment)
+        workdir = uninterrupted if moment == "report" else folder / "run"
+        arguments = [f"--config={config_file}", f"--workdir={workdir}"]
+        print(json.dumps([number, module, name, pause, f"{folder}/log", *arguments]), file=process.stdin, flush=True)
+        return int(process.stdout.readline()), (folder / "log").read_text(), workdir
+
+    yield stop_at
+    process.stdin.close()
+    process.stdout.close()
+    process.wait()
+
+
+@pytest.mark.parametrize(("moment", "number"), list(zip(MOMENTS, itertools.cycle(SIGNALS), strict=False)), ids=list(MOMENTS))
+def test_a_signal_at_any_moment_ends_training_in_one_sentence(moments, moment, number):
+    status, log, workdir = moments(moment, number)
+    assert status == 128 + number
+    said = [line for line in log.splitlines() if "INFO" not in line]
+    if MOMENTS[moment][3]:
+        assert said == [
+            f"{number.name}: saving after this step; a second signal stops at once",
+            f"stopped by {number.name} after step {EVAL_EVERY} of {TOTAL_STEPS}: the same command goes on from it",
+        ]
+        assert steps_of(workdir) == [EVAL_EVERY]
+    else:
+        assert said == [f"stopped by {number.name}: {runs.train_script().HINT}"]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_during_the_imports_ends_training_in_one_sentence(number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPORT_PROGRAM],
+        cwd=ROOT,
+        env=runs.environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (128 + number, "", f"stopped by {number.name}: {runs.train_script().HINT}\n")
+
+
+# --- terms of the log-determinant -----------------------------------------------------------------------------------
+
+
+def test_a_run_that_raised_its_terms_resumes_with_them(tmp_path, happens_before):
+    settings = {"kind": "series", "num_terms": 1, "num_probes": 100, "training": {"total_steps": 6, "eval_every_steps": 2}}
+    config = runs.one_block(max_num_terms=100, **settings)
+    whole = loop.train(config, tmp_path / "whole")
+    by_step = {record["step"]: record for record in measurements(tmp_path / "whole") if record["split"] == "validation"}
+    raised = by_step[2]["num_terms"]
+    assert by_step[2]["training_bias"] < -TOLERATED_BIAS
+    assert 1 < raised <= by_step[4]["num_terms"] == int(whole.num_terms)
+    happens_before(3, send(signal.SIGTERM))
+    with pytest.raises(Stopped, match="after step 4 of 6"):
+        loop.train(config, tmp_path / "stopped")
+    happens_before(3, lambda: pytest.fail("a step was taken twice"))
+    chex.assert_trees_all_equal(jax.device_get(loop.train(config, tmp_path / "stopped")), jax.device_get(whole))
+    assert measurements(tmp_path / "stopped") == measurements(tmp_path / "whole")
+
+    happens_before(3, lambda: None)
+    held = loop.train(runs.one_block(max_num_terms=0, **settings), tmp_path / "held")
+    assert int(held.num_terms) == 1
+    with pytest.raises(AssertionError):  # the terms make a difference
+        chex.assert_trees_all_close(held.params, whole.params, rtol=1e-5)
+
+
+def test_two_processes_do_not_train_in_one_workdir(config, tmp_path):
+    with alone_in(tmp_path), pytest.raises(ValueError, match=f"another process is training in {tmp_path}"):
+        loop.train(config, tmp_path)
+    with alone_in(tmp_path):
+        pass  # the lock is gone with its process, or its block
+
+
+def test_files_in_the_place_of_folders_are_named(config, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").touch()
+    for folder, named in (("file", "file"), ("run", "run/checkpoints")):
+        with pytest.raises(ValueError, match=f"{tmp_path / named} is a file"):
+            loop.train(config, tmp_path / folder)
+    assert not (tmp_path / "run" / "config.json").exists()

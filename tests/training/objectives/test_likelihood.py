@@ -1,0 +1,89 @@
+"""Validation of a density sees what training exploits, and an evaluation's keys are those of its examples."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_runs as runs
+
+from iresnet_jax.data import load
+from iresnet_jax.runs.from_config import build_objective
+from iresnet_jax.training.objectives.likelihood import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys
+
+
+def validate_untrained(**settings):
+    """Validation of that block, its state without training, and its model."""
+    config = runs.one_block(**settings)
+    objective = build_objective(config, load(config.data.name))
+    validation = objective.make_validation()
+    current = objective.initial_state()
+    return validation, current, validation.model(current)
+
+
+def test_validation_says_what_training_gains_by_what_it_cuts_off(caplog):
+    many = {"kind": "series", "num_probes": 1000}
+    validation, current, model = validate_untrained(num_terms=1, **many)  # whose trace is exact
+    x = jnp.asarray(load("moons").held_out("validation", 32, 0))
+    jacobians = jax.jit(jax.vmap(jax.jacfwd(lambda x: model.flow().forward(x[None])[0])))(x)
+    scales = np.exp(model.weights["stage0"].actnorm.log_scale[0])
+    of_block = np.asarray(jacobians / scales[None, None, :], np.float64)
+    missed = np.linalg.slogdet(of_block)[1] - (np.trace(of_block, axis1=1, axis2=2) - 2)  # log det(I + J) - tr J
+    with caplog.at_level("WARNING"):
+        means, _ = validation.measure(current, model)
+    np.testing.assert_allclose(means["training_bias"], missed.mean(), atol=1e-3)  # of 32,000 probes
+    assert missed.mean() < -ALARMING_BIAS
+    assert f"reads nll lower by {-means['training_bias']:.3f}" in caplog.text
+    assert "training exploited what its 1 terms cut off" in caplog.text
+    assert means["num_terms"] == 1
+    caplog.clear()
+    for kind in ("series", "krylov"):  # with the same probes, even few
+        patient, current, _ = validate_untrained(kind=kind, num_terms=20)
+        with caplog.at_level("WARNING"):
+            assert abs(patient.measure(current, model).metrics["training_bias"]) < 1e-4
+    assert not caplog.text
+
+
+def test_terms_are_raised_until_nothing_is_left_to_exploit(caplog):
+    validation, current, model = validate_untrained(kind="series", num_terms=1, num_probes=100, max_num_terms=100)
+
+    def bias_with(num_terms):
+        ended = current._replace(step=jnp.int32(runs.TOTAL_STEPS), num_terms=jnp.int32(num_terms))
+        return validation.measure(ended, model).metrics
+
+    with caplog.at_level("INFO"):
+        means, num_terms = validation.measure(current, model)
+    assert means["num_terms"] == num_terms
+    tried = [1, 2, 3, 5, 8, 12, 18, 27]
+    assert num_terms in tried[1:]
+    assert f"training goes on with {num_terms} terms" in caplog.text
+    before = tried[tried.index(num_terms) - 1]
+    assert bias_with(before)["training_bias"] < -TOLERATED_BIAS < bias_with(num_terms)["training_bias"]
+    assert bias_with(1) == {**means, "num_terms": 1}  # after the last step there is nothing to go on with
+
+
+def test_terms_are_not_raised_beyond_the_most_that_are_allowed():
+    validation, current, model = validate_untrained(kind="series", num_terms=1, max_num_terms=2)
+    assert validation.measure(current, model).num_terms == 2
+
+
+@pytest.mark.parametrize("kind", ["roulette", "exact"])
+def test_an_unbiased_training_has_no_bias_to_show(kind):
+    validation, current, model = validate_untrained(kind=kind)
+    assert set(validation.measure(current, model).metrics) == {"nll", "log_prior", "log_det"}
+
+
+def test_probe_draws_share_their_noise_and_nothing_else_is_shared():
+    draws = {(s, p): evaluation_keys(jax.random.key(0), np.arange(3), s, p) for s in range(2) for p in range(2)}
+    noise = {draw: jax.random.key_data(keys[0]).tolist() for draw, keys in draws.items()}
+    assert noise[0, 0] == noise[0, 1]
+    distinct = [*noise[0, 0], *noise[1, 0]]
+    for _, key_probe in draws.values():
+        distinct += jax.random.key_data(key_probe).tolist()
+    assert len({tuple(key) for key in distinct}) == len(distinct) == 2 * 3 + 4 * 3
+
+
+def test_an_example_has_its_keys_in_whatever_batch_it_stands():
+    whole = evaluation_keys(jax.random.key(0), np.arange(6), 1, 2)
+    part = evaluation_keys(jax.random.key(0), np.array([4, 2]), 1, 2)
+    for keys, some in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(jax.random.key_data(keys)[np.array([4, 2])], jax.random.key_data(some))

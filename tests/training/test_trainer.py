@@ -1,0 +1,124 @@
+"""Training in memory: when it validates and ends, what it keeps, and how its learning rate follows its time."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from iresnet_jax.models.flow import Constrained
+from iresnet_jax.training import parallel, trainer
+from iresnet_jax.training.objectives.objective import HeldOut, Objective
+from iresnet_jax.training.step import Loss, TrainingStep, UpdateRule
+from iresnet_jax.training.trainer import Trainer, TrainingConfig, check_finite
+
+
+class Constant:
+    """A model of one number, without blocks."""
+
+    def __init__(self, number=None):
+        self.number = number
+
+    def with_(self, *, weights, number):
+        return Constant(number)
+
+
+def objective_of(total_steps, held_out=None):
+    """The mean of examples by gradient descent, validated by its distance from 3 or by given losses."""
+
+    def loss(model, batch, keys):
+        value = jnp.mean((model.number - batch) ** 2)
+        return Loss(value, {"loss": value})
+
+    losses = iter([]) if held_out is None else iter(held_out)
+
+    def validate(state):
+        return HeldOut({"loss": next(losses, float(abs(state.ema["number"] - 3)))})
+
+    rule = UpdateRule(optax.sgd(1.0), optax.linear_schedule(0.2, 0.0, total_steps), total_steps, ema_decay=0.0)
+    return Objective(
+        name="loss",
+        step=TrainingStep(Constant(), loss, lambda params, spectral: Constrained({}, spectral, {}), rule, seed=0),
+        make_validation=lambda: validate,
+        selection=lambda metrics: metrics["loss"],
+        examples=np.zeros(8, np.float32),
+        initial_variables=lambda: {"params": {"number": jnp.zeros(())}},
+    )
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """A finished run."""
+    monkeypatch.setattr(trainer, "_compile_ahead", lambda *_: None)
+
+    def train(held_out=None, after_step=lambda: False, say=lambda line: None, batch=3.0, **settings):
+        settings = TrainingConfig(**{"total_steps": 12, "eval_every_steps": 3, "log_every_steps": 2, **settings})
+        made = Trainer(objective_of(settings.total_steps, held_out), settings, say=say)
+        made.run(itertools.repeat(parallel.shard(np.full(8, batch, np.float32))), after_step)
+        return made
+
+    return train
+
+
+def steps(made, split):
+    return [record["step"] for record in made.records if record["split"] == split]
+
+
+def test_it_logs_validates_and_keeps_the_best(run):
+    said = []
+    made = run(say=said.append)
+    assert steps(made, "train") == [2, 3, 4, 6, 8, 9, 10, 12]
+    assert steps(made, "validation") == [3, 6, 9, 12]
+    assert made.best.step == made.step == int(made.state.step) == 12
+    assert abs(made.best.ema["number"] - 3) < abs(made.records[3]["loss"]) < 3
+    assert len(said) == 5
+    assert "first step after" in said[0]
+    assert "step 12 of 12: validation loss" in said[-1]
+
+
+def test_metrics_are_means_over_the_steps_since_the_last_line(run):
+    every, second = (
+        [r["loss"] for r in run(log_every_steps=n, eval_every_steps=12).records if r["split"] == "train"] for n in (1, 2)
+    )
+    np.testing.assert_allclose(np.reshape(every, (6, 2)).mean(axis=1), second, rtol=1e-6)
+
+
+def test_the_best_state_outlives_worse_ones_and_patience_ends_training(run):
+    made = run([3.0, 1.0, 2.0, 4.0, 5.0], total_steps=100, patience=2)
+    assert steps(made, "validation") == [3, 6, 9, 12]
+    assert (made.best.step, made.best.loss, made.step) == (6, 1.0, 12)
+
+
+def test_it_ends_when_what_is_called_after_a_step_says_so(run):
+    calls = []
+    made = run(after_step=lambda: len(calls) == 4 or calls.append(1))
+    assert made.step == 5
+    assert made.best.step == 3
+
+
+def test_a_time_limit_ends_training_at_a_learning_rate_of_nearly_zero(run, monkeypatch):
+    """By a clock of a tenth of a second a reading."""
+    clock = itertools.count(0, 0.1)
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(clock))
+    made = run(minutes=5.0, total_steps=100_000, eval_every_steps=100_000)
+    assert 250 < made.elapsed_s < 320
+    assert made.step < 1000
+    rates = [record["learning_rate"] for record in made.records if record["split"] == "train"]
+    assert rates[-1] < 0.05 * max(rates)
+    assert 15 <= len(steps(made, "validation")) <= 25
+
+
+def test_what_is_not_finite_ends_training(run):
+    with pytest.raises(RuntimeError, match="grad_norm, loss became non-finite between steps 0 and 2"):
+        run(batch=np.nan)
+    check_finite({"loss": 1.0, "grad_norm": np.float32(2.0)}, 1, 100)
+    with pytest.raises(RuntimeError, match=r"^grad_norm became"):
+        check_finite({"accuracy": 0.5, "grad_norm": math.inf}, 101, 200)
+
+
+def test_parameters_without_a_constraint_get_the_gradient_of_the_mean(run):
+    made = run(total_steps=1)
+    np.testing.assert_allclose(jax.device_get(made.state.params["number"]), 0.2 * 6, rtol=1e-6)
