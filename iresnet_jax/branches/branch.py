@@ -246,7 +246,11 @@ class BranchSpec:
 
     @property
     def layers(self) -> "tuple[LayerSpec, ...]":
-        """The linear layers of a branch that is a chain of them and of activations, which is what certificates can follow."""
+        """The linear layers of a branch that is a chain of them and of activations, which is what certificates can follow.
+
+        Such a kind is `LayerSpec.apply` of one layer after the other. The weights of a layer stand under its name, and so does
+        its guaranteed norm in `Branch.norms`.
+        """
         return ()
 
     @property
