@@ -23,8 +23,8 @@ import numpy as np
 from _record import interleave, parser, write
 from _steps import training_step
 
+from iresnet_jax.data.batches import device_batches
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.device_batches import device_batches
 from iresnet_jax.runs.config import default_config, parse
 
 SIZES = {"MNIST": (60_000, 28, 28, 1), "CIFAR-10": (50_000, 32, 32, 3)}
