@@ -72,15 +72,15 @@ def followed(model, x):
 
 def steps_of(flow):
     """The entries that each step acts on."""
-    active = trajectory.entries_of(flow).active
-    return [own for own, stage in zip(active, flow.layout, strict=True) for _ in range(stage.spec.num_blocks)]
+    places = trajectory.places_of(flow).stages
+    return [place.active for place, stage in zip(places, flow.layout, strict=True) for _ in range(stage.spec.num_blocks)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def dense_steps(flow, weights, points):
     """Jacobians of all steps at points ``(t, d)`` on the whole vector, by forward differentiation in float64."""
     found, start = [], 0
-    for stage, active in zip(flow.layout, trajectory.entries_of(flow).active, strict=True):
+    for stage, place in zip(flow.layout, trajectory.places_of(flow).stages, strict=True):
 
         def step(block, u, stage=stage):
             scale, bias = jnp.exp(block.actnorm.log_scale), block.actnorm.bias
@@ -88,9 +88,9 @@ def dense_steps(flow, weights, points):
             return (u + block.branch(u)).ravel()
 
         own = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), weights[stage.name])
-        own_points = points[start : start + stage.spec.num_blocks][:, active]
+        own_points = points[start : start + stage.spec.num_blocks][:, place.active]
         jacobians = jax.vmap(jax.jacfwd(step, argnums=1))(own, own_points)
         whole = jnp.tile(jnp.eye(flow.num_dims), (stage.spec.num_blocks, 1, 1))
-        found.append(whole.at[:, active[:, None], active[None]].set(jacobians))
+        found.append(whole.at[:, place.active[:, None], place.active[None]].set(jacobians))
         start += stage.spec.num_blocks
     return jnp.concatenate(found)

@@ -104,7 +104,7 @@ def inverse(
 def _certify(flow: PreparedFlow, y, start, contexts) -> InverseCertificate:
     """The certificates of a part of the examples, all of them as vectors."""
     last = np.zeros_like(y)
-    last[:, flow.entries.latents] = y
+    last[:, flow.places.latents] = y
     points = follow(flow.spec, flow.weights, start.reshape(-1, *flow.spec.event_shape), contexts)
     trajectory = DoubleDouble.of(ending_at(flow.stages, np.array(points), last))
     certify = _with_products if flow.dense and flow.smooth else _with_norms
@@ -146,7 +146,7 @@ def _with_norms(flow: PreparedFlow, trajectory, start, contexts, best):
         size, floor = (np.linalg.norm(part.reshape(len(start), -1), axis=1) for part in (found.values, found.errors))
         if np.all(size <= floor):
             break
-        moved = _moved(trajectory, newton_step(flow.spec, flow.steps, found.slopes, found.values))
+        moved = _moved(trajectory, newton_step(flow.steps, found.slopes, found.values))
         after = residuals(flow.stages, moved, contexts)
         smaller = np.linalg.norm(after.values, axis=(1, 2)) < size
         trajectory = DoubleDouble(*(np.where(smaller[:, None, None], b, a) for a, b in zip(trajectory, moved, strict=True)))

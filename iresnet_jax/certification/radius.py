@@ -124,7 +124,7 @@ def _adjoints(
     flow: PreparedFlow, model: Classifier, head: Head, found: Residuals, start_error: float
 ) -> tuple[Adjoints, list[list[Any]]]:
     """Gradients of the margins along the trajectories, and ``S w`` of the activations, by stage and layer."""
-    passed = backward(flow.spec, flow.steps, found.slopes, head.gradients)
+    passed = backward(flow.steps, found.slopes, head.gradients)
     points = np.moveaxis(np.asarray(jnp.linalg.norm(passed.points, axis=-1)), 1, 0) * UP
     start = np.asarray(passed.points[:, 0]).reshape(*head.margins.shape, *flow.spec.event_shape)
     start = start[..., : model.spec.image_shape[-1]] / np.asarray(model.spec.std)
@@ -159,11 +159,10 @@ def _tangents(
     chosen = jax.tree.map(
         lambda v: jnp.take_along_axis(v, order.reshape(len(order), 1, -1, *[1] * (v.ndim - 3)), axis=2), weights
     )
-    norms = forward(flow.spec, flow.steps, found.slopes, chosen, first)
+    norms = forward(flow.steps, found.slopes, chosen, first)
     forms = np.full((len(order), num_others), np.inf)
     np.put_along_axis(forms, order, np.asarray(norms.forms), axis=1)
-    points, frobenius, arguments, fourth = (np.asarray(values).T for values in norms[:4])
-    return Tangents(points, frobenius, arguments, fourth, forms)
+    return Tangents(*(np.asarray(values).T for values in norms[:4]), forms)
 
 
 def _largest(flow: PreparedFlow, head: Head, adjoints: Adjoints, tangents: Tangents | None, first: float) -> np.ndarray:

@@ -8,7 +8,8 @@ The map is the one of the weights as real numbers: those of float32 weights are 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -28,35 +29,80 @@ from iresnet_jax.maths.enclosures.double_double import UNIT, DoubleDouble, exp
 from iresnet_jax.maths.enclosures.split_products import Sliced, product
 from iresnet_jax.maths.enclosures.upward_rounding import UP
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import Weights
+from iresnet_jax.models.flow import Block, Weights
 
 
-class Entries(NamedTuple):
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Place:
+    """What the steps of a stage have in common: where they act, and how their branches are made.
+
+    Attributes:
+        entries: Entries of the flow's vector that the steps act on, in the order of the branch's input.
+        in_shape: Shape of the branch's input.
+        layers: Layers of the branch.
+    """
+
+    entries: tuple[int, ...]
+    in_shape: tuple[int, ...]
+    layers: tuple[LayerSpec, ...]
+
+    @functools.cached_property
+    def active(self) -> Int[np.ndarray, " a"]:
+        """`entries` as an array."""
+        return np.array(self.entries)
+
+    def read(self, vectors: Float[Array, "n d"]) -> Float[Array, "n ..."]:
+        """Inputs of the branch."""
+        return vectors[:, self.active].reshape(-1, *self.in_shape)
+
+    def write(self, vectors: Float[Array, "n d"], values: Float[Array, "n ..."]) -> Float[Array, "n d"]:
+        """The vectors with other values where the steps act."""
+        return vectors.at[:, self.active].set(flatten(values))
+
+
+class Places(NamedTuple):
     """Where the vector of a trajectory keeps what.
 
     Attributes:
-        active: Entries that the steps of each stage act on, in the order of their branch's input.
+        stages: Place of the steps of each stage.
         latents: Entries of the latent vector, in its order.
     """
 
-    active: tuple[Int[np.ndarray, " a"], ...]
+    stages: tuple[Place, ...]
     latents: Int[np.ndarray, " d"]
 
 
 @functools.lru_cache(maxsize=32)
-def entries_of(spec: FlowSpec) -> Entries:
-    """The entries of a flow's steps, from its own reshapes of a vector of indices."""
-    active, latents = [], []
+def places_of(spec: FlowSpec) -> Places:
+    """The places of a flow's steps, from its own reshapes of a vector of indices."""
+    places, latents = [], []
     with jax.ensure_compile_time_eval():
         indices = jnp.arange(spec.num_dims).reshape(1, *spec.event_shape)
         for stage in spec.layout:
             indices = chain(stage.entry).forward(indices)
-            active.append(np.asarray(indices).ravel())
+            places.append(Place(tuple(np.asarray(indices).ravel().tolist()), stage.branch.in_shape, stage.branch.layers))
             if stage.spec.factor_out:
                 indices, left = split_channels(indices)
                 latents.append(np.asarray(left).ravel())
         latents.append(np.asarray(indices).ravel())
-    return Entries(tuple(active), np.concatenate(latents))
+    return Places(tuple(places), np.concatenate(latents))
+
+
+def over_steps(step: Callable[..., Any], carry: Any, stages: Sequence[Any], *, reverse: bool = False) -> tuple[Any, list[Any]]:
+    """`lax.scan` over the steps of all stages: the last carry, and what ``step(carry, own)`` gave, stacked by stage.
+
+    Args:
+        step: The function, as `lax.scan` takes it.
+        carry: First carry.
+        stages: What belongs to the steps of each stage, arrays stacked over steps.
+        reverse: Whether the last step comes first.
+    """
+    found = []
+    for own in reversed(stages) if reverse else stages:
+        carry, out = lax.scan(step, carry, own, reverse=reverse)
+        found.append(out)
+    return carry, found[::-1] if reverse else found
 
 
 # ------------------------------------------------------------------------------------------------------- in float64
@@ -68,20 +114,13 @@ def follow(
 ) -> Float[Array, "b t d"]:
     """Every point of the trajectory that starts at ``x``, the last one included."""
 
-    def step(u, block):
-        u, _ = forward_and_logdet(block.actnorm, u)
-        return u + block.branch.given(context)(u)
+    def step(vector, own):
+        place, block = own
+        u, _ = forward_and_logdet(block.actnorm, place.read(vector))
+        return place.write(vector, u + block.branch.given(context)(u)), vector
 
-    vector, points = flatten(x), []
-    for stage, active in zip(spec.layout, entries_of(spec).active, strict=True):
-
-        def move(vector, block, stage=stage, active=active):
-            u = step(vector[:, active].reshape(-1, *stage.branch.in_shape), block)
-            return vector.at[:, active].set(flatten(u)), vector
-
-        vector, found = lax.scan(move, vector, weights[stage.name])
-        points.append(found)
-    return jnp.moveaxis(jnp.concatenate([*points, vector[None]]), 0, 1)
+    last, points = over_steps(step, flatten(x), _blocks(spec, weights))
+    return jnp.moveaxis(jnp.concatenate([*points, last[None]]), 0, 1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -89,20 +128,20 @@ def go_back(
     spec: FlowSpec, weights: Weights, y: Float[Array, "b d"], context: Float[Array, "b k"] | None, solver: Solver
 ) -> Float[Array, "b t d"]:
     """Every point of the trajectory that ends at the latents ``y``, by the iterative inverse of every block."""
-    entries = entries_of(spec)
-    vector, points = jnp.zeros_like(y).at[:, entries.latents].set(y), []
-    last = vector
-    for stage, active in reversed(list(zip(spec.layout, entries.active, strict=True))):
 
-        def move(vector, block, stage=stage, active=active):
-            u, _ = residual.inverse(block.branch.given(context), vector[:, active].reshape(-1, *stage.branch.in_shape), solver)
-            u, _ = inverse_and_logdet(block.actnorm, u)
-            vector = vector.at[:, active].set(flatten(u))
-            return vector, vector
+    def step(vector, own):
+        place, block = own
+        u, _ = residual.inverse(block.branch.given(context), place.read(vector), solver)
+        vector = place.write(vector, inverse_and_logdet(block.actnorm, u)[0])
+        return vector, vector
 
-        vector, found = lax.scan(move, vector, weights[stage.name], reverse=True)
-        points.append(found)
-    return jnp.moveaxis(jnp.concatenate([*points[::-1], last[None]]), 0, 1)
+    last = jnp.zeros_like(y).at[:, places_of(spec).latents].set(y)
+    _, points = over_steps(step, last, _blocks(spec, weights), reverse=True)
+    return jnp.moveaxis(jnp.concatenate([*points, last[None]]), 0, 1)
+
+
+def _blocks(spec: FlowSpec, weights: Weights) -> list[tuple[Place, Block]]:
+    return [(place, weights[stage.name]) for place, stage in zip(places_of(spec).stages, spec.layout, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------ in double-double
@@ -134,8 +173,7 @@ class PreciseStage(NamedTuple):
     """The steps of a stage in double-double.
 
     Attributes:
-        in_shape: Shape of the branches' inputs.
-        active: Entries that the steps act on.
+        place: Where they act.
         bias: Bias of the ActNorms, of a shape that fits ``(k, b, ...)``.
         log_scale: Logarithm of the scale of the ActNorms, one a channel.
         scale: Scale of the ActNorms, of a shape that fits ``(k, b, ...)``.
@@ -143,8 +181,7 @@ class PreciseStage(NamedTuple):
         lipschitz: Bounds of the Lipschitz constants of the branches.
     """
 
-    in_shape: tuple[int, ...]
-    active: Int[np.ndarray, " a"]
+    place: Place
     bias: DoubleDouble
     log_scale: Float[np.ndarray, "k c"]
     scale: DoubleDouble
@@ -195,15 +232,14 @@ def precise_stages(spec: FlowSpec, weights: Weights) -> tuple[PreciseStage, ...]
         weights: Weights of its stages, with guaranteed norms of their layers.
     """
     stages = []
-    for stage, active in zip(spec.layout, entries_of(spec).active, strict=True):
-        own = jax.tree.map(lambda a: np.asarray(a, np.float64), weights[stage.name])
+    for place, block in _blocks(spec, weights):
+        own = jax.tree.map(lambda a: np.asarray(a, np.float64), block)
         log_scale, branch = own.actnorm.log_scale, own.branch
-        by_channel = (len(log_scale), *(1,) * len(stage.branch.in_shape), -1)
-        layers = tuple(_layer(layer, branch.weights[layer.name], branch.norms[layer.name]) for layer in branch.spec.layers)
+        by_channel = (len(log_scale), *(1,) * len(place.in_shape), -1)
+        layers = tuple(_layer(layer, branch.weights[layer.name], branch.norms[layer.name]) for layer in place.layers)
         stages.append(
             PreciseStage(
-                in_shape=branch.spec.in_shape,
-                active=active,
+                place=place,
                 bias=DoubleDouble.of(own.actnorm.bias.reshape(by_channel)),
                 log_scale=log_scale,
                 scale=exp(DoubleDouble.of(log_scale.reshape(by_channel))),
@@ -238,7 +274,7 @@ def ending_at(
     points, end = points.copy(), points.shape[1]
     points[:, -1] = last
     for stage in reversed(stages):
-        left = np.setdiff1d(np.arange(points.shape[2]), stage.active)
+        left = np.setdiff1d(np.arange(points.shape[2]), stage.place.active)
         start = end - 1 - stage.num_blocks
         points[:, start:end, left] = last[:, None, left]
         end = start + 1
@@ -268,7 +304,7 @@ def residuals(
         r = u + g - after
         error = error + 4 * UNIT * _norm(u)  # of u itself, beside what it became in g
         error = error + 4 * UNIT * (_norm(u) + _norm(g) + _norm(after)) + 2.0**-53 * _norm(r)
-        values[:, now, stage.active] = np.moveaxis(r.high.reshape(k, b, -1), 0, 1)
+        values[:, now, stage.place.active] = np.moveaxis(r.high.reshape(k, b, -1), 0, 1)
         errors[:, now], argument_errors[:, now] = error.T * UP, of_arguments.T * UP
         slopes.append(tuple(None if own is None else np.moveaxis(own, 1, 0) for own in of_layers))
         start += k
@@ -279,8 +315,8 @@ def _inputs(stage, trajectory, points):
     """Some points of trajectories as inputs ``(k, b, ...)`` of a stage's branches."""
 
     def of_branch(part):
-        entries = np.moveaxis(part[:, points][..., stage.active], 0, 1)
-        return entries.reshape(*entries.shape[:2], *stage.in_shape)
+        entries = np.moveaxis(part[:, points][..., stage.place.active], 0, 1)
+        return entries.reshape(*entries.shape[:2], *stage.place.in_shape)
 
     return trajectory.map(of_branch)
 
