@@ -10,6 +10,7 @@ import numpy as np
 
 from iresnet_jax.certification import trajectory
 from iresnet_jax.certification.prepared import prepared
+from iresnet_jax.certification.residuals import residuals
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -67,7 +68,7 @@ def followed(model, x):
     """The prepared flow of a model, trajectories of inputs in float64 and their residuals."""
     with prepared(model) as (flow, _):
         points = np.asarray(trajectory.follow(flow.spec, flow.weights, jnp.asarray(x), None))
-        return flow, points, trajectory.residuals(flow.stages, DoubleDouble.of(points))
+        return flow, points, residuals(flow.stages, DoubleDouble.of(points))
 
 
 def steps_of(flow):

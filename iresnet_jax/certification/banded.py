@@ -8,7 +8,6 @@ and ``1 / (1 - L)`` several times that. A Cholesky factorisation of a banded mat
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,7 +15,7 @@ from jaxtyping import Float
 
 from iresnet_jax.certification.jacobians import LinearSteps, alike
 from iresnet_jax.certification.prepared import PreparedFlow
-from iresnet_jax.certification.trajectory import PreciseStage, Residuals
+from iresnet_jax.certification.residuals import PreciseStage, Residuals
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.chains.least_eigenvalue import least_eigenvalue_bound, least_eigenvalue_estimate
 from iresnet_jax.maths.chains.row_blocks import RowBlocks, behind_activation, identity_and_symmetric_part, layer_blocks
@@ -25,22 +24,12 @@ from iresnet_jax.maths.enclosures.upward_rounding import UP
 MOST_ENTRIES = 2**26  # of a step's Jacobian that is computed
 
 
-class StepNorms(NamedTuple):
-    """Norms of the inverses of a trajectory's Jacobians, ``|J_t^-1|_2``.
+def step_norms(flow: PreparedFlow, found: Residuals) -> tuple[Float[np.ndarray, "b t"], Float[np.ndarray, "b t"]]:
+    """Norms ``|J_t^-1|_2`` of the steps' inverses along trajectories, from the slopes in their residuals.
 
-    Attributes:
-        bounds: Guaranteed bounds.
-        estimates: Estimates by Lanczos' method where a Jacobian has too many entries, which are no bounds; elsewhere `bounds`.
-    """
-
-    bounds: Float[np.ndarray, "b t"]
-    estimates: Float[np.ndarray, "b t"]
-
-
-def step_norms(flow: PreparedFlow, found: Residuals) -> StepNorms:
-    """Norms of the steps' inverses along trajectories, from the slopes in their residuals.
-
-    A step whose slopes jump has the global bound of its inverse.
+    Returns:
+        Guaranteed bounds, the global one for a step whose slopes jump; and estimates, by Lanczos' method where a Jacobian has
+        too many entries, which are no bounds, and the bounds elsewhere.
     """
     constants = flow.constants
     distances = constants.unscaled.jacobian_errors(found.argument_errors) * UP
@@ -65,7 +54,7 @@ def step_norms(flow: PreparedFlow, found: Residuals) -> StepNorms:
                 bounds[i, t] = constants.inverse[t] * margin / least * UP
                 estimates[i, t] = constants.inverse[t] * margin / max(estimate, margin) * UP
             t += 1
-    return StepNorms(bounds, estimates)
+    return bounds, estimates
 
 
 def layers_of_step(stage: PreciseStage, k: int) -> tuple[RowBlocks, ...]:

@@ -13,7 +13,8 @@ from iresnet_jax.certification.banded import jacobian_blocks, layers_of_step
 from iresnet_jax.certification.passes import forward_correction
 from iresnet_jax.certification.prepared import MOST_DIMS, PreparedFlow, in_parts, prepared
 from iresnet_jax.certification.products import linearize, products_at, tables_of
-from iresnet_jax.certification.trajectory import Residuals, follow, over_steps, places_of, residuals
+from iresnet_jax.certification.residuals import Residuals, residuals
+from iresnet_jax.certification.trajectory import follow, over_steps, places_of
 from iresnet_jax.maths.chains import local_bounds, shadowing
 from iresnet_jax.maths.chains.least_eigenvalue import singular_value_bounds
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble

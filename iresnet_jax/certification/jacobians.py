@@ -1,7 +1,7 @@
 r"""Jacobians of a flow's steps in float64 at given slopes, how wrong they may be, and how fast they vary.
 
 A step is ``F_t(x) = u + g(u)`` with ``u = s (x + b)``, so ``J_t = (I + J_g(u)) diag(s)``. ``J_g = W_n D_n ... W_1 D_1`` is a
-product of the layers and of slopes ``D_i`` that are known to nearly all their bits, see `trajectory`.
+product of the layers and of slopes ``D_i`` that are known to nearly all their bits, see `residuals`.
 """
 
 import functools
@@ -16,7 +16,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.branches.layers import LayerSpec
-from iresnet_jax.certification.trajectory import Layer, Place, PreciseStage
+from iresnet_jax.certification.residuals import Layer, PreciseStage
+from iresnet_jax.certification.trajectory import Place
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.chains.margin_bounds import Step
 from iresnet_jax.maths.enclosures.precise_activations import SLOPE_ERROR

@@ -32,7 +32,8 @@ from iresnet_jax.bijections.transforms.dequantize import enclose_volume
 from iresnet_jax.certification.jacobians import LinearSteps, step_jacobians
 from iresnet_jax.certification.passes import FlowSlopes, forward_correction
 from iresnet_jax.certification.prepared import MOST_DIMS, PreparedFlow, in_parts, prepared
-from iresnet_jax.certification.trajectory import follow, residuals
+from iresnet_jax.certification.residuals import residuals
+from iresnet_jax.certification.trajectory import follow
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log
 from iresnet_jax.maths.enclosures.double_double import UNIT, DoubleDouble

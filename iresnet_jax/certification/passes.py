@@ -5,7 +5,7 @@ Corrections of trajectories promise nothing: residuals say how good they were. W
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.certification.jacobians import LinearSteps, alike, over_copies
 from iresnet_jax.certification.trajectory import over_steps
 from iresnet_jax.maths import activations
-from iresnet_jax.maths.chains.margin_bounds import Tangents
 from iresnet_jax.maths.enclosures.upward_rounding import UP, frobenius_bound, gamma
 from iresnet_jax.maths.inverse.fixed_point import Settings, solve_linear
 from iresnet_jax.maths.norms.convolution_certificate import dense_norm_bound
@@ -67,21 +66,14 @@ def _stages(steps: Sequence[LinearSteps], slopes: FlowSlopes, residuals: Float[A
     return list(zip(steps, by_step[0], jnp.split(by_step[1], ends), strict=True))
 
 
-class Backward(NamedTuple):
-    """Gradients of ``c`` functions of the last point.
-
-    Attributes:
-        points: In every point of the trajectory.
-        outputs: In the outputs of the activations, by stage and layer, ``(k, c, ...)``; None in front of a layer without.
-    """
-
-    points: Float[Array, "t+1 c d"]
-    outputs: tuple[tuple[Array | None, ...], ...]
-
-
 @jax.jit
-def backward(steps: Sequence[LinearSteps], slopes: FlowSlopes, last: Float[Array, "b c d"]) -> Backward:
-    """Gradients of functions along trajectories, from those in the last point; results have a leading axis of examples."""
+def backward(steps: Sequence[LinearSteps], slopes: FlowSlopes, last: Float[Array, "b c d"]) -> tuple[Any, Any]:
+    """Gradients of ``c`` functions along trajectories, from those in the last point.
+
+    Returns:
+        Gradients in every point, ``(b, t + 1, c, d)``, and in the outputs of the activations, by stage and layer,
+        ``(b, k, c, ...)``; None in front of a layer without.
+    """
 
     def step(g, own):
         maps, slopes = own
@@ -93,7 +85,7 @@ def backward(steps: Sequence[LinearSteps], slopes: FlowSlopes, last: Float[Array
         slopes, last = own
         first, found = over_steps(step, last, list(zip(steps, slopes, strict=True)), reverse=True)
         points, outputs = zip(*found, strict=True)
-        return Backward(jnp.concatenate([first[None], *points]), outputs)
+        return jnp.concatenate([first[None], *points]), outputs
 
     return lax.map(of_example, (slopes, last))
 
@@ -111,8 +103,8 @@ def forward(
     slopes: FlowSlopes,
     weights: Sequence[Sequence[Array | None]],
     first: Float[Array, "n d"],
-) -> Tangents:
-    """Norms of the Jacobians of everything on the way, one example after the other, whose axis is in front.
+) -> tuple[Array, ...]:
+    """The fields of `margin_bounds.Tangents` with the axis of examples in front, one example after the other.
 
     ``fourth`` is bounded by ``sum_k (A d)_k^4 <= sum_k |A_k|^2 (A d)_k^2``.
 
@@ -146,7 +138,8 @@ def forward(
         sizes, arguments = zip(*found, strict=True)
         points = jnp.concatenate([*sizes, _sizes(last)[None]])
         arguments = jnp.concatenate([own.reshape(-1, 2) for own in arguments])
-        return Tangents(*points.T, *arguments.T, (lax.map(_norm, form) + rounding) * UP)
+        forms = (lax.map(_norm, form) + rounding) * UP
+        return points[:, 0], points[:, 1], arguments[:, 0], arguments[:, 1], forms
 
     return lax.map(of_example, (slopes, weights))
 

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from iresnet_jax.certification.jacobians import LinearSteps, StepConstants, constants_of
-from iresnet_jax.certification.trajectory import Places, PreciseStage, in_float64, places_of, precise_stages
+from iresnet_jax.certification.residuals import PreciseStage, precise_stages
+from iresnet_jax.certification.trajectory import Places, in_float64, places_of
 from iresnet_jax.maths.chains.margin_bounds import Step
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import require_bounds

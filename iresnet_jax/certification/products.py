@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.certification.jacobians import LinearSteps, step_jacobians
 from iresnet_jax.certification.prepared import PreparedFlow
-from iresnet_jax.certification.trajectory import Residuals, places_of
+from iresnet_jax.certification.residuals import Residuals
+from iresnet_jax.certification.trajectory import places_of
 from iresnet_jax.maths.chains import inverse_products, shadowing
 from iresnet_jax.maths.chains.inverse_products import Inverses, ProductTables
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
