@@ -192,7 +192,7 @@ class OurFlow:
         self._model = cast(Density, iresnet_jax.load(model))
         with np.load(arrays) as given:
             self._x, self._z = given["x"], given["z"]
-        self._placed, self._inverse = parallel.on_local_devices(self._model), parallel.parallelize_eval(_inverse)
+        self._placed = parallel.on_local_devices(self._model)
 
     def log_probs(self, num, images, target):
         """Seconds of the log-likelihoods of a file of images, mean over ``num`` after one that compiles, and what was found.
@@ -209,7 +209,7 @@ class OurFlow:
         z = self._z.astype(np.float64 if refine else np.float32)
 
         def inverse():
-            return parallel.over_batches(self._inverse, model, lambda places: z[places], len(z), len(z))
+            return parallel.over_batches(_inverse, model, lambda places: z[places], len(z), len(z))
 
         with jax.enable_x64(refine):
             seconds, (self._found, self._info) = _mean_seconds(num, inverse)

@@ -89,7 +89,7 @@ def train(
 def check_batch_size(settings: TrainingConfig, data: DataSet) -> None:
     """Raises ``ValueError`` unless a batch splits over devices and into parts, and is no larger than the training data."""
     batch_size, num_parts = settings.batch_size, settings.num_parts
-    parallel.check_global_batch_size(batch_size)
+    parallel.check_divisible(batch_size, parallel.all_devices())
     if (share := batch_size // parallel.all_devices()) % num_parts:
         raise ValueError(
             f"config.training.num_parts must divide the {share} examples that a device has of a batch, got {num_parts}"
