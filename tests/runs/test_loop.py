@@ -180,7 +180,7 @@ def test_a_run_that_blew_up_is_not_saved_when_told_to_stop(config, tmp_path, hap
     def blown_up(self, *arguments):
         return {name: jnp.nan * value for name, value in take(self, *arguments).items()}
 
-    monkeypatch.setattr(loop._RunOnDisk, "take", blown_up)
+    monkeypatch.setattr(loop._TrainerOnDisk, "take", blown_up)
     happens_before(1, send(signal.SIGTERM))
     with pytest.raises(RuntimeError, match="non-finite between steps 0 and 2"):
         loop.train(config, tmp_path)
