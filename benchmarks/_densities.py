@@ -1,28 +1,21 @@
 """Densities that are compared: `fit` with its defaults, and those of scikit-learn, flowjax and normflows.
 
 Each takes a `Table`, a seed and minutes, and gives a `Fitted`. All are fitted to the training examples alone; validation
-examples choose hyper-parameters and end the training.
+examples choose hyper-parameters and end the training. Log-determinants on test examples are exact.
 
-"ours" is ``fit(train, validation=validation, minutes=...)``; its time includes compilation and validation.
-
-"flowjax": `coupling_flow` with rational-quadratic splines of 8 knots on [-4, 4], and "normflows": LipschitzMLP blocks with
-two hidden layers behind ActNorm, as in its documentation, as many blocks as `fit` takes. Both get Adam at 1e-3 after a
-warm-up of 100 steps, a cosine to the end of their time, gradients clipped at norm 1, batches as large as ours, and the
-parameters that were best on validation examples. Their clock stands still while they are validated, and while flowjax is
-compiled. Training that has doubled its number of steps, and 1000 on top, without an improvement has overfitted and ends.
-
-"flowjax_whitened", "normflows_whitened": the same, given what `fit` gives itself: a linear map that whitens the training
-examples.
-
-"gmm": `GaussianMixture`; number of components, type of the covariances and reg_covar by validation, on fewer than 2000
-examples all together up to 8 components, otherwise reg_covar of full covariances at 4 components; then more components until
-the minutes are used up. The last fit is not interrupted.
-
-"kde": Gaussian `KernelDensity`; the bandwidth, and whether the data are whitened first, by validation, on at most 400
-examples. Its tree is one leaf: with its default tree, scikit-learn 1.9 takes ten times as long in 63 dimensions, and rounding
-in the tree's bounds makes outliers likelier than they are, by up to 368 nats.
-
-Log-determinants on test examples are exact, for normflows by `torch.linalg.slogdet` of each block's Jacobian in float64.
+- "ours" is ``fit(train, validation=validation, minutes=...)``; its time includes compilation and validation.
+- "flowjax" is a `coupling_flow` with rational-quadratic splines of 8 knots on [-4, 4]. "normflows" are LipschitzMLP blocks with
+  two hidden layers behind ActNorm, as in its documentation, as many blocks as `fit` takes. Both get Adam at 1e-3 after a
+  warm-up of 100 steps, a cosine to the end of their time, gradients clipped at norm 1, batches as large as ours, and the
+  parameters that were best on validation examples. Their clock stands still while they are validated, and while flowjax is
+  compiled. Training that has doubled its number of steps, and 1000 on top, without an improvement has overfitted and ends.
+- "flowjax_whitened", "normflows_whitened" are given what `fit` gives itself: a linear map that whitens the training examples.
+- "gmm" is `GaussianMixture`; number of components, type of the covariances and reg_covar by validation, on fewer than 2000
+  examples all together up to 8 components, otherwise reg_covar of full covariances at 4 components; then more components until
+  the minutes are used up. The last fit is not interrupted.
+- "kde" is a Gaussian `KernelDensity`; the bandwidth, and whether the data are whitened first, by validation, on at most 400
+  examples. Its tree is one leaf: with its default tree, scikit-learn 1.9 takes ten times as long in 63 dimensions, and rounding
+  in the tree's bounds makes outliers likelier than they are, by up to 368 nats.
 """
 
 import copy
@@ -83,11 +76,8 @@ def ours(table: Table, seed: int, minutes: float) -> Fitted:
     assert isinstance(model, ir.Density)
     assert model.history is not None
     exact, log_prob = model.with_(estimator=ir.ExactLogdet(), history=None), jax.jit(lambda model, x: model.log_prob(x))
-    details = {
-        "steps": int(model.history.train["step"][-1]),
-        "best_step": model.history.step,
-        "certified": model.certificate().certified,
-    }
+    details = {"steps": int(model.history.train["step"][-1]), "best_step": model.history.step}
+    details["certified"] = model.certificate().certified
     count = num_parameters((as_params(model.weights), model.prior))
     return Fitted(lambda x: in_batches(lambda batch: log_prob(exact, batch), x), count, details)
 
@@ -105,8 +95,7 @@ def flowjax(table: Table, seed: int, minutes: float) -> Fitted:
         jax.random.key(seed),
         base_dist=Normal(jnp.zeros(table.train.shape[1])),
         transformer=RationalQuadraticSpline(knots=FLOWJAX["knots"], interval=FLOWJAX["interval"]),
-        flow_layers=FLOWJAX["flow_layers"],
-        nn_depth=FLOWJAX["nn_depth"],
+        **{name: FLOWJAX[name] for name in ("flow_layers", "nn_depth")},
         nn_width=FLOWJAX["nn_width"][_size(table)],
     )
     params, static = eqx.partition(flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable))
@@ -211,9 +200,7 @@ def gmm(table: Table, seed: int, minutes: float) -> Fitted:
     scores: dict[tuple[int, str, float], float] = {}
     mixtures: dict[tuple[int, str, float], GaussianMixture] = {}
 
-    def attempt(case):
-        if scores and time.monotonic() - began > 60 * minutes:
-            return
+    def attempt(*case):
         components, kind, floor = case
         mixtures[case] = GaussianMixture(components, covariance_type=kind, reg_covar=floor, random_state=seed)
         try:
@@ -222,12 +209,15 @@ def gmm(table: Table, seed: int, minutes: float) -> Fitted:
         except ValueError:  # a component has collapsed: reg_covar is too small for it
             scores[case] = -math.inf
 
-    for case in itertools.product(*FIRST_MIXTURES[_size(table)]):
-        attempt(case)
+    def is_time_left():
+        return not scores or time.monotonic() - began <= 60 * minutes
+
+    for case in itertools.takewhile(lambda _: is_time_left(), itertools.product(*FIRST_MIXTURES[_size(table)])):
+        attempt(*case)
     components, kind, floor = max(scores, key=scores.__getitem__)
     for factor in MORE_COMPONENTS:
-        if factor * components <= len(train) // 4:
-            attempt((round(factor * components), kind, floor))
+        if factor * components <= len(train) // 4 and is_time_left():
+            attempt(round(factor * components), kind, floor)
     components, kind, floor = case = max(scores, key=scores.__getitem__)
     best = mixtures[case]
     chosen = {"n_components": components, "covariance_type": kind, "reg_covar": floor, "converged": bool(best.converged_)}
@@ -273,9 +263,8 @@ def whitened(fit: Callable[[Table, int, float], Fitted]) -> Callable[[Table, int
 
     def fit_whitened(table, seed, minutes):
         change, log_det = whitening(table.train)
-        fitted = fit(
-            table._replace(**{split: change(getattr(table, split)) for split in ("train", "validation")}), seed, minutes
-        )
+        own = table._replace(train=change(table.train), validation=change(table.validation))
+        fitted = fit(own, seed, minutes)
         return fitted._replace(log_prob=lambda x: fitted.log_prob(change(x)) + log_det)
 
     return fit_whitened
@@ -301,11 +290,6 @@ def _batches(table: Table, seed: int):
 
 
 MODELS: dict[str, Callable[[Table, int, float], Fitted]] = {
-    "ours": ours,
-    "normflows": normflows,
-    "normflows_whitened": whitened(normflows),
-    "flowjax": flowjax,
-    "flowjax_whitened": whitened(flowjax),
-    "gmm": gmm,
-    "kde": kde,
+    **{"ours": ours, "normflows": normflows, "normflows_whitened": whitened(normflows)},
+    **{"flowjax": flowjax, "flowjax_whitened": whitened(flowjax), "gmm": gmm, "kde": kde},
 }

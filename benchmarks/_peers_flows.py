@@ -1,24 +1,19 @@
-"""One trained flow in two processes: as it is, and with the same weights in normflows' blocks.
+"""One trained flow twice: as it is, and with the same weights in normflows' blocks.
 
-Arrays of a case are inputs ``x`` of the flow in float64, (b, c, h, w) or (b, d), and their latents ``z``. For inverses ``z`` is
-given, and ``x`` are its exact preimages.
+Both have inputs ``x`` of the flow in float64 and their latents ``z``. For inverses ``z`` is given, and ``x`` are its exact
+preimages. Seconds are means over some calls, of ours after one that compiles.
 """
 
-import contextlib
 import time
 from dataclasses import asdict
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from _processes import most_cores
-from _steps import prepare_jax
 
-import iresnet_jax
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.evaluation import stated_accuracy
-from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import as_params
 from iresnet_jax.training import parallel
 
@@ -43,17 +38,7 @@ def architecture(spec):
         )
     last = spec.flow.layout[-1].branch.in_shape
     ends = (last[0], last[-1]) if len(last) == 3 else None
-    return {"stages": stages, "ends": ends, "coeff": spec.flow.coeff, "prior": spec.prior_family}
-
-
-def write_arrays(model, x, z, path):
-    """Writes inputs (b, h, w, c) or (b, d), their latents, and the weights of the flow by path."""
-    x = np.asarray(x, np.float64)
-    arrays: dict[str, Any] = {"x": np.moveaxis(x, -1, 1) if x.ndim == 4 else x, "z": np.asarray(z, np.float32)}
-    for stage, params in as_params(model.weights).items():
-        for layer, own in params["blocks"].items():
-            arrays |= {f"{stage}/{layer}/{name}": np.asarray(value) for name, value in own.items()}
-    np.savez(path, **arrays)
+    return {"stages": stages, "ends": ends, "coeff": spec.flow.coeff}
 
 
 def exact_inverse(model, z):
@@ -66,118 +51,100 @@ def exact_inverse(model, z):
         return np.asarray(x)
 
 
-def error_of(found, exact):
-    """Largest error of an entry, and of an example in the Euclidean norm."""
-    difference = np.asarray(found, np.float64).reshape(len(exact), -1) - exact.reshape(len(exact), -1)
-    return {"largest": float(np.abs(difference).max()), "euclidean": float(np.linalg.norm(difference, axis=1).max())}
-
-
-@contextlib.contextmanager
-def pair(model, x, z, start, folder, *, agreement):
-    """`OurFlow` and `TorchFlow` on all cores that are compared, and how far their latents are apart, see `TorchFlow.check`.
-
-    Both end with the context. ``RuntimeError`` if latents in float64 differ by more than ``agreement``.
-    """
-    cores = most_cores()
-    write_arrays(model, x, z, folder / "arrays.npz")
-    arrays, file = str(folder / "arrays.npz"), str(model.save(folder / "model.npz"))
-    given = {"architecture": architecture(model.spec), "arrays": arrays, "threads": len(cores)}
-    ours = start(cores, "_peers_flows", "OurFlow", {"model": file, "arrays": arrays})
-    theirs = start(cores, "_peers_flows", "TorchFlow", given)
-    found = theirs.ask("check")
-    if not found["float64"] <= agreement:
-        raise RuntimeError(f"PyTorch's latents in float64 are those of ours up to {found['float64']:.1e}, not {agreement:.1e}")
-    yield ours, theirs, found
-    for worker in (ours, theirs):
-        worker.stop()
-
-
-class TorchFlow:
-    """The flow with normflows' residual blocks in PyTorch: see `architecture` and `write_arrays`."""
-
-    def __init__(self, architecture, arrays, threads):
-        import torch  # pyright: ignore[reportMissingImports]
-
-        torch.set_num_threads(threads)
-        torch.manual_seed(0)
-        from _pytorch import fixed_flow
-
-        weights: dict[str, dict[str, Any]] = {}
-        with np.load(arrays) as given:
-            self._torch, self._x, self._z = torch, torch.tensor(given["x"]), torch.tensor(given["z"])
-            for stage, _, name in (path.partition("/") for path in given.files if "/" in path):
-                weights.setdefault(stage, {})[name] = given[f"{stage}/{name}"]
-        self._flows = fixed_flow(architecture, weights)
-        self._log_dets, self._evals = [], 0
-        for layer in self._flows:
-            if hasattr(layer, "iresblock"):
-                layer.iresblock.nnet.register_forward_hook(self._count)
-
-    def _count(self, *_):
-        self._evals += 1
-
-    def check(self):
-        """Largest difference of the latents from ours, of those above 1 as a share, in float32 and in float64."""
-        found = {}
-        with self._torch.no_grad():
-            for name, x in (("float32", self._x.float()), ("float64", self._x)):
-                for layer in self._flows:
-                    layer.to(x.dtype)
-                    x = layer.iresblock(x) if hasattr(layer, "iresblock") else layer.inverse(x)[0]
-                found[name] = float(((x - self._z).abs() / self._z.abs().clamp(min=1)).max())
-        for layer in self._flows:
-            layer.float()
-        return found
-
-    def draws(self, num):
-        """Seconds of one draw of all log-determinants, mean over ``num``, by its estimator with 20 exact terms."""
-        start = time.perf_counter()
-        for _ in range(num):
-            x, total = self._x.float(), 0
-            with self._torch.no_grad():
-                for layer in self._flows:
-                    x, log_det = layer.inverse(x)
-                    total = total + log_det
-            self._log_dets.append(self._torch.as_tensor(total).double().numpy())
-        return (time.perf_counter() - start) / num
-
-    def log_dets(self):
-        """Mean and variance of every image's log-determinant over all draws so far, and the variance of their mean."""
-        values = np.stack(self._log_dets)
-        return {
-            "draws": len(values),
-            "mean": values.mean(axis=0).tolist(),
-            "variance": values.var(axis=0, ddof=1).tolist(),
-            "variance_of_mean": float(values.mean(axis=1).var(ddof=1)),
-        }
-
-    def invert(self, num, tolerance=None):
-        """Seconds of the inverse of all latents, mean over ``num``, by its iteration, whose ``atol`` and ``rtol`` are 1e-5."""
-        settings = {} if tolerance is None else {"atol": tolerance, "rtol": tolerance}
-        start = time.perf_counter()
-        for _ in range(num):
-            self._evals, y = 0, self._z.float()
-            with self._torch.no_grad():
-                for layer in reversed(self._flows):
-                    if hasattr(layer, "iresblock"):
-                        y = layer.iresblock._inverse_fixed_point(y, **settings)
-                    else:
-                        y = layer.forward(y)[0]
-            self._found = y.numpy()
-        return (time.perf_counter() - start) / num
-
-    def error(self):
-        """How far the last inverse is from the exact one, and the evaluations of branches in all blocks together."""
-        return {**error_of(self._found, self._x.numpy()), "evals": self._evals}
-
-
 def _mean_seconds(num, function):
-    """Mean seconds of some calls after one that does not count, and the last result."""
-    function()
+    """Mean seconds of some calls, and the last result."""
     start = time.perf_counter()
     for _ in range(num):
         found = function()
     return (time.perf_counter() - start) / num, found
+
+
+def _error(found, exact):
+    """Largest error of an entry, and of an example in the Euclidean norm."""
+    difference = (np.asarray(found, np.float64) - exact).reshape(len(exact), -1)
+    return {"largest": float(np.abs(difference).max()), "euclidean": float(np.linalg.norm(difference, axis=1).max())}
+
+
+class TorchFlow:
+    """The flow of a density with normflows' residual blocks in PyTorch, on the cores that are compared.
+
+    Raises:
+        RuntimeError: If its latents in float64 differ from ``z`` by more than ``agreement``, of those above 1 as a share.
+    """
+
+    def __init__(self, model, x, z, agreement):
+        import torch  # pyright: ignore[reportMissingImports]
+
+        torch.set_num_threads(len(most_cores()))
+        torch.manual_seed(0)
+        from _pytorch import fixed_flow
+
+        weights = {
+            stage: {
+                f"{layer}/{name}": np.array(value) for layer, own in params["blocks"].items() for name, value in own.items()
+            }
+            for stage, params in as_params(model.weights).items()
+        }
+        x = np.asarray(x, np.float64)
+        self._torch, self._x = torch, torch.tensor(np.moveaxis(x, -1, 1) if x.ndim == 4 else x)
+        self._z = torch.tensor(np.array(z, np.float32))
+        self._flows, self._log_dets, self._evals = fixed_flow(architecture(model.spec), weights), [], 0
+        for layer in self._flows:
+            if hasattr(layer, "iresblock"):
+                layer.iresblock.nnet.register_forward_hook(self._count)
+        self.agreement = {name: self._difference(x) for name, x in (("float64", self._x), ("float32", self._x.float()))}
+        if not self.agreement["float64"] <= agreement:
+            raise RuntimeError(
+                f"PyTorch's latents in float64 are ours up to {self.agreement['float64']:.1e}, not {agreement:.1e}"
+            )
+
+    def _count(self, *_):
+        self._evals += 1
+
+    def _difference(self, x):
+        """Largest difference of the latents from ours, in the precision of inputs, which the flow then keeps."""
+        with self._torch.no_grad():
+            for layer in self._flows:
+                layer.to(x.dtype)
+                x = layer.iresblock(x) if hasattr(layer, "iresblock") else layer.inverse(x)[0]
+        return float(((x - self._z).abs() / self._z.abs().clamp(min=1)).max())
+
+    def draw(self, num):
+        """Seconds of one draw of all log-determinants, by its estimator with 20 exact terms; all draws are kept."""
+
+        def once():
+            x, total = self._x.float(), self._torch.zeros(())
+            with self._torch.no_grad():
+                for layer in self._flows:
+                    x, log_det = layer.inverse(x)
+                    total = total + log_det
+            self._log_dets.append(total.double().numpy())
+
+        return _mean_seconds(num, once)[0]
+
+    @property
+    def log_dets(self):
+        """Every image's log-determinant in all draws so far."""
+        return np.stack(self._log_dets)
+
+    def invert(self, num, tolerance=None):
+        """Seconds of the inverse of all latents by its iteration, whose ``atol`` and ``rtol`` are 1e-5 by default."""
+        tolerances = {} if tolerance is None else {"atol": tolerance, "rtol": tolerance}
+
+        def once():
+            self._evals, y = 0, self._z.float()
+            with self._torch.no_grad():
+                for layer in reversed(self._flows):
+                    has_block = hasattr(layer, "iresblock")
+                    y = layer.iresblock._inverse_fixed_point(y, **tolerances) if has_block else layer.forward(y)[0]
+            return y.numpy()
+
+        seconds, self._found = _mean_seconds(num, once)
+        return seconds
+
+    def error(self):
+        """How far the last inverse is from the exact one, and the evaluations of branches in all blocks together."""
+        return {**_error(self._found, self._x.numpy()), "evals": self._evals}
 
 
 def _inverse(model, z):
@@ -185,39 +152,37 @@ def _inverse(model, z):
 
 
 class OurFlow:
-    """The flow as the commands for trained models run it, examples shared by one device a core."""
+    """The flow of a density as the commands for trained models run it, examples shared by one device a core."""
 
-    def __init__(self, model, arrays):
-        prepare_jax()
-        self._model = cast(Density, iresnet_jax.load(model))
-        with np.load(arrays) as given:
-            self._x, self._z = given["x"], given["z"]
-        self._placed = parallel.on_local_devices(self._model)
+    def __init__(self, model, x, z):
+        self._model, self._x, self._z = model, np.asarray(x, np.float64), np.asarray(z)
+        self._placed = parallel.on_local_devices(model)
 
     def log_probs(self, num, images, target):
-        """Seconds of the log-likelihoods of a file of images, mean over ``num`` after one that compiles, and what was found.
+        """Seconds of the log-likelihoods of images, the values, and their accuracy: at most ``target`` bits/dim."""
 
-        Each has the same keys and a bias + standard error of at most ``target`` bits/dim.
-        """
-        levels = np.load(images)
-        seconds, (values, accuracy) = _mean_seconds(num, lambda: stated_accuracy.log_prob(self._model, levels, target))
-        return {"seconds": seconds, "values": values[:, 0].tolist(), "accuracy": asdict(accuracy)}
+        def once():
+            return stated_accuracy.log_prob(self._model, images, target)
+
+        once()
+        seconds, (values, accuracy) = _mean_seconds(num, once)
+        return seconds, values[:, 0], asdict(accuracy)
 
     def invert(self, num, atol, refine):
-        """Seconds of the inverse of all latents, mean over ``num`` after one that compiles; it may go on in float64."""
+        """Seconds of the inverse of all latents, which may go on in float64."""
         model = self._placed.with_(solver=Solver(atol=atol, refine=refine))
         z = self._z.astype(np.float64 if refine else np.float32)
 
-        def inverse():
+        def once():
             return parallel.over_batches(_inverse, model, lambda places: z[places], len(z), len(z))
 
         with jax.enable_x64(refine):
-            seconds, (self._found, self._info) = _mean_seconds(num, inverse)
+            once()
+            seconds, (self._found, self._info) = _mean_seconds(num, once)
         return seconds
 
     def error(self):
         """How far the last inverse is from the exact one, and what the solver says."""
-        found = np.moveaxis(self._found, -1, 1) if self._found.ndim == 4 else self._found
         evals, bound, converged = (np.asarray(field) for field in (self._info.num_evals, *self._info[2:]))
         says = {"evals": float(evals.mean()), "error_bound": float(bound.max()), "converged": float(converged.mean())}
-        return {**error_of(found, self._x), **says}
+        return {**_error(self._found, self._x), **says}

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _peers_flows import exact_inverse, pair
+from _peers_flows import OurFlow, TorchFlow, exact_inverse
 from _record import RESULTS, take_turns
 
 from iresnet_jax.bijections.residual import Solver
@@ -48,7 +48,7 @@ LIPSCHITZ, KINDS = (0.7, 0.9, 0.98), ("random", "contracting")
 OUR_DEFAULT = {"atol": Solver().atol, "refine": False}
 OUR_SETTINGS = [{"atol": 10.0**-k, "refine": False} for k in range(7)]
 OUR_SETTINGS += [{"atol": 10.0**-k, "refine": True} for k in range(3, 9)]
-THEIR_TOLERANCES = [10.0**-k for k in range(5, 15)]  # of the square of a change
+THEIR_SETTINGS = [{"tolerance": 10.0**-k} for k in range(5, 15)]  # of the square of a change
 MOST_EVALS = 1000  # of a block by normflows: about where its iteration gives up
 OUR_TUNED, OUR_EXACT, THEIR_TUNED = "ours, tuned", "ours, to 1e-5", "normflows, tuned"
 INVERSE_EFFORT = {"turns": 7, "seconds_a_turn": 0.3, "most_seconds": 12}
@@ -76,30 +76,42 @@ def reference(model, images):
     return x, z, log_dets, log_prior + log_dets + known
 
 
-def likelihoods(arguments, start, folder):
+def likelihoods(arguments):
     """Seconds an image of ours and of normflows, by model; accuracies are in bits/dim."""
-    results, num_images = {}, 4 if arguments.quick else NUM_IMAGES
+    results, num, num_draws = {}, *((4, 4) if arguments.quick else (NUM_IMAGES, DRAWS))
     for name in MODELS[:1] if arguments.quick else MODELS:
         run = load(RESULTS / name)
-        model, images = run.model, run.data.held_out("test", num_images, run.config.seed)
+        model: Any = run.model
+        images, drawn = run.data.held_out("test", num, run.config.seed), min(num, NUM_DRAWN)
         x, z, log_dets, exact = reference(model, images)
-        np.save(folder / "images.npy", images)
-        with pair(model, x[:NUM_DRAWN], z[:NUM_DRAWN], start, folder, agreement=1e-6) as (our_flow, their_flow, agreement):
-            timings, found, draws = _evaluated(our_flow, their_flow, str(folder / "images.npy"), num_images, arguments)
-        unit, count, drawn = model.spec.unit_of_a_nat, draws["draws"], min(num_images, NUM_DRAWN)
-        variance = unit**2 * float(np.mean(draws["variance"]))
-        difference = unit * (np.array(draws["mean"]) - log_dets[:drawn])
+        our_flow, their_flow, answers = OurFlow(model, x, z), TorchFlow(model, x[:drawn], z[:drawn], agreement=1e-6), []
+
+        def ours(count, our_flow=our_flow, answers=answers, images=images):
+            answers.append(our_flow.log_probs(count, images, TARGET))
+            return answers[-1][0] / num
+
+        def theirs(count, their_flow=their_flow, drawn=drawn):
+            return their_flow.draw(count) / drawn
+
+        timings = take_turns({OURS: ours, NORMFLOWS: theirs}, **(QUICK_EFFORT if arguments.quick else LIKELIHOOD_EFFORT))
+        their_flow.draw(max(num_draws - len(their_flow.log_dets), 1))
+        (_, values, accuracy), unit, draws = (
+            answers[-1],
+            model.spec.unit_of_a_nat,
+            model.spec.unit_of_a_nat * their_flow.log_dets,
+        )
+        variance, error = float(draws.var(axis=0, ddof=1).mean()), unit * (values - exact)
+        difference = draws.mean(axis=0) - unit * log_dets[:drawn]
         needed = max(math.ceil(variance / TARGET**2), 1)
         seconds = {OURS: timings[OURS].median, NORMFLOWS: needed * timings[NORMFLOWS].median}
-        error = unit * (np.array(found["values"]) - exact)
         results[name] = {
-            "agreement": agreement,
+            "agreement": their_flow.agreement,
             "seconds_an_image": seconds,
             "times_as_fast": seconds[NORMFLOWS] / seconds[OURS],
             OURS: {
                 **timings[OURS].summary(),
-                "num_images": num_images,
-                **found["accuracy"],
+                "num_images": num,
+                **accuracy,
                 "true_error": float(np.sqrt(np.mean(error**2))),
                 "true_bias": float(error.mean()),
             },
@@ -107,11 +119,11 @@ def likelihoods(arguments, start, folder):
                 "extrapolated": "seconds of a draw times the draws that its measured variance asks for, bias taken as 0",
                 "seconds_of_a_draw_an_image": timings[NORMFLOWS].summary(),
                 "num_images": drawn,
-                "draws_run": count,
-                "standard_error_of_draws_run": math.sqrt(variance / count),
+                "draws_run": len(draws),
+                "standard_error_of_draws_run": math.sqrt(variance / len(draws)),
                 "true_error_of_draws_run": float(np.sqrt(np.mean(difference**2))),
                 "true_bias_of_draws_run": float(difference.mean()),
-                "standard_error_of_true_bias": unit * math.sqrt(draws["variance_of_mean"] / count),
+                "standard_error_of_true_bias": float(draws.mean(axis=1).std(ddof=1) / math.sqrt(len(draws))),
                 "variance_of_a_draw": variance,
                 "draws_needed": needed,
                 "products_needed": needed * PRODUCTS_OF_A_DRAW * model.spec.flow.num_blocks,
@@ -120,29 +132,12 @@ def likelihoods(arguments, start, folder):
     return results
 
 
-def _evaluated(our_flow, their_flow, images, num, arguments):
-    """Seconds an image in turns, what ours found, and normflows' draws."""
-    answers = []
-
-    def ours(count):
-        answers.append(our_flow.ask("log_probs", num=count, images=images, target=TARGET))
-        return answers[-1]["seconds"] / num
-
-    def theirs(count):
-        return their_flow.ask("draws", num=count) / min(num, NUM_DRAWN)
-
-    timings = take_turns({OURS: ours, NORMFLOWS: theirs}, **(QUICK_EFFORT if arguments.quick else LIKELIHOOD_EFFORT))
-    if (missing := (4 if arguments.quick else DRAWS) - their_flow.ask("log_dets")["draws"]) > 0:
-        their_flow.ask("draws", num=missing)
-    return timings, answers[-1], their_flow.ask("log_dets")
-
-
-def first_that_reaches(worker, settings, goal, *, gives_up=lambda found: False):
+def first_that_reaches(flow, settings, goal, *, gives_up=lambda found: False):
     """The first settings whose inverse is within a true error, None if none is, and what every one that was tried reached."""
     tried = []
     for setting in settings:
-        seconds = worker.ask("invert", num=1, **setting)
-        tried.append({**setting, **worker.ask("error"), "seconds": seconds})
+        seconds = flow.invert(1, **setting)
+        tried.append({**setting, **flow.error(), "seconds": seconds})
         if tried[-1]["largest"] <= goal:
             return setting, tried
         if gives_up(tried[-1]):
@@ -150,51 +145,45 @@ def first_that_reaches(worker, settings, goal, *, gives_up=lambda found: False):
     return None, tried
 
 
-def race(model, z, start, folder, effort):
+def race(model, z, effort):
     """Seconds of the inverse of all latents, in turns, of both sides as they are and as tuned."""
-    num_blocks, scale = model.spec.flow.num_blocks, max(float(np.abs(z).max()), 1.0)
-    with pair(model, exact_inverse(model, z), z, start, folder, agreement=1e-8 * scale) as (our_flow, their_flow, agreement):
+    num_blocks, x = model.spec.flow.num_blocks, exact_inverse(model, z)
+    our_flow, their_flow = OurFlow(model, x, z), TorchFlow(model, x, z, agreement=1e-8 * max(float(np.abs(z).max()), 1.0))
 
-        def gives_up(found):
-            return found["evals"] > MOST_EVALS * num_blocks
+    def gives_up(found):
+        return found["evals"] > MOST_EVALS * num_blocks
 
-        tolerances = [{"tolerance": tolerance} for tolerance in THEIR_TOLERANCES]
-        theirs, their_tries = first_that_reaches(their_flow, tolerances, TOLERANCE, gives_up=gives_up)
-        best = min(their_tries, key=lambda tried: tried["largest"])
-        goal = TOLERANCE if theirs else best["largest"]
-        ours, our_tries = first_that_reaches(our_flow, OUR_SETTINGS, goal)
-        settings = {
-            OURS: (our_flow, OUR_DEFAULT),
-            OUR_TUNED: (our_flow, ours),
-            NORMFLOWS: (their_flow, {}),
-            THEIR_TUNED: (their_flow, theirs or {"tolerance": best["tolerance"]}),
-        }
-        if goal > TOLERANCE:
-            settings[OUR_EXACT] = our_flow, first_that_reaches(our_flow, OUR_SETTINGS, TOLERANCE)[0]
-        settings = {name: given for name, given in settings.items() if given[1] is not None}
-        errors = {}
+    theirs, their_tries = first_that_reaches(their_flow, THEIR_SETTINGS, TOLERANCE, gives_up=gives_up)
+    best = min(their_tries, key=lambda tried: tried["largest"])
+    goal = TOLERANCE if theirs else best["largest"]
+    ours, our_tries = first_that_reaches(our_flow, OUR_SETTINGS, goal)
+    settings = {
+        OURS: (our_flow, OUR_DEFAULT),
+        OUR_TUNED: (our_flow, ours),
+        NORMFLOWS: (their_flow, {}),
+        THEIR_TUNED: (their_flow, theirs or {"tolerance": best["tolerance"]}),
+    }
+    if goal > TOLERANCE:
+        settings[OUR_EXACT] = our_flow, first_that_reaches(our_flow, OUR_SETTINGS, TOLERANCE)[0]
+    settings = {name: given for name, given in settings.items() if given[1] is not None}
+    errors = {}
 
-        def invert(name, num):
-            worker, setting = settings[name]
-            seconds = worker.ask("invert", num=num, **setting)
-            errors[name] = worker.ask("error")
-            return seconds
+    def invert(name, num):
+        flow, setting = settings[name]
+        seconds = flow.invert(num, **setting)
+        errors[name] = flow.error()
+        return seconds
 
-        timings = take_turns({name: functools.partial(invert, name) for name in settings}, **effort)
-        peers = {}
-        for name, (_, setting) in settings.items():
-            peers[name] = {**timings[name].summary(), **setting, **errors[name]}
-            peers[name]["evals_a_block"] = peers[name].pop("evals") / num_blocks
-            for baseline in (OURS, OUR_TUNED):
-                if baseline in timings:
-                    peers[name][f"times {baseline}"] = timings[baseline].speedup_over(timings[name])
-        return {
-            "num": len(z),
-            "goal": goal,
-            "agreement": agreement,
-            "peers": peers,
-            "tried": {NORMFLOWS: their_tries, OURS: our_tries},
-        }
+    timings = take_turns({name: functools.partial(invert, name) for name in settings}, **effort)
+    peers = {}
+    for name, (_, setting) in settings.items():
+        peers[name] = {**timings[name].summary(), **setting, **errors[name]}
+        peers[name]["evals_a_block"] = peers[name].pop("evals") / num_blocks
+        for baseline in (OURS, OUR_TUNED):
+            if baseline in timings:
+                peers[name][f"times {baseline}"] = timings[baseline].speedup_over(timings[name])
+    tried = {NORMFLOWS: their_tries, OURS: our_tries}
+    return {"num": len(z), "goal": goal, "agreement": their_flow.agreement, "peers": peers, "tried": tried}
 
 
 def random_block(kind, lipschitz):
@@ -216,25 +205,22 @@ def random_block(kind, lipschitz):
     return Density(DensitySpec(spec), frozen, priors.standard("gaussian", spec.num_dims))
 
 
-def inverses(arguments, start, folder):
+def inverses(arguments):
     """Inverse of one random block, by case."""
-    lipschitz = LIPSCHITZ[1:2] if arguments.quick else LIPSCHITZ
-    batch = jax.random.normal(jax.random.key(1), (4 if arguments.quick else 32, 16, 16, 12))
-    results = {}
+    num, effort = (4, QUICK_EFFORT) if arguments.quick else (32, INVERSE_EFFORT)
+    batch, results = jax.random.normal(jax.random.key(1), (num, 16, 16, 12)), {}
     for kind in KINDS:
-        for bound in lipschitz:
+        for bound in LIPSCHITZ[1:2] if arguments.quick else LIPSCHITZ:
             model = random_block(kind, bound)
             z = np.asarray(jax.jit(lambda model, x: model.flow().forward(x))(model, batch))
-            effort = QUICK_EFFORT if arguments.quick else INVERSE_EFFORT
-            results[f"{kind}, L = {bound}"] = race(model, z, start, folder, effort)
+            results[f"{kind}, L = {bound}"] = race(model, z, effort)
     return results
 
 
-def samples(arguments, start, folder):
+def samples(arguments):
     """Samples of trained flows, from latents of their priors, by model."""
-    results = {}
+    (num, effort), results = (4, QUICK_EFFORT) if arguments.quick else (32, INVERSE_EFFORT), {}
     for name in MODELS[:1] if arguments.quick else MODELS:
         model: Any = load(RESULTS / name).model
-        z = priors.sample(model.spec.prior_family, model.prior, jax.random.key(2), 4 if arguments.quick else 32, 1.0)
-        results[name] = race(model, np.asarray(z), start, folder, QUICK_EFFORT if arguments.quick else INVERSE_EFFORT)
+        results[name] = race(model, np.asarray(model.sample_latents(jax.random.key(2), num)), effort)
     return results

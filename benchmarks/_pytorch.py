@@ -180,28 +180,13 @@ class NaiveResidual(nf.flows.Flow):
         return x + g, log_det
 
 
-class Logistic(nf.distributions.BaseDistribution):
-    """Independent logistic distributions with learned means and scales."""
-
-    def __init__(self, shape):
-        super().__init__()
-        self.mean, self.log_scale = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
-
-    def log_prob(self, z):
-        x = (z - self.mean) * (-self.log_scale).exp()
-        return (-x - 2 * F.softplus(-x) - self.log_scale).flatten(1).sum(1)
-
-
-PRIORS = {"gaussian": nf.distributions.DiagGaussian, "logistic": Logistic}
-
-
 def entry(stage):
     """What stands in front of a stage's blocks."""
     return [Squeeze()] * stage["squeeze"] + ([] if stage["flattened"] is None else [Flatten(*stage["flattened"])])
 
 
 def flow(architecture, kind, *, num_terms, num_steps):
-    """A flow to train, as a `normflows.NormalizingFlow`.
+    """A flow to train, as a `normflows.NormalizingFlow` with a Gaussian of learned means and scales.
 
     Args:
         architecture: Plain data, see `_peers_flows.architecture`.
@@ -219,7 +204,7 @@ def flow(architecture, kind, *, num_terms, num_steps):
             scale, residual = block((channels, *(1 for _ in space)), net, n_power_series=num_terms)
             flows += [scale, residual if kind == "normflows" else NaiveResidual(net, num_terms)]
     *space, channels = architecture["stages"][-1]["layers"][0]["in_shape"]
-    return nf.NormalizingFlow(PRIORS[architecture["prior"]]((channels, *space)), flows[::-1])
+    return nf.NormalizingFlow(nf.distributions.DiagGaussian((channels, *space)), flows[::-1])
 
 
 def fixed_flow(architecture, weights):
@@ -232,12 +217,12 @@ def fixed_flow(architecture, weights):
     layers = []
     for number, stage in enumerate(architecture["stages"]):
         layers += entry(stage)
-        *space, _ = stage["layers"][0]["in_shape"]
+        *space, channels = stage["layers"][0]["in_shape"]
         for k in range(stage["num_blocks"]):
             own = {name: torch.tensor(array[k]) for name, array in weights[f"stage{number}"].items()}
             net = branch(stage, plain_layer)
             _load(net, stage, own)
-            scale, residual = block((1,), net, **POISSON)
+            scale, residual = block((channels, *(1 for _ in space)), net, **POISSON)
             shift, log_scale = (own[f"actnorm/{name}"].view(1, -1, *(1 for _ in space)) for name in ("bias", "log_scale"))
             scale.t.data, scale.s.data, scale.data_dep_init_done = -shift, -log_scale, torch.tensor(1.0)
             layers += [scale, residual]

@@ -111,15 +111,20 @@ def show(results: Any, name: str = "") -> None:
             show(part, f"{name} {place}".strip())
 
 
-def write(name: str, arguments: argparse.Namespace, settings: Mapping[str, Any], results: Any) -> None:
-    """Writes ``results/<name>.json`` and says where; nothing for a quick run that names no file.
+def write(
+    name: str, arguments: argparse.Namespace, settings: Mapping[str, Any], results: Any, *, is_shown: bool = False
+) -> None:
+    """Prints the numbers and writes ``results/<name>.json``; writes nothing for a quick run that names no file.
 
     Args:
         name: Name of the benchmark.
         arguments: Command line that `parser` read.
         settings: Everything that the numbers depend on.
         results: The numbers.
+        is_shown: Whether they were printed before, one after the other.
     """
+    if not is_shown:
+        show(results)
     path = arguments.output or RESULTS / f"{name}.json"
     if arguments.quick and not arguments.output:
         return

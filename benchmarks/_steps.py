@@ -84,7 +84,7 @@ class Steps:
 class OurSteps(Steps):
     """The step of train.py for plain data of a config; random images stand in for those of TensorFlow Datasets."""
 
-    def __init__(self, config, *, keeps_memory=True):
+    def __init__(self, config, *, keeps_memory=True, warmup=WARMUP):
         from iresnet_jax.runs.config import parse
 
         settings = parse(config)
@@ -100,7 +100,7 @@ class OurSteps(Steps):
         self.wait()
         if keeps_memory:
             allocator.return_freed_memory()
-        self.warm_up()
+        self.warm_up(warmup - 1)
         self._warmup_s = time.perf_counter() - began
 
     def take(self):
@@ -137,6 +137,19 @@ class OurSteps(Steps):
             "num_devices": self._jax.device_count(),
             "grad_norm": float(self._metrics["grad_norm"]),
         }
+
+
+class OurTraining:
+    """A training into a folder, as train.py does it; the case is made when the training is over."""
+
+    def __init__(self, config, workdir):
+        from iresnet_jax.runs.config import parse
+
+        settings = parse(config)
+        prepare_jax(settings)
+        from iresnet_jax.runs import loop
+
+        loop.train(settings, workdir)
 
 
 class TorchSteps(Steps):

@@ -133,33 +133,21 @@ def grey_photographs() -> list[np.ndarray]:
 
 
 def cut(images: Sequence[np.ndarray], rng: np.random.Generator, sizes: Sizes) -> list[np.ndarray]:
-    """Patches ``(n, 64)`` for each split, from tiles of its own; those of the test in the order of their places.
-
-    Raises:
-        ValueError: If the tiles of a split hold fewer patches than asked for.
-    """
+    """Patches ``(n, 64)`` for each split, from tiles of its own; those of the test in the order of their places."""
     tiles = [
         image[top : top + TILE[0], left : left + TILE[1]]
         for image in images
         for top in range(0, image.shape[0] - TILE[0] + 1, TILE[0])
         for left in range(0, image.shape[1] - TILE[1] + 1, TILE[1])
     ]
-    order, tenth = rng.permutation(len(tiles)), len(tiles) // 10
-    parts = []
+    order, tenth, parts = rng.permutation(len(tiles)), len(tiles) // 10, []
     for chosen, num in zip(np.split(order, [-2 * tenth, -tenth]), sizes, strict=True):
-        found = np.concatenate([_patches(tiles[place]) for place in chosen])
-        if num > len(found):
-            raise ValueError(f"{len(chosen)} tiles hold {len(found)} patches, {num} are asked for")
-        parts.append(found[rng.permutation(len(found))[:num]] if len(parts) < 2 else found[_some(rng, len(found), num)])
+        windows = [np.lib.stride_tricks.sliding_window_view(tiles[place], (SIDE, SIDE)) for place in chosen]
+        found = np.concatenate([window.reshape(-1, SIDE * SIDE) for window in windows])
+        is_test = len(parts) == 2
+        places = np.sort(rng.choice(len(found), num, replace=False)) if is_test else rng.permutation(len(found))[:num]
+        parts.append(found[places])
     return parts
-
-
-def _patches(tile: np.ndarray) -> np.ndarray:
-    return np.lib.stride_tricks.sliding_window_view(tile, (SIDE, SIDE)).reshape(-1, SIDE * SIDE)
-
-
-def _some(rng: np.random.Generator, total: int, num: int) -> np.ndarray:
-    return np.sort(rng.choice(total, num, replace=False))
 
 
 def centred(levels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from _models import read_config
 from _processes import workers
-from _record import parser, show, summarize, take_turns, write
+from _record import parser, summarize, take_turns, write
 
 from iresnet_jax.json_dataclasses import to_plain
 
@@ -41,7 +41,6 @@ def main():
     results = summarize(timings, BASELINE)
     for name, own in results.items():
         own["page_faults_a_step"] = sum(faults[name][1:]) / len(faults[name][1:])  # the first was no turn
-    show(results)
     write(f"allocator_{arguments.config.stem}", arguments, {"config": str(arguments.config), "steps_a_turn": STEPS}, results)
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _models import load_kind, read_config
-from _record import parser, show, write
+from _record import parser, write
 
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.evaluation import likelihood
@@ -112,7 +112,6 @@ def main():
     for seed in range(arguments.seeds):
         with tempfile.TemporaryDirectory() as folder:
             results.append(measure(config, Path(folder), seed))
-    show(results)
     settings = {"config": str(arguments.config), "seeds": arguments.seeds}
     write(f"bfloat16_{arguments.config.stem}", arguments, settings, results)
 

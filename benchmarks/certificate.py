@@ -14,7 +14,7 @@ import time
 
 import jax
 import jax.numpy as jnp
-from _record import interleave, parser, show, summarize, write
+from _record import interleave, parser, summarize, write
 
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -88,7 +88,6 @@ def main():
         for case in STEPS[:3:2] if arguments.quick else STEPS:
             timings = step_costs(*case, turns=5 if arguments.quick else 15)
             results.append({**dict(zip(SHAPES, case, strict=True)), "timings": summarize(timings, BASELINE)})
-    show(results)
     write(f"certificate_{arguments.what}", arguments, settings, results)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from _models import read_config
 from _processes import workers
-from _record import parser, show, summarize, take_turns, write
+from _record import parser, summarize, take_turns, write
 
 from iresnet_jax.json_dataclasses import to_plain
 
@@ -32,7 +32,6 @@ def main():
     results = summarize(timings, BASELINE)
     for name, own in results.items():
         own["ratio"] = 1 / timings[name].speedup_over(timings[BASELINE])
-    show(results)
     config = configs["estimated"]
     settings = {"config": str(arguments.config), "variant": arguments.variant, "num_steps": config.constraint.num_steps}
     settings |= {"batch_size": config.training.batch_size, "devices": devices}

@@ -3,8 +3,8 @@
     python benchmarks/convolution.py [--quick]
 
 Times the value and both gradients of four 3 x 3 convolutions in a row, written out ("unrolled") and in ``lax.scan``
-("scanned"), with each implementation, and with JAX's own gradients ("jax"). Then it says what a rule would cost over the
-fastest implementation of every case: XLA above a threshold of channels on the thinner side, plain matrix products up to it.
+("scanned"), with each implementation, and with JAX's own gradients ("jax"). Then it says what the rule costs over the fastest
+implementation of every case, and what each implementation would cost alone.
 """
 
 import functools
@@ -14,7 +14,7 @@ import statistics
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _record import interleave, parser, show, summarize, write
+from _record import interleave, parser, summarize, write
 from jax import lax
 
 from iresnet_jax.maths import convolution
@@ -31,7 +31,6 @@ CASES = (
     *((128, 12, 16, 32), (64, 16, 14, 64), (256, 24, 8, 32), (512, 32, 4, 32), (512, 192, 4, 32)),
 )
 QUICK_CASES = ((4, 32, 8, 32), (64, 64, 4, 32), (32, 4, 8, 32))
-THRESHOLDS = (0, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 
 
 def convolve(x, kernel, implementation):
@@ -55,7 +54,7 @@ def value_and_gradients(x, kernels, implementation, scanned):
     return jax.value_and_grad(loss, argnums=(0, 1))(x, kernels)
 
 
-def measure(case, *, turns, most_seconds):
+def measure(case, **effort):
     """Timings of every implementation, in every form."""
     cin, cout, side, batch = case
     rng = np.random.default_rng(0)
@@ -66,43 +65,34 @@ def measure(case, *, turns, most_seconds):
         for form in FORMS
         for implementation in (*IMPLEMENTATIONS, "jax")
     }
-    return interleave(variants, turns=turns, most_seconds=most_seconds)
+    return interleave(variants, **effort)
 
 
-def rule(cin, cout, threshold):
-    """XLA above the threshold, the better of the matrix products up to it."""
-    if min(cin, cout) > threshold:
-        return "xla"
-    return "patches" if cin <= cout else "taps"
-
-
-def cost(medians, choose):
+def cost(timings, choose):
     """How many times slower than the fastest implementation a choice is, geometric mean and worst over cases and forms."""
     logs = []
-    for (cin, cout, _, _), times in medians.items():
+    for (cin, cout, _, _), own in timings.items():
         for form in FORMS:
-            best = min(times[f"{implementation} {form}"] for implementation in IMPLEMENTATIONS)
-            logs.append(math.log(times[f"{choose(cin, cout)} {form}"] / best))
+            best = min(own[f"{implementation} {form}"].median for implementation in IMPLEMENTATIONS)
+            logs.append(math.log(own[f"{choose(cin, cout)} {form}"].median / best))
     return {"geometric_mean": math.exp(statistics.mean(logs)), "worst": math.exp(max(logs))}
 
 
 def main():
     arguments = parser(__doc__).parse_args()
-    turns, most_seconds = (3, 1.0) if arguments.quick else (11, 6.0)
-    results, medians = [], {}
-    for case in QUICK_CASES if arguments.quick else CASES:
-        timings = measure(case, turns=turns, most_seconds=most_seconds)
-        medians[case] = {name: timing.median for name, timing in timings.items()}
-        results.append({**dict(zip(SHAPES, case, strict=True)), "timings": summarize(timings, BASELINE)})
-        show(results[-1], str(case))
-    costs = {f"threshold {t}": cost(medians, functools.partial(rule, threshold=t)) for t in THRESHOLDS}
-    best = min(costs, key=lambda name: costs[name]["geometric_mean"])
-    costs["as it is set"] = cost(medians, lambda cin, cout: convolution.choose_implementation((3, 3, cin, cout)))
-    costs |= {f"always {i}": cost(medians, lambda cin, cout, i=i: i) for i in (*IMPLEMENTATIONS, "jax")}
-    show(costs, "time over that of the fastest implementation of every case,")
-    print(f"least on this machine ({jax.default_backend()}): {best}")
-    settings = {"kernel_size": 3, "num_kernels": NUM_KERNELS, "dtype": "float32", "turns": turns, "baseline": BASELINE}
-    write("convolution", arguments, settings, {"cases": results, "cost_of_rules": costs, "recommended": best})
+    effort = {"turns": 3, "most_seconds": 1.0} if arguments.quick else {"turns": 11, "most_seconds": 6.0}
+    timings = {case: measure(case, **effort) for case in (QUICK_CASES if arguments.quick else CASES)}
+    costs = {"as it is set": cost(timings, lambda cin, cout: convolution.choose_implementation((3, 3, cin, cout)))}
+    costs |= {f"always {i}": cost(timings, lambda cin, cout, i=i: i) for i in (*IMPLEMENTATIONS, "jax")}
+    cases = [{**dict(zip(SHAPES, case, strict=True)), "timings": summarize(own, BASELINE)} for case, own in timings.items()]
+    settings = {
+        "kernel_size": 3,
+        "num_kernels": NUM_KERNELS,
+        "dtype": "float32",
+        "turns": effort["turns"],
+        "baseline": BASELINE,
+    }
+    write("convolution", arguments, settings, {"cases": cases, "cost_of_rules": costs})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from _record import interleave, parser, show, summarize, write
+from _record import interleave, parser, summarize, write
 
 from iresnet_jax.bijections import chain
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
@@ -54,7 +54,6 @@ def main():
         functions = {layout: function for layout, (function, _) in made.items()}
         numbers = summarize(interleave(functions, turns=3 if arguments.quick else 20, most_seconds=60), "fused")
         results[num_blocks] = {layout: {**numbers[layout], "compile_s": seconds} for layout, (_, seconds) in made.items()}
-    show(results)
     write("depth", arguments, {"batch_size": BATCH_SIZE, "num_products": NUM_PRODUCTS}, results)
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _models import blocks, flow_input, load_kind, model_parser
-from _record import interleave, show, summarize, write
+from _record import interleave, summarize, write
 
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models.density import Density
@@ -80,7 +80,6 @@ def main():
     timed = {how: functools.partial(gradient, jax.random.key(0)) for how, gradient in gradients.items()}
     timings = interleave(timed, turns=5 if arguments.quick else 30)
     results = {"blocks": rows, "gradient_noise": noise, "gradient_seconds": summarize(timings, WITHOUT)}
-    show(results)
     name = run.config.data.name
     settings = {"data": name, "step": run.step, "num_examples": num, "num_probes": num_probes}
     write(f"trace_{name}", arguments, settings, results)

@@ -95,11 +95,8 @@ class Pair:
             records = read_metrics(self.workdir)
             logged = max((record["step"] for record in records if record["split"] == "train"), default=0)
             validated = max((record["step"] for record in records if record["split"] == "validation"), default=0)
-            if moment == "stepping" and logged >= step and logged % EVAL_EVERY:
-                return
-            if moment == "validating" and logged >= step and logged % EVAL_EVERY == 0 and validated < logged:
-                return
-            if moment == "saving" and logged >= step and validated == logged and logged % EVAL_EVERY == 0:
+            now = "stepping" if logged % EVAL_EVERY else "validating" if validated < logged else "saving"
+            if logged >= step and now == moment:
                 return
             time.sleep(0.001)
 
@@ -131,12 +128,6 @@ def newest(workdir):
     return int(path.stem), load_named(path)
 
 
-def is_same(workdir, expected):
-    """Whether a run has ended with these parameters, to the last bit."""
-    (step, found), (last, arrays) = newest(workdir), expected
-    return step == last and all(np.array_equal(found[name], array, equal_nan=True) for name, array in arrays.items())
-
-
 def try_fault(number, folder, expected):
     """One fault, the end that it makes, and how the run goes on."""
     rng = random.Random(number)
@@ -153,17 +144,16 @@ def try_fault(number, folder, expected):
         pair.processes[victim].send_signal(signal.SIGCONT)
     statuses = pair.end(max(began + END_S - time.monotonic(), 10.0))
     seconds, said = time.monotonic() - began, pair.said()
-    again = Pair(folder / str(number))
-    resumed = again.end(4 * START_S)
-    fault = {"signal": sent.name, "moment": moment, "process": victim}
+    resumed, (step, arrays) = Pair(pair.workdir).end(4 * START_S), newest(pair.workdir)
+    is_same = step == expected[0] and all(np.array_equal(arrays[name], a, equal_nan=True) for name, a in expected[1].items())
     return {
-        **fault,
+        **{"signal": sent.name, "moment": moment, "process": victim},
         "statuses": statuses,
         "said": said,
         "seconds": seconds,
         "ended": None not in statuses and seconds < END_S,
         "by_jax": ABORTED in statuses,
-        "resumed": resumed == [0, 0] and is_same(folder / str(number), expected),
+        "resumed": resumed == [0, 0] and is_same,
     }
 
 
@@ -183,7 +173,7 @@ def main():
     summary = {"faults": len(found), **{key: sum(fault[key] for fault in found) for key in ("ended", "by_jax", "resumed")}}
     show(summary)
     settings = {"end_s": END_S, "total_steps": TOTAL_STEPS, "eval_every_steps": EVAL_EVERY}
-    write("faults", arguments, settings, {"summary": summary, "faults": found})
+    write("faults", arguments, settings, {"summary": summary, "faults": found}, is_shown=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import jax
 from _processes import core_counts, workers
-from _record import Timing, interleave, parser, show, summarize, write
+from _record import Timing, interleave, parser, summarize, write
 
 from iresnet_jax.maths.activations import elu
 
@@ -44,7 +44,6 @@ def main():
             worker = start(core_counts()[1], "in_place", "Activation", {}, {"XLA_FLAGS": flags})
             seconds = worker.ask("measure", turns=10 if arguments.quick else 300)
             results[emitters] = summarize({name: Timing(tuple(own)) for name, own in seconds.items()}, BASELINE)
-    show(results)
     write("in_place", arguments, {"shape": SHAPE, "flags": FLAGS}, results)
 
 

@@ -2,13 +2,12 @@
 
     python benchmarks/input_pipeline.py [--quick]
 
-Synthetic images of the size of MNIST and of CIFAR-10 lie in a cache file, memory-mapped, and feed the library's own training
+Synthetic images of the size of MNIST and of CIFAR-10 lie in a file, memory-mapped, and feed the library's own training
 step of a small density model; a larger model only makes the share smaller. Turns of some steps each way alternate with turns
 on one fixed batch that is on the device already:
 
     streamed     `device_batches`, read from the memory map by its thread
     resident     the same from a copy of all images on the device
-    synchronous  rows picked and handed over by the training loop itself, without a thread
 
 "host time" is what the loop spends waiting for the next batch, "slowdown" how much longer a turn takes than on the fixed batch.
 """
@@ -21,59 +20,39 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from _record import interleave, parser, show, write
+from _record import interleave, parser, write
 from _steps import training_step
 
-from iresnet_jax.data import cache
-from iresnet_jax.data.batches import batch_indices
+from iresnet_jax.data.batches import device_batches
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.device_batches import device_batches
-from iresnet_jax.data.sources.source import Contents, Source
 from iresnet_jax.runs.config import default_config, parse
-from iresnet_jax.training import parallel
 
 SIZES = {"MNIST": (60_000, 28, 28, 1), "CIFAR-10": (50_000, 32, 32, 3)}
-WAYS = ("streamed", "resident", "synchronous")
-BATCH_SIZE = 64
+FIXED, BATCH_SIZE = "fixed batch", 64
 STAGES = ({"num_blocks": 2, "hidden": (16,), "kernel_sizes": (3, 3), "activation": "clipswish", "squeeze": 4},)
 
 
 def memory_mapped(folder, shape):
-    """Random images, written and opened as decoded data sets are."""
-    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    path = Path(folder) / "x".join(map(str, shape))
-    source = Source("random", path, "as drawn", lambda: Contents({}, None, iter))  # which is not asked for its images
-    cache.write(path, source, {"train_examples": ("uint8", shape)}, [("train_examples", images)], None)
+    """Random images in a file, and the time that opening it takes."""
+    path = Path(folder) / f"{shape}.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     start = time.perf_counter()
-    opened = cache.read(path, source)
-    assert opened is not None
-    return opened.examples["train"], time.perf_counter() - start
-
-
-def step_of(images):
-    """The compiled step of the library, for a density model of these images, and its first state."""
-    settings = default_config()
-    settings.model.stages = STAGES
-    splits = {split: images for split in ("train", "validation", "test")}
-    dataset = DataSet.from_arrays("random", splits, {}, num_levels=256, num_classes=None, fingerprint="random")
-    return training_step(parse(settings), dataset)[1:3]
-
-
-def feeds(images):
-    """Endless iterators over batches."""
-    batches = functools.partial(device_batches, images, seed=0, batch_size=BATCH_SIZE)
-    return {
-        "fixed batch": itertools.repeat(next(batches())),
-        "streamed": batches(keep_on_device=False),
-        "resident": batches(keep_on_device=True),
-        "synchronous": (parallel.shard(images[batch_indices(0, s, BATCH_SIZE, len(images))]) for s in itertools.count()),
-    }
+    return np.load(path, mmap_mode="r"), time.perf_counter() - start
 
 
 def measure(images, *, turns, steps):
     """Per way: median host time of a batch, median step and slowdown over a fixed batch."""
-    step, current = step_of(images)
-    sources = feeds(images)
+    settings = default_config()
+    settings.model.stages = STAGES
+    splits = {split: images for split in ("train", "validation", "test")}
+    dataset = DataSet.from_arrays("random", splits, {}, num_levels=256, num_classes=None, fingerprint="random")
+    _, step, current, *_ = training_step(parse(settings), dataset)
+    batches = functools.partial(device_batches, images, seed=0, batch_size=BATCH_SIZE)
+    sources = {
+        FIXED: itertools.repeat(next(batches())),
+        "streamed": batches(keep_on_device=False),
+        "resident": batches(keep_on_device=True),
+    }
     waited = {name: [] for name in sources}
 
     def turn(name):
@@ -86,11 +65,11 @@ def measure(images, *, turns, steps):
             jax.block_until_ready(metrics)
 
     timings = interleave({name: functools.partial(turn, name) for name in sources}, turns=turns)
-    step_s = timings["fixed batch"].median / steps
-    results = {"fixed batch": {"step_s": step_s}}
-    for name in WAYS:
+    step_s = timings[FIXED].median / steps
+    results = {FIXED: {"step_s": step_s}}
+    for name in list(sources)[1:]:
         host_s = float(np.median(waited[name][2 * steps :]))  # without the two turns of warm-up
-        slowdown = 1 / timings[name].speedup_over(timings["fixed batch"]) - 1
+        slowdown = 1 / timings[name].speedup_over(timings[FIXED]) - 1
         results[name] = {"host_s": host_s, "host_share": host_s / step_s, "slowdown": slowdown}
     return results
 
@@ -103,7 +82,6 @@ def main():
         for name, shape in SIZES.items():
             images, opened_s = memory_mapped(folder, shape)
             results[name] = {"open_s": opened_s, **measure(images, turns=turns, steps=steps)}
-    show(results)
     settings = {"sizes": SIZES, "batch_size": BATCH_SIZE, "stages": STAGES, "turns": turns, "steps_a_turn": steps}
     write("input_pipeline", arguments, settings, results)
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _models import blocks, flow_input, load, model_parser, name_of
-from _record import interleave, show, summarize, write
+from _record import interleave, summarize, write
 from jax import lax
 
 from iresnet_jax.bijections.residual import Solver, inverse
@@ -115,7 +115,6 @@ def main():
     model, x = run.model, flow_input(run, arguments.num or (16 if arguments.quick else 128))
     z = jax.jit(lambda model, x: model.flow().forward(x))(model, x)
     results = {"blocks": count(model, x), "whole": time_whole(model, z, turns=5 if arguments.quick else 30)}
-    show(results)
     settings = {"data": run.config.data.name, "step": run.step, "num_examples": len(x)}
     settings |= {"tolerance": TOLERANCE, "inverse_atol": model.solver.atol}
     write(f"inverse_{name_of(run)}", arguments, settings, results)

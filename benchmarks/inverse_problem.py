@@ -166,7 +166,7 @@ def main():
                 show(own, f"noise {noise}, L = {lipschitz}")
             found["best"] = best_of(found, errors, of_variation)
             show(found, f"noise {noise}")
-            write(f"{kind}_{arguments.data}", arguments, settings, results)
+            write(f"{kind}_{arguments.data}", arguments, settings, results, is_shown=True)
 
 
 if __name__ == "__main__":

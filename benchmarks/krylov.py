@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _models import blocks, flow_input, load_kind, model_parser
-from _record import interleave, show, summarize, write
+from _record import interleave, summarize, write
 
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
@@ -79,7 +79,6 @@ def main():
     }
     timings = interleave(timed, turns=5 if arguments.quick else 30)
     results = {"biases": rows, "bound_of_reference": uncertain, "seconds": summarize(timings, "series 8")}
-    show(results)
     settings = {"data": run.config.data.name, "step": run.step, "num_examples": num, "lipschitz": model.certificate().max_block}
     write(f"krylov_{run.config.data.name}", arguments, settings, results)
 

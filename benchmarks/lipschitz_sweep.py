@@ -111,7 +111,7 @@ def main():
     rows.sort(key=lambda row: arguments.variants.index(row["variant"]))
     solvers = {name: {"memory": solver.memory, "max_evals": solver.max_evals} for name, solver in SOLVERS.items()}
     settings = {"config": str(arguments.config), "seeds": list(seeds), "solvers": solvers, "recovered": RECOVERED}
-    write(f"lipschitz_sweep_{arguments.config.stem}", arguments, settings, rows)
+    write(f"lipschitz_sweep_{arguments.config.stem}", arguments, settings, rows, is_shown=True)
 
 
 if __name__ == "__main__":

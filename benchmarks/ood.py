@@ -9,7 +9,7 @@ quarter turn, "noise", or the test images of any data set by its name, brought t
 from dataclasses import asdict
 
 from _models import load, model_parser
-from _record import show, write
+from _record import write
 
 from iresnet_jax.evaluation import ood
 
@@ -26,7 +26,6 @@ def main():
         return asdict(ood.compare(run.model, run.data, other, config.evaluation, config.seed, num=num, data_dir=folder))
 
     results = [compare(other) for other in arguments.against]
-    show(results)
     settings = {"data": config.data.name, "step": run.step}
     write(f"ood_{config.data.name}_{config.objective}", arguments, settings, results)
 

@@ -2,16 +2,16 @@
 
     python benchmarks/peers.py [--parts step,likelihood,...] [--time-to 3.37] [--quick]
 
-Every peer, size and number of cores is a process of its own, pinned to its cores, and takes turns with the others. normflows
-runs as in its examples. The naive series is Algorithm 2 of Behrmann et al. 2019 as it stands: Hutchinson's probe, and all terms
-differentiated. Ours is the step of train.py with all that it sets up. For likelihoods, inverses and samples ours has a device
-a core, as commands of `python -m iresnet_jax` have.
+In training every peer, size and number of cores is a process of its own, pinned to its cores, and takes turns with the others.
+normflows runs as in its examples. The naive series is Algorithm 2 of Behrmann et al. 2019 as it stands: Hutchinson's probe, and
+all terms differentiated. Ours is the step of train.py with all that it sets up. For likelihoods, inverses and samples ours has
+a device a core, as commands of `python -m iresnet_jax` have.
 
     step        time and largest memory of a training step, on one core and on two
     likelihood  seconds an image until |bias| + standard error of the log-likelihood is at most .001 bits/dim
     inverse     time of the inverse of a block to a true error of 1e-5, by its Lipschitz constant
     sampling    samples a second of trained flows to a true error of 1e-5
-    startup     time from the start of a process to the end of its first step
+    startup     time from the start of a process to the end of its first step, with no compiled programs on disk and with all
 
 The floor of our step is its arithmetic at the speed of one large matrix product on the same cores.
 
@@ -21,12 +21,8 @@ confirms. How likelihoods and inverses are measured is in _peers_trained.py.
 """
 
 import argparse
-import contextlib
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict
@@ -37,14 +33,15 @@ import numpy as np
 from _models import config_file, read_config
 from _peers_flows import architecture
 from _peers_trained import NORMFLOWS, OURS, TARGET, TOLERANCE, inverses, likelihoods, samples
-from _processes import core_counts, most_cores, pin, workers
-from _record import RESULTS, ROOT, Timing, parser, show, take_turns, write
-from _steps import WARMUP
+from _processes import core_counts, most_cores, workers
+from _record import RESULTS, Timing, parser, show, take_turns, write
+from _steps import WARMUP, prepare_jax
 
 from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import default_config, estimator_settings, parse
 from iresnet_jax.runs.from_config import density_spec
+from iresnet_jax.runs.metrics import FILENAME, read_metrics
 from iresnet_jax.runs.planning import plan
 
 NAIVE = "naive"
@@ -52,7 +49,6 @@ SIZES = ("digits", "64", "128")  # the config, and channels of `colour_config`
 NUM_BATCHES = 4
 DIGITS, FASHION = config_file("digits_density"), config_file("fashion_mnist_density")
 KEPT = RESULTS / "density_comparison_fashion_mnist.json"
-POLL_S = 0.02
 
 
 def colour_config(width, num_blocks=4):
@@ -130,31 +126,35 @@ def steps(arguments, start, folder):
 
 def startups(arguments, start, folder):
     """Seconds from the start of a process until the first training step of the digits density is done."""
-    cores, (case, given) = most_cores(), step_cases(read_config(DIGITS), folder)[NORMFLOWS]
+    cores, cases = most_cores(), step_cases(read_config(DIGITS), folder)
     measured = {"ours, cold": [], "ours, warm": [], NORMFLOWS: []}
     for number in range(2 if arguments.quick else 3):
-        for name in ("cold", "warm"):
-            flags = [f"--config={DIGITS}", f"--workdir={folder / f'{name}_{number}'}"]
-            with training(flags, own_cache(folder, f"startup_{number}")) as lines:
-                measured[f"ours, {name}"].append(next(seconds for seconds, line in lines if line["split"] == "timing"))
-        worker = start(cores, "_steps", case, given | {"threads": len(cores), "warmup": 1})
-        measured[NORMFLOWS].append(worker.ready_s)
-        worker.stop()
+        for name, own in measured.items():
+            case, given = cases[NORMFLOWS if name == NORMFLOWS else OURS]
+            threads = {"threads": len(cores)} if name == NORMFLOWS else {}
+            environment = own_cache(folder, f"startup_{number}")  # empty for the first of the two that share it
+            worker = start(cores, "_steps", case, {**given, **threads, "warmup": 1}, environment)
+            own.append(worker.ready_s)
+            worker.stop()
     return {name: Timing(tuple(seconds)).summary() for name, seconds in measured.items()}
 
 
-def time_to(arguments, folder):
-    """Seconds of train.py until validation of Fashion-MNIST is at ``arguments.time_to`` bits/dim, beside normflows' record."""
-    flags = [f"--config={FASHION}", f"--workdir={folder / 'fashion_mnist'}", *arguments.train_flag]
-    validations, reached = [], None
-    with training(flags, {}) as lines:
-        for seconds, line in lines:
-            if line["split"] == "validation":
-                validations.append({"seconds": seconds, "step": line["step"], "bits_per_dim": line["bits_per_dim"]})
-                print(f"ours: {validations[-1]}", flush=True)
-                if line["bits_per_dim"] <= arguments.time_to:
-                    reached = seconds
-                    break
+def time_to(arguments, start, folder):
+    """Seconds of a training on Fashion-MNIST until validation is at so many bits/dim, beside normflows' record."""
+    config = read_config(FASHION, *(flag.removeprefix("--config.") for flag in arguments.train_flag))
+    began, workdir = time.time(), folder / "fashion_mnist"
+    start(most_cores(), "_steps", "OurTraining", {"config": to_plain(config), "workdir": str(workdir)})
+    lines = read_metrics(workdir)
+    ended = (workdir / FILENAME).stat().st_mtime - began  # when the last line was written, since the process started
+    validations = [
+        {
+            "seconds": ended - lines[-1]["wall_time_s"] + line["wall_time_s"],
+            **{key: line[key] for key in ("step", "bits_per_dim")},
+        }
+        for line in lines
+        if line["split"] == "validation"
+    ]
+    reached = next((entry["seconds"] for entry in validations if entry["bits_per_dim"] <= arguments.time_to), None)
     kept = json.loads(KEPT.read_text())
     log = kept["results"][NORMFLOWS]["validation"]
     theirs = next((60 * entry["minutes"] for entry in log if entry["validation"] <= arguments.time_to), None)
@@ -168,36 +168,9 @@ def time_to(arguments, folder):
     }
 
 
-@contextlib.contextmanager
-def training(flags, environment):
-    """A run of train.py on all cores that are compared: seconds since its start and line of its log, as lines are written.
-
-    The run is killed in the end.
-    """
-    workdir = Path(next(flag.partition("=")[2] for flag in flags if flag.startswith("--workdir=")))
-    began, command = time.perf_counter(), [sys.executable, str(ROOT / "train.py"), *flags]
-    nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env={**os.environ, **environment}, preexec_fn=lambda: pin(most_cores()), **nowhere)
-
-    def lines():
-        path, read, is_over = workdir / "metrics.jsonl", 0, False
-        while not is_over:
-            is_over = process.poll() is not None
-            whole = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
-            yield from ((time.perf_counter() - began, json.loads(line)) for line in whole[read:])
-            read = len(whole)
-            time.sleep(POLL_S)
-        if process.returncode:
-            raise RuntimeError(f"train.py ended with status {process.returncode}")
-
-    try:
-        yield lines()
-    finally:
-        process.kill()
-        process.wait()
-
-
-PARTS = {"step": steps, "likelihood": likelihoods, "inverse": inverses, "sampling": samples, "startup": startups}
+IN_WORKERS = {"step": steps, "startup": startups, "time_to": time_to}
+HERE = {"likelihood": likelihoods, "inverse": inverses, "sampling": samples}
+PARTS = ("step", "likelihood", "inverse", "sampling", "startup")
 
 
 def main():
@@ -225,14 +198,12 @@ def main():
     def record(part, results):
         show(results, part)
         output = arguments.output and arguments.output.with_stem(f"{arguments.output.stem}_{part}")
-        write(f"peers_{part}", argparse.Namespace(**{**vars(arguments), "output": output}), settings, results)
+        write(f"peers_{part}", argparse.Namespace(**{**vars(arguments), "output": output}), settings, results, is_shown=True)
 
-    for part in chosen:
+    prepare_jax()
+    for part in chosen + ["time_to"] * (arguments.time_to is not None):
         with workers() as start, tempfile.TemporaryDirectory() as folder:
-            record(part, PARTS[part](arguments, start, Path(folder)))
-    if arguments.time_to is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            record("time_to", time_to(arguments, Path(folder)))
+            record(part, HERE[part](arguments) if part in HERE else IN_WORKERS[part](arguments, start, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main():
     for name in ("digits_density",) if arguments.quick else arguments.configs:
         if (name, arguments.topology) not in done:
             made.append(make(name, arguments.topology, find_largest=arguments.largest_batch))
-            write("plans", arguments, {"topology": arguments.topology}, made)
+            write("plans", arguments, {"topology": arguments.topology}, made, is_shown=True)
 
 
 if __name__ == "__main__":

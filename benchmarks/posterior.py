@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from _models import config_file, load, read_config
-from _record import parser, show, write
+from _record import parser, write
 
 from iresnet_jax.evaluation import posterior
 from iresnet_jax.runs.loop import train
@@ -52,7 +52,6 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.workdir or Path(temporary)
         results = {name: measure(name, config, folder / name) for name, config in configs.items()}
-    show(results)
     write("posterior", arguments, {name: asdict(config) for name, config in configs.items()}, results)
 
 

@@ -166,7 +166,7 @@ def main():
                     continue
                 runs.append({**identity, **measure(table, model, seed, minutes), **made_with()})
                 show(runs[-1])
-                write("tabular", arguments, SETTINGS, {"summary": summarize(runs), "runs": runs})
+                write("tabular", arguments, SETTINGS, {"summary": summarize(runs), "runs": runs}, is_shown=True)
     show(summarize(runs))
 
 

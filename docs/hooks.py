@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "iresnet_jax"
 FOLDERS = ("maths", "branches", "bijections", "models", "certification", "training", "data", "runs", "evaluation", "report")
 SHOWN_FILES = (".json", ".jsonl", ".png", ".md")  # of benchmarks/, which pages link to
-NUMBERS = {  # names of annotations in runs/config.py
+NUMBERS = {  # names of annotations in json_dataclasses.py
     "Count": "integer in [1, inf)",
     "CountOrNone": "integer in [0, inf)",
     "Positive": "(0, inf)",
@@ -83,20 +83,30 @@ def names_of_the_package() -> str:
 
 
 def settings() -> Iterator[str]:
-    """A table for each group of settings, from the fields and comments of ``runs/config.py``."""
-    source = (PACKAGE / "runs" / "config.py").read_text("utf-8")
-    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    lines = source.splitlines()
-    fields = [node for node in classes["Config"].body if isinstance(node, ast.AnnAssign)]
+    """A table for each group of settings, from the fields and comments of `Config` and the dataclasses that it consists of."""
+    classes = config_classes()
+    config, lines = classes["Config"]
+    fields = [node for node in config.body if isinstance(node, ast.AnnAssign)]
     alone = [node for node in fields if ast.unparse(node.annotation) not in classes]
     yield from ["", "### Of the whole run", "", *table("", alone, lines)]
     for node in fields:
-        group = classes.get(ast.unparse(node.annotation))
-        if group is None:
+        if (annotation := ast.unparse(node.annotation)) not in classes:
             continue
+        group, lines = classes[annotation]
         name = ast.unparse(node.target)
         yield from ["", f"### {name}", "", *(ast.get_docstring(group) or "").splitlines(), ""]
         yield from table(f"{name}.", [field for field in group.body if isinstance(field, ast.AnnAssign)], lines)
+
+
+def config_classes() -> dict[str, tuple[ast.ClassDef, list[str]]]:
+    """Classes whose names end in ``Config``, with the lines of their files: settings stand beside what they configure."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        source = path.read_text("utf-8")
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+                found[node.name] = (node, source.splitlines())
+    return found
 
 
 def table(prefix: str, fields: list[ast.AnnAssign], lines: list[str]) -> Iterator[str]:

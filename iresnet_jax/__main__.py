@@ -28,92 +28,88 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(number) for number in text.split(","))
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "workdir": {"required": True, "metavar": "DIR", "help": "folder of the training run, or of a model"},
+    "data": {"metavar": "NAME", "help": "data instead of those of training, such as npy:FILE"},
+    "num": {"type": count, "help": "how many examples, images of each side or samples (%(default)s)"},
+    "certify": {
+        "type": count_or_none,
+        "metavar": "N",
+        "help": "how many, from the first, get a guaranteed error; 0 for none (what takes some seconds, at most 64)",
+    },
+    "temperature": {"type": float, "default": 1.0, "help": "factor on the prior's scale (1)"},
+    "seed": {"type": int, "default": 0, "help": "of the latents (0)"},
+    "context": {"metavar": "NUMBERS", "help": "context: 1.0,2.0,... or a .npy file with one per row"},
+    "label": {"type": int, "help": "of which class, of a hybrid (any)"},
+    "against": {"default": "rotated", "help": "rotated (default), noise, or the name of a data set"},
+    "radii": {
+        "type": numbers,
+        "default": "0.001,0.003,0.01,0.03,0.1,0.3,1",
+        "metavar": "NUMBERS",
+        "help": "norms of perturbations of pixels in [0, 1], increasing (%(default)s)",
+    },
+    "output": {"metavar": "PATH", "help": "where to write (model.npz in the workdir, or a new folder for a trace)"},
+    "topology": {"required": True, "help": "v5e:4x8 and other TPU topologies; cuda:8 for eight GPUs"},
+    "largest-batch": {"action": "store_true", "help": "find the largest batch that fits, in several compilations"},
+}
+
+
 class Command(NamedTuple):
     """A command, which the function of its name in `iresnet_jax.commands` runs.
 
     Attributes:
         help: What it gives, and when its exit status is 1.
-        options: Options beside ``--debug``, with their arguments for argparse.
+        options: Names in `OPTIONS`, some with a default.
         shares_examples: Whether all devices share its examples.
         takes_config: Whether it takes the options of `train.py` instead of a trained model.
     """
 
     help: str
-    options: dict[str, dict[str, Any]]
+    options: str
     shares_examples: bool = False
     takes_config: bool = False
 
 
-WORKDIR = {"--workdir": {"required": True, "metavar": "DIR", "help": "folder of the training run, or of a model"}}
-DATA = WORKDIR | {"--data": {"metavar": "NAME", "help": "data instead of those of training, such as npy:FILE"}}
-CERTIFIED = "how many, from the first, get a guaranteed error; 0 for none (what takes some seconds, at most 64)"
-CERTIFY = {"--certify": {"type": count_or_none, "metavar": "N", "help": CERTIFIED}}
-RADII = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-
 COMMANDS = {
     "evaluate": Command(
         "Test likelihood, test error of a model with classes, divergence from a known posterior, or error of reconstructions.",
-        DATA,
+        "workdir data",
         shares_examples=True,
     ),
     "sample": Command(
         "Samples, to samples.png and samples.npy; exit status 1 if the inverse did not converge for all of them.",
-        {
-            **WORKDIR,
-            **CERTIFY,
-            "--num": {"type": int, "default": 64, "help": "how many (64)"},
-            "--temperature": {"type": float, "default": 1.0, "help": "factor on the prior's scale (1)"},
-            "--seed": {"type": int, "default": 0, "help": "of the latents (0)"},
-            "--context": {"metavar": "NUMBERS", "help": "context: 1.0,2.0,... or a .npy file with one per row"},
-            "--label": {"type": int, "help": "of which class, of a hybrid (any)"},
-        },
+        "workdir num=64 temperature seed context label certify",
         shares_examples=True,
     ),
     "reconstruct": Command(
         "Test examples encoded and inverted, to reconstructions.png; exit status 1 if the inverse failed for any.",
-        {**DATA, **CERTIFY, "--num": {"type": count, "default": 512, "help": "how many test examples, from the first (512)"}},
+        "workdir data num=512 certify",
         shares_examples=True,
     ),
     "certify": Command(
-        "Certified Lipschitz bound of every layer and block; exit status 1 if a block is not certified a contraction.", WORKDIR
+        "Certified Lipschitz bound of every layer and block; exit status 1 if a block is not certified a contraction.",
+        "workdir",
     ),
     "freeze": Command(
-        "The certified model as one small file, model.npz, for use without the folder of its training.",
-        {**WORKDIR, "--output": {"metavar": "FILE", "help": "where to write (model.npz in the workdir)"}},
+        "The certified model as one small file, model.npz, for use without the folder of its training.", "workdir output"
     ),
     "ood": Command(
         "How well the model's scores tell other images from test images: AUROC, with each score's definition.",
-        {
-            **DATA,
-            "--against": {"default": "rotated", "help": "rotated (default), noise, or the name of a data set"},
-            "--num": {"type": count, "default": 2000, "help": "how many images of each side, at most (2000)"},
-        },
+        "workdir data against num=2000",
     ),
     "robustness": Command(
         "Verified accuracy by radius, beside the accuracy under attack; exit status 1 if the attack breaks a certificate.",
-        {
-            **DATA,
-            "--num": {"type": count, "default": 100, "help": "how many test images, from the first (100)"},
-            "--radii": {
-                "type": numbers,
-                "default": RADII,
-                "metavar": "NUMBERS",
-                "help": "norms of perturbations of pixels in [0, 1], increasing (0.001,0.003,...,1)",
-            },
-        },
+        "workdir data num=100 radii",
     ),
-    "report": Command("All results, to report.json and report.html.", DATA, shares_examples=True),
+    "report": Command("All results, to report.json and report.html.", "workdir data", shares_examples=True),
     "plan": Command(
         "Whether the training step of a config fits a machine that is not here; exit status 1 if it does not.",
-        {
-            "--topology": {"required": True, "help": "v5e:4x8 and other TPU topologies; cuda:8 for eight GPUs"},
-            "--largest-batch": {"action": "store_true", "help": "find the largest batch that fits, in several compilations"},
-        },
+        "topology largest-batch",
         takes_config=True,
     ),
     "profile": Command(
         "Where the time of a config's training step goes on this machine: a table, and a trace to look into.",
-        {"--output": {"metavar": "DIR", "help": "where to write the trace (a new temporary folder)"}},
+        "output",
         takes_config=True,
     ),
 }
@@ -126,8 +122,10 @@ def make_parser() -> Parser:
     for name, command in COMMANDS.items():
         others = " Other options: those of train.py." if command.takes_config else ""
         options = parsers.add_parser(name, help=command.help, description=command.help + others)
-        for flag, settings in command.options.items():
-            options.add_argument(flag, **settings)
+        for option in command.options.split():
+            flag, _, default = option.partition("=")
+            settings = OPTIONS[flag] | ({"default": int(default)} if default else {})
+            options.add_argument(f"--{flag}", **settings)
         options.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser
 

@@ -70,7 +70,7 @@ def sample(run: Run, arguments: argparse.Namespace) -> bool:
 
 
 def context_vectors(text: str | None, context_dim: int) -> Float[np.ndarray, "n k"] | None:
-    """The context vectors that ``--context`` gives: numbers separated by commas, or a ``.npy`` file with one a row.
+    """The context vectors that ``--context`` gives: numbers separated by commas, or a ``.npy`` file with one per row.
 
     Raises:
         ValueError: If the model takes none, needs one, or takes vectors of another length.

@@ -153,7 +153,7 @@ def choose_settings(
         data: The data.
         objective: "density", "classification" or "hybrid"; by default "density" without labels, and with labels
             "classification" of images and "hybrid" of vectors.
-        minutes: Most wall-clock time for training.
+        minutes: Limit of the wall-clock time for training.
         steps: Updates instead of a time.
         architecture: Stages of the flow.
         seed: Seed of the run.
@@ -233,7 +233,7 @@ def _for_vectors(data: DataSet, objective: str) -> dict[str, dict[str, Any]]:
 
 
 def likelier_prior(x: Float[np.ndarray, "n d"], transform: str) -> str:
-    """The prior under which preprocessed examples, where a flow starts, are likelier: "logistic" for heavy tails."""
+    """The prior under which preprocessed examples are likelier, before any training of the flow: "logistic" for heavy tails."""
     fitted = Whiten.fit(x) if transform == "whiten" else Standardize.fit(x)
     found = _mean_log_probs(fitted.bijection().forward(jnp.asarray(x, jnp.float32)))
     return max(PRIORS, key=lambda kind: float(found[kind]))
@@ -250,7 +250,7 @@ def _mean_log_probs(z: Float[Array, "n d"]) -> dict[str, Float[Array, ""]]:
 
 
 def _for_images(data: DataSet) -> dict[str, dict[str, Any]]:
-    """Convolutional blocks on squeezed images, a stage a halving, down to 4 x 4 pixels or fewer."""
+    """Convolutional blocks on squeezed images, a stage for each halving, down to 4 x 4 pixels or fewer."""
     height, width, _ = data.event_shape
     stages, side = [], min(height, width)
     while side % 2 == 0 and height % 2 == 0 and width % 2 == 0 and side >= 8 and len(stages) < 3:

@@ -21,8 +21,6 @@ from iresnet_jax.models.architecture import StageSpec
 SAME = 1e-12  # no program may see another shape, so only the host's float64 may differ
 ROUNDED = 1e-4  # float32 by another route
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 # One small program for each number of features: no shape depends on the number of samples.
 TINY = {
     "steps": 2,

@@ -45,24 +45,24 @@ def from_arrays(
     arrays: Arrays | dict[str, Arrays],
     *,
     fractions: tuple[float, float] = (0.1, 0.1),
-    num_levels: int | None = None,
     column_names: Sequence[str] = (),
 ) -> DataSet:
     """The data set of arrays in memory.
+
+    Integer images have 256 levels if one is above 127, else one more than the largest.
 
     Args:
         name: Name in messages and reports.
         arrays: All examples, or those of each split, "train" among them; "validation" is carved from it if it is missing.
         fractions: Shares of all examples that are set aside for validation and for the test, where they are not split yet.
             The choice depends on the number of examples alone, see `splits.fraction_masks`.
-        num_levels: Levels of integer images; by default 256 if there is one above 127, else one more than the largest.
         column_names: Names of the entries of vectors, for messages; their numbers by default.
 
     Raises:
         ValueError: If the arrays do not fit together, are not finite, or have entries without a density; it says which.
     """
     if isinstance(arrays, Arrays):
-        checked = _checked(arrays, num_levels)
+        checked = _checked(arrays)
         parts = {split: checked.take(mask) for split, mask in fraction_masks(len(checked.x), fractions).items()}
     else:
         if "train" not in arrays:
@@ -70,7 +70,7 @@ def from_arrays(
         if "validation" not in arrays:
             chosen = validation_mask(len(arrays["train"].x))
             arrays = {**arrays, "train": arrays["train"].take(~chosen), "validation": arrays["train"].take(chosen)}
-        parts = {split: _checked(part, num_levels) for split, part in arrays.items()}
+        parts = {split: _checked(part) for split, part in arrays.items()}
         shapes = {part.x.shape[1:] for part in parts.values()}
         if len(shapes) > 1:
             raise ValueError(f"the splits of {name} must hold examples of one shape, got {sorted(shapes)}")
@@ -80,9 +80,7 @@ def from_arrays(
     levels, grid = None, None
     if np.issubdtype(train.x.dtype, np.integer):
         largest = max(int(part.x.max()) for part in parts.values() if len(part.x))
-        levels = num_levels or (256 if largest > 127 else max(largest + 1, 2))
-        if largest >= levels or levels > 256:
-            raise ValueError(f"{name} has levels up to {largest}: there can be at most 256, and num_levels is {num_levels}")
+        levels = 256 if largest > 127 else max(largest + 1, 2)
     elif train.x.ndim == 2:
         grid = find_grid(train.x, column_names)
     else:
@@ -162,22 +160,31 @@ def _step(distinct: np.ndarray) -> float | None:
     return float(step) if np.abs(multiples - np.round(multiples)).max() <= 0.01 else None
 
 
-def _checked(arrays: Arrays, num_levels: int | None) -> Arrays:
+def _checked(arrays: Arrays) -> Arrays:
     """The arrays in the types that training takes."""
     x = np.asarray(arrays.x)
     if x.ndim not in (2, 4) or not len(x) or not np.prod(x.shape[1:]):
         hint = ": add a channel axis with x[..., None]" if x.ndim == 3 else ""
         raise ValueError(f"data must be vectors (n, d) or images (n, h, w, c), got shape {x.shape}{hint}")
-    if x.dtype == bool or (np.issubdtype(x.dtype, np.integer) and x.ndim == 2 and num_levels is None):
-        x = x.astype(np.float32 if x.ndim == 2 else np.uint8)
-    if np.issubdtype(x.dtype, np.integer):
+    if x.ndim == 4 and x.dtype.kind in "biu":
         if x.min() < 0 or x.max() > 255:
             raise ValueError(f"integer images must have levels 0 to 255, got {x.min()} to {x.max()}: convert them to floats")
         x = x.astype(np.uint8)
     else:
         x = _finite_floats(x, "the data")
-    labels = None if arrays.labels is None else _labels(np.asarray(arrays.labels), len(x))
-    context = None if arrays.context is None else _context(np.asarray(arrays.context), len(x))
+    labels, context = (None if given is None else np.asarray(given) for given in (arrays.labels, arrays.context))
+    if labels is not None:
+        if labels.shape != (len(x),) or labels.dtype.kind not in "iu" or labels.min() < 0:
+            raise ValueError(
+                f"labels must be {len(x)} integers from 0 on, one per example, got {labels.dtype} of shape {labels.shape}: "
+                "number the classes with np.unique(labels, return_inverse=True)[1]"
+            )
+        labels = labels.astype(np.int32)
+    if context is not None:
+        context = context[:, None] if context.ndim == 1 else context
+        if context.ndim != 2 or len(context) != len(x) or not context.shape[1]:
+            raise ValueError(f"context must hold a vector for each of {len(x)} examples, got shape {context.shape}")
+        context = _finite_floats(context, "the context")
     return Arrays(x, labels, context)
 
 
@@ -193,19 +200,3 @@ def _finite_floats(array: np.ndarray, what: str) -> np.ndarray:
             "fill them in or drop their rows"
         )
     return floats
-
-
-def _labels(labels: np.ndarray, num: int) -> np.ndarray:
-    if labels.shape != (num,) or not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
-        raise ValueError(
-            f"labels must be {num} integers from 0 on, one an example, got {labels.dtype} of shape {labels.shape}: "
-            "number the classes with np.unique(labels, return_inverse=True)[1]"
-        )
-    return labels.astype(np.int32)
-
-
-def _context(context: np.ndarray, num: int) -> np.ndarray:
-    context = context[:, None] if context.ndim == 1 else context
-    if context.ndim != 2 or len(context) != num or not context.shape[1]:
-        raise ValueError(f"context must hold a vector for each of {num} examples, got shape {context.shape}")
-    return _finite_floats(context, "the context")

@@ -43,7 +43,7 @@ class DamagedCacheError(ValueError):
 
 
 def user_folder() -> Path:
-    """The user's folder for what can be made anew: ``$IRESNET_JAX_CACHE_DIR``, or ``iresnet_jax`` in their cache folder."""
+    """The user's folder for what can be made again: ``$IRESNET_JAX_CACHE_DIR``, or ``iresnet_jax`` in their cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "iresnet_jax")
     return Path(os.environ.get(FOLDER_VARIABLE) or default).expanduser()
 
@@ -72,66 +72,27 @@ def load(source: Source) -> DataSet:
     return found
 
 
-def write(
-    folder: Path, source: Source, layout: Layout, pieces: Iterable[tuple[str, np.ndarray]], num_classes: int | None
-) -> None:
-    """Writes a cache.
-
-    The files are written into a temporary folder, forced to the disk, and the folder is renamed at the end: a writer that fails
-    or is killed leaves the cache as it was. If several processes write the same data at once, the first to end wins.
-
-    Args:
-        folder: Folder of the cache, which need not exist.
-        source: Source of the images.
-        layout: Type and shape of the arrays ``SPLIT_examples`` and ``SPLIT_labels``.
-        pieces: Pairs ``(name, rows)``; together they hold the rows of each array once, in order.
-        num_classes: Classes; None without labels.
-
-    Raises:
-        OSError: If the cache cannot be written, as on a full disk: one sentence, and no part of it is left behind.
-    """
-    size = sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in layout.values())
-    incoming = folder.with_name(f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    digests = {name: hashlib.sha256() for name in layout}
-    try:
-        _remove_abandoned(folder)
-        if folder.exists() and not folder.is_dir():  # somebody's file
-            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if shutil.disk_usage(folder.parent).free < size:  # better noticed before an hour of decoding than after it
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        incoming.mkdir()
-        with contextlib.ExitStack() as stack:
-            files = {name: stack.enter_context((incoming / f"{name}.npy").open("xb")) for name in layout}
-            for name, (dtype, shape) in layout.items():
-                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(files[name], header)
-            for name, rows in pieces:
-                content = np.ascontiguousarray(rows, layout[name][0]).reshape(-1).view(np.uint8).data
-                digests[name].update(content)
-                files[name].write(content)
-            arrays = {name: describe(*layout[name], digest.hexdigest()) for name, digest in digests.items()}
-            levels = {"num_levels": NUM_LEVELS, "num_classes": num_classes}
-            record = {"source_state": source.state, **levels, "arrays": arrays, "fingerprint": fingerprint_of(arrays, **levels)}
-            files[RECORD] = stack.enter_context((incoming / RECORD).open("xb"))
-            files[RECORD].write(json.dumps(record, indent=1).encode())
-            for file in files.values():
-                file.flush()
-                os.fsync(file.fileno())
-        _put_in_place(incoming, folder, source)
-    except OSError as error:
-        raise OSError(
-            f"cannot write the cache {folder} of {max(size / 1e6, 0.1):.1f} MB: {error.strerror or error}: "
-            f"make room, or set {FOLDER_VARIABLE} to a folder with room"
-        ) from error
-    finally:
-        shutil.rmtree(incoming, ignore_errors=True)
+def _folders(beside: Path) -> list[Path]:
+    """Folders where the cache may lie, the preferred one first."""
+    digest = hashlib.sha256(os.fsencode(beside.resolve())).hexdigest()[:12]
+    elsewhere = user_folder() / "-".join([*beside.parent.parts[-2:], digest]).lstrip("/")
+    return [elsewhere] if os.environ.get(FOLDER_VARIABLE) else [beside, elsewhere]
 
 
-def read(folder: Path, source: Source) -> DataSet | None:
-    """Opens a cache and maps it into memory.
+def _first_writable(folders: list[Path], source: Source) -> Path:
+    for folder in folders:
+        parent = folder.parent
+        with contextlib.suppress(OSError):
+            parent.mkdir(parents=True, exist_ok=True)
+            # A folder without any permission to write was meant to stay as it is, even where root could.
+            if os.access(parent, os.W_OK) and parent.stat().st_mode & 0o222:
+                return folder
+    tried = " and ".join(str(folder.parent) for folder in folders)
+    raise OSError(f"cannot write the decoded images of {source.name} into {tried}: set {FOLDER_VARIABLE} to a writable folder")
 
-    Returns:
-        Data set of read-only memory maps; None if there is no cache, none that may be read, or one of other source files.
+
+def _read(folder: Path, source: Source) -> DataSet | None:
+    """Maps a cache into memory; None if there is none, none that may be read, or one of other source files.
 
     Raises:
         DamagedCacheError: If a file is missing, does not have the size and header that the record says, or the record does not
@@ -165,49 +126,10 @@ def read(folder: Path, source: Source) -> DataSet | None:
         raise DamagedCacheError(f"the cache {folder} is incomplete or was altered: {type(error).__name__}: {error}") from None
 
 
-def _put_in_place(incoming: Path, folder: Path, source: Source) -> None:
-    with contextlib.suppress(DamagedCacheError):
-        if read(folder, source):
-            return  # another process was faster
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        incoming.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise  # otherwise another process was faster by a moment
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Removes the temporary folders of writers that were killed."""
-    for temporary in folder.parent.glob(f"{folder.name}.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - max(path.stat().st_mtime for path in (temporary, *temporary.iterdir())) > _ABANDONED_AFTER_S:
-                shutil.rmtree(temporary)
-
-
-def _folders(beside: Path) -> list[Path]:
-    """Folders where the cache may lie, the preferred one first."""
-    digest = hashlib.sha256(os.fsencode(beside.resolve())).hexdigest()[:12]
-    elsewhere = user_folder() / "-".join([*beside.parent.parts[-2:], digest]).lstrip("/")
-    return [elsewhere] if os.environ.get(FOLDER_VARIABLE) else [beside, elsewhere]
-
-
-def _first_writable(folders: list[Path], source: Source) -> Path:
-    for folder in folders:
-        parent = folder.parent
-        with contextlib.suppress(OSError):
-            parent.mkdir(parents=True, exist_ok=True)
-            # A folder without any permission to write was meant to stay as it is, even where root could.
-            if os.access(parent, os.W_OK) and parent.stat().st_mode & 0o222:
-                return folder
-    tried = " and ".join(str(folder.parent) for folder in folders)
-    raise OSError(f"cannot write the decoded images of {source.name} into {tried}: set {FOLDER_VARIABLE} to a writable folder")
-
-
 def _find(folders: list[Path], source: Source, *, quiet: bool = False) -> DataSet | None:
     for folder in folders:
         try:
-            if found := read(folder, source):
+            if found := _read(folder, source):
                 return found
         except DamagedCacheError as error:
             if not quiet:
@@ -248,4 +170,69 @@ def _decode(source: Source, folder: Path) -> None:
             layout[f"{split}_labels"] = "int32", (int(mask.sum()),)
     total = sum(contents.num_examples[published] for published in routes)
     with tqdm(total=total, desc=f"decoding {source.name}", unit=" images", leave=False, disable=None) as progress:
-        write(folder, source, layout, pieces(), contents.num_classes)
+        _write(folder, source, layout, pieces(), contents.num_classes)
+
+
+def _write(
+    folder: Path, source: Source, layout: Layout, pieces: Iterable[tuple[str, np.ndarray]], num_classes: int | None
+) -> None:
+    """Writes a cache of pieces ``(name, rows)``, which together hold the rows of each array once, in order.
+
+    The files are written into a temporary folder, forced to the disk, and the folder is renamed at the end: a writer that fails
+    or is killed leaves the cache as it was. If several processes write the same data at once, the first to end wins.
+    """
+    size = sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in layout.values())
+    incoming = folder.with_name(f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    digests = {name: hashlib.sha256() for name in layout}
+    try:
+        _remove_abandoned(folder)
+        if folder.exists() and not folder.is_dir():  # somebody's file
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if shutil.disk_usage(folder.parent).free < size:  # better noticed before an hour of decoding than after it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        incoming.mkdir()
+        with contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context((incoming / f"{name}.npy").open("xb")) for name in layout}
+            for name, (dtype, shape) in layout.items():
+                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(files[name], header)
+            for name, rows in pieces:
+                content = np.ascontiguousarray(rows, layout[name][0]).reshape(-1).view(np.uint8).data
+                digests[name].update(content)
+                files[name].write(content)
+            arrays = {name: describe(*layout[name], digest.hexdigest()) for name, digest in digests.items()}
+            levels = {"num_levels": NUM_LEVELS, "num_classes": num_classes}
+            record = {"source_state": source.state, **levels, "arrays": arrays, "fingerprint": fingerprint_of(arrays, **levels)}
+            files[RECORD] = stack.enter_context((incoming / RECORD).open("xb"))
+            files[RECORD].write(json.dumps(record, indent=1).encode())
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
+        _put_in_place(incoming, folder, source)
+    except OSError as error:
+        raise OSError(
+            f"cannot write the cache {folder} of {max(size / 1e6, 0.1):.1f} MB: {error.strerror or error}: "
+            f"make room, or set {FOLDER_VARIABLE} to a folder with room"
+        ) from error
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)
+
+
+def _put_in_place(incoming: Path, folder: Path, source: Source) -> None:
+    with contextlib.suppress(DamagedCacheError):
+        if _read(folder, source):
+            return  # another process was faster
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        incoming.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise  # otherwise another process was faster by a moment
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes the temporary folders of writers that were killed."""
+    for temporary in folder.parent.glob(f"{folder.name}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - max(path.stat().st_mtime for path in (temporary, *temporary.iterdir())) > _ABANDONED_AFTER_S:
+                shutil.rmtree(temporary)

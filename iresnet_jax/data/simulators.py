@@ -172,8 +172,6 @@ def _sample_two_moons_given(key: PRNGKeyArray, x: Float[Array, " k"], n: int) ->
     return jnp.where(is_possible(q)[:, None], jnp.clip(theta, -1, 1), jnp.nan)
 
 
-# The collection -----------------------------------------------------------------------------------------------------------
-
 SIMULATORS: dict[str, Simulator] = {
     "linear_gaussian": Simulator(
         "linear_gaussian",

@@ -44,9 +44,6 @@ class Toy(NamedTuple):
     entropy: float
 
 
-# Building blocks ------------------------------------------------------------------------------------------------------
-
-
 def _polar(radius: Any, angle: Any, numpy: Any = jnp) -> Any:
     return numpy.stack([radius * numpy.cos(angle), radius * numpy.sin(angle)], axis=-1)
 
@@ -63,8 +60,7 @@ def _mixture(components: Callable[[], tuple[np.ndarray, np.ndarray]], log_kernel
     """The log-density of noise around random points, or around a curve whose quadrature nodes are the points.
 
     Args:
-        components: Function that returns the points ``(m, 2)`` and the logs of their shares ``(m,)``; it is called once, when
-            the density is first evaluated.
+        components: Function that returns the points ``(m, 2)`` and their log-shares, called at the first evaluation.
         log_kernel: Log-density of the noise of one coordinate.
     """
     components = functools.cache(components)
@@ -90,13 +86,12 @@ def _unit_gauss_legendre(num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
     return (nodes + 1) / 2, np.log(weights / 2)
 
 
-# Eight Gaussians on a circle: exact -----------------------------------------------------------------------------------
-
 # The customary constant is 1.414, not sqrt(2).
 _GAUSSIANS_CENTRES, _GAUSSIANS_SIGMA = _polar(4 / 1.414, 2 * np.pi / 8 * np.arange(8), np), 0.5 / 1.414
 
 
 def _sample_8gaussians(key: PRNGKeyArray, n: int) -> Points:
+    """Eight Gaussians on a circle."""
     key_component, key_noise = jax.random.split(key)
     centre = jnp.asarray(_GAUSSIANS_CENTRES, jnp.float32)[jax.random.randint(key_component, (n,), 0, 8)]
     return centre + _GAUSSIANS_SIGMA * _normal(key_noise, n)
@@ -106,10 +101,8 @@ def _gaussians() -> tuple[np.ndarray, np.ndarray]:
     return _GAUSSIANS_CENTRES, np.full(8, -math.log(8))
 
 
-# Checkerboard: uniform on 8 squares of side 2 in [-4, 4)^2, exact -----------------------------------------------------
-
-
 def _sample_checkerboard(key: PRNGKeyArray, n: int) -> Points:
+    """Uniform on 8 squares of side 2 in [-4, 4)^2."""
     key_column, key_offset, key_row = jax.random.split(key, 3)
     first = _uniform(key_column, n, -2.0, 2.0)
     row = jax.random.randint(key_row, (n,), -1, 1).astype(jnp.float32)
@@ -123,11 +116,8 @@ def _log_prob_checkerboard(x: Float[Array, "n 2"]) -> Float[Array, " n"]:
     return jnp.where(on_board & on_square, jnp.asarray(-math.log(32), x.dtype), -jnp.inf)
 
 
-# Circles and rings: a uniform angle plus Gaussian noise, exact --------------------------------------------------------
-
-
 def _rings(name: str, radii: tuple[float, ...], sigma: float, entropy: float) -> Toy:
-    r"""Points on random rings plus noise.
+    r"""Points on random rings plus Gaussian noise.
 
     The density is the mean over rings of ``exp(-(r - R)^2 / 2 sigma^2) e^{-z} I_0(z) / (2 pi sigma^2)`` with
     ``z = r R / sigma^2``.
@@ -147,12 +137,11 @@ def _rings(name: str, radii: tuple[float, ...], sigma: float, entropy: float) ->
     return Toy(name, sample, log_prob, entropy)
 
 
-# Moons: two half circles plus Gaussian noise, by quadrature over the angle --------------------------------------------
-
 _MOONS_SIGMA = 2 * 0.1
 
 
 def _sample_moons(key: PRNGKeyArray, n: int) -> Points:
+    """Two half circles plus Gaussian noise."""
     key_moon, key_angle, key_noise = jax.random.split(key, 3)
     upper = _polar(1.0, _uniform(key_angle, n, 0.0, np.pi))
     lower = jnp.asarray([[1.0, 0.5]], jnp.float32) - upper
@@ -167,12 +156,11 @@ def _moons() -> tuple[np.ndarray, np.ndarray]:
     return centres, np.tile(log_weights, 2) - math.log(2)
 
 
-# Swiss roll: a spiral plus Gaussian noise, by quadrature over the angle -----------------------------------------------
-
 _ROLL_SIGMA = 1 / 5
 
 
 def _sample_swissroll(key: PRNGKeyArray, n: int) -> Points:
+    """A spiral plus Gaussian noise."""
     key_angle, key_noise = jax.random.split(key)
     angle = _uniform(key_angle, n, 1.5 * np.pi, 4.5 * np.pi)
     return _polar(angle / 5, angle) + _ROLL_SIGMA * _normal(key_noise, n)
@@ -184,13 +172,12 @@ def _roll() -> tuple[np.ndarray, np.ndarray]:
     return _polar(angle / 5, angle, np), log_weights
 
 
-# Two spirals: a spiral or its reflection in the origin, plus uniform jitter and Gaussian noise, by quadrature ----------
-
 _SPIRAL_TURN = 3 * np.pi  # 540 degrees
 _SPIRAL_JITTER, _SPIRAL_SIGMA = 0.5 / 3, 0.1
 
 
 def _sample_2spirals(key: PRNGKeyArray, n: int) -> Points:
+    """A spiral or its reflection in the origin, plus uniform jitter and Gaussian noise."""
     key_angle, key_jitter, key_arm, key_noise = jax.random.split(key, 4)
     angle = _SPIRAL_TURN * jnp.sqrt(_uniform(key_angle, n))
     jitter = _SPIRAL_JITTER * jax.random.uniform(key_jitter, (n, 2), jnp.float32)
@@ -209,8 +196,7 @@ def _jitter_and_noise(offset: Float[Array, "..."]) -> Float[Array, "..."]:
     r"""Log-density of ``z = w U + sigma N``, ``log((Phi(z / sigma) - Phi((z - w) / sigma)) / w)``, accurate in both tails."""
     half = _SPIRAL_JITTER / 2
     distance = jnp.abs(offset - half)  # symmetry keeps both arguments in the left tail, where log_ndtr is accurate
-    log_high = log_ndtr((half - distance) / _SPIRAL_SIGMA)
-    log_low = log_ndtr((-half - distance) / _SPIRAL_SIGMA)
+    log_high, log_low = (log_ndtr((edge - distance) / _SPIRAL_SIGMA) for edge in (half, -half))
     return log_high + jnp.log1p(-jnp.exp(log_low - log_high)) - math.log(_SPIRAL_JITTER)
 
 
@@ -221,13 +207,12 @@ def _log_prob_2spirals(x: Float[Array, "n 2"]) -> Float[Array, " n"]:
     return jnp.logaddexp(_log_prob_of_arm(x), _log_prob_of_arm(-x)) - math.log(2)
 
 
-# Pinwheel: a Gaussian whose points are turned by an angle that grows with their first coordinate ----------------------
-
 _WHEEL_ARMS, _WHEEL_RATE = 5, 0.25
 _WHEEL_RADIAL, _WHEEL_TANGENTIAL = 0.3, 0.1
 
 
 def _sample_pinwheel(key: PRNGKeyArray, n: int) -> Points:
+    """A Gaussian whose points are turned by an angle that grows with their first coordinate, on one of five arms."""
     key_arm, key_noise = jax.random.split(key)
     arm = jax.random.randint(key_arm, (n,), 0, _WHEEL_ARMS).astype(jnp.float32)
     a, b = (_normal(key_noise, n) * jnp.asarray([[_WHEEL_RADIAL, _WHEEL_TANGENTIAL]], jnp.float32)).T
@@ -272,8 +257,6 @@ def _log_prob_pinwheel(x: Float[Array, "n 2"]) -> Float[Array, " n"]:
 
     return jax.lax.map(of_point, x, batch_size=_BLOCK)
 
-
-# The collection -------------------------------------------------------------------------------------------------------
 
 TOYS: dict[str, Toy] = {
     toy.name: toy

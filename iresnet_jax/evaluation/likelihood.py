@@ -81,9 +81,9 @@ class Likelihood(MeanAndError):
 
     Attributes:
         unit: "bits/dim" for images, "nats" for points.
-        estimator: Log-determinant behind ``mean`` in words, "exact log-determinant" where that is affordable.
+        estimator: Log-determinant that ``mean`` was computed with, in words, "exact log-determinant" where that is affordable.
         unbiased: Whether ``mean`` has no truncation bias.
-        truncation_bound: Bound of what the terms that are always computed can miss, mean over examples; 0 if exact.
+        truncation_bound: Bound of the truncation error of the terms that are always computed, mean over examples; 0 if exact.
         num_examples: Test examples.
         num_dequantisations: Noise draws of each example; 0 for points.
         num_probes: Probe draws of each noise draw.

@@ -123,7 +123,7 @@ def _allocate(blocks, estimated, steps, variance):
 
 
 def extrapolated_bias(last_change: float, change_before: float, rounding: float) -> float:
-    """What is left of a sequence whose changes go on to shrink at the ratio of the last two, at least the last change.
+    """The rest of a sequence whose changes keep shrinking at the ratio of the last two; at least the last change.
 
     Args:
         last_change: Size of the last change.

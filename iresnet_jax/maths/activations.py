@@ -22,27 +22,39 @@ class Activation(NamedTuple):
     """An activation and its properties.
 
     Attributes:
-        apply: ``apply(x, beta=None)``; ``beta`` is the raw parameter of the Swish family, of shape ``()`` or ``(c,)``.
-        has_beta: Whether ``apply`` takes a ``beta``.
-        initial_beta: Initial value of ``beta``; ``None`` without one.
-        smooth: Whether the derivative is continuous. Training a density differentiates the Jacobian, and the slopes of a
-            piecewise linear activation have no gradient.
-        channel_factor: Output channels for each input channel.
-        monotone: Whether the map acts elementwise with slopes in [0, 1], as layers of sandwich type require.
-        elementwise: Whether each output entry depends on one input entry alone.
+        function: ``x -> phi(x)``, or ``(x, beta) -> phi(x)`` in the Swish family.
         slope_lipschitz: Lipschitz constant of the Jacobian in the 2-norm, of elementwise activations the largest slope of the
-            slope; times ``softplus(beta)`` for those with a ``beta``. None where the Jacobian jumps.
+            slope; times ``softplus(beta)`` for those with a ``beta``. None where the Jacobian jumps: training a density
+            differentiates it, and the slopes of a piecewise linear activation have no gradient.
+        initial_beta: Initial value of ``beta``, the raw parameter of the Swish family; None without one.
+        channel_factor: Output channels for each input channel.
+        elementwise: Whether each output entry depends on one input entry alone.
+        convex: Whether the activation is a convex function of each entry.
     """
 
-    apply: Callable[..., Array]
-    has_beta: bool
-    initial_beta: float | None
-    smooth: bool
-    channel_factor: int
-    monotone: bool
+    function: Callable[..., Array]
+    slope_lipschitz: float | None
+    initial_beta: float | None = None
+    channel_factor: int = 1
     elementwise: bool = True
-    slope_lipschitz: float | None = None
     convex: bool = False
+
+    @property
+    def has_beta(self) -> bool:
+        """Whether the activation has a ``beta``."""
+        return self.initial_beta is not None
+
+    def apply(self, x: Float[Array, "..."], beta: Float[Array, "..."] | float | None = None) -> Float[Array, "..."]:
+        """``phi(x)``; ``beta`` has the shape ``()`` or ``(c,)``, and its initial value if it is left out.
+
+        Raises:
+            ValueError: If the activation has no ``beta`` and one is given.
+        """
+        if self.has_beta:
+            return self.function(x, beta)
+        if beta is not None:
+            raise ValueError(f"beta must be None for {self.function.__name__}, got a value: only the Swish family takes one")
+        return self.function(x)
 
 
 def _positive_beta(x: Float[Array, "..."], beta: Float[Array, "..."] | float | None) -> Float[Array, "..."]:
@@ -51,7 +63,7 @@ def _positive_beta(x: Float[Array, "..."], beta: Float[Array, "..."] | float | N
     if beta.shape not in ((), x.shape[-1:]):
         raise ValueError(
             f"beta must have shape () or {x.shape[-1:]} for an input of shape {x.shape}, got {beta.shape}: "
-            "use one value a layer or one a channel"
+            "use one value per layer or one per channel"
         )
     return jnp.broadcast_to(jax.nn.softplus(beta), x.shape)
 
@@ -67,7 +79,7 @@ def lipswish(x: Float[Array, "..."], beta: Float[Array, "..."] | float | None = 
 
     Args:
         x: Input.
-        beta: Raw sharpness, any real number, one a layer or one an input channel; 0.5 if ``None``.
+        beta: Raw sharpness, any real number, one per layer or one per input channel; 0.5 if ``None``.
 
     Raises:
         ValueError: If ``beta`` has neither shape ``()`` nor one entry a channel.
@@ -152,63 +164,19 @@ def identity(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x
 
 
-def _fixed(
-    name: str,
-    function: Callable[[Array], Array],
-    slope_lipschitz: float | None,
-    *,
-    monotone: bool = True,
-    elementwise: bool = True,
-    convex: bool = False,
-) -> Activation:
-    """An activation without parameters; it refuses a ``beta`` instead of ignoring it."""
-
-    def apply(x: Float[Array, "..."], beta: Float[Array, "..."] | float | None = None) -> Float[Array, "..."]:
-        if beta is not None:
-            raise ValueError(f"beta must be None for {name!r}, got a value: only entries with has_beta take one")
-        return function(x)
-
-    return Activation(
-        apply,
-        has_beta=False,
-        initial_beta=None,
-        smooth=slope_lipschitz is not None,
-        channel_factor=1,
-        monotone=monotone,
-        elementwise=elementwise,
-        slope_lipschitz=slope_lipschitz,
-        convex=convex,
-    )
-
-
-def _swish_like(function: Callable[..., Array], slope_lipschitz: float, *, channel_factor: int) -> Activation:
-    """A member of the Swish family; its slope is negative around ``b x = -2.4``.
-
-    The slope ``s(t)`` of `lipswish` has the derivative ``s'(t) = sigmoid'(t) (2 - t tanh(t / 2))``, which is even, 1/2 at 0,
-    where both factors are largest, and at least ``-0.08``: ``|s'| <= 1/2``. A factor ``b`` comes from ``t = b x``.
-    """
-    return Activation(
-        function,
-        has_beta=True,
-        initial_beta=_INITIAL_BETA,
-        smooth=True,
-        channel_factor=channel_factor,
-        monotone=False,
-        slope_lipschitz=slope_lipschitz,
-    )
-
-
+# The slope s(t) of `lipswish` has the derivative s'(t) = sigmoid'(t) (2 - t tanh(t / 2)), which is even, 1/2 at 0, where both
+# factors are largest, and at least -0.08: |s'| <= 1/2. Slopes of the two outputs of `clipswish` differ by a constant.
+_SWISH_SLOPE = 0.5 / _LIPSWISH_BOUND
 ACTIVATIONS: dict[str, Activation] = {
-    "elu": _fixed("elu", elu, 1.0, convex=True),  # slope exp(min(x, 0)): continuous, its own slope at most 1
-    "softplus": _fixed("softplus", jax.nn.softplus, 0.25, convex=True),  # slope sigmoid(x)
-    "softplus4": _fixed("softplus4", softplus4, 1.0, convex=True),
-    "tanh": _fixed("tanh", jnp.tanh, 4 / (3 * math.sqrt(3))),  # slope 1 - tanh(x)^2, steepest where tanh(x)^2 = 1/3
-    "relu": _fixed("relu", jax.nn.relu, None, convex=True),  # slope 0 or 1
-    "lipswish": _swish_like(lipswish, 0.5 / _LIPSWISH_BOUND, channel_factor=1),
-    # The slopes of both outputs differ by a constant, so they change alike.
-    "clipswish": _swish_like(clipswish, math.sqrt(0.5) / (_LIPSWISH_BOUND * _CLIPSWISH_BOUND), channel_factor=2),
-    "maxmin": _fixed("maxmin", maxmin, None, monotone=False, elementwise=False),
-    "identity": _fixed("identity", identity, 0.0, convex=True),
+    "elu": Activation(elu, 1.0, convex=True),  # slope exp(min(x, 0)): continuous, its own slope at most 1
+    "softplus": Activation(jax.nn.softplus, 0.25, convex=True),  # slope sigmoid(x)
+    "softplus4": Activation(softplus4, 1.0, convex=True),
+    "tanh": Activation(jnp.tanh, 4 / (3 * math.sqrt(3))),  # slope 1 - tanh(x)^2, steepest where tanh(x)^2 = 1/3
+    "relu": Activation(jax.nn.relu, None, convex=True),  # slope 0 or 1
+    "lipswish": Activation(lipswish, _SWISH_SLOPE, _INITIAL_BETA),
+    "clipswish": Activation(clipswish, math.sqrt(2) * _SWISH_SLOPE / _CLIPSWISH_BOUND, _INITIAL_BETA, channel_factor=2),
+    "maxmin": Activation(maxmin, None, elementwise=False),
+    "identity": Activation(identity, 0.0, convex=True),
 }
 
 

@@ -1,4 +1,4 @@
-"""Guaranteed Lipschitz constants of branches, residual blocks and whole models, and the radius that a classifier holds.
+"""Guaranteed Lipschitz constants of branches, residual blocks and whole models.
 
 All of it follows from upper bounds of the layers' norms, see `norms.convolution_certificate`. Results are rounded up.
 """

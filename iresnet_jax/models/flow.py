@@ -5,7 +5,7 @@
 
 `unconstrained` is the way around both, to an ordinary residual network for comparison: no inverse is promised.
 
-Blocks of one stage have one shape, and every array of theirs is stacked on a leading axis. All functions are pure.
+Blocks of one stage have one shape, and each of their arrays is stacked on a leading axis. All functions are pure.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class Block(NamedTuple):
 
 
 Weights = Mapping[str, Block]  # by stage
-Norms = Mapping[str, Mapping[str, Any]]  # by stage and layer, one a block
+Norms = Mapping[str, Mapping[str, Any]]  # by stage and layer, one per block
 
 
 class Constrained(NamedTuple):
@@ -57,7 +57,7 @@ class Constrained(NamedTuple):
 
     Attributes:
         weights: ``{"stage0": Block, ...}``: what `flow_bijection` runs.
-        spectral: Power iterates to go on from, in the form they were given.
+        spectral: Power iterates for the next call, in the form they were given.
         norms: Operator norms before normalisation, estimated or bounded: ``{"stage0": {"conv0": (num_blocks,), ...}, ...}``.
     """
 
@@ -260,8 +260,8 @@ def flow_bijection(
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
         context: Context of every example that the bijection will see, if the model is conditional.
-        unroll: Write blocks out instead of scanning over them; see `unroll_by_default`.
-        rematerialize: What the backward pass computes anew, see `repeat`.
+        unroll: Whether blocks are unrolled instead of scanned; see `unroll_by_default`.
+        rematerialize: What the backward pass recomputes, see `repeat`.
         bfloat16: Whether branches compute in bfloat16 on the way forward and in products with its Jacobian, see
             `Branch.in_bfloat16`. The inverse, closed forms and bounds of truncation are those of the weights as they are.
     """
@@ -291,7 +291,7 @@ def branch_inputs(
     *,
     bfloat16: bool = False,
 ) -> dict[str, Float[Array, "k b ..."]]:
-    """What the branch of every block takes on the way of ``x`` through the flow, by stage, stacked over blocks.
+    """Inputs of the blocks' branches as ``x`` passes through the flow, by stage, stacked over blocks.
 
     Arguments are those of `flow_bijection`.
     """
@@ -310,7 +310,7 @@ def branch_inputs(
 
 
 def unroll_by_default() -> bool:
-    """Whether blocks are better written out: on CPUs, where a training step is then up to 1.7 times as fast."""
+    """Whether it is better to unroll blocks: on CPUs, where a training step is then up to 1.7 times as fast."""
     return platforms.platform() == "cpu"
 
 

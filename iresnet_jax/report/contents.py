@@ -25,7 +25,7 @@ class TrainingTimes:
     """Wall-clock time of a training run; None where its metrics do not tell.
 
     Attributes:
-        steps: Updates behind the evaluated parameters.
+        steps: Number of updates that led to the evaluated parameters.
         total_steps: Updates of the run so far.
         seconds_per_step: Median over the logged windows.
         compile_seconds: Start to end of the first step, of the last process.

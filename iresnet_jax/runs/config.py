@@ -35,10 +35,10 @@ class DataConfig:
 
     name: str = "digits"  # a name that `iresnet_jax.data.load` knows: an image data set, a 2-D toy or a simulator
     data_dir: str | None = None  # folder of TensorFlow Datasets; None is $TFDS_DATA_DIR or its default
-    # Shares of arrays in a file that has not split them; image data sets come with their splits.
+    # Shares of the examples of a file without splits; image data sets come with their splits.
     validation_fraction: Annotated[float, Range("(0, 1)")] = 0.1
     test_fraction: Annotated[float, Range("[0, 1)")] = 0.1
-    condition_on_labels: bool = False  # "density" is p(x | class): the class, as a vector of 0 and 1, is the context
+    condition_on_labels: bool = False  # the class, as a vector of 0 and 1, is the context of a density p(x | class)
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,21 @@ class ModelConfig:
 
     stages: tuple[StageSpec, ...] = (StageSpec(num_blocks=4, hidden=(32, 32), kernel_sizes=(3, 1, 3)),)
     coeff: Annotated[float, Range("(0, 1)")] = 0.9  # largest operator norm c
-    # c limits each layer's norm; the product of the layers of each block; or "network", the Lipschitz constants L_b of all
-    # blocks by prod (1 - L_b) = 1 - c, so that Lip(F^-1) <= 1 / (1 - c) without ActNorm.
+    # What c limits. "layer": the norm of each layer. "block": the product of the norms of each block. "network": the Lipschitz
+    # constants L_b of all blocks together, by prod (1 - L_b) = 1 - c, so that Lip(F^-1) <= 1 / (1 - c); without ActNorm.
     budget: Literal["layer", "block", "network"] = "layer"
     prior: Literal["gaussian", "logistic"] = "gaussian"
     last_scale: NotNegative = 1.0  # initial factor on the last layer of each branch
-    sharp: bool = False  # whether the Swish family starts sharper in a density the wider its layers are
+    sharp: bool = False  # whether activations of the Swish family start sharper in wider layers of a density
 
 
 @dataclass(frozen=True)
 class PreprocessingConfig:
     """The first bijection of a density."""
 
-    # Pixels in [0, 1]: "center", x - 1/2; "logit", logit(alpha + (1 - 2 alpha) x); "equalize", the cumulative histogram of the
-    # training pixels, then the logit. Continuous data: "standardize" each entry, or "whiten" vectors. Either: "none".
+    # For pixels x in [0, 1]: "center" is x - 1/2, "logit" is logit(alpha + (1 - 2 alpha) x), and "equalize" is the cumulative
+    # histogram of the training pixels, then the logit. For continuous data: "standardize" each entry, or "whiten" vectors.
+    # For both: "none".
     transform: Literal["center", "logit", "equalize", "standardize", "whiten", "none"] = "center"
     entrywise: bool = False  # "equalize" with each pixel's own frequency of the most common grey level
     alpha: Annotated[float, Range("(0, 0.5)")] = 0.05
@@ -70,9 +71,9 @@ class PreprocessingConfig:
 class ClassifierConfig:
     """The classifier of objective "classification"."""
 
-    pad_channels: CountOrNone = 0  # channels of zeros behind those of an image: they widen the network
-    mean: tuple[float, ...] = (0.5,)  # pixel mean on [0, 1], one a channel or one for all
-    std: tuple[Positive, ...] = (0.5,)  # pixel standard deviation, one a channel or one for all
+    pad_channels: CountOrNone = 0  # channels of zeros after those of an image: they widen the network
+    mean: tuple[float, ...] = (0.5,)  # pixel mean on [0, 1], one per channel or one for all
+    std: tuple[Positive, ...] = (0.5,)  # pixel standard deviation, one per channel or one for all
     label_smoothing: Decay = 0.0  # also of objective "hybrid"
     # "actnorm" in front of every branch; "batchnorm" in front of every layer inside it makes the ordinary residual network to
     # compare with, which has neither constraint nor inverse.
@@ -99,8 +100,8 @@ class AugmentationConfig:
     """Random changes of training examples: crops and flips of images that are classified, noise on vectors."""
 
     crop_padding: CountOrNone = 0  # largest shift in pixels
-    flip: bool = False  # left to right, every other time
-    noise: NotNegative = 0.0  # on vectors whose density is learned: its standard deviation, in those of their entries
+    flip: bool = False  # left to right, with probability 1/2
+    noise: NotNegative = 0.0  # standard deviation of noise on vectors of a density, relative to that of each entry
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,16 @@ class EvaluationConfig:
 
     logdet: LogdetConfig = LogdetConfig(kind="roulette", num_exact_terms=20)  # noqa: RUF009 (it is frozen)
     batch_size: Count = 256
-    num_dequantisations: Count = 4  # noise draws an image
-    num_probe_draws: Count = 4  # probe draws a noise draw
-    # Largest error of an example's likelihood from its log-determinants, |bias| + standard error in bits/dim or nats, root mean
-    # square over examples: the cheapest exact or estimated log-determinants that reach it replace ``logdet``, which checks
-    # them, and num_probe_draws. 0 evaluates by ``logdet``, or exactly up to 256 dimensions.
+    num_dequantisations: Count = 4  # noise draws per image
+    num_probe_draws: Count = 4  # probe draws per noise draw
+    # Wanted error of an example's likelihood from its log-determinants: |bias| + standard error in bits/dim or nats, root mean
+    # square over examples. The cheapest log-determinants that reach it, exact or estimated, take the place of ``logdet`` and
+    # num_probe_draws, and ``logdet`` checks them. 0 evaluates by ``logdet``, or exactly up to 256 dimensions.
     target_stderr: NotNegative = 0.0
     num_examples: Count = 20_000  # test examples of a toy or simulator; other data use their whole test split
-    # Test contexts of a simulator whose posterior samples a classifier tries to tell from the model's; 0 for none.
+    # Test contexts of a simulator at which a classifier tries to tell true posterior samples from the model's; 0 for none.
     num_posteriors: CountOrNone = 10
-    num_posterior_samples: Annotated[int, Range("[10, inf)")] = 1000  # samples of the model, and of the truth, a context
+    num_posterior_samples: Annotated[int, Range("[10, inf)")] = 1000  # samples per context, of the model and of the truth
     inverse_atol: Positive = 1e-6  # largest Euclidean error of each block's inverse, for every example
 
 
@@ -133,7 +134,7 @@ class ReferencesConfig:
 class Config:
     """All settings of a run."""
 
-    seed: Annotated[int, Range("[0, 4294967296)")] = 0  # JAX would cut off further bits
+    seed: Annotated[int, Range("[0, 4294967296)")] = 0  # of all randomness; JAX would cut off further bits
     # "hybrid" is a density with a prior for every class, "inversion" reconstructs images from measurements.
     objective: Literal["density", "classification", "hybrid", "inversion"] = "density"
     data: DataConfig = field(default_factory=DataConfig)

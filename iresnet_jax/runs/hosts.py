@@ -74,8 +74,8 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
             heartbeat_timeout_seconds=LOST_S,
             shutdown_timeout_seconds=SHUTDOWN_S,
         )
-    except ValueError as error:  # an argument is missing, and no cluster was detected that tells it
-        if is_given:
+    except ValueError as error:
+        if is_given or "be defined" not in str(error):  # otherwise nothing is given and no cluster is there
             needed = "--coordinator_address, --num_processes and --process_id, where no cluster is detected that tells them"
             raise ValueError(f"several processes need {needed}: {error}") from None
     except Exception as error:  # whatever the transport raises

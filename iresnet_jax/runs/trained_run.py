@@ -42,7 +42,7 @@ class Run:
         model: The model, with frozen weights.
         config: Settings that it was trained with.
         fingerprint: Fingerprint of the data that it was trained on.
-        step: Updates behind the parameters.
+        step: Number of updates that led to the parameters.
         notes: Sentences that a reader of any result must know, such as which checkpoint had to be used instead.
     """
 

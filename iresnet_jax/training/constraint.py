@@ -26,12 +26,12 @@ class ConstraintConfig:
     """How training keeps blocks contractions; a trained model is certified in any case."""
 
     # "estimated": norms by power iteration. "certified": guaranteed upper bounds at every step. "none": an ordinary residual
-    # network without inverse, for classification alone.
+    # network without an inverse, for objectives "classification" and "inversion".
     norms: Literal["estimated", "certified", "none"] = "estimated"
-    num_steps: Count = 1  # power iterations a training step; validation iterates until rtol
+    num_steps: Count = 1  # power iterations per training step; validation iterates until rtol
     rtol: Positive = 1e-3  # relative tolerance of the norm in validation
     num_squarings: Annotated[int, Range("[0, 20]")] = 4  # Gram iterations of "certified"
-    # Twists of the embedding behind "certified": "all" is tighter than "one" below 8 x 8 pixels, and four times as dear.
+    # Twists of the embedding behind "certified": "all" is tighter than "one" below 8 x 8 pixels, and takes four times as long.
     twists: Literal["auto", "all", "one"] = "auto"
 
 

@@ -23,15 +23,15 @@ class OptimizerConfig:
 
     # "muon" is steepest descent in the operator norm; .95 is its usual momentum.
     name: Literal["adam", "adamw", "adamax", "muon", "sgd"] = "adam"
-    learning_rate: Positive = 1e-3  # peak
+    learning_rate: Positive = 1e-3  # peak of the schedule
     schedule: Literal["constant", "cosine", "step"] = "cosine"
-    warmup_steps: CountOrNone = 100  # straight line from 0 to the peak
+    warmup_steps: CountOrNone = 100  # steps of the linear warm-up from 0 to the peak
     final_fraction: Annotated[float, Range("[0, 1]")] = 0.0  # end of "cosine", as a fraction of the peak
     boundaries: tuple[Annotated[float, Range("(0, 1)")], ...] = ()  # decays of "step", as fractions of training.total_steps
     decay_factor: Annotated[float, Range("(0, 1]")] = 0.1  # factor of "step" at each boundary
-    weight_decay: NotNegative = 0.0  # kernels alone decay; decoupled from the gradient in "adamw" and "muon"
-    momentum: Decay = 0.9  # "sgd" and "muon"
-    nesterov: bool = False  # "sgd" and "muon"
+    weight_decay: NotNegative = 0.0  # of kernels only; decoupled from the gradient in "adamw" and "muon"
+    momentum: Decay = 0.9  # of "sgd" and "muon"
+    nesterov: bool = False  # of "sgd" and "muon"
     b1: Decay = 0.9  # decay of the first moment in the Adam family, and of "muon" for all but kernels
     b2: Decay = 0.99  # decay of the second moment in the Adam family, and of "muon" for all but kernels
     clip_norm: NotNegative = 1.0  # largest norm of the whole gradient; 0 does not clip

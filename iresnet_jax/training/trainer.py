@@ -30,22 +30,22 @@ class TrainingConfig:
     """The run."""
 
     total_steps: Count = 1000  # updates; warm-up and decay of the learning rate are fractions of them
-    minutes: NotNegative = 0.0  # most wall-clock time, compilation included; 0 is no limit
+    minutes: NotNegative = 0.0  # limit of the wall-clock time, compilation included; 0 is no limit
     patience: CountOrNone = 0  # validations without an improvement after which training ends; 0 never ends it early
     batch_size: Count = 128  # examples of a step over all devices
-    num_parts: Count = 1  # parts of each device's share, computed one after the other: a large batch in the memory of a part
+    num_parts: Count = 1  # parts of each device's share, computed one after the other to save memory
     ema_decay: Decay = 0.999  # moving average of the parameters, which evaluation uses; 0 evaluates the parameters themselves
     actnorm_examples: Count = 1024  # training examples that ActNorm is fitted to
     log_every_steps: Count = 50
     eval_every_steps: Count = 500  # steps between validations, each with a checkpoint
-    eval_examples: Count = 2048  # most validation examples
-    # If validation shows that training exploits what its log-determinant cuts off, logdet.num_terms is raised up to this.
+    eval_examples: Count = 2048  # largest number of validation examples
+    # If validation shows that training exploits the truncation of its log-determinant, logdet.num_terms is raised, up to this.
     max_num_terms: CountOrNone = 20
     blocks: Literal["auto", "scan", "unroll"] = "auto"  # "auto" unrolls blocks on CPUs, where that is faster
     rematerialize: bool = False  # recompute blocks in the backward pass: less memory, more time
     # Branches in bfloat16 in training steps. Parameters, norms and sums stay in float32, as does everything after training.
     bfloat16: bool = False
-    # Products on accelerators; "tensorfloat32" is faster and too coarse to invert.
+    # Precision of matrix products on accelerators; "tensorfloat32" is faster, but too coarse for inverses.
     matmul_precision: Literal["float32", "tensorfloat32", "highest", "high", "default"] = "float32"
 
 

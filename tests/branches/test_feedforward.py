@@ -237,9 +237,38 @@ def test_a_bias_is_the_same_where_results_should_not_overwrite_operands(position
     assert np.ptp(outputs[0]) > 0
 
 
+def test_a_bias_by_pixel_is_a_bias_of_every_pixel_and_leaves_the_jacobian_alone():
+    shared = FeedforwardSpec((3, 2, 1), (4,), (3, 3))
+    by_pixel = FeedforwardSpec((3, 2, 1), (4,), (3, 3), positional_bias=True)
+    weights = by_pixel.initial_weights(jax.random.key(0))
+    assert [weights[layer.name]["bias"].shape for layer in by_pixel.layers] == [(3, 2, 4), (3, 2, 1)]
+    x = jax.random.normal(jax.random.key(1), (2, 3, 2, 1))
+    same = {name: {**layer, "bias": layer["bias"][0, 0]} for name, layer in weights.items()}
+    np.testing.assert_array_equal(by_pixel.apply(weights, x), shared.apply(same, x))
+    shift = jnp.arange(6.0).reshape(3, 2, 1)
+    moved = {**weights, "conv1": {**weights["conv1"], "bias": shift}}
+    difference = by_pixel.apply(moved, x) - by_pixel.apply(weights, x)
+    np.testing.assert_allclose(difference, jnp.broadcast_to(shift, x.shape), atol=1e-5)
+    norms_of = jax.jit(by_pixel.norm_bounds)
+    assert norms_of(moved) == norms_of(weights)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        (lambda: FlowSpec((2,), (StageSpec(1, (4,)),), coeff=1.0), r"coeff must lie in \(0, 1\), got 1.0"),
+        (lambda: FlowSpec((2,), (StageSpec(1, (4,)),), coeff=0.0), r"coeff must lie in \(0, 1\), got 0.0"),
+        (lambda: FlowSpec((2,), ()), "at least one stage"),
+        (lambda: FlowSpec((3,), (StageSpec(1, (4,), factor_out=True),)), "stage 0 factors out half .* has 3"),
+        (lambda: FlowSpec((5, 4, 1), (StageSpec(1, (4,), (3, 3), squeeze=2),)), "stage 0 cannot squeeze"),
+        (lambda: StageSpec(0, (4,)), "num_blocks must be at least 1, got 0"),
+        (lambda: StageSpec(1, (4,), squeeze=0), "squeeze must be a positive factor"),
+        (lambda: FeedforwardSpec((4, 4, 1), (4,)), "a dense branch takes vectors, got examples of shape"),
+        (lambda: FeedforwardSpec((4,), (4,), (3, 3)), "a convolutional branch takes images"),
+        (lambda: FeedforwardSpec((4, 4, 1), (4,), (3,)), "kernel_sizes needs 2 entries"),
+        (lambda: FeedforwardSpec((4, 4, 1), (4,), (3, 3), padding="VALID"), "padding must be SAME or CIRCULAR"),
+        (lambda: FeedforwardSpec((4,), (4,), activation="swish"), "activation must be one of .* got 'swish'"),
+        (lambda: FeedforwardSpec((4,), ()), "hidden must name at least one positive width"),
         (lambda: FlowSpec((5,), (StageSpec(1, hidden=(3,)),), budget="network"), "budget must be one of layer, block"),
         (lambda: training_twists(3, "some"), "twists must be auto, all or one, got 'some'"),
         (lambda: SPECS["dense"].certified({}, {}, coeff=1.1), r"coeff must lie in \(0, 1\), got 1"),

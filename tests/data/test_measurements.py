@@ -28,9 +28,8 @@ def test_the_blur_is_symmetric_and_positive_with_the_eigenvectors_of_the_cosine_
     in_basis = basis @ matrix @ basis.T
     eigenvalues = np.diag(in_basis)
     np.testing.assert_allclose(in_basis, np.diag(eigenvalues), atol=SAME)
-    assert eigenvalues.min() > 0
+    assert 0 < eigenvalues.min() < 0.1  # the problem is ill-posed
     np.testing.assert_allclose(eigenvalues.max(), 1, atol=SAME)
-    assert eigenvalues.min() < 0.1  # the problem is ill-posed
 
 
 def test_images_are_blurred_along_both_axes_and_every_channel_by_itself(x64):
@@ -48,11 +47,11 @@ def test_noise_has_its_standard_deviation_and_depends_on_the_example_alone():
     np.testing.assert_array_equal(measurement.held_out(x[:3], 0, "test", first=7), y[7:10])
     for other in (measurement.held_out(x, 1, "test"), measurement.held_out(x, 0, "validation")):
         assert abs(float(np.mean(other * y))) < 5 * 0.05**2 / np.sqrt(y.size)
-    keys = jax.random.split(jax.random.key(0), 40)
-    assert not bool(jnp.any(measurement.draw(keys, x)[0] == measurement.draw(keys, x)[1]))
+    first, second = measurement.draw(jax.random.split(jax.random.key(0)), x[:2])
+    assert not bool(jnp.any(first == second))
 
 
 @pytest.mark.parametrize(("width", "noise"), [(-1.0, 0.1), (1.0, -0.1), (float("inf"), 0.1)])
 def test_a_measurement_that_cannot_be_is_refused(width, noise):
-    with pytest.raises(ValueError, match="of a measurement must be at least 0 and finite"):
+    with pytest.raises(ValueError, match="at least 0 and finite"):
         Measurement(width, noise)

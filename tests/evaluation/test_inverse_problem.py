@@ -13,8 +13,6 @@ from iresnet_jax.evaluation import inverse_problem, ood
 from iresnet_jax.runs import trained_run
 from iresnet_jax.runs.config import EvaluationConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):

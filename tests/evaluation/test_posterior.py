@@ -28,8 +28,6 @@ from iresnet_jax.runs.from_config import density_spec
 ATOL_F32 = 1e-4  # log-densities in float32, of a flow whose weights are zero
 SETTINGS = EvaluationConfig(batch_size=200, num_posteriors=2, num_posterior_samples=200)
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 LINEAR_FLOW = FlowSpec((10,), (StageSpec(1, hidden=(2,)),), context_dim=10)
 

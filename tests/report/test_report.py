@@ -2,10 +2,7 @@
 
 import json
 
-import pytest
 import tiny_runs as runs
-
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 def test_training_ends_with_a_report_of_images(tmp_path_factory):

@@ -14,9 +14,6 @@ from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.command_line import parse_train_flags
 
-# ml_collections loads config files in a way that Python is going to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def config_files(tmp_path_factory):
@@ -169,7 +166,8 @@ def test_flags_override_fields_and_name_the_workdir_after_the_config(config_file
     assert (flags.config.seed, flags.config.model.stages[0].hidden, flags.debug) == (3, (4,), False)
     assert flags.workdir == Path("runs/toy")
     monkeypatch.chdir(ROOT)
-    assert parse_train_flags(["train.py", "--debug"])[1:3] == (Path("runs/digits_density"), True)
+    flags = parse_train_flags(["train.py", "--debug"])
+    assert (flags.workdir, flags.debug) == (Path("runs/digits_density"), True)
 
 
 # --- the folder of a run ----------------------------------------------------------------------------------------------

@@ -25,9 +25,6 @@ from iresnet_jax.training.trainer import Trainer
 
 STEPS = CompiledSteps()
 
-# ml_collections loads config files in a way that Python is going to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):

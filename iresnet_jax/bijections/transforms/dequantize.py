@@ -42,7 +42,7 @@ def dequantize(
     is strictly below 1 and `quantize` returns ``x`` exactly.
 
     Args:
-        key: One typed key (``jax.random.key``), or one an example, of shape ``(b,)``: an example's noise then does
+        key: One typed key (``jax.random.key``), or one per example, of shape ``(b,)``: an example's noise then does
             not depend on the rest of the batch.
         x: Integers in ``[0, num_levels)``. Others, which cannot be refused under ``jit``, become NaN.
         num_levels: Number of values an entry can take, 2 to 256.
@@ -64,15 +64,19 @@ def dequantize(
         raise ValueError(f"dtype must be float32 or float64, got {dtype}: the others cannot resolve the noise")
     smallest, largest = cells(num_levels, dtype)
 
-    if key.shape:
-        noise = jax.vmap(lambda example_key: jax.random.uniform(example_key, x.shape[1:], dtype))(key)
-    else:
-        noise = jax.random.uniform(key, x.shape, dtype)
+    noise = _uniform(key, x.shape, dtype)
     level = x.astype(jnp.int32)
     index = jnp.clip(level, 0, num_levels - 1)
     # The sum is rounded: in float32 one u in 131072 would lift level 255 to 1. Hence the minimum.
     y = jnp.minimum(jnp.asarray(smallest)[index] + noise / num_levels, jnp.asarray(largest)[index])
     return jnp.where(level == index, y, jnp.nan)
+
+
+def _uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """Numbers in [0, 1), from one key or from one per example."""
+    if key.ndim == 0:
+        return jax.random.uniform(key, shape, dtype)
+    return jax.vmap(lambda own: jax.random.uniform(own, shape[1:], dtype))(key)
 
 
 def quantize(x: Float[Array, "..."], num_levels: int = 256) -> UInt8[Array, "..."]:
@@ -195,10 +199,7 @@ class Grid:
         volume = float(np.sum(np.log(width[on_grid])))
 
         def forward_and_logdet(x, key):
-            def noise(one):
-                return jax.random.uniform(one, x.shape[1:], x.dtype, -0.5, 0.5)
-
-            drawn = jax.random.uniform(key, x.shape, x.dtype, -0.5, 0.5) if key.ndim == 0 else jax.vmap(noise)(key)
+            drawn = _uniform(key, x.shape, x.dtype) - 0.5
             return x + drawn * jnp.asarray(width, x.dtype)[None], jnp.full(len(x), volume, x.dtype), no_logdet_error(x)
 
         def inverse(u):

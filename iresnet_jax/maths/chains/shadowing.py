@@ -49,13 +49,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from iresnet_jax.maths.enclosures.double_double import UNIT
 from iresnet_jax.maths.enclosures.upward_rounding import UP
 
 Array = np.ndarray
 _MARGIN = 2.0**-20  # by which a discriminant that decides must be positive, relative to its terms
-
-assert UNIT < 2.0**-53
 
 
 class Products(NamedTuple):

@@ -15,13 +15,13 @@ from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 class LogdetConfig:
     """An estimator of log-determinants; each kind reads only the fields that name it."""
 
-    # "series" is cut off after num_terms; "roulette" is a series without bias; "krylov" suits blocks that stretch or shrink as
-    # much as they may; "exact" takes the whole Jacobian.
+    # "series": the power series, truncated after num_terms. "roulette": a series without bias. "krylov": Krylov subspaces, for
+    # blocks close to the limit of their constraint. "exact": the whole Jacobian.
     kind: Literal["exact", "series", "roulette", "krylov"] = "series"
     num_terms: Count = 5  # terms of "series", Jacobian products of "krylov"
-    num_probes: Count = 1  # probe vectors an example; all kinds but "exact"
+    num_probes: Count = 1  # probe vectors per example; all kinds but "exact"
     probe: Literal["rademacher", "gaussian"] = "rademacher"
-    exact_trace: bool = True  # the trace in closed form where there is one: less noise, see benchmarks/exact_trace.py
+    exact_trace: bool = True  # whether a trace in closed form replaces its estimate: less noise, see benchmarks/exact_trace.py
     distribution: Literal["poisson", "geometric"] = "poisson"  # random length of "roulette"
     parameter: Positive = 2.0  # mean of "poisson", or success probability of "geometric"
     num_exact_terms: CountOrNone = 2  # terms of "roulette" before its random ones

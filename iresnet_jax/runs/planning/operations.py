@@ -74,14 +74,9 @@ class Operation(NamedTuple):
     kind: str
 
     @property
-    def short_path(self) -> str:
-        """The path without what is around the whole step; the name if there is no path."""
-        return self.path.rpartition("/shard_map/")[2] or self.name
-
-    @property
     def place(self) -> tuple[str, str, str]:
-        """What operations have alike that are the same work at the same place in the code."""
-        return self.kind, self.shape, self.path or self.name
+        """Kind, shape, and path without what is around the whole step, or the name if there is no path."""
+        return self.kind, self.shape, self.path.rpartition("/shard_map/")[2] or self.name
 
 
 def operations(program: str) -> dict[str, Operation]:

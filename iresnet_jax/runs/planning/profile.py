@@ -24,7 +24,7 @@ from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.from_config import build_objective
 from iresnet_jax.runs.machine import device_summary, prepare_backend
 from iresnet_jax.runs.planning import plan
-from iresnet_jax.runs.planning.operations import Operation, operations
+from iresnet_jax.runs.planning.operations import KINDS, PARTS, Operation, operations
 from iresnet_jax.runs.planning.program_costs import flops, has_random_loops
 from iresnet_jax.runs.planning.recording import Recording, Share, read_events, summarize
 from iresnet_jax.training import parallel
@@ -32,7 +32,7 @@ from iresnet_jax.training.objectives.objective import Objective
 from iresnet_jax.training.step import TrainState
 
 WARMUP, FEWEST, MOST, MOST_S = 3, 5, 50, 10.0  # steps that are not timed; that are, at least and at most; seconds for them
-RECORDED = 10
+RECORDED, COSTLIEST = 10, 10  # steps that are recorded, operations that are shown
 MATRIX_SIZE = {"cpu": 2048}  # of the product whose speed is the peak
 LARGE_MATRIX_SIZE = 8192  # on accelerators
 PRODUCTS = 5  # of which the fastest counts
@@ -96,13 +96,14 @@ def _tables(recording: Recording, lanes: str) -> Iterator[str]:
         return f"{name:<34} {1e3 * share.seconds:8.2f} {share.seconds / recording.seconds:7.1%} {runs:>7}{rest}"
 
     yield f"recorded step: {whole}, mean over {lanes}: operations {busy}, idle {idle:.1%}; recording lengthens every run"
-    for title, shares in (("by part", recording.parts), ("by kind of operation", recording.kinds)):
+    for title, attribute, names in (("by part", "part", PARTS), ("by kind of operation", "kind", KINDS)):
         yield f"\n{title:<34} {'ms':>8} {'share':>7} {'runs':>7}"
+        shares = dict.fromkeys(names, Share()) | recording.by(attribute)
         yield from (row(name, share) for name, share in sorted(shares.items(), key=lambda item: -item[1].seconds))
         yield row("idle", Share(idle * recording.seconds))
     yield f"\n{'costliest operations':<34} {'ms':>8} {'share':>7} {'runs':>7}  result, from"
-    for share, each in recording.costliest:
-        yield row(each.kind, share, f"  {_shortened(each.shape, 30)}  {_shortened(each.short_path, 90)}")
+    for (kind, shape, path), share in itertools.islice(recording.by("place").items(), COSTLIEST):
+        yield row(kind, share, f"  {_shortened(shape, 30)}  {_shortened(path, 90)}")
     yield ""
 
 

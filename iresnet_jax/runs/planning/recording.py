@@ -6,12 +6,10 @@ A lane is what one operation runs on at a time: a CPU core or an accelerator.
 import itertools
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from iresnet_jax.runs.planning.operations import KINDS, PARTS, Operation
-
-COSTLIEST = 10
 
 
 class Share(NamedTuple):
@@ -31,20 +29,24 @@ class Recording(NamedTuple):
 
     Attributes:
         seconds: From the first operation to the last, divided by the steps.
-        parts: What operations take by `PARTS`.
-        kinds: The same by `KINDS`.
-        costliest: What operations of one kind, shape and place in the code took, with one of them; at most `COSTLIEST`.
+        operations: What every operation takes.
     """
 
     seconds: float
-    parts: dict[str, Share]
-    kinds: dict[str, Share]
-    costliest: tuple[tuple[Share, Operation], ...]
+    operations: tuple[tuple[Operation, Share], ...]
+
+    def by(self, attribute: str) -> dict[Any, Share]:
+        """What operations take together that have an attribute of `Operation` in common, the most first."""
+        total: defaultdict[Any, Share] = defaultdict(Share)
+        for operation, share in self.operations:
+            before = total[getattr(operation, attribute)]
+            total[getattr(operation, attribute)] = Share(before.seconds + share.seconds, before.runs + share.runs)
+        return dict(sorted(total.items(), key=lambda item: -item[1].seconds))
 
     @property
     def busy_seconds(self) -> float:
         """Time in operations; one that is spread over several cores counts for one of them."""
-        return sum(share.seconds for share in self.parts.values())
+        return sum(share.seconds for _, share in self.operations)
 
     @property
     def idle_share(self) -> float:
@@ -107,32 +109,15 @@ def summarize(
     if not events:
         return None
     runs = Counter(event.name for event in events)
-    took = [
+    took = tuple(
         (
             known.get(name) or Operation(name, "", "", PARTS[-1], KINDS[-1]),
             Share(seconds / (num_steps * num_lanes), runs[name] / (num_steps * num_devices)),
         )
         for name, seconds in self_seconds(events).items()
-    ]
-    parts, kinds = _by(took, lambda each: each.part), _by(took, lambda each: each.kind)
-    alike, some = _by(took, lambda each: each.place), {each.place: each for each, _ in took}
-    costliest = sorted(alike.items(), key=lambda item: -item[1].seconds)[:COSTLIEST]
-    whole = max(event.start + event.duration for event in events) - min(event.start for event in events)
-    return Recording(
-        1e-9 * whole / num_steps,
-        {part: parts[part] for part in PARTS},
-        {kind: kinds[kind] for kind in KINDS},
-        tuple((share, some[place]) for place, share in costliest),
     )
-
-
-def _by(took: list[tuple[Operation, Share]], key: Callable[[Operation], Any]) -> defaultdict[Any, Share]:
-    """What operations with the same key take together."""
-    total: defaultdict[Any, Share] = defaultdict(Share)
-    for operation, share in took:
-        before = total[key(operation)]
-        total[key(operation)] = Share(before.seconds + share.seconds, before.runs + share.runs)
-    return total
+    whole = max(event.start + event.duration for event in events) - min(event.start for event in events)
+    return Recording(1e-9 * whole / num_steps, took)
 
 
 def self_seconds(events: list[Event]) -> dict[str, float]:

@@ -30,14 +30,14 @@ from iresnet_jax.training.step import Loss, StepKeys, TrainState
 class HybridConfig:
     """Objective "hybrid", which minimises cross-entropy + lambda bits/dim, or nats instead for continuous data.
 
-    A weight lambda of ``D log 2`` for images of D dimensions, and of 1 for continuous data, is the likelihood of data and
-    labels; a smaller weight pays more attention to the labels.
+    With ``lambda = D log 2`` for images of D dimensions, or 1 for continuous data, the loss is the joint likelihood of data and
+    labels. A smaller lambda emphasises the labels.
     """
 
     weight: NotNegative = 1.0  # lambda after the ramp
     initial_weight: NotNegative = 1.0  # lambda at step 0, if there is a ramp
-    ramp_steps: CountOrNone = 0  # steps of the straight line between them; 0 for no ramp
-    # Priors start from the moments of their class' latents instead of equal: the first step has an LDA to improve on.
+    ramp_steps: CountOrNone = 0  # steps of the linear ramp between them; 0 for no ramp
+    # Whether priors start from the moments of their classes' latents, as in linear discriminant analysis, instead of equal.
     fitted_priors: bool = False
 
     def weight_of_step(self) -> Callable[[Any], Any]:

@@ -1,4 +1,4 @@
-"""Affine transforms of continuous data: dense Jacobians, covariances, Lipschitz constants, few examples."""
+"""Affine transforms of continuous data: Lipschitz constants, covariances, few examples."""
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +16,11 @@ TRANSFORMS = {"standardize": Standardize.fit(DATA), "whiten": Whiten.fit(DATA)}
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_round_trip_and_logdet_of_the_dense_jacobian(x64, name):
-    bijection, x = TRANSFORMS[name].bijection(), jnp.asarray(DATA[:3])
-    y, logdet, _ = bijection.forward_and_logdet(x, None)
-    back, logdet_inverse, _, info = bijection.inverse_and_logdet(y, None)
-    np.testing.assert_allclose(back, x, rtol=EXACT, atol=EXACT)
-    np.testing.assert_allclose(bijection.inverse(bijection.forward(x))[0], x, rtol=EXACT, atol=EXACT)
-    np.testing.assert_allclose(logdet_inverse, -logdet, rtol=EXACT)
-    jacobian = jax.jacfwd(lambda one: bijection.forward(one[None])[0])(x[0])
-    np.testing.assert_allclose(logdet, np.linalg.slogdet(np.asarray(jacobian))[1], rtol=EXACT)
-    assert np.all(info.error_bound == 0)
-    values = np.linalg.svd(np.asarray(jacobian), compute_uv=False)
-    bounds = TRANSFORMS[name].bilipschitz()
+def test_lipschitz_constants_are_those_of_the_jacobian(x64, name):
+    jacobian = jax.jacfwd(lambda one: TRANSFORMS[name].bijection().forward(one[None])[0])(jnp.asarray(DATA[0]))
+    values, bounds = np.linalg.svd(np.asarray(jacobian), compute_uv=False), TRANSFORMS[name].bilipschitz()
     assert values[0] <= bounds.forward <= 1.001 * values[0]
     assert 1 / values[-1] <= bounds.inverse <= 1.001 / values[-1]
-    assert bijection.inverse_lipschitz == bounds.inverse
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -49,15 +39,8 @@ def test_standardized_data_have_mean_0_and_variance_1_and_whitened_ones_no_corre
         np.testing.assert_allclose(y.var(axis=0), 1, atol=2e-2)  # correlations shrink by about 1/5000
         off = np.corrcoef(y.T)[~np.eye(4, dtype=bool)]
         assert (np.abs(off).max() < 2e-2) == (name == "whiten")
-
-
-def test_images_have_one_scale_a_channel():
     images = RNG.normal(size=(50, 4, 4, 2)) * [1, 5] + [3, 0]
-    transform = Standardize.fit(images)
-    np.testing.assert_allclose(transform.scale, images.reshape(-1, 2).std(axis=0), rtol=EXACT)
-    y, logdet, _ = transform.bijection().forward_and_logdet(jnp.asarray(images[:2], jnp.float32), None)
-    np.testing.assert_allclose(logdet, -16 * np.log(transform.scale).sum(), rtol=SINGLE)
-    np.testing.assert_allclose(y, (images[:2] - transform.mean) / transform.scale, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(Standardize.fit(images).scale, images.reshape(-1, 2).std(axis=0), rtol=EXACT)
 
 
 def test_few_examples_shrink_to_a_factor_that_exists():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from image_sets import assert_holds, examples
 from PIL import Image
@@ -134,7 +135,6 @@ def test_data_dir_goes_before_the_environment(root, tmp_path):
 
 def test_colour_images_with_other_features(root):
     train, test = examples(NUM_TRAIN, (32, 32, 3)), examples(NUM_TEST, (32, 32, 3), seed=1)
-
     features = {"id": feature("Text", text={}), "image": image_feature(32, 32, 3), "label": LABEL}
     records = {"train": records_of(*train, id=b"x"), "test": records_of(*test, id=b"x")}
     write(root / "cifar10" / "3.0.2", records, features)
@@ -143,11 +143,10 @@ def test_colour_images_with_other_features(root):
 
 def test_downsampled_imagenet_has_no_labels_and_no_test_split(root):
     (train, _), (valid, _) = examples(NUM_TRAIN, (32, 32, 3)), examples(NUM_TEST, (32, 32, 3), seed=1)
-    content = {
-        split: [example({"image": png(i)}) for i in images] for split, images in (("train", train), ("validation", valid))
-    }
+    records = {"train": [example({"image": png(image)}) for image in train]}
+    records |= {"validation": [example({"image": png(image)}) for image in valid]}
     features = {"image": image_feature(-1, -1, 3)}  # TFDS does not fix its size
-    write(root / "downsampled_imagenet" / "32x32" / "2.0.0", content, features, supervised=None)
+    write(root / "downsampled_imagenet" / "32x32" / "2.0.0", records, features, supervised=None)
     loaded = data.load("downsampled_imagenet/32x32")
     assert_holds(loaded, (train, None), (valid, None))
     assert loaded.num_classes is None
@@ -162,8 +161,6 @@ def test_newest_version_unless_one_is_named(root):
 
 
 def test_default_configuration_is_found(root):
-    import tensorflow_datasets as tfds
-
     write_mnist(Path(tfds.builder("emnist", data_dir=root).data_path))
     assert root / "emnist" / "byclass" in next(root.rglob("dataset_info.json")).parents
     assert_holds(data.load("emnist"), TRAIN, TEST)
@@ -187,11 +184,8 @@ def test_real_mnist(tmp_path, monkeypatch):
         pytest.skip(f"no mnist in array_record under TFDS_DATA_DIR={REAL_DATA_DIR}")
     monkeypatch.setenv("IRESNET_JAX_CACHE_DIR", str(tmp_path / "cache"))
     loaded = data.load("mnist", data_dir=REAL_DATA_DIR)
-    assert {split: images.shape for split, images in loaded.examples.items()} == {
-        "train": (55_000, 28, 28, 1),
-        "validation": (5000, 28, 28, 1),
-        "test": (10_000, 28, 28, 1),
-    }
+    sizes = {split: len(images) for split, images in loaded.examples.items()}
+    assert sizes == {"train": 55_000, "validation": 5000, "test": 10_000}
     published = np.concatenate([loaded.examples["train"], loaded.examples["validation"]])
     assert published.mean() / 255 == pytest.approx(0.1307, abs=5e-5)
     assert published.std() / 255 == pytest.approx(0.3081, abs=5e-5)
@@ -201,34 +195,22 @@ def test_real_mnist(tmp_path, monkeypatch):
 # Mistakes -----------------------------------------------------------------------------------------------------------------
 
 
-def damaged_records(folder):
-    path = folder / "mnist-train.array_record-00000-of-00001"
-    path.write_bytes(b"\0" * path.stat().st_size)
+def changed(file, change):
+    return lambda folder: (folder / file).write_bytes(change((folder / file).read_bytes()))
 
 
-def short_records(folder):
-    path = folder / "mnist-train.array_record-00000-of-00001"
-    path.write_bytes(path.read_bytes()[:-70_000])
-
-
-def description(content):
-    return lambda folder: (folder / "dataset_info.json").write_bytes(content)
-
-
-def other_format(folder):
-    path = folder / "dataset_info.json"
-    path.write_text(path.read_text().replace('"array_record"', '"tfrecord"'))
+RECORDS, INFO = "mnist-train.array_record-00000-of-00001", "dataset_info.json"
 
 
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (damaged_records, ""),
-        (short_records, "should be at least 64KB"),
-        (description(b"\xff\xfe{}"), "can't decode"),
-        (description(b"{"), "Failed to load JSON"),
-        (description(b"[]"), "version"),
-        (other_format, "already prepared at .* in the FileFormat.TFRECORD format"),
+        (changed(RECORDS, lambda content: bytes(len(content))), ""),
+        (changed(RECORDS, lambda content: content[:-70_000]), "should be at least 64KB"),
+        (changed(INFO, lambda content: b"\xff\xfe{}"), "can't decode"),
+        (changed(INFO, lambda content: b"{"), "Failed to load JSON"),
+        (changed(INFO, lambda content: b"[]"), "version"),
+        (changed(INFO, lambda content: content.replace(b"array_record", b"tfrecord")), "in the FileFormat.TFRECORD format"),
     ],
 )
 def test_what_cannot_be_read_is_to_be_prepared_again(root, damage, problem):
@@ -251,47 +233,42 @@ def test_images_without_classes_to_learn(root):
 
 @pytest.fixture
 def tensorflow(monkeypatch):
-    """Makes TensorFlow look installed or not."""
+    """Makes TensorFlow look installed, with a function in place of TFDS's preparation, or not installed."""
     real = importlib.util.find_spec
 
-    def pretend(installed):
-        spec = importlib.util.spec_from_loader("tensorflow", None) if installed else None
+    def pretend(prepare=None):
+        spec = importlib.util.spec_from_loader("tensorflow", None) if prepare else None
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: spec if name == "tensorflow" else real(name, *a))
+        monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", prepare)
 
     return pretend
 
 
 def test_unprepared_without_tensorflow_says_what_to_install(root, tensorflow):
-    tensorflow(False)
+    tensorflow()
     with pytest.raises(ValueError, match=rf"kmnist is not prepared in {root}, .* 'iresnet_jax\[prepare\]'"):
         data.load("kmnist")
     assert not root.exists()
 
 
-def test_unprepared_with_tensorflow_is_prepared_once(root, tensorflow, monkeypatch):
-    import tensorflow_datasets as tfds
-
+def test_unprepared_with_tensorflow_is_prepared_once(root, tensorflow):
     prepared = []
 
-    def download_and_prepare(builder, *, file_format):
+    def prepare(builder, *, file_format):
         prepared.append(file_format)
         write_mnist(Path(builder.data_path))
 
-    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", download_and_prepare)
-    tensorflow(True)
-    assert_holds(data.load("kmnist"), TRAIN, TEST)
-    assert_holds(data.load("kmnist"), TRAIN, TEST)
+    tensorflow(prepare)
+    for _ in range(2):
+        assert_holds(data.load("kmnist"), TRAIN, TEST)
     assert prepared == ["array_record"]
 
 
-def test_failure_to_prepare_is_one_sentence(root, tensorflow, monkeypatch):
-    import tensorflow_datasets as tfds
-
-    def download_and_prepare(builder, *, file_format):
+def test_failure_to_prepare_is_one_sentence(root, tensorflow):
+    def prepare(builder, *, file_format):
         raise ConnectionError("Max retries exceeded\n with url: /kmnist")
 
-    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", download_and_prepare)
-    tensorflow(True)
+    tensorflow(prepare)
     with pytest.raises(RuntimeError, match=rf"download and prepare kmnist in {root}: Max retries exceeded with url: /kmnist"):
         data.load("kmnist")
 
@@ -306,6 +283,6 @@ def test_failure_to_prepare_is_one_sentence(root, tensorflow, monkeypatch):
     ],
 )
 def test_unknown_versions_and_other_kinds_of_data_are_refused_before_any_download(root, tensorflow, name, message):
-    tensorflow(True)
+    tensorflow(lambda builder, *, file_format: pytest.fail("it was downloaded"))
     with pytest.raises(ValueError, match=message):
         data.load(name)

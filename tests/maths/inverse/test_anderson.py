@@ -183,11 +183,3 @@ def test_a_result_does_not_depend_on_batch_mates_or_their_order(x64):
     for i in range(len(y)):
         for alone, other in zip(jax.tree.leaves(solve(y[i : i + 1])), jax.tree.leaves(together), strict=True):
             np.testing.assert_allclose(alone[0], other[i], rtol=1e-12, atol=1e-14)
-
-
-def test_refining_with_weights_in_float64(x64):
-    slopes = jnp.asarray([[0.5, -0.7, 0.2]])
-    branch = CallableBranch(lambda x: slopes * jnp.tanh(x), lipschitz_bound=0.7)
-    x, info = jax.jit(lambda y: residual.inverse(branch, y, Solver(atol=1e-12, refine=True)))(jnp.ones((2, 3)))
-    assert info.converged.all()
-    np.testing.assert_allclose(x + slopes * jnp.tanh(x), 1, atol=1e-12)

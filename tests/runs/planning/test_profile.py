@@ -101,7 +101,7 @@ EXPECTED = {
 def test_operations_are_read_from_a_program():
     found = operations(PROGRAM)
     assert {name: (found[name].shape, found[name].part, found[name].kind) for name in EXPECTED} == EXPECTED
-    assert found["fusion.2"].short_path == "jvp(log_determinant)/dot_general"
+    assert found["fusion.2"].place == (PRODUCT, "f32[8,8]", "jvp(log_determinant)/dot_general")
 
 
 # --- times ----------------------------------------------------------------------------------------------------------
@@ -118,16 +118,11 @@ def test_times_are_means_over_steps_and_lanes():
     events = [Event(0, "add.1", 100, 6), Event(0, "add.2", 110, 2), Event(1, "add.1", 104, 4), Event(1, "unknown", 112, 8)]
     made = summarize(events, known, num_steps=2, num_lanes=4, num_devices=2)
     assert made.seconds == pytest.approx(10e-9)
-    assert {name: share for name, share in made.parts.items() if share.runs} == {
-        FORWARD: pytest.approx((1.5e-9, 0.75)),
-        OTHER: pytest.approx((1e-9, 0.25)),
-    }
-    assert {name: share for name, share in made.kinds.items() if share.runs} == {
-        ELEMENTWISE: pytest.approx((1.5e-9, 0.75)),
-        LOOP: pytest.approx((1e-9, 0.25)),
-    }
+    known_ones, unknown = pytest.approx((1.5e-9, 0.75)), pytest.approx((1e-9, 0.25))
+    assert made.by("part") == {FORWARD: known_ones, OTHER: unknown}
+    assert made.by("kind") == {ELEMENTWISE: known_ones, LOOP: unknown}
     assert made.idle_share == pytest.approx(0.75)
-    assert [(operation.path, share.runs) for share, operation in made.costliest] == [("jvp()/add", 0.75), ("", 0.25)]
+    assert [(place[2], share.runs) for place, share in made.by("place").items()] == [("jvp()/add", 0.75), ("unknown", 0.25)]
 
 
 def test_without_events_a_profile_says_so():
@@ -204,14 +199,13 @@ def test_the_command_prints_tables_that_add_up_and_writes_the_trace(tmp_path, ca
     found = made.recording
     assert made.batch_size == 32
     assert 0 < made.share_of_peak <= 1
-    of_parts, of_kinds = ({name: share.seconds for name, share in each.items()} for each in (found.parts, found.kinds))
+    of_parts, of_kinds = ({name: share.seconds for name, share in found.by(each).items()} for each in ("part", "kind"))
     assert found.busy_seconds == pytest.approx(sum(of_parts.values()))
     assert found.busy_seconds == pytest.approx(sum(of_kinds.values()))
-    assert 0 < sum(share.seconds for share, _ in found.costliest) <= found.busy_seconds
     assert all(seconds >= 0 for seconds in [*of_parts.values(), *of_kinds.values()])
     assert all(of_parts[part] > 0 for part in PARTS if part != OTHER)
-    assert of_parts[OTHER] < 0.2 * found.busy_seconds
-    assert of_kinds[CONVOLUTION] + of_kinds[PRODUCT] > 0
+    assert of_parts.get(OTHER, 0) < 0.2 * found.busy_seconds
+    assert of_kinds.get(CONVOLUTION, 0) + of_kinds.get(PRODUCT, 0) > 0
     assert "32 examples on 2 x cpu" in out
     assert out.endswith(f"trace: {folder}\n")
     for title in ("by part", "by kind of operation", "costliest operations", "idle"):

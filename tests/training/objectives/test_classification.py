@@ -28,8 +28,6 @@ from iresnet_jax.training.objectives import classification
 
 SAME = 1e-5  # the same maths by another route, float32
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 @pytest.fixture
 def config():

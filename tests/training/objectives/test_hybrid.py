@@ -31,8 +31,6 @@ from iresnet_jax.training.objectives.hybrid import HybridConfig
 SAME = 1e-5  # the same maths by another route, float32
 K, D = 3, 2
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 @pytest.fixture
 def config():

@@ -22,8 +22,6 @@ from iresnet_jax.training.objectives import inversion
 
 ITERATION = 1e-6  # gradients through an iteration, float64
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 # --- the loss and its gradient ----------------------------------------------------------------------------------------
 
