@@ -123,7 +123,8 @@ def _fit_in_memory(config: Config, data: DataSet, say: "_Lines | None") -> tuple
     with StopRequests() as stop:
         trainer.run(batches(config, objective.examples, 0), lambda: stop.received is not None)
     best = trainer.best or Best(math.inf, trainer.step, trainer.state.ema, trainer.state.batch_stats)
-    model = certified_model(spec, *jax.device_put((best.ema, best.batch_stats)), build_solver(config.evaluation))
+    params, batch_stats = jax.device_put((best.ema, best.batch_stats))
+    model = certified_model(spec, params, batch_stats, build_solver(config.evaluation))
     said = f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}" if stop.received else ""
     return model.with_(history=History.from_records(trainer.records, best.step)), said
 

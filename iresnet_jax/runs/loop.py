@@ -183,6 +183,7 @@ class _TrainerOnDisk(Trainer):
         def restore():
             found.append(self._checkpoints.restore_latest(fresh) or (fresh, 0))
             step = found[0][1]
+            assert self._writer is not None  # process 0 has one
             self._writer.truncate_after(step)
             records = [record for record in read_metrics(self._workdir) if record["split"] == "validation"]
             return step, [self._objective.selection(record) for record in records]

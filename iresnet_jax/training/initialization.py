@@ -67,7 +67,7 @@ def initial_variables(
         return _created(spec, module, constraint, key_init, jnp.zeros((2, *spec.flow.event_shape)))[0]
     x, context, labels = examples_of(key_data)
     if isinstance(spec, ClassifierSpec):
-        inputs = (_preprocess(Classifier(spec, {}, {}, {}), x),)
+        inputs: tuple[Any, ...] = (_preprocess(Classifier(spec, {}, {}, {}), x),)
         if not spec.is_bijective:
             return _program(module)(key_init, *inputs)
     else:
