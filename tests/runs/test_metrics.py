@@ -151,7 +151,7 @@ def test_progress_shows_values_step_time_and_time_left_on_a_terminal(monkeypatch
         progress.update(50, {"bits/dim": 3.4567})
         progress.update(100, {"bits/dim": 3.25})
     if shown and terminal.isatty():
-        for part in ("50/100", "bits/dim 3.457", "bits/dim 3.25", "/step", "100%", "<00:00"):
+        for part in ("50/100", "bits/dim 3.457", "bits/dim 3.25", "step/s", "100%", "<00:00"):
             assert part in terminal.getvalue()
     else:
         assert terminal.getvalue() == ""
