@@ -71,7 +71,8 @@ def names_of_the_package() -> str:
     """The page of what ``import iresnet_jax as ir`` gives, read from its imports."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
     rows = ["| name | what it is |", "|---|---|"]
-    for node in tree.body:
+    late = [node for block in tree.body if isinstance(block, ast.If) for node in block.body]  # imported on first use
+    for node in [*tree.body, *late]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("iresnet_jax"):
             for alias in node.names:
                 target = f"{node.module}.{alias.name}"

@@ -50,7 +50,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "output": {"metavar": "PATH", "help": "where to write (model.npz in the workdir, or a new folder for a trace)"},
     "topology": {"required": True, "help": "v5e:4x8 and other TPU topologies; cuda:8 for eight GPUs"},
-    "largest-batch": {"action": "store_true", "help": "find the largest batch that fits, in several compilations"},
+    "largest-batch": {
+        "action": "store_true",
+        "default": False,
+        "help": "find the largest batch that fits, in several compilations",
+    },
 }
 
 
@@ -124,7 +128,7 @@ def make_parser() -> Parser:
         options = parsers.add_parser(name, help=command.help, description=command.help + others)
         for option in command.options.split():
             flag, _, default = option.partition("=")
-            settings = OPTIONS[flag] | ({"default": int(default)} if default else {})
+            settings = OPTIONS[flag] | (dict[str, Any](default=default) if default else {})
             options.add_argument(f"--{flag}", **settings)
         options.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser

@@ -65,7 +65,44 @@ def fit(
     workdir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Density | Classifier:
-    """Trains a model of an array; see ``iresnet_jax.fit``, which this is."""
+    """Trains a model of an array: the density of ``x``, the classes of ``x``, or the density of ``x`` given a context.
+
+    Settings are chosen from the shape, the number and the kind of the examples. The loop is that of ``train.py``: a tenth of
+    the examples validate, the parameters are averaged, training ends early once validation no longer improves, and the model is
+    the best one on validation, certified. Floats are continuous; integer images are levels; integer entries of vectors, and
+    floats on a grid, are dequantised. A density of fewer than 2000 vectors is trained twice, with and without
+    noise on the examples, which prevents overfitting, and validation chooses. Needs ``pip install 'iresnet_jax[train]'``.
+
+    Ctrl-C ends training, in a notebook too, and gives the best model so far.
+
+    Args:
+        x: Vectors ``(n, d)`` or images ``(n, h, w, c)``.
+        labels: Classes, integers from 0 on, one per example.
+        context: Context vectors ``(n, k)``: the model is then ``p(x | context)``.
+        key: Source of all randomness; key 0 by default.
+        minutes: Longest time for training, compilation included; 3 by default. Fewer than 2000 vectors need less.
+        steps: Number of updates instead of a time, in one run that can be repeated, to the last bit on one machine.
+        objective: "density", "classification" or "hybrid" (both in one); by default "density" without labels, and with labels
+            "classification" of images and "hybrid" of vectors.
+        architecture: Stages of the flow.
+        validation_fraction: Share of the examples that validates.
+        validation: Examples that validate instead of a share of ``x``: an array like ``x``, or with labels or contexts
+            ``(x, labels, context)``. The first 4096 count.
+        settings: Other settings of a config file by their names, such as ``{"optimizer.learning_rate": 1e-3}``.
+        workdir: Folder for checkpoints and metrics, from which the same call resumes after an interruption; temporary by
+            default.
+        progress: Whether lines of progress are written to stderr.
+
+    Returns:
+        The model, with what training saw in its ``history``.
+
+    Raises:
+        ValueError: If arrays or settings do not fit together, or an entry of ``x`` has no density; the message names it.
+
+    Example:
+        >>> model = fit(x, minutes=3)  # doctest: +SKIP
+        >>> samples, info = model.sample(jax.random.key(1), 16)  # doctest: +SKIP
+    """
     keep_compiled_programs()
     arrays: Arrays | dict[str, Arrays] = _arrays(x, labels, context)
     if validation is not None:

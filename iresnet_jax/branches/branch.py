@@ -1,7 +1,7 @@
 """A residual branch as a value: ``g(x; context)`` with its weights, and what is known about it.
 
 A kind of branch is a `BranchSpec`: an architecture without weights, in one file of this folder. From weights it makes a
-`Branch`, which estimators, solvers and certificates take without asking what kind it is. A kind of one's own needs
+`Branch`, which estimators, solvers and certificates take without asking what kind it is. Your own kind needs
 `BranchSpec.initial_weights`, `BranchSpec.apply` and `BranchSpec.lipschitz_bound`, and one line in `kinds`.
 """
 
@@ -71,7 +71,7 @@ class Branch:
             iteration, "user" for what a kind says of itself, "none" for weights without a constraint.
         norms: Guaranteed operator norms of the layers, if they were computed.
         gain: Factor on ``g``, by which a kind that scales its output is brought into the budget; None is 1.
-        context: Contexts that the branch depends on, one an example, see `given`.
+        context: Contexts that the branch depends on, one per example, see `given`.
         bfloat16: Whether ``g`` computes in bfloat16. What is known in closed form is that of the weights as they are.
     """
 
@@ -147,8 +147,8 @@ class Constrained(NamedTuple):
     """A branch within its budget.
 
     Attributes:
-        branch: The branch, whose Lipschitz constant is within the budget as far as its norms are right.
-        iterates: Power iterates to go on from, in the form they were given; empty if none were used.
+        branch: The branch, whose Lipschitz constant is within the budget if its norms are right.
+        iterates: Power iterates for the next call, in the form they were given; empty if none were used.
         norms: Operator norm of every layer before it was scaled: estimated, or bounded from above.
     """
 
@@ -237,7 +237,7 @@ class BranchSpec:
 
     @property
     def knows(self) -> frozenset[str]:
-        """Names of the methods that exist and pay: "trace", "jacobian", "logdet", "diagonal", of ``(weights, x, context)``."""
+        """Names of the closed forms that save time: "trace", "jacobian", "logdet", "diagonal", of ``(weights, x, context)``."""
         return frozenset()
 
     def largest_diagonal(self, weights: Weights) -> Float[Array, ""]:
@@ -246,7 +246,11 @@ class BranchSpec:
 
     @property
     def layers(self) -> "tuple[LayerSpec, ...]":
-        """The linear layers of a branch that is a chain of them and of activations, which is what certificates can follow."""
+        """The linear layers of a branch that is a chain of them and of activations, which is what certificates can follow.
+
+        Such a kind is `LayerSpec.apply` of one layer after the other. The weights of a layer stand under its name, and so does
+        its guaranteed norm in `Branch.norms`.
+        """
         return ()
 
     @property

@@ -5,18 +5,15 @@
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from iresnet_jax.bijections.reshape import flatten
 from iresnet_jax.bijections.transforms.dequantize import Grid, certain_levels
 from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.certification.inverse import InverseCertificate, inverse
-from iresnet_jax.certification.problem import check_certified
+from iresnet_jax.certification.prepared import check, vectors_of
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Contexts, Density
@@ -89,7 +86,7 @@ def decode(
         >>> x, info = certify.decode(model, z)  # doctest: +SKIP
         >>> info.error_bound, info.certain.all(), info.certificate.applied  # doctest: +SKIP
     """
-    _check(model, z, context)
+    check(model, z, context)
     decoded = to_data(model, jnp.asarray(z), context=context)
     return decoded.data, certified(model, decoded, context=context)
 
@@ -104,18 +101,14 @@ def to_data(
         z: Latents, features or measurements, in their own shape or as vectors in the order of the flow's outputs.
         context: Contexts of a conditional density.
     """
+    latents = jnp.asarray(vectors_of(model, z))
     if isinstance(model, Density):
-        x, info = model.flow(context).inverse(z)
+        x, info = model.flow(context).inverse(latents)
         u = model.continuous_of_input(x)
-        return Decoded(z, x, u, model.round_to_data(u), info)
-    if isinstance(model, Classifier):
-        z = flatten(z)
-        x, info = model.flow().inverse(z)
-        images = model.spec.unpad(x)
-        return Decoded(z, x, images, images, info)
-    z = z if z.ndim == 2 else model.as_latents(z)
-    x, info = model.flow().inverse(z)
-    return Decoded(z, x, x, x, info)
+        return Decoded(latents, x, u, model.round_to_data(u), info)
+    x, info = model.flow().inverse(latents)
+    images = model.spec.unpad(x) if isinstance(model, Classifier) else x
+    return Decoded(latents, x, images, images, info)
 
 
 def certified(
@@ -126,8 +119,6 @@ def certified(
     Raises:
         ValueError: For the reasons of `decode`.
     """
-    _check(model, decoded, context)
-    context = None if context is None else jnp.asarray(context)
     certificate = inverse(model, decoded.latents, decoded.flow_input, context=context)
     x, u, data = (np.asarray(part) for part in (decoded.flow_input, decoded.continuous, decoded.data))
     transform: Any = Identity()
@@ -149,12 +140,6 @@ def certified(
     bound = enclosure.distance_bound(u, certificate.error_bound)
     info = decoded.info
     return CertifiedInfo(info.num_evals, info.residual, bound, info.converged, certain, certificate)
-
-
-def _check(model: Density | Classifier | Reconstructor, *arrays: Any) -> None:
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model, arrays))):
-        raise ValueError("certificates are computed on the host, outside of jit, vmap and grad: call certify out there")
-    check_certified(model)
 
 
 def _pixels(num_levels: int, channels: int) -> Grid:

@@ -7,25 +7,24 @@ Bounds are computed on the host's CPU in float64 and double-double and cover all
 of IEEE arithmetic are trusted, no elementary function and no linear solver is.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.certification.dense_linearization import linearize, newton_steps, products_of
-from iresnet_jax.certification.problem import Problem, check_certified
-from iresnet_jax.certification.step_norms import chained, newton_step, step_norms
+from iresnet_jax.certification.banded import step_norms
+from iresnet_jax.certification.passes import newton_step
+from iresnet_jax.certification.prepared import PreparedFlow, in_parts, prepared, vectors_of
+from iresnet_jax.certification.products import linearize, newton_step_by_inverses, products_at
 from iresnet_jax.certification.trajectory import Residuals, ending_at, follow, go_back, residuals
 from iresnet_jax.maths.chains import shadowing
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.upward_rounding import UP
-from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.models.density import Density
-from iresnet_jax.models.reconstructor import Reconstructor
+from iresnet_jax.models.density import Contexts
+from iresnet_jax.models.model import Model
 
 _MAX_LINEARIZATIONS, _MAX_STEPS = 4, 6
 _GOOD_ENOUGH = 1e-3  # of the bound, for the part that comes from the refined trajectory
@@ -60,11 +59,11 @@ class InverseCertificate(NamedTuple):
 
 
 def inverse(
-    model: Density | Classifier | Reconstructor,
+    model: Model,
     y: Float[Array, "b ..."] | Float[np.ndarray, "b ..."],
     x: Float[Array, "b ..."] | Float[np.ndarray, "b ..."],
     *,
-    context: Float[Array, "b k"] | None = None,
+    context: Contexts | None = None,
 ) -> InverseCertificate:
     r"""Guaranteed bounds of ``|x - F^-1(y)|`` for a computed inverse ``x`` of a model's flow ``F``, rounding included.
 
@@ -74,96 +73,89 @@ def inverse(
 
     Small flows (up to 1e10 operations) take the norms of all products of the steps' inverses. Large ones take the product of
     the norms, each verified from a banded matrix: 1e6 or so for 22 blocks, where the trajectory is refined to residuals of
-    1e-19. Where that matrix has more than `step_blocks.MOST_ENTRIES` entries, a step counts with its global bound, and
+    1e-19. Where that matrix has more than `banded.MOST_ENTRIES` entries, a step counts with its global bound, and
     `InverseCertificate.estimate` says what an estimate of its norm would give.
 
     Args:
         model: A model with certified bounds, as `freeze` and `load` give it.
-        y: Latents ``(b, d)``, features of a classifier, or `Reconstructor.as_latents` of measurements.
+        y: Latents, features or measurements.
         x: Inputs of the flow, as the inverse gave them.
         context: Contexts of a conditional density.
 
     Raises:
-        ValueError: If the model has no certified bounds or a block is no contraction, or if shapes do not fit.
+        ValueError: If the model has no certified bounds or a block is no contraction, if shapes do not fit, or under ``jit``.
 
     Example:
         >>> x, info = model.flow().inverse(z)  # doctest: +SKIP
         >>> certify.inverse(model, z, x).error_bound  # doctest: +SKIP
     """
     spec = model.spec.flow
-    check_certified(model, most_dims=None)
-    _check_shapes(model, y, x)
-    with jax.enable_x64(), jax.default_device(jax.local_devices(backend="cpu")[0]), np.errstate(all="ignore"):
-        problem = Problem.of(model)
-        y = np.asarray(y, np.float64).reshape(len(y), -1)
-        start = np.asarray(x, np.float64).reshape(len(x), -1)
-        scaled = model.scale_context(context) if isinstance(model, Density) else None
-        contexts = None if scaled is None else np.asarray(scaled, np.float64)
-        parts, size = [], min(problem.chunk, 2 ** math.ceil(math.log2(max(len(y), 1))))
-        for first in range(0, len(y), size):
-            chosen = np.minimum(np.arange(first, first + size), len(y) - 1)  # the last part is filled up with its last example
-            part = _certify(problem, y[chosen], start[chosen], None if contexts is None else contexts[chosen])
-            parts.append([values[: len(y) - first] for values in part])
-        joined = InverseCertificate(*(np.concatenate(values) for values in zip(*parts, strict=True)))
-    return joined._replace(refined=joined.refined.reshape(len(y), *spec.event_shape))
+    if x.shape[1:] != tuple(spec.event_shape) or math.prod(y.shape[1:]) != spec.num_dims or len(x) != len(y):
+        raise ValueError(
+            f"y must have {spec.num_dims} entries an example and x the shape (b, {', '.join(map(str, spec.event_shape))}) of "
+            f"the flow's input, got {y.shape} and {x.shape}"
+        )
+    with prepared(model, y, x, context=context) as (flow, contexts):
+        y, x = np.asarray(vectors_of(model, y), np.float64), np.asarray(x, np.float64).reshape(len(x), spec.num_dims)
+        found = in_parts(functools.partial(_certify, flow), flow.chunk, y, x, contexts)
+    return found._replace(refined=found.refined.reshape(len(found.refined), *spec.event_shape))
 
 
-def _certify(problem: Problem, y, start, contexts):
-    """The fields of `InverseCertificate` for a part of the examples."""
+def _certify(flow: PreparedFlow, y, start, contexts) -> InverseCertificate:
+    """The certificates of a part of the examples, all of them as vectors."""
     last = np.zeros_like(y)
-    last[:, problem.entries.latents] = y
-    context = None if contexts is None else jnp.asarray(contexts)
-    points = follow(problem.spec, problem.weights, jnp.asarray(start.reshape(-1, *problem.spec.event_shape)), context)
-    trajectory = DoubleDouble.of(ending_at(problem.stages, np.array(points), last))
-    certify = _with_products if problem.dense and problem.smooth else _with_norms
+    last[:, flow.entries.latents] = y
+    points = follow(flow.spec, flow.weights, start.reshape(-1, *flow.spec.event_shape), contexts)
+    trajectory = DoubleDouble.of(ending_at(flow.stages, np.array(points), last))
+    certify = _with_products if flow.dense and flow.smooth else _with_norms
     best = _nothing(start)
     for attempt in range(_MAX_LINEARIZATIONS):
-        if attempt == _MAX_LINEARIZATIONS - 1 or not (problem.smooth and np.all(np.isfinite(trajectory.high))):
-            points = np.array(go_back(problem.spec, problem.weights, jnp.asarray(y), context, Solver(atol=1e-13)))
-            trajectory = DoubleDouble.of(ending_at(problem.stages, points, last))
-        found, trajectory = certify(problem, trajectory, start, contexts, best)
+        if attempt == _MAX_LINEARIZATIONS - 1 or not (flow.smooth and np.all(np.isfinite(trajectory.high))):
+            points = np.array(go_back(flow.spec, flow.weights, y, contexts, Solver(atol=1e-13)))
+            trajectory = DoubleDouble.of(ending_at(flow.stages, points, last))
+        found, trajectory = certify(flow, trajectory, start, contexts, best)
         best = _better(best, found)
-        if np.all(best.applied) or not problem.smooth:
+        if np.all(best.applied) or not flow.smooth:
             break
     return best
 
 
-def _with_products(problem: Problem, trajectory, start, contexts, best):
+def _with_products(flow: PreparedFlow, trajectory, start, contexts, best):
     """The best certificates of Newton's steps with one linearization, while they help, and the last trajectory."""
-    found = residuals(problem.stages, trajectory, contexts)
-    linearized = linearize(problem, found, trajectory)
+    found = residuals(flow.stages, trajectory, contexts)
+    linearized = linearize(flow, found, trajectory)
     size = np.full(len(start), np.inf)
     for _ in range(_MAX_STEPS):
         moved = np.linalg.norm((trajectory - linearized.center).high[:, :-1], axis=2) * UP
-        products = [products_of(problem, linearized, i, own) for i, own in enumerate(moved)]
-        best = _better(best, _bounds(problem, products, found, trajectory, start))
+        products = [products_at(flow, linearized, i, own) for i, own in enumerate(moved)]
+        best = _better(best, _bounds(flow, products, found, trajectory, start))
         good = best.applied & (best.refined_bound <= _GOOD_ENOUGH * best.error_bound)
         shrunk = np.linalg.norm(found.values, axis=(1, 2)) < size / 4
         if np.all(good | ~shrunk):
             break
         size = np.linalg.norm(found.values, axis=(1, 2))
-        trajectory = _moved(trajectory, newton_steps(problem, linearized, found.values))
-        found = residuals(problem.stages, trajectory, contexts)
+        trajectory = _moved(trajectory, newton_step_by_inverses(flow.spec, linearized.inverses, found.values))
+        found = residuals(flow.stages, trajectory, contexts)
     return best, trajectory
 
 
-def _with_norms(problem: Problem, trajectory, start, contexts, best):
+def _with_norms(flow: PreparedFlow, trajectory, start, contexts, best):
     """The certificates from the norms of each step's inverse, behind as many Newton steps as help, and the last trajectory."""
-    found = residuals(problem.stages, trajectory, contexts)
+    found = residuals(flow.stages, trajectory, contexts)
     for _ in range(_MAX_STEPS):
         size, floor = (np.linalg.norm(part.reshape(len(start), -1), axis=1) for part in (found.values, found.errors))
         if np.all(size <= floor):
             break
-        moved = _moved(trajectory, newton_step(problem, found))
-        after = residuals(problem.stages, moved, contexts)
+        moved = _moved(trajectory, newton_step(flow.spec, flow.steps, found.slopes, found.values))
+        after = residuals(flow.stages, moved, contexts)
         smaller = np.linalg.norm(after.values, axis=(1, 2)) < size
         trajectory = DoubleDouble(*(np.where(smaller[:, None, None], b, a) for a, b in zip(trajectory, moved, strict=True)))
         found = found.where(~smaller, after)
         if not np.any(np.linalg.norm(found.values, axis=(1, 2)) < size / 4):
             break
-    norms = step_norms(problem, found)
-    tables = ([shadowing.products_of_norms(chained(problem, own)) for own in every] for every in norms)
-    bounds, estimates = (_bounds(problem, table, found, trajectory, start) for table in tables)
+    norms = step_norms(flow, found)
+    tables = ([shadowing.products_of_norms(flow.chained(own)) for own in every] for every in norms)
+    bounds, estimates = (_bounds(flow, table, found, trajectory, start) for table in tables)
     estimated = np.any(norms.estimates != norms.bounds, axis=1)
     return bounds._replace(estimate=np.where(estimated, estimates.error_bound, np.nan)), trajectory
 
@@ -176,15 +168,14 @@ def _moved(trajectory: DoubleDouble, steps) -> DoubleDouble:
 
 
 def _bounds(
-    problem: Problem, products: list[shadowing.Products], found: Residuals, trajectory: DoubleDouble, start
+    flow: PreparedFlow, products: list[shadowing.Products], found: Residuals, trajectory: DoubleDouble, start
 ) -> InverseCertificate:
     """What the theorem says of a trajectory, for each example."""
-    constants = problem.constants
-    sizes = (np.linalg.norm(found.values, axis=2) + found.errors) * UP
+    constants = flow.constants
     gap = trajectory.map(lambda part: part[:, 0]) - DoubleDouble.of(start)
     distance = np.linalg.norm(gap.high, axis=1) * UP
     rows = []
-    for i, residual in enumerate(sizes):
+    for i, residual in enumerate(found.sizes):
         residual = np.nan_to_num(residual, nan=np.inf, posinf=np.inf)
         radii = shadowing.radii(products[i], residual, constants.second, constants.inverse)
         numbers = shadowing.classical(shadowing.inverse_norms(products[i]), residual, constants.second)
@@ -205,12 +196,3 @@ def _better(one: InverseCertificate, other: InverseCertificate) -> InverseCertif
     takes = (other.applied & ~one.applied) | ((other.applied == one.applied) & (other.error_bound < one.error_bound))
     chosen = [np.where(takes.reshape(-1, *[1] * (np.ndim(a) - 1)), b, a) for a, b in zip(one, other, strict=True)]
     return InverseCertificate(*chosen)
-
-
-def _check_shapes(model, y, x) -> None:
-    spec = model.spec.flow
-    if x.shape[1:] != tuple(spec.event_shape) or math.prod(y.shape[1:]) != spec.num_dims or len(x) != len(y):
-        raise ValueError(
-            f"y must have {spec.num_dims} entries an example and x the shape (b, {', '.join(map(str, spec.event_shape))}) of "
-            f"the flow's input, got {y.shape} and {x.shape}"
-        )

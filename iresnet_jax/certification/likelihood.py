@@ -13,14 +13,14 @@ takes it to some 80 bits. With ``r_t`` the residuals that remain, the exact traj
 
 **Determinants.** ``log|det dF_t| = log|det(I + J_g)| + sum log s_t``. The first term is that of
 `iresnet_jax.maths.logdet.verified`, with ``|(I + J_g)^-1| <= 1 / (1 - L_t)`` and a distance of the Jacobians that is their own
-error and ``K_t`` times the distance of the arguments, see `step_jacobians`. The second is a sum of weights.
+error and ``K_t`` times the distance of the arguments, see `StepConstants`. The second is a sum of weights.
 
 Preprocessing, prior and sums are computed in `ball_arithmetic`.
 """
 
-import contextlib
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,16 +29,17 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.transforms.dequantize import enclose_volume
-from iresnet_jax.branches.feedforward import FeedforwardSpec
-from iresnet_jax.certification import enclosed_priors
-from iresnet_jax.certification.problem import Problem, check_certified, kernels_of
-from iresnet_jax.certification.step_jacobians import StepConstants, step_constants, step_jacobians
-from iresnet_jax.certification.trajectory import Residuals, follow, residuals
+from iresnet_jax.certification.jacobians import Steps, places_of, step_jacobians
+from iresnet_jax.certification.passes import FlowSlopes, forward_correction
+from iresnet_jax.certification.prepared import MOST_DIMS, PreparedFlow, in_parts, prepared
+from iresnet_jax.certification.trajectory import follow, residuals
 from iresnet_jax.maths import activations
-from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, joined, log
+from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log
 from iresnet_jax.maths.enclosures.double_double import UNIT, DoubleDouble
 from iresnet_jax.maths.enclosures.upward_rounding import UP
 from iresnet_jax.maths.logdet import verified
+from iresnet_jax.models import priors
+from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Contexts, Data, Density, DensitySpec
 
@@ -97,24 +98,21 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
         >>> interval = certify.log_prob(model, images)  # doctest: +SKIP
         >>> interval.in_units(model.spec).upper  # bits/dim, guaranteed  # doctest: +SKIP
     """
-    _check(model)
+    _check_smooth(model)
     spec, given = model.spec, np.asarray(x)
     key = jax.random.key(0) if key is None else key
     key_noise = jax.random.split(key)[0] if key.ndim == 0 else jax.vmap(jax.random.split)(key)[:, 0]
     noisy = np.asarray(model.dequantize(x, key_noise))
     u = given if spec.num_levels is None and spec.grid is None else noisy
-    scaled = _scaled(model, context)
-    if not len(u):
-        return Interval(np.zeros(0), np.zeros(0))
-    with _precise(), np.errstate(all="ignore"):
-        y, of_transform = spec.transform.enclose_forward(u)
-        latents, of_flow = _through(Problem.of(model), y.map(lambda part: part.reshape(len(u), -1)), scaled)
-        log_prior = enclosed_priors.log_prob(spec.prior_family, model.prior, latents)
+    with prepared(model, x, context=context, most_dims=MOST_DIMS) as (flow, contexts):
+        y, log_det = spec.transform.enclose_forward(u)
+        latents, of_flow = _through(flow, y.map(lambda part: part.reshape(len(part), spec.flow.num_dims)), contexts)
+        log_det = log_det + of_flow
         if spec.num_levels is not None:
-            of_transform = of_transform + enclose_volume(spec.num_levels, spec.flow.num_dims)
+            log_det = log_det + enclose_volume(spec.num_levels, spec.flow.num_dims)
         elif spec.grid is not None:
-            of_transform = of_transform + spec.grid.enclose_volume()
-        return Interval(*(log_prior + of_flow + of_transform).bounds())
+            log_det = log_det + spec.grid.enclose_volume()
+        return Interval(*(priors.enclose_log_prob(spec.prior_family, model.prior, latents) + log_det).bounds())
 
 
 def log_det(
@@ -132,145 +130,77 @@ def log_det(
     Raises:
         ValueError: As in `log_prob`, or if the shape is not that of the flow's input.
     """
-    _check(model)
+    _check_smooth(model)
     shape = tuple(model.spec.flow.event_shape)
     if x.shape[1:] != shape:
         raise ValueError(f"x must have the shape (b, {', '.join(map(str, shape))}) of the flow's input, got {x.shape}")
-    scaled = _scaled(model, context)
-    if not len(x):
-        return Interval(np.zeros(0), np.zeros(0))
-    with _precise(), np.errstate(all="ignore"):
-        start = Ball.of(np.asarray(x, np.float64).reshape(len(x), -1))
-        return Interval(*_through(Problem.of(model), start, scaled)[1].bounds())
+    with prepared(model, x, context=context, most_dims=MOST_DIMS) as (flow, contexts):
+        inputs = np.asarray(x, np.float64).reshape(len(x), flow.spec.num_dims)
+        return Interval(*_through(flow, Ball.of(inputs), contexts)[1].bounds())
 
 
-class Followed(NamedTuple):
-    """A trajectory in double-double and where the Jacobians of its steps were computed.
-
-    Attributes:
-        end: Its last point.
-        errors: Bound of the distance of every point from the exact trajectory, ``(b, t + 1)``.
-        moved: Bound of the distance of every point but the last from where its Jacobian was computed.
-        argument_errors: Bounds of the errors of activations' arguments there.
-        factors: Verified factors of ``I + J_g`` of all steps, by stage.
-    """
-
-    end: DoubleDouble
-    errors: Float[np.ndarray, "b n"]
-    moved: Float[np.ndarray, "b t"]
-    argument_errors: Float[np.ndarray, "b t"]
-    factors: tuple[verified.Factors, ...]
-
-
-def _through(problem: Problem, start: Ball, contexts: np.ndarray | None) -> tuple[Ball, Ball]:
+def _through(flow: PreparedFlow, start: Ball, contexts: np.ndarray | None) -> tuple[Ball, Ball]:
     """Balls of the latents ``(b, d)`` and of the flow's log-determinant for inputs ``(b, d)``."""
-    constants, num = _unscaled_constants(problem), len(start.radius)
-    latents, log_dets, size = [], [], min(problem.chunk, 2 ** math.ceil(math.log2(max(num, 1))))
-    for first in range(0, num, size):
-        chosen = np.minimum(np.arange(first, first + size), num - 1)  # the last part is filled up with its last example
-        own = None if contexts is None else contexts[chosen]
-        followed = _follow(problem, start.map(lambda part, chosen=chosen: part[chosen]), own)
-        kept = slice(num - first)
-        ends = followed.end.map(lambda part, kept=kept: part[kept][:, problem.entries.latents])
-        latents.append(Ball(ends, np.broadcast_to(followed.errors[kept, -1:], ends.high.shape)))
-        log_dets.append(_log_det(problem, constants, followed).map(lambda part, kept=kept: part[kept]))
-    return joined(np.concatenate, latents), joined(np.concatenate, log_dets)
+    return in_parts(functools.partial(_enclose, flow), flow.chunk, start, contexts)
 
 
-def _follow(problem: Problem, start: Ball, contexts: np.ndarray | None) -> Followed:
-    shape, context = problem.spec.event_shape, None if contexts is None else jnp.asarray(contexts)
-    inputs = start.middle.high
-    points = follow(problem.spec, problem.weights, jnp.asarray(inputs.reshape(-1, *shape)), context)
-    trajectory = DoubleDouble.of(np.array(points))
+def _enclose(flow: PreparedFlow, start: Ball, contexts: np.ndarray | None) -> tuple[Ball, Ball]:
+    """`_through` for a part of the examples."""
+    inputs = start.middle.high.reshape(-1, *flow.spec.event_shape)
+    trajectory = DoubleDouble.of(np.array(follow(flow.spec, flow.weights, inputs, contexts)))
     trajectory.low[:, 0] = start.middle.low
-    found = residuals(problem.stages, trajectory, contexts)
-    factors, steps = [], np.zeros_like(trajectory.high)
-    t = 0
-    for stage, own, active, slopes in zip(
-        problem.spec.layout, problem.stages, problem.entries.active, found.slopes, strict=True
-    ):
-        kernels = kernels_of(problem.weights[stage.name])
-        matrices, of_stage = _linearize(stage.branch, kernels, slopes)
-        factors.append(of_stage)
-        scale = np.broadcast_to(own.scale.high[:, 0], (stage.spec.num_blocks, *stage.branch.in_shape))
-        for matrix, s in zip(np.moveaxis(np.asarray(matrices), 1, 0), scale.reshape(len(scale), -1), strict=True):
-            steps[:, t + 1] = steps[:, t]
-            moved = np.einsum("bij,bj->bi", matrix, s * steps[:, t, active])
-            steps[:, t + 1, active] = moved + found.values[:, t, active]
-            t += 1
-    trajectory = trajectory + DoubleDouble.of(steps)
-    remaining = residuals(problem.stages, trajectory, contexts)
-    errors = _errors(problem.constants, np.linalg.norm(start.radius, axis=1), remaining)
-    moved = (np.linalg.norm(steps, axis=2) + UNIT * np.linalg.norm(trajectory.high, axis=2))[:, :-1] * UP
-    return Followed(trajectory.map(lambda part: part[:, -1]), errors, moved, found.argument_errors, tuple(factors))
+    found = residuals(flow.stages, trajectory, contexts)
+    factors = _factors(flow.spec, flow.steps, found.slopes)
+    moves = np.array(forward_correction(flow.spec, flow.steps, found.slopes, found.values))
+    trajectory = trajectory + DoubleDouble.of(moves)
+    remaining = residuals(flow.stages, trajectory, contexts)
+    errors = _errors(flow.constants.stretch, np.linalg.norm(start.radius, axis=1), remaining.sizes)
+    moved = (np.linalg.norm(moves, axis=2) + UNIT * np.linalg.norm(trajectory.high, axis=2)) * UP
+    end = trajectory.map(lambda part: part[:, -1, flow.entries.latents])
+    away = flow.constants.largest_scale * (moved + errors)[:, :-1]
+    alone = flow.constants.unscaled
+    distances = alone.jacobian_errors(found.argument_errors) + alone.second * away * UP
+    return Ball(end, np.broadcast_to(errors[:, -1:], end.high.shape)), _log_det(flow, factors, distances)
 
 
-def _errors(constants: StepConstants, at_start: np.ndarray, remaining: Residuals) -> Float[np.ndarray, "b n"]:
-    """The module's ``e_t``."""
-    sizes = (np.linalg.norm(remaining.values, axis=2) + remaining.errors) * UP
-    growth = np.maximum(1, (1 + constants.branch) * constants.largest_scale * UP)
+def _errors(stretch: Float[np.ndarray, " t"], at_start: Float[np.ndarray, " b"], sizes: Float[np.ndarray, "b t"]) -> np.ndarray:
+    """The module's ``e_t`` of every point, ``(b, t + 1)``."""
     errors = [at_start * UP]
-    for t, factor in enumerate(growth):
-        errors.append((factor * errors[-1] + sizes[:, t]) * UP)
+    for factor, size in zip(np.maximum(1, stretch), sizes.T, strict=True):
+        errors.append((factor * errors[-1] + size) * UP)
     return np.stack(errors, axis=1)
 
 
-def _log_det(problem: Problem, constants: StepConstants, followed: Followed) -> Ball:
+def _log_det(flow: PreparedFlow, factors: Sequence[verified.Factors], distances: Float[np.ndarray, "b t"]) -> Ball:
     """The flow's log-determinant ``(b,)``: those of ``I + J_g`` of all steps, and the scales."""
-    away = problem.constants.largest_scale * (followed.moved + followed.errors[:, :-1])
-    distance = constants.jacobian_errors(followed.argument_errors) + constants.second * away * UP
-    terms, t = [], 0
-    for stage, factors in zip(problem.spec.layout, followed.factors, strict=True):
-        now = slice(t, t + stage.spec.num_blocks)
-        terms.append(verified.log_abs_det(factors, distance[:, now], constants.inverse[now]).sum())
-        positions = Ball.of(math.prod(stage.branch.in_shape[:-1]))
-        log_scales = Ball.of(np.asarray(problem.weights[stage.name].actnorm.log_scale).ravel())
-        terms.append(log_scales.sum() * positions)
+    terms, t, inverse = [], 0, flow.constants.unscaled.inverse
+    for stage, own in zip(flow.stages, factors, strict=True):
+        now = slice(t, t + stage.num_blocks)
+        terms.append(verified.log_abs_det(own, distances[:, now], inverse[now]).sum())
+        terms.append(Ball.of(stage.log_scale.ravel()).sum() * Ball.of(math.prod(stage.in_shape[:-1])))
         t = now.stop
     return functools.reduce(Ball.__add__, terms)
 
 
-def _unscaled_constants(problem: Problem) -> StepConstants:
-    """Constants of the maps ``I + g`` alone, without the scales of their ActNorms."""
-    ones = [stage._replace(scale=DoubleDouble.of(np.ones_like(stage.scale.high))) for stage in problem.stages]
-    own = [problem.weights[stage.name] for stage in problem.spec.layout]
-    kernels = [kernels_of(weights) for weights in own]
-    return step_constants(ones, kernels, [weights.branch.lipschitz_bound for weights in own])
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def _linearize(branch, kernels, slopes):
-    """``I + J_g`` of the blocks of a stage for every example, ``(b, k, d, d)``, and their factors."""
+def _factors(spec: FlowSpec, steps: Sequence[Steps], slopes: FlowSlopes) -> tuple[verified.Factors, ...]:
+    """Verified factors of ``I + J_g`` of all steps for every example, by stage."""
 
     def of_example(slopes):
-        num = len(next(iter(kernels.values())))
-        matrices = step_jacobians(branch, kernels, jnp.ones((num, math.prod(branch.in_shape))), slopes)
-        return matrices, jax.lax.map(verified.factorize, matrices)
-
-    return jax.lax.map(of_example, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), tuple(slopes)))
-
-
-def _check(model: Density | Classifier) -> None:
-    check_certified(model)
-    jumping = [stage.branch.activation for stage in model.spec.flow.layout if not _smooth(stage.branch)]
-    if jumping:
-        raise ValueError(
-            f"a guaranteed log-determinant takes activations with a Lipschitz derivative, and that of {jumping[0]} jumps"
+        return tuple(
+            jax.lax.map(verified.factorize, step_jacobians(place, maps._replace(scale=jnp.ones_like(maps.scale)), own))
+            for place, maps, own in zip(places_of(spec), steps, slopes, strict=True)
         )
 
-
-def _smooth(branch: FeedforwardSpec) -> bool:
-    activated = any(layer.activated for layer in branch.layers)
-    return not activated or activations.get(branch.activation).slope_lipschitz is not None
+    return jax.lax.map(of_example, slopes)
 
 
-def _scaled(model: Density | Classifier, context: Contexts | None) -> np.ndarray | None:
-    """Contexts as the flow takes them."""
-    scaled = model.scale_context(context) if isinstance(model, Density) else None
-    return None if scaled is None else np.asarray(scaled, np.float64)
-
-
-@contextlib.contextmanager
-def _precise():
-    with jax.enable_x64(), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        yield
+def _check_smooth(model: Density | Classifier) -> None:
+    """Raises ``ValueError`` where the slope of an activation jumps."""
+    for stage in model.spec.flow.layout:
+        names = [layer.activation for layer in stage.branch.layers if layer.activation is not None]
+        jumping = [name for name in names if activations.get(name).slope_lipschitz is None]
+        if jumping:
+            raise ValueError(
+                f"a guaranteed log-determinant takes activations with a Lipschitz derivative, and that of {jumping[0]} jumps"
+            )

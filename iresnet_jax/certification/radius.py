@@ -10,7 +10,9 @@ The margin of the predicted class over another one is ``m = sum_k w_k relu(u_k) 
 Trajectories are computed in float64 with residuals in double-double, as for `certified_inverse`, and all rounding is bounded.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,13 +21,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from iresnet_jax.certification.head import Head
-from iresnet_jax.certification.problem import check_layers, kernels_of
-from iresnet_jax.certification.step_passes import Group, backward, forward, group_and_steps, weights_of
-from iresnet_jax.certification.trajectory import PreciseStage, Residuals, follow, in_float64, precise_stages, residuals
+from iresnet_jax.certification.passes import backward, forward, weights_of
+from iresnet_jax.certification.prepared import PreparedFlow, in_parts, prepared
+from iresnet_jax.certification.trajectory import Residuals, follow, residuals
 from iresnet_jax.maths.chains import margin_bounds
 from iresnet_jax.maths.chains.margin_bounds import Adjoints, Step, Tangents
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
-from iresnet_jax.maths.enclosures.precise_activations import SLOPE_ERROR
 from iresnet_jax.maths.enclosures.upward_rounding import UP, U
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.flow import bilipschitz
@@ -74,156 +75,109 @@ def radius(model: Classifier, images: Images, *, num_forms: int | None = None) -
     Example:
         >>> certify.radius(model, images).radius  # doctest: +SKIP
     """
-    model.require_bijection()
-    check_layers(model)
     if num_forms is not None and num_forms < 0:
         raise ValueError(f"num_forms must be at least 0, got {num_forms}")
     num_others = model.spec.num_classes - 1
     if num_forms is None:
         num_forms = num_others if math.prod(model.spec.image_shape) <= MOST_ENTRIES else 0
-    num_forms = min(num_forms, num_others)
-    with jax.enable_x64(), jax.default_device(jax.local_devices(backend="cpu")[0]), np.errstate(all="ignore"):
-        problem = Problem.of(model)
+    with prepared(model, images, contraction=False) as (flow, _):
         inputs = np.asarray(model.preprocess(np.asarray(images)))  # checks the images' shape and levels
-        parts = [_radii(problem, inputs[i : i + _CHUNK], num_forms) for i in range(0, len(inputs), _CHUNK)]
-    return CertifiedRadius(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+        return in_parts(functools.partial(_radii, flow, model, min(num_forms, num_others)), _CHUNK, inputs)
 
 
-class Problem(NamedTuple):
-    """A classifier prepared for certification, in float64.
-
-    Attributes:
-        model: The classifier.
-        weights: Weights of its flow.
-        stages: Its steps in double-double.
-        groups: Its steps for passes of vectors.
-        steps: Guaranteed constants of the steps.
-        lipschitz: Guaranteed Lipschitz constant of the flow.
-    """
-
-    model: Classifier
-    weights: Any
-    stages: tuple[PreciseStage, ...]
-    groups: tuple[Group, ...]
-    steps: tuple[Step, ...]
-    lipschitz: float
-
-    @classmethod
-    def of(cls, model: Classifier) -> "Problem":
-        """Prepares a classifier."""
-        spec, weights = model.spec.flow, in_float64(model.weights)
-        stages, groups, steps = precise_stages(spec, weights), [], []
-        for stage, own in zip(spec.layout, stages, strict=True):
-            kernels = kernels_of(weights[stage.name])
-            group, of_stage = group_and_steps(own, kernels)
-            groups.append(group)
-            steps += of_stage
-        return cls(model, weights, stages, tuple(groups), tuple(steps), float(bilipschitz(spec, weights).forward))
-
-    @property
-    def smooth(self) -> bool:
-        """Whether every slope has a Lipschitz constant."""
-        return all(math.isfinite(curvature or 0) for step in self.steps for curvature in step.curvatures)
-
-    @property
-    def first(self) -> float:
-        """``|P_0|``, of the map from pixels to the flow's input."""
-        return 1 / min(self.model.spec.std) * UP
-
-
-def _radii(problem: Problem, inputs: Float[np.ndarray, "b h w c"], num_forms: int) -> tuple[np.ndarray, ...]:
-    """The fields of `CertifiedRadius`."""
-    spec = problem.model.spec
-    points = np.array(follow(spec.flow, problem.weights, jnp.asarray(inputs), None))
-    found = residuals(problem.stages, DoubleDouble.of(points))
-    sizes = np.nan_to_num((np.linalg.norm(found.values, axis=2) + found.errors) * UP, nan=np.inf).T
-    start_error = 8 * U * (1 + max(map(abs, spec.mean))) * problem.first * math.sqrt(inputs[0].size)
-    head = Head.of(problem.model, points[:, -1])
-    globally = _global(problem, head, sizes, start_error)
+def _radii(flow: PreparedFlow, model: Classifier, num_forms: int, inputs: Float[np.ndarray, "b h w c"]) -> CertifiedRadius:
+    """The radii around a part of the images."""
+    points = np.array(follow(flow.spec, flow.weights, inputs, None))
+    found = residuals(flow.stages, DoubleDouble.of(points))
+    first = 1 / min(model.spec.std) * UP  # the norm of the map from pixels to the flow's input
+    start_error = 8 * U * (1 + max(map(abs, model.spec.mean))) * first * math.sqrt(inputs[0].size)
+    head = Head.of(model, points[:, -1])
+    globally = _global(flow, head, first, np.full(len(inputs), start_error), found)
     locally = np.zeros_like(globally)
-    if problem.smooth:
-        adjoints, weights = _adjoints(problem, head, found, sizes, start_error)
-        locally = _largest(problem, head, adjoints, None, globally)
+    if flow.smooth:
+        adjoints, weights = _adjoints(flow, model, head, found, start_error)
+        locally = _largest(flow, head, adjoints, None, first)
         if num_forms:
             order = np.argsort(np.maximum(locally, globally), axis=1)[:, :num_forms]
-            tangents = _tangents(problem, found, weights, order, locally.shape[1])
-            locally = np.maximum(locally, _largest(problem, head, adjoints, tangents, locally))
+            tangents = _tangents(flow, model, found, weights, order, locally.shape[1])
+            locally = np.maximum(locally, _largest(flow, head, adjoints, tangents, first))
     best = np.maximum(globally, locally)
-    return best.min(axis=1), globally.min(axis=1), locally.min(axis=1), head.predicted, head.margins.min(axis=1)
+    return CertifiedRadius(
+        best.min(axis=1), globally.min(axis=1), locally.min(axis=1), head.predicted, head.margins.min(axis=1)
+    )
 
 
-def _global(problem: Problem, head: Head, residual_sizes: Float[np.ndarray, "t b"], start_error: float) -> np.ndarray:
-    """The radii by the Lipschitz constant of the network, whose computed features are off by at most ``error``."""
-    error = np.full(residual_sizes.shape[1], start_error)
-    for step, size in zip(problem.steps, residual_sizes, strict=True):
+def _global(flow: PreparedFlow, head: Head, first: float, error: Float[np.ndarray, " b"], found: Residuals) -> np.ndarray:
+    """The radii by the Lipschitz constant of the network, for inputs that are off by at most ``error``."""
+    for step, size in zip(flow.margin_steps, _sizes(found), strict=True):
         error = (step.stretch * error + size) * UP
     sure = head.margins - (head.errors + head.lipschitz * error[:, None]) * UP
-    return np.maximum(np.nan_to_num(sure / (head.lipschitz * problem.lipschitz * problem.first) / UP), 0)
+    lipschitz = float(bilipschitz(flow.spec, flow.weights).forward)
+    return np.maximum(np.nan_to_num(sure / (head.lipschitz * lipschitz * first) / UP), 0)
 
 
-def _adjoints(problem: Problem, head: Head, found: Residuals, sizes, start_error) -> tuple[Adjoints, list[list[Any]]]:
+def _sizes(found: Residuals) -> Float[np.ndarray, "t b"]:
+    return np.nan_to_num(found.sizes, nan=np.inf).T
+
+
+def _adjoints(
+    flow: PreparedFlow, model: Classifier, head: Head, found: Residuals, start_error: float
+) -> tuple[Adjoints, list[list[Any]]]:
     """Gradients of the margins along the trajectories, and ``S w`` of the activations, by stage and layer."""
-    spec = problem.model.spec
-    passed = backward(spec.flow, problem.groups, _by_example(found.slopes), jnp.asarray(head.gradients))
+    passed = backward(flow.spec, flow.steps, found.slopes, head.gradients)
     points = np.moveaxis(np.asarray(jnp.linalg.norm(passed.points, axis=-1)), 1, 0) * UP
-    start = np.asarray(passed.points[:, 0]).reshape(*head.margins.shape, *spec.flow.event_shape)
-    start = start[..., : spec.image_shape[-1]] / np.asarray(spec.std)
+    start = np.asarray(passed.points[:, 0]).reshape(*head.margins.shape, *flow.spec.event_shape)
+    start = start[..., : model.spec.image_shape[-1]] / np.asarray(model.spec.std)
     slope = np.sqrt(np.sum(start**2, axis=(-3, -2, -1))) * UP
-    weights, largest, steepest, steps = [], [], [], iter(problem.steps)
-    for stage, outputs in zip(spec.flow.layout, passed.outputs, strict=True):
-        own = [next(steps) for _ in range(stage.spec.num_blocks)]
-        curved = [None if v is None else weights_of(v, stage.branch.activation) for v in outputs]
-        of_stage = [None if w is None else jnp.max(w, axis=tuple(range(3, w.ndim))) for w in curved]
-        for k in range(stage.spec.num_blocks):
-            largest += [np.asarray(w[:, k]) for w in of_stage if w is not None]
-        factors = [jnp.array([step.curvatures[i] or 0.0 for step in own]) for i in range(len(curved))]
-        weights.append([None if w is None else w * _like(f, w) for w, f in zip(curved, factors, strict=True)])
-        steepest += [max((c for c in step.curvatures if c is not None), default=0.0) for step in own]
-    slope_errors = 2 * SLOPE_ERROR + np.array(steepest)[:, None] * found.argument_errors.T
+    weights, largest, t = [], [], 0
+    for stage, outputs in zip(flow.stages, passed.outputs, strict=True):
+        own = flow.margin_steps[t : t + stage.num_blocks]
+        of_stage = [None if v is None else weights_of(layer.spec, v) for layer, v in zip(stage.layers, outputs, strict=True)]
+        most = [jnp.max(w, axis=tuple(range(3, w.ndim))) for w in of_stage if w is not None]
+        largest += [np.asarray(w[:, k]) for k in range(stage.num_blocks) for w in most]
+        curvatures = [jnp.array([step.curvatures[i] or 0.0 for step in own]) for i in range(len(of_stage))]
+        weights.append(
+            [
+                None if w is None else w * s.reshape(1, -1, *[1] * (w.ndim - 2))
+                for w, s in zip(of_stage, curvatures, strict=True)
+            ]
+        )
+        t += stage.num_blocks
+    slope_errors = flow.constants.slope_errors(found.argument_errors).T * UP
     start_errors = np.full(len(start), start_error)
-    return Adjoints(slope, start_errors, points, np.array(largest), sizes, slope_errors * UP), weights
+    return Adjoints(slope, start_errors, points, np.array(largest), _sizes(found), slope_errors), weights
 
 
-def _tangents(problem: Problem, found: Residuals, weights, order: Int[np.ndarray, "b c"], num_others: int) -> Tangents:
+def _tangents(
+    flow: PreparedFlow, model: Classifier, found: Residuals, weights, order: Int[np.ndarray, "b c"], num_others: int
+) -> Tangents:
     """Norms of Jacobians, and of the quadratic forms of some classes of each example."""
-    spec = problem.model.spec
-    h, w, c = spec.image_shape
-    entries = np.arange(spec.flow.num_dims).reshape(spec.flow.event_shape)[..., :c].ravel()
-    first = np.zeros((len(entries), spec.flow.num_dims))
-    first[np.arange(len(entries)), entries] = np.broadcast_to(1 / np.asarray(spec.std), (h, w, c)).ravel()
-    chosen = [[None if v is None else _classes(v, order) for v in group] for group in weights]
-    norms = forward(spec.flow, problem.groups, _by_example(found.slopes), chosen, jnp.asarray(first))
+    h, w, c = model.spec.image_shape
+    entries = np.arange(flow.spec.num_dims).reshape(flow.spec.event_shape)[..., :c].ravel()
+    first = np.zeros((len(entries), flow.spec.num_dims))
+    first[np.arange(len(entries)), entries] = np.broadcast_to(1 / np.asarray(model.spec.std), (h, w, c)).ravel()
+    chosen = jax.tree.map(
+        lambda v: jnp.take_along_axis(v, order.reshape(len(order), 1, -1, *[1] * (v.ndim - 3)), axis=2), weights
+    )
+    norms = forward(flow.spec, flow.steps, found.slopes, chosen, first)
     forms = np.full((len(order), num_others), np.inf)
     np.put_along_axis(forms, order, np.asarray(norms.forms), axis=1)
     points, frobenius, arguments, fourth = (np.asarray(values).T for values in norms[:4])
     return Tangents(points, frobenius, arguments, fourth, forms)
 
 
-def _by_example(slopes):
-    """Slopes ``(k, b, ...)`` as ``(b, k, ...)``."""
-    return tuple(tuple(None if s is None else jnp.moveaxis(jnp.asarray(s), 1, 0) for s in group) for group in slopes)
-
-
-def _classes(weights: Float[Array, "b k c ..."], order: Int[np.ndarray, "b m"]) -> Float[Array, "b k m ..."]:
-    return jnp.take_along_axis(weights, jnp.asarray(order).reshape(len(order), 1, -1, *[1] * (weights.ndim - 3)), axis=2)
-
-
-def _like(factors: Float[Array, " k"], weights: Float[Array, "b k ..."]) -> Array:
-    return factors.reshape(1, -1, *[1] * (weights.ndim - 2))
-
-
-def _largest(problem: Problem, head: Head, adjoints: Adjoints, tangents: Tangents | None, known) -> np.ndarray:
+def _largest(flow: PreparedFlow, head: Head, adjoints: Adjoints, tangents: Tangents | None, first: float) -> np.ndarray:
     """The largest radii that the local bound certifies, by bisection; what is returned was certified, or is 0."""
-    low, high = np.zeros_like(known), np.nan_to_num(head.margins / adjoints.slope, posinf=0.0)
+    low, high = np.zeros_like(head.margins), np.nan_to_num(head.margins / adjoints.slope, posinf=0.0)
     for _ in range(_NUM_BISECTIONS):
         middle = (low + high) / 2
-        certified = _holds(problem, head, adjoints, tangents, middle)
+        certified = _holds(flow.margin_steps, head, adjoints, tangents, first, middle)
         low, high = np.where(certified, middle, low), np.where(certified, high, middle)
     return low
 
 
-def _holds(problem: Problem, head: Head, adjoints: Adjoints, tangents: Tangents | None, radii) -> np.ndarray:
+def _holds(steps: Sequence[Step], head: Head, adjoints: Adjoints, tangents: Tangents | None, first: float, radii) -> np.ndarray:
     """Whether no margin falls to 0 in balls of these radii, one for each other class."""
-    moved = margin_bounds.displacements(problem.steps, adjoints, tangents, problem.first, radii)
-    fallen = margin_bounds.fall(problem.steps, adjoints, tangents, moved, radii)
+    moved = margin_bounds.displacements(steps, adjoints, tangents, first, radii)
+    fallen = margin_bounds.fall(steps, adjoints, tangents, moved, radii)
     return head.margins > (fallen + head.rectified(moved.points[-1]) + head.errors) * UP

@@ -22,15 +22,13 @@ from iresnet_jax.bijections.actnorm import forward_and_logdet, inverse_and_logde
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.bijections.reshape import flatten, split_channels
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.branches.layers import LayerSpec
-from iresnet_jax.maths.convolution import Padding
 from iresnet_jax.maths.enclosures import precise_activations
 from iresnet_jax.maths.enclosures.double_double import UNIT, DoubleDouble, exp
 from iresnet_jax.maths.enclosures.split_products import Sliced, product
 from iresnet_jax.maths.enclosures.upward_rounding import UP
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import Block, Weights
+from iresnet_jax.models.flow import Weights
 
 
 class Entries(NamedTuple):
@@ -70,7 +68,7 @@ def follow(
 ) -> Float[Array, "b t d"]:
     """Every point of the trajectory that starts at ``x``, the last one included."""
 
-    def step(stage, u, block):
+    def step(u, block):
         u, _ = forward_and_logdet(block.actnorm, u)
         return u + block.branch.given(context)(u)
 
@@ -78,7 +76,7 @@ def follow(
     for stage, active in zip(spec.layout, entries_of(spec).active, strict=True):
 
         def move(vector, block, stage=stage, active=active):
-            u = step(stage, vector[:, active].reshape(-1, *stage.branch.in_shape), block)
+            u = step(vector[:, active].reshape(-1, *stage.branch.in_shape), block)
             return vector.at[:, active].set(flatten(u)), vector
 
         vector, found = lax.scan(move, vector, weights[stage.name])
@@ -115,7 +113,8 @@ class Layer(NamedTuple):
 
     Attributes:
         spec: The layer.
-        kernel: Its kernel as a matrix, in slices.
+        kernel: Its kernel in float64.
+        slices: Its kernel in slices.
         bias: Bias, of a shape that fits outputs ``(k, b, p, c)``.
         norm: Bound of the operator norm.
         sharpness: ``softplus(beta)`` of the activation in front, of a shape that fits inputs ``(k, b, ...)``; None without.
@@ -123,7 +122,8 @@ class Layer(NamedTuple):
     """
 
     spec: LayerSpec
-    kernel: Sliced
+    kernel: Float[np.ndarray, "k ..."]
+    slices: Sliced
     bias: DoubleDouble
     norm: Float[np.ndarray, " k"]
     sharpness: DoubleDouble | None
@@ -134,28 +134,37 @@ class PreciseStage(NamedTuple):
     """The steps of a stage in double-double.
 
     Attributes:
-        branch: Architecture of the branches.
+        in_shape: Shape of the branches' inputs.
         active: Entries that the steps act on.
         bias: Bias of the ActNorms, of a shape that fits ``(k, b, ...)``.
-        scale: Scale of the ActNorms, likewise.
+        log_scale: Logarithm of the scale of the ActNorms, one a channel.
+        scale: Scale of the ActNorms, of a shape that fits ``(k, b, ...)``.
         layers: Layers of the branches.
+        lipschitz: Bounds of the Lipschitz constants of the branches.
     """
 
-    branch: FeedforwardSpec
+    in_shape: tuple[int, ...]
     active: Int[np.ndarray, " a"]
     bias: DoubleDouble
+    log_scale: Float[np.ndarray, "k c"]
     scale: DoubleDouble
     layers: tuple[Layer, ...]
+    lipschitz: Float[np.ndarray, " k"]
+
+    @property
+    def num_blocks(self) -> int:
+        """``k``."""
+        return len(self.lipschitz)
 
 
 class Residuals(NamedTuple):
-    """What is wrong with a trajectory, and the slopes of its activations.
+    """What is wrong with trajectories, and the slopes of their activations.
 
     Attributes:
         values: ``F_t(x_t) - x_{t+1}``, rounded to float64; 0 at entries that a step does not act on.
         errors: Bounds of the Euclidean norm of the error of `values`.
         argument_errors: Bounds of the error of every argument of an activation.
-        slopes: Slope of every output of an activation, ``(k, b, ...)``, by stage and layer; None in front of a layer without.
+        slopes: Slope of every output of an activation, ``(b, k, ...)``, by stage and layer; None in front of a layer without.
     """
 
     values: Float[np.ndarray, "b t d"]
@@ -163,22 +172,14 @@ class Residuals(NamedTuple):
     argument_errors: Float[np.ndarray, "b t"]
     slopes: tuple[tuple[np.ndarray | None, ...], ...]
 
+    @property
+    def sizes(self) -> Float[np.ndarray, "b t"]:
+        """Bounds of the norms of the exact residuals."""
+        return (np.linalg.norm(self.values, axis=2) + self.errors) * UP
+
     def where(self, condition: Bool[np.ndarray, " b"], other: "Residuals") -> "Residuals":
         """These residuals for the examples that meet a condition, the other ones elsewhere."""
-
-        def chosen(one, two, axis=0):
-            return np.where(condition.reshape(-1, *[1] * (one.ndim - 1 - axis)), one, two)
-
-        slopes = tuple(
-            tuple(None if one is None else chosen(one, two, axis=1) for one, two in zip(*stage, strict=True))
-            for stage in zip(self.slopes, other.slopes, strict=True)
-        )
-        return Residuals(
-            chosen(self.values, other.values),
-            chosen(self.errors, other.errors),
-            chosen(self.argument_errors, other.argument_errors),
-            slopes,
-        )
+        return jax.tree.map(lambda one, two: np.where(condition.reshape(-1, *[1] * (one.ndim - 1)), one, two), self, other)
 
 
 def in_float64(tree: Any) -> Any:
@@ -191,16 +192,43 @@ def precise_stages(spec: FlowSpec, weights: Weights) -> tuple[PreciseStage, ...]
 
     Args:
         spec: Architecture of the flow.
-        weights: Weights of its stages, with guaranteed norms.
+        weights: Weights of its stages, with guaranteed norms of their layers.
     """
     stages = []
     for stage, active in zip(spec.layout, entries_of(spec).active, strict=True):
         own = jax.tree.map(lambda a: np.asarray(a, np.float64), weights[stage.name])
-        scale = exp(DoubleDouble.of(_by_channel(own.actnorm.log_scale, stage.branch.in_shape)))
-        layers = tuple(_layer(layer, own) for layer in stage.branch.layers)
-        bias = DoubleDouble.of(_by_channel(own.actnorm.bias, stage.branch.in_shape))
-        stages.append(PreciseStage(stage.branch, active, bias, scale, layers))
+        log_scale, branch = own.actnorm.log_scale, own.branch
+        by_channel = (len(log_scale), *(1,) * len(stage.branch.in_shape), -1)
+        layers = tuple(_layer(layer, branch.weights[layer.name], branch.norms[layer.name]) for layer in branch.spec.layers)
+        stages.append(
+            PreciseStage(
+                in_shape=branch.spec.in_shape,
+                active=active,
+                bias=DoubleDouble.of(own.actnorm.bias.reshape(by_channel)),
+                log_scale=log_scale,
+                scale=exp(DoubleDouble.of(log_scale.reshape(by_channel))),
+                layers=layers,
+                lipschitz=branch.lipschitz_bound,
+            )
+        )
     return tuple(stages)
+
+
+def _layer(layer: LayerSpec, own: Any, norm: Any) -> Layer:
+    num, bias = len(own["kernel"]), own["bias"]
+    sharpness = None
+    if "beta" in own:
+        beta = own["beta"]
+        sharpness = precise_activations.softplus(DoubleDouble.of(beta.reshape(num, *(1,) * len(layer.in_shape), -1)))
+    return Layer(
+        spec=layer,
+        kernel=own["kernel"],
+        slices=Sliced.of(own["kernel"]),
+        bias=DoubleDouble.of(bias.reshape(num, *(1,) * (len(layer.in_shape) + 2 - bias.ndim), *bias.shape[1:])),
+        norm=np.asarray(norm, np.float64),
+        sharpness=sharpness,
+        context=Sliced.of(own["context"]) if "context" in own else None,
+    )
 
 
 def ending_at(
@@ -211,7 +239,7 @@ def ending_at(
     points[:, -1] = last
     for stage in reversed(stages):
         left = np.setdiff1d(np.arange(points.shape[2]), stage.active)
-        start = end - 1 - len(stage.layers[0].norm)
+        start = end - 1 - stage.num_blocks
         points[:, start:end, left] = last[:, None, left]
         end = start + 1
     return points
@@ -231,7 +259,7 @@ def residuals(
     values, slopes, start = np.zeros((b, num - 1, d)), [], 0
     errors, argument_errors = np.zeros((2, b, num - 1))
     for stage in stages:
-        k = len(stage.layers[0].norm)
+        k = stage.num_blocks
         now, end = slice(start, start + k), slice(start + 1, start + k + 1)
         x, after = (_inputs(stage, trajectory, points) for points in (now, end))
         u = (x + stage.bias) * stage.scale
@@ -242,7 +270,7 @@ def residuals(
         error = error + 4 * UNIT * (_norm(u) + _norm(g) + _norm(after)) + 2.0**-53 * _norm(r)
         values[:, now, stage.active] = np.moveaxis(r.high.reshape(k, b, -1), 0, 1)
         errors[:, now], argument_errors[:, now] = error.T * UP, of_arguments.T * UP
-        slopes.append(of_layers)
+        slopes.append(tuple(None if own is None else np.moveaxis(own, 1, 0) for own in of_layers))
         start += k
     return Residuals(values, errors, argument_errors, tuple(slopes))
 
@@ -252,7 +280,7 @@ def _inputs(stage, trajectory, points):
 
     def of_branch(part):
         entries = np.moveaxis(part[:, points][..., stage.active], 0, 1)
-        return entries.reshape(*entries.shape[:2], *stage.branch.in_shape)
+        return entries.reshape(*entries.shape[:2], *stage.in_shape)
 
     return trajectory.map(of_branch)
 
@@ -266,9 +294,9 @@ def _branch(stage, h, error, context):
             of_arguments = np.maximum(of_arguments, error)
             size = _norm(h) + np.sqrt(np.prod(h.high.shape[2:]))
             error = error + precise_activations.ERROR * size
-            h, slope = precise_activations.activate(stage.branch.activation, h, layer.sharpness)
+            h, slope = precise_activations.activate(layer.spec.activation, h, layer.sharpness)
         slopes.append(slope)
-        h, own = product(h, layer.kernel, functools.partial(_apply, layer.spec, stage.branch.padding))
+        h, own = product(h, layer.slices, functools.partial(_apply, layer.spec))
         h = h + layer.bias
         if layer.context is not None:
             contexts = DoubleDouble.of(np.broadcast_to(context, (len(layer.norm), *context.shape)))
@@ -280,8 +308,8 @@ def _branch(stage, h, error, context):
     return h, error, of_arguments, tuple(slopes)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(layer: LayerSpec, padding: Padding, inputs: Float[Array, "k i b ..."], kernels: Float[Array, "k ..."]) -> Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(layer: LayerSpec, inputs: Float[Array, "k i b ..."], kernels: Float[Array, "k ..."]) -> Array:
     """A layer's linear map of slices: sums that are exact, whatever a compiler makes of their order."""
     apply = layer.linear_map()
 
@@ -295,28 +323,6 @@ def _apply(layer: LayerSpec, padding: Padding, inputs: Float[Array, "k i b ..."]
 @jax.jit
 def _shift(contexts: Float[Array, "k i b c"], kernels: Float[Array, "k c m"]) -> Float[Array, "k i b m"]:
     return jnp.einsum("kibc,kcm->kibm", contexts, kernels)
-
-
-def _layer(layer: LayerSpec, block: Block) -> Layer:
-    assert block.branch.norms is not None
-    own = block.branch.weights[layer.name]
-    num, bias = len(own["kernel"]), own["bias"]
-    sharpness = None
-    if "beta" in own:
-        beta = own["beta"]
-        sharpness = precise_activations.softplus(DoubleDouble.of(beta.reshape(num, *(1,) * len(layer.in_shape), -1)))
-    return Layer(
-        spec=layer,
-        kernel=Sliced.of(own["kernel"]),
-        bias=DoubleDouble.of(bias.reshape(num, *(1,) * (len(layer.in_shape) + 2 - bias.ndim), *bias.shape[1:])),
-        norm=np.asarray(block.branch.norms[layer.name], np.float64),
-        sharpness=sharpness,
-        context=Sliced.of(own["context"]) if "context" in own else None,
-    )
-
-
-def _by_channel(values: np.ndarray, in_shape: tuple[int, ...]) -> np.ndarray:
-    return values.reshape(len(values), *(1,) * len(in_shape), -1)
 
 
 def _norm(x: DoubleDouble) -> Float[np.ndarray, "k b"]:

@@ -58,10 +58,8 @@ def load(name: str, data_dir: str | None = None, *, fractions: tuple[float, floa
         RuntimeError: If TFDS cannot prepare it.
         OSError: If files cannot be read, or decoded images cannot be written.
     """
-    if name in TOYS:
-        return DataSet.from_toy(TOYS[name])
-    if name in SIMULATORS:
-        return DataSet.from_simulator(SIMULATORS[name])
+    if name in (*TOYS, *SIMULATORS):
+        return DataSet.endless({**TOYS, **SIMULATORS}[name])
     if name == "digits":
         return digits.load()
     kind, colon, path = name.partition(":")

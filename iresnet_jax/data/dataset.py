@@ -36,9 +36,8 @@ class DataSet:
         labels: Classes by split; empty without labels.
         contexts: Context vectors by split, on which a density of the examples may depend; empty without.
         grid: Entries of vectors that lie on a grid; None if all are continuous, or levels.
-        toy: Density that a toy's examples are drawn from; None for other data.
-        simulator: Simulator that draws examples with their contexts, and knows the density of one given the other; None for
-            other data.
+        generator: Toy that examples of endless data are drawn from, or simulator that draws them with their contexts; None for
+            arrays.
     """
 
     name: str
@@ -50,8 +49,7 @@ class DataSet:
     labels: dict[str, Int32[np.ndarray, " _"]] = field(default_factory=dict)
     contexts: Splits = field(default_factory=dict)
     grid: Grid | None = None
-    toy: Toy | None = None
-    simulator: Simulator | None = None
+    generator: Toy | Simulator | None = None
 
     @classmethod
     def from_arrays(
@@ -78,45 +76,34 @@ class DataSet:
         return cls(name, event_shape, num_levels, num_classes, fingerprint, examples, labels, contexts or {}, grid)
 
     @classmethod
-    def from_toy(cls, toy: Toy) -> "DataSet":
-        """Makes an endless data set of a 2-D density, whose fingerprint is that of its name and entropy."""
-        return cls(toy.name, (2,), None, None, _hash({"toy": toy.name, "entropy": round(toy.entropy, 6)}), toy=toy)
-
-    @classmethod
-    def from_simulator(cls, simulator: Simulator) -> "DataSet":
-        """Makes an endless data set of parameters given observations, with a fingerprint of its name and entropy."""
-        content = {"simulator": simulator.name, "entropy": round(simulator.entropy, 4)}
-        return cls(simulator.name, (simulator.num_parameters,), None, None, _hash(content), simulator=simulator)
+    def endless(cls, generator: Toy | Simulator) -> "DataSet":
+        """Makes a data set of a 2-D density, or of parameters given observations, with the fingerprint of name and entropy."""
+        is_toy = isinstance(generator, Toy)
+        kind, digits, size = ("toy", 6, 2) if is_toy else ("simulator", 4, generator.num_parameters)
+        fingerprint = _hash({kind: generator.name, "entropy": round(generator.entropy, digits)})
+        return cls(generator.name, (size,), None, None, fingerprint, generator=generator)
 
     @property
     def is_endless(self) -> bool:
         """Whether examples are drawn, as those of a toy or simulator, and not kept in arrays."""
-        return self.toy is not None or self.simulator is not None
+        return self.generator is not None
 
     @property
     def context_dim(self) -> int:
         """Entries of a context vector; 0 without contexts."""
-        if self.simulator is not None:
-            return self.simulator.num_observed
+        if isinstance(self.generator, Simulator):
+            return self.generator.num_observed
         return self.contexts["train"].shape[1] if self.contexts else 0
 
     @property
     def entropy(self) -> float | None:
         """Floor of the expected negative log-likelihood in nats; None unless it is known, as for endless data."""
-        known = self.toy or self.simulator
-        return None if known is None else known.entropy
+        return None if self.generator is None else self.generator.entropy
 
     @property
     def draw(self) -> Callable[[PRNGKeyArray, Any], tuple[Array, Array | None]] | None:
         """Sampler ``(key, placeholder) -> (example, context)`` of endless data; None for arrays."""
-        if not self.is_endless:
-            return None
-
-        def draw_one(key: PRNGKeyArray, _: Any) -> tuple[Array, Array | None]:
-            example, context = self._drawn(key, 1)
-            return example[0], None if context is None else context[0]
-
-        return draw_one
+        return (lambda key, _: jax.tree.map(lambda rows: rows[0], self._drawn(key, 1))) if self.is_endless else None
 
     def held_out(self, split: str, num: int | None = None, seed: int = 0) -> Shaped[np.ndarray, "_ ..."]:
         """Returns the first ``num`` examples of "validation" or "test".
@@ -135,20 +122,14 @@ class DataSet:
         """Returns the contexts of what `held_out` returns with the same arguments; None without contexts."""
         return self._held_out(split, num, seed)[1]
 
-    def random_train(self, key: PRNGKeyArray, num: int) -> tuple[Shaped[Array, "_ ..."], Shaped[Array, "_ k"] | None]:
-        """Draws up to ``num`` distinct training examples and their contexts, to initialise a model with."""
+    def random_train(self, key: PRNGKeyArray, num: int) -> tuple[Any, Any, Any]:
+        """Draws up to ``num`` distinct training examples with their contexts and classes, or None, to initialise a model."""
         if self.is_endless:
-            return self._drawn(key, num)
-        chosen = self._random_places(key, num)
-        context = jnp.asarray(self.contexts["train"][chosen]) if self.contexts else None
-        return jnp.asarray(self.examples["train"][chosen]), context
-
-    def random_train_labels(self, key: PRNGKeyArray, num: int) -> Int32[np.ndarray, " _"]:
-        """Returns the classes of the examples that `random_train` draws with the same arguments."""
-        return self.labels["train"][self._random_places(key, num)]
-
-    def _random_places(self, key: PRNGKeyArray, num: int) -> np.ndarray:
-        return np.asarray(jax.random.permutation(key, len(self.examples["train"])))[:num]
+            return *self._drawn(key, num), None
+        chosen = np.asarray(jax.random.permutation(key, len(self.examples["train"])))[:num]
+        kinds = self.examples, self.contexts, self.labels
+        examples, contexts, labels = (jnp.asarray(kind["train"][chosen]) if kind else None for kind in kinds)
+        return examples, contexts, labels
 
     def _held_out(self, split: str, num: int | None, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
         if not self.is_endless:
@@ -163,10 +144,9 @@ class DataSet:
 
     def _drawn(self, key: PRNGKeyArray, num: int) -> tuple[Array, Array | None]:
         """Examples of endless data and their contexts."""
-        if self.simulator is not None:
-            return jax.jit(self.simulator.sample, static_argnums=1)(key, num)
-        assert self.toy is not None
-        return jax.jit(self.toy.sample, static_argnums=1)(key, num), None
+        assert self.generator is not None
+        drawn = jax.jit(self.generator.sample, static_argnums=1)(key, num)
+        return drawn if isinstance(self.generator, Simulator) else (drawn, None)
 
 
 def describe(dtype: DTypeLike, shape: tuple[int, ...], sha256: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Num
 
 from iresnet_jax.certification.decoding import CertifiedInfo, Decoded, certified
-from iresnet_jax.certification.problem import check_certified
+from iresnet_jax.certification.prepared import check
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
@@ -92,7 +92,7 @@ def bound_inverses(
         The summary, which says why where nothing is guaranteed, and the certificates; None where nothing is.
     """
     try:
-        check_certified(model)
+        check(model)
     except ValueError as error:
         return InverseGuarantee(reason=str(error)), None
     if num == 0:

@@ -83,8 +83,8 @@ class Comparison(NamedTuple):
 
 def compare_run(run: Run) -> Comparison | None:
     """Compares the model of a run with the true posterior, see `compare`; None where no simulator knows it."""
-    simulator, contexts = run.data.simulator, run.test_contexts()
-    if simulator is None or contexts is None or not isinstance(run.model, Density):
+    simulator, contexts = run.data.generator, run.test_contexts()
+    if not isinstance(simulator, Simulator) or contexts is None or not isinstance(run.model, Density):
         return None
     return compare(run.model, simulator, run.test_examples(), contexts, run.config.evaluation, run.config.seed)
 

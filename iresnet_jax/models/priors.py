@@ -4,9 +4,10 @@ A prior is its name and its parameters, ``{"mean", "log_std"}`` of "gaussian" or
 each a dimension.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from iresnet_jax.bijections.transforms.logit import log_logistic
+from iresnet_jax.maths.enclosures.ball_arithmetic import LOG_2PI, Ball, exp, joined, log_sum_exp, softplus
 
 SMALLEST_VARIANCE = 1e-4  # of latents within classes, whose whole variance is about 1 or more
 
@@ -21,17 +23,38 @@ Parameters = Mapping[str, Float[Array, "..."]]
 
 
 class _Family(NamedTuple):
-    """A location-scale family: the name of its scale; log-density, draws and standard deviation of its standard member."""
+    """A location-scale family: the name of its scale; what its standard member has.
+
+    Attributes:
+        log_scale: Name of the logarithm of the scale among the parameters.
+        log_density: Log-density of the standard member.
+        enclosure: The same of balls, with guaranteed errors.
+        draw: Draws of the standard member.
+        std: Standard deviation of the standard member.
+    """
 
     log_scale: str
     log_density: Callable[[Array], Array]
+    enclosure: Callable[[Ball], Ball]
     draw: Callable[..., Array]
     std: float
 
 
 PRIORS = {
-    "gaussian": _Family("log_std", lambda t: -0.5 * jnp.square(t) - 0.5 * math.log(2 * math.pi), jax.random.normal, 1.0),
-    "logistic": _Family("log_scale", log_logistic, jax.random.logistic, math.pi / math.sqrt(3)),
+    "gaussian": _Family(
+        "log_std",
+        lambda t: -0.5 * jnp.square(t) - 0.5 * math.log(2 * math.pi),
+        lambda t: -(t * t + LOG_2PI) * Ball.of(0.5),
+        jax.random.normal,
+        1.0,
+    ),
+    "logistic": _Family(
+        "log_scale",
+        log_logistic,
+        lambda t: -(softplus(t) + softplus(-t)),
+        jax.random.logistic,
+        math.pi / math.sqrt(3),
+    ),
 }
 
 
@@ -61,6 +84,32 @@ def log_prob(kind: str, params: Parameters, z: Float[Array, "b d"]) -> Float[Arr
         )
     t = (z - mean[None]) * jnp.exp(-log_scale[None])
     return jnp.sum(family.log_density(t) - log_scale[None], axis=1)
+
+
+def enclose_log_prob(kind: str, params: Mapping[str, Any], z: Ball) -> Ball:
+    """`log_prob` with guaranteed errors: balls for latents in balls; parameters count as the numbers that they are.
+
+    Args:
+        kind: "gaussian" or "logistic".
+        params: Parameters of the prior; with ``class_logits`` those of the classes' priors, whose mixture it is.
+        z: Latents ``(b, d)``.
+
+    Raises:
+        ValueError: If the prior is unknown.
+    """
+    family = _family(kind)
+    own = {name: Ball.of(np.asarray(values, np.float64)) for name, values in params.items()}
+
+    def of_class(mean, log_scale):
+        return (family.enclosure((z - mean) * exp(-log_scale)) - log_scale).sum()
+
+    if "class_logits" not in own:
+        return of_class(own["mean"], own[family.log_scale])
+    logits, classes = own["class_logits"], []
+    for i in range(len(logits.radius)):
+        mean, log_scale, logit = (part.map(lambda a, i=i: a[i]) for part in (own["mean"], own[family.log_scale], logits))
+        classes.append(of_class(mean, log_scale) + logit)
+    return log_sum_exp(joined(functools.partial(np.stack, axis=-1), classes)) - log_sum_exp(logits)
 
 
 def sample(kind: str, params: Parameters, key: Key[Array, ""], n: int, temperature: float = 1.0) -> Float[Array, "{n} d"]:

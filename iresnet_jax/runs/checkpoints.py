@@ -27,6 +27,7 @@ import numpy as np
 from iresnet_jax.atomic_files import replacing
 from iresnet_jax.training.optimizers import STACKED
 
+KEPT = 2  # of the newest checkpoints, beside the best one: one is left to fall back to
 _METRIC = "(metric)"  # no array of a state is called that
 
 
@@ -35,10 +36,9 @@ class Checkpoints:
 
     Args:
         workdir: Folder of the run, created when needed.
-        keep: How many of the newest checkpoints to keep beside the best one, >= 1. With 2, one is left to fall back to.
 
     Raises:
-        ValueError: If ``keep`` is less than 1 or ``workdir/checkpoints`` is a file.
+        ValueError: If ``workdir/checkpoints`` is a file.
 
     Example:
         >>> checkpoints = Checkpoints("runs/moons")
@@ -46,11 +46,8 @@ class Checkpoints:
         >>> restored = checkpoints.restore_latest(state)  # doctest: +SKIP
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], keep: int = 2):
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}: without a checkpoint a run cannot be resumed")
+    def __init__(self, workdir: str | os.PathLike[str]):
         self._folder = Path(workdir) / "checkpoints"
-        self._keep = keep
         if self._folder.exists() and not self._folder.is_dir():
             raise ValueError(f"{self._folder} is a file, where a folder is needed: move it away or choose another workdir")
 
@@ -70,14 +67,9 @@ class Checkpoints:
 
         Raises:
             OSError: If the disk is full or not writable; the checkpoints already there are kept.
-            ValueError: If the step is negative or the state has no values or two arrays of one name.
+            ValueError: If two arrays of the state have one name.
         """
-        if step < 0:
-            raise ValueError(f"step must not be negative, got {step}: it counts finished updates")
-        named = to_named(state)
-        if not any(array.size for array in named.values()):
-            raise ValueError("the state has no values to save: pass the whole training state")
-        named[_METRIC] = np.array(math.nan if metric is None else float(metric))
+        named = to_named(state) | {_METRIC: np.array(math.nan if metric is None else float(metric))}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for leftover in self._folder.glob("*.incoming"):  # of killed processes
@@ -91,7 +83,7 @@ class Checkpoints:
             ) from error
         past = [other for other in self._steps() if other <= step]
         best = [other for _, other in self._by_metric() if other in past]
-        for other in set(self._steps()) - {*past[: self._keep], *best[:1]}:
+        for other in set(self._steps()) - {*past[:KEPT], *best[:1]}:
             with contextlib.suppress(OSError):
                 self.path(other).unlink()
 
@@ -211,7 +203,7 @@ def to_named(tree: Any) -> dict[str, np.ndarray]:
         The arrays in the order of the tree. They may share memory with it: copy what must outlive a donation.
 
     Raises:
-        ValueError: If two arrays would get one name, or an array under ``blocks`` has no leading axis.
+        ValueError: If two arrays would get one name.
 
     Example:
         >>> list(to_named({"blocks": {"bias": np.zeros((2, 4))}, "step": np.int32(7)}))
@@ -270,11 +262,6 @@ def _names(path: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[list[str], bo
     key = jax.tree_util.DictKey(STACKED)
     if key not in path:
         return [_joined(path)], False
-    if not shape:
-        raise ValueError(
-            f"the scalar {_joined(path)!r} lies under {STACKED!r}, where arrays are stacked along a leading axis: "
-            "move it out of there or give it one entry a block"
-        )
     depth = path.index(key)
     blocks = [jax.tree_util.DictKey(f"block{index:02d}") for index in range(shape[0])]
     return [_joined((*path[:depth], block, *path[depth + 1 :])) for block in blocks], True

@@ -14,6 +14,7 @@ from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.data import augment, conditioned_on_labels, load
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.measurements import Measurement
+from iresnet_jax.data.toys import Toy
 from iresnet_jax.models import flow
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
@@ -135,7 +136,7 @@ def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: b
     if kind == "none":
         return Identity()
     if kind in ("standardize", "whiten"):
-        if data.num_levels is not None or data.toy is not None:
+        if data.num_levels is not None or isinstance(data.generator, Toy):
             raise ValueError(f"preprocessing.transform {kind} is for arrays of continuous data, not {data.name}")
         if kind == "whiten" and len(data.event_shape) != 1:
             raise ValueError(f"preprocessing.transform whiten is for vectors, and {data.name} has images: standardize them")
@@ -169,7 +170,7 @@ def _context_scale(data: DataSet) -> Standardize | None:
 def _to_scale_by(data: DataSet) -> tuple[Any, Any]:
     """The training examples and contexts, or some of a simulator, always the same."""
     if data.is_endless:
-        return data.random_train(jax.random.key(0), SCALE_EXAMPLES)
+        return data.random_train(jax.random.key(0), SCALE_EXAMPLES)[:2]
     return data.examples["train"], data.contexts.get("train")
 
 
@@ -327,7 +328,8 @@ def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
     num, has_labels = config.training.actnorm_examples, isinstance(spec, DensitySpec) and spec.num_classes is not None
 
     def examples_of(key):
-        return *data.random_train(key, num), data.random_train_labels(key, num) if has_labels else None
+        examples, contexts, labels = data.random_train(key, num)
+        return examples, contexts, labels if has_labels else None
 
     return initialization.initial_variables(
         spec,

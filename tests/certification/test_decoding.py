@@ -106,14 +106,6 @@ def test_a_classifier_bounds_its_images_and_their_padding():
     np.testing.assert_array_equal(np.rint(255 * np.asarray(wanted.images)), images)
 
 
-def test_what_cannot_be_certified_is_refused():
-    model, z = kept.model(kept.POINTS), jnp.zeros((1, 2))
-    with pytest.raises(ValueError, match="outside of jit"):
-        jax.jit(lambda z: certify.decode(model, z)[0])(z)
-    with pytest.raises(ValueError, match="call freeze"):
-        certify.decode(model.with_(bounds=None), z)
-
-
 def test_slopes_that_jump_keep_the_bounds_of_the_blocks():
     spec = DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(6,), activation="relu"),)))
     _, info = certify.decode(kept.model(spec), jnp.ones((2, 2)))

@@ -91,7 +91,7 @@ def test_held_out_examples_of_arrays_are_the_first_ones():
     np.testing.assert_array_equal(dataset.held_out("test", 3), IMAGES["test"][:3])
     np.testing.assert_array_equal(dataset.held_out("test"), IMAGES["test"])
     assert len(dataset.held_out("test", 100)) == 5
-    assert (dataset.event_shape, dataset.draw, dataset.toy, dataset.entropy) == ((4, 3, 1), None, None, None)
+    assert (dataset.event_shape, dataset.draw, dataset.generator, dataset.entropy) == ((4, 3, 1), None, None, None)
     with pytest.raises(ValueError, match="no split 'validation'"):
         dataset.held_out("validation")
 

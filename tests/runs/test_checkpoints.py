@@ -120,14 +120,6 @@ def test_a_difference_is_named_in_one_sentence(changes, message):
 def test_mistakes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="two arrays of the state are called 'a/b'"):
         to_named({"a": {"b": np.zeros(1)}, "a/b": np.zeros(1)})
-    with pytest.raises(ValueError, match="the scalar 'blocks/slope' lies under 'blocks'"):
-        to_named({"blocks": {"slope": np.float32(1)}})
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        Checkpoints(tmp_path, keep=0)
-    with pytest.raises(ValueError, match="not be negative, got -1"):
-        Checkpoints(tmp_path).save(-1, make_state())
-    with pytest.raises(ValueError, match="no values to save"):
-        Checkpoints(tmp_path).save(0, {"empty": np.zeros((0, 3))})
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(ValueError, match="where a folder is needed"):
         Checkpoints(tmp_path)
@@ -186,7 +178,7 @@ def test_every_dtype_and_empty_arrays_survive(tmp_path, x64):
 
 @pytest.mark.parametrize(("saved", "kept"), [((10, 20, 30, 30), [20, 30]), ((10, 20, 15), [10, 15])])
 def test_the_newest_are_kept_and_an_earlier_step_gives_up_the_later_ones(tmp_path, saved, kept):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path)
     for step in saved:
         checkpoints.save(step, make_state(step))
     assert steps_in(tmp_path) == kept
@@ -235,7 +227,7 @@ def check(step, checkpoints):
 
 for death in itertools.count():
     folder = tempfile.mkdtemp(dir=sys.argv[1])
-    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints = Checkpoints(folder)
     checkpoints.save(10, state(10), metric=2.0)
     child = os.fork()
     if child == 0:
@@ -341,7 +333,7 @@ def test_an_unfinished_save_is_ignored_and_cleaned_up(tmp_path):
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_what_was_there(tmp_path, caplog):
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = Checkpoints(tmp_path)
     checkpoints.save(10, big_state(10))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

@@ -141,7 +141,7 @@ def checked(
         if (labels is None) != (num_classes is None):
             has = "no labels" if labels is None else "labels"
             raise ValueError(f"{where} has {has}, unlike the training images: give all splits labels, or none")
-        if labels is not None:
+        if labels is not None and num_classes is not None:
             if len(wrong := np.flatnonzero((labels < 0) | (labels >= num_classes))):
                 raise ValueError(
                     f"label {labels[wrong[0]]} of example {start + wrong[0]} of {where} is out of range: "

@@ -120,9 +120,8 @@ def _contents(name: str, folder: Path) -> Contents:
     import tensorflow_datasets as tfds
 
     with _explaining(name, folder):
-        builder = tfds.builder_from_directory(folder)
-    info: Any = builder.info
-    image_key, label_key = _keys(info, name)
+        builder: Any = tfds.builder_from_directory(folder)
+    image_key, label_key = _keys(builder.info, name)
 
     def read(split: str) -> Iterator[Chunk]:
         with _explaining(name, folder):
@@ -132,8 +131,8 @@ def _contents(name: str, folder: Path) -> Contents:
                 labels = np.array([example[label_key] for example in examples]) if label_key else None
                 yield [example[image_key] for example in examples], labels
 
-    num_classes = info.features[label_key].num_classes if label_key else None
-    return Contents({split: found.num_examples for split, found in info.splits.items()}, num_classes, read)
+    num_classes = builder.info.features[label_key].num_classes if label_key else None
+    return Contents({split: found.num_examples for split, found in builder.info.splits.items()}, num_classes, read)
 
 
 @contextlib.contextmanager

@@ -196,39 +196,30 @@ def nested_quadratic_forms(
         The estimates by dimension, and bounds of the errors of the last.
     """
     _, hessenberg = arnoldi(transposed_jacobian(linearize(branch, x), len(probes)), probes, sizes[-1])
-    squared = jnp.sum(probes**2, axis=tuple(range(2, probes.ndim)))
-    times = jnp.asarray(quadrature()[0], x.dtype).reshape(1, 1, -1, 1, 1)
-    values, bounds = [], squared
+    values, bounds = [], jnp.zeros(())
     for size in sizes:
-        inner = hessenberg[:size, :size]
-        resolvents = _resolvents(inner, times)
-        values.append(squared * _integral(inner, resolvents, without_first_order=trace is not None))
-        bounds = _error_bounds(resolvents, hessenberg[size, size - 1], squared, times, lipschitz_bound)
+        value, bounds, _ = _forms(hessenberg[: size + 1, :size], probes, lipschitz_bound, without_first_order=trace is not None)
+        values.append(value)
     return jnp.stack(values) + (0 if trace is None else trace(x)[None, None]), bounds
 
 
-def _resolvents(hessenberg, times):
-    """``(I + t H)^-1 e_1``, by row, node, probe and example."""
-    num = len(hessenberg)
-    identity = jnp.eye(num, dtype=hessenberg.dtype).reshape(num, num, 1, 1, 1)
-    return solve_hessenberg(identity + times * hessenberg[:, :, None])
+def _forms(hessenberg, probes, lipschitz_bound, *, without_first_order):
+    """``v^T log(I + J) v`` in a subspace, or without ``v^T J v``; the module's bound of its error; ``(I + H)^-1 e_1``."""
+    inner, leaving, dtype = hessenberg[:-1], hessenberg[-1, -1], probes.dtype
+    squared = jnp.sum(probes**2, axis=tuple(range(2, probes.ndim)))
+    nodes, weights = quadrature()
+    weights = jnp.asarray(weights, dtype).reshape(-1, 1, 1)
+    times = jnp.asarray([*nodes, 1.0], dtype).reshape(1, 1, -1, 1, 1)  # row, column, node, probe, example
+    solutions = solve_hessenberg(jnp.eye(len(inner), dtype=dtype)[:, :, None, None, None] + times * inner[:, :, None])
+    resolvents, solution = solutions[:, :-1], solutions[:, -1]
+    of_node = jnp.sum(inner[0][:, None] * resolvents, axis=0)  # e_1^T H y_t
+    value = squared * (jnp.sum(weights * of_node, axis=0) - (inner[0, 0] if without_first_order else 0))
 
-
-def _integral(hessenberg, resolvents, *, without_first_order):
-    """``e_1^T log(I + H) e_1``, or ``e_1^T (log(I + H) - H) e_1``."""
-    weights = jnp.asarray(quadrature()[1], hessenberg.dtype).reshape(-1, 1, 1)
-    of_node = jnp.sum(hessenberg[0][:, None] * resolvents, axis=0)  # e_1^T H y_t
-    return jnp.sum(weights * of_node, axis=0) - (hessenberg[0, 0] if without_first_order else 0)
-
-
-def _error_bounds(resolvents, leaving, squared, times, lipschitz_bound):
-    """The module's a posteriori bounds, infinite without a Lipschitz bound below 1."""
-    ell = lax.stop_gradient(lipschitz_at_least(lipschitz_bound, squared.dtype))
+    ell = lax.stop_gradient(lipschitz_at_least(lipschitz_bound, dtype))
     contraction = ell < 1
-    weights = jnp.asarray(quadrature()[1], squared.dtype).reshape(-1, 1, 1)
-    margins = 1 - times[0, 0] * jnp.where(contraction, ell, 0)
+    margins = 1 - times[0, 0, :-1] * jnp.where(contraction, ell, 0)
     bounds = squared * leaving * jnp.sum(weights * jnp.abs(resolvents[-1]) * (1 - margins) / margins, axis=0)
-    return lax.stop_gradient(jnp.where(contraction, bounds, jnp.inf))
+    return value, lax.stop_gradient(jnp.where(contraction, bounds, jnp.inf)), solution
 
 
 def quadratic_form(
@@ -255,17 +246,10 @@ def quadratic_form(
     """
     at = linearize(branch, x)
     basis, hessenberg = arnoldi(transposed_jacobian(at, len(probes)), probes, num_steps)
-    leaving, hessenberg = hessenberg[num_steps, num_steps - 1], hessenberg[:num_steps]
-    times = jnp.asarray([*quadrature()[0], 1.0], x.dtype).reshape(1, 1, -1, 1, 1)  # row, column, node, probe, example
-    solutions = _resolvents(hessenberg, times)
-    resolvents, solution = solutions[:, :-1], solutions[:, -1]
-
-    example_axes = tuple(range(2, probes.ndim))
-    squared = jnp.sum(probes**2, axis=example_axes)
-    value = squared * _integral(hessenberg, resolvents, without_first_order=trace is not None)
-    coefficients = (solution if trace is None else solution.at[0].add(-1)) * jnp.sqrt(squared)[None]
+    value, bounds, solution = _forms(hessenberg, probes, lipschitz_bound, without_first_order=trace is not None)
+    size = jnp.sqrt(jnp.sum(probes**2, axis=tuple(range(2, probes.ndim))))
+    coefficients = (solution if trace is None else solution.at[0].add(-1)) * size[None]
     flat = basis.reshape(*coefficients.shape, math.prod(x.shape[1:]))
     w = _combine(coefficients, flat).reshape(probes.shape)
     value = with_gradient(value, jacobian_product(at, probes), w)
-    bounds = _error_bounds(resolvents, leaving, squared, times[:, :, :-1], lipschitz_bound)
     return value if trace is None else value + trace(x)[None], bounds

@@ -20,16 +20,12 @@ GEOMETRIES = {
     "3x3 one channel": ((3, 3), (8, 8), 1, 1, (1, 1), "SAME"),
     "3x3 oblong": ((3, 3), (5, 9), 3, 2, (1, 1), "SAME"),
     "3x3 wide": ((3, 3), (4, 4), 2, 64, (1, 1), "SAME"),
-    "3x3 narrow": ((3, 3), (4, 3), 16, 4, (1, 1), "SAME"),
-    "3x3 large image": ((3, 3), (10, 10), 1, 2, (1, 1), "SAME"),
     "3x3 on a row": ((3, 3), (1, 8), 2, 2, (1, 1), "SAME"),
     "3x3 on a pixel": ((3, 3), (1, 1), 3, 2, (1, 1), "SAME"),
     "1x1": ((1, 1), (4, 4), 4, 6, (1, 1), "SAME"),
-    "2x2": ((2, 2), (6, 6), 2, 2, (1, 1), "SAME"),
     "5x5": ((5, 5), (8, 8), 2, 2, (1, 1), "SAME"),
     "5x5 on 3x2": ((5, 5), (3, 2), 3, 2, (1, 1), "SAME"),
     "3x1": ((3, 1), (6, 5), 2, 3, (1, 1), "SAME"),
-    "valid": ((3, 3), (6, 6), 2, 2, (1, 1), "VALID"),
     "valid, one output": ((3, 3), (3, 3), 2, 3, (1, 1), "VALID"),
     "explicit": ((3, 3), (6, 5), 2, 2, (1, 1), ((2, 0), (1, 2))),
     "stride 2": ((3, 3), (8, 8), 2, 3, (2, 2), "SAME"),
@@ -127,10 +123,8 @@ def test_small_layers_are_bounded_exactly(case, x64):
     ("case", "options"),
     [
         ("3x3 oblong", {}),
-        ("3x3 oblong", EMBEDDED),
         ("3x3 wide", EMBEDDED),
         ("stride 2", EMBEDDED),
-        ("circular", EMBEDDED),
     ],
 )
 def test_float32_bounds_are_above_the_norm_of_the_float32_weights(case, options):

@@ -1,0 +1,247 @@
+r"""Jacobians of a flow's steps in float64 at given slopes, how wrong they may be, and how fast they vary.
+
+A step is ``F_t(x) = u + g(u)`` with ``u = s (x + b)``, so ``J_t = (I + J_g(u)) diag(s)``. ``J_g = W_n D_n ... W_1 D_1`` is a
+product of the layers and of slopes ``D_i`` that are known to nearly all their bits, see `trajectory`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from iresnet_jax.bijections.reshape import flatten
+from iresnet_jax.branches.layers import LayerSpec
+from iresnet_jax.certification.trajectory import Layer, PreciseStage, entries_of
+from iresnet_jax.maths import activations
+from iresnet_jax.maths.chains.margin_bounds import Step
+from iresnet_jax.maths.enclosures.precise_activations import SLOPE_ERROR
+from iresnet_jax.maths.enclosures.upward_rounding import UP, U, gamma
+from iresnet_jax.maths.lipschitz_bounds import branch_jacobian_bound
+from iresnet_jax.models.architecture import FlowSpec
+
+_CHUNK_BYTES = 2**26  # of the tangents of one hidden layer that are computed together
+
+Slopes = Sequence[Array | np.ndarray | None]  # in front of each layer of a branch; None where it has no activation
+
+
+class Steps(NamedTuple):
+    """The linear maps of the steps of a stage, which scans run over.
+
+    Attributes:
+        kernels: Kernels of the layers, ``(k, ...)``.
+        scale: Scales of the ActNorms, one an entry.
+        lipschitz: Bounds of the branches.
+    """
+
+    kernels: tuple[Array, ...]
+    scale: Float[Array, "k d"]
+    lipschitz: Float[Array, " k"]
+
+    @classmethod
+    def of(cls, stage: PreciseStage) -> "Steps":
+        """Those of the steps in double-double; under ``enable_x64``."""
+        scale = np.broadcast_to(stage.scale.high[:, 0], (stage.num_blocks, *stage.in_shape)).reshape(stage.num_blocks, -1)
+        return cls(tuple(jnp.asarray(layer.kernel) for layer in stage.layers), jnp.asarray(scale), jnp.asarray(stage.lipschitz))
+
+
+class Place(NamedTuple):
+    """A stage's place in a flow: what its steps have in common.
+
+    Attributes:
+        layers: Layers of the branches.
+        in_shape: Shape of the branches' inputs.
+        active: Entries that the steps act on.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    in_shape: tuple[int, ...]
+    active: Int[np.ndarray, " a"]
+
+    def read(self, vectors: Float[Array, "n d"]) -> Float[Array, "n ..."]:
+        """Inputs of a branch."""
+        return vectors[:, self.active].reshape(-1, *self.in_shape)
+
+    def write(self, vectors: Float[Array, "n d"], values: Float[Array, "n ..."]) -> Float[Array, "n d"]:
+        """The vectors with other entries where the steps act."""
+        return vectors.at[:, self.active].set(flatten(values))
+
+
+def places_of(spec: FlowSpec) -> list[Place]:
+    """The places of all stages."""
+    active = entries_of(spec).active
+    return [Place(stage.branch.layers, stage.branch.in_shape, own) for stage, own in zip(spec.layout, active, strict=True)]
+
+
+def push(
+    layers: Sequence[LayerSpec], kernels: Sequence[Array], slopes: Slopes, u: Float[Array, "n ..."]
+) -> tuple[Float[Array, "n ..."], list[Array]]:
+    """``J_g u`` of one branch at slopes ``(n, ...)`` or ``(1, ...)``, and what arrives in front of each layer on the way."""
+    arriving = []
+    for layer, kernel, slope in zip(layers, kernels, slopes, strict=True):
+        arriving.append(u)
+        if slope is not None:
+            u = jnp.concatenate([u] * _copies(layer), axis=-1) * slope
+        u = layer.linear_map()(kernel, u)
+    return u, arriving
+
+
+def pull(
+    layers: Sequence[LayerSpec], kernels: Sequence[Array], slopes: Slopes, z: Float[Array, "n ..."]
+) -> tuple[Float[Array, "n ..."], tuple[Array | None, ...]]:
+    """``J_g^T z``, and what arrives in the output of each activation on the way; None in front of a layer without."""
+    arriving = []
+    for layer, kernel, slope in reversed(list(zip(layers, kernels, slopes, strict=True))):
+        example = jax.ShapeDtypeStruct((len(z), *layer.in_shape), z.dtype)
+        (z,) = jax.linear_transpose(lambda u, layer=layer, kernel=kernel: layer.linear_map()(kernel, u), example)(z)
+        arriving.append(None if slope is None else z)
+        if slope is not None:
+            z = over_copies(layer, z * slope)
+    return z, tuple(arriving[::-1])
+
+
+def over_copies(layer: LayerSpec, outputs: Float[Array, "... m"]) -> Float[Array, "... c"]:
+    """Sums over the outputs that the activation in front of a layer has for each of its inputs."""
+    return outputs.reshape(*outputs.shape[:-1], _copies(layer), -1).sum(axis=-2)
+
+
+def _copies(layer: LayerSpec) -> int:
+    assert layer.activation is not None
+    return activations.get(layer.activation).channel_factor
+
+
+def step_jacobians(place: Place, steps: Steps, slopes: Slopes) -> Float[Array, "k d d"]:
+    """The Jacobians of the steps of a stage at one point each: tangents of all unit vectors, some at a time.
+
+    Args:
+        place: The stage.
+        steps: Kernels and scales of its steps.
+        slopes: Slopes in front of each layer, ``(k, ...)``.
+    """
+    d = steps.scale.shape[1]
+    chunk = max(1, min(d, _CHUNK_BYTES // (8 * max(math.prod(layer.in_shape) for layer in place.layers))))
+
+    def of_step(own):
+        step, slopes = own
+        slopes = [None if slope is None else slope[None] for slope in slopes]
+
+        def of_chunk(first):
+            units = jax.nn.one_hot(first + jnp.arange(chunk), d, dtype=step.scale.dtype)
+            return push(place.layers, step.kernels, slopes, units.reshape(chunk, *place.in_shape))[0].reshape(chunk, d)
+
+        transposed = lax.map(of_chunk, jnp.arange(0, d, chunk)).reshape(-1, d)[:d]
+        return (jnp.eye(d) + transposed.T) * step.scale[None]
+
+    return lax.map(of_step, (steps, tuple(slopes)))
+
+
+class StepConstants(NamedTuple):
+    """Guaranteed constants of the steps of a flow, one each.
+
+    Attributes:
+        branch: Lipschitz constant of the branch.
+        curvature: Lipschitz constant of the branch's Jacobian; infinite where a slope jumps.
+        largest_scale: Largest scale of the ActNorm.
+        least_scale: Least one.
+        own_error: Bound of the 2-norm of the error of the branch's dense Jacobian for exact slopes.
+        slope_factor: What an error of all slopes is multiplied by in that norm.
+        steepest: Largest Lipschitz constant of a slope.
+    """
+
+    branch: Float[np.ndarray, " t"]
+    curvature: Float[np.ndarray, " t"]
+    largest_scale: Float[np.ndarray, " t"]
+    least_scale: Float[np.ndarray, " t"]
+    own_error: Float[np.ndarray, " t"]
+    slope_factor: Float[np.ndarray, " t"]
+    steepest: Float[np.ndarray, " t"]
+
+    @property
+    def second(self) -> Float[np.ndarray, " t"]:
+        """Lipschitz constant of the step's Jacobian; infinite where a slope jumps."""
+        return self.curvature * self.largest_scale**2 * UP
+
+    @property
+    def stretch(self) -> Float[np.ndarray, " t"]:
+        """Lipschitz constant of the step."""
+        return (1 + self.branch) * self.largest_scale * UP
+
+    @property
+    def inverse(self) -> Float[np.ndarray, " t"]:
+        """Lipschitz constant of the step's inverse, ``1 / (1 - L)`` over the least scale."""
+        gap = (1 - self.branch) * self.least_scale
+        return np.where(gap > 0, UP / np.where(gap > 0, gap, 1), np.inf)
+
+    @property
+    def unscaled(self) -> "StepConstants":
+        """The constants of the maps ``I + g`` alone, without the scales of their ActNorms."""
+        ones = np.ones_like(self.branch)
+        return self._replace(largest_scale=ones, least_scale=ones)
+
+    def slope_errors(self, argument_errors: Float[np.ndarray, "... t"]) -> Float[np.ndarray, "... t"]:
+        """Bounds of the errors of slopes, for such errors of the activations' arguments."""
+        return 2 * SLOPE_ERROR + self.steepest * argument_errors
+
+    def jacobian_errors(self, argument_errors: Float[np.ndarray, "... t"]) -> Float[np.ndarray, "... t"]:
+        """Bounds of the error of `step_jacobians` in the 2-norm, for such errors of the activations' arguments."""
+        of_branch = self.own_error + self.slope_factor * self.slope_errors(argument_errors)
+        return of_branch * self.largest_scale * UP
+
+
+def constants_of(stages: Sequence[PreciseStage]) -> tuple[tuple[Step, ...], StepConstants]:
+    """The constants of all steps, as a chain of margins takes them and as arrays."""
+    steps, rows = zip(*(_constants(stage, k) for stage in stages for k in range(stage.num_blocks)), strict=True)
+    return steps, StepConstants(*np.array(rows, np.float64).T)
+
+
+def _constants(stage: PreciseStage, k: int) -> tuple[Step, tuple[float, ...]]:
+    """The constants of a step.
+
+    A product with a layer errs by at most ``gamma_n |  |W|  |_2`` times the vector's length, with ``n`` terms in a sum, and
+    ``|  |W|  |_2^2 <= |W|_1 |W|_inf``, the largest sums of its columns and rows. Passes go through transposes too, and a dense
+    Jacobian is a pass of ``d`` unit vectors. Computed slopes are those of a 1-Lipschitz activation at a computed argument, so
+    an error of all slopes by ``e`` changes ``J_g`` by at most ``2 e prod |W|`` for each activation, which may have two outputs.
+    """
+    norms, rows, curvatures, growth, pushed, passed = [], [], [], 1.0, 0.0, 0.0
+    for layer in stage.layers:
+        size, norm = np.abs(layer.kernel[k]), float(layer.norm[k])
+        by_output = size.reshape(-1, size.shape[-1])
+        by_input = size.sum(axis=-1).reshape(-1, size.shape[-2]).sum(axis=0)
+        absolute = float(np.sqrt(np.max(by_output.sum(axis=0)) * np.max(by_input))) * UP
+        row = float(np.sqrt(np.max(np.sum(by_output**2, axis=0)))) * UP
+        norms.append(norm)
+        rows.append(norm if taps_meet(layer.spec) else min(row, norm))
+        curvatures.append(_curvature(layer, k))
+        growth *= max(absolute, norm, 1.0)
+        taps = len(by_output) // size.shape[-2]
+        pushed += gamma(len(by_output) + 2)
+        passed += gamma(taps * max(size.shape[-2:]) + 4)
+    scales = stage.scale.high[k]
+    largest, least = float(np.max(scales)) * (1 + 4 * U), float(np.min(scales)) * (1 - 16 * U)
+    step_rounding = largest * (growth * passed + 8 * U * (1 + growth)) * UP
+    step = Step(largest, tuple(norms), tuple(rows), tuple(curvatures), step_rounding)
+    slopes = [slope or 0.0 for slope in curvatures]
+    curvature = branch_jacobian_bound(norms, slopes, rows) * UP
+    own_error = math.sqrt(math.prod(stage.in_shape)) * (growth * pushed + 4 * U * (1 + growth)) * UP
+    slope_factor = 2 * math.prod(norms) * sum(slope is not None for slope in curvatures) * UP
+    return step, (float(stage.lipschitz[k]), curvature, largest, least, own_error, slope_factor, max(slopes))
+
+
+def _curvature(layer: Layer, k: int) -> float | None:
+    """Lipschitz constant of the slope of the activation in front of a layer; None without one, infinite where it jumps."""
+    if layer.spec.activation is None:
+        return None
+    known = activations.get(layer.spec.activation).slope_lipschitz
+    sharpness = 1.0 if layer.sharpness is None else float(np.max(layer.sharpness.high[k])) * UP
+    return math.inf if known is None else known * sharpness * UP
+
+
+def taps_meet(layer: LayerSpec) -> bool:
+    """Whether two taps of a layer read the same entry, as on a torus smaller than the kernel: rows are sums of taps then."""
+    if len(layer.kernel_shape) == 2 or layer.padding != "CIRCULAR":
+        return False
+    return any(size < taps for size, taps in zip(layer.in_shape[:2], layer.kernel_shape[:2], strict=True))

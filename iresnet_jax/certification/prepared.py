@@ -1,0 +1,158 @@
+"""What all certificates begin with: checks, a prepared flow in float64 on the host, and examples part by part."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.core
+import numpy as np
+from jaxtyping import Array, Float
+
+from iresnet_jax.certification.jacobians import StepConstants, Steps, constants_of
+from iresnet_jax.certification.trajectory import Entries, PreciseStage, entries_of, in_float64, precise_stages
+from iresnet_jax.maths.chains.margin_bounds import Step
+from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.certificate import require_bounds
+from iresnet_jax.models.density import Contexts, Density
+from iresnet_jax.models.flow import Weights
+from iresnet_jax.models.model import Model
+from iresnet_jax.models.reconstructor import Reconstructor
+
+MOST_DIMS = 4096  # of what takes dense Jacobians
+ALL_PRODUCTS = 1e10  # floating-point operations up to which the products of all pairs of steps are computed
+_CHUNK_ENTRIES = 2**17  # of the widest layer in all blocks of a stage, in the examples that are refined together
+
+
+@dataclass(frozen=True)
+class PreparedFlow:
+    """A flow prepared for certificates, in float64.
+
+    Attributes:
+        spec: Architecture of the flow.
+        weights: Its weights.
+        stages: Its steps in double-double.
+        steps: Its steps as linear maps.
+        margin_steps: Guaranteed constants of the steps, as a chain of margins takes them.
+        constants: Guaranteed constants of the steps, as arrays.
+    """
+
+    spec: FlowSpec
+    weights: Weights
+    stages: tuple[PreciseStage, ...]
+    steps: tuple[Steps, ...]
+    margin_steps: tuple[Step, ...]
+    constants: StepConstants
+
+    @classmethod
+    def of(cls, model: Model) -> "PreparedFlow":
+        """The flow of a model with certified bounds; under ``enable_x64``."""
+        spec, weights = model.spec.flow, in_float64(model.weights)
+        stages = precise_stages(spec, weights)
+        return cls(spec, weights, stages, tuple(map(Steps.of, stages)), *constants_of(stages))
+
+    @property
+    def entries(self) -> Entries:
+        """Where the vector of a trajectory keeps what."""
+        return entries_of(self.spec)
+
+    @property
+    def smooth(self) -> bool:
+        """Whether every slope has a Lipschitz constant."""
+        return bool(np.all(np.isfinite(self.constants.curvature)))
+
+    @property
+    def dense(self) -> bool:
+        """Whether the products of all pairs of steps are affordable, and with them the sharpest norms."""
+        return 2.0 * self.spec.num_blocks**2 * self.spec.num_dims**3 <= ALL_PRODUCTS
+
+    @property
+    def chunk(self) -> int:
+        """Examples that are certified together, at most."""
+        widest = max(stage.num_blocks * math.prod(layer.spec.in_shape) for stage in self.stages for layer in stage.layers)
+        return max(1, min(32, _CHUNK_ENTRIES // widest))
+
+    def chained(self, norms: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
+        """Norms of steps on the whole vector, of which those of a later stage may leave entries alone."""
+        beside = [np.full(stage.num_blocks, len(stage.active) < self.spec.num_dims) for stage in self.stages]
+        return np.where(np.concatenate(beside), np.maximum(norms, 1), norms)
+
+
+def check(model: Model, *given: Any, most_dims: int | None = None, contraction: bool = True) -> None:
+    """Raises ``ValueError`` in one sentence for what cannot be certified.
+
+    Args:
+        model: The model.
+        given: All else that is given, which must be arrays of the host, not traced ones.
+        most_dims: Most dimensions of the flow, if there is a limit.
+        contraction: Whether every block must be certified to be a contraction.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model, given))):
+        raise ValueError("certificates are computed on the host, outside of jit, vmap and grad: call certify out there")
+    model.require_bijection()
+    require_bounds(model.weights)
+    for stage in model.spec.flow.layout:
+        branch = model.weights[stage.name].branch
+        if not branch.spec.layers or branch.norms is None or branch.gain is not None:
+            raise ValueError(
+                f"{stage.name} has branches of kind {stage.spec.kind!r}, which certificates cannot follow: they take chains of "
+                "layers and activations; certificate() has the bounds on that kind's word"
+            )
+    if contraction and not all(np.all(np.asarray(block.branch.lipschitz_bound) < 1) for block in model.weights.values()):
+        raise ValueError("a block is not certified to be a contraction, so the inverse may not be unique: see certificate()")
+    if most_dims is not None and model.spec.flow.num_dims > most_dims:
+        raise ValueError(f"dense Jacobians are computed up to {most_dims} dimensions, got {model.spec.flow.num_dims}")
+
+
+@contextlib.contextmanager
+def prepared(
+    model: Model, *given: Any, context: Contexts | None = None, **limits: Any
+) -> Iterator[tuple[PreparedFlow, Float[np.ndarray, "b k"] | None]]:
+    """The prepared flow of a model, and contexts as it takes them, scaled in the precision in which they are given.
+
+    Inside, JAX computes in float64 on the host's CPU, and NumPy does not warn.
+
+    Args:
+        model: The model.
+        given: All else that is given.
+        context: Contexts of a conditional density.
+        limits: ``most_dims`` and ``contraction`` of `check`.
+
+    Raises:
+        ValueError: For the reasons of `check`.
+    """
+    check(model, *given, context, **limits)
+    scaled = model.scale_context(context) if isinstance(model, Density) else None
+    scaled = None if scaled is None else np.asarray(scaled, np.float64)
+    with jax.enable_x64(), jax.default_device(jax.local_devices(backend="cpu")[0]), np.errstate(all="ignore"):
+        yield PreparedFlow.of(model), scaled
+
+
+def vectors_of(
+    model: Model, y: Float[Array, "b ..."] | Float[np.ndarray, "b ..."]
+) -> Float[Array, "b d"] | Float[np.ndarray, "b d"]:
+    """Latents, features or measurements as vectors in the order of the flow's outputs; vectors are taken to have it."""
+    if isinstance(model, Reconstructor) and y.ndim > 2:
+        return model.as_latents(y)
+    return y.reshape(len(y), model.spec.flow.num_dims)
+
+
+def in_parts(certify: Callable[..., Any], size: int, *arrays: Any) -> Any:
+    """``certify(*arrays)`` of examples, some at a time, all parts of the same shapes so that programs are compiled once.
+
+    Args:
+        certify: A function of arrays of examples, whose results have one entry an example.
+        size: Examples at a time, at most.
+        arrays: Trees of NumPy's arrays with an axis of examples in front. The last part is filled up with its last example.
+    """
+    num = len(jax.tree.leaves(arrays)[0])
+    size, parts = min(size, 2 ** math.ceil(math.log2(max(num, 1)))), []
+    if not num:
+        arrays = jax.tree.map(lambda a: np.zeros((1, *a.shape[1:])), arrays)
+    for first in range(0, max(num, 1), size):
+        chosen = np.minimum(np.arange(first, first + size), max(num - 1, 0))
+        part = certify(*jax.tree.map(lambda a, chosen=chosen: a[chosen], arrays))
+        parts.append(jax.tree.map(lambda a, first=first: np.asarray(a)[: num - first], part))
+    return jax.tree.map(lambda *values: np.concatenate(values), *parts)

@@ -1,0 +1,96 @@
+"""Small flows of every kind with random weights, and dense Jacobians of their steps, for tests of certificates."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import kept
+import numpy as np
+
+from iresnet_jax.certification import trajectory
+from iresnet_jax.certification.prepared import prepared
+from iresnet_jax.maths.enclosures.double_double import DoubleDouble
+from iresnet_jax.models import priors
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.flow import freeze
+
+CONV = {"hidden": (3,), "kernel_sizes": (3, 3)}
+FLOWS = {
+    "lipswish": FlowSpec((2,), (StageSpec(2, hidden=(6, 5), activation="lipswish"),), coeff=0.9),
+    "preactivated": FlowSpec((3,), (StageSpec(2, hidden=(6,), activation="elu", preactivation=True),)),
+    "tanh": FlowSpec((2,), (StageSpec(3, hidden=(6,), activation="tanh"),), coeff=0.999),
+    "images": FlowSpec(
+        (4, 4, 1),
+        (
+            StageSpec(1, **CONV, activation="clipswish", squeeze=2, factor_out=True, positional_bias=True),
+            StageSpec(1, **CONV, activation="softplus4", padding="CIRCULAR"),
+            StageSpec(1, hidden=(5,), activation="softplus"),
+        ),
+    ),
+}
+JUMPS = {name: FlowSpec((2,), (StageSpec(2, hidden=(6,), activation=name),)) for name in ("relu", "maxmin")}
+
+
+@functools.cache
+def weights(flow):
+    """Weights within their budget, with biases."""
+    frozen = jax.jit(lambda key: freeze(flow, kept.random_params(flow, key)))(jax.random.key(1))
+    for block in frozen.values():
+        rng = np.random.default_rng(0)
+        for layer in block.branch.weights.values():
+            layer["bias"] = 0.3 * rng.normal(size=layer["bias"].shape)
+    return jax.tree.map(lambda a: np.asarray(a, np.float32), frozen)
+
+
+@functools.cache
+def density(spec):
+    """A density with a random prior, of a `DensitySpec` or of the name of a flow."""
+    spec = DensitySpec({**FLOWS, **JUMPS}[spec]) if isinstance(spec, str) else spec
+    rng = np.random.default_rng(0)
+    prior = {
+        name: jnp.asarray(0.3 * rng.normal(size=values.shape), jnp.float32)
+        for name, values in priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes).items()
+    }
+    return Density(spec, weights(spec.flow), prior)
+
+
+def changed(model, **fields):
+    """The model with other fields in the branches of its first stage."""
+    block = model.weights["stage0"]
+    branch = dataclasses.replace(block.branch, **fields)
+    return model.with_(weights={**model.weights, "stage0": block._replace(branch=branch)})
+
+
+def followed(model, x):
+    """The prepared flow of a model, trajectories of inputs in float64 and their residuals."""
+    with prepared(model) as (flow, _):
+        points = np.asarray(trajectory.follow(flow.spec, flow.weights, jnp.asarray(x), None))
+        return flow, points, trajectory.residuals(flow.stages, DoubleDouble.of(points))
+
+
+def steps_of(flow):
+    """The entries that each step acts on."""
+    active = trajectory.entries_of(flow).active
+    return [own for own, stage in zip(active, flow.layout, strict=True) for _ in range(stage.spec.num_blocks)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def dense_steps(flow, weights, points):
+    """Jacobians of all steps at points ``(t, d)`` on the whole vector, by forward differentiation in float64."""
+    found, start = [], 0
+    for stage, active in zip(flow.layout, trajectory.entries_of(flow).active, strict=True):
+
+        def step(block, u, stage=stage):
+            scale, bias = jnp.exp(block.actnorm.log_scale), block.actnorm.bias
+            u = ((u.reshape(-1, len(scale)) + bias[None]) * scale[None]).reshape(1, *stage.branch.in_shape)
+            return (u + block.branch(u)).ravel()
+
+        own = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), weights[stage.name])
+        own_points = points[start : start + stage.spec.num_blocks][:, active]
+        jacobians = jax.vmap(jax.jacfwd(step, argnums=1))(own, own_points)
+        whole = jnp.tile(jnp.eye(flow.num_dims), (stage.spec.num_blocks, 1, 1))
+        found.append(whole.at[:, active[:, None], active[None]].set(jacobians))
+        start += stage.spec.num_blocks
+    return jnp.concatenate(found)
