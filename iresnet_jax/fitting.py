@@ -89,8 +89,8 @@ def fit(
         validation: Examples that validate instead of a share of ``x``: an array like ``x``, or with labels or contexts
             ``(x, labels, context)``. The first 4096 count.
         settings: Other settings of a config file by their names, such as ``{"optimizer.learning_rate": 1e-3}``.
-        workdir: Folder for checkpoints and metrics, from which the same call resumes after an interruption; temporary by
-            default.
+        workdir: Folder for checkpoints and metrics, from which the same call resumes after an interruption; by default the
+            model is trained in memory.
         progress: Whether lines of progress are written to stderr.
 
     Returns:
