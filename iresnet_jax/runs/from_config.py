@@ -325,16 +325,10 @@ def _held_out_labels(config: Config, data: DataSet) -> Any:
 
 def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
     """Fresh variables, fitted to training data."""
-    num, has_labels = config.training.actnorm_examples, isinstance(spec, DensitySpec) and spec.num_classes is not None
-
-    def examples_of(key):
-        examples, contexts, labels = data.random_train(key, num)
-        return examples, contexts, labels if has_labels else None
-
     return initialization.initial_variables(
         spec,
         config.seed,
-        examples_of,
+        lambda key: data.random_train(key, config.training.actnorm_examples),
         constraint=config.constraint,
         last_scale=config.model.last_scale,
         sharp=config.model.sharp,

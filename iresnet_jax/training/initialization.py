@@ -82,7 +82,9 @@ def initial_variables(
     if isinstance(spec, DensitySpec) and spec.num_classes is not None:
         params["prior"] = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
         if fitted_priors:
-            params["prior"] = priors.of_classes(spec.prior_family, np.asarray(z), np.resize(labels, len(z)), spec.num_classes)
+            params["prior"] = priors.of_classes(
+                spec.prior_family, np.asarray(z), np.resize(np.asarray(labels), len(z)), spec.num_classes
+            )
     variables = {**variables, "params": params}
     return {**variables, "batch_stats": statistics} if statistics else variables
 
