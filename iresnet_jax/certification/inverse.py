@@ -14,12 +14,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.certification.banded import step_norms
 from iresnet_jax.certification.passes import newton_step
 from iresnet_jax.certification.prepared import PreparedFlow, in_parts, prepared, vectors_of
 from iresnet_jax.certification.products import linearize, newton_step_by_inverses, products_at
-from iresnet_jax.certification.trajectory import Residuals, ending_at, follow, go_back, residuals
+from iresnet_jax.certification.residuals import Residuals, ending_at, residuals
+from iresnet_jax.certification.trajectory import follow, follow_back
 from iresnet_jax.maths.chains import shadowing
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.upward_rounding import UP
@@ -104,14 +104,14 @@ def inverse(
 def _certify(flow: PreparedFlow, y, start, contexts) -> InverseCertificate:
     """The certificates of a part of the examples, all of them as vectors."""
     last = np.zeros_like(y)
-    last[:, flow.entries.latents] = y
+    last[:, flow.places.latents] = y
     points = follow(flow.spec, flow.weights, start.reshape(-1, *flow.spec.event_shape), contexts)
     trajectory = DoubleDouble.of(ending_at(flow.stages, np.array(points), last))
     certify = _with_products if flow.dense and flow.smooth else _with_norms
     best = _nothing(start)
     for attempt in range(_MAX_LINEARIZATIONS):
         if attempt == _MAX_LINEARIZATIONS - 1 or not (flow.smooth and np.all(np.isfinite(trajectory.high))):
-            points = np.array(go_back(flow.spec, flow.weights, y, contexts, Solver(atol=1e-13)))
+            points = np.array(follow_back(flow.spec, flow.weights, y, contexts))
             trajectory = DoubleDouble.of(ending_at(flow.stages, points, last))
         found, trajectory = certify(flow, trajectory, start, contexts, best)
         best = _better(best, found)
@@ -146,17 +146,17 @@ def _with_norms(flow: PreparedFlow, trajectory, start, contexts, best):
         size, floor = (np.linalg.norm(part.reshape(len(start), -1), axis=1) for part in (found.values, found.errors))
         if np.all(size <= floor):
             break
-        moved = _moved(trajectory, newton_step(flow.spec, flow.steps, found.slopes, found.values))
+        moved = _moved(trajectory, newton_step(flow.steps, found.slopes, found.values))
         after = residuals(flow.stages, moved, contexts)
         smaller = np.linalg.norm(after.values, axis=(1, 2)) < size
         trajectory = DoubleDouble(*(np.where(smaller[:, None, None], b, a) for a, b in zip(trajectory, moved, strict=True)))
         found = found.where(~smaller, after)
         if not np.any(np.linalg.norm(found.values, axis=(1, 2)) < size / 4):
             break
-    norms = step_norms(flow, found)
-    tables = ([shadowing.products_of_norms(flow.chained(own)) for own in every] for every in norms)
+    norms, guesses = step_norms(flow, found)
+    tables = ([shadowing.products_of_norms(flow.chained(own)) for own in every] for every in (norms, guesses))
     bounds, estimates = (_bounds(flow, table, found, trajectory, start) for table in tables)
-    estimated = np.any(norms.estimates != norms.bounds, axis=1)
+    estimated = np.any(guesses != norms, axis=1)
     return bounds._replace(estimate=np.where(estimated, estimates.error_bound, np.nan)), trajectory
 
 

@@ -115,11 +115,8 @@ def evaluate(
     """Verified accuracy and accuracy under attack at each radius.
 
     Args:
-        model: A classifier with bounds.
         images: Images of integer levels.
-        labels: Their classes.
         radii: Norms of perturbations, of pixels on the scale of [0, 1], which they may leave; increasing and positive.
-        attack: How to attack.
         batch_size: Images that are attacked together.
         seed: Seed of the attack's starts.
         certified: Certified radii of the images, if they are known.
@@ -141,10 +138,11 @@ def evaluate(
             found = attacked(model, images[indices], certified.predicted[indices], r, keys, attack)
             broken[np.asarray(indices)[mask]] = found[mask]
         resists = resists & ~broken  # a perturbation of a smaller norm is one of this norm too
-        verified, interval = _fraction(right & safe), fraction_interval(int(np.sum(right & safe)), len(right))
-        rows.append(RobustnessAt(r, verified, interval, _fraction(resists), int(np.sum(safe & broken))))
+        verified, num = int(np.sum(right & safe)), len(right)
+        interval, num_broken = fraction_interval(verified, num), int(np.sum(safe & broken))
+        rows.append(RobustnessAt(r, verified / num, interval, float(resists.mean()), num_broken))
     median, whole = (float(np.median(values)) for values in (certified.radius, certified.global_radius))
-    return Robustness(len(images), _fraction(right), tuple(rows), median, whole, CONFIDENCE)
+    return Robustness(len(images), float(right.mean()), tuple(rows), median, whole, CONFIDENCE)
 
 
 def attacked(
@@ -158,12 +156,10 @@ def attacked(
     """For which images a perturbation of at most that norm was found that changes the class; verified in float64.
 
     Args:
-        model: The classifier.
         images: Images of integer levels.
-        classes: The classes that it gives them.
+        classes: The classes that the model gives them.
         radius: Largest norm of a perturbation, of pixels on the scale of [0, 1].
         keys: Sources of the random starts, one an image.
-        attack: How to attack.
     """
     pixels = np.asarray(images, np.float64) / (model.spec.num_levels - 1)
     moves = np.asarray(_climb(model, jnp.asarray(pixels, jnp.float32), jnp.asarray(classes), radius, keys, attack), np.float64)
@@ -217,7 +213,3 @@ def _climb(model, pixels, classes, radius, keys, attack: Attack) -> Num[Array, "
         return jnp.where((margins(moves) < least)[:, None, None, None], moves, best)
 
     return lax.map(restart, jnp.arange(attack.num_restarts))
-
-
-def _fraction(chosen: Bool[np.ndarray, " n"]) -> float:
-    return float(np.mean(chosen))

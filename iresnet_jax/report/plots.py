@@ -328,9 +328,8 @@ def _evaluated(records: Sequence[Mapping[str, Any]], name: str, step: int | None
 
 def _running_median(values: Float[np.ndarray, "n 2"], window: int) -> Float[np.ndarray, "m 2"]:
     """Medians of consecutive windows, half a window apart; windows without a finite value are gaps."""
-    starts = range(0, len(values) - window + 1, max(window // 2, 1))
-    windows = [values[s : s + window] for s in starts]
-    return np.array([np.nanmedian(w, axis=0) if np.isfinite(w).all(axis=1).any() else [np.nan] * 2 for w in windows])
+    windows = np.lib.stride_tricks.sliding_window_view(values, window, axis=0)[:: max(window // 2, 1)]
+    return np.ma.median(np.ma.masked_invalid(windows), axis=-1).filled(np.nan)
 
 
 def _is_number(value: object) -> bool:

@@ -108,13 +108,12 @@ class Run:
             taken = f"{wanted[0]}, {wanted[1]} levels and {wanted[2]} classes"
             got = f"{found.event_shape}, {found.num_levels} and {found.num_classes}"
             raise ValueError(f"the model takes examples of shape {taken}, and {found.name} has {got} now: bring its data back")
-        if self._validated_on_the_test():
-            note = f"The test examples of {found.name} are among those that validated: the checkpoint was chosen on them."
-            return replace(self, notes=(*self.notes, note))
         note = (
             f"These are other data than the model was trained on: {found.name} has the fingerprint "
             f"{found.fingerprint[:12]} now and had {self.fingerprint[:12]} then."
         )
+        if self._validated_on_the_test():
+            note = f"The test examples of {found.name} are among those that validated: the checkpoint was chosen on them."
         return replace(self, notes=(*self.notes, note))
 
     def _validated_on_the_test(self) -> bool:
@@ -130,7 +129,7 @@ def load(folder: str | os.PathLike[str]) -> Run:
     """Loads the best checkpoint of a run, or the latest where there is no best one, which `Run.notes` then says.
 
     A folder with nothing of a training but ``model.npz`` will do as well. On an accelerator this also sets the precision of
-    matrix products in this process, see `matmul_precision.prepare_backend`.
+    matrix products in this process, see `machine.prepare_backend`.
 
     Args:
         folder: Folder of the run, as `loop.train` filled it, or of a model.
@@ -145,7 +144,10 @@ def load(folder: str | os.PathLike[str]) -> Run:
     """
     folder = Path(folder)
     if _is_model_alone(folder):
-        return _load_file(folder)
+        model, about = saved.read(folder / FILE_NAME)
+        config, fingerprint, step = _parsed(folder / FILE_NAME, about)
+        prepare_backend(config.training.matmul_precision)
+        return Run(folder, model.with_(solver=build_solver(config.evaluation)), config, fingerprint, step)
     config = run_folder.read_config(folder)
     prepare_backend(config.training.matmul_precision)
     spec, fingerprint = run_folder.read_model(folder)
@@ -180,15 +182,6 @@ def save(run: Run, path: str | os.PathLike[str] | None = None) -> Path:
     """
     about = {"format": run_folder.FORMAT, "config": to_plain(run.config), "fingerprint": run.fingerprint, "step": run.step}
     return run.model.save(run.folder / FILE_NAME if path is None else path, about)
-
-
-def _load_file(folder: Path) -> Run:
-    """The run of a model that `save` wrote."""
-    path = folder / FILE_NAME
-    model, about = saved.read(path)
-    config, fingerprint, step = _parsed(path, about)
-    prepare_backend(config.training.matmul_precision)
-    return Run(folder, model.with_(solver=build_solver(config.evaluation)), config, fingerprint, step)
 
 
 def _parsed(path: Path, about: dict[str, Any]) -> tuple[Config, str, int]:
