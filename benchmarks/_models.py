@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from _record import ROOT, parser
 
 from iresnet_jax.models.classifier import Classifier
@@ -18,7 +19,7 @@ from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.trained_run import Run, load
 
-sys.path.append(str(ROOT / "tests"))  # for plain_flow, which tests of certificates have too
+sys.path.append(str(ROOT / "tests"))  # for `plain_flow` and `evaluations`, which tests have, too
 
 
 def config_file(name: str) -> str:
@@ -63,6 +64,23 @@ def flow_input(run: Run, num: int) -> Any:
     examples = run.data.held_out("test", num, run.config.seed)
     noise = (jax.random.key(0),) if isinstance(run.model, Density) else ()
     return jax.jit(run.model.preprocess)(examples, *noise)
+
+
+@jax.jit
+def encode(model: Any, x: Any) -> jax.Array:
+    """Latents of the flow's inputs."""
+    return model.flow().forward(x)
+
+
+@jax.jit
+def decode(model: Any, z: Any) -> Any:
+    """Inputs of the flow for latents, and how the inverse ended."""
+    return model.flow().inverse(z)
+
+
+def norms(x: Any) -> np.ndarray:
+    """Euclidean norm of every example, in float64."""
+    return np.linalg.norm(np.asarray(x, np.float64).reshape(len(x), -1), axis=1)
 
 
 class Block(NamedTuple):

@@ -10,6 +10,7 @@ from dataclasses import asdict
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _models import decode, norms
 from _processes import most_cores
 
 from iresnet_jax.bijections.residual import Solver
@@ -45,7 +46,7 @@ def exact_inverse(model, z):
     """The preimages of latents in float64, to 1e-10 in every block."""
     with jax.enable_x64(True):
         precise = model.with_(solver=Solver(atol=1e-10, refine=True))
-        x, info = jax.jit(lambda model, z: model.flow().inverse(z))(precise, jnp.asarray(z))
+        x, info = decode(precise, jnp.asarray(z))
         if not bool(info.converged.all()):
             raise RuntimeError(f"the exact inverse did not converge: residuals up to {float(info.residual.max()):.1e}")
         return np.asarray(x)
@@ -61,8 +62,8 @@ def _mean_seconds(num, function):
 
 def _error(found, exact):
     """Largest error of an entry, and of an example in the Euclidean norm."""
-    difference = (np.asarray(found, np.float64) - exact).reshape(len(exact), -1)
-    return {"largest": float(np.abs(difference).max()), "euclidean": float(np.linalg.norm(difference, axis=1).max())}
+    difference = np.asarray(found, np.float64) - exact
+    return {"largest": float(np.abs(difference).max()), "euclidean": float(norms(difference).max())}
 
 
 class TorchFlow:
@@ -147,16 +148,12 @@ class TorchFlow:
         return {**_error(self._found, self._x.numpy()), "evals": self._evals}
 
 
-def _inverse(model, z):
-    return model.flow().inverse(z)
-
-
 class OurFlow:
     """The flow of a density as the commands for trained models run it, examples shared by one device a core."""
 
     def __init__(self, model, x, z):
         self._model, self._x, self._z = model, np.asarray(x, np.float64), np.asarray(z)
-        self._placed, self._inverse = parallel.on_local_devices(model), parallel.parallelize_eval(_inverse)
+        self._placed = parallel.on_local_devices(model)
 
     def log_probs(self, num, images, target):
         """Seconds of the log-likelihoods of images, the values, and their accuracy: at most ``target`` bits/dim."""
@@ -174,7 +171,7 @@ class OurFlow:
         z = self._z.astype(np.float64 if refine else np.float32)
 
         def once():
-            return parallel.over_batches(self._inverse, model, lambda places: z[places], len(z), len(z))
+            return parallel.over_batches(decode, model, lambda places: z[places], len(z), len(z))
 
         with jax.enable_x64(refine):
             once()

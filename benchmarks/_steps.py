@@ -94,14 +94,13 @@ class OurSteps(Steps):
         from iresnet_jax.runs import allocator
         from iresnet_jax.runs.planning import plan
 
-        self._jax, began = jax, time.perf_counter()
+        self._jax = jax
         self._of_device, self._step, self._state, self._feed, self._name = training_step(settings, plan.data_for(settings))
         self.take()
         self.wait()
         if keeps_memory:
             allocator.return_freed_memory()
         self.warm_up(warmup - 1)
-        self._warmup_s = time.perf_counter() - began
 
     def take(self):
         self._state, self._metrics = self._step(self._state, next(self._feed))
@@ -127,16 +126,9 @@ class OurSteps(Steps):
         found = float(one_device) * self._jax.local_device_count()
         return {"flops": found, "matmul_peak_flops": matmul_peak(jnp.float32)}
 
-    def devices(self):
-        """The devices, the most of the first one's memory, and what starting took."""
-        memory = self._jax.local_devices()[0].memory_stats() or {}
-        return {
-            "warmup_seconds": self._warmup_s,
-            "peak_bytes": memory.get("peak_bytes_in_use"),
-            "device": self._jax.devices()[0].device_kind,
-            "num_devices": self._jax.device_count(),
-            "grad_norm": float(self._metrics["grad_norm"]),
-        }
+    def num_devices(self):
+        """Devices that share a batch."""
+        return self._jax.device_count()
 
 
 class OurTraining:

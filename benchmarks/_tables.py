@@ -4,19 +4,19 @@ Every data set is drawn anew for each seed, and is then the same for all models:
 
 "patches": 8 x 8 grey pixels from scikit-learn's two photographs. A photograph is cut into 70 tiles of 61 x 64 pixels; four
 fifths of the tiles train, a tenth validates, a tenth tests, and patches lie within a tile, so that no pixel is in two splits.
-Grey levels are whole numbers; each patch gets uniform noise of one level and is divided by 256, its mean is subtracted, and
-the last pixel, which the others determine, is left out: 63 dimensions (as BSDS300 in Papamakarios et al. 2017). Test patches
-are in the order of their places, as neighbours resemble each other and errors have to be taken over groups of them.
+Grey levels are whole numbers; each patch gets uniform noise of one level and is divided by 256, its mean is subtracted, and the
+last pixel, which the others determine, is left out: 63 dimensions (as BSDS300 in Papamakarios et al. 2017). Test patches are in
+the order of their places, as neighbours resemble each other and errors have to be taken over groups of them.
 
-"breast_cancer", "wine", "diabetes": the features of scikit-learn's tables, 70 % of the rows to train and 15 % each to
-validate and to test. Their numbers are rounded, some to a few values such as sex and age: each column gets uniform noise of
-the width of the grid that most of its values lie on, see `grid_width`. Column s5 of diabetes is the logarithm of a whole
-number; that number gets the noise.
+"breast_cancer", "wine", "diabetes": the features of scikit-learn's tables, 70 % of the rows to train and 15 % each to validate
+and to test. Their numbers are rounded, some to a few values such as sex and age: each column gets uniform noise of the width of
+the grid that most of its values lie on, see `grid_width`. Column s5 of diabetes is the logarithm of a whole number; that number
+gets the noise.
 
 "ridges": 6 dimensions with a known density, see `Ridges`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,16 +27,9 @@ ON_GRID = 0.8  # share of a column's values that a grid must hold
 LOGARITHMS = {"diabetes": [8]}  # columns that are logarithms of whole numbers
 
 
-class Sizes(NamedTuple):
-    """Examples of the sets that there is no end of."""
-
-    train: int
-    validation: int
-    test: int
-
-
-PATCHES, RIDGES = Sizes(100_000, 10_000, 10_000), Sizes(20_000, 5_000, 10_000)
-QUICK = Sizes(3_000, 400, 400)
+PATCHES = {"train": 100_000, "validation": 10_000, "test": 10_000}  # examples of the sets that there is no end of
+RIDGES = {"train": 20_000, "validation": 5_000, "test": 10_000}
+QUICK = {"train": 3_000, "validation": 400, "test": 400}
 
 
 class Table(NamedTuple):
@@ -110,7 +103,7 @@ def load(name: str, seed: int, *, quick: bool) -> Table:
         levels = cut(grey_photographs(), rng, QUICK if quick else PATCHES)
         return standardized(*(centred(part, rng) for part in levels))
     if name == "ridges":
-        drawn = [Ridges.sample(rng, num) for num in (QUICK if quick else RIDGES)]
+        drawn = [Ridges.sample(rng, num) for num in (QUICK if quick else RIDGES).values()]
         return standardized(*drawn)._replace(true_log_prob=Ridges.log_prob(drawn[2]))
     x = getattr(datasets, f"load_{name}")(**{"scaled": False} if name == "diabetes" else {}).data
     x = rng.permutation(dequantized(x, rng, LOGARITHMS.get(name, [])))
@@ -132,7 +125,7 @@ def grey_photographs() -> list[np.ndarray]:
     return [np.round(image @ [0.299, 0.587, 0.114]) for image in datasets.load_sample_images().images]
 
 
-def cut(images: Sequence[np.ndarray], rng: np.random.Generator, sizes: Sizes) -> list[np.ndarray]:
+def cut(images: Sequence[np.ndarray], rng: np.random.Generator, sizes: Mapping[str, int]) -> list[np.ndarray]:
     """Patches ``(n, 64)`` for each split, from tiles of its own; those of the test in the order of their places."""
     tiles = [
         image[top : top + TILE[0], left : left + TILE[1]]
@@ -141,7 +134,7 @@ def cut(images: Sequence[np.ndarray], rng: np.random.Generator, sizes: Sizes) ->
         for left in range(0, image.shape[1] - TILE[1] + 1, TILE[1])
     ]
     order, tenth, parts = rng.permutation(len(tiles)), len(tiles) // 10, []
-    for chosen, num in zip(np.split(order, [-2 * tenth, -tenth]), sizes, strict=True):
+    for chosen, num in zip(np.split(order, [-2 * tenth, -tenth]), sizes.values(), strict=True):
         windows = [np.lib.stride_tricks.sliding_window_view(tiles[place], (SIDE, SIDE)) for place in chosen]
         found = np.concatenate([window.reshape(-1, SIDE * SIDE) for window in windows])
         is_test = len(parts) == 2

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _models import load_kind, read_config
+from _models import decode, encode, load_kind, norms, read_config
 from _record import parser, write
 
 from iresnet_jax.bijections.residual import Solver
@@ -32,23 +32,13 @@ def in_bits(nats, spec):
     return {"mean": float(values.mean()), "stderr": float(values.std(ddof=1) / math.sqrt(len(values)))}
 
 
-def norms(x):
-    """Euclidean norm of every example."""
-    return np.linalg.norm(np.asarray(x).reshape(len(x), -1), axis=1)
-
-
-@jax.jit
-def _inverse(model, z):
-    return model.flow().inverse(z)
-
-
 def inverse_errors(model, examples):
     """True errors of decoded latents in float32, and their guaranteed bounds."""
-    z = jax.jit(lambda model: model.encode(examples))(model)
-    x, info = _inverse(model, z)
+    z = encode(model, jax.jit(model.preprocess)(examples))
+    x, info = decode(model, z)
     with jax.enable_x64(True):
-        truth, _ = _inverse(model.with_(solver=Solver(atol=ATOL, refine=True)), z.astype(jnp.float64))
-        errors = norms(x.astype(jnp.float64) - truth)
+        truth, _ = decode(model.with_(solver=Solver(atol=ATOL, refine=True)), z.astype(jnp.float64))
+        errors = norms(np.asarray(x, np.float64) - truth)
     bounds = np.asarray(info.error_bound)
     return {
         "largest_error": float(errors.max()),
@@ -76,7 +66,7 @@ def run_in_bfloat16(model, examples):
         "log_det_mean": float(unit * (fast_log_det - log_det).mean()),
         "log_det_rms": float(unit * jnp.sqrt(jnp.mean((fast_log_det - log_det) ** 2))),
         "loss_mean": float(-unit * (fast_log_prob - log_prob).mean()),
-        "round_trip_largest": float(jnp.abs(_inverse(model, fast_z)[0] - u).max()),
+        "round_trip_largest": float(jnp.abs(decode(model, fast_z)[0] - u).max()),
         "max_lipschitz": model.certificate().max_block,
         "max_lipschitz_bfloat16": fast.certificate().max_block,
     }

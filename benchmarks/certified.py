@@ -13,13 +13,12 @@ their own rounding, ``2^-60 |x|``. "ratio to target" is relative to the true err
 that is more.
 
 Likelihood: the plain flow has the determinant of its whole Jacobian, in float64, in long doubles, for a few images in decimal
-numbers, and for a small model in mpmath's of 50 digits. A value counts as broken if it is not in the interval.
+numbers of 50 digits. A value counts as broken if it is not in the interval.
 
 Constants: at radius 0 they are compared with the singular values of the flow's dense Jacobian at each image, in float64. In a
 ball the exact constants are unknown, and those of its centre, which are at most as large, stand for them.
 """
 
-import dataclasses
 import functools
 import os
 import resource
@@ -29,20 +28,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _models import flow_input, load, load_kind, model_parser, name_of, randomized
+from _models import decode, encode, flow_input, load, load_kind, model_parser, name_of, norms, randomized
 from _record import show, write
-from plain_flow import DECIMAL, FLOAT, LONG, distance, forward, invert, log_prob, mpmath_numbers
+from plain_flow import DECIMAL, FLOAT, LONG, distance, forward, invert, log_prob
 
 from iresnet_jax import certify
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.models import priors
-from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import freeze
-from iresnet_jax.models.linen import ResidualFlow
+from iresnet_jax.models.density import Density
 
 ROUNDINGS = 100  # units of rounding of x below which errors are not told apart
-TEMPERATURE, FACTOR, COEFF, DIGITS = 5.0, 1e3, 0.999, 50
+TEMPERATURE, FACTOR, COEFF = 5.0, 1e3, 0.999
 EXACT = Solver(atol=1e-13, max_evals=5000, refine=True)
 
 
@@ -71,30 +66,20 @@ class Inverted(NamedTuple):
 
 
 @jax.jit
-def _encode(model, x):
-    return model.flow().forward(x)
-
-
-@jax.jit
-def _decode(model, y):
-    return model.flow().inverse(y)
-
-
-@jax.jit
 def _solve(model, y, wrong):
     """``DF^-1 wrong`` at the preimage of latents."""
-    return jax.jvp(lambda y: model.flow().inverse(y)[0], (y,), (wrong,))[1]
+    return jax.jvp(lambda y: decode(model, y)[0], (y,), (wrong,))[1]
 
 
 def decoded(model, y) -> Inverted:
     """Preimages of latents in their own precision."""
-    x, info = _decode(model, y)
+    x, info = decode(model, y)
     return Inverted(model, np.asarray(y), np.asarray(x), np.asarray(info.error_bound))
 
 
 def encoded(model, x) -> Inverted:
     """Preimages of the latents of inputs, in the inputs' precision."""
-    return decoded(model, _encode(model, x))
+    return decoded(model, encode(model, x))
 
 
 def inverse_cases(run, num, *, quick):
@@ -141,8 +126,8 @@ def inverse_of(case: Inverted, num_decimal):
     found, seconds = timed(certify.inverse, case.model, case.y, case.x)
     errors = exact_errors(case, found.refined, LONG, len(case.y))
     decimal = exact_errors(case, found.refined, DECIMAL, min(num_decimal, len(case.y)))
-    slack = 2.0**-60 * np.linalg.norm(found.refined.reshape(len(errors), -1), axis=1)
-    rounding = ROUNDINGS * 2.0**-52 * np.linalg.norm(case.x.reshape(len(errors), -1).astype(np.float64), axis=1)
+    slack = 2.0**-60 * norms(found.refined)
+    rounding = ROUNDINGS * 2.0**-52 * norms(case.x)
     ratios, allowed = found.error_bound / errors, found.error_bound / np.maximum(errors, rounding)
     spreads = {"error": errors, "bound": found.error_bound, "ratio": ratios, "ratio_to_target": allowed}
     return {
@@ -171,29 +156,11 @@ class Images(NamedTuple):
     checks: dict[str, tuple[Any, int]]
 
 
-def small_model(model):
-    """A random density of images of 4 x 4, with the prior, the levels and the grey levels' distribution of another one."""
-    stages = (
-        StageSpec(2, hidden=(6,), kernel_sizes=(3, 3), activation="clipswish", squeeze=2),
-        StageSpec(2, hidden=(8,), activation="tanh"),
-    )
-    flow, key = FlowSpec((4, 4, 1), stages, coeff=0.95), jax.random.key(0)
-    params = jax.jit(ResidualFlow(flow).init)(key, jax.random.normal(key, (64, 4, 4, 1)))["params"]
-    transform = model.spec.transform
-    if hasattr(transform, "shares"):
-        transform = dataclasses.replace(transform, shares=None)
-    spec = DensitySpec(flow, model.spec.prior_family, transform, model.spec.num_levels)
-    return Density(spec, jax.jit(freeze, static_argnums=0)(flow, params), priors.standard(spec.prior_family, flow.num_dims))
-
-
 def likelihood_cases(run, num, num_long, num_decimal, *, quick):
     """All cases of a model, by name."""
     model = run.model
     x = np.asarray(run.data.held_out("test", num, run.config.seed))
     both = {"float64": (FLOAT, len(x)), "long": (LONG, len(x) if num_long is None else num_long)}
-    if model.spec.num_classes is None:
-        crops = x[:, 2:6, 2:6, :1] if x.shape[1] < 16 else x[:, 12:16, 12:16, :1]
-        yield "small model", Images(small_model(model), crops[:3], {**both, "mpmath": (mpmath_numbers(DIGITS), 3)})
     yield "test", Images(model, x, {**both, "decimal": (DECIMAL, 0 if quick else num_decimal)})
     if not quick:
         few = x[:16]
@@ -236,7 +203,7 @@ def singular_values(model, x):
 
         @jax.jit
         def jacobian(x):
-            return jax.jacfwd(lambda x: model.with_(weights=weights).flow().forward(x[None])[0])(x)
+            return jax.jacfwd(lambda x: encode(model.with_(weights=weights), x[None])[0])(x)
 
         return np.array([np.linalg.svd(np.reshape(jacobian(one), (one.size, -1)), compute_uv=False) for one in x])
 
@@ -282,7 +249,7 @@ def main():
         settings |= {"roundings": ROUNDINGS, "only": arguments.only}
         chosen, measure = inverse_cases(run, num, quick=quick), functools.partial(inverse_of, num_decimal=arguments.decimal)
     else:
-        settings |= {"digits": DIGITS, "only": arguments.only}
+        settings |= {"only": arguments.only}
         chosen, measure = likelihood_cases(run, num, arguments.long, arguments.decimal, quick=quick), likelihood_of
     if what != "constants":
         for case_name, case in chosen:

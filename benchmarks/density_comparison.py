@@ -2,15 +2,11 @@
 
     python benchmarks/density_comparison.py --workdir runs/fashion_mnist_density
 
-The workdir is that of a finished training run of ours, or a folder of benchmarks/results. From its report come the data and
-their transform, the number of parameters, the training time and the test result. Then normflows' residual flow is trained for
-as long on the images that ours saw, in the same order, and evaluated on the test images under the same dequantisation noise,
-both by the unbiased estimator with 20 exact terms. Its clock stands still while it is validated; ours ran on, and compiled.
-
-normflows gets the architecture of Residual Flows (Chen et al. 2019), whose code it wraps: squeezed scales of ActNorm and
-3x3-1x1-3x3 blocks with LipSwish, then dense blocks, and a Gaussian with a mean and scale for each dimension. As there, Adam at
-1e-3 after a warm-up, gradients clipped, parameters averaged, Poisson(2) behind 2 exact terms in its memory-saving form; and, as
-our runs, a cosine schedule to the end of its time and the parameters that were best on validation data.
+README.md says what is equal. normflows gets the architecture of Residual Flows (Chen et al. 2019), whose code it wraps:
+squeezed scales of ActNorm and 3x3-1x1-3x3 blocks with LipSwish, then dense blocks, and a Gaussian with a mean and scale for
+each dimension. As there, Adam at 1e-3 after a warm-up, gradients clipped, parameters averaged, Poisson(2) behind 2 exact terms
+in its memory-saving form; and, as our runs, a cosine schedule to the end of its time and the parameters that were best on
+validation data.
 """
 
 import copy
@@ -43,9 +39,12 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error}: install the packages of the extra 'bench'") from None
 
 PARAMETER_TOLERANCE = 0.1
-LEAST_SIDE, MOST_SCALES, NUM_BLOCKS, NUM_DENSE = 4, 3, 8, 4  # blocks are those of each scale
-COEFF, POWER_ITERATIONS = 0.98, 5  # largest operator norm of a layer; iterations in a training step
-BATCH_SIZE, LEARNING_RATE, BETAS, WARMUP_STEPS, CLIP_NORM, EMA_DECAY = 64, 1e-3, (0.9, 0.99), 100, 1.0, 0.999
+LEAST_SIDE, MOST_SCALES = 4, 3
+NORMFLOWS = {
+    **{"blocks": 8, "dense": 4, "coeff": 0.98, "power_iterations": 5},  # blocks of each scale, norm of a layer
+    **{"learning_rate": 1e-3, "warmup_steps": 100, "clip_norm": 1.0, "ema_decay": 0.999},
+}
+BATCH_SIZE, BETAS = 64, (0.9, 0.99)
 ACTNORM_EXAMPLES, EVAL_BATCH_SIZE, EXACT_DRAWS = 512, 100, 16
 EFFORT, QUICK = (8, 1000, None, 8), (2, 100, 200, 2)  # validations; images to validate, to test, with exact log-determinants
 
@@ -92,17 +91,17 @@ def build(image_shape, width):
     """The residual flow of normflows whose hidden layers have so many channels or units."""
     side, _, channels = image_shape
     flows = []  # in the order of the data's way
-    settings = {"lipschitz_const": COEFF, "max_lipschitz_iter": POWER_ITERATIONS}
+    settings = {"lipschitz_const": NORMFLOWS["coeff"], "max_lipschitz_iter": NORMFLOWS["power_iterations"]}
     for _ in range(MOST_SCALES):
         if side % 2 or side // 2 < LEAST_SIDE:
             break
         flows.append(nf.flows.Squeeze())
         side, channels = side // 2, 4 * channels
-        for _ in range(NUM_BLOCKS):
+        for _ in range(NORMFLOWS["blocks"]):
             net = nf.nets.LipschitzCNN([channels, width, width, channels], [3, 1, 3], **settings)
             flows += block((channels, 1, 1), net, **POISSON)
     shape = (channels, side, side)
-    for _ in range(NUM_DENSE):
+    for _ in range(NORMFLOWS["dense"]):
         net = nf.nets.LipschitzMLP([math.prod(shape), width, math.prod(shape)], **settings)
         flows += block(shape, torch.nn.Sequential(torch.nn.Flatten(), net, torch.nn.Unflatten(1, shape)), **POISSON)
     return nf.NormalizingFlow(nf.distributions.DiagGaussian(shape), flows[::-1])
@@ -124,7 +123,7 @@ def build_matched(image_shape, num_parameters):
 @torch.no_grad()
 def average(averaged, current, num_averaged):
     """A moving average that forgets its start, for `torch.optim.swa_utils.AveragedModel`."""
-    decay = min(EMA_DECAY, (1 + float(num_averaged)) / (10 + float(num_averaged)))
+    decay = min(NORMFLOWS["ema_decay"], (1 + float(num_averaged)) / (10 + float(num_averaged)))
     torch._foreach_lerp_(averaged, current, 1 - decay)
 
 
@@ -133,14 +132,15 @@ def train(model, inputs, seconds, num_validations, validate):
     model.train()
     model.log_prob(inputs.train(0, ACTNORM_EXAMPLES))  # fits ActNorm and shapes the vectors of the power iterations
     nf.utils.update_lipschitz(model, CONVERGED)
-    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, BETAS)
+    optimizer = torch.optim.Adam(model.parameters(), NORMFLOWS["learning_rate"], BETAS)
     averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
-    settings = {"num_dims": inputs.spec.flow.num_dims, "clip_norm": CLIP_NORM, "power_iterations": POWER_ITERATIONS}
+    settings = {name: NORMFLOWS[name] for name in ("clip_norm", "power_iterations")}
+    settings["num_dims"] = inputs.spec.flow.num_dims
     best, log, elapsed, steps = model, [], 0.0, itertools.count()
     while len(log) < num_validations:
         step, since = next(steps), time.monotonic()
         decay = (1 + math.cos(math.pi * min(elapsed / seconds, 1))) / 2
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * decay * min((step + 1) / WARMUP_STEPS, 1)
+        optimizer.param_groups[0]["lr"] = NORMFLOWS["learning_rate"] * decay * min((step + 1) / NORMFLOWS["warmup_steps"], 1)
         take_step(model, optimizer, inputs.train(step, BATCH_SIZE), **settings)
         averaged.update_parameters(model)
         elapsed += time.monotonic() - since
@@ -196,11 +196,13 @@ def main():
     if any(here[fact] != there[fact] for fact in ("platform", "cpu_count")):
         print(f"note: our run was made elsewhere, on {there['platform']} with {there['cpu_count']} cores")
     seconds = times["total_seconds"] if arguments.minutes is None else 60 * arguments.minutes
-
-    def validate(model):
-        return float(evaluate(model, inputs, "validation", num_validation).mean())
-
-    model, log = train(model, inputs, min(seconds, 60.0) if arguments.quick else seconds, validations, validate)
+    model, log = train(
+        model,
+        inputs,
+        min(seconds, 60.0) if arguments.quick else seconds,
+        validations,
+        lambda model: float(evaluate(model, inputs, "validation", num_validation).mean()),
+    )
     values = evaluate(model, inputs, "test", num_test)
     clusters = values[: len(values) // EVAL_BATCH_SIZE * EVAL_BATCH_SIZE].reshape(-1, EVAL_BATCH_SIZE).mean(axis=1)
     own = {
@@ -237,14 +239,7 @@ def main():
             "versions": {name: importlib.metadata.version(name) for name in ("normflows", "torch")},
             "threads": torch.get_num_threads(),
             "width": width,
-            "blocks": NUM_BLOCKS,
-            "dense": NUM_DENSE,
-            "coeff": COEFF,
-            "power_iterations": POWER_ITERATIONS,
-            "learning_rate": LEARNING_RATE,
-            "warmup_steps": WARMUP_STEPS,
-            "clip_norm": CLIP_NORM,
-            "ema_decay": EMA_DECAY,
+            **NORMFLOWS,
         },
     }
     write(f"density_comparison_{config.data.name.replace('/', '_').replace(':', '_')}", arguments, settings, results)

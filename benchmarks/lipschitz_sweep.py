@@ -2,17 +2,14 @@
 
     python benchmarks/lipschitz_sweep.py [--config configs/digits_classification.py] [--seeds 3] [--quick]
 
-Trains a classifier for every coefficient c, its unconstrained twin, and the network with BatchNorm, a few seeds each. Reports
-the test error, whether every block is certified a contraction, and how test images come back from the features: by Banach
-iteration as in the paper (at most 500 evaluations a block) and by Anderson's method. An image is recovered if no entry is off
-by more than 1e-4 in the units of the network's input; it is converged if the solver's bound holds, which takes a contraction.
-
-Networks with a certificate reconstruct the first --num_certified test images, others the first --num, as their inverses run to
-the cap. --runs keeps the runs and what was measured, so that a sweep can be stopped and goes on. A folder there with model.npz
-and metrics.jsonl, such as a copy of results/mnist_classification, stands for its run.
+Trains a classifier for every coefficient c, its unconstrained twin, and the network with BatchNorm, a few seeds each. Test
+images come back from the features by Banach iteration as in the paper (at most 500 evaluations a block) and by Anderson's
+method. An image is recovered if no entry is off by more than 1e-4 in the units of the network's input; it is converged if the
+solver's bound holds, which takes a contraction. Networks with a certificate reconstruct the first --num_certified test images,
+others the first --num, as their inverses run to the cap. --runs keeps the runs, so that a sweep can be stopped and goes on. A
+folder there with model.npz and metrics.jsonl, such as a copy of results/mnist_classification, stands for its run.
 """
 
-import json
 from pathlib import Path
 
 import jax
@@ -74,10 +71,7 @@ def measure(variant, seed, folder, arguments):
     """One trained network: its error, and its inverse."""
     config = read_config(f"{arguments.config}:{variant}", f"seed={seed}", *(QUICK if arguments.quick else ()))
     workdir = folder / f"{variant}_seed{seed}"
-    run = trained(config, workdir)
-    measured, num = workdir / "sweep.json", [32, 32] if arguments.quick else [arguments.num, arguments.num_certified]
-    if measured.exists() and (kept := json.loads(measured.read_text()))["num"] == num:
-        return kept["row"]
+    run, num = trained(config, workdir), (32, 32) if arguments.quick else (arguments.num, arguments.num_certified)
     assert isinstance(run.model, Classifier)
     result = accuracy.evaluate(run.model, run.test_examples(), run.data.labels["test"], config.evaluation.batch_size)
     times = TrainingTimes.from_metrics(read_metrics(workdir), run.step)
@@ -88,7 +82,6 @@ def measure(variant, seed, folder, arguments):
         row |= {"max_block": certificate.max_block, "certified": certificate.certified}
         limit = num[certificate.certified]
         row["inverse"] = invertibility(run, min(limit or result.num_examples, result.num_examples))
-    measured.write_text(json.dumps({"num": num, "row": row}))
     return row
 
 

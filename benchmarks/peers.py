@@ -2,22 +2,16 @@
 
     python benchmarks/peers.py [--parts step,likelihood,...] [--time-to 3.37] [--quick]
 
-In training every peer, size and number of cores is a process of its own, pinned to its cores, and takes turns with the others.
-normflows runs as in its examples. The naive series is Algorithm 2 of Behrmann et al. 2019 as it stands: Hutchinson's probe, and
-all terms differentiated. Ours is the step of train.py with all that it sets up. For likelihoods, inverses and samples ours has
-a device a core, as commands of `python -m iresnet_jax` have.
-
     step        time and largest memory of a training step, on one core and on two
     likelihood  seconds an image until |bias| + standard error of the log-likelihood is at most .001 bits/dim
     inverse     time of the inverse of a block to a true error of 1e-5, by its Lipschitz constant
     sampling    samples a second of trained flows to a true error of 1e-5
     startup     time from the start of a process to the end of its first step, with no compiled programs on disk and with all
 
-The floor of our step is its arithmetic at the speed of one large matrix product on the same cores.
-
-The peers train with Adam on batches that our preprocessing has gone over, and keep no moving average of their parameters.
-The true error of an inverse is the largest of an entry of the flow's input, against the preimage in float64, which PyTorch
-confirms. How likelihoods and inverses are measured is in _peers_trained.py.
+In training every peer, size and number of cores is a process of its own, pinned to its cores, and takes turns with the others.
+The naive series is Algorithm 2 of Behrmann et al. 2019 as it stands. Ours is the step of train.py with all that it sets up; its
+floor is its arithmetic at the speed of one large matrix product on the same cores. README.md has the rest, and how trained
+flows are measured is in _peers_trained.py.
 """
 
 import argparse

@@ -2,16 +2,12 @@
 
     python benchmarks/tabular.py [--data patches wine] [--models ours normflows] [--seeds 3] [--minutes M] [--quick]
 
-The data sets and their dequantisation are described in _tables.py, the models and their settings in _densities.py. All models
-see the same float32 arrays, standardised by the training examples; likelihoods are in nats in the data's own units. Each seed
-draws its own split and noise, the same for all models, and seeds each model.
+Each seed draws its own split and noise, the same for all models, and seeds each model; likelihoods are in nats in the data's
+own units. Whatever has been measured is in the record, and the same command goes on behind it; results are kept of other data,
+models and seeds. To measure something anew, take it out of the record or write elsewhere with --output.
 
---minutes is the time that each model is given: 3 on patches, 1.5 on ridges, 1 on the tables. Whatever has been measured is in
-the record, and the same command goes on behind it; results are kept of other data, models and seeds. To measure something
-anew, take it out of the record or write elsewhere with --output.
-
-An error is the larger of two: over groups of neighbouring test examples, and over seeds. That of a difference is of
-differences example by example.
+An error is the larger of two: over groups of neighbouring test examples, and over seeds. That of a difference is of differences
+example by example. Data are described in _tables.py, models in _densities.py.
 """
 
 import contextlib
@@ -36,8 +32,8 @@ TABLE_MINUTES, QUICK_MINUTES = 1.0, 0.05
 GROUPS = 100  # most groups of neighbouring test examples
 VERSIONS = ("iresnet_jax", "jax", "scikit-learn", "flowjax", "normflows", "torch")
 SETTINGS = {
-    "patches": _tables.PATCHES._asdict(),
-    "ridges": _tables.RIDGES._asdict(),
+    "patches": _tables.PATCHES,
+    "ridges": _tables.RIDGES,
     "groups": GROUPS,
     "flowjax": _densities.FLOWJAX,
     "normflows": {**_densities.NORMFLOWS, "power_iterations": _densities.POWER_ITERATIONS},

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from iresnet_jax.maths.inverse.fixed_point import Diagonal, invert_residual
+from iresnet_jax.bijections.residual import inverse
+from iresnet_jax.branches.branch import CallableBranch
 
 TOLERANCE = 1e-5
 
@@ -20,10 +21,16 @@ SEEN = []  # x and g(x), in the order of their evaluation
 ASKED = []  # how many of them there were when the diagonal of the Jacobian was evaluated
 
 
-@functools.partial(jax.jit, static_argnames=("g", "memory", "diagonal_of"))
-def watched_inverse(g, weights, y, lipschitz, memory, diagonal_of):
+def itself(branch):
+    return branch
+
+
+@functools.partial(jax.jit, static_argnames=("branch_of", "solver"))
+def watched_inverse(branch_of, weights, y, solver):
+    branch = branch_of(weights)
+
     def watched(x):
-        value = g(x) if weights is None else g(weights, x)
+        value = branch(x)
         # As bits: a callback runs in a thread of its own, where the test's float64 is not switched on.
         bits = lax.bitcast_convert_type(jnp.stack([x, value]), jnp.uint32)
         jax.debug.callback(lambda bits: SEEN.append(np.array(bits).view(np.float64)[..., 0]), bits, ordered=True)
@@ -31,29 +38,35 @@ def watched_inverse(g, weights, y, lipschitz, memory, diagonal_of):
 
     def asked(x):
         jax.debug.callback(lambda: ASKED.append(len(SEEN)), ordered=True)
-        return diagonal_of.diagonal(weights, x)
+        return branch.diagonal.at(x)
 
-    known = None
-    if diagonal_of is not None:
-        known = Diagonal(asked, diagonal_of.largest_diagonal(weights))
-    return invert_residual(watched, y, lipschitz_bound=lipschitz, atol=TOLERANCE, memory=memory, diagonal=known)
+    known = branch.diagonal and branch.diagonal._replace(at=asked)
+    return inverse(CallableBranch(watched, branch.lipschitz_bound, at_zero=branch.at_zero, diagonal=known), y, solver)
 
 
-def solve_and_watch(g, y, x_true, lipschitz, memory, weights=None, diagonal_of=None):
+def solve_and_watch(branch_of, weights, y, x_true, solver):
     """How an inverse ended, and the evaluations of each example until what would be returned is within the tolerance.
 
-    An evaluation of the diagonal of the Jacobian of the branch ``diagonal_of`` counts as one, for all if any example asked.
+    What would be returned is the Banach step from the iterate of least residual. An evaluation of the diagonal of the Jacobian
+    counts as one, for all examples if any asked for it; the one at 0, which all share, does not count.
+
+    Args:
+        branch_of: ``weights ->`` the branch; `itself` of a branch as a value.
+        weights: Arrays of the branch, in float64.
+        y: Images under ``x + g(x)``.
+        x_true: Their exact preimages.
+        solver: Settings of the inverse, whose tolerance is at most `TOLERANCE`.
     """
     SEEN.clear()
     ASKED.clear()
-    x, info = watched_inverse(g, weights, y, jnp.asarray(lipschitz), memory, diagonal_of)
+    x, info = watched_inverse(branch_of, weights, y, solver)
     jax.block_until_ready(x)
     jax.effects_barrier()
-    assert np.all(error(x, x_true) <= TOLERANCE)
+    assert np.all(error(x, x_true) <= TOLERANCE), f"not within {TOLERANCE} after {len(SEEN)} evaluations: is it a contraction?"
     residuals = np.stack([error(y, x + g) for x, g in SEEN])
     errors = np.stack([error(y - g, x_true) for _, g in SEEN])
     is_best = residuals <= np.minimum.accumulate(residuals)
-    best = np.maximum.accumulate(np.where(is_best, np.arange(len(SEEN))[:, None], 0))  # from there the Banach step is returned
+    best = np.maximum.accumulate(np.where(is_best, np.arange(len(SEEN))[:, None], 0))
     within = np.take_along_axis(errors, best, axis=0) <= TOLERANCE
     assert within[-1].all()
     needed = within.argmax(axis=0) + 1

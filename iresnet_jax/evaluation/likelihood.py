@@ -26,8 +26,7 @@ from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import EvaluationConfig
-from iresnet_jax.training import parallel
-from iresnet_jax.training.objectives.likelihood import evaluate_batch, evaluate_examples
+from iresnet_jax.training.objectives.likelihood import evaluate_examples
 
 # For each noise draw, D dimensions take D products a block exactly, and 88 by an estimate of 4 draws of 22 terms, which leaves
 # the error of its probes. At 256 dimensions exactness costs 3 times as much.
@@ -301,9 +300,8 @@ class _Draws(NamedTuple):
     def outputs(
         self, estimator: LogdetEstimator, noise_draw: int, probe_draw: int, num: int | None = None
     ) -> dict[str, np.ndarray]:
-        """Outputs of `evaluate_batch` for the first examples."""
+        """Outputs of `evaluate_examples` for the first examples."""
         return evaluate_examples(
-            parallel.parallelize_eval(evaluate_batch),
             self.model.with_(estimator=estimator),
             self.examples[:num],
             jax.random.key(self.seed),
