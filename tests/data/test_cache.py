@@ -31,7 +31,6 @@ SHA256 = hashlib.sha256
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory, monkeypatch):
     """A user's cache folder of its own, not there yet."""
-    monkeypatch.delenv("IRESNET_JAX_CACHE_DIR", raising=False)
     folder = tmp_path_factory.mktemp("home") / "caches"
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder / "iresnet_jax"

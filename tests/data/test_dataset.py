@@ -18,11 +18,6 @@ IMAGES = {"train": RNG.integers(0, 256, (12, 4, 3, 1), np.uint8), "test": RNG.in
 LABELS = {"train": np.arange(12, dtype=np.int32) % 3, "test": np.arange(5, dtype=np.int32) % 3}
 
 
-@pytest.fixture(autouse=True)
-def _no_other_cache(monkeypatch):
-    monkeypatch.delenv("IRESNET_JAX_CACHE_DIR", raising=False)
-
-
 def make(images=IMAGES, labels=LABELS, num_levels=256, num_classes=3, name="x"):
     return DataSet.from_arrays(name, images, labels, num_levels=num_levels, num_classes=num_classes)
 
