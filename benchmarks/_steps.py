@@ -32,15 +32,15 @@ def prepare_jax(config=None, *, keeps_memory=True):
 
 
 def training_step(config, data):
-    """The step of train.py: for one device and for all, the state before the first, endless batches, the name of the loss."""
+    """The step of train.py: for one device and for all, the state before the first, examples for batches, name of the loss."""
     from iresnet_jax.runs import loop
     from iresnet_jax.runs.machine import prepare_backend
     from iresnet_jax.training import parallel
 
     prepare_backend(config.training.matmul_precision)
     objective = loop.build_objective(config, data)
-    step, feed = objective.step, loop.batches(config, objective.examples, 0)
-    return step, parallel.parallelize(step), objective.initial_state(), feed, objective.name
+    state, examples = objective.initial_state(), objective.examples
+    return objective.step, parallel.parallelize(objective.step), state, examples, objective.name
 
 
 def _peak_bytes():
@@ -92,11 +92,12 @@ class OurSteps(Steps):
         prepare_jax(settings, keeps_memory=keeps_memory)
         import jax
 
-        from iresnet_jax.runs import allocator
+        from iresnet_jax.runs import allocator, loop
         from iresnet_jax.runs.planning import plan
 
         self._jax = jax
-        self._of_device, self._step, self._state, self._feed, self._name = training_step(settings, plan.data_for(settings))
+        self._of_device, self._step, self._state, examples, self._name = training_step(settings, plan.data_for(settings))
+        self._feed = loop.batches(settings, examples, 0)
         self.take()
         self.wait()
         if keeps_memory:

@@ -38,8 +38,8 @@ def measure(images, *, turns, steps):
     settings.model.stages = STAGES
     splits = {split: images for split in ("train", "validation", "test")}
     dataset = DataSet.from_arrays("random", splits, {}, num_levels=256, num_classes=None, fingerprint="random")
-    _, step, current, *_ = training_step(parse(settings), dataset)
-    batches = functools.partial(device_batches, images, seed=0, batch_size=BATCH_SIZE)
+    _, step, current, examples, _ = training_step(parse(settings), dataset)
+    batches = functools.partial(device_batches, examples, seed=0, batch_size=BATCH_SIZE)
     sources = {
         FIXED: itertools.repeat(next(batches())),
         "streamed": batches(keep_on_device=False),
