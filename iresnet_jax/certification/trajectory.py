@@ -50,7 +50,7 @@ def entries_of(spec: FlowSpec) -> Entries:
     with jax.ensure_compile_time_eval():
         indices = jnp.arange(spec.num_dims).reshape(1, *spec.event_shape)
         for stage in spec.layout:
-            indices = chain(stage.entry).forward(indices)
+            indices = chain(stage.reshapes).forward(indices)
             active.append(np.asarray(indices).ravel())
             if stage.spec.factor_out:
                 indices, left = split_channels(indices)

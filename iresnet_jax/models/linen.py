@@ -79,7 +79,7 @@ class StageModule(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b ..."]:
         """The stage's output for what the stage before hands on, see `Blocks`."""
-        x = chain(self.stage.entry).forward(x)
+        x = chain(self.stage.reshapes).forward(x)
         settings = (self.last_scale, self.constrained, self.sharp, self.fitted)
         return Blocks(self.flow, self.stage, *settings, name="blocks")(x, context)
 
@@ -198,6 +198,6 @@ class BatchNormStage(nn.Module):
             return {**weights, "batchnorm": norms}
 
         blocks = self.param("blocks", initial)
-        y, statistics = batchnorm_blocks(branch, blocks, chain(self.stage.entry).forward(x))
+        y, statistics = batchnorm_blocks(branch, blocks, chain(self.stage.reshapes).forward(x))
         self.variable("batch_stats", "blocks", lambda: statistics)
         return y
