@@ -148,7 +148,7 @@ class Constrained(NamedTuple):
 
     Attributes:
         branch: The branch, whose Lipschitz constant is within the budget if its norms are right.
-        iterates: Power iterates for the next call, with the structure of `BranchSpec.initial_iterates`; empty if none were used.
+        iterates: Power iterates for the next call, with the structure of `BranchSpec.initial_iterates`.
         norms: Operator norm of every layer before it was scaled: estimated, or bounded from above.
     """
 

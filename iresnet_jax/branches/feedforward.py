@@ -4,7 +4,7 @@ Weights are a dictionary, one entry a layer: ``{"conv0": {"kernel", "bias", "bet
 ``beta`` belongs to the activation in front of its layer and exists for activations that have one.
 
 **Budget.** With 1-Lipschitz activations ``Lip(g) <= |W_n| ... |W_1|`` (sec. 2.1). Kernels whose norms
-are too large are scaled down, none is scaled up. Norms are estimated by power iteration, as in the paper, or bounded from above.
+are too large are scaled down. Norms are estimated by power iteration, as in the paper, or bounded from above.
 
 **Contexts.** A conditional branch ``g(x; context)`` shifts the output of every layer by a linear map of the context, which has
 no constraint: whatever the context, ``g`` is a contraction in ``x``, and it may depend on the context in any way.
@@ -116,9 +116,9 @@ class FeedforwardSpec(BranchSpec):
         Args:
             key: Source of randomness.
             last_scale: Factor on the last layer; small values start the block near the identity.
-            sharp: Whether to sharpen activations by the factor by which the constraint shrinks their inputs. A random layer from
-                ``n`` to ``m`` units has the norm ``1 + sqrt(m / n)`` times the size of an output (Marchenko and Pastur 1967);
-                divided by it, its outputs are so small that an activation of constant sharpness is nearly linear on them.
+            sharp: Whether to sharpen activations by the factor by which the constraint shrinks their inputs. A random layer
+                from ``n`` to ``m`` units has the norm ``1 + sqrt(m / n)`` times the size of an output (Marchenko and Pastur
+                1967); divided by it, outputs are so small that an activation of constant sharpness is nearly linear on them.
         """
         activation = activations.get(self.activation)
         weights: dict[str, dict[str, Array]] = {}
