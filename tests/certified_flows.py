@@ -10,6 +10,7 @@ import numpy as np
 
 from iresnet_jax.certification import trajectory
 from iresnet_jax.certification.prepared import prepared
+from iresnet_jax.certification.residuals import residuals
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -67,20 +68,20 @@ def followed(model, x):
     """The prepared flow of a model, trajectories of inputs in float64 and their residuals."""
     with prepared(model) as (flow, _):
         points = np.asarray(trajectory.follow(flow.spec, flow.weights, jnp.asarray(x), None))
-        return flow, points, trajectory.residuals(flow.stages, DoubleDouble.of(points))
+        return flow, points, residuals(flow.stages, DoubleDouble.of(points))
 
 
 def steps_of(flow):
     """The entries that each step acts on."""
-    active = trajectory.entries_of(flow).active
-    return [own for own, stage in zip(active, flow.layout, strict=True) for _ in range(stage.spec.num_blocks)]
+    places = trajectory.places_of(flow).stages
+    return [place.active for place, stage in zip(places, flow.layout, strict=True) for _ in range(stage.spec.num_blocks)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def dense_steps(flow, weights, points):
     """Jacobians of all steps at points ``(t, d)`` on the whole vector, by forward differentiation in float64."""
     found, start = [], 0
-    for stage, active in zip(flow.layout, trajectory.entries_of(flow).active, strict=True):
+    for stage, place in zip(flow.layout, trajectory.places_of(flow).stages, strict=True):
 
         def step(block, u, stage=stage):
             scale, bias = jnp.exp(block.actnorm.log_scale), block.actnorm.bias
@@ -88,9 +89,9 @@ def dense_steps(flow, weights, points):
             return (u + block.branch(u)).ravel()
 
         own = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), weights[stage.name])
-        own_points = points[start : start + stage.spec.num_blocks][:, active]
+        own_points = points[start : start + stage.spec.num_blocks][:, place.active]
         jacobians = jax.vmap(jax.jacfwd(step, argnums=1))(own, own_points)
         whole = jnp.tile(jnp.eye(flow.num_dims), (stage.spec.num_blocks, 1, 1))
-        found.append(whole.at[:, active[:, None], active[None]].set(jacobians))
+        found.append(whole.at[:, place.active[:, None], place.active[None]].set(jacobians))
         start += stage.spec.num_blocks
     return jnp.concatenate(found)

@@ -8,15 +8,14 @@ and ``1 / (1 - L)`` several times that. A Cholesky factorisation of a banded mat
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
-from iresnet_jax.certification.jacobians import pull, push
+from iresnet_jax.certification.jacobians import LinearSteps, alike
 from iresnet_jax.certification.prepared import PreparedFlow
-from iresnet_jax.certification.trajectory import PreciseStage, Residuals
+from iresnet_jax.certification.residuals import PreciseStage, Residuals
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.chains.least_eigenvalue import least_eigenvalue_bound, least_eigenvalue_estimate
 from iresnet_jax.maths.chains.row_blocks import RowBlocks, behind_activation, identity_and_symmetric_part, layer_blocks
@@ -25,22 +24,12 @@ from iresnet_jax.maths.enclosures.upward_rounding import UP
 MOST_ENTRIES = 2**26  # of a step's Jacobian that is computed
 
 
-class StepNorms(NamedTuple):
-    """Norms of the inverses of a trajectory's Jacobians, ``|J_t^-1|_2``.
+def step_norms(flow: PreparedFlow, found: Residuals) -> tuple[Float[np.ndarray, "b t"], Float[np.ndarray, "b t"]]:
+    """Norms ``|J_t^-1|_2`` of the steps' inverses along trajectories, from the slopes in their residuals.
 
-    Attributes:
-        bounds: Guaranteed bounds.
-        estimates: Estimates by Lanczos' method where a Jacobian has too many entries, which are no bounds; elsewhere `bounds`.
-    """
-
-    bounds: Float[np.ndarray, "b t"]
-    estimates: Float[np.ndarray, "b t"]
-
-
-def step_norms(flow: PreparedFlow, found: Residuals) -> StepNorms:
-    """Norms of the steps' inverses along trajectories, from the slopes in their residuals.
-
-    A step whose slopes jump has the global bound of its inverse.
+    Returns:
+        Guaranteed bounds, the global one for a step whose slopes jump; and estimates, by Lanczos' method where a Jacobian has
+        too many entries, which are no bounds, and the bounds elsewhere.
     """
     constants = flow.constants
     distances = constants.unscaled.jacobian_errors(found.argument_errors) * UP
@@ -57,16 +46,15 @@ def step_norms(flow: PreparedFlow, found: Residuals) -> StepNorms:
                     symmetric = identity_and_symmetric_part(jacobian_blocks(stage, layers, slopes))
                     estimate = least = max(least_eigenvalue_bound(symmetric, margin) - distances[i, t], margin)
                 else:
-                    kernels = tuple(kernel[k] for kernel in steps.kernels)
-                    apply = functools.partial(
-                        _symmetric_part, tuple(layer.spec for layer in stage.layers), stage.in_shape, kernels, slopes
+                    step = jax.tree.map(lambda a, k=k: a[k], steps)
+                    estimate, _ = least_eigenvalue_estimate(
+                        functools.partial(_symmetric_part, step, slopes), len(stage.place.entries)
                     )
-                    estimate, _ = least_eigenvalue_estimate(apply, math.prod(stage.in_shape))
                     least = margin
                 bounds[i, t] = constants.inverse[t] * margin / least * UP
                 estimates[i, t] = constants.inverse[t] * margin / max(estimate, margin) * UP
             t += 1
-    return StepNorms(bounds, estimates)
+    return bounds, estimates
 
 
 def layers_of_step(stage: PreciseStage, k: int) -> tuple[RowBlocks, ...]:
@@ -80,8 +68,8 @@ def num_entries(stage: PreciseStage) -> int:
     """Numbers in the banded Jacobian of a branch."""
     shapes = [layer.spec.kernel_shape for layer in stage.layers]
     if any(len(shape) == 2 for shape in shapes):
-        return math.prod(stage.in_shape) ** 2
-    height, width, channels = stage.in_shape
+        return math.prod(stage.place.in_shape) ** 2
+    height, width, channels = stage.place.in_shape
     seen = min(height, 1 + sum(taps - 1 for taps, *_ in shapes))
     return height * seen * (width * channels) ** 2
 
@@ -101,10 +89,8 @@ def jacobian_blocks(stage: PreciseStage, layers: Sequence[RowBlocks], slopes: Se
     return product
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _symmetric_part(specs, in_shape, kernels, slopes, v):
+@jax.jit
+def _symmetric_part(step: LinearSteps, slopes, v):
     """``(I + (G + G^T) / 2) v`` of one example."""
-    alike = [None if slope is None else slope[None] for slope in slopes]
-    u = v.reshape(1, *in_shape)
-    pushed, pulled = push(specs, kernels, alike, u)[0], pull(specs, kernels, alike, u)[0]
-    return (u + (pushed + pulled) / 2).ravel()
+    u, slopes = v.reshape(1, *step.place.in_shape), alike(slopes)
+    return (u + (step.push(slopes, u)[0] + step.pull(slopes, u)[0]) / 2).ravel()

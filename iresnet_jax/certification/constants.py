@@ -13,7 +13,8 @@ from iresnet_jax.certification.banded import jacobian_blocks, layers_of_step
 from iresnet_jax.certification.passes import forward_correction
 from iresnet_jax.certification.prepared import MOST_DIMS, PreparedFlow, in_parts, prepared
 from iresnet_jax.certification.products import linearize, products_at, tables_of
-from iresnet_jax.certification.trajectory import Residuals, entries_of, follow, residuals
+from iresnet_jax.certification.residuals import Residuals, residuals
+from iresnet_jax.certification.trajectory import follow, over_steps, places_of
 from iresnet_jax.maths.chains import local_bounds, shadowing
 from iresnet_jax.maths.chains.least_eigenvalue import singular_value_bounds
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
@@ -83,7 +84,7 @@ def _of_example(flow: PreparedFlow, radius: float, x, context) -> tuple[np.ndarr
     if flow.dense:
         bounds = _by_all_products(flow, found, trajectory, radius)
     else:
-        moves = forward_correction(flow.spec, flow.steps, found.slopes, found.values)
+        moves = forward_correction(flow.steps, found.slopes, found.values)
         trajectory = trajectory + DoubleDouble.of(np.array(moves))
         bounds = _by_the_whole_product(flow, residuals(flow.stages, trajectory, context), radius)
     return np.array([bounds.forward]), np.array([bounds.inverse])
@@ -100,19 +101,19 @@ def _by_the_whole_product(flow: PreparedFlow, found: Residuals, radius) -> local
     errors, sizes = constants.jacobian_errors(found.argument_errors)[0], found.sizes[0]
     product, size, wrong, off, t = np.eye(flow.spec.num_dims), 1.0, 0.0, 0.0, 0
     for stage, steps, of_stage in zip(flow.stages, flow.steps, found.slopes, strict=True):
-        for k, scale in enumerate(np.asarray(steps.scale)):
+        for k, scale in enumerate(np.asarray(steps.scale).reshape(stage.num_blocks, -1)):
             layers = layers_of_step(stage, k)
             if not layers:
                 return local_bounds.LocalBounds(np.inf, np.inf)
             slopes = tuple(None if own is None else own[0, k] for own in of_stage)
             matrix = jacobian_blocks(stage, layers, slopes).dense()
             matrix = (matrix + np.eye(len(matrix))) * scale
-            terms = np.abs(matrix) @ np.abs(product[stage.active])
+            terms = np.abs(matrix) @ np.abs(product[stage.place.active])
             rounding = gamma(len(matrix) + 2) * float(np.linalg.norm(terms)) * UP
             change = errors[t] + constants.second[t] * ((size + wrong) * radius + off)
             wrong = (stretch[t] * wrong + change * size + rounding) * UP
             off = (stretch[t] * off + sizes[t]) * UP
-            product[stage.active] = matrix @ product[stage.active]
+            product[stage.place.active] = matrix @ product[stage.place.active]
             size = min((stretch[t] + errors[t]) * size + rounding, float(np.linalg.norm(product))) * UP
             t += 1
     least, largest = singular_value_bounds(product)
@@ -139,13 +140,12 @@ def _by_all_products(flow: PreparedFlow, found: Residuals, trajectory: DoubleDou
 @functools.partial(jax.jit, static_argnums=0, static_argnames="forward")
 def _whole_norm(spec: FlowSpec, matrices: Sequence[Float[Array, "_ _ _"]], *, forward: bool) -> Float[Array, ""]:
     """A sharper bound of the norm of the product over all steps than that of `product_tables`."""
-    product = jnp.eye(spec.num_dims)
-    for group, entries in zip(matrices, entries_of(spec).active, strict=True):
 
-        def step(product, matrix, entries=entries):
-            if forward:
-                return product.at[entries].set(matrix @ product[entries]), None
-            return product.at[:, entries].set(product[:, entries] @ matrix), None
+    def step(product, own):
+        place, matrix = own
+        if forward:
+            return product.at[place.active].set(matrix @ product[place.active]), None
+        return product.at[:, place.active].set(product[:, place.active] @ matrix), None
 
-        product, _ = jax.lax.scan(step, product, group)
+    product, _ = over_steps(step, jnp.eye(spec.num_dims), list(zip(places_of(spec).stages, matrices, strict=True)))
     return dense_norm_bound(product)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from iresnet_jax.certification.trajectory import entries_of
+from iresnet_jax.certification.trajectory import places_of
 from iresnet_jax.maths.enclosures.upward_rounding import UP, U, gamma
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.head import BATCH_NORM_EPS
@@ -54,7 +54,7 @@ class Head(NamedTuple):
         An entry ``u_k`` errs by at most ``8 U (|alpha_k| (|x_k| + |mean|) + |bias|)``. What that makes of the margin is counted
         twice: for the value, and for the place of the rectifier's kink.
         """
-        spec, order = model.spec, entries_of(model.spec.flow).latents
+        spec, order = model.spec, places_of(model.spec.flow).latents
         norm, linear = ({name: np.asarray(a, np.float64) for name, a in model.head[key].items()} for key in ("norm", "linear"))
         mean, var = (np.asarray(model.statistics["head"][name], np.float64) for name in ("mean", "var"))
         features = last[:, order].reshape(len(last), -1, spec.feature_shape[-1])

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.certification.banded import step_norms
 from iresnet_jax.certification.passes import newton_step
 from iresnet_jax.certification.prepared import PreparedFlow, in_parts, prepared, vectors_of
 from iresnet_jax.certification.products import linearize, newton_step_by_inverses, products_at
-from iresnet_jax.certification.trajectory import Residuals, ending_at, follow, go_back, residuals
+from iresnet_jax.certification.residuals import Residuals, ending_at, residuals
+from iresnet_jax.certification.trajectory import follow, follow_back
 from iresnet_jax.maths.chains import shadowing
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.upward_rounding import UP
@@ -35,12 +35,12 @@ class InverseCertificate(NamedTuple):
 
     Attributes:
         error_bound: Bound of ``|x - F^-1(y)|``; infinite if nothing is known.
-        applied: Whether the theorem applied to the whole trajectory. Where it did not, and for activations whose slopes jump,
-            the bounds of the blocks' inverses multiply.
+        applied: Whether the theorem applied to the whole trajectory. If not, as for activations whose slopes jump,
+            ``error_bound`` is the product of the blocks' bounds.
         beta: Bound of ``|DG^-1|`` of the trajectory's equations; far from sharp for large flows.
         eta: Bound of the Newton correction ``|DG^-1 r|`` of the refined trajectory.
         K: Bound of the Lipschitz constant of ``DG``; infinite for activations whose slopes jump.
-        h: ``beta K eta``; up to 1/2 the normwise theorem applies. The one used is blockwise and may apply beyond.
+        h: ``beta K eta``; up to 1/2 the normwise theorem applies. The blockwise theorem that is used may apply beyond 1/2.
         refined: The preimage that the certificate found, to float64.
         refined_bound: Bound of its distance from the exact one, before rounding to float64.
         estimate: What `error_bound` would be if estimated norms of steps were bounds, which is not guaranteed; NaN where no
@@ -104,14 +104,14 @@ def inverse(
 def _certify(flow: PreparedFlow, y, start, contexts) -> InverseCertificate:
     """The certificates of a part of the examples, all of them as vectors."""
     last = np.zeros_like(y)
-    last[:, flow.entries.latents] = y
+    last[:, flow.places.latents] = y
     points = follow(flow.spec, flow.weights, start.reshape(-1, *flow.spec.event_shape), contexts)
     trajectory = DoubleDouble.of(ending_at(flow.stages, np.array(points), last))
     certify = _with_products if flow.dense and flow.smooth else _with_norms
     best = _nothing(start)
     for attempt in range(_MAX_LINEARIZATIONS):
         if attempt == _MAX_LINEARIZATIONS - 1 or not (flow.smooth and np.all(np.isfinite(trajectory.high))):
-            points = np.array(go_back(flow.spec, flow.weights, y, contexts, Solver(atol=1e-13)))
+            points = np.array(follow_back(flow.spec, flow.weights, y, contexts))
             trajectory = DoubleDouble.of(ending_at(flow.stages, points, last))
         found, trajectory = certify(flow, trajectory, start, contexts, best)
         best = _better(best, found)
@@ -140,23 +140,23 @@ def _with_products(flow: PreparedFlow, trajectory, start, contexts, best):
 
 
 def _with_norms(flow: PreparedFlow, trajectory, start, contexts, best):
-    """The certificates from the norms of each step's inverse, behind as many Newton steps as help, and the last trajectory."""
+    """The certificates from the norms of each step's inverse, after as many Newton steps as help, and the last trajectory."""
     found = residuals(flow.stages, trajectory, contexts)
     for _ in range(_MAX_STEPS):
         size, floor = (np.linalg.norm(part.reshape(len(start), -1), axis=1) for part in (found.values, found.errors))
         if np.all(size <= floor):
             break
-        moved = _moved(trajectory, newton_step(flow.spec, flow.steps, found.slopes, found.values))
+        moved = _moved(trajectory, newton_step(flow.steps, found.slopes, found.values))
         after = residuals(flow.stages, moved, contexts)
         smaller = np.linalg.norm(after.values, axis=(1, 2)) < size
         trajectory = DoubleDouble(*(np.where(smaller[:, None, None], b, a) for a, b in zip(trajectory, moved, strict=True)))
         found = found.where(~smaller, after)
         if not np.any(np.linalg.norm(found.values, axis=(1, 2)) < size / 4):
             break
-    norms = step_norms(flow, found)
-    tables = ([shadowing.products_of_norms(flow.chained(own)) for own in every] for every in norms)
+    norms, guesses = step_norms(flow, found)
+    tables = ([shadowing.products_of_norms(flow.chained(own)) for own in every] for every in (norms, guesses))
     bounds, estimates = (_bounds(flow, table, found, trajectory, start) for table in tables)
-    estimated = np.any(norms.estimates != norms.bounds, axis=1)
+    estimated = np.any(guesses != norms, axis=1)
     return bounds._replace(estimate=np.where(estimated, estimates.error_bound, np.nan)), trajectory
 
 

@@ -1,9 +1,10 @@
 r"""Jacobians of a flow's steps in float64 at given slopes, how wrong they may be, and how fast they vary.
 
 A step is ``F_t(x) = u + g(u)`` with ``u = s (x + b)``, so ``J_t = (I + J_g(u)) diag(s)``. ``J_g = W_n D_n ... W_1 D_1`` is a
-product of the layers and of slopes ``D_i`` that are known to nearly all their bits, see `trajectory`.
+product of the layers and of slopes ``D_i`` that are known to nearly all their bits, see `residuals`.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,96 +13,64 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from iresnet_jax.bijections.reshape import flatten
 from iresnet_jax.branches.layers import LayerSpec
-from iresnet_jax.certification.trajectory import Layer, PreciseStage, entries_of
+from iresnet_jax.certification.residuals import Layer, PreciseStage
+from iresnet_jax.certification.trajectory import Place
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.chains.margin_bounds import Step
 from iresnet_jax.maths.enclosures.precise_activations import SLOPE_ERROR
 from iresnet_jax.maths.enclosures.upward_rounding import UP, U, gamma
 from iresnet_jax.maths.lipschitz_bounds import branch_jacobian_bound
-from iresnet_jax.models.architecture import FlowSpec
 
 _CHUNK_BYTES = 2**26  # of the tangents of one hidden layer that are computed together
 
 Slopes = Sequence[Array | np.ndarray | None]  # in front of each layer of a branch; None where it has no activation
 
 
-class Steps(NamedTuple):
-    """The linear maps of the steps of a stage, which scans run over.
+class LinearSteps(NamedTuple):
+    """The steps of a stage as linear maps for given slopes, which scans run over: a slice is one step.
 
     Attributes:
+        place: Where they act, and their layers.
         kernels: Kernels of the layers, ``(k, ...)``.
-        scale: Scales of the ActNorms, one an entry.
+        scale: Scales of the ActNorms, ``(k, ...)`` as the branches' inputs.
         lipschitz: Bounds of the branches.
     """
 
+    place: Place
     kernels: tuple[Array, ...]
-    scale: Float[Array, "k d"]
+    scale: Float[Array, "k ..."]
     lipschitz: Float[Array, " k"]
 
     @classmethod
-    def of(cls, stage: PreciseStage) -> "Steps":
+    def of(cls, stage: PreciseStage) -> "LinearSteps":
         """Those of the steps in double-double; under ``enable_x64``."""
-        scale = np.broadcast_to(stage.scale.high[:, 0], (stage.num_blocks, *stage.in_shape)).reshape(stage.num_blocks, -1)
-        return cls(tuple(jnp.asarray(layer.kernel) for layer in stage.layers), jnp.asarray(scale), jnp.asarray(stage.lipschitz))
+        scale = np.broadcast_to(stage.scale.high[:, 0], (stage.num_blocks, *stage.place.in_shape))
+        kernels = tuple(jnp.asarray(layer.kernel) for layer in stage.layers)
+        return cls(stage.place, kernels, jnp.asarray(scale), jnp.asarray(stage.lipschitz))
 
+    def push(self, slopes: Slopes, u: Float[Array, "n ..."]) -> tuple[Float[Array, "n ..."], list[Array]]:
+        """``J_g u`` of one step at slopes ``(n, ...)`` or ``(1, ...)``, and what arrives in front of each layer on the way."""
+        arriving = []
+        for layer, kernel, slope in zip(self.place.layers, self.kernels, slopes, strict=True):
+            arriving.append(u)
+            if slope is not None:
+                u = jnp.concatenate([u] * _copies(layer), axis=-1) * slope
+            u = layer.linear_map()(kernel, u)
+        return u, arriving
 
-class Place(NamedTuple):
-    """A stage's place in a flow: what its steps have in common.
-
-    Attributes:
-        layers: Layers of the branches.
-        in_shape: Shape of the branches' inputs.
-        active: Entries that the steps act on.
-    """
-
-    layers: tuple[LayerSpec, ...]
-    in_shape: tuple[int, ...]
-    active: Int[np.ndarray, " a"]
-
-    def read(self, vectors: Float[Array, "n d"]) -> Float[Array, "n ..."]:
-        """Inputs of a branch."""
-        return vectors[:, self.active].reshape(-1, *self.in_shape)
-
-    def write(self, vectors: Float[Array, "n d"], values: Float[Array, "n ..."]) -> Float[Array, "n d"]:
-        """The vectors with other entries where the steps act."""
-        return vectors.at[:, self.active].set(flatten(values))
-
-
-def places_of(spec: FlowSpec) -> list[Place]:
-    """The places of all stages."""
-    active = entries_of(spec).active
-    return [Place(stage.branch.layers, stage.branch.in_shape, own) for stage, own in zip(spec.layout, active, strict=True)]
-
-
-def push(
-    layers: Sequence[LayerSpec], kernels: Sequence[Array], slopes: Slopes, u: Float[Array, "n ..."]
-) -> tuple[Float[Array, "n ..."], list[Array]]:
-    """``J_g u`` of one branch at slopes ``(n, ...)`` or ``(1, ...)``, and what arrives in front of each layer on the way."""
-    arriving = []
-    for layer, kernel, slope in zip(layers, kernels, slopes, strict=True):
-        arriving.append(u)
-        if slope is not None:
-            u = jnp.concatenate([u] * _copies(layer), axis=-1) * slope
-        u = layer.linear_map()(kernel, u)
-    return u, arriving
-
-
-def pull(
-    layers: Sequence[LayerSpec], kernels: Sequence[Array], slopes: Slopes, z: Float[Array, "n ..."]
-) -> tuple[Float[Array, "n ..."], tuple[Array | None, ...]]:
-    """``J_g^T z``, and what arrives in the output of each activation on the way; None in front of a layer without."""
-    arriving = []
-    for layer, kernel, slope in reversed(list(zip(layers, kernels, slopes, strict=True))):
-        example = jax.ShapeDtypeStruct((len(z), *layer.in_shape), z.dtype)
-        (z,) = jax.linear_transpose(lambda u, layer=layer, kernel=kernel: layer.linear_map()(kernel, u), example)(z)
-        arriving.append(None if slope is None else z)
-        if slope is not None:
-            z = over_copies(layer, z * slope)
-    return z, tuple(arriving[::-1])
+    def pull(self, slopes: Slopes, z: Float[Array, "n ..."]) -> tuple[Float[Array, "n ..."], tuple[Array | None, ...]]:
+        """``J_g^T z``, and what arrives in the output of each activation on the way; None in front of a layer without."""
+        arriving = []
+        for layer, kernel, slope in reversed(list(zip(self.place.layers, self.kernels, slopes, strict=True))):
+            example = jax.ShapeDtypeStruct((len(z), *layer.in_shape), z.dtype)
+            (z,) = jax.linear_transpose(functools.partial(layer.linear_map(), kernel), example)(z)
+            arriving.append(None if slope is None else z)
+            if slope is not None:
+                z = over_copies(layer, z * slope)
+        return z, tuple(arriving[::-1])
 
 
 def over_copies(layer: LayerSpec, outputs: Float[Array, "... m"]) -> Float[Array, "... c"]:
@@ -114,27 +83,30 @@ def _copies(layer: LayerSpec) -> int:
     return activations.get(layer.activation).channel_factor
 
 
-def step_jacobians(place: Place, steps: Steps, slopes: Slopes) -> Float[Array, "k d d"]:
-    """The Jacobians of the steps of a stage at one point each: tangents of all unit vectors, some at a time.
+def alike(slopes: Slopes) -> Slopes:
+    """Slopes of one example, for all vectors."""
+    return [None if slope is None else slope[None] for slope in slopes]
+
+
+def step_jacobians(steps: LinearSteps, slopes: Slopes) -> Float[Array, "k d d"]:
+    """The Jacobians ``(I + J_g) diag(s)`` of the steps of a stage at one point each, from tangents of all unit vectors.
 
     Args:
-        place: The stage.
-        steps: Kernels and scales of its steps.
+        steps: The steps.
         slopes: Slopes in front of each layer, ``(k, ...)``.
     """
-    d = steps.scale.shape[1]
+    place, d = steps.place, len(steps.place.entries)
     chunk = max(1, min(d, _CHUNK_BYTES // (8 * max(math.prod(layer.in_shape) for layer in place.layers))))
 
     def of_step(own):
         step, slopes = own
-        slopes = [None if slope is None else slope[None] for slope in slopes]
 
         def of_chunk(first):
             units = jax.nn.one_hot(first + jnp.arange(chunk), d, dtype=step.scale.dtype)
-            return push(place.layers, step.kernels, slopes, units.reshape(chunk, *place.in_shape))[0].reshape(chunk, d)
+            return step.push(alike(slopes), units.reshape(chunk, *place.in_shape))[0].reshape(chunk, d)
 
         transposed = lax.map(of_chunk, jnp.arange(0, d, chunk)).reshape(-1, d)[:d]
-        return (jnp.eye(d) + transposed.T) * step.scale[None]
+        return (jnp.eye(d) + transposed.T) * step.scale.reshape(1, d)
 
     return lax.map(of_step, (steps, tuple(slopes)))
 
@@ -226,7 +198,7 @@ def _constants(stage: PreciseStage, k: int) -> tuple[Step, tuple[float, ...]]:
     step = Step(largest, tuple(norms), tuple(rows), tuple(curvatures), step_rounding)
     slopes = [slope or 0.0 for slope in curvatures]
     curvature = branch_jacobian_bound(norms, slopes, rows) * UP
-    own_error = math.sqrt(math.prod(stage.in_shape)) * (growth * pushed + 4 * U * (1 + growth)) * UP
+    own_error = math.sqrt(math.prod(stage.place.in_shape)) * (growth * pushed + 4 * U * (1 + growth)) * UP
     slope_factor = 2 * math.prod(norms) * sum(slope is not None for slope in curvatures) * UP
     return step, (float(stage.lipschitz[k]), curvature, largest, least, own_error, slope_factor, max(slopes))
 

@@ -29,23 +29,23 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.transforms.dequantize import enclose_volume
-from iresnet_jax.certification.jacobians import Steps, places_of, step_jacobians
+from iresnet_jax.certification.jacobians import LinearSteps, step_jacobians
 from iresnet_jax.certification.passes import FlowSlopes, forward_correction
 from iresnet_jax.certification.prepared import MOST_DIMS, PreparedFlow, in_parts, prepared
-from iresnet_jax.certification.trajectory import follow, residuals
+from iresnet_jax.certification.residuals import residuals
+from iresnet_jax.certification.trajectory import follow
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log
 from iresnet_jax.maths.enclosures.double_double import UNIT, DoubleDouble
 from iresnet_jax.maths.enclosures.upward_rounding import UP
 from iresnet_jax.maths.logdet import verified
 from iresnet_jax.models import priors
-from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Contexts, Data, Density, DensitySpec
 
 
 class Interval(NamedTuple):
-    """Guaranteed bounds of a number, one an example: ``lower <= value <= upper``, and the whole line if nothing is known.
+    """Guaranteed bounds of a number, one per example: ``lower <= value <= upper``, and the whole line if nothing is known.
 
     Attributes:
         lower: Number that the value is not below.
@@ -74,7 +74,7 @@ class Interval(NamedTuple):
 
 
 def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, context: Contexts | None = None) -> Interval:
-    r"""Guaranteed interval of `Density.log_prob` in nats, one an example, rounding included.
+    r"""Guaranteed interval of `Density.log_prob` in nats, one per example, rounding included.
 
     It holds the log-density of the exact map at the numbers that are given. Integer levels and values on a grid become numbers
     by `Density.dequantize`, with the noise of ``model.log_prob(x, key)``, and contexts by `Density.scale_context`; from then on
@@ -150,13 +150,13 @@ def _enclose(flow: PreparedFlow, start: Ball, contexts: np.ndarray | None) -> tu
     trajectory = DoubleDouble.of(np.array(follow(flow.spec, flow.weights, inputs, contexts)))
     trajectory.low[:, 0] = start.middle.low
     found = residuals(flow.stages, trajectory, contexts)
-    factors = _factors(flow.spec, flow.steps, found.slopes)
-    moves = np.array(forward_correction(flow.spec, flow.steps, found.slopes, found.values))
+    factors = _factors(flow.steps, found.slopes)
+    moves = np.array(forward_correction(flow.steps, found.slopes, found.values))
     trajectory = trajectory + DoubleDouble.of(moves)
     remaining = residuals(flow.stages, trajectory, contexts)
     errors = _errors(flow.constants.stretch, np.linalg.norm(start.radius, axis=1), remaining.sizes)
     moved = (np.linalg.norm(moves, axis=2) + UNIT * np.linalg.norm(trajectory.high, axis=2)) * UP
-    end = trajectory.map(lambda part: part[:, -1, flow.entries.latents])
+    end = trajectory.map(lambda part: part[:, -1, flow.places.latents])
     away = flow.constants.largest_scale * (moved + errors)[:, :-1]
     alone = flow.constants.unscaled
     distances = alone.jacobian_errors(found.argument_errors) + alone.second * away * UP
@@ -177,19 +177,19 @@ def _log_det(flow: PreparedFlow, factors: Sequence[verified.Factors], distances:
     for stage, own in zip(flow.stages, factors, strict=True):
         now = slice(t, t + stage.num_blocks)
         terms.append(verified.log_abs_det(own, distances[:, now], inverse[now]).sum())
-        terms.append(Ball.of(stage.log_scale.ravel()).sum() * Ball.of(math.prod(stage.in_shape[:-1])))
+        terms.append(Ball.of(stage.log_scale.ravel()).sum() * Ball.of(math.prod(stage.place.in_shape[:-1])))
         t = now.stop
     return functools.reduce(Ball.__add__, terms)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _factors(spec: FlowSpec, steps: Sequence[Steps], slopes: FlowSlopes) -> tuple[verified.Factors, ...]:
+@jax.jit
+def _factors(steps: Sequence[LinearSteps], slopes: FlowSlopes) -> tuple[verified.Factors, ...]:
     """Verified factors of ``I + J_g`` of all steps for every example, by stage."""
 
     def of_example(slopes):
+        unscaled = [maps._replace(scale=jnp.ones_like(maps.scale)) for maps in steps]
         return tuple(
-            jax.lax.map(verified.factorize, step_jacobians(place, maps._replace(scale=jnp.ones_like(maps.scale)), own))
-            for place, maps, own in zip(places_of(spec), steps, slopes, strict=True)
+            jax.lax.map(verified.factorize, step_jacobians(maps, own)) for maps, own in zip(unscaled, slopes, strict=True)
         )
 
     return jax.lax.map(of_example, slopes)

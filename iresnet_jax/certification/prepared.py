@@ -11,8 +11,9 @@ import jax.core
 import numpy as np
 from jaxtyping import Array, Float
 
-from iresnet_jax.certification.jacobians import StepConstants, Steps, constants_of
-from iresnet_jax.certification.trajectory import Entries, PreciseStage, entries_of, in_float64, precise_stages
+from iresnet_jax.certification.jacobians import LinearSteps, StepConstants, constants_of
+from iresnet_jax.certification.residuals import PreciseStage, precise_stages
+from iresnet_jax.certification.trajectory import Places, in_float64, places_of
 from iresnet_jax.maths.chains.margin_bounds import Step
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import require_bounds
@@ -42,7 +43,7 @@ class PreparedFlow:
     spec: FlowSpec
     weights: Weights
     stages: tuple[PreciseStage, ...]
-    steps: tuple[Steps, ...]
+    steps: tuple[LinearSteps, ...]
     margin_steps: tuple[Step, ...]
     constants: StepConstants
 
@@ -51,12 +52,12 @@ class PreparedFlow:
         """The flow of a model with certified bounds; under ``enable_x64``."""
         spec, weights = model.spec.flow, in_float64(model.weights)
         stages = precise_stages(spec, weights)
-        return cls(spec, weights, stages, tuple(map(Steps.of, stages)), *constants_of(stages))
+        return cls(spec, weights, stages, tuple(map(LinearSteps.of, stages)), *constants_of(stages))
 
     @property
-    def entries(self) -> Entries:
+    def places(self) -> Places:
         """Where the vector of a trajectory keeps what."""
-        return entries_of(self.spec)
+        return places_of(self.spec)
 
     @property
     def smooth(self) -> bool:
@@ -76,7 +77,7 @@ class PreparedFlow:
 
     def chained(self, norms: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
         """Norms of steps on the whole vector, of which those of a later stage may leave entries alone."""
-        beside = [np.full(stage.num_blocks, len(stage.active) < self.spec.num_dims) for stage in self.stages]
+        beside = [np.full(stage.num_blocks, len(stage.place.entries) < self.spec.num_dims) for stage in self.stages]
         return np.where(np.concatenate(beside), np.maximum(norms, 1), norms)
 
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from iresnet_jax.certification.jacobians import Steps, places_of, step_jacobians
+from iresnet_jax.certification.jacobians import LinearSteps, step_jacobians
 from iresnet_jax.certification.prepared import PreparedFlow
-from iresnet_jax.certification.trajectory import Residuals, entries_of
+from iresnet_jax.certification.residuals import Residuals
+from iresnet_jax.certification.trajectory import places_of
 from iresnet_jax.maths.chains import inverse_products, shadowing
 from iresnet_jax.maths.chains.inverse_products import Inverses, ProductTables
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
@@ -41,16 +42,16 @@ def linearize(flow: PreparedFlow, found: Residuals, trajectory: DoubleDouble) ->
     """Jacobians of all steps along trajectories, their inverses and norms of products, from the slopes in their residuals."""
     ends = np.cumsum([stage.num_blocks for stage in flow.stages])[:-1]
     distances = np.split(flow.constants.jacobian_errors(found.argument_errors), ends, axis=1)
-    inverses = _inverses(flow.spec, flow.steps, found.slopes, distances)
+    inverses = _inverses(flow.steps, found.slopes, distances)
     return Linearization(inverses, tables_of(flow.spec, tuple(group.matrices for group in inverses)), trajectory)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _inverses(spec: FlowSpec, steps: Sequence[Steps], slopes, distances) -> tuple[Inverses, ...]:
+@jax.jit
+def _inverses(steps: Sequence[LinearSteps], slopes, distances) -> tuple[Inverses, ...]:
     def of_example(own):
         return tuple(
-            inverse_products.invert_group(step_jacobians(place, maps, of_stage), distance)
-            for place, maps, of_stage, distance in zip(places_of(spec), steps, *own, strict=True)
+            inverse_products.invert_group(step_jacobians(maps, of_stage), distance)
+            for maps, of_stage, distance in zip(steps, *own, strict=True)
         )
 
     return jax.lax.map(of_example, (slopes, distances))
@@ -59,7 +60,7 @@ def _inverses(spec: FlowSpec, steps: Sequence[Steps], slopes, distances) -> tupl
 @functools.partial(jax.jit, static_argnums=0, static_argnames="forward")
 def tables_of(spec: FlowSpec, matrices: Sequence[Float[Array, "b _ _ _"]], *, forward: bool = False) -> ProductTables:
     """`inverse_products.product_tables` of matrices of each stage, for each example."""
-    active = tuple(map(jnp.asarray, entries_of(spec).active))
+    active = tuple(jnp.asarray(place.active) for place in places_of(spec).stages)
 
     def of_example(own):
         return inverse_products.product_tables(own, active, spec.num_dims, spec.num_blocks, forward=forward)
@@ -83,5 +84,5 @@ def newton_step_by_inverses(
     spec: FlowSpec, inverses: Sequence[Inverses], values: Float[Array, "b t d"]
 ) -> Float[Array, "b t d"]:
     """`passes.newton_step` by the approximate inverses."""
-    active = tuple(map(jnp.asarray, entries_of(spec).active))
+    active = tuple(jnp.asarray(place.active) for place in places_of(spec).stages)
     return jax.lax.map(lambda own: inverse_products.solve_backward(own[0], active, own[1]), (inverses, values))

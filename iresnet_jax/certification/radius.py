@@ -7,7 +7,7 @@ The margin of the predicted class over another one is ``m = sum_k w_k relu(u_k) 
 - local: ``m(x) - m`` is at most the fall of the function ``<grad_T, x_T>``, see `iresnet_jax.maths.chains.margin_bounds`, and
   what the head's rectifiers add, see `iresnet_jax.certification.head`.
 
-Trajectories are computed in float64 with residuals in double-double, as for `certified_inverse`, and all rounding is bounded.
+Trajectories are computed in float64 with residuals in double-double, as for `certify.inverse`, and all rounding is bounded.
 """
 
 import functools
@@ -23,7 +23,8 @@ from jaxtyping import Array, Float, Int, Num
 from iresnet_jax.certification.head import Head
 from iresnet_jax.certification.passes import backward, forward, weights_of
 from iresnet_jax.certification.prepared import PreparedFlow, in_parts, prepared
-from iresnet_jax.certification.trajectory import Residuals, follow, residuals
+from iresnet_jax.certification.residuals import Residuals, residuals
+from iresnet_jax.certification.trajectory import follow
 from iresnet_jax.maths.chains import margin_bounds
 from iresnet_jax.maths.chains.margin_bounds import Adjoints, Step, Tangents
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
@@ -124,15 +125,15 @@ def _adjoints(
     flow: PreparedFlow, model: Classifier, head: Head, found: Residuals, start_error: float
 ) -> tuple[Adjoints, list[list[Any]]]:
     """Gradients of the margins along the trajectories, and ``S w`` of the activations, by stage and layer."""
-    passed = backward(flow.spec, flow.steps, found.slopes, head.gradients)
-    points = np.moveaxis(np.asarray(jnp.linalg.norm(passed.points, axis=-1)), 1, 0) * UP
-    start = np.asarray(passed.points[:, 0]).reshape(*head.margins.shape, *flow.spec.event_shape)
+    passed, outputs = backward(flow.steps, found.slopes, head.gradients)
+    points = np.moveaxis(np.asarray(jnp.linalg.norm(passed, axis=-1)), 1, 0) * UP
+    start = np.asarray(passed[:, 0]).reshape(*head.margins.shape, *flow.spec.event_shape)
     start = start[..., : model.spec.image_shape[-1]] / np.asarray(model.spec.std)
     slope = np.sqrt(np.sum(start**2, axis=(-3, -2, -1))) * UP
     weights, largest, t = [], [], 0
-    for stage, outputs in zip(flow.stages, passed.outputs, strict=True):
+    for stage, of_layers in zip(flow.stages, outputs, strict=True):
         own = flow.margin_steps[t : t + stage.num_blocks]
-        of_stage = [None if v is None else weights_of(layer.spec, v) for layer, v in zip(stage.layers, outputs, strict=True)]
+        of_stage = [None if v is None else weights_of(layer.spec, v) for layer, v in zip(stage.layers, of_layers, strict=True)]
         most = [jnp.max(w, axis=tuple(range(3, w.ndim))) for w in of_stage if w is not None]
         largest += [np.asarray(w[:, k]) for k in range(stage.num_blocks) for w in most]
         curvatures = [jnp.array([step.curvatures[i] or 0.0 for step in own]) for i in range(len(of_stage))]
@@ -159,10 +160,10 @@ def _tangents(
     chosen = jax.tree.map(
         lambda v: jnp.take_along_axis(v, order.reshape(len(order), 1, -1, *[1] * (v.ndim - 3)), axis=2), weights
     )
-    norms = forward(flow.spec, flow.steps, found.slopes, chosen, first)
+    *norms, of_chosen = forward(flow.steps, found.slopes, chosen, first)
     forms = np.full((len(order), num_others), np.inf)
-    np.put_along_axis(forms, order, np.asarray(norms.forms), axis=1)
-    points, frobenius, arguments, fourth = (np.asarray(values).T for values in norms[:4])
+    np.put_along_axis(forms, order, np.asarray(of_chosen), axis=1)
+    points, frobenius, arguments, fourth = (np.asarray(values).T for values in norms)
     return Tangents(points, frobenius, arguments, fourth, forms)
 
 

@@ -1,65 +1,106 @@
-r"""A flow as a chain of steps on one vector, and its trajectory: in float64, and with its residuals in double-double.
+r"""A flow as a chain of steps on one vector, and its trajectory in float64.
 
 A step is an ActNorm and a residual block. It acts on some entries of a vector of all ``d`` dimensions, read in the order that
 its branch has them in, and leaves the others alone: squeezing and flattening are orders of entries, and a part that left as
 latents is not acted on again. The first point of a trajectory is the flow's input, the last one holds its latents.
-
-The map is the one of the weights as real numbers: those of float32 weights are the same in every precision.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from iresnet_jax.bijections import residual
-from iresnet_jax.bijections.actnorm import forward_and_logdet, inverse_and_logdet
+from iresnet_jax.bijections.actnorm import forward_and_logdet
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.bijections.reshape import flatten, split_channels
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.branches.layers import LayerSpec
-from iresnet_jax.maths.enclosures import precise_activations
-from iresnet_jax.maths.enclosures.double_double import UNIT, DoubleDouble, exp
-from iresnet_jax.maths.enclosures.split_products import Sliced, product
-from iresnet_jax.maths.enclosures.upward_rounding import UP
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import Weights
+from iresnet_jax.models.flow import Block, Weights, flow_bijection
 
 
-class Entries(NamedTuple):
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Place:
+    """What the steps of a stage have in common: where they act, and how their branches are made.
+
+    Attributes:
+        entries: Entries of the flow's vector that the steps act on, in the order of the branch's input.
+        in_shape: Shape of the branch's input.
+        layers: Layers of the branch.
+    """
+
+    entries: tuple[int, ...]
+    in_shape: tuple[int, ...]
+    layers: tuple[LayerSpec, ...]
+
+    @functools.cached_property
+    def active(self) -> Int[np.ndarray, " a"]:
+        """`entries` as an array."""
+        return np.array(self.entries)
+
+    def read(self, vectors: Float[Array, "n d"]) -> Float[Array, "n ..."]:
+        """Inputs of the branch."""
+        return vectors[:, self.active].reshape(-1, *self.in_shape)
+
+    def write(self, vectors: Float[Array, "n d"], values: Float[Array, "n ..."]) -> Float[Array, "n d"]:
+        """The vectors with other values where the steps act."""
+        return vectors.at[:, self.active].set(flatten(values))
+
+
+class Places(NamedTuple):
     """Where the vector of a trajectory keeps what.
 
     Attributes:
-        active: Entries that the steps of each stage act on, in the order of their branch's input.
+        stages: Place of the steps of each stage.
         latents: Entries of the latent vector, in its order.
     """
 
-    active: tuple[Int[np.ndarray, " a"], ...]
+    stages: tuple[Place, ...]
     latents: Int[np.ndarray, " d"]
 
 
 @functools.lru_cache(maxsize=32)
-def entries_of(spec: FlowSpec) -> Entries:
-    """The entries of a flow's steps, from its own reshapes of a vector of indices."""
-    active, latents = [], []
+def places_of(spec: FlowSpec) -> Places:
+    """The places of a flow's steps, from its own reshapes of a vector of indices."""
+    places, latents = [], []
     with jax.ensure_compile_time_eval():
         indices = jnp.arange(spec.num_dims).reshape(1, *spec.event_shape)
         for stage in spec.layout:
             indices = chain(stage.reshapes).forward(indices)
-            active.append(np.asarray(indices).ravel())
+            places.append(Place(tuple(np.asarray(indices).ravel().tolist()), stage.branch.in_shape, stage.branch.layers))
             if stage.spec.factor_out:
                 indices, left = split_channels(indices)
                 latents.append(np.asarray(left).ravel())
         latents.append(np.asarray(indices).ravel())
-    return Entries(tuple(active), np.concatenate(latents))
+    return Places(tuple(places), np.concatenate(latents))
 
 
-# ------------------------------------------------------------------------------------------------------- in float64
+def over_steps(step: Callable[..., Any], carry: Any, stages: Sequence[Any], *, reverse: bool = False) -> tuple[Any, list[Any]]:
+    """`lax.scan` over the steps of all stages: the last carry, and what ``step(carry, own)`` gave, stacked by stage.
+
+    Args:
+        step: The function, as `lax.scan` takes it.
+        carry: First carry.
+        stages: What belongs to the steps of each stage, arrays stacked over steps.
+        reverse: Whether the last step comes first.
+    """
+    found = []
+    for own in reversed(stages) if reverse else stages:
+        carry, out = lax.scan(step, carry, own, reverse=reverse)
+        found.append(out)
+    return carry, found[::-1] if reverse else found
+
+
+def in_float64(tree: Any) -> Any:
+    """The arrays of a tree in float64, under ``enable_x64``; converted on the host, which compiles nothing."""
+    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), tree)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -68,268 +109,24 @@ def follow(
 ) -> Float[Array, "b t d"]:
     """Every point of the trajectory that starts at ``x``, the last one included."""
 
-    def step(u, block):
-        u, _ = forward_and_logdet(block.actnorm, u)
-        return u + block.branch.given(context)(u)
+    def step(vector, own):
+        place, block = own
+        u, _ = forward_and_logdet(block.actnorm, place.read(vector))
+        return place.write(vector, u + block.branch.given(context)(u)), vector
 
-    vector, points = flatten(x), []
-    for stage, active in zip(spec.layout, entries_of(spec).active, strict=True):
-
-        def move(vector, block, stage=stage, active=active):
-            u = step(vector[:, active].reshape(-1, *stage.branch.in_shape), block)
-            return vector.at[:, active].set(flatten(u)), vector
-
-        vector, found = lax.scan(move, vector, weights[stage.name])
-        points.append(found)
-    return jnp.moveaxis(jnp.concatenate([*points, vector[None]]), 0, 1)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def go_back(
-    spec: FlowSpec, weights: Weights, y: Float[Array, "b d"], context: Float[Array, "b k"] | None, solver: Solver
-) -> Float[Array, "b t d"]:
-    """Every point of the trajectory that ends at the latents ``y``, by the iterative inverse of every block."""
-    entries = entries_of(spec)
-    vector, points = jnp.zeros_like(y).at[:, entries.latents].set(y), []
-    last = vector
-    for stage, active in reversed(list(zip(spec.layout, entries.active, strict=True))):
-
-        def move(vector, block, stage=stage, active=active):
-            u, _ = residual.inverse(block.branch.given(context), vector[:, active].reshape(-1, *stage.branch.in_shape), solver)
-            u, _ = inverse_and_logdet(block.actnorm, u)
-            vector = vector.at[:, active].set(flatten(u))
-            return vector, vector
-
-        vector, found = lax.scan(move, vector, weights[stage.name], reverse=True)
-        points.append(found)
-    return jnp.moveaxis(jnp.concatenate([*points[::-1], last[None]]), 0, 1)
-
-
-# ------------------------------------------------------------------------------------------------ in double-double
-
-
-class Layer(NamedTuple):
-    """A layer of all blocks of a stage, ready for `residuals`.
-
-    Attributes:
-        spec: The layer.
-        kernel: Its kernel in float64.
-        slices: Its kernel in slices.
-        bias: Bias, of a shape that fits outputs ``(k, b, p, c)``.
-        norm: Bound of the operator norm.
-        sharpness: ``softplus(beta)`` of the activation in front, of a shape that fits inputs ``(k, b, ...)``; None without.
-        context: Kernel of the context in slices; None without.
-    """
-
-    spec: LayerSpec
-    kernel: Float[np.ndarray, "k ..."]
-    slices: Sliced
-    bias: DoubleDouble
-    norm: Float[np.ndarray, " k"]
-    sharpness: DoubleDouble | None
-    context: Sliced | None
-
-
-class PreciseStage(NamedTuple):
-    """The steps of a stage in double-double.
-
-    Attributes:
-        in_shape: Shape of the branches' inputs.
-        active: Entries that the steps act on.
-        bias: Bias of the ActNorms, of a shape that fits ``(k, b, ...)``.
-        log_scale: Logarithm of the scale of the ActNorms, one a channel.
-        scale: Scale of the ActNorms, of a shape that fits ``(k, b, ...)``.
-        layers: Layers of the branches.
-        lipschitz: Bounds of the Lipschitz constants of the branches.
-    """
-
-    in_shape: tuple[int, ...]
-    active: Int[np.ndarray, " a"]
-    bias: DoubleDouble
-    log_scale: Float[np.ndarray, "k c"]
-    scale: DoubleDouble
-    layers: tuple[Layer, ...]
-    lipschitz: Float[np.ndarray, " k"]
-
-    @property
-    def num_blocks(self) -> int:
-        """``k``."""
-        return len(self.lipschitz)
-
-
-class Residuals(NamedTuple):
-    """What is wrong with trajectories, and the slopes of their activations.
-
-    Attributes:
-        values: ``F_t(x_t) - x_{t+1}``, rounded to float64; 0 at entries that a step does not act on.
-        errors: Bounds of the Euclidean norm of the error of `values`.
-        argument_errors: Bounds of the error of every argument of an activation.
-        slopes: Slope of every output of an activation, ``(b, k, ...)``, by stage and layer; None in front of a layer without.
-    """
-
-    values: Float[np.ndarray, "b t d"]
-    errors: Float[np.ndarray, "b t"]
-    argument_errors: Float[np.ndarray, "b t"]
-    slopes: tuple[tuple[np.ndarray | None, ...], ...]
-
-    @property
-    def sizes(self) -> Float[np.ndarray, "b t"]:
-        """Bounds of the norms of the exact residuals."""
-        return (np.linalg.norm(self.values, axis=2) + self.errors) * UP
-
-    def where(self, condition: Bool[np.ndarray, " b"], other: "Residuals") -> "Residuals":
-        """These residuals for the examples that meet a condition, the other ones elsewhere."""
-        return jax.tree.map(lambda one, two: np.where(condition.reshape(-1, *[1] * (one.ndim - 1)), one, two), self, other)
-
-
-def in_float64(tree: Any) -> Any:
-    """The arrays of a tree in float64, under ``enable_x64``; converted on the host, which compiles nothing."""
-    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), tree)
-
-
-def precise_stages(spec: FlowSpec, weights: Weights) -> tuple[PreciseStage, ...]:
-    """The steps of a flow in double-double.
-
-    Args:
-        spec: Architecture of the flow.
-        weights: Weights of its stages, with guaranteed norms of their layers.
-    """
-    stages = []
-    for stage, active in zip(spec.layout, entries_of(spec).active, strict=True):
-        own = jax.tree.map(lambda a: np.asarray(a, np.float64), weights[stage.name])
-        log_scale, branch = own.actnorm.log_scale, own.branch
-        by_channel = (len(log_scale), *(1,) * len(stage.branch.in_shape), -1)
-        layers = tuple(_layer(layer, branch.weights[layer.name], branch.norms[layer.name]) for layer in branch.spec.layers)
-        stages.append(
-            PreciseStage(
-                in_shape=branch.spec.in_shape,
-                active=active,
-                bias=DoubleDouble.of(own.actnorm.bias.reshape(by_channel)),
-                log_scale=log_scale,
-                scale=exp(DoubleDouble.of(log_scale.reshape(by_channel))),
-                layers=layers,
-                lipschitz=branch.lipschitz_bound,
-            )
-        )
-    return tuple(stages)
-
-
-def _layer(layer: LayerSpec, own: Any, norm: Any) -> Layer:
-    num, bias = len(own["kernel"]), own["bias"]
-    sharpness = None
-    if "beta" in own:
-        beta = own["beta"]
-        sharpness = precise_activations.softplus(DoubleDouble.of(beta.reshape(num, *(1,) * len(layer.in_shape), -1)))
-    return Layer(
-        spec=layer,
-        kernel=own["kernel"],
-        slices=Sliced.of(own["kernel"]),
-        bias=DoubleDouble.of(bias.reshape(num, *(1,) * (len(layer.in_shape) + 2 - bias.ndim), *bias.shape[1:])),
-        norm=np.asarray(norm, np.float64),
-        sharpness=sharpness,
-        context=Sliced.of(own["context"]) if "context" in own else None,
-    )
-
-
-def ending_at(
-    stages: Sequence[PreciseStage], points: Float[np.ndarray, "b t d"], last: Float[np.ndarray, "b d"]
-) -> Float[np.ndarray, "b t d"]:
-    """The trajectories with another last point: entries that are not acted on any more have its values."""
-    points, end = points.copy(), points.shape[1]
-    points[:, -1] = last
-    for stage in reversed(stages):
-        left = np.setdiff1d(np.arange(points.shape[2]), stage.active)
-        start = end - 1 - stage.num_blocks
-        points[:, start:end, left] = last[:, None, left]
-        end = start + 1
-    return points
-
-
-def residuals(
-    stages: Sequence[PreciseStage], trajectory: DoubleDouble, context: Float[np.ndarray, "b k"] | None = None
-) -> Residuals:
-    """The residuals of trajectories ``(b, t, d)``, all steps of a stage at once, with guaranteed bounds of their errors.
-
-    Entries that a step does not act on are taken to be the same in front of it and behind it, see `ending_at`.
-
-    An error ``delta`` in the input of a layer is ``|W| delta`` behind it, and an activation is 1-Lipschitz; what products,
-    activations and sums add is bounded where it arises.
-    """
-    b, num, d = trajectory.high.shape
-    values, slopes, start = np.zeros((b, num - 1, d)), [], 0
-    errors, argument_errors = np.zeros((2, b, num - 1))
-    for stage in stages:
-        k = stage.num_blocks
-        now, end = slice(start, start + k), slice(start + 1, start + k + 1)
-        x, after = (_inputs(stage, trajectory, points) for points in (now, end))
-        u = (x + stage.bias) * stage.scale
-        error = 4 * UNIT * _norm(u)
-        g, error, of_arguments, of_layers = _branch(stage, u, error, context)
-        r = u + g - after
-        error = error + 4 * UNIT * _norm(u)  # of u itself, beside what it became in g
-        error = error + 4 * UNIT * (_norm(u) + _norm(g) + _norm(after)) + 2.0**-53 * _norm(r)
-        values[:, now, stage.active] = np.moveaxis(r.high.reshape(k, b, -1), 0, 1)
-        errors[:, now], argument_errors[:, now] = error.T * UP, of_arguments.T * UP
-        slopes.append(tuple(None if own is None else np.moveaxis(own, 1, 0) for own in of_layers))
-        start += k
-    return Residuals(values, errors, argument_errors, tuple(slopes))
-
-
-def _inputs(stage, trajectory, points):
-    """Some points of trajectories as inputs ``(k, b, ...)`` of a stage's branches."""
-
-    def of_branch(part):
-        entries = np.moveaxis(part[:, points][..., stage.active], 0, 1)
-        return entries.reshape(*entries.shape[:2], *stage.in_shape)
-
-    return trajectory.map(of_branch)
-
-
-def _branch(stage, h, error, context):
-    """``g``, bounds of its error and of the arguments' of activations, and the slopes; ``error`` bounds that of the input."""
-    slopes, of_arguments = [], np.zeros_like(error)
-    for layer in stage.layers:
-        slope = None
-        if layer.spec.activated:
-            of_arguments = np.maximum(of_arguments, error)
-            size = _norm(h) + np.sqrt(np.prod(h.high.shape[2:]))
-            error = error + precise_activations.ERROR * size
-            h, slope = precise_activations.activate(layer.spec.activation, h, layer.sharpness)
-        slopes.append(slope)
-        h, own = product(h, layer.slices, functools.partial(_apply, layer.spec))
-        h = h + layer.bias
-        if layer.context is not None:
-            contexts = DoubleDouble.of(np.broadcast_to(context, (len(layer.norm), *context.shape)))
-            shift, of_shift = product(contexts, layer.context, _shift)
-            h, own = h + shift.map(lambda part, h=h: _between(part, h)), own + of_shift
-        positions = np.prod(h.high.shape[2:-1])
-        own = np.sqrt(positions * np.sum(np.square(own), axis=-1)) * UP
-        error = layer.norm[:, None] * error + own + 4 * UNIT * _norm(h)
-    return h, error, of_arguments, tuple(slopes)
+    last, points = over_steps(step, flatten(x), blocks_of(spec, weights))
+    return jnp.moveaxis(jnp.concatenate([*points, last[None]]), 0, 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(layer: LayerSpec, inputs: Float[Array, "k i b ..."], kernels: Float[Array, "k ..."]) -> Array:
-    """A layer's linear map of slices: sums that are exact, whatever a compiler makes of their order."""
-    apply = layer.linear_map()
-
-    def of_block(block):
-        h, kernel = block
-        return apply(kernel, h.reshape(-1, *h.shape[2:])).reshape(*h.shape[:2], *layer.in_shape[:-1], -1)
-
-    return lax.map(of_block, (inputs, kernels))
+def follow_back(
+    spec: FlowSpec, weights: Weights, y: Float[Array, "b d"], context: Float[Array, "b k"] | None
+) -> Float[Array, "b t d"]:
+    """Every point of the trajectory from the flow's own inverse of the latents ``y``."""
+    x, _ = flow_bijection(spec, weights, solver=Solver(atol=1e-13), context=context).inverse(y)
+    return follow(spec, weights, x, context)
 
 
-@jax.jit
-def _shift(contexts: Float[Array, "k i b c"], kernels: Float[Array, "k c m"]) -> Float[Array, "k i b m"]:
-    return jnp.einsum("kibc,kcm->kibm", contexts, kernels)
-
-
-def _norm(x: DoubleDouble) -> Float[np.ndarray, "k b"]:
-    """Euclidean norm of each example, rounded up."""
-    return np.sqrt(np.sum(np.square(x.high), axis=tuple(range(2, x.high.ndim)))) * UP + 1e-150
-
-
-def _between(values: np.ndarray, h: DoubleDouble) -> np.ndarray:
-    """``(k, b, c)`` with axes of length one for the positions of ``h``."""
-    return values.reshape(*values.shape[:2], *(1,) * (h.high.ndim - 3), -1)
+def blocks_of(spec: FlowSpec, weights: Weights) -> list[tuple[Place, Block]]:
+    """The blocks of each stage and their place."""
+    return [(place, weights[stage.name]) for place, stage in zip(places_of(spec).stages, spec.layout, strict=True)]

@@ -22,7 +22,7 @@ def exact_inverse(name, scale):
     x = scale * np.random.default_rng(2).normal(size=(2, *flow.event_shape))
     with jax.enable_x64(True):
         weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), own.weights)
-        whole = lambda x: trajectory.follow(flow, weights, x[None], None)[0, -1][trajectory.entries_of(flow).latents]  # noqa: E731
+        whole = lambda x: trajectory.follow(flow, weights, x[None], None)[0, -1][trajectory.places_of(flow).latents]  # noqa: E731
         y, jacobians = jax.jit(lambda x: (jax.vmap(whole)(x), jax.vmap(jax.jacfwd(whole))(x)))(jnp.asarray(x))
         y, jacobians = np.asarray(y).astype(np.float32), np.asarray(jacobians).reshape(2, flow.num_dims, -1)
     preimages = []
