@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.branches.branch import Branch
+from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, PlacedStage
 from iresnet_jax.models.batchnorm import batchnorm_blocks
@@ -188,6 +189,7 @@ class BatchNormStage(nn.Module):
     def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """Creates all variables, running averages those of ``x``. Returns the stage's output, for the next one."""
         branch, num_blocks = self.stage.branch, self.stage.spec.num_blocks
+        assert isinstance(branch, FeedforwardSpec)  # BatchNorm stands in front of layers
 
         def initial(key):
             keys = jax.random.split(key, num_blocks)
