@@ -69,8 +69,7 @@ def _error(found, exact):
 class TorchFlow:
     """The flow of a density with normflows' residual blocks in PyTorch, on the cores that are compared.
 
-    Raises:
-        RuntimeError: If its latents in float64 differ from ``z`` by more than ``agreement``, of those above 1 as a share.
+    ``RuntimeError`` if its latents in float64 differ from ``z`` by more than ``agreement``, of those above 1 as a share.
     """
 
     def __init__(self, model, x, z, agreement):

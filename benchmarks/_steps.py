@@ -5,6 +5,7 @@ Nothing is imported before a worker makes its case: what a process does before J
 
 import contextlib
 import itertools
+import os
 import time
 from pathlib import Path
 
@@ -145,25 +146,16 @@ class OurTraining:
 
 
 class TorchSteps(Steps):
-    """The step of a peer on batches that our preprocessing has gone over: Adam, gradient clipped, no moving average.
+    """The step of a "naive" or "normflows" peer: Adam, gradient clipped, no moving average, and so many terms and iterations.
 
-    Args:
-        kind: "naive" or "normflows".
-        architecture: See `_peers_flows.architecture`.
-        batches: File of batches, (n, b, c, h, w).
-        num_terms: Terms of the series.
-        num_steps: Power iterations.
-        learning_rate: Learning rate of Adam.
-        clip_norm: Largest norm of the gradient.
-        threads: Threads of PyTorch.
-        warmup: Steps before it is ready.
+    ``architecture`` is that of `_peers_flows.architecture`, ``batches`` a file of preprocessed ones, (n, b, c, h, w).
     """
 
-    def __init__(self, kind, architecture, batches, num_terms, num_steps, learning_rate, clip_norm, threads, warmup=WARMUP):
+    def __init__(self, kind, architecture, batches, num_terms, num_steps, learning_rate, clip_norm, warmup=WARMUP):
         import numpy as np
         import torch  # pyright: ignore[reportMissingImports]
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
         torch.manual_seed(0)
         from _pytorch import flow, take_step
 
