@@ -56,7 +56,7 @@ def train(
         workdir: Folder of the run: config, model, metrics, checkpoints.
         data: The data; by default what ``config.data`` names.
         say: Takes a line of progress at every validation; by default the log.
-        steps: Compiled steps of earlier runs on arrays, to which this run adds its own; None compiles anew.
+        steps: Compiled steps of earlier runs on arrays, to which this run adds its own; None compiles all.
 
     Returns:
         The last state.
