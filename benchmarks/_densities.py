@@ -19,6 +19,7 @@ examples choose hyper-parameters and end the training. Log-determinants on test 
 """
 
 import copy
+import functools
 import itertools
 import math
 import time
@@ -131,7 +132,7 @@ def normflows(table: Table, seed: int, minutes: float) -> Fitted:
     """The residual flow of normflows."""
     import normflows as nf  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
-    from _pytorch import CONVERGED, block, exact_log_prob, take_step
+    from _pytorch import CONVERGED, block, count_parameters, exact_log_prob, take_step
 
     torch.manual_seed(seed)
     dims, size = table.train.shape[1], _size(table)
@@ -143,6 +144,7 @@ def normflows(table: Table, seed: int, minutes: float) -> Fitted:
     model.log_prob(torch.tensor(table.train[:1024]))  # fits ActNorm and shapes the vectors of the power iterations
     nf.utils.update_lipschitz(model, CONVERGED)
     optimizer, batches = torch.optim.Adam(model.parameters(), LEARNING_RATE), _batches(table, seed)
+    log_prob = functools.partial(exact_log_prob, model)
 
     def train_step(rate):
         optimizer.param_groups[0]["lr"] = rate
@@ -152,17 +154,13 @@ def normflows(table: Table, seed: int, minutes: float) -> Fitted:
 
     def validate():
         nf.utils.update_lipschitz(model, CONVERGED)
-        return in_batches(lambda x: exact_log_prob(model, x), table.validation[:VALIDATED]).mean()
+        return in_batches(log_prob, table.validation[:VALIDATED]).mean()
 
     best, steps = train(train_step, validate, lambda: copy.deepcopy(model.state_dict()), 60 * minutes)
     model.load_state_dict(best)
     model.double()
     nf.utils.update_lipschitz(model, CONVERGED)
-    return Fitted(
-        lambda x: in_batches(lambda x: exact_log_prob(model, x), x),
-        sum(parameter.numel() for parameter in model.parameters()),
-        steps,
-    )
+    return Fitted(functools.partial(in_batches, log_prob), count_parameters(model), steps)
 
 
 def train(
@@ -171,10 +169,10 @@ def train(
     """Trains a flow of others for some seconds, its validations not counted.
 
     Args:
-        take_step: Updates the parameters at a learning rate.
+        take_step: Updates the parameters at a learning rate, which reaches zero at the end.
         validate: Mean log-density of validation examples.
         snapshot: The parameters as they are.
-        seconds: Time; the learning rate reaches zero at its end.
+        seconds: Time.
 
     Returns:
         The parameters that were best on validation examples, and how long it took.

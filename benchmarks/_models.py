@@ -29,12 +29,7 @@ def config_file(name: str) -> str:
 
 
 def read_config(file: str | Path, *overrides: str) -> Config:
-    """The settings of a config file.
-
-    Args:
-        file: The file; a variant follows after a colon, as in ``configs/toy_2d.py:moons``.
-        overrides: Changes such as ``constraint.norms=none``.
-    """
+    """The settings of a config file, a variant behind a colon, with changes such as ``constraint.norms=none``."""
     flags = [f"--config={file}", *(f"--config.{override}" for override in overrides)]
     return parse_train_flags(["benchmark", *flags], default_config=str(file)).config
 
@@ -84,13 +79,7 @@ def norms(x: Any) -> np.ndarray:
 
 
 class Block(NamedTuple):
-    """A residual block and where test examples meet it.
-
-    Attributes:
-        name: "stage0/block03".
-        branch: The branch, a pytree.
-        x: Input of the branch.
-    """
+    """Name of a residual block, such as "stage0/block03", its branch, and inputs of the branch for test examples."""
 
     name: str
     branch: Any

@@ -69,8 +69,7 @@ def _error(found, exact):
 class TorchFlow:
     """The flow of a density with normflows' residual blocks in PyTorch, on the cores that are compared.
 
-    Raises:
-        RuntimeError: If its latents in float64 differ from ``z`` by more than ``agreement``, of those above 1 as a share.
+    ``RuntimeError`` if its latents in float64 differ from ``z`` by more than ``agreement``, of those above 1 as a share.
     """
 
     def __init__(self, model, x, z, agreement):
@@ -153,7 +152,7 @@ class OurFlow:
 
     def __init__(self, model, x, z):
         self._model, self._x, self._z = model, np.asarray(x, np.float64), np.asarray(z)
-        self._placed, self._inverse = parallel.on_local_devices(model), parallel.parallelize_eval(decode)
+        self._placed = parallel.on_local_devices(model)
 
     def log_probs(self, num, images, target):
         """Seconds of the log-likelihoods of images, the values, and their accuracy: at most ``target`` bits/dim."""
@@ -171,7 +170,7 @@ class OurFlow:
         z = self._z.astype(np.float64 if refine else np.float32)
 
         def once():
-            return parallel.over_batches(self._inverse, model, lambda places: z[places], len(z), len(z))
+            return parallel.over_batches(decode, model, lambda places: z[places], len(z), len(z))
 
         with jax.enable_x64(refine):
             once()

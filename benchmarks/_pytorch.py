@@ -20,26 +20,17 @@ ROWS_AT_ONCE = 100  # of a Jacobian
 
 
 def block(shape, net, **settings):
-    """ActNorm and a residual block of normflows, in the order of the data's way.
+    """ActNorm with parameters of a shape such as ``(c, 1, 1)``, and a residual block of normflows around a branch.
 
-    Args:
-        shape: Shape of the ActNorm's parameters, such as ``(c, 1, 1)``.
-        net: Branch.
-        settings: Estimator of the block's log-determinant, such as `POISSON`, in its memory-saving form.
+    They are in the order of the data's way. Settings are those of the estimator of the log-determinant, such as `POISSON`.
     """
     return [nf.flows.ActNorm(shape), nf.flows.Residual(net, reduce_memory=True, **settings)]
 
 
 def take_step(model, optimizer, x, *, clip_norm, power_iterations, num_dims=1):
-    """One step of a training by maximum likelihood as normflows' examples have it; norms of layers are kept up with afterwards.
+    """One step of maximum likelihood, in nats over ``num_dims``, as normflows' examples have it; returns the loss.
 
-    Args:
-        model: A `normflows.NormalizingFlow`.
-        optimizer: Optimizer of PyTorch.
-        x: Batch.
-        clip_norm: Largest norm of the gradient.
-        power_iterations: Power iterations of each layer.
-        num_dims: Dimensions that the loss is divided by.
+    The norms of layers are kept up with afterwards, by power iterations.
     """
     optimizer.zero_grad()
     loss = model.forward_kld(x) / num_dims
@@ -186,13 +177,9 @@ def entry(stage):
 
 
 def flow(architecture, kind, *, num_terms, num_steps):
-    """A flow to train, as a `normflows.NormalizingFlow` with a Gaussian of learned means and scales.
+    """A "naive" or "normflows" flow to train, with a Gaussian of learned means and scales.
 
-    Args:
-        architecture: Plain data, see `_peers_flows.architecture`.
-        kind: "naive" or "normflows".
-        num_terms: Terms of the series.
-        num_steps: Power iterations a step.
+    It has so many terms of its series and power iterations a step.
     """
     make_layer = functools.partial(bounded_layer, coeff=architecture["coeff"], n_iterations=num_steps)
     flows = []
@@ -210,9 +197,7 @@ def flow(architecture, kind, *, num_terms, num_steps):
 def fixed_flow(architecture, weights):
     """The layers of a flow with weights of ours, in the order of the data's way; latents are vectors in the order of ours.
 
-    Args:
-        architecture: As for `flow`.
-        weights: Arrays by stage and name, such as "conv0/kernel" and "actnorm/bias", stacked over blocks.
+    Weights are arrays by stage and name, such as "conv0/kernel" and "actnorm/bias", stacked over blocks.
     """
     layers = []
     for number, stage in enumerate(architecture["stages"]):

@@ -114,14 +114,9 @@ def show(results: Any, name: str = "") -> None:
 def write(
     name: str, arguments: argparse.Namespace, settings: Mapping[str, Any], results: Any, *, is_shown: bool = False
 ) -> None:
-    """Prints the numbers and writes ``results/<name>.json``; writes nothing for a quick run that names no file.
+    """Prints the numbers, unless they were before, and writes ``results/<name>.json`` with all settings that they depend on.
 
-    Args:
-        name: Name of the benchmark.
-        arguments: Command line that `parser` read.
-        settings: Everything that the numbers depend on.
-        results: The numbers.
-        is_shown: Whether they were printed before, one after the other.
+    A quick run that names no file writes nothing.
     """
     if not is_shown:
         show(results)

@@ -5,6 +5,7 @@ Nothing is imported before a worker makes its case: what a process does before J
 
 import contextlib
 import itertools
+import os
 import time
 from pathlib import Path
 
@@ -31,15 +32,15 @@ def prepare_jax(config=None, *, keeps_memory=True):
 
 
 def training_step(config, data):
-    """The step of train.py: for one device and for all, the state before the first, endless batches, the name of the loss."""
+    """The step of train.py: for one device and for all, the state before the first, examples for batches, name of the loss."""
     from iresnet_jax.runs import loop
     from iresnet_jax.runs.machine import prepare_backend
     from iresnet_jax.training import parallel
 
     prepare_backend(config.training.matmul_precision)
     objective = loop.build_objective(config, data)
-    step, feed = objective.step, loop.batches(config, objective.examples, 0)
-    return step, parallel.parallelize(step), objective.initial_state(), feed, objective.name
+    state, examples = objective.initial_state(), objective.examples
+    return objective.step, parallel.parallelize(objective.step), state, examples, objective.name
 
 
 def _peak_bytes():
@@ -91,11 +92,12 @@ class OurSteps(Steps):
         prepare_jax(settings, keeps_memory=keeps_memory)
         import jax
 
-        from iresnet_jax.runs import allocator
+        from iresnet_jax.runs import allocator, loop
         from iresnet_jax.runs.planning import plan
 
         self._jax = jax
-        self._of_device, self._step, self._state, self._feed, self._name = training_step(settings, plan.data_for(settings))
+        self._of_device, self._step, self._state, examples, self._name = training_step(settings, plan.data_for(settings))
+        self._feed = loop.batches(settings, examples, 0)
         self.take()
         self.wait()
         if keeps_memory:
@@ -145,25 +147,16 @@ class OurTraining:
 
 
 class TorchSteps(Steps):
-    """The step of a peer on batches that our preprocessing has gone over: Adam, gradient clipped, no moving average.
+    """The step of a "naive" or "normflows" peer: Adam, gradient clipped, no moving average, and so many terms and iterations.
 
-    Args:
-        kind: "naive" or "normflows".
-        architecture: See `_peers_flows.architecture`.
-        batches: File of batches, (n, b, c, h, w).
-        num_terms: Terms of the series.
-        num_steps: Power iterations.
-        learning_rate: Learning rate of Adam.
-        clip_norm: Largest norm of the gradient.
-        threads: Threads of PyTorch.
-        warmup: Steps before it is ready.
+    ``architecture`` is that of `_peers_flows.architecture`, ``batches`` a file of preprocessed ones, (n, b, c, h, w).
     """
 
-    def __init__(self, kind, architecture, batches, num_terms, num_steps, learning_rate, clip_norm, threads, warmup=WARMUP):
+    def __init__(self, kind, architecture, batches, num_terms, num_steps, learning_rate, clip_norm, warmup=WARMUP):
         import numpy as np
         import torch  # pyright: ignore[reportMissingImports]
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
         torch.manual_seed(0)
         from _pytorch import flow, take_step
 

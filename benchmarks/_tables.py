@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import norm
 from sklearn import datasets
 
 SIDE, TILE = 8, (61, 64)  # pixels
@@ -74,10 +75,10 @@ class Ridges:
     def log_prob(cls, x):
         """The log-density."""
         u = x @ cls.rotation
-        total = _log_normal(u[:, 0])
+        total = norm.logpdf(u[:, 0])
         for i in range(1, cls.dims):
             mean, scale = cls._ridge(u[:, i - 1])
-            sides = [_log_normal((u[:, i] - mean - side) / scale) for side in (-1.0, 1.0)]
+            sides = [norm.logpdf((u[:, i] - mean - side) / scale) for side in (-1.0, 1.0)]
             total += np.logaddexp(*sides) - np.log(2 * scale)
         return total
 
@@ -86,21 +87,12 @@ class Ridges:
         return 1.5 * np.sin(2 * before), 0.3 * np.exp(0.5 * np.cos(3 * before))
 
 
-def _log_normal(z):
-    return -0.5 * (z**2 + np.log(2 * np.pi))
-
-
 def load(name: str, seed: int, *, quick: bool) -> Table:
-    """The data set of a seed.
-
-    Args:
-        name: One of `NAMES`.
-        seed: Chooses split, noise and what is drawn.
-        quick: Whether fewer patches and ridges will do.
-    """
+    """The data set of a seed, which chooses split, noise and what is drawn; quick ones have fewer patches and ridges."""
     rng = np.random.default_rng([NAMES.index(name), seed])
     if name == "patches":
-        levels = cut(grey_photographs(), rng, QUICK if quick else PATCHES)
+        luma = [np.round(image @ [0.299, 0.587, 0.114]) for image in datasets.load_sample_images().images]  # whole levels
+        levels = cut(luma, rng, QUICK if quick else PATCHES)
         return standardized(*(centred(part, rng) for part in levels))
     if name == "ridges":
         drawn = [Ridges.sample(rng, num) for num in (QUICK if quick else RIDGES).values()]
@@ -118,11 +110,6 @@ def standardized(train: np.ndarray, validation: np.ndarray, test: np.ndarray) ->
     mean, std = train.mean(axis=0), train.std(axis=0)
     parts = [((part - mean) / std).astype(np.float32) for part in (train, validation, test)]
     return Table(*parts, log_det=-float(np.log(std).sum()))
-
-
-def grey_photographs() -> list[np.ndarray]:
-    """The two photographs, luma in whole levels from 0 to 255."""
-    return [np.round(image @ [0.299, 0.587, 0.114]) for image in datasets.load_sample_images().images]
 
 
 def cut(images: Sequence[np.ndarray], rng: np.random.Generator, sizes: Mapping[str, int]) -> list[np.ndarray]:
@@ -159,11 +146,7 @@ def dequantized(x: np.ndarray, rng: np.random.Generator, logarithms: Sequence[in
 
 
 def grid_width(values: np.ndarray) -> float:
-    """The widest of the steps 1, 2 and 5 times powers of ten whose multiples are at least 80 % of the values.
-
-    Raises:
-        ValueError: If there is none down to 1e-8.
-    """
+    """The widest of the steps 1, 2 and 5 times powers of ten whose multiples are at least 80 % of the values."""
     for step in (digit * 10.0**power for power in range(3, -9, -1) for digit in (5, 2, 1)):
         multiples = values / step
         if step < np.ptp(values) * 2 and np.mean(np.abs(multiples - np.round(multiples)) < 1e-3) >= ON_GRID:

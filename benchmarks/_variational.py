@@ -19,12 +19,7 @@ TYPICAL_EDGE = 0.05  # step between pixels that one iteration of ADMM leaves alo
 
 
 class Spectra(NamedTuple):
-    """Eigenvalues in the basis of the cosine transform, ``(h, w)``.
-
-    Attributes:
-        blur: Those of ``A``.
-        laplacian: Those of minus the Laplacian, ``grad^T grad``.
-    """
+    """Eigenvalues of ``A`` and of minus the Laplacian, ``grad^T grad``, in the basis of the cosine transform, ``(h, w)``."""
 
     blur: np.ndarray
     laplacian: np.ndarray

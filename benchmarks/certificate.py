@@ -25,13 +25,8 @@ from iresnet_jax.training.initialization import num_parameters
 
 SHAPES = ("side", "channels", "hidden", "batch")  # small models first, then the three scales of a network for 32 x 32 images
 STEPS = (
-    (8, 4, 48, 64),
-    (14, 4, 64, 64),
-    (16, 12, 64, 32),
-    (16, 12, 512, 64),
-    (8, 16, 128, 32),
-    (8, 48, 512, 64),
-    (4, 192, 512, 64),
+    *((8, 4, 48, 64), (14, 4, 64, 64), (16, 12, 64, 32), (16, 12, 512, 64)),
+    *((8, 16, 128, 32), (8, 48, 512, 64), (4, 192, 512, 64)),
 )
 NUM_BLOCKS, NUM_TERMS, NUM_SQUARINGS = 2, 5, 4
 BASELINE = "5 power iterations"

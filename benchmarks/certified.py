@@ -50,14 +50,7 @@ def timed(certify, *arguments):
 
 
 class Inverted(NamedTuple):
-    """Latents and computed preimages.
-
-    Attributes:
-        model: The model.
-        y: Latents.
-        x: What the inverse made of them.
-        blockwise: The bound that multiplies those of the blocks.
-    """
+    """Latents, what the inverse made of them, and the bound that multiplies those of the blocks."""
 
     model: Any
     y: np.ndarray

@@ -33,19 +33,16 @@ CASES = (
 QUICK_CASES = ((4, 32, 8, 32), (64, 64, 4, 32), (32, 4, 8, 32))
 
 
-def convolve(x, kernel, implementation):
-    if implementation == "jax":
-        return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return convolution.conv(x, kernel, implementation=implementation)
-
-
 @functools.partial(jax.jit, static_argnames=("implementation", "scanned"))
 def value_and_gradients(x, kernels, implementation, scanned):
     """A loss of four convolutions in a row, each fed with what the one before made, and its gradients."""
 
     def loss(x, kernels):
         def step(x, kernel):
-            y = convolve(x, kernel, implementation)
+            if implementation == "jax":
+                y = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            else:
+                y = convolution.conv(x, kernel, implementation=implementation)
             return x + jnp.mean(y, axis=-1, keepdims=True), jnp.sum(y**2)
 
         x, losses = lax.scan(step, x, kernels, unroll=1 if scanned else NUM_KERNELS)

@@ -24,7 +24,6 @@ from _record import parser, show, write
 
 from iresnet_jax.bijections.transforms.dequantize import dequantize_bijection
 from iresnet_jax.data.batches import batch_indices
-from iresnet_jax.evaluation import environment
 from iresnet_jax.runs.config import parse
 from iresnet_jax.runs.from_config import density_spec
 from iresnet_jax.runs.loop import load_data
@@ -192,9 +191,6 @@ def main():
         model, width = build_matched(inputs.spec.flow.event_shape, ours)
     except (KeyError, ValueError, OSError) as error:
         raise SystemExit(f"error: {arguments.workdir} has no report of a density of images: {error}") from None
-    here = asdict(environment.describe())
-    if any(here[fact] != there[fact] for fact in ("platform", "cpu_count")):
-        print(f"note: our run was made elsewhere, on {there['platform']} with {there['cpu_count']} cores")
     seconds = times["total_seconds"] if arguments.minutes is None else 60 * arguments.minutes
     model, log = train(
         model,

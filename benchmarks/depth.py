@@ -14,13 +14,14 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from _record import interleave, parser, summarize, write
+from certificate import initial_variables
 
 from iresnet_jax.bijections import chain
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
+from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
-from iresnet_jax.models.linen import ResidualFlow
 
 BATCH_SIZE, NUM_PRODUCTS = 32, 4
 LAYOUTS = ("stored", "fused", "scanned")
@@ -30,15 +31,13 @@ def gradient(num_blocks, layout):
     """A function without arguments that computes the gradient, and the time it took to compile."""
     branch = {"hidden": (48,), "kernel_sizes": (3, 3), "activation": "clipswish", "positional_bias": True}
     flow = FlowSpec((28, 28, 1), (StageSpec(num_blocks, squeeze=2, **branch),), coeff=0.95)
-    key = jax.random.key(0)
-    x = jax.random.normal(key, (BATCH_SIZE, *flow.event_shape))
-    params = jax.jit(ResidualFlow(flow, prior_family="logistic").init)(key, x)["params"]
-    weights = jax.jit(lambda params: freeze(flow, params))(params)
-    spec, estimator = DensitySpec(flow, prior_family="logistic"), KrylovLogdet(NUM_PRODUCTS)
-    model = Density(spec, weights, params["prior"], estimator=estimator, unroll=layout != "scanned")
+    variables, x = initial_variables(flow, BATCH_SIZE)
+    weights = jax.jit(freeze, static_argnums=0)(flow, variables["params"])
+    spec, prior = DensitySpec(flow, prior_family="logistic"), priors.standard("logistic", flow.num_dims)
+    model = Density(spec, weights, prior, estimator=KrylovLogdet(NUM_PRODUCTS), unroll=layout != "scanned")
 
     def loss(weights):
-        return -jnp.mean(model.with_(weights=weights).log_prob(x, key))
+        return -jnp.mean(model.with_(weights=weights).log_prob(x, jax.random.key(0)))
 
     with mock.patch.object(chain, "_store", (lambda x: x) if layout == "fused" else chain._store):
         start = time.perf_counter()

@@ -39,28 +39,23 @@ MOMENTS = ("compiling", "stepping", "validating", "saving")
 ABORTED = -signal.SIGABRT
 
 
-def config():
-    """Settings of a small run that validates and saves often."""
-    settings = default_config()
-    settings.data.name = "moons"
-    settings.model.stages = ({"num_blocks": 4, "hidden": (32, 32)},)
-    settings.preprocessing.transform = "none"
-    settings.training.update(
-        {"total_steps": TOTAL_STEPS, "eval_every_steps": EVAL_EVERY, "log_every_steps": 1, "batch_size": 64, "blocks": "scan"}
-    )
-    return parse(settings)
-
-
 def work(coordinator, process, workdir):
-    """Trains as one of two processes."""
+    """Trains as one of two processes: a small run that validates and saves often."""
     from iresnet_jax.runs import hosts, signals
     from iresnet_jax.runs.command_line import explain_failures
     from iresnet_jax.runs.loop import train
 
+    settings = default_config()
+    settings.data.name = "moons"
+    settings.model.stages = ({"num_blocks": 4, "hidden": (32, 32)},)
+    settings.preprocessing.transform = "none"
+    often = {"total_steps": TOTAL_STEPS, "eval_every_steps": EVAL_EVERY, "log_every_steps": 1}
+    settings.training.update({**often, "batch_size": 64, "blocks": "scan"})
+
     def run():
         hosts.initialize(coordinator, 2, process)
         with hosts.ending_together():
-            train(config(), workdir)
+            train(parse(settings), workdir)
         return 0
 
     signals.end_at_signals("the same command goes on from the last checkpoint")

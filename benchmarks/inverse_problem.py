@@ -37,7 +37,6 @@ NUM_VALIDATION, NUM_TEST = 200, 1000  # images, at most
 WEIGHTS = 10.0 ** np.arange(-6, 0.6, 0.5)
 FINER = 10.0 ** np.arange(-0.25, 0.3, 0.125)  # times the best of them
 COARSE_STEPS, STEPS = 200, 1000  # of total variation
-QUICK_STEPS = 10
 VANILLA = "vanilla"
 
 
@@ -116,16 +115,14 @@ def main():
     options.add_argument("--noise", type=float, nargs="+", default=NOISES, help="fractions of the range from black to white")
     options.add_argument("--lipschitz", type=float, nargs="+", default=LIPSCHITZ, help="constants L of the whole network")
     options.add_argument("--forward-share", type=float, default=0.0, metavar="A", help="1 trains F itself and no inverse")
-    options.add_argument("--steps", type=int, help="updates of every training, instead of the config's")
     options.add_argument("--workdir", type=Path, metavar="DIR", help="keeps the runs in folders of this one")
     arguments = options.parse_args()
     machine.compile_quickly()
     machine.keep_compiled_programs()
-    steps = QUICK_STEPS if arguments.quick else arguments.steps
     num_validation, num_test = (32, 32) if arguments.quick else (NUM_VALIDATION, NUM_TEST)
     noises = arguments.noise[:1] if arguments.quick else arguments.noise
     constants = arguments.lipschitz[:1] if arguments.quick else arguments.lipschitz
-    few = [f"training.total_steps={steps}", f"training.eval_every_steps={steps}"] if steps else []
+    few = ["training.total_steps=10", "training.eval_every_steps=10"] if arguments.quick else []
 
     def config_at(noise, lipschitz):
         constrained = f"model.coeff={lipschitz}", f"inverse_problem.forward_share={arguments.forward_share}"

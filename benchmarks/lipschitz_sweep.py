@@ -60,7 +60,6 @@ def trained(config, workdir):
     """The run of a config: the model in the folder, or a training that begins or goes on there."""
     if not (workdir / FILE_NAME).exists():
         loop.train(config, workdir)
-        return load(workdir)
     run = load(workdir)
     if difference := first_difference(to_plain(config), to_plain(run.config), "config"):
         raise ValueError(f"{workdir} holds a model of another config: {difference}; choose another --runs or delete it")

@@ -57,13 +57,8 @@ def colour_config(width, num_blocks=4):
     return parse(config)
 
 
-def step_config(name):
-    """The config of a size: "digits", or the number of channels of `colour_config`."""
-    return read_config(DIGITS) if name == "digits" else colour_config(int(name))
-
-
 def step_cases(config, folder):
-    """Case and arguments of the workers of a training step, by peer; PyTorch's want their number of threads, too."""
+    """Case and arguments of the workers of a training step, by peer."""
     data, size = plan.data_for(config), config.training.batch_size
     spec = density_spec(config, data)
     examples = np.asarray(data.examples["train"][: NUM_BATCHES * size])
@@ -90,13 +85,12 @@ def steps(arguments, start, folder):
     """Training steps: time by number of cores and largest memory, of every size."""
     effort = {"turns": 2, "seconds_a_turn": 0.2} if arguments.quick else {"turns": 5, "seconds_a_turn": 2.0}
     results = {}
-    for size in ("quick",) if arguments.quick else arguments.sizes:
-        config = colour_config(8, num_blocks=1) if size == "quick" else step_config(size)
+    for size in ("8",) if arguments.quick else arguments.sizes:
+        config = read_config(DIGITS) if size == "digits" else colour_config(int(size), 1 if arguments.quick else 4)
         cases, running = step_cases(config, folder), {}
         for peer, (case, given) in cases.items():
             for count, cores in core_counts().items():
-                threads = {} if peer == OURS else {"threads": count}
-                running[peer, count] = start(cores, "_steps", case, given | threads, own_cache(folder, f"{size}_{count}"))
+                running[peer, count] = start(cores, "_steps", case, given, own_cache(folder, f"{size}_{count}"))
         asked = {name: lambda num, worker=worker: worker.ask("steps", num=num) for name, worker in running.items()}
         timings = take_turns(asked, **effort)
         memory = {name: worker.ask("memory") for name, worker in running.items()}
@@ -120,14 +114,13 @@ def steps(arguments, start, folder):
 
 def startups(arguments, start, folder):
     """Seconds from the start of a process until the first training step of the digits density is done."""
-    cores, cases = most_cores(), step_cases(read_config(DIGITS), folder)
+    cases = step_cases(read_config(DIGITS), folder)
     measured = {"ours, cold": [], "ours, warm": [], NORMFLOWS: []}
     for number in range(2 if arguments.quick else 3):
         for name, own in measured.items():
-            case, given = cases[NORMFLOWS if name == NORMFLOWS else OURS]
-            threads = {"threads": len(cores)} if name == NORMFLOWS else {}
+            case, given = cases.get(name, cases[OURS])
             environment = own_cache(folder, f"startup_{number}")  # empty for the first of the two that share it
-            worker = start(cores, "_steps", case, {**given, **threads, "warmup": 1}, environment)
+            worker = start(most_cores(), "_steps", case, {**given, "warmup": 1}, environment)
             own.append(worker.ready_s)
             worker.stop()
     return {name: Timing(tuple(seconds)).summary() for name, seconds in measured.items()}

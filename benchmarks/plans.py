@@ -25,14 +25,6 @@ NAMES = (
 )
 
 
-def make(name, topology, *, find_largest):
-    """The plan of a config, as JSON."""
-    made = plan.make(read_config(config_file(name)), topologies.machine(topology), find_largest=find_largest)
-    print(f"{name}: {made}\n", flush=True)
-    found = environment.describe()
-    return {"config": name, **dataclasses.asdict(made), "commit": found.commit, "date": found.date}
-
-
 def main():
     options = parser(__doc__)
     options.add_argument("--topology", default="v5e:2x2", help="TPU topology (v5e:2x2)")
@@ -44,7 +36,11 @@ def main():
     done = {(one["config"], one["topology"]) for one in made}
     for name in ("digits_density",) if arguments.quick else arguments.configs:
         if (name, arguments.topology) not in done:
-            made.append(make(name, arguments.topology, find_largest=arguments.largest_batch))
+            machine = topologies.machine(arguments.topology)
+            own = plan.make(read_config(config_file(name)), machine, find_largest=arguments.largest_batch)
+            print(f"{name}: {own}\n", flush=True)
+            found = environment.describe()
+            made.append({"config": name, **dataclasses.asdict(own), "commit": found.commit, "date": found.date})
             write("plans", arguments, {"topology": arguments.topology}, made, is_shown=True)
 
 

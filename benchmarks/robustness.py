@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 from _models import load_kind, model_parser
-from _record import show, write
+from _record import write
 
 from iresnet_jax import certify
 from iresnet_jax.evaluation import robustness
@@ -55,7 +55,6 @@ def main():
         "global_radii": certified.global_radius.tolist(),
         "right": (certified.predicted == labels).tolist(),
     }
-    show(results, arguments.workdir.name)
     settings = {"workdir": str(arguments.workdir), "num": num, "forms": arguments.forms, "attack": to_plain(attack), "at": AT}
     write(f"robustness_{arguments.workdir.name}", arguments, settings, results)
 

@@ -66,11 +66,7 @@ def measure(table, model, seed, minutes):
 
 
 def likelihood(values):
-    """Mean, its standard error and the means of groups of test examples.
-
-    Raises:
-        ValueError: If a log-density is not finite.
-    """
+    """Mean, its standard error and the means of groups of test examples; all log-densities have to be finite."""
     if bad := np.count_nonzero(~np.isfinite(values)):
         raise ValueError(f"the log-density of {bad} of {len(values)} test examples is not finite")
     groups = [float(group.mean()) for group in np.array_split(values, min(len(values), GROUPS))]
@@ -112,20 +108,6 @@ def summarize(runs):
     return lines
 
 
-def kept_runs(path, settings):
-    """The runs of a record that was begun before.
-
-    Raises:
-        ValueError: If they were made under other settings.
-    """
-    if path is None or not path.exists():
-        return []
-    record = json.loads(path.read_text())
-    if record["settings"] != json.loads(json.dumps(settings)):
-        raise ValueError(f"{path} was made under other settings: move it away, or write elsewhere with --output")
-    return record["results"]["runs"]
-
-
 def made_with():
     """What a run was made with, which may be another commit than that of the next one."""
     found, installed = environment.describe(), {}
@@ -148,10 +130,12 @@ def main():
     packages = {model.split("_")[0] for model in arguments.models} & {"flowjax", "normflows"}
     if missing := [name for name in sorted(packages) if importlib.util.find_spec(name) is None]:
         raise SystemExit(f"error: there is no {' and no '.join(missing)}: install the extra 'bench', or choose other --models")
-    try:
-        runs = kept_runs(path, {"quick": quick, **SETTINGS})
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    runs, settings = [], {"quick": quick, **SETTINGS}
+    if path is not None and path.exists():
+        record = json.loads(path.read_text())
+        if record["settings"] != json.loads(json.dumps(settings)):
+            raise SystemExit(f"error: {path} was made under other settings: move it away, or write elsewhere with --output")
+        runs = record["results"]["runs"]
     for seed in range(1 if quick else arguments.seeds):
         for name in names:
             table = _tables.load(name, seed, quick=quick)

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ NOISE = 0.3  # standard deviations; validation chooses between it and none
 HYBRID_WEIGHT = 0.1  # weight of a vector's log-likelihood beside the cross-entropy of its class
 EXACT_DIMS = 32  # at most: no noise; steps at 10, 20, 30 dimensions take .3, .8, 1.6 times as long as with `KrylovLogdet`
 
+Say = Callable[[str], None]  # takes a line of progress
 _STEPS = CompiledSteps()  # compiled steps of earlier fits: folds of a cross-validation differ in their data alone
 
 
@@ -88,8 +89,8 @@ def fit(
         validation: Examples that validate instead of a share of ``x``: an array like ``x``, or with labels or contexts
             ``(x, labels, context)``. The first 4096 count.
         settings: Other settings of a config file by their names, such as ``{"optimizer.learning_rate": 1e-3}``.
-        workdir: Folder for checkpoints and metrics, from which the same call resumes after an interruption; temporary by
-            default.
+        workdir: Folder for checkpoints and metrics, from which the same call resumes after an interruption; by default the
+            model is trained in memory.
         progress: Whether lines of progress are written to stderr.
 
     Returns:
@@ -112,7 +113,7 @@ def fit(
         data, objective=objective, minutes=minutes, steps=steps, architecture=architecture, seed=seed_of(key)
     )
     config = with_settings(config, {"data.validation_fraction": validation_fraction, **(settings or {})})
-    say = _Lines(data, config) if progress else None
+    say = _Lines(data, config) if progress else lambda line: None
     # A folder is of one run, so many steps are those of one, and a given noise is the one that is wanted.
     is_one = workdir is not None or steps is not None or "augmentation.noise" in (settings or {})
     if is_one or not _may_overfit(config, data):
@@ -120,8 +121,7 @@ def fit(
     candidates = []
     for noise in (NOISE, 0.0):
         changes = {"augmentation.noise": noise, "training.minutes": config.training.minutes / 2}
-        if say:
-            say(f"training with noise of {noise} standard deviations on the examples" if noise else "training without noise")
+        say(f"training with noise of {noise} standard deviations on the examples" if noise else "training without noise")
         model, was_stopped = _fit_one(with_settings(config, changes), data, None, say)
         candidates.append(model)
         if was_stopped:
@@ -136,43 +136,40 @@ def _may_overfit(config: Config, data: DataSet) -> bool:
 
 
 def _validation_loss(model: Any) -> float:
-    return min(model.history.validation[model.spec.metric])
+    return min(model.history.validation.get(model.spec.metric, [math.inf]))
 
 
-def _fit_one(
-    config: Config, data: DataSet, workdir: str | os.PathLike[str] | None, say: "_Lines | None"
-) -> tuple[Density | Classifier, bool]:
+def _fit_one(config: Config, data: DataSet, workdir: str | os.PathLike[str] | None, say: Say) -> tuple[Any, bool]:
     """The best model of one training run with its history, and whether a signal ended the run."""
-    fitted = _fit_in_memory(config, data, say) if workdir is None else _fit_on_disk(config, data, Path(workdir), say)
-    if fitted[1] and say:
-        say(f"{fitted[1].split(':')[0]}: the best model so far")
-    return fitted[0], bool(fitted[1])
+    model, stopped = _fit_in_memory(config, data, say) if workdir is None else _fit_on_disk(config, data, Path(workdir), say)
+    if stopped:
+        say(f"{stopped}: the best model so far")
+    return model, bool(stopped)
 
 
-def _fit_in_memory(config: Config, data: DataSet, say: "_Lines | None") -> tuple[Any, str]:
+def _fit_in_memory(config: Config, data: DataSet, say: Say) -> tuple[Any, str]:
     prepare_backend(config.training.matmul_precision)
     check_batch_size(config.training, data)
     spec = model_spec(config, data)
     objective = build_objective(config, data, spec)
-    trainer = Trainer(
-        objective, config.training, compile_step=step_compiler(config, spec, _STEPS), say=say or (lambda line: None)
-    )
+    trainer = Trainer(objective, config.training, compile_step=step_compiler(config, spec, _STEPS), say=say)
     with StopRequests() as stop:
         trainer.run(batches(config, objective.examples, 0), lambda: stop.received is not None)
     best = trainer.best or Best(math.inf, trainer.step, trainer.state.ema, trainer.state.batch_stats)
-    model = certified_model(spec, *jax.device_put((best.ema, best.batch_stats)), build_solver(config.evaluation))
-    said = f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}" if stop.received else ""
-    return model.with_(history=History.from_records(trainer.records, best.step)), said
+    params, batch_stats = jax.device_put((best.ema, best.batch_stats))
+    model = certified_model(spec, params, batch_stats, build_solver(config.evaluation))
+    stopped = f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}" if stop.received else ""
+    return model.with_(history=History.from_records(trainer.records, best.step)), stopped
 
 
-def _fit_on_disk(config: Config, data: DataSet, folder: Path, say: "_Lines | None") -> tuple[Any, str]:
-    said = ""
+def _fit_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> tuple[Any, str]:
+    stopped = ""
     try:
         train(config, folder, data=data, say=say, steps=_STEPS)
-    except Stopped as stopped:
-        said = str(stopped)
+    except Stopped as error:
+        stopped = str(error).split(":")[0]
     run = trained_run.load(folder)
-    return run.model.with_(history=History.from_records(read_metrics(folder), run.step)), said
+    return run.model.with_(history=History.from_records(read_metrics(folder), run.step)), stopped
 
 
 def choose_settings(

@@ -36,7 +36,7 @@ class CallableBranch(NamedTuple):
         lipschitz_bound: Upper bound of ``Lip(g)``. The inverse and the truncation bound rely on it.
         trace: ``x -> tr J_g(x)`` in closed form, if there is one.
         jacobian: ``x -> J_g(x) (b, d, d)`` in closed form, if there is one.
-        logdet: ``x -> log det(I + J_g(x)) (b,)`` exactly, if there is a way that is shorter than ``d`` products with ``J_g``.
+        logdet: ``x -> log det(I + J_g(x)) (b,)`` exactly, if that is cheaper than ``d`` products with ``J_g``.
         at_zero: ``() -> g(0)`` as a batch of one, if it is the same for all examples. The inverse starts from ``y - g(0)``.
         diagonal: Diagonal of ``J_g``, if it has a closed form.
     """
@@ -66,13 +66,13 @@ class Branch:
     Attributes:
         spec: The architecture.
         weights: Weights of the branch, as `spec` takes them.
-        lipschitz_bound: Upper bound of ``Lip(g)``.
-        word: Whose word the bound is: "certified" for a guaranteed bound of these very weights, "estimated" for power
-            iteration, "user" for what a kind says of itself, "none" for weights without a constraint.
-        norms: Guaranteed operator norms of the layers, if they were computed.
+        lipschitz_bound: Upper bound of ``Lip(g)``, as far as its word goes.
+        word: Who vouches for the bound: "certified" for a guaranteed bound, "estimated" for power iteration, which comes from
+            below, "user" for what a kind says of itself, "none" for weights without a constraint.
+        norms: Guaranteed operator norms of the layers of these very weights, if they were computed.
         gain: Factor on ``g``, by which a kind that scales its output is brought into the budget; None is 1.
         context: Contexts that the branch depends on, one per example, see `given`.
-        bfloat16: Whether ``g`` computes in bfloat16. What is known in closed form is that of the weights as they are.
+        bfloat16: Whether ``g`` computes in bfloat16. Closed forms ignore it and use the weights as stored.
     """
 
     spec: "BranchSpec"
@@ -113,7 +113,7 @@ class Branch:
 
     @property
     def logdet(self) -> Logdet | None:
-        """``x -> log det(I + J_g(x))`` exactly, if there is a way that is shorter than ``d`` products with ``J_g``."""
+        """``x -> log det(I + J_g(x))`` exactly, if that is cheaper than ``d`` products with ``J_g``."""
         return self._known("logdet")
 
     @property
@@ -148,7 +148,7 @@ class Constrained(NamedTuple):
 
     Attributes:
         branch: The branch, whose Lipschitz constant is within the budget if its norms are right.
-        iterates: Power iterates for the next call, in the form they were given; empty if none were used.
+        iterates: Power iterates for the next call, with the structure of `BranchSpec.initial_iterates`.
         norms: Operator norm of every layer before it was scaled: estimated, or bounded from above.
     """
 
@@ -161,8 +161,9 @@ class Constrained(NamedTuple):
 class BranchSpec:
     """The architecture of a residual branch: what makes a `Branch` of weights. Kinds of branches inherit from this.
 
-    A kind has to have `of_stage`, `initial_weights`, `apply` and `lipschitz_bound`. The methods here bring any such branch into
-    a budget by a factor on its output. A kind that knows its layers scales them instead, as `feedforward` does.
+    A kind has to have `initial_weights`, `apply` and `lipschitz_bound`, and `of_stage` if it has settings of its own. The
+    methods here bring any such branch into a budget by a factor on its output. A kind that knows its layers scales them
+    instead, as `feedforward` does.
 
     Attributes:
         in_shape: Shape of one example, ``(h, w, c)`` or ``(d,)``.
@@ -200,7 +201,14 @@ class BranchSpec:
         return {}
 
     def singular_vectors(self, weights: Weights, iterates: Weights, *, num_steps: int | None, rtol: float = 1e-3) -> Weights:
-        """What norms are measured along, by power iteration without a gradient; ``num_steps`` None iterates to ``rtol``."""
+        """The directions along which `constrained` measures norms, by power iteration without a gradient.
+
+        Args:
+            weights: Weights of the branch.
+            iterates: From `initial_iterates`, or of the call before.
+            num_steps: Power iterations; None iterates to the tolerance.
+            rtol: Relative tolerance of the norms.
+        """
         del weights, num_steps, rtol
         return iterates
 
@@ -225,15 +233,20 @@ class BranchSpec:
         del budget
         check_coeff(coeff)
         bound = bounds["branch"]
-        gain = jnp.minimum(coeff / jnp.maximum(bound, jnp.finfo(bound.dtype).tiny), 1)
+        rounding = 4 * jnp.finfo(bound.dtype).eps
+        gain = jnp.where(bound > coeff, coeff * (1 - rounding) / jnp.where(bound > coeff, bound, 1), 1)
         lipschitz = lax.stop_gradient(jnp.minimum(bound, coeff))
         return Constrained(Branch(self, weights, lipschitz, "user", gain=gain), {}, bounds)
 
     def with_bounds(self, weights: Weights, bounds: Norms, *, coeff: float) -> Branch:
-        """The branch of weights that are in the budget already, for guaranteed bounds of these very weights."""
+        """The branch of weights that were stored, as a model uses it, for guaranteed bounds of these very weights.
+
+        A kind that is scaled by its output is brought into the budget again. A kind that scales its layers has stored scaled
+        ones: they stay as they are, and a bound may be 1 or more.
+        """
         return self.certified(weights, bounds, coeff=coeff, budget="block").branch
 
-    # ------------------------------------------------------------------------------------------ what it knows more
+    # ------------------------------------------------------------------------------------ closed forms and costs
 
     @property
     def knows(self) -> frozenset[str]:
@@ -246,10 +259,9 @@ class BranchSpec:
 
     @property
     def layers(self) -> "tuple[LayerSpec, ...]":
-        """The linear layers of a branch that is a chain of them and of activations, which is what certificates can follow.
+        """The linear layers of a branch that applies them in turn, each behind its activation: what certificates can follow.
 
-        Such a kind is `LayerSpec.apply` of one layer after the other. The weights of a layer stand under its name, and so does
-        its guaranteed norm in `Branch.norms`.
+        Weights and norms are keyed by the names of layers.
         """
         return ()
 

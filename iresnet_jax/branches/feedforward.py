@@ -3,11 +3,11 @@ r"""The branch of the paper: layers one after the other, ``g = W_n phi ... W_2 p
 Weights are a dictionary, one entry a layer: ``{"conv0": {"kernel", "bias", "beta"}, "conv1": ...}`` ("dense0" ... for vectors).
 ``beta`` belongs to the activation in front of its layer and exists for activations that have one.
 
-**Budget.** With 1-Lipschitz activations ``Lip(g) <= |W_n| ... |W_1|`` (sec. 2.1). Kernels are scaled down, never up, by norms
-that power iteration estimates, as in the paper, or that are bounded from above.
+**Budget.** With 1-Lipschitz activations ``Lip(g) <= |W_n| ... |W_1|`` (sec. 2.1). Kernels whose norms
+are too large are scaled down. Norms are estimated by power iteration, as in the paper, or bounded from above.
 
 **Contexts.** A conditional branch ``g(x; context)`` shifts the output of every layer by a linear map of the context, which has
-no constraint: ``g`` is a contraction in ``x`` for every context, and any function of the context.
+no constraint: whatever the context, ``g`` is a contraction in ``x``, and it may depend on the context in any way.
 """
 
 import math
@@ -31,7 +31,7 @@ from iresnet_jax.maths.norms.power_iteration import soft_normalize
 
 Context = Float[Array, "b k"] | None
 
-FULL_DIMS = 256  # at most: a Jacobian in closed form makes d^2 numbers of every example and of every hidden unit
+FULL_DIMS = 256  # above this, the d^2 numbers that a Jacobian in closed form has per example and hidden unit are too many
 
 # Allowance a layer for the rounding of its scaled kernel. Entry by entry it is eps / 2, by which a norm grows by at most
 # sqrt(taps * min(cin, cout)) eps / 2: 7e-6 for 5 x 5 taps and 512 channels.
@@ -116,9 +116,9 @@ class FeedforwardSpec(BranchSpec):
         Args:
             key: Source of randomness.
             last_scale: Factor on the last layer; small values start the block near the identity.
-            sharp: Whether activations are as much sharper as the constraint makes their inputs smaller. A random layer from
-                ``n`` to ``m`` units has the norm ``1 + sqrt(m / n)`` times the size of an output (Marchenko and Pastur 1967);
-                divided by it, its outputs are so small that an activation of constant sharpness is nearly linear on them.
+            sharp: Whether to sharpen activations by the factor by which the constraint shrinks their inputs. A random layer
+                from ``n`` to ``m`` units has the norm ``1 + sqrt(m / n)`` times the size of an output (Marchenko and Pastur
+                1967); divided by it, outputs are so small that an activation of constant sharpness is nearly linear on them.
         """
         activation = activations.get(self.activation)
         weights: dict[str, dict[str, Array]] = {}
@@ -227,7 +227,7 @@ class FeedforwardSpec(BranchSpec):
         allowance = len(bounds) * _SCALING_MARGIN
         within = coeff * (1 - allowance - _SCALING_MARGIN)
         scaled, lipschitz = _within_budget(weights, bounds, coeff=within, budget=budget)
-        return Constrained(Branch(self, scaled, lipschitz * (1 + allowance), "estimated"), {}, bounds)
+        return Constrained(Branch(self, scaled, lipschitz * (1 + allowance), "certified"), {}, bounds)
 
     def with_bounds(self, weights: Weights, bounds: Norms, *, coeff: float = 0.9) -> Branch:
         """The branch of these very weights with guaranteed bounds of its layers' norms, which may be 1 or more."""
@@ -238,12 +238,13 @@ class FeedforwardSpec(BranchSpec):
 
     @cached_property
     def knows(self) -> frozenset[str]:
-        """What has a closed form that pays.
+        """The closed forms that save time.
 
-        Trace and diagonal: two layers around an elementwise activation, of the same odd kernel size if any. On a torus that is
-        smaller than the kernel, taps meet that are not mirrored. The diagonal serves inverses of convolutions: of a dense
-        branch it is one entry of many in a row. The Jacobian: a dense branch of those, of at most `FULL_DIMS` dimensions.
-        The log-determinant: where it takes fewer operations than ``d`` products with the Jacobian.
+        - "trace": two layers around an elementwise activation, of one odd kernel size if any; not on a torus that is smaller
+          than the kernel, where taps overlap that are not mirrored.
+        - "diagonal": such a branch of convolutions. It would help the inverse of a dense branch little.
+        - "jacobian": such a branch of dense layers, of at most `FULL_DIMS` dimensions.
+        - "logdet": where it is cheaper than ``d`` products with the Jacobian, and there is no "jacobian".
         """
         sizes, known = self.kernel_sizes, set()
         same_size = sizes is None or (sizes[0] == sizes[-1] and sizes[0] % 2 == 1)
@@ -332,7 +333,7 @@ class FeedforwardSpec(BranchSpec):
         return two_layers.mirrored_taps(there, back)
 
     def _slopes(self, weights: Weights, x: Array, context: Context) -> tuple[Array, Array]:
-        """``D_0``, of one example where it is 1, and ``D_1`` of `two_layers`."""
+        """``D_0`` and ``D_1`` of `two_layers`; without a first activation ``D_0`` has a batch of one."""
         first, second = self.layers
         h = first.apply(weights[first.name], x, context)
 

@@ -36,12 +36,12 @@ class InverseCertificate(NamedTuple):
 
     Attributes:
         error_bound: Bound of ``|x - F^-1(y)|``; infinite if nothing is known.
-        applied: Whether the theorem applied to the whole trajectory. Where it did not, and for activations whose slopes jump,
-            the bounds of the blocks' inverses multiply.
+        applied: Whether the theorem applied to the whole trajectory. If not, as for activations whose slopes jump,
+            ``error_bound`` is the product of the blocks' bounds.
         beta: Bound of ``|DG^-1|`` of the trajectory's equations; far from sharp for large flows.
         eta: Bound of the Newton correction ``|DG^-1 r|`` of the refined trajectory.
         K: Bound of the Lipschitz constant of ``DG``; infinite for activations whose slopes jump.
-        h: ``beta K eta``; up to 1/2 the normwise theorem applies. The one used is blockwise and may apply beyond.
+        h: ``beta K eta``; up to 1/2 the normwise theorem applies. The blockwise theorem that is used may apply beyond 1/2.
         refined: The preimage that the certificate found, to float64.
         refined_bound: Bound of its distance from the exact one, before rounding to float64.
         estimate: What `error_bound` would be if estimated norms of steps were bounds, which is not guaranteed; NaN where no
@@ -143,7 +143,7 @@ def _with_products(flow: PreparedFlow, trajectory, start, contexts) -> tuple[Inv
 
 
 def _with_norms(flow: PreparedFlow, trajectory, start, contexts) -> tuple[InverseCertificate, DoubleDouble]:
-    """The certificates from the norms of each step's inverse, behind as many Newton steps as help, and the last trajectory."""
+    """The certificates from the norms of each step's inverse, after as many Newton steps as help, and the last trajectory."""
     found = residuals(flow.stages, trajectory, contexts)
     for _ in range(_MAX_STEPS):
         size, floor = (np.linalg.norm(part.reshape(len(start), -1), axis=1) for part in (found.values, found.errors))

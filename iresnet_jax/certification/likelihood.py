@@ -45,7 +45,7 @@ from iresnet_jax.models.density import Contexts, Data, Density, DensitySpec
 
 
 class Interval(NamedTuple):
-    """Guaranteed bounds of a number, one an example: ``lower <= value <= upper``, and the whole line if nothing is known.
+    """Guaranteed bounds of a number, one per example: ``lower <= value <= upper``, and the whole line if nothing is known.
 
     Attributes:
         lower: Number that the value is not below.
@@ -74,7 +74,7 @@ class Interval(NamedTuple):
 
 
 def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, context: Contexts | None = None) -> Interval:
-    r"""Guaranteed interval of `Density.log_prob` in nats, one an example, rounding included.
+    r"""Guaranteed interval of `Density.log_prob` in nats, one per example, rounding included.
 
     It holds the log-density of the exact map at the numbers that are given. Integer levels and values on a grid become numbers
     by `Density.dequantize`, with the noise of ``model.log_prob(x, key)``, and contexts by `Density.scale_context`; from then on

@@ -91,7 +91,7 @@ def backward(steps: Sequence[LinearSteps], slopes: FlowSlopes, last: Float[Array
 
 
 def weights_of(layer: LayerSpec, outputs: Float[Array, "... m"]) -> Float[Array, "... c"]:
-    """``w`` of `margin_bounds` for gradients in the outputs of the activation in front of a layer, one an input of it."""
+    """``w`` of `margin_bounds` for gradients in the outputs of the activation in front of a layer, one per input of it."""
     assert layer.activation is not None
     convex = activations.get(layer.activation).convex
     return over_copies(layer, jnp.maximum(-outputs, 0) if convex else jnp.abs(outputs))

@@ -7,7 +7,7 @@ The margin of the predicted class over another one is ``m = sum_k w_k relu(u_k) 
 - local: ``m(x) - m`` is at most the fall of the function ``<grad_T, x_T>``, see `iresnet_jax.maths.chains.margin_bounds`, and
   what the head's rectifiers add, see `iresnet_jax.certification.head`.
 
-Trajectories are computed in float64 with residuals in double-double, as for `certified_inverse`, and all rounding is bounded.
+Trajectories are computed in float64 with residuals in double-double, as for `certify.inverse`, and all rounding is bounded.
 """
 
 import functools

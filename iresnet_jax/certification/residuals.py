@@ -52,7 +52,7 @@ class PreciseStage(NamedTuple):
     Attributes:
         place: Where they act.
         bias: Bias of the ActNorms, of a shape that fits ``(k, b, ...)``.
-        log_scale: Logarithm of the scale of the ActNorms, one a channel.
+        log_scale: Logarithm of the scale of the ActNorms, one per channel.
         scale: Scale of the ActNorms, of a shape that fits ``(k, b, ...)``.
         layers: Layers of the branches.
         lipschitz: Bounds of the Lipschitz constants of the branches.

@@ -73,7 +73,7 @@ def places_of(spec: FlowSpec) -> Places:
     with jax.ensure_compile_time_eval():
         indices = jnp.arange(spec.num_dims).reshape(1, *spec.event_shape)
         for stage in spec.layout:
-            indices = chain(stage.entry).forward(indices)
+            indices = chain(stage.reshapes).forward(indices)
             places.append(Place(tuple(np.asarray(indices).ravel().tolist()), stage.branch.in_shape, stage.branch.layers))
             if stage.spec.factor_out:
                 indices, left = split_channels(indices)

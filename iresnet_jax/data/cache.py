@@ -144,28 +144,20 @@ def _decode(source: Source, folder: Path) -> None:
     _log.info("decoding %s into %s", source.name, folder)
     contents = source.open()
     routes = splits.routes(contents.num_examples, source.name)
-    train = checked(source.name, contents, "train")
-    first = next(train, None)
-    if first is None:
-        raise ValueError(f"split 'train' of {source.name} turned out to be empty: its files are damaged, fetch them again")
-    image_shape = first[0].shape[1:]
+    chunks = checked(source.name, contents, routes)
+    first = next(chunks)  # for the size of its images
 
     def pieces() -> Iterator[tuple[str, np.ndarray]]:
-        for published, masks in routes.items():
-            is_train = published == "train"
-            chunks = itertools.chain([first], train) if is_train else checked(source.name, contents, published, image_shape)
-            start = 0
-            for images, labels in chunks:
-                rows = slice(start, start := start + len(images))
-                progress.update(len(images))
-                for split, mask in masks.items():
-                    yield f"{split}_examples", images[mask[rows]]
-                    if labels is not None:
-                        yield f"{split}_labels", labels[mask[rows]]
+        for published, rows, images, labels in itertools.chain([first], chunks):
+            progress.update(len(images))
+            for split, mask in routes[published].items():
+                yield f"{split}_examples", images[mask[rows]]
+                if labels is not None:
+                    yield f"{split}_labels", labels[mask[rows]]
 
     layout: Layout = {}
     for split, mask in (item for masks in routes.values() for item in masks.items()):
-        layout[f"{split}_examples"] = "uint8", (int(mask.sum()), *image_shape)
+        layout[f"{split}_examples"] = "uint8", (int(mask.sum()), *first[2].shape[1:])
         if contents.num_classes is not None:
             layout[f"{split}_labels"] = "int32", (int(mask.sum()),)
     total = sum(contents.num_examples[published] for published in routes)
@@ -186,8 +178,6 @@ def _write(
     digests = {name: hashlib.sha256() for name in layout}
     try:
         _remove_abandoned(folder)
-        if folder.exists() and not folder.is_dir():  # somebody's file
-            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if shutil.disk_usage(folder.parent).free < size:  # better noticed before an hour of decoding than after it
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         incoming.mkdir()

@@ -8,7 +8,6 @@ from jaxtyping import Int, Num
 
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
-from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives import classification
 
 CONFIDENCE = 0.95  # probability that the interval covers the true error
@@ -66,8 +65,7 @@ def evaluate(
     model: Density | Classifier, images: Num[np.ndarray, "n h w c"], labels: Int[np.ndarray, " n"], batch_size: int
 ) -> Classification:
     """Top-1 error of a classifier, or of a density with classes, on images of integer levels."""
-    classify = parallel.parallelize_eval(classification.classify_batch)
-    outputs = classification.evaluate_images(classify, model, images, labels, batch_size)
+    outputs = classification.evaluate_images(model, images, labels, batch_size)
     return summarize(outputs["logits"].astype(np.float64), labels, loss=float(outputs["loss"].mean(dtype=np.float64)))
 
 

@@ -83,7 +83,6 @@ def bound_inverses(
     """What is guaranteed of the first examples that were decoded, as numbers of a report and example by example.
 
     Args:
-        model: The model.
         parts: Batches of examples, as NumPy's arrays.
         num: Examples to certify, at most; 0 where one takes too long.
         contexts: Their contexts, of a conditional density.
@@ -101,17 +100,12 @@ def bound_inverses(
     first = jax.tree.map(lambda *values: np.concatenate(values)[:num], *parts)
     contexts = None if contexts is None else contexts[: len(first.latents)]
     info = certified(model, first, context=contexts)
-    return summarize(model.spec.flow, info), info
-
-
-def summarize(spec: FlowSpec, info: CertifiedInfo) -> InverseGuarantee:
-    """Medians and maxima over examples."""
     own, reason = info.certificate, ""
     if not np.all(own.applied):
         jumps = not np.all(np.isfinite(own.K))
-        names = ", ".join(sorted({stage.activation for stage in spec.stages}))
+        names = ", ".join(sorted({stage.activation for stage in model.spec.flow.stages}))
         reason = f"slopes of {names} jump" if jumps else "the others' bounds are those of the blocks, which multiply"
-    return InverseGuarantee(
+    summary = InverseGuarantee(
         num_examples=len(info.error_bound),
         num_applied=int(np.sum(own.applied)),
         median_bound=float(np.median(own.error_bound)),
@@ -124,3 +118,4 @@ def summarize(spec: FlowSpec, info: CertifiedInfo) -> InverseGuarantee:
         max_h=float(np.max(own.h)),
         reason=reason,
     )
+    return summary, info

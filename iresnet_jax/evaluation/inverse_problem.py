@@ -142,8 +142,8 @@ def evaluate(
     """
     x = np.asarray(model.preprocess(images))
     y = measurement.held_out(x, seed, "test")
-    evaluate, certified = parallel.parallelize_eval(_reconstruct), model.noise_amplification
-    outputs = parallel.over_batches(evaluate, model, lambda places: (x[places], y[places]), len(x), batch_size)
+    certified = model.noise_amplification
+    outputs = parallel.over_batches(_reconstruct, model, lambda places: (x[places], y[places]), len(x), batch_size)
     allowed = certified * outputs.pop("data_error") + outputs.pop("error_bound")
     found = Reconstructed(x, y, within_bound=outputs.pop("distance") <= allowed, **outputs)
     perturbed = perturb(model, y[:NUM_PERTURBED], max(measurement.noise, LEAST_NOISE), seed)
@@ -167,7 +167,7 @@ def evaluate(
 
 
 def _reconstruct(model: Reconstructor, batch):
-    """Reconstructions of ``(images, measurements)``, for `parallelize_eval`."""
+    """Reconstructions of ``(images, measurements)``, for `parallel.over_batches`."""
     x, y = batch
     inverted, info = model.invert(y)
     found = jnp.clip(inverted, 0, 1)

@@ -209,7 +209,7 @@ def _on_all_devices(fn, model, there, context):
     def batch_of(places):
         return there[places], None if context is None else context[places]
 
-    return parallel.over_batches(parallel.parallelize_eval(fn), model, batch_of, len(there), len(there))
+    return parallel.over_batches(fn, model, batch_of, len(there), len(there))
 
 
 def _there_and_back(model, batch):

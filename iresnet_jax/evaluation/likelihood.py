@@ -26,8 +26,7 @@ from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import EvaluationConfig
-from iresnet_jax.training import parallel
-from iresnet_jax.training.objectives.likelihood import evaluate_batch, evaluate_examples
+from iresnet_jax.training.objectives.likelihood import evaluate_examples
 
 # For each noise draw, D dimensions take D products a block exactly, and 88 by an estimate of 4 draws of 22 terms, which leaves
 # the error of its probes. At 256 dimensions exactness costs 3 times as much.
@@ -238,15 +237,15 @@ def measure(
         parts = split_error(values, accuracy.stderr / math.sqrt(len(examples)))
         bound, is_exact, num_checked = accuracy.bias_bound, accuracy.bias == accuracy.stderr == 0, max(settings.batch_size, 2)
         within = f"log-determinants within {accuracy.target:g} {spec.unit} an example, root mean square"
-        estimator, unbiased = _in_words(ExactLogdet()) if is_exact else within, is_exact
+        estimator, unbiased = _described(ExactLogdet())[0] if is_exact else within, is_exact
     else:
         used, accuracy = draws.estimator, None
         is_exact = isinstance(used, ExactLogdet)
         values = draws.values(used, num_noise, 1 if is_exact else settings.num_probe_draws)
         parts = split_error(values, 0.0 if is_exact else None)
-        cut, num_checked = _always_computed(used), len(examples) if is_exact else 0
+        num_checked, unbiased = len(examples) if is_exact else 0, used.unbiased
+        estimator, cut = _described(used)
         bound = 0.0 if cut is None else float(np.mean(draws.outputs(cut, 0, 0)["truncation_bound"], dtype=np.float64))
-        estimator, unbiased = _in_words(used), used.unbiased
     check = None
     if num_checked and not isinstance(configured, ExactLogdet):
         estimated = draws.values(configured, 1, settings.num_probe_draws, num_checked)[:, 0].mean(axis=1)
@@ -301,9 +300,8 @@ class _Draws(NamedTuple):
     def outputs(
         self, estimator: LogdetEstimator, noise_draw: int, probe_draw: int, num: int | None = None
     ) -> dict[str, np.ndarray]:
-        """Outputs of `evaluate_batch` for the first examples."""
+        """Outputs of `evaluate_examples` for the first examples."""
         return evaluate_examples(
-            parallel.parallelize_eval(evaluate_batch),
             self.model.with_(estimator=estimator),
             self.examples[:num],
             jax.random.key(self.seed),
@@ -327,7 +325,7 @@ def compare(estimated: Float[np.ndarray, " n"], exact: Float[np.ndarray, " n"], 
     rounding = np.finfo(np.float32).eps * (1 + np.abs(exact).mean())  # smaller differences mean nothing
     stderr = np.hypot(difference.std(ddof=1) / np.sqrt(len(difference)), rounding)
     return Estimate(
-        estimator=_in_words(estimator),
+        estimator=_described(estimator)[0],
         unbiased=estimator.unbiased,
         mean=float(estimated.mean()),
         difference=float(difference.mean()),
@@ -335,21 +333,15 @@ def compare(estimated: Float[np.ndarray, " n"], exact: Float[np.ndarray, " n"], 
     )
 
 
-def _always_computed(estimator: LogdetEstimator) -> SeriesLogdet | KrylovLogdet | None:
-    """The estimator of the terms that are always computed, whose remainder is bounded; None for exact log-determinants."""
-    if isinstance(estimator, SeriesLogdet | KrylovLogdet):
-        return estimator
-    if isinstance(estimator, RouletteLogdet):
-        return SeriesLogdet(max(estimator.num_exact_terms, 1), num_probes=estimator.num_probes, probe=estimator.probe)
-    return None
-
-
-def _in_words(estimator: LogdetEstimator) -> str:
+def _described(estimator: LogdetEstimator) -> tuple[str, SeriesLogdet | KrylovLogdet | None]:
+    """An estimator in words, and that of the terms that are always computed, whose remainder is bounded; None if exact."""
     if isinstance(estimator, SeriesLogdet):
-        return f"series cut after {estimator.num_terms} terms, biased by at most the truncation bound"
+        return f"series cut after {estimator.num_terms} terms, biased by at most the truncation bound", estimator
     if isinstance(estimator, KrylovLogdet):
-        return f"Krylov subspaces of {estimator.num_steps} dimensions, biased by at most the truncation bound"
+        return f"Krylov subspaces of {estimator.num_steps} dimensions, biased by at most the truncation bound", estimator
     if isinstance(estimator, RouletteLogdet):
         tail = {"poisson": "Poisson", "geometric": "geometric"}[estimator.distribution]
-        return f"unbiased, {estimator.num_exact_terms} exact terms and a {tail}({estimator.parameter:g}) tail"
-    return "exact log-determinant"
+        words = f"unbiased, {estimator.num_exact_terms} exact terms and a {tail}({estimator.parameter:g}) tail"
+        terms = max(estimator.num_exact_terms, 1)
+        return words, SeriesLogdet(terms, num_probes=estimator.num_probes, probe=estimator.probe)
+    return "exact log-determinant", None

@@ -20,7 +20,7 @@ from iresnet_jax.models.head import linear
 from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.runs.config import EvaluationConfig
 from iresnet_jax.training import parallel
-from iresnet_jax.training.objectives.likelihood import evaluate_batch, evaluate_examples
+from iresnet_jax.training.objectives.likelihood import evaluate_examples
 
 OTHERS = ("rotated", "noise")
 NUM_EXAMPLES = 2000  # images of each side, at most
@@ -162,8 +162,7 @@ def _class_log_probs(model, images):
 
 def _outputs(function: Callable[..., Any], model: Any, images: Num[np.ndarray, "n h w c"], batch_size: int) -> Any:
     """Outputs of ``function(model, images)`` in float64."""
-    evaluate = parallel.parallelize_eval(function)
-    found = parallel.over_batches(evaluate, model, lambda places: images[places], len(images), batch_size)
+    found = parallel.over_batches(function, model, lambda places: images[places], len(images), batch_size)
     return jax.tree.map(lambda values: values.astype(np.float64), found)
 
 
@@ -190,8 +189,7 @@ def _classifier_scores(model: Classifier, dataset: DataSet, batch_size: int) -> 
 
 def _density_scores(model: Density, dataset: DataSet, batch_size: int, seed: int) -> Scores:
     def bits(images: np.ndarray) -> np.ndarray:
-        evaluate, key = parallel.parallelize_eval(evaluate_batch), jax.random.key(seed)
-        return evaluate_examples(evaluate, model, images, key, batch_size)[model.spec.metric].astype(np.float64)
+        return evaluate_examples(model, images, jax.random.key(seed), batch_size)[model.spec.metric].astype(np.float64)
 
     usual = bits(dataset.examples["train"][:NUM_FITTED]).mean()
 

@@ -159,7 +159,7 @@ def attacked(
         images: Images of integer levels.
         classes: The classes that the model gives them.
         radius: Largest norm of a perturbation, of pixels on the scale of [0, 1].
-        keys: Sources of the random starts, one an image.
+        keys: Sources of the random starts, one per image.
     """
     pixels = np.asarray(images, np.float64) / (model.spec.num_levels - 1)
     moves = np.asarray(_climb(model, jnp.asarray(pixels, jnp.float32), jnp.asarray(classes), radius, keys, attack), np.float64)
@@ -180,7 +180,7 @@ def _logits(model: Classifier, pixels: Float[Array, "b h w c"]) -> Float[Array, 
 
 @functools.partial(jax.jit, static_argnames="attack")
 def _climb(model, pixels, classes, radius, keys, attack: Attack) -> Num[Array, "s b h w c"]:
-    """The perturbations with the least margins, one a restart and image."""
+    """The perturbations with the least margins, one per restart and image."""
 
     def margins(moves):
         logits = _logits(model, pixels + moves)

@@ -106,7 +106,7 @@ def draw(
     def batch_of(places):
         return latents[places], None if taken is None else taken[places]
 
-    whole, bounds = parallel.over_batches(parallel.parallelize_eval(_decode), model, batch_of, num, batch_size)
+    whole, bounds = parallel.over_batches(_decode, model, batch_of, num, batch_size)
     converged, found = whole.info.converged, None
     if num_certified is not None:
         found, _ = guarantee.bound_inverses(model, [whole], num_certified, taken)

@@ -186,9 +186,8 @@ class _Evaluation:
             keys = evaluation_keys(self._key, numbers[places], noise_draw, 0)
             return examples[places], None if contexts is None else contexts[places], *keys
 
-        prepare = parallel.parallelize_eval(_prepare_batch)
         model = self._model.with_(estimator=_NoLogdet())
-        found = parallel.over_batches(prepare, model, batch_of, len(numbers), size)
+        found = parallel.over_batches(_prepare_batch, model, batch_of, len(numbers), size)
         return {**found, "numbers": numbers}
 
     def _of_block(self, b, sizes, num_probes, prepared, size, noise_draw, draw):
@@ -206,8 +205,7 @@ class _Evaluation:
             if not has_logdet:
                 fits, multiple = max(FULL_ENTRIES // math.prod(stage.branch.in_shape) ** 2, 1), parallel.all_devices()
                 size = min(size, max(fits // multiple, 1) * multiple)
-        evaluate = parallel.parallelize_eval(_evaluate_block)
-        return parallel.over_batches(evaluate, task, batch_of, len(numbers), size, num_devices=num_devices)
+        return parallel.over_batches(_evaluate_block, task, batch_of, len(numbers), size, num_devices=num_devices)
 
 
 @jax.tree_util.register_static

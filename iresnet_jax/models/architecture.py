@@ -62,7 +62,7 @@ class PlacedStage(NamedTuple):
     branch: BranchSpec
 
     @property
-    def entry(self) -> tuple[Bijection, ...]:
+    def reshapes(self) -> tuple[Bijection, ...]:
         """The squeeze and the flattening in front of the blocks, where there are any."""
         parts, squeezed = [], self.in_shape
         if self.spec.squeeze > 1:

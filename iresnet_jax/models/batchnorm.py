@@ -62,7 +62,7 @@ def batchnorm_features(
     used = {}
     for stage in spec.layout:
         assert isinstance(stage.branch, FeedforwardSpec)  # BatchNorm stands in front of layers
-        x = chain(stage.entry).forward(x)
+        x = chain(stage.reshapes).forward(x)
         given = None if statistics is None else statistics[stage.name]["blocks"]
         x, own = batchnorm_blocks(
             stage.branch, weights[stage.name]["blocks"], x, statistics=given, axis_name=axis_name, unroll=unroll

@@ -157,8 +157,8 @@ def certificate_of(
 
 
 def require_bounds(weights: Weights) -> None:
-    """Raises ``ValueError`` unless every branch has a bound that is guaranteed, by certificate or by its kind's word."""
-    if not all(block.branch.word in ("certified", "user") for block in weights.values()):
+    """Raises ``ValueError`` unless every branch has guaranteed norms, or a bound that its kind vouches for."""
+    if not all(block.branch.word == "user" or block.branch.norms is not None for block in weights.values()):
         raise ValueError("these weights are not certified: call freeze() first")
 
 

@@ -102,7 +102,7 @@ def constrain(
 def constrain_blocks(
     branch: BranchSpec, weights: Tree, iterates: Tree, *, coeff: float, budget: str = "layer", rtol: float = 1e-3
 ) -> ConstrainedBranch:
-    """All blocks of a stage in the budget, norms iterated to the tolerance; all programs that contain it share its trace.
+    """Brings all blocks of a stage into the budget, iterating norms to ``rtol``; jitted, so that callers share one trace.
 
     Args:
         branch: Architecture of the stage's branches.
@@ -184,7 +184,7 @@ def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
     """
 
     def of_block(branch, block):
-        def bound(state, is_scaled):  # twice in a loop, which compiles the certificate once
+        def bound(state, is_scaled):  # pass 1 scales, pass 2 bounds the scaled kernels; a scan compiles the bound once
             weights, _ = state
             found = branch.norm_bounds(weights)
             scaled = branch.certified(weights, found, coeff=spec.coeff, budget=spec.budget).branch.weights
@@ -262,7 +262,7 @@ def flow_bijection(
         context: Context of every example that the bijection will see, if the model is conditional.
         unroll: Whether blocks are unrolled instead of scanned; see `unroll_by_default`.
         rematerialize: What the backward pass recomputes, see `repeat`.
-        bfloat16: Whether branches compute in bfloat16 on the way forward and in products with its Jacobian, see
+        bfloat16: Whether branches compute in bfloat16 on the way forward and in products with their Jacobians, see
             `Branch.in_bfloat16`. The inverse, closed forms and bounds of truncation are those of the weights as they are.
     """
 
@@ -276,7 +276,7 @@ def flow_bijection(
 
     def stage_of(stage):
         blocks = repeat(make, weights[stage.name], unroll=unroll, rematerialize=rematerialize)
-        return multiscale.Stage(chain([*stage.entry, blocks]), stage.spec.factor_out)
+        return multiscale.Stage(chain([*stage.reshapes, blocks]), stage.spec.factor_out)
 
     batch_size = 1 if context is None else len(context)
     whole = multiscale.multiscale([stage_of(stage) for stage in spec.layout], spec.event_shape, batch_size=batch_size)
@@ -303,7 +303,7 @@ def branch_inputs(
 
     inputs = {}
     for stage in spec.layout:
-        x, inputs[stage.name] = jax.lax.scan(step, chain(stage.entry).forward(x), weights[stage.name])
+        x, inputs[stage.name] = jax.lax.scan(step, chain(stage.reshapes).forward(x), weights[stage.name])
         if stage.spec.factor_out:
             x, _ = reshape.split_channels(x)
     return inputs
@@ -364,7 +364,7 @@ def fit_actnorm(
     """
     fitted, latents = {}, []
     for stage in spec.layout:
-        x, branch = chain(stage.entry).forward(x), weights[stage.name].branch
+        x, branch = chain(stage.reshapes).forward(x), weights[stage.name].branch
         fitted[stage.name], x = initialize_actnorm(branch, x, context, axis_name=axis_name)
         if stage.spec.factor_out:
             x, latent = reshape.split_channels(x)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.branches.branch import Branch
+from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, PlacedStage
 from iresnet_jax.models.batchnorm import batchnorm_blocks
@@ -79,7 +80,7 @@ class StageModule(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b ..."]:
         """The stage's output for what the stage before hands on, see `Blocks`."""
-        x = chain(self.stage.entry).forward(x)
+        x = chain(self.stage.reshapes).forward(x)
         settings = (self.last_scale, self.constrained, self.sharp, self.fitted)
         return Blocks(self.flow, self.stage, *settings, name="blocks")(x, context)
 
@@ -188,6 +189,7 @@ class BatchNormStage(nn.Module):
     def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """Creates all variables, running averages those of ``x``. Returns the stage's output, for the next one."""
         branch, num_blocks = self.stage.branch, self.stage.spec.num_blocks
+        assert isinstance(branch, FeedforwardSpec)  # BatchNorm stands in front of layers
 
         def initial(key):
             keys = jax.random.split(key, num_blocks)
@@ -198,6 +200,6 @@ class BatchNormStage(nn.Module):
             return {**weights, "batchnorm": norms}
 
         blocks = self.param("blocks", initial)
-        y, statistics = batchnorm_blocks(branch, blocks, chain(self.stage.entry).forward(x))
+        y, statistics = batchnorm_blocks(branch, blocks, chain(self.stage.reshapes).forward(x))
         self.variable("batch_stats", "blocks", lambda: statistics)
         return y

@@ -1,4 +1,4 @@
-"""What all kinds of models have in common: fields replaced, a certificate, and a file of their own.
+"""What all models share: replacing fields, a certificate, saving.
 
 A file holds the spec as JSON and the arrays, and nothing of the training. Bounds of norms are not stored: `saved.load` computes
 them anew from the weights it finds, so a file cannot claim a certificate that its weights do not have.

@@ -71,7 +71,7 @@ class ReconstructorSpec:
     def permutation(self) -> Bijection:
         """Images to vectors with the entries in the order of `flow`'s outputs: all squeezes, one after the other."""
         last = self.flow.layout[-1].branch.in_shape
-        entries = [bijection for stage in self.flow.layout for bijection in stage.entry]
+        entries = [bijection for stage in self.flow.layout for bijection in stage.reshapes]
         return chain([*entries, *([reshape.flatten_bijection(last)] if len(last) > 1 else [])])
 
 

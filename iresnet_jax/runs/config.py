@@ -179,51 +179,55 @@ def parse(settings: Any) -> Config:
 
 def _check_combinations(config: Config) -> None:
     """Raises ``ValueError`` for settings that are sound one by one and not together."""
-    augmented = config.augmentation.crop_padding or config.augmentation.flip
-    boundaries = config.optimizer.boundaries
-    if config.objective == "density" and augmented:
-        raise ValueError(
-            "crops and flips of config.augmentation are for the objectives classification and hybrid: a density is that of the "
-            "data as they are"
-        )
-    if config.objective == "inversion":
-        _check_inversion(config)
-    if config.objective != "density" and config.augmentation.noise:
-        raise ValueError(f"config.augmentation.noise is for the objective density, got {config.augmentation.noise}")
-    if config.objective in ("classification", "inversion") and config.model.sharp:
-        raise ValueError(f"config.model.sharp is for the objectives density and hybrid: leave it false for {config.objective}")
-    if config.objective in ("density", "hybrid") and config.constraint.norms == "none":
-        raise ValueError(
-            "a density needs blocks that are contractions: constraint.norms = none is for classification and inversion"
-        )
-    if config.training.num_parts > 1 and config.classifier.normalization == "batchnorm":
-        raise ValueError("BatchNorm in the branches needs the whole batch at once: set training.num_parts to 1")
-    if config.training.bfloat16 and config.classifier.normalization == "batchnorm":
-        raise ValueError(
-            "training.bfloat16 is for networks with ActNorm: set it to false, or classifier.normalization to actnorm"
-        )
-    if config.preprocessing.entrywise and config.preprocessing.transform != "equalize":
-        raise ValueError(f"preprocessing.entrywise is for transform equalize, got {config.preprocessing.transform!r}")
-    if list(boundaries) != sorted(set(boundaries)):
-        raise ValueError(f"config.optimizer.boundaries must increase, got {boundaries}")
-    if not config.model.stages:
-        raise ValueError("config.model.stages must have at least one stage, got none")
-
-
-def _check_inversion(config: Config) -> None:
-    if config.augmentation.crop_padding or config.augmentation.flip:
-        raise ValueError("crops and flips of config.augmentation are for the objectives classification and hybrid")
-    if config.classifier.normalization == "batchnorm":
-        raise ValueError("the objective inversion has no normalization: leave classifier.normalization at actnorm")
-    if config.training.bfloat16:
-        raise ValueError(
-            "training.bfloat16 is for the way forward, and the objective inversion trains the inverse: set it to false"
-        )
-    if config.constraint.norms == "none" and config.inverse_problem.forward_share:
-        raise ValueError(
+    objective, norms, training, augmentation = config.objective, config.constraint.norms, config.training, config.augmentation
+    has_batchnorm = config.classifier.normalization == "batchnorm"
+    contradictions = (
+        (
+            objective not in ("classification", "hybrid") and (augmentation.crop_padding or augmentation.flip),
+            "crops and flips of config.augmentation are for the objectives classification and hybrid",
+        ),
+        (
+            objective != "density" and augmentation.noise,
+            f"config.augmentation.noise is for the objective density, got {augmentation.noise}",
+        ),
+        (
+            objective not in ("density", "hybrid") and config.model.sharp,
+            f"config.model.sharp is for the objectives density and hybrid: leave it false for {objective}",
+        ),
+        (
+            objective in ("density", "hybrid") and norms == "none",
+            "a density needs blocks that are contractions: constraint.norms = none is for classification and inversion",
+        ),
+        (
+            objective == "inversion" and has_batchnorm,
+            "the objective inversion has no normalization: leave classifier.normalization at actnorm",
+        ),
+        (
+            objective == "inversion" and training.bfloat16,
+            "training.bfloat16 is for the way forward, and the objective inversion trains the inverse: set it to false",
+        ),
+        (
+            objective == "inversion" and norms == "none" and config.inverse_problem.forward_share,
             "without a constraint there is no inverse, and the network maps measurements to images: set "
-            "inverse_problem.forward_share to 0, or constraint.norms to estimated"
-        )
+            "inverse_problem.forward_share to 0, or constraint.norms to estimated",
+        ),
+        (
+            training.num_parts > 1 and has_batchnorm,
+            "BatchNorm in the branches needs the whole batch at once: set training.num_parts to 1",
+        ),
+        (
+            training.bfloat16 and has_batchnorm,
+            "training.bfloat16 is for networks with ActNorm: set it to false, or classifier.normalization to actnorm",
+        ),
+        (
+            config.preprocessing.entrywise and config.preprocessing.transform != "equalize",
+            f"preprocessing.entrywise is for transform equalize, got {config.preprocessing.transform!r}",
+        ),
+        (not config.model.stages, "config.model.stages must have at least one stage, got none"),
+    )
+    for is_wrong, sentence in contradictions:
+        if is_wrong:
+            raise ValueError(sentence)
 
 
 def check_name(name: str, known: Iterable[str]) -> None:

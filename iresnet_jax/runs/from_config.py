@@ -200,7 +200,7 @@ def _density(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
     loss = likelihood.make_loss(data.draw, likelihood.noise_scales(config.augmentation.noise, spec))
     return Objective(
         name=spec.metric,
-        step=_step(config, _trained_density(config, spec), loss),
+        step=_step(config, spec, loss),
         make_validation=lambda: likelihood.Validation(spec, **_held_out(config, data)),
         selection=lambda held_out: held_out[spec.metric],
         examples=None if data.is_endless else (data.examples["train"], data.contexts.get("train")),
@@ -216,7 +216,7 @@ def _hybrid(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
     weight = float(config.hybrid.weight_of_step()(config.training.total_steps))
     return Objective(
         name="accuracy",
-        step=_step(config, _trained_density(config, spec), loss),
+        step=_step(config, spec, loss),
         make_validation=lambda: hybrid.Validation(_held_out_labels(config, data), spec, **_held_out(config, data)),
         selection=lambda held_out: held_out["cross_entropy"] + weight * held_out[spec.metric],
         examples=(data.examples["train"], data.labels["train"]),
@@ -227,7 +227,6 @@ def _hybrid(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
 
 def _classification(config: Config, data: DataSet, spec: ClassifierSpec) -> Objective:
     training = config.training
-    model = Classifier(spec, {}, {}, {}, unroll=unroll(config), rematerialize=rematerialize(config), bfloat16=training.bfloat16)
     loss = classification.make_loss(
         build_augmentation(config.augmentation, data),
         label_smoothing=config.classifier.label_smoothing,
@@ -235,7 +234,7 @@ def _classification(config: Config, data: DataSet, spec: ClassifierSpec) -> Obje
     )
     return Objective(
         name="accuracy",
-        step=_step(config, model, loss, num_parts=1),  # the loss itself computes parts
+        step=_step(config, spec, loss, num_parts=1),  # the loss itself computes parts
         make_validation=lambda: classification.Validation(
             spec,
             data.held_out("validation", training.eval_examples),
@@ -251,11 +250,9 @@ def _classification(config: Config, data: DataSet, spec: ClassifierSpec) -> Obje
 
 def _inversion(config: Config, data: DataSet, spec: ReconstructorSpec) -> Objective:
     settings, measurement = config.inverse_problem, build_measurement(config.inverse_problem)
-    solver = Solver(atol=settings.training_atol)
-    model = Reconstructor(spec, {}, solver=solver, unroll=unroll(config), rematerialize=rematerialize(config))
 
     def make_validation():
-        x = np.asarray(model.preprocess(data.held_out("validation", config.training.eval_examples)))
+        x = np.asarray(Reconstructor(spec, {}).preprocess(data.held_out("validation", config.training.eval_examples)))
         return inversion.Validation(
             spec,
             x,
@@ -268,7 +265,7 @@ def _inversion(config: Config, data: DataSet, spec: ReconstructorSpec) -> Object
 
     return Objective(
         name="loss",
-        step=_step(config, model, inversion.make_loss(measurement.draw, forward_share=settings.forward_share)),
+        step=_step(config, spec, inversion.make_loss(measurement.draw, forward_share=settings.forward_share)),
         make_validation=make_validation,
         selection=lambda held_out: held_out["relative_error"],
         examples=data.examples["train"],
@@ -276,25 +273,19 @@ def _inversion(config: Config, data: DataSet, spec: ReconstructorSpec) -> Object
     )
 
 
-def _step(config: Config, model: Any, loss: Callable[..., Any], num_parts: int | None = None) -> TrainingStep:
-    """The training step of a model without weights."""
-    training, constrain = config.training, training_constraint(config.constraint, model.spec)
+def _step(config: Config, spec: Spec, loss: Callable[..., Any], num_parts: int | None = None) -> TrainingStep:
+    """The training step of a loss, with the model as training runs it."""
+    training, how = config.training, {"unroll": unroll(config), "rematerialize": rematerialize(config)}
+    if isinstance(spec, ReconstructorSpec):
+        model = Reconstructor(spec, {}, solver=Solver(atol=config.inverse_problem.training_atol), **how)
+    elif isinstance(spec, ClassifierSpec):
+        model = Classifier(spec, {}, {}, {}, bfloat16=training.bfloat16, **how)
+    else:
+        model = Density(spec, {}, {}, estimator=config.logdet.build(), bfloat16=training.bfloat16, **how)
     schedule = make_schedule(config.optimizer, training.total_steps)
     rule = UpdateRule(make_optimizer(config.optimizer), schedule, training.total_steps, training.ema_decay)
+    constrain = training_constraint(config.constraint, spec)
     return TrainingStep(model, loss, constrain, rule, config.seed, num_parts or training.num_parts)
-
-
-def _trained_density(config: Config, spec: DensitySpec) -> Density:
-    """The density without weights, as training runs it."""
-    return Density(
-        spec,
-        {},
-        {},
-        estimator=config.logdet.build(),
-        unroll=unroll(config),
-        rematerialize=rematerialize(config),
-        bfloat16=config.training.bfloat16,
-    )
 
 
 def unroll(config: Config) -> bool:
@@ -334,16 +325,10 @@ def _held_out_labels(config: Config, data: DataSet) -> Any:
 
 def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
     """Fresh variables, fitted to training data."""
-    num, has_labels = config.training.actnorm_examples, isinstance(spec, DensitySpec) and spec.num_classes is not None
-
-    def examples_of(key):
-        examples, contexts, labels = data.random_train(key, num)
-        return examples, contexts, labels if has_labels else None
-
     return initialization.initial_variables(
         spec,
         config.seed,
-        examples_of,
+        lambda key: data.random_train(key, config.training.actnorm_examples),
         constraint=config.constraint,
         last_scale=config.model.last_scale,
         sharp=config.model.sharp,

@@ -35,7 +35,7 @@ from iresnet_jax.training import parallel
 from iresnet_jax.training.initialization import num_parameters
 from iresnet_jax.training.objectives.objective import Objective
 from iresnet_jax.training.step import TrainingStep, TrainState
-from iresnet_jax.training.trainer import Restored, Step, Trainer, TrainingConfig
+from iresnet_jax.training.trainer import Step, Trainer, TrainingConfig
 
 _logger = logging.getLogger(__name__)
 SAVE_SECONDS = 600.0  # between checkpoints, where validations are further apart
@@ -56,7 +56,7 @@ def train(
         workdir: Folder of the run: config, model, metrics, checkpoints.
         data: The data; by default what ``config.data`` names.
         say: Takes a line of progress at every validation; by default the log.
-        steps: Compiled steps of earlier runs on arrays, to which this run adds its own; None compiles anew.
+        steps: Compiled steps of earlier runs on arrays, to which this run adds its own; None compiles all.
 
     Returns:
         The last state.
@@ -79,17 +79,17 @@ def train(
             stack.enter_context(run_folder.alone_in(workdir))
         writer = stack.enter_context(MetricWriter(workdir)) if hosts.is_first() else None
         # There is nothing to save until a step is done: a signal ends the process at once.
-        run = _RunOnDisk(objective, config.training, workdir, writer, checkpoints, agreement, compile_step, say)
-        progress = stack.enter_context(Progress(run.horizon, run.step, shown=hosts.is_first()))
-        run.watch(stack.enter_context(StopRequests()), progress)
-        run.run(batches(config, objective.examples, run.step), run.heed_requests)
-        return run.state
+        trainer = _TrainerOnDisk(objective, config.training, workdir, writer, checkpoints, agreement, compile_step, say)
+        progress = stack.enter_context(Progress(trainer.horizon, trainer.step, shown=hosts.is_first()))
+        trainer.watch(stack.enter_context(StopRequests()), progress)
+        trainer.run(batches(config, objective.examples, trainer.step), trainer.heed_requests)
+        return trainer.state
 
 
 def check_batch_size(settings: TrainingConfig, data: DataSet) -> None:
     """Raises ``ValueError`` unless a batch splits over devices and into parts, and is no larger than the training data."""
     batch_size, num_parts = settings.batch_size, settings.num_parts
-    parallel.check_global_batch_size(batch_size)
+    parallel.check_divisible(batch_size, parallel.all_devices())
     if (share := batch_size // parallel.all_devices()) % num_parts:
         raise ValueError(
             f"config.training.num_parts must divide the {share} examples that a device has of a batch, got {num_parts}"
@@ -150,7 +150,7 @@ def batches(config: Config, examples: Any, first_step: int) -> Iterator[Any]:
     return device_batches(examples, seed=config.seed, batch_size=size, first_step=first_step)
 
 
-class _RunOnDisk(Trainer):
+class _TrainerOnDisk(Trainer):
     """A run that keeps measurements and checkpoints in a folder, saves when it is told to stop, and agrees on that."""
 
     def __init__(
@@ -175,14 +175,15 @@ class _RunOnDisk(Trainer):
         """From now on signals are noted, and the bar shows where the run stands."""
         self._stop, self._progress = stop, progress
 
-    def restored(self, fresh: TrainState) -> Restored:
-        """The newest checkpoint of process 0, or the fresh state; equal on all devices."""
+    def restored(self, fresh: TrainState) -> tuple[TrainState, int, list[float]]:
+        """The newest checkpoint of process 0, or the fresh state, equal on all devices, and what was measured until then."""
         _logger.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
         found: list[tuple[TrainState, int]] = []
 
         def restore():
             found.append(self._checkpoints.restore_latest(fresh) or (fresh, 0))
             step = found[0][1]
+            assert self._writer is not None  # process 0 has one
             self._writer.truncate_after(step)
             records = [record for record in read_metrics(self._workdir) if record["split"] == "validation"]
             return step, [self._objective.selection(record) for record in records]
@@ -190,7 +191,7 @@ class _RunOnDisk(Trainer):
         step, losses = hosts.from_first(restore)
         state = hosts.broadcast(found[0][0] if found else fresh)  # a fresh state, too: hosts round differently
         allocator.return_freed_memory()  # which steps would not find use for, in its fragments
-        return Restored(state, step, tuple(losses))
+        return state, step, losses
 
     def take(self, step: Step, batch: Any) -> dict[str, Any]:
         """Updates the state by one batch, and hands what this process wishes to all others."""

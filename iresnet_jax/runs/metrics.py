@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,10 +28,6 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
 
     Raises:
         ValueError: If the folder has measurements that cannot be read, see `read_metrics`.
-
-    Example:
-        >>> with MetricWriter("runs/moons") as writer:  # doctest: +SKIP
-        ...     writer.write(100, {"loss": 3.2})
     """
 
     def __init__(self, workdir: str | os.PathLike[str]):
@@ -44,18 +39,12 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
         self._keep_lines(lambda _: True)
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat], *, split: str = "train") -> None:
-        """Appends one measurement.
-
-        Args:
-            step: Finished updates.
-            metrics: Scalars by name.
-            split: Data that were measured on, such as "train" or "test".
+        """Appends one measurement, scalars by name, of data such as "train" or "test" after so many updates.
 
         Raises:
             ValueError: If a metric is called "step", "split" or "wall_time_s".
         """
-        clash = [name for name in metrics if name in _RESERVED]
-        if clash:
+        if clash := [name for name in metrics if name in _RESERVED]:
             raise ValueError(f"a metric cannot be called {clash[0]!r}, which every line has: rename it")
         values = {name: float(value) for name, value in metrics.items()}
         wall_time_s = round(time.monotonic() - self._start, 3)
@@ -135,38 +124,22 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         total_steps: Updates in the whole run.
         initial_step: Updates done by earlier processes; the time left does not count them.
         shown: Whether there is a bar on a terminal.
-
-    Example:
-        >>> with Progress(1000) as progress:
-        ...     progress.update(100, {"bits/dim": 3.45})
     """
 
     def __init__(self, total_steps: int, initial_step: int = 0, *, shown: bool = True):
-        self._bar: Any = None
-        self._step = initial_step
-        self._time = time.monotonic()
-        if shown and sys.stderr.isatty():
-            from tqdm import tqdm  # imported late: without a terminal it is not needed
+        from tqdm import tqdm  # late, as above
 
-            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-            self._bar = tqdm(total=total_steps, initial=initial_step, bar_format=layout, dynamic_ncols=True)
+        layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        disable = None if shown else True  # None asks whether there is a terminal
+        self._bar = tqdm(
+            total=total_steps, initial=initial_step, unit="step", bar_format=layout, disable=disable, dynamic_ncols=True
+        )
 
-    def update(self, step: int, values: Mapping[str, SupportsFloat] | None = None) -> None:
+    def update(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Moves the bar to ``step`` and shows ``values``, once the results of that step are on the host."""
-        if self._bar is None or step <= self._step:
-            return
-        now = time.monotonic()
-        step_time_ms = 1e3 * (now - self._time) / (step - self._step)
-        shown = [f"{name} {float(value):.4g}" for name, value in (values or {}).items()]
-        self._bar.set_postfix_str(", ".join([*shown, f"{step_time_ms:.4g} ms/step"]), refresh=False)
-        self._bar.update(step - self._step)
+        self._bar.set_postfix_str(", ".join(f"{name} {float(value):.4g}" for name, value in values.items()), refresh=False)
+        self._bar.update(step - self._bar.n)
         self._bar.refresh()
-        self._step, self._time = step, now
-
-    def close(self) -> None:
-        """Leaves the bar as it is and moves to the next line."""
-        if self._bar is not None:
-            self._bar.close()
 
     def __exit__(self, *exc_info: object) -> None:
-        self.close()
+        self._bar.close()

@@ -7,7 +7,7 @@ the data they came from. A resume reads the model from there and computes nothin
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,7 @@ def read_config(workdir: Path) -> Config:
         raise ValueError(f"there is no workdir {workdir}: give the --workdir of a training run")
     if not (workdir / CONFIG_FILE).exists():
         raise ValueError(f"{workdir} has no {CONFIG_FILE}, so it is not the workdir of a training run")
-    plain = _read(workdir / CONFIG_FILE)
-    try:
-        return parse(plain)
-    except ValueError as error:
-        raise ValueError(f"{workdir / CONFIG_FILE} is damaged ({error}): restore it, or choose another --workdir") from None
+    return _read(workdir / CONFIG_FILE, parse)
 
 
 def read_model(workdir: Path) -> tuple[Spec, str]:
@@ -62,12 +58,9 @@ def read_model(workdir: Path) -> tuple[Spec, str]:
     Raises:
         ValueError: If there is none, it is damaged or written by another version.
     """
-    path = workdir / MODEL_FILE
-    plain = _read(path)
-    try:
-        return checked(Spec, plain["model"], "model"), str(plain["data"]["fingerprint"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it, or choose another --workdir") from None
+    return _read(
+        workdir / MODEL_FILE, lambda plain: (checked(Spec, plain["model"], "model"), str(plain["data"]["fingerprint"]))
+    )
 
 
 def model_for(workdir: Path, config: Config, data: DataSet) -> Spec:
@@ -114,15 +107,16 @@ def alone_in(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The JSON object of a file of the present version, without its version number."""
+def _read(path: Path, understand: Callable[[dict[str, Any]], Any]) -> Any:
+    """What is understood of the JSON object in a file of the present version."""
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
-        version = plain.pop("format", None)
+        if not isinstance(plain, dict):
+            raise ValueError("it holds no JSON object")
+        if plain.pop("format", None) == FORMAT:
+            return understand(plain)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: restore it, or choose another --workdir") from None
-    except (AttributeError, TypeError, ValueError):  # not UTF-8, not JSON, or not an object
-        raise ValueError(f"{path} is damaged: restore it, or choose another --workdir") from None
-    if version != FORMAT:
-        raise ValueError(f"{path} was written by another version of iresnet_jax: train again, or use that version")
-    return plain
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or choose another --workdir") from None
+    raise ValueError(f"{path} was written by another version of iresnet_jax: train again, or use that version")

@@ -67,7 +67,7 @@ def initial_variables(
         return _created(spec, module, constraint, key_init, jnp.zeros((2, *spec.flow.event_shape)))[0]
     x, context, labels = examples_of(key_data)
     if isinstance(spec, ClassifierSpec):
-        inputs = (_preprocess(Classifier(spec, {}, {}, {}), x),)
+        inputs: tuple[Any, ...] = (_preprocess(Classifier(spec, {}, {}, {}), x),)
         if not spec.is_bijective:
             return _program(module)(key_init, *inputs)
     else:
@@ -82,7 +82,9 @@ def initial_variables(
     if isinstance(spec, DensitySpec) and spec.num_classes is not None:
         params["prior"] = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
         if fitted_priors:
-            params["prior"] = priors.of_classes(spec.prior_family, np.asarray(z), np.resize(labels, len(z)), spec.num_classes)
+            params["prior"] = priors.of_classes(
+                spec.prior_family, np.asarray(z), np.resize(np.asarray(labels), len(z)), spec.num_classes
+            )
     variables = {**variables, "params": params}
     return {**variables, "batch_stats": statistics} if statistics else variables
 

@@ -113,16 +113,16 @@ def make_optimizer(settings: OptimizerConfig) -> optax.GradientTransformation:
             beta=momentum,
             nesterov=settings.nesterov,
             weight_decay=settings.weight_decay,
-            weight_decay_mask=_non_empty_decay_mask if settings.weight_decay else None,
+            weight_decay_mask=decay_mask if settings.weight_decay else None,
             adam_b1=b1,
             adam_b2=b2,
             consistent_rms=ADAM_RMS,
-            muon_weight_dimension_numbers=kernels_as_matrices,
+            muon_weight_dimension_numbers=_kernels_as_matrices,
         )
         return optax.chain(*parts, muon)
     decay = []
     if settings.weight_decay:
-        decay = [optax.add_decayed_weights(settings.weight_decay, mask=_non_empty_decay_mask)]
+        decay = [optax.add_decayed_weights(settings.weight_decay, mask=decay_mask)]
     if name == "sgd":
         precondition = [optax.trace(decay=momentum, nesterov=settings.nesterov)] if momentum else []
     elif name == "adamax":
@@ -134,22 +134,23 @@ def make_optimizer(settings: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def decay_mask(params: Any) -> Any:
-    """Marks the parameters that weight decay acts on, which are called ``kernel``.
+    """Marks the parameters that weight decay acts on, which are called ``kernel``, in a pytree of booleans like ``params``.
 
     A penalty towards zero would distort the others: biases, ActNorm, priors and slopes of activations.
 
-    Returns:
-        A pytree of booleans like ``params``.
+    Raises:
+        ValueError: If no parameter is called ``kernel``.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: _is_kernel(path), params)
+    mask = jax.tree.map_with_path(lambda path, _: _is_kernel(path), params)
+    if not any(jax.tree.leaves(mask)):
+        raise ValueError("weight_decay would act on nothing, as no parameter is called 'kernel': set it to 0")
+    return mask
 
 
-def kernels_as_matrices(params: Any) -> Any:
-    """Returns the axes by which "muon" reads each kernel as a matrix: columns are output channels, rows are inputs of one.
+def _kernels_as_matrices(params: Any) -> Any:
+    """The axes by which "muon" reads each kernel as a matrix: columns are output channels, rows are inputs of one.
 
-    Returns:
-        A pytree like ``params`` with the axes of rows and columns of each kernel, and None for other parameters. The leading
-        axis of stacked blocks belongs to neither.
+    A pytree like ``params``, with None for other parameters. The leading axis of stacked blocks belongs to neither.
     """
 
     def axes(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
@@ -158,37 +159,26 @@ def kernels_as_matrices(params: Any) -> Any:
             return None
         return optax.contrib.MuonDimensionNumbers(tuple(range(first, leaf.ndim - 1)), leaf.ndim - 1)
 
-    return jax.tree_util.tree_map_with_path(axes, params)
-
-
-def ema_update(ema: Any, params: Any, step: Any, decay: float) -> Any:
-    r"""Updates an exponential average of the parameters.
-
-    .. math:: e \leftarrow r e + (1 - r) p, \quad r = \min(\text{decay}, (1 + t) / (10 + t))
-
-    The smaller decay of the first updates makes the average forget its initial value, as ``tf.train.ExponentialMovingAverage``
-    does.
-
-    Args:
-        ema: Average so far, at first the initial parameters.
-        params: Parameters after the update, structured like ``ema``.
-        step: Finished updates ``t`` before this one.
-        decay: Largest decay, in [0, 1); 0.999 remembers about the last thousand updates.
-
-    Returns:
-        The new average, in the dtypes of ``ema``.
-    """
-    step = jnp.asarray(step)
-    rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda e, p: e + (1.0 - rate).astype(e.dtype) * (p - e), ema, params)
+    return jax.tree.map_with_path(axes, params)
 
 
 def _is_kernel(path: Any) -> bool:
     return jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
 
 
-def _non_empty_decay_mask(params: Any) -> Any:
-    mask = decay_mask(params)
-    if not any(jax.tree.leaves(mask)):
-        raise ValueError("weight_decay would act on nothing, as no parameter is called 'kernel': set it to 0")
-    return mask
+def ema_update(ema: Any, params: Any, step: Any, decay: float) -> Any:
+    r"""The exponential average of the parameters after an update, in its own dtypes.
+
+    .. math:: e \leftarrow r e + (1 - r) p, \quad r = \min(\text{decay}, (1 + t) / (10 + t))
+
+    The smaller decay of the first updates makes the average forget its initial value.
+
+    Args:
+        ema: Average so far, at first the initial parameters.
+        params: Parameters after the update.
+        step: Finished updates ``t`` before this one.
+        decay: Largest decay, in [0, 1); 0.999 remembers about the last thousand updates.
+    """
+    step = jnp.asarray(step)
+    rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p: e + (1.0 - rate).astype(e.dtype) * (p - e), ema, params)

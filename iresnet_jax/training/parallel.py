@@ -117,36 +117,6 @@ def for_devices(step_fn: Callable[[Any, Any], tuple[Any, Any]], devices: Sequenc
     return jax.jit(mapped, donate_argnums=0)
 
 
-def parallelize_eval(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Compiles an evaluation of examples for all devices; the same function twice compiles once.
-
-    Args:
-        fn: ``(state, batch) -> outputs`` on one device's share; the first axis of every output counts its examples.
-
-    Returns:
-        The same function for this process's share of a batch, from `shard`; it returns the outputs of the whole batch, on the
-        host. The state is not donated.
-    """
-    return functools.partial(_evaluate, fn)
-
-
-def _evaluate(fn, state, batch):
-    num_local, is_shared = jax.tree.leaves(batch)[0].shape[0], num_processes() > 1
-    outputs = jax.device_get(_mapped_eval(fn, _devices(num_local), is_shared)(_replicate(state, batch), batch))
-    return outputs if is_shared else jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), outputs)
-
-
-@functools.lru_cache(maxsize=64)
-def _mapped_eval(fn, devices, is_shared):
-    if not is_shared:
-        return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=0, devices=devices)
-
-    def gathered(state, batch):  # a process can read the outputs of its own devices only
-        return jax.lax.all_gather(fn(state, batch), AXIS, tiled=True)
-
-    return jax.pmap(gathered, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
-
-
 def num_processes() -> int:
     """Processes that share a batch."""
     return 1 if _is_alone else jax.process_count()
@@ -197,7 +167,7 @@ def shard(batch: Any, *, num_devices: int | None = None) -> Any:
             f"got the shapes {[np.shape(leaf) for leaf in leaves]}"
         )
     [(size,)] = sizes
-    _check_divisible(size, num_devices)
+    check_divisible(size, num_devices)
     return jax.tree.map(lambda leaf: leaf.reshape((num_devices, size // num_devices, *leaf.shape[1:])), batch)
 
 
@@ -210,11 +180,12 @@ def over_batches(
     *,
     num_devices: int | None = None,
 ) -> Any:
-    """Runs a parallel evaluation over all examples.
+    """Evaluates all examples by all devices; the same function twice compiles once.
 
     Args:
-        evaluate: Function from `parallelize_eval`.
-        state: First argument of ``evaluate``.
+        evaluate: ``(state, batch) -> outputs`` on one device's share of a batch; the first axis of every output counts its
+            examples.
+        state: What the evaluation takes beside examples, such as a model. It is not donated.
         batch_of: Function that makes a pytree of the examples in given places.
         num_examples: Number of all examples.
         batch_size: Most examples at once; rounded up to a multiple of the number of devices.
@@ -223,73 +194,56 @@ def over_batches(
     Returns:
         The outputs of all examples in order, on the host.
     """
-    parts, multiple = [], all_devices()
+    parts, multiple, is_shared = [], all_devices(), num_processes() > 1
     size = -(-min(batch_size, num_examples) // multiple) * multiple
     state = on_local_devices(state, num_devices=num_devices)  # once, not for every batch
-    for indices, mask in eval_batches(num_examples, size):
-        outputs = evaluate(state, shard(batch_of(own_share(indices)), num_devices=num_devices))
+    for places, mask in eval_batches(num_examples, size):
+        batch = shard(batch_of(own_share(places)), num_devices=num_devices)
+        mapped = _mapped_eval(evaluate, _devices(len(jax.tree.leaves(batch)[0])), is_shared)
+        outputs = jax.device_get(mapped(state, batch))
+        if not is_shared:
+            outputs = jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), outputs)
         parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outputs))
     return jax.tree.map(lambda *values: np.concatenate(values), *parts)
 
 
+@functools.lru_cache(maxsize=64)
+def _mapped_eval(fn, devices, is_shared):
+    if not is_shared:
+        return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=0, devices=devices)
+
+    def gathered(state, batch):  # a process can read the outputs of its own devices only
+        return jax.lax.all_gather(fn(state, batch), AXIS, tiled=True)
+
+    return jax.pmap(gathered, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+
+
 def eval_batches(num_examples: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, " b"], Bool[np.ndarray, " b"]]]:
-    """Goes through every example once, in order, in batches of one shape.
+    """The places of every example once, in order, in batches of one size, which compile once, and whether each counts.
 
-    The last batch is filled up with copies of example 0 that its mask leaves out: an evaluation then compiles once and uses
-    every example. Average with the mask: ``sum(mask * value) / num_examples``.
-
-    Example::
-
-        total = 0.0
-        for indices, mask in eval_batches(len(images), batch_size=256):
-            total += np.sum(mask * np.asarray(log_prob(images[indices])))
-        mean = total / len(images)
-
-    Args:
-        num_examples: Number of examples in the split, at least 1.
-        batch_size: Examples in a batch, at least 1; it may exceed ``num_examples``.
-
-    Returns:
-        Iterator over ``(indices, mask)``; ``mask`` is true where the example counts.
+    The last batch is filled up with place 0, which its mask leaves out: ``sum(mask * values) / num_examples`` is a mean.
 
     Raises:
-        ValueError: If either number is below 1.
+        ValueError: If there is no example, or none in a batch.
     """
     if num_examples < 1 or batch_size < 1:
         raise ValueError(
             f"num_examples and batch_size must be at least 1, got {num_examples} and {batch_size}: "
             "check that the split is not empty"
         )
-
-    def batches():  # so that the caller's mistakes raise at the call, not at the first batch
-        for start in range(0, num_examples, batch_size):
-            indices = np.arange(start, start + batch_size)
-            mask = indices < num_examples
-            yield np.where(mask, indices, 0), mask
-
-    return batches()
+    batches = np.arange(-(-num_examples // batch_size) * batch_size).reshape(-1, batch_size)
+    return ((np.where(places < num_examples, places, 0), places < num_examples) for places in batches)
 
 
-def example_keys(key: PRNGKeyArray, local_batch_size: int, *, axis_name: str | None = AXIS) -> Shaped[Array, "b ..."]:
-    """Derives a random key for each example, the same for any number of devices.
-
-    Example ``i`` of the whole batch gets ``fold_in(key, i)``; the ``j``-th example of a device has
-    ``i = axis_index * local_batch_size + j``.
+def example_keys(key: PRNGKeyArray, local_batch_size: int) -> Shaped[Array, "b ..."]:
+    """A random key for each example in a step, the same for any number of devices: ``fold_in(key, place in the whole batch)``.
 
     Args:
-        key: Key of this step, equal on all devices, such as ``fold_in(run_key, step)``.
+        key: Key of the step, equal on all devices, such as ``fold_in(run_key, step)``.
         local_batch_size: Examples on one device.
-        axis_name: Mapped axis that counts the devices; None, as under plain ``jit``, gives the keys of the first device.
-
-    Returns:
-        Keys of the kind of ``key``, one per example.
-
-    Example:
-        >>> keys = example_keys(jax.random.key(0), 4, axis_name=None)
-        >>> noise = jax.vmap(lambda k: jax.random.normal(k, (2,)))(keys)
     """
-    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * local_batch_size
-    return jax.vmap(lambda index: jax.random.fold_in(key, index))(first + jnp.arange(local_batch_size))
+    first = jax.lax.axis_index(AXIS) * local_batch_size
+    return jax.vmap(lambda place: jax.random.fold_in(key, place))(first + jnp.arange(local_batch_size))
 
 
 def check_equal_on_all_devices(state: Any) -> None:
@@ -322,11 +276,8 @@ def _mapped_checksums(devices):
 
 def _checksum(x: Array) -> Array:
     """A sum of an array's bits that every bit changes, and a swap of two entries nearly always."""
-    bits = (
-        x.astype(jnp.uint32)
-        if x.dtype == bool
-        else jax.lax.bitcast_convert_type(x, _UINTS[x.dtype.itemsize]).astype(jnp.uint32)
-    )
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
+    bits = jax.lax.bitcast_convert_type(x, _UINTS[x.dtype.itemsize]).astype(jnp.uint32)
     mixed = (bits.reshape(-1) ^ jnp.uint32(0x9E3779B9)) * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1)
     return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
 
@@ -351,11 +302,6 @@ def on_local_devices(tree: Any, *, num_devices: int | None = None) -> Any:
     return jax.device_put(tree, placement, may_alias=False)  # an alias of the caller's arrays could not be donated
 
 
-def check_global_batch_size(global_batch_size: int) -> None:
-    """Raises a ValueError unless the size is a positive multiple of the number of devices."""
-    _check_divisible(global_batch_size, all_devices())
-
-
 def _replicate(state: Any, batch: Any) -> Any:
     """Places the state where a step returns it: from another placement pmap would compile the step twice."""
     return on_local_devices(state, num_devices=jax.tree.leaves(batch)[0].shape[0])
@@ -367,7 +313,8 @@ def _replicated(num_devices: int) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
-def _check_divisible(size: int, num_devices: int) -> None:
+def check_divisible(size: int, num_devices: int) -> None:
+    """Raises a ValueError unless the size of a batch is a positive multiple of the number of devices."""
     if size < 1 or size % num_devices:
         raise ValueError(
             f"a batch of {size} examples cannot be split evenly over {num_devices} devices: use a positive multiple of "

@@ -130,7 +130,7 @@ class TrainingStep:
         key_shared, key_examples = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), state.step))
         keys = example_keys(key_examples, len(jax.tree.leaves(batch)[0]))
 
-        # Every block becomes a contraction, once, and the gradient goes back through that once, whatever the number of parts.
+        # 1. Constrain: every block becomes a contraction, once for all parts, and so the gradient goes back through that once.
         def constrained_weights(params):
             constrained = self.constrain(params, state.spectral)
             return constrained.weights, constrained
@@ -138,6 +138,7 @@ class TrainingStep:
         weights, pull_back, constrained = jax.vjp(constrained_weights, state.params, has_aux=True)
         free = {name: leaf for name, leaf in state.params.items() if name not in weights}  # as of priors: without a constraint
 
+        # 2. Loss and gradients, part by part.
         def loss_of(weights, free, rows):
             batch, keys = rows
             loss = self.loss(self.model.with_(weights=weights, **free), batch, StepKeys(state.step, key_shared, keys))
@@ -149,18 +150,20 @@ class TrainingStep:
         [gradients] = pull_back(of_weights)
         gradients = {**gradients, **of_free}
 
-        # All means over devices at once, which compilers make one reduction. Power iterates depend on no data: devices of one
-        # kind compute equal ones, their mean is for those that do not.
+        # 3. Mean over devices, of everything at once, which compilers make one reduction. Power iterates depend on no data:
+        # devices of one kind compute equal ones, their mean is for those that do not.
         own_metrics = {**loss.metrics, **_constraint_metrics(constrained)}
         gradients, metrics, spectral = lax.pmean((gradients, own_metrics, constrained.spectral), AXIS)
 
         with jax.named_scope(OPTIMIZER):
+            # 4. Optimizer.
             learning_rate = jnp.asarray(rule.schedule(state.step * (rule.total_steps / state.horizon)))
             metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": learning_rate}
             updates, opt_state = rule.optimizer.update(gradients, state.opt_state, state.params)
             updates = jax.tree.map(lambda update: learning_rate.astype(update.dtype) * update, updates)
             params = optax.apply_updates(state.params, updates)
 
+            # 5. Averages.
             ema, batch_stats = ema_update(state.ema, params, state.step, rule.ema_decay), state.batch_stats
             if loss.batch_stats:  # which are those of one batch: their average is over ten at least
                 batch_stats = ema_update(batch_stats, loss.batch_stats, state.step, max(rule.ema_decay, 0.9))

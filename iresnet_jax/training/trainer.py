@@ -65,20 +65,6 @@ class Best(NamedTuple):
     batch_stats: Any
 
 
-class Restored(NamedTuple):
-    """Where a run goes on.
-
-    Attributes:
-        state: Its state.
-        step: Updates behind it.
-        losses: Losses of the validations so far.
-    """
-
-    state: TrainState
-    step: int = 0
-    losses: tuple[float, ...] = ()
-
-
 class Trainer:
     """A run between two steps: its state, what it has not logged yet, and its clocks.
 
@@ -112,11 +98,10 @@ class Trainer:
         self.best: Best | None = None
         self._use_terms(objective.num_terms)
         with _meanwhile(lambda: _compile_ahead(self._parallel_step, objective, settings.batch_size)):
-            self.state, self.step, losses = self.restored(objective.initial_state())
+            self.state, self.step, self._losses = self.restored(objective.initial_state())
             parallel.check_equal_on_all_devices(self.state)
         if int(self.state.num_terms) != objective.num_terms:
             self._use_terms(int(self.state.num_terms))
-        self._losses = list(losses)
         self._first_step, self._validated_step = self.step, -1 if self.step == 0 else self.step
         self._validate = objective.make_validation()
         self._validated_at = self._window_start = time.monotonic()
@@ -139,9 +124,9 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ what a run keeps
 
-    def restored(self, fresh: TrainState) -> Restored:
-        """Where to go on."""
-        return Restored(fresh)
+    def restored(self, fresh: TrainState) -> tuple[TrainState, int, list[float]]:
+        """The state to go on from, the updates behind it, and the losses of the validations so far."""
+        return fresh, 0, []
 
     def take(self, step: Step, batch: Any) -> dict[str, Any]:
         """Updates the state by one batch and returns the metrics of the step."""

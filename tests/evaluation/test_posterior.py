@@ -17,7 +17,6 @@ from iresnet_jax.__main__ import main
 from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.data import simulators
 from iresnet_jax.evaluation import posterior
-from iresnet_jax.evaluation.posterior import Posterior
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
@@ -65,8 +64,6 @@ def test_the_true_posterior_diverges_by_nothing_and_a_wrong_one_by_its_divergenc
     assert wrong.mean_c2st > 0.15
     none = dataclasses.replace(SETTINGS, num_posteriors=0)
     assert posterior.compare(linear_gaussian_model(), simulator, theta, x, none, 0).summary.mean_c2st is None
-    with pytest.raises(ValueError, match="a standard error needs at least 2 examples, got 1"):
-        posterior.compare(linear_gaussian_model(), simulator, theta[:1], x[:1], SETTINGS, 0)
 
 
 def test_c2st_tells_what_differs_and_nothing_else():
@@ -77,18 +74,6 @@ def test_c2st_tells_what_differs_and_nothing_else():
     assert posterior.c2st(3 * a, b) > 0.65
     assert posterior.c2st(a, b) == alike
     assert math.isnan(posterior.c2st(np.full_like(a, np.nan), b))
-
-
-def test_contradictions_are_stated():
-    sound = Posterior(divergence=0.01, stderr=0.01, num_examples=9, c2st=(0.5, 0.7), num_samples=11)
-    assert str(sound).splitlines() == [
-        "true posterior: the model diverges by 0.0100 ± 0.0100 nats",
-        "C2ST 0.600 (.5 is indistinguishable; 11 samples each for 2 contexts, 0.500 to 0.700)",
-    ]
-    better = dataclasses.replace(sound, divergence=-0.05)
-    assert better.warnings() == ["The model is more likely than the true posterior, by 5.0 standard errors."]
-    assert "not finite" in str(dataclasses.replace(sound, divergence=math.nan))
-    assert "C2ST is not a number" in str(dataclasses.replace(sound, c2st=(0.5, math.nan)))
 
 
 @pytest.fixture(scope="module")

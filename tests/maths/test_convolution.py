@@ -87,8 +87,8 @@ def test_one_tap_is_a_plain_matrix_product_and_all_else_goes_to_xla():
 @pytest.mark.parametrize(
     "name",
     [
-        *("3x3 same", "more channels in than out", "explicit pads", "explicit pads, fewer than the taps"),
-        *("stride 2 same, even and odd sides", "strides of two kinds", "stride 2 circular"),
+        *("3x3 same", "more channels in than out", "explicit pads, fewer than the taps"),
+        *("stride 2 same, even and odd sides", "stride 2 circular"),
     ],
 )
 def test_every_derivative_agrees_with_those_of_jax(x64, name):

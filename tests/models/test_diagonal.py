@@ -173,7 +173,7 @@ def blocks_of(kept, images):
 
     @jax.jit
     def entered(kept, images):
-        return chain(stage.entry).forward(kept.preprocess(images, jax.random.key(0)).astype(jnp.float64))
+        return chain(stage.reshapes).forward(kept.preprocess(images, jax.random.key(0)).astype(jnp.float64))
 
     @jax.jit
     def through(block, x):

@@ -30,6 +30,7 @@ CONTRADICTIONS = {
     "entropy": (with_part(likelihood=dataclasses.replace(POINTS, mean=2.8077)), "allows, by 4.0 standard errors"),
     "estimate": (with_part(likelihood=OFF), "4.5 standard errors away from the exact one"),
     "posterior": (changed("posterior", divergence=-0.034), "more likely than the true posterior, by 10.0 standard errors"),
+    "divergence": (changed("posterior", divergence=math.nan), "divergence from the true posterior is not finite"),
     "C2ST": (changed("posterior", c2st=(0.5, math.nan)), "C2ST is not a number"),
     "cross-entropy": (changed("classification", loss=math.nan), "The cross-entropy is not finite"),
     "samples": (with_part(samples=FAILED), "for 12 of 12 samples, numbers 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...."),

@@ -177,7 +177,7 @@ def test_a_run_that_blew_up_is_not_saved_when_told_to_stop(config, tmp_path, hap
     def blown_up(self, *arguments):
         return {name: jnp.nan * value for name, value in take(self, *arguments).items()}
 
-    monkeypatch.setattr(loop._RunOnDisk, "take", blown_up)
+    monkeypatch.setattr(loop._TrainerOnDisk, "take", blown_up)
     happens_before(1, send(signal.SIGTERM))
     with pytest.raises(RuntimeError, match="non-finite between steps 0 and 2"):
         loop.train(config, tmp_path)
@@ -300,8 +300,7 @@ def test_a_signal_at_any_moment_ends_training_in_one_sentence(moments, moment, n
         assert said == [f"stopped by {number.name}: {runs.train_script().HINT}"]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_during_the_imports_ends_training_in_one_sentence(number):
+def test_a_signal_during_the_imports_ends_training_in_one_sentence():
     process = subprocess.Popen(
         [sys.executable, "-c", IMPORT_PROGRAM],
         cwd=ROOT,
@@ -312,9 +311,9 @@ def test_a_signal_during_the_imports_ends_training_in_one_sentence(number):
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (128 + number, "", f"stopped by {number.name}: {runs.train_script().HINT}\n")
+    assert (process.returncode, out, err) == (143, "", f"stopped by SIGTERM: {runs.train_script().HINT}\n")
 
 
 # --- terms of the log-determinant -----------------------------------------------------------------------------------

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from iresnet_jax.training.parallel import (
     AXIS,
+    check_divisible,
     check_equal_on_all_devices,
-    check_global_batch_size,
     eval_batches,
     example_keys,
+    over_batches,
     parallelize,
-    parallelize_eval,
     shard,
     shared_vmap,
 )
@@ -128,14 +128,16 @@ def test_vmap_finds_a_forgotten_pmean_that_pmap_overlooks():
         simulate(forgetful_step)(jnp.zeros(()), batch)
 
 
-def test_eval_returns_examples_in_their_order_and_keeps_the_state():
-    x = np.arange(12, dtype=np.float32).reshape(6, 2)
-    evaluate = parallelize_eval(lambda state, batch: {"sum": state + batch.sum(axis=1), "same": batch})
-    state = jnp.float32(10.0)
-    for num_devices in (1, 2):
-        outputs = evaluate(state, shard(x, num_devices=num_devices))
-        np.testing.assert_array_equal(outputs["sum"], 10 + x.sum(axis=1))
-        np.testing.assert_array_equal(outputs["same"], x)
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_an_evaluation_returns_examples_in_their_order_and_keeps_the_state(num_devices):
+    x, state = np.arange(14, dtype=np.float32).reshape(7, 2), jnp.float32(10.0)
+
+    def evaluate(state, batch):
+        return {"sum": state + batch.sum(axis=1), "same": batch}
+
+    outputs = over_batches(evaluate, state, lambda places: x[places], len(x), 4, num_devices=num_devices)
+    np.testing.assert_array_equal(outputs["sum"], 10 + x.sum(axis=1))
+    np.testing.assert_array_equal(outputs["same"], x)
     assert not state.is_deleted()
 
 
@@ -149,10 +151,8 @@ def test_example_keys_do_not_depend_on_the_number_of_devices(make_key):
         return jax.random.key_data(example_keys(key, len(batch)))
 
     for num_devices in (1, 2):
-        batch = shard(np.zeros(6), num_devices=num_devices)
-        np.testing.assert_array_equal(parallelize_eval(keys_of)(0, batch), expected)
-    in_notebook = jax.jit(lambda: jax.random.key_data(example_keys(key, 6, axis_name=None)))()
-    np.testing.assert_array_equal(in_notebook, expected)
+        found = over_batches(keys_of, 0, lambda places: places, 6, 6, num_devices=num_devices)
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_shares_are_contiguous():
@@ -171,8 +171,8 @@ def test_batches_that_cannot_be_shared_out_say_what_would_do():
     with pytest.raises(ValueError, match="same number of examples"):
         shard([np.zeros(4), np.zeros(())])
     with pytest.raises(ValueError, match="batch of 0 examples"):
-        check_global_batch_size(0)
-    check_global_batch_size(64)
+        check_divisible(0, 2)
+    check_divisible(64, 2)
 
 
 def test_a_difference_between_devices_is_found_and_named():

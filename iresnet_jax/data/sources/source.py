@@ -105,53 +105,54 @@ def check_path(path: Path, name: str, *, is_folder: bool) -> None:
         raise ValueError(f"the {wanted} {path} for {name} {problem}: check the path")
 
 
-def checked(
-    name: str, contents: Contents, split: str, image_shape: tuple[int, ...] | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Goes through a split as `Contents.read` does and checks every example.
+def checked(name: str, contents: Contents, splits: Iterable[str]) -> Iterator[tuple[str, slice, np.ndarray, np.ndarray | None]]:
+    """Goes through splits as `Contents.read` does, one after the other, and checks every example.
 
     Args:
         name: Name of the source, for messages.
         contents: Contents of the source.
-        split: Split by the publisher's name.
-        image_shape: Height, width and channels; by default those of the split's first image.
+        splits: Splits by the publisher's names.
 
     Returns:
-        Iterator over uint8 images ``(n, h, w, c)`` and int32 labels ``(n,)``.
+        Iterator over the split, the rows of a chunk in it, uint8 images ``(n, h, w, c)`` and int32 labels ``(n,)``.
 
     Raises:
         ValueError: If images are not uint8 or not of one size, labels are out of range or missing, or there are more or fewer
             examples than the source said.
     """
-    where, start, expected, num_classes = f"split {split!r} of {name}", 0, contents.num_examples[split], contents.num_classes
-    name_of = contents.name_of or (lambda _, i: f"image {i} of {where}")
-    for images, labels in contents.read(split):
-        for i, image in enumerate(images, start):
-            if image.dtype != np.uint8 or image.ndim != 3:
-                raise ValueError(
-                    f"{where} must hold uint8 images of height x width x channels with levels 0 to 255, "
-                    f"got {image.dtype} of shape {image.shape}: convert them first"
-                )
-            image_shape = image_shape or image.shape
-            if image.shape != image_shape:
-                got, wanted = ("x".join(map(str, shape)) for shape in (image.shape, image_shape))
-                raise ValueError(
-                    f"{name_of(split, i)} is {got} where {wanted} was expected: all images must have one size, so resize them"
-                )
-        if (labels is None) != (num_classes is None):
-            has = "no labels" if labels is None else "labels"
-            raise ValueError(f"{where} has {has}, unlike the training images: give all splits labels, or none")
-        if labels is not None and num_classes is not None:
-            if len(wrong := np.flatnonzero((labels < 0) | (labels >= num_classes))):
-                raise ValueError(
-                    f"label {labels[wrong[0]]} of example {start + wrong[0]} of {where} is out of range: "
-                    f"there are {num_classes} classes, so labels run from 0 to {num_classes - 1}"
-                )
-            labels = labels.astype(np.int32)
-        start += len(images)
-        if start > expected:
-            break
-        yield np.asarray(images), labels
-    if start != expected:
-        holds = f"{start}" if start < expected else "more"
-        raise ValueError(f"{where} should hold {expected} examples but holds {holds}: its files are damaged, fetch them again")
+    image_shape, num_classes = None, contents.num_classes
+    for split in splits:
+        where, start, expected = f"split {split!r} of {name}", 0, contents.num_examples[split]
+        for images, labels in contents.read(split):
+            for i, image in enumerate(images, start):
+                if image.dtype != np.uint8 or image.ndim != 3:
+                    raise ValueError(
+                        f"{where} must hold uint8 images of height x width x channels with levels 0 to 255, "
+                        f"got {image.dtype} of shape {image.shape}: convert them first"
+                    )
+                image_shape = image_shape or image.shape
+                if image.shape != image_shape:
+                    got, wanted = ("x".join(map(str, shape)) for shape in (image.shape, image_shape))
+                    which = contents.name_of(split, i) if contents.name_of else f"image {i} of {where}"
+                    raise ValueError(
+                        f"{which} is {got} where {wanted} was expected: all images must have one size, so resize them"
+                    )
+            if (labels is None) != (num_classes is None):
+                has = "no labels" if labels is None else "labels"
+                raise ValueError(f"{where} has {has}, unlike the training images: give all splits labels, or none")
+            if labels is not None and num_classes is not None:
+                if len(wrong := np.flatnonzero((labels < 0) | (labels >= num_classes))):
+                    raise ValueError(
+                        f"label {labels[wrong[0]]} of example {start + wrong[0]} of {where} is out of range: "
+                        f"there are {num_classes} classes, so labels run from 0 to {num_classes - 1}"
+                    )
+                labels = labels.astype(np.int32)
+            rows = slice(start, start := start + len(images))
+            if start > expected:
+                break
+            yield split, rows, np.asarray(images), labels
+        if start != expected:
+            holds = f"{start}" if start < expected else "more"
+            raise ValueError(
+                f"{where} should hold {expected} examples but holds {holds}: its files are damaged, fetch them again"
+            )

@@ -73,23 +73,19 @@ class Validation:
 
 def accuracy_and_loss(model: Classifier | Density, images: np.ndarray, labels: np.ndarray, batch_size: int) -> dict[str, float]:
     """Share of images that are classified rightly, and their mean cross-entropy."""
-    outputs = evaluate_images(parallel.parallelize_eval(classify_batch), model, images, labels, batch_size)
+    outputs = evaluate_images(model, images, labels, batch_size)
     correct = outputs["logits"].argmax(axis=1) == labels
     return {"accuracy": float(correct.mean()), "loss": float(outputs["loss"].mean(dtype=np.float64))}
 
 
 def evaluate_images(
-    evaluate: Callable[[Any, Any], Any], model: Any, images: np.ndarray, labels: np.ndarray, batch_size: int
+    model: Classifier | Density, images: np.ndarray, labels: np.ndarray, batch_size: int
 ) -> dict[str, np.ndarray]:
-    """Runs `classify_batch` for all devices over all images."""
-    return parallel.over_batches(evaluate, model, lambda indices: (images[indices], labels[indices]), len(images), batch_size)
+    """Cross-entropies in nats and logits of all images; a density takes the middle of their grey levels, without noise."""
+    return parallel.over_batches(_classify, model, lambda places: (images[places], labels[places]), len(images), batch_size)
 
 
-def classify_batch(model: Classifier | Density, batch: tuple[Any, Any]) -> dict[str, Any]:
-    """Cross-entropy in nats and logits of ``(images, labels)``, for `parallelize_eval`.
-
-    A density classifies images at the middle of their grey levels, without noise.
-    """
+def _classify(model: Classifier | Density, batch: tuple[Any, Any]) -> dict[str, Any]:
     images, labels = batch
     logits = model.logits(images) if isinstance(model, Classifier) else model.class_log_probs(images)
     return {"loss": cross_entropy(logits, labels), "logits": logits}

@@ -115,7 +115,6 @@ class Validation:
         self._template, self._constraint = Density(spec, {}, {}, estimator=estimator), constraint
         self._examples, self._contexts, self._batch_size, self._seed = examples, contexts, batch_size, seed
         self._logdet, self._max_num_terms = logdet, max_num_terms
-        self._evaluate = parallel.parallelize_eval(evaluate_batch)
 
     def __call__(self, state: TrainState) -> HeldOut:
         """The mean of every term, and the terms of the log-determinant that training goes on with."""
@@ -153,7 +152,7 @@ class Validation:
 
     def _outputs(self, model: Density, num: int | None = None) -> dict[str, np.ndarray]:
         key, contexts = jax.random.key(self._seed), None if self._contexts is None else self._contexts[:num]
-        outputs = evaluate_examples(self._evaluate, model, self._examples[:num], key, self._batch_size, contexts=contexts)
+        outputs = evaluate_examples(model, self._examples[:num], key, self._batch_size, contexts=contexts)
         del outputs["truncation_bound"]
         return outputs
 
@@ -168,7 +167,6 @@ class Validation:
 
 
 def evaluate_examples(
-    evaluate: Callable[[Density, Any], Any],
     model: Density,
     examples: np.ndarray,
     key: jax.Array,
@@ -180,7 +178,6 @@ def evaluate_examples(
     """Objective, terms and truncation bound of all examples, by all devices.
 
     Args:
-        evaluate: `evaluate_batch` for all devices, see `parallel.parallelize_eval`.
         model: The density.
         examples: The examples.
         key: Source of randomness; the random numbers of an example depend on the key, its place and the draw, not on batches.
@@ -196,15 +193,10 @@ def evaluate_examples(
     # that share a batch have to use all.
     is_alone = parallel.num_processes() == 1
     num_devices = 1 if is_alone and isinstance(model.estimator, ExactLogdet) and jax.default_backend() == "cpu" else None
-    return parallel.over_batches(evaluate, model, batch_of, len(examples), batch_size, num_devices=num_devices)
+    return parallel.over_batches(_evaluate_batch, model, batch_of, len(examples), batch_size, num_devices=num_devices)
 
 
-def evaluate_batch(model: Density, batch: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
-    """Objective, terms and truncation bound of ``(examples, contexts, noise keys, probe keys)``, for `parallelize_eval`.
-
-    Each example's keys, from `evaluation_keys`, decide its noise, probes and series length, so that results do not depend on
-    the batching.
-    """
+def _evaluate_batch(model: Density, batch: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
     x, context, key_noise, key_probe = batch
     terms = model.terms(x, key_noise, key_probe, context=context)
     return {

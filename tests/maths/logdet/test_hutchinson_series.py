@@ -450,8 +450,8 @@ def test_an_estimator_is_an_argument_of_jit_like_any_array(estimator):
     np.testing.assert_array_equal(logdet, 0)
 
 
-@pytest.mark.parametrize("estimator", [KrylovLogdet(2), RouletteLogdet()], ids=["krylov", "roulette"])
-def test_whatever_can_be_a_batch_is_one_and_old_keys_are_keys(estimator):
+def test_whatever_can_be_a_batch_is_one_and_old_keys_are_keys():
+    estimator = RouletteLogdet()
     estimate = jax.jit(functools.partial(estimator, lambda x: 0.5 * x))
     key = jax.random.key(0)
     expected, _ = estimate(jnp.ones((2, 7)), key)

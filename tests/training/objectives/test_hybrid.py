@@ -21,7 +21,6 @@ from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import constrain, freeze
 from iresnet_jax.models.head import cross_entropy
-from iresnet_jax.models.saved import load as load_model
 from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.from_config import build_objective
 from iresnet_jax.runs.metrics import read_metrics
@@ -164,13 +163,6 @@ def test_mistakes_of_callers(call, match):
         call()
 
 
-def test_a_class_that_does_not_exist_gives_no_sample_and_says_so():
-    x, info = jax.jit(draw)(plane()[0], jnp.array([0, 3, -1, 2]))
-    assert info.converged.tolist() == [True, False, False, True]
-    assert np.isnan(x[1:3]).all()
-    assert np.isfinite(x[::3]).all()
-
-
 def draw(model, labels):
     return model.sample(jax.random.key(0), 4, labels=labels)
 
@@ -299,18 +291,6 @@ def test_samples_of_a_class_from_the_command_line(trained, workdir, capsys):
     assert "there is no class 10: classes are 0 to 9" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a label for each of 3 samples"):
         samples.draw(trained.model, 3, size, labels=[1])
-
-
-def test_a_frozen_hybrid_is_the_same_in_one_file(trained, class_log_probs, workdir, capsys):
-    assert main(["freeze", "--workdir", str(workdir)]) == 0
-    capsys.readouterr()
-    loaded = load_model(workdir)
-    images = trained.test_examples()[:8]
-    found = jax.jit(lambda model, images: model.class_log_probs(images))(loaded, images)
-    np.testing.assert_allclose(found, class_log_probs(images), rtol=SAME, atol=SAME)
-    drawn = samples.draw(loaded, NUM, NUM, labels=[3, 4] * (NUM // 2))
-    assert drawn.values.shape == (NUM, 8, 8, 1)
-    assert bool(drawn.converged.all())
 
 
 def test_scores_of_other_images_know_of_classes(trained, class_log_probs):
