@@ -61,10 +61,10 @@ def reference(model, images):
     known = np.asarray(jax.jit(lambda model: model.terms(images, *keys).log_det_transform)(cheap), np.float64)
     with jax.enable_x64(True):
         weights, prior = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (model.weights, model.prior))
-        z = np.asarray(encode(model.with_(weights=weights, prior=prior), x))
+        z = encode(model.with_(weights=weights, prior=prior), x)
         log_prior = np.asarray(priors.log_prob(model.spec.prior_family, prior, z))
     log_dets = certify.log_det(model, x).lower
-    return x, z, log_dets, log_prior + log_dets + known
+    return x, np.asarray(z), log_dets, log_prior + log_dets + known
 
 
 def likelihoods(arguments):

@@ -8,6 +8,7 @@ import itertools
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 WARMUP = 2
 
@@ -52,6 +53,9 @@ def _peak_bytes():
 
 class Steps:
     """A training that a worker goes on with; subclasses make `take`, one step, `wait` for its end, and `loss`."""
+
+    take: Any
+    loss: Any
 
     def warm_up(self, num=WARMUP):
         """Takes the first steps, which compile; the largest memory is then counted anew, where the system can."""

@@ -114,7 +114,7 @@ def exact_errors(case: Inverted, refined, numbers, num):
     return np.array(errors)
 
 
-def inverse_of(case: Inverted, num_decimal):
+def inverse_of(case, num_decimal):
     """The numbers of a case."""
     found, seconds = timed(certify.inverse, case.model, case.y, case.x)
     errors = exact_errors(case, found.refined, LONG, len(case.y))
@@ -162,7 +162,7 @@ def likelihood_cases(run, num, num_long, num_decimal, *, quick):
         yield f"random weights, L = {COEFF}", Images(randomized(model, COEFF, jax.random.key(2)), few, both)
 
 
-def likelihood_of(case: Images):
+def likelihood_of(case):
     """The numbers of a case."""
     model = case.model
     found, seconds = timed(certify.log_prob, model, case.x)

@@ -57,7 +57,7 @@ class Inputs:
 
         @jax.jit
         def preprocess(images, keys):
-            u, cells, _ = dequantize_bijection(self.spec.num_levels).forward_and_logdet(images, keys)
+            u, cells, _ = dequantize_bijection(self.spec.num_levels or 0).forward_and_logdet(images, keys)
             x, log_det, _ = self.spec.transform.bijection().forward_and_logdet(u, keys)
             return x, cells + log_det
 

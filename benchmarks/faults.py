@@ -36,7 +36,6 @@ END_S, START_S = 60.0, 120.0  # seconds
 TOTAL_STEPS, EVAL_EVERY = 200, 10
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 MOMENTS = ("compiling", "stepping", "validating", "saving")
-ABORTED = -signal.SIGABRT
 
 
 def work(coordinator, process, workdir):
@@ -147,7 +146,7 @@ def try_fault(number, folder, expected):
         "said": said,
         "seconds": seconds,
         "ended": None not in statuses and seconds < END_S,
-        "by_jax": ABORTED in statuses,
+        "by_jax": -signal.SIGABRT in statuses,
         "resumed": resumed == [0, 0] and is_same,
     }
 

@@ -11,6 +11,7 @@ folder there with model.npz and metrics.jsonl, such as a copy of results/mnist_c
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,6 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.evaluation import accuracy
 from iresnet_jax.evaluation.inversion import RECOVERED, round_trip
 from iresnet_jax.json_dataclasses import first_difference, to_plain
-from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.report.contents import TrainingTimes
 from iresnet_jax.runs import loop
@@ -56,7 +56,7 @@ def invertibility(run, num):
     return found
 
 
-def trained(config, workdir):
+def trained(config, workdir) -> Any:
     """The run of a config: the model in the folder, or a training that begins or goes on there."""
     if not (workdir / FILE_NAME).exists():
         loop.train(config, workdir)
@@ -71,7 +71,6 @@ def measure(variant, seed, folder, arguments):
     config = read_config(f"{arguments.config}:{variant}", f"seed={seed}", *(QUICK if arguments.quick else ()))
     workdir = folder / f"{variant}_seed{seed}"
     run, num = trained(config, workdir), (32, 32) if arguments.quick else (arguments.num, arguments.num_certified)
-    assert isinstance(run.model, Classifier)
     result = accuracy.evaluate(run.model, run.test_examples(), run.data.labels["test"], config.evaluation.batch_size)
     times = TrainingTimes.from_metrics(read_metrics(workdir), run.step)
     row = {"variant": variant, "seed": seed, "error": result.error, "num_examples": result.num_examples}

@@ -2,8 +2,8 @@
 
     python benchmarks/plans.py [--topology v5e:2x2] [--configs iresnet_density:cifar10 ...] [--quick]
 
-Needs the extra ``tpu``. Batches are those of the configs. Plans that are in the record already
-are kept, each with the commit it was made with; to make one anew, take it out of the record or write elsewhere with --output.
+Needs the extra ``tpu``. Batches are those of the configs. Plans that are in the record already are kept, each with its commit;
+to make one anew, take it out of the record or write elsewhere with --output.
 """
 
 import dataclasses

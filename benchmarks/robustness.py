@@ -17,7 +17,6 @@ from _record import write
 
 from iresnet_jax import certify
 from iresnet_jax.evaluation import robustness
-from iresnet_jax.evaluation.robustness import Attack
 from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.models.classifier import Classifier
 
@@ -42,7 +41,7 @@ def main():
     arguments = options.parse_args()
     (run, model), num = load_kind(arguments.workdir, Classifier), 4 if arguments.quick else arguments.num
     images, labels = run.test_examples()[:num], run.data.labels["test"][:num]
-    attack = Attack(num_steps=5) if arguments.quick else Attack()
+    attack = robustness.Attack(num_steps=5) if arguments.quick else robustness.Attack()
     begin = time.perf_counter()
     certified = certify.radius(model, images, num_forms=arguments.forms)
     seconds = (time.perf_counter() - begin) / num

@@ -11,6 +11,7 @@ import functools
 import math
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
@@ -108,23 +109,24 @@ def _certify(flow: PreparedFlow, y, start, contexts) -> InverseCertificate:
     points = follow(flow.spec, flow.weights, start.reshape(-1, *flow.spec.event_shape), contexts)
     trajectory = DoubleDouble.of(ending_at(flow.stages, np.array(points), last))
     certify = _with_products if flow.dense and flow.smooth else _with_norms
-    best = _nothing(start)
+    best = None
     for attempt in range(_MAX_LINEARIZATIONS):
         if attempt == _MAX_LINEARIZATIONS - 1 or not (flow.smooth and np.all(np.isfinite(trajectory.high))):
             points = np.array(follow_back(flow.spec, flow.weights, y, contexts))
             trajectory = DoubleDouble.of(ending_at(flow.stages, points, last))
-        found, trajectory = certify(flow, trajectory, start, contexts, best)
+        found, trajectory = certify(flow, trajectory, start, contexts)
         best = _better(best, found)
         if np.all(best.applied) or not flow.smooth:
             break
+    assert best is not None
     return best
 
 
-def _with_products(flow: PreparedFlow, trajectory, start, contexts, best):
+def _with_products(flow: PreparedFlow, trajectory, start, contexts) -> tuple[InverseCertificate, DoubleDouble]:
     """The best certificates of Newton's steps with one linearization, while they help, and the last trajectory."""
     found = residuals(flow.stages, trajectory, contexts)
     linearized = linearize(flow, found, trajectory)
-    size = np.full(len(start), np.inf)
+    best, size = None, np.full(len(start), np.inf)
     for _ in range(_MAX_STEPS):
         moved = np.linalg.norm((trajectory - linearized.center).high[:, :-1], axis=2) * UP
         products = [products_at(flow, linearized, i, own) for i, own in enumerate(moved)]
@@ -136,10 +138,11 @@ def _with_products(flow: PreparedFlow, trajectory, start, contexts, best):
         size = np.linalg.norm(found.values, axis=(1, 2))
         trajectory = _moved(trajectory, newton_step_by_inverses(flow.spec, linearized.inverses, found.values))
         found = residuals(flow.stages, trajectory, contexts)
+    assert best is not None
     return best, trajectory
 
 
-def _with_norms(flow: PreparedFlow, trajectory, start, contexts, best):
+def _with_norms(flow: PreparedFlow, trajectory, start, contexts) -> tuple[InverseCertificate, DoubleDouble]:
     """The certificates from the norms of each step's inverse, after as many Newton steps as help, and the last trajectory."""
     found = residuals(flow.stages, trajectory, contexts)
     for _ in range(_MAX_STEPS):
@@ -185,14 +188,9 @@ def _bounds(
     return InverseCertificate(error * UP, applied.astype(bool), beta, eta, K, h, trajectory.high[:, 0], own, nothing)
 
 
-def _nothing(start) -> InverseCertificate:
-    infinite = np.full(len(start), np.inf)
-    nothing = np.zeros(len(start), bool)
-    return InverseCertificate(infinite, nothing, infinite, infinite, infinite, infinite, start, infinite, infinite * np.nan)
-
-
-def _better(one: InverseCertificate, other: InverseCertificate) -> InverseCertificate:
+def _better(one: InverseCertificate | None, other: InverseCertificate) -> InverseCertificate:
     """For each example the certificate with the lesser bound, one by the theorem first."""
+    if one is None:
+        return other
     takes = (other.applied & ~one.applied) | ((other.applied == one.applied) & (other.error_bound < one.error_bound))
-    chosen = [np.where(takes.reshape(-1, *[1] * (np.ndim(a) - 1)), b, a) for a, b in zip(one, other, strict=True)]
-    return InverseCertificate(*chosen)
+    return jax.tree.map(lambda a, b: np.where(takes.reshape(-1, *[1] * (np.ndim(a) - 1)), b, a), one, other)

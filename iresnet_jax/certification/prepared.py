@@ -101,6 +101,8 @@ def check(model: Model, *given: Any, most_dims: int | None = None, contraction: 
                 f"{stage.name} has branches of kind {stage.spec.kind!r}, which certificates cannot follow: they take chains of "
                 "layers and activations; certificate() has the bounds on that kind's word"
             )
+        if branch.word != "certified":  # norms without a bound that follows from them
+            raise ValueError("these weights are not certified: call freeze() first")
     if contraction and not all(np.all(np.asarray(block.branch.lipschitz_bound) < 1) for block in model.weights.values()):
         raise ValueError("a block is not certified to be a contraction, so the inverse may not be unique: see certificate()")
     if most_dims is not None and model.spec.flow.num_dims > most_dims:
