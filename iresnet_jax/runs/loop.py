@@ -1,9 +1,10 @@
-"""The training loop on disk: metrics and checkpoints out, and the same run again after an interruption.
+"""Training that writes to a folder and resumes from it.
 
 A workdir belongs to one config. Running the same command again resumes from the newest intact checkpoint, and goes on bit for
 bit as if it had not been stopped: batches and random numbers are functions of (seed, step). A run that is told to stop saves
-the step it has reached; if that lies between two lines of its log, the next line averages over the steps after it. A run that
-is killed loses the steps since its last checkpoint, which is at most `SAVE_SECONDS` and one step old.
+the step it has reached; the first log line after a resume then averages only the steps since. A run that is killed loses the
+steps since its last checkpoint. Between validations, a checkpoint follows the first log line after `SAVE_SECONDS`: lost are at
+most the steps of that time and ``log_every_steps`` more, with several processes another three, until they have agreed to save.
 """
 
 import contextlib
@@ -49,7 +50,7 @@ def train(
     say: Callable[[str], None] | None = None,
     steps: CompiledSteps | None = None,
 ) -> TrainState:
-    """Trains for ``config.training.total_steps``, at most for ``minutes``, from where the workdir's newest checkpoint stands.
+    """Starts from the newest checkpoint, if any, and trains to ``total_steps`` or until ``minutes`` have passed.
 
     Args:
         config: All settings, from `config.parse`.
@@ -78,7 +79,7 @@ def train(
         if hosts.is_first():
             stack.enter_context(run_folder.alone_in(workdir))
         writer = stack.enter_context(MetricWriter(workdir)) if hosts.is_first() else None
-        # There is nothing to save until a step is done: a signal ends the process at once.
+        # until a step is done there is nothing to save: signals end the process
         trainer = _TrainerOnDisk(objective, config.training, workdir, writer, checkpoints, agreement, compile_step, say)
         progress = stack.enter_context(Progress(trainer.horizon, trainer.step, shown=hosts.is_first()))
         trainer.watch(stack.enter_context(StopRequests()), progress)
@@ -101,7 +102,7 @@ def check_batch_size(settings: TrainingConfig, data: DataSet) -> None:
 
 
 def _check_alike(config: Config, data: DataSet) -> None:
-    """Raises ``ValueError`` if processes have different settings or data, or settings that only one process can keep."""
+    """Raises ``ValueError`` if processes have different settings or data, or a time limit, which needs a single process."""
     hosts.agree_on("config", json.dumps(to_plain(config)))
     hosts.agree_on("data set", f"{data.name} of fingerprint {data.fingerprint}")
     if config.training.minutes and parallel.num_processes() > 1:
@@ -112,7 +113,7 @@ def _check_alike(config: Config, data: DataSet) -> None:
 
 
 def _begin(workdir: Path, config: Config, data: DataSet) -> tuple[Spec, Objective]:
-    """Takes the folder for this run and returns its model and objective; process 0 does, for all."""
+    """Process 0 claims the folder and makes the model; the others receive it."""
     claimed: list[tuple[Spec, Objective]] = []
 
     def claim():
@@ -151,7 +152,7 @@ def batches(config: Config, examples: Any, first_step: int) -> Iterator[Any]:
 
 
 class _TrainerOnDisk(Trainer):
-    """A run that keeps measurements and checkpoints in a folder, saves when it is told to stop, and agrees on that."""
+    """A run that writes to a folder, saves when told to stop, and agrees with the other processes when to save or stop."""
 
     def __init__(
         self,
@@ -190,11 +191,11 @@ class _TrainerOnDisk(Trainer):
 
         step, losses = hosts.from_first(restore)
         state = hosts.broadcast(found[0][0] if found else fresh)  # a fresh state, too: hosts round differently
-        allocator.return_freed_memory()  # which steps would not find use for, in its fragments
+        allocator.return_freed_memory()  # restoring leaves fragments that steps could not use
         return state, step, losses
 
     def take(self, step: Step, batch: Any) -> dict[str, Any]:
-        """Updates the state by one batch, and hands what this process wishes to all others."""
+        """Updates the state by one batch, and tells the other processes what this one wishes."""
         self.state, metrics = self._agreement.take(step, self.state, batch, self._wishes())
         self._stop.unsaved = True
         return metrics

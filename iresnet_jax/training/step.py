@@ -61,7 +61,7 @@ class TrainState(NamedTuple):
 
 
 class StepKeys(NamedTuple):
-    """The randomness of a step: a run gives the same result on any number of devices, its batches in any number of parts.
+    """The randomness of a step. It depends neither on the number of devices nor on the number of parts.
 
     Attributes:
         step: Finished updates.
@@ -93,7 +93,7 @@ class UpdateRule(NamedTuple):
 
     Attributes:
         optimizer: Optimizer at a learning rate of 1.
-        schedule: Learning rate by step of a run of ``total_steps``.
+        schedule: Learning rate as a function of the step, for a run of ``total_steps``.
         total_steps: Updates that the schedule is made for; a run of another length stretches it.
         ema_decay: Decay of the moving averages of the parameters and of BatchNorm's statistics.
     """
@@ -104,7 +104,7 @@ class UpdateRule(NamedTuple):
     ema_decay: float
 
 
-@dataclass(frozen=True, eq=False)  # programs are kept by which step they are of
+@dataclass(frozen=True, eq=False)  # compared by identity: caches keep one program per step object
 class TrainingStep:
     """``(state, batch) -> (state, metrics)``: one step down the gradient of a loss, averaged over devices.
 
@@ -130,28 +130,30 @@ class TrainingStep:
         key_shared, key_examples = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), state.step))
         keys = example_keys(key_examples, len(jax.tree.leaves(batch)[0]))
 
-        # 1. Constrain: every block becomes a contraction, once for all parts, and so the gradient goes back through that once.
+        # 1. Constrain: every block becomes a contraction. The constraint is computed once per step; its vjp takes the mean
+        # gradient of all parts back.
         def constrained_weights(params):
             constrained = self.constrain(params, state.spectral)
             return constrained.weights, constrained
 
         weights, pull_back, constrained = jax.vjp(constrained_weights, state.params, has_aux=True)
-        free = {name: leaf for name, leaf in state.params.items() if name not in weights}  # as of priors: without a constraint
+        # parameters without a constraint, such as the prior's
+        free = {name: leaf for name, leaf in state.params.items() if name not in weights}
 
         # 2. Loss and gradients, part by part.
-        def loss_of(weights, free, rows):
-            batch, keys = rows
-            loss = self.loss(self.model.with_(weights=weights, **free), batch, StepKeys(state.step, key_shared, keys))
+        def loss_of(weights, free, part):
+            examples, part_keys = part
+            loss = self.loss(self.model.with_(weights=weights, **free), examples, StepKeys(state.step, key_shared, part_keys))
             return loss.value, loss
 
         (of_weights, of_free), loss = _mean_over_parts(
-            lambda rows: jax.grad(loss_of, argnums=(0, 1), has_aux=True)(weights, free, rows), (batch, keys), self.num_parts
+            lambda part: jax.grad(loss_of, argnums=(0, 1), has_aux=True)(weights, free, part), (batch, keys), self.num_parts
         )
         [gradients] = pull_back(of_weights)
         gradients = {**gradients, **of_free}
 
-        # 3. Mean over devices, of everything at once, which compilers make one reduction. Power iterates depend on no data:
-        # devices of one kind compute equal ones, their mean is for those that do not.
+        # 3. Mean over devices. One pmean, so that compilers make one reduction. Iterates depend on no data; averaging keeps
+        # unlike devices equal.
         own_metrics = {**loss.metrics, **_constraint_metrics(constrained)}
         gradients, metrics, spectral = lax.pmean((gradients, own_metrics, constrained.spectral), AXIS)
 
@@ -165,7 +167,7 @@ class TrainingStep:
 
             # 5. Averages.
             ema, batch_stats = ema_update(state.ema, params, state.step, rule.ema_decay), state.batch_stats
-            if loss.batch_stats:  # which are those of one batch: their average is over ten at least
+            if loss.batch_stats:  # one batch is noisy: average over at least ten
                 batch_stats = ema_update(batch_stats, loss.batch_stats, state.step, max(rule.ema_decay, 0.9))
         return state._replace(
             step=state.step + 1, params=params, spectral=spectral, ema=ema, opt_state=opt_state, batch_stats=batch_stats
@@ -176,8 +178,8 @@ def _mean_over_parts(compute: Callable[[Any], Any], rows: Any, num_parts: int) -
     """Mean of what a function computes of equal parts of some rows: no more than the arrays of one part are in memory."""
     if num_parts == 1:
         return compute(rows)
-    parts = jax.tree.map(lambda rows: rows.reshape(num_parts, -1, *rows.shape[1:]), rows)
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(compute, jax.tree.map(lambda rows: rows[0], parts)))
+    parts = jax.tree.map(lambda leaf: leaf.reshape(num_parts, -1, *leaf.shape[1:]), rows)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(compute, jax.tree.map(lambda leaf: leaf[0], parts)))
     sums, _ = lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, compute(part)), None), zeros, parts)
     return jax.tree.map(lambda total: total / num_parts, sums)
 

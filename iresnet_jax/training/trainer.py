@@ -1,6 +1,6 @@
 """Training in memory: steps, a log of their means, validations, and an end by steps, time, patience or request.
 
-What a run keeps, it keeps here in memory; `runs.loop` keeps it on disk.
+Measurements and the best state stay in memory; `runs.loop` writes them to disk.
 """
 
 import concurrent.futures
@@ -54,7 +54,7 @@ class Best(NamedTuple):
 
     Attributes:
         loss: Number that it was chosen by.
-        step: Updates behind it.
+        step: Updates that led to it.
         ema: Averaged parameters, on the host.
         batch_stats: Running averages of BatchNorm, on the host.
     """
@@ -66,9 +66,9 @@ class Best(NamedTuple):
 
 
 class Trainer:
-    """A run between two steps: its state, what it has not logged yet, and its clocks.
+    """A training run: state, log, clocks; `run` takes the steps.
 
-    A run that keeps more than memory does overrides `restored`, `take`, `write`, `save` and `elapsed_s`.
+    A run that keeps these elsewhere than in memory overrides `restored`, `take`, `write`, `save` and `elapsed_s`.
 
     Args:
         objective: What is trained.
@@ -111,7 +111,7 @@ class Trainer:
         self._timed_steps = 0
 
     def run(self, batches: Iterator[Any], after_step: Callable[[], bool] = lambda: False) -> None:
-        """Takes steps until a validation ends training, batches end, or what is called after every step says so."""
+        """Takes steps until validation ends training, batches run out, or ``after_step`` returns True."""
         while not self._is_over and (batch := next(batches, None)) is not None:
             self._take_step(batch)
             is_validation_due = self._is_validation_due
@@ -125,7 +125,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ what a run keeps
 
     def restored(self, fresh: TrainState) -> tuple[TrainState, int, list[float]]:
-        """The state to go on from, the updates behind it, and the losses of the validations so far."""
+        """The state to go on from, the number of updates that led to it, and the losses of the validations so far."""
         return fresh, 0, []
 
     def take(self, step: Step, batch: Any) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class Trainer:
         self.records.append({"step": self.step, "split": split, "wall_time_s": round(self.elapsed_s, 3), **values})
 
     def save(self, loss: float | None) -> None:
-        """Keeps the state behind a validation with this loss if it is the best so far."""
+        """Keeps the state if its validation loss is the lowest so far; the loss is None between validations."""
         if loss is not None and (self.best is None or loss < self.best.loss):
             self.best = Best(loss, self.step, *jax.device_get((self.state.ema, self.state.batch_stats)))
 
@@ -157,12 +157,12 @@ class Trainer:
 
     @property
     def is_logged(self) -> bool:
-        """Whether a line of the log stands behind the last step."""
+        """Whether the last step has been logged."""
         return not self._window
 
     @property
     def is_validated(self) -> bool:
-        """Whether a validation stands behind the last step."""
+        """Whether the last step has been validated."""
         return self.step == self._validated_step
 
     @property
@@ -199,7 +199,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ what a run does
 
     def _use_terms(self, num_terms: int) -> None:
-        """Takes steps with so many terms of the log-determinant from now on, which are another program."""
+        """Switches to the program with this many terms of the log-determinant."""
         self._parallel_step = self._compile_step(self._objective.step_with(num_terms), num_terms)
         self._is_compiled = False
 
@@ -212,7 +212,8 @@ class Trainer:
         else:
             jax.block_until_ready(metrics)
             if self.step == self._first_step:
-                self._first_step_ended = self._validated_at = time.monotonic()  # compiling is no time without validation
+                # compile time does not count towards the next validation
+                self._first_step_ended = self._validated_at = time.monotonic()
                 seconds = time.monotonic() - self._started
                 self.write({"compile_seconds": seconds}, "timing")
                 name = self._objective.name
@@ -280,8 +281,8 @@ def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_ste
     bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
     if bad:
         raise RuntimeError(
-            f"{', '.join(bad)} became non-finite between steps {first_step} and {last_step}; checkpoints from before are kept; "
-            "lower the learning rate, lengthen the warm-up or clip the gradient, and resume"
+            f"{', '.join(bad)} became non-finite between steps {first_step} and {last_step}: train again, in another workdir, "
+            "with a lower learning rate, a longer warm-up or a smaller clip_norm; the old workdir keeps its checkpoints"
         )
 
 

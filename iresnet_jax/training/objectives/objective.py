@@ -1,4 +1,4 @@
-"""What training knows of a model: a loss of it, a validation, and the state that training starts from."""
+"""A model as training sees it: its step, its validation, its first state."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ class Objective(NamedTuple):
         name: The metric that is shown, such as "bits_per_dim".
         step: The training step, whose `TrainingStep.loss` is the loss.
         make_validation: ``() ->`` the function that measures a state on held-out data.
-        selection: Number that the best state is chosen by, from the held-out metrics; lower is better.
+        selection: ``held-out metrics -> number``; the state with the lowest is the best.
         examples: Pytree of arrays that batches are taken from; None for endless data, whose steps draw their own.
         initial_variables: ``() ->`` fresh variables, fitted to training data.
         logdet: Settings of the log-determinant, for models that have one in training.
@@ -87,5 +87,5 @@ class Objective(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _state_creator(optimizer: optax.GradientTransformation) -> Callable[[Any], TrainState]:
-    """One program for the state of all runs with one optimizer: copies one by one would compile one by one."""
+    """Creates the first state. Jitted: all copies are one program. Cached: runs with one optimizer share it."""
     return jax.jit(lambda variables: TrainState.create(variables, optimizer))
