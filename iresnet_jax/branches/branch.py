@@ -8,6 +8,7 @@ A kind of branch is a `BranchSpec`: an architecture without weights, in one file
 import dataclasses
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -158,7 +159,7 @@ class Constrained(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BranchSpec:
+class BranchSpec(ABC):
     """The architecture of a residual branch: what makes a `Branch` of weights. Kinds of branches inherit from this.
 
     A kind has to have `initial_weights`, `apply` and `lipschitz_bound`, and `of_stage` if it has settings of its own. The
@@ -179,19 +180,19 @@ class BranchSpec:
         del stage
         return cls(in_shape, context_dim=context_dim)
 
+    @abstractmethod
     def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharp: bool = False) -> Weights:
         """Random weights, a dictionary; ``last_scale`` is a factor on ``g``, ``sharp`` asks for sharper activations."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(
         self, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None, *, bfloat16: bool = False
     ) -> Float[Array, "b ..."]:
         """``g(x; context)`` of weights as they are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lipschitz_bound(self, weights: Weights) -> Float[Array, ""]:
         """Upper bound of ``Lip(g)`` of weights as they are, for every context."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------- the budget
 
@@ -254,8 +255,8 @@ class BranchSpec:
         return frozenset()
 
     def largest_diagonal(self, weights: Weights) -> Float[Array, ""]:
-        """The largest absolute value that an entry of the Jacobian's diagonal can have."""
-        raise NotImplementedError
+        """The largest absolute value that an entry of the Jacobian's diagonal can have; 1, if the kind does not know better."""
+        return jnp.ones((), jnp.result_type(*jax.tree.leaves(weights)))
 
     @property
     def layers(self) -> "tuple[LayerSpec, ...]":

@@ -192,17 +192,18 @@ class _Evaluation:
 
     def _of_block(self, b, sizes, num_probes, prepared, size, noise_draw, draw):
         stage, k = self._blocks[b]
-        task = _Task(jax.tree.map(lambda w: w[k], self._model.weights[stage.name].branch), sizes, num_probes)
+        branch = jax.tree.map(lambda w: w[k], self._model.weights[stage.name].branch)
+        task = _Task(branch, sizes, num_probes)
         inputs, contexts, numbers = prepared["inputs"][stage.name], prepared.get("context"), prepared["numbers"]
 
         def batch_of(places):
             keys = _probe_keys(self._key, numbers[places], noise_draw, b, draw)
             return inputs[places, k], None if contexts is None else contexts[places], keys
 
-        num_devices, has_logdet = None, "logdet" in stage.branch.knows
-        if not sizes and not (has_logdet and len(stage.branch.in_shape) == 3):  # LAPACK, see `likelihood.evaluate_examples`
+        num_devices = None
+        if not sizes and not (branch.logdet and len(stage.branch.in_shape) == 3):  # LAPACK, see `likelihood.evaluate_examples`
             num_devices = 1 if parallel.num_processes() == 1 and jax.default_backend() == "cpu" else None
-            if not has_logdet:
+            if branch.logdet is None:
                 fits, multiple = max(FULL_ENTRIES // math.prod(stage.branch.in_shape) ** 2, 1), parallel.all_devices()
                 size = min(size, max(fits // multiple, 1) * multiple)
         return parallel.over_batches(_evaluate_block, task, batch_of, len(numbers), size, num_devices=num_devices)
