@@ -35,7 +35,10 @@ class CompiledSteps:
             **{"minutes": 0.0, "patience": 0, "log_every_steps": 1, "eval_every_steps": 1},
             **{"actnorm_examples": 1, "eval_examples": 1, "max_num_terms": 0},
         )
-        settings = dataclasses.replace(config, data=DataConfig(), evaluation=EvaluationConfig(), training=training)
+        # The size of noise comes with the batch.
+        augmentation = dataclasses.replace(config.augmentation, noise=1.0 if config.augmentation.noise else 0.0)
+        given = {"data": DataConfig(), "evaluation": EvaluationConfig(), "training": training, "augmentation": augmentation}
+        settings = dataclasses.replace(config, **given)
         key = (settings, spec, num_terms)
         step = self._steps.pop(key, None) or compile_step()
         self._steps[key] = step

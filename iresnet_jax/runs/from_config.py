@@ -197,13 +197,17 @@ def build_objective(config: Config, data: DataSet, spec: Spec | None = None) -> 
 
 
 def _density(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
-    loss = likelihood.make_loss(data.draw, likelihood.noise_scales(config.augmentation.noise, spec))
+    noise = config.augmentation.noise
+    loss = likelihood.make_loss(data.draw, likelihood.noise_scales(spec) if noise else None)
+    examples = None if data.is_endless else (data.examples["train"], data.contexts.get("train"))
+    if examples is not None and noise:
+        examples = (*examples, np.full(len(examples[0]), noise, np.float32))
     return Objective(
         name=spec.metric,
         step=_step(config, spec, loss),
         make_validation=lambda: likelihood.Validation(spec, **_held_out(config, data)),
         selection=lambda held_out: held_out[spec.metric],
-        examples=None if data.is_endless else (data.examples["train"], data.contexts.get("train")),
+        examples=examples,
         logdet=config.logdet,
         initial_variables=lambda: initial_variables(config, spec, data),
     )

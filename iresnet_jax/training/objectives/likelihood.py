@@ -42,14 +42,15 @@ def make_loss(
 
     Args:
         draw: Sampler ``(key, placeholder) -> (example, context)`` of endless data; None takes those of the batch.
-        noise: Standard deviation of the noise on each entry, see `noise_scales`; None is no noise.
+        noise: Scale of the noise on each entry, see `noise_scales`; batches then have the size of each example's noise as their
+            third part, so that runs with noise of different sizes share a program. None adds no noise.
     """
 
     def loss(model: Density, batch: Any, keys: StepKeys) -> Loss:
         key_draw, key_dequantise, key_probe = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys.examples), 1, 0)
-        x, context = batch if draw is None else jax.vmap(draw)(key_draw, batch)
+        x, context, *sizes = batch if draw is None else jax.vmap(draw)(key_draw, batch)
         if noise is not None:
-            x = x + noise[None] * jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(key_draw)
+            x = x + sizes[0][:, None] * noise[None] * jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(key_draw)
         model = model.with_(estimator=model.estimator.fix_length(keys.shared))
         terms = model.terms(x, key_dequantise, key_probe, context=context)
         value = jnp.mean(model.spec.in_units(terms.log_prob))
@@ -59,8 +60,8 @@ def make_loss(
     return loss
 
 
-def noise_scales(size: float, spec: DensitySpec) -> Float[np.ndarray, " d"] | None:
-    """Standard deviations of the noise that ``augmentation.noise`` asks for, 0 for entries on a grid; None for no noise.
+def noise_scales(spec: DensitySpec) -> Float[np.ndarray, " d"]:
+    """Standard deviations of entries, which noise of size 1 has; 0 for entries on a grid, which get none.
 
     Training on few examples with noise is training on a kernel density of them (Rothfuss et al. 2019, sec. 4): it keeps the
     flow from enclosing each one by itself.
@@ -68,15 +69,13 @@ def noise_scales(size: float, spec: DensitySpec) -> Float[np.ndarray, " d"] | No
     Raises:
         ValueError: If the data are not vectors whose scale the model knows.
     """
-    if size == 0:
-        return None
     if not isinstance(spec.transform, Standardize | Whiten) or len(spec.flow.event_shape) != 1:
         raise ValueError(
             "config.augmentation.noise is for continuous vectors with preprocessing.transform standardize or whiten, got "
             f"{type(spec.transform).__name__} of examples of shape {spec.flow.event_shape}"
         )
     on_grid = np.zeros(spec.flow.event_shape, bool) if spec.grid is None else np.asarray(spec.grid.spacing) > 0
-    return np.where(on_grid, 0, size * np.asarray(spec.transform.entry_scales)).astype(np.float32)
+    return np.where(on_grid, 0, np.asarray(spec.transform.entry_scales)).astype(np.float32)
 
 
 class Validation:
