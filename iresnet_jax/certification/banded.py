@@ -1,8 +1,8 @@
 r"""Norms of the inverses of a flow's steps along a trajectory, from banded matrices: for large flows.
 
 A step is ``J = (I + G) diag(s)``. With the least eigenvalue ``lambda`` of the symmetric part of ``I + G``,
-``|J^-1|_2 <= 1 / (lambda min s)``, see `iresnet_jax.maths.trajectories.least_eigenvalue`. In trained blocks it is near the truth,
-and ``1 / (1 - L)`` several times that. A Cholesky factorisation of a banded matrix gives it.
+``|J^-1|_2 <= 1 / (lambda min s)``, see `iresnet_jax.maths.trajectories.least_eigenvalue`. In trained blocks it is near the
+truth, and ``1 / (1 - L)`` several times that. A Cholesky factorisation of a banded matrix gives it.
 """
 
 import functools

@@ -51,8 +51,8 @@ def local_constants(
 ) -> LocalConstants:
     """Guaranteed constants of a model's flow in the ball of a radius around each input, rounding included.
 
-    See `iresnet_jax.maths.trajectories.local_bounds`. At radius 0 they bound the largest singular value of the flow's Jacobian and
-    the reciprocal of the least one, from above. Small flows compute the products of all pairs of steps, ``T^2 / 2`` matrices.
+    See `iresnet_jax.maths.trajectories.local_bounds`. At radius 0 they bound the largest singular value of the flow's Jacobian
+    and the reciprocal of the least one, from above. Small flows take the products of all pairs of steps, ``T^2 / 2`` matrices.
     Large ones compute the product of all steps only: their constants are as sharp at radius 0, and of little use beyond 1e-12.
 
     Args:

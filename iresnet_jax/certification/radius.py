@@ -4,8 +4,8 @@ The margin of the predicted class over another one is ``m = sum_k w_k relu(u_k) 
 ``w`` the difference of two columns of the head over the number of positions. Both radii are certified:
 
 - global: ``m >= m(x) - |w alpha| Lip(F) / min std r`` with ``alpha`` the scales of the head's normalisation;
-- local: ``m(x) - m`` is at most the fall of the function ``<grad_T, x_T>``, see `iresnet_jax.maths.trajectories.margin_bounds`, and
-  what the head's rectifiers add, see `iresnet_jax.certification.head`.
+- local: ``m(x) - m`` is at most the fall of the function ``<grad_T, x_T>``, see `iresnet_jax.maths.trajectories.margin_bounds`,
+  and what the head's rectifiers add, see `iresnet_jax.certification.head`.
 
 Trajectories are computed in float64 with residuals in double-double, as for `certify.inverse`, and all rounding is bounded.
 """
