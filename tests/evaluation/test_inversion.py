@@ -9,10 +9,10 @@ import pytest
 from tiny_runs import ROOT
 
 from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.checked_dataclasses import from_plain, to_plain
 from iresnet_jax.evaluation import guarantee
 from iresnet_jax.evaluation.inversion import REFINED_ATOL, Inversion, reconstruct, round_trip
-from iresnet_jax.evaluation.samples import SampleQuality
-from iresnet_jax.json_dataclasses import from_plain, to_plain
+from iresnet_jax.evaluation.samples import SampleConvergence
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import DensitySpec
 
@@ -109,5 +109,5 @@ def test_reports_without_a_guarantee_are_still_read():
     old["samples"].pop("guarantee", None)
     read = from_plain(Inversion, old["inverse"], "inverse")
     assert read.guarantee is None
-    assert from_plain(SampleQuality, old["samples"], "samples").guarantee is None
+    assert from_plain(SampleConvergence, old["samples"], "samples").guarantee is None
     assert from_plain(Inversion, to_plain(read), "inverse") == read
