@@ -76,6 +76,7 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
         num_classes=data.num_classes if is_hybrid else None,
         grid=data.grid,
         context=_context_scale(data),
+        num_components=config.model.prior_components or None,
     )
 
 
@@ -332,7 +333,8 @@ def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
     return initialization.initial_variables(
         spec,
         config.seed,
-        lambda key: data.random_train(key, config.training.actnorm_examples),
+        data.random_train,
+        actnorm_examples=config.training.actnorm_examples,
         constraint=config.constraint,
         last_scale=config.model.last_scale,
         sharp=config.model.sharp,
