@@ -67,10 +67,10 @@ def _spiral() -> Synthetic:
         return line(rng.random(num)) + width * rng.normal(size=(num, 3))
 
     def log_prob(x):
-        centres = line(places)
-        parts = [
-            logsumexp(norm.logpdf(part[:, None], centres, width).sum(-1), axis=1) for part in np.array_split(x, len(x) // 500 + 1)
-        ]
+        def of_part(part):
+            return logsumexp(norm.logpdf(part[:, None], line(places), width).sum(-1), axis=1)
+
+        parts = [of_part(part) for part in np.array_split(x, len(x) // 500 + 1)]
         return np.concatenate(parts) - np.log(len(places))
 
     return Synthetic(sample, log_prob)

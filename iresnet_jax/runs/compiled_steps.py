@@ -33,13 +33,16 @@ class CompiledSteps:
         training = dataclasses.replace(
             config.training,
             **{"minutes": 0.0, "patience": 0, "log_every_steps": 1, "eval_every_steps": 1},
-            **{"actnorm_examples": 1, "eval_examples": 1, "max_num_terms": 0},
+            **{"total_steps": 1, "actnorm_examples": 1, "eval_examples": 1, "max_num_terms": 0},
         )
+        # The length of the run comes with the state, and stretches the schedule.
+        warmup = min(config.optimizer.warmup_steps / config.training.total_steps, 1.0)
+        optimizer = dataclasses.replace(config.optimizer, warmup_steps=0)
         # The size of noise comes with the batch.
         augmentation = dataclasses.replace(config.augmentation, noise=1.0 if config.augmentation.noise else 0.0)
         given = {"data": DataConfig(), "evaluation": EvaluationConfig(), "training": training, "augmentation": augmentation}
-        settings = dataclasses.replace(config, **given)
-        key = (settings, spec, num_terms)
+        settings = dataclasses.replace(config, optimizer=optimizer, **given)
+        key = (settings, spec, num_terms, warmup)
         step = self._steps.pop(key, None) or compile_step()
         self._steps[key] = step
         if len(self._steps) > self._most:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.maths.logdet.config import LogdetConfig
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
@@ -61,7 +62,7 @@ def make_loss(
 
 
 def noise_scales(spec: DensitySpec) -> Float[np.ndarray, " d"]:
-    """Standard deviations of entries, which noise of size 1 has; 0 for entries on a grid, which get none.
+    """Standard deviations of entries, which noise of size 1 has: 1 without preprocessing, 0 for entries on a grid.
 
     Training on few examples with noise is training on a kernel density of them (Rothfuss et al. 2019, sec. 4): it keeps the
     flow from enclosing each one by itself.
@@ -69,13 +70,14 @@ def noise_scales(spec: DensitySpec) -> Float[np.ndarray, " d"]:
     Raises:
         ValueError: If the data are not vectors whose scale the model knows.
     """
-    if not isinstance(spec.transform, Standardize | Whiten) or len(spec.flow.event_shape) != 1:
+    if not isinstance(spec.transform, Identity | Standardize | Whiten) or len(spec.flow.event_shape) != 1:
         raise ValueError(
-            "config.augmentation.noise is for continuous vectors with preprocessing.transform standardize or whiten, got "
+            "config.augmentation.noise is for continuous vectors with preprocessing.transform standardize, whiten or none, got "
             f"{type(spec.transform).__name__} of examples of shape {spec.flow.event_shape}"
         )
+    scales = np.ones(spec.flow.event_shape) if isinstance(spec.transform, Identity) else spec.transform.entry_scales
     on_grid = np.zeros(spec.flow.event_shape, bool) if spec.grid is None else np.asarray(spec.grid.spacing) > 0
-    return np.where(on_grid, 0, np.asarray(spec.transform.entry_scales)).astype(np.float32)
+    return np.where(on_grid, 0, np.asarray(scales)).astype(np.float32)
 
 
 class Validation:
