@@ -180,7 +180,7 @@ def test_a_run_that_blew_up_is_not_saved_when_told_to_stop(config, tmp_path, hap
 
     monkeypatch.setattr(Trainer, "take_step", blown_up)
     happens_before(1, send(signal.SIGTERM))
-    with pytest.raises(RuntimeError, match="non-finite between steps 0 and 2.*the old workdir keeps its checkpoints"):
+    with pytest.raises(RuntimeError, match=r"non-finite between steps 0 and 2.*the old workdir keeps its checkpoints"):
         loop.train(config, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
