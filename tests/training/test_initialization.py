@@ -12,7 +12,8 @@ from iresnet_jax import certify
 from iresnet_jax.data import load
 from iresnet_jax.models import flow, priors
 from iresnet_jax.runs import loop, trained_run
-from iresnet_jax.runs.from_config import initial_variables, model_spec
+from iresnet_jax.runs.model_from_config import model_spec
+from iresnet_jax.runs.objective_from_config import initial_variables
 from iresnet_jax.training.initialization import fitted_mixture
 
 CONVERGED = 2e-3  # twice the tolerance of the power iterations
