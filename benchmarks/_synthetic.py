@@ -4,7 +4,7 @@ Five of them, `CHOSEN_ON`, were looked at while the defaults of `fit` were chose
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import logsumexp
@@ -21,7 +21,7 @@ class Synthetic(NamedTuple):
     """
 
     sample: Callable[[np.random.Generator, int], np.ndarray]
-    log_prob: Callable[[np.ndarray], np.ndarray]
+    log_prob: Callable[[np.ndarray], Any]
     discrete: tuple[int, ...] = ()
 
 
@@ -67,7 +67,7 @@ def _spiral() -> Synthetic:
         return line(rng.random(num)) + width * rng.normal(size=(num, 3))
 
     def log_prob(x):
-        def of_part(part):
+        def of_part(part) -> Any:
             return logsumexp(norm.logpdf(part[:, None], line(places), width).sum(-1), axis=1)
 
         parts = [of_part(part) for part in np.array_split(x, len(x) // 500 + 1)]
@@ -88,13 +88,13 @@ def _triangle() -> Synthetic:
 
 def _t2() -> Synthetic:
     """Three independent columns of Student's t with 2 degrees of freedom, whose variance is infinite."""
-    return Synthetic(lambda rng, num: rng.standard_t(2, (num, 3)), lambda x: t.logpdf(x, 2).sum(-1))
+    return Synthetic(lambda rng, num: rng.standard_t(2, size=(num, 3)), lambda x: t.logpdf(x, 2).sum(-1))
 
 
 def _t5() -> Synthetic:
     """Student's t with 5 degrees of freedom in 10 correlated dimensions."""
     factor = np.random.default_rng(5).normal(size=(10, 10))
-    spread = multivariate_t(shape=factor @ factor.T + 0.1 * np.eye(10), df=5)
+    spread: Any = multivariate_t(np.zeros(10), factor @ factor.T + 0.1 * np.eye(10), 5)
     return Synthetic(lambda rng, num: spread.rvs(num, random_state=rng), spread.logpdf)
 
 

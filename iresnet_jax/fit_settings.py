@@ -152,7 +152,8 @@ class Candidate:
         is_large = self.size == "large"
         chosen: dict[str, Any] = {
             "model.stages": [{"num_blocks": num_blocks, "hidden": (width,), "activation": "clipswish"}],
-            "model.last_scale": 1.0 if is_large else 0.1,
+            # A flow in front of a mixture starts as little more than the identity: the mixture alone may be the best.
+            "model.last_scale": 0.01 if self.prior == "mixture" else 1.0 if is_large else 0.1,
             "model.sharp": is_large,
             "optimizer.learning_rate": rate,
         }
@@ -208,7 +209,8 @@ def _mean_log_probs(z: Float[Array, "n d"]) -> dict[str, Float[Array, ""]]:
 
 def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> int:
     """Number of normal distributions in a mixture by the Bayesian information criterion (Schwarz 1978)."""
-    from sklearn.exceptions import ConvergenceWarning  # late: a second, which only mixtures need
+    import threadpoolctl  # late: a second, which only mixtures need
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
     best, lowest, risen = 1, math.inf, 0
@@ -216,7 +218,8 @@ def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> int:
         if num > max(len(z) // EXAMPLES_PER_COMPONENT, 1) or risen == 2:
             break
         mixture = GaussianMixture(num, n_init=2, random_state=seed)
-        with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+        # Threads of products as small as these wait for each other.
+        with warnings.catch_warnings(action="ignore", category=ConvergenceWarning), threadpoolctl.threadpool_limits(1):
             try:
                 bic = float(mixture.fit(z).bic(z))
             except ValueError:  # a component has collapsed

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,10 +29,11 @@ from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import trained_run
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import Config
-from iresnet_jax.runs.from_config import build_objective, build_solver, model_spec
-from iresnet_jax.runs.loop import batches, check_batch_size, step_compiler, train
+from iresnet_jax.runs.loop import batches, check_batch_size, train
 from iresnet_jax.runs.machine import keep_compiled_programs, prepare_backend
 from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.runs.model_from_config import model_spec
+from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.trainer import Trainer
@@ -119,7 +120,7 @@ def fit(
     # A folder is of one run, and so many steps are those of one.
     chosen = contenders[0].settings if contenders else {}
     config = with_settings(config, {**chosen, **given})
-    return _fit_in_memory(config, data, say)[0] if workdir is None else _fit_on_disk(config, data, Path(workdir), say)
+    return _fit_in_memory(config, data, say).model if workdir is None else _fit_on_disk(config, data, Path(workdir), say)
 
 
 class _Race:
@@ -188,28 +189,51 @@ class _Race:
         self._say(f"{candidate}: up to {num_steps} steps" if num_steps < NO_LIMIT else f"{candidate}: until time is over")
         limit = {"training.minutes": max(self._left_s, 1.0) / 60}
         config = with_settings(self._config, {**candidate.settings, **length(num_steps), **limit, **self._given})
-        model, trainer, self._is_stopped = _fit_in_memory(config, self._data, self._say)
-        seconds = trainer.elapsed_s - sum(record.get("compile_seconds", 0.0) for record in trainer.records)
-        attempt = Attempt(str(candidate), trainer.best.loss, trainer.best.step, trainer.step, seconds)
-        self._runs.append((candidate, attempt, model))
+        run = _fit_in_memory(config, self._data, self._say)
+        self._is_stopped = run.is_stopped
+        attempt = Attempt(str(candidate), run.loss, run.best_step, run.num_steps, run.seconds)
+        self._runs.append((candidate, attempt, run.model))
 
 
-def _fit_in_memory(config: Config, data: DataSet, say: Say) -> tuple[Any, Trainer, bool]:
-    """The best model of one run with its history, the run, and whether a signal ended it."""
+class _Run(NamedTuple):
+    """A training run that has ended.
+
+    Attributes:
+        model: The model that was best on validation, with its history.
+        loss: Its validation loss.
+        best_step: Updates that led to it.
+        num_steps: Updates of the run.
+        seconds: Time of the run, without compilation.
+        is_stopped: Whether a signal ended it.
+    """
+
+    model: Any
+    loss: float
+    best_step: int
+    num_steps: int
+    seconds: float
+    is_stopped: bool
+
+
+def _fit_in_memory(config: Config, data: DataSet, say: Say) -> _Run:
+    """One training run in memory."""
     prepare_backend(config.training.matmul_precision)
     check_batch_size(config.training, data)
     spec = model_spec(config, data)
     objective = build_objective(config, data, spec)
-    trainer = Trainer(objective, config.training, compile_step=step_compiler(config, spec, _STEPS), say=say)
-    with StopRequests() as stop:
+    trainer = Trainer(objective, config.training, compile_step=_STEPS.compiler(config, spec), say=say)
+    with StopRequests("training ends after this step") as stop:
         trainer.validate()  # the start may be the best: a mixture is fitted before training
         trainer.run(batches(config, objective.examples, 0), lambda: stop.received is not None)
-    assert trainer.best is not None
-    params, batch_stats = jax.device_put((trainer.best.ema, trainer.best.batch_stats))
-    model = certified_model(spec, params, batch_stats, build_solver(config.evaluation))
+    best = trainer.best
+    assert best is not None
+    params, batch_stats = jax.device_put((best.ema, best.batch_stats))
+    model = certified_model(spec, params, batch_stats, config.evaluation.solver())
+    model = model.with_(history=History.from_records(trainer.records, best.step))
     if stop.received:
         say(f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}: the best model so far")
-    return model.with_(history=History.from_records(trainer.records, trainer.best.step)), trainer, stop.received is not None
+    seconds = trainer.elapsed_s - sum(record.get("compile_seconds", 0.0) for record in trainer.records)
+    return _Run(model, best.loss, best.step, trainer.step, seconds, stop.received is not None)
 
 
 def _fit_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any:

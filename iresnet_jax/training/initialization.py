@@ -23,7 +23,7 @@ from iresnet_jax.training.constraint import ConstraintConfig, validation_constra
 from iresnet_jax.training.parallel import AXIS
 
 MIXTURE_EXAMPLES = 20_000  # at most, whose latents a mixture is fitted to
-MIXTURE_STARTS = 3  # of expectation maximisation, the best of which is taken
+MIXTURE_STARTS, MIXTURE_STEPS = 3, 30  # of expectation maximisation, from which training goes on
 SMALLEST_VARIANCE = 1e-6  # of a mixture's components, relative to that of all latents
 
 Examples = tuple[Any, Any, Any]  # examples, their contexts and their labels; None for those that there are not
@@ -113,14 +113,16 @@ def fitted_mixture(z: Float[np.ndarray, "n d"], num_components: int, seed: int =
     """
     from sklearn.exceptions import ConvergenceWarning  # late: a second, which only mixtures need
     from sklearn.mixture import GaussianMixture
+    from threadpoolctl import threadpool_limits
 
     z = np.asarray(z, np.float64)
     mean, std = z.mean(axis=0), z.std(axis=0)
     std = np.where(std > 0, std, 1)
-    settings = {"reg_covar": SMALLEST_VARIANCE, "n_init": MIXTURE_STARTS, "random_state": seed}
+    settings = {"reg_covar": SMALLEST_VARIANCE, "max_iter": MIXTURE_STEPS, "n_init": MIXTURE_STARTS, "random_state": seed}
     mixture = GaussianMixture(min(num_components, len(z)), **settings)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # training goes on from wherever it ended
+    # On one thread: matrices are small, and threads that wait for each other took ten times as long on two busy cores.
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore", ConvergenceWarning)
         mixture.fit((z - mean) / std)
     means, covariances, weights = map(np.asarray, (mixture.means_, mixture.covariances_, mixture.weights_))
     return mixtures.mixture_of(mean + std * means, covariances * np.outer(std, std), weights, num_components)
