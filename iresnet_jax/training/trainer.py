@@ -47,6 +47,14 @@ class TrainingConfig:
     # Precision of matrix products on accelerators; "tensorfloat32" is faster, but too coarse for inverses.
     matmul_precision: Literal["float32", "tensorfloat32", "highest", "high", "default"] = "float32"
 
+    def check_splits(self, num_devices: int) -> None:
+        """Raises ``ValueError`` unless a batch splits over devices and into parts."""
+        size, num_parts = self.batch_size, self.num_parts
+        if size % (num_devices * num_parts):
+            raise ValueError(
+                f"config.training.batch_size must be a multiple of {num_devices} devices times {num_parts} parts, got {size}"
+            )
+
 
 class Best(NamedTuple):
     """The state that was best on validation.
