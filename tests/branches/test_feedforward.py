@@ -12,7 +12,7 @@ from iresnet_jax.bijections.transforms.logit import Logit
 from iresnet_jax.branches.branch import BUDGETS
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.branches.layers import training_twists
-from iresnet_jax.maths import activations, platforms
+from iresnet_jax.maths import platforms
 from iresnet_jax.models import density
 from iresnet_jax.models import flow as model
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -190,16 +190,6 @@ def test_whole_model_bounds_hold_for_jacobians():
             assert sizes[0] <= bounds.forward
             assert 1 / sizes[-1] <= bounds.inverse
     assert 1 < bounds.forward < 1e5
-
-
-def test_every_activation_is_covered_by_the_certificate():
-    """The certificate multiplies norms of linear maps: activations must be 1-Lipschitz as computed, up to rounding."""
-    x = 3 * jax.random.normal(jax.random.key(1), (200, 4))
-    for name, activation in activations.ACTIVATIONS.items():
-        for beta in (-3.0, 0.5, 4.0) if activation.has_beta else (None,):
-            apply = activation.apply if beta is None else functools.partial(activation.apply, beta=beta)
-            jacobians = np.asarray(jax.jit(jax.vmap(jax.jacfwd(apply)))(x), np.float64)
-            assert np.linalg.norm(jacobians, 2, axis=(1, 2)).max() <= 1 + 1e-5, name
 
 
 def test_certified_training_holds_at_every_step():

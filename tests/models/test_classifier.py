@@ -16,7 +16,6 @@ from iresnet_jax.models import head as heads
 from iresnet_jax.models import linen as modules
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec, training_logits
-from iresnet_jax.training import parallel
 
 EXACT = 1e-10  # the same maths by another route, float64
 SINGLE = 1e-5  # in float32
@@ -151,29 +150,6 @@ def test_batch_statistics_are_those_of_the_whole_batch_on_any_number_of_devices(
     for found in (together, jax.tree.map(lambda a: a[0], split), jax.tree.map(lambda a: a[1], split)):
         np.testing.assert_allclose(found["mean"], flat.mean(axis=0), rtol=1e-6)
         np.testing.assert_allclose(found["var"], flat.var(axis=0), rtol=1e-3)
-
-
-def test_gradients_through_synchronised_statistics_are_those_of_one_device():
-    features = np.random.default_rng(0).normal(size=(8, 2, 2, 5)).astype(np.float32)
-    head = heads.initial_head(jax.random.key(0), 5, 3)
-    labels = jnp.arange(8) % 3
-
-    def loss_of(params, scale, features, labels, axis_name):
-        scaled = features * scale.reshape(1, 1, 1, -1)
-        logits = heads.apply_head(params, heads.batch_statistics(scaled, axis_name=axis_name), scaled)
-        return jnp.mean(heads.cross_entropy(logits, labels))
-
-    def step(state, batch):
-        def loss_fn(state):
-            return jax.lax.pmean(loss_of(*state, *batch, parallel.AXIS), parallel.AXIS)
-
-        loss, gradients = jax.value_and_grad(loss_fn)(state)
-        return jax.lax.pmean(gradients, parallel.AXIS), {"loss": loss}
-
-    state = (head, jnp.linspace(0.5, 2, 5))
-    expected = jax.jit(jax.grad(lambda state: loss_of(*state, features, labels, None)))(state)
-    found, _ = parallel.parallelize(step)(jax.tree.map(jnp.copy, state), parallel.shard((features, labels)))
-    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), atol=1e-6)
 
 
 def test_cross_entropy_with_smoothing_against_its_definition():

@@ -11,7 +11,7 @@ import pytest
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import dequantize
 from iresnet_jax.bijections.transforms.equalize import Equalize
-from iresnet_jax.bijections.transforms.logit import Center, Logit
+from iresnet_jax.bijections.transforms.logit import Center
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
@@ -140,26 +140,6 @@ def test_without_a_key_noise_and_probes_are_fixed():
     np.testing.assert_allclose(log_prob(density, X[::-1], keys()[::-1]), of_keys[::-1], rtol=SINGLE)
 
 
-def test_freezing_certifies():
-    own = kept.model(IMAGES)
-    loose = own.with_(weights=kept.uncertified(own.weights, 3))
-    with pytest.raises(ValueError, match=r"not certified: call freeze\(\) first"):
-        loose.certificate()
-    certificate = jax.jit(Density.freeze)(loose).certificate()
-    assert certificate.certified
-    assert certificate.coeff == 0.9
-    assert [block.name for block in certificate.blocks] == ["stage0/block00", "stage1/block00"]
-    for block in certificate.blocks:
-        assert 0.97 * 0.81 < block.bound <= 0.81 == pytest.approx(block.target)
-        for layer in block.layers:
-            assert layer.estimate <= layer.bound * (1 + 1e-6)
-            assert layer.bound <= 0.9
-    text = str(certificate)
-    assert "stage1/block00/dense1" in text
-    assert "every one of 2 blocks is a contraction" in text
-    assert certificate.max_block == max(block.bound for block in certificate.blocks)
-
-
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
@@ -209,10 +189,3 @@ def test_points_have_no_levels():
     np.testing.assert_allclose(back, POINTS, atol=1e-5)
     assert isinstance(density.estimator, ExactLogdet)
     np.testing.assert_allclose(log_prob(density, POINTS), log_prob(density, POINTS, keys()), rtol=1e-6)
-
-
-def test_a_logit_of_continuous_data_in_the_unit_interval():
-    u = np.random.default_rng(0).uniform(size=(4, 2)).astype(np.float32)
-    density = kept.model(PLANE).with_(spec=dataclasses.replace(PLANE, transform=Logit(0.05)))
-    back, _ = decode(density, encode(density, u))
-    np.testing.assert_allclose(back, u, atol=1e-5)

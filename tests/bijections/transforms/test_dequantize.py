@@ -19,7 +19,6 @@ from iresnet_jax.bijections.transforms.dequantize import (
 )
 from iresnet_jax.models import priors
 
-EXACT = 1e-10  # float64, same maths by another route
 P_VALUE = 1e-3  # fixed seeds: a correct sampler passes or fails once and for all
 
 
