@@ -89,9 +89,9 @@ def rotation(rng, dim):
 def make_cases():
     rng = np.random.default_rng(0)
     cases = {}
-    for dim, lipschitz in ((10, 0.5), (10, 0.9), (10, 0.99)):
+    for dim, lipschitz in ((10, 0.5), (1, 0.9), (10, 0.9), (10, 0.99)):
         cases[f"random, {dim}-D, L={lipschitz}"] = random_network(rng, dim, lipschitz)
-    for dim, lipschitz in ((6, 0.9), (6, 0.95), (6, 0.99), (32, 0.95), (32, 0.99)):
+    for dim, lipschitz in ((2, 0.9), (2, 0.99), (6, 0.9), (6, 0.95), (6, 0.99), (32, 0.95), (32, 0.99)):
         cases[f"MaxMin, {dim}-D, L={lipschitz}"] = random_maxmin_network(rng, dim, lipschitz)
     symmetric = rng.normal(size=(16, 16))
     return cases | {

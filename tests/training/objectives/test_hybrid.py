@@ -93,7 +93,7 @@ def by_hand(kind, prior, z):
 @pytest.mark.parametrize("kind", priors.PRIORS)
 def test_prior_and_posterior_are_those_of_bayes_rule_and_the_loss_has_both(x64, kind):
     model, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), plane(kind))
-    key, labels = jax.random.key(0), np.arange(len(x)) % K
+    key, labels = jax.random.key(0), jnp.arange(len(x)) % K
     keys = StepKeys(jnp.int32(0), key, jax.random.split(key, len(x)))
 
     @jax.jit
