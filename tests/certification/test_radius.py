@@ -30,13 +30,12 @@ def spec_of(*stages, **fields):
 
 CONV = {"hidden": (4,), "kernel_sizes": (3, 3)}
 SPECS = {
-    "elu, preactivated, not padded": spec_of(
-        StageSpec(2, **CONV, activation="elu", preactivation=True, padding="CIRCULAR"), pad_channels=0
-    ),
+    "elu, preactivated": spec_of(StageSpec(2, **CONV, activation="elu", preactivation=True)),
     "squeezed, then dense": spec_of(
         StageSpec(1, **CONV, activation="clipswish", squeeze=2, positional_bias=True),
         StageSpec(2, hidden=(5, 4), activation="lipswish"),
     ),
+    "tanh, not padded": spec_of(StageSpec(2, **CONV, activation="tanh", squeeze=2, padding="CIRCULAR"), pad_channels=0),
     "relu": spec_of(StageSpec(2, **CONV, activation="relu")),
 }
 
