@@ -105,7 +105,7 @@ def test_training_rounds_branches_alone():
         objective = loop.build_objective(runs.config_of(runs.CLASSIFIER_CONFIG, **changes), data)
         start = start or jax.device_get(objective.initial_state())
         batch = jax.tree.map(lambda rows: rows[:32], objective.examples)
-        return jax.device_get(parallel.parallelize(objective.step)(start, parallel.shard(batch, num_devices=1)))
+        return jax.device_get(parallel.parallelize(objective.training_step)(start, parallel.shard(batch, num_devices=1)))
 
     (state, metrics), (whole, whole_metrics) = after_a_step(bfloat16=True), after_a_step(bfloat16=False)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(state.params))

@@ -10,7 +10,7 @@ import tiny_runs as runs
 
 from iresnet_jax.data import load
 from iresnet_jax.models import classifier
-from iresnet_jax.runs.from_config import build_objective
+from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.training import parallel
 
 # The same sums in another order, in float32; Adam divides by the root of tiny second moments, which magnifies their rounding.
@@ -39,7 +39,7 @@ def start_of(name):
 
 def after_two_steps(name, num_shares, mapped, **changes):
     """The state and the metrics after two steps with the batch in so many shares."""
-    (state, batch), step = start_of(name), mapped(objective_of(name, **changes)[0].step)
+    (state, batch), step = start_of(name), mapped(objective_of(name, **changes)[0].training_step)
     for _ in range(2):
         state, metrics = step(state, parallel.shard(batch, num_devices=num_shares))
     return jax.device_get((state, metrics))
@@ -75,7 +75,7 @@ def test_the_comparison_notices_batch_statistics_of_a_share(monkeypatch):
 def test_parts_take_the_memory_of_one():
     def temporary_bytes(num_parts):
         objective, size = objective_of("classifier", **{"training.batch_size": 512, "training.num_parts": num_parts})
-        step = parallel.for_devices(objective.step, jax.devices()[:1])
+        step = parallel.for_devices(objective.training_step, jax.devices()[:1])
         compiled = step.lower(objective.abstract_state(), objective.abstract_batch(size)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -85,6 +85,6 @@ def test_parts_take_the_memory_of_one():
 def test_without_a_constraint_no_norm_is_measured():
     for norms, measured in (("none", False), ("estimated", True)):
         objective, size = objective_of("classifier", **{"constraint.norms": norms})
-        step = parallel.for_devices(objective.step, jax.devices()[:1])
+        step = parallel.for_devices(objective.training_step, jax.devices()[:1])
         _, metrics = jax.eval_shape(step, objective.abstract_state(), objective.abstract_batch(size))
         assert ({"max_sigma", "max_lipschitz"} <= set(metrics)) == measured

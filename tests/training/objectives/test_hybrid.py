@@ -22,8 +22,8 @@ from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import constrain, freeze
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.runs import trained_run as run
-from iresnet_jax.runs.from_config import build_objective
 from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives.hybrid import HybridConfig, make_loss
 from iresnet_jax.training.step import StepKeys
@@ -191,11 +191,11 @@ def test_the_loss_is_cross_entropy_plus_weighted_bits():
     changes = {"optimizer.clip_norm": 0.0, "classifier.label_smoothing": 0.1, "augmentation.crop_padding": 3}
     config = runs.config_of(runs.HYBRID_CONFIG, **changes)
     objective, start, (images, labels) = setup(config)
-    step = jax.vmap(objective.step, axis_name=parallel.AXIS, in_axes=(None, 0), out_axes=(None, None))
+    step = jax.vmap(objective.training_step, axis_name=parallel.AXIS, in_axes=(None, 0), out_axes=(None, None))
     _, metrics = jax.jit(step)(start, parallel.shard((images, labels), num_devices=1))
     key_length, key_examples = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key_examples, i), 4))(jnp.arange(len(images)))
-    template = objective.step.model.with_(estimator=config.logdet.build().fix_length(key_length))
+    template = objective.training_step.model.with_(estimator=config.logdet.build().fix_length(key_length))
     cropped = augment.random_crop(keys[:, 2], jnp.asarray(images), padding=3)
     assert np.any(cropped != images)
 
