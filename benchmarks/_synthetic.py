@@ -94,7 +94,7 @@ def _t2() -> Synthetic:
 def _t5() -> Synthetic:
     """Student's t with 5 degrees of freedom in 10 correlated dimensions."""
     factor = np.random.default_rng(5).normal(size=(10, 10))
-    spread: Any = multivariate_t(np.zeros(10), factor @ factor.T + 0.1 * np.eye(10), 5)
+    spread: Any = multivariate_t(np.zeros(10), factor @ factor.T + 0.1 * np.eye(10), 5)  # pyright: ignore[reportArgumentType]
     return Synthetic(lambda rng, num: spread.rvs(num, random_state=rng), spread.logpdf)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models import priors
-from iresnet_jax.models.architecture import StageSpec
+from iresnet_jax.models.density import Density
 from iresnet_jax.models.priors import PRIORS
 from iresnet_jax.runs.config import Config, parse
+from iresnet_jax.runs.model_from_config import density_spec
 
 DEFAULT_MINUTES = 3.0
 FIRST_STEPS = 1000  # updates of the first run of each candidate
@@ -45,7 +45,6 @@ def choose_settings(
     objective: str | None = None,
     minutes: float | int | None = None,
     steps: int | None = None,
-    architecture: Sequence[StageSpec] | None = None,
     seed: int = 0,
 ) -> Config:
     """The settings that `fit` starts from, for the shape, number and kind of examples.
@@ -56,7 +55,6 @@ def choose_settings(
             "classification" of images and "hybrid" of vectors.
         minutes: Limit of the wall-clock time for training.
         steps: Updates instead of a time.
-        architecture: Stages of the flow.
         seed: Seed of the run.
 
     Raises:
@@ -79,8 +77,6 @@ def choose_settings(
     chosen = _for_vectors(data) if is_vectors else _for_images(data)
     for name, values in chosen.items():
         plain[name] |= values
-    if architecture is not None:
-        plain["model"]["stages"] = [dataclasses.asdict(stage) for stage in architecture]
     plain["training"] |= {
         "batch_size": _even(min(plain["training"]["batch_size"], num)),
         "minutes": 0.0 if steps else (minutes or DEFAULT_MINUTES),
@@ -169,26 +165,39 @@ class Candidate:
             yield dataclasses.replace(self, size="small")
 
 
-def candidates(config: Config, data: DataSet) -> list[Candidate]:
-    """The candidates that are tried first, the likelier one before training first; none for images.
+def plain_candidate(config: Config, data: DataSet, given: Iterable[str] = ()) -> Candidate | None:
+    """The candidate without a mixture: its prior has heavy or light tails, whichever is likelier before training.
 
-    A density of vectors has a prior of heavy or light tails, whichever is likelier, or a mixture with as many components as
-    the Bayesian information criterion wants.
+    Args:
+        config: Settings of all candidates.
+        data: The data; images have no candidates.
+        given: Names of settings that the user has chosen.
     """
     if len(data.event_shape) != 1:
-        return []
-    if config.objective != "density" or data.contexts:
-        return [Candidate(None, noise=None)]
-    x = np.asarray(data.examples["train"])
-    kind = config.preprocessing.transform
-    fitted = Whiten.fit(x) if kind == "whiten" else Standardize.fit(x)
-    z = np.asarray(fitted.bijection().forward(jnp.asarray(x[:PRIOR_EXAMPLES], jnp.float32)), np.float64)
-    found = [Candidate(likelier_prior(z), noise=NOISES[0])]
-    if z.shape[1] > MIXTURE_DIMS:
-        return found
-    components = likeliest_components(z[:MIXTURE_EXAMPLES], config.seed)
-    is_more = components > 1 or kind != "whiten"  # than the prior of one normal distribution
-    return [Candidate("mixture", components, noise=NOISES[0])] * is_more + found
+        return None
+    is_plain = config.objective == "density" and not data.contexts and "model.prior" not in given
+    prior = likelier_prior(_preprocessed(config, data, PRIOR_EXAMPLES)) if is_plain else None
+    return Candidate(prior, noise=NOISES[0] if config.objective == "density" else None)
+
+
+def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> list[Candidate]:
+    """The candidates that are tried first, of which the last is the plain one; none for images.
+
+    The other has a mixture as its prior, with as many components as the Bayesian information criterion wants.
+    """
+    plain = plain_candidate(config, data, given)
+    if plain is None or plain.prior is None or data.event_shape[0] > MIXTURE_DIMS:
+        return [] if plain is None else [plain]
+    components = likeliest_components(_preprocessed(config, data, MIXTURE_EXAMPLES), config.seed)
+    is_more = components > 1 or config.preprocessing.transform != "whiten"  # than the prior of one normal distribution
+    return [Candidate("mixture", components, noise=NOISES[0])] * is_more + [plain]
+
+
+def _preprocessed(config: Config, data: DataSet, most: int) -> Float[np.ndarray, "n d"]:
+    """Training examples as the flow gets them."""
+    model = Density(density_spec(config, data), {}, {})
+    key = jax.random.key(config.seed)
+    return np.asarray(jax.jit(lambda x: model.preprocess(x, key))(np.asarray(data.examples["train"][:most])), np.float64)
 
 
 def likelier_prior(z: Float[np.ndarray, "n d"]) -> str:

@@ -20,6 +20,7 @@ from iresnet_jax.fit_settings import (
     candidates,
     choose_settings,
     length,
+    plain_candidate,
     with_settings,
 )
 from iresnet_jax.models.architecture import StageSpec
@@ -68,8 +69,9 @@ def fit(
     Settings are chosen from the shape, the number and the kind of the examples. The loop is that of ``train.py``: a tenth of
     the examples validate, the parameters are averaged, training ends early once validation no longer improves, and the model is
     the best one on validation, certified. Floats are continuous; integer images are levels; integer entries of vectors, and
-    floats on a grid, are dequantised. A density of fewer than 2000 vectors is trained twice, with and without
-    noise on the examples, which prevents overfitting, and validation chooses. Needs ``pip install 'iresnet_jax[train]'``.
+    floats on a grid, are dequantised. Models of vectors are the best of several candidates: priors before training, which may
+    be a mixture fitted to the data, sizes, noise on the examples, and lengths of the run.
+    Needs ``pip install 'iresnet_jax[train]'``.
 
     Ctrl-C ends training, in a notebook too, and gives the best model so far.
 
@@ -78,7 +80,8 @@ def fit(
         labels: Classes, integers from 0 on, one per example.
         context: Context vectors ``(n, k)``: the model is then ``p(x | context)``.
         key: Source of all randomness; key 0 by default.
-        minutes: Longest time for training, compilation included; 3 by default. Fewer than 2000 vectors need less.
+        minutes: Longest time for training, compilation included; 3 by default. Training ends earlier once validation no longer
+            improves.
         steps: Number of updates instead of a time, in one run that can be repeated, to the last bit on one machine.
         objective: "density", "classification" or "hybrid" (both in one); by default "density" without labels, and with labels
             "classification" of images and "hybrid" of vectors.
@@ -92,7 +95,7 @@ def fit(
         progress: Whether lines of progress are written to stderr.
 
     Returns:
-        The model, with what training saw in its ``history``.
+        The model, with what training saw in its ``history``: the curves of the best run, all attempts, and why they ended.
 
     Raises:
         ValueError: If arrays or settings do not fit together, or an entry of ``x`` has no density; the message names it.
@@ -107,19 +110,18 @@ def fit(
         held_out = validation if isinstance(validation, tuple) else (validation,)
         arrays = {"train": arrays, "validation": _arrays(*held_out)}
     data = from_arrays(FITTED_ARRAY, arrays, fractions=(validation_fraction, 0.0))
-    config = choose_settings(data, objective=objective, minutes=minutes, steps=steps, seed=seed_of(key))
     given = {"data.validation_fraction": validation_fraction, **(settings or {})}
     if architecture is not None:
         given["model.stages"] = [dataclasses.asdict(stage) for stage in architecture]
+    config = with_settings(choose_settings(data, objective=objective, minutes=minutes, steps=steps, seed=seed_of(key)), given)
     say = _Lines() if progress else lambda line: None
-    objective, num, held_out = config.objective, *(len(data.examples[split]) for split in ("train", "validation"))
-    say(f"fit: {num} examples of shape {data.event_shape} to train on, {held_out} to validate; {objective}")
-    contenders = candidates(config, data)
-    if workdir is None and steps is None and contenders:
+    num, held_out = (len(data.examples[split]) for split in ("train", "validation"))
+    say(f"fit: {num} examples of shape {data.event_shape} to train on, {held_out} to validate; {config.objective}")
+    if workdir is None and steps is None and (contenders := candidates(config, data, given)):
         return _Race(config, data, given, say).best(contenders)
-    # A folder is of one run, and so many steps are those of one.
-    chosen = contenders[0].settings if contenders else {}
-    config = with_settings(config, {**chosen, **given})
+    # A folder is of one run, and so many steps are those of one, whose programs do not depend on the data's modes.
+    plain = plain_candidate(config, data, given)
+    config = with_settings(config, {**(plain.settings if plain else {}), **given})
     return _fit_in_memory(config, data, say).model if workdir is None else _fit_on_disk(config, data, Path(workdir), say)
 
 
