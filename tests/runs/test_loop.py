@@ -201,9 +201,7 @@ def test_a_run_is_saved_between_validations_that_are_far_apart(config, tmp_path,
 
 # Each is a function that tells when it is entered, how long after that the signal comes, and whether the step is saved first.
 MOMENTS = {
-    "initialisation": ("iresnet_jax.training.initialization", "initial_variables", 0.1, False),
     "compilation": ("iresnet_jax.training.trainer", "_compile_ahead", 0.1, False),
-    "validation": ("iresnet_jax.training.objectives.likelihood", "Validation.measure", 0.1, True),
     "checkpoint": ("iresnet_jax.runs.checkpoints", "_write", 0.0, True),
     "report": ("iresnet_jax.report.report", "write", 0.1, False),
 }
@@ -218,18 +216,15 @@ from iresnet_jax.runs import loop
 
 def tell(module, name, say):
     owner = importlib.import_module(module)
-    *path, last = name.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    function = getattr(owner, last)
+    function = getattr(owner, name)
 
     @functools.wraps(function)
     def telling(*arguments, **options):
-        setattr(owner, last, function)
+        setattr(owner, name, function)
         say()
         return function(*arguments, **options)
 
-    setattr(owner, last, telling)
+    setattr(owner, name, telling)
 
 for line in sys.stdin:
     number, module, name, pause, log, *arguments = json.loads(line)
