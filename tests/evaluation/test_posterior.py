@@ -22,7 +22,7 @@ from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
 from iresnet_jax.runs import loop, trained_run
 from iresnet_jax.runs.config import EvaluationConfig, parse
-from iresnet_jax.runs.from_config import density_spec
+from iresnet_jax.runs.model_from_config import density_spec
 
 ATOL_F32 = 1e-4  # log-densities in float32, of a flow whose weights are zero
 SETTINGS = EvaluationConfig(batch_size=200, num_posteriors=2, num_posterior_samples=200)
@@ -58,6 +58,7 @@ def test_the_true_posterior_diverges_by_nothing_and_a_wrong_one_by_its_divergenc
     np.testing.assert_array_equal(right.contexts, x[:2])
     for samples in (right.truth, right.samples):
         np.testing.assert_allclose(samples.mean(axis=1), x[:2] / 2, atol=5 * math.sqrt(0.05 / 200))
+    assert dataclasses.replace(right.summary, divergence=-5e-7, stderr=1e-9).warnings() == []  # rounding of float32
     wrong = posterior.compare(linear_gaussian_model(0.2, 1.5), simulator, theta, x, SETTINGS, 0).summary
     expected = 10 * (math.log(1.5) + (1 + 0.2**2 / 0.05) / (2 * 1.5**2) - 0.5)  # of two normals
     assert abs(wrong.divergence - expected) < 5 * wrong.stderr < 1

@@ -8,7 +8,7 @@ import tiny_runs as runs
 
 from iresnet_jax.data import load
 from iresnet_jax.runs import loop
-from iresnet_jax.runs.from_config import model_spec
+from iresnet_jax.runs.model_from_config import model_spec
 from iresnet_jax.runs.run_folder import claim, read_config, read_model
 
 DAMAGED, OTHER_VERSION = "is damaged", "was written by another version"
