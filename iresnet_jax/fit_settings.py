@@ -74,7 +74,7 @@ def choose_settings(
     plain: dict[str, Any] = to_plain(Config())
     plain["seed"], plain["objective"] = seed, objective
     plain["data"]["name"] = data.name
-    chosen = _for_vectors(data) if is_vectors else _for_images(data)
+    chosen = _for_vectors(data, objective) if is_vectors else _for_images(data)
     for name, values in chosen.items():
         plain[name] |= values
     plain["training"] |= {
@@ -99,7 +99,7 @@ def length(num_steps: int) -> dict[str, Any]:
     }
 
 
-def _for_vectors(data: DataSet) -> dict[str, dict[str, Any]]:
+def _for_vectors(data: DataSet, objective: str) -> dict[str, dict[str, Any]]:
     """Dense blocks, the large ones of `SIZES`."""
     num, dims = len(data.examples["train"]), data.event_shape[0]
     # Priors of classes start from the covariance within.
@@ -109,7 +109,7 @@ def _for_vectors(data: DataSet) -> dict[str, dict[str, Any]]:
     return {
         "model": {
             "stages": [{"num_blocks": num_blocks, "hidden": (width,), "activation": "clipswish"}],
-            **{"coeff": 0.97, "last_scale": 1.0, "sharp": True},
+            **{"coeff": 0.97, "last_scale": 1.0, "sharp": objective != "classification"},
         },
         "preprocessing": {"transform": "whiten" if is_whitened else "standardize"},
         "logdet": {"kind": "exact"} if is_exact else {"kind": "krylov", "num_terms": min(6, dims)},
@@ -137,9 +137,10 @@ class Candidate:
     noise: float | None = None
 
     def __str__(self) -> str:
-        prior = {"mixture": f"a mixture of {self.components} normal distributions as prior"}
-        parts = [f"{self.size} network", prior.get(self.prior or "", f"{self.prior} prior")]
-        return ", ".join(parts + [f"noise of {self.noise:g}"] * bool(self.noise))
+        parts = [f"{self.size} network"]
+        if self.prior is not None:
+            parts.append(f"{self.components} normal distributions as prior" if self.components else f"{self.prior} prior")
+        return ", ".join(parts + [f"noise of {self.noise}"] * bool(self.noise))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -173,7 +174,7 @@ def plain_candidate(config: Config, data: DataSet, given: Iterable[str] = ()) ->
         data: The data; images have no candidates.
         given: Names of settings that the user has chosen.
     """
-    if len(data.event_shape) != 1:
+    if len(data.event_shape) != 1 or config.objective not in ("density", "hybrid"):
         return None
     is_plain = config.objective == "density" and not data.contexts and "model.prior" not in given
     prior = likelier_prior(_preprocessed(config, data, PRIOR_EXAMPLES)) if is_plain else None

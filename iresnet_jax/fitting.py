@@ -139,6 +139,7 @@ class _Race:
         self._config, self._data, self._given, self._say = config, data, given, say
         self._began, self._limit_s = time.monotonic(), 60 * config.training.minutes
         self._runs: list[tuple[Candidate, Attempt, Any]] = []
+        self._tried: set[tuple[Candidate, int]] = set()  # with the updates that they were allowed
         self._is_stopped = False
 
     def best(self, contenders: Sequence[Candidate]) -> Any:
@@ -148,11 +149,11 @@ class _Race:
         ended = None
         while ended is None:
             candidate, best, _ = self._leader
-            tried = [candidate for candidate, *_ in self._runs]
-            untried = [milder for milder in candidate.milder() if milder not in tried]
+            more = self._longer(best)
+            untried = [milder for milder in candidate.milder() if (milder, FIRST_STEPS) not in self._tried]
             if self._is_stopped or not self._is_time_left:
                 ended = "it was stopped" if self._is_stopped else "time was over"
-            elif best.best_step > IMPROVING * best.num_steps and (more := self._longer(best)):
+            elif best.best_step > IMPROVING * best.num_steps and more and (candidate, more) not in self._tried:
                 self._run(candidate, more)
             elif best.best_step < OVERFITTED * best.num_steps and untried:
                 self._run(untried[0], FIRST_STEPS)
@@ -189,6 +190,7 @@ class _Race:
         if self._runs and (self._is_stopped or not self._is_time_left):
             return
         self._say(f"{candidate}: up to {num_steps} steps" if num_steps < NO_LIMIT else f"{candidate}: until time is over")
+        self._tried.add((candidate, num_steps))
         limit = {"training.minutes": max(self._left_s, 1.0) / 60}
         config = with_settings(self._config, {**candidate.settings, **length(num_steps), **limit, **self._given})
         run = _fit_in_memory(config, self._data, self._say)

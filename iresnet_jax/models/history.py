@@ -59,17 +59,15 @@ class History:
         return cls(train, validation, step)
 
     def __str__(self) -> str:
-        if not self.validation:
-            return f"step {self.step}, no validation"
         names = [name for name in self.validation if name not in ("step", "wall_time_s")]
-        lines = ["step  seconds  " + "  ".join(names)]
-        for i, step in enumerate(self.validation["step"]):
+        lines = ["step  seconds  " + "  ".join(names)] if names else [f"step {self.step}, no validation"]
+        for i, step in enumerate(self.validation.get("step", [])):
             values = "  ".join(f"{self.validation[name][i]:.4f}" for name in names)
             best = "  <- this model" if step == self.step else ""
             lines.append(f"{step:.0f}  {self.validation['wall_time_s'][i]:.1f}  {values}{best}")
         for run in self.attempts:
             lines.append(f"{run.what}: {run.loss:.4f} at step {run.best_step} of {run.num_steps}, {run.seconds:.1f} s")
-        return "\n".join(lines + [f"ended as {self.ended}"] * bool(self.ended))
+        return "\n".join(lines + [f"ended, as {self.ended}"] * bool(self.ended))
 
 
 def _columns(records: list[Mapping[str, Any]]) -> dict[str, list[float]]:
