@@ -216,7 +216,7 @@ MISTAKES = [
     ("sample", "classifier", ["--label", "1"], "holds no density"),
     ("sample", "points", ["--num", "-1"], "at least 1, got -1"),
     ("sample", "points", ["--seed", "-3"], "seed must not be negative"),
-    ("sample", "points", ["--temperature", "nan"], "temperature must be at least 0"),
+    ("sample", "points", ["--temperature", "nan"], "temperature at least 0"),
     ("sample", "points", ["--label", "0"], "one prior for all"),
     ("sample", "points", ["--context", "1.0"], "takes no context"),
     ("sample", "hybrid", ["--label", "3"], "there is no class 3"),
