@@ -128,16 +128,14 @@ def batch_indices(
         seed: Seed of the run, at least 0.
         step: Training step, counted from 0 over all epochs.
         batch_size: Examples in a batch over all processes, from 1 to ``num_examples``.
-        num_examples: Number of examples in the training split.
-        process_index: Process whose share is returned, as ``jax.process_index()``.
-        process_count: Number of processes that share a batch, as ``jax.process_count()``; it must divide ``batch_size``.
+        process_index: Process whose share is returned, less than ``process_count``.
+        process_count: Number of processes that share a batch; it must divide ``batch_size``.
 
     Returns:
         Indices in ``[0, num_examples)``, distinct within a batch and within an epoch; a read-only view.
 
     Raises:
-        ValueError: If ``batch_size`` does not lie in ``[1, num_examples]`` or cannot be shared evenly, ``process_index`` does
-            not lie in ``[0, process_count)``, or ``seed`` or ``step`` is negative.
+        ValueError: If an argument is out of its range.
     """
     if not 1 <= batch_size <= num_examples:
         raise ValueError(

@@ -39,8 +39,7 @@ def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int | 
     running median on top; a value that is not finite leaves a gap.
 
     Args:
-        records: Parsed lines of the metrics log, each with ``step``, ``split`` ("train" or "validation"),
-            ``wall_time_s`` in seconds and any numeric quantities. Any order; quantities may be missing from a record.
+        records: Lines of the metrics log, in any order: ``step``, ``split``, ``wall_time_s``, and numbers that may be missing.
         evaluated_step: Step of the evaluated checkpoint, for the title.
 
     Raises:
