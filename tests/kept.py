@@ -66,7 +66,11 @@ def uncertified(weights, factor=1.0):
     return {
         name: block._replace(
             branch=dataclasses.replace(
-                block.branch, weights=jax.tree.map(lambda a: factor * a, block.branch.weights), word="estimated", norms=None
+                block.branch,
+                weights=jax.tree.map(lambda a: factor * a, block.branch.weights),
+                word="estimated",
+                norms=None,
+                seal=None,
             )
         )
         for name, block in weights.items()

@@ -157,9 +157,16 @@ def certificate_of(
 
 
 def require_bounds(weights: Weights) -> None:
-    """Raises ``ValueError`` unless every branch has guaranteed norms, or a bound that its kind vouches for."""
-    if not all(block.branch.word == "user" or block.branch.norms is not None for block in weights.values()):
+    """Raises ``ValueError`` unless the bounds of every branch were computed from the very weights that it has."""
+    branches = {name: block.branch for name, block in weights.items()}
+    if any(branch.seal is None for branch in branches.values()):
         raise ValueError("these weights are not certified: call freeze() first")
+    changed = [name for name, branch in branches.items() if not branch.is_intact]
+    if changed:
+        raise ValueError(
+            f"the weights of {changed[0]} have changed since their bounds were computed: call freeze(), which scales them into "
+            "the budget, or save and load the model, which computes the bounds of the weights as they are"
+        )
 
 
 _with_bounds = jax.jit(with_bounds, static_argnums=0)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Num, Shaped
@@ -297,7 +298,7 @@ class Density(Model):
 
         Raises:
             ValueError: If labels are given to a model without classes or are not ``num`` integers, if ``num`` or
-                ``temperature`` is out of range.
+                ``temperature`` is out of range, or if a label is and it is known, outside of ``jit``.
         """
         return self.decode(self.sample_latents(key, num, temperature=temperature, labels=labels), context=context)
 
@@ -319,6 +320,8 @@ class Density(Model):
         chosen = jax.tree.map(lambda stacked: stacked[labels], self._priors_of_classes)
         one = jax.vmap(lambda prior, key: priors.sample(self.spec.prior_family, prior, key, 1, temperature)[0])
         known = (labels >= 0) & (labels < self.spec.num_classes)
+        if not isinstance(known, jax.core.Tracer) and not np.all(known):
+            raise ValueError(f"labels must be classes from 0 to {self.spec.num_classes - 1}, got {labels[~known][0]}")
         return jnp.where(known[:, None], one(chosen, jax.random.split(key_noise, num)), jnp.nan)
 
     def check_classes(self) -> None:

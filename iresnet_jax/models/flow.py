@@ -207,7 +207,7 @@ def _with_bounds(spec: FlowSpec, params: Tree, of_block: Callable[[BranchSpec, T
     weights = {}
     for stage in spec.layout:
         scale, of_branch = _parts(params[stage.name])
-        weights[stage.name] = Block(scale, jax.lax.map(functools.partial(of_block, stage.branch), of_branch))
+        weights[stage.name] = Block(scale, jax.lax.map(functools.partial(of_block, stage.branch), of_branch).sealed())
     return weights
 
 

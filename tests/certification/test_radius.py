@@ -136,7 +136,7 @@ def test_slopes_that_jump_leave_the_global_radius(name):
 def test_what_cannot_be_certified_is_refused():
     own = model("relu")
     with pytest.raises(ValueError, match="call freeze"):
-        certify.radius(changed(own, word="estimated"), images())
+        certify.radius(changed(own, seal=None), images())
     with pytest.raises(ValueError, match="num_forms must be at least 0"):
         certify.radius(own, images(), num_forms=-1)
     with pytest.raises(ValueError, match="the model takes images"):

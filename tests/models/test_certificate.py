@@ -1,11 +1,16 @@
 """The certificate of a model against singular values of its layers, and what it says where there is none."""
 
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 import kept
 import numpy as np
 import pytest
+from certified_flows import changed
 from oracles import dense_conv_matrix, operator_norm
 
+from iresnet_jax import certify
 from iresnet_jax.models.flow import as_params, with_bounds
 
 NORM_RTOL = 1e-2  # ten times the tolerance of the norms
@@ -43,9 +48,7 @@ def test_norms_agree_with_singular_values_and_bounds_lie_above(spec):
 
 def test_one_block_without_a_bound_is_none_for_the_model():
     model = kept.model(kept.POINTS)
-    weights = jax.tree.map(np.array, dict(model.weights))
-    weights["stage0"].branch.lipschitz_bound[1] = np.inf
-    broken = model.with_(weights=weights).certificate()
+    broken = changed(model, lipschitz_bound=np.array([0.5, np.inf], np.float32)).certificate()
     assert not broken.certified
     assert broken.max_block == broken.inverse == np.inf
     assert broken.verdict == "NOT CERTIFIED: no bound below 1 for 1 of 2 blocks, the first is stage0/block01"
@@ -62,6 +65,53 @@ def test_weights_beyond_their_budget_are_not_certified():
         np.testing.assert_allclose([block.estimate, block.bound], [4 * before.estimate, 4 * before.bound], rtol=NORM_RTOL)
     assert not certificate.certified
     assert certificate.inverse == np.inf
+
+
+def unflattened(model):
+    leaves, tree = jax.tree.flatten(model)
+    return jax.tree.unflatten(tree, [leaf + (0 if i else 1e-3) for i, leaf in enumerate(leaves)])
+
+
+def kernels_times_3(model):
+    weights = jax.tree.map(lambda w: 3 * w, model.weights["stage0"].branch.weights)
+    return model.with_(weights={"stage0": model.weights["stage0"]._replace(branch=replace(branch_of(model), weights=weights))})
+
+
+def branch_of(model):
+    return model.weights["stage0"].branch
+
+
+CHANGES = {
+    "with_": kernels_times_3,
+    "tree.map": lambda model: jax.tree.map(lambda leaf: 2 * leaf, model),
+    "tree.map of a few entries": lambda model: jax.tree.map(lambda leaf: jnp.clip(leaf, -0.7, 0.7), model),
+    "signs": lambda model: jax.tree.map(lambda leaf: -leaf, model),
+    "tree.unflatten": unflattened,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whoever_changes_weights_loses_their_bounds(change):
+    changed_model = CHANGES[change](kept.model(kept.POINTS))
+    x = np.zeros((1, 2), np.float32)
+    for call in (changed_model.certificate, lambda: certify.inverse(changed_model, x, x)):
+        with pytest.raises(ValueError, match="have changed since their bounds were computed"):
+            call()
+    assert changed_model.freeze().certificate().certified
+
+
+def test_the_same_numbers_keep_their_bounds():
+    """In NumPy's arrays, in float64, through a flat tree, on the way through ``jit`` and behind a gradient."""
+    model = kept.model(kept.POINTS)
+    bound = model.certificate().max_block
+    leaves, tree = jax.tree.flatten(model)
+    gradients = jax.grad(lambda model: model.log_prob(jnp.ones((1, 2)))[0])(model)
+    assert not np.any(branch_of(gradients).seal)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), model)
+        assert wide.certificate().max_block == bound
+    for same in (jax.device_get(model), jax.tree.unflatten(tree, leaves), jax.jit(lambda model: model)(model)):
+        assert same.certificate().max_block == bound
 
 
 def test_weights_without_bounds_are_refused():
