@@ -328,7 +328,7 @@ def check_budget(budget: str) -> None:
         raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
 
 
-def check_context(context_dim: int, batch_size: int, context: Float[Array, "..."] | None) -> None:
+def check_context(context_dim: int, batch_size: int, context: Float[Array | np.ndarray, "..."] | None) -> None:
     """Raises ``ValueError`` unless there is one context of that length for every example, or none if the length is 0."""
     if context_dim == 0 and context is not None:
         raise ValueError(f"the model takes no context (context_dim=0), got one of shape {context.shape}: leave it out")

@@ -21,8 +21,8 @@ from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.upward_rounding import UP, gamma
 from iresnet_jax.maths.norms.convolution_certificate import dense_norm_bound
 from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.contractions import bilipschitz
 from iresnet_jax.models.density import Contexts
-from iresnet_jax.models.flow import bilipschitz
 from iresnet_jax.models.model import Model
 
 

@@ -19,8 +19,8 @@ from iresnet_jax.maths.chains.margin_bounds import Step
 from iresnet_jax.maths.enclosures.double_double import LARGEST_EXPONENT
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import require_bounds
+from iresnet_jax.models.contractions import Weights
 from iresnet_jax.models.density import Contexts, Density
-from iresnet_jax.models.flow import Weights
 from iresnet_jax.models.model import Model
 from iresnet_jax.models.reconstructor import Reconstructor
 

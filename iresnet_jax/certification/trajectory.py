@@ -22,7 +22,8 @@ from iresnet_jax.bijections.reshape import flatten, split_channels
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import Block, Weights, flow_bijection
+from iresnet_jax.models.contractions import Block, Weights
+from iresnet_jax.models.flow import flow_bijection
 
 
 @jax.tree_util.register_static

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import Norms, Weights, as_params, bilipschitz, rounded_to_bfloat16, with_bounds
+from iresnet_jax.models.contractions import Norms, Weights, as_params, bilipschitz, rounded_to_bfloat16, with_bounds
 
 RTOL = 1e-3  # relative tolerance of the estimated norms
 

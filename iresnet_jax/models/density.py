@@ -38,7 +38,8 @@ from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import Tree, Weights, flow_bijection
+from iresnet_jax.models.contractions import Tree, Weights
+from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
 from iresnet_jax.models.model import Model
 

@@ -21,7 +21,8 @@ from iresnet_jax.models.architecture import FlowSpec, PlacedStage
 from iresnet_jax.models.batchnorm import batchnorm_blocks
 from iresnet_jax.models.classifier import Classifier as ClassifierModel
 from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.flow import Constrained, constrain, constrain_blocks, flow_bijection, initialize_actnorm, unconstrained
+from iresnet_jax.models.contractions import Constrained, constrain, constrain_blocks, unconstrained
+from iresnet_jax.models.flow import flow_bijection, initialize_actnorm
 from iresnet_jax.models.head import apply_head, batch_statistics, initial_head
 
 

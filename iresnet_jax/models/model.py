@@ -17,7 +17,7 @@ import numpy as np
 from iresnet_jax.atomic_files import replacing
 from iresnet_jax.json_dataclasses import tagged
 from iresnet_jax.models.certificate import Certificate, certificate_of
-from iresnet_jax.models.flow import as_params, freeze
+from iresnet_jax.models.contractions import as_params, freeze
 
 FILE_NAME = "model.npz"
 FORMAT = 2

@@ -13,7 +13,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from iresnet_jax.models.flow import Constrained
+from iresnet_jax.models.contractions import Constrained
 from iresnet_jax.training.constraint import Constrain
 from iresnet_jax.training.optimizers import ema_update
 from iresnet_jax.training.parallel import AXIS, example_keys

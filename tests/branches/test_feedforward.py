@@ -13,8 +13,8 @@ from iresnet_jax.branches.branch import BUDGETS
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.branches.layers import training_twists
 from iresnet_jax.maths import activations, platforms
+from iresnet_jax.models import contractions as model
 from iresnet_jax.models import density
-from iresnet_jax.models import flow as model
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 
 COEFF = 0.9

@@ -14,7 +14,7 @@ from iresnet_jax import certify
 from iresnet_jax.certification.head import Head
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
-from iresnet_jax.models.flow import freeze
+from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.head import initial_head
 
 LEVELS, SHAPE, CLASSES = 5, (2, 2, 1), 3

@@ -11,7 +11,7 @@ from certified_flows import changed
 from oracles import dense_conv_matrix, operator_norm
 
 from iresnet_jax import certify
-from iresnet_jax.models.flow import as_params, with_bounds
+from iresnet_jax.models.contractions import as_params, with_bounds
 
 NORM_RTOL = 1e-2  # ten times the tolerance of the norms
 EXACT_RTOL = 1e-6  # float32

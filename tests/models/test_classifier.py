@@ -11,7 +11,7 @@ import oracles
 import pytest
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.models import flow
+from iresnet_jax.models import contractions
 from iresnet_jax.models import head as heads
 from iresnet_jax.models import linen as modules
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -67,7 +67,7 @@ def variables():
 
 @pytest.fixture(scope="module")
 def model(variables):
-    frozen = jax.jit(lambda params: flow.freeze(SPEC.flow, params))(variables["params"])
+    frozen = jax.jit(lambda params: contractions.freeze(SPEC.flow, params))(variables["params"])
     return Classifier(SPEC, frozen, variables["params"]["head"], variables["batch_stats"])
 
 
@@ -264,7 +264,7 @@ def test_all_levels_of_8_bits_are_known():
 
 def test_without_a_constraint_weights_run_as_they_are_and_no_inverse_is_promised(variables):
     as_they_are = cast(Any, modules.Classifier(VANILLA).apply(variables, method="constrain")).weights
-    frozen = jax.jit(lambda params: flow.with_bounds(VANILLA.flow, params))(variables["params"])
+    frozen = jax.jit(lambda params: contractions.with_bounds(VANILLA.flow, params))(variables["params"])
     for run in (as_they_are, frozen):
         for name in ("stage0", "stage1"):
             blocks = dict(variables["params"][name]["blocks"])

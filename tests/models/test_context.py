@@ -12,8 +12,8 @@ from iresnet_jax.branches.branch import Branch
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
+from iresnet_jax.models import contractions as model
 from iresnet_jax.models import density
-from iresnet_jax.models import flow as model
 from iresnet_jax.models import linen as modules
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 

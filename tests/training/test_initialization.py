@@ -6,7 +6,7 @@ import pytest
 import tiny_runs as runs
 
 from iresnet_jax.data import load
-from iresnet_jax.models import flow
+from iresnet_jax.models import contractions
 from iresnet_jax.runs.from_config import initial_variables, model_spec
 
 CONVERGED = 2e-3  # twice the tolerance of the power iterations
@@ -34,7 +34,7 @@ def norms_by(name, vectors):
     config = runs.config_of(source, **own)
     spec = model_spec(config, load(config.data.name)).flow
     params = {stage.name: variables_of(name)["params"][stage.name] for stage in spec.layout}
-    return jax.jit(lambda params, vectors: flow.constrain(spec, params, vectors, num_steps=1).norms)(params, vectors)
+    return jax.jit(lambda params, vectors: contractions.constrain(spec, params, vectors, num_steps=1).norms)(params, vectors)
 
 
 @pytest.mark.parametrize("name", CASES)

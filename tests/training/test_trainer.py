@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from iresnet_jax.models.flow import Constrained
+from iresnet_jax.models.contractions import Constrained
 from iresnet_jax.training import parallel, trainer
 from iresnet_jax.training.objectives.objective import HeldOut, Objective
 from iresnet_jax.training.step import Loss, TrainingStep, UpdateRule
