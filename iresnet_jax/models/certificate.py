@@ -134,7 +134,7 @@ def certificate_of(
     """
     require_bounds(weights)
     if bfloat16:
-        weights = _with_bounds(spec, as_params(rounded_to_bfloat16(weights)))
+        weights = with_bounds(spec, as_params(rounded_to_bfloat16(weights)))
     per_layer = spec.coeff if constrained and spec.budget == "layer" else None
     per_block = spec.coeff if constrained else None
     blocks = []
@@ -167,9 +167,6 @@ def require_bounds(weights: Weights) -> None:
             f"the weights of {changed[0]} have changed since their bounds were computed: call freeze(), which scales them into "
             "the budget, or save and load the model, which computes the bounds of the weights as they are"
         )
-
-
-_with_bounds = jax.jit(with_bounds, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

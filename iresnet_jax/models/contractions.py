@@ -189,6 +189,7 @@ def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
     return _with_bounds(spec, params, of_block)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def with_bounds(spec: FlowSpec, params: Tree) -> dict[str, Block]:
     """The parameters of `constrain` unchanged, with guaranteed bounds of their norms, which may be 1 or more."""
     of_block = lambda branch, block: branch.with_bounds(block, branch.norm_bounds(block), coeff=spec.coeff)  # noqa: E731

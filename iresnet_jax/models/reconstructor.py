@@ -120,7 +120,7 @@ class Reconstructor(Model):
     def measure(self, x: Measurements) -> Float[Array, "b h w c"]:
         """``F(x)``: what the learned operator measures of images."""
         self._check(x)
-        return self._as_images(self.flow().forward(jnp.asarray(x)))
+        return self.spec.permutation.inverse(self.flow().forward(jnp.asarray(x)))[0]
 
     def reconstruct(self, y: Measurements) -> tuple[Float[Array, "b h w c"], FixedPointInfo]:
         """``P(F^-1(y))``, and how the inverse ended.
@@ -158,9 +158,6 @@ class Reconstructor(Model):
         """``F`` from images to vectors."""
         settings = {"solver": self.solver, "unroll": self.unroll, "rematerialize": self.rematerialize}
         return flow_bijection(self.spec.flow, self.weights, **settings)
-
-    def _as_images(self, vectors: Float[Array, "b d"]) -> Float[Array, "b h w c"]:
-        return self.spec.permutation.inverse(vectors)[0]
 
     def _check(self, images: Measurements) -> None:
         if images.shape[1:] != tuple(self.spec.flow.event_shape):

@@ -82,9 +82,6 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[zipfile.ZipFile, dic
         ) from error
 
 
-_bounded = jax.jit(with_bounds, static_argnums=0)
-
-
 def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:
     """A model of weights as they are, with guaranteed bounds of their norms.
 
@@ -94,7 +91,7 @@ def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:
     """
     rest = {name: value for name, value in arrays.items() if name != "params"}
     kind = {DensitySpec: Density, ClassifierSpec: Classifier, ReconstructorSpec: Reconstructor}[type(spec)]
-    return kind(spec, _bounded(spec.flow, arrays["params"]), **rest)
+    return kind(spec, with_bounds(spec.flow, arrays["params"]), **rest)
 
 
 def _empty(spec: Spec) -> dict[str, Any]:

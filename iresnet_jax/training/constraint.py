@@ -99,9 +99,7 @@ def certified_model(spec: Spec, params: Any, batch_stats: Any, solver: Solver = 
     return kind(spec, _freeze(spec.flow, stages), **free, solver=solver)
 
 
-_freeze = jax.jit(
-    contractions.freeze, static_argnums=0
-)  # one function for all runs: those of one architecture share its program
+_freeze = jax.jit(contractions.freeze, static_argnums=0)  # one function for all, so runs of one architecture share its program
 
 
 def _as_they_are(spec: FlowSpec, params: Any, spectral: Any) -> contractions.Constrained:
