@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.classifier import Classifier

@@ -18,6 +18,7 @@ FITTED_ARRAY = "the array"  # name of the data that `iresnet_jax.fit` is given, 
 REPEATS = 2.0  # examples for each distinct value of an entry from which it counts as one that takes few values
 FINEST_GRID = 1e-4  # least spacing of a grid, in standard deviations of the entry
 UNRESOLVED = 1e-5  # standard deviation relative to the mean below which float32 cannot tell values apart
+FAINT = 1e-31  # standard deviation below which the digits of differences underflow in float32
 NAMED = 5  # entries that a message names
 
 
@@ -107,7 +108,7 @@ def find_grid(x: np.ndarray, column_names: Sequence[str] = ()) -> Grid | None:
         column_names: Names of the entries, for messages.
 
     Raises:
-        ValueError: If entries are constant, repeat values that are on no grid, or cannot be told apart in float32.
+        ValueError: If entries are constant, repeat values that are on no grid, or have differences that float32 cannot hold.
     """
     refused = collections.defaultdict(list)
     offset, spacing = np.zeros(x.shape[1]), np.zeros(x.shape[1])
@@ -117,6 +118,8 @@ def find_grid(x: np.ndarray, column_names: Sequence[str] = ()) -> Grid | None:
             refused["an entry that is constant in single precision has no density: drop {}"].append(column)
         elif distinct.std() < UNRESOLVED * abs(distinct.mean()):
             refused["single precision cannot tell values apart so far from 0: subtract the mean of {}"].append(column)
+        elif distinct.std() < FAINT:
+            refused["single precision rounds differences so small to 0: divide {} by its standard deviation"].append(column)
         elif len(values) >= REPEATS * len(distinct):
             step = _step(distinct)
             if step is not None and step >= FINEST_GRID * values.std():
@@ -134,12 +137,14 @@ def find_grid(x: np.ndarray, column_names: Sequence[str] = ()) -> Grid | None:
 
 
 def check_channels(images: np.ndarray) -> None:
-    """Raises ``ValueError`` if a channel of continuous images is constant, or most of its values are equal."""
+    """Raises ``ValueError`` if a channel of continuous images is constant or nearly, or most of its values are equal."""
     for channel in range(images.shape[-1]):
         values = np.asarray(images[..., channel]).reshape(-1)
         distinct, counts = np.unique(values, return_counts=True)
         if len(distinct) < 2:
             raise ValueError(f"channel {channel} of the images is constant, so there is no density: drop it")
+        if distinct.astype(np.float64).std() < FAINT:
+            raise ValueError(f"single precision rounds differences so small to 0: scale channel {channel} of the images")
         if len(values) >= 1000 and len(distinct) <= 256:
             raise ValueError(
                 f"channel {channel} of the images has {len(distinct)} different values: give images of integer levels as "

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.contractions import Norms, Weights, as_params, bilipschitz, rounded_to_bfloat16, with_bounds
+from iresnet_jax.models.contractions import FlowNorms, FlowWeights, as_params, bilipschitz, rounded_to_bfloat16, with_bounds
 
 RTOL = 1e-3  # relative tolerance of the estimated norms
 
@@ -118,7 +118,7 @@ class Certificate:
 
 
 def certificate_of(
-    spec: FlowSpec, weights: Weights, preprocessing: BiLipschitz, *, constrained: bool = True, bfloat16: bool = False
+    spec: FlowSpec, weights: FlowWeights, preprocessing: BiLipschitz, *, constrained: bool = True, bfloat16: bool = False
 ) -> Certificate:
     """The certificate of a flow's weights.
 
@@ -156,7 +156,7 @@ def certificate_of(
     return Certificate(coeff, budget, tuple(blocks), float(whole.forward), float(whole.inverse), bfloat16)
 
 
-def require_bounds(weights: Weights) -> None:
+def require_bounds(weights: FlowWeights) -> None:
     """Raises ``ValueError`` unless the bounds of every branch were computed from the very weights that it has."""
     branches = {name: block.branch for name, block in weights.items()}
     if any(branch.seal is None for branch in branches.values()):
@@ -170,7 +170,7 @@ def require_bounds(weights: Weights) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _estimates_and_bounds(spec: FlowSpec, weights: Weights) -> tuple[Norms, BiLipschitz]:
+def _estimates_and_bounds(spec: FlowSpec, weights: FlowWeights) -> tuple[FlowNorms, BiLipschitz]:
     """Norms of all layers by power iteration to a tolerance, and the bounds of the whole flow, compiled as one program."""
     return {name: _estimates(block.branch) for name, block in weights.items()}, bilipschitz(spec, weights)
 

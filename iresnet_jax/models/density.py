@@ -38,7 +38,7 @@ from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.contractions import Tree, Weights
+from iresnet_jax.models.contractions import FlowWeights, Tree
 from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
 from iresnet_jax.models.model import Model
@@ -170,7 +170,7 @@ class Density(Model):
     arrays: ClassVar[tuple[str, ...]] = ("prior",)
 
     spec: DensitySpec
-    weights: Weights = field(repr=False)
+    weights: FlowWeights = field(repr=False)
     prior: Tree = field(repr=False)
     estimator: LogdetEstimator = field(default_factory=ExactLogdet)
     solver: Solver = Solver()

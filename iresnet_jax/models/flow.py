@@ -16,12 +16,12 @@ from iresnet_jax.maths import platforms
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.contractions import Tree, Weights
+from iresnet_jax.models.contractions import FlowWeights, Tree
 
 
 def flow_bijection(
     spec: FlowSpec,
-    weights: Weights,
+    weights: FlowWeights,
     estimator: LogdetEstimator = ExactLogdet(),
     solver: Solver = Solver(),
     *,
@@ -63,7 +63,7 @@ def flow_bijection(
 
 def branch_inputs(
     spec: FlowSpec,
-    weights: Weights,
+    weights: FlowWeights,
     x: Float[Array, "b ..."],
     context: Float[Array, "b k"] | None = None,
     *,
