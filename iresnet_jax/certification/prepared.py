@@ -113,7 +113,7 @@ def check(
         if not np.all(np.abs(scale.log_scale) <= LARGEST_EXPONENT):
             raise ValueError(
                 f"{stage.name} has an ActNorm whose log_scale is not within {LARGEST_EXPONENT:g}: its scale is beyond what "
-                "certificates compute with, and the training of this model diverged"
+                "certificates compute with"
             )
         if not branch.spec.layers or branch.norms is None or branch.gain is not None:
             raise ValueError(

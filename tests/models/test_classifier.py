@@ -6,6 +6,7 @@ from typing import Any, cast
 import chex
 import jax
 import jax.numpy as jnp
+import kept
 import numpy as np
 import oracles
 import pytest
@@ -320,3 +321,9 @@ def test_images_that_are_none_are_refused(model):
 def test_mistakes_are_answered_before_anything_runs(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         dataclasses.replace(SPEC, **change)
+
+
+def test_no_images_have_no_features_and_no_reconstructions():
+    own = kept.model(kept.CLASSIFIER)
+    run = jax.jit(lambda model, images: model.reconstruct(model.features(images)))
+    assert run(own, kept.images(1)[0][:0]).images.shape == (0, *kept.SHAPE)
