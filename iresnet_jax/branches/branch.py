@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from iresnet_jax.maths.inverse.fixed_point import Diagonal
 from iresnet_jax.maths.logdet.estimator import Jacobian, Logdet, Trace
@@ -115,7 +115,7 @@ class Branch:
         return bool(np.all(np.asarray(checksum(self._sealed_arrays)) == np.asarray(self.seal)))
 
     @property
-    def _sealed_arrays(self) -> list[Array]:
+    def _sealed_arrays(self) -> list[Any]:
         return jax.tree.leaves((self.weights, self.lipschitz_bound, self.norms, self.gain))
 
     @property
@@ -161,7 +161,7 @@ AnyBranch = Branch | CallableBranch
 
 
 @jax.jit
-def checksum(arrays: Sequence[Float[Array, "k ..."]]) -> Float[Array, " k"]:
+def checksum(arrays: Sequence[Shaped[Array, "k ..."]]) -> Float[Array, " k"]:
     """24 bits of a hash of each block's numbers, whole ones in float32: it has no gradient, and a tree keeps its one dtype.
 
     Numbers count by their value in float32 and what that leaves over, so that float64 of the same numbers has the same hash.
