@@ -202,6 +202,7 @@ def test_an_interrupt_gives_the_best_model_so_far(capfd):
     said = capfd.readouterr().err
     assert "the best model so far" in said
     assert "of 10000" in said
+    assert "saving" not in said  # nothing is
 
 
 def test_a_context_makes_a_conditional_density():
