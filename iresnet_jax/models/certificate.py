@@ -124,7 +124,7 @@ def certificate_of(
 
     Args:
         spec: Architecture of the flow.
-        weights: Weights with guaranteed bounds, see `flow.freeze` and `flow.with_bounds`.
+        weights: Weights with guaranteed bounds, see `contractions.freeze` and `contractions.with_bounds`.
         preprocessing: Constants of the map in front of the flow.
         constrained: Whether the weights are meant to satisfy ``spec.coeff``.
         bfloat16: Whether kernels are rounded to bfloat16 when the model runs; it is those that are certified then.

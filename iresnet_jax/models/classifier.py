@@ -135,7 +135,7 @@ class Classifier(Model):
 
     Attributes:
         spec: All that defines the model but its weights.
-        weights: Weights of the flow, as `flow.freeze`, `flow.constrain` or `flow.unconstrained` give them.
+        weights: Weights of the flow, as `freeze`, `constrain` or `unconstrained` of `contractions` give them.
         head: Parameters of the head, see `head.apply_head`.
         statistics: Running averages of BatchNorm: of the "head", and of every stage with BatchNorm.
         solver: Inverse of the blocks.

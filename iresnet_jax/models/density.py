@@ -157,7 +157,7 @@ class Density(Model):
 
     Attributes:
         spec: All that defines the model but its weights.
-        weights: Constrained weights of the flow, as `flow.freeze` or `flow.constrain` give them.
+        weights: Constrained weights of the flow, as `contractions.freeze` or `contractions.constrain` give them.
         prior: Parameters of the prior.
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.

@@ -126,7 +126,7 @@ class ResidualFlow(nn.Module):
         return jnp.concatenate([*latents, reshape.flatten(x)], axis=-1)
 
     def constrain(self, *, num_steps: int | None = None, rtol: float = 1e-3) -> ConstrainedFlow:
-        """The constrained weights, from `flow.constrain`."""
+        """The constrained weights, from `contractions.constrain`."""
         variables = self.variables
         return constrain(self.spec, variables["params"], variables["spectral"], num_steps=num_steps, rtol=rtol)
 
@@ -166,7 +166,7 @@ class Classifier(nn.Module):
         return apply_head(head, statistics.value, x)
 
     def constrain(self, *, num_steps: int | None = None, rtol: float = 1e-3) -> ConstrainedFlow:
-        """The weights that run: constrained by `flow.constrain`, or as they are."""
+        """The weights that run: constrained by `contractions.constrain`, or as they are."""
         params, spectral = self.variables["params"], self.variables.get("spectral", {})
         if not self.spec.is_bijective:
             return ConstrainedFlow(params, {}, {})

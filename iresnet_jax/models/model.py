@@ -49,7 +49,7 @@ class Model:
         return certificate_of(self.spec.flow, self.weights, preprocessing, constrained=constrained, bfloat16=bfloat16)
 
     def freeze(self: M) -> M:
-        """The same model with every block certified to be within the budget of ``spec.flow.coeff``, see `flow.freeze`."""
+        """The same model, every block certified to be within the budget of ``spec.flow.coeff``, see `contractions.freeze`."""
         if not self.spec.constrained:
             raise ValueError("this network has no Lipschitz constraint: there is nothing to freeze it to")
         return self.with_(weights=freeze(self.spec.flow, as_params(self.weights)))

@@ -97,7 +97,7 @@ class Reconstructor(Model):
 
     Attributes:
         spec: All that defines the model but its weights.
-        weights: Weights of the flow, as `flow.freeze`, `flow.constrain` or `flow.unconstrained` give them.
+        weights: Weights of the flow, as `freeze`, `constrain` or `unconstrained` of `contractions` give them.
         solver: Inverse of the blocks.
         unroll: Whether blocks are unrolled instead of scanned.
         rematerialize: What the backward pass of `measure` recomputes, see `iresnet_jax.bijections.chain.repeat`.

@@ -87,7 +87,7 @@ def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:
 
     Args:
         spec: All that defines the model but its weights.
-        arrays: ``params`` as `flow.with_bounds` takes them, and the rest of the fields of the model's class by name.
+        arrays: ``params`` as `contractions.with_bounds` takes them, and the rest of the fields of the model's class by name.
     """
     rest = {name: value for name, value in arrays.items() if name != "params"}
     kind = {DensitySpec: Density, ClassifierSpec: Classifier, ReconstructorSpec: Reconstructor}[type(spec)]
