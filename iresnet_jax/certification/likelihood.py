@@ -32,7 +32,7 @@ from iresnet_jax.bijections.transforms.dequantize import enclose_volume
 from iresnet_jax.bijections.transforms.enclosure import enclosing
 from iresnet_jax.certification.jacobians import LinearSteps, step_jacobians
 from iresnet_jax.certification.passes import FlowSlopes, forward_correction
-from iresnet_jax.certification.prepared import MOST_DIMS, PreparedFlow, in_parts, inputs_of, prepared
+from iresnet_jax.certification.prepared import MOST_DIMS, PreparedFlow, check, in_parts, inputs_of, prepared
 from iresnet_jax.certification.residuals import residuals
 from iresnet_jax.certification.trajectory import follow
 from iresnet_jax.maths import activations
@@ -99,6 +99,7 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
         >>> interval = certify.log_prob(model, images)  # doctest: +SKIP
         >>> interval.in_units(model.spec).upper  # bits/dim, guaranteed  # doctest: +SKIP
     """
+    check(model, x, context=context, most_dims=MOST_DIMS)
     _check_smooth(model)
     spec, given = model.spec, np.asarray(x)
     key = jax.random.key(0) if key is None else key

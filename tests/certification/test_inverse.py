@@ -156,7 +156,6 @@ WRONG = {
     "huge scales": (HUGE, X, None, "log_scale is not within 600"),
     "a column too many": (OWN, np.zeros((2, 3), np.float32), None, "got.* \\(2, 3\\)"),
     "one axis": (OWN, X[0], None, "got.* \\(2,\\)"),
-    "no batch": (OWN, np.float32(1), None, "got"),
     "a context that is not taken": (OWN, X, np.zeros((2, 3), np.float32), "takes no context"),
     "no contexts": (CONDITIONAL, X, None, "got none"),
     "too few contexts": (CONDITIONAL, X, np.zeros((1, 3), np.float32), "for a batch of 2"),
@@ -189,6 +188,8 @@ def test_no_examples_have_no_certificates(call):
     assert all(len(part) == 0 for part in jax.tree.leaves(CALLS[call](OWN, X[:0])) if np.ndim(part))
 
 
-def test_dimensions_are_limited():
+def test_dimensions_are_limited_and_examples_come_in_batches():
     with pytest.raises(ValueError, match="up to 1 dimensions, got 2"):
         prepared.check(OWN, most_dims=1)
+    with pytest.raises(ValueError, match="got a scalar"):
+        prepared.check(OWN, np.float32(1))
