@@ -66,14 +66,13 @@ def dense_jacobian(spec, weights, x, context):
     return jacobian.reshape(len(x), math.prod(spec.in_shape), -1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def draw(spec):
-    keys = jax.random.split(jax.random.key(0), 4)
-    weights = spec.initial_weights(keys[0])
-    for layer in weights.values():
-        layer["bias"] = 0.5 * jax.random.normal(keys[1], layer["bias"].shape)
-    context = jax.random.normal(keys[3], (BATCH, spec.context_dim)) if spec.context_dim else None
-    return weights, jax.random.normal(keys[2], (BATCH, *spec.in_shape)), context
+    """Drawn by NumPy: JAX would compile a program for each shape."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(spec.initial_weights, jax.random.key(0))
+    weights = jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape)), shapes)
+    context = jnp.asarray(rng.normal(size=(BATCH, spec.context_dim))) if spec.context_dim else None
+    return weights, jnp.asarray(rng.normal(size=(BATCH, *spec.in_shape))), context
 
 
 def make(case):

@@ -12,6 +12,7 @@ from oracles import dense_conv_matrix, operator_norm
 
 from iresnet_jax import certify
 from iresnet_jax.models.contractions import as_params, with_bounds
+from iresnet_jax.models.density import Density
 
 NORM_RTOL = 1e-2  # ten times the tolerance of the norms
 EXACT_RTOL = 1e-6  # float32
@@ -65,6 +66,7 @@ def test_weights_beyond_their_budget_are_not_certified():
         np.testing.assert_allclose([block.estimate, block.bound], [4 * before.estimate, 4 * before.bound], rtol=NORM_RTOL)
     assert not certificate.certified
     assert certificate.inverse == np.inf
+    assert jax.jit(Density.freeze)(model.with_(weights=found)).certificate().certified
 
 
 def unflattened(model):

@@ -67,8 +67,8 @@ MISTAKES = [
     ("toy", "model.stages=((1, 2),)", "config.model.stages[0] must be a dictionary"),
     # what does not fit together, or the data, or the devices
     ("toy", "data.name=mons", "unknown data set 'mons'"),
-    ("toy", "training.batch_size=15", "cannot be split evenly over 2 devices"),
-    ("toy", "training.num_parts=3", "num_parts must divide the 8 examples"),
+    ("toy", "training.batch_size=15", "multiple of 2 devices times 1 parts, got 15"),
+    ("toy", "training.num_parts=3", "multiple of 2 devices times 3 parts, got 16"),
     ("hybrid", "training.batch_size=2000", "must be at most 1257, the training examples of digits"),
     ("toy", "preprocessing.entrywise=true", "preprocessing.entrywise is for transform equalize"),
     ("toy", "preprocessing.transform=logit", "is for data with grey levels"),
@@ -77,6 +77,9 @@ MISTAKES = [
     ("toy", "constraint.norms=none", "a density needs blocks that are contractions"),
     ("classifier", "data.name=moons", "classification needs labelled images"),
     ("classifier", "model.sharp=true", "config.model.sharp is for the objectives density and hybrid"),
+    ("toy", "model.prior=mixture", "prior_components is for the prior mixture, which needs it"),
+    ("toy", "model.prior_components=2", "got 2 for gaussian"),
+    ("hybrid", "model.prior=mixture model.prior_components=2", "mixture is for the objective density, got hybrid"),
     ("classifier", "augmentation.crop_padding=9", "padding must lie in [0, 8] for 8x8 images"),
     ("classifier", "classifier.label_smoothing=1.5", "must lie in [0, 1), got 1.5"),
     (
