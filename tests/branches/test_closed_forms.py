@@ -20,7 +20,6 @@ EXACT = 1e-10  # same maths by another route, float64
 BATCH, NORM = 3, 0.98
 
 TRACE = {
-    "dense": {"in_shape": (5,), "hidden": (7,)},
     "dense, narrow": {"in_shape": (7,), "hidden": (3,), "activation": "clipswish"},
     "dense, preactivation": {"in_shape": (5,), "hidden": (7,), "activation": "clipswish", "preactivation": True},
     "dense, context": {"in_shape": (3,), "hidden": (4,), "activation": "lipswish", "context_dim": 2},

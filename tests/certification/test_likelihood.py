@@ -70,7 +70,7 @@ def test_intervals_hold_the_value_in_50_digits_and_are_narrow(name):
 
 
 @pytest.mark.parametrize("name", ["tanh", "logistic", "whitened"])
-@pytest.mark.parametrize("scale", [0.0, 30.0, 1e3])
+@pytest.mark.parametrize("scale", [0.0, 1e3])
 def test_intervals_hold_far_from_the_data(name, scale):
     own, x = density(SPECS[name]), data(SPECS[name], scale)
     found = certify.log_prob(own, x)

@@ -31,7 +31,7 @@ def answer(capsys, tmp_path):
     def run(*arguments, workdir=None):
         workdir = tmp_path / "new" if workdir is None else workdir
         existed = workdir.exists()
-        status = runs.train_script().main(["train.py", f"--workdir={workdir}", *map(str, arguments)])
+        status = runs.train_main(f"--workdir={workdir}", *arguments)
         out, err = capsys.readouterr()
         *_, line = err.rstrip().splitlines()
         assert (status, out) == (2, "")
@@ -149,10 +149,10 @@ def test_failures_of_a_run_are_sentences_unless_debugging_and_bugs_are_not(confi
     fail(RuntimeError("nll became non-finite;\n lower the learning rate"))
     assert answer(*arguments) == "error: nll became non-finite; lower the learning rate"
     with pytest.raises(RuntimeError, match="non-finite"):
-        runs.train_script().main(["train.py", *arguments, "--debug"])
+        runs.train_main(*arguments, "--debug")
     fail(TypeError("a bug"))
     with pytest.raises(TypeError, match="a bug"):
-        runs.train_script().main(["train.py", *arguments])
+        runs.train_main(*arguments)
 
 
 def test_the_real_command_line_of_a_mistake(config_files):

@@ -48,7 +48,6 @@ def kernels_of_every_kind(shape, seed=0):
 
 # spatial shape, kernel shape, padding; six kinds of kernels each
 CONVOLUTIONS = {
-    "1x1": ((3, 3), (1, 1, 5, 3), "SAME"),
     "3x3": ((5, 7), (3, 3, 2, 4), "SAME"),
     "3x3 circular": ((6, 6), (3, 3, 3, 2), "CIRCULAR"),
     "3x3 circular on 2x1 pixels": ((2, 1), (3, 3, 8, 3), "CIRCULAR"),
