@@ -127,7 +127,7 @@ def test_certify_tells_layer_by_layer_and_fails_without_a_certificate(folders, c
     assert lines[-1].startswith("certified: every one of 2 blocks is a contraction")
     loaded = run.load(folders["points"])
     block = loaded.model.weights["stage0"]
-    branch = replace(block.branch, lipschitz_bound=np.array([0.5, np.inf], np.float32))
+    branch = replace(block.branch, lipschitz_bound=np.array([0.5, np.inf], np.float32)).sealed()
     weights = {"stage0": block._replace(branch=branch)}
     broken = run.Run(loaded.folder, loaded.model.with_(weights=weights), loaded.config, loaded.fingerprint, 7)
     monkeypatch.setattr(run, "load", lambda folder: broken)
