@@ -26,7 +26,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.data.arrays import REPEATS, find_grid
-from iresnet_jax.fitting import WHITENED_DIMS, fit
+from iresnet_jax.fit_settings import WHITENED_DIMS
+from iresnet_jax.fitting import fit
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.models.density import Density
 

@@ -33,7 +33,7 @@ HYBRID_WEIGHT = 0.1  # weight of a vector's log-likelihood beside the cross-entr
 EXACT_DIMS = 32  # at most: no noise; steps at 10, 20, 30 dimensions take .3, .8, 1.6 times as long as with `KrylovLogdet`
 MIXTURE_DIMS = 64  # at most: each component has a matrix of the square of that many numbers
 COMPONENTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24)  # numbers of them that are tried until `BIC` rises twice
-EXAMPLES_PER_COMPONENT = 10  # at least
+EXAMPLES_PER_COMPONENT = 5  # at least, for each row of its covariance and its mean
 NOISES = (0.0, 0.1, 0.3)  # standard deviations of the noise on examples
 NO_NOISE = 1e-9  # is lost in rounding, and shares the program of noise
 SIZES = {"large": (20, 128, 1e-2), "small": (4, 32, 3e-3)}  # blocks, width, learning rate
@@ -109,7 +109,7 @@ def _for_vectors(data: DataSet, objective: str) -> dict[str, dict[str, Any]]:
     return {
         "model": {
             "stages": [{"num_blocks": num_blocks, "hidden": (width,), "activation": "clipswish"}],
-            **{"coeff": 0.97, "last_scale": 1.0, "sharp": objective != "classification"},
+            **{"coeff": 0.97, "last_scale": 0.1, "sharp": objective != "classification"},
         },
         "preprocessing": {"transform": "whiten" if is_whitened else "standardize"},
         "logdet": {"kind": "exact"} if is_exact else {"kind": "krylov", "num_terms": min(6, dims)},
@@ -150,7 +150,7 @@ class Candidate:
         chosen: dict[str, Any] = {
             "model.stages": [{"num_blocks": num_blocks, "hidden": (width,), "activation": "clipswish"}],
             # A flow in front of a mixture starts as little more than the identity: the mixture alone may be the best.
-            "model.last_scale": 0.01 if self.prior == "mixture" else 1.0 if is_large else 0.1,
+            "model.last_scale": 0.01 if self.prior == "mixture" else 0.1,
             "model.sharp": is_large,
             "optimizer.learning_rate": rate,
         }
@@ -178,7 +178,8 @@ def plain_candidate(config: Config, data: DataSet, given: Iterable[str] = ()) ->
         return None
     is_plain = config.objective == "density" and not data.contexts and "model.prior" not in given
     prior = likelier_prior(_preprocessed(config, data, PRIOR_EXAMPLES)) if is_plain else None
-    return Candidate(prior, noise=NOISES[0] if config.objective == "density" else None)
+    size = "large" if len(data.examples["train"]) >= PER_COVARIANCE * data.event_shape[0] ** 2 else "small"
+    return Candidate(prior, size=size, noise=NOISES[0] if config.objective == "density" else None)
 
 
 def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> list[Candidate]:
@@ -191,14 +192,16 @@ def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> list
         return [] if plain is None else [plain]
     components = likeliest_components(_preprocessed(config, data, MIXTURE_EXAMPLES), config.seed)
     is_more = components > 1 or config.preprocessing.transform != "whiten"  # than the prior of one normal distribution
-    return [Candidate("mixture", components, noise=NOISES[0])] * is_more + [plain]
+    return [dataclasses.replace(plain, prior="mixture", components=components)] * is_more + [plain]
 
 
 def _preprocessed(config: Config, data: DataSet, most: int) -> Float[np.ndarray, "n d"]:
     """Training examples as the flow gets them."""
     model = Density(density_spec(config, data), {}, {})
-    key = jax.random.key(config.seed)
-    return np.asarray(jax.jit(lambda x: model.preprocess(x, key))(np.asarray(data.examples["train"][:most])), np.float64)
+    return np.asarray(_preprocess(model, np.asarray(data.examples["train"][:most]), jax.random.key(config.seed)), np.float64)
+
+
+_preprocess = jax.jit(lambda model, x, key: model.preprocess(x, key))  # one function for fits of one shape
 
 
 def likelier_prior(z: Float[np.ndarray, "n d"]) -> str:
@@ -225,7 +228,7 @@ def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> int:
 
     best, lowest, risen = 1, math.inf, 0
     for num in COMPONENTS:
-        if num > max(len(z) // EXAMPLES_PER_COMPONENT, 1) or risen == 2:
+        if num > max(len(z) // (EXAMPLES_PER_COMPONENT * (z.shape[1] + 1)), 1) or risen == 2:
             break
         mixture = GaussianMixture(num, n_init=2, random_state=seed)
         # Threads of products as small as these wait for each other.
