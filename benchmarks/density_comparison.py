@@ -28,7 +28,7 @@ from iresnet_jax.runs.config import parse
 from iresnet_jax.runs.from_config import density_spec
 from iresnet_jax.runs.loop import load_data
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
-from iresnet_jax.training.objectives.likelihood import evaluation_keys
+from iresnet_jax.training.objectives.density import evaluation_keys
 
 try:
     import normflows as nf  # pyright: ignore[reportMissingImports]

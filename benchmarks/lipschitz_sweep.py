@@ -19,9 +19,9 @@ from _models import load, read_config
 from _record import parser, show, write
 
 from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.checked_dataclasses import first_difference, to_plain
 from iresnet_jax.evaluation import accuracy
 from iresnet_jax.evaluation.inversion import RECOVERED, round_trip
-from iresnet_jax.json_dataclasses import first_difference, to_plain
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.report.contents import TrainingTimes
 from iresnet_jax.runs import loop

@@ -31,7 +31,7 @@ from _processes import core_counts, most_cores, workers
 from _record import RESULTS, Timing, parser, show, take_turns, write
 from _steps import WARMUP, prepare_jax
 
-from iresnet_jax.json_dataclasses import to_plain
+from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import default_config, estimator_settings, parse
 from iresnet_jax.runs.from_config import density_spec

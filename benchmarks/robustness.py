@@ -16,8 +16,8 @@ from _models import load_kind, model_parser
 from _record import write
 
 from iresnet_jax import certify
+from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.evaluation import robustness
-from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.models.classifier import Classifier
 
 RADII = tuple(float(r) for r in np.geomspace(1e-5, 3, 12).round(7))

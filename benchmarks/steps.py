@@ -13,7 +13,7 @@ from _models import read_config
 from _processes import workers
 from _record import parser, summarize, take_turns, write
 
-from iresnet_jax.json_dataclasses import to_plain
+from iresnet_jax.checked_dataclasses import to_plain
 
 MEMORY = {"default": {"keeps_memory": False}, "kept": {"keeps_memory": True}}
 NORMS = {"unconstrained": "none", "estimated": "estimated", "certified": "certified"}

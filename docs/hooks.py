@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "iresnet_jax"
 FOLDERS = ("maths", "branches", "bijections", "models", "certification", "training", "data", "runs", "evaluation", "report")
 SHOWN_FILES = (".json", ".jsonl", ".png", ".md")  # of benchmarks/, which pages link to
-NUMBERS = {  # names of annotations in json_dataclasses.py
+NUMBERS = {  # names of annotations in checked_dataclasses.py
     "Count": "integer in [1, inf)",
     "CountOrNone": "integer in [0, inf)",
     "Positive": "(0, inf)",

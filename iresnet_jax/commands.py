@@ -20,7 +20,7 @@ from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.report.pictures import reconstructions, write_png, write_samples
-from iresnet_jax.report.report import write
+from iresnet_jax.report.run_report import write
 from iresnet_jax.runs import machine
 from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.planning import plan as plans
@@ -65,7 +65,7 @@ def sample(run: Run, arguments: argparse.Namespace) -> bool:
         num_certified=_num_certified(arguments, model.spec.flow),
     )
     png, npy = write_samples(drawn.values, model.spec.num_levels, run.folder)
-    _say(*run.notes, drawn.quality, f"written: {png} and {npy}")
+    _say(*run.notes, drawn.convergence, f"written: {png} and {npy}")
     return bool(drawn.converged.all())
 
 

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
-from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
+from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.json_dataclasses import to_plain
+from iresnet_jax.data.given import data_of
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.classifier import Classifier
@@ -27,7 +27,7 @@ from iresnet_jax.models.priors import PRIORS
 from iresnet_jax.runs import trained_run
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import Config, parse
-from iresnet_jax.runs.from_config import build_objective, build_solver, model_spec
+from iresnet_jax.runs.from_config import build_objective, build_solver, data_on_the_line, model_spec
 from iresnet_jax.runs.loop import batches, check_batch_size, step_compiler, train
 from iresnet_jax.runs.machine import keep_compiled_programs, prepare_backend
 from iresnet_jax.runs.metrics import read_metrics
@@ -61,6 +61,7 @@ def fit(
     architecture: Sequence[StageSpec] | None = None,
     validation_fraction: float = 0.1,
     validation: Any = None,
+    bounds: Mapping[Any, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     workdir: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -69,14 +70,15 @@ def fit(
 
     Settings are chosen from the shape, the number and the kind of the examples. The loop is that of ``train.py``: a tenth of
     the examples validate, the parameters are averaged, training ends early once validation no longer improves, and the model is
-    the best one on validation, certified. Floats are continuous; integer images are levels; integer entries of vectors, and
-    floats on a grid, are dequantised. A density of fewer than 2000 vectors is trained twice, with and without
-    noise on the examples, which prevents overfitting, and validation chooses. Needs ``pip install 'iresnet_jax[train]'``.
+    the best one on validation, certified. Floats are continuous; integer images are levels; integers, booleans and categories
+    among the columns of vectors, and floats on a grid, are dequantised within the range that was seen. A density of fewer than
+    2000 vectors is trained twice, with and without noise on the examples, which prevents overfitting, and validation chooses.
+    Needs ``pip install 'iresnet_jax[train]'``.
 
     Ctrl-C ends training, in a notebook too, and gives the best model so far.
 
     Args:
-        x: Vectors ``(n, d)`` or images ``(n, h, w, c)``.
+        x: Vectors ``(n, d)``, images ``(n, h, w, c)``, or a pandas data frame of numbers, booleans and categories.
         labels: Classes, integers from 0 on, one per example.
         context: Context vectors ``(n, k)``: the model is then ``p(x | context)``.
         key: Source of all randomness; key 0 by default.
@@ -88,6 +90,9 @@ def fit(
         validation_fraction: Share of the examples that validates.
         validation: Examples that validate instead of a share of ``x``: an array like ``x``, or with labels or contexts
             ``(x, labels, context)``. The first 4096 count.
+        bounds: Ends ``(low, high)`` of columns by name or number, for a density of vectors: samples stay between them. Without,
+            `fit` looks for columns with hard ends and says so; ``{}`` leaves all continuous columns unbounded. Discrete columns
+            keep to the range that was seen, or to a wider one that is given here.
         settings: Other settings of a config file by their names, such as ``{"optimizer.learning_rate": 1e-3}``.
         workdir: Folder for checkpoints and metrics, from which the same call resumes after an interruption; by default the
             model is trained in memory.
@@ -104,16 +109,22 @@ def fit(
         >>> samples, info = model.sample(jax.random.key(1), 16)  # doctest: +SKIP
     """
     keep_compiled_programs()
-    arrays: Arrays | dict[str, Arrays] = _arrays(x, labels, context)
-    if validation is not None:
-        held_out = validation if isinstance(validation, tuple) else (validation,)
-        arrays = {"train": arrays, "validation": _arrays(*held_out)}
-    data = from_arrays(FITTED_ARRAY, arrays, fractions=(validation_fraction, 0.0))
+    data = data_of(
+        x,
+        labels,
+        context,
+        validation=validation,
+        validation_fraction=validation_fraction,
+        bounds=bounds,
+        is_density=labels is None or objective == "density",
+    )
     config = choose_settings(
         data, objective=objective, minutes=minutes, steps=steps, architecture=architecture, seed=seed_of(key)
     )
     config = with_settings(config, {"data.validation_fraction": validation_fraction, **(settings or {})})
     say = _Lines(data, config) if progress else lambda line: None
+    for note in data.notes:
+        say(note)
     # A folder is of one run, so many steps are those of one, and a given noise is the one that is wanted.
     is_one = workdir is not None or steps is not None or "augmentation.noise" in (settings or {})
     if is_one or not _may_overfit(config, data):
@@ -241,7 +252,7 @@ def _for_vectors(data: DataSet, objective: str) -> dict[str, dict[str, Any]]:
     whiten = dims <= WHITENED_DIMS and not (few and objective == "density")
     transform = "whiten" if whiten else "standardize"
     is_plain = objective == "density" and not conditional
-    prior = likelier_prior(np.asarray(x[:PRIOR_EXAMPLES]), transform) if is_plain else "gaussian"
+    prior = likelier_prior(data_on_the_line(data)[:PRIOR_EXAMPLES], transform) if is_plain else "gaussian"
     stage = {"num_blocks": 4 if few else 20, "hidden": (32 if few else 128,), "activation": "clipswish"}
     is_exact = dims <= EXACT_DIMS
     exact = {"kind": "exact"} if is_exact else {"kind": "krylov", "num_terms": min(6, dims)}
@@ -324,10 +335,6 @@ def seed_of(key: Any) -> int:
     if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
         raise ValueError(f"key must be one typed key such as jax.random.key(0), got {key.dtype} of shape {key.shape}")
     return int(jax.random.bits(key))
-
-
-def _arrays(x: Any, labels: Any = None, context: Any = None) -> Arrays:
-    return Arrays(*(None if array is None else np.asarray(array) for array in (x, labels, context)))  # pyright: ignore
 
 
 def _even(batch_size: int) -> int:

@@ -8,7 +8,7 @@ from iresnet_jax.evaluation.inversion import Inversion, RoundTrips
 from iresnet_jax.evaluation.likelihood import Estimate, Likelihood
 from iresnet_jax.evaluation.points import Entry, Points, Unlikely
 from iresnet_jax.evaluation.posterior import Posterior
-from iresnet_jax.evaluation.samples import SampleQuality
+from iresnet_jax.evaluation.samples import SampleConvergence
 from iresnet_jax.models.certificate import Certificate, Constant
 from iresnet_jax.report.contents import Report, TrainingTimes
 
@@ -102,8 +102,8 @@ REPORT = Report(
     points=Points("points.npy", (UNLIKELY,)),
     posterior=POSTERIOR,
     classification=CLASSIFICATION,
-    samples=SampleQuality(num=64, fraction_converged=1.0, max_error_bound=1e-5),
-    samples_by_class=SampleQuality(num=80, fraction_converged=1.0, max_error_bound=1e-5),
+    samples=SampleConvergence(num=64, fraction_converged=1.0, max_error_bound=1e-5),
+    samples_by_class=SampleConvergence(num=80, fraction_converged=1.0, max_error_bound=1e-5),
     inverse=INVERSE,
     lipschitz=CERTIFICATE,
 )

@@ -144,7 +144,7 @@ class Branch:
 AnyBranch = Branch | CallableBranch
 
 
-class Constrained(NamedTuple):
+class ConstrainedBranch(NamedTuple):
     """A branch within its budget.
 
     Attributes:
@@ -213,7 +213,7 @@ class BranchSpec(ABC):
         del weights, num_steps, rtol
         return iterates
 
-    def constrained(self, weights: Weights, vectors: Weights, *, coeff: float, budget: str) -> Constrained:
+    def constrained(self, weights: Weights, vectors: Weights, *, coeff: float, budget: str) -> ConstrainedBranch:
         """The branch brought into the budget by norms along `singular_vectors`.
 
         Args:
@@ -229,7 +229,7 @@ class BranchSpec(ABC):
         del settings
         return {"branch": self.lipschitz_bound(weights)}
 
-    def certified(self, weights: Weights, bounds: Norms, *, coeff: float, budget: str) -> Constrained:
+    def certified(self, weights: Weights, bounds: Norms, *, coeff: float, budget: str) -> ConstrainedBranch:
         """The branch brought into the budget by `norm_bounds`. Arguments are those of `constrained`."""
         del budget
         check_coeff(coeff)
@@ -237,7 +237,7 @@ class BranchSpec(ABC):
         rounding = 4 * jnp.finfo(bound.dtype).eps
         gain = jnp.where(bound > coeff, coeff * (1 - rounding) / jnp.where(bound > coeff, bound, 1), 1)
         lipschitz = lax.stop_gradient(jnp.minimum(bound, coeff))
-        return Constrained(Branch(self, weights, lipschitz, "user", gain=gain), {}, bounds)
+        return ConstrainedBranch(Branch(self, weights, lipschitz, "user", gain=gain), {}, bounds)
 
     def with_bounds(self, weights: Weights, bounds: Norms, *, coeff: float) -> Branch:
         """The branch of weights that were stored, as a model uses it, for guaranteed bounds of these very weights.

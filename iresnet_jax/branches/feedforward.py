@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.branches.branch import Branch, BranchSpec, Constrained, Norms, Weights, check_budget, check_coeff
+from iresnet_jax.branches.branch import Branch, BranchSpec, ConstrainedBranch, Norms, Weights, check_budget, check_coeff
 from iresnet_jax.branches.layers import LayerSpec, VectorPair
 from iresnet_jax.maths import activations, two_layers
 from iresnet_jax.maths.convolution import Padding
@@ -196,7 +196,7 @@ class FeedforwardSpec(BranchSpec):
             for layer in self.layers
         }
 
-    def constrained(self, weights: Weights, vectors: Weights, *, coeff: float, budget: str = "layer") -> Constrained:
+    def constrained(self, weights: Weights, vectors: Weights, *, coeff: float, budget: str = "layer") -> ConstrainedBranch:
         """The branch brought into the budget by the norms that `singular_vectors` see.
 
         Args:
@@ -211,13 +211,13 @@ class FeedforwardSpec(BranchSpec):
         norms = {layer.name: layer.norm_along(weights[layer.name]["kernel"], vectors[layer.name]) for layer in self.layers}
         scaled, lipschitz = _within_budget(weights, norms, coeff=coeff, budget=budget)
         branch = Branch(self, scaled, lipschitz, "estimated")
-        return Constrained(branch, {name: v for name, (_, v) in vectors.items()}, norms)
+        return ConstrainedBranch(branch, {name: v for name, (_, v) in vectors.items()}, norms)
 
     def norm_bounds(self, weights: Weights, **settings: Any) -> dict[str, Array]:
         """Guaranteed upper bound of every layer's operator norm; settings are those of `LayerSpec.norm_bound`."""
         return {layer.name: layer.norm_bound(weights[layer.name]["kernel"], **settings) for layer in self.layers}
 
-    def certified(self, weights: Weights, bounds: Norms, *, coeff: float, budget: str = "layer") -> Constrained:
+    def certified(self, weights: Weights, bounds: Norms, *, coeff: float, budget: str = "layer") -> ConstrainedBranch:
         """The branch brought into the budget by guaranteed bounds: ``Lip(g)`` is within it by construction.
 
         There is no state, so this holds from the first step on, after any update and for any weights. Arguments and errors are
@@ -227,7 +227,7 @@ class FeedforwardSpec(BranchSpec):
         allowance = len(bounds) * _SCALING_MARGIN
         within = coeff * (1 - allowance - _SCALING_MARGIN)
         scaled, lipschitz = _within_budget(weights, bounds, coeff=within, budget=budget)
-        return Constrained(Branch(self, scaled, lipschitz * (1 + allowance), "certified"), {}, bounds)
+        return ConstrainedBranch(Branch(self, scaled, lipschitz * (1 + allowance), "certified"), {}, bounds)
 
     def with_bounds(self, weights: Weights, bounds: Norms, *, coeff: float = 0.9) -> Branch:
         """The branch of these very weights with guaranteed bounds of its layers' norms, which may be 1 or more."""

@@ -1,8 +1,8 @@
 r"""Norms of the inverses of a flow's steps along a trajectory, from banded matrices: for large flows.
 
 A step is ``J = (I + G) diag(s)``. With the least eigenvalue ``lambda`` of the symmetric part of ``I + G``,
-``|J^-1|_2 <= 1 / (lambda min s)``, see `iresnet_jax.maths.chains.least_eigenvalue`. In trained blocks it is near the truth,
-and ``1 / (1 - L)`` several times that. A Cholesky factorisation of a banded matrix gives it.
+``|J^-1|_2 <= 1 / (lambda min s)``, see `iresnet_jax.maths.trajectories.least_eigenvalue`. In trained blocks it is near the
+truth, and ``1 / (1 - L)`` several times that. A Cholesky factorisation of a banded matrix gives it.
 """
 
 import functools
@@ -17,9 +17,9 @@ from iresnet_jax.certification.jacobians import LinearSteps, alike
 from iresnet_jax.certification.prepared import PreparedFlow
 from iresnet_jax.certification.residuals import PreciseStage, Residuals
 from iresnet_jax.maths import activations
-from iresnet_jax.maths.chains.least_eigenvalue import least_eigenvalue_bound, least_eigenvalue_estimate
-from iresnet_jax.maths.chains.row_blocks import RowBlocks, behind_activation, identity_and_symmetric_part, layer_blocks
 from iresnet_jax.maths.enclosures.upward_rounding import UP
+from iresnet_jax.maths.trajectories.least_eigenvalue import least_eigenvalue_bound, least_eigenvalue_estimate
+from iresnet_jax.maths.trajectories.row_blocks import RowBlocks, behind_activation, identity_and_symmetric_part, layer_blocks
 
 MOST_ENTRIES = 2**26  # of a step's Jacobian that is computed
 

@@ -15,11 +15,11 @@ from iresnet_jax.certification.prepared import MOST_DIMS, PreparedFlow, in_parts
 from iresnet_jax.certification.products import linearize, products_at, tables_of
 from iresnet_jax.certification.residuals import Residuals, residuals
 from iresnet_jax.certification.trajectory import follow, over_steps, places_of
-from iresnet_jax.maths.chains import local_bounds, shadowing
-from iresnet_jax.maths.chains.least_eigenvalue import singular_value_bounds
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.upward_rounding import UP, gamma
 from iresnet_jax.maths.norms.convolution_certificate import dense_norm_bound
+from iresnet_jax.maths.trajectories import local_bounds, shadowing
+from iresnet_jax.maths.trajectories.least_eigenvalue import singular_value_bounds
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.density import Contexts
 from iresnet_jax.models.flow import bilipschitz
@@ -51,8 +51,8 @@ def local_constants(
 ) -> LocalConstants:
     """Guaranteed constants of a model's flow in the ball of a radius around each input, rounding included.
 
-    See `iresnet_jax.maths.chains.local_bounds`. At radius 0 they bound the largest singular value of the flow's Jacobian and
-    the reciprocal of the least one, from above. Small flows compute the products of all pairs of steps, ``T^2 / 2`` matrices.
+    See `iresnet_jax.maths.trajectories.local_bounds`. At radius 0 they bound the largest singular value of the flow's Jacobian
+    and the reciprocal of the least one, from above. Small flows take the products of all pairs of steps, ``T^2 / 2`` matrices.
     Large ones compute the product of all steps only: their constants are as sharp at radius 0, and of little use beyond 1e-12.
 
     Args:

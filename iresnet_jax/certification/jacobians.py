@@ -19,10 +19,10 @@ from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.certification.residuals import Layer, PreciseStage
 from iresnet_jax.certification.trajectory import Place
 from iresnet_jax.maths import activations
-from iresnet_jax.maths.chains.margin_bounds import Step
 from iresnet_jax.maths.enclosures.precise_activations import SLOPE_ERROR
 from iresnet_jax.maths.enclosures.upward_rounding import UP, U, gamma
 from iresnet_jax.maths.lipschitz_bounds import branch_jacobian_bound
+from iresnet_jax.maths.trajectories.margin_bounds import Step
 
 _CHUNK_BYTES = 2**26  # of the tangents of one hidden layer that are computed together
 

@@ -14,11 +14,11 @@ from jaxtyping import Array, Float
 from iresnet_jax.certification.jacobians import LinearSteps, StepConstants, constants_of
 from iresnet_jax.certification.residuals import PreciseStage, precise_stages
 from iresnet_jax.certification.trajectory import Places, in_float64, places_of
-from iresnet_jax.maths.chains.margin_bounds import Step
+from iresnet_jax.maths.trajectories.margin_bounds import Step
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import require_bounds
 from iresnet_jax.models.density import Contexts, Density
-from iresnet_jax.models.flow import Weights
+from iresnet_jax.models.flow import FlowWeights
 from iresnet_jax.models.model import Model
 from iresnet_jax.models.reconstructor import Reconstructor
 
@@ -41,7 +41,7 @@ class PreparedFlow:
     """
 
     spec: FlowSpec
-    weights: Weights
+    weights: FlowWeights
     stages: tuple[PreciseStage, ...]
     steps: tuple[LinearSteps, ...]
     margin_steps: tuple[Step, ...]

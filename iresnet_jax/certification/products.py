@@ -13,10 +13,10 @@ from iresnet_jax.certification.jacobians import LinearSteps, step_jacobians
 from iresnet_jax.certification.prepared import PreparedFlow
 from iresnet_jax.certification.residuals import Residuals
 from iresnet_jax.certification.trajectory import places_of
-from iresnet_jax.maths.chains import inverse_products, shadowing
-from iresnet_jax.maths.chains.inverse_products import Inverses, ProductTables
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.upward_rounding import UP
+from iresnet_jax.maths.trajectories import inverse_products, shadowing
+from iresnet_jax.maths.trajectories.inverse_products import Inverses, ProductTables
 from iresnet_jax.models.architecture import FlowSpec
 
 

@@ -4,8 +4,8 @@ The margin of the predicted class over another one is ``m = sum_k w_k relu(u_k) 
 ``w`` the difference of two columns of the head over the number of positions. Both radii are certified:
 
 - global: ``m >= m(x) - |w alpha| Lip(F) / min std r`` with ``alpha`` the scales of the head's normalisation;
-- local: ``m(x) - m`` is at most the fall of the function ``<grad_T, x_T>``, see `iresnet_jax.maths.chains.margin_bounds`, and
-  what the head's rectifiers add, see `iresnet_jax.certification.head`.
+- local: ``m(x) - m`` is at most the fall of the function ``<grad_T, x_T>``, see `iresnet_jax.maths.trajectories.margin_bounds`,
+  and what the head's rectifiers add, see `iresnet_jax.certification.head`.
 
 Trajectories are computed in float64 with residuals in double-double, as for `certify.inverse`, and all rounding is bounded.
 """
@@ -25,10 +25,10 @@ from iresnet_jax.certification.passes import backward, forward, weights_of
 from iresnet_jax.certification.prepared import PreparedFlow, in_parts, prepared
 from iresnet_jax.certification.residuals import Residuals, residuals
 from iresnet_jax.certification.trajectory import follow
-from iresnet_jax.maths.chains import margin_bounds
-from iresnet_jax.maths.chains.margin_bounds import Adjoints, Step, Tangents
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.upward_rounding import UP, U
+from iresnet_jax.maths.trajectories import margin_bounds
+from iresnet_jax.maths.trajectories.margin_bounds import Adjoints, Step, Tangents
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.flow import bilipschitz
 

@@ -19,7 +19,7 @@ from iresnet_jax.maths.enclosures.double_double import UNIT, DoubleDouble, exp
 from iresnet_jax.maths.enclosures.split_products import Sliced, product
 from iresnet_jax.maths.enclosures.upward_rounding import UP
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import Weights
+from iresnet_jax.models.flow import FlowWeights
 
 
 class Layer(NamedTuple):
@@ -96,7 +96,7 @@ class Residuals(NamedTuple):
         return jax.tree.map(lambda one, two: np.where(condition.reshape(-1, *[1] * (one.ndim - 1)), one, two), self, other)
 
 
-def precise_stages(spec: FlowSpec, weights: Weights) -> tuple[PreciseStage, ...]:
+def precise_stages(spec: FlowSpec, weights: FlowWeights) -> tuple[PreciseStage, ...]:
     """The steps of a flow in double-double.
 
     Args:

@@ -22,7 +22,7 @@ from iresnet_jax.bijections.reshape import flatten, split_channels
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import Block, Weights, flow_bijection
+from iresnet_jax.models.flow import Block, FlowWeights, flow_bijection
 
 
 @jax.tree_util.register_static
@@ -105,7 +105,7 @@ def in_float64(tree: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def follow(
-    spec: FlowSpec, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None
+    spec: FlowSpec, weights: FlowWeights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None
 ) -> Float[Array, "b t d"]:
     """Every point of the trajectory that starts at ``x``, the last one included."""
 
@@ -120,13 +120,13 @@ def follow(
 
 @functools.partial(jax.jit, static_argnums=0)
 def follow_back(
-    spec: FlowSpec, weights: Weights, y: Float[Array, "b d"], context: Float[Array, "b k"] | None
+    spec: FlowSpec, weights: FlowWeights, y: Float[Array, "b d"], context: Float[Array, "b k"] | None
 ) -> Float[Array, "b t d"]:
     """Every point of the trajectory from the flow's own inverse of the latents ``y``."""
     x, _ = flow_bijection(spec, weights, solver=Solver(atol=1e-13), context=context).inverse(y)
     return follow(spec, weights, x, context)
 
 
-def blocks_of(spec: FlowSpec, weights: Weights) -> list[tuple[Place, Block]]:
+def blocks_of(spec: FlowSpec, weights: FlowWeights) -> list[tuple[Place, Block]]:
     """The blocks of each stage and their place."""
     return [(place, weights[stage.name]) for place, stage in zip(places_of(spec).stages, spec.layout, strict=True)]

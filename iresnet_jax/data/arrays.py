@@ -12,7 +12,7 @@ import numpy as np
 
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.splits import fraction_masks, validation_mask
-from iresnet_jax.data.tables import Table, find_grid
+from iresnet_jax.data.tables import FAINT, Table, find_grid
 
 FITTED_ARRAY = "the array"  # name of the data that `iresnet_jax.fit` is given, which no name loads
 
@@ -103,12 +103,14 @@ def from_arrays(
 
 
 def check_channels(images: np.ndarray) -> None:
-    """Raises ``ValueError`` if a channel of continuous images is constant, or most of its values are equal."""
+    """Raises ``ValueError`` if a channel of continuous images is constant or nearly, or most of its values are equal."""
     for channel in range(images.shape[-1]):
         values = np.asarray(images[..., channel]).reshape(-1)
         distinct, counts = np.unique(values, return_counts=True)
         if len(distinct) < 2:
             raise ValueError(f"channel {channel} of the images is constant, so there is no density: drop it")
+        if distinct.astype(np.float64).std() < FAINT:
+            raise ValueError(f"single precision rounds differences so small to 0: scale channel {channel} of the images")
         if len(values) >= 1000 and len(distinct) <= 256:
             raise ValueError(
                 f"channel {channel} of the images has {len(distinct)} different values: give images of integer levels as "

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -82,6 +82,10 @@ class DataSet:
             fingerprint = fingerprint_of(described, num_levels=num_levels, num_classes=num_classes)
         event_shape = examples["train"].shape[1:]
         return cls(name, event_shape, num_levels, num_classes, fingerprint, examples, labels, contexts or {}, grid)
+
+    def with_columns(self, columns: tuple[Column, ...] | None) -> "DataSet":
+        """The same data with the columns of the data frame that they were read from."""
+        return replace(self, columns=columns)
 
     def fingerprint_with(self, more: list[Any]) -> str:
         """The fingerprint of these data with something else that is part of their identity; their own without any."""

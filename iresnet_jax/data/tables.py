@@ -1,13 +1,13 @@
 r"""Columns of vectors whose density is to be fitted: grids, intervals, and what has no density.
 
-**Grids.** A column of few different values lies on a grid ``offset + k spacing``; so does one of whole numbers, by its type. Its
-values are spread over their cells, and an interval holds the cells of all values that were seen.
+**Grids.** A column of few different values lies on a grid ``offset + k spacing``; so does one of whole numbers, by its type.
+Values are spread over their cells, and an interval holds the cells of all values that were seen.
 
-**Ends.** A continuous column may have hard ends, as numbers in [0, 1] have. `find_ends` compares each tail with a normal one.
-Through the order statistics at the shares p and 2p of the values goes one normal tail, and n Phi(z) is the number of values that
-it puts beyond the outermost one. Of n values of a normal density, or of a heavier tail, there are more than E with a probability
-of at most about ``exp(-E)``. A column has hard ends if this number is at least 6 at either end and 20 at both together, whatever
-p, so by chance once in a hundred million. Fewer than about 1000 values cannot show it.
+**Ends.** A continuous column may have hard ends, as numbers in [0, 1] have. `find_ends` compares each tail with a normal one,
+the one through the order statistics at the shares p and 2p of the values. The normal tail puts n Phi(z) values beyond the
+outermost one that was seen. For a normal density, or a heavier tail, this number exceeds E with a probability of about
+``exp(-E)``. A column has hard ends if the number is at least 6 at either end and 20 at both together, for every p in `TAILS`.
+Fewer than about 1000 values cannot show it.
 
 **What has no density.** Constant columns, repeated values off any grid, one value that many rows have, and columns that are a
 linear combination of others: the likelihood of such data has no ceiling.
@@ -34,6 +34,7 @@ REPEATS = 2.0  # examples for each distinct value of an entry from which it coun
 MOST_CELLS = 1024  # of whole numbers that are on a grid by their type, however few examples there are for each
 FINEST_GRID = 1e-4  # least spacing of a grid, in standard deviations of the entry
 UNRESOLVED = 1e-5  # standard deviation relative to the mean below which float32 cannot tell values apart
+FAINT = 1e-31  # standard deviation below which the digits of differences underflow in float32
 NAMED = 5  # entries that a message names
 COMMON, NOTED = 0.25, 0.05  # share of one value in a continuous column that is refused, and that is said
 FAR = 1e4  # interquartile ranges from the median, from which a value is said to be one
@@ -43,6 +44,10 @@ TAILS = (0.025, 0.05, 0.1)  # shares of the values, from the outermost one on, t
 EACH_END, BOTH_ENDS = 6.0, 20.0  # least numbers of values that a normal tail puts beyond the seen ends
 PER_VALUE = 1e-3  # least such number at either end for each value
 REACH = 10  # values at an end whose distance, twice, is how far beyond the last one the end may lie
+
+
+class FarValueWarning(UserWarning):
+    """One value is so far from all others that the scale of its column is its own."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Table:
 
     columns: tuple[Column, ...] | None = None
     whole: bool = False
-    bounds: Mapping[str | int, tuple[float, float]] | None = None
+    bounds: Mapping[Any, Any] | None = None
     grid: Grid | None = None
     intervals: tuple[Bounds | None, ...] | None = None
     notes: tuple[str, ...] = ()
@@ -80,13 +85,15 @@ class Table:
         if self.columns is not None:
             whole = np.array([column.is_discrete for column in self.columns])
         grid = find_grid(x, names, whole)
+        if self.columns is not None:
+            _check_categories(self.columns, grid)
         check_density(x, names, grid)
         given = _ends_given(self.bounds or {}, names, x.shape[1])
         ends = find_ends(x, grid) if self.bounds is None else {}
         intervals = [_interval(x, column, names, grid, {**ends, **given}.get(column)) for column in range(x.shape[1])]
         notes = [*_notes_on_grid(x, names, grid, intervals), *_notes_on_values(x, names, grid)]
         notes += [
-            f"{_named([column], names)} has hard ends, so its density is one on [{low:g}, {high:g}]; bounds={{}} leaves it unbounded"
+            f"{_named([column], names)} has hard ends: a density on [{low:g}, {high:g}]; bounds={{}} leaves it unbounded"
             for column, (low, high) in ends.items()
         ]
         return dataclasses.replace(self, grid=grid, intervals=tuple(intervals) if any(intervals) else None, notes=tuple(notes))
@@ -114,7 +121,7 @@ def find_grid(x: np.ndarray, column_names: Sequence[str] = (), whole: Bool[np.nd
         whole: Entries that are whole numbers by their type.
 
     Raises:
-        ValueError: If entries are constant, repeat values that are on no grid, or cannot be told apart in float32.
+        ValueError: If entries are constant, repeat values that are on no grid, or have differences that float32 cannot hold.
     """
     refused = collections.defaultdict(list)
     offset, spacing = np.zeros(x.shape[1]), np.zeros(x.shape[1])
@@ -125,6 +132,9 @@ def find_grid(x: np.ndarray, column_names: Sequence[str] = (), whole: Bool[np.nd
             continue
         if distinct.std() < UNRESOLVED * abs(distinct.mean()):
             refused["single precision cannot tell values apart so far from 0: subtract the mean of {}"].append(column)
+            continue
+        if distinct.std() < FAINT:
+            refused["single precision rounds differences so small to 0: divide {} by its standard deviation"].append(column)
             continue
         step = _step(distinct)
         is_few = len(values) >= REPEATS * len(distinct)
@@ -155,6 +165,16 @@ def _step(distinct: np.ndarray) -> float | None:
     return float(step) if np.abs(multiples - np.round(multiples)).max() <= 0.01 else None
 
 
+def _check_categories(columns: Sequence[Column], grid: Grid | None) -> None:
+    """Raises ``ValueError`` if a column has so many categories that they cannot be counted."""
+    for place, column in enumerate(columns):
+        if column.categories is not None and (grid is None or not grid.spacing[place]):
+            raise ValueError(
+                f"column {column.name!r} has {len(column.categories)} categories, too many for its rows and more than "
+                f"{MOST_CELLS}: drop it, or join categories"
+            )
+
+
 # -------------------------------------------------------------------------------------------------------------- intervals
 
 
@@ -171,7 +191,7 @@ def find_ends(x: Float[np.ndarray, "n d"], grid: Grid | None) -> dict[int, tuple
         values = np.sort(np.asarray(x[:, column], np.float64))
         beyond = [min(_expected_beyond(side, share) for share in TAILS) for side in (values, -values[::-1])]
         if min(beyond) >= max(EACH_END, PER_VALUE * len(values)) and sum(beyond) >= BOTH_ENDS:
-            found[column] = (-_end(-values), _end(values[::-1]))
+            found[column] = (0.0 - _end(-values), 0.0 + _end(values[::-1]))
     return found
 
 
@@ -189,6 +209,8 @@ def _expected_beyond(values: Float[np.ndarray, " n"], share: float) -> float:
 def _end(descending: Float[np.ndarray, " n"]) -> float:
     """Where values end whose largest ones are given, the largest first."""
     last, reach = float(descending[0]), 2 * float(descending[0] - descending[REACH - 1])
+    if reach == 0:  # many values are the last one
+        return last
     exponent = math.ceil(math.log10(abs(last) + reach)) + 1
     while 10.0**exponent >= 4 * reach:
         rounded = math.ceil(last / 10.0**exponent) * 10.0**exponent
@@ -198,7 +220,7 @@ def _end(descending: Float[np.ndarray, " n"]) -> float:
     return last + reach
 
 
-def _ends_given(bounds: Mapping[str | int, Any], names: Sequence[str], num: int) -> dict[int, tuple[float, float]]:
+def _ends_given(bounds: Mapping[Any, Any], names: Sequence[str], num: int) -> dict[int, tuple[float, float]]:
     """Ends by the number of the column."""
     found = {}
     for name, ends in bounds.items():
@@ -267,7 +289,7 @@ def check_density(x: Float[np.ndarray, "n d"], names: Sequence[str] = (), grid: 
         far = f"{values[row]:g} in row {row} of {name} is {distances[row] / spread:.0e} interquartile ranges from the median"
         if spread < UNRESOLVED * values.std():
             raise ValueError(f"{far}: beside it single precision cannot tell the others apart; correct it or drop the row")
-        warnings.warn(f"{far}: it decides the scale of the column; correct it or drop the row if it is wrong", stacklevel=2)
+        warnings.warn(f"{far} and decides its scale: correct it or drop the row if it is wrong", FarValueWarning, stacklevel=2)
     if sentence := _dependence(x, names, spacing):
         raise ValueError(sentence)
 

@@ -20,7 +20,7 @@ from iresnet_jax.models.head import linear
 from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.runs.config import EvaluationConfig
 from iresnet_jax.training import parallel
-from iresnet_jax.training.objectives.likelihood import evaluate_examples
+from iresnet_jax.training.objectives.density import evaluate_examples
 
 OTHERS = ("rotated", "noise")
 NUM_EXAMPLES = 2000  # images of each side, at most

@@ -18,7 +18,7 @@ from iresnet_jax.training import parallel
 
 
 @dataclass(frozen=True)
-class SampleQuality:
+class SampleConvergence:
     """How the inverse ended for a number of samples.
 
     Attributes:
@@ -52,7 +52,7 @@ class Samples(NamedTuple):
 
     values: Num[np.ndarray, "n ..."]
     converged: Bool[np.ndarray, " n"]
-    quality: SampleQuality
+    convergence: SampleConvergence
 
 
 def draw(
@@ -109,9 +109,9 @@ def draw(
     whole, bounds = parallel.over_batches(_decode, model, batch_of, num, batch_size)
     converged, found = whole.info.converged, None
     if num_certified is not None:
-        found, _ = guarantee.bound_inverses(model, [whole], num_certified, taken)
+        found, *_ = guarantee.bound_inverses(model, [whole], num_certified, taken)
     failed = tuple(np.flatnonzero(~converged).tolist())
-    return Samples(whole.data, converged, SampleQuality(num, float(converged.mean()), float(bounds.max()), failed, found))
+    return Samples(whole.data, converged, SampleConvergence(num, float(converged.mean()), float(bounds.max()), failed, found))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

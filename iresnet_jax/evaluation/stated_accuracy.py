@@ -28,7 +28,7 @@ from iresnet_jax.maths.logdet.krylov import nested_quadratic_forms
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import branch_inputs
 from iresnet_jax.training import parallel
-from iresnet_jax.training.objectives.likelihood import evaluation_keys
+from iresnet_jax.training.objectives.density import evaluation_keys
 from iresnet_jax.training.parallel import eval_batches
 
 PILOT_EXAMPLES, PILOT_PROBES = 32, 4

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import Norms, Weights, as_params, bilipschitz, rounded_to_bfloat16, with_bounds
+from iresnet_jax.models.flow import FlowNorms, FlowWeights, as_params, bilipschitz, rounded_to_bfloat16, with_bounds
 
 RTOL = 1e-3  # relative tolerance of the estimated norms
 
@@ -118,7 +118,7 @@ class Certificate:
 
 
 def certificate_of(
-    spec: FlowSpec, weights: Weights, preprocessing: BiLipschitz, *, constrained: bool = True, bfloat16: bool = False
+    spec: FlowSpec, weights: FlowWeights, preprocessing: BiLipschitz, *, constrained: bool = True, bfloat16: bool = False
 ) -> Certificate:
     """The certificate of a flow's weights.
 
@@ -156,7 +156,7 @@ def certificate_of(
     return Certificate(coeff, budget, tuple(blocks), float(whole.forward), float(whole.inverse), bfloat16)
 
 
-def require_bounds(weights: Weights) -> None:
+def require_bounds(weights: FlowWeights) -> None:
     """Raises ``ValueError`` unless every branch has guaranteed norms, or a bound that its kind vouches for."""
     if not all(block.branch.word == "user" or block.branch.norms is not None for block in weights.values()):
         raise ValueError("these weights are not certified: call freeze() first")
@@ -166,7 +166,7 @@ _with_bounds = jax.jit(with_bounds, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _estimates_and_bounds(spec: FlowSpec, weights: Weights) -> tuple[Norms, BiLipschitz]:
+def _estimates_and_bounds(spec: FlowSpec, weights: FlowWeights) -> tuple[FlowNorms, BiLipschitz]:
     """Norms of all layers by power iteration to a tolerance, and the bounds of the whole flow, compiled as one program."""
     return {name: _estimates(block.branch) for name, block in weights.items()}, bilipschitz(spec, weights)
 

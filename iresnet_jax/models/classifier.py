@@ -26,7 +26,7 @@ from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.batchnorm import batchnorm_features
-from iresnet_jax.models.flow import Tree, Weights, flow_bijection
+from iresnet_jax.models.flow import FlowWeights, Tree, flow_bijection
 from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, linear, pool
 from iresnet_jax.models.history import History
 from iresnet_jax.models.model import Model
@@ -148,7 +148,7 @@ class Classifier(Model):
     arrays: ClassVar[tuple[str, ...]] = ("head", "statistics")
 
     spec: ClassifierSpec
-    weights: Weights | Tree = field(repr=False)
+    weights: FlowWeights | Tree = field(repr=False)
     head: Tree = field(repr=False)
     statistics: Tree = field(repr=False)
     solver: Solver = Solver()

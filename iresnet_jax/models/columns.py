@@ -59,7 +59,7 @@ def numbers_of(frame: Any, columns: tuple[Column, ...]) -> Float[np.ndarray, "n 
     """A data frame as numbers, its columns found by name.
 
     Raises:
-        ValueError: If a column is missing or unknown, or holds missing values, text in place of numbers, or an unknown category.
+        ValueError: If a column is missing or unknown, or holds missing values, text for numbers, or an unknown category.
     """
     places = {str(name): place for place, name in enumerate(frame.columns)}
     names = [column.name for column in columns]

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Num, Shaped
@@ -39,7 +40,7 @@ from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.columns import Column, is_frame, numbers_of, table_of
-from iresnet_jax.models.flow import Tree, Weights, flow_bijection
+from iresnet_jax.models.flow import FlowWeights, Tree, flow_bijection
 from iresnet_jax.models.history import History
 from iresnet_jax.models.model import Model
 
@@ -178,7 +179,7 @@ class Density(Model):
     arrays: ClassVar[tuple[str, ...]] = ("prior",)
 
     spec: DensitySpec
-    weights: Weights = field(repr=False)
+    weights: FlowWeights = field(repr=False)
     prior: Tree = field(repr=False)
     estimator: LogdetEstimator = field(default_factory=ExactLogdet)
     solver: Solver = Solver()

@@ -23,8 +23,7 @@ from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize, after_exact, chain, in_float64, repeat
 from iresnet_jax.bijections.residual import Solver, residual_bijection
-from iresnet_jax.branches.branch import Branch, BranchSpec
-from iresnet_jax.branches.branch import Constrained as ConstrainedBranch
+from iresnet_jax.branches.branch import Branch, BranchSpec, ConstrainedBranch
 from iresnet_jax.branches.layers import training_twists
 from iresnet_jax.maths import platforms
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
@@ -48,11 +47,11 @@ class Block(NamedTuple):
     branch: Branch
 
 
-Weights = Mapping[str, Block]  # by stage
-Norms = Mapping[str, Mapping[str, Any]]  # by stage and layer, one per block
+FlowWeights = Mapping[str, Block]  # by stage
+FlowNorms = Mapping[str, Mapping[str, Any]]  # by stage and layer, one per block
 
 
-class Constrained(NamedTuple):
+class ConstrainedFlow(NamedTuple):
     """Weights whose blocks are contractions, and the norms before the constraint.
 
     Attributes:
@@ -61,9 +60,9 @@ class Constrained(NamedTuple):
         norms: Operator norms before normalisation, estimated or bounded: ``{"stage0": {"conv0": (num_blocks,), ...}, ...}``.
     """
 
-    weights: Weights
+    weights: FlowWeights
     spectral: Tree
-    norms: Norms
+    norms: FlowNorms
 
 
 def constrain(
@@ -74,7 +73,7 @@ def constrain(
     num_steps: int | None = None,
     rtol: float = 1e-3,
     over_blocks: Callable[[Callable[..., Any]], Callable[..., Any]] = jax.vmap,
-) -> Constrained:
+) -> ConstrainedFlow:
     """Brings every block into the budget of ``spec.coeff``, as power iteration estimates norms.
 
     Args:
@@ -122,7 +121,7 @@ def constrain_blocks(
 
 def constrain_certified(
     spec: FlowSpec, params: Tree, spectral: Tree, *, num_squarings: int = 4, twists: str = "auto"
-) -> Constrained:
+) -> ConstrainedFlow:
     """Brings every block into the budget of ``spec.coeff`` by guaranteed upper bounds of its norms, for training.
 
     Args:
@@ -145,7 +144,7 @@ def constrain_certified(
     return _constrain(spec, params, spectral, of_stage)
 
 
-def unconstrained(spec: FlowSpec, params: Tree, spectral: Tree) -> Constrained:
+def unconstrained(spec: FlowSpec, params: Tree, spectral: Tree) -> ConstrainedFlow:
     """Parameters and power iterates of `constrain` unchanged; the bounds are infinite, so no inverse reports convergence."""
 
     def as_they_are(stage, weights):
@@ -157,7 +156,7 @@ def unconstrained(spec: FlowSpec, params: Tree, spectral: Tree) -> Constrained:
 
 def _constrain(
     spec: FlowSpec, params: Tree, spectral: Tree, of_stage: Callable[[PlacedStage, Tree], ConstrainedBranch]
-) -> Constrained:
+) -> ConstrainedFlow:
     weights, new_spectral, norms = {}, dict(spectral), {}
     for stage in spec.layout:
         scale, of_branch = _parts(params[stage.name])
@@ -167,7 +166,7 @@ def _constrain(
         if found.iterates:
             new_spectral[stage.name] = {"blocks": found.iterates}
         norms[stage.name] = found.norms
-    return Constrained(weights, new_spectral, norms)
+    return ConstrainedFlow(weights, new_spectral, norms)
 
 
 def _parts(stage: Tree) -> tuple[ActNormParams, Tree]:
@@ -211,7 +210,7 @@ def _with_bounds(spec: FlowSpec, params: Tree, of_block: Callable[[BranchSpec, T
     return weights
 
 
-def rounded_to_bfloat16(weights: Weights) -> dict[str, Block]:
+def rounded_to_bfloat16(weights: FlowWeights) -> dict[str, Block]:
     """The weights as `flow_bijection` runs them in bfloat16: kernels are rounded, and their dtype stays."""
 
     def rounded(path, leaf):
@@ -226,12 +225,12 @@ def rounded_to_bfloat16(weights: Weights) -> dict[str, Block]:
     }
 
 
-def as_params(weights: Weights) -> dict[str, Any]:
+def as_params(weights: FlowWeights) -> dict[str, Any]:
     """Weights in the form of the parameters of `constrain`."""
     return {name: {"blocks": {**block.branch.weights, "actnorm": block.actnorm._asdict()}} for name, block in weights.items()}
 
 
-def bilipschitz(spec: FlowSpec, weights: Weights) -> BiLipschitz:
+def bilipschitz(spec: FlowSpec, weights: FlowWeights) -> BiLipschitz:
     """Bounds of ``Lip(F)`` and ``Lip(F^-1)`` of the whole flow, guaranteed for weights from `freeze`; pessimistic in depth."""
     bounds = model_bounds([])
     for stage in reversed(spec.layout):
@@ -243,7 +242,7 @@ def bilipschitz(spec: FlowSpec, weights: Weights) -> BiLipschitz:
 
 def flow_bijection(
     spec: FlowSpec,
-    weights: Weights,
+    weights: FlowWeights,
     estimator: LogdetEstimator = ExactLogdet(),
     solver: Solver = Solver(),
     *,
@@ -285,7 +284,7 @@ def flow_bijection(
 
 def branch_inputs(
     spec: FlowSpec,
-    weights: Weights,
+    weights: FlowWeights,
     x: Float[Array, "b ..."],
     context: Float[Array, "b k"] | None = None,
     *,

@@ -21,7 +21,14 @@ from iresnet_jax.models.architecture import FlowSpec, PlacedStage
 from iresnet_jax.models.batchnorm import batchnorm_blocks
 from iresnet_jax.models.classifier import Classifier as ClassifierModel
 from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.flow import Constrained, constrain, constrain_blocks, flow_bijection, initialize_actnorm, unconstrained
+from iresnet_jax.models.flow import (
+    ConstrainedFlow,
+    constrain,
+    constrain_blocks,
+    flow_bijection,
+    initialize_actnorm,
+    unconstrained,
+)
 from iresnet_jax.models.head import apply_head, batch_statistics, initial_head
 
 
@@ -124,7 +131,7 @@ class ResidualFlow(nn.Module):
         self.param("prior", lambda key: priors.standard(self.prior_family, self.spec.num_dims, self.num_classes))
         return jnp.concatenate([*latents, reshape.flatten(x)], axis=-1)
 
-    def constrain(self, *, num_steps: int | None = None, rtol: float = 1e-3) -> Constrained:
+    def constrain(self, *, num_steps: int | None = None, rtol: float = 1e-3) -> ConstrainedFlow:
         """The constrained weights, from `flow.constrain`."""
         variables = self.variables
         return constrain(self.spec, variables["params"], variables["spectral"], num_steps=num_steps, rtol=rtol)
@@ -164,11 +171,11 @@ class Classifier(nn.Module):
         statistics = self.variable("batch_stats", "head", lambda: batch_statistics(x))
         return apply_head(head, statistics.value, x)
 
-    def constrain(self, *, num_steps: int | None = None, rtol: float = 1e-3) -> Constrained:
+    def constrain(self, *, num_steps: int | None = None, rtol: float = 1e-3) -> ConstrainedFlow:
         """The weights that run: constrained by `flow.constrain`, or as they are."""
         params, spectral = self.variables["params"], self.variables.get("spectral", {})
         if not self.spec.is_bijective:
-            return Constrained(params, {}, {})
+            return ConstrainedFlow(params, {}, {})
         if not self.spec.constrained:
             return unconstrained(self.spec.flow, params, spectral)
         return constrain(self.spec.flow, params, spectral, num_steps=num_steps, rtol=rtol)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from iresnet_jax.atomic_files import replacing
-from iresnet_jax.json_dataclasses import tagged
+from iresnet_jax.checked_dataclasses import tagged
 from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.flow import as_params, freeze
 

@@ -24,7 +24,7 @@ from iresnet_jax.bijections.transforms.dequantize import check_levels, known_lev
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import Weights, flow_bijection
+from iresnet_jax.models.flow import FlowWeights, flow_bijection
 from iresnet_jax.models.history import History
 from iresnet_jax.models.model import Model
 
@@ -104,7 +104,7 @@ class Reconstructor(Model):
     """
 
     spec: ReconstructorSpec
-    weights: Weights = field(repr=False)
+    weights: FlowWeights = field(repr=False)
     solver: Solver = Solver()
     unroll: bool = False
     rematerialize: Rematerialize = "nothing"

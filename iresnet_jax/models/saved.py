@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax.json_dataclasses import checked
+from iresnet_jax.checked_dataclasses import checked
 from iresnet_jax.models import priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec

@@ -14,7 +14,7 @@ from iresnet_jax.evaluation.inversion import Inversion
 from iresnet_jax.evaluation.likelihood import Likelihood
 from iresnet_jax.evaluation.points import Points
 from iresnet_jax.evaluation.posterior import Posterior
-from iresnet_jax.evaluation.samples import SampleQuality
+from iresnet_jax.evaluation.samples import SampleConvergence
 from iresnet_jax.models.certificate import Certificate
 
 ESTIMATE_RTOL = 1e-5  # rounding by which a norm's estimate may exceed its bound
@@ -81,8 +81,8 @@ class Report:
     posterior: Posterior | None = None
     classification: Classification | None = None
     inverse_problem: InverseProblem | None = None
-    samples: SampleQuality | None = None
-    samples_by_class: SampleQuality | None = None
+    samples: SampleConvergence | None = None
+    samples_by_class: SampleConvergence | None = None
     inverse: Inversion | None = None
     lipschitz: Certificate | None = None
     notes: tuple[str, ...] = ()

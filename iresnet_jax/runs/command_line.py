@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from iresnet_jax.json_dataclasses import to_plain
+from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.runs.config import Config, parse
 from iresnet_jax.runs.signals import Stopped
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import ml_collections
 from ml_collections import config_dict
 
-from iresnet_jax.json_dataclasses import (
+from iresnet_jax.checked_dataclasses import (
     Count,
     CountOrNone,
     Decay,

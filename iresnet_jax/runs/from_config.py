@@ -33,7 +33,7 @@ from iresnet_jax.runs.config import (
 )
 from iresnet_jax.training import initialization
 from iresnet_jax.training.constraint import training_constraint
-from iresnet_jax.training.objectives import classification, hybrid, inversion, likelihood
+from iresnet_jax.training.objectives import classification, density, hybrid, inversion
 from iresnet_jax.training.objectives.objective import Objective
 from iresnet_jax.training.optimizers import make_optimizer, make_schedule
 from iresnet_jax.training.step import TrainingStep, UpdateRule
@@ -218,11 +218,11 @@ def build_objective(config: Config, data: DataSet, spec: Spec | None = None) -> 
 
 
 def _density(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
-    loss = likelihood.make_loss(data.draw, likelihood.noise_scales(config.augmentation.noise, spec))
+    loss = density.make_loss(data.draw, density.noise_scales(config.augmentation.noise, spec))
     return Objective(
         name=spec.metric,
         step=_step(config, spec, loss),
-        make_validation=lambda: likelihood.Validation(spec, **_held_out(config, data)),
+        make_validation=lambda: density.Validation(spec, **_held_out(config, data)),
         selection=lambda held_out: held_out[spec.metric],
         examples=None if data.is_endless else (data.examples["train"], data.contexts.get("train")),
         logdet=config.logdet,

@@ -19,9 +19,9 @@ from typing import Any, SupportsFloat
 
 import numpy as np
 
+from iresnet_jax.checked_dataclasses import checked, tagged, to_plain
 from iresnet_jax.data.batches import device_batches
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.json_dataclasses import checked, tagged, to_plain
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs import allocator, hosts, run_folder
 from iresnet_jax.runs.checkpoints import Checkpoints

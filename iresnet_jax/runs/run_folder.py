@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from iresnet_jax.atomic_files import locked, replacing
+from iresnet_jax.checked_dataclasses import checked, first_difference, tagged, to_plain
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.json_dataclasses import checked, first_difference, tagged, to_plain
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs.config import Config, parse
 from iresnet_jax.runs.from_config import model_spec

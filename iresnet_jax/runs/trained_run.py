@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.arrays import FITTED_ARRAY
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.models import saved
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.json_dataclasses import Count, Positive, Range
+from iresnet_jax.checked_dataclasses import Count, Positive, Range
 from iresnet_jax.models import flow, saved
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
@@ -18,7 +18,7 @@ from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 from iresnet_jax.models.saved import Model, Spec
 from iresnet_jax.training import parallel
 
-Constrain = Callable[[Any, Any], flow.Constrained]  # (params, spectral) -> constrained weights
+Constrain = Callable[[Any, Any], flow.ConstrainedFlow]  # (params, spectral) -> constrained weights
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ def certified_model(spec: Spec, params: Any, batch_stats: Any, solver: Solver = 
 _freeze = jax.jit(flow.freeze, static_argnums=0)  # one function for all runs: those of one architecture share its program
 
 
-def _as_they_are(spec: FlowSpec, params: Any, spectral: Any) -> flow.Constrained:
+def _as_they_are(spec: FlowSpec, params: Any, spectral: Any) -> flow.ConstrainedFlow:
     """The parameters of the stages of an ordinary residual network."""
-    return flow.Constrained({stage.name: params[stage.name] for stage in spec.layout}, spectral, {})
+    return flow.ConstrainedFlow({stage.name: params[stage.name] for stage in spec.layout}, spectral, {})
 
 
 def _constraint(settings: ConstraintConfig, spec: FlowSpec, **iteration: Any) -> Constrain:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from iresnet_jax.json_dataclasses import CountOrNone, Decay, NotNegative, Positive, Range
+from iresnet_jax.checked_dataclasses import CountOrNone, Decay, NotNegative, Positive, Range
 
 ADAM_RMS = 0.2  # root mean square of an Adam update divided by the learning rate (Liu et al., 2025, Section 2.2)
 STACKED = "blocks"  # dictionary key under which arrays of identical blocks are stacked along their first axis

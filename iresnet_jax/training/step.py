@@ -13,7 +13,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from iresnet_jax.models.flow import Constrained
+from iresnet_jax.models.flow import ConstrainedFlow
 from iresnet_jax.training.constraint import Constrain
 from iresnet_jax.training.optimizers import ema_update
 from iresnet_jax.training.parallel import AXIS, example_keys
@@ -184,7 +184,7 @@ def _mean_over_parts(compute: Callable[[Any], Any], rows: Any, num_parts: int) -
     return jax.tree.map(lambda total: total / num_parts, sums)
 
 
-def _constraint_metrics(constrained: Constrained) -> dict[str, Any]:
+def _constraint_metrics(constrained: ConstrainedFlow) -> dict[str, Any]:
     """The largest operator norm before normalisation and the largest Lipschitz constant after it, if norms were measured."""
     if not any(constrained.norms.values()):
         return {}

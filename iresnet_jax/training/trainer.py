@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax.json_dataclasses import Count, CountOrNone, Decay, NotNegative
+from iresnet_jax.checked_dataclasses import Count, CountOrNone, Decay, NotNegative
 from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives.objective import Objective
 from iresnet_jax.training.step import TrainingStep, TrainState

@@ -9,10 +9,10 @@ import pytest
 from tiny_runs import ROOT
 
 from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.checked_dataclasses import from_plain, to_plain
 from iresnet_jax.evaluation import guarantee
 from iresnet_jax.evaluation.inversion import REFINED_ATOL, Inversion, reconstruct, round_trip
-from iresnet_jax.evaluation.samples import SampleQuality
-from iresnet_jax.json_dataclasses import from_plain, to_plain
+from iresnet_jax.evaluation.samples import SampleConvergence
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import DensitySpec
 
@@ -47,6 +47,9 @@ def test_reconstructions_are_exact_to_rounding_within_their_bound_and_certified_
     assert (found.num_examples, found.num_applied, found.reason) == (40, 40, "")
     assert len(result.certified_errors) == 40
     assert np.all(result.certified_errors <= certificate.error_bound)
+    assert 0 < found.max_error == result.certified_errors.max() <= found.max_bound  # what stands side by side is of one kind
+    assert f"(measured: {found.max_error:.2g})" in str(summary)
+    assert "a round trip also rounds its latents" in str(summary)
     assert 0 < found.median_bound <= found.max_bound == certificate.error_bound.max() <= trip.error_bound[:40].max()
     assert 0 < found.median_data_bound <= found.max_data_bound < 1e-4
     assert found.fraction_certain > 0.9
@@ -86,10 +89,10 @@ def test_where_nothing_is_guaranteed_the_reason_is_said():
     assert "2 examples by the bounds of the blocks, which multiply (slopes of relu jump)" in str(of_blocks)
     assert np.isfinite(of_blocks.max_bound)
     model = kept.model(kept.POINTS)
-    none, certificates = guarantee.bound_inverses(model.with_(weights=kept.uncertified(model.weights)), [], 2)
+    none, certificates, _ = guarantee.bound_inverses(model.with_(weights=kept.uncertified(model.weights)), [], 2)
     assert certificates is None
     assert "none, these weights are not certified" in str(none)
-    dear, _ = guarantee.bound_inverses(model, [], 0)
+    dear, *_ = guarantee.bound_inverses(model, [], 0)
     assert "none, an example would take about" in str(dear)
 
 
@@ -106,5 +109,5 @@ def test_reports_without_a_guarantee_are_still_read():
     old["samples"].pop("guarantee", None)
     read = from_plain(Inversion, old["inverse"], "inverse")
     assert read.guarantee is None
-    assert from_plain(SampleQuality, old["samples"], "samples").guarantee is None
+    assert from_plain(SampleConvergence, old["samples"], "samples").guarantee is None
     assert from_plain(Inversion, to_plain(read), "inverse") == read

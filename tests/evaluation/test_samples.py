@@ -51,21 +51,21 @@ def test_samples_depend_on_the_seed_alone_and_concentrate_at_low_temperature():
 def test_samples_of_images_are_levels_the_last_batch_is_cut_and_the_first_are_certified():
     model = kept.model(kept.IMAGES)
     drawn = samples.draw(model, 5, 3, num_certified=4)
-    quality, found = drawn.quality, drawn.quality.guarantee
+    convergence, found = drawn.convergence, drawn.convergence.guarantee
     assert (drawn.values.shape, drawn.values.dtype) == ((5, *kept.SHAPE), np.uint8)
-    assert (quality.num, quality.failed, found.num_examples, found.num_applied) == (5, (), 4, 4)
-    assert found.max_data_bound < quality.max_error_bound < 1e-4
-    assert "guaranteed error of the inverse" in str(quality)
+    assert (convergence.num, convergence.failed, found.num_examples, found.num_applied) == (5, (), 4, 4)
+    assert found.max_data_bound < convergence.max_error_bound < 1e-4
+    assert "guaranteed error of the inverse" in str(convergence)
     plain = samples.draw(model, 3, 3)
     np.testing.assert_array_equal(drawn.values[:3], plain.values)
     assert np.any(drawn.values[3:] != drawn.values[:2])  # another batch, other latents
-    assert str(plain.quality) == "samples: the inverse converged for 3 of 3"
+    assert str(plain.convergence) == "samples: the inverse converged for 3 of 3"
 
 
 def test_failed_inverses_are_counted_and_named():
-    quality = samples.draw(kept.model(kept.POINTS).with_(solver=Solver(max_evals=1)), 3, 2).quality
-    assert (quality.fraction_converged, quality.failed) == (0, (0, 1, 2))
-    assert "did not converge for 3 of 3 samples, numbers 0, 1, 2." in str(quality)
+    convergence = samples.draw(kept.model(kept.POINTS).with_(solver=Solver(max_evals=1)), 3, 2).convergence
+    assert (convergence.fraction_converged, convergence.failed) == (0, (0, 1, 2))
+    assert "did not converge for 3 of 3 samples, numbers 0, 1, 2." in str(convergence)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import iresnet_jax as ir
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
-from iresnet_jax.json_dataclasses import checked, tagged
+from iresnet_jax.checked_dataclasses import checked, tagged
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec

@@ -9,10 +9,10 @@ import pytest
 from reports import CERTIFICATE, EXACT, INVERSE, POINTS, REPORT, TRIPS, block, changed
 
 from iresnet_jax.evaluation import environment
-from iresnet_jax.evaluation.samples import SampleQuality
+from iresnet_jax.evaluation.samples import SampleConvergence
 from iresnet_jax.report.contents import TrainingTimes
 
-FAILED = SampleQuality(num=12, fraction_converged=0.0, max_error_bound=math.inf, failed=tuple(range(12)))
+FAILED = SampleConvergence(num=12, fraction_converged=0.0, max_error_bound=math.inf, failed=tuple(range(12)))
 UNCONSTRAINED = dataclasses.replace(CERTIFICATE, coeff=None, budget=None, blocks=(block("b3", bound=1.03), block("b4")))
 
 

@@ -9,10 +9,10 @@ import pytest
 from tiny_runs import ROOT
 
 from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.checked_dataclasses import first_difference, to_plain
 from iresnet_jax.data import load, simulators, toys
 from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.json_dataclasses import first_difference, to_plain
 from iresnet_jax.models import saved
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.model import FILE_NAME

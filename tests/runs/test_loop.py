@@ -20,7 +20,7 @@ from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.run_folder import alone_in
 from iresnet_jax.runs.signals import SIGNALS, Stopped
-from iresnet_jax.training.objectives.likelihood import TOLERATED_BIAS
+from iresnet_jax.training.objectives.density import TOLERATED_BIAS
 from iresnet_jax.training.trainer import Trainer
 
 STEPS = CompiledSteps()
@@ -203,9 +203,9 @@ def test_a_run_is_saved_between_validations_that_are_far_apart(config, tmp_path,
 MOMENTS = {
     "initialisation": ("iresnet_jax.training.initialization", "initial_variables", 0.1, False),
     "compilation": ("iresnet_jax.training.trainer", "_compile_ahead", 0.1, False),
-    "validation": ("iresnet_jax.training.objectives.likelihood", "Validation.measure", 0.1, True),
+    "validation": ("iresnet_jax.training.objectives.density", "Validation.measure", 0.1, True),
     "checkpoint": ("iresnet_jax.runs.checkpoints", "_write", 0.0, True),
-    "report": ("iresnet_jax.report.report", "write", 0.1, False),
+    "report": ("iresnet_jax.report.run_report", "write", 0.1, False),
 }
 # Forks, so that everything is imported once.
 MOMENTS_PROGRAM = """
@@ -213,7 +213,7 @@ import functools, importlib, json, os, signal, sys, time
 import tensorboardX
 import train
 from iresnet_jax.runs import trained_run as run
-from iresnet_jax.report import report
+from iresnet_jax.report import run_report
 from iresnet_jax.runs import loop
 
 def tell(module, name, say):

@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from iresnet_jax.models.flow import Constrained
+from iresnet_jax.models.flow import ConstrainedFlow
 from iresnet_jax.training import parallel, trainer
-from iresnet_jax.training.objectives.objective import HeldOut, Objective
+from iresnet_jax.training.objectives.objective import Objective, ValidationResult
 from iresnet_jax.training.step import Loss, TrainingStep, UpdateRule
 from iresnet_jax.training.trainer import Trainer, TrainingConfig, check_finite
 
@@ -36,12 +36,12 @@ def objective_of(total_steps, held_out=None):
     losses = iter([]) if held_out is None else iter(held_out)
 
     def validate(state):
-        return HeldOut({"loss": next(losses, float(abs(state.ema["number"] - 3)))})
+        return ValidationResult({"loss": next(losses, float(abs(state.ema["number"] - 3)))})
 
     rule = UpdateRule(optax.sgd(1.0), optax.linear_schedule(0.2, 0.0, total_steps), total_steps, ema_decay=0.0)
     return Objective(
         name="loss",
-        step=TrainingStep(Constant(), loss, lambda params, spectral: Constrained({}, spectral, {}), rule, seed=0),
+        step=TrainingStep(Constant(), loss, lambda params, spectral: ConstrainedFlow({}, spectral, {}), rule, seed=0),
         make_validation=lambda: validate,
         selection=lambda metrics: metrics["loss"],
         examples=np.zeros(8, np.float32),

@@ -216,7 +216,7 @@ class Grid:
         return Bijection(lambda x: x, forward_and_logdet, inverse, inverse_and_logdet, jnp.inf)
 
     def off(self, x: Float[np.ndarray, "b d"]) -> Bool[np.ndarray, "b d"]:
-        """Which values lie between those of their grids, by more than `OFF_GRID` of the spacing; False at continuous entries."""
+        """Which values lie between those of their grids, by more than `OFF_GRID` of the spacing; False for continuous ones."""
         spacing = np.asarray(self.spacing)
         places = (np.asarray(x, np.float64) - np.asarray(self.offset)) / np.where(spacing > 0, spacing, 1)
         return (spacing > 0) & ~(np.abs(places - np.round(places)) <= OFF_GRID)

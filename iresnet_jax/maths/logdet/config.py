@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from iresnet_jax.json_dataclasses import Count, CountOrNone, Positive
+from iresnet_jax.checked_dataclasses import Count, CountOrNone, Positive
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet

@@ -12,7 +12,7 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import ConstraintConfig, validated_model
-from iresnet_jax.training.objectives.objective import HeldOut
+from iresnet_jax.training.objectives.objective import ValidationResult
 from iresnet_jax.training.parallel import AXIS
 from iresnet_jax.training.step import Loss, StepKeys, TrainState
 
@@ -65,10 +65,10 @@ class Validation:
         self._template, self._constraint = Classifier(spec, {}, {}, {}), constraint
         self._images, self._labels, self._batch_size = images, labels, batch_size
 
-    def __call__(self, state: TrainState) -> HeldOut:
+    def __call__(self, state: TrainState) -> ValidationResult:
         """The means over all examples."""
         model = validated_model(self._template, self._constraint, state.ema, state.spectral, statistics=state.batch_stats)
-        return HeldOut(accuracy_and_loss(model, self._images, self._labels, self._batch_size))
+        return ValidationResult(accuracy_and_loss(model, self._images, self._labels, self._batch_size))
 
 
 def accuracy_and_loss(model: Classifier | Density, images: np.ndarray, labels: np.ndarray, batch_size: int) -> dict[str, float]:

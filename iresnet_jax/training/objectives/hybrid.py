@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from iresnet_jax.json_dataclasses import CountOrNone, NotNegative
+from iresnet_jax.checked_dataclasses import CountOrNone, NotNegative
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.head import cross_entropy
-from iresnet_jax.training.objectives import likelihood
+from iresnet_jax.training.objectives import density
 from iresnet_jax.training.objectives.classification import Augment, accuracy_and_loss
-from iresnet_jax.training.objectives.objective import HeldOut
+from iresnet_jax.training.objectives.objective import ValidationResult
 from iresnet_jax.training.step import Loss, StepKeys, TrainState
 
 
@@ -88,21 +88,21 @@ def make_loss(
     return loss
 
 
-class Validation(likelihood.Validation):
+class Validation(density.Validation):
     """Likelihood, accuracy and cross-entropy of held-out examples under the averaged parameters.
 
     Args:
         labels: Classes of the held-out examples.
-        arguments: Those of `likelihood.Validation`.
+        arguments: Those of `density.Validation`.
     """
 
     def __init__(self, labels: np.ndarray, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self._labels = labels
 
-    def __call__(self, state: TrainState) -> HeldOut:
+    def __call__(self, state: TrainState) -> ValidationResult:
         """The means over all examples."""
         model = self.model(state)
         classified = accuracy_and_loss(model, self._examples, self._labels, self._batch_size)
         metrics, num_terms = self.measure(state, model)
-        return HeldOut({**metrics, "accuracy": classified["accuracy"], "cross_entropy": classified["loss"]}, num_terms)
+        return ValidationResult({**metrics, "accuracy": classified["accuracy"], "cross_entropy": classified["loss"]}, num_terms)

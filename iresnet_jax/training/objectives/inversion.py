@@ -19,7 +19,7 @@ from iresnet_jax.maths.inverse.fixed_point import example_norm
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import ConstraintConfig, validated_model
-from iresnet_jax.training.objectives.objective import HeldOut
+from iresnet_jax.training.objectives.objective import ValidationResult
 from iresnet_jax.training.step import Loss, StepKeys, TrainState
 
 
@@ -88,14 +88,14 @@ class Validation:
         self._template, self._constraint = Reconstructor(spec, {}, solver=solver), constraint
         self._x, self._y, self._share, self._batch_size = x, y, forward_share, batch_size
 
-    def __call__(self, state: TrainState) -> HeldOut:
+    def __call__(self, state: TrainState) -> ValidationResult:
         """The means over all images."""
         model = validated_model(self._template, self._constraint, state.ema, state.spectral)
         rows = lambda indices: (self._x[indices], self._y[indices])  # noqa: E731
         outputs = parallel.over_batches(_measured_errors, model, rows, len(self._x), self._batch_size)
         means = {name: float(values.mean(dtype=np.float64)) for name, values in outputs.items()}
         value = (1 - self._share) * means["reconstruction"] + self._share * means.get("forward", 0.0)
-        return HeldOut({"loss": value, **means})
+        return ValidationResult({"loss": value, **means})
 
 
 def _measured_errors(model: Reconstructor, batch: tuple[Any, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from iresnet_jax.training.initialization import abstract_variables
 from iresnet_jax.training.step import TrainingStep, TrainState
 
 
-class HeldOut(NamedTuple):
+class ValidationResult(NamedTuple):
     """Result of a validation.
 
     Attributes:
@@ -42,7 +42,7 @@ class Objective(NamedTuple):
 
     name: str
     step: TrainingStep
-    make_validation: Callable[[], Callable[[TrainState], HeldOut]]
+    make_validation: Callable[[], Callable[[TrainState], ValidationResult]]
     selection: Callable[[Mapping[str, float]], float]
     examples: Any
     initial_variables: Callable[[], Any]

@@ -8,7 +8,7 @@ import pytest
 from iresnet_jax.bijections.transforms.bounded import EDGE, Bounded, Bounds
 from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
-from iresnet_jax.json_dataclasses import checked, tagged
+from iresnet_jax.checked_dataclasses import checked, tagged
 
 EXACT = 1e-10  # float64, same maths by another route
 SINGLE = 1e-5  # float32

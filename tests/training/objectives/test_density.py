@@ -8,7 +8,7 @@ import tiny_runs as runs
 
 from iresnet_jax.data import load
 from iresnet_jax.runs.from_config import build_objective
-from iresnet_jax.training.objectives.likelihood import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys
+from iresnet_jax.training.objectives.density import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys
 
 
 def validate_untrained(**settings):

@@ -19,7 +19,7 @@ from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import ConstraintConfig, validated_model
-from iresnet_jax.training.objectives.objective import HeldOut
+from iresnet_jax.training.objectives.objective import ValidationResult
 from iresnet_jax.training.step import Loss, StepKeys, TrainState
 
 TOLERATED_BIAS = 0.002  # of what is trained, in bits/dim or nats; beyond it training raises its number of terms
@@ -60,7 +60,7 @@ def make_loss(
     return loss
 
 
-def _moved(spec: DensitySpec, x: Array, noise: Array) -> Array:
+def _moved(spec: DensitySpec, x: Any, noise: Any) -> Array:
     """Examples with noise; entries within bounds get theirs on the real line, so that they stay inside."""
     if not isinstance(spec.transform, Bounded):
         return x + noise
@@ -128,7 +128,7 @@ class Validation:
         self._examples, self._contexts, self._batch_size, self._seed = examples, contexts, batch_size, seed
         self._logdet, self._max_num_terms = logdet, max_num_terms
 
-    def __call__(self, state: TrainState) -> HeldOut:
+    def __call__(self, state: TrainState) -> ValidationResult:
         """The mean of every term, and the terms of the log-determinant that training goes on with."""
         return self.measure(state, self.model(state))
 
@@ -136,13 +136,13 @@ class Validation:
         """The model of the averaged parameters."""
         return validated_model(self._template, self._constraint, state.ema, state.spectral)
 
-    def measure(self, state: TrainState, model: Density) -> HeldOut:
+    def measure(self, state: TrainState, model: Density) -> ValidationResult:
         """What `__call__` returns, under the `model` of a training state."""
         outputs = self._outputs(model)
         means = {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
         num_terms = int(state.num_terms)
         if self._logdet.build().unbiased:
-            return HeldOut(means, num_terms)
+            return ValidationResult(means, num_terms)
         without_cut = dataclasses.replace(self._logdet, kind="series").build(REFERENCE_TERMS)
         reference = self._on_a_batch(model.with_(estimator=without_cut))
         bias, is_exploited = self._bias(model, num_terms, reference)
@@ -150,7 +150,7 @@ class Validation:
             _logger.warning(WARNING, model.spec.metric, -bias, num_terms)
         if is_exploited and int(state.step) < int(state.horizon):
             num_terms = self._enough_terms(model, num_terms, reference)
-        return HeldOut({**means, "training_bias": bias, "num_terms": num_terms}, num_terms)
+        return ValidationResult({**means, "training_bias": bias, "num_terms": num_terms}, num_terms)
 
     def _enough_terms(self, model: Density, num_terms: int, reference: np.ndarray) -> int:
         """The first number of terms above this one whose bias is tolerated, or the largest that is allowed."""

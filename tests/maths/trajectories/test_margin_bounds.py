@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from iresnet_jax.maths.chains import margin_bounds
-from iresnet_jax.maths.chains.margin_bounds import Adjoints, Step, Tangents
+from iresnet_jax.maths.trajectories import margin_bounds
+from iresnet_jax.maths.trajectories.margin_bounds import Adjoints, Step, Tangents
 
 
 def chain(curvature=None):

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iresnet_jax.maths.chains import least_eigenvalue
-from iresnet_jax.maths.chains.row_blocks import (
+from iresnet_jax.maths.convolution import conv
+from iresnet_jax.maths.trajectories import least_eigenvalue
+from iresnet_jax.maths.trajectories.row_blocks import (
     RowBlocks,
     behind_activation,
     identity_and_symmetric_part,
     layer_blocks,
 )
-from iresnet_jax.maths.convolution import conv
 
 LAYERS = {
     "3 taps": ((3, 3, 2, 3), (5, 4, 2), "SAME"),

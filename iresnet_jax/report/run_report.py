@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iresnet_jax.atomic_files import replacing
+from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.evaluation import (
     accuracy,
     environment,
@@ -18,7 +19,6 @@ from iresnet_jax.evaluation import (
     posterior,
     samples,
 )
-from iresnet_jax.json_dataclasses import to_plain
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.report import page, pictures, plots
@@ -88,7 +88,7 @@ def _density(run: Run, model: Density, examples: np.ndarray, figures: Figures) -
     elif not is_image:
         figures["pairs"] = plots.pairs(examples[:num], drawn.values)
     measured = likelihood.measure(model, examples, settings, seed, contexts=contexts, entropy_floor=run.data.entropy)
-    results = {"likelihood": measured.summary, "samples": drawn.quality}
+    results = {"likelihood": measured.summary, "samples": drawn.convergence}
     if is_image:
         return results
     taken = None if contexts is None else contexts[np.arange(num) % len(contexts)]  # as `samples.draw` does
@@ -115,7 +115,7 @@ def _classes(run: Run, images: np.ndarray, figures: Figures) -> Results:
     labels = np.repeat(range(min(model.spec.num_classes or 0, CLASSES_SHOWN)), SAMPLES_A_CLASS).tolist()
     drawn = samples.draw(model, len(labels), size, seed=run.config.seed + 1, labels=labels)
     figures["samples_by_class"] = pictures.examples(drawn.values, levels, columns=SAMPLES_A_CLASS)
-    return {"classification": result, "samples_by_class": drawn.quality}
+    return {"classification": result, "samples_by_class": drawn.convergence}
 
 
 def _bijection(run: Run, examples: np.ndarray, figures: Figures) -> Results:

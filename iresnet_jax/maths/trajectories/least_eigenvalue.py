@@ -14,8 +14,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
-from iresnet_jax.maths.chains.row_blocks import RowBlocks
 from iresnet_jax.maths.enclosures.upward_rounding import UP, U, gamma
+from iresnet_jax.maths.trajectories.row_blocks import RowBlocks
 
 Array = np.ndarray
 _BELOW = (0.005, 0.05, 0.3)  # of the estimate by which bounds are tried below it

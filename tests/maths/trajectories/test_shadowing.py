@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iresnet_jax.maths.chains import inverse_products, shadowing
+from iresnet_jax.maths.trajectories import inverse_products, shadowing
 
 T, D = 5, 4
 
