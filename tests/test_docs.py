@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import kept
 import numpy as np
+import pandas
 import pytest
 import tiny_runs as runs
 from tiny_runs import ROOT
@@ -64,22 +65,6 @@ def blocks_of(language):
     return {name: found for name, text in texts.items() if (found := [b for b in blocks(text) if b.language == language])}
 
 
-def test_blocks_are_found_with_their_lines():
-    text = "a\n```sh\nls\n```\n\n```python\nx = 1\ny = 2\n```\n"
-    assert blocks(text) == [
-        Block("sh", "ls\n", 3),
-        Block("python", "x = 1\ny = 2\n", 7),
-    ]
-    assert {block.language for path in PAGES.values() for block in blocks(path.read_text())} == {
-        "python",
-        "sh",
-        "text",
-        "bash",
-        "yaml",
-        "bibtex",
-    }
-
-
 # --- Python ---------------------------------------------------------------------------------------------------------
 
 
@@ -91,6 +76,13 @@ def run_pages(tmp_path_factory):
     np.save(folder / "my_array.npy", draw.normal(size=(200, 2)))
     np.save(folder / "my_images.npy", draw.integers(0, 16, size=(60, 8, 8, 1)))
     np.save(folder / "my_labels.npy", np.arange(60) % 3)
+    columns = {
+        "age": np.arange(60) % 50 + 20,
+        "smoker": np.arange(60) % 3 == 0,
+        "city": ["Bern", "Oslo"] * 30,
+        "share": draw.random(60),
+    }
+    pandas.DataFrame(columns).to_csv(folder / "my_table.csv", index=False)
     (folder / MODEL).parent.mkdir(parents=True)
     kept.model(kept.TEN_DIGITS).save(folder / MODEL)
 

@@ -1,7 +1,5 @@
 """`fit`: the fifteen lines of the README, what it chooses, what it refuses, and that it is the code of ``train.py``."""
 
-import contextlib
-import io
 import json
 import shutil
 import signal
@@ -10,7 +8,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pandas as pd
 import pytest
 
 import iresnet_jax as ir
@@ -156,35 +153,6 @@ def test_an_array_in_a_file_is_recognised(workdir, tmp_path, capsys):
     assert "the model takes examples of shape (2,)" in evaluate("wide.npy", status=2)
 
 
-def test_a_time_limit_ends_training_and_the_learning_rate_has_come_down(tmp_path):
-    settings = {
-        "training.total_steps": 10**6,
-        "optimizer.warmup_steps": 0,
-        "training.patience": 0,
-        "training.log_every_steps": 5,
-    }
-    model = ir.fit(BANANA, minutes=0.08, architecture=TINY, progress=False, settings=settings, workdir=tmp_path)
-    assert model.history is not None
-    rates = model.history.train["learning_rate"]
-    assert rates[-1] < 0.2 * max(rates)
-    seconds = model.history.validation["wall_time_s"][-1]
-    assert 4.8 <= seconds < 30 or seconds < 4.8 + 2 * model.history.validation["wall_time_s"][0]  # compilation may take longer
-
-
-def test_few_vectors_take_few_steps_however_long_they_may():
-    settings = {"training.total_steps": 20, "training.eval_every_steps": 5, "training.patience": 0}
-    model = ir.fit(BANANA, minutes=60, architecture=TINY, progress=False, settings=settings)
-    assert model.history is not None
-    assert model.history.validation["step"] == [5, 10, 15, 20]
-
-
-def test_validations_without_an_improvement_end_training():
-    settings = {"optimizer.learning_rate": 1e-12, "training.patience": 2, "training.eval_every_steps": 2}
-    model = ir.fit(BANANA, **QUICK | {"steps": 100}, settings=settings)
-    assert model.history is not None
-    assert len(model.history.validation["step"]) <= 10
-
-
 def test_an_interrupt_gives_the_best_model_so_far(capfd):
     stop = threading.Event()
 
@@ -205,6 +173,7 @@ def test_an_interrupt_gives_the_best_model_so_far(capfd):
     said = capfd.readouterr().err
     assert "the best model so far" in said
     assert "of 10000" in said
+    assert "saving" not in said  # nothing is
 
 
 def test_a_context_makes_a_conditional_density():
@@ -234,113 +203,6 @@ def test_labels_make_a_classifier_of_images_and_integers_are_levels():
     assert samples.dtype == np.uint8
 
 
-# --- tables ---
-
-
-def table(num=1200):
-    rng = np.random.default_rng(0)
-    return pd.DataFrame(
-        {
-            "flag": rng.random(num) < 0.1,
-            "age": rng.integers(18, 91, num),
-            "share": rng.random(num),
-            "colour": pd.Categorical(rng.choice(["red", "green", "blue"], num)),
-            "height": rng.normal(size=num),
-        }
-    )
-
-
-@pytest.fixture(scope="module")
-def of_table():
-    """The model of a data frame, and what `fit` said."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        model = ir.fit(table(), **QUICK | {"progress": True})
-    return model, said.getvalue()
-
-
-def test_no_sample_of_a_table_leaves_its_support(of_table):
-    model, said = of_table
-    x, _ = jax.jit(ir.Density.sample, static_argnums=2)(model, jax.random.key(0), 100_000)
-    x = np.asarray(x, np.float64)
-    for column, values in ((0, range(2)), (1, range(18, 91)), (3, range(3))):
-        assert set(np.unique(x[:, column])) == set(values)
-    assert x[:, 2].min() > 0
-    assert x[:, 2].max() < 1
-    assert "column 2 ('share') has hard ends" in said
-    assert "no probability beyond" in said
-
-
-def test_a_model_takes_and_gives_the_table_that_it_was_fitted_to(of_table, tmp_path):
-    frame, (model, _) = table()[:20], of_table
-    model.save(tmp_path / "model.npz")
-    model = ir.load(tmp_path / "model.npz")
-    found = model.log_prob(frame)
-    codes = frame.assign(colour=frame.colour.cat.codes).to_numpy(np.float32)
-    np.testing.assert_array_equal(model.log_prob(codes), found)
-    np.testing.assert_array_equal(model.log_prob(frame[frame.columns[::-1]]), found)
-    interval = ir.certify.log_prob(model, frame[:2])
-    np.testing.assert_allclose(interval.lower, found[:2], atol=1e-4)
-    samples = model.to_frame(model.sample(jax.random.key(0), 7)[0])
-    assert samples.dtypes.equals(frame.dtypes)
-    assert list(samples.columns) == list(frame.columns)
-    assert len(samples) == 7
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"age": 91}, r"91 in row 0, column 1 \('age'\), is not within the range 18 to 90"),
-        ({"age": 30.5}, r"column 1 \('age'\), is between values of its grid, 18 and steps of 1"),
-        ({"share": 1.5}, r"column 2 \('share'\), is not within the range 0 to 1"),
-        ({"colour": "violet"}, "category that training did not see"),
-    ],
-)
-def test_what_has_no_probability_is_refused_and_minus_infinity_under_jit(of_table, change, message):
-    frame = table()[:3].assign(**change)
-    with pytest.raises(ValueError, match=message):
-        of_table[0].log_prob(frame)
-    if "share" in change:
-        x = np.array([[0, 30, 1.5, 0, 0.0], [0, 30, 0.5, 0, 0.0]], np.float32)
-        assert np.isneginf(jax.jit(ir.Density.log_prob)(of_table[0], x)).tolist() == [True, False]
-
-
-def test_log_prob_takes_the_integers_and_the_contexts_that_fit_took():
-    x, context = RNG.integers(0, 5, (300, 2)), RNG.normal(size=300)
-    model = ir.fit(x, context=context, **QUICK)
-    found = model.log_prob(x[:5], context=context[:5])
-    np.testing.assert_array_equal(found, model.log_prob(x[:5].astype(np.float32), context=context[:5, None]))
-    samples, _ = model.sample(jax.random.key(0), 200, context=context[:200])
-    assert set(np.unique(samples)) <= set(range(5))
-    assert ir.fit(x > 1, **QUICK | {"steps": 1}).log_prob(x[:5] > 1).shape == (5,)
-
-
-def test_given_bounds_hold_values_at_both_ends():
-    x = np.clip(RNG.normal(0.5, 0.2, size=(400, 2)), 0.02, 0.98)
-    x[0], x[1] = 0.0, 1.0
-    x[2:] += 1e-6 * RNG.normal(size=(398, 2))  # no value is frequent
-    model = ir.fit(x, bounds={0: (0, 1), 1: (-1, 2)}, **QUICK)
-    assert np.isfinite(model.log_prob(x.astype(np.float32))).all()
-    samples, _ = model.sample(jax.random.key(0), 1000)
-    assert (samples > np.array([0, -1])).all()
-    assert (samples < np.array([1, 2])).all()
-    with pytest.raises(ValueError, match="bounds are for densities"):
-        ir.fit(x, np.arange(400) % 2, bounds={0: (0, 1)}, **QUICK)
-
-
-def test_noise_on_the_examples_stays_within_their_ranges():
-    x = np.stack([RNG.random(400), RNG.integers(0, 2, 400)], axis=1)
-    model = ir.fit(x, bounds={0: (0, 1)}, settings={"augmentation.noise": 1.0}, **QUICK)
-    assert np.isfinite(model.history.train["nll"]).all()
-
-
-def test_masked_values_are_refused():
-    masked = np.ma.masked_greater(BANANA, 2)
-    with pytest.raises(ValueError, match=r"x has \d+ masked values"):
-        ir.fit(masked, **QUICK)
-    assert ir.fit(np.ma.asarray(BANANA), **QUICK | {"steps": 1}).log_prob(BANANA[:3]).shape == (3,)
-
-
 def test_settings_follow_the_array():
     small, large, wide = (
         choose_settings(from_arrays("a", Arrays(RNG.normal(size=shape)), fractions=(0.1, 0.0)))
@@ -349,6 +211,7 @@ def test_settings_follow_the_array():
     assert small.model.stages[0].num_blocks < large.model.stages[0].num_blocks
     assert (small.training.minutes, small.logdet.kind, wide.logdet.kind) == (3.0, "exact", "krylov")
     assert (large.preprocessing.transform, wide.preprocessing.transform) == ("whiten", "standardize")
+    assert (small.training.total_steps, large.training.total_steps) == (fitting.FEW_STEPS, fitting.NO_LIMIT)
     assert small.preprocessing.transform == "standardize"
     images = choose_settings(from_arrays("a", Arrays(RNG.integers(0, 256, (50, 16, 16, 3))), fractions=(0.1, 0.0)))
     heavy = choose_settings(from_arrays("a", Arrays(RNG.standard_t(4, size=(500, 4))), fractions=(0.1, 0.0)))

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import ml_collections
 from ml_collections import config_dict
 
+from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.checked_dataclasses import (
     Count,
     CountOrNone,
@@ -21,6 +22,7 @@ from iresnet_jax.checked_dataclasses import (
     Range,
     from_plain,
 )
+from iresnet_jax.data.measurements import Measurement
 from iresnet_jax.maths.logdet.config import LogdetConfig
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.training.constraint import ConstraintConfig
@@ -50,7 +52,10 @@ class ModelConfig:
     # What c limits. "layer": the norm of each layer. "block": the product of the norms of each block. "network": the Lipschitz
     # constants L_b of all blocks together, by prod (1 - L_b) = 1 - c, so that Lip(F^-1) <= 1 / (1 - c); without ActNorm.
     budget: Literal["layer", "block", "network"] = "layer"
-    prior: Literal["gaussian", "logistic"] = "gaussian"
+    # Of the latents. "mixture" is one of normal distributions with full covariances, fitted to latents before training, for
+    # vectors of a density.
+    prior: Literal["gaussian", "logistic", "mixture"] = "gaussian"
+    prior_components: CountOrNone = 0  # components of the prior "mixture"; 0 for other priors
     last_scale: NotNegative = 1.0  # initial factor on the last layer of each branch
     sharp: bool = False  # whether activations of the Swish family start sharper in wider layers of a density
 
@@ -94,6 +99,10 @@ class InverseProblemConfig:
     forward_share: Annotated[float, Range("[0, 1]")] = 0.0
     training_atol: Positive = 1e-3  # largest Euclidean error of each block's inverse in training, in units of pixels
 
+    def measurement(self) -> Measurement:
+        """How images are measured."""
+        return Measurement(self.width, self.noise)
+
 
 @dataclass(frozen=True)
 class AugmentationConfig:
@@ -121,6 +130,10 @@ class EvaluationConfig:
     num_posteriors: CountOrNone = 10
     num_posterior_samples: Annotated[int, Range("[10, inf)")] = 1000  # samples per context, of the model and of the truth
     inverse_atol: Positive = 1e-6  # largest Euclidean error of each block's inverse, for every example
+
+    def solver(self) -> Solver:
+        """The solver of inverses."""
+        return Solver(atol=self.inverse_atol)
 
 
 @dataclass(frozen=True)
@@ -193,6 +206,15 @@ def _check_combinations(config: Config) -> None:
         (
             objective not in ("density", "hybrid") and config.model.sharp,
             f"config.model.sharp is for the objectives density and hybrid: leave it false for {objective}",
+        ),
+        (
+            (config.model.prior == "mixture") != bool(config.model.prior_components),
+            "config.model.prior_components is for the prior mixture, which needs it, and for no other: got "
+            f"{config.model.prior_components} for {config.model.prior}",
+        ),
+        (
+            config.model.prior == "mixture" and objective != "density",
+            f"config.model.prior mixture is for the objective density, got {objective}: choose gaussian or logistic",
         ),
         (
             objective in ("density", "hybrid") and norms == "none",

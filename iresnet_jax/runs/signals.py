@@ -59,6 +59,9 @@ class StopRequests:
     other processes, such as a notebook, the first signal is always noted and the second raises ``KeyboardInterrupt``. Ignored
     signals stay ignored. A thread that is not the main one notes nothing.
 
+    Args:
+        consequence: What the user is told to follow from the first signal.
+
     Attributes:
         received: The first signal, or None.
 
@@ -68,7 +71,8 @@ class StopRequests:
         ...         break
     """
 
-    def __init__(self):
+    def __init__(self, consequence: str = "saving after this step"):
+        self._consequence = consequence
         self.received: signal.Signals | None = None
         self._received_at = 0.0
         self._unsaved = False
@@ -99,7 +103,7 @@ class StopRequests:
         now = time.monotonic()
         if self.received is None and (self.unsaved or _pipe is None):
             self.received, self._received_at = signal.Signals(number), now
-            say(f"{self.received.name}: saving after this step; a second signal stops at once")
+            say(f"{self.received.name}: {self._consequence}; a second signal stops at once")
         elif _pipe is None and (number != self.received or now > self._received_at + REPEAT_S):
             raise KeyboardInterrupt
 

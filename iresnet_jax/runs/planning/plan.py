@@ -19,9 +19,10 @@ from iresnet_jax.data import conditioned_on_labels
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.sources import tfds
 from iresnet_jax.maths import platforms as target
-from iresnet_jax.runs.config import Config, TrainingConfig
-from iresnet_jax.runs.from_config import build_objective, load_data
-from iresnet_jax.runs.hosts import Agreement, Wish
+from iresnet_jax.runs.config import Config
+from iresnet_jax.runs.hosts import Wish, with_wishes
+from iresnet_jax.runs.model_from_config import load_data
+from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.planning.program_costs import compiled_reductions, flops, has_random_loops, num_bytes, reductions
 from iresnet_jax.runs.planning.topologies import PASSES, Machine
 from iresnet_jax.training import parallel
@@ -118,15 +119,6 @@ def data_for(config: Config) -> DataSet:
     return conditioned_on_labels(data) if config.data.condition_on_labels else data
 
 
-def check_splits(settings: TrainingConfig, num_devices: int) -> None:
-    """Raises ``ValueError`` unless a batch splits over devices and into parts."""
-    size, num_parts = settings.batch_size, settings.num_parts
-    if size % (num_devices * num_parts):
-        raise ValueError(
-            f"config.training.batch_size must be a multiple of {num_devices} devices times {num_parts} parts, got {size}"
-        )
-
-
 def make(
     config: Config, on: Machine, *, data: DataSet | None = None, find_largest: bool = False, say: Callable[[str], None] = print
 ) -> Plan:
@@ -147,7 +139,7 @@ def make(
         raise ValueError(f"--largest-batch needs a TPU topology: what a step takes on {on.topology} is not known here")
     data = data_for(config) if data is None else data
     size, num_devices = config.training.batch_size, on.num_devices
-    check_splits(config.training, num_devices)
+    config.training.check_splits(num_devices)
     plan = _plan(config, on, data, size)
     if find_largest:
         plan_of = lambda share: _plan(config, on, data, share * num_devices)  # noqa: E731
@@ -200,10 +192,9 @@ def lower(config: Config, on: Machine, data: DataSet, batch_size: int) -> tuple[
     with target.compiling_for(on.platform), jax.default_matmul_precision(config.training.matmul_precision):
         objective = build_objective(config, data)
         current = objective.abstract_state()
-        step = Agreement(on.num_hosts).wrap(objective.step)
-        batch = objective.abstract_batch(share * len(on.devices))
+        step, batch = objective.training_step, objective.abstract_batch(share * len(on.devices))
         if on.num_hosts > 1:
-            batch = batch, jax.ShapeDtypeStruct((len(on.devices), len(Wish)), np.float32)
+            step, batch = with_wishes(step), (batch, jax.ShapeDtypeStruct((len(on.devices), len(Wish)), np.float32))
         traced = parallel.for_devices(step, on.devices).trace(current, batch)
         lowered = traced.lower(lowering_platforms=(on.platform,))
     argument_bytes = num_bytes(current) + num_bytes(batch) // len(on.devices)
