@@ -30,7 +30,7 @@ from iresnet_jax.runs.config import Config, parse
 from iresnet_jax.runs.loop import batches, check_batch_size, train
 from iresnet_jax.runs.machine import keep_compiled_programs, prepare_backend
 from iresnet_jax.runs.metrics import read_metrics
-from iresnet_jax.runs.model_from_config import model_spec
+from iresnet_jax.runs.model_from_config import data_on_the_line, model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests
 from iresnet_jax.training.constraint import certified_model
