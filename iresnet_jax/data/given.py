@@ -8,7 +8,7 @@ import numpy as np
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.tables import Table
-from iresnet_jax.models.columns import Column, columns_of, is_frame, numbers_of
+from iresnet_jax.models.columns import Column, Frame, columns_of, numbers_of
 
 
 def data_of(
@@ -35,7 +35,7 @@ def data_of(
     Raises:
         ValueError: If it does not fit together, or has no density; the message names the column.
     """
-    columns = columns_of(x) if is_frame(x) else None
+    columns = columns_of(x) if isinstance(x, Frame) else None
     arrays = _arrays(columns, x, labels, context)
     is_table = is_density and arrays.x.ndim == 2
     if bounds is not None and not is_table:
@@ -51,7 +51,7 @@ def data_of(
 
 
 def _arrays(columns: tuple[Column, ...] | None, x: Any, labels: Any = None, context: Any = None) -> Arrays:
-    numbers = x if columns is None or not is_frame(x) else numbers_of(x, columns)
+    numbers = x if columns is None or not isinstance(x, Frame) else numbers_of(x, columns)
     given = zip(("x", "labels", "context"), (numbers, labels, context), strict=True)
     return Arrays(*(None if array is None else _unmasked(array, name) for name, array in given))  # pyright: ignore
 

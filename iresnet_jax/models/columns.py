@@ -6,7 +6,7 @@ pandas is imported only where a data frame is given or made.
 import json
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -38,9 +38,13 @@ class Column:
         return self.kind != "float"
 
 
-def is_frame(x: Any) -> bool:
-    """Whether data are a table with columns of types of their own, as a pandas data frame is."""
-    return hasattr(x, "columns") and hasattr(x, "dtypes")
+@runtime_checkable
+class Frame(Protocol):
+    """A table with columns of types of their own, as a pandas data frame is."""
+
+    columns: Any
+    dtypes: Any
+    iloc: Any
 
 
 def columns_of(frame: Any) -> tuple[Column, ...]:

@@ -39,14 +39,14 @@ from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.columns import Column, is_frame, numbers_of, table_of
+from iresnet_jax.models.columns import Column, Frame, numbers_of, table_of
 from iresnet_jax.models.flow import FlowWeights, Tree, flow_bijection
 from iresnet_jax.models.history import History
 from iresnet_jax.models.model import Model
 
 Transform = Identity | Center | Logit | Equalize | Standardize | Whiten | Bounded
-Data = Num[Array, "b ..."] | Num[np.ndarray, "b ..."]
-Contexts = Float[Array, "_ k"] | Float[np.ndarray, "_ k"]
+Data = Shaped[Array, "b ..."] | Shaped[np.ndarray, "b ..."] | Frame
+Contexts = Num[Array, "_ ..."] | Num[np.ndarray, "_ ..."]
 
 
 class LogProb(NamedTuple):
@@ -365,16 +365,20 @@ class Density(Model):
             bfloat16=self.bfloat16,
         )
 
-    def scale_context(self, context: Contexts | None) -> Float[Array, "b k"] | None:
+    def scale_context(self, context: Contexts | None) -> Float[Array, "b ..."] | None:
         """Contexts as the flow takes them; those that are not vectors of its length are left to it to refuse.
 
         Numbers, one an example, are vectors of length 1.
         """
-        if context is not None and context.ndim == self.spec.flow.context_dim == 1:
-            context = context[:, None]
-        if context is None or self.spec.context is None or context.shape[1:] != (len(self.spec.context.mean),):
-            return None if context is None else jnp.asarray(context)
-        return self.spec.context.bijection().forward(jnp.asarray(context))
+        if context is None:
+            return None
+        vectors = jnp.asarray(context)
+        vectors = vectors if jnp.issubdtype(vectors.dtype, jnp.floating) else vectors.astype(jnp.result_type(float))
+        if vectors.ndim == self.spec.flow.context_dim == 1:
+            vectors = vectors[:, None]
+        if self.spec.context is None or vectors.shape[1:] != (len(self.spec.context.mean),):
+            return vectors
+        return self.spec.context.bijection().forward(vectors)
 
     def preprocess(self, x: Data, key: Key[Array, "..."] | None = None) -> Float[Array, "b ..."]:
         """The flow's input for data: noise from the key, or none."""
@@ -409,7 +413,7 @@ class Density(Model):
         Raises:
             ValueError: If a column is missing or unknown, or holds a missing value or an unknown category.
         """
-        if self.spec.columns is not None and is_frame(x):
+        if self.spec.columns is not None and isinstance(x, Frame):
             return numbers_of(x, self.spec.columns)
         return x if hasattr(x, "dtype") else np.asarray(x)
 
