@@ -62,7 +62,7 @@ def from_arrays(
     """
     if isinstance(arrays, Arrays):
         checked = _checked(arrays)
-        checked_parts = [checked]
+        seen, held_out = checked.x, None
         parts = {split: checked.take(mask) for split, mask in fraction_masks(len(checked.x), fractions).items()}
     else:
         if "train" not in arrays:
@@ -71,19 +71,20 @@ def from_arrays(
             chosen = validation_mask(len(arrays["train"].x))
             arrays = {**arrays, "train": arrays["train"].take(~chosen), "validation": arrays["train"].take(chosen)}
         parts = {split: _checked(part) for split, part in arrays.items()}
-        checked_parts = list(parts.values())
         shapes = {part.x.shape[1:] for part in parts.values()}
         if len(shapes) > 1:
             raise ValueError(f"the splits of {name} must hold examples of one shape, got {sorted(shapes)}")
         if len({(part.labels is None, part.context is None) for part in parts.values()}) > 1:
             raise ValueError(f"all splits of {name} need labels and contexts, or none of them")
+        others = [part.x for split, part in parts.items() if split != "train"]
+        seen, held_out = parts["train"].x, np.concatenate(others) if others else None
     train = parts["train"]
     levels, grid = None, None
     if np.issubdtype(train.x.dtype, np.integer):
         largest = max(int(part.x.max()) for part in parts.values() if len(part.x))
         levels = 256 if largest > 127 else max(largest + 1, 2)
     elif train.x.ndim == 2 and table is not None:
-        table = table.described(np.concatenate([part.x for part in checked_parts]), column_names)
+        table = table.described(seen, column_names, held_out)
         grid = table.grid
     elif train.x.ndim == 2:
         grid = find_grid(train.x, column_names)

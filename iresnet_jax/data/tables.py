@@ -70,11 +70,14 @@ class Table:
     intervals: tuple[Bounds | None, ...] | None = None
     notes: tuple[str, ...] = ()
 
-    def described(self, x: Float[np.ndarray, "n d"], names: Sequence[str] = ()) -> "Table":
+    def described(
+        self, x: Float[np.ndarray, "n d"], names: Sequence[str] = (), held_out: Float[np.ndarray, "m d"] | None = None
+    ) -> "Table":
         """The table with its grids, intervals and notes.
 
         Args:
-            x: All rows, to train and to validate with.
+            x: All rows, or those to train with.
+            held_out: Rows that were given to validate with: they belong to the range that was seen.
             names: Names of the columns, for messages, where there is no data frame.
 
         Raises:
@@ -88,10 +91,17 @@ class Table:
         if self.columns is not None:
             _check_categories(self.columns, grid)
         check_density(x, names, grid)
+        everything = x if held_out is None else np.concatenate([x, held_out])
+        if grid is not None and grid.off(everything).any():
+            row, column = np.argwhere(grid.off(everything))[0].tolist()
+            raise ValueError(
+                f"{everything[row, column]:g}, to validate with, is not on the grid of {_named([column], names)}: "
+                f"{grid.offset[column]:g} and steps of {grid.spacing[column]:g}"
+            )
         given = _ends_given(self.bounds or {}, names, x.shape[1])
         ends = find_ends(x, grid) if self.bounds is None else {}
-        intervals = [_interval(x, column, names, grid, {**ends, **given}.get(column)) for column in range(x.shape[1])]
-        notes = [*_notes_on_grid(x, names, grid, intervals), *_notes_on_values(x, names, grid)]
+        intervals = [_interval(everything, column, names, grid, {**ends, **given}.get(column)) for column in range(x.shape[1])]
+        notes = [*_notes_on_grid(names, grid, intervals), *_notes_on_values(x, names, grid)]
         notes += [
             f"{_named([column], names)} has hard ends: a density on [{low:g}, {high:g}]; bounds={{}} leaves it unbounded"
             for column, (low, high) in ends.items()
@@ -343,7 +353,7 @@ def _named(columns: Sequence[int], names: Sequence[str]) -> str:
     return ", ".join(named[:NAMED]) + more
 
 
-def _notes_on_grid(x: np.ndarray, names: Sequence[str], grid: Grid | None, intervals: Sequence[Bounds | None]) -> list[str]:
+def _notes_on_grid(names: Sequence[str], grid: Grid | None, intervals: Sequence[Bounds | None]) -> list[str]:
     """What is said of columns on a grid."""
     if grid is None:
         return []

@@ -60,6 +60,15 @@ def test_bounds_that_do_not_fit_are_refused_by_name(bounds, message):
         Table(bounds={1: (-0.3, 4.0)}).described(beside(RNG.integers(0, 3, 1500)), NAMES)
 
 
+def test_rows_to_validate_with_belong_to_the_range_and_lie_on_the_grid():
+    x, held_out = beside(RNG.integers(0, 3, 1500)), beside(np.array([2, 5]), 2)
+    assert Table().described(x, NAMES, held_out).intervals[1] == Bounds.of(-0.5, 5.5, 1.0)
+    with pytest.raises(ValueError, match=r"2.5, to validate with, is not on the grid of column 1 \('rest'\)"):
+        Table().described(x, NAMES, held_out + np.float32(0.5))
+    same = RNG.random((300, 2)).astype(np.float32)
+    assert Table().described(same, (), same).grid is None
+
+
 # --- hard ends ---
 
 TAILS = {
