@@ -127,7 +127,7 @@ def test_certify_tells_layer_by_layer_and_fails_without_a_certificate(folders, c
     assert lines[-1].startswith("certified: every one of 2 blocks is a contraction")
     loaded = run.load(folders["points"])
     block = loaded.model.weights["stage0"]
-    branch = replace(block.branch, lipschitz_bound=np.array([0.5, np.inf], np.float32))
+    branch = replace(block.branch, lipschitz_bound=np.array([0.5, np.inf], np.float32)).sealed()
     weights = {"stage0": block._replace(branch=branch)}
     broken = run.Run(loaded.folder, loaded.model.with_(weights=weights), loaded.config, loaded.fingerprint, 7)
     monkeypatch.setattr(run, "load", lambda folder: broken)
@@ -217,7 +217,7 @@ MISTAKES = [
     ("sample", "classifier", ["--label", "1"], "holds no density"),
     ("sample", "points", ["--num", "-1"], "at least 1, got -1"),
     ("sample", "points", ["--seed", "-3"], "seed must not be negative"),
-    ("sample", "points", ["--temperature", "nan"], "temperature must be at least 0"),
+    ("sample", "points", ["--temperature", "nan"], "temperature at least 0"),
     ("sample", "points", ["--label", "0"], "one prior for all"),
     ("sample", "points", ["--context", "1.0"], "takes no context"),
     ("sample", "hybrid", ["--label", "3"], "there is no class 3"),

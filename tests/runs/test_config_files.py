@@ -1,5 +1,6 @@
 """The configs that come with the library: what they describe, and one step of each cut-down copy."""
 
+import functools
 import importlib.util
 from dataclasses import replace
 
@@ -165,16 +166,22 @@ def test_a_variant_changes_the_constraint_and_at_most_the_learning_rate(name):
 KEPT = {file.parent.name: file for file in (ROOT / "benchmarks/results").glob(f"*/{FILE_NAME}")}
 
 
+@functools.cache
+def read_kept(name):
+    """A kept model, and what its file says about it."""
+    return saved.read(KEPT[name])
+
+
 @pytest.mark.parametrize("name", sorted(KEPT))
 def test_kept_models_are_those_of_their_configs_and_certified(name):
-    kept, about = saved.read(KEPT[name])
+    kept, about = read_kept(name)
     assert first_difference(to_plain(get_config(name, None)), to_plain(parse(about["config"])), "config") is None
     assert all(float(np.max(stage.branch.lipschitz_bound)) < 1 for stage in kept.weights.values())
 
 
 @pytest.mark.parametrize("name", ["digits_density", "mnist_classification"])
 def test_kept_models_can_be_inverted(name):
-    kept, about = saved.read(KEPT[name])
+    kept, about = read_kept(name)
     levels = kept.spec.num_levels
     images = np.random.default_rng(0).integers(0, levels, (1, *SHAPES[about["config"]["data"]["name"]]), np.uint8)
     if isinstance(kept, Classifier):
