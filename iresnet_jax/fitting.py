@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.given import data_of
 from iresnet_jax.fit_settings import (
     FIRST_STEPS,
     NO_LIMIT,
@@ -60,6 +59,7 @@ def fit(
     architecture: Sequence[StageSpec] | None = None,
     validation_fraction: float = 0.1,
     validation: Any = None,
+    bounds: Mapping[Any, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     workdir: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -68,15 +68,16 @@ def fit(
 
     Settings are chosen from the shape, the number and the kind of the examples. The loop is that of ``train.py``: a tenth of
     the examples validate, the parameters are averaged, training ends early once validation no longer improves, and the model is
-    the best one on validation, certified. Floats are continuous; integer images are levels; integer entries of vectors, and
-    floats on a grid, are dequantised. Models of vectors are the best of several candidates: priors before training, which may
-    be a mixture fitted to the data, sizes, noise on the examples, and lengths of the run.
+    the best one on validation, certified. Floats are continuous; integer images are levels; integers, booleans and categories
+    among the columns of vectors, and floats on a grid, are dequantised within the range that was seen. Models of vectors are
+    the best of several candidates: priors before training, which may be a mixture fitted to the data, sizes, noise on the
+    examples, and lengths of the run.
     Needs ``pip install 'iresnet_jax[train]'``.
 
     Ctrl-C ends training, in a notebook too, and gives the best model so far.
 
     Args:
-        x: Vectors ``(n, d)`` or images ``(n, h, w, c)``.
+        x: Vectors ``(n, d)``, images ``(n, h, w, c)``, or a pandas data frame of numbers, booleans and categories.
         labels: Classes, integers from 0 on, one per example.
         context: Context vectors ``(n, k)``: the model is then ``p(x | context)``.
         key: Source of all randomness; key 0 by default.
@@ -89,6 +90,9 @@ def fit(
         validation_fraction: Share of the examples that validates.
         validation: Examples that validate instead of a share of ``x``: an array like ``x``, or with labels or contexts
             ``(x, labels, context)``. The first 4096 count.
+        bounds: Ends ``(low, high)`` of columns by name or number, for a density of vectors: samples stay between them. Without,
+            `fit` looks for columns with hard ends and says so; ``{}`` leaves all continuous columns unbounded. Discrete columns
+            keep to the range that was seen, or to a wider one that is given here.
         settings: Other settings of a config file by their names, such as ``{"optimizer.learning_rate": 1e-3}``.
         workdir: Folder for checkpoints and metrics, from which the same call resumes after an interruption; by default the
             model is trained in memory.
@@ -105,11 +109,15 @@ def fit(
         >>> samples, info = model.sample(jax.random.key(1), 16)  # doctest: +SKIP
     """
     keep_compiled_programs()
-    arrays: Arrays | dict[str, Arrays] = _arrays(x, labels, context)
-    if validation is not None:
-        held_out = validation if isinstance(validation, tuple) else (validation,)
-        arrays = {"train": arrays, "validation": _arrays(*held_out)}
-    data = from_arrays(FITTED_ARRAY, arrays, fractions=(validation_fraction, 0.0))
+    data = data_of(
+        x,
+        labels,
+        context,
+        validation=validation,
+        validation_fraction=validation_fraction,
+        bounds=bounds,
+        is_density=labels is None or objective == "density",
+    )
     given = {"data.validation_fraction": validation_fraction, **(settings or {})}
     if architecture is not None:
         given["model.stages"] = [dataclasses.asdict(stage) for stage in architecture]
@@ -117,6 +125,8 @@ def fit(
     say = _Lines() if progress else lambda line: None
     num, held_out = (len(data.examples[split]) for split in ("train", "validation"))
     say(f"fit: {num} examples of shape {data.event_shape} to train on, {held_out} to validate; {config.objective}")
+    for note in data.notes:
+        say(note)
     if workdir is None and steps is None and (contenders := candidates(config, data, given)):
         return _Race(config, data, given, say).best(contenders)
     # A folder is of one run, and so many steps are those of one, whose programs do not depend on the data's modes.
@@ -257,10 +267,6 @@ def seed_of(key: Any) -> int:
     if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
         raise ValueError(f"key must be one typed key such as jax.random.key(0), got {key.dtype} of shape {key.shape}")
     return int(jax.random.bits(key))
-
-
-def _arrays(x: Any, labels: Any = None, context: Any = None) -> Arrays:
-    return Arrays(*(None if array is None else np.asarray(array) for array in (x, labels, context)))  # pyright: ignore
 
 
 class _Lines:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from iresnet_jax.bijections.transforms.bounded import Bounded
 from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.maths.logdet.config import LogdetConfig
@@ -50,7 +51,8 @@ def make_loss(
         key_draw, key_dequantise, key_probe = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys.examples), 1, 0)
         x, context, *sizes = batch if draw is None else jax.vmap(draw)(key_draw, batch)
         if noise is not None:
-            x = x + sizes[0][:, None] * noise[None] * jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(key_draw)
+            drawn = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(key_draw)
+            x = _moved(model.spec, x, sizes[0][:, None] * noise[None] * drawn)
         model = model.with_(estimator=model.estimator.fix_length(keys.shared))
         terms = model.terms(x, key_dequantise, key_probe, context=context)
         value = jnp.mean(model.spec.in_units(terms.log_prob))
@@ -60,8 +62,18 @@ def make_loss(
     return loss
 
 
+def _moved(spec: DensitySpec, x: Any, noise: Any) -> Array:
+    """Examples with noise; entries within bounds get theirs on the real line, so that they stay inside."""
+    if not isinstance(spec.transform, Bounded):
+        return x + noise
+    moved, _ = spec.transform.from_line(spec.transform.to_line(x)[0] + noise)
+    return jnp.where(noise == 0, x, moved)  # values on a grid stay where they are
+
+
 def noise_scales(spec: DensitySpec) -> Float[np.ndarray, " d"]:
     """Standard deviations of entries, which noise of size 1 has: 1 without preprocessing, 0 for entries on a grid.
+
+    Those of entries within bounds are in the units of the real line, see `Bounded.to_line`.
 
     Training on few examples with noise is training on a kernel density of them (Rothfuss et al. 2019, sec. 4): it keeps the
     flow from enclosing each one by itself.
@@ -69,12 +81,13 @@ def noise_scales(spec: DensitySpec) -> Float[np.ndarray, " d"]:
     Raises:
         ValueError: If the data are not vectors whose scale the model knows.
     """
-    if not isinstance(spec.transform, Identity | Standardize | Whiten) or len(spec.flow.event_shape) != 1:
+    transform = spec.transform.then if isinstance(spec.transform, Bounded) else spec.transform
+    if not isinstance(transform, Identity | Standardize | Whiten) or len(spec.flow.event_shape) != 1:
         raise ValueError(
             "config.augmentation.noise is for continuous vectors with preprocessing.transform standardize, whiten or none, got "
-            f"{type(spec.transform).__name__} of examples of shape {spec.flow.event_shape}"
+            f"{type(transform).__name__} of examples of shape {spec.flow.event_shape}"
         )
-    scales = np.ones(spec.flow.event_shape) if isinstance(spec.transform, Identity) else spec.transform.entry_scales
+    scales = np.ones(spec.flow.event_shape) if isinstance(transform, Identity) else transform.entry_scales
     on_grid = np.zeros(spec.flow.event_shape, bool) if spec.grid is None else np.asarray(spec.grid.spacing) > 0
     return np.where(on_grid, 0, np.asarray(scales)).astype(np.float32)
 
