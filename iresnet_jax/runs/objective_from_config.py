@@ -40,9 +40,11 @@ def build_objective(config: Config, data: DataSet, spec: Spec | None = None) -> 
 
 def _density(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
     noise = config.augmentation.noise
+    if noise and data.is_endless:
+        raise ValueError(f"config.augmentation.noise is for continuous vectors of an array, and {data.name} has no end: set it to 0")
     loss = density.make_loss(data.draw, density.noise_scales(spec) if noise else None)
     examples = None if data.is_endless else (data.examples["train"], data.contexts.get("train"))
-    if examples is not None and noise:
+    if noise and examples is not None:
         examples = (*examples, np.full(len(examples[0]), noise, np.float32))
     return Objective(
         name=spec.metric,
