@@ -25,10 +25,13 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.checked_dataclasses import Count, checked
 from iresnet_jax.data.arrays import REPEATS, find_grid
+from iresnet_jax.fit_arguments import checked_options
 from iresnet_jax.fitting import WHITENED_DIMS, fit
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.models.density import Density
+from iresnet_jax.runs.signals import interrupts_raised
 
 LEAST_SAMPLES = 3  # two to train on, one to validate
 EXACT_DIMS = 256  # at most: beyond, `score_samples` estimates log-determinants, see `_core`
@@ -61,10 +64,10 @@ class _ResidualFlow(BaseEstimator):
 
     def _train(self, x: np.ndarray, labels: np.ndarray | None = None) -> None:
         """Sets ``model_`` and ``history_`` to those of the data, checked and in float64."""
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must lie in (0, 1), got {self.validation_fraction}")
+        given = ("steps", "minutes", "architecture", "validation_fraction", "settings")
+        options = checked_options(**{name: getattr(self, name) for name in given})
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        settings = {"seed": seed, **(self.settings or {})}
+        settings = options["settings"] = {"seed": seed, **options["settings"]}
         names = getattr(self, "feature_names_in_", ())
         # Values on a grid need a noise of their own in training, and a preprocessing may be chosen: `fit` does both.
         whole = "preprocessing.transform" in settings or find_grid(x - x.mean(axis=0), names) is not None
@@ -72,16 +75,13 @@ class _ResidualFlow(BaseEstimator):
         if not whole:
             transform = Whiten.fit(x, labels) if x.shape[1] <= WHITENED_DIMS else Standardize.fit(x)
             settings["preprocessing.transform"] = "none"
-        model = fit(
-            _forward(transform, x)[0].astype(np.float32),
-            labels,
-            minutes=self.minutes,
-            steps=self.steps,
-            architecture=self.architecture,
-            validation_fraction=self.validation_fraction,
-            settings=settings,
-            progress=bool(self.verbose),
-        )
+        with interrupts_raised():
+            model = fit(
+                _forward(transform, x)[0].astype(np.float32),
+                labels,
+                **options,
+                progress=bool(self.verbose),
+            )
         assert isinstance(model, Density)
         self.model_ = model if whole else model.with_(spec=dataclasses.replace(model.spec, transform=transform))
         self.history_ = model.history
@@ -163,8 +163,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
             ValueError: If ``n_samples`` is less than 1.
         """
         check_is_fitted(self)
-        if n_samples < 1:
-            raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+        n_samples = checked(Count, n_samples, "n_samples")
         key = jax.random.key(int(check_random_state(random_state).randint(2**31 - 1)))
         model, size = _core(self.model_), _batch_size(self.model_.spec.flow.num_dims)
         parts, failed = [], 0

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.fit_arguments import as_arrays, checked_options, seed_of, validation_arrays
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.classifier import Classifier
@@ -26,12 +28,12 @@ from iresnet_jax.models.history import History
 from iresnet_jax.models.priors import PRIORS
 from iresnet_jax.runs import trained_run
 from iresnet_jax.runs.compiled_steps import CompiledSteps
-from iresnet_jax.runs.config import Config, parse
+from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.from_config import build_objective, build_solver, model_spec
 from iresnet_jax.runs.loop import batches, check_batch_size, step_compiler, train
 from iresnet_jax.runs.machine import keep_compiled_programs, prepare_backend
 from iresnet_jax.runs.metrics import read_metrics
-from iresnet_jax.runs.signals import Stopped, StopRequests
+from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_interactive
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.trainer import Best, Trainer
 
@@ -73,7 +75,9 @@ def fit(
     floats on a grid, are dequantised. A density of fewer than 2000 vectors is trained twice, with and without
     noise on the examples, which prevents overfitting, and validation chooses. Needs ``pip install 'iresnet_jax[train]'``.
 
-    Ctrl-C ends training, in a notebook too, and gives the best model so far.
+    In a notebook and at Python's prompt, Ctrl-C ends training and gives the best model so far; a second one raises
+    ``KeyboardInterrupt``. In a script the first one does. SIGTERM ends the process as without training. With ``workdir``, both
+    save the step first, and the same call resumes from it.
 
     Args:
         x: Vectors ``(n, d)`` or images ``(n, h, w, c)``.
@@ -104,15 +108,15 @@ def fit(
         >>> samples, info = model.sample(jax.random.key(1), 16)  # doctest: +SKIP
     """
     keep_compiled_programs()
-    arrays: Arrays | dict[str, Arrays] = _arrays(x, labels, context)
+    chosen = {"objective": objective, "minutes": minutes, "steps": steps, "architecture": architecture}
+    options = checked_options(**chosen, validation_fraction=validation_fraction, settings=settings, workdir=workdir)
+    fraction, seed = options["validation_fraction"], seed_of(key)
+    arrays: Arrays | dict[str, Arrays] = as_arrays(x, labels, context)
     if validation is not None:
-        held_out = validation if isinstance(validation, tuple) else (validation,)
-        arrays = {"train": arrays, "validation": _arrays(*held_out)}
-    data = from_arrays(FITTED_ARRAY, arrays, fractions=(validation_fraction, 0.0))
-    config = choose_settings(
-        data, objective=objective, minutes=minutes, steps=steps, architecture=architecture, seed=seed_of(key)
-    )
-    config = with_settings(config, {"data.validation_fraction": validation_fraction, **(settings or {})})
+        arrays = {"train": arrays, "validation": validation_arrays(validation)}
+    data = from_arrays(FITTED_ARRAY, arrays, fractions=(fraction, 0.0))
+    config = choose_settings(data, **{name: options[name] for name in chosen}, seed=seed)
+    config = with_settings(config, {"data.validation_fraction": fraction, **options["settings"]})
     say = _Lines(data, config) if progress else lambda line: None
     # A folder is of one run, so many steps are those of one, and a given noise is the one that is wanted.
     is_one = workdir is not None or steps is not None or "augmentation.noise" in (settings or {})
@@ -153,7 +157,7 @@ def _fit_in_memory(config: Config, data: DataSet, say: Say) -> tuple[Any, str]:
     spec = model_spec(config, data)
     objective = build_objective(config, data, spec)
     trainer = Trainer(objective, config.training, compile_step=step_compiler(config, spec, _STEPS), say=say)
-    with StopRequests() as stop:
+    with StopRequests(heard_in_memory(), "the best model so far follows after this step") as stop:
         trainer.run(batches(config, objective.examples, 0), lambda: stop.received is not None)
     best = trainer.best or Best(math.inf, trainer.step, trainer.state.ema, trainer.state.batch_stats)
     params, batch_stats = jax.device_put((best.ema, best.batch_stats))
@@ -167,6 +171,10 @@ def _fit_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> tuple
     try:
         train(config, folder, data=data, say=say, steps=_STEPS)
     except Stopped as error:
+        if error.received == signal.SIGTERM:
+            signal.raise_signal(signal.SIGTERM)  # ends the process, unless its owner handles it
+        if error.received == signal.SIGTERM or not is_interactive():
+            raise
         stopped = str(error).split(":")[0]
     run = trained_run.load(folder)
     return run.model.with_(history=History.from_records(read_metrics(folder), run.step)), stopped
@@ -193,16 +201,8 @@ def choose_settings(
         seed: Seed of the run.
 
     Raises:
-        ValueError: If they contradict each other or the data.
+        ValueError: If they contradict the data.
     """
-    if minutes is not None and steps is not None:
-        raise ValueError(f"give minutes or steps, not both: got {minutes} and {steps}")
-    if minutes is not None and not minutes > 0:
-        raise ValueError(f"minutes must be positive, got {minutes}")
-    if objective == "inversion":
-        raise ValueError("fit has no objective inversion: train a reconstructor by train.py --config=configs/deblurring.py")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
     is_vectors = len(data.event_shape) == 1
     objective = objective or ("density" if data.num_classes is None else "hybrid" if is_vectors else "classification")
     num = len(data.examples["train"])
@@ -308,26 +308,9 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
         ValueError: If there is no such field, or it cannot hold the value.
     """
     plain = to_plain(config)
-    for path, value in settings.items():
-        *folders, name = path.split(".")
-        node = plain
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[name] = value
+    for name, value in settings.items():
+        plain = with_field(plain, name, lambda _, value=value: value)
     return parse(plain)
-
-
-def seed_of(key: Any) -> int:
-    """The seed of a run for a key; 0 without one."""
-    if key is None:
-        return 0
-    if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
-        raise ValueError(f"key must be one typed key such as jax.random.key(0), got {key.dtype} of shape {key.shape}")
-    return int(jax.random.bits(key))
-
-
-def _arrays(x: Any, labels: Any = None, context: Any = None) -> Arrays:
-    return Arrays(*(None if array is None else np.asarray(array) for array in (x, labels, context)))  # pyright: ignore
 
 
 def _even(batch_size: int) -> int:

@@ -17,7 +17,9 @@ from iresnet_jax.data.splits import fraction_masks, validation_mask
 FITTED_ARRAY = "the array"  # name of the data that `iresnet_jax.fit` is given, which no name loads
 REPEATS = 2.0  # examples for each distinct value of an entry from which it counts as one that takes few values
 FINEST_GRID = 1e-4  # least spacing of a grid, in standard deviations of the entry
+OFF_GRID = 0.01  # of the spacing of a grid, above which a value does not lie on it
 UNRESOLVED = 1e-5  # standard deviation relative to the mean below which float32 cannot tell values apart
+SPARSEST = 10  # classes for each that has examples, above which labels are taken for codes and not for numbers of classes
 NAMED = 5  # entries that a message names
 
 
@@ -62,11 +64,12 @@ def from_arrays(
         ValueError: If the arrays do not fit together, are not finite, or have entries without a density; it says which.
     """
     if isinstance(arrays, Arrays):
-        checked = _checked(arrays)
-        parts = {split: checked.take(mask) for split, mask in fraction_masks(len(checked.x), fractions).items()}
+        whole = _checked(arrays)
+        parts = {split: whole.take(mask) for split, mask in fraction_masks(len(whole.x), fractions).items()}
     else:
         if "train" not in arrays:
             raise ValueError(f"{name} has no training examples: its splits are {', '.join(arrays) or 'none'}")
+        whole = _checked(arrays["train"])
         if "validation" not in arrays:
             chosen = validation_mask(len(arrays["train"].x))
             arrays = {**arrays, "train": arrays["train"].take(~chosen), "validation": arrays["train"].take(chosen)}
@@ -77,19 +80,21 @@ def from_arrays(
         if len({(part.labels is None, part.context is None) for part in parts.values()}) > 1:
             raise ValueError(f"all splits of {name} need labels and contexts, or none of them")
     train = parts["train"]
+    classes = None if train.labels is None else _num_classes([part.labels for part in parts.values()])
     levels, grid = None, None
     if np.issubdtype(train.x.dtype, np.integer):
         largest = max(int(part.x.max()) for part in parts.values() if len(part.x))
         levels = 256 if largest > 127 else max(largest + 1, 2)
     elif train.x.ndim == 2:
-        grid = find_grid(train.x, column_names)
+        grid = find_grid(whole.x, column_names)
+        for split, part in parts.items() if grid else ():
+            _check_on_grid(part.x, grid, split, column_names)
     else:
         check_channels(train.x)
-    classes = None if train.labels is None else int(max(part.labels.max(initial=0) for part in parts.values())) + 1  # pyright: ignore
     return DataSet.from_arrays(
         name,
         {split: part.x for split, part in parts.items()},
-        {split: part.labels for split, part in parts.items() if part.labels is not None},
+        {split: part.labels.astype(np.int32) for split, part in parts.items() if part.labels is not None},
         contexts={split: part.context for split, part in parts.items() if part.context is not None},
         num_levels=levels,
         num_classes=classes,
@@ -133,6 +138,21 @@ def find_grid(x: np.ndarray, column_names: Sequence[str] = ()) -> Grid | None:
     return Grid(tuple(offset.tolist()), tuple(spacing.tolist())) if spacing.any() else None
 
 
+def _check_on_grid(x: np.ndarray, grid: Grid | None, split: str, column_names: Sequence[str]) -> None:
+    """Raises ``ValueError`` if an entry lies between the points of its grid, where the model would count it as one of them."""
+    assert grid is not None
+    offset, spacing = np.asarray(grid.offset), np.asarray(grid.spacing)
+    places = (x - offset) / np.where(spacing > 0, spacing, np.inf)
+    if len(wrong := np.argwhere(np.abs(places - np.round(places)) > OFF_GRID)):
+        row, column = wrong[0]
+        name = f" ({column_names[column]!r})" if column_names else ""
+        raise ValueError(
+            f"the {split} examples must lie on the grid of the training examples, got {x[row, column]:g} in row {row}, column "
+            f"{column}{name}, where these are {offset[column]:g} plus multiples of {spacing[column]:g}: round it, or give all "
+            "examples noise of the size of their rounding"
+        )
+
+
 def check_channels(images: np.ndarray) -> None:
     """Raises ``ValueError`` if a channel of continuous images is constant, or most of its values are equal."""
     for channel in range(images.shape[-1]):
@@ -157,14 +177,15 @@ def _step(distinct: np.ndarray) -> float | None:
     gaps = np.diff(distinct)
     step = gaps.min()
     multiples = gaps / step
-    return float(step) if np.abs(multiples - np.round(multiples)).max() <= 0.01 else None
+    return float(step) if np.abs(multiples - np.round(multiples)).max() <= OFF_GRID else None
 
 
 def _checked(arrays: Arrays) -> Arrays:
     """The arrays in the types that training takes."""
     x = np.asarray(arrays.x)
     if x.ndim not in (2, 4) or not len(x) or not np.prod(x.shape[1:]):
-        hint = ": add a channel axis with x[..., None]" if x.ndim == 3 else ""
+        hints = {1: ": numbers are vectors of length 1 as x[:, None]", 3: ": add a channel axis with x[..., None]"}
+        hint = hints.get(x.ndim, "")
         raise ValueError(f"data must be vectors (n, d) or images (n, h, w, c), got shape {x.shape}{hint}")
     if x.ndim == 4 and x.dtype.kind in "biu":
         if x.min() < 0 or x.max() > 255:
@@ -179,13 +200,27 @@ def _checked(arrays: Arrays) -> Arrays:
                 f"labels must be {len(x)} integers from 0 on, one per example, got {labels.dtype} of shape {labels.shape}: "
                 "number the classes with np.unique(labels, return_inverse=True)[1]"
             )
-        labels = labels.astype(np.int32)
     if context is not None:
         context = context[:, None] if context.ndim == 1 else context
         if context.ndim != 2 or len(context) != len(x) or not context.shape[1]:
             raise ValueError(f"context must hold a vector for each of {len(x)} examples, got shape {context.shape}")
         context = _finite_floats(context, "the context")
     return Arrays(x, labels, context)
+
+
+def _num_classes(labels: Sequence[Any]) -> int:
+    """The number of classes of all splits, one more than the largest label.
+
+    Raises:
+        ValueError: If few of them have examples.
+    """
+    present = np.unique(np.concatenate(labels))
+    if present[-1] >= SPARSEST * len(present):
+        raise ValueError(
+            f"labels must number the classes from 0 on, got {present[-1]} as the largest of {len(present)} different labels: "
+            "number the classes with np.unique(labels, return_inverse=True)[1]"
+        )
+    return int(present[-1]) + 1
 
 
 def _finite_floats(array: np.ndarray, what: str) -> np.ndarray:

@@ -9,7 +9,6 @@ most the steps of that time and ``log_every_steps`` more, with several processes
 
 import contextlib
 import itertools
-import json
 import logging
 import os
 import time
@@ -103,8 +102,8 @@ def check_batch_size(settings: TrainingConfig, data: DataSet) -> None:
 
 def _check_alike(config: Config, data: DataSet) -> None:
     """Raises ``ValueError`` if processes have different settings or data, or a time limit, which needs a single process."""
-    hosts.agree_on("config", json.dumps(to_plain(config)))
-    hosts.agree_on("data set", f"{data.name} of fingerprint {data.fingerprint}")
+    hosts.agree_on("config", to_plain(config))
+    hosts.agree_on("data", {"name": data.name, "fingerprint": data.fingerprint})
     if config.training.minutes and parallel.num_processes() > 1:
         raise ValueError(
             f"config.training.minutes must be 0 with {parallel.num_processes()} processes, whose clocks differ, got "

@@ -212,7 +212,7 @@ def test_freezing_certifies(with_classes):
         (lambda m: m.continuous.encode(images()), r"takes floats of shape \(batch, 4, 4, 1\), got uint8"),
         (lambda m: m.class_log_probs(images()), "one prior for all"),
         (lambda m: m.sample(jax.random.key(0), 2, labels=jnp.array([0, 1])), "one prior for all"),
-        (lambda m: m.sample(jax.random.key(0), 0), "the number of samples must be at least 1, got 0"),
+        (lambda m: m.sample(jax.random.key(0), 0), "num must lie in"),
         (lambda m: m.sample(jax.random.key(0), 1, temperature=-1.0), "temperature at least 0"),
     ],
 )

@@ -163,7 +163,7 @@ def test_what_processes_must_have_alike_is_compared(tmp_path):
     )
     statuses, said = finish(processes)
     assert statuses == [2, 2]
-    assert all("process 1 has another config than process 0" in " ".join(lines) for lines in said)
+    assert all("config.training.batch_size is 32 in process 1 and 16 in process 0" in " ".join(lines) for lines in said)
 
 
 def test_minutes_are_for_one_process(monkeypatch, tmp_path):
@@ -176,16 +176,17 @@ def test_minutes_are_for_one_process(monkeypatch, tmp_path):
 def test_missing_and_wrong_arguments_are_refused(monkeypatch):
     asked = []
     monkeypatch.setattr(hosts.jax.distributed, "initialize", functools.partial(refused, asked))
-    for arguments in (("localhost:1",), ("localhost:1", 2, 2)):
-        with pytest.raises(ValueError, match="several processes need --coordinator_address, --num_processes and --process_id"):
-            hosts.initialize(*arguments)
+    with pytest.raises(ValueError, match="several processes need --coordinator_address, --num_processes and --process_id"):
+        hosts.initialize("localhost:1")
+    with pytest.raises(ValueError, match=r"--process_id must lie in \[0, 2\)"):
+        hosts.initialize("localhost:1", 2, 2)
     hosts.initialize()
     monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)  # which a plan for TPUs sets
     for name, value in SINGLE:
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             hosts.initialize()
-    assert asked == [None] * 3 + ["deactivate"] * len(SINGLE)
+    assert asked == [None] * 2 + ["deactivate"] * len(SINGLE)
 
 
 SINGLE = [("SLURM_NTASKS", "1"), ("OMPI_COMM_WORLD_SIZE", "1"), ("KUBERNETES_SERVICE_HOST", "10.0.0.1")]

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Integer, Key, Num, UInt8
 from iresnet_jax.bijections.bijection import Bijection, no_inverse_error, no_logdet_error
 from iresnet_jax.bijections.transforms.enclosure import Enclosure
 from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log
+from iresnet_jax.maths.keys import typed_key
 
 
 def cells(num_levels: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -54,11 +55,9 @@ def dequantize(
     Raises:
         ValueError: If ``key`` is of another kind or shape, ``num_levels`` is out of range or ``dtype`` is another.
     """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), x.shape[:1]):
-        raise ValueError(
-            f"key must be a typed key of shape () or {x.shape[:1]}, got {key.dtype} of shape {key.shape}: "
-            "pass jax.random.key(seed), or split it once for each example"
-        )
+    key = typed_key(key)
+    if key.shape not in ((), x.shape[:1]):
+        raise ValueError(f"there must be one key, or one for each of {x.shape[0]} examples, got keys of shape {key.shape}")
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     if dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"dtype must be float32 or float64, got {dtype}: the others cannot resolve the noise")
