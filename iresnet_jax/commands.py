@@ -84,7 +84,7 @@ def context_vectors(text: str | None, context_dim: int) -> Float[np.ndarray, "n 
     try:
         given = np.load(text, allow_pickle=False) if text.endswith(".npy") else np.array([float(n) for n in text.split(",")])
         contexts = np.atleast_2d(given).astype(np.float32)
-    except (OSError, ValueError) as error:
+    except (MemoryError, OSError, ValueError) as error:
         raise ValueError(f"--context takes numbers such as 1.0,2.0 or a .npy file, got {text!r}: {error}") from None
     if contexts.ndim != 2 or contexts.shape[1] != context_dim or not np.all(np.isfinite(contexts)):
         raise ValueError(f"--context must give {context_dim} finite numbers a sample, got shape {contexts.shape}")

@@ -36,6 +36,7 @@ from iresnet_jax.runs.signals import interrupts_raised
 LEAST_SAMPLES = 3  # two to train on, one to validate
 EXACT_DIMS = 256  # at most: beyond, `score_samples` estimates log-determinants, see `_core`
 NOISE_DRAWS = 16  # of the noise that spreads values on a grid over their cells
+FARTHEST_DENSITY = 1e18  # standard deviations from the mean beyond which a density is 0: its square overflows in float32
 FARTHEST = 1e6  # standard deviations from the mean at which a classifier clips, so that float32 does not overflow
 
 
@@ -184,7 +185,9 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         """Log-density of points, those of the cells of a grid included."""
         y, log_det = _forward(self.model_.spec.transform, x)
         seeds = _bits(x, 1)[:, 0].astype(np.uint32)
-        return _over_batches(_log_prob, _core(self.model_), y, seeds) + log_det
+        is_near = np.abs(y).max(axis=1) <= FARTHEST_DENSITY  # not for NaN, which values of 1e308 become here
+        log_prob = _over_batches(_log_prob, _core(self.model_), np.where(is_near[:, None], y, 0), seeds)
+        return np.where(is_near, log_prob + log_det, -np.inf)
 
 
 class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
@@ -256,6 +259,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
 # Affine preprocessing, in float64 -------------------------------------------------------------------------------------
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _forward(transform: Any, x: np.ndarray) -> tuple[np.ndarray, float]:
     """The preprocessed data and the log-determinant, which is the same for all."""
     if isinstance(transform, Whiten):

@@ -31,7 +31,7 @@ from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.from_config import build_objective, build_solver, model_spec
 from iresnet_jax.runs.loop import batches, check_batch_size, step_compiler, train
-from iresnet_jax.runs.machine import keep_compiled_programs, prepare_backend
+from iresnet_jax.runs.machine import ignore_missing_tpu, keep_compiled_programs, prepare_backend, start_backend
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_interactive
 from iresnet_jax.training.constraint import certified_model
@@ -107,6 +107,8 @@ def fit(
         >>> model = fit(x, minutes=3)  # doctest: +SKIP
         >>> samples, info = model.sample(jax.random.key(1), 16)  # doctest: +SKIP
     """
+    ignore_missing_tpu()
+    start_backend()
     keep_compiled_programs()
     chosen = {"objective": objective, "minutes": minutes, "steps": steps, "architecture": architecture}
     options = checked_options(**chosen, validation_fraction=validation_fraction, settings=settings, workdir=workdir)
@@ -157,7 +159,7 @@ def _fit_in_memory(config: Config, data: DataSet, say: Say) -> tuple[Any, str]:
     spec = model_spec(config, data)
     objective = build_objective(config, data, spec)
     trainer = Trainer(objective, config.training, compile_step=step_compiler(config, spec, _STEPS), say=say)
-    with StopRequests(heard_in_memory(), "the best model so far follows after this step") as stop:
+    with StopRequests("training ends after this step", heard_in_memory()) as stop:
         trainer.run(batches(config, objective.examples, 0), lambda: stop.received is not None)
     best = trainer.best or Best(math.inf, trainer.step, trainer.state.ema, trainer.state.batch_stats)
     params, batch_stats = jax.device_put((best.ema, best.batch_stats))

@@ -215,7 +215,10 @@ MISTAKES = [
     # what a model does not have
     ("sample", "classifier", ["--label", "1"], "holds no density"),
     ("sample", "points", ["--num", "-1"], "at least 1, got -1"),
-    ("sample", "points", ["--seed", "-3"], "seed must not be negative"),
+    ("sample", "points", ["--seed", "-3"], "seed must lie in"),
+    ("sample", "points", ["--seed", "99999999999999999999"], "seed must lie in"),
+    ("plan", None, ["--topolgy", "v5e:2x2"], "--topolgy: did you mean '--topology'"),
+    ("evaluate", None, ["--workdr=runs"], "--workdr: did you mean '--workdir'"),
     ("sample", "points", ["--temperature", "nan"], "temperature must be at least 0"),
     ("sample", "points", ["--label", "0"], "one prior for all"),
     ("sample", "points", ["--context", "1.0"], "takes no context"),

@@ -74,7 +74,7 @@ def draw(
         num: Samples, at least 1.
         batch_size: Samples at once.
         temperature: Factor on the prior's scale, at least 0; 1 samples the model.
-        seed: Seed of the latents, at least 0.
+        seed: Seed of the latents, in [0, 2^32).
         labels: Class of each sample, of a model whose classes have priors; the model draws them by default.
         contexts: Context of each sample, of a conditional density; fewer than samples are taken again and again.
         num_certified: Samples that are certified by `certify.inverse`, from the first; 0 says that one takes too long, None
@@ -89,8 +89,8 @@ def draw(
     """
     if num < 1:
         raise ValueError(f"the number of samples must be at least 1, got {num}")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 4294967296), as JAX would cut off further bits, got {seed}")
     if not temperature >= 0:
         raise ValueError(
             f"temperature must be at least 0, got {temperature}: 1 samples the model, less concentrates the samples"

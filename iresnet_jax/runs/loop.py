@@ -214,6 +214,7 @@ class _TrainerOnDisk(Trainer):
     def save(self, loss: float | None) -> None:
         """Writes a checkpoint."""
         if hosts.is_first():
+            run_folder.check_is_there(self._workdir)
             self._checkpoints.save(self.step, self.state, metric=loss)
         self._saved_at = time.monotonic()
         # With several processes a signal always waits for the step after which all stop.

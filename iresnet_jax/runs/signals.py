@@ -70,8 +70,8 @@ class StopRequests:
     that is not the main one notes nothing.
 
     Args:
+        consequence: What the user is told to follow from the first signal.
         heard: Signals to note; others do what they did before.
-        then: What follows the first signal, for the line that says so.
 
     Attributes:
         received: The first signal, or None.
@@ -84,9 +84,9 @@ class StopRequests:
 
     _noted_at = -math.inf  # when the last signal was noted, in this ``with`` or an earlier one
 
-    def __init__(self, heard: Collection[signal.Signals] = SIGNALS, then: str = "saving after this step"):
+    def __init__(self, consequence: str = "saving after this step", heard: Collection[signal.Signals] = SIGNALS):
+        self._consequence, self._heard = consequence, heard
         self.received: signal.Signals | None = None
-        self._heard, self._then = heard, then
         self._unsaved = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -115,7 +115,7 @@ class StopRequests:
         since, is_first = time.monotonic() - StopRequests._noted_at, self.received is None
         if is_first and (self.unsaved or (_pipe is None and since > INSIST_S)):
             self.received, StopRequests._noted_at = signal.Signals(number), time.monotonic()
-            say(f"{self.received.name}: {self._then}; a second signal stops at once")
+            say(f"{self.received.name}: {self._consequence}; a second signal stops at once")
         elif _pipe is None and (is_first or number != self.received or since > REPEAT_S):
             raise KeyboardInterrupt
 

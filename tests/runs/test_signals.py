@@ -184,7 +184,7 @@ def test_a_second_signal_ends_a_loop_of_trainings(monkeypatch):
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012
         for pause_s in (0, 0.3, 0):
             time.sleep(pause_s)
-            with StopRequests([signal.SIGINT]) as stop:
+            with StopRequests(heard=[signal.SIGINT]) as stop:
                 signal.raise_signal(signal.SIGINT)
             noted.append(stop.received)
     assert noted == [signal.SIGINT] * 2
@@ -198,7 +198,7 @@ def test_training_in_memory_hears_an_interrupt_where_somebody_sits(monkeypatch):
     with signals.interrupts_raised():
         assert signals.heard_in_memory() == ()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    with StopRequests(signals.heard_in_memory()):
+    with StopRequests(heard=signals.heard_in_memory()):
         assert signal.getsignal(signal.SIGTERM) is handlers[signal.SIGTERM]
         assert signal.getsignal(signal.SIGINT) is not handlers[signal.SIGINT]
 
