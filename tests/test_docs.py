@@ -237,8 +237,30 @@ def test_results_are_those_of_the_records():
     )
     for row, folder in rows:
         assert_row_agrees(row, folder)
+        assert_time_agrees(row, folder)
     with pytest.raises(AssertionError, match=r"mnist_density has 1\.090"):
         assert_row_agrees("| MNIST | 1.080 ± .003 |", "mnist_density")
+    with pytest.raises(AssertionError, match="took 48 s"):
+        assert_time_agrees("| digits | 1.5 min, 2 cores |", "digits_density")
+
+
+def assert_time_agrees(row, folder):
+    """The first time in a row is that of the training, to the digits that are written; rows of toys have none."""
+    seconds = json.loads((ROOT / "benchmarks/results" / folder / "report.json").read_text())["train"]["total_seconds"]
+    if found := re.search(r"\| (\d+(?:\.(\d+))?) (min|s)\b", row):
+        number, decimals, unit = found.groups()
+        last_digit = (60 if unit == "min" else 1) * 10.0 ** -len(decimals or "")
+        written = float(number) * (60 if unit == "min" else 1)
+        assert abs(seconds - written) <= last_digit / 2, f"{folder} took {seconds:.0f} s, the row is {row}"
+
+
+def test_largest_errors_of_reconstructions_are_those_of_the_linked_sweeps():
+    rows = re.findall(r"^(\|.*/(lipschitz_sweep_\w+\.json).*)$", PAGES["docs/results.md"].read_text(), re.MULTILINE)
+    assert rows
+    for row, record in rows:
+        results = json.loads((ROOT / "benchmarks/results" / record).read_text())["results"]
+        largest = max(run["inverse"]["banach"]["max_error"] for run in results if run["variant"] == "0.9")
+        assert f"{largest:.1e}".replace("e-0", "e-") in row, f"{record} has {largest:.1e}, the row is {row}"
 
 
 def test_the_readme_has_the_results_of_the_records():

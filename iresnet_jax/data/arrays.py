@@ -20,6 +20,7 @@ FINEST_GRID = 1e-4  # least spacing of a grid, in standard deviations of the ent
 OFF_GRID = 0.01  # of the spacing of a grid, above which a value does not lie on it
 UNRESOLVED = 1e-5  # standard deviation relative to the mean below which float32 cannot tell values apart
 SPARSEST = 10  # classes for each that has examples, above which labels are taken for codes and not for numbers of classes
+FAINT = 1e-31  # standard deviation below which the digits of differences underflow in float32
 NAMED = 5  # entries that a message names
 
 
@@ -87,8 +88,9 @@ def from_arrays(
         levels = 256 if largest > 127 else max(largest + 1, 2)
     elif train.x.ndim == 2:
         grid = find_grid(whole.x, column_names)
-        for split, part in parts.items() if grid else ():
-            _check_on_grid(part.x, grid, split, column_names)
+        for split, part in parts.items():
+            if grid is not None:
+                _check_on_grid(part.x, whole.x, grid, split, column_names)
     else:
         check_channels(train.x)
     return DataSet.from_arrays(
@@ -112,7 +114,7 @@ def find_grid(x: np.ndarray, column_names: Sequence[str] = ()) -> Grid | None:
         column_names: Names of the entries, for messages.
 
     Raises:
-        ValueError: If entries are constant, repeat values that are on no grid, or cannot be told apart in float32.
+        ValueError: If entries are constant, repeat values that are on no grid, or have differences that float32 cannot hold.
     """
     refused = collections.defaultdict(list)
     offset, spacing = np.zeros(x.shape[1]), np.zeros(x.shape[1])
@@ -122,6 +124,8 @@ def find_grid(x: np.ndarray, column_names: Sequence[str] = ()) -> Grid | None:
             refused["an entry that is constant in single precision has no density: drop {}"].append(column)
         elif distinct.std() < UNRESOLVED * abs(distinct.mean()):
             refused["single precision cannot tell values apart so far from 0: subtract the mean of {}"].append(column)
+        elif distinct.std() < FAINT:
+            refused["single precision rounds differences so small to 0: divide {} by its standard deviation"].append(column)
         elif len(values) >= REPEATS * len(distinct):
             step = _step(distinct)
             if step is not None and step >= FINEST_GRID * values.std():
@@ -138,28 +142,31 @@ def find_grid(x: np.ndarray, column_names: Sequence[str] = ()) -> Grid | None:
     return Grid(tuple(offset.tolist()), tuple(spacing.tolist())) if spacing.any() else None
 
 
-def _check_on_grid(x: np.ndarray, grid: Grid | None, split: str, column_names: Sequence[str]) -> None:
+def _check_on_grid(x: np.ndarray, train: np.ndarray, grid: Grid, split: str, column_names: Sequence[str]) -> None:
     """Raises ``ValueError`` if an entry lies between the points of its grid, where the model would count it as one of them."""
-    assert grid is not None
-    offset, spacing = np.asarray(grid.offset), np.asarray(grid.spacing)
-    places = (x - offset) / np.where(spacing > 0, spacing, np.inf)
-    if len(wrong := np.argwhere(np.abs(places - np.round(places)) > OFF_GRID)):
-        row, column = wrong[0]
-        name = f" ({column_names[column]!r})" if column_names else ""
-        raise ValueError(
-            f"the {split} examples must lie on the grid of the training examples, got {x[row, column]:g} in row {row}, column "
-            f"{column}{name}, where these are {offset[column]:g} plus multiples of {spacing[column]:g}: round it, or give all "
-            "examples noise of the size of their rounding"
-        )
+    for column in np.flatnonzero(grid.spacing):
+        values, spacing = np.unique(train[:, column]).astype(np.float64), grid.spacing[column]
+        above = np.clip(np.searchsorted(values, x[:, column]), 1, len(values) - 1)
+        steps = (x[:, column] - values[above]) / spacing  # from a neighbour: float32 rounds the spacing, too
+        off = np.abs(steps - np.round(steps)) > OFF_GRID * (1 + np.abs(steps))
+        if off.any():
+            row, name = np.argmax(off), f" ({column_names[column]!r})" if column_names else ""
+            raise ValueError(
+                f"the {split} examples must lie on the grid of the training examples, got {x[row, column]:g} in row {row}, "
+                f"column {column}{name}, where these are {values[0]:g} plus multiples of {spacing:g}: round it, or give all "
+                "examples noise of the size of their rounding"
+            )
 
 
 def check_channels(images: np.ndarray) -> None:
-    """Raises ``ValueError`` if a channel of continuous images is constant, or most of its values are equal."""
+    """Raises ``ValueError`` if a channel of continuous images is constant or nearly, or most of its values are equal."""
     for channel in range(images.shape[-1]):
         values = np.asarray(images[..., channel]).reshape(-1)
         distinct, counts = np.unique(values, return_counts=True)
         if len(distinct) < 2:
             raise ValueError(f"channel {channel} of the images is constant, so there is no density: drop it")
+        if distinct.astype(np.float64).std() < FAINT:
+            raise ValueError(f"single precision rounds differences so small to 0: scale channel {channel} of the images")
         if len(values) >= 1000 and len(distinct) <= 256:
             raise ValueError(
                 f"channel {channel} of the images has {len(distinct)} different values: give images of integer levels as "

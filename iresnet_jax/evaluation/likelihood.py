@@ -33,6 +33,7 @@ from iresnet_jax.training.objectives.density import evaluate_examples
 MAX_EXACT_DIMS = 256
 SUSPICIOUS_Z = 4.0  # one in 16,000 unbiased estimates differs from the exact value by more standard errors
 FLOOR_Z = 3.0  # standard errors below the entropy of the data from which a likelihood is too good to be true
+ROUNDING = 1e-4  # nats to which entropies are known, and more than float32 takes from a mean log-density
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,9 @@ class Likelihood(MeanAndError):
         elif self.truncation_bound:
             lines.append(f"terms beyond those always computed change it by at most {self.truncation_bound:.2g} {self.unit}")
         if self.estimate:
+            noise = " on the first noise" if self.num_dequantisations else ""
             lines.append(
-                f"check: {self.estimate.mean:.4f} {self.unit} on the first noise by an estimate ({self.estimate.estimator}), "
+                f"check: {self.estimate.mean:.4f} {self.unit}{noise} by an estimate ({self.estimate.estimator}), "
                 f"z = {self.estimate.z:+.2f} from the exact value"
             )
         return "\n".join([*lines, *self.warnings()])
@@ -144,10 +146,15 @@ class Likelihood(MeanAndError):
                 f"The estimated likelihood is {abs(self.estimate.z):.1f} standard errors away from the exact one: one of them "
                 "is wrong."
             )
-        if self.entropy_floor is not None and self.mean < self.entropy_floor - FLOOR_Z * self.stderr:
+        if self.entropy_floor is not None and is_too_good(self.mean - self.entropy_floor, self.stderr):
             below = (self.entropy_floor - self.mean) / max(self.stderr, 1e-12)
             found.append(f"The likelihood is better than the entropy of the data allows, by {below:.1f} standard errors.")
         return found
+
+
+def is_too_good(above_floor: float, stderr: float) -> bool:
+    """Whether a mean lies below the least possible value by more than chance and rounding, in nats."""
+    return above_floor < -(FLOOR_Z * stderr + ROUNDING)
 
 
 class Measured(NamedTuple):

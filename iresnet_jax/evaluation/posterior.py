@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from iresnet_jax.data.simulators import Simulator
 from iresnet_jax.evaluation import likelihood, samples
-from iresnet_jax.evaluation.likelihood import FLOOR_Z, split_error
+from iresnet_jax.evaluation.likelihood import is_too_good, split_error
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import EvaluationConfig
 from iresnet_jax.runs.trained_run import Run
@@ -64,7 +64,7 @@ class Posterior:
         found = []
         if not math.isfinite(self.divergence):
             found.append("The divergence from the true posterior is not finite.")
-        elif self.divergence < -FLOOR_Z * self.stderr:
+        elif is_too_good(self.divergence, self.stderr):
             below = -self.divergence / max(self.stderr, 1e-12)
             found.append(f"The model is more likely than the true posterior, by {below:.1f} standard errors.")
         if not all(map(math.isfinite, self.c2st)):

@@ -109,7 +109,7 @@ def draw(
     whole, bounds = parallel.over_batches(_decode, model, batch_of, num, batch_size)
     converged, found = whole.info.converged, None
     if num_certified is not None:
-        found, _ = guarantee.bound_inverses(model, [whole], num_certified, taken)
+        found, *_ = guarantee.bound_inverses(model, [whole], num_certified, taken)
     failed = tuple(np.flatnonzero(~converged).tolist())
     return Samples(whole.data, converged, SampleConvergence(num, float(converged.mean()), float(bounds.max()), failed, found))
 

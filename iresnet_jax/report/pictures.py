@@ -97,13 +97,11 @@ def reconstructions(result: Reconstructions) -> "Figure | None":
     """Draws the first originals above their reconstructions; None for points, and for images that are not in [0, 1]."""
     if result.originals.ndim != 4 or result.originals.min() < 0 or result.originals.max() > 1:
         return None
-    shown = slice(0, NUM_RECONSTRUCTED)
-    errors = np.asarray(result.trip.max_abs_error)[shown]
-    return reconstruction_pairs(result.originals[shown], result.reconstructions[shown], errors)
+    return reconstruction_pairs(result.originals[:NUM_RECONSTRUCTED], result.reconstructions[:NUM_RECONSTRUCTED])
 
 
-def reconstruction_pairs(originals: Images, reconstructions: Images, errors: Float[np.ndarray, " n"]) -> "Figure":
-    """Draws originals above their reconstructions, with maps of the absolute error below.
+def reconstruction_pairs(originals: Images, reconstructions: Images) -> "Figure":
+    """Draws originals above their reconstructions, with maps of the absolute error and the largest of each map below.
 
     The maps are max over channels of ``|original - reconstruction|``, in grey values of [0, 1], on one colour scale for
     all. Reconstructions are clipped to [0, 1] for display only: the maps see the values as they are.
@@ -111,7 +109,6 @@ def reconstruction_pairs(originals: Images, reconstructions: Images, errors: Flo
     Args:
         originals: Pixels in [0, 1].
         reconstructions: Images on the same scale.
-        errors: One number an image, printed below its column: the error reported elsewhere, in the model's own units.
 
     Raises:
         ValueError: If there is no image.
@@ -121,7 +118,7 @@ def reconstruction_pairs(originals: Images, reconstructions: Images, errors: Flo
     rows = {"original": _opaque(above), "inverted": _opaque(below), "|difference|": maps}
     largest = np.max(maps, where=np.isfinite(maps), initial=0.0)
     figure, grid = _strips(rows, margins=(1.6, 0.7), cmap="magma", vmin=0.0, vmax=largest or 1.0)
-    for axes, error in zip(grid[2], errors, strict=True):
+    for axes, error in zip(grid[2], maps.max(axis=(1, 2)), strict=True):
         axes.set_xlabel(f"{error:.1e}" if np.isfinite(error) else "not finite", size=7, color=style.MIDTONE)
     style.colorbar(figure, grid[2, 0].images[0], list(grid[2]), label="")
     return figure

@@ -19,6 +19,7 @@ Number = float | int
 MAX_PAIRS = 5  # entries of a vector that are drawn
 MAX_LIKELIHOODS = 2000  # points that are drawn by their likelihood
 MAX_POSTERIORS = 4  # contexts whose posterior is drawn
+FLAT = 1e-3  # least height of a learning curve's axis, relative to its values
 MAX_CURVE_POINTS = 600  # keeps seven panels of two splits below the size at which an SVG is given up
 
 _HEADLINES = {"bits_per_dim": "bits/dim", "nll": "NLL [nats]", "accuracy": "accuracy", "loss": "loss"}
@@ -267,8 +268,8 @@ def posteriors(truth: Float[np.ndarray, "c n d"], samples: Float[np.ndarray, "c 
 def error_histogram(errors: Float[np.ndarray, " n"], bounds: Float[np.ndarray, " n"] | None = None) -> "Figure":
     """Draws how the inversion errors of the examples are spread, and beside them the bounds promised for each.
 
-    Errors are drawn on a log scale, errors of exactly 0 in the lowest bin. The title counts the errors that are not finite and
-    the errors that exceed their bound.
+    Bars of errors and bounds stand side by side, so that none hides another. Errors are drawn on a log scale, errors of exactly
+    0 in the lowest bin. The title counts the errors that are not finite and the errors that exceed their bound.
 
     Args:
         errors: Largest absolute error of each example, >= 0.
@@ -286,10 +287,8 @@ def error_histogram(errors: Float[np.ndarray, " n"], bounds: Float[np.ndarray, "
     bins = np.geomspace(low / 1.3, high * 1.3, 41)
     figure = style.figure(width=10.0, height=2.8)
     axes = figure.add_subplot()
-    for (name, values), color in zip(finite.items(), (style.BLUE, style.ORANGE), strict=False):
-        shown = np.maximum(values, bins[0] * 1.001)
-        axes.hist(shown, bins=bins.tolist(), histtype="stepfilled", color=color, alpha=0.35, label=name)
-        axes.hist(shown, bins=bins.tolist(), histtype="step", color=color, linewidth=1.2)
+    shown, colors = [np.maximum(values, bins[0] * 1.001) for values in finite.values()], (style.BLUE, style.ORANGE)
+    axes.hist(shown, bins=bins.tolist(), color=colors[: len(shown)], label=list(finite))  # bars of a bin stand side by side
     axes.set_xscale("log")
     notes = []
     if lost := int((~np.isfinite(errors)).sum()):
@@ -318,6 +317,16 @@ def _draw_splits(axes: "Axes", records: Sequence[Mapping[str, Any]], x: str, y: 
         if window > 1:
             smooth = _running_median(values, window)
             axes.plot(*smooth.T, color=color, linewidth=1.6, label=f"{split} (median of {window})")
+    _hide_rounding(axes)
+
+
+def _hide_rounding(axes: "Axes") -> None:
+    """Widens the vertical axis to a thousandth of its values: what changes less is drawn as the constant that it is."""
+    low, high = axes.get_ylim()
+    middle = (low + high) / 2
+    if high - low < FLAT * abs(middle):
+        axes.set_ylim(middle - FLAT / 2 * abs(middle), middle + FLAT / 2 * abs(middle))
+    axes.ticklabel_format(axis="y", useOffset=False)
 
 
 def _evaluated(records: Sequence[Mapping[str, Any]], name: str, step: int | None) -> str:

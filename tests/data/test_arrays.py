@@ -67,6 +67,8 @@ def beside(column):
         (beside(np.full(200, 3.0)), "constant .*: drop column 1 \\('age'\\)"),
         (beside(np.sqrt(RNG.integers(1, 9, 200))), "no regular grid .* to column 1"),
         (beside(1e6 + RNG.normal(size=200)), "far from 0: .* of column 1"),
+        (beside(1e-42 * RNG.normal(size=200)), "so small to 0: divide column 1"),
+        (Arrays(1e-42 * RNG.random((40, 4, 4, 1))), "so small to 0: scale channel 0"),
         (Arrays(np.where(np.arange(600).reshape(200, 3) == 7, np.nan, VECTORS)), "row 2, column 1"),
         (Arrays(np.where(np.arange(600).reshape(200, 3) == 7, np.inf, VECTORS)), "infinite"),
         (Arrays(VECTORS[:, 0]), r"got shape \(200,\)"),

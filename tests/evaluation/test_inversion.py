@@ -47,6 +47,9 @@ def test_reconstructions_are_exact_to_rounding_within_their_bound_and_certified_
     assert (found.num_examples, found.num_applied, found.reason) == (40, 40, "")
     assert len(result.certified_errors) == 40
     assert np.all(result.certified_errors <= certificate.error_bound)
+    assert 0 < found.max_error == result.certified_errors.max() <= found.max_bound  # what stands side by side is of one kind
+    assert f"(measured: {found.max_error:.2g})" in str(summary)
+    assert "a round trip also rounds its latents" in str(summary)
     assert 0 < found.median_bound <= found.max_bound == certificate.error_bound.max() <= trip.error_bound[:40].max()
     assert 0 < found.median_data_bound <= found.max_data_bound < 1e-4
     assert found.fraction_certain > 0.9
@@ -86,10 +89,10 @@ def test_where_nothing_is_guaranteed_the_reason_is_said():
     assert "2 examples by the bounds of the blocks, which multiply (slopes of relu jump)" in str(of_blocks)
     assert np.isfinite(of_blocks.max_bound)
     model = kept.model(kept.POINTS)
-    none, certificates = guarantee.bound_inverses(model.with_(weights=kept.uncertified(model.weights)), [], 2)
+    none, certificates, _ = guarantee.bound_inverses(model.with_(weights=kept.uncertified(model.weights)), [], 2)
     assert certificates is None
     assert "none, these weights are not certified" in str(none)
-    dear, _ = guarantee.bound_inverses(model, [], 0)
+    dear, *_ = guarantee.bound_inverses(model, [], 0)
     assert "none, an example would take about" in str(dear)
 
 

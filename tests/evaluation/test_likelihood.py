@@ -115,6 +115,7 @@ def test_an_estimate_is_the_headline_beyond(monkeypatch):
     model, points = kept.model(kept.POINTS), np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
     exact = likelihood.measure(model, points, kept.SETTINGS, 3).summary
     assert (exact.unit, exact.num_dequantisations, exact.stderr_dequantisation) == ("nats", 0, 0)
+    assert "noise" not in str(exact)  # continuous data have none
     monkeypatch.setattr(likelihood, "MAX_EXACT_DIMS", 1)
     result = likelihood.measure(model, points, kept.SETTINGS, 3).summary
     assert result.estimator == "unbiased, 8 exact terms and a Poisson(2) tail"

@@ -58,6 +58,7 @@ def test_the_true_posterior_diverges_by_nothing_and_a_wrong_one_by_its_divergenc
     np.testing.assert_array_equal(right.contexts, x[:2])
     for samples in (right.truth, right.samples):
         np.testing.assert_allclose(samples.mean(axis=1), x[:2] / 2, atol=5 * math.sqrt(0.05 / 200))
+    assert dataclasses.replace(right.summary, divergence=-5e-7, stderr=1e-9).warnings() == []  # rounding of float32
     wrong = posterior.compare(linear_gaussian_model(0.2, 1.5), simulator, theta, x, SETTINGS, 0).summary
     expected = 10 * (math.log(1.5) + (1 + 0.2**2 / 0.05) / (2 * 1.5**2) - 0.5)  # of two normals
     assert abs(wrong.divergence - expected) < 5 * wrong.stderr < 1

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import sys
 import threading
@@ -35,7 +36,7 @@ FIGURES = {
     "learning_curves": lambda: plots.learning_curves(records()),
     "image_grid": lambda: pictures.image_grid(DIGITS.astype(np.float32), columns=4),
     "image_grid_rgb": lambda: pictures.image_grid(RNG.uniform(size=(5, 8, 8, 3))),
-    "reconstruction_pairs": lambda: pictures.reconstruction_pairs(DIGITS, DIGITS + 1e-6, np.full(6, 1e-6)),
+    "reconstruction_pairs": lambda: pictures.reconstruction_pairs(DIGITS, DIGITS + 1e-6),
     "measurements": lambda: pictures.reconstructed_measurements(MEASURED),
     "lipschitz_bars": lambda: plots.lipschitz_bars(CERTIFICATE),
     "density_map": lambda: plots.density_map(-(GRID_X**2) - GRID_Y**2, (-3, 3, -3, 3)),
@@ -138,12 +139,13 @@ def test_an_image_grid_is_in_reading_order_with_clear_gaps():
 def test_reconstruction_maps_hold_the_true_difference():
     shifted = DIGITS.copy()
     shifted[2, 3, 4] += 1e-5
-    figure = pictures.reconstruction_pairs(DIGITS, shifted, np.full(6, np.nan))
+    shifted[0, 0, 0] = np.nan
+    figure = pictures.reconstruction_pairs(DIGITS, shifted)
     maps = np.stack([np.asarray(axes.images[0].get_array()) for axes in figure.axes[12:18]])
     expected = np.zeros((6, 8, 8))
-    expected[2, 3, 4] = abs(shifted - DIGITS).max()
+    expected[0, 0, 0], expected[2, 3, 4] = np.nan, abs(shifted - DIGITS)[2].max()
     np.testing.assert_array_equal(maps, expected)
-    assert figure.axes[12].get_xlabel() == "not finite"
+    assert [axes.get_xlabel() for axes in figure.axes[12:15]] == ["not finite", "0.0e+00", "1.0e-05"]  # units of the maps
 
 
 def test_bars_are_the_estimates_and_diamonds_the_bounds_whatever_they_are():
@@ -177,7 +179,24 @@ def test_figures_say_how_many_values_they_cannot_show():
     errors, bounds = np.array([0.0, 1e-6, np.inf, 1e-4]), np.full(4, 1e-5)
     title = plots.error_histogram(errors, bounds).axes[0].get_title(loc="left")
     assert title == "1 of 4 errors are not finite; 2 of 4 errors exceed their bound"
-    assert len(plots.error_histogram(np.zeros(3)).axes[0].patches) == 2  # exact inverses are drawn, too
+    assert len(plots.error_histogram(np.zeros(3)).axes[0].patches) > 0  # exact inverses are drawn, too
+
+
+def test_bars_of_errors_and_bounds_do_not_hide_each_other():
+    errors = np.geomspace(1e-7, 1e-5, 200)
+    [axes] = plots.error_histogram(errors, errors).axes
+    bars = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches if bar.get_height())
+    assert len(bars) > 60
+    assert all(end <= start * (1 + 1e-9) for (_, end), (start, _) in itertools.pairwise(bars))
+
+
+def test_axes_of_curves_that_hardly_change_have_plain_numbers():
+    lines = [{"step": s, "split": "train", "wall_time_s": s, "nll": 2 / s, "max_sigma": 0.9 + 1e-8 * s} for s in (1, 2, 3)]
+    figure = plots.learning_curves(lines)
+    style.rendered(figure, "png", dpi=30, ground="white")
+    axes = figure.axes[2]
+    assert axes.yaxis.get_offset_text().get_text() == ""
+    assert max(len(label.get_text()) for label in axes.get_yticklabels()) <= 6
 
 
 @pytest.mark.parametrize(
