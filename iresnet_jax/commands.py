@@ -4,6 +4,8 @@ Each says what it found, and returns whether what was asked for holds: if not, t
 """
 
 import argparse
+import functools
+import sys
 import tempfile
 from collections.abc import Sequence
 
@@ -159,7 +161,8 @@ def plan(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:
     """Compiles the training step of a config for a machine that is not here."""
     jax.config.update("jax_platforms", "cpu")  # the compiler for TPUs is asked to compile, not to run
     config = parse_train_flags(["python -m iresnet_jax plan", *flags]).config
-    made = plans.make(config, topologies.machine(arguments.topology), find_largest=arguments.largest_batch)
+    on, say = topologies.machine(arguments.topology), functools.partial(print, file=sys.stderr, flush=True)
+    made = plans.make(config, on, find_largest=arguments.largest_batch, say=say)
     _say(made)
     return made.problem is None
 

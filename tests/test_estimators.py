@@ -84,6 +84,14 @@ def test_a_density_of_correlated_data_beats_a_standard_normal_and_is_near_the_tr
     assert density.score(x) == pytest.approx(density.score_samples(x).mean())
 
 
+def test_what_is_as_far_as_float64_reaches_has_no_density(density):
+    x = correlated(3)[1]
+    x[1] = 1e308
+    scores = density.score_samples(x)
+    assert scores[1] == -np.inf
+    assert np.all(np.isfinite(scores[[0, 2]]))
+
+
 def test_the_model_is_the_one_that_scores(density):
     x = correlated(20, seed=1)[1]
     np.testing.assert_allclose(density.model_.log_prob(x.astype(np.float32)), density.score_samples(x), atol=10 * ROUNDED)

@@ -144,8 +144,10 @@ def find_grid(x: np.ndarray, column_names: Sequence[str] = ()) -> Grid | None:
 
 def _check_on_grid(x: np.ndarray, train: np.ndarray, grid: Grid, split: str, column_names: Sequence[str]) -> None:
     """Raises ``ValueError`` if an entry lies between the points of its grid, where the model would count it as one of them."""
-    for column in np.flatnonzero(grid.spacing):
-        values, spacing = np.unique(train[:, column]).astype(np.float64), grid.spacing[column]
+    for column, spacing in enumerate(grid.spacing):
+        if not spacing:
+            continue
+        values = np.unique(train[:, column]).astype(np.float64)
         above = np.clip(np.searchsorted(values, x[:, column]), 1, len(values) - 1)
         steps = (x[:, column] - values[above]) / spacing  # from a neighbour: float32 rounds the spacing, too
         off = np.abs(steps - np.round(steps)) > OFF_GRID * (1 + np.abs(steps))
