@@ -26,7 +26,7 @@ from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.history import History
 from iresnet_jax.models.priors import PRIORS
-from iresnet_jax.runs import trained_run
+from iresnet_jax.runs import run_folder, trained_run
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.from_config import build_objective, build_solver, model_spec
@@ -35,7 +35,7 @@ from iresnet_jax.runs.machine import ignore_missing_tpu, keep_compiled_programs,
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_interactive
 from iresnet_jax.training.constraint import certified_model
-from iresnet_jax.training.trainer import Best, Trainer
+from iresnet_jax.training.trainer import Best, Trainer, TrainingConfig
 
 DEFAULT_MINUTES = 3.0
 FEW, FEW_STEPS = 2000, 1000  # vectors that make a small model, and its updates
@@ -169,6 +169,11 @@ def _fit_in_memory(config: Config, data: DataSet, say: Say) -> tuple[Any, str]:
 
 
 def _fit_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> tuple[Any, str]:
+    if (folder / run_folder.CONFIG_FILE).exists():
+        # The length first: other settings, such as the warm-up, follow from it.
+        ours, theirs = (_length(each.training) for each in (config, run_folder.read_config(folder)))
+        if ours != theirs:
+            raise ValueError(f"{folder} holds a fit with {theirs}, got {ours}: give the same, or another workdir")
     stopped = ""
     try:
         train(config, folder, data=data, say=say, steps=_STEPS)
@@ -180,6 +185,11 @@ def _fit_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> tuple
         stopped = str(error).split(":")[0]
     run = trained_run.load(folder)
     return run.model.with_(history=History.from_records(read_metrics(folder), run.step)), stopped
+
+
+def _length(settings: TrainingConfig) -> str:
+    """The argument of `fit` that says when training ends."""
+    return f"minutes={settings.minutes:g}" if settings.minutes else f"steps={settings.total_steps}"
 
 
 def choose_settings(

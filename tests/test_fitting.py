@@ -112,9 +112,12 @@ def test_it_is_the_code_of_training(fitted, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_other_data_in_the_same_folder_are_refused(fitted):
+def test_another_call_in_the_same_folder_is_refused(fitted):
     with pytest.raises(ValueError, match="other data"):
         ir.fit(BANANA + 1, key=jax.random.key(0), workdir=fitted[1], **QUICK)
+    for length in ({"steps": 60}, {"steps": None, "minutes": 2}):
+        with pytest.raises(ValueError, match=r"holds a fit with steps=12, got (steps=60|minutes=2)"):
+            ir.fit(BANANA, key=jax.random.key(0), workdir=fitted[1], **QUICK | length)
 
 
 @pytest.fixture
