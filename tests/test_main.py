@@ -223,6 +223,7 @@ MISTAKES = [
     ("sample", "points", ["--label", "0"], "one prior for all"),
     ("sample", "points", ["--context", "1.0"], "takes no context"),
     ("sample", "hybrid", ["--label", "3"], "there is no class 3"),
+    ("freeze", "points", ["--output", "nowhere/model.npz"], "nowhere/model.npz cannot be written"),
     ("ood", "points", [], "moons are points"),
     ("ood", "hybrid", ["--against", "nosuch"], "unknown data set 'nosuch'"),
     ("robustness", "hybrid", [], "holds a density"),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jaxtyping
 import kept
 import numpy as np
 import pytest
@@ -19,6 +20,14 @@ WHOLE = np.round(X)  # on a grid
 
 def model():
     return kept.model(kept.POINTS)
+
+
+@pytest.fixture
+def unchecked_annotations():
+    """Annotations are read and not executed, as for users."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def fit(x: Any = X, *arguments: Any, **options: Any) -> Any:
@@ -124,6 +133,7 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
     ("call", "sentence"),
     [pytest.param(*case, id=f"{argument} {number}") for argument, cases in WRONG.items() for number, case in enumerate(cases)],
 )
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_a_wrong_argument_is_refused_in_a_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
