@@ -41,7 +41,7 @@ def training_step(config, data):
     prepare_backend(config.training.matmul_precision)
     objective = loop.build_objective(config, data)
     state, examples = objective.initial_state(), objective.examples
-    return objective.step, parallel.parallelize(objective.step), state, examples, objective.name
+    return objective.training_step, parallel.parallelize(objective.training_step), state, examples, objective.name
 
 
 def _peak_bytes():

@@ -25,8 +25,8 @@ from _record import parser, show, write
 from iresnet_jax.bijections.transforms.dequantize import dequantize_bijection
 from iresnet_jax.data.batches import batch_indices
 from iresnet_jax.runs.config import parse
-from iresnet_jax.runs.from_config import density_spec
 from iresnet_jax.runs.loop import load_data
+from iresnet_jax.runs.model_from_config import density_spec
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
 from iresnet_jax.training.objectives.density import evaluation_keys
 

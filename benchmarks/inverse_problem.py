@@ -26,9 +26,9 @@ from _variational import Spectra, minimize_total_variation, tikhonov
 from iresnet_jax.evaluation import inverse_problem
 from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.runs import machine
-from iresnet_jax.runs.from_config import build_measurement, reconstructor_spec
 from iresnet_jax.runs.loop import load_data, train
 from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.runs.model_from_config import reconstructor_spec
 from iresnet_jax.training.initialization import abstract_variables, num_parameters
 
 NOISES = (0.01, 0.05, 0.1)
@@ -52,7 +52,7 @@ def relative_errors(found, x):
 
 def images_of(config, data, num_validation, num_test):
     """Validation and test images in [0, 1] and their measurements, as training and `inverse_problem.evaluate` see them."""
-    measurement, found = build_measurement(config.inverse_problem), {}
+    measurement, found = config.inverse_problem.measurement(), {}
     for split, num in (("validation", num_validation), ("test", num_test)):
         x = np.asarray(data.held_out(split, num), np.float32) / (data.num_levels - 1)
         y = measurement.held_out(x, config.seed, split)
@@ -92,7 +92,7 @@ def trained(config, workdir, num_test):
     train(config, workdir)
     seconds, run = time.monotonic() - begin, load(workdir)
     assert isinstance(run.model, Reconstructor)
-    examples, measurement = run.test_examples()[:num_test], build_measurement(config.inverse_problem)
+    examples, measurement = run.test_examples()[:num_test], config.inverse_problem.measurement()
     effort = {"batch_size": config.evaluation.batch_size, "seed": config.seed}
     result, found = inverse_problem.evaluate(run.model, examples, measurement, **effort)
     validation = [record["relative_error"] for record in read_metrics(workdir) if record["split"] == "validation"]

@@ -29,10 +29,11 @@ from iresnet_jax.models.priors import PRIORS
 from iresnet_jax.runs import run_folder, trained_run
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import Config, parse, with_field
-from iresnet_jax.runs.from_config import build_objective, build_solver, model_spec
-from iresnet_jax.runs.loop import batches, check_batch_size, step_compiler, train
+from iresnet_jax.runs.loop import batches, check_batch_size, train
 from iresnet_jax.runs.machine import ignore_missing_tpu, keep_compiled_programs, prepare_backend, start_backend
 from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.runs.model_from_config import model_spec
+from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_interactive
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.trainer import Best, Trainer, TrainingConfig
@@ -158,12 +159,12 @@ def _fit_in_memory(config: Config, data: DataSet, say: Say) -> tuple[Any, str]:
     check_batch_size(config.training, data)
     spec = model_spec(config, data)
     objective = build_objective(config, data, spec)
-    trainer = Trainer(objective, config.training, compile_step=step_compiler(config, spec, _STEPS), say=say)
+    trainer = Trainer(objective, config.training, compile_step=_STEPS.compiler(config, spec), say=say)
     with StopRequests("training ends after this step", heard_in_memory()) as stop:
         trainer.run(batches(config, objective.examples, 0), lambda: stop.received is not None)
     best = trainer.best or Best(math.inf, trainer.step, trainer.state.ema, trainer.state.batch_stats)
     params, batch_stats = jax.device_put((best.ema, best.batch_stats))
-    model = certified_model(spec, params, batch_stats, build_solver(config.evaluation))
+    model = certified_model(spec, params, batch_stats, config.evaluation.solver())
     stopped = f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}" if stop.received else ""
     return model.with_(history=History.from_records(trainer.records, best.step)), stopped
 

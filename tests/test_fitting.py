@@ -218,6 +218,7 @@ def test_an_interrupt_gives_the_best_model_so_far_in_a_notebook_and_ends_a_scrip
     said = capfd.readouterr().err
     assert "the best model so far" in said
     assert "of 10000" in said
+    assert "saving" not in said  # nothing is
 
 
 def test_a_signal_ends_a_fit_on_disk_and_its_process(fitted, monkeypatch):

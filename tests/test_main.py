@@ -15,6 +15,7 @@ from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import machine, run_folder
 from iresnet_jax.runs import trained_run as run
+from iresnet_jax.runs.config import EvaluationConfig
 
 PNG = b"\x89PNG"
 
@@ -43,7 +44,7 @@ def copied(folders, tmp_path):
 @pytest.fixture
 def one_evaluation(monkeypatch):
     """An inverse that is stopped far too early."""
-    monkeypatch.setattr(run, "build_solver", lambda settings: Solver(atol=settings.inverse_atol, max_evals=1))
+    monkeypatch.setattr(EvaluationConfig, "solver", lambda settings: Solver(atol=settings.inverse_atol, max_evals=1))
 
 
 def said(capsys, command, folder, *options, status=0):

@@ -16,7 +16,6 @@ from iresnet_jax.data.measurements import Measurement
 from iresnet_jax.evaluation.likelihood import split_error
 from iresnet_jax.maths.inverse.fixed_point import example_norm
 from iresnet_jax.models.reconstructor import Reconstructor
-from iresnet_jax.runs.from_config import build_measurement
 from iresnet_jax.runs.trained_run import Run
 from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives.inversion import relative_error
@@ -121,7 +120,7 @@ def evaluate_run(run: Run) -> tuple[InverseProblem, Reconstructed]:
     assert isinstance(run.model, Reconstructor)
     settings, seed = run.config.evaluation, run.config.seed
     return evaluate(
-        run.model, run.test_examples(), build_measurement(run.config.inverse_problem), batch_size=settings.batch_size, seed=seed
+        run.model, run.test_examples(), run.config.inverse_problem.measurement(), batch_size=settings.batch_size, seed=seed
     )
 
 

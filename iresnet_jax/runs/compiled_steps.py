@@ -5,8 +5,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from iresnet_jax.models.saved import Spec
-from iresnet_jax.runs.config import Config, DataConfig, EvaluationConfig
-from iresnet_jax.training.trainer import Step
+from iresnet_jax.runs.config import Config, EvaluationConfig
+from iresnet_jax.training import parallel
+from iresnet_jax.training.step import TrainingStep
+from iresnet_jax.training.trainer import CompiledStep
 
 
 class CompiledSteps:
@@ -21,24 +23,21 @@ class CompiledSteps:
     def __init__(self, most: int = 32):
         self._most, self._steps = most, OrderedDict()
 
-    def step(self, config: Config, spec: Spec, num_terms: int, compile_step: Callable[[], Step]) -> Step:
-        """The step of an earlier run that was compiled with equal arguments, or else a new one.
-
-        Args:
-            config: Settings of the run.
-            spec: Its model.
-            num_terms: Terms of the log-determinant.
-            compile_step: Makes a new step.
-        """
+    def compiler(self, config: Config, spec: Spec) -> Callable[[TrainingStep], CompiledStep]:
+        """``training step ->`` the step of an earlier run with equal settings and an equal model, or else a new one."""
         training = dataclasses.replace(
             config.training,
             **{"minutes": 0.0, "patience": 0, "log_every_steps": 1, "eval_every_steps": 1},
             **{"actnorm_examples": 1, "eval_examples": 1, "max_num_terms": 0},
         )
-        settings = dataclasses.replace(config, data=DataConfig(), evaluation=EvaluationConfig(), training=training)
-        key = (settings, spec, num_terms)
-        step = self._steps.pop(key, None) or compile_step()
-        self._steps[key] = step
-        if len(self._steps) > self._most:
-            self._steps.popitem(last=False)
-        return step
+        settings = dataclasses.replace(config, evaluation=EvaluationConfig(), training=training)
+
+        def compiled(training_step: TrainingStep) -> CompiledStep:
+            key = settings, spec, getattr(training_step.model, "estimator", None)  # whose number of terms may rise
+            step = self._steps.pop(key, None) or parallel.parallelize(training_step)
+            self._steps[key] = step
+            if len(self._steps) > self._most:
+                self._steps.popitem(last=False)
+            return step
+
+        return compiled

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import ml_collections
 from ml_collections import config_dict
 
+from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.checked_dataclasses import (
     Count,
     CountOrNone,
@@ -22,6 +23,7 @@ from iresnet_jax.checked_dataclasses import (
     Range,
     from_plain,
 )
+from iresnet_jax.data.measurements import Measurement
 from iresnet_jax.maths.logdet.config import LogdetConfig
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.training.constraint import ConstraintConfig
@@ -95,6 +97,10 @@ class InverseProblemConfig:
     forward_share: Annotated[float, Range("[0, 1]")] = 0.0
     training_atol: Positive = 1e-3  # largest Euclidean error of each block's inverse in training, in units of pixels
 
+    def measurement(self) -> Measurement:
+        """How images are measured."""
+        return Measurement(self.width, self.noise)
+
 
 @dataclass(frozen=True)
 class AugmentationConfig:
@@ -122,6 +128,10 @@ class EvaluationConfig:
     num_posteriors: CountOrNone = 10
     num_posterior_samples: Annotated[int, Range("[10, inf)")] = 1000  # samples per context, of the model and of the truth
     inverse_atol: Positive = 1e-6  # largest Euclidean error of each block's inverse, for every example
+
+    def solver(self) -> Solver:
+        """The solver of inverses."""
+        return Solver(atol=self.inverse_atol)
 
 
 @dataclass(frozen=True)

@@ -219,43 +219,45 @@ class Agreement:
 
     A signal reaches one process, and clocks differ. So each process hands its wishes to the step beside its share of the batch,
     the step adds them up over all devices, and every process reads the sum of the same step: `DELAY` steps later, when it is
-    there without waiting. The sum travels with those of the gradients. In a process on its own wishes are granted at once.
+    there without waiting. The sum travels with those of the gradients.
 
     Args:
-        num_processes: Their number, if it is not that of this run.
+        wishes: ``() ->`` what this process wishes for now.
     """
 
-    def __init__(self, num_processes: int | None = None):
+    def __init__(self, wishes: Callable[[], set[Wish]]):
+        self._wishes = wishes
         self._sums: collections.deque[Any] = collections.deque()
-        self._is_shared = (num_processes or parallel.num_processes()) > 1
 
-    def wrap(self, step: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
-        """A training step that takes wishes too and adds them up, for `parallel.parallelize`."""
+    def parallelize(self, training_step: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
+        """`parallel.parallelize` of a step to which this process hands its wishes."""
+        step = parallel.parallelize(with_wishes(training_step))
 
-        def with_wishes(state: Any, batch: tuple[Any, Any]) -> tuple[Any, Any]:
-            examples, wishes = batch
-            state, metrics = step(state, examples)
-            return state, (metrics, lax.psum(wishes, AXIS))
+        def take(state: Any, batch: Any) -> tuple[Any, Any]:
+            own = np.zeros((jax.local_device_count(), len(Wish)), np.float32)
+            own[:, [*self._wishes()]] = 1
+            state, (metrics, total) = step(state, (batch, own))
+            self._sums.append(total)
+            return state, metrics
 
-        return with_wishes if self._is_shared else step
+        return take
 
-    def take(self, step: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: Any, wishes: set[Wish]) -> tuple[Any, Any]:
-        """The state and metrics of a step that `wrap` made and `parallel.parallelize` compiled."""
-        if not self._is_shared:
-            return step(state, batch)
-        own = np.zeros((jax.local_device_count(), len(Wish)), np.float32)
-        own[:, [*wishes]] = 1
-        state, (metrics, total) = step(state, (batch, own))
-        self._sums.append(total)
-        return state, metrics
-
-    def granted(self, wishes: set[Wish]) -> set[Wish]:
+    def granted(self) -> set[Wish]:
         """What all processes do now."""
-        if not self._is_shared:
-            return wishes
         if len(self._sums) <= DELAY:
             return set()
         return {wish for wish, total in zip(Wish, np.asarray(self._sums.popleft()), strict=True) if total > 0}
+
+
+def with_wishes(training_step: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """A training step of ``(examples, wishes)`` that also adds up the wishes of all devices."""
+
+    def step(state: Any, batch: tuple[Any, Any]) -> tuple[Any, Any]:
+        examples, wishes = batch
+        state, metrics = training_step(state, examples)
+        return state, (metrics, lax.psum(wishes, AXIS))
+
+    return step
 
 
 def wish_of(received: signal.Signals | None) -> set[Wish]:

@@ -26,16 +26,16 @@ from iresnet_jax.runs import allocator, hosts, run_folder
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import Config
-from iresnet_jax.runs.from_config import build_objective, load_data
 from iresnet_jax.runs.hosts import Agreement, Wish, signal_of, wish_of
 from iresnet_jax.runs.machine import device_summary, prepare_backend
 from iresnet_jax.runs.metrics import MetricWriter, Progress, read_metrics
+from iresnet_jax.runs.model_from_config import load_data, model_spec
+from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests
 from iresnet_jax.training import parallel
 from iresnet_jax.training.initialization import num_parameters
-from iresnet_jax.training.objectives.objective import Objective
-from iresnet_jax.training.step import TrainingStep, TrainState
-from iresnet_jax.training.trainer import Step, Trainer, TrainingConfig
+from iresnet_jax.training.step import Objective, TrainingStep, TrainState
+from iresnet_jax.training.trainer import CompiledStep, Trainer, TrainingConfig
 
 _logger = logging.getLogger(__name__)
 SAVE_SECONDS = 600.0  # between checkpoints, where validations are further apart
@@ -56,7 +56,7 @@ def train(
         workdir: Folder of the run: config, model, metrics, checkpoints.
         data: The data; by default what ``config.data`` names.
         say: Takes a line of progress at every validation; by default the log.
-        steps: Compiled steps of earlier runs on arrays, to which this run adds its own; None compiles all.
+        steps: Compiled steps of earlier runs, to which this run adds its own; None compiles all.
 
     Returns:
         The last state.
@@ -71,15 +71,15 @@ def train(
     dataset = load_data(config.data) if data is None else data
     check_batch_size(config.training, dataset)
     _check_alike(config, dataset)
-    checkpoints, agreement = Checkpoints(workdir), Agreement()
+    checkpoints = Checkpoints(workdir)
     spec, objective = _begin(workdir, config, dataset)
-    compile_step = step_compiler(config, spec, None if dataset.is_endless else steps, agreement)
     with contextlib.ExitStack() as stack:
         if hosts.is_first():
             stack.enter_context(run_folder.alone_in(workdir))
         writer = stack.enter_context(MetricWriter(workdir)) if hosts.is_first() else None
         # until a step is done there is nothing to save: signals end the process
-        trainer = _TrainerOnDisk(objective, config.training, workdir, writer, checkpoints, agreement, compile_step, say)
+        compile_step = None if steps is None else steps.compiler(config, spec)
+        trainer = _TrainerOnDisk(objective, config.training, workdir, writer, checkpoints, compile_step, say)
         progress = stack.enter_context(Progress(trainer.horizon, trainer.step, shown=hosts.is_first()))
         trainer.watch(stack.enter_context(StopRequests()), progress)
         trainer.run(batches(config, objective.examples, trainer.step), trainer.heed_requests)
@@ -117,7 +117,7 @@ def _begin(workdir: Path, config: Config, data: DataSet) -> tuple[Spec, Objectiv
 
     def claim():
         run_folder.check_belongs_to(workdir, config)
-        spec = run_folder.model_for(workdir, config, data)
+        spec = run_folder.model_of_run(workdir, data) or model_spec(config, data)
         claimed.append((spec, build_objective(config, data, spec)))  # which raises before anything is written
         run_folder.claim(workdir, config, spec, data)
         return tagged(spec) if parallel.num_processes() > 1 else None
@@ -129,19 +129,6 @@ def _begin(workdir: Path, config: Config, data: DataSet) -> tuple[Spec, Objectiv
     return spec, build_objective(config, data, spec)
 
 
-def step_compiler(
-    config: Config, spec: Spec, steps: CompiledSteps | None, agreement: Agreement | None = None
-) -> Callable[[TrainingStep, int], Step]:
-    """``(step, num_terms) ->`` the step for all devices; compiled at its first call, unless there is one already."""
-
-    def new(step):
-        return parallel.parallelize(step if agreement is None else agreement.wrap(step))
-
-    if steps is None:
-        return lambda step, num_terms: new(step)
-    return lambda step, num_terms: steps.step(config, spec, num_terms, lambda: new(step))
-
-
 def batches(config: Config, examples: Any, first_step: int) -> Iterator[Any]:
     """This process's share of the batch of every step from ``first_step`` on; placeholders for endless data."""
     size = config.training.batch_size
@@ -151,7 +138,9 @@ def batches(config: Config, examples: Any, first_step: int) -> Iterator[Any]:
 
 
 class _TrainerOnDisk(Trainer):
-    """A run that writes to a folder, saves when told to stop, and agrees with the other processes when to save or stop."""
+    """A run that writes to a folder, saves when told to stop, and agrees with other processes, if any, when to save or stop."""
+
+    advice = f"{Trainer.advice}, in another workdir; the old workdir keeps its checkpoints"
 
     def __init__(
         self,
@@ -160,12 +149,14 @@ class _TrainerOnDisk(Trainer):
         workdir: Path,
         writer: MetricWriter | None,
         checkpoints: Checkpoints,
-        agreement: Agreement,
-        compile_step: Callable[[TrainingStep, int], Step],
+        compile_step: Callable[[TrainingStep], CompiledStep] | None,
         say: Callable[[str], None] | None,
     ):
-        self._workdir, self._writer, self._checkpoints, self._agreement = workdir, writer, checkpoints, agreement
+        self._workdir, self._writer, self._checkpoints = workdir, writer, checkpoints
         self._progress: Progress | None = None
+        self._agreement = Agreement(self._wishes) if parallel.num_processes() > 1 else None
+        if self._agreement is not None:
+            compile_step = self._agreement.parallelize
         super().__init__(objective, settings, compile_step=compile_step, say=say or (lambda line: _logger.info("%s", line)))
         self._saved_at = time.monotonic()
         if self.step:
@@ -193,13 +184,12 @@ class _TrainerOnDisk(Trainer):
         allocator.return_freed_memory()  # restoring leaves fragments that steps could not use
         return state, step, losses
 
-    def take(self, step: Step, batch: Any) -> dict[str, Any]:
-        """Updates the state by one batch, and tells the other processes what this one wishes."""
-        self.state, metrics = self._agreement.take(step, self.state, batch, self._wishes())
+    def take_step(self, batch: Any) -> None:
+        """Updates the state by one batch; from then on there is something to save."""
+        super().take_step(batch)
         self._stop.unsaved = True
-        return metrics
 
-    def write(self, metrics: Mapping[str, SupportsFloat], split: str) -> None:
+    def record(self, metrics: Mapping[str, SupportsFloat], split: str) -> None:
         """Writes measurements and shows those of steps."""
         if self._writer is not None:
             self._writer.write(self.step, metrics, split=split)
@@ -211,7 +201,7 @@ class _TrainerOnDisk(Trainer):
         """Seconds of training so far, over all processes of the run."""
         return super().elapsed_s if self._writer is None else self._writer.elapsed_s
 
-    def save(self, loss: float | None) -> None:
+    def store(self, loss: float | None) -> None:
         """Writes a checkpoint."""
         if hosts.is_first():
             run_folder.check_is_there(self._workdir)
@@ -222,10 +212,10 @@ class _TrainerOnDisk(Trainer):
 
     def heed_requests(self) -> bool:
         """After a step: saves and raises `Stopped` if some process was told to stop, or saves if that is due."""
-        granted = self._agreement.granted(self._wishes())
+        granted = self._wishes() if self._agreement is None else self._agreement.granted()
         received = signal_of(granted)
         if (received or Wish.SAVE in granted) and not self.is_validated:
-            self.save_unvalidated()
+            self.store_unvalidated()
         if received:
             there = f"after step {self.step} of {self.horizon}"
             raise Stopped(f"stopped by {received.name} {there}: the same command goes on from it", received)

@@ -17,7 +17,6 @@ from iresnet_jax.checked_dataclasses import checked, first_difference, tagged, t
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs.config import Config, parse
-from iresnet_jax.runs.from_config import model_spec
 
 FORMAT = 1  # version of both files
 CONFIG_FILE, MODEL_FILE = "config.json", "model.json"
@@ -64,14 +63,14 @@ def read_model(workdir: Path) -> tuple[Spec, str]:
     )
 
 
-def model_for(workdir: Path, config: Config, data: DataSet) -> Spec:
-    """The model that a run in this folder trains: the one it began with, or for a new run that of the config and the data.
+def model_of_run(workdir: Path, data: DataSet) -> Spec | None:
+    """The model that the run in this folder began with; None of a folder without a run.
 
     Raises:
         ValueError: If the run began with other data.
     """
     if not (workdir / MODEL_FILE).exists():
-        return model_spec(config, data)
+        return None
     spec, fingerprint = read_model(workdir)
     if fingerprint != data.fingerprint:
         raise ValueError(

@@ -25,8 +25,8 @@ from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.runs import run_folder
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.config import Config, parse
-from iresnet_jax.runs.from_config import build_solver, load_data
 from iresnet_jax.runs.machine import prepare_backend
+from iresnet_jax.runs.model_from_config import load_data
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.initialization import abstract_variables
 from iresnet_jax.training.optimizers import make_optimizer
@@ -147,14 +147,14 @@ def load(folder: str | os.PathLike[str]) -> Run:
         model, about = saved.read(folder / FILE_NAME)
         config, fingerprint, step = _parsed(folder / FILE_NAME, about)
         prepare_backend(config.training.matmul_precision)
-        return Run(folder, model.with_(solver=build_solver(config.evaluation)), config, fingerprint, step)
+        return Run(folder, model.with_(solver=config.evaluation.solver()), config, fingerprint, step)
     config = run_folder.read_config(folder)
     prepare_backend(config.training.matmul_precision)
     spec, fingerprint = run_folder.read_model(folder)
     optimizer = make_optimizer(config.optimizer)
     target = jax.eval_shape(lambda variables: TrainState.create(variables, optimizer), abstract_variables(spec))
     best, step, notes = _restore(Checkpoints(folder), target, folder)
-    model = certified_model(spec, best.ema, best.batch_stats, build_solver(config.evaluation))
+    model = certified_model(spec, best.ema, best.batch_stats, config.evaluation.solver())
     return Run(folder, model, config, fingerprint, step, notes)
 
 

@@ -1,20 +1,30 @@
 """One training step, read from top to bottom: constrain, loss and gradients, mean over devices, optimizer, averages.
 
-A step is written for one device and its share of the batch; `parallel.parallelize` maps it over all devices.
+A `TrainingStep` is written for one device and its share of the batch. `parallel.parallelize` maps it over all devices, and
+`Trainer.take_step` calls it with one batch after the other.
+
+What a step depends on is bound once, in ``_training_step`` of `runs.objective_from_config`: the model without weights, the loss
+(``make_loss`` in the objective's file, such as `objectives.density`), the constraint (`constraint.training_constraint`) and the
+optimizer. An `Objective` is a step with its validation, its data and its first state.
 """
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from iresnet_jax.maths.logdet.config import LogdetConfig
 from iresnet_jax.models.flow import ConstrainedFlow
 from iresnet_jax.training.constraint import Constrain
+from iresnet_jax.training.initialization import abstract_variables
 from iresnet_jax.training.optimizers import ema_update
 from iresnet_jax.training.parallel import AXIS, example_keys
 
@@ -191,3 +201,76 @@ def _constraint_metrics(constrained: ConstrainedFlow) -> dict[str, Any]:
     norms = [jnp.max(norm) for stage in constrained.norms.values() for norm in stage.values()]
     lipschitz = [jnp.max(block.branch.lipschitz_bound) for block in constrained.weights.values()]
     return {"max_sigma": jnp.max(jnp.stack(norms)), "max_lipschitz": jnp.max(jnp.stack(lipschitz))}
+
+
+class ValidationResult(NamedTuple):
+    """Result of a validation.
+
+    Attributes:
+        metrics: Means over the held-out examples, for the log.
+        num_terms: Terms of the log-determinant that training goes on with; 0 if the estimator has no such setting.
+    """
+
+    metrics: dict[str, float]
+    num_terms: int = 0
+
+
+class Objective(NamedTuple):
+    """A model and its training; `runs.objective_from_config` builds one for each objective of a config.
+
+    Attributes:
+        name: The metric that is shown, such as "bits_per_dim".
+        training_step: The step of one device, before `parallel.parallelize`.
+        make_validation: ``() ->`` the function that measures a state on held-out data.
+        selection: ``held-out metrics -> number``; the state with the lowest is the best.
+        examples: Pytree of arrays that batches are taken from; None for endless data, whose steps draw their own.
+        initial_variables: ``() ->`` fresh variables, fitted to training data.
+        logdet: Settings of the log-determinant, for models that have one in training.
+    """
+
+    name: str
+    training_step: TrainingStep
+    make_validation: Callable[[], Callable[[TrainState], ValidationResult]]
+    selection: Callable[[Mapping[str, float]], float]
+    examples: Any
+    initial_variables: Callable[[], Any]
+    logdet: LogdetConfig | None = None
+
+    @property
+    def num_terms(self) -> int:
+        """Terms of the log-determinant that training starts with; 0 if the estimator has no such setting."""
+        return 0 if self.logdet is None or self.logdet.build().unbiased else self.logdet.num_terms
+
+    def step_with(self, num_terms: int) -> TrainingStep:
+        """The training step with so many terms of the log-determinant."""
+        if self.logdet is None or num_terms == self.num_terms:
+            return self.training_step
+        model = self.training_step.model.with_(estimator=self.logdet.build(num_terms))
+        return dataclasses.replace(self.training_step, model=model)
+
+    def state_of(self, variables: Any) -> TrainState:
+        """The state before the first update."""
+        rule = self.training_step.rule
+        state = _state_creator(rule.optimizer)(variables)
+        return state._replace(num_terms=jnp.int32(self.num_terms), horizon=jnp.int32(rule.total_steps))
+
+    def initial_state(self) -> TrainState:
+        """The state of fresh variables."""
+        return self.state_of(self.initial_variables())
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and dtypes of the state."""
+        step = self.training_step
+        return jax.eval_shape(_state_creator(step.rule.optimizer), abstract_variables(step.model.spec))
+
+    def abstract_batch(self, batch_size: int) -> Any:
+        """Shapes and dtypes of a batch; placeholders for endless data, which has no examples."""
+        if self.examples is None:
+            return jax.ShapeDtypeStruct((batch_size,), np.float32)
+        return jax.tree.map(lambda rows: jax.ShapeDtypeStruct((batch_size, *rows.shape[1:]), rows.dtype), self.examples)
+
+
+@functools.lru_cache(maxsize=64)
+def _state_creator(optimizer: optax.GradientTransformation) -> Callable[[Any], TrainState]:
+    """Creates the first state. Jitted: all copies are one program. Cached: runs with one optimizer share it."""
+    return jax.jit(lambda variables: TrainState.create(variables, optimizer))

@@ -17,12 +17,11 @@ import numpy as np
 
 from iresnet_jax.checked_dataclasses import Count, CountOrNone, Decay, NotNegative
 from iresnet_jax.training import parallel
-from iresnet_jax.training.objectives.objective import Objective
-from iresnet_jax.training.step import TrainingStep, TrainState
+from iresnet_jax.training.step import Objective, TrainingStep, TrainState
 
 VALIDATIONS_IN_TIME = 20  # of a run with a time limit
 
-Step = Callable[[Any, Any], tuple[Any, Any]]
+CompiledStep = Callable[[Any, Any], tuple[Any, Any]]  # (state, batch of all devices) -> (state, metrics)
 
 
 @dataclass(frozen=True)
@@ -68,36 +67,39 @@ class Best(NamedTuple):
 class Trainer:
     """A training run: state, log, clocks; `run` takes the steps.
 
-    A run that keeps these elsewhere than in memory overrides `restored`, `take`, `write`, `save` and `elapsed_s`.
+    A run that keeps its state and its log elsewhere than in memory overrides `restored`, `record`, `store` and `elapsed_s`.
 
     Args:
         objective: What is trained.
         settings: Length of the run, and when it logs and validates.
-        compile_step: ``(step, num_terms) ->`` the step of all devices; by default `parallel.parallelize`.
+        compile_step: ``training step ->`` the step of all devices; by default `parallel.parallelize`.
         say: Takes a line of progress at the first step and at every validation.
 
     Attributes:
         state: The state.
-        step: Finished updates.
+        step: Number of finished updates.
         records: Measurements so far, as `History.from_records` takes them.
         best: The state that was best on validation; None before the first validation.
     """
+
+    advice = "train again with a lower learning rate, a longer warm-up or a smaller clip_norm"  # after a training blew up
 
     def __init__(
         self,
         objective: Objective,
         settings: TrainingConfig,
         *,
-        compile_step: Callable[[TrainingStep, int], Step] = lambda step, num_terms: parallel.parallelize(step),
+        compile_step: Callable[[TrainingStep], CompiledStep] | None = None,
         say: Callable[[str], None] = lambda line: None,
     ):
         self._started = time.monotonic()
-        self._objective, self._settings, self._compile_step, self._say = objective, settings, compile_step, say
+        self._objective, self._settings, self._say = objective, settings, say
+        self._compile_step = compile_step or parallel.parallelize
         self._limit_s = 60 * settings.minutes
         self.records: list[dict[str, Any]] = []
         self.best: Best | None = None
         self._use_terms(objective.num_terms)
-        with _meanwhile(lambda: _compile_ahead(self._parallel_step, objective, settings.batch_size), say):
+        with _meanwhile(lambda: _compile_ahead(self._compiled_step, objective, settings.batch_size), say):
             self.state, self.step, self._losses = self.restored(objective.initial_state())
             parallel.check_equal_on_all_devices(self.state)
         if int(self.state.num_terms) != objective.num_terms:
@@ -113,7 +115,7 @@ class Trainer:
     def run(self, batches: Iterator[Any], after_step: Callable[[], bool] = lambda: False) -> None:
         """Takes steps until validation ends training, batches run out, or ``after_step`` returns True."""
         while not self._is_over and (batch := next(batches, None)) is not None:
-            self._take_step(batch)
+            self.take_step(batch)
             is_validation_due = self._is_validation_due
             if self.step % self._settings.log_every_steps == 0 or is_validation_due:
                 self._log()
@@ -128,18 +130,13 @@ class Trainer:
         """The state to go on from, the number of updates that led to it, and the losses of the validations so far."""
         return fresh, 0, []
 
-    def take(self, step: Step, batch: Any) -> dict[str, Any]:
-        """Updates the state by one batch and returns the metrics of the step."""
-        self.state, metrics = step(self.state, batch)
-        return metrics
-
-    def write(self, metrics: Mapping[str, SupportsFloat], split: str) -> None:
+    def record(self, metrics: Mapping[str, SupportsFloat], split: str) -> None:
         """Keeps measurements."""
         values = {name: float(value) for name, value in metrics.items()}
         self.records.append({"step": self.step, "split": split, "wall_time_s": round(self.elapsed_s, 3), **values})
 
-    def save(self, loss: float | None) -> None:
-        """Keeps the state if its validation loss is the lowest so far; the loss is None between validations."""
+    def store(self, loss: float | None) -> None:
+        """Stores the state if its validation loss is the lowest so far; the loss is None between validations."""
         if loss is not None and (self.best is None or loss < self.best.loss):
             self.best = Best(loss, self.step, *jax.device_get((self.state.ema, self.state.batch_stats)))
 
@@ -200,12 +197,12 @@ class Trainer:
 
     def _use_terms(self, num_terms: int) -> None:
         """Switches to the program with this many terms of the log-determinant."""
-        self._parallel_step = self._compile_step(self._objective.step_with(num_terms), num_terms)
+        self._compiled_step = self._compile_step(self._objective.step_with(num_terms))
         self._is_compiled = False
 
-    def _take_step(self, batch: Any) -> None:
+    def take_step(self, batch: Any) -> None:
         """Updates the state by one batch; the first call compiles, which the times of the log leave out."""
-        metrics = self.take(self._parallel_step, batch)
+        self.state, metrics = self._compiled_step(self.state, batch)
         self._window.append(metrics)
         if self._is_compiled:
             self._timed_steps += 1
@@ -215,7 +212,7 @@ class Trainer:
                 # compile time does not count towards the next validation
                 self._first_step_ended = self._validated_at = time.monotonic()
                 seconds = time.monotonic() - self._started
-                self.write({"compile_seconds": seconds}, "timing")
+                self.record({"compile_seconds": seconds}, "timing")
                 name = self._objective.name
                 self._say(f"first step after {seconds:.0f} s: {name} {float(metrics[name]):.4f}")
             self._timed_steps, self._window_start, self._is_compiled = 0, time.monotonic(), True
@@ -226,7 +223,7 @@ class Trainer:
         means = self._checked_means()
         if self._timed_steps:
             means["seconds_per_step"] = (time.monotonic() - self._window_start) / self._timed_steps
-        self.write(means, "train")
+        self.record(means, "train")
         if self._limit_s:
             self._estimate_horizon()
         self._window, self._timed_steps, self._window_start = [], 0, time.monotonic()
@@ -245,45 +242,42 @@ class Trainer:
         """Means over the steps since the last line of the log; RuntimeError if one of them blew up."""
         window = jax.device_get(self._window)
         means = {name: float(np.mean([metrics[name] for metrics in window], dtype=np.float64)) for name in window[0]}
-        check_finite(means, self.step - len(self._window), self.step)
+        check_finite(means, self.step - len(self._window), self.step, self.advice)
         return means
 
-    def save_unvalidated(self) -> None:
-        """Saves the state between two validations, unless the steps since the last line of the log blew up."""
+    def store_unvalidated(self) -> None:
+        """Stores the state between two validations, unless the steps since the last line of the log blew up."""
         if self._window:
             self._checked_means()
-        self._save(None)
+        self._store(None)
 
-    def _save(self, loss: float | None) -> None:
+    def _store(self, loss: float | None) -> None:
         parallel.check_equal_on_all_devices(self.state)
-        self.save(loss)
+        self.store(loss)
         self._window_start = time.monotonic()
 
     def _validate_state(self) -> None:
         """Measures the state on held-out data, keeps it, and goes on with the terms that the validation asks for."""
         began = time.monotonic()
-        held_out = self._validate(self.state)
-        check_finite(held_out.metrics, self.step, self.step)
-        self.write(held_out.metrics, "validation")
-        if held_out.num_terms != int(self.state.num_terms):
-            self.state = self.state._replace(num_terms=jnp.int32(held_out.num_terms))
-            self._use_terms(held_out.num_terms)
-        self._losses.append(self._objective.selection(held_out.metrics))
-        self._save(self._losses[-1])
+        found = self._validate(self.state)
+        check_finite(found.metrics, self.step, self.step, self.advice)
+        self.record(found.metrics, "validation")
+        if found.num_terms != int(self.state.num_terms):
+            self.state = self.state._replace(num_terms=jnp.int32(found.num_terms))
+            self._use_terms(found.num_terms)
+        self._losses.append(self._objective.selection(found.metrics))
+        self._store(self._losses[-1])
         self._validated_at = time.monotonic()
         self._validated_step, self._validation_seconds = self.step, self._validated_at - began
         name, left = self._objective.name, self._time_left()
-        self._say(f"step {self.step} of {self.horizon}: validation {name} {held_out.metrics[name]:.4f}, {left} left")
+        self._say(f"step {self.step} of {self.horizon}: validation {name} {found.metrics[name]:.4f}, {left} left")
 
 
-def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_step: int) -> None:
+def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_step: int, advice: str) -> None:
     """Raises a RuntimeError if a metric that was gathered over these steps is NaN or infinite."""
     bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
     if bad:
-        raise RuntimeError(
-            f"{', '.join(bad)} became non-finite between steps {first_step} and {last_step}: train again, in another workdir, "
-            "with a lower learning rate, a longer warm-up or a smaller clip_norm; the old workdir keeps its checkpoints"
-        )
+        raise RuntimeError(f"{', '.join(bad)} became non-finite between steps {first_step} and {last_step}: {advice}")
 
 
 @contextlib.contextmanager
@@ -300,7 +294,7 @@ def _meanwhile(function: Callable[[], None], say: Callable[[str], None]) -> Iter
             raise
 
 
-def _compile_ahead(step: Step, objective: Objective, batch_size: int) -> None:
+def _compile_ahead(step: CompiledStep, objective: Objective, batch_size: int) -> None:
     """Compiles a step for the objective's first state; steps of several processes, which meet in it, compile when called."""
     if parallel.num_processes() == 1 and isinstance(step, parallel.ParallelStep):
         step.compile(objective.abstract_state(), jax.eval_shape(parallel.shard, objective.abstract_batch(batch_size)))

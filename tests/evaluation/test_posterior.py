@@ -22,7 +22,7 @@ from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import freeze
 from iresnet_jax.runs import loop, trained_run
 from iresnet_jax.runs.config import EvaluationConfig, parse
-from iresnet_jax.runs.from_config import density_spec
+from iresnet_jax.runs.model_from_config import density_spec
 
 ATOL_F32 = 1e-4  # log-densities in float32, of a flow whose weights are zero
 SETTINGS = EvaluationConfig(batch_size=200, num_posteriors=2, num_posterior_samples=200)

@@ -102,7 +102,7 @@ def test_training_rounds_branches_alone(name):
     def after_a_step(bfloat16):
         config = runs.config_of(runs.CONFIGS[name], **{"training.bfloat16": bfloat16, "optimizer.warmup_steps": 0})
         objective = loop.build_objective(config, load(config.data.name))
-        step = parallel.parallelize(objective.step)
+        step = parallel.parallelize(objective.training_step)
         batch = jax.tree.map(lambda rows: rows[:32], objective.examples)
         return jax.device_get(step(objective.initial_state(), parallel.shard(batch, num_devices=1)))
 

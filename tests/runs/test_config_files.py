@@ -18,7 +18,7 @@ from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.config import parse
-from iresnet_jax.runs.from_config import model_spec
+from iresnet_jax.runs.model_from_config import model_spec
 from iresnet_jax.runs.planning import plan, topologies
 from iresnet_jax.runs.planning.program_costs import reductions
 from iresnet_jax.training import parallel
@@ -119,7 +119,7 @@ def test_a_cut_down_copy_takes_a_step(name):
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), abstract_variables(spec))
     current = objective.state_of(variables)
-    step = jax.jit(jax.vmap(objective.step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS))
+    step = jax.jit(jax.vmap(objective.training_step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS))
     after, metrics = step(current, jax.tree.map(lambda rows: rows[None, :8], objective.examples))
     assert 0 < float(metrics["bits_per_dim"]) < 50
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), current.params, after.params)

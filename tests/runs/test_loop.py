@@ -1,5 +1,6 @@
 """The loop on disk: the same after a kill, a signal at any moment, and a resume."""
 
+import functools
 import itertools
 import json
 import shutil
@@ -47,9 +48,8 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def share_steps(monkeypatch):
-    """Runs of one config share its step, which the library does not do for endless data, of which there are moons only here."""
-    compiler = loop.step_compiler
-    monkeypatch.setattr(loop, "step_compiler", lambda config, spec, _, agreement: compiler(config, spec, STEPS, agreement))
+    """Runs of one config share its step."""
+    monkeypatch.setattr(loop, "train", functools.partial(loop.train, steps=STEPS))
 
 
 def measurements(workdir):
@@ -173,14 +173,15 @@ def test_a_second_signal_stops_at_once(config, tmp_path, happens_before):
 
 def test_a_run_that_blew_up_is_not_saved_when_told_to_stop(config, tmp_path, happens_before, monkeypatch):
     config = runs.config_of(runs.TOY_CONFIG, **{"training.log_every_steps": 4, "training.eval_every_steps": 4})
-    take = Trainer.take
+    take_step = Trainer.take_step
 
-    def blown_up(self, *arguments):
-        return {name: jnp.nan * value for name, value in take(self, *arguments).items()}
+    def blown_up(self, batch):
+        take_step(self, batch)
+        self._window[-1] = {name: jnp.nan * value for name, value in self._window[-1].items()}
 
-    monkeypatch.setattr(loop._TrainerOnDisk, "take", blown_up)
+    monkeypatch.setattr(Trainer, "take_step", blown_up)
     happens_before(1, send(signal.SIGTERM))
-    with pytest.raises(RuntimeError, match="non-finite between steps 0 and 2"):
+    with pytest.raises(RuntimeError, match=r"non-finite between steps 0 and 2.*the old workdir keeps its checkpoints"):
         loop.train(config, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 

@@ -19,7 +19,8 @@ from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import allocator, machine, run_folder
 from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.checkpoints import Checkpoints, load_named
-from iresnet_jax.runs.from_config import initial_variables, model_spec
+from iresnet_jax.runs.model_from_config import model_spec
+from iresnet_jax.runs.objective_from_config import initial_variables
 from iresnet_jax.training.optimizers import make_optimizer
 from iresnet_jax.training.step import TrainState
 

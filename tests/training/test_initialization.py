@@ -7,7 +7,8 @@ import tiny_runs as runs
 
 from iresnet_jax.data import load
 from iresnet_jax.models import flow
-from iresnet_jax.runs.from_config import initial_variables, model_spec
+from iresnet_jax.runs.model_from_config import model_spec
+from iresnet_jax.runs.objective_from_config import initial_variables
 
 CONVERGED = 2e-3  # twice the tolerance of the power iterations
 RTOL, ATOL = 1e-4, 1e-5  # float32 means over the same numbers, summed in another order, and what blocks make of that

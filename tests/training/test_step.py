@@ -10,7 +10,7 @@ import tiny_runs as runs
 
 from iresnet_jax.data import load
 from iresnet_jax.models import classifier
-from iresnet_jax.runs.from_config import build_objective
+from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.training import parallel
 
 # The same sums in another order, in float32; Adam divides by the root of tiny second moments, which magnifies their rounding.
@@ -36,7 +36,7 @@ def after_steps(name, num_shares, mapped, num_steps=2, **changes):
         batch = np.zeros(size, np.float32)
     else:
         batch = jax.tree.map(lambda rows: rows[:size], objective.examples)
-    state, step = objective.initial_state(), mapped(objective.step)
+    state, step = objective.initial_state(), mapped(objective.training_step)
     for _ in range(num_steps):
         state, metrics = step(state, parallel.shard(batch, num_devices=num_shares))
     return jax.device_get((state, metrics))
@@ -81,7 +81,7 @@ def test_the_comparison_notices_batch_statistics_of_a_share(monkeypatch):
 def test_parts_take_the_memory_of_one(name):
     def temporary_bytes(num_parts):
         objective, size = objective_of(name, **{"training.batch_size": 512, "training.num_parts": num_parts})
-        step = parallel.for_devices(objective.step, jax.devices()[:1])
+        step = parallel.for_devices(objective.training_step, jax.devices()[:1])
         compiled = step.lower(objective.abstract_state(), objective.abstract_batch(size)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 

@@ -11,8 +11,7 @@ import pytest
 
 from iresnet_jax.models.flow import ConstrainedFlow
 from iresnet_jax.training import parallel, trainer
-from iresnet_jax.training.objectives.objective import Objective, ValidationResult
-from iresnet_jax.training.step import Loss, TrainingStep, UpdateRule
+from iresnet_jax.training.step import Loss, Objective, TrainingStep, UpdateRule, ValidationResult
 from iresnet_jax.training.trainer import Trainer, TrainingConfig, check_finite
 
 
@@ -41,7 +40,7 @@ def objective_of(total_steps, held_out=None):
     rule = UpdateRule(optax.sgd(1.0), optax.linear_schedule(0.2, 0.0, total_steps), total_steps, ema_decay=0.0)
     return Objective(
         name="loss",
-        step=TrainingStep(Constant(), loss, lambda params, spectral: ConstrainedFlow({}, spectral, {}), rule, seed=0),
+        training_step=TrainingStep(Constant(), loss, lambda params, spectral: ConstrainedFlow({}, spectral, {}), rule, seed=0),
         make_validation=lambda: validate,
         selection=lambda metrics: metrics["loss"],
         examples=np.zeros(8, np.float32),
@@ -112,11 +111,12 @@ def test_a_time_limit_ends_training_at_a_learning_rate_of_nearly_zero(run, monke
 
 
 def test_what_is_not_finite_ends_training(run):
-    with pytest.raises(RuntimeError, match="grad_norm, loss became non-finite between steps 0 and 2"):
+    with pytest.raises(RuntimeError, match="grad_norm, loss became non-finite between steps 0 and 2") as raised:
         run(batch=np.nan)
-    check_finite({"loss": 1.0, "grad_norm": np.float32(2.0)}, 1, 100)
+    assert "workdir" not in str(raised.value)  # there is none
+    check_finite({"loss": 1.0, "grad_norm": np.float32(2.0)}, 1, 100, "rest")
     with pytest.raises(RuntimeError, match=r"^grad_norm became"):
-        check_finite({"accuracy": 0.5, "grad_norm": math.inf}, 101, 200)
+        check_finite({"accuracy": 0.5, "grad_norm": math.inf}, 101, 200, "rest")
 
 
 def test_parameters_without_a_constraint_get_the_gradient_of_the_mean(run):

@@ -20,8 +20,9 @@ from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.sources import tfds
 from iresnet_jax.maths import platforms as target
 from iresnet_jax.runs.config import Config, TrainingConfig
-from iresnet_jax.runs.from_config import build_objective, load_data
-from iresnet_jax.runs.hosts import Agreement, Wish
+from iresnet_jax.runs.hosts import Wish, with_wishes
+from iresnet_jax.runs.model_from_config import load_data
+from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.planning.program_costs import compiled_reductions, flops, has_random_loops, num_bytes, reductions
 from iresnet_jax.runs.planning.topologies import PASSES, Machine
 from iresnet_jax.training import parallel
@@ -203,10 +204,9 @@ def lower(config: Config, on: Machine, data: DataSet, batch_size: int) -> tuple[
     with target.compiling_for(on.platform), jax.default_matmul_precision(config.training.matmul_precision):
         objective = build_objective(config, data)
         current = objective.abstract_state()
-        step = Agreement(on.num_hosts).wrap(objective.step)
-        batch = objective.abstract_batch(share * len(on.devices))
+        step, batch = objective.training_step, objective.abstract_batch(share * len(on.devices))
         if on.num_hosts > 1:
-            batch = batch, jax.ShapeDtypeStruct((len(on.devices), len(Wish)), np.float32)
+            step, batch = with_wishes(step), (batch, jax.ShapeDtypeStruct((len(on.devices), len(Wish)), np.float32))
         traced = parallel.for_devices(step, on.devices).trace(current, batch)
         lowered = traced.lower(lowering_platforms=(on.platform,))
     argument_bytes = num_bytes(current) + num_bytes(batch) // len(on.devices)

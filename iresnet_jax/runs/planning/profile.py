@@ -21,15 +21,15 @@ from jax.profiler import ProfileData, ProfileOptions
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.runs import allocator
 from iresnet_jax.runs.config import Config
-from iresnet_jax.runs.from_config import build_objective
 from iresnet_jax.runs.machine import device_summary, prepare_backend
+from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.planning import plan
 from iresnet_jax.runs.planning.operations import KINDS, PARTS, Operation, operations
 from iresnet_jax.runs.planning.program_costs import flops, has_random_loops
 from iresnet_jax.runs.planning.recording import Recording, Share, read_events, summarize
 from iresnet_jax.training import parallel
-from iresnet_jax.training.objectives.objective import Objective
-from iresnet_jax.training.step import TrainState
+from iresnet_jax.training.initialization import abstract_variables
+from iresnet_jax.training.step import Objective, TrainState
 
 WARMUP, FEWEST, MOST, MOST_S = 3, 5, 50, 10.0  # steps that are not timed; that are, at least and at most; seconds for them
 RECORDED, COSTLIEST = 10, 10  # steps that are recorded, operations that are shown
@@ -134,7 +134,7 @@ def take(config: Config, folder: str | Path, *, data: DataSet | None = None) -> 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     current, batch = random_state(objective), first_batch(objective.examples, config.training.batch_size)
-    step = objective.step
+    step = objective.training_step
     traced = traced_step(step, current, batch)
     run = parallel.parallelize(step)
     with _paths_in_programs():
@@ -184,7 +184,7 @@ def random_state(objective: Objective) -> TrainState:
     """A state with random parameters, whose steps take as long as those of a trained one."""
     rng = np.random.default_rng(0)
     draw = lambda leaf: (_SCALE * rng.normal(size=leaf.shape)).astype(leaf.dtype)  # noqa: E731
-    variables = jax.tree.map(draw, objective.abstract_variables())
+    variables = jax.tree.map(draw, abstract_variables(objective.training_step.model.spec))
     for statistics in jax.tree.leaves(variables.get("batch_stats", {})):
         statistics[...] = 1
     return objective.state_of(variables)

@@ -12,9 +12,8 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import ConstraintConfig, validated_model
-from iresnet_jax.training.objectives.objective import ValidationResult
 from iresnet_jax.training.parallel import AXIS
-from iresnet_jax.training.step import Loss, StepKeys, TrainState
+from iresnet_jax.training.step import Loss, StepKeys, TrainState, ValidationResult
 
 Augment = Callable[[Key[Array, " b"], Shaped[Array, "b h w c"]], Shaped[Array, "b h w c"]]
 

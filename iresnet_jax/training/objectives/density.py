@@ -18,8 +18,7 @@ from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import ConstraintConfig, validated_model
-from iresnet_jax.training.objectives.objective import ValidationResult
-from iresnet_jax.training.step import Loss, StepKeys, TrainState
+from iresnet_jax.training.step import Loss, StepKeys, TrainState, ValidationResult
 
 TOLERATED_BIAS = 0.002  # of what is trained, in bits/dim or nats; beyond it training raises its number of terms
 REFERENCE_TERMS = 60  # of the series: at an eigenvalue of -.9 they leave .0002 of -2.3

@@ -22,8 +22,7 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.training.objectives import density
 from iresnet_jax.training.objectives.classification import Augment, accuracy_and_loss
-from iresnet_jax.training.objectives.objective import ValidationResult
-from iresnet_jax.training.step import Loss, StepKeys, TrainState
+from iresnet_jax.training.step import Loss, StepKeys, TrainState, ValidationResult
 
 
 @dataclass(frozen=True)

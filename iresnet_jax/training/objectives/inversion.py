@@ -19,8 +19,7 @@ from iresnet_jax.maths.inverse.fixed_point import example_norm
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import ConstraintConfig, validated_model
-from iresnet_jax.training.objectives.objective import ValidationResult
-from iresnet_jax.training.step import Loss, StepKeys, TrainState
+from iresnet_jax.training.step import Loss, StepKeys, TrainState, ValidationResult
 
 
 def make_loss(

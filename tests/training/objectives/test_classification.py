@@ -22,8 +22,8 @@ from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.checkpoints import load_named
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import AugmentationConfig
-from iresnet_jax.runs.from_config import build_augmentation
 from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.runs.objective_from_config import build_augmentation
 from iresnet_jax.training.objectives import classification
 
 SAME = 1e-5  # the same maths by another route, float32

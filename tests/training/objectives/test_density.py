@@ -7,7 +7,7 @@ import pytest
 import tiny_runs as runs
 
 from iresnet_jax.data import load
-from iresnet_jax.runs.from_config import build_objective
+from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.training.objectives.density import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys
 
 

@@ -22,8 +22,8 @@ from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.flow import constrain, freeze
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.runs import trained_run as run
-from iresnet_jax.runs.from_config import build_objective
 from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives.hybrid import HybridConfig
 
@@ -184,7 +184,7 @@ def setup(config):
 def metrics_of_a_step(config):
     """The metrics of a first step, which do not depend on the optimizer."""
     objective, state, batch = setup(config)
-    step = jax.vmap(objective.step, axis_name=parallel.AXIS, in_axes=(None, 0), out_axes=(None, None))
+    step = jax.vmap(objective.training_step, axis_name=parallel.AXIS, in_axes=(None, 0), out_axes=(None, None))
     return jax.device_get(jax.jit(step)(state, parallel.shard(batch, num_devices=1))[1])
 
 
@@ -197,7 +197,7 @@ def test_the_loss_is_cross_entropy_plus_weighted_bits():
     """The gradient of a step by hand, from the functions of the model, against the metrics that the step reports."""
     config = runs.config_of(runs.HYBRID_CONFIG, **PLAIN_DESCENT)
     objective, start, (images, labels) = setup(config)
-    metrics, template = metrics_of_a_step(config), objective.step.model
+    metrics, template = metrics_of_a_step(config), objective.training_step.model
     key_length, key_examples = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key_examples, i), 4))(jnp.arange(len(images)))
     template = template.with_(estimator=config.logdet.build().fix_length(key_length))

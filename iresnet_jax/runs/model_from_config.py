@@ -1,0 +1,152 @@
+"""The data that settings name, and the architecture and preprocessing of their model."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from iresnet_jax.bijections.transforms.equalize import Equalize, entry_shares, level_frequencies
+from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
+from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.data import conditioned_on_labels, load
+from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.toys import Toy
+from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.classifier import ClassifierSpec
+from iresnet_jax.models.density import DensitySpec, Transform
+from iresnet_jax.models.reconstructor import ReconstructorSpec, block_coeff
+from iresnet_jax.models.saved import Spec
+from iresnet_jax.runs.config import Config, DataConfig, ModelConfig, PreprocessingConfig
+
+SCALE_EXAMPLES = 10_000  # of a simulator, whose mean and standard deviation become the scale of its data
+
+
+def load_data(settings: DataConfig) -> DataSet:
+    """The data that a config names."""
+    fractions = settings.validation_fraction, settings.test_fraction
+    data = load(settings.name, settings.data_dir, fractions=fractions)
+    return conditioned_on_labels(data) if settings.condition_on_labels else data
+
+
+def model_spec(config: Config, data: DataSet) -> Spec:
+    """The model of a data set, whatever the objective.
+
+    Raises:
+        ValueError: If settings do not fit the data.
+    """
+    if config.objective == "inversion":
+        return reconstructor_spec(config, data)
+    return classifier_spec(config, data) if config.objective == "classification" else density_spec(config, data)
+
+
+def density_spec(config: Config, data: DataSet) -> DensitySpec:
+    """The density of a data set, with a prior for every class if the objective is hybrid."""
+    is_hybrid = config.objective == "hybrid"
+    if is_hybrid and data.num_classes is None:
+        raise ValueError(f"a hybrid needs labelled images, and {data.name} has none: choose another data.name")
+    if is_hybrid and data.context_dim:
+        raise ValueError(f"a hybrid takes no contexts, and {data.name} has them: choose the objective density")
+    return DensitySpec(
+        flow=build_flow_spec(config.model, data.event_shape, data.context_dim),
+        prior_family=config.model.prior,
+        transform=build_transform(config.preprocessing, data, by_class=is_hybrid),
+        num_levels=data.num_levels,
+        num_classes=data.num_classes if is_hybrid else None,
+        grid=data.grid,
+        context=_context_scale(data),
+    )
+
+
+def classifier_spec(config: Config, data: DataSet) -> ClassifierSpec:
+    """The classifier of a data set."""
+    if data.num_classes is None:
+        raise ValueError(f"classification needs labelled images, and {data.name} has none: choose another data.name")
+    if data.context_dim:
+        raise ValueError(f"classification takes no contexts, and {data.name} has them: choose the objective density")
+    settings = config.classifier
+    if len(data.event_shape) != 3:
+        raise ValueError(f"classification is for images, and {data.name} has vectors: choose the objective hybrid")
+    height, width, channels = data.event_shape
+    return ClassifierSpec(
+        flow=build_flow_spec(config.model, (height, width, channels + settings.pad_channels)),
+        image_shape=(height, width, channels),
+        num_classes=data.num_classes,
+        num_levels=data.num_levels or 256,
+        pad_channels=settings.pad_channels,
+        mean=settings.mean,
+        std=settings.std,
+        constrained=config.constraint.norms != "none",
+        normalization=settings.normalization,
+    )
+
+
+def reconstructor_spec(config: Config, data: DataSet) -> ReconstructorSpec:
+    """The reconstructor of the images of a data set."""
+    if data.num_levels is None or len(data.event_shape) != 3 or data.context_dim:
+        raise ValueError(
+            f"the objective inversion is for images of grey levels without contexts, which {data.name} has not: choose "
+            "another data.name"
+        )
+    flow_spec = build_flow_spec(config.model, data.event_shape)
+    return ReconstructorSpec(flow_spec, data.num_levels, constrained=config.constraint.norms != "none")
+
+
+def build_flow_spec(settings: ModelConfig, event_shape: tuple[int, ...], context_dim: int = 0) -> FlowSpec:
+    """The architecture for examples of one shape, with contexts of some length."""
+    if settings.budget != "network":
+        return FlowSpec(tuple(event_shape), settings.stages, settings.coeff, settings.budget, context_dim)
+    coeff = block_coeff(settings.coeff, sum(stage.num_blocks for stage in settings.stages))
+    return FlowSpec(tuple(event_shape), settings.stages, coeff, "block", context_dim)
+
+
+def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: bool = False) -> Transform:
+    """The preprocessing of a data set; "equalize" counts the levels of its training images.
+
+    Args:
+        settings: The kind of preprocessing.
+        data: The data.
+        by_class: Whether "whiten" is by the covariance within classes.
+
+    Raises:
+        ValueError: If it needs integer levels that the data do not have.
+    """
+    kind = settings.transform
+    if kind == "none":
+        return Identity()
+    if kind in ("standardize", "whiten"):
+        if data.num_levels is not None or isinstance(data.generator, Toy):
+            raise ValueError(f"preprocessing.transform {kind} is for arrays of continuous data, not {data.name}")
+        if kind == "whiten" and len(data.event_shape) != 1:
+            raise ValueError(f"preprocessing.transform whiten is for vectors, and {data.name} has images: standardize them")
+        examples = np.asarray(_to_scale_by(data)[0])
+        if kind == "standardize":
+            return Standardize.fit(examples)
+        return Whiten.fit(examples, data.labels["train"] if by_class else None)
+    if data.num_levels is None:
+        raise ValueError(
+            f"preprocessing.transform {kind} is for data with grey levels, which {data.name} has not: "
+            "set it to standardize, whiten or none"
+        )
+    if kind == "center":
+        return Center()
+    if kind == "logit":
+        return Logit(settings.alpha)
+    images = data.examples["train"]
+    frequencies = level_frequencies(images, data.num_levels)
+    return Equalize(frequencies, entry_shares(images, frequencies) if settings.entrywise else None, settings.alpha)
+
+
+def _context_scale(data: DataSet) -> Standardize | None:
+    """The standard scale of contexts; entries that are constant keep their own."""
+    if not data.context_dim:
+        return None
+    contexts = np.asarray(_to_scale_by(data)[1], np.float64)
+    scale = contexts.std(axis=0)
+    return Standardize(tuple(contexts.mean(axis=0).tolist()), tuple(np.where(scale > 0, scale, 1).tolist()))
+
+
+def _to_scale_by(data: DataSet) -> tuple[Any, Any]:
+    """The training examples and contexts, or some of a simulator, always the same."""
+    if data.is_endless:
+        return data.random_train(jax.random.key(0), SCALE_EXAMPLES)[:2]
+    return data.examples["train"], data.contexts.get("train")

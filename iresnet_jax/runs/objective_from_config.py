@@ -1,0 +1,199 @@
+"""What settings make of a model in training: its loss, its training step, its validation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from iresnet_jax.bijections.chain import Rematerialize
+from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.data import augment
+from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.models import flow
+from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
+from iresnet_jax.models.saved import Spec
+from iresnet_jax.runs.config import AugmentationConfig, Config
+from iresnet_jax.runs.model_from_config import model_spec
+from iresnet_jax.training import initialization
+from iresnet_jax.training.constraint import training_constraint
+from iresnet_jax.training.objectives import classification, density, hybrid, inversion
+from iresnet_jax.training.optimizers import make_optimizer, make_schedule
+from iresnet_jax.training.step import Objective, TrainingStep, UpdateRule
+
+
+def build_objective(config: Config, data: DataSet, spec: Spec | None = None) -> Objective:
+    """What ``config.objective`` names, for a model that is by default the one of the settings and the data.
+
+    Raises:
+        ValueError: If settings do not fit the data.
+    """
+    spec = model_spec(config, data) if spec is None else spec
+    if isinstance(spec, ClassifierSpec):
+        return _classification(config, data, spec)
+    if isinstance(spec, ReconstructorSpec):
+        return _inversion(config, data, spec)
+    return _hybrid(config, data, spec) if config.objective == "hybrid" else _density(config, data, spec)
+
+
+def _density(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
+    loss = density.make_loss(data.draw, density.noise_scales(config.augmentation.noise, spec))
+    return Objective(
+        name=spec.metric,
+        training_step=_training_step(config, spec, loss),
+        make_validation=lambda: density.Validation(spec, **_held_out(config, data)),
+        selection=lambda held_out: held_out[spec.metric],
+        examples=None if data.is_endless else (data.examples["train"], data.contexts.get("train")),
+        logdet=config.logdet,
+        initial_variables=lambda: initial_variables(config, spec, data),
+    )
+
+
+def _hybrid(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
+    loss = hybrid.make_loss(
+        config.hybrid, label_smoothing=config.classifier.label_smoothing, augment=build_augmentation(config.augmentation, data)
+    )
+    weight = float(config.hybrid.weight_of_step()(config.training.total_steps))
+    return Objective(
+        name="accuracy",
+        training_step=_training_step(config, spec, loss),
+        make_validation=lambda: hybrid.Validation(_held_out_labels(config, data), spec, **_held_out(config, data)),
+        selection=lambda held_out: held_out["cross_entropy"] + weight * held_out[spec.metric],
+        examples=(data.examples["train"], data.labels["train"]),
+        logdet=config.logdet,
+        initial_variables=lambda: initial_variables(config, spec, data),
+    )
+
+
+def _classification(config: Config, data: DataSet, spec: ClassifierSpec) -> Objective:
+    training = config.training
+    loss = classification.make_loss(
+        build_augmentation(config.augmentation, data),
+        label_smoothing=config.classifier.label_smoothing,
+        num_parts=training.num_parts,
+    )
+    return Objective(
+        name="accuracy",
+        training_step=_training_step(config, spec, loss, num_parts=1),  # the loss itself computes parts
+        make_validation=lambda: classification.Validation(
+            spec,
+            data.held_out("validation", training.eval_examples),
+            _held_out_labels(config, data),
+            constraint=config.constraint,
+            batch_size=config.evaluation.batch_size,
+        ),
+        selection=classification.selection,
+        examples=(data.examples["train"], data.labels["train"]),
+        initial_variables=lambda: initial_variables(config, spec, data),
+    )
+
+
+def _inversion(config: Config, data: DataSet, spec: ReconstructorSpec) -> Objective:
+    settings, measurement = config.inverse_problem, config.inverse_problem.measurement()
+
+    def make_validation():
+        x = np.asarray(Reconstructor(spec, {}).preprocess(data.held_out("validation", config.training.eval_examples)))
+        return inversion.Validation(
+            spec,
+            x,
+            measurement.held_out(x, config.seed, "validation"),
+            constraint=config.constraint,
+            solver=config.evaluation.solver(),
+            forward_share=settings.forward_share,
+            batch_size=config.evaluation.batch_size,
+        )
+
+    return Objective(
+        name="loss",
+        training_step=_training_step(config, spec, inversion.make_loss(measurement.draw, forward_share=settings.forward_share)),
+        make_validation=make_validation,
+        selection=lambda held_out: held_out["relative_error"],
+        examples=data.examples["train"],
+        initial_variables=lambda: initial_variables(config, spec, data),
+    )
+
+
+def _training_step(config: Config, spec: Spec, loss: Callable[..., Any], num_parts: int | None = None) -> TrainingStep:
+    """The training step of a loss, with the model as training runs it."""
+    training, how = config.training, {"unroll": unroll(config), "rematerialize": rematerialize(config)}
+    if isinstance(spec, ReconstructorSpec):
+        model = Reconstructor(spec, {}, solver=Solver(atol=config.inverse_problem.training_atol), **how)
+    elif isinstance(spec, ClassifierSpec):
+        model = Classifier(spec, {}, {}, {}, bfloat16=training.bfloat16, **how)
+    else:
+        model = Density(spec, {}, {}, estimator=config.logdet.build(), bfloat16=training.bfloat16, **how)
+    schedule = make_schedule(config.optimizer, training.total_steps)
+    rule = UpdateRule(make_optimizer(config.optimizer), schedule, training.total_steps, training.ema_decay)
+    constrain = training_constraint(config.constraint, spec)
+    return TrainingStep(model, loss, constrain, rule, config.seed, num_parts or training.num_parts)
+
+
+def unroll(config: Config) -> bool:
+    """Whether ``training.blocks`` writes blocks out instead of scanning over them."""
+    blocks = config.training.blocks
+    return flow.unroll_by_default() if blocks == "auto" else blocks == "unroll"
+
+
+def rematerialize(config: Config) -> Rematerialize:
+    """What a backward pass computes anew: what the config says, and "elementwise" at least for exact log-dets in a scan.
+
+    A scan writes all that it keeps into stacks, which takes longer than to recompute what is elementwise.
+    """
+    if config.training.rematerialize:
+        return "blocks"
+    return "elementwise" if config.logdet.kind == "exact" and not unroll(config) else "nothing"
+
+
+def _held_out(config: Config, data: DataSet) -> dict[str, Any]:
+    """What a validation of a density measures, and how."""
+    num, seed = config.training.eval_examples, config.seed
+    return {
+        "examples": data.held_out("validation", num, seed),
+        "contexts": data.held_out_contexts("validation", num, seed),
+        "constraint": config.constraint,
+        "estimator": config.evaluation.logdet.build(),
+        "logdet": config.logdet,
+        "max_num_terms": config.training.max_num_terms,
+        "batch_size": config.evaluation.batch_size,
+        "seed": seed,
+    }
+
+
+def _held_out_labels(config: Config, data: DataSet) -> Any:
+    return data.labels["validation"][: config.training.eval_examples]
+
+
+def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
+    """Fresh variables, fitted to training data."""
+    return initialization.initial_variables(
+        spec,
+        config.seed,
+        lambda key: data.random_train(key, config.training.actnorm_examples),
+        constraint=config.constraint,
+        last_scale=config.model.last_scale,
+        sharp=config.model.sharp,
+        fitted_priors=config.hybrid.fitted_priors,
+    )
+
+
+def build_augmentation(settings: AugmentationConfig, data: DataSet) -> classification.Augment | None:
+    """The random change of training images that ``config.augmentation`` describes; None for no change.
+
+    Raises:
+        ValueError: If images of this size cannot be changed like that.
+    """
+    padding = settings.crop_padding
+    if not padding and not settings.flip:
+        return None
+
+    def augment_images(keys, images):
+        if not padding:
+            return augment.random_flip(keys, images)
+        change = augment.crop_and_flip if settings.flip else augment.random_crop
+        return change(keys, images, padding=padding)
+
+    keys, one = jax.random.split(jax.random.key(0), 1), data.examples["train"][:1]
+    jax.eval_shape(augment_images, keys, one)
+    return augment_images
