@@ -139,6 +139,7 @@ def test_a_wrong_argument_is_refused_in_a_sentence(call, sentence):
         call()
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_numbers_of_numpy_are_numbers():
     """Steps and settings that a script computed."""
     settings = {"optimizer.learning_rate": np.float32(1e-3), "training.blocks": "unroll"}
