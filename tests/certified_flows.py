@@ -50,10 +50,8 @@ def density(spec):
     """A density with a random prior, of a `DensitySpec` or of the name of a flow."""
     spec = DensitySpec({**FLOWS, **JUMPS}[spec]) if isinstance(spec, str) else spec
     rng = np.random.default_rng(0)
-    prior = {
-        name: jnp.asarray(0.3 * rng.normal(size=values.shape), jnp.float32)
-        for name, values in priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes).items()
-    }
+    standard = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes, spec.num_components)
+    prior = {name: jnp.asarray(0.3 * rng.normal(size=values.shape), jnp.float32) for name, values in standard.items()}
     return Density(spec, weights(spec.flow), prior)
 
 

@@ -242,7 +242,9 @@ def log_abs_det(numbers: Numbers, matrix: Any) -> Any:
 
 
 def log_prior(numbers: Numbers, kind: str, prior: Any, z: Any) -> Any:
-    """Log-density of latents; with ``class_logits`` of the mixture of the classes' priors."""
+    """Log-density of latents; with ``class_logits`` of the mixture of the classes' priors, with ``logits`` of "mixture"."""
+    if kind == "mixture":
+        return _log_mixture(numbers, prior, z)
     log_scale = "log_std" if kind == "gaussian" else "log_scale"
     if "class_logits" not in prior:
         mean, scale = numbers.of(prior["mean"]), numbers.of(prior[log_scale])
@@ -255,6 +257,18 @@ def log_prior(numbers: Numbers, kind: str, prior: Any, z: Any) -> Any:
     own = [{name: values[k] for name, values in prior.items() if name != "class_logits"} for k in range(len(logits))]
     of_classes = np.array([log_prior(numbers, kind, one, z) for one in own]) + logits
     return _log_sum_exp(numbers, of_classes) - _log_sum_exp(numbers, logits)
+
+
+def _log_mixture(numbers, prior, z):
+    """Log-density of a mixture of normal distributions, but for components whose logits are -2^100 or less."""
+    present = [k for k, logit in enumerate(prior["logits"]) if logit > -(2.0**100)]
+    logits, of_components = numbers.of(np.asarray(prior["logits"])[present]), []
+    for k in present:
+        log_diagonal, centred = numbers.of(prior["log_diagonal"][k]), z - numbers.of(prior["mean"][k])
+        t = numbers.of(np.tril(prior["lower"][k], -1)) @ centred + numbers.exp(log_diagonal) * centred
+        squares = (t * t + numbers.log(2 * _pi(numbers))).sum()
+        of_components.append(log_diagonal.sum() - squares / numbers.of(2.0))
+    return _log_sum_exp(numbers, np.array(of_components) + logits) - _log_sum_exp(numbers, logits)
 
 
 def _log_sum_exp(numbers, values):

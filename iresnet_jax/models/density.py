@@ -74,13 +74,14 @@ class DensitySpec:
 
     Attributes:
         flow: Architecture of the flow.
-        prior_family: "gaussian" or "logistic", the family of the prior.
+        prior_family: "gaussian", "logistic" or "mixture", the family of the prior.
         transform: Preprocessing: `Center`, `Logit` or `Equalize` of images in [0, 1), `Standardize` or `Whiten` of other
             continuous data, `Identity` of either.
         num_levels: Integer levels of the data, at least 2; None for continuous data.
         num_classes: Classes that have a prior each, at least 2; None for one prior of all.
         grid: Entries of vectors that lie on a grid; None if all are continuous.
         context: Scale of the contexts of a conditional density; None takes contexts as they are.
+        num_components: Components of the prior "mixture", which is one of vectors without classes; None for other priors.
     """
 
     constrained: ClassVar[bool] = True
@@ -93,6 +94,7 @@ class DensitySpec:
     num_classes: int | None = None
     grid: Grid | None = None
     context: Standardize | None = None
+    num_components: int | None = None
 
     def __post_init__(self):
         if self.grid is not None and (self.num_levels is not None or self.flow.event_shape != (len(self.grid.spacing),)):
@@ -110,8 +112,19 @@ class DensitySpec:
                 )
         if self.num_classes is not None and self.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {self.num_classes}: the data set needs labels")
-        if self.prior_family not in priors.PRIORS:
-            raise ValueError(f"prior_family must be one of {', '.join(priors.PRIORS)}, got {self.prior_family!r}")
+        if self.prior_family not in priors.KINDS:
+            raise ValueError(f"prior_family must be one of {', '.join(priors.KINDS)}, got {self.prior_family!r}")
+        is_mixture = self.prior_family == priors.MIXTURE
+        if is_mixture != (self.num_components is not None):
+            raise ValueError(
+                "num_components is for the prior mixture, which needs it, and for no other: got "
+                f"{self.num_components} for the prior {self.prior_family}"
+            )
+        if is_mixture and (len(self.flow.event_shape) != 1 or self.num_classes is not None or (self.num_components or 0) < 1):
+            raise ValueError(
+                f"a mixture is the prior of vectors without classes, and has at least 1 component: got {self.num_components} "
+                f"components for examples of shape {self.flow.event_shape} and {self.num_classes or 'no'} classes"
+            )
         if isinstance(self.transform, Equalize):
             levels, shares = len(self.transform.frequencies), self.transform.shares
             if self.num_levels not in (None, levels):

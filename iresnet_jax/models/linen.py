@@ -93,7 +93,7 @@ class StageModule(nn.Module):
 
 
 class ResidualFlow(nn.Module):
-    """A multi-scale residual flow with a learned diagonal prior.
+    """A multi-scale residual flow with a learned prior.
 
     ``init(key, x)`` or ``init(key, x, context)`` fits ActNorm to ``x`` and runs the power iterations to convergence:
 
@@ -102,9 +102,10 @@ class ResidualFlow(nn.Module):
 
     Attributes:
         spec: The architecture.
-        prior_family: "gaussian" or "logistic".
+        prior_family: "gaussian", "logistic" or "mixture", whose components start equal: replace them by `mixtures.mixture_of`.
         last_scale: Initial factor on a branch's last layer.
         num_classes: Classes that have a prior each; None for one prior of all.
+        num_components: Components of the prior "mixture"; None for other priors.
         sharp: Whether activations start sharper, see `BranchSpec.initial_weights`.
         fitted: Whether ``init`` converges power iterates and fits ActNorm; False creates variables of the same shapes.
     """
@@ -113,6 +114,7 @@ class ResidualFlow(nn.Module):
     prior_family: str = "gaussian"
     last_scale: float = 1.0
     num_classes: int | None = None
+    num_components: int | None = None
     sharp: bool = False
     fitted: bool = True
 
@@ -128,7 +130,8 @@ class ResidualFlow(nn.Module):
             if stage.spec.factor_out:
                 x, latent = reshape.split_channels(x)
                 latents.append(reshape.flatten(latent))
-        self.param("prior", lambda key: priors.standard(self.prior_family, self.spec.num_dims, self.num_classes))
+        sizes = self.spec.num_dims, self.num_classes, self.num_components
+        self.param("prior", lambda key: priors.standard(self.prior_family, *sizes))
         return jnp.concatenate([*latents, reshape.flatten(x)], axis=-1)
 
     def constrain(self, *, num_steps: int | None = None, rtol: float = 1e-3) -> ConstrainedFlow:

@@ -1,7 +1,7 @@
-"""Priors of latents: independent normal or logistic distributions with learned means and scales.
+"""Priors of latents: independent normal or logistic distributions with learned means and scales, or a mixture of normals.
 
 A prior is its name and its parameters, ``{"mean", "log_std"}`` of "gaussian" or ``{"mean", "log_scale"}`` of "logistic", one
-each a dimension.
+each a dimension; those of "mixture" are in `mixtures`.
 """
 
 import functools
@@ -16,10 +16,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from iresnet_jax.bijections.transforms.logit import log_logistic
 from iresnet_jax.maths.enclosures.ball_arithmetic import LOG_2PI, Ball, exp, joined, log_sum_exp, softplus
+from iresnet_jax.models import mixtures
+from iresnet_jax.models.mixtures import Parameters
 
 SMALLEST_VARIANCE = 1e-4  # of latents within classes, whose whole variance is about 1 or more
-
-Parameters = Mapping[str, Float[Array, "..."]]
 
 
 class _Family(NamedTuple):
@@ -56,16 +56,19 @@ PRIORS = {
         math.pi / math.sqrt(3),
     ),
 }
+MIXTURE = "mixture"
+KINDS = (*PRIORS, MIXTURE)
 
 
 def log_prob(kind: str, params: Parameters, z: Float[Array, "b d"]) -> Float[Array, " b"]:
     r"""Log-density ``sum (log p(t) - log_scale)``, ``t = (z - mean) / scale``; natural log, exact.
 
     ``log p(t)`` is ``-t^2 / 2 - log(2 pi) / 2`` ("gaussian") or ``log sigmoid(t) + log sigmoid(-t)`` ("logistic", whose
-    standard deviation is ``pi / sqrt(3)`` times its scale and whose tails are linear in ``|t|``).
+    standard deviation is ``pi / sqrt(3)`` times its scale and whose tails are linear in ``|t|``). A "mixture" has the
+    log-density of `mixtures.log_prob`.
 
     Args:
-        kind: "gaussian" or "logistic".
+        kind: "gaussian", "logistic" or "mixture".
         params: Parameters of the prior.
         z: One row an example.
 
@@ -75,6 +78,8 @@ def log_prob(kind: str, params: Parameters, z: Float[Array, "b d"]) -> Float[Arr
     Example:
         >>> log_prob("gaussian", standard("gaussian", 48), z)
     """
+    if kind == MIXTURE:
+        return mixtures.log_prob(params, z)
     family = _family(kind)
     mean, log_scale = params["mean"], params[family.log_scale]
     if mean.shape != z.shape[1:] or log_scale.shape != z.shape[1:]:
@@ -90,13 +95,15 @@ def enclose_log_prob(kind: str, params: Mapping[str, Any], z: Ball) -> Ball:
     """`log_prob` with guaranteed errors: balls for latents in balls; parameters count as the numbers that they are.
 
     Args:
-        kind: "gaussian" or "logistic".
+        kind: "gaussian", "logistic" or "mixture".
         params: Parameters of the prior; with ``class_logits`` those of the classes' priors, whose mixture it is.
         z: Latents ``(b, d)``.
 
     Raises:
         ValueError: If the prior is unknown.
     """
+    if kind == MIXTURE:
+        return mixtures.enclose_log_prob(params, z)
     family = _family(kind)
     own = {name: Ball.of(np.asarray(values, np.float64)) for name, values in params.items()}
 
@@ -113,14 +120,14 @@ def enclose_log_prob(kind: str, params: Mapping[str, Any], z: Ball) -> Ball:
 
 
 def sample(kind: str, params: Parameters, key: Key[Array, ""], n: int, temperature: float = 1.0) -> Float[Array, "{n} d"]:
-    """Draws ``mean + temperature * scale * e`` with ``e`` from the standard member.
+    """Draws ``mean + temperature * scale * e`` with ``e`` from the standard member, of one component of a mixture.
 
     Args:
-        kind: "gaussian" or "logistic".
+        kind: "gaussian", "logistic" or "mixture".
         params: Parameters of the prior.
         key: One typed key.
         n: Number of samples, at least 1.
-        temperature: Factor on the scale, at least 0, where every sample is the mean. 1 samples the prior.
+        temperature: Factor on the scale, at least 0, where every sample is a mean. 1 samples the prior.
 
     Raises:
         ValueError: If the prior is unknown, or ``n`` or ``temperature`` is out of range.
@@ -128,22 +135,28 @@ def sample(kind: str, params: Parameters, key: Key[Array, ""], n: int, temperatu
     Example:
         >>> z = sample("logistic", standard("logistic", 48), jax.random.key(0), 64, temperature=0.7)
     """
-    family = _family(kind)
     if n < 1 or not temperature >= 0:
         raise ValueError(
             f"n must be at least 1 and temperature at least 0, got {n} and {temperature}: "
             "a temperature below 1 concentrates the samples, 0 gives the mean"
         )
+    if kind == MIXTURE:
+        return mixtures.sample(params, key, n, temperature)
+    family = _family(kind)
     mean, log_scale = params["mean"], params[family.log_scale]
     return mean[None] + temperature * jnp.exp(log_scale[None]) * family.draw(key, (n, *mean.shape), mean.dtype)
 
 
-def standard(kind: str, num_dims: int, num_classes: int | None = None) -> dict[str, Array]:
+def standard(kind: str, num_dims: int, num_classes: int | None = None, num_components: int | None = None) -> dict[str, Array]:
     """Parameters of the standard member; with classes one for each, and ``class_logits`` of classes that are equally likely.
+
+    Those of a mixture are of ``num_components`` components, all of which are standard normal.
 
     Raises:
         ValueError: If the prior is unknown.
     """
+    if kind == MIXTURE and num_components is not None:
+        return mixtures.standard(num_dims, num_components)
     zeros = jnp.zeros(num_dims if num_classes is None else (num_classes, num_dims))
     classes = {} if num_classes is None else {"class_logits": jnp.zeros(num_classes)}
     return {"mean": zeros, _family(kind).log_scale: zeros, **classes}
@@ -179,5 +192,7 @@ def of_classes(kind: str, z: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "
 
 def _family(kind: str) -> _Family:
     if kind not in PRIORS:
-        raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {kind!r}")
+        raise ValueError(
+            f"prior must be one of {', '.join(KINDS)}, a mixture with components and without classes, got {kind!r}"
+        )
     return PRIORS[kind]

@@ -107,7 +107,8 @@ def _empty(spec: Spec) -> dict[str, Any]:
 
     params = {stage.name: {"blocks": blocks(stage)} for stage in spec.flow.layout}
     if isinstance(spec, DensitySpec):
-        return {"params": params, "prior": priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)}
+        prior = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes, spec.num_components)
+        return {"params": params, "prior": prior}
     if isinstance(spec, ReconstructorSpec):
         return {"params": params}
     channels = spec.feature_shape[-1]

@@ -53,7 +53,10 @@ class ModelConfig:
     # What c limits. "layer": the norm of each layer. "block": the product of the norms of each block. "network": the Lipschitz
     # constants L_b of all blocks together, by prod (1 - L_b) = 1 - c, so that Lip(F^-1) <= 1 / (1 - c); without ActNorm.
     budget: Literal["layer", "block", "network"] = "layer"
-    prior: Literal["gaussian", "logistic"] = "gaussian"
+    # Of the latents. "mixture" is one of normal distributions with full covariances, fitted to latents before training, for
+    # vectors of a density.
+    prior: Literal["gaussian", "logistic", "mixture"] = "gaussian"
+    prior_components: CountOrNone = 0  # components of the prior "mixture"; 0 for other priors
     last_scale: NotNegative = 1.0  # initial factor on the last layer of each branch
     sharp: bool = False  # whether activations of the Swish family start sharper in wider layers of a density
 
@@ -204,6 +207,15 @@ def _check_combinations(config: Config) -> None:
         (
             objective not in ("density", "hybrid") and config.model.sharp,
             f"config.model.sharp is for the objectives density and hybrid: leave it false for {objective}",
+        ),
+        (
+            (config.model.prior == "mixture") != bool(config.model.prior_components),
+            "config.model.prior_components is for the prior mixture, which needs it, and for no other: got "
+            f"{config.model.prior_components} for {config.model.prior}",
+        ),
+        (
+            config.model.prior == "mixture" and objective != "density",
+            f"config.model.prior mixture is for the objective density, got {objective}: choose gaussian or logistic",
         ),
         (
             objective in ("density", "hybrid") and norms == "none",

@@ -54,6 +54,7 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
         num_classes=data.num_classes if is_hybrid else None,
         grid=data.grid,
         context=_context_scale(data),
+        num_components=config.model.prior_components or None,
     )
 
 

@@ -170,7 +170,8 @@ def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
     return initialization.initial_variables(
         spec,
         config.seed,
-        lambda key: data.random_train(key, config.training.actnorm_examples),
+        data.random_train,
+        actnorm_examples=config.training.actnorm_examples,
         constraint=config.constraint,
         last_scale=config.model.last_scale,
         sharp=config.model.sharp,

@@ -1,17 +1,18 @@
 """The variables that training starts from."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, UInt32
+from jaxtyping import Array, Float, Key, UInt32
 
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.actnorm import ActNormParams
-from iresnet_jax.models import flow, linen, priors
+from iresnet_jax.models import flow, linen, mixtures, priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.head import batch_statistics
@@ -20,6 +21,10 @@ from iresnet_jax.models.saved import Spec
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import ConstraintConfig, validation_constraint
 from iresnet_jax.training.parallel import AXIS
+
+MIXTURE_EXAMPLES = 20_000  # at most, whose latents a mixture is fitted to
+MIXTURE_STARTS, MIXTURE_STEPS = 3, 30  # of expectation maximisation, from which training goes on
+SMALLEST_VARIANCE = 1e-6  # of a mixture's components, relative to that of all latents
 
 Examples = tuple[Any, Any, Any]  # examples, their contexts and their labels; None for those that there are not
 
@@ -43,8 +48,9 @@ def abstract_variables(spec: Spec) -> Any:
 def initial_variables(
     spec: Spec,
     seed: int,
-    examples_of: Callable[[Any], Examples],
+    examples_of: Callable[[Any, int], Examples],
     *,
+    actnorm_examples: int,
     constraint: ConstraintConfig,
     last_scale: float = 1.0,
     sharp: bool = False,
@@ -52,10 +58,14 @@ def initial_variables(
 ) -> Any:
     """Fresh variables: random weights, norms iterated, ActNorm fitted to training data by all devices together.
 
+    The prior "mixture" is fitted to latents, see `fitted_mixture`.
+
     Args:
         spec: The model.
         seed: Seed of the run.
-        examples_of: ``key ->`` random training examples. A reconstructor, whose ActNorm is the identity, needs none.
+        examples_of: ``(key, n) ->`` up to ``n`` random training examples. A reconstructor, whose ActNorm is the identity, needs
+            none.
+        actnorm_examples: Examples that ActNorm is fitted to.
         constraint: How blocks are constrained.
         last_scale: Initial factor on the last layer of each branch.
         sharp: Whether the Swish family starts sharper in a density the wider its layers are.
@@ -65,7 +75,7 @@ def initial_variables(
     module = _module(spec, last_scale, sharp=sharp)
     if isinstance(spec, ReconstructorSpec):
         return _created(spec, module, constraint, key_init, jnp.zeros((2, *spec.flow.event_shape)))[0]
-    x, context, labels = examples_of(key_data)
+    x, context, labels = examples_of(key_data, actnorm_examples)
     if isinstance(spec, ClassifierSpec):
         inputs: tuple[Any, ...] = (_preprocess(Classifier(spec, {}, {}, {}), x),)
         if not spec.is_bijective:
@@ -79,6 +89,10 @@ def initial_variables(
     params = dict(variables["params"])
     for name, block in fitted.items():
         params[name] = {"blocks": {**params[name]["blocks"], "actnorm": block.actnorm._asdict()}}
+    if isinstance(spec, DensitySpec) and spec.num_components is not None:
+        x, context, _ = examples_of(key_data, MIXTURE_EXAMPLES)
+        z = _encode(Density(spec, fitted, {}), x, key_noise, context)
+        params["prior"] = fitted_mixture(np.asarray(z), spec.num_components, seed)
     if isinstance(spec, DensitySpec) and spec.num_classes is not None:
         params["prior"] = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
         if fitted_priors:
@@ -87,6 +101,31 @@ def initial_variables(
             )
     variables = {**variables, "params": params}
     return {**variables, "batch_stats": statistics} if statistics else variables
+
+
+def fitted_mixture(z: Float[np.ndarray, "n d"], num_components: int, seed: int = 0) -> dict[str, Array]:
+    """Parameters of a mixture of normal distributions that latents are likely under, by scikit-learn's `GaussianMixture`.
+
+    Args:
+        z: Latents. Fewer latents than components leave the rest of the components absent.
+        num_components: Components of the prior.
+        seed: Seed of the starts.
+    """
+    from sklearn.exceptions import ConvergenceWarning  # late: a second, which only mixtures need
+    from sklearn.mixture import GaussianMixture
+    from threadpoolctl import threadpool_limits
+
+    z = np.asarray(z, np.float64)
+    mean, std = z.mean(axis=0), z.std(axis=0)
+    std = np.where(std > 0, std, 1)
+    settings = {"reg_covar": SMALLEST_VARIANCE, "max_iter": MIXTURE_STEPS, "n_init": MIXTURE_STARTS, "random_state": seed}
+    mixture = GaussianMixture(min(num_components, len(z)), **settings)
+    # On one thread: matrices are small, and threads that wait for each other took ten times as long on two busy cores.
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        mixture.fit((z - mean) / std)
+    means, covariances, weights = map(np.asarray, (mixture.means_, mixture.covariances_, mixture.weights_))
+    return mixtures.mixture_of(mean + std * means, covariances * np.outer(std, std), weights, num_components)
 
 
 @jax.jit
@@ -99,8 +138,10 @@ def _module(spec: Spec, last_scale: float = 1.0, *, sharp: bool = False) -> Any:
     """The module that creates the variables; of a density with classes the one with one prior, which is replaced."""
     if isinstance(spec, ClassifierSpec):
         return linen.Classifier(spec, last_scale=last_scale)
-    family = spec.prior_family if isinstance(spec, DensitySpec) else "gaussian"
-    return linen.ResidualFlow(spec.flow, prior_family=family, last_scale=last_scale, sharp=sharp)
+    prior = {}
+    if isinstance(spec, DensitySpec):
+        prior = {"prior_family": spec.prior_family, "num_components": spec.num_components}
+    return linen.ResidualFlow(spec.flow, last_scale=last_scale, sharp=sharp, **prior)
 
 
 def _created(
@@ -155,6 +196,7 @@ def _without_prior(spec: Spec, variables: Any) -> dict[str, Any]:
 
 
 _preprocess = jax.jit(lambda model, *given: model.preprocess(*given))
+_encode = jax.jit(lambda model, x, key, context: model.encode(x, key, context=context))
 
 
 @functools.lru_cache(maxsize=64)

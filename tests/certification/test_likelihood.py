@@ -29,6 +29,7 @@ SPECS = {
     "whitened": DensitySpec(FLOWS["preactivated"], transform=WHITEN),
     "logistic": DensitySpec(FLOWS["lipswish"], "logistic", Standardize((1.0, -1.0), (0.5, 3.0))),
     "classes": DensitySpec(FLOWS["tanh"], num_classes=3),
+    "mixture": DensitySpec(FLOWS["tanh"], "mixture", num_components=3),
     "images": DensitySpec(FLOWS["images"], "logistic", Equalize((0.5, 0.125, 0.25, 0.125)), num_levels=4),
     "images by the logit": DensitySpec(FLOWS["images"], transform=Logit(0.05), num_levels=4),
 }

@@ -231,7 +231,15 @@ def test_labels_that_are_none_are_named(with_classes):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"prior_family": "cauchy"}, "prior_family must be one of gaussian, logistic, got 'cauchy'"),
+        ({"prior_family": "cauchy"}, "prior_family must be one of gaussian, logistic, mixture, got 'cauchy'"),
+        ({"prior_family": "mixture"}, "num_components is for the prior mixture, .* got None for the prior mixture"),
+        ({"num_components": 2}, "got 2 for the prior logistic"),
+        ({"prior_family": "mixture", "num_components": 2}, r"prior of vectors .* got 2 components .* shape \(4, 4, 1\)"),
+        ({"prior_family": "mixture", "num_components": 0, "flow": PLANE.flow, "transform": Center()}, "at least 1 .* got 0"),
+        (
+            {"prior_family": "mixture", "num_components": 2, "num_classes": 3, "flow": PLANE.flow, "transform": Center()},
+            "without classes, .* 3 classes",
+        ),
         ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
         ({"num_levels": 9}, "equalize needs the frequency of each of 9 levels, got 8"),
         ({"transform": Equalize((0.5, 0.5), (0.5,) * 3), "num_levels": 2}, r"a share for each entry of \(4, 4, 1\), got 3"),

@@ -8,10 +8,10 @@ import mpmath
 import numpy as np
 import plain_flow as plain
 import pytest
-from scipy import integrate, stats
+from scipy import integrate, special, stats
 
 from iresnet_jax.maths.enclosures.ball_arithmetic import Ball
-from iresnet_jax.models import priors
+from iresnet_jax.models import mixtures, priors
 
 EXACT = 1e-10  # float64, same maths by another route
 QUADRATURE = 1e-8  # what scipy.integrate.quad promises by default
@@ -79,6 +79,74 @@ def test_samples_follow_the_prior_at_its_temperature(x64, name):
     np.testing.assert_array_equal(sample(params, jax.random.key(0), 3, 0.0), np.tile([1.0, -2.0], (3, 1)))
 
 
+WEIGHTS = np.array([0.2, 0.5, 0.3])
+
+
+def mixture(d=4, num_components=5, seed=0):
+    """A mixture of three components, two more that are absent, and moments of the three."""
+    rng = np.random.default_rng(seed)
+    factors = rng.normal(size=(3, d, d))
+    covariances = factors @ factors.transpose(0, 2, 1) + 0.1 * np.eye(d)
+    means = 3 * rng.normal(size=(3, d))
+    return mixtures.mixture_of(means, covariances, WEIGHTS, num_components), means, covariances
+
+
+def test_a_mixture_s_log_prob_matches_scipy(x64):
+    """The parameters are in single precision, and the oracle takes them as they are; one absent logit is infinite."""
+    params, _, covariances = mixture()
+    params = {**params, "logits": params["logits"].at[4].set(-np.inf)}
+    own = {name: np.asarray(values, np.float64) for name, values in params.items()}
+    z = np.concatenate([3 * np.random.default_rng(1).normal(size=(6, 4)), np.full((1, 4), 100.0)])
+    of_components = []
+    for k in range(3):
+        factor = own["lower"][k] + np.diag(np.exp(own["log_diagonal"][k]))
+        covariance = np.linalg.inv(factor.T @ factor)
+        np.testing.assert_allclose(covariance, covariances[k], rtol=0, atol=1e-4)
+        of_components.append(stats.multivariate_normal(own["mean"][k], covariance).logpdf(z) + own["logits"][k])
+    expected = special.logsumexp(of_components, axis=0) - special.logsumexp(own["logits"][:3])
+    exact = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
+    np.testing.assert_allclose(priors.log_prob("mixture", exact, jnp.asarray(z)), expected, rtol=1e-8)  # an inverse of inverses
+
+
+def test_absent_components_change_neither_values_nor_gradients():
+    z = jnp.asarray(3 * np.random.default_rng(1).normal(size=(6, 4)), jnp.float32)
+    value_and_grad = jax.jit(
+        jax.value_and_grad(lambda params, z: jnp.sum(priors.log_prob("mixture", params, z)), argnums=(0, 1))
+    )
+    (padded, _, _), (own, _, _) = mixture(), mixture(num_components=3)
+    value, (of_params, of_z) = value_and_grad(padded, z)
+    expected, (of_own, of_own_z) = value_and_grad(own, z)
+    np.testing.assert_allclose(value, expected, rtol=SINGLE)
+    np.testing.assert_allclose(of_z, of_own_z, rtol=SINGLE)
+    for name, gradient in of_params.items():
+        np.testing.assert_allclose(gradient[:3], of_own[name], rtol=1e-4, atol=1e-4)
+        assert not np.any(gradient[3:])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_of_a_mixture_have_its_moments(temperature):
+    params, means, covariances = mixture()
+    z = np.asarray(priors.sample("mixture", params, jax.random.key(0), 20_000, temperature), np.float64)
+    assert z.shape == (20_000, 4)
+    mean = WEIGHTS @ means
+    within, between = (
+        np.einsum("k,kij->ij", WEIGHTS, covariances),
+        np.einsum("k,ki,kj->ij", WEIGHTS, means - mean, means - mean),
+    )
+    stderr = 5 * z.std(axis=0) / np.sqrt(len(z))
+    assert np.all(np.abs(z.mean(axis=0) - mean) < stderr)
+    np.testing.assert_allclose(np.cov(z.T), temperature**2 * within + between, atol=0.03 * np.trace(within + between))
+
+
+def test_a_mixture_without_temperature_gives_its_means():
+    params, means, _ = mixture()
+    z = np.asarray(priors.sample("mixture", params, jax.random.key(0), 2000, 0.0))
+    values, counts = np.unique(z, axis=0, return_counts=True)
+    order = np.argsort(means[:, 0])
+    np.testing.assert_allclose(values, means[order], rtol=SINGLE)
+    assert np.all(np.abs(counts / 2000 - WEIGHTS[order]) < 5 * np.sqrt(0.25 / 2000))
+
+
 def test_priors_of_classes_are_stacked_and_equally_likely():
     stacked = priors.standard("gaussian", 3, num_classes=2)
     assert {name: values.shape for name, values in stacked.items()} == {"mean": (2, 3), "log_std": (2, 3), "class_logits": (2,)}
@@ -115,7 +183,12 @@ STANDARD = priors.standard("gaussian", 2)
         (lambda: priors.sample("gaussian", STANDARD, jax.random.key(0), 0), "got 0 and 1.0"),
         (lambda: priors.sample("gaussian", STANDARD, jax.random.key(0), 1, -0.5), "got 1 and -0.5"),
         (lambda: priors.sample("gaussian", STANDARD, jax.random.key(0), 1, float("nan")), "got 1 and nan"),
-        (lambda: priors.standard("cauchy", 3), "prior must be one of gaussian, logistic, got 'cauchy'"),
+        (lambda: priors.standard("cauchy", 3), "prior must be one of gaussian, logistic, mixture, .* got 'cauchy'"),
+        (lambda: priors.standard("mixture", 3, num_classes=2), "a mixture with components and without classes"),
+        (lambda: priors.log_prob("mixture", mixture()[0], jnp.zeros((4, 3))), r"4 dimensions, got z of shape \(4, 3\)"),
+        (lambda: mixtures.mixture_of([[0.0]], [[[0.0]]], [1.0]), "covariances of a mixture must be positive definite"),
+        (lambda: mixtures.mixture_of([[0.0]], [[[1.0]]], [0.0]), "weights of a mixture must be at least 0"),
+        (lambda: mixtures.mixture_of([[0.0]] * 2, [[[1.0]]] * 2, [1.0] * 2, 1), "2 components, and 1 are allowed"),
     ],
 )
 def test_caller_mistakes(call, match):
@@ -123,15 +196,18 @@ def test_caller_mistakes(call, match):
         call()
 
 
-@pytest.mark.parametrize("kind", priors.PRIORS)
-@pytest.mark.parametrize("num_classes", [None, 3])
+@pytest.mark.parametrize(
+    ("kind", "num_classes"), [("gaussian", None), ("logistic", None), ("gaussian", 3), ("logistic", 3), ("mixture", None)]
+)
 @pytest.mark.parametrize("scale", [1.0, 40.0])
 def test_enclosures_hold_the_numbers_of_50_digits(kind, num_classes, scale):
     rng, numbers = np.random.default_rng(0), plain.mpmath_numbers(50)
     params = {
         name: (0.5 * rng.normal(size=values.shape)).astype(np.float32)
-        for name, values in priors.standard(kind, 5, num_classes).items()
+        for name, values in priors.standard(kind, 5, num_classes, num_components=3).items()
     }
+    if kind == "mixture":
+        params["logits"][1] = mixtures.ABSENT
     z = scale * rng.normal(size=(3, 5))
     errors = np.array([0.0, 1e-15, 1e-6])
     found = priors.enclose_log_prob(kind, params, Ball.of(z).widened(errors[:, None]))

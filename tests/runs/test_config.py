@@ -77,6 +77,9 @@ MISTAKES = [
     ("toy", "constraint.norms=none", "a density needs blocks that are contractions"),
     ("classifier", "data.name=moons", "classification needs labelled images"),
     ("classifier", "model.sharp=true", "config.model.sharp is for the objectives density and hybrid"),
+    ("toy", "model.prior=mixture", "prior_components is for the prior mixture, which needs it"),
+    ("toy", "model.prior_components=2", "got 2 for gaussian"),
+    ("hybrid", "model.prior=mixture model.prior_components=2", "mixture is for the objective density, got hybrid"),
     ("classifier", "augmentation.crop_padding=9", "padding must lie in [0, 8] for 8x8 images"),
     ("classifier", "classifier.label_smoothing=1.5", "must lie in [0, 1), got 1.5"),
     (

@@ -1,14 +1,20 @@
-"""ActNorm fitted by all devices is the one that a single device fits."""
+"""ActNorm fitted by all devices is the one that a single device fits; a mixture is the prior that latents have."""
 
 import chex
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_runs as runs
 
+import iresnet_jax as ir
+from iresnet_jax import certify
 from iresnet_jax.data import load
-from iresnet_jax.models import flow
+from iresnet_jax.models import flow, priors
+from iresnet_jax.runs import loop, trained_run
 from iresnet_jax.runs.model_from_config import model_spec
 from iresnet_jax.runs.objective_from_config import initial_variables
+from iresnet_jax.training.initialization import fitted_mixture
 
 CONVERGED = 2e-3  # twice the tolerance of the power iterations
 RTOL, ATOL = 1e-4, 1e-5  # float32 means over the same numbers, summed in another order, and what blocks make of that
@@ -55,3 +61,41 @@ def test_two_devices_fit_what_one_fits(name, monkeypatch):
 def test_examples_that_do_not_split_evenly_leave_some_out():
     found, expected = (variables_of("toy", **{"training.actnorm_examples": num}) for num in (33, 32))
     chex.assert_trees_all_equal(found, expected)
+
+
+def test_a_mixture_is_fitted_to_latents():
+    """Of three points each is a component, and the fourth component is absent; of three modes the components are the modes."""
+    modes = np.array([[-5.0, 0.0], [5.0, 0.0], [0.0, 300.0]])
+    few = fitted_mixture(modes, 4)
+    np.testing.assert_allclose(np.exp(few["logits"]), [1 / 3, 1 / 3, 1 / 3, 0], atol=1e-3)
+    z = np.repeat(modes, 400, axis=0) + np.random.default_rng(0).normal(size=(1200, 2)) * [0.5, 2.0]
+    found = fitted_mixture(z, 3)
+    order = np.lexsort(np.asarray(found["mean"]).round().T)
+    np.testing.assert_allclose(np.asarray(found["mean"])[order], modes, atol=0.5)
+    np.testing.assert_allclose(np.exp(-found["log_diagonal"][:, 0]), 0.5, rtol=0.15)
+    np.testing.assert_allclose(np.exp(found["logits"]), 1 / 3, atol=0.01)
+
+
+def test_a_density_with_a_mixture_is_trained_saved_loaded_and_certified(tmp_path):
+    changes = {"model.prior": "mixture", "model.prior_components": 3, "training.total_steps": 3, "training.eval_every_steps": 3}
+    config = runs.config_of(runs.TOY_CONFIG, **changes)
+    data = load(config.data.name)
+    start = initial_variables(config, model_spec(config, data), data)["params"]["prior"]
+    loop.train(config, tmp_path / "run")
+    trained = trained_run.load(tmp_path / "run").model
+    for name, values in trained.prior.items():
+        assert np.any(values != start[name])
+        assert np.all(np.isfinite(values))
+    model, x = ir.load(trained.save(tmp_path / "model.npz")), data.held_out("test", 4)
+    assert model.spec.num_components == 3
+    interval = certify.log_prob(model, x)
+    assert np.all(interval.width < 1e-9)
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), model)
+        assert np.all(np.abs(np.asarray(exact.log_prob(jnp.asarray(x, jnp.float64))) - interval.lower) < 1e-9)
+    samples, info = model.sample(jax.random.key(0), 4)
+    assert info.converged.all()
+    assert np.all(np.isfinite(samples))
+    z = model.encode(data.held_out("test", 256))  # of modes that no single normal distribution has
+    moments = {"mean": jnp.mean(z, axis=0), "log_std": jnp.log(jnp.std(z, axis=0))}
+    assert np.mean(priors.log_prob("mixture", model.prior, z)) > np.mean(priors.log_prob("gaussian", moments, z)) + 0.1

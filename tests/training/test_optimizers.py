@@ -158,6 +158,7 @@ def test_muon_equalises_the_singular_values_of_each_block_s_kernel():
     grads = {
         "blocks": {"conv0": {"kernel": rng.normal(size=(blocks, 3, 3, 4, 8)), "bias": rng.normal(size=(blocks, 8))}},
         "head": {"kernel": rng.normal(size=(5, 3))},
+        "prior": {"lower": rng.normal(size=(2, 3, 3))},  # matrices that are no operators: they move as Adam moves them
     }
     grads = jax.tree.map(jnp.float32, grads)
     zero = jax.tree.map(jnp.zeros_like, grads)
@@ -171,6 +172,9 @@ def test_muon_equalises_the_singular_values_of_each_block_s_kernel():
         np.testing.assert_allclose(core, np.diag(np.diag(core)), atol=1e-3)
         assert np.all((np.diag(core) > 0.6) & (np.diag(core) < 1.3))  # five Newton-Schulz steps come no closer
     np.testing.assert_allclose(np.sign(moved["blocks"]["conv0"]["bias"]), -np.sign(grads["blocks"]["conv0"]["bias"]))
+    of_prior = np.asarray(-moved["prior"]["lower"] * np.sign(grads["prior"]["lower"]))
+    np.testing.assert_allclose(of_prior, of_prior.max(), rtol=1e-3)
+    assert of_prior.max() > 0
 
 
 def test_decay_mask_picks_kernels_only():

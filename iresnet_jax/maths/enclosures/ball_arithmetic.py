@@ -109,13 +109,14 @@ def joined(function: Callable[[list[Array]], Array], balls: Sequence[Ball]) -> B
 def exp(x: Ball) -> Ball:
     r"""``e^x``: ``|e^(m + t) - e^m| <= e^m (r + r^2)`` for ``|t| <= r <= 1``; unknown for larger radii and for ``m > 600``.
 
-    Below -600 the result is 0 within ``1e-250``, which ``e^-599`` is less than.
+    Below -600 the result is 0 within ``1e-250``, which ``e^-599`` is less than; so is that of a larger ball which ends there.
     """
     middle, r = double_double.exp(x.middle), x.radius
     small = x.middle.high < -LARGEST_EXPONENT
     middle = double_double.where(small, DoubleDouble.of(np.zeros_like(middle.high)), middle)
     known = (r <= 1) & (x.middle.high <= LARGEST_EXPONENT)
-    return Ball(middle, np.where(known, np.abs(middle.high) * (r + r * r + UNIT) * UP + _TINY, np.inf))
+    error = np.where(known, np.abs(middle.high) * (r + r * r + UNIT) * UP + _TINY, np.inf)
+    return Ball(middle, np.where(x.middle.high + r < -LARGEST_EXPONENT, _TINY, error))
 
 
 def log(x: Ball) -> Ball:
