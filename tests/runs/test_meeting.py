@@ -97,4 +97,4 @@ def test_a_port_of_another_program_is_said_to_be_one(address, answers, monkeypat
 @pytest.mark.parametrize("wrong", ["node1", ":1234", "node1:", "node1:99999", "node1:x"])
 def test_an_address_that_is_none_is_refused(wrong):
     with pytest.raises(ValueError, match="must be HOST:PORT of process 0"):
-        meet(wrong, 2, 0, 1)
+        meet(wrong, 2, 0, LONG_S)
