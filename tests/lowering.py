@@ -1,4 +1,4 @@
-"""Makes lowering of programs to StableHLO cheaper, which is a fifth of what a small program costs."""
+"""Makes lowering of programs to StableHLO cheaper: it saves a twentieth of the processor time of the tests."""
 
 import contextlib
 import functools

@@ -54,7 +54,7 @@ class OneOfSeveral:
         return self._stderr.read_text().splitlines() if self._stderr.exists() else []
 
 
-def start(num_processes, trainings, folder, *, num_devices=1, other=None, lost_s=hosts.LOST_S):
+def start(num_processes, trainings, folder, *, num_devices=1, other=None, **waiting):
     """Starts all processes of a run.
 
     Args:
@@ -63,7 +63,7 @@ def start(num_processes, trainings, folder, *, num_devices=1, other=None, lost_s
         folder: Where to keep what they print.
         num_devices: Simulated devices of each.
         other: What process 1 trains instead of the first.
-        lost_s: See `hosts.LOST_S`.
+        waiting: ``lost_s`` and ``last_words_s``, times that the processes wait, see `hosts`.
     """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -71,18 +71,19 @@ def start(num_processes, trainings, folder, *, num_devices=1, other=None, lost_s
     started = []
     for process in range(num_processes):
         own = [other, *trainings[1:]] if process == 1 and other else trainings
-        arguments = address, num_processes, process, own, num_devices, lost_s
+        arguments = address, num_processes, process, own, num_devices, waiting
         started.append(OneOfSeveral(folder / f"process{process}", *arguments))
     return started
 
 
-def work(stderr, address, num_processes, process, trainings, num_devices, lost_s):
+def work(stderr, address, num_processes, process, trainings, num_devices, waiting):
     """Trains as one of several processes."""
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     others = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     os.environ["XLA_FLAGS"] = " ".join([*others, f"--xla_force_host_platform_device_count={num_devices}"])
     warnings.simplefilter("ignore")
-    hosts.LOST_S = lost_s
+    hosts.LOST_S = waiting.get("lost_s", hosts.LOST_S)
+    hosts._LAST_WORDS_S = waiting.get("last_words_s", hosts._LAST_WORDS_S)
     signals.end_at_signals("the same command goes on")
 
     def run():

@@ -130,9 +130,11 @@ def test_config_objects_stay_above_the_mathematics_and_the_bijections():
     assert all(user.startswith("runs/") for user in users), users
 
 
-def test_importing_the_library_loads_jax_alone():
-    program = "import sys, iresnet_jax; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+def test_importing_the_library_loads_jax_alone_and_metrics_load_their_writers_late():
+    show = "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    program = f"import sys, iresnet_jax\n{show}\nimport iresnet_jax.runs.metrics\n{show}"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    loaded = set(run.stdout.split())
-    assert "jax" in loaded
-    assert not loaded & HEAVY
+    of_library, of_metrics = (set(line.split()) for line in run.stdout.splitlines())
+    assert "jax" in of_library
+    assert not of_library & HEAVY
+    assert not of_metrics & {"tensorboardX", "tqdm", "tensorflow"}

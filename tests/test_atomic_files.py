@@ -2,8 +2,8 @@ import subprocess
 import sys
 
 import pytest
-from tiny_runs import environment
 
+from iresnet_jax import atomic_files
 from iresnet_jax.atomic_files import locked, replacing
 
 
@@ -34,14 +34,13 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path):
     path = tmp_path / "work"
     hold = f"""
-import time
-from pathlib import Path
-from iresnet_jax.atomic_files import locked
-with locked(Path({str(path)!r})):
+import pathlib, runpy, time
+locked = runpy.run_path({atomic_files.__file__!r})["locked"]
+with locked(pathlib.Path({str(path)!r})):
     print("held", flush=True)
     time.sleep(600)
 """
-    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, env=environment())
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(TimeoutError), locked(path, timeout_s=0.0):

@@ -64,22 +64,6 @@ def blocks_of(language):
     return {name: found for name, text in texts.items() if (found := [b for b in blocks(text) if b.language == language])}
 
 
-def test_blocks_are_found_with_their_lines():
-    text = "a\n```sh\nls\n```\n\n```python\nx = 1\ny = 2\n```\n"
-    assert blocks(text) == [
-        Block("sh", "ls\n", 3),
-        Block("python", "x = 1\ny = 2\n", 7),
-    ]
-    assert {block.language for path in PAGES.values() for block in blocks(path.read_text())} == {
-        "python",
-        "sh",
-        "text",
-        "bash",
-        "yaml",
-        "bibtex",
-    }
-
-
 # --- Python ---------------------------------------------------------------------------------------------------------
 
 

@@ -160,35 +160,6 @@ def test_an_array_in_a_file_is_recognised(workdir, tmp_path, capsys):
     assert "the model takes examples of shape (2,)" in evaluate("wide.npy", status=2)
 
 
-def test_a_time_limit_ends_training_and_the_learning_rate_has_come_down(tmp_path):
-    settings = {
-        "training.total_steps": 10**6,
-        "optimizer.warmup_steps": 0,
-        "training.patience": 0,
-        "training.log_every_steps": 5,
-    }
-    model = ir.fit(BANANA, minutes=0.08, architecture=TINY, progress=False, settings=settings, workdir=tmp_path)
-    assert model.history is not None
-    rates = model.history.train["learning_rate"]
-    assert rates[-1] < 0.2 * max(rates)
-    seconds = model.history.validation["wall_time_s"][-1]
-    assert 4.8 <= seconds < 30 or seconds < 4.8 + 2 * model.history.validation["wall_time_s"][0]  # compilation may take longer
-
-
-def test_few_vectors_take_few_steps_however_long_they_may():
-    settings = {"training.total_steps": 20, "training.eval_every_steps": 5, "training.patience": 0}
-    model = ir.fit(BANANA, minutes=60, architecture=TINY, progress=False, settings=settings)
-    assert model.history is not None
-    assert model.history.validation["step"] == [5, 10, 15, 20]
-
-
-def test_validations_without_an_improvement_end_training():
-    settings = {"optimizer.learning_rate": 1e-12, "training.patience": 2, "training.eval_every_steps": 2}
-    model = ir.fit(BANANA, **QUICK | {"steps": 100}, settings=settings)
-    assert model.history is not None
-    assert len(model.history.validation["step"]) <= 10
-
-
 @pytest.mark.parametrize("somebody_sits_there", [True, False])
 def test_an_interrupt_gives_the_best_model_so_far_in_a_notebook_and_ends_a_script(somebody_sits_there, capfd, monkeypatch):
     monkeypatch.setattr(StopRequests, "_noted_at", -math.inf)
@@ -269,14 +240,6 @@ def test_labels_make_a_classifier_of_images_and_integers_are_levels():
     assert samples.dtype == np.uint8
 
 
-def test_integer_columns_come_back_as_integers():
-    x = np.stack([RNG.normal(size=300), RNG.integers(0, 5, 300)], axis=1).astype(np.float32)
-    model = ir.fit(x, **QUICK)
-    samples, _ = model.sample(jax.random.key(0), 50)
-    np.testing.assert_array_equal(samples[:, 1], np.round(samples[:, 1]))
-    assert model.spec.grid.spacing == (0.0, 1.0)
-
-
 def test_settings_follow_the_array():
     small, large, wide = (
         choose_settings(from_arrays("a", Arrays(RNG.normal(size=shape)), fractions=(0.1, 0.0)))
@@ -285,6 +248,7 @@ def test_settings_follow_the_array():
     assert small.model.stages[0].num_blocks < large.model.stages[0].num_blocks
     assert (small.training.minutes, small.logdet.kind, wide.logdet.kind) == (3.0, "exact", "krylov")
     assert (large.preprocessing.transform, wide.preprocessing.transform) == ("whiten", "standardize")
+    assert (small.training.total_steps, large.training.total_steps) == (fitting.FEW_STEPS, fitting.NO_LIMIT)
     assert small.preprocessing.transform == "standardize"
     images = choose_settings(from_arrays("a", Arrays(RNG.integers(0, 256, (50, 16, 16, 3))), fractions=(0.1, 0.0)))
     heavy = choose_settings(from_arrays("a", Arrays(RNG.standard_t(4, size=(500, 4))), fractions=(0.1, 0.0)))

@@ -10,8 +10,10 @@ from tiny_runs import ROOT
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHORTER = {  # what makes a notebook long, and what the test runs instead
     r"NUM_STEPS := \d+": "NUM_STEPS := 10",
-    r"(digits\.\w+\[[^]]*\])": r"\1[:120]",
+    r"(digits\.\w+\[[^]]*\])": r"\1[:40]",
     r"\bminutes=\d+": "steps=2, architecture=[ir.StageSpec(num_blocks=1, hidden=(4,))]",
+    r"\b(num_blocks\W+)\d+": r"\g<1>1",
+    r"\bz\[:32\]": "z[:4]",
 }
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -105,6 +106,8 @@ def trained(tmp_path_factory, name):
             incoming, traces = tmp_path_factory.mktemp("incoming"), []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(parallel, "parallelize", functools.partial(_counted, parallel.parallelize, traces))
+                if name == "reconstructor":  # drawing takes seconds, and the hybrid's figures are drawn
+                    patch.setattr("iresnet_jax.report.run_report.to_svg_or_png", lambda figure: "data:image/png;base64,")
                 if name in REPORTED:
                     _train_from_the_command_line(CONFIGS[name], incoming, patch)
                 else:
@@ -119,7 +122,7 @@ def _train_from_the_command_line(source, workdir, patch):
     path.write_text(source)
     said = []
     patch.setattr("builtins.print", lambda *words, sep=" ", **_: said.append(sep.join(map(str, words))))
-    status = train_script().main(["train.py", f"--config={path}", f"--workdir={workdir}"])
+    status = train_main(f"--config={path}", f"--workdir={workdir}")
     assert status == 0, said
     (workdir / SAID).write_text("\n".join(said).replace(str(workdir), "RUN"))
 
@@ -147,6 +150,16 @@ def train_script():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def train_main(*arguments):
+    """The exit status of ``train.py``, which lets its process log more; here this ends with it."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("iresnet_jax", "jax"))}
+    try:
+        return train_script().main(["train.py", *map(str, arguments)])
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def config_of(source, **changes):

@@ -201,7 +201,7 @@ class _Evaluation:
             return inputs[places, k], None if contexts is None else contexts[places], keys
 
         num_devices = None
-        if not sizes and not (branch.logdet and len(stage.branch.in_shape) == 3):  # LAPACK, see `likelihood.evaluate_examples`
+        if not sizes and not (branch.logdet and len(stage.branch.in_shape) == 3):  # LAPACK, see `density.evaluate_examples`
             num_devices = 1 if parallel.num_processes() == 1 and jax.default_backend() == "cpu" else None
             if branch.logdet is None:
                 fits, multiple = max(FULL_ENTRIES // math.prod(stage.branch.in_shape) ** 2, 1), parallel.all_devices()

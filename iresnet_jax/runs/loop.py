@@ -88,22 +88,15 @@ def train(
 
 def check_batch_size(settings: TrainingConfig, data: DataSet) -> None:
     """Raises ``ValueError`` unless a batch splits over devices and into parts, and is no larger than the training data."""
-    batch_size, num_parts = settings.batch_size, settings.num_parts
-    parallel.check_divisible(batch_size, parallel.all_devices())
-    if (share := batch_size // parallel.all_devices()) % num_parts:
-        raise ValueError(
-            f"config.training.num_parts must divide the {share} examples that a device has of a batch, got {num_parts}"
-        )
-    if data.examples and batch_size > (num := len(data.examples["train"])):
-        raise ValueError(
-            f"config.training.batch_size must be at most {num}, the training examples of {data.name}, got {batch_size}"
-        )
+    settings.check_splits(parallel.all_devices())
+    if data.examples and (size := settings.batch_size) > (num := len(data.examples["train"])):
+        raise ValueError(f"config.training.batch_size must be at most {num}, the training examples of {data.name}, got {size}")
 
 
 def _check_alike(config: Config, data: DataSet) -> None:
     """Raises ``ValueError`` if processes have different settings or data, or a time limit, which needs a single process."""
     hosts.agree_on("config", to_plain(config))
-    hosts.agree_on("data", {"name": data.name, "fingerprint": data.fingerprint})
+    hosts.agree_on("data set", {"name": data.name, "fingerprint": data.fingerprint})
     if config.training.minutes and parallel.num_processes() > 1:
         raise ValueError(
             f"config.training.minutes must be 0 with {parallel.num_processes()} processes, whose clocks differ, got "

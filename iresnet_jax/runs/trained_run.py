@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from iresnet_jax.checked_dataclasses import to_plain
@@ -28,9 +27,8 @@ from iresnet_jax.runs.config import Config, parse
 from iresnet_jax.runs.machine import prepare_backend
 from iresnet_jax.runs.model_from_config import load_data
 from iresnet_jax.training.constraint import certified_model
-from iresnet_jax.training.initialization import abstract_variables
 from iresnet_jax.training.optimizers import make_optimizer
-from iresnet_jax.training.step import TrainState
+from iresnet_jax.training.step import TrainState, abstract_state
 
 
 @dataclass(frozen=True)
@@ -151,8 +149,7 @@ def load(folder: str | os.PathLike[str]) -> Run:
     config = run_folder.read_config(folder)
     prepare_backend(config.training.matmul_precision)
     spec, fingerprint = run_folder.read_model(folder)
-    optimizer = make_optimizer(config.optimizer)
-    target = jax.eval_shape(lambda variables: TrainState.create(variables, optimizer), abstract_variables(spec))
+    target = abstract_state(spec, make_optimizer(config.optimizer))
     best, step, notes = _restore(Checkpoints(folder), target, folder)
     model = certified_model(spec, best.ema, best.batch_stats, config.evaluation.solver())
     return Run(folder, model, config, fingerprint, step, notes)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from iresnet_jax.maths.logdet.config import LogdetConfig
 from iresnet_jax.models.flow import ConstrainedFlow
+from iresnet_jax.models.saved import Spec
 from iresnet_jax.training.constraint import Constrain
 from iresnet_jax.training.initialization import abstract_variables
 from iresnet_jax.training.optimizers import ema_update
@@ -54,20 +55,26 @@ class TrainState(NamedTuple):
     num_terms: Int[Array, ""]
     horizon: Int[Array, ""]
 
-    @classmethod
-    def create(cls, variables: Any, optimizer: optax.GradientTransformation) -> "TrainState":
-        """The state before the first update, of variables by collection: "params", "spectral" and "batch_stats"."""
-        params = jax.tree.map(jnp.copy, variables["params"])  # a buffer each: the step is given the state, and frees it
-        return cls(
-            step=jnp.int32(0),
-            params=params,
-            spectral=variables.get("spectral", {}),
-            ema=jax.tree.map(jnp.copy, params),
-            opt_state=optimizer.init(params),
-            batch_stats=variables.get("batch_stats", {}),
-            num_terms=jnp.int32(0),
-            horizon=jnp.int32(1),
-        )
+
+@functools.partial(jax.jit, static_argnums=1)  # so that all copies are one program
+def first_state(variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first update, of variables by collection: "params", "spectral" and "batch_stats"."""
+    params = jax.tree.map(jnp.copy, variables["params"])  # a buffer each: the step is given the state, and frees it
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        spectral=variables.get("spectral", {}),
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+        batch_stats=variables.get("batch_stats", {}),
+        num_terms=jnp.int32(0),
+        horizon=jnp.int32(1),
+    )
+
+
+def abstract_state(spec: Spec, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes and dtypes of a model's state, without computing it."""
+    return jax.eval_shape(lambda variables: first_state(variables, optimizer), abstract_variables(spec))
 
 
 class StepKeys(NamedTuple):
@@ -251,7 +258,7 @@ class Objective(NamedTuple):
     def state_of(self, variables: Any) -> TrainState:
         """The state before the first update."""
         rule = self.training_step.rule
-        state = _state_creator(rule.optimizer)(variables)
+        state = first_state(variables, rule.optimizer)
         return state._replace(num_terms=jnp.int32(self.num_terms), horizon=jnp.int32(rule.total_steps))
 
     def initial_state(self) -> TrainState:
@@ -260,17 +267,10 @@ class Objective(NamedTuple):
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state."""
-        step = self.training_step
-        return jax.eval_shape(_state_creator(step.rule.optimizer), abstract_variables(step.model.spec))
+        return abstract_state(self.training_step.model.spec, self.training_step.rule.optimizer)
 
     def abstract_batch(self, batch_size: int) -> Any:
         """Shapes and dtypes of a batch; placeholders for endless data, which has no examples."""
         if self.examples is None:
             return jax.ShapeDtypeStruct((batch_size,), np.float32)
         return jax.tree.map(lambda rows: jax.ShapeDtypeStruct((batch_size, *rows.shape[1:]), rows.dtype), self.examples)
-
-
-@functools.lru_cache(maxsize=64)
-def _state_creator(optimizer: optax.GradientTransformation) -> Callable[[Any], TrainState]:
-    """Creates the first state. Jitted: all copies are one program. Cached: runs with one optimizer share it."""
-    return jax.jit(lambda variables: TrainState.create(variables, optimizer))

@@ -47,6 +47,14 @@ class TrainingConfig:
     # Precision of matrix products on accelerators; "tensorfloat32" is faster, but too coarse for inverses.
     matmul_precision: Literal["float32", "tensorfloat32", "highest", "high", "default"] = "float32"
 
+    def check_splits(self, num_devices: int) -> None:
+        """Raises ``ValueError`` unless a batch splits over devices and into parts."""
+        size, num_parts = self.batch_size, self.num_parts
+        if size % (num_devices * num_parts):
+            raise ValueError(
+                f"config.training.batch_size must be a multiple of {num_devices} devices times {num_parts} parts, got {size}"
+            )
+
 
 class Best(NamedTuple):
     """The state that was best on validation.
@@ -124,6 +132,16 @@ class Trainer:
             if after_step():
                 return
 
+    def take_step(self, batch: Any) -> None:
+        """Updates the state by one batch: a `TrainingStep` on every device, through `parallel.parallelize`."""
+        self.state, metrics = self._compiled_step(self.state, batch)
+        self._window.append(metrics)
+        if self._is_compiled:
+            self._timed_steps += 1
+        else:
+            self._leave_out_compilation(metrics)
+        self.step += 1
+
     # ------------------------------------------------------------------------------------------------ what a run keeps
 
     def restored(self, fresh: TrainState) -> tuple[TrainState, int, list[float]]:
@@ -200,23 +218,17 @@ class Trainer:
         self._compiled_step = self._compile_step(self._objective.step_with(num_terms))
         self._is_compiled = False
 
-    def take_step(self, batch: Any) -> None:
-        """Updates the state by one batch; the first call compiles, which the times of the log leave out."""
-        self.state, metrics = self._compiled_step(self.state, batch)
-        self._window.append(metrics)
-        if self._is_compiled:
-            self._timed_steps += 1
-        else:
-            jax.block_until_ready(metrics)
-            if self.step == self._first_step:
-                # compile time does not count towards the next validation
-                self._first_step_ended = self._validated_at = time.monotonic()
-                seconds = time.monotonic() - self._started
-                self.record({"compile_seconds": seconds}, "timing")
-                name = self._objective.name
-                self._say(f"first step after {seconds:.0f} s: {name} {float(metrics[name]):.4f}")
-            self._timed_steps, self._window_start, self._is_compiled = 0, time.monotonic(), True
-        self.step += 1
+    def _leave_out_compilation(self, metrics: Any) -> None:
+        """Waits for the first step of a program, and starts the clocks behind it."""
+        jax.block_until_ready(metrics)
+        if self.step == self._first_step:
+            # compile time does not count towards the next validation
+            self._first_step_ended = self._validated_at = time.monotonic()
+            seconds = time.monotonic() - self._started
+            self.record({"compile_seconds": seconds}, "timing")
+            name = self._objective.name
+            self._say(f"first step after {seconds:.0f} s: {name} {float(metrics[name]):.4f}")
+        self._timed_steps, self._window_start, self._is_compiled = 0, time.monotonic(), True
 
     def _log(self) -> None:
         """Writes the means over the steps since the last line of the log."""

@@ -18,7 +18,7 @@ from iresnet_jax.bijections.multiscale import Stage, multiscale
 from iresnet_jax.bijections.reshape import flatten_bijection, squeeze_bijection
 from iresnet_jax.bijections.residual import Solver, residual_bijection
 from iresnet_jax.bijections.transforms.equalize import Equalize
-from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
+from iresnet_jax.bijections.transforms.logit import Center, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.branches.branch import CallableBranch
 from iresnet_jax.maths.logdet.exact import ExactLogdet
@@ -104,14 +104,11 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[[], Bijection]]] = {
     "flatten": ((2, 3, 2), lambda: flatten_bijection((2, 3, 2))),
     "chain": ((2, 4, 1), chain_case),
     "scanned blocks": ((3,), lambda: network(network_weights(4))),
-    "unrolled blocks": ((3,), lambda: network(network_weights(2), unroll=True)),
     "multi-scale": ((2, 4, 2), multiscale_case),
     "image model": ((4, 2, 2), model_case),
-    "identity": ((2, 2, 1), Identity().bijection),
     "center": ((2, 2, 1), Center().bijection),
     "logit .05": ((2, 2, 1), Logit(0.05).bijection),
     "logit 1e-6": ((2, 2, 1), Logit(1e-6).bijection),
-    "equalize": ((2, 2, 1), Equalize(FREQUENCIES, alpha=0.05).bijection),
     "equalize, entrywise": ((2, 2, 1), Equalize(FREQUENCIES, (0.999, 0.3, 0.5, 0.01), alpha=1e-6).bijection),
     "standardize": ((4,), Standardize.fit(DATA).bijection),
     "standardize images": ((2, 2, 4), Standardize.fit(DATA).bijection),
@@ -166,7 +163,7 @@ def test_round_trip(name):
     assert np.all(error <= m.inverse_info.error_bound + 1e-12)
 
 
-@pytest.mark.parametrize("name", ["chain", "scanned blocks", "multi-scale"])
+@pytest.mark.parametrize("name", ["chain", "multi-scale"])
 def test_without_logdet_the_maps_are_the_same(name):
     m = measure(name)
     with jax.enable_x64(True):
@@ -224,7 +221,7 @@ def test_layouts_change_neither_values_nor_gradients(x64):
         return run(weights, x)
 
     scanned = results()
-    for unroll, kind in ((True, "nothing"), (False, "elementwise"), (True, "blocks")):
+    for unroll, kind in ((True, "elementwise"), (False, "blocks")):
         found = results(unroll=unroll, rematerialize=kind)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=LAYOUT, atol=LAYOUT), found, scanned)
 

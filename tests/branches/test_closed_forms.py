@@ -20,7 +20,6 @@ EXACT = 1e-10  # same maths by another route, float64
 BATCH, NORM = 3, 0.98
 
 TRACE = {
-    "dense": {"in_shape": (5,), "hidden": (7,)},
     "dense, narrow": {"in_shape": (7,), "hidden": (3,), "activation": "clipswish"},
     "dense, preactivation": {"in_shape": (5,), "hidden": (7,), "activation": "clipswish", "preactivation": True},
     "dense, context": {"in_shape": (3,), "hidden": (4,), "activation": "lipswish", "context_dim": 2},
@@ -66,14 +65,13 @@ def dense_jacobian(spec, weights, x, context):
     return jacobian.reshape(len(x), math.prod(spec.in_shape), -1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def draw(spec):
-    keys = jax.random.split(jax.random.key(0), 4)
-    weights = spec.initial_weights(keys[0])
-    for layer in weights.values():
-        layer["bias"] = 0.5 * jax.random.normal(keys[1], layer["bias"].shape)
-    context = jax.random.normal(keys[3], (BATCH, spec.context_dim)) if spec.context_dim else None
-    return weights, jax.random.normal(keys[2], (BATCH, *spec.in_shape)), context
+    """Drawn by NumPy: JAX would compile a program for each shape."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(spec.initial_weights, jax.random.key(0))
+    weights = jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape)), shapes)
+    context = jnp.asarray(rng.normal(size=(BATCH, spec.context_dim))) if spec.context_dim else None
+    return weights, jnp.asarray(rng.normal(size=(BATCH, *spec.in_shape))), context
 
 
 def make(case):

@@ -1,6 +1,7 @@
 """The budget of feed-forward branches, estimated and certified, and freezing, against singular values in float64."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from iresnet_jax.bijections.transforms.logit import Logit
 from iresnet_jax.branches.branch import BUDGETS
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.branches.layers import training_twists
-from iresnet_jax.maths import activations, platforms
+from iresnet_jax.maths import platforms
 from iresnet_jax.models import density
 from iresnet_jax.models import flow as model
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -83,9 +84,10 @@ def frozen(budget="layer"):
     return spec, jax.jit(functools.partial(model.freeze, spec))(random_params(spec))
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("method", ["exact", "gram"])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("name", "method", "budget"),
+    [*itertools.product(SPECS, ["exact"], BUDGETS), ("dense", "gram", "layer"), ("convolutional", "gram", "block")],
+)
 def test_a_certified_budget_holds_for_any_weights(name, method, budget):
     spec = SPECS[name]
     for seed, scale in enumerate((1.0, 1e-3, 1e6)):
@@ -190,16 +192,6 @@ def test_whole_model_bounds_hold_for_jacobians():
             assert sizes[0] <= bounds.forward
             assert 1 / sizes[-1] <= bounds.inverse
     assert 1 < bounds.forward < 1e5
-
-
-def test_every_activation_is_covered_by_the_certificate():
-    """The certificate multiplies norms of linear maps: activations must be 1-Lipschitz as computed, up to rounding."""
-    x = 3 * jax.random.normal(jax.random.key(1), (200, 4))
-    for name, activation in activations.ACTIVATIONS.items():
-        for beta in (-3.0, 0.5, 4.0) if activation.has_beta else (None,):
-            apply = activation.apply if beta is None else functools.partial(activation.apply, beta=beta)
-            jacobians = np.asarray(jax.jit(jax.vmap(jax.jacfwd(apply)))(x), np.float64)
-            assert np.linalg.norm(jacobians, 2, axis=(1, 2)).max() <= 1 + 1e-5, name
 
 
 def test_certified_training_holds_at_every_step():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from certified_flows import FLOWS, dense_steps, density, followed
+from certified_flows import dense_steps, density, followed
 
 from iresnet_jax import certify
 from iresnet_jax.certification import prepared, trajectory
@@ -13,7 +13,7 @@ RADIUS = 0.02
 
 
 @pytest.mark.parametrize("all_products", [True, False])
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("name", ["tanh", "images"])
 def test_constants_hold_at_a_point_and_in_a_ball(name, all_products, monkeypatch):
     if not all_products:
         monkeypatch.setattr(prepared, "ALL_PRODUCTS", 0.0)

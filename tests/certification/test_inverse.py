@@ -68,8 +68,8 @@ def test_bounds_hold_and_are_sharp_from_float32_to_the_last_bit_of_float64(name)
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("name", ["lipswish", "tanh"])
-@pytest.mark.parametrize("scale", [30.0, 1e3])
-def test_bounds_hold_far_from_the_data_and_far_from_the_preimage(name, scale):
+def test_bounds_hold_far_from_the_data_and_far_from_the_preimage(name):
+    scale = 1e3
     y, preimages = exact_inverse(name, scale)
     for x in (rounded(preimages), rounded(preimages) + scale, np.zeros_like(rounded(preimages))):
         found, errors = certify.inverse(density(name), y, x), errors_of(x, preimages)

@@ -37,9 +37,7 @@ SPECS = {
     ),
     "tanh, not padded": spec_of(StageSpec(2, **CONV, activation="tanh", squeeze=2, padding="CIRCULAR"), pad_channels=0),
     "relu": spec_of(StageSpec(2, **CONV, activation="relu")),
-    "maxmin": spec_of(StageSpec(2, **CONV, activation="maxmin")),
 }
-SMOOTH = ("elu, preactivated", "squeezed, then dense", "tanh, not padded")
 
 
 @functools.cache
@@ -101,10 +99,14 @@ def searched(own, classes, radii):
         return np.asarray(least_margins(precise, pixels, jnp.asarray(classes), jnp.asarray(radii), jax.random.key(0)))
 
 
+@functools.cache
+def certified(name):
+    return certify.radius(model(name), images())
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_no_search_breaks_a_certified_radius(name):
-    own = model(name)
-    found = certify.radius(own, images())
+    own, found = model(name), certified(name)
     assert np.all(found.radius == np.maximum(found.radius, 0))
     assert np.all(found.radius[found.margin > 1e-3] > 0)
     np.testing.assert_array_equal(found.predicted, np.asarray(logits_of(own, images() / np.float32(LEVELS - 1))).argmax(axis=1))
@@ -114,11 +116,9 @@ def test_no_search_breaks_a_certified_radius(name):
     )
 
 
-@pytest.mark.parametrize("name", SMOOTH)
-def test_local_radii_are_the_larger_ones_and_jacobians_make_them_larger(name):
-    own = model(name)
-    dense, products = certify.radius(own, images()), certify.radius(own, images(), num_forms=0)
-    one = certify.radius(own, images(), num_forms=1)
+def test_local_radii_are_the_larger_ones_and_jacobians_make_them_larger():
+    own, dense = model("squeezed, then dense"), certified("squeezed, then dense")
+    products, one = (certify.radius(own, images(), num_forms=num) for num in (0, 1))
     assert np.all(dense.radius >= np.maximum(dense.global_radius, dense.local_radius) * (1 - 1e-12))
     assert np.all(dense.local_radius > dense.global_radius)
     assert np.all(products.local_radius <= one.local_radius * (1 + 1e-9))
@@ -126,9 +126,8 @@ def test_local_radii_are_the_larger_ones_and_jacobians_make_them_larger(name):
     assert np.median(dense.local_radius / dense.global_radius) > 1.5
 
 
-@pytest.mark.parametrize("name", ["relu", "maxmin"])
-def test_slopes_that_jump_leave_the_global_radius(name):
-    found = certify.radius(model(name), images())
+def test_slopes_that_jump_leave_the_global_radius():
+    found = certified("relu")
     np.testing.assert_array_equal(found.radius, found.global_radius)
     np.testing.assert_array_equal(found.local_radius, 0)
 
@@ -149,16 +148,14 @@ def test_what_cannot_be_certified_is_refused():
 def test_rectifiers_add_no_more_than_the_duality_says():
     """Against points of the sphere that put all their length where it counts."""
     own, rng = model("squeezed, then dense"), np.random.default_rng(0)
-    last = rng.normal(size=(2, own.spec.flow.num_dims))
+    last = np.repeat(rng.normal(size=(2, own.spec.flow.num_dims)), 3000, axis=0)
     head = Head.of(own, last)
     for distance in (0.1, 1.0, 10.0):
-        bound, worst = head.rectified(np.full(head.margins.shape, distance)), np.zeros(head.margins.shape)
-        for _ in range(3000):
-            move = rng.normal(size=last.shape) * (rng.random(last.shape) < rng.random())
-            move *= distance / np.maximum(np.linalg.norm(move, axis=1, keepdims=True), 1e-9)
-            moved = Head.of(own, last + move)
-            if np.any(moved.predicted != head.predicted):
-                continue
-            worst = np.maximum(worst, head.margins + np.einsum("bkd,bd->bk", head.gradients, move) - moved.margins)
-        assert np.all(worst <= bound + ROUNDING)
-    assert np.any(worst > 0.2 * bound)
+        bound = head.rectified(np.full(head.margins.shape, distance))
+        moves = rng.normal(size=last.shape) * (rng.random(last.shape) < rng.random((len(last), 1)))
+        moves *= distance / np.maximum(np.linalg.norm(moves, axis=1, keepdims=True), 1e-9)
+        moved = Head.of(own, last + moves)
+        change = head.margins + np.einsum("bkd,bd->bk", head.gradients, moves) - moved.margins
+        same = moved.predicted == head.predicted
+        assert np.all(change[same] <= bound[same] + ROUNDING)
+    assert np.any(change[same] > 0.2 * bound[same])

@@ -14,7 +14,6 @@ CONDITIONAL = DensitySpec(FlowSpec((2,), (StageSpec(1, hidden=(4,)),), context_d
 DEVICE_ATOL = 1e-5  # ten times the tolerance of the solver, whose rounding depends on the share of a device
 CONTEXTS = np.array([[-2.0], [3.0]], np.float32)
 DRAWS = {  # model, options of a draw of 3, 2 at once, and those of `Density.sample` for both batches
-    "points": (kept.POINTS, {}, [{}, {}]),
     "labels": (kept.HYBRID, {"labels": [0, 2, 1]}, [{"labels": np.array(n)} for n in ([0, 2], [1, 0])]),
     "contexts": (CONDITIONAL, {"contexts": CONTEXTS}, [{"context": CONTEXTS}, {"context": CONTEXTS}]),
 }

@@ -39,7 +39,7 @@ def bits_of(lipschitz, **settings):
     return -found / BITS, accuracy
 
 
-@pytest.mark.parametrize("lipschitz", [0.7, 0.9, 0.98])
+@pytest.mark.parametrize("lipschitz", [0.9, 0.98])
 @pytest.mark.usefixtures("exact_is_dear")
 def test_estimates_are_as_accurate_as_stated(lipschitz):
     bits, accuracy = bits_of(lipschitz)

@@ -21,7 +21,6 @@ IMPLEMENTATIONS = ("xla", "patches", "taps")
 CASES = {
     "3x3 same": (5, 6, (3, 3, 2, 3), (1, 1), "SAME"),
     "3x3 valid": (5, 6, (3, 3, 3, 2), (1, 1), "VALID"),
-    "3x3 circular": (5, 4, (3, 3, 2, 2), (1, 1), "CIRCULAR"),
     "1x1": (3, 4, (1, 1, 3, 2), (1, 1), "SAME"),
     "even taps same": (5, 6, (2, 4, 2, 2), (1, 1), "SAME"),
     "even taps circular": (4, 5, (4, 2, 1, 2), (1, 1), "CIRCULAR"),
@@ -29,7 +28,6 @@ CASES = {
     "stride 2 valid, even taps": (7, 6, (2, 2, 2, 2), (2, 2), "VALID"),
     "stride 2 circular": (6, 6, (3, 3, 2, 1), (2, 2), "CIRCULAR"),
     "strides of two kinds": (5, 7, (3, 2, 1, 2), (1, 2), "SAME"),
-    "explicit pads": (4, 5, (3, 3, 2, 2), (1, 1), ((2, 0), (1, 3))),
     "explicit pads, fewer than the taps": (4, 5, (3, 3, 3, 2), (1, 1), ((2, 0), (0, 1))),
     "more channels in than out": (5, 4, (3, 3, 4, 2), (1, 1), "SAME"),
     "kernel larger than the image, same": (2, 3, (5, 5, 2, 2), (1, 1), "SAME"),
@@ -87,8 +85,10 @@ def test_one_tap_is_a_plain_matrix_product_and_all_else_goes_to_xla():
 @pytest.mark.parametrize(
     "name",
     [
-        *("3x3 same", "more channels in than out", "explicit pads, fewer than the taps"),
-        *("stride 2 same, even and odd sides", "stride 2 circular"),
+        "more channels in than out",
+        "explicit pads, fewer than the taps",
+        "stride 2 same, even and odd sides",
+        "stride 2 circular",
     ],
 )
 def test_every_derivative_agrees_with_those_of_jax(x64, name):

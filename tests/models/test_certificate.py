@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from oracles import dense_conv_matrix, operator_norm
 
+from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import as_params, with_bounds
 
 NORM_RTOL = 1e-2  # ten times the tolerance of the norms
@@ -62,6 +63,7 @@ def test_weights_beyond_their_budget_are_not_certified():
         np.testing.assert_allclose([block.estimate, block.bound], [4 * before.estimate, 4 * before.bound], rtol=NORM_RTOL)
     assert not certificate.certified
     assert certificate.inverse == np.inf
+    assert jax.jit(Density.freeze)(model.with_(weights=found)).certificate().certified
 
 
 def test_weights_without_bounds_are_refused():

@@ -1,9 +1,8 @@
 """Conditional branches ``g(x; context)``: the density, samples, the inverse and gradients with respect to the context."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
+import kept
 import numpy as np
 import pytest
 
@@ -13,8 +12,6 @@ from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.models import density
-from iresnet_jax.models import flow as model
-from iresnet_jax.models import linen as modules
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 
 BATCH, CONTEXT_DIM = 3, 4
@@ -27,7 +24,6 @@ IMAGES = FlowSpec(
     ),
     context_dim=CONTEXT_DIM,
 )
-SPECS = {"plane": PLANE, "images": IMAGES}
 SOLVER = Solver(atol=1e-12)
 
 
@@ -36,33 +32,18 @@ encode, decode, terms = (jax.jit(method) for method in (density.Density.encode, 
 log_prob = jax.jit(density.Density.log_prob)
 
 
-@functools.cache
-def frozen(name):
-    """Weights in float32; contexts have some strength."""
-    with jax.enable_x64(False):
-        return _frozen(SPECS[name])
-
-
-def _frozen(spec):
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, context = jax.random.normal(keys[0], (64, *spec.event_shape)), jax.random.normal(keys[1], (64, CONTEXT_DIM))
-    variables = jax.jit(modules.ResidualFlow(spec).init)(keys[2], x, context)
-    fixed = jax.jit(functools.partial(model.freeze, spec))(variables["params"])
-    return fixed, variables["params"]["prior"]
-
-
-def case(name):
+def case(spec):
     """In float64, by the fixture of the test."""
-    weights, prior = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), frozen(name))
+    with jax.enable_x64(False):
+        frozen = kept.model(density.DensitySpec(spec))
+    whole = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), frozen).with_(solver=SOLVER)
     keys = jax.random.split(jax.random.key(1), 2)
-    x = jax.random.uniform(keys[0], (BATCH, *SPECS[name].event_shape), jnp.float64)
-    whole = density.Density(density.DensitySpec(SPECS[name]), weights, prior, solver=SOLVER)
+    x = jax.random.uniform(keys[0], (BATCH, *spec.event_shape), jnp.float64)
     return whole, x, jax.random.normal(keys[1], (BATCH, CONTEXT_DIM))
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_each_example_has_its_own_context_and_comes_back_under_it(name, x64):
-    whole, x, context = case(name)
+def test_each_example_has_its_own_context_and_comes_back_under_it(x64):
+    whole, x, context = case(IMAGES)
     z = encode(whole, x, context=context)
     back, info = decode(whole, z, context=context)
     assert info.converged.all()
@@ -76,7 +57,7 @@ def test_each_example_has_its_own_context_and_comes_back_under_it(name, x64):
 
 def test_the_constraint_is_in_x_alone():
     branch = PLANE.layout[0].branch
-    weights = jax.tree.map(lambda a: a[0], frozen("plane")[0]["stage0"].branch.weights)
+    weights = jax.tree.map(lambda a: a[0], kept.model(density.DensitySpec(PLANE)).weights["stage0"].branch.weights)
     strong = {name: {**layer, "context": 100 * layer["context"]} for name, layer in weights.items()}
     x = jax.random.normal(jax.random.key(2), (BATCH, 2))
     jacobian_at = jax.jit(jax.jacfwd(lambda x, context: branch.apply(strong, x[None], context)[0]))
@@ -87,9 +68,8 @@ def test_the_constraint_is_in_x_alone():
     jax.tree.map(np.testing.assert_array_equal, bounds_of(strong), bounds_of(weights))
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_log_prob_is_the_change_of_variables_given_the_context(name, x64):
-    whole, x, context = case(name)
+def test_log_prob_is_the_change_of_variables_given_the_context(x64):
+    whole, x, context = case(IMAGES)
     key = jax.random.key(0)
     found = terms(whole, x, key, key, context=context)
     one = jax.jacfwd(lambda v, c: whole.encode(v[None], context=c[None])[0])
@@ -98,7 +78,7 @@ def test_log_prob_is_the_change_of_variables_given_the_context(name, x64):
 
 
 def test_a_conditional_density_integrates_to_one(x64):
-    whole, _, context = case("plane")
+    whole, _, context = case(PLANE)
     side = jnp.linspace(-12, 12, 240)
     grid = jnp.stack(jnp.meshgrid(side, side), axis=-1).reshape(-1, 2)
     of_context = jnp.broadcast_to(context[:1], (len(grid), CONTEXT_DIM))
@@ -108,7 +88,7 @@ def test_a_conditional_density_integrates_to_one(x64):
 
 def test_gradients_with_respect_to_the_context(x64):
     """Of the likelihood, by finite differences; of samples, by the implicit function theorem on the whole model."""
-    whole, x, context = case("plane")
+    whole, x, context = case(PLANE)
     direction = jax.random.normal(jax.random.key(5), context.shape)
 
     @jax.jit
@@ -140,7 +120,7 @@ def test_gradients_with_respect_to_the_context(x64):
 
 def test_the_estimators_gradient_reaches_the_context(x64):
     """The series' gradient in expectation over all probes of the plane is the exact one."""
-    whole, x, context = case("plane")
+    whole, x, context = case(PLANE)
 
     def log_det(context, estimator, key):
         return jnp.sum(whole.with_(estimator=estimator).terms(x, key, key, context=context).log_det)
@@ -152,7 +132,7 @@ def test_the_estimators_gradient_reaches_the_context(x64):
 
 
 def test_contexts_of_the_wrong_shape_are_named():
-    whole = density.Density(density.DensitySpec(PLANE), *frozen("plane"))
+    whole = kept.model(density.DensitySpec(PLANE))
     x = jnp.zeros((BATCH, 2))
     with pytest.raises(ValueError, match=r"takes a context of shape \(batch, 4\), got none"):
         whole.encode(x)

@@ -73,20 +73,30 @@ def test_without_history_it_is_a_newton_step_as_far_as_the_diagonal_goes(x64):
     assert np.all(info.num_evals == 6)  # four to see that it is slow, the diagonal, and the one that finds the solution
 
 
-WRONG = {
-    "not a number": lambda true: jnp.nan * true,
-    "infinite": lambda true: -jnp.inf * true,
-    "of the wrong sign": lambda true: -true,
-    "too large": lambda true: 100 * true,
-    "noise": lambda true: 5 * jnp.sin(1e5 * true),
+WRONG = {  # factor of the true diagonal, and size of the noise beside it
+    "not a number": (np.nan, 0.0),
+    "infinite": (-np.inf, 0.0),
+    "of the wrong sign": (-1.0, 0.0),
+    "too large": (100.0, 0.0),
+    "noise": (0.0, 5.0),
 }
+
+
+@jax.jit
+def solve_by_a_wrong_diagonal(y, factor, noise):
+    g, slopes, *_ = stiff()
+
+    def wrong(x):
+        return factor * slopes(x) + noise * jnp.sin(1e5 * slopes(x))
+
+    return solve(g, y, slopes=wrong)
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_diagonal_costs_evaluations_and_nothing_else(x64, name):
-    g, slopes, x_true, y = stiff()
+    g, _, x_true, y = stiff()
     _, banach = solve(g, y, memory=0)
-    x, info = solve(g, y, slopes=lambda x: WRONG[name](slopes(x)))
+    x, info = solve_by_a_wrong_diagonal(y, *WRONG[name])
     assert info.converged.all()
     assert np.all(np.linalg.norm(x - x_true, axis=1) <= info.error_bound)
     assert np.all(info.num_evals <= 1.5 * banach.num_evals)
@@ -209,14 +219,9 @@ def test_slow_blocks_of_kept_models_take_a_fraction_of_the_evaluations(x64, mode
 def test_the_solver_of_a_model_can_do_without(x64):
     kept = ir.load(RESULTS / "digits_density").continuous
     images = (data.load("digits").examples["test"][:4] + 0.5) / 17
-
-    @jax.jit
-    def there_and_back(kept, images):
-        return kept.decode(kept.encode(images))
-
-    evals = []
+    z, decode, evals = jax.jit(ir.Density.encode)(kept, images), jax.jit(ir.Density.decode), []
     for used in (True, False):
-        back, info = there_and_back(kept.with_(solver=Solver(atol=1e-9, diagonal=used)), images)
+        back, info = decode(kept.with_(solver=Solver(atol=1e-9, diagonal=used)), z)
         np.testing.assert_allclose(back, images, atol=1e-8)
         evals.append(info.num_evals.sum())
     assert evals[0] < evals[1]

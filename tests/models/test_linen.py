@@ -11,7 +11,6 @@ import pytest
 
 from iresnet_jax.bijections import actnorm
 from iresnet_jax.bijections.reshape import squeeze
-from iresnet_jax.models import flow as model
 from iresnet_jax.models import linen as modules
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 
@@ -110,21 +109,6 @@ def test_norms_hold_before_the_first_step(variables, constrained):
             true = oracles.operator_norm(unfold(raw))
             np.testing.assert_allclose(constrained.norms[name][layer.name][0], true, rtol=SPECTRAL)
             assert oracles.operator_norm(unfold(kernel)) <= SPEC.coeff * (1 + SPECTRAL)
-
-
-def test_constrained_variables_make_a_bijection(variables, batch):
-    @jax.jit
-    def there_and_back(variables, x):
-        weights = cast(Any, MODULE.apply)(variables, method="constrain").weights
-        bijection = model.flow_bijection(SPEC, weights)
-        z, logdet, _ = bijection.forward_and_logdet(x, jax.random.key(0))
-        return z, logdet, bijection.inverse(z)
-
-    z, logdet, (x, info) = there_and_back(variables, batch[:3])
-    assert z.shape == (3, 16)
-    assert logdet.shape == (3,)
-    assert jnp.all(info.converged)
-    np.testing.assert_allclose(x, batch[:3], atol=ROUND_TRIP)
 
 
 def test_calling_the_module_uses_the_stored_scales(start, batch):

@@ -136,7 +136,6 @@ def test_bounds_are_those_of_the_weights_in_the_file(density, tmp_path):
     assert not loaded.certificate().certified
 
 
-NOT_A_NUMBER = np.full((2, 3, 3, 4, 3), np.nan, np.float32)
 OLD_HEADER, NO_TEXT = (np.frombuffer(text, np.uint8) for text in (b'{"format": 1}', b"\xff\xfe"))
 
 

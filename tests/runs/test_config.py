@@ -31,7 +31,7 @@ def answer(capsys, tmp_path):
     def run(*arguments, workdir=None):
         workdir = tmp_path / "new" if workdir is None else workdir
         existed = workdir.exists()
-        status = runs.train_script().main(["train.py", f"--workdir={workdir}", *map(str, arguments)])
+        status = runs.train_main(f"--workdir={workdir}", *arguments)
         out, err = capsys.readouterr()
         *_, line = err.rstrip().splitlines()
         assert (status, out) == (2, "")
@@ -67,8 +67,8 @@ MISTAKES = [
     ("toy", "model.stages=((1, 2),)", "config.model.stages[0] must be a dictionary"),
     # what does not fit together, or the data, or the devices
     ("toy", "data.name=mons", "unknown data set 'mons'"),
-    ("toy", "training.batch_size=15", "cannot be split evenly over 2 devices"),
-    ("toy", "training.num_parts=3", "num_parts must divide the 8 examples"),
+    ("toy", "training.batch_size=15", "multiple of 2 devices times 1 parts, got 15"),
+    ("toy", "training.num_parts=3", "multiple of 2 devices times 3 parts, got 16"),
     ("hybrid", "training.batch_size=2000", "must be at most 1257, the training examples of digits"),
     ("toy", "preprocessing.entrywise=true", "preprocessing.entrywise is for transform equalize"),
     ("toy", "preprocessing.transform=logit", "is for data with grey levels"),
@@ -149,10 +149,10 @@ def test_failures_of_a_run_are_sentences_unless_debugging_and_bugs_are_not(confi
     fail(RuntimeError("nll became non-finite;\n lower the learning rate"))
     assert answer(*arguments) == "error: nll became non-finite; lower the learning rate"
     with pytest.raises(RuntimeError, match="non-finite"):
-        runs.train_script().main(["train.py", *arguments, "--debug"])
+        runs.train_main(*arguments, "--debug")
     fail(TypeError("a bug"))
     with pytest.raises(TypeError, match="a bug"):
-        runs.train_script().main(["train.py", *arguments])
+        runs.train_main(*arguments)
 
 
 def test_the_real_command_line_of_a_mistake(config_files):

@@ -22,7 +22,7 @@ from iresnet_jax.runs.checkpoints import Checkpoints, load_named
 from iresnet_jax.runs.model_from_config import model_spec
 from iresnet_jax.runs.objective_from_config import initial_variables
 from iresnet_jax.training.optimizers import make_optimizer
-from iresnet_jax.training.step import TrainState
+from iresnet_jax.training.step import first_state
 
 NORM_RTOL = 1e-2  # ten times the tolerance of the norms
 
@@ -35,7 +35,7 @@ def trained(tmp_path_factory):
     spec = model_spec(config, dataset)
     run_folder.claim(workdir, config, spec, dataset)
     optimizer = make_optimizer(config.optimizer)
-    start = jax.jit(lambda variables: TrainState.create(variables, optimizer))(initial_variables(config, spec, dataset))
+    start = first_state(initial_variables(config, spec, dataset), optimizer)
     rng = np.random.default_rng(0)
     for step, metric in ((20, 2.0), (40, 3.0)):
         ema = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), start.ema)

@@ -20,7 +20,6 @@ CONVERGED = 2e-3  # twice the tolerance of the power iterations
 RTOL, ATOL = 1e-4, 1e-5  # float32 means over the same numbers, summed in another order, and what blocks make of that
 STAGE = {"num_blocks": 1, "hidden": (3,), "kernel_sizes": (3, 3), "squeeze": 2}
 CASES = {
-    "toy": (runs.TOY_CONFIG, {}),
     "simulator": (runs.TOY_CONFIG, {"data.name": "sbi_two_moons"}),
     "hybrid": (runs.HYBRID_CONFIG, {"hybrid.fitted_priors": True, "model.stages": ({**STAGE, "factor_out": True}, STAGE)}),
     "classifier": (runs.CLASSIFIER_CONFIG, {}),
@@ -59,7 +58,7 @@ def test_two_devices_fit_what_one_fits(name, monkeypatch):
 
 
 def test_examples_that_do_not_split_evenly_leave_some_out():
-    found, expected = (variables_of("toy", **{"training.actnorm_examples": num}) for num in (33, 32))
+    found, expected = (variables_of("simulator", **{"training.actnorm_examples": num}) for num in (33, 32))
     chex.assert_trees_all_equal(found, expected)
 
 

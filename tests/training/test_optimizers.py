@@ -45,13 +45,6 @@ def run(optimizer, params, grads_of_step):
 # --- schedules ---------------------------------------------------------------------------------------------------
 
 
-def assert_warms_up_over_8_steps(values):
-    """For the first 12 values of a schedule."""
-    np.testing.assert_array_equal(values[:9], PEAK * np.arange(9) / 8)
-    assert np.all(values <= PEAK)
-    np.testing.assert_allclose(values[9:], PEAK, rtol=1e-4)  # a cosine is flat at its top
-
-
 def schedule_of(total_steps, **settings):
     return make_schedule(OptimizerConfig(**{"learning_rate": PEAK, "warmup_steps": 0, **settings}), total_steps)
 
@@ -59,20 +52,10 @@ def schedule_of(total_steps, **settings):
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "step"])
 def test_warmup_is_linear_and_meets_the_peak_exactly(schedule):
     eta = schedule_of(1000, schedule=schedule, warmup_steps=8, boundaries=(0.5,))
-    assert_warms_up_over_8_steps(jax.jit(eta)(np.arange(12)))
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda step: PEAK * min(step / 8, 1.0) * (2.0 if step == 8 else 1.0),  # twice the peak for one step: `<=` for `<`
-        lambda step: PEAK * min((step + 1) / 8, 1.0),  # one step early
-        lambda step: PEAK * min(step / 9, 1.0),  # one step late
-    ],
-)
-def test_wrong_warmups_would_be_noticed(wrong):
-    with pytest.raises(AssertionError):
-        assert_warms_up_over_8_steps(np.array([wrong(step) for step in range(12)]))
+    values = jax.jit(eta)(np.arange(12))
+    np.testing.assert_array_equal(values[:9], PEAK * np.arange(9) / 8)
+    assert np.all(values <= PEAK)
+    np.testing.assert_allclose(values[9:], PEAK, rtol=1e-4)  # a cosine is flat at its top
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from iresnet_jax.data import conditioned_on_labels
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.sources import tfds
 from iresnet_jax.maths import platforms as target
-from iresnet_jax.runs.config import Config, TrainingConfig
+from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.hosts import Wish, with_wishes
 from iresnet_jax.runs.model_from_config import load_data
 from iresnet_jax.runs.objective_from_config import build_objective
@@ -119,15 +119,6 @@ def data_for(config: Config) -> DataSet:
     return conditioned_on_labels(data) if config.data.condition_on_labels else data
 
 
-def check_splits(settings: TrainingConfig, num_devices: int) -> None:
-    """Raises ``ValueError`` unless a batch splits over devices and into parts."""
-    size, num_parts = settings.batch_size, settings.num_parts
-    if size % (num_devices * num_parts):
-        raise ValueError(
-            f"config.training.batch_size must be a multiple of {num_devices} devices times {num_parts} parts, got {size}"
-        )
-
-
 def make(
     config: Config, on: Machine, *, data: DataSet | None = None, find_largest: bool = False, say: Callable[[str], None] = print
 ) -> Plan:
@@ -148,7 +139,7 @@ def make(
         raise ValueError(f"--largest-batch needs a TPU topology: what a step takes on {on.topology} is not known here")
     data = data_for(config) if data is None else data
     size, num_devices = config.training.batch_size, on.num_devices
-    check_splits(config.training, num_devices)
+    config.training.check_splits(num_devices)
     plan = _plan(config, on, data, size, say)
     if find_largest:
         plan_of = lambda share: _plan(config, on, data, share * num_devices, say)  # noqa: E731

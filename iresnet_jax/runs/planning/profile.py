@@ -129,7 +129,7 @@ def take(config: Config, folder: str | Path, *, data: DataSet | None = None) -> 
     """
     prepare_backend(config.training.matmul_precision)
     data = plan.data_for(config) if data is None else data
-    plan.check_splits(config.training, parallel.all_devices())
+    config.training.check_splits(parallel.all_devices())
     objective = build_objective(config, data)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

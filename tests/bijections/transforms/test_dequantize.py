@@ -19,11 +19,10 @@ from iresnet_jax.bijections.transforms.dequantize import (
 )
 from iresnet_jax.models import priors
 
-EXACT = 1e-10  # float64, same maths by another route
 P_VALUE = 1e-3  # fixed seeds: a correct sampler passes or fails once and for all
 
 
-@pytest.mark.parametrize("num_levels", [2, 3, 17, 49, 255, 256])
+@pytest.mark.parametrize("num_levels", [2, 17, 255, 256])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_every_edge_of_every_cell_returns_its_level(x64, num_levels, dtype):
     """No float of a cell may leave it: 0 and almost 1 as noise are the extremes."""

@@ -1,6 +1,5 @@
 """Maps of the unit interval: Lipschitz constants, and both ends in float32."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,18 +7,7 @@ import pytest
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 
-EXACT = 1e-10  # float64, same maths by another route
 SINGLE = 1e-5  # float32, same maths by another route
-
-FREQUENCIES = (0.15, 0.5, 0.1, 0.25)
-TRANSFORMS = {
-    "identity": Identity(),
-    "logit .05": Logit(0.05),
-    "logit 1e-6": Logit(1e-6),
-    "center": Center(),
-    "equalize": Equalize(FREQUENCIES, alpha=0.05),
-    "equalize, entrywise": Equalize(FREQUENCIES, (0.999, 0.3, 0.5, 0.01), alpha=1e-6),
-}
 
 
 def test_logit_is_accurate_and_finite_at_both_ends_in_float32():
@@ -36,19 +24,6 @@ def test_logit_is_accurate_and_finite_at_both_ends_in_float32():
     np.testing.assert_allclose(logdet, -200, rtol=SINGLE)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_lipschitz_constants_are_those_of_the_slopes(x64, name):
-    transform = TRANSFORMS[name]
-    edges = np.concatenate([np.linspace(0, 1, 200, endpoint=False), np.nextafter(np.array([0.25, 0.5, 0.75, 1.0]), 0)])
-    x = jnp.asarray(np.repeat(edges, 4).reshape(-1, 2, 2, 1))
-    slopes = jax.jit(lambda x: jax.jvp(transform.bijection().forward, (x,), (jnp.ones_like(x),))[1])(x)
-    bounds = transform.bilipschitz()
-    assert np.max(slopes) <= bounds.forward * (1 + EXACT)
-    assert 1 / np.min(slopes) <= bounds.inverse * (1 + EXACT)
-    assert np.max(slopes) >= 0.2 * bounds.forward  # of a logit and of a histogram, each of which has its own steepest point
-    assert float(transform.bijection().inverse_lipschitz) == pytest.approx(float(bounds.inverse))
-
-
 @pytest.mark.parametrize(
     ("transform", "forward", "inverse"),
     [
@@ -61,6 +36,7 @@ def test_lipschitz_constants_are_those_of_the_slopes(x64, name):
 )
 def test_lipschitz_constants_in_closed_form(transform, forward, inverse):
     np.testing.assert_allclose(transform.bilipschitz(), (forward, inverse), rtol=1e-5)
+    np.testing.assert_allclose(transform.bijection().inverse_lipschitz, inverse, rtol=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.7])

@@ -16,32 +16,23 @@ GRADIENT = 1e-6  # central differences in float64
 
 # (taps, image, cin, cout, strides, padding)
 GEOMETRIES = {
-    "3x3": ((3, 3), (4, 4), 2, 3, (1, 1), "SAME"),
     "3x3 one channel": ((3, 3), (8, 8), 1, 1, (1, 1), "SAME"),
     "3x3 oblong": ((3, 3), (5, 9), 3, 2, (1, 1), "SAME"),
     "3x3 wide": ((3, 3), (4, 4), 2, 64, (1, 1), "SAME"),
     "3x3 on a row": ((3, 3), (1, 8), 2, 2, (1, 1), "SAME"),
     "3x3 on a pixel": ((3, 3), (1, 1), 3, 2, (1, 1), "SAME"),
     "1x1": ((1, 1), (4, 4), 4, 6, (1, 1), "SAME"),
-    "5x5": ((5, 5), (8, 8), 2, 2, (1, 1), "SAME"),
     "5x5 on 3x2": ((5, 5), (3, 2), 3, 2, (1, 1), "SAME"),
-    "3x1": ((3, 1), (6, 5), 2, 3, (1, 1), "SAME"),
     "valid, one output": ((3, 3), (3, 3), 2, 3, (1, 1), "VALID"),
     "explicit": ((3, 3), (6, 5), 2, 2, (1, 1), ((2, 0), (1, 2))),
-    "stride 2": ((3, 3), (8, 8), 2, 3, (2, 2), "SAME"),
     "stride 2, odd image": ((3, 3), (7, 5), 2, 2, (2, 2), "SAME"),
-    "stride 2 x 1": ((3, 3), (6, 6), 2, 2, (2, 1), "SAME"),
     "stride 2, 2x2": ((2, 2), (6, 6), 3, 8, (2, 2), "SAME"),
-    "stride 2, 1x1": ((1, 1), (6, 5), 3, 4, (2, 2), "SAME"),
     "stride 3, explicit": ((5, 3), (8, 7), 2, 2, (3, 3), ((4, 1), (0, 2))),
-    "stride 2, valid": ((3, 3), (8, 6), 2, 2, (2, 2), "VALID"),
-    "circular": ((3, 3), (6, 5), 2, 3, (1, 1), "CIRCULAR"),
     "circular 5x5 on 3x3": ((5, 5), (3, 3), 2, 2, (1, 1), "CIRCULAR"),
-    "circular, stride 2": ((3, 3), (6, 8), 2, 3, (2, 2), "CIRCULAR"),
     "circular, stride 2, odd image": ((3, 3), (5, 6), 2, 2, (2, 2), "CIRCULAR"),
 }
 # What the reductions leave is the layer itself.
-EXACT_EMBEDDINGS = ("1x1", "3x3 on a pixel", "stride 2, 2x2", "stride 2, 1x1", "circular", "circular 5x5 on 3x3")
+EXACT_EMBEDDINGS = ("1x1", "3x3 on a pixel", "stride 2, 2x2", "circular 5x5 on 3x3")
 EMBEDDED = {"twists": certify.TWISTS}  # small layers are written out as matrices unless twists are asked for
 
 
@@ -107,9 +98,7 @@ def test_embedding_is_above_the_dense_norm(case, x64):
         assert ratios[:3].max() <= TIGHT  # the Gaussian kernels
 
 
-@pytest.mark.parametrize(
-    "case", ["3x3 oblong", "3x3 wide", "5x5 on 3x2", "valid, one output", "explicit", "stride 3, explicit"]
-)
+@pytest.mark.parametrize("case", ["3x3 oblong", "5x5 on 3x2", "valid, one output", "stride 3, explicit"])
 def test_small_layers_are_bounded_exactly(case, x64):
     taps, image, cin, cout, strides, padding = GEOMETRIES[case]
     names, kernels = kernels_of_every_kind((*taps, cin, cout), seed=1)
@@ -119,14 +108,7 @@ def test_small_layers_are_bounded_exactly(case, x64):
     np.testing.assert_array_less(bounds, norms * (1 + EXACT) + 1e-30)
 
 
-@pytest.mark.parametrize(
-    ("case", "options"),
-    [
-        ("3x3 oblong", {}),
-        ("3x3 wide", EMBEDDED),
-        ("stride 2", EMBEDDED),
-    ],
-)
+@pytest.mark.parametrize(("case", "options"), [("3x3 oblong", {}), ("stride 2, odd image", EMBEDDED)])
 def test_float32_bounds_are_above_the_norm_of_the_float32_weights(case, options):
     taps, image, cin, cout, strides, padding = GEOMETRIES[case]
     names, kernels = kernels_of_every_kind((*taps, cin, cout), seed=2)

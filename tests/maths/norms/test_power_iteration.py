@@ -48,7 +48,6 @@ def kernels_of_every_kind(shape, seed=0):
 
 # spatial shape, kernel shape, strides, padding; six kinds of kernels each
 CONVOLUTIONS = {
-    "1x1": ((3, 3), (1, 1, 5, 3), 1, "SAME"),
     "3x3": ((5, 7), (3, 3, 2, 4), 1, "SAME"),
     "3x3 circular, strides 2": ((6, 6), (3, 3, 3, 2), 2, "CIRCULAR"),
     "3x3 circular on 2x1 pixels": ((2, 1), (3, 3, 8, 3), 1, "CIRCULAR"),
@@ -170,13 +169,6 @@ def test_one_power_step_follows_a_drifting_kernel():
         assert (1 - LAG) * true <= sigma <= (1 + ROUNDING) * true
     cold, _, _ = norm_of(apply, start + drift, jax.random.normal(jax.random.key(1), (6, 6, 3)), num_steps=1)
     assert cold < (1 - 2 * LAG) * true
-
-
-def test_estimates_of_power_steps_never_decrease():
-    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(9, 9)), jnp.float32)
-    v = jax.random.normal(jax.random.key(0), (9,))
-    sigmas = jnp.stack(jax.jit(lambda k: [spectral_norm(dense, k, v, num_steps=n)[0] for n in (1, 2, 4, 8, 16)])(kernel))
-    assert jnp.all(jnp.diff(sigmas) >= -ROUNDING * sigmas[:-1])
 
 
 @pytest.mark.parametrize("num_steps", [None, 2])

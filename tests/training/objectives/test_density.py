@@ -36,10 +36,9 @@ def test_validation_says_what_training_gains_by_what_it_cuts_off(caplog):
     assert "training exploited what its 1 terms cut off" in caplog.text
     assert means["num_terms"] == 1
     caplog.clear()
-    for kind in ("series", "krylov"):  # with the same probes, even few
-        patient, current, _ = validate_untrained(kind=kind, num_terms=20)
-        with caplog.at_level("WARNING"):
-            assert abs(patient.measure(current, model).metrics["training_bias"]) < 1e-4
+    patient, current, _ = validate_untrained(kind="krylov", num_terms=20)  # with the same probes, even few
+    with caplog.at_level("WARNING"):
+        assert abs(patient.measure(current, model).metrics["training_bias"]) < 1e-4
     assert not caplog.text
 
 

@@ -67,7 +67,7 @@ def unrolled_loss(branch, x, y, forward_share):
     return (1 - forward_share) * back + forward_share * there
 
 
-@pytest.mark.parametrize("forward_share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("forward_share", [0.3, 1.0])
 def test_the_loss_and_its_gradient_are_those_of_the_iteration_step_by_step(x64, forward_share):
     model, x, y = small()
 
