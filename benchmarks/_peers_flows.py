@@ -15,7 +15,7 @@ from _processes import most_cores
 
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.evaluation import stated_accuracy
-from iresnet_jax.models.flow import as_params
+from iresnet_jax.models.contractions import as_params
 from iresnet_jax.training import parallel
 
 

@@ -26,8 +26,8 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import freeze
 from iresnet_jax.models.linen import ResidualFlow
 from iresnet_jax.runs.trained_run import load
 from iresnet_jax.training.objectives.density import evaluation_keys
@@ -86,11 +86,8 @@ def likelihoods(arguments):
 
         timings = take_turns({OURS: ours, NORMFLOWS: theirs}, **(QUICK_EFFORT if arguments.quick else LIKELIHOOD_EFFORT))
         their_flow.draw(max(num_draws - len(their_flow.log_dets), 1))
-        (_, values, accuracy), unit, draws = (
-            answers[-1],
-            model.spec.unit_of_a_nat,
-            model.spec.unit_of_a_nat * their_flow.log_dets,
-        )
+        (_, values, accuracy), unit = answers[-1], model.spec.unit_of_a_nat
+        draws = unit * their_flow.log_dets
         variance, error = float(draws.var(axis=0, ddof=1).mean()), unit * (values - exact)
         difference = draws.mean(axis=0) - unit * log_dets[:drawn]
         needed = max(math.ceil(variance / TARGET**2), 1)

@@ -20,8 +20,8 @@ from iresnet_jax.bijections import chain
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import freeze
 
 BATCH_SIZE, NUM_PRODUCTS = 32, 4
 LAYOUTS = ("stored", "fused", "scanned")

@@ -41,6 +41,7 @@ from iresnet_jax.runs.planning import plan
 NAIVE = "naive"
 SIZES = ("digits", "64", "128")  # the config, and channels of `colour_config`
 NUM_BATCHES = 4
+QUICK_TRAINING = ("training.total_steps=4", "training.eval_every_steps=2", "training.eval_examples=64")
 DIGITS, FASHION = config_file("digits_density"), config_file("fashion_mnist_density")
 KEPT = RESULTS / "density_comparison_fashion_mnist.json"
 
@@ -128,7 +129,8 @@ def startups(arguments, start, folder):
 
 def time_to(arguments, start, folder):
     """Seconds of a training on Fashion-MNIST until validation is at so many bits/dim, beside normflows' record."""
-    config = read_config(FASHION, *(flag.removeprefix("--config.") for flag in arguments.train_flag))
+    flags = [*(QUICK_TRAINING if arguments.quick else ()), *arguments.train_flag]
+    config = read_config(FASHION, *(flag.removeprefix("--config.") for flag in flags))
     began, workdir = time.time(), folder / "fashion_mnist"
     start(most_cores(), "_steps", "OurTraining", {"config": to_plain(config), "workdir": str(workdir)})
     lines = read_metrics(workdir)

@@ -23,7 +23,7 @@ from iresnet_jax.runs.loop import train
 
 TARGETS = {"linear_gaussian": ("divergence", 0.02), "sbi_two_moons": ("mean_c2st", 0.6)}
 QUICK = ("training.total_steps=20", "training.minutes=0.0", "training.blocks=scan", "training.eval_examples=500")
-QUICK += ("evaluation.num_examples=500", "evaluation.num_posteriors=2")
+QUICK += ("evaluation.num_examples=500", "evaluation.num_posteriors=2", "evaluation.num_posterior_samples=100")
 
 
 def measure(name, config, workdir):

@@ -29,8 +29,9 @@ from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.maths.norms.power_iteration import soft_normalize, spectral_norm
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.contractions import Block, constrain, freeze
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import Block, constrain, flow_bijection, freeze
+from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from iresnet_jax.certification.residuals import residuals
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import freeze
 
 CONV = {"hidden": (3,), "kernel_sizes": (3, 3)}
 FLOWS = {
@@ -37,12 +37,12 @@ JUMPS = {name: FlowSpec((2,), (StageSpec(2, hidden=(6,), activation=name),)) for
 @functools.cache
 def weights(flow):
     """Weights within their budget, with biases."""
-    frozen = jax.jit(lambda key: freeze(flow, kept.random_params(flow, key)))(jax.random.key(1))
-    for block in frozen.values():
-        rng = np.random.default_rng(0)
-        for layer in block.branch.weights.values():
-            layer["bias"] = 0.3 * rng.normal(size=layer["bias"].shape)
-    return jax.tree.map(lambda a: np.asarray(a, np.float32), frozen)
+    params = jax.device_get(jax.jit(kept.random_params, static_argnums=0)(flow, jax.random.key(1)))
+    for stage in flow.layout:
+        rng, blocks = np.random.default_rng(0), params[stage.name]["blocks"]
+        for layer in stage.branch.layers:
+            blocks[layer.name]["bias"] = 0.3 * rng.normal(size=blocks[layer.name]["bias"].shape).astype(np.float32)
+    return jax.device_get(jax.jit(freeze, static_argnums=0)(flow, params))
 
 
 @functools.cache
@@ -56,9 +56,9 @@ def density(spec):
 
 
 def changed(model, **fields):
-    """The model with other fields in the branches of its first stage."""
+    """The model with other fields in the branches of its first stage, and whose word they are is not asked."""
     block = model.weights["stage0"]
-    branch = dataclasses.replace(block.branch, **fields)
+    branch = dataclasses.replace(dataclasses.replace(block.branch, **fields).sealed(), **fields)
     return model.with_(weights={**model.weights, "stage0": block._replace(branch=branch)})
 
 

@@ -13,8 +13,8 @@ from iresnet_jax.bijections.transforms.logit import Logit
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import freeze
 from iresnet_jax.models.head import initial_head
 from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.config import EvaluationConfig, LogdetConfig
@@ -68,7 +68,11 @@ def uncertified(weights, factor=1.0):
     return {
         name: block._replace(
             branch=dataclasses.replace(
-                block.branch, weights=jax.tree.map(lambda a: factor * a, block.branch.weights), word="estimated", norms=None
+                block.branch,
+                weights=jax.tree.map(lambda a: factor * a, block.branch.weights),
+                word="estimated",
+                norms=None,
+                seal=None,
             )
         )
         for name, block in weights.items()

@@ -1,42 +1,26 @@
 """Independent references in NumPy float64: slow, dense and plain. Nothing here imports the library."""
 
-from typing import Any
-
 import numpy as np
 
 
-def _pads(size: int, taps: int, stride: int, padding, axis: int) -> tuple[int, int]:
-    if padding == "VALID":
-        return 0, 0
-    if padding == "CIRCULAR":
-        return (taps - 1) // 2, taps // 2
-    if padding == "SAME":
-        total = max((-(-size // stride) - 1) * stride + taps - size, 0)
-        return total // 2, total - total // 2
-    return tuple(padding[axis])
-
-
-def conv_forward(x, kernel, *, strides=(1, 1), padding="SAME"):
-    """``y[i] = sum_t x[s i + t - p] K[t]`` on a batch NHWC with taps HWIO, one tap at a time."""
+def conv_forward(x, kernel, *, padding="SAME"):
+    """``y[i] = sum_t x[i + t - p] K[t]`` on a batch NHWC with taps HWIO, one tap at a time."""
     x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
-    taps = kernel.shape[:2]
-    pads = [_pads(x.shape[1 + axis], taps[axis], strides[axis], padding, axis) for axis in (0, 1)]
+    (_, height, width, _), taps = x.shape, kernel.shape[:2]
+    pads = [((n - 1) // 2, n // 2) for n in taps]
     x = np.pad(x, ((0, 0), *pads, (0, 0)), mode="wrap" if padding == "CIRCULAR" else "constant")
-    height, width = ((x.shape[1 + axis] - taps[axis]) // strides[axis] + 1 for axis in (0, 1))
     y = np.zeros((len(x), height, width, kernel.shape[3]))
     for i in range(taps[0]):
         for j in range(taps[1]):
-            rows = slice(i, i + strides[0] * (height - 1) + 1, strides[0])
-            columns = slice(j, j + strides[1] * (width - 1) + 1, strides[1])
-            y += x[:, rows, columns] @ kernel[i, j]
+            y += x[:, i : i + height, j : j + width] @ kernel[i, j]
     return y
 
 
-def dense_conv_matrix(kernel, height: int, width: int, *, strides=(1, 1), padding: Any = "SAME"):
+def dense_conv_matrix(kernel, height: int, width: int, *, padding="SAME"):
     """The matrix of the layer on flattened HWC images: column k is the layer's output for the k-th unit image."""
     num_inputs = height * width * np.shape(kernel)[2]
     units = np.eye(num_inputs).reshape(num_inputs, height, width, -1)
-    return conv_forward(units, kernel, strides=strides, padding=padding).reshape(num_inputs, -1).T
+    return conv_forward(units, kernel, padding=padding).reshape(num_inputs, -1).T
 
 
 def power_iteration(apply, transpose, x, num_steps: int) -> float:

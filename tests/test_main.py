@@ -127,7 +127,7 @@ def test_certify_tells_layer_by_layer_and_fails_without_a_certificate(folders, c
     assert lines[-1].startswith("certified: every one of 2 blocks is a contraction")
     loaded = run.load(folders["points"])
     block = loaded.model.weights["stage0"]
-    branch = replace(block.branch, lipschitz_bound=np.array([0.5, np.inf], np.float32))
+    branch = replace(block.branch, lipschitz_bound=np.array([0.5, np.inf], np.float32)).sealed()
     weights = {"stage0": block._replace(branch=branch)}
     broken = run.Run(loaded.folder, loaded.model.with_(weights=weights), loaded.config, loaded.fingerprint, 7)
     monkeypatch.setattr(run, "load", lambda folder: broken)
@@ -220,7 +220,7 @@ MISTAKES = [
     ("sample", "points", ["--seed", "99999999999999999999"], "seed must lie in"),
     ("plan", None, ["--topolgy", "v5e:2x2"], "--topolgy: did you mean '--topology'"),
     ("evaluate", None, ["--workdr=runs"], "--workdr: did you mean '--workdir'"),
-    ("sample", "points", ["--temperature", "nan"], "temperature must be at least 0"),
+    ("sample", "points", ["--temperature", "nan"], "temperature at least 0"),
     ("sample", "points", ["--label", "0"], "one prior for all"),
     ("sample", "points", ["--context", "1.0"], "takes no context"),
     ("sample", "hybrid", ["--label", "3"], "there is no class 3"),

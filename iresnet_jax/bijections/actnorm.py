@@ -14,6 +14,8 @@ from jaxtyping import Array, Float
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection, no_inverse_error
 from iresnet_jax.maths.inverse.fixed_point import example_norm
 
+EPS = 1e-5  # added to variances, which caps scales at 316
+
 
 class ActNormParams(NamedTuple):
     """Parameters of ``y = (x + bias) exp(log_scale)``.
@@ -27,28 +29,25 @@ class ActNormParams(NamedTuple):
     log_scale: Float[Array, " c"]
 
 
-def initialize(x: Float[Array, "b ... c"], eps: float = 1e-5, *, axis_name: str | None = None) -> ActNormParams:
+def initialize(x: Float[Array, "b ... c"], *, axis_name: str | None = None) -> ActNormParams:
     r"""Chooses the parameters that whiten each channel of a batch.
 
-    ``bias = -mean`` and ``log_scale = -log(var + eps) / 2``, over the batch and all positions: on ``x`` the output has mean 0
-    and variance ``var / (var + eps)``. A channel that does not vary, as one of padding, keeps its scale: with the largest one,
-    ``1 / sqrt(eps)``, its bias would learn hundreds of times too fast.
+    ``bias = -mean`` and ``log_scale = -log(var + eps) / 2`` with ``eps`` = `EPS`, over the batch and all positions: on ``x``
+    the output has mean 0 and variance ``var / (var + eps)``. A channel that does not vary, as one of padding, keeps its scale:
+    with the largest one, ``1 / sqrt(eps)``, its bias would learn hundreds of times too fast.
 
     Args:
         x: A batch; about 1000 examples make the statistics representative.
-        eps: Positive number added to the variance, in its units. 1e-5 caps the scale at 316.
         axis_name: Mapped axis that the batch is spread over in equal shares: the statistics are those of the whole batch.
 
     Raises:
-        ValueError: If ``eps`` is not positive, or ``x`` has no channel axis or no entries.
+        ValueError: If ``x`` has no channel axis or no entries.
     """
-    if eps <= 0:
-        raise ValueError(f"eps must be positive, got {eps}: it bounds the scale of a constant channel")
     if x.ndim < 2 or x.size == 0:
         raise ValueError(f"x must be a non-empty batch with channels last, got shape {x.shape}: add the missing axes")
     mean, variance = channel_moments(x, axis_name)
     varies = variance > jnp.square(16 * jnp.finfo(x.dtype).eps * mean)  # by more than the rounding of its mean
-    return ActNormParams(bias=-mean, log_scale=jnp.where(varies, -jnp.log(variance + eps) / 2, 0))
+    return ActNormParams(bias=-mean, log_scale=jnp.where(varies, -jnp.log(variance + EPS) / 2, 0))
 
 
 def channel_moments(x: Float[Array, "b ... c"], axis_name: str | None) -> tuple[Float[Array, " c"], Float[Array, " c"]]:

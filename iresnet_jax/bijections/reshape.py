@@ -69,34 +69,21 @@ def merge_channels(kept: Shaped[Array, "... c"], latent: Shaped[Array, "... c"])
 
 
 def pad_channels(x: Shaped[Array, "b ... c"], num: int) -> Shaped[Array, "b ... c+{num}"]:
-    """Appends ``num`` channels of zeros, which widens a network without breaking its injectivity (Behrmann et al. 2019).
-
-    Raises:
-        ValueError: If ``num`` is negative.
-    """
-    if num < 0:
-        raise ValueError(f"num must be at least 0, got {num}: use unpad_channels to remove channels")
+    """Appends ``num`` channels of zeros, which widens a network without breaking its injectivity (Behrmann et al. 2019)."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, num)])
 
 
 def unpad_channels(y: Shaped[Array, "b ... c"], num: int) -> Shaped[Array, "b ... c-{num}"]:
-    """Drops the last ``num`` channels: the inverse of `pad_channels` on its image, a projection elsewhere.
-
-    Raises:
-        ValueError: If ``num`` is negative or leaves no channel.
-    """
-    return y[..., : _num_kept(y, num)]
+    """Drops the last ``num`` channels: the inverse of `pad_channels` on its image, a projection elsewhere."""
+    return y[..., : y.shape[-1] - num]
 
 
 def padding_residual(y: Float[Array, "b ... c"], num: int) -> Float[Array, " b"]:
     """Distance of every example from the image of `pad_channels`: the Euclidean norm of its last ``num`` channels.
 
     Where it is 0 the gradient is 0 too (a subgradient) instead of NaN.
-
-    Raises:
-        ValueError: If ``num`` is negative or leaves no channel.
     """
-    padding = y[..., _num_kept(y, num) :]
+    padding = y[..., y.shape[-1] - num :]
     squared = jnp.sum(jnp.square(padding), axis=tuple(range(1, y.ndim)))
     is_zero = squared == 0
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squared)))
@@ -132,11 +119,3 @@ def _check_images(x: Array, factor: int) -> None:
         raise ValueError(f"factor must be at least 1, got {factor}: 2 halves the height and the width")
     if x.ndim != 4:
         raise ValueError(f"images must have shape (batch, height, width, channels), got {x.shape}: add the missing axes")
-
-
-def _num_kept(y: Array, num: int) -> int:
-    """Channels left of ``y`` without its last ``num``."""
-    c = y.shape[-1]
-    if not 0 <= num < c:
-        raise ValueError(f"num must lie in [0, {c}) for {c} channels, got {num}: pass the num given to pad_channels")
-    return c - num

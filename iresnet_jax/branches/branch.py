@@ -9,14 +9,15 @@ import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from iresnet_jax.maths.inverse.fixed_point import Diagonal
 from iresnet_jax.maths.logdet.estimator import Jacobian, Logdet, Trace
@@ -57,7 +58,7 @@ class CallableBranch(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weights", "lipschitz_bound", "norms", "gain", "context"],
+    data_fields=["weights", "lipschitz_bound", "norms", "gain", "seal", "context"],
     meta_fields=["spec", "word", "bfloat16"],
 )
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity, as functions are
@@ -72,6 +73,7 @@ class Branch:
             below, "user" for what a kind says of itself, "none" for weights without a constraint.
         norms: Guaranteed operator norms of the layers of these very weights, if they were computed.
         gain: Factor on ``g``, by which a kind that scales its output is brought into the budget; None is 1.
+        seal: `checksum` of the weights and of what was computed from them, see `sealed`; None if nothing is guaranteed.
         context: Contexts that the branch depends on, one per example, see `given`.
         bfloat16: Whether ``g`` computes in bfloat16. Closed forms ignore it and use the weights as stored.
     """
@@ -82,6 +84,7 @@ class Branch:
     word: str = "estimated"
     norms: Norms | None = field(default=None, repr=False)
     gain: Any = None
+    seal: Any = None
     context: Any = None
     bfloat16: bool = False
 
@@ -101,6 +104,19 @@ class Branch:
     def in_bfloat16(self) -> "Branch":
         """The branch whose ``g`` computes in bfloat16."""
         return dataclasses.replace(self, bfloat16=True)
+
+    def sealed(self) -> "Branch":
+        """The branches, stacked over blocks, with a seal that breaks once their weights or bounds change."""
+        return dataclasses.replace(self, seal=checksum(self._sealed_arrays))
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the weights are still those that the bounds were computed from; on the host, outside of ``jit``."""
+        return bool(np.all(np.asarray(checksum(self._sealed_arrays)) == np.asarray(self.seal)))
+
+    @property
+    def _sealed_arrays(self) -> list[Any]:
+        return jax.tree.leaves((self.weights, self.lipschitz_bound, self.norms, self.gain))
 
     @property
     def trace(self) -> Trace | None:
@@ -142,6 +158,28 @@ class Branch:
 
 
 AnyBranch = Branch | CallableBranch
+
+
+@jax.jit
+def checksum(arrays: Sequence[Shaped[Array, "k ..."]]) -> Float[Array, " k"]:
+    """24 bits of a hash of each block's numbers, whole ones in float32: it has no gradient, and a tree keeps its one dtype.
+
+    Numbers count by their value in float32 and what that leaves over, so that float64 of the same numbers has the same hash.
+    Each number's bits are mixed with its place, by the last rounds of MurmurHash3, and added up modulo 2^32.
+    """
+    total = jnp.zeros((), jnp.uint32)
+    for i, array in enumerate(arrays):
+        numbers = lax.stop_gradient(jnp.asarray(array))
+        numbers = numbers.reshape(len(numbers), math.prod(numbers.shape[1:]))
+        high = numbers.astype(jnp.float32)
+        rest = jnp.where(jnp.isfinite(high), numbers - high, 0).astype(jnp.float32)
+        for part in (high, rest):
+            place = jnp.arange(numbers.shape[1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.uint32(i)
+            mixed = lax.bitcast_convert_type(part, jnp.uint32) + place[None]
+            for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+                mixed = (mixed ^ mixed >> shift) * jnp.uint32(factor)
+            total = total * jnp.uint32(31) + jnp.sum(mixed ^ mixed >> 16, axis=1, dtype=jnp.uint32)
+    return (total >> 8).astype(jnp.float32)
 
 
 class ConstrainedBranch(NamedTuple):
@@ -290,7 +328,7 @@ def check_budget(budget: str) -> None:
         raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
 
 
-def check_context(context_dim: int, batch_size: int, context: Float[Array, "..."] | None) -> None:
+def check_context(context_dim: int, batch_size: int, context: Float[Array | np.ndarray, "..."] | None) -> None:
     """Raises ``ValueError`` unless there is one context of that length for every example, or none if the length is 0."""
     if context_dim == 0 and context is not None:
         raise ValueError(f"the model takes no context (context_dim=0), got one of shape {context.shape}: leave it out")

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from iresnet_jax.branches.branch import Branch, BranchSpec, ConstrainedBranch, Norms, Weights, check_budget, check_coeff
 from iresnet_jax.branches.layers import LayerSpec, VectorPair
 from iresnet_jax.maths import activations, two_layers
-from iresnet_jax.maths.convolution import Padding
+from iresnet_jax.maths.convolution import Padding, pads_of
 from iresnet_jax.maths.lipschitz_bounds import branch_bound
 from iresnet_jax.maths.logdet.banded import num_operations, num_products, stencil_by_products, stencil_logdet
 from iresnet_jax.maths.norms.power_iteration import soft_normalize
@@ -76,8 +76,7 @@ class FeedforwardSpec(BranchSpec):
                 f"kernel_sizes needs {len(self.hidden) + 1} entries, one per layer, for hidden={self.hidden}; "
                 f"got {self.kernel_sizes}"
             )
-        if self.padding not in ("SAME", "CIRCULAR"):
-            raise ValueError(f"a residual branch keeps the image size: padding must be SAME or CIRCULAR, got {self.padding!r}")
+        pads_of(self.padding, (1, 1))  # raises for an unknown one
 
     @classmethod
     def of_stage(cls, stage: Any, in_shape: tuple[int, ...], context_dim: int) -> "FeedforwardSpec":

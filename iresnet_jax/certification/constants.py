@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.certification.banded import jacobian_blocks, layers_of_step
 from iresnet_jax.certification.passes import forward_correction
-from iresnet_jax.certification.prepared import MOST_DIMS, PreparedFlow, in_parts, prepared
+from iresnet_jax.certification.prepared import MOST_DIMS, PreparedFlow, in_parts, inputs_of, prepared
 from iresnet_jax.certification.products import linearize, products_at, tables_of
 from iresnet_jax.certification.residuals import Residuals, residuals
 from iresnet_jax.certification.trajectory import follow, over_steps, places_of
@@ -21,8 +21,8 @@ from iresnet_jax.maths.norms.convolution_certificate import dense_norm_bound
 from iresnet_jax.maths.trajectories import local_bounds, shadowing
 from iresnet_jax.maths.trajectories.least_eigenvalue import singular_value_bounds
 from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.contractions import bilipschitz
 from iresnet_jax.models.density import Contexts
-from iresnet_jax.models.flow import bilipschitz
 from iresnet_jax.models.model import Model
 
 
@@ -71,9 +71,10 @@ def local_constants(
         raise ValueError(f"radius must be at least 0, got {radius}")
     with prepared(model, x, context=context, most_dims=MOST_DIMS) as (flow, contexts):
         forward, inverse = map(float, bilipschitz(flow.spec, flow.weights))
+        inputs = inputs_of(model, x).reshape(np.shape(x))
         if not flow.smooth:
             return LocalConstants(np.full(len(x), forward), np.full(len(x), inverse), forward, inverse)
-        bounds = in_parts(functools.partial(_of_example, flow, radius), 1, np.asarray(x, np.float64), contexts)
+        bounds = in_parts(functools.partial(_of_example, flow, radius), 1, inputs, contexts)
     return LocalConstants(np.minimum(bounds[0], forward), np.minimum(bounds[1], inverse), forward, inverse)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from iresnet_jax.bijections.transforms.dequantize import Grid, certain_levels
+from iresnet_jax.bijections.transforms.enclosure import enclosing
 from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.certification.inverse import InverseCertificate, inverse
@@ -86,7 +87,7 @@ def decode(
         >>> x, info = certify.decode(model, z)  # doctest: +SKIP
         >>> info.error_bound, info.certain.all(), info.certificate.applied  # doctest: +SKIP
     """
-    check(model, z, context)
+    check(model, z, context=context)
     decoded = to_data(model, jnp.asarray(z), context=context)
     return decoded.data, certified(model, decoded, context=context)
 
@@ -129,7 +130,7 @@ def certified(
         x, transform = x[..., :channels], Standardize(mean, std)
     elif isinstance(model, Density):
         transform = model.spec.transform
-    enclosure = transform.enclose_inverse(x.astype(np.float64), certificate.error_bound)
+    enclosure = enclosing(transform, "enclose_inverse")(x.astype(np.float64), certificate.error_bound)
     if not isinstance(model, Density):
         levels = model.spec.num_levels
         certain = _pixels(levels, data.shape[-1]).certain(np.rint(data * (levels - 1.0)) / (levels - 1.0), enclosure)

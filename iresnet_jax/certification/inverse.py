@@ -8,7 +8,6 @@ of IEEE arithmetic are trusted, no elementary function and no linear solver is.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from iresnet_jax.certification.banded import step_norms
 from iresnet_jax.certification.passes import newton_step
-from iresnet_jax.certification.prepared import PreparedFlow, in_parts, prepared, vectors_of
+from iresnet_jax.certification.prepared import PreparedFlow, in_parts, inputs_of, prepared, vectors_of
 from iresnet_jax.certification.products import linearize, newton_step_by_inverses, products_at
 from iresnet_jax.certification.residuals import Residuals, ending_at, residuals
 from iresnet_jax.certification.trajectory import follow, follow_back
@@ -90,16 +89,12 @@ def inverse(
         >>> x, info = model.flow().inverse(z)  # doctest: +SKIP
         >>> certify.inverse(model, z, x).error_bound  # doctest: +SKIP
     """
-    spec = model.spec.flow
-    if x.shape[1:] != tuple(spec.event_shape) or math.prod(y.shape[1:]) != spec.num_dims or len(x) != len(y):
-        raise ValueError(
-            f"y must have {spec.num_dims} entries an example and x the shape (b, {', '.join(map(str, spec.event_shape))}) of "
-            f"the flow's input, got {y.shape} and {x.shape}"
-        )
     with prepared(model, y, x, context=context) as (flow, contexts):
-        y, x = np.asarray(vectors_of(model, y), np.float64), np.asarray(x, np.float64).reshape(len(x), spec.num_dims)
+        y, x = np.asarray(vectors_of(model, y), np.float64), inputs_of(model, x)
+        if len(x) != len(y):
+            raise ValueError(f"x and y must hold the same examples, got {len(x)} and {len(y)} of them")
         found = in_parts(functools.partial(_certify, flow), flow.chunk, y, x, contexts)
-    return found._replace(refined=found.refined.reshape(len(found.refined), *spec.event_shape))
+    return found._replace(refined=found.refined.reshape(len(found.refined), *flow.spec.event_shape))
 
 
 def _certify(flow: PreparedFlow, y, start, contexts) -> InverseCertificate:

@@ -29,9 +29,10 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.transforms.dequantize import enclose_volume
+from iresnet_jax.bijections.transforms.enclosure import enclosing
 from iresnet_jax.certification.jacobians import LinearSteps, step_jacobians
 from iresnet_jax.certification.passes import FlowSlopes, forward_correction
-from iresnet_jax.certification.prepared import MOST_DIMS, PreparedFlow, in_parts, prepared
+from iresnet_jax.certification.prepared import MOST_DIMS, PreparedFlow, check, in_parts, inputs_of, prepared
 from iresnet_jax.certification.residuals import residuals
 from iresnet_jax.certification.trajectory import follow
 from iresnet_jax.maths import activations
@@ -99,6 +100,7 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
         >>> interval = certify.log_prob(model, images)  # doctest: +SKIP
         >>> interval.in_units(model.spec).upper  # bits/dim, guaranteed  # doctest: +SKIP
     """
+    check(model, x, context=context, most_dims=MOST_DIMS)
     _check_smooth(model)
     spec, given = model.spec, np.asarray(x)
     key = jax.random.key(0) if key is None else typed_key(key)
@@ -106,7 +108,7 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
     noisy = np.asarray(model.dequantize(x, key_noise))
     u = given if spec.num_levels is None and spec.grid is None else noisy
     with prepared(model, x, context=context, most_dims=MOST_DIMS) as (flow, contexts):
-        y, log_det = spec.transform.enclose_forward(u)
+        y, log_det = enclosing(spec.transform, "enclose_forward")(u)
         latents, of_flow = _through(flow, y.map(lambda part: part.reshape(len(part), spec.flow.num_dims)), contexts)
         log_det = log_det + of_flow
         if spec.num_levels is not None:
@@ -132,12 +134,8 @@ def log_det(
         ValueError: As in `log_prob`, or if the shape is not that of the flow's input.
     """
     _check_smooth(model)
-    shape = tuple(model.spec.flow.event_shape)
-    if x.shape[1:] != shape:
-        raise ValueError(f"x must have the shape (b, {', '.join(map(str, shape))}) of the flow's input, got {x.shape}")
     with prepared(model, x, context=context, most_dims=MOST_DIMS) as (flow, contexts):
-        inputs = np.asarray(x, np.float64).reshape(len(x), flow.spec.num_dims)
-        return Interval(*_through(flow, Ball.of(inputs), contexts)[1].bounds())
+        return Interval(*_through(flow, Ball.of(inputs_of(model, x)), contexts)[1].bounds())
 
 
 def _through(flow: PreparedFlow, start: Ball, contexts: np.ndarray | None) -> tuple[Ball, Ball]:

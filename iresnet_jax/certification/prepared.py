@@ -11,14 +11,16 @@ import jax.core
 import numpy as np
 from jaxtyping import Array, Float
 
+from iresnet_jax.branches.branch import check_context
 from iresnet_jax.certification.jacobians import LinearSteps, StepConstants, constants_of
 from iresnet_jax.certification.residuals import PreciseStage, precise_stages
 from iresnet_jax.certification.trajectory import Places, in_float64, places_of
+from iresnet_jax.maths.enclosures.double_double import LARGEST_EXPONENT
 from iresnet_jax.maths.trajectories.margin_bounds import Step
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import require_bounds
+from iresnet_jax.models.contractions import FlowWeights
 from iresnet_jax.models.density import Contexts, Density
-from iresnet_jax.models.flow import FlowWeights
 from iresnet_jax.models.model import Model
 from iresnet_jax.models.reconstructor import Reconstructor
 
@@ -81,28 +83,43 @@ class PreparedFlow:
         return np.where(np.concatenate(beside), np.maximum(norms, 1), norms)
 
 
-def check(model: Model, *given: Any, most_dims: int | None = None, contraction: bool = True) -> None:
+def check(
+    model: Model, *given: Any, context: Contexts | None = None, most_dims: int | None = None, contraction: bool = True
+) -> None:
     """Raises ``ValueError`` in one sentence for what cannot be certified.
 
     Args:
         model: The model.
-        given: All else that is given, which must be arrays of the host, not traced ones.
+        given: Batches that are given, which must be arrays of the host, not traced ones.
+        context: Contexts of a conditional density, one for each example of the batches.
         most_dims: Most dimensions of the flow, if there is a limit.
         contraction: Whether every block must be certified to be a contraction.
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model, given))):
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model, given, context))):
         raise ValueError("certificates are computed on the host, outside of jit, vmap and grad: call certify out there")
     model.require_bijection()
+    if getattr(model, "bfloat16", False):
+        raise ValueError(
+            "this model computes in bfloat16, and guarantees are those of its weights as they are stored: certify "
+            "model.with_(bfloat16=False) in place of it"
+        )
     require_bounds(model.weights)
+    if any(np.ndim(batch) == 0 for batch in given):
+        raise ValueError("certificates are those of a batch of examples, got a scalar")
+    if given:
+        check_context(model.spec.flow.context_dim, len(given[0]), context)
     for stage in model.spec.flow.layout:
-        branch = model.weights[stage.name].branch
+        scale, branch = model.weights[stage.name]
+        if not np.all(np.abs(scale.log_scale) <= LARGEST_EXPONENT):
+            raise ValueError(
+                f"{stage.name} has an ActNorm whose log_scale is not within {LARGEST_EXPONENT:g}: its scale is beyond what "
+                "certificates compute with"
+            )
         if not branch.spec.layers or branch.norms is None or branch.gain is not None:
             raise ValueError(
                 f"{stage.name} has branches of kind {stage.spec.kind!r}, which certificates cannot follow: they take chains of "
                 "layers and activations; certificate() has the bounds on that kind's word"
             )
-        if branch.word != "certified":  # norms without a bound that follows from them
-            raise ValueError("these weights are not certified: call freeze() first")
     if contraction and not all(np.all(np.asarray(block.branch.lipschitz_bound) < 1) for block in model.weights.values()):
         raise ValueError("a block is not certified to be a contraction, so the inverse may not be unique: see certificate()")
     if most_dims is not None and model.spec.flow.num_dims > most_dims:
@@ -119,14 +136,14 @@ def prepared(
 
     Args:
         model: The model.
-        given: All else that is given.
+        given: Batches that are given.
         context: Contexts of a conditional density.
         limits: ``most_dims`` and ``contraction`` of `check`.
 
     Raises:
         ValueError: For the reasons of `check`.
     """
-    check(model, *given, context, **limits)
+    check(model, *given, context=context, **limits)
     scaled = model.scale_context(context) if isinstance(model, Density) else None
     scaled = None if scaled is None else np.asarray(scaled, np.float64)
     with jax.enable_x64(), jax.default_device(jax.local_devices(backend="cpu")[0]), np.errstate(all="ignore"):
@@ -137,9 +154,20 @@ def vectors_of(
     model: Model, y: Float[Array, "b ..."] | Float[np.ndarray, "b ..."]
 ) -> Float[Array, "b d"] | Float[np.ndarray, "b d"]:
     """Latents, features or measurements as vectors in the order of the flow's outputs; vectors are taken to have it."""
+    num_dims = model.spec.flow.num_dims
+    if np.ndim(y) < 2 or math.prod(y.shape[1:]) != num_dims:
+        raise ValueError(f"latents must be a batch with {num_dims} entries an example, got an array of shape {np.shape(y)}")
     if isinstance(model, Reconstructor) and y.ndim > 2:
         return model.as_latents(y)
-    return y.reshape(len(y), model.spec.flow.num_dims)
+    return y.reshape(len(y), num_dims)
+
+
+def inputs_of(model: Model, x: Float[Array, "b ..."] | Float[np.ndarray, "b ..."]) -> Float[np.ndarray, "b d"]:
+    """Inputs of the flow as vectors in float64."""
+    shape = tuple(model.spec.flow.event_shape)
+    if np.shape(x)[1:] != shape:
+        raise ValueError(f"x must have the shape (b, {', '.join(map(str, shape))}) of the flow's input, got {np.shape(x)}")
+    return np.asarray(x, np.float64).reshape(len(x), model.spec.flow.num_dims)
 
 
 def in_parts(certify: Callable[..., Any], size: int, *arrays: Any) -> Any:

@@ -30,7 +30,7 @@ from iresnet_jax.maths.enclosures.upward_rounding import UP, U
 from iresnet_jax.maths.trajectories import margin_bounds
 from iresnet_jax.maths.trajectories.margin_bounds import Adjoints, Step, Tangents
 from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.models.flow import bilipschitz
+from iresnet_jax.models.contractions import bilipschitz
 
 Images = Num[Array, "b h w c"] | Num[np.ndarray, "b h w c"]
 

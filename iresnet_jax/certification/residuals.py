@@ -19,7 +19,7 @@ from iresnet_jax.maths.enclosures.double_double import UNIT, DoubleDouble, exp
 from iresnet_jax.maths.enclosures.split_products import Sliced, product
 from iresnet_jax.maths.enclosures.upward_rounding import UP
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import FlowWeights
+from iresnet_jax.models.contractions import FlowWeights
 
 
 class Layer(NamedTuple):

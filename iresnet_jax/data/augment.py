@@ -16,8 +16,6 @@ def random_crop(keys: Key[Array, " b"], images: Shaped[Array, "b h w c"], *, pad
     Equal to padding all sides symmetrically (the edge itself is repeated) and cutting a window of the old size out at random.
 
     Args:
-        keys: Keys, one for each image.
-        images: Images of any type.
         padding: Largest shift in pixels, from 0 to the smaller side of an image; 4 is customary for 32x32.
 
     Raises:

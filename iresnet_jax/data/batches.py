@@ -27,8 +27,6 @@ def device_batches(
     seed: int,
     batch_size: int,
     first_step: int = 0,
-    process_index: int | None = None,
-    process_count: int | None = None,
     keep_on_device: bool | None = None,
 ) -> Iterator[Any]:
     """Yields the batches of training steps ``first_step``, ``first_step + 1`` and so on, without end.
@@ -46,8 +44,6 @@ def device_batches(
         seed: Seed of the run, at least 0.
         batch_size: Examples in a batch over all processes and devices.
         first_step: Training step of the first batch.
-        process_index: Index of this process; by default that of JAX.
-        process_count: Number of processes that share a batch; by default that of JAX.
         keep_on_device: Whether to copy all examples to the devices; by default `fits_on_device`.
 
     Returns:
@@ -59,13 +55,10 @@ def device_batches(
     lengths = {len(leaf) for leaf in jax.tree.leaves(examples)}
     if len(lengths) != 1:
         raise ValueError(f"all arrays must have the same number of examples along their first axis, got {sorted(lengths)}")
-    num_examples = lengths.pop()
-    devices = jax.local_devices()
-    index = jax.process_index() if process_index is None else process_index
-    count = jax.process_count() if process_count is None else process_count
+    num_examples, devices, count = lengths.pop(), jax.local_devices(), jax.process_count()
 
     def indices_of(step: int) -> np.ndarray:
-        return batch_indices(seed, step, batch_size, num_examples, process_index=index, process_count=count)
+        return batch_indices(seed, step, batch_size, num_examples, process_index=jax.process_index(), process_count=count)
 
     share = len(indices_of(first_step))  # mistakes raise at the call, not at the first batch
     if share % len(devices):
@@ -135,16 +128,14 @@ def batch_indices(
         seed: Seed of the run, at least 0.
         step: Training step, counted from 0 over all epochs.
         batch_size: Examples in a batch over all processes, from 1 to ``num_examples``.
-        num_examples: Number of examples in the training split.
-        process_index: Process whose share is returned, as ``jax.process_index()``.
-        process_count: Number of processes that share a batch, as ``jax.process_count()``; it must divide ``batch_size``.
+        process_index: Process whose share is returned, less than ``process_count``.
+        process_count: Number of processes that share a batch; it must divide ``batch_size``.
 
     Returns:
         Indices in ``[0, num_examples)``, distinct within a batch and within an epoch; a read-only view.
 
     Raises:
-        ValueError: If ``batch_size`` does not lie in ``[1, num_examples]`` or cannot be shared evenly, ``process_index`` does
-            not lie in ``[0, process_count)``, or ``seed`` or ``step`` is negative.
+        ValueError: If an argument is out of its range.
     """
     if not 1 <= batch_size <= num_examples:
         raise ValueError(

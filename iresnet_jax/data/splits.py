@@ -27,7 +27,6 @@ def fraction_masks(num: int, fractions: tuple[float, float]) -> dict[str, Bool[n
     """Splits examples that nobody has split: those with the smallest digests are for the test, the next for validation.
 
     Args:
-        num: Number of examples.
         fractions: Shares for validation and for the test, each in [0, 1) and together below 1; 0 leaves a split out.
 
     Returns:
@@ -65,7 +64,6 @@ def routes(num_examples: dict[str, int], name: str) -> Routes:
 
     Args:
         num_examples: Number of examples of each published split, by name.
-        name: Name of the data set, for messages.
 
     Returns:
         Masks ``{published: {ours: mask of its examples}}``; training examples come first.

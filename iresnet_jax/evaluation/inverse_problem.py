@@ -129,13 +129,6 @@ def evaluate(
 ) -> tuple[InverseProblem, Reconstructed]:
     """Errors of reconstructions, and the amplification of perturbations: certified, and the largest that was found.
 
-    Args:
-        model: Model with bounds of its norms.
-        images: Test images of integer levels, at least 2.
-        measurement: How they are measured.
-        batch_size: Images at once.
-        seed: Seed of the noise.
-
     Raises:
         ValueError: If there are fewer than 2 images.
     """
@@ -186,10 +179,7 @@ def perturb(model: Reconstructor, y: Float[np.ndarray, "b h w c"], noise: float,
     A direction comes from power iteration on ``J^T J`` with ``J`` the Jacobian of ``F^-1`` at a measurement.
 
     Args:
-        model: Model with bounds of its norms.
-        y: Measurements.
         noise: Standard deviation of the noise in every pixel, which also sets the size of adversarial perturbations.
-        seed: Seed of the noise.
     """
     key = jax.random.fold_in(jax.random.key(seed), 2**31 + 6)
     return jax.device_get(_perturb(model, jnp.asarray(y), noise, model.noise_amplification, key))

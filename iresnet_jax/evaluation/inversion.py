@@ -148,9 +148,7 @@ def reconstruct(
     """Encodes examples and inverts their latents on all devices, in the precision of training and in float64.
 
     Args:
-        model: Model with an inverse.
         examples: Images of integer levels, or points; at least one.
-        seed: Seed of the dequantisation.
         contexts: Context of each example, of a conditional density.
         num_certified: Examples whose inverse is certified by `certify.inverse`, from the first; 0 says that one takes too long,
             None that nobody asked.

@@ -220,9 +220,6 @@ def measure(
     rigorous if the Lipschitz constants are.
 
     Args:
-        examples: Images of integer levels, or points; at least 2.
-        settings: Estimator, draws and batch size.
-        seed: Seed of noise and probes.
         contexts: Context of each example, of a conditional density.
         entropy_floor: Entropy of the data in nats, if known.
     """

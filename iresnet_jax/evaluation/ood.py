@@ -98,13 +98,9 @@ def compare(
     """Areas under the ROC curve between test images and others, by score.
 
     Args:
-        dataset: Data that the model was trained on.
         other: "rotated", the test images turned by a quarter; "noise", uniform over all levels; or the name of a data set,
             whose test images are brought to the model's size and levels, see `adapt`.
-        settings: Settings of evaluation: batch size and estimator.
-        seed: Seed of noise and probes.
         num: Images of each side, from the first, at most.
-        data_dir: Folder of the other data set.
 
     Raises:
         ValueError: If the data are points, the model is a reconstructor, or there is no such data set.

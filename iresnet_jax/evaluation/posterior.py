@@ -25,6 +25,7 @@ from iresnet_jax.runs.trained_run import Run
 FOLDS = 5
 _UNITS_A_DIMENSION = 10  # of each of the classifier's two hidden layers
 _MAX_EPOCHS = 1000
+_SEED = 1  # of the classifier and of the folds, as in the SBI benchmark
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,10 @@ def compare(
     """Compares a model with the posterior that it was trained to be.
 
     Args:
-        model: Conditional density of parameters given observations.
         simulator: Simulator that knows the truth.
         examples: Test parameters, at least 2.
         contexts: Their observations. The first ``settings.num_posteriors`` are those that samples are drawn for.
         settings: Batch size, and numbers of contexts and samples.
-        seed: Seed of all samples.
 
     Raises:
         ValueError: If there are fewer than 2 examples.
@@ -128,16 +127,13 @@ def compare(
     return Comparison(summary, chosen, true_samples, model_samples)
 
 
-def c2st(ours: Float[np.ndarray, "n d"], theirs: Float[np.ndarray, "n d"], *, seed: int = 1) -> float:
-    """Accuracy of a classifier that tells two sets of samples apart, on samples that it was not trained on.
+def c2st(ours: Float[np.ndarray, "n d"], theirs: Float[np.ndarray, "n d"]) -> float:
+    """Accuracy of a classifier that tells samples of a model from a reference, on others than it was trained on.
 
     As in the SBI benchmark: both sets are standardised by the mean and standard deviation of the reference; a perceptron with
-    two hidden layers of ``10 d`` rectified units, trained by Adam; the mean accuracy of 5-fold cross-validation.
+    two hidden layers of ``10 d`` rectified units, trained by Adam; the mean accuracy of 5-fold cross-validation. NaN if one
+    sample of the model is not finite.
 
-    Args:
-        ours: Samples of a model; NaN if one of them is not finite.
-        theirs: As many samples of the reference.
-        seed: Seed of the classifier and of the folds.
 
     Example:
         >>> a, b = np.random.default_rng(0).normal(size=(2, 500, 2))
@@ -153,8 +149,8 @@ def c2st(ours: Float[np.ndarray, "n d"], theirs: Float[np.ndarray, "n d"], *, se
     x = (np.concatenate([theirs, ours]).astype(np.float64) - mean) / scale
     is_ours = np.repeat([0, 1], [len(theirs), len(ours)])
     width = _UNITS_A_DIMENSION * x.shape[1]
-    classifier = MLPClassifier((width, width), activation="relu", solver="adam", max_iter=_MAX_EPOCHS, random_state=seed)
-    folds = KFold(FOLDS, shuffle=True, random_state=seed)
+    classifier = MLPClassifier((width, width), activation="relu", solver="adam", max_iter=_MAX_EPOCHS, random_state=_SEED)
+    folds = KFold(FOLDS, shuffle=True, random_state=_SEED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a classifier that could have been trained for longer
         return float(np.mean(cross_val_score(classifier, x, is_ours, cv=folds, scoring="accuracy")))

@@ -115,10 +115,7 @@ def evaluate(
     """Verified accuracy and accuracy under attack at each radius.
 
     Args:
-        images: Images of integer levels.
         radii: Norms of perturbations, of pixels on the scale of [0, 1], which they may leave; increasing and positive.
-        batch_size: Images that are attacked together.
-        seed: Seed of the attack's starts.
         certified: Certified radii of the images, if they are known.
 
     Raises:
@@ -156,10 +153,8 @@ def attacked(
     """For which images a perturbation of at most that norm was found that changes the class; verified in float64.
 
     Args:
-        images: Images of integer levels.
         classes: The classes that the model gives them.
         radius: Largest norm of a perturbation, of pixels on the scale of [0, 1].
-        keys: Sources of the random starts, one per image.
     """
     pixels = np.asarray(images, np.float64) / (model.spec.num_levels - 1)
     moves = np.asarray(_climb(model, jnp.asarray(pixels, jnp.float32), jnp.asarray(classes), radius, keys, attack), np.float64)

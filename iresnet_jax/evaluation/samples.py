@@ -72,7 +72,6 @@ def draw(
 
     Args:
         num: Samples, at least 1.
-        batch_size: Samples at once.
         temperature: Factor on the prior's scale, at least 0; 1 samples the model.
         seed: Seed of the latents, in [0, 2^32).
         labels: Class of each sample, of a model whose classes have priors; the model draws them by default.
@@ -91,10 +90,6 @@ def draw(
         raise ValueError(f"the number of samples must be at least 1, got {num}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must lie in [0, 4294967296), as JAX would cut off further bits, got {seed}")
-    if not temperature >= 0:
-        raise ValueError(
-            f"temperature must be at least 0, got {temperature}: 1 samples the model, less concentrates the samples"
-        )
     at_once = min(num, batch_size)
     key, num_batches = jax.random.key(seed), -(-num // at_once)
     batches = [None] * num_batches if labels is None else _label_batches(model, labels, num, at_once)

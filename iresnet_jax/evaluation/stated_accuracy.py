@@ -91,13 +91,10 @@ def log_prob(
     """Log-likelihood of every example and noise draw in nats, and how accurate its log-determinants are.
 
     Args:
-        model: The model.
-        examples: Images of integer levels, or points.
         target: Largest bias + standard error of an example, in bits/dim of images or nats of points, root mean square over
             examples, for the mean over noise draws.
         seed: Seed of noise and probes; the noise is that of `likelihood.measure` with this seed.
         num_dequantisations: Noise draws of an example.
-        batch_size: Examples at once.
         contexts: Context of each example, of a conditional density.
 
     Raises:

@@ -13,7 +13,7 @@ rearranges them (measured in ``benchmarks/convolution.py``).
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,70 +25,54 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.maths import platforms
 
-Padding = str | Sequence[tuple[int, int]]
+Padding = str  # "SAME", with zeros, or "CIRCULAR": the image keeps its size
 Implementation = Literal["auto", "xla", "patches", "taps"]
 Pair = tuple[int, int]
+Pads = tuple[Pair, Pair]  # before and after the rows, and the columns
 
 _THIN = 32  # largest number of output channels that counts as few on CPU
 _MOST_TAPS = 25  # largest number of taps that are unrolled
 _MOST_COLUMNS = 256  # of a product of all taps of few channels, on TPUs
 
-PADDINGS = ("SAME", "VALID", "CIRCULAR")
+PADDINGS = ("SAME", "CIRCULAR")
 
 
-def explicit_padding(
-    padding: Padding, kernel_size: tuple[int, int], spatial_shape: tuple[int, int], strides: tuple[int, int]
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Numbers of rows and columns that `padding` adds before and after the image; "CIRCULAR" adds what "SAME" does at stride 1.
+def pads_of(padding: Padding, kernel_shape: Sequence[int]) -> Pads:
+    """Numbers of rows and columns that a padding adds before and after the image.
 
     Raises:
-        ValueError: If the padding's name is unknown.
+        ValueError: If the padding is unknown.
     """
-    if not isinstance(padding, str):
-        (top, bottom), (left, right) = padding
-        return (top, bottom), (left, right)
     if padding not in PADDINGS:
-        raise ValueError(f"padding must be one of {', '.join(PADDINGS)} or explicit pairs, got {padding!r}")
-    if padding == "CIRCULAR":
-        pairs = [((k - 1) // 2, k // 2) for k in kernel_size]
-    else:
-        pairs = lax.padtype_to_pads(spatial_shape, kernel_size, strides, padding)
-    (top, bottom), (left, right) = pairs
-    return (top, bottom), (left, right)
+        raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, which keep the image's size, got {padding!r}")
+    height, width = kernel_shape[:2]
+    return ((height - 1) // 2, height // 2), ((width - 1) // 2, width // 2)
 
 
 def conv(
     x: Float[Array, "b h w c"],
     kernel: Float[Array, "kh kw cin cout"],
     *,
-    strides: int | tuple[int, int] = 1,
     padding: Padding = "SAME",
     implementation: Implementation = "auto",
-) -> Float[Array, "b h2 w2 cout"]:
-    """Cross-correlation ``y[i] = sum_t x[s i + t - p] K[t]``, the linear map of a convolutional layer.
+) -> Float[Array, "b h w cout"]:
+    """Cross-correlation ``y[i] = sum_t x[i + t - p] K[t]``, the linear map of a convolutional layer.
 
     Args:
         x: Images.
         kernel: Taps in the order of ``jax.lax``'s "HWIO".
-        strides: Step between outputs, in pixels.
-        padding: "SAME" and "VALID" as in ``jax.lax`` (zeros), "CIRCULAR" (periodic), or explicit pairs of zeros.
+        padding: "SAME" as in ``jax.lax`` (zeros), or "CIRCULAR" (periodic).
         implementation: "auto" chooses by the kernel's shape; the other names serve measurements.
 
     Raises:
-        ValueError: If channels do not match, the padding's name is unknown, or the padded image is smaller than the kernel.
+        ValueError: If channels do not match or the padding is unknown.
     """
     kernel_height, kernel_width, cin, _ = kernel.shape
     if x.shape[-1] != cin:
         raise ValueError(f"the kernel takes {cin} channels, the input has {x.shape[-1]}: check the layer's widths")
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
     x, kernel = x.astype(dtype), kernel.astype(dtype)
-    strides = (strides, strides) if isinstance(strides, int) else strides
-    pads = explicit_padding(padding, (kernel_height, kernel_width), (x.shape[1], x.shape[2]), strides)
-    if any(n + sum(pair) < k for n, pair, k in zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)):
-        raise ValueError(
-            f"the kernel's {kernel_height} x {kernel_width} taps do not fit an image of {x.shape[1]} x {x.shape[2]} pixels "
-            f"padded by {pads}: pad more, or use padding='SAME'"
-        )
+    pads = pads_of(padding, kernel.shape)
     if padding == "CIRCULAR":
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)), mode="wrap")
         pads = ((0, 0), (0, 0))
@@ -98,10 +82,10 @@ def conv(
             implementation = "xla"  # which sums over taps in float32, as do its gradients
     if implementation == "xla":
         convolve = _convolve if platforms.platform() != "cpu" else _convolution.bind
-        return convolve(x, kernel, window=_Window(strides, pads))
+        return convolve(x, kernel, pads=pads)
     if pads != ((0, 0), (0, 0)):
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    return (_conv_by_patches if implementation == "patches" else _conv_by_taps)(x, kernel, strides)
+    return (_conv_by_patches if implementation == "patches" else _conv_by_taps)(x, kernel)
 
 
 def choose_implementation(kernel_shape: Sequence[int]) -> Implementation:
@@ -118,81 +102,63 @@ def choose_implementation(kernel_shape: Sequence[int]) -> Implementation:
     return "xla"
 
 
-def _window(x, tap, kernel_size, strides):
-    """The part of `x` that tap ``(i, j)`` multiplies."""
-    rows, columns = x.shape[1] - kernel_size[0] + 1, x.shape[2] - kernel_size[1] + 1
-    return x[:, tap[0] : tap[0] + rows : strides[0], tap[1] : tap[1] + columns : strides[1], :]
+def _window(x, tap, kernel_size, channels=slice(None)):
+    """The part of an image that a tap ``(i, j)`` multiplies."""
+    rows, columns = (n - k + 1 for n, k in zip(x.shape[1:3], kernel_size, strict=True))
+    return x[:, tap[0] : tap[0] + rows, tap[1] : tap[1] + columns, channels]
 
 
-def _conv_by_patches(x, kernel, strides):
+def _conv_by_patches(x, kernel):
     *kernel_size, _, cout = kernel.shape
-    patches = jnp.concatenate([_window(x, tap, kernel_size, strides) for tap in np.ndindex(*kernel_size)], axis=-1)
+    patches = jnp.concatenate([_window(x, tap, kernel_size) for tap in np.ndindex(*kernel_size)], axis=-1)
     return _product(patches, kernel.reshape(-1, cout))
 
 
 def _product(x, matrix):
     """``x @ matrix``, pixels as rows: XLA:CPU computes the gradient of the matrix of ``x @ matrix`` more slowly."""
-    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)
+    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[1])
 
 
-def _conv_by_taps(x, kernel, strides):
-    *kernel_size, cin, cout = kernel.shape
-    products = _product(x, kernel.reshape(-1, cin, cout).transpose(1, 0, 2).reshape(cin, -1))
-    taps = zip(np.ndindex(*kernel_size), jnp.split(products, kernel_size[0] * kernel_size[1], axis=-1), strict=True)
-    views = [_window(product, tap, kernel_size, strides) for tap, product in taps]
+def _conv_by_taps(x, kernel):
+    *kernel_size, cin, _ = kernel.shape
+    products = _product(x, kernel.reshape(-1, *kernel.shape[2:]).transpose(1, 0, 2).reshape(cin, -1))
+    taps = zip(np.ndindex(*kernel_size), jnp.split(products, math.prod(kernel_size), axis=-1), strict=True)
+    views = [_window(product, tap, kernel_size) for tap, product in taps]
     return sum(views[1:], views[0])
 
 
-class _Window(NamedTuple):
-    """Geometry along each axis: ``y[i] = sum_t x[(s i + d t - p) / e] K[t]`` over the taps ``t`` at which ``e`` divides."""
-
-    strides: Pair  # s
-    pads: tuple[Pair, Pair]  # p before and the padding after the image
-    x_dilation: Pair = (1, 1)  # e
-    kernel_dilation: Pair = (1, 1)  # d
+def _convolve(x, kernel, *, pads):
+    return lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _convolve(x, kernel, *, window):
-    return lax.conv_general_dilated(x, kernel, *window, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-def _output_aval(x, kernel, *, window):
+def _output_aval(x, kernel, *, pads):
     shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel))
-    y = jax.eval_shape(functools.partial(_convolve, window=window), *shapes)
+    y = jax.eval_shape(functools.partial(_convolve, pads=pads), *shapes)
     return x.update(shape=y.shape, dtype=y.dtype, weak_type=False)
 
 
-def _spans(x, kernel, y, window):
-    """Dilated lengths ``step (n - 1) + 1`` of image, kernel and result along each axis; their steps are ``e``, ``d``, ``s``."""
-    sizes = zip(x.shape[1:3], kernel.shape[:2], y.shape[1:3], strict=True)
-    steps = zip(window.x_dilation, window.kernel_dilation, window.strides, strict=True)
-    return [[step * (n - 1) + 1 for n, step in zip(*axis, strict=True)] for axis in zip(sizes, steps, strict=True)]
+def _pads_of_gradient(x, kernel, y, pads, rule):
+    """Pads by a rule of the sides of image, kernel and result and of the pad in front, along each axis."""
+    sizes = zip(x.shape[1:3], kernel.shape[:2], y.shape[1:3], pads, strict=True)
+    return tuple(rule(n, k, m, before) for n, k, m, (before, _) in sizes)
 
 
-def _gradient_of_x(y, x, kernel, *, window):
+def _gradient_of_x(y, x, kernel, *, pads):
     """The transpose in ``x``: a convolution of the cotangent ``y`` with the flipped kernel."""
-    pads = []
-    for (before, _), (n, k, m) in zip(window.pads, _spans(x.aval, kernel, y, window), strict=True):
-        pads.append((k - 1 - before, n - m + before))
-    flipped = lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2)
-    transposed = _Window(window.x_dilation, tuple(pads), window.strides, window.kernel_dilation)
-    return _convolution.bind(y, flipped, window=transposed)
+    pads = _pads_of_gradient(x.aval, kernel, y, pads, lambda n, k, m, before: (k - 1 - before, n - m + before))
+    return _convolution.bind(y, lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2), pads=pads)
 
 
-def _gradient_of_kernel(y, x, kernel, *, window):
+def _gradient_of_kernel(y, x, kernel, *, pads):
     """The transpose in the kernel: a convolution of ``x`` with the cotangent ``y`` in which the batch acts as channels."""
-    pads = []
-    for (before, _), (n, k, m) in zip(window.pads, _spans(x, kernel.aval, y, window), strict=True):
-        pads.append((before, m + k - 1 - n - before))
-    transposed = _Window(window.kernel_dilation, tuple(pads), window.x_dilation, window.strides)
-    gradient = _convolution.bind(x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3), window=transposed)
-    return gradient.transpose(1, 2, 0, 3)
+    pads = _pads_of_gradient(x, kernel.aval, y, pads, lambda n, k, m, before: (before, m + k - 1 - n - before))
+    return _convolution.bind(x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3), pads=pads).transpose(1, 2, 0, 3)
 
 
-def _batched(arguments, axes, *, window):
+def _batched(arguments, axes, *, pads):
     """``vmap``: images join the batch, kernels join the output channels; pairs of both are computed one after the other."""
     (x, kernel), (x_axis, kernel_axis) = arguments, axes
-    convolve = functools.partial(_convolution.bind, window=window)
+    convolve = functools.partial(_convolution.bind, pads=pads)
     if kernel_axis is None:
         x = jnp.moveaxis(x, x_axis, 0)
         y = convolve(x.reshape(-1, *x.shape[2:]), kernel)
@@ -204,16 +170,15 @@ def _batched(arguments, axes, *, window):
     return lax.map(lambda pair: convolve(*pair), (jnp.moveaxis(x, x_axis, 0), jnp.moveaxis(kernel, kernel_axis, 0))), 0
 
 
-def _compute(x, kernel, *, window):
+def _compute(x, kernel, *, pads):
     """The primitive's value: XLA's convolution, rearranged for few output channels from many input channels."""
-    y = jax.eval_shape(functools.partial(_convolve, window=window), x, kernel)
-    if window == _Window((1, 1), window.pads):
-        if math.prod(kernel.shape[:2]) >= math.prod(y.shape[1:3]):  # the gradient of a kernel
-            if _narrows(y.shape[1:3], window.pads, x.shape[0], y.shape[3]):
-                return _gradient_of_narrowing_kernel(x, kernel, window.pads, y.shape[1:3])
-        elif _narrows(kernel.shape[:2], window.pads, *kernel.shape[2:]):
-            return _narrowing(x, kernel, window.pads)
-    return _convolve(x, kernel, window=window)
+    y = jax.eval_shape(functools.partial(_convolve, pads=pads), x, kernel)
+    if math.prod(kernel.shape[:2]) >= math.prod(y.shape[1:3]):  # the gradient of a kernel
+        if _narrows(y.shape[1:3], pads, x.shape[0], y.shape[3]):
+            return _gradient_of_narrowing_kernel(x, kernel, pads, y.shape[1:3])
+    elif _narrows(kernel.shape[:2], pads, *kernel.shape[2:]):
+        return _narrowing(x, kernel, pads)
+    return _convolve(x, kernel, pads=pads)
 
 
 def _narrows(taps, pads, cin, cout):
@@ -224,24 +189,20 @@ def _narrows(taps, pads, cin, cout):
 def _narrowing(x, kernel, pads):
     """One matrix product for all taps, then shifted sums of the few output channels."""
     *taps, cin, cout = kernel.shape
-    rows, columns = (n + sum(pair) - k + 1 for n, pair, k in zip(x.shape[1:3], pads, taps, strict=True))
     products = jnp.pad(_product(x, kernel.transpose(2, 0, 1, 3).reshape(cin, -1)), ((0, 0), *pads, (0, 0)))
-    views = []
-    for tap, (i, j) in enumerate(np.ndindex(*taps)):
-        views.append(products[:, i : i + rows, j : j + columns, tap * cout : (tap + 1) * cout])
+    views = [_window(products, tap, taps, slice(t * cout, (t + 1) * cout)) for t, tap in enumerate(np.ndindex(*taps))]
     return sum(views[1:], views[0])
 
 
 def _gradient_of_narrowing_kernel(x, y, pads, taps):
     """The convolution of `_gradient_of_kernel` with ``x (cin, h, w, b)`` as kernel and ``y (h2, w2, b, cout)`` as images."""
     rows, columns = ((k - 1 - before, k - 1 - after) for (before, after), k in zip(pads, taps, strict=True))
-    window = _Window((1, 1), (rows, columns))
-    gradient = _convolve(y.transpose(3, 0, 1, 2), x.transpose(1, 2, 3, 0), window=window)
+    gradient = _convolve(y.transpose(3, 0, 1, 2), x.transpose(1, 2, 3, 0), pads=(rows, columns))
     return lax.rev(gradient, (1, 2)).transpose(3, 1, 2, 0)
 
 
 _convolution = Primitive("convolution")
-_convolution.def_impl(jax.jit(_compute, static_argnames="window"))
+_convolution.def_impl(jax.jit(_compute, static_argnames="pads"))
 _convolution.def_abstract_eval(_output_aval)
 mlir.register_lowering(_convolution, mlir.lower_fun(_compute, multiple_results=False))
 ad.defbilinear(_convolution, _gradient_of_x, _gradient_of_kernel)

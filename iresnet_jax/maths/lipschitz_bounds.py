@@ -36,15 +36,11 @@ class BiLipschitz(NamedTuple):
         return BiLipschitz(jnp.maximum(self.forward, 1), jnp.maximum(self.inverse, 1))
 
 
-def branch_bound(layer_bounds: Sequence[Scalar] | Float[Array, " k"], gain: Scalar = 1.0) -> Shaped[Array, ""]:
-    """Bounds the Lipschitz constant of a branch: ``gain`` times the product of its layers' bounds.
-
-    Guaranteed when every activation is 1-Lipschitz, or ``gain`` bounds the product of their constants. The product
-    is rounded up.
+def branch_bound(layer_bounds: Sequence[Scalar] | Float[Array, " k"]) -> Shaped[Array, ""]:
+    """Bounds the Lipschitz constant of a branch with 1-Lipschitz activations: the product of its layers' bounds, rounded up.
 
     Args:
         layer_bounds: One upper bound a linear layer.
-        gain: Lipschitz constant of everything else in the branch.
 
     Returns:
         The bound; infinite if a traced one of its factors is negative or NaN.
@@ -57,8 +53,7 @@ def branch_bound(layer_bounds: Sequence[Scalar] | Float[Array, " k"], gain: Scal
     """
     listed = not isinstance(layer_bounds, jax.Array)
     bounds = jnp.asarray([lipschitz_at_least(b) for b in layer_bounds]) if listed else lipschitz_at_least(layer_bounds)
-    gain = lipschitz_at_least(gain, bounds.dtype)
-    product = jnp.nan_to_num(jnp.prod(bounds) * gain, nan=jnp.inf, posinf=jnp.inf)  # 0 times infinity promises nothing
+    product = jnp.nan_to_num(jnp.prod(bounds), nan=jnp.inf, posinf=jnp.inf)  # 0 times infinity promises nothing
     return rounded_up(product, num_roundings=bounds.size + 1)
 
 

@@ -42,7 +42,7 @@ def trace(taps: Array, d0: Float[Array, "_ ..."], d1: Float[Array, "b ..."], pad
 def diagonal(taps: Array, d0: Float[Array, "_ ..."], d1: Float[Array, "b ..."], channels: int, padding: Padding) -> Array:
     """``diag J(p) = D_0(p) conv^T(D_1; M)(p)``: the terms of `trace` as the pixel of the input has them."""
     by_copy = d0 * _transposed(taps, d1, padding)
-    return jnp.sum(by_copy.reshape(*by_copy.shape[:-1], -1, channels), axis=-2)
+    return jnp.sum(by_copy.reshape(*by_copy.shape[:-1], by_copy.shape[-1] // channels, channels), axis=-2)
 
 
 def largest_diagonal(taps: Array, space: tuple[int, ...], padding: Padding) -> Float[Array, ""]:

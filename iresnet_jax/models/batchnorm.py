@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import Tree
+from iresnet_jax.models.contractions import Tree
 from iresnet_jax.models.head import batch_norm, batch_statistics
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import FlowNorms, FlowWeights, as_params, bilipschitz, rounded_to_bfloat16, with_bounds
+from iresnet_jax.models.contractions import FlowNorms, FlowWeights, as_params, bilipschitz, rounded_to_bfloat16, with_bounds
 
 RTOL = 1e-3  # relative tolerance of the estimated norms
 
@@ -124,7 +124,7 @@ def certificate_of(
 
     Args:
         spec: Architecture of the flow.
-        weights: Weights with guaranteed bounds, see `flow.freeze` and `flow.with_bounds`.
+        weights: Weights with guaranteed bounds, see `contractions.freeze` and `contractions.with_bounds`.
         preprocessing: Constants of the map in front of the flow.
         constrained: Whether the weights are meant to satisfy ``spec.coeff``.
         bfloat16: Whether kernels are rounded to bfloat16 when the model runs; it is those that are certified then.
@@ -134,7 +134,7 @@ def certificate_of(
     """
     require_bounds(weights)
     if bfloat16:
-        weights = _with_bounds(spec, as_params(rounded_to_bfloat16(weights)))
+        weights = with_bounds(spec, as_params(rounded_to_bfloat16(weights)))
     per_layer = spec.coeff if constrained and spec.budget == "layer" else None
     per_block = spec.coeff if constrained else None
     blocks = []
@@ -157,12 +157,16 @@ def certificate_of(
 
 
 def require_bounds(weights: FlowWeights) -> None:
-    """Raises ``ValueError`` unless every branch has guaranteed norms, or a bound that its kind vouches for."""
-    if not all(block.branch.word == "user" or block.branch.norms is not None for block in weights.values()):
+    """Raises ``ValueError`` unless the bounds of every branch were computed from the very weights that it has."""
+    branches = {name: block.branch for name, block in weights.items()}
+    if any(branch.seal is None for branch in branches.values()):
         raise ValueError("these weights are not certified: call freeze() first")
-
-
-_with_bounds = jax.jit(with_bounds, static_argnums=0)
+    changed = [name for name, branch in branches.items() if not branch.is_intact]
+    if changed:
+        raise ValueError(
+            f"the weights of {changed[0]} have changed since their bounds were computed: call freeze(), which scales them into "
+            "the budget, or save and load the model, which computes the bounds of the weights as they are"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -26,7 +26,8 @@ from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.batchnorm import batchnorm_features
-from iresnet_jax.models.flow import FlowWeights, Tree, flow_bijection
+from iresnet_jax.models.contractions import FlowWeights, Tree
+from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, linear, pool
 from iresnet_jax.models.history import History
 from iresnet_jax.models.model import Model
@@ -134,7 +135,7 @@ class Classifier(Model):
 
     Attributes:
         spec: All that defines the model but its weights.
-        weights: Weights of the flow, as `flow.freeze`, `flow.constrain` or `flow.unconstrained` give them.
+        weights: Weights of the flow, as `freeze`, `constrain` or `unconstrained` of `contractions` give them.
         head: Parameters of the head, see `head.apply_head`.
         statistics: Running averages of BatchNorm: of the "head", and of every stage with BatchNorm.
         solver: Inverse of the blocks.

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Num, Shaped
@@ -39,7 +40,8 @@ from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import FlowWeights, Tree, flow_bijection
+from iresnet_jax.models.contractions import FlowWeights, Tree
+from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
 from iresnet_jax.models.model import Model
 
@@ -170,7 +172,7 @@ class Density(Model):
 
     Attributes:
         spec: All that defines the model but its weights.
-        weights: Constrained weights of the flow, as `flow.freeze` or `flow.constrain` give them.
+        weights: Constrained weights of the flow, as `contractions.freeze` or `contractions.constrain` give them.
         prior: Parameters of the prior.
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
@@ -312,7 +314,7 @@ class Density(Model):
 
         Raises:
             ValueError: If labels are given to a model without classes or are not ``num`` integers, if ``num`` or
-                ``temperature`` is out of range.
+                ``temperature`` is out of range, or if a label is and it is known, outside of ``jit``.
         """
         return self.decode(self.sample_latents(key, num, temperature=temperature, labels=labels), context=context)
 
@@ -335,6 +337,8 @@ class Density(Model):
         chosen = jax.tree.map(lambda stacked: stacked[labels], self._priors_of_classes)
         one = jax.vmap(lambda prior, key: priors.sample(self.spec.prior_family, prior, key, 1, temperature)[0])
         known = (labels >= 0) & (labels < self.spec.num_classes)
+        if not isinstance(known, jax.core.Tracer) and not np.all(known):
+            raise ValueError(f"labels must be classes from 0 to {self.spec.num_classes - 1}, got {labels[~known][0]}")
         return jnp.where(known[:, None], one(chosen, jax.random.split(key_noise, num)), jnp.nan)
 
     def check_classes(self) -> None:

@@ -21,14 +21,8 @@ from iresnet_jax.models.architecture import FlowSpec, PlacedStage
 from iresnet_jax.models.batchnorm import batchnorm_blocks
 from iresnet_jax.models.classifier import Classifier as ClassifierModel
 from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.flow import (
-    ConstrainedFlow,
-    constrain,
-    constrain_blocks,
-    flow_bijection,
-    initialize_actnorm,
-    unconstrained,
-)
+from iresnet_jax.models.contractions import ConstrainedFlow, constrain, constrain_blocks, unconstrained
+from iresnet_jax.models.flow import flow_bijection, initialize_actnorm
 from iresnet_jax.models.head import apply_head, batch_statistics, initial_head
 
 
@@ -135,7 +129,7 @@ class ResidualFlow(nn.Module):
         return jnp.concatenate([*latents, reshape.flatten(x)], axis=-1)
 
     def constrain(self, *, num_steps: int | None = None, rtol: float = 1e-3) -> ConstrainedFlow:
-        """The constrained weights, from `flow.constrain`."""
+        """The constrained weights, from `contractions.constrain`."""
         variables = self.variables
         return constrain(self.spec, variables["params"], variables["spectral"], num_steps=num_steps, rtol=rtol)
 
@@ -175,7 +169,7 @@ class Classifier(nn.Module):
         return apply_head(head, statistics.value, x)
 
     def constrain(self, *, num_steps: int | None = None, rtol: float = 1e-3) -> ConstrainedFlow:
-        """The weights that run: constrained by `flow.constrain`, or as they are."""
+        """The weights that run: constrained by `contractions.constrain`, or as they are."""
         params, spectral = self.variables["params"], self.variables.get("spectral", {})
         if not self.spec.is_bijective:
             return ConstrainedFlow(params, {}, {})

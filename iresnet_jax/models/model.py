@@ -17,7 +17,7 @@ import numpy as np
 from iresnet_jax.atomic_files import replacing
 from iresnet_jax.checked_dataclasses import tagged
 from iresnet_jax.models.certificate import Certificate, certificate_of
-from iresnet_jax.models.flow import as_params, freeze
+from iresnet_jax.models.contractions import as_params, freeze
 
 FILE_NAME = "model.npz"
 FORMAT = 2
@@ -49,7 +49,7 @@ class Model:
         return certificate_of(self.spec.flow, self.weights, preprocessing, constrained=constrained, bfloat16=bfloat16)
 
     def freeze(self: M) -> M:
-        """The same model with every block certified to be within the budget of ``spec.flow.coeff``, see `flow.freeze`."""
+        """The same model, every block certified to be within the budget of ``spec.flow.coeff``, see `contractions.freeze`."""
         if not self.spec.constrained:
             raise ValueError("this network has no Lipschitz constraint: there is nothing to freeze it to")
         return self.with_(weights=freeze(self.spec.flow, as_params(self.weights)))

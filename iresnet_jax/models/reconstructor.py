@@ -24,7 +24,8 @@ from iresnet_jax.bijections.transforms.dequantize import check_levels, known_lev
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import FlowWeights, flow_bijection
+from iresnet_jax.models.contractions import FlowWeights
+from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
 from iresnet_jax.models.model import Model
 
@@ -96,7 +97,7 @@ class Reconstructor(Model):
 
     Attributes:
         spec: All that defines the model but its weights.
-        weights: Weights of the flow, as `flow.freeze`, `flow.constrain` or `flow.unconstrained` give them.
+        weights: Weights of the flow, as `freeze`, `constrain` or `unconstrained` of `contractions` give them.
         solver: Inverse of the blocks.
         unroll: Whether blocks are unrolled instead of scanned.
         rematerialize: What the backward pass of `measure` recomputes, see `iresnet_jax.bijections.chain.repeat`.
@@ -119,7 +120,7 @@ class Reconstructor(Model):
     def measure(self, x: Measurements) -> Float[Array, "b h w c"]:
         """``F(x)``: what the learned operator measures of images."""
         self._check(x)
-        return self._as_images(self.flow().forward(jnp.asarray(x)))
+        return self.spec.permutation.inverse(self.flow().forward(jnp.asarray(x)))[0]
 
     def reconstruct(self, y: Measurements) -> tuple[Float[Array, "b h w c"], FixedPointInfo]:
         """``P(F^-1(y))``, and how the inverse ended.
@@ -157,9 +158,6 @@ class Reconstructor(Model):
         """``F`` from images to vectors."""
         settings = {"solver": self.solver, "unroll": self.unroll, "rematerialize": self.rematerialize}
         return flow_bijection(self.spec.flow, self.weights, **settings)
-
-    def _as_images(self, vectors: Float[Array, "b d"]) -> Float[Array, "b h w c"]:
-        return self.spec.permutation.inverse(vectors)[0]
 
     def _check(self, images: Measurements) -> None:
         if images.shape[1:] != tuple(self.spec.flow.event_shape):

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ import numpy as np
 from iresnet_jax.checked_dataclasses import checked
 from iresnet_jax.models import priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.contractions import with_bounds
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import with_bounds
 from iresnet_jax.models.head import batch_statistics, initial_head
 from iresnet_jax.models.model import FILE_NAME, FORMAT, HEADER, array_name
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
@@ -45,6 +44,8 @@ def read(path: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]:
     """
     with _opened(path) as (archive, header):
         spec = checked(Spec, header["spec"], "model")
+        if len(spec.flow.stages) > len(archive.namelist()):
+            raise ValueError(f"its header has {len(spec.flow.stages)} stages, and it holds {len(archive.namelist())} arrays")
         with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); models are in float32, wherever they are read
             expected = jax.eval_shape(lambda: _empty(spec))
         arrays = jax.tree.map_with_path(lambda key, leaf: _read_array(archive, array_name(key), leaf), expected)
@@ -68,20 +69,17 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[zipfile.ZipFile, dic
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"there is no model {path}: write one with python -m iresnet_jax freeze --workdir DIR, or model.save")
-    damaged = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, AttributeError, TypeError, ValueError)
     try:
         with zipfile.ZipFile(path) as archive:
             header = json.loads(_read_array(archive, HEADER, None).tobytes())
             if header.get("format") != FORMAT:
                 raise ValueError(f"its format is {header.get('format')}, not {FORMAT}")
             yield archive, header
-    except damaged as error:
+    except Exception as error:  # there is no list of what a damaged file makes others raise
+        reason = str(error) or type(error).__name__
         raise ValueError(
-            f"{path} is damaged or was written by another version ({error}): freeze or save the model again"
-        ) from None
-
-
-_bounded = jax.jit(with_bounds, static_argnums=0)
+            f"{path} is damaged or was written by another version ({reason}): freeze or save the model again"
+        ) from error
 
 
 def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:
@@ -89,11 +87,11 @@ def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:
 
     Args:
         spec: All that defines the model but its weights.
-        arrays: ``params`` as `flow.with_bounds` takes them, and the rest of the fields of the model's class by name.
+        arrays: ``params`` as `contractions.with_bounds` takes them, and the rest of the fields of the model's class by name.
     """
     rest = {name: value for name, value in arrays.items() if name != "params"}
     kind = {DensitySpec: Density, ClassifierSpec: Classifier, ReconstructorSpec: Reconstructor}[type(spec)]
-    return kind(spec, _bounded(spec.flow, arrays["params"]), **rest)
+    return kind(spec, with_bounds(spec.flow, arrays["params"]), **rest)
 
 
 def _empty(spec: Spec) -> dict[str, Any]:

@@ -58,16 +58,8 @@ class Report:
     """Results of a run; None for what its kind of model does not have.
 
     Attributes:
-        train: Training times.
-        environment: What the results were computed with.
-        config: Settings of the run.
-        likelihood: Test likelihood of a density.
-        points: Likelihood of each test point, of a density of vectors.
         posterior: Comparison of a conditional density with the true posterior, where that is known.
-        classification: Test error of a model with classes.
         inverse_problem: Reconstructions from measurements, of a reconstructor.
-        samples: Samples of a density.
-        samples_by_class: Samples of each class, of a density with classes.
         inverse: Round trips of a model with an inverse.
         lipschitz: Lipschitz constants of a model with an inverse.
         notes: Sentences about the parameters, such as which checkpoint had to be used instead.

@@ -39,8 +39,7 @@ def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int | 
     running median on top; a value that is not finite leaves a gap.
 
     Args:
-        records: Parsed lines of the metrics log, each with ``step``, ``split`` ("train" or "validation"),
-            ``wall_time_s`` in seconds and any numeric quantities. Any order; quantities may be missing from a record.
+        records: Lines of the metrics log, in any order: ``step``, ``split``, ``wall_time_s``, and numbers that may be missing.
         evaluated_step: Step of the evaluated checkpoint, for the title.
 
     Raises:
@@ -246,8 +245,6 @@ def posteriors(truth: Float[np.ndarray, "c n d"], samples: Float[np.ndarray, "c 
     Both are drawn by the first two entries, on the range of the truth; the title counts the model's samples outside of it.
     """
     truth, samples = (values[:MAX_POSTERIORS, :, :2] for values in (truth, samples))
-    if truth.shape[2] == 1:
-        truth, samples = (np.concatenate([values, np.zeros_like(values)], axis=2) for values in (truth, samples))
     columns = len(truth)
     figure = style.figure(width=2.5 * columns, height=5.2)
     grid = figure.subplots(2, columns, squeeze=False)
@@ -272,15 +269,10 @@ def error_histogram(errors: Float[np.ndarray, " n"], bounds: Float[np.ndarray, "
     0 in the lowest bin. The title counts the errors that are not finite and the errors that exceed their bound.
 
     Args:
-        errors: Largest absolute error of each example, >= 0.
+        errors: Euclidean error of each example, some of them finite.
         bounds: A posteriori bounds of the same errors, if there are any.
-
-    Raises:
-        ValueError: If no error is finite.
     """
     given = {"error": errors} if bounds is None else {"error": errors, "error bound": bounds}
-    if not np.isfinite(errors).any():
-        raise ValueError(f"none of the {len(errors)} errors is finite: look at the inverse before plotting it")
     finite = {name: values[np.isfinite(values)].astype(np.float64) for name, values in given.items()}
     positive = np.concatenate([values[values > 0.0] for values in finite.values()])
     low, high = (positive.min(), positive.max()) if positive.size else (1e-8, 1e-7)

@@ -1,7 +1,7 @@
 """A run after training: its model, its settings and its data, from the folder of a run or of a model alone.
 
 The parameters are the moving average of the checkpoint that was best on validation, and the weights are frozen: scaled by
-guaranteed bounds of their norms, so that every block is a certified contraction whatever training used (`flow.freeze`).
+guaranteed bounds of their norms, so that every block is a certified contraction whatever training used (`contractions.freeze`).
 """
 
 import functools

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.checked_dataclasses import Count, Positive, Range
-from iresnet_jax.models import flow, saved
+from iresnet_jax.models import contractions, saved
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
@@ -18,7 +18,7 @@ from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 from iresnet_jax.models.saved import Model, Spec
 from iresnet_jax.training import parallel
 
-Constrain = Callable[[Any, Any], flow.ConstrainedFlow]  # (params, spectral) -> constrained weights
+Constrain = Callable[[Any, Any], contractions.ConstrainedFlow]  # (params, spectral) -> constrained weights
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,18 @@ def certified_model(spec: Spec, params: Any, batch_stats: Any, solver: Solver = 
     return kind(spec, _freeze(spec.flow, stages), **free, solver=solver)
 
 
-_freeze = jax.jit(flow.freeze, static_argnums=0)  # one function for all runs: those of one architecture share its program
+_freeze = jax.jit(contractions.freeze, static_argnums=0)  # one function for all, so runs of one architecture share its program
 
 
-def _as_they_are(spec: FlowSpec, params: Any, spectral: Any) -> flow.ConstrainedFlow:
+def _as_they_are(spec: FlowSpec, params: Any, spectral: Any) -> contractions.ConstrainedFlow:
     """The parameters of the stages of an ordinary residual network."""
-    return flow.ConstrainedFlow({stage.name: params[stage.name] for stage in spec.layout}, spectral, {})
+    return contractions.ConstrainedFlow({stage.name: params[stage.name] for stage in spec.layout}, spectral, {})
 
 
 def _constraint(settings: ConstraintConfig, spec: FlowSpec, **iteration: Any) -> Constrain:
     if settings.norms == "none":
-        return functools.partial(flow.unconstrained, spec)
+        return functools.partial(contractions.unconstrained, spec)
     if settings.norms == "certified":
         certified = {"num_squarings": settings.num_squarings, "twists": settings.twists}
-        return functools.partial(flow.constrain_certified, spec, **certified)
-    return functools.partial(flow.constrain, spec, **iteration)
+        return functools.partial(contractions.constrain_certified, spec, **certified)
+    return functools.partial(contractions.constrain, spec, **iteration)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key, UInt32
 
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.actnorm import ActNormParams
-from iresnet_jax.models import flow, linen, mixtures, priors
+from iresnet_jax.models import contractions, flow, linen, mixtures, priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.head import batch_statistics
@@ -152,7 +152,7 @@ def _created(
     stages = {stage.name: variables["params"][stage.name] for stage in spec.flow.layout}
     if constraint.norms == "none":
         copy = jax.tree.map(jnp.copy, stages)  # of what `_fitter` takes for itself
-        weights, spectral, _ = flow.unconstrained(spec.flow, copy, variables.get("spectral", {}))
+        weights, spectral, _ = contractions.unconstrained(spec.flow, copy, variables.get("spectral", {}))
     else:
         settings = constraint if constraint.norms == "estimated" else ConstraintConfig()
         constrain = validation_constraint(settings, spec.flow)

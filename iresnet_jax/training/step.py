@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from iresnet_jax.maths.logdet.config import LogdetConfig
-from iresnet_jax.models.flow import ConstrainedFlow
+from iresnet_jax.models.contractions import ConstrainedFlow
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.training.constraint import Constrain
 from iresnet_jax.training.initialization import abstract_variables

@@ -24,7 +24,8 @@ from iresnet_jax.branches.branch import CallableBranch
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.flow import constrain, flow_bijection
+from iresnet_jax.models.contractions import constrain
+from iresnet_jax.models.flow import flow_bijection
 
 EXACT = 1e-9  # the same mathematics by another route in float64; slogdet of up to 32 dimensions
 LAYOUT = 1e-12  # the same operations in the same order, fused differently

@@ -99,9 +99,6 @@ def test_flatten_is_row_major_and_unflatten_inverts_it(event_shape):
         (lambda: reshape.unsqueeze(jnp.zeros((1, 4, 4, 4)), -1), "at least 1, got -1"),
         # Without the tests' import hook, which refuses the rank first.
         (lambda: inspect.unwrap(reshape.squeeze)(jnp.zeros((4, 4, 3))), r"got \(4, 4, 3\)"),
-        (lambda: reshape.pad_channels(jnp.zeros((1, 3)), -1), "at least 0, got -1"),
-        (lambda: reshape.unpad_channels(jnp.zeros((1, 3)), 3), r"\[0, 3\) for 3 channels, got 3"),
-        (lambda: reshape.padding_residual(jnp.zeros((1, 3)), -1), "got -1"),
         (lambda: reshape.unflatten(jnp.zeros((2, 6)), (2, 2)), r"6 entries, got \(2, 2\) with 4"),
     ],
 )

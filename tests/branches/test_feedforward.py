@@ -14,8 +14,8 @@ from iresnet_jax.branches.branch import BUDGETS
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.branches.layers import training_twists
 from iresnet_jax.maths import platforms
+from iresnet_jax.models import contractions as model
 from iresnet_jax.models import density
-from iresnet_jax.models import flow as model
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 
 COEFF = 0.9
@@ -258,7 +258,7 @@ def test_a_bias_by_pixel_is_a_bias_of_every_pixel_and_leaves_the_jacobian_alone(
         (lambda: FeedforwardSpec((4, 4, 1), (4,)), "a dense branch takes vectors, got examples of shape"),
         (lambda: FeedforwardSpec((4,), (4,), (3, 3)), "a convolutional branch takes images"),
         (lambda: FeedforwardSpec((4, 4, 1), (4,), (3,)), "kernel_sizes needs 2 entries"),
-        (lambda: FeedforwardSpec((4, 4, 1), (4,), (3, 3), padding="VALID"), "padding must be SAME or CIRCULAR"),
+        (lambda: FeedforwardSpec((4, 4, 1), (4,), (3, 3), padding="VALID"), "padding must be one of SAME, CIRCULAR"),
         (lambda: FeedforwardSpec((4,), (4,), activation="swish"), "activation must be one of .* got 'swish'"),
         (lambda: FeedforwardSpec((4,), ()), "hidden must name at least one positive width"),
         (lambda: FlowSpec((5,), (StageSpec(1, hidden=(3,)),), budget="network"), "budget must be one of layer, block"),

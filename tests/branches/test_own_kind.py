@@ -10,7 +10,7 @@ import pytest
 
 import iresnet_jax as ir
 from iresnet_jax.branches import kinds
-from iresnet_jax.models.flow import as_params, freeze
+from iresnet_jax.models.contractions import as_params, freeze
 
 DIMS, BATCH = 3, 64
 

@@ -1,5 +1,6 @@
 """Certified inverses against Newton's method in decimal numbers of 50 digits, on small flows of every kind."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,8 +11,12 @@ import pytest
 from certified_flows import FLOWS, JUMPS, changed, density
 
 from iresnet_jax import certify
+from iresnet_jax.bijections.bijection import isometric_bijection
 from iresnet_jax.certification import banded, prepared, trajectory
 from iresnet_jax.certification.prepared import PreparedFlow
+from iresnet_jax.maths.lipschitz_bounds import model_bounds
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.density import DensitySpec
 
 
 @functools.cache
@@ -117,17 +122,74 @@ def test_what_is_no_number_has_an_infinite_bound_and_no_examples_have_none():
     assert nothing.refined.shape == (0, 2)
 
 
-@pytest.mark.parametrize(
-    ("call", "match"),
-    [
-        (lambda own, y, x: certify.inverse(changed(own, word="estimated"), y, x), "call freeze"),
-        (lambda own, y, x: certify.inverse(changed(own, lipschitz_bound=np.ones(2, np.float32)), y, x), "not certified to be"),
-        (lambda own, y, x: certify.inverse(own, y, x[:, :1]), "y must have 2 entries"),
-        (lambda own, y, x: jax.jit(lambda y: certify.inverse(own, y, x))(y), "outside of jit"),
-        (lambda own, y, x: jax.jit(lambda y: certify.decode(own, y)[0])(y), "outside of jit"),
-        (lambda own, y, x: prepared.check(own, most_dims=1), "up to 1 dimensions, got 2"),
-    ],
+class Halve:
+    """A transform of one's own without enclosures."""
+
+    def bijection(self):
+        return isometric_bijection(lambda x: x / 2, lambda y: 2 * y)
+
+    def bilipschitz(self):
+        return model_bounds([])
+
+
+OWN, X = density("lipswish"), np.zeros((2, 2), np.float32)
+CONDITIONAL = density(DensitySpec(FlowSpec((2,), (StageSpec(1, hidden=(4,)),), context_dim=3)))
+HUGE = OWN.with_(
+    weights={
+        name: block._replace(actnorm=block.actnorm._replace(log_scale=block.actnorm.log_scale + np.float32(650)))
+        for name, block in OWN.weights.items()
+    }
 )
-def test_what_cannot_be_certified_is_refused(call, match):
+HALVED = OWN.with_(spec=dataclasses.replace(OWN.spec))
+object.__setattr__(HALVED.spec, "transform", Halve())  # which the type checker of the tests does not know
+CALLS = {
+    "inverse": lambda model, x, **context: certify.inverse(model, x, x, **context),
+    "decode": certify.decode,
+    "log_prob": certify.log_prob,
+    "log_det": certify.log_det,
+    "local_constants": lambda model, x, **context: certify.local_constants(model, x, 0.0, **context),
+}
+WRONG = {
+    "no bounds": (changed(OWN, seal=None), X, None, "call freeze"),
+    "no contraction": (changed(OWN, lipschitz_bound=np.ones(2, np.float32)), X, None, "not certified to be"),
+    "bfloat16": (OWN.with_(bfloat16=True), X, None, "computes in bfloat16"),
+    "huge scales": (HUGE, X, None, "log_scale is not within 600"),
+    "a column too many": (OWN, np.zeros((2, 3), np.float32), None, "got.* \\(2, 3\\)"),
+    "one axis": (OWN, X[0], None, "got.* \\(2,\\)"),
+    "a context that is not taken": (OWN, X, np.zeros((2, 3), np.float32), "takes no context"),
+    "no contexts": (CONDITIONAL, X, None, "got none"),
+    "too few contexts": (CONDITIONAL, X, np.zeros((1, 3), np.float32), "for a batch of 2"),
+    "too many contexts": (CONDITIONAL, X, np.zeros((3, 3), np.float32), "for a batch of 2"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_arguments_end_in_one_sentence(call, wrong):
+    model, x, context, match = WRONG[wrong]
     with pytest.raises(ValueError, match=match):
-        call(density("lipswish"), np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32))
+        CALLS[call](model, x, context=context)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_inside_of_jit_nothing_is_certified(call):
+    with pytest.raises(ValueError, match="outside of jit"):
+        jax.jit(lambda x: CALLS[call](OWN, x)[0])(X)
+
+
+@pytest.mark.parametrize("call", ["log_prob", "decode"])
+def test_a_transform_without_enclosures_is_named(call):
+    with pytest.raises(ValueError, match="the transform Halve has no method enclose_"):
+        CALLS[call](HALVED, X)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_no_examples_have_no_certificates(call):
+    assert all(len(part) == 0 for part in jax.tree.leaves(CALLS[call](OWN, X[:0])) if np.ndim(part))
+
+
+def test_dimensions_are_limited_and_examples_come_in_batches():
+    with pytest.raises(ValueError, match="up to 1 dimensions, got 2"):
+        prepared.check(OWN, most_dims=1)
+    with pytest.raises(ValueError, match="got a scalar"):
+        prepared.check(OWN, np.float32(1))

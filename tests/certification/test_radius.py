@@ -14,7 +14,7 @@ from iresnet_jax import certify
 from iresnet_jax.certification.head import Head
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
-from iresnet_jax.models.flow import freeze
+from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.head import initial_head
 
 LEVELS, SHAPE, CLASSES = 5, (2, 2, 1), 3
@@ -135,7 +135,7 @@ def test_slopes_that_jump_leave_the_global_radius():
 def test_what_cannot_be_certified_is_refused():
     own = model("relu")
     with pytest.raises(ValueError, match="call freeze"):
-        certify.radius(changed(own, word="estimated"), images())
+        certify.radius(changed(own, seal=None), images())
     with pytest.raises(ValueError, match="num_forms must be at least 0"):
         certify.radius(own, images(), num_forms=-1)
     with pytest.raises(ValueError, match="the model takes images"):

@@ -18,8 +18,8 @@ from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.data import simulators
 from iresnet_jax.evaluation import posterior
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density import Density, DensitySpec
-from iresnet_jax.models.flow import freeze
 from iresnet_jax.runs import loop, trained_run
 from iresnet_jax.runs.config import EvaluationConfig, parse
 from iresnet_jax.runs.model_from_config import density_spec

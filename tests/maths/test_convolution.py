@@ -12,52 +12,45 @@ import pytest
 from jax import lax
 
 from iresnet_jax.maths import platforms
-from iresnet_jax.maths.convolution import PADDINGS, choose_implementation, conv, explicit_padding
+from iresnet_jax.maths.convolution import PADDINGS, choose_implementation, conv, pads_of
 
 EXACT = 1e-12  # the same sum of at most a hundred terms in another order, in float64
 IMPLEMENTATIONS = ("xla", "patches", "taps")
 
-# height, width, kernel shape, strides, padding
+# height, width, kernel shape, padding
 CASES = {
-    "3x3 same": (5, 6, (3, 3, 2, 3), (1, 1), "SAME"),
-    "3x3 valid": (5, 6, (3, 3, 3, 2), (1, 1), "VALID"),
-    "1x1": (3, 4, (1, 1, 3, 2), (1, 1), "SAME"),
-    "even taps same": (5, 6, (2, 4, 2, 2), (1, 1), "SAME"),
-    "even taps circular": (4, 5, (4, 2, 1, 2), (1, 1), "CIRCULAR"),
-    "stride 2 same, even and odd sides": (6, 5, (3, 3, 2, 3), (2, 2), "SAME"),
-    "stride 2 valid, even taps": (7, 6, (2, 2, 2, 2), (2, 2), "VALID"),
-    "stride 2 circular": (6, 6, (3, 3, 2, 1), (2, 2), "CIRCULAR"),
-    "strides of two kinds": (5, 7, (3, 2, 1, 2), (1, 2), "SAME"),
-    "explicit pads, fewer than the taps": (4, 5, (3, 3, 3, 2), (1, 1), ((2, 0), (0, 1))),
-    "more channels in than out": (5, 4, (3, 3, 4, 2), (1, 1), "SAME"),
-    "kernel larger than the image, same": (2, 3, (5, 5, 2, 2), (1, 1), "SAME"),
-    "kernel larger than the image, circular": (2, 2, (5, 5, 1, 2), (1, 1), "CIRCULAR"),
-    "one pixel": (1, 1, (3, 3, 2, 2), (1, 1), "SAME"),
+    "3x3 same": (5, 6, (3, 3, 2, 3), "SAME"),
+    "3x3 circular": (5, 4, (3, 3, 2, 2), "CIRCULAR"),
+    "1x1": (3, 4, (1, 1, 3, 2), "SAME"),
+    "even taps same": (5, 6, (2, 4, 2, 2), "SAME"),
+    "even taps circular": (4, 5, (4, 2, 1, 2), "CIRCULAR"),
+    "more channels in than out": (5, 4, (3, 3, 4, 2), "SAME"),
+    "kernel larger than the image, same": (2, 3, (5, 5, 2, 2), "SAME"),
+    "kernel larger than the image, circular": (2, 2, (5, 5, 1, 2), "CIRCULAR"),
+    "one pixel": (1, 1, (3, 3, 2, 2), "SAME"),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_agree_with_the_sum_over_taps(x64, name):
-    height, width, kernel_shape, strides, padding = CASES[name]
+    height, width, kernel_shape, padding = CASES[name]
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(2, height, width, kernel_shape[2])), rng.normal(size=kernel_shape)
-    expected = oracles.conv_forward(x, kernel, strides=strides, padding=padding)
+    expected = oracles.conv_forward(x, kernel, padding=padding)
     cotangent = rng.normal(size=expected.shape)
 
     @jax.jit
     def values_and_gradients(x, kernel, cotangent):
         def run(implementation):
-            y, pullback = jax.vjp(
-                lambda x, k: conv(x, k, strides=strides, padding=padding, implementation=implementation), x, kernel
-            )
+            y, pullback = jax.vjp(lambda x, k: conv(x, k, padding=padding, implementation=implementation), x, kernel)
             return y, *pullback(cotangent)
 
         return {implementation: run(implementation) for implementation in IMPLEMENTATIONS}
 
     # The map is linear in each argument, so a gradient is the map of unit directions against the cotangent.
-    matrix = oracles.dense_conv_matrix(kernel, height, width, strides=strides, padding=padding)
+    matrix = oracles.dense_conv_matrix(kernel, height, width, padding=padding)
     units = np.eye(kernel.size).reshape(-1, *kernel_shape)
-    along_units = [np.sum(cotangent * oracles.conv_forward(x, k, strides=strides, padding=padding)) for k in units]
+    along_units = [np.sum(cotangent * oracles.conv_forward(x, k, padding=padding)) for k in units]
     for implementation, (y, x_grad, kernel_grad) in values_and_gradients(x, kernel, cotangent).items():
         np.testing.assert_allclose(y, expected, rtol=EXACT, atol=EXACT, err_msg=implementation)
         np.testing.assert_allclose(
@@ -84,27 +77,22 @@ def test_one_tap_is_a_plain_matrix_product_and_all_else_goes_to_xla():
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "more channels in than out",
-        "explicit pads, fewer than the taps",
-        "stride 2 same, even and odd sides",
-        "stride 2 circular",
-    ],
+    ["more channels in than out", "even taps same", "3x3 circular"],
 )
 def test_every_derivative_agrees_with_those_of_jax(x64, name):
     """Forward, reverse and second derivatives, alone and under each kind of ``vmap``, against `lax.conv_general_dilated`."""
-    height, width, kernel_shape, strides, padding = CASES[name]
+    height, width, kernel_shape, padding = CASES[name]
     rng = np.random.default_rng(4)
     x, kernel = jnp.asarray(rng.normal(size=(2, height, width, kernel_shape[2]))), jnp.asarray(rng.normal(size=kernel_shape))
 
     def ours(x, kernel):
-        return conv(x, kernel, strides=strides, padding=padding, implementation="xla")
+        return conv(x, kernel, padding=padding, implementation="xla")
 
     def theirs(x, kernel):
-        pads = explicit_padding(padding, kernel_shape[:2], (height, width), strides)
+        pads = pads_of(padding, kernel_shape)
         if padding == "CIRCULAR":
             x, pads = jnp.pad(x, ((0, 0), *pads, (0, 0)), mode="wrap"), ((0, 0), (0, 0))
-        return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     weights = jnp.asarray(rng.normal(size=theirs(x, kernel).shape))
 
@@ -157,7 +145,7 @@ def test_gradients_in_a_loop_keep_the_layout_that_is_fast_on_cpu():
 @pytest.mark.parametrize("implementation", ["auto", *IMPLEMENTATIONS])
 def test_kernels_in_float32_serve_images_in_float64(x64, implementation):
     x, kernel = jnp.ones((1, 3, 3, 2), jnp.float64) / 3, jnp.ones((3, 3, 2, 2), jnp.float32)
-    y = conv(x, kernel, padding="VALID", implementation=implementation)
+    y = conv(x, kernel, padding="CIRCULAR", implementation=implementation)
     assert y.dtype == jnp.float64
     np.testing.assert_allclose(y, 6.0, rtol=EXACT)
     assert jax.grad(lambda kernel: jnp.sum(conv(x, kernel)))(kernel).dtype == jnp.float32
@@ -168,6 +156,4 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="takes 3 channels, the input has 2"):
         conv(x, jnp.ones((3, 3, 3, 1)))
     with pytest.raises(ValueError, match=f"one of {', '.join(PADDINGS)}"):
-        conv(x, jnp.ones((3, 3, 2, 1)), padding="REFLECT")
-    with pytest.raises(ValueError, match=r"5 x 5 taps do not fit an image of 4 x 4"):
-        conv(x, jnp.ones((5, 5, 2, 1)), padding="VALID")
+        conv(x, jnp.ones((3, 3, 2, 1)), padding="VALID")

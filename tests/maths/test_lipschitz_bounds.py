@@ -13,8 +13,8 @@ EXACT = 1e-11  # a few roundings of float64, upwards
 
 def test_branch_bound_is_the_product_rounded_up():
     bounds = np.random.default_rng(14).uniform(0.1, 2, size=(100, 5)).astype(np.float32)
-    exact = np.prod(bounds.astype(np.float64), axis=1) * 0.5
-    result = np.asarray(jax.vmap(lambda b: branch_bound(b, gain=0.5))(jnp.asarray(bounds)))
+    exact = np.prod(bounds.astype(np.float64), axis=1)
+    result = np.asarray(jax.vmap(branch_bound)(jnp.asarray(bounds)))
     assert (result >= exact).all()
     np.testing.assert_allclose(result, exact, rtol=2e-6)
     np.testing.assert_allclose(branch_bound([0.9, 0.9, 0.9]), 0.729, rtol=2e-6)
@@ -63,7 +63,7 @@ def test_bounds_of_a_number_of_python_are_no_bounds_of_a_smaller_one(bound):
     inverses = (block_bounds(bound).inverse, model_bounds([bound]).inverse)
     for inverse in inverses:
         assert float(inverse) >= 1 / (1 - bound)
-    assert float(branch_bound([bound, 1.0], gain=1.1)) >= 1.1 * bound
+    assert float(branch_bound([bound, 1.1])) >= 1.1 * bound
 
 
 @pytest.mark.parametrize("bad", [-0.1, float("nan")])
@@ -71,11 +71,10 @@ def test_what_bounds_nothing_is_refused_or_infinite(bad):
     functions = (
         lambda bound: block_bounds(bound),
         lambda bound: branch_bound([0.5, bound]),
-        lambda bound: branch_bound([0.5], gain=bound),
     )
     for function in functions:
         for concrete in (bad, np.float64(bad), jnp.float32(bad)):
             with pytest.raises(ValueError, match="a Lipschitz bound must be at least 0, got"):
                 function(concrete)
-    block, layers, gain = jax.jit(lambda bound: [function(bound) for function in functions])(bad)
-    assert all(np.isinf(value) for value in (*block, layers, gain))
+    block, layers = jax.jit(lambda bound: [function(bound) for function in functions])(bad)
+    assert all(np.isinf(value) for value in (*block, layers))

@@ -1,13 +1,18 @@
 """The certificate of a model against singular values of its layers, and what it says where there is none."""
 
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 import kept
 import numpy as np
 import pytest
+from certified_flows import changed
 from oracles import dense_conv_matrix, operator_norm
 
+from iresnet_jax import certify
+from iresnet_jax.models.contractions import as_params, with_bounds
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.flow import as_params, with_bounds
 
 NORM_RTOL = 1e-2  # ten times the tolerance of the norms
 EXACT_RTOL = 1e-6  # float32
@@ -44,9 +49,7 @@ def test_norms_agree_with_singular_values_and_bounds_lie_above(spec):
 
 def test_one_block_without_a_bound_is_none_for_the_model():
     model = kept.model(kept.POINTS)
-    weights = jax.tree.map(np.array, dict(model.weights))
-    weights["stage0"].branch.lipschitz_bound[1] = np.inf
-    broken = model.with_(weights=weights).certificate()
+    broken = changed(model, lipschitz_bound=np.array([0.5, np.inf], np.float32)).certificate()
     assert not broken.certified
     assert broken.max_block == broken.inverse == np.inf
     assert broken.verdict == "NOT CERTIFIED: no bound below 1 for 1 of 2 blocks, the first is stage0/block01"
@@ -56,7 +59,7 @@ def test_weights_beyond_their_budget_are_not_certified():
     """Kernels twice as large than frozen ones have norms, estimates and bounds of up to 1.8."""
     model = kept.model(kept.IMAGES)
     doubled = jax.tree.map(lambda w: 2 * w, as_params(model.weights))
-    found = jax.jit(lambda params: with_bounds(model.spec.flow, params))(doubled)
+    found = with_bounds(model.spec.flow, doubled)
     certificate = model.with_(weights=found).certificate()
     own = model.certificate()
     for block, before in zip(certificate.blocks, own.blocks, strict=True):
@@ -64,6 +67,53 @@ def test_weights_beyond_their_budget_are_not_certified():
     assert not certificate.certified
     assert certificate.inverse == np.inf
     assert jax.jit(Density.freeze)(model.with_(weights=found)).certificate().certified
+
+
+def unflattened(model):
+    leaves, tree = jax.tree.flatten(model)
+    return jax.tree.unflatten(tree, [leaf + 1e-3 if leaf.ndim == 3 else leaf for leaf in leaves])
+
+
+def kernels_times_3(model):
+    weights = jax.tree.map(lambda w: 3 * w, model.weights["stage0"].branch.weights)
+    return model.with_(weights={"stage0": model.weights["stage0"]._replace(branch=replace(branch_of(model), weights=weights))})
+
+
+def branch_of(model):
+    return model.weights["stage0"].branch
+
+
+CHANGES = {
+    "with_": kernels_times_3,
+    "tree.map": lambda model: jax.tree.map(lambda leaf: 2 * leaf, model),
+    "tree.map of a few entries": lambda model: jax.tree.map(lambda leaf: jnp.clip(leaf, -0.7, 0.7), model),
+    "signs": lambda model: jax.tree.map(lambda leaf: -leaf, model),
+    "tree.unflatten": unflattened,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whoever_changes_weights_loses_their_bounds(change):
+    changed_model = CHANGES[change](kept.model(kept.POINTS))
+    x = np.zeros((1, 2), np.float32)
+    for call in (changed_model.certificate, lambda: certify.inverse(changed_model, x, x)):
+        with pytest.raises(ValueError, match="have changed since their bounds were computed"):
+            call()
+    assert changed_model.freeze().certificate().certified
+
+
+def test_the_same_numbers_keep_their_bounds():
+    """In NumPy's arrays, in float64, through a flat tree, on the way through ``jit`` and behind a gradient."""
+    model = kept.model(kept.POINTS)
+    bound = model.certificate().max_block
+    leaves, tree = jax.tree.flatten(model)
+    gradients = jax.grad(lambda model: model.log_prob(jnp.ones((1, 2)))[0])(model)
+    assert not np.any(branch_of(gradients).seal)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), model)
+        assert wide.certificate().max_block == bound
+    for same in (jax.device_get(model), jax.tree.unflatten(tree, leaves), jax.jit(lambda model: model)(model)):
+        assert same.certificate().max_block == bound
 
 
 def test_weights_without_bounds_are_refused():

@@ -6,12 +6,13 @@ from typing import Any, cast
 import chex
 import jax
 import jax.numpy as jnp
+import kept
 import numpy as np
 import oracles
 import pytest
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.models import flow
+from iresnet_jax.models import contractions
 from iresnet_jax.models import head as heads
 from iresnet_jax.models import linen as modules
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -67,7 +68,7 @@ def variables():
 
 @pytest.fixture(scope="module")
 def model(variables):
-    frozen = jax.jit(lambda params: flow.freeze(SPEC.flow, params))(variables["params"])
+    frozen = jax.jit(lambda params: contractions.freeze(SPEC.flow, params))(variables["params"])
     return Classifier(SPEC, frozen, variables["params"]["head"], variables["batch_stats"])
 
 
@@ -240,7 +241,7 @@ def test_all_levels_of_8_bits_are_known():
 
 def test_without_a_constraint_weights_run_as_they_are_and_no_inverse_is_promised(variables):
     as_they_are = cast(Any, modules.Classifier(VANILLA).apply(variables, method="constrain")).weights
-    frozen = jax.jit(lambda params: flow.with_bounds(VANILLA.flow, params))(variables["params"])
+    frozen = jax.jit(lambda params: contractions.with_bounds(VANILLA.flow, params))(variables["params"])
     for run in (as_they_are, frozen):
         for name in ("stage0", "stage1"):
             blocks = dict(variables["params"][name]["blocks"])
@@ -295,3 +296,9 @@ def test_images_that_are_none_are_refused(model):
 def test_mistakes_are_answered_before_anything_runs(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         dataclasses.replace(SPEC, **change)
+
+
+def test_no_images_have_no_features_and_no_reconstructions():
+    own = kept.model(kept.CLASSIFIER)
+    run = jax.jit(lambda model, images: model.reconstruct(model.features(images)))
+    assert run(own, kept.images(1)[0][:0]).images.shape == (0, *kept.SHAPE)

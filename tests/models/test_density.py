@@ -165,6 +165,9 @@ def test_labels_that_are_none_are_named():
         with_classes.sample(jax.random.key(0), 2, labels=jnp.array([0]))
     with pytest.raises(ValueError, match=r"labels must be 2 integers, .* float32"):
         with_classes.sample(jax.random.key(0), 2, labels=jnp.array([0.0, 1.0]))
+    for wrong in (-1, 1000):
+        with pytest.raises(ValueError, match=rf"labels must be classes from 0 to .*, got {wrong}"):
+            with_classes.sample(jax.random.key(0), 2, labels=jnp.array([0, wrong]))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from iresnet_jax import certify
 from iresnet_jax.models import saved
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.flow import freeze
+from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec, block_coeff
 
 L = 0.9

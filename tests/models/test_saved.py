@@ -16,8 +16,8 @@ from iresnet_jax.checked_dataclasses import checked, tagged
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.contractions import as_params, freeze
 from iresnet_jax.models.density import DensitySpec
-from iresnet_jax.models.flow import as_params, freeze
 from iresnet_jax.models.head import initial_head
 from iresnet_jax.models.saved import Spec, model_of, read
 
@@ -146,6 +146,20 @@ def huge_header(content):
     content[KERNEL] = buffer.getvalue()
 
 
+def changed_header(content, change):
+    header = json.loads(np.load(io.BytesIO(content["header.npy"])).tobytes())
+    change(header["spec"]["flow"]["stages"])
+    return np.frombuffer(json.dumps(header).encode(), np.uint8)
+
+
+def with_stages(content, num):
+    return changed_header(content, lambda stages: stages.extend((num - len(stages)) * stages[-1:]))
+
+
+def with_blocks(content, num):
+    return changed_header(content, lambda stages: stages[0].update(num_blocks=num))
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -165,6 +179,9 @@ def huge_header(content):
         ),
         (lambda content: content.update({"header.npy": npy(NO_TEXT)}), ""),
         (lambda content: content.update({"header.npy": npy(np.zeros(4))}), "its header is none"),
+        (lambda content: content.update({"header.npy": npy(np.frombuffer(b"[" * 100_000, np.uint8))}), "recursion"),
+        (lambda content: content.update({"header.npy": npy(with_stages(content, 20_000))}), "20000 stages, and it holds"),
+        (lambda content: content.update({"header.npy": npy(with_blocks(content, 2**70))}), ""),
     ],
 )
 def test_damage_ends_in_one_sentence(density, tmp_path, damage, sentence):

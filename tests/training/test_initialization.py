@@ -10,7 +10,7 @@ import tiny_runs as runs
 import iresnet_jax as ir
 from iresnet_jax import certify
 from iresnet_jax.data import load
-from iresnet_jax.models import flow, priors
+from iresnet_jax.models import contractions, priors
 from iresnet_jax.runs import loop, trained_run
 from iresnet_jax.runs.model_from_config import model_spec
 from iresnet_jax.runs.objective_from_config import initial_variables
@@ -40,7 +40,7 @@ def norms_by(name, vectors):
     config = runs.config_of(source, **own)
     spec = model_spec(config, load(config.data.name)).flow
     params = {stage.name: variables_of(name)["params"][stage.name] for stage in spec.layout}
-    return jax.jit(lambda params, vectors: flow.constrain(spec, params, vectors, num_steps=1).norms)(params, vectors)
+    return jax.jit(lambda params, vectors: contractions.constrain(spec, params, vectors, num_steps=1).norms)(params, vectors)
 
 
 @pytest.mark.parametrize("name", CASES)

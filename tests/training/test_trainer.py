@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from iresnet_jax.models.flow import ConstrainedFlow
+from iresnet_jax.models.contractions import ConstrainedFlow
 from iresnet_jax.training import parallel, trainer
 from iresnet_jax.training.step import Loss, Objective, TrainingStep, UpdateRule, ValidationResult
 from iresnet_jax.training.trainer import Trainer, TrainingConfig, check_finite

@@ -34,9 +34,7 @@ def cells(num_levels: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     return edges[:-1], np.nextafter(edges[1:], np.zeros((), dtype))
 
 
-def dequantize(
-    key: Key[Array, "..."], x: Integer[Array, "b ..."], num_levels: int = 256, *, dtype: DTypeLike = jnp.float32
-) -> Float[Array, "b ..."]:
+def dequantize(key: Key[Array, "..."], x: Integer[Array, "b ..."], num_levels: int = 256) -> Float[Array, "b ..."]:
     r"""Adds uniform noise to integers: ``(x + u) / num_levels`` with ``u ~ U[0, 1)`` for each entry.
 
     Uria et al. 2013; Theis et al. 2016, section 3.1. The result lies in the cell of ``x`` after rounding too, so it
@@ -47,23 +45,18 @@ def dequantize(
             not depend on the rest of the batch.
         x: Integers in ``[0, num_levels)``. Others, which cannot be refused under ``jit``, become NaN.
         num_levels: Number of values an entry can take, 2 to 256.
-        dtype: float32 or float64 of the result.
 
     Returns:
-        Numbers in [0, 1).
+        Numbers in [0, 1), in float32.
 
     Raises:
-        ValueError: If ``key`` is of another kind or shape, ``num_levels`` is out of range or ``dtype`` is another.
+        ValueError: If ``key`` is of another kind or shape, or ``num_levels`` is out of range.
     """
     key = typed_key(key)
     if key.shape not in ((), x.shape[:1]):
         raise ValueError(f"there must be one key, or one for each of {x.shape[0]} examples, got keys of shape {key.shape}")
-    dtype = jax.dtypes.canonicalize_dtype(dtype)
-    if dtype not in (jnp.float32, jnp.float64):
-        raise ValueError(f"dtype must be float32 or float64, got {dtype}: the others cannot resolve the noise")
-    smallest, largest = cells(num_levels, dtype)
-
-    noise = _uniform(key, x.shape, dtype)
+    smallest, largest = cells(num_levels, np.dtype(np.float32))
+    noise = _uniform(key, x.shape, jnp.float32)
     level = x.astype(jnp.int32)
     index = jnp.clip(level, 0, num_levels - 1)
     # The sum is rounded: in float32 one u in 131072 would lift level 255 to 1. Hence the minimum.

@@ -9,8 +9,9 @@ Both are about the map of the transform's constants as real numbers, float64 as 
 """
 
 import functools
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -41,10 +42,24 @@ class Enclosure(NamedTuple):
     def distance_bound(self, x: Float[Array, "b ..."], radius: Float[Array, " b"]) -> Float[Array, " b"]:
         """Bounds of ``|x - t^-1(y')|`` for all ``|y' - y| <= radius``, Euclidean; infinite for an ``x`` that is not finite."""
         with np.errstate(all="ignore"):
-            gap = (np.asarray(x, np.float64) - self.center).reshape(len(x), -1)
+            gap = np.square(np.asarray(x, np.float64) - self.center).sum(axis=tuple(range(1, np.ndim(x))))
             moved = np.where(radius == 0, 0, self.lipschitz * radius)
-            bound = (np.linalg.norm(gap, axis=1) * UP + self.error + moved) * UP
+            bound = (np.sqrt(gap) * UP + self.error + moved) * UP
         return np.nan_to_num(bound, nan=np.inf, posinf=np.inf)
+
+
+def enclosing(transform: Any, method: str) -> Callable[..., Any]:
+    """A method of a transform for certificates.
+
+    Raises:
+        ValueError: If the transform does not have it.
+    """
+    if not hasattr(transform, method):
+        raise ValueError(
+            f"the transform {type(transform).__name__} has no method {method}, so nothing is guaranteed of its values: write "
+            "it as iresnet_jax.bijections.transforms.enclosure says, or certify the flow alone by certify.inverse or log_det"
+        )
+    return getattr(transform, method)
 
 
 def on_balls(rule: Callable[..., Enclosure]) -> Callable[..., Enclosure]:
@@ -57,7 +72,7 @@ def on_balls(rule: Callable[..., Enclosure]) -> Callable[..., Enclosure]:
     @np.errstate(all="ignore")
     def enclose_inverse(self, y: Float[Array, "b ..."], radius: Float[Array, " b"]) -> Enclosure:
         y, radius = np.asarray(y, np.float64), np.asarray(radius, np.float64)
-        vectors = y.reshape(len(y), -1)
+        vectors = y.reshape(len(y), math.prod(y.shape[1:]))
         known = np.isfinite(radius) & np.all(np.isfinite(vectors), axis=1)
         found = rule(self, np.where(known[:, None], vectors, 0), np.where(known, radius, 0))
         nothing = np.where(known, 0, np.inf)

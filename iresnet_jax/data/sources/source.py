@@ -40,7 +40,6 @@ class Contents(NamedTuple):
         """Contents that are in memory.
 
         Args:
-            name: Name in messages.
             images: Images ``(n, h, w, c)`` or ``(n, h, w)`` by split.
             labels: Labels by split; splits may lack them.
             num_classes: Number of classes; by default one more than the largest label of the training images.
@@ -107,11 +106,6 @@ def check_path(path: Path, name: str, *, is_folder: bool) -> None:
 
 def checked(name: str, contents: Contents, splits: Iterable[str]) -> Iterator[tuple[str, slice, np.ndarray, np.ndarray | None]]:
     """Goes through splits as `Contents.read` does, one after the other, and checks every example.
-
-    Args:
-        name: Name of the source, for messages.
-        contents: Contents of the source.
-        splits: Splits by the publisher's names.
 
     Returns:
         Iterator over the split, the rows of a chunk in it, uint8 images ``(n, h, w, c)`` and int32 labels ``(n,)``.

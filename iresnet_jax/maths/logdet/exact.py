@@ -15,12 +15,11 @@ from iresnet_jax.maths.logdet.estimator import Batch, Branch, Jacobian, LogdetEs
 from iresnet_jax.maths.logdet.jacobian_products import Linearized, linearize
 
 INVERSE_JACOBIANS = "inverse Jacobians"  # their name for a backward pass that chooses what to keep
+COLUMNS_AT_ONCE = 64  # of a Jacobian that products with unit vectors give
 SMALL = 32  # dimensions up to which elimination without exchanges of rows is the faster, see `log_abs_det`
 
 
-def dense_logdet(
-    branch: Branch | Linearized, x: Batch, *, columns_at_once: int = 64, jacobian: Jacobian | None = None
-) -> Float[Array, " b"]:
+def dense_logdet(branch: Branch | Linearized, x: Batch, *, jacobian: Jacobian | None = None) -> Float[Array, " b"]:
     """``log det(I + J)`` from the full Jacobian by elimination; exact to rounding, differentiable.
 
     Costs ``d`` Jacobian-vector products, or the closed form, and ``O(d^3)`` per example: for dimensions up to about a thousand.
@@ -29,19 +28,18 @@ def dense_logdet(
     Args:
         branch: ``g``, acting on each example alone, or linearised at ``x``.
         x: Where to evaluate.
-        columns_at_once: Jacobian columns computed side by side; less saves memory.
         jacobian: ``x -> J (b, d, d)`` in closed form, if there is one.
     """
     x = as_floats(x, "x")
     num_dims = math.prod(x.shape[1:])
     if not len(x):
         return jnp.zeros(0, x.dtype)
-    full = _by_columns(branch, x, columns_at_once) if jacobian is None else jacobian(x)
+    full = _by_columns(branch, x) if jacobian is None else jacobian(x)
     matrices = jnp.eye(num_dims, dtype=x.dtype)[None] + full
     return log_abs_det(matrices) if num_dims <= SMALL else jnp.linalg.slogdet(matrices)[1]
 
 
-def _by_columns(branch: Branch | Linearized, x: Float[Array, "b ..."], columns_at_once: int) -> Float[Array, "b d d"]:
+def _by_columns(branch: Branch | Linearized, x: Float[Array, "b ..."]) -> Float[Array, "b d d"]:
     """The Jacobian from its products with the unit vectors."""
     num_dims = math.prod(x.shape[1:])
     basis = jnp.eye(num_dims, dtype=x.dtype).reshape(num_dims, 1, *x.shape[1:])
@@ -53,7 +51,7 @@ def _by_columns(branch: Branch | Linearized, x: Float[Array, "b ..."], columns_a
     if num_dims <= 4:  # few: written out, since XLA:CPU multiplies batches of matrices more slowly than matrices
         columns = jnp.stack([column(direction) for direction in basis])
     else:
-        columns = lax.map(column, basis, batch_size=min(columns_at_once, num_dims))
+        columns = lax.map(column, basis, batch_size=min(COLUMNS_AT_ONCE, num_dims))
     return jnp.moveaxis(columns, 0, -1)
 
 
@@ -102,14 +100,12 @@ def eliminate(matrices: Float[Array, "b d d"]) -> tuple[Float[Array, " b"], Floa
 class ExactLogdet(LogdetEstimator):
     """`dense_logdet`, or a shorter way where a branch has one, as an estimator without randomness and without error."""
 
-    columns_at_once: int = 64
-
     unbiased: ClassVar[bool] = True
 
     def _estimate(self, branch, x, key, lipschitz_bound, trace, jacobian, logdet):
         del key, lipschitz_bound, trace
         if logdet is None:
-            value = dense_logdet(branch, x, columns_at_once=self.columns_at_once, jacobian=jacobian)
+            value = dense_logdet(branch, x, jacobian=jacobian)
         else:
             value = logdet(x)
         zeros = jnp.zeros_like(value)

@@ -50,7 +50,6 @@ def weighted_series(
     length: int | Int[Array, ""] | Int[Array, " b"],
     *,
     trace: Trace | None = None,
-    unroll: bool = False,
 ) -> tuple[Float[Array, "p b"], Float[Array, "p b"]]:
     r"""``sum_{k <= length} weights[k-1] (-1)^(k+1)/k <v, J^k v>`` for every probe, with the matching Neumann gradient.
 
@@ -64,7 +63,6 @@ def weighted_series(
         weights: One weight a term, at least ``length`` of them.
         length: Number of terms. A static number, a traced one (one compiled loop then serves every length), or one per example.
         trace: ``x -> tr J (b,)``, exact and differentiable; replaces the first term, whose weight must be 1 in expectation.
-        unroll: Write the terms out instead of looping; needs a static length.
 
     Returns:
         The estimates, and ``|v| |J^T^n v|`` with ``n`` the example's number of terms, for the bound of the remainder.
@@ -102,7 +100,7 @@ def weighted_series(
     if isinstance(length, int):
         if not 0 <= length <= len(weights):
             raise ValueError(f"length must lie between 0 and the number of weights {len(weights)}, got {length}")
-        u, value, neumann = lax.fori_loop(1, length, term, carry, unroll=unroll and length > 1)
+        u, value, neumann = lax.fori_loop(1, length, term, carry)
         tail = norm(probes)
         if length > 0:  # <J^T u, v> = <u, J v>, which the gradient needs anyway: only the bound takes another product
             neumann = neumann + signed(length) * u
@@ -140,11 +138,9 @@ class SeriesLogdet(ProbingEstimator):
 
     Attributes:
         num_terms: Terms of the series; the authors use 5.
-        unroll: Write the terms out instead of looping over them.
     """
 
     num_terms: int = 5
-    unroll: bool = False
 
     unbiased: ClassVar[bool] = False
 
@@ -154,5 +150,5 @@ class SeriesLogdet(ProbingEstimator):
 
     def _samples(self, branch, x, key, lipschitz_bound, trace):
         probes, n = self._draw_probes(key, x), self.num_terms
-        samples, tail = weighted_series(branch, x, probes, jnp.ones(n, x.dtype), n, trace=trace, unroll=self.unroll)
+        samples, tail = weighted_series(branch, x, probes, jnp.ones(n, x.dtype), n, trace=trace)
         return samples, remainder_factor(lipschitz_bound, n, 1, x.dtype) * jnp.mean(tail, axis=0)

@@ -1,7 +1,7 @@
 """Matrices whose norms bound that of a layer: the layer itself written out, and the symbols of a circulant that contains it.
 
-`convolution_certificate.conv_norm_bound` has the proof. This file removes strides and unused taps axis by axis and bounds the
-rest frequency by frequency. Its callers check the arguments.
+`convolution_certificate.conv_norm_bound` has the proof. This file removes unused taps axis by axis and bounds the rest
+frequency by frequency. Its callers check the arguments.
 """
 
 import functools
@@ -25,46 +25,39 @@ TWISTS: tuple[Twist, ...] = ((0, 0), (0, 1), (1, 0), (1, 1))
 CHUNK_NUMBERS = 2**21  # numbers in the symbols that are held in memory at a time
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def written_out(
-    kernel: Float[Array, "kh kw cin cout"], spatial_shape: Pair, num_outputs: Pair, strides: Pair, pads: tuple[Pair, Pair]
-) -> Float[Array, "m n"]:
+@functools.partial(jax.jit, static_argnums=1)
+def written_out(kernel: Float[Array, "kh kw cin cout"], spatial_shape: Pair) -> Float[Array, "m n"]:
     """The matrix of a zero-padded layer: entries are picked from the kernel, so they are exact."""
     picks = []  # by axis and (output, input): the tap that connects them, or one past the last
-    for taps, size, outputs, stride, (low, _) in zip(kernel.shape, spatial_shape, num_outputs, strides, pads, strict=False):
-        tap = np.arange(size) + low - stride * np.arange(outputs)[:, None]
+    for taps, size in zip(kernel.shape, spatial_shape, strict=False):
+        tap = np.arange(size) + (taps - 1) // 2 - np.arange(size)[:, None]
         picks.append(np.where((tap >= 0) & (tap < taps), tap, taps))
     rows, columns = picks
     kernel = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
     matrix = kernel[rows[:, None, :, None], columns[None, :, None, :]]  # output rows and columns, input ones, cin, cout
     matrix = jnp.moveaxis(matrix, -1, 2)
-    return matrix.reshape(math.prod(num_outputs) * kernel.shape[3], -1)
+    return matrix.reshape(math.prod(spatial_shape) * kernel.shape[3], -1)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2), static_argnames=("pads", "twists", "num_squarings"))
+@functools.partial(jax.jit, static_argnums=1, static_argnames=("periodic", "twists", "num_squarings"))
 def norm_bound(
     kernel: Float[Array, "kh kw cin cout"],
     spatial_shape: Pair,
-    strides: Pair,
     *,
-    pads: tuple[Pair, Pair] | None,
+    periodic: bool,
     twists: tuple[Twist, ...],
     num_squarings: int | None,
 ) -> Float[Array, ""]:
-    """The bound by twisted circulants; without pads the layer is periodic."""
-    periods = []
-    for axis in (0, 1):
-        size, stride = spatial_shape[axis], strides[axis]
-        if pads is None:
-            kernel, period = _unroll_periodic_axis(kernel, axis, size, stride)
-        else:
-            kernel, period = _unroll_zero_padded_axis(kernel, axis, size, stride, *pads[axis])
-        periods.append(period)
+    """The bound by twisted circulants, of a layer that is periodic or padded with zeros."""
+    periods = list(spatial_shape)
+    if not periodic:
+        for axis, size in enumerate(spatial_shape):
+            kernel, periods[axis] = _reaching_taps(kernel, axis, size)
     # With one tap along an axis the symbol is constant along it, so the axis needs one frequency and no twist.
     active = [taps > 1 for taps in kernel.shape[:2]]
-    periods = tuple(period if axis_active else 1 for period, axis_active in zip(periods, active, strict=True))
+    rows, columns = (period if axis_active else 1 for period, axis_active in zip(periods, active, strict=True))
     twists = tuple(sorted({(a * active[0], b * active[1]) for a, b in twists}))
-    return grid_bound(kernel, periods=periods, twists=twists, num_squarings=num_squarings)
+    return grid_bound(kernel, periods=(rows, columns), twists=twists, num_squarings=num_squarings)
 
 
 @functools.partial(jax.jit, static_argnames="num_squarings")
@@ -75,50 +68,15 @@ def dense_norm_bound(matrix: Float[Array, "m n"], *, num_squarings: int | None) 
     return scale * gram.norm_bound(matrix[None], num_squarings) + flushed
 
 
-def num_outputs(taps: int, size: int, stride: int, pads: Pair) -> int:
-    """Outputs along one zero-padded axis."""
-    low, high = pads
-    if not (0 <= low < taps and 0 <= high < taps):
-        raise ValueError(
-            f"padding must lie in [0, {taps}) for {taps} taps, got {(low, high)}: more only adds outputs that are always zero"
-        )
-    num_outputs = (size + low + high - taps) // stride + 1
-    if num_outputs < 1:
-        raise ValueError(f"{taps} taps do not fit into {size} pixels padded by {(low, high)}: pad more or shrink the kernel")
-    return num_outputs
-
-
-def _unroll_zero_padded_axis(kernel, axis, size, stride, low, high):
-    """Rewrites one zero-padded axis with stride 1 and without unused taps; returns the kernel and the embedding's period."""
-    outputs = num_outputs(kernel.shape[axis], size, stride, (low, high))
-    front = -low % stride
-    kernel = _taps_to_channels(kernel, axis, stride, front)
-    size, low = -(-size // stride), (low + front) // stride
-    # Output i reads pixel i + t - low, so tap t meets the image only if low - (num_outputs - 1) <= t <= low + size - 1.
-    first, stop = max(0, low - outputs + 1), min(kernel.shape[axis], low + size)
-    kernel, low = lax.slice_in_dim(kernel, first, stop, axis=axis), low - first
-    reach = outputs + (stop - first) - 1 - low  # one past the last pixel read
-    return kernel, max(reach, min(size, reach) + low)
-
-
-def _unroll_periodic_axis(kernel, axis, size, stride):
-    """Rewrites one periodic axis with stride 1; how its padding is split only shifts the image, which is unitary."""
-    if size % stride:
-        return kernel, size
-    return _taps_to_channels(kernel, axis, stride, 0), size // stride
-
-
-def _taps_to_channels(kernel, axis, stride, front):
-    """Moves every residue modulo `stride` of an axis of taps, after `front` zeros, into the input channels."""
-    if stride == 1:
-        return kernel
-    pads = [(0, 0)] * kernel.ndim
-    pads[axis] = (front, -(kernel.shape[axis] + front) % stride)
-    kernel = jnp.pad(kernel, pads)
-    shape = kernel.shape
-    kernel = kernel.reshape(*shape[:axis], shape[axis] // stride, stride, *shape[axis + 1 :])
-    kernel = jnp.moveaxis(kernel, axis + 1, -2)  # taps, taps, cin, residue, cout
-    return kernel.reshape(*kernel.shape[:2], -1, kernel.shape[-1])
+def _reaching_taps(kernel, axis, size):
+    """The taps that reach the image along a zero-padded axis, and the period of the embedding."""
+    taps = kernel.shape[axis]
+    low = (taps - 1) // 2
+    # Output i reads pixel i + t - low, so tap t meets the image only if low - (size - 1) <= t <= low + size - 1.
+    first, stop = max(0, low - size + 1), min(taps, low + size)
+    low = low - first
+    reach = size + (stop - first) - 1 - low  # one past the last pixel read
+    return lax.slice_in_dim(kernel, first, stop, axis=axis), max(reach, min(size, reach) + low)
 
 
 def _phases(taps, periods, twist):

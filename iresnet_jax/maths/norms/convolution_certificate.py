@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths.convolution import Padding, explicit_padding
+from iresnet_jax.maths.convolution import Padding, pads_of
 from iresnet_jax.maths.enclosures.upward_rounding import rounded_up
 from iresnet_jax.maths.norms import circulant_embedding as embedding
 from iresnet_jax.maths.norms.circulant_embedding import TWISTS, Twist
@@ -47,7 +47,6 @@ def conv_norm_bound(
     kernel: Float[Array, "kh kw cin cout"],
     spatial_shape: tuple[int, int],
     *,
-    strides: int | tuple[int, int] = 1,
     padding: Padding = "SAME",
     method: str = "exact",
     num_squarings: int = 4,
@@ -61,7 +60,7 @@ def conv_norm_bound(
 
         ``min over twists a of max_{j in Z_N} |F((2 pi j + pi a) / N)|_2``,   ``N = n + max(pad_low, pad_high)`` on each axis.
 
-    Proof for zero padding, one axis, stride 1. Let ``C`` act on sequences with ``x[m + N] = exp(i pi a) x[m]`` by
+    Proof for zero padding, one axis. Let ``C`` act on sequences with ``x[m + N] = exp(i pi a) x[m]`` by
     ``(C x)[i] = sum_t K[t] x[i + t - pad_low]``. The sequences ``exp(i w m)``, ``w = (2 pi j + pi a)/N``, are an orthogonal
     basis in which ``C`` is block diagonal with blocks ``F(w)`` up to phases, so ``|C|_2`` is the maximum above. Take ``x`` that
     vanishes outside ``[0, n)``. An output of the layer reads positions in ``[-pad_low, n + pad_high)``; those outside the
@@ -70,10 +69,7 @@ def conv_norm_bound(
     hence so is the minimum. Both axes together: the same with pairs. The plain circulant (``N = n``, Sedghi et al. 2019)
     is *not* a bound for zero padding. Periodic padding is ``C`` with ``N = n`` and ``a = 0``: exact.
 
-    Three steps come first. A stride ``s`` is moved into the channels: pixel ``s m + r`` becomes channel ``r`` of pixel ``m``,
-    which leaves a layer of stride 1. (Where ``s`` does not divide the image's side, unused pixels complete it, which only
-    adds columns; with periodic padding the layer is then bounded as a part of the one with stride 1.) Taps that no
-    output can use on so small an image are cut off. What is left with a single tap is a plain matrix.
+    Taps that no output can use on so small an image are cut off first. What is left with a single tap is a plain matrix.
 
     Rounding: the computed symbol is off by at most ``gamma_{taps + 10} |sum_t |K[t]||_F``, which is added; the norm of
     each block is bounded by `gram_iteration.norm_bound`. The bound concerns exact application of the layer.
@@ -86,9 +82,8 @@ def conv_norm_bound(
 
     Args:
         kernel: Taps as in ``jax.lax``'s "HWIO".
-        spatial_shape: Height and width of the layer's *input*, in pixels.
-        strides: Step between outputs, in pixels.
-        padding: "SAME" or "VALID" (zeros), "CIRCULAR" (periodic), or explicit pairs of zeros less than the kernel's size.
+        spatial_shape: Height and width of the images, in pixels.
+        padding: "SAME" (zeros) or "CIRCULAR" (periodic).
         method: "exact" or "gram", see `dense_norm_bound`.
         num_squarings: Squarings under "gram", see `dense_norm_bound`; the slack is that of ``min(cin, cout)``.
         twists: Pairs of 0 (periodic) and 1 (antiperiodic) to take the minimum over, all four by default; one pair is four
@@ -98,7 +93,7 @@ def conv_norm_bound(
         The bound; nan if a weight is not finite.
 
     Raises:
-        ValueError: If an argument is out of range or the kernel does not fit into the padded image.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> kernel = jnp.ones((3, 3, 1, 1)) / 9
@@ -107,24 +102,19 @@ def conv_norm_bound(
     squarings = _checked_squarings(kernel, method, num_squarings)
     if twists is not None and (not twists or any(half_turns not in (0, 1) for twist in twists for half_turns in twist)):
         raise ValueError(f"twists must be pairs of 0 and 1, at least one, got {twists}: the default takes all four")
-    row_stride, column_stride = (strides, strides) if isinstance(strides, int) else strides
-    spatial_shape, stride_pair = (spatial_shape[0], spatial_shape[1]), (row_stride, column_stride)
-    if min(stride_pair) < 1 or min(spatial_shape) < 1:
-        raise ValueError(
-            f"strides and spatial_shape must be positive, got {strides} and {spatial_shape}: pass the input's (h, w)"
-        )
-    pads = explicit_padding(padding, (kernel.shape[0], kernel.shape[1]), spatial_shape, stride_pair)
+    spatial_shape = (spatial_shape[0], spatial_shape[1])
+    if min(spatial_shape) < 1:
+        raise ValueError(f"spatial_shape must be positive, got {spatial_shape}: pass the input's (h, w)")
+    pads_of(padding, kernel.shape)  # raises for an unknown one
     if padding == "CIRCULAR":
-        return embedding.norm_bound(kernel, spatial_shape, stride_pair, pads=None, twists=((0, 0),), num_squarings=squarings)
-    geometry = zip(kernel.shape, spatial_shape, stride_pair, pads, strict=False)
-    num_outputs = tuple(embedding.num_outputs(*axis) for axis in geometry)
-    sides = math.prod(spatial_shape) * kernel.shape[2], math.prod(num_outputs) * kernel.shape[3]
+        return embedding.norm_bound(kernel, spatial_shape, periodic=True, twists=((0, 0),), num_squarings=squarings)
+    sides = [math.prod(spatial_shape) * channels for channels in kernel.shape[2:]]
     small = min(sides) <= _DENSE_SIDE and math.prod(sides) <= embedding.CHUNK_NUMBERS
     if small and kernel.shape[:2] != (1, 1) and method == "exact" and twists is None:
-        matrix = embedding.written_out(kernel, spatial_shape, num_outputs, stride_pair, pads)
+        matrix = embedding.written_out(kernel, spatial_shape)
         return embedding.dense_norm_bound(matrix, num_squarings=squarings)
     twists = TWISTS if twists is None else tuple((a, b) for a, b in twists)
-    return embedding.norm_bound(kernel, spatial_shape, stride_pair, pads=pads, twists=twists, num_squarings=squarings)
+    return embedding.norm_bound(kernel, spatial_shape, periodic=False, twists=twists, num_squarings=squarings)
 
 
 def conv_norm_bound_any_size(

@@ -1,7 +1,7 @@
 """Operator norms of linear maps by power and Lanczos iteration, and the soft normalisation that makes a layer a contraction.
 
 A linear map is any function ``apply(kernel, x)`` that is linear in ``x`` and in ``kernel``; its transpose comes from
-``jax.linear_transpose``, so dense layers and convolutions of every stride, padding and size share this one implementation
+``jax.linear_transpose``, so dense layers and convolutions of every padding and size share this one implementation
 (Behrmann et al. 2019, sec. 2.1 and appendix; Gouk et al. 2018). The iterate ``v`` is explicit state: read in, returned, saved.
 
 Both iterations approach the norm from below. They return estimates; `convolution_certificate` has upper bounds.
@@ -58,7 +58,6 @@ def spectral_norm(
     *,
     num_steps: int | None = None,
     rtol: float = 1e-3,
-    max_steps: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "..."], PowerIterationInfo]:
     r"""Estimates the operator norm of ``x -> apply(kernel, x)`` from below, by products with the map and its transpose.
 
@@ -79,19 +78,18 @@ def spectral_norm(
         v: The iterate of the last call, or a random start; shape of the map's input. Must not be zero if ``num_steps`` is set.
         num_steps: Fixed number of power steps, for training with a warm start.
         rtol: Relative tolerance of the estimate when ``num_steps`` is None, in (0, 1).
-        max_steps: Cap in tolerance mode, rounded up to whole cycles; by default 5000, or four times what the theory asks for.
 
     Returns:
         The estimate, the new iterate and how the iteration ended.
 
     Raises:
         ValueError: If ``num_steps`` is less than one, ``rtol`` is not in (0, 1), or the theory asks for more than 20,000 steps
-            (``rtol`` below about 1e-5 in more than 256 dimensions) and ``max_steps`` is not given.
+            (``rtol`` below about 1e-5 in more than 256 dimensions).
 
     Example:
         >>> sigma, v, info = spectral_norm(lambda w, x: x @ w, kernel, v, num_steps=5)
     """
-    u, v, info = singular_vectors(apply, kernel, v, num_steps=num_steps, rtol=rtol, max_steps=max_steps)
+    u, v, info = singular_vectors(apply, kernel, v, num_steps=num_steps, rtol=rtol)
     return norm_along(apply, kernel, u, v), v, info
 
 
@@ -109,7 +107,6 @@ def singular_vectors(
     *,
     num_steps: int | None = None,
     rtol: float = 1e-3,
-    max_steps: int | None = None,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."], PowerIterationInfo]:
     """The unit vectors ``u`` and ``v`` of `spectral_norm`, without a gradient; arguments and errors are the same."""
     if num_steps is not None and num_steps < 1:
@@ -132,7 +129,7 @@ def singular_vectors(
         return jnp.where(sigma > 0, new_v, v), u, sigma
 
     if num_steps is None:
-        v, info = _iterate_to_tolerance(lambda x: transpose(forward(x))[0], v, rtol, max_steps)
+        v, info = _iterate_to_tolerance(lambda x: transpose(forward(x))[0], v, rtol)
         v, u, _ = power_step(v)
     else:
 
@@ -152,19 +149,19 @@ def singular_vectors(
     return u, v, info
 
 
-def _iterate_to_tolerance(gram, v, rtol, max_steps):
+def _iterate_to_tolerance(gram, v, rtol):
     """Cycles of Lanczos on ``gram`` from the sum of ``v`` and a random vector: a Ritz vector, and how it ended."""
     if v.size <= _CYCLE:
         return _in_whole_space(gram, v)
     least_steps = _CYCLE * _least_cycles(v.size, rtol)
     if least_steps > _MOST_STEPS and v.size <= _WHOLE_SPACE:
         return _in_whole_space(gram, v)
-    if max_steps is None and least_steps > _MOST_STEPS:
+    if least_steps > _MOST_STEPS:
         raise ValueError(
             f"rtol={rtol:g} asks for {least_steps:,} steps in {v.size} dimensions, more than {_MOST_STEPS:,}: pass "
-            "rtol >= 1e-5, or max_steps for the best estimate of so many, or bound the norm from above with iresnet_jax.certify"
+            "rtol >= 1e-5, or bound the norm from above with iresnet_jax.certify"
         )
-    max_steps = max(5000, 4 * least_steps) if max_steps is None else max_steps
+    most_steps = max(5000, 4 * least_steps)
     signs = np.random.default_rng(v.size).choice(np.array([-1, 1], np.int8), v.shape)  # XLA is slow to fold jax.random's
     start = unit(v)[0] / 2 + unit(jnp.asarray(signs, v.dtype))[0]  # in unequal parts, lest they cancel
 
@@ -178,7 +175,7 @@ def _iterate_to_tolerance(gram, v, rtol, max_steps):
         return (k > 0) & ((sigma == 0) | ((k >= least_steps) & (change <= rtol / 4)))
 
     zero = jnp.zeros((), v.dtype)
-    state = lax.while_loop(lambda s: (s[0] < max_steps) & ~finished(s), advance, (jnp.int32(0), start, zero, zero))
+    state = lax.while_loop(lambda s: (s[0] < most_steps) & ~finished(s), advance, (jnp.int32(0), start, zero, zero))
     k, x, sigma, change = state
     return jnp.where(sigma > 0, x, v), PowerIterationInfo(k, change, finished(state))
 

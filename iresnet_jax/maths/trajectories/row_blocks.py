@@ -27,11 +27,6 @@ class RowBlocks(NamedTuple):
     blocks: dict[tuple[int, int], Float[Array, "n m"]]
     num_rows: int
 
-    @property
-    def num_entries(self) -> int:
-        """Numbers that are stored."""
-        return sum(block.size for block in self.blocks.values())
-
     def columns_of(self, i: int) -> list[int]:
         """Places of the blocks in a block row, in order."""
         return sorted(column for row, column in self.blocks if row == i)

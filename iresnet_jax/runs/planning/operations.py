@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from iresnet_jax.bijections.residual import LOG_DETERMINANT
-from iresnet_jax.models.flow import NORMS
+from iresnet_jax.models.contractions import NORMS
 from iresnet_jax.training.step import OPTIMIZER
 
 PARTS = (

@@ -46,13 +46,13 @@ def kernels_of_every_kind(shape, seed=0):
     return kinds
 
 
-# spatial shape, kernel shape, strides, padding; six kinds of kernels each
+# spatial shape, kernel shape, padding; six kinds of kernels each
 CONVOLUTIONS = {
-    "3x3": ((5, 7), (3, 3, 2, 4), 1, "SAME"),
-    "3x3 circular, strides 2": ((6, 6), (3, 3, 3, 2), 2, "CIRCULAR"),
-    "3x3 circular on 2x1 pixels": ((2, 1), (3, 3, 8, 3), 1, "CIRCULAR"),
-    "4x2 valid": ((6, 5), (4, 2, 2, 2), 1, "VALID"),
-    "5x5 on 2x2 pixels": ((2, 2), (5, 5, 2, 3), 1, "SAME"),
+    "3x3": ((5, 7), (3, 3, 2, 4), "SAME"),
+    "3x3 circular": ((6, 6), (3, 3, 3, 2), "CIRCULAR"),
+    "3x3 circular on 2x1 pixels": ((2, 1), (3, 3, 8, 3), "CIRCULAR"),
+    "4x2": ((6, 5), (4, 2, 2, 2), "SAME"),
+    "5x5 on 2x2 pixels": ((2, 2), (5, 5, 2, 3), "SAME"),
 }
 
 
@@ -106,10 +106,10 @@ def assert_normalises(apply, matrix_of, kernels, in_shape):
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_normalised_convolutions_are_contractions(name):
-    space, shape, strides, padding = CONVOLUTIONS[name]
+    space, shape, padding = CONVOLUTIONS[name]
     assert_normalises(
-        lambda kernel, x: conv(x[None], kernel, strides=strides, padding=padding, implementation="xla")[0],
-        lambda kernel: oracles.dense_conv_matrix(kernel, *space, strides=(strides, strides), padding=padding),
+        lambda kernel, x: conv(x[None], kernel, padding=padding, implementation="xla")[0],
+        lambda kernel: oracles.dense_conv_matrix(kernel, *space, padding=padding),
         kernels_of_every_kind(shape),
         (*space, shape[2]),
     )
@@ -227,9 +227,9 @@ def test_the_gradient_of_a_dense_norm_is_that_of_the_svd(x64):
 
 
 def test_the_gradient_of_a_convolution_norm_is_that_of_the_svd(x64):
-    strides, shape = 2, (3, 3, 2, 3)
+    shape = (3, 3, 2, 3)
     kernel = np.random.default_rng(0).normal(size=shape)
-    layer = functools.partial(oracles.dense_conv_matrix, height=4, width=5, strides=(strides, strides))
+    layer = functools.partial(oracles.dense_conv_matrix, height=4, width=5)
     left, _, right = np.linalg.svd(layer(kernel))
     units = np.eye(kernel.size).reshape(-1, *shape)
     expected = np.array([left[:, 0] @ layer(k) @ right[0] for k in units]).reshape(shape)
@@ -237,7 +237,7 @@ def test_the_gradient_of_a_convolution_norm_is_that_of_the_svd(x64):
     @jax.jit
     @jax.grad
     def gradient(kernel):
-        return converged_norm(lambda k, x: conv(x[None], k, strides=strides)[0], kernel, jnp.ones((4, 5, 2)))
+        return converged_norm(lambda k, x: conv(x[None], k)[0], kernel, jnp.ones((4, 5, 2)))
 
     actual = gradient(kernel)
     np.testing.assert_allclose(actual, expected, rtol=CONVERGED, atol=CONVERGED)
@@ -256,10 +256,6 @@ def test_a_tolerance_that_would_take_minutes_is_refused():
     for rtol in (1e-6, 1e-9):
         with pytest.raises(ValueError, match=f"rtol={rtol:g} asks for .* steps in 300 dimensions.*pass rtol >= 1e-5"):
             spectral_norm(*arguments, rtol=rtol)
-    sigma, _, info = norm_of(*arguments, rtol=1e-6, max_steps=320)
-    np.testing.assert_allclose(sigma, 1, rtol=1e-4)
-    assert not info.converged
-    assert info.num_steps == 320
 
 
 @pytest.mark.parametrize(

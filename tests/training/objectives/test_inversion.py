@@ -14,7 +14,7 @@ from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.flow import Block
+from iresnet_jax.models.contractions import Block
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 from iresnet_jax.runs import trained_run
 from iresnet_jax.runs.metrics import read_metrics

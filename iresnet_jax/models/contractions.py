@@ -1,0 +1,233 @@
+"""The weights of a flow: within the budget of the constraint, in training and after it.
+
+    parameters --constrain--> weights (every block a contraction, as power iteration sees it)                 in training
+    parameters --freeze--> weights (every block certified a contraction)                                      after it
+
+`unconstrained` is the way around both, to an ordinary residual network for comparison: no inverse is promised.
+
+Blocks of one stage have one shape, and each of their arrays is stacked on a leading axis. All functions are pure.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from iresnet_jax.bijections.actnorm import ActNormParams
+from iresnet_jax.branches.branch import Branch, BranchSpec, ConstrainedBranch
+from iresnet_jax.branches.layers import training_twists
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
+from iresnet_jax.models.architecture import FlowSpec, PlacedStage
+
+Tree = Mapping[str, Any]
+NORMS = "norms"  # name of the constraint's operations in programs
+
+
+class Block(NamedTuple):
+    """The blocks of a stage, every array stacked over blocks; scans run over it, a slice is one block.
+
+    Attributes:
+        actnorm: ActNorm in front of the branch.
+        branch: The residual branch.
+    """
+
+    actnorm: ActNormParams
+    branch: Branch
+
+
+FlowWeights = Mapping[str, Block]  # by stage
+FlowNorms = Mapping[str, Mapping[str, Any]]  # by stage and layer, one per block
+
+
+class ConstrainedFlow(NamedTuple):
+    """Weights whose blocks are contractions, and the norms before the constraint.
+
+    Attributes:
+        weights: ``{"stage0": Block, ...}``: what `flow_bijection` runs.
+        spectral: Power iterates for the next call, in the form they were given.
+        norms: Operator norms before normalisation, estimated or bounded: ``{"stage0": {"conv0": (num_blocks,), ...}, ...}``.
+    """
+
+    weights: FlowWeights
+    spectral: Tree
+    norms: FlowNorms
+
+
+def constrain(
+    spec: FlowSpec,
+    params: Tree,
+    spectral: Tree,
+    *,
+    num_steps: int | None = None,
+    rtol: float = 1e-3,
+    over_blocks: Callable[[Callable[..., Any]], Callable[..., Any]] = jax.vmap,
+) -> ConstrainedFlow:
+    """Brings every block into the budget of ``spec.coeff``, as power iteration estimates norms.
+
+    Args:
+        spec: The architecture.
+        params: ``{"stage0": {"blocks": {"actnorm": {...}, "conv0": {...}, ...}}, ...}``, unconstrained.
+        spectral: ``{"stage0": {"blocks": {"conv0": v, ...}}, ...}``, the power iterates.
+        num_steps: Power iterations a layer (training, warm start); None iterates to the tolerance (everything else).
+        rtol: Relative tolerance of the norms.
+        over_blocks: How power iteration of one block becomes that of all blocks of a stage: ``jax.vmap``, or a map that shares
+            the blocks among devices. Used with ``num_steps``; no gradient goes through it.
+    """
+
+    def of_stage(stage, weights):
+        iterates = spectral[stage.name]["blocks"] if spectral.get(stage.name) else {}
+        if num_steps is None:
+            return constrain_blocks(stage.branch, weights, iterates, coeff=spec.coeff, budget=spec.budget, rtol=rtol)
+        iterate = functools.partial(stage.branch.singular_vectors, num_steps=num_steps)
+        scale = functools.partial(stage.branch.constrained, coeff=spec.coeff, budget=spec.budget)
+        return jax.vmap(scale)(weights, over_blocks(iterate)(lax.stop_gradient(weights), iterates))
+
+    return _constrain(spec, params, spectral, of_stage)
+
+
+@functools.partial(jax.jit, static_argnames=("branch", "coeff", "budget", "rtol"))
+def constrain_blocks(
+    branch: BranchSpec, weights: Tree, iterates: Tree, *, coeff: float, budget: str = "layer", rtol: float = 1e-3
+) -> ConstrainedBranch:
+    """Brings all blocks of a stage into the budget, iterating norms to ``rtol``; jitted, so that callers share one trace.
+
+    Args:
+        branch: Architecture of the stage's branches.
+        weights: Weights of the branches, stacked over blocks.
+        iterates: Power iterates, likewise.
+        coeff: See `FlowSpec`.
+        budget: See `FlowSpec`.
+        rtol: Relative tolerance of the norms.
+    """
+
+    def of_block(weights, iterates):
+        vectors = branch.singular_vectors(weights, iterates, num_steps=None, rtol=rtol)
+        return branch.constrained(weights, vectors, coeff=coeff, budget=budget)
+
+    return jax.vmap(of_block)(weights, iterates)
+
+
+def constrain_certified(
+    spec: FlowSpec, params: Tree, spectral: Tree, *, num_squarings: int = 4, twists: str = "auto"
+) -> ConstrainedFlow:
+    """Brings every block into the budget of ``spec.coeff`` by guaranteed upper bounds of its norms, for training.
+
+    Args:
+        spec: The architecture.
+        params: Parameters as in `constrain`.
+        spectral: Power iterates, returned unchanged.
+        num_squarings: Squarings of the Gram iteration, see `dense_norm_bound`.
+        twists: "all", "one" or "auto", see `training_twists`.
+    """
+
+    def of_stage(stage, weights):
+        chosen = training_twists(stage.branch.in_shape[-1], twists)
+
+        def of_block(weights):
+            bounds = stage.branch.norm_bounds(weights, method="gram", num_squarings=num_squarings, twists=chosen)
+            return stage.branch.certified(weights, bounds, coeff=spec.coeff, budget=spec.budget)
+
+        return jax.vmap(of_block)(weights)
+
+    return _constrain(spec, params, spectral, of_stage)
+
+
+def unconstrained(spec: FlowSpec, params: Tree, spectral: Tree) -> ConstrainedFlow:
+    """Parameters and power iterates of `constrain` unchanged; the bounds are infinite, so no inverse reports convergence."""
+
+    def as_they_are(stage, weights):
+        branch = Branch(stage.branch, weights, jnp.full(stage.spec.num_blocks, jnp.inf), "none")
+        return ConstrainedBranch(branch, {}, {})
+
+    return _constrain(spec, params, spectral, as_they_are)
+
+
+def _constrain(
+    spec: FlowSpec, params: Tree, spectral: Tree, of_stage: Callable[[PlacedStage, Tree], ConstrainedBranch]
+) -> ConstrainedFlow:
+    weights, new_spectral, norms = {}, dict(spectral), {}
+    for stage in spec.layout:
+        scale, of_branch = _parts(params[stage.name])
+        with jax.named_scope(NORMS):
+            found = of_stage(stage, of_branch)
+        weights[stage.name] = Block(scale, found.branch)
+        if found.iterates:
+            new_spectral[stage.name] = {"blocks": found.iterates}
+        norms[stage.name] = found.norms
+    return ConstrainedFlow(weights, new_spectral, norms)
+
+
+def _parts(stage: Tree) -> tuple[ActNormParams, Tree]:
+    """ActNorm and the branch's weights among the parameters of a stage."""
+    blocks = dict(stage["blocks"])
+    return ActNormParams(**blocks.pop("actnorm")), blocks
+
+
+def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
+    """Weights to use after training, from the parameters of `constrain`: every block is certified to be within the budget.
+
+    Kernels are scaled by guaranteed bounds of their norms; the branches' ``norms`` are those of the scaled and rounded kernels.
+    Blocks are computed one after the other, so memory does not grow with depth.
+    """
+
+    def of_block(branch, block):
+        def bound(state, is_scaled):  # pass 1 scales, pass 2 bounds the scaled kernels; a scan compiles the bound once
+            weights, _ = state
+            found = branch.norm_bounds(weights)
+            scaled = branch.certified(weights, found, coeff=spec.coeff, budget=spec.budget).branch.weights
+            return (jax.tree.map(lambda old, new: jnp.where(is_scaled, old, new), weights, scaled), found), None
+
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(branch.norm_bounds, block))
+        weights, bounds = jax.lax.scan(bound, (block, nothing), jnp.array([False, True]))[0]
+        return branch.with_bounds(weights, bounds, coeff=spec.coeff)
+
+    return _with_bounds(spec, params, of_block)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def with_bounds(spec: FlowSpec, params: Tree) -> dict[str, Block]:
+    """The parameters of `constrain` unchanged, with guaranteed bounds of their norms, which may be 1 or more."""
+    of_block = lambda branch, block: branch.with_bounds(block, branch.norm_bounds(block), coeff=spec.coeff)  # noqa: E731
+    return _with_bounds(spec, params, of_block)
+
+
+def _with_bounds(spec: FlowSpec, params: Tree, of_block: Callable[[BranchSpec, Tree], Branch]) -> dict[str, Block]:
+    weights = {}
+    for stage in spec.layout:
+        scale, of_branch = _parts(params[stage.name])
+        weights[stage.name] = Block(scale, jax.lax.map(functools.partial(of_block, stage.branch), of_branch).sealed())
+    return weights
+
+
+def rounded_to_bfloat16(weights: FlowWeights) -> dict[str, Block]:
+    """The weights as `flow_bijection` runs them in bfloat16: kernels are rounded, and their dtype stays."""
+
+    def rounded(path, leaf):
+        is_kernel = jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
+        return jnp.asarray(leaf).astype(jnp.bfloat16).astype(leaf.dtype) if is_kernel else leaf
+
+    return {
+        name: block._replace(
+            branch=dataclasses.replace(block.branch, weights=jax.tree.map_with_path(rounded, block.branch.weights))
+        )
+        for name, block in weights.items()
+    }
+
+
+def as_params(weights: FlowWeights) -> dict[str, Any]:
+    """Weights in the form of the parameters of `constrain`."""
+    return {name: {"blocks": {**block.branch.weights, "actnorm": block.actnorm._asdict()}} for name, block in weights.items()}
+
+
+def bilipschitz(spec: FlowSpec, weights: FlowWeights) -> BiLipschitz:
+    """Bounds of ``Lip(F)`` and ``Lip(F^-1)`` of the whole flow, guaranteed for weights from `freeze`; pessimistic in depth."""
+    bounds = model_bounds([])
+    for stage in reversed(spec.layout):
+        block = weights[stage.name]
+        own = model_bounds(jnp.asarray(block.branch.lipschitz_bound), list(jnp.asarray(block.actnorm.log_scale)))
+        bounds = own.compose(bounds.beside_identity() if stage.spec.factor_out else bounds)
+    return bounds
