@@ -13,6 +13,7 @@ from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import chain, repeat
 from iresnet_jax.bijections.multiscale import Stage, multiscale
 from iresnet_jax.bijections.residual import Solver, residual_bijection
+from iresnet_jax.bijections.transforms.bounded import Bounded, Bounds
 from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Bijection",
     "Block",
+    "Bounded",
+    "Bounds",
     "Branch",
     "BranchSpec",
     "CallableBranch",

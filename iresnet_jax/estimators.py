@@ -1,6 +1,6 @@
 """scikit-learn estimators: a density and a classifier of vectors, for pipelines and searches over parameters.
 
-They wrap `fitting.fit` and take what ``pip install 'iresnet_jax[sklearn]'`` installs. Affine preprocessing runs in float64
+They wrap `fitting.fit` and take what ``pip install 'iresnet_jax[sklearn]'`` installs. Preprocessing runs in float64
 outside of the compiled programs, so fits to data of one shape, such as the folds of a cross-validation, share all of them.
 """
 
@@ -23,10 +23,11 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from iresnet_jax.bijections.transforms.bounded import Bounded
 from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.checked_dataclasses import Count, checked
-from iresnet_jax.data.arrays import REPEATS, find_grid
+from iresnet_jax.data.tables import REPEATS, UNRESOLVED, FarValueWarning, check_density, find_ends, find_grid
 from iresnet_jax.fit_arguments import checked_options
 from iresnet_jax.fitting import WHITENED_DIMS, fit
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
@@ -69,23 +70,38 @@ class _ResidualFlow(BaseEstimator):
         options = checked_options(**{name: getattr(self, name) for name in given})
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         settings = options["settings"] = {"seed": seed, **options["settings"]}
-        names = getattr(self, "feature_names_in_", ())
-        # Values on a grid need a noise of their own in training, and a preprocessing may be chosen: `fit` does both.
-        whole = "preprocessing.transform" in settings or find_grid(x - x.mean(axis=0), names) is not None
+        # Columns that keep to their ranges, or a preprocessing that is chosen, are left to `fit` as they are.
+        whole = "preprocessing.transform" in settings or self._keeps_to_ranges(x, is_density=labels is None)
         transform = Identity()
         if not whole:
             transform = Whiten.fit(x, labels) if x.shape[1] <= WHITENED_DIMS else Standardize.fit(x)
             settings["preprocessing.transform"] = "none"
-        with interrupts_raised():
+        with warnings.catch_warnings(), interrupts_raised():
+            warnings.simplefilter("ignore", FarValueWarning)  # said above, with the feature's name
             model = fit(
                 _forward(transform, x)[0].astype(np.float32),
                 labels,
                 **options,
+                bounds=None if whole or labels is not None else {},
                 progress=bool(self.verbose),
             )
         assert isinstance(model, Density)
         self.model_ = model if whole else model.with_(spec=dataclasses.replace(model.spec, transform=transform))
         self.history_ = model.history
+
+    def _keeps_to_ranges(self, x: np.ndarray, *, is_density: bool) -> bool:
+        """Whether features lie on a grid or have hard ends.
+
+        Raises:
+            ValueError: If a feature has no density; the message has its name.
+        """
+        names = list(getattr(self, "feature_names_in_", ()))
+        grid = find_grid(x - x.mean(axis=0), names)
+        if not is_density:
+            return grid is not None
+        check_density(x, names, grid)
+        is_resolved = bool(np.all(x.std(axis=0) > UNRESOLVED * np.abs(x.mean(axis=0))))
+        return grid is not None or (is_resolved and bool(find_ends(x, grid)))
 
     def _checked(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
@@ -99,7 +115,9 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
     `score_samples` and `score` are those of `sklearn.mixture.GaussianMixture`; `sample` returns the samples alone.
 
     Integer features, and others on a regular grid, are dequantised: `score_samples` is then a lower bound of the
-    log-probability of their values. A constant feature has no density: `fit` refuses it by name.
+    log-probability of their values. They keep to the range of the training samples, and features with hard ends to their
+    interval, see `iresnet_jax.fit`: no sample leaves it, and `score_samples` is minus infinity outside. A constant feature, or
+    one that is a linear combination of others, has no density: `fit` refuses it by name.
 
     Args:
         steps: Updates to train for.
@@ -135,6 +153,8 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
     def score_samples(self, X: Any) -> np.ndarray:
         """Log-likelihood in nats of every sample, the same in whatever batch a sample stands.
 
+        It is minus infinity where a feature has a value out of its range, or between the values of its grid, see `fit`.
+
         The log-determinant is exact up to 256 features. Beyond them its probes, like the noise of features on a grid, come from
         a hash of the sample.
         """
@@ -142,11 +162,13 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         spec = self.model_.spec
         if spec.grid is None:
             return self._log_prob(x)
+        impossible = spec.grid.off(x).any(axis=1)
         spacing = np.asarray(spec.grid.spacing)
         volume = np.log(spacing[spacing > 0]).sum()
         noise = _noise(x, NOISE_DRAWS)
         draws = [self._log_prob(x + (uniform - 0.5) * spacing) for uniform in noise]
-        return scipy.special.logsumexp(draws, axis=0) - np.log(NOISE_DRAWS) + volume
+        found = scipy.special.logsumexp(draws, axis=0) - np.log(NOISE_DRAWS) + volume
+        return np.where(impossible, -np.inf, found)
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean log-likelihood of the samples in nats, as that of `sklearn.mixture.GaussianMixture`; ``y`` is ignored."""
@@ -256,12 +278,16 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
         return self.classes_[best]
 
 
-# Affine preprocessing, in float64 -------------------------------------------------------------------------------------
+# Preprocessing, in float64 --------------------------------------------------------------------------------------------
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def _forward(transform: Any, x: np.ndarray) -> tuple[np.ndarray, float]:
-    """The preprocessed data and the log-determinant, which is the same for all."""
+def _forward(transform: Any, x: np.ndarray) -> tuple[np.ndarray, Any]:
+    """The preprocessed data and the log-determinants, the same for all of an affine map."""
+    if isinstance(transform, Bounded):
+        line, log_slopes = transform.to_line(x, np)
+        y, log_det = _forward(transform.then, line)
+        return y, log_slopes.sum(axis=1) + log_det
     if isinstance(transform, Whiten):
         factor = np.asarray(transform.factor)
         y = scipy.linalg.solve_triangular(factor, (x - transform.mean).T, lower=True).T
@@ -273,6 +299,8 @@ def _forward(transform: Any, x: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _inverse(transform: Any, y: np.ndarray) -> np.ndarray:
+    if isinstance(transform, Bounded):
+        return transform.from_line(_inverse(transform.then, y), np)[0]
     if isinstance(transform, Whiten):
         return transform.mean + y @ np.asarray(transform.factor).T
     return transform.mean + y * transform.scale if isinstance(transform, Standardize) else y

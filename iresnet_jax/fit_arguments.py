@@ -5,11 +5,8 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import jax
-import jax.core
-import numpy as np
 
 from iresnet_jax.checked_dataclasses import Count, Positive, Range, checked
-from iresnet_jax.data.arrays import Arrays
 from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.models.architecture import StageSpec
 
@@ -53,37 +50,3 @@ def seed_of(key: Any) -> int:
     if (key := typed_key(key)).shape:
         raise ValueError(f"key must be a single key, got keys of shape {key.shape}: choose one of them")
     return int(jax.random.bits(key))
-
-
-def as_arrays(x: Any, labels: Any = None, context: Any = None) -> Arrays:
-    """The examples in the arrays that hold them.
-
-    Raises:
-        ValueError: If one of them is no array.
-    """
-    others = (None if value is None else _as_array(value, name) for name, value in (("labels", labels), ("context", context)))
-    return Arrays(_as_array(x, "x"), *others)
-
-
-def validation_arrays(validation: Any) -> Arrays:
-    """The examples that validate, from an array or a tuple ``(x, labels, context)``.
-
-    Raises:
-        ValueError: If it is a tuple of another length, or one of its entries is no array.
-    """
-    parts = validation if isinstance(validation, tuple) else (validation,)
-    if not 1 <= len(parts) <= 3:
-        raise ValueError(f"validation must be an array like x, or a tuple (x, labels, context), got {len(parts)} entries")
-    return as_arrays(*parts)
-
-
-def _as_array(value: Any, name: str) -> np.ndarray:
-    if isinstance(value, jax.core.Tracer):
-        raise ValueError(f"{name} must be an array of numbers that are known: call fit outside of jax.jit")
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be an array of numbers: {error}") from None
-    if array.ndim == 0:
-        raise ValueError(f"{name} must be an array of numbers, got a {type(value).__name__}")
-    return array

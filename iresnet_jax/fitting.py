@@ -17,9 +17,9 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.checked_dataclasses import to_plain
-from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.fit_arguments import as_arrays, checked_options, seed_of, validation_arrays
+from iresnet_jax.data.given import data_of
+from iresnet_jax.fit_arguments import checked_options, seed_of
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.classifier import Classifier
@@ -32,7 +32,7 @@ from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.loop import batches, check_batch_size, train
 from iresnet_jax.runs.machine import ignore_missing_tpu, keep_compiled_programs, prepare_backend, start_backend
 from iresnet_jax.runs.metrics import read_metrics
-from iresnet_jax.runs.model_from_config import model_spec
+from iresnet_jax.runs.model_from_config import data_on_the_line, model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_interactive
 from iresnet_jax.training.constraint import certified_model
@@ -64,6 +64,7 @@ def fit(
     architecture: Sequence[StageSpec] | None = None,
     validation_fraction: float = 0.1,
     validation: Any = None,
+    bounds: Mapping[Any, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     workdir: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -72,16 +73,17 @@ def fit(
 
     Settings are chosen from the shape, the number and the kind of the examples. The loop is that of ``train.py``: a tenth of
     the examples validate, the parameters are averaged, training ends early once validation no longer improves, and the model is
-    the best one on validation, certified. Floats are continuous; integer images are levels; integer entries of vectors, and
-    floats on a grid, are dequantised. A density of fewer than 2000 vectors is trained twice, with and without
-    noise on the examples, which prevents overfitting, and validation chooses. Needs ``pip install 'iresnet_jax[train]'``.
+    the best one on validation, certified. Floats are continuous; integer images are levels; integers, booleans and categories
+    among the columns of vectors, and floats on a grid, are dequantised within the range that was seen. A density of fewer than
+    2000 vectors is trained twice, with and without noise on the examples, which prevents overfitting, and validation chooses.
+    Needs ``pip install 'iresnet_jax[train]'``.
 
     In a notebook and at Python's prompt, Ctrl-C ends training and gives the best model so far; a second one raises
     ``KeyboardInterrupt``. In a script the first one does. SIGTERM ends the process as without training. With ``workdir``, both
     save the step first, and the same call resumes from it.
 
     Args:
-        x: Vectors ``(n, d)`` or images ``(n, h, w, c)``.
+        x: Vectors ``(n, d)``, images ``(n, h, w, c)``, or a pandas data frame of numbers, booleans and categories.
         labels: Classes, integers from 0 on, one per example.
         context: Context vectors ``(n, k)``: the model is then ``p(x | context)``.
         key: Source of all randomness; key 0 by default.
@@ -93,6 +95,9 @@ def fit(
         validation_fraction: Share of the examples that validates.
         validation: Examples that validate instead of a share of ``x``: an array like ``x``, or with labels or contexts
             ``(x, labels, context)``. The first 4096 count.
+        bounds: Ends ``(low, high)`` of columns by name or number, for a density of vectors: samples stay between them. Without,
+            `fit` looks for columns with hard ends and says so; ``{}`` leaves all continuous columns unbounded. Discrete columns
+            keep to the range that was seen, or to a wider one that is given here.
         settings: Other settings of a config file by their names, such as ``{"optimizer.learning_rate": 1e-3}``.
         workdir: Folder for checkpoints and metrics, from which the same call resumes after an interruption; by default the
             model is trained in memory.
@@ -114,13 +119,20 @@ def fit(
     chosen = {"objective": objective, "minutes": minutes, "steps": steps, "architecture": architecture}
     options = checked_options(**chosen, validation_fraction=validation_fraction, settings=settings, workdir=workdir)
     fraction, seed = options["validation_fraction"], seed_of(key)
-    arrays: Arrays | dict[str, Arrays] = as_arrays(x, labels, context)
-    if validation is not None:
-        arrays = {"train": arrays, "validation": validation_arrays(validation)}
-    data = from_arrays(FITTED_ARRAY, arrays, fractions=(fraction, 0.0))
+    data = data_of(
+        x,
+        labels,
+        context,
+        validation=validation,
+        validation_fraction=fraction,
+        bounds=bounds,
+        is_density=labels is None or objective == "density",
+    )
     config = choose_settings(data, **{name: options[name] for name in chosen}, seed=seed)
     config = with_settings(config, {"data.validation_fraction": fraction, **options["settings"]})
     say = _Lines(data, config) if progress else lambda line: None
+    for note in data.notes:
+        say(note)
     # A folder is of one run, so many steps are those of one, and a given noise is the one that is wanted.
     is_one = workdir is not None or steps is not None or "augmentation.noise" in (settings or {})
     if is_one or not _may_overfit(config, data):
@@ -254,7 +266,7 @@ def _for_vectors(data: DataSet, objective: str) -> dict[str, dict[str, Any]]:
     whiten = dims <= WHITENED_DIMS and not (few and objective == "density")
     transform = "whiten" if whiten else "standardize"
     is_plain = objective == "density" and not conditional
-    prior = likelier_prior(np.asarray(x[:PRIOR_EXAMPLES]), transform) if is_plain else "gaussian"
+    prior = likelier_prior(data_on_the_line(data)[:PRIOR_EXAMPLES], transform) if is_plain else "gaussian"
     stage = {"num_blocks": 4 if few else 20, "hidden": (32 if few else 128,), "activation": "clipswish"}
     is_exact = dims <= EXACT_DIMS
     exact = {"kind": "exact"} if is_exact else {"kind": "krylov", "num_terms": min(6, dims)}

@@ -288,6 +288,8 @@ def transform(numbers, transform, u, level):
             known = sum((row[j] * y[j] for j in range(i)), numbers.of(0.0))
             y.append((u[i] - numbers.of(transform.mean[i]) - known) / row[i])
         return np.array([np.asarray(one)[()] for one in y]), -numbers.log(np.diag(factor)).sum()
+    if kind == "Bounded":
+        return _bounded(numbers, transform, u)
     log_slopes = 0
     if kind == "Equalize":
         u, slopes = _equalized(numbers, transform, u, level)
@@ -296,6 +298,21 @@ def transform(numbers, transform, u, level):
     s = alpha + (one - alpha - alpha) * u
     log_s, log_rest = numbers.log(s), numbers.log(one - s)
     return log_s - log_rest, log_slopes + (numbers.log(one - alpha - alpha) - log_s - log_rest).sum()
+
+
+def _bounded(numbers, bounded, u):
+    """The logit of the place of each entry in its interval, and the transform behind it."""
+    line, log_slopes = [], 0
+    for entry, bounds in zip(u, bounded.intervals, strict=True):
+        if bounds is None:
+            line.append(entry)
+            continue
+        entry = min(max(entry, numbers.of(bounds.low + bounds.edge)[()]), numbers.of(bounds.high - bounds.edge)[()])
+        below, above = numbers.log(np.array([entry - numbers.of(bounds.low)[()], numbers.of(bounds.high)[()] - entry]))
+        line.append(below - above)
+        log_slopes += numbers.log(np.array([numbers.of(bounds.high)[()] - numbers.of(bounds.low)[()]]))[0] - below - above
+    y, log_det = transform(numbers, bounded.then, np.array(line), None)
+    return y, log_det + log_slopes
 
 
 def _equalized(numbers, transform, u, level):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import kept
 import numpy as np
+import pandas
 import pytest
 import tiny_runs as runs
 from tiny_runs import ROOT
@@ -75,6 +76,13 @@ def run_pages(tmp_path_factory):
     np.save(folder / "my_array.npy", draw.normal(size=(200, 2)))
     np.save(folder / "my_images.npy", draw.integers(0, 16, size=(60, 8, 8, 1)))
     np.save(folder / "my_labels.npy", np.arange(60) % 3)
+    columns = {
+        "age": np.arange(60) % 50 + 20,
+        "smoker": np.arange(60) % 3 == 0,
+        "city": ["Bern", "Oslo"] * 30,
+        "share": draw.random(60),
+    }
+    pandas.DataFrame(columns).to_csv(folder / "my_table.csv", index=False)
     (folder / MODEL).parent.mkdir(parents=True)
     kept.model(kept.TEN_DIGITS).save(folder / MODEL)
 

@@ -5,6 +5,7 @@ import sys
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 from sklearn.base import clone
@@ -126,7 +127,28 @@ def test_features_on_a_grid_are_counted():
     faces = np.arange(1.0, 7.0)[:, None]
     assert flow.score_samples(x).mean() == pytest.approx(-np.log(6), abs=0.25)
     np.testing.assert_allclose(flow.score_samples(faces[2:3]), flow.score_samples(faces)[2:3], rtol=SAME)
-    assert set(flow.sample(50, random_state=0)[:, 0]) <= set(range(-3, 11))
+    assert set(flow.sample(1000, random_state=0)[:, 0]) == set(range(1, 7))
+    assert np.isneginf(flow.score_samples([[0.0], [7.0], [2.5]])).all()
+
+
+def test_features_with_hard_ends_keep_to_them_and_a_frame_names_what_has_no_density():
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"share": rng.random(1500), "height": rng.normal(size=1500)})
+    flow = ResidualFlowDensity(**TINY).fit(frame)
+    x = flow.sample(1000, random_state=0)
+    assert x[:, 0].min() > 0
+    assert x[:, 0].max() < 1
+    outside = frame.iloc[:2].assign(share=[0.5, 1.5])
+    assert np.isneginf(flow.score_samples(outside)).tolist() == [False, True]
+    direct = flow.model_.log_prob(frame.to_numpy(np.float32)[:20])
+    np.testing.assert_allclose(direct, flow.score_samples(frame[:20]), atol=10 * ROUNDED)
+    for change, message in (
+        ({"share": 1.0}, r"constant .* column 0 \('share'\)"),
+        ({"share": np.sqrt(rng.integers(1, 9, 1500))}, r"no regular grid .* column 0 \('share'\)"),
+        ({"height": 2 * frame.share}, r"column 1 \('height'\) - 2 x column 0 \('share'\) is constant"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ResidualFlowDensity(**TINY).fit(frame.assign(**change))
 
 
 def test_a_constant_feature_is_refused_by_name_or_ignored():

@@ -90,7 +90,7 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: fit(validation=()), "got 0 entries"),
         (lambda: fit(validation=X[:, :1]), "examples of one shape"),
         (lambda: fit(validation=(X, LABELS)), "need labels"),
-        (lambda: fit(WHOLE, validation=WHOLE[:9] + 0.5), "must lie on the grid"),
+        (lambda: fit(WHOLE, validation=WHOLE[:9] + 0.5), "not on the grid"),
     ],
     "objective and workdir": [
         (lambda: fit(objective="regression"), "objective must be one of"),

@@ -102,7 +102,7 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
     """
     check(model, x, context=context, most_dims=MOST_DIMS)
     _check_smooth(model)
-    spec, given = model.spec, np.asarray(x)
+    spec, given = model.spec, np.asarray(model.numbers(x))
     key = jax.random.key(0) if key is None else typed_key(key)
     key_noise = jax.random.split(key)[0] if key.ndim == 0 else jax.vmap(jax.random.split)(key)[:, 0]
     noisy = np.asarray(model.dequantize(x, key_noise))

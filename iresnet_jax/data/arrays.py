@@ -1,27 +1,21 @@
 """Data sets of arrays in memory: what an array is a sample of, and what no density can be fitted to.
 
 Integer images are levels, floats are continuous. An entry of a vector that takes few values lies on a grid and is dequantised;
-one that is constant, or repeats values of no grid, has no density and is refused by name.
+one that is constant, or repeats values of no grid, has no density and is refused by name. What more there is to a table whose
+density is to be fitted stands in `tables`.
 """
 
-import collections
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.splits import fraction_masks, validation_mask
+from iresnet_jax.data.tables import FAINT, Table, find_grid
 
 FITTED_ARRAY = "the array"  # name of the data that `iresnet_jax.fit` is given, which no name loads
-REPEATS = 2.0  # examples for each distinct value of an entry from which it counts as one that takes few values
-FINEST_GRID = 1e-4  # least spacing of a grid, in standard deviations of the entry
-OFF_GRID = 0.01  # of the spacing of a grid, above which a value does not lie on it
-UNRESOLVED = 1e-5  # standard deviation relative to the mean below which float32 cannot tell values apart
 SPARSEST = 10  # classes for each that has examples, above which labels are taken for codes and not for numbers of classes
-FAINT = 1e-31  # standard deviation below which the digits of differences underflow in float32
-NAMED = 5  # entries that a message names
 
 
 class Arrays(NamedTuple):
@@ -49,6 +43,7 @@ def from_arrays(
     *,
     fractions: tuple[float, float] = (0.1, 0.1),
     column_names: Sequence[str] = (),
+    table: Table | None = None,
 ) -> DataSet:
     """The data set of arrays in memory.
 
@@ -60,17 +55,19 @@ def from_arrays(
         fractions: Shares of all examples that are set aside for validation and for the test, where they are not split yet.
             The choice depends on the number of examples alone, see `splits.fraction_masks`.
         column_names: Names of the entries of vectors, for messages; their numbers by default.
+        table: What is known of vectors whose density is to be fitted, with entries that keep to their ranges, see `tables`;
+            None leaves them unbounded.
 
     Raises:
         ValueError: If the arrays do not fit together, are not finite, or have entries without a density; it says which.
     """
     if isinstance(arrays, Arrays):
-        whole = _checked(arrays)
-        parts = {split: whole.take(mask) for split, mask in fraction_masks(len(whole.x), fractions).items()}
+        checked = _checked(arrays)
+        seen, held_out = checked.x, None
+        parts = {split: checked.take(mask) for split, mask in fraction_masks(len(checked.x), fractions).items()}
     else:
         if "train" not in arrays:
             raise ValueError(f"{name} has no training examples: its splits are {', '.join(arrays) or 'none'}")
-        whole = _checked(arrays["train"])
         if "validation" not in arrays:
             chosen = validation_mask(len(arrays["train"].x))
             arrays = {**arrays, "train": arrays["train"].take(~chosen), "validation": arrays["train"].take(chosen)}
@@ -80,20 +77,22 @@ def from_arrays(
             raise ValueError(f"the splits of {name} must hold examples of one shape, got {sorted(shapes)}")
         if len({(part.labels is None, part.context is None) for part in parts.values()}) > 1:
             raise ValueError(f"all splits of {name} need labels and contexts, or none of them")
+        others = [part.x for split, part in parts.items() if split != "train"]
+        seen, held_out = parts["train"].x, np.concatenate(others) if others else None
     train = parts["train"]
     classes = None if train.labels is None else _num_classes([part.labels for part in parts.values()])
     levels, grid = None, None
     if np.issubdtype(train.x.dtype, np.integer):
         largest = max(int(part.x.max()) for part in parts.values() if len(part.x))
         levels = 256 if largest > 127 else max(largest + 1, 2)
+    elif train.x.ndim == 2 and table is not None:
+        table = table.described(seen, column_names, held_out)
+        grid = table.grid
     elif train.x.ndim == 2:
-        grid = find_grid(whole.x, column_names)
-        for split, part in parts.items():
-            if grid is not None:
-                _check_on_grid(part.x, whole.x, grid, split, column_names)
+        grid = find_grid(train.x, column_names)
     else:
         check_channels(train.x)
-    return DataSet.from_arrays(
+    data = DataSet.from_arrays(
         name,
         {split: part.x for split, part in parts.items()},
         {split: part.labels.astype(np.int32) for split, part in parts.items() if part.labels is not None},
@@ -102,62 +101,7 @@ def from_arrays(
         num_classes=classes,
         grid=grid,
     )
-
-
-def find_grid(x: np.ndarray, column_names: Sequence[str] = ()) -> Grid | None:
-    """The grid on which entries of vectors lie that take few values; None if all are continuous.
-
-    An entry counts as one that takes few values if there are at least `REPEATS` examples for each of them.
-
-    Args:
-        x: Vectors ``(n, d)``.
-        column_names: Names of the entries, for messages.
-
-    Raises:
-        ValueError: If entries are constant, repeat values that are on no grid, or have differences that float32 cannot hold.
-    """
-    refused = collections.defaultdict(list)
-    offset, spacing = np.zeros(x.shape[1]), np.zeros(x.shape[1])
-    for column, values in enumerate(np.asarray(x, np.float64).T):
-        distinct = np.unique(values)
-        if len(distinct) < 2:
-            refused["an entry that is constant in single precision has no density: drop {}"].append(column)
-        elif distinct.std() < UNRESOLVED * abs(distinct.mean()):
-            refused["single precision cannot tell values apart so far from 0: subtract the mean of {}"].append(column)
-        elif distinct.std() < FAINT:
-            refused["single precision rounds differences so small to 0: divide {} by its standard deviation"].append(column)
-        elif len(values) >= REPEATS * len(distinct):
-            step = _step(distinct)
-            if step is not None and step >= FINEST_GRID * values.std():
-                offset[column], spacing[column] = distinct[0], step
-            else:
-                refused[
-                    "a density of few values on no regular grid would grow without bound: "
-                    "add noise of the size of their rounding to {}, or drop it"
-                ].append(column)
-    for problem, columns in refused.items():
-        named = [f"column {column}" + (f" ({column_names[column]!r})" if column_names else "") for column in columns]
-        more = f" and {len(columns) - NAMED} more" if len(columns) > NAMED else ""
-        raise ValueError(problem.format(", ".join(named[:NAMED]) + more))
-    return Grid(tuple(offset.tolist()), tuple(spacing.tolist())) if spacing.any() else None
-
-
-def _check_on_grid(x: np.ndarray, train: np.ndarray, grid: Grid, split: str, column_names: Sequence[str]) -> None:
-    """Raises ``ValueError`` if an entry lies between the points of its grid, where the model would count it as one of them."""
-    for column, spacing in enumerate(grid.spacing):
-        if not spacing:
-            continue
-        values = np.unique(train[:, column]).astype(np.float64)
-        above = np.clip(np.searchsorted(values, x[:, column]), 1, len(values) - 1)
-        steps = (x[:, column] - values[above]) / spacing  # from a neighbour: float32 rounds the spacing, too
-        off = np.abs(steps - np.round(steps)) > OFF_GRID * (1 + np.abs(steps))
-        if off.any():
-            row, name = np.argmax(off), f" ({column_names[column]!r})" if column_names else ""
-            raise ValueError(
-                f"the {split} examples must lie on the grid of the training examples, got {x[row, column]:g} in row {row}, "
-                f"column {column}{name}, where these are {values[0]:g} plus multiples of {spacing:g}: round it, or give all "
-                "examples noise of the size of their rounding"
-            )
+    return data if table is None else table.added_to(data)
 
 
 def check_channels(images: np.ndarray) -> None:
@@ -179,14 +123,6 @@ def check_channels(images: np.ndarray) -> None:
                 f"{counts.max() / len(values):.0%} of channel {channel} of the images are {distinct[counts.argmax()]:g}, "
                 "where a density would grow without bound: add noise, or give the images as integer levels"
             )
-
-
-def _step(distinct: np.ndarray) -> float | None:
-    """Spacing of the grid on which values lie, up to the rounding of their decimals; None if there is none."""
-    gaps = np.diff(distinct)
-    step = gaps.min()
-    multiples = gaps / step
-    return float(step) if np.abs(multiples - np.round(multiples)).max() <= OFF_GRID else None
 
 
 def _checked(arrays: Arrays) -> Arrays:

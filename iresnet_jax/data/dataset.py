@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -12,9 +12,11 @@ import numpy as np
 from jaxtyping import Array, Int32, PRNGKeyArray, Shaped
 from numpy.typing import DTypeLike
 
+from iresnet_jax.bijections.transforms.bounded import Bounds
 from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.data.simulators import Simulator
 from iresnet_jax.data.toys import Toy
+from iresnet_jax.models.columns import Column
 
 Splits = dict[str, Shaped[np.ndarray, "_ ..."]]
 
@@ -36,6 +38,9 @@ class DataSet:
         labels: Classes by split; empty without labels.
         contexts: Context vectors by split, on which a density of the examples may depend; empty without.
         grid: Entries of vectors that lie on a grid; None if all are continuous, or levels.
+        bounds: Interval of each entry of vectors, None for an entry that may be any number; None without any.
+        columns: Columns of the data frame that the entries are; None for arrays.
+        notes: Sentences on what the entries were taken for.
         generator: Toy that examples of endless data are drawn from, or simulator that draws them with their contexts; None for
             arrays.
     """
@@ -49,6 +54,9 @@ class DataSet:
     labels: dict[str, Int32[np.ndarray, " _"]] = field(default_factory=dict)
     contexts: Splits = field(default_factory=dict)
     grid: Grid | None = None
+    bounds: tuple[Bounds | None, ...] | None = None
+    columns: tuple[Column, ...] | None = None
+    notes: tuple[str, ...] = ()
     generator: Toy | Simulator | None = None
 
     @classmethod
@@ -74,6 +82,14 @@ class DataSet:
             fingerprint = fingerprint_of(described, num_levels=num_levels, num_classes=num_classes)
         event_shape = examples["train"].shape[1:]
         return cls(name, event_shape, num_levels, num_classes, fingerprint, examples, labels, contexts or {}, grid)
+
+    def with_columns(self, columns: tuple[Column, ...] | None) -> "DataSet":
+        """The same data with the columns of the data frame that they were read from."""
+        return replace(self, columns=columns)
+
+    def fingerprint_with(self, more: list[Any]) -> str:
+        """The fingerprint of these data with something else that is part of their identity; their own without any."""
+        return _hash({"data": self.fingerprint, "more": more}) if more else self.fingerprint
 
     @classmethod
     def endless(cls, generator: Toy | Simulator) -> "DataSet":

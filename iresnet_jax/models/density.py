@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Key, Num, Shaped
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize, chain
 from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.bijections.transforms.bounded import Bounded
 from iresnet_jax.bijections.transforms.dequantize import Grid, check_levels, dequantize_bijection
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
@@ -40,14 +41,15 @@ from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.columns import Column, Frame, numbers_of, table_of
 from iresnet_jax.models.contractions import FlowWeights, Tree
 from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
 from iresnet_jax.models.model import Model
 
-Transform = Identity | Center | Logit | Equalize | Standardize | Whiten
-Data = Num[Array, "b ..."] | Num[np.ndarray, "b ..."]
-Contexts = Float[Array, "_ k"] | Float[np.ndarray, "_ k"]
+Transform = Identity | Center | Logit | Equalize | Standardize | Whiten | Bounded
+Data = Shaped[Array, "b ..."] | Shaped[np.ndarray, "b ..."] | Frame
+Contexts = Num[Array, "_ ..."] | Num[np.ndarray, "_ ..."]
 
 
 class LogProb(NamedTuple):
@@ -78,10 +80,11 @@ class DensitySpec:
         flow: Architecture of the flow.
         prior_family: "gaussian", "logistic" or "mixture", the family of the prior.
         transform: Preprocessing: `Center`, `Logit` or `Equalize` of images in [0, 1), `Standardize` or `Whiten` of other
-            continuous data, `Identity` of either.
+            continuous data, `Bounded` in front of them where entries keep to their ranges, `Identity` of either.
         num_levels: Integer levels of the data, at least 2; None for continuous data.
         num_classes: Classes that have a prior each, at least 2; None for one prior of all.
         grid: Entries of vectors that lie on a grid; None if all are continuous.
+        columns: Columns of the data frame that the entries of vectors are; None for arrays.
         context: Scale of the contexts of a conditional density; None takes contexts as they are.
         num_components: Components of the prior "mixture", which is one of vectors without classes; None for other priors.
     """
@@ -95,6 +98,7 @@ class DensitySpec:
     num_levels: int | None = None
     num_classes: int | None = None
     grid: Grid | None = None
+    columns: tuple[Column, ...] | None = None
     context: Standardize | None = None
     num_components: int | None = None
 
@@ -103,6 +107,8 @@ class DensitySpec:
             raise ValueError(
                 f"a grid is one of vectors, with a spacing for each entry, got {self.grid} for {self.flow.event_shape}"
             )
+        if self.columns is not None and self.flow.event_shape != (len(self.columns),):
+            raise ValueError(f"there are {len(self.columns)} columns for examples of shape {self.flow.event_shape}")
         scaled = 1 if self.context is None else len(self.context.mean)
         if self.context is not None and scaled != self.flow.context_dim:
             raise ValueError(f"the scale of contexts has {scaled} entries, the flow takes contexts of {self.flow.context_dim}")
@@ -112,6 +118,10 @@ class DensitySpec:
                 raise ValueError(
                     f"the transform has {entries} entries, which do not fit examples of shape {self.flow.event_shape}"
                 )
+        if isinstance(self.transform, Bounded) and self.flow.event_shape != (len(self.transform.intervals),):
+            raise ValueError(
+                f"there are bounds for {len(self.transform.intervals)} entries and examples of shape {self.flow.event_shape}"
+            )
         if self.num_classes is not None and self.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {self.num_classes}: the data set needs labels")
         if self.prior_family not in priors.KINDS:
@@ -361,11 +371,20 @@ class Density(Model):
             bfloat16=self.bfloat16,
         )
 
-    def scale_context(self, context: Contexts | None) -> Float[Array, "b k"] | None:
-        """Contexts as the flow takes them; those that are not vectors of its length are left to it to refuse."""
-        if context is None or self.spec.context is None or context.shape[1:] != (len(self.spec.context.mean),):
-            return None if context is None else jnp.asarray(context)
-        return self.spec.context.bijection().forward(jnp.asarray(context))
+    def scale_context(self, context: Contexts | None) -> Float[Array, "b ..."] | None:
+        """Contexts as the flow takes them; those that are not vectors of its length are left to it to refuse.
+
+        Numbers, one an example, are vectors of length 1.
+        """
+        if context is None:
+            return None
+        vectors = jnp.asarray(context)
+        vectors = vectors if jnp.issubdtype(vectors.dtype, jnp.floating) else vectors.astype(jnp.result_type(float))
+        if vectors.ndim == self.spec.flow.context_dim == 1:
+            vectors = vectors[:, None]
+        if self.spec.context is None or vectors.shape[1:] != (len(self.spec.context.mean),):
+            return vectors
+        return self.spec.context.bijection().forward(vectors)
 
     def preprocess(self, x: Data, key: Key[Array, "..."] | None = None) -> Float[Array, "b ..."]:
         """The flow's input for data: noise from the key, or none."""
@@ -394,16 +413,59 @@ class Density(Model):
             return dequantize_bijection(self.spec.num_levels)
         return (self.spec.grid or Identity()).bijection()
 
+    def numbers(self, x: Any) -> Any:
+        """Data as an array of numbers: a data frame by the names, categories and order of the columns that were fitted.
+
+        Raises:
+            ValueError: If a column is missing or unknown, or holds a missing value or an unknown category.
+        """
+        if self.spec.columns is not None and isinstance(x, Frame):
+            return numbers_of(x, self.spec.columns)
+        return x if hasattr(x, "dtype") else np.asarray(x)
+
+    def to_frame(self, x: Data) -> Any:
+        """Samples, or other arrays of data, as a pandas data frame with the columns and types that the model was fitted to.
+
+        Raises:
+            ValueError: If the model was not fitted to a data frame.
+
+        Example:
+            >>> samples, info = model.sample(jax.random.key(0), 100)  # doctest: +SKIP
+            >>> model.to_frame(samples)  # doctest: +SKIP
+        """
+        if self.spec.columns is None:
+            raise ValueError("this model was not fitted to a data frame: its samples are arrays")
+        return table_of(np.asarray(x), self.spec.columns)
+
     def _checked(self, x: Any) -> Array:
         """The data as an array, if it is what the model takes."""
         shape = tuple(self.spec.flow.event_shape)
-        x = x if hasattr(x, "dtype") else np.asarray(x)
+        x = self.numbers(x)
+        is_table = len(shape) == 1 and x.shape[1:] == shape
         if self.spec.num_levels is not None:
             check_levels(x, self.spec.num_levels, shape)
+        elif is_table and (jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool):
+            x = x.astype(jnp.result_type(float))
         elif x.shape[1:] != shape or not jnp.issubdtype(x.dtype, jnp.floating):
             wanted = f"floats of shape (batch, {', '.join(map(str, shape))})"
             raise ValueError(f"the model takes {wanted}, got {x.dtype} of shape {x.shape}")
+        if isinstance(self.spec.transform, Bounded) and not isinstance(x, jax.core.Tracer):
+            self._check_ranges(np.asarray(x), self.spec.transform)
         return jnp.asarray(x)
+
+    def _check_ranges(self, x: np.ndarray, bounded: Bounded) -> None:
+        """Raises ``ValueError`` that names the first value out of its range, or between the values of its grid."""
+        grid = self.spec.grid or Grid((0.0,) * x.shape[1], (0.0,) * x.shape[1])
+        off, outside = grid.off(x), bounded.outside(x)
+        for row, column in np.argwhere(off | outside)[:1].tolist():
+            bounds, step = bounded.intervals[column], grid.spacing[column]
+            name = "" if self.spec.columns is None else f" ({self.spec.columns[column].name!r})"
+            if off[row, column] and not outside[row, column]:
+                allowed = f"is between values of its grid, {grid.offset[column]:g} and steps of {step:g}"
+            else:
+                assert bounds is not None
+                allowed = f"is not within the range {bounds.low + step / 2:g} to {bounds.high - step / 2:g} of the model"
+            raise ValueError(f"{x[row, column]:g} in row {row}, column {column}{name}, {allowed}: its density is 0")
 
     @property
     def _priors_of_classes(self) -> Mapping[str, Array]:

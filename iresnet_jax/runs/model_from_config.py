@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from iresnet_jax.bijections.transforms.bounded import Bounded
 from iresnet_jax.bijections.transforms.equalize import Equalize, entry_shares, level_frequencies
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
@@ -53,6 +54,7 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
         num_levels=data.num_levels,
         num_classes=data.num_classes if is_hybrid else None,
         grid=data.grid,
+        columns=data.columns,
         context=_context_scale(data),
         num_components=config.model.prior_components or None,
     )
@@ -111,6 +113,12 @@ def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: b
     Raises:
         ValueError: If it needs integer levels that the data do not have.
     """
+    if data.bounds is not None:
+        line = data_on_the_line(data)
+        fits = {"none": Identity, "standardize": lambda: Standardize.fit(line), "whiten": lambda: Whiten.fit(line)}
+        if settings.transform not in fits:
+            raise ValueError(f"preprocessing.transform {settings.transform} is for images, not {data.name}: standardize it")
+        return Bounded(data.bounds, fits[settings.transform]())
     kind = settings.transform
     if kind == "none":
         return Identity()
@@ -119,7 +127,7 @@ def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: b
             raise ValueError(f"preprocessing.transform {kind} is for arrays of continuous data, not {data.name}")
         if kind == "whiten" and len(data.event_shape) != 1:
             raise ValueError(f"preprocessing.transform whiten is for vectors, and {data.name} has images: standardize them")
-        examples = np.asarray(_to_scale_by(data)[0])
+        examples = data_on_the_line(data)
         if kind == "standardize":
             return Standardize.fit(examples)
         return Whiten.fit(examples, data.labels["train"] if by_class else None)
@@ -135,6 +143,19 @@ def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: b
     images = data.examples["train"]
     frequencies = level_frequencies(images, data.num_levels)
     return Equalize(frequencies, entry_shares(images, frequencies) if settings.entrywise else None, settings.alpha)
+
+
+def data_on_the_line(data: DataSet) -> np.ndarray:
+    """Training examples, or some of a simulator, as standardize and whiten see them.
+
+    Entries within bounds are mapped onto the real line, those on a grid with noise in their cells, always the same.
+    """
+    examples = np.asarray(_to_scale_by(data)[0])
+    if data.bounds is None:
+        return examples
+    spacing = np.zeros(examples.shape[1]) if data.grid is None else np.asarray(data.grid.spacing)
+    noise = spacing * (np.random.default_rng(0).random(examples.shape) - 0.5)
+    return Bounded(data.bounds).to_line(examples + noise, np)[0]
 
 
 def _context_scale(data: DataSet) -> Standardize | None:

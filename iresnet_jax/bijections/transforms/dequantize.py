@@ -21,6 +21,8 @@ from iresnet_jax.bijections.transforms.enclosure import Enclosure
 from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log
 from iresnet_jax.maths.keys import typed_key
 
+OFF_GRID = 0.02  # of the spacing: values closer to one of the grid are that one, rounded
+
 
 def cells(num_levels: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """Returns the smallest and the largest float of each level's cell.
@@ -204,6 +206,12 @@ class Grid:
             return x, jnp.full(len(u), -volume, u.dtype), no_logdet_error(u), info
 
         return Bijection(lambda x: x, forward_and_logdet, inverse, inverse_and_logdet, jnp.inf)
+
+    def off(self, x: Float[np.ndarray, "b d"]) -> Bool[np.ndarray, "b d"]:
+        """Which values lie between those of their grids, by more than `OFF_GRID` of the spacing; False for continuous ones."""
+        spacing = np.asarray(self.spacing)
+        places = (np.asarray(x, np.float64) - np.asarray(self.offset)) / np.where(spacing > 0, spacing, 1)
+        return (spacing > 0) & ~(np.abs(places - np.round(places)) <= OFF_GRID)
 
     def enclose_volume(self) -> Ball:
         """The log-determinant of `bijection`, ``sum log spacing`` over entries on a grid."""

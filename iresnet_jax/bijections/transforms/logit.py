@@ -31,9 +31,10 @@ class Identity:
         """Both constants are 1."""
         return model_bounds([])
 
-    def enclose_forward(self, u: Float[np.ndarray, "b ..."]) -> tuple[Ball, Ball]:
+    def enclose_forward(self, u: Float[np.ndarray, "b ..."] | Ball) -> tuple[Ball, Ball]:
         """The data, exactly."""
-        return Ball.of(u), Ball.of(np.zeros(len(u)))
+        data = Ball.of(u)
+        return data, Ball.of(np.zeros(len(data.radius)))
 
     @on_balls
     def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:

@@ -73,11 +73,11 @@ class Standardize:
         """``1 / min(scale)`` and ``max(scale)``, rounded up."""
         return _bilipschitz(1 / min(self.scale), max(self.scale))
 
-    def enclose_forward(self, u: Float[np.ndarray, "b ..."]) -> tuple[Ball, Ball]:
+    def enclose_forward(self, u: Float[np.ndarray, "b ..."] | Ball) -> tuple[Ball, Ball]:
         """The affine map in double-double."""
-        scale = Ball.of(np.asarray(self.scale))
-        y = (Ball.of(u) - Ball.of(np.asarray(self.mean))) * scale.reciprocal()
-        positions = Ball.of(np.full(len(u), np.prod(u.shape[1:-1])))
+        scale, data = Ball.of(np.asarray(self.scale)), Ball.of(u)
+        y = (data - Ball.of(np.asarray(self.mean))) * scale.reciprocal()
+        positions = Ball.of(np.full(len(data.radius), np.prod(data.radius.shape[1:-1])))
         return y, -(log(scale).sum() * positions)
 
     @on_balls
@@ -168,7 +168,7 @@ class Whiten:
         values = np.linalg.svd(np.asarray(self.factor), compute_uv=False)
         return _bilipschitz(1 / values[-1], values[0])
 
-    def enclose_forward(self, u: Float[np.ndarray, "b d"]) -> tuple[Ball, Ball]:
+    def enclose_forward(self, u: Float[np.ndarray, "b d"] | Ball) -> tuple[Ball, Ball]:
         r"""The solution of ``T y = u - m``, refined, and how far it may be off: ``|T^-1| |u - m - T y|``.
 
         ``|T^-1|_2 <= |R|_2 / (1 - |R T - I|_2)`` for any matrix ``R``.
@@ -179,7 +179,7 @@ class Whiten:
         centred = Ball.of(u) - Ball.of(np.asarray(self.mean))
         inverse_norm = norm / (1 - defect) * UP if defect < 1 else np.inf
         matrix, solutions = Ball.of(factor), []
-        for i in range(len(u)):
+        for i in range(len(centred.radius)):
             own = centred.map(lambda part, i=i: part[i])
             y = wrong = Ball.of(inverse @ own.middle.high)
             for step in range(_REFINEMENTS + 1):
@@ -189,7 +189,7 @@ class Whiten:
             size = np.linalg.norm(np.abs(wrong.middle.high) + np.abs(wrong.middle.low) + wrong.radius) * UP
             solutions.append(y.widened(np.full(len(y.radius), inverse_norm * size)))
         log_det = -log(Ball.of(np.diag(factor))).sum()
-        return joined(np.stack, solutions), log_det + Ball.of(np.zeros(len(u)))
+        return joined(np.stack, solutions), log_det + Ball.of(np.zeros(len(centred.radius)))
 
     @on_balls
     def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:

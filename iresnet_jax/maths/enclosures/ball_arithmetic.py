@@ -33,8 +33,10 @@ class Ball(NamedTuple):
     radius: Array
 
     @classmethod
-    def of(cls, value: Array | float) -> "Ball":
-        """Float64 numbers, exactly."""
+    def of(cls, value: "Ball | Array | float") -> "Ball":
+        """Float64 numbers, exactly; a ball as it is."""
+        if isinstance(value, cls):
+            return value
         middle = DoubleDouble.of(value)
         return cls(middle, np.zeros_like(middle.high))
 

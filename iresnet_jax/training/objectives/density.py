@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from iresnet_jax.bijections.transforms.bounded import Bounded
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.maths.logdet.config import LogdetConfig
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
@@ -48,7 +49,7 @@ def make_loss(
         key_draw, key_dequantise, key_probe = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys.examples), 1, 0)
         x, context = batch if draw is None else jax.vmap(draw)(key_draw, batch)
         if noise is not None:
-            x = x + noise[None] * jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(key_draw)
+            x = _moved(model.spec, x, noise[None] * jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(key_draw))
         model = model.with_(estimator=model.estimator.fix_length(keys.shared))
         terms = model.terms(x, key_dequantise, key_probe, context=context)
         value = jnp.mean(model.spec.in_units(terms.log_prob))
@@ -58,8 +59,18 @@ def make_loss(
     return loss
 
 
+def _moved(spec: DensitySpec, x: Any, noise: Any) -> Array:
+    """Examples with noise; entries within bounds get theirs on the real line, so that they stay inside."""
+    if not isinstance(spec.transform, Bounded):
+        return x + noise
+    moved, _ = spec.transform.from_line(spec.transform.to_line(x)[0] + noise)
+    return jnp.where(noise == 0, x, moved)  # values on a grid stay where they are
+
+
 def noise_scales(size: float, spec: DensitySpec) -> Float[np.ndarray, " d"] | None:
     """Standard deviations of the noise that ``augmentation.noise`` asks for, 0 for entries on a grid; None for no noise.
+
+    Those of entries within bounds are in the units of the real line, see `Bounded.to_line`.
 
     Training on few examples with noise is training on a kernel density of them (Rothfuss et al. 2019, sec. 4): it keeps the
     flow from enclosing each one by itself.
@@ -69,13 +80,14 @@ def noise_scales(size: float, spec: DensitySpec) -> Float[np.ndarray, " d"] | No
     """
     if size == 0:
         return None
-    if not isinstance(spec.transform, Standardize | Whiten) or len(spec.flow.event_shape) != 1:
+    transform = spec.transform.then if isinstance(spec.transform, Bounded) else spec.transform
+    if not isinstance(transform, Standardize | Whiten) or len(spec.flow.event_shape) != 1:
         raise ValueError(
             "config.augmentation.noise is for continuous vectors with preprocessing.transform standardize or whiten, got "
-            f"{type(spec.transform).__name__} of examples of shape {spec.flow.event_shape}"
+            f"{type(transform).__name__} of examples of shape {spec.flow.event_shape}"
         )
     on_grid = np.zeros(spec.flow.event_shape, bool) if spec.grid is None else np.asarray(spec.grid.spacing) > 0
-    return np.where(on_grid, 0, size * np.asarray(spec.transform.entry_scales)).astype(np.float32)
+    return np.where(on_grid, 0, size * np.asarray(transform.entry_scales)).astype(np.float32)
 
 
 class Validation:

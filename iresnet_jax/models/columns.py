@@ -1,0 +1,154 @@
+"""Columns of a data frame as numbers, and back: booleans, integers, floats, and categories by their place in a list.
+
+pandas is imported only where a data frame is given or made.
+"""
+
+import json
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+
+NAMED = 5  # categories that a message names
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a data frame.
+
+    Attributes:
+        name: Its name, as text.
+        kind: What it holds.
+        dtype: Name of its type in pandas, which `table_of` gives back.
+        categories: Categories that training saw, each as JSON; a value is its place among them.
+        is_ordered: Whether a column of pandas' categories has an order.
+    """
+
+    name: str
+    kind: Literal["boolean", "integer", "float", "category"]
+    dtype: str
+    categories: tuple[str, ...] | None = None
+    is_ordered: bool = False
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether values are whole numbers: all but floats."""
+        return self.kind != "float"
+
+
+@runtime_checkable
+class Frame(Protocol):
+    """A table with columns of types of their own, as a pandas data frame is."""
+
+    columns: Any
+    dtypes: Any
+    iloc: Any
+
+
+def columns_of(frame: Any) -> tuple[Column, ...]:
+    """The columns of a data frame.
+
+    Raises:
+        ValueError: If a column holds missing values, or what is neither numbers nor categories; it names the column.
+    """
+    names = [str(name) for name in frame.columns]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"column names must differ, and two columns are called {repeated[0]!r}: rename one of them")
+    return tuple(_column(name, frame.iloc[:, place]) for place, name in enumerate(names))
+
+
+def numbers_of(frame: Any, columns: tuple[Column, ...]) -> Float[np.ndarray, "n d"]:
+    """A data frame as numbers, its columns found by name.
+
+    Raises:
+        ValueError: If a column is missing or unknown, or holds missing values, text for numbers, or an unknown category.
+    """
+    places = {str(name): place for place, name in enumerate(frame.columns)}
+    names = [column.name for column in columns]
+    if lacking := [name for name in names if name not in places]:
+        raise ValueError(f"the table has no column {lacking[0]!r}: the model takes {', '.join(map(repr, names))}")
+    if unknown := [name for name in places if name not in names]:
+        raise ValueError(f"the model knows no column {unknown[0]!r}: drop it, the model takes {', '.join(map(repr, names))}")
+    return np.stack([_numbers(frame.iloc[:, places[column.name]], column) for column in columns], axis=1)
+
+
+def table_of(x: Float[np.ndarray, "n d"], columns: tuple[Column, ...]) -> Any:
+    """Numbers as a data frame of the columns' types: whole numbers and categories are the nearest ones."""
+    import pandas as pd
+
+    made = {}
+    for values, column in zip(np.asarray(x, np.float64).T, columns, strict=True):
+        if column.categories is not None:
+            codes = np.clip(np.rint(values), 0, len(column.categories) - 1).astype(int)
+            categories = list(map(json.loads, column.categories))
+            if column.dtype == "category":
+                made[column.name] = pd.Series(pd.Categorical.from_codes(codes, categories, ordered=column.is_ordered))
+                continue
+            values = np.array(categories, object)[codes]
+        elif column.kind != "float":
+            values = np.rint(values) > 0 if column.kind == "boolean" else np.rint(values).astype(np.int64)
+        made[column.name] = pd.Series(values).astype(column.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return pd.DataFrame(made)
+
+
+def _column(name: str, series: Any) -> Column:
+    import pandas as pd
+
+    check, dtype = pd.api.types, series.dtype
+    _check_complete(series, name)
+    if isinstance(dtype, pd.CategoricalDtype):
+        present = set(series)
+        categories = [value for value in dtype.categories if value in present]
+        return Column(name, "category", "category", _as_json(categories, name), bool(dtype.ordered))
+    known = series.infer_objects() if check.is_object_dtype(dtype) else series
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "boolean": check.is_bool_dtype,
+        "integer": check.is_integer_dtype,
+        "float": check.is_float_dtype,
+    }
+    for kind, is_kind in kinds.items():
+        if is_kind(known.dtype):
+            return Column(name, kind, str(dtype))  # pyright: ignore[reportArgumentType]
+    if not all(isinstance(value, str) for value in known):
+        raise ValueError(
+            f"column {name!r} must hold numbers, booleans or text, got {dtype}: convert it to one of them, or drop it"
+        )
+    return Column(name, "category", str(dtype), _as_json(sorted(set(known)), name))
+
+
+def _numbers(series: Any, column: Column) -> Float[np.ndarray, " n"]:
+    """The values of one column; categories by their places."""
+    _check_complete(series, column.name)
+    if column.categories is None:
+        try:
+            return series.to_numpy(np.float64)
+        except (TypeError, ValueError):
+            raise ValueError(f"column {column.name!r} must hold numbers, got {series.dtype}") from None
+    places: dict[Hashable, int] = {json.loads(category): place for place, category in enumerate(column.categories)}
+    codes = [places.get(value, -1) for value in series]
+    if -1 in codes:
+        row, known = codes.index(-1), [repr(json.loads(category)) for category in column.categories]
+        more = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
+        raise ValueError(
+            f"{series.iloc[row]!r} in row {row} of column {column.name!r} is a category that training did not see: it saw "
+            f"{', '.join(known[:NAMED])}{more}"
+        )
+    return np.array(codes, np.float64)
+
+
+def _check_complete(series: Any, name: str) -> None:
+    missing = np.asarray(series.isna(), bool)
+    if missing.any():
+        raise ValueError(
+            f"column {name!r} has {missing.sum()} missing values, the first in row {missing.argmax()}: fill them in or drop "
+            "their rows"
+        )
+
+
+def _as_json(categories: list[Any], name: str) -> tuple[str, ...]:
+    values = [value.item() if isinstance(value, np.generic) else value for value in categories]
+    if wrong := [value for value in values if not isinstance(value, str | int | float)]:
+        raise ValueError(f"categories must be text or numbers, and column {name!r} has {wrong[0]!r}: convert it to text")
+    return tuple(map(json.dumps, values))

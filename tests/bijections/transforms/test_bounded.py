@@ -1,0 +1,109 @@
+"""Entries within intervals: exact determinants, densities that integrate to 1, ends, and samples that never leave."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from iresnet_jax.bijections.transforms.bounded import EDGE, Bounded, Bounds
+from iresnet_jax.bijections.transforms.dequantize import Grid
+from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.checked_dataclasses import checked, tagged
+
+EXACT = 1e-10  # float64, same maths by another route
+SINGLE = 1e-5  # float32
+INTERVALS = (Bounds.of(-1.0, 3.0), None, Bounds.of(1e3, 1e3 + 0.5), Bounds.of(-0.5, 4.5, spacing=1.0))
+RNG = np.random.default_rng(0)
+POINTS = np.stack([RNG.uniform(-1, 3, 50), RNG.normal(size=50), RNG.uniform(1e3, 1e3 + 0.5, 50), RNG.uniform(-0.5, 4.5, 50)], 1)
+LINE = Bounded(INTERVALS).to_line(POINTS, np)[0]
+TRANSFORMS = {
+    "alone": Bounded(INTERVALS),
+    "standardize": Bounded(INTERVALS, Standardize.fit(LINE)),
+    "whiten": Bounded(INTERVALS, Whiten.fit(LINE)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_log_determinants_and_lipschitz_constants_are_those_of_the_jacobian(x64, name):
+    transform, bijection = TRANSFORMS[name], TRANSFORMS[name].bijection()
+    x = jnp.asarray(POINTS)
+    y, log_det, _ = bijection.forward_and_logdet(x, jax.random.key(0))
+    back, log_det_back, _, _ = bijection.inverse_and_logdet(y, jax.random.key(0))
+    np.testing.assert_allclose(back, x, rtol=EXACT)
+    np.testing.assert_allclose(log_det_back, -log_det, rtol=EXACT)
+    forward, inverse = transform.bilipschitz()
+    for i in range(5):
+        jacobian = np.asarray(jax.jacfwd(lambda one: bijection.forward(one[None])[0])(x[i]))
+        np.testing.assert_allclose(log_det[i], np.linalg.slogdet(jacobian)[1], rtol=EXACT)
+        values = np.linalg.svd(jacobian, compute_uv=False)
+        assert values[0] <= forward
+        assert 1 / values[-1] <= inverse
+
+
+def test_constants_are_attained_at_an_edge_and_in_the_middle(x64):
+    alone = Bounded((Bounds.of(-1.0, 3.0),))
+    forward, inverse = alone.bilipschitz()
+    slope = jax.vmap(jax.grad(lambda x: alone.to_line(x[None, None])[0][0, 0]))
+    edge = 4 * EDGE
+    steepest, flattest = slope(jnp.array([-1 + 1.001 * edge, 1.0]))
+    assert 0.99 * forward < steepest <= forward
+    assert 0.99 * inverse < 1 / flattest <= inverse
+
+
+@pytest.mark.parametrize("density", ["uniform", "normal on the line"])
+def test_a_density_of_a_bounded_entry_integrates_to_1(x64, density):
+    """A logistic prior is uniform on the interval; a normal one is anything, 0 at both ends."""
+    transform = Bounded((Bounds.of(-1.0, 3.0),), Standardize((0.3,), (1.5,)))
+    x = np.linspace(-1, 3, 200_001)
+    y, log_det, _ = transform.bijection().forward_and_logdet(jnp.asarray(x[:, None]), jax.random.key(0))
+    t = np.asarray(y[:, 0] * 1.5 + 0.3)
+    log_prior = -np.logaddexp(0, t) - np.logaddexp(0, -t) if density == "uniform" else -(t**2 + np.log(2 * np.pi)) / 2
+    values = np.exp(log_prior + np.log(1.5) + np.asarray(log_det))
+    assert np.trapezoid(values, x) == pytest.approx(1, abs=1e-6)
+    if density == "uniform":
+        np.testing.assert_allclose(values, 1 / 4, rtol=EXACT)
+
+
+def test_values_at_the_ends_have_a_density_and_values_outside_have_none():
+    transform = Bounded((Bounds.of(0.0, 1.0), Bounds.of(100.0, 101.0)))
+    x = jnp.array([[0.0, 100.0], [1.0, 101.0], [0.5, 100.5], [1.001, 100.5], [0.5, 99.9]])
+    y, log_det, _ = transform.bijection().forward_and_logdet(x, jax.random.key(0))
+    assert np.isfinite(y).all()
+    assert np.isfinite(log_det).tolist() == [True, True, True, False, False]
+    assert np.isneginf(log_det[3:]).all()
+    assert transform.outside(np.asarray(x)).any(axis=1).tolist() == [False, False, False, True, True]
+
+
+def test_no_latent_leaves_its_interval_and_single_precision_comes_back():
+    transform, grid = TRANSFORMS["standardize"], Grid((0.0,) * 3 + (0.0,), (0.0,) * 3 + (1.0,))
+    y = jnp.asarray(100 * RNG.standard_cauchy(size=(20_000, 4)), jnp.float32)
+    x = np.asarray(transform.bijection().inverse(y)[0])
+    for column, bounds in enumerate(INTERVALS):
+        if bounds is not None:
+            inside = x[:, column].astype(np.float64)
+            assert bounds.low < inside.min() < bounds.low + 0.01
+            assert bounds.high - 0.01 < inside.max() < bounds.high
+    assert set(np.asarray(grid.bijection().inverse(jnp.asarray(x))[0])[:, 3].tolist()) == {0.0, 1.0, 2.0, 3.0, 4.0}
+    points = jnp.asarray(POINTS, jnp.float32)
+    again = transform.bijection().inverse(transform.bijection().forward(points))[0]
+    np.testing.assert_allclose(again, points, rtol=SINGLE, atol=SINGLE)
+
+
+def test_a_file_holds_the_intervals():
+    for transform in TRANSFORMS.values():
+        assert checked(Bounded, tagged(transform), "transform") == transform
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Bounds.of(1.0, 1.0), "lower end below"),
+        (lambda: Bounds.of(0.0, float("inf")), "finite"),
+        (lambda: Bounds.of(1e6, 1e6 + 1.0), "subtract the mean"),
+        (lambda: Bounded((None, None)), "no entry has bounds"),
+        (lambda: Bounded((Bounds.of(0.0, 1.0),), Standardize((0.0, 0.0), (1.0, 1.0))), "1 entries and a transform of 2"),
+    ],
+)
+def test_intervals_that_cannot_be_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,142 @@
+"""What `fit` is given, data frames above all: samples within their support, and models that take what was given."""
+
+import contextlib
+import io
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+import iresnet_jax as ir
+from iresnet_jax.bijections.transforms.bounded import Bounds
+from iresnet_jax.data.given import data_of
+
+RNG = np.random.default_rng(0)
+# One small program for each number of columns.
+QUICK = {
+    "steps": 4,
+    "architecture": (ir.StageSpec(num_blocks=1, hidden=(8,), activation="clipswish"),),
+    "progress": False,
+    "settings": {
+        "optimizer.name": "sgd",
+        "optimizer.learning_rate": 1e-3,
+        "training.blocks": "unroll",
+        "training.batch_size": 16,
+        "training.eval_every_steps": 4,
+        "training.eval_examples": 16,
+    },
+}
+
+
+def table(num=1200):
+    rng = np.random.default_rng(0)
+    return pd.DataFrame(
+        {
+            "flag": rng.random(num) < 0.1,
+            "age": rng.integers(18, 91, num),
+            "share": rng.random(num),
+            "colour": pd.Categorical(rng.choice(["red", "green", "blue"], num)),
+            "height": rng.normal(size=num),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def of_table():
+    """The model of a data frame, and what `fit` said."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        model = ir.fit(table(), **QUICK | {"progress": True})
+    return model, said.getvalue()
+
+
+def test_no_sample_of_a_table_leaves_its_support(of_table):
+    model, said = of_table
+    x, _ = jax.jit(ir.Density.sample, static_argnums=2)(model, jax.random.key(0), 100_000)
+    x = np.asarray(x, np.float64)
+    for column, values in ((0, range(2)), (1, range(18, 91)), (3, range(3))):
+        assert set(np.unique(x[:, column])) == set(values)
+    assert x[:, 2].min() > 0
+    assert x[:, 2].max() < 1
+    assert "column 2 ('share') has hard ends" in said
+    assert "no probability beyond" in said
+
+
+def test_a_model_takes_and_gives_the_table_that_it_was_fitted_to(of_table, tmp_path):
+    frame, (model, _) = table()[:20], of_table
+    model.save(tmp_path / "model.npz")
+    model = ir.load(tmp_path / "model.npz")
+    found = model.log_prob(frame)
+    codes = frame.assign(colour=frame.colour.cat.codes).to_numpy(np.float32)
+    np.testing.assert_array_equal(model.log_prob(codes), found)
+    np.testing.assert_array_equal(model.log_prob(frame[frame.columns[::-1]]), found)
+    interval = ir.certify.log_prob(model, frame[:2])
+    np.testing.assert_allclose(interval.lower, found[:2], atol=1e-4)
+    samples = model.to_frame(model.sample(jax.random.key(0), 7)[0])
+    assert samples.dtypes.equals(frame.dtypes)
+    assert list(samples.columns) == list(frame.columns)
+    assert len(samples) == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"age": 91}, r"91 in row 0, column 1 \('age'\), is not within the range 18 to 90"),
+        ({"age": 30.5}, r"column 1 \('age'\), is between values of its grid, 18 and steps of 1"),
+        ({"share": 1.5}, r"column 2 \('share'\), is not within the range 0 to 1"),
+        ({"colour": "violet"}, "category that training did not see"),
+    ],
+)
+def test_what_has_no_probability_is_refused_and_minus_infinity_under_jit(of_table, change, message):
+    frame = table()[:3].assign(**change)
+    with pytest.raises(ValueError, match=message):
+        of_table[0].log_prob(frame)
+    if "share" in change:
+        x = np.array([[0, 30, 1.5, 0, 0.0], [0, 30, 0.5, 0, 0.0]], np.float32)
+        assert np.isneginf(jax.jit(ir.Density.log_prob)(of_table[0], x)).tolist() == [True, False]
+
+
+def test_log_prob_takes_the_integers_and_the_contexts_that_fit_took():
+    x, context = RNG.integers(0, 5, (300, 2)), RNG.normal(size=300)
+    model = ir.fit(x, context=context, **QUICK)
+    found = model.log_prob(x[:5], context=context[:5])
+    np.testing.assert_array_equal(found, model.log_prob(x[:5].astype(np.float32), context=context[:5, None]))
+    samples, _ = model.sample(jax.random.key(0), 200, context=context[:200])
+    assert set(np.unique(samples)) <= set(range(5))
+    assert model.log_prob(x[:5] > 1, context=context[:5]).shape == (5,)
+
+
+def test_booleans_and_integers_of_an_array_are_discrete():
+    data = data_of(np.stack([RNG.integers(0, 100, 150), RNG.integers(0, 2, 150)], axis=1))
+    assert data.grid.spacing == (1.0, 1.0)
+    assert data_of(RNG.random((300, 2)) < 0.5).bounds == (Bounds.of(-0.5, 1.5, 1.0),) * 2
+
+
+def test_given_bounds_hold_values_at_both_ends_and_noise_on_the_examples():
+    x = np.clip(RNG.normal(0.5, 0.2, size=(400, 2)), 0.02, 0.98)
+    x[0], x[1] = 0.0, 1.0
+    x[2:] += 1e-6 * RNG.normal(size=(398, 2))  # no value is frequent
+    noise = {"settings": {**QUICK["settings"], "augmentation.noise": 1.0}}
+    model = ir.fit(x, bounds={0: (0, 1), 1: (-1, 2)}, **QUICK | noise)
+    assert np.isfinite(model.history.train["nll"]).all()
+    assert np.isfinite(model.log_prob(x.astype(np.float32))).all()
+    samples = np.asarray(model.sample(jax.random.key(0), 1000)[0])
+    assert (samples > np.array([0, -1])).all()
+    assert (samples < np.array([1, 2])).all()
+    with pytest.raises(ValueError, match="bounds are for densities"):
+        ir.fit(x, np.arange(400) % 2, bounds={0: (0, 1)}, **QUICK)
+
+
+def test_masked_values_are_refused():
+    x = np.ma.masked_greater(RNG.normal(size=(100, 2)), 2)
+    with pytest.raises(ValueError, match=r"x has \d+ masked values"):
+        data_of(x)
+    with pytest.raises(ValueError, match="context has 100 masked values"):
+        data_of(RNG.normal(size=(100, 2)), context=np.ma.masked_all((100, 1)))
+    assert data_of(np.ma.asarray(RNG.normal(size=(100, 2)))).event_shape == (2,)
+
+
+def test_categories_that_are_too_many_are_refused():
+    with pytest.raises(ValueError, match="column 'name' has 1500 categories"):
+        data_of(pd.DataFrame({"name": [str(i) for i in range(1500)], "size": RNG.normal(size=1500)}))

@@ -1,0 +1,71 @@
+"""Columns of data frames as numbers and back, in their own types, and what a frame may not hold."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from iresnet_jax.models.columns import columns_of, numbers_of, table_of
+
+FRAME = pd.DataFrame(
+    {
+        "flag": [True, False, True],
+        "consent": pd.array([True, False, False], dtype="boolean"),
+        "age": np.array([20, 30, 40], np.int16),
+        "children": pd.array([0, 1, 2], dtype="Int64"),
+        "height": np.array([1.5, 2.0, 1.75], np.float32),
+        "share": pd.array([0.25, 0.5, 0.75], dtype="Float64"),
+        "size": pd.Categorical(["S", "L", "S"], categories=["S", "M", "L"], ordered=True),
+        "grade": pd.Categorical([3, 1, 2]),
+        "city": ["Oslo", "Bern", "Oslo"],
+        "code": pd.Series(["x", "y", "x"], dtype=object),
+    }
+)
+COLUMNS = columns_of(FRAME)
+
+
+def test_a_frame_becomes_numbers_and_comes_back_in_its_types():
+    numbers = numbers_of(FRAME, COLUMNS)
+    np.testing.assert_array_equal(numbers[0], [1, 1, 20, 0, 1.5, 0.25, 0, 2, 1, 0])
+    back = table_of(numbers + np.array([0.3, -0.3, 0.4, 0.4, 0, 0, 0.4, -0.4, 0.3, 0.3]), COLUMNS)
+    expected = FRAME.assign(size=FRAME["size"].cat.remove_unused_categories())  # only what was seen has a probability
+    pd.testing.assert_frame_equal(back, expected)
+
+
+def test_columns_are_found_by_name():
+    np.testing.assert_array_equal(numbers_of(FRAME[FRAME.columns[::-1]], COLUMNS), numbers_of(FRAME, COLUMNS))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"age": ["a", "b", "c"]}, "column 'age' must hold numbers"),
+        ({"children": pd.array([0, None, 2], dtype="Int64")}, "'children' has 1 missing values, the first in row 1"),
+        ({"height": [1.0, 2.0, np.nan]}, "'height' has 1 missing values, the first in row 2"),
+        ({"city": ["Oslo", "Rome", "Oslo"]}, "'Rome' in row 1 of column 'city' .* it saw 'Bern', 'Oslo'"),
+        ({"size": ["S", "M", "S"]}, "'M' in row 1 of column 'size'"),
+        ({"weight": [1, 2, 3]}, "knows no column 'weight'"),
+    ],
+)
+def test_other_frames_are_refused_by_column(change, message):
+    with pytest.raises(ValueError, match=message):
+        numbers_of(FRAME.assign(**change), COLUMNS)
+
+
+def test_a_missing_column_is_named():
+    with pytest.raises(ValueError, match="no column 'age'"):
+        numbers_of(FRAME.drop(columns="age"), COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (pd.DataFrame({"when": pd.date_range("2020", periods=3)}), "column 'when' must hold numbers, booleans or text"),
+        (pd.DataFrame({"mix": ["a", 1, 2.5]}), "column 'mix' must hold"),
+        (pd.DataFrame({"text": ["a", None, "b"]}), "column 'text' has 1 missing values"),
+        (pd.DataFrame([[1, 2]], columns=["a", "a"]), "two columns are called 'a'"),
+        (pd.DataFrame({"span": pd.cut(pd.Series([1.0, 2.0, 3.0]), 2)}), "column 'span' has Interval"),
+    ],
+)
+def test_columns_that_are_no_numbers_and_no_categories_are_refused(frame, message):
+    with pytest.raises(ValueError, match=message):
+        columns_of(frame)
