@@ -6,9 +6,9 @@ Values are spread over their cells, and an interval holds the cells of all value
 **Ends.** A continuous column may have hard ends, as numbers in [0, 1] have. `find_ends` compares each tail with a normal one,
 the one through the k-th and the 2k-th value from the outermost one on. The normal tail puts n Phi(z) values beyond the
 outermost one that was seen. For a normal density, or a heavier tail, this number exceeds E with a probability of about
-``exp(-E)``. A column has hard ends if the number is at least 6 at either end and 20 at both together, for k = 40 and for k at
-2.5, 5 and 10 % of the values. Fewer than about 1000 values cannot show it. Ends where a density falls to 0 in a straight line, as
-in a triangle, take some thousand.
+``exp(-E)``. A column has hard ends if the number is at least 6 at either end and 20 at both together, for k = 80 and for k at
+2.5, 5 and 10 % of the values. Fewer than about 1000 values cannot show it, and it takes some thousand where a density falls
+to 0 in a straight line, as in a triangle.
 
 **What has no density.** Constant columns, repeated values off any grid, one value that many rows have, and columns that are a
 linear combination of others: the likelihood of such data has no ceiling.
@@ -42,7 +42,7 @@ FAR = 1e4  # interquartile ranges from the median, from which a value is said to
 INDEPENDENT = 1e-6  # standard deviations of a column that the others must leave unexplained
 FEWEST_ROWS = 2000  # that look for dependent columns
 TAILS = (0.025, 0.05, 0.1)  # shares of the values, from the outermost one on, that show a hard end
-FEW_PLACES = 40  # values from the outermost one on that show it too: many values may hide a smooth tail at their end
+FEW_PLACES = 80  # values from the outermost one on that show it too: many values may hide a smooth tail at their end
 EACH_END, BOTH_ENDS = 6.0, 20.0  # least numbers of values that a normal tail puts beyond the seen ends
 PER_VALUE = 1e-3  # least such number at either end for each value
 REACH = 20  # values at an end: twice the distance of this one from the last is how far beyond it the end may lie
@@ -193,8 +193,8 @@ def _check_categories(columns: Sequence[Column], grid: Grid | None) -> None:
 def find_ends(x: Float[np.ndarray, "n d"], grid: Grid | None) -> dict[int, tuple[float, float]]:
     """Hard ends of continuous columns that have them on both sides, see the module.
 
-    An end is the roundest number between the outermost value and twice the distance of the twentieth from it further out. If that
-    number is no rounder than chance gives, the end is the farthest of these.
+    An end is the roundest number between the outermost value and a reach further out, which is twice its distance from the
+    twentieth value. If that number is no rounder than chance gives, the end is the farthest of these.
     """
     found = {}
     for column in range(x.shape[1]):
