@@ -26,15 +26,19 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from iresnet_jax.bijections.transforms.bounded import Bounded
 from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.checked_dataclasses import Count, checked
 from iresnet_jax.data.tables import REPEATS, UNRESOLVED, FarValueWarning, check_density, find_ends, find_grid
+from iresnet_jax.fit_arguments import checked_options
 from iresnet_jax.fit_settings import WHITENED_DIMS
 from iresnet_jax.fitting import fit
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.models.density import Density
+from iresnet_jax.runs.signals import interrupts_raised
 
 LEAST_SAMPLES = 3  # two to train on, one to validate
 EXACT_DIMS = 256  # at most: beyond, `score_samples` estimates log-determinants, see `_core`
 NOISE_DRAWS = 16  # of the noise that spreads values on a grid over their cells
+FARTHEST_DENSITY = 1e18  # standard deviations from the mean beyond which a density is 0: its square overflows in float32
 FARTHEST = 1e6  # standard deviations from the mean at which a classifier clips, so that float32 does not overflow
 
 
@@ -63,27 +67,23 @@ class _ResidualFlow(BaseEstimator):
 
     def _train(self, x: np.ndarray, labels: np.ndarray | None = None) -> None:
         """Sets ``model_`` and ``history_`` to those of the data, checked and in float64."""
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must lie in (0, 1), got {self.validation_fraction}")
+        given = ("steps", "minutes", "architecture", "validation_fraction", "settings")
+        options = checked_options(**{name: getattr(self, name) for name in given})
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        settings = {"seed": seed, **(self.settings or {})}
+        settings = options["settings"] = {"seed": seed, **options["settings"]}
         # Columns that keep to their ranges, or a preprocessing that is chosen, are left to `fit` as they are.
         whole = "preprocessing.transform" in settings or self._keeps_to_ranges(x, is_density=labels is None)
         transform = Identity()
         if not whole:
             transform = Whiten.fit(x, labels) if x.shape[1] <= WHITENED_DIMS else Standardize.fit(x)
             settings["preprocessing.transform"] = "none"
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), interrupts_raised():
             warnings.simplefilter("ignore", FarValueWarning)  # said above, with the feature's name
             model = fit(
                 _forward(transform, x)[0].astype(np.float32),
                 labels,
-                minutes=self.minutes,
-                steps=self.steps,
-                architecture=self.architecture,
-                validation_fraction=self.validation_fraction,
+                **options,
                 bounds=None if whole or labels is not None else {},
-                settings=settings,
                 progress=bool(self.verbose),
             )
         assert isinstance(model, Density)
@@ -187,8 +187,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
             ValueError: If ``n_samples`` is less than 1.
         """
         check_is_fitted(self)
-        if n_samples < 1:
-            raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+        n_samples = checked(Count, n_samples, "n_samples")
         key = jax.random.key(int(check_random_state(random_state).randint(2**31 - 1)))
         model, size = _core(self.model_), _batch_size(self.model_.spec.flow.num_dims)
         parts, failed = [], 0
@@ -209,7 +208,9 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         """Log-density of points, those of the cells of a grid included."""
         y, log_det = _forward(self.model_.spec.transform, x)
         seeds = _bits(x, 1)[:, 0].astype(np.uint32)
-        return _over_batches(_log_prob, _core(self.model_), y, seeds) + log_det
+        is_near = np.abs(y).max(axis=1) <= FARTHEST_DENSITY  # not for NaN, which values of 1e308 become here
+        log_prob = _over_batches(_log_prob, _core(self.model_), np.where(is_near[:, None], y, 0), seeds)
+        return np.where(is_near, log_prob + log_det, -np.inf)
 
 
 class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
@@ -281,6 +282,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
 # Preprocessing, in float64 --------------------------------------------------------------------------------------------
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _forward(transform: Any, x: np.ndarray) -> tuple[np.ndarray, Any]:
     """The preprocessed data and the log-determinants, the same for all of an affine map."""
     if isinstance(transform, Bounded):

@@ -17,7 +17,7 @@ from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models import priors
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.priors import PRIORS
-from iresnet_jax.runs.config import Config, parse
+from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.model_from_config import density_spec
 
 DEFAULT_MINUTES = 3.0
@@ -58,16 +58,8 @@ def choose_settings(
         seed: Seed of the run.
 
     Raises:
-        ValueError: If they contradict each other or the data.
+        ValueError: If they contradict the data.
     """
-    if minutes is not None and steps is not None:
-        raise ValueError(f"give minutes or steps, not both: got {minutes} and {steps}")
-    if minutes is not None and not minutes > 0:
-        raise ValueError(f"minutes must be positive, got {minutes}")
-    if objective == "inversion":
-        raise ValueError("fit has no objective inversion: train a reconstructor by train.py --config=configs/deblurring.py")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
     is_vectors = len(data.event_shape) == 1
     objective = objective or ("density" if data.num_classes is None else "hybrid" if is_vectors else "classification")
     num = len(data.examples["train"])
@@ -266,12 +258,8 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
         ValueError: If there is no such field, or it cannot hold the value.
     """
     plain = to_plain(config)
-    for path, value in settings.items():
-        *folders, name = path.split(".")
-        node = plain
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[name] = value
+    for name, value in settings.items():
+        plain = with_field(plain, name, lambda _, value=value: value)
     return parse(plain)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ import jax
 
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.given import data_of
+from iresnet_jax.fit_arguments import checked_options, seed_of
 from iresnet_jax.fit_settings import (
     FIRST_STEPS,
     NO_LIMIT,
@@ -26,17 +28,17 @@ from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.history import Attempt, History
-from iresnet_jax.runs import trained_run
+from iresnet_jax.runs import run_folder, trained_run
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.loop import batches, check_batch_size, train
-from iresnet_jax.runs.machine import keep_compiled_programs, prepare_backend
+from iresnet_jax.runs.machine import ignore_missing_tpu, keep_compiled_programs, prepare_backend, start_backend
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.model_from_config import model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
-from iresnet_jax.runs.signals import Stopped, StopRequests
+from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_interactive
 from iresnet_jax.training.constraint import certified_model
-from iresnet_jax.training.trainer import Trainer
+from iresnet_jax.training.trainer import Trainer, TrainingConfig
 
 LONGER = 4  # factor on the updates of a run whose validation still improved at its end
 WORTHWHILE = 1.5  # times the time of the last run, which a longer one must have
@@ -74,7 +76,9 @@ def fit(
     examples, and lengths of the run.
     Needs ``pip install 'iresnet_jax[train]'``.
 
-    Ctrl-C ends training, in a notebook too, and gives the best model so far.
+    In a notebook and at Python's prompt, Ctrl-C ends training and gives the best model so far; a second one raises
+    ``KeyboardInterrupt``. In a script the first one does. SIGTERM ends the process as without training. With ``workdir``, both
+    save the step first, and the same call resumes from it.
 
     Args:
         x: Vectors ``(n, d)``, images ``(n, h, w, c)``, or a pandas data frame of numbers, booleans and categories.
@@ -108,20 +112,33 @@ def fit(
         >>> model = fit(x, minutes=3)  # doctest: +SKIP
         >>> samples, info = model.sample(jax.random.key(1), 16)  # doctest: +SKIP
     """
+    ignore_missing_tpu()
+    start_backend()
     keep_compiled_programs()
+    options = checked_options(
+        objective=objective,
+        minutes=minutes,
+        steps=steps,
+        architecture=architecture,
+        validation_fraction=validation_fraction,
+        settings=settings,
+        workdir=workdir,
+    )
+    fraction, stages = options["validation_fraction"], options["architecture"]
     data = data_of(
         x,
         labels,
         context,
         validation=validation,
-        validation_fraction=validation_fraction,
+        validation_fraction=fraction,
         bounds=bounds,
         is_density=labels is None or objective == "density",
     )
-    given = {"data.validation_fraction": validation_fraction, **(settings or {})}
-    if architecture is not None:
-        given["model.stages"] = [dataclasses.asdict(stage) for stage in architecture]
-    config = with_settings(choose_settings(data, objective=objective, minutes=minutes, steps=steps, seed=seed_of(key)), given)
+    given = {"data.validation_fraction": fraction, **options["settings"]}
+    if stages is not None:
+        given = {"model.stages": [dataclasses.asdict(stage) for stage in stages], **given}
+    chosen = {name: options[name] for name in ("objective", "minutes", "steps")}
+    config = with_settings(choose_settings(data, **chosen, seed=seed_of(key)), given)
     say = _Lines() if progress else lambda line: None
     num, held_out = (len(data.examples[split]) for split in ("train", "validation"))
     say(f"fit: {num} examples of shape {data.event_shape} to train on, {held_out} to validate; {config.objective}")
@@ -236,7 +253,7 @@ def _fit_in_memory(config: Config, data: DataSet, say: Say) -> _Run:
     spec = model_spec(config, data)
     objective = build_objective(config, data, spec)
     trainer = Trainer(objective, config.training, compile_step=_STEPS.compiler(config, spec), say=say)
-    with StopRequests("training ends after this step") as stop:
+    with StopRequests("training ends after this step", heard_in_memory()) as stop:
         trainer.validate()  # the start may be the best: a mixture is fitted before training
         trainer.run(batches(config, objective.examples, 0), lambda: stop.received is not None)
     best = trainer.best
@@ -252,21 +269,26 @@ def _fit_in_memory(config: Config, data: DataSet, say: Say) -> _Run:
 
 def _fit_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any:
     """The best model of a run in a folder, with its history."""
+    if (folder / run_folder.CONFIG_FILE).exists():
+        # The length first: other settings, such as the warm-up, follow from it.
+        ours, theirs = (_length(each.training) for each in (config, run_folder.read_config(folder)))
+        if ours != theirs:
+            raise ValueError(f"{folder} holds a fit with {theirs}, got {ours}: give the same, or another workdir")
     try:
         train(config, folder, data=data, say=say, steps=_STEPS)
     except Stopped as error:
+        if error.received == signal.SIGTERM:
+            signal.raise_signal(signal.SIGTERM)  # ends the process, unless its owner handles it
+        if error.received == signal.SIGTERM or not is_interactive():
+            raise
         say(f"{str(error).split(':')[0]}: the best model so far")
     run = trained_run.load(folder)
     return run.model.with_(history=History.from_records(read_metrics(folder), run.step))
 
 
-def seed_of(key: Any) -> int:
-    """The seed of a run for a key; 0 without one."""
-    if key is None:
-        return 0
-    if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
-        raise ValueError(f"key must be one typed key such as jax.random.key(0), got {key.dtype} of shape {key.shape}")
-    return int(jax.random.bits(key))
+def _length(settings: TrainingConfig) -> str:
+    """The argument of `fit` that says when training ends."""
+    return f"minutes={settings.minutes:g}" if settings.minutes else f"steps={settings.total_steps}"
 
 
 class _Lines:

@@ -4,10 +4,11 @@ r"""Columns of vectors whose density is to be fitted: grids, intervals, and what
 Values are spread over their cells, and an interval holds the cells of all values that were seen.
 
 **Ends.** A continuous column may have hard ends, as numbers in [0, 1] have. `find_ends` compares each tail with a normal one,
-the one through the order statistics at the shares p and 2p of the values. The normal tail puts n Phi(z) values beyond the
+the one through the k-th and the 2k-th value from the outermost one on. The normal tail puts n Phi(z) values beyond the
 outermost one that was seen. For a normal density, or a heavier tail, this number exceeds E with a probability of about
-``exp(-E)``. A column has hard ends if the number is at least 6 at either end and 20 at both together, for every p in `TAILS`.
-Fewer than about 1000 values cannot show it.
+``exp(-E)``. A column has hard ends if the number is at least 6 at either end and 20 at both together, for k = 80 and for k at
+2.5, 5 and 10 % of the values. Fewer than about 1000 values cannot show it, and it takes some thousand where a density falls
+to 0 in a straight line, as in a triangle.
 
 **What has no density.** Constant columns, repeated values off any grid, one value that many rows have, and columns that are a
 linear combination of others: the likelihood of such data has no ceiling.
@@ -41,9 +42,10 @@ FAR = 1e4  # interquartile ranges from the median, from which a value is said to
 INDEPENDENT = 1e-6  # standard deviations of a column that the others must leave unexplained
 FEWEST_ROWS = 2000  # that look for dependent columns
 TAILS = (0.025, 0.05, 0.1)  # shares of the values, from the outermost one on, that show a hard end
+FEW_PLACES = 80  # values from the outermost one on that show it too: many values may hide a smooth tail at their end
 EACH_END, BOTH_ENDS = 6.0, 20.0  # least numbers of values that a normal tail puts beyond the seen ends
 PER_VALUE = 1e-3  # least such number at either end for each value
-REACH = 10  # values at an end whose distance, twice, is how far beyond the last one the end may lie
+REACH = 20  # values at an end: twice the distance of this one from the last is how far beyond it the end may lie
 
 
 class FarValueWarning(UserWarning):
@@ -191,24 +193,26 @@ def _check_categories(columns: Sequence[Column], grid: Grid | None) -> None:
 def find_ends(x: Float[np.ndarray, "n d"], grid: Grid | None) -> dict[int, tuple[float, float]]:
     """Hard ends of continuous columns that have them on both sides, see the module.
 
-    An end is the roundest number between the outermost value and twice the distance of the tenth from it further out. If that
-    number is no rounder than chance gives, the end is the farthest of these.
+    An end is the roundest number between the outermost value and a reach further out, which is twice its distance from the
+    twentieth value. If that number is no rounder than chance gives, the end is the farthest of these.
     """
     found = {}
     for column in range(x.shape[1]):
         if grid is not None and grid.spacing[column] > 0:
             continue
         values = np.sort(np.asarray(x[:, column], np.float64))
-        beyond = [min(_expected_beyond(side, share) for share in TAILS) for side in (values, -values[::-1])]
-        if min(beyond) >= max(EACH_END, PER_VALUE * len(values)) and sum(beyond) >= BOTH_ENDS:
+        places = [FEW_PLACES, *(round(share * len(values)) for share in TAILS)]
+        beyond = np.array([[_expected_beyond(side, k) for k in places] for side in (values, -values[::-1])])
+        is_cut = beyond[:, 1:].min() >= PER_VALUE * len(values)  # a tail of many values, less smooth than it looks nearby
+        if is_cut and beyond.min() >= EACH_END and beyond.min(axis=1).sum() >= BOTH_ENDS:
             found[column] = (0.0 - _end(-values), 0.0 + _end(values[::-1]))
     return found
 
 
-def _expected_beyond(values: Float[np.ndarray, " n"], share: float) -> float:
-    """Number of values that a normal tail, through those at a share and at twice the share, puts below the least one."""
-    num, k = len(values), round(share * len(values))
-    if k < 2 or values[2 * k - 1] == values[k - 1]:
+def _expected_beyond(values: Float[np.ndarray, " n"], k: int) -> float:
+    """Number of values that a normal tail, through the k-th and the 2k-th value from the least on, puts below the least one."""
+    num = len(values)
+    if k < 2 or 2 * k > num or values[2 * k - 1] == values[k - 1]:
         return 0.0
     normal = statistics.NormalDist()
     first, second = (normal.inv_cdf((place - 0.5) / num) for place in (k, 2 * k))

@@ -41,7 +41,9 @@ def build_objective(config: Config, data: DataSet, spec: Spec | None = None) -> 
 def _density(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
     noise = config.augmentation.noise
     if noise and data.is_endless:
-        raise ValueError(f"config.augmentation.noise is for continuous vectors of an array, and {data.name} has no end: set it to 0")
+        raise ValueError(
+            f"config.augmentation.noise is for continuous vectors of an array, and {data.name} has no end: set it to 0"
+        )
     loss = density.make_loss(data.draw, density.noise_scales(spec) if noise else None)
     examples = None if data.is_endless else (data.examples["train"], data.contexts.get("train"))
     if noise and examples is not None:
