@@ -23,7 +23,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from iresnet_jax.bijections.transforms.bounded import Bounded
+from iresnet_jax.bijections.transforms.bounded import Bounded, Bounds
+from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.data.tables import REPEATS, UNRESOLVED, FarValueWarning, check_density, find_ends, find_grid
@@ -66,11 +67,14 @@ class _ResidualFlow(BaseEstimator):
             raise ValueError(f"validation_fraction must lie in (0, 1), got {self.validation_fraction}")
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         settings = {"seed": seed, **(self.settings or {})}
-        # Columns that keep to their ranges, or a preprocessing that is chosen, are left to `fit` as they are.
-        whole = "preprocessing.transform" in settings or self._keeps_to_ranges(x, is_density=labels is None)
+        grid, intervals = self._grid_and_intervals(x, is_density=labels is None)
+        # Values on a grid need a noise of their own in training, and a preprocessing may be chosen: `fit` does both.
+        whole = "preprocessing.transform" in settings or grid is not None
         transform = Identity()
         if not whole:
-            transform = Whiten.fit(x, labels) if x.shape[1] <= WHITENED_DIMS else Standardize.fit(x)
+            line = x if intervals is None else Bounded(intervals).to_line(x, np)[0]
+            transform = Whiten.fit(line, labels) if x.shape[1] <= WHITENED_DIMS else Standardize.fit(line)
+            transform = transform if intervals is None else Bounded(intervals, transform)
             settings["preprocessing.transform"] = "none"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FarValueWarning)  # said above, with the feature's name
@@ -89,8 +93,8 @@ class _ResidualFlow(BaseEstimator):
         self.model_ = model if whole else model.with_(spec=dataclasses.replace(model.spec, transform=transform))
         self.history_ = model.history
 
-    def _keeps_to_ranges(self, x: np.ndarray, *, is_density: bool) -> bool:
-        """Whether features lie on a grid or have hard ends.
+    def _grid_and_intervals(self, x: np.ndarray, *, is_density: bool) -> tuple[Grid | None, tuple[Bounds | None, ...] | None]:
+        """The grids of features, and the intervals of those with hard ends; None if there are none.
 
         Raises:
             ValueError: If a feature has no density; the message has its name.
@@ -98,13 +102,15 @@ class _ResidualFlow(BaseEstimator):
         names = list(getattr(self, "feature_names_in_", ()))
         grid = find_grid(x - x.mean(axis=0), names)
         if not is_density:
-            return grid is not None
+            return grid, None
         check_density(x, names, grid)
         is_resolved = bool(np.all(x.std(axis=0) > UNRESOLVED * np.abs(x.mean(axis=0))))
-        return grid is not None or (is_resolved and bool(find_ends(x, grid)))
+        ends = find_ends(x, grid) if is_resolved else {}
+        return grid, tuple(Bounds.of(*ends[i]) if i in ends else None for i in range(x.shape[1])) if ends else None
 
     def _checked(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
+        _refuse_masked(X)
         x: Any = validate_data(self, X, dtype=np.float64, reset=False)
         return x
 
@@ -146,6 +152,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
             ValueError: If there are fewer than 3 samples, or a feature has no density; it says which.
         """
         del y
+        _refuse_masked(X)
         x: Any = validate_data(self, X, dtype=np.float64, ensure_min_samples=LEAST_SAMPLES)
         self._train(x)
         return self
@@ -246,6 +253,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
         Raises:
             ValueError: If there are fewer than 3 samples or 2 classes, or all features are constant.
         """
+        _refuse_masked(X)
         checked: Any = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=LEAST_SAMPLES)
         x, y = checked
         check_classification_targets(y)
@@ -302,6 +310,12 @@ def _inverse(transform: Any, y: np.ndarray) -> np.ndarray:
     if isinstance(transform, Whiten):
         return transform.mean + y @ np.asarray(transform.factor).T
     return transform.mean + y * transform.scale if isinstance(transform, Standardize) else y
+
+
+def _refuse_masked(X: Any) -> None:
+    """Raises ``ValueError`` for masked values, which scikit-learn's checks would uncover."""
+    if np.ma.is_masked(X):
+        raise ValueError(f"X has {np.ma.count_masked(X)} masked values: fill them in or drop their rows")
 
 
 def _spread(x: np.ndarray) -> np.ndarray:

@@ -138,6 +138,8 @@ def test_features_with_hard_ends_keep_to_them_and_a_frame_names_what_has_no_dens
     ):
         with pytest.raises(ValueError, match=message):
             ResidualFlowDensity(**TINY).fit(frame.assign(**change))
+    with pytest.raises(ValueError, match="masked values"):
+        ResidualFlowDensity(**TINY).fit(np.ma.masked_less(frame.to_numpy(), 0))
 
 
 def test_a_constant_feature_is_refused_by_name_or_ignored():

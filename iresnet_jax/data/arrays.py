@@ -128,7 +128,7 @@ def _checked(arrays: Arrays) -> Arrays:
     """The arrays in the types that training takes."""
     x = np.asarray(arrays.x)
     if x.ndim not in (2, 4) or not len(x) or not np.prod(x.shape[1:]):
-        hint = ": add a channel axis with x[..., None]" if x.ndim == 3 else ""
+        hint = {1: ": make a column of them with x[:, None]", 3: ": add a channel axis with x[..., None]"}.get(x.ndim, "")
         raise ValueError(f"data must be vectors (n, d) or images (n, h, w, c), got shape {x.shape}{hint}")
     if x.ndim == 4 and x.dtype.kind in "biu":
         if x.min() < 0 or x.max() > 255:
