@@ -62,6 +62,7 @@ def run(argv: list[str]) -> int:
     from iresnet_jax.runs.loop import train
     from iresnet_jax.runs.trained_run import load
 
+    machine.start_backend()
     machine.keep_compiled_programs()
     with hosts.ending_together():
         if not hosts.is_first():
@@ -85,6 +86,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     end_at_signals(HINT)
     allocator.keep_freed_memory()
+    machine.ignore_missing_tpu()
     machine.compile_quickly()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     sys.exit(main(sys.argv))

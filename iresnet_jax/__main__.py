@@ -168,6 +168,7 @@ if __name__ == "__main__":
         allocator.use_large_pages()
     allocator.collect_garbage_rarely()
     end_at_signals("give the same command to start again")
+    machine.ignore_missing_tpu()
     if takes_steps:
         allocator.keep_freed_memory()
         machine.compile_quickly()

@@ -10,13 +10,21 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a path to write to, which takes the place of ``path`` at the end of ``with``.
 
     Whatever happens to the writer, a reader finds the old file or the new one. If the body raises, nothing new is left.
+
+    Raises:
+        OSError: If the file cannot be written; the message says where and why.
     """
     incoming = path.with_name(path.name + ".incoming")
     try:
         yield incoming
         incoming.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        message = f"{path} cannot be written ({reason}): choose a folder that exists, can be written to and has space left"
+        raise OSError(message) from error
     finally:
-        incoming.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            incoming.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,8 @@ Decay = Annotated[float, Range("[0, 1)")]  # decay of an average, which would ne
 
 def to_plain(value: Any) -> dict[str, Any]:
     """A dataclass, or anything with ``to_dict``, as JSON data."""
-    return json.loads(json.dumps(value.to_dict() if hasattr(value, "to_dict") else dataclasses.asdict(value)))
+    plain = value.to_dict() if hasattr(value, "to_dict") else dataclasses.asdict(value)
+    return json.loads(json.dumps(plain, default=_number_of_python))
 
 
 def tagged(value: Any) -> Any:
@@ -81,16 +82,23 @@ def from_plain(cls: type[T], plain: Any, path: str) -> T:
         raise ValueError(f"{path}: {error}") from None
 
 
-def first_difference(ours: Any, theirs: Any, path: str) -> str | None:
-    """Names the first entry in which plain data differ, with both values; None if they agree."""
+def first_difference(ours: Any, theirs: Any, path: str, where: tuple[str, str] = ("now", "before")) -> str | None:
+    """Names the first entry in which plain data differ, with both values; None if they agree.
+
+    Args:
+        ours: Some data.
+        theirs: Others.
+        path: What the sentence calls them.
+        where: What the sentence calls the place of either.
+    """
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in sorted({*ours, *theirs}):
             if key not in ours or key not in theirs:
-                return f"{path}.{key} is only in {'the old' if key in theirs else 'the new'} one"
-            if difference := first_difference(ours[key], theirs[key], f"{path}.{key}"):
+                return f"{path}.{key} is there {where[key in theirs]} alone"
+            if difference := first_difference(ours[key], theirs[key], f"{path}.{key}", where):
                 return difference
         return None
-    return None if ours == theirs else f"{path} is {json.dumps(ours)} now and was {json.dumps(theirs)}"
+    return None if ours == theirs else f"{path} is {json.dumps(ours)} {where[0]} and {json.dumps(theirs)} {where[1]}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -118,7 +126,8 @@ def checked(kind: Any, value: Any, path: str) -> Any:
     if origin is tuple:
         return _tuple(arguments, value, path)
     if dataclasses.is_dataclass(kind):
-        return from_plain(kind, value, path)  # pyright: ignore[reportArgumentType]
+        return value if isinstance(value, kind) else from_plain(kind, value, path)  # pyright: ignore[reportArgumentType]
+    value = _number_of_python(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -128,11 +137,16 @@ def checked(kind: Any, value: Any, path: str) -> Any:
     return value
 
 
+def _number_of_python(value: Any) -> Any:
+    """A number of NumPy or JAX as one of Python, and any other value as it is."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+
+
 def _one_of(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
-    known = {kind.__name__: kind for kind in kinds if kind is not types.NoneType}
-    if len(known) == 1:
-        [kind] = known.values()
-        return checked(kind, value, path)
+    kinds = tuple(kind for kind in kinds if kind is not types.NoneType)
+    if len(kinds) == 1:
+        return checked(kinds[0], value, path)
+    known = {kind.__name__: kind for kind in kinds}
     name = value.get("type") if isinstance(value, Mapping) else None
     if name not in known:
         raise ValueError(f"{path} must be of the type {' or '.join(known)}, got {name!r}")

@@ -4,6 +4,8 @@ Each says what it found, and returns whether what was asked for holds: if not, t
 """
 
 import argparse
+import functools
+import sys
 import tempfile
 from collections.abc import Sequence
 
@@ -84,7 +86,7 @@ def context_vectors(text: str | None, context_dim: int) -> Float[np.ndarray, "n 
     try:
         given = np.load(text, allow_pickle=False) if text.endswith(".npy") else np.array([float(n) for n in text.split(",")])
         contexts = np.atleast_2d(given).astype(np.float32)
-    except (OSError, ValueError) as error:
+    except (MemoryError, OSError, ValueError) as error:
         raise ValueError(f"--context takes numbers such as 1.0,2.0 or a .npy file, got {text!r}: {error}") from None
     if contexts.ndim != 2 or contexts.shape[1] != context_dim or not np.all(np.isfinite(contexts)):
         raise ValueError(f"--context must give {context_dim} finite numbers a sample, got shape {contexts.shape}")
@@ -159,7 +161,8 @@ def plan(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:
     """Compiles the training step of a config for a machine that is not here."""
     jax.config.update("jax_platforms", "cpu")  # the compiler for TPUs is asked to compile, not to run
     config = parse_train_flags(["python -m iresnet_jax plan", *flags]).config
-    made = plans.make(config, topologies.machine(arguments.topology), find_largest=arguments.largest_batch)
+    on, say = topologies.machine(arguments.topology), functools.partial(print, file=sys.stderr, flush=True)
+    made = plans.make(config, on, find_largest=arguments.largest_batch, say=say)
     _say(made)
     return made.problem is None
 

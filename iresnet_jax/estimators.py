@@ -27,19 +27,25 @@ from iresnet_jax.bijections.transforms.bounded import Bounded, Bounds
 from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
-from iresnet_jax.data.tables import REPEATS, UNRESOLVED, FarValueWarning, check_density, find_ends, find_grid
+from iresnet_jax.checked_dataclasses import Count, checked
+from iresnet_jax.data.tables import REPEATS, UNRESOLVED, FarValueWarning, check_density, ends_given, find_ends, find_grid
+from iresnet_jax.fit_arguments import checked_options
 from iresnet_jax.fitting import WHITENED_DIMS, fit
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.models.density import Density
+from iresnet_jax.runs.signals import interrupts_raised
 
 LEAST_SAMPLES = 3  # two to train on, one to validate
 EXACT_DIMS = 256  # at most: beyond, `score_samples` estimates log-determinants, see `_core`
 NOISE_DRAWS = 16  # of the noise that spreads values on a grid over their cells
+FARTHEST_DENSITY = 1e18  # standard deviations from the mean beyond which a density is 0: its square overflows in float32
 FARTHEST = 1e6  # standard deviations from the mean at which a classifier clips, so that float32 does not overflow
 
 
 class _ResidualFlow(BaseEstimator):
     """What both estimators do: checks, training, and the model's programs on batches of one size."""
+
+    bounds: Any = None  # a parameter of densities alone
 
     def __init__(
         self,
@@ -63,30 +69,28 @@ class _ResidualFlow(BaseEstimator):
 
     def _train(self, x: np.ndarray, labels: np.ndarray | None = None) -> None:
         """Sets ``model_`` and ``history_`` to those of the data, checked and in float64."""
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must lie in (0, 1), got {self.validation_fraction}")
+        given = ("steps", "minutes", "architecture", "validation_fraction", "settings")
+        options = checked_options(**{name: getattr(self, name) for name in given})
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        settings = {"seed": seed, **(self.settings or {})}
+        settings = options["settings"] = {"seed": seed, **options["settings"]}
         grid, intervals = self._grid_and_intervals(x, is_density=labels is None)
-        # Values on a grid need a noise of their own in training, and a preprocessing may be chosen: `fit` does both.
-        whole = "preprocessing.transform" in settings or grid is not None
+        names = list(getattr(self, "feature_names_in_", ()))
+        bounds = None if self.bounds is None else ends_given(self.bounds, names, x.shape[1])
+        # Values on a grid need a noise of their own in training; bounds and a preprocessing may be chosen: `fit` does it all.
+        whole = "preprocessing.transform" in settings or grid is not None or bool(bounds)
         transform = Identity()
         if not whole:
             line = x if intervals is None else Bounded(intervals).to_line(x, np)[0]
             transform = Whiten.fit(line, labels) if x.shape[1] <= WHITENED_DIMS else Standardize.fit(line)
             transform = transform if intervals is None else Bounded(intervals, transform)
             settings["preprocessing.transform"] = "none"
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), interrupts_raised():
             warnings.simplefilter("ignore", FarValueWarning)  # said above, with the feature's name
             model = fit(
                 _forward(transform, x)[0].astype(np.float32),
                 labels,
-                minutes=self.minutes,
-                steps=self.steps,
-                architecture=self.architecture,
-                validation_fraction=self.validation_fraction,
-                bounds=None if whole or labels is not None else {},
-                settings=settings,
+                **options,
+                bounds=bounds if whole or labels is not None else {},
                 progress=bool(self.verbose),
             )
         assert isinstance(model, Density)
@@ -105,7 +109,7 @@ class _ResidualFlow(BaseEstimator):
             return grid, None
         check_density(x, names, grid)
         is_resolved = bool(np.all(x.std(axis=0) > UNRESOLVED * np.abs(x.mean(axis=0))))
-        ends = find_ends(x, grid) if is_resolved else {}
+        ends = find_ends(x, grid) if is_resolved and self.bounds is None else {}
         return grid, tuple(Bounds.of(*ends[i]) if i in ends else None for i in range(x.shape[1])) if ends else None
 
     def _checked(self, X: Any) -> np.ndarray:
@@ -131,6 +135,8 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         architecture: Stages of the flow; by default they depend on the number of samples.
         validation_fraction: Share of the samples that chooses the best step, in (0, 1).
         random_state: Seed. Fits with the same integer to data of one shape share their compiled programs.
+        bounds: Ends ``(low, high)`` of features by name or number, such as the range that counts may have in samples to score;
+            None looks for hard ends, see `iresnet_jax.fit`.
         settings: Other settings by name, such as ``{"optimizer.learning_rate": 1e-3}``, see `runs.config.Config`.
         verbose: Whether to write lines of progress to stderr.
 
@@ -144,6 +150,29 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         >>> flow = ResidualFlowDensity(minutes=1, random_state=0).fit(x)  # doctest: +SKIP
         >>> flow.score_samples(x_new)  # doctest: +SKIP
     """
+
+    def __init__(
+        self,
+        *,
+        steps: Any = None,
+        minutes: Any = None,
+        architecture: Any = None,
+        validation_fraction: Any = 0.1,
+        random_state: Any = None,
+        bounds: Any = None,
+        settings: Any = None,
+        verbose: Any = False,
+    ):
+        super().__init__(
+            steps=steps,
+            minutes=minutes,
+            architecture=architecture,
+            validation_fraction=validation_fraction,
+            random_state=random_state,
+            settings=settings,
+            verbose=verbose,
+        )
+        self.bounds = bounds
 
     def fit(self, X: Any, y: Any = None) -> ResidualFlowDensity:
         """Trains on samples ``X``; ``y`` is ignored.
@@ -193,8 +222,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
             ValueError: If ``n_samples`` is less than 1.
         """
         check_is_fitted(self)
-        if n_samples < 1:
-            raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+        n_samples = checked(Count, n_samples, "n_samples")
         key = jax.random.key(int(check_random_state(random_state).randint(2**31 - 1)))
         model, size = _core(self.model_), _batch_size(self.model_.spec.flow.num_dims)
         parts, failed = [], 0
@@ -215,7 +243,9 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         """Log-density of points, those of the cells of a grid included."""
         y, log_det = _forward(self.model_.spec.transform, x)
         seeds = _bits(x, 1)[:, 0].astype(np.uint32)
-        return _over_batches(_log_prob, _core(self.model_), y, seeds) + log_det
+        is_near = np.abs(y).max(axis=1) <= FARTHEST_DENSITY  # not for NaN, which values of 1e308 become here
+        log_prob = _over_batches(_log_prob, _core(self.model_), np.where(is_near[:, None], y, 0), seeds)
+        return np.where(is_near, log_prob + log_det, -np.inf)
 
 
 class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
@@ -288,6 +318,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
 # Preprocessing, in float64 --------------------------------------------------------------------------------------------
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _forward(transform: Any, x: np.ndarray) -> tuple[np.ndarray, Any]:
     """The preprocessed data and the log-determinants, the same for all of an affine map."""
     if isinstance(transform, Bounded):

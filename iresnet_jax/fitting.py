@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,23 +19,24 @@ from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.given import data_of
+from iresnet_jax.fit_arguments import checked_options, seed_of
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.history import History
 from iresnet_jax.models.priors import PRIORS
-from iresnet_jax.runs import trained_run
+from iresnet_jax.runs import run_folder, trained_run
 from iresnet_jax.runs.compiled_steps import CompiledSteps
-from iresnet_jax.runs.config import Config, parse
+from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.loop import batches, check_batch_size, train
-from iresnet_jax.runs.machine import keep_compiled_programs, prepare_backend
+from iresnet_jax.runs.machine import ignore_missing_tpu, keep_compiled_programs, prepare_backend, start_backend
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.model_from_config import data_on_the_line, model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
-from iresnet_jax.runs.signals import Stopped, StopRequests
+from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_interactive
 from iresnet_jax.training.constraint import certified_model
-from iresnet_jax.training.trainer import Best, Trainer
+from iresnet_jax.training.trainer import Best, Trainer, TrainingConfig
 
 DEFAULT_MINUTES = 3.0
 FEW, FEW_STEPS = 2000, 1000  # vectors that make a small model, and its updates
@@ -62,7 +64,7 @@ def fit(
     architecture: Sequence[StageSpec] | None = None,
     validation_fraction: float = 0.1,
     validation: Any = None,
-    bounds: Mapping[Any, Any] | None = None,
+    bounds: Any = None,
     settings: Mapping[str, Any] | None = None,
     workdir: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -76,7 +78,9 @@ def fit(
     2000 vectors is trained twice, with and without noise on the examples, which prevents overfitting, and validation chooses.
     Needs ``pip install 'iresnet_jax[train]'``.
 
-    Ctrl-C ends training, in a notebook too, and gives the best model so far.
+    In a notebook and at Python's prompt, Ctrl-C ends training and gives the best model so far; a second one raises
+    ``KeyboardInterrupt``. In a script the first one does. SIGTERM ends the process as without training. With ``workdir``, both
+    save the step first, and the same call resumes from it.
 
     Args:
         x: Vectors ``(n, d)``, images ``(n, h, w, c)``, or a pandas data frame of numbers, booleans and categories.
@@ -109,20 +113,23 @@ def fit(
         >>> model = fit(x, minutes=3)  # doctest: +SKIP
         >>> samples, info = model.sample(jax.random.key(1), 16)  # doctest: +SKIP
     """
+    ignore_missing_tpu()
+    start_backend()
     keep_compiled_programs()
+    chosen = {"objective": objective, "minutes": minutes, "steps": steps, "architecture": architecture}
+    options = checked_options(**chosen, validation_fraction=validation_fraction, settings=settings, workdir=workdir)
+    fraction, seed = options["validation_fraction"], seed_of(key)
     data = data_of(
         x,
         labels,
         context,
         validation=validation,
-        validation_fraction=validation_fraction,
+        validation_fraction=fraction,
         bounds=bounds,
         is_density=labels is None or objective == "density",
     )
-    config = choose_settings(
-        data, objective=objective, minutes=minutes, steps=steps, architecture=architecture, seed=seed_of(key)
-    )
-    config = with_settings(config, {"data.validation_fraction": validation_fraction, **(settings or {})})
+    config = choose_settings(data, **{name: options[name] for name in chosen}, seed=seed)
+    config = with_settings(config, {"data.validation_fraction": fraction, **options["settings"]})
     say = _Lines(data, config) if progress else lambda line: None
     for note in data.notes:
         say(note)
@@ -165,7 +172,7 @@ def _fit_in_memory(config: Config, data: DataSet, say: Say) -> tuple[Any, str]:
     spec = model_spec(config, data)
     objective = build_objective(config, data, spec)
     trainer = Trainer(objective, config.training, compile_step=_STEPS.compiler(config, spec), say=say)
-    with StopRequests("training ends after this step") as stop:
+    with StopRequests("training ends after this step", heard_in_memory()) as stop:
         trainer.run(batches(config, objective.examples, 0), lambda: stop.received is not None)
     best = trainer.best or Best(math.inf, trainer.step, trainer.state.ema, trainer.state.batch_stats)
     params, batch_stats = jax.device_put((best.ema, best.batch_stats))
@@ -175,13 +182,27 @@ def _fit_in_memory(config: Config, data: DataSet, say: Say) -> tuple[Any, str]:
 
 
 def _fit_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> tuple[Any, str]:
+    if (folder / run_folder.CONFIG_FILE).exists():
+        # The length first: other settings, such as the warm-up, follow from it.
+        ours, theirs = (_length(each.training) for each in (config, run_folder.read_config(folder)))
+        if ours != theirs:
+            raise ValueError(f"{folder} holds a fit with {theirs}, got {ours}: give the same, or another workdir")
     stopped = ""
     try:
         train(config, folder, data=data, say=say, steps=_STEPS)
     except Stopped as error:
+        if error.received == signal.SIGTERM:
+            signal.raise_signal(signal.SIGTERM)  # ends the process, unless its owner handles it
+        if error.received == signal.SIGTERM or not is_interactive():
+            raise
         stopped = str(error).split(":")[0]
     run = trained_run.load(folder)
     return run.model.with_(history=History.from_records(read_metrics(folder), run.step)), stopped
+
+
+def _length(settings: TrainingConfig) -> str:
+    """The argument of `fit` that says when training ends."""
+    return f"minutes={settings.minutes:g}" if settings.minutes else f"steps={settings.total_steps}"
 
 
 def choose_settings(
@@ -205,16 +226,8 @@ def choose_settings(
         seed: Seed of the run.
 
     Raises:
-        ValueError: If they contradict each other or the data.
+        ValueError: If they contradict the data.
     """
-    if minutes is not None and steps is not None:
-        raise ValueError(f"give minutes or steps, not both: got {minutes} and {steps}")
-    if minutes is not None and not minutes > 0:
-        raise ValueError(f"minutes must be positive, got {minutes}")
-    if objective == "inversion":
-        raise ValueError("fit has no objective inversion: train a reconstructor by train.py --config=configs/deblurring.py")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
     is_vectors = len(data.event_shape) == 1
     objective = objective or ("density" if data.num_classes is None else "hybrid" if is_vectors else "classification")
     num = len(data.examples["train"])
@@ -320,22 +333,9 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
         ValueError: If there is no such field, or it cannot hold the value.
     """
     plain = to_plain(config)
-    for path, value in settings.items():
-        *folders, name = path.split(".")
-        node = plain
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[name] = value
+    for name, value in settings.items():
+        plain = with_field(plain, name, lambda _, value=value: value)
     return parse(plain)
-
-
-def seed_of(key: Any) -> int:
-    """The seed of a run for a key; 0 without one."""
-    if key is None:
-        return 0
-    if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
-        raise ValueError(f"key must be one typed key such as jax.random.key(0), got {key.dtype} of shape {key.shape}")
-    return int(jax.random.bits(key))
 
 
 def _even(batch_size: int) -> int:

@@ -19,7 +19,8 @@ FOLDERS = (
     *("data", "runs", "evaluation", "report"),
 )
 # Files beside the folders: how files are written whole and dataclasses become JSON is for everyone, the others may import all.
-FOR_EVERYONE, EDGES = ("atomic_files", "checked_dataclasses"), ("__init__", "__main__", "commands", "estimators", "fitting")
+FOR_EVERYONE = ("atomic_files", "checked_dataclasses")
+EDGES = ("__init__", "__main__", "commands", "estimators", "fit_arguments", "fitting")
 HEAVY = {"absl", "optax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "flax", "ml_collections"}
 
 

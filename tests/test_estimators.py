@@ -1,6 +1,7 @@
 """The scikit-learn estimators: scikit-learn's own checks, and what users of pipelines and searches rely on."""
 
 import pickle
+import sys
 
 import jax
 import numpy as np
@@ -14,10 +15,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from iresnet_jax import estimators
 from iresnet_jax.bijections.transforms.standardize import Whiten
 from iresnet_jax.estimators import ResidualFlowClassifier, ResidualFlowDensity
 from iresnet_jax.fitting import fit
 from iresnet_jax.models.architecture import StageSpec
+from iresnet_jax.runs import signals
 
 SAME = 1e-12  # no program may see another shape, so only the host's float64 may differ
 ROUNDED = 1e-4  # float32 by another route
@@ -82,6 +85,14 @@ def test_a_density_of_correlated_data_beats_a_standard_normal_and_is_near_the_tr
     assert density.score(x) == pytest.approx(density.score_samples(x).mean())
 
 
+def test_what_is_as_far_as_float64_reaches_has_no_density(density):
+    x = correlated(3)[1]
+    x[1] = 1e308
+    scores = density.score_samples(x)
+    assert scores[1] == -np.inf
+    assert np.all(np.isfinite(scores[[0, 2]]))
+
+
 def test_the_model_is_the_one_that_scores(density):
     x = correlated(20, seed=1)[1]
     np.testing.assert_allclose(density.model_.log_prob(x.astype(np.float32)), density.score_samples(x), atol=10 * ROUNDED)
@@ -95,7 +106,7 @@ def test_samples_follow_the_density(density):
     assert not np.array_equal(density.sample(3), density.sample(3))
     np.testing.assert_allclose(x.mean(axis=0), true.mean, atol=0.4)
     np.testing.assert_allclose(np.cov(x.T), true.cov, atol=1.0)
-    with pytest.raises(ValueError, match="n_samples must be at least 1"):
+    with pytest.raises(ValueError, match="n_samples must lie in"):
         density.sample(0)
 
 
@@ -131,6 +142,9 @@ def test_features_with_hard_ends_keep_to_them_and_a_frame_names_what_has_no_dens
     assert np.isneginf(flow.score_samples(outside)).tolist() == [False, True]
     direct = flow.model_.log_prob(frame.to_numpy(np.float32)[:20])
     np.testing.assert_allclose(direct, flow.score_samples(frame[:20]), atol=10 * ROUNDED)
+    bounded = ResidualFlowDensity(**TINY, bounds={"share": (-1, 2)}).fit(frame)
+    assert np.isfinite(bounded.score_samples(outside)).all()
+    assert np.isneginf(bounded.score_samples(outside.assign(share=3.0))).all()
     for change, message in (
         ({"share": 1.0}, r"constant .* column 0 \('share'\)"),
         ({"share": np.sqrt(rng.integers(1, 9, 1500))}, r"no regular grid .* column 0 \('share'\)"),
@@ -208,6 +222,20 @@ def test_pipelines_searches_and_cross_validation(blobs):
     assert clone(search.best_estimator_).get_params() == search.best_estimator_.get_params()
 
 
+def test_an_interrupt_ends_a_search_in_a_notebook(blobs, monkeypatch):
+    fits = []
+
+    def interrupted(*_, **__):
+        fits.append(signals.heard_in_memory())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    monkeypatch.setattr(estimators, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cross_val_score(ResidualFlowDensity(**TINY), blobs[0], cv=3)
+    assert fits == [()]
+
+
 def test_fits_to_data_of_one_shape_compile_once(blobs, caplog):
     """With one seed; what changes from fold to fold, such as means, is no part of a program."""
     x, _ = blobs
@@ -216,9 +244,3 @@ def test_fits_to_data_of_one_shape_compile_once(blobs, caplog):
     with jax.log_compiles(), caplog.at_level("WARNING"):
         clone(estimator).fit(x[::-1] * 3 + 1).score_samples(x[:7])
     assert not [record.message for record in caplog.records if "Compiling" in record.message]
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0])
-def test_a_validation_fraction_out_of_range_is_refused(fraction):
-    with pytest.raises(ValueError, match=r"validation_fraction must lie in \(0, 1\)"):
-        ResidualFlowDensity(validation_fraction=fraction).fit(correlated(20)[1])

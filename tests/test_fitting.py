@@ -1,8 +1,10 @@
 """`fit`: the fifteen lines of the README, what it chooses, what it refuses, and that it is the code of ``train.py``."""
 
 import json
+import math
 import shutil
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -14,10 +16,12 @@ import iresnet_jax as ir
 from iresnet_jax import fitting
 from iresnet_jax.__main__ import main
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
-from iresnet_jax.fitting import choose_settings, seed_of
+from iresnet_jax.fit_arguments import seed_of
+from iresnet_jax.fitting import choose_settings
 from iresnet_jax.models.history import History
 from iresnet_jax.runs import run_folder
 from iresnet_jax.runs.loop import train
+from iresnet_jax.runs.signals import Stopped, StopRequests
 
 RNG = np.random.default_rng(0)
 TINY = (ir.StageSpec(num_blocks=2, hidden=(8,), activation="clipswish"),)
@@ -108,9 +112,12 @@ def test_it_is_the_code_of_training(fitted, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_other_data_in_the_same_folder_are_refused(fitted):
+def test_another_call_in_the_same_folder_is_refused(fitted):
     with pytest.raises(ValueError, match="other data"):
         ir.fit(BANANA + 1, key=jax.random.key(0), workdir=fitted[1], **QUICK)
+    for length in ({"steps": 60}, {"steps": None, "minutes": 2}):
+        with pytest.raises(ValueError, match=r"holds a fit with steps=12, got (steps=60|minutes=2)"):
+            ir.fit(BANANA, key=jax.random.key(0), workdir=fitted[1], **QUICK | length)
 
 
 @pytest.fixture
@@ -153,7 +160,12 @@ def test_an_array_in_a_file_is_recognised(workdir, tmp_path, capsys):
     assert "the model takes examples of shape (2,)" in evaluate("wide.npy", status=2)
 
 
-def test_an_interrupt_gives_the_best_model_so_far(capfd):
+@pytest.mark.parametrize("somebody_sits_there", [True, False])
+def test_an_interrupt_gives_the_best_model_so_far_in_a_notebook_and_ends_a_script(somebody_sits_there, capfd, monkeypatch):
+    monkeypatch.setattr(StopRequests, "_noted_at", -math.inf)
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    if not somebody_sits_there:
+        monkeypatch.delattr(sys, "ps1")
     stop = threading.Event()
 
     def interrupt(line):
@@ -166,14 +178,39 @@ def test_an_interrupt_gives_the_best_model_so_far(capfd):
             super().__call__(line)
             interrupt(line)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "_Lines", Interrupting)
-        model = ir.fit(BANANA, **QUICK | {"steps": 10_000, "progress": True}, settings={"training.eval_every_steps": 4})
+    monkeypatch.setattr(fitting, "_Lines", Interrupting)
+    options = QUICK | {"steps": 10_000, "progress": True, "settings": {"training.eval_every_steps": 4}}
+    if not somebody_sits_there:
+        with pytest.raises(KeyboardInterrupt):
+            ir.fit(BANANA, **options)
+        return
+    model = ir.fit(BANANA, **options)
     assert model.certificate().certified
     said = capfd.readouterr().err
     assert "the best model so far" in said
     assert "of 10000" in said
     assert "saving" not in said  # nothing is
+
+
+def test_a_signal_ends_a_fit_on_disk_and_its_process(fitted, monkeypatch):
+    received = []
+
+    def stopped_by(number):
+        def train(*_, **__):
+            raise Stopped("stopped: the same command goes on from it", number)
+
+        return train
+
+    monkeypatch.delattr(sys, "ps1", raising=False)
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            monkeypatch.setattr(fitting, "train", stopped_by(number))
+            with pytest.raises(Stopped):
+                ir.fit(BANANA, workdir=fitted[1], **QUICK)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]
 
 
 def test_a_context_makes_a_conditional_density():
@@ -218,30 +255,6 @@ def test_settings_follow_the_array():
     assert (large.model.prior, wide.model.prior, heavy.model.prior) == ("gaussian", "gaussian", "logistic")
     assert [stage.squeeze for stage in images.model.stages] == [2, 2]
     assert images.training.batch_size <= 45
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"minutes": 1, "steps": 5}, "not both"),
-        ({"minutes": 0}, "minutes must be positive"),
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"objective": "regression"}, "config.objective"),
-        ({"objective": "classification"}, "labelled"),
-        (
-            {"labels": np.arange(400) % 2, "context": BANANA, "objective": "classification"},
-            "classification takes no contexts",
-        ),
-        ({"labels": np.arange(400) % 2, "context": BANANA}, "hybrid takes no contexts"),
-        ({"settings": {"optimizer.lerning_rate": 1}}, "learning_rate"),
-        ({"validation_fraction": 0.999}, "too few"),
-        ({"key": jax.random.split(jax.random.key(0))}, "one typed key"),
-        ({"labels": np.zeros(3, int)}, "labels must be 400"),
-    ],
-)
-def test_contradictions_are_refused_before_anything_is_compiled(options, message):
-    with pytest.raises(ValueError, match=message):
-        ir.fit(BANANA, **options)
 
 
 def test_a_key_is_a_seed():
@@ -306,11 +319,3 @@ def test_validation_examples_bring_their_labels_and_contexts(data_of):
     context = X[:, :1] ** 2
     data = data_of(X[:64], context=context[:64], validation=(X[64:], None, context[64:]))
     np.testing.assert_array_equal(data.contexts["validation"], context[64:])
-
-
-@pytest.mark.parametrize(
-    ("validation", "message"), [(X[64:, :1], "examples of one shape"), ((X[64:], np.zeros(32, int)), "need labels")]
-)
-def test_validation_examples_that_do_not_fit_are_refused(validation, message):
-    with pytest.raises(ValueError, match=message):
-        ir.fit(X[:64], validation=validation, steps=1, progress=False)

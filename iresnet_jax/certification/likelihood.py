@@ -39,6 +39,7 @@ from iresnet_jax.maths import activations
 from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log
 from iresnet_jax.maths.enclosures.double_double import UNIT, DoubleDouble
 from iresnet_jax.maths.enclosures.upward_rounding import UP
+from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.maths.logdet import verified
 from iresnet_jax.models import priors
 from iresnet_jax.models.classifier import Classifier
@@ -102,7 +103,7 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
     check(model, x, context=context, most_dims=MOST_DIMS)
     _check_smooth(model)
     spec, given = model.spec, np.asarray(model.numbers(x))
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(0) if key is None else typed_key(key)
     key_noise = jax.random.split(key)[0] if key.ndim == 0 else jax.vmap(jax.random.split)(key)[:, 0]
     noisy = np.asarray(model.dequantize(x, key_noise))
     u = given if spec.num_levels is None and spec.grid is None else noisy

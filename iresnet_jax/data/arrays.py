@@ -15,6 +15,7 @@ from iresnet_jax.data.splits import fraction_masks, validation_mask
 from iresnet_jax.data.tables import FAINT, Table, find_grid
 
 FITTED_ARRAY = "the array"  # name of the data that `iresnet_jax.fit` is given, which no name loads
+SPARSEST = 10  # classes for each that has examples, above which labels are taken for codes and not for numbers of classes
 
 
 class Arrays(NamedTuple):
@@ -79,6 +80,7 @@ def from_arrays(
         others = [part.x for split, part in parts.items() if split != "train"]
         seen, held_out = parts["train"].x, np.concatenate(others) if others else None
     train = parts["train"]
+    classes = None if train.labels is None else _num_classes([part.labels for part in parts.values()])
     levels, grid = None, None
     if np.issubdtype(train.x.dtype, np.integer):
         largest = max(int(part.x.max()) for part in parts.values() if len(part.x))
@@ -90,11 +92,10 @@ def from_arrays(
         grid = find_grid(train.x, column_names)
     else:
         check_channels(train.x)
-    classes = None if train.labels is None else int(max(part.labels.max(initial=0) for part in parts.values())) + 1  # pyright: ignore
     data = DataSet.from_arrays(
         name,
         {split: part.x for split, part in parts.items()},
-        {split: part.labels for split, part in parts.items() if part.labels is not None},
+        {split: part.labels.astype(np.int32) for split, part in parts.items() if part.labels is not None},
         contexts={split: part.context for split, part in parts.items() if part.context is not None},
         num_levels=levels,
         num_classes=classes,
@@ -128,7 +129,8 @@ def _checked(arrays: Arrays) -> Arrays:
     """The arrays in the types that training takes."""
     x = np.asarray(arrays.x)
     if x.ndim not in (2, 4) or not len(x) or not np.prod(x.shape[1:]):
-        hint = {1: ": make a column of them with x[:, None]", 3: ": add a channel axis with x[..., None]"}.get(x.ndim, "")
+        hints = {1: ": numbers are vectors of length 1 as x[:, None]", 3: ": add a channel axis with x[..., None]"}
+        hint = hints.get(x.ndim, "")
         raise ValueError(f"data must be vectors (n, d) or images (n, h, w, c), got shape {x.shape}{hint}")
     if x.ndim == 4 and x.dtype.kind in "biu":
         if x.min() < 0 or x.max() > 255:
@@ -143,13 +145,27 @@ def _checked(arrays: Arrays) -> Arrays:
                 f"labels must be {len(x)} integers from 0 on, one per example, got {labels.dtype} of shape {labels.shape}: "
                 "number the classes with np.unique(labels, return_inverse=True)[1]"
             )
-        labels = labels.astype(np.int32)
     if context is not None:
         context = context[:, None] if context.ndim == 1 else context
         if context.ndim != 2 or len(context) != len(x) or not context.shape[1]:
             raise ValueError(f"context must hold a vector for each of {len(x)} examples, got shape {context.shape}")
         context = _finite_floats(context, "the context")
     return Arrays(x, labels, context)
+
+
+def _num_classes(labels: Sequence[Any]) -> int:
+    """The number of classes of all splits, one more than the largest label.
+
+    Raises:
+        ValueError: If few of them have examples.
+    """
+    present = np.unique(np.concatenate(labels))
+    if present[-1] >= SPARSEST * len(present):
+        raise ValueError(
+            f"labels must number the classes from 0 on, got {present[-1]} as the largest of {len(present)} different labels: "
+            "number the classes with np.unique(labels, return_inverse=True)[1]"
+        )
+    return int(present[-1]) + 1
 
 
 def _finite_floats(array: np.ndarray, what: str) -> np.ndarray:

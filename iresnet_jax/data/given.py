@@ -1,8 +1,8 @@
 """What a user gives `iresnet_jax.fit`: arrays, data frames, or a tuple of them to validate with, as a data set."""
 
-from collections.abc import Mapping
 from typing import Any
 
+import jax.core
 import numpy as np
 
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
@@ -18,7 +18,7 @@ def data_of(
     *,
     validation: Any = None,
     validation_fraction: float = 0.1,
-    bounds: Mapping[Any, Any] | None = None,
+    bounds: Any = None,
     is_density: bool = True,
 ) -> DataSet:
     """The data set of what was given.
@@ -44,6 +44,8 @@ def data_of(
     splits: Arrays | dict[str, Arrays] = arrays
     if validation is not None:
         held_out = validation if isinstance(validation, tuple) else (validation,)
+        if not 1 <= len(held_out) <= 3:
+            raise ValueError(f"validation must be like x, or a tuple (x, labels, context), got {len(held_out)} entries")
         splits = {"train": arrays, "validation": _arrays(columns, *held_out)}
     names = [column.name for column in columns or ()]
     data = from_arrays(FITTED_ARRAY, splits, fractions=(validation_fraction, 0.0), column_names=names, table=table)
@@ -52,11 +54,20 @@ def data_of(
 
 def _arrays(columns: tuple[Column, ...] | None, x: Any, labels: Any = None, context: Any = None) -> Arrays:
     numbers = x if columns is None or not isinstance(x, Frame) else numbers_of(x, columns)
-    given = zip(("x", "labels", "context"), (numbers, labels, context), strict=True)
-    return Arrays(*(None if array is None else _unmasked(array, name) for name, array in given))  # pyright: ignore
+    others = (None if given is None else _as_array(given, name) for given, name in ((labels, "labels"), (context, "context")))
+    return Arrays(_as_array(numbers, "x"), *others)
 
 
-def _unmasked(array: Any, name: str) -> np.ndarray:
-    if np.ma.is_masked(array):
-        raise ValueError(f"{name} has {np.ma.count_masked(array)} masked values: fill them in or drop their rows")
-    return np.asarray(array)
+def _as_array(given: Any, name: str) -> np.ndarray:
+    """What was given as an array; ``ValueError`` if it is none, has masked values, or is not known yet, under ``jax.jit``."""
+    if isinstance(given, jax.core.Tracer):
+        raise ValueError(f"{name} must be an array of numbers that are known: call fit outside of jax.jit")
+    if np.ma.is_masked(given):
+        raise ValueError(f"{name} has {np.ma.count_masked(given)} masked values: fill them in or drop their rows")
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of numbers: {error}") from None
+    if array.ndim == 0:
+        raise ValueError(f"{name} must be an array of numbers, got a {type(given).__name__}")
+    return array

@@ -73,7 +73,7 @@ def draw(
     Args:
         num: Samples, at least 1.
         temperature: Factor on the prior's scale, at least 0; 1 samples the model.
-        seed: Seed of the latents, at least 0.
+        seed: Seed of the latents, in [0, 2^32).
         labels: Class of each sample, of a model whose classes have priors; the model draws them by default.
         contexts: Context of each sample, of a conditional density; fewer than samples are taken again and again.
         num_certified: Samples that are certified by `certify.inverse`, from the first; 0 says that one takes too long, None
@@ -88,8 +88,8 @@ def draw(
     """
     if num < 1:
         raise ValueError(f"the number of samples must be at least 1, got {num}")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 4294967296), as JAX would cut off further bits, got {seed}")
     at_once = min(num, batch_size)
     key, num_batches = jax.random.key(seed), -(-num // at_once)
     batches = [None] * num_batches if labels is None else _label_batches(model, labels, num, at_once)

@@ -33,7 +33,9 @@ from iresnet_jax.bijections.transforms.dequantize import Grid, check_levels, deq
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.checked_dataclasses import Count, checked
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
+from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
@@ -217,7 +219,7 @@ class Density(Model):
             key: Source of noise and probes, one key or one per example; None draws both from a fixed key.
             context: Contexts of a conditional model: the result is ``log p(x | context)``.
         """
-        key = jax.random.key(0) if key is None else key
+        key = jax.random.key(0) if key is None else typed_key(key)
         split = jax.random.split(key) if key.ndim == 0 else jnp.moveaxis(jax.vmap(jax.random.split)(key), 0, 1)
         return self.terms(x, split[0], split[1], context=context).log_prob
 
@@ -330,8 +332,9 @@ class Density(Model):
         self, key: Key[Array, ""], num: int, *, temperature: float = 1.0, labels: Shaped[Array, " m"] | None = None
     ) -> Float[Array, "n d"]:
         """Latents from the prior; arguments and errors are those of `sample`."""
-        if num < 1:
-            raise ValueError(f"the number of samples must be at least 1, got {num}")
+        num, key = checked(Count, num, "num"), typed_key(key)
+        if key.shape:
+            raise ValueError(f"key must be a single key, got keys of shape {key.shape}")
         if self.spec.num_classes is None:
             if labels is not None:
                 self.check_classes()

@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.atomic_files import replacing
+from iresnet_jax.runs.run_folder import fingerprint
 from iresnet_jax.training.optimizers import STACKED
 
 KEPT = 2  # of the newest checkpoints, beside the best one: one is left to fall back to
-_METRIC = "(metric)"  # no array of a state is called that
+_METRIC, _RUN = "(metric)", "(run)"  # no array of a state is called that
 
 
 class Checkpoints:
@@ -70,6 +71,8 @@ class Checkpoints:
             ValueError: If two arrays of the state have one name.
         """
         named = to_named(state) | {_METRIC: np.array(math.nan if metric is None else float(metric))}
+        if (run := fingerprint(self._folder.parent)) is not None:
+            named[_RUN] = np.array(run)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for leftover in self._folder.glob("*.incoming"):  # of killed processes
@@ -113,7 +116,8 @@ class Checkpoints:
         """Restores the first of ``steps`` that can be read."""
         for step, fallback in itertools.zip_longest(steps, steps[1:]):
             try:
-                named = load_named(self.path(step))
+                named = _read(self.path(step))
+                named.pop(_METRIC)
             except Exception as error:  # Damage shows as whatever zipfile or NumPy trips over.
                 if fallback is None:
                     raise RuntimeError(
@@ -125,8 +129,18 @@ class Checkpoints:
                     stacklevel=3,
                 )
             else:
+                self._check_run(step, named.pop(_RUN, None))
                 return from_named(named, target), step
         return None
+
+    def _check_run(self, step: int, run: np.ndarray | None) -> None:
+        """Raises ``ValueError`` if a checkpoint is not of the run whose settings and model are in the folder."""
+        expected = fingerprint(self._folder.parent)
+        if run is not None and expected is not None and str(run) != expected:
+            raise ValueError(
+                f"{self.path(step)} is of another run than config.json and model.json in {self._folder.parent}, or one of "
+                "these files was changed after training began: put back what was there"
+            )
 
     def _steps(self) -> list[int]:
         """Lists the steps of complete checkpoints, newest first; unfinished ones have other names."""
@@ -155,8 +169,7 @@ def load_named(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         >>> named["params/stage0/block03/conv1/kernel"].shape  # doctest: +SKIP
     """
     named = _read(Path(path))
-    del named[_METRIC]
-    return named
+    return {name: array for name, array in named.items() if name not in (_METRIC, _RUN)}
 
 
 def _write(path: Path, named: dict[str, np.ndarray]) -> None:
@@ -186,8 +199,9 @@ def _read(path: Path, only: str | None = None) -> dict[str, np.ndarray]:
 
 def _reason(error: Exception) -> str:
     """Shortens an error to a phrase: the system's own words where it has some."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
 

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import difflib
 import inspect
 import logging
 import re
@@ -15,10 +16,11 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 from iresnet_jax.checked_dataclasses import to_plain
-from iresnet_jax.runs.config import Config, parse
+from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.signals import Stopped
 
 DEFAULT_CONFIG = "configs/digits_density.py"
+CLOSE = 0.8  # likeness of a misspelt option and the right one
 MISTAKE = 2  # exit status
 _LONGEST = 600  # characters of a message; compilers append whole programs to theirs
 
@@ -26,8 +28,19 @@ _LONGEST = 600  # characters of a message; compilers append whole programs to th
 class Parser(argparse.ArgumentParser):
     """A parser of command lines that raises ``ValueError`` with a sentence instead of printing its usage."""
 
+    _given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Keeps what is parsed, to name a misspelt option where its right name is missing."""
+        self._given = [*(args or ())]
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Says what was wrong and where to look."""
+        known = self._option_string_actions
+        for flag in (argument.partition("=")[0] for argument in self._given if argument.startswith("--")):
+            if flag not in known and (close := difflib.get_close_matches(flag, known, n=1, cutoff=CLOSE)):
+                message = f"unrecognized argument {flag}: did you mean {close[0]!r}?"
         raise ValueError(f"{message}; see {self.prog} --help")
 
 
@@ -105,8 +118,9 @@ def read_config(file: str, overrides: Iterable[str] = ()) -> Config:
     settings = _settings_of(Path(name), variant)
     for override in overrides:
         path, has_value, text = override.lstrip("-").partition("=")
-        root, *keys = re.findall(r"[^.\[\]]+", path)
-        settings = _changed(settings, keys, text if has_value else str(root == "config"), "config")
+        root, _, name = path.partition(".")
+        text = text if has_value else str(root == "config")
+        settings = with_field(settings, name, lambda old, text=text: _read(text, type(old)))
     return parse(settings)
 
 
@@ -126,27 +140,6 @@ def _settings_of(path: Path, variant: str) -> dict[str, Any]:
     if not isinstance(config, ConfigDict):
         raise ValueError(f"get_config() of {path} must return a ConfigDict, got {config!r}")
     return to_plain(config)
-
-
-def _changed(value: Any, keys: Sequence[str], text: str, path: str) -> Any:
-    """Plain data with another value under some keys; whether these exist, and may have it, `parse` says.
-
-    Args:
-        keys: What leads to the value, such as ``["model", "stages", "0", "hidden"]``.
-        text: The value.
-        path: What messages call the data.
-    """
-    if not keys:
-        return _read(text, type(value))
-    key, *rest = keys
-    if isinstance(value, dict):
-        return value | {key: _changed(value.get(key, {} if rest else ()), rest, text, f"{path}.{key}")}
-    if not isinstance(value, list):
-        raise ValueError(f"{path} has no fields: it is {value!r}")
-    if not (key.isdecimal() and int(key) < len(value)):
-        raise ValueError(f"{path} has no entry {key}: it has {len(value)}")
-    changed = _changed(value[int(key)], rest, text, f"{path}[{key}]")
-    return [changed if index == int(key) else entry for index, entry in enumerate(value)]
 
 
 def _read(text: str, kind: type) -> Any:

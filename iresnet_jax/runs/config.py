@@ -5,7 +5,8 @@ A file in ``configs/`` starts from `default_config`, a dictionary of these field
 """
 
 import dataclasses
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -250,6 +251,34 @@ def _check_combinations(config: Config) -> None:
     for is_wrong, sentence in contradictions:
         if is_wrong:
             raise ValueError(sentence)
+
+
+def with_field(plain: dict[str, Any], name: str, change: Callable[[Any], Any]) -> dict[str, Any]:
+    """The plain data of a config with another value of one field; whether the field exists, and may have it, `parse` says.
+
+    Args:
+        plain: Plain data.
+        name: Name of the field, such as ``model.stages[0].hidden``.
+        change: ``old value -> new value``; the old one is ``()`` if there is none.
+
+    Raises:
+        ValueError: If the name reaches into a value that has no fields.
+    """
+
+    def changed(value: Any, keys: list[str], path: str) -> Any:
+        if not keys:
+            return change(value)
+        key, *rest = keys
+        if isinstance(value, dict):
+            return value | {key: changed(value.get(key, {} if rest else ()), rest, f"{path}.{key}")}
+        if not isinstance(value, list):
+            raise ValueError(f"{path} has no fields: it is {value!r}")
+        if not (key.isdecimal() and int(key) < len(value)):
+            raise ValueError(f"{path} has no entry {key}: it has {len(value)}")
+        entry = changed(value[int(key)], rest, f"{path}[{key}]")
+        return [entry if index == int(key) else old for index, old in enumerate(value)]
+
+    return changed(plain, re.findall(r"[^.\[\]]+", name), "config")
 
 
 def check_name(name: str, known: Iterable[str]) -> None:

@@ -27,7 +27,9 @@ import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 
+from iresnet_jax.checked_dataclasses import first_difference
 from iresnet_jax.runs import signals
+from iresnet_jax.runs.meeting import meet
 from iresnet_jax.training import parallel
 from iresnet_jax.training.parallel import AXIS
 
@@ -64,6 +66,10 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
     is_given = any(value is not None for value in (coordinator_address, num_processes, process_id))
     # JAX's own handler of SIGTERM is native and would silence `signals`, which hears Ctrl-C and SIGTERM alike.
     jax.config.update("jax_enable_preemption_service", val=False)
+    if coordinator_address is not None and num_processes is not None and process_id is not None:
+        if not 0 <= process_id < num_processes:
+            raise ValueError(f"--process_id must lie in [0, {num_processes}), the --num_processes, got {process_id}")
+        meet(coordinator_address, num_processes, process_id, INITIALIZATION_S)
     try:
         jax.distributed.initialize(
             coordinator_address,
@@ -138,19 +144,19 @@ def broadcast(tree: Any) -> Any:
     return jax.tree.map(lambda leaf, sent: np.array(sent).view(leaf.dtype).reshape(leaf.shape), arrays, received)
 
 
-def agree_on(name: str, value: str) -> None:
-    """Raises a ValueError, in all processes, if a text that all must have alike differs between them.
+def agree_on(name: str, value: Any) -> None:
+    """Raises a ValueError, in all processes, if JSON data that all must have alike differ between them.
 
     Args:
-        name: What it is, for the message.
-        value: The text in this process.
+        name: What they are, for the message.
+        value: The data in this process.
     """
     if jax.process_count() == 1:
         return
-    first, *others = _of_all(value)
+    first, *others = map(json.loads, _of_all(json.dumps(value)))
     for process, other in enumerate(others, start=1):
-        if other != first:
-            raise ValueError(f"process {process} has another {name} than process 0: {other[:80]} instead of {first[:80]}")
+        if difference := first_difference(other, first, name, (f"in process {process}", "in process 0")):
+            raise ValueError(f"all processes need one {name}: {difference}")
 
 
 def _of_all(text: str) -> list[str]:

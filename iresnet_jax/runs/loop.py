@@ -9,7 +9,6 @@ most the steps of that time and ``log_every_steps`` more, with several processes
 
 import contextlib
 import itertools
-import json
 import logging
 import os
 import time
@@ -96,8 +95,8 @@ def check_batch_size(settings: TrainingConfig, data: DataSet) -> None:
 
 def _check_alike(config: Config, data: DataSet) -> None:
     """Raises ``ValueError`` if processes have different settings or data, or a time limit, which needs a single process."""
-    hosts.agree_on("config", json.dumps(to_plain(config)))
-    hosts.agree_on("data set", f"{data.name} of fingerprint {data.fingerprint}")
+    hosts.agree_on("config", to_plain(config))
+    hosts.agree_on("data set", {"name": data.name, "fingerprint": data.fingerprint})
     if config.training.minutes and parallel.num_processes() > 1:
         raise ValueError(
             f"config.training.minutes must be 0 with {parallel.num_processes()} processes, whose clocks differ, got "
@@ -198,6 +197,7 @@ class _TrainerOnDisk(Trainer):
     def store(self, loss: float | None) -> None:
         """Writes a checkpoint."""
         if hosts.is_first():
+            run_folder.check_is_there(self._workdir)
             self._checkpoints.save(self.step, self.state, metric=loss)
         self._saved_at = time.monotonic()
         # With several processes a signal always waits for the step after which all stop.

@@ -25,7 +25,45 @@ LEAST_EXAMPLES = 8  # of each device; smaller shares are computed less efficient
 MOST_BYTES = 2**30  # of all programs on disk when a process starts; those that were not used for longest are removed
 LEAST_S = 0.03  # time of compilation below which a program is not kept, as looking for one takes time, too
 
+PCI, GOOGLE = Path("/sys/bus/pci/devices"), "0x1ae0"  # where Linux lists devices, and the vendor of TPUs
+TPU_VARIABLES = ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES")
+
 _settings: Any = jax.config  # whose fields type checkers cannot see
+
+
+def ignore_missing_tpu() -> bool:
+    """Keeps JAX from starting libtpu where it is installed, as for ``plan``, but no TPU is there.
+
+    Looking for one writes alarming lines, and holds the lock of its compiler, which serves one process at a time. Call this
+    before JAX touches a device.
+
+    Returns:
+        Whether JAX was told to use CPUs.
+    """
+    is_chosen = bool(_settings.jax_platforms) or any(name in os.environ for name in TPU_VARIABLES)
+    if is_chosen or entry_points(group="jax_plugins") or find_spec("jax_plugins") or not find_spec("libtpu"):
+        return False
+    vendors = {path.read_text().strip() for path in PCI.glob("*/vendor")}
+    if not vendors or GOOGLE in vendors or any(Path("/dev").glob("accel*")):
+        return False
+    jax.config.update("jax_platforms", "cpu")
+    return True
+
+
+def start_backend() -> None:
+    """Starts JAX on its devices.
+
+    Raises:
+        RuntimeError: If it finds none of the platform that it was told to use.
+    """
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:  # JAX asserts that there is a backend, if CUDA's is not installed
+        reason = f" ({' '.join(str(error).split())[:200]})" if str(error) else ""
+        raise RuntimeError(
+            f"JAX was told to use {_settings.jax_platforms!r} and finds no such device{reason}: unset JAX_PLATFORMS to use "
+            "what there is, or install JAX's plugin for it"
+        ) from None
 
 
 def compile_quickly() -> tuple[str, ...]:
@@ -94,7 +132,9 @@ def prepare_backend(matmul_precision: str) -> None:
 
     Raises:
         ValueError: If JAX makes float64 of everything, in which runs are neither trained nor read.
+        RuntimeError: If JAX cannot start, see `start_backend`.
     """
+    start_backend()
     if jnp.result_type(float) == jnp.float64:
         raise ValueError("runs are trained and read in float32: unset JAX_ENABLE_X64, or call this outside of jax.enable_x64")
     if jax.default_backend() != "cpu":

@@ -6,6 +6,7 @@ the data they came from. A resume reads the model from there and computes nothin
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,6 +78,25 @@ def model_of_run(workdir: Path, data: DataSet) -> Spec | None:
             f"{fingerprint[:12]} when training began; bring those data back, or choose another --workdir"
         )
     return spec
+
+
+def fingerprint(workdir: Path) -> str | None:
+    """Of the settings and the model that a run began with, by which its checkpoints know it; None without these files.
+
+    Settings of evaluation do not count, which nothing in a checkpoint depends on.
+    """
+    try:
+        config, model = (json.loads((workdir / name).read_text(encoding="utf-8")) for name in (CONFIG_FILE, MODEL_FILE))
+        known = {name: value for name, value in config.items() if name != "evaluation"}
+    except (OSError, ValueError, AttributeError):  # `read_config` and `read_model` say what is wrong
+        return None
+    return hashlib.sha256(json.dumps([known, model], sort_keys=True).encode()).hexdigest()
+
+
+def check_is_there(workdir: Path) -> None:
+    """Raises ``RuntimeError`` if the folder of a run that trains was removed or is another one now."""
+    if not (workdir / CONFIG_FILE).exists():
+        raise RuntimeError(f"{workdir} was removed while its run trained, which cannot go on from there: train again")
 
 
 def claim(workdir: Path, config: Config, spec: Spec, data: DataSet) -> None:

@@ -107,7 +107,7 @@ class Trainer:
         self.records: list[dict[str, Any]] = []
         self.best: Best | None = None
         self._use_terms(objective.num_terms)
-        with _meanwhile(lambda: _compile_ahead(self._compiled_step, objective, settings.batch_size)):
+        with _meanwhile(lambda: _compile_ahead(self._compiled_step, objective, settings.batch_size), say):
             self.state, self.step, self._losses = self.restored(objective.initial_state())
             parallel.check_equal_on_all_devices(self.state)
         if int(self.state.num_terms) != objective.num_terms:
@@ -293,12 +293,17 @@ def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_ste
 
 
 @contextlib.contextmanager
-def _meanwhile(function: Callable[[], None]) -> Iterator[None]:
+def _meanwhile(function: Callable[[], None], say: Callable[[str], None]) -> Iterator[None]:
     """Runs a function in a thread of its own beside the body of ``with``, and raises what it raises."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         done = pool.submit(function)
-        yield
-        done.result()
+        try:
+            yield
+            done.result()
+        except KeyboardInterrupt:
+            if not done.done():
+                say("ending with the compilation of the training step, which cannot be interrupted")
+            raise
 
 
 def _compile_ahead(step: CompiledStep, objective: Objective, batch_size: int) -> None:

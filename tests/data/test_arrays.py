@@ -71,7 +71,7 @@ def beside(column):
         (Arrays(1e-42 * RNG.random((40, 4, 4, 1))), "so small to 0: scale channel 0"),
         (Arrays(np.where(np.arange(600).reshape(200, 3) == 7, np.nan, VECTORS)), "row 2, column 1"),
         (Arrays(np.where(np.arange(600).reshape(200, 3) == 7, np.inf, VECTORS)), "infinite"),
-        (Arrays(VECTORS[:, 0]), r"got shape \(200,\): make a column of them"),
+        (Arrays(VECTORS[:, 0]), r"got shape \(200,\)"),
         (Arrays(RNG.random((20, 4, 4))), "add a channel axis"),
         (Arrays(np.array([["a", "b"], ["c", "d"]])), "must be numbers"),
         (Arrays(100 * IMAGES), "levels 0 to 255"),

@@ -71,7 +71,7 @@ def test_failed_inverses_are_counted_and_named():
     ("spec", "options", "message"),
     [
         (kept.POINTS, {"num": 0}, "at least 1, got 0"),
-        (kept.POINTS, {"seed": -1}, "not be negative, got -1"),
+        (kept.POINTS, {"seed": -1}, r"seed must lie in .* got -1"),
         (kept.POINTS, {"temperature": -0.5}, "temperature at least 0"),
         (kept.POINTS, {"labels": [0] * 4}, "one prior for all"),
         (kept.HYBRID, {"labels": [0]}, "a label for each of 4 samples, got 1"),

@@ -149,7 +149,7 @@ def test_without_a_key_noise_and_probes_are_fixed():
         (lambda m: m.continuous.encode(X), r"takes floats of shape \(batch, 4, 4, 1\), got uint8"),
         (lambda m: m.class_log_probs(X), "one prior for all"),
         (lambda m: m.sample(jax.random.key(0), 2, labels=jnp.array([0, 1])), "one prior for all"),
-        (lambda m: m.sample(jax.random.key(0), 0), "the number of samples must be at least 1, got 0"),
+        (lambda m: m.sample(jax.random.key(0), 0), "num must lie in"),
         (lambda m: m.sample(jax.random.key(0), 1, temperature=-1.0), "temperature at least 0"),
     ],
 )

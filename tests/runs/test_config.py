@@ -182,5 +182,5 @@ def test_a_workdir_holds_the_config_that_was_trained_and_refuses_another(config_
     assert json.loads(written) == {"format": 1, **to_plain(runs.config_of(runs.TOY_CONFIG))}
     override = "--config.optimizer.learning_rate=0.5"
     line = answer(f"--config={config_files['toy']}", f"--workdir={workdir}", override, workdir=workdir)
-    assert "config.optimizer.learning_rate is 0.5 now and was 0.001" in line
+    assert "config.optimizer.learning_rate is 0.5 now and 0.001 before" in line
     assert (workdir / "config.json").read_text() == written

@@ -161,13 +161,18 @@ def test_a_process_that_fails_alone_says_why_and_ends_the_other(tmp_path):
     assert other in ENDS_OF_THE_LOST
 
 
-@pytest.mark.parametrize(("name", "place"), [("config", 0), ("data set", 1)])
-def test_what_processes_must_have_alike_is_compared(monkeypatch, tmp_path, name, place):
+@pytest.mark.parametrize(
+    ("ours", "theirs", "difference"),
+    [
+        ('"seed": 0', '"seed": 7', "all processes need one config: config.seed is 7 in process 1 and 0 in process 0"),
+        ('"fingerprint": "', '"fingerprint": "no', "all processes need one data set: data set.fingerprint is "),
+    ],
+)
+def test_what_processes_must_have_alike_is_compared(monkeypatch, tmp_path, ours, theirs, difference):
     """With the texts that another process would have sent."""
-    others = iter([place != 0, place != 1])
     monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(hosts, "_of_all", lambda own: [own, own if next(others) else "another"])
-    with pytest.raises(ValueError, match=f"process 1 has another {name} than process 0: another instead of "):
+    monkeypatch.setattr(hosts, "_of_all", lambda own: [own, own.replace(ours, theirs)])
+    with pytest.raises(ValueError, match=difference):
         loop.train(runs.config_of(runs.CONFIGS["toy"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -182,16 +187,17 @@ def test_minutes_are_for_one_process(monkeypatch, tmp_path):
 def test_missing_and_wrong_arguments_are_refused(monkeypatch):
     asked = []
     monkeypatch.setattr(hosts.jax.distributed, "initialize", functools.partial(refused, asked))
-    for arguments in (("localhost:1",), ("localhost:1", 2, 2)):
-        with pytest.raises(ValueError, match="several processes need --coordinator_address, --num_processes and --process_id"):
-            hosts.initialize(*arguments)
+    with pytest.raises(ValueError, match="several processes need --coordinator_address, --num_processes and --process_id"):
+        hosts.initialize("localhost:1")
+    with pytest.raises(ValueError, match=r"--process_id must lie in \[0, 2\)"):
+        hosts.initialize("localhost:1", 2, 2)
     hosts.initialize()
     monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)  # which a plan for TPUs sets
     for name, value in SINGLE:
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             hosts.initialize()
-    assert asked == [None] * 3 + ["deactivate"] * len(SINGLE)
+    assert asked == [None] * 2 + ["deactivate"] * len(SINGLE)
 
 
 SINGLE = [("SLURM_NTASKS", "1"), ("OMPI_COMM_WORLD_SIZE", "1"), ("KUBERNETES_SERVICE_HOST", "10.0.0.1")]

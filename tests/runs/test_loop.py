@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -336,6 +337,11 @@ def test_two_processes_do_not_train_in_one_workdir(config, tmp_path):
         loop.train(config, tmp_path)
     with alone_in(tmp_path):
         pass  # the lock is gone with its process, or its block
+
+
+def test_a_folder_that_is_removed_ends_training(config, tmp_path):
+    with pytest.raises(RuntimeError, match=f"{tmp_path / 'run'} was removed while its run trained"):
+        loop.train(config, tmp_path / "run", say=lambda line: shutil.rmtree(tmp_path / "run"))
 
 
 def test_files_in_the_place_of_folders_are_named(config, tmp_path):

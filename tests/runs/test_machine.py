@@ -30,6 +30,45 @@ def test_devices_share_batches_evenly(batch_size, cores, devices):
     assert machine.num_devices(config_of(batch_size, "exact"), cores) == 1
 
 
+@pytest.mark.parametrize(
+    ("vendor", "variables", "platforms", "ignored"),
+    [
+        ("0x1af4", {}, None, True),
+        ("0x1ae0", {}, None, False),  # a TPU, or another device of its maker
+        (None, {}, None, False),  # nothing is known of devices
+        ("0x1af4", {"TPU_NAME": "one"}, None, False),
+        ("0x1af4", {}, "tpu", False),
+    ],
+)
+def test_libtpu_is_left_alone_where_no_tpu_is(monkeypatch, tmp_path, vendor, variables, platforms, ignored):
+    chosen = []
+    monkeypatch.setattr(machine, "_settings", SimpleNamespace(jax_platforms=platforms))
+    monkeypatch.setattr(machine, "find_spec", lambda name: name == "libtpu")
+    monkeypatch.setattr(machine, "entry_points", lambda group: ())
+    monkeypatch.setattr(machine, "PCI", tmp_path)
+    monkeypatch.setattr(machine.jax.config, "update", lambda *change: chosen.append(change))
+    for name in machine.TPU_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if vendor:
+        (tmp_path / "0000:00:01.0").mkdir()
+        (tmp_path / "0000:00:01.0" / "vendor").write_text(f"{vendor}\n")
+    assert machine.ignore_missing_tpu() == ignored
+    assert chosen == [("jax_platforms", "cpu")] * ignored
+
+
+@pytest.mark.parametrize("raised", [AssertionError(), RuntimeError("Unable to initialize backend 'cuda'")])
+def test_a_platform_that_is_not_there_is_named(monkeypatch, raised):
+    def devices():
+        raise raised
+
+    monkeypatch.setattr(machine, "_settings", SimpleNamespace(jax_platforms="cuda"))
+    monkeypatch.setattr(machine.jax, "devices", devices)
+    with pytest.raises(RuntimeError, match=f"told to use 'cuda' and finds no such device.*{raised}.*unset JAX_PLATFORMS"):
+        machine.start_backend()
+
+
 # --- in processes of their own ----------------------------------------------------------------------------------------
 
 PROGRAM = """

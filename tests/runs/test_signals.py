@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM end a process in one sentence and the right status, whatever it is doing."""
 
 import itertools
+import math
 import signal
 import subprocess
 import sys
@@ -156,18 +157,50 @@ def test_signals_that_are_ignored_stay_ignored():
 # --- within a process that nobody owns, such as a notebook ------------------------------------------------------------
 
 
-def test_a_notebook_notes_the_first_signal_and_interrupts_at_the_second():
+@pytest.fixture
+def unheard(monkeypatch):
+    """No signal was noted before."""
+    monkeypatch.setattr(StopRequests, "_noted_at", -math.inf)
+
+
+@pytest.mark.usefixtures("unheard")
+def test_a_loop_on_disk_notes_the_first_signal_and_interrupts_at_the_second():
     handlers = [signal.getsignal(number) for number in SIGNALS]
     with StopRequests() as stop:
         signal.raise_signal(signal.SIGTERM)
         assert stop.received is signal.SIGTERM
         signal.raise_signal(signal.SIGTERM)  # so soon, it is the same request
+        with pytest.raises(KeyboardInterrupt) as interrupt:
+            signal.raise_signal(signal.SIGINT)
     assert Stopped("", stop.received).status == 143
-    with pytest.raises(KeyboardInterrupt) as interrupt, StopRequests():  # noqa: PT012
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)
     assert not isinstance(interrupt.value, Stopped)
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
+
+
+@pytest.mark.usefixtures("unheard")
+def test_a_second_signal_ends_a_loop_of_trainings(monkeypatch):
+    monkeypatch.setattr(signals, "INSIST_S", 0.2)
+    noted = []
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        for pause_s in (0, 0.3, 0):
+            time.sleep(pause_s)
+            with StopRequests(heard=[signal.SIGINT]) as stop:
+                signal.raise_signal(signal.SIGINT)
+            noted.append(stop.received)
+    assert noted == [signal.SIGINT] * 2
+
+
+def test_training_in_memory_hears_an_interrupt_where_somebody_sits(monkeypatch):
+    monkeypatch.delattr(sys, "ps1", raising=False)
+    assert signals.heard_in_memory() == ()
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    assert signals.heard_in_memory() == (signal.SIGINT,)
+    with signals.interrupts_raised():
+        assert signals.heard_in_memory() == ()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    with StopRequests(heard=signals.heard_in_memory()):
+        assert signal.getsignal(signal.SIGTERM) is handlers[signal.SIGTERM]
+        assert signal.getsignal(signal.SIGINT) is not handlers[signal.SIGINT]
 
 
 def test_threads_hear_no_signals():

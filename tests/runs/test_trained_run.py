@@ -1,5 +1,7 @@
 """A run after training: which parameters count, what they need to be read, and what is said of damage and of other data."""
 
+import contextlib
+import functools
 import json
 import os
 import shutil
@@ -97,6 +99,25 @@ def test_the_latest_checkpoint_is_the_second_choice_and_said_to_be(copied, why):
     [note] = found.notes
     assert note.startswith("These are the parameters of the latest checkpoint, step 40:")
     assert why in note
+
+
+def test_a_changed_model_and_another_runs_checkpoint_are_refused(copied):
+    @contextlib.contextmanager
+    def changed(name, *path):
+        """Another value at a place of a file, while ``with`` lasts."""
+        *parents, key, value = path
+        before = (copied / name).read_text()
+        plain = json.loads(before)
+        functools.reduce(dict.__getitem__, parents, plain)[key] = value
+        (copied / name).write_text(json.dumps(plain))
+        yield
+        (copied / name).write_text(before)
+
+    for change in (("model.json", "model", "flow", "coeff", 0.5), ("config.json", "seed", 7)):  # the seed is another run's
+        with changed(*change), pytest.raises(ValueError, match=r"20\.npz is of another run than config\.json and model\.json"):
+            run.load(copied)
+    with changed("config.json", "evaluation", "batch_size", 7):
+        assert run.load(copied).config.evaluation.batch_size == 7
 
 
 # --- one file -------------------------------------------------------------------------------------------------------

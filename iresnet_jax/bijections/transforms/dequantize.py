@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Integer, Key, Num, UInt8
 from iresnet_jax.bijections.bijection import Bijection, no_inverse_error, no_logdet_error
 from iresnet_jax.bijections.transforms.enclosure import Enclosure
 from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log
+from iresnet_jax.maths.keys import typed_key
 
 OFF_GRID = 0.02  # of the spacing: values closer to one of the grid are that one, rounded
 
@@ -53,11 +54,9 @@ def dequantize(key: Key[Array, "..."], x: Integer[Array, "b ..."], num_levels: i
     Raises:
         ValueError: If ``key`` is of another kind or shape, or ``num_levels`` is out of range.
     """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), x.shape[:1]):
-        raise ValueError(
-            f"key must be a typed key of shape () or {x.shape[:1]}, got {key.dtype} of shape {key.shape}: "
-            "pass jax.random.key(seed), or split it once for each example"
-        )
+    key = typed_key(key)
+    if key.shape not in ((), x.shape[:1]):
+        raise ValueError(f"there must be one key, or one for each of {x.shape[0]} examples, got keys of shape {key.shape}")
     smallest, largest = cells(num_levels, np.dtype(np.float32))
     noise = _uniform(key, x.shape, jnp.float32)
     level = x.astype(jnp.int32)

@@ -141,14 +141,14 @@ def _read_npz(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:  # which np.load leaves open when it fails
             return dict(np.load(file, allow_pickle=False))
-    except (EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: a single array
+    except (EOFError, MemoryError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: one array
         raise ValueError(f"{path} is not an intact .npz file of plain arrays: {error}") from None
 
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)
-    except (EOFError, OSError, TypeError, ValueError) as error:
+    except (EOFError, MemoryError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not an intact .npy file of a plain array: {error}") from None
 
 

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key, Shaped, UInt32
 
 from iresnet_jax.maths.enclosures.upward_rounding import as_floats
+from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.maths.logdet.jacobian_products import Linearized
 
 Branch = Callable[[Array], Array]
@@ -121,11 +122,6 @@ class ProbingEstimator(LogdetEstimator):
 
     def _draw_probes(self, key: Keys, x: Float[Array, "b ..."]) -> Float[Array, "p b ..."]:
         return draw_probes(key, x, self.num_probes, self.probe)
-
-
-def typed_key(key: Keys) -> Key[Array, "..."]:
-    """A typed key; legacy keys of `jax.random.PRNGKey` are converted."""
-    return jax.random.wrap_key_data(key) if key.dtype == jnp.uint32 else key
 
 
 def draw_probes(key: Keys, x: Float[Array, "b ..."], num_probes: int, probe: str = "rademacher") -> Float[Array, "p b ..."]:

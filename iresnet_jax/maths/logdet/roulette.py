@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from iresnet_jax.maths.logdet.estimator import Keys, ProbingEstimator, typed_key
+from iresnet_jax.maths.keys import typed_key
+from iresnet_jax.maths.logdet.estimator import Keys, ProbingEstimator
 from iresnet_jax.maths.logdet.hutchinson_series import remainder_factor, weighted_series
 
 LARGEST_MEAN = 500.0  # a Poisson distribution with a larger mean would underflow in the table of its probabilities

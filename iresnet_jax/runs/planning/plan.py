@@ -129,7 +129,7 @@ def make(
         on: The machine, from `topologies.machine`.
         data: The data; by default `data_for`.
         find_largest: Also search for the largest batch that fits, which compiles several times.
-        say: Takes a line of progress of that search.
+        say: Takes a line of progress of the compilations, which may take minutes each.
 
     Raises:
         ValueError: If the batch does not split over the devices, settings contradict each other or the data, or the largest
@@ -140,16 +140,18 @@ def make(
     data = data_for(config) if data is None else data
     size, num_devices = config.training.batch_size, on.num_devices
     config.training.check_splits(num_devices)
-    plan = _plan(config, on, data, size)
+    plan = _plan(config, on, data, size, say)
     if find_largest:
-        plan_of = lambda share: _plan(config, on, data, share * num_devices)  # noqa: E731
+        plan_of = lambda share: _plan(config, on, data, share * num_devices, say)  # noqa: E731
         largest = _largest(plan, plan_of, on, config.training.num_parts, say)
         plan = dataclasses.replace(plan, largest_share=largest)
     return plan
 
 
-def _plan(config: Config, on: Machine, data: DataSet, batch_size: int) -> Plan:
+def _plan(config: Config, on: Machine, data: DataSet, batch_size: int, say: Callable[[str], None]) -> Plan:
     began = time.monotonic()
+    if on.chip is not None:
+        say(f"tracing a step of {batch_size} examples for {on.topology}")
     traced, lowered, about = lower(config, on, data, batch_size)
     costs = flops(traced.jaxpr.jaxpr)
     plan = Plan(
@@ -164,6 +166,7 @@ def _plan(config: Config, on: Machine, data: DataSet, batch_size: int) -> Plan:
     )
     if on.chip is None:
         return plan
+    say(f"compiling it, after {plan.compile_seconds:.0f} s: a deep model takes minutes")
     try:
         with warnings.catch_warnings():  # JAX's cache on disk cannot read programs for devices that are not here
             warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")

@@ -122,10 +122,13 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-30])
     np.save(tmp_path / "single.npy", IMAGES)
     (tmp_path / "a.npy").write_bytes(b"no array")
+    with (tmp_path / "huge.npy").open("wb") as file:  # a header alone, of more than any memory
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (10**12, 2)})
     for name, message in {
         "npz:cut.npz": "not an intact .npz file",
         "npz:single.npy": "not an intact .npz file",
         "npy:a.npy": "not an intact .npy file",
+        "npy:huge.npy": "not an intact .npy file",
         "npy:b.npy": "does not exist",
         "csv:b.csv": "does not exist",
         "npy:.": "no training examples",

@@ -1,0 +1,52 @@
+"""What `fit` is called with, checked before anything is computed: a mistake is a ``ValueError`` that names the argument."""
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import jax
+
+from iresnet_jax.checked_dataclasses import Count, Positive, Range, checked
+from iresnet_jax.maths.keys import typed_key
+from iresnet_jax.models.architecture import StageSpec
+
+KINDS: dict[str, Any] = {
+    "minutes": Positive,
+    "steps": Count,
+    "objective": Literal["density", "classification", "hybrid"],
+    "architecture": tuple[StageSpec, ...],
+    "validation_fraction": Annotated[float, Range("(0, 1)")],
+}
+
+
+def checked_options(**options: Any) -> dict[str, Any]:
+    """Options of `fit` as plain numbers, tuples and dictionaries.
+
+    Raises:
+        ValueError: If one of them is of another kind than `KINDS` says, or both minutes and steps are given.
+    """
+    settings, workdir = options.pop("settings", None) or {}, options.pop("workdir", None)
+    if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings):
+        raise ValueError(f'settings must be a dictionary such as {{"optimizer.learning_rate": 1e-3}}, got {settings!r}')
+    if not isinstance(workdir, str | os.PathLike | None):
+        raise ValueError(f"workdir must be the path of a folder, got {workdir!r}")
+    if options.get("objective") == "inversion":
+        raise ValueError("fit has no objective inversion: train a reconstructor by train.py --config=configs/deblurring.py")
+    chosen = {name: value for name, value in options.items() if value is not None or name == "validation_fraction"}
+    found = dict.fromkeys(options) | {name: checked(KINDS[name], value, name) for name, value in chosen.items()}
+    if found.get("minutes") is not None and found.get("steps") is not None:
+        raise ValueError(f"give minutes or steps, not both: got {found['minutes']} and {found['steps']}")
+    return {**found, "settings": dict(settings), "workdir": workdir}
+
+
+def seed_of(key: Any) -> int:
+    """The seed of a run for a key; 0 without one.
+
+    Raises:
+        ValueError: If it is no key, or several.
+    """
+    if key is None:
+        return 0
+    if (key := typed_key(key)).shape:
+        raise ValueError(f"key must be a single key, got keys of shape {key.shape}: choose one of them")
+    return int(jax.random.bits(key))

@@ -1,0 +1,22 @@
+"""Keys of random numbers: typed ones, those of before, and what is none."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+
+def typed_key(key: Any) -> Key[Array, "..."]:
+    """A typed key, or an array of them; legacy keys of `jax.random.PRNGKey` are converted.
+
+    Raises:
+        ValueError: If it is no key, but a seed or a generator of NumPy.
+    """
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return key
+    if dtype == jnp.uint32 and key.shape[-1:] == (2,):
+        return jax.random.wrap_key_data(key)
+    got = repr(key) if isinstance(key, int) else f"a {type(key).__name__}"
+    raise ValueError(f"key must be a key such as jax.random.key({key if isinstance(key, int) else 0}), got {got}")

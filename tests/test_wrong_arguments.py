@@ -1,0 +1,148 @@
+"""Every wrong argument is refused by a ``ValueError`` that says what is wrong with it, before anything is compiled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jaxtyping
+import kept
+import numpy as np
+import pytest
+
+import iresnet_jax as ir
+from iresnet_jax.estimators import ResidualFlowClassifier, ResidualFlowDensity
+
+X = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
+LABELS = np.arange(60) % 2
+KEY = jax.random.key(0)
+WHOLE = np.round(X)  # on a grid
+
+
+def model():
+    return kept.model(kept.POINTS)
+
+
+@pytest.fixture
+def unchecked_annotations():
+    """Annotations are read and not executed, as for users."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def fit(x: Any = X, *arguments: Any, **options: Any) -> Any:
+    return ir.fit(x, *arguments, **{"steps": 1, "progress": False} | options)
+
+
+def fit_density(x: Any = X, **options: Any) -> Any:
+    return ResidualFlowDensity(**{"steps": 1} | options).fit(x)
+
+
+def with_settings(**settings: Any) -> Any:
+    return fit(settings={name.replace("__", "."): value for name, value in settings.items()})
+
+
+# What is called, and a fragment of the sentence that answers it.
+WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
+    "key": [
+        (lambda: fit(key=7), r"jax.random.key\(7\), got 7"),
+        (lambda: fit(key=np.random.default_rng(0)), "key must be a key .* Generator"),
+        (lambda: fit(key=jax.random.split(KEY)), "a single key"),
+        (lambda: model().sample(0, 3), "key must be a key"),
+        (lambda: model().sample(jax.random.split(KEY), 3), "a single key"),
+        (lambda: model().log_prob(X, 0), "key must be a key"),
+        (lambda: ir.certify.log_prob(model(), X, 0), "key must be a key"),
+    ],
+    "minutes and steps": [
+        (lambda: fit(minutes=1), "not both"),
+        (lambda: fit(steps=None, minutes=0), "minutes must lie in"),
+        (lambda: fit(steps=None, minutes="3"), "minutes must be a number"),
+        (lambda: fit(steps=None, minutes=True), "minutes must be a number"),
+        (lambda: fit(steps=None, minutes=float("nan")), "minutes must be a number"),
+        (lambda: fit(steps=0), "steps must lie in"),
+        (lambda: fit(steps="3"), "steps must be a whole number"),
+        (lambda: fit(steps=2.5), "steps must be a whole number"),
+        (lambda: fit_density(steps="3"), "steps must be a whole number"),
+        (lambda: fit_density(steps=None, minutes="3"), "minutes must be a number"),
+    ],
+    "architecture": [
+        (lambda: fit(architecture=ir.StageSpec(num_blocks=1, hidden=(4,))), "architecture must be a tuple"),
+        (lambda: fit(architecture=[{"num_blocks": 1, "hiden": (4,)}]), r"architecture\[0\] has no field 'hiden'"),
+        (lambda: fit(architecture=[3]), r"architecture\[0\] must be a dictionary"),
+        (lambda: fit(architecture=()), "at least one stage"),
+    ],
+    "settings": [
+        (lambda: fit(settings=[1]), "settings must be a dictionary"),
+        (lambda: fit(settings={3: 1}), "settings must be a dictionary"),
+        (lambda: fit_density(settings=3), "settings must be a dictionary"),
+        (lambda: with_settings(optimizer__lerning_rate=1), "did you mean 'learning_rate'"),
+        (lambda: with_settings(optimizer__learning_rate__x=1), "config.optimizer.learning_rate has no fields"),
+        (lambda: with_settings(optimizer__learning_rate=np.ones(2)), "config.optimizer.learning_rate must be a number"),
+    ],
+    "validation": [
+        (lambda: fit(validation_fraction="a"), "validation_fraction must be a number"),
+        (lambda: fit(validation_fraction=0), "validation_fraction must lie in"),
+        (lambda: fit(validation_fraction=None), "validation_fraction must be a number"),
+        (lambda: fit(validation_fraction=0.999), "too few"),
+        (lambda: fit_density(validation_fraction="a"), "validation_fraction must be a number"),
+        (lambda: fit_density(validation_fraction=1.0), "validation_fraction must lie in"),
+        (lambda: fit(validation=(X, None, None, None)), "got 4 entries"),
+        (lambda: fit(validation=()), "got 0 entries"),
+        (lambda: fit(validation=X[:, :1]), "examples of one shape"),
+        (lambda: fit(validation=(X, LABELS)), "need labels"),
+        (lambda: fit(WHOLE, validation=WHOLE[:9] + 0.5), "not on the grid"),
+    ],
+    "objective and workdir": [
+        (lambda: fit(objective="regression"), "objective must be one of"),
+        (lambda: fit(objective="inversion"), "deblurring"),
+        (lambda: fit(objective="classification"), "labelled"),
+        (lambda: fit(X, LABELS, context=X, objective="classification"), "classification takes no contexts"),
+        (lambda: fit(X, LABELS, context=X), "hybrid takes no contexts"),
+        (lambda: fit(workdir=3), "workdir must be the path"),
+    ],
+    "examples": [
+        (lambda: jax.jit(fit)(X), "outside of jax.jit"),
+        (lambda: fit(None), "x must be an array of numbers, got a NoneType"),
+        (lambda: fit("abc"), "x must be an array of numbers, got a str"),
+        (lambda: fit([[1, 2], [3]]), "x must be an array of numbers"),
+        (lambda: fit(X[:, 0]), r"x\[:, None\]"),
+        (lambda: fit(X[:, :, None]), r"x\[\.\.\., None\]"),
+        (lambda: fit(X[:2]), "too few"),
+        (lambda: fit_density(X[:, 0]), "1D array"),
+        (lambda: model().log_prob(X[0]), r"takes floats of shape \(batch, 2\)"),
+        (lambda: model().log_prob(None), r"takes floats of shape \(batch, 2\)"),
+    ],
+    "labels": [
+        (lambda: fit(X, np.zeros(3, int)), "labels must be 60"),
+        (lambda: fit(X, [None] * 60), "labels must be 60"),
+        (lambda: fit(X, LABELS / 2), "labels must be 60"),
+        (lambda: fit(X, -LABELS), "labels must be 60"),
+        (lambda: fit(X, LABELS * 2**32), "4294967296 as the largest of 2 different"),  # which int32 would make 0
+        (lambda: fit(X, LABELS * 1_000_000), "1000000 as the largest of 2 different"),
+        (lambda: ResidualFlowClassifier(steps=1).fit(X, [None] * 30 + ["a"] * 30), "label"),
+    ],
+    "number of samples": [
+        (lambda: model().sample(KEY, 3.0), "num must be a whole number"),
+        (lambda: model().sample(KEY, "3"), "num must be a whole number"),
+        (lambda: model().sample(KEY, 0), "num must lie in"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [pytest.param(*case, id=f"{argument} {number}") for argument, cases in WRONG.items() for number, case in enumerate(cases)],
+)
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_a_wrong_argument_is_refused_in_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_numbers_of_numpy_are_numbers():
+    """Steps and settings that a script computed."""
+    settings = {"optimizer.learning_rate": np.float32(1e-3), "training.blocks": "unroll"}
+    tiny = [{"num_blocks": 1, "hidden": (4,)}]
+    fitted = fit(steps=np.int64(1), architecture=tiny, validation_fraction=np.float32(0.2), settings=settings)
+    assert fitted.history.step == 1
