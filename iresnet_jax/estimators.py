@@ -23,11 +23,12 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from iresnet_jax.bijections.transforms.bounded import Bounded
+from iresnet_jax.bijections.transforms.bounded import Bounded, Bounds
+from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.checked_dataclasses import Count, checked
-from iresnet_jax.data.tables import REPEATS, UNRESOLVED, FarValueWarning, check_density, find_ends, find_grid
+from iresnet_jax.data.tables import REPEATS, UNRESOLVED, FarValueWarning, check_density, ends_given, find_ends, find_grid
 from iresnet_jax.fit_arguments import checked_options
 from iresnet_jax.fit_settings import WHITENED_DIMS
 from iresnet_jax.fitting import fit
@@ -44,6 +45,8 @@ FARTHEST = 1e6  # standard deviations from the mean at which a classifier clips,
 
 class _ResidualFlow(BaseEstimator):
     """What both estimators do: checks, training, and the model's programs on batches of one size."""
+
+    bounds: Any = None  # a parameter of densities alone
 
     def __init__(
         self,
@@ -71,11 +74,16 @@ class _ResidualFlow(BaseEstimator):
         options = checked_options(**{name: getattr(self, name) for name in given})
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         settings = options["settings"] = {"seed": seed, **options["settings"]}
-        # Columns that keep to their ranges, or a preprocessing that is chosen, are left to `fit` as they are.
-        whole = "preprocessing.transform" in settings or self._keeps_to_ranges(x, is_density=labels is None)
+        grid, intervals = self._grid_and_intervals(x, is_density=labels is None)
+        names = list(getattr(self, "feature_names_in_", ()))
+        bounds = None if self.bounds is None else ends_given(self.bounds, names, x.shape[1])
+        # Values on a grid need a noise of their own in training; bounds and a preprocessing may be chosen: `fit` does it all.
+        whole = "preprocessing.transform" in settings or grid is not None or bool(bounds)
         transform = Identity()
         if not whole:
-            transform = Whiten.fit(x, labels) if x.shape[1] <= WHITENED_DIMS else Standardize.fit(x)
+            line = x if intervals is None else Bounded(intervals).to_line(x, np)[0]
+            transform = Whiten.fit(line, labels) if x.shape[1] <= WHITENED_DIMS else Standardize.fit(line)
+            transform = transform if intervals is None else Bounded(intervals, transform)
             settings["preprocessing.transform"] = "none"
         with warnings.catch_warnings(), interrupts_raised():
             warnings.simplefilter("ignore", FarValueWarning)  # said above, with the feature's name
@@ -83,15 +91,15 @@ class _ResidualFlow(BaseEstimator):
                 _forward(transform, x)[0].astype(np.float32),
                 labels,
                 **options,
-                bounds=None if whole or labels is not None else {},
+                bounds=bounds if whole or labels is not None else {},
                 progress=bool(self.verbose),
             )
         assert isinstance(model, Density)
         self.model_ = model if whole else model.with_(spec=dataclasses.replace(model.spec, transform=transform))
         self.history_ = model.history
 
-    def _keeps_to_ranges(self, x: np.ndarray, *, is_density: bool) -> bool:
-        """Whether features lie on a grid or have hard ends.
+    def _grid_and_intervals(self, x: np.ndarray, *, is_density: bool) -> tuple[Grid | None, tuple[Bounds | None, ...] | None]:
+        """The grids of features, and the intervals of those with hard ends; None if there are none.
 
         Raises:
             ValueError: If a feature has no density; the message has its name.
@@ -99,13 +107,15 @@ class _ResidualFlow(BaseEstimator):
         names = list(getattr(self, "feature_names_in_", ()))
         grid = find_grid(x - x.mean(axis=0), names)
         if not is_density:
-            return grid is not None
+            return grid, None
         check_density(x, names, grid)
         is_resolved = bool(np.all(x.std(axis=0) > UNRESOLVED * np.abs(x.mean(axis=0))))
-        return grid is not None or (is_resolved and bool(find_ends(x, grid)))
+        ends = find_ends(x, grid) if is_resolved and self.bounds is None else {}
+        return grid, tuple(Bounds.of(*ends[i]) if i in ends else None for i in range(x.shape[1])) if ends else None
 
     def _checked(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
+        _refuse_masked(X)
         x: Any = validate_data(self, X, dtype=np.float64, reset=False)
         return x
 
@@ -126,6 +136,8 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         architecture: Stages of the flow; by default they depend on the number of samples.
         validation_fraction: Share of the samples that chooses the best step, in (0, 1).
         random_state: Seed. Fits with the same integer to data of one shape share their compiled programs.
+        bounds: Ends ``(low, high)`` of features by name or number, such as the range that counts may have in samples to score;
+            None looks for hard ends, see `iresnet_jax.fit`.
         settings: Other settings by name, such as ``{"optimizer.learning_rate": 1e-3}``, see `runs.config.Config`.
         verbose: Whether to write lines of progress to stderr.
 
@@ -140,6 +152,29 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         >>> flow.score_samples(x_new)  # doctest: +SKIP
     """
 
+    def __init__(
+        self,
+        *,
+        steps: Any = None,
+        minutes: Any = None,
+        architecture: Any = None,
+        validation_fraction: Any = 0.1,
+        random_state: Any = None,
+        bounds: Any = None,
+        settings: Any = None,
+        verbose: Any = False,
+    ):
+        super().__init__(
+            steps=steps,
+            minutes=minutes,
+            architecture=architecture,
+            validation_fraction=validation_fraction,
+            random_state=random_state,
+            settings=settings,
+            verbose=verbose,
+        )
+        self.bounds = bounds
+
     def fit(self, X: Any, y: Any = None) -> ResidualFlowDensity:
         """Trains on samples ``X``; ``y`` is ignored.
 
@@ -147,6 +182,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
             ValueError: If there are fewer than 3 samples, or a feature has no density; it says which.
         """
         del y
+        _refuse_masked(X)
         x: Any = validate_data(self, X, dtype=np.float64, ensure_min_samples=LEAST_SAMPLES)
         self._train(x)
         return self
@@ -248,6 +284,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
         Raises:
             ValueError: If there are fewer than 3 samples or 2 classes, or all features are constant.
         """
+        _refuse_masked(X)
         checked: Any = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=LEAST_SAMPLES)
         x, y = checked
         check_classification_targets(y)
@@ -305,6 +342,12 @@ def _inverse(transform: Any, y: np.ndarray) -> np.ndarray:
     if isinstance(transform, Whiten):
         return transform.mean + y @ np.asarray(transform.factor).T
     return transform.mean + y * transform.scale if isinstance(transform, Standardize) else y
+
+
+def _refuse_masked(X: Any) -> None:
+    """Raises ``ValueError`` for masked values, which scikit-learn's checks would uncover."""
+    if np.ma.is_masked(X):
+        raise ValueError(f"X has {np.ma.count_masked(X)} masked values: fill them in or drop their rows")
 
 
 def _spread(x: np.ndarray) -> np.ndarray:

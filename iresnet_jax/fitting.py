@@ -61,7 +61,7 @@ def fit(
     architecture: Sequence[StageSpec] | None = None,
     validation_fraction: float = 0.1,
     validation: Any = None,
-    bounds: Mapping[Any, Any] | None = None,
+    bounds: Any = None,
     settings: Mapping[str, Any] | None = None,
     workdir: str | os.PathLike[str] | None = None,
     progress: bool = True,

@@ -149,6 +149,9 @@ def test_features_with_hard_ends_keep_to_them_and_a_frame_names_what_has_no_dens
     assert np.isneginf(flow.score_samples(outside)).tolist() == [False, True]
     direct = flow.model_.log_prob(frame.to_numpy(np.float32)[:20])
     np.testing.assert_allclose(direct, flow.score_samples(frame[:20]), atol=10 * ROUNDED)
+    bounded = ResidualFlowDensity(**TINY, bounds={"share": (-1, 2)}).fit(frame)
+    assert np.isfinite(bounded.score_samples(outside)).all()
+    assert np.isneginf(bounded.score_samples(outside.assign(share=3.0))).all()
     for change, message in (
         ({"share": 1.0}, r"constant .* column 0 \('share'\)"),
         ({"share": np.sqrt(rng.integers(1, 9, 1500))}, r"no regular grid .* column 0 \('share'\)"),
@@ -156,6 +159,8 @@ def test_features_with_hard_ends_keep_to_them_and_a_frame_names_what_has_no_dens
     ):
         with pytest.raises(ValueError, match=message):
             ResidualFlowDensity(**TINY).fit(frame.assign(**change))
+    with pytest.raises(ValueError, match="masked values"):
+        ResidualFlowDensity(**TINY).fit(np.ma.masked_less(frame.to_numpy(), 0))
 
 
 def test_a_constant_feature_is_refused_by_name_or_ignored():

@@ -1,6 +1,5 @@
 """What a user gives `iresnet_jax.fit`: arrays, data frames, or a tuple of them to validate with, as a data set."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax.core
@@ -19,7 +18,7 @@ def data_of(
     *,
     validation: Any = None,
     validation_fraction: float = 0.1,
-    bounds: Mapping[Any, Any] | None = None,
+    bounds: Any = None,
     is_density: bool = True,
 ) -> DataSet:
     """The data set of what was given.

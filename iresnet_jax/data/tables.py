@@ -59,7 +59,7 @@ class Table:
     Attributes:
         columns: Columns of the data frame; None for an array.
         whole: Whether all entries are whole numbers by the type of the array.
-        bounds: Ends ``(low, high)`` of columns by name or number; None looks for hard ends.
+        bounds: Dictionary of ends ``(low, high)`` of columns by name or number; None looks for hard ends.
         grid: Grids that were seen.
         intervals: Intervals of the entries.
         notes: Sentences on them.
@@ -67,7 +67,7 @@ class Table:
 
     columns: tuple[Column, ...] | None = None
     whole: bool = False
-    bounds: Mapping[Any, Any] | None = None
+    bounds: Any = None
     grid: Grid | None = None
     intervals: tuple[Bounds | None, ...] | None = None
     notes: tuple[str, ...] = ()
@@ -100,7 +100,7 @@ class Table:
                 f"{everything[row, column]:g}, to validate with, is not on the grid of {_named([column], names)}: "
                 f"{grid.offset[column]:g} and steps of {grid.spacing[column]:g}"
             )
-        given = _ends_given(self.bounds or {}, names, x.shape[1])
+        given = ends_given({} if self.bounds is None else self.bounds, names, x.shape[1])
         ends = find_ends(x, grid) if self.bounds is None else {}
         intervals = [_interval(everything, column, names, grid, {**ends, **given}.get(column)) for column in range(x.shape[1])]
         notes = [*_notes_on_grid(names, grid, intervals), *_notes_on_values(x, names, grid)]
@@ -234,8 +234,14 @@ def _end(descending: Float[np.ndarray, " n"]) -> float:
     return last + reach
 
 
-def _ends_given(bounds: Mapping[Any, Any], names: Sequence[str], num: int) -> dict[int, tuple[float, float]]:
-    """Ends by the number of the column."""
+def ends_given(bounds: Any, names: Sequence[str], num: int) -> dict[int, tuple[float, float]]:
+    """Ends ``(low, high)`` by the number of the column, of bounds by name or number.
+
+    Raises:
+        ValueError: If there is no such column, or its ends are not two numbers in order.
+    """
+    if not isinstance(bounds, Mapping):
+        raise ValueError(f'bounds must be a dictionary such as {{"share": (0, 1)}}, got {bounds!r}')
     found = {}
     for name, ends in bounds.items():
         column = names.index(name) if name in names else name

@@ -47,6 +47,7 @@ def test_given_bounds_are_by_name_or_number_and_replace_hard_ends():
     [
         ({"rset": (0, 1)}, r"columns 0 to 2, by the names 'rent', 'rest', 'income', got 'rset'"),
         ({3: (0, 1)}, "columns 0 to 2"),
+        ([(0, 1)], "must be a dictionary"),
         ({"rest": 1.0}, "two numbers"),
         ({"rest": (1, 0)}, "the lower one first"),
         ({"rest": (0, float("inf"))}, "finite"),
