@@ -135,6 +135,11 @@ class Candidate:
         return ", ".join(parts + [f"noise of {self.noise}"] * bool(self.noise))
 
     @property
+    def program(self) -> "Candidate":
+        """What is compiled for: the size of the noise comes with the batches."""
+        return dataclasses.replace(self, noise=None)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The settings that make a config one of this candidate."""
         num_blocks, width, rate = SIZES[self.size]

@@ -216,7 +216,9 @@ class _Race:
         """Trains a candidate, unless time is over or a signal was received."""
         if self._runs and (self._is_stopped or not self._is_time_left):
             return
-        self._say(f"{candidate}: up to {num_steps} steps" if num_steps < NO_LIMIT else f"{candidate}: until time is over")
+        program, compiled = candidate.program, {tried.program for tried, _ in self._tried}
+        length_of_run = f"up to {num_steps} steps" if num_steps < NO_LIMIT else "until time is over"
+        self._say(f"{candidate}: {'' if program in compiled else 'compiling, then '}{length_of_run}")
         self._tried.add((candidate, num_steps))
         limit = {"training.minutes": max(self._left_s, 1.0) / 60}
         config = with_settings(self._config, {**candidate.settings, **length(num_steps), **limit, **self._given})
