@@ -40,7 +40,7 @@ NAMED = 5  # entries that a message names
 COMMON, NOTED = 0.25, 0.05  # share of one value in a continuous column that is refused, and that is said
 FAR = 1e4  # interquartile ranges from the median, from which a value is said to be one
 INDEPENDENT = 1e-6  # standard deviations of a column that the others must leave unexplained
-FEWEST_ROWS = 2000  # that look for dependent columns
+FEWEST_ROWS = 2000  # that show which columns may depend on others
 TAILS = (0.025, 0.05, 0.1)  # shares of the values, from the outermost one on, that show a hard end
 FEW_PLACES = 80  # values from the outermost one on that show it too: many values may hide a smooth tail at their end
 EACH_END, BOTH_ENDS = 6.0, 20.0  # least numbers of values that a normal tail puts beyond the seen ends
@@ -320,18 +320,21 @@ def _dependence(x: np.ndarray, names: Sequence[str], spacing: Float[np.ndarray, 
     Columns on a grid may depend on each other: their values have probabilities.
     """
     order = np.argsort(spacing == 0, kind="stable")  # columns on a grid first
-    rows = np.asarray(x[: max(FEWEST_ROWS, 2 * x.shape[1])], np.float64)[:, order]
+    stride = max(1, len(x) // max(FEWEST_ROWS, 2 * x.shape[1]))  # some rows from everywhere show what all then confirm
+    rows = np.asarray(x[::stride], np.float64)[:, order]
     scale = rows.std(axis=0)
     if len(rows) < x.shape[1] + 2 or not np.all(scale > 0):
         return ""
-    z = (rows - rows.mean(axis=0)) / scale
+    center = rows.mean(axis=0)
+    z = (rows - center) / scale
     rounding = np.finfo(x.dtype).eps * np.abs(rows).max(axis=0) / scale
     left = np.abs(np.diag(np.linalg.qr(z, mode="r"))) / math.sqrt(len(z))  # unexplained by the columns before
     for place in np.flatnonzero(left <= np.maximum(INDEPENDENT, 2 * rounding.max())).tolist():
         if spacing[order[place]] > 0:
             continue
         others = np.linalg.lstsq(z[:, :place], z[:, place])[0]
-        unexplained = np.std(z[:, place] - z[:, :place] @ others)
+        known = (x[:, order[: place + 1]] - center[: place + 1]) / scale[: place + 1]
+        unexplained = np.std(known[:, place] - known[:, :place] @ others)
         if unexplained > max(INDEPENDENT, 2 * math.hypot(rounding[place], np.linalg.norm(others * rounding[:place]))):
             continue
         factors = -others * scale[place] / scale[:place]

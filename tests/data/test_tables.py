@@ -128,6 +128,13 @@ def test_dependent_columns_are_refused_with_the_combination(columns, message, dt
     check_density((x + noise).astype(dtype), NAMES)
 
 
+def test_columns_that_agree_in_most_rows_are_independent():
+    x = np.tile(NORMAL, (4, 1))
+    x[::3, 2] = x[::3, 0]
+    x[:5000, 2] = x[:5000, 0]
+    check_density(x, NAMES)
+
+
 def test_a_sum_with_a_whole_number_is_refused_and_whole_numbers_may_depend_on_each_other():
     counts = RNG.integers(0, 9, 1500)
     x = np.stack([counts, NORMAL[:, 0], NORMAL[:, 0] + counts], axis=1).astype(np.float32)
