@@ -14,12 +14,15 @@ the grid that most of its values lie on, see `grid_width`. Column s5 of diabetes
 gets the noise.
 
 "ridges": 6 dimensions with a known density, see `Ridges`.
+
+"spiral_1500" and the like: so many rows of an array of known density, see `_synthetic`, a tenth of which validate.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from _synthetic import SYNTHETIC
 from scipy.stats import norm
 from sklearn import datasets
 
@@ -30,6 +33,7 @@ LOGARITHMS = {"diabetes": [8]}  # columns that are logarithms of whole numbers
 
 PATCHES = {"train": 100_000, "validation": 10_000, "test": 10_000}  # examples of the sets that there is no end of
 RIDGES = {"train": 20_000, "validation": 5_000, "test": 10_000}
+SYNTHETIC_TEST = 10_000
 QUICK = {"train": 3_000, "validation": 400, "test": 400}
 
 
@@ -42,6 +46,7 @@ class Table(NamedTuple):
         test: Examples for the number that is reported.
         log_det: Log-determinant of the standardisation: added to a log-density, it gives nats in the data's own units.
         true_log_prob: Log-density of the test examples in the data's own units, where it is known.
+        raw: Training, validation and test examples as they were drawn, before noise on columns of whole numbers; None without.
     """
 
     train: np.ndarray
@@ -49,6 +54,7 @@ class Table(NamedTuple):
     test: np.ndarray
     log_det: float
     true_log_prob: np.ndarray | None = None
+    raw: tuple[np.ndarray, ...] | None = None
 
 
 class Ridges:
@@ -97,12 +103,28 @@ def load(name: str, seed: int, *, quick: bool) -> Table:
     if name == "ridges":
         drawn = [Ridges.sample(rng, num) for num in (QUICK if quick else RIDGES).values()]
         return standardized(*drawn)._replace(true_log_prob=Ridges.log_prob(drawn[2]))
+    if name not in TABLES:
+        kind, size = name.rsplit("_", 1)
+        return _synthetic(kind, int(size), rng)
     x = getattr(datasets, f"load_{name}")(**{"scaled": False} if name == "diabetes" else {}).data
     x = rng.permutation(dequantized(x, rng, LOGARITHMS.get(name, [])))
     return standardized(*np.split(x, [round(0.7 * len(x)), round(0.85 * len(x))]))
 
 
-NAMES = ("patches", "breast_cancer", "wine", "diabetes", "ridges")
+TABLES = ("breast_cancer", "wine", "diabetes")
+NUM_ROWS = (200, 1500, 20_000)  # of arrays of known density
+NAMES = ("patches", *TABLES, "ridges", *(f"{kind}_{size}" for size in NUM_ROWS for kind in SYNTHETIC))
+
+
+def _synthetic(kind: str, num: int, rng: np.random.Generator) -> Table:
+    """Rows of an array of known density; columns of whole numbers get uniform noise of width 1."""
+    array = SYNTHETIC[kind]
+    drawn = array.sample(rng, num + SYNTHETIC_TEST)
+    raw = tuple(np.split(drawn, [num - num // 10, num]))
+    noise = np.zeros(drawn.shape)
+    noise[:, array.discrete] = rng.random((len(drawn), len(array.discrete))) - 0.5
+    table = standardized(*np.split(drawn + noise, [num - num // 10, num]))
+    return table._replace(true_log_prob=array.log_prob(raw[2]), raw=raw if array.discrete else None)
 
 
 def standardized(train: np.ndarray, validation: np.ndarray, test: np.ndarray) -> Table:

@@ -30,7 +30,8 @@ from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.checked_dataclasses import Count, checked
 from iresnet_jax.data.tables import REPEATS, UNRESOLVED, FarValueWarning, check_density, ends_given, find_ends, find_grid
 from iresnet_jax.fit_arguments import checked_options
-from iresnet_jax.fitting import WHITENED_DIMS, fit
+from iresnet_jax.fit_settings import WHITENED_DIMS
+from iresnet_jax.fitting import fit
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.signals import interrupts_raised

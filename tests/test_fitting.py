@@ -17,7 +17,7 @@ from iresnet_jax import fitting
 from iresnet_jax.__main__ import main
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.fit_arguments import seed_of
-from iresnet_jax.fitting import choose_settings
+from iresnet_jax.fit_settings import candidates, choose_settings
 from iresnet_jax.models.history import History
 from iresnet_jax.runs import run_folder
 from iresnet_jax.runs.loop import train
@@ -52,36 +52,80 @@ def test_the_lines_of_the_readme(fitted, tmp_path):
     np.testing.assert_allclose(again.log_prob(BANANA[:5]), model.log_prob(BANANA[:5]), rtol=1e-5)
 
 
-@pytest.mark.parametrize("better", [fitting.NOISE, 0.0])
-def test_validation_chooses_between_noise_and_none_for_few_vectors(monkeypatch, fitted, better):
-    tried = []
+@pytest.fixture
+def raced(fitted, monkeypatch):
+    """``(outcomes, minutes) ->`` candidates and lengths of the runs of a race, and its history.
 
-    def fit_one(config, data, workdir, say):
-        noise = config.augmentation.noise
-        tried.append((noise, config.training.minutes))
-        history = History({}, {"nll": [3.0, 1.0 if noise == better else 2.0]}, step=len(tried))
-        return fitted[0].with_(history=history), False
+    Outcomes are the loss and best step of the run of a candidate and length, and the seconds that it takes.
+    """
 
-    monkeypatch.setattr(fitting, "_fit_one", fit_one)
-    history = ir.fit(BANANA, minutes=2, progress=False).history
-    assert tried == [(fitting.NOISE, 1.0), (0.0, 1.0)]
-    assert history is not None
-    assert tried[history.step - 1][0] == better
-    tried.clear()
-    ir.fit(np.tile(BANANA, (6, 1)) + RNG.normal(size=(2400, 2)), minutes=2, progress=False)
-    ir.fit(BANANA, context=BANANA, minutes=2, progress=False)
-    ir.fit(BANANA, minutes=2, progress=False, settings={"augmentation.noise": 0.0})
-    assert tried == [(0.0, 2.0)] * 3
+    def race(outcomes, minutes=3.0):
+        runs, clock = [], [0.0]
+
+        def fit_in_memory(config, data, say):
+            steps, noise = config.training.total_steps, config.augmentation.noise
+            run = (config.model.prior, config.model.stages[0].num_blocks, round(noise, 2), min(steps, 10**6))
+            runs.append(run)
+            loss, best_step, seconds = outcomes.get(run, (9.0, steps, 1.0))
+            clock[0] += seconds
+            model = fitted[0].with_(history=History({}, {}, step=best_step))
+            return fitting._Run(model, loss, best_step, steps, seconds, is_stopped=False)
+
+        monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
+        monkeypatch.setattr(fitting.time, "monotonic", lambda: clock[0])
+        return runs, ir.fit(MODES, minutes=minutes, progress=False).history
+
+    return race
+
+
+MODES = (RNG.normal(size=(300, 2)) + 8 * RNG.integers(0, 2, (300, 1))).astype(np.float32)
+MIXTURE, GAUSSIAN = ("mixture", 20, 0.0, 1000), ("gaussian", 20, 0.0, 1000)
+
+
+def test_a_run_that_still_improves_is_followed_by_longer_ones_until_time_is_over(raced):
+    longer, last = ("gaussian", 20, 0.0, 4000), ("gaussian", 20, 0.0, 10**6)
+    runs, history = raced({GAUSSIAN: (5.0, 1000, 5.0), longer: (4.0, 3950, 20.0), last: (3.0, 30_000, 150.0)})
+    assert runs == [MIXTURE, GAUSSIAN, longer, last]
+    assert [attempt.loss for attempt in history.attempts] == [9.0, 5.0, 4.0, 3.0]
+    assert history.step == 30_000
+    assert "time was over" in str(history)
+    runs, history = raced({GAUSSIAN: (5.0, 1000, 5.0), longer: (4.0, 3950, 20.0), last: (6.0, 900, 9.0)})
+    assert runs == [MIXTURE, GAUSSIAN, longer, last]  # once
+    assert "no longer improved" in history.ended
+
+
+def test_a_limit_of_time_is_no_aim(raced):
+    runs, history = raced({GAUSSIAN: (5.0, 700, 4.0)})
+    assert runs == [MIXTURE, GAUSSIAN]
+    assert "no longer improved" in history.ended
+
+
+def test_what_overfits_is_tried_with_noise_and_smaller(raced):
+    noisy, small = ("mixture", 20, 0.1, 1000), ("mixture", 4, 0.1, 1000)
+    runs, history = raced({MIXTURE: (5.0, 50, 1.0), noisy: (4.0, 100, 1.0), small: (3.0, 600, 1.0)})
+    assert runs == [MIXTURE, GAUSSIAN, noisy, ("mixture", 20, 0.3, 1000), small]
+    assert history.step == 600
+
+
+def test_a_density_with_modes_is_at_least_as_good_as_a_mixture_without_any_time_to_train():
+    """Both modes and nothing between them: the truth is a mixture."""
+    model = ir.fit(MODES, minutes=1e-3, architecture=TINY, progress=False)
+    test = (RNG.normal(size=(2000, 2)) + 8 * RNG.integers(0, 2, (2000, 1))).astype(np.float32)
+    entropy = 2 * 0.5 * np.log(2 * np.pi * np.e) + np.log(2)
+    assert float(model.log_prob(test).mean()) > -entropy - 0.15
+    samples, _ = model.sample(jax.random.key(0), 2000)
+    assert np.mean((samples.mean(axis=1) > 3) & (samples.mean(axis=1) < 5)) < 0.01
 
 
 def test_noise_widens_the_density_by_its_variance():
     """A linear flow of 40 examples: their variance is 1 after standardising, and 1 + s^2 with noise of s."""
     x = RNG.normal(size=(40, 2)) * [1.0, 100.0]
-    settings = {"optimizer.learning_rate": 0.05, "training.ema_decay": 0.9, "model.prior": "gaussian"}
+    settings = {"optimizer.learning_rate": 0.05, "training.ema_decay": 0.9, "model.prior": "gaussian", "model.last_scale": 0.1}
     linear = (ir.StageSpec(num_blocks=1, hidden=(4,), activation="identity"),)
 
     def variances(noise):
-        options = {"steps": 300, "architecture": linear, "validation": x, "progress": False}
+        held_out = np.repeat(x, 25, axis=0) + noise * x.std(axis=0) * RNG.normal(size=(1000, 2))
+        options = {"steps": 300, "architecture": linear, "validation": held_out, "progress": False}
         model = ir.fit(x, settings={**settings, "augmentation.noise": noise, "training.patience": 0}, **options)
         grid = np.linspace(-6, 6, 241)
         found = []
@@ -216,7 +260,7 @@ def test_a_signal_ends_a_fit_on_disk_and_its_process(fitted, monkeypatch):
 def test_a_context_makes_a_conditional_density():
     context = RNG.normal(size=(400, 1)).astype(np.float32)
     x = context + 0.1 * RNG.normal(size=(400, 2)).astype(np.float32)
-    model = ir.fit(x, context=context, **QUICK)
+    model = ir.fit(x, context=context, **QUICK | {"steps": 60})
     log_prob = jax.jit(ir.Density.log_prob)
     given = log_prob(model, x[:50], context=context[:50])
     wrong = log_prob(model, x[:50], context=-context[:50])
@@ -241,20 +285,30 @@ def test_labels_make_a_classifier_of_images_and_integers_are_levels():
 
 
 def test_settings_follow_the_array():
-    small, large, wide = (
-        choose_settings(from_arrays("a", Arrays(RNG.normal(size=shape)), fractions=(0.1, 0.0)))
-        for shape in ((100, 4), (5000, 4), (400, 300))
-    )
-    assert small.model.stages[0].num_blocks < large.model.stages[0].num_blocks
-    assert (small.training.minutes, small.logdet.kind, wide.logdet.kind) == (3.0, "exact", "krylov")
-    assert (large.preprocessing.transform, wide.preprocessing.transform) == ("whiten", "standardize")
-    assert (small.training.total_steps, large.training.total_steps) == (fitting.FEW_STEPS, fitting.NO_LIMIT)
-    assert small.preprocessing.transform == "standardize"
-    images = choose_settings(from_arrays("a", Arrays(RNG.integers(0, 256, (50, 16, 16, 3))), fractions=(0.1, 0.0)))
-    heavy = choose_settings(from_arrays("a", Arrays(RNG.standard_t(4, size=(500, 4))), fractions=(0.1, 0.0)))
-    assert (large.model.prior, wide.model.prior, heavy.model.prior) == ("gaussian", "gaussian", "logistic")
+    def data(x):
+        return from_arrays("a", Arrays(x), fractions=(0.1, 0.0))
+
+    few, many, wide = (data(RNG.normal(size=shape)) for shape in ((50, 4), (5000, 4), (400, 300)))
+    assert choose_settings(few).training.minutes == 3.0
+    assert [choose_settings(x).preprocessing.transform for x in (few, many, wide)] == ["standardize", "whiten", "standardize"]
+    assert [choose_settings(x).logdet.kind for x in (few, many, wide)] == ["exact", "exact", "krylov"]
+    images = choose_settings(data(RNG.integers(0, 256, (50, 16, 16, 3))))
     assert [stage.squeeze for stage in images.model.stages] == [2, 2]
     assert images.training.batch_size <= 45
+
+
+def test_candidates_follow_the_array():
+    def priors_of(x, **given):
+        data = from_arrays("a", Arrays(np.asarray(x, np.float32)), fractions=(0.1, 0.0))
+        found = candidates(choose_settings(data), data, given)
+        return [(candidate.prior, candidate.components) for candidate in found]
+
+    assert priors_of(RNG.normal(size=(500, 2))) == [("gaussian", 0)]
+    assert priors_of(RNG.normal(size=(40, 4))) == [("mixture", 1), ("gaussian", 0)]  # of all correlations
+    assert priors_of(MODES) == [("mixture", 2), ("gaussian", 0)]
+    assert priors_of(RNG.normal(size=(100, 70))) == [("gaussian", 0)]
+    assert priors_of(RNG.standard_t(2, size=(300, 70))) == [("logistic", 0)]
+    assert priors_of(MODES, **{"model.prior": "logistic"}) == [(None, 0)]
 
 
 def test_a_key_is_a_seed():

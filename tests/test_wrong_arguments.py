@@ -145,4 +145,4 @@ def test_numbers_of_numpy_are_numbers():
     settings = {"optimizer.learning_rate": np.float32(1e-3), "training.blocks": "unroll"}
     tiny = [{"num_blocks": 1, "hidden": (4,)}]
     fitted = fit(steps=np.int64(1), architecture=tiny, validation_fraction=np.float32(0.2), settings=settings)
-    assert fitted.history.step == 1
+    assert fitted.history.train["step"] == [1]

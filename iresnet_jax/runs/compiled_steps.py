@@ -28,12 +28,18 @@ class CompiledSteps:
         training = dataclasses.replace(
             config.training,
             **{"minutes": 0.0, "patience": 0, "log_every_steps": 1, "eval_every_steps": 1},
-            **{"actnorm_examples": 1, "eval_examples": 1, "max_num_terms": 0},
+            **{"total_steps": 1, "actnorm_examples": 1, "eval_examples": 1, "max_num_terms": 0},
         )
-        settings = dataclasses.replace(config, evaluation=EvaluationConfig(), training=training)
+        # The length of the run comes with the state, and stretches the schedule; the size of noise comes with the batch.
+        warmup = min(config.optimizer.warmup_steps / config.training.total_steps, 1.0)
+        optimizer = dataclasses.replace(config.optimizer, warmup_steps=0)
+        augmentation = dataclasses.replace(config.augmentation, noise=1.0 if config.augmentation.noise else 0.0)
+        given = {"optimizer": optimizer, "augmentation": augmentation, "training": training}
+        settings = dataclasses.replace(config, evaluation=EvaluationConfig(), **given)
 
         def compiled(training_step: TrainingStep) -> CompiledStep:
-            key = settings, spec, getattr(training_step.model, "estimator", None)  # whose number of terms may rise
+            # The estimator's number of terms may rise.
+            key = settings, warmup, spec, getattr(training_step.model, "estimator", None)
             step = self._steps.pop(key, None) or parallel.parallelize(training_step)
             self._steps[key] = step
             if len(self._steps) > self._most:

@@ -39,13 +39,21 @@ def build_objective(config: Config, data: DataSet, spec: Spec | None = None) -> 
 
 
 def _density(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
-    loss = density.make_loss(data.draw, density.noise_scales(config.augmentation.noise, spec))
+    noise = config.augmentation.noise
+    if noise and data.is_endless:
+        raise ValueError(
+            f"config.augmentation.noise is for continuous vectors of an array, and {data.name} has no end: set it to 0"
+        )
+    loss = density.make_loss(data.draw, density.noise_scales(spec) if noise else None)
+    examples = None if data.is_endless else (data.examples["train"], data.contexts.get("train"))
+    if noise and examples is not None:
+        examples = (*examples, np.full(len(examples[0]), noise, np.float32))
     return Objective(
         name=spec.metric,
         training_step=_training_step(config, spec, loss),
         make_validation=lambda: density.Validation(spec, **_held_out(config, data)),
         selection=lambda held_out: held_out[spec.metric],
-        examples=None if data.is_endless else (data.examples["train"], data.contexts.get("train")),
+        examples=examples,
         logdet=config.logdet,
         initial_variables=lambda: initial_variables(config, spec, data),
     )

@@ -128,7 +128,7 @@ class Trainer:
             if self.step % self._settings.log_every_steps == 0 or is_validation_due:
                 self._log()
             if is_validation_due:
-                self._validate_state()
+                self.validate()
             if after_step():
                 return
 
@@ -268,7 +268,7 @@ class Trainer:
         self.store(loss)
         self._window_start = time.monotonic()
 
-    def _validate_state(self) -> None:
+    def validate(self) -> None:
         """Measures the state on held-out data, keeps it, and goes on with the terms that the validation asks for."""
         began = time.monotonic()
         found = self._validate(self.state)

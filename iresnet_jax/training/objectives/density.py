@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from iresnet_jax.bijections.transforms.bounded import Bounded
+from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.maths.logdet.config import LogdetConfig
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
@@ -42,14 +43,16 @@ def make_loss(
 
     Args:
         draw: Sampler ``(key, placeholder) -> (example, context)`` of endless data; None takes those of the batch.
-        noise: Standard deviation of the noise on each entry, see `noise_scales`; None is no noise.
+        noise: Scale of the noise on each entry, see `noise_scales`; batches then have the size of each example's noise as their
+            third part, so that runs with noise of different sizes share a program. None adds no noise.
     """
 
     def loss(model: Density, batch: Any, keys: StepKeys) -> Loss:
         key_draw, key_dequantise, key_probe = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys.examples), 1, 0)
-        x, context = batch if draw is None else jax.vmap(draw)(key_draw, batch)
+        x, context, *sizes = batch if draw is None else jax.vmap(draw)(key_draw, batch)
         if noise is not None:
-            x = _moved(model.spec, x, noise[None] * jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(key_draw))
+            drawn = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(key_draw)
+            x = _moved(model.spec, x, sizes[0][:, None] * noise[None] * drawn)
         model = model.with_(estimator=model.estimator.fix_length(keys.shared))
         terms = model.terms(x, key_dequantise, key_probe, context=context)
         value = jnp.mean(model.spec.in_units(terms.log_prob))
@@ -67,8 +70,8 @@ def _moved(spec: DensitySpec, x: Any, noise: Any) -> Array:
     return jnp.where(noise == 0, x, moved)  # values on a grid stay where they are
 
 
-def noise_scales(size: float, spec: DensitySpec) -> Float[np.ndarray, " d"] | None:
-    """Standard deviations of the noise that ``augmentation.noise`` asks for, 0 for entries on a grid; None for no noise.
+def noise_scales(spec: DensitySpec) -> Float[np.ndarray, " d"]:
+    """Standard deviations of entries, which noise of size 1 has: 1 without preprocessing, 0 for entries on a grid.
 
     Those of entries within bounds are in the units of the real line, see `Bounded.to_line`.
 
@@ -78,16 +81,15 @@ def noise_scales(size: float, spec: DensitySpec) -> Float[np.ndarray, " d"] | No
     Raises:
         ValueError: If the data are not vectors whose scale the model knows.
     """
-    if size == 0:
-        return None
     transform = spec.transform.then if isinstance(spec.transform, Bounded) else spec.transform
-    if not isinstance(transform, Standardize | Whiten) or len(spec.flow.event_shape) != 1:
+    if not isinstance(transform, Identity | Standardize | Whiten) or len(spec.flow.event_shape) != 1:
         raise ValueError(
-            "config.augmentation.noise is for continuous vectors with preprocessing.transform standardize or whiten, got "
+            "config.augmentation.noise is for continuous vectors with preprocessing.transform standardize, whiten or none, got "
             f"{type(transform).__name__} of examples of shape {spec.flow.event_shape}"
         )
+    scales = np.ones(spec.flow.event_shape) if isinstance(transform, Identity) else transform.entry_scales
     on_grid = np.zeros(spec.flow.event_shape, bool) if spec.grid is None else np.asarray(spec.grid.spacing) > 0
-    return np.where(on_grid, 0, size * np.asarray(transform.entry_scales)).astype(np.float32)
+    return np.where(on_grid, 0, np.asarray(scales)).astype(np.float32)
 
 
 class Validation:

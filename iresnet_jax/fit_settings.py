@@ -1,0 +1,268 @@
+"""Settings that `fit` chooses from the shape, the number and the kind of examples, and those among which validation chooses."""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from iresnet_jax.checked_dataclasses import to_plain
+from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.models import priors
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.priors import PRIORS
+from iresnet_jax.runs.config import Config, parse, with_field
+from iresnet_jax.runs.model_from_config import density_spec
+
+DEFAULT_MINUTES = 3.0
+FIRST_STEPS = 1000  # updates of the first run of each candidate
+NO_LIMIT = 1_000_000  # updates, more than a time limit allows
+VALIDATIONS, PATIENCE = 20, 6  # of a whole run; after so many without an improvement it ends
+PRIOR_EXAMPLES, MIXTURE_EXAMPLES = 10_000, 5_000  # that choose the prior, and the number of components of a mixture
+WHITENED_DIMS = 256  # at most: a matrix of the square of that many numbers belongs to the model
+# Examples for each entry of a covariance from which on vectors are whitened: fewer estimate it badly. A table of 30 columns
+# and 400 rows is 4 nats likelier without (benchmarks/tabular.py).
+PER_COVARIANCE = 4
+HYBRID_WEIGHT = 0.1  # weight of a vector's log-likelihood beside the cross-entropy of its class
+EXACT_DIMS = 32  # at most: no noise; steps at 10, 20, 30 dimensions take .3, .8, 1.6 times as long as with `KrylovLogdet`
+MIXTURE_DIMS = 64  # at most: each component has a matrix of the square of that many numbers
+COMPONENTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24)  # numbers of them that are tried until `BIC` rises twice
+EXAMPLES_PER_COMPONENT = 5  # at least, for each row of its covariance and its mean
+NOISES = (0.0, 0.1, 0.3)  # standard deviations of the noise on examples
+NO_NOISE = 1e-9  # is lost in rounding, and shares the program of noise
+SIZES = {"large": (20, 128, 1e-2), "small": (4, 32, 3e-3)}  # blocks, width, learning rate
+
+
+def choose_settings(
+    data: DataSet,
+    *,
+    objective: str | None = None,
+    minutes: float | int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+) -> Config:
+    """The settings that `fit` starts from, for the shape, number and kind of examples.
+
+    Args:
+        data: The data.
+        objective: "density", "classification" or "hybrid"; by default "density" without labels, and with labels
+            "classification" of images and "hybrid" of vectors.
+        minutes: Limit of the wall-clock time for training.
+        steps: Updates instead of a time.
+        seed: Seed of the run.
+
+    Raises:
+        ValueError: If they contradict the data.
+    """
+    is_vectors = len(data.event_shape) == 1
+    objective = objective or ("density" if data.num_classes is None else "hybrid" if is_vectors else "classification")
+    num = len(data.examples["train"])
+    plain: dict[str, Any] = to_plain(Config())
+    plain["seed"], plain["objective"] = seed, objective
+    plain["data"]["name"] = data.name
+    chosen = _for_vectors(data, objective) if is_vectors else _for_images(data)
+    for name, values in chosen.items():
+        plain[name] |= values
+    plain["training"] |= {
+        "batch_size": _even(min(plain["training"]["batch_size"], num)),
+        "minutes": 0.0 if steps else (minutes or DEFAULT_MINUTES),
+        "patience": PATIENCE,
+        "log_every_steps": 10,
+        "eval_examples": 4096,
+        "actnorm_examples": min(1024, num),
+    }
+    return with_settings(parse(plain), length(steps or NO_LIMIT))
+
+
+def length(num_steps: int) -> dict[str, Any]:
+    """Settings of a run of so many updates."""
+    return {
+        "training.total_steps": num_steps,
+        "training.eval_every_steps": max(num_steps // VALIDATIONS, 1),
+        # An average over a tenth of a short run, and never over more than some hundred steps.
+        "training.ema_decay": 0.99 if num_steps >= 1000 else 0.9,
+        "optimizer.warmup_steps": num_steps // 20,
+    }
+
+
+def _for_vectors(data: DataSet, objective: str) -> dict[str, dict[str, Any]]:
+    """Dense blocks, the large ones of `SIZES`."""
+    num, dims = len(data.examples["train"]), data.event_shape[0]
+    # Priors of classes start from the covariance within.
+    is_whitened = dims <= WHITENED_DIMS and num >= PER_COVARIANCE * dims**2
+    is_exact = dims <= EXACT_DIMS
+    num_blocks, width, rate = SIZES["large"]
+    return {
+        "model": {
+            "stages": [{"num_blocks": num_blocks, "hidden": (width,), "activation": "clipswish"}],
+            **{"coeff": 0.97, "last_scale": 0.1, "sharp": objective != "classification"},
+        },
+        "preprocessing": {"transform": "whiten" if is_whitened else "standardize"},
+        "logdet": {"kind": "exact"} if is_exact else {"kind": "krylov", "num_terms": min(6, dims)},
+        "hybrid": {"weight": HYBRID_WEIGHT, "fitted_priors": True},
+        "evaluation": {"logdet": {"kind": "exact"}} if dims <= WHITENED_DIMS else {},
+        "optimizer": {"name": "muon", "learning_rate": rate, "momentum": 0.95, "nesterov": True},
+        "training": {"batch_size": 128 if is_exact else 256, "blocks": "scan"},
+    }
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What differs among the models of vectors that validation chooses from.
+
+    Attributes:
+        prior: Family of the prior; None leaves it to the settings.
+        components: Components of the prior "mixture", 0 of others.
+        size: A key of `SIZES`.
+        noise: Standard deviation of noise on the examples of a density; None adds none.
+    """
+
+    prior: str | None
+    components: int = 0
+    size: str = "large"
+    noise: float | None = None
+
+    def __str__(self) -> str:
+        parts = [f"{self.size} network"]
+        if self.prior is not None:
+            parts.append(f"{self.components} normal distributions as prior" if self.components else f"{self.prior} prior")
+        return ", ".join(parts + [f"noise of {self.noise}"] * bool(self.noise))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that make a config one of this candidate."""
+        num_blocks, width, rate = SIZES[self.size]
+        is_large = self.size == "large"
+        chosen: dict[str, Any] = {
+            "model.stages": [{"num_blocks": num_blocks, "hidden": (width,), "activation": "clipswish"}],
+            # A flow in front of a mixture starts as little more than the identity: the mixture alone may be the best.
+            "model.last_scale": 0.01 if self.prior == "mixture" else 0.1,
+            "model.sharp": is_large,
+            "optimizer.learning_rate": rate,
+        }
+        if self.prior is not None:
+            chosen |= {"model.prior": self.prior, "model.prior_components": self.components}
+        return chosen | ({} if self.noise is None else {"augmentation.noise": self.noise or NO_NOISE})
+
+    def milder(self) -> Iterator["Candidate"]:
+        """Candidates that overfit less: with more noise, or a smaller network."""
+        if self.noise is not None and self.noise < NOISES[-1]:
+            yield dataclasses.replace(self, noise=NOISES[NOISES.index(self.noise) + 1])
+        if self.size == "large":
+            yield dataclasses.replace(self, size="small")
+
+
+def plain_candidate(config: Config, data: DataSet, given: Iterable[str] = ()) -> Candidate | None:
+    """The candidate without a mixture: its prior has heavy or light tails, whichever is likelier before training.
+
+    Args:
+        config: Settings of all candidates.
+        data: The data; images have no candidates.
+        given: Names of settings that the user has chosen.
+    """
+    if len(data.event_shape) != 1 or config.objective not in ("density", "hybrid"):
+        return None
+    is_plain = config.objective == "density" and not data.contexts and "model.prior" not in given
+    prior = likelier_prior(_preprocessed(config, data, PRIOR_EXAMPLES)) if is_plain else None
+    size = "large" if len(data.examples["train"]) >= PER_COVARIANCE * data.event_shape[0] ** 2 else "small"
+    return Candidate(prior, size=size, noise=NOISES[0] if config.objective == "density" else None)
+
+
+def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> list[Candidate]:
+    """The candidates that are tried first, of which the last is the plain one; none for images.
+
+    The other has a mixture as its prior, with as many components as the Bayesian information criterion wants.
+    """
+    plain = plain_candidate(config, data, given)
+    if plain is None or plain.prior is None or data.event_shape[0] > MIXTURE_DIMS:
+        return [] if plain is None else [plain]
+    components = likeliest_components(_preprocessed(config, data, MIXTURE_EXAMPLES), config.seed)
+    is_more = components > 1 or config.preprocessing.transform != "whiten"  # than the prior of one normal distribution
+    return [dataclasses.replace(plain, prior="mixture", components=components)] * is_more + [plain]
+
+
+def _preprocessed(config: Config, data: DataSet, most: int) -> Float[np.ndarray, "n d"]:
+    """Training examples as the flow gets them."""
+    model = Density(density_spec(config, data), {}, {})
+    return np.asarray(_preprocess(model, np.asarray(data.examples["train"][:most]), jax.random.key(config.seed)), np.float64)
+
+
+_preprocess = jax.jit(lambda model, x, key: model.preprocess(x, key))  # one function for fits of one shape
+
+
+def likelier_prior(z: Float[np.ndarray, "n d"]) -> str:
+    """The prior under which preprocessed examples are likelier, before any training of the flow: "logistic" for heavy tails."""
+    found = _mean_log_probs(jnp.asarray(z, jnp.float32))
+    return max(PRIORS, key=lambda kind: float(found[kind]))
+
+
+@jax.jit
+def _mean_log_probs(z: Float[Array, "n d"]) -> dict[str, Float[Array, ""]]:
+    """Mean log-density of latents under each prior of variance 1."""
+    found = {}
+    for kind, family in PRIORS.items():
+        scale = {family.log_scale: jnp.full(z.shape[1], -math.log(family.std))}
+        found[kind] = jnp.mean(priors.log_prob(kind, {"mean": jnp.zeros(z.shape[1]), **scale}, z))
+    return found
+
+
+def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> int:
+    """Number of normal distributions in a mixture by the Bayesian information criterion (Schwarz 1978)."""
+    import threadpoolctl  # late: a second, which only mixtures need
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    best, lowest, risen = 1, math.inf, 0
+    for num in COMPONENTS:
+        if num > max(len(z) // (EXAMPLES_PER_COMPONENT * (z.shape[1] + 1)), 1) or risen == 2:
+            break
+        mixture = GaussianMixture(num, n_init=2, random_state=seed)
+        # Threads of products as small as these wait for each other.
+        with warnings.catch_warnings(action="ignore", category=ConvergenceWarning), threadpoolctl.threadpool_limits(1):
+            try:
+                bic = float(mixture.fit(z).bic(z))
+            except ValueError:  # a component has collapsed
+                bic = math.inf
+        best, lowest, risen = (num, bic, 0) if bic < lowest else (best, lowest, risen + 1)
+    return best
+
+
+def _for_images(data: DataSet) -> dict[str, dict[str, Any]]:
+    """Convolutional blocks on squeezed images, a stage for each halving, down to 4 x 4 pixels or fewer."""
+    height, width, _ = data.event_shape
+    stages, side = [], min(height, width)
+    while side % 2 == 0 and height % 2 == 0 and width % 2 == 0 and side >= 8 and len(stages) < 3:
+        side, height, width = side // 2, height // 2, width // 2
+        stages.append({"num_blocks": 6, "hidden": (48,), "kernel_sizes": (3, 3), "squeeze": 2, "activation": "clipswish"})
+    stages = stages or [{"num_blocks": 8, "hidden": (48,), "kernel_sizes": (3, 3), "activation": "clipswish"}]
+    continuous = data.num_levels is None
+    return {
+        "model": {"stages": stages, "coeff": 0.95},
+        "preprocessing": {"transform": "standardize" if continuous else "logit"},
+        "logdet": {"kind": "krylov", "num_terms": 6},
+        "optimizer": {"name": "muon", "learning_rate": 1e-2, "momentum": 0.95, "nesterov": True},
+        "training": {"batch_size": 64},
+    }
+
+
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The config with other values, such as ``{"optimizer.learning_rate": 1e-3}``.
+
+    Raises:
+        ValueError: If there is no such field, or it cannot hold the value.
+    """
+    plain = to_plain(config)
+    for name, value in settings.items():
+        plain = with_field(plain, name, lambda _, value=value: value)
+    return parse(plain)
+
+
+def _even(batch_size: int) -> int:
+    devices = jax.local_device_count()
+    return max(batch_size // devices, 1) * devices
