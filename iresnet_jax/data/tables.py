@@ -80,12 +80,12 @@ class Table:
         Args:
             x: All rows, or those to train with.
             held_out: Rows that were given to validate with: they belong to the range that was seen.
-            names: Names of the columns, for messages, where there is no data frame.
+            names: Names of the columns, by which bounds and messages speak of them; none of an array.
 
         Raises:
             ValueError: If a column has no density, or a value outside of its bounds; the message names it.
         """
-        names = [column.name for column in self.columns] if self.columns is not None else list(names)
+        names = list(names)
         whole = np.full(x.shape[1], self.whole)
         if self.columns is not None:
             whole = np.array([column.is_discrete for column in self.columns])
@@ -97,12 +97,13 @@ class Table:
         if grid is not None and grid.off(everything).any():
             row, column = np.argwhere(grid.off(everything))[0].tolist()
             raise ValueError(
-                f"{everything[row, column]:g}, to validate with, is not on the grid of {_named([column], names)}: "
+                f"{everything[row, column]:g} in {_row(row, len(x))} is not on the grid of {_named([column], names)}: "
                 f"{grid.offset[column]:g} and steps of {grid.spacing[column]:g}"
             )
         given = ends_given({} if self.bounds is None else self.bounds, names, x.shape[1])
         ends = find_ends(x, grid) if self.bounds is None else {}
-        intervals = [_interval(everything, column, names, grid, {**ends, **given}.get(column)) for column in range(x.shape[1])]
+        ends_of = {**ends, **given}
+        intervals = [_interval(everything, column, names, grid, ends_of.get(column), len(x)) for column in range(x.shape[1])]
         notes = [*_notes_on_grid(names, grid, intervals), *_notes_on_values(x, names, grid)]
         notes += [
             f"{_named([column], names)} has hard ends: a density on [{low:g}, {high:g}]; bounds={{}} leaves it unbounded"
@@ -111,11 +112,8 @@ class Table:
         return dataclasses.replace(self, grid=grid, intervals=tuple(intervals) if any(intervals) else None, notes=tuple(notes))
 
     def added_to(self, data: DataSet) -> DataSet:
-        """The data set with what is known of its entries; given bounds are part of its identity."""
-        fingerprint = data.fingerprint_with(
-            sorted((str(name), *map(float, ends)) for name, ends in (self.bounds or {}).items())
-        )
-        return dataclasses.replace(data, bounds=self.intervals, columns=self.columns, notes=self.notes, fingerprint=fingerprint)
+        """The data set with the intervals of its entries and what was seen."""
+        return dataclasses.replace(data, bounds=self.intervals, notes=self.notes)
 
 
 # ---------------------------------------------------------------------------------------------------------------- grids
@@ -244,7 +242,7 @@ def ends_given(bounds: Any, names: Sequence[str], num: int) -> dict[int, tuple[f
         raise ValueError(f'bounds must be a dictionary such as {{"share": (0, 1)}}, got {bounds!r}')
     found = {}
     for name, ends in bounds.items():
-        column = names.index(name) if name in names else name
+        column = names.index(str(name)) if str(name) in names else name
         if isinstance(column, bool) or not isinstance(column, int | np.integer) or not 0 <= column < num:
             known = f"the names {', '.join(map(repr, names))}" if names else "numbers"
             raise ValueError(f"bounds are for columns 0 to {num - 1}, by {known}, got {name!r}")
@@ -259,7 +257,12 @@ def ends_given(bounds: Any, names: Sequence[str], num: int) -> dict[int, tuple[f
 
 
 def _interval(
-    x: Float[np.ndarray, "n d"], column: int, names: Sequence[str], grid: Grid | None, ends: tuple[float, float] | None
+    x: Float[np.ndarray, "n d"],
+    column: int,
+    names: Sequence[str],
+    grid: Grid | None,
+    ends: tuple[float, float] | None,
+    num_train: int,
 ) -> Bounds | None:
     """The interval of one column: of given or found ends, or of the cells that were seen; None for none."""
     values = x[:, column]
@@ -275,8 +278,8 @@ def _interval(
     if out.any():
         row = int(out.argmax())
         raise ValueError(
-            f"{values[row]:g} in row {row} of {_named([column], names)} is outside of its bounds {low:g} and {high:g}: correct "
-            "the value or the bounds"
+            f"{values[row]:g} in {_row(row, num_train)} of {_named([column], names)} is outside of its bounds {low:g} and "
+            f"{high:g}: correct the value or the bounds"
         )
     return Bounds.of(low - step / 2, high + step / 2, step or None)
 
@@ -364,6 +367,11 @@ def _named(columns: Sequence[int], names: Sequence[str]) -> str:
     named = [f"column {column}" + (f" ({names[column]!r})" if len(names) else "") for column in columns]
     more = f" and {len(columns) - NAMED} more" if len(columns) > NAMED else ""
     return ", ".join(named[:NAMED]) + more
+
+
+def _row(row: int, num_train: int) -> str:
+    """A row in a sentence, of the rows to train with and, behind them, those to validate with."""
+    return f"row {row}" if row < num_train else f"validation row {row - num_train}"
 
 
 def _notes_on_grid(names: Sequence[str], grid: Grid | None, intervals: Sequence[Bounds | None]) -> list[str]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from iresnet_jax.bijections.transforms.bounded import Bounds
-from iresnet_jax.data.tables import FarValueWarning, Table, check_density, find_ends, find_grid
+from iresnet_jax.data.tables import FarValueWarning, Table, check_density, ends_given, find_ends, find_grid
 
 RNG = np.random.default_rng(0)
 NAMES = ["rent", "rest", "income"]
@@ -38,6 +38,7 @@ def test_given_bounds_are_by_name_or_number_and_replace_hard_ends():
     table = Table(bounds={"rest": (0, 2), 2: (-9.0, 9.0)}).described(beside(share), NAMES)
     assert table.intervals == (None, Bounds.of(0.0, 2.0), Bounds.of(-9.0, 9.0))
     assert Table(bounds={}).described(beside(share), NAMES).intervals is None
+    assert ends_given({1: (0, 2)}, ["1", "0"], 2) == {0: (0.0, 2.0)}  # columns of a data frame may be called by numbers
     wider = Table(bounds={1: (0, 4)}).described(beside(RNG.integers(0, 3, 1500)), NAMES)
     assert wider.intervals[1] == Bounds.of(-0.5, 4.5, 1.0)
 
@@ -64,8 +65,10 @@ def test_bounds_that_do_not_fit_are_refused_by_name(bounds, message):
 def test_rows_to_validate_with_belong_to_the_range_and_lie_on_the_grid():
     x, held_out = beside(RNG.integers(0, 3, 1500)), beside(np.array([2, 5]), 2)
     assert Table().described(x, NAMES, held_out).intervals[1] == Bounds.of(-0.5, 5.5, 1.0)
-    with pytest.raises(ValueError, match=r"2.5, to validate with, is not on the grid of column 1 \('rest'\)"):
+    with pytest.raises(ValueError, match=r"2.5 in validation row 0 is not on the grid of column 1 \('rest'\)"):
         Table().described(x, NAMES, held_out + np.float32(0.5))
+    with pytest.raises(ValueError, match=r"5 in validation row 1 of column 1"):
+        Table(bounds={1: (0, 4)}).described(x, NAMES, held_out)
     same = RNG.random((300, 2)).astype(np.float32)
     assert Table().described(same, (), same).grid is None
 
