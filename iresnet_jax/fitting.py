@@ -108,6 +108,7 @@ def fit(
 
     Raises:
         ValueError: If arrays or settings do not fit together, or an entry of ``x`` has no density; the message names it.
+        RuntimeError: If training blows up, that of every candidate.
 
     Example:
         >>> model = fit(x, minutes=3)  # doctest: +SKIP
@@ -195,7 +196,7 @@ class _Race:
                 ended = "it was stopped" if self._stop.received else "time was over"
             elif is_improving and more is None:
                 ended = "too little time was left for a longer run"
-            elif is_improving and (candidate, more) not in self._tried:
+            elif is_improving and more and (candidate, more) not in self._tried:
                 self._run(candidate, more)
             elif best.best_step < OVERFITTED * best.num_steps and untried:
                 self._run(untried[0], FIRST_STEPS)

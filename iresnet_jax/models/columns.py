@@ -97,7 +97,7 @@ def _whole(values: Float[np.ndarray, " n"], dtype: str) -> np.ndarray:
     """The nearest integers that a type of pandas holds: a continuous density does not end where the type does."""
     import pandas as pd
 
-    known = pd.api.types.pandas_dtype(dtype)
+    known: Any = pd.api.types.pandas_dtype(dtype)
     integers = np.dtype(getattr(known, "numpy_dtype", known))
     info = np.iinfo(integers if integers.kind in "iu" else np.int64)  # Python's integers are objects
     return np.rint(np.clip(values, info.min, np.nextafter(float(info.max), 0))).astype(info.dtype)
