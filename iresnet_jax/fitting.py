@@ -204,9 +204,8 @@ class _Race:
                 ended = "validation no longer improved"
         _, best, model = self._leader
         attempts = tuple(attempt for _, attempt, _ in self._runs)
-        self._say(
-            f"{best.what}: validation {best.loss:.4f} at step {best.best_step}, the best of {len(attempts)} runs; {ended}"
-        )
+        among = f", the best of {len(attempts)} runs" if len(attempts) > 1 else ""
+        self._say(f"{best.what}: validation {best.loss:.4f} at step {best.best_step}{among}; {ended}")
         return model.with_(history=dataclasses.replace(model.history, attempts=attempts, ended=ended))
 
     @property

@@ -384,7 +384,7 @@ def _notes_on_grid(names: Sequence[str], grid: Grid | None, intervals: Sequence[
     assert bounds is not None
     example = f"{bounds.low + step / 2:g} to {bounds.high - step / 2:g} in steps of {step:g}"
     several = f"; the first from {example}" if len(on_grid) > 1 else f" from {example}"
-    return [f"discrete, with no probability beyond the values that were seen: {_named(on_grid, names)}{several}"]
+    return [f"discrete within the range that was seen: {_named(on_grid, names)}{several}"]
 
 
 def _notes_on_values(x: np.ndarray, names: Sequence[str], grid: Grid | None) -> list[str]:
