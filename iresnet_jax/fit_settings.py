@@ -62,6 +62,8 @@ def choose_settings(
     """
     is_vectors = len(data.event_shape) == 1
     objective = objective or ("density" if data.num_classes is None else "hybrid" if is_vectors else "classification")
+    if objective != "density" and data.num_classes is None:
+        raise ValueError(f"the objective {objective} needs labels: give the class of each example")
     num = len(data.examples["train"])
     plain: dict[str, Any] = to_plain(Config())
     plain["seed"], plain["objective"] = seed, objective

@@ -39,6 +39,7 @@ FAINT = 1e-31  # standard deviation below which the digits of differences underf
 NAMED = 5  # entries that a message names
 COMMON, NOTED = 0.25, 0.05  # share of one value in a continuous column that is refused, and that is said
 FAR = 1e4  # interquartile ranges from the median, from which a value is said to be one
+WIDEST_EDGE = 0.02  # standard deviations of a column, near an end of its given bounds, in which all values count as one
 INDEPENDENT = 1e-6  # standard deviations of a column that the others must leave unexplained
 FEWEST_ROWS = 2000  # that show which columns may depend on others
 TAILS = (0.025, 0.05, 0.1)  # shares of the values, from the outermost one on, that show a hard end
@@ -101,9 +102,17 @@ class Table:
                 f"{grid.offset[column]:g} and steps of {grid.spacing[column]:g}"
             )
         given = ends_given({} if self.bounds is None else self.bounds, names, x.shape[1])
-        ends = find_ends(x, grid) if self.bounds is None else {}
+        ends = find_ends(everything, grid) if self.bounds is None else {}
         ends_of = {**ends, **given}
         intervals = [_interval(everything, column, names, grid, ends_of.get(column), len(x)) for column in range(x.shape[1])]
+        for column, (low, high) in given.items():
+            bounds, step = intervals[column], 0.0 if grid is None else grid.spacing[column]
+            assert bounds is not None
+            if bounds.edge > (step / 4 or WIDEST_EDGE * x[:, column].std()):
+                raise ValueError(
+                    f"bounds {low:g} and {high:g} of {_named([column], names)} are so far apart that single precision cannot "
+                    "tell values near an end from each other: narrow them, or leave them out"
+                )
         notes = [*_notes_on_grid(names, grid, intervals), *_notes_on_values(x, names, grid)]
         notes += [
             f"{_named([column], names)} has hard ends: a density on [{low:g}, {high:g}]; bounds={{}} leaves it unbounded"

@@ -52,12 +52,15 @@ def test_given_bounds_are_by_name_or_number_and_replace_hard_ends():
         ({"rest": 1.0}, "two numbers"),
         ({"rest": (1, 0)}, "the lower one first"),
         ({"rest": (0, float("inf"))}, "finite"),
+        ({"rest": (0, 1e12)}, r"bounds 0 and 1e\+12 of column 1 \('rest'\) are so far apart"),
         ({"rest": (0.0, 0.5)}, r"in row \d+ of column 1 \('rest'\) is outside of its bounds 0 and 0.5"),
     ],
 )
 def test_bounds_that_do_not_fit_are_refused_by_name(bounds, message):
     with pytest.raises(ValueError, match=message):
         Table(bounds=bounds).described(beside(np.linspace(0, 1, 1500)), NAMES)
+    with pytest.raises(ValueError, match="so far apart"):
+        Table(bounds={1: (0, 1e9)}).described(beside(RNG.integers(0, 3, 1500)), NAMES)
     with pytest.raises(ValueError, match="values of its grid"):
         Table(bounds={1: (-0.3, 4.0)}).described(beside(RNG.integers(0, 3, 1500)), NAMES)
 
@@ -104,6 +107,11 @@ def test_the_ends_of_uniform_numbers_are_found_and_rounded(num):
     assert -1.85 < low < -np.sqrt(3)
     assert np.sqrt(3) < high < 1.85
     assert "[0, 1]; bounds={}" in Table().described(x.astype(np.float32)).notes[0]
+
+
+def test_rows_to_validate_with_beyond_an_end_show_that_it_is_none():
+    table = Table().described(beside(RNG.random(1500)), NAMES, beside(np.array([9.0, 0.5]), 2))
+    assert table.intervals is None
 
 
 def test_a_triangle_has_ends_where_its_density_is_0():
