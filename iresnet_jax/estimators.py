@@ -125,14 +125,14 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
 
     `score_samples` and `score` are those of `sklearn.mixture.GaussianMixture`; `sample` returns the samples alone.
 
-    Integer features, and others on a regular grid, are dequantised: `score_samples` is then a lower bound of the
-    log-probability of their values. They keep to the range of the training samples, and features with hard ends to their
-    interval, see `iresnet_jax.fit`: no sample leaves it, and `score_samples` is minus infinity outside. A constant feature, or
-    one that is a linear combination of others, has no density: `fit` refuses it by name.
+    Features with at most one value for every 2 samples, all on a regular grid, such as counts, are dequantised: `score_samples`
+    is then a lower bound of the log-probability of their values. They keep to the range of the training samples, and features
+    with hard ends to their interval, see `iresnet_jax.fit`: no sample leaves it, and `score_samples` is minus infinity outside.
+    A constant feature, or one that is a linear combination of others, has no density: `fit` refuses it by name.
 
     Args:
         steps: Updates to train for.
-        minutes: Wall-clock time to train for instead; 3 minutes by default.
+        minutes: Longest wall-clock time for training instead of steps; 3 by default.
         architecture: Stages of the flow; by default they depend on the number of samples.
         validation_fraction: Share of the samples that chooses the best step, in (0, 1).
         random_state: Seed. Fits with the same integer to data of one shape share their compiled programs.
@@ -258,7 +258,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
 
     Args:
         steps: Updates to train for.
-        minutes: Wall-clock time to train for instead; 3 minutes by default.
+        minutes: Longest wall-clock time for training instead of steps; 3 by default.
         architecture: Stages of the flow; by default they depend on the number of samples.
         validation_fraction: Share of the samples that chooses the best step, in (0, 1).
         random_state: Seed. Fits with the same integer to data of one shape share their compiled programs.

@@ -62,6 +62,8 @@ def choose_settings(
     """
     is_vectors = len(data.event_shape) == 1
     objective = objective or ("density" if data.num_classes is None else "hybrid" if is_vectors else "classification")
+    if objective != "density" and data.num_classes is None:
+        raise ValueError(f"the objective {objective} needs labels: give the class of each example")
     num = len(data.examples["train"])
     plain: dict[str, Any] = to_plain(Config())
     plain["seed"], plain["objective"] = seed, objective
@@ -120,16 +122,18 @@ class Candidate:
         prior: Family of the prior; None leaves it to the settings.
         components: Components of the prior "mixture", 0 of others.
         size: A key of `SIZES`.
-        noise: Standard deviation of noise on the examples of a density; None adds none.
+        noise: Standard deviation of noise on the examples of a density; None leaves it to the settings.
+        has_own_stages: Whether the user has given the stages, of which `size` then leaves the learning rate alone.
     """
 
     prior: str | None
     components: int = 0
     size: str = "large"
     noise: float | None = None
+    has_own_stages: bool = False
 
     def __str__(self) -> str:
-        parts = [f"{self.size} network"]
+        parts = [f"learning rate {SIZES[self.size][-1]}" if self.has_own_stages else f"{self.size} network"]
         if self.prior is not None:
             parts.append(f"{self.components} normal distributions as prior" if self.components else f"{self.prior} prior")
         return ", ".join(parts + [f"noise of {self.noise}"] * bool(self.noise))
@@ -145,12 +149,13 @@ class Candidate:
         num_blocks, width, rate = SIZES[self.size]
         is_large = self.size == "large"
         chosen: dict[str, Any] = {
-            "model.stages": [{"num_blocks": num_blocks, "hidden": (width,), "activation": "clipswish"}],
             # A flow in front of a mixture starts as little more than the identity: the mixture alone may be the best.
             "model.last_scale": 0.01 if self.prior == "mixture" else 0.1,
             "model.sharp": is_large,
             "optimizer.learning_rate": rate,
         }
+        if not self.has_own_stages:
+            chosen["model.stages"] = [{"num_blocks": num_blocks, "hidden": (width,), "activation": "clipswish"}]
         if self.prior is not None:
             chosen |= {"model.prior": self.prior, "model.prior_components": self.components}
         return chosen | ({} if self.noise is None else {"augmentation.noise": self.noise or NO_NOISE})
@@ -176,7 +181,8 @@ def plain_candidate(config: Config, data: DataSet, given: Iterable[str] = ()) ->
     is_plain = config.objective == "density" and not data.contexts and "model.prior" not in given
     prior = likelier_prior(_preprocessed(config, data, PRIOR_EXAMPLES)) if is_plain else None
     size = "large" if len(data.examples["train"]) >= PER_COVARIANCE * data.event_shape[0] ** 2 else "small"
-    return Candidate(prior, size=size, noise=NOISES[0] if config.objective == "density" else None)
+    is_noise_free = config.objective == "density" and "augmentation.noise" not in given
+    return Candidate(prior, size=size, noise=NOISES[0] if is_noise_free else None, has_own_stages="model.stages" in given)
 
 
 def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> list[Candidate]:

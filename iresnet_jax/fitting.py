@@ -1,6 +1,7 @@
 """`fit`: a model of an array, with settings chosen from the array and the machine; the same code as ``train.py``."""
 
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -38,7 +39,7 @@ from iresnet_jax.runs.model_from_config import model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_interactive
 from iresnet_jax.training.constraint import certified_model
-from iresnet_jax.training.trainer import Trainer, TrainingConfig
+from iresnet_jax.training.trainer import BlowUpError, Trainer, TrainingConfig
 
 LONGER = 4  # factor on the updates of a run whose validation still improved at its end
 WORTHWHILE = 1.5  # times the time of the last run, which a longer one must have
@@ -107,6 +108,7 @@ def fit(
 
     Raises:
         ValueError: If arrays or settings do not fit together, or an entry of ``x`` has no density; the message names it.
+        RuntimeError: If training blows up, that of every candidate.
 
     Example:
         >>> model = fit(x, minutes=3)  # doctest: +SKIP
@@ -144,12 +146,21 @@ def fit(
     say(f"fit: {num} examples of shape {data.event_shape} to train on, {held_out} to validate; {config.objective}")
     for note in data.notes:
         say(note)
-    if workdir is None and steps is None and (contenders := candidates(config, data, given)):
-        return _Race(config, data, given, say).best(contenders)
+    is_race = workdir is None and steps is None
+    if is_race and (contenders := candidates(config, data, given)):
+        with _stop_requests() as stop:
+            return _Race(config, data, given, say, stop).best(contenders)
     # A folder is of one run, and so many steps are those of one, whose programs do not depend on the data's modes.
     plain = plain_candidate(config, data, given)
     config = with_settings(config, {**(plain.settings if plain else {}), **given})
-    return _fit_in_memory(config, data, say).model if workdir is None else _fit_on_disk(config, data, Path(workdir), say)
+    if workdir is not None:
+        return _fit_on_disk(config, data, Path(workdir), say)
+    with _stop_requests() as stop:
+        return _fit_in_memory(config, data, say, stop).model
+
+
+def _stop_requests() -> StopRequests:
+    return StopRequests("training ends after this step", heard_in_memory())
 
 
 class _Race:
@@ -160,27 +171,32 @@ class _Race:
         data: The data.
         given: Settings that the user has given, which no candidate changes.
         say: Takes a line of progress.
+        stop: Notes a signal, at which the race ends.
     """
 
-    def __init__(self, config: Config, data: DataSet, given: Mapping[str, Any], say: Say):
-        self._config, self._data, self._given, self._say = config, data, given, say
-        self._began, self._limit_s = time.monotonic(), 60 * config.training.minutes
+    def __init__(self, config: Config, data: DataSet, given: Mapping[str, Any], say: Say, stop: StopRequests):
+        self._config, self._data, self._given, self._say, self._stop = config, data, given, say, stop
+        self._began, self._limit_s = time.monotonic(), 60 * config.training.minutes or math.inf
         self._runs: list[tuple[Candidate, Attempt, Any]] = []
         self._tried: set[tuple[Candidate, int]] = set()  # with the updates that they were allowed
-        self._is_stopped = False
+        self._blow_up: BlowUpError | None = None  # of the last run that failed
 
     def best(self, contenders: Sequence[Candidate]) -> Any:
         """The model that is best on validation, with all attempts in its history."""
         for candidate in contenders:
             self._run(candidate, FIRST_STEPS)
+        if not self._runs and self._blow_up is not None:
+            raise self._blow_up
         ended = None
         while ended is None:
             candidate, best, _ = self._leader
-            more = self._longer(best)
+            more, is_improving = self._longer(best), best.best_step > IMPROVING * best.num_steps
             untried = [milder for milder in candidate.milder() if (milder, FIRST_STEPS) not in self._tried]
-            if self._is_stopped or not self._is_time_left:
-                ended = "it was stopped" if self._is_stopped else "time was over"
-            elif best.best_step > IMPROVING * best.num_steps and more and (candidate, more) not in self._tried:
+            if self._stop.received or not self._is_time_left:
+                ended = "it was stopped" if self._stop.received else "time was over"
+            elif is_improving and more is None:
+                ended = "too little time was left for a longer run"
+            elif is_improving and more and (candidate, more) not in self._tried:
                 self._run(candidate, more)
             elif best.best_step < OVERFITTED * best.num_steps and untried:
                 self._run(untried[0], FIRST_STEPS)
@@ -188,9 +204,8 @@ class _Race:
                 ended = "validation no longer improved"
         _, best, model = self._leader
         attempts = tuple(attempt for _, attempt, _ in self._runs)
-        self._say(
-            f"{best.what}: validation {best.loss:.4f} at step {best.best_step}, the best of {len(attempts)} runs; {ended}"
-        )
+        among = f", the best of {len(attempts)} runs" if len(attempts) > 1 else ""
+        self._say(f"{best.what}: validation {best.loss:.4f} at step {best.best_step}{among}; {ended}")
         return model.with_(history=dataclasses.replace(model.history, attempts=attempts, ended=ended))
 
     @property
@@ -203,7 +218,7 @@ class _Race:
 
     @property
     def _is_time_left(self) -> bool:
-        return self._left_s > 0.1 * self._limit_s
+        return time.monotonic() - self._began < 0.9 * self._limit_s
 
     def _longer(self, last: Attempt) -> int | None:
         """Updates of a longer run: four times as many, or as many as there is time for; None if there is too little."""
@@ -213,17 +228,21 @@ class _Race:
         return NO_LIMIT if is_last else LONGER * last.num_steps
 
     def _run(self, candidate: Candidate, num_steps: int) -> None:
-        """Trains a candidate, unless time is over or a signal was received."""
-        if self._runs and (self._is_stopped or not self._is_time_left):
+        """Trains a candidate, unless there is a model and time is over or a signal was received; one may blow up alone."""
+        if self._runs and (self._stop.received or not self._is_time_left):
             return
         program, compiled = candidate.program, {tried.program for tried, _ in self._tried}
         length_of_run = f"up to {num_steps} steps" if num_steps < NO_LIMIT else "until time is over"
         self._say(f"{candidate}: {'' if program in compiled else 'compiling, then '}{length_of_run}")
         self._tried.add((candidate, num_steps))
-        limit = {"training.minutes": max(self._left_s, 1.0) / 60}
-        config = with_settings(self._config, {**candidate.settings, **length(num_steps), **limit, **self._given})
-        run = _fit_in_memory(config, self._data, self._say)
-        self._is_stopped = run.is_stopped
+        limit = {"training.minutes": max(self._left_s, 1.0) / 60 if math.isfinite(self._limit_s) else 0.0}
+        config = with_settings(self._config, {**candidate.settings, **length(num_steps), **self._given, **limit})
+        try:
+            run = _fit_in_memory(config, self._data, self._say, self._stop)
+        except BlowUpError as error:
+            self._blow_up = error
+            self._say(f"{candidate}: given up, {error}")
+            return
         attempt = Attempt(str(candidate), run.loss, run.best_step, run.num_steps, run.seconds)
         self._runs.append((candidate, attempt, run.model))
 
@@ -237,7 +256,6 @@ class _Run(NamedTuple):
         best_step: Updates that led to it.
         num_steps: Updates of the run.
         seconds: Time of the run, without compilation.
-        is_stopped: Whether a signal ended it.
     """
 
     model: Any
@@ -245,19 +263,17 @@ class _Run(NamedTuple):
     best_step: int
     num_steps: int
     seconds: float
-    is_stopped: bool
 
 
-def _fit_in_memory(config: Config, data: DataSet, say: Say) -> _Run:
-    """One training run in memory."""
+def _fit_in_memory(config: Config, data: DataSet, say: Say, stop: StopRequests) -> _Run:
+    """One training run in memory, which ends once a signal is noted."""
     prepare_backend(config.training.matmul_precision)
     check_batch_size(config.training, data)
     spec = model_spec(config, data)
     objective = build_objective(config, data, spec)
     trainer = Trainer(objective, config.training, compile_step=_STEPS.compiler(config, spec), say=say)
-    with StopRequests("training ends after this step", heard_in_memory()) as stop:
-        trainer.validate()  # the start may be the best: a mixture is fitted before training
-        trainer.run(batches(config, objective.examples, 0), lambda: stop.received is not None)
+    trainer.validate()  # the start may be the best: a mixture is fitted before training
+    trainer.run(batches(config, objective.examples, 0), lambda: stop.received is not None)
     best = trainer.best
     assert best is not None
     params, batch_stats = jax.device_put((best.ema, best.batch_stats))
@@ -266,7 +282,7 @@ def _fit_in_memory(config: Config, data: DataSet, say: Say) -> _Run:
     if stop.received:
         say(f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}: the best model so far")
     seconds = trainer.elapsed_s - sum(record.get("compile_seconds", 0.0) for record in trainer.records)
-    return _Run(model, best.loss, best.step, trainer.step, seconds, stop.received is not None)
+    return _Run(model, best.loss, best.step, trainer.step, seconds)
 
 
 def _fit_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any:

@@ -22,6 +22,7 @@ from iresnet_jax.models.history import History
 from iresnet_jax.runs import run_folder
 from iresnet_jax.runs.loop import train
 from iresnet_jax.runs.signals import Stopped, StopRequests
+from iresnet_jax.training.trainer import check_finite
 
 RNG = np.random.default_rng(0)
 TINY = (ir.StageSpec(num_blocks=2, hidden=(8,), activation="clipswish"),)
@@ -56,25 +57,33 @@ def test_the_lines_of_the_readme(fitted, tmp_path):
 def raced(fitted, monkeypatch):
     """``(outcomes, minutes) ->`` candidates and lengths of the runs of a race, and its history.
 
-    Outcomes are the loss and best step of the run of a candidate and length, and the seconds that it takes.
+    Outcomes are the loss and best step of the run of a candidate and length, and the seconds that it takes; a loss that is NaN
+    is a blow-up.
     """
 
-    def race(outcomes, minutes=3.0):
+    def race(outcomes, minutes=3.0, interrupted=None, **options):
         runs, clock = [], [0.0]
+        limits.clear()
 
-        def fit_in_memory(config, data, say):
+        def fit_in_memory(config, data, say, stop):
             steps, noise = config.training.total_steps, config.augmentation.noise
             run = (config.model.prior, config.model.stages[0].num_blocks, round(noise, 2), min(steps, 10**6))
             runs.append(run)
             loss, best_step, seconds = outcomes.get(run, (9.0, steps, 1.0))
             clock[0] += seconds
+            limits.append(config.training.minutes)
+            check_finite({"nll": loss}, 0, steps, "rest")
+            if run == interrupted:
+                signal.raise_signal(signal.SIGINT)
             model = fitted[0].with_(history=History({}, {}, step=best_step))
-            return fitting._Run(model, loss, best_step, steps, seconds, is_stopped=False)
+            return fitting._Run(model, loss, best_step, steps, seconds)
 
         monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
         monkeypatch.setattr(fitting.time, "monotonic", lambda: clock[0])
-        return runs, ir.fit(MODES, minutes=minutes, progress=False).history
+        return runs, ir.fit(MODES, minutes=minutes, progress=False, **options).history
 
+    limits: list[float] = []
+    race.limits = limits
     return race
 
 
@@ -98,6 +107,33 @@ def test_a_limit_of_time_is_no_aim(raced):
     runs, history = raced({GAUSSIAN: (5.0, 700, 4.0)})
     assert runs == [MIXTURE, GAUSSIAN]
     assert "no longer improved" in history.ended
+
+
+def test_a_limit_of_time_is_one_of_all_runs_however_it_is_given(raced):
+    runs, history = raced({GAUSSIAN: (5.0, 1000, 80.0)}, settings={"training.minutes": 2.0})
+    assert runs == [MIXTURE, GAUSSIAN]
+    np.testing.assert_allclose(raced.limits, [2.0, 119 / 60])
+    assert "too little time" in history.ended
+    runs, _ = raced({GAUSSIAN: (5.0, 500, 1e5)}, minutes=None, settings={"training.minutes": 0.0})
+    assert raced.limits == [0.0, 0.0]
+
+
+def test_a_candidate_that_blows_up_leaves_the_models_of_others(raced):
+    longer = ("gaussian", 20, 0.0, 4000)
+    runs, history = raced({MIXTURE: (math.nan, 0, 1.0), GAUSSIAN: (5.0, 1000, 5.0), longer: (math.nan, 0, 20.0)})
+    assert runs == [MIXTURE, GAUSSIAN, longer]
+    assert [attempt.loss for attempt in history.attempts] == [5.0]
+    with pytest.raises(RuntimeError, match="nll became non-finite"):
+        raced({MIXTURE: (math.nan, 0, 1.0), GAUSSIAN: (math.nan, 0, 1.0)})
+
+
+def test_an_interrupt_between_two_runs_keeps_the_models_of_both(raced, monkeypatch):
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    monkeypatch.setattr(StopRequests, "_noted_at", -math.inf)
+    runs, history = raced({GAUSSIAN: (5.0, 1000, 5.0)}, interrupted=GAUSSIAN)
+    assert runs == [MIXTURE, GAUSSIAN]
+    assert len(history.attempts) == 2
+    assert "stopped" in history.ended
 
 
 def test_what_overfits_is_tried_with_noise_and_smaller(raced):
@@ -162,6 +198,8 @@ def test_another_call_in_the_same_folder_is_refused(fitted):
     for length in ({"steps": 60}, {"steps": None, "minutes": 2}):
         with pytest.raises(ValueError, match=r"holds a fit with steps=12, got (steps=60|minutes=2)"):
             ir.fit(BANANA, key=jax.random.key(0), workdir=fitted[1], **QUICK | length)
+    with pytest.raises(ValueError, match="other bounds"):
+        ir.fit(BANANA, key=jax.random.key(0), workdir=fitted[1], bounds={0: (-99, 99)}, **QUICK)
 
 
 @pytest.fixture
@@ -309,6 +347,10 @@ def test_candidates_follow_the_array():
     assert priors_of(RNG.normal(size=(100, 70))) == [("gaussian", 0)]
     assert priors_of(RNG.standard_t(2, size=(300, 70))) == [("logistic", 0)]
     assert priors_of(MODES, **{"model.prior": "logistic"}) == [(None, 0)]
+    data = from_arrays("a", Arrays(np.asarray(MODES, np.float32)), fractions=(0.1, 0.0))
+    *_, given = candidates(choose_settings(data), data, ["augmentation.noise", "model.stages"])
+    assert not {"augmentation.noise", "model.stages"} & given.settings.keys()
+    assert [str(candidate) for candidate in given.milder()] == ["learning rate 0.003, gaussian prior"]
 
 
 def test_a_key_is_a_seed():
@@ -343,7 +385,7 @@ def data_of(monkeypatch):
     class Seen(Exception):
         """Ends `fit` before it trains."""
 
-    def stop(config, data, say):
+    def stop(config, data, *_):
         raise Seen(data)
 
     def fit(*arguments, **options):

@@ -130,7 +130,7 @@ def _checked(arrays: Arrays) -> Arrays:
     x = np.asarray(arrays.x)
     if x.ndim not in (2, 4) or not len(x) or not np.prod(x.shape[1:]):
         hints = {1: ": numbers are vectors of length 1 as x[:, None]", 3: ": add a channel axis with x[..., None]"}
-        hint = hints.get(x.ndim, "")
+        hint = hints.get(x.ndim, "") if len(x) else ": there are no examples"
         raise ValueError(f"data must be vectors (n, d) or images (n, h, w, c), got shape {x.shape}{hint}")
     if x.ndim == 4 and x.dtype.kind in "biu":
         if x.min() < 0 or x.max() > 255:

@@ -87,10 +87,6 @@ class DataSet:
         """The same data with the columns of the data frame that they were read from."""
         return replace(self, columns=columns)
 
-    def fingerprint_with(self, more: list[Any]) -> str:
-        """The fingerprint of these data with something else that is part of their identity; their own without any."""
-        return _hash({"data": self.fingerprint, "more": more}) if more else self.fingerprint
-
     @classmethod
     def endless(cls, generator: Toy | Simulator) -> "DataSet":
         """Makes a data set of a 2-D density, or of parameters given observations, with the fingerprint of name and entropy."""

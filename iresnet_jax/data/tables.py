@@ -39,8 +39,9 @@ FAINT = 1e-31  # standard deviation below which the digits of differences underf
 NAMED = 5  # entries that a message names
 COMMON, NOTED = 0.25, 0.05  # share of one value in a continuous column that is refused, and that is said
 FAR = 1e4  # interquartile ranges from the median, from which a value is said to be one
+WIDEST_EDGE = 0.02  # standard deviations of a column, near an end of its given bounds, in which all values count as one
 INDEPENDENT = 1e-6  # standard deviations of a column that the others must leave unexplained
-FEWEST_ROWS = 2000  # that look for dependent columns
+FEWEST_ROWS = 2000  # that show which columns may depend on others
 TAILS = (0.025, 0.05, 0.1)  # shares of the values, from the outermost one on, that show a hard end
 FEW_PLACES = 80  # values from the outermost one on that show it too: many values may hide a smooth tail at their end
 EACH_END, BOTH_ENDS = 6.0, 20.0  # least numbers of values that a normal tail puts beyond the seen ends
@@ -80,12 +81,12 @@ class Table:
         Args:
             x: All rows, or those to train with.
             held_out: Rows that were given to validate with: they belong to the range that was seen.
-            names: Names of the columns, for messages, where there is no data frame.
+            names: Names of the columns, by which bounds and messages speak of them; none of an array.
 
         Raises:
             ValueError: If a column has no density, or a value outside of its bounds; the message names it.
         """
-        names = [column.name for column in self.columns] if self.columns is not None else list(names)
+        names = list(names)
         whole = np.full(x.shape[1], self.whole)
         if self.columns is not None:
             whole = np.array([column.is_discrete for column in self.columns])
@@ -97,12 +98,21 @@ class Table:
         if grid is not None and grid.off(everything).any():
             row, column = np.argwhere(grid.off(everything))[0].tolist()
             raise ValueError(
-                f"{everything[row, column]:g}, to validate with, is not on the grid of {_named([column], names)}: "
+                f"{everything[row, column]:g} in {_row(row, len(x))} is not on the grid of {_named([column], names)}: "
                 f"{grid.offset[column]:g} and steps of {grid.spacing[column]:g}"
             )
         given = ends_given({} if self.bounds is None else self.bounds, names, x.shape[1])
-        ends = find_ends(x, grid) if self.bounds is None else {}
-        intervals = [_interval(everything, column, names, grid, {**ends, **given}.get(column)) for column in range(x.shape[1])]
+        ends = find_ends(everything, grid) if self.bounds is None else {}
+        ends_of = {**ends, **given}
+        intervals = [_interval(everything, column, names, grid, ends_of.get(column), len(x)) for column in range(x.shape[1])]
+        for column, (low, high) in given.items():
+            bounds, step = intervals[column], 0.0 if grid is None else grid.spacing[column]
+            assert bounds is not None
+            if bounds.edge > (step / 4 or WIDEST_EDGE * x[:, column].std()):
+                raise ValueError(
+                    f"bounds {low:g} and {high:g} of {_named([column], names)} are so far apart that single precision cannot "
+                    "tell values near an end from each other: narrow them, or leave them out"
+                )
         notes = [*_notes_on_grid(names, grid, intervals), *_notes_on_values(x, names, grid)]
         notes += [
             f"{_named([column], names)} has hard ends: a density on [{low:g}, {high:g}]; bounds={{}} leaves it unbounded"
@@ -111,11 +121,8 @@ class Table:
         return dataclasses.replace(self, grid=grid, intervals=tuple(intervals) if any(intervals) else None, notes=tuple(notes))
 
     def added_to(self, data: DataSet) -> DataSet:
-        """The data set with what is known of its entries; given bounds are part of its identity."""
-        fingerprint = data.fingerprint_with(
-            sorted((str(name), *map(float, ends)) for name, ends in (self.bounds or {}).items())
-        )
-        return dataclasses.replace(data, bounds=self.intervals, columns=self.columns, notes=self.notes, fingerprint=fingerprint)
+        """The data set with the intervals of its entries and what was seen."""
+        return dataclasses.replace(data, bounds=self.intervals, notes=self.notes)
 
 
 # ---------------------------------------------------------------------------------------------------------------- grids
@@ -244,7 +251,7 @@ def ends_given(bounds: Any, names: Sequence[str], num: int) -> dict[int, tuple[f
         raise ValueError(f'bounds must be a dictionary such as {{"share": (0, 1)}}, got {bounds!r}')
     found = {}
     for name, ends in bounds.items():
-        column = names.index(name) if name in names else name
+        column = names.index(str(name)) if str(name) in names else name
         if isinstance(column, bool) or not isinstance(column, int | np.integer) or not 0 <= column < num:
             known = f"the names {', '.join(map(repr, names))}" if names else "numbers"
             raise ValueError(f"bounds are for columns 0 to {num - 1}, by {known}, got {name!r}")
@@ -259,7 +266,12 @@ def ends_given(bounds: Any, names: Sequence[str], num: int) -> dict[int, tuple[f
 
 
 def _interval(
-    x: Float[np.ndarray, "n d"], column: int, names: Sequence[str], grid: Grid | None, ends: tuple[float, float] | None
+    x: Float[np.ndarray, "n d"],
+    column: int,
+    names: Sequence[str],
+    grid: Grid | None,
+    ends: tuple[float, float] | None,
+    num_train: int,
 ) -> Bounds | None:
     """The interval of one column: of given or found ends, or of the cells that were seen; None for none."""
     values = x[:, column]
@@ -275,8 +287,8 @@ def _interval(
     if out.any():
         row = int(out.argmax())
         raise ValueError(
-            f"{values[row]:g} in row {row} of {_named([column], names)} is outside of its bounds {low:g} and {high:g}: correct "
-            "the value or the bounds"
+            f"{values[row]:g} in {_row(row, num_train)} of {_named([column], names)} is outside of its bounds {low:g} and "
+            f"{high:g}: correct the value or the bounds"
         )
     return Bounds.of(low - step / 2, high + step / 2, step or None)
 
@@ -320,18 +332,21 @@ def _dependence(x: np.ndarray, names: Sequence[str], spacing: Float[np.ndarray, 
     Columns on a grid may depend on each other: their values have probabilities.
     """
     order = np.argsort(spacing == 0, kind="stable")  # columns on a grid first
-    rows = np.asarray(x[: max(FEWEST_ROWS, 2 * x.shape[1])], np.float64)[:, order]
+    stride = max(1, len(x) // max(FEWEST_ROWS, 2 * x.shape[1]))  # some rows from everywhere show what all then confirm
+    rows = np.asarray(x[::stride], np.float64)[:, order]
     scale = rows.std(axis=0)
     if len(rows) < x.shape[1] + 2 or not np.all(scale > 0):
         return ""
-    z = (rows - rows.mean(axis=0)) / scale
+    center = rows.mean(axis=0)
+    z = (rows - center) / scale
     rounding = np.finfo(x.dtype).eps * np.abs(rows).max(axis=0) / scale
     left = np.abs(np.diag(np.linalg.qr(z, mode="r"))) / math.sqrt(len(z))  # unexplained by the columns before
     for place in np.flatnonzero(left <= np.maximum(INDEPENDENT, 2 * rounding.max())).tolist():
         if spacing[order[place]] > 0:
             continue
         others = np.linalg.lstsq(z[:, :place], z[:, place])[0]
-        unexplained = np.std(z[:, place] - z[:, :place] @ others)
+        known = (x[:, order[: place + 1]] - center[: place + 1]) / scale[: place + 1]
+        unexplained = np.std(known[:, place] - known[:, :place] @ others)
         if unexplained > max(INDEPENDENT, 2 * math.hypot(rounding[place], np.linalg.norm(others * rounding[:place]))):
             continue
         factors = -others * scale[place] / scale[:place]
@@ -363,6 +378,11 @@ def _named(columns: Sequence[int], names: Sequence[str]) -> str:
     return ", ".join(named[:NAMED]) + more
 
 
+def _row(row: int, num_train: int) -> str:
+    """A row in a sentence, of the rows to train with and, behind them, those to validate with."""
+    return f"row {row}" if row < num_train else f"validation row {row - num_train}"
+
+
 def _notes_on_grid(names: Sequence[str], grid: Grid | None, intervals: Sequence[Bounds | None]) -> list[str]:
     """What is said of columns on a grid."""
     if grid is None:
@@ -373,7 +393,7 @@ def _notes_on_grid(names: Sequence[str], grid: Grid | None, intervals: Sequence[
     assert bounds is not None
     example = f"{bounds.low + step / 2:g} to {bounds.high - step / 2:g} in steps of {step:g}"
     several = f"; the first from {example}" if len(on_grid) > 1 else f" from {example}"
-    return [f"discrete, with no probability beyond the values that were seen: {_named(on_grid, names)}{several}"]
+    return [f"discrete within the range that was seen: {_named(on_grid, names)}{several}"]
 
 
 def _notes_on_values(x: np.ndarray, names: Sequence[str], grid: Grid | None) -> list[str]:

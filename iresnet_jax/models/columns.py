@@ -75,7 +75,7 @@ def numbers_of(frame: Any, columns: tuple[Column, ...]) -> Float[np.ndarray, "n 
 
 
 def table_of(x: Float[np.ndarray, "n d"], columns: tuple[Column, ...]) -> Any:
-    """Numbers as a data frame of the columns' types: whole numbers and categories are the nearest ones."""
+    """Numbers as a data frame of the columns' types: whole numbers and categories are the nearest ones that a type holds."""
     import pandas as pd
 
     made = {}
@@ -88,9 +88,19 @@ def table_of(x: Float[np.ndarray, "n d"], columns: tuple[Column, ...]) -> Any:
                 continue
             values = np.array(categories, object)[codes]
         elif column.kind != "float":
-            values = np.rint(values) > 0 if column.kind == "boolean" else np.rint(values).astype(np.int64)
+            values = np.rint(values) > 0 if column.kind == "boolean" else _whole(values, column.dtype)
         made[column.name] = pd.Series(values).astype(column.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
     return pd.DataFrame(made)
+
+
+def _whole(values: Float[np.ndarray, " n"], dtype: str) -> np.ndarray:
+    """The nearest integers that a type of pandas holds: a continuous density does not end where the type does."""
+    import pandas as pd
+
+    known: Any = pd.api.types.pandas_dtype(dtype)
+    integers = np.dtype(getattr(known, "numpy_dtype", known))
+    info = np.iinfo(integers if integers.kind in "iu" else np.int64)  # Python's integers are objects
+    return np.rint(np.clip(values, info.min, np.nextafter(float(info.max), 0))).astype(info.dtype)
 
 
 def _column(name: str, series: Any) -> Column:

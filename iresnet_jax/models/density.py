@@ -354,7 +354,7 @@ class Density(Model):
     def check_classes(self) -> None:
         """Raises ``ValueError`` in one sentence unless every class has its own prior."""
         if self.spec.num_classes is None:
-            raise ValueError("this density has one prior for all: classes take images with labels and objective = hybrid")
+            raise ValueError("this density has one prior for all, and no classes: fit one to labels with the objective hybrid")
 
     # --------------------------------------------------------------------------------------------------- its parts
 

@@ -193,6 +193,6 @@ def of_classes(kind: str, z: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "
 def _family(kind: str) -> _Family:
     if kind not in PRIORS:
         raise ValueError(
-            f"prior must be one of {', '.join(KINDS)}, a mixture with components and without classes, got {kind!r}"
+            f"prior must be one of {', '.join(KINDS)}, got {kind!r}; a mixture needs num_components and takes no classes"
         )
     return PRIORS[kind]

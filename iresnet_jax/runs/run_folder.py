@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from iresnet_jax.atomic_files import locked, replacing
+from iresnet_jax.bijections.transforms.bounded import Bounded
 from iresnet_jax.checked_dataclasses import checked, first_difference, tagged, to_plain
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.saved import Spec
@@ -67,7 +68,7 @@ def model_of_run(workdir: Path, data: DataSet) -> Spec | None:
     """The model that the run in this folder began with; None of a folder without a run.
 
     Raises:
-        ValueError: If the run began with other data.
+        ValueError: If the run began with other data, or with entries that keep to other ranges.
     """
     if not (workdir / MODEL_FILE).exists():
         return None
@@ -77,6 +78,9 @@ def model_of_run(workdir: Path, data: DataSet) -> Spec | None:
             f"{workdir} was trained on other data: {data.name} has the fingerprint {data.fingerprint[:12]} now and had "
             f"{fingerprint[:12]} when training began; bring those data back, or choose another --workdir"
         )
+    transform = getattr(spec, "transform", None)
+    if data.bounds != (transform.intervals if isinstance(transform, Bounded) else None):
+        raise ValueError(f"{workdir} holds a fit with other bounds of columns: give the same, or choose another workdir")
     return spec
 
 

@@ -251,7 +251,7 @@ class Trainer:
         self.state = self.state._replace(horizon=jnp.int32(horizon))
 
     def _checked_means(self) -> dict[str, float]:
-        """Means over the steps since the last line of the log; RuntimeError if one of them blew up."""
+        """Means over the steps since the last line of the log; `BlowUpError` if one of them blew up."""
         window = jax.device_get(self._window)
         means = {name: float(np.mean([metrics[name] for metrics in window], dtype=np.float64)) for name in window[0]}
         check_finite(means, self.step - len(self._window), self.step, self.advice)
@@ -285,11 +285,15 @@ class Trainer:
         self._say(f"step {self.step} of {self.horizon}: validation {name} {found.metrics[name]:.4f}, {left} left")
 
 
+class BlowUpError(RuntimeError):
+    """A measurement of training is NaN or infinite."""
+
+
 def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_step: int, advice: str) -> None:
-    """Raises a RuntimeError if a metric that was gathered over these steps is NaN or infinite."""
+    """Raises `BlowUpError` if a metric that was gathered over these steps is NaN or infinite."""
     bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
     if bad:
-        raise RuntimeError(f"{', '.join(bad)} became non-finite between steps {first_step} and {last_step}: {advice}")
+        raise BlowUpError(f"{', '.join(bad)} became non-finite between steps {first_step} and {last_step}: {advice}")
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from iresnet_jax.bijections.transforms.bounded import Bounds
-from iresnet_jax.data.tables import FarValueWarning, Table, check_density, find_ends, find_grid
+from iresnet_jax.data.tables import FarValueWarning, Table, check_density, ends_given, find_ends, find_grid
 
 RNG = np.random.default_rng(0)
 NAMES = ["rent", "rest", "income"]
@@ -38,6 +38,7 @@ def test_given_bounds_are_by_name_or_number_and_replace_hard_ends():
     table = Table(bounds={"rest": (0, 2), 2: (-9.0, 9.0)}).described(beside(share), NAMES)
     assert table.intervals == (None, Bounds.of(0.0, 2.0), Bounds.of(-9.0, 9.0))
     assert Table(bounds={}).described(beside(share), NAMES).intervals is None
+    assert ends_given({1: (0, 2)}, ["1", "0"], 2) == {0: (0.0, 2.0)}  # columns of a data frame may be called by numbers
     wider = Table(bounds={1: (0, 4)}).described(beside(RNG.integers(0, 3, 1500)), NAMES)
     assert wider.intervals[1] == Bounds.of(-0.5, 4.5, 1.0)
 
@@ -51,12 +52,15 @@ def test_given_bounds_are_by_name_or_number_and_replace_hard_ends():
         ({"rest": 1.0}, "two numbers"),
         ({"rest": (1, 0)}, "the lower one first"),
         ({"rest": (0, float("inf"))}, "finite"),
+        ({"rest": (0, 1e12)}, r"bounds 0 and 1e\+12 of column 1 \('rest'\) are so far apart"),
         ({"rest": (0.0, 0.5)}, r"in row \d+ of column 1 \('rest'\) is outside of its bounds 0 and 0.5"),
     ],
 )
 def test_bounds_that_do_not_fit_are_refused_by_name(bounds, message):
     with pytest.raises(ValueError, match=message):
         Table(bounds=bounds).described(beside(np.linspace(0, 1, 1500)), NAMES)
+    with pytest.raises(ValueError, match="so far apart"):
+        Table(bounds={1: (0, 1e9)}).described(beside(RNG.integers(0, 3, 1500)), NAMES)
     with pytest.raises(ValueError, match="values of its grid"):
         Table(bounds={1: (-0.3, 4.0)}).described(beside(RNG.integers(0, 3, 1500)), NAMES)
 
@@ -64,8 +68,10 @@ def test_bounds_that_do_not_fit_are_refused_by_name(bounds, message):
 def test_rows_to_validate_with_belong_to_the_range_and_lie_on_the_grid():
     x, held_out = beside(RNG.integers(0, 3, 1500)), beside(np.array([2, 5]), 2)
     assert Table().described(x, NAMES, held_out).intervals[1] == Bounds.of(-0.5, 5.5, 1.0)
-    with pytest.raises(ValueError, match=r"2.5, to validate with, is not on the grid of column 1 \('rest'\)"):
+    with pytest.raises(ValueError, match=r"2.5 in validation row 0 is not on the grid of column 1 \('rest'\)"):
         Table().described(x, NAMES, held_out + np.float32(0.5))
+    with pytest.raises(ValueError, match=r"5 in validation row 1 of column 1"):
+        Table(bounds={1: (0, 4)}).described(x, NAMES, held_out)
     same = RNG.random((300, 2)).astype(np.float32)
     assert Table().described(same, (), same).grid is None
 
@@ -103,6 +109,11 @@ def test_the_ends_of_uniform_numbers_are_found_and_rounded(num):
     assert "[0, 1]; bounds={}" in Table().described(x.astype(np.float32)).notes[0]
 
 
+def test_rows_to_validate_with_beyond_an_end_show_that_it_is_none():
+    table = Table().described(beside(RNG.random(1500)), NAMES, beside(np.array([9.0, 0.5]), 2))
+    assert table.intervals is None
+
+
 def test_a_triangle_has_ends_where_its_density_is_0():
     x = np.sqrt(np.random.default_rng(0).random((20_000, 1)))
     assert find_ends(x, None) == {0: (0.0, 1.0)}
@@ -126,6 +137,13 @@ def test_dependent_columns_are_refused_with_the_combination(columns, message, dt
         check_density(x, NAMES)
     noise = 1e-3 * np.random.default_rng(0).normal(size=(1500, 3))
     check_density((x + noise).astype(dtype), NAMES)
+
+
+def test_columns_that_agree_in_most_rows_are_independent():
+    x = np.tile(NORMAL, (4, 1))
+    x[::3, 2] = x[::3, 0]
+    x[:5000, 2] = x[:5000, 0]
+    check_density(x, NAMES)
 
 
 def test_a_sum_with_a_whole_number_is_refused_and_whole_numbers_may_depend_on_each_other():

@@ -31,6 +31,17 @@ def test_a_frame_becomes_numbers_and_comes_back_in_its_types():
     pd.testing.assert_frame_equal(back, expected)
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "UInt32", "uint64", "int64", "object"])
+def test_integers_stay_within_their_type(dtype):
+    """A continuous density of many integers goes on beyond the ends of a type."""
+    [column] = columns_of(pd.DataFrame({"count": pd.Series([1, 2]).astype(dtype)}))
+    found = table_of(np.array([[-3.0], [2.6], [1e20]]), (column,))["count"]
+    assert found.dtype == dtype
+    assert found[1] == 3
+    assert found[0] == (0 if "u" in dtype.lower() else -3)
+    assert found[2] > 2**15
+
+
 def test_columns_are_found_by_name():
     np.testing.assert_array_equal(numbers_of(FRAME[FRAME.columns[::-1]], COLUMNS), numbers_of(FRAME, COLUMNS))
 
