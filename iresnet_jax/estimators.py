@@ -28,6 +28,7 @@ from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.checked_dataclasses import Count, checked
+from iresnet_jax.data.given import check_unmasked
 from iresnet_jax.data.tables import REPEATS, UNRESOLVED, FarValueWarning, check_density, ends_given, find_ends, find_grid
 from iresnet_jax.fit_arguments import checked_options
 from iresnet_jax.fit_settings import WHITENED_DIMS
@@ -115,7 +116,7 @@ class _ResidualFlow(BaseEstimator):
 
     def _checked(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        _refuse_masked(X)
+        check_unmasked(X, "X")
         x: Any = validate_data(self, X, dtype=np.float64, reset=False)
         return x
 
@@ -182,7 +183,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
             ValueError: If there are fewer than 3 samples, or a feature has no density; it says which.
         """
         del y
-        _refuse_masked(X)
+        check_unmasked(X, "X")
         x: Any = validate_data(self, X, dtype=np.float64, ensure_min_samples=LEAST_SAMPLES)
         self._train(x)
         return self
@@ -284,7 +285,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
         Raises:
             ValueError: If there are fewer than 3 samples or 2 classes, or all features are constant.
         """
-        _refuse_masked(X)
+        check_unmasked(X, "X")
         checked: Any = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=LEAST_SAMPLES)
         x, y = checked
         check_classification_targets(y)
@@ -342,12 +343,6 @@ def _inverse(transform: Any, y: np.ndarray) -> np.ndarray:
     if isinstance(transform, Whiten):
         return transform.mean + y @ np.asarray(transform.factor).T
     return transform.mean + y * transform.scale if isinstance(transform, Standardize) else y
-
-
-def _refuse_masked(X: Any) -> None:
-    """Raises ``ValueError`` for masked values, which scikit-learn's checks would uncover."""
-    if np.ma.is_masked(X):
-        raise ValueError(f"X has {np.ma.count_masked(X)} masked values: fill them in or drop their rows")
 
 
 def _spread(x: np.ndarray) -> np.ndarray:

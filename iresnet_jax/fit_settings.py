@@ -68,7 +68,7 @@ def choose_settings(
     plain: dict[str, Any] = to_plain(Config())
     plain["seed"], plain["objective"] = seed, objective
     plain["data"]["name"] = data.name
-    chosen = _for_vectors(data, objective) if is_vectors else _for_images(data)
+    chosen = _for_vectors(data) if is_vectors else _for_images(data)
     for name, values in chosen.items():
         plain[name] |= values
     plain["training"] |= {
@@ -93,25 +93,26 @@ def length(num_steps: int) -> dict[str, Any]:
     }
 
 
-def _for_vectors(data: DataSet, objective: str) -> dict[str, dict[str, Any]]:
-    """Dense blocks, the large ones of `SIZES`."""
+def _for_vectors(data: DataSet) -> dict[str, dict[str, Any]]:
+    """What candidates have in common; `Candidate.settings` replaces what differs."""
     num, dims = len(data.examples["train"]), data.event_shape[0]
     # Priors of classes start from the covariance within.
     is_whitened = dims <= WHITENED_DIMS and num >= PER_COVARIANCE * dims**2
     is_exact = dims <= EXACT_DIMS
-    num_blocks, width, rate = SIZES["large"]
     return {
-        "model": {
-            "stages": [{"num_blocks": num_blocks, "hidden": (width,), "activation": "clipswish"}],
-            **{"coeff": 0.97, "last_scale": 0.1, "sharp": objective != "classification"},
-        },
+        "model": {"stages": _dense_stages("large"), "coeff": 0.97},
         "preprocessing": {"transform": "whiten" if is_whitened else "standardize"},
         "logdet": {"kind": "exact"} if is_exact else {"kind": "krylov", "num_terms": min(6, dims)},
         "hybrid": {"weight": HYBRID_WEIGHT, "fitted_priors": True},
         "evaluation": {"logdet": {"kind": "exact"}} if dims <= WHITENED_DIMS else {},
-        "optimizer": {"name": "muon", "learning_rate": rate, "momentum": 0.95, "nesterov": True},
+        "optimizer": {"name": "muon", "momentum": 0.95, "nesterov": True},
         "training": {"batch_size": 128 if is_exact else 256, "blocks": "scan"},
     }
+
+
+def _dense_stages(size: str) -> list[dict[str, Any]]:
+    num_blocks, width, _ = SIZES[size]
+    return [{"num_blocks": num_blocks, "hidden": (width,), "activation": "clipswish"}]
 
 
 @dataclass(frozen=True)
@@ -146,16 +147,14 @@ class Candidate:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that make a config one of this candidate."""
-        num_blocks, width, rate = SIZES[self.size]
-        is_large = self.size == "large"
         chosen: dict[str, Any] = {
             # A flow in front of a mixture starts as little more than the identity: the mixture alone may be the best.
             "model.last_scale": 0.01 if self.prior == "mixture" else 0.1,
-            "model.sharp": is_large,
-            "optimizer.learning_rate": rate,
+            "model.sharp": self.size == "large",
+            "optimizer.learning_rate": SIZES[self.size][-1],
         }
         if not self.has_own_stages:
-            chosen["model.stages"] = [{"num_blocks": num_blocks, "hidden": (width,), "activation": "clipswish"}]
+            chosen["model.stages"] = _dense_stages(self.size)
         if self.prior is not None:
             chosen |= {"model.prior": self.prior, "model.prior_components": self.components}
         return chosen | ({} if self.noise is None else {"augmentation.noise": self.noise or NO_NOISE})

@@ -62,8 +62,7 @@ def _as_array(given: Any, name: str) -> np.ndarray:
     """What was given as an array; ``ValueError`` if it is none, has masked values, or is not known yet, under ``jax.jit``."""
     if isinstance(given, jax.core.Tracer):
         raise ValueError(f"{name} must be an array of numbers that are known: call fit outside of jax.jit")
-    if np.ma.is_masked(given):
-        raise ValueError(f"{name} has {np.ma.count_masked(given)} masked values: fill them in or drop their rows")
+    check_unmasked(given, name)
     try:
         array = np.asarray(given)
     except (TypeError, ValueError) as error:
@@ -71,3 +70,9 @@ def _as_array(given: Any, name: str) -> np.ndarray:
     if array.ndim == 0:
         raise ValueError(f"{name} must be an array of numbers, got a {type(given).__name__}")
     return array
+
+
+def check_unmasked(given: Any, name: str) -> None:
+    """Raises ``ValueError`` for masked values, which NumPy and scikit-learn would uncover."""
+    if np.ma.is_masked(given):
+        raise ValueError(f"{name} has {np.ma.count_masked(given)} masked values: fill them in or drop their rows")

@@ -34,7 +34,7 @@ class InverseGuarantee:
         max_bound: Largest of them.
         median_data_bound: Median of the bounds in the units of continuous data, or of images on the scale of [0, 1].
         max_data_bound: Largest of them.
-        fraction_certain: Fraction of entries whose level, or value on a grid, is guaranteed; None for continuous data.
+        fraction_certain: Fraction of the discrete entries whose level, or value on a grid, is guaranteed; None without such.
         median_beta: Median of ``beta``, the bound of how far residuals of the trajectory's equations reach.
         K: Lipschitz constant of the equations' derivative.
         max_h: Largest ``h = beta K eta``.
@@ -109,6 +109,8 @@ def bound_inverses(
     first = jax.tree.map(lambda *values: np.concatenate(values)[:num], *parts)
     contexts = None if contexts is None else contexts[: len(first.latents)]
     info = certified(model, first, context=contexts)
+    grid = model.spec.grid if isinstance(model, Density) else None
+    is_discrete = slice(None) if grid is None else np.asarray(grid.spacing) > 0
     own, reason = info.certificate, ""
     errors = np.linalg.norm((np.asarray(first.flow_input) - own.refined).reshape(len(own.refined), -1), axis=1)
     if not np.all(own.applied):
@@ -122,7 +124,7 @@ def bound_inverses(
         max_bound=float(np.max(own.error_bound)),
         median_data_bound=float(np.median(info.error_bound)),
         max_data_bound=float(np.max(info.error_bound)),
-        fraction_certain=None if info.certain is None else float(np.mean(info.certain)),
+        fraction_certain=None if info.certain is None else float(np.mean(info.certain[..., is_discrete])),
         median_beta=float(np.median(own.beta)),
         K=float(np.max(own.K)),
         max_h=float(np.max(own.h)),

@@ -449,12 +449,20 @@ class Density(Model):
         elif x.shape[1:] != shape or not jnp.issubdtype(x.dtype, jnp.floating):
             wanted = f"floats of shape (batch, {', '.join(map(str, shape))})"
             raise ValueError(f"the model takes {wanted}, got {x.dtype} of shape {x.shape}")
-        if isinstance(self.spec.transform, Bounded) and not isinstance(x, jax.core.Tracer):
-            self._check_ranges(np.asarray(x), self.spec.transform)
+        if not isinstance(x, jax.core.Tracer):
+            self.check_ranges(x)
         return jnp.asarray(x)
 
-    def _check_ranges(self, x: np.ndarray, bounded: Bounded) -> None:
-        """Raises ``ValueError`` that names the first value out of its range, or between the values of its grid."""
+    def check_ranges(self, x: Any) -> None:
+        """Checks vectors whose entries keep to ranges; data without ranges pass.
+
+        Raises:
+            ValueError: If a value is out of its range, or between the values of its grid; the message names the first one.
+        """
+        bounded = self.spec.transform
+        if not isinstance(bounded, Bounded):
+            return
+        x = np.asarray(x)
         grid = self.spec.grid or Grid((0.0,) * x.shape[1], (0.0,) * x.shape[1])
         off, outside = grid.off(x), bounded.outside(x)
         for row, column in np.argwhere(off | outside)[:1].tolist():

@@ -95,7 +95,7 @@ class Run:
         """The same run, with a note if its data have changed since training.
 
         Raises:
-            ValueError: If the model cannot take them: their shape, levels or classes are others.
+            ValueError: If the model cannot take them: their shape, levels or classes are others, or values are out of range.
         """
         if self.data.fingerprint == self.fingerprint:
             return self
@@ -106,6 +106,11 @@ class Run:
             taken = f"{wanted[0]}, {wanted[1]} levels and {wanted[2]} classes"
             got = f"{found.event_shape}, {found.num_levels} and {found.num_classes}"
             raise ValueError(f"the model takes examples of shape {taken}, and {found.name} has {got} now: bring its data back")
+        if isinstance(self.model, Density) and "test" in found.examples:
+            try:
+                self.model.check_ranges(found.examples["test"])
+            except ValueError as error:
+                raise ValueError(f"test examples of {found.name} are none that the model can give: {error}") from None
         note = (
             f"These are other data than the model was trained on: {found.name} has the fingerprint "
             f"{found.fingerprint[:12]} now and had {self.fingerprint[:12]} then."

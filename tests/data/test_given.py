@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 import iresnet_jax as ir
+from iresnet_jax.__main__ import main
 from iresnet_jax.bijections.transforms.bounded import Bounds
 from iresnet_jax.data.given import data_of
 
@@ -111,6 +112,24 @@ def test_booleans_and_integers_of_an_array_are_discrete():
     data = data_of(np.stack([RNG.integers(0, 100, 150), RNG.integers(0, 2, 150)], axis=1))
     assert data.grid.spacing == (1.0, 1.0)
     assert data_of(RNG.random((300, 2)) < 0.5).bounds == (Bounds.of(-0.5, 1.5, 1.0),) * 2
+
+
+def test_commands_refuse_data_out_of_range_and_count_certain_values_among_discrete_ones(tmp_path, capsys):
+    x = np.stack([RNG.integers(0, 5, 300), RNG.normal(size=300)], axis=1)
+    ir.fit(x, bounds={1: (-6, 6)}, workdir=tmp_path / "run", **QUICK)
+
+    def evaluate(examples, command="evaluate"):
+        np.save(tmp_path / "x.npy", examples)
+        return main([command, "--workdir", str(tmp_path / "run"), "--data", f"npy:{tmp_path / 'x.npy'}"])
+
+    assert evaluate(x, "reconstruct") == 0
+    found = capsys.readouterr()
+    assert "other data" not in found.out + found.err
+    assert "100 % of the levels are certain" in found.out + found.err
+    for wrong, message in ((9, "not within the range 0 to 4"), (0.5, "between values of its grid")):
+        x[::3, 0] = wrong
+        assert evaluate(x) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_given_bounds_hold_values_at_both_ends_and_noise_on_the_examples():
