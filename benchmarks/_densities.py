@@ -76,7 +76,8 @@ class Fitted(NamedTuple):
 def ours(table: Table, seed: int, minutes: float) -> Fitted:
     """`fit` with its defaults, of whole numbers as they are."""
     train, validation, test = table.raw or (table.train, table.validation, table.test)
-    model = ir.fit(train, validation=validation, key=jax.random.key(seed), minutes=minutes, progress=False)
+    options = {"validation": validation, "bounds": table.bounds, "minutes": minutes, "progress": False}
+    model = ir.fit(train, key=jax.random.key(seed), **options)
     assert isinstance(model, ir.Density)
     assert model.history is not None
     exact, log_prob = model.with_(estimator=ir.ExactLogdet(), history=None), jax.jit(lambda model, x: model.log_prob(x))

@@ -3,7 +3,8 @@
 Five of them, `CHOSEN_ON`, were looked at while the defaults of `fit` were chosen; the others only afterwards.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,11 +19,13 @@ class Synthetic(NamedTuple):
         sample: Draws ``num`` vectors.
         log_prob: Log-density of vectors; of discrete columns the log-probability of the values.
         discrete: Places of the columns of whole numbers.
+        bounds: Ends of columns that samples may pass, by their places.
     """
 
     sample: Callable[[np.random.Generator, int], np.ndarray]
     log_prob: Callable[[np.ndarray], Any]
     discrete: tuple[int, ...] = ()
+    bounds: Mapping[int, tuple[float, float]] = MappingProxyType({})
 
 
 def _mixture(weights, means, covariances) -> Synthetic:
@@ -135,7 +138,7 @@ def _mixed() -> Synthetic:
         discrete = np.log([0.7, 0.3])[answer] + poisson.logpmf(count, rates[answer])
         return discrete + norm.logpdf(x[:, 2], shifts[answer], 0.5) + norm.logpdf(x[:, 3], 0.3 * count, np.abs(x[:, 2]))
 
-    return Synthetic(sample, log_prob, discrete=(0, 1))
+    return Synthetic(sample, log_prob, discrete=(0, 1), bounds={1: (0, 30)})  # a count, which few rows do not show the end of
 
 
 def _checkerboard() -> Synthetic:

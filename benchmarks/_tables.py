@@ -46,6 +46,7 @@ class Table(NamedTuple):
         test: Examples for the number that is reported.
         log_det: Log-determinant of the standardisation: added to a log-density, it gives nats in the data's own units.
         true_log_prob: Log-density of the test examples in the data's own units, where it is known.
+        bounds: Ends of columns of `raw` that are known.
         raw: Training, validation and test examples as they were drawn, before noise on columns of whole numbers; None without.
     """
 
@@ -55,6 +56,7 @@ class Table(NamedTuple):
     log_det: float
     true_log_prob: np.ndarray | None = None
     raw: tuple[np.ndarray, ...] | None = None
+    bounds: Mapping[int, tuple[float, float]] | None = None
 
 
 class Ridges:
@@ -124,7 +126,8 @@ def _synthetic(kind: str, num: int, rng: np.random.Generator) -> Table:
     noise = np.zeros(drawn.shape)
     noise[:, array.discrete] = rng.random((len(drawn), len(array.discrete))) - 0.5
     table = standardized(*np.split(drawn + noise, [num - num // 10, num]))
-    return table._replace(true_log_prob=array.log_prob(raw[2]), raw=raw if array.discrete else None)
+    table = table._replace(true_log_prob=array.log_prob(raw[2]))
+    return table._replace(raw=raw, bounds=array.bounds) if array.discrete else table
 
 
 def standardized(train: np.ndarray, validation: np.ndarray, test: np.ndarray) -> Table:
