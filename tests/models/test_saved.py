@@ -180,7 +180,7 @@ def with_blocks(content, num):
         (lambda content: content.update({"header.npy": npy(NO_TEXT)}), ""),
         (lambda content: content.update({"header.npy": npy(np.zeros(4))}), "its header is none"),
         (lambda content: content.update({"header.npy": npy(np.frombuffer(b"[" * 100_000, np.uint8))}), "recursion"),
-        (lambda content: content.update({"header.npy": npy(with_stages(content, 20_000))}), "20000 stages, and it holds"),
+        (lambda content: content.update({"header.npy": npy(with_stages(content, 3_000))}), "3000 stages, and it holds"),
         (lambda content: content.update({"header.npy": npy(with_blocks(content, 2**70))}), ""),
     ],
 )
