@@ -5,8 +5,8 @@ examples choose hyper-parameters and end the training. Log-determinants on test 
 
 - "ours" is ``fit(train, validation=validation, minutes=...)``; its time includes compilation and validation.
 - "flowjax" is a `coupling_flow` with rational-quadratic splines of 8 knots on [-4, 4]. "normflows" are LipschitzMLP blocks with
-  two hidden layers behind ActNorm, as in its documentation, as many blocks as `fit` takes. Both get Adam at 1e-3 after a
-  warm-up of 100 steps, a cosine to the end of their time, gradients clipped at norm 1, batches as large as ours, and the
+  two hidden layers behind ActNorm, as in its documentation, as many as a network of `fit` has. Both get Adam at 1e-3 after a
+  warm-up of 100 steps, a cosine to the end of their time, gradients clipped at norm 1, batches of 256, or of 64, and the
   parameters that were best on validation examples. Their clock stands still while they are validated, and while flowjax is
   compiled. Training that has doubled its number of steps, and 1000 on top, without an improvement has overfitted and ends.
 - "flowjax_whitened", "normflows_whitened" are given what `fit` gives itself: a linear map that whitens the training examples.
@@ -40,7 +40,7 @@ import iresnet_jax as ir
 from iresnet_jax.models.contractions import as_params
 from iresnet_jax.training.initialization import num_parameters
 
-MANY = 2000  # training examples from which flows get the larger of two sizes, as with `fit`
+MANY = 2000  # training examples from which flows get the larger of two sizes and batches
 LEARNING_RATE, WARMUP_STEPS, CLIP_NORM = 1e-3, 100, 1.0
 FIRST_VALIDATION, LATER_VALIDATIONS = 10, 1.05  # steps; growth of their number until the next one
 OVERFITTED, ATTEMPTS = 2, 1000  # training ends after OVERFITTED * best step + ATTEMPTS

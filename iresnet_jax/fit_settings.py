@@ -30,9 +30,9 @@ WHITENED_DIMS = 256  # at most: a matrix of the square of that many numbers belo
 # and 400 rows is 4 nats likelier without (benchmarks/tabular.py).
 PER_COVARIANCE = 4
 HYBRID_WEIGHT = 0.1  # weight of a vector's log-likelihood beside the cross-entropy of its class
-EXACT_DIMS = 32  # at most: no noise; steps at 10, 20, 30 dimensions take .3, .8, 1.6 times as long as with `KrylovLogdet`
+EXACT_DIMS = 32  # at most: no probes; steps at 10, 20, 30 dimensions take .3, .8, 1.6 times as long as with `KrylovLogdet`
 MIXTURE_DIMS = 64  # at most: each component has a matrix of the square of that many numbers
-COMPONENTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24)  # numbers of them that are tried until `BIC` rises twice
+COMPONENTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24)  # numbers of them that are tried until the criterion rises twice
 EXAMPLES_PER_COMPONENT = 5  # at least, for each row of its covariance and its mean
 NOISES = (0.0, 0.1, 0.3)  # standard deviations of the noise on examples
 NO_NOISE = 1e-9  # is lost in rounding, and shares the program of noise

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -156,7 +156,7 @@ def fit(
     if workdir is not None:
         return _fit_on_disk(config, data, Path(workdir), say)
     with _stop_requests() as stop:
-        return _fit_in_memory(config, data, say, stop).model
+        return _fit_in_memory(config, data, say, stop)[0]
 
 
 def _stop_requests() -> StopRequests:
@@ -238,35 +238,16 @@ class _Race:
         limit = {"training.minutes": max(self._left_s, 1.0) / 60 if math.isfinite(self._limit_s) else 0.0}
         config = with_settings(self._config, {**candidate.settings, **length(num_steps), **self._given, **limit})
         try:
-            run = _fit_in_memory(config, self._data, self._say, self._stop)
+            model, attempt = _fit_in_memory(config, self._data, self._say, self._stop, str(candidate))
         except BlowUpError as error:
             self._blow_up = error
             self._say(f"{candidate}: given up, {error}")
             return
-        attempt = Attempt(str(candidate), run.loss, run.best_step, run.num_steps, run.seconds)
-        self._runs.append((candidate, attempt, run.model))
+        self._runs.append((candidate, attempt, model))
 
 
-class _Run(NamedTuple):
-    """A training run that has ended.
-
-    Attributes:
-        model: The model that was best on validation, with its history.
-        loss: Its validation loss.
-        best_step: Updates that led to it.
-        num_steps: Updates of the run.
-        seconds: Time of the run, without compilation.
-    """
-
-    model: Any
-    loss: float
-    best_step: int
-    num_steps: int
-    seconds: float
-
-
-def _fit_in_memory(config: Config, data: DataSet, say: Say, stop: StopRequests) -> _Run:
-    """One training run in memory, which ends once a signal is noted."""
+def _fit_in_memory(config: Config, data: DataSet, say: Say, stop: StopRequests, what: str = "") -> tuple[Any, Attempt]:
+    """One training run in memory, which ends once a signal is noted: its best model with the history, and how it went."""
     prepare_backend(config.training.matmul_precision)
     check_batch_size(config.training, data)
     spec = model_spec(config, data)
@@ -282,7 +263,7 @@ def _fit_in_memory(config: Config, data: DataSet, say: Say, stop: StopRequests) 
     if stop.received:
         say(f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}: the best model so far")
     seconds = trainer.elapsed_s - sum(record.get("compile_seconds", 0.0) for record in trainer.records)
-    return _Run(model, best.loss, best.step, trainer.step, seconds)
+    return model, Attempt(what, best.loss, best.step, trainer.step, seconds)
 
 
 def _fit_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any:

@@ -18,7 +18,7 @@ from iresnet_jax.__main__ import main
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.fit_arguments import seed_of
 from iresnet_jax.fit_settings import candidates, choose_settings
-from iresnet_jax.models.history import History
+from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import run_folder
 from iresnet_jax.runs.loop import train
 from iresnet_jax.runs.signals import Stopped, StopRequests
@@ -65,7 +65,7 @@ def raced(fitted, monkeypatch):
         runs, clock = [], [0.0]
         limits.clear()
 
-        def fit_in_memory(config, data, say, stop):
+        def fit_in_memory(config, data, say, stop, what):
             steps, noise = config.training.total_steps, config.augmentation.noise
             run = (config.model.prior, config.model.stages[0].num_blocks, round(noise, 2), min(steps, 10**6))
             runs.append(run)
@@ -76,7 +76,7 @@ def raced(fitted, monkeypatch):
             if run == interrupted:
                 signal.raise_signal(signal.SIGINT)
             model = fitted[0].with_(history=History({}, {}, step=best_step))
-            return fitting._Run(model, loss, best_step, steps, seconds)
+            return model, Attempt(what, loss, best_step, steps, seconds)
 
         monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
         monkeypatch.setattr(fitting.time, "monotonic", lambda: clock[0])

@@ -199,7 +199,7 @@ def likelihoods(
 ) -> "Figure":
     """Draws histograms of log p of test points and of samples, and the test points in the colour of their log p.
 
-    Of longer vectors two entries are drawn: those in which the least likely points are furthest out. The title counts the
+    Longer vectors are drawn by two entries: those in which the least likely points are furthest out. The title counts the
     likelihoods that are not finite. Colours and histograms begin at the 1 % quantile of the test points; what is below is in
     the first bin.
 
