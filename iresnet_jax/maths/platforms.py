@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
+import jax.core
 
 # Options of XLA:CPU that make compiling cheaper. Programs of this library spend their time in convolutions and matrix products,
 # which come compiled with XLA: more than the first level of optimisation makes little faster. In jaxlib 0.10 the emitters of
