@@ -40,7 +40,7 @@ class Blocks(nn.Module):
 
     flow: FlowSpec
     stage: PlacedStage
-    last_scale: float = 1.0
+    last_scale: float | Float[Array, ""] = 1.0
     constrained: bool = True
     sharp: bool = False
     fitted: bool = True
@@ -73,7 +73,7 @@ class StageModule(nn.Module):
 
     flow: FlowSpec
     stage: PlacedStage
-    last_scale: float = 1.0
+    last_scale: float | Float[Array, ""] = 1.0
     constrained: bool = True
     sharp: bool = False
     fitted: bool = True
@@ -106,7 +106,7 @@ class ResidualFlow(nn.Module):
 
     spec: FlowSpec
     prior_family: str = "gaussian"
-    last_scale: float = 1.0
+    last_scale: float | Float[Array, ""] = 1.0
     num_classes: int | None = None
     num_components: int | None = None
     sharp: bool = False
@@ -149,7 +149,7 @@ class Classifier(nn.Module):
     """
 
     spec: ClassifierSpec
-    last_scale: float = 1.0
+    last_scale: float | Float[Array, ""] = 1.0
     fitted: bool = True
 
     @nn.compact
@@ -187,7 +187,7 @@ class BatchNormStage(nn.Module):
     """
 
     stage: PlacedStage
-    last_scale: float
+    last_scale: float | Float[Array, ""]
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
