@@ -7,6 +7,7 @@ Importing this needs JAX and jaxtyping alone; names and collections of Flax are 
 
 import importlib
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from iresnet_jax.bijections.bijection import Bijection
@@ -106,7 +107,9 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def load(path: str | os.PathLike[str]) -> Density | Classifier | Reconstructor:
+def load(
+    path: str | os.PathLike[str], *, branches: Mapping[str, Any] | None = None, prior: Any = None
+) -> Density | Classifier | Reconstructor:
     """Reads a trained model: a file that ``model.save`` wrote, a folder that holds ``model.npz``, or the folder of a run.
 
     The bounds of all blocks are computed from the weights in the file. The folder of a run gives its best checkpoint on
@@ -114,9 +117,11 @@ def load(path: str | os.PathLike[str]) -> Density | Classifier | Reconstructor:
 
     Args:
         path: The file or folder.
+        branches: What makes branches of one's own, by the names that the file has for them: a file imports nothing.
+        prior: A prior of one's own with the structure of the one in the file.
 
     Raises:
-        ValueError: If there is no model, or it is damaged or from another version.
+        ValueError: If there is no model, or it is damaged or from another version, or a part of one's own is not given.
 
     Example:
         >>> model = load("runs/digits_density")  # doctest: +SKIP
@@ -128,4 +133,4 @@ def load(path: str | os.PathLike[str]) -> Density | Classifier | Reconstructor:
         from iresnet_jax.runs import trained_run
 
         return trained_run.load(path).model
-    return saved.load(path)
+    return saved.load(path, branches=branches, prior=prior)

@@ -233,6 +233,12 @@ class FeedforwardSpec(BranchSpec):
         del coeff
         return Branch(self, weights, branch_bound(jnp.stack(list(bounds.values()))), "certified", norms=bounds)
 
+    def rounded_to_bfloat16(self, weights: Weights) -> Weights:
+        """Kernels are rounded."""
+        kernels = {name: jnp.asarray(layer["kernel"]) for name, layer in weights.items()}
+        rounded = {name: kernel.astype(jnp.bfloat16).astype(kernel.dtype) for name, kernel in kernels.items()}
+        return {name: {**weights[name], "kernel": kernel} for name, kernel in rounded.items()}
+
     # ------------------------------------------------------------------------------------------ what it knows more
 
     @cached_property

@@ -204,18 +204,23 @@ def _with_bounds(spec: FlowSpec, params: Tree, of_block: Callable[[BranchSpec, T
 
 
 def rounded_to_bfloat16(weights: FlowWeights) -> dict[str, Block]:
-    """The weights as `flow_bijection` runs them in bfloat16: kernels are rounded, and their dtype stays."""
+    """The weights as `flow_bijection` runs them in bfloat16: rounded, such as kernels are, and their dtype stays."""
 
-    def rounded(path, leaf):
-        is_kernel = jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
-        return jnp.asarray(leaf).astype(jnp.bfloat16).astype(leaf.dtype) if is_kernel else leaf
+    def rounded(branch):
+        return dataclasses.replace(branch, weights=branch.spec.rounded_to_bfloat16(branch.weights))
 
-    return {
-        name: block._replace(
-            branch=dataclasses.replace(block.branch, weights=jax.tree.map_with_path(rounded, block.branch.weights))
-        )
-        for name, block in weights.items()
-    }
+    return {name: block._replace(branch=rounded(block.branch)) for name, block in weights.items()}
+
+
+def bounds_in_bfloat16(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:
+    """`rounded_to_bfloat16` with guaranteed bounds of these weights; factors on the outputs of branches stay as they are."""
+    found = with_bounds(spec, as_params(rounded_to_bfloat16(weights)))
+    for name, block in weights.items():
+        gain, rounded = block.branch.gain, found[name].branch
+        if gain is not None:
+            bound = jnp.asarray(gain) * jax.lax.map(rounded.spec.lipschitz_bound, rounded.weights)
+            found[name] = block._replace(branch=dataclasses.replace(rounded, gain=gain, lipschitz_bound=bound).sealed())
+    return found
 
 
 def as_params(weights: FlowWeights) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Key, UInt32
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.models import contractions, flow, linen, mixtures, priors
+from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.head import batch_statistics
@@ -86,6 +87,8 @@ def initial_variables(
     # Weights do not depend on the inputs: two examples give their shapes.
     variables, weights = _created(spec, module, constraint, key_init, *(rows[:2] for rows in inputs))
     fitted, statistics, z = _fitted(spec, weights, inputs)
+    if parallel.num_processes() == 1:
+        check_claims(spec.flow, fitted, *inputs)
     params = dict(variables["params"])
     for name, block in fitted.items():
         params[name] = {"blocks": {**params[name]["blocks"], "actnorm": block.actnorm._asdict()}}
