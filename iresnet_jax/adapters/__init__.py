@@ -29,7 +29,7 @@ def to_numpyro(model: Density, *, context: Contexts | None = None) -> "numpyro.D
         context: Context of a conditional density ``(..., k)``, whose leading axes are the batch shape.
 
     Raises:
-        ImportError: If NumPyro is not installed.
+        ImportError: If NumPyro cannot be imported.
         ValueError: If the data of the density are not continuous.
 
     Example:
@@ -63,7 +63,7 @@ def to_flowjax(model: Density) -> "flowjax.DensityDistribution":
     flowjax knows no constraint of weights, so its training leaves those of the model as they are.
 
     Raises:
-        ImportError: If flowjax is not installed.
+        ImportError: If flowjax cannot be imported.
         ValueError: If the data of the density are not continuous.
 
     Example:
@@ -80,7 +80,7 @@ def to_distrax(model: Density, *, context: Contexts | None = None) -> "distrax.D
         context: Context of a conditional density ``(..., k)``, whose leading axes are the batch shape.
 
     Raises:
-        ImportError: If distrax is not installed.
+        ImportError: If distrax cannot be imported.
         ValueError: If the data of the density are not continuous.
 
     Example:
@@ -92,7 +92,5 @@ def to_distrax(model: Density, *, context: Contexts | None = None) -> "distrax.D
 def _module(library: str) -> Any:
     try:
         return importlib.import_module(f"iresnet_jax.adapters.{library}")
-    except ModuleNotFoundError as error:
-        if error.name != library:
-            raise
-        raise ImportError(f"{library} is not installed: pip install 'iresnet_jax[{library}]'") from None
+    except ImportError as error:
+        raise ImportError(f"{library} cannot be imported ({error}): pip install 'iresnet_jax[{library}]'") from error
