@@ -109,7 +109,7 @@ class FeedforwardSpec(BranchSpec):
             cin = cout
         return tuple(layers)
 
-    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharp: bool = False) -> Weights:
+    def initial_weights(self, key: Array, *, last_scale: float | Float[Array, ""] = 1.0, sharp: bool = False) -> Weights:
         r"""Random kernels with variance ``1 / fan_in``, zero biases.
 
         Args:
