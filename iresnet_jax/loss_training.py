@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Key
+from jaxtyping import Array
 
 from iresnet_jax.checked_dataclasses import Count, CountOrNone, Decay, Positive, checked
 from iresnet_jax.data.batches import device_batches
@@ -49,12 +49,12 @@ def train(
     loss: LossFunction,
     x: Any = None,
     *,
-    key: Key[Array, ""],
+    key: Any,
     steps: int | None = None,
-    minutes: float | None = None,
+    minutes: float | int | None = None,
     batch_size: int = BATCH_SIZE,
     optimizer: optax.GradientTransformation | None = None,
-    ema_decay: float = 0.999,
+    ema_decay: float | int = 0.999,
     validation: Any = None,
     patience: int = 10,
     callback: Callback | None = None,
@@ -169,7 +169,7 @@ class _HeldOut:
 
     def model(self, state: TrainState) -> Any:
         """The model of the averaged parameters."""
-        return validated_model(self._free.template, self._free.settings, state.ema, state.spectral)
+        return validated_model(self._free.template, self._free.settings, *parallel.on_first_device((state.ema, state.spectral)))
 
     def __call__(self, state: TrainState) -> ValidationResult:
         """The means over all examples."""

@@ -165,7 +165,7 @@ class Classifier(Model):
     def init(
         cls,
         key: Key[Array, ""],
-        images: Images,
+        images: Any,
         num_classes: int,
         *,
         stages: Sequence[StageSpec],
