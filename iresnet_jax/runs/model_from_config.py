@@ -160,7 +160,7 @@ def data_on_the_line(data: DataSet) -> np.ndarray:
 
 def _context_scale(data: DataSet) -> Standardize | None:
     """The standard scale of contexts; entries that are constant keep their own."""
-    return Standardize.fit_contexts(_to_scale_by(data)[1]) if data.context_dim else None
+    return Standardize.fit_contexts(np.asarray(_to_scale_by(data)[1])) if data.context_dim else None
 
 
 def _to_scale_by(data: DataSet) -> tuple[Any, Any]:
