@@ -7,6 +7,7 @@ Importing this needs JAX and jaxtyping alone; names and collections of Flax are 
 
 import importlib
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from iresnet_jax.bijections.bijection import Bijection
@@ -36,6 +37,7 @@ from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 
 if TYPE_CHECKING:
+    from iresnet_jax import adapters
     from iresnet_jax import certification as certify
     from iresnet_jax.fitting import fit
     from iresnet_jax.loss_training import train
@@ -74,6 +76,7 @@ __all__ = [
     "Standardize",
     "Unconstrained",
     "Whiten",
+    "adapters",
     "certify",
     "chain",
     "constrain",
@@ -100,7 +103,9 @@ _TRAINING = {
 
 
 def __getattr__(name: str) -> Any:
-    """What takes more than the mathematics is imported when it is asked for: `certify`, and all of training."""
+    """What takes more than the mathematics is imported when it is asked for: `certify`, `adapters`, and all of training."""
+    if name == "adapters":
+        return importlib.import_module("iresnet_jax.adapters")
     if name == "certify":
         return importlib.import_module("iresnet_jax.certification")
     if name in _TRAINING:
@@ -112,7 +117,9 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def load(path: str | os.PathLike[str]) -> Density | Classifier | Reconstructor:
+def load(
+    path: str | os.PathLike[str], *, branches: Mapping[str, Any] | None = None, prior: Any = None
+) -> Density | Classifier | Reconstructor:
     """Reads a trained model: a file that ``model.save`` wrote, a folder that holds ``model.npz``, or the folder of a run.
 
     The bounds of all blocks are computed from the weights in the file. The folder of a run gives its best checkpoint on
@@ -120,9 +127,11 @@ def load(path: str | os.PathLike[str]) -> Density | Classifier | Reconstructor:
 
     Args:
         path: The file or folder.
+        branches: What makes branches of one's own, by the names that the file has for them: a file imports nothing.
+        prior: A prior of one's own with the structure of the one in the file.
 
     Raises:
-        ValueError: If there is no model, or it is damaged or from another version.
+        ValueError: If there is no model, or it is damaged or from another version, or a part of one's own is not given.
 
     Example:
         >>> model = load("runs/digits_density")  # doctest: +SKIP
@@ -133,5 +142,9 @@ def load(path: str | os.PathLike[str]) -> Density | Classifier | Reconstructor:
     if os.path.isdir(path) and os.path.exists(os.path.join(path, "config.json")):
         from iresnet_jax.runs import trained_run
 
+        if branches is not None or prior is not None:
+            raise ValueError(
+                f"{path} is the folder of a run, which names kinds: call kinds.register in place of branches and prior"
+            )
         return trained_run.load(path).model
-    return saved.load(path)
+    return saved.load(path, branches=branches, prior=prior)

@@ -28,7 +28,7 @@ from iresnet_jax.training.constraint import training_constraint, validated_model
 from iresnet_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from iresnet_jax.training.parallel import AXIS
 from iresnet_jax.training.step import Loss, Objective, StepKeys, TrainingStep, TrainState, UpdateRule, ValidationResult
-from iresnet_jax.training.trainer import Best, Trainer, TrainingConfig
+from iresnet_jax.training.trainer import Best, CompiledStep, Trainer, TrainingConfig
 from iresnet_jax.training.unconstrained import Unconstrained
 
 M = TypeVar("M", bound=Model)
@@ -187,8 +187,7 @@ class _Trainer(Trainer):
     """A run whose best state is the last one, if there is nothing held out to choose it by, and that tells its owner."""
 
     def __init__(self, objective: Objective, settings: TrainingConfig, held_out: _HeldOut, callback: Callback | None, say: Any):
-        # Not compiled ahead, as `ParallelStep` would be: the first state is there already.
-        super().__init__(objective, settings, compile_step=lambda step: parallel.parallelize(step).__call__, say=say)
+        super().__init__(objective, settings, compile_step=_compiled_when_called, say=say)
         self._held_out, self._callback, self.is_called_off = held_out, callback, False
 
     def take_step(self, batch: Any) -> None:
@@ -221,6 +220,17 @@ class _Trainer(Trainer):
         found = [record for record in self.records if record["split"] == split][-1:]
         prefix = "" if split == "train" else "validation_"
         return {f"{prefix}{name}": value for record in found for name, value in record.items() if name not in NOT_METRICS}
+
+
+def _compiled_when_called(training_step: TrainingStep) -> CompiledStep:
+    """The step of all devices, which is not compiled ahead: the first state is there already, and its dtypes count."""
+    step = parallel.parallelize(training_step)
+
+    def take(state, batch):
+        step.compile(state, batch)
+        return step(state, batch)
+
+    return take
 
 
 def _training_step(free: Unconstrained, loss: LossFunction, rule: UpdateRule, seed: int, *, has_data: bool) -> TrainingStep:

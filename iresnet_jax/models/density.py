@@ -41,15 +41,18 @@ from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models import initial, mixtures, priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.columns import Column, Frame, numbers_of, table_of
-from iresnet_jax.models.contractions import FlowWeights, Tree
+from iresnet_jax.models.contractions import FlowWeights
 from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
+from iresnet_jax.models.leading_axes import Examples, as_batch, context_vectors
 from iresnet_jax.models.model import Model
 
 Transform = Identity | Center | Logit | Equalize | Standardize | Whiten | Bounded
-Data = Shaped[Array, "b ..."] | Shaped[np.ndarray, "b ..."] | Frame
-Contexts = Num[Array, "_ ..."] | Num[np.ndarray, "_ ..."]
+Data = Shaped[Array, "..."] | Shaped[np.ndarray, "..."] | Frame
+Keys = Key[Array, "..."]
+Contexts = Num[Array, "..."] | Num[np.ndarray, "..."]
 
 
 class LogProb(NamedTuple):
@@ -64,12 +67,28 @@ class LogProb(NamedTuple):
         log_prior_by_class: ``log p(y) + log p_Z(z | y)`` for every class; None without classes.
     """
 
-    log_prob: Float[Array, " b"]
-    log_prior: Float[Array, " b"]
-    log_det: Float[Array, " b"]
-    log_det_transform: Float[Array, " b"]
+    log_prob: Float[Array, "..."]
+    log_prior: Float[Array, "..."]
+    log_det: Float[Array, "..."]
+    log_det_transform: Float[Array, "..."]
     info: LogdetInfo
-    log_prior_by_class: Float[Array, "b k"] | None = None
+    log_prior_by_class: Float[Array, "... k"] | None = None
+
+
+class Samples(NamedTuple):
+    """Samples with their log-densities.
+
+    Attributes:
+        x: The samples.
+        log_prob: Log-density of each, in nats.
+        info: How the inverse ended, see `Density.decode`.
+        logdet_info: Error of the log-determinant in ``log_prob``.
+    """
+
+    x: Float[Array, "n ..."]
+    log_prob: Float[Array, " n"]
+    info: FixedPointInfo
+    logdet_info: LogdetInfo
 
 
 @dataclass(frozen=True)
@@ -78,7 +97,8 @@ class DensitySpec:
 
     Attributes:
         flow: Architecture of the flow.
-        prior_family: "gaussian", "logistic" or "mixture", the family of the prior.
+        prior_family: "gaussian", "logistic" or "mixture", the family of the prior; "own" if the model holds a prior of
+            one's own, see `priors`.
         transform: Preprocessing: `Center`, `Logit` or `Equalize` of images in [0, 1), `Standardize` or `Whiten` of other
             continuous data, `Bounded` in front of them where entries keep to their ranges, `Identity` of either.
         num_levels: Integer levels of the data, at least 2; None for continuous data.
@@ -137,6 +157,8 @@ class DensitySpec:
                 f"a mixture is the prior of vectors without classes, and has at least 1 component: got {self.num_components} "
                 f"components for examples of shape {self.flow.event_shape} and {self.num_classes or 'no'} classes"
             )
+        if self.prior_family == priors.OWN and self.num_classes is not None:
+            raise ValueError(f"a prior of one's own is one of all data: leave out num_classes={self.num_classes}")
         if isinstance(self.transform, Equalize):
             levels, shares = len(self.transform.frequencies), self.transform.shares
             if self.num_levels not in (None, levels):
@@ -158,7 +180,7 @@ class DensitySpec:
         """Bounds of the Lipschitz constants of the preprocessing and of its inverse."""
         return self.transform.bilipschitz()
 
-    def in_units(self, log_prob: Float[Array, " b"]) -> Float[Array, " b"]:
+    def in_units(self, log_prob: Float[Array, "..."]) -> Float[Array, "..."]:
         """``-log_prob`` in `unit`: what is minimised and reported."""
         return -log_prob * self.unit_of_a_nat
 
@@ -180,10 +202,18 @@ class Density(Model):
     Methods take and give data as the data set has them: integer levels for models of images, floats for continuous data. The
     density of an image model on [0, 1) itself is `continuous`.
 
+    `log_prob`, `terms`, `class_log_probs`, `encode` and `decode` take one example, a batch or any leading axes, which their
+    results have too. The axes of contexts broadcast against those of examples, so that one context serves a whole batch. There
+    is one key, or there are keys of the result's leading axes. Other methods take batches.
+
+    Example:
+        >>> model.log_prob(x[0]).shape, model.log_prob(x.reshape(2, 8, 3)).shape  # doctest: +SKIP
+        ((), (2, 8))
+
     Attributes:
         spec: All that defines the model but its weights.
         weights: Constrained weights of the flow, as `contractions.freeze` or `contractions.constrain` give them.
-        prior: Parameters of the prior.
+        prior: Parameters of the prior, or a prior of one's own.
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
         unroll: Whether blocks are unrolled instead of scanned.
@@ -196,7 +226,7 @@ class Density(Model):
 
     spec: DensitySpec
     weights: FlowWeights = field(repr=False)
-    prior: Tree = field(repr=False)
+    prior: Any = field(repr=False)
     estimator: LogdetEstimator = field(default_factory=ExactLogdet)
     solver: Solver = Solver()
     unroll: bool = False
@@ -214,7 +244,7 @@ class Density(Model):
         coeff: float = 0.97,
         budget: str = "layer",
         sharp: bool = True,
-        prior: str = "gaussian",
+        prior: Any = "gaussian",
         num_components: int | None = None,
         num_classes: int | None = None,
         num_levels: int | None = None,
@@ -232,7 +262,7 @@ class Density(Model):
             coeff: Largest operator norm of a layer, or of a block's branch with the budget "block", in (0, 1).
             budget: "layer" or "block", see `FlowSpec`.
             sharp: Whether activations of the Swish family start sharper in wider layers, which learn sooner.
-            prior: "gaussian", "logistic" or "mixture", whose components start at examples.
+            prior: "gaussian", "logistic", "mixture", whose components start at examples, or a prior of one's own.
             num_components: Components of the prior "mixture".
             num_classes: Classes, if each has a prior of its own.
             num_levels: Integer levels of images of integers, 256 by default.
@@ -241,7 +271,8 @@ class Density(Model):
             estimator: Log-determinant of the blocks; exact by default, which takes time and memory of images.
 
         Raises:
-            ValueError: If examples, contexts and stages do not fit together.
+            ValueError: If examples, contexts and stages do not fit together, or a branch of one's own stretches examples by
+                more than it claims.
 
         Example:
             >>> model = Density.init(jax.random.key(0), x[:256], stages=[StageSpec(6, (64,), activation="clipswish")])
@@ -260,9 +291,10 @@ class Density(Model):
             context = context[:, None] if context.ndim == 1 else context
             if context.ndim != 2 or len(context) != len(x):
                 raise ValueError(f"context must be a vector for each of {len(x)} examples, got shape {context.shape}")
+        family = prior if isinstance(prior, str) else priors.OWN
         spec = DensitySpec(
             FlowSpec(x.shape[1:], tuple(stages), coeff, budget, 0 if context is None else context.shape[1]),
-            prior_family=prior,
+            prior_family=family,
             transform=transform,
             num_levels=(num_levels or 256) if is_image_of_levels else num_levels,
             num_classes=num_classes,
@@ -273,12 +305,20 @@ class Density(Model):
         context = None if context is None else initial.some(context)
         given = model.preprocess(initial.some(x), key_noise), model.scale_context(context)
         weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharp=sharp)
-        parameters = priors.standard(prior, spec.flow.num_dims, num_classes, num_components)
+        check_claims(spec.flow, weights, *given)
+        if family == priors.OWN:
+            return model.with_(weights=weights, prior=prior)
+        parameters = priors.standard(family, spec.flow.num_dims, num_classes, num_components)
         if num_components is not None:
             places = np.asarray(z)[np.random.default_rng(0).choice(len(z), num_components)]
             unit = np.broadcast_to(np.eye(z.shape[1]), (num_components, z.shape[1], z.shape[1]))
             parameters = mixtures.mixture_of(places, unit, np.ones(num_components))
         return model.with_(weights=weights, prior=parameters)
+
+    def learned(self, name: str) -> Any:
+        """The arrays of a field in `arrays`; those of a prior of one's own without its constants."""
+        is_own = name == "prior" and self.spec.prior_family == priors.OWN
+        return priors.own(self.prior) if is_own else super().learned(name)
 
     @property
     def continuous(self) -> "Density":
@@ -287,37 +327,43 @@ class Density(Model):
 
     # ------------------------------------------------------------------------------------------------ likelihood
 
-    def log_prob(self, x: Data, key: Key[Array, "..."] | None = None, *, context: Contexts | None = None) -> Float[Array, " b"]:
+    def log_prob(self, x: Data, key: Keys | None = None, *, context: Contexts | None = None) -> Float[Array, "..."]:
         """Log-likelihood in nats, one per example; of integer levels a lower bound for one draw of noise, see `terms`.
 
         Args:
-            x: Data.
+            x: Data, see `Density`.
             key: Source of noise and probes, one key or one per example; None draws both from a fixed key.
             context: Contexts of a conditional model: the result is ``log p(x | context)``.
         """
-        key = jax.random.key(0) if key is None else typed_key(key)
+        examples = self._examples(x, context)
+        key = jax.random.key(0) if key is None else examples.keys(key)
         split = jax.random.split(key) if key.ndim == 0 else jnp.moveaxis(jax.vmap(jax.random.split)(key), 0, 1)
-        return self.terms(x, split[0], split[1], context=context).log_prob
+        return examples.restore(self._terms(examples, split[0], split[1]).log_prob)
 
     def terms(
         self,
         x: Data,
-        key_noise: Key[Array, "..."],
-        key_probe: Key[Array, "..."],
+        key_noise: Keys,
+        key_probe: Keys,
         *,
         context: Contexts | None = None,
     ) -> LogProb:
         """The log-likelihood with all its terms.
 
         Args:
-            x: Data.
+            x: Data, see `Density`.
             key_noise: Source of the dequantisation noise of integer levels, one key or one per example.
             key_probe: Source of the estimator's probes, likewise.
             context: Contexts of a conditional model.
         """
-        u, log_det_cells, _ = self._dequantize.forward_and_logdet(self._checked(x), key_noise)
+        examples = self._examples(x, context)
+        return examples.restore(self._terms(examples, examples.keys(key_noise), examples.keys(key_probe)))
+
+    def _terms(self, examples: Examples, key_noise: Keys, key_probe: Keys) -> LogProb:
+        """`terms` of one batch."""
+        u, log_det_cells, _ = self._dequantize.forward_and_logdet(self._checked(examples.x), key_noise)
         y, log_det_transform, _ = self._transform.forward_and_logdet(u, key_probe)
-        z, log_det, info = self.flow(context).forward_and_logdet(y, key_probe)
+        z, log_det, info = self.flow(examples.context).forward_and_logdet(y, key_probe)
         by_class = None if self.spec.num_classes is None else self.log_prior_by_class(z)
         if by_class is None:
             log_prior = priors.log_prob(self.spec.prior_family, self.prior, z)
@@ -336,45 +382,56 @@ class Density(Model):
         of_classes = jax.vmap(lambda one: priors.log_prob(self.spec.prior_family, one, z), out_axes=1)(self._priors_of_classes)
         return of_classes + jax.nn.log_softmax(self.prior["class_logits"])[None]
 
-    def class_log_probs(self, x: Data, key: Key[Array, "..."] | None = None) -> Float[Array, "b k"]:
+    def class_log_probs(self, x: Data, key: Keys | None = None) -> Float[Array, "... k"]:
         """``log p(y | x)`` for every class ``y`` by Bayes' rule: one pass through the flow, no determinants.
 
         Args:
-            x: Data.
+            x: Data, see `Density`.
             key: Source of the noise of integer levels; None takes the middle of each level's cell.
 
         Raises:
             ValueError: If the model has one prior for all.
         """
         self.check_classes()
-        return jax.nn.log_softmax(self.log_prior_by_class(self.encode(x, key)))
+        examples = self._examples(x)
+        return examples.restore(jax.nn.log_softmax(self.log_prior_by_class(self._encode(examples, key))))
 
     # ---------------------------------------------------------------------------------------------- there and back
 
-    def encode(self, x: Data, key: Key[Array, "..."] | None = None, *, context: Contexts | None = None) -> Float[Array, "b d"]:
+    def encode(self, x: Data, key: Keys | None = None, *, context: Contexts | None = None) -> Float[Array, "... d"]:
         """Latents of data.
 
         Args:
-            x: Data.
+            x: Data, see `Density`.
             key: Source of the noise of integer levels; None takes the middle of each level's cell.
             context: Contexts of a conditional model.
         """
-        preprocessed = self.preprocess(x, key)  # first, as it refuses what is no data
-        return self.flow(context).forward(preprocessed)
+        examples = self._examples(x, context)
+        return examples.restore(self._encode(examples, key))
 
-    def decode(self, z: Float[Array, "b d"], *, context: Contexts | None = None) -> tuple[Num[Array, "b ..."], FixedPointInfo]:
+    def _encode(self, examples: Examples, key: Keys | None) -> Float[Array, "b d"]:
+        """`encode` of one batch."""
+        key = None if key is None else examples.keys(key)
+        preprocessed = self.preprocess(examples.x, key)  # first, as it refuses what is no data
+        return self.flow(examples.context).forward(preprocessed)
+
+    def decode(
+        self, z: Float[Array, "... d"] | Float[np.ndarray, "... d"], *, context: Contexts | None = None
+    ) -> tuple[Num[Array, "..."], FixedPointInfo]:
         """Data of latents, and how the inverse ended; `certify.decode` guarantees the error of the same data.
 
         Args:
-            z: Latents.
+            z: Latents, with any leading axes.
             context: Contexts of a conditional model.
 
         Returns:
             The data, and a `FixedPointInfo`. Its ``error_bound`` is in the units of continuous data: [0, 1) for integer levels,
             before they are rounded down. It is the product of the blocks' bounds, which says little about a deep flow.
         """
-        u, info = chain([self._transform, self.flow(context)]).inverse(z)
-        return self.round_to_data(u), info
+        flow = self.spec.flow
+        examples = as_batch(jnp.asarray(z), (flow.num_dims,), context, flow.context_dim)
+        u, info = chain([self._transform, self.flow(examples.context)]).inverse(examples.x)
+        return examples.restore((self.round_to_data(u), info))
 
     def sample(
         self,
@@ -391,7 +448,7 @@ class Density(Model):
             key: Source of the latents.
             num: Number of samples, at least 1.
             temperature: Factor on the prior's scale, at least 0; 1 samples the model.
-            context: Context of each sample.
+            context: One context for all samples, or one for each.
             labels: Class of each sample, where classes have priors; drawn from ``p(y)`` by default. Classes that do not exist,
                 which cannot be refused under ``jit``, give an inverse that did not converge.
 
@@ -402,7 +459,66 @@ class Density(Model):
             ValueError: If labels are given to a model without classes or are not ``num`` integers, if ``num`` or
                 ``temperature`` is out of range, or if a label is and it is known, outside of ``jit``.
         """
-        return self.decode(self.sample_latents(key, num, temperature=temperature, labels=labels), context=context)
+        z = self.sample_latents(key, num, temperature=temperature, labels=labels)
+        return self.decode(z, context=self._context_of_samples(num, context))
+
+    def sample_and_log_prob(
+        self,
+        key: Key[Array, ""],
+        num: int,
+        *,
+        context: Contexts | None = None,
+        labels: Shaped[Array, " m"] | None = None,
+    ) -> Samples:
+        """The samples that `sample` draws from the same key, and their log-densities, by one pass through the inverse.
+
+        Samples are differentiable functions of weights, prior and context, by the implicit function theorem, and so are their
+        log-densities: this is what variational objectives and importance weights need.
+
+        Args:
+            key: Source of latents and probes.
+            num: Number of samples, at least 1.
+            context: One context for all samples, or one for each.
+            labels: Class of each sample, where classes have priors. The log-density is then ``log p(x | label)``, and without
+                labels ``log p(x)``, which `log_prob` gives.
+
+        Raises:
+            ValueError: If data are integer levels or on a grid, whose samples have probabilities and no densities; otherwise
+                as `sample`.
+
+        Example:
+            >>> x, log_prob, info, _ = model.sample_and_log_prob(jax.random.key(0), 1000)  # doctest: +SKIP
+            >>> log_weights = log_target(x) - log_prob  # doctest: +SKIP
+        """
+        if self.spec.num_levels is not None or self.spec.grid is not None:
+            kind = "of integer levels" if self.spec.num_levels is not None else "on a grid"
+            raise ValueError(f"samples {kind} have no density: model.continuous.sample_and_log_prob gives continuous ones")
+        z = self.sample_latents(key, num, labels=labels)
+        flow = self.flow(self._context_of_samples(num, context))
+        key_probe = jax.random.fold_in(typed_key(key), 2)  # latents are drawn from the key itself, or from its first two parts
+        x, log_det, logdet_info, info = chain([self._transform, flow]).inverse_and_logdet(z, key_probe)
+        return Samples(x, self._log_prior(z, labels) - log_det, info, logdet_info)
+
+    def _context_of_samples(self, num: int, context: Contexts | None) -> Contexts | None:
+        """Contexts of samples, one for each."""
+        dim = self.spec.flow.context_dim
+        if context is None or not dim:
+            return context  # the flow refuses what it does not take
+        vectors = context_vectors(context, dim)
+        if vectors.shape not in ((dim,), (1, dim), (num, dim)):
+            wanted = f"one context of length {dim} for all {num} samples, or one for each"
+            raise ValueError(f"there must be {wanted}, got contexts of shape {np.shape(context)}")
+        return jnp.broadcast_to(vectors, (num, dim))
+
+    def _log_prior(self, z: Float[Array, "n d"], labels: Shaped[Array, " n"] | None = None) -> Float[Array, " n"]:
+        """Log-density of latents, given their classes if there are labels."""
+        if self.spec.num_classes is None:
+            return priors.log_prob(self.spec.prior_family, self.prior, z)
+        by_class = self.log_prior_by_class(z)
+        if labels is None:
+            return jax.nn.logsumexp(by_class, axis=1)
+        of_classes = by_class - jax.nn.log_softmax(self.prior["class_logits"])[None]
+        return jnp.take_along_axis(of_classes, jnp.asarray(labels)[:, None], axis=1)[:, 0]
 
     def sample_latents(
         self, key: Key[Array, ""], num: int, *, temperature: float = 1.0, labels: Shaped[Array, " m"] | None = None
@@ -432,6 +548,11 @@ class Density(Model):
 
     # --------------------------------------------------------------------------------------------------- its parts
 
+    def _examples(self, x: Any, context: Contexts | None = None) -> Examples:
+        """Data and contexts as one batch, not checked yet."""
+        flow = self.spec.flow
+        return as_batch(self.numbers(x), flow.event_shape, context, flow.context_dim)
+
     def flow(self, context: Contexts | None = None) -> Bijection:
         """The residual flow alone, from preprocessed data to latents."""
         return flow_bijection(
@@ -460,11 +581,11 @@ class Density(Model):
             return vectors
         return self.spec.context.bijection().forward(vectors)
 
-    def preprocess(self, x: Data, key: Key[Array, "..."] | None = None) -> Float[Array, "b ..."]:
+    def preprocess(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
         """The flow's input for data: noise from the key, or none."""
         return self._transform.forward(self.dequantize(x, key))
 
-    def dequantize(self, x: Data, key: Key[Array, "..."] | None = None) -> Float[Array, "b ..."]:
+    def dequantize(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
         """Continuous data: levels as points of [0, 1) with noise from the key, or in the middle of their cells without one."""
         x = self._checked(x)
         return self._dequantize.forward(x) if key is None else self._dequantize.forward_and_logdet(x, key)[0]

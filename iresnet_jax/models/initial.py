@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models import contractions, flow
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.contractions import FlowWeights, Tree
@@ -14,7 +15,7 @@ from iresnet_jax.models.contractions import FlowWeights, Tree
 MOST = 1024  # examples of a batch that ActNorm is fitted to
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("sharp", "with_actnorm"))
+@functools.partial(quick_jit, static_argnums=0, static_argnames="sharp")
 def initial_weights(
     spec: FlowSpec,
     key: Key[Array, ""],
@@ -22,7 +23,6 @@ def initial_weights(
     context: Float[Array, "b k"] | None = None,
     *,
     sharp: bool = False,
-    with_actnorm: bool = True,
 ) -> tuple[FlowWeights, Float[Array, "b d"]]:
     """Weights as `contractions.freeze` gives them, and the latents of the batch.
 
@@ -32,7 +32,6 @@ def initial_weights(
         x: A representative batch: ActNorm makes every channel that enters a branch zero on average, with variance 1.
         context: Contexts of the batch, if the model is conditional.
         sharp: Whether activations start sharper, see `BranchSpec.initial_weights`.
-        with_actnorm: Whether ActNorm is fitted to the batch; otherwise it is the identity.
     """
     key_weights, key_iterates = jax.random.split(key)
     params = {
@@ -41,8 +40,6 @@ def initial_weights(
     }
     params, iterates = jax.tree.map(lambda leaf: leaf.astype(x.dtype), (params, initial_iterates(spec, key_iterates)))
     weights = contractions.constrain(spec, params, iterates).weights
-    if not with_actnorm:
-        return contractions.freeze(spec, params), flow.flow_bijection(spec, weights, context=context).forward(x)
     fitted, z = flow.fit_actnorm(spec, weights, x, context)
     params = {name: {"blocks": {**stage["blocks"], "actnorm": fitted[name]}} for name, stage in params.items()}
     return contractions.freeze(spec, params), z

@@ -7,6 +7,7 @@ r"""A learned forward operator as a value, and the reconstruction of images from
 for all data. ``P`` is the projection onto pixels in [0, 1], which increases no distance.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -137,9 +138,9 @@ class Reconstructor(Model):
             ValueError: If the shape and the stages do not fit together.
         """
         of_block = block_coeff(coeff, sum(stage.num_blocks for stage in stages))
-        spec = ReconstructorSpec(FlowSpec(tuple(image_shape), tuple(stages), of_block, "block"), num_levels)
-        example = jnp.zeros((2, *image_shape))
-        weights, _ = initial.initial_weights(spec.flow, single_key(key), example, with_actnorm=False)
+        without = tuple(dataclasses.replace(stage, actnorm=False) for stage in stages)
+        spec = ReconstructorSpec(FlowSpec(tuple(image_shape), without, of_block, "block"), num_levels)
+        weights, _ = initial.initial_weights(spec.flow, single_key(key), jnp.zeros((2, *image_shape)))
         return cls(spec, weights)
 
     def preprocess(self, images: Num[Array, "b h w c"] | Num[np.ndarray, "b h w c"]) -> Float[Array, "b h w c"]:

@@ -69,7 +69,7 @@ class Unconstrained(Generic[M]):
             raise ValueError("the model has no weights: make one by init, load or fit")
         settings = ConstraintConfig() if spec.constrained else ConstraintConfig(norms="none")
         stages = as_params(model.weights)
-        learned = {name: getattr(model, name) for name in model.arrays if name != "statistics"}
+        learned = {name: model.learned(name) for name in model.arrays if name != "statistics"}
         iterates = {}
         if spec.constrained:
             iterates = initial_iterates(spec.flow, jax.random.key(0))
