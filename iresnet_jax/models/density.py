@@ -15,7 +15,7 @@ as the determinants are the same for all classes.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,12 +35,13 @@ from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.checked_dataclasses import Count, checked
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
-from iresnet_jax.maths.keys import typed_key
+from iresnet_jax.maths.keys import single_key, typed_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.models import priors
-from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models import initial, mixtures, priors
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.columns import Column, Frame, numbers_of, table_of
 from iresnet_jax.models.contractions import FlowWeights
 from iresnet_jax.models.flow import flow_bijection
@@ -232,6 +233,87 @@ class Density(Model):
     rematerialize: Rematerialize = "nothing"
     bfloat16: bool = False
     history: History | None = field(default=None, repr=False)
+
+    @classmethod
+    def init(
+        cls,
+        key: Key[Array, ""],
+        x: Data,
+        *,
+        stages: Sequence[StageSpec],
+        coeff: float = 0.97,
+        budget: str = "layer",
+        sharp: bool = True,
+        prior: Any = "gaussian",
+        num_components: int | None = None,
+        num_classes: int | None = None,
+        num_levels: int | None = None,
+        transform: Transform | None = None,
+        context: Contexts | None = None,
+        estimator: LogdetEstimator | None = None,
+    ) -> "Density":
+        """A density with random weights, ActNorm and preprocessing fitted to examples: certified, and ready to train.
+
+        Args:
+            key: Source of the weights.
+            x: Examples as the model will see them, some hundred or more: vectors, or images with channels last. For a model
+                that is trained without data, draws from a rough guess.
+            stages: Stages of the flow, from the data to the latents.
+            coeff: Largest operator norm of a layer, or of a block's branch with the budget "block", in (0, 1).
+            budget: "layer" or "block", see `FlowSpec`.
+            sharp: Whether activations of the Swish family start sharper in wider layers, which learn sooner.
+            prior: "gaussian", "logistic", "mixture", whose components start at examples, or a prior of one's own.
+            num_components: Components of the prior "mixture".
+            num_classes: Classes, if each has a prior of its own.
+            num_levels: Integer levels of images of integers, 256 by default.
+            transform: Preprocessing; by default `Standardize` of floats and of vectors, and `Logit` of images of integers.
+            context: Contexts of the examples, of a conditional density.
+            estimator: Log-determinant of the blocks; exact by default, which takes time and memory of images.
+
+        Raises:
+            ValueError: If examples, contexts and stages do not fit together, or a branch of one's own stretches examples by
+                more than it claims.
+
+        Example:
+            >>> model = Density.init(jax.random.key(0), x[:256], stages=[StageSpec(6, (64,), activation="clipswish")])
+        """
+        key_weights, key_noise = jax.random.split(single_key(key))
+        x = np.asarray(x)
+        if x.ndim < 2 or not len(x):
+            raise ValueError(f"x must be a batch of examples, got shape {x.shape}; numbers, one an example, are x[:, None]")
+        is_image_of_levels = x.ndim > 2 and np.issubdtype(x.dtype, np.integer)
+        if not (is_image_of_levels or np.issubdtype(x.dtype, np.floating)):
+            x = x.astype(float)
+        if transform is None:
+            transform = Logit() if is_image_of_levels else Standardize.fit(x)
+        if context is not None:
+            context = np.asarray(context, float)
+            context = context[:, None] if context.ndim == 1 else context
+            if context.ndim != 2 or len(context) != len(x):
+                raise ValueError(f"context must be a vector for each of {len(x)} examples, got shape {context.shape}")
+        family = prior if isinstance(prior, str) else priors.OWN
+        spec = DensitySpec(
+            FlowSpec(x.shape[1:], tuple(stages), coeff, budget, 0 if context is None else context.shape[1]),
+            prior_family=family,
+            transform=transform,
+            num_levels=(num_levels or 256) if is_image_of_levels else num_levels,
+            num_classes=num_classes,
+            context=None if context is None else Standardize.fit_contexts(context),
+            num_components=num_components,
+        )
+        model = cls(spec, {}, {}) if estimator is None else cls(spec, {}, {}, estimator=estimator)
+        context = None if context is None else initial.some(context)
+        given = model.preprocess(initial.some(x), key_noise), model.scale_context(context)
+        weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharp=sharp)
+        check_claims(spec.flow, weights, *given)
+        if family == priors.OWN:
+            return model.with_(weights=weights, prior=prior)
+        parameters = priors.standard(family, spec.flow.num_dims, num_classes, num_components)
+        if num_components is not None:
+            places = np.asarray(z)[np.random.default_rng(0).choice(len(z), num_components)]
+            unit = np.broadcast_to(np.eye(z.shape[1]), (num_components, z.shape[1], z.shape[1]))
+            parameters = mixtures.mixture_of(places, unit, np.ones(num_components))
+        return model.with_(weights=weights, prior=parameters)
 
     def learned(self, name: str) -> Any:
         """The arrays of a field in `arrays`; those of a prior of one's own without its constants."""
@@ -442,9 +524,7 @@ class Density(Model):
         self, key: Key[Array, ""], num: int, *, temperature: float = 1.0, labels: Shaped[Array, " m"] | None = None
     ) -> Float[Array, "n d"]:
         """Latents from the prior; arguments and errors are those of `sample`."""
-        num, key = checked(Count, num, "num"), typed_key(key)
-        if key.shape:
-            raise ValueError(f"key must be a single key, got keys of shape {key.shape}")
+        num, key = checked(Count, num, "num"), single_key(key)
         if self.spec.num_classes is None:
             if labels is not None:
                 self.check_classes()

@@ -127,10 +127,7 @@ def _empty(spec: Spec, prior: Any) -> dict[str, Any]:
     """Arrays of the shapes that a model of this spec has, with a prior of one's own if it has one."""
 
     def blocks(stage):
-        channels = stage.branch.in_shape[-1:]
-        scale = {"bias": jnp.zeros(channels), "log_scale": jnp.zeros(channels)}
-        keys = jax.random.split(jax.random.key(0), stage.spec.num_blocks)
-        return jax.vmap(lambda key: {**stage.branch.initial_weights(key), "actnorm": scale})(keys)
+        return {**stage.initial_weights(jax.random.key(0)), "actnorm": stage.identity()}
 
     params = {stage.name: {"blocks": blocks(stage)} for stage in spec.flow.layout}
     if isinstance(spec, DensitySpec):

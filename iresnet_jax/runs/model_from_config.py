@@ -160,11 +160,7 @@ def data_on_the_line(data: DataSet) -> np.ndarray:
 
 def _context_scale(data: DataSet) -> Standardize | None:
     """The standard scale of contexts; entries that are constant keep their own."""
-    if not data.context_dim:
-        return None
-    contexts = np.asarray(_to_scale_by(data)[1], np.float64)
-    scale = contexts.std(axis=0)
-    return Standardize(tuple(contexts.mean(axis=0).tolist()), tuple(np.where(scale > 0, scale, 1).tolist()))
+    return Standardize.fit_contexts(np.asarray(_to_scale_by(data)[1])) if data.context_dim else None
 
 
 def _to_scale_by(data: DataSet) -> tuple[Any, Any]:
