@@ -37,8 +37,10 @@ from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 
 if TYPE_CHECKING:
-    from iresnet_jax import adapters
+    from iresnet_jax import adapters, losses
     from iresnet_jax import certification as certify
+    from iresnet_jax.energy_fitting import fit_energy
+    from iresnet_jax.evaluation.energies import evaluate_energy
     from iresnet_jax.fitting import fit
     from iresnet_jax.loss_training import train
     from iresnet_jax.training.unconstrained import Unconstrained
@@ -82,11 +84,14 @@ __all__ = [
     "constrain",
     "conv",
     "dense_logdet",
+    "evaluate_energy",
     "fit",
+    "fit_energy",
     "flow_bijection",
     "freeze",
     "invert_residual",
     "load",
+    "losses",
     "multiscale",
     "repeat",
     "residual_bijection",
@@ -97,15 +102,17 @@ __all__ = [
 
 _TRAINING = {
     "Unconstrained": "iresnet_jax.training.unconstrained",
+    "evaluate_energy": "iresnet_jax.evaluation.energies",
     "fit": "iresnet_jax.fitting",
+    "fit_energy": "iresnet_jax.energy_fitting",
     "train": "iresnet_jax.loss_training",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """What takes more than the mathematics is imported when it is asked for: `certify`, `adapters`, and all of training."""
-    if name == "adapters":
-        return importlib.import_module("iresnet_jax.adapters")
+    """What takes more than the mathematics is imported when it is asked for: `certify`, `adapters`, `losses`, all of training."""
+    if name in ("adapters", "losses"):
+        return importlib.import_module(f"iresnet_jax.{name}")
     if name == "certify":
         return importlib.import_module("iresnet_jax.certification")
     if name in _TRAINING:

@@ -1,40 +1,19 @@
 r"""Losses for `train` against an energy: a density that is known up to a constant, ``p(x) = exp(log_density(x)) / Z``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from iresnet_jax.checked_dataclasses import Count, checked
+from iresnet_jax.maths.energies import LogDensity, log_density_of, not_finite
 from iresnet_jax.models.density import Density
 
-LogDensity = Callable[[Array], Array]  # (b, ...) -> (b,)
 SHARES = ("logits", "class_logits")  # parameters of priors that say how often a component is drawn
 _NOT_FINITE = "not_finite"
-
-
-def log_density_of(log_density: LogDensity, x: Any) -> Float[Array, " b"]:
-    """The log-density of a batch.
-
-    Raises:
-        ValueError: If it is not one real number an example.
-    """
-    values = jnp.asarray(log_density(x))
-    if values.shape != x.shape[:1] or not jnp.issubdtype(values.dtype, jnp.floating):
-        raise ValueError(
-            f"log_density must give one real number for each of {len(x)} examples, shape ({len(x)},), got {values.dtype} of "
-            f"shape {values.shape}: a function of one example becomes one of batches by jax.vmap"
-        )
-    return values
-
-
-def check_finite(values: Any, where: str) -> None:
-    """Raises ``ValueError`` if log-densities are NaN or infinite; the message says how many are, and where."""
-    if bad := int(jnp.sum(~jnp.isfinite(jnp.asarray(values)))):
-        raise ValueError(_sentence(bad, len(values), where))
 
 
 @dataclass(frozen=True)
@@ -71,7 +50,7 @@ class ReverseKL:
     def check(self, metrics: Mapping[str, Any]) -> None:
         """Raises ``ValueError`` if the log-density of samples of a step was NaN or infinite."""
         if (bad := float(metrics[_NOT_FINITE])) > 0:
-            raise ValueError(_sentence(max(round(bad), 1), self.num, "samples of the model"))
+            raise ValueError(not_finite(max(round(bad), 1), self.num, "samples of the model"))
 
 
 @dataclass(frozen=True)
@@ -129,10 +108,3 @@ def symmetric_kl(log_density: LogDensity, num: int = 128, *, path: bool = True) 
 
 def _shares(prior: Any) -> dict[str, Array]:
     return {name: prior[name] for name in SHARES if name in prior} if isinstance(prior, Mapping) else {}
-
-
-def _sentence(bad: int, num: int, where: str) -> str:
-    return (
-        f"log_density is NaN or infinite at {bad} of {num} {where}: it must be finite wherever samples may fall; "
-        "parameters with ends are to be mapped to the whole line first"
-    )

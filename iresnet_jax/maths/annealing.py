@@ -76,7 +76,9 @@ def annealed(
         x, t, change, size, acceptance = step(key_step, x, t, size)
         log_z, num_steps = log_z + float(change), num_steps + 1
         if num_steps == _MOST_STEPS:
-            raise RuntimeError(f"annealing is at t = {float(t):.3g} after {num_steps} steps: choose another scale than {scale:g}")
+            raise RuntimeError(
+                f"annealing is at t = {float(t):.3g} after {num_steps} steps: choose another scale than {scale:g}"
+            )
     x, size, acceptance = jax.jit(functools.partial(moved, log_density), static_argnames="num_moves")(
         jax.random.fold_in(key, 1), x, size, num_moves=final_moves
     )

@@ -497,7 +497,7 @@ class Density(Model):
         flow = self.flow(self._context_of_samples(num, context))
         key_probe = jax.random.fold_in(typed_key(key), 2)  # latents are drawn from the key itself, or from its first two parts
         x, log_det, logdet_info, info = chain([self._transform, flow]).inverse_and_logdet(z, key_probe)
-        return Samples(x, self._log_prior(z, labels) - log_det, info, logdet_info)
+        return Samples(x, self.log_prior(z, labels) - log_det, info, logdet_info)
 
     def _context_of_samples(self, num: int, context: Contexts | None) -> Contexts | None:
         """Contexts of samples, one for each."""
@@ -510,7 +510,7 @@ class Density(Model):
             raise ValueError(f"there must be {wanted}, got contexts of shape {np.shape(context)}")
         return jnp.broadcast_to(vectors, (num, dim))
 
-    def _log_prior(self, z: Float[Array, "n d"], labels: Shaped[Array, " n"] | None = None) -> Float[Array, " n"]:
+    def log_prior(self, z: Float[Array, "n d"], labels: Shaped[Array, " n"] | None = None) -> Float[Array, " n"]:
         """Log-density of latents, given their classes if there are labels."""
         if self.spec.num_classes is None:
             return priors.log_prob(self.spec.prior_family, self.prior, z)
