@@ -63,7 +63,7 @@ def sample(run: Run, arguments: argparse.Namespace) -> bool:
         temperature=arguments.temperature,
         seed=arguments.seed,
         labels=None if arguments.label is None else [arguments.label] * arguments.num,
-        contexts=context_vectors(arguments.context, model.spec.flow.context_dim),
+        contexts=context_vectors(arguments.context, model.spec.context_dim),
         num_certified=_num_certified(arguments, model.spec.flow),
     )
     png, npy = write_samples(drawn.values, model.spec.num_levels, run.folder)

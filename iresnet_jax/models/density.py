@@ -39,9 +39,10 @@ from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.models import priors
+from iresnet_jax.models import mixtures, priors
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.columns import Column, Frame, numbers_of, table_of
+from iresnet_jax.models.contexts import ContextScale, Network, apply_network
 from iresnet_jax.models.contractions import FlowWeights, Tree
 from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
@@ -87,6 +88,8 @@ class DensitySpec:
         columns: Columns of the data frame that the entries of vectors are; None for arrays.
         context: Scale of the contexts of a conditional density; None takes contexts as they are.
         num_components: Components of the prior "mixture", which is one of vectors without classes; None for other priors.
+        context_hidden: Widths of a network on the scaled contexts, the last one of its output, which the flow then takes, and
+            on which a mixture depends; none gives the flow the contexts themselves.
     """
 
     constrained: ClassVar[bool] = True
@@ -99,8 +102,9 @@ class DensitySpec:
     num_classes: int | None = None
     grid: Grid | None = None
     columns: tuple[Column, ...] | None = None
-    context: Standardize | None = None
+    context: Standardize | ContextScale | None = None
     num_components: int | None = None
+    context_hidden: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.grid is not None and (self.num_levels is not None or self.flow.event_shape != (len(self.grid.spacing),)):
@@ -109,8 +113,13 @@ class DensitySpec:
             )
         if self.columns is not None and self.flow.event_shape != (len(self.columns),):
             raise ValueError(f"there are {len(self.columns)} columns for examples of shape {self.flow.event_shape}")
-        scaled = 1 if self.context is None else len(self.context.mean)
-        if self.context is not None and scaled != self.flow.context_dim:
+        scaled = self.flow.context_dim if self.context is None else len(self.context.mean)
+        if self.context_hidden and (self.context is None or self.context_hidden[-1] != self.flow.context_dim):
+            raise ValueError(
+                "a network on contexts needs their scale, and gives what the flow takes: got the widths "
+                f"{self.context_hidden} for a flow with contexts of {self.flow.context_dim}"
+            )
+        if not self.context_hidden and scaled != self.flow.context_dim:
             raise ValueError(f"the scale of contexts has {scaled} entries, the flow takes contexts of {self.flow.context_dim}")
         if isinstance(self.transform, Standardize | Whiten):
             entries, last = len(self.transform.mean), self.flow.event_shape[-1]
@@ -145,6 +154,16 @@ class DensitySpec:
                 raise ValueError(f"equalize needs a share for each entry of {self.flow.event_shape}, got {len(shares)}")
 
     @property
+    def context_dim(self) -> int:
+        """Length of a context vector; 0 for none."""
+        return self.flow.context_dim if self.context is None else len(self.context.mean)
+
+    @property
+    def num_features(self) -> int:
+        """Numbers that a mixture depends on, those of a context and of the network on it; 0 if it depends on none."""
+        return self.context_dim + self.flow.context_dim if self.context_hidden and self.num_components else 0
+
+    @property
     def unit(self) -> str:
         """Unit of reported likelihoods: "bits/dim" for integer levels, "nats" for continuous data."""
         return "nats" if self.num_levels is None else "bits/dim"
@@ -170,7 +189,7 @@ class DensitySpec:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weights", "prior", "estimator"],
+    data_fields=["weights", "prior", "estimator", "network"],
     meta_fields=["spec", "solver", "unroll", "rematerialize", "bfloat16", "history"],
 )
 @dataclass(frozen=True)
@@ -190,9 +209,10 @@ class Density(Model):
         rematerialize: What the backward pass recomputes, see `iresnet_jax.bijections.chain.repeat`.
         bfloat16: Whether branches compute in bfloat16 on the way from data to latents, see `flow_bijection`.
         history: What the training of a fitted model saw.
+        network: Weights of the network on contexts, see `contexts.apply_network`.
     """
 
-    arrays: ClassVar[tuple[str, ...]] = ("prior",)
+    arrays: ClassVar[tuple[str, ...]] = ("prior", "network")
 
     spec: DensitySpec
     weights: FlowWeights = field(repr=False)
@@ -203,6 +223,7 @@ class Density(Model):
     rematerialize: Rematerialize = "nothing"
     bfloat16: bool = False
     history: History | None = field(default=None, repr=False)
+    network: Network = field(default_factory=dict, repr=False)
 
     @property
     def continuous(self) -> "Density":
@@ -244,7 +265,7 @@ class Density(Model):
         z, log_det, info = self.flow(context).forward_and_logdet(y, key_probe)
         by_class = None if self.spec.num_classes is None else self.log_prior_by_class(z)
         if by_class is None:
-            log_prior = priors.log_prob(self.spec.prior_family, self.prior, z)
+            log_prior = priors.log_prob(self.spec.prior_family, self.prior_given(context), z)
         else:
             log_prior = jax.nn.logsumexp(by_class, axis=1)
         preprocessing = log_det_cells + log_det_transform
@@ -326,10 +347,17 @@ class Density(Model):
             ValueError: If labels are given to a model without classes or are not ``num`` integers, if ``num`` or
                 ``temperature`` is out of range, or if a label is and it is known, outside of ``jit``.
         """
-        return self.decode(self.sample_latents(key, num, temperature=temperature, labels=labels), context=context)
+        latents = self.sample_latents(key, num, temperature=temperature, context=context, labels=labels)
+        return self.decode(latents, context=context)
 
     def sample_latents(
-        self, key: Key[Array, ""], num: int, *, temperature: float = 1.0, labels: Shaped[Array, " m"] | None = None
+        self,
+        key: Key[Array, ""],
+        num: int,
+        *,
+        temperature: float = 1.0,
+        context: Contexts | None = None,
+        labels: Shaped[Array, " m"] | None = None,
     ) -> Float[Array, "n d"]:
         """Latents from the prior; arguments and errors are those of `sample`."""
         num, key = checked(Count, num, "num"), typed_key(key)
@@ -338,7 +366,7 @@ class Density(Model):
         if self.spec.num_classes is None:
             if labels is not None:
                 self.check_classes()
-            return priors.sample(self.spec.prior_family, self.prior, key, num, temperature)
+            return priors.sample(self.spec.prior_family, self.prior_given(context), key, num, temperature)
         key_label, key_noise = jax.random.split(key)
         drawn = jax.random.categorical(key_label, self.prior["class_logits"], shape=(num,))
         labels = drawn if labels is None else jnp.asarray(labels)
@@ -372,7 +400,28 @@ class Density(Model):
         )
 
     def scale_context(self, context: Contexts | None) -> Float[Array, "b ..."] | None:
-        """Contexts as the flow takes them; those that are not vectors of its length are left to it to refuse.
+        """Contexts as the flow takes them: scaled, and through the network on them; it refuses what is of another length."""
+        scaled = self._scaled_context(context)
+        if not self.spec.context_hidden or scaled is None or scaled.shape[1:] != (self.spec.context_dim,):
+            return scaled
+        return apply_network(self.network, scaled)
+
+    def prior_given(self, context: Contexts | None) -> Tree:
+        """Parameters of the prior, those of each example's own mixture where they depend on contexts.
+
+        Raises:
+            ValueError: If they depend on contexts and there are none.
+        """
+        if not self.spec.num_features:
+            return self.prior
+        scaled = self._scaled_context(context)
+        if scaled is None or scaled.shape[1:] != (self.spec.context_dim,):
+            shape = None if scaled is None else scaled.shape
+            raise ValueError(f"the model takes contexts of shape (batch, {self.spec.context_dim}), got {shape}")
+        return mixtures.given(self.prior, jnp.concatenate([scaled, apply_network(self.network, scaled)], axis=1))
+
+    def _scaled_context(self, context: Contexts | None) -> Float[Array, "b ..."] | None:
+        """Scaled contexts; those that are not vectors of the right length are left to others to refuse.
 
         Numbers, one an example, are vectors of length 1.
         """
@@ -380,7 +429,7 @@ class Density(Model):
             return None
         vectors = jnp.asarray(context)
         vectors = vectors if jnp.issubdtype(vectors.dtype, jnp.floating) else vectors.astype(jnp.result_type(float))
-        if vectors.ndim == self.spec.flow.context_dim == 1:
+        if vectors.ndim == self.spec.context_dim == 1:
             vectors = vectors[:, None]
         if self.spec.context is None or vectors.shape[1:] != (len(self.spec.context.mean),):
             return vectors
