@@ -168,7 +168,7 @@ def _log_slcp(parameters, x):
 @functools.cache
 def _noise():
     """Centres and factors of the distractors' mixture of t distributions with 2 degrees of freedom, and the order of columns."""
-    state = np.random.RandomState(42)  # noqa: NPY002 (the benchmark's own)
+    state = np.random.RandomState(42)
     centres = np.stack([15 * state.normal(size=_DISTRACTORS) for _ in range(_NOISE_COMPONENTS)])
     factors = [
         np.tril(state.normal(size=(_DISTRACTORS, _DISTRACTORS))) + np.diag(np.exp(state.normal(size=_DISTRACTORS)))
@@ -193,7 +193,7 @@ def _slcp_distractors(generator, parameters):
 @functools.cache
 def _design():
     """Rows of ones and of the stimulus delayed by 0 to 8 steps, and a factor ``A`` of the prior's covariance ``A A^T``."""
-    stimulus = np.random.RandomState(42).randn(100).astype(np.float32).astype(np.float64)  # noqa: NPY002 (the benchmark's own)
+    stimulus = np.random.RandomState(42).randn(100).astype(np.float32).astype(np.float64)
     delayed = [np.concatenate([np.zeros(j), stimulus[: 100 - j]]) for j in range(9)]
     differences = np.eye(9) - np.eye(9, k=-1)
     smooth = differences @ differences + np.diag(np.sqrt(np.arange(9) / 9))
@@ -290,16 +290,12 @@ TASKS = {
             prior=lambda generator, n: math.sqrt(_VARIANCE) * generator.normal(size=(n, 10)),
             log_posterior=_log_gaussian_linear,
         ),
-        Task(
-            "gaussian_linear_uniform", **_LINEAR, prior=_uniform(1.0, 10), bound=1.0, log_posterior=_log_gaussian_uniform
-        ),
+        Task("gaussian_linear_uniform", **_LINEAR, prior=_uniform(1.0, 10), bound=1.0, log_posterior=_log_gaussian_uniform),
         Task("gaussian_mixture", 2, 2, _uniform(10.0, 2), _two_widths, bound=10.0, log_posterior=_log_two_widths),
         Task("lotka_volterra", 4, 20, _log_normal([-0.125, -3.0] * 2, 0.5), _lotka_volterra, is_positive=True),
         Task("sir", 2, 10, _log_normal([math.log(0.4), math.log(0.125)], [0.5, 0.2]), _sir, is_positive=True),
         Task("slcp", **_SLCP, num_observed=8, simulate=_slcp, log_posterior=_log_slcp),
-        Task(
-            "slcp_distractors", **_SLCP, num_observed=100, simulate=_slcp_distractors, observed="observation_distractors"
-        ),
+        Task("slcp_distractors", **_SLCP, num_observed=100, simulate=_slcp_distractors, observed="observation_distractors"),
         Task("two_moons", 2, 2, _uniform(1.0, 2), _moons, bound=1.0),
     )
 }

@@ -109,7 +109,7 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: fit(X[:, :, None]), r"x\[\.\.\., None\]"),
         (lambda: fit(X[:2]), "too few"),
         (lambda: fit_density(X[:, 0]), "1D array"),
-        (lambda: model().log_prob(X[0]), r"takes floats of shape \(batch, 2\)"),
+        (lambda: model().log_prob(X[:, :1]), r"takes floats of shape \(batch, 2\)"),
         (lambda: model().log_prob(None), r"takes floats of shape \(batch, 2\)"),
     ],
     "labels": [

@@ -107,7 +107,6 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
     key_noise = jax.random.split(key)[0] if key.ndim == 0 else jax.vmap(jax.random.split)(key)[:, 0]
     noisy = np.asarray(model.dequantize(x, key_noise))
     u = given if spec.num_levels is None and spec.grid is None else noisy
-    prior = model.prior_given(context)
     with prepared(model, x, context=context, most_dims=MOST_DIMS) as (flow, contexts):
         y, log_det = enclosing(spec.transform, "enclose_forward")(u)
         latents, of_flow = _through(flow, y.map(lambda part: part.reshape(len(part), spec.flow.num_dims)), contexts)
@@ -116,7 +115,7 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
             log_det = log_det + enclose_volume(spec.num_levels, spec.flow.num_dims)
         elif spec.grid is not None:
             log_det = log_det + spec.grid.enclose_volume()
-        return Interval(*(priors.enclose_log_prob(spec.prior_family, prior, latents) + log_det).bounds())
+        return Interval(*(priors.enclose_log_prob(spec.prior_family, model.prior, latents) + log_det).bounds())
 
 
 def log_det(

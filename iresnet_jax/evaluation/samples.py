@@ -94,11 +94,9 @@ def draw(
     key, num_batches = jax.random.key(seed), -(-num // at_once)
     batches = [None] * num_batches if labels is None else _label_batches(model, labels, num, at_once)
     keys = [jax.random.fold_in(key, i) for i in range(num_batches)]
-    taken = None if contexts is None else contexts[np.arange(num_batches * at_once) % num % len(contexts)]
-    given = [None if taken is None else taken[i * at_once : (i + 1) * at_once] for i in range(num_batches)]
-    each = zip(keys, batches, given, strict=True)
-    latents = np.concatenate([_latents(model, key, at_once, temperature, labels, context) for key, labels, context in each])[:num]
-    taken = None if taken is None else taken[:num]
+    parts = [_latents(model, key, at_once, temperature, batch) for key, batch in zip(keys, batches, strict=True)]
+    latents = np.concatenate(parts)[:num]
+    taken = None if contexts is None else contexts[np.arange(num) % len(contexts)]
 
     def batch_of(places):
         return latents[places], None if taken is None else taken[places]
@@ -112,8 +110,8 @@ def draw(
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _latents(model, key, num, temperature, labels, context):
-    return model.sample_latents(key, num, temperature=temperature, labels=labels, context=context)
+def _latents(model, key, num, temperature, labels):
+    return model.sample_latents(key, num, temperature=temperature, labels=labels)
 
 
 def _decode(model, batch):

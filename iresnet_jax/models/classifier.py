@@ -30,10 +30,11 @@ from iresnet_jax.models.contractions import FlowWeights, Tree
 from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, linear, pool
 from iresnet_jax.models.history import History
+from iresnet_jax.models.leading_axes import as_batch
 from iresnet_jax.models.model import Model
 
 NORMALIZATIONS = ("actnorm", "batchnorm")
-Images = Num[Array, "b h w c"] | Num[np.ndarray, "b h w c"]
+Images = Num[Array, "... h w c"] | Num[np.ndarray, "... h w c"]
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ class Reconstruction(NamedTuple):
         info: How the inverse ended; its error bound is in the units of the network's input.
     """
 
-    images: Float[Array, "b h w c"]
-    padding_residual: Float[Array, " b"]
+    images: Float[Array, "... h w c"]
+    padding_residual: Float[Array, "..."]
     info: FixedPointInfo
 
 
@@ -131,7 +132,8 @@ class Reconstruction(NamedTuple):
 class Classifier(Model):
     """A classifier with its weights, and how to run it. A pytree: ``jit``, ``vmap`` and ``grad`` take it as an argument.
 
-    Methods take images of integer levels, as the data set has them.
+    Methods take images of integer levels, as the data set has them. `logits`, `pooled`, `features` and `reconstruct` take one
+    example, a batch or any leading axes, which their results have too; other methods take batches.
 
     Attributes:
         spec: All that defines the model but its weights.
@@ -158,23 +160,26 @@ class Classifier(Model):
     bfloat16: bool = False
     history: History | None = field(default=None, repr=False)
 
-    def logits(self, images: Images) -> Float[Array, "b k"]:
+    def logits(self, images: Images) -> Float[Array, "... k"]:
         """Logits of images, by running averages."""
-        return linear(self.head, self.pooled(images))
+        examples = as_batch(images, self.spec.image_shape)
+        return examples.restore(self.logits_of_input(self.preprocess(examples.x)))
 
-    def pooled(self, images: Images) -> Float[Array, "b d"]:
+    def pooled(self, images: Images) -> Float[Array, "... d"]:
         """Pooled features, which the head's linear layer sees."""
-        return self._pooled_of_input(self.preprocess(images))
+        examples = as_batch(images, self.spec.image_shape)
+        return examples.restore(self._pooled_of_input(self.preprocess(examples.x)))
 
-    def features(self, images: Images) -> Float[Array, "b ..."]:
+    def features(self, images: Images) -> Float[Array, "..."]:
         """``F(x)`` as an array with channels last, of `ClassifierSpec.feature_shape`.
 
         Raises:
             ValueError: If the network has BatchNorm in its branches.
         """
-        return self.features_of_input(self.preprocess(images))
+        examples = as_batch(images, self.spec.image_shape)
+        return examples.restore(self.features_of_input(self.preprocess(examples.x)))
 
-    def reconstruct(self, features: Float[Array, "b ..."]) -> Reconstruction:
+    def reconstruct(self, features: Float[Array, "..."]) -> Reconstruction:
         """The images that features belong to (Behrmann et al. 2019, fig. 3 and 6); `certify.decode` guarantees their error.
 
         Without a constraint the iteration may not converge, or to another image; `Reconstruction.info` promises nothing then.
@@ -182,8 +187,10 @@ class Classifier(Model):
         Args:
             features: Features of `ClassifierSpec.feature_shape`.
         """
-        x, info = self.flow().inverse(reshape.flatten(features))
-        return Reconstruction(self.spec.unpad(x), reshape.padding_residual(x, self.spec.pad_channels), info)
+        examples = as_batch(features, self.spec.feature_shape)
+        x, info = self.flow().inverse(reshape.flatten(examples.x))
+        found = Reconstruction(self.spec.unpad(x), reshape.padding_residual(x, self.spec.pad_channels), info)
+        return examples.restore(found)
 
     # --------------------------------------------------------------------------------------------------- its parts
 

@@ -4,14 +4,13 @@ r"""Contexts of conditional densities: their scale, and a network between them a
 ``(asinh((c - center) / width) - mean) / scale``: linear near its centre and logarithmic far from it, on both sides. Its width is
 the one, among several and linear, after which the training data look most like a normal distribution.
 
-**Network.** ``h(c) = A c + B phi(... phi(W_1 c))`` has no constraint: whatever it makes of a context, blocks remain contractions of
-the example. Branches take ``h``, and the parameters of a mixture in the prior are linear in ``(c, h)``.
+**Network.** ``h(c) = A c + W_n phi(... phi(W_1 c + b_1)) + b_n`` has no constraint: whatever it makes of a context, blocks remain
+contractions of the example. A branch alone depends on contexts through linear maps, and learns products of their entries slowly.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +104,12 @@ def _likeliest(column: Float[np.ndarray, " n"]) -> tuple[float, float]:
 
 
 def initial_network(key: Key[Array, ""], num_observed: int, hidden: Sequence[int]) -> dict[str, dict[str, Array]]:
-    """Random weights of variance ``1 / fan_in`` and zero biases, of a network with these widths, the last of its output."""
+    """Random weights of variance ``1 / fan_in`` and zero biases, of a network with these widths, the last of its output.
+
+    No widths are no network.
+    """
+    if not hidden:
+        return {}
     keys = iter(jax.random.split(key, len(hidden) + 1))
     weights = {}
     for i, (cin, cout) in enumerate(zip((num_observed, *hidden), hidden, strict=False)):
@@ -122,8 +126,3 @@ def apply_network(weights: Network, c: Float[Array, "b k"]) -> Float[Array, "b f
         layer = weights[f"dense{i}"]
         h = (jax.nn.gelu(h) if i else h) @ layer["kernel"] + layer["bias"][None]
     return h + c @ weights["skip"]["kernel"]
-
-
-def network_of(spec: Any, key: Key[Array, ""]) -> dict[str, Any]:
-    """Weights of the network that the contexts of a density have; none without one."""
-    return initial_network(key, spec.context_dim, spec.context_hidden) if spec.context_hidden else {}

@@ -39,18 +39,20 @@ from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.models import mixtures, priors
+from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.columns import Column, Frame, numbers_of, table_of
 from iresnet_jax.models.contexts import ContextScale, Network, apply_network
 from iresnet_jax.models.contractions import FlowWeights, Tree
 from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
+from iresnet_jax.models.leading_axes import Examples, as_batch, context_vectors
 from iresnet_jax.models.model import Model
 
 Transform = Identity | Center | Logit | Equalize | Standardize | Whiten | Bounded
-Data = Shaped[Array, "b ..."] | Shaped[np.ndarray, "b ..."] | Frame
-Contexts = Num[Array, "_ ..."] | Num[np.ndarray, "_ ..."]
+Data = Shaped[Array, "..."] | Shaped[np.ndarray, "..."] | Frame
+Keys = Key[Array, "..."]
+Contexts = Num[Array, "..."] | Num[np.ndarray, "..."]
 
 
 class LogProb(NamedTuple):
@@ -65,12 +67,28 @@ class LogProb(NamedTuple):
         log_prior_by_class: ``log p(y) + log p_Z(z | y)`` for every class; None without classes.
     """
 
-    log_prob: Float[Array, " b"]
-    log_prior: Float[Array, " b"]
-    log_det: Float[Array, " b"]
-    log_det_transform: Float[Array, " b"]
+    log_prob: Float[Array, "..."]
+    log_prior: Float[Array, "..."]
+    log_det: Float[Array, "..."]
+    log_det_transform: Float[Array, "..."]
     info: LogdetInfo
-    log_prior_by_class: Float[Array, "b k"] | None = None
+    log_prior_by_class: Float[Array, "... k"] | None = None
+
+
+class Samples(NamedTuple):
+    """Samples with their log-densities.
+
+    Attributes:
+        x: The samples.
+        log_prob: Log-density of each, in nats.
+        info: How the inverse ended, see `Density.decode`.
+        logdet_info: Error of the log-determinant in ``log_prob``.
+    """
+
+    x: Float[Array, "n ..."]
+    log_prob: Float[Array, " n"]
+    info: FixedPointInfo
+    logdet_info: LogdetInfo
 
 
 @dataclass(frozen=True)
@@ -88,8 +106,8 @@ class DensitySpec:
         columns: Columns of the data frame that the entries of vectors are; None for arrays.
         context: Scale of the contexts of a conditional density; None takes contexts as they are.
         num_components: Components of the prior "mixture", which is one of vectors without classes; None for other priors.
-        context_hidden: Widths of a network on the scaled contexts, the last one of its output, which the flow then takes, and
-            on which a mixture depends; none gives the flow the contexts themselves.
+        context_hidden: Widths of a network on the scaled contexts, the last one of its output, which the flow then takes, see
+            `iresnet_jax.models.contexts`; none gives the flow the contexts themselves.
     """
 
     constrained: ClassVar[bool] = True
@@ -113,14 +131,10 @@ class DensitySpec:
             )
         if self.columns is not None and self.flow.event_shape != (len(self.columns),):
             raise ValueError(f"there are {len(self.columns)} columns for examples of shape {self.flow.event_shape}")
-        scaled = self.flow.context_dim if self.context is None else len(self.context.mean)
-        if self.context_hidden and (self.context is None or self.context_hidden[-1] != self.flow.context_dim):
-            raise ValueError(
-                "a network on contexts needs their scale, and gives what the flow takes: got the widths "
-                f"{self.context_hidden} for a flow with contexts of {self.flow.context_dim}"
-            )
-        if not self.context_hidden and scaled != self.flow.context_dim:
-            raise ValueError(f"the scale of contexts has {scaled} entries, the flow takes contexts of {self.flow.context_dim}")
+        taken = self.context_hidden[-1] if self.context_hidden else self.context_dim
+        if taken != self.flow.context_dim:
+            made = "the network on contexts gives" if self.context_hidden else "the scale of contexts has"
+            raise ValueError(f"{made} {taken} entries, the flow takes contexts of {self.flow.context_dim}")
         if isinstance(self.transform, Standardize | Whiten):
             entries, last = len(self.transform.mean), self.flow.event_shape[-1]
             if entries != last or (isinstance(self.transform, Whiten) and len(self.flow.event_shape) != 1):
@@ -159,11 +173,6 @@ class DensitySpec:
         return self.flow.context_dim if self.context is None else len(self.context.mean)
 
     @property
-    def num_features(self) -> int:
-        """Numbers that a mixture depends on, those of a context and of the network on it; 0 if it depends on none."""
-        return self.context_dim + self.flow.context_dim if self.context_hidden and self.num_components else 0
-
-    @property
     def unit(self) -> str:
         """Unit of reported likelihoods: "bits/dim" for integer levels, "nats" for continuous data."""
         return "nats" if self.num_levels is None else "bits/dim"
@@ -177,7 +186,7 @@ class DensitySpec:
         """Bounds of the Lipschitz constants of the preprocessing and of its inverse."""
         return self.transform.bilipschitz()
 
-    def in_units(self, log_prob: Float[Array, " b"]) -> Float[Array, " b"]:
+    def in_units(self, log_prob: Float[Array, "..."]) -> Float[Array, "..."]:
         """``-log_prob`` in `unit`: what is minimised and reported."""
         return -log_prob * self.unit_of_a_nat
 
@@ -199,6 +208,14 @@ class Density(Model):
     Methods take and give data as the data set has them: integer levels for models of images, floats for continuous data. The
     density of an image model on [0, 1) itself is `continuous`.
 
+    `log_prob`, `terms`, `class_log_probs`, `encode` and `decode` take one example, a batch or any leading axes, which their
+    results have too. The axes of contexts broadcast against those of examples, so that one context serves a whole batch. There
+    is one key, or there are keys of the result's leading axes. Other methods take batches.
+
+    Example:
+        >>> model.log_prob(x[0]).shape, model.log_prob(x.reshape(2, 8, 3)).shape  # doctest: +SKIP
+        ((), (2, 8))
+
     Attributes:
         spec: All that defines the model but its weights.
         weights: Constrained weights of the flow, as `contractions.freeze` or `contractions.constrain` give them.
@@ -209,7 +226,7 @@ class Density(Model):
         rematerialize: What the backward pass recomputes, see `iresnet_jax.bijections.chain.repeat`.
         bfloat16: Whether branches compute in bfloat16 on the way from data to latents, see `flow_bijection`.
         history: What the training of a fitted model saw.
-        network: Weights of the network on contexts, see `contexts.apply_network`.
+        network: Weights of the network on contexts, see `contexts.apply_network`; empty without one.
     """
 
     arrays: ClassVar[tuple[str, ...]] = ("prior", "network")
@@ -232,40 +249,46 @@ class Density(Model):
 
     # ------------------------------------------------------------------------------------------------ likelihood
 
-    def log_prob(self, x: Data, key: Key[Array, "..."] | None = None, *, context: Contexts | None = None) -> Float[Array, " b"]:
+    def log_prob(self, x: Data, key: Keys | None = None, *, context: Contexts | None = None) -> Float[Array, "..."]:
         """Log-likelihood in nats, one per example; of integer levels a lower bound for one draw of noise, see `terms`.
 
         Args:
-            x: Data.
+            x: Data, see `Density`.
             key: Source of noise and probes, one key or one per example; None draws both from a fixed key.
             context: Contexts of a conditional model: the result is ``log p(x | context)``.
         """
-        key = jax.random.key(0) if key is None else typed_key(key)
+        examples = self._examples(x, context)
+        key = jax.random.key(0) if key is None else examples.keys(key)
         split = jax.random.split(key) if key.ndim == 0 else jnp.moveaxis(jax.vmap(jax.random.split)(key), 0, 1)
-        return self.terms(x, split[0], split[1], context=context).log_prob
+        return examples.restore(self._terms(examples, split[0], split[1]).log_prob)
 
     def terms(
         self,
         x: Data,
-        key_noise: Key[Array, "..."],
-        key_probe: Key[Array, "..."],
+        key_noise: Keys,
+        key_probe: Keys,
         *,
         context: Contexts | None = None,
     ) -> LogProb:
         """The log-likelihood with all its terms.
 
         Args:
-            x: Data.
+            x: Data, see `Density`.
             key_noise: Source of the dequantisation noise of integer levels, one key or one per example.
             key_probe: Source of the estimator's probes, likewise.
             context: Contexts of a conditional model.
         """
-        u, log_det_cells, _ = self._dequantize.forward_and_logdet(self._checked(x), key_noise)
+        examples = self._examples(x, context)
+        return examples.restore(self._terms(examples, examples.keys(key_noise), examples.keys(key_probe)))
+
+    def _terms(self, examples: Examples, key_noise: Keys, key_probe: Keys) -> LogProb:
+        """`terms` of one batch."""
+        u, log_det_cells, _ = self._dequantize.forward_and_logdet(self._checked(examples.x), key_noise)
         y, log_det_transform, _ = self._transform.forward_and_logdet(u, key_probe)
-        z, log_det, info = self.flow(context).forward_and_logdet(y, key_probe)
+        z, log_det, info = self.flow(examples.context).forward_and_logdet(y, key_probe)
         by_class = None if self.spec.num_classes is None else self.log_prior_by_class(z)
         if by_class is None:
-            log_prior = priors.log_prob(self.spec.prior_family, self.prior_given(context), z)
+            log_prior = priors.log_prob(self.spec.prior_family, self.prior, z)
         else:
             log_prior = jax.nn.logsumexp(by_class, axis=1)
         preprocessing = log_det_cells + log_det_transform
@@ -281,45 +304,56 @@ class Density(Model):
         of_classes = jax.vmap(lambda one: priors.log_prob(self.spec.prior_family, one, z), out_axes=1)(self._priors_of_classes)
         return of_classes + jax.nn.log_softmax(self.prior["class_logits"])[None]
 
-    def class_log_probs(self, x: Data, key: Key[Array, "..."] | None = None) -> Float[Array, "b k"]:
+    def class_log_probs(self, x: Data, key: Keys | None = None) -> Float[Array, "... k"]:
         """``log p(y | x)`` for every class ``y`` by Bayes' rule: one pass through the flow, no determinants.
 
         Args:
-            x: Data.
+            x: Data, see `Density`.
             key: Source of the noise of integer levels; None takes the middle of each level's cell.
 
         Raises:
             ValueError: If the model has one prior for all.
         """
         self.check_classes()
-        return jax.nn.log_softmax(self.log_prior_by_class(self.encode(x, key)))
+        examples = self._examples(x)
+        return examples.restore(jax.nn.log_softmax(self.log_prior_by_class(self._encode(examples, key))))
 
     # ---------------------------------------------------------------------------------------------- there and back
 
-    def encode(self, x: Data, key: Key[Array, "..."] | None = None, *, context: Contexts | None = None) -> Float[Array, "b d"]:
+    def encode(self, x: Data, key: Keys | None = None, *, context: Contexts | None = None) -> Float[Array, "... d"]:
         """Latents of data.
 
         Args:
-            x: Data.
+            x: Data, see `Density`.
             key: Source of the noise of integer levels; None takes the middle of each level's cell.
             context: Contexts of a conditional model.
         """
-        preprocessed = self.preprocess(x, key)  # first, as it refuses what is no data
-        return self.flow(context).forward(preprocessed)
+        examples = self._examples(x, context)
+        return examples.restore(self._encode(examples, key))
 
-    def decode(self, z: Float[Array, "b d"], *, context: Contexts | None = None) -> tuple[Num[Array, "b ..."], FixedPointInfo]:
+    def _encode(self, examples: Examples, key: Keys | None) -> Float[Array, "b d"]:
+        """`encode` of one batch."""
+        key = None if key is None else examples.keys(key)
+        preprocessed = self.preprocess(examples.x, key)  # first, as it refuses what is no data
+        return self.flow(examples.context).forward(preprocessed)
+
+    def decode(
+        self, z: Float[Array, "... d"] | Float[np.ndarray, "... d"], *, context: Contexts | None = None
+    ) -> tuple[Num[Array, "..."], FixedPointInfo]:
         """Data of latents, and how the inverse ended; `certify.decode` guarantees the error of the same data.
 
         Args:
-            z: Latents.
+            z: Latents, with any leading axes.
             context: Contexts of a conditional model.
 
         Returns:
             The data, and a `FixedPointInfo`. Its ``error_bound`` is in the units of continuous data: [0, 1) for integer levels,
             before they are rounded down. It is the product of the blocks' bounds, which says little about a deep flow.
         """
-        u, info = chain([self._transform, self.flow(context)]).inverse(z)
-        return self.round_to_data(u), info
+        flow = self.spec.flow
+        examples = as_batch(jnp.asarray(z), (flow.num_dims,), context, self.spec.context_dim)
+        u, info = chain([self._transform, self.flow(examples.context)]).inverse(examples.x)
+        return examples.restore((self.round_to_data(u), info))
 
     def sample(
         self,
@@ -336,7 +370,7 @@ class Density(Model):
             key: Source of the latents.
             num: Number of samples, at least 1.
             temperature: Factor on the prior's scale, at least 0; 1 samples the model.
-            context: Context of each sample.
+            context: One context for all samples, or one for each.
             labels: Class of each sample, where classes have priors; drawn from ``p(y)`` by default. Classes that do not exist,
                 which cannot be refused under ``jit``, give an inverse that did not converge.
 
@@ -347,17 +381,69 @@ class Density(Model):
             ValueError: If labels are given to a model without classes or are not ``num`` integers, if ``num`` or
                 ``temperature`` is out of range, or if a label is and it is known, outside of ``jit``.
         """
-        latents = self.sample_latents(key, num, temperature=temperature, context=context, labels=labels)
-        return self.decode(latents, context=context)
+        z = self.sample_latents(key, num, temperature=temperature, labels=labels)
+        return self.decode(z, context=self._context_of_samples(num, context))
 
-    def sample_latents(
+    def sample_and_log_prob(
         self,
         key: Key[Array, ""],
         num: int,
         *,
-        temperature: float = 1.0,
         context: Contexts | None = None,
         labels: Shaped[Array, " m"] | None = None,
+    ) -> Samples:
+        """The samples that `sample` draws from the same key, and their log-densities, by one pass through the inverse.
+
+        Samples are differentiable functions of weights, prior and context, by the implicit function theorem, and so are their
+        log-densities: this is what variational objectives and importance weights need.
+
+        Args:
+            key: Source of latents and probes.
+            num: Number of samples, at least 1.
+            context: One context for all samples, or one for each.
+            labels: Class of each sample, where classes have priors. The log-density is then ``log p(x | label)``, and without
+                labels ``log p(x)``, which `log_prob` gives.
+
+        Raises:
+            ValueError: If data are integer levels or on a grid, whose samples have probabilities and no densities; otherwise
+                as `sample`.
+
+        Example:
+            >>> x, log_prob, info, _ = model.sample_and_log_prob(jax.random.key(0), 1000)  # doctest: +SKIP
+            >>> log_weights = log_target(x) - log_prob  # doctest: +SKIP
+        """
+        if self.spec.num_levels is not None or self.spec.grid is not None:
+            kind = "of integer levels" if self.spec.num_levels is not None else "on a grid"
+            raise ValueError(f"samples {kind} have no density: model.continuous.sample_and_log_prob gives continuous ones")
+        z = self.sample_latents(key, num, labels=labels)
+        flow = self.flow(self._context_of_samples(num, context))
+        key_probe = jax.random.fold_in(typed_key(key), 2)  # latents are drawn from the key itself, or from its first two parts
+        x, log_det, logdet_info, info = chain([self._transform, flow]).inverse_and_logdet(z, key_probe)
+        return Samples(x, self._log_prior(z, labels) - log_det, info, logdet_info)
+
+    def _context_of_samples(self, num: int, context: Contexts | None) -> Contexts | None:
+        """Contexts of samples, one for each."""
+        dim = self.spec.context_dim
+        if context is None or not dim:
+            return context  # the flow refuses what it does not take
+        vectors = context_vectors(context, dim)
+        if vectors.shape not in ((dim,), (1, dim), (num, dim)):
+            wanted = f"one context of length {dim} for all {num} samples, or one for each"
+            raise ValueError(f"there must be {wanted}, got contexts of shape {np.shape(context)}")
+        return jnp.broadcast_to(vectors, (num, dim))
+
+    def _log_prior(self, z: Float[Array, "n d"], labels: Shaped[Array, " n"] | None = None) -> Float[Array, " n"]:
+        """Log-density of latents, given their classes if there are labels."""
+        if self.spec.num_classes is None:
+            return priors.log_prob(self.spec.prior_family, self.prior, z)
+        by_class = self.log_prior_by_class(z)
+        if labels is None:
+            return jax.nn.logsumexp(by_class, axis=1)
+        of_classes = by_class - jax.nn.log_softmax(self.prior["class_logits"])[None]
+        return jnp.take_along_axis(of_classes, jnp.asarray(labels)[:, None], axis=1)[:, 0]
+
+    def sample_latents(
+        self, key: Key[Array, ""], num: int, *, temperature: float = 1.0, labels: Shaped[Array, " m"] | None = None
     ) -> Float[Array, "n d"]:
         """Latents from the prior; arguments and errors are those of `sample`."""
         num, key = checked(Count, num, "num"), typed_key(key)
@@ -366,7 +452,7 @@ class Density(Model):
         if self.spec.num_classes is None:
             if labels is not None:
                 self.check_classes()
-            return priors.sample(self.spec.prior_family, self.prior_given(context), key, num, temperature)
+            return priors.sample(self.spec.prior_family, self.prior, key, num, temperature)
         key_label, key_noise = jax.random.split(key)
         drawn = jax.random.categorical(key_label, self.prior["class_logits"], shape=(num,))
         labels = drawn if labels is None else jnp.asarray(labels)
@@ -386,6 +472,11 @@ class Density(Model):
 
     # --------------------------------------------------------------------------------------------------- its parts
 
+    def _examples(self, x: Any, context: Contexts | None = None) -> Examples:
+        """Data and contexts as one batch, not checked yet."""
+        flow = self.spec.flow
+        return as_batch(self.numbers(x), flow.event_shape, context, self.spec.context_dim)
+
     def flow(self, context: Contexts | None = None) -> Bijection:
         """The residual flow alone, from preprocessed data to latents."""
         return flow_bijection(
@@ -400,30 +491,12 @@ class Density(Model):
         )
 
     def scale_context(self, context: Contexts | None) -> Float[Array, "b ..."] | None:
-        """Contexts as the flow takes them: scaled, and through the network on them; it refuses what is of another length."""
-        scaled = self._scaled_context(context)
-        if not self.spec.context_hidden or scaled is None or scaled.shape[1:] != (self.spec.context_dim,):
-            return scaled
-        return apply_network(self.network, scaled)
+        """Contexts as the flow takes them: scaled, and through the network on them if there is one.
 
-    def prior_given(self, context: Contexts | None) -> Tree:
-        """Parameters of the prior, those of each example's own mixture where they depend on contexts.
+        Numbers, one an example, are vectors of length 1. Without a network, contexts of a wrong length are left to the flow.
 
         Raises:
-            ValueError: If they depend on contexts and there are none.
-        """
-        if not self.spec.num_features:
-            return self.prior
-        scaled = self._scaled_context(context)
-        if scaled is None or scaled.shape[1:] != (self.spec.context_dim,):
-            shape = None if scaled is None else scaled.shape
-            raise ValueError(f"the model takes contexts of shape (batch, {self.spec.context_dim}), got {shape}")
-        return mixtures.given(self.prior, jnp.concatenate([scaled, apply_network(self.network, scaled)], axis=1))
-
-    def _scaled_context(self, context: Contexts | None) -> Float[Array, "b ..."] | None:
-        """Scaled contexts; those that are not vectors of the right length are left to others to refuse.
-
-        Numbers, one an example, are vectors of length 1.
+            ValueError: If the network takes contexts of another length.
         """
         if context is None:
             return None
@@ -431,15 +504,18 @@ class Density(Model):
         vectors = vectors if jnp.issubdtype(vectors.dtype, jnp.floating) else vectors.astype(jnp.result_type(float))
         if vectors.ndim == self.spec.context_dim == 1:
             vectors = vectors[:, None]
-        if self.spec.context is None or vectors.shape[1:] != (len(self.spec.context.mean),):
+        if self.spec.context is None or vectors.shape[1:] != (self.spec.context_dim,):
+            if self.spec.context_hidden:
+                raise ValueError(f"the model takes contexts of length {self.spec.context_dim}, got shape {vectors.shape}")
             return vectors
-        return self.spec.context.bijection().forward(vectors)
+        scaled = self.spec.context.bijection().forward(vectors)
+        return apply_network(self.network, scaled) if self.spec.context_hidden else scaled
 
-    def preprocess(self, x: Data, key: Key[Array, "..."] | None = None) -> Float[Array, "b ..."]:
+    def preprocess(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
         """The flow's input for data: noise from the key, or none."""
         return self._transform.forward(self.dequantize(x, key))
 
-    def dequantize(self, x: Data, key: Key[Array, "..."] | None = None) -> Float[Array, "b ..."]:
+    def dequantize(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
         """Continuous data: levels as points of [0, 1) with noise from the key, or in the middle of their cells without one."""
         x = self._checked(x)
         return self._dequantize.forward(x) if key is None else self._dequantize.forward_and_logdet(x, key)[0]

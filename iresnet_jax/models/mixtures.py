@@ -12,10 +12,6 @@ product and not a solve. All parameters are free numbers, which training changes
 
 A component whose logit is `ABSENT` or less, such as ``-inf``, is no part of the mixture: its weight and its gradients are 0.
 Mixtures of different sizes thereby run one compiled program.
-
-**Given a context** the components depend on features of it, a vector ``f``: `given` adds a linear map of ``f`` to all parameters
-and makes one mixture for each example, as a mixture density network does (Bishop 1994). Arrays then have the batch as their
-first axis, and `log_prob`, `sample` and `enclose_log_prob` take these too.
 """
 
 import functools
@@ -31,9 +27,6 @@ from numpy.typing import ArrayLike
 
 from iresnet_jax.maths.enclosures.ball_arithmetic import LOG_2PI, Ball, exp, joined, log_sum_exp
 
-GIVEN = "given"  # name of the part of a mixture that depends on contexts
-STEP = 0.1  # factor on the maps of features, which optimizers change too fast without
-LARGEST_EXPONENT = 8.0  # of the scales of a mixture that depends on contexts, about what they have without
 ABSENT = -(2.0**100)  # finite, as averages of parameters and files want it
 
 Parameters = Mapping[str, Float[Array, "..."]]
@@ -46,51 +39,17 @@ def log_prob(params: Parameters, z: Float[Array, "b d"]) -> Float[Array, " b"]:
         ValueError: If the mixture and ``z`` differ in their number of dimensions.
     """
     mean, log_diagonal = params["mean"], params["log_diagonal"]
-    if mean.shape[-1:] != z.shape[1:]:
-        raise ValueError(f"the mixture is one of {mean.shape[-1]} dimensions, got z of shape {z.shape}")
-    if mean.ndim == 2:
-        t = jnp.einsum("kij,bkj->bki", _factors(params), z[:, None] - mean[None])
-    else:
-        t = jnp.einsum("bkij,bkj->bki", jax.vmap(_factors)(params), z[:, None] - mean)
-    constants = _logits(params) + jnp.sum(log_diagonal, axis=-1)
-    of_components = (constants[None] if mean.ndim == 2 else constants) - 0.5 * jnp.sum(jnp.square(t), axis=2)
-    total = jax.nn.logsumexp(of_components, axis=1) - jax.nn.logsumexp(_logits(params), axis=-1)
-    return total - 0.5 * mean.shape[-1] * math.log(2 * math.pi)
-
-
-def given(params: Mapping[str, Any], features: Float[Array, "b f"]) -> dict[str, Float[Array, "b ..."]]:
-    """The mixture of each example, whose parameters are those of `with_features` and a linear map of its features."""
-    free = {name: values for name, values in params.items() if name != GIVEN}
-    num, num_dims = free["mean"].shape
-    maps, below = params[GIVEN], jnp.tril_indices(num_dims, -1)
-    of = {name: (STEP * features @ maps[name]["kernel"]).reshape(len(features), num, -1) for name in maps}
-    scale = LARGEST_EXPONENT * jnp.tanh(of["log_diagonal"] / LARGEST_EXPONENT)
-    lower = jnp.tril(free["lower"], -1)[None] + jnp.zeros((len(features), 1, 1, 1), features.dtype)
-    return {
-        "mean": free["mean"][None] + of["mean"],
-        "log_diagonal": free["log_diagonal"][None] + scale,
-        "lower": lower.at[..., below[0], below[1]].add(of["lower"]),
-        "logits": free["logits"][None] + of["logits"][..., 0],
-    }
-
-
-def with_features(params: Mapping[str, Any], num_features: int) -> dict[str, Any]:
-    """A mixture whose parameters depend on features, through maps that are still zero."""
-    num, num_dims = params["mean"].shape
-    sizes = {"mean": num_dims, "log_diagonal": num_dims, "lower": num_dims * (num_dims - 1) // 2, "logits": 1}
-    maps = {name: {"kernel": jnp.zeros((num_features, num * size))} for name, size in sizes.items()}
-    return {**params, GIVEN: maps}
+    if mean.shape[1:] != z.shape[1:]:
+        raise ValueError(f"the mixture is one of {mean.shape[1]} dimensions, got z of shape {z.shape}")
+    logits = _logits(params)
+    t = jnp.einsum("kij,bkj->bki", _factors(params), z[:, None] - mean[None])
+    of_components = logits[None] + jnp.sum(log_diagonal, axis=1)[None] - 0.5 * jnp.sum(jnp.square(t), axis=2)
+    total = jax.nn.logsumexp(of_components, axis=1) - jax.nn.logsumexp(logits)
+    return total - 0.5 * mean.shape[1] * math.log(2 * math.pi)
 
 
 def enclose_log_prob(params: Mapping[str, Any], z: Ball) -> Ball:
     """`log_prob` with guaranteed errors: balls for latents in balls; parameters count as the numbers that they are."""
-    if np.ndim(params["mean"]) == 3:
-        rows = range(len(params["mean"]))
-        single = [
-            enclose_log_prob({name: values[i] for name, values in params.items()}, z.map(lambda part, i=i: part[i : i + 1]))
-            for i in rows
-        ]
-        return joined(np.concatenate, single)
     own = {name: np.asarray(values, np.float64) for name, values in params.items()}
     present = np.flatnonzero(own["logits"] > ABSENT)
     logits = Ball.of(own["logits"][present])
@@ -112,12 +71,6 @@ def sample(params: Parameters, key: Key[Array, ""], n: int, temperature: float =
     """Draws ``mean_k + temperature * W_k^-1 e`` with ``k`` from the weights and ``e`` standard normal."""
     mean = params["mean"]
     key_label, key_noise = jax.random.split(key)
-    if mean.ndim == 3:
-        chosen = jax.random.categorical(key_label, _logits(params))[:, None]
-        one = {name: jax.vmap(lambda values, k: values[k])(values, chosen) for name, values in params.items()}
-        noise = jax.random.normal(key_noise, (n, mean.shape[2]), mean.dtype)
-        moved = jax.scipy.linalg.solve_triangular(jax.vmap(_factors)(one)[:, 0], noise[..., None], lower=True)
-        return one["mean"][:, 0] + temperature * moved[..., 0]
     labels = jax.random.categorical(key_label, _logits(params), shape=(n,))
     noise = jax.random.normal(key_noise, (n, mean.shape[1]), mean.dtype)
     identity = jnp.eye(mean.shape[1], dtype=mean.dtype)

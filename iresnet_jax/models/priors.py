@@ -147,24 +147,16 @@ def sample(kind: str, params: Parameters, key: Key[Array, ""], n: int, temperatu
     return mean[None] + temperature * jnp.exp(log_scale[None]) * family.draw(key, (n, *mean.shape), mean.dtype)
 
 
-def standard(
-    kind: str,
-    num_dims: int,
-    num_classes: int | None = None,
-    num_components: int | None = None,
-    num_features: int = 0,
-) -> dict[str, Any]:
+def standard(kind: str, num_dims: int, num_classes: int | None = None, num_components: int | None = None) -> dict[str, Array]:
     """Parameters of the standard member; with classes one for each, and ``class_logits`` of classes that are equally likely.
 
-    Those of a mixture are of ``num_components`` components, all of which are standard normal, and which may depend on
-    ``num_features`` features of a context.
+    Those of a mixture are of ``num_components`` components, all of which are standard normal.
 
     Raises:
         ValueError: If the prior is unknown.
     """
     if kind == MIXTURE and num_components is not None:
-        mixture = mixtures.standard(num_dims, num_components)
-        return mixtures.with_features(mixture, num_features) if num_features else mixture
+        return mixtures.standard(num_dims, num_components)
     zeros = jnp.zeros(num_dims if num_classes is None else (num_classes, num_dims))
     classes = {} if num_classes is None else {"class_logits": jnp.zeros(num_classes)}
     return {"mean": zeros, _family(kind).log_scale: zeros, **classes}

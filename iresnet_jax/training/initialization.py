@@ -1,7 +1,6 @@
 """The variables that training starts from."""
 
 import functools
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.models import contractions, flow, linen, mixtures, priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
-from iresnet_jax.models.contexts import network_of
+from iresnet_jax.models.contexts import initial_network
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.head import batch_statistics
 from iresnet_jax.models.reconstructor import ReconstructorSpec
@@ -26,7 +25,6 @@ from iresnet_jax.training.parallel import AXIS
 
 MIXTURE_EXAMPLES = 20_000  # at most, whose latents a mixture is fitted to
 MIXTURE_STARTS, MIXTURE_STEPS = 3, 30  # of expectation maximisation, from which training goes on
-RIDGE, FAINT = 1e-3, 0.1  # of the regression that a mixture given contexts starts from; size of its other weights
 SMALLEST_VARIANCE = 1e-6  # of a mixture's components, relative to that of all latents
 
 Examples = tuple[Any, Any, Any]  # examples, their contexts and their labels; None for those that there are not
@@ -46,8 +44,7 @@ def abstract_variables(spec: Spec) -> Any:
     if isinstance(spec, DensitySpec):
         module = module.clone(num_classes=spec.num_classes)
     variables = _without_prior(spec, jax.eval_shape(module.init, jax.random.key(0), example, *contexts))
-    params = jax.eval_shape(lambda params: _with_contexts(spec, params, jax.random.key(0)), variables["params"])
-    return {**variables, "params": params}
+    return {**variables, "params": {**variables["params"], **jax.eval_shape(lambda: _network(spec, jax.random.key(0)))}}
 
 
 def initial_variables(
@@ -81,28 +78,24 @@ def initial_variables(
     if isinstance(spec, ReconstructorSpec):
         return _created(spec, module, constraint, key_init, jnp.zeros((2, *spec.flow.event_shape)))[0]
     x, context, labels = examples_of(key_data, actnorm_examples)
+    network = _network(spec, key_init)
     if isinstance(spec, ClassifierSpec):
         inputs: tuple[Any, ...] = (_preprocess(Classifier(spec, {}, {}, {}), x),)
         if not spec.is_bijective:
             return _program(module)(key_init, *inputs)
     else:
-        model = Density(spec, {}, {}, network=_network(spec, key_init))
+        model = Density(spec, {}, {}, **network)
         inputs = (_preprocess(model, x, key_noise), *([] if context is None else [model.scale_context(context)]))
     # Weights do not depend on the inputs: two examples give their shapes.
     variables, weights = _created(spec, module, constraint, key_init, *(rows[:2] for rows in inputs))
     fitted, statistics, z = _fitted(spec, weights, inputs)
-    params = _with_contexts(spec, dict(variables["params"]), key_init)
+    params = {**variables["params"], **network}
     for name, block in fitted.items():
         params[name] = {"blocks": {**params[name]["blocks"], "actnorm": block.actnorm._asdict()}}
     if isinstance(spec, DensitySpec) and spec.num_components is not None:
         x, context, _ = examples_of(key_data, MIXTURE_EXAMPLES)
-        model = Density(spec, fitted, {}, network=params.get("network", {}))
-        z = np.asarray(_encode(model, x, key_noise, context))
-        if spec.num_features:
-            scaled = np.asarray(spec.context.bijection().forward(jnp.asarray(context)))
-            params["prior"] = fitted_regression(z, scaled, params["prior"], seed)
-        else:
-            params["prior"] = fitted_mixture(z, spec.num_components, seed)
+        z = _encode(Density(spec, fitted, {}, **network), x, key_noise, context)
+        params["prior"] = fitted_mixture(np.asarray(z), spec.num_components, seed)
     if isinstance(spec, DensitySpec) and spec.num_classes is not None:
         params["prior"] = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
         if fitted_priors:
@@ -138,43 +131,11 @@ def fitted_mixture(z: Float[np.ndarray, "n d"], num_components: int, seed: int =
     return mixtures.mixture_of(mean + std * means, covariances * np.outer(std, std), weights, num_components)
 
 
-def fitted_regression(
-    z: Float[np.ndarray, "n d"], contexts: Float[np.ndarray, "n k"], prior: dict[str, Any], seed: int = 0
-) -> dict[str, Any]:
-    """A mixture that depends on contexts, before training: their linear regression, and `fitted_mixture` of its residuals.
-
-    Args:
-        z: Latents.
-        contexts: Scaled contexts, the first of the features that the mixture depends on.
-        prior: Parameters of such a mixture, for their shapes.
-        seed: Seed of the starts, and of the small weights of the other features.
-    """
-    num_components, num_observed = len(prior["logits"]), contexts.shape[1]
-    c, centred = np.asarray(contexts, np.float64), np.asarray(z, np.float64) - z.mean(axis=0)
-    slopes = np.linalg.solve(c.T @ c + RIDGE * len(c) * np.eye(num_observed), c.T @ centred)
-    mixture, generator = fitted_mixture(z - c @ slopes, num_components, seed), np.random.default_rng(seed)
-    maps = {}
-    for name, shapes in prior[mixtures.GIVEN].items():
-        kernel = np.zeros(shapes["kernel"].shape)
-        num_rows = len(kernel) - num_observed
-        kernel[num_observed:] = FAINT / math.sqrt(num_rows) * generator.normal(size=(num_rows, kernel.shape[1]))
-        if name == "mean":
-            kernel[:num_observed] = np.tile(slopes, (1, num_components)) / mixtures.STEP
-        maps[name] = {"kernel": jnp.asarray(kernel, jnp.float32)}
-    return {**mixture, mixtures.GIVEN: maps}
-
-
 def _network(spec: Spec, key: Key[Array, ""]) -> dict[str, Any]:
-    return network_of(spec, jax.random.fold_in(key, 1)) if isinstance(spec, DensitySpec) else {}
-
-
-def _with_contexts(spec: Spec, params: dict[str, Any], key: Key[Array, ""]) -> dict[str, Any]:
-    """Parameters with the network on contexts and a prior that depends on them, where a density has these."""
+    """Fresh weights of the network on contexts by the name of their field; empty where there is none."""
     if not isinstance(spec, DensitySpec) or not spec.context_hidden:
-        return params
-    prior = params["prior"]
-    prior = mixtures.with_features(prior, spec.num_features) if spec.num_features else prior
-    return {**params, "network": _network(spec, key), "prior": prior}
+        return {}
+    return {"network": initial_network(jax.random.fold_in(key, 1), spec.context_dim, spec.context_hidden)}
 
 
 @jax.jit

@@ -1,0 +1,99 @@
+"""Leading axes: models run one example, a batch, or any axes of examples as one batch, and give the axes back.
+
+Axes of examples and of their contexts broadcast against each other: ``(b, d)`` and ``(k,)`` are a batch under one context,
+``(d,)`` and ``(n, k)`` are one example under ``n`` contexts. A batch with a context for each example takes no operation.
+"""
+
+import math
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from iresnet_jax.maths.keys import typed_key
+
+T = TypeVar("T")
+
+
+class Examples(NamedTuple):
+    """Examples as one batch, with the axes that they came in.
+
+    Attributes:
+        x: The batch ``(b, ...)``.
+        context: Context of each example ``(b, k)``; None without.
+        axes: Leading axes of the examples, whose product is ``b``.
+    """
+
+    x: Any
+    context: Any
+    axes: tuple[int, ...]
+
+    def keys(self, key: Key[Array, "..."] | Any) -> Key[Array, "..."]:
+        """One key as it is, or one key per example as a vector of them.
+
+        Raises:
+            ValueError: If it is no key, or keys have other axes than the examples.
+        """
+        key = typed_key(key)
+        if key.shape not in ((), self.axes):
+            raise ValueError(f"there must be one key, or one per example in shape {self.axes}, got keys of shape {key.shape}")
+        return key.reshape(-1) if key.ndim > 1 else key
+
+    def restore(self, results: T) -> T:
+        """Arrays of the batch ``(b, ...)``, a tree of them, with the examples' own axes."""
+        if len(self.axes) == 1:
+            return results
+        return jax.tree.map(lambda a: a.reshape(*self.axes, *a.shape[1:]), results)
+
+
+def as_batch(x: Any, event_shape: tuple[int, ...], context: Any = None, context_dim: int = 0) -> Examples:
+    """Examples ``(..., *event_shape)`` and contexts ``(..., context_dim)`` as one batch.
+
+    Arrays that do not end in these shapes are left as they are, for the model to refuse.
+
+    Args:
+        x: An array.
+        event_shape: Shape of one example.
+        context: Contexts, see `context_vectors`.
+        context_dim: Length of a context.
+
+    Raises:
+        ValueError: If the leading axes of examples and contexts do not fit together.
+    """
+    event_shape = tuple(event_shape)
+    axes = x.shape[: -len(event_shape)]
+    if x.shape != (*axes, *event_shape):
+        return Examples(x, context, x.shape[:1])
+    if context is not None and context_dim:
+        context = context_vectors(context, context_dim)
+        if context.shape[-1:] == (context_dim,):
+            axes = _together(axes, context.shape[:-1], x, context)
+            context = _flat(context, axes, (context_dim,))
+    return Examples(_flat(x, axes, event_shape), context, axes)
+
+
+def context_vectors(context: Any, context_dim: int) -> Any:
+    """Contexts as vectors ``(..., context_dim)``: one number, or one per example, is a context of length 1."""
+    context = context if isinstance(context, jax.Array) else np.asarray(context)
+    are_numbers = context_dim == 1 and context.ndim < 2 and context.shape != (1,)
+    return context[..., None] if are_numbers else context
+
+
+def _together(axes: tuple[int, ...], of_contexts: tuple[int, ...], x: Any, context: Any) -> tuple[int, ...]:
+    try:
+        return np.broadcast_shapes(axes, of_contexts)
+    except ValueError:
+        raise ValueError(
+            f"contexts of shape {context.shape} do not fit examples of shape {x.shape}: give one context for all, one for each "
+            "example, or leading axes that broadcast"
+        ) from None
+
+
+def _flat(array: Any, axes: tuple[int, ...], own: tuple[int, ...]) -> Any:
+    """An array of ``own`` shape behind axes that broadcast to ``axes``, as a batch."""
+    if len(axes) == 1 and array.shape == (*axes, *own):
+        return array
+    xp = jnp if isinstance(array, jax.Array) else np  # known numbers stay known under jit, and are checked
+    return xp.broadcast_to(array, (*axes, *own)).reshape(math.prod(axes), *own)

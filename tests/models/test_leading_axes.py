@@ -1,0 +1,172 @@
+"""One example, a batch, any leading axes: results are those of the batch, and contexts and keys broadcast as documented."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import kept
+import numpy as np
+import pytest
+
+import iresnet_jax as ir
+from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.models.density import Density, DensitySpec
+
+SAME = {"rtol": 1e-5, "atol": 1e-5}  # float32, the same sums in programs of other batch sizes
+EXACT = {"rtol": 1e-9, "atol": 1e-9}  # float64
+DERIVATIVE = {"rtol": 1e-5, "atol": 1e-6}  # float64, differences of step 1e-4
+PLANE = DensitySpec(ir.FlowSpec((2,), (ir.StageSpec(2, (6,), activation="tanh"),)))
+GIVEN = DensitySpec(dataclasses.replace(PLANE.flow, context_dim=3), context=ir.Standardize((0.1, 0.2, 0.3), (1.0, 2.0, 3.0)))
+GIVEN_A_NUMBER = DensitySpec(dataclasses.replace(PLANE.flow, context_dim=1))
+HYBRID = kept.HYBRID
+
+rng = np.random.default_rng(0)
+POINTS = rng.normal(size=(6, 2)).astype(np.float32)
+CONTEXTS = rng.normal(size=(6, 3)).astype(np.float32)
+IMAGES = kept.images(6)[0]
+KEYS = jax.random.split(jax.random.key(1), 6)
+
+log_prob, terms, encode, decode = map(jax.jit, (Density.log_prob, Density.terms, Density.encode, Density.decode))
+class_log_probs = jax.jit(Density.class_log_probs)
+
+
+def with_axes(tree, axes):
+    return jax.tree.map(lambda a: a.reshape(*axes, *a.shape[1:]), tree)
+
+
+def assert_same(found, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SAME), found, expected)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, expected)
+
+
+def test_results_have_the_axes_of_the_examples():
+    axes = (2, 3)
+    model, x, keys = kept.model(HYBRID), IMAGES.reshape(*axes, *kept.SHAPE), KEYS.reshape(axes)
+    found, expected = terms(model, x, keys, keys), terms(model, IMAGES, KEYS, KEYS)
+    assert_same(found, with_axes(expected, axes))
+    assert_same(log_prob(model, x, keys), with_axes(log_prob(model, IMAGES, KEYS), axes))
+    assert_same(class_log_probs(model, x), with_axes(class_log_probs(model, IMAGES), axes))
+    z = encode(model, IMAGES, KEYS)
+    assert_same(encode(model, x, keys), with_axes(z, axes))
+    (back, info), (images, _) = decode(model, with_axes(z, axes)), decode(model, z)
+    np.testing.assert_array_equal(back, with_axes(images, axes))
+    assert info.converged.shape == info.error_bound.shape == axes
+
+
+def test_one_example_has_no_axes():
+    model = kept.model(HYBRID)
+    assert_same(log_prob(model, IMAGES[2], KEYS[2]), log_prob(model, IMAGES, KEYS)[2])
+    assert_same(encode(model, IMAGES[2]), encode(model, IMAGES)[2])
+    back, info = decode(model, encode(model, IMAGES[2]))
+    np.testing.assert_array_equal(back, IMAGES[2])
+    assert info.converged.shape == ()
+    assert class_log_probs(model, IMAGES[2]).shape == (kept.CLASSES,)
+
+
+@pytest.mark.parametrize(
+    ("x", "context", "axes"),
+    [
+        (POINTS, CONTEXTS[0], (6,)),
+        (POINTS, CONTEXTS[:1], (6,)),
+        (POINTS[0], CONTEXTS, (6,)),
+        (POINTS[0], CONTEXTS[0], ()),
+        (POINTS[:2, None], CONTEXTS, (2, 6)),
+        (POINTS.reshape(2, 3, 2), CONTEXTS[:3], (2, 3)),
+    ],
+)
+def test_contexts_broadcast_against_examples(x, context, axes):
+    model = kept.model(GIVEN)
+    x_all, context_all = (np.broadcast_to(a, (*axes, a.shape[-1])).reshape(-1, a.shape[-1]) for a in (x, context))
+    assert_same(log_prob(model, x, context=context), with_axes(log_prob(model, x_all, context=context_all), axes))
+    z = encode(model, x_all, context=context_all)
+    assert_same(encode(model, x, context=context), with_axes(z, axes))
+    assert_same(decode(model, with_axes(z, axes), context=context)[0], np.broadcast_to(x, (*axes, 2)))
+
+
+def test_a_number_is_a_context_of_length_one():
+    model = kept.model(GIVEN_A_NUMBER)
+    expected = log_prob(model, POINTS, context=jnp.full((6, 1), 0.5))
+    for context in (0.5, np.full(6, 0.5), np.array([0.5]), np.full((1, 1), 0.5)):
+        assert_same(log_prob(model, POINTS, context=context), expected)
+
+
+def test_samples_under_one_context_are_those_of_as_many_equal_ones():
+    model, key = kept.model(GIVEN), jax.random.key(3)
+    sample = jax.jit(Density.sample, static_argnums=2)
+    expected, _ = sample(model, key, 6, context=np.tile(CONTEXTS[0], (6, 1)))
+    assert_same(sample(model, key, 6, context=CONTEXTS[0])[0], expected)
+    with pytest.raises(ValueError, match=r"one context .* for all 2 samples, or one for each, got contexts of shape \(6, 3\)"):
+        model.sample(key, 2, context=CONTEXTS)
+    with pytest.raises(ValueError, match=r"one context .* for all 1 samples"):
+        model.sample(key, 1, context=CONTEXTS)
+
+
+def test_transformations_of_jax_see_one_example(x64):
+    """Values, gradients, Hessians and Jacobians of one example, mapped or not, are those of the batch and of differences."""
+    with jax.enable_x64(False):
+        single = kept.model(GIVEN)
+    model = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), single)
+    x, context = jnp.asarray(POINTS[:3], jnp.float64), jnp.asarray(CONTEXTS[0], jnp.float64)
+
+    def of_one(x):
+        return model.log_prob(x, context=context)
+
+    of_batch = jax.jit(of_one)
+    np.testing.assert_allclose(jax.jit(jax.vmap(of_one))(x), of_batch(x), **EXACT)
+    steps = 1e-4 * jnp.eye(2)
+    around = x[:, None] + jnp.concatenate([steps, -steps])[None]
+    values = of_batch(around)
+    gradients = jax.jit(jax.vmap(jax.grad(of_one)))
+    np.testing.assert_allclose(gradients(x), (values[:, :2] - values[:, 2:]) / 2e-4, **DERIVATIVE)
+    slopes = gradients(around.reshape(-1, 2)).reshape(3, 4, 2)
+    hessians = jax.jit(jax.vmap(jax.hessian(of_one)))(x)
+    assert hessians.dtype == jnp.float64
+    np.testing.assert_allclose(hessians, (slopes[:, :2] - slopes[:, 2:]) / 2e-4, **DERIVATIVE)
+    there = jax.jit(jax.jacfwd(lambda x: model.encode(x, context=context)))
+    back = jax.jit(jax.jacrev(lambda z: model.with_(solver=ir.Solver(atol=1e-12)).decode(z, context=context)[0]))
+    z = model.encode(x[0], context=context)
+    np.testing.assert_allclose(there(x[0]) @ back(z), np.eye(2), atol=1e-8)
+
+
+def test_a_classifier_takes_them_too():
+    model, x = kept.model(kept.CLASSIFIER), IMAGES.reshape(2, 3, *kept.SHAPE)
+    logits, features, reconstruct = map(jax.jit, (Classifier.logits, Classifier.features, Classifier.reconstruct))
+    assert_same(logits(model, x), with_axes(logits(model, IMAGES), (2, 3)))
+    assert_same(logits(model, IMAGES[0]), logits(model, IMAGES)[0])
+    assert_same(model.pooled(x).shape, (2, 3, *model.pooled(IMAGES).shape[1:]))
+    back = reconstruct(model, features(model, x))
+    assert back.info.converged.all()
+    np.testing.assert_allclose(255 * back.images, x, atol=1e-2)
+    assert back.padding_residual.shape == (2, 3)
+    with pytest.raises(ValueError, match=r"shape \(batch, 4, 4, 1\) .* got an array of shape \(6, 4, 4\)"):
+        model.logits(IMAGES[..., 0])
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda m: m.log_prob(POINTS[:, :1], context=CONTEXTS), r"shape \(batch, 2\), got float32 of shape \(6, 1\)"),
+        (lambda m: m.encode(np.zeros(()), context=CONTEXTS), r"shape \(batch, 2\), got float64 of shape \(\)"),
+        (
+            lambda m: m.decode(np.zeros((2, 5, 3)), context=CONTEXTS),
+            r"latents of shape \(2,\), got .* \(2, 5, 3\)",
+        ),
+        (
+            lambda m: m.log_prob(POINTS, context=CONTEXTS[:4]),
+            r"shape \(4, 3\) do not fit examples of shape \(6, 2\)",
+        ),
+        (
+            lambda m: m.log_prob(POINTS[0], context=CONTEXTS[:, :2]),
+            r"context of shape \(batch, 3\), got shape \(6, 2\)",
+        ),
+        (lambda m: m.log_prob(POINTS[0]), "takes a context .* got none"),
+        (
+            lambda m: m.log_prob(POINTS[:4], KEYS, context=CONTEXTS[0]),
+            r"in shape \(4,\), got keys of shape \(6,\)",
+        ),
+        (lambda m: m.encode(POINTS[0], KEYS, context=CONTEXTS[0]), r"in shape \(\), got keys of shape \(6,\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call(kept.model(GIVEN))

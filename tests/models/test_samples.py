@@ -1,0 +1,117 @@
+"""Samples with their log-densities: one pass through the inverse beside `log_prob`, gradients beside differences."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import kept
+import numpy as np
+import pytest
+
+import iresnet_jax as ir
+from iresnet_jax.models import priors
+from iresnet_jax.models.density import Density, DensitySpec
+
+SAME = {"rtol": 1e-8, "atol": 1e-8}  # float64; inverses to 1e-12
+SOLVER = ir.Solver(atol=1e-12)
+FLOW = ir.FlowSpec((2,), (ir.StageSpec(2, (6,), activation="tanh"),))
+SCALED = ir.Standardize((0.5, -1.0), (2.0, 0.3))
+SPECS = {
+    "normal": DensitySpec(FLOW, transform=SCALED),
+    "logistic, bounded": DensitySpec(FLOW, "logistic", ir.Bounded((ir.Bounds.of(0.0, 1.0), None), SCALED)),
+    "conditional": DensitySpec(dataclasses.replace(FLOW, context_dim=3), transform=SCALED),
+    "classes": DensitySpec(FLOW, transform=SCALED, num_classes=3),
+}
+CONTEXTS = np.random.default_rng(0).normal(size=(4, 3))
+LABELS = np.array([2, 0, 1, 1])
+KEY = jax.random.key(0)
+
+
+def model(name):
+    """In float64, by the fixture of the test."""
+    with jax.enable_x64(False):
+        single = kept.model(SPECS[name])
+    whole = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), single).with_(solver=SOLVER)
+    if name != "classes":
+        return whole
+    return whole.with_(prior={**whole.prior, "class_logits": jnp.array([0.1, 1.0, -0.5])})
+
+
+@jax.jit
+def drawn(model, context, labels):
+    return (
+        model.sample_and_log_prob(KEY, 4, context=context, labels=labels),
+        model.sample(KEY, 4, context=context, labels=labels)[0],
+    )
+
+
+terms = jax.jit(Density.terms)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_log_densities_are_those_of_log_prob_and_samples_those_of_sample(x64, name):
+    whole, context = model(name), CONTEXTS if name == "conditional" else None
+    found, samples = drawn(whole, context, None)
+    assert found.info.converged.all()
+    np.testing.assert_allclose(found.x, samples, **SAME)
+    np.testing.assert_allclose(found.log_prob, terms(whole, found.x, KEY, KEY, context=context).log_prob, **SAME)
+
+
+def test_with_labels_the_log_density_is_that_of_the_class(x64):
+    whole = model("classes")
+    found, _ = drawn(whole, None, LABELS)
+    at = terms(whole, found.x, KEY, KEY)
+    frequencies = np.exp(whole.prior["class_logits"]) / np.exp(whole.prior["class_logits"]).sum()
+    of_classes = at.log_prior_by_class[np.arange(4), LABELS] - np.log(frequencies)[LABELS]
+    np.testing.assert_allclose(found.log_prob, of_classes + at.log_det + at.log_det_transform, **SAME)
+
+
+@pytest.mark.parametrize("name", ["normal", "conditional"])
+def test_gradients_by_weights_prior_and_context_are_those_of_differences(x64, name):
+    whole, context = model(name), jnp.asarray(CONTEXTS) if name == "conditional" else None
+    stage = whole.weights["stage0"]
+
+    def changed(parameters):
+        kernels, prior, context = parameters
+        branch = dataclasses.replace(stage.branch, weights=kernels)
+        return whole.with_(weights={"stage0": stage._replace(branch=branch)}, prior=prior), context
+
+    @jax.jit
+    def value(parameters):
+        model, context = changed(parameters)
+        found = model.sample_and_log_prob(KEY, 4, context=context)
+        return jnp.sum(jnp.sin(found.x)) + jnp.sum(jnp.cos(found.log_prob))
+
+    parameters = (stage.branch.weights, whole.prior, context)
+    leaves, tree = jax.tree.flatten(parameters)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    direction = tree.unflatten([jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
+    ends = [value(jax.tree.map(lambda a, b, s=step: a + s * b, parameters, direction)) for step in (1e-5, -1e-5)]
+    gradients = jax.jit(jax.grad(value))(parameters)
+    slope = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(direction), strict=True))
+    np.testing.assert_allclose(slope, (ends[0] - ends[1]) / 2e-5, rtol=1e-6)
+    assert all(np.any(gradient) for gradient in jax.tree.leaves(gradients[1:]))
+
+
+def test_the_error_of_an_estimate_is_told():
+    estimated = kept.model(SPECS["normal"]).with_(estimator=ir.SeriesLogdet(3, num_probes=2))
+    found = jax.jit(Density.sample_and_log_prob, static_argnums=2)(estimated, KEY, 4)
+    assert np.all(found.logdet_info.truncation_bound > 0)
+
+
+def test_discrete_data_are_referred_to_their_continuous_density():
+    with pytest.raises(ValueError, match=r"of integer levels have no density: model\.continuous"):
+        kept.model(kept.IMAGES).sample_and_log_prob(KEY, 2)
+    on_grid = dataclasses.replace(SPECS["normal"], grid=ir.Grid((0.0, 0.0), (1.0, 0.0)))
+    with pytest.raises(ValueError, match=r"on a grid have no density: model\.continuous"):
+        kept.model(on_grid).sample_and_log_prob(KEY, 2)
+    with pytest.raises(ValueError, match="labels must be 2 integers"):
+        kept.model(kept.HYBRID).continuous.sample_and_log_prob(KEY, 2, labels=jnp.array([0]))
+
+
+def test_a_mixture_has_its_log_density_too(x64):
+    spec = dataclasses.replace(SPECS["normal"], prior_family="mixture", num_components=2)
+    prior = {**priors.standard("mixture", 2, num_components=2), "mean": jnp.array([[-1.0, 0.0], [2.0, 1.0]])}
+    whole = model("normal").with_(spec=spec, prior=prior)
+    found, _ = drawn(whole, None, None)
+    np.testing.assert_allclose(found.log_prob, terms(whole, found.x, KEY, KEY).log_prob, **SAME)
