@@ -35,8 +35,8 @@ class Task(NamedTuple):
         is_positive: Whether the prior is one of positive numbers; models are then of logarithms.
         folder: Folder of the package with the posterior's files.
         observed: Name of the files with observations.
-        log_posterior: ``(parameters, observation) ->`` logarithm of the posterior but for a constant, in closed form; None where
-            the likelihood takes an integral or an ODE.
+        log_posterior: ``(parameters, observation) ->`` logarithm of the posterior but for a constant; None where that takes an
+            integral or an ODE.
     """
 
     name: str
@@ -143,7 +143,7 @@ def _moons(generator, parameters):
     return np.stack([radius * np.cos(angle) + 0.25 - np.abs(u), radius * np.sin(angle) + v], axis=1)
 
 
-# SLCP: four points of a normal distribution in the plane, theta ~ U(-3, 3)^5; 92 distractors beside them -----------------------
+# SLCP: four points of a normal distribution in the plane, theta ~ U(-3, 3)^5; 92 distractors beside them ----------------------
 
 _DISTRACTORS, _NOISE_COMPONENTS = 92, 20
 
@@ -167,7 +167,7 @@ def _log_slcp(parameters, x):
 
 @functools.cache
 def _noise():
-    """Centres and factors of the distractors' mixture of t distributions with 2 degrees of freedom, and the order of columns."""
+    """Centres and factors of the distractors' mixture of t distributions with 2 degrees of freedom; the order of columns."""
     state = np.random.RandomState(42)
     centres = np.stack([15 * state.normal(size=_DISTRACTORS) for _ in range(_NOISE_COMPONENTS)])
     factors = [
@@ -187,7 +187,7 @@ def _slcp_distractors(generator, parameters):
     return np.concatenate([_slcp(generator, parameters), noise], axis=1)[:, order]
 
 
-# Bernoulli GLM: 100 spikes of probability sigmoid(offset + filtered stimulus), a prior of smooth filters -----------------------
+# Bernoulli GLM: 100 spikes of probability sigmoid(offset + filtered stimulus), a prior of smooth filters ----------------------
 
 
 @functools.cache

@@ -1,11 +1,11 @@
 r"""Contexts of conditional densities: their scale, and a network between them and what depends on them.
 
 **Scale.** Observations of simulators have counts over many orders of magnitude, and outliers. An entry of a `ContextScale` is
-``(asinh((c - center) / width) - mean) / scale``: linear near its centre and logarithmic far from it, on both sides. Its width is
-the one, among several and linear, after which the training data look most like a normal distribution.
+``(asinh((c - center) / width) - mean) / scale``: linear near its centre and logarithmic far from it, on both sides. Its width
+is the one, among several and linear, after which the training data look most like a normal distribution.
 
-**Network.** ``h(c) = A c + W_n phi(... phi(W_1 c + b_1)) + b_n`` has no constraint: whatever it makes of a context, blocks remain
-contractions of the example. A branch alone depends on contexts through linear maps, and learns products of their entries slowly.
+**Network.** ``h(c) = A c + W_n phi(... phi(W_1 c + b_1)) + b_n`` has no constraint: whatever it makes of a context, blocks
+remain contractions of the example. A branch alone depends on contexts by linear maps, and learns products of entries slowly.
 """
 
 import math
