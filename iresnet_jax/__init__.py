@@ -7,6 +7,7 @@ Importing this needs JAX and jaxtyping alone; names and collections of Flax are 
 
 import importlib
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from iresnet_jax.bijections.bijection import Bijection
@@ -36,6 +37,7 @@ from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 
 if TYPE_CHECKING:
+    from iresnet_jax import adapters
     from iresnet_jax import certification as certify
     from iresnet_jax.fitting import fit
 
@@ -71,6 +73,7 @@ __all__ = [
     "StageSpec",
     "Standardize",
     "Whiten",
+    "adapters",
     "certify",
     "chain",
     "constrain",
@@ -91,6 +94,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """What takes more than the mathematics is imported when it is asked for: `certify`, and `fit` with all of training."""
+    if name == "adapters":
+        return importlib.import_module("iresnet_jax.adapters")
     if name == "certify":
         return importlib.import_module("iresnet_jax.certification")
     if name == "fit":
@@ -102,7 +107,9 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def load(path: str | os.PathLike[str]) -> Density | Classifier | Reconstructor:
+def load(
+    path: str | os.PathLike[str], *, branches: Mapping[str, Any] | None = None, prior: Any = None
+) -> Density | Classifier | Reconstructor:
     """Reads a trained model: a file that ``model.save`` wrote, a folder that holds ``model.npz``, or the folder of a run.
 
     The bounds of all blocks are computed from the weights in the file. The folder of a run gives its best checkpoint on
@@ -110,9 +117,11 @@ def load(path: str | os.PathLike[str]) -> Density | Classifier | Reconstructor:
 
     Args:
         path: The file or folder.
+        branches: What makes branches of one's own, by the names that the file has for them: a file imports nothing.
+        prior: A prior of one's own with the structure of the one in the file.
 
     Raises:
-        ValueError: If there is no model, or it is damaged or from another version.
+        ValueError: If there is no model, or it is damaged or from another version, or a part of one's own is not given.
 
     Example:
         >>> model = load("runs/digits_density")  # doctest: +SKIP
@@ -124,4 +133,4 @@ def load(path: str | os.PathLike[str]) -> Density | Classifier | Reconstructor:
         from iresnet_jax.runs import trained_run
 
         return trained_run.load(path).model
-    return saved.load(path)
+    return saved.load(path, branches=branches, prior=prior)

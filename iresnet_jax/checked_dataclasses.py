@@ -43,9 +43,18 @@ def to_plain(value: Any) -> dict[str, Any]:
 
 
 def tagged(value: Any) -> Any:
-    """A dataclass as JSON data, with the name of every dataclass in it under "type"."""
+    """A dataclass as JSON data, with the name of every dataclass in it under "type".
+
+    A field with "name" in its metadata holds what is no data: that function gives its name, and it is left out if it is None.
+    """
     if dataclasses.is_dataclass(value):
-        fields = {field.name: tagged(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {}
+        for field in dataclasses.fields(value):
+            entry, name_of = getattr(value, field.name), field.metadata.get("name")
+            if name_of is None:
+                fields[field.name] = tagged(entry)
+            elif entry is not None:
+                fields[field.name] = name_of(entry)
         return {"type": type(value).__name__, **fields}
     return [tagged(entry) for entry in value] if isinstance(value, tuple) else value
 
@@ -111,6 +120,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def checked(kind: Any, value: Any, path: str) -> Any:
     """Plain data as what the annotation ``kind`` describes; ``path`` and errors are those of `from_plain`."""
+    if kind is Any:
+        return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return None if value is None and types.NoneType in arguments else _one_of(arguments, value, path)

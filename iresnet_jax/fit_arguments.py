@@ -34,6 +34,12 @@ def checked_options(**options: Any) -> dict[str, Any]:
         raise ValueError("fit has no objective inversion: train a reconstructor by train.py --config=configs/deblurring.py")
     chosen = {name: value for name, value in options.items() if value is not None or name == "validation_fraction"}
     found = dict.fromkeys(options) | {name: checked(KINDS[name], value, name) for name, value in chosen.items()}
+    for stage in found.get("architecture") or ():
+        if stage.branch is not None:
+            raise ValueError(
+                f"fit takes branches by the name of their kind: call kinds.register({stage.branch_name!r}, ...) of "
+                f"iresnet_jax.branches and give StageSpec(kind={stage.branch_name!r}) in place of branch=..."
+            )
     if found.get("minutes") is not None and found.get("steps") is not None:
         raise ValueError(f"give minutes or steps, not both: got {found['minutes']} and {found['steps']}")
     return {**found, "settings": dict(settings), "workdir": workdir}

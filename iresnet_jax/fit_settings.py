@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models import priors
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.priors import PRIORS
@@ -203,7 +204,7 @@ def _preprocessed(config: Config, data: DataSet, most: int) -> Float[np.ndarray,
     return np.asarray(_preprocess(model, np.asarray(data.examples["train"][:most]), jax.random.key(config.seed)), np.float64)
 
 
-_preprocess = jax.jit(lambda model, x, key: model.preprocess(x, key))  # one function for fits of one shape
+_preprocess = quick_jit(lambda model, x, key: model.preprocess(x, key))  # one function for fits of one shape
 
 
 def likelier_prior(z: Float[np.ndarray, "n d"]) -> str:
@@ -212,7 +213,7 @@ def likelier_prior(z: Float[np.ndarray, "n d"]) -> str:
     return max(PRIORS, key=lambda kind: float(found[kind]))
 
 
-@jax.jit
+@quick_jit
 def _mean_log_probs(z: Float[Array, "n d"]) -> dict[str, Float[Array, ""]]:
     """Mean log-density of latents under each prior of variance 1."""
     found = {}

@@ -2,7 +2,7 @@
 
 A kind of branch is a `BranchSpec`: an architecture without weights, in one file of this folder. From weights it makes a
 `Branch`, which estimators, solvers and certificates take without asking what kind it is. Your own kind needs
-`BranchSpec.initial_weights`, `BranchSpec.apply` and `BranchSpec.lipschitz_bound`, and one line in `kinds`.
+`BranchSpec.initial_weights`, `BranchSpec.apply` and `BranchSpec.lipschitz_bound`. `own` makes such a kind of modules of yours.
 """
 
 import dataclasses
@@ -219,7 +219,7 @@ class BranchSpec(ABC):
         return cls(in_shape, context_dim=context_dim)
 
     @abstractmethod
-    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharp: bool = False) -> Weights:
+    def initial_weights(self, key: Array, *, last_scale: float | Float[Array, ""] = 1.0, sharp: bool = False) -> Weights:
         """Random weights, a dictionary; ``last_scale`` is a factor on ``g``, ``sharp`` asks for sharper activations."""
 
     @abstractmethod
@@ -284,6 +284,10 @@ class BranchSpec(ABC):
         ones: they stay as they are, and a bound may be 1 or more.
         """
         return self.certified(weights, bounds, coeff=coeff, budget="block").branch
+
+    def rounded_to_bfloat16(self, weights: Weights) -> Weights:
+        """The weights that `apply` computes with in bfloat16, in their own dtype; the same for a kind that ignores it."""
+        return weights
 
     # ------------------------------------------------------------------------------------ closed forms and costs
 

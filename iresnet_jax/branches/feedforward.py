@@ -109,7 +109,7 @@ class FeedforwardSpec(BranchSpec):
             cin = cout
         return tuple(layers)
 
-    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharp: bool = False) -> Weights:
+    def initial_weights(self, key: Array, *, last_scale: float | Float[Array, ""] = 1.0, sharp: bool = False) -> Weights:
         r"""Random kernels with variance ``1 / fan_in``, zero biases.
 
         Args:
@@ -232,6 +232,12 @@ class FeedforwardSpec(BranchSpec):
         """The branch of these very weights with guaranteed bounds of its layers' norms, which may be 1 or more."""
         del coeff
         return Branch(self, weights, branch_bound(jnp.stack(list(bounds.values()))), "certified", norms=bounds)
+
+    def rounded_to_bfloat16(self, weights: Weights) -> Weights:
+        """Kernels are rounded."""
+        kernels = {name: jnp.asarray(layer["kernel"]) for name, layer in weights.items()}
+        rounded = {name: kernel.astype(jnp.bfloat16).astype(kernel.dtype) for name, kernel in kernels.items()}
+        return {name: {**weights[name], "kernel": kernel} for name, kernel in rounded.items()}
 
     # ------------------------------------------------------------------------------------------ what it knows more
 

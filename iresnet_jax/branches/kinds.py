@@ -1,17 +1,74 @@
-"""The kinds of branches by the names that `StageSpec.kind` knows them by: a new kind is one line here."""
+"""What a stage's branches may be: a kind by its name, a `BranchSpec`, or a function of the user that makes modules."""
+
+import math
+from typing import Any
 
 from iresnet_jax.branches.branch import BranchSpec
 from iresnet_jax.branches.feedforward import FeedforwardSpec
+from iresnet_jax.branches.own import Make, OwnSpec
 
-KINDS: dict[str, type[BranchSpec]] = {"feedforward": FeedforwardSpec}
+Kind = type[BranchSpec] | Make
+KINDS: dict[str, Kind] = {"feedforward": FeedforwardSpec}
 
 
-def get(name: str) -> type[BranchSpec]:
+def register(name: str, kind: Kind) -> None:
+    """Gives a kind of branch a name, by which ``StageSpec(kind=name)``, configs and files know it in this process.
+
+    Args:
+        name: The name.
+        kind: A class of `BranchSpec`, or a function ``key -> module`` as `StageSpec.branch` takes it.
+
+    Raises:
+        ValueError: If another kind has the name, or ``kind`` is none.
+    """
+    if KINDS.get(name, kind) is not kind:
+        raise ValueError(f"there is a kind of branch {name!r} already, {KINDS[name]!r}: choose another name")
+    if not callable(kind):
+        raise ValueError(f"a kind must be a class of BranchSpec or a function key -> module, got {kind!r}")
+    KINDS[name] = kind
+
+
+def get(name: str) -> Kind:
     """The kind of that name.
 
     Raises:
         ValueError: If there is none.
     """
     if name not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {name!r}: a kind of one's own is added to kinds.KINDS")
+        raise ValueError(
+            f"kind must be one of {', '.join(KINDS)}, got {name!r}: register a kind of one's own by kinds.register(name, kind)"
+        )
     return KINDS[name]
+
+
+def check_own(branch: Any) -> None:
+    """Raises ``ValueError`` in one sentence unless a stage can have such branches, see `StageSpec.branch`."""
+    if not callable(branch) and not isinstance(branch, BranchSpec):
+        raise ValueError(
+            f"branch must be a function key -> module or a BranchSpec, got {branch!r}: a config and a file name a kind that "
+            "kinds.register knows, and ir.load takes branches={name: function}"
+        )
+    try:
+        hash(branch)
+    except TypeError:
+        raise ValueError(f"branch must be hashable, as a function is, got {branch!r}") from None
+
+
+def branch_of(stage: Any, shape: tuple[int, ...], context_dim: int) -> BranchSpec:
+    """The branch of a `StageSpec` for examples of this shape, which it flattens if its ``in_shape`` is flat.
+
+    Raises:
+        ValueError: If the branch does not take such examples or contexts.
+    """
+    chosen = get(stage.kind) if stage.branch is None else stage.branch
+    flat = (math.prod(shape),)
+    if isinstance(chosen, BranchSpec):
+        if tuple(chosen.in_shape) not in (shape, flat) or chosen.context_dim != context_dim:
+            raise ValueError(
+                f"the stage has examples of shape {shape} and contexts of length {context_dim}, and its branch takes "
+                f"{tuple(chosen.in_shape)} and {chosen.context_dim}"
+            )
+        return chosen
+    if isinstance(chosen, type) and issubclass(chosen, BranchSpec):
+        return chosen.of_stage(stage, flat if stage.kernel_sizes is None else shape, context_dim)
+    return OwnSpec(shape, make=chosen, context_dim=context_dim)

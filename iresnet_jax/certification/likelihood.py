@@ -102,6 +102,8 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
     """
     check(model, x, context=context, most_dims=MOST_DIMS)
     _check_smooth(model)
+    if model.spec.prior_family == priors.OWN:
+        raise ValueError(priors.NO_ENCLOSURE)
     spec, given = model.spec, np.asarray(model.numbers(x))
     key = jax.random.key(0) if key is None else typed_key(key)
     key_noise = jax.random.split(key)[0] if key.ndim == 0 else jax.vmap(jax.random.split)(key)[:, 0]

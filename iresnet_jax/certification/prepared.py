@@ -117,8 +117,8 @@ def check(
             )
         if not branch.spec.layers or branch.norms is None or branch.gain is not None:
             raise ValueError(
-                f"{stage.name} has branches of kind {stage.spec.kind!r}, which certificates cannot follow: they take chains of "
-                "layers and activations; certificate() has the bounds on that kind's word"
+                f"{stage.name} has branches of kind {stage.spec.branch_name!r}, which certificates cannot follow: they take "
+                "chains of layers and activations; certificate() has the bounds on that kind's word"
             )
     if contraction and not all(np.all(np.asarray(block.branch.lipschitz_bound) < 1) for block in model.weights.values()):
         raise ValueError("a block is not certified to be a contraction, so the inverse may not be unique: see certificate()")

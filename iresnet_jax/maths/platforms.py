@@ -1,16 +1,28 @@
-"""The kind of device that programs are made for, which need not be the kind that makes them.
+"""The kind of device that programs are made for, which need not be the kind that makes them, and how they are compiled.
 
 A few choices that change no result depend on it: the form of convolutions and biases, and whether blocks are unrolled. They
 ask `platform` and not JAX, so that a machine without accelerators can compile for one (`iresnet_jax.runs.planning.plan`).
 """
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
 
 import jax
+import jax.core
+
+# Options of XLA:CPU that make compiling cheaper. Programs of this library spend their time in convolutions and matrix products,
+# which come compiled with XLA: more than the first level of optimisation makes little faster. In jaxlib 0.10 the emitters of
+# fusions hold on to much memory; those before them take half of a process' memory and make steps a little longer.
+QUICK: Mapping[str, int | bool] = {"xla_backend_optimization_level": 1}
+if version("jaxlib").startswith("0.10."):  # later ones do not know the option, which they refuse
+    QUICK = {**QUICK, "xla_cpu_use_fusion_emitters": False}
 
 _chosen = jax.make_user_context(default_value=None)  # JAX traces a function again if it changes
+_speed = jax.make_user_context(default_value=None)  # of compiling: None or "quick"
 
 
 def platform() -> str:
@@ -24,10 +36,43 @@ def platform() -> str:
 def is_slow_in_place() -> bool:
     """Whether an elementwise operation takes several times as long where its result overwrites an operand.
 
-    It does with XLA:CPU's older emitters of fusions, which training asks for (`iresnet_jax.runs.machine`): LLVM vectorises
-    their loops only for arrays that do not overlap; other loops run entry by entry.
+    It does with XLA:CPU's older emitters of fusions, which training asks for (`QUICK`): LLVM vectorises their loops only for
+    arrays that do not overlap; other loops run entry by entry.
     """
-    return platform() == "cpu" and "--xla_cpu_use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", "")
+    asked = {**_flags(), **(quick_options() if _speed.value else {})}
+    return platform() == "cpu" and str(asked.get("xla_cpu_use_fusion_emitters")).lower() == "false"
+
+
+def quick_options() -> dict[str, int | bool]:
+    """`QUICK` on a CPU, less what ``XLA_FLAGS`` says otherwise; nothing on accelerators."""
+    flags = _flags()
+    return {name: value for name, value in QUICK.items() if name not in flags} if platform() == "cpu" else {}
+
+
+def compile_quickly(mapped: Any, *arguments: Any) -> Any:
+    """The compiled program of a jitted function for such arguments, by `quick_options`."""
+    with _speed("quick"):
+        return mapped.lower(*arguments).compile(compiler_options=quick_options() or None)
+
+
+def quick_jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """``jax.jit`` by `quick_options`; within other programs, which have options of their own, the function itself."""
+    program = functools.lru_cache(lambda *chosen: jax.jit(function, compiler_options=dict(chosen) or None, **options))
+
+    @functools.wraps(function)
+    def call(*arguments, **keywords):
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((arguments, keywords))):
+            return function(*arguments, **keywords)
+        with _speed("quick"):
+            return program(*quick_options().items())(*arguments, **keywords)
+
+    return call
+
+
+def _flags() -> dict[str, str]:
+    """The options in ``XLA_FLAGS``."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    return {name.lstrip("-"): value for name, _, value in (flag.partition("=") for flag in flags)}
 
 
 @contextlib.contextmanager

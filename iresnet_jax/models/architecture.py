@@ -2,13 +2,14 @@
 
 import functools
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.branches import kinds
 from iresnet_jax.branches.branch import BranchSpec, check_budget, check_coeff
+from iresnet_jax.branches.own import name_of
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,15 @@ class StageSpec:
             `FeedforwardSpec`; without ``kernel_sizes`` branches are dense and take flattened arrays.
         squeeze: Space-to-depth factor in front of the blocks; 1 for none.
         factor_out: Whether half of the channels leave as latents after the blocks.
+        actnorm: Whether an ActNorm stands in front of every branch. Without it the flow keeps the symmetries of its branches.
         kind: Kind of the branches, a name in `kinds.KINDS`.
+        branch: Branches of one's own instead: a function ``key -> module``, see `iresnet_jax.branches.own`, whose modules get
+            arrays of the stage's shape; or a class of `BranchSpec`, or an instance. Models with the same function share
+            compiled programs.
     """
 
     num_blocks: int
-    hidden: tuple[int, ...]
+    hidden: tuple[int, ...] = ()
     kernel_sizes: tuple[int, ...] | None = None
     activation: str = "elu"
     preactivation: bool = False
@@ -33,10 +38,14 @@ class StageSpec:
     factor_out: bool = False
     padding: str = "SAME"
     positional_bias: bool = False
+    actnorm: bool = True
     kind: str = "feedforward"
+    branch: Any = field(default=None, metadata={"name": name_of})
 
     def __post_init__(self):
         kinds.get(self.kind)
+        if self.branch is not None:
+            kinds.check_own(self.branch)
         for name, values in (("hidden", self.hidden), ("kernel_sizes", self.kernel_sizes or ())):
             if not all(value > 0 for value in values):
                 raise ValueError(f"{name} must be positive numbers, got {values}")
@@ -44,6 +53,11 @@ class StageSpec:
             raise ValueError(f"num_blocks must be at least 1, got {self.num_blocks}: leave the stage out instead")
         if self.squeeze < 1:
             raise ValueError(f"squeeze must be a positive factor (1 for none), got {self.squeeze}")
+
+    @property
+    def branch_name(self) -> str:
+        """Name of what the branches are, a kind or one's own."""
+        return self.kind if self.branch is None else name_of(self.branch)
 
 
 class PlacedStage(NamedTuple):
@@ -114,16 +128,22 @@ class FlowSpec:
         placed, shape = [], tuple(self.event_shape)
         for i, stage in enumerate(self.stages):
             in_shape = shape
-            shape = _squeezed(shape, stage.squeeze, i)
-            if stage.kernel_sizes is None:
-                shape = (math.prod(shape),)
-            branch = kinds.get(stage.kind).of_stage(stage, shape, self.context_dim)
+            branch = kinds.branch_of(stage, _squeezed(shape, stage.squeeze, i), self.context_dim)
+            shape = branch.in_shape
             placed.append(PlacedStage(f"stage{i}", stage, in_shape, branch))
             if stage.factor_out:
                 if shape[-1] % 2:
                     raise ValueError(f"stage {i} factors out half of its channels but has {shape[-1]}: squeeze before it")
                 shape = (*shape[:-1], shape[-1] // 2)
         return tuple(placed)
+
+
+def check_names(spec: FlowSpec) -> None:
+    """Raises ``ValueError`` if branches of one's own that are not the same have the same name, by which a file knows them."""
+    known: dict[str, Any] = {}
+    for stage in spec.stages:
+        if stage.branch is not None and known.setdefault(stage.branch_name, stage.branch) != stage.branch:
+            raise ValueError(f"two branches of the model are called {stage.branch_name!r}: a file knows them by their names")
 
 
 def _squeezed(shape: tuple[int, ...], factor: int, stage: int = 0) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.contractions import FlowNorms, FlowWeights, as_params, bilipschitz, rounded_to_bfloat16, with_bounds
+from iresnet_jax.models.contractions import FlowNorms, FlowWeights, bilipschitz, bounds_in_bfloat16
 
 RTOL = 1e-3  # relative tolerance of the estimated norms
 
@@ -134,7 +134,7 @@ def certificate_of(
     """
     require_bounds(weights)
     if bfloat16:
-        weights = with_bounds(spec, as_params(rounded_to_bfloat16(weights)))
+        weights = bounds_in_bfloat16(spec, weights)
     per_layer = spec.coeff if constrained and spec.budget == "layer" else None
     per_block = spec.coeff if constrained else None
     blocks = []

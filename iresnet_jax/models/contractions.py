@@ -151,7 +151,7 @@ def _constrain(
 ) -> ConstrainedFlow:
     weights, new_spectral, norms = {}, dict(spectral), {}
     for stage in spec.layout:
-        scale, of_branch = _parts(params[stage.name])
+        scale, of_branch = _parts(stage, params)
         with jax.named_scope(NORMS):
             found = of_stage(stage, of_branch)
         weights[stage.name] = Block(scale, found.branch)
@@ -161,10 +161,11 @@ def _constrain(
     return ConstrainedFlow(weights, new_spectral, norms)
 
 
-def _parts(stage: Tree) -> tuple[ActNormParams, Tree]:
-    """ActNorm and the branch's weights among the parameters of a stage."""
-    blocks = dict(stage["blocks"])
-    return ActNormParams(**blocks.pop("actnorm")), blocks
+def _parts(stage: PlacedStage, params: Tree) -> tuple[ActNormParams, Tree]:
+    """ActNorm and the branch's weights among the parameters; a stage without ActNorm has parameters that do nothing."""
+    blocks = dict(params[stage.name]["blocks"])
+    scale = ActNormParams(**blocks.pop("actnorm"))
+    return scale if stage.spec.actnorm else jax.tree.map(jnp.zeros_like, scale), blocks
 
 
 def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
@@ -198,24 +199,29 @@ def with_bounds(spec: FlowSpec, params: Tree) -> dict[str, Block]:
 def _with_bounds(spec: FlowSpec, params: Tree, of_block: Callable[[BranchSpec, Tree], Branch]) -> dict[str, Block]:
     weights = {}
     for stage in spec.layout:
-        scale, of_branch = _parts(params[stage.name])
+        scale, of_branch = _parts(stage, params)
         weights[stage.name] = Block(scale, jax.lax.map(functools.partial(of_block, stage.branch), of_branch).sealed())
     return weights
 
 
 def rounded_to_bfloat16(weights: FlowWeights) -> dict[str, Block]:
-    """The weights as `flow_bijection` runs them in bfloat16: kernels are rounded, and their dtype stays."""
+    """The weights as `flow_bijection` runs them in bfloat16: rounded, such as kernels are, and their dtype stays."""
 
-    def rounded(path, leaf):
-        is_kernel = jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
-        return jnp.asarray(leaf).astype(jnp.bfloat16).astype(leaf.dtype) if is_kernel else leaf
+    def rounded(branch):
+        return dataclasses.replace(branch, weights=branch.spec.rounded_to_bfloat16(branch.weights))
 
-    return {
-        name: block._replace(
-            branch=dataclasses.replace(block.branch, weights=jax.tree.map_with_path(rounded, block.branch.weights))
-        )
-        for name, block in weights.items()
-    }
+    return {name: block._replace(branch=rounded(block.branch)) for name, block in weights.items()}
+
+
+def bounds_in_bfloat16(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:
+    """`rounded_to_bfloat16` with guaranteed bounds of these weights; factors on the outputs of branches stay as they are."""
+    found = with_bounds(spec, as_params(rounded_to_bfloat16(weights)))
+    for name, block in weights.items():
+        gain, rounded = block.branch.gain, found[name].branch
+        if gain is not None:
+            bound = jnp.asarray(gain) * jax.lax.map(rounded.spec.lipschitz_bound, rounded.weights)
+            found[name] = block._replace(branch=dataclasses.replace(rounded, gain=gain, lipschitz_bound=bound).sealed())
+    return found
 
 
 def as_params(weights: FlowWeights) -> dict[str, Any]:

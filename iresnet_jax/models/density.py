@@ -43,7 +43,7 @@ from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.columns import Column, Frame, numbers_of, table_of
 from iresnet_jax.models.contexts import ContextScale, Network, apply_network
-from iresnet_jax.models.contractions import FlowWeights, Tree
+from iresnet_jax.models.contractions import FlowWeights
 from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import Examples, as_batch, context_vectors
@@ -97,7 +97,8 @@ class DensitySpec:
 
     Attributes:
         flow: Architecture of the flow.
-        prior_family: "gaussian", "logistic" or "mixture", the family of the prior.
+        prior_family: "gaussian", "logistic" or "mixture", the family of the prior; "own" if the model holds a prior of
+            one's own, see `priors`.
         transform: Preprocessing: `Center`, `Logit` or `Equalize` of images in [0, 1), `Standardize` or `Whiten` of other
             continuous data, `Bounded` in front of them where entries keep to their ranges, `Identity` of either.
         num_levels: Integer levels of the data, at least 2; None for continuous data.
@@ -160,6 +161,8 @@ class DensitySpec:
                 f"a mixture is the prior of vectors without classes, and has at least 1 component: got {self.num_components} "
                 f"components for examples of shape {self.flow.event_shape} and {self.num_classes or 'no'} classes"
             )
+        if self.prior_family == priors.OWN and self.num_classes is not None:
+            raise ValueError(f"a prior of one's own is one of all data: leave out num_classes={self.num_classes}")
         if isinstance(self.transform, Equalize):
             levels, shares = len(self.transform.frequencies), self.transform.shares
             if self.num_levels not in (None, levels):
@@ -219,7 +222,7 @@ class Density(Model):
     Attributes:
         spec: All that defines the model but its weights.
         weights: Constrained weights of the flow, as `contractions.freeze` or `contractions.constrain` give them.
-        prior: Parameters of the prior.
+        prior: Parameters of the prior, or a prior of one's own.
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
         unroll: Whether blocks are unrolled instead of scanned.
@@ -233,7 +236,7 @@ class Density(Model):
 
     spec: DensitySpec
     weights: FlowWeights = field(repr=False)
-    prior: Tree = field(repr=False)
+    prior: Any = field(repr=False)
     estimator: LogdetEstimator = field(default_factory=ExactLogdet)
     solver: Solver = Solver()
     unroll: bool = False

@@ -40,7 +40,7 @@ class Blocks(nn.Module):
 
     flow: FlowSpec
     stage: PlacedStage
-    last_scale: float = 1.0
+    last_scale: float | Float[Array, ""] = 1.0
     constrained: bool = True
     sharp: bool = False
     fitted: bool = True
@@ -62,7 +62,7 @@ class Blocks(nn.Module):
             start, iterates, _ = constrain_blocks(branch, weights, iterates, coeff=self.flow.coeff, budget=self.flow.budget)
         for name, iterate in iterates.items():  # converged already, so the first training step is as constrained as any
             self.variable("spectral", name, lambda iterate=iterate: iterate)
-        fit = functools.partial(initialize_actnorm, start, x, context)
+        fit = functools.partial(initialize_actnorm, self.stage, start, x, context)
         fitted, y = fit() if self.fitted else jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(fit))
         self.param("actnorm", lambda key: fitted)
         return y
@@ -73,7 +73,7 @@ class StageModule(nn.Module):
 
     flow: FlowSpec
     stage: PlacedStage
-    last_scale: float = 1.0
+    last_scale: float | Float[Array, ""] = 1.0
     constrained: bool = True
     sharp: bool = False
     fitted: bool = True
@@ -106,7 +106,7 @@ class ResidualFlow(nn.Module):
 
     spec: FlowSpec
     prior_family: str = "gaussian"
-    last_scale: float = 1.0
+    last_scale: float | Float[Array, ""] = 1.0
     num_classes: int | None = None
     num_components: int | None = None
     sharp: bool = False
@@ -149,7 +149,7 @@ class Classifier(nn.Module):
     """
 
     spec: ClassifierSpec
-    last_scale: float = 1.0
+    last_scale: float | Float[Array, ""] = 1.0
     fitted: bool = True
 
     @nn.compact
@@ -187,7 +187,7 @@ class BatchNormStage(nn.Module):
     """
 
     stage: PlacedStage
-    last_scale: float
+    last_scale: float | Float[Array, ""]
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.atomic_files import replacing
 from iresnet_jax.checked_dataclasses import tagged
+from iresnet_jax.models.architecture import check_names
 from iresnet_jax.models.certificate import Certificate, certificate_of
+from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.contractions import as_params, freeze
 
 FILE_NAME = "model.npz"
@@ -54,6 +57,20 @@ class Model:
             raise ValueError("this network has no Lipschitz constraint: there is nothing to freeze it to")
         return self.with_(weights=freeze(self.spec.flow, as_params(self.weights)))
 
+    def check_branches(self, x: Any, *, context: Any = None) -> None:
+        """Checks bounds that are the user's word on data: ratios ``|g(x) - g(y)| / |x - y|`` of every such branch.
+
+        Args:
+            x: Data, as the model takes it.
+            context: Contexts of a conditional density.
+
+        Raises:
+            ValueError: If a branch stretches the data by more than it claims; the message names the block and both numbers.
+        """
+        self.require_bijection()
+        scaled = () if context is None else (self.scale_context(context),)  # pyright: ignore[reportAttributeAccessIssue]
+        check_claims(self.spec.flow, self.weights, self.preprocess(x), *scaled)  # pyright: ignore[reportAttributeAccessIssue]
+
     def require_bijection(self) -> None:
         """Raises ``ValueError`` in one sentence where something is asked of a network with BatchNorm in its branches."""
         if getattr(self.spec, "normalization", "actnorm") == "batchnorm":
@@ -67,13 +84,17 @@ class Model:
             about: JSON data that travel with the model, such as the settings of its training.
 
         Raises:
-            ValueError: If the network has BatchNorm in its branches.
+            ValueError: If the network has BatchNorm in its branches, or two branches of one's own have the same name.
         """
         self.require_bijection()
+        check_names(self.spec.flow)
         path = Path(path)
         header = {"format": FORMAT, "spec": tagged(self.spec), "about": dict(about or {})}
         stored = {"params": as_params(self.weights), **{name: getattr(self, name) for name in self.arrays}}
-        arrays: dict[str, Any] = {array_name(key): np.asarray(leaf) for key, leaf in jax.tree.leaves_with_path(stored)}
+        arrays: dict[str, Any] = {
+            array_name(key): np.asarray(leaf, getattr(leaf, "dtype", jnp.result_type(float)))
+            for key, leaf in jax.tree.leaves_with_path(stored)
+        }
         arrays[HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
         with replacing(path) as incoming, incoming.open("wb") as file:
             np.savez_compressed(file, **arrays)

@@ -1,7 +1,9 @@
 """Priors of latents: independent normal or logistic distributions with learned means and scales, or a mixture of normals.
 
 A prior is its name and its parameters, ``{"mean", "log_std"}`` of "gaussian" or ``{"mean", "log_scale"}`` of "logistic", one
-each a dimension; those of "mixture" are in `mixtures`.
+each a dimension; those of "mixture" are in `mixtures`. A prior of one's own has the name "own" and is its own parameters: any
+pytree of floating-point arrays with ``log_prob(z) -> (b,)`` and ``sample(key, (n,)) -> (n, d)``, as distributions of NumPyro
+and flowjax are.
 """
 
 import functools
@@ -17,7 +19,6 @@ from jaxtyping import Array, Float, Int, Key
 from iresnet_jax.bijections.transforms.logit import log_logistic
 from iresnet_jax.maths.enclosures.ball_arithmetic import LOG_2PI, Ball, exp, joined, log_sum_exp, softplus
 from iresnet_jax.models import mixtures
-from iresnet_jax.models.mixtures import Parameters
 
 SMALLEST_VARIANCE = 1e-4  # of latents within classes, whose whole variance is about 1 or more
 
@@ -57,18 +58,50 @@ PRIORS = {
     ),
 }
 MIXTURE = "mixture"
-KINDS = (*PRIORS, MIXTURE)
+OWN = "own"
+KINDS = (*PRIORS, MIXTURE, OWN)
+NO_ENCLOSURE = "the log-density of a prior of one's own has no guaranteed error: certify.log_det bounds the flow's part alone"
 
 
-def log_prob(kind: str, params: Parameters, z: Float[Array, "b d"]) -> Float[Array, " b"]:
+def own(prior: Any) -> Any:
+    """A prior of one's own with arrays as its leaves, where it may have numbers of Python.
+
+    Raises:
+        ValueError: If it has not the methods of one, or a leaf that cannot be trained.
+    """
+    _check_own(prior)
+
+    def parameter(path, leaf):
+        is_number = isinstance(leaf, int | float) and not isinstance(leaf, bool)
+        if not is_number and not jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            found = getattr(leaf, "dtype", type(leaf).__name__)
+            raise ValueError(
+                f"a prior's leaves are arrays of floats, which are trained, and its leaf {name} is {found}: "
+                "make it part of the tree's structure, such as a static field"
+            )
+        return jnp.asarray(leaf, float) if is_number else jnp.asarray(leaf)
+
+    return jax.tree.map_with_path(parameter, prior)
+
+
+def _check_own(prior: Any) -> None:
+    if not all(callable(getattr(prior, name, None)) for name in ("log_prob", "sample")):
+        raise ValueError(
+            "a prior of one's own has the methods log_prob(z) and sample(key, (n,)), got a "
+            f"{type(prior).__name__}: give Density one, or another prior_family than 'own'"
+        )
+
+
+def log_prob(kind: str, params: Any, z: Float[Array, "b d"]) -> Float[Array, " b"]:
     r"""Log-density ``sum (log p(t) - log_scale)``, ``t = (z - mean) / scale``; natural log, exact.
 
     ``log p(t)`` is ``-t^2 / 2 - log(2 pi) / 2`` ("gaussian") or ``log sigmoid(t) + log sigmoid(-t)`` ("logistic", whose
     standard deviation is ``pi / sqrt(3)`` times its scale and whose tails are linear in ``|t|``). A "mixture" has the
-    log-density of `mixtures.log_prob`.
+    log-density of `mixtures.log_prob`, and one's own what it says.
 
     Args:
-        kind: "gaussian", "logistic" or "mixture".
+        kind: "gaussian", "logistic", "mixture" or "own".
         params: Parameters of the prior.
         z: One row an example.
 
@@ -80,6 +113,15 @@ def log_prob(kind: str, params: Parameters, z: Float[Array, "b d"]) -> Float[Arr
     """
     if kind == MIXTURE:
         return mixtures.log_prob(params, z)
+    if kind == OWN:
+        _check_own(params)
+        found = jnp.asarray(params.log_prob(z))
+        if found.shape != z.shape[:1]:
+            raise ValueError(
+                f"log_prob of the prior must give one number for each of {len(z)} latents of {z.shape[1]} dimensions, got "
+                f"shape {found.shape}: it is the density of whole vectors, with an event of one axis"
+            )
+        return found.astype(z.dtype)
     family = _family(kind)
     mean, log_scale = params["mean"], params[family.log_scale]
     if mean.shape != z.shape[1:] or log_scale.shape != z.shape[1:]:
@@ -104,6 +146,8 @@ def enclose_log_prob(kind: str, params: Mapping[str, Any], z: Ball) -> Ball:
     """
     if kind == MIXTURE:
         return mixtures.enclose_log_prob(params, z)
+    if kind == OWN:
+        raise ValueError(NO_ENCLOSURE)
     family = _family(kind)
     own = {name: Ball.of(np.asarray(values, np.float64)) for name, values in params.items()}
 
@@ -119,15 +163,16 @@ def enclose_log_prob(kind: str, params: Mapping[str, Any], z: Ball) -> Ball:
     return log_sum_exp(joined(functools.partial(np.stack, axis=-1), classes)) - log_sum_exp(logits)
 
 
-def sample(kind: str, params: Parameters, key: Key[Array, ""], n: int, temperature: float = 1.0) -> Float[Array, "{n} d"]:
+def sample(kind: str, params: Any, key: Key[Array, ""], n: int, temperature: float = 1.0) -> Float[Array, "{n} d"]:
     """Draws ``mean + temperature * scale * e`` with ``e`` from the standard member, of one component of a mixture.
 
     Args:
-        kind: "gaussian", "logistic" or "mixture".
+        kind: "gaussian", "logistic", "mixture" or "own".
         params: Parameters of the prior.
         key: One typed key.
         n: Number of samples, at least 1.
-        temperature: Factor on the scale, at least 0, where every sample is a mean. 1 samples the prior.
+        temperature: Factor on the scale, at least 0, where every sample is a mean. 1 samples the prior, and is all that a prior
+            of one's own takes.
 
     Raises:
         ValueError: If the prior is unknown, or ``n`` or ``temperature`` is out of range.
@@ -142,6 +187,14 @@ def sample(kind: str, params: Parameters, key: Key[Array, ""], n: int, temperatu
         )
     if kind == MIXTURE:
         return mixtures.sample(params, key, n, temperature)
+    if kind == OWN:
+        _check_own(params)
+        if temperature != 1:
+            raise ValueError(f"a prior of one's own has no temperature, got {temperature}: leave it at 1")
+        drawn = jnp.asarray(params.sample(key, (n,)))
+        if drawn.ndim != 2 or len(drawn) != n:
+            raise ValueError(f"sample of the prior must give {n} latents as rows, got shape {drawn.shape}")
+        return drawn
     family = _family(kind)
     mean, log_scale = params["mean"], params[family.log_scale]
     return mean[None] + temperature * jnp.exp(log_scale[None]) * family.draw(key, (n, *mean.shape), mean.dtype)
@@ -155,6 +208,8 @@ def standard(kind: str, num_dims: int, num_classes: int | None = None, num_compo
     Raises:
         ValueError: If the prior is unknown.
     """
+    if kind == OWN:
+        raise ValueError("a prior of one's own has no standard member: give it to the model, as prior=...")
     if kind == MIXTURE and num_components is not None:
         return mixtures.standard(num_dims, num_components)
     zeros = jnp.zeros(num_dims if num_classes is None else (num_classes, num_dims))

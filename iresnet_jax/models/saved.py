@@ -29,26 +29,37 @@ Model = Density | Classifier | Reconstructor
 Spec = DensitySpec | ClassifierSpec | ReconstructorSpec
 
 
-def load(path: str | os.PathLike[str]) -> Model:
+def load(path: str | os.PathLike[str], *, branches: Mapping[str, Any] | None = None, prior: Any = None) -> Model:
     """Reads a model that `Model.save` wrote, see `read`."""
-    return read(path)[0]
+    return read(path, branches=branches, prior=prior)[0]
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]:
+def read(
+    path: str | os.PathLike[str], *, branches: Mapping[str, Any] | None = None, prior: Any = None
+) -> tuple[Model, dict[str, Any]]:
     """Reads a model that `Model.save` wrote, with bounds of its norms computed from its weights, and ``about`` of `Model.save`.
+
+    A file knows parts of one's own by their names alone, and imports nothing.
 
     Args:
         path: The file, or a folder that holds ``model.npz``.
+        branches: Branches of one's own by their names, see `StageSpec.branch`.
+        prior: A prior of one's own with the structure of the one that was saved; its numbers do not count.
 
     Raises:
-        ValueError: If there is no such file, or it is damaged or from another version.
+        ValueError: If there is no such file, or it is damaged or from another version, or a part of one's own is not given.
     """
     with _opened(path) as (archive, header):
-        spec = checked(Spec, header["spec"], "model")
+        spec = checked(Spec, _with_branches(header["spec"], dict(branches or {})), "model")
+        is_own = isinstance(spec, DensitySpec) and spec.prior_family == priors.OWN
+        if is_own != (prior is not None):
+            raise PartError("its prior is one's own: give one like it, as prior=..." if is_own else "it takes no prior=...")
+        if is_own:
+            prior = priors.own(prior)
         if len(spec.flow.stages) > len(archive.namelist()):
             raise ValueError(f"its header has {len(spec.flow.stages)} stages, and it holds {len(archive.namelist())} arrays")
         with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); models are in float32, wherever they are read
-            expected = jax.eval_shape(lambda: _empty(spec))
+            expected = jax.eval_shape(lambda: _empty(spec, prior))
         arrays = jax.tree.map_with_path(lambda key, leaf: _read_array(archive, array_name(key), leaf), expected)
         names = {f"{array_name(key)}.npy" for key, _ in jax.tree.leaves_with_path(expected)}
         if left_over := set(archive.namelist()) - {f"{HEADER}.npy"} - names:
@@ -61,6 +72,22 @@ def read_about(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads ``about`` of `Model.save`, which starts no device; arguments and errors are those of `read`."""
     with _opened(path) as (_, header):
         return header["about"]
+
+
+class PartError(ValueError):
+    """A part of one's own is not what was given."""
+
+
+def _with_branches(plain: Mapping[str, Any], branches: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain data of a spec with branches of one's own in place of their names."""
+
+    def with_branch(stage):
+        name = stage.get("branch")
+        if name is not None and name not in branches:
+            raise PartError(f"it has a branch {name!r} of one's own: give what makes it, as branches={{{name!r}: ...}}")
+        return stage if name is None else {**stage, "branch": branches[name]}
+
+    return {**plain, "flow": {**plain["flow"], "stages": [with_branch(stage) for stage in plain["flow"]["stages"]]}}
 
 
 @contextlib.contextmanager
@@ -76,6 +103,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[zipfile.ZipFile, dic
             if header.get("format") != FORMAT:
                 raise ValueError(f"its format is {header.get('format')}, not {FORMAT}")
             yield archive, header
+    except PartError as error:
+        raise ValueError(f"{path} needs a part of one's own: {error}") from None
     except Exception as error:  # there is no list of what a damaged file makes others raise
         reason = str(error) or type(error).__name__
         raise ValueError(
@@ -95,8 +124,8 @@ def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:
     return kind(spec, with_bounds(spec.flow, arrays["params"]), **rest)
 
 
-def _empty(spec: Spec) -> dict[str, Any]:
-    """Arrays of the shapes that a model of this spec has."""
+def _empty(spec: Spec, prior: Any) -> dict[str, Any]:
+    """Arrays of the shapes that a model of this spec has, with a prior of one's own if it has one."""
 
     def blocks(stage):
         channels = stage.branch.in_shape[-1:]
@@ -106,7 +135,8 @@ def _empty(spec: Spec) -> dict[str, Any]:
 
     params = {stage.name: {"blocks": blocks(stage)} for stage in spec.flow.layout}
     if isinstance(spec, DensitySpec):
-        prior = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes, spec.num_components)
+        if prior is None:
+            prior = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes, spec.num_components)
         network = initial_network(jax.random.key(0), spec.context_dim, spec.context_hidden)
         return {"params": params, "prior": prior, "network": network}
     if isinstance(spec, ReconstructorSpec):

@@ -8,7 +8,7 @@ import hashlib
 import os
 import platform
 import re
-from importlib.metadata import entry_points, version
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
 from iresnet_jax.data.cache import user_folder
+from iresnet_jax.maths.platforms import QUICK
 from iresnet_jax.runs.allocator import num_cores
 from iresnet_jax.runs.config import Config
 
@@ -67,22 +68,17 @@ def start_backend() -> None:
 
 
 def compile_quickly() -> tuple[str, ...]:
-    """Sets ``XLA_FLAGS`` that make compiling on a CPU cheaper; call it before JAX touches a device.
+    """Sets ``XLA_FLAGS`` that make compiling on a CPU cheaper, see `platforms.QUICK`; call it before JAX touches a device.
 
-    Programs of this library spend their time in convolutions and matrix products, which come compiled with XLA: more than the
-    first level of optimisation makes little faster. In jaxlib 0.10 the emitters of fusions hold on to much memory; those before
-    them take half of a process' memory and make steps a little longer. A flag that the user has set stays.
+    A flag that the user has set stays.
 
     Returns:
         The flags that were set; none where there may be an accelerator.
     """
     if not _has_cpus_alone(_settings.jax_platforms):
         return ()
-    flags = {"--xla_backend_optimization_level": "1"}
-    if version("jaxlib").startswith("0.10."):  # later ones do not know the flag, which they end at
-        flags["--xla_cpu_use_fusion_emitters"] = "false"
     given = os.environ.get("XLA_FLAGS", "")
-    chosen = tuple(f"{name}={value}" for name, value in flags.items() if name not in given)
+    chosen = tuple(f"--{name}={str(value).lower()}" for name, value in QUICK.items() if name not in given)
     os.environ["XLA_FLAGS"] = " ".join(filter(None, [given, *chosen]))
     return chosen
 

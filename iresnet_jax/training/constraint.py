@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.checked_dataclasses import Count, Positive, Range
+from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models import contractions, saved
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
@@ -60,7 +61,7 @@ def validation_constraint(settings: ConstraintConfig, spec: FlowSpec) -> Constra
 
     One function for all models of one architecture, which share its program.
     """
-    return jax.jit(_constraint(settings, spec, rtol=settings.rtol))
+    return quick_jit(_constraint(settings, spec, rtol=settings.rtol))
 
 
 def validated_model(template: Any, settings: ConstraintConfig, params: Any, spectral: Any, **rest: Any) -> Any:
@@ -99,7 +100,9 @@ def certified_model(spec: Spec, params: Any, batch_stats: Any, solver: Solver = 
     return kind(spec, _freeze(spec.flow, stages), **free, solver=solver)
 
 
-_freeze = jax.jit(contractions.freeze, static_argnums=0)  # one function for all, so runs of one architecture share its program
+_freeze = quick_jit(
+    contractions.freeze, static_argnums=0
+)  # one function for all, so runs of one architecture share its program
 
 
 def _as_they_are(spec: FlowSpec, params: Any, spectral: Any) -> contractions.ConstrainedFlow:

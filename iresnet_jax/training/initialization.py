@@ -12,7 +12,9 @@ from jaxtyping import Array, Float, Key, UInt32
 
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.actnorm import ActNormParams
+from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models import contractions, flow, linen, mixtures, priors
+from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contexts import initial_network
 from iresnet_jax.models.density import Density, DensitySpec
@@ -74,21 +76,23 @@ def initial_variables(
         fitted_priors: Whether priors of classes start from the moments of their class' latents instead of equal.
     """
     key_init, key_noise, key_data = _keys(np.uint32(seed))
-    module = _module(spec, last_scale, sharp=sharp)
+    create = functools.partial(_variables, spec, last_scale, sharp)
     if isinstance(spec, ReconstructorSpec):
-        return _created(spec, module, constraint, key_init, jnp.zeros((2, *spec.flow.event_shape)))[0]
+        return _constrained(spec, create(key_init, jnp.zeros((2, *spec.flow.event_shape))), constraint)[0]
     x, context, labels = examples_of(key_data, actnorm_examples)
     network = _network(spec, key_init)
     if isinstance(spec, ClassifierSpec):
         inputs: tuple[Any, ...] = (_preprocess(Classifier(spec, {}, {}, {}), x),)
         if not spec.is_bijective:
-            return _program(module)(key_init, *inputs)
+            return create(key_init, *inputs)
     else:
         model = Density(spec, {}, {}, **network)
         inputs = (_preprocess(model, x, key_noise), *([] if context is None else [model.scale_context(context)]))
     # Weights do not depend on the inputs: two examples give their shapes.
-    variables, weights = _created(spec, module, constraint, key_init, *(rows[:2] for rows in inputs))
+    variables, weights = _constrained(spec, create(key_init, *(rows[:2] for rows in inputs)), constraint)
     fitted, statistics, z = _fitted(spec, weights, inputs)
+    if parallel.num_processes() == 1:
+        check_claims(spec.flow, fitted, *inputs)
     params = {**variables["params"], **network}
     for name, block in fitted.items():
         params[name] = {"blocks": {**params[name]["blocks"], "actnorm": block.actnorm._asdict()}}
@@ -138,27 +142,38 @@ def _network(spec: Spec, key: Key[Array, ""]) -> dict[str, Any]:
     return {"network": initial_network(jax.random.fold_in(key, 1), spec.context_dim, spec.context_hidden)}
 
 
-@jax.jit
+@quick_jit
 def _keys(seed: UInt32[Array, ""]) -> tuple[Key[Array, ""], ...]:
     """Keys of weights, of dequantisation and of the choice of examples; one program, where each operation would be one."""
     return tuple(jax.random.split(jax.random.fold_in(jax.random.key(seed), 2**31), 3))
 
 
-def _module(spec: Spec, last_scale: float = 1.0, *, sharp: bool = False) -> Any:
+def _module(spec: Spec, *, sharp: bool = False) -> Any:
     """The module that creates the variables; of a density with classes the one with one prior, which is replaced."""
     if isinstance(spec, ClassifierSpec):
-        return linen.Classifier(spec, last_scale=last_scale)
+        return linen.Classifier(spec)
     prior = {}
     if isinstance(spec, DensitySpec):
         prior = {"prior_family": spec.prior_family, "num_components": spec.num_components}
-    return linen.ResidualFlow(spec.flow, last_scale=last_scale, sharp=sharp, **prior)
+    return linen.ResidualFlow(spec.flow, sharp=sharp, **prior)
 
 
-def _created(
-    spec: Spec, module: Any, constraint: ConstraintConfig, key: jax.Array, *inputs: jax.Array
-) -> tuple[dict[str, Any], Any]:
-    """Variables with norms iterated by the program of validation and ActNorm still the identity, and constrained weights."""
-    variables = _without_prior(spec, _program(module.clone(fitted=False))(key, *inputs))
+def _variables(spec: Spec, last_scale: float, sharp: bool, key: jax.Array, *inputs: jax.Array) -> dict[str, Any]:  # noqa: FBT001
+    """Fresh variables. Models that differ in their priors and in a scale other than 1 share a program."""
+    is_network = isinstance(spec, ClassifierSpec) and not spec.is_bijective
+    module = _module(spec, sharp=sharp) if is_network else _module(spec, sharp=sharp).clone(fitted=False)
+    if isinstance(spec, DensitySpec):
+        module = module.clone(prior_family="gaussian", num_components=None)
+    scales = () if last_scale == 1 else (np.float32(last_scale),)  # a constant of 1 keeps the last bit of earlier versions
+    variables = _without_prior(spec, _program(module)(key, inputs, *scales))
+    if isinstance(spec, DensitySpec):
+        prior = priors.standard(spec.prior_family, spec.flow.num_dims, num_components=spec.num_components)
+        variables["params"] = {**variables["params"], "prior": prior}
+    return variables
+
+
+def _constrained(spec: Spec, variables: dict[str, Any], constraint: ConstraintConfig) -> tuple[dict[str, Any], Any]:
+    """Variables with norms iterated by the program of validation, ActNorm still the identity, and constrained weights."""
     stages = {stage.name: variables["params"][stage.name] for stage in spec.flow.layout}
     if constraint.norms == "none":
         copy = jax.tree.map(jnp.copy, stages)  # of what `_fitter` takes for itself
@@ -205,11 +220,15 @@ def _without_prior(spec: Spec, variables: Any) -> dict[str, Any]:
     return {**variables, "params": {name: value for name, value in variables["params"].items() if name != "prior"}}
 
 
-_preprocess = jax.jit(lambda model, *given: model.preprocess(*given))
-_encode = jax.jit(lambda model, x, key, context: model.encode(x, key, context=context))
+_preprocess = quick_jit(lambda model, *given: model.preprocess(*given))
+_encode = quick_jit(lambda model, x, key, context: model.encode(x, key, context=context))
 
 
 @functools.lru_cache(maxsize=64)
 def _program(module: Any) -> Callable[..., Any]:
-    """``(key, *inputs) ->`` variables, one function for runs of one architecture, which share its program."""
-    return jax.jit(module.init)
+    """``(key, inputs, last scale) ->`` variables, one function for runs of one architecture, which share its program."""
+
+    def create(key, inputs, last_scale=1.0):
+        return module.clone(last_scale=last_scale).init(key, *inputs)
+
+    return quick_jit(create)

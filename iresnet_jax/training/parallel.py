@@ -21,6 +21,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, Shaped
 
+from iresnet_jax.maths import platforms
+
 AXIS = "batch"
 _is_alone = False
 
@@ -55,7 +57,7 @@ class ParallelStep:
     def compile(self, state: Any, batch: Any) -> None:
         """Compiles the step for arrays of these shapes and dtypes, which need not exist yet; otherwise the first call does."""
         if not self._is_compiled:
-            self._mapped, self._is_compiled = self._mapped.lower(state, batch).compile(), True
+            self._mapped, self._is_compiled = platforms.compile_quickly(self._mapped, state, batch), True
 
     @property
     def program(self) -> str:

@@ -173,7 +173,7 @@ def test_labels_that_are_none_are_named():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"prior_family": "cauchy"}, "prior_family must be one of gaussian, logistic, mixture, got 'cauchy'"),
+        ({"prior_family": "cauchy"}, "prior_family must be one of gaussian, logistic, mixture, own, got 'cauchy'"),
         ({"prior_family": "mixture"}, "num_components is for the prior mixture, .* got None for the prior mixture"),
         ({"num_components": 2}, "got 2 for the prior logistic"),
         ({"prior_family": "mixture", "num_components": 2}, r"prior of vectors .* got 2 components .* shape \(4, 4, 1\)"),

@@ -183,7 +183,7 @@ STANDARD = priors.standard("gaussian", 2)
         (lambda: priors.sample("gaussian", STANDARD, jax.random.key(0), 0), "got 0 and 1.0"),
         (lambda: priors.sample("gaussian", STANDARD, jax.random.key(0), 1, -0.5), "got 1 and -0.5"),
         (lambda: priors.sample("gaussian", STANDARD, jax.random.key(0), 1, float("nan")), "got 1 and nan"),
-        (lambda: priors.standard("cauchy", 3), "prior must be one of gaussian, logistic, mixture, got 'cauchy'"),
+        (lambda: priors.standard("cauchy", 3), "prior must be one of gaussian, logistic, mixture, own, got 'cauchy'"),
         (lambda: priors.standard("mixture", 3, num_classes=2), "a mixture needs num_components"),
         (lambda: priors.log_prob("mixture", mixture()[0], jnp.zeros((4, 3))), r"4 dimensions, got z of shape \(4, 3\)"),
         (lambda: mixtures.mixture_of([[0.0]], [[[0.0]]], [1.0]), "covariances of a mixture must be positive definite"),

@@ -17,6 +17,7 @@ from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.maths.logdet.config import LogdetConfig
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import ConstraintConfig, validated_model
@@ -220,7 +221,7 @@ def _evaluate_batch(model: Density, batch: tuple[Any, Any, Any, Any]) -> dict[st
     }
 
 
-@jax.jit
+@quick_jit
 def evaluation_keys(
     key: Key[Array, ""],
     examples: Int[Array, " b"] | Int[np.ndarray, " b"],

@@ -1,0 +1,155 @@
+"""A branch of one's own: any pytree that can be called on a batch and knows an upper bound of its Lipschitz constant.
+
+The user gives a function ``make: key -> module``. ``module(x)`` is ``g(x)`` of a batch, or ``module(x, context)`` in a
+conditional model, and ``module.lipschitz_bound()`` an upper bound of ``Lip(g)`` for every context. Leaves of a module that are
+arrays of JAX with floats are its weights. All other leaves, such as NumPy's arrays, numbers and functions, are constants.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from iresnet_jax.branches.branch import BranchSpec, Weights
+
+Make = Callable[[Any], Any]  # key -> module
+
+_RESERVED = "actnorm"  # name that the parameters of a stage's blocks have beside those of its branches
+
+
+@dataclass(frozen=True)
+class OwnSpec(BranchSpec):
+    """The architecture of a branch that a function of the user makes.
+
+    The branch is brought into the budget by a factor on its output. It starts as ``make`` makes it: ``last_scale`` and
+    ``sharp``, which are about layers, have no part in it.
+
+    Attributes:
+        make: ``key -> module``. Specs with the same function are equal, and share compiled programs.
+    """
+
+    make: Make = field(kw_only=True)
+
+    def __post_init__(self):
+        _try(self)
+
+    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharp: bool = False) -> Weights:
+        """Floating-point arrays of a new module, by their path in it, such as ``layers.0.weight``."""
+        del last_scale, sharp
+        leaves = jax.tree.leaves(self.make(key))
+        return {name: leaf for name, leaf in zip(_structure(self.make).names, leaves, strict=True) if name is not None}
+
+    def module(self, weights: Weights) -> Any:
+        """The module with these weights."""
+        structure = _structure(self.make)
+        named = zip(structure.names, structure.constants, strict=True)
+        return jax.tree.unflatten(structure.treedef, [constant if name is None else weights[name] for name, constant in named])
+
+    def apply(
+        self, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None, *, bfloat16: bool = False
+    ) -> Float[Array, "b ..."]:
+        """``module(x)``, or ``module(x, context)``; in bfloat16 weights and inputs are rounded to it first.
+
+        Raises:
+            ValueError: If the module does not give one value for each entry of ``x``.
+        """
+        dtype = jnp.result_type(x, *jax.tree.leaves(weights))
+        given = (x,) if context is None else (x, context)
+        if bfloat16:
+            weights, given = jax.tree.map(lambda array: array.astype(jnp.bfloat16), (weights, given))
+        value = jnp.asarray(self.module(weights)(*given))
+        if value.shape != x.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"it must return floats of the shape of its batch {x.shape}, got {value.dtype} of {value.shape}")
+        return value.astype(dtype)
+
+    def lipschitz_bound(self, weights: Weights) -> Float[Array, ""]:
+        """``module.lipschitz_bound()``.
+
+        Raises:
+            ValueError: If it is not one number.
+        """
+        bound = jnp.asarray(self.module(weights).lipschitz_bound())
+        if bound.shape:
+            raise ValueError(f"lipschitz_bound() must return one number, got shape {bound.shape}")
+        return bound.astype(jnp.result_type(*jax.tree.leaves(weights)))
+
+    def rounded_to_bfloat16(self, weights: Weights) -> Weights:
+        """All weights are rounded."""
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.bfloat16).astype(leaf.dtype), weights)
+
+
+class _Structure(NamedTuple):
+    """A module without its weights.
+
+    Attributes:
+        treedef: Its structure as a pytree.
+        names: Name of each leaf among the weights; None for a constant.
+        constants: The constants; None for a weight.
+    """
+
+    treedef: Any
+    names: tuple[str | None, ...]
+    constants: tuple[Any, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def _structure(make: Make) -> _Structure:
+    found = []
+
+    def weights_of(key):
+        leaves, treedef = jax.tree.flatten_with_path(make(key))
+        paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+        split = [_name_and_constant(path or "weights", leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)]
+        found.append(_Structure(treedef, *(tuple(part) for part in zip(*split, strict=True))) if split else None)
+        return 0
+
+    jax.eval_shape(weights_of, jax.random.key(0))
+    [structure] = found
+    if structure is None or not any(structure.names):
+        raise ValueError("it has nothing to train: one of its leaves at least must be an array of JAX with floats")
+    return structure
+
+
+def _name_and_constant(path: str, leaf: Any) -> tuple[str | None, Any]:
+    """Name of a leaf that is a weight, and the value of one that is a constant."""
+    if not isinstance(leaf, jax.Array):
+        return None, leaf
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        if path == _RESERVED:
+            raise ValueError(f"its array must not be called {_RESERVED!r}, as ActNorm is: give it another name")
+        return path, None
+    if isinstance(leaf, jax.core.Tracer):
+        raise ValueError(f"its leaf {path} is {leaf.dtype}, which cannot be trained: make it an array of NumPy, a constant")
+    return None, np.asarray(leaf)
+
+
+@functools.lru_cache(maxsize=256)
+def _try(spec: OwnSpec) -> None:
+    """Raises ``ValueError`` in one sentence unless a module can be made, called on a batch, and asked for its bound."""
+    floats = jnp.result_type(float)
+    x = jax.ShapeDtypeStruct((2, *spec.in_shape), floats)
+    context = jax.ShapeDtypeStruct((2, spec.context_dim), floats) if spec.context_dim else None
+    given = f"a batch of shape {x.shape}" + ("" if context is None else f" and contexts of shape {context.shape}")
+
+    def step(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return jax.eval_shape(function, *arguments)
+        except Exception as error:  # whatever the user's code raises
+            raise ValueError(f"the branch {name_of(spec.make)!r} cannot {what}: {error}") from error
+
+    weights = step("be made of a key", spec.initial_weights, jax.random.key(0))
+    step(f"be called on {given}", spec.apply, weights, x, context)
+    step("say the bound of its Lipschitz constant", spec.lipschitz_bound, weights)
+
+
+def name_of(part: Any) -> str:
+    """Name of a function, of a class, or of the class of an instance; of a partial function that of the function."""
+    if not hasattr(part, "__name__") and isinstance(part, functools.partial):
+        return name_of(part.func)
+    return part.__name__ if hasattr(part, "__name__") else type(part).__name__

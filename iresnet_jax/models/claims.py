@@ -1,0 +1,139 @@
+"""Bounds of Lipschitz constants that are the user's word, beside what a batch of data shows: a bound that is none is refused.
+
+A branch of one's own says its constant itself. Ratios ``|g(x) - g(y)| / |x - y|`` of pairs of the batch, and ``|J v| / |v|``
+along directions of power iteration, are lower bounds of it: one above the claim proves the claim wrong, none proves it right.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from iresnet_jax.branches.branch import Branch
+from iresnet_jax.maths.inverse.fixed_point import example_norm
+from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.contractions import Block, FlowWeights
+from iresnet_jax.models.flow import branch_inputs
+
+EXAMPLES = 256  # of a batch, at most, whose pairs are measured
+RTOL = 1e-3  # by which a ratio may be above a claim: rounding, and bounds that are attained
+_SHIFTS = (1, 2, 5)  # each example is paired with those so many places further
+_NEAREST = 1e-2  # distance of a pair below which differences are rounding, relative to the mean distance
+_DIRECTIONS, _STEPS = 16, 20  # examples of power iteration, and its steps
+
+
+class _Measured(NamedTuple):
+    """What the blocks of a stage show, one entry a block.
+
+    Attributes:
+        claim: Bound of ``Lip(g)`` that the branch claims, before any factor on its output.
+        ratio: Largest ratio that was found.
+        mixing: Largest change of ``g(x)`` by other examples in the batch, relative to the largest entry of ``g``.
+    """
+
+    claim: Float[Array, " k"]
+    ratio: Float[Array, " k"]
+    mixing: Float[Array, " k"]
+
+
+def check_claims(
+    spec: FlowSpec, weights: FlowWeights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
+) -> None:
+    """Raises ``ValueError`` if data show that a bound on the user's word is none; does nothing for other branches.
+
+    Args:
+        spec: Architecture of the flow.
+        weights: Its weights, constrained or frozen.
+        x: Inputs of the flow.
+        context: Contexts as the flow takes them, if the model is conditional.
+
+    Raises:
+        ValueError: If a branch claims less than is measured, claims no number, or mixes the examples of a batch.
+    """
+    names = {stage.name: stage.spec.branch_name for stage in spec.layout if weights[stage.name].branch.word == "user"}
+    if not names:
+        return
+    contexts = None if context is None else jnp.asarray(context[:EXAMPLES])
+    found = jax.device_get(_measure(spec, tuple(names), weights, jnp.asarray(x[:EXAMPLES]), contexts))
+    for stage, measured in found.items():
+        for k, (claim, ratio, mixing) in enumerate(zip(*measured, strict=True)):
+            block = f"the branch {names[stage]!r} of {stage}/block{k:02d}"
+            if not (np.isfinite(claim) and claim >= 0):
+                raise ValueError(
+                    f"{block} claims the Lipschitz constant {claim:.4g}: lipschitz_bound() must be a finite number"
+                )
+            if mixing > RTOL:
+                raise ValueError(
+                    f"{block} gives an example other values if the batch has other examples: each must be computed alone"
+                )
+            if not ratio <= claim * (1 + RTOL):
+                raise ValueError(
+                    f"{block} claims the Lipschitz constant {claim:.4g}, and {ratio:.4g} was measured on the data: its "
+                    "lipschitz_bound() is no upper bound, and nothing that relies on it would hold"
+                )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measure(
+    spec: FlowSpec,
+    names: tuple[str, ...],
+    weights: FlowWeights,
+    x: Float[Array, "b ..."],
+    context: Float[Array, "b k"] | None,
+) -> dict[str, _Measured]:
+    """What the blocks of some stages show on inputs of the flow."""
+    inputs = branch_inputs(spec, weights, x, context)
+
+    def of_block(own: tuple[Block, Array]) -> _Measured:
+        block, x = own
+        branch = dataclasses.replace(block.branch, gain=None)
+        claim = branch.spec.lipschitz_bound(branch.weights).astype(x.dtype)
+        ratio = jnp.maximum(_pairs(branch, x, context), _directions(branch, x, context))
+        return _Measured(claim, ratio, _mixing(branch, x, context))
+
+    return {name: lax.map(of_block, (weights[name], inputs[name])) for name in names}
+
+
+def _pairs(branch: Branch, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None) -> Float[Array, ""]:
+    """The largest ratio of pairs of the batch, each under one context, less what rounding may add."""
+    g = branch.given(context)
+    value, ratios = g(x), []
+    for shift in _SHIFTS:
+        y = jnp.roll(x, shift, axis=0)
+        other = g(y)
+        rounding = 32 * jnp.finfo(x.dtype).eps * (example_norm(value) + example_norm(other))
+        distance = example_norm(x - y)
+        is_apart = distance > _NEAREST * jnp.mean(distance)
+        ratios.append(jnp.where(is_apart, (example_norm(value - other) - rounding) / jnp.where(is_apart, distance, 1), 0))
+    return jnp.max(jnp.stack(ratios))
+
+
+def _directions(branch: Branch, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None) -> Float[Array, ""]:
+    """The largest ``|J v| / |v|`` on the way of power iteration, at some examples."""
+    x = x[:_DIRECTIONS]
+    _, push = jax.linearize(branch.given(None if context is None else context[:_DIRECTIONS]), x)
+    pull = jax.linear_transpose(push, x)
+
+    def unit(v):
+        norm = example_norm(v)
+        return v / jnp.where(norm > 0, norm, 1).reshape(-1, *(1,) * (v.ndim - 1))
+
+    def step(v, _):
+        pushed = push(v)
+        return unit(pull(pushed)[0]), jnp.max(example_norm(pushed))
+
+    start = unit(jax.random.normal(jax.random.key(0), x.shape, x.dtype))
+    return jnp.max(lax.scan(step, start, length=_STEPS)[1])
+
+
+def _mixing(branch: Branch, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None) -> Float[Array, ""]:
+    """Largest change of the first half's values by the second half, relative to the largest value."""
+    half = (len(x) + 1) // 2
+    whole, alone = branch.given(context)(x), branch.given(None if context is None else context[:half])(x[:half])
+    largest = jnp.max(jnp.abs(whole))
+    return jnp.max(jnp.abs(whole[:half] - alone)) / jnp.where(largest > 0, largest, 1)

@@ -1,0 +1,332 @@
+"""Branches that a function of the user makes: a density of them trains, inverts, is measured, saved and certified."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.tree_util import register_dataclass
+
+import iresnet_jax as ir
+from iresnet_jax.branches import kinds
+from iresnet_jax.models.contractions import as_params, freeze
+from iresnet_jax.models.linen import ResidualFlow
+
+DIMS, BLOCKS, BATCH, COEFF = 3, 3, 64, 0.8
+GRAPH = np.array([[1.0, 1, 0], [0, 1, 1], [0, 0, 1]])  # a constant, which is not trained
+
+
+@functools.partial(register_dataclass, data_fields=["there", "back", "bias", "graph"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """``g(x) = tanh(x (graph there) + bias) back``."""
+
+    there: jax.Array
+    back: jax.Array
+    bias: jax.Array
+    graph: np.ndarray
+
+    def __call__(self, x):
+        return jnp.tanh(x @ (self.graph * self.there) + self.bias[None]) @ self.back
+
+    def lipschitz_bound(self):
+        return jnp.linalg.norm(self.graph * self.there) * jnp.linalg.norm(self.back)
+
+
+def masked(key):
+    there, back = jax.random.normal(key, (2, DIMS, DIMS))
+    return Masked(there, back, jnp.zeros(DIMS), GRAPH)
+
+
+FLOW = ir.FlowSpec((DIMS,), (ir.StageSpec(BLOCKS, branch=masked),), coeff=COEFF)
+PRIOR = {"mean": jnp.zeros(DIMS), "log_std": jnp.zeros(DIMS)}
+
+
+def random_params(flow, seed=0):
+    """Parameters with an ActNorm that is the identity."""
+    params = {}
+    for stage in flow.layout:
+        keys = jax.random.split(jax.random.key(seed), stage.spec.num_blocks)
+        channels = jnp.zeros((len(keys), stage.branch.in_shape[-1]))
+        blocks = jax.vmap(stage.branch.initial_weights)(keys)
+        params[stage.name] = {"blocks": {**blocks, "actnorm": {"bias": channels, "log_scale": channels}}}
+    return params
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A density that a few steps of Adam made likelier, the losses, and data."""
+    spec = ir.DensitySpec(FLOW)
+    x = jax.random.normal(jax.random.key(1), (BATCH, DIMS)) * jnp.array([[1.0, 0.3, 2.0]])
+    optimizer = optax.adam(1e-2)
+
+    def loss(params):
+        return -ir.Density(spec, ir.constrain(FLOW, params, {}, num_steps=1).weights, PRIOR).log_prob(x).mean()
+
+    @jax.jit
+    def step(state, _):
+        params, moments = state
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, moments = optimizer.update(gradients, moments)
+        return (optax.apply_updates(params, updates), moments), value
+
+    params = random_params(FLOW)
+    (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), None, length=60)
+    return ir.Density(spec, freeze(FLOW, params), PRIOR), np.asarray(losses), x
+
+
+def dense_pass(model, x):
+    """Latents and ``log|det|`` of one example by the formulas of the module, in NumPy and float64."""
+    block = jax.tree.map(lambda a: np.asarray(a, np.float64), model.weights["stage0"])
+    x, log_det = np.asarray(x, np.float64), 0.0
+    for k in range(BLOCKS):
+        weights = {name: array[k] for name, array in block.branch.weights.items()}
+        there, back = GRAPH * weights["there"], weights["back"]
+        scale = min(1, COEFF / (np.linalg.norm(there) * np.linalg.norm(back)))
+        x = (x + block.actnorm.bias[k]) * np.exp(block.actnorm.log_scale[k])
+        h = np.tanh(x @ there + weights["bias"])
+        jacobian = np.eye(DIMS) + scale * (there * (1 - h**2)) @ back
+        x, log_det = x + scale * h @ back, log_det + np.linalg.slogdet(jacobian)[1] + block.actnorm.log_scale[k].sum()
+    return x, log_det
+
+
+def test_it_trains_and_its_constants_stay(trained):
+    model, losses, _ = trained
+    assert losses[-1] < losses[0] - 0.3
+    branch = model.weights["stage0"].branch
+    assert set(branch.weights) == {"there", "back", "bias"}
+    one = jax.tree.map(lambda a: a[0], branch.weights)
+    np.testing.assert_array_equal(branch.spec.module(one).graph, GRAPH)
+
+
+def test_it_goes_there_and_back(trained):
+    model, _, x = trained
+    z = model.encode(x)
+    expected = np.stack([dense_pass(model, row)[0] for row in x])
+    np.testing.assert_allclose(z, expected, atol=1e-5)
+    np.testing.assert_allclose(model.with_(unroll=True).encode(x), expected, atol=1e-5)
+    back, info = model.decode(z)
+    assert np.all(info.converged)
+    np.testing.assert_allclose(back, x, atol=1e-5)
+    coarse = model.with_(bfloat16=True).encode(x)
+    assert 1e-5 < np.max(np.abs(coarse - expected)) < 0.1
+
+
+def test_every_estimator_finds_its_logdet(trained):
+    model, _, x = trained
+    y, key, probes = x[:8], jax.random.key(4), 400
+    expected = np.array([dense_pass(model, row)[1] for row in y])
+    for estimator in (
+        ir.ExactLogdet(),
+        ir.SeriesLogdet(40, num_probes=probes),
+        ir.RouletteLogdet(num_probes=probes),
+        ir.KrylovLogdet(3, num_probes=probes),
+    ):
+        terms = model.with_(estimator=estimator).terms(y, key, key)
+        stderr = np.nan_to_num(terms.info.stderr, posinf=0)
+        assert np.all(np.abs(terms.log_det - expected) < 5 * stderr + 1e-4), estimator
+
+
+def test_it_is_certified_on_its_word(trained):
+    model, _, x = trained
+    for certificate in (model.certificate(), model.with_(bfloat16=True).certificate()):
+        assert all(block.word == "user" and block.bound <= COEFF * 1.01 for block in certificate.blocks)
+        assert certificate.certified
+        assert "user's word" in str(certificate)
+    model.check_branches(x)
+    z = model.encode(x[:2])
+    calls = [
+        lambda: ir.certify.inverse(model, z, model.decode(z)[0]),
+        lambda: ir.certify.decode(model, z),
+        lambda: ir.certify.log_prob(model, x[:2]),
+        lambda: ir.certify.log_det(model, x[:2]),
+        lambda: ir.certify.local_constants(model, x[:2], 0.1),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="branches of kind 'masked', which certificates cannot follow"):
+            call()
+
+
+def test_rounding_its_weights_to_bfloat16_cannot_break_its_certificate():
+    """Weights that the rounding makes larger: the factor on the output stays, so the bound is above the budget."""
+    params = jax.tree.map(lambda a: jnp.full_like(a, 1 + 2**-8 + 2**-12), random_params(FLOW))
+    model = ir.Density(ir.DensitySpec(FLOW), freeze(FLOW, params), PRIOR)
+    rounded = 1 + 2.0**-7  # the next number of bfloat16
+    [bound] = {block.bound for block in model.with_(bfloat16=True).certificate().blocks}
+    assert bound == pytest.approx(COEFF * (rounded / (1 + 2**-8 + 2**-12)) ** 2, rel=1e-5)
+
+
+def test_a_file_knows_it_by_name(trained, tmp_path):
+    model, _, x = trained
+    path = model.save(tmp_path / "model.npz")
+    loaded = ir.load(path, branches={"masked": masked, "another": None})
+    assert loaded.spec == model.spec
+    np.testing.assert_array_equal(loaded.log_prob(x), model.log_prob(x))
+    jax.tree.map(np.testing.assert_array_equal, as_params(loaded.weights), as_params(model.weights))
+    with pytest.raises(ValueError, match=r"branches=\{'masked': \.\.\.\}"):
+        ir.load(path)
+    with pytest.raises(ValueError, match="damaged"):
+        ir.load(path, branches={"masked": lambda key: dataclasses.replace(masked(key), bias=jnp.zeros(DIMS + 1)[:, None])})
+    one, other = functools.partial(masked), functools.partial(masked)
+    twice = ir.DensitySpec(ir.FlowSpec((DIMS,), (ir.StageSpec(1, branch=one), ir.StageSpec(1, branch=other))))
+    with pytest.raises(ValueError, match="two branches of the model are called 'masked'"):
+        ir.Density(twice, {}, PRIOR).save(tmp_path / "twice.npz")
+
+
+def test_models_with_one_function_share_their_programs(trained):
+    model, _, x = trained
+    traces = []
+    count = jax.jit(lambda model, x: traces.append(1) or model.log_prob(x))
+    same = ir.DensitySpec(ir.FlowSpec((DIMS,), (ir.StageSpec(BLOCKS, branch=masked),), coeff=COEFF))
+    for spec in (model.spec, same):
+        count(model.with_(spec=spec), x)
+    assert len(traces) == 1
+    assert ir.StageSpec(BLOCKS, branch=functools.partial(masked)) != model.spec.flow.stages[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledSpec(ir.BranchSpec):
+    """``g(x) = scale * sin(x)``."""
+
+    def initial_weights(self, key, *, last_scale=1.0, sharp=False):
+        return {"scale": jnp.full((), 0.5 * last_scale)}
+
+    def apply(self, weights, x, context, *, bfloat16=False):
+        return weights["scale"] * jnp.sin(x)
+
+    def lipschitz_bound(self, weights):
+        return jnp.abs(weights["scale"])
+
+
+def test_a_stage_takes_a_class_of_specs_an_instance_or_a_registered_name(monkeypatch):
+    monkeypatch.setattr(kinds, "KINDS", dict(kinds.KINDS))
+    kinds.register("scaled", ScaledSpec)
+    kinds.register("scaled", ScaledSpec)
+    kinds.register("masked", masked)
+    image = (4, 4, 1)
+    stages = [{"branch": ScaledSpec}, {"branch": ScaledSpec((16,))}, {"branch": ScaledSpec(image)}, {"kind": "scaled"}]
+    branches = [ir.FlowSpec(image, (ir.StageSpec(1, **stage),)).layout[0].branch for stage in stages]
+    assert [branch.in_shape for branch in branches] == [(16,), (16,), image, (16,)]
+    assert ir.FlowSpec((DIMS,), (ir.StageSpec(BLOCKS, kind="masked"),)).layout[0].branch == FLOW.layout[0].branch
+    with pytest.raises(ValueError, match="there is a kind of branch 'scaled' already"):
+        kinds.register("scaled", masked)
+    with pytest.raises(ValueError, match=r"examples of shape \(3,\) .* takes \(16,\)"):
+        ir.FlowSpec((3,), (ir.StageSpec(1, branch=ScaledSpec((16,))),))
+    with pytest.raises(ValueError, match="kind='masked'"):
+        ir.fit(np.zeros((9, DIMS)), architecture=[ir.StageSpec(1, branch=masked)])
+
+
+def test_images_keep_their_shape_and_contexts_are_given():
+    @register_dataclass
+    @dataclasses.dataclass
+    class Conditional:
+        """``g(x; c)`` shifts images around and adds a context."""
+
+        scale: jax.Array
+
+        def __call__(self, x, context):
+            return self.scale * jnp.sin(jnp.roll(x, 1, axis=1) + context[:, None, None, :1])
+
+        def lipschitz_bound(self):
+            return jnp.abs(self.scale)
+
+    def make(key):
+        return Conditional(0.5 + 0.1 * jax.random.normal(key))
+
+    flow = ir.FlowSpec((2, 2, 1), (ir.StageSpec(2, branch=make),), context_dim=2)
+    model = ir.Density(ir.DensitySpec(flow), freeze(flow, random_params(flow)), {name: jnp.zeros(4) for name in PRIOR})
+    x, context = jax.random.normal(jax.random.key(0), (5, 2, 2, 1)), jax.random.normal(jax.random.key(1), (5, 2))
+    z = np.asarray(x, np.float64)
+    for scale in np.asarray(model.weights["stage0"].branch.weights["scale"], np.float64):
+        z = z + scale * np.sin(np.roll(z, 1, axis=1) + np.asarray(context)[:, None, None, :1])
+    np.testing.assert_allclose(model.encode(x, context=context), z.reshape(5, 4), atol=1e-5)
+    model.check_branches(x, context=context)
+
+
+def test_without_actnorm_the_density_of_odd_branches_is_even():
+    odd = odd_one(__call__=lambda self, x: jnp.sin(x @ self.there))
+    flow = ir.FlowSpec((DIMS,), (ir.StageSpec(2, branch=odd, actnorm=False),))
+    x = 1 + jax.random.normal(jax.random.key(0), (16, DIMS))
+    params = ResidualFlow(flow).init(jax.random.key(0), x)["params"]
+    assert not any(np.any(leaf) for leaf in params["stage0"]["blocks"]["actnorm"].values())
+    moved = jax.tree.map(lambda leaf: leaf + 0.5, params)  # as no optimizer would
+    for weights in (freeze(flow, moved), ir.constrain(flow, moved, {}).weights):
+        model = ir.Density(ir.DensitySpec(flow), weights, PRIOR)
+        np.testing.assert_array_equal(model.log_prob(x), model.log_prob(-x))
+        shifted = {name: jnp.full(DIMS, 0.5) for name in PRIOR}
+        assert np.all(model.with_(prior=shifted).log_prob(x) != model.with_(prior=shifted).log_prob(-x))
+
+
+def test_a_module_of_flax_is_a_branch():
+    class Net(nnx.Module):
+        def __init__(self, key):
+            self.layer = nnx.Linear(DIMS, DIMS, rngs=nnx.Rngs(key))
+
+        def __call__(self, x):
+            return jnp.tanh(self.layer(x))
+
+        def lipschitz_bound(self):
+            return jnp.linalg.norm(self.layer.kernel[...])
+
+    flow = ir.FlowSpec((DIMS,), (ir.StageSpec(2, branch=Net),))
+    params = random_params(flow)
+    assert set(params["stage0"]["blocks"]) == {"actnorm", "layer.kernel.value", "layer.bias.value"}
+    model = ir.Density(ir.DensitySpec(flow), freeze(flow, params), PRIOR)
+    x = jax.random.normal(jax.random.key(0), (8, DIMS))
+    assert np.all(model.decode(model.encode(x))[1].converged)
+    model.check_branches(x)
+
+
+def test_a_module_of_equinox_is_a_branch():
+    eqx = pytest.importorskip("equinox")
+
+    class Scaled(eqx.Module):
+        mlp: eqx.nn.MLP
+
+        def __call__(self, x):
+            return jax.vmap(self.mlp)(x)
+
+        def lipschitz_bound(self):
+            return jnp.prod(jnp.stack([jnp.linalg.norm(layer.weight) for layer in self.mlp.layers]))
+
+    def make(key):
+        return Scaled(eqx.nn.MLP(DIMS, DIMS, 4, 1, activation=jnp.tanh, key=key))
+
+    flow = ir.FlowSpec((DIMS,), (ir.StageSpec(2, branch=make),))
+    params = random_params(flow)
+    assert set(params["stage0"]["blocks"]) == {"actnorm", *(f"mlp.layers.{i}.{a}" for i in (0, 1) for a in ("weight", "bias"))}
+    model = ir.Density(ir.DensitySpec(flow), freeze(flow, params), PRIOR)
+    x = jax.random.normal(jax.random.key(0), (8, DIMS))
+    assert np.all(model.decode(model.encode(x))[1].converged)
+    model.check_branches(x)
+
+
+def odd_one(**methods):
+    """A function that makes modules with other methods than `Masked`."""
+    changed = register_dataclass(type("Changed", (Masked,), methods))
+    return lambda key: changed(**{field.name: getattr(masked(key), field.name) for field in dataclasses.fields(Masked)})
+
+
+WRONG = {
+    "no array": (lambda key: GRAPH, "nothing to train"),
+    "an integer": (lambda key: dataclasses.replace(masked(key), bias=jnp.arange(DIMS)), "leaf bias is int32"),
+    "the name of ActNorm": (lambda key: {"actnorm": jnp.zeros(2)}, "must not be called 'actnorm'"),
+    "no call": (lambda key: {"weight": jnp.zeros(2)}, "cannot be called on a batch of shape"),
+    "another shape": (odd_one(__call__=lambda self, x: x[:, :2]), r"floats of the shape of its batch \(2, 3\)"),
+    "no bound": (odd_one(lipschitz_bound=None), "cannot say the bound of its Lipschitz constant"),
+    "two bounds": (odd_one(lipschitz_bound=lambda self: self.bias), r"one number, got shape \(3,\)"),
+    "an error": (lambda: None, "cannot be made of a key"),
+    "no function": (3, "must be a function key -> module or a BranchSpec, got 3"),
+    "a list": ([masked], r"must be a function key -> module or a BranchSpec, got \["),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_branch_is_refused_in_one_sentence(name):
+    make, sentence = WRONG[name]
+    with pytest.raises(ValueError, match=sentence):
+        ir.FlowSpec((DIMS,), (ir.StageSpec(1, branch=make),))

@@ -1,0 +1,113 @@
+"""Bounds on the user's word: one that data contradict is refused with its block and both numbers, and a right one never."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import register_dataclass
+
+import iresnet_jax as ir
+from iresnet_jax.models.contractions import freeze
+from iresnet_jax.training.constraint import ConstraintConfig
+from iresnet_jax.training.initialization import initial_variables
+
+X = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
+
+
+@register_dataclass
+@dataclasses.dataclass
+class Rotated:
+    """``g(x) = s (x_2, -x_1) + offset``, whose constant is ``|s|``: of every pair and in every direction."""
+
+    scale: jax.Array
+
+    def __call__(self, x):
+        return self.scale * jnp.stack([x[:, 1], -x[:, 0]], axis=1) + 100.0
+
+    def lipschitz_bound(self):
+        return jnp.abs(self.scale)
+
+
+@register_dataclass
+class TooLow(Rotated):
+    def lipschitz_bound(self):
+        return 0.99 * jnp.abs(self.scale)
+
+
+@register_dataclass
+class Kinked(Rotated):
+    """A slope that a quarter of the data see, and no pair of them as a whole."""
+
+    def __call__(self, x):
+        return self.scale * jnp.where(jnp.abs(x) > 1.2, jnp.sign(x) * (jnp.abs(x) - 1.2), 0)
+
+    def lipschitz_bound(self):
+        return 0.9 * jnp.abs(self.scale)
+
+
+@register_dataclass
+class Infinite(Rotated):
+    def lipschitz_bound(self):
+        return jnp.inf * self.scale
+
+
+@register_dataclass
+class Negative(Rotated):
+    def lipschitz_bound(self):
+        return -self.scale
+
+
+@register_dataclass
+class Mixing(Rotated):
+    def __call__(self, x):
+        return self.scale * (x - x.mean(axis=0, keepdims=True))
+
+
+def density(kind):
+    """A density whose second stage has branches of this class."""
+
+    def own(key):
+        return kind(2.0 + jax.random.uniform(key))
+
+    flow = ir.FlowSpec((2,), (ir.StageSpec(1, hidden=(3,)), ir.StageSpec(2, branch=own)))
+    params = {}
+    for stage in flow.layout:
+        blocks = jax.vmap(stage.branch.initial_weights)(jax.random.split(jax.random.key(0), stage.spec.num_blocks))
+        channels = jnp.zeros((stage.spec.num_blocks, 2))
+        params[stage.name] = {"blocks": {**blocks, "actnorm": {"bias": channels, "log_scale": channels}}}
+    return ir.Density(ir.DensitySpec(flow), freeze(flow, params), {"mean": jnp.zeros(2), "log_std": jnp.zeros(2)})
+
+
+def test_a_bound_that_is_attained_passes():
+    density(Rotated).check_branches(X)
+
+
+def test_a_bound_that_is_one_percent_too_low_is_named_with_both_numbers():
+    model = density(TooLow)
+    scale = float(model.weights["stage1"].branch.weights["scale"][0])
+    with pytest.raises(ValueError, match="'own' of stage1/block00 claims") as caught:
+        model.check_branches(X)
+    assert f"{0.99 * scale:.4g}, and {scale:.4g} was measured" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        (Kinked, "was measured on the data"),
+        (Infinite, "constant inf: .* finite"),
+        (Negative, "constant -.* finite"),
+        (Mixing, "computed alone"),
+    ],
+)
+def test_other_wrong_claims_are_refused(kind, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        density(kind).check_branches(X)
+
+
+def test_training_begins_with_the_check():
+    spec = density(TooLow).spec
+    examples = lambda key, n: (jnp.asarray(X), None, None)  # noqa: E731
+    with pytest.raises(ValueError, match="was measured on the data"):
+        initial_variables(spec, 0, examples, actnorm_examples=64, constraint=ConstraintConfig())

@@ -1,0 +1,112 @@
+"""A prior of one's own: a pytree with ``log_prob`` and ``sample``, which a density takes, trains, saves and loads."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import register_dataclass
+
+import iresnet_jax as ir
+from iresnet_jax.models import priors
+from iresnet_jax.models.contractions import freeze
+
+FLOW = ir.FlowSpec((2,), (ir.StageSpec(1, hidden=(4,), activation="tanh"),))
+SPEC = ir.DensitySpec(FLOW, prior_family="own")
+X = jax.random.normal(jax.random.key(0), (16, 2))
+
+
+@functools.partial(register_dataclass, data_fields=["log_scale"], meta_fields=["dims"])
+@dataclasses.dataclass(frozen=True)
+class Laplace:
+    """Independent Laplace distributions of one scale."""
+
+    log_scale: jax.Array | float
+    dims: int = 2
+
+    def log_prob(self, z):
+        return -jnp.sum(jnp.abs(z) * jnp.exp(-self.log_scale) + self.log_scale + np.log(2), axis=1)
+
+    def sample(self, key, shape):
+        return jnp.exp(self.log_scale) * jax.random.laplace(key, (*shape, self.dims))
+
+
+@functools.cache
+def weights():
+    [stage] = FLOW.layout
+    blocks = jax.vmap(stage.branch.initial_weights)(jax.random.split(jax.random.key(0), 1))
+    actnorm = {"bias": jnp.zeros((1, 2)), "log_scale": jnp.zeros((1, 2))}
+    return freeze(FLOW, {"stage0": {"blocks": {**blocks, "actnorm": actnorm}}})
+
+
+def density(prior):
+    return ir.Density(SPEC, weights(), prior)
+
+
+def test_it_is_the_density_of_latents_and_their_source():
+    model = density(Laplace(jnp.float32(0.3)))
+    z = np.asarray(model.encode(X), np.float64)
+    log_prior = -np.sum(np.abs(z) / np.exp(0.3) + 0.3 + np.log(2), axis=1)
+    terms = model.terms(X, jax.random.key(0), jax.random.key(0))
+    np.testing.assert_allclose(terms.log_prior, log_prior, rtol=1e-5)
+    latents = model.sample_latents(jax.random.key(1), 2000)
+    assert np.mean(np.abs(latents)) == pytest.approx(np.exp(0.3), rel=0.1)
+    assert model.sample(jax.random.key(1), 3)[0].shape == (3, 2)
+
+
+def test_its_numbers_have_gradients():
+    z = np.asarray(density(Laplace(0.0)).encode(X), np.float64)
+    found = jax.jit(jax.grad(lambda prior: density(prior).log_prob(X).mean()))(priors.own(Laplace(0)))
+    assert found.log_scale == pytest.approx(np.mean(np.sum(np.abs(z) - 1, axis=1)), rel=1e-4)
+
+
+def test_a_file_holds_its_numbers(tmp_path):
+    model = density(Laplace(0.3))
+    path = model.save(tmp_path / "model.npz")
+    loaded = ir.load(path, prior=Laplace(7.0))
+    np.testing.assert_allclose(loaded.log_prob(X), model.log_prob(X), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"give one like it, as prior="):
+        ir.load(path)
+    with pytest.raises(ValueError, match="damaged"):
+        ir.load(path, prior=Laplace(jnp.zeros(2)))
+    standard = ir.Density(ir.DensitySpec(FLOW), weights(), priors.standard("gaussian", 2)).save(tmp_path / "standard.npz")
+    with pytest.raises(ValueError, match=r"takes no prior="):
+        ir.load(standard, prior=Laplace(0.0))
+
+
+def test_certificates_that_enclose_the_prior_refuse_it():
+    model = density(Laplace(0.3))
+    with pytest.raises(ValueError, match="no guaranteed error"):
+        ir.certify.log_prob(model, X[:1])
+    interval = ir.certify.log_det(model, X[:1])
+    assert interval.lower <= model.terms(X[:1], jax.random.key(0), jax.random.key(0)).log_det + 1e-4
+    assert model.certificate().certified
+
+
+class EachEntry(Laplace):
+    def log_prob(self, z):
+        return -jnp.abs(z)
+
+
+class Transposed(Laplace):
+    def sample(self, key, shape):
+        return super().sample(key, shape).T
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: density(priors.standard("gaussian", 2)).log_prob(X), "has the methods log_prob.* got a dict"),
+        (lambda: density(EachEntry(0.0)).log_prob(X), r"one number for each of 16 latents .* got shape \(16, 2\)"),
+        (lambda: density(Transposed(0.0)).sample_latents(jax.random.key(0), 3), r"3 latents as rows, got shape \(2, 3\)"),
+        (lambda: density(Laplace(0.0)).sample_latents(jax.random.key(0), 3, temperature=0.5), "has no temperature, got 0.5"),
+        (lambda: priors.own(Laplace(jnp.arange(2))), "its leaf log_scale is int32"),
+        (lambda: ir.DensitySpec(FLOW, prior_family="own", num_classes=2), "leave out num_classes=2"),
+        (lambda: priors.standard("own", 2), "no standard member"),
+    ],
+)
+def test_what_it_cannot_do_ends_in_one_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
