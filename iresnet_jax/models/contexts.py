@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Key
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection
 from iresnet_jax.bijections.transforms.standardize import Standardize
 
-WIDTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)  # of the logarithmic entries, in mean absolute deviations from the centre
-LINEAR = 1e4  # width of the entries that are linear, in the same unit
+WIDTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)  # of the logarithmic entries, in median absolute deviations from the median
+LINEAR = 1e4  # width of the entries that are linear, in mean absolute deviations
 GAIN = 2e-3  # of the correlation with a normal distribution's quantiles, for which an entry is not linear
 _ROWS = 10_000  # at most, which choose the widths
 
@@ -87,10 +87,10 @@ def _likeliest(column: Float[np.ndarray, " n"]) -> tuple[float, float]:
         values = np.arcsinh((ordered - center) / width)
         return float(np.corrcoef(values, quantiles)[0, 1]) if values.std() > 0 else -1.0
 
-    best, deviation = (median, 1.0), float(np.mean(np.abs(column - median)))
-    if deviation == 0:
-        return best
-    best = (median, LINEAR * deviation)
+    distances = np.abs(column - median)
+    if not distances.any():
+        return median, 1.0
+    best, deviation = (median, LINEAR * float(distances.mean())), float(np.median(distances)) or float(distances.mean())
     highest = straightness(*best) + GAIN
     centers = [0.0, median] if ordered[0] >= 0 or ordered[-1] <= 0 else [median]
     smallest = float(np.quantile(np.abs(column), 0.01))
