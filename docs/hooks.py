@@ -15,7 +15,19 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "iresnet_jax"
-FOLDERS = ("maths", "branches", "bijections", "models", "certification", "training", "data", "runs", "evaluation", "report")
+FOLDERS = (
+    "maths",
+    "branches",
+    "bijections",
+    "models",
+    "certification",
+    "training",
+    "adapters",
+    "data",
+    "runs",
+    "evaluation",
+    "report",
+)
 SHOWN_FILES = (".json", ".jsonl", ".png", ".md")  # of benchmarks/, which pages link to
 NUMBERS = {  # names of annotations in checked_dataclasses.py
     "Count": "integer in [1, inf)",

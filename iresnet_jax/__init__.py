@@ -37,6 +37,7 @@ from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 
 if TYPE_CHECKING:
+    from iresnet_jax import adapters
     from iresnet_jax import certification as certify
     from iresnet_jax.fitting import fit
 
@@ -72,6 +73,7 @@ __all__ = [
     "StageSpec",
     "Standardize",
     "Whiten",
+    "adapters",
     "certify",
     "chain",
     "constrain",
@@ -92,6 +94,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """What takes more than the mathematics is imported when it is asked for: `certify`, and `fit` with all of training."""
+    if name == "adapters":
+        return importlib.import_module("iresnet_jax.adapters")
     if name == "certify":
         return importlib.import_module("iresnet_jax.certification")
     if name == "fit":
@@ -128,5 +132,9 @@ def load(
     if os.path.isdir(path) and os.path.exists(os.path.join(path, "config.json")):
         from iresnet_jax.runs import trained_run
 
+        if branches is not None or prior is not None:
+            raise ValueError(
+                f"{path} is the folder of a run, which names kinds: call kinds.register in place of branches and prior"
+            )
         return trained_run.load(path).model
     return saved.load(path, branches=branches, prior=prior)

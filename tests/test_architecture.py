@@ -15,13 +15,14 @@ ROOT = Path(__file__).parents[1]  # train.py and configs/ are never installed
 
 # A folder's files may import those of folders further up in this list, and of their own: the library, then the application.
 FOLDERS = (
-    *("maths", "branches", "bijections", "models", "certification", "training"),
+    *("maths", "branches", "bijections", "models", "certification", "training", "adapters"),
     *("data", "runs", "evaluation", "report"),
 )
 # Files beside the folders: how files are written whole and dataclasses become JSON is for everyone, the others may import all.
 FOR_EVERYONE = ("atomic_files", "checked_dataclasses")
 EDGES = ("__init__", "__main__", "commands", "estimators", "fit_arguments", "fit_settings", "fitting")
 HEAVY = {"absl", "optax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "flax", "ml_collections"}
+ADAPTED = {"numpyro", "blackjax", "flowjax", "distrax"}  # each imported by its adapter alone
 
 
 def sources():
@@ -119,6 +120,12 @@ def test_one_file_imports_flax():
     assert files_with(lambda source: "flax" in packages_of(source)) == {"models/linen.py"}
 
 
+def test_libraries_that_densities_are_adapted_to_are_imported_by_their_adapters():
+    for library in ADAPTED - {"blackjax"}:
+        assert files_with(lambda source, library=library: library in packages_of(source)) == {f"adapters/{library}.py"}
+    assert not files_with(lambda source: "blackjax" in packages_of(source))
+
+
 def test_one_file_mentions_pmap():
     assert files_with(lambda source: "pmap" in source) == {"training/parallel.py"}
     others = [ROOT / "train.py", *(ROOT / "configs").glob("*.py")]
@@ -136,5 +143,5 @@ def test_importing_the_library_loads_jax_alone_and_metrics_load_their_writers_la
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     of_library, of_metrics = (set(line.split()) for line in run.stdout.splitlines())
     assert "jax" in of_library
-    assert not of_library & HEAVY
+    assert not of_library & (HEAVY | ADAPTED)
     assert not of_metrics & {"tensorboardX", "tqdm", "tensorflow"}

@@ -22,6 +22,7 @@ class StageSpec:
             `FeedforwardSpec`; without ``kernel_sizes`` branches are dense and take flattened arrays.
         squeeze: Space-to-depth factor in front of the blocks; 1 for none.
         factor_out: Whether half of the channels leave as latents after the blocks.
+        actnorm: Whether an ActNorm stands in front of every branch. Without it the flow keeps the symmetries of its branches.
         kind: Kind of the branches, a name in `kinds.KINDS`.
         branch: Branches of one's own instead: a function ``key -> module``, see `iresnet_jax.branches.own`, whose modules get
             arrays of the stage's shape; or a class of `BranchSpec`, or an instance. Models with the same function share
@@ -37,6 +38,7 @@ class StageSpec:
     factor_out: bool = False
     padding: str = "SAME"
     positional_bias: bool = False
+    actnorm: bool = True
     kind: str = "feedforward"
     branch: Any = field(default=None, metadata={"name": name_of})
 

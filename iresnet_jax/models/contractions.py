@@ -151,7 +151,7 @@ def _constrain(
 ) -> ConstrainedFlow:
     weights, new_spectral, norms = {}, dict(spectral), {}
     for stage in spec.layout:
-        scale, of_branch = _parts(params[stage.name])
+        scale, of_branch = _parts(stage, params)
         with jax.named_scope(NORMS):
             found = of_stage(stage, of_branch)
         weights[stage.name] = Block(scale, found.branch)
@@ -161,10 +161,11 @@ def _constrain(
     return ConstrainedFlow(weights, new_spectral, norms)
 
 
-def _parts(stage: Tree) -> tuple[ActNormParams, Tree]:
-    """ActNorm and the branch's weights among the parameters of a stage."""
-    blocks = dict(stage["blocks"])
-    return ActNormParams(**blocks.pop("actnorm")), blocks
+def _parts(stage: PlacedStage, params: Tree) -> tuple[ActNormParams, Tree]:
+    """ActNorm and the branch's weights among the parameters; a stage without ActNorm has parameters that do nothing."""
+    blocks = dict(params[stage.name]["blocks"])
+    scale = ActNormParams(**blocks.pop("actnorm"))
+    return scale if stage.spec.actnorm else jax.tree.map(jnp.zeros_like, scale), blocks
 
 
 def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
@@ -198,7 +199,7 @@ def with_bounds(spec: FlowSpec, params: Tree) -> dict[str, Block]:
 def _with_bounds(spec: FlowSpec, params: Tree, of_block: Callable[[BranchSpec, Tree], Branch]) -> dict[str, Block]:
     weights = {}
     for stage in spec.layout:
-        scale, of_branch = _parts(params[stage.name])
+        scale, of_branch = _parts(stage, params)
         weights[stage.name] = Block(scale, jax.lax.map(functools.partial(of_block, stage.branch), of_branch).sealed())
     return weights
 

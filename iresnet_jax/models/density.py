@@ -234,6 +234,11 @@ class Density(Model):
     bfloat16: bool = False
     history: History | None = field(default=None, repr=False)
 
+    def learned(self, name: str) -> Any:
+        """The arrays of a field in `arrays`; those of a prior of one's own without its constants."""
+        is_own = name == "prior" and self.spec.prior_family == priors.OWN
+        return priors.own(self.prior) if is_own else super().learned(name)
+
     @property
     def continuous(self) -> "Density":
         """The density of the dequantised data: of points of [0, 1) instead of integer levels, of cells instead of a grid."""

@@ -15,7 +15,7 @@ from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths import platforms
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.architecture import FlowSpec, PlacedStage
 from iresnet_jax.models.contractions import FlowWeights, Tree
 
 
@@ -93,6 +93,7 @@ def unroll_by_default() -> bool:
 
 
 def initialize_actnorm(
+    stage: PlacedStage,
     branch: Branch,
     x: Float[Array, "b ..."],
     context: Float[Array, "b k"] | None = None,
@@ -102,6 +103,7 @@ def initialize_actnorm(
     """ActNorm of a stage's blocks from data: each block's from what the blocks before it make of the batch.
 
     Args:
+        stage: The stage; if it has no ActNorm, its parameters do nothing.
         branch: The constrained branches of the stage, stacked over blocks.
         x: A representative batch, already squeezed or flattened for this stage.
         context: Contexts of the batch, if the model is conditional.
@@ -113,6 +115,7 @@ def initialize_actnorm(
 
     def step(x, branch):
         params = actnorm.initialize(x, axis_name=axis_name)
+        params = params if stage.spec.actnorm else jax.tree.map(jnp.zeros_like, params)
         x, _ = actnorm.forward_and_logdet(params, x)
         return x + branch.given(context)(x), params._asdict()
 
@@ -143,7 +146,7 @@ def fit_actnorm(
     fitted, latents = {}, []
     for stage in spec.layout:
         x, branch = chain(stage.reshapes).forward(x), weights[stage.name].branch
-        fitted[stage.name], x = initialize_actnorm(branch, x, context, axis_name=axis_name)
+        fitted[stage.name], x = initialize_actnorm(stage, branch, x, context, axis_name=axis_name)
         if stage.spec.factor_out:
             x, latent = reshape.split_channels(x)
             latents.append(reshape.flatten(latent))

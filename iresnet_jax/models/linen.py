@@ -62,7 +62,7 @@ class Blocks(nn.Module):
             start, iterates, _ = constrain_blocks(branch, weights, iterates, coeff=self.flow.coeff, budget=self.flow.budget)
         for name, iterate in iterates.items():  # converged already, so the first training step is as constrained as any
             self.variable("spectral", name, lambda iterate=iterate: iterate)
-        fit = functools.partial(initialize_actnorm, start, x, context)
+        fit = functools.partial(initialize_actnorm, self.stage, start, x, context)
         fitted, y = fit() if self.fitted else jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(fit))
         self.param("actnorm", lambda key: fitted)
         return y

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.tree_util import register_dataclass
 
 import iresnet_jax as ir
 from iresnet_jax.branches import kinds
 from iresnet_jax.models.contractions import as_params, freeze
+from iresnet_jax.models.linen import ResidualFlow
 
 DIMS, BLOCKS, BATCH, COEFF = 3, 3, 64, 0.8
 GRAPH = np.array([[1.0, 1, 0], [0, 1, 1], [0, 0, 1]])  # a constant, which is not trained
@@ -243,6 +245,40 @@ def test_images_keep_their_shape_and_contexts_are_given():
         z = z + scale * np.sin(np.roll(z, 1, axis=1) + np.asarray(context)[:, None, None, :1])
     np.testing.assert_allclose(model.encode(x, context=context), z.reshape(5, 4), atol=1e-5)
     model.check_branches(x, context=context)
+
+
+def test_without_actnorm_the_density_of_odd_branches_is_even():
+    odd = odd_one(__call__=lambda self, x: jnp.sin(x @ self.there))
+    flow = ir.FlowSpec((DIMS,), (ir.StageSpec(2, branch=odd, actnorm=False),))
+    x = 1 + jax.random.normal(jax.random.key(0), (16, DIMS))
+    params = ResidualFlow(flow).init(jax.random.key(0), x)["params"]
+    assert not any(np.any(leaf) for leaf in params["stage0"]["blocks"]["actnorm"].values())
+    moved = jax.tree.map(lambda leaf: leaf + 0.5, params)  # as no optimizer would
+    for weights in (freeze(flow, moved), ir.constrain(flow, moved, {}).weights):
+        model = ir.Density(ir.DensitySpec(flow), weights, PRIOR)
+        np.testing.assert_array_equal(model.log_prob(x), model.log_prob(-x))
+        shifted = {name: jnp.full(DIMS, 0.5) for name in PRIOR}
+        assert np.all(model.with_(prior=shifted).log_prob(x) != model.with_(prior=shifted).log_prob(-x))
+
+
+def test_a_module_of_flax_is_a_branch():
+    class Net(nnx.Module):
+        def __init__(self, key):
+            self.layer = nnx.Linear(DIMS, DIMS, rngs=nnx.Rngs(key))
+
+        def __call__(self, x):
+            return jnp.tanh(self.layer(x))
+
+        def lipschitz_bound(self):
+            return jnp.linalg.norm(self.layer.kernel[...])
+
+    flow = ir.FlowSpec((DIMS,), (ir.StageSpec(2, branch=Net),))
+    params = random_params(flow)
+    assert set(params["stage0"]["blocks"]) == {"actnorm", "layer.kernel.value", "layer.bias.value"}
+    model = ir.Density(ir.DensitySpec(flow), freeze(flow, params), PRIOR)
+    x = jax.random.normal(jax.random.key(0), (8, DIMS))
+    assert np.all(model.decode(model.encode(x))[1].converged)
+    model.check_branches(x)
 
 
 def test_a_module_of_equinox_is_a_branch():

@@ -1,0 +1,105 @@
+"""Densities inside of NumPyro: as a prior under NUTS, with a context, with bounds, and as a guide."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import kept
+import moments
+import numpy as np
+import pytest
+
+import iresnet_jax as ir
+from iresnet_jax.models.density import Density, DensitySpec
+
+numpyro = pytest.importorskip("numpyro", reason="NumPyro is not installed")
+dist = numpyro.distributions
+
+SAME = {"rtol": 1e-5, "atol": 1e-5}  # float32
+FLOW = kept.POINTS.flow
+GIVEN = DensitySpec(dataclasses.replace(FLOW, context_dim=3))
+BOUNDED = DensitySpec(FLOW, transform=ir.Bounded((ir.Bounds.of(0.0, 1.0), None)))
+CONTEXTS = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(autouse=True)
+def ranks_are_promoted():
+    """NumPyro broadcasts implicitly."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def run_nuts(model, num_samples=1500):
+    """Draws of the site "x"; none of them may diverge."""
+    mcmc = numpyro.infer.MCMC(numpyro.infer.NUTS(model), num_warmup=300, num_samples=num_samples, progress_bar=False)
+    mcmc.run(KEY, extra_fields=("diverging",))
+    assert np.mean(mcmc.get_extra_fields()["diverging"]) < 0.01
+    return mcmc.get_samples()["x"]
+
+
+def test_it_is_a_distribution_of_numpyro():
+    model = kept.model(GIVEN)
+    prior = ir.adapters.to_numpyro(model, context=CONTEXTS)
+    assert (prior.batch_shape, prior.event_shape, prior.has_rsample) == ((5,), (2,), True)
+    x = prior.sample(KEY, (4,))
+    assert x.shape == prior.shape((4,)) == (4, 5, 2)
+    np.testing.assert_allclose(prior.log_prob(x), model.log_prob(x, context=CONTEXTS), **SAME)
+    of_pytree = jax.jit(lambda prior, x: prior.log_prob(x))(prior, x)
+    np.testing.assert_allclose(of_pytree, prior.log_prob(x), **SAME)
+    assert prior.expand((3, 5)).to_event(1).log_prob(prior.expand((3, 5)).sample(KEY)).shape == (3,)
+
+
+def test_nuts_on_a_prior_and_the_model_s_own_samples_have_the_same_moments():
+    model = kept.model(kept.POINTS)
+    prior = ir.adapters.to_numpyro(model)
+    draws = run_nuts(lambda: numpyro.sample("x", prior))
+    moments.assert_agree(draws, model.sample(KEY, 4000)[0])
+
+
+def test_a_posterior_under_a_conditional_prior_is_that_of_importance_sampling():
+    model, context = kept.model(GIVEN), CONTEXTS[0]
+
+    def posterior():
+        x = numpyro.sample("x", ir.adapters.to_numpyro(model, context=context))
+        numpyro.sample("seen", dist.Normal(x[0] + x[1], 1.0), obs=0.5)
+
+    samples, _ = model.sample(KEY, 8000, context=context)
+    weights = np.exp(-0.5 * np.square(np.asarray(samples).sum(axis=1) - 0.5))
+    moments.assert_agree(run_nuts(posterior), samples, weights)
+
+
+def test_nuts_stays_within_bounds():
+    model = kept.model(BOUNDED)
+    prior = ir.adapters.to_numpyro(model)
+    np.testing.assert_array_equal(prior.support(jnp.array([[0.5, 9.0], [1.5, 0.0]])), [True, False])
+    with pytest.warns(UserWarning, match="Out-of-support"):
+        assert prior.log_prob(jnp.array([1.5, 0.0])) == -jnp.inf
+    draws = run_nuts(lambda: numpyro.sample("x", prior))
+    moments.assert_agree(draws, model.sample(KEY, 4000)[0])
+
+
+def test_a_guide_is_trained_by_gradients_of_its_samples():
+    """The target's evidence is known. Its entries have the correlation .83: without a flow the bound is .6 nats below."""
+    spec = DensitySpec(ir.FlowSpec((2,), (ir.StageSpec(1, (6,), activation="tanh"),)))
+    scale = jnp.array([[1.0, 0.0], [0.9, 0.6]])
+    params = kept.random_params(spec.flow, KEY)
+    start = {"flow": params, "prior": {"mean": jnp.array([1.0, -1.0]), "log_std": jnp.zeros(2)}}
+
+    def density(parameters):
+        return Density(spec, ir.freeze(spec.flow, parameters["flow"]), parameters["prior"])
+
+    def target():
+        numpyro.sample("x", dist.MultivariateNormal(jnp.zeros(2), scale_tril=scale))
+        numpyro.factor("evidence", 2.0)
+
+    def guide():
+        numpyro.sample("x", ir.adapters.to_numpyro(density(numpyro.param("density", start))))
+
+    elbo = numpyro.infer.Trace_ELBO(num_particles=32)
+    inference = numpyro.infer.SVI(target, guide, numpyro.optim.Adam(0.03), elbo)
+    result = inference.run(KEY, 300, progress_bar=False)
+    assert result.losses[0] > -1
+    np.testing.assert_allclose(np.mean(result.losses[-30:]), -2.0, atol=0.05)
+    before, after = (tree["flow"]["stage0"]["blocks"]["dense0"]["kernel"] for tree in (start, result.params["density"]))
+    assert np.abs(after - before).max() > 1e-2
