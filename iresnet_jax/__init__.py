@@ -132,5 +132,9 @@ def load(
     if os.path.isdir(path) and os.path.exists(os.path.join(path, "config.json")):
         from iresnet_jax.runs import trained_run
 
+        if branches is not None or prior is not None:
+            raise ValueError(
+                f"{path} is the folder of a run, which names kinds: call kinds.register in place of branches and prior"
+            )
         return trained_run.load(path).model
     return saved.load(path, branches=branches, prior=prior)

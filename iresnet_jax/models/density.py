@@ -39,6 +39,7 @@ from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.columns import Column, Frame, numbers_of, table_of
@@ -245,6 +246,11 @@ class Density(Model):
     history: History | None = field(default=None, repr=False)
     network: Network = field(default_factory=dict, repr=False)
 
+    def learned(self, name: str) -> Any:
+        """The arrays of a field in `arrays`; those of a prior of one's own without its constants."""
+        is_own = name == "prior" and self.spec.prior_family == priors.OWN
+        return priors.own(self.prior) if is_own else super().learned(name)
+
     @property
     def continuous(self) -> "Density":
         """The density of the dequantised data: of points of [0, 1) instead of integer levels, of cells instead of a grid."""
@@ -262,8 +268,7 @@ class Density(Model):
         """
         examples = self._examples(x, context)
         key = jax.random.key(0) if key is None else examples.keys(key)
-        split = jax.random.split(key) if key.ndim == 0 else jnp.moveaxis(jax.vmap(jax.random.split)(key), 0, 1)
-        return examples.restore(self._terms(examples, split[0], split[1]).log_prob)
+        return examples.restore(_log_prob(self, self._checked(examples.x), examples.context, key))
 
     def terms(
         self,
@@ -282,20 +287,8 @@ class Density(Model):
             context: Contexts of a conditional model.
         """
         examples = self._examples(x, context)
-        return examples.restore(self._terms(examples, examples.keys(key_noise), examples.keys(key_probe)))
-
-    def _terms(self, examples: Examples, key_noise: Keys, key_probe: Keys) -> LogProb:
-        """`terms` of one batch."""
-        u, log_det_cells, _ = self._dequantize.forward_and_logdet(self._checked(examples.x), key_noise)
-        y, log_det_transform, _ = self._transform.forward_and_logdet(u, key_probe)
-        z, log_det, info = self.flow(examples.context).forward_and_logdet(y, key_probe)
-        by_class = None if self.spec.num_classes is None else self.log_prior_by_class(z)
-        if by_class is None:
-            log_prior = priors.log_prob(self.spec.prior_family, self.prior, z)
-        else:
-            log_prior = jax.nn.logsumexp(by_class, axis=1)
-        preprocessing = log_det_cells + log_det_transform
-        return LogProb(log_prior + log_det + preprocessing, log_prior, log_det, preprocessing, info, by_class)
+        keys = examples.keys(key_noise), examples.keys(key_probe)
+        return examples.restore(_terms(self, self._checked(examples.x), examples.context, *keys))
 
     def log_prior_by_class(self, z: Float[Array, "b d"]) -> Float[Array, "b k"]:
         """``log p(y) + log p_Z(z | y)`` for every class ``y``: logits of the classes, whose log-sum-exp is the prior.
@@ -337,8 +330,7 @@ class Density(Model):
     def _encode(self, examples: Examples, key: Keys | None) -> Float[Array, "b d"]:
         """`encode` of one batch."""
         key = None if key is None else examples.keys(key)
-        preprocessed = self.preprocess(examples.x, key)  # first, as it refuses what is no data
-        return self.flow(examples.context).forward(preprocessed)
+        return _encode(self, self._checked(examples.x), examples.context, key)
 
     def decode(
         self, z: Float[Array, "... d"] | Float[np.ndarray, "... d"], *, context: Contexts | None = None
@@ -353,10 +345,8 @@ class Density(Model):
             The data, and a `FixedPointInfo`. Its ``error_bound`` is in the units of continuous data: [0, 1) for integer levels,
             before they are rounded down. It is the product of the blocks' bounds, which says little about a deep flow.
         """
-        flow = self.spec.flow
-        examples = as_batch(jnp.asarray(z), (flow.num_dims,), context, self.spec.context_dim)
-        u, info = chain([self._transform, self.flow(examples.context)]).inverse(examples.x)
-        return examples.restore((self.round_to_data(u), info))
+        examples = as_batch(jnp.asarray(z), (self.spec.flow.num_dims,), context, self.spec.context_dim)
+        return examples.restore(_decode(self, examples.x, examples.context))
 
     def sample(
         self,
@@ -455,7 +445,7 @@ class Density(Model):
         if self.spec.num_classes is None:
             if labels is not None:
                 self.check_classes()
-            return priors.sample(self.spec.prior_family, self.prior, key, num, temperature)
+            return _sample(self.spec.prior_family, self.prior, key, num, temperature)
         key_label, key_noise = jax.random.split(key)
         drawn = jax.random.categorical(key_label, self.prior["class_logits"], shape=(num,))
         labels = drawn if labels is None else jnp.asarray(labels)
@@ -606,3 +596,40 @@ class Density(Model):
     @property
     def _priors_of_classes(self) -> Mapping[str, Array]:
         return {name: values for name, values in self.prior.items() if name != "class_logits"}
+
+
+# One program each: outside of ``jit``, every operation would be one of its own, and every loop one at every call.
+
+
+@quick_jit
+def _log_prob(model: Density, x: Array, context: Any, key: Keys) -> Float[Array, " b"]:
+    key_noise, key_probe = jax.random.split(key) if key.ndim == 0 else jnp.moveaxis(jax.vmap(jax.random.split)(key), 0, 1)
+    return _terms(model, x, context, key_noise, key_probe).log_prob
+
+
+@quick_jit
+def _terms(model: Density, x: Array, context: Any, key_noise: Keys, key_probe: Keys) -> LogProb:
+    u, log_det_cells, _ = model._dequantize.forward_and_logdet(x, key_noise)
+    y, log_det_transform, _ = model._transform.forward_and_logdet(u, key_probe)
+    z, log_det, info = model.flow(context).forward_and_logdet(y, key_probe)
+    by_class = None if model.spec.num_classes is None else model.log_prior_by_class(z)
+    if by_class is None:
+        log_prior = priors.log_prob(model.spec.prior_family, model.prior, z)
+    else:
+        log_prior = jax.nn.logsumexp(by_class, axis=1)
+    preprocessing = log_det_cells + log_det_transform
+    return LogProb(log_prior + log_det + preprocessing, log_prior, log_det, preprocessing, info, by_class)
+
+
+@quick_jit
+def _encode(model: Density, x: Array, context: Any, key: Keys | None) -> Float[Array, "b d"]:
+    return model.flow(context).forward(model.preprocess(x, key))
+
+
+@quick_jit
+def _decode(model: Density, z: Array, context: Any) -> tuple[Num[Array, "b ..."], FixedPointInfo]:
+    u, info = chain([model._transform, model.flow(context)]).inverse(z)
+    return model.round_to_data(u), info
+
+
+_sample = quick_jit(priors.sample, static_argnums=(0, 3, 4))

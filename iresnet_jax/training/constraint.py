@@ -100,9 +100,7 @@ def certified_model(spec: Spec, params: Any, batch_stats: Any, solver: Solver = 
     return kind(spec, _freeze(spec.flow, stages), **free, solver=solver)
 
 
-_freeze = quick_jit(
-    contractions.freeze, static_argnums=0
-)  # one function for all, so runs of one architecture share its program
+_freeze = quick_jit(contractions.freeze, static_argnums=(0,))  # one function: runs of one architecture share its program
 
 
 def _as_they_are(spec: FlowSpec, params: Any, spectral: Any) -> contractions.ConstrainedFlow:

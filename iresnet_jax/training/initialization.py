@@ -91,8 +91,7 @@ def initial_variables(
     # Weights do not depend on the inputs: two examples give their shapes.
     variables, weights = _constrained(spec, create(key_init, *(rows[:2] for rows in inputs)), constraint)
     fitted, statistics, z = _fitted(spec, weights, inputs)
-    if parallel.num_processes() == 1:
-        check_claims(spec.flow, fitted, *inputs)
+    check_claims(spec.flow, fitted, *inputs)
     params = {**variables["params"], **network}
     for name, block in fitted.items():
         params[name] = {"blocks": {**params[name]["blocks"], "actnorm": block.actnorm._asdict()}}
