@@ -39,15 +39,10 @@ from iresnet_jax.maths.keys import single_key, typed_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
-<<<<<<< HEAD
+from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models import initial, mixtures, priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.claims import check_claims
-=======
-from iresnet_jax.maths.platforms import quick_jit
-from iresnet_jax.models import priors
-from iresnet_jax.models.architecture import FlowSpec
->>>>>>> main
 from iresnet_jax.models.columns import Column, Frame, numbers_of, table_of
 from iresnet_jax.models.contexts import ContextScale, Network, apply_network, initial_network
 from iresnet_jax.models.contractions import FlowWeights
