@@ -147,7 +147,7 @@ def test_classifiers_and_reconstructors_train_by_losses_of_ones_own():
 
 INIT = {
     "a conditional density": {"context": X[:, :1]},
-    "contexts that are numbers": {"context": X[:, 0]},
+    "a network on contexts that are numbers": {"context": X[:, 0], "context_hidden": (8, 4)},
     "a mixture": {"prior": "mixture", "num_components": 3},
     "classes": {"num_classes": 3, "prior": "logistic"},
     "a budget of blocks": {"budget": "block", "coeff": 0.8},

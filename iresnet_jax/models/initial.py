@@ -15,7 +15,6 @@ from iresnet_jax.models.contractions import FlowWeights, Tree
 MOST = 1024  # examples of a batch that ActNorm is fitted to
 
 
-@functools.partial(quick_jit, static_argnums=0, static_argnames="sharp")
 def initial_weights(
     spec: FlowSpec,
     key: Key[Array, ""],
@@ -33,6 +32,12 @@ def initial_weights(
         context: Contexts of the batch, if the model is conditional.
         sharp: Whether activations start sharper, see `BranchSpec.initial_weights`.
     """
+    return _initial_weights((spec, sharp), key, x, context)
+
+
+@functools.partial(quick_jit, static_argnums=(0,))
+def _initial_weights(what: tuple[FlowSpec, bool], key: Array, x: Array, context: Array | None) -> tuple[FlowWeights, Array]:
+    spec, sharp = what
     key_weights, key_iterates = jax.random.split(key)
     params = {
         stage.name: {"blocks": {**stage.initial_weights(own, sharp=sharp), "actnorm": stage.identity()}}

@@ -110,9 +110,7 @@ def certified_weights(spec: Spec, stages: Any) -> Any:
     return _freeze(spec.flow, stages) if spec.constrained else contractions.with_bounds(spec.flow, stages)
 
 
-_freeze = quick_jit(
-    contractions.freeze, static_argnums=0
-)  # one function for all, so runs of one architecture share its program
+_freeze = quick_jit(contractions.freeze, static_argnums=(0,))  # one function: runs of one architecture share its program
 
 
 def _as_they_are(spec: FlowSpec, params: Any, spectral: Any) -> contractions.ConstrainedFlow:

@@ -196,7 +196,7 @@ class Whiten:
             size = np.linalg.norm(np.abs(wrong.middle.high) + np.abs(wrong.middle.low) + wrong.radius) * UP
             solutions.append(y.widened(np.full(len(y.radius), inverse_norm * size)))
         log_det = -log(Ball.of(np.diag(factor))).sum()
-        return joined(np.stack, solutions), log_det + Ball.of(np.zeros(len(centred.radius)))
+        return joined(np.stack, solutions) if solutions else centred, log_det + Ball.of(np.zeros(len(centred.radius)))
 
     @on_balls
     def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
