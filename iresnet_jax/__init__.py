@@ -110,7 +110,7 @@ _TRAINING = {
 
 
 def __getattr__(name: str) -> Any:
-    """What takes more than the mathematics is imported when it is asked for: `certify`, `adapters`, `losses`, all of training."""
+    """What takes more than the mathematics is imported when it is asked for: `certify`, `adapters`, `losses`, training."""
     if name in ("adapters", "losses"):
         return importlib.import_module(f"iresnet_jax.{name}")
     if name == "certify":

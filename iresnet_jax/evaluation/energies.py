@@ -1,9 +1,9 @@
 r"""A density beside the unnormalised one that it was trained against: importance weights, and what they are worth.
 
-Samples ``x_i`` of the model ``q`` have the weights ``w_i = exp(log_density(x_i)) / q(x_i)``, whose mean is an unbiased estimate
-of the normalising constant ``Z``. That needs the log-density of the model itself. With a random log-determinant of variance
-``v``, however unbiased, the mean weight is ``Z E exp(noise) = Z exp(v / 2)`` for normal noise, so ``log Z`` comes out too large by
-``v / 2``: only exact log-determinants make the weights right.
+Samples ``x_i`` of the model ``q`` have the weights ``w_i = exp(log_density(x_i)) / q(x_i)``, whose mean is an unbiased
+estimate of the normalising constant ``Z``. That needs the log-density of the model itself. With a random log-determinant of
+variance ``v``, however unbiased, the mean weight is ``Z E exp(noise) = Z exp(v / 2)`` for normal noise, so ``log Z`` comes out
+too large by ``v / 2``: only exact log-determinants make the weights right.
 
 Weights see what the model's samples see. Where the model has lost a mode entirely, effective sample size and tail look as good
 as ever; samples of the target show it, if there are any, by the gap between the two bounds of ``log Z``.
@@ -77,7 +77,7 @@ def evaluate_energy(
         log_density: ``(b, ...) -> (b,)``, up to a constant.
         key: Source of the samples.
         num: Number of samples, at least 100.
-        samples: Samples of the target, if there are any, such as those of a long Markov chain: they show what the model has lost.
+        samples: Samples of the target, if there are any, such as those of a long Markov chain: they show what the model lost.
         estimator: Log-determinant; exact by default. Random ones, unbiased or not, make ``log_z`` too large.
 
     Raises:
@@ -125,8 +125,8 @@ def _verdict(weights: importance.Weights, num: int) -> str:
     tail = f"Pareto k is {weights.pareto_k:.2f}"
     if not weights.is_reliable:
         return (
-            f"The weights have a heavy tail ({tail}, above {weights.threshold:.2f}): their mean says nothing about log Z; train "
-            "longer, or against samples that reach where the target has mass and the model has not."
+            f"The weights have a heavy tail ({tail}, above {weights.threshold:.2f}): their mean says nothing about log Z; "
+            "train longer, or against samples that reach where the target has mass and the model has not."
         )
     if weights.ess < LOW_ESS:
         return f"The tail of the weights is light enough ({tail}), but {weights.ess:.2%} of {num} samples are few: draw more."

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Key
 LogDensity = Callable[[Array], Array]  # (n, d) -> (n,)
 
 KEPT = 0.7  # share of effective particles after a step
-MOVES, LEAPFROG_STEPS = 6, 8  # trajectories after each step, and steps of each
+MOVES, LEAPFROG_STEPS = 10, 8  # trajectories after each step, and steps of each
 TARGET_ACCEPTANCE = 0.75
 _ADAPTATION = 0.6  # of the logarithm of the step size by the difference of acceptances
 _MOST_STEPS = 1000
@@ -130,8 +130,9 @@ def moved(
 ) -> tuple[Float[Array, "n d"], Array, Array]:
     """Particles after Hamiltonian Monte Carlo that leaves the density invariant, the step size, and the acceptance.
 
-    Momenta have the inverse variances of the particles as masses. Each trajectory has a step size of its own, an
-    adapted one times ``exp(-e)`` with ``e`` exponential: narrow places need steps that are far shorter than those of most. Where the log-density is not finite, a trajectory is refused.
+    Momenta have the inverse variances of the particles as masses. Each trajectory has a step size of its own, an adapted one
+    times ``exp(-e)`` with ``e`` exponential: narrow places need steps that are far shorter than those of most. Where the
+    log-density is not finite, a trajectory is refused.
     """
     unit = jnp.std(x, axis=0) + 1e-12
     value_and_grad = jax.value_and_grad(lambda x: (lambda values: (jnp.sum(values), values))(log_density(x)), has_aux=True)

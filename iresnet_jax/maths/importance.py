@@ -1,7 +1,7 @@
 r"""Importance weights: effective sample size, normalising constant with its error, and the tail that says what both are worth.
 
-For samples ``x_i`` of a density ``q`` and an unnormalised density ``p`` with integral ``Z``, the weights ``w_i = p(x_i) / q(x_i)``
-have mean ``Z``. The estimate of ``Z`` has a finite variance only if the weights have one.
+For samples ``x_i`` of a density ``q`` and an unnormalised density ``p`` with integral ``Z``, the weights
+``w_i = p(x_i) / q(x_i)`` have mean ``Z``. The estimate of ``Z`` has a finite variance only if the weights have one.
 """
 
 import math
@@ -20,7 +20,8 @@ class Weights(NamedTuple):
     Attributes:
         ess: Effective sample size, ``(sum w)^2 / (n sum w^2)``, a share in (0, 1].
         log_z: Logarithm of the mean weight.
-        stderr: Standard error of ``log_z`` by the delta method.
+        stderr: Standard error of ``log_z`` by the delta method, times what slower convergence costs, see `convergence_rate`: from
+            the shape .5 on, weights have no variance, and the sample's is too small.
         pareto_k: Shape of the generalised Pareto distribution of the largest weights: moments of order ``1 / k`` and above are
             infinite.
         threshold: Largest ``pareto_k`` at which the numbers above mean anything, ``min(1 - 1 / log10 n, .7)``.
@@ -54,9 +55,15 @@ def summarize(log_weights: Float[np.ndarray, " n"]) -> Weights:
     top = log_weights.max()
     weights = np.exp(log_weights - top)
     mean, square = weights.mean(), np.square(weights).mean()
-    stderr = math.sqrt(max(square / mean**2 - 1, 0) / (num - 1))
-    threshold = min(1 - 1 / math.log10(num), RELIABLE)
-    return Weights(float(mean**2 / square), float(top + math.log(mean)), stderr, pareto_k(log_weights), threshold)
+    shape = pareto_k(log_weights)
+    slower = num ** (0.5 - 0.5 * convergence_rate(shape, num))
+    return Weights(
+        ess=float(mean**2 / square),
+        log_z=float(top + math.log(mean)),
+        stderr=slower * math.sqrt(max(square / mean**2 - 1, 0) / (num - 1)),
+        pareto_k=shape,
+        threshold=min(1 - 1 / math.log10(num), RELIABLE),
+    )
 
 
 def pareto_k(log_weights: Float[np.ndarray, " n"]) -> float:
@@ -70,13 +77,27 @@ def pareto_k(log_weights: Float[np.ndarray, " n"]) -> float:
     """
     ordered = np.sort(np.asarray(log_weights, np.float64))
     num = math.ceil(min(len(ordered) / 5, 3 * math.sqrt(len(ordered))))
-    tail = np.exp(ordered[-num:] - ordered[-1])
-    excesses = tail - np.exp(ordered[-num - 1] - ordered[-1])
+    excesses = np.exp(ordered[-num:] - ordered[-1]) - np.exp(ordered[-num - 1] - ordered[-1])
     excesses = excesses[excesses > 0]
     if len(excesses) < 5 or excesses[-1] < 1e-12:
         return -math.inf
     shape = _generalised_pareto_shape(excesses)
     return (len(excesses) * shape + _PRIOR_STRENGTH * _PRIOR) / (len(excesses) + _PRIOR_STRENGTH)
+
+
+def convergence_rate(shape: float, num: int) -> float:
+    """How fast the mean of weights converges: its squared error falls as ``num^-rate`` (Vehtari et al. 2024, eq. 11).
+
+    It is 1 for weights with a finite variance and many of them, ``1 - 1 / log num`` for the shape .5, and 0 from 1 on.
+    """
+    if shape <= 0:
+        return 1.0
+    if shape >= 1:
+        return 0.0
+    if abs(shape - 0.5) < 1e-6:
+        return 1 - 1 / math.log(num)
+    top = 2 * (shape - 1) * num ** (2 * shape + 1) + (1 - 2 * shape) * num ** (2 * shape) + num**2
+    return min(max(top / ((num - 1) * (num - num ** (2 * shape))), 0.0), 1.0)
 
 
 def _generalised_pareto_shape(x: Float[np.ndarray, " n"]) -> float:

@@ -257,6 +257,7 @@ class Density(Model):
         coeff: float = 0.97,
         budget: str = "layer",
         sharp: bool = True,
+        last_scale: float = 1.0,
         prior: Any = "gaussian",
         num_components: int | None = None,
         num_classes: int | None = None,
@@ -276,6 +277,7 @@ class Density(Model):
             coeff: Largest operator norm of a layer, or of a block's branch with the budget "block", in (0, 1).
             budget: "layer" or "block", see `FlowSpec`.
             sharp: Whether activations of the Swish family start sharper in wider layers, which learn sooner.
+            last_scale: Initial factor on the last layer of each branch; a small one starts near the identity.
             prior: "gaussian", "logistic", "mixture", whose components start at examples, or a prior of one's own.
             num_components: Components of the prior "mixture".
             num_classes: Classes, if each has a prior of its own.
@@ -322,7 +324,7 @@ class Density(Model):
         model = model if estimator is None else model.with_(estimator=estimator)
         context = None if context is None else initial.some(context)
         given = model.preprocess(initial.some(x), key_noise), model.scale_context(context)
-        weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharp=sharp)
+        weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharp=sharp, last_scale=last_scale)
         check_claims(spec.flow, weights, *given)
         if family == priors.OWN:
             return model.with_(weights=weights, prior=prior)

@@ -22,6 +22,7 @@ def initial_weights(
     context: Float[Array, "b k"] | None = None,
     *,
     sharp: bool = False,
+    last_scale: float = 1.0,
 ) -> tuple[FlowWeights, Float[Array, "b d"]]:
     """Weights as `contractions.freeze` gives them, and the latents of the batch.
 
@@ -31,16 +32,20 @@ def initial_weights(
         x: A representative batch: ActNorm makes every channel that enters a branch zero on average, with variance 1.
         context: Contexts of the batch, if the model is conditional.
         sharp: Whether activations start sharper, see `BranchSpec.initial_weights`.
+        last_scale: Initial factor on the last layer of each branch.
     """
-    return _initial_weights((spec, sharp), key, x, context)
+    return _initial_weights((spec, sharp, last_scale), key, x, context)
 
 
 @functools.partial(quick_jit, static_argnums=(0,))
-def _initial_weights(what: tuple[FlowSpec, bool], key: Array, x: Array, context: Array | None) -> tuple[FlowWeights, Array]:
-    spec, sharp = what
+def _initial_weights(
+    what: tuple[FlowSpec, bool, float], key: Array, x: Array, context: Array | None
+) -> tuple[FlowWeights, Array]:
+    spec, sharp, last_scale = what
+    options = {"sharp": sharp} if last_scale == 1 else {"sharp": sharp, "last_scale": last_scale}
     key_weights, key_iterates = jax.random.split(key)
     params = {
-        stage.name: {"blocks": {**stage.initial_weights(own, sharp=sharp), "actnorm": stage.identity()}}
+        stage.name: {"blocks": {**stage.initial_weights(own, **options), "actnorm": stage.identity()}}
         for stage, own in zip(spec.layout, jax.random.split(key_weights, len(spec.stages)), strict=True)
     }
     params, iterates = jax.tree.map(lambda leaf: leaf.astype(x.dtype), (params, initial_iterates(spec, key_iterates)))
