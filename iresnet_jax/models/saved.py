@@ -16,6 +16,7 @@ import numpy as np
 from iresnet_jax.checked_dataclasses import checked
 from iresnet_jax.models import priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.contexts import initial_network
 from iresnet_jax.models.contractions import with_bounds
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.head import batch_statistics, initial_head
@@ -127,16 +128,14 @@ def _empty(spec: Spec, prior: Any) -> dict[str, Any]:
     """Arrays of the shapes that a model of this spec has, with a prior of one's own if it has one."""
 
     def blocks(stage):
-        channels = stage.branch.in_shape[-1:]
-        scale = {"bias": jnp.zeros(channels), "log_scale": jnp.zeros(channels)}
-        keys = jax.random.split(jax.random.key(0), stage.spec.num_blocks)
-        return jax.vmap(lambda key: {**stage.branch.initial_weights(key), "actnorm": scale})(keys)
+        return {**stage.initial_weights(jax.random.key(0)), "actnorm": stage.identity()}
 
     params = {stage.name: {"blocks": blocks(stage)} for stage in spec.flow.layout}
     if isinstance(spec, DensitySpec):
         if prior is None:
             prior = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes, spec.num_components)
-        return {"params": params, "prior": prior}
+        network = initial_network(jax.random.key(0), spec.context_dim, spec.context_hidden)
+        return {"params": params, "prior": prior, "network": network}
     if isinstance(spec, ReconstructorSpec):
         return {"params": params}
     channels = spec.feature_shape[-1]

@@ -111,7 +111,7 @@ def test_a_killed_run_ends_bit_for_bit_like_one_never_stopped(config, config_fil
 
 
 def test_a_finished_run_is_not_trained_further(config, uninterrupted, monkeypatch):
-    monkeypatch.setattr(loop, "batches", lambda *_: iter(()))
+    monkeypatch.setattr(loop, "device_batches", lambda *_, **options: iter(()))
     before = measurements(uninterrupted)
     again = loop.train(config, uninterrupted)
     chex.assert_trees_all_equal(to_named(again), last_state(uninterrupted))
@@ -133,15 +133,15 @@ def happens_before(monkeypatch):
     """Has something happen while a step waits for its batch."""
 
     def arrange(step, event):
-        def eventful(config, examples, first_step):
-            for k, batch in enumerate(feed(config, examples, first_step), first_step):
+        def eventful(examples, *, first_step, **options):
+            for k, batch in enumerate(feed(examples, first_step=first_step, **options), first_step):
                 if k == step:
                     event()
                 yield batch
 
-        monkeypatch.setattr(loop, "batches", eventful)
+        monkeypatch.setattr(loop, "device_batches", eventful)
 
-    feed = loop.batches
+    feed = loop.device_batches
     return arrange
 
 
