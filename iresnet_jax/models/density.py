@@ -325,7 +325,9 @@ class Density(Model):
         weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharp=sharp)
         check_claims(spec.flow, weights, *given)
         if family == priors.OWN:
-            return model.with_(weights=weights, prior=prior)
+            model = model.with_(weights=weights, prior=priors.own(prior))
+            jax.eval_shape(model._log_prior, z)  # raises for a prior of other vectors
+            return model
         parameters = priors.standard(family, spec.flow.num_dims, num_classes, num_components)
         if num_components is not None:
             places = np.asarray(z)[np.random.default_rng(0).choice(len(z), num_components)]
