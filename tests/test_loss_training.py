@@ -112,6 +112,26 @@ def test_training_goes_on_from_a_trained_model(tmp_path):
     chex.assert_trees_all_equal(ir.train(first, nll, X, **QUICK).weights, again.weights)
 
 
+def test_everything_in_float64(tmp_path):
+    with jax.enable_x64(True):
+        x = X.astype(float)
+        trained = ir.train(ir.Density.init(jax.random.key(0), x, stages=STAGES), nll, x, validation=x[:8], **QUICK)
+        own = jax.tree.leaves((trained.weights["stage0"].branch.weights, trained.prior))
+        assert {leaf.dtype for leaf in own} == {np.dtype(float)}
+        loaded = ir.load(trained.save(tmp_path / "model.npz"))
+        expected = np.asarray(trained.log_prob(x))
+        np.testing.assert_array_equal(loaded.log_prob(x), expected)
+        back, info = ir.certify.decode(loaded, loaded.encode(x[:2]))
+        assert np.linalg.norm(back - x[:2], axis=1).max() <= info.error_bound.max() + 1e-13
+        assert ir.certify.log_prob(loaded, x[:2]).width.max() < 1e-9
+        fitted = ir.fit(x, steps=2, architecture=STAGES, progress=False)
+        assert fitted.log_prob(x).dtype == fitted.prior["mean"].dtype == np.float64
+    with pytest.warns(UserWarning, match="in float64.* rounded; set JAX_ENABLE_X64=1"):
+        rounded = ir.load(tmp_path / "model.npz")
+    assert rounded.certificate().certified
+    np.testing.assert_allclose(rounded.log_prob(X), expected, atol=1e-4)
+
+
 def test_a_loss_without_data_draws_its_own():
     def loss(model, batch, key):
         assert batch is None

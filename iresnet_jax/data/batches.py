@@ -100,6 +100,7 @@ def fits_on_device(examples: Any, devices: Sequence[Any]) -> bool:
 
 
 def _made_ahead(make: Callable[[int], Any], first_step: int) -> Iterator[Any]:
+    make = parallel.in_this_precision(make)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as pool:
         upcoming = pool.submit(make, first_step)
         for step in itertools.count(first_step + 1):

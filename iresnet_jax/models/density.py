@@ -45,7 +45,7 @@ from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.columns import Column, Frame, numbers_of, table_of
 from iresnet_jax.models.contexts import ContextScale, Network, apply_network, initial_network
-from iresnet_jax.models.contractions import FlowWeights
+from iresnet_jax.models.contractions import FlowWeights, as_params
 from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import Examples, as_batch, context_vectors
@@ -327,7 +327,9 @@ class Density(Model):
         weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharp=sharp, last_scale=last_scale)
         check_claims(spec.flow, weights, *given)
         if family == priors.OWN:
-            return model.with_(weights=weights, prior=prior)
+            model = model.with_(weights=weights, prior=priors.own(prior))
+            jax.eval_shape(model._log_prior, z)  # raises for a prior of other vectors
+            return model
         parameters = priors.standard(family, spec.flow.num_dims, num_classes, num_components)
         if num_components is not None:
             places = np.asarray(z)[np.random.default_rng(0).choice(len(z), num_components)]
@@ -598,7 +600,8 @@ class Density(Model):
     def dequantize(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
         """Continuous data: levels as points of [0, 1) with noise from the key, or in the middle of their cells without one."""
         x = self._checked(x)
-        return self._dequantize.forward(x) if key is None else self._dequantize.forward_and_logdet(x, key)[0]
+        u = self._dequantize.forward(x) if key is None else self._dequantize.forward_and_logdet(x, key)[0]
+        return self._promoted(u)
 
     def continuous_of_input(self, y: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """Continuous data for the flow's input, the inverse of the preprocessing after `dequantize`."""
@@ -611,6 +614,11 @@ class Density(Model):
     @property
     def _transform(self) -> Bijection:
         return self.spec.transform.bijection()
+
+    def _promoted(self, x: Array) -> Array:
+        """Numbers in the precision of the weights, if theirs is lower; of JAX's floats while there are no weights."""
+        weights = jax.tree.leaves(as_params(self.weights))
+        return x.astype(jnp.result_type(x, *weights) if weights else jnp.promote_types(x.dtype, jnp.result_type(float)))
 
     @property
     def _dequantize(self) -> Bijection:
@@ -697,7 +705,7 @@ def _log_prob(model: Density, x: Array, context: Any, key: Keys) -> Float[Array,
 @quick_jit
 def _terms(model: Density, x: Array, context: Any, key_noise: Keys, key_probe: Keys) -> LogProb:
     u, log_det_cells, _ = model._dequantize.forward_and_logdet(x, key_noise)
-    y, log_det_transform, _ = model._transform.forward_and_logdet(u, key_probe)
+    y, log_det_transform, _ = model._transform.forward_and_logdet(model._promoted(u), key_probe)
     z, log_det, info = model.flow(context).forward_and_logdet(y, key_probe)
     by_class = None if model.spec.num_classes is None else model.log_prior_by_class(z)
     if by_class is None:
@@ -715,7 +723,7 @@ def _encode(model: Density, x: Array, context: Any, key: Keys | None) -> Float[A
 
 @quick_jit
 def _decode(model: Density, z: Array, context: Any) -> tuple[Num[Array, "b ..."], FixedPointInfo]:
-    u, info = chain([model._transform, model.flow(context)]).inverse(z)
+    u, info = chain([model._transform, model.flow(context)]).inverse(model._promoted(z))
     return model.round_to_data(u), info
 
 

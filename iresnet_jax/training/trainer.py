@@ -306,7 +306,7 @@ def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_ste
 def _meanwhile(function: Callable[[], None], say: Callable[[str], None]) -> Iterator[None]:
     """Runs a function in a thread of its own beside the body of ``with``, and raises what it raises."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        done = pool.submit(function)
+        done = pool.submit(parallel.in_this_precision(function))
         try:
             yield
             done.result()

@@ -16,7 +16,7 @@ import pytest
 import tiny_runs as runs
 from tiny_runs import EVAL_EVERY, ROOT, TOTAL_STEPS
 
-from iresnet_jax.runs import loop
+from iresnet_jax.runs import loop, trained_run
 from iresnet_jax.runs.checkpoints import load_named, to_named
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.metrics import read_metrics
@@ -143,6 +143,16 @@ def happens_before(monkeypatch):
 
     feed = loop.device_batches
     return arrange
+
+
+def test_a_run_in_float64_is_trained_and_read_in_it(tmp_path, x64):
+    changes = {"training.total_steps": 2, "training.eval_every_steps": 2, "model.stages": ({"num_blocks": 1, "hidden": (4,)},)}
+    loop.train(runs.config_of(runs.TOY_CONFIG, **changes), tmp_path)
+    model = trained_run.load(tmp_path).model
+    assert {leaf.dtype for leaf in jax.tree.leaves((model.weights["stage0"].branch.weights, model.prior))} == {jnp.dtype(float)}
+    assert model.certificate().certified
+    with jax.enable_x64(False), pytest.raises(ValueError, match="trained in float64: set JAX_ENABLE_X64"):
+        trained_run.load(tmp_path)
 
 
 def send(*signals):
