@@ -149,7 +149,7 @@ def _start(key: Key[Array, ""], x: Float[np.ndarray, "n d"], held_out: Float[np.
     spread = float(jnp.mean(Marginals.fit(z, PER_MARGINAL).log_prob(held_out_z))) + log_det
     options = {
         "stages": tuple(stages),
-        "estimator": ExactLogdet() if num_dims <= EXACT_DIMS else KrylovLogdet(num_terms=6),
+        "estimator": ExactLogdet() if num_dims <= EXACT_DIMS else KrylovLogdet(num_steps=6),
         "last_scale": LAST_SCALE,
     }
     if num_dims <= MIXTURE_DIMS:
@@ -165,7 +165,7 @@ def _start(key: Key[Array, ""], x: Float[np.ndarray, "n d"], held_out: Float[np.
 
 def _transformed(transform: Standardize | Whiten, x: Any, held_out: Any) -> tuple[np.ndarray, Array, float]:
     bijection = transform.bijection()
-    z, log_det = bijection.forward_and_logdet(jnp.asarray(held_out))
+    z, log_det, _ = bijection.forward_and_logdet(jnp.asarray(held_out), jax.random.key(0))
     return np.asarray(bijection.forward(jnp.asarray(x))), z, float(log_det[0])
 
 

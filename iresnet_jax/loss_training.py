@@ -159,6 +159,7 @@ class _HeldOut:
     """
 
     def __init__(self, free: Unconstrained, loss: LossFunction, examples: Any, seed: int):
+        self.check = getattr(loss, "check", lambda metrics: None)  # of a loss that can say what went wrong
         self._free, self._examples, self._key = free, examples, jax.random.key(seed)
         self._loss = jax.jit(functools.partial(_loss_and_metrics, loss))
 
@@ -180,6 +181,7 @@ class _HeldOut:
             _, means = self._loss(model, batch, jax.random.fold_in(self._key, start))
             for name, mean in means.items():
                 totals[name] = totals.get(name, 0.0) + float(mean) * num_rows(batch) / num
+        self.check(totals)
         return ValidationResult(totals)
 
 
@@ -195,6 +197,15 @@ class _Trainer(Trainer):
         super().take_step(batch)
         if self.step == 1 and float(self._window[-1]["grad_norm"]) == 0:
             raise ValueError("the gradient of the loss is 0: the loss has to depend on the model that it is given")
+
+    def _leave_out_compilation(self, metrics: Any) -> None:
+        self._held_out.check(metrics)
+        super()._leave_out_compilation(metrics)
+
+    def _checked_means(self) -> dict[str, float]:
+        for metrics in self._window:
+            self._held_out.check(metrics)
+        return super()._checked_means()
 
     def measure(self) -> tuple[float, str]:
         """Without held-out examples, what is shown is the loss of training, and the latest state is the best."""

@@ -106,8 +106,9 @@ def evaluate_energy(
         log_prob = np.concatenate([np.asarray(_log_prob(model, part, key), np.float64) for part in parts])
         upper = float(np.mean(of_target - log_prob))
     weights = importance.summarize(of_model)
-    shown = (weights.ess, weights.log_z, weights.stderr) if weights.is_reliable else (math.nan,) * 3
-    return EnergyEvaluation(*shown, weights.pareto_k, float(of_model.mean()), upper, _verdict(weights, num), of_model)
+    ess, log_z, stderr = (weights.ess, weights.log_z, weights.stderr) if weights.is_reliable else (math.nan,) * 3
+    lower, verdict = float(of_model.mean()), _verdict(weights, num)
+    return EnergyEvaluation(ess, log_z, stderr, weights.pareto_k, lower, upper, verdict, of_model)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -20,8 +20,8 @@ class Weights(NamedTuple):
     Attributes:
         ess: Effective sample size, ``(sum w)^2 / (n sum w^2)``, a share in (0, 1].
         log_z: Logarithm of the mean weight.
-        stderr: Standard error of ``log_z`` by the delta method, times what slower convergence costs, see `convergence_rate`: from
-            the shape .5 on, weights have no variance, and the sample's is too small.
+        stderr: Standard error of ``log_z`` by the delta method, times what slower convergence costs, see `convergence_rate`:
+            from the shape .5 on, weights have no variance, and the sample's is too small.
         pareto_k: Shape of the generalised Pareto distribution of the largest weights: moments of order ``1 / k`` and above are
             infinite.
         threshold: Largest ``pareto_k`` at which the numbers above mean anything, ``min(1 - 1 / log10 n, .7)``.
@@ -86,7 +86,7 @@ def pareto_k(log_weights: Float[np.ndarray, " n"]) -> float:
 
 
 def convergence_rate(shape: float, num: int) -> float:
-    """How fast the mean of weights converges: its squared error falls as ``num^-rate`` (Vehtari et al. 2024, eq. 11).
+    """How fast the mean of weights converges: its squared error falls as ``num^-rate`` (Vehtari et al. 2024).
 
     It is 1 for weights with a finite variance and many of them, ``1 - 1 / log num`` for the shape .5, and 0 from 1 on.
     """

@@ -328,7 +328,7 @@ class Density(Model):
         check_claims(spec.flow, weights, *given)
         if family == priors.OWN:
             model = model.with_(weights=weights, prior=priors.own(prior))
-            jax.eval_shape(model._log_prior, z)  # raises for a prior of other vectors
+            jax.eval_shape(model.log_prior, z)  # raises for a prior of other vectors
             return model
         parameters = priors.standard(family, spec.flow.num_dims, num_classes, num_components)
         if num_components is not None:

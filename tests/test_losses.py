@@ -1,0 +1,100 @@
+"""Losses against an energy: their values in closed form, their gradients, and energies that are no use."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import iresnet_jax as ir
+from iresnet_jax.models.marginals import Marginals
+
+KEY = jax.random.key(0)
+
+
+def target(x):
+    """Normal, with mean 1 and standard deviation 2 in both entries."""
+    return -0.5 * jnp.sum(jnp.square((x - 1) / 2), axis=1)
+
+
+@functools.cache
+def model(prior="gaussian"):
+    x = np.random.default_rng(0).normal(size=(256, 2)).astype(np.float32)
+    components = 2 if prior == "mixture" else None
+    stages = [ir.StageSpec(2, (8,), activation="clipswish")]
+    return ir.Density.init(KEY, x, stages=stages, prior=prior, num_components=components, last_scale=0.1)
+
+
+def gradient(loss, of, keys):
+    """Mean gradient by the parameters, and its standard error."""
+
+    @jax.jit
+    def at(free, key):
+        return jax.grad(lambda params: loss(free.constrain(params)[0], None, key)[0])(free.params)
+
+    free = ir.Unconstrained.of(of)
+    rows = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(at(free, key))]) for key in keys]
+    return np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1) / math.sqrt(len(rows))
+
+
+@pytest.mark.parametrize("path", [True, False])
+def test_reverse_kl_is_the_divergence(path):
+    value = jax.jit(ir.losses.reverse_kl(target, 4000, path=path))(model(), None, KEY)[0]
+    x, log_prob, _, _ = model().sample_and_log_prob(jax.random.key(7), 4000)
+    differences = np.asarray(log_prob - target(x), np.float64)
+    assert float(value) == pytest.approx(differences.mean(), abs=6 * float(differences.std()) / math.sqrt(4000))
+
+
+@pytest.mark.parametrize("prior", ["gaussian", "mixture"])
+def test_both_gradients_have_the_same_mean(prior):
+    keys = jax.random.split(KEY, 40)
+    losses = [ir.losses.reverse_kl(target, 200, path=path) for path in (True, False)]
+    (path, path_error), (full, full_error) = (gradient(loss, model(prior), keys) for loss in losses)
+    assert np.linalg.norm(full) > 5 * np.linalg.norm(full_error)
+    assert np.all(np.abs(path - full) < 5 * np.hypot(path_error, full_error) + 1e-5)
+
+
+def test_the_path_gradient_vanishes_at_the_target():
+    own = model()
+
+    def density(x):
+        return own.log_prob(x)
+
+    path, _ = gradient(ir.losses.reverse_kl(density, 100), own, jax.random.split(KEY, 2))
+    full, _ = gradient(ir.losses.reverse_kl(density, 100, path=False), own, jax.random.split(KEY, 2))
+    assert np.abs(path).max() < 1e-3 * np.abs(full).max()
+
+
+def test_symmetric_kl_adds_the_likelihood():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(64, 2)), jnp.float32)
+    value, metrics = ir.losses.symmetric_kl(target, 16)(model(), x, KEY)
+    assert float(metrics["forward"]) == pytest.approx(-float(model().log_prob(x).mean()), abs=1e-5)
+    assert float(value) == pytest.approx(float(metrics["forward"] + metrics["reverse"]), abs=1e-5)
+
+
+def test_an_energy_that_is_infinite_ends_training_in_a_sentence():
+    def density(x):
+        return jnp.where(x[:, 0] > 0, target(x), -jnp.inf)
+
+    with pytest.raises(ValueError, match=r"infinite at \d+ of 32 samples"):
+        ir.train(model(), ir.losses.reverse_kl(density, 32), steps=2, key=KEY, progress=False)
+
+
+def test_a_log_density_of_the_wrong_shape_is_refused():
+    with pytest.raises(ValueError, match=r"one real number for each of 32 examples"):
+        ir.train(model(), ir.losses.reverse_kl(lambda x: x, 32), steps=2, key=KEY, progress=False)
+
+
+def test_a_prior_of_independent_mixtures():
+    prior = Marginals(jnp.asarray([[-2.0, 1.0]]), jnp.log(jnp.asarray([[0.5, 1.5]])), jnp.log(jnp.asarray([[0.3, 0.7]])))
+    grid = np.linspace(-12, 12, 4001, dtype=np.float32)
+    density = np.exp(np.asarray(prior.log_prob(jnp.asarray(grid[:, None])), np.float64))
+    assert np.trapezoid(density, grid) == pytest.approx(1, abs=1e-4)
+    drawn = prior.sample(KEY, (20_000,))
+    fitted = Marginals.fit(np.asarray(drawn), 2)
+    order = np.argsort(np.asarray(fitted.mean[0]))
+    assert np.asarray(fitted.mean[0])[order] == pytest.approx([-2, 1], abs=0.15)
+    assert np.exp(np.asarray(fitted.log_scale[0]))[order] == pytest.approx([0.5, 1.5], abs=0.1)
+    assert np.exp(np.asarray(fitted.logits[0]))[order] == pytest.approx([0.3, 0.7], abs=0.05)
