@@ -8,12 +8,11 @@ arrays of JAX with floats are its weights. All other leaves, such as NumPy's arr
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from iresnet_jax.branches.branch import BranchSpec, Weights
@@ -42,14 +41,12 @@ class OwnSpec(BranchSpec):
     def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharp: bool = False) -> Weights:
         """Floating-point arrays of a new module, by their path in it, such as ``layers.0.weight``."""
         del last_scale, sharp
-        leaves = jax.tree.leaves(self.make(key))
-        return {name: leaf for name, leaf in zip(_structure(self.make).names, leaves, strict=True) if name is not None}
+        _structure(self.make)  # raises if there are no weights
+        return Structure.of(self.make(key))[1]
 
     def module(self, weights: Weights) -> Any:
         """The module with these weights."""
-        structure = _structure(self.make)
-        named = zip(structure.names, structure.constants, strict=True)
-        return jax.tree.unflatten(structure.treedef, [constant if name is None else weights[name] for name, constant in named])
+        return _structure(self.make).join(weights)
 
     def apply(
         self, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None, *, bfloat16: bool = False
@@ -84,12 +81,13 @@ class OwnSpec(BranchSpec):
         return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.bfloat16).astype(leaf.dtype), weights)
 
 
-class _Structure(NamedTuple):
-    """A module without its weights.
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: constants may be arrays
+class Structure:
+    """A pytree without its weights, which are the leaves that are arrays of JAX with floats.
 
     Attributes:
-        treedef: Its structure as a pytree.
-        names: Name of each leaf among the weights; None for a constant.
+        treedef: Structure of the pytree.
+        names: Name of each leaf among the weights, its path, such as ``layers.0.weight``; None for a constant.
         constants: The constants; None for a weight.
     """
 
@@ -97,36 +95,50 @@ class _Structure(NamedTuple):
     names: tuple[str | None, ...]
     constants: tuple[Any, ...]
 
+    @classmethod
+    def of(cls, tree: Any) -> "tuple[Structure, dict[str, Array]]":
+        """The structure and the weights of a pytree.
+
+        Raises:
+            ValueError: If a leaf is a traced array that is none of floats, and so neither a weight nor a constant.
+        """
+        leaves, treedef = jax.tree.flatten_with_path(tree)
+        names: list[str | None] = []
+        constants, weights = [], {}
+        for path, leaf in leaves:
+            name = jax.tree_util.keystr(path, simple=True, separator=".") or "weights"
+            is_weight = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
+            if isinstance(leaf, jax.core.Tracer) and not is_weight:
+                raise ValueError(
+                    f"its leaf {name} is {leaf.dtype}, which cannot be trained: make it an array of NumPy, a constant"
+                )
+            names.append(name if is_weight else None)
+            constants.append(None if is_weight else leaf)
+            if is_weight:
+                weights[name] = leaf
+        return cls(treedef, tuple(names), tuple(constants)), weights
+
+    def join(self, weights: Weights) -> Any:
+        """The pytree with these weights."""
+        named = zip(self.names, self.constants, strict=True)
+        return jax.tree.unflatten(self.treedef, [constant if name is None else weights[name] for name, constant in named])
+
 
 @functools.lru_cache(maxsize=256)
-def _structure(make: Make) -> _Structure:
+def _structure(make: Make) -> Structure:
     found = []
 
     def weights_of(key):
-        leaves, treedef = jax.tree.flatten_with_path(make(key))
-        paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-        split = [_name_and_constant(path or "weights", leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)]
-        found.append(_Structure(treedef, *(tuple(part) for part in zip(*split, strict=True))) if split else None)
-        return 0
+        structure, weights = Structure.of(make(key))
+        found.append(structure)
+        return weights
 
-    jax.eval_shape(weights_of, jax.random.key(0))
-    [structure] = found
-    if structure is None or not any(structure.names):
+    weights = jax.eval_shape(weights_of, jax.random.key(0))
+    if not weights:
         raise ValueError("it has nothing to train: one of its leaves at least must be an array of JAX with floats")
-    return structure
-
-
-def _name_and_constant(path: str, leaf: Any) -> tuple[str | None, Any]:
-    """Name of a leaf that is a weight, and the value of one that is a constant."""
-    if not isinstance(leaf, jax.Array):
-        return None, leaf
-    if jnp.issubdtype(leaf.dtype, jnp.floating):
-        if path == _RESERVED:
-            raise ValueError(f"its array must not be called {_RESERVED!r}, as ActNorm is: give it another name")
-        return path, None
-    if isinstance(leaf, jax.core.Tracer):
-        raise ValueError(f"its leaf {path} is {leaf.dtype}, which cannot be trained: make it an array of NumPy, a constant")
-    return None, np.asarray(leaf)
+    if _RESERVED in weights:
+        raise ValueError(f"its array must not be called {_RESERVED!r}, as ActNorm is: give it another name")
+    return found[0]
 
 
 @functools.lru_cache(maxsize=256)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.core
+import numpy as np
 
 # Options of XLA:CPU that make compiling cheaper. Programs of this library spend their time in convolutions and matrix products,
 # which come compiled with XLA: more than the first level of optimisation makes little faster. In jaxlib 0.10 the emitters of
@@ -21,6 +22,7 @@ QUICK: Mapping[str, int | bool] = {"xla_backend_optimization_level": 1}
 if version("jaxlib").startswith("0.10."):  # later ones do not know the option, which they refuse
     QUICK = {**QUICK, "xla_cpu_use_fusion_emitters": False}
 
+_ARRAYS = jax.Array | np.ndarray | np.generic | bool | int | float
 _chosen = jax.make_user_context(default_value=None)  # JAX traces a function again if it changes
 _speed = jax.make_user_context(default_value=None)  # of compiling: None or "quick"
 
@@ -55,16 +57,23 @@ def compile_quickly(mapped: Any, *arguments: Any) -> Any:
         return mapped.lower(*arguments).compile(compiler_options=quick_options() or None)
 
 
-def quick_jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """``jax.jit`` by `quick_options`; within other programs, which have options of their own, the function itself."""
-    program = functools.lru_cache(lambda *chosen: jax.jit(function, compiler_options=dict(chosen) or None, **options))
+def quick_jit(function: Callable[..., Any], *, static_argnums: tuple[int, ...] = ()) -> Callable[..., Any]:
+    """``jax.jit`` by `quick_options`.
+
+    Within other programs, which have options of their own, and with objects that JAX does not know, it is the function itself.
+    """
+
+    @functools.lru_cache
+    def program(*options):
+        return jax.jit(function, static_argnums=static_argnums, compiler_options=dict(options) or None)
 
     @functools.wraps(function)
-    def call(*arguments, **keywords):
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((arguments, keywords))):
-            return function(*arguments, **keywords)
+    def call(*arguments):
+        given = [argument for place, argument in enumerate(arguments) if place not in static_argnums]
+        if not all(isinstance(leaf, _ARRAYS) and not isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
+            return function(*arguments)
         with _speed("quick"):
-            return program(*quick_options().items())(*arguments, **keywords)
+            return program(*quick_options().items())(*arguments)
 
     return call
 

@@ -15,7 +15,7 @@ as the determinants are the same for all classes.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,14 +35,17 @@ from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.checked_dataclasses import Count, checked
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
-from iresnet_jax.maths.keys import typed_key
+from iresnet_jax.maths.keys import single_key, typed_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.models import priors
-from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.maths.platforms import quick_jit
+from iresnet_jax.models import initial, mixtures, priors
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.columns import Column, Frame, numbers_of, table_of
-from iresnet_jax.models.contractions import FlowWeights
+from iresnet_jax.models.contexts import ContextScale, Network, apply_network, initial_network
+from iresnet_jax.models.contractions import FlowWeights, as_params
 from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import Examples, as_batch, context_vectors
@@ -106,6 +109,8 @@ class DensitySpec:
         columns: Columns of the data frame that the entries of vectors are; None for arrays.
         context: Scale of the contexts of a conditional density; None takes contexts as they are.
         num_components: Components of the prior "mixture", which is one of vectors without classes; None for other priors.
+        context_hidden: Widths of a network on the scaled contexts, the last one of its output, which the flow then takes, see
+            `iresnet_jax.models.contexts`; none gives the flow the contexts themselves.
     """
 
     constrained: ClassVar[bool] = True
@@ -118,8 +123,9 @@ class DensitySpec:
     num_classes: int | None = None
     grid: Grid | None = None
     columns: tuple[Column, ...] | None = None
-    context: Standardize | None = None
+    context: Standardize | ContextScale | None = None
     num_components: int | None = None
+    context_hidden: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.grid is not None and (self.num_levels is not None or self.flow.event_shape != (len(self.grid.spacing),)):
@@ -128,9 +134,10 @@ class DensitySpec:
             )
         if self.columns is not None and self.flow.event_shape != (len(self.columns),):
             raise ValueError(f"there are {len(self.columns)} columns for examples of shape {self.flow.event_shape}")
-        scaled = 1 if self.context is None else len(self.context.mean)
-        if self.context is not None and scaled != self.flow.context_dim:
-            raise ValueError(f"the scale of contexts has {scaled} entries, the flow takes contexts of {self.flow.context_dim}")
+        taken = self.context_hidden[-1] if self.context_hidden else self.context_dim
+        if taken != self.flow.context_dim:
+            made = "the network on contexts gives" if self.context_hidden else "the scale of contexts has"
+            raise ValueError(f"{made} {taken} entries, the flow takes contexts of {self.flow.context_dim}")
         if isinstance(self.transform, Standardize | Whiten):
             entries, last = len(self.transform.mean), self.flow.event_shape[-1]
             if entries != last or (isinstance(self.transform, Whiten) and len(self.flow.event_shape) != 1):
@@ -166,6 +173,11 @@ class DensitySpec:
                 raise ValueError(f"equalize needs a share for each entry of {self.flow.event_shape}, got {len(shares)}")
 
     @property
+    def context_dim(self) -> int:
+        """Length of a context vector; 0 for none."""
+        return self.flow.context_dim if self.context is None else len(self.context.mean)
+
+    @property
     def unit(self) -> str:
         """Unit of reported likelihoods: "bits/dim" for integer levels, "nats" for continuous data."""
         return "nats" if self.num_levels is None else "bits/dim"
@@ -191,7 +203,7 @@ class DensitySpec:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weights", "prior", "estimator"],
+    data_fields=["weights", "prior", "estimator", "network"],
     meta_fields=["spec", "solver", "unroll", "rematerialize", "bfloat16", "history"],
 )
 @dataclass(frozen=True)
@@ -219,9 +231,10 @@ class Density(Model):
         rematerialize: What the backward pass recomputes, see `iresnet_jax.bijections.chain.repeat`.
         bfloat16: Whether branches compute in bfloat16 on the way from data to latents, see `flow_bijection`.
         history: What the training of a fitted model saw.
+        network: Weights of the network on contexts, see `contexts.apply_network`; empty without one.
     """
 
-    arrays: ClassVar[tuple[str, ...]] = ("prior",)
+    arrays: ClassVar[tuple[str, ...]] = ("prior", "network")
 
     spec: DensitySpec
     weights: FlowWeights = field(repr=False)
@@ -232,6 +245,100 @@ class Density(Model):
     rematerialize: Rematerialize = "nothing"
     bfloat16: bool = False
     history: History | None = field(default=None, repr=False)
+    network: Network = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def init(
+        cls,
+        key: Key[Array, ""],
+        x: Data,
+        *,
+        stages: Sequence[StageSpec],
+        coeff: float = 0.97,
+        budget: str = "layer",
+        sharp: bool = True,
+        prior: Any = "gaussian",
+        num_components: int | None = None,
+        num_classes: int | None = None,
+        num_levels: int | None = None,
+        transform: Transform | None = None,
+        context: Contexts | None = None,
+        context_hidden: tuple[int, ...] = (),
+        estimator: LogdetEstimator | None = None,
+    ) -> "Density":
+        """A density with random weights, ActNorm and preprocessing fitted to examples: certified, and ready to train.
+
+        Args:
+            key: Source of the weights.
+            x: Examples as the model will see them, some hundred or more: vectors, or images with channels last. For a model
+                that is trained without data, draws from a rough guess.
+            stages: Stages of the flow, from the data to the latents.
+            coeff: Largest operator norm of a layer, or of a block's branch with the budget "block", in (0, 1).
+            budget: "layer" or "block", see `FlowSpec`.
+            sharp: Whether activations of the Swish family start sharper in wider layers, which learn sooner.
+            prior: "gaussian", "logistic", "mixture", whose components start at examples, or a prior of one's own.
+            num_components: Components of the prior "mixture".
+            num_classes: Classes, if each has a prior of its own.
+            num_levels: Integer levels of images of integers, 256 by default.
+            transform: Preprocessing; by default `Standardize` of floats and of vectors, and `Logit` of images of integers.
+            context: Contexts of the examples, of a conditional density.
+            context_hidden: Widths of a network on them, see `DensitySpec`.
+            estimator: Log-determinant of the blocks; exact by default, which takes time and memory of images.
+
+        Raises:
+            ValueError: If examples, contexts and stages do not fit together, or a branch of one's own stretches examples by
+                more than it claims.
+
+        Example:
+            >>> model = Density.init(jax.random.key(0), x[:256], stages=[StageSpec(6, (64,), activation="clipswish")])
+        """
+        key_weights, key_noise, key_network = jax.random.split(single_key(key), 3)
+        x = np.asarray(x)
+        if x.ndim < 2 or not len(x):
+            raise ValueError(f"x must be a batch of examples, got shape {x.shape}; numbers, one an example, are x[:, None]")
+        is_image_of_levels = x.ndim > 2 and np.issubdtype(x.dtype, np.integer)
+        if not (is_image_of_levels or np.issubdtype(x.dtype, np.floating)):
+            x = x.astype(float)
+        if transform is None:
+            transform = Logit() if is_image_of_levels else Standardize.fit(x)
+        if context is not None:
+            context = np.asarray(context, float)
+            context = context[:, None] if context.ndim == 1 else context
+            if context.ndim != 2 or len(context) != len(x):
+                raise ValueError(f"context must be a vector for each of {len(x)} examples, got shape {context.shape}")
+        family = prior if isinstance(prior, str) else priors.OWN
+        context_dim = 0 if context is None else context.shape[1]
+        spec = DensitySpec(
+            FlowSpec(x.shape[1:], tuple(stages), coeff, budget, context_hidden[-1] if context_hidden else context_dim),
+            prior_family=family,
+            transform=transform,
+            num_levels=(num_levels or 256) if is_image_of_levels else num_levels,
+            num_classes=num_classes,
+            context=None if context is None else Standardize.fit_contexts(context),
+            num_components=num_components,
+            context_hidden=tuple(context_hidden),
+        )
+        model = cls(spec, {}, {}, network=initial_network(key_network, context_dim, context_hidden))
+        model = model if estimator is None else model.with_(estimator=estimator)
+        context = None if context is None else initial.some(context)
+        given = model.preprocess(initial.some(x), key_noise), model.scale_context(context)
+        weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharp=sharp)
+        check_claims(spec.flow, weights, *given)
+        if family == priors.OWN:
+            model = model.with_(weights=weights, prior=priors.own(prior))
+            jax.eval_shape(model._log_prior, z)  # raises for a prior of other vectors
+            return model
+        parameters = priors.standard(family, spec.flow.num_dims, num_classes, num_components)
+        if num_components is not None:
+            places = np.asarray(z)[np.random.default_rng(0).choice(len(z), num_components)]
+            unit = np.broadcast_to(np.eye(z.shape[1]), (num_components, z.shape[1], z.shape[1]))
+            parameters = mixtures.mixture_of(places, unit, np.ones(num_components))
+        return model.with_(weights=weights, prior=parameters)
+
+    def learned(self, name: str) -> Any:
+        """The arrays of a field in `arrays`; those of a prior of one's own without its constants."""
+        is_own = name == "prior" and self.spec.prior_family == priors.OWN
+        return priors.own(self.prior) if is_own else super().learned(name)
 
     @property
     def continuous(self) -> "Density":
@@ -250,8 +357,7 @@ class Density(Model):
         """
         examples = self._examples(x, context)
         key = jax.random.key(0) if key is None else examples.keys(key)
-        split = jax.random.split(key) if key.ndim == 0 else jnp.moveaxis(jax.vmap(jax.random.split)(key), 0, 1)
-        return examples.restore(self._terms(examples, split[0], split[1]).log_prob)
+        return examples.restore(_log_prob(self, self._checked(examples.x), examples.context, key))
 
     def terms(
         self,
@@ -270,20 +376,8 @@ class Density(Model):
             context: Contexts of a conditional model.
         """
         examples = self._examples(x, context)
-        return examples.restore(self._terms(examples, examples.keys(key_noise), examples.keys(key_probe)))
-
-    def _terms(self, examples: Examples, key_noise: Keys, key_probe: Keys) -> LogProb:
-        """`terms` of one batch."""
-        u, log_det_cells, _ = self._dequantize.forward_and_logdet(self._checked(examples.x), key_noise)
-        y, log_det_transform, _ = self._transform.forward_and_logdet(u, key_probe)
-        z, log_det, info = self.flow(examples.context).forward_and_logdet(y, key_probe)
-        by_class = None if self.spec.num_classes is None else self.log_prior_by_class(z)
-        if by_class is None:
-            log_prior = priors.log_prob(self.spec.prior_family, self.prior, z)
-        else:
-            log_prior = jax.nn.logsumexp(by_class, axis=1)
-        preprocessing = log_det_cells + log_det_transform
-        return LogProb(log_prior + log_det + preprocessing, log_prior, log_det, preprocessing, info, by_class)
+        keys = examples.keys(key_noise), examples.keys(key_probe)
+        return examples.restore(_terms(self, self._checked(examples.x), examples.context, *keys))
 
     def log_prior_by_class(self, z: Float[Array, "b d"]) -> Float[Array, "b k"]:
         """``log p(y) + log p_Z(z | y)`` for every class ``y``: logits of the classes, whose log-sum-exp is the prior.
@@ -325,8 +419,7 @@ class Density(Model):
     def _encode(self, examples: Examples, key: Keys | None) -> Float[Array, "b d"]:
         """`encode` of one batch."""
         key = None if key is None else examples.keys(key)
-        preprocessed = self.preprocess(examples.x, key)  # first, as it refuses what is no data
-        return self.flow(examples.context).forward(preprocessed)
+        return _encode(self, self._checked(examples.x), examples.context, key)
 
     def decode(
         self, z: Float[Array, "... d"] | Float[np.ndarray, "... d"], *, context: Contexts | None = None
@@ -341,10 +434,8 @@ class Density(Model):
             The data, and a `FixedPointInfo`. Its ``error_bound`` is in the units of continuous data: [0, 1) for integer levels,
             before they are rounded down. It is the product of the blocks' bounds, which says little about a deep flow.
         """
-        flow = self.spec.flow
-        examples = as_batch(jnp.asarray(z), (flow.num_dims,), context, flow.context_dim)
-        u, info = chain([self._transform, self.flow(examples.context)]).inverse(examples.x)
-        return examples.restore((self.round_to_data(u), info))
+        examples = as_batch(jnp.asarray(z), (self.spec.flow.num_dims,), context, self.spec.context_dim)
+        return examples.restore(_decode(self, examples.x, examples.context))
 
     def sample(
         self,
@@ -414,7 +505,7 @@ class Density(Model):
 
     def _context_of_samples(self, num: int, context: Contexts | None) -> Contexts | None:
         """Contexts of samples, one for each."""
-        dim = self.spec.flow.context_dim
+        dim = self.spec.context_dim
         if context is None or not dim:
             return context  # the flow refuses what it does not take
         vectors = context_vectors(context, dim)
@@ -437,13 +528,11 @@ class Density(Model):
         self, key: Key[Array, ""], num: int, *, temperature: float = 1.0, labels: Shaped[Array, " m"] | None = None
     ) -> Float[Array, "n d"]:
         """Latents from the prior; arguments and errors are those of `sample`."""
-        num, key = checked(Count, num, "num"), typed_key(key)
-        if key.shape:
-            raise ValueError(f"key must be a single key, got keys of shape {key.shape}")
+        num, key = checked(Count, num, "num"), single_key(key)
         if self.spec.num_classes is None:
             if labels is not None:
                 self.check_classes()
-            return priors.sample(self.spec.prior_family, self.prior, key, num, temperature)
+            return _sample(self.spec.prior_family, self.prior, key, num, temperature)
         key_label, key_noise = jax.random.split(key)
         drawn = jax.random.categorical(key_label, self.prior["class_logits"], shape=(num,))
         labels = drawn if labels is None else jnp.asarray(labels)
@@ -466,7 +555,7 @@ class Density(Model):
     def _examples(self, x: Any, context: Contexts | None = None) -> Examples:
         """Data and contexts as one batch, not checked yet."""
         flow = self.spec.flow
-        return as_batch(self.numbers(x), flow.event_shape, context, flow.context_dim)
+        return as_batch(self.numbers(x), flow.event_shape, context, self.spec.context_dim)
 
     def flow(self, context: Contexts | None = None) -> Bijection:
         """The residual flow alone, from preprocessed data to latents."""
@@ -482,19 +571,25 @@ class Density(Model):
         )
 
     def scale_context(self, context: Contexts | None) -> Float[Array, "b ..."] | None:
-        """Contexts as the flow takes them; those that are not vectors of its length are left to it to refuse.
+        """Contexts as the flow takes them: scaled, and through the network on them if there is one.
 
-        Numbers, one an example, are vectors of length 1.
+        Numbers, one an example, are vectors of length 1. Without a network, contexts of a wrong length are left to the flow.
+
+        Raises:
+            ValueError: If the network takes contexts of another length.
         """
         if context is None:
             return None
         vectors = jnp.asarray(context)
         vectors = vectors if jnp.issubdtype(vectors.dtype, jnp.floating) else vectors.astype(jnp.result_type(float))
-        if vectors.ndim == self.spec.flow.context_dim == 1:
+        if vectors.ndim == self.spec.context_dim == 1:
             vectors = vectors[:, None]
-        if self.spec.context is None or vectors.shape[1:] != (len(self.spec.context.mean),):
+        if self.spec.context is None or vectors.shape[1:] != (self.spec.context_dim,):
+            if self.spec.context_hidden:
+                raise ValueError(f"the model takes contexts of length {self.spec.context_dim}, got shape {vectors.shape}")
             return vectors
-        return self.spec.context.bijection().forward(vectors)
+        scaled = self.spec.context.bijection().forward(vectors)
+        return apply_network(self.network, scaled) if self.spec.context_hidden else scaled
 
     def preprocess(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
         """The flow's input for data: noise from the key, or none."""
@@ -503,7 +598,8 @@ class Density(Model):
     def dequantize(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
         """Continuous data: levels as points of [0, 1) with noise from the key, or in the middle of their cells without one."""
         x = self._checked(x)
-        return self._dequantize.forward(x) if key is None else self._dequantize.forward_and_logdet(x, key)[0]
+        u = self._dequantize.forward(x) if key is None else self._dequantize.forward_and_logdet(x, key)[0]
+        return self._promoted(u)
 
     def continuous_of_input(self, y: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """Continuous data for the flow's input, the inverse of the preprocessing after `dequantize`."""
@@ -516,6 +612,11 @@ class Density(Model):
     @property
     def _transform(self) -> Bijection:
         return self.spec.transform.bijection()
+
+    def _promoted(self, x: Array) -> Array:
+        """Numbers in the precision of the weights, if theirs is lower; of JAX's floats while there are no weights."""
+        weights = jax.tree.leaves(as_params(self.weights))
+        return x.astype(jnp.result_type(x, *weights) if weights else jnp.promote_types(x.dtype, jnp.result_type(float)))
 
     @property
     def _dequantize(self) -> Bijection:
@@ -588,3 +689,40 @@ class Density(Model):
     @property
     def _priors_of_classes(self) -> Mapping[str, Array]:
         return {name: values for name, values in self.prior.items() if name != "class_logits"}
+
+
+# One program each: outside of ``jit``, every operation would be one of its own, and every loop one at every call.
+
+
+@quick_jit
+def _log_prob(model: Density, x: Array, context: Any, key: Keys) -> Float[Array, " b"]:
+    key_noise, key_probe = jax.random.split(key) if key.ndim == 0 else jnp.moveaxis(jax.vmap(jax.random.split)(key), 0, 1)
+    return _terms(model, x, context, key_noise, key_probe).log_prob
+
+
+@quick_jit
+def _terms(model: Density, x: Array, context: Any, key_noise: Keys, key_probe: Keys) -> LogProb:
+    u, log_det_cells, _ = model._dequantize.forward_and_logdet(x, key_noise)
+    y, log_det_transform, _ = model._transform.forward_and_logdet(model._promoted(u), key_probe)
+    z, log_det, info = model.flow(context).forward_and_logdet(y, key_probe)
+    by_class = None if model.spec.num_classes is None else model.log_prior_by_class(z)
+    if by_class is None:
+        log_prior = priors.log_prob(model.spec.prior_family, model.prior, z)
+    else:
+        log_prior = jax.nn.logsumexp(by_class, axis=1)
+    preprocessing = log_det_cells + log_det_transform
+    return LogProb(log_prior + log_det + preprocessing, log_prior, log_det, preprocessing, info, by_class)
+
+
+@quick_jit
+def _encode(model: Density, x: Array, context: Any, key: Keys | None) -> Float[Array, "b d"]:
+    return model.flow(context).forward(model.preprocess(x, key))
+
+
+@quick_jit
+def _decode(model: Density, z: Array, context: Any) -> tuple[Num[Array, "b ..."], FixedPointInfo]:
+    u, info = chain([model._transform, model.flow(context)]).inverse(model._promoted(z))
+    return model.round_to_data(u), info
+
+
+_sample = quick_jit(priors.sample, static_argnums=(0, 3, 4))

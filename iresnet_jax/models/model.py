@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.atomic_files import replacing
@@ -43,6 +42,10 @@ class Model:
     def with_(self: M, **changes: Any) -> M:
         """The same model with other fields, such as ``solver``."""
         return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    def learned(self, name: str) -> Any:
+        """The arrays of a field in `arrays`."""
+        return getattr(self, name)
 
     def certificate(self) -> Certificate:
         """Norms of all layers and Lipschitz constants of all blocks and of the whole model, estimated and guaranteed."""
@@ -90,11 +93,8 @@ class Model:
         check_names(self.spec.flow)
         path = Path(path)
         header = {"format": FORMAT, "spec": tagged(self.spec), "about": dict(about or {})}
-        stored = {"params": as_params(self.weights), **{name: getattr(self, name) for name in self.arrays}}
-        arrays: dict[str, Any] = {
-            array_name(key): np.asarray(leaf, getattr(leaf, "dtype", jnp.result_type(float)))
-            for key, leaf in jax.tree.leaves_with_path(stored)
-        }
+        stored = {"params": as_params(self.weights), **{name: self.learned(name) for name in self.arrays}}
+        arrays: dict[str, Any] = {array_name(key): np.asarray(leaf) for key, leaf in jax.tree.leaves_with_path(stored)}
         arrays[HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
         with replacing(path) as incoming, incoming.open("wb") as file:
             np.savez_compressed(file, **arrays)

@@ -2,8 +2,7 @@
 
 A prior is its name and its parameters, ``{"mean", "log_std"}`` of "gaussian" or ``{"mean", "log_scale"}`` of "logistic", one
 each a dimension; those of "mixture" are in `mixtures`. A prior of one's own has the name "own" and is its own parameters: any
-pytree of floating-point arrays with ``log_prob(z) -> (b,)`` and ``sample(key, (n,)) -> (n, d)``, as distributions of NumPyro
-and flowjax are.
+pytree with ``log_prob(z) -> (b,)`` and ``sample(key, (n,)) -> (n, d)``, as distributions of NumPyro and flowjax are.
 """
 
 import functools
@@ -17,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from iresnet_jax.bijections.transforms.logit import log_logistic
+from iresnet_jax.branches.own import Structure
 from iresnet_jax.maths.enclosures.ball_arithmetic import LOG_2PI, Ball, exp, joined, log_sum_exp, softplus
 from iresnet_jax.models import mixtures
 
@@ -63,26 +63,54 @@ KINDS = (*PRIORS, MIXTURE, OWN)
 NO_ENCLOSURE = "the log-density of a prior of one's own has no guaranteed error: certify.log_det bounds the flow's part alone"
 
 
+@jax.tree_util.register_pytree_with_keys_class
+class OwnPrior:
+    """A prior of one's own with its arrays of JAX apart from everything else, which is constant.
+
+    Attributes:
+        weights: Its arrays of floats, which are trained.
+        structure: What is not.
+    """
+
+    def __init__(self, weights: Mapping[str, Any], structure: Structure):
+        self.weights, self.structure = weights, structure
+
+    @property
+    def module(self) -> Any:
+        """The prior as it was given, with the weights of now."""
+        return self.structure.join(self.weights)
+
+    def log_prob(self, z: Float[Array, "b d"]) -> Array:
+        """Log-density, as the prior says it."""
+        return self.module.log_prob(z)
+
+    def sample(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
+        """Draws, as the prior makes them."""
+        return self.module.sample(key, shape)
+
+    def tree_flatten_with_keys(self) -> Any:
+        """The weights by their names."""
+        names = sorted(self.weights)
+        return [(jax.tree_util.DictKey(name), self.weights[name]) for name in names], (tuple(names), self.structure)
+
+    @classmethod
+    def tree_unflatten(cls, names_and_structure: Any, leaves: Any) -> "OwnPrior":
+        """The prior of weights."""
+        names, structure = names_and_structure
+        return cls(dict(zip(names, leaves, strict=True)), structure)
+
+
 def own(prior: Any) -> Any:
-    """A prior of one's own with arrays as its leaves, where it may have numbers of Python.
+    """A prior of one's own as a pytree of arrays of floats: itself, or an `OwnPrior` if it has other leaves.
+
+    As in branches of one's own, arrays of JAX are trained; arrays of NumPy, numbers and functions are constants.
 
     Raises:
-        ValueError: If it has not the methods of one, or a leaf that cannot be trained.
+        ValueError: If it has not the methods of a prior.
     """
     _check_own(prior)
-
-    def parameter(path, leaf):
-        is_number = isinstance(leaf, int | float) and not isinstance(leaf, bool)
-        if not is_number and not jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating):
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            found = getattr(leaf, "dtype", type(leaf).__name__)
-            raise ValueError(
-                f"a prior's leaves are arrays of floats, which are trained, and its leaf {name} is {found}: "
-                "make it part of the tree's structure, such as a static field"
-            )
-        return jnp.asarray(leaf, float) if is_number else jnp.asarray(leaf)
-
-    return jax.tree.map_with_path(parameter, prior)
+    structure, weights = Structure.of(prior)
+    return prior if all(structure.names) else OwnPrior(weights, structure)
 
 
 def _check_own(prior: Any) -> None:
@@ -239,9 +267,9 @@ def of_classes(kind: str, z: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "
     log_std = np.tile(0.5 * np.log(np.maximum(within, SMALLEST_VARIANCE)), (num_classes, 1))
     family = _family(kind)
     return {
-        "mean": jnp.asarray(mean, jnp.float32),
-        family.log_scale: jnp.asarray(log_std - math.log(family.std), jnp.float32),
-        "class_logits": jnp.asarray(np.log((counts + 1) / (counts.sum() + num_classes)), jnp.float32),
+        "mean": jnp.asarray(mean, float),
+        family.log_scale: jnp.asarray(log_std - math.log(family.std), float),
+        "class_logits": jnp.asarray(np.log((counts + 1) / (counts.sum() + num_classes)), float),
     }
 
 

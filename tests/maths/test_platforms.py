@@ -38,7 +38,7 @@ def test_accelerators_have_no_options(without_flags):
 
 def test_the_compiler_knows_the_options(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
-    quick = platforms.quick_jit(lambda x, power: x**power, static_argnums=1)
+    quick = platforms.quick_jit(lambda x, power: x**power, static_argnums=(1,))
     np.testing.assert_array_equal(quick(jnp.arange(3.0), 2), [0, 1, 4])
     compiled = platforms.compile_quickly(jax.jit(jnp.sin), jnp.ones(3))
     np.testing.assert_allclose(compiled(jnp.ones(3)), np.sin(np.ones(3)), rtol=1e-6)
@@ -46,7 +46,7 @@ def test_the_compiler_knows_the_options(monkeypatch):
 
 def test_programs_that_are_compiled_quickly_are_traced_for_the_older_emitters(monkeypatch, without_flags):
     options = []
-    monkeypatch.setattr(jax, "jit", lambda function, compiler_options=None: options.append(compiler_options) or function)
+    monkeypatch.setattr(jax, "jit", lambda function, compiler_options=None, **_: options.append(compiler_options) or function)
     assert float(platforms.quick_jit(asks)(1.0)) == 3
     assert options == [platforms.QUICK]
     assert float(asks(1.0)) == 2
@@ -57,3 +57,7 @@ def test_within_another_program_options_are_those_of_that_one(without_flags):
     assert float(jax.jit(inner)(1.0)) == 2
     np.testing.assert_array_equal(jax.vmap(inner)(jnp.ones(2)), [2, 2])
     assert float(jax.grad(inner)(1.0)) == 2
+
+
+def test_objects_that_are_no_arrays_run_as_they_are(without_flags):
+    assert platforms.quick_jit(lambda told, x: told.upper() + str(x))("no array, ", 1) == "NO ARRAY, 1"

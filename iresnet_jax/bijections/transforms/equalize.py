@@ -91,7 +91,7 @@ class Equalize:
 
     def forward_and_logdet(self, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """``y = logit(alpha + (1 - 2 alpha) u)`` and ``sum log(dy/dx)``."""
-        entries = x.reshape(len(x), -1)
+        entries = x.reshape(len(x), math.prod(x.shape[1:]))
         tables = self._tables(entries)
         k = quantize(entries, len(self.frequencies)).astype(jnp.int32)
         cell = tables.cell(k)
@@ -106,7 +106,7 @@ class Equalize:
 
     def inverse_and_logdet(self, y: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """``x``, and ``sum log(dx/dy)``."""
-        entries = y.reshape(len(y), -1)
+        entries = y.reshape(len(y), math.prod(y.shape[1:]))
         tables = self._tables(entries)
         k = tables.level(entries)
         cell = tables.cell(k)
@@ -123,7 +123,7 @@ class Equalize:
         Frequencies count as divided by their sum, and each entry is mapped by the line of the level that `quantize` reads off
         ``u`` in its own dtype. The tables of float intervals that keep round trips exact move nothing here.
         """
-        entries, cells = u.reshape(len(u), -1), _precise_cells(self)
+        entries, cells = u.reshape(len(u), math.prod(u.shape[1:])), _precise_cells(self)
         k = np.asarray(quantize(jnp.asarray(entries), cells.num_levels)).astype(np.int64)
         start, width = (table.map(lambda part: _at(part, k)) for table in (cells.below, cells.widths))
         num = Ball.of(cells.num_levels)

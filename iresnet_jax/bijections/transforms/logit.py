@@ -107,7 +107,7 @@ class Logit:
     def enclose_forward(self, u: Float[np.ndarray, "b ..."]) -> tuple[Ball, Ball]:
         """The logit in double-double."""
         y, log_slopes = enclose_logit(self.alpha, Ball.of(u))
-        return y, log_slopes.map(lambda part: part.reshape(len(part), -1)).sum()
+        return y, log_slopes.map(lambda part: part.reshape(len(part), math.prod(part.shape[1:]))).sum()
 
     @on_balls
     def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:

@@ -51,6 +51,13 @@ class Standardize:
         rows = np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1])
         return cls(tuple(rows.mean(axis=0).tolist()), tuple(rows.std(axis=0).tolist()))
 
+    @classmethod
+    def fit_contexts(cls, contexts: Float[np.ndarray, "n k"]) -> "Standardize":
+        """`fit`, but entries that are constant keep their scale."""
+        rows = np.asarray(contexts, np.float64)
+        scale = rows.std(axis=0)
+        return cls(tuple(rows.mean(axis=0).tolist()), tuple(np.where(scale > 0, scale, 1).tolist()))
+
     @property
     def entry_scales(self) -> tuple[float, ...]:
         """Standard deviation of each entry."""
@@ -189,7 +196,7 @@ class Whiten:
             size = np.linalg.norm(np.abs(wrong.middle.high) + np.abs(wrong.middle.low) + wrong.radius) * UP
             solutions.append(y.widened(np.full(len(y.radius), inverse_norm * size)))
         log_det = -log(Ball.of(np.diag(factor))).sum()
-        return joined(np.stack, solutions), log_det + Ball.of(np.zeros(len(centred.radius)))
+        return joined(np.stack, solutions) if solutions else centred, log_det + Ball.of(np.zeros(len(centred.radius)))
 
     @on_balls
     def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:

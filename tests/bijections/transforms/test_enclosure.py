@@ -86,6 +86,7 @@ def test_enclosures_hold_values_and_log_determinants(name):
     mine[at_edges] = ours[0][at_edges]
     np.testing.assert_allclose(mine, ours[0], rtol=0, atol=1e-9)
     np.testing.assert_allclose(log_det.middle.high[2:], ours[1][2:], rtol=1e-11)
+    assert [len(part.radius) for part in transform.enclose_forward(u[:0])] == [0, 0]
 
 
 def test_cells_have_the_volume_that_the_bijections_say():
