@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "temperature": {"type": float, "default": 1.0, "help": "factor on the prior's scale (1)"},
     "seed": {"type": int, "default": 0, "help": "of the latents (0)"},
+    "samples": {"type": count, "default": 99, "help": "of the model for each example (%(default)s)"},
     "context": {"metavar": "NUMBERS", "help": "context: 1.0,2.0,... or a .npy file with one per row"},
     "label": {"type": int, "help": "of which class, of a hybrid (any)"},
     "against": {"default": "rotated", "help": "rotated (default), noise, or the name of a data set"},
@@ -104,6 +105,12 @@ COMMANDS = {
     "robustness": Command(
         "Verified accuracy by radius, beside the accuracy under attack; exit status 1 if the attack breaks a certificate.",
         "workdir data num=100 radii",
+    ),
+    "calibrate": Command(
+        "Calibration of a density given contexts: ranks of test examples among samples, and tests that they are uniform; exit "
+        "status 1 if these refuse it.",
+        "workdir data num=500 samples",
+        shares_examples=True,
     ),
     "report": Command("All results, to report.json and report.html.", "workdir data", shares_examples=True),
     "plan": Command(

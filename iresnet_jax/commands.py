@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from iresnet_jax.evaluation import accuracy, inverse_problem, inversion, likelihood, posterior, samples
+from iresnet_jax.evaluation import accuracy, calibration, inverse_problem, inversion, likelihood, posterior, samples
 from iresnet_jax.evaluation.guarantee import affordable
 from iresnet_jax.evaluation.ood import compare
 from iresnet_jax.evaluation.robustness import evaluate as verified_accuracy
@@ -63,7 +63,7 @@ def sample(run: Run, arguments: argparse.Namespace) -> bool:
         temperature=arguments.temperature,
         seed=arguments.seed,
         labels=None if arguments.label is None else [arguments.label] * arguments.num,
-        contexts=context_vectors(arguments.context, model.spec.flow.context_dim),
+        contexts=context_vectors(arguments.context, model.spec.context_dim),
         num_certified=_num_certified(arguments, model.spec.flow),
     )
     png, npy = write_samples(drawn.values, model.spec.num_levels, run.folder)
@@ -149,6 +149,14 @@ def robustness(run: Run, arguments: argparse.Namespace) -> bool:
     result = verified_accuracy(model, images, labels, radii=arguments.radii, batch_size=size, seed=run.config.seed)
     _say(*run.notes, result)
     return result.num_broken == 0
+
+
+def calibrate(run: Run, arguments: argparse.Namespace) -> bool:
+    """Tests whether posteriors hold the truth as often as they say."""
+    run = run.with_data_checked()
+    found = calibration.calibrate_run(run, arguments.num, arguments.samples)
+    _say(*run.notes, found)
+    return found.is_calibrated
 
 
 def report(run: Run, _: argparse.Namespace) -> bool:

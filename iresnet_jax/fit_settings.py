@@ -37,6 +37,9 @@ COMPONENTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24)  # numbers of them that a
 EXAMPLES_PER_COMPONENT = 5  # at least, for each row of its covariance and its mean
 NOISES = (0.0, 0.1, 0.3)  # standard deviations of the noise on examples
 NO_NOISE = 1e-9  # is lost in rounding, and shares the program of noise
+# Widths of the network on contexts, and weight decay: by the validation of posteriors of simulators.
+CONTEXT_HIDDEN = (128, 128, 32)
+DECAYS = (0.1, 0.3, 1.0)
 SIZES = {"large": (20, 128, 1e-2), "small": (4, 32, 3e-3)}  # blocks, width, learning rate
 
 
@@ -126,6 +129,7 @@ class Candidate:
         size: A key of `SIZES`.
         noise: Standard deviation of noise on the examples of a density; None leaves it to the settings.
         has_own_stages: Whether the user has given the stages, of which `size` then leaves the learning rate alone.
+        decay: Weight decay of a conditional density, which has a network on its contexts; None of others.
     """
 
     prior: str | None
@@ -133,12 +137,14 @@ class Candidate:
     size: str = "large"
     noise: float | None = None
     has_own_stages: bool = False
+    decay: float | None = None
 
     def __str__(self) -> str:
         parts = [f"learning rate {SIZES[self.size][-1]}" if self.has_own_stages else f"{self.size} network"]
         if self.prior is not None:
             parts.append(f"{self.components} normal distributions as prior" if self.components else f"{self.prior} prior")
-        return ", ".join(parts + [f"noise of {self.noise}"] * bool(self.noise))
+        parts += [f"noise of {self.noise}"] * bool(self.noise) + [f"weight decay {self.decay}"] * (self.decay is not None)
+        return ", ".join(parts)
 
     @property
     def program(self) -> "Candidate":
@@ -158,10 +164,14 @@ class Candidate:
             chosen["model.stages"] = _dense_stages(self.size)
         if self.prior is not None:
             chosen |= {"model.prior": self.prior, "model.prior_components": self.components}
+        if self.decay is not None:
+            chosen |= {"model.context_hidden": CONTEXT_HIDDEN, "optimizer.weight_decay": self.decay}
         return chosen | ({} if self.noise is None else {"augmentation.noise": self.noise or NO_NOISE})
 
     def milder(self) -> Iterator["Candidate"]:
-        """Candidates that overfit less: with more noise, or a smaller network."""
+        """Candidates that overfit less: with more noise or weight decay, or a smaller network."""
+        if self.decay is not None and self.decay < DECAYS[-1]:
+            yield dataclasses.replace(self, decay=DECAYS[DECAYS.index(self.decay) + 1])
         if self.noise is not None and self.noise < NOISES[-1]:
             yield dataclasses.replace(self, noise=NOISES[NOISES.index(self.noise) + 1])
         if self.size == "large":
@@ -181,8 +191,11 @@ def plain_candidate(config: Config, data: DataSet, given: Iterable[str] = ()) ->
     is_plain = config.objective == "density" and not data.contexts and "model.prior" not in given
     prior = likelier_prior(_preprocessed(config, data, PRIOR_EXAMPLES)) if is_plain else None
     size = "large" if len(data.examples["train"]) >= PER_COVARIANCE * data.event_shape[0] ** 2 else "small"
+    has_own_stages = "model.stages" in given
+    if data.contexts:
+        return Candidate(prior, size=size, has_own_stages=has_own_stages, decay=DECAYS[0])
     is_noise_free = config.objective == "density" and "augmentation.noise" not in given
-    return Candidate(prior, size=size, noise=NOISES[0] if is_noise_free else None, has_own_stages="model.stages" in given)
+    return Candidate(prior, size=size, noise=NOISES[0] if is_noise_free else None, has_own_stages=has_own_stages)
 
 
 def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> list[Candidate]:

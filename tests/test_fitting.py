@@ -295,16 +295,19 @@ def test_a_signal_ends_a_fit_on_disk_and_its_process(fitted, monkeypatch):
     assert received == [signal.SIGTERM]
 
 
-def test_a_context_makes_a_conditional_density():
+def test_a_context_makes_a_conditional_density_which_keeps_to_bounds():
     context = RNG.normal(size=(400, 1)).astype(np.float32)
-    x = context + 0.1 * RNG.normal(size=(400, 2)).astype(np.float32)
-    model = ir.fit(x, context=context, **QUICK | {"steps": 60})
+    x = np.clip(context + 0.1 * RNG.normal(size=(400, 2)).astype(np.float32), -3.9, 3.9)
+    model = ir.fit(x, context=context, bounds={0: (-4, 4)}, **QUICK | {"steps": 60})
+    assert model.spec.context_hidden
     log_prob = jax.jit(ir.Density.log_prob)
     given = log_prob(model, x[:50], context=context[:50])
     wrong = log_prob(model, x[:50], context=-context[:50])
     assert given.mean() > wrong.mean()
     samples, _ = jax.jit(ir.Density.sample, static_argnums=2)(model, jax.random.key(0), 4, context=context[:4])
     assert samples.shape == (4, 2)
+    widest, _ = jax.jit(ir.Density.sample, static_argnums=2)(model, jax.random.key(0), 200, context=np.full((200, 1), 5.0))
+    assert np.abs(widest[:, 0]).max() <= 4 < np.abs(widest[:, 1]).max()
     with pytest.raises(ValueError, match="context"):
         model.log_prob(x[:5])
 

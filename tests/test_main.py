@@ -198,7 +198,7 @@ def test_commands_that_share_examples_use_all_cores_before_the_model_is_loaded(c
     said(capsys, "certify", copied["points"])
     assert calls == ["moons", "load", "load"]
     shared = {name for name, command in COMMANDS.items() if command.shares_examples}
-    assert shared == {"evaluate", "sample", "reconstruct", "report"}
+    assert shared == {"evaluate", "sample", "reconstruct", "calibrate", "report"}
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------

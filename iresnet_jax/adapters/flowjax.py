@@ -28,10 +28,10 @@ class DensityDistribution(AbstractDistribution):
 
     def __init__(self, model: Density):
         check_continuous(model)
-        flow = model.spec.flow
+        spec = model.spec
         self.model = paramax.NonTrainable(model)
-        self.shape = tuple(flow.event_shape)
-        self.cond_shape = (flow.context_dim,) if flow.context_dim else None
+        self.shape = tuple(spec.flow.event_shape)
+        self.cond_shape = (spec.context_dim,) if spec.context_dim else None
 
     def _given(self, condition: Any) -> LogDensity:
         return LogDensity.of(paramax.unwrap(self.model), condition)

@@ -43,7 +43,7 @@ class LogDensity:
             ValueError: If it is no density of continuous data, or the contexts are not what it takes.
         """
         check_continuous(model)
-        dim = model.spec.flow.context_dim
+        dim = model.spec.context_dim
         if context is None:
             if dim:
                 raise ValueError(f"this density is conditional: give a context of shape (..., {dim})")

@@ -107,7 +107,7 @@ def check(
     if any(np.ndim(batch) == 0 for batch in given):
         raise ValueError("certificates are those of a batch of examples, got a scalar")
     if given:
-        check_context(model.spec.flow.context_dim, len(given[0]), context)
+        check_context(getattr(model.spec, "context_dim", 0), len(given[0]), context)
     for stage in model.spec.flow.layout:
         scale, branch = model.weights[stage.name]
         if not np.all(np.abs(scale.log_scale) <= LARGEST_EXPONENT):

@@ -43,6 +43,7 @@ from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.columns import Column, Frame, numbers_of, table_of
+from iresnet_jax.models.contexts import ContextScale, Network, apply_network
 from iresnet_jax.models.contractions import FlowWeights
 from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
@@ -107,6 +108,8 @@ class DensitySpec:
         columns: Columns of the data frame that the entries of vectors are; None for arrays.
         context: Scale of the contexts of a conditional density; None takes contexts as they are.
         num_components: Components of the prior "mixture", which is one of vectors without classes; None for other priors.
+        context_hidden: Widths of a network on the scaled contexts, the last one of its output, which the flow then takes, see
+            `iresnet_jax.models.contexts`; none gives the flow the contexts themselves.
     """
 
     constrained: ClassVar[bool] = True
@@ -119,8 +122,9 @@ class DensitySpec:
     num_classes: int | None = None
     grid: Grid | None = None
     columns: tuple[Column, ...] | None = None
-    context: Standardize | None = None
+    context: Standardize | ContextScale | None = None
     num_components: int | None = None
+    context_hidden: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.grid is not None and (self.num_levels is not None or self.flow.event_shape != (len(self.grid.spacing),)):
@@ -129,9 +133,10 @@ class DensitySpec:
             )
         if self.columns is not None and self.flow.event_shape != (len(self.columns),):
             raise ValueError(f"there are {len(self.columns)} columns for examples of shape {self.flow.event_shape}")
-        scaled = 1 if self.context is None else len(self.context.mean)
-        if self.context is not None and scaled != self.flow.context_dim:
-            raise ValueError(f"the scale of contexts has {scaled} entries, the flow takes contexts of {self.flow.context_dim}")
+        taken = self.context_hidden[-1] if self.context_hidden else self.context_dim
+        if taken != self.flow.context_dim:
+            made = "the network on contexts gives" if self.context_hidden else "the scale of contexts has"
+            raise ValueError(f"{made} {taken} entries, the flow takes contexts of {self.flow.context_dim}")
         if isinstance(self.transform, Standardize | Whiten):
             entries, last = len(self.transform.mean), self.flow.event_shape[-1]
             if entries != last or (isinstance(self.transform, Whiten) and len(self.flow.event_shape) != 1):
@@ -167,6 +172,11 @@ class DensitySpec:
                 raise ValueError(f"equalize needs a share for each entry of {self.flow.event_shape}, got {len(shares)}")
 
     @property
+    def context_dim(self) -> int:
+        """Length of a context vector; 0 for none."""
+        return self.flow.context_dim if self.context is None else len(self.context.mean)
+
+    @property
     def unit(self) -> str:
         """Unit of reported likelihoods: "bits/dim" for integer levels, "nats" for continuous data."""
         return "nats" if self.num_levels is None else "bits/dim"
@@ -192,7 +202,7 @@ class DensitySpec:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weights", "prior", "estimator"],
+    data_fields=["weights", "prior", "estimator", "network"],
     meta_fields=["spec", "solver", "unroll", "rematerialize", "bfloat16", "history"],
 )
 @dataclass(frozen=True)
@@ -220,9 +230,10 @@ class Density(Model):
         rematerialize: What the backward pass recomputes, see `iresnet_jax.bijections.chain.repeat`.
         bfloat16: Whether branches compute in bfloat16 on the way from data to latents, see `flow_bijection`.
         history: What the training of a fitted model saw.
+        network: Weights of the network on contexts, see `contexts.apply_network`; empty without one.
     """
 
-    arrays: ClassVar[tuple[str, ...]] = ("prior",)
+    arrays: ClassVar[tuple[str, ...]] = ("prior", "network")
 
     spec: DensitySpec
     weights: FlowWeights = field(repr=False)
@@ -233,6 +244,7 @@ class Density(Model):
     rematerialize: Rematerialize = "nothing"
     bfloat16: bool = False
     history: History | None = field(default=None, repr=False)
+    network: Network = field(default_factory=dict, repr=False)
 
     def learned(self, name: str) -> Any:
         """The arrays of a field in `arrays`; those of a prior of one's own without its constants."""
@@ -333,8 +345,7 @@ class Density(Model):
             The data, and a `FixedPointInfo`. Its ``error_bound`` is in the units of continuous data: [0, 1) for integer levels,
             before they are rounded down. It is the product of the blocks' bounds, which says little about a deep flow.
         """
-        flow = self.spec.flow
-        examples = as_batch(jnp.asarray(z), (flow.num_dims,), context, flow.context_dim)
+        examples = as_batch(jnp.asarray(z), (self.spec.flow.num_dims,), context, self.spec.context_dim)
         return examples.restore(_decode(self, examples.x, examples.context))
 
     def sample(
@@ -405,7 +416,7 @@ class Density(Model):
 
     def _context_of_samples(self, num: int, context: Contexts | None) -> Contexts | None:
         """Contexts of samples, one for each."""
-        dim = self.spec.flow.context_dim
+        dim = self.spec.context_dim
         if context is None or not dim:
             return context  # the flow refuses what it does not take
         vectors = context_vectors(context, dim)
@@ -457,7 +468,7 @@ class Density(Model):
     def _examples(self, x: Any, context: Contexts | None = None) -> Examples:
         """Data and contexts as one batch, not checked yet."""
         flow = self.spec.flow
-        return as_batch(self.numbers(x), flow.event_shape, context, flow.context_dim)
+        return as_batch(self.numbers(x), flow.event_shape, context, self.spec.context_dim)
 
     def flow(self, context: Contexts | None = None) -> Bijection:
         """The residual flow alone, from preprocessed data to latents."""
@@ -473,19 +484,25 @@ class Density(Model):
         )
 
     def scale_context(self, context: Contexts | None) -> Float[Array, "b ..."] | None:
-        """Contexts as the flow takes them; those that are not vectors of its length are left to it to refuse.
+        """Contexts as the flow takes them: scaled, and through the network on them if there is one.
 
-        Numbers, one an example, are vectors of length 1.
+        Numbers, one an example, are vectors of length 1. Without a network, contexts of a wrong length are left to the flow.
+
+        Raises:
+            ValueError: If the network takes contexts of another length.
         """
         if context is None:
             return None
         vectors = jnp.asarray(context)
         vectors = vectors if jnp.issubdtype(vectors.dtype, jnp.floating) else vectors.astype(jnp.result_type(float))
-        if vectors.ndim == self.spec.flow.context_dim == 1:
+        if vectors.ndim == self.spec.context_dim == 1:
             vectors = vectors[:, None]
-        if self.spec.context is None or vectors.shape[1:] != (len(self.spec.context.mean),):
+        if self.spec.context is None or vectors.shape[1:] != (self.spec.context_dim,):
+            if self.spec.context_hidden:
+                raise ValueError(f"the model takes contexts of length {self.spec.context_dim}, got shape {vectors.shape}")
             return vectors
-        return self.spec.context.bijection().forward(vectors)
+        scaled = self.spec.context.bijection().forward(vectors)
+        return apply_network(self.network, scaled) if self.spec.context_hidden else scaled
 
     def preprocess(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
         """The flow's input for data: noise from the key, or none."""

@@ -16,6 +16,7 @@ import numpy as np
 from iresnet_jax.checked_dataclasses import checked
 from iresnet_jax.models import priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.contexts import initial_network
 from iresnet_jax.models.contractions import with_bounds
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.head import batch_statistics, initial_head
@@ -136,7 +137,8 @@ def _empty(spec: Spec, prior: Any) -> dict[str, Any]:
     if isinstance(spec, DensitySpec):
         if prior is None:
             prior = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes, spec.num_components)
-        return {"params": params, "prior": prior}
+        network = initial_network(jax.random.key(0), spec.context_dim, spec.context_hidden)
+        return {"params": params, "prior": prior, "network": network}
     if isinstance(spec, ReconstructorSpec):
         return {"params": params}
     channels = spec.feature_shape[-1]

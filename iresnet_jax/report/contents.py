@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from iresnet_jax.evaluation.accuracy import Classification
+from iresnet_jax.evaluation.calibration import Calibration
 from iresnet_jax.evaluation.environment import Environment
 from iresnet_jax.evaluation.inverse_problem import InverseProblem
 from iresnet_jax.evaluation.inversion import Inversion
@@ -59,6 +60,7 @@ class Report:
 
     Attributes:
         posterior: Comparison of a conditional density with the true posterior, where that is known.
+        calibration: Ranks of test examples among samples given their contexts, of a conditional density of vectors.
         inverse_problem: Reconstructions from measurements, of a reconstructor.
         inverse: Round trips of a model with an inverse.
         lipschitz: Lipschitz constants of a model with an inverse.
@@ -71,6 +73,7 @@ class Report:
     likelihood: Likelihood | None = None
     points: Points | None = None
     posterior: Posterior | None = None
+    calibration: Calibration | None = None
     classification: Classification | None = None
     inverse_problem: InverseProblem | None = None
     samples: SampleConvergence | None = None
@@ -88,7 +91,8 @@ class Report:
     def warnings(self) -> list[str]:
         """Sentences to read before any number."""
         found = list(self.notes)
-        for part in (self.likelihood, self.posterior, self.classification, self.inverse_problem, self.samples):
+        measured = [self.likelihood, self.posterior, self.calibration, self.classification, self.inverse_problem, self.samples]
+        for part in measured:
             found += part.warnings() if part else ()
         if self.samples_by_class:
             found += self.samples_by_class.warnings("samples by class")
@@ -98,7 +102,8 @@ class Report:
 
     def __str__(self) -> str:
         verdict = self.lipschitz and self.lipschitz.verdict
-        headlines = [self.likelihood, self.posterior, self.classification, self.inverse_problem, self.inverse, verdict]
+        of_posteriors = [self.posterior, self.calibration]
+        headlines = [self.likelihood, *of_posteriors, self.classification, self.inverse_problem, self.inverse, verdict]
         said = "\n".join(str(headline) for headline in headlines if headline)
         return "\n".join([said, *(warning for warning in self.warnings() if warning not in said)])
 
@@ -109,6 +114,8 @@ class Report:
             facts[self.likelihood.key] = facts.pop("likelihood")
         if self.posterior:
             facts["posterior"]["mean_c2st"] = self.posterior.mean_c2st
+        if self.calibration:
+            facts["calibration"] |= {"p_value": self.calibration.p_value, "calibrated": self.calibration.is_calibrated}
         if self.lipschitz:
             facts["lipschitz"] |= {"certified": self.lipschitz.certified, "max_block": self.lipschitz.max_block}
         return _strict({**facts, "warnings": self.warnings()})

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from iresnet_jax.evaluation.calibration import Calibration
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.report import style
 
@@ -18,6 +19,7 @@ Number = float | int
 
 MAX_PAIRS = 5  # entries of a vector that are drawn
 MAX_LIKELIHOODS = 2000  # points that are drawn by their likelihood
+MAX_RANKS = 12  # quantities whose ranks are drawn
 MAX_POSTERIORS = 4  # contexts whose posterior is drawn
 FLAT = 1e-3  # least height of a learning curve's axis, relative to its values
 MAX_CURVE_POINTS = 600  # keeps seven panels of two splits below the size at which an SVG is given up
@@ -163,31 +165,83 @@ def pairs(data: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"]) -> 
 
     Both are drawn on the range of the data; the title counts the samples that are outside of it in some entry.
     """
-    shown = min(data.shape[1], MAX_PAIRS)
     low, high = np.quantile(data, 0.001, axis=0), np.quantile(data, 0.999, axis=0)
     margin = 0.1 * np.maximum(high - low, 1e-12)
     low, high = low - margin, high + margin
+    figure, first = _pairs({"test data": data, "samples": samples}, {}, low, high)
+    outside = int(np.any((samples < low) | (samples > high) | ~np.isfinite(samples), axis=1).sum())
+    style.label(first, "", "", title=f"{outside} of {len(samples)} samples are outside", size=8)
+    return figure
+
+
+def posterior_pairs(samples: Float[np.ndarray, "c n d"], truth: Float[np.ndarray, "c d"]) -> "Figure":
+    """Draws samples of a density given each of the first two contexts: marginals of the first entries, and their pairs.
+
+    Args:
+        samples: Samples given each context.
+        truth: The example that each context belongs to, which is a line in marginals and a cross in pairs.
+    """
+    names = [f"context {i}" for i in range(len(samples[:2]))]
+    finite = samples[:2][np.all(np.isfinite(samples[:2]), axis=2)]
+    whole = np.concatenate([finite, truth[:2]])
+    low, high = whole.min(axis=0), whole.max(axis=0)
+    margin = 0.05 * np.maximum(high - low, 1e-12)
+    of_contexts = dict(zip(names, samples, strict=False))
+    return _pairs(of_contexts, dict(zip(names, truth, strict=False)), low - margin, high + margin)[0]
+
+
+def _pairs(
+    kinds: Mapping[str, Float[np.ndarray, "n d"]],
+    marks: Mapping[str, Float[np.ndarray, " d"]],
+    low: Float[np.ndarray, " d"],
+    high: Float[np.ndarray, " d"],
+) -> tuple["Figure", "Axes"]:
+    """Marginals of the first entries and their pairs, of two kinds of points, some with a mark; and the first of the axes."""
+    shown = min(len(low), MAX_PAIRS)
     figure = style.figure(width=10.0, height=max(1.9 * shown, 3.0))
     grid: Any = figure.subplots(shown, shown, squeeze=False)
-    kinds = (("test data", data, style.BLUE), ("samples", samples, style.ORANGE))
     for row, column in np.ndindex(shown, shown):
         axes = grid[row, column]
         if column > row:
             axes.set_axis_off()
             continue
         axes.set_xlim(low[column], high[column])
-        for name, points, color in kinds:
+        for (name, points), color in zip(kinds.items(), (style.BLUE, style.ORANGE), strict=False):
             if row == column:
                 bins = np.linspace(low[row], high[row], 41).tolist()
                 axes.hist(points[:, row], bins=bins, density=True, histtype="step", color=color, linewidth=1.2, label=name)
             else:
                 axes.scatter(points[:, column], points[:, row], s=2.0, color=color, alpha=0.35, linewidths=0, rasterized=True)
+        for (_, mark), color in zip(marks.items(), (style.BLUE, style.ORANGE), strict=False):
+            if row == column:
+                axes.axvline(float(mark[row]), color=color, linewidth=1.0, linestyle="--")
+            else:
+                axes.scatter(mark[column], mark[row], s=60.0, color=style.INK, marker="x", linewidths=2.2)
+                axes.scatter(mark[column], mark[row], s=40.0, color=color, marker="x", linewidths=1.2)
         if row != column:
             axes.set_ylim(low[row], high[row])
         style.label(axes, f"entry {column}" if row == shown - 1 else "", f"entry {row}" if column == 0 and row else "", size=8)
-    outside = int(np.any((samples < low) | (samples > high) | ~np.isfinite(samples), axis=1).sum())
-    style.label(grid[0, 0], "", "", title=f"{outside} of {len(samples)} samples are outside", size=8)
     style.legend(grid[0, 0])
+    return figure, grid[0, 0]
+
+
+def rank_histograms(calibration: Calibration) -> "Figure":
+    """Draws histograms of ranks, of the first entries and of the log-density, with the band of a calibrated model."""
+    tests = [*calibration.tests[:-1][: MAX_RANKS - 1], calibration.tests[-1]]
+    columns = min(len(tests), 6)
+    rows = -(-len(tests) // columns)
+    figure = style.figure(width=min(2.2 * columns + 0.6, 10.0), height=1.9 * rows + 0.3)
+    grid: Any = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    low, high = calibration.band()
+    for axes in grid.ravel()[len(tests) :]:
+        axes.set_axis_off()
+    for axes, test in zip(grid.ravel(), tests, strict=False):
+        num = len(test.counts)
+        axes.axhspan(low, high, color=style.MIDTONE, alpha=0.25, linewidth=0)
+        axes.axhline(calibration.num_examples / num, color=style.MIDTONE, linewidth=0.8)
+        axes.bar((np.arange(num) + 0.5) / num, test.counts, width=0.9 / num, color=style.BLUE)
+        axes.set_xlim(0, 1)
+        style.label(axes, "rank", "", title=f"{test.name}: p = {min(test.p_chi_square, test.p_ks):.2g}", size=8)
     return figure
 
 

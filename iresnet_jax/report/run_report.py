@@ -10,6 +10,7 @@ from iresnet_jax.atomic_files import replacing
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.evaluation import (
     accuracy,
+    calibration,
     environment,
     guarantee,
     inverse_problem,
@@ -91,6 +92,8 @@ def _density(run: Run, model: Density, examples: np.ndarray, figures: Figures) -
     results = {"likelihood": measured.summary, "samples": drawn.convergence}
     if is_image:
         return results
+    if contexts is not None:
+        results |= _posteriors(run, model, examples, contexts, figures)
     taken = None if contexts is None else contexts[np.arange(num) % len(contexts)]  # as `samples.draw` does
     of_samples = likelihood.log_prob(model, drawn.values, settings, seed, contexts=taken)
     unlikely = points.least_likely(examples, measured.log_prob)
@@ -98,6 +101,19 @@ def _density(run: Run, model: Density, examples: np.ndarray, figures: Figures) -
     with replacing(run.folder / LOG_PROB_FILE) as incoming, incoming.open("wb") as file:
         np.save(file, measured.log_prob)
     return {**results, "points": points.Points(LOG_PROB_FILE, unlikely)}
+
+
+def _posteriors(run: Run, model: Density, examples: np.ndarray, contexts: np.ndarray, figures: Figures) -> Results:
+    """Samples of a density of vectors given each of the first test contexts, and its calibration if there are enough."""
+    settings, seed, num = run.config.evaluation, run.config.seed, len(contexts[:2])
+    repeated = np.repeat(contexts[:num], NUM_POINTS, axis=0)
+    drawn = samples.draw(model, len(repeated), settings.batch_size, seed=seed, contexts=repeated)
+    figures["posterior_pairs"] = plots.posterior_pairs(drawn.values.reshape(num, NUM_POINTS, -1), examples[:num])
+    if len(examples) < calibration.LEAST_EXAMPLES:
+        return {}
+    found = calibration.calibrate_run(run)
+    figures["ranks"] = plots.rank_histograms(found)
+    return {"calibration": found}
 
 
 def _classes(run: Run, images: np.ndarray, figures: Figures) -> Results:

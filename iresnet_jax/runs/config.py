@@ -57,6 +57,7 @@ class ModelConfig:
     # vectors of a density.
     prior: Literal["gaussian", "logistic", "mixture"] = "gaussian"
     prior_components: CountOrNone = 0  # components of the prior "mixture"; 0 for other priors
+    context_hidden: tuple[Count, ...] = ()  # widths of a network on the contexts of a density; none leaves them as they are
     last_scale: NotNegative = 1.0  # initial factor on the last layer of each branch
     sharp: bool = False  # whether activations of the Swish family start sharper in wider layers of a density
 

@@ -14,6 +14,7 @@ from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.toys import Toy
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import ClassifierSpec
+from iresnet_jax.models.contexts import ContextScale
 from iresnet_jax.models.density import DensitySpec, Transform
 from iresnet_jax.models.reconstructor import ReconstructorSpec, block_coeff
 from iresnet_jax.models.saved import Spec
@@ -47,16 +48,18 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
         raise ValueError(f"a hybrid needs labelled images, and {data.name} has none: choose another data.name")
     if is_hybrid and data.context_dim:
         raise ValueError(f"a hybrid takes no contexts, and {data.name} has them: choose the objective density")
+    hidden = config.model.context_hidden if data.context_dim else ()
     return DensitySpec(
-        flow=build_flow_spec(config.model, data.event_shape, data.context_dim),
+        flow=build_flow_spec(config.model, data.event_shape, hidden[-1] if hidden else data.context_dim),
         prior_family=config.model.prior,
         transform=build_transform(config.preprocessing, data, by_class=is_hybrid),
         num_levels=data.num_levels,
         num_classes=data.num_classes if is_hybrid else None,
         grid=data.grid,
         columns=data.columns,
-        context=_context_scale(data),
+        context=_context_scale(data, squeezed=bool(hidden)),
         num_components=config.model.prior_components or None,
+        context_hidden=hidden,
     )
 
 
@@ -158,11 +161,13 @@ def data_on_the_line(data: DataSet) -> np.ndarray:
     return Bounded(data.bounds).to_line(examples + noise, np)[0]
 
 
-def _context_scale(data: DataSet) -> Standardize | None:
-    """The standard scale of contexts; entries that are constant keep their own."""
+def _context_scale(data: DataSet, *, squeezed: bool) -> Standardize | None:
+    """The standard scale of contexts, or the one that squeezes outliers; entries that are constant keep their own."""
     if not data.context_dim:
         return None
     contexts = np.asarray(_to_scale_by(data)[1], np.float64)
+    if squeezed:
+        return ContextScale.fit(contexts)
     scale = contexts.std(axis=0)
     return Standardize(tuple(contexts.mean(axis=0).tolist()), tuple(np.where(scale > 0, scale, 1).tolist()))
 

@@ -16,6 +16,7 @@ from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models import contractions, flow, linen, mixtures, priors
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.contexts import initial_network
 from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.models.head import batch_statistics
 from iresnet_jax.models.reconstructor import ReconstructorSpec
@@ -44,7 +45,8 @@ def abstract_variables(spec: Spec) -> Any:
     module = _module(spec).clone(fitted=False)
     if isinstance(spec, DensitySpec):
         module = module.clone(num_classes=spec.num_classes)
-    return _without_prior(spec, jax.eval_shape(module.init, jax.random.key(0), example, *contexts))
+    variables = _without_prior(spec, jax.eval_shape(module.init, jax.random.key(0), example, *contexts))
+    return {**variables, "params": {**variables["params"], **jax.eval_shape(lambda: _network(spec, jax.random.key(0)))}}
 
 
 def initial_variables(
@@ -78,23 +80,24 @@ def initial_variables(
     if isinstance(spec, ReconstructorSpec):
         return _constrained(spec, create(key_init, jnp.zeros((2, *spec.flow.event_shape))), constraint)[0]
     x, context, labels = examples_of(key_data, actnorm_examples)
+    network = _network(spec, key_init)
     if isinstance(spec, ClassifierSpec):
         inputs: tuple[Any, ...] = (_preprocess(Classifier(spec, {}, {}, {}), x),)
         if not spec.is_bijective:
             return create(key_init, *inputs)
     else:
-        model = Density(spec, {}, {})
+        model = Density(spec, {}, {}, **network)
         inputs = (_preprocess(model, x, key_noise), *([] if context is None else [model.scale_context(context)]))
     # Weights do not depend on the inputs: two examples give their shapes.
     variables, weights = _constrained(spec, create(key_init, *(rows[:2] for rows in inputs)), constraint)
     fitted, statistics, z = _fitted(spec, weights, inputs)
     check_claims(spec.flow, fitted, *inputs)
-    params = dict(variables["params"])
+    params = {**variables["params"], **network}
     for name, block in fitted.items():
         params[name] = {"blocks": {**params[name]["blocks"], "actnorm": block.actnorm._asdict()}}
     if isinstance(spec, DensitySpec) and spec.num_components is not None:
         x, context, _ = examples_of(key_data, MIXTURE_EXAMPLES)
-        z = _encode(Density(spec, fitted, {}), x, key_noise, context)
+        z = _encode(Density(spec, fitted, {}, **network), x, key_noise, context)
         params["prior"] = fitted_mixture(np.asarray(z), spec.num_components, seed)
     if isinstance(spec, DensitySpec) and spec.num_classes is not None:
         params["prior"] = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
@@ -129,6 +132,13 @@ def fitted_mixture(z: Float[np.ndarray, "n d"], num_components: int, seed: int =
         mixture.fit((z - mean) / std)
     means, covariances, weights = map(np.asarray, (mixture.means_, mixture.covariances_, mixture.weights_))
     return mixtures.mixture_of(mean + std * means, covariances * np.outer(std, std), weights, num_components)
+
+
+def _network(spec: Spec, key: Key[Array, ""]) -> dict[str, Any]:
+    """Fresh weights of the network on contexts by the name of their field; empty where there is none."""
+    if not isinstance(spec, DensitySpec) or not spec.context_hidden:
+        return {}
+    return {"network": initial_network(jax.random.fold_in(key, 1), spec.context_dim, spec.context_hidden)}
 
 
 @quick_jit

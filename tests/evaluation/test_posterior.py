@@ -1,49 +1,26 @@
 """Models beside the posterior they should be: numbers of models that are right and wrong, and a config end to end."""
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import math
 
 import jax
-import jax.numpy as jnp
-import kept
 import numpy as np
 import pytest
 import tiny_runs as runs
+from known_posterior import linear_gaussian_model
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.data import simulators
 from iresnet_jax.evaluation import posterior
-from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.contractions import freeze
-from iresnet_jax.models.density import Density, DensitySpec
 from iresnet_jax.runs import loop, trained_run
 from iresnet_jax.runs.config import EvaluationConfig, parse
 from iresnet_jax.runs.model_from_config import density_spec
 
 ATOL_F32 = 1e-4  # log-densities in float32, of a flow whose weights are zero
 SETTINGS = EvaluationConfig(batch_size=200, num_posteriors=2, num_posterior_samples=200)
-
-
-LINEAR_FLOW = FlowSpec((10,), (StageSpec(1, hidden=(2,)),), context_dim=10)
-
-
-@functools.cache
-def zero_weights():
-    """Frozen weights of that flow, all zero."""
-    shapes = jax.eval_shape(lambda key: freeze(LINEAR_FLOW, kept.random_params(LINEAR_FLOW, key)), jax.random.key(0))
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-
-
-def linear_gaussian_model(shift=0.0, scale=1.0):
-    """The posterior ``N(x / 2, .05 I)`` as a flow of one block ``z = theta - x / 2`` and a prior of its own."""
-    weights = jax.tree.map(jnp.asarray, zero_weights())
-    weights["stage0"].branch.weights["dense1"]["context"] = -0.5 * jnp.eye(10)[None]
-    prior = {"mean": jnp.full((10,), shift), "log_std": jnp.full((10,), math.log(scale * math.sqrt(0.05)))}
-    return Density(DensitySpec(LINEAR_FLOW), weights, prior)
 
 
 def test_the_true_posterior_diverges_by_nothing_and_a_wrong_one_by_its_divergence(monkeypatch):
@@ -107,6 +84,10 @@ def test_from_training_to_samples_and_report(config, tmp_path, capsys, monkeypat
     assert np.load(tmp_path / "samples.npy").shape == (64, 2)
     assert main(["sample", "--workdir", str(tmp_path), "--num", "5"]) == 2
     assert "takes a context" in capsys.readouterr().err
+    status = main(["calibrate", "--workdir", str(tmp_path), "--num", "40", "--samples", "9"])
+    said = capsys.readouterr().out
+    assert "ranks of 40 true examples among 9 samples each" in said
+    assert status == (0 if "not refused" in said else 1)
     assert main(["report", "--workdir", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "report.json").read_text())
     found = content["posterior"]
@@ -120,6 +101,9 @@ def test_from_training_to_samples_and_report(config, tmp_path, capsys, monkeypat
     page = (tmp_path / "report.html").read_text()
     assert "Divergence from the posterior" in page
     assert "Samples of the true posterior above samples of the model" in page
+    assert len(content["calibration"]["tests"]) == 3
+    assert "Histograms of the ranks of test examples" in page
+    assert "Marginals and pairs of the first entries of samples, given each" in page
 
 
 def test_contexts_are_scaled_by_what_a_simulator_draws(config):

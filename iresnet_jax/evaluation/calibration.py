@@ -1,0 +1,179 @@
+r"""Simulation-based calibration of a conditional density: do its posteriors hold the truth as often as they say?
+
+For held-out pairs of parameters and a context, the rank of each true parameter among ``L`` samples of the model given the
+context is uniform on ``0, ..., L`` if the model is the posterior (Talts et al. 2018). Ranks of the log-density of the truth
+among those of the samples show what ranks of single parameters cannot: wrong correlations (Modrak et al. 2023).
+
+Ranks are those of one context each, over many contexts: a model that ignores contexts and gives the prior passes by its
+parameters, and its likelihood shows it.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from iresnet_jax.evaluation import likelihood, samples
+from iresnet_jax.models.density import Density
+from iresnet_jax.runs.config import EvaluationConfig
+from iresnet_jax.runs.trained_run import Run
+
+NUM_EXAMPLES, NUM_SAMPLES = 500, 99  # pairs, and samples for each, by default: 100 ranks
+BINS, LEAST_A_BIN = 20, 10  # most bins of a histogram; fewer if so few ranks would fall into one
+LEAST_EXAMPLES = 2 * LEAST_A_BIN
+LEVEL = 1e-3  # probability by which a calibrated model is refused
+BAND = 0.99  # share of a calibrated model's bars within the band
+
+
+@dataclass(frozen=True)
+class RankTest:
+    """Ranks of one quantity and the tests that they are uniform.
+
+    Attributes:
+        name: What the ranks are of, "entry 0" and so on, or "log p".
+        counts: Ranks in bins of equal width, from the lowest.
+        p_chi_square: p-value of the chi-square test of ``counts``.
+        p_ks: p-value of the Kolmogorov-Smirnov test of the ranks themselves.
+        mean_rank: Mean of the ranks from 0 to 1; below .5 samples are too high.
+    """
+
+    name: str
+    counts: tuple[int, ...]
+    p_chi_square: float
+    p_ks: float
+    mean_rank: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Simulation-based calibration.
+
+    Attributes:
+        tests: Of every entry of the examples, and of the log-density.
+        num_examples: Pairs, each of which gives one rank.
+        num_samples: Samples for each.
+        num_failed: Samples whose inverse did not converge.
+    """
+
+    tests: tuple[RankTest, ...]
+    num_examples: int
+    num_samples: int
+    num_failed: int = 0
+
+    @property
+    def p_value(self) -> float:
+        """Smallest p-value times the number of tests, at most 1: a bound of the probability by chance."""
+        smallest = min(min(test.p_chi_square, test.p_ks) for test in self.tests)
+        return min(1.0, 2 * len(self.tests) * smallest)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the tests together do not refuse the ranks at `LEVEL`."""
+        return self.p_value >= LEVEL
+
+    def band(self) -> tuple[int, int]:
+        """Counts between which the bar of a calibrated model lies with probability `BAND`."""
+        from scipy.stats import binom
+
+        low, high = binom.interval(BAND, self.num_examples, 1 / len(self.tests[0].counts))
+        return int(low), int(high)
+
+    def __str__(self) -> str:
+        lines = [
+            f"calibration: ranks of {self.num_examples} true examples among {self.num_samples} samples each",
+            f"{'':10}{'mean rank':>10}{'p (chi-square)':>16}{'p (KS)':>10}   counts",
+        ]
+        for test in self.tests:
+            counts = " ".join(map(str, test.counts))
+            lines.append(f"{test.name:10}{test.mean_rank:10.3f}{test.p_chi_square:16.2g}{test.p_ks:10.2g}   {counts}")
+        verdict = "not refused" if self.is_calibrated else "refused"
+        low, high = self.band()
+        lines.append(f"counts of a calibrated model are {low} to {high} in {BAND:.0%} of the bins")
+        lines.append(f"calibrated: {verdict}, p = {self.p_value:.2g} for all {2 * len(self.tests)} tests together")
+        return "\n".join([*lines, *self.warnings()])
+
+    def warnings(self) -> list[str]:
+        """A sentence about samples that are none."""
+        if not self.num_failed:
+            return []
+        num = self.num_examples * self.num_samples
+        return [f"The inverse did not converge for {self.num_failed} of {num} samples that ranks are among."]
+
+
+def calibrate_run(run: Run, num_examples: int = NUM_EXAMPLES, num_samples: int = NUM_SAMPLES) -> Calibration:
+    """Calibration of a run's model on its first test examples, see `calibrate`.
+
+    Raises:
+        ValueError: If the model is no density of vectors given contexts, or there are too few test examples.
+    """
+    contexts = run.test_contexts()
+    if not isinstance(run.model, Density) or contexts is None:
+        raise ValueError(f"{run.folder} holds no density given contexts: calibration is that of posteriors")
+    examples, contexts = run.test_examples()[:num_examples], contexts[:num_examples]
+    return calibrate(run.model, examples, contexts, num_samples, run.config.evaluation, run.config.seed)
+
+
+def calibrate(
+    model: Density,
+    examples: Float[np.ndarray, "n d"],
+    contexts: Float[np.ndarray, "n k"],
+    num_samples: int = NUM_SAMPLES,
+    settings: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (it is frozen)
+    seed: int = 0,
+) -> Calibration:
+    """Ranks of held-out examples among a model's samples given their contexts, and tests that they are uniform.
+
+    Args:
+        model: A conditional density of vectors.
+        examples: Parameters that the model has not been trained on, and was not chosen by.
+        contexts: Their contexts, such as observations that were simulated from them.
+        num_samples: Samples of the model for each.
+        settings: Batch size, and how log-densities are computed.
+        seed: Seed of the samples, in [0, 2^32).
+
+    Raises:
+        ValueError: If the examples are no vectors, or fewer than `LEAST_EXAMPLES`.
+
+    Example:
+        >>> print(calibrate(model, theta_test, context_test))  # doctest: +SKIP
+    """
+    examples, contexts = np.asarray(examples), np.asarray(contexts)
+    if examples.ndim != 2 or len(examples) < LEAST_EXAMPLES:
+        raise ValueError(f"calibration takes at least {LEAST_EXAMPLES} vectors, got examples of shape {examples.shape}")
+    repeated = np.repeat(contexts, num_samples, axis=0)
+    drawn = samples.draw(model, len(repeated), settings.batch_size, seed=seed, contexts=repeated)
+    log_prob = functools.partial(likelihood.log_prob, model, settings=settings, seed=seed)
+    of_samples, of_truth = log_prob(drawn.values, contexts=repeated), log_prob(examples, contexts=contexts)
+    values = drawn.values.reshape(len(examples), num_samples, -1)
+    generator = np.random.default_rng(seed)
+    tests = [
+        rank_test(f"entry {i}", _ranks(values[:, :, i], examples[:, i], generator), num_samples, generator)
+        for i in range(examples.shape[1])
+    ]
+    of_density = _ranks(of_samples.reshape(len(examples), num_samples), of_truth, generator)
+    tests.append(rank_test("log p", of_density, num_samples, generator))
+    return Calibration(tuple(tests), len(examples), num_samples, int(np.sum(~drawn.converged)))
+
+
+def rank_test(name: str, ranks: Int[np.ndarray, " n"], num_samples: int, generator: np.random.Generator) -> RankTest:
+    """Tests that ranks are uniform on ``0, ..., num_samples``.
+
+    Both tests are of ranks with noise in their cells, which are uniform on an interval if the ranks are: the Kolmogorov-Smirnov
+    test, and the chi-square test of at most `BINS` bins with `LEAST_A_BIN` ranks or more on average.
+    """
+    from scipy.stats import chisquare, kstest
+
+    places = (ranks + generator.random(len(ranks))) / (num_samples + 1)
+    counts, _ = np.histogram(places, max(min(BINS, len(ranks) // LEAST_A_BIN), 2), (0, 1))
+    p_chi_square, p_ks = float(chisquare(counts).pvalue), float(kstest(places, "uniform").pvalue)
+    return RankTest(name, tuple(counts.tolist()), p_chi_square, p_ks, float(places.mean()))
+
+
+def _ranks(
+    values: Float[np.ndarray, "n m"], truth: Float[np.ndarray, " n"], generator: np.random.Generator
+) -> Int[np.ndarray, " n"]:
+    """Number of values below the truth; among equal ones, which grids have, the place is drawn at random."""
+    below = np.sum(values < truth[:, None], axis=1)
+    equal = np.sum(values == truth[:, None], axis=1)
+    return below + generator.integers(0, equal + 1)

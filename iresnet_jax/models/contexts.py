@@ -1,0 +1,128 @@
+r"""Contexts of conditional densities: their scale, and a network between them and what depends on them.
+
+**Scale.** Observations of simulators have counts over many orders of magnitude, and outliers. An entry of a `ContextScale` is
+``(asinh((c - center) / width) - mean) / scale``: linear near its centre and logarithmic far from it, on both sides. Its width
+is the one, among several and linear, after which the training data look most like a normal distribution.
+
+**Network.** ``h(c) = A c + W_n phi(... phi(W_1 c + b_1)) + b_n`` has no constraint: whatever it makes of a context, blocks
+remain contractions of the example. A branch alone depends on contexts by linear maps, and learns products of entries slowly.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from iresnet_jax.bijections.bijection import Bijection, exact_bijection
+from iresnet_jax.bijections.transforms.standardize import Standardize
+
+WIDTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)  # of the logarithmic entries, in median absolute deviations from the median
+LINEAR = 1e4  # width of the entries that are linear, in mean absolute deviations
+GAIN = 2e-3  # of the correlation with a normal distribution's quantiles, for which an entry is not linear
+_ROWS = 10_000  # at most, which choose the widths
+
+Network = Mapping[str, Mapping[str, Array]]
+
+
+@dataclass(frozen=True)
+class ContextScale(Standardize):
+    """``(asinh((c - center) / width) - mean) / scale``, entry by entry.
+
+    Attributes:
+        center: Where each entry is steepest.
+        width: Distance from there at which it turns from linear to logarithmic.
+    """
+
+    center: tuple[float, ...] = ()
+    width: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not len(self.center) == len(self.width) == len(self.mean) or not min(self.width) > 0:
+            raise ValueError(f"center and width need one number an entry, widths positive, got {self.center} and {self.width}")
+
+    @classmethod
+    def fit(cls, x: Float[np.ndarray, "n k"]) -> "ContextScale":
+        """Centres and widths that make every entry as normal as they can, and the scale behind them; constants keep theirs."""
+        rows = np.asarray(x, np.float64)
+        chosen = [_likeliest(column[:_ROWS]) for column in rows.T]
+        center, width = (tuple(numbers) for numbers in zip(*chosen, strict=True))
+        squeezed = np.arcsinh((rows - np.array(center)) / np.array(width))
+        std = squeezed.std(axis=0)
+        return cls(tuple(squeezed.mean(axis=0).tolist()), tuple(np.where(std > 0, std, 1).tolist()), center, width)
+
+    def bijection(self) -> Bijection:
+        """The map of vectors."""
+        then = super().bijection()
+
+        def forward_and_logdet(x):
+            t = (x - jnp.asarray(self.center, x.dtype)[None]) / jnp.asarray(self.width, x.dtype)[None]
+            y, log_det, _ = then.forward_and_logdet(jnp.arcsinh(t), None)  # pyright: ignore[reportArgumentType]
+            return y, log_det - jnp.sum(0.5 * jnp.log1p(t**2) + jnp.log(jnp.asarray(self.width, x.dtype))[None], axis=1)
+
+        def inverse_and_logdet(y):
+            squeezed, _, _, _ = then.inverse_and_logdet(y, None)  # pyright: ignore[reportArgumentType]
+            x = jnp.sinh(squeezed) * jnp.asarray(self.width, y.dtype)[None] + jnp.asarray(self.center, y.dtype)[None]
+            return x, -forward_and_logdet(x)[1]
+
+        return exact_bijection(forward_and_logdet, inverse_and_logdet)
+
+
+def _likeliest(column: Float[np.ndarray, " n"]) -> tuple[float, float]:
+    """Centre and width of an entry: linear, unless another one has a straighter quantile-quantile plot (Filliben 1975).
+
+    Entries of one sign are also tried with zero as their centre.
+    """
+    from scipy.special import ndtri
+
+    median = float(np.median(column))
+    quantiles = ndtri((np.arange(len(column)) + 0.5) / len(column))
+    ordered = np.sort(column)
+
+    def straightness(center, width):
+        values = np.arcsinh((ordered - center) / width)
+        return float(np.corrcoef(values, quantiles)[0, 1]) if values.std() > 0 else -1.0
+
+    distances = np.abs(column - median)
+    if not distances.any():
+        return median, 1.0
+    best, deviation = (median, LINEAR * float(distances.mean())), float(np.median(distances)) or float(distances.mean())
+    highest = straightness(*best) + GAIN
+    centers = [0.0, median] if ordered[0] >= 0 or ordered[-1] <= 0 else [median]
+    smallest = float(np.quantile(np.abs(column), 0.01))
+    for center in centers:
+        for width in WIDTHS:
+            if center == 0.0 and width * deviation < smallest / 10:
+                continue  # such a one is a logarithm already
+            if (found := straightness(center, width * deviation)) > highest:
+                best, highest = (center, width * deviation), found
+    return best
+
+
+def initial_network(key: Key[Array, ""], num_observed: int, hidden: Sequence[int]) -> dict[str, dict[str, Array]]:
+    """Random weights of variance ``1 / fan_in`` and zero biases, of a network with these widths, the last of its output.
+
+    No widths are no network.
+    """
+    if not hidden:
+        return {}
+    keys = iter(jax.random.split(key, len(hidden) + 1))
+    weights = {}
+    for i, (cin, cout) in enumerate(zip((num_observed, *hidden), hidden, strict=False)):
+        kernel = jax.random.normal(next(keys), (cin, cout)) / math.sqrt(cin)
+        weights[f"dense{i}"] = {"kernel": kernel, "bias": jnp.zeros(cout)}
+    weights["skip"] = {"kernel": jax.random.normal(next(keys), (num_observed, hidden[-1])) / math.sqrt(num_observed)}
+    return weights
+
+
+def apply_network(weights: Network, c: Float[Array, "b k"]) -> Float[Array, "b f"]:
+    """``h(c)``, with the layers of `initial_network`."""
+    h, num_layers = c, len(weights) - 1
+    for i in range(num_layers):
+        layer = weights[f"dense{i}"]
+        h = (jax.nn.gelu(h) if i else h) @ layer["kernel"] + layer["bias"][None]
+    return h + c @ weights["skip"]["kernel"]

@@ -1,0 +1,64 @@
+"""Ranks of the truth among samples: uniform for the true posterior, and refused for one that is wrong."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from known_posterior import linear_gaussian_model
+
+from iresnet_jax.data import simulators
+from iresnet_jax.evaluation import calibration
+from iresnet_jax.runs.config import EvaluationConfig
+
+SETTINGS = EvaluationConfig(batch_size=2000)
+NUM, SAMPLES = 400, 49
+
+
+def calibrated(**wrong):
+    theta, x = map(np.asarray, simulators.SIMULATORS["linear_gaussian"].sample(jax.random.key(0), NUM))
+    return calibration.calibrate(linear_gaussian_model(**wrong), theta, x, SAMPLES, SETTINGS)
+
+
+def test_the_true_posterior_is_not_refused():
+    found = calibrated()
+    assert found.p_value > 0.01
+    assert [test.name for test in found.tests] == [*(f"entry {i}" for i in range(10)), "log p"]
+    low, high = found.band()
+    for test in found.tests:
+        assert sum(test.counts) == NUM
+        assert abs(test.mean_rank - 0.5) < 5 / np.sqrt(12 * NUM)
+    bars = np.concatenate([test.counts for test in found.tests])
+    assert np.mean((bars >= low) & (bars <= high)) > 0.95
+    assert "not refused" in str(found)
+
+
+@pytest.mark.parametrize("wrong", [{"shift": 0.1}, {"scale": 1.5}, {"scale": 0.7}], ids=str)
+def test_a_wrong_posterior_is_refused(wrong):
+    found = calibrated(**wrong)
+    assert not found.is_calibrated
+    if "shift" in wrong:  # samples are too high
+        assert found.tests[0].mean_rank < 0.45
+    else:  # too wide are hills, too narrow are valleys
+        ends = np.mean([test.counts[0] + test.counts[-1] for test in found.tests[:-1]]) / 2
+        assert (ends < NUM / 20) == (wrong["scale"] > 1)
+    assert "refused, p" in str(found)
+
+
+def test_p_values_are_uniform_for_uniform_ranks():
+    generator = np.random.default_rng(0)
+    tests = [calibration.rank_test("", generator.integers(0, SAMPLES + 1, 300), SAMPLES, generator) for _ in range(400)]
+    for p_values in ([test.p_chi_square for test in tests], [test.p_ks for test in tests]):
+        distance = np.max(np.abs(np.sort(p_values) - np.linspace(0, 1, 400)))
+        assert distance < 1.95 / np.sqrt(400)  # of the Kolmogorov-Smirnov test at .001
+
+
+def test_samples_without_an_inverse_are_told():
+    found = dataclasses.replace(calibrated(), num_failed=3)
+    assert "did not converge for 3 of 19600" in found.warnings()[0]
+
+
+def test_too_few_examples_are_refused():
+    theta, x = map(np.asarray, simulators.SIMULATORS["linear_gaussian"].sample(jax.random.key(0), 19))
+    with pytest.raises(ValueError, match="at least 20"):
+        calibration.calibrate(linear_gaussian_model(), theta, x)
