@@ -13,6 +13,7 @@ model = ir.Density.init(jax.random.key(1), x, stages=[ir.StageSpec(2, (8,), acti
 
 
 def loss(model, batch, key):
+    """The negative log-likelihood."""
     return -model.log_prob(batch, key).mean()
 
 
