@@ -96,12 +96,13 @@ class OurSteps(Steps):
         prepare_jax(settings, keeps_memory=keeps_memory)
         import jax
 
-        from iresnet_jax.runs import allocator, loop
+        from iresnet_jax.data.batches import device_batches
+        from iresnet_jax.runs import allocator
         from iresnet_jax.runs.planning import plan
 
         self._jax = jax
         self._of_device, self._step, self._state, examples, self._name = training_step(settings, plan.data_for(settings))
-        self._feed = loop.batches(settings, examples, 0)
+        self._feed = device_batches(examples, seed=settings.seed, batch_size=settings.training.batch_size)
         self.take()
         self.wait()
         if keeps_memory:

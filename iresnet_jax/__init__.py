@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from iresnet_jax import adapters
     from iresnet_jax import certification as certify
     from iresnet_jax.fitting import fit
+    from iresnet_jax.loss_training import train
+    from iresnet_jax.training.unconstrained import Unconstrained
 
 __all__ = [
     "Bijection",
@@ -72,6 +74,7 @@ __all__ = [
     "Stage",
     "StageSpec",
     "Standardize",
+    "Unconstrained",
     "Whiten",
     "adapters",
     "certify",
@@ -89,17 +92,24 @@ __all__ = [
     "residual_bijection",
     "soft_normalize",
     "spectral_norm",
+    "train",
 ]
+
+_TRAINING = {
+    "Unconstrained": "iresnet_jax.training.unconstrained",
+    "fit": "iresnet_jax.fitting",
+    "train": "iresnet_jax.loss_training",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """What takes more than the mathematics is imported when it is asked for: `certify`, and `fit` with all of training."""
+    """What takes more than the mathematics is imported when it is asked for: `certify`, `adapters`, and all of training."""
     if name == "adapters":
         return importlib.import_module("iresnet_jax.adapters")
     if name == "certify":
         return importlib.import_module("iresnet_jax.certification")
-    if name == "fit":
-        return importlib.import_module("iresnet_jax.fitting").fit
+    if name in _TRAINING:
+        return getattr(importlib.import_module(_TRAINING[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

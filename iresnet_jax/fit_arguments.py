@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import jax
 
 from iresnet_jax.checked_dataclasses import Count, Positive, Range, checked
-from iresnet_jax.maths.keys import typed_key
+from iresnet_jax.maths.keys import single_key
 from iresnet_jax.models.architecture import StageSpec
 
 KINDS: dict[str, Any] = {
@@ -51,8 +51,4 @@ def seed_of(key: Any) -> int:
     Raises:
         ValueError: If it is no key, or several.
     """
-    if key is None:
-        return 0
-    if (key := typed_key(key)).shape:
-        raise ValueError(f"key must be a single key, got keys of shape {key.shape}: choose one of them")
-    return int(jax.random.bits(key))
+    return 0 if key is None else int(jax.random.bits(single_key(key)))

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import jax
 
+from iresnet_jax.data.batches import device_batches
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.given import data_of
 from iresnet_jax.fit_arguments import checked_options, seed_of
@@ -32,9 +32,9 @@ from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import run_folder, trained_run
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import Config
-from iresnet_jax.runs.loop import batches, check_batch_size, train
+from iresnet_jax.runs.loop import check_batch_size, train
 from iresnet_jax.runs.machine import ignore_missing_tpu, keep_compiled_programs, prepare_backend, start_backend
-from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.runs.metrics import Lines, read_metrics
 from iresnet_jax.runs.model_from_config import model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_interactive
@@ -141,7 +141,7 @@ def fit(
         given = {"model.stages": [dataclasses.asdict(stage) for stage in stages], **given}
     chosen = {name: options[name] for name in ("objective", "minutes", "steps")}
     config = with_settings(choose_settings(data, **chosen, seed=seed_of(key)), given)
-    say = _Lines() if progress else lambda line: None
+    say = Lines() if progress else lambda line: None
     num, held_out = (len(data.examples[split]) for split in ("train", "validation"))
     say(f"fit: {num} examples of shape {data.event_shape} to train on, {held_out} to validate; {config.objective}")
     for note in data.notes:
@@ -254,7 +254,8 @@ def _fit_in_memory(config: Config, data: DataSet, say: Say, stop: StopRequests, 
     objective = build_objective(config, data, spec)
     trainer = Trainer(objective, config.training, compile_step=_STEPS.compiler(config, spec), say=say)
     trainer.validate()  # the start may be the best: a mixture is fitted before training
-    trainer.run(batches(config, objective.examples, 0), lambda: stop.received is not None)
+    batches = device_batches(objective.examples, seed=config.seed, batch_size=config.training.batch_size)
+    trainer.run(batches, lambda: stop.received is not None)
     best = trainer.best
     assert best is not None
     params, batch_stats = jax.device_put((best.ema, best.batch_stats))
@@ -288,13 +289,3 @@ def _fit_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any:
 def _length(settings: TrainingConfig) -> str:
     """The argument of `fit` that says when training ends."""
     return f"minutes={settings.minutes:g}" if settings.minutes else f"steps={settings.total_steps}"
-
-
-class _Lines:
-    """Lines of progress on stderr."""
-
-    def __init__(self):
-        self._began = time.monotonic()
-
-    def __call__(self, line: str) -> None:
-        print(f"[{time.monotonic() - self._began:5.0f} s] {line}", file=sys.stderr, flush=True)

@@ -44,7 +44,7 @@ def run_page(page: str, blocks: list[tuple[int, str]]) -> str | None:
     """Runs the blocks of a page one after the other, with few steps of training; the traceback of what failed."""
     namespace = {"__name__": "__main__"}
     for line, code in blocks:
-        code = re.sub(r"\bminutes=[\d.]+", "steps=2", code)
+        code = re.sub(r"\bsteps=\d+|\bminutes=[\d.]+", "steps=2", code)
         code = re.sub(r"\bnum_blocks=4\b", "num_blocks=1", code)
         try:
             exec(compile("\n" * (line - 1) + code, page, "exec"), namespace)

@@ -3,6 +3,7 @@
 import dataclasses
 
 from iresnet_jax.evaluation.accuracy import Classification, Mistake
+from iresnet_jax.evaluation.calibration import Calibration, RankTest
 from iresnet_jax.evaluation.environment import Environment
 from iresnet_jax.evaluation.inversion import Inversion, RoundTrips
 from iresnet_jax.evaluation.likelihood import Estimate, Likelihood
@@ -78,6 +79,9 @@ CLASSIFICATION = Classification(
     mistakes=(Mistake(index=1, label=0, prediction=1, probability=0.6),),
 )
 POSTERIOR = Posterior(divergence=0.0237, stderr=0.0034, num_examples=7919, c2st=(0.537, 0.588), num_samples=823)
+CALIBRATION = Calibration(
+    tuple(RankTest(name, (23, 31, 27), p, 0.62, 0.513) for name, p in (("entry 0", 0.0812), ("log p", 0.4417))), 81, 77
+)
 UNLIKELY = Unlikely(row=6173, log_prob=-27.31, entries=(Entry(14, 8.46, 5.83), Entry(9, -3.19, -4.27)))
 REPORT = Report(
     train=TrainingTimes(steps=4321, total_steps=4444, seconds_per_step=0.1832, compile_seconds=48.21, total_seconds=7384.0),
@@ -101,6 +105,7 @@ REPORT = Report(
     likelihood=LIKELIHOOD,
     points=Points("points.npy", (UNLIKELY,)),
     posterior=POSTERIOR,
+    calibration=CALIBRATION,
     classification=CLASSIFICATION,
     samples=SampleConvergence(num=64, fraction_converged=1.0, max_error_bound=1e-5),
     samples_by_class=SampleConvergence(num=80, fraction_converged=1.0, max_error_bound=1e-5),

@@ -20,7 +20,7 @@ FOLDERS = (
 )
 # Files beside the folders: how files are written whole and dataclasses become JSON is for everyone, the others may import all.
 FOR_EVERYONE = ("atomic_files", "checked_dataclasses")
-EDGES = ("__init__", "__main__", "commands", "estimators", "fit_arguments", "fit_settings", "fitting")
+EDGES = ("__init__", "__main__", "commands", "estimators", "fit_arguments", "fit_settings", "fitting", "loss_training")
 HEAVY = {"absl", "optax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "flax", "ml_collections"}
 ADAPTED = {"numpyro", "blackjax", "flowjax", "distrax"}  # each imported by its adapter alone
 

@@ -30,6 +30,7 @@ MODEL = "benchmarks/results/digits_hybrid/model.npz"  # read by a block
 SECTIONS = (
     "Install",
     "A first model",
+    "Any loss",
     "How it works",
     "Training from a config",
     "Results",

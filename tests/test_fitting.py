@@ -255,12 +255,12 @@ def test_an_interrupt_gives_the_best_model_so_far_in_a_notebook_and_ends_a_scrip
             stop.set()
             signal.raise_signal(signal.SIGINT)
 
-    class Interrupting(fitting._Lines):
+    class Interrupting(fitting.Lines):
         def __call__(self, line):
             super().__call__(line)
             interrupt(line)
 
-    monkeypatch.setattr(fitting, "_Lines", Interrupting)
+    monkeypatch.setattr(fitting, "Lines", Interrupting)
     options = QUICK | {"steps": 10_000, "progress": True, "settings": {"training.eval_every_steps": 4}}
     if not somebody_sits_there:
         with pytest.raises(KeyboardInterrupt):

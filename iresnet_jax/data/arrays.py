@@ -8,6 +8,7 @@ density is to be fitted stands in `tables`.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.data.dataset import DataSet
@@ -172,7 +173,7 @@ def _finite_floats(array: np.ndarray, what: str) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{what} must be numbers, got {array.dtype}: encode text and categories as numbers first")
     with np.errstate(over="ignore"):
-        floats = np.asarray(array, np.float32)
+        floats = np.asarray(array, np.dtype(jnp.result_type(float)))
     if len(wrong := np.argwhere(~np.isfinite(floats))):
         place = ", ".join(f"{axis} {index}" for axis, index in zip(("row", "column"), wrong[0][[0, -1]], strict=True))
         raise ValueError(

@@ -18,6 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
+from iresnet_jax.training import parallel
+
 _RESIDENT_SHARE = 1 / 8  # share of a device's memory that a data set may take
 
 
@@ -40,7 +42,8 @@ def device_batches(
             state, metrics = step(state, batch)
 
     Args:
-        examples: Array, or pytree of arrays such as images and labels, with the examples along their first axis.
+        examples: Array, or pytree of arrays such as images and labels, with the examples along their first axis; None gives
+            placeholders of the right number, for steps that draw their own examples.
         seed: Seed of the run, at least 0.
         batch_size: Examples in a batch over all processes and devices.
         first_step: Training step of the first batch.
@@ -52,6 +55,8 @@ def device_batches(
     Raises:
         ValueError: If the arrays differ in length, or a batch cannot be split evenly or exceeds the number of examples.
     """
+    if examples is None:
+        return itertools.repeat(parallel.shard(parallel.own_share(np.zeros(batch_size, np.float32))))
     lengths = {len(leaf) for leaf in jax.tree.leaves(examples)}
     if len(lengths) != 1:
         raise ValueError(f"all arrays must have the same number of examples along their first axis, got {sorted(lengths)}")
@@ -95,6 +100,7 @@ def fits_on_device(examples: Any, devices: Sequence[Any]) -> bool:
 
 
 def _made_ahead(make: Callable[[int], Any], first_step: int) -> Iterator[Any]:
+    make = parallel.in_this_precision(make)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as pool:
         upcoming = pool.submit(make, first_step)
         for step in itertools.count(first_step + 1):

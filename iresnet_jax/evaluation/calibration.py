@@ -79,26 +79,32 @@ class Calibration:
         low, high = binom.interval(BAND, self.num_examples, 1 / len(self.tests[0].counts))
         return int(low), int(high)
 
+    @property
+    def headline(self) -> str:
+        """One line."""
+        of = f"ranks of {self.num_examples} test examples among {self.num_samples} samples each"
+        return f"calibration: p = {self.p_value:.2g} for all {2 * len(self.tests)} tests of {of}"
+
     def __str__(self) -> str:
         lines = [
-            f"calibration: ranks of {self.num_examples} true examples among {self.num_samples} samples each",
+            self.headline,
             f"{'':10}{'mean rank':>10}{'p (chi-square)':>16}{'p (KS)':>10}   counts",
         ]
         for test in self.tests:
             counts = " ".join(map(str, test.counts))
             lines.append(f"{test.name:10}{test.mean_rank:10.3f}{test.p_chi_square:16.2g}{test.p_ks:10.2g}   {counts}")
-        verdict = "not refused" if self.is_calibrated else "refused"
         low, high = self.band()
         lines.append(f"counts of a calibrated model are {low} to {high} in {BAND:.0%} of the bins")
-        lines.append(f"calibrated: {verdict}, p = {self.p_value:.2g} for all {2 * len(self.tests)} tests together")
         return "\n".join([*lines, *self.warnings()])
 
     def warnings(self) -> list[str]:
-        """A sentence about samples that are none."""
-        if not self.num_failed:
-            return []
-        num = self.num_examples * self.num_samples
-        return [f"The inverse did not converge for {self.num_failed} of {num} samples that ranks are among."]
+        """Sentences about a model that is refused, and about samples that are none."""
+        found, num = [], self.num_examples * self.num_samples
+        if not self.is_calibrated:
+            found.append("Ranks of test examples among samples are not uniform: given contexts, the model is not calibrated.")
+        if self.num_failed:
+            found.append(f"The inverse did not converge for {self.num_failed} of {num} samples that ranks are among.")
+        return found
 
 
 def calibrate_run(run: Run, num_examples: int = NUM_EXAMPLES, num_samples: int = NUM_SAMPLES) -> Calibration:

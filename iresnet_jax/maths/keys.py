@@ -20,3 +20,14 @@ def typed_key(key: Any) -> Key[Array, "..."]:
         return jax.random.wrap_key_data(key)
     got = repr(key) if isinstance(key, int) else f"a {type(key).__name__}"
     raise ValueError(f"key must be a key such as jax.random.key({key if isinstance(key, int) else 0}), got {got}")
+
+
+def single_key(key: Any) -> Key[Array, ""]:
+    """`typed_key` of one key.
+
+    Raises:
+        ValueError: If it is no key, or several.
+    """
+    if (key := typed_key(key)).shape:
+        raise ValueError(f"key must be a single key, got keys of shape {key.shape}: choose one of them")
+    return key

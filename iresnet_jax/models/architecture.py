@@ -5,10 +5,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.branches import kinds
-from iresnet_jax.branches.branch import BranchSpec, check_budget, check_coeff
+from iresnet_jax.branches.branch import BranchSpec, Weights, check_budget, check_coeff
 from iresnet_jax.branches.own import name_of
 
 
@@ -85,6 +89,22 @@ class PlacedStage(NamedTuple):
         if len(self.branch.in_shape) != len(squeezed):
             parts.append(reshape.flatten_bijection(squeezed))
         return tuple(parts)
+
+    def initial_weights(
+        self, key: Key[Array, ""], *, last_scale: float | Float[Array, ""] = 1.0, sharp: bool = False
+    ) -> Weights:
+        """Random weights of all blocks, stacked; arguments are those of `BranchSpec.initial_weights`."""
+        keys = jax.random.split(key, self.spec.num_blocks)
+        return jax.vmap(lambda key: self.branch.initial_weights(key, last_scale=last_scale, sharp=sharp))(keys)
+
+    def initial_iterates(self, key: Key[Array, ""]) -> Weights:
+        """Random starts of the power iterations of all blocks, stacked."""
+        return jax.vmap(self.branch.initial_iterates)(jax.random.split(key, self.spec.num_blocks))
+
+    def identity(self) -> dict[str, Float[Array, "k c"]]:
+        """Parameters of all blocks' ActNorm that is the identity, stacked."""
+        zeros = jnp.zeros((self.spec.num_blocks, self.branch.in_shape[-1]))
+        return {"bias": zeros, "log_scale": zeros}
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ The network to compare with, see `batchnorm`, has no inverse; its weights are it
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Key, Num
 
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.bijection import Bijection
@@ -23,12 +24,14 @@ from iresnet_jax.bijections.chain import Rematerialize
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import check_levels, known_levels
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
+from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
-from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models import initial
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.batchnorm import batchnorm_features
 from iresnet_jax.models.contractions import FlowWeights, Tree
 from iresnet_jax.models.flow import flow_bijection
-from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, linear, pool
+from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, initial_head, linear, pool
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import as_batch
 from iresnet_jax.models.model import Model
@@ -159,6 +162,52 @@ class Classifier(Model):
     rematerialize: Rematerialize = "nothing"
     bfloat16: bool = False
     history: History | None = field(default=None, repr=False)
+
+    @classmethod
+    def init(
+        cls,
+        key: Key[Array, ""],
+        images: Any,
+        num_classes: int,
+        *,
+        stages: Sequence[StageSpec],
+        coeff: float = 0.9,
+        budget: str = "layer",
+        num_levels: int = 256,
+        pad_channels: int = 0,
+        mean: tuple[float, ...] = (0.5,),
+        std: tuple[float, ...] = (0.5,),
+    ) -> "Classifier":
+        """A classifier with random weights, ActNorm and the head's statistics fitted to images: certified, and ready to train.
+
+        The statistics of the head stay those of these images under any loss of one's own.
+
+        Args:
+            key: Source of the weights.
+            images: Images of integer levels ``(n, h, w, c)`` as the model will see them, some hundred or more.
+            num_classes: Number of classes, at least 2.
+            stages: Stages of the network, none of which factors out.
+            coeff: Largest operator norm of a layer, or of a block's branch with the budget "block", in (0, 1).
+            budget: "layer" or "block", see `FlowSpec`.
+            num_levels: Grey levels of a pixel.
+            pad_channels: Channels of zeros that make the network wider.
+            mean: Mean of pixels in [0, 1], one per channel or one for all; subtracted.
+            std: Divisor of the difference, in the same form.
+
+        Raises:
+            ValueError: If images and stages do not fit together.
+        """
+        if np.ndim(images) != 4 or not len(images):
+            raise ValueError(f"images must be a batch (n, h, w, c), got shape {np.shape(images)}")
+        height, width, channels = np.shape(images)[1:]
+        flow = FlowSpec((height, width, channels + pad_channels), tuple(stages), coeff, budget)
+        spec = ClassifierSpec(flow, (height, width, channels), num_classes, num_levels, pad_channels, mean, std)
+        model = cls(spec, {}, {}, {})
+        key_weights, key_head = jax.random.split(single_key(key))
+        weights, z = initial.initial_weights(flow, key_weights, model.preprocess(initial.some(images)))
+        features = reshape.unflatten(z, spec.feature_shape)
+        head = initial_head(key_head, features.shape[-1], num_classes)
+        return model.with_(weights=weights, head=head, statistics={"head": batch_statistics(features)})
 
     def logits(self, images: Images) -> Float[Array, "... k"]:
         """Logits of images, by running averages."""

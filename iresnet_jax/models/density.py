@@ -15,7 +15,7 @@ as the determinants are the same for all classes.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,16 +35,17 @@ from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.checked_dataclasses import Count, checked
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
-from iresnet_jax.maths.keys import typed_key
+from iresnet_jax.maths.keys import single_key, typed_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.platforms import quick_jit
-from iresnet_jax.models import priors
-from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models import initial, mixtures, priors
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.columns import Column, Frame, numbers_of, table_of
-from iresnet_jax.models.contexts import ContextScale, Network, apply_network
-from iresnet_jax.models.contractions import FlowWeights
+from iresnet_jax.models.contexts import ContextScale, Network, apply_network, initial_network
+from iresnet_jax.models.contractions import FlowWeights, as_params
 from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import Examples, as_batch, context_vectors
@@ -246,6 +247,94 @@ class Density(Model):
     history: History | None = field(default=None, repr=False)
     network: Network = field(default_factory=dict, repr=False)
 
+    @classmethod
+    def init(
+        cls,
+        key: Key[Array, ""],
+        x: Data,
+        *,
+        stages: Sequence[StageSpec],
+        coeff: float = 0.97,
+        budget: str = "layer",
+        sharp: bool = True,
+        prior: Any = "gaussian",
+        num_components: int | None = None,
+        num_classes: int | None = None,
+        num_levels: int | None = None,
+        transform: Transform | None = None,
+        context: Contexts | None = None,
+        context_hidden: tuple[int, ...] = (),
+        estimator: LogdetEstimator | None = None,
+    ) -> "Density":
+        """A density with random weights, ActNorm and preprocessing fitted to examples: certified, and ready to train.
+
+        Args:
+            key: Source of the weights.
+            x: Examples as the model will see them, some hundred or more: vectors, or images with channels last. For a model
+                that is trained without data, draws from a rough guess.
+            stages: Stages of the flow, from the data to the latents.
+            coeff: Largest operator norm of a layer, or of a block's branch with the budget "block", in (0, 1).
+            budget: "layer" or "block", see `FlowSpec`.
+            sharp: Whether activations of the Swish family start sharper in wider layers, which learn sooner.
+            prior: "gaussian", "logistic", "mixture", whose components start at examples, or a prior of one's own.
+            num_components: Components of the prior "mixture".
+            num_classes: Classes, if each has a prior of its own.
+            num_levels: Integer levels of images of integers, 256 by default.
+            transform: Preprocessing; by default `Standardize` of floats and of vectors, and `Logit` of images of integers.
+            context: Contexts of the examples, of a conditional density.
+            context_hidden: Widths of a network on them, see `DensitySpec`.
+            estimator: Log-determinant of the blocks; exact by default, which takes time and memory of images.
+
+        Raises:
+            ValueError: If examples, contexts and stages do not fit together, or a branch of one's own stretches examples by
+                more than it claims.
+
+        Example:
+            >>> model = Density.init(jax.random.key(0), x[:256], stages=[StageSpec(6, (64,), activation="clipswish")])
+        """
+        key_weights, key_noise, key_network = jax.random.split(single_key(key), 3)
+        x = np.asarray(x)
+        if x.ndim < 2 or not len(x):
+            raise ValueError(f"x must be a batch of examples, got shape {x.shape}; numbers, one an example, are x[:, None]")
+        is_image_of_levels = x.ndim > 2 and np.issubdtype(x.dtype, np.integer)
+        if not (is_image_of_levels or np.issubdtype(x.dtype, np.floating)):
+            x = x.astype(float)
+        if transform is None:
+            transform = Logit() if is_image_of_levels else Standardize.fit(x)
+        if context is not None:
+            context = np.asarray(context, float)
+            context = context[:, None] if context.ndim == 1 else context
+            if context.ndim != 2 or len(context) != len(x):
+                raise ValueError(f"context must be a vector for each of {len(x)} examples, got shape {context.shape}")
+        family = prior if isinstance(prior, str) else priors.OWN
+        context_dim = 0 if context is None else context.shape[1]
+        spec = DensitySpec(
+            FlowSpec(x.shape[1:], tuple(stages), coeff, budget, context_hidden[-1] if context_hidden else context_dim),
+            prior_family=family,
+            transform=transform,
+            num_levels=(num_levels or 256) if is_image_of_levels else num_levels,
+            num_classes=num_classes,
+            context=None if context is None else Standardize.fit_contexts(context),
+            num_components=num_components,
+            context_hidden=tuple(context_hidden),
+        )
+        model = cls(spec, {}, {}, network=initial_network(key_network, context_dim, context_hidden))
+        model = model if estimator is None else model.with_(estimator=estimator)
+        context = None if context is None else initial.some(context)
+        given = model.preprocess(initial.some(x), key_noise), model.scale_context(context)
+        weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharp=sharp)
+        check_claims(spec.flow, weights, *given)
+        if family == priors.OWN:
+            model = model.with_(weights=weights, prior=priors.own(prior))
+            jax.eval_shape(model._log_prior, z)  # raises for a prior of other vectors
+            return model
+        parameters = priors.standard(family, spec.flow.num_dims, num_classes, num_components)
+        if num_components is not None:
+            places = np.asarray(z)[np.random.default_rng(0).choice(len(z), num_components)]
+            unit = np.broadcast_to(np.eye(z.shape[1]), (num_components, z.shape[1], z.shape[1]))
+            parameters = mixtures.mixture_of(places, unit, np.ones(num_components))
+        return model.with_(weights=weights, prior=parameters)
+
     def learned(self, name: str) -> Any:
         """The arrays of a field in `arrays`; those of a prior of one's own without its constants."""
         is_own = name == "prior" and self.spec.prior_family == priors.OWN
@@ -439,9 +528,7 @@ class Density(Model):
         self, key: Key[Array, ""], num: int, *, temperature: float = 1.0, labels: Shaped[Array, " m"] | None = None
     ) -> Float[Array, "n d"]:
         """Latents from the prior; arguments and errors are those of `sample`."""
-        num, key = checked(Count, num, "num"), typed_key(key)
-        if key.shape:
-            raise ValueError(f"key must be a single key, got keys of shape {key.shape}")
+        num, key = checked(Count, num, "num"), single_key(key)
         if self.spec.num_classes is None:
             if labels is not None:
                 self.check_classes()
@@ -511,7 +598,8 @@ class Density(Model):
     def dequantize(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
         """Continuous data: levels as points of [0, 1) with noise from the key, or in the middle of their cells without one."""
         x = self._checked(x)
-        return self._dequantize.forward(x) if key is None else self._dequantize.forward_and_logdet(x, key)[0]
+        u = self._dequantize.forward(x) if key is None else self._dequantize.forward_and_logdet(x, key)[0]
+        return self._promoted(u)
 
     def continuous_of_input(self, y: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """Continuous data for the flow's input, the inverse of the preprocessing after `dequantize`."""
@@ -524,6 +612,11 @@ class Density(Model):
     @property
     def _transform(self) -> Bijection:
         return self.spec.transform.bijection()
+
+    def _promoted(self, x: Array) -> Array:
+        """Numbers in the precision of the weights, if theirs is lower; of JAX's floats while there are no weights."""
+        weights = jax.tree.leaves(as_params(self.weights))
+        return x.astype(jnp.result_type(x, *weights) if weights else jnp.promote_types(x.dtype, jnp.result_type(float)))
 
     @property
     def _dequantize(self) -> Bijection:
@@ -613,7 +706,7 @@ def _log_prob(model: Density, x: Array, context: Any, key: Keys) -> Float[Array,
 @quick_jit
 def _terms(model: Density, x: Array, context: Any, key_noise: Keys, key_probe: Keys) -> LogProb:
     u, log_det_cells, _ = model._dequantize.forward_and_logdet(x, key_noise)
-    y, log_det_transform, _ = model._transform.forward_and_logdet(u, key_probe)
+    y, log_det_transform, _ = model._transform.forward_and_logdet(model._promoted(u), key_probe)
     z, log_det, info = model.flow(context).forward_and_logdet(y, key_probe)
     by_class = None if model.spec.num_classes is None else model.log_prior_by_class(z)
     if by_class is None:
@@ -631,7 +724,7 @@ def _encode(model: Density, x: Array, context: Any, key: Keys | None) -> Float[A
 
 @quick_jit
 def _decode(model: Density, z: Array, context: Any) -> tuple[Num[Array, "b ..."], FixedPointInfo]:
-    u, info = chain([model._transform, model.flow(context)]).inverse(z)
+    u, info = chain([model._transform, model.flow(context)]).inverse(model._promoted(z))
     return model.round_to_data(u), info
 
 

@@ -49,14 +49,10 @@ class Blocks(nn.Module):
     def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b ..."]:
         """Creates all variables, ActNorm fitted to ``x``. Returns the stage's output, for the next one."""
         branch, num_blocks = self.stage.branch, self.stage.spec.num_blocks
-
-        def stack(create):
-            return lambda key: jax.vmap(create)(jax.random.split(key, num_blocks))
-
-        initial = stack(lambda key: branch.initial_weights(key, last_scale=self.last_scale, sharp=self.sharp))
+        initial = functools.partial(self.stage.initial_weights, last_scale=self.last_scale, sharp=self.sharp)
         names = jax.eval_shape(initial, jax.random.key(0))
         weights = {name: self.param(name, lambda key, name=name: initial(key)[name]) for name in names}
-        iterates = stack(branch.initial_iterates)(self.make_rng("params"))
+        iterates = self.stage.initial_iterates(self.make_rng("params"))
         start = Branch(branch, weights, jnp.full(num_blocks, jnp.inf), "none")
         if self.constrained and self.fitted:
             start, iterates, _ = constrain_blocks(branch, weights, iterates, coeff=self.flow.coeff, budget=self.flow.budget)
@@ -196,8 +192,7 @@ class BatchNormStage(nn.Module):
         assert isinstance(branch, FeedforwardSpec)  # BatchNorm stands in front of layers
 
         def initial(key):
-            keys = jax.random.split(key, num_blocks)
-            weights = jax.vmap(lambda key: branch.initial_weights(key, last_scale=self.last_scale))(keys)
+            weights = self.stage.initial_weights(key, last_scale=self.last_scale)
             widths = zip(branch.layers, (branch.in_shape[-1], *branch.hidden), strict=True)
             shapes = {layer.name: (num_blocks, width) for layer, width in widths}
             norms = {name: {"scale": jnp.ones(shape), "bias": jnp.zeros(shape)} for name, shape in shapes.items()}

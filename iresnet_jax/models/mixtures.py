@@ -138,7 +138,7 @@ def mixture_of(
         name: np.pad(part, [(0, spare)] + [(0, 0)] * (part.ndim - 1), constant_values=ABSENT if name == "logits" else 0)
         for name, part in parts.items()
     }
-    return {name: jnp.asarray(part, jnp.float32) for name, part in padded.items()}
+    return {name: jnp.asarray(part, float) for name, part in padded.items()}
 
 
 def _logits(params: Parameters) -> Float[Array, " k"]:

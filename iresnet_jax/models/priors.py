@@ -267,9 +267,9 @@ def of_classes(kind: str, z: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "
     log_std = np.tile(0.5 * np.log(np.maximum(within, SMALLEST_VARIANCE)), (num_classes, 1))
     family = _family(kind)
     return {
-        "mean": jnp.asarray(mean, jnp.float32),
-        family.log_scale: jnp.asarray(log_std - math.log(family.std), jnp.float32),
-        "class_logits": jnp.asarray(np.log((counts + 1) / (counts.sum() + num_classes)), jnp.float32),
+        "mean": jnp.asarray(mean, float),
+        family.log_scale: jnp.asarray(log_std - math.log(family.std), float),
+        "class_logits": jnp.asarray(np.log((counts + 1) / (counts.sum() + num_classes)), float),
     }
 
 

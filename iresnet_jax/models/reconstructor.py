@@ -7,14 +7,16 @@ r"""A learned forward operator as a value, and the reconstruction of images from
 for all data. ``P`` is the projection onto pixels in [0, 1], which increases no distance.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Key, Num
 
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.bijection import Bijection
@@ -22,8 +24,10 @@ from iresnet_jax.bijections.chain import Rematerialize, chain
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import check_levels, known_levels
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
+from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
-from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models import initial
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import FlowWeights
 from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
@@ -110,6 +114,34 @@ class Reconstructor(Model):
     unroll: bool = False
     rematerialize: Rematerialize = "nothing"
     history: History | None = field(default=None, repr=False)
+
+    @classmethod
+    def init(
+        cls,
+        key: Key[Array, ""],
+        image_shape: tuple[int, int, int],
+        *,
+        stages: Sequence[StageSpec],
+        coeff: float = 0.9,
+        num_levels: int = 256,
+    ) -> "Reconstructor":
+        """A reconstructor with random weights, certified, and ready to train.
+
+        Args:
+            key: Source of the weights.
+            image_shape: Height, width and channels of images and measurements.
+            stages: Stages of the network, none of which factors out.
+            coeff: ``L`` in (0, 1), the regularisation parameter.
+            num_levels: Grey levels of images of integers.
+
+        Raises:
+            ValueError: If the shape and the stages do not fit together.
+        """
+        of_block = block_coeff(coeff, sum(stage.num_blocks for stage in stages))
+        without = tuple(dataclasses.replace(stage, actnorm=False) for stage in stages)
+        spec = ReconstructorSpec(FlowSpec(tuple(image_shape), without, of_block, "block"), num_levels)
+        weights, _ = initial.initial_weights(spec.flow, single_key(key), jnp.zeros((2, *image_shape)))
+        return cls(spec, weights)
 
     def preprocess(self, images: Num[Array, "b h w c"] | Num[np.ndarray, "b h w c"]) -> Float[Array, "b h w c"]:
         """Images of integer levels with pixels in [0, 1]; levels out of range become NaN."""

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from iresnet_jax.models.model import FILE_NAME, FORMAT, HEADER, array_name
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 
 _MOST_HEADER = 2**24  # bytes
+_DOUBLE = {np.dtype(np.float32): np.dtype(np.float64)}  # of models that were trained in float64
 
 Model = Density | Classifier | Reconstructor
 Spec = DensitySpec | ClassifierSpec | ReconstructorSpec
@@ -58,14 +60,25 @@ def read(
             prior = priors.own(prior)
         if len(spec.flow.stages) > len(archive.namelist()):
             raise ValueError(f"its header has {len(spec.flow.stages)} stages, and it holds {len(archive.namelist())} arrays")
-        with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); models are in float32, wherever they are read
+        with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); what is expected is float32, wherever it is read
             expected = jax.eval_shape(lambda: _empty(spec, prior))
         arrays = jax.tree.map_with_path(lambda key, leaf: _read_array(archive, array_name(key), leaf), expected)
         names = {f"{array_name(key)}.npy" for key, _ in jax.tree.leaves_with_path(expected)}
         if left_over := set(archive.namelist()) - {f"{HEADER}.npy"} - names:
             raise ValueError(f"it holds {sorted(left_over)[0]}, which such a model does not have")
         about = header["about"]
-    return model_of(spec, jax.tree.map(jnp.asarray, arrays)), about
+    return model_of(spec, jax.tree.map(jnp.asarray, _at_most(jnp.result_type(float), arrays, path))), about
+
+
+def _at_most(dtype: Any, arrays: Any, path: str | os.PathLike[str]) -> Any:
+    """The arrays, those of float64 rounded where JAX has none."""
+    if dtype == np.float64 or all(leaf.dtype != np.float64 for leaf in jax.tree.leaves(arrays)):
+        return arrays
+    warnings.warn(
+        f"{path} is in float64, and JAX computes in float32: its weights are rounded; set JAX_ENABLE_X64=1 to keep them",
+        stacklevel=4,
+    )
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype == np.float64 else leaf, arrays)
 
 
 def read_about(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -128,10 +141,7 @@ def _empty(spec: Spec, prior: Any) -> dict[str, Any]:
     """Arrays of the shapes that a model of this spec has, with a prior of one's own if it has one."""
 
     def blocks(stage):
-        channels = stage.branch.in_shape[-1:]
-        scale = {"bias": jnp.zeros(channels), "log_scale": jnp.zeros(channels)}
-        keys = jax.random.split(jax.random.key(0), stage.spec.num_blocks)
-        return jax.vmap(lambda key: {**stage.branch.initial_weights(key), "actnorm": scale})(keys)
+        return {**stage.initial_weights(jax.random.key(0)), "actnorm": stage.identity()}
 
     params = {stage.name: {"blocks": blocks(stage)} for stage in spec.flow.layout}
     if isinstance(spec, DensitySpec):
@@ -156,7 +166,7 @@ def _read_array(archive: zipfile.ZipFile, name: str, expected: Any) -> np.ndarra
         if expected is None:
             if dtype != np.uint8 or len(shape) != 1 or shape[0] > min(member.file_size, _MOST_HEADER):
                 raise ValueError("its header is none")
-        elif (shape, dtype, fortran) != (expected.shape, expected.dtype, False):
+        elif (shape, fortran) != (expected.shape, False) or dtype not in (expected.dtype, _DOUBLE.get(expected.dtype)):
             raise ValueError(f"{name} is {dtype} of shape {shape}, not {expected.dtype} of shape {expected.shape}")
         array = np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
         if file.read(1):

@@ -102,7 +102,7 @@ class Report:
 
     def __str__(self) -> str:
         verdict = self.lipschitz and self.lipschitz.verdict
-        of_posteriors = [self.posterior, self.calibration]
+        of_posteriors = [self.posterior, self.calibration and self.calibration.headline]
         headlines = [self.likelihood, *of_posteriors, self.classification, self.inverse_problem, self.inverse, verdict]
         said = "\n".join(str(headline) for headline in headlines if headline)
         return "\n".join([said, *(warning for warning in self.warnings() if warning not in said)])

@@ -258,6 +258,11 @@ def from_named(named: Mapping[str, np.ndarray], target: Any) -> Any:
             if name not in left:
                 raise _misfit(f"it lacks {name!r}")
             if (found := (left[name].dtype, left[name].shape)) != expected:
+                if {found[0], expected[0]} == {np.dtype(np.float32), np.dtype(np.float64)}:
+                    setting = "set" if found[0] == np.float64 else "unset"
+                    raise ValueError(
+                        f"the run was trained in {found[0]}: {setting} JAX_ENABLE_X64 to go on with it or to read it"
+                    )
                 raise _misfit(f"{name!r} is {found[0]}{list(found[1])} in it, not {expected[0]}{list(expected[1])}")
         arrays = [left.pop(name) for name in names]
         array = (np.stack(arrays) if arrays else np.zeros(like.shape, expected[0])) if stacked else arrays[0]

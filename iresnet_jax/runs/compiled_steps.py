@@ -4,6 +4,8 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
 
+import jax.numpy as jnp
+
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs.config import Config, EvaluationConfig
 from iresnet_jax.training import parallel
@@ -39,7 +41,7 @@ class CompiledSteps:
 
         def compiled(training_step: TrainingStep) -> CompiledStep:
             # The estimator's number of terms may rise.
-            key = settings, warmup, spec, getattr(training_step.model, "estimator", None)
+            key = settings, warmup, spec, getattr(training_step.model, "estimator", None), jnp.result_type(float)
             step = self._steps.pop(key, None) or parallel.parallelize(training_step)
             self._steps[key] = step
             if len(self._steps) > self._most:

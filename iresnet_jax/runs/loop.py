@@ -8,15 +8,12 @@ most the steps of that time and ``log_every_steps`` more, with several processes
 """
 
 import contextlib
-import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat
-
-import numpy as np
 
 from iresnet_jax.checked_dataclasses import checked, tagged, to_plain
 from iresnet_jax.data.batches import device_batches
@@ -82,7 +79,10 @@ def train(
         trainer = _TrainerOnDisk(objective, config.training, workdir, writer, checkpoints, compile_step, say)
         progress = stack.enter_context(Progress(trainer.horizon, trainer.step, shown=hosts.is_first()))
         trainer.watch(stack.enter_context(StopRequests()), progress)
-        trainer.run(batches(config, objective.examples, trainer.step), trainer.heed_requests)
+        batches = device_batches(
+            objective.examples, seed=config.seed, batch_size=config.training.batch_size, first_step=trainer.step
+        )
+        trainer.run(batches, trainer.heed_requests)
         return trainer.state
 
 
@@ -120,14 +120,6 @@ def _begin(workdir: Path, config: Config, data: DataSet) -> tuple[Spec, Objectiv
         return claimed[0]
     spec = checked(Spec, plain, "model")
     return spec, build_objective(config, data, spec)
-
-
-def batches(config: Config, examples: Any, first_step: int) -> Iterator[Any]:
-    """This process's share of the batch of every step from ``first_step`` on; placeholders for endless data."""
-    size = config.training.batch_size
-    if examples is None:
-        return itertools.repeat(parallel.shard(parallel.own_share(np.zeros(size, np.float32))))
-    return device_batches(examples, seed=config.seed, batch_size=size, first_step=first_step)
 
 
 class _TrainerOnDisk(Trainer):

@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
 from iresnet_jax.data.cache import user_folder
 from iresnet_jax.maths.platforms import QUICK
 from iresnet_jax.runs.allocator import num_cores
-from iresnet_jax.runs.config import Config
 
 LEAST_EXAMPLES = 8  # of each device; smaller shares are computed less efficiently
 MOST_BYTES = 2**30  # of all programs on disk when a process starts; those that were not used for longest are removed
@@ -90,7 +88,7 @@ def _has_cpus_alone(platforms: str | None) -> bool:
     return not entry_points(group="jax_plugins") and not any(map(find_spec, ("jax_plugins", "libtpu")))
 
 
-def use_all_cores(config: Config) -> int:
+def use_all_cores(config: Any) -> int:
     """Makes as many CPU devices as `num_devices` says; call it before JAX touches a device, in a run of one process.
 
     XLA runs few operations of a step on several cores at once, while devices that share the batch keep a core each.
@@ -110,7 +108,7 @@ def use_all_cores(config: Config) -> int:
     return devices
 
 
-def num_devices(config: Config, cores: int) -> int:
+def num_devices(config: Any, cores: int) -> int:
     """The most devices, up to one per core, that share a config's batches evenly with at least `LEAST_EXAMPLES` each.
 
     One where log-determinants are exact: their batches of LU factorisations dead-lock on several CPU devices (jaxlib 0.10).
@@ -127,12 +125,9 @@ def prepare_backend(matmul_precision: str) -> None:
     Their default there has 11 bits or fewer: an inverse could not be better than 1e-3, nor norms be trusted.
 
     Raises:
-        ValueError: If JAX makes float64 of everything, in which runs are neither trained nor read.
         RuntimeError: If JAX cannot start, see `start_backend`.
     """
     start_backend()
-    if jnp.result_type(float) == jnp.float64:
-        raise ValueError("runs are trained and read in float32: unset JAX_ENABLE_X64, or call this outside of jax.enable_x64")
     if jax.default_backend() != "cpu":
         jax.config.update("jax_default_matmul_precision", matmul_precision)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -143,3 +144,14 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
 
     def __exit__(self, *exc_info: object) -> None:
         self._bar.close()
+
+
+class Lines:
+    """Lines of progress on stderr, each with the seconds since it was made."""
+
+    def __init__(self):
+        self._began = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        """Writes a line."""
+        print(f"[{time.monotonic() - self._began:5.0f} s] {line}", file=sys.stderr, flush=True)

@@ -165,11 +165,8 @@ def _context_scale(data: DataSet, *, squeezed: bool) -> Standardize | None:
     """The standard scale of contexts, or the one that squeezes outliers; entries that are constant keep their own."""
     if not data.context_dim:
         return None
-    contexts = np.asarray(_to_scale_by(data)[1], np.float64)
-    if squeezed:
-        return ContextScale.fit(contexts)
-    scale = contexts.std(axis=0)
-    return Standardize(tuple(contexts.mean(axis=0).tolist()), tuple(np.where(scale > 0, scale, 1).tolist()))
+    contexts = np.asarray(_to_scale_by(data)[1])
+    return ContextScale.fit(contexts) if squeezed else Standardize.fit_contexts(contexts)
 
 
 def _to_scale_by(data: DataSet) -> tuple[Any, Any]:

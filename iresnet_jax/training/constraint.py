@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.checked_dataclasses import Count, Positive, Range
 from iresnet_jax.maths.platforms import quick_jit
-from iresnet_jax.models import contractions, saved
+from iresnet_jax.models import contractions
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density, DensitySpec
@@ -36,11 +36,18 @@ class ConstraintConfig:
     twists: Literal["auto", "all", "one"] = "auto"
 
 
-def training_constraint(settings: ConstraintConfig, spec: Spec) -> Constrain:
-    """``(params, spectral) ->`` the weights that run in training steps."""
+def training_constraint(settings: ConstraintConfig, spec: Spec, *, over_blocks: Any = parallel.shared_vmap) -> Constrain:
+    """``(params, spectral) ->`` the weights that run in training steps.
+
+    Args:
+        settings: How blocks are constrained.
+        spec: The model.
+        over_blocks: How power iteration of one block becomes that of all, see `contractions.constrain`; by default devices
+            share the blocks, which takes a step of `parallel.parallelize`.
+    """
     if isinstance(spec, ClassifierSpec) and not spec.is_bijective:
         return functools.partial(_as_they_are, spec.flow)
-    constrain = _constraint(settings, spec.flow, num_steps=settings.num_steps, over_blocks=parallel.shared_vmap)
+    constrain = _constraint(settings, spec.flow, num_steps=settings.num_steps, over_blocks=over_blocks)
     if not isinstance(spec, ReconstructorSpec):
         return constrain
 
@@ -92,12 +99,15 @@ def certified_model(spec: Spec, params: Any, batch_stats: Any, solver: Solver = 
     free = {name: leaf for name, leaf in params.items() if name not in stages}
     if isinstance(spec, ClassifierSpec):
         free["statistics"] = batch_stats
-        if not spec.is_bijective:
-            return Classifier(spec, stages, **free, solver=solver)
-    if not isinstance(spec, DensitySpec) and not spec.constrained:
-        return saved.model_of(spec, {"params": stages, **free}).with_(solver=solver)
     kind = {DensitySpec: Density, ClassifierSpec: Classifier, ReconstructorSpec: Reconstructor}[type(spec)]
-    return kind(spec, _freeze(spec.flow, stages), **free, solver=solver)
+    return kind(spec, certified_weights(spec, stages), **free, solver=solver)
+
+
+def certified_weights(spec: Spec, stages: Any) -> Any:
+    """Weights to use after training, of the parameters of all stages; see `certified_model`."""
+    if isinstance(spec, ClassifierSpec) and not spec.is_bijective:
+        return stages
+    return _freeze(spec.flow, stages) if spec.constrained else contractions.with_bounds(spec.flow, stages)
 
 
 _freeze = quick_jit(contractions.freeze, static_argnums=(0,))  # one function: runs of one architecture share its program

@@ -37,11 +37,15 @@ def num_parameters(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-@functools.lru_cache(maxsize=64)
 def abstract_variables(spec: Spec) -> Any:
     """Shapes and dtypes of the variables, without computing them."""
-    example = jax.ShapeDtypeStruct((2, *spec.flow.event_shape), np.float32)
-    contexts = [jax.ShapeDtypeStruct((2, spec.flow.context_dim), np.float32)] if spec.flow.context_dim else []
+    return _abstract_variables(spec, jnp.result_type(float))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_variables(spec: Spec, dtype: Any) -> Any:
+    example = jax.ShapeDtypeStruct((2, *spec.flow.event_shape), dtype)
+    contexts = [jax.ShapeDtypeStruct((2, spec.flow.context_dim), dtype)] if spec.flow.context_dim else []
     module = _module(spec).clone(fitted=False)
     if isinstance(spec, DensitySpec):
         module = module.clone(num_classes=spec.num_classes)

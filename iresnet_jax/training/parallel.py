@@ -287,6 +287,17 @@ def _checksum(x: Array) -> Array:
 _UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
+def in_this_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function in JAX's precision of now, for a thread of its own, which would have that of the process."""
+    is_double = jnp.result_type(float) == jnp.float64
+
+    def call(*arguments):
+        with jax.enable_x64(is_double):
+            return function(*arguments)
+
+    return call
+
+
 def on_first_device(tree: Any) -> Any:
     """Arrays that are equal on all devices, on the first one alone.
 

@@ -109,14 +109,14 @@ class UpdateRule(NamedTuple):
     """How a gradient changes the state.
 
     Attributes:
-        optimizer: Optimizer at a learning rate of 1.
-        schedule: Learning rate as a function of the step, for a run of ``total_steps``.
+        optimizer: Optimizer at a learning rate of 1, which the schedule multiplies.
+        schedule: Learning rate as a function of the step, for a run of ``total_steps``; None if the optimizer has its own.
         total_steps: Updates that the schedule is made for; a run of another length stretches it.
         ema_decay: Decay of the moving averages of the parameters and of BatchNorm's statistics.
     """
 
     optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
+    schedule: optax.Schedule | None
     total_steps: int
     ema_decay: float
 
@@ -176,10 +176,12 @@ class TrainingStep:
 
         with jax.named_scope(OPTIMIZER):
             # 4. Optimizer.
-            learning_rate = jnp.asarray(rule.schedule(state.step * (rule.total_steps / state.horizon)))
-            metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": learning_rate}
+            metrics |= {"grad_norm": optax.tree.norm(gradients)}
             updates, opt_state = rule.optimizer.update(gradients, state.opt_state, state.params)
-            updates = jax.tree.map(lambda update: learning_rate.astype(update.dtype) * update, updates)
+            if rule.schedule is not None:
+                learning_rate = jnp.asarray(rule.schedule(state.step * (rule.total_steps / state.horizon)))
+                metrics |= {"learning_rate": learning_rate}
+                updates = jax.tree.map(lambda update: learning_rate.astype(update.dtype) * update, updates)
             params = optax.apply_updates(state.params, updates)
 
             # 5. Averages.

@@ -75,7 +75,8 @@ class Best(NamedTuple):
 class Trainer:
     """A training run: state, log, clocks; `run` takes the steps.
 
-    A run that keeps its state and its log elsewhere than in memory overrides `restored`, `record`, `store` and `elapsed_s`.
+    A run that keeps its state and its log elsewhere than in memory overrides `restored`, `record`, `store` and `elapsed_s`, and
+    one that is measured otherwise `measure`.
 
     Args:
         objective: What is trained.
@@ -219,8 +220,9 @@ class Trainer:
         self._is_compiled = False
 
     def _leave_out_compilation(self, metrics: Any) -> None:
-        """Waits for the first step of a program, and starts the clocks behind it."""
+        """Waits for the first step of a program, and starts the clocks behind it; `BlowUpError` if it blew up."""
         jax.block_until_ready(metrics)
+        check_finite(metrics, self.step, self.step + 1, self.advice)
         if self.step == self._first_step:
             # compile time does not count towards the next validation
             self._first_step_ended = self._validated_at = time.monotonic()
@@ -271,18 +273,22 @@ class Trainer:
     def validate(self) -> None:
         """Measures the state on held-out data, keeps it, and goes on with the terms that the validation asks for."""
         began = time.monotonic()
-        found = self._validate(self.state)
+        loss, shown = self.measure()
+        self._losses.append(loss)
+        self._store(loss)
+        self._validated_at = time.monotonic()
+        self._validated_step, self._validation_seconds = self.step, self._validated_at - began
+        self._say(f"step {self.step} of {self.horizon}: {shown}, {self._time_left()} left")
+
+    def measure(self) -> tuple[float, str]:
+        """Measures the state on held-out data: the number that the best state is chosen by, and what is shown of it."""
+        found, name = self._validate(self.state), self._objective.name
         check_finite(found.metrics, self.step, self.step, self.advice)
         self.record(found.metrics, "validation")
         if found.num_terms != int(self.state.num_terms):
             self.state = self.state._replace(num_terms=jnp.int32(found.num_terms))
             self._use_terms(found.num_terms)
-        self._losses.append(self._objective.selection(found.metrics))
-        self._store(self._losses[-1])
-        self._validated_at = time.monotonic()
-        self._validated_step, self._validation_seconds = self.step, self._validated_at - began
-        name, left = self._objective.name, self._time_left()
-        self._say(f"step {self.step} of {self.horizon}: validation {name} {found.metrics[name]:.4f}, {left} left")
+        return self._objective.selection(found.metrics), f"validation {name} {found.metrics[name]:.4f}"
 
 
 class BlowUpError(RuntimeError):
@@ -300,7 +306,7 @@ def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_ste
 def _meanwhile(function: Callable[[], None], say: Callable[[str], None]) -> Iterator[None]:
     """Runs a function in a thread of its own beside the body of ``with``, and raises what it raises."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        done = pool.submit(function)
+        done = pool.submit(parallel.in_this_precision(function))
         try:
             yield
             done.result()

@@ -30,7 +30,7 @@ def test_the_true_posterior_is_not_refused():
         assert abs(test.mean_rank - 0.5) < 5 / np.sqrt(12 * NUM)
     bars = np.concatenate([test.counts for test in found.tests])
     assert np.mean((bars >= low) & (bars <= high)) > 0.95
-    assert "not refused" in str(found)
+    assert found.warnings() == []
 
 
 @pytest.mark.parametrize("wrong", [{"shift": 0.1}, {"scale": 1.5}, {"scale": 0.7}], ids=str)
@@ -42,7 +42,7 @@ def test_a_wrong_posterior_is_refused(wrong):
     else:  # too wide are hills, too narrow are valleys
         ends = np.mean([test.counts[0] + test.counts[-1] for test in found.tests[:-1]]) / 2
         assert (ends < NUM / 20) == (wrong["scale"] > 1)
-    assert "refused, p" in str(found)
+    assert "not calibrated" in str(found)
 
 
 def test_p_values_are_uniform_for_uniform_ranks():
@@ -55,7 +55,7 @@ def test_p_values_are_uniform_for_uniform_ranks():
 
 def test_samples_without_an_inverse_are_told():
     found = dataclasses.replace(calibrated(), num_failed=3)
-    assert "did not converge for 3 of 19600" in found.warnings()[0]
+    assert "did not converge for 3 of 19600" in found.warnings()[-1]
 
 
 def test_too_few_examples_are_refused():

@@ -86,8 +86,8 @@ def test_from_training_to_samples_and_report(config, tmp_path, capsys, monkeypat
     assert "takes a context" in capsys.readouterr().err
     status = main(["calibrate", "--workdir", str(tmp_path), "--num", "40", "--samples", "9"])
     said = capsys.readouterr().out
-    assert "ranks of 40 true examples among 9 samples each" in said
-    assert status == (0 if "not refused" in said else 1)
+    assert "ranks of 40 test examples among 9 samples each" in said
+    assert status == (1 if "not calibrated" in said else 0)
     assert main(["report", "--workdir", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "report.json").read_text())
     found = content["posterior"]

@@ -110,4 +110,6 @@ def test_training_begins_with_the_check():
     spec = density(TooLow).spec
     examples = lambda key, n: (jnp.asarray(X), None, None)  # noqa: E731
     with pytest.raises(ValueError, match="was measured on the data"):
+        ir.Density.init(jax.random.key(0), X, stages=spec.flow.stages)
+    with pytest.raises(ValueError, match="was measured on the data"):
         initial_variables(spec, 0, examples, actnorm_examples=64, constraint=ConstraintConfig())

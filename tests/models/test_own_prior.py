@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.tree_util import register_dataclass
 
@@ -60,6 +61,20 @@ def test_its_numbers_have_gradients():
     z = np.asarray(density(Laplace(0.0)).encode(X), np.float64)
     found = jax.jit(jax.grad(lambda prior: density(prior).log_prob(X).mean()))(Laplace(jnp.float32(0)))
     assert found.log_scale == pytest.approx(np.mean(np.sum(np.abs(z) - 1, axis=1)), rel=1e-4)
+
+
+def test_training_changes_its_arrays_and_no_constant(tmp_path):
+    stages, key = FLOW.stages, jax.random.key(0)
+    for prior, is_trained in ((Laplace(jnp.float32(0)), True), (Laplace(0.0), False)):
+        model = ir.Density.init(key, X, stages=stages, prior=prior)
+        loss = lambda model, batch, key: -model.log_prob(batch, key).mean()  # noqa: E731
+        trained = ir.train(model, loss, X, key=key, steps=2, ema_decay=0, optimizer=optax.sgd(0.1), progress=False)
+        found = trained.prior.log_scale if is_trained else trained.prior.module.log_scale
+        assert (found != 0) == is_trained
+        loaded = ir.load(trained.save(tmp_path / "model.npz"), prior=prior)
+        np.testing.assert_allclose(loaded.log_prob(X), trained.log_prob(X), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"got shape \(16, 2\)"):
+        ir.Density.init(key, X, stages=stages, prior=EachEntry(0.0))
 
 
 def test_a_file_holds_its_numbers(tmp_path):

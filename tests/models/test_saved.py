@@ -164,7 +164,7 @@ def with_blocks(content, num):
     ("damage", "sentence"),
     [
         (huge_header, "is float32 of shape .1099511627776,., not float32"),
-        (lambda content: content.update({KERNEL: npy(np.zeros((2, 3, 3, 4, 3)))}), "is float64 of shape"),
+        (lambda content: content.update({KERNEL: npy(np.zeros((2, 3, 3, 4, 3), np.float16))}), "is float16 of shape"),
         (
             lambda content: content.update({KERNEL: npy(np.full((2, 3, 3, 4, 3), np.nan, np.float32))}),
             "numbers that are not finite",

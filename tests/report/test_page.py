@@ -20,7 +20,7 @@ PIXEL = "data:image/png;base64," + base64.b64encode(b"pixel").decode()
 TIMES = "\N{MULTIPLICATION SIGN}"
 FIGURES = (
     *("learning_curves", "confusion", "mistakes", "samples", "samples_by_class", "density", "likelihoods", "posteriors"),
-    *("reconstructions", "error_histogram", "lipschitz"),
+    *("posterior_pairs", "ranks", "reconstructions", "error_histogram", "lipschitz"),
 )
 SHOWN = {
     "likelihood": (
@@ -30,6 +30,7 @@ SHOWN = {
     "classification": ("4.71 %", "157", "3,333", "3.89", "5.68", "95 %", "0.1739"),
     "points": ("6173", f"{MINUS}27.31", "entry 14: 8.46 (+5.8)", f"entry 9: {MINUS}3.19 ({MINUS}4.3)", "points.npy"),
     "posterior": ("0.0237 ± 0.0034", "7,919", "823", "0.537 to 0.588", "0.562"),
+    "calibration": ("p = 0.32", "81", "77"),
     "inverse": (
         *(f"3.4 {TIMES} 10⁻⁶", f"8.1 {TIMES} 10⁻⁶", f"1.9 {TIMES} 10⁻⁵", f"6.4 {TIMES} 10⁻⁷", "100 %", "23.4"),
         *(f"4.6 {TIMES} 10⁻¹⁴", f"5.3 {TIMES} 10⁻¹⁴", f"7.6 {TIMES} 10⁻¹³", "35.8"),
@@ -43,7 +44,7 @@ SHOWN = {
     "config": ("seed", "29", "61, 67", "kind"),
     "references": ("Glow", "1.05", "+0.012"),
 }
-PARTS = ("likelihood", "points", "posterior", "classification", "samples", "inverse", "lipschitz")
+PARTS = ("likelihood", "points", "posterior", "calibration", "classification", "samples", "inverse", "lipschitz")
 
 
 class Reader(HTMLParser):
@@ -187,6 +188,7 @@ def test_a_bound_is_only_called_guaranteed_when_every_block_is_certified():
         "Truncation bound": "guaranteed",
         "Divergence from the posterior": "estimated",
         "C2ST": "estimated",
+        "Calibration": "estimated",
         "Test error": "measured",
         "Cross-entropy": "measured",
         "Inversion error": "measured",

@@ -12,7 +12,7 @@ import threading
 import numpy as np
 import pytest
 from PIL import Image
-from reports import CERTIFICATE, block
+from reports import CALIBRATION, CERTIFICATE, block
 
 from iresnet_jax.evaluation.inverse_problem import Reconstructed
 from iresnet_jax.report import pictures, plots, style
@@ -47,8 +47,13 @@ FIGURES = {
     "mistakes": lambda: pictures.examples(np.rint(16 * DIGITS).astype(np.uint8), 17, captions=[f"{i} as 0" for i in range(6)]),
     "pairs": lambda: plots.pairs(*RNG.normal(size=(2, 300, 3))),
     "posteriors": lambda: plots.posteriors(*RNG.normal(size=(2, 2, 300, 3))),
+    "posterior_pairs": lambda: plots.posterior_pairs(RNG.normal(size=(2, 300, 3)), RNG.normal(size=(2, 3))),
+    "rank_histograms": lambda: plots.rank_histograms(CALIBRATION),
 }
-CHARTS = {"learning_curves", "lipschitz_bars", "scatter", "likelihoods", "error_histogram", "pairs", "posteriors"}
+CHARTS = {"learning_curves", "lipschitz_bars", "scatter", "likelihoods", "error_histogram", "pairs", "posteriors"} | {
+    "posterior_pairs",
+    "rank_histograms",
+}
 
 
 @functools.cache

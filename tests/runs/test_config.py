@@ -134,10 +134,6 @@ def test_a_config_file_answers_for_its_own_variants(answer, tmp_path):
     assert answer(f"--config={wrong}:c") == "error: c is none of a and b"
 
 
-def test_everything_in_float64_is_refused(config_files, answer, x64):
-    assert "unset JAX_ENABLE_X64" in answer(f"--config={config_files['toy']}")
-
-
 def test_failures_of_a_run_are_sentences_unless_debugging_and_bugs_are_not(config_files, answer, tmp_path, monkeypatch):
     def fail(error):
         def train(config, workdir):

@@ -16,7 +16,7 @@ import pytest
 import tiny_runs as runs
 from tiny_runs import EVAL_EVERY, ROOT, TOTAL_STEPS
 
-from iresnet_jax.runs import loop, run_folder
+from iresnet_jax.runs import loop, run_folder, trained_run
 from iresnet_jax.runs.checkpoints import load_named, to_named
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.metrics import read_metrics
@@ -111,7 +111,7 @@ def test_a_killed_run_ends_bit_for_bit_like_one_never_stopped(config, config_fil
 
 
 def test_a_finished_run_is_not_trained_further(config, uninterrupted, monkeypatch):
-    monkeypatch.setattr(loop, "batches", lambda *_: iter(()))
+    monkeypatch.setattr(loop, "device_batches", lambda *_, **options: iter(()))
     before = measurements(uninterrupted)
     again = loop.train(config, uninterrupted)
     chex.assert_trees_all_equal(to_named(again), last_state(uninterrupted))
@@ -133,16 +133,26 @@ def happens_before(monkeypatch):
     """Has something happen while a step waits for its batch."""
 
     def arrange(step, event):
-        def eventful(config, examples, first_step):
-            for k, batch in enumerate(feed(config, examples, first_step), first_step):
+        def eventful(examples, *, first_step, **options):
+            for k, batch in enumerate(feed(examples, first_step=first_step, **options), first_step):
                 if k == step:
                     event()
                 yield batch
 
-        monkeypatch.setattr(loop, "batches", eventful)
+        monkeypatch.setattr(loop, "device_batches", eventful)
 
-    feed = loop.batches
+    feed = loop.device_batches
     return arrange
+
+
+def test_a_run_in_float64_is_trained_and_read_in_it(tmp_path, x64):
+    changes = {"training.total_steps": 2, "training.eval_every_steps": 2, "model.stages": ({"num_blocks": 1, "hidden": (4,)},)}
+    loop.train(runs.config_of(runs.TOY_CONFIG, **changes), tmp_path)
+    model = trained_run.load(tmp_path).model
+    assert {leaf.dtype for leaf in jax.tree.leaves((model.weights["stage0"].branch.weights, model.prior))} == {jnp.dtype(float)}
+    assert model.certificate().certified
+    with jax.enable_x64(False), pytest.raises(ValueError, match="trained in float64: set JAX_ENABLE_X64"):
+        trained_run.load(tmp_path)
 
 
 def send(*signals):

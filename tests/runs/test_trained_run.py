@@ -214,7 +214,7 @@ def test_folders_that_are_none_are_said_to_be(tmp_path, copied):
     kept.model(kept.POINTS).save(tmp_path / "empty" / FILE_NAME)
     with pytest.raises(ValueError, match="says nothing of a training"):
         run.load(tmp_path / "empty")
-    with pytest.raises(ValueError, match="unset JAX_ENABLE_X64"), jax.enable_x64(True):
+    with pytest.raises(ValueError, match="trained in float32: unset JAX_ENABLE_X64"), jax.enable_x64(True):
         run.load(copied)
 
 

@@ -51,6 +51,13 @@ class Standardize:
         rows = np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1])
         return cls(tuple(rows.mean(axis=0).tolist()), tuple(rows.std(axis=0).tolist()))
 
+    @classmethod
+    def fit_contexts(cls, contexts: Float[np.ndarray, "n k"]) -> "Standardize":
+        """`fit`, but entries that are constant keep their scale."""
+        rows = np.asarray(contexts, np.float64)
+        scale = rows.std(axis=0)
+        return cls(tuple(rows.mean(axis=0).tolist()), tuple(np.where(scale > 0, scale, 1).tolist()))
+
     @property
     def entry_scales(self) -> tuple[float, ...]:
         """Standard deviation of each entry."""

@@ -65,8 +65,8 @@ def last_state(workdir):
 
 
 def test_a_stopped_run_ends_bit_for_bit_like_one_never_stopped(config, workdir, tmp_path, monkeypatch):
-    whole, steps = loop.batches, CompiledSteps()
-    monkeypatch.setattr(loop, "batches", lambda *arguments: itertools.islice(whole(*arguments), 4))
+    whole, steps = loop.device_batches, CompiledSteps()
+    monkeypatch.setattr(loop, "device_batches", lambda *arguments, **options: itertools.islice(whole(*arguments, **options), 4))
     assert int(loop.train(config, tmp_path, steps=steps).step) == 4
     monkeypatch.undo()
     resumed = loop.train(config, tmp_path, steps=steps)

@@ -1,0 +1,297 @@
+"""`train`: a model by any loss, in the training step of ``train.py`` and `fit`."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from iresnet_jax.checked_dataclasses import Count, CountOrNone, Decay, Positive, checked
+from iresnet_jax.data.batches import device_batches
+from iresnet_jax.maths.keys import single_key
+from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.models import flow
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.history import History
+from iresnet_jax.models.model import Model
+from iresnet_jax.runs.machine import ignore_missing_tpu, keep_compiled_programs, start_backend
+from iresnet_jax.runs.metrics import Lines
+from iresnet_jax.runs.signals import StopRequests, heard_in_memory
+from iresnet_jax.training import parallel
+from iresnet_jax.training.constraint import training_constraint, validated_model
+from iresnet_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from iresnet_jax.training.parallel import AXIS
+from iresnet_jax.training.step import Loss, Objective, StepKeys, TrainingStep, TrainState, UpdateRule, ValidationResult
+from iresnet_jax.training.trainer import Best, CompiledStep, Trainer, TrainingConfig
+from iresnet_jax.training.unconstrained import Unconstrained
+
+M = TypeVar("M", bound=Model)
+LossFunction = Callable[[Any, Any, Array], Any]  # (model, batch, key) -> loss, or loss and metrics
+Callback = Callable[[int, Any, Mapping[str, float]], Any]  # (step, model, metrics) -> whether training ends
+
+BATCH_SIZE = 128
+LEARNING_RATE = 5e-3  # of the default optimizer
+STEPS = 1000  # updates, if neither these nor minutes are given
+NO_LIMIT = 10**9  # updates, where a time is given
+VALIDATIONS = 20  # of a run, if nothing else is said
+VALIDATED_AT_ONCE = 1024  # examples
+NOT_METRICS = ("step", "split", "wall_time_s", "seconds_per_step")
+
+
+def train(
+    model: M,
+    loss: LossFunction,
+    x: Any = None,
+    *,
+    key: Any,
+    steps: int | None = None,
+    minutes: float | int | None = None,
+    batch_size: int = BATCH_SIZE,
+    optimizer: optax.GradientTransformation | None = None,
+    ema_decay: float | int = 0.999,
+    validation: Any = None,
+    patience: int = 10,
+    callback: Callback | None = None,
+    every: int | None = None,
+    progress: bool = True,
+) -> M:
+    """Minimises a loss of a model whose blocks are contractions in every step, and certified to be so at the end.
+
+    The step is that of ``train.py`` and `fit`: norms by warm power iteration, gradients averaged over all devices, a moving
+    average of the parameters, which is what validates and is returned.
+
+    In a notebook and at Python's prompt, Ctrl-C ends training and gives the best model so far.
+
+    Args:
+        model: The model to start from, such as one of ``Density.init``, or one that was loaded.
+        loss: ``(model, batch, key) -> loss``, a mean over the batch, or ``(loss, metrics)`` with a dictionary of further means.
+            With several devices each sees its share of the batch, with a key of its own, and gradients are averaged.
+        x: Examples: an array or any pytree of arrays with as many rows, of which batches have random ones. None trains
+            without data: the loss is given None, and draws what it needs by its key.
+        key: Source of all randomness: batches and the keys of losses.
+        steps: Number of updates; 1000 by default, without limit if minutes are given.
+        minutes: Longest time, compilation included.
+        batch_size: Examples of a step over all devices; at most as many as there are.
+        optimizer: An optimizer of optax with its learning rate. By default Muon at 5e-3 after a warm-up, with a cosine to the
+            end and gradients clipped at norm 1.
+        ema_decay: Decay of the moving average of the parameters, which forgets its start sooner; 0 takes the last parameters.
+        validation: Examples like ``x``, on which the loss is measured with the same random numbers every time: training ends
+            early without improvement, and the best model is returned. Without, it is the last.
+        patience: Validations without an improvement after which training ends; 0 never ends it early.
+        callback: ``(step, model, metrics)``, called at every validation, or as often without one, with the model of averaged
+            parameters and the latest measurements. Training ends if it returns True.
+        every: Steps between validations; by default a twentieth of all.
+        progress: Whether lines of progress are written to stderr.
+
+    Returns:
+        The model with its `History`, certified to be within its budget.
+
+    Raises:
+        ValueError: If arguments do not fit together, the loss is not one number, or it does not depend on the model.
+        RuntimeError: If the loss becomes NaN or infinite.
+
+    Example:
+        >>> def loss(model, batch, key):
+        ...     return -model.log_prob(batch, key).mean()
+        >>> trained = train(model, loss, x, steps=2000, key=jax.random.key(1))  # doctest: +SKIP
+    """
+    ignore_missing_tpu()
+    start_backend()
+    keep_compiled_programs()
+    ema_decay = checked(Decay, ema_decay, "ema_decay")
+    seed = int(jax.random.bits(single_key(key)))
+    x, validation = _checked_rows(x, "x"), _checked_rows(validation, "validation")
+    if x is not None and isinstance(batch_size, int):
+        devices = parallel.all_devices()
+        batch_size = max(min(batch_size, num_rows(x)) // devices, 1) * devices
+    if steps is None:
+        steps = STEPS if minutes is None else NO_LIMIT
+    settings = TrainingConfig(
+        total_steps=checked(Count, steps, "steps"),
+        minutes=0.0 if minutes is None else checked(Positive, minutes, "minutes"),
+        patience=checked(CountOrNone, patience, "patience") if validation is not None else 0,
+        batch_size=checked(Count, batch_size, "batch_size"),
+        eval_every_steps=max(min(steps, STEPS) // VALIDATIONS, 1) if every is None else checked(Count, every, "every"),
+    )
+    settings = dataclasses.replace(settings, log_every_steps=settings.eval_every_steps)
+    length = steps if steps < NO_LIMIT else STEPS  # of the schedule, which a run that is limited by time stretches
+    default = OptimizerConfig("muon", LEARNING_RATE, warmup_steps=length // 20, momentum=0.95, nesterov=True)
+    rule = UpdateRule(make_optimizer(default), make_schedule(default, length), length, ema_decay)
+    if optimizer is not None:
+        rule = rule._replace(optimizer=optimizer, schedule=None)
+    say = Lines() if progress else lambda line: None
+    with StopRequests("training ends after this step", heard_in_memory()) as stop, jax.default_matmul_precision("float32"):
+        free = Unconstrained.of(model)
+        held_out = _HeldOut(free, loss, validation, seed)
+        _check_loss(loss, model, x, batch_size)
+        objective = Objective(
+            name="loss",
+            training_step=_training_step(free, loss, rule, seed, has_data=x is not None),
+            make_validation=lambda: held_out,
+            selection=lambda means: means["loss"],
+            examples=x,
+            initial_variables=lambda: {"params": free.params, "spectral": free.iterates},
+        )
+        trainer = _Trainer(objective, settings, held_out, callback, say)
+        batches = device_batches(x, seed=seed, batch_size=batch_size)
+        trainer.run(batches, lambda: trainer.is_called_off or stop.received is not None)
+        if stop.received:
+            say(f"stopped by {stop.received.name} after step {trainer.step}: the best model so far")
+        best = trainer.last_or_best()
+        trained = free.with_(params=jax.device_put(best.ema)).certified()
+        return trained.with_(history=History.from_records(trainer.records, best.step))
+
+
+class _HeldOut:
+    """The mean loss of held-out examples under the averaged parameters, norms iterated to their tolerance.
+
+    Args:
+        free: The model.
+        loss: The loss.
+        examples: Held-out examples; None if there are none.
+        seed: Source of the loss's randomness, the same every time.
+    """
+
+    def __init__(self, free: Unconstrained, loss: LossFunction, examples: Any, seed: int):
+        self._free, self._examples, self._key = free, examples, jax.random.key(seed)
+        self._loss = jax.jit(functools.partial(_loss_and_metrics, loss))
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether there is anything to measure."""
+        return self._examples is not None
+
+    def model(self, state: TrainState) -> Any:
+        """The model of the averaged parameters."""
+        return validated_model(self._free.template, self._free.settings, *parallel.on_first_device((state.ema, state.spectral)))
+
+    def __call__(self, state: TrainState) -> ValidationResult:
+        """The means over all examples."""
+        model, num = self.model(state), num_rows(self._examples)
+        totals: dict[str, float] = {}
+        for start in range(0, num, VALIDATED_AT_ONCE):
+            batch = jax.tree.map(lambda rows, start=start: jnp.asarray(rows[start : start + VALIDATED_AT_ONCE]), self._examples)
+            _, means = self._loss(model, batch, jax.random.fold_in(self._key, start))
+            for name, mean in means.items():
+                totals[name] = totals.get(name, 0.0) + float(mean) * num_rows(batch) / num
+        return ValidationResult(totals)
+
+
+class _Trainer(Trainer):
+    """A run whose best state is the last one, if there is nothing held out to choose it by, and that tells its owner."""
+
+    def __init__(self, objective: Objective, settings: TrainingConfig, held_out: _HeldOut, callback: Callback | None, say: Any):
+        super().__init__(objective, settings, compile_step=_compiled_when_called, say=say)
+        self._held_out, self._callback, self.is_called_off = held_out, callback, False
+
+    def take_step(self, batch: Any) -> None:
+        """Updates the state by one batch; the first one shows whether the loss depends on the model at all."""
+        super().take_step(batch)
+        if self.step == 1 and float(self._window[-1]["grad_norm"]) == 0:
+            raise ValueError("the gradient of the loss is 0: the loss has to depend on the model that it is given")
+
+    def measure(self) -> tuple[float, str]:
+        """Without held-out examples, what is shown is the loss of training, and the latest state is the best."""
+        if self._held_out.has_examples:
+            return super().measure()
+        return float(-self.step), f"loss {self.records[-1]['loss']:.4f}"
+
+    def validate(self) -> None:
+        """Measures and keeps the state, and calls back."""
+        super().validate()
+        if self._callback is not None:
+            metrics = {**self._latest("train"), **self._latest("validation")}
+            self.is_called_off = bool(self._callback(self.step, self._held_out.model(self.state), metrics))
+
+    def last_or_best(self) -> Best:
+        """The state that was best on held-out examples, or the last one, if there are none or none was measured."""
+        if self.best is None or not self._held_out.has_examples:
+            self._store(-math.inf)
+        assert self.best is not None
+        return self.best
+
+    def _latest(self, split: str) -> dict[str, float]:
+        found = [record for record in self.records if record["split"] == split][-1:]
+        prefix = "" if split == "train" else "validation_"
+        return {f"{prefix}{name}": value for record in found for name, value in record.items() if name not in NOT_METRICS}
+
+
+def _compiled_when_called(training_step: TrainingStep) -> CompiledStep:
+    """The step of all devices, which is not compiled ahead: the first state is there already, and its dtypes count."""
+    step = parallel.parallelize(training_step)
+
+    def take(state, batch):
+        step.compile(state, batch)
+        return step(state, batch)
+
+    return take
+
+
+def _training_step(free: Unconstrained, loss: LossFunction, rule: UpdateRule, seed: int, *, has_data: bool) -> TrainingStep:
+    """The step of `train`, with the model as training runs it."""
+
+    def of_batch(model: Any, batch: Any, keys: StepKeys) -> Loss:
+        if isinstance(model, Density):
+            model = model.with_(estimator=model.estimator.fix_length(keys.shared))
+        batch = batch if has_data else None
+        value, metrics = _loss_and_metrics(loss, model, batch, jax.random.fold_in(keys.shared, jax.lax.axis_index(AXIS)))
+        return Loss(value, metrics)
+
+    template, spec = free.template, free.template.spec
+    # Blocks of vectors are scanned on CPUs, too, which compiles sooner.
+    unroll = template.unroll or (len(spec.flow.event_shape) == 3 and flow.unroll_by_default())
+    model = template.with_(unroll=unroll)
+    if not unroll and isinstance(getattr(model, "estimator", None), ExactLogdet) and model.rematerialize == "nothing":
+        model = model.with_(rematerialize="elementwise")
+    return TrainingStep(model, of_batch, training_constraint(free.settings, spec), rule, seed)
+
+
+def _loss_and_metrics(loss: LossFunction, model: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Any]]:
+    found = loss(model, batch, key)
+    value, metrics = found if isinstance(found, tuple) else (found, {})
+    return value, {"loss": value, **metrics}
+
+
+def _check_loss(loss: LossFunction, model: Any, x: Any, batch_size: int) -> None:
+    """Raises ``ValueError`` unless the loss is a number, and its metrics a dictionary of numbers."""
+    batch = None if x is None else jax.tree.map(lambda rows: jax.ShapeDtypeStruct((batch_size, *rows.shape[1:]), rows.dtype), x)
+    found: Any = jax.eval_shape(lambda model, batch, key: loss(model, batch, key), model, batch, jax.random.key(0))
+    pair: Any = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
+    value, metrics = pair
+    if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        got = f"{value.dtype} of shape {value.shape}" if hasattr(value, "shape") else f"a {type(value).__name__}"
+        raise ValueError(
+            f"the loss must be one number, or one and a dictionary of metrics, got {got}: take the mean over the batch"
+        )
+    if not isinstance(metrics, Mapping) or any(getattr(metric, "shape", None) != () for metric in metrics.values()):
+        raise ValueError(f"metrics of the loss must be a dictionary of numbers, got {metrics}")
+
+
+def _checked_rows(x: Any, name: str) -> Any:
+    """Arrays of NumPy with equally many rows.
+
+    Raises:
+        ValueError: If they differ in their number of rows, have none, or hold NaN or infinite numbers.
+    """
+    if x is None:
+        return None
+    x = jax.tree.map(np.asarray, x)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
+    if not shapes or () in shapes or len({shape[0] for shape in shapes}) != 1 or not shapes[0][0]:
+        raise ValueError(f"arrays of {name} must have one row an example, and equally many rows, got shapes {shapes}")
+    for leaf in jax.tree.leaves(x):
+        if np.issubdtype(leaf.dtype, np.floating) and not np.all(np.isfinite(leaf)):
+            row = int(np.argwhere(~np.isfinite(leaf))[0][0])
+            raise ValueError(f"{name} holds NaN or infinite numbers, the first in row {row}: leave such rows out")
+    return x
+
+
+def num_rows(x: Any) -> int:
+    """Examples in a pytree of arrays."""
+    return len(jax.tree.leaves(x)[0])

@@ -1,0 +1,62 @@
+"""A flow's first weights: random, within the budget, ActNorm fitted to a batch, every block certified."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from iresnet_jax.maths.platforms import quick_jit
+from iresnet_jax.models import contractions, flow
+from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.contractions import FlowWeights, Tree
+
+MOST = 1024  # examples of a batch that ActNorm is fitted to
+
+
+def initial_weights(
+    spec: FlowSpec,
+    key: Key[Array, ""],
+    x: Float[Array, "b ..."],
+    context: Float[Array, "b k"] | None = None,
+    *,
+    sharp: bool = False,
+) -> tuple[FlowWeights, Float[Array, "b d"]]:
+    """Weights as `contractions.freeze` gives them, and the latents of the batch.
+
+    Args:
+        spec: The architecture.
+        key: Source of the weights.
+        x: A representative batch: ActNorm makes every channel that enters a branch zero on average, with variance 1.
+        context: Contexts of the batch, if the model is conditional.
+        sharp: Whether activations start sharper, see `BranchSpec.initial_weights`.
+    """
+    return _initial_weights((spec, sharp), key, x, context)
+
+
+@functools.partial(quick_jit, static_argnums=(0,))
+def _initial_weights(what: tuple[FlowSpec, bool], key: Array, x: Array, context: Array | None) -> tuple[FlowWeights, Array]:
+    spec, sharp = what
+    key_weights, key_iterates = jax.random.split(key)
+    params = {
+        stage.name: {"blocks": {**stage.initial_weights(own, sharp=sharp), "actnorm": stage.identity()}}
+        for stage, own in zip(spec.layout, jax.random.split(key_weights, len(spec.stages)), strict=True)
+    }
+    params, iterates = jax.tree.map(lambda leaf: leaf.astype(x.dtype), (params, initial_iterates(spec, key_iterates)))
+    weights = contractions.constrain(spec, params, iterates).weights
+    fitted, z = flow.fit_actnorm(spec, weights, x, context)
+    params = {name: {"blocks": {**stage["blocks"], "actnorm": fitted[name]}} for name, stage in params.items()}
+    return contractions.freeze(spec, params), z
+
+
+def initial_iterates(spec: FlowSpec, key: Key[Array, ""]) -> Tree:
+    """Random starts of the power iterations of all layers, as `contractions.constrain` takes them."""
+    stages = zip(spec.layout, jax.random.split(key, len(spec.stages)), strict=True)
+    found = {stage.name: stage.initial_iterates(own) for stage, own in stages}
+    return {name: {"blocks": iterates} for name, iterates in found.items() if iterates}
+
+
+def some(x: Any) -> Array:
+    """At most `MOST` of the rows of an array, evenly spaced."""
+    return jnp.asarray(x[:: -(-len(x) // MOST)])

@@ -1,0 +1,239 @@
+"""Models by any loss: `train`, and loops of one's own on `Unconstrained`."""
+
+import signal
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import iresnet_jax as ir
+
+STAGES = [ir.StageSpec(2, (8,), activation="clipswish")]
+X = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32) * np.float32([1.0, 3.0]) + 2
+QUICK = {"key": jax.random.key(1), "steps": 6, "batch_size": 16, "progress": False}
+MODEL = ir.Density.init(jax.random.key(0), X, stages=STAGES)
+
+
+def nll(model, batch, key):
+    return -model.log_prob(batch, key).mean()
+
+
+def test_train_lowers_the_loss_of_a_certified_model():
+    trained = ir.train(MODEL, nll, X, **QUICK | {"steps": 200, "optimizer": optax.adam(3e-2)})
+    assert nll(trained, X, None) < nll(MODEL, X, None) - 0.02
+    assert trained.certificate().certified
+    assert trained.history.step == 200
+    losses = trained.history.train["loss"]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+def test_a_loop_of_ones_own_gives_the_same_model():
+    trained = ir.train(MODEL, nll, X, **QUICK | {"batch_size": len(X), "optimizer": optax.adam(1e-2), "ema_decay": 0})
+    free = ir.Unconstrained.of(MODEL)
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def step(free, state):
+        def loss(params):
+            model, iterates = free.constrain(params)
+            return nll(model, X, None), iterates
+
+        gradient, iterates = jax.grad(loss, has_aux=True)(free.params)
+        updates, state = optimizer.update(gradient, state, free.params)
+        return free.with_(params=optax.apply_updates(free.params, updates), iterates=iterates), state
+
+    state = optimizer.init(free.params)
+    for _ in range(6):
+        free, state = step(free, state)
+    own = free.certified()
+    assert own.certificate().certified
+    np.testing.assert_allclose(own.log_prob(X), trained.log_prob(X), atol=2e-4)
+    assert np.abs(own.log_prob(X) - MODEL.log_prob(X)).max() > 0.01
+
+
+def test_no_step_leaves_the_budget():
+    free = ir.Unconstrained.of(MODEL)
+    large = free.with_(params=jax.tree.map(lambda leaf: 5 * leaf, free.params))
+    _, iterates = large.constrain()
+    model, _ = large.with_(iterates=iterates).constrain()
+    assert model.freeze().certificate().certified
+    bounds = np.asarray(model.weights["stage0"].branch.lipschitz_bound)
+    assert np.all(bounds <= 0.97**2 + 1e-6)
+    assert large.certified().certificate().certified
+
+
+def test_the_best_model_on_validation_is_returned_and_training_ends_without_improvement():
+
+    def loss(model, batch, key):
+        return nll(model, batch, key), {"rows": jnp.float32(len(batch))}
+
+    seen = []
+    trained = ir.train(
+        *(MODEL, loss, X),
+        **QUICK | {"steps": 50, "optimizer": optax.sgd(-1e-3)},
+        validation=X[:3],
+        patience=2,
+        every=5,
+        callback=lambda step, model, metrics: seen.append((step, metrics, nll(model, X[:3], None))),
+    )
+    assert [step for step, _, _ in seen] == [5, 10, 15]  # uphill: the first one was the best
+    for _, metrics, recomputed in seen:
+        np.testing.assert_allclose(metrics["validation_loss"], recomputed, rtol=1e-4)
+        assert (metrics["rows"], metrics["validation_rows"]) == (16 // jax.local_device_count(), 3)
+    assert trained.history.step == 5
+    np.testing.assert_allclose(nll(trained, X[:3], None), trained.history.validation["loss"][0], rtol=1e-3)
+
+
+def test_a_callback_ends_training():
+    trained = ir.train(MODEL, nll, X, **QUICK, every=2, callback=lambda step, model, metrics: step == 4)
+    assert trained.history.step == 4
+
+
+@pytest.mark.parametrize("somebody_sits_there", [True, False])
+def test_ctrl_c_gives_the_last_model_where_somebody_sits(monkeypatch, somebody_sits_there):
+    if somebody_sits_there:
+        monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    options = QUICK | {"every": 2, "callback": lambda step, model, metrics: signal.raise_signal(signal.SIGINT)}
+    if not somebody_sits_there:
+        with pytest.raises(KeyboardInterrupt):
+            ir.train(MODEL, nll, X, **options)
+        return
+    assert ir.train(MODEL, nll, X, **options).history.step == 2
+
+
+def test_training_goes_on_from_a_trained_model(tmp_path):
+    first = ir.train(MODEL, nll, X, **QUICK)
+    again = ir.train(ir.load(first.save(tmp_path / "model.npz")), nll, X, **QUICK)
+    assert np.abs(again.log_prob(X) - first.log_prob(X)).max() > 1e-4
+    chex.assert_trees_all_equal(ir.train(first, nll, X, **QUICK).weights, again.weights)
+
+
+def test_everything_in_float64(tmp_path):
+    with jax.enable_x64(True):
+        x = X.astype(float)
+        trained = ir.train(ir.Density.init(jax.random.key(0), x, stages=STAGES), nll, x, validation=x[:8], **QUICK)
+        own = jax.tree.leaves((trained.weights["stage0"].branch.weights, trained.prior))
+        assert {leaf.dtype for leaf in own} == {np.dtype(float)}
+        loaded = ir.load(trained.save(tmp_path / "model.npz"))
+        expected = np.asarray(trained.log_prob(x))
+        np.testing.assert_array_equal(loaded.log_prob(x), expected)
+        back, info = ir.certify.decode(loaded, loaded.encode(x[:2]))
+        assert np.linalg.norm(back - x[:2], axis=1).max() <= info.error_bound.max() + 1e-13
+        assert ir.certify.log_prob(loaded, x[:2]).width.max() < 1e-9
+        fitted = ir.fit(x, steps=2, architecture=STAGES, progress=False)
+        assert fitted.log_prob(x).dtype == fitted.prior["mean"].dtype == np.float64
+    with pytest.warns(UserWarning, match="in float64.* rounded; set JAX_ENABLE_X64=1"):
+        rounded = ir.load(tmp_path / "model.npz")
+    assert rounded.certificate().certified
+    np.testing.assert_allclose(rounded.log_prob(X), expected, atol=1e-4)
+
+
+def test_a_loss_without_data_draws_its_own():
+    def loss(model, batch, key):
+        assert batch is None
+        z = jax.random.normal(key, (32, 2))
+        x, _ = model.decode(z)
+        return jnp.square(x).mean()
+
+    trained = ir.train(MODEL, loss, **QUICK | {"steps": 100, "optimizer": optax.adam(1e-2)})
+    z = jax.random.normal(jax.random.key(5), (100, 2))
+    assert jnp.square(trained.decode(z)[0]).mean() < 0.9 * jnp.square(MODEL.decode(z)[0]).mean()
+
+
+def test_classifiers_and_reconstructors_train_by_losses_of_ones_own():
+    images = np.random.default_rng(0).integers(0, 256, (32, 4, 4, 1), np.uint8)
+    labels = (images.mean(axis=(1, 2, 3)) > 127).astype(int)
+    stages = [ir.StageSpec(2, (4,), kernel_sizes=(3, 1), squeeze=2)]
+    classifier = ir.Classifier.init(jax.random.key(0), images, 2, stages=stages)
+
+    def cross_entropy(model, batch, key):
+        return optax.softmax_cross_entropy_with_integer_labels(model.logits(batch[0]), batch[1]).mean()
+
+    trained = ir.train(classifier, cross_entropy, (images, labels), **QUICK | {"steps": 60, "optimizer": optax.adam(1e-2)})
+    assert cross_entropy(trained, (images, labels), None) < 0.8 * cross_entropy(classifier, (images, labels), None)
+    assert trained.certificate().certified
+
+    reconstructor = ir.Reconstructor.init(jax.random.key(0), (4, 4, 1), stages=stages)
+    x = (images / np.float32(255)).astype(np.float32)
+    loss = lambda model, batch, key: jnp.square(model.measure(batch) - batch / 2).mean()  # noqa: E731
+    trained = ir.train(reconstructor, loss, x, **QUICK | {"steps": 60, "optimizer": optax.adam(1e-2)})
+    assert loss(trained, x, None) < 0.8 * loss(reconstructor, x, None)
+    assert trained.noise_amplification <= 10.001
+
+
+INIT = {
+    "a conditional density": {"context": X[:, :1]},
+    "a network on contexts that are numbers": {"context": X[:, 0], "context_hidden": (8, 4)},
+    "a mixture": {"prior": "mixture", "num_components": 3},
+    "classes": {"num_classes": 3, "prior": "logistic"},
+    "a budget of blocks": {"budget": "block", "coeff": 0.8},
+}
+
+
+@pytest.mark.parametrize("options", INIT.values(), ids=INIT)
+def test_init_gives_certified_models_that_train(options):
+    model = ir.Density.init(jax.random.key(0), X, stages=STAGES, **options)
+    assert model.certificate().certified
+    context = options.get("context")
+    z = model.encode(X, context=context)
+    assert np.all(np.abs(np.mean(z, axis=0)) < 0.5)
+    x, _ = model.decode(z, context=context)
+    np.testing.assert_allclose(x, X, atol=1e-4)
+    rows = X if context is None else (X, context)
+
+    def loss(model, batch, key):
+        x, context = (batch, None) if options.get("context") is None else batch
+        return -model.log_prob(x, key, context=context).mean()
+
+    trained = ir.train(model, loss, rows, **QUICK)
+    assert trained.certificate().certified
+
+
+def test_init_of_images_of_levels_takes_the_logit():
+    images = np.random.default_rng(0).integers(0, 17, (40, 4, 4, 1), np.uint8)
+    stages = [ir.StageSpec(2, (4,), kernel_sizes=(3, 1), squeeze=2)]
+    model = ir.Density.init(jax.random.key(0), images, stages=stages, num_levels=17)
+    assert (model.spec.num_levels, model.spec.transform) == (17, ir.Logit())
+    assert np.all(np.isfinite(model.log_prob(images)))
+
+
+WRONG_LOSSES = {
+    "a vector": (lambda model, batch, key: model.log_prob(batch), ValueError, r"one number.*\(16,\)"),
+    "nothing": (lambda model, batch, key: None, ValueError, "one number.*NoneType"),
+    "metrics that are vectors": (
+        lambda model, batch, key: (nll(model, batch, key), {"all": model.log_prob(batch)}),
+        *(ValueError, "dictionary of numbers"),
+    ),
+    "one that ignores the model": (lambda model, batch, key: jnp.square(batch).mean(), ValueError, "depend on the model"),
+    "NaN": (lambda model, batch, key: nll(model, batch, key) * jnp.nan, RuntimeError, "loss.* non-finite"),
+}
+
+
+@pytest.mark.parametrize(("loss", "error", "message"), WRONG_LOSSES.values(), ids=WRONG_LOSSES)
+def test_wrong_losses_are_named(loss, error, message):
+    with pytest.raises(error, match=message):
+        ir.train(MODEL, loss, X, **QUICK)
+
+
+WRONG = {
+    "rows that differ in number": (lambda: ir.train(MODEL, nll, (X, X[:3]), **QUICK), "equally many rows"),
+    "no rows": (lambda: ir.train(MODEL, nll, X[:0], **QUICK), "one row an example"),
+    "NaN in the data": (lambda: ir.train(MODEL, nll, np.where(X > 4, np.nan, X), **QUICK), "x holds NaN"),
+    "NaN in the validation": (lambda: ir.train(MODEL, nll, X, validation=X * np.nan, **QUICK), "validation holds NaN"),
+    "no steps": (lambda: ir.train(MODEL, nll, X, **QUICK | {"steps": 0}), "steps"),
+    "a seed as key": (lambda: ir.train(MODEL, nll, X, **QUICK | {"key": 3}), r"jax.random.key\(3\)"),
+    "a model without weights": (lambda: ir.train(MODEL.with_(weights={}), nll, X, **QUICK), "no weights"),
+    "numbers instead of vectors": (lambda: ir.Density.init(jax.random.key(0), X[:, 0], stages=STAGES), r"x\[:, None\]"),
+    "contexts of other rows": (lambda: ir.Density.init(jax.random.key(0), X, stages=STAGES, context=X[:3]), "context must be"),
+    "no batch of images": (lambda: ir.Classifier.init(jax.random.key(0), X, 3, stages=STAGES), r"\(n, h, w, c\)"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments_end_in_a_sentence(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,122 @@
+"""Tasks of the SBI benchmark: simulators by closed forms, by other solvers, and by the library's own."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from scipy.integrate import solve_ivp
+from scipy.stats import multivariate_normal, norm
+
+from iresnet_jax.data.simulators import SIMULATORS
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    """The module, which nobody else finds."""
+    path = Path(__file__).parents[1] / "benchmarks" / "_sbibm_tasks.py"
+    spec = importlib.util.spec_from_file_location("_sbibm_tasks", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def moments(simulate, theta, num=20_000):
+    """Mean and covariance of observations of one vector of parameters."""
+    x = simulate(np.random.default_rng(0), np.repeat(theta[None], num, axis=0))
+    return x.mean(axis=0), np.cov(x.T)
+
+
+def test_all_draw_what_they_say_and_a_folder_keeps_it(tasks, tmp_path):
+    for task in tasks.TASKS.values():
+        theta, x = task.draw(50, cache=tmp_path)
+        assert theta.shape == (50, task.num_parameters)
+        assert x.shape == (50, task.num_observed)
+        assert np.isfinite(x).all()
+        if task.bound is not None:
+            assert np.abs(theta).max() < task.bound
+        np.testing.assert_allclose(task.from_fit(task.to_fit(theta)), theta, rtol=1e-6)
+        for drawn, again in zip((theta, x), task.draw(50, cache=tmp_path), strict=True):
+            np.testing.assert_array_equal(drawn, again)
+
+
+def test_gaussians_have_their_posteriors(tasks):
+    theta, x = RNG.normal(size=(20, 10)) / 5, RNG.normal(size=10) / 5
+    found = tasks.TASKS["gaussian_linear"].log_posterior(theta, x)
+    expected = multivariate_normal(x / 2, 0.05).logpdf(theta)
+    np.testing.assert_allclose(found - found[0], expected - expected[0], atol=1e-9)
+    mean, covariance = moments(tasks.TASKS["gaussian_linear"].simulate, theta[0])
+    np.testing.assert_allclose(mean, theta[0], atol=5 * np.sqrt(0.1 / 20_000))
+    np.testing.assert_allclose(covariance, 0.1 * np.eye(10), atol=5 * 0.1 * np.sqrt(2 / 20_000))
+    theta, x = RNG.uniform(-10, 10, (20, 2)), np.zeros(2)
+    found = tasks.TASKS["gaussian_mixture"].log_posterior(theta, x)
+    expected = np.logaddexp(*(norm(scale=s).logpdf(theta).sum(axis=1) for s in (1.0, 0.1)))
+    np.testing.assert_allclose(found - found[0], expected - expected[0], atol=1e-9)
+
+
+def test_observations_of_two_moons_are_possible(tasks):
+    theta, x = tasks.TASKS["two_moons"].draw(2000)
+    log_prob = np.asarray(jax.jit(SIMULATORS["sbi_two_moons"].log_prob)(theta, x))
+    assert np.isfinite(log_prob).all()
+    assert -log_prob.mean() == pytest.approx(SIMULATORS["sbi_two_moons"].entropy, abs=5 * log_prob.std() / np.sqrt(2000))
+
+
+def test_points_of_slcp_are_normal(tasks):
+    theta = np.array([0.5, -1.0, 1.2, -0.8, 0.7])
+    deviations = theta[2:4] ** 2
+    covariance = np.tanh(theta[4]) * np.outer(deviations, deviations)
+    covariance[np.diag_indices(2)] = deviations**2
+    mean, found = moments(tasks.TASKS["slcp"].simulate, theta)
+    np.testing.assert_allclose(mean, np.tile(theta[:2], 4), atol=0.05)
+    np.testing.assert_allclose(found, np.kron(np.eye(4), covariance), atol=0.07)
+    x = RNG.normal(size=8)
+    points = x.reshape(4, 2)
+    others = np.stack([theta, theta + 0.1])
+    expected = [tasks.TASKS["slcp"].log_posterior(others, x)[i] for i in range(2)]
+    assert multivariate_normal(theta[:2], covariance).logpdf(points).sum() - expected[0] == pytest.approx(
+        -4 * np.log(2 * np.pi), abs=1e-9
+    )
+    order = tasks._noise()[2]
+    theta, x = tasks.TASKS["slcp_distractors"].draw(3000)
+    own = x[:, np.argsort(order)[:2]]
+    assert np.abs(np.median(own - theta[:, :2], axis=0)).max() < 0.2
+
+
+def test_spikes_follow_the_generalised_linear_model(tasks):
+    design, factor = tasks._design()
+    theta = factor @ RNG.normal(size=10)
+    mean, _ = moments(tasks.TASKS["bernoulli_glm_raw"].simulate, theta)
+    np.testing.assert_allclose(mean, 1 / (1 + np.exp(-design @ theta)), atol=5 * 0.5 / np.sqrt(20_000))
+    spikes = (RNG.random(100) < mean).astype(float)
+    others = np.stack([theta, theta + 0.1])
+    logits = others @ design.T
+    likelihood = np.sum(np.where(spikes, -np.logaddexp(0, -logits), -np.logaddexp(0, logits)), axis=1)
+    prior = multivariate_normal(np.zeros(10), factor @ factor.T).logpdf(others)
+    found = tasks.TASKS["bernoulli_glm"].log_posterior(others, spikes @ design)
+    assert np.diff(found) == pytest.approx(np.diff(likelihood + prior), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lotka_volterra", "sir"])
+def test_solvers_agree_with_scipy(tasks, name):
+    theta = tasks.TASKS[name].prior(np.random.default_rng(0), 5)
+    found = (tasks._populations if name == "lotka_volterra" else tasks._infected)(theta)
+
+    def of_animals(_, y, a, b, c, d):
+        return [a * y[0] - b * y[0] * y[1], d * y[0] * y[1] - c * y[1]]
+
+    def of_the_ill(_, y, beta, gamma):
+        return [-beta * y[0] * y[1], beta * y[0] * y[1] - gamma * y[1]]
+
+    settings = {"rtol": 1e-9, "atol": 1e-13, "method": "LSODA"}
+    for one, own in zip(theta, found, strict=True):
+        if name == "lotka_volterra":
+            expected = solve_ivp(of_animals, (0, 20), [30, 1], t_eval=2.1 * np.arange(10), args=one, **settings).y
+        else:
+            start = [1 - 1e-6, 1e-6]
+            expected = solve_ivp(of_the_ill, (0, 153), start, t_eval=17 * np.arange(10), args=one, **settings).y[1]
+        np.testing.assert_allclose(own, expected, rtol=1e-3, atol=1e-9)
