@@ -13,7 +13,7 @@ from sklearn.datasets import make_blobs
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.utils.estimator_checks import check_n_features_in_after_fitting, parametrize_with_checks
 
 from iresnet_jax import estimators
 from iresnet_jax.bijections.transforms.standardize import Whiten
@@ -53,6 +53,13 @@ def test_scikit_learn_checks(estimator, check):
 
 
 # --- what users rely on ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [ResidualFlowDensity, ResidualFlowClassifier])
+def test_one_of_the_checks_within_a_limit_of_time(kind):
+    """Of few rows; all checks passed once with two minutes, but are too many for candidates of a race to be compiled for."""
+    limited = kind(minutes=1e-3, architecture=TINY["architecture"], settings=TINY["settings"], random_state=0)
+    check_n_features_in_after_fitting(kind.__name__, limited)
 
 
 def test_a_few_samples_and_a_time_are_enough():

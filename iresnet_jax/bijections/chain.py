@@ -22,6 +22,10 @@ _POLICIES = {
     "blocks": jax.checkpoint_policies.nothing_saveable,
 }
 
+# JAX before 0.12 moves what does not change out of the body of a scan that is differentiated, and forgets the rules of
+# `jax.custom_jvp` and `lax.custom_root` in the rest: second derivatives of inverses would be 0. Conditions stay as they are.
+_FORGETS_DERIVATIVES = jax.__version_info__ < (0, 12)
+
 _MOST_ENTRIES = 16  # entries that one product of `_store` takes together
 
 
@@ -89,8 +93,14 @@ def repeat(
             w, own = block
             return way.through(build(w), own), None
 
-        keys = None if key is None else _keys_of_blocks(key, num_blocks)
-        return lax.scan(step, way, (weights, keys), reverse=reverse)[0]
+        def step_in_condition(way, numbered):
+            k, block = numbered
+            return lax.cond(k >= 0, lambda way: step(way, block)[0], lambda way: way, way), None
+
+        blocks = weights, None if key is None else _keys_of_blocks(key, num_blocks)
+        if reverse and _FORGETS_DERIVATIVES:
+            return lax.scan(step_in_condition, way, (jnp.arange(num_blocks), blocks), reverse=True)[0]
+        return lax.scan(step, way, blocks, reverse=reverse)[0]
 
     return from_walks(
         onward=lambda way, key: over_blocks(way, key, reverse=False),

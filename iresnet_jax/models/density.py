@@ -359,7 +359,7 @@ class Density(Model):
         """
         examples = self._examples(x, context)
         key = jax.random.key(0) if key is None else examples.keys(key)
-        return examples.restore(_log_prob(self, self._checked(examples.x), examples.context, key))
+        return examples.restore(_log_prob(self, self._checked(examples.x, is_likelihood=True), examples.context, key))
 
     def terms(
         self,
@@ -379,7 +379,7 @@ class Density(Model):
         """
         examples = self._examples(x, context)
         keys = examples.keys(key_noise), examples.keys(key_probe)
-        return examples.restore(_terms(self, self._checked(examples.x), examples.context, *keys))
+        return examples.restore(_terms(self, self._checked(examples.x, is_likelihood=True), examples.context, *keys))
 
     def log_prior_by_class(self, z: Float[Array, "b d"]) -> Float[Array, "b k"]:
         """``log p(y) + log p_Z(z | y)`` for every class ``y``: logits of the classes, whose log-sum-exp is the prior.
@@ -650,8 +650,11 @@ class Density(Model):
             raise ValueError("this model was not fitted to a data frame: its samples are arrays")
         return table_of(np.asarray(x), self.spec.columns)
 
-    def _checked(self, x: Any) -> Array:
-        """The data as an array, if it is what the model takes."""
+    def _checked(self, x: Any, *, is_likelihood: bool = False) -> Array:
+        """The data as an array, if it is what the model takes.
+
+        Classes and latents of values between those of a grid are defined where no range bounds them; their likelihood is none.
+        """
         shape = tuple(self.spec.flow.event_shape)
         x = self.numbers(x)
         is_table = len(shape) == 1 and x.shape[1:] == shape
@@ -662,24 +665,24 @@ class Density(Model):
         elif x.shape[1:] != shape or not jnp.issubdtype(x.dtype, jnp.floating):
             wanted = f"floats of shape (batch, {', '.join(map(str, shape))})"
             raise ValueError(f"the model takes {wanted}, got {x.dtype} of shape {x.shape}")
-        if not isinstance(x, jax.core.Tracer):
+        if not isinstance(x, jax.core.Tracer) and (is_likelihood or isinstance(self.spec.transform, Bounded)):
             self.check_ranges(x)
         return jnp.asarray(x)
 
     def check_ranges(self, x: Any) -> None:
-        """Checks vectors whose entries keep to ranges; data without ranges pass.
+        """Checks vectors whose entries keep to ranges or to a grid; other data pass.
 
         Raises:
             ValueError: If a value is out of its range, or between the values of its grid; the message names the first one.
         """
-        bounded = self.spec.transform
-        if not isinstance(bounded, Bounded):
+        transform, x = self.spec.transform, np.asarray(x)
+        if self.spec.grid is None and not isinstance(transform, Bounded):
             return
-        x = np.asarray(x)
         grid = self.spec.grid or Grid((0.0,) * x.shape[1], (0.0,) * x.shape[1])
-        off, outside = grid.off(x), bounded.outside(x)
+        intervals = transform.intervals if isinstance(transform, Bounded) else (None,) * x.shape[1]
+        off, outside = grid.off(x), transform.outside(x) if isinstance(transform, Bounded) else np.zeros(x.shape, bool)
         for row, column in np.argwhere(off | outside)[:1].tolist():
-            bounds, step = bounded.intervals[column], grid.spacing[column]
+            bounds, step = intervals[column], grid.spacing[column]
             name = "" if self.spec.columns is None else f" ({self.spec.columns[column].name!r})"
             if off[row, column] and not outside[row, column]:
                 allowed = f"is between values of its grid, {grid.offset[column]:g} and steps of {step:g}"

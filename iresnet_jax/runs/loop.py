@@ -157,6 +157,7 @@ class _TrainerOnDisk(Trainer):
         found: list[tuple[TrainState, int]] = []
 
         def restore():
+            run_folder.check_is_there(self._workdir)
             found.append(self._checkpoints.restore_latest(fresh) or (fresh, 0))
             step = found[0][1]
             assert self._writer is not None  # process 0 has one

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.bijections.transforms.dequantize import dequantize
+from iresnet_jax.bijections.transforms.dequantize import Grid, dequantize
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center
 from iresnet_jax.maths.logdet.exact import ExactLogdet
@@ -200,3 +200,13 @@ def test_points_have_no_levels():
     np.testing.assert_allclose(back, POINTS, atol=1e-5)
     assert isinstance(density.estimator, ExactLogdet)
     np.testing.assert_allclose(log_prob(density, POINTS), log_prob(density, POINTS, keys()), rtol=1e-6)
+
+
+def test_values_between_those_of_a_grid_have_no_likelihood():
+    model = kept.model(dataclasses.replace(PLANE, grid=Grid((0.0, 0.0), (1.0, 0.0))))
+    between = POINTS.copy()
+    between[:, 0] = [0, 1, 1.5]
+    for likelihood in (model.log_prob, lambda x: model.terms(x, jax.random.key(0), jax.random.key(0))):
+        with pytest.raises(ValueError, match=r"1\.5 in row 2, column 0, is between values of its grid"):
+            likelihood(between)
+    assert model.encode(between).shape == (3, 2)  # as classes of new rows have to be found

@@ -16,7 +16,7 @@ import pytest
 import tiny_runs as runs
 from tiny_runs import EVAL_EVERY, ROOT, TOTAL_STEPS
 
-from iresnet_jax.runs import loop, trained_run
+from iresnet_jax.runs import loop, run_folder, trained_run
 from iresnet_jax.runs.checkpoints import load_named, to_named
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.metrics import read_metrics
@@ -352,6 +352,13 @@ def test_two_processes_do_not_train_in_one_workdir(config, tmp_path):
 def test_a_folder_that_is_removed_ends_training(config, tmp_path):
     with pytest.raises(RuntimeError, match=f"{tmp_path / 'run'} was removed while its run trained"):
         loop.train(config, tmp_path / "run", say=lambda line: shutil.rmtree(tmp_path / "run"))
+
+
+def test_a_folder_that_is_removed_before_the_first_step_is_named(config, tmp_path, monkeypatch):
+    claim = run_folder.claim
+    monkeypatch.setattr(run_folder, "claim", lambda folder, *rest: (claim(folder, *rest), shutil.rmtree(folder)))
+    with pytest.raises(RuntimeError, match=f"{tmp_path / 'run'} was removed while its run trained"):
+        loop.train(config, tmp_path / "run")
 
 
 def test_files_in_the_place_of_folders_are_named(config, tmp_path):

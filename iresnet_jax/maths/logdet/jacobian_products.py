@@ -46,7 +46,10 @@ def transposed_jacobian(at: Linearized, num_probes: int) -> Callable[[Array], Ar
 def with_gradient(
     value: Float[Array, "p b"], pushed: Float[Array, "p b ..."], w: Float[Array, "p b ..."]
 ) -> Float[Array, "p b"]:
-    """``value`` with the gradient of ``<w, J v>``, where ``pushed`` is ``J v`` and ``w`` is held fixed."""
+    """``value`` with the gradient of ``<w, J v>``, where ``pushed`` is ``J v`` and ``w`` is held fixed.
+
+    The second derivative is not that of the log-determinant, as ``w`` depends on the point too.
+    """
     surrogate = jnp.sum(lax.stop_gradient(w) * pushed, axis=tuple(range(2, pushed.ndim)))
     return lax.stop_gradient(value) + (surrogate - lax.stop_gradient(surrogate))
 

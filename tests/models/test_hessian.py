@@ -1,0 +1,85 @@
+"""The Hessian of an energy through the inverse of a flow: differences in 50 digits, and a closed form."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import kept
+import numpy as np
+import plain_flow
+
+import iresnet_jax as ir
+from iresnet_jax.models.density import DensitySpec
+
+CLOSE = 1e-8  # float64, absolute; the Hessians' entries are of size 1
+SOLVER = ir.Solver(atol=1e-14)
+COUPLING = np.array([[2.0, 0.5, 0.0], [0.5, 1.0, -0.3], [0.0, -0.3, 1.5]])
+Z = np.array([0.3, -0.7, 1.1])
+
+
+def model(activation):
+    """Three dimensions and two blocks, which are scanned, in float64."""
+    stage = ir.StageSpec(2, (3,), activation=activation)
+    with jax.enable_x64(False):
+        single = kept.model(DensitySpec(ir.FlowSpec((3,), (stage,))))
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), single).with_(solver=SOLVER)
+
+
+def energy(x):
+    """A quartic of the entries and a coupling of them."""
+    return (x**4).sum() / 4 + (x @ (COUPLING @ x)) / 2
+
+
+@jax.jit
+def hessian(model, z):
+    return jax.hessian(lambda z: energy(model.decode(z)[0]))(z)
+
+
+def in_50_digits(model, z):
+    """Central differences of step 1e-14, of the preimage to the last digit."""
+    numbers = plain_flow.mpmath_numbers(60)
+    step = numbers.of(1e-14)
+    spec, weights = model.spec.flow, jax.device_get(model.weights)
+    near = np.asarray(model.decode(z)[0])
+    _, jacobian = plain_flow.forward_and_jacobian(plain_flow.FLOAT, spec, weights, near)
+    to_x = numbers.of(np.linalg.inv(jacobian))
+
+    @functools.cache
+    def energy_at(shift):
+        goal, x = numbers.of(z) + step * numbers.of(shift), numbers.of(near)
+        for _ in range(5):  # a fixed-point iteration, whose error shrinks by 1e-12 in each step
+            wrong = goal - plain_flow.forward(numbers, spec, weights, x)
+            x = x + to_x @ wrong
+        assert abs(wrong).max() < 1e-50
+        return (x**4).sum() / 4 + (x @ (numbers.of(COUPLING) @ x)) / 2
+
+    found, unit = np.zeros((3, 3)), np.eye(3, dtype=int)
+    for i, j in itertools.combinations_with_replacement(range(3), 2):
+        signs = itertools.product((1, -1), repeat=2)
+        total = sum(a * b * energy_at(tuple((a * unit[i] + b * unit[j]).tolist())) for a, b in signs)
+        found[i, j] = found[j, i] = float(total / (4 * step * step))
+    return found
+
+
+def test_it_is_that_of_differences_in_50_digits(x64):
+    flow = model("clipswish")
+    np.testing.assert_allclose(hessian(flow, Z), in_50_digits(flow, Z), rtol=0, atol=CLOSE)
+
+
+def test_of_a_linear_flow_it_has_a_closed_form(x64):
+    """``F(x) = A x + c``: the Hessian is ``A^-T (3 diag(x^2) + Q) A^-1``."""
+    flow = model("identity")
+    _, matrix = plain_flow.forward_and_jacobian(plain_flow.FLOAT, flow.spec.flow, jax.device_get(flow.weights), np.zeros(3))
+    inverse = np.linalg.inv(matrix)
+    x = inverse @ (Z - plain_flow.forward(plain_flow.FLOAT, flow.spec.flow, jax.device_get(flow.weights), np.zeros(3)))
+    expected = inverse.T @ (np.diag(3 * x**2) + COUPLING) @ inverse
+    np.testing.assert_allclose(hessian(flow, Z), expected, rtol=0, atol=CLOSE)
+
+
+def test_the_check_sees_a_hessian_that_misses_the_curvature_of_the_inverse(x64):
+    flow = model("clipswish")
+    x = flow.decode(Z)[0]
+    slope = jax.jit(jax.jacfwd(lambda z: flow.decode(z)[0]))(Z)
+    missing = slope.T @ jax.hessian(energy)(x) @ slope
+    assert np.abs(missing - hessian(flow, Z)).max() > 1e5 * CLOSE
