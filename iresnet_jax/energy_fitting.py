@@ -86,28 +86,22 @@ def fit_energy(
         >>> print(evaluate_energy(model, log_density, jax.random.key(1)))  # doctest: +SKIP
     """
     began = time.monotonic()
-    num_dims, num_particles = checked(Count, num_dims, "num_dims"), checked(Count, num_particles, "num_particles")
-    scale, seconds = checked(Positive, scale, "scale"), 60 * checked(Positive, minutes, "minutes")
-    if num_particles < 1000:
-        raise ValueError(f"num_particles must be at least 1000, got {num_particles}: a tenth of them validates")
-    key_anneal, key_move, key_init, key_train = jax.random.split(single_key(key), 4)
+    minutes = checked(Positive, minutes, "minutes")
+    key_particles, key_init, key_train = jax.random.split(single_key(key), 3)
 
     def say(line):
         if progress:
             print(f"[{time.monotonic() - began:5.0f} s] {line}", file=sys.stderr, flush=True)
 
-    log_density_of(log_density, jnp.zeros((2, num_dims)))  # its shape
-    found = annealing.annealed(log_density, key_anneal, num_particles, num_dims, scale=float(scale))
-    say(f"{num_particles} particles after {found.num_steps} steps of annealing, log Z about {found.log_z:.3f}")
-    until = began + ANNEALING_SHARE * seconds if steps is None else began
-    x = np.asarray(_moved_until(log_density, key_move, found, until))
-    check_finite(log_density(jnp.asarray(x)), "particles")
-    x = np.random.default_rng(int(jax.random.bits(key_init))).permutation(x)
-    num_held_out = min(NUM_VALIDATION, num_particles // 10)
+    x = particles(
+        log_density, num_dims, key=key_particles, scale=scale, minutes=minutes if steps is None else 0, num=num_particles
+    )
+    say(f"{len(x)} particles of the target")
+    num_held_out = min(NUM_VALIDATION, len(x) // 10)
     held_out, x = x[:num_held_out], x[num_held_out:]
     model = _start(key_init, x, held_out, stages)
     say(f"the particles' log-likelihood before training is {_mean_log_prob(model, held_out):.4f}")
-    left = None if steps is not None else max((seconds - (time.monotonic() - began)) / 60, 0.01)
+    left = None if steps is not None else max(minutes - (time.monotonic() - began) / 60, 0.01)
 
     def loss(model, batch, key):
         return -model.log_prob(batch, key).mean()
@@ -125,6 +119,35 @@ def fit_energy(
         progress=progress,
     )
     return trained if _mean_log_prob(trained, held_out) >= _mean_log_prob(model, held_out) else model
+
+
+def particles(
+    log_density: LogDensity,
+    num_dims: int,
+    *,
+    key: Key[Array, ""],
+    scale: float | int = 1.0,
+    minutes: float | int = MINUTES,
+    num: int = NUM_PARTICLES,
+) -> Float[np.ndarray, "n d"]:
+    """The particles that `fit_energy` is trained on, in random order; arguments and errors are its own.
+
+    Annealing takes the time that it takes. Trajectories go on for a share of the minutes.
+    """
+    began = time.monotonic()
+    num_dims, num, scale = (
+        checked(Count, num_dims, "num_dims"),
+        checked(Count, num, "num_particles"),
+        checked(Positive, scale, "scale"),
+    )
+    if num < 1000:
+        raise ValueError(f"num_particles must be at least 1000, got {num}: a tenth of them validates")
+    log_density_of(log_density, jnp.zeros((2, num_dims)))  # its shape
+    key_anneal, key_move, key_order = jax.random.split(single_key(key), 3)
+    found = annealing.annealed(log_density, key_anneal, num, num_dims, scale=float(scale))
+    x = _moved_until(log_density, key_move, found, began + ANNEALING_SHARE * 60 * minutes)
+    check_finite(log_density(x), "particles")
+    return np.asarray(jax.random.permutation(key_order, x))
 
 
 def _moved_until(log_density: LogDensity, key: Key[Array, ""], found: annealing.Particles, until: float) -> Array:
