@@ -145,7 +145,7 @@ def test_what_overfits_is_tried_with_noise_and_smaller(raced):
 
 def test_a_conditional_density_trains_twice_as_long_and_against_overfitting_with_weight_decay():
     data = from_arrays("a", Arrays(MODES, context=MODES[:, :1] ** 2), fractions=(0.1, 0.0))
-    [first] = candidates(choose_settings(data), data)
+    first, _ = candidates(choose_settings(data), data)
     assert first.longer == 2
     assert first.settings["model.context_hidden"]
     decays = [float(str(first).split()[-1])]
