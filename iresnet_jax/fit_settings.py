@@ -209,8 +209,8 @@ def plain_candidate(config: Config, data: DataSet, given: Iterable[str] = ()) ->
 def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> list[Candidate]:
     """The candidates that are tried first, of which the last is the plain one; none for images.
 
-    The other one of a conditional density has less weight decay. The other one of a density without contexts has a mixture as its
-    prior, with as many components as the Bayesian information criterion wants.
+    The other one of a conditional density has less weight decay. That of a density without contexts has a mixture as its prior,
+    with as many components as the Bayesian information criterion wants.
     """
     plain = plain_candidate(config, data, given)
     if plain is not None and plain.decay is not None:
