@@ -41,7 +41,6 @@ from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.trainer import BlowUpError, Trainer, TrainingConfig
 
-LONGER = 4  # factor on the updates of a run whose validation still improved at its end
 WORTHWHILE = 1.5  # times the time of the last run, which a longer one must have
 IMPROVING = 0.8  # share of its steps at which a run is best, above which a longer one is worthwhile
 OVERFITTED = 0.5  # share below which a milder candidate is
@@ -190,7 +189,7 @@ class _Race:
         ended = None
         while ended is None:
             candidate, best, _ = self._leader
-            more, is_improving = self._longer(best), best.best_step > IMPROVING * best.num_steps
+            more, is_improving = self._longer(candidate, best), best.best_step > IMPROVING * best.num_steps
             untried = [milder for milder in candidate.milder() if (milder, FIRST_STEPS) not in self._tried]
             if self._stop.received or not self._is_time_left:
                 ended = "it was stopped" if self._stop.received else "time was over"
@@ -220,12 +219,12 @@ class _Race:
     def _is_time_left(self) -> bool:
         return time.monotonic() - self._began < 0.9 * self._limit_s
 
-    def _longer(self, last: Attempt) -> int | None:
-        """Updates of a longer run: four times as many, or as many as there is time for; None if there is too little."""
+    def _longer(self, candidate: Candidate, last: Attempt) -> int | None:
+        """Updates of a longer run of a candidate, or as many as there is time for; None if there is too little."""
         if self._left_s < WORTHWHILE * last.seconds:
             return None
-        is_last = self._left_s < LONGER * (1 + WORTHWHILE) * last.seconds
-        return NO_LIMIT if is_last else LONGER * last.num_steps
+        is_last = self._left_s < candidate.longer * (1 + WORTHWHILE) * last.seconds
+        return NO_LIMIT if is_last else candidate.longer * last.num_steps
 
     def _run(self, candidate: Candidate, num_steps: int) -> None:
         """Trains a candidate, unless there is a model and time is over or a signal was received; one may blow up alone."""

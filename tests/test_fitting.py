@@ -143,6 +143,20 @@ def test_what_overfits_is_tried_with_noise_and_smaller(raced):
     assert history.step == 600
 
 
+def test_a_conditional_density_trains_twice_as_long_and_against_overfitting_with_weight_decay():
+    data = from_arrays("a", Arrays(MODES, context=MODES[:, :1] ** 2), fractions=(0.1, 0.0))
+    first, _ = candidates(choose_settings(data), data)
+    assert first.longer == 2
+    assert first.settings["model.context_hidden"]
+    decays = [float(str(first).split()[-1])]
+    while (milder := next(first.milder())).size == "large":
+        first = milder
+        decays.append(first.settings["optimizer.weight_decay"])
+    assert sorted(set(decays)) == decays
+    assert len(decays) == 3
+    assert milder.settings["model.context_hidden"]
+
+
 def test_a_density_with_modes_is_at_least_as_good_as_a_mixture_without_any_time_to_train():
     """Both modes and nothing between them: the truth is a mixture."""
     model = ir.fit(MODES, minutes=1e-3, architecture=TINY, progress=False)
