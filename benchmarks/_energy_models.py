@@ -2,8 +2,8 @@
 
 - "ours" is ``ir.fit_energy(log_density, num_dims, scale=...)``; its time includes annealing and compilation.
 - "flowjax" is a `coupling_flow` with rational-quadratic splines, "realnvp" and "residual" are flows of normflows. They minimise
-  the reverse divergence, as their documentation does, behind a fixed scaling by the target's ``scale``. Their clocks stand still
-  while they are compiled.
+  the reverse divergence, as their documentation does, behind a fixed scaling by the target's ``scale``. Their clocks stand
+  still while they are compiled.
 - The same with "_particles" minimise the forward divergence on the particles that "ours" is trained on. Annealing counts as
   their time, so that the comparison is of flows.
 
@@ -196,9 +196,11 @@ def normflows(target: Target, seed: int, minutes: float, *, kind: str, has_parti
         """Through residual maps that go to the data, with the exact log-determinant of each."""
         log_prob = model.q0.log_prob(z)
         for layer in model.flows:
-            jacobian = torch.func.vmap(torch.func.jacrev(lambda row, layer=layer: layer.iresblock.nnet(row[None])[0]))(z)
-            log_prob = log_prob - torch.linalg.slogdet(torch.eye(dims) + jacobian).logabsdet
-            z = z + layer.iresblock.nnet(z)
+            z = z.detach().requires_grad_()
+            g, unit = layer.iresblock.nnet(z), torch.eye(dims)
+            rows = [torch.autograd.grad(g, z, row.expand(len(z), dims), retain_graph=True)[0] for row in unit]
+            log_prob = log_prob - torch.linalg.slogdet(unit + torch.stack(rows, dim=1)).logabsdet
+            z = z + g
         return z.detach().numpy(), log_prob.detach().numpy()
 
     def log_prob(x):

@@ -38,6 +38,8 @@ ANNEALING_SHARE = 0.25  # of the time, at most
 MOVES_AT_ONCE = 50  # trajectories between two looks at the clock
 MOST_MOVES = 2_000  # trajectories at the end of annealing
 PRIOR_PARTICLES = 10_000  # that priors are fitted to
+MIXTURE_PARTICLES = 5_000  # that mixtures are fitted to, until one is chosen
+PRIOR_SHARE = 0.15  # of the time, after which no larger mixture is tried
 COMPONENTS = (1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64)  # of a mixture, tried until the likelihood falls twice
 PER_MARGINAL = 8  # components of an entry
 STAGES = (StageSpec(20, (128,), activation="clipswish"),)
@@ -99,7 +101,8 @@ def fit_energy(
     say(f"{len(x)} particles of the target")
     num_held_out = min(NUM_VALIDATION, len(x) // 10)
     held_out, x = x[:num_held_out], x[num_held_out:]
-    model = _start(key_init, x, held_out, stages)
+    until = math.inf if steps is not None else time.monotonic() + PRIOR_SHARE * 60 * minutes
+    model = _start(key_init, x, held_out, stages, until)
     say(f"the particles' log-likelihood before training is {_mean_log_prob(model, held_out):.4f}")
     left = None if steps is not None else max(minutes - (time.monotonic() - began) / 60, 0.01)
 
@@ -135,11 +138,8 @@ def particles(
     Annealing takes the time that it takes. Trajectories go on for a share of the minutes.
     """
     began = time.monotonic()
-    num_dims, num, scale = (
-        checked(Count, num_dims, "num_dims"),
-        checked(Count, num, "num_particles"),
-        checked(Positive, scale, "scale"),
-    )
+    num_dims, num = checked(Count, num_dims, "num_dims"), checked(Count, num, "num_particles")
+    scale = checked(Positive, scale, "scale")
     if num < 1000:
         raise ValueError(f"num_particles must be at least 1000, got {num}: a tenth of them validates")
     log_density_of(log_density, jnp.zeros((2, num_dims)))  # its shape
@@ -161,7 +161,9 @@ def _moved_until(log_density: LogDensity, key: Key[Array, ""], found: annealing.
     return x
 
 
-def _start(key: Key[Array, ""], x: Float[np.ndarray, "n d"], held_out: Float[np.ndarray, "m d"], stages: Any) -> Density:
+def _start(
+    key: Key[Array, ""], x: Float[np.ndarray, "n d"], held_out: Float[np.ndarray, "m d"], stages: Any, until: float
+) -> Density:
     """A flow that does little yet, with the prior under which held-out particles are likelier.
 
     Priors are compared without the flow, and fitted once more to its latents.
@@ -178,7 +180,7 @@ def _start(key: Key[Array, ""], x: Float[np.ndarray, "n d"], held_out: Float[np.
     if num_dims <= MIXTURE_DIMS:
         whiten = Whiten.fit(x)
         z, held_out_z, log_det = _transformed(whiten, x, held_out)
-        components, mixed = _likeliest_components(z, held_out_z)
+        components, mixed = _likeliest_components(z[:MIXTURE_PARTICLES], held_out_z, until)
         if mixed + log_det > spread:
             model = Density.init(key, x, prior="mixture", num_components=components, transform=whiten, **options)
             return model.with_(prior=fitted_mixture(np.asarray(model.encode(x)), components))
@@ -192,14 +194,14 @@ def _transformed(transform: Standardize | Whiten, x: Any, held_out: Any) -> tupl
     return np.asarray(bijection.forward(jnp.asarray(x))), z, float(log_det[0])
 
 
-def _likeliest_components(z: Float[np.ndarray, "n d"], held_out: Float[Array, "m d"]) -> tuple[int, float]:
+def _likeliest_components(z: Float[np.ndarray, "n d"], held_out: Float[Array, "m d"], until: float) -> tuple[int, float]:
     """Number of components of the mixture under which held-out vectors are likeliest, and their mean log-density."""
     best, highest, fallen = 1, -math.inf, 0
     for num in _allowed(len(z), z.shape[1]):
         mixture = fitted_mixture(z, num)
         value = float(jnp.mean(mixtures.log_prob(mixture, held_out)))
         best, highest, fallen = (num, value, 0) if value > highest else (best, highest, fallen + 1)
-        if fallen == 2:
+        if fallen == 2 or time.monotonic() > until:
             break
     return best, highest
 
