@@ -145,7 +145,7 @@ def normflows(target: Target, seed: int, minutes: float, *, kind: str, has_parti
         ]
         # The way that training goes is the one without fixed points: to the data, or from them.
         flows = [nf.flows.Residual(net, reverse=has_particles, reduce_memory=False) for net in nets]
-    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(dims, trainable=False), flows)
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(dims), flows)
     optimizer, batches, step = torch.optim.Adam(model.parameters(), LEARNING_RATE), _batches(x, seed), 0
     value_and_slope = jax.jit(_value_and_slope(target))
 
