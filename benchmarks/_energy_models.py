@@ -62,6 +62,7 @@ def ours(target: Target, seed: int, minutes: float) -> Trained:
     log_prob = jax.jit(lambda model, x: model.log_prob(x))
     exact = model.with_(estimator=ir.ExactLogdet(), history=None)
     one_probe = exact.with_(estimator=ir.SeriesLogdet(num_terms=30, num_probes=1, exact_trace=False))
+    assert model.history is not None
     details = {"steps": model.history.step, "prior": model.spec.prior_family, "components": model.spec.num_components}
     sample = functools.partial(_in_parts, lambda model, key: draw(model, key), seed)
     return Trained(
@@ -86,7 +87,9 @@ def flowjax(target: Target, seed: int, minutes: float, *, has_particles: bool = 
         jax.random.key(seed),
         base_dist=Normal(jnp.zeros(target.num_dims)),
         transformer=RationalQuadraticSpline(knots=FLOWJAX["knots"], interval=FLOWJAX["interval"]),
-        **{name: FLOWJAX[name] for name in ("flow_layers", "nn_depth", "nn_width")},
+        flow_layers=FLOWJAX["flow_layers"],
+        nn_depth=FLOWJAX["nn_depth"],
+        nn_width=FLOWJAX["nn_width"],
     )
     scale = jnp.full(target.num_dims, target.scale)
     params, static = eqx.partition(flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable))
@@ -170,8 +173,9 @@ def normflows(target: Target, seed: int, minutes: float, *, kind: str, has_parti
         if batch is not None:
             loss = -model.log_prob(torch.tensor(batch / target.scale)).mean()
         else:
-            z, log_prob = model.sample(BATCH_SIZE)
-            loss = (log_prob - offset - Energy.apply(target.scale * z)).mean()
+            z, of_samples = model.sample(BATCH_SIZE)
+            energy: Any = Energy.apply(target.scale * z)
+            loss = (of_samples - offset - energy).mean()
         if torch.isfinite(loss):
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
@@ -216,7 +220,8 @@ def normflows(target: Target, seed: int, minutes: float, *, kind: str, has_parti
                     x = model.sample(AT_ONCE)[0].numpy()
                 found = exact(x)
             parts.append((target.scale * x, np.asarray(found, np.float64) - offset))
-        return tuple(np.concatenate(part)[:num] for part in zip(*parts, strict=True))
+        x, found = (np.concatenate(part)[:num] for part in zip(*parts, strict=True))
+        return x, found
 
     return Trained(draw, log_prob, {"steps": step})
 
@@ -253,10 +258,8 @@ def _parts(x: np.ndarray) -> list[np.ndarray]:
 def _in_parts(draw: Callable, seed: int, params: Any, num: int) -> tuple[np.ndarray, np.ndarray]:
     keys = jax.random.split(jax.random.key(10_000 + seed), -(-num // AT_ONCE))
     found = [draw(params, key) for key in keys]
-    return tuple(np.concatenate([np.asarray(part[i]) for part in found])[:num].astype(kind) for i, kind in _KINDS)
-
-
-_KINDS = ((0, np.float32), (1, np.float64))
+    x, log_prob = (np.concatenate([np.asarray(part[i]) for part in found])[:num] for i in (0, 1))
+    return x.astype(np.float32), log_prob.astype(np.float64)
 
 
 MODELS: dict[str, Callable[[Target, int, float], Trained]] = {
