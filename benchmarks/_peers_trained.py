@@ -27,7 +27,8 @@ from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.linen import ResidualFlow
 from iresnet_jax.runs.trained_run import load
 from iresnet_jax.training.objectives.density import evaluation_keys

@@ -19,7 +19,8 @@ from _record import interleave, parser, summarize, write
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import constrain, constrain_certified, freeze
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.linen import ResidualFlow
 from iresnet_jax.training.initialization import num_parameters
 

@@ -21,7 +21,8 @@ from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 
 BATCH_SIZE, NUM_PRODUCTS = 32, 4
 LAYOUTS = ("stored", "fused", "scanned")

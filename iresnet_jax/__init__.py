@@ -32,7 +32,8 @@ from iresnet_jax.maths.norms.power_iteration import soft_normalize, spectral_nor
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contractions import Block, constrain, freeze
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 

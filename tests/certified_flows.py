@@ -15,7 +15,8 @@ from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 
 CONV = {"hidden": (3,), "kernel_sizes": (3, 3)}
 FLOWS = {

@@ -14,7 +14,8 @@ from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contractions import freeze
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.head import initial_head
 from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.config import EvaluationConfig, LogdetConfig

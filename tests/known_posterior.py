@@ -10,7 +10,8 @@ import numpy as np
 
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 
 LINEAR_FLOW = FlowSpec((10,), (StageSpec(1, hidden=(2,)),), context_dim=10)
 

@@ -20,7 +20,8 @@ from iresnet_jax.data.measurements import Measurement
 from iresnet_jax.evaluation import accuracy, likelihood
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.runs import trained_run
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"

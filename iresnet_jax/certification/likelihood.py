@@ -43,7 +43,8 @@ from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.maths.logdet import verified
 from iresnet_jax.models import priors
 from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.models.density import Contexts, Data, Density, DensitySpec
+from iresnet_jax.models.density import Contexts, Data, Density
+from iresnet_jax.models.density_spec import DensitySpec
 
 
 class Interval(NamedTuple):

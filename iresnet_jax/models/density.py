@@ -14,7 +14,6 @@ as the determinants are the same for all classes.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -30,28 +29,26 @@ from iresnet_jax.bijections.chain import Rematerialize, chain
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.bounded import Bounded
 from iresnet_jax.bijections.transforms.dequantize import Grid, check_levels, dequantize_bijection
-from iresnet_jax.bijections.transforms.equalize import Equalize
-from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
-from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.bijections.transforms.logit import Identity, Logit
+from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.checked_dataclasses import Count, checked
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.keys import single_key, typed_key
-from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models import initial, mixtures, priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.claims import check_claims
-from iresnet_jax.models.columns import Column, Frame, numbers_of, table_of
-from iresnet_jax.models.contexts import ContextScale, Network, apply_network, initial_network
+from iresnet_jax.models.columns import Frame, numbers_of, table_of
+from iresnet_jax.models.contexts import Network, apply_network, initial_network
 from iresnet_jax.models.contractions import FlowWeights, as_params
+from iresnet_jax.models.density_spec import DensitySpec, Transform
 from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import Examples, as_batch, context_vectors
 from iresnet_jax.models.model import Model
 
-Transform = Identity | Center | Logit | Equalize | Standardize | Whiten | Bounded
 Data = Shaped[Array, "..."] | Shaped[np.ndarray, "..."] | Frame
 Keys = Key[Array, "..."]
 Contexts = Num[Array, "..."] | Num[np.ndarray, "..."]
@@ -91,114 +88,6 @@ class Samples(NamedTuple):
     log_prob: Float[Array, " n"]
     info: FixedPointInfo
     logdet_info: LogdetInfo
-
-
-@dataclass(frozen=True)
-class DensitySpec:
-    """All that defines a density but its weights.
-
-    Attributes:
-        flow: Architecture of the flow.
-        prior_family: "gaussian", "logistic" or "mixture", the family of the prior; "own" if the model holds a prior of
-            one's own, see `priors`.
-        transform: Preprocessing: `Center`, `Logit` or `Equalize` of images in [0, 1), `Standardize` or `Whiten` of other
-            continuous data, `Bounded` in front of them where entries keep to their ranges, `Identity` of either.
-        num_levels: Integer levels of the data, at least 2; None for continuous data.
-        num_classes: Classes that have a prior each, at least 2; None for one prior of all.
-        grid: Entries of vectors that lie on a grid; None if all are continuous.
-        columns: Columns of the data frame that the entries of vectors are; None for arrays.
-        context: Scale of the contexts of a conditional density; None takes contexts as they are.
-        num_components: Components of the prior "mixture", which is one of vectors without classes; None for other priors.
-        context_hidden: Widths of a network on the scaled contexts, the last one of its output, which the flow then takes, see
-            `iresnet_jax.models.contexts`; none gives the flow the contexts themselves.
-    """
-
-    constrained: ClassVar[bool] = True
-    renamed: ClassVar[dict[str, str]] = {"prior": "prior_family"}  # fields of files that earlier versions wrote
-
-    flow: FlowSpec
-    prior_family: str = "gaussian"
-    transform: Transform = field(default_factory=Identity)
-    num_levels: int | None = None
-    num_classes: int | None = None
-    grid: Grid | None = None
-    columns: tuple[Column, ...] | None = None
-    context: Standardize | ContextScale | None = None
-    num_components: int | None = None
-    context_hidden: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        if self.grid is not None and (self.num_levels is not None or self.flow.event_shape != (len(self.grid.spacing),)):
-            raise ValueError(
-                f"a grid is one of vectors, with a spacing for each entry, got {self.grid} for {self.flow.event_shape}"
-            )
-        if self.columns is not None and self.flow.event_shape != (len(self.columns),):
-            raise ValueError(f"there are {len(self.columns)} columns for examples of shape {self.flow.event_shape}")
-        taken = self.context_hidden[-1] if self.context_hidden else self.context_dim
-        if taken != self.flow.context_dim:
-            made = "the network on contexts gives" if self.context_hidden else "the scale of contexts has"
-            raise ValueError(f"{made} {taken} entries, the flow takes contexts of {self.flow.context_dim}")
-        if isinstance(self.transform, Standardize | Whiten):
-            entries, last = len(self.transform.mean), self.flow.event_shape[-1]
-            if entries != last or (isinstance(self.transform, Whiten) and len(self.flow.event_shape) != 1):
-                raise ValueError(
-                    f"the transform has {entries} entries, which do not fit examples of shape {self.flow.event_shape}"
-                )
-        if isinstance(self.transform, Bounded) and self.flow.event_shape != (len(self.transform.intervals),):
-            raise ValueError(
-                f"there are bounds for {len(self.transform.intervals)} entries and examples of shape {self.flow.event_shape}"
-            )
-        if self.num_classes is not None and self.num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {self.num_classes}: the data set needs labels")
-        if self.prior_family not in priors.KINDS:
-            raise ValueError(f"prior_family must be one of {', '.join(priors.KINDS)}, got {self.prior_family!r}")
-        is_mixture = self.prior_family == priors.MIXTURE
-        if is_mixture != (self.num_components is not None):
-            raise ValueError(
-                "num_components is for the prior mixture, which needs it, and for no other: got "
-                f"{self.num_components} for the prior {self.prior_family}"
-            )
-        if is_mixture and (len(self.flow.event_shape) != 1 or self.num_classes is not None or (self.num_components or 0) < 1):
-            raise ValueError(
-                f"a mixture is the prior of vectors without classes, and has at least 1 component: got {self.num_components} "
-                f"components for examples of shape {self.flow.event_shape} and {self.num_classes or 'no'} classes"
-            )
-        if self.prior_family == priors.OWN and self.num_classes is not None:
-            raise ValueError(f"a prior of one's own is one of all data: leave out num_classes={self.num_classes}")
-        if isinstance(self.transform, Equalize):
-            levels, shares = len(self.transform.frequencies), self.transform.shares
-            if self.num_levels not in (None, levels):
-                raise ValueError(f"equalize needs the frequency of each of {self.num_levels} levels, got {levels}")
-            if shares is not None and len(shares) != self.flow.num_dims:
-                raise ValueError(f"equalize needs a share for each entry of {self.flow.event_shape}, got {len(shares)}")
-
-    @property
-    def context_dim(self) -> int:
-        """Length of a context vector; 0 for none."""
-        return self.flow.context_dim if self.context is None else len(self.context.mean)
-
-    @property
-    def unit(self) -> str:
-        """Unit of reported likelihoods: "bits/dim" for integer levels, "nats" for continuous data."""
-        return "nats" if self.num_levels is None else "bits/dim"
-
-    @property
-    def metric(self) -> str:
-        """Name of the reported likelihood in logs: "bits_per_dim" or "nll"."""
-        return "nll" if self.num_levels is None else "bits_per_dim"
-
-    def bilipschitz(self) -> BiLipschitz:
-        """Bounds of the Lipschitz constants of the preprocessing and of its inverse."""
-        return self.transform.bilipschitz()
-
-    def in_units(self, log_prob: Float[Array, "..."]) -> Float[Array, "..."]:
-        """``-log_prob`` in `unit`: what is minimised and reported."""
-        return -log_prob * self.unit_of_a_nat
-
-    @property
-    def unit_of_a_nat(self) -> float:
-        """One nat of log-likelihood in `unit`."""
-        return 1.0 if self.num_levels is None else 1 / (self.flow.num_dims * math.log(2))
 
 
 @functools.partial(

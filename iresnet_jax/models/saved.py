@@ -19,7 +19,8 @@ from iresnet_jax.models import priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contexts import initial_network
 from iresnet_jax.models.contractions import with_bounds
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.head import batch_statistics, initial_head
 from iresnet_jax.models.model import FILE_NAME, FORMAT, HEADER, array_name
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec

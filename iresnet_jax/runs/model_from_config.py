@@ -15,7 +15,7 @@ from iresnet_jax.data.toys import Toy
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.contexts import ContextScale
-from iresnet_jax.models.density import DensitySpec, Transform
+from iresnet_jax.models.density_spec import DensitySpec, Transform
 from iresnet_jax.models.reconstructor import ReconstructorSpec, block_coeff
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs.config import Config, DataConfig, ModelConfig, PreprocessingConfig

@@ -12,7 +12,8 @@ from iresnet_jax.data import augment
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models import flow
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs.config import AugmentationConfig, Config

@@ -14,7 +14,8 @@ from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models import contractions
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 from iresnet_jax.models.saved import Model, Spec
 from iresnet_jax.training import parallel

@@ -17,7 +17,8 @@ from iresnet_jax.models import contractions, flow, linen, mixtures, priors
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contexts import initial_network
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.head import batch_statistics
 from iresnet_jax.models.reconstructor import ReconstructorSpec
 from iresnet_jax.models.saved import Spec

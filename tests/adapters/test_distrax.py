@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import iresnet_jax as ir
-from iresnet_jax.models.density import DensitySpec
+from iresnet_jax.models.density_spec import DensitySpec
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # TensorFlow Probability asks JAX for names that are on their way out

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import iresnet_jax as ir
-from iresnet_jax.models.density import DensitySpec
+from iresnet_jax.models.density_spec import DensitySpec
 
 pytest.importorskip("flowjax", reason="flowjax is not installed")
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import iresnet_jax as ir
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 
 numpyro = pytest.importorskip("numpyro", reason="NumPyro is not installed")
 dist = numpyro.distributions

@@ -11,7 +11,7 @@ import pytest
 
 import iresnet_jax as ir
 from iresnet_jax.adapters.one_density import LogDensity, check_continuous
-from iresnet_jax.models.density import DensitySpec
+from iresnet_jax.models.density_spec import DensitySpec
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}  # float32
 FLOW = kept.POINTS.flow

@@ -16,7 +16,8 @@ from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 
 EXACT = 1e-11  # error of inverses in float64, and of the references made of them
 DENSITIES = {

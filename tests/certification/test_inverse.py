@@ -16,7 +16,7 @@ from iresnet_jax.certification import banded, prepared, trajectory
 from iresnet_jax.certification.prepared import PreparedFlow
 from iresnet_jax.maths.lipschitz_bounds import model_bounds
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.density import DensitySpec
+from iresnet_jax.models.density_spec import DensitySpec
 
 
 @functools.cache

@@ -18,7 +18,8 @@ from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.certification import likelihood as certified_likelihood
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

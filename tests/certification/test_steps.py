@@ -20,7 +20,8 @@ from iresnet_jax.maths import activations
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 
 # Shapes, and the share of the constant that is attained: it takes the layer's norm for that of its rows, which is twice as much
 # as a pixel of four moves.

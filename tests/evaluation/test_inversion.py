@@ -14,7 +14,7 @@ from iresnet_jax.evaluation import guarantee
 from iresnet_jax.evaluation.inversion import REFINED_ATOL, Inversion, reconstruct, round_trip
 from iresnet_jax.evaluation.samples import SampleConvergence
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.density import DensitySpec
+from iresnet_jax.models.density_spec import DensitySpec
 
 DEVICE_ATOL = 1e-5, 1e-12  # ten times the tolerance of the solver in float32, and in float64
 EXACT_RTOL = 1e-12  # the same float64 numbers

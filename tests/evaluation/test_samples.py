@@ -8,7 +8,8 @@ import pytest
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.evaluation import samples
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 
 CONDITIONAL = DensitySpec(FlowSpec((2,), (StageSpec(1, hidden=(4,)),), context_dim=1))
 DEVICE_ATOL = 1e-5  # ten times the tolerance of the solver, whose rounding depends on the share of a device

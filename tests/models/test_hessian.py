@@ -10,7 +10,7 @@ import numpy as np
 import plain_flow
 
 import iresnet_jax as ir
-from iresnet_jax.models.density import DensitySpec
+from iresnet_jax.models.density_spec import DensitySpec
 
 CLOSE = 1e-8  # float64, absolute; the Hessians' entries are of size 1
 SOLVER = ir.Solver(atol=1e-14)

@@ -10,7 +10,8 @@ import pytest
 
 import iresnet_jax as ir
 from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}  # float32, the same sums in programs of other batch sizes
 EXACT = {"rtol": 1e-9, "atol": 1e-9}  # float64

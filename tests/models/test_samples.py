@@ -10,7 +10,8 @@ import pytest
 
 import iresnet_jax as ir
 from iresnet_jax.models import priors
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 
 SAME = {"rtol": 1e-8, "atol": 1e-8}  # float64; inverses to 1e-12
 SOLVER = ir.Solver(atol=1e-12)

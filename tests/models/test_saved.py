@@ -17,7 +17,7 @@ from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contractions import as_params, freeze
-from iresnet_jax.models.density import DensitySpec
+from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.head import initial_head
 from iresnet_jax.models.saved import Spec, model_of, read
 

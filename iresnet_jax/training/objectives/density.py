@@ -18,7 +18,8 @@ from iresnet_jax.maths.logdet.config import LogdetConfig
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.platforms import quick_jit
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import ConstraintConfig, validated_model
 from iresnet_jax.training.step import Loss, StepKeys, TrainState, ValidationResult

@@ -19,7 +19,8 @@ from iresnet_jax.evaluation import ood, samples
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import constrain, freeze
-from iresnet_jax.models.density import Density, DensitySpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.metrics import read_metrics
