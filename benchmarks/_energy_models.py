@@ -62,8 +62,8 @@ def ours(target: Target, seed: int, minutes: float) -> Trained:
     log_prob = jax.jit(lambda model, x: model.log_prob(x))
     exact = model.with_(estimator=ir.ExactLogdet(), history=None)
     one_probe = exact.with_(estimator=ir.SeriesLogdet(num_terms=30, num_probes=1, exact_trace=False))
-    steps = 0 if model.history is None else model.history.step  # None: annealing took all the time
-    details = {"steps": steps, "prior": model.spec.prior_family, "components": model.spec.num_components}
+    assert model.history is not None
+    details = {"steps": model.history.step, "prior": model.spec.prior_family, "components": model.spec.num_components}
     sample = functools.partial(_in_parts, lambda model, key: draw(model, key), seed)
     return Trained(
         functools.partial(sample, exact),

@@ -5,6 +5,8 @@ median over turns of the ratio within a turn. Compare numbers of one run, not of
 """
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import math
 import platform
@@ -12,7 +14,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,6 +136,25 @@ def write(
     with replacing(path) as incoming:
         incoming.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written: {path}")
+
+
+def earlier_runs(path: Path | None, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs of a record, behind which the same command goes on; none without a record."""
+    if path is None or not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    if record["settings"] != json.loads(json.dumps(settings)):
+        raise SystemExit(f"error: {path} was made under other settings: move it away, or write elsewhere with --output")
+    return record["results"]["runs"]
+
+
+def made_with(packages: Iterable[str]) -> dict[str, Any]:
+    """What a run was made with, which may be another commit than that of the next one."""
+    found, installed = environment.describe(), {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    return {"commit": found.commit, "date": found.date, "versions": installed}
 
 
 def _processor() -> str:

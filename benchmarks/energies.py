@@ -9,10 +9,7 @@ model that has lost modes has a large gap between its bounds. Of residual flows,
 probe makes of log Z. What has been measured is in the record, and the same command goes on behind it.
 """
 
-import contextlib
-import importlib.metadata
 import itertools
-import json
 import math
 import time
 
@@ -20,9 +17,8 @@ import _energy_models
 import numpy as np
 from _energies import TARGETS
 from _energy_models import MODELS
-from _record import RESULTS, parser, show, write
+from _record import RESULTS, earlier_runs, made_with, parser, show, write
 
-from iresnet_jax.evaluation import environment
 from iresnet_jax.maths import importance
 
 MINUTES, QUICK_MINUTES = 2.0, 0.05
@@ -79,15 +75,6 @@ def summarize(runs):
     return lines
 
 
-def made_with():
-    """What a run was made with, which may be another commit than that of the next one."""
-    found, installed = environment.describe(), {}
-    for name in VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            installed[name] = importlib.metadata.version(name)
-    return {"commit": found.commit, "date": found.date, "versions": installed}
-
-
 def main():
     options = parser(__doc__)
     options.add_argument(
@@ -99,18 +86,13 @@ def main():
     arguments = options.parse_args()
     quick = arguments.quick
     path = arguments.output or (None if quick else RESULTS / "energies.json")
-    runs, settings = [], {"quick": quick, **SETTINGS}
-    if path is not None and path.exists():
-        record = json.loads(path.read_text())
-        if record["settings"] != json.loads(json.dumps(settings)):
-            raise SystemExit(f"error: {path} was made under other settings: move it away, or write elsewhere with --output")
-        runs = record["results"]["runs"]
+    runs = earlier_runs(path, {"quick": quick, **SETTINGS})
     minutes = arguments.minutes or (QUICK_MINUTES if quick else MINUTES)
     for seed, name, model in itertools.product(range(1 if quick else arguments.seeds), arguments.targets, arguments.models):
         identity = {"target": name, "model": model, "seed": seed, "minutes": minutes}
         if any(identity.items() <= run.items() for run in runs):
             continue
-        runs.append({**identity, **measure(name, model, seed, minutes, QUICK_NUM if quick else NUM), **made_with()})
+        runs.append({**identity, **measure(name, model, seed, minutes, QUICK_NUM if quick else NUM), **made_with(VERSIONS)})
         show(runs[-1])
         write("energies", arguments, SETTINGS, {"summary": summarize(runs), "runs": runs}, is_shown=True)
     show(summarize(runs))

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from _record import RESULTS, parser, show, write
+from _record import RESULTS, earlier_runs, parser, show, write
 from _sbibm_tasks import NUM_OBSERVATIONS, TASKS
 
 import iresnet_jax as ir
@@ -114,12 +114,7 @@ def main():
     minutes, num = (0.2, QUICK_SAMPLES) if quick else (arguments.minutes, NUM_SAMPLES)
     path = arguments.output or (None if quick else RESULTS / "sbibm.json")
     settings = {"samples": num, "seed": 0}
-    runs = []
-    if path is not None and path.exists():
-        record = json.loads(path.read_text())
-        if record["settings"] != {"quick": quick, **settings}:
-            raise SystemExit(f"error: {path} was made under other settings: move it away, or write elsewhere with --output")
-        runs = record["results"]["runs"]
+    runs = earlier_runs(path, {"quick": quick, **settings})
     for simulations in arguments.simulations or ([1000] if quick else list(TARGETS)):
         for number in range(1, 1 + (1 if quick else arguments.observations)):  # the first of all tasks before the second of any
             for name in names:

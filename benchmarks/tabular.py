@@ -10,11 +10,8 @@ An error is the larger of two: over groups of neighbouring test examples, and ov
 example by example. Data are described in _tables.py, models in _densities.py.
 """
 
-import contextlib
-import importlib.metadata
 import importlib.util
 import itertools
-import json
 import math
 import time
 
@@ -22,9 +19,7 @@ import _densities
 import _tables
 import numpy as np
 from _densities import MODELS
-from _record import RESULTS, parser, show, write
-
-from iresnet_jax.evaluation import environment
+from _record import RESULTS, earlier_runs, made_with, parser, show, write
 
 BASELINE, TRUTH = "ours", "truth"
 MINUTES = {"patches": 3.0, "ridges": 1.5}  # of the time for each model; the tables get TABLE_MINUTES
@@ -108,15 +103,6 @@ def summarize(runs):
     return lines
 
 
-def made_with():
-    """What a run was made with, which may be another commit than that of the next one."""
-    found, installed = environment.describe(), {}
-    for name in VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            installed[name] = importlib.metadata.version(name)
-    return {"commit": found.commit, "date": found.date, "versions": installed}
-
-
 def main():
     options = parser(__doc__)
     options.add_argument("--data", nargs="+", choices=_tables.NAMES, metavar="NAME", help=f"of {', '.join(_tables.NAMES)}")
@@ -130,12 +116,7 @@ def main():
     packages = {model.split("_")[0] for model in arguments.models} & {"flowjax", "normflows"}
     if missing := [name for name in sorted(packages) if importlib.util.find_spec(name) is None]:
         raise SystemExit(f"error: there is no {' and no '.join(missing)}: install the extra 'bench', or choose other --models")
-    runs, settings = [], {"quick": quick, **SETTINGS}
-    if path is not None and path.exists():
-        record = json.loads(path.read_text())
-        if record["settings"] != json.loads(json.dumps(settings)):
-            raise SystemExit(f"error: {path} was made under other settings: move it away, or write elsewhere with --output")
-        runs = record["results"]["runs"]
+    runs = earlier_runs(path, {"quick": quick, **SETTINGS})
     for seed in range(1 if quick else arguments.seeds):
         for name in names:
             table = _tables.load(name, seed, quick=quick)
@@ -144,7 +125,7 @@ def main():
                 identity = {"data": name, "model": model, "seed": seed, "minutes": minutes}
                 if any(identity.items() <= run.items() for run in runs):
                     continue
-                runs.append({**identity, **measure(table, model, seed, minutes), **made_with()})
+                runs.append({**identity, **measure(table, model, seed, minutes), **made_with(VERSIONS)})
                 show(runs[-1])
                 write("tabular", arguments, SETTINGS, {"summary": summarize(runs), "runs": runs}, is_shown=True)
     show(summarize(runs))

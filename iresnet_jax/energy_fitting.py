@@ -5,8 +5,8 @@ finds them while they are connected, so a model is trained by the likelihood of 
 particles cost little, beside the inverses that reverse divergences need.
 """
 
+import dataclasses
 import math
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -29,6 +29,7 @@ from iresnet_jax.models import mixtures
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.marginals import Marginals
+from iresnet_jax.runs.metrics import Lines
 from iresnet_jax.training.initialization import fitted_mixture
 
 MINUTES = 3.0
@@ -71,14 +72,14 @@ def fit_energy(
         num_dims: Dimensions.
         key: Source of all randomness.
         scale: Standard deviation of the normal distribution in which annealing starts: it should reach all modes.
-        minutes: Longest time, compilation included.
+        minutes: Time, compilation included, which annealing may exceed: only what follows it looks at the clock.
         steps: Updates of the flow instead of a time; trajectories are then few.
         num_particles: Particles, at least 1000.
         stages: Stages of the flow.
         progress: Whether lines of progress are written to stderr.
 
     Returns:
-        The model, certified, with its `History`.
+        The model, certified, with its `History`; its step is 0 if training made held-out particles less likely.
 
     Raises:
         ValueError: If the log-density has the wrong shape, or is NaN or infinite where annealing starts or ends.
@@ -91,10 +92,7 @@ def fit_energy(
     minutes = checked(Positive, minutes, "minutes")
     key_particles, key_init, key_train = jax.random.split(single_key(key), 3)
 
-    def say(line):
-        if progress:
-            print(f"[{time.monotonic() - began:5.0f} s] {line}", file=sys.stderr, flush=True)
-
+    say = Lines() if progress else lambda line: None
     x = particles(
         log_density, num_dims, key=key_particles, scale=scale, minutes=minutes if steps is None else 0, num=num_particles
     )
@@ -121,7 +119,10 @@ def fit_energy(
         patience=0,
         progress=progress,
     )
-    return trained if _mean_log_prob(trained, held_out) >= _mean_log_prob(model, held_out) else model
+    if _mean_log_prob(trained, held_out) >= _mean_log_prob(model, held_out):
+        return trained
+    assert trained.history is not None
+    return model.with_(history=dataclasses.replace(trained.history, step=0))
 
 
 def particles(

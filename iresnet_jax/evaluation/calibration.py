@@ -50,7 +50,7 @@ class Calibration:
     """Simulation-based calibration.
 
     Attributes:
-        tests: Of every entry of the examples, and of the log-density.
+        tests: Tests of the ranks of every entry of the examples, and of the log-density.
         num_examples: Pairs, each of which gives one rank.
         num_samples: Samples for each.
         num_failed: Samples whose inverse did not converge.

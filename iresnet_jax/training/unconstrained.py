@@ -1,7 +1,9 @@
 """A model whose parameters an optimizer may change freely: for training loops of one's own.
 
-model --of--> unconstrained --constrain--> model of one step          an optimizer changes `params`
-unconstrained --certified--> model                      after training
+    model --of--> unconstrained --constrain--> model of one step          an optimizer changes `params`
+                  unconstrained --certified--> model                      after training
+
+`train` has such a loop.
 """
 
 import dataclasses
