@@ -107,6 +107,20 @@ class LayerSpec(NamedTuple):
         return conv_norm_bound(kernel, size, padding=self.padding, **settings)
 
 
+class Part(NamedTuple):
+    """A part of a branch with a Lipschitz constant of its own; the constants of all parts bound that of the branch.
+
+    Attributes:
+        name: Key among norms and power iterates.
+        layers: Names of the layers that it is made of, whose kernels are scaled together.
+        operator: A linear map whose norm, to the power of the number of layers, is the constant of the part.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    operator: LayerSpec
+
+
 def training_twists(channels: int, choice: str = "auto") -> tuple[Twist, ...]:
     """Twists of the embedding by which a training step bounds norms of convolutions, see `conv_norm_bound`.
 

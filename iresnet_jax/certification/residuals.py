@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from iresnet_jax.branches.branch import BranchSpec, Norms, Weights
 from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.certification.trajectory import Place, blocks_of
 from iresnet_jax.maths.enclosures import precise_activations
@@ -108,7 +109,8 @@ def precise_stages(spec: FlowSpec, weights: FlowWeights) -> tuple[PreciseStage, 
         own = jax.tree.map(lambda a: np.asarray(a, np.float64), block)
         log_scale, branch = own.actnorm.log_scale, own.branch
         by_channel = (len(log_scale), *(1,) * len(place.in_shape), -1)
-        layers = tuple(_layer(layer, branch.weights[layer.name], branch.norms[layer.name]) for layer in place.layers)
+        layer_weights, norms = jax.device_get(_chain_weights(branch.spec, branch.weights, branch.norms))
+        layers = tuple(_layer(layer, layer_weights[layer.name], norms[layer.name]) for layer in place.layers)
         stages.append(
             PreciseStage(
                 place=place,
@@ -120,6 +122,12 @@ def precise_stages(spec: FlowSpec, weights: FlowWeights) -> tuple[PreciseStage, 
             )
         )
     return tuple(stages)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _chain_weights(branch: BranchSpec, weights: Weights, norms: Norms) -> tuple[Weights, Norms]:
+    """Weights and norms of the chains of layers of all blocks of a stage."""
+    return lax.map(lambda own: branch.chain_weights(*own), (weights, norms))
 
 
 def _layer(layer: LayerSpec, own: Any, norm: Any) -> Layer:
