@@ -6,9 +6,10 @@ from typing import Any
 from iresnet_jax.branches.branch import BranchSpec
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.branches.own import Make, OwnSpec
+from iresnet_jax.branches.sandwich import SandwichSpec
 
 Kind = type[BranchSpec] | Make
-KINDS: dict[str, Kind] = {"feedforward": FeedforwardSpec}
+KINDS: dict[str, Kind] = {"feedforward": FeedforwardSpec, "sandwich": SandwichSpec}
 
 
 def register(name: str, kind: Kind) -> None:

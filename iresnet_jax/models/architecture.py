@@ -27,7 +27,8 @@ class StageSpec:
         squeeze: Space-to-depth factor in front of the blocks; 1 for none.
         factor_out: Whether half of the channels leave as latents after the blocks.
         actnorm: Whether an ActNorm stands in front of every branch. Without it the flow keeps the symmetries of its branches.
-        kind: Kind of the branches, a name in `kinds.KINDS`.
+        kind: Kind of the branches, a name in `kinds.KINDS`: "feedforward", the paper's; "sandwich", of `SandwichSpec`, whose
+            bound of the Lipschitz constant is smaller for the same weights.
         branch: Branches of one's own instead: a function ``key -> module``, see `iresnet_jax.branches.own`, whose modules get
             arrays of the stage's shape; or a class of `BranchSpec`, or an instance. Models with the same function share
             compiled programs.
