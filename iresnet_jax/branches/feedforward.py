@@ -396,7 +396,7 @@ class FeedforwardSpec(BranchSpec):
         """``D_0`` and ``D_1`` of `two_layers`; without a first activation ``D_0`` has a batch of one."""
         first, second = self.layers
         hidden = first.apply(weights[first.name], x, context)
-        return self._first_slopes(weights, x), _slope(second, weights[second.name], hidden)
+        return self._first_slopes(weights, x), _slope(second._replace(passed=0), weights[second.name], hidden)
 
     def _first_slopes(self, weights: Weights, x: Array) -> Array:
         """Slopes of the activation at the input; without one, 1 for a batch of one."""
