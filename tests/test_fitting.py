@@ -363,6 +363,7 @@ def test_candidates_follow_the_array():
     assert priors_of(MODES) == [("mixture", 2), ("gaussian", 0)]
     assert priors_of(RNG.normal(size=(100, 70))) == [("gaussian", 0)]
     assert priors_of(RNG.standard_t(2, size=(300, 70))) == [("logistic", 0)]
+    assert priors_of(RNG.normal(size=(300, 70)) * RNG.lognormal(size=(300, 1))) == [("scales", 16)]
     assert priors_of(MODES, **{"model.prior": "logistic"}) == [(None, 0)]
     data = from_arrays("a", Arrays(np.asarray(MODES, np.float32)), fractions=(0.1, 0.0))
     *_, given = candidates(choose_settings(data), data, ["augmentation.noise", "model.stages"])
