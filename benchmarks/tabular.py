@@ -110,9 +110,7 @@ def main():
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=", ".join(MODELS))
     options.add_argument("--seeds", type=int, default=3, metavar="N", help="splits, and trainings of each model")
     options.add_argument("--minutes", type=float, metavar="M", help="time for each model; by default by data set")
-    options.add_argument(
-        "--bsds300", type=Path, metavar="FOLDER", help="folder of bsds300, see configs/bsds300.py"
-    )
+    options.add_argument("--bsds300", type=Path, metavar="FOLDER", help="folder of bsds300, see configs/bsds300.py")
     arguments = options.parse_args()
     quick = arguments.quick
     names = arguments.data or (["wine"] if quick else _tables.NAMES if arguments.bsds300 else _tables.NAMES[:-1])
