@@ -127,7 +127,8 @@ def test_a_signal_to_one_process_saves_the_same_step_and_ends_both(tmp_path):
 
 
 def test_a_process_that_is_killed_ends_the_other(tmp_path):
-    processes = start(2, [["toy", str(tmp_path / "run"), LONG]], tmp_path)
+    """Of a run with a time limit, whose processes agree on its length at every line of the log."""
+    processes = start(2, [["toy", str(tmp_path / "run"), {**LONG, "training.minutes": 60.0}]], tmp_path)
     await_step(tmp_path / "run", 3, processes)
     processes[1].send_signal(signal.SIGKILL)
     statuses, said = finish(processes)
