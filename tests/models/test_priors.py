@@ -219,7 +219,10 @@ STANDARD = priors.standard("gaussian", 2)
         (lambda: priors.standard("cauchy", 3), "prior must be one of gaussian, logistic, mixture, scales, own, got 'cauchy'"),
         (lambda: priors.standard("mixture", 3, num_classes=2), "mixtures need num_components"),
         (lambda: priors.standard("scales", 3, 2, 4), "and take no classes"),
-        (lambda: priors.log_prob("scales", SCALES, jnp.zeros((4, 2))), r"3 dimensions, got z of shape \(4, 2\)"),
+        (
+            lambda: priors.log_prob("scales", priors.standard("scales", 3, None, 4), jnp.zeros((4, 2))),
+            r"3 dimensions, got z of shape \(4, 2\)",
+        ),
         (lambda: priors.log_prob("mixture", mixture()[0], jnp.zeros((4, 3))), r"4 dimensions, got z of shape \(4, 3\)"),
         (lambda: mixtures.mixture_of([[0.0]], [[[0.0]]], [1.0]), "covariances of a mixture must be positive definite"),
         (lambda: mixtures.mixture_of([[0.0]], [[[1.0]]], [0.0]), "weights of a mixture must be at least 0"),
