@@ -7,12 +7,15 @@ import os
 import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from iresnet_jax.atomic_files import locked
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.config import parse
 from iresnet_jax.training import parallel
+from iresnet_jax.training.initialization import abstract_variables
 
 ROOT = Path(__file__).parents[1]
 TOTAL_STEPS, EVAL_EVERY = 40, 2
@@ -106,7 +109,7 @@ def trained(tmp_path_factory, name):
             incoming, traces = tmp_path_factory.mktemp("incoming"), []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(parallel, "parallelize", functools.partial(_counted, parallel.parallelize, traces))
-                if name == "reconstructor":  # drawing takes seconds, and the hybrid's figures are drawn
+                if name == "hybrid":  # drawing takes seconds; the figures of the reconstructor are fewer, and are drawn
                     patch.setattr("iresnet_jax.report.run_report.to_svg_or_png", lambda figure: "data:image/png;base64,")
                 if name in REPORTED:
                     _train_from_the_command_line(CONFIGS[name], incoming, patch)
@@ -180,6 +183,13 @@ def settings_of(source):
 def environment():
     """For subprocesses: this process's, in which the package is found."""
     return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def random_state(objective):
+    """A state of random numbers: to initialise a model takes as long to compile as a step."""
+    rng = np.random.default_rng(0)
+    shapes = abstract_variables(objective.training_step.model.spec)
+    return objective.state_of(jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), shapes))
 
 
 def one_block(*, max_num_terms=0, training=None, **estimator):

@@ -177,11 +177,8 @@ def draw(model, labels):
 def setup(config):
     """The objective of a run, a state whose classes differ, and the images and labels of a batch."""
     objective = build_objective(config, load(config.data.name))
-    start = objective.initial_state()
-    prior = jax.tree.map(lambda noisy: 0.1 * noisy, scattered(jax.random.key(9), start.params["prior"]))
-    start = start._replace(params={**start.params, "prior": prior})
     images, labels = objective.examples
-    return objective, start, (images[:32], labels[:32].astype(np.int32))
+    return objective, runs.random_state(objective), (images[:32], labels[:32].astype(np.int32))
 
 
 def test_the_loss_is_cross_entropy_plus_weighted_bits():
