@@ -24,7 +24,7 @@ FITTED = {}
 SHORTER = {
     r"\bsteps=\d+|\bminutes=[\d.]+": "steps=2",
     r"\b(num_blocks=|StageSpec\()\d+": r"\g<1>1",
-    r"\b(num_(warmup|samples|particles)=)\d+": r"\g<1>32",
+    r"\b(num_(warmup|samples)=)\d+": r"\g<1>32",
 }
 
 

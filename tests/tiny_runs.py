@@ -109,8 +109,7 @@ def trained(tmp_path_factory, name):
             incoming, traces = tmp_path_factory.mktemp("incoming"), []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(parallel, "parallelize", functools.partial(_counted, parallel.parallelize, traces))
-                if name == "hybrid":  # drawing takes seconds; the figures of the reconstructor are fewer, and are drawn
-                    patch.setattr("iresnet_jax.report.run_report.to_svg_or_png", lambda figure: "data:image/png;base64,")
+                shorten_reports(patch, drawn=name == "reconstructor")  # whose figures are few
                 if name in REPORTED:
                     _train_from_the_command_line(CONFIGS[name], incoming, patch)
                 else:
@@ -118,6 +117,13 @@ def trained(tmp_path_factory, name):
             (incoming / TRACES).write_text(str(len(traces)))
             incoming.rename(whole)
     return shutil.copytree(whole, tmp_path_factory.mktemp(name) / "run")
+
+
+def shorten_reports(patch, *, drawn=False):
+    """Certifies 8 examples for reports, where they have 64, and unless ``drawn`` makes figures that are not drawn."""
+    patch.setattr("iresnet_jax.evaluation.guarantee.MOST_EXAMPLES", 8)
+    if not drawn:
+        patch.setattr("iresnet_jax.report.run_report.to_svg_or_png", lambda figure: "data:image/png;base64,")
 
 
 def _train_from_the_command_line(source, workdir, patch):

@@ -269,7 +269,7 @@ NUM = 80  # samples, as many as the report draws of classes: they are drawn by o
 
 
 def test_samples_of_a_class_from_the_command_line(trained, workdir, capsys):
-    assert main(["sample", "--workdir", str(workdir), "--num", str(NUM), "--label", "7"]) == 0
+    assert main(["sample", "--workdir", str(workdir), "--num", str(NUM), "--label", "7", "--certify", "8"]) == 0
     size = trained.config.evaluation.batch_size
     expected = samples.draw(trained.model, NUM, size, labels=[7] * NUM).values
     np.testing.assert_array_equal(np.load(workdir / "samples.npy"), expected)
