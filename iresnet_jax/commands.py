@@ -192,8 +192,8 @@ def _excess(certificate: Certificate) -> str:
     coeff = certificate.coeff or math.nan
     num_above, (name, largest) = sum(bound > coeff for _, bound in layers), max(layers, key=lambda layer: layer[1])
     return (
-        f"{num_above} of {len(layers)} layers have a certified norm above the coefficient {coeff:g}; the largest is {largest:.5f}, "
-        f"{100 * (largest / coeff - 1):+.2g} %, of {name}"
+        f"{num_above} of {len(layers)} layers have a certified norm above the coefficient {coeff:g}; the largest is "
+        f"{largest:.5f} ({100 * (largest / coeff - 1):+.2g} %), of {name}"
     )
 
 

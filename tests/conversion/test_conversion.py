@@ -1,17 +1,23 @@
 """Networks of the authors' codes: both are written again here, in NumPy, with channels first and the names of their arrays."""
 
 import functools
+import itertools
+import pickle
+import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+import iresnet_jax as ir
+from iresnet_jax.__main__ import main
+from iresnet_jax.bijections.chain import chain
 from iresnet_jax.conversion import convert
 
-# The same sums in another order, in float64; log-determinants add up as many as there are dimensions.
-ROUNDING, LOGDET = 1e-12, 1e-12
+ROUNDING = 1e-12  # the same sums in another order, in float64
 
 
 class Dual(NamedTuple):
@@ -95,7 +101,7 @@ class Drawn(dict):
 
     def kernel(self, layer, shape, side, coeff, names, margin=0.0):
         """The kernel that is applied: divided by a norm that power iteration has not quite found."""
-        (weight_name, u_name, v_name), (cout, cin) = names, shape[:2]
+        (weight_name, u_name, v_name), cin = names, shape[1]
         weight = self(f"{layer}.{weight_name}", *shape)
         inside = (cin,) if weight.ndim == 2 else (cin, *((side, side) if shape[-1] > 1 else (1, 1)))
         if f"{layer}.{v_name}" not in self:
@@ -192,7 +198,7 @@ def i_resnet(*, blocks, strides, widths, side, coeff, act, multi_scale=False, pa
 def residual_block(arrays, name, z, act, coeff, widths, taps, *, preactivation):
     """``x + g(x)`` with the names and constants of the code of residual flows."""
     side, h = z.value.shape[-1], z
-    for j, (cin, cout) in enumerate(zip(widths, widths[1:], strict=False)):
+    for j, (cin, cout) in enumerate(itertools.pairwise(widths)):
         place = 2 * j + preactivation
         if place:
             beta = arrays(f"{name}.{place - 1}.beta", 1, shift=0.5) if act == "swish" else None
@@ -288,16 +294,24 @@ def converted(name):
         return convert({f"module.{key}": array for key, array in found.arrays.items()}, found.command)
 
 
+@jax.jit
+def there(model, x):
+    """Latents, log-determinant and log-density of the prior: one program for a network."""
+    whole = chain([model.spec.transform.bijection(), model.flow()])
+    z, logdet, _ = whole.forward_and_logdet(x, jax.random.key(0))
+    return z, logdet, model.log_prior(z)
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", [name for name in NETWORKS if "classifier" not in name])
 def test_latents_and_log_determinants_are_those_of_the_other_code(name):
-    theirs, ours = network(name), converted(name).continuous
+    theirs = network(name)
     x = np.moveaxis(theirs.x, 1, -1) if theirs.x.ndim == 4 else theirs.x
     x = x + 0.5 if "i-ResNet" in name else x  # from where the network starts to pixels
-    found, latents = ours.terms(x, jax.random.key(0), jax.random.key(0)), ours.encode(x)
+    latents, logdet, log_prior = there(converted(name), x)
     np.testing.assert_allclose(np.sort(latents), np.sort(theirs.latents), rtol=0, atol=ROUNDING)
-    np.testing.assert_allclose(found.log_prior, theirs.head, rtol=ROUNDING)  # of an i-ResNet, each latent has its own
-    np.testing.assert_allclose(found.log_det + found.log_det_transform, theirs.logdet, rtol=LOGDET, atol=LOGDET)
+    np.testing.assert_allclose(log_prior, theirs.head, rtol=ROUNDING)  # in an i-ResNet each latent has its own
+    np.testing.assert_allclose(logdet, theirs.logdet, rtol=ROUNDING, atol=ROUNDING)
 
 
 @pytest.mark.usefixtures("x64")
@@ -308,3 +322,134 @@ def test_features_and_logits_are_those_of_the_other_code():
     np.testing.assert_allclose(ours.logits_of_input(x), theirs.head, rtol=0, atol=ROUNDING)
     white = ours.preprocess(np.full((1, 4, 4, 3), 255))[0, 0, 0]
     np.testing.assert_allclose(white, [(1 - 0.4914) / 0.2023, (1 - 0.4822) / 0.1994, (1 - 0.4465) / 0.2010, 0], rtol=1e-12)
+
+
+def test_a_converted_model_goes_there_and_back():
+    theirs, model = network("toy"), converted("toy")
+    with jax.enable_x64(True):
+        x, info = model.decode(model.encode(theirs.x))
+    np.testing.assert_allclose(x, theirs.x, rtol=0, atol=1e-5)  # the solver's tolerance is 1e-6
+    assert info.converged.all()
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def largest_norm(arrays):
+    """Of the kernels that the toy applies, by the singular value decomposition."""
+    layers = [name.removesuffix(".weight") for name in arrays if name.endswith(".weight") and ".nnet." in name]
+    names = ("weight", "u", "v")
+    kernels = [arrays.kernel(layer, arrays[f"{layer}.weight"].shape, 1, 0.9, names) for layer in layers]
+    return max(np.linalg.norm(kernel, 2) for kernel in kernels)
+
+
+def test_the_command_says_the_excess_scales_and_writes(tmp_path, capsys):
+    theirs = network("toy")
+    save_file({name: np.asarray(array, np.float32) for name, array in theirs.arrays.items()}, tmp_path / "w.safetensors")
+    path = tmp_path / "model.npz"
+    arguments = ["convert", str(tmp_path / "w.safetensors"), "--architecture", theirs.command, "--output", str(path)]
+    assert main([*arguments, "--scale"]) == 0
+    said = capsys.readouterr().out
+    excess = largest_norm(theirs.arrays)
+    assert f"above the coefficient 0.9; the largest is {excess:.3f}" in said
+    assert f"({100 * (excess / 0.9 - 1):+.2g} %)" in said
+    model = ir.load(path)
+    assert model.certificate().max_block <= 0.9**3
+    assert main(["certify", "--workdir", str(tmp_path)]) == 0
+
+
+# --- what is not read -----------------------------------------------------------------------------------------------
+
+# Commands of both codes' README and scripts, and the number of arrays that define the network: a layer has a kernel, a bias and
+# two singular vectors, and "swish" one more.
+PUBLISHED = {
+    "python ./CIFAR_main.py --nBlocks 7 7 7 --nStrides 1 2 2 --nChannels 32 64 128 --coeff 0.9 --batch 128 --dataset cifar10 "
+    "--init_ds 1 --inj_pad 13 --powerIterSpectralNorm 1 --save_dir ./results/clf --nonlin elu --optimizer sgd "
+    "--vis_server your.server.local --vis_port 8097": 21 * (2 + 3 * 4) + 6,
+    "python CIFAR_main.py --nBlocks 16 16 16 --nStrides 1 2 2 --nChannels 512 512 512 --coeff 0.9 -densityEstimation "
+    "-multiScale --lr 0.003 --weight_decay 0. --numSeriesTerms 5 --dataset cifar10 --batch 128 --warmup_epochs 1 --save_dir ./d "
+    "--vis_server your.server.local --vis_port 8097": 48 * (2 + 3 * 4) + 2,
+    "python train_img.py --data mnist --imagesize 28 --actnorm True --wd 0 --save experiments/mnist": 52 * (3 * 5 + 2) - 1 + 2,
+    "python train_img.py --data cifar10 --actnorm True --save experiments/cifar10": 52 * (3 * 5 + 2) - 1 + 2,
+    "python train_img.py --data imagenet32 --actnorm True --nblocks 32-32-32 --save experiments/imagenet32": 100 * 17 + 1,
+    "python train_img.py --data imagenet64 --imagesize 64 --actnorm True --nblocks 32-32-32 --factor-out True "
+    "--squeeze-first True --save experiments/imagenet64": 100 * 17 + 1,
+    "python train_img.py --data celebahq --imagesize 256 --nbits 5 --actnorm True --act elu --batchsize 8 --update-freq 5 "
+    "--n-exact-terms 8 --fc-end False --factor-out True --squeeze-first True --nblocks 16-16-16-16-16-16 "
+    "--save experiments/celebahq256": 96 * (3 * 4 + 2) + 2,
+    "python train_toy.py": 100 * 5 * 5,
+}
+
+
+@pytest.mark.parametrize("command", PUBLISHED)
+def test_published_commands_are_read_to_the_last_array(command):
+    narrow = {"CIFAR_main": " --nChannels 4 4 4", "train_img": " --idim 4 --fc-idim 4", "train_toy": ""}
+    smaller = command + next(options for script, options in narrow.items() if script in command)
+    with pytest.raises(ValueError, match="missing: ") as error:
+        convert({}, smaller)
+    listed, more = re.search(r"missing: (.*) and (\d+) more", str(error.value)).groups()
+    assert len(listed.split(", ")) + int(more) == PUBLISHED[command]
+
+
+REFUSED = {
+    "train_img.py --block coupling": "--block coupling",
+    "train_img.py --vnorms 122f": "--vnorms 122f",
+    "train_img.py --learn-p True": "--learn-p True",
+    "train_img.py --fc-actnorm True": "--fc-actnorm True",
+    "train_img.py --batchnorm True": "--batchnorm True",
+    "train_img.py --dropout 0.1": "--dropout 0.1",
+    "train_img.py --fc True": "--fc True",
+    "train_img.py --add-noise False": "--add-noise False",
+    "train_img.py --quadratic True": "--quadratic True",
+    "train_img.py --padding 3": "--padding 3",
+    "train_img.py --task hybrid": "--task hybrid",
+    "train_img.py --act lcube": "--act lcube",
+    "train_img.py --imagesize 6 --squeeze-first True": "at least 4 x 4",
+    "train_img.py --imagesize 18": "cannot be squeezed",
+    "train_img.py --nblock": "expected one argument",
+    "train_img.py --preact yes": "True or False",
+    "train_toy.py --arch realnvp": "--arch realnvp",
+    "train_toy.py --act fullsort": "--act fullsort",
+    "train_toy.py --batchnorm True": "--batchnorm True",
+    "train_toy.py --coeff 1.1": "coeff must lie in",
+    "CIFAR_main.py -multiScale": "-multiScale",
+    "CIFAR_main.py -densityEstimation --inj_pad 4": "--inj_pad",
+    "CIFAR_main.py --inj_pad 4": "--init_ds 1",
+    "CIFAR_main.py --nStrides 1 3 2": "--nStrides",
+    "CIFAR_main.py --nBlocks 4 4": "as many numbers",
+    "CIFAR_main.py --nonlin gelu": "--nonlin gelu",
+    "CIFAR_main.py --dataset svhn": "--dataset svhn",
+    "CIFAR_main.py -densityEstimation -multiScale --init_ds 1": "squeeze the images first",
+    "CIFAR_main.py --nblocks 4": "--nblocks",
+    "main.py --lr 1": "CIFAR_main.py, train_img.py, train_toy.py",
+}
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_what_is_not_read_is_refused_by_name(command):
+    with pytest.raises(ValueError, match=re.escape(REFUSED[command])):
+        convert({}, command)
+
+
+def test_arrays_that_do_not_belong_are_all_named():
+    theirs = network("toy")
+    arrays = {name: array for name, array in theirs.arrays.items() if name != "chain.1.nnet.1.bias"}
+    arrays |= {"chain.9.extra": np.zeros(2), "chain.0.bias": np.zeros(3), "chain.1.nnet.1.weight": np.full((5, 2), np.nan)}
+    arrays |= {"chain.1.nnet.1.v": np.zeros(7)}
+    with pytest.raises(ValueError, match=r"missing: chain.1.nnet.1.bias; left over: chain.9.extra; not as expected") as error:
+        convert(arrays, theirs.command)
+    assert all(name in str(error.value) for name in ("chain.0.bias of shape (3,)", "chain.1.nnet.1.weight", "chain.1.nnet.1.v"))
+
+
+def test_files_that_may_run_code_or_are_damaged_are_refused(tmp_path):
+    for name, content in {
+        "weights.pth": pickle.dumps({}),
+        "weights.npz": b"nothing",
+        "weights.safetensors": b"\x10" + bytes(20),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    np.savez(tmp_path / "objects.npz", a=np.array([{}]))
+    refusals = {"weights.pth": "a pickle", "weights.npz": "a pickle", "weights.safetensors": "cannot be read"}
+    for name, fragment in {**refusals, "objects.npz": "cannot be read", "nothing.npz": "there is no file"}.items():
+        with pytest.raises(ValueError, match=fragment):
+            convert(tmp_path / name, "train_toy.py")
