@@ -367,7 +367,7 @@ PUBLISHED = {
     "--init_ds 1 --inj_pad 13 --powerIterSpectralNorm 1 --save_dir ./results/clf --nonlin elu --optimizer sgd "
     "--vis_server your.server.local --vis_port 8097": 21 * (2 + 3 * 4) + 6,
     "python CIFAR_main.py --nBlocks 16 16 16 --nStrides 1 2 2 --nChannels 512 512 512 --coeff 0.9 -densityEstimation "
-    "-multiScale --lr 0.003 --weight_decay 0. --numSeriesTerms 5 --dataset cifar10 --batch 128 --warmup_epochs 1 --save_dir ./d "
+    "-multiScale --lr 0.003 --weight_decay 0. --numSeriesTerms 5 --dataset cifar10 --batch 128 --warmup_epochs 1 --save_dir d "
     "--vis_server your.server.local --vis_port 8097": 48 * (2 + 3 * 4) + 2,
     "python train_img.py --data mnist --imagesize 28 --actnorm True --wd 0 --save experiments/mnist": 52 * (3 * 5 + 2) - 1 + 2,
     "python train_img.py --data cifar10 --actnorm True --save experiments/cifar10": 52 * (3 * 5 + 2) - 1 + 2,
