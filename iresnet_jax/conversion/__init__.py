@@ -42,7 +42,6 @@ def convert(weights: str | os.PathLike[str] | Mapping[str, Any], architecture: s
     Raises:
         ValueError: If the file or the command cannot be read, or arrays are missing, left over or of another shape; the message
             names them.
-        ImportError: If the file is of safetensors, which is not installed.
 
     Example:
         >>> model = convert("weights.npz", "train_toy.py --nblocks 50 --actnorm True")  # doctest: +SKIP

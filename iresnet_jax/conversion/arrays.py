@@ -19,17 +19,13 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of a ``.npz`` or ``.safetensors`` file by their names.
 
     Raises:
-        ValueError: If there is no such file, it is of another kind, as a pickle is, or it is damaged.
-        ImportError: If the file needs the package safetensors, which is not installed.
+        ValueError: If there is no such file, it is of another kind, as a pickle is, it is damaged, or it needs the package
+            safetensors, which is not installed.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}: write the arrays of the network as npz or safetensors")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            is_npz = all(name.endswith(".npy") for name in archive.namelist())
-    else:
-        is_npz = False
+    is_npz = _is_npz(path)
     if not is_npz and path.suffix != ".safetensors":
         raise ValueError(
             f"{path} is neither npz nor safetensors, and a pickle, as torch.save writes, can run any program while it is read: "
@@ -39,19 +35,20 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         if is_npz:
             with np.load(path, allow_pickle=False) as archive:
                 return dict(archive)
-        return _read_safetensors(path)
-    except ImportError:
-        raise
+        from safetensors.numpy import load_file  # late: an extra
+
+        return load_file(path)
+    except ModuleNotFoundError:
+        raise ValueError(f"{path} needs a package: pip install 'iresnet_jax[safetensors]', or write npz") from None
     except Exception as error:  # there is no list of what a damaged file makes others raise
         raise ValueError(f"{path} cannot be read ({error}): write it again") from error
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        from safetensors.numpy import load_file
-    except ImportError as error:
-        raise ImportError(f"{path} needs a package: pip install 'iresnet_jax[safetensors]', or write npz") from error
-    return load_file(path)
+def _is_npz(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(name.endswith(".npy") for name in archive.namelist())
 
 
 class Arrays:

@@ -115,6 +115,8 @@ class Stages:
         weights, entries = {}, self._theirs
         for i, layer in enumerate(layers):
             if activation == MAXMIN and (preactivation or i > 0):  # theirs gives all maxima, then all minima
+                if len(entries) % 2:
+                    raise ValueError(f"pairs of channels cannot be sorted, as there are {len(entries)}: check the widths")
                 pairs = entries[::2] // 2
                 entries = np.stack([pairs, len(pairs) + pairs], axis=1).ravel()
             out = self._theirs if i == len(layers) - 1 else np.arange(len(layer.bias))
