@@ -99,7 +99,7 @@ class Drawn(dict):
 
     def __call__(self, name, *shape, scale=0.3, shift=0.0):
         if name not in self:
-            self[name] = shift + scale * self.rng.normal(size=shape)
+            self[name] = np.asarray(shift + scale * self.rng.normal(size=shape))
         return self[name]
 
     def kernel(self, layer, shape, side, coeff, names, margin=0.0):
