@@ -12,7 +12,7 @@ import pytest
 
 import iresnet_jax as ir
 
-STAGES = [ir.StageSpec(1, (8,))]
+STAGES = [ir.StageSpec(2, (8,), activation="clipswish")]
 X = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32) * np.float32([1.0, 3.0]) + 2
 QUICK = {"key": jax.random.key(1), "steps": 6, "batch_size": 16, "progress": False}
 MODEL = ir.Density.init(jax.random.key(0), X, stages=STAGES)
@@ -169,6 +169,7 @@ INIT = {
     "contexts, and a budget of blocks": {"context": X[:, :1], "budget": "block", "coeff": 0.8},
     "a network on contexts that are numbers, and classes": {"context": X[:, 0], "context_hidden": (8, 4), "num_classes": 3},
     "a mixture": {"prior": "mixture", "num_components": 3},
+    "scales": {"prior": "scales", "num_components": 4},
 }
 
 
