@@ -49,6 +49,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "NUMBERS",
         "help": "norms of perturbations of pixels in [0, 1], increasing (%(default)s)",
     },
+    "importance": {
+        "type": count,
+        "metavar": "K",
+        "help": "also the importance-weighted bound of discrete data, with K draws of noise an example",
+    },
     "output": {"metavar": "PATH", "help": "where to write (model.npz in the workdir, or a new folder for a trace)"},
     "topology": {"required": True, "help": "v5e:4x8 and other TPU topologies; cuda:8 for eight GPUs"},
     "largest-batch": {
@@ -78,7 +83,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "evaluate": Command(
         "Test likelihood, test error of a model with classes, divergence from a known posterior, or error of reconstructions.",
-        "workdir data",
+        "workdir data importance",
         shares_examples=True,
     ),
     "sample": Command(
@@ -112,7 +117,7 @@ COMMANDS = {
         "workdir data num=500 samples",
         shares_examples=True,
     ),
-    "report": Command("All results, to report.json and report.html.", "workdir data", shares_examples=True),
+    "report": Command("All results, to report.json and report.html.", "workdir data importance", shares_examples=True),
     "plan": Command(
         "Whether the training step of a config fits a machine that is not here; exit status 1 if it does not.",
         "topology largest-batch",

@@ -105,6 +105,16 @@ class DensitySpec:
         return self.flow.context_dim if self.context is None else len(self.context.mean)
 
     @property
+    def is_discrete(self) -> bool:
+        """Whether data, or some of their entries, are integer levels or on a grid, and get noise."""
+        return self.num_levels is not None or self.grid is not None
+
+    @property
+    def bound(self) -> str:
+        """Name of the bound that the mean over noise is: "uniform mean", or "" for continuous data, which need none."""
+        return "uniform mean" if self.is_discrete else ""
+
+    @property
     def unit(self) -> str:
         """Unit of reported likelihoods: "bits/dim" for integer levels, "nats" for continuous data."""
         return "nats" if self.num_levels is None else "bits/dim"
