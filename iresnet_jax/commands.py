@@ -118,8 +118,9 @@ def _num_certified(arguments: argparse.Namespace, flow: FlowSpec) -> int | None:
 def certify(run: Run, _: argparse.Namespace) -> bool:
     """Bounds the Lipschitz constant of every layer and block."""
     certificate = run.model.certificate()
-    _say(*run.notes, certificate)
-    return certificate.certified
+    of_noise = run.model.noise_certificate() if isinstance(run.model, Density) else None
+    _say(*run.notes, certificate, *([f"flow of noise:\n{of_noise}"] if of_noise else ()))
+    return certificate.certified and (of_noise is None or of_noise.certified)
 
 
 def freeze(run: Run, arguments: argparse.Namespace) -> bool:

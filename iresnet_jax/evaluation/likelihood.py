@@ -93,8 +93,8 @@ class Likelihood(MeanAndError):
         entropy_floor: Entropy of the data in nats, if known.
         num_dims: Entries of an example; None if not known.
         accuracy: How a stated accuracy of the log-determinants was met; None if none was stated.
-        bound: What ``mean`` bounds the negative log-likelihood of discrete data by: "uniform mean", the mean over uniform
-            noise; "" for continuous data, whose likelihood it is itself.
+        bound: What ``mean`` bounds the negative log-likelihood of discrete data by: "uniform mean" or "variational mean", the
+            mean over uniform noise or that of a flow; "" for continuous data, whose likelihood it is itself.
         importance: The importance-weighted bound of the same data; None unless it was asked for.
     """
 

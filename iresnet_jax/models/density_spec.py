@@ -59,6 +59,8 @@ class DensitySpec:
             raise ValueError(
                 f"a grid is one of vectors, with a spacing for each entry, got {self.grid} for {self.flow.event_shape}"
             )
+        if self.flow.noise is not None and self.num_levels is None:
+            raise ValueError("variational dequantisation is for data of integer levels: leave the noise uniform")
         if self.columns is not None and self.flow.event_shape != (len(self.columns),):
             raise ValueError(f"there are {len(self.columns)} columns for examples of shape {self.flow.event_shape}")
         taken = self.context_hidden[-1] if self.context_hidden else self.context_dim
@@ -111,8 +113,10 @@ class DensitySpec:
 
     @property
     def bound(self) -> str:
-        """Name of the bound that the mean over noise is: "uniform mean", or "" for continuous data, which need none."""
-        return "uniform mean" if self.is_discrete else ""
+        """Name of the bound that the mean over noise is, "uniform mean" or "variational mean"; "" for continuous data."""
+        if not self.is_discrete:
+            return ""
+        return "uniform mean" if self.flow.noise is None else "variational mean"
 
     @property
     def unit(self) -> str:

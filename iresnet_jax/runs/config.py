@@ -25,7 +25,7 @@ from iresnet_jax.checked_dataclasses import (
 )
 from iresnet_jax.data.measurements import Measurement
 from iresnet_jax.maths.logdet.config import LogdetConfig
-from iresnet_jax.models.architecture import StageSpec
+from iresnet_jax.models.architecture import NoiseSpec, StageSpec
 from iresnet_jax.training.constraint import ConstraintConfig
 from iresnet_jax.training.objectives.hybrid import HybridConfig
 from iresnet_jax.training.optimizers import OptimizerConfig
@@ -60,6 +60,9 @@ class ModelConfig:
     context_hidden: tuple[Count, ...] = ()  # widths of a network on the contexts of a density; none leaves them as they are
     last_scale: NotNegative = 1.0  # initial factor on the last layer of each branch
     sharp: bool = False  # whether activations of the Swish family start sharper in wider layers of a density
+    # Noise of integer levels: "uniform", or "variational", made given the image by a flow that is trained with the model.
+    dequantization: Literal["uniform", "variational"] = "uniform"
+    noise: NoiseSpec = NoiseSpec()  # noqa: RUF009 (it is frozen); flow of the noise "variational"
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,10 @@ def _check_combinations(config: Config) -> None:
         (
             objective not in ("density", "hybrid") and config.model.sharp,
             f"config.model.sharp is for the objectives density and hybrid: leave it false for {objective}",
+        ),
+        (
+            objective not in ("density", "hybrid") and config.model.dequantization == "variational",
+            f"config.model.dequantization is for the objectives density and hybrid: leave it at uniform for {objective}",
         ),
         (
             (config.model.prior == "mixture") != bool(config.model.prior_components),
