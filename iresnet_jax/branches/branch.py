@@ -98,7 +98,7 @@ class Branch:
         check_context(self.spec.context_dim, len(x), self.context, of_pixels)
         return self._scaled(self.spec.apply(self.weights, x, self.context, bfloat16=self.bfloat16))
 
-    def given(self, context: Float[Array, "b k"] | None) -> "Branch":
+    def given(self, context: Float[Array, "b ... k"] | None) -> "Branch":
         """The branch with these contexts bound, one for each example of the batches it will see."""
         return dataclasses.replace(self, context=context)
 
@@ -225,7 +225,7 @@ class BranchSpec(ABC):
 
     @abstractmethod
     def apply(
-        self, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None, *, bfloat16: bool = False
+        self, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b ... k"] | None, *, bfloat16: bool = False
     ) -> Float[Array, "b ..."]:
         """``g(x; context)`` of weights as they are."""
 

@@ -515,7 +515,7 @@ class Density(Model):
         u, log_det, info = self._dequantize.forward_and_logdet(x, key_noise)
         return self._promoted(u), log_det, info
 
-    def noise_flow(self, x: Num[Array, "b ..."]) -> Bijection:
+    def noise_flow(self, x: Data) -> Bijection:
         """The flow from logistic numbers to the logits of the noise of these levels, see `iresnet_jax.models.noise`.
 
         Raises:
@@ -529,7 +529,7 @@ class Density(Model):
             noises.weights_of(self.weights),
             self.estimator,
             self.solver,
-            context=noises.features(self.spec.flow, self.noise_network, x, levels),
+            context=noises.features(self.spec.flow, self.noise_network, self._checked(x), levels),
             unroll=self.unroll,
             rematerialize=self.rematerialize,
             bfloat16=self.bfloat16,

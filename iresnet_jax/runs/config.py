@@ -62,7 +62,7 @@ class ModelConfig:
     sharp: bool = False  # whether activations of the Swish family start sharper in wider layers of a density
     # Noise of integer levels: "uniform", or "variational", made given the image by a flow that is trained with the model.
     dequantization: Literal["uniform", "variational"] = "uniform"
-    noise: NoiseSpec = NoiseSpec()  # noqa: RUF009 (it is frozen); flow of the noise "variational"
+    noise: NoiseSpec = field(default_factory=NoiseSpec)  # flow of the noise "variational"
 
 
 @dataclass(frozen=True)
