@@ -33,7 +33,7 @@ def log_probabilities(model, num=48):
 def test_in_expectation_it_grows_with_the_draws_and_stays_below_the_probabilities():
     model = kept.model(TWO_PIXELS)
     exact = log_probabilities(model)
-    np.testing.assert_allclose(logsumexp(exact), 0, atol=1e-3)
+    assert -0.1 < logsumexp(exact) < 1e-3  # some latents are those of no level
     settings = dataclasses.replace(kept.SETTINGS, batch_size=4096, num_importance_draws=DRAWS)
     drawn = likelihood._Draws(model, np.repeat(ALL, REPEATS, axis=0), settings, 0, None)
     weights = -drawn.values(drawn.estimator, DRAWS, 1, same_probes=True) / TWO_PIXELS.unit_of_a_nat
