@@ -119,8 +119,9 @@ class Report:
             facts["posterior"]["mean_c2st"] = self.posterior.mean_c2st
         if self.calibration:
             facts["calibration"] |= {"p_value": self.calibration.p_value, "calibrated": self.calibration.is_calibrated}
-        if self.lipschitz:
-            facts["lipschitz"] |= {"certified": self.lipschitz.certified, "max_block": self.lipschitz.max_block}
+        for name, known in (("lipschitz", self.lipschitz), ("noise_lipschitz", self.noise_lipschitz)):
+            if known:
+                facts[name] |= {"certified": known.certified, "max_block": known.max_block}
         return _strict({**facts, "warnings": self.warnings()})
 
 

@@ -39,7 +39,7 @@ def norms_by(name, vectors):
     source, own = CASES[name]
     config = runs.config_of(source, **own)
     spec = model_spec(config, load(config.data.name)).flow
-    params = {stage.name: variables_of(name)["params"][stage.name] for stage in spec.layout}
+    params = {stage.name: variables_of(name)["params"][stage.name] for stage in spec.all_stages}
     return jax.jit(lambda params, vectors: contractions.constrain(spec, params, vectors, num_steps=1).norms)(params, vectors)
 
 
