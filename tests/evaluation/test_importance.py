@@ -71,7 +71,7 @@ def test_estimated_log_determinants_keep_it_a_bound_where_the_plain_formula_is_n
 
 
 def test_of_an_estimator_it_agrees_with_that_of_exact_log_determinants(monkeypatch):
-    model, (images, _) = kept.model(kept.IMAGES), kept.images(24)
+    model, (images, _) = kept.model(kept.IMAGES), kept.images(40)
     settings = dataclasses.replace(kept.SETTINGS, num_importance_draws=4)
     exact = likelihood.importance_bound(model, images, settings, 3)
     monkeypatch.setattr(likelihood, "MAX_EXACT_DIMS", 1)
