@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from iresnet_jax.bijections import reshape
+from iresnet_jax.bijections import blocks, reshape
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.branches import kinds
 from iresnet_jax.branches.branch import BranchSpec, Weights, check_budget, check_coeff
@@ -27,6 +27,8 @@ class StageSpec:
         squeeze: Space-to-depth factor in front of the blocks; 1 for none.
         factor_out: Whether half of the channels leave as latents after the blocks.
         actnorm: Whether an ActNorm stands in front of every branch. Without it the flow keeps the symmetries of its branches.
+        block: What a block makes of its branch ``g``, a name in `blocks.BLOCKS`: "residual" is ``x + g(x)``, "monotone" is
+            ``(I - g)`` after the inverse of ``I + g``, see `iresnet_jax.bijections.monotone`.
         kind: Kind of the branches, a name in `kinds.KINDS`.
         branch: Branches of one's own instead: a function ``key -> module``, see `iresnet_jax.branches.own`, whose modules get
             arrays of the stage's shape; or a class of `BranchSpec`, or an instance. Models with the same function share
@@ -43,10 +45,12 @@ class StageSpec:
     padding: str = "SAME"
     positional_bias: bool = False
     actnorm: bool = True
+    block: str = "residual"
     kind: str = "feedforward"
     branch: Any = field(default=None, metadata={"name": name_of})
 
     def __post_init__(self):
+        blocks.check_name(self.block)
         kinds.get(self.kind)
         if self.branch is not None:
             kinds.check_own(self.branch)
@@ -78,6 +82,11 @@ class PlacedStage(NamedTuple):
     spec: StageSpec
     in_shape: tuple[int, ...]
     branch: BranchSpec
+
+    @property
+    def block(self) -> blocks.BlockKind:
+        """What a block makes of its branch."""
+        return blocks.BLOCKS[self.spec.block]
 
     @property
     def reshapes(self) -> tuple[Bijection, ...]:
