@@ -1,7 +1,9 @@
 """The architecture of a multi-scale residual flow as data: stages of equal blocks, each in its place."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,10 +12,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections import blocks, reshape
+from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.branches import kinds
 from iresnet_jax.branches.branch import BranchSpec, Weights, check_budget, check_coeff
 from iresnet_jax.branches.own import name_of
+
+_ROUNDING = 4e-6  # by which a block of prescribed constants is closer to a multiple of an isometry, per unit of 2 / (1 - c)
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,14 @@ class PlacedStage(NamedTuple):
         spec: Blocks and what happens around them.
         in_shape: Shape of one example as the stage before hands it on.
         branch: Residual branch of its blocks, whose ``in_shape`` is the squeezed or flattened one.
+        scale: Factor in front of every block without ActNorm.
     """
 
     name: str
     spec: StageSpec
     in_shape: tuple[int, ...]
     branch: BranchSpec
+    scale: float = 1.0
 
     @property
     def block(self) -> blocks.BlockKind:
@@ -110,6 +117,12 @@ class PlacedStage(NamedTuple):
         """Random starts of the power iterations of all blocks, stacked."""
         return jax.vmap(self.branch.initial_iterates)(jax.random.split(key, self.spec.num_blocks))
 
+    def actnorm(self, params: ActNormParams) -> ActNormParams:
+        """The parameters of the blocks' ActNorm; in a stage without one those of the fixed `scale`."""
+        if self.spec.actnorm:
+            return params
+        return ActNormParams(jnp.zeros_like(params.bias), jnp.full_like(params.log_scale, math.log(self.scale)))
+
     def identity(self) -> dict[str, Float[Array, "k c"]]:
         """Parameters of all blocks' ActNorm that is the identity, stacked."""
         zeros = jnp.zeros((self.spec.num_blocks, self.branch.in_shape[-1]))
@@ -126,6 +139,7 @@ class FlowSpec:
         coeff: Largest operator norm, in (0, 1).
         budget: "layer" limits the norm of every layer to ``coeff``, "block" the product of the norms of every block.
         context_dim: Length of an example's context vector, on which every branch then depends; 0 for none.
+        scale: Fixed factor in front of every block, of a flow without ActNorm, see `bilipschitz`.
     """
 
     event_shape: tuple[int, ...]
@@ -133,13 +147,64 @@ class FlowSpec:
     coeff: float = 0.9
     budget: str = "layer"
     context_dim: int = 0
+    scale: float = 1.0
 
     def __post_init__(self):
         check_coeff(self.coeff)
         check_budget(self.budget)
         if not self.stages:
             raise ValueError("a flow needs at least one stage, got none")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale must be a positive number, got {self.scale}")
+        if self.scale != 1 and any(stage.actnorm for stage in self.stages):
+            raise ValueError("scale takes the place of ActNorm's: set actnorm of every stage to False, or scale to 1")
         self.layout  # noqa: B018 (checks every shape)
+
+    @classmethod
+    def bilipschitz(
+        cls,
+        event_shape: tuple[int, ...],
+        stages: Sequence[StageSpec],
+        *,
+        mu: float,
+        nu: float,
+        context_dim: int = 0,
+    ) -> "FlowSpec":
+        r"""A flow with ``mu |x - x'| <= |F(x) - F(x')| <= nu |x - x'|`` by construction, whatever it learns.
+
+        A block of ``s x`` with ``Lip(g) <= c`` lies between ``s (1 - c)`` and ``s (1 + c)`` if it is residual, between
+        ``s (1 - c) / (1 + c)`` and ``s (1 + c) / (1 - c)`` if it is monotone. Of ``n`` and ``m`` such blocks
+
+        ``c = tanh(log(nu / mu) / (2 n + 4 m))``,    ``s^(n + m) = sqrt(mu nu) (1 - c^2)^(-n / 2)``
+
+        have the product ``[mu, nu]``. One residual block has ``c = (nu - mu)/(nu + mu)`` and ``s = (mu + nu)/2``, which is a
+        layer of BiLipNet (Wang et al. 2024, sec. 4) with any branch. Constants are taken closer by some roundings, so that the
+        certificate's are within them.
+
+        Args:
+            event_shape: Shape of one example.
+            stages: Stages of the flow, which get no ActNorm; none factors out.
+            mu: Least stretch, ``1 / Lip(F^-1)``.
+            nu: Largest stretch, ``Lip(F)``; larger than ``mu``.
+            context_dim: See `FlowSpec`.
+
+        Raises:
+            ValueError: If ``0 < mu < nu`` does not hold, or a stage factors out.
+        """
+        if not 0 < mu < nu < math.inf:
+            raise ValueError(f"mu and nu must satisfy 0 < mu < nu, got {mu} and {nu}: a flow stretches by mu to nu")
+        if any(stage.factor_out for stage in stages):
+            raise ValueError("mu and nu are constants of the whole flow: no stage may factor_out channels")
+        num = sum(stage.num_blocks for stage in stages)
+        num_monotone = sum(stage.num_blocks for stage in stages if stage.block == "monotone")
+        width = math.log(nu / mu) / (2 * (num + num_monotone))
+        width -= _ROUNDING * (1 + math.exp(2 * width))  # 1 / (1 - c) is (1 + exp(2 width)) / 2
+        if not width > 0:
+            raise ValueError(f"mu and nu must differ by more than roundings, got {mu} and {nu} for {num} blocks")
+        coeff = math.tanh(width)
+        log_scale = (math.log(mu) + math.log(nu)) / 2 + (num - num_monotone) * math.log(math.cosh(width))
+        without = tuple(dataclasses.replace(stage, actnorm=False) for stage in stages)
+        return cls(tuple(event_shape), without, coeff, "block", context_dim, math.exp(log_scale / num))
 
     @property
     def num_dims(self) -> int:
@@ -159,7 +224,7 @@ class FlowSpec:
             in_shape = shape
             branch = kinds.branch_of(stage, _squeezed(shape, stage.squeeze, i), self.context_dim)
             shape = branch.in_shape
-            placed.append(PlacedStage(f"stage{i}", stage, in_shape, branch))
+            placed.append(PlacedStage(f"stage{i}", stage, in_shape, branch, self.scale))
             if stage.factor_out:
                 if shape[-1] % 2:
                     raise ValueError(f"stage {i} factors out half of its channels but has {shape[-1]}: squeeze before it")

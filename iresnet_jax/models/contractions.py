@@ -168,10 +168,9 @@ def _constrain(
 
 
 def _parts(stage: PlacedStage, params: Tree) -> tuple[ActNormParams, Tree]:
-    """ActNorm and the branch's weights among the parameters; a stage without ActNorm has parameters that do nothing."""
+    """ActNorm, or the fixed scale in its place, and the branch's weights among the parameters."""
     blocks = dict(params[stage.name]["blocks"])
-    scale = ActNormParams(**blocks.pop("actnorm"))
-    return scale if stage.spec.actnorm else jax.tree.map(jnp.zeros_like, scale), blocks
+    return stage.actnorm(ActNormParams(**blocks.pop("actnorm"))), blocks
 
 
 def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:

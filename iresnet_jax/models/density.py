@@ -145,6 +145,7 @@ class Density(Model):
         stages: Sequence[StageSpec],
         coeff: float = 0.97,
         budget: str = "layer",
+        constants: tuple[float, float] | None = None,
         sharp: bool = True,
         last_scale: float = 1.0,
         prior: Any = "gaussian",
@@ -165,6 +166,8 @@ class Density(Model):
             stages: Stages of the flow, from the data to the latents.
             coeff: Largest operator norm of a layer, or of a block's branch with the budget "block", in (0, 1).
             budget: "layer" or "block", see `FlowSpec`.
+            constants: Least and largest stretch ``(mu, nu)`` of the flow, which take the place of ``coeff`` and ``budget``, see
+                `FlowSpec.bilipschitz`; None prescribes none.
             sharp: Whether activations of the Swish family start sharper in wider layers, which learn sooner.
             last_scale: Initial factor on the last layer of each branch; a small one starts near the identity.
             prior: "gaussian", "logistic", "mixture", whose components start at examples, or a prior of one's own.
@@ -199,8 +202,13 @@ class Density(Model):
                 raise ValueError(f"context must be a vector for each of {len(x)} examples, got shape {context.shape}")
         family = prior if isinstance(prior, str) else priors.OWN
         context_dim = 0 if context is None else context.shape[1]
+        taken = context_hidden[-1] if context_hidden else context_dim
+        if constants is None:
+            flow = FlowSpec(x.shape[1:], tuple(stages), coeff, budget, taken)
+        else:
+            flow = FlowSpec.bilipschitz(x.shape[1:], stages, mu=constants[0], nu=constants[1], context_dim=taken)
         spec = DensitySpec(
-            FlowSpec(x.shape[1:], tuple(stages), coeff, budget, context_hidden[-1] if context_hidden else context_dim),
+            flow,
             prior_family=family,
             transform=transform,
             num_levels=(num_levels or 256) if is_image_of_levels else num_levels,

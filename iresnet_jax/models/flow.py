@@ -113,7 +113,7 @@ def initialize_actnorm(
     """ActNorm of a stage's blocks from data: each block's from what the blocks before it make of the batch.
 
     Args:
-        stage: The stage; if it has no ActNorm, its parameters do nothing.
+        stage: The stage; if it has no ActNorm, its parameters are those of a fixed scale.
         branch: The constrained branches of the stage, stacked over blocks.
         x: A representative batch, already squeezed or flattened for this stage.
         context: Contexts of the batch, if the model is conditional.
@@ -124,8 +124,7 @@ def initialize_actnorm(
     """
 
     def step(x, branch):
-        params = actnorm.initialize(x, axis_name=axis_name)
-        params = params if stage.spec.actnorm else jax.tree.map(jnp.zeros_like, params)
+        params = stage.actnorm(actnorm.initialize(x, axis_name=axis_name))
         x, _ = actnorm.forward_and_logdet(params, x)
         return stage.block.forward(branch.given(context), x, Solver())[0], params._asdict()
 

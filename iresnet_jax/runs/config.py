@@ -53,6 +53,9 @@ class ModelConfig:
     # What c limits. "layer": the norm of each layer. "block": the product of the norms of each block. "network": the Lipschitz
     # constants L_b of all blocks together, by prod (1 - L_b) = 1 - c, so that Lip(F^-1) <= 1 / (1 - c); without ActNorm.
     budget: Literal["layer", "block", "network"] = "layer"
+    # Least and largest stretch (mu, nu) of the whole flow, in place of coeff and budget: mu <= |F(x) - F(y)| / |x - y| <= nu by
+    # construction, without ActNorm. None are prescribed by default.
+    constants: tuple[Positive, ...] = ()
     # Of the latents. "mixture" is one of normal distributions with full covariances, fitted to latents before training, for
     # vectors of a density.
     prior: Literal["gaussian", "logistic", "mixture"] = "gaussian"
@@ -246,6 +249,18 @@ def _check_combinations(config: Config) -> None:
         (
             config.preprocessing.entrywise and config.preprocessing.transform != "equalize",
             f"preprocessing.entrywise is for transform equalize, got {config.preprocessing.transform!r}",
+        ),
+        (
+            len(config.model.constants) not in (0, 2),
+            f"config.model.constants must be (mu, nu), or () for none, got {config.model.constants}",
+        ),
+        (
+            config.model.budget == "network" and any(stage.block != "residual" for stage in config.model.stages),
+            "config.model.budget network is for residual blocks: set config.model.constants to (mu, nu)",
+        ),
+        (
+            config.model.constants and objective == "inversion",
+            "config.model.constants is for the other objectives: inversion takes config.model.coeff with the budget network",
         ),
         (not config.model.stages, "config.model.stages must have at least one stage, got none"),
     )
