@@ -37,7 +37,7 @@ from iresnet_jax.maths.keys import single_key, typed_key
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.platforms import quick_jit
-from iresnet_jax.models import initial, mixtures, priors
+from iresnet_jax.models import initial, mixtures, priors, scales
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.columns import Frame, numbers_of, table_of
@@ -170,8 +170,9 @@ class Density(Model):
                 `FlowSpec.bilipschitz`; None prescribes none.
             sharp: Whether activations of the Swish family start sharper in wider layers, which learn sooner.
             last_scale: Initial factor on the last layer of each branch; a small one starts near the identity.
-            prior: "gaussian", "logistic", "mixture", whose components start at examples, or a prior of one's own.
-            num_components: Components of the prior "mixture".
+            prior: "gaussian", "logistic", "mixture", whose components start at examples, "scales", which is fitted to examples,
+                see `iresnet_jax.models.scales`, or a prior of one's own.
+            num_components: Components of the priors "mixture" and "scales"; 16 are many scales.
             num_classes: Classes, if each has a prior of its own.
             num_levels: Integer levels of images of integers, 256 by default.
             transform: Preprocessing; by default `Standardize` of floats and of vectors, and `Logit` of images of integers.
@@ -228,7 +229,9 @@ class Density(Model):
             jax.eval_shape(model.log_prior, z)  # raises for a prior of other vectors
             return model
         parameters = priors.standard(family, spec.flow.num_dims, num_classes, num_components)
-        if num_components is not None:
+        if family == priors.SCALES:
+            parameters = scales.fitted(np.asarray(z), spec.num_components or 0)
+        elif num_components is not None:
             places = np.asarray(z)[np.random.default_rng(0).choice(len(z), num_components)]
             unit = np.broadcast_to(np.eye(z.shape[1]), (num_components, z.shape[1], z.shape[1]))
             parameters = mixtures.mixture_of(places, unit, np.ones(num_components))
