@@ -31,6 +31,8 @@ class StageSpec:
             `FeedforwardSpec`; without ``kernel_sizes`` branches are dense and take flattened arrays.
         squeeze: Space-to-depth factor in front of the blocks; 1 for none.
         factor_out: Whether half of the channels leave as latents after the blocks.
+        channel_order: Order of the channels in front of the blocks, after the squeeze: channel ``i`` is the one that was
+            ``channel_order[i]``. It decides which half leaves as latents. None keeps their order.
         actnorm: Whether an ActNorm stands in front of every branch. Without it the flow keeps the symmetries of its branches.
         block: What a block makes of its branch ``g``, a name in `blocks.BLOCKS`: "residual" is ``x + g(x)``, "monotone" is
             ``(I - g)`` after the inverse of ``I + g``, see `iresnet_jax.bijections.monotone`.
@@ -49,6 +51,7 @@ class StageSpec:
     factor_out: bool = False
     padding: str = "SAME"
     positional_bias: bool = False
+    channel_order: tuple[int, ...] | None = None
     actnorm: bool = True
     block: str = "residual"
     kind: str = "feedforward"
@@ -66,6 +69,8 @@ class StageSpec:
             raise ValueError(f"num_blocks must be at least 1, got {self.num_blocks}: leave the stage out instead")
         if self.squeeze < 1:
             raise ValueError(f"squeeze must be a positive factor (1 for none), got {self.squeeze}")
+        if self.channel_order is not None and sorted(self.channel_order) != list(range(len(self.channel_order))):
+            raise ValueError(f"channel_order must name every channel from 0 once, got {self.channel_order}")
 
     @property
     def branch_name(self) -> str:
@@ -97,11 +102,13 @@ class PlacedStage(NamedTuple):
 
     @property
     def reshapes(self) -> tuple[Bijection, ...]:
-        """The squeeze and the flattening in front of the blocks, where there are any."""
+        """The squeeze, the order of channels and the flattening in front of the blocks, where there are any."""
         parts, squeezed = [], self.in_shape
         if self.spec.squeeze > 1:
             parts.append(reshape.squeeze_bijection(self.spec.squeeze))
             squeezed = _squeezed(self.in_shape, self.spec.squeeze)
+        if self.spec.channel_order is not None:
+            parts.append(reshape.order_bijection(self.spec.channel_order))
         if len(self.branch.in_shape) != len(squeezed):
             parts.append(reshape.flatten_bijection(squeezed))
         return tuple(parts)
@@ -221,8 +228,10 @@ class FlowSpec:
         """The stages in their places: the one walk over the architecture that everything else follows."""
         placed, shape = [], tuple(self.event_shape)
         for i, stage in enumerate(self.stages):
-            in_shape = shape
-            branch = kinds.branch_of(stage, _squeezed(shape, stage.squeeze, i), self.context_dim)
+            in_shape, squeezed = shape, _squeezed(shape, stage.squeeze, i)
+            if stage.channel_order is not None and len(stage.channel_order) != squeezed[-1]:
+                raise ValueError(f"stage {i} has {squeezed[-1]} channels, and its channel_order {len(stage.channel_order)}")
+            branch = kinds.branch_of(stage, squeezed, self.context_dim)
             shape = branch.in_shape
             placed.append(PlacedStage(f"stage{i}", stage, in_shape, branch, self.scale))
             if stage.factor_out:
