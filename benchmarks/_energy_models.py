@@ -63,7 +63,11 @@ def ours(target: Target, seed: int, minutes: float) -> Trained:
     exact = model.with_(estimator=ir.ExactLogdet(), history=None)
     one_probe = exact.with_(estimator=ir.SeriesLogdet(num_terms=30, num_probes=1, exact_trace=False))
     assert model.history is not None
-    details = {"steps": model.history.step, "prior": model.spec.prior_family, "components": model.spec.num_components}
+    details = {
+        "runs": [{"loss": run.what, "steps": run.num_steps, "divergence": run.loss} for run in model.history.attempts],
+        "prior": model.spec.prior_family,
+        "components": model.spec.num_components,
+    }
     sample = functools.partial(_in_parts, lambda model, key: draw(model, key), seed)
     return Trained(
         functools.partial(sample, exact),
@@ -238,7 +242,7 @@ def _particles(target: Target, seed: int, minutes: float) -> tuple[np.ndarray, f
     """The particles of `fit_energy`, and the seconds that are left."""
     began = time.monotonic()
     x = particles(target.log_density, target.num_dims, key=jax.random.key(seed), scale=target.scale, minutes=minutes)
-    return x, max(60 * minutes - (time.monotonic() - began), 1.0)
+    return x.reshape(-1, target.num_dims), max(60 * minutes - (time.monotonic() - began), 1.0)
 
 
 def _batches(x: np.ndarray | None, seed: int):

@@ -16,9 +16,13 @@ gets the noise.
 "ridges": 6 dimensions with a known density, see `Ridges`.
 
 "spiral_1500" and the like: so many rows of an array of known density, see `_synthetic`, a tenth of which validate.
+
+"bsds300": 63 dimensions, the benchmark of the literature from a folder of its three splits, see `configs/bsds300.py`. The first
+examples of the other splits validate and test; a seed draws nothing.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +37,7 @@ LOGARITHMS = {"diabetes": [8]}  # columns that are logarithms of whole numbers
 
 PATCHES = {"train": 100_000, "validation": 10_000, "test": 10_000}  # examples of the sets that there is no end of
 RIDGES = {"train": 20_000, "validation": 5_000, "test": 10_000}
+BSDS300 = {"train": 1_000_000, "validation": 10_000, "test": 20_000}  # at most
 SYNTHETIC_TEST = 10_000
 QUICK = {"train": 3_000, "validation": 400, "test": 400}
 
@@ -95,8 +100,15 @@ class Ridges:
         return 1.5 * np.sin(2 * before), 0.3 * np.exp(0.5 * np.cos(3 * before))
 
 
-def load(name: str, seed: int, *, quick: bool) -> Table:
-    """The data set of a seed, which chooses split, noise and what is drawn; quick ones have fewer patches and ridges."""
+def load(name: str, seed: int, *, quick: bool, bsds300: Path | None = None) -> Table:
+    """The data set of a seed, which chooses split, noise and what is drawn; quick ones have fewer patches and ridges.
+
+    Args:
+        name: One of `NAMES`.
+        seed: The seed.
+        quick: Whether few examples do.
+        bsds300: Folder of "bsds300".
+    """
     rng = np.random.default_rng([NAMES.index(name), seed])
     if name == "patches":
         luma = [np.round(image @ [0.299, 0.587, 0.114]) for image in datasets.load_sample_images().images]  # whole levels
@@ -105,6 +117,10 @@ def load(name: str, seed: int, *, quick: bool) -> Table:
     if name == "ridges":
         drawn = [Ridges.sample(rng, num) for num in (QUICK if quick else RIDGES).values()]
         return standardized(*drawn)._replace(true_log_prob=Ridges.log_prob(drawn[2]))
+    if name == "bsds300":
+        assert bsds300 is not None
+        sizes = QUICK if quick else BSDS300
+        return standardized(*(np.load(bsds300 / f"{split}.npy", mmap_mode="r")[:most] for split, most in sizes.items()))
     if name not in TABLES:
         kind, size = name.rsplit("_", 1)
         return _synthetic(kind, int(size), rng)
@@ -115,7 +131,7 @@ def load(name: str, seed: int, *, quick: bool) -> Table:
 
 TABLES = ("breast_cancer", "wine", "diabetes")
 NUM_ROWS = (200, 1500, 20_000)  # of arrays of known density
-NAMES = ("patches", *TABLES, "ridges", *(f"{kind}_{size}" for size in NUM_ROWS for kind in SYNTHETIC))
+NAMES = ("patches", *TABLES, "ridges", *(f"{kind}_{size}" for size in NUM_ROWS for kind in SYNTHETIC), "bsds300")
 
 
 def _synthetic(kind: str, num: int, rng: np.random.Generator) -> Table:

@@ -14,6 +14,7 @@ import importlib.util
 import itertools
 import math
 import time
+from pathlib import Path
 
 import _densities
 import _tables
@@ -22,7 +23,7 @@ from _densities import MODELS
 from _record import RESULTS, earlier_runs, made_with, parser, show, write
 
 BASELINE, TRUTH = "ours", "truth"
-MINUTES = {"patches": 3.0, "ridges": 1.5}  # of the time for each model; the tables get TABLE_MINUTES
+MINUTES = {"patches": 3.0, "ridges": 1.5, "bsds300": 10.0}  # of the time for each model; the tables get TABLE_MINUTES
 TABLE_MINUTES, QUICK_MINUTES = 1.0, 0.05
 GROUPS = 100  # most groups of neighbouring test examples
 VERSIONS = ("iresnet_jax", "jax", "scikit-learn", "flowjax", "normflows", "torch")
@@ -109,9 +110,12 @@ def main():
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=", ".join(MODELS))
     options.add_argument("--seeds", type=int, default=3, metavar="N", help="splits, and trainings of each model")
     options.add_argument("--minutes", type=float, metavar="M", help="time for each model; by default by data set")
+    options.add_argument("--bsds300", type=Path, metavar="FOLDER", help="folder of bsds300, see configs/bsds300.py")
     arguments = options.parse_args()
     quick = arguments.quick
-    names = arguments.data or (["wine"] if quick else _tables.NAMES)
+    names = arguments.data or (["wine"] if quick else _tables.NAMES if arguments.bsds300 else _tables.NAMES[:-1])
+    if "bsds300" in names and arguments.bsds300 is None:
+        raise SystemExit("error: bsds300 needs --bsds300 FOLDER, with its train.npy, validation.npy and test.npy")
     path = arguments.output or (None if quick else RESULTS / "tabular.json")
     packages = {model.split("_")[0] for model in arguments.models} & {"flowjax", "normflows"}
     if missing := [name for name in sorted(packages) if importlib.util.find_spec(name) is None]:
@@ -119,7 +123,7 @@ def main():
     runs = earlier_runs(path, {"quick": quick, **SETTINGS})
     for seed in range(1 if quick else arguments.seeds):
         for name in names:
-            table = _tables.load(name, seed, quick=quick)
+            table = _tables.load(name, seed, quick=quick, bsds300=arguments.bsds300)
             minutes = arguments.minutes or (QUICK_MINUTES if quick else MINUTES.get(name, TABLE_MINUTES))
             for model in arguments.models + [TRUTH] * (table.true_log_prob is not None):
                 identity = {"data": name, "model": model, "seed": seed, "minutes": minutes}

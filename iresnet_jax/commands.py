@@ -6,19 +6,24 @@ Each says what it found, and returns whether what was asked for holds: if not, t
 import argparse
 import dataclasses
 import functools
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
+from iresnet_jax import conversion
+from iresnet_jax.data.arrays import FITTED_ARRAY
 from iresnet_jax.evaluation import accuracy, calibration, inverse_problem, inversion, likelihood, posterior, samples
 from iresnet_jax.evaluation.guarantee import affordable
 from iresnet_jax.evaluation.ood import compare
 from iresnet_jax.evaluation.robustness import evaluate as verified_accuracy
 from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.reconstructor import Reconstructor
@@ -26,6 +31,7 @@ from iresnet_jax.report.pictures import reconstructions, write_png, write_sample
 from iresnet_jax.report.run_report import write
 from iresnet_jax.runs import machine
 from iresnet_jax.runs.command_line import parse_train_flags
+from iresnet_jax.runs.config import Config, DataConfig
 from iresnet_jax.runs.planning import plan as plans
 from iresnet_jax.runs.planning import profile as profiles
 from iresnet_jax.runs.planning import topologies
@@ -175,6 +181,32 @@ def _with_importance(run: Run, arguments: argparse.Namespace) -> Run:
         raise ValueError("--importance is for densities of integer levels or of data on a grid: leave it out")
     evaluation = dataclasses.replace(run.config.evaluation, num_importance_draws=arguments.importance)
     return dataclasses.replace(run, config=dataclasses.replace(run.config, evaluation=evaluation))
+
+
+def convert(arguments: argparse.Namespace) -> bool:
+    """Writes a network of the authors' PyTorch codes as a model, which the other commands take with ``--data``."""
+    model = conversion.convert(arguments.FILE, arguments.architecture)
+    certificate = model.certificate()
+    excess = _excess(certificate)
+    if arguments.scale:
+        model = model.freeze()
+        certificate, excess = model.certificate(), f"{excess}; now they are within it"
+    objective = "density" if isinstance(model, Density) else "classification"
+    run = Run(Path(arguments.output).parent, model, Config(objective=objective, data=DataConfig(FITTED_ARRAY)), "", 0)
+    path = save(run, arguments.output)
+    _say(excess, certificate.verdict, f"written: {path} ({path.stat().st_size / 1e6:.2g} MB)")
+    return certificate.certified
+
+
+def _excess(certificate: Certificate) -> str:
+    """By how much certified norms of layers are above the coefficient."""
+    layers = [(f"{block.name}/{layer.name}", layer.bound) for block in certificate.blocks for layer in block.layers]
+    coeff = certificate.coeff or math.nan
+    num_above, (name, largest) = sum(bound > coeff for _, bound in layers), max(layers, key=lambda layer: layer[1])
+    return (
+        f"{num_above} of {len(layers)} layers have a certified norm above the coefficient {coeff:g}; the largest is "
+        f"{largest:.5f} ({100 * (largest / coeff - 1):+.2g} %), of {name}"
+    )
 
 
 def plan(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:

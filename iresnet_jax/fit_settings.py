@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.maths.platforms import quick_jit
-from iresnet_jax.models import priors
+from iresnet_jax.models import priors, scales
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.priors import PRIORS
 from iresnet_jax.runs.config import Config, parse, with_field
@@ -29,6 +29,9 @@ LONGER_GIVEN_CONTEXTS = 2
 NO_LIMIT = 1_000_000  # updates, more than a time limit allows
 VALIDATIONS, PATIENCE = 20, 6  # of a whole run; after so many without an improvement it ends
 PRIOR_EXAMPLES, MIXTURE_EXAMPLES = 10_000, 5_000  # that choose the prior, and the number of components of a mixture
+NUM_SCALES = 16  # of the prior of scales
+# What that prior has to be likelier by, in nats and in standard errors, on examples that it was not fitted to.
+SCALES_GAIN, SCALES_ERRORS = 0.1, 3
 WHITENED_DIMS = 256  # at most: a matrix of the square of that many numbers belongs to the model
 # Examples for each entry of a covariance from which on vectors are whitened: fewer estimate it badly. A table of 30 columns
 # and 400 rows is 4 nats likelier without (benchmarks/tabular.py).
@@ -128,7 +131,7 @@ class Candidate:
 
     Attributes:
         prior: Family of the prior; None leaves it to the settings.
-        components: Components of the prior "mixture", 0 of others.
+        components: Components of the priors "mixture" and "scales", 0 of others.
         size: A key of `SIZES`.
         noise: Standard deviation of noise on the examples of a density; None leaves it to the settings.
         has_own_stages: Whether the user has given the stages, of which `size` then leaves the learning rate alone.
@@ -145,7 +148,8 @@ class Candidate:
     def __str__(self) -> str:
         parts = [f"learning rate {SIZES[self.size][-1]}" if self.has_own_stages else f"{self.size} network"]
         if self.prior is not None:
-            parts.append(f"{self.components} normal distributions as prior" if self.components else f"{self.prior} prior")
+            is_mixture = self.prior == priors.MIXTURE
+            parts.append(f"{self.components} normal distributions as prior" if is_mixture else f"{self.prior} prior")
         parts += [f"noise of {self.noise}"] * bool(self.noise) + [f"weight decay {self.decay}"] * (self.decay is not None)
         return ", ".join(parts)
 
@@ -187,7 +191,7 @@ class Candidate:
 
 
 def plain_candidate(config: Config, data: DataSet, given: Iterable[str] = ()) -> Candidate | None:
-    """The candidate without a mixture: its prior has heavy or light tails, whichever is likelier before training.
+    """The candidate without a mixture: its prior has heavy or light tails, or scales, whichever is likelier before training.
 
     Args:
         config: Settings of all candidates.
@@ -203,7 +207,8 @@ def plain_candidate(config: Config, data: DataSet, given: Iterable[str] = ()) ->
     if data.contexts:
         return Candidate(prior, size=size, has_own_stages=has_own_stages, decay=DECAYS[1])
     is_noise_free = config.objective == "density" and "augmentation.noise" not in given
-    return Candidate(prior, size=size, noise=NOISES[0] if is_noise_free else None, has_own_stages=has_own_stages)
+    components, noise = NUM_SCALES if prior == priors.SCALES else 0, NOISES[0] if is_noise_free else None
+    return Candidate(prior, components, size=size, noise=noise, has_own_stages=has_own_stages)
 
 
 def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> list[Candidate]:
@@ -232,18 +237,27 @@ _preprocess = quick_jit(lambda model, x, key: model.preprocess(x, key))  # one f
 
 
 def likelier_prior(z: Float[np.ndarray, "n d"]) -> str:
-    """The prior under which preprocessed examples are likelier, before any training of the flow: "logistic" for heavy tails."""
-    found = _mean_log_probs(jnp.asarray(z, jnp.float32))
-    return max(PRIORS, key=lambda kind: float(found[kind]))
+    """The prior under which preprocessed examples are likelier, before any training of the flow.
+
+    "logistic" is for entries with heavy tails. "scales", for vectors whose lengths differ by far, is fitted to half of the
+    examples and has to be clearly likelier on the others: it would fit any lengths a little better.
+    """
+    fitted, rest = z[::2], jnp.asarray(z[1::2], jnp.float32)
+    found = jax.device_get(_log_probs(scales.fitted(fitted, NUM_SCALES), jnp.asarray(fitted, jnp.float32), rest))
+    kind = max(PRIORS, key=lambda kind: sum(float(np.sum(part)) for part in found[kind]))
+    gains = np.asarray(found[priors.SCALES], np.float64) - found[kind][1]
+    is_clear = len(gains) > 1 and gains.mean() > SCALES_GAIN + SCALES_ERRORS * gains.std(ddof=1) / math.sqrt(len(gains))
+    return priors.SCALES if is_clear else kind
 
 
 @quick_jit
-def _mean_log_probs(z: Float[Array, "n d"]) -> dict[str, Float[Array, ""]]:
-    """Mean log-density of latents under each prior of variance 1."""
-    found = {}
+def _log_probs(of_scales: Mapping[str, Array], fitted: Float[Array, "n d"], rest: Float[Array, "m d"]) -> dict[str, Any]:
+    """Log-densities of two parts of the latents under each prior of variance 1, and of the rest under that of scales."""
+    found: dict[str, Any] = {priors.SCALES: priors.log_prob(priors.SCALES, of_scales, rest)}
     for kind, family in PRIORS.items():
-        scale = {family.log_scale: jnp.full(z.shape[1], -math.log(family.std))}
-        found[kind] = jnp.mean(priors.log_prob(kind, {"mean": jnp.zeros(z.shape[1]), **scale}, z))
+        scale = {family.log_scale: jnp.full(rest.shape[1], -math.log(family.std))}
+        params = {"mean": jnp.zeros(rest.shape[1]), **scale}
+        found[kind] = tuple(priors.log_prob(kind, params, part) for part in (fitted, rest))
     return found
 
 

@@ -242,9 +242,15 @@ def log_abs_det(numbers: Numbers, matrix: Any) -> Any:
 
 
 def log_prior(numbers: Numbers, kind: str, prior: Any, z: Any) -> Any:
-    """Log-density of latents; with ``class_logits`` of the mixture of the classes' priors, with ``logits`` of "mixture"."""
+    """Log-density of latents; with ``class_logits`` of the mixture of the classes' priors."""
     if kind == "mixture":
         return _log_mixture(numbers, prior, z)
+    if kind == "scales":  # normal distributions one by one
+        log_stds = [prior["log_std"].astype(float) + float(log_scale) for log_scale in prior["log_scales"]]
+        own = [{"mean": prior["mean"], "log_std": log_std} for log_std in log_stds]
+        logits = numbers.of(prior["logits"])
+        of_scales = np.array([log_prior(numbers, "gaussian", one, z) for one in own]) + logits
+        return _log_sum_exp(numbers, of_scales) - _log_sum_exp(numbers, logits)
     log_scale = "log_std" if kind == "gaussian" else "log_scale"
     if "class_logits" not in prior:
         mean, scale = numbers.of(prior["mean"]), numbers.of(prior[log_scale])

@@ -84,7 +84,9 @@ CALIBRATION = Calibration(
 )
 UNLIKELY = Unlikely(row=6173, log_prob=-27.31, entries=(Entry(14, 8.46, 5.83), Entry(9, -3.19, -4.27)))
 REPORT = Report(
-    train=TrainingTimes(steps=4321, total_steps=4444, seconds_per_step=0.1832, compile_seconds=48.21, total_seconds=7384.0),
+    train=TrainingTimes(
+        steps=4321, total_steps=4444, seconds_per_step=0.1832, compile_seconds=48.21, total_seconds=7384.0, limit_seconds=7500.0
+    ),
     environment=Environment(
         devices="2 x cpu",
         backend="cpu",

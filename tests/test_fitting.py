@@ -353,16 +353,19 @@ def test_settings_follow_the_array():
 
 
 def test_candidates_follow_the_array():
+    rng = np.random.default_rng(0)
+
     def priors_of(x, **given):
         data = from_arrays("a", Arrays(np.asarray(x, np.float32)), fractions=(0.1, 0.0))
         found = candidates(choose_settings(data), data, given)
         return [(candidate.prior, candidate.components) for candidate in found]
 
-    assert priors_of(RNG.normal(size=(500, 2))) == [("gaussian", 0)]
-    assert priors_of(RNG.normal(size=(40, 4))) == [("mixture", 1), ("gaussian", 0)]  # of all correlations
+    assert priors_of(rng.normal(size=(500, 2))) == [("gaussian", 0)]
+    assert priors_of(rng.normal(size=(40, 4))) == [("mixture", 1), ("gaussian", 0)]  # of all correlations
     assert priors_of(MODES) == [("mixture", 2), ("gaussian", 0)]
-    assert priors_of(RNG.normal(size=(100, 70))) == [("gaussian", 0)]
-    assert priors_of(RNG.standard_t(2, size=(300, 70))) == [("logistic", 0)]
+    assert priors_of(rng.normal(size=(100, 70))) == [("gaussian", 0)]
+    assert priors_of(rng.standard_t(2, size=(300, 70))) == [("logistic", 0)]
+    assert priors_of(rng.normal(size=(300, 70)) * rng.lognormal(size=(300, 1))) == [("scales", 16)]
     assert priors_of(MODES, **{"model.prior": "logistic"}) == [(None, 0)]
     data = from_arrays("a", Arrays(np.asarray(MODES, np.float32)), fractions=(0.1, 0.0))
     *_, given = candidates(choose_settings(data), data, ["augmentation.noise", "model.stages"])

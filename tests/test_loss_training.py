@@ -169,6 +169,7 @@ INIT = {
     "a conditional density": {"context": X[:, :1]},
     "a network on contexts that are numbers": {"context": X[:, 0], "context_hidden": (8, 4)},
     "a mixture": {"prior": "mixture", "num_components": 3},
+    "scales": {"prior": "scales", "num_components": 4},
     "classes": {"num_classes": 3, "prior": "logistic"},
     "a budget of blocks": {"budget": "block", "coeff": 0.8},
 }

@@ -242,6 +242,11 @@ class FeedforwardSpec(BranchSpec):
 
     # ------------------------------------------------------------------------------------------ what it knows more
 
+    def negated(self, weights: Weights) -> Weights:
+        """The last layer's kernel, bias and map of contexts change their sign, and its activation's parameter stays."""
+        last = self.layers[-1].name
+        return {**weights, last: {name: w if name == "beta" else -w for name, w in weights[last].items()}}
+
     @cached_property
     def knows(self) -> frozenset[str]:
         """The closed forms that save time.

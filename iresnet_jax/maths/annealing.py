@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Key
 
 LogDensity = Callable[[Array], Array]  # (n, d) -> (n,)
 
-KEPT = 0.7  # share of effective particles after a step
+KEPT = 0.5  # share of effective particles after a step
 MOVES, LEAPFROG_STEPS = 10, 8  # trajectories after each step, and steps of each
 TARGET_ACCEPTANCE = 0.75
 _ADAPTATION = 0.6  # of the logarithm of the step size by the difference of acceptances

@@ -38,7 +38,7 @@ from iresnet_jax.maths.lipschitz_bounds import model_bounds
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.platforms import quick_jit
-from iresnet_jax.models import initial, mixtures, priors
+from iresnet_jax.models import initial, mixtures, priors, scales
 from iresnet_jax.models import noise as noises
 from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
 from iresnet_jax.models.certificate import Certificate, certificate_of
@@ -151,6 +151,7 @@ class Density(Model):
         stages: Sequence[StageSpec],
         coeff: float = 0.97,
         budget: str = "layer",
+        constants: tuple[float, float] | None = None,
         sharp: bool = True,
         last_scale: float = 1.0,
         prior: Any = "gaussian",
@@ -172,10 +173,13 @@ class Density(Model):
             stages: Stages of the flow, from the data to the latents.
             coeff: Largest operator norm of a layer, or of a block's branch with the budget "block", in (0, 1).
             budget: "layer" or "block", see `FlowSpec`.
+            constants: Least and largest stretch ``(mu, nu)`` of the flow, which take the place of ``coeff`` and ``budget``, see
+                `FlowSpec.bilipschitz`; None prescribes none.
             sharp: Whether activations of the Swish family start sharper in wider layers, which learn sooner.
             last_scale: Initial factor on the last layer of each branch; a small one starts near the identity.
-            prior: "gaussian", "logistic", "mixture", whose components start at examples, or a prior of one's own.
-            num_components: Components of the prior "mixture".
+            prior: "gaussian", "logistic", "mixture", whose components start at examples, "scales", which is fitted to examples,
+                see `iresnet_jax.models.scales`, or a prior of one's own.
+            num_components: Components of the priors "mixture" and "scales"; 16 are many scales.
             num_classes: Classes, if each has a prior of its own.
             num_levels: Integer levels of images of integers, 256 by default.
             transform: Preprocessing; by default `Standardize` of floats and of vectors, and `Logit` of images of integers.
@@ -207,8 +211,13 @@ class Density(Model):
                 raise ValueError(f"context must be a vector for each of {len(x)} examples, got shape {context.shape}")
         family = prior if isinstance(prior, str) else priors.OWN
         context_dim = 0 if context is None else context.shape[1]
+        taken = context_hidden[-1] if context_hidden else context_dim
+        if constants is None:
+            flow = FlowSpec(x.shape[1:], tuple(stages), coeff, budget, taken)
+        else:
+            flow = FlowSpec.bilipschitz(x.shape[1:], stages, mu=constants[0], nu=constants[1], context_dim=taken)
         spec = DensitySpec(
-            FlowSpec(x.shape[1:], tuple(stages), coeff, budget, context_hidden[-1] if context_hidden else context_dim, noise),
+            dataclasses.replace(flow, noise=noise),
             prior_family=family,
             transform=transform,
             num_levels=(num_levels or 256) if is_image_of_levels else num_levels,
@@ -229,7 +238,9 @@ class Density(Model):
             jax.eval_shape(model.log_prior, z)  # raises for a prior of other vectors
             return model
         parameters = priors.standard(family, spec.flow.num_dims, num_classes, num_components)
-        if num_components is not None:
+        if family == priors.SCALES:
+            parameters = scales.fitted(np.asarray(z), spec.num_components or 0)
+        elif num_components is not None:
             places = np.asarray(z)[np.random.default_rng(0).choice(len(z), num_components)]
             unit = np.broadcast_to(np.eye(z.shape[1]), (num_components, z.shape[1], z.shape[1]))
             parameters = mixtures.mixture_of(places, unit, np.ones(num_components))

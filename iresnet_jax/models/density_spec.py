@@ -26,8 +26,8 @@ class DensitySpec:
 
     Attributes:
         flow: Architecture of the flow.
-        prior_family: "gaussian", "logistic" or "mixture", the family of the prior; "own" if the model holds a prior of
-            one's own, see `priors`.
+        prior_family: "gaussian", "logistic", "mixture" or "scales", the family of the prior; "own" if the model holds a prior
+            of one's own, see `priors`.
         transform: Preprocessing: `Center`, `Logit` or `Equalize` of images in [0, 1), `Standardize` or `Whiten` of other
             continuous data, `Bounded` in front of them where entries keep to their ranges, `Identity` of either.
         num_levels: Integer levels of the data, at least 2; None for continuous data.
@@ -35,7 +35,8 @@ class DensitySpec:
         grid: Entries of vectors that lie on a grid; None if all are continuous.
         columns: Columns of the data frame that the entries of vectors are; None for arrays.
         context: Scale of the contexts of a conditional density; None takes contexts as they are.
-        num_components: Components of the prior "mixture", which is one of vectors without classes; None for other priors.
+        num_components: Components of the prior "mixture", which is one of vectors, or "scales", both without classes; None for
+            other priors.
         context_hidden: Widths of a network on the scaled contexts, the last one of its output, which the flow then takes, see
             `iresnet_jax.models.contexts`; none gives the flow the contexts themselves.
     """
@@ -81,16 +82,18 @@ class DensitySpec:
             raise ValueError(f"num_classes must be at least 2, got {self.num_classes}: the data set needs labels")
         if self.prior_family not in priors.KINDS:
             raise ValueError(f"prior_family must be one of {', '.join(priors.KINDS)}, got {self.prior_family!r}")
-        is_mixture = self.prior_family == priors.MIXTURE
-        if is_mixture != (self.num_components is not None):
+        has_components, is_image = self.prior_family in priors.MIXTURES, len(self.flow.event_shape) != 1
+        if has_components != (self.num_components is not None):
             raise ValueError(
-                "num_components is for the prior mixture, which needs it, and for no other: got "
+                "num_components is for the priors mixture and scales, which need it, and for no other: got "
                 f"{self.num_components} for the prior {self.prior_family}"
             )
-        if is_mixture and (len(self.flow.event_shape) != 1 or self.num_classes is not None or (self.num_components or 0) < 1):
+        is_mixture_of_images = is_image and self.prior_family == priors.MIXTURE
+        if has_components and (is_mixture_of_images or self.num_classes is not None or (self.num_components or 0) < 1):
             raise ValueError(
-                f"a mixture is the prior of vectors without classes, and has at least 1 component: got {self.num_components} "
-                f"components for examples of shape {self.flow.event_shape} and {self.num_classes or 'no'} classes"
+                "a mixture is the prior of vectors without classes, scales are one of any examples without classes, and both "
+                f"have at least 1 component: got {self.num_components} components of the prior {self.prior_family} for "
+                f"examples of shape {self.flow.event_shape} and {self.num_classes or 'no'} classes"
             )
         if self.prior_family == priors.OWN and self.num_classes is not None:
             raise ValueError(f"a prior of one's own is one of all data: leave out num_classes={self.num_classes}")

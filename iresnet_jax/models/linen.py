@@ -92,10 +92,11 @@ class ResidualFlow(nn.Module):
 
     Attributes:
         spec: The architecture.
-        prior_family: "gaussian", "logistic" or "mixture", whose components start equal: replace them by `mixtures.mixture_of`.
+        prior_family: "gaussian", "logistic", or "mixture" or "scales", whose components start equal: replace them by those of
+            `mixtures.mixture_of` or `scales.fitted`.
         last_scale: Initial factor on a branch's last layer.
         num_classes: Classes that have a prior each; None for one prior of all.
-        num_components: Components of the prior "mixture"; None for other priors.
+        num_components: Components of the priors "mixture" and "scales"; None for other priors.
         sharp: Whether activations start sharper, see `BranchSpec.initial_weights`.
         fitted: Whether ``init`` converges power iterates and fits ActNorm; False creates variables of the same shapes.
     """

@@ -1,8 +1,9 @@
-"""Priors of latents: independent normal or logistic distributions with learned means and scales, or a mixture of normals.
+"""Priors of latents: independent normal or logistic distributions with learned means and scales, or mixtures of normals.
 
 A prior is its name and its parameters, ``{"mean", "log_std"}`` of "gaussian" or ``{"mean", "log_scale"}`` of "logistic", one
-each a dimension; those of "mixture" are in `mixtures`. A prior of one's own has the name "own" and is its own parameters: any
-pytree with ``log_prob(z) -> (b,)`` and ``sample(key, (n,)) -> (n, d)``, as distributions of NumPyro and flowjax are.
+each a dimension; those of "mixture" are in `mixtures`, and those of "scales" in `scales`. A prior of one's own has the name
+"own" and is its own parameters: any pytree with ``log_prob(z) -> (b,)`` and ``sample(key, (n,)) -> (n, d)``, as distributions
+of NumPyro and flowjax are.
 """
 
 import functools
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 from iresnet_jax.bijections.transforms.logit import log_logistic
 from iresnet_jax.branches.own import Structure
 from iresnet_jax.maths.enclosures.ball_arithmetic import LOG_2PI, Ball, exp, joined, log_sum_exp, softplus
-from iresnet_jax.models import mixtures
+from iresnet_jax.models import mixtures, scales
 
 SMALLEST_VARIANCE = 1e-4  # of latents within classes, whose whole variance is about 1 or more
 
@@ -57,9 +58,10 @@ PRIORS = {
         math.pi / math.sqrt(3),
     ),
 }
-MIXTURE = "mixture"
+MIXTURE, SCALES = "mixture", "scales"
+MIXTURES = {MIXTURE: mixtures, SCALES: scales}  # of a number of components
 OWN = "own"
-KINDS = (*PRIORS, MIXTURE, OWN)
+KINDS = (*PRIORS, *MIXTURES, OWN)
 NO_ENCLOSURE = "the log-density of a prior of one's own has no guaranteed error: certify.log_det bounds the flow's part alone"
 
 
@@ -126,10 +128,10 @@ def log_prob(kind: str, params: Any, z: Float[Array, "b d"]) -> Float[Array, " b
 
     ``log p(t)`` is ``-t^2 / 2 - log(2 pi) / 2`` ("gaussian") or ``log sigmoid(t) + log sigmoid(-t)`` ("logistic", whose
     standard deviation is ``pi / sqrt(3)`` times its scale and whose tails are linear in ``|t|``). A "mixture" has the
-    log-density of `mixtures.log_prob`, and one's own what it says.
+    log-density of `mixtures.log_prob`, "scales" that of `scales.log_prob`, and one's own what it says.
 
     Args:
-        kind: "gaussian", "logistic", "mixture" or "own".
+        kind: One of `KINDS`.
         params: Parameters of the prior.
         z: One row an example.
 
@@ -139,8 +141,8 @@ def log_prob(kind: str, params: Any, z: Float[Array, "b d"]) -> Float[Array, " b
     Example:
         >>> log_prob("gaussian", standard("gaussian", 48), z)
     """
-    if kind == MIXTURE:
-        return mixtures.log_prob(params, z)
+    if kind in MIXTURES:
+        return MIXTURES[kind].log_prob(params, z)
     if kind == OWN:
         _check_own(params)
         found = jnp.asarray(params.log_prob(z))
@@ -165,15 +167,15 @@ def enclose_log_prob(kind: str, params: Mapping[str, Any], z: Ball) -> Ball:
     """`log_prob` with guaranteed errors: balls for latents in balls; parameters count as the numbers that they are.
 
     Args:
-        kind: "gaussian", "logistic" or "mixture".
+        kind: One of `KINDS` but "own".
         params: Parameters of the prior; with ``class_logits`` those of the classes' priors, whose mixture it is.
         z: Latents ``(b, d)``.
 
     Raises:
         ValueError: If the prior is unknown.
     """
-    if kind == MIXTURE:
-        return mixtures.enclose_log_prob(params, z)
+    if kind in MIXTURES:
+        return MIXTURES[kind].enclose_log_prob(params, z)
     if kind == OWN:
         raise ValueError(NO_ENCLOSURE)
     family = _family(kind)
@@ -195,7 +197,7 @@ def sample(kind: str, params: Any, key: Key[Array, ""], n: int, temperature: flo
     """Draws ``mean + temperature * scale * e`` with ``e`` from the standard member, of one component of a mixture.
 
     Args:
-        kind: "gaussian", "logistic", "mixture" or "own".
+        kind: One of `KINDS`.
         params: Parameters of the prior.
         key: One typed key.
         n: Number of samples, at least 1.
@@ -213,8 +215,8 @@ def sample(kind: str, params: Any, key: Key[Array, ""], n: int, temperature: flo
             f"n must be at least 1 and temperature at least 0, got {n} and {temperature}: "
             "a temperature below 1 concentrates the samples, 0 gives the mean"
         )
-    if kind == MIXTURE:
-        return mixtures.sample(params, key, n, temperature)
+    if kind in MIXTURES:
+        return MIXTURES[kind].sample(params, key, n, temperature)
     if kind == OWN:
         _check_own(params)
         if temperature != 1:
@@ -231,15 +233,15 @@ def sample(kind: str, params: Any, key: Key[Array, ""], n: int, temperature: flo
 def standard(kind: str, num_dims: int, num_classes: int | None = None, num_components: int | None = None) -> dict[str, Array]:
     """Parameters of the standard member; with classes one for each, and ``class_logits`` of classes that are equally likely.
 
-    Those of a mixture are of ``num_components`` components, all of which are standard normal.
+    Those of a mixture and of scales are of ``num_components`` components, all of which are standard normal.
 
     Raises:
         ValueError: If the prior is unknown.
     """
     if kind == OWN:
         raise ValueError("a prior of one's own has no standard member: give it to the model, as prior=...")
-    if kind == MIXTURE and num_components is not None:
-        return mixtures.standard(num_dims, num_components)
+    if kind in MIXTURES and num_classes is None and num_components is not None:
+        return MIXTURES[kind].standard(num_dims, num_components)
     zeros = jnp.zeros(num_dims if num_classes is None else (num_classes, num_dims))
     classes = {} if num_classes is None else {"class_logits": jnp.zeros(num_classes)}
     return {"mean": zeros, _family(kind).log_scale: zeros, **classes}
@@ -276,6 +278,6 @@ def of_classes(kind: str, z: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "
 def _family(kind: str) -> _Family:
     if kind not in PRIORS:
         raise ValueError(
-            f"prior must be one of {', '.join(KINDS)}, got {kind!r}; a mixture needs num_components and takes no classes"
+            f"prior must be one of {', '.join(KINDS)}, got {kind!r}; mixtures need num_components and take no classes"
         )
     return PRIORS[kind]

@@ -31,6 +31,7 @@ class TrainingTimes:
         seconds_per_step: Median over the logged windows.
         compile_seconds: Start to end of the first step, of the last process.
         total_seconds: Start to last record.
+        limit_seconds: What the run was allowed by ``config.training.minutes``; None without a limit.
     """
 
     steps: int
@@ -38,10 +39,11 @@ class TrainingTimes:
     seconds_per_step: float | None = None
     compile_seconds: float | None = None
     total_seconds: float | None = None
+    limit_seconds: float | None = None
 
     @classmethod
-    def from_metrics(cls, records: Iterable[Mapping[str, Any]], steps: int) -> "TrainingTimes":
-        """Times of a run from the records of its metrics."""
+    def from_metrics(cls, records: Iterable[Mapping[str, Any]], steps: int, minutes: float = 0.0) -> "TrainingTimes":
+        """Times of a run from the records of its metrics and its time limit, 0 for none."""
         records = list(records)
         windows = [record["seconds_per_step"] for record in records if "seconds_per_step" in record]
         compiles = [record["compile_seconds"] for record in records if "compile_seconds" in record]
@@ -51,6 +53,7 @@ class TrainingTimes:
             seconds_per_step=float(np.median(windows)) if windows else None,
             compile_seconds=compiles[-1] if compiles else None,
             total_seconds=max((record["wall_time_s"] for record in records), default=None),
+            limit_seconds=60 * minutes or None,
         )
 
 

@@ -68,7 +68,7 @@ def write(run: Run) -> Report:
         figures["measurements"] = pictures.reconstructed_measurements(found)
     if run.is_bijective:
         results |= _bijection(run, examples, figures)
-    times, config = TrainingTimes.from_metrics(records, run.step), to_plain(run.config)
+    times, config = TrainingTimes.from_metrics(records, run.step, run.config.training.minutes), to_plain(run.config)
     report = Report(times, environment.describe(), config, notes=run.notes, **results)
     uris = {name: to_svg_or_png(figure) for name, figure in figures.items()}
     html = page.render(report, uris, title=run.folder.resolve().name, references=dict(run.config.references.values))

@@ -33,7 +33,7 @@ class CompiledSteps:
             **{"total_steps": 1, "actnorm_examples": 1, "eval_examples": 1, "max_num_terms": 0},
         )
         # The length of the run comes with the state, and stretches the schedule; the size of noise comes with the batch.
-        warmup = min(config.optimizer.warmup_steps / config.training.total_steps, 1.0)
+        warmup = min(config.optimizer.warmup_steps / config.training.schedule_steps, 1.0)
         optimizer = dataclasses.replace(config.optimizer, warmup_steps=0)
         augmentation = dataclasses.replace(config.augmentation, noise=1.0 if config.augmentation.noise else 0.0)
         given = {"optimizer": optimizer, "augmentation": augmentation, "training": training}

@@ -94,14 +94,9 @@ def check_batch_size(settings: TrainingConfig, data: DataSet) -> None:
 
 
 def _check_alike(config: Config, data: DataSet) -> None:
-    """Raises ``ValueError`` if processes have different settings or data, or a time limit, which needs a single process."""
+    """Raises ``ValueError`` if processes have different settings or data."""
     hosts.agree_on("config", to_plain(config))
     hosts.agree_on("data set", {"name": data.name, "fingerprint": data.fingerprint})
-    if config.training.minutes and parallel.num_processes() > 1:
-        raise ValueError(
-            f"config.training.minutes must be 0 with {parallel.num_processes()} processes, whose clocks differ, got "
-            f"{config.training.minutes}: give config.training.total_steps"
-        )
 
 
 def _begin(workdir: Path, config: Config, data: DataSet) -> tuple[Spec, Objective]:
@@ -180,12 +175,16 @@ class _TrainerOnDisk(Trainer):
         if self._writer is not None:
             self._writer.write(self.step, metrics, split=split)
         if split == "train" and self._progress is not None:
-            self._progress.update(self.step, {self._objective.name: metrics[self._objective.name]})
+            self._progress.update(self.step, self.horizon, {self._objective.name: metrics[self._objective.name]})
 
     @property
     def elapsed_s(self) -> float:
         """Seconds of training so far, over all processes of the run."""
         return super().elapsed_s if self._writer is None else self._writer.elapsed_s
+
+    def agreed(self, horizon: int) -> int:
+        """The estimate of process 0, whose clock counts."""
+        return hosts.from_first(lambda: horizon)
 
     def store(self, loss: float | None) -> None:
         """Writes a checkpoint."""

@@ -122,7 +122,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
     """A progress bar with the newest measurements, the time of a step and the time left, if stderr is a terminal.
 
     Args:
-        total_steps: Updates in the whole run.
+        total_steps: Updates in the whole run, as far as is known.
         initial_step: Updates done by earlier processes; the time left does not count them.
         shown: Whether there is a bar on a terminal.
     """
@@ -136,8 +136,9 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
             total=total_steps, initial=initial_step, unit="step", bar_format=layout, disable=disable, dynamic_ncols=True
         )
 
-    def update(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Moves the bar to ``step`` and shows ``values``, once the results of that step are on the host."""
+    def update(self, step: int, total_steps: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Moves the bar to ``step`` of ``total_steps`` and shows ``values``, once that step's results are on the host."""
+        self._bar.total = total_steps
         self._bar.set_postfix_str(", ".join(f"{name} {float(value):.4g}" for name, value in values.items()), refresh=False)
         self._bar.update(step - self._bar.n)
         self._bar.refresh()

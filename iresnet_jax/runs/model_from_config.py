@@ -101,6 +101,9 @@ def reconstructor_spec(config: Config, data: DataSet) -> ReconstructorSpec:
 
 def build_flow_spec(settings: ModelConfig, event_shape: tuple[int, ...], context_dim: int = 0) -> FlowSpec:
     """The architecture for examples of one shape, with contexts of some length."""
+    if settings.constants:
+        mu, nu = settings.constants
+        return FlowSpec.bilipschitz(event_shape, settings.stages, mu=mu, nu=nu, context_dim=context_dim)
     if settings.budget != "network":
         return FlowSpec(tuple(event_shape), settings.stages, settings.coeff, settings.budget, context_dim)
     coeff = block_coeff(settings.coeff, sum(stage.num_blocks for stage in settings.stages))

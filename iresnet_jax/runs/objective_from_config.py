@@ -64,7 +64,7 @@ def _hybrid(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
     loss = hybrid.make_loss(
         config.hybrid, label_smoothing=config.classifier.label_smoothing, augment=build_augmentation(config.augmentation, data)
     )
-    weight = float(config.hybrid.weight_of_step()(config.training.total_steps))
+    weight = float(config.hybrid.weight_of_step()(config.training.schedule_steps))
     return Objective(
         name="accuracy",
         training_step=_training_step(config, spec, loss),
@@ -133,8 +133,8 @@ def _training_step(config: Config, spec: Spec, loss: Callable[..., Any], num_par
         model = Classifier(spec, {}, {}, {}, bfloat16=training.bfloat16, **how)
     else:
         model = Density(spec, {}, {}, estimator=config.logdet.build(), bfloat16=training.bfloat16, **how)
-    schedule = make_schedule(config.optimizer, training.total_steps)
-    rule = UpdateRule(make_optimizer(config.optimizer), schedule, training.total_steps, training.ema_decay)
+    schedule = make_schedule(config.optimizer, training.schedule_steps)
+    rule = UpdateRule(make_optimizer(config.optimizer), schedule, training.schedule_steps, training.ema_decay)
     constrain = training_constraint(config.constraint, spec)
     return TrainingStep(model, loss, constrain, rule, config.seed, num_parts or training.num_parts)
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key, UInt32
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.maths.platforms import quick_jit
-from iresnet_jax.models import contractions, flow, linen, mixtures, noise, priors
+from iresnet_jax.models import contractions, flow, linen, mixtures, noise, priors, scales
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contexts import initial_network
@@ -70,7 +70,7 @@ def initial_variables(
 ) -> Any:
     """Fresh variables: random weights, norms iterated, ActNorm fitted to training data by all devices together.
 
-    The prior "mixture" is fitted to latents, see `fitted_mixture`.
+    The prior "mixture" is fitted to latents, see `fitted_mixture`, and the prior "scales" to those that ActNorm is fitted to.
 
     Args:
         spec: The model.
@@ -105,9 +105,12 @@ def initial_variables(
     for name, block in fitted.items():
         params[name] = {"blocks": {**params[name]["blocks"], "actnorm": block.actnorm._asdict()}}
     if isinstance(spec, DensitySpec) and spec.num_components is not None:
-        x, context, _ = examples_of(key_data, MIXTURE_EXAMPLES)
-        z = _encode(Density(spec, fitted, {}, **network), x, key_noise, context)
-        params["prior"] = fitted_mixture(np.asarray(z), spec.num_components, seed)
+        if spec.prior_family == priors.SCALES:
+            params["prior"] = scales.fitted(np.asarray(z), spec.num_components)
+        else:
+            x, context, _ = examples_of(key_data, MIXTURE_EXAMPLES)
+            z = _encode(Density(spec, fitted, {}, **network), x, key_noise, context)
+            params["prior"] = fitted_mixture(np.asarray(z), spec.num_components, seed)
     if isinstance(spec, DensitySpec) and spec.num_classes is not None:
         params["prior"] = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
         if fitted_priors:

@@ -20,6 +20,11 @@ from iresnet_jax.training import parallel
 from iresnet_jax.training.step import Objective, TrainingStep, TrainState
 
 VALIDATIONS_IN_TIME = 20  # of a run with a time limit
+DEFAULT_STEPS = 1000  # updates of a run without a limit
+# Updates that the schedule of a run of so many minutes is made for, and is stretched from; many, as a warm-up is some hundred.
+STEPS_IN_TIME = 10_000
+LONGEST = 2**31 - 1  # updates, which a state can count
+SOON = 5  # steps after which such a run first estimates its length
 
 CompiledStep = Callable[[Any, Any], tuple[Any, Any]]  # (state, batch of all devices) -> (state, metrics)
 
@@ -28,7 +33,9 @@ CompiledStep = Callable[[Any, Any], tuple[Any, Any]]  # (state, batch of all dev
 class TrainingConfig:
     """The run."""
 
-    total_steps: Count = 1000  # updates; warm-up and decay of the learning rate are fractions of them
+    # Updates; warm-up and decay of the learning rate are fractions of them. 0 is 1000, or with `minutes` as many as fit into
+    # them, with the schedule of 10,000 updates stretched over these.
+    total_steps: CountOrNone = 0
     minutes: NotNegative = 0.0  # limit of the wall-clock time, compilation included; 0 is no limit
     patience: CountOrNone = 0  # validations without an improvement after which training ends; 0 never ends it early
     batch_size: Count = 128  # examples of a step over all devices
@@ -46,6 +53,16 @@ class TrainingConfig:
     bfloat16: bool = False
     # Precision of matrix products on accelerators; "tensorfloat32" is faster, but too coarse for inverses.
     matmul_precision: Literal["float32", "tensorfloat32", "highest", "high", "default"] = "float32"
+
+    @property
+    def most_steps(self) -> float | int:
+        """Largest number of updates."""
+        return self.total_steps or (math.inf if self.minutes else DEFAULT_STEPS)
+
+    @property
+    def schedule_steps(self) -> int:
+        """Updates that the schedule of the learning rate is made for; a run of another length stretches it."""
+        return self.total_steps or (STEPS_IN_TIME if self.minutes else DEFAULT_STEPS)
 
     def check_splits(self, num_devices: int) -> None:
         """Raises ``ValueError`` unless a batch splits over devices and into parts."""
@@ -75,8 +92,8 @@ class Best(NamedTuple):
 class Trainer:
     """A training run: state, log, clocks; `run` takes the steps.
 
-    A run that keeps its state and its log elsewhere than in memory overrides `restored`, `record`, `store` and `elapsed_s`, and
-    one that is measured otherwise `measure`.
+    A run that keeps its state and its log elsewhere than in memory overrides `restored`, `record`, `store` and `elapsed_s`, one
+    that is measured otherwise `measure`, and one of several processes `agreed`.
 
     Args:
         objective: What is trained.
@@ -111,6 +128,8 @@ class Trainer:
         with _meanwhile(lambda: _compile_ahead(self._compiled_step, objective, settings.batch_size), say):
             self.state, self.step, self._losses = self.restored(objective.initial_state())
             parallel.check_equal_on_all_devices(self.state)
+        # A run that has ended stays ended; one with a time limit ends at the step that time turns out to allow.
+        self._last_step = self.step if self.horizon <= self.step else settings.most_steps
         if int(self.state.num_terms) != objective.num_terms:
             self._use_terms(int(self.state.num_terms))
         self._first_step, self._validated_step = self.step, -1 if self.step == 0 else self.step
@@ -118,6 +137,7 @@ class Trainer:
         self._validated_at = self._window_start = time.monotonic()
         self._validation_seconds = 0.0
         self._first_step_ended: float | None = None  # for the speed of a run with a time limit
+        self._estimate = math.inf  # of the updates that a time limit allows
         self._window: list[Any] = []  # metrics of the steps since the last line of the log
         self._timed_steps = 0
 
@@ -125,8 +145,10 @@ class Trainer:
         """Takes steps until validation ends training, batches run out, or ``after_step`` returns True."""
         while not self._is_over and (batch := next(batches, None)) is not None:
             self.take_step(batch)
+            if self._limit_s and self._is_time_over:
+                self._last_step, self.state = self.step, self.state._replace(horizon=jnp.int32(self.step))
             is_validation_due = self._is_validation_due
-            if self.step % self._settings.log_every_steps == 0 or is_validation_due:
+            if self.step % self._settings.log_every_steps == 0 or is_validation_due or self._is_estimate_due:
                 self._log()
             if is_validation_due:
                 self.validate()
@@ -164,6 +186,10 @@ class Trainer:
         """Seconds of training so far."""
         return time.monotonic() - self._started
 
+    def agreed(self, horizon: int) -> int:
+        """The estimate of the run's length that counts: all processes of a run need the same."""
+        return horizon
+
     # ------------------------------------------------------------------------------------------------ where a run stands
 
     @property
@@ -192,15 +218,26 @@ class Trainer:
     def _is_validation_due(self) -> bool:
         if self._is_last_step or self.step % self._settings.eval_every_steps == 0:
             return True
-        since = time.monotonic() - self._validated_at
-        return bool(self._limit_s) and self._is_compiled and since > self._limit_s / VALIDATIONS_IN_TIME
+        if not self._limit_s or not self._is_compiled:
+            return False
+        if parallel.num_processes() > 1:  # whose clocks differ: they have agreed on the estimate
+            return self.step - max(self._validated_step, self._first_step) > self._estimate / VALIDATIONS_IN_TIME
+        return time.monotonic() - self._validated_at > self._limit_s / VALIDATIONS_IN_TIME
 
     @property
     def _is_last_step(self) -> bool:
-        if self.step >= self._settings.total_steps:
-            return True
-        is_late = self.elapsed_s + self._validation_seconds >= self._limit_s
-        return bool(self._limit_s) and is_late and self.step > self._first_step
+        return self.step >= self._last_step
+
+    @property
+    def _is_time_over(self) -> bool:
+        """Whether the time limit leaves no more than a validation."""
+        if parallel.num_processes() > 1:
+            return self.step >= self._estimate
+        return self.elapsed_s + self._validation_seconds >= self._limit_s
+
+    @property
+    def _is_estimate_due(self) -> bool:
+        return bool(self._limit_s) and self.step == self._first_step + SOON
 
     def _time_left(self) -> str:
         """Predicted time until the last step, or until the limit if that comes first, such as 1:05."""
@@ -238,7 +275,7 @@ class Trainer:
         if self._timed_steps:
             means["seconds_per_step"] = (time.monotonic() - self._window_start) / self._timed_steps
         self.record(means, "train")
-        if self._limit_s:
+        if self._limit_s and not self._is_last_step:
             self._estimate_horizon()
         self._window, self._timed_steps, self._window_start = [], 0, time.monotonic()
 
@@ -249,8 +286,9 @@ class Trainer:
             return
         seconds_per_step = (time.monotonic() - self._first_step_ended) / steps
         left = max(self._limit_s - self.elapsed_s - self._validation_seconds, 0.0) / seconds_per_step
-        horizon = min(self.step + max(int(left), 1), max(self._settings.total_steps, self.step))
-        self.state = self.state._replace(horizon=jnp.int32(horizon))
+        horizon = min(self.step + max(int(left), 1), max(self._settings.most_steps, self.step))
+        self._estimate = self.agreed(int(min(horizon, LONGEST)))
+        self.state = self.state._replace(horizon=jnp.int32(self._estimate))
 
     def _checked_means(self) -> dict[str, float]:
         """Means over the steps since the last line of the log; `BlowUpError` if one of them blew up."""
@@ -263,6 +301,8 @@ class Trainer:
         """Stores the state between two validations, unless the steps since the last line of the log blew up."""
         if self._window:
             self._checked_means()
+        if self.step >= self._estimate:  # it was too low: the run is not over
+            self.state = self.state._replace(horizon=jnp.int32(self.step + 1))
         self._store(None)
 
     def _store(self, loss: float | None) -> None:

@@ -174,10 +174,13 @@ def test_labels_that_are_none_are_named():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"prior_family": "cauchy"}, "prior_family must be one of gaussian, logistic, mixture, own, got 'cauchy'"),
-        ({"prior_family": "mixture"}, "num_components is for the prior mixture, .* got None for the prior mixture"),
+        ({"prior_family": "cauchy"}, "prior_family must be one of gaussian, logistic, mixture, scales, own, got 'cauchy'"),
+        ({"prior_family": "mixture"}, "num_components is for the priors mixture and scales, .* got None for the prior mixture"),
         ({"num_components": 2}, "got 2 for the prior logistic"),
-        ({"prior_family": "mixture", "num_components": 2}, r"prior of vectors .* got 2 components .* shape \(4, 4, 1\)"),
+        (
+            {"prior_family": "mixture", "num_components": 2},
+            r"prior of vectors .* got 2 components .* shape \(4, 4, 1\)",
+        ),
         ({"prior_family": "mixture", "num_components": 0, "flow": PLANE.flow, "transform": Center()}, "at least 1 .* got 0"),
         (
             {"prior_family": "mixture", "num_components": 2, "num_classes": 3, "flow": PLANE.flow, "transform": Center()},

@@ -11,7 +11,7 @@ import pytest
 from scipy import integrate, special, stats
 
 from iresnet_jax.maths.enclosures.ball_arithmetic import Ball
-from iresnet_jax.models import mixtures, priors
+from iresnet_jax.models import mixtures, priors, scales
 
 EXACT = 1e-10  # float64, same maths by another route
 QUADRATURE = 1e-8  # what scipy.integrate.quad promises by default
@@ -147,6 +147,39 @@ def test_a_mixture_without_temperature_gives_its_means():
     assert np.all(np.abs(counts / 2000 - WEIGHTS[order]) < 5 * np.sqrt(0.25 / 2000))
 
 
+SCALES = {
+    "mean": np.array([1.0, -2.0, 0.5]),
+    "log_std": np.array([0.0, 0.5, -1.0]),
+    "log_scales": np.array([-2.5, 0.0, 1.5]),
+    "logits": np.log([0.2, 0.5, 0.3]) + 1,  # up to a constant
+}
+
+
+def test_log_prob_and_fit_of_scales_match_scipy(x64):
+    params = jax.tree.map(jnp.asarray, SCALES)
+    covariances = np.exp(2 * SCALES["log_scales"])[:, None, None] * np.diag(np.exp(2 * SCALES["log_std"]))
+    oracles = [stats.multivariate_normal(SCALES["mean"], covariance) for covariance in covariances]
+
+    def exact(z):
+        return special.logsumexp([oracle.logpdf(z) for oracle in oracles], axis=0, b=np.array([[0.2], [0.5], [0.3]]))
+
+    z = np.asarray(priors.sample("scales", params, jax.random.key(0), 6000))
+    few = np.concatenate([z[:5], np.full((1, 3), 100.0)])
+    np.testing.assert_allclose(priors.log_prob("scales", params, jnp.asarray(few)), exact(few), rtol=EXACT)
+    fitted, held_out = scales.fitted(z[:5000], 8), z[5000:]
+    lost = exact(held_out) - priors.log_prob("scales", fitted, jnp.asarray(held_out))
+    assert abs(np.mean(lost)) < 0.02  # the sampler's density is that of the oracle, and the fit's
+    assert np.all(np.isfinite(scales.fitted(np.ones((2, 3)), 4)["log_scales"]))
+
+
+def test_samples_of_scales_at_a_temperature_are_closer_to_the_mean():
+    params = jax.tree.map(lambda part: jnp.asarray(part, jnp.float32), SCALES)
+    whole, half, none = (priors.sample("scales", params, jax.random.key(0), 9, temperature) for temperature in (1.0, 0.5, 0.0))
+    mean = params["mean"][None]
+    np.testing.assert_allclose(half - mean, 0.5 * (whole - mean), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(none, np.tile(params["mean"], (9, 1)))
+
+
 def test_priors_of_classes_are_stacked_and_equally_likely():
     stacked = priors.standard("gaussian", 3, num_classes=2)
     assert {name: values.shape for name, values in stacked.items()} == {"mean": (2, 3), "log_std": (2, 3), "class_logits": (2,)}
@@ -183,8 +216,13 @@ STANDARD = priors.standard("gaussian", 2)
         (lambda: priors.sample("gaussian", STANDARD, jax.random.key(0), 0), "got 0 and 1.0"),
         (lambda: priors.sample("gaussian", STANDARD, jax.random.key(0), 1, -0.5), "got 1 and -0.5"),
         (lambda: priors.sample("gaussian", STANDARD, jax.random.key(0), 1, float("nan")), "got 1 and nan"),
-        (lambda: priors.standard("cauchy", 3), "prior must be one of gaussian, logistic, mixture, own, got 'cauchy'"),
-        (lambda: priors.standard("mixture", 3, num_classes=2), "a mixture needs num_components"),
+        (lambda: priors.standard("cauchy", 3), "prior must be one of gaussian, logistic, mixture, scales, own, got 'cauchy'"),
+        (lambda: priors.standard("mixture", 3, num_classes=2), "mixtures need num_components"),
+        (lambda: priors.standard("scales", 3, 2, 4), "and take no classes"),
+        (
+            lambda: priors.log_prob("scales", priors.standard("scales", 3, None, 4), jnp.zeros((4, 2))),
+            r"3 dimensions, got z of shape \(4, 2\)",
+        ),
         (lambda: priors.log_prob("mixture", mixture()[0], jnp.zeros((4, 3))), r"4 dimensions, got z of shape \(4, 3\)"),
         (lambda: mixtures.mixture_of([[0.0]], [[[0.0]]], [1.0]), "covariances of a mixture must be positive definite"),
         (lambda: mixtures.mixture_of([[0.0]], [[[1.0]]], [0.0]), "weights of a mixture must be at least 0"),
@@ -197,7 +235,8 @@ def test_caller_mistakes(call, match):
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_classes"), [("gaussian", None), ("logistic", None), ("gaussian", 3), ("logistic", 3), ("mixture", None)]
+    ("kind", "num_classes"),
+    [("gaussian", None), ("logistic", None), ("gaussian", 3), ("logistic", 3), ("mixture", None), ("scales", None)],
 )
 @pytest.mark.parametrize("scale", [1.0, 40.0])
 def test_enclosures_hold_the_numbers_of_50_digits(kind, num_classes, scale):

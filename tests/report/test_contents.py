@@ -115,7 +115,7 @@ def test_training_times_are_those_of_the_log():
     records = [{"step": 0, "split": "timing", "wall_time_s": 3.0, "compile_seconds": 2.5}]
     for step, seconds in enumerate((9.0, 0.1, 0.2), 1):
         records.append({"step": step, "split": "train", "wall_time_s": 3.0 + step, "seconds_per_step": seconds})
-    assert TrainingTimes.from_metrics(records, 2) == TrainingTimes(2, 3, 0.2, 2.5, 6.0)
+    assert TrainingTimes.from_metrics(records, 2, minutes=0.5) == TrainingTimes(2, 3, 0.2, 2.5, 6.0, 30.0)
     assert TrainingTimes.from_metrics([], 0) == TrainingTimes(steps=0, total_steps=0)
 
 

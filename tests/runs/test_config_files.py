@@ -53,8 +53,9 @@ STEPS = [
     ("deblurring", "digits", 43_296),
     ("iresnet_classification", "cifar10_released", 4_873_178),  # 4.91 M in the authors' code
 ]
-# Those whose step is that of another one of the same file, at another size.
+# Those whose step is that of another one, at another size or with another prior.
 VARIANTS = [
+    ("bsds300", None),
     ("iresnet_density", "mnist"),
     *(("residual_flow_density", name) for name in ("cifar10", "downsampled_imagenet/32x32")),
     *(("toy_2d", name) for name in toys.TOYS if name != "moons"),

@@ -125,6 +125,19 @@ def test_a_run_goes_on_with_other_parts(tmp_path_factory):
     assert int(ended.step) == TOTAL_STEPS
 
 
+def test_a_resumed_run_has_the_time_that_is_left(tmp_path, happens_before, monkeypatch):
+    config = runs.config_of(runs.TOY_CONFIG, **{"training.minutes": 60.0})
+    happens_before(4, send(signal.SIGTERM))
+    with pytest.raises(Stopped, match="after step 5 of"):
+        loop.train(config, tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    *before, last = path.read_text().splitlines()
+    path.write_text("\n".join([*before, json.dumps(json.loads(last) | {"wall_time_s": 3600.0}), ""]))
+    assert int(loop.train(config, tmp_path).step) == newest(tmp_path) == 6
+    monkeypatch.setattr(loop, "device_batches", lambda *_, **options: iter(()))
+    assert int(loop.train(config, tmp_path).horizon) == 6  # it has ended
+
+
 # --- told to stop ---------------------------------------------------------------------------------------------------
 
 

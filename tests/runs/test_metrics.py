@@ -134,8 +134,8 @@ class Terminal(io.StringIO):
 def test_progress_shows_values_step_time_and_time_left_on_a_terminal(monkeypatch, terminal, shown):
     monkeypatch.setattr(sys, "stderr", terminal)
     with Progress(100, initial_step=40, shown=shown) as progress:
-        progress.update(50, {"bits/dim": 3.4567})
-        progress.update(100, {"bits/dim": 3.25})
+        progress.update(50, 100, {"bits/dim": 3.4567})
+        progress.update(100, 100, {"bits/dim": 3.25})
     if shown and terminal.isatty():
         for part in ("50/100", "bits/dim 3.457", "bits/dim 3.25", "step/s", "100%", "<00:00"):
             assert part in terminal.getvalue()

@@ -55,7 +55,7 @@ def run(monkeypatch):
 
     def train(held_out=None, after_step=lambda: False, say=lambda line: None, batch=3.0, **settings):
         settings = TrainingConfig(**{"total_steps": 12, "eval_every_steps": 3, "log_every_steps": 2, **settings})
-        made = Trainer(objective_of(settings.total_steps, held_out), settings, say=say)
+        made = Trainer(objective_of(settings.schedule_steps, held_out), settings, say=say)
         made.run(itertools.repeat(parallel.shard(np.full(8, batch, np.float32))), after_step)
         return made
 
@@ -102,12 +102,20 @@ def test_a_time_limit_ends_training_at_a_learning_rate_of_nearly_zero(run, monke
     """By a clock of a tenth of a second a reading."""
     clock = itertools.count(0, 0.1)
     monkeypatch.setattr(trainer.time, "monotonic", lambda: next(clock))
-    made = run(minutes=5.0, total_steps=100_000, eval_every_steps=100_000)
+    made = run(minutes=5.0, total_steps=0, eval_every_steps=100_000)
     assert 250 < made.elapsed_s < 320
-    assert made.step < 1000
+    assert made.step == int(made.state.horizon) < 1000
     rates = [record["learning_rate"] for record in made.records if record["split"] == "train"]
     assert rates[-1] < 0.05 * max(rates)
     assert 15 <= len(steps(made, "validation")) <= 25
+
+
+def test_several_processes_validate_and_end_by_the_estimate_that_they_agree_on(run, monkeypatch):
+    monkeypatch.setattr(parallel, "num_processes", lambda: 2)
+    monkeypatch.setattr(Trainer, "agreed", lambda self, horizon: 40)
+    made = run(minutes=60.0, total_steps=0, eval_every_steps=100_000)
+    assert made.step == int(made.state.horizon) == 40
+    assert steps(made, "validation") == [*range(3, 40, 3), 40]
 
 
 def test_what_is_not_finite_ends_training(run):
