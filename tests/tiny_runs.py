@@ -71,6 +71,8 @@ def get_config():
     config = default_config()
     config.objective = "hybrid"
     config.model.stages = ({"num_blocks": 2, "hidden": (4,), "kernel_sizes": (3, 3), "squeeze": 2},)
+    config.model.dequantization = "variational"
+    config.model.noise.update({"num_blocks": 1, "hidden": (3,), "network": (4, 2), "window": 3})
     config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 2})
     config.hybrid.update({"weight": 2.0, "initial_weight": 4.0, "ramp_steps": 4})
     config.training.update({"total_steps": 8, "eval_every_steps": 4, "log_every_steps": 2, "batch_size": 32,

@@ -40,7 +40,7 @@ def norms_by(name, params, both_vectors):
     config = runs.config_of(source, **own)
     spec = model_spec(config, load(config.data.name)).flow
     norms = jax.jit(lambda params, vectors: contractions.constrain(spec, params, vectors, num_steps=1).norms)
-    return [norms({stage.name: params[stage.name] for stage in spec.layout}, vectors) for vectors in both_vectors]
+    return [norms({stage.name: params[stage.name] for stage in spec.all_stages}, vectors) for vectors in both_vectors]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -199,7 +199,7 @@ def test_the_loss_is_cross_entropy_plus_weighted_bits():
 
     def terms(params):
         weights = constrain(template.spec.flow, params, start.spectral, num_steps=config.constraint.num_steps).weights
-        model = template.with_(weights=weights, prior=params["prior"])
+        model = template.with_(weights=weights, **{name: params[name] for name in ("prior", "noise_network")})
         bits = model.spec.in_units(model.terms(images, keys[:, 0], keys[:, 1]).log_prob)
         log_p = model.class_log_probs(cropped, keys[:, 3])
         entropy = cross_entropy(log_p, jnp.asarray(labels), label_smoothing=0.1)
