@@ -23,6 +23,7 @@ FOLDERS = (
     "certification",
     "training",
     "adapters",
+    "conversion",
     "data",
     "runs",
     "evaluation",

@@ -1,4 +1,4 @@
-"""Everything after training: ``python -m iresnet_jax COMMAND --workdir DIR``; and, before it, ``plan`` and ``profile``."""
+"""Everything after training: ``python -m iresnet_jax COMMAND --workdir DIR``; before it ``plan``, ``profile``; ``convert``."""
 
 import argparse
 import sys
@@ -29,6 +29,13 @@ def numbers(text: str) -> tuple[float, ...]:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "FILE": {"help": "state_dict of the network, as npz or safetensors"},
+    "architecture": {
+        "required": True,
+        "metavar": "COMMAND",
+        "help": "the command that trained the network, in quotes: its script and options",
+    },
+    "scale": {"action": "store_true", "default": False, "help": "scale kernels by their certified norms into the budget"},
     "workdir": {"required": True, "metavar": "DIR", "help": "folder of the training run, or of a model"},
     "data": {"metavar": "NAME", "help": "data instead of those of training, such as npy:FILE"},
     "num": {"type": count, "help": "how many examples, images of each side or samples (%(default)s)"},
@@ -49,7 +56,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "NUMBERS",
         "help": "norms of perturbations of pixels in [0, 1], increasing (%(default)s)",
     },
-    "output": {"metavar": "PATH", "help": "where to write (model.npz in the workdir, or a new folder for a trace)"},
+    "importance": {
+        "type": count,
+        "metavar": "K",
+        "help": "also the importance-weighted bound of discrete data, with K draws of noise an example",
+    },
+    "output": {
+        "metavar": "PATH",
+        "help": "where to write (model.npz, in the workdir if there is one; for a trace a new folder)",
+    },
     "topology": {"required": True, "help": "v5e:4x8 and other TPU topologies; cuda:8 for eight GPUs"},
     "largest-batch": {
         "action": "store_true",
@@ -64,7 +79,7 @@ class Command(NamedTuple):
 
     Attributes:
         help: What it gives, and when its exit status is 1.
-        options: Names in `OPTIONS`, some with a default.
+        options: Names in `OPTIONS`, some with a default; in capitals the names of arguments without dashes.
         shares_examples: Whether all devices share its examples.
         takes_config: Whether it takes the options of `train.py` instead of a trained model.
     """
@@ -78,7 +93,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "evaluate": Command(
         "Test likelihood, test error of a model with classes, divergence from a known posterior, or error of reconstructions.",
-        "workdir data",
+        "workdir data importance",
         shares_examples=True,
     ),
     "sample": Command(
@@ -112,7 +127,11 @@ COMMANDS = {
         "workdir data num=500 samples",
         shares_examples=True,
     ),
-    "report": Command("All results, to report.json and report.html.", "workdir data", shares_examples=True),
+    "report": Command("All results, to report.json and report.html.", "workdir data importance", shares_examples=True),
+    "convert": Command(
+        "A network of the authors' PyTorch codes as a model; exit status 1 if a block is not certified a contraction.",
+        "FILE architecture scale output=model.npz",
+    ),
     "plan": Command(
         "Whether the training step of a config fits a machine that is not here; exit status 1 if it does not.",
         "topology largest-batch",
@@ -136,7 +155,7 @@ def make_parser() -> Parser:
         for option in command.options.split():
             flag, _, default = option.partition("=")
             settings = OPTIONS[flag] | (dict[str, Any](default=default) if default else {})
-            options.add_argument(f"--{flag}", **settings)
+            options.add_argument(flag if flag.isupper() else f"--{flag}", **settings)
         options.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser
 
@@ -156,6 +175,8 @@ def run(argv: Sequence[str]) -> int:
     execute = getattr(commands, arguments.command)
     if command.takes_config:
         return 0 if execute(arguments, rest) else 1
+    if "workdir" not in arguments:
+        return 0 if execute(arguments) else 1
     if command.shares_examples:
         machine.use_all_cores(trained_run.read_config(arguments.workdir))
     trained, data = trained_run.load(arguments.workdir), getattr(arguments, "data", None)

@@ -4,20 +4,26 @@ Each says what it found, and returns whether what was asked for holds: if not, t
 """
 
 import argparse
+import dataclasses
 import functools
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
+from iresnet_jax import conversion
+from iresnet_jax.data.arrays import FITTED_ARRAY
 from iresnet_jax.evaluation import accuracy, calibration, inverse_problem, inversion, likelihood, posterior, samples
 from iresnet_jax.evaluation.guarantee import affordable
 from iresnet_jax.evaluation.ood import compare
 from iresnet_jax.evaluation.robustness import evaluate as verified_accuracy
 from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.reconstructor import Reconstructor
@@ -25,6 +31,7 @@ from iresnet_jax.report.pictures import reconstructions, write_png, write_sample
 from iresnet_jax.report.run_report import write
 from iresnet_jax.runs import machine
 from iresnet_jax.runs.command_line import parse_train_flags
+from iresnet_jax.runs.config import Config, DataConfig
 from iresnet_jax.runs.planning import plan as plans
 from iresnet_jax.runs.planning import profile as profiles
 from iresnet_jax.runs.planning import topologies
@@ -33,9 +40,9 @@ from iresnet_jax.runs.trained_run import Run, save
 CERTIFY_S = 5.0  # roughly, for guaranteed errors of inverses where no number of examples is asked for
 
 
-def evaluate(run: Run, _: argparse.Namespace) -> bool:
+def evaluate(run: Run, arguments: argparse.Namespace) -> bool:
     """Measures a model on the test examples."""
-    run = run.with_data_checked()
+    run = _with_importance(run, arguments).with_data_checked()
     model, settings, seed, examples = run.model, run.config.evaluation, run.config.seed, run.test_examples()
     lines = []
     if isinstance(model, Density):
@@ -117,8 +124,9 @@ def _num_certified(arguments: argparse.Namespace, flow: FlowSpec) -> int | None:
 def certify(run: Run, _: argparse.Namespace) -> bool:
     """Bounds the Lipschitz constant of every layer and block."""
     certificate = run.model.certificate()
-    _say(*run.notes, certificate)
-    return certificate.certified
+    of_noise = run.model.noise_certificate() if isinstance(run.model, Density) else None
+    _say(*run.notes, certificate, *([f"flow of noise:\n{of_noise}"] if of_noise else ()))
+    return certificate.certified and (of_noise is None or of_noise.certified)
 
 
 def freeze(run: Run, arguments: argparse.Namespace) -> bool:
@@ -159,10 +167,46 @@ def calibrate(run: Run, arguments: argparse.Namespace) -> bool:
     return found.is_calibrated
 
 
-def report(run: Run, _: argparse.Namespace) -> bool:
+def report(run: Run, arguments: argparse.Namespace) -> bool:
     """Writes all results."""
-    _say(write(run), f"report: {run.folder / 'report.html'}")
+    _say(write(_with_importance(run, arguments)), f"report: {run.folder / 'report.html'}")
     return True
+
+
+def _with_importance(run: Run, arguments: argparse.Namespace) -> Run:
+    """The run, whose evaluation has the importance-weighted bound if it is asked for."""
+    if arguments.importance is None:
+        return run
+    if not isinstance(run.model, Density) or not run.model.spec.is_discrete:
+        raise ValueError("--importance is for densities of integer levels or of data on a grid: leave it out")
+    evaluation = dataclasses.replace(run.config.evaluation, num_importance_draws=arguments.importance)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, evaluation=evaluation))
+
+
+def convert(arguments: argparse.Namespace) -> bool:
+    """Writes a network of the authors' PyTorch codes as a model, which the other commands take with ``--data``."""
+    model = conversion.convert(arguments.FILE, arguments.architecture)
+    certificate = model.certificate()
+    excess = _excess(certificate)
+    if arguments.scale:
+        model = model.freeze()
+        certificate, excess = model.certificate(), f"{excess}; now they are within it"
+    objective = "density" if isinstance(model, Density) else "classification"
+    run = Run(Path(arguments.output).parent, model, Config(objective=objective, data=DataConfig(FITTED_ARRAY)), "", 0)
+    path = save(run, arguments.output)
+    _say(excess, certificate.verdict, f"written: {path} ({path.stat().st_size / 1e6:.2g} MB)")
+    return certificate.certified
+
+
+def _excess(certificate: Certificate) -> str:
+    """By how much certified norms of layers are above the coefficient."""
+    layers = [(f"{block.name}/{layer.name}", layer.bound) for block in certificate.blocks for layer in block.layers]
+    coeff = certificate.coeff or math.nan
+    num_above, (name, largest) = sum(bound > coeff for _, bound in layers), max(layers, key=lambda layer: layer[1])
+    return (
+        f"{num_above} of {len(layers)} layers have a certified norm above the coefficient {coeff:g}; the largest is "
+        f"{largest:.5f} ({100 * (largest / coeff - 1):+.2g} %), of {name}"
+    )
 
 
 def plan(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:

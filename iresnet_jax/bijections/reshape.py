@@ -1,4 +1,4 @@
-r"""Maps that only move entries around: squeeze, channel split, channel padding, flatten.
+r"""Maps that only move entries around: squeeze, order of channels, channel split, channel padding, flatten.
 
 All but the padding are permutations of the entries, so their log-determinants are 0. Padding is injective: it has no density,
 and its inverse exists on its image only; `padding_residual` says how far from that an array is. Channels are on the last axis.
@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from iresnet_jax.bijections.bijection import Bijection, isometric_bijection
@@ -55,6 +56,12 @@ def unsqueeze(y: Shaped[Array, "b h w c"], factor: int = 2) -> Shaped[Array, "b 
 def squeeze_bijection(factor: int) -> Bijection:
     """`squeeze` as a bijection."""
     return isometric_bijection(lambda x: squeeze(x, factor), lambda y: unsqueeze(y, factor))
+
+
+def order_bijection(order: Sequence[int]) -> Bijection:
+    """Channels in another order: channel ``i`` of the result is channel ``order[i]`` of the input."""
+    there, back = np.array(order), np.argsort(order)
+    return isometric_bijection(lambda x: x[..., there], lambda y: y[..., back])
 
 
 def split_channels(x: Shaped[Array, "... c"]) -> tuple[Shaped[Array, "... c//2"], Shaped[Array, "... c//2"]]:

@@ -39,7 +39,7 @@ class Run:
         folder: Folder of the run, or of the model.
         model: The model, with frozen weights.
         config: Settings that it was trained with.
-        fingerprint: Fingerprint of the data that it was trained on.
+        fingerprint: Fingerprint of the data that it was trained on; empty for a converted model.
         step: Number of updates that led to the parameters.
         notes: Sentences that a reader of any result must know, such as which checkpoint had to be used instead.
     """
@@ -111,6 +111,8 @@ class Run:
                 self.model.check_ranges(found.examples["test"])
             except ValueError as error:
                 raise ValueError(f"test examples of {found.name} are none that the model can give: {error}") from None
+        if not self.fingerprint:
+            return replace(self, notes=(*self.notes, f"The model says nothing of its training data; these are {found.name}."))
         note = (
             f"These are other data than the model was trained on: {found.name} has the fingerprint "
             f"{found.fingerprint[:12]} now and had {self.fingerprint[:12]} then."

@@ -78,7 +78,8 @@ def multiscale_case():
 
 def model_case():
     """A flow of convolutions, then of a dense branch, with weights away from its start."""
-    first = StageSpec(1, hidden=(3,), kernel_sizes=(3, 1), squeeze=2, factor_out=True, padding="CIRCULAR")
+    layout = {"squeeze": 2, "channel_order": (5, 1, 7, 0, 2, 4, 6, 3), "factor_out": True}
+    first = StageSpec(1, hidden=(3,), kernel_sizes=(3, 1), padding="CIRCULAR", **layout)
     spec = FlowSpec((4, 2, 2), (first, StageSpec(1, hidden=(6,), preactivation=True)))
     rng = np.random.default_rng(0)
 

@@ -89,7 +89,10 @@ def test_it_is_the_network_of_the_paper(x64):
             u, v = pairs[i]
             sharpness = np.log1p(np.exp(np.float64(weights[spec.layers[i + 1].name]["beta"])))
             b = np.concatenate([u * b, v * z / (1 + np.exp(-sharpness * z)) / 1.1], axis=1)
-    np.testing.assert_allclose(spec.apply(jax.tree.map(jnp.float64, weights), jnp.asarray(x)), z, rtol=1e-12)
+    negative = spec.negated(weights)
+    for sign, own in ((1, weights), (-1, negative)):
+        np.testing.assert_allclose(spec.apply(jax.tree.map(jnp.float64, own), jnp.asarray(x)), sign * z, rtol=1e-12)
+    assert constant(spec, negative) == constant(spec, weights)
 
 
 def test_other_shares_have_another_constant():

@@ -253,6 +253,8 @@ def test_a_bias_by_pixel_is_a_bias_of_every_pixel_and_leaves_the_jacobian_alone(
         (lambda: FlowSpec((2,), ()), "at least one stage"),
         (lambda: FlowSpec((3,), (StageSpec(1, (4,), factor_out=True),)), "stage 0 factors out half .* has 3"),
         (lambda: FlowSpec((5, 4, 1), (StageSpec(1, (4,), (3, 3), squeeze=2),)), "stage 0 cannot squeeze"),
+        (lambda: FlowSpec((3,), (StageSpec(1, (4,), channel_order=(1, 0)),)), "has 3 channels, and its channel_order 2"),
+        (lambda: StageSpec(1, (4,), channel_order=(1, 1)), "must name every channel from 0 once"),
         (lambda: StageSpec(0, (4,)), "num_blocks must be at least 1, got 0"),
         (lambda: StageSpec(1, (4,), squeeze=0), "squeeze must be a positive factor"),
         (lambda: FeedforwardSpec((4, 4, 1), (4,)), "a dense branch takes vectors, got examples of shape"),

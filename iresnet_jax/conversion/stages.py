@@ -1,0 +1,209 @@
+"""Stages of a flow from the layers of another code, one layer after the other in the order in which that code applies them.
+
+Codes differ in the order of channels after a squeeze, in the half that leaves as latents and in where an ActNorm stands. The
+flow here is the same function: by `StageSpec.channel_order`, by the order of the rows and columns of kernels, and by moving an
+ActNorm past what only moves entries, to the next branch. Where no branch follows, a block has a branch of zeros.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from iresnet_jax.models.architecture import StageSpec
+
+MAXMIN = "maxmin"
+
+
+class Layer(NamedTuple):
+    """A linear layer in PyTorch's layout, as it is applied, and the activation in front of it.
+
+    Attributes:
+        kernel: ``(cout, cin, k, k)`` of a convolution, ``(cout, cin)`` of a dense layer.
+        bias: One number an output channel.
+        beta: Sharpness of the activation in front of the layer, where it has one.
+    """
+
+    kernel: Float[np.ndarray, "..."]
+    bias: Float[np.ndarray, " cout"]
+    beta: float | None = None
+
+
+def applied_kernel(
+    kernel: Float[np.ndarray, "cout cin *k"],
+    u: Float[np.ndarray, "cout s s"],
+    v: Float[np.ndarray, "cin s s"],
+    *,
+    coeff: float,
+    margin: float = 0.0,
+) -> Float[np.ndarray, "cout cin *k"]:
+    """The kernel that the other codes apply: ``W / (max(1, <u, W v> / coeff) + margin)``.
+
+    Args:
+        kernel: The kernel that is trained.
+        u: Left singular vector, by power iteration.
+        v: Right singular vector.
+        coeff: Largest norm.
+        margin: What the code adds to the divisor.
+    """
+    taps = kernel.reshape(*kernel.shape[:2], *(kernel.shape[2:] or (1, 1)))
+    (high, wide), side = taps.shape[2:], v.shape[1]
+    padded = np.pad(v, ((0, 0), (high // 2, high // 2), (wide // 2, wide // 2)))
+    image = sum(np.tensordot(taps[:, :, i, j], padded[:, i : i + side, j : j + side], 1) for i, j in np.ndindex(high, wide))
+    return kernel / (max(1.0, float(np.vdot(u, image)) / coeff) + margin)
+
+
+class Stages:
+    """Collects the stages and parameters of a flow.
+
+    Args:
+        shape: Shape of one example, ``(h, w, c)`` or ``(d,)``.
+        actnorm: Whether the other code has ActNorm at all.
+    """
+
+    def __init__(self, shape: tuple[int, ...], *, actnorm: bool):
+        self._shape, self._has_actnorm = tuple(shape), actnorm
+        self._specs: list[dict[str, Any]] = []
+        self._blocks: list[list[dict[str, dict[str, np.ndarray]]]] = []
+        self._latents: list[np.ndarray] = []
+        self._theirs = np.arange(shape[-1])  # which of their channels each of ours is
+        self._actnorm: tuple[np.ndarray, np.ndarray] | None = None  # one that no branch follows yet, in our order
+        self._squeeze, self._order = 1, None  # of the next stage
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of an image, or entries of a vector, where the collection stands."""
+        return self._shape[-1]
+
+    @property
+    def num_entries(self) -> int:
+        """Entries of an example where the collection stands."""
+        return math.prod(self._shape)
+
+    def squeeze(self, *, channel_major: bool) -> None:
+        """A squeeze by 2, whose channels list the pixels of a patch, or with ``channel_major`` each channel's pixels."""
+        if self._squeeze > 1 or self._order is not None:
+            self._append_zero_branch()
+        space, channels = self._shape[:-1], self.num_channels
+        if any(side % 2 for side in space):
+            raise ValueError(f"images of {space} pixels cannot be squeezed by 2: check the size in the command")
+        self._shape, self._squeeze = (*(side // 2 for side in space), 4 * channels), 2
+        self._theirs = np.arange(4 * channels)
+        self._move_actnorm(np.tile(np.arange(channels), 4))
+        if channel_major:
+            self.order(self._theirs.reshape(4, channels).T.ravel())
+            self._theirs = np.arange(4 * channels)
+
+    def order(self, order: Int[np.ndarray, " c"]) -> None:
+        """Puts our channels in another order, ``i`` where ``order[i]`` was; theirs stay as they are."""
+        self._order = order if self._order is None else self._order[order]
+        self._theirs = self._theirs[order]
+        self._move_actnorm(order)
+
+    def actnorm(self, bias: Float[np.ndarray, " c"], log_scale: Float[np.ndarray, " c"]) -> None:
+        """An ActNorm ``(x + bias) exp(log_scale)``."""
+        self._actnorm = bias[self._theirs], log_scale[self._theirs]
+
+    def block(self, layers: Sequence[Layer], activation: str, *, preactivation: bool) -> None:
+        """A residual block ``x + g(x)`` with an activation between layers and, with ``preactivation``, in front."""
+        is_dense = layers[0].kernel.ndim == 2
+        if is_dense and len(self._shape) > 1:
+            self._flatten()
+        weights, entries = {}, self._theirs
+        for i, layer in enumerate(layers):
+            if activation == MAXMIN and (preactivation or i > 0):  # theirs gives all maxima, then all minima
+                if len(entries) % 2:
+                    raise ValueError(f"pairs of channels cannot be sorted, as there are {len(entries)}: check the widths")
+                pairs = entries[::2] // 2
+                entries = np.stack([pairs, len(pairs) + pairs], axis=1).ravel()
+            out = self._theirs if i == len(layers) - 1 else np.arange(len(layer.bias))
+            kernel = layer.kernel[out][:, entries]
+            kernel = kernel.T if is_dense else kernel.transpose(2, 3, 1, 0)
+            beta = {} if layer.beta is None else {"beta": np.asarray(layer.beta)}
+            weights[f"{'dense' if is_dense else 'conv'}{i}"] = {"kernel": kernel, "bias": layer.bias[out], **beta}
+            entries = out
+        spec = {
+            "hidden": tuple(len(layer.bias) for layer in layers[:-1]),
+            "kernel_sizes": None if is_dense else tuple(layer.kernel.shape[2] for layer in layers),
+            "activation": activation,
+            "preactivation": preactivation,
+        }
+        self._append(spec, weights)
+
+    def factor_out(self) -> None:
+        """The second half of our channels leaves as latents."""
+        half, is_odd = divmod(self.num_channels, 2)
+        if is_odd:
+            raise ValueError(f"one half of {self.num_channels} channels cannot leave as latents: squeeze the images first")
+        if not self._specs or self._is_pending:
+            self._append_zero_branch()
+        self._specs[-1]["factor_out"] = True
+        space = self._shape[:-1]
+        self._leave((*space, half), self._theirs[half:] - self._theirs[half:].min())
+        self._shape, self._theirs = (*space, half), self._theirs[:half] - self._theirs[:half].min()
+
+    def finish(self) -> tuple[tuple[StageSpec, ...], dict[str, Any], Int[np.ndarray, " d"]]:
+        """The stages, their parameters, and for each of our latents its place among theirs."""
+        if not self._specs or self._is_pending:
+            self._append_zero_branch()
+        self._leave(self._shape, self._theirs)
+        stages, params = [], {}
+        for i, (spec, blocks) in enumerate(zip(self._specs, self._blocks, strict=True)):
+            stages.append(StageSpec(num_blocks=len(blocks), actnorm=self._has_actnorm, **spec))
+            stacked = {
+                name: {key: jnp.asarray(np.stack([block[name][key] for block in blocks]), float) for key in layer}
+                for name, layer in blocks[0].items()
+            }
+            params[f"stage{i}"] = {"blocks": stacked}
+        return tuple(stages), params, np.concatenate(self._latents)
+
+    @property
+    def _is_pending(self) -> bool:
+        return self._squeeze > 1 or self._order is not None or self._actnorm is not None
+
+    def _flatten(self) -> None:
+        *space, channels = self._shape
+        self._move_actnorm(np.tile(np.arange(channels), math.prod(space)))
+        self._theirs = _flat(self._shape, self._theirs)
+        self._shape = (math.prod(self._shape),)
+
+    def _move_actnorm(self, index: Int[np.ndarray, " c"]) -> None:
+        """Takes the ActNorm that is left over past a map of entries, of which ``i`` was in channel ``index[i]``."""
+        if self._actnorm is not None:
+            bias, log_scale = self._actnorm
+            self._actnorm = bias[index], log_scale[index]
+
+    def _append_zero_branch(self) -> None:
+        """A block that is its ActNorm alone."""
+        channels = self.num_channels
+        taps, name = ((1, 1), "conv") if len(self._shape) == 3 else ((), "dense")
+        weights = {
+            f"{name}{i}": {"kernel": np.zeros((*taps, there, back)), "bias": np.zeros(back)}
+            for i, (there, back) in enumerate([(channels, 1), (1, channels)])
+        }
+        sizes = (1, 1) if taps else None
+        self._append({"hidden": (1,), "kernel_sizes": sizes, "activation": "identity", "preactivation": False}, weights)
+
+    def _append(self, spec: dict[str, Any], weights: dict[str, dict[str, np.ndarray]]) -> None:
+        bias, log_scale = self._actnorm or (np.zeros(self.num_channels),) * 2
+        block = {**weights, "actnorm": {"bias": bias, "log_scale": log_scale}}
+        is_new = self._squeeze > 1 or self._order is not None or not self._specs
+        if is_new or any(self._specs[-1][key] != value for key, value in spec.items()) or self._specs[-1]["factor_out"]:
+            order = None if self._order is None else tuple(self._order.tolist())
+            self._specs.append({**spec, "squeeze": self._squeeze, "channel_order": order, "factor_out": False})
+            self._blocks.append([])
+        self._blocks[-1].append(block)
+        self._squeeze, self._order, self._actnorm = 1, None, None
+
+    def _leave(self, shape: tuple[int, ...], theirs: Int[np.ndarray, " c"]) -> None:
+        self._latents.append(sum(map(len, self._latents)) + _flat(shape, theirs))
+
+
+def _flat(shape: tuple[int, ...], theirs: Int[np.ndarray, " c"]) -> Int[np.ndarray, " d"]:
+    """For each entry of our flattened array its place in theirs, which has channels first."""
+    *space, channels = shape
+    places = np.arange(math.prod(shape)).reshape(channels, *space)[theirs]
+    return np.moveaxis(places, 0, -1).ravel()

@@ -1,0 +1,456 @@
+"""Networks of the authors' codes: both are written again here, in NumPy, with channels first and the names of their arrays."""
+
+import functools
+import itertools
+import pickle
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import iresnet_jax as ir
+from iresnet_jax import conversion
+from iresnet_jax.__main__ import main
+from iresnet_jax.bijections.chain import chain
+from iresnet_jax.conversion import convert
+from iresnet_jax.models.contractions import unconstrained
+from iresnet_jax.runs import trained_run
+
+ROUNDING = 1e-12  # the same sums in another order, in float64
+
+
+class Dual(NamedTuple):
+    """Values ``(b, c, h, w)`` or ``(b, d)``, and their derivatives by each of the ``d`` entries of an example, in front."""
+
+    value: np.ndarray
+    tangents: np.ndarray
+
+    @classmethod
+    def start(cls, x):
+        unit = np.eye(x[0].size).reshape(-1, 1, *x.shape[1:])
+        return cls(x, np.broadcast_to(unit, (len(unit), *x.shape)))
+
+    def moved(self, move):
+        """A map of the axes of an example that only moves entries."""
+        return Dual(move(self.value), move(self.tangents))
+
+    def linear(self, weight, bias):
+        return Dual(apply(weight, self.value) + bias.reshape(-1, *(1,) * (self.value.ndim - 2)), apply(weight, self.tangents))
+
+    def elementwise(self, value, slope):
+        return Dual(value, slope * self.tangents)
+
+    def __add__(self, other):
+        return Dual(self.value + other.value, self.tangents + other.tangents)
+
+    @property
+    def flat(self):
+        return self.moved(lambda a: a.reshape(*a.shape[: -(self.value.ndim - 1)], -1))
+
+    @property
+    def logdet(self):
+        return np.linalg.slogdet(np.moveaxis(self.tangents, 0, 1))[1]
+
+
+def apply(weight, x):
+    """A dense layer, or a convolution padded with zeros, of the last axes."""
+    if weight.ndim == 2:
+        return x @ weight.T
+    pad = weight.shape[-1] // 2
+    height, width = x.shape[-2:]
+    padded = np.pad(x, (*((0, 0),) * (x.ndim - 2), (pad, pad), (pad, pad)))
+    windows = (padded[..., i : i + height, j : j + width] for i, j in np.ndindex(weight.shape[2:]))
+    taps = (weight[:, :, i, j] for i, j in np.ndindex(weight.shape[2:]))
+    return sum(np.einsum("oc,...chw->...ohw", tap, window) for tap, window in zip(taps, windows, strict=True))
+
+
+def activate(name, z, beta=None):
+    x = z.value
+    if name == "sorting":  # all maxima of pairs of channels, then all minima
+        first, second = z.moved(lambda a: a[..., ::2, :, :]), z.moved(lambda a: a[..., 1::2, :, :])
+        larger = first.value > second.value
+        parts = [[np.where(mask, a, b) for mask in (larger, ~larger)] for a, b in zip(first, second, strict=True)]
+        return Dual(*(np.concatenate(part, axis=-3) for part in parts))
+    if name == "swish":
+        b = np.log1p(np.exp(beta))
+        s = 1 / (1 + np.exp(-b * x))
+        return z.elementwise(x * s / 1.1, (s + b * x * s * (1 - s)) / 1.1)
+    if name == "elu":
+        return z.elementwise(np.where(x > 0, x, np.expm1(x)), np.exp(np.minimum(x, 0)))
+    return z.elementwise(np.tanh(x), 1 - np.tanh(x) ** 2)
+
+
+def space_to_depth(a, *, channel_major):
+    *lead, c, h, w = a.shape
+    n = len(lead)
+    patches = a.reshape(*lead, c, h // 2, 2, w // 2, 2)
+    order = (n, n + 2, n + 4) if channel_major else (n + 2, n + 4, n)
+    return patches.transpose(*range(n), *order, n + 1, n + 3).reshape(*lead, 4 * c, h // 2, w // 2)
+
+
+class Drawn(dict):
+    """The arrays of a network, each drawn when it is asked for."""
+
+    rng = property(lambda self: self.__dict__.setdefault("_rng", np.random.default_rng(0)))
+
+    def __call__(self, name, *shape, scale=0.3, shift=0.0):
+        if name not in self:
+            self[name] = np.asarray(shift + scale * self.rng.normal(size=shape))
+        return self[name]
+
+    def kernel(self, layer, shape, side, coeff, names, margin=0.0):
+        """The kernel that is applied: divided by a norm that power iteration has not quite found."""
+        (weight_name, u_name, v_name), cin = names, shape[1]
+        weight = self(f"{layer}.{weight_name}", *shape)
+        inside = (cin,) if weight.ndim == 2 else (cin, *((side, side) if shape[-1] > 1 else (1, 1)))
+        if f"{layer}.{v_name}" not in self:
+            unit = np.eye(np.prod(inside)).reshape(-1, *inside)
+            matrix = apply(weight, unit).reshape(len(unit), -1)
+            v = self.rng.normal(size=len(unit))
+            for _ in range(20):
+                v = matrix @ (v @ matrix)
+                v /= np.linalg.norm(v)
+            v += 0.1 * self.rng.normal(size=len(v)) / np.sqrt(len(v))
+            v /= np.linalg.norm(v)
+            u = v @ matrix
+            self[f"{layer}.{u_name}"], self[f"{layer}.{v_name}"] = u / np.linalg.norm(u), v
+        u, v = self[f"{layer}.{u_name}"], self[f"{layer}.{v_name}"]
+        sigma = u @ apply(weight, v.reshape(1, *inside)).ravel()
+        return weight / (max(1.0, sigma / coeff) + margin)
+
+
+class Network(NamedTuple):
+    """What a network of theirs gives for some data.
+
+    Attributes:
+        command: The command that trained it.
+        arrays: Its arrays.
+        x: Data as the network takes them, channels first.
+        latents: Latents, or features of a classifier.
+        logdet: Of the whole network, from data to latents; None of a classifier.
+        head: Log-density of the prior, or logits.
+    """
+
+    command: str
+    arrays: dict
+    x: np.ndarray
+    latents: np.ndarray
+    logdet: np.ndarray | None
+    head: np.ndarray
+
+
+def i_resnet(*, blocks, strides, widths, side, coeff, act, multi_scale=False, pad=0, num_classes=None):
+    arrays = Drawn()
+    x = np.random.default_rng(1).uniform(-0.5, 0.5, (2, 3, side, side))
+    patch = functools.partial(space_to_depth, channel_major=False)
+    z, parts, k = Dual.start(x), [], 0
+    if num_classes is None:
+        z = z.moved(patch)
+    else:
+        z = Dual(np.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))), np.zeros((0, 2, 3 + pad, side, side)))
+    for scale, (num_blocks, stride, width) in enumerate(zip(blocks, strides, widths, strict=True)):
+        for i in range(num_blocks):
+            squeezes = stride == 2 and i == 0
+            before, z = z.value.shape[-1], z.moved(patch) if squeezes else z
+            channels, size = z.value.shape[1:3]
+            name = f"stack.{scale}.stack.{i}" if multi_scale else f"stack.{k}"
+            s, t = arrays(f"{name}.actnorm._log_scale", channels), arrays(f"{name}.actnorm._shift", channels)
+            s, t = s[:, None, None], t[:, None, None]
+            z = z.elementwise(z.value * np.exp(s) + t, np.exp(s))
+            h = z
+            for j, (taps, cin, cout) in enumerate([(3, channels, width), (1, width, width), (3, width, channels)]):
+                h = activate(act, h) if j + k > 0 else h
+                layer = f"{name}.bottleneck_block.{2 * j + (k > 0)}"
+                measured = size if multi_scale or not squeezes else before  # their first block of a scale measures too early
+                names, margin = ("weight_orig", "weight_u", "weight_v"), 1e-5 if taps > 1 else 0.0
+                weight = arrays.kernel(layer, (cout, cin, taps, taps), measured, coeff, names, margin)
+                arrays(f"{layer}.weight_sigma", 1)
+                h = h.linear(weight, arrays(f"{layer}.bias", cout))
+            z, k = z + h, k + 1
+        if multi_scale and scale < len(blocks) - 1:
+            half = z.value.shape[1] // 2
+            parts.append(z.moved(lambda a, half=half: a[..., :half, :, :]).flat)
+            z = z.moved(lambda a, half=half: a[..., half:, :, :])
+    channels = z.value.shape[1]
+    num_dims = sum(part.value.shape[1] for part in parts) + z.value[0].size
+    mean, log_std = arrays("prior_mu", num_dims), arrays("prior_logstd", num_dims)
+    weight, bias = arrays("bn1.weight", channels, shift=1.0), arrays("bn1.bias", channels)
+    running = arrays("bn1.running_mean", channels), arrays("bn1.running_var", channels, scale=0.1, shift=1.0)
+    arrays["bn1.num_batches_tracked"] = np.array(7)
+    kernel, offset = arrays("logits.weight", num_classes or 10, channels), arrays("logits.bias", num_classes or 10)
+    numbers = [
+        f"--{name} {' '.join(map(str, values))}"
+        for name, values in (("nBlocks", blocks), ("nStrides", strides), ("nChannels", widths))
+    ]
+    command = f"python ./CIFAR_main.py {' '.join(numbers)} --coeff {coeff} --nonlin {act} --lr 0.003 -log_verbose"
+    if num_classes is not None:
+        h = (z.value - running[0][:, None, None]) / np.sqrt(running[1] + 1e-5)[:, None, None]
+        h = np.maximum(h * weight[:, None, None] + bias[:, None, None], 0).mean(axis=(2, 3))
+        return Network(f"{command} --init_ds 1 --inj_pad {pad}", arrays, x, z.value, None, h @ kernel.T + offset)
+    parts = [*parts, z.flat]
+    latents, tangents = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+    prior = -0.5 * ((latents - mean) * np.exp(-log_std)) ** 2 - log_std - 0.5 * np.log(2 * np.pi)
+    command = f"{command} -densityEstimation{' -multiScale' * multi_scale}"
+    return Network(command, arrays, x, latents, Dual(latents, tangents).logdet, prior.sum(axis=1))
+
+
+def residual_block(arrays, name, z, act, coeff, widths, taps, *, preactivation):
+    """``x + g(x)`` with the names and constants of the code of residual flows."""
+    side, h = z.value.shape[-1], z
+    for j, (cin, cout) in enumerate(itertools.pairwise(widths)):
+        place = 2 * j + preactivation
+        if place:
+            beta = arrays(f"{name}.{place - 1}.beta", 1, shift=0.5) if act == "swish" else None
+            h = activate(act, h, beta)
+        shape = (cout, cin, *((taps[j],) * 2 if taps else ()))
+        weight = arrays.kernel(f"{name}.{place}", shape, side, coeff, ("weight", "u", "v"))
+        arrays(f"{name}.{place}.scale")
+        h = h.linear(weight, arrays(f"{name}.{place}.bias", cout))
+    for unused in ("geom_p", "lamb", "last_n_samples", "last_firmom", "last_secmom"):
+        arrays(f"{name.split('.nnet')[0]}.{unused}")
+    return z + h
+
+
+def behind(arrays, name, z):
+    """The ActNorm of that code, which stands behind a block."""
+    space = (1,) * (z.value.ndim - 2)
+    scale, bias = (arrays(f"{name}.{part}", z.value.shape[1]).reshape(-1, *space) for part in ("weight", "bias"))
+    arrays[f"{name}.initialized"] = np.array(1)
+    return z.elementwise((z.value + bias) * np.exp(scale), np.exp(scale))
+
+
+def residual_flow(*, side, blocks, act, squeeze_first=False, factor_out=False, dense=None, width=4, coeff=0.9):
+    arrays = Drawn()
+    x = np.random.default_rng(1).uniform(0.1, 0.9, (2, 1, side, side))
+    move = functools.partial(space_to_depth, channel_major=True)
+    z = Dual.start(x)
+    z = z.moved(move) if squeeze_first else z
+    s = 1e-6 + (1 - 2e-6) * z.value
+    z, parts = z.elementwise(np.log(s) - np.log(1 - s), (1 - 2e-6) / (s * (1 - s))), []
+    for scale, num_blocks in enumerate(blocks):
+        place, is_last = int(scale == 0), scale == len(blocks) - 1
+        if scale == 0:
+            z, place = behind(arrays, f"transforms.0.chain.{place}", z), place + 1
+        for k in range(num_blocks):
+            channels, first = z.value.shape[1], scale == k == 0 and not is_last
+            widths = (channels, width, width, channels)
+            name = f"transforms.{scale}.chain.{place}"
+            z = residual_block(arrays, f"{name}.nnet", z, act, coeff, widths, (3, 1, 3), preactivation=not first)
+            z, place = behind(arrays, f"transforms.{scale}.chain.{place + 1}", z), place + 2
+        if not is_last:
+            z = z.moved(move)
+            if factor_out:
+                half = z.value.shape[1] // 2
+                parts.append(z.moved(lambda a, half=half: a[..., half:, :, :]).flat)
+                z = z.moved(lambda a, half=half: a[..., :half, :, :])
+    z = z.flat
+    for _ in range(4 if dense else 0):
+        widths, name = (z.value.shape[1], dense, dense, z.value.shape[1]), f"transforms.{scale}.chain.{place}"
+        z = residual_block(arrays, f"{name}.nnet.nnet", z, act, coeff, widths, (), preactivation=True)
+        z, place = behind(arrays, f"transforms.{scale}.chain.{place + 1}.fc_module", z), place + 2
+    latents, tangents = (np.concatenate(part, axis=-1) for part in zip(*parts, z, strict=True))
+    prior = (-0.5 * latents**2 - 0.5 * np.log(2 * np.pi)).sum(axis=1)
+    command = (
+        f"python train_img.py --data mnist --imagesize {side} --actnorm True --wd 0 --nblocks {'-'.join(map(str, blocks))} "
+        f"--act {act} --idim {width} --coeff {coeff} --squeeze-first {squeeze_first} --factor-out {factor_out} "
+        f"--fc-end {bool(dense)} --fc-idim {dense or 9}"
+    )
+    return Network(command, arrays, x, latents, Dual(latents, tangents).logdet, prior)
+
+
+def toy():
+    arrays, x = Drawn(), np.random.default_rng(1).normal(size=(3, 2))
+    z = behind(arrays, "chain.0", Dual.start(x))
+    for k in range(2):
+        z = residual_block(arrays, f"chain.{2 * k + 1}.nnet", z, "swish", 0.9, (2, 5, 4, 2), (), preactivation=True)
+        z = behind(arrays, f"chain.{2 * k + 2}", z)
+    prior = (-0.5 * z.value**2 - 0.5 * np.log(2 * np.pi)).sum(axis=1)
+    command = "train_toy.py --data rings --nblocks 2 --dims 5-4 --actnorm True --vnorms 222"
+    return Network(command, arrays, x, z.value, z.logdet, prior)
+
+
+NETWORKS = {
+    "i-ResNet, density": functools.partial(
+        i_resnet, blocks=(2, 1), strides=(1, 2), widths=(4, 3), side=4, coeff=0.8, act="elu", multi_scale=True
+    ),
+    "i-ResNet, classifier": functools.partial(
+        i_resnet, blocks=(2, 1), strides=(1, 2), widths=(4, 6), side=4, coeff=0.7, act="sorting", pad=1, num_classes=7
+    ),
+    "residual flow": functools.partial(
+        residual_flow, side=16, blocks=(1, 2), act="swish", squeeze_first=True, factor_out=True, dense=3
+    ),
+    "toy": toy,
+}
+network = functools.cache(lambda name: NETWORKS[name]())
+
+
+def unbounded(spec, parts):
+    """In the place of `saved.model_of`, as bounds of norms take long to compile: they are tested with the command."""
+    rest = {name: part for name, part in parts.items() if name != "params"}
+    kind = ir.Density if isinstance(spec, ir.DensitySpec) else ir.Classifier
+    return kind(spec, unconstrained(spec.flow, parts["params"], {}).weights, **rest)
+
+
+@functools.cache
+def converted(name):
+    """The model in float64, without bounds of its norms."""
+    found = network(name)
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "model_of", unbounded)
+        return convert({f"module.{key}": array for key, array in found.arrays.items()}, found.command)
+
+
+@jax.jit
+def there(model, x):
+    """Latents, log-determinant and log-density of the prior: one program for a network."""
+    whole = chain([model.spec.transform.bijection(), model.flow()])
+    z, logdet, _ = whole.forward_and_logdet(x, jax.random.key(0))
+    return z, logdet, model.log_prior(z)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", [name for name in NETWORKS if "classifier" not in name])
+def test_latents_and_log_determinants_are_those_of_the_other_code(name):
+    theirs = network(name)
+    x = np.moveaxis(theirs.x, 1, -1) if theirs.x.ndim == 4 else theirs.x
+    x = x + 0.5 if "i-ResNet" in name else x  # from where the network starts to pixels
+    latents, logdet, log_prior = there(converted(name), x)
+    np.testing.assert_allclose(np.sort(latents), np.sort(theirs.latents), rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(log_prior, theirs.head, rtol=ROUNDING)  # in an i-ResNet each latent has its own
+    np.testing.assert_allclose(logdet, theirs.logdet, rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.usefixtures("x64")
+def test_features_and_logits_are_those_of_the_other_code():
+    theirs, ours = network("i-ResNet, classifier"), converted("i-ResNet, classifier")
+    x = jnp.asarray(np.pad(np.moveaxis(theirs.x, 1, -1), ((0, 0), (0, 0), (0, 0), (0, 1))))
+    np.testing.assert_allclose(ours.features_of_input(x), np.moveaxis(theirs.latents, 1, -1), rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(ours.logits_of_input(x), theirs.head, rtol=0, atol=ROUNDING)
+    white = ours.preprocess(np.full((1, 4, 4, 3), 255))[0, 0, 0]
+    np.testing.assert_allclose(white, [(1 - 0.4914) / 0.2023, (1 - 0.4822) / 0.1994, (1 - 0.4465) / 0.2010, 0], rtol=1e-12)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def largest_norm(arrays):
+    """Of the kernels that the toy applies, by the singular value decomposition."""
+    layers = [name.removesuffix(".weight") for name in arrays if name.endswith(".weight") and ".nnet." in name]
+    names = ("weight", "u", "v")
+    kernels = [arrays.kernel(layer, arrays[f"{layer}.weight"].shape, 1, 0.9, names) for layer in layers]
+    return max(np.linalg.norm(kernel, 2) for kernel in kernels)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_command_says_the_excess_scales_and_writes_a_model_that_inverts(tmp_path, capsys):
+    theirs = network("toy")
+    save_file(dict(theirs.arrays), tmp_path / "w.safetensors")
+    arguments = ["--architecture", theirs.command, "--output", str(tmp_path / "model.npz"), "--scale"]
+    assert main(["convert", str(tmp_path / "w.safetensors"), *arguments]) == 0
+    said, excess = capsys.readouterr().out, largest_norm(theirs.arrays)
+    assert f"above the coefficient 0.9; the largest is {excess:.5f} ({100 * (excess / 0.9 - 1):+.2g} %)" in said
+    model = trained_run.load(tmp_path).model  # as other commands do
+    assert model.certificate().max_block <= 0.9**3
+    x, info = model.decode(model.encode(theirs.x))
+    np.testing.assert_allclose(x, theirs.x, rtol=0, atol=1e-5)  # the solver's tolerance is 1e-6
+    assert info.converged.all()
+
+
+# --- what is not read -----------------------------------------------------------------------------------------------
+
+# Commands of both codes' README and scripts, and the number of arrays that define the network: a layer has a kernel, a bias and
+# two singular vectors, and "swish" one more. That of 32 x 32 ImageNet has the options of that of CIFAR-10.
+PUBLISHED = {
+    "python ./CIFAR_main.py --nBlocks 7 7 7 --nStrides 1 2 2 --nChannels 32 64 128 --coeff 0.9 --batch 128 --dataset cifar10 "
+    "--init_ds 1 --inj_pad 13 --powerIterSpectralNorm 1 --save_dir ./results/clf --nonlin elu --optimizer sgd "
+    "--vis_server your.server.local --vis_port 8097": 21 * (2 + 3 * 4) + 6,
+    "python CIFAR_main.py --nBlocks 16 16 16 --nStrides 1 2 2 --nChannels 512 512 512 --coeff 0.9 -densityEstimation "
+    "-multiScale --lr 0.003 --weight_decay 0. --numSeriesTerms 5 --dataset cifar10 --batch 128 --warmup_epochs 1 --save_dir d "
+    "--vis_server your.server.local --vis_port 8097": 48 * (2 + 3 * 4) + 2,
+    "python train_img.py --data mnist --imagesize 28 --actnorm True --wd 0 --save experiments/mnist": 52 * (3 * 5 + 2) - 1 + 2,
+    "python train_img.py --data cifar10 --actnorm True --save experiments/cifar10": 52 * (3 * 5 + 2) - 1 + 2,
+    "python train_img.py --data imagenet64 --imagesize 64 --actnorm True --nblocks 32-32-32 --factor-out True "
+    "--squeeze-first True --save experiments/imagenet64": 100 * 17 + 1,
+    "python train_img.py --data celebahq --imagesize 256 --nbits 5 --actnorm True --act elu --batchsize 8 --update-freq 5 "
+    "--n-exact-terms 8 --fc-end False --factor-out True --squeeze-first True --nblocks 16-16-16-16-16-16 "
+    "--save experiments/celebahq256": 96 * (3 * 4 + 2) + 2,
+    "python train_toy.py": 100 * 5 * 5,
+}
+
+
+@pytest.mark.parametrize("command", PUBLISHED)
+def test_published_commands_are_read_to_the_last_array(command):
+    narrow = {"CIFAR_main": " --nChannels 4 4 4", "train_img": " --idim 4 --fc-idim 4", "train_toy": ""}
+    smaller = command + next(options for script, options in narrow.items() if script in command)
+    with pytest.raises(ValueError, match="missing: ") as error:
+        convert({}, smaller)
+    listed, more = re.search(r"missing: (.*) and (\d+) more", str(error.value)).groups()
+    assert len(listed.split(", ")) + int(more) == PUBLISHED[command]
+
+
+REFUSED = {
+    "train_img.py --block coupling": "--block coupling",
+    "train_img.py --vnorms 122f": "--vnorms 122f",
+    "train_img.py --learn-p True": "--learn-p True",
+    "train_img.py --fc-actnorm True": "--fc-actnorm True",
+    "train_img.py --batchnorm True": "--batchnorm True",
+    "train_img.py --dropout 0.1": "--dropout 0.1",
+    "train_img.py --fc True": "--fc True",
+    "train_img.py --add-noise False": "--add-noise False",
+    "train_img.py --quadratic True": "--quadratic True",
+    "train_img.py --padding 3": "--padding 3",
+    "train_img.py --task hybrid": "--task hybrid",
+    "train_img.py --act lcube": "--act lcube",
+    "train_img.py --imagesize 6 --squeeze-first True": "at least 4 x 4",
+    "train_img.py --imagesize 18": "cannot be squeezed",
+    "train_img.py --nblock": "expected one argument",
+    "train_img.py --preact yes": "True or False",
+    "train_toy.py --arch realnvp": "--arch realnvp",
+    "train_toy.py --act fullsort": "--act fullsort",
+    "train_toy.py --batchnorm True": "--batchnorm True",
+    "train_toy.py --coeff 1.1 --nblocks 1": "coeff must lie in",
+    "CIFAR_main.py -multiScale": "-multiScale",
+    "CIFAR_main.py -densityEstimation --inj_pad 4": "--inj_pad",
+    "CIFAR_main.py --inj_pad 4": "--init_ds 1",
+    "CIFAR_main.py --nStrides 1 3 2": "--nStrides",
+    "CIFAR_main.py --nBlocks 4 4": "as many numbers",
+    "CIFAR_main.py --nonlin gelu": "--nonlin gelu",
+    "CIFAR_main.py --dataset svhn": "--dataset svhn",
+    "CIFAR_main.py -densityEstimation -multiScale --init_ds 1": "squeeze the images first",
+    "CIFAR_main.py --nblocks 4": "--nblocks",
+    "main.py --lr 1": "CIFAR_main.py, train_img.py, train_toy.py",
+}
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_what_is_not_read_is_refused_by_name(command):
+    with pytest.raises(ValueError, match=re.escape(REFUSED[command])):
+        convert({}, command)
+
+
+def test_arrays_that_do_not_belong_are_all_named():
+    theirs = network("toy")
+    arrays = {name: array for name, array in theirs.arrays.items() if name != "chain.1.nnet.1.bias"}
+    arrays |= {"chain.9.extra": np.zeros(2), "chain.0.bias": np.zeros(3), "chain.1.nnet.1.weight": np.full((5, 2), np.nan)}
+    arrays |= {"chain.1.nnet.1.v": np.zeros(7)}
+    with pytest.raises(ValueError, match=r"missing: chain.1.nnet.1.bias; left over: chain.9.extra; not as expected") as error:
+        convert(arrays, theirs.command)
+    assert all(name in str(error.value) for name in ("chain.0.bias of shape (3,)", "chain.1.nnet.1.weight", "chain.1.nnet.1.v"))
+
+
+def test_files_that_may_run_code_or_are_damaged_are_refused(tmp_path):
+    for name, content in {
+        "weights.pth": pickle.dumps({}),
+        "weights.npz": b"nothing",
+        "weights.safetensors": b"\x10" + bytes(20),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    np.savez(tmp_path / "objects.npz", a=np.array([{}]))
+    refusals = {"weights.pth": "a pickle", "weights.npz": "a pickle", "weights.safetensors": "cannot be read"}
+    for name, fragment in {**refusals, "objects.npz": "cannot be read", "nothing.npz": "there is no file"}.items():
+        with pytest.raises(ValueError, match=fragment):
+            convert(tmp_path / name, "train_toy.py")
