@@ -104,7 +104,8 @@ class Branch:
         Raises:
             ValueError: If the contexts are not what the branch takes.
         """
-        check_context(self.spec.context_dim, len(x), self.context)
+        of_pixels = x.shape[1:-1] if np.ndim(self.context) == x.ndim > 2 else ()
+        check_context(self.spec.context_dim, len(x), self.context, of_pixels)
         return self._scaled(self.spec.apply(self.weights, x, self.context, bfloat16=self.bfloat16))
 
     def __neg__(self) -> "Branch":
@@ -114,7 +115,7 @@ class Branch:
             return dataclasses.replace(self, weights=weights)
         return dataclasses.replace(self, gain=-1.0 if self.gain is None else -self.gain)
 
-    def given(self, context: Float[Array, "b k"] | None) -> "Branch":
+    def given(self, context: Float[Array, "b ... k"] | None) -> "Branch":
         """The branch with these contexts bound, one for each example of the batches it will see."""
         return dataclasses.replace(self, context=context)
 
@@ -241,7 +242,7 @@ class BranchSpec(ABC):
 
     @abstractmethod
     def apply(
-        self, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None, *, bfloat16: bool = False
+        self, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b ... k"] | None, *, bfloat16: bool = False
     ) -> Float[Array, "b ..."]:
         """``g(x; context)`` of weights as they are."""
 
@@ -353,10 +354,15 @@ def check_budget(budget: str) -> None:
         raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
 
 
-def check_context(context_dim: int, batch_size: int, context: Float[Array | np.ndarray, "..."] | None) -> None:
-    """Raises ``ValueError`` unless there is one context of that length for every example, or none if the length is 0."""
+def check_context(
+    context_dim: int, batch_size: int, context: Float[Array | np.ndarray, "..."] | None, of_pixels: tuple[int, ...] = ()
+) -> None:
+    """Raises ``ValueError`` unless there is one context of that length for every example, or none if the length is 0.
+
+    With ``of_pixels``, the height and width of an image, there is one for every pixel.
+    """
     if context_dim == 0 and context is not None:
         raise ValueError(f"the model takes no context (context_dim=0), got one of shape {context.shape}: leave it out")
-    if context_dim and (context is None or context.shape != (batch_size, context_dim)):
+    if context_dim and (context is None or context.shape != (batch_size, *of_pixels, context_dim)):
         found = "none" if context is None else f"shape {context.shape} for a batch of {batch_size}"
         raise ValueError(f"the model takes a context of shape (batch, {context_dim}), got {found}")

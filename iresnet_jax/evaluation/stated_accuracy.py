@@ -233,10 +233,14 @@ class _Task:
 def _prepare_batch(model, batch):
     x, context, key_noise, key_probe = batch
     terms = model.terms(x, key_noise, key_probe, context=context)
+    of_noise, without = (
+        run.dequantize_and_logdet(x, key_noise, key_probe)[1] for run in (model.with_(estimator=ExactLogdet()), model)
+    )
     y, context = model.preprocess(x, key_noise), model.scale_context(context)
     settings = {"solver": model.solver, "bfloat16": model.bfloat16}
     inputs = branch_inputs(model.spec.flow, model.weights, y, context, **settings)
-    found = {"known": terms.log_prob, "inputs": {name: jnp.moveaxis(stage, 0, 1) for name, stage in inputs.items()}}
+    known = terms.log_prob + (of_noise - without)  # the log-determinant of the flow of noise is exact
+    found = {"known": known, "inputs": {name: jnp.moveaxis(stage, 0, 1) for name, stage in inputs.items()}}
     return found if context is None else {**found, "context": context}
 
 

@@ -17,6 +17,9 @@ from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.branches import kinds
 from iresnet_jax.branches.branch import BranchSpec, Weights, check_budget, check_coeff
 from iresnet_jax.branches.own import name_of
+from iresnet_jax.checked_dataclasses import Count
+
+PREFIX = "noise_"  # of the names of the stages of the flow of noise
 
 _ROUNDING = 4e-6  # by which a block of prescribed constants is closer to a multiple of an isometry, per unit of 2 / (1 - c)
 
@@ -137,6 +140,16 @@ class PlacedStage(NamedTuple):
 
 
 @dataclass(frozen=True)
+class NoiseSpec:
+    """Noise of variational dequantisation, see `iresnet_jax.models.noise`."""
+
+    num_blocks: Count = 4  # residual blocks of the flow of noise, convolutions of 3 x 3 pixels for images
+    hidden: tuple[Count, ...] = (32,)  # widths of their hidden layers
+    network: tuple[Count, ...] = (64, 32)  # widths of the network on the levels around a pixel, which the blocks depend on
+    window: Count = 5  # width and height of its window of pixels
+
+
+@dataclass(frozen=True)
 class FlowSpec:
     """The architecture of a flow.
 
@@ -147,6 +160,7 @@ class FlowSpec:
         budget: "layer" limits the norm of every layer to ``coeff``, "block" the product of the norms of every block.
         context_dim: Length of an example's context vector, on which every branch then depends; 0 for none.
         scale: Fixed factor in front of every block, of a flow without ActNorm, see `bilipschitz`.
+        noise: Flow of the noise of dequantisation, whose weights stand beside this one's; None for uniform noise.
     """
 
     event_shape: tuple[int, ...]
@@ -155,6 +169,7 @@ class FlowSpec:
     budget: str = "layer"
     context_dim: int = 0
     scale: float = 1.0
+    noise: NoiseSpec | None = None
 
     def __post_init__(self):
         check_coeff(self.coeff)
@@ -165,7 +180,9 @@ class FlowSpec:
             raise ValueError(f"scale must be a positive number, got {self.scale}")
         if self.scale != 1 and any(stage.actnorm for stage in self.stages):
             raise ValueError("scale takes the place of ActNorm's: set actnorm of every stage to False, or scale to 1")
-        self.layout  # noqa: B018 (checks every shape)
+        if self.noise is not None and not (self.noise.hidden and self.noise.network):
+            raise ValueError(f"the flow of noise needs hidden layers and a network, got {self.noise}")
+        self.all_stages  # noqa: B018 (checks every shape)
 
     @classmethod
     def bilipschitz(
@@ -239,6 +256,21 @@ class FlowSpec:
                     raise ValueError(f"stage {i} factors out half of its channels but has {shape[-1]}: squeeze before it")
                 shape = (*shape[:-1], shape[-1] // 2)
         return tuple(placed)
+
+    @functools.cached_property
+    def noise_flow(self) -> "FlowSpec | None":
+        """The flow of the noise, with the budget of this one; its contexts are the network's outputs."""
+        if self.noise is None:
+            return None
+        sizes = (3,) * (len(self.noise.hidden) + 1) if len(self.event_shape) == 3 else None
+        stage = StageSpec(self.noise.num_blocks, self.noise.hidden, sizes, "clipswish")
+        return FlowSpec(self.event_shape, (stage,), self.coeff, self.budget, self.noise.network[-1])
+
+    @functools.cached_property
+    def all_stages(self) -> tuple[PlacedStage, ...]:
+        """All stages that have weights: those of `layout`, and those of the noise."""
+        of_noise = () if self.noise_flow is None else self.noise_flow.layout
+        return (*self.layout, *(stage._replace(name=PREFIX + stage.name) for stage in of_noise))
 
 
 def check_names(spec: FlowSpec) -> None:

@@ -156,7 +156,7 @@ def _constrain(
     spec: FlowSpec, params: Tree, spectral: Tree, of_stage: Callable[[PlacedStage, Tree], ConstrainedBranch]
 ) -> ConstrainedFlow:
     weights, new_spectral, norms = {}, dict(spectral), {}
-    for stage in spec.layout:
+    for stage in spec.all_stages:
         scale, of_branch = _parts(stage, params)
         with jax.named_scope(NORMS):
             found = of_stage(stage, of_branch)
@@ -203,7 +203,7 @@ def with_bounds(spec: FlowSpec, params: Tree) -> dict[str, Block]:
 
 def _with_bounds(spec: FlowSpec, params: Tree, of_block: Callable[[BranchSpec, Tree], Branch]) -> dict[str, Block]:
     weights = {}
-    for stage in spec.layout:
+    for stage in spec.all_stages:
         scale, of_branch = _parts(stage, params)
         weights[stage.name] = Block(scale, jax.lax.map(functools.partial(of_block, stage.branch), of_branch).sealed())
     return weights

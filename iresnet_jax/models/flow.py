@@ -27,7 +27,7 @@ def flow_bijection(
     estimator: LogdetEstimator = ExactLogdet(),
     solver: Solver = Solver(),
     *,
-    context: Float[Array, "b k"] | None = None,
+    context: Float[Array, "b ... k"] | None = None,
     unroll: bool = False,
     rematerialize: Rematerialize = "nothing",
     bfloat16: bool = False,
@@ -39,7 +39,7 @@ def flow_bijection(
         weights: Weights from `freeze`, `constrain` or `constrain_certified`.
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
-        context: Context of every example that the bijection will see, if the model is conditional.
+        context: Context of every example that the bijection will see, if the model is conditional, or of every pixel.
         unroll: Whether blocks are unrolled instead of scanned; see `unroll_by_default`.
         rematerialize: What the backward pass recomputes, see `repeat`.
         bfloat16: Whether branches compute in bfloat16 on the way forward and in products with their Jacobians, see

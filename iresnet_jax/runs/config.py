@@ -25,7 +25,7 @@ from iresnet_jax.checked_dataclasses import (
 )
 from iresnet_jax.data.measurements import Measurement
 from iresnet_jax.maths.logdet.config import LogdetConfig
-from iresnet_jax.models.architecture import StageSpec
+from iresnet_jax.models.architecture import NoiseSpec, StageSpec
 from iresnet_jax.models.priors import MIXTURES
 from iresnet_jax.training.constraint import ConstraintConfig
 from iresnet_jax.training.objectives.hybrid import HybridConfig
@@ -64,6 +64,9 @@ class ModelConfig:
     context_hidden: tuple[Count, ...] = ()  # widths of a network on the contexts of a density; none leaves them as they are
     last_scale: NotNegative = 1.0  # initial factor on the last layer of each branch
     sharp: bool = False  # whether activations of the Swish family start sharper in wider layers of a density
+    # Noise of integer levels: "uniform", or "variational", made given the image by a flow that is trained with the model.
+    dequantization: Literal["uniform", "variational"] = "uniform"
+    noise: NoiseSpec = field(default_factory=NoiseSpec)  # flow of the noise "variational"
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ class EvaluationConfig:
     batch_size: Count = 256
     num_dequantisations: Count = 4  # noise draws per image
     num_probe_draws: Count = 4  # probe draws per noise draw
+    num_importance_draws: CountOrNone = 0  # noise draws of the importance-weighted bound of discrete data; 0 for none
     # Wanted error of an example's likelihood from its log-determinants: |bias| + standard error in bits/dim or nats, root mean
     # square over examples. The cheapest log-determinants that reach it, exact or estimated, take the place of ``logdet`` and
     # num_probe_draws, and ``logdet`` checks them. 0 evaluates by ``logdet``, or exactly up to 256 dimensions.
@@ -212,6 +216,10 @@ def _check_combinations(config: Config) -> None:
         (
             objective not in ("density", "hybrid") and config.model.sharp,
             f"config.model.sharp is for the objectives density and hybrid: leave it false for {objective}",
+        ),
+        (
+            objective not in ("density", "hybrid") and config.model.dequantization == "variational",
+            f"config.model.dequantization is for the objectives density and hybrid: leave it at uniform for {objective}",
         ),
         (
             (config.model.prior in MIXTURES) != bool(config.model.prior_components),
