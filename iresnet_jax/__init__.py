@@ -29,7 +29,7 @@ from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.maths.norms.power_iteration import soft_normalize, spectral_norm
-from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contractions import Block, constrain, freeze
 from iresnet_jax.models.density import Density
@@ -69,6 +69,7 @@ __all__ = [
     "KrylovLogdet",
     "LogdetInfo",
     "Logit",
+    "NoiseSpec",
     "Reconstructor",
     "ReconstructorSpec",
     "RouletteLogdet",

@@ -56,6 +56,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "NUMBERS",
         "help": "norms of perturbations of pixels in [0, 1], increasing (%(default)s)",
     },
+    "importance": {
+        "type": count,
+        "metavar": "K",
+        "help": "also the importance-weighted bound of discrete data, with K draws of noise an example",
+    },
     "output": {
         "metavar": "PATH",
         "help": "where to write (model.npz, in the workdir if there is one; for a trace a new folder)",
@@ -88,7 +93,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "evaluate": Command(
         "Test likelihood, test error of a model with classes, divergence from a known posterior, or error of reconstructions.",
-        "workdir data",
+        "workdir data importance",
         shares_examples=True,
     ),
     "sample": Command(
@@ -122,7 +127,7 @@ COMMANDS = {
         "workdir data num=500 samples",
         shares_examples=True,
     ),
-    "report": Command("All results, to report.json and report.html.", "workdir data", shares_examples=True),
+    "report": Command("All results, to report.json and report.html.", "workdir data importance", shares_examples=True),
     "convert": Command(
         "A network of the authors' PyTorch codes as a model; exit status 1 if a block is not certified a contraction.",
         "FILE architecture scale output=model.npz",

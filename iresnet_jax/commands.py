@@ -4,6 +4,7 @@ Each says what it found, and returns whether what was asked for holds: if not, t
 """
 
 import argparse
+import dataclasses
 import functools
 import math
 import sys
@@ -39,9 +40,9 @@ from iresnet_jax.runs.trained_run import Run, save
 CERTIFY_S = 5.0  # roughly, for guaranteed errors of inverses where no number of examples is asked for
 
 
-def evaluate(run: Run, _: argparse.Namespace) -> bool:
+def evaluate(run: Run, arguments: argparse.Namespace) -> bool:
     """Measures a model on the test examples."""
-    run = run.with_data_checked()
+    run = _with_importance(run, arguments).with_data_checked()
     model, settings, seed, examples = run.model, run.config.evaluation, run.config.seed, run.test_examples()
     lines = []
     if isinstance(model, Density):
@@ -123,8 +124,9 @@ def _num_certified(arguments: argparse.Namespace, flow: FlowSpec) -> int | None:
 def certify(run: Run, _: argparse.Namespace) -> bool:
     """Bounds the Lipschitz constant of every layer and block."""
     certificate = run.model.certificate()
-    _say(*run.notes, certificate)
-    return certificate.certified
+    of_noise = run.model.noise_certificate() if isinstance(run.model, Density) else None
+    _say(*run.notes, certificate, *([f"flow of noise:\n{of_noise}"] if of_noise else ()))
+    return certificate.certified and (of_noise is None or of_noise.certified)
 
 
 def freeze(run: Run, arguments: argparse.Namespace) -> bool:
@@ -165,10 +167,20 @@ def calibrate(run: Run, arguments: argparse.Namespace) -> bool:
     return found.is_calibrated
 
 
-def report(run: Run, _: argparse.Namespace) -> bool:
+def report(run: Run, arguments: argparse.Namespace) -> bool:
     """Writes all results."""
-    _say(write(run), f"report: {run.folder / 'report.html'}")
+    _say(write(_with_importance(run, arguments)), f"report: {run.folder / 'report.html'}")
     return True
+
+
+def _with_importance(run: Run, arguments: argparse.Namespace) -> Run:
+    """The run, whose evaluation has the importance-weighted bound if it is asked for."""
+    if arguments.importance is None:
+        return run
+    if not isinstance(run.model, Density) or not run.model.spec.is_discrete:
+        raise ValueError("--importance is for densities of integer levels or of data on a grid: leave it out")
+    evaluation = dataclasses.replace(run.config.evaluation, num_importance_draws=arguments.importance)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, evaluation=evaluation))
 
 
 def convert(arguments: argparse.Namespace) -> bool:

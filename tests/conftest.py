@@ -85,8 +85,10 @@ def forget_programs():
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Reports whose figures are made and not drawn, which takes seconds; report/test_plots.py draws each kind."""
-    monkeypatch.setattr("iresnet_jax.report.run_report.to_svg_or_png", lambda figure: "data:image/png;base64,")
+    """Short reports, whose figures are made and not drawn; report/test_plots.py draws each kind."""
+    import tiny_runs as runs
+
+    runs.shorten_reports(monkeypatch)
 
 
 @pytest.fixture

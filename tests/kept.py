@@ -10,7 +10,7 @@ import tiny_runs as runs
 
 from iresnet_jax import data
 from iresnet_jax.bijections.transforms.logit import Logit
-from iresnet_jax.models import priors
+from iresnet_jax.models import noise, priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contractions import freeze
@@ -38,7 +38,7 @@ SETTINGS = EvaluationConfig(
 def random_params(flow, key):
     """Parameters of a flow, ActNorm included."""
     params = {}
-    for stage, own in zip(flow.layout, jax.random.split(key, len(flow.layout)), strict=True):
+    for stage, own in zip(flow.all_stages, jax.random.split(key, len(flow.all_stages)), strict=True):
         keys = jax.random.split(own, stage.spec.num_blocks + 1)
         blocks = jax.vmap(lambda key, stage=stage: stage.branch.initial_weights(key))(keys[1:])
         noise = 0.1 * jax.random.normal(keys[0], (2, stage.spec.num_blocks, stage.branch.in_shape[-1]))
@@ -59,7 +59,8 @@ def model(spec):
             statistics = {"head": {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}}
             return Classifier(spec, frozen, initial_head(keys[1], channels, CLASSES), statistics)
         prior = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
-        return Density(spec, frozen, {**prior, "mean": 0.3 * jax.random.normal(keys[1], prior["mean"].shape)})
+        prior = {**prior, "mean": 0.3 * jax.random.normal(keys[1], prior["mean"].shape)}
+        return Density(spec, frozen, prior, noise_network=noise.initial_network(spec.flow, keys[1]))
 
     return make(jax.random.key(0))
 

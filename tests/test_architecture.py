@@ -1,6 +1,7 @@
 """Who may import whom: read from the syntax trees, and from what an import really loads."""
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -43,6 +44,7 @@ def folder_of(module):
     return (*module.split("."), "__init__")[1]
 
 
+@functools.cache
 def imported(source):
     """Dotted names of everything that is imported, anywhere in the file, functions included."""
     names = set()
@@ -52,7 +54,7 @@ def imported(source):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide the layer"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 def packages_of(source):

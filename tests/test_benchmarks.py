@@ -93,8 +93,8 @@ def test_kept_hybrid_makes_the_errors_of_its_report():
 def test_no_pixel_of_a_photograph_is_in_two_splits(benchmark):
     tables = benchmark("_tables")
     numbered = np.arange(2 * 427 * 640).reshape(2, 427, 640)
-    parts = tables.cut(numbered, np.random.default_rng(0), tables.PATCHES)
-    assert [len(part) for part in parts] == list(tables.PATCHES.values())
+    parts = tables.cut(numbered, np.random.default_rng(0), tables.QUICK)
+    assert [len(part) for part in parts] == list(tables.QUICK.values())
     assert sum(len(np.unique(part)) for part in parts) == len(np.unique(np.concatenate(parts)))
 
 

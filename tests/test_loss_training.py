@@ -147,7 +147,7 @@ def test_a_loss_without_data_draws_its_own():
 def test_classifiers_and_reconstructors_train_by_losses_of_ones_own():
     images = np.random.default_rng(0).integers(0, 256, (32, 4, 4, 1), np.uint8)
     labels = (images.mean(axis=(1, 2, 3)) > 127).astype(int)
-    stages = [ir.StageSpec(2, (4,), kernel_sizes=(3, 1), squeeze=2)]
+    stages = [ir.StageSpec(1, (4,), kernel_sizes=(3, 1), squeeze=2)]
     classifier = ir.Classifier.init(jax.random.key(0), images, 2, stages=stages)
 
     def cross_entropy(model, batch, key):
@@ -166,12 +166,10 @@ def test_classifiers_and_reconstructors_train_by_losses_of_ones_own():
 
 
 INIT = {
-    "a conditional density": {"context": X[:, :1]},
-    "a network on contexts that are numbers": {"context": X[:, 0], "context_hidden": (8, 4)},
+    "contexts, and a budget of blocks": {"context": X[:, :1], "budget": "block", "coeff": 0.8},
+    "a network on contexts that are numbers, and classes": {"context": X[:, 0], "context_hidden": (8, 4), "num_classes": 3},
     "a mixture": {"prior": "mixture", "num_components": 3},
     "scales": {"prior": "scales", "num_components": 4},
-    "classes": {"num_classes": 3, "prior": "logistic"},
-    "a budget of blocks": {"budget": "block", "coeff": 0.8},
 }
 
 
@@ -196,7 +194,7 @@ def test_init_gives_certified_models_that_train(options):
 
 def test_init_of_images_of_levels_takes_the_logit():
     images = np.random.default_rng(0).integers(0, 17, (40, 4, 4, 1), np.uint8)
-    stages = [ir.StageSpec(2, (4,), kernel_sizes=(3, 1), squeeze=2)]
+    stages = [ir.StageSpec(1, (4,), kernel_sizes=(3, 1), squeeze=2)]
     model = ir.Density.init(jax.random.key(0), images, stages=stages, num_levels=17)
     assert (model.spec.num_levels, model.spec.transform) == (17, ir.Logit())
     assert np.all(np.isfinite(model.log_prob(images)))

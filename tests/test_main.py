@@ -162,6 +162,12 @@ def test_ood_says_an_area_for_every_score(folders, capsys):
     assert [line.split()[2].rstrip(":") for line in lines[1:]] == ["energy", "confidence", "distance"]
 
 
+def test_the_importance_weighted_bound_is_one_of_discrete_data(folders, capsys):
+    assert "by the importance-weighted bound with 2 draws" in said(capsys, "evaluate", folders["hybrid"], "--importance", "2")
+    refused = answer(capsys, "evaluate", "--workdir", folders["points"], "--importance", "2")
+    assert "--importance is for densities of integer levels" in refused
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_report_of_a_model_alone_says_what_it_has(copied, capsys):
     folder = copied["points"]

@@ -3,6 +3,7 @@
 import json
 import re
 
+import kept
 import matplotlib as mpl
 import pytest
 from tiny_runs import ROOT
@@ -11,9 +12,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHORTER = {  # what makes a notebook long, and what the test runs instead
     r"NUM_STEPS := \d+": "NUM_STEPS := 10",
     r"(digits\.\w+\[[^]]*\])": r"\1[:40]",
-    r"\bminutes=\d+": "steps=2, architecture=[ir.StageSpec(num_blocks=1, hidden=(4,))]",
+    r"\bminutes=\d+": "steps=2, architecture=[ir.StageSpec(1, hidden=(4,))]",
     r"\b(num_blocks\W+)\d+": r"\g<1>1",
     r"\bz\[:32\]": "z[:4]",
+    r'root / "benchmarks/results/digits_hybrid"': "SMALL_HYBRID",
 }
 
 
@@ -40,8 +42,9 @@ def test_notebook_is_kept_without_outputs(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path, monkeypatch, capsys):
+def test_notebook_runs(path, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(path.parent)
     mpl.use("Agg")
-    exec(compile(code_of(path), str(path), "exec"), {"__name__": "__main__"})
+    small = kept.model(kept.TEN_DIGITS).save(tmp_path / "model.npz")
+    exec(compile(code_of(path), str(path), "exec"), {"__name__": "__main__", "SMALL_HYBRID": small})
     assert capsys.readouterr().out

@@ -7,12 +7,15 @@ import os
 import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from iresnet_jax.atomic_files import locked
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.config import parse
 from iresnet_jax.training import parallel
+from iresnet_jax.training.initialization import abstract_variables
 
 ROOT = Path(__file__).parents[1]
 TOTAL_STEPS, EVAL_EVERY = 40, 2
@@ -68,6 +71,8 @@ def get_config():
     config = default_config()
     config.objective = "hybrid"
     config.model.stages = ({"num_blocks": 2, "hidden": (4,), "kernel_sizes": (3, 3), "squeeze": 2},)
+    config.model.dequantization = "variational"
+    config.model.noise.update({"num_blocks": 1, "hidden": (3,), "network": (4, 2), "window": 3})
     config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 2})
     config.hybrid.update({"weight": 2.0, "initial_weight": 4.0, "ramp_steps": 4})
     config.training.update({"total_steps": 8, "eval_every_steps": 4, "log_every_steps": 2, "batch_size": 32,
@@ -106,8 +111,7 @@ def trained(tmp_path_factory, name):
             incoming, traces = tmp_path_factory.mktemp("incoming"), []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(parallel, "parallelize", functools.partial(_counted, parallel.parallelize, traces))
-                if name == "reconstructor":  # drawing takes seconds, and the hybrid's figures are drawn
-                    patch.setattr("iresnet_jax.report.run_report.to_svg_or_png", lambda figure: "data:image/png;base64,")
+                shorten_reports(patch, drawn=name == "reconstructor")  # whose figures are few
                 if name in REPORTED:
                     _train_from_the_command_line(CONFIGS[name], incoming, patch)
                 else:
@@ -115,6 +119,13 @@ def trained(tmp_path_factory, name):
             (incoming / TRACES).write_text(str(len(traces)))
             incoming.rename(whole)
     return shutil.copytree(whole, tmp_path_factory.mktemp(name) / "run")
+
+
+def shorten_reports(patch, *, drawn=False):
+    """Certifies 8 examples for reports, where they have 64, and unless ``drawn`` makes figures that are not drawn."""
+    patch.setattr("iresnet_jax.evaluation.guarantee.MOST_EXAMPLES", 8)
+    if not drawn:
+        patch.setattr("iresnet_jax.report.run_report.to_svg_or_png", lambda figure: "data:image/png;base64,")
 
 
 def _train_from_the_command_line(source, workdir, patch):
@@ -180,6 +191,13 @@ def settings_of(source):
 def environment():
     """For subprocesses: this process's, in which the package is found."""
     return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def random_state(objective):
+    """A state of random numbers: to initialise a model takes as long to compile as a step."""
+    rng = np.random.default_rng(0)
+    shapes = abstract_variables(objective.training_step.model.spec)
+    return objective.state_of(jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), shapes))
 
 
 def one_block(*, max_num_terms=0, training=None, **estimator):

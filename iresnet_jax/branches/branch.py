@@ -55,6 +55,16 @@ class CallableBranch(NamedTuple):
         """``g(x)``."""
         return self.g(x)
 
+    def __neg__(self) -> "CallableBranch":
+        """``-g``, with the same bound and the closed forms that follow."""
+
+        def negative(function):
+            return None if function is None else lambda *x: -function(*x)
+
+        diagonal = None if self.diagonal is None else self.diagonal._replace(at=negative(self.diagonal.at))
+        known = {"trace": negative(self.trace), "jacobian": negative(self.jacobian), "at_zero": negative(self.at_zero)}
+        return CallableBranch(lambda x: -self.g(x), self.lipschitz_bound, **known, diagonal=diagonal)
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -72,7 +82,7 @@ class Branch:
         word: Who vouches for the bound: "certified" for a guaranteed bound, "estimated" for power iteration, which comes from
             below, "user" for what a kind says of itself, "none" for weights without a constraint.
         norms: Guaranteed operator norms of the layers of these very weights, if they were computed.
-        gain: Factor on ``g``, by which a kind that scales its output is brought into the budget; None is 1.
+        gain: Factor on ``g``, by which a kind that scales its output is brought into the budget, negative in ``-g``; None is 1.
         seal: `checksum` of the weights and of what was computed from them, see `sealed`; None if nothing is guaranteed.
         context: Contexts that the branch depends on, one per example, see `given`.
         bfloat16: Whether ``g`` computes in bfloat16. Closed forms ignore it and use the weights as stored.
@@ -94,10 +104,18 @@ class Branch:
         Raises:
             ValueError: If the contexts are not what the branch takes.
         """
-        check_context(self.spec.context_dim, len(x), self.context)
+        of_pixels = x.shape[1:-1] if np.ndim(self.context) == x.ndim > 2 else ()
+        check_context(self.spec.context_dim, len(x), self.context, of_pixels)
         return self._scaled(self.spec.apply(self.weights, x, self.context, bfloat16=self.bfloat16))
 
-    def given(self, context: Float[Array, "b k"] | None) -> "Branch":
+    def __neg__(self) -> "Branch":
+        """``-g``, with the same bound and closed forms, for use at once: the seal is that of ``g``."""
+        weights = self.spec.negated(self.weights)
+        if weights is not None:
+            return dataclasses.replace(self, weights=weights)
+        return dataclasses.replace(self, gain=-1.0 if self.gain is None else -self.gain)
+
+    def given(self, context: Float[Array, "b ... k"] | None) -> "Branch":
         """The branch with these contexts bound, one for each example of the batches it will see."""
         return dataclasses.replace(self, context=context)
 
@@ -145,7 +163,7 @@ class Branch:
     def diagonal(self) -> Diagonal | None:
         """Diagonal of ``J_g``, if it has a closed form that an inverse gains from."""
         at = self._known("diagonal")
-        return None if at is None else Diagonal(at, self._scaled(self.spec.largest_diagonal(self.weights)))
+        return None if at is None else Diagonal(at, jnp.abs(self._scaled(self.spec.largest_diagonal(self.weights))))
 
     def _known(self, name: str) -> Callable[[Array], Array] | None:
         if name not in self.spec.knows or (name == "logdet" and self.gain is not None):
@@ -224,7 +242,7 @@ class BranchSpec(ABC):
 
     @abstractmethod
     def apply(
-        self, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None, *, bfloat16: bool = False
+        self, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b ... k"] | None, *, bfloat16: bool = False
     ) -> Float[Array, "b ..."]:
         """``g(x; context)`` of weights as they are."""
 
@@ -296,6 +314,10 @@ class BranchSpec(ABC):
         """Names of the closed forms that save time: "trace", "jacobian", "logdet", "diagonal", of ``(weights, x, context)``."""
         return frozenset()
 
+    def negated(self, weights: Weights) -> Weights | None:
+        """Weights of ``-g``, all closed forms included; None for a kind that leaves that to a factor on its output."""
+        del weights
+
     def largest_diagonal(self, weights: Weights) -> Float[Array, ""]:
         """The largest absolute value that an entry of the Jacobian's diagonal can have; 1, if the kind does not know better."""
         return jnp.ones((), jnp.result_type(*jax.tree.leaves(weights)))
@@ -332,10 +354,15 @@ def check_budget(budget: str) -> None:
         raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
 
 
-def check_context(context_dim: int, batch_size: int, context: Float[Array | np.ndarray, "..."] | None) -> None:
-    """Raises ``ValueError`` unless there is one context of that length for every example, or none if the length is 0."""
+def check_context(
+    context_dim: int, batch_size: int, context: Float[Array | np.ndarray, "..."] | None, of_pixels: tuple[int, ...] = ()
+) -> None:
+    """Raises ``ValueError`` unless there is one context of that length for every example, or none if the length is 0.
+
+    With ``of_pixels``, the height and width of an image, there is one for every pixel.
+    """
     if context_dim == 0 and context is not None:
         raise ValueError(f"the model takes no context (context_dim=0), got one of shape {context.shape}: leave it out")
-    if context_dim and (context is None or context.shape != (batch_size, context_dim)):
+    if context_dim and (context is None or context.shape != (batch_size, *of_pixels, context_dim)):
         found = "none" if context is None else f"shape {context.shape} for a batch of {batch_size}"
         raise ValueError(f"the model takes a context of shape (batch, {context_dim}), got {found}")

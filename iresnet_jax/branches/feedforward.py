@@ -7,7 +7,8 @@ Weights are a dictionary, one entry a layer: ``{"conv0": {"kernel", "bias", "bet
 are too large are scaled down. Norms are estimated by power iteration, as in the paper, or bounded from above.
 
 **Contexts.** A conditional branch ``g(x; context)`` shifts the output of every layer by a linear map of the context, which has
-no constraint: whatever the context, ``g`` is a contraction in ``x``, and it may depend on the context in any way.
+no constraint: whatever the context, ``g`` is a contraction in ``x``, and it may depend on the context in any way. An image may
+have a context for every pixel.
 """
 
 import math
@@ -29,7 +30,7 @@ from iresnet_jax.maths.lipschitz_bounds import branch_bound
 from iresnet_jax.maths.logdet.banded import num_operations, num_products, stencil_by_products, stencil_logdet
 from iresnet_jax.maths.norms.power_iteration import soft_normalize
 
-Context = Float[Array, "b k"] | None
+Context = Float[Array, "b ... k"] | None
 
 FULL_DIMS = 256  # above this, the d^2 numbers that a Jacobian in closed form has per example and hidden unit are too many
 
@@ -240,6 +241,11 @@ class FeedforwardSpec(BranchSpec):
         return {name: {**weights[name], "kernel": kernel} for name, kernel in rounded.items()}
 
     # ------------------------------------------------------------------------------------------ what it knows more
+
+    def negated(self, weights: Weights) -> Weights:
+        """The last layer's kernel, bias and map of contexts change their sign, and its activation's parameter stays."""
+        last = self.layers[-1].name
+        return {**weights, last: {name: w if name == "beta" else -w for name, w in weights[last].items()}}
 
     @cached_property
     def knows(self) -> frozenset[str]:

@@ -67,7 +67,7 @@ class LayerSpec(NamedTuple):
     def apply(
         self, parameters: Mapping[str, Array], h: Array, context: Array | None = None, *, bfloat16: bool = False
     ) -> Array:
-        """The layer after its activation, with its bias and a linear map of the context.
+        """The layer after its activation, with its bias and a linear map of the context, one an example or one a pixel.
 
         With ``bfloat16`` the convolution or product takes its kernel and input rounded to bfloat16 and gives bfloat16; sums in
         it, biases and activations keep the dtype of ``h``.
@@ -77,7 +77,8 @@ class LayerSpec(NamedTuple):
         h = apply(parameters["kernel"], self.activate(parameters, h))
         h = _add_bias(h, parameters["bias"], apart=platforms.is_slow_in_place())
         if context is not None:
-            h = h + (context @ parameters["context"]).reshape(len(h), *(1,) * (h.ndim - 2), -1)
+            shift = context @ parameters["context"]
+            h = h + (shift if shift.ndim == h.ndim else shift.reshape(len(h), *(1,) * (h.ndim - 2), -1))
         return h
 
     def singular_vectors(self, kernel: Array, start: Array, *, num_steps: int | None = None, rtol: float = 1e-3) -> VectorPair:

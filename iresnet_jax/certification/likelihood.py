@@ -105,6 +105,11 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
     _check_smooth(model)
     if model.spec.prior_family == priors.OWN:
         raise ValueError(priors.NO_ENCLOSURE)
+    if model.spec.flow.noise is not None:
+        raise ValueError(
+            "there is no interval of the density of variational noise: model.continuous has one of the density of the "
+            "dequantised data that model.dequantize gives"
+        )
     spec, given = model.spec, np.asarray(model.numbers(x))
     key = jax.random.key(0) if key is None else typed_key(key)
     key_noise = jax.random.split(key)[0] if key.ndim == 0 else jax.vmap(jax.random.split)(key)[:, 0]

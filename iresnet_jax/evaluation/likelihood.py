@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from jaxtyping import Float, Num
 
-from iresnet_jax.evaluation import stated_accuracy
+from iresnet_jax.evaluation import importance, stated_accuracy
+from iresnet_jax.evaluation.importance import ImportanceBound
 from iresnet_jax.evaluation.stated_accuracy import Accuracy
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
@@ -92,6 +93,9 @@ class Likelihood(MeanAndError):
         entropy_floor: Entropy of the data in nats, if known.
         num_dims: Entries of an example; None if not known.
         accuracy: How a stated accuracy of the log-determinants was met; None if none was stated.
+        bound: What ``mean`` bounds the negative log-likelihood of discrete data by: "uniform mean" or "variational mean", the
+            mean over uniform noise or that of a flow; "" for continuous data, whose likelihood it is itself.
+        importance: The importance-weighted bound of the same data; None unless it was asked for.
     """
 
     unit: str
@@ -105,6 +109,8 @@ class Likelihood(MeanAndError):
     entropy_floor: float | None = None
     num_dims: int | None = None
     accuracy: Accuracy | None = None
+    bound: str = ""
+    importance: ImportanceBound | None = None
 
     @property
     def key(self) -> str:
@@ -114,7 +120,10 @@ class Likelihood(MeanAndError):
     def __str__(self) -> str:
         parts = {"test examples": self.stderr_data, "probes": self.stderr_probes, "dequantisation": self.stderr_dequantisation}
         split = ", ".join(f"{name} {stderr:.2g}" for name, stderr in parts.items() if stderr)
-        lines = [f"test: {self.mean:.4f} ± {self.stderr:.4f} {self.unit} ({split}; {self.estimator})"]
+        by = f" by the {self.bound}" if self.bound else ""
+        lines = [f"test: {self.mean:.4f} ± {self.stderr:.4f} {self.unit}{by} ({split}; {self.estimator})"]
+        if self.importance:
+            lines.append(f"test: {self.importance}")
         if self.unit == "nats" and self.num_dims:
             lines.append(f"a dimension: {self.mean / self.num_dims:.4f} ± {self.stderr / self.num_dims:.4f} nats")
         if self.entropy_floor is not None:
@@ -219,13 +228,15 @@ def measure(
     unbiased if it is exact or a roulette. Its truncation bound is a posteriori, see `SeriesLogdet` and `KrylovLogdet`, and
     rigorous if the Lipschitz constants are.
 
+    With ``settings.num_importance_draws`` there is the `importance_bound` of these draws of noise too.
+
     Args:
         contexts: Context of each example, of a conditional density.
         entropy_floor: Entropy of the data in nats, if known.
     """
     spec, configured = model.spec, settings.logdet.build()
-    draws = _Draws(model, examples, settings, seed, contexts)
-    has_noise = spec.num_levels is not None or spec.grid is not None
+    draws, num_importance = _Draws(model, examples, settings, seed, contexts), settings.num_importance_draws
+    has_noise = spec.is_discrete
     num_noise = settings.num_dequantisations if has_noise else 1
     if settings.target_stderr:
         found, accuracy = stated_accuracy.log_prob(
@@ -267,8 +278,44 @@ def measure(
         entropy_floor=entropy_floor,
         num_dims=spec.flow.num_dims,
         accuracy=accuracy,
+        bound=spec.bound,
+        importance=importance_bound(model, examples, settings, seed, contexts=contexts) if num_importance else None,
     )
     return Measured(summary, -values.mean(axis=(1, 2)) / spec.unit_of_a_nat)
+
+
+def importance_bound(
+    model: Density,
+    examples: Num[np.ndarray, "n ..."],
+    settings: EvaluationConfig,
+    seed: int,
+    *,
+    contexts: Num[np.ndarray, "n k"] | None = None,
+) -> ImportanceBound:
+    """The importance-weighted bound with ``settings.num_importance_draws`` draws of noise an example, see `importance`.
+
+    Log-determinants are exact up to 256 dimensions; beyond, they are the configured ones, by at least two draws of probes.
+    Examples pass through the model once for each draw, so more draws take more time and no more memory of devices.
+
+    Args:
+        contexts: Context of each example, of a conditional density.
+
+    Raises:
+        ValueError: If the data are continuous, whose likelihood needs no bound, or fewer than two.
+    """
+    spec, draws, num_draws = model.spec, _Draws(model, examples, settings, seed, contexts), settings.num_importance_draws
+    if not spec.is_discrete:
+        raise ValueError(
+            "an importance-weighted bound is one of data of integer levels or on a grid, and these are continuous: leave it "
+            "out, their likelihood is the number itself"
+        )
+    used = draws.estimator
+    num_probes = 1 if isinstance(used, ExactLogdet) else max(settings.num_probe_draws, 2)
+    values = draws.values(used, num_draws, num_probes, same_probes=True)
+    estimator, _ = _described(used)
+    return importance.summarize(
+        -values / spec.unit_of_a_nat, spec.unit_of_a_nat, unit=spec.unit, estimator=estimator, unbiased=used.unbiased
+    )
 
 
 def log_prob(
@@ -302,7 +349,13 @@ class _Draws(NamedTuple):
         return ExactLogdet() if self.model.spec.flow.num_dims <= MAX_EXACT_DIMS else self.settings.logdet.build()
 
     def outputs(
-        self, estimator: LogdetEstimator, noise_draw: int, probe_draw: int, num: int | None = None
+        self,
+        estimator: LogdetEstimator,
+        noise_draw: int,
+        probe_draw: int,
+        num: int | None = None,
+        *,
+        same_probes: bool = False,
     ) -> dict[str, np.ndarray]:
         """Outputs of `evaluate_examples` for the first examples."""
         return evaluate_examples(
@@ -312,14 +365,20 @@ class _Draws(NamedTuple):
             self.settings.batch_size,
             contexts=None if self.contexts is None else self.contexts[:num],
             draw=(noise_draw, probe_draw),
+            same_probes=same_probes,
         )
 
     def values(
-        self, estimator: LogdetEstimator, num_noise: int, num_probes: int, num: int | None = None
+        self,
+        estimator: LogdetEstimator,
+        num_noise: int,
+        num_probes: int,
+        num: int | None = None,
+        **options: bool,
     ) -> Float[np.ndarray, "n s p"]:
         """The objective of the first examples."""
         metric = self.model.spec.metric
-        found = [[self.outputs(estimator, s, p, num)[metric] for p in range(num_probes)] for s in range(num_noise)]
+        found = [[self.outputs(estimator, s, p, num, **options)[metric] for p in range(num_probes)] for s in range(num_noise)]
         return np.moveaxis(np.array(found, dtype=np.float64), -1, 0)
 
 

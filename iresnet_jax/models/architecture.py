@@ -1,7 +1,9 @@
 """The architecture of a multi-scale residual flow as data: stages of equal blocks, each in its place."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,11 +11,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from iresnet_jax.bijections import reshape
+from iresnet_jax.bijections import blocks, reshape
+from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.branches import kinds
 from iresnet_jax.branches.branch import BranchSpec, Weights, check_budget, check_coeff
 from iresnet_jax.branches.own import name_of
+from iresnet_jax.checked_dataclasses import Count
+
+PREFIX = "noise_"  # of the names of the stages of the flow of noise
+
+_ROUNDING = 4e-6  # by which a block of prescribed constants is closer to a multiple of an isometry, per unit of 2 / (1 - c)
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,8 @@ class StageSpec:
         channel_order: Order of the channels in front of the blocks, after the squeeze: channel ``i`` is the one that was
             ``channel_order[i]``. It decides which half leaves as latents. None keeps their order.
         actnorm: Whether an ActNorm stands in front of every branch. Without it the flow keeps the symmetries of its branches.
+        block: What a block makes of its branch ``g``, a name in `blocks.BLOCKS`: "residual" is ``x + g(x)``, "monotone" is
+            ``(I - g)`` after the inverse of ``I + g``, see `iresnet_jax.bijections.monotone`.
         kind: Kind of the branches, a name in `kinds.KINDS`.
         branch: Branches of one's own instead: a function ``key -> module``, see `iresnet_jax.branches.own`, whose modules get
             arrays of the stage's shape; or a class of `BranchSpec`, or an instance. Models with the same function share
@@ -46,10 +56,12 @@ class StageSpec:
     positional_bias: bool = False
     channel_order: tuple[int, ...] | None = None
     actnorm: bool = True
+    block: str = "residual"
     kind: str = "feedforward"
     branch: Any = field(default=None, metadata={"name": name_of})
 
     def __post_init__(self):
+        blocks.check_name(self.block)
         kinds.get(self.kind)
         if self.branch is not None:
             kinds.check_own(self.branch)
@@ -77,12 +89,19 @@ class PlacedStage(NamedTuple):
         spec: Blocks and what happens around them.
         in_shape: Shape of one example as the stage before hands it on.
         branch: Residual branch of its blocks, whose ``in_shape`` is the squeezed or flattened one.
+        scale: Factor in front of every block without ActNorm.
     """
 
     name: str
     spec: StageSpec
     in_shape: tuple[int, ...]
     branch: BranchSpec
+    scale: float = 1.0
+
+    @property
+    def block(self) -> blocks.BlockKind:
+        """What a block makes of its branch."""
+        return blocks.BLOCKS[self.spec.block]
 
     @property
     def reshapes(self) -> tuple[Bijection, ...]:
@@ -108,10 +127,26 @@ class PlacedStage(NamedTuple):
         """Random starts of the power iterations of all blocks, stacked."""
         return jax.vmap(self.branch.initial_iterates)(jax.random.split(key, self.spec.num_blocks))
 
+    def actnorm(self, params: ActNormParams) -> ActNormParams:
+        """The parameters of the blocks' ActNorm; in a stage without one those of the fixed `scale`."""
+        if self.spec.actnorm:
+            return params
+        return ActNormParams(jnp.zeros_like(params.bias), jnp.full_like(params.log_scale, math.log(self.scale)))
+
     def identity(self) -> dict[str, Float[Array, "k c"]]:
         """Parameters of all blocks' ActNorm that is the identity, stacked."""
         zeros = jnp.zeros((self.spec.num_blocks, self.branch.in_shape[-1]))
         return {"bias": zeros, "log_scale": zeros}
+
+
+@dataclass(frozen=True)
+class NoiseSpec:
+    """Noise of variational dequantisation, see `iresnet_jax.models.noise`."""
+
+    num_blocks: Count = 4  # residual blocks of the flow of noise, convolutions of 3 x 3 pixels for images
+    hidden: tuple[Count, ...] = (32,)  # widths of their hidden layers
+    network: tuple[Count, ...] = (64, 32)  # widths of the network on the levels around a pixel, which the blocks depend on
+    window: Count = 5  # width and height of its window of pixels
 
 
 @dataclass(frozen=True)
@@ -124,6 +159,8 @@ class FlowSpec:
         coeff: Largest operator norm, in (0, 1).
         budget: "layer" limits the norm of every layer to ``coeff``, "block" the product of the norms of every block.
         context_dim: Length of an example's context vector, on which every branch then depends; 0 for none.
+        scale: Fixed factor in front of every block, of a flow without ActNorm, see `bilipschitz`.
+        noise: Flow of the noise of dequantisation, whose weights stand beside this one's; None for uniform noise.
     """
 
     event_shape: tuple[int, ...]
@@ -131,13 +168,67 @@ class FlowSpec:
     coeff: float = 0.9
     budget: str = "layer"
     context_dim: int = 0
+    scale: float = 1.0
+    noise: NoiseSpec | None = None
 
     def __post_init__(self):
         check_coeff(self.coeff)
         check_budget(self.budget)
         if not self.stages:
             raise ValueError("a flow needs at least one stage, got none")
-        self.layout  # noqa: B018 (checks every shape)
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale must be a positive number, got {self.scale}")
+        if self.scale != 1 and any(stage.actnorm for stage in self.stages):
+            raise ValueError("scale takes the place of ActNorm's: set actnorm of every stage to False, or scale to 1")
+        if self.noise is not None and not (self.noise.hidden and self.noise.network):
+            raise ValueError(f"the flow of noise needs hidden layers and a network, got {self.noise}")
+        self.all_stages  # noqa: B018 (checks every shape)
+
+    @classmethod
+    def bilipschitz(
+        cls,
+        event_shape: tuple[int, ...],
+        stages: Sequence[StageSpec],
+        *,
+        mu: float,
+        nu: float,
+        context_dim: int = 0,
+    ) -> "FlowSpec":
+        r"""A flow with ``mu |x - x'| <= |F(x) - F(x')| <= nu |x - x'|`` by construction, whatever it learns.
+
+        A block of ``s x`` with ``Lip(g) <= c`` lies between ``s (1 - c)`` and ``s (1 + c)`` if it is residual, between
+        ``s (1 - c) / (1 + c)`` and ``s (1 + c) / (1 - c)`` if it is monotone. Of ``n`` and ``m`` such blocks
+
+        ``c = tanh(log(nu / mu) / (2 n + 4 m))``,    ``s^(n + m) = sqrt(mu nu) (1 - c^2)^(-n / 2)``
+
+        have the product ``[mu, nu]``. One residual block has ``c = (nu - mu)/(nu + mu)`` and ``s = (mu + nu)/2``, which is a
+        layer of BiLipNet (Wang et al. 2024, sec. 4) with any branch. Constants are taken closer by some roundings, so that the
+        certificate's are within them.
+
+        Args:
+            event_shape: Shape of one example.
+            stages: Stages of the flow, which get no ActNorm; none factors out.
+            mu: Least stretch, ``1 / Lip(F^-1)``.
+            nu: Largest stretch, ``Lip(F)``; larger than ``mu``.
+            context_dim: See `FlowSpec`.
+
+        Raises:
+            ValueError: If ``0 < mu < nu`` does not hold, or a stage factors out.
+        """
+        if not 0 < mu < nu < math.inf:
+            raise ValueError(f"mu and nu must satisfy 0 < mu < nu, got {mu} and {nu}: a flow stretches by mu to nu")
+        if any(stage.factor_out for stage in stages):
+            raise ValueError("mu and nu are constants of the whole flow: no stage may factor_out channels")
+        num = sum(stage.num_blocks for stage in stages)
+        num_monotone = sum(stage.num_blocks for stage in stages if stage.block == "monotone")
+        width = math.log(nu / mu) / (2 * (num + num_monotone))
+        width -= _ROUNDING * (1 + math.exp(2 * width))  # 1 / (1 - c) is (1 + exp(2 width)) / 2
+        if not width > 0:
+            raise ValueError(f"mu and nu must differ by more than roundings, got {mu} and {nu} for {num} blocks")
+        coeff = math.tanh(width)
+        log_scale = (math.log(mu) + math.log(nu)) / 2 + (num - num_monotone) * math.log(math.cosh(width))
+        without = tuple(dataclasses.replace(stage, actnorm=False) for stage in stages)
+        return cls(tuple(event_shape), without, coeff, "block", context_dim, math.exp(log_scale / num))
 
     @property
     def num_dims(self) -> int:
@@ -159,12 +250,27 @@ class FlowSpec:
                 raise ValueError(f"stage {i} has {squeezed[-1]} channels, and its channel_order {len(stage.channel_order)}")
             branch = kinds.branch_of(stage, squeezed, self.context_dim)
             shape = branch.in_shape
-            placed.append(PlacedStage(f"stage{i}", stage, in_shape, branch))
+            placed.append(PlacedStage(f"stage{i}", stage, in_shape, branch, self.scale))
             if stage.factor_out:
                 if shape[-1] % 2:
                     raise ValueError(f"stage {i} factors out half of its channels but has {shape[-1]}: squeeze before it")
                 shape = (*shape[:-1], shape[-1] // 2)
         return tuple(placed)
+
+    @functools.cached_property
+    def noise_flow(self) -> "FlowSpec | None":
+        """The flow of the noise, with the budget of this one; its contexts are the network's outputs."""
+        if self.noise is None:
+            return None
+        sizes = (3,) * (len(self.noise.hidden) + 1) if len(self.event_shape) == 3 else None
+        stage = StageSpec(self.noise.num_blocks, self.noise.hidden, sizes, "clipswish")
+        return FlowSpec(self.event_shape, (stage,), self.coeff, self.budget, self.noise.network[-1])
+
+    @functools.cached_property
+    def all_stages(self) -> tuple[PlacedStage, ...]:
+        """All stages that have weights: those of `layout`, and those of the noise."""
+        of_noise = () if self.noise_flow is None else self.noise_flow.layout
+        return (*self.layout, *(stage._replace(name=PREFIX + stage.name) for stage in of_noise))
 
 
 def check_names(spec: FlowSpec) -> None:

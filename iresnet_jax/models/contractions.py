@@ -137,7 +137,13 @@ def constrain_certified(
 
 
 def unconstrained(spec: FlowSpec, params: Tree, spectral: Tree) -> ConstrainedFlow:
-    """Parameters and power iterates of `constrain` unchanged; the bounds are infinite, so no inverse reports convergence."""
+    """Parameters and power iterates of `constrain` unchanged; the bounds are infinite, so no inverse reports convergence.
+
+    Raises:
+        ValueError: If a block needs a contraction on the way forward.
+    """
+    if solving := [stage.spec.block for stage in spec.layout if stage.block.quotient]:
+        raise ValueError(f"{solving[0]} blocks need contractions on the way forward: take residual ones without a constraint")
 
     def as_they_are(stage, weights):
         branch = Branch(stage.branch, weights, jnp.full(stage.spec.num_blocks, jnp.inf), "none")
@@ -150,7 +156,7 @@ def _constrain(
     spec: FlowSpec, params: Tree, spectral: Tree, of_stage: Callable[[PlacedStage, Tree], ConstrainedBranch]
 ) -> ConstrainedFlow:
     weights, new_spectral, norms = {}, dict(spectral), {}
-    for stage in spec.layout:
+    for stage in spec.all_stages:
         scale, of_branch = _parts(stage, params)
         with jax.named_scope(NORMS):
             found = of_stage(stage, of_branch)
@@ -162,10 +168,9 @@ def _constrain(
 
 
 def _parts(stage: PlacedStage, params: Tree) -> tuple[ActNormParams, Tree]:
-    """ActNorm and the branch's weights among the parameters; a stage without ActNorm has parameters that do nothing."""
+    """ActNorm, or the fixed scale in its place, and the branch's weights among the parameters."""
     blocks = dict(params[stage.name]["blocks"])
-    scale = ActNormParams(**blocks.pop("actnorm"))
-    return scale if stage.spec.actnorm else jax.tree.map(jnp.zeros_like, scale), blocks
+    return stage.actnorm(ActNormParams(**blocks.pop("actnorm"))), blocks
 
 
 def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
@@ -198,7 +203,7 @@ def with_bounds(spec: FlowSpec, params: Tree) -> dict[str, Block]:
 
 def _with_bounds(spec: FlowSpec, params: Tree, of_block: Callable[[BranchSpec, Tree], Branch]) -> dict[str, Block]:
     weights = {}
-    for stage in spec.layout:
+    for stage in spec.all_stages:
         scale, of_branch = _parts(stage, params)
         weights[stage.name] = Block(scale, jax.lax.map(functools.partial(of_block, stage.branch), of_branch).sealed())
     return weights
@@ -234,6 +239,7 @@ def bilipschitz(spec: FlowSpec, weights: FlowWeights) -> BiLipschitz:
     bounds = model_bounds([])
     for stage in reversed(spec.layout):
         block = weights[stage.name]
-        own = model_bounds(jnp.asarray(block.branch.lipschitz_bound), list(jnp.asarray(block.actnorm.log_scale)))
+        log_scales = list(jnp.asarray(block.actnorm.log_scale))
+        own = model_bounds(jnp.asarray(block.branch.lipschitz_bound), log_scales, stage.block.bounds)
         bounds = own.compose(bounds.beside_identity() if stage.spec.factor_out else bounds)
     return bounds

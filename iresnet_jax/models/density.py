@@ -2,8 +2,8 @@ r"""A density model as a value: data through preprocessing and a residual flow i
 
     log p(x) = log p_Z(F(t(u))) + log|det dF| + log|det dt| + log|det du/dx|            (Behrmann et al. 2019, eq. 3)
 
-``u`` is the data made continuous (integer levels with uniform noise, in [0, 1)) and ``t`` maps it to where the flow ``F``
-starts.
+``u`` is the data made continuous (integer levels with noise, in [0, 1), uniform or made by a flow, see `noise`) and ``t`` maps
+it to where the flow ``F`` starts.
 
 With a prior for every class the model is one of data and labels, which classifies by Bayes' rule (Izmailov et al. 2020):
 
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Num, Shaped
 
-from iresnet_jax.bijections.bijection import Bijection
+from iresnet_jax.bijections.bijection import Bijection, add_logdet_info
 from iresnet_jax.bijections.chain import Rematerialize, chain
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.bounded import Bounded
@@ -34,11 +34,14 @@ from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.checked_dataclasses import Count, checked
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.keys import single_key, typed_key
+from iresnet_jax.maths.lipschitz_bounds import model_bounds
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models import initial, mixtures, priors, scales
-from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models import noise as noises
+from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
+from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.columns import Frame, numbers_of, table_of
 from iresnet_jax.models.contexts import Network, apply_network, initial_network
@@ -61,8 +64,9 @@ class LogProb(NamedTuple):
         log_prob: Sum of all terms.
         log_prior: Log-density of the latents.
         log_det: Log-determinant of the flow.
-        log_det_transform: Log-determinant of the preprocessing, the cells of integer levels included.
-        info: Error of ``log_det``.
+        log_det_transform: Log-determinant of the preprocessing, with the cells of integer levels, and ``-log q`` of their noise
+            if that is not uniform.
+        info: Error of the log-determinants of the flow and of that of noise.
         log_prior_by_class: ``log p(y) + log p_Z(z | y)`` for every class; None without classes.
     """
 
@@ -92,7 +96,7 @@ class Samples(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weights", "prior", "estimator", "network"],
+    data_fields=["weights", "prior", "estimator", "network", "noise_network"],
     meta_fields=["spec", "solver", "unroll", "rematerialize", "bfloat16", "history"],
 )
 @dataclass(frozen=True)
@@ -121,9 +125,10 @@ class Density(Model):
         bfloat16: Whether branches compute in bfloat16 on the way from data to latents, see `flow_bijection`.
         history: What the training of a fitted model saw.
         network: Weights of the network on contexts, see `contexts.apply_network`; empty without one.
+        noise_network: Weights of the network that noise depends on, see `noise.features`; empty if it is uniform.
     """
 
-    arrays: ClassVar[tuple[str, ...]] = ("prior", "network")
+    arrays: ClassVar[tuple[str, ...]] = ("prior", "network", "noise_network")
 
     spec: DensitySpec
     weights: FlowWeights = field(repr=False)
@@ -135,6 +140,7 @@ class Density(Model):
     bfloat16: bool = False
     history: History | None = field(default=None, repr=False)
     network: Network = field(default_factory=dict, repr=False)
+    noise_network: Network = field(default_factory=dict, repr=False)
 
     @classmethod
     def init(
@@ -145,6 +151,7 @@ class Density(Model):
         stages: Sequence[StageSpec],
         coeff: float = 0.97,
         budget: str = "layer",
+        constants: tuple[float, float] | None = None,
         sharp: bool = True,
         last_scale: float = 1.0,
         prior: Any = "gaussian",
@@ -154,6 +161,7 @@ class Density(Model):
         transform: Transform | None = None,
         context: Contexts | None = None,
         context_hidden: tuple[int, ...] = (),
+        noise: NoiseSpec | None = None,
         estimator: LogdetEstimator | None = None,
     ) -> "Density":
         """A density with random weights, ActNorm and preprocessing fitted to examples: certified, and ready to train.
@@ -165,6 +173,8 @@ class Density(Model):
             stages: Stages of the flow, from the data to the latents.
             coeff: Largest operator norm of a layer, or of a block's branch with the budget "block", in (0, 1).
             budget: "layer" or "block", see `FlowSpec`.
+            constants: Least and largest stretch ``(mu, nu)`` of the flow, which take the place of ``coeff`` and ``budget``, see
+                `FlowSpec.bilipschitz`; None prescribes none.
             sharp: Whether activations of the Swish family start sharper in wider layers, which learn sooner.
             last_scale: Initial factor on the last layer of each branch; a small one starts near the identity.
             prior: "gaussian", "logistic", "mixture", whose components start at examples, "scales", which is fitted to examples,
@@ -175,6 +185,7 @@ class Density(Model):
             transform: Preprocessing; by default `Standardize` of floats and of vectors, and `Logit` of images of integers.
             context: Contexts of the examples, of a conditional density.
             context_hidden: Widths of a network on them, see `DensitySpec`.
+            noise: Variational dequantisation of integer levels, which starts uniform; uniform by default.
             estimator: Log-determinant of the blocks; exact by default, which takes time and memory of images.
 
         Raises:
@@ -200,8 +211,13 @@ class Density(Model):
                 raise ValueError(f"context must be a vector for each of {len(x)} examples, got shape {context.shape}")
         family = prior if isinstance(prior, str) else priors.OWN
         context_dim = 0 if context is None else context.shape[1]
+        taken = context_hidden[-1] if context_hidden else context_dim
+        if constants is None:
+            flow = FlowSpec(x.shape[1:], tuple(stages), coeff, budget, taken)
+        else:
+            flow = FlowSpec.bilipschitz(x.shape[1:], stages, mu=constants[0], nu=constants[1], context_dim=taken)
         spec = DensitySpec(
-            FlowSpec(x.shape[1:], tuple(stages), coeff, budget, context_hidden[-1] if context_hidden else context_dim),
+            dataclasses.replace(flow, noise=noise),
             prior_family=family,
             transform=transform,
             num_levels=(num_levels or 256) if is_image_of_levels else num_levels,
@@ -210,7 +226,8 @@ class Density(Model):
             num_components=num_components,
             context_hidden=tuple(context_hidden),
         )
-        model = cls(spec, {}, {}, network=initial_network(key_network, context_dim, context_hidden))
+        network = initial_network(key_network, context_dim, context_hidden)
+        model = cls(spec, {}, {}, network=network, noise_network=noises.initial_network(spec.flow, key_noise))
         model = model if estimator is None else model.with_(estimator=estimator)
         context = None if context is None else initial.some(context)
         given = model.preprocess(initial.some(x), key_noise), model.scale_context(context)
@@ -237,7 +254,9 @@ class Density(Model):
     @property
     def continuous(self) -> "Density":
         """The density of the dequantised data: of points of [0, 1) instead of integer levels, of cells instead of a grid."""
-        return self.with_(spec=dataclasses.replace(self.spec, num_levels=None, grid=None))
+        spec = dataclasses.replace(self.spec, flow=dataclasses.replace(self.spec.flow, noise=None), num_levels=None, grid=None)
+        own = {stage.name: self.weights[stage.name] for stage in spec.flow.layout if self.weights}
+        return self.with_(spec=spec, weights=own, noise_network={})
 
     # ------------------------------------------------------------------------------------------------ likelihood
 
@@ -492,8 +511,57 @@ class Density(Model):
     def dequantize(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
         """Continuous data: levels as points of [0, 1) with noise from the key, or in the middle of their cells without one."""
         x = self._checked(x)
+        if key is not None and self._is_variational:
+            return noises.place(self.noise_flow(x), x, key, *self._levels_and_dtype)
         u = self._dequantize.forward(x) if key is None else self._dequantize.forward_and_logdet(x, key)[0]
         return self._promoted(u)
+
+    def dequantize_and_logdet(
+        self, x: Data, key_noise: Keys, key_probe: Keys
+    ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo]:
+        """`dequantize`, what it adds to the log-likelihood, and the error of that: of levels ``-log q - d log(num_levels)``."""
+        x = self._checked(x)
+        if self._is_variational:
+            return noises.place_and_logdet(self.noise_flow(x), x, key_noise, key_probe, *self._levels_and_dtype)
+        u, log_det, info = self._dequantize.forward_and_logdet(x, key_noise)
+        return self._promoted(u), log_det, info
+
+    def noise_flow(self, x: Data) -> Bijection:
+        """The flow from logistic numbers to the logits of the noise of these levels, see `iresnet_jax.models.noise`.
+
+        Raises:
+            ValueError: If the model has uniform noise, or no weights yet.
+        """
+        flow, levels = self.spec.flow.noise_flow, self.spec.num_levels
+        if flow is None or levels is None or not self.weights:
+            raise ValueError("the noise of this model is uniform: there is no flow that makes it")
+        return flow_bijection(
+            flow,
+            noises.weights_of(self.weights),
+            self.estimator,
+            self.solver,
+            context=noises.features(self.spec.flow, self.noise_network, self._checked(x), levels),
+            unroll=self.unroll,
+            rematerialize=self.rematerialize,
+            bfloat16=self.bfloat16,
+        )
+
+    def noise_certificate(self) -> Certificate | None:
+        """The `certificate` of the flow of noise, of a map from logistic numbers to logits; None if noise is uniform."""
+        flow = self.spec.flow.noise_flow
+        if flow is None:
+            return None
+        return certificate_of(flow, noises.weights_of(self.weights), model_bounds([]), bfloat16=self.bfloat16)
+
+    @property
+    def _is_variational(self) -> bool:
+        """Whether noise is made by a flow; without weights it is uniform, as that of first weights."""
+        return self.spec.flow.noise is not None and bool(self.weights)
+
+    @property
+    def _levels_and_dtype(self) -> tuple[int, Any]:
+        assert self.spec.num_levels is not None  # the spec checks it
+        return self.spec.num_levels, jnp.result_type(*jax.tree.leaves(as_params(self.weights)))
 
     def continuous_of_input(self, y: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """Continuous data for the flow's input, the inverse of the preprocessing after `dequantize`."""
@@ -599,8 +667,8 @@ def _log_prob(model: Density, x: Array, context: Any, key: Keys) -> Float[Array,
 
 @quick_jit
 def _terms(model: Density, x: Array, context: Any, key_noise: Keys, key_probe: Keys) -> LogProb:
-    u, log_det_cells, _ = model._dequantize.forward_and_logdet(x, key_noise)
-    y, log_det_transform, _ = model._transform.forward_and_logdet(model._promoted(u), key_probe)
+    u, log_det_cells, info_of_noise = model.dequantize_and_logdet(x, key_noise, key_probe)
+    y, log_det_transform, _ = model._transform.forward_and_logdet(u, key_probe)
     z, log_det, info = model.flow(context).forward_and_logdet(y, key_probe)
     by_class = None if model.spec.num_classes is None else model.log_prior_by_class(z)
     if by_class is None:
@@ -608,6 +676,7 @@ def _terms(model: Density, x: Array, context: Any, key_noise: Keys, key_probe: K
     else:
         log_prior = jax.nn.logsumexp(by_class, axis=1)
     preprocessing = log_det_cells + log_det_transform
+    info = add_logdet_info(info, info_of_noise)
     return LogProb(log_prior + log_det + preprocessing, log_prior, log_det, preprocessing, info, by_class)
 
 

@@ -60,6 +60,8 @@ class DensitySpec:
             raise ValueError(
                 f"a grid is one of vectors, with a spacing for each entry, got {self.grid} for {self.flow.event_shape}"
             )
+        if self.flow.noise is not None and self.num_levels is None:
+            raise ValueError("variational dequantisation is for data of integer levels: leave the noise uniform")
         if self.columns is not None and self.flow.event_shape != (len(self.columns),):
             raise ValueError(f"there are {len(self.columns)} columns for examples of shape {self.flow.event_shape}")
         taken = self.context_hidden[-1] if self.context_hidden else self.context_dim
@@ -106,6 +108,18 @@ class DensitySpec:
     def context_dim(self) -> int:
         """Length of a context vector; 0 for none."""
         return self.flow.context_dim if self.context is None else len(self.context.mean)
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether data, or some of their entries, are integer levels or on a grid, and get noise."""
+        return self.num_levels is not None or self.grid is not None
+
+    @property
+    def bound(self) -> str:
+        """Name of the bound that the mean over noise is, "uniform mean" or "variational mean"; "" for continuous data."""
+        if not self.is_discrete:
+            return ""
+        return "uniform mean" if self.flow.noise is None else "variational mean"
 
     @property
     def unit(self) -> str:

@@ -3,6 +3,8 @@
 Weights come from `contractions.constrain` in training and from `contractions.freeze` after it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -10,7 +12,7 @@ from jaxtyping import Array, Float
 from iresnet_jax.bijections import actnorm, multiscale, reshape
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize, after_exact, chain, in_float64, repeat
-from iresnet_jax.bijections.residual import Solver, residual_bijection
+from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths import platforms
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
@@ -25,7 +27,7 @@ def flow_bijection(
     estimator: LogdetEstimator = ExactLogdet(),
     solver: Solver = Solver(),
     *,
-    context: Float[Array, "b k"] | None = None,
+    context: Float[Array, "b ... k"] | None = None,
     unroll: bool = False,
     rematerialize: Rematerialize = "nothing",
     bfloat16: bool = False,
@@ -37,23 +39,29 @@ def flow_bijection(
         weights: Weights from `freeze`, `constrain` or `constrain_certified`.
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
-        context: Context of every example that the bijection will see, if the model is conditional.
+        context: Context of every example that the bijection will see, if the model is conditional, or of every pixel.
         unroll: Whether blocks are unrolled instead of scanned; see `unroll_by_default`.
         rematerialize: What the backward pass recomputes, see `repeat`.
         bfloat16: Whether branches compute in bfloat16 on the way forward and in products with their Jacobians, see
             `Branch.in_bfloat16`. The inverse, closed forms and bounds of truncation are those of the weights as they are.
+
+    Raises:
+        ValueError: If a block that solves an equation on the way forward is to compute in bfloat16.
     """
 
-    def make(block):
+    def make(kind, block):
         branch = block.branch.given(context)
-        own = residual_bijection(branch, estimator, solver)
+        own = kind.bijection(branch, estimator, solver)
         if bfloat16:
-            fast = residual_bijection(branch.in_bfloat16(), estimator, solver)
+            fast = kind.bijection(branch.in_bfloat16(), estimator, solver)
             own = own._replace(forward=fast.forward, forward_and_logdet=fast.forward_and_logdet)
         return after_exact(actnorm.actnorm_bijection(block.actnorm), own)
 
     def stage_of(stage):
-        blocks = repeat(make, weights[stage.name], unroll=unroll, rematerialize=rematerialize)
+        if bfloat16 and stage.block.quotient:
+            raise ValueError(f"bfloat16 is too coarse for the solves of {stage.spec.block} blocks: set bfloat16 to false")
+        settings = {"unroll": unroll, "rematerialize": rematerialize, "solves": stage.block.quotient}
+        blocks = repeat(functools.partial(make, stage.block), weights[stage.name], **settings)
         return multiscale.Stage(chain([*stage.reshapes, blocks]), stage.spec.factor_out)
 
     batch_size = 1 if context is None else len(context)
@@ -67,21 +75,23 @@ def branch_inputs(
     x: Float[Array, "b ..."],
     context: Float[Array, "b k"] | None = None,
     *,
+    solver: Solver = Solver(),
     bfloat16: bool = False,
 ) -> dict[str, Float[Array, "k b ..."]]:
-    """Inputs of the blocks' branches as ``x`` passes through the flow, by stage, stacked over blocks.
+    """Where the blocks' branches stand as ``x`` passes through the flow, by stage, stacked over blocks.
 
     Arguments are those of `flow_bijection`.
     """
 
-    def step(x, block):
+    def step(kind, x, block):
         x, _ = actnorm.forward_and_logdet(block.actnorm, x)
         branch = block.branch.given(context)
-        return x + (branch.in_bfloat16() if bfloat16 else branch)(x), x
+        return kind.forward(branch.in_bfloat16() if bfloat16 else branch, x, solver)
 
     inputs = {}
     for stage in spec.layout:
-        x, inputs[stage.name] = jax.lax.scan(step, chain(stage.reshapes).forward(x), weights[stage.name])
+        own = functools.partial(step, stage.block)
+        x, inputs[stage.name] = jax.lax.scan(own, chain(stage.reshapes).forward(x), weights[stage.name])
         if stage.spec.factor_out:
             x, _ = reshape.split_channels(x)
     return inputs
@@ -103,7 +113,7 @@ def initialize_actnorm(
     """ActNorm of a stage's blocks from data: each block's from what the blocks before it make of the batch.
 
     Args:
-        stage: The stage; if it has no ActNorm, its parameters do nothing.
+        stage: The stage; if it has no ActNorm, its parameters are those of a fixed scale.
         branch: The constrained branches of the stage, stacked over blocks.
         x: A representative batch, already squeezed or flattened for this stage.
         context: Contexts of the batch, if the model is conditional.
@@ -114,10 +124,9 @@ def initialize_actnorm(
     """
 
     def step(x, branch):
-        params = actnorm.initialize(x, axis_name=axis_name)
-        params = params if stage.spec.actnorm else jax.tree.map(jnp.zeros_like, params)
+        params = stage.actnorm(actnorm.initialize(x, axis_name=axis_name))
         x, _ = actnorm.forward_and_logdet(params, x)
-        return x + branch.given(context)(x), params._asdict()
+        return stage.block.forward(branch.given(context), x, Solver())[0], params._asdict()
 
     x, params = jax.lax.scan(step, x, branch)
     return params, x

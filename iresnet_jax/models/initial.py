@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.maths.platforms import quick_jit
-from iresnet_jax.models import contractions, flow
+from iresnet_jax.models import contractions, flow, noise
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.contractions import FlowWeights, Tree
 
@@ -48,16 +48,18 @@ def _initial_weights(
         stage.name: {"blocks": {**stage.initial_weights(own, **options), "actnorm": stage.identity()}}
         for stage, own in zip(spec.layout, jax.random.split(key_weights, len(spec.stages)), strict=True)
     }
+    params |= noise.initial_params(spec, jax.random.fold_in(key, 1))
     params, iterates = jax.tree.map(lambda leaf: leaf.astype(x.dtype), (params, initial_iterates(spec, key_iterates)))
     weights = contractions.constrain(spec, params, iterates).weights
     fitted, z = flow.fit_actnorm(spec, weights, x, context)
-    params = {name: {"blocks": {**stage["blocks"], "actnorm": fitted[name]}} for name, stage in params.items()}
+    for name, scales in fitted.items():
+        params[name] = {"blocks": {**params[name]["blocks"], "actnorm": scales}}
     return contractions.freeze(spec, params), z
 
 
 def initial_iterates(spec: FlowSpec, key: Key[Array, ""]) -> Tree:
     """Random starts of the power iterations of all layers, as `contractions.constrain` takes them."""
-    stages = zip(spec.layout, jax.random.split(key, len(spec.stages)), strict=True)
+    stages = zip(spec.all_stages, jax.random.split(key, len(spec.all_stages)), strict=True)
     found = {stage.name: stage.initial_iterates(own) for stage, own in stages}
     return {name: {"blocks": iterates} for name, iterates in found.items() if iterates}
 

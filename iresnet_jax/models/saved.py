@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.checked_dataclasses import checked
-from iresnet_jax.models import priors
+from iresnet_jax.models import noise, priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contexts import initial_network
 from iresnet_jax.models.contractions import with_bounds
@@ -144,12 +144,13 @@ def _empty(spec: Spec, prior: Any) -> dict[str, Any]:
     def blocks(stage):
         return {**stage.initial_weights(jax.random.key(0)), "actnorm": stage.identity()}
 
-    params = {stage.name: {"blocks": blocks(stage)} for stage in spec.flow.layout}
+    params = {stage.name: {"blocks": blocks(stage)} for stage in spec.flow.all_stages}
     if isinstance(spec, DensitySpec):
         if prior is None:
             prior = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes, spec.num_components)
         network = initial_network(jax.random.key(0), spec.context_dim, spec.context_hidden)
-        return {"params": params, "prior": prior, "network": network}
+        of_noise = noise.initial_network(spec.flow, jax.random.key(0))
+        return {"params": params, "prior": prior, "network": network, "noise_network": of_noise}
     if isinstance(spec, ReconstructorSpec):
         return {"params": params}
     channels = spec.feature_shape[-1]

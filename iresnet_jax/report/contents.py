@@ -67,6 +67,7 @@ class Report:
         inverse_problem: Reconstructions from measurements, of a reconstructor.
         inverse: Round trips of a model with an inverse.
         lipschitz: Lipschitz constants of a model with an inverse.
+        noise_lipschitz: Those of the flow that makes the noise of variational dequantisation.
         notes: Sentences about the parameters, such as which checkpoint had to be used instead.
     """
 
@@ -83,6 +84,7 @@ class Report:
     samples_by_class: SampleConvergence | None = None
     inverse: Inversion | None = None
     lipschitz: Certificate | None = None
+    noise_lipschitz: Certificate | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -101,7 +103,8 @@ class Report:
             found += self.samples_by_class.warnings("samples by class")
         if self.inverse:
             found += self.inverse.warnings(promised=self.lipschitz is None or self.lipschitz.coeff is not None)
-        return [*found, *(certificate_warnings(self.lipschitz) if self.lipschitz else ())]
+        certificates = (self.lipschitz, self.noise_lipschitz)
+        return [*found, *(sentence for known in certificates if known for sentence in certificate_warnings(known))]
 
     def __str__(self) -> str:
         verdict = self.lipschitz and self.lipschitz.verdict
@@ -119,8 +122,9 @@ class Report:
             facts["posterior"]["mean_c2st"] = self.posterior.mean_c2st
         if self.calibration:
             facts["calibration"] |= {"p_value": self.calibration.p_value, "calibrated": self.calibration.is_calibrated}
-        if self.lipschitz:
-            facts["lipschitz"] |= {"certified": self.lipschitz.certified, "max_block": self.lipschitz.max_block}
+        for name, known in (("lipschitz", self.lipschitz), ("noise_lipschitz", self.noise_lipschitz)):
+            if known:
+                facts[name] |= {"certified": known.certified, "max_block": known.max_block}
         return _strict({**facts, "warnings": self.warnings()})
 
 

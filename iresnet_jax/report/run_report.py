@@ -150,7 +150,8 @@ def _bijection(run: Run, examples: np.ndarray, figures: Figures) -> Results:
     if np.isfinite(errors).any():
         figures["error_histogram"] = plots.error_histogram(errors, bounds if np.isfinite(bounds).any() else None)
     figures["lipschitz"] = plots.lipschitz_bars(certificate)
-    return {"inverse": result.summary, "lipschitz": certificate}
+    of_noise = run.model.noise_certificate() if isinstance(run.model, Density) else None
+    return {"inverse": result.summary, "lipschitz": certificate, "noise_lipschitz": of_noise}
 
 
 def _write_text(path: Path, text: str) -> None:

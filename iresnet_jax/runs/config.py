@@ -25,7 +25,7 @@ from iresnet_jax.checked_dataclasses import (
 )
 from iresnet_jax.data.measurements import Measurement
 from iresnet_jax.maths.logdet.config import LogdetConfig
-from iresnet_jax.models.architecture import StageSpec
+from iresnet_jax.models.architecture import NoiseSpec, StageSpec
 from iresnet_jax.models.priors import MIXTURES
 from iresnet_jax.training.constraint import ConstraintConfig
 from iresnet_jax.training.objectives.hybrid import HybridConfig
@@ -54,6 +54,9 @@ class ModelConfig:
     # What c limits. "layer": the norm of each layer. "block": the product of the norms of each block. "network": the Lipschitz
     # constants L_b of all blocks together, by prod (1 - L_b) = 1 - c, so that Lip(F^-1) <= 1 / (1 - c); without ActNorm.
     budget: Literal["layer", "block", "network"] = "layer"
+    # Least and largest stretch (mu, nu) of the whole flow, in place of coeff and budget: mu <= |F(x) - F(y)| / |x - y| <= nu by
+    # construction, without ActNorm. None are prescribed by default.
+    constants: tuple[Positive, ...] = ()
     # Of the latents. "mixture" is one of normal distributions with full covariances, for vectors of a density; "scales" is a
     # normal distribution at several scales at once, for a density. Both are fitted to latents before training.
     prior: Literal["gaussian", "logistic", "mixture", "scales"] = "gaussian"
@@ -61,6 +64,9 @@ class ModelConfig:
     context_hidden: tuple[Count, ...] = ()  # widths of a network on the contexts of a density; none leaves them as they are
     last_scale: NotNegative = 1.0  # initial factor on the last layer of each branch
     sharp: bool = False  # whether activations of the Swish family start sharper in wider layers of a density
+    # Noise of integer levels: "uniform", or "variational", made given the image by a flow that is trained with the model.
+    dequantization: Literal["uniform", "variational"] = "uniform"
+    noise: NoiseSpec = field(default_factory=NoiseSpec)  # flow of the noise "variational"
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,7 @@ class EvaluationConfig:
     batch_size: Count = 256
     num_dequantisations: Count = 4  # noise draws per image
     num_probe_draws: Count = 4  # probe draws per noise draw
+    num_importance_draws: CountOrNone = 0  # noise draws of the importance-weighted bound of discrete data; 0 for none
     # Wanted error of an example's likelihood from its log-determinants: |bias| + standard error in bits/dim or nats, root mean
     # square over examples. The cheapest log-determinants that reach it, exact or estimated, take the place of ``logdet`` and
     # num_probe_draws, and ``logdet`` checks them. 0 evaluates by ``logdet``, or exactly up to 256 dimensions.
@@ -211,6 +218,10 @@ def _check_combinations(config: Config) -> None:
             f"config.model.sharp is for the objectives density and hybrid: leave it false for {objective}",
         ),
         (
+            objective not in ("density", "hybrid") and config.model.dequantization == "variational",
+            f"config.model.dequantization is for the objectives density and hybrid: leave it at uniform for {objective}",
+        ),
+        (
             (config.model.prior in MIXTURES) != bool(config.model.prior_components),
             "config.model.prior_components is for the priors mixture and scales, which need it, and for no other: got "
             f"{config.model.prior_components} for {config.model.prior}",
@@ -247,6 +258,18 @@ def _check_combinations(config: Config) -> None:
         (
             config.preprocessing.entrywise and config.preprocessing.transform != "equalize",
             f"preprocessing.entrywise is for transform equalize, got {config.preprocessing.transform!r}",
+        ),
+        (
+            len(config.model.constants) not in (0, 2),
+            f"config.model.constants must be (mu, nu), or () for none, got {config.model.constants}",
+        ),
+        (
+            config.model.budget == "network" and any(stage.block != "residual" for stage in config.model.stages),
+            "config.model.budget network is for residual blocks: set config.model.constants to (mu, nu)",
+        ),
+        (
+            config.model.constants and objective == "inversion",
+            "config.model.constants is for the other objectives: inversion takes config.model.coeff with the budget network",
         ),
         (not config.model.stages, "config.model.stages must have at least one stage, got none"),
     )

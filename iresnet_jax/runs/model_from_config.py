@@ -1,5 +1,6 @@
 """The data that settings name, and the architecture and preprocessing of their model."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -49,8 +50,9 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
     if is_hybrid and data.context_dim:
         raise ValueError(f"a hybrid takes no contexts, and {data.name} has them: choose the objective density")
     hidden = config.model.context_hidden if data.context_dim else ()
+    flow = build_flow_spec(config.model, data.event_shape, hidden[-1] if hidden else data.context_dim)
     return DensitySpec(
-        flow=build_flow_spec(config.model, data.event_shape, hidden[-1] if hidden else data.context_dim),
+        flow=replace(flow, noise=config.model.noise if config.model.dequantization == "variational" else None),
         prior_family=config.model.prior,
         transform=build_transform(config.preprocessing, data, by_class=is_hybrid),
         num_levels=data.num_levels,
@@ -99,6 +101,9 @@ def reconstructor_spec(config: Config, data: DataSet) -> ReconstructorSpec:
 
 def build_flow_spec(settings: ModelConfig, event_shape: tuple[int, ...], context_dim: int = 0) -> FlowSpec:
     """The architecture for examples of one shape, with contexts of some length."""
+    if settings.constants:
+        mu, nu = settings.constants
+        return FlowSpec.bilipschitz(event_shape, settings.stages, mu=mu, nu=nu, context_dim=context_dim)
     if settings.budget != "network":
         return FlowSpec(tuple(event_shape), settings.stages, settings.coeff, settings.budget, context_dim)
     coeff = block_coeff(settings.coeff, sum(stage.num_blocks for stage in settings.stages))

@@ -83,7 +83,7 @@ def validated_model(template: Any, settings: ConstraintConfig, params: Any, spec
         rest: Other fields of the model.
     """
     spec = template.spec
-    stages = {stage.name: params[stage.name] for stage in spec.flow.layout}
+    stages = {stage.name: params[stage.name] for stage in spec.flow.all_stages}
     free = {name: leaf for name, leaf in params.items() if name not in stages}
     if not isinstance(spec, ClassifierSpec) or spec.is_bijective:
         stages = validation_constraint(settings, spec.flow)(*parallel.on_first_device((stages, spectral))).weights
@@ -96,7 +96,7 @@ def certified_model(spec: Spec, params: Any, batch_stats: Any, solver: Solver = 
     Where training had no constraint, the weights stay as they are and their bounds are certified. Arguments are those of
     `validated_model`, ``batch_stats`` the running averages of a classifier's BatchNorm.
     """
-    stages = {stage.name: params[stage.name] for stage in spec.flow.layout}
+    stages = {stage.name: params[stage.name] for stage in spec.flow.all_stages}
     free = {name: leaf for name, leaf in params.items() if name not in stages}
     if isinstance(spec, ClassifierSpec):
         free["statistics"] = batch_stats

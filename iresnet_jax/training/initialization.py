@@ -1,5 +1,6 @@
 """The variables that training starts from."""
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -13,13 +14,14 @@ from jaxtyping import Array, Float, Key, UInt32
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.maths.platforms import quick_jit
-from iresnet_jax.models import contractions, flow, linen, mixtures, priors, scales
+from iresnet_jax.models import contractions, flow, linen, mixtures, noise, priors, scales
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contexts import initial_network
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.head import batch_statistics
+from iresnet_jax.models.initial import initial_iterates
 from iresnet_jax.models.reconstructor import ReconstructorSpec
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.training import parallel
@@ -51,7 +53,8 @@ def _abstract_variables(spec: Spec, dtype: Any) -> Any:
     if isinstance(spec, DensitySpec):
         module = module.clone(num_classes=spec.num_classes)
     variables = _without_prior(spec, jax.eval_shape(module.init, jax.random.key(0), example, *contexts))
-    return {**variables, "params": {**variables["params"], **jax.eval_shape(lambda: _network(spec, jax.random.key(0)))}}
+    params, spectral = jax.eval_shape(lambda: (_network(spec, jax.random.key(0)), _noise(spec, jax.random.key(0))))
+    return _with_noise({**variables, "params": {**variables["params"], **params}}, spectral)
 
 
 def initial_variables(
@@ -94,7 +97,8 @@ def initial_variables(
         model = Density(spec, {}, {}, **network)
         inputs = (_preprocess(model, x, key_noise), *([] if context is None else [model.scale_context(context)]))
     # Weights do not depend on the inputs: two examples give their shapes.
-    variables, weights = _constrained(spec, create(key_init, *(rows[:2] for rows in inputs)), constraint)
+    variables = _with_noise(create(key_init, *(rows[:2] for rows in inputs)), _noise(spec, key_init))
+    variables, weights = _constrained(spec, variables, constraint)
     fitted, statistics, z = _fitted(spec, weights, inputs)
     check_claims(spec.flow, fitted, *inputs)
     params = {**variables["params"], **network}
@@ -143,10 +147,27 @@ def fitted_mixture(z: Float[np.ndarray, "n d"], num_components: int, seed: int =
 
 
 def _network(spec: Spec, key: Key[Array, ""]) -> dict[str, Any]:
-    """Fresh weights of the network on contexts by the name of their field; empty where there is none."""
-    if not isinstance(spec, DensitySpec) or not spec.context_hidden:
-        return {}
-    return {"network": initial_network(jax.random.fold_in(key, 1), spec.context_dim, spec.context_hidden)}
+    """Fresh weights of the networks on contexts and of noise by the names of their fields; empty where there is none."""
+    networks = {}
+    if isinstance(spec, DensitySpec) and spec.context_hidden:
+        networks["network"] = initial_network(jax.random.fold_in(key, 1), spec.context_dim, spec.context_hidden)
+    if spec.flow.noise is not None:
+        networks["noise_network"] = noise.initial_network(spec.flow, jax.random.fold_in(key, 2))
+    return networks
+
+
+def _noise(spec: Spec, key: Key[Array, ""]) -> dict[str, dict[str, Any]]:
+    """Fresh variables of the flow of noise, by collection."""
+    params = noise.initial_params(spec.flow, jax.random.fold_in(key, 3))
+    iterates = initial_iterates(spec.flow, jax.random.fold_in(key, 4)) if params else {}
+    return {"params": params, "spectral": {name: iterates[name] for name in params}}
+
+
+def _with_noise(variables: Any, of_noise: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Variables with those of the flow of noise, where there is one."""
+    if not of_noise["params"]:
+        return variables
+    return {**variables, **{name: {**variables[name], **added} for name, added in of_noise.items()}}
 
 
 @quick_jit
@@ -162,7 +183,7 @@ def _module(spec: Spec, *, sharp: bool = False) -> Any:
     prior = {}
     if isinstance(spec, DensitySpec):
         prior = {"prior_family": spec.prior_family, "num_components": spec.num_components}
-    return linen.ResidualFlow(spec.flow, sharp=sharp, **prior)
+    return linen.ResidualFlow(dataclasses.replace(spec.flow, noise=None), sharp=sharp, **prior)
 
 
 def _variables(spec: Spec, last_scale: float, sharp: bool, key: jax.Array, *inputs: jax.Array) -> dict[str, Any]:  # noqa: FBT001
@@ -181,7 +202,7 @@ def _variables(spec: Spec, last_scale: float, sharp: bool, key: jax.Array, *inpu
 
 def _constrained(spec: Spec, variables: dict[str, Any], constraint: ConstraintConfig) -> tuple[dict[str, Any], Any]:
     """Variables with norms iterated by the program of validation, ActNorm still the identity, and constrained weights."""
-    stages = {stage.name: variables["params"][stage.name] for stage in spec.flow.layout}
+    stages = {stage.name: variables["params"][stage.name] for stage in spec.flow.all_stages}
     if constraint.norms == "none":
         copy = jax.tree.map(jnp.copy, stages)  # of what `_fitter` takes for itself
         weights, spectral, _ = contractions.unconstrained(spec.flow, copy, variables.get("spectral", {}))
@@ -211,7 +232,7 @@ def _fitter(spec: Spec, num_devices: int) -> Callable[..., Any]:
 
     def fit(weights, inputs):
         fitted, z = flow.fit_actnorm(spec.flow, weights, *inputs, axis_name=AXIS)
-        weights = {name: block._replace(actnorm=ActNormParams(**fitted[name])) for name, block in weights.items()}
+        weights = {**weights, **{name: weights[name]._replace(actnorm=ActNormParams(**own)) for name, own in fitted.items()}}
         if isinstance(spec, ClassifierSpec):
             features = reshape.unflatten(z, spec.feature_shape)
             return weights, ({"head": batch_statistics(features, axis_name=AXIS)}, None)

@@ -98,7 +98,7 @@ class Unconstrained(Generic[M]):
         """The model to use after training: every block is certified to be within the budget."""
         spec = self.template.spec
         return self._with(
-            self.params, certified_weights(spec, {stage.name: self.params[stage.name] for stage in spec.flow.layout})
+            self.params, certified_weights(spec, {stage.name: self.params[stage.name] for stage in spec.flow.all_stages})
         )
 
     def _with(self, params: Any, weights: Any) -> M:

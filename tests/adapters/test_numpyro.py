@@ -51,13 +51,6 @@ def test_it_is_a_distribution_of_numpyro():
     assert prior.expand((3, 5)).to_event(1).log_prob(prior.expand((3, 5)).sample(KEY)).shape == (3,)
 
 
-def test_nuts_on_a_prior_and_the_model_s_own_samples_have_the_same_moments():
-    model = kept.model(kept.POINTS)
-    prior = ir.adapters.to_numpyro(model)
-    draws = run_nuts(lambda: numpyro.sample("x", prior))
-    moments.assert_agree(draws, model.sample(KEY, 4000)[0])
-
-
 def test_a_posterior_under_a_conditional_prior_is_that_of_importance_sampling():
     model, context = kept.model(GIVEN), CONTEXTS[0]
 

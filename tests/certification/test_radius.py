@@ -30,12 +30,13 @@ def spec_of(*stages, **fields):
 
 CONV = {"hidden": (4,), "kernel_sizes": (3, 3)}
 SPECS = {
-    "elu, preactivated": spec_of(StageSpec(2, **CONV, activation="elu", preactivation=True)),
+    "elu, preactivated, not padded": spec_of(
+        StageSpec(2, **CONV, activation="elu", preactivation=True, squeeze=2, padding="CIRCULAR"), pad_channels=0
+    ),
     "squeezed, then dense": spec_of(
         StageSpec(1, **CONV, activation="clipswish", squeeze=2, positional_bias=True),
         StageSpec(2, hidden=(5, 4), activation="lipswish"),
     ),
-    "tanh, not padded": spec_of(StageSpec(2, **CONV, activation="tanh", squeeze=2, padding="CIRCULAR"), pad_channels=0),
     "relu": spec_of(StageSpec(2, **CONV, activation="relu")),
 }
 
@@ -88,7 +89,7 @@ def least_margins(own, pixels, classes, radii, key):
         moves = onto(jax.random.normal(key, pixels.shape) * radii[:, None, None, None])
         return jax.lax.fori_loop(0, NUM_STEPS, step, (moves, margins(moves)))[1]
 
-    return jax.lax.map(search, jax.random.split(key, NUM_STARTS)).min(axis=0)
+    return jax.vmap(search)(jax.random.split(key, NUM_STARTS)).min(axis=0)
 
 
 def searched(own, classes, radii):

@@ -103,7 +103,7 @@ def test_training_rounds_branches_alone():
         nonlocal start
         changes = {"training.bfloat16": bfloat16, "optimizer.warmup_steps": 0}
         objective = loop.build_objective(runs.config_of(runs.CLASSIFIER_CONFIG, **changes), data)
-        start = start or jax.device_get(objective.initial_state())
+        start = start or jax.device_get(runs.random_state(objective))
         batch = jax.tree.map(lambda rows: rows[:32], objective.examples)
         return jax.device_get(parallel.parallelize(objective.training_step)(start, parallel.shard(batch, num_devices=1)))
 

@@ -1,7 +1,6 @@
 """The diagonal of the Jacobian in an inverse: fewer evaluations where it is large, and never a wrong result."""
 
 import functools
-import os
 from pathlib import Path
 
 import jax
@@ -18,7 +17,6 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.maths.inverse.fixed_point import Diagonal, invert_residual
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
-REAL_DATA_DIR = os.environ.get("TFDS_DATA_DIR", "")
 LIPSCHITZ = 0.9
 BATCH, DIM = 6, 40
 
@@ -197,21 +195,15 @@ def blocks_of(kept, images):
         yield block.branch, x, y
 
 
-@pytest.mark.parametrize(("model", "slow", "factor"), [("digits_hybrid", 35, 3), ("mnist_density", 38, 1.7)])
-def test_slow_blocks_of_kept_models_take_a_fraction_of_the_evaluations(x64, model, slow, factor):
+def test_slow_blocks_of_a_kept_model_take_a_fraction_of_the_evaluations(x64):
     """To a true error of 1e-5, against plain Banach iteration, the diagonal's evaluations included."""
-    name = model.split("_")[0]
-    if name != "digits" and not list(Path(REAL_DATA_DIR, name).glob("*/*.array_record-*")):
-        pytest.skip(f"no {name} in array_record under TFDS_DATA_DIR={REAL_DATA_DIR!r}")
-    images = data.load(name).examples["test"][:8]
-    kept = ir.load(RESULTS / model)
     found = 0
-    for branch, x_true, y in blocks_of(kept, images):
+    for branch, x_true, y in blocks_of(ir.load(RESULTS / "digits_hybrid"), data.load("digits").examples["test"][:8]):
         _, banach = solve_and_watch(itself, branch, y, x_true, Solver(atol=TOLERANCE, memory=0))
-        if banach.mean() < slow:
+        if banach.mean() < 35:
             continue
         _, needed = solve_and_watch(itself, branch, y, x_true, Solver(atol=TOLERANCE, memory=4))
-        assert factor * needed.mean() <= banach.mean(), (needed, banach)
+        assert 3 * needed.mean() <= banach.mean(), (needed, banach)
         found += 1
     assert found, "no block is slow"
 

@@ -34,13 +34,13 @@ def variables_of(name, **changes):
     return jax.device_get(initial_variables(config, model_spec(config, data), data))
 
 
-def norms_by(name, vectors):
+def norms_by(name, params, both_vectors):
     """Norms by one power iteration: iterates of a norm that is no simple singular value are not unique."""
     source, own = CASES[name]
     config = runs.config_of(source, **own)
     spec = model_spec(config, load(config.data.name)).flow
-    params = {stage.name: variables_of(name)["params"][stage.name] for stage in spec.layout}
-    return jax.jit(lambda params, vectors: contractions.constrain(spec, params, vectors, num_steps=1).norms)(params, vectors)
+    norms = jax.jit(lambda params, vectors: contractions.constrain(spec, params, vectors, num_steps=1).norms)
+    return [norms({stage.name: params[stage.name] for stage in spec.all_stages}, vectors) for vectors in both_vectors]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -52,7 +52,7 @@ def test_two_devices_fit_what_one_fits(name, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(jax, "local_devices", lambda: one)
     expected = variables_of(name)
-    norms, expected_norms = (norms_by(name, variables.pop("spectral")) for variables in (found, expected))
+    norms, expected_norms = norms_by(name, found["params"], [variables.pop("spectral") for variables in (found, expected)])
     chex.assert_trees_all_close(norms, expected_norms, rtol=CONVERGED)
     chex.assert_trees_all_close(found, expected, rtol=RTOL, atol=ATOL)
 

@@ -8,6 +8,7 @@ sec. 3.1): the cells of ``n x`` have volume 1, so ``E_u[log p(n x)] <= log P(k)`
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.core
@@ -54,11 +55,20 @@ def dequantize(key: Key[Array, "..."], x: Integer[Array, "b ..."], num_levels: i
     Raises:
         ValueError: If ``key`` is of another kind or shape, or ``num_levels`` is out of range.
     """
+    return into_cells(_uniform(check_keys(key, len(x)), x.shape, jnp.float32), x, num_levels)
+
+
+def check_keys(key: Any, num: int) -> Key[Array, "..."]:
+    """One typed key, or one for each of so many examples; others raise ``ValueError``."""
     key = typed_key(key)
-    if key.shape not in ((), x.shape[:1]):
-        raise ValueError(f"there must be one key, or one for each of {x.shape[0]} examples, got keys of shape {key.shape}")
-    smallest, largest = cells(num_levels, np.dtype(np.float32))
-    noise = _uniform(key, x.shape, jnp.float32)
+    if key.shape not in ((), (num,)):
+        raise ValueError(f"there must be one key, or one for each of {num} examples, got keys of shape {key.shape}")
+    return key
+
+
+def into_cells(noise: Float[Array, "b ..."], x: Integer[Array, "b ..."], num_levels: int) -> Float[Array, "b ..."]:
+    """``(x + noise) / num_levels`` of noise in [0, 1], within the cell of ``x`` after rounding too; NaN for no level."""
+    smallest, largest = cells(num_levels, np.dtype(noise.dtype))
     level = x.astype(jnp.int32)
     index = jnp.clip(level, 0, num_levels - 1)
     # The sum is rounded: in float32 one u in 131072 would lift level 255 to 1. Hence the minimum.

@@ -189,6 +189,7 @@ def evaluate_examples(
     *,
     contexts: np.ndarray | None = None,
     draw: tuple[int, int] = (0, 0),
+    same_probes: bool = False,
 ) -> dict[str, np.ndarray]:
     """Objective, terms and truncation bound of all examples, by all devices.
 
@@ -199,10 +200,14 @@ def evaluate_examples(
         batch_size: Most examples at once, see `parallel.over_batches`.
         contexts: Context of each example, of a conditional density.
         draw: Number of the noise draw, and of the probe draw within it.
+        same_probes: Whether all noise draws have the probes of the first one.
     """
 
     def batch_of(indices):
-        return examples[indices], None if contexts is None else contexts[indices], *evaluation_keys(key, indices, *draw)
+        key_noise, key_probe = evaluation_keys(key, indices, *draw)
+        if same_probes:
+            _, key_probe = evaluation_keys(key, indices, 0, draw[1])
+        return examples[indices], None if contexts is None else contexts[indices], key_noise, key_probe
 
     # On several simulated CPU devices the LU factorisations dead-lock in XLA's pool of as many threads (jaxlib 0.10). Processes
     # that share a batch have to use all.

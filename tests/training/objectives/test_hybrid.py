@@ -177,11 +177,8 @@ def draw(model, labels):
 def setup(config):
     """The objective of a run, a state whose classes differ, and the images and labels of a batch."""
     objective = build_objective(config, load(config.data.name))
-    start = objective.initial_state()
-    prior = jax.tree.map(lambda noisy: 0.1 * noisy, scattered(jax.random.key(9), start.params["prior"]))
-    start = start._replace(params={**start.params, "prior": prior})
     images, labels = objective.examples
-    return objective, start, (images[:32], labels[:32].astype(np.int32))
+    return objective, runs.random_state(objective), (images[:32], labels[:32].astype(np.int32))
 
 
 def test_the_loss_is_cross_entropy_plus_weighted_bits():
@@ -202,7 +199,7 @@ def test_the_loss_is_cross_entropy_plus_weighted_bits():
 
     def terms(params):
         weights = constrain(template.spec.flow, params, start.spectral, num_steps=config.constraint.num_steps).weights
-        model = template.with_(weights=weights, prior=params["prior"])
+        model = template.with_(weights=weights, **{name: params[name] for name in ("prior", "noise_network")})
         bits = model.spec.in_units(model.terms(images, keys[:, 0], keys[:, 1]).log_prob)
         log_p = model.class_log_probs(cropped, keys[:, 3])
         entropy = cross_entropy(log_p, jnp.asarray(labels), label_smoothing=0.1)
@@ -272,7 +269,7 @@ NUM = 80  # samples, as many as the report draws of classes: they are drawn by o
 
 
 def test_samples_of_a_class_from_the_command_line(trained, workdir, capsys):
-    assert main(["sample", "--workdir", str(workdir), "--num", str(NUM), "--label", "7"]) == 0
+    assert main(["sample", "--workdir", str(workdir), "--num", str(NUM), "--label", "7", "--certify", "8"]) == 0
     size = trained.config.evaluation.batch_size
     expected = samples.draw(trained.model, NUM, size, labels=[7] * NUM).values
     np.testing.assert_array_equal(np.load(workdir / "samples.npy"), expected)

@@ -1,0 +1,114 @@
+r"""The importance-weighted bound of the likelihood of discrete data, from the log-weights of several draws of noise.
+
+With noise ``u_1, ..., u_K`` from ``q(u | x)`` and ``w_k = p(x + u_k) / q(u_k | x)``
+
+    ``log P(x) >= E[log (1/K) sum_k w_k]``,   which grows with ``K`` to ``log P(x)``      (Burda et al. 2016; Ho et al. 2019)
+
+and ``K = 1`` is the mean of ``log w``, the bound that is trained.
+
+**Estimated log-determinants.** Noise ``e_k`` of mean zero in ``log w_k`` would lift the logarithm of the mean, which is convex,
+and the bound would be none. The variational form ``log sum_k w_k = max_pi sum_k pi_k (log w_k - log pi_k)`` keeps it one:
+shares ``pi`` from other probes than ``log w_k`` give a value whose expectation is at most the maximum. So each draw of probes
+is summed with the shares that all other draws of probes give. The loss is of second order. So is the excess of the plain
+formula, which lies on the other side: their difference bounds what estimates cost.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+NUM_GROUPS = 16  # of the jackknife, at most
+
+
+@dataclass(frozen=True)
+class ImportanceBound:
+    """The importance-weighted bound of test data as a negative log-likelihood; lower is better.
+
+    Attributes:
+        num_draws: Draws of noise of each example, ``K``.
+        mean: Mean over examples.
+        stderr: Standard error of the mean, from how examples differ, which the noise of the draws contributes to.
+        stderr_draws: Part due to the draws, by the jackknife; None after a single one, which does not tell it.
+        gain: How much lower ``mean`` is than the mean over the same draws.
+        estimation_gap: Most that ``mean`` loses in expectation by unbiased estimates of log-determinants; 0 if they are exact.
+        unit: "bits/dim" or "nats".
+        estimator: Log-determinant in words.
+        unbiased: Whether the log-determinants have no truncation bias, without which this is no bound.
+    """
+
+    num_draws: int
+    mean: float
+    stderr: float
+    stderr_draws: float | None
+    gain: float
+    estimation_gap: float
+    unit: str
+    estimator: str
+    unbiased: bool
+
+    def __str__(self) -> str:
+        draws = "" if self.stderr_draws is None else f"draws {self.stderr_draws:.2g}; "
+        loses = f"; estimates lose at most {self.estimation_gap:.2g}" if self.estimation_gap else ""
+        return (
+            f"{self.mean:.4f} ± {self.stderr:.4f} {self.unit} by the importance-weighted bound with {self.num_draws} draws "
+            f"({draws}{self.estimator}), {self.gain:.4f} below the mean over these draws{loses}"
+        )
+
+
+def log_likelihood_bound(log_weights: Float[np.ndarray, "n k p"]) -> Float[np.ndarray, " n"]:
+    """The bound of each example in nats, see the module; independent of ``p`` if log-determinants are exact.
+
+    Args:
+        log_weights: ``log p(x + u) - log q(u | x)`` by example, draw of noise, and draw of probes. Probes are the same for all
+            draws of noise, so that their effect on the shares largely cancels. A single draw of probes means exact numbers.
+    """
+    num_draws, num_probes = log_weights.shape[1:]
+    seen = log_weights
+    if num_probes > 1:
+        seen = (log_weights.sum(axis=2, keepdims=True) - log_weights) / (num_probes - 1)
+    log_shares = seen - np.logaddexp.reduce(seen, axis=1, keepdims=True)
+    return np.sum(np.exp(log_shares) * (log_weights - log_shares), axis=1).mean(axis=1) - math.log(num_draws)
+
+
+def summarize(
+    log_weights: Float[np.ndarray, "n k p"], unit_of_a_nat: float, *, unit: str, estimator: str, unbiased: bool
+) -> ImportanceBound:
+    """The mean of `log_likelihood_bound` over examples with its standard errors, as a negative log-likelihood.
+
+    The part of the draws is the delete-a-group jackknife over at most `NUM_GROUPS` groups of draws, summed over examples.
+
+    Args:
+        log_weights: As `log_likelihood_bound` takes them, of at least two examples.
+        unit_of_a_nat: One nat in the unit of the result.
+        unit: Name of the unit.
+        estimator: Log-determinant in words.
+        unbiased: Whether the log-determinants have no truncation bias.
+
+    Raises:
+        ValueError: If there are fewer than two examples.
+    """
+    log_weights = np.asarray(log_weights, np.float64)
+    num, num_draws, _ = log_weights.shape
+    if num < 2:
+        raise ValueError(f"a standard error needs at least 2 examples, got {num}: evaluate more test data")
+    bounds = log_likelihood_bound(log_weights)
+    stderr_draws = None
+    if num_draws > 1:
+        groups = np.array_split(np.arange(num_draws), min(NUM_GROUPS, num_draws))
+        without = np.stack([log_likelihood_bound(np.delete(log_weights, group, axis=1)) for group in groups])
+        variances = (len(groups) - 1) * without.var(axis=0)
+        stderr_draws = unit_of_a_nat * math.sqrt(variances.sum()) / num
+    excess = log_likelihood_bound(log_weights.mean(axis=2, keepdims=True)) - bounds
+    return ImportanceBound(
+        num_draws=num_draws,
+        mean=-unit_of_a_nat * float(bounds.mean()),
+        stderr=unit_of_a_nat * float(bounds.std(ddof=1)) / math.sqrt(num),
+        stderr_draws=stderr_draws,
+        gain=unit_of_a_nat * float((bounds - log_weights.mean(axis=(1, 2))).mean()),
+        estimation_gap=unit_of_a_nat * max(float(excess.mean()), 0.0) if log_weights.shape[2] > 1 else 0.0,
+        unit=unit,
+        estimator=estimator,
+        unbiased=unbiased,
+    )

@@ -1,0 +1,106 @@
+r"""Noise of variational dequantisation (Ho et al. 2019, sec. 3.1): where in its cell a level lies, given the whole image.
+
+    ``e ~ logistic``,   ``u = sigmoid(F(e; h(x)))``,   ``log q(u | x) = log s(e) - log|det dF/de| - log s(F(e))``
+
+with ``s = sigmoid'``, the density of the logistic distribution, and ``F`` a residual flow whose blocks are contractions. So
+``q(. | x)`` is a density on ``(0, 1)^d`` whatever ``h``, and ``log P(x) >= E[log p(x + u) - log q(u | x)]``. Uniform noise is
+the case ``F(e) = e``, where training starts.
+
+``h`` is a network without a constraint, see `contexts.apply_network`. For every pixel of an image it takes the square window of
+levels around it, zero beyond the border; of a vector it takes all. Each layer of ``F`` adds a linear map of its output.
+
+Weights of the flow's stages stand beside those of the density's own, under names that begin with `PREFIX`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Integer, Key
+
+from iresnet_jax.bijections.bijection import Bijection
+from iresnet_jax.bijections.transforms.dequantize import cell_centers, check_keys, into_cells
+from iresnet_jax.maths.logdet.estimator import LogdetInfo
+from iresnet_jax.models import contexts
+from iresnet_jax.models.architecture import PREFIX, FlowSpec
+from iresnet_jax.models.contexts import Network, apply_network
+from iresnet_jax.models.contractions import FlowWeights
+
+
+def weights_of(weights: FlowWeights) -> FlowWeights:
+    """The weights of the flow of noise alone, by the names that they have in it."""
+    return {name.removeprefix(PREFIX): block for name, block in weights.items() if name.startswith(PREFIX)}
+
+
+def initial_params(spec: FlowSpec, key: Key[Array, ""]) -> dict[str, Any]:
+    """Parameters of a flow that makes uniform noise, as `contractions.constrain` takes them; empty if ``spec`` has none."""
+    stages = spec.all_stages[len(spec.layout) :]
+    keys = jax.random.split(key, max(len(stages), 1))
+
+    def blocks(stage, own):
+        return {**stage.initial_weights(own, last_scale=0.0), "actnorm": stage.identity()}
+
+    return {stage.name: {"blocks": blocks(stage, own)} for stage, own in zip(stages, keys, strict=False)}
+
+
+def initial_network(spec: FlowSpec, key: Key[Array, ""]) -> Network:
+    """Weights of the network ``h``; empty without variational noise."""
+    if spec.noise is None:
+        return {}
+    *space, channels = spec.event_shape
+    return contexts.initial_network(key, channels * spec.noise.window ** len(space), spec.noise.network)
+
+
+def features(spec: FlowSpec, network: Network, x: Integer[Array, "b ..."], num_levels: int) -> Float[Array, "b ... k"]:
+    """``h(x)``: a vector for every pixel, or for the example if it is a vector."""
+    values = (2 * cell_centers(x, num_levels) - 1).astype(network["skip"]["kernel"].dtype)
+    if x.ndim == 2:
+        return apply_network(network, values)
+    assert spec.noise is not None
+    window = (spec.noise.window, spec.noise.window)
+    around = lax.conv_general_dilated_patches(values, window, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return apply_network(network, around.reshape(-1, around.shape[-1])).reshape(*around.shape[:-1], -1)
+
+
+def place(flow: Bijection, x: Integer[Array, "b ..."], key: Key[Array, "..."], num_levels: int, dtype: Any) -> Array:
+    """Levels as points of [0, 1), with noise from the key.
+
+    Args:
+        flow: ``F`` given the features of these examples.
+        x: Levels.
+        key: Source of the noise, one key or one per example.
+        num_levels: Number of levels.
+        dtype: Type of the numbers.
+    """
+    noise = jax.nn.sigmoid(flow.forward(_logistic(x, key, dtype)).reshape(x.shape))
+    return into_cells(noise, x, num_levels)
+
+
+def place_and_logdet(
+    flow: Bijection,
+    x: Integer[Array, "b ..."],
+    key: Key[Array, "..."],
+    key_probe: Key[Array, "..."],
+    num_levels: int,
+    dtype: Any,
+) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo]:
+    """`place`, ``-log q(u | x) - d log(num_levels)``, and its error by the flow's log-determinant with probes from a key."""
+    start = _logistic(x, key, dtype)
+    end, log_det, info = flow.forward_and_logdet(start, key_probe)
+    log_det += jnp.sum(_log_slope(end) - _log_slope(start.reshape(end.shape)), axis=1)
+    volume = end.shape[1] * jnp.log(jnp.asarray(num_levels, end.dtype))
+    return into_cells(jax.nn.sigmoid(end.reshape(x.shape)), x, num_levels), log_det - volume, info
+
+
+def _logistic(x: Array, key: Key[Array, "..."], dtype: Any) -> Array:
+    """Logistic numbers of the shape of ``x``, the same in every precision, from one key or from one per example."""
+    key = check_keys(key, len(x))
+    if key.ndim == 0:
+        return jax.random.logistic(key, x.shape, jnp.float32).astype(dtype)
+    return jax.vmap(lambda own: jax.random.logistic(own, x.shape[1:], jnp.float32))(key).astype(dtype)
+
+
+def _log_slope(y: Array) -> Array:
+    """``log sigmoid'(y)``."""
+    return jax.nn.log_sigmoid(y) + jax.nn.log_sigmoid(-y)

@@ -1,0 +1,87 @@
+"""The importance-weighted bound against the probabilities of a tiny discrete example, and with estimated log-determinants."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import kept
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+
+from iresnet_jax.bijections.transforms.logit import Logit
+from iresnet_jax.evaluation import importance, likelihood
+from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
+from iresnet_jax.models.density_spec import DensitySpec
+
+# A mean over REPEATS estimates lies within so many of its standard errors of its expectation.
+SIGNIFICANT = 5.0
+EXACT_RTOL = 1e-12  # the same float64 sums in another order
+SPREAD_RTOL = 0.15  # standard deviations of some hundred estimates
+LEVELS, REPEATS, DRAWS = 4, 200, 8
+TWO_PIXELS = DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(8, 8)),)), transform=Logit(0.05), num_levels=LEVELS)
+VARIATIONAL = dataclasses.replace(
+    TWO_PIXELS, flow=dataclasses.replace(TWO_PIXELS.flow, noise=NoiseSpec(1, (4,), network=(4, 2), window=3))
+)
+ALL = np.stack(np.meshgrid(*2 * [np.arange(LEVELS)], indexing="ij"), axis=-1).reshape(-1, 2).astype(np.uint8)
+
+
+def log_probabilities(model, num=48):
+    """Log-probabilities of all images by quadrature of the density over their cells."""
+    middles = (np.arange(num * LEVELS) + 0.5) / (num * LEVELS)
+    points = np.stack(np.meshgrid(middles, middles, indexing="ij"), axis=-1).reshape(-1, 2).astype(np.float32)
+    density = np.exp(np.asarray(model.continuous.log_prob(jnp.asarray(points)), np.float64))
+    return np.log(density.reshape(LEVELS, num, LEVELS, num).mean(axis=(1, 3)).ravel() / LEVELS**2)
+
+
+@pytest.mark.parametrize("spec", [TWO_PIXELS, VARIATIONAL])
+def test_in_expectation_it_grows_with_the_draws_and_stays_below_the_probabilities(spec):
+    model = kept.model(spec)
+    exact = log_probabilities(model)
+    assert -0.1 < logsumexp(exact) < 1e-3  # some latents are those of no level
+    settings = dataclasses.replace(kept.SETTINGS, batch_size=4096, num_importance_draws=DRAWS)
+    drawn = likelihood._Draws(model, np.repeat(ALL, REPEATS, axis=0), settings, 0, None)
+    weights = -drawn.values(drawn.estimator, DRAWS, 1, same_probes=True) / spec.unit_of_a_nat
+    bounds = {k: importance.log_likelihood_bound(weights[:, :k]).reshape(-1, REPEATS) for k in (1, 2, DRAWS)}
+    means = {k: bound.mean(axis=1) for k, bound in bounds.items()}
+    assert means[1].mean() < means[2].mean() < means[DRAWS].mean() < exact.mean()
+    for k, bound in bounds.items():
+        assert np.all(means[k] < exact + SIGNIFICANT * bound.std(axis=1) / np.sqrt(REPEATS))
+        assert logsumexp(means[k]) < 0
+    found = importance.summarize(weights, 1.0, unit="nats", estimator="", unbiased=True)
+    of_draws = np.sqrt(bounds[DRAWS].var(axis=1, ddof=1).mean() / (len(ALL) * REPEATS))
+    np.testing.assert_allclose(found.stderr_draws, of_draws, rtol=SPREAD_RTOL)
+    np.testing.assert_allclose(found.gain, (means[DRAWS] - weights.reshape(len(ALL), -1).mean(axis=1)).mean(), rtol=1e-9)
+    measured = likelihood.measure(model, ALL[:4], settings, 0).summary
+    assert measured.bound == spec.bound
+    assert measured.importance.mean < measured.mean
+
+
+def test_estimated_log_determinants_keep_it_a_bound_where_the_plain_formula_is_none():
+    rng = np.random.default_rng(0)
+    log_weights = rng.normal(size=(1, 6, 1))
+    exact = importance.log_likelihood_bound(log_weights)
+    np.testing.assert_allclose(exact, logsumexp(log_weights, axis=1)[:, 0] - np.log(6), rtol=EXACT_RTOL)
+    estimated = log_weights + rng.normal(size=(20_000, 6, 2))
+    found = importance.log_likelihood_bound(estimated)
+    plain = importance.log_likelihood_bound(estimated.mean(axis=2, keepdims=True))
+    stderr = found.std() / np.sqrt(len(found))
+    assert found.mean() + SIGNIFICANT * stderr < exact < plain.mean() - SIGNIFICANT * stderr
+    result = importance.summarize(estimated, 1.0, unit="nats", estimator="", unbiased=True)
+    assert result.estimation_gap > exact - found.mean()
+
+
+def test_of_an_estimator_it_agrees_with_that_of_exact_log_determinants(monkeypatch):
+    model, (images, _) = kept.model(kept.IMAGES), kept.images(40)
+    settings = dataclasses.replace(kept.SETTINGS, num_importance_draws=4)
+    exact = likelihood.importance_bound(model, images, settings, 3)
+    monkeypatch.setattr(likelihood, "MAX_EXACT_DIMS", 1)
+    found = likelihood.importance_bound(model, images, settings, 3)
+    assert (exact.estimation_gap, found.unbiased) == (0, True)
+    assert 0 < found.estimation_gap < 0.1 * found.gain  # draws share their probes
+    assert abs(found.mean - exact.mean) < found.stderr
+
+
+def test_continuous_data_have_none():
+    settings = dataclasses.replace(kept.SETTINGS, num_importance_draws=4)
+    with pytest.raises(ValueError, match="these are continuous"):
+        likelihood.importance_bound(kept.model(kept.POINTS), np.zeros((2, 2), np.float32), settings, 0)

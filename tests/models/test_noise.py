@@ -1,0 +1,137 @@
+"""Variational dequantisation: noise is a density, by dense Jacobians in float64, and what it changes in a model."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import kept
+import numpy as np
+import pytest
+
+import iresnet_jax as ir
+from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.bijections.transforms.logit import Logit
+from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
+
+DENSE_RTOL = 1e-9  # the same maths by another route, float64
+DIFFERENCE_RTOL = 1e-6  # central differences in float64
+SAME_RTOL = 1e-5  # the same maths by another route, float32
+QUADRATURE_ATOL = 2e-3  # of a smooth density on a grid of 100 x 100 middles
+LEVELS, NUM = 4, 5
+NOISE = NoiseSpec(num_blocks=2, hidden=(6,), network=(8, 3), window=3)
+VECTORS = DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(8, 8)),), noise=NOISE), transform=Logit(0.05), num_levels=LEVELS)
+IMAGES = dataclasses.replace(VECTORS, flow=FlowSpec((3, 2, 1), kept.STAGES, noise=NOISE))
+KEYS = functools.cache(lambda: tuple(jax.random.split(jax.random.key(5), 2)))
+
+terms = jax.jit(Density.terms)
+
+
+def case(spec):
+    """A model in float64, by the fixture of the test, and levels."""
+    with jax.enable_x64(False):
+        frozen = kept.model(spec)
+    whole = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), frozen).with_(solver=Solver(atol=1e-12))
+    x = np.random.default_rng(0).integers(0, LEVELS, (NUM, *spec.flow.event_shape))
+    return whole, jnp.asarray(x, jnp.uint8)
+
+
+@jax.jit
+def log_density_of_noise(model, x, noise):
+    """``log q(noise | x)`` by the inverse of the flow and the dense Jacobian of ``e -> noise``."""
+    e, info = model.noise_flow(x).inverse(jnp.log(noise / (1 - noise)).reshape(len(x), -1))
+    e = e.reshape(len(x), -1)
+
+    def column(direction):  # of the Jacobians of all examples
+        made = lambda e: jax.nn.sigmoid(model.noise_flow(x).forward(e.reshape(x.shape)))  # noqa: E731
+        return jax.jvp(made, (e,), (jnp.broadcast_to(direction[None], e.shape),))[1]
+
+    jacobians = jax.vmap(column, out_axes=2)(jnp.eye(e.shape[1], dtype=e.dtype))
+    return jax.scipy.stats.logistic.logpdf(e).sum(axis=1) - jnp.linalg.slogdet(jacobians)[1], info.converged
+
+
+def test_log_likelihoods_are_those_of_the_dense_density_of_the_noise(x64):
+    model, x = case(IMAGES)
+    found = terms(model, x, *KEYS())
+    u = jax.jit(Density.dequantize)(model, x, KEYS()[0])
+    np.testing.assert_array_equal(np.floor(u * LEVELS), x)
+    log_q, converged = log_density_of_noise(model, x, u * LEVELS - x)
+    assert converged.all()
+    of_point = jax.jit(Density.log_prob)(model.continuous, u)
+    expected = of_point - log_q - IMAGES.flow.num_dims * np.log(LEVELS)
+    np.testing.assert_allclose(found.log_prob, expected, rtol=DENSE_RTOL)
+    assert np.ptp(log_q) > 0.1  # noise is not uniform
+
+
+def test_the_density_of_the_noise_integrates_to_1_whatever_the_image(x64):
+    model, x = case(VECTORS)
+    middles = (np.arange(100) + 0.5) / 100
+    grid = jnp.asarray(np.stack(np.meshgrid(middles, middles), axis=-1).reshape(-1, 2))
+    for row in x[:2]:
+        log_q, converged = log_density_of_noise(model, jnp.broadcast_to(row, (len(grid), 2)), grid)
+        assert converged.all()
+        np.testing.assert_allclose(np.exp(log_q).mean(), 1, atol=QUADRATURE_ATOL)
+
+
+def test_gradients_of_all_that_makes_noise_are_those_of_differences(x64):
+    (model, x), keys = case(IMAGES), KEYS()
+    of_noise = {name: block for name, block in model.weights.items() if name.startswith("noise_")}
+
+    @jax.jit
+    def value(step):
+        weights, network = jax.tree.map(lambda a, d: a + step * d, (of_noise, model.noise_network), direction)
+        moved = model.with_(weights={**model.weights, **weights}, noise_network=network)
+        return moved.terms(x, *keys).log_prob.mean()
+
+    leaves, tree = jax.tree.flatten((of_noise, model.noise_network))
+    rng = np.random.default_rng(1)
+    direction = jax.tree.unflatten(tree, [jnp.asarray(rng.normal(size=np.shape(leaf))) for leaf in leaves])
+    slope = jax.jit(jax.grad(value))(0.0)
+    assert abs(slope) > 1e-2
+    np.testing.assert_allclose(slope, (value(1e-5) - value(-1e-5)) / 2e-5, rtol=DIFFERENCE_RTOL)
+
+
+def squares():
+    """Images of four pixels that are all the same but for one, which is random."""
+    rng = np.random.default_rng(0)
+    x = np.repeat(rng.integers(0, LEVELS, (256, 1)), 4, axis=1)
+    x[:, 0] = rng.integers(0, LEVELS, 256)
+    return x.reshape(-1, 2, 2, 1).astype(np.uint8)
+
+
+def with_uniform_noise(model):
+    """The same density of points."""
+    spec = dataclasses.replace(model.spec, flow=dataclasses.replace(model.spec.flow, noise=None))
+    return model.with_(spec=spec, weights={"stage0": model.weights["stage0"]}, noise_network={})
+
+
+def test_noise_starts_uniform_trains_to_a_better_bound_and_comes_back_from_its_file(tmp_path):
+    x, stage = squares(), StageSpec(1, (16,), activation="clipswish")
+    first = Density.init(jax.random.key(0), x, stages=[stage], num_levels=LEVELS, noise=NoiseSpec(1, (8,), (8, 4), window=3))
+    keys = jax.random.split(jax.random.key(1), 10)
+    uniform = with_uniform_noise(first)
+    np.testing.assert_allclose(first.log_prob(x, keys[0]), uniform.log_prob(x, keys[0]), rtol=SAME_RTOL)
+    assert (uniform.spec.bound, first.spec.bound) == ("uniform mean", "variational mean")
+
+    def loss(model, batch, key):
+        return -model.log_prob(batch, key).mean()
+
+    model = ir.train(first, loss, x, key=jax.random.key(3), steps=150, batch_size=64, ema_decay=0.9, progress=False)
+    means = [np.mean([run.log_prob(x, key) for key in keys]) for run in (uniform, with_uniform_noise(model), model)]
+    assert means[2] > max(means[:2]) + 0.05
+    assert model.certificate().certified
+    assert model.noise_certificate().certified
+    assert uniform.noise_certificate() is None
+    again = ir.load(model.save(tmp_path / "model.npz"))
+    np.testing.assert_array_equal(again.log_prob(x, keys[0]), model.log_prob(x, keys[0]))
+
+
+def test_noise_of_what_has_no_levels_is_refused():
+    with pytest.raises(ValueError, match="data of integer levels"):
+        DensitySpec(VECTORS.flow)
+    with pytest.raises(ValueError, match="is uniform"):
+        kept.model(kept.IMAGES).noise_flow(np.zeros((1, 4, 4, 1), np.uint8))
+    with pytest.raises(ValueError, match="density of variational noise"):
+        ir.certify.log_prob(kept.model(VECTORS), np.zeros((2, 2), np.uint8))

@@ -1,0 +1,70 @@
+"""Flows with prescribed constants: certificates and Jacobians lie within them, and the words of configs mean them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import iresnet_jax as ir
+from iresnet_jax.runs.config import default_config, parse
+from iresnet_jax.runs.model_from_config import build_flow_spec
+
+MU, NU = 0.2, 5.0
+X = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
+SINGLE = [ir.StageSpec(1, (4,), activation="maxmin")]
+MIXED = [ir.StageSpec(2, (4,), activation="maxmin"), ir.StageSpec(1, (4,), activation="maxmin", block="monotone")]
+
+
+def test_one_residual_block_has_the_constants_of_a_bilipnet_layer():
+    spec = ir.FlowSpec.bilipschitz((2,), SINGLE, mu=MU, nu=NU)
+    assert spec.coeff == pytest.approx((NU - MU) / (NU + MU), abs=1e-4)
+    assert spec.scale == pytest.approx((NU + MU) / 2, rel=1e-4)
+    assert not spec.stages[0].actnorm
+
+
+def test_certificates_reach_the_constants_and_keep_within_them():
+    """Weights are so large that every block takes all of its budget."""
+    settings = {"stages": MIXED, "constants": (MU, NU), "transform": ir.Identity(), "last_scale": 100.0}
+    model = ir.Density.init(jax.random.key(0), X, **settings)
+    certificate = model.certificate()
+    assert 0.999 * NU < certificate.forward <= NU
+    assert MU <= 1 / certificate.inverse < 1.002 * MU
+    jacobians = jax.jit(jax.vmap(jax.jacfwd(lambda x: model.encode(x[None])[0])))(jnp.asarray(X))
+    singular = np.linalg.svd(jacobians, compute_uv=False)
+    assert MU < singular.min()
+    assert singular.max() < NU
+
+
+@pytest.mark.parametrize(("mu", "nu"), [(0.5, 0.6), (1e-3, 2.0)])
+def test_bounds_of_spent_budgets_are_within_constants_near_and_far(mu, nu):
+    spec = ir.FlowSpec.bilipschitz((2,), [ir.StageSpec(3, (4,)), ir.StageSpec(2, (4,), block="monotone")], mu=mu, nu=nu)
+    bounds = [stage.block.bounds(jnp.full((), spec.coeff)) for stage in spec.layout for _ in range(stage.spec.num_blocks)]
+    stretch = np.prod([float(own.forward) * spec.scale for own in bounds])
+    assert 0.999 * nu < stretch < nu * (1 - 5 * 3e-6)  # less than the scales' factors and products are rounded up
+    shrink = np.prod([spec.scale / float(own.inverse) for own in bounds])
+    assert mu * (1 + 5 * 3e-6) < shrink < 1.01 * mu
+
+
+def test_configs_prescribe_constants():
+    config = default_config()
+    config.model.constants = (MU, NU)
+    parsed = parse(config)
+    assert build_flow_spec(parsed.model, (8, 8, 1)) == ir.FlowSpec.bilipschitz((8, 8, 1), parsed.model.stages, mu=MU, nu=NU)
+    config.model.constants = (MU,)
+    with pytest.raises(ValueError, match=r"constants must be \(mu, nu\)"):
+        parse(config)
+
+
+@pytest.mark.parametrize(
+    ("message", "make"),
+    [
+        ("0 < mu < nu", lambda: ir.FlowSpec.bilipschitz((2,), SINGLE, mu=2.0, nu=1.0)),
+        ("more than roundings", lambda: ir.FlowSpec.bilipschitz((2,), SINGLE, mu=1.0, nu=1.000001)),
+        ("no stage may factor_out", lambda: ir.FlowSpec.bilipschitz((2,), [ir.StageSpec(1, factor_out=True)], mu=1.0, nu=2.0)),
+        ("actnorm of every stage to False", lambda: ir.FlowSpec((2,), tuple(SINGLE), scale=2.0)),
+        ("scale must be a positive number", lambda: ir.FlowSpec((2,), tuple(SINGLE), scale=0.0)),
+    ],
+)
+def test_wrong_constants_are_refused_in_one_sentence(message, make):
+    with pytest.raises(ValueError, match=message):
+        make()
