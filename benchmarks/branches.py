@@ -22,6 +22,7 @@ from _record import RESULTS, earlier_runs, made_with, parser, show, write
 
 from iresnet_jax.evaluation import likelihood
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.density import Density
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.metrics import read_metrics
@@ -88,11 +89,11 @@ def measure(data: str, kind: str, seed: int, minutes: float, *, quick: bool) -> 
         loop.train(config, Path(folder), say=print)
         run, records = load(Path(folder)), read_metrics(Path(folder))
     evaluation = replace(config.evaluation, logdet=replace(config.evaluation.logdet, kind="exact"))
-    examples = run.test_examples()[:50] if quick else run.test_examples()
-    found, certificate = likelihood.measure(run.model, examples, evaluation, seed), run.model.certificate()
-    flow = run.model.spec.flow
+    examples, model = run.test_examples()[:50] if quick else run.test_examples(), run.model
+    assert isinstance(model, Density)
+    found, certificate, flow = likelihood.measure(model, examples, evaluation, seed), model.certificate(), model.spec.flow
     return {
-        "loss": -float(found.log_prob.mean()) * run.model.spec.unit_of_a_nat,
+        "loss": -float(found.log_prob.mean()) * model.spec.unit_of_a_nat,
         "largest_constant": certificate.max_block,
         "certified": certificate.certified,
         "parameters": sum(num_parameters(flow, place) for place in range(len(flow.stages))),
