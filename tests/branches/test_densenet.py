@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from tiny_runs import random_weights
 
 from iresnet_jax.branches.densenet import DenseNetSpec
 
@@ -16,14 +17,6 @@ SPECS = {
     "dense": DenseNetSpec((3,), (4, 2), activation="lipswish"),
     "convolutional": DenseNetSpec((3, 4, 2), (3, 2), (3, 1, 3), "clipswish", preactivation=True),
 }
-
-
-def random_weights(spec, scale=1.0):
-    """Drawn by NumPy: JAX would compile a program for each shape."""
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(spec.initial_weights, jax.random.key(0))
-    weights = jax.tree.map(lambda leaf: rng.normal(0, 0.4, leaf.shape).astype(np.float32), shapes)
-    return {name: {**own, "kernel": np.float32(scale) * own["kernel"]} for name, own in weights.items()}
 
 
 def normalised(spec, weights):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from tiny_runs import random_weights
 
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.branches.sandwich import SandwichSpec
@@ -19,14 +20,6 @@ SPECS = {
     "convolutional": SandwichSpec((3, 4, 2), (3, 4), (3, 1, 5), "softplus4", preactivation=True),
     "periodic": SandwichSpec((4, 3, 2), (3,), (3, 3), padding="CIRCULAR"),
 }
-
-
-def random_weights(spec, scale=1.0):
-    """Drawn by NumPy: JAX would compile a program for each shape."""
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(spec.initial_weights, jax.random.key(0))
-    weights = jax.tree.map(lambda leaf: rng.normal(0, 0.4, leaf.shape).astype(np.float32), shapes)
-    return {name: {**own, "kernel": np.float32(scale) * own["kernel"]} for name, own in weights.items()}
 
 
 def pairs(spec, weights):
