@@ -12,7 +12,8 @@ from iresnet_jax.certification import prepared, trajectory
 RADIUS = 0.02
 
 
-@pytest.mark.parametrize(("name", "all_products"), [("images", True), ("tanh", False)])
+@pytest.mark.parametrize("all_products", [True, False])
+@pytest.mark.parametrize("name", ["tanh", "images"])
 def test_constants_hold_at_a_point_and_in_a_ball(name, all_products, monkeypatch):
     if not all_products:
         monkeypatch.setattr(prepared, "ALL_PRODUCTS", 0.0)
