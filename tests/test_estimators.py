@@ -62,7 +62,7 @@ def does_nothing(flow):
 def fit_or_moments(x, labels=None, **options):
     """`fit` of 2 and 3 features, as later tests have them; of other numbers, with many programs each, moments of classes."""
     num_dims, num_classes = x.shape[1], None if labels is None else int(labels.max()) + 1
-    if num_dims in (2, 3) or options["settings"].get("preprocessing.transform") != "none":
+    if num_dims == 2 or (num_dims == 3 and labels is None) or options["settings"].get("preprocessing.transform") != "none":
         return fit(x, labels, **options)
     flow = FlowSpec((num_dims,), (StageSpec(1, hidden=(1,)),))
     is_density = labels is None  # of whitened data
