@@ -1,11 +1,13 @@
 """Paths of points through an ordinary and an invertible residual network that fit the same map (Behrmann et al. 2019, Fig. 1).
 
-Both take [-2, 2] to ``x^3`` at half of their depth and back to ``x`` at its end. Paths of the ordinary network may cross; those
-of the invertible one keep their order, because a block ``x + g(x)`` shrinks no distance by more than ``1 - Lip(g)``.
+Both are fitted to noisy examples of ``x -> x^3`` at half of their depth and of ``x -> x`` at its end. Paths of the ordinary
+network cross where it follows the noise. Those of the invertible one keep their order whatever it is fitted to, because a block
+``x + g(x)`` shrinks no distance by more than the factor ``1 - Lip(g)``.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,61 +18,70 @@ from jaxtyping import Array, Float
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.figures import style
-from iresnet_jax.figures.drawing import Drawing
+from iresnet_jax.figures.drawing import Drawing, Row
 
 COEFF = 0.97  # largest norm of a layer
-NUM_DATA, NOISE = 48, 0.5  # examples, evenly spaced, and the standard deviation of the noise of what they are taken to
-NUM_SHOWN = 41  # paths drawn, evenly spaced on [-2, 2]
+NUM_DATA, NOISE = 48, 0.5  # examples, evenly spaced on [-2, 2], and the standard deviation of the noise of what they map to
+LEARNING_RATE = 5e-3
+NUM_PATHS = 121  # points that are followed, evenly spaced on [-2, 2]
+DRAWN_EVERY = 3  # of these, the paths that are drawn
+
+NETWORKS = {"ordinary": False, "invertible": True}  # whether blocks are contractions
 
 
-class Paths(NamedTuple):
-    """Where points are after each block.
-
-    Attributes:
-        positions: Positions of neighbouring points, which begin in increasing order; the first row is where they begin.
-        lipschitz_bounds: Certified bound of ``Lip(g)`` of each block; infinite for the ordinary network.
-    """
-
-    positions: Float[np.ndarray, "k n"]
-    lipschitz_bounds: Float[np.ndarray, " k"]
-
-    @property
-    def num_crossings(self) -> int:
-        """Pairs of neighbours that have changed their order after a block, counted after each block."""
-        return int((np.diff(self.positions[1:]) <= 0).sum())
-
-    @property
-    def worst_error(self) -> float:
-        """Largest distance from ``x^3`` at half of the depth, and from ``x`` at its end."""
-        start, middle, end = self.positions[0], self.positions[len(self.positions) // 2], self.positions[-1]
-        return float(max(np.abs(middle - start**3).max(), np.abs(end - start).max()))
-
-
-def measure(
-    *, num_blocks: int = 20, width: int = 16, num_steps: int = 4000, num_points: int = 401, seed: int = 0
-) -> dict[str, Paths]:
-    """Fits both networks from the same initial weights, and follows points through them.
+def figure(*, num_blocks: int = 20, width: int = 16, num_steps: int = 4000, seed: int = 0) -> Drawing:
+    """Fits both networks from the same initial weights, follows points through them, and draws.
 
     Args:
         num_blocks: Residual blocks; even.
-        width: Units of the two hidden layers of a branch.
+        width: Units of each of the two hidden layers of a branch.
         num_steps: Updates by Adam.
-        num_points: Points that are followed, evenly spaced on [-2, 2].
-        seed: Of the weights and the batches.
+        seed: Of the weights and the noise.
+    """
+    rows = measure(num_blocks, width, num_steps, seed)
+    return Drawing(draw(rows), rows)
+
+
+def measure(num_blocks: int, width: int, num_steps: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of the figure, one for each point after each number of blocks; arguments are those of `figure`.
+
+    ``gap`` is the distance to the next point above, negative if the two have changed their order. ``least_gap`` is what the
+    certified bound ``L`` of the block leaves of the gap before it, ``(1 - L) gap``; it is minus infinity without a bound.
     """
     spec = FeedforwardSpec((1,), (width, width), activation="elu")
-    return {
-        name: _fitted(spec, constrained, num_blocks, num_steps, num_points, seed)
-        for name, constrained in (("ordinary", False), ("invertible", True))
-    }
+    rows = []
+    for name, constrained in NETWORKS.items():
+        found = _fitted_paths(spec, constrained, num_blocks, num_steps, jax.random.key(seed))
+        positions, bounds = (np.asarray(array, np.float64) for array in found)
+        gaps = np.diff(positions, axis=1)
+        for depth, after in enumerate(positions):
+            for i, position in enumerate(after[:-1]):
+                least = (1 - bounds[depth - 1]) * gaps[depth - 1, i] if depth and constrained else -np.inf
+                rows.append(
+                    {
+                        "network": name,
+                        "blocks": depth,
+                        "start": float(positions[0, i]),
+                        "position": float(position),
+                        "gap": float(gaps[depth, i]),
+                        "least_gap": float(least),
+                    }
+                )
+    return rows
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _train_and_follow(spec, constrained, num_blocks, num_steps, num_points, key):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _fitted_paths(
+    spec: FeedforwardSpec, constrained: bool, num_blocks: int, num_steps: int, key: Array
+) -> tuple[Float[Array, "k n"], Float[Array, " m"]]:
+    """Positions of all points at the start and after each block of a fitted network, and the bounds of its blocks."""
     key_weights, key_iterates, key_noise = jax.random.split(key, 3)
     params = jax.vmap(functools.partial(spec.initial_weights, last_scale=0.3))(jax.random.split(key_weights, num_blocks))
     iterates = jax.vmap(spec.initial_iterates)(jax.random.split(key_iterates, num_blocks))
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(5e-3, num_steps)))
+    x = jnp.linspace(-2.0, 2.0, NUM_DATA)[:, None]
+    at_half, at_end = jnp.stack([x**3, x]) + NOISE * jax.random.normal(key_noise, (2, NUM_DATA, 1))
+    schedule = optax.cosine_decay_schedule(LEARNING_RATE, num_steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
     def branches(params, iterates):
         if not constrained:
@@ -81,13 +92,9 @@ def _train_and_follow(spec, constrained, num_blocks, num_steps, num_points, key)
 
     def loss(params, iterates):
         branch, iterates = branches(params, iterates)
-        positions = follow(branch, x)
-        middle, end = positions[num_blocks // 2], positions[-1]
-        return jnp.mean((middle - at_half) ** 2) + jnp.mean((end - at_end) ** 2), iterates
-
-    x = jnp.linspace(-2.0, 2.0, NUM_DATA)[:, None]
-    noise = NOISE * jax.random.normal(key_noise, (2, NUM_DATA, 1))
-    at_half, at_end = x**3 + noise[0], x + noise[1]
+        positions = _follow(branch, x)
+        errors = positions[num_blocks // 2] - at_half, positions[-1] - at_end
+        return sum(jnp.mean(error**2) for error in errors), iterates
 
     def step(state, _):
         params, iterates, own = state
@@ -96,15 +103,14 @@ def _train_and_follow(spec, constrained, num_blocks, num_steps, num_points, key)
         return (optax.apply_updates(params, updates), iterates, own), None
 
     (params, iterates, _), _ = jax.lax.scan(step, (params, iterates, optimizer.init(params)), length=num_steps)
-    branch = Branch(spec, params, jnp.full(num_blocks, jnp.inf), "none")
-    if constrained:
-        bounds = jax.vmap(spec.norm_bounds)(params)
-        branch = jax.vmap(functools.partial(spec.certified, coeff=COEFF, budget="layer"))(params, bounds).branch
-    start = jnp.linspace(-2.0, 2.0, num_points)[:, None]
-    return follow(branch, start)[..., 0], branch.lipschitz_bound
+    branch, _ = branches(params, iterates)
+    if constrained:  # by guaranteed bounds, where training had estimates
+        certify = functools.partial(spec.certified, coeff=COEFF, budget="layer")
+        branch = jax.vmap(certify)(params, jax.vmap(spec.norm_bounds)(params)).branch
+    return _follow(branch, jnp.linspace(-2.0, 2.0, NUM_PATHS)[:, None])[..., 0], branch.lipschitz_bound
 
 
-def follow(branch: Branch, x: Float[Array, "n 1"]) -> Float[Array, "k n 1"]:
+def _follow(branch: Branch, x: Float[Array, "n 1"]) -> Float[Array, "k n 1"]:
     """Positions of points at the start and after each block ``x + g(x)``; the branches are stacked over blocks."""
 
     def step(x, branch):
@@ -114,6 +120,27 @@ def follow(branch: Branch, x: Float[Array, "n 1"]) -> Float[Array, "k n 1"]:
     return jnp.concatenate([x[None], jax.lax.scan(step, x, branch)[1]])
 
 
-def _fitted(spec, constrained, num_blocks, num_steps, num_points, seed) -> Paths:
-    found = _train_and_follow(spec, constrained, num_blocks, num_steps, num_points, jax.random.key(seed))
-    return Paths(*(np.asarray(array, np.float64) for array in found))
+def num_crossings(rows: Sequence[Row], network: str) -> int:
+    """Pairs of neighbouring paths that change their order, or meet, from one block to the next."""
+    gaps = _by_depth(rows, network, "gap")
+    return int((np.sign(gaps[1:]) != np.sign(gaps[:-1])).sum())
+
+
+def draw(rows: Sequence[Row]) -> Any:
+    """Paths of both networks from the left to the right, beside the maps that they are fitted to."""
+    figure = style.figure(width=style.PAGE_WIDTH, height=3.8)
+    for axes, network in zip(figure.subplots(1, 2, sharey=True), NETWORKS, strict=True):
+        positions = _by_depth(rows, network, "position")
+        start, depth = positions[0], np.arange(len(positions))
+        axes.plot(depth, positions[:, ::DRAWN_EVERY], color=style.CURVES[0]["color"], linewidth=0.7)
+        for at, image in ((depth[-1] / 2, start**3), (depth[-1], start)):
+            axes.plot(np.full(len(start), at), image, color=style.INK, linestyle="none", marker="_", markersize=5)
+        crossings = num_crossings(rows, network)
+        style.label(axes, "blocks", "position" if network == "ordinary" else "", title=f"{network}: {crossings} crossings")
+    return figure
+
+
+def _by_depth(rows: Sequence[Row], network: str, name: str) -> Float[np.ndarray, "k n"]:
+    own = [row for row in rows if row["network"] == network]
+    depths = 1 + max(row["blocks"] for row in own)
+    return np.array([row[name] for row in own]).reshape(depths, -1)
