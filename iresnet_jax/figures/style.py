@@ -5,13 +5,16 @@ It adds to `iresnet_jax.report.style`, which has the fonts and axes of all figur
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jaxtyping import Float
+
 from iresnet_jax.report import style
 from iresnet_jax.report.style import INK, figure, label, legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["CURVES", "GREY", "INK", "PAGE_WIDTH", "bound", "curve", "figure", "label", "legend"]
+__all__ = ["CURVES", "GREY", "INK", "PAGE_WIDTH", "bound", "curve", "figure", "label", "legend", "strip"]
 
 PAGE_WIDTH = 8.0  # inches: labels of 8 and 9 points are read at the width of the docs' page without zooming
 GREY = style.MIDTONE
@@ -33,3 +36,14 @@ def curve(axes: "Axes", which: int, x: Any, y: Any, name: str, **options: Any) -
 def bound(axes: "Axes", which: int, x: Any, y: Any, name: str) -> None:
     """Draws what bounds a measured curve: thin, without markers, in the curve's colour."""
     axes.plot(x, y, label=name, color=CURVES[which]["color"], linestyle=CURVES[which]["linestyle"], linewidth=0.8)
+
+
+def strip(axes: "Axes", images: Float[np.ndarray, "n h w c"], name: str) -> None:
+    """Draws images in [0, 1] side by side, with a name to the left; what is outside is clipped, what is not finite is black."""
+    grey = images if images.shape[-1] == 3 else np.repeat(images[..., :1], 3, axis=-1)
+    seen = np.clip(np.nan_to_num(grey, posinf=0.0, neginf=0.0), 0.0, 1.0)
+    framed = np.pad(seen, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=1.0)
+    axes.imshow(np.concatenate(list(framed), axis=1), interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.set_ylabel(name, size=7, color=INK, rotation=0, ha="right", va="center")
