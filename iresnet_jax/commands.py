@@ -22,6 +22,7 @@ from iresnet_jax.evaluation import accuracy, calibration, inverse_problem, inver
 from iresnet_jax.evaluation.guarantee import affordable
 from iresnet_jax.evaluation.ood import compare
 from iresnet_jax.evaluation.robustness import evaluate as verified_accuracy
+from iresnet_jax.figures import catalogue, drawing
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.classifier import Classifier
@@ -207,6 +208,17 @@ def _excess(certificate: Certificate) -> str:
         f"{num_above} of {len(layers)} layers have a certified norm above the coefficient {coeff:g}; the largest is "
         f"{largest:.5f} ({100 * (largest / coeff - 1):+.2g} %), of {name}"
     )
+
+
+def figure(arguments: argparse.Namespace) -> bool:
+    """Makes a figure and the table of its numbers."""
+    if arguments.list or arguments.NAME is None:
+        _say(catalogue.listing())
+        return arguments.list
+    folder = Path(arguments.output or arguments.workdir or "figures")
+    svg, table = drawing.write(catalogue.make(arguments.NAME, arguments.workdir), folder, arguments.NAME)
+    _say(catalogue.find(arguments.NAME).look, f"written: {svg} and {table}")
+    return True
 
 
 def plan(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:

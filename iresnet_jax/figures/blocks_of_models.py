@@ -55,9 +55,12 @@ def loosest_block(model: Density | Classifier | Reconstructor, examples: Num[np.
     stage, k = max(bounds, key=lambda place: bounds[place])
     weights = jax.tree.map(_in_float64, model.weights)
     x = _in_float64(model.preprocess(examples))
-    inputs = jax.jit(lambda weights, x: branch_inputs(flow, weights, x))(weights, x)
+    inputs = _inputs(flow, weights, x)
     branch = jax.tree.map(lambda leaf: leaf[k], weights[stage].branch)
     return PlacedBlock(f"{stage}/block{k:02d}", branch, inputs[stage][k])
+
+
+_inputs = jax.jit(branch_inputs, static_argnums=0)
 
 
 def _in_float64(leaf: Array) -> Array:

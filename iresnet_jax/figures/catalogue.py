@@ -4,14 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import iresnet_jax
 from iresnet_jax import data
 from iresnet_jax.figures import densities, inverses, latents, logdets, reconstructions, singular_values, tables, trajectories
 from iresnet_jax.figures.drawing import Drawing
 from iresnet_jax.runs import trained_run
 from iresnet_jax.runs.trained_run import Run
 
-RESULTS = Path(iresnet_jax.__file__).parents[1] / "benchmarks" / "results"  # of a checkout; the package has no models
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # of a checkout; the package has no models
 
 
 class Entry(NamedTuple):
@@ -79,7 +78,7 @@ FIGURES = {
         _of_examples(inverses.figure),
         kept="digits_density",
         takes_run=True,
-        look="Errors fall faster than the rate that the Lipschitz constant guarantees, and Anderson's twice as fast.",
+        look="Errors fall faster than the rate that the Lipschitz constant guarantees, and Anderson's faster than Banach's.",
     ),
     "singular-values": Entry(
         _of_examples(singular_values.figure),
@@ -103,7 +102,7 @@ FIGURES = {
         _latents,
         kept="digits_density",
         takes_run=True,
-        look="Lines of latents pass through likely images, lines of pixels do not; samples are no copies of training images.",
+        look="Bits/dim along lines of latents and of pixels; how far samples are from the nearest training images.",
     ),
     "tables": Entry(
         _tables,

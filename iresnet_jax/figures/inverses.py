@@ -5,6 +5,7 @@ Banach iteration ``x_{n+1} = y - g(x_n)`` from ``x_0 = y`` satisfies ``|x_n - x*
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,10 +52,10 @@ def measure(block: PlacedBlock, evaluations: Sequence[int]) -> list[dict[str, An
     evaluations: the last of them only measures the residual. ``posterior_bound`` is the largest bound that the solver states.
     """
     first_step = np.asarray(jax.jit(lambda branch, x: example_norm(branch(x + branch(x))))(block.branch, block.x))
-    constant, rows = block.lipschitz_bound, []
+    constant, num_dims, rows = block.lipschitz_bound, math.prod(block.x.shape[1:]), []
     for solver, memory in MEMORIES.items():
         for num in evaluations:
-            errors, info = _errors(block.branch, block.x, max_evals=num, memory=memory)
+            errors, info = _errors(block.branch, block.x, max_evals=num, memory=min(memory, num_dims))
             rows.append(
                 {
                     "solver": solver,
@@ -74,9 +75,7 @@ def measure(block: PlacedBlock, evaluations: Sequence[int]) -> list[dict[str, An
 def _errors(branch: Branch, x: Array, *, max_evals: int, memory: int) -> tuple[Array, FixedPointInfo]:
     """Euclidean errors of the inverses of ``x + g(x)``, one per example."""
     bound = branch.lipschitz_bound
-    found, info = invert_residual(
-        branch, x + branch(x), lipschitz_bound=bound, atol=ATOL, max_evals=max_evals, memory=memory
-    )
+    found, info = invert_residual(branch, x + branch(x), lipschitz_bound=bound, atol=ATOL, max_evals=max_evals, memory=memory)
     return example_norm(found - x), info
 
 

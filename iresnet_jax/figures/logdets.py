@@ -143,9 +143,15 @@ def draw(rows: Sequence[Row]) -> Any:
         shared.sort(key=lambda row: row["probes"])
         style.curve(right, which, [row["probes"] for row in shared], [row["spread_nats"] for row in shared], _NAMES[kind])
     left.set(yscale="log", ylim=(NEGLIGIBLE, None))
+    probes = sorted({row["probes"] for row in rows})
+    one = next(row["spread_nats"] for row in rows if row["probes"] == 1 and row["products"] == _drawn_at(rows))
+    rate = [one / math.sqrt(p) for p in probes]
+    right.plot(probes, rate, color=style.GREY, linewidth=0.8, label="1 / root of the probes")
     right.set(xscale="log", yscale="log")
+    right.set_xticks(probes, [f"{p:g}" for p in probes])
+    right.minorticks_off()
     style.label(left, "products with the Jacobian", "|bias| [nats]", title=f"{rows[0]['block']}, 1 probe")
-    style.label(right, "probes", "standard deviation [nats]", title=f"{_drawn_at(rows)} products")
+    style.label(right, "probes", "standard deviation [nats]", title=f"{_drawn_at(rows):g} products")
     style.legend(left)
     style.legend(right)
     return figure

@@ -1,4 +1,4 @@
-"""Images that a classifier's features give back, with and without the constraint, and the error by depth (Behrmann et al. 2019).
+"""Images that a classifier's features give back, with and without the constraint, and the error by depth.
 
 Test images are encoded, and their features are inverted block by block by Banach iteration. What each block gives back is
 compared with what it was given on the way forward: errors add up from the last block to the first.
@@ -84,9 +84,7 @@ def _trained(free: Unconstrained[Classifier], images: Array, labels: Array, batc
     return free.with_(params=params, iterates=iterates)
 
 
-def figure(
-    models: Mapping[str, Classifier], images: Num[np.ndarray, "n h w c"], labels: Num[np.ndarray, " n"]
-) -> Drawing:
+def figure(models: Mapping[str, Classifier], images: Num[np.ndarray, "n h w c"], labels: Num[np.ndarray, " n"]) -> Drawing:
     """Measures and draws.
 
     Args:
@@ -170,7 +168,8 @@ def draw(rows: Sequence[Row], images: Float[np.ndarray, "n h w c"], found: Mappi
         style.strip(axes, own, name)
     for which, name in enumerate(found):
         own = [row for row in rows if row["model"] == name]
-        said = f"{name}: test error {100 * own[0]['test_error']:.2g} %, Lip(g) at most {max(r['lipschitz_bound'] for r in own):.3g}"
+        largest, error = max(row["lipschitz_bound"] for row in own), own[0]["test_error"]
+        said = f"{name}: test error {100 * error:.2g} %, Lip(g) at most {largest:.3g}"
         blocks = range(1, 1 + len(own))
         style.curve(grid[-1], which, blocks, [row["mean_relative_error"] for row in own], said)
     grid[-1].set_yscale("log")

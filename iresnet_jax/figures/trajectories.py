@@ -51,7 +51,7 @@ def measure(num_blocks: int, width: int, num_steps: int, seed: int) -> list[dict
     spec = FeedforwardSpec((1,), (width, width), activation="elu")
     rows = []
     for name, constrained in NETWORKS.items():
-        found = _fitted_paths(spec, constrained, num_blocks, num_steps, jax.random.key(seed))
+        found = _fitted_paths(spec, num_blocks, num_steps, jax.random.key(seed), constrained=constrained)
         positions, bounds = (np.asarray(array, np.float64) for array in found)
         gaps = np.diff(positions, axis=1)
         for depth, after in enumerate(positions):
@@ -70,9 +70,9 @@ def measure(num_blocks: int, width: int, num_steps: int, seed: int) -> list[dict
     return rows
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnames=("spec", "num_blocks", "num_steps", "constrained"))
 def _fitted_paths(
-    spec: FeedforwardSpec, constrained: bool, num_blocks: int, num_steps: int, key: Array
+    spec: FeedforwardSpec, num_blocks: int, num_steps: int, key: Array, *, constrained: bool
 ) -> tuple[Float[Array, "k n"], Float[Array, " m"]]:
     """Positions of all points at the start and after each block of a fitted network, and the bounds of its blocks."""
     key_weights, key_iterates, key_noise = jax.random.split(key, 3)
