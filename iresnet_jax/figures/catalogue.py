@@ -72,7 +72,7 @@ FIGURES = {
         _of_examples(logdets.figure),
         kept="digits_density",
         takes_run=True,
-        look="The bias falls geometrically and stays below its bound; the spread falls as the root of the probes, whatever it is.",
+        look="The bias falls geometrically and stays below its bound; the spread falls as one over the root of the probes.",
     ),
     "inverses": Entry(
         _of_examples(inverses.figure),

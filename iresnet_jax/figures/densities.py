@@ -1,4 +1,4 @@
-"""Densities of the plane beside the data that they were fitted to, with their negative log-likelihoods and the data's entropies."""
+"""Densities of the plane beside their data, with negative log-likelihoods and the entropies of the data."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

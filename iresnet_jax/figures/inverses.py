@@ -1,7 +1,7 @@
 """Error of the inverse of a block against evaluations of its branch, beside what theory guarantees.
 
-Banach iteration ``x_{n+1} = y - g(x_n)`` from ``x_0 = y`` satisfies ``|x_n - x*| <= L^n / (1 - L) |x_1 - x_0|`` (Behrmann et al.
-2019, Lemma 2). Anderson's method remembers past steps, see `iresnet_jax.maths.inverse.fixed_point`.
+Banach iteration ``x_{n+1} = y - g(x_n)`` from ``x_0 = y`` satisfies ``|x_n - x*| <= L^n / (1 - L) |x_1 - x_0|`` (Behrmann et
+al. 2019, Lemma 2). Anderson's method remembers past steps, see `iresnet_jax.maths.inverse.fixed_point`.
 """
 
 import functools
@@ -40,7 +40,7 @@ def figure(
         evaluations: Caps on evaluations of the branch, increasing.
         num_examples: Examples taken.
     """
-    with jax.enable_x64(True):
+    with jax.enable_x64():
         rows = measure(loosest_block(model, examples[:num_examples]), evaluations)
     return Drawing(draw(rows), rows)
 

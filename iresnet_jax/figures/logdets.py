@@ -53,7 +53,7 @@ def figure(
         num_draws: Independent estimates of each example.
         seed: Of the probes and the lengths.
     """
-    with jax.enable_x64(True):
+    with jax.enable_x64():
         rows = measure(loosest_block(model, examples[:num_examples]), products, probes, num_draws, seed)
     return Drawing(draw(rows), rows)
 

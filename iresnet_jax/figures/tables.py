@@ -1,6 +1,6 @@
 """Classification error against the coefficient (Table 2 of Behrmann et al. 2019), and likelihoods of densities.
 
-All numbers are those of records, of kept reports and of the report of a run; nothing is measured here. Published numbers are those that a config names.
+All numbers are those of records and reports; nothing is measured here. Published numbers are those that a config names.
 """
 
 import json
