@@ -65,8 +65,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "output": {
         "metavar": "PATH",
-        "help": "where to write (model.npz, in the workdir if there is one; for a trace a new folder; for a figure the workdir, or "
-        "figures)",
+        "help": "where to write (model.npz, in the workdir if there is one; for a trace a new folder; for a figure "
+        "the workdir, or else figures)",
     },
     "topology": {"required": True, "help": "v5e:4x8 and other TPU topologies; cuda:8 for eight GPUs"},
     "largest-batch": {

@@ -110,7 +110,7 @@ def _row(toy, model, points, log_density, extent) -> dict[str, Any]:
         "stderr_nats": float(log_prob.std(ddof=1) / np.sqrt(len(points))),
         "entropy_nats": toy.entropy,
         "mass": float(np.exp(log_density.astype(np.float64)).sum() * cell),
-        "lipschitz_bound": max(block.bound for block in model.certificate().blocks),
+        "lipschitz_bound": max(float(np.max(block.branch.lipschitz_bound)) for block in model.weights.values()),
     }
 
 
