@@ -45,7 +45,7 @@ def fit(
     """Fits a density to each toy by Adam; all of them share one compiled program.
 
     Args:
-        names: Names in `iresnet_jax.data.toys.TOYS`.
+        names: Names of toys, see `iresnet_jax.data.toys`.
         num_blocks: Residual blocks.
         hidden: Widths of the hidden layers of a branch.
         num_steps: Updates.

@@ -105,7 +105,7 @@ def _estimator(kind: str, products: int, probes: int) -> LogdetEstimator:
         return SeriesLogdet(products, num_probes=probes)
     if kind == "krylov":
         return KrylovLogdet(products, num_probes=probes)
-    return RouletteLogdet("poisson", ROULETTE_MEAN, products - round(ROULETTE_MEAN), num_probes=probes)
+    return RouletteLogdet("poisson", ROULETTE_MEAN, max(products - round(ROULETTE_MEAN), 0), num_probes=probes)
 
 
 def _estimates(
