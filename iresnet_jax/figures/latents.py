@@ -17,7 +17,7 @@ NUM_STEPS = 9  # images from one to the other, both included
 NUM_PAIRS = 2
 NUM_COMPARED = 1000  # samples and test images whose nearest training image is found
 
-Images = Num[np.ndarray, "n h w c"]
+Images = Num[np.ndarray, "_ ..."]
 
 
 def figure(
@@ -107,7 +107,7 @@ def nearest_images(images: Images, among: Images, num_levels: int) -> tuple[Num[
     return places, np.linalg.norm(flat - others[places], axis=1) / (num_levels - 1)
 
 
-def draw(strips: Mapping[str, Float[np.ndarray, "n h w c"]]) -> Any:
+def draw(strips: Mapping[str, Float[np.ndarray, "_ h w c"]]) -> Any:
     """A line of images for each."""
     height, width = next(iter(strips.values())).shape[1:3]
     num = max(map(len, strips.values()))

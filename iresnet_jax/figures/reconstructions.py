@@ -159,7 +159,7 @@ def _bijection(kind: Any, block: Any) -> Any:
     return after_exact(actnorm_bijection(block.actnorm), kind.bijection(block.branch, ExactLogdet(), SOLVER))
 
 
-def draw(rows: Sequence[Row], images: Float[np.ndarray, "n h w c"], found: Mapping[str, Float[np.ndarray, "n h w c"]]) -> Any:
+def draw(rows: Sequence[Row], images: Float[np.ndarray, "n h w c"], found: Mapping[str, Float[np.ndarray, "_ h w c"]]) -> Any:
     """Images and what came back above, the error by depth below."""
     strips = {"image": images, **{name: back[: len(images)] for name, back in found.items()}}
     figure = style.figure(width=style.PAGE_WIDTH, height=2.8 + 0.8 * len(strips))
