@@ -83,6 +83,7 @@ def _interpolated(model: Density, ends: Images, pair: int, num_steps: int) -> tu
 
     ``distance`` is that to the nearer end: it shows that the line of latents begins and ends at the images.
     """
+    assert model.spec.num_levels is not None
     share = np.linspace(0.0, 1.0, num_steps)
     z = np.asarray(model.encode(ends))
     of_latents, info = model.decode(jnp.asarray((1 - share)[:, None] * z[:1] + share[:, None] * z[1:], z.dtype))

@@ -50,6 +50,8 @@ def fit(
         batch_size: Images of an update.
         seed: Of weights and batches.
     """
+    assert data.num_classes is not None
+    assert data.num_levels is not None
     images, labels = data.examples["train"], data.labels["train"]
     key_weights, key_batches = jax.random.split(jax.random.key(seed))
     start = Classifier.init(

@@ -51,13 +51,12 @@ def _of_sweep(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     runs, machine = record["results"], record["environment"]
     for variant in dict.fromkeys(run["variant"] for run in runs):
         own = [run for run in runs if run["variant"] == variant]
-        num = sum(run["num_examples"] for run in own)
-        wrong = round(sum(run["error"] * run["num_examples"] for run in own))
-        low, high = fraction_interval(wrong, num)
+        num, error = own[0]["num_examples"], sum(run["error"] for run in own) / len(own)
+        low, high = fraction_interval(round(error * num), num)  # seeds share their test images: these count once
         yield _row(
             record["benchmark"].removeprefix("lipschitz_sweep_"),
             _VARIANTS.get(variant, f"c = {variant}"),
-            100 * wrong / num,
+            100 * error,
             "% error",
             low=100 * low,
             high=100 * high,

@@ -100,7 +100,8 @@ def _fitted_paths(
         params, iterates, own = state
         gradient, iterates = jax.grad(loss, has_aux=True)(params, iterates)
         updates, own = optimizer.update(gradient, own, params)
-        return (optax.apply_updates(params, updates), iterates, own), None
+        changed: Any = optax.apply_updates(params, updates)
+        return (changed, iterates, own), None
 
     (params, iterates, _), _ = jax.lax.scan(step, (params, iterates, optimizer.init(params)), length=num_steps)
     branch, _ = branches(params, iterates)

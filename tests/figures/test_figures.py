@@ -28,7 +28,7 @@ from iresnet_jax.models.architecture import StageSpec
 SIGMAS = 5  # standard errors that a mean may be off
 
 
-def column(rows, name, **chosen):
+def column(rows, name, /, **chosen):
     """A column of the rows that have the chosen values."""
     return np.array([row[name] for row in rows if all(row[key] == value for key, value in chosen.items())])
 
