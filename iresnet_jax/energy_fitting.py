@@ -2,9 +2,9 @@
 
 An energy that is trained by its reverse divergence alone loses modes that no sample of the model finds. Sequential Monte Carlo
 finds them while they are connected, so a model is trained by the likelihood of its particles first, as `fit` trains it of data.
-The sum of both divergences follows, in which no mode can be lost any more: the energy says more of a point than particles do
-(8 x 8 lattice of benchmarks/energies.py, half a minute each: effective sample size .005 by likelihood, .04 with the energy),
-unless its scales differ too much for either (funnel of the same: worse). Held-out particles and samples of the model choose.
+The sum of both divergences follows: its likelihood keeps the modes, and the energy says more of a point than particles do.
+Where the scales of a target differ much it makes the model worse, as on the funnel of benchmarks/energies.py. Held-out
+particles and samples of the model choose.
 """
 
 import dataclasses
@@ -81,8 +81,8 @@ def fit_energy(
         num_dims: Dimensions.
         key: Source of all randomness.
         scale: Standard deviation of the normal distribution in which annealing starts: it should reach all modes.
-        minutes: Time, compilation included, which annealing may exceed: only what follows it looks at the clock. With less than
-            a minute or two the energy is not trained on directly.
+        minutes: Time, compilation included, which annealing may exceed: only what follows it looks at the clock. If less than
+            half a minute is left for training, it is by likelihood alone.
         steps: Updates of the flow instead of a time, half of them by either loss; trajectories are then few.
         num_particles: Particles, at least 1000.
         stages: Stages of the flow.

@@ -208,3 +208,11 @@ def one_block(*, max_num_terms=0, training=None, **estimator):
     settings.evaluation.logdet.kind = "exact"
     settings.training.update({"max_num_terms": max_num_terms, **(training or {})})
     return parse(settings)
+
+
+def random_weights(spec, scale=1.0):
+    """Weights of a kind of branch, drawn by NumPy: JAX would compile a program for each shape."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(spec.initial_weights, jax.random.key(0))
+    weights = jax.tree.map(lambda leaf: rng.normal(0, 0.4, leaf.shape).astype(np.float32), shapes)
+    return {name: {**own, "kernel": np.float32(scale) * own["kernel"]} for name, own in weights.items()}

@@ -23,10 +23,10 @@ from iresnet_jax.maths.inverse.fixed_point import Diagonal
 from iresnet_jax.maths.logdet.estimator import Jacobian, Logdet, Trace
 
 if TYPE_CHECKING:
-    from iresnet_jax.branches.layers import LayerSpec
+    from iresnet_jax.branches.layers import LayerSpec, Part
 
 Weights = Mapping[str, Any]
-Norms = Mapping[str, Any]  # operator norms by layer, arrays of JAX or NumPy
+Norms = Mapping[str, Any]  # Lipschitz constants by part of a branch, such as a layer's norm; arrays of JAX or NumPy
 BUDGETS = ("layer", "block")
 
 
@@ -81,7 +81,7 @@ class Branch:
         lipschitz_bound: Upper bound of ``Lip(g)``, as far as its word goes.
         word: Who vouches for the bound: "certified" for a guaranteed bound, "estimated" for power iteration, which comes from
             below, "user" for what a kind says of itself, "none" for weights without a constraint.
-        norms: Guaranteed operator norms of the layers of these very weights, if they were computed.
+        norms: Guaranteed constants of the parts of these very weights, see `BranchSpec.parts`, if they were computed.
         gain: Factor on ``g``, by which a kind that scales its output is brought into the budget, negative in ``-g``; None is 1.
         seal: `checksum` of the weights and of what was computed from them, see `sealed`; None if nothing is guaranteed.
         context: Contexts that the branch depends on, one per example, see `given`.
@@ -206,7 +206,7 @@ class ConstrainedBranch(NamedTuple):
     Attributes:
         branch: The branch, whose Lipschitz constant is within the budget if its norms are right.
         iterates: Power iterates for the next call, with the structure of `BranchSpec.initial_iterates`.
-        norms: Operator norm of every layer before it was scaled: estimated, or bounded from above.
+        norms: Constant of every part before it was scaled: estimated, or bounded from above.
     """
 
     branch: Branch
@@ -281,7 +281,7 @@ class BranchSpec(ABC):
         return self.certified(weights, self.norm_bounds(weights), coeff=coeff, budget=budget)._replace(iterates=vectors)
 
     def norm_bounds(self, weights: Weights, **settings: Any) -> Norms:
-        """Guaranteed upper bound of every layer's operator norm; of a branch without layers that of ``g``, called "branch"."""
+        """Guaranteed upper bound of every part's constant; of a branch without parts that of ``g``, called "branch"."""
         del settings
         return {"branch": self.lipschitz_bound(weights)}
 
@@ -323,12 +323,28 @@ class BranchSpec(ABC):
         return jnp.ones((), jnp.result_type(*jax.tree.leaves(weights)))
 
     @property
-    def layers(self) -> "tuple[LayerSpec, ...]":
-        """The linear layers of a branch that applies them in turn, each behind its activation: what certificates can follow.
-
-        Weights and norms are keyed by the names of layers.
-        """
+    def parts(self) -> "tuple[Part, ...]":
+        """What has a norm of its own among `norm_bounds`; none in a kind that is scaled by its output."""
         return ()
+
+    def factors(self, weights: Weights, norms: Mapping[str, Any]) -> list[Any]:
+        """Numbers whose product bounds ``Lip(g)`` of weights whose `parts` have these constants, numbers or arrays too."""
+        del weights
+        return list(norms.values())
+
+    @property
+    def chain(self) -> "tuple[LayerSpec, ...]":
+        """Layers, each behind its activation, that give ``g`` one after the other: what certificates can follow."""
+        return ()
+
+    def chain_weights(self, weights: Weights, norms: Norms) -> tuple[Weights, Norms]:
+        """Weights and guaranteed operator norms of the layers of `chain`, by name.
+
+        Args:
+            weights: Weights of the branch; those of the chain are the same numbers, none of them rounded.
+            norms: From `norm_bounds`.
+        """
+        return weights, norms
 
     @property
     def product_operations(self) -> float:

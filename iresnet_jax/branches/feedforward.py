@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.branches.branch import Branch, BranchSpec, ConstrainedBranch, Norms, Weights, check_budget, check_coeff
-from iresnet_jax.branches.layers import LayerSpec, VectorPair
+from iresnet_jax.branches.layers import LayerSpec, Part, VectorPair
 from iresnet_jax.maths import activations, two_layers
 from iresnet_jax.maths.convolution import Padding, pads_of
 from iresnet_jax.maths.lipschitz_bounds import branch_bound
@@ -59,6 +59,8 @@ class FeedforwardSpec(BranchSpec):
     preactivation: bool = False
     padding: Padding = "SAME"
     positional_bias: bool = False
+
+    operator_roundings: ClassVar[int] = 0  # bound of the relative error of an entry of `operator_kernel`, in units of eps
 
     def __post_init__(self):
         activations.get(self.activation)
@@ -168,32 +170,46 @@ class FeedforwardSpec(BranchSpec):
         return h
 
     def lipschitz_bound(self, weights: Weights) -> Float[Array, ""]:
-        """The product of guaranteed bounds of the layers' norms, rounded up."""
-        return branch_bound(jnp.stack(list(self.norm_bounds(weights).values())))
+        """What guaranteed bounds of the parts' constants make of it, rounded up."""
+        return branch_bound(jnp.stack(self.factors(weights, self.norm_bounds(weights))))
 
     # ------------------------------------------------------------------------------------------------- the budget
 
+    @property
+    def chain(self) -> tuple[LayerSpec, ...]:
+        """The layers."""
+        return self.layers
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The layers, whose constants are their operator norms."""
+        return tuple(Part(layer.name, (layer.name,), layer) for layer in self.layers)
+
+    def operator_kernel(self, weights: Weights, part: Part) -> Array:
+        """Kernel of the operator of a part."""
+        return weights[part.name]["kernel"]
+
     def initial_iterates(self, key: Array) -> dict[str, Array]:
-        """Random starts of the power iterations, one per layer, of shape ``layer.in_shape``."""
-        keys = jax.random.split(key, len(self.layers))
-        return {layer.name: jax.random.normal(k, layer.in_shape) for layer, k in zip(self.layers, keys, strict=True)}
+        """Random starts of the power iterations, one per part, of the shape of its operator's input."""
+        keys = jax.random.split(key, len(self.parts))
+        return {part.name: jax.random.normal(k, part.operator.in_shape) for part, k in zip(self.parts, keys, strict=True)}
 
     def singular_vectors(
         self, weights: Weights, iterates: Weights, *, num_steps: int | None = None, rtol: float = 1e-3
     ) -> dict[str, VectorPair]:
-        """The singular vectors ``(u, v)`` of every layer's norm, by power iteration from ``iterates``, without a gradient.
+        """The singular vectors ``(u, v)`` of every part's operator, by power iteration from ``iterates``, without a gradient.
 
         Args:
             weights: Weights of the branch.
-            iterates: Power iterates, one per layer.
-            num_steps: Power iterations a layer; None iterates to the tolerance.
+            iterates: Power iterates, one per part.
+            num_steps: Power iterations an operator; None iterates to the tolerance.
             rtol: Relative tolerance of the norms.
         """
         return {
-            layer.name: layer.singular_vectors(
-                weights[layer.name]["kernel"], iterates[layer.name], num_steps=num_steps, rtol=rtol
+            part.name: part.operator.singular_vectors(
+                self.operator_kernel(weights, part), iterates[part.name], num_steps=num_steps, rtol=rtol
             )
-            for layer in self.layers
+            for part in self.parts
         }
 
     def constrained(self, weights: Weights, vectors: Weights, *, coeff: float, budget: str = "layer") -> ConstrainedBranch:
@@ -202,20 +218,34 @@ class FeedforwardSpec(BranchSpec):
         Args:
             weights: Unconstrained weights, as an optimizer holds them.
             vectors: From `singular_vectors`.
-            coeff: Largest norm of a layer (budget "layer") or product of the norms of all layers ("block"), in (0, 1).
+            coeff: Largest constant of a part (budget "layer") or of the whole branch ("block"), in (0, 1).
             budget: "layer" or "block".
 
         Raises:
             ValueError: If ``coeff`` is not in (0, 1) or the budget is unknown.
         """
-        norms = {layer.name: layer.norm_along(weights[layer.name]["kernel"], vectors[layer.name]) for layer in self.layers}
-        scaled, lipschitz = _within_budget(weights, norms, coeff=coeff, budget=budget)
+
+        def norm_of(part: Part) -> Array:
+            return part.operator.norm_along(self.operator_kernel(weights, part), vectors[part.name])
+
+        norms = {part.name: norm_of(part) ** len(part.layers) for part in self.parts}
+        scaled, lipschitz = self._within_budget(weights, norms, coeff=coeff, budget=budget)
         branch = Branch(self, scaled, lipschitz, "estimated")
         return ConstrainedBranch(branch, {name: v for name, (_, v) in vectors.items()}, norms)
 
     def norm_bounds(self, weights: Weights, **settings: Any) -> dict[str, Array]:
-        """Guaranteed upper bound of every layer's operator norm; settings are those of `LayerSpec.norm_bound`."""
-        return {layer.name: layer.norm_bound(weights[layer.name]["kernel"], **settings) for layer in self.layers}
+        """Guaranteed upper bound of every part's constant; settings are those of `LayerSpec.norm_bound`.
+
+        An operator's norm is off by at most ``sqrt(taps * min(cin, cout))`` times the relative error of its kernel's entries.
+        """
+
+        def bound_of(part: Part) -> Array:
+            bound = part.operator.norm_bound(self.operator_kernel(weights, part), **settings)
+            *taps, cin, cout = part.operator.kernel_shape
+            error = self.operator_roundings * float(jnp.finfo(bound.dtype).eps) * math.sqrt(math.prod(taps) * min(cin, cout))
+            return (bound * (1 + error)) ** len(part.layers)
+
+        return {part.name: bound_of(part) for part in self.parts}
 
     def certified(self, weights: Weights, bounds: Norms, *, coeff: float, budget: str = "layer") -> ConstrainedBranch:
         """The branch brought into the budget by guaranteed bounds: ``Lip(g)`` is within it by construction.
@@ -224,15 +254,40 @@ class FeedforwardSpec(BranchSpec):
         those of `constrained`, with ``bounds`` from `norm_bounds`.
         """
         check_coeff(coeff)
-        allowance = len(bounds) * _SCALING_MARGIN
+        allowance = len(self.layers) * _SCALING_MARGIN
         within = coeff * (1 - allowance - _SCALING_MARGIN)
-        scaled, lipschitz = _within_budget(weights, bounds, coeff=within, budget=budget)
+        scaled, lipschitz = self._within_budget(weights, bounds, coeff=within, budget=budget)
         return ConstrainedBranch(Branch(self, scaled, lipschitz * (1 + allowance), "certified"), {}, bounds)
 
     def with_bounds(self, weights: Weights, bounds: Norms, *, coeff: float = 0.9) -> Branch:
-        """The branch of these very weights with guaranteed bounds of its layers' norms, which may be 1 or more."""
+        """The branch of these very weights with guaranteed bounds of its parts' constants, which may be 1 or more."""
         del coeff
-        return Branch(self, weights, branch_bound(jnp.stack(list(bounds.values()))), "certified", norms=bounds)
+        bound = branch_bound(jnp.stack(self.factors(weights, bounds)))
+        return Branch(self, weights, bound, "certified", norms=bounds)
+
+    def _within_budget(
+        self, weights: Weights, norms: Norms, *, coeff: float, budget: str
+    ) -> tuple[dict[str, Any], Float[Array, ""]]:
+        """Kernels scaled down to the budget, never up: each part to ``coeff``, or all by one factor to a product of ``coeff``.
+
+        Returns:
+            The weights, and the constant of the branch after it.
+        """
+        check_coeff(coeff)
+        check_budget(budget)
+        sizes = jnp.stack([norms[part.name] for part in self.parts])
+        if budget == "layer":
+            excess = sizes / coeff
+        else:  # the geometric mean, which cannot overflow; a zero layer makes the product zero
+            all_positive = jnp.all(sizes > 0)
+            mean = jnp.exp(jnp.mean(jnp.log(jnp.where(all_positive, sizes, 1))))
+            excess = jnp.broadcast_to(jnp.where(all_positive, mean, 0) / coeff ** (1 / len(norms)), sizes.shape)
+        scaled = dict(weights)
+        for i, part in enumerate(self.parts):
+            for name in part.layers:
+                own = excess[i] if len(part.layers) == 1 else excess[i] ** (1 / len(part.layers))
+                scaled[name] = {**weights[name], "kernel": soft_normalize(weights[name]["kernel"], own, 1.0)}
+        return scaled, lax.stop_gradient(jnp.prod(sizes / jnp.maximum(excess, 1)))
 
     def rounded_to_bfloat16(self, weights: Weights) -> Weights:
         """Kernels are rounded."""
@@ -243,9 +298,9 @@ class FeedforwardSpec(BranchSpec):
     # ------------------------------------------------------------------------------------------ what it knows more
 
     def negated(self, weights: Weights) -> Weights:
-        """The last layer's kernel, bias and map of contexts change their sign, and its activation's parameter stays."""
-        last = self.layers[-1].name
-        return {**weights, last: {name: w if name == "beta" else -w for name, w in weights[last].items()}}
+        """The last layer's kernel, bias and map of contexts change their sign, and its other parameters stay."""
+        last, linear = self.layers[-1].name, ("kernel", "bias", "context")
+        return {**weights, last: {name: -w if name in linear else w for name, w in weights[last].items()}}
 
     @cached_property
     def knows(self) -> frozenset[str]:
@@ -334,7 +389,7 @@ class FeedforwardSpec(BranchSpec):
 
     @property
     def _reach(self) -> int:
-        return sum(size // 2 for size in self.kernel_sizes or ())
+        return sum(layer.kernel_shape[0] // 2 for layer in self.layers if self.kernel_sizes is not None)
 
     def _kernels(self, weights: Weights) -> tuple[Array, ...]:
         return tuple(weights[layer.name]["kernel"] for layer in self.layers)
@@ -346,33 +401,15 @@ class FeedforwardSpec(BranchSpec):
     def _slopes(self, weights: Weights, x: Array, context: Context) -> tuple[Array, Array]:
         """``D_0`` and ``D_1`` of `two_layers`; without a first activation ``D_0`` has a batch of one."""
         first, second = self.layers
-        h = first.apply(weights[first.name], x, context)
+        hidden = first.apply(weights[first.name], x, context)
+        return self._first_slopes(weights, x), _slope(second._replace(passed=0), weights[second.name], hidden)
 
-        def slope(layer, h):
-            return jax.jvp(lambda h: layer.activate(weights[layer.name], h), (h,), (jnp.ones_like(h),))[1]
+    def _first_slopes(self, weights: Weights, x: Array) -> Array:
+        """Slopes of the activation at the input; without one, 1 for a batch of one."""
+        first = self.layers[0]
+        return _slope(first, weights[first.name], x) if first.activated else jnp.ones_like(x[:1])
 
-        return slope(first, x) if first.activated else jnp.ones_like(x[:1]), slope(second, h)
 
-
-def _within_budget(
-    weights: Weights, norms: Mapping[str, Array], *, coeff: float, budget: str
-) -> tuple[dict[str, Any], Float[Array, ""]]:
-    """Kernels scaled down to the budget, never up: each to norm ``coeff``, or all by one factor to a product of ``coeff``.
-
-    Returns:
-        The weights, and the product of the norms after it.
-    """
-    check_coeff(coeff)
-    check_budget(budget)
-    sizes = jnp.stack(list(norms.values()))
-    if budget == "layer":
-        excess = sizes / coeff
-    else:  # the geometric mean, which cannot overflow; a zero layer makes the product zero
-        all_positive = jnp.all(sizes > 0)
-        mean = jnp.exp(jnp.mean(jnp.log(jnp.where(all_positive, sizes, 1))))
-        excess = jnp.broadcast_to(jnp.where(all_positive, mean, 0) / coeff ** (1 / len(norms)), sizes.shape)
-    scaled = {
-        name: {**weights[name], "kernel": soft_normalize(weights[name]["kernel"], excess[i], 1.0)}
-        for i, name in enumerate(norms)
-    }
-    return scaled, lax.stop_gradient(jnp.prod(sizes / jnp.maximum(excess, 1)))
+def _slope(layer: LayerSpec, parameters: Mapping[str, Array], h: Array) -> Array:
+    """Slope of each output of the elementwise activation in front of a layer."""
+    return jax.jvp(lambda h: layer.activate(parameters, h), (h,), (jnp.ones_like(h),))[1]

@@ -28,6 +28,7 @@ class LayerSpec(NamedTuple):
         in_shape: Shape of one input, without the batch.
         activation: Name of the activation in front of the layer, in `activations.ACTIVATIONS`; None without one.
         padding: Padding of a convolution, "SAME" (zeros) or "CIRCULAR".
+        passed: Channels in front that the activation leaves as they are.
     """
 
     name: str
@@ -35,6 +36,7 @@ class LayerSpec(NamedTuple):
     in_shape: tuple[int, ...]
     activation: str | None
     padding: Padding = "SAME"
+    passed: int = 0
 
     @property
     def activated(self) -> bool:
@@ -62,7 +64,11 @@ class LayerSpec(NamedTuple):
         if self.activation is None:
             return h
         activation = activations.get(self.activation)
-        return activation.apply(h, parameters["beta"]) if activation.has_beta else activation.apply(h)
+        beta = (parameters["beta"],) if activation.has_beta else ()
+        if not self.passed:
+            return activation.apply(h, *beta)
+        kept, rest = h[..., : self.passed], h[..., self.passed :]
+        return jnp.concatenate([kept, activation.apply(rest, *beta)], axis=-1)
 
     def apply(
         self, parameters: Mapping[str, Array], h: Array, context: Array | None = None, *, bfloat16: bool = False
@@ -106,6 +112,20 @@ class LayerSpec(NamedTuple):
         size = (self.in_shape[0], self.in_shape[1])
         settings = {"method": method, "num_squarings": num_squarings, "twists": twists}
         return conv_norm_bound(kernel, size, padding=self.padding, **settings)
+
+
+class Part(NamedTuple):
+    """A part of a branch with a Lipschitz constant of its own; the constants of all parts bound that of the branch.
+
+    Attributes:
+        name: Key among norms and power iterates.
+        layers: Names of the layers that it is made of, whose kernels are scaled together.
+        operator: A linear map whose norm, to the power of the number of layers, is the constant of the part.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    operator: LayerSpec
 
 
 def training_twists(channels: int, choice: str = "auto") -> tuple[Twist, ...]:

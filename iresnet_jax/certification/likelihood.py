@@ -205,7 +205,7 @@ def _factors(steps: Sequence[LinearSteps], slopes: FlowSlopes) -> tuple[verified
 def _check_smooth(model: Density | Classifier) -> None:
     """Raises ``ValueError`` where the slope of an activation jumps."""
     for stage in model.spec.flow.layout:
-        names = [layer.activation for layer in stage.branch.layers if layer.activation is not None]
+        names = [layer.activation for layer in stage.branch.chain if layer.activation is not None]
         jumping = [name for name in names if activations.get(name).slope_lipschitz is None]
         if jumping:
             raise ValueError(

@@ -120,7 +120,7 @@ def check(
                 f"{stage.name} has {stage.spec.block} blocks, which certificates cannot follow: they take residual blocks; "
                 "certificate() has the bounds of the whole map"
             )
-        if not branch.spec.layers or branch.norms is None or branch.gain is not None:
+        if not branch.spec.chain or branch.norms is None or branch.gain is not None:
             raise ValueError(
                 f"{stage.name} has branches of kind {stage.spec.branch_name!r}, which certificates cannot follow: they take "
                 "chains of layers and activations; certificate() has the bounds on that kind's word"

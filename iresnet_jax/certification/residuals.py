@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from iresnet_jax.branches.branch import BranchSpec, Norms, Weights
 from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.certification.trajectory import Place, blocks_of
 from iresnet_jax.maths.enclosures import precise_activations
@@ -108,7 +109,8 @@ def precise_stages(spec: FlowSpec, weights: FlowWeights) -> tuple[PreciseStage, 
         own = jax.tree.map(lambda a: np.asarray(a, np.float64), block)
         log_scale, branch = own.actnorm.log_scale, own.branch
         by_channel = (len(log_scale), *(1,) * len(place.in_shape), -1)
-        layers = tuple(_layer(layer, branch.weights[layer.name], branch.norms[layer.name]) for layer in place.layers)
+        layer_weights, norms = jax.device_get(_chain_weights(branch.spec, branch.weights, branch.norms))
+        layers = tuple(_layer(layer, layer_weights[layer.name], norms[layer.name]) for layer in place.layers)
         stages.append(
             PreciseStage(
                 place=place,
@@ -120,6 +122,12 @@ def precise_stages(spec: FlowSpec, weights: FlowWeights) -> tuple[PreciseStage, 
             )
         )
     return tuple(stages)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _chain_weights(branch: BranchSpec, weights: Weights, norms: Norms) -> tuple[Weights, Norms]:
+    """Weights and norms of the chains of layers of all blocks of a stage."""
+    return lax.map(lambda own: branch.chain_weights(*own), (weights, norms))
 
 
 def _layer(layer: LayerSpec, own: Any, norm: Any) -> Layer:
@@ -204,7 +212,7 @@ def _branch(stage, h, error, context):
             of_arguments = np.maximum(of_arguments, error)
             size = _norm(h) + np.sqrt(np.prod(h.high.shape[2:]))
             error = error + precise_activations.ERROR * size
-            h, slope = precise_activations.activate(layer.spec.activation, h, layer.sharpness)
+            h, slope = _activate(layer, h)
         slopes.append(slope)
         h, own = product(h, layer.slices, functools.partial(_apply, layer.spec))
         h = h + layer.bias
@@ -216,6 +224,18 @@ def _branch(stage, h, error, context):
         own = np.sqrt(positions * np.sum(np.square(own), axis=-1)) * UP
         error = layer.norm[:, None] * error + own + 4 * UNIT * _norm(h)
     return h, error, of_arguments, tuple(slopes)
+
+
+def _activate(layer: Layer, h: DoubleDouble) -> tuple[DoubleDouble, np.ndarray]:
+    """Values and slopes of the activation in front of a layer; slopes of channels that it leaves alone are 1."""
+    passed, name = layer.spec.passed, layer.spec.activation
+    assert name is not None
+    if not passed:
+        return precise_activations.activate(name, h, layer.sharpness)
+    values, slopes = precise_activations.activate(name, h.map(lambda part: part[..., passed:]), layer.sharpness)
+    kept = h.map(lambda part: part[..., :passed])
+    both = DoubleDouble(*(np.concatenate(parts, axis=-1) for parts in zip(kept, values, strict=True)))
+    return both, np.concatenate([np.ones_like(kept.high), slopes], axis=-1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -75,7 +75,7 @@ def places_of(spec: FlowSpec) -> Places:
         indices = jnp.arange(spec.num_dims).reshape(1, *spec.event_shape)
         for stage in spec.layout:
             indices = chain(stage.reshapes).forward(indices)
-            places.append(Place(tuple(np.asarray(indices).ravel().tolist()), stage.branch.in_shape, stage.branch.layers))
+            places.append(Place(tuple(np.asarray(indices).ravel().tolist()), stage.branch.in_shape, stage.branch.chain))
             if stage.spec.factor_out:
                 indices, left = split_channels(indices)
                 latents.append(np.asarray(left).ravel())

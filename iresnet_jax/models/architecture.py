@@ -39,7 +39,8 @@ class StageSpec:
         actnorm: Whether an ActNorm stands in front of every branch. Without it the flow keeps the symmetries of its branches.
         block: What a block makes of its branch ``g``, a name in `blocks.BLOCKS`: "residual" is ``x + g(x)``, "monotone" is
             ``(I - g)`` after the inverse of ``I + g``, see `iresnet_jax.bijections.monotone`.
-        kind: Kind of the branches, a name in `kinds.KINDS`.
+        kind: Kind of the branches, a name in `kinds.KINDS`: "feedforward", the paper's; "sandwich", of `SandwichSpec`, whose
+            bound of the Lipschitz constant is smaller for the same weights; "densenet", of `DenseNetSpec`.
         branch: Branches of one's own instead: a function ``key -> module``, see `iresnet_jax.branches.own`, whose modules get
             arrays of the stage's shape; or a class of `BranchSpec`, or an instance. Models with the same function share
             compiled programs.

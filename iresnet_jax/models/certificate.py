@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from iresnet_jax.branches.branch import Branch
@@ -141,16 +142,17 @@ def certificate_of(
     estimates_of, flow = _estimates_and_bounds(spec, weights)
     for stage in spec.layout:
         branch = weights[stage.name].branch
-        of_layers, estimates, bounds = jax.device_get((branch.norms or {}, estimates_of[stage.name], branch.lipschitz_bound))
+        own, of_parts, estimates = jax.device_get((branch.weights, branch.norms or {}, estimates_of[stage.name]))
         for k in range(stage.spec.num_blocks):
-            layers = tuple(
-                Constant(layer.name, per_layer, float(estimates[layer.name][k]), float(of_layers[layer.name][k]))
-                for layer in stage.branch.layers
+            parts = tuple(
+                Constant(part.name, per_layer, float(estimates[part.name][k]), float(of_parts[part.name][k]))
+                for part in stage.branch.parts
             )
-            target = per_layer ** len(layers) if per_layer and layers else per_block
-            estimate = math.prod(layer.estimate for layer in layers) if layers else math.nan
-            name = f"{stage.name}/block{k:02d}"
-            blocks.append(Constant(name, target, estimate, float(bounds[k]), layers, branch.word))
+            factors = functools.partial(stage.branch.factors, jax.tree.map(lambda leaf, k=k: leaf[k], own))
+            target = float(math.prod(factors({part.name: per_layer for part in parts}))) if per_layer and parts else per_block
+            estimate = float(math.prod(factors({part.name: part.estimate for part in parts}))) if parts else math.nan
+            bound = float(np.asarray(branch.lipschitz_bound)[k])
+            blocks.append(Constant(f"{stage.name}/block{k:02d}", target, estimate, bound, parts, branch.word))
     whole = preprocessing.compose(flow)
     coeff, budget = (spec.coeff, spec.budget) if constrained else (None, None)
     return Certificate(coeff, budget, tuple(blocks), float(whole.forward), float(whole.inverse), bfloat16)
@@ -176,9 +178,9 @@ def _estimates_and_bounds(spec: FlowSpec, weights: FlowWeights) -> tuple[FlowNor
 
 
 def _estimates(branch: Branch) -> Mapping[str, Array]:
-    """Norms of the layers of a stage's blocks, one per block."""
+    """Constants of the parts of a stage's blocks, one per block."""
     spec = branch.spec
-    if not spec.layers:
+    if not spec.parts:
         return {}
     starts = spec.initial_iterates(jax.random.key(0))
 

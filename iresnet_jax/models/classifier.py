@@ -86,6 +86,9 @@ class ClassifierSpec:
             raise ValueError("BatchNorm in the branches is for residual blocks: set the block of every stage to residual")
         if self.constrained and self.normalization == "batchnorm":
             raise ValueError("BatchNorm inside a branch leaves it without a Lipschitz bound: set constraint.norms to none")
+        if not self.is_bijective and any(stage.branch_name != "feedforward" for stage in self.flow.stages):
+            kinds = ", ".join(stage.branch_name for stage in self.flow.stages)
+            raise ValueError(f"BatchNorm stands in front of the layers of branches of kind feedforward, got {kinds}")
         if not min(self.std) > 0:
             raise ValueError(f"std must be positive, got {tuple(self.std)}")
 

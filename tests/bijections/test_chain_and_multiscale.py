@@ -86,7 +86,7 @@ def model_case():
     @jax.jit
     def draw(key):
         params, spectral = {}, {}
-        for name, stage, _, branch in spec.layout:
+        for name, stage, _, branch, _ in spec.layout:
             keys = jax.random.split(key, stage.num_blocks)
             blocks: dict[str, Any] = jax.vmap(branch.initial_weights)(keys)
             blocks["actnorm"] = dict.fromkeys(("bias", "log_scale"), jnp.zeros((stage.num_blocks, branch.in_shape[-1])))

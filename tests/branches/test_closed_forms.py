@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from iresnet_jax.branches.branch import Branch
+from iresnet_jax.branches.densenet import DenseNetSpec
 from iresnet_jax.branches.feedforward import FULL_DIMS, FeedforwardSpec
+from iresnet_jax.branches.sandwich import SandwichSpec
 from iresnet_jax.maths.logdet import banded
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
@@ -36,6 +38,22 @@ TRACE = {
     "conv, circular": {"in_shape": (4, 5, 1), "hidden": (4,), "kernel_sizes": (3, 3), "padding": "CIRCULAR"},
     "conv, larger than the image": {"in_shape": (3, 2, 2), "hidden": (4,), "kernel_sizes": (5, 5)},
     "conv, lower than the reach": {"in_shape": (2, 9, 1), "hidden": (3,), "kernel_sizes": (3, 3)},
+    "dense concatenation": {
+        "kind": DenseNetSpec,
+        "in_shape": (5,),
+        "hidden": (4,),
+        "preactivation": True,
+        "activation": "clipswish",
+    },
+    "conv concatenation": {
+        "kind": DenseNetSpec,
+        "in_shape": (7, 6, 2),
+        "hidden": (3,),
+        "kernel_sizes": (3, 3),
+        "activation": "clipswish",
+        "preactivation": True,
+        "context_dim": 2,
+    },
     "conv, single taps": {"in_shape": (3, 2, 2), "hidden": (3,), "kernel_sizes": (1, 1)},
 }
 LOGDET_ALONE = {
@@ -47,6 +65,13 @@ LOGDET_ALONE = {
         "activation": "maxmin",
     },
     "kernels of two sizes": {"in_shape": (9, 8, 1), "hidden": (3,), "kernel_sizes": (5, 3), "activation": "tanh"},
+    "two sandwich layers": {
+        "kind": SandwichSpec,
+        "in_shape": (8, 11, 1),
+        "hidden": (3, 2),
+        "kernel_sizes": (3, 1, 3),
+        "activation": "tanh",
+    },
     "even kernels": {"in_shape": (7, 8, 1), "hidden": (3,), "kernel_sizes": (2, 2)},
 }
 NOTHING = {
@@ -76,11 +101,11 @@ def draw(spec):
 
 def make(case):
     """Architecture, weights whose Jacobians have a norm of at most `NORM`, inputs, contexts and dense Jacobians."""
-    spec = FeedforwardSpec(**case)
+    spec = case.get("kind", FeedforwardSpec)(**{name: value for name, value in case.items() if name != "kind"})
     weights, x, context = draw(spec)
     factor = NORM / np.linalg.norm(dense_jacobian(spec, weights, x, context), 2, axis=(1, 2)).max()
     last = spec.layers[-1].name
-    weights[last] = {**weights[last], "kernel": factor * weights[last]["kernel"]}
+    weights = {**weights, last: {**weights[last], "kernel": factor * weights[last]["kernel"]}}
     return spec, weights, x, context, np.asarray(dense_jacobian(spec, weights, x, context))
 
 

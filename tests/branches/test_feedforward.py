@@ -60,7 +60,7 @@ def true_norms(spec, weights):
 
 def random_params(spec, seed=0, scale=1.0):
     params, rng = {}, np.random.default_rng(seed)
-    for name, stage, _, branch in spec.layout:
+    for name, stage, _, branch, _ in spec.layout:
         shapes = jax.eval_shape(branch.initial_weights, jax.random.key(0))
         shape = (stage.num_blocks, branch.in_shape[-1])
         blocks = jax.tree.map(lambda leaf, num=stage.num_blocks: np.zeros((num, *leaf.shape)), shapes)
@@ -73,7 +73,7 @@ def random_params(spec, seed=0, scale=1.0):
 
 def each_block(spec, weights):
     """Every block's branch of a flow, one by one."""
-    for name, stage, _, _ in spec.layout:
+    for name, stage, *_ in spec.layout:
         for k in range(stage.num_blocks):
             yield jax.tree.map(lambda w, k=k: w[k], weights[name].branch)
 
@@ -169,7 +169,7 @@ def test_freezing_shrinks_what_power_iteration_let_through():
     params = random_params(FLOW, scale=3.0)
     starts = {
         name: {"blocks": jax.vmap(branch.initial_iterates)(jax.random.split(jax.random.key(1), 2))}
-        for name, _, _, branch in FLOW.layout
+        for name, _, _, branch, _ in FLOW.layout
     }
     hoped = jax.jit(functools.partial(model.constrain, FLOW, num_steps=1))(params, starts).weights
     fixed = jax.jit(functools.partial(model.freeze, FLOW))(params)

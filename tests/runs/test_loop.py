@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from iresnet_jax.runs.checkpoints import load_named, to_named
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.run_folder import alone_in
-from iresnet_jax.runs.signals import SIGNALS, Stopped
+from iresnet_jax.runs.signals import SIGNALS, Stopped, StopRequests
 from iresnet_jax.training.objectives.density import TOLERATED_BIAS
 from iresnet_jax.training.trainer import Trainer
 
@@ -135,6 +136,7 @@ def happens_before(monkeypatch):
         monkeypatch.setattr(loop, "device_batches", eventful)
 
     feed = loop.device_batches
+    monkeypatch.setattr(StopRequests, "_noted_at", -math.inf)  # the signals of tests before this one are forgotten
     return arrange
 
 

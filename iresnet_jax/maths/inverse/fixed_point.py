@@ -22,6 +22,9 @@ Branch = Callable[[Array], Array]
 # Roundings of a residual within which it counts as converged once it stops shrinking: the branch rounds inside too.
 _ROUNDING_FLOOR = 8
 
+# Guaranteed error of a derivative, as a share of its right-hand side, up to which it is taken without convergence.
+_USABLE = 1e-3
+
 # Part of the bound of its own rounding below which a residual is noise.
 _NOISE = 0.25
 
@@ -107,8 +110,8 @@ def invert_residual(
 
     Derivatives, forward and reverse, are those of the exact solution at the returned ``x`` (implicit function theorem):
     ``dx = (I + J)^-1 (dy - dg)``, with respect to ``y`` and to all that ``branch`` closes over. They are solved for by the same
-    iteration; their memory does not depend on the number of evaluations. An example whose derivative does not converge within
-    ``max_evals`` gets NaN for it.
+    iteration; their memory does not depend on the number of evaluations. An example whose derivative converges neither within
+    ``max_evals`` nor to a guaranteed error of a thousandth of its right-hand side gets NaN for it.
 
     Args:
         branch: ``g``, acting on each example of a batch alone.
@@ -150,7 +153,9 @@ def invert_residual(
 
     def solve_tangent(linear, b):  # NaN marks examples that did not converge
         u, info = solve_linear(lambda u: linear(u) - u, b, settings)
-        return jnp.where(broadcast_to_examples(info.converged, b), u, jnp.nan)
+        # Rounding inside the branch may stop an iteration above its tolerance, at a derivative that is as good as any.
+        usable = info.converged | (info.error_bound <= _USABLE * example_norm(b))
+        return jnp.where(broadcast_to_examples(usable, b), u, jnp.nan)
 
     def tangent_solve(linear, b):  # as an operation that JAX can transpose
         return lax.custom_linear_solve(linear, b, solve_tangent, transpose_solve=solve_tangent)

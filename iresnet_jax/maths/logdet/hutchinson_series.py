@@ -130,7 +130,7 @@ def remainder_factor(
 ) -> Float[Array, ""]:
     """``L^p / ((n + 1)(1 - L)) >= sum_{k>n} L^(k - n - 1 + p) / k`` with ``p = power``; infinite for ``L >= 1``.
 
-    Of a quotient it is ``2 L^p / ((n + 1)(1 - L^2))``, which bounds twice the sum over odd ``k``.
+    With ``quotient`` it is ``2 L^p / ((n + 1)(1 - L^2))``, which bounds twice the sum over odd ``k``.
     """
     ell = lax.stop_gradient(lipschitz_at_least(lipschitz_bound, dtype))
     contraction = ell < 1

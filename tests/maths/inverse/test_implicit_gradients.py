@@ -218,3 +218,18 @@ def test_a_linear_solve_that_is_cut_short_says_so(x64, adjoint):
     for quantifier in (np.all, np.any):
         np.testing.assert_array_equal(quantifier(np.isnan(of_y), axis=1), [False, True, False])
     np.testing.assert_array_equal(np.isnan(of_slopes), [False, True, False])
+
+
+def test_rounding_inside_a_branch_leaves_a_derivative():
+    """A Jacobian that loses digits to cancellation: solves end above their tolerance, and close to the dense solution."""
+    rng = np.random.default_rng(0)
+    slope, large = rng.normal(size=(2, DIM, DIM))
+    slope *= 0.5 / np.linalg.norm(slope, 2)
+    whole, part = (jnp.asarray(a, jnp.float32) for a in (slope + 100 * large, 100 * large))
+    y, weights = jnp.asarray(rng.normal(size=(2, 256, DIM)), jnp.float32)
+
+    def weighted(y):
+        return jnp.vdot(weights, invert_residual(lambda x: x @ whole - x @ part, y, lipschitz_bound=0.9)[0])
+
+    wanted = np.linalg.solve(np.eye(DIM) + slope, np.asarray(weights, np.float64).T).T
+    np.testing.assert_allclose(jax.grad(weighted)(y), wanted, atol=1e-3 * np.linalg.norm(weights, axis=1).max())

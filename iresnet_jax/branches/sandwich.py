@@ -1,0 +1,124 @@
+r"""Sandwich layers ``h -> Q phi(P h + b)``, of which one norm bounds both matrices (Wang and Manchester 2023).
+
+The layers are those of a feed-forward branch, and so are their closed forms: what differs is the Lipschitz constant. Let every
+slope of ``phi`` lie in [0, 1], and let ``Psi`` be any diagonal matrix of positive numbers. Then
+
+    Lip(h -> Q phi(P h + b)) <= s    if    |[Psi P, Psi^-1 Q^T]|_2^2 <= 2 s.                                               (1)
+
+Proof. If two inputs differ by ``e``, the outputs of ``phi`` differ by ``z = D P e`` with slopes ``D`` in [0, 1], so
+``z_j^2 <= z_j (P e)_j`` for every ``j``. With ``w = Psi z`` and ``q = P^T Psi w`` this says ``|w|^2 <= <q, e>``, and by (1)
+
+    |Q z|^2 = <w, Psi^-1 Q^T Q Psi^-1 w> <= 2 s |w|^2 - |q|^2 <= 2 s <q, e> - |q|^2 <= s^2 |e|^2.
+
+If ``Psi`` is the best multiple of the identity, ``s`` is at most ``|Q| |P|``, the bound for slopes in [-1, 1], and as little as
+half of it. Wang and Manchester make ``[A B]`` orthogonal, ``P = sqrt(2) Psi^-1 B`` and ``Q = sqrt(2) A^T Psi``. By (1) it is
+enough that ``[A B]`` is a contraction, so one norm scales both kernels, of convolutions with zeros beyond the border, too.
+
+``Psi_j = exp(psi_j) sqrt(|Q_j| / |P_j|)`` for the row ``P_j`` and the column ``Q_j`` of a hidden channel, so that it does not
+matter which of the two kernels has the scale of a channel. ``psi`` is learned, as by Wang and Manchester. It has no part in the
+function, and training makes the norm in (1) smaller by it.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from iresnet_jax.branches.branch import Norms, Weights
+from iresnet_jax.branches.feedforward import FeedforwardSpec
+from iresnet_jax.branches.layers import LayerSpec, Part
+from iresnet_jax.maths import activations
+
+_FLOOR = 1e-12  # of squared norms of rows and columns beside the largest entry, so that a channel of zeros has a balance
+
+
+@dataclass(frozen=True)
+class SandwichSpec(FeedforwardSpec):
+    """The architecture of a branch of sandwich layers, each of as many hidden channels as `hidden` says.
+
+    A layer has as many outputs as hidden channels, the last one as many as the input has channels. With kernels, the first map
+    of a layer has the size in front of its hidden channels, as in a feed-forward branch, and the second map the size behind.
+    Other attributes are those of `FeedforwardSpec`. With one entry in ``hidden`` the weights are the same, too, beside "psi".
+    """
+
+    operator_roundings: ClassVar[int] = 16  # of the balance there and back, and of products
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not activations.get(self.activation).monotone:
+            known = ", ".join(name for name, activation in activations.ACTIVATIONS.items() if activation.monotone)
+            raise ValueError(
+                f"sandwich layers take activations whose slopes lie in [0, 1], and those of {self.activation} do not: choose "
+                f"one of {known}"
+            )
+        if any(size % 2 == 0 for size in self.kernel_sizes or ()):
+            raise ValueError(f"sandwich layers take kernels of odd sizes, got kernel_sizes={self.kernel_sizes}")
+
+    @cached_property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The linear maps from input to output, two for each sandwich layer."""
+        *space, channels = self.in_shape
+        sizes, layers, cin = self.kernel_sizes, [], channels
+        for i, width in enumerate(self.hidden):
+            cout = width if i < len(self.hidden) - 1 else channels
+            for own_in, own_out, size in ((cin, width, i), (width, cout, i + 1)):
+                activated = len(layers) % 2 == 1 or (self.preactivation and not layers)
+                activation = self.activation if activated else None
+                if sizes is None:
+                    layers.append(LayerSpec(f"dense{len(layers)}", (own_in, own_out), (own_in,), activation))
+                else:
+                    shape = (sizes[size], sizes[size], own_in, own_out)
+                    layers.append(LayerSpec(f"conv{len(layers)}", shape, (*space, own_in), activation, self.padding))
+            cin = cout
+        return tuple(layers)
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The sandwich layers: the operator of one is ``[Psi P, Psi^-1 Q^T] / sqrt(2)``."""
+        parts = []
+        for i, (there, back) in enumerate(zip(self.layers[::2], self.layers[1::2], strict=True)):
+            *_, cin, width = there.kernel_shape
+            channels = cin + back.kernel_shape[-1]
+            taps = max(there.kernel_shape[:-2], back.kernel_shape[:-2])
+            operator = LayerSpec("", (*taps, channels, width), (*there.in_shape[:-1], channels), None, self.padding)
+            parts.append(Part(f"sandwich{i}", (there.name, back.name), operator))
+        return tuple(parts)
+
+    def initial_weights(self, key: Array, *, last_scale: float | Float[Array, ""] = 1.0, sharp: bool = False) -> Weights:
+        """The weights of `FeedforwardSpec.initial_weights`, and ``psi`` of zeros."""
+        weights = dict(super().initial_weights(key, last_scale=last_scale, sharp=sharp))
+        for layer in self.layers[::2]:
+            weights[layer.name] = {**weights[layer.name], "psi": jnp.zeros(layer.kernel_shape[-1])}
+        return weights
+
+    def operator_kernel(self, weights: Weights, part: Part) -> Array:
+        """Kernel of the operator of a part."""
+        there, back = (weights[name]["kernel"] for name in part.layers)
+        back = jnp.swapaxes(jnp.flip(back, range(back.ndim - 2)), -2, -1)  # the kernel of the transposed convolution
+        psi = jnp.asarray(weights[part.layers[0]]["psi"]).reshape(*(1,) * (there.ndim - 1), -1)
+        balance = jnp.exp(psi) * jnp.sqrt(_row_norms(back) / _row_norms(there)) / math.sqrt(2)
+        taps = part.operator.kernel_shape[:-2]
+        return jnp.concatenate([_padded(there * balance, taps), _padded(back / (2 * balance), taps)], axis=-2)
+
+    def chain_weights(self, weights: Weights, norms: Norms) -> tuple[Weights, Norms]:
+        """Weights and guaranteed operator norms of the layers."""
+        del norms
+        return weights, {layer.name: layer.norm_bound(weights[layer.name]["kernel"]) for layer in self.layers}
+
+
+def _row_norms(kernel: Float[Array, "... i h"]) -> Float[Array, "... 1 h"]:
+    """Norm of what each output sees, at least `_FLOOR` of the largest entry; of a shape that fits the kernel."""
+    largest = lax.stop_gradient(jnp.max(jnp.abs(kernel)))
+    scale = jnp.where(largest > 0, largest, 1)
+    axes = tuple(range(kernel.ndim - 1))
+    return scale * jnp.sqrt(jnp.sum((kernel / scale) ** 2, axis=axes, keepdims=True) + _FLOOR)
+
+
+def _padded(kernel: Array, taps: tuple[int, ...]) -> Array:
+    """The kernel with zeros around its taps, of which there are then as many as that."""
+    pads = [((want - have) // 2,) * 2 for want, have in zip(taps, kernel.shape, strict=False)]
+    return jnp.pad(kernel, (*pads, (0, 0), (0, 0)))
