@@ -139,7 +139,7 @@ COMMANDS = {
     ),
     "figure": Command(
         "A figure as NAME.svg and the numbers behind it as NAME.csv: of a run, of a kept model or from nothing.",
-        "NAME list workdir output",
+        "NAME list workdir data output",
         runs_alone=True,
     ),
     "plan": Command(

@@ -212,12 +212,15 @@ def _excess(certificate: Certificate) -> str:
 
 def figure(arguments: argparse.Namespace) -> bool:
     """Makes a figure and the table of its numbers."""
-    if arguments.list or arguments.NAME is None:
+    name, workdir = arguments.NAME, arguments.workdir
+    if arguments.list:
         _say(catalogue.listing())
-        return arguments.list
-    folder = Path(arguments.output or arguments.workdir or "figures")
-    svg, table = drawing.write(catalogue.make(arguments.NAME, arguments.workdir), folder, arguments.NAME)
-    _say(catalogue.find(arguments.NAME).look, f"written: {svg} and {table}")
+        return True
+    if name is None:
+        raise ValueError(f"which figure? choose one of {', '.join(catalogue.FIGURES)}, or --list")
+    made = catalogue.make(name, workdir, arguments.data)
+    svg, table = drawing.write(made, Path(arguments.output or workdir or "figures"), name)
+    _say(catalogue.FIGURES[name].look, f"written: {svg} and {table}")
     return True
 
 

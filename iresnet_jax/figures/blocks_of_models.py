@@ -1,6 +1,6 @@
-"""The residual blocks of a trained model in float64, each where examples pass through it."""
+"""A residual block of a trained model in float64, where examples pass through it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 from iresnet_jax.branches.branch import Branch
-from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import branch_inputs
-from iresnet_jax.models.reconstructor import Reconstructor
 
 
 class PlacedBlock(NamedTuple):
@@ -33,15 +30,16 @@ class PlacedBlock(NamedTuple):
         return float(self.branch.lipschitz_bound)
 
 
-def loosest_block(model: Density | Classifier | Reconstructor, examples: Num[np.ndarray, "n ..."]) -> PlacedBlock:
+def loosest_block(model: Any, examples: Num[np.ndarray, "n ..."]) -> PlacedBlock:
     """The residual block of the largest Lipschitz bound, the first if there are several, at the examples.
 
     Levels are in the middle of their cells. To be called under ``jax.enable_x64``.
 
     Raises:
-        ValueError: If the model has no residual block, or depends on contexts.
+        ValueError: If the model has no residual block, or one that is not certified a contraction, or depends on contexts.
     """
     flow = model.spec.flow
+    model.require_bijection()
     if flow.context_dim:
         raise ValueError("the model takes contexts: this figure is for models without")
     bounds = {
@@ -52,15 +50,12 @@ def loosest_block(model: Density | Classifier | Reconstructor, examples: Num[np.
     }
     if not bounds:
         raise ValueError("the model has no residual blocks: this figure is about x + g(x)")
-    stage, k = max(bounds, key=lambda place: bounds[place])
+    name, k = max(bounds, key=lambda place: bounds[place])
+    if not bounds[name, k] < 1:
+        raise ValueError(f"{name}/block{k:02d} is not certified a contraction: this figure is about bounds below 1")
     weights = jax.tree.map(_in_float64, model.weights)
-    x = _in_float64(model.preprocess(examples))
-    inputs = _inputs(flow, weights, x)
-    branch = jax.tree.map(lambda leaf: leaf[k], weights[stage].branch)
-    return PlacedBlock(f"{stage}/block{k:02d}", branch, inputs[stage][k])
-
-
-_inputs = jax.jit(branch_inputs, static_argnums=0)
+    inputs = jax.jit(branch_inputs, static_argnums=0)(flow, weights, _in_float64(model.preprocess(examples)))
+    return PlacedBlock(f"{name}/block{k:02d}", jax.tree.map(lambda leaf: leaf[k], weights[name].branch), inputs[name][k])
 
 
 def _in_float64(leaf: Array) -> Array:

@@ -11,41 +11,29 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Num
+from jaxtyping import Array
 
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.figures import style
 from iresnet_jax.figures.blocks_of_models import PlacedBlock, loosest_block
 from iresnet_jax.figures.drawing import Drawing, Row
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo, example_norm, invert_residual
+from iresnet_jax.runs.trained_run import Run
 
-MEMORIES = {"banach": 0, "anderson": 4}  # steps that a solver remembers
+NUM_EXAMPLES = 32
+EVALUATIONS = (1, 2, 3, 4, 6, 8, 11, 15, 20, 30, 45, 70)
+MEMORIES = {"Banach": 0, "Anderson, 4 steps": 4}  # steps that a solver remembers
 ATOL = 1e-15  # never met before rounding stops an example
 
-_NAMES = {"banach": "Banach", "anderson": "Anderson, 4 steps"}
 
-
-def figure(
-    model: Any,
-    examples: Num[np.ndarray, "n ..."],
-    *,
-    evaluations: Sequence[int] = (1, 2, 3, 4, 6, 8, 11, 15, 20, 30, 45, 70),
-    num_examples: int = 32,
-) -> Drawing:
-    """Measures and draws.
-
-    Args:
-        model: A model with residual blocks.
-        examples: Examples at which a block is inverted, of which the first are taken.
-        evaluations: Caps on evaluations of the branch, increasing.
-        num_examples: Examples taken.
-    """
+def figure(run: Run) -> Drawing:
+    """The figure of a run: the block with the largest Lipschitz bound, at its first test examples, in float64."""
     with jax.enable_x64():
-        rows = measure(loosest_block(model, examples[:num_examples]), evaluations)
+        rows = measure(loosest_block(run.model, run.test_examples()[:NUM_EXAMPLES]))
     return Drawing(draw(rows), rows)
 
 
-def measure(block: PlacedBlock, evaluations: Sequence[int]) -> list[dict[str, Any]]:
+def measure(block: PlacedBlock, evaluations: Sequence[int] = EVALUATIONS) -> list[dict[str, Any]]:
     """Rows of the figure: largest and mean Euclidean error after a number of evaluations, in the units of the block's input.
 
     ``rate_bound`` is the largest of the bounds ``L^n / (1 - L) |x_1 - x_0|`` of the examples, where ``n`` is one less than the
@@ -86,13 +74,12 @@ def draw(rows: Sequence[Row]) -> Any:
     for which, solver in enumerate(MEMORIES):
         own = [row for row in rows if row["solver"] == solver]
         x = [row["evaluations"] for row in own]
-        style.curve(axes, which, x, [row["max_error"] for row in own], _NAMES[solver])
-        style.bound(axes, which, x, [row["posterior_bound"] for row in own], f"{_NAMES[solver]}, bound of the solver")
-    own = [row for row in rows if row["solver"] == "banach"]
-    rate = [row["rate_bound"] for row in own]
-    name = f"$L^n |x_1 - x_0| / (1 - L)$, $L$ = {own[0]['lipschitz_bound']:.3f}"
-    axes.plot([row["evaluations"] for row in own], rate, color=style.INK, linewidth=1.4, label=name)
+        style.curve(axes, which, x, [row["max_error"] for row in own], solver)
+        style.bound(axes, which, x, [row["posterior_bound"] for row in own], f"{solver}: bound of the solver")
+    rate = {row["evaluations"]: row["rate_bound"] for row in rows}
+    name = f"guaranteed: $L^n |x_1 - x_0| / (1 - L)$, $L$ = {rows[0]['lipschitz_bound']:.3f}"
+    axes.plot(list(rate), list(rate.values()), color=style.INK, linewidth=1.4, label=name)
     axes.set_yscale("log")
-    style.label(axes, "evaluations of the branch", "largest Euclidean error [units of the block]", title=own[0]["block"])
+    style.label(axes, "evaluations of the branch", "largest Euclidean error [units of the block]", title=rows[0]["block"])
     style.legend(axes)
     return figure

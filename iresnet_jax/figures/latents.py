@@ -9,25 +9,41 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from iresnet_jax.figures import style
-from iresnet_jax.figures.drawing import Drawing
+from iresnet_jax.figures.drawing import Drawing, Row
 from iresnet_jax.models.density import Density
+from iresnet_jax.runs.trained_run import Run
 
 TEMPERATURES = (0.6, 0.8, 1.0)
 NUM_STEPS = 9  # images from one to the other, both included
 NUM_PAIRS = 2
-NUM_COMPARED = 1000  # samples and test images whose nearest training image is found
+NUM_SAMPLES = 64  # for each temperature
+NUM_COMPARED = 1000  # test images whose nearest training image is found
 
 Images = Num[np.ndarray, "_ ..."]
 
 
-def figure(
+def figure(run: Run) -> Drawing:
+    """The figure of a run.
+
+    Raises:
+        ValueError: If it is no density of images of integer levels, or one with contexts.
+    """
+    model, test = run.model, run.test_examples()
+    if not isinstance(model, Density) or model.spec.flow.context_dim:
+        raise ValueError(f"{run.folder} holds no density without contexts: this figure is about its samples")
+    if model.spec.num_levels is None or len(model.spec.flow.event_shape) != 3:
+        raise ValueError(f"{run.folder} holds a density of other data than images of integer levels: this figure shows images")
+    return drawing_of(model, run.data.examples["train"], test)
+
+
+def drawing_of(
     model: Density,
     train: Images,
     test: Images,
     *,
     temperatures: Sequence[float] = TEMPERATURES,
     num_steps: int = NUM_STEPS,
-    num_samples: int = 64,
+    num_samples: int = NUM_SAMPLES,
     seed: int = 0,
 ) -> Drawing:
     """Measures and draws; nothing that is drawn is selected: pairs and samples are the first.
@@ -40,12 +56,7 @@ def figure(
         num_steps: Images from one to the other, both included, and columns of the drawing.
         num_samples: Samples for each temperature.
         seed: Of the samples.
-
-    Raises:
-        ValueError: If the density is not one of images of integer levels.
     """
-    if model.spec.num_levels is None or len(model.spec.flow.event_shape) != 3:
-        raise ValueError("this figure is about images of integer levels, and the model has other data")
     rows, strips = [], {}
     for pair in range(NUM_PAIRS):
         own, images = _interpolated(model, test[2 * pair : 2 * pair + 2], pair + 1, num_steps)
@@ -58,14 +69,14 @@ def figure(
         bits = _bits(model, samples)
         rows.append(_row("samples", f"temperature {temperature:g}", bits.mean(), bits.std(ddof=1) / np.sqrt(len(bits))))
         rows[-1]["converged"] = float(np.mean(info.converged))
-    compared = {"samples": samples[:NUM_COMPARED], "test images": test[:NUM_COMPARED]}
+    compared = {"samples": samples, "test images": test[:NUM_COMPARED]}
     for name, images in compared.items():
         nearest, distance = nearest_images(images, train, model.spec.num_levels)
         rows.append(_row("nearest", name, np.nan, np.nan) | {"distance": float(np.median(distance))})
         if name == "samples":
             strips["nearest training images"] = train[nearest]
     shown = {name: images[:num_steps] / (model.spec.num_levels - 1) for name, images in strips.items()}
-    return Drawing(draw(shown), rows)
+    return Drawing(draw(rows, shown), rows)
 
 
 def _row(kind: str, name: str, bits: float, stderr: float) -> dict[str, Any]:
@@ -108,22 +119,12 @@ def nearest_images(images: Images, among: Images, num_levels: int) -> tuple[Num[
     return places, np.linalg.norm(flat - others[places], axis=1) / (num_levels - 1)
 
 
-def draw(strips: Mapping[str, Float[np.ndarray, "_ h w c"]]) -> Any:
-    """A line of images for each."""
+def draw(rows: Sequence[Row], strips: Mapping[str, Float[np.ndarray, "_ h w c"]]) -> Any:
+    """A line of images for each, with the bits/dim of those between two others below them."""
     height, width = next(iter(strips.values())).shape[1:3]
     num = max(map(len, strips.values()))
     figure = style.figure(width=style.PAGE_WIDTH, height=len(strips) * (style.PAGE_WIDTH - 2.0) / num * height / width)
     for axes, (name, images) in zip(figure.subplots(len(strips), 1, squeeze=False).flat, strips.items(), strict=True):
-        style.strip(axes, images, name)
+        bits = [row["bits_per_dim"] for row in rows if row["name"] == name and row["kind"] == "interpolation"]
+        style.strip(axes, images, name, captions=[f"{b:.2f}" for b in bits])
     return figure
-
-
-def of_run(run: Any) -> Density:
-    """The density of a run.
-
-    Raises:
-        ValueError: If it is another model or is conditional.
-    """
-    if not isinstance(run.model, Density) or run.model.spec.context_dim:
-        raise ValueError(f"{run.folder} holds no density without contexts: this figure is about its samples")
-    return run.model

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float
 
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.figures import style
@@ -23,50 +23,46 @@ from iresnet_jax.maths.logdet.exact import dense_logdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet, truncation_bound
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
+from iresnet_jax.runs.trained_run import Run
 
+NUM_EXAMPLES = 8
+PRODUCTS, PROBES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20), (1, 2, 4, 8, 16)
 ROULETTE_MEAN = 2.0  # terms that a random length adds to the exact ones on average
 NEGLIGIBLE = 1e-9  # nats that the series leaves out, at most, of what estimates are compared with
 AT_PROBES = 5  # products at which the spread is drawn against probes
 
-KINDS = ("series", "roulette", "krylov")
-_NAMES = {"series": "series", "roulette": "roulette", "krylov": "Krylov"}
+KINDS = ("series", "roulette", "Krylov")
 
 
-def figure(
-    model: Any,
-    examples: Num[np.ndarray, "n ..."],
-    *,
-    products: Sequence[int] = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20),
-    probes: Sequence[int] = (1, 2, 4, 8, 16),
-    num_examples: int = 8,
-    num_draws: int = 100,
-    seed: int = 0,
-) -> Drawing:
-    """Measures and draws.
-
-    Args:
-        model: A model with residual blocks.
-        examples: Examples at which it is evaluated, of which the first are taken.
-        products: Products with the Jacobian, of the roulette on average; at least 2.
-        probes: Numbers of probes; one of them is 1.
-        num_examples: Examples taken.
-        num_draws: Independent estimates of each example.
-        seed: Of the probes and the lengths.
-    """
+def figure(run: Run) -> Drawing:
+    """The figure of a run: the block with the largest Lipschitz bound, at its first test examples, in float64."""
     with jax.enable_x64():
-        rows = measure(loosest_block(model, examples[:num_examples]), products, probes, num_draws, seed)
+        rows = measure(loosest_block(run.model, run.test_examples()[:NUM_EXAMPLES]))
     return Drawing(draw(rows), rows)
 
 
 def measure(
-    block: PlacedBlock, products: Sequence[int], probes: Sequence[int], num_draws: int, seed: int
+    block: PlacedBlock,
+    products: Sequence[int] = PRODUCTS,
+    probes: Sequence[int] = PROBES,
+    *,
+    num_draws: int = 100,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Rows of the figure; arguments are those of `figure`.
+    """Rows of the figure.
 
     ``bias_nats`` is the mean difference to the same estimator with so many products that nothing is left out, for the same
-    probes: their noise cancels, so that biases far below the spread are seen. ``mean_nats`` and ``exact_nats`` compare without
+    probe: its noise cancels, so that biases far below the spread are seen. ``mean_nats`` and ``exact_nats`` compare without
     this trick. ``spread_nats`` is the standard deviation of one estimate, ``bound_nats`` the mean a posteriori bound of what is
-    left out, and ``prior_bound_nats`` the series' bound ``d sum_{k>n} L^k / k`` from the Lipschitz constant alone.
+    left out, and ``prior_bound_nats`` the series' bound ``d sum_{k>n} L^k / k`` from the Lipschitz constant alone. What does
+    not apply is NaN: biases with several probes, which are those with one, and the prior bound of other estimators.
+
+    Args:
+        block: The block and the examples at which it is evaluated.
+        products: Products with the Jacobian, of the roulette on average; at least 2.
+        probes: Numbers of probes; one of them is 1.
+        num_draws: Independent estimates of each example.
+        seed: Of the probes and the lengths.
     """
     exact = np.asarray(dense_logdet(block.branch, block.x))
     num_dims, constant = math.prod(block.x.shape[1:]), block.lipschitz_bound
@@ -76,10 +72,10 @@ def measure(
     keys = jax.random.split(jax.random.key(seed), (num_draws, len(exact)))
     rows = []
     for kind in KINDS:
-        whole = {p: _estimates(block, kind, enough, p, keys)[0] for p in dict.fromkeys(p for _, p in cases)}
+        whole, _ = _estimates(block, kind, enough, 1, keys)
         for n, p in cases:
             values, truncated = _estimates(block, kind, n, p, keys)
-            missing, spread = values - whole[p], float(np.sqrt(values.var(axis=0, ddof=1).mean()))
+            missing, spread = values - (whole if p == 1 else math.nan), float(np.sqrt(values.var(axis=0, ddof=1).mean()))
             rows.append(
                 {
                     "estimator": kind,
@@ -103,7 +99,7 @@ def measure(
 def _estimator(kind: str, products: int, probes: int) -> LogdetEstimator:
     if kind == "series":
         return SeriesLogdet(products, num_probes=probes)
-    if kind == "krylov":
+    if kind == "Krylov":
         return KrylovLogdet(products, num_probes=probes)
     return RouletteLogdet("poisson", ROULETTE_MEAN, max(products - round(ROULETTE_MEAN), 0), num_probes=probes)
 
@@ -112,7 +108,7 @@ def _estimates(
     block: PlacedBlock, kind: str, products: int, probes: int, keys: Array
 ) -> tuple[Float[np.ndarray, "k b"], Float[np.ndarray, "k b"]]:
     """Estimates and bounds of what they leave out, a row for each draw; the same keys give the same probes."""
-    products = min(products, math.prod(block.x.shape[1:])) if kind == "krylov" else products
+    products = min(products, math.prod(block.x.shape[1:])) if kind == "Krylov" else products
     found = _draw(block.branch, block.x, _estimator(kind, products, probes), keys)
     return np.asarray(found[0]), np.asarray(found[1])
 
@@ -136,12 +132,12 @@ def draw(rows: Sequence[Row]) -> Any:
         x = [row["products"] for row in single]
         seen = [abs(row["bias_nats"]) for row in single]
         error = [2 * row["bias_stderr_nats"] for row in single]
-        style.curve(left, which, x, seen, _NAMES[kind])
+        style.curve(left, which, x, seen, kind)
         left.errorbar(x, seen, error, color=style.CURVES[which]["color"], linestyle="none", linewidth=0.8, capsize=2)
-        style.bound(left, which, x, [row["bound_nats"] for row in single], f"{_NAMES[kind]}, bound")
+        style.bound(left, which, x, [row["bound_nats"] for row in single], f"{kind}: bound")
         shared = [row for row in own if row["products"] == _drawn_at(rows)]
         shared.sort(key=lambda row: row["probes"])
-        style.curve(right, which, [row["probes"] for row in shared], [row["spread_nats"] for row in shared], _NAMES[kind])
+        style.curve(right, which, [row["probes"] for row in shared], [row["spread_nats"] for row in shared], kind)
     left.set(yscale="log", ylim=(NEGLIGIBLE, None))
     probes = sorted({row["probes"] for row in rows})
     one = next(row["spread_nats"] for row in rows if row["probes"] == 1 and row["products"] == _drawn_at(rows))

@@ -10,25 +10,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Num
 
+from iresnet_jax import data
 from iresnet_jax.bijections.actnorm import actnorm_bijection
+from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import after_exact, chain
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.figures import style
 from iresnet_jax.figures.drawing import Drawing, Row
+from iresnet_jax.figures.training import trained
 from iresnet_jax.maths.inverse.fixed_point import example_norm
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.training.unconstrained import Unconstrained
+from iresnet_jax.models.head import cross_entropy
+from iresnet_jax.runs.trained_run import Run
 
-SOLVER = Solver(atol=1e-5, max_evals=100, memory=0)  # 100 Banach steps, as many as the authors take at most
-NUM_SHOWN = 12
+SOLVER = Solver(atol=1e-5, max_evals=100, memory=0)  # Banach iteration
+NUM_IMAGES, NUM_SHOWN = 360, 12
 LEARNING_RATE = 3e-3
 STAGES = (
     StageSpec(4, (64, 64), (3, 1, 3), squeeze=2),
@@ -38,68 +40,61 @@ STAGES = (
 CONSTRAINED, FREE = "with the constraint", "without"
 
 
+def figure(run: Run | None) -> Drawing:
+    """The figure of a run, or of two fresh classifiers of digits.
+
+    Raises:
+        ValueError: If the run is of another model, or of a network with BatchNorm in its branches.
+    """
+    if run is None:
+        digits = data.load("digits")
+        return drawing_of(fit(digits), digits.examples["test"], digits.labels["test"])
+    if not isinstance(run.model, Classifier):
+        raise ValueError(f"{run.folder} holds no classifier: this figure is about reconstructions from a classifier's features")
+    run.model.require_bijection()
+    name = CONSTRAINED if run.model.spec.constrained else FREE
+    return drawing_of({name: run.model}, run.test_examples(), run.data.labels["test"])
+
+
 def fit(
-    data: DataSet, *, stages: Sequence[StageSpec] = STAGES, num_steps: int = 600, batch_size: int = 64, seed: int = 0
+    digits: DataSet, *, stages: Sequence[StageSpec] = STAGES, num_steps: int = 600, batch_size: int = 64, seed: int = 0
 ) -> dict[str, Classifier]:
     """Trains a classifier at c = .9 and its twin without a constraint, from the same weights by Adam.
 
     Args:
-        data: Images with classes.
+        digits: Images with classes.
         stages: Stages of the network.
         num_steps: Updates.
         batch_size: Images of an update.
         seed: Of weights and batches.
     """
-    assert data.num_classes is not None
-    assert data.num_levels is not None
-    images, labels = data.examples["train"], data.labels["train"]
-    key_weights, key_batches = jax.random.split(jax.random.key(seed))
-    start = Classifier.init(
-        key_weights, images[:512], data.num_classes, stages=stages, num_levels=data.num_levels, pad_channels=3
-    )
+    assert digits.num_classes is not None
+    assert digits.num_levels is not None
+    images, labels = digits.examples["train"], digits.labels["train"]
+    key_weights, key_places = jax.random.split(jax.random.key(seed))
+    settings = {"stages": stages, "num_levels": digits.num_levels, "pad_channels": 3}
+    start = Classifier.init(key_weights, images[:512], digits.num_classes, **settings)
     free = start.with_(spec=dataclasses.replace(start.spec, constrained=False))
-    batches = jax.random.randint(key_batches, (num_steps, batch_size), 0, len(images))
-    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    places = jax.random.randint(key_places, (num_steps, batch_size), 0, len(images))
     return {
-        name: _trained(Unconstrained.of(model), images, labels, batches).certified()
+        name: trained(model, _loss, [images, labels], places, learning_rate=LEARNING_RATE)
         for name, model in ((CONSTRAINED, start), (FREE, free))
     }
 
 
-@jax.jit
-def _trained(free: Unconstrained[Classifier], images: Array, labels: Array, batches: Array) -> Unconstrained[Classifier]:
-    optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, len(batches)))
-
-    def step(state, places):
-        params, iterates, own = state
-
-        def loss(params):
-            model, new = free.with_(iterates=iterates).constrain(params)
-            logits = model.logits(images[places])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[places]).mean(), new
-
-        gradient, iterates = jax.grad(loss, has_aux=True)(params)
-        updates, own = optimizer.update(gradient, own, params)
-        return (optax.apply_updates(params, updates), iterates, own), None
-
-    (params, iterates, _), _ = jax.lax.scan(step, (free.params, free.iterates, optimizer.init(free.params)), batches)
-    return free.with_(params=params, iterates=iterates)
+def _loss(model: Classifier, images: Array, labels: Array) -> Array:
+    return cross_entropy(model.logits(images), labels).mean()
 
 
-def figure(models: Mapping[str, Classifier], images: Num[np.ndarray, "n h w c"], labels: Num[np.ndarray, " n"]) -> Drawing:
-    """Measures and draws.
-
-    Args:
-        models: Classifiers by name, of the same images.
-        images: Test images.
-        labels: Their classes.
-    """
+def drawing_of(models: Mapping[str, Classifier], images: Num[np.ndarray, "n h w c"], labels: Num[np.ndarray, " n"]) -> Drawing:
+    """Measures and draws classifiers of the same images, of which the first are taken."""
     rows, found = [], {}
+    images, labels = images[:NUM_IMAGES], labels[:NUM_IMAGES]
     for name, model in models.items():
         own, found[name] = measure(name, model, images, labels)
         rows += own
-    levels = next(iter(models.values())).spec.num_levels - 1
-    return Drawing(draw(rows, np.asarray(images[:NUM_SHOWN]) / levels, found), rows)
+    levels = next(iter(models.values())).spec.num_levels
+    return Drawing(draw(rows, images[:NUM_SHOWN] / (levels - 1), found), rows)
 
 
 def measure(
@@ -107,57 +102,54 @@ def measure(
 ) -> tuple[list[dict[str, Any]], Float[np.ndarray, "n h w c"]]:
     """Rows of one model, one for each block, and the images that its features give back.
 
-    ``relative_error`` is the Euclidean error of what a block gives back, divided by the norm of what it was given;
-    ``lipschitz_bound`` the certified bound of its branch. Arguments are those of `figure`.
-
-    Raises:
-        ValueError: If the network has BatchNorm in its branches.
+    Relative errors are Euclidean errors of what a block gives back, divided by the norm of what it was given;
+    ``lipschitz_bound`` is the certified bound of its branch.
     """
-    model.require_bijection()
-    wrong = np.asarray(model.logits(images)).argmax(axis=-1) != np.asarray(labels)
-    steps, there = [], [model.preprocess(images)]
-    for stage in model.spec.flow.layout:
-        blocks = model.weights[stage.name]
-        steps.append((chain(stage.reshapes), None, 0.0, ""))
-        there.append(chain(stage.reshapes).forward(there[-1]))
-        for k in range(stage.spec.num_blocks):
-            block = jax.tree.map(lambda leaf, k=k: leaf[k], blocks)
-            steps.append((stage.block, block, float(block.branch.lipschitz_bound), f"{stage.name}/block{k:02d}"))
-            there.append(_forward(stage.block, block, there[-1]))
-    back, rows = there[-1], []
-    for depth, (kind, block, bound, place) in reversed(list(enumerate(steps))):
-        if block is None:
-            back = kind.inverse(back)[0]
-            continue
-        back, converged = _inverse(kind, block, back)
-        errors = np.asarray(example_norm(back - there[depth]) / example_norm(there[depth]))
-        rows.append(
-            {
-                "model": name,
-                "block": place,
-                "mean_relative_error": float(errors.mean()),
-                "max_relative_error": float(errors.max()),
-                "converged": float(np.mean(converged)),
-                "lipschitz_bound": bound,
-                "test_error": float(wrong.mean()),
-                "num_images": len(images),
-            }
+    wrong = np.asarray(model.logits(images)).argmax(axis=-1) != labels
+    errors, converged, back = _there_and_back(model, model.preprocess(images))
+    rows = [
+        {
+            "model": name,
+            "block": f"{stage}/block{k:02d}",
+            "mean_relative_error": float(np.mean(error)),
+            "max_relative_error": float(np.max(error)),
+            "converged": float(np.mean(converged[stage][k])),
+            "lipschitz_bound": float(model.weights[stage].branch.lipschitz_bound[k]),
+            "test_error": float(wrong.mean()),
+            "num_images": len(images),
+        }
+        for stage, of_blocks in errors.items()
+        for k, error in enumerate(of_blocks)
+    ]
+    return rows, np.asarray(model.spec.unpad(back))
+
+
+@jax.jit
+def _there_and_back(model: Classifier, x: Array) -> tuple[dict[str, Array], dict[str, Array], Array]:
+    """Relative errors and verdicts of the solver, by stage, block and example, and what comes back at the end."""
+    layout, weights = model.spec.flow.layout, model.weights
+    there, errors, converged = {}, {}, {}
+    for stage in layout:
+        x, there[stage.name] = jax.lax.scan(
+            lambda x, block, stage=stage: (_bijection(stage.block, block).forward(x), x),
+            chain(stage.reshapes).forward(x),
+            weights[stage.name],
         )
-    return rows[::-1], np.asarray(model.spec.unpad(back))
+
+    def undo(kind: Any, back: Array, given: tuple[Any, Array]) -> tuple[Array, tuple[Array, Array]]:
+        block, was = given
+        back, info = _bijection(kind, block).inverse(back)
+        return back, (example_norm(back - was) / example_norm(was), info.converged)
+
+    for stage in reversed(layout):
+        given = weights[stage.name], there[stage.name]
+        x, found = jax.lax.scan(functools.partial(undo, stage.block), x, given, reverse=True)
+        errors[stage.name], converged[stage.name] = found
+        x = chain(stage.reshapes).inverse(x)[0]
+    return {stage.name: errors[stage.name] for stage in layout}, converged, x
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _forward(kind: Any, block: Any, x: Array) -> Array:
-    return _bijection(kind, block).forward(x)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _inverse(kind: Any, block: Any, y: Array) -> tuple[Array, Array]:
-    x, info = _bijection(kind, block).inverse(y)
-    return x, info.converged
-
-
-def _bijection(kind: Any, block: Any) -> Any:
+def _bijection(kind: Any, block: Any) -> Bijection:
     return after_exact(actnorm_bijection(block.actnorm), kind.bijection(block.branch, ExactLogdet(), SOLVER))
 
 
@@ -178,14 +170,3 @@ def draw(rows: Sequence[Row], images: Float[np.ndarray, "n h w c"], found: Mappi
     style.label(grid[-1], "block, from the image to the features", "mean relative error")
     style.legend(grid[-1])
     return figure
-
-
-def of_run(run: Any) -> Classifier:
-    """The classifier of a run.
-
-    Raises:
-        ValueError: If it is another model.
-    """
-    if not isinstance(run.model, Classifier):
-        raise ValueError(f"{run.folder} holds no classifier: this figure is about reconstructions from a classifier's features")
-    return run.model

@@ -11,45 +11,46 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float
 
 from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.figures import style
 from iresnet_jax.figures.drawing import Drawing, Row
-from iresnet_jax.models import initial
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.contractions import FlowWeights
+from iresnet_jax.models.contractions import FlowWeights, freeze
+from iresnet_jax.runs import objective_from_config
+from iresnet_jax.runs.trained_run import Run
 
 MOST_DIMS = 2048  # of the smaller side of a layer's matrix: its decomposition then takes seconds
 MOST_ENTRIES = 4e7  # of a layer's matrix
-RANKS = 33  # of a layer that are written, evenly spaced from the largest to the smallest
+RANKS = 17  # of a layer that are written, evenly spaced from the largest to the smallest
 
 _NAMES = {"before": "before training", "after": "after training"}
 
 
-def figure(model: Any, examples: Num[np.ndarray, "n ..."], *, seed: int = 0) -> Drawing:
-    """Measures and draws.
-
-    Args:
-        model: A model whose branches have layers.
-        examples: Examples that ActNorm of the untrained network is fitted to.
-        seed: Of the weights of the untrained network: those that the model itself began with are not kept.
+def figure(run: Run) -> Drawing:
+    """The figure of a run; "before" has the weights that its settings and its seed give in this version of the library.
 
     Raises:
-        ValueError: If no branch of the model has layers.
+        ValueError: If no branch of the model has layers, or it is a network with BatchNorm in its branches.
     """
-    rows = measure(model, examples, seed)
+    spec = run.model.spec
+    run.model.require_bijection()
+    initial = objective_from_config.initial_variables(run.config, spec, run.data)
+    rows = measure(spec.flow, {"before": freeze(spec.flow, initial["params"]), "after": run.model.weights})
     return Drawing(draw(rows), rows)
 
 
-def measure(model: Any, examples: Num[np.ndarray, "n ..."], seed: int) -> list[dict[str, Any]]:
-    """Rows of the figure: singular values by layer and rank; ``rank`` 1 is the largest. Arguments are those of `figure`.
+def measure(flow: FlowSpec, weights: Mapping[str, FlowWeights]) -> list[dict[str, Any]]:
+    """Rows of the figure: singular values by layer and rank; ``rank`` 1 is the largest.
 
     ``bound`` is the certified bound of the layer's norm, ``coeff`` the largest norm that the constraint allows.
+
+    Args:
+        flow: Architecture of the flow.
+        weights: Weights "before" and "after" training.
     """
-    flow = model.spec.flow
-    untrained, _ = initial.initial_weights(flow, jax.random.key(seed), model.preprocess(initial.some(examples)))
-    rows = [row for when, weights in (("before", untrained), ("after", model.weights)) for row in _rows(flow, weights, when)]
+    rows = [row for when, own in weights.items() for row in _rows(flow, own, when)]
     if not rows:
         raise ValueError("no branch of the model has layers: this figure is about their singular values")
     return rows

@@ -1,8 +1,9 @@
-"""The style of the figures: curves that differ in colour, dash and marker, on white, at the width of the docs' page.
+"""The look of all figures: curves that differ in darkness, dash and marker, on white, at the width of the docs' page.
 
-It adds to `iresnet_jax.report.style`, which has the fonts and axes of all figures.
+It adds to `iresnet_jax.report.style`, which has the fonts and axes of reports.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,6 @@ CURVES: tuple[dict[str, Any], ...] = (
     {"color": "#1f4e8c", "linestyle": "-", "marker": "o"},
     {"color": style.ORANGE, "linestyle": (0, (5, 2)), "marker": "s"},
     {"color": style.PLUM, "linestyle": (0, (1, 1.5)), "marker": "^"},
-    {"color": "#5c9e6e", "linestyle": (0, (6, 2, 1, 2)), "marker": "D"},
 )
 
 
@@ -35,15 +35,18 @@ def curve(axes: "Axes", which: int, x: Any, y: Any, name: str, **options: Any) -
 
 def bound(axes: "Axes", which: int, x: Any, y: Any, name: str) -> None:
     """Draws what bounds a measured curve: thin, without markers, in the curve's colour."""
-    axes.plot(x, y, label=name, color=CURVES[which]["color"], linestyle=CURVES[which]["linestyle"], linewidth=0.8)
+    curve(axes, which, x, y, name, marker=None, linewidth=0.8)
 
 
-def strip(axes: "Axes", images: Float[np.ndarray, "n h w c"], name: str) -> None:
+def strip(axes: "Axes", images: Float[np.ndarray, "n h w c"], name: str, *, captions: Sequence[str] = ()) -> None:
     """Draws images in [0, 1] side by side, with a name to the left; what is outside is clipped, what is not finite is black."""
     grey = images if images.shape[-1] == 3 else np.repeat(images[..., :1], 3, axis=-1)
     seen = np.clip(np.nan_to_num(grey, posinf=0.0, neginf=0.0), 0.0, 1.0)
     framed = np.pad(seen, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=1.0)
-    axes.imshow(np.concatenate(list(framed), axis=1), interpolation="nearest")
-    axes.set(xticks=[], yticks=[])
+    axes.imshow(np.concatenate(list(framed), axis=1), interpolation="none")
+    width = framed.shape[2]
+    axes.set_xticks([width * i + width / 2 - 1 for i in range(len(captions))], captions)
+    axes.set_yticks([])
+    axes.tick_params(length=0, pad=2, labelsize=8, labelcolor=INK)
     axes.spines[:].set_visible(False)
-    axes.set_ylabel(name, size=7, color=INK, rotation=0, ha="right", va="center")
+    axes.set_ylabel(name, size=8, color=INK, rotation=0, ha="right", va="center")

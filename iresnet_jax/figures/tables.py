@@ -5,6 +5,7 @@ All numbers are those of records and reports; nothing is measured here. Publishe
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,31 +13,38 @@ from typing import Any
 from iresnet_jax.evaluation.accuracy import fraction_interval
 from iresnet_jax.figures import style
 from iresnet_jax.figures.drawing import Drawing, Row
+from iresnet_jax.runs.trained_run import Run
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # of a checkout; the package has no records and no models
 SWEEPS, REPORTS = "lipschitz_sweep_*.json", "**/report.json"
+
+# % error on MNIST by coefficient, Behrmann et al. 2019, Table 2; their network is larger.
+PUBLISHED = {
+    ("mnist_classification", variant): f"i-ResNet (Behrmann et al. 2019, Table 2) {error:.2f}"
+    for variant, error in {"vanilla": 0.38, "0.9": 0.40, "0.8": 0.42, "0.7": 0.40, "0.6": 0.42, "0.5": 0.86}.items()
+}
+
+COLUMNS = (0.0, 0.14, 0.26, 0.54, 0.61, 0.77)  # where they begin, as shares of the width
 
 _MEASURES = {"bits_per_dim": "bits/dim", "nll": "nats"}
 _VARIANTS = {"batchnorm": "BatchNorm", "vanilla": "no constraint"}
 
 
-def figure(results: Path, own: Path | None = None) -> Drawing:
-    """Collects and draws.
-
-    Args:
-        results: Folder of the benchmarks' records and of kept models.
-        own: Folder of a run whose report is added.
+def figure(run: Run | None) -> Drawing:
+    """The tables of all records and kept models, and of a run that has a report.
 
     Raises:
         ValueError: If there are no records, or the run has no report yet.
     """
-    rows = [row for path in sorted(results.glob(SWEEPS)) for row in _of_sweep(json.loads(path.read_text()))]
-    rows += [row for path in sorted(results.glob(REPORTS)) for row in _of_report(path)]
-    if own is not None:
-        if not (own / "report.json").exists():
-            raise ValueError(f"{own} has no report yet: run python -m iresnet_jax report --workdir {own}")
-        rows += _of_report(own / "report.json")
+    rows = [row for path in sorted(RESULTS.glob(SWEEPS)) for row in _of_sweep(json.loads(path.read_text()))]
+    rows += [row for path in sorted(RESULTS.glob(REPORTS)) for row in _of_report(path)]
+    if run is not None:
+        own = run.folder / "report.json"
+        if not own.exists():
+            raise ValueError(f"{run.folder} has no report yet: run python -m iresnet_jax report --workdir {run.folder}")
+        rows += _of_report(own)
     if not rows:
-        raise ValueError(f"{results} holds no records")
+        raise ValueError(f"records are in the repository, not in the package: {RESULTS} is not there")
     return Drawing(draw(rows), rows)
 
 
@@ -49,12 +57,13 @@ def _row(table: str, model: str, value: float, unit: str, **known: Any) -> dict[
 def _of_sweep(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Rows of a record of classifiers: one for each coefficient, over all seeds."""
     runs, machine = record["results"], record["environment"]
+    name = record["benchmark"].removeprefix("lipschitz_sweep_")
     for variant in dict.fromkeys(run["variant"] for run in runs):
         own = [run for run in runs if run["variant"] == variant]
         num, error = own[0]["num_examples"], sum(run["error"] for run in own) / len(own)
         low, high = fraction_interval(round(error * num), num)  # seeds share their test images: these count once
         yield _row(
-            record["benchmark"].removeprefix("lipschitz_sweep_"),
+            name,
             _VARIANTS.get(variant, f"c = {variant}"),
             100 * error,
             "% error",
@@ -62,6 +71,7 @@ def _of_sweep(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
             high=100 * high,
             num_examples=num,
             minutes=sum(run["total_seconds"] for run in own) / len(own) / 60,
+            published=PUBLISHED.get((name, variant), ""),
             hardware=_hardware(machine),
         )
 
@@ -76,7 +86,7 @@ def _of_report(path: Path) -> Iterator[dict[str, Any]]:
             seconds = report["train"].get("total_seconds")
             yield _row(
                 path.parent.name,
-                "density",
+                "hybrid" if "classification" in report else "",
                 mean,
                 unit,
                 low=mean - reach,
@@ -89,26 +99,35 @@ def _of_report(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _hardware(machine: dict[str, Any]) -> str:
-    return f"{machine.get('processor', 'processor unknown')}, {machine['cpu_count']} cores, {machine['devices']}"
+    """Such as "2 cores of AMD EPYC", "1 core" of a record that does not name its processor, or "1 x NVIDIA H100"."""
+    if machine["backend"] != "cpu":
+        return machine["devices"]
+    num = machine["cpu_count"]
+    return f"{num} core{'s' if num > 1 else ''}" + (f" of {machine['processor']}" if "processor" in machine else "")
 
 
 def draw(rows: Sequence[Row]) -> Any:
-    """The table as text, a line for each row."""
-    figure = style.figure(width=style.PAGE_WIDTH, height=0.4 + 0.19 * len(rows))
+    """Both tables as text, a line for each row."""
+    errors = [row for row in rows if row["unit"] == "% error"]
+    others = [row for row in rows if row["unit"] != "% error"]
+    head = ("value, 95 % interval", "minutes", "machine", "published")
+    lines = [("classifier of", "constraint", *head), *map(_cells, errors), ("",) * 6]
+    lines += [("density of", "", *head), *map(_cells, others)]
+    figure = style.figure(width=style.PAGE_WIDTH, height=0.2 * len(lines))
     axes = figure.add_subplot()
     axes.set_axis_off()
-    places = (0.0, 0.25, 0.38, 0.66, 0.76)
-    lines = [("data", "model", "value and 95 % interval", "minutes", "published"), *map(_cells, rows)]
     for number, cells in enumerate(lines):
-        for place, cell in zip(places, cells, strict=True):
-            weight = "bold" if number == 0 else "normal"
-            axes.text(place, -number, cell, size=6.5, color=style.INK, weight=weight, va="center")
+        weight = "bold" if cells[2:] == head else "normal"
+        for place, cell in zip(COLUMNS, cells, strict=True):
+            axes.text(place, -number, cell, size=7.5, color=style.INK, weight=weight, va="center")
     axes.set(xlim=(0.0, 1.0), ylim=(-len(lines) + 0.5, 0.5))
     return figure
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    interval = f" [{row['low']:.3f}, {row['high']:.3f}]" if math.isfinite(row["low"]) else ""
+    value = f"{row['value']:.3f} {row['unit']}"
+    interval = f", {row['low']:.3f} to {row['high']:.3f}" if math.isfinite(row["low"]) else ""
     minutes = f"{row['minutes']:.3g}" if math.isfinite(row["minutes"]) else ""
-    published = row["published"].replace("; ", "\n")
-    return row["table"], row["model"], f"{row['value']:.3f} {row['unit']}{interval}", minutes, published
+    published = re.sub(r" \([^)]*\)", "", row["published"])  # the sources are in the CSV
+    name = re.sub("_(classification|density|hybrid)", "", row["table"])
+    return name, row["model"], value + interval, minutes, row["hardware"], published

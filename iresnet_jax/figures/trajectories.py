@@ -12,41 +12,43 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.figures import style
 from iresnet_jax.figures.drawing import Drawing, Row
+from iresnet_jax.figures.training import minimise
+from iresnet_jax.runs.trained_run import Run
 
 COEFF = 0.97  # largest norm of a layer
 NUM_DATA, NOISE = 48, 0.5  # examples, evenly spaced on [-2, 2], and the standard deviation of the noise of what they map to
 LEARNING_RATE = 5e-3
 NUM_PATHS = 121  # points that are followed, evenly spaced on [-2, 2]
-DRAWN_EVERY = 3  # of these, the paths that are drawn
+DRAWN_EVERY = 4  # of these, the paths that are drawn
 
 NETWORKS = {"ordinary": False, "invertible": True}  # whether blocks are contractions
 
 
-def figure(*, num_blocks: int = 20, width: int = 16, num_steps: int = 4000, seed: int = 0) -> Drawing:
-    """Fits both networks from the same initial weights, follows points through them, and draws.
+def figure(run: Run | None) -> Drawing:
+    """The figure, which trains its own networks and takes no run."""
+    if run is not None:
+        raise ValueError("the figure trajectories trains its own networks: leave --workdir out")
+    rows = measure()
+    return Drawing(draw(rows), rows)
+
+
+def measure(*, num_blocks: int = 20, width: int = 16, num_steps: int = 4000, seed: int = 0) -> list[dict[str, Any]]:
+    """Fits both networks from the same initial weights; rows for each point after each number of blocks.
+
+    ``gap`` is the distance to the next point above, negative if the two have changed their order. ``least_gap`` is what the
+    certified bound ``L`` of the block leaves of the gap before it, ``(1 - L) gap``; it is minus infinity without a bound.
 
     Args:
         num_blocks: Residual blocks; even.
         width: Units of each of the two hidden layers of a branch.
         num_steps: Updates by Adam.
         seed: Of the weights and the noise.
-    """
-    rows = measure(num_blocks, width, num_steps, seed)
-    return Drawing(draw(rows), rows)
-
-
-def measure(num_blocks: int, width: int, num_steps: int, seed: int) -> list[dict[str, Any]]:
-    """Rows of the figure, one for each point after each number of blocks; arguments are those of `figure`.
-
-    ``gap`` is the distance to the next point above, negative if the two have changed their order. ``least_gap`` is what the
-    certified bound ``L`` of the block leaves of the gap before it, ``(1 - L) gap``; it is minus infinity without a bound.
     """
     spec = FeedforwardSpec((1,), (width, width), activation="elu")
     rows = []
@@ -80,8 +82,6 @@ def _fitted_paths(
     iterates = jax.vmap(spec.initial_iterates)(jax.random.split(key_iterates, num_blocks))
     x = jnp.linspace(-2.0, 2.0, NUM_DATA)[:, None]
     at_half, at_end = jnp.stack([x**3, x]) + NOISE * jax.random.normal(key_noise, (2, NUM_DATA, 1))
-    schedule = optax.cosine_decay_schedule(LEARNING_RATE, num_steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
     def branches(params, iterates):
         if not constrained:
@@ -90,20 +90,13 @@ def _fitted_paths(
         found = jax.vmap(functools.partial(spec.constrained, coeff=COEFF, budget="layer"))(params, vectors)
         return found.branch, found.iterates
 
-    def loss(params, iterates):
+    def loss(params, iterates, _):
         branch, iterates = branches(params, iterates)
         positions = _follow(branch, x)
         errors = positions[num_blocks // 2] - at_half, positions[-1] - at_end
         return sum(jnp.mean(error**2) for error in errors), iterates
 
-    def step(state, _):
-        params, iterates, own = state
-        gradient, iterates = jax.grad(loss, has_aux=True)(params, iterates)
-        updates, own = optimizer.update(gradient, own, params)
-        changed: Any = optax.apply_updates(params, updates)
-        return (changed, iterates, own), None
-
-    (params, iterates, _), _ = jax.lax.scan(step, (params, iterates, optimizer.init(params)), length=num_steps)
+    params, iterates = minimise(loss, params, iterates, jnp.arange(num_steps), LEARNING_RATE)
     branch, _ = branches(params, iterates)
     if constrained:  # by guaranteed bounds, where training had estimates
         certify = functools.partial(spec.certified, coeff=COEFF, budget="layer")
@@ -123,21 +116,29 @@ def _follow(branch: Branch, x: Float[Array, "n 1"]) -> Float[Array, "k n 1"]:
 
 def num_crossings(rows: Sequence[Row], network: str) -> int:
     """Pairs of neighbouring paths that change their order, or meet, from one block to the next."""
-    gaps = _by_depth(rows, network, "gap")
-    return int((np.sign(gaps[1:]) != np.sign(gaps[:-1])).sum())
+    return int(_crossings(rows, network).sum())
+
+
+def _crossings(rows: Sequence[Row], network: str) -> Bool[np.ndarray, "k n"]:
+    gaps = np.sign(_by_depth(rows, network, "gap"))
+    return gaps[1:] != gaps[:-1]
 
 
 def draw(rows: Sequence[Row]) -> Any:
-    """Paths of both networks from the left to the right, beside the maps that they are fitted to."""
+    """Paths of both networks from the left to the right, with what they are fitted to and a cross for each crossing."""
     figure = style.figure(width=style.PAGE_WIDTH, height=3.8)
     for axes, network in zip(figure.subplots(1, 2, sharey=True), NETWORKS, strict=True):
         positions = _by_depth(rows, network, "position")
         start, depth = positions[0], np.arange(len(positions))
+        drawn = start[::DRAWN_EVERY]
         axes.plot(depth, positions[:, ::DRAWN_EVERY], color=style.CURVES[0]["color"], linewidth=0.7)
-        for at, image in ((depth[-1] / 2, start**3), (depth[-1], start)):
-            axes.plot(np.full(len(start), at), image, color=style.INK, linestyle="none", marker="_", markersize=5)
-        crossings = num_crossings(rows, network)
-        style.label(axes, "blocks", "position" if network == "ordinary" else "", title=f"{network}: {crossings} crossings")
+        for at, image in ((depth[-1] / 2, drawn**3), (depth[-1], drawn)):
+            axes.plot(np.full(len(drawn), at), image, color=style.INK, linestyle="none", marker="_", markersize=5)
+        before, where = np.nonzero(_crossings(rows, network))
+        middle = positions[before, where] + positions[before + 1, where]
+        axes.plot(before + 0.5, middle / 2, color=style.CURVES[1]["color"], linestyle="none", marker="x", markersize=4)
+        style.label(axes, "blocks", "position" if network == "ordinary" else "", title=f"{network}: {len(before)} crossings")
+        axes.set_xticks(range(0, len(depth), max(len(depth) // 4, 1)))
     return figure
 
 
