@@ -68,6 +68,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "where to write (model.npz, in the workdir if there is one; for a trace a new folder; for a figure "
         "the workdir, or else figures)",
     },
+    "start": {
+        "action": "store_true",
+        "default": False,
+        "help": "where the time until the first step goes instead, without and with compiled programs on disk",
+    },
     "topology": {"required": True, "help": "v5e:4x8 and other TPU topologies; cuda:8 for eight GPUs"},
     "largest-batch": {
         "action": "store_true",
@@ -149,7 +154,7 @@ COMMANDS = {
     ),
     "profile": Command(
         "Where the time of a config's training step goes on this machine: a table, and a trace to look into.",
-        "output",
+        "output start",
         takes_config=True,
     ),
 }

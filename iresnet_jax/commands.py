@@ -35,6 +35,7 @@ from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config, DataConfig
 from iresnet_jax.runs.planning import plan as plans
 from iresnet_jax.runs.planning import profile as profiles
+from iresnet_jax.runs.planning import start as starts
 from iresnet_jax.runs.planning import topologies
 from iresnet_jax.runs.trained_run import Run, save
 
@@ -237,6 +238,9 @@ def plan(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:
 def profile(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:
     """Records the training step of a config on this machine."""
     config = parse_train_flags(["python -m iresnet_jax profile", *flags]).config
+    if arguments.start:
+        _say(starts.measure(flags))
+        return True
     machine.use_all_cores(config)
     _say(profiles.take(config, arguments.output or tempfile.mkdtemp(prefix="iresnet_jax_profile_")))
     return True

@@ -57,6 +57,7 @@ def drawing_of(
         num_samples: Samples for each temperature.
         seed: Of the samples.
     """
+    assert model.spec.num_levels is not None
     rows, strips = [], {}
     for pair in range(NUM_PAIRS):
         own, images = _interpolated(model, test[2 * pair : 2 * pair + 2], pair + 1, num_steps)

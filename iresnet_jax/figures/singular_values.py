@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.figures import style
 from iresnet_jax.figures.drawing import Drawing, Row
@@ -59,8 +60,9 @@ def measure(flow: FlowSpec, weights: Mapping[str, FlowWeights]) -> list[dict[str
 def _rows(flow: FlowSpec, weights: FlowWeights, when: str) -> Iterator[dict[str, Any]]:
     for stage in flow.layout:
         branch = weights[stage.name].branch
+        layers = stage.branch.layers if isinstance(stage.branch, FeedforwardSpec) else ()
         for k in range(stage.spec.num_blocks):
-            for layer in stage.branch.layers:
+            for layer in layers:
                 values = singular_values(layer, branch.weights[layer.name]["kernel"][k])
                 ranks = np.unique(np.linspace(1, len(values), min(RANKS, len(values))).round().astype(int))
                 for rank in ranks.tolist():

@@ -93,8 +93,8 @@ def _fitted_paths(
     def loss(params, iterates, _):
         branch, iterates = branches(params, iterates)
         positions = _follow(branch, x)
-        errors = positions[num_blocks // 2] - at_half, positions[-1] - at_end
-        return sum(jnp.mean(error**2) for error in errors), iterates
+        errors = jnp.stack([positions[num_blocks // 2] - at_half, positions[-1] - at_end])
+        return 2 * jnp.mean(errors**2), iterates
 
     params, iterates = minimise(loss, params, iterates, jnp.arange(num_steps), LEARNING_RATE)
     branch, _ = branches(params, iterates)
