@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key, UInt32
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.maths.platforms import quick_jit
-from iresnet_jax.models import contractions, flow, linen, mixtures, noise, priors, scales
+from iresnet_jax.models import contractions, flow, mixtures, noise, priors, scales
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contexts import initial_network
@@ -178,6 +178,8 @@ def _keys(seed: UInt32[Array, ""]) -> tuple[Key[Array, ""], ...]:
 
 def _module(spec: Spec, *, sharp: bool = False) -> Any:
     """The module that creates the variables; of a density with classes the one with one prior, which is replaced."""
+    from iresnet_jax.models import linen  # late: commands for trained models need no Flax
+
     if isinstance(spec, ClassifierSpec):
         return linen.Classifier(spec)
     prior = {}
