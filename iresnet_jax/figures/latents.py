@@ -19,6 +19,8 @@ NUM_PAIRS = 2
 NUM_SAMPLES = 64  # for each temperature
 NUM_COMPARED = 1000  # test images whose nearest training image is found
 
+LINE = "interpolation"  # kind of row
+
 Images = Num[np.ndarray, "_ ..."]
 
 
@@ -106,7 +108,7 @@ def _interpolated(model: Density, ends: Images, pair: int, num_steps: int) -> tu
     for name, images in lines.items():
         _, distance = nearest_images(images, ends, model.spec.num_levels)
         for step, bits, away, converged in zip(share, _bits(model, images), distance, np.asarray(info.converged), strict=True):
-            row = _row("interpolation", f"pair {pair}, {name}", float(bits), np.nan) | {"step": float(step)}
+            row = _row(LINE, f"pair {pair}, {name}", float(bits), np.nan) | {"step": float(step)}
             known = float(converged) if name == "latents" else np.nan
             rows.append(row | {"distance": float(away), "converged": known})
     return rows, {f"pair {pair}, {name}": images for name, images in lines.items()}
@@ -123,9 +125,12 @@ def nearest_images(images: Images, among: Images, num_levels: int) -> tuple[Num[
 def draw(rows: Sequence[Row], strips: Mapping[str, Float[np.ndarray, "_ h w c"]]) -> Any:
     """A line of images for each, with the bits/dim of those between two others below them."""
     height, width = next(iter(strips.values())).shape[1:3]
-    num = max(map(len, strips.values()))
-    figure = style.figure(width=style.PAGE_WIDTH, height=len(strips) * (style.PAGE_WIDTH - 2.0) / num * height / width)
+    bits: dict[str, list[str]] = {name: [] for name in strips}
+    for row in rows:
+        if row["kind"] == LINE:
+            bits[row["name"]].append(f"{row['bits_per_dim']:.2f}")
+    size = (style.PAGE_WIDTH - 2.0) / max(map(len, strips.values())) * height / width
+    figure = style.figure(width=style.PAGE_WIDTH, height=len(strips) * size + 0.2 * sum(map(bool, bits.values())))
     for axes, (name, images) in zip(figure.subplots(len(strips), 1, squeeze=False).flat, strips.items(), strict=True):
-        bits = [row["bits_per_dim"] for row in rows if row["name"] == name and row["kind"] == "interpolation"]
-        style.strip(axes, images, name, captions=[f"{b:.2f}" for b in bits])
+        style.strip(axes, images, f"{name}\n[bits/dim]" if bits[name] else name, captions=bits[name])
     return figure

@@ -145,9 +145,12 @@ def draw(rows: Sequence[Row]) -> Any:
     right.plot(probes, rate, color=style.GREY, linewidth=0.8, label="1 / root of the probes")
     right.set(xscale="log", yscale="log")
     right.set_xticks(probes, [f"{p:g}" for p in probes])
-    right.minorticks_off()
+    right.set_xticks([], minor=True)
+    right.yaxis.set_minor_formatter("{x:g}")
+    left.xaxis.get_major_locator().set_params(integer=True)
     style.label(left, "products with the Jacobian", "|bias| [nats]", title=f"{rows[0]['block']}, 1 probe")
     style.label(right, "probes", "standard deviation [nats]", title=f"{_drawn_at(rows):g} products")
+    right.tick_params(which="minor", labelsize=8, labelcolor=style.INK)
     style.legend(left)
     style.legend(right)
     return figure

@@ -1,6 +1,7 @@
 """Figures at reduced size: the numbers behind each hold what the figure claims, and the command writes both."""
 
 import csv
+import shutil
 
 import jax
 import kept
@@ -18,6 +19,7 @@ from iresnet_jax.figures import (
     logdets,
     reconstructions,
     singular_values,
+    tables,
     trajectories,
 )
 from iresnet_jax.figures.blocks_of_models import loosest_block
@@ -153,8 +155,10 @@ def test_lines_of_latents_end_at_the_images_and_nearest_images_are_nearest(image
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_the_tables_of_the_records(tmp_path, capsys):
-    assert main(["figure", "tables", "--output", str(tmp_path)]) == 0
+def test_the_command_writes_the_tables_of_the_records_and_of_a_run(images, tmp_path, capsys):
+    own = shutil.copytree(images.folder, tmp_path / "mine")
+    shutil.copy(tables.RESULTS / "digits_classification" / "report.json", own)
+    assert main(["figure", "tables", "--workdir", str(own), "--output", str(tmp_path)]) == 0
     assert "written" in capsys.readouterr().out
     svg = (tmp_path / "tables.svg").read_text()
     assert svg.startswith("<?xml")
@@ -165,6 +169,7 @@ def test_the_command_writes_the_tables_of_the_records(tmp_path, capsys):
     value, low, high = (column(rows, name).astype(float) for name in ("value", "low", "high"))
     assert np.all((low <= value) & (value <= high))
     assert column(rows, "value", table="digits_classification", model="c = 0.9").astype(float) == pytest.approx(100 * 11 / 1080)
+    assert column(rows, "value", table="mine").astype(float) == pytest.approx(100 * 4 / 360)
     assert "1.06" in column(rows, "published", table="mnist_density")[0]
 
 
