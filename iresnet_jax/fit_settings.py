@@ -230,7 +230,9 @@ def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> list
 def _preprocessed(config: Config, data: DataSet, most: int) -> Float[np.ndarray, "n d"]:
     """Training examples as the flow gets them."""
     model = Density(density_spec(config, data), {}, {})
-    return np.asarray(_preprocess(model, np.asarray(data.examples["train"][:most]), jax.random.key(config.seed)), np.float64)
+    return np.asarray(
+        _preprocess(model.shared(), np.asarray(data.examples["train"][:most]), jax.random.key(config.seed)), np.float64
+    )
 
 
 _preprocess = quick_jit(lambda model, x, key: model.preprocess(x, key))  # one function for fits of one shape

@@ -95,7 +95,7 @@ def initial_variables(
             return create(key_init, *inputs)
     else:
         model = Density(spec, {}, {}, **network)
-        inputs = (_preprocess(model, x, key_noise), *([] if context is None else [model.scale_context(context)]))
+        inputs = (_preprocess(model.shared(), x, key_noise), *([] if context is None else [model.scale_context(context)]))
     # Weights do not depend on the inputs: two examples give their shapes.
     variables = _with_noise(create(key_init, *(rows[:2] for rows in inputs)), _noise(spec, key_init))
     variables, weights = _constrained(spec, variables, constraint)
@@ -109,7 +109,7 @@ def initial_variables(
             params["prior"] = scales.fitted(np.asarray(z), spec.num_components)
         else:
             x, context, _ = examples_of(key_data, MIXTURE_EXAMPLES)
-            z = _encode(Density(spec, fitted, {}, **network), x, key_noise, context)
+            z = _encode(Density(spec, fitted, {}, **network).shared(), x, key_noise, context)
             params["prior"] = fitted_mixture(np.asarray(z), spec.num_components, seed)
     if isinstance(spec, DensitySpec) and spec.num_classes is not None:
         params["prior"] = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
@@ -220,7 +220,8 @@ def _fitted(spec: Spec, weights: Any, inputs: tuple[jax.Array, ...]) -> tuple[An
     """
     num, num_devices = len(inputs[0]), parallel.all_devices()
     own = parallel.own_share(np.resize(np.arange(num), max(num // num_devices, 1) * num_devices))
-    everywhere = _fitter(spec, num_devices)(weights, parallel.shard(tuple(rows[own] for rows in inputs)))
+    shared = spec.standard if isinstance(spec, DensitySpec) else spec
+    everywhere = _fitter(shared, num_devices)(weights, parallel.shard(tuple(rows[own] for rows in inputs)))
     fitted, (statistics, z) = parallel.on_first_device(everywhere)
     return fitted, statistics, z
 
