@@ -109,8 +109,9 @@ def initial_variables(
             params["prior"] = scales.fitted(np.asarray(z), spec.num_components)
         else:
             x, context, _ = examples_of(key_data, MIXTURE_EXAMPLES)
-            z = _encode(Density(spec, fitted, {}, **network).shared(), x, key_noise, context)
-            params["prior"] = fitted_mixture(np.asarray(z), spec.num_components, seed)
+            rows = jax.tree.map(lambda given: parallel.fill_up(np.asarray(given)), (x, context))
+            z = _encode(Density(spec, fitted, {}, **network).shared(), rows[0], key_noise, rows[1])
+            params["prior"] = fitted_mixture(np.asarray(z)[: len(x)], spec.num_components, seed)
     if isinstance(spec, DensitySpec) and spec.num_classes is not None:
         params["prior"] = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
         if fitted_priors:
