@@ -306,11 +306,12 @@ def test_a_signal_ends_a_fit_on_disk_and_its_process(fitted, monkeypatch):
 
 @functools.cache
 def conditional(scale, num=400):
-    """A model of an entry within bounds and one on a grid, its data and their contexts."""
+    """A model of an entry within bounds, a free one and one on a grid, its data and their contexts."""
     rng = np.random.default_rng(round(scale))
     context = rng.normal(size=(num, 1)).astype(np.float32)
-    x = np.clip(context + 0.1 * rng.normal(size=(num, 2)), -3.9, 3.9)
-    x = (scale * np.stack([x[:, 0], np.round(x[:, 1] * 16) / 16], axis=1)).astype(np.float32)
+    x = np.clip(context + 0.1 * rng.normal(size=(num, 3)), -3.9, 3.9)
+    x[:, 2] = np.round(x[:, 2] * 16) / 16
+    x = (scale * x).astype(np.float32)
     return ir.fit(x, context=scale * context, bounds={0: (-4 * scale, 4 * scale)}, **QUICK | {"steps": 60}), x, scale * context
 
 

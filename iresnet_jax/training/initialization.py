@@ -87,7 +87,8 @@ def initial_variables(
     create = functools.partial(_variables, spec, last_scale, sharp)
     if isinstance(spec, ReconstructorSpec):
         return _constrained(spec, create(key_init, jnp.zeros((2, *spec.flow.event_shape))), constraint)[0]
-    x, context, labels = examples_of(key_data, actnorm_examples)
+    given = examples_of(key_data, actnorm_examples)
+    x, context, labels = jax.tree.map(lambda rows: np.asarray(rows)[: parallel.cut_length(len(rows))], given)
     network = _network(spec, key_init)
     if isinstance(spec, ClassifierSpec):
         inputs: tuple[Any, ...] = (_preprocess(Classifier(spec, {}, {}, {}), x),)

@@ -220,14 +220,20 @@ def _mapped_eval(fn, devices, is_shared):
     return jax.pmap(gathered, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
 
 
-def filled_length(num: int) -> int:
-    """The next of sixteen lengths between powers of two, at most an eighth more: arrays of about equal lengths share programs.
+def cut_length(num: int) -> int:
+    """The longest of 16 lengths between two powers of two that is not above this one: close lengths share programs.
 
     Example:
-        >>> [filled_length(num) for num in (0, 15, 97, 960, 961)]
-        [0, 15, 104, 960, 1024]
+        >>> [cut_length(num) for num in (31, 33, 960, 991, 992)]
+        [31, 32, 960, 960, 992]
     """
-    step = 2 ** max(num.bit_length() - 4, 0)
+    step = 2 ** max(num.bit_length() - 5, 0)
+    return num // step * step
+
+
+def filled_length(num: int) -> int:
+    """The shortest of the lengths of `cut_length` that is not below this one."""
+    step = 2 ** max(num.bit_length() - 5, 0)
     return -(-num // step) * step
 
 
