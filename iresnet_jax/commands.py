@@ -22,6 +22,7 @@ from iresnet_jax.evaluation import accuracy, calibration, inverse_problem, inver
 from iresnet_jax.evaluation.guarantee import affordable
 from iresnet_jax.evaluation.ood import compare
 from iresnet_jax.evaluation.robustness import evaluate as verified_accuracy
+from iresnet_jax.figures import catalogue, drawing
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.classifier import Classifier
@@ -34,6 +35,7 @@ from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config, DataConfig
 from iresnet_jax.runs.planning import plan as plans
 from iresnet_jax.runs.planning import profile as profiles
+from iresnet_jax.runs.planning import start as starts
 from iresnet_jax.runs.planning import topologies
 from iresnet_jax.runs.trained_run import Run, save
 
@@ -209,6 +211,20 @@ def _excess(certificate: Certificate) -> str:
     )
 
 
+def figure(arguments: argparse.Namespace) -> bool:
+    """Makes a figure and the table of its numbers."""
+    name, workdir = arguments.NAME, arguments.workdir
+    if arguments.list:
+        _say(catalogue.listing())
+        return True
+    if name is None:
+        raise ValueError(f"which figure? choose one of {', '.join(catalogue.FIGURES)}, or --list")
+    made = catalogue.make(name, workdir, arguments.data)
+    svg, table = drawing.write(made, Path(arguments.output or workdir or "figures"), name)
+    _say(catalogue.FIGURES[name].look, f"written: {svg} and {table}")
+    return True
+
+
 def plan(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:
     """Compiles the training step of a config for a machine that is not here."""
     jax.config.update("jax_platforms", "cpu")  # the compiler for TPUs is asked to compile, not to run
@@ -222,6 +238,9 @@ def plan(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:
 def profile(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:
     """Records the training step of a config on this machine."""
     config = parse_train_flags(["python -m iresnet_jax profile", *flags]).config
+    if arguments.start:
+        _say(starts.measure(flags))
+        return True
     machine.use_all_cores(config)
     _say(profiles.take(config, arguments.output or tempfile.mkdtemp(prefix="iresnet_jax_profile_")))
     return True

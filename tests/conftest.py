@@ -79,7 +79,7 @@ def forget_programs():
     """Drops compiled programs before they fill memory maps: Linux allows 65,530 a process, a module adds up to 10,000."""
     yield
     maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 25_000:
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 45_000:
         jax.clear_caches()
 
 

@@ -46,23 +46,33 @@ def random_params(flow, key):
     return params
 
 
+KEYS = functools.cache(lambda: jax.random.split(jax.random.key(0)))  # of weights, and of all else
+
+
+@functools.cache
+def weights(flow):
+    """Frozen weights of a flow: specs that differ in their priors or transforms share their program."""
+    return jax.jit(lambda key: freeze(flow, random_params(flow, key)))(KEYS()[0])
+
+
 @functools.cache
 def model(spec):
     """A frozen model of a spec."""
 
     @jax.jit
-    def make(key):
-        keys = jax.random.split(key)
-        frozen = freeze(spec.flow, random_params(spec.flow, keys[0]))
+    def rest(key):
         if isinstance(spec, ClassifierSpec):
-            channels = spec.feature_shape[-1]
-            statistics = {"head": {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}}
-            return Classifier(spec, frozen, initial_head(keys[1], channels, CLASSES), statistics)
+            return initial_head(key, spec.feature_shape[-1], CLASSES)
         prior = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
-        prior = {**prior, "mean": 0.3 * jax.random.normal(keys[1], prior["mean"].shape)}
-        return Density(spec, frozen, prior, noise_network=noise.initial_network(spec.flow, keys[1]))
+        prior = {**prior, "mean": 0.3 * jax.random.normal(key, prior["mean"].shape)}
+        return prior, noise.initial_network(spec.flow, key)
 
-    return make(jax.random.key(0))
+    if isinstance(spec, ClassifierSpec):
+        channels = spec.feature_shape[-1]
+        statistics = {"head": {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}}
+        return Classifier(spec, weights(spec.flow), rest(KEYS()[1]), statistics)
+    prior, network = rest(KEYS()[1])
+    return Density(spec, weights(spec.flow), prior, noise_network=network)
 
 
 def uncertified(weights, factor=1.0):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]  # train.py and configs/ are never installed
 # A folder's files may import those of folders further up in this list, and of their own: the library, then the application.
 FOLDERS = (
     *("maths", "branches", "bijections", "models", "certification", "training", "adapters", "conversion"),
-    *("data", "runs", "evaluation", "report"),
+    *("data", "runs", "evaluation", "report", "figures"),
 )
 # Files beside the folders: how files are written whole and dataclasses become JSON is for everyone, the others may import all.
 FOR_EVERYONE = ("atomic_files", "checked_dataclasses")
@@ -142,11 +142,20 @@ def test_config_objects_stay_above_the_mathematics_and_the_bijections():
     assert all(user.startswith("runs/") for user in users), users
 
 
-def test_importing_the_library_loads_jax_alone_and_metrics_load_their_writers_late():
-    show = "print(*sorted({name.split('.')[0] for name in sys.modules}))"
-    program = f"import sys, iresnet_jax\n{show}\nimport iresnet_jax.runs.metrics\n{show}"
+def test_heavy_packages_are_loaded_where_they_are_needed():
+    show = "print('loaded', *sorted({name.split('.')[0] for name in sys.modules}))"
+    loads = (
+        "iresnet_jax",
+        "contextlib, iresnet_jax.__main__\nwith contextlib.suppress(SystemExit): iresnet_jax.__main__.main(['--help'])",
+        "iresnet_jax.runs.metrics",
+        "iresnet_jax.commands",
+    )
+    program = "\n".join(["import sys", *(f"import {load}\n{show}" for load in loads)])
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    of_library, of_metrics = (set(line.split()) for line in run.stdout.splitlines())
+    shown = [line.split() for line in run.stdout.splitlines() if line.startswith("loaded")]
+    of_library, of_help, of_metrics, of_commands = map(set, shown)
     assert "jax" in of_library
     assert not of_library & (HEAVY | ADAPTED)
+    assert not of_help & (HEAVY | ADAPTED)
     assert not of_metrics & {"tensorboardX", "tqdm", "tensorflow"}
+    assert not of_commands & (HEAVY | ADAPTED) - {"absl", "ml_collections", "optax"}

@@ -1,5 +1,6 @@
 """Models by any loss: `train`, and loops of one's own on `Unconstrained`."""
 
+import functools
 import signal
 import sys
 
@@ -15,16 +16,22 @@ import iresnet_jax as ir
 STAGES = [ir.StageSpec(2, (8,), activation="clipswish")]
 X = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32) * np.float32([1.0, 3.0]) + 2
 QUICK = {"key": jax.random.key(1), "steps": 6, "batch_size": 16, "progress": False}
-MODEL = ir.Density.init(jax.random.key(0), X, stages=STAGES)
+
+
+@functools.cache
+def start():
+    """The model that all begin with."""
+    return ir.Density.init(jax.random.key(0), X, stages=STAGES)
 
 
 def nll(model, batch, key):
     return -model.log_prob(batch, key).mean()
 
 
-def test_train_lowers_the_loss_of_a_certified_model():
-    trained = ir.train(MODEL, nll, X, **QUICK | {"steps": 200, "optimizer": optax.adam(3e-2)})
-    assert nll(trained, X, None) < nll(MODEL, X, None) - 0.02
+def test_train_lowers_the_loss_of_a_certified_model_and_a_callback_ends_it():
+    options = QUICK | {"steps": 300, "every": 10, "optimizer": optax.adam(3e-2)}
+    trained = ir.train(start(), nll, X, **options, callback=lambda step, model, metrics: step == 200)
+    assert nll(trained, X, None) < nll(start(), X, None) - 0.02
     assert trained.certificate().certified
     assert trained.history.step == 200
     losses = trained.history.train["loss"]
@@ -32,8 +39,8 @@ def test_train_lowers_the_loss_of_a_certified_model():
 
 
 def test_a_loop_of_ones_own_gives_the_same_model():
-    trained = ir.train(MODEL, nll, X, **QUICK | {"batch_size": len(X), "optimizer": optax.adam(1e-2), "ema_decay": 0})
-    free = ir.Unconstrained.of(MODEL)
+    trained = ir.train(start(), nll, X, **QUICK | {"batch_size": len(X), "optimizer": optax.adam(1e-2), "ema_decay": 0})
+    free = ir.Unconstrained.of(start())
     optimizer = optax.adam(1e-2)
 
     @jax.jit
@@ -52,11 +59,11 @@ def test_a_loop_of_ones_own_gives_the_same_model():
     own = free.certified()
     assert own.certificate().certified
     np.testing.assert_allclose(own.log_prob(X), trained.log_prob(X), atol=2e-4)
-    assert np.abs(own.log_prob(X) - MODEL.log_prob(X)).max() > 0.01
+    assert np.abs(own.log_prob(X) - start().log_prob(X)).max() > 0.01
 
 
 def test_no_step_leaves_the_budget():
-    free = ir.Unconstrained.of(MODEL)
+    free = ir.Unconstrained.of(start())
     large = free.with_(params=jax.tree.map(lambda leaf: 5 * leaf, free.params))
     _, iterates = large.constrain()
     model, _ = large.with_(iterates=iterates).constrain()
@@ -73,7 +80,7 @@ def test_the_best_model_on_validation_is_returned_and_training_ends_without_impr
 
     seen = []
     trained = ir.train(
-        *(MODEL, loss, X),
+        *(start(), loss, X),
         **QUICK | {"steps": 50, "optimizer": optax.sgd(-1e-3)},
         validation=X[:3],
         patience=2,
@@ -88,11 +95,6 @@ def test_the_best_model_on_validation_is_returned_and_training_ends_without_impr
     np.testing.assert_allclose(nll(trained, X[:3], None), trained.history.validation["loss"][0], rtol=1e-3)
 
 
-def test_a_callback_ends_training():
-    trained = ir.train(MODEL, nll, X, **QUICK, every=2, callback=lambda step, model, metrics: step == 4)
-    assert trained.history.step == 4
-
-
 @pytest.mark.parametrize("somebody_sits_there", [True, False])
 def test_ctrl_c_gives_the_last_model_where_somebody_sits(monkeypatch, somebody_sits_there):
     if somebody_sits_there:
@@ -100,13 +102,13 @@ def test_ctrl_c_gives_the_last_model_where_somebody_sits(monkeypatch, somebody_s
     options = QUICK | {"every": 2, "callback": lambda step, model, metrics: signal.raise_signal(signal.SIGINT)}
     if not somebody_sits_there:
         with pytest.raises(KeyboardInterrupt):
-            ir.train(MODEL, nll, X, **options)
+            ir.train(start(), nll, X, **options)
         return
-    assert ir.train(MODEL, nll, X, **options).history.step == 2
+    assert ir.train(start(), nll, X, **options).history.step == 2
 
 
 def test_training_goes_on_from_a_trained_model(tmp_path):
-    first = ir.train(MODEL, nll, X, **QUICK)
+    first = ir.train(start(), nll, X, **QUICK)
     again = ir.train(ir.load(first.save(tmp_path / "model.npz")), nll, X, **QUICK)
     assert np.abs(again.log_prob(X) - first.log_prob(X)).max() > 1e-4
     chex.assert_trees_all_equal(ir.train(first, nll, X, **QUICK).weights, again.weights)
@@ -123,7 +125,6 @@ def test_everything_in_float64(tmp_path):
         np.testing.assert_array_equal(loaded.log_prob(x), expected)
         back, info = ir.certify.decode(loaded, loaded.encode(x[:2]))
         assert np.linalg.norm(back - x[:2], axis=1).max() <= info.error_bound.max() + 1e-13
-        assert ir.certify.log_prob(loaded, x[:2]).width.max() < 1e-9
         fitted = ir.fit(x, steps=2, architecture=STAGES, progress=False)
         assert fitted.log_prob(x).dtype == fitted.prior["mean"].dtype == np.float64
     with pytest.warns(UserWarning, match="in float64.* rounded; set JAX_ENABLE_X64=1"):
@@ -139,9 +140,9 @@ def test_a_loss_without_data_draws_its_own():
         x, _ = model.decode(z)
         return jnp.square(x).mean()
 
-    trained = ir.train(MODEL, loss, **QUICK | {"steps": 100, "optimizer": optax.adam(1e-2)})
-    z = jax.random.normal(jax.random.key(5), (100, 2))
-    assert jnp.square(trained.decode(z)[0]).mean() < 0.9 * jnp.square(MODEL.decode(z)[0]).mean()
+    trained = ir.train(start(), loss, **QUICK | {"steps": 100, "optimizer": optax.adam(1e-2)})
+    z = np.random.default_rng(5).normal(size=(100, 2)).astype(np.float32)
+    assert np.square(trained.decode(z)[0]).mean() < 0.9 * np.square(start().decode(z)[0]).mean()
 
 
 def test_classifiers_and_reconstructors_train_by_losses_of_ones_own():
@@ -150,6 +151,7 @@ def test_classifiers_and_reconstructors_train_by_losses_of_ones_own():
     stages = [ir.StageSpec(1, (4,), kernel_sizes=(3, 1), squeeze=2)]
     classifier = ir.Classifier.init(jax.random.key(0), images, 2, stages=stages)
 
+    @jax.jit
     def cross_entropy(model, batch, key):
         return optax.softmax_cross_entropy_with_integer_labels(model.logits(batch[0]), batch[1]).mean()
 
@@ -159,17 +161,18 @@ def test_classifiers_and_reconstructors_train_by_losses_of_ones_own():
 
     reconstructor = ir.Reconstructor.init(jax.random.key(0), (4, 4, 1), stages=stages)
     x = (images / np.float32(255)).astype(np.float32)
-    loss = lambda model, batch, key: jnp.square(model.measure(batch) - batch / 2).mean()  # noqa: E731
+    loss = jax.jit(lambda model, batch, key: jnp.square(model.measure(batch) - batch / 2).mean())
     trained = ir.train(reconstructor, loss, x, **QUICK | {"steps": 60, "optimizer": optax.adam(1e-2)})
     assert loss(trained, x, None) < 0.8 * loss(reconstructor, x, None)
     assert trained.noise_amplification <= 10.001
 
 
 INIT = {
-    "contexts, and a budget of blocks": {"context": X[:, :1], "budget": "block", "coeff": 0.8},
+    "contexts, a budget of blocks, and scales": {
+        **{"context": X[:, :1], "budget": "block", "coeff": 0.8},
+        **{"prior": "scales", "num_components": 4},
+    },
     "a network on contexts that are numbers, and classes": {"context": X[:, 0], "context_hidden": (8, 4), "num_classes": 3},
-    "a mixture": {"prior": "mixture", "num_components": 3},
-    "scales": {"prior": "scales", "num_components": 4},
 }
 
 
@@ -178,10 +181,7 @@ def test_init_gives_certified_models_that_train(options):
     model = ir.Density.init(jax.random.key(0), X, stages=STAGES, **options)
     assert model.certificate().certified
     context = options.get("context")
-    z = model.encode(X, context=context)
-    assert np.all(np.abs(np.mean(z, axis=0)) < 0.5)
-    x, _ = model.decode(z, context=context)
-    np.testing.assert_allclose(x, X, atol=1e-4)
+    assert np.all(np.abs(np.mean(model.encode(X, context=context), axis=0)) < 0.5)
     rows = X if context is None else (X, context)
 
     def loss(model, batch, key):
@@ -215,17 +215,17 @@ WRONG_LOSSES = {
 @pytest.mark.parametrize(("loss", "error", "message"), WRONG_LOSSES.values(), ids=WRONG_LOSSES)
 def test_wrong_losses_are_named(loss, error, message):
     with pytest.raises(error, match=message):
-        ir.train(MODEL, loss, X, **QUICK)
+        ir.train(start(), loss, X, **QUICK)
 
 
 WRONG = {
-    "rows that differ in number": (lambda: ir.train(MODEL, nll, (X, X[:3]), **QUICK), "equally many rows"),
-    "no rows": (lambda: ir.train(MODEL, nll, X[:0], **QUICK), "one row an example"),
-    "NaN in the data": (lambda: ir.train(MODEL, nll, np.where(X > 4, np.nan, X), **QUICK), "x holds NaN"),
-    "NaN in the validation": (lambda: ir.train(MODEL, nll, X, validation=X * np.nan, **QUICK), "validation holds NaN"),
-    "no steps": (lambda: ir.train(MODEL, nll, X, **QUICK | {"steps": 0}), "steps"),
-    "a seed as key": (lambda: ir.train(MODEL, nll, X, **QUICK | {"key": 3}), r"jax.random.key\(3\)"),
-    "a model without weights": (lambda: ir.train(MODEL.with_(weights={}), nll, X, **QUICK), "no weights"),
+    "rows that differ in number": (lambda: ir.train(start(), nll, (X, X[:3]), **QUICK), "equally many rows"),
+    "no rows": (lambda: ir.train(start(), nll, X[:0], **QUICK), "one row an example"),
+    "NaN in the data": (lambda: ir.train(start(), nll, np.where(X > 4, np.nan, X), **QUICK), "x holds NaN"),
+    "NaN in the validation": (lambda: ir.train(start(), nll, X, validation=X * np.nan, **QUICK), "validation holds NaN"),
+    "no steps": (lambda: ir.train(start(), nll, X, **QUICK | {"steps": 0}), "steps"),
+    "a seed as key": (lambda: ir.train(start(), nll, X, **QUICK | {"key": 3}), r"jax.random.key\(3\)"),
+    "a model without weights": (lambda: ir.train(start().with_(weights={}), nll, X, **QUICK), "no weights"),
     "numbers instead of vectors": (lambda: ir.Density.init(jax.random.key(0), X[:, 0], stages=STAGES), r"x\[:, None\]"),
     "contexts of other rows": (lambda: ir.Density.init(jax.random.key(0), X, stages=STAGES, context=X[:3]), "context must be"),
     "no batch of images": (lambda: ir.Classifier.init(jax.random.key(0), X, 3, stages=STAGES), r"\(n, h, w, c\)"),

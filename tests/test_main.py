@@ -79,15 +79,25 @@ def test_evaluate_says_the_likelihood_and_the_error(folders, capsys):
     assert " nats (" in said(capsys, "evaluate", folders["points"])
 
 
-def test_evaluate_on_other_data_says_so(copied, tmp_path, capsys):
+def test_evaluate_on_other_data_says_so_and_whatever_needs_data_checks_them(copied, tmp_path, capsys, monkeypatch):
     path = tmp_path / "images.npz"
     name = kept.write_data(path)
     folder = kept.folder(tmp_path / "run", kept.CLASSIFIER, name)
     assert "other data" not in said(capsys, "evaluate", folder)
     kept.write_data(path, seed=5)
-    for command in ("evaluate", "reconstruct", "ood"):
-        assert said(capsys, command, folder).startswith(f"These are other data than the model was trained on: {name} has")
+    assert said(capsys, "evaluate", folder).startswith(f"These are other data than the model was trained on: {name} has")
     assert "other data" not in said(capsys, "certify", folder)
+
+    class Checked(Exception):
+        pass
+
+    def check(self):
+        raise Checked
+
+    monkeypatch.setattr(run.Run, "with_data_checked", check)
+    for command in ("evaluate", "reconstruct", "ood"):
+        with pytest.raises(Checked):
+            main([command, "--workdir", str(folder)])
 
 
 def test_sample_writes_levels_and_a_picture_and_needs_no_data(copied, tmp_path, capsys):

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -73,9 +72,9 @@ def log_density_on_grid(
     reach = 1.1 * float(np.abs(points).max())
     edge = (np.arange(side) + 0.5) / side * 2 * reach - reach
     grid = np.stack(np.meshgrid(edge, edge), axis=-1).astype(np.float32)
+    return np.asarray(_log_density(model.with_(estimator=ExactLogdet()), grid)), (-reach, reach, -reach, reach)
 
-    @jax.jit
-    def log_density(model, grid):
-        return jax.lax.map(model.log_prob, grid)
 
-    return np.asarray(log_density(model.with_(estimator=ExactLogdet()), jnp.asarray(grid))), (-reach, reach, -reach, reach)
+@jax.jit
+def _log_density(model, grid):
+    return jax.lax.map(model.log_prob, grid)

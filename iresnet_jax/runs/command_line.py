@@ -11,13 +11,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from iresnet_jax.checked_dataclasses import to_plain
-from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.signals import Stopped
+
+if TYPE_CHECKING:
+    from iresnet_jax.runs.config import Config
 
 DEFAULT_CONFIG = "configs/digits_density.py"
 CLOSE = 0.8  # likeness of a misspelt option and the right one
@@ -103,7 +103,7 @@ def parse_train_flags(argv: Sequence[str], *, default_config: str = DEFAULT_CONF
     return given
 
 
-def read_config(file: str, overrides: Iterable[str] = ()) -> Config:
+def read_config(file: str, overrides: Iterable[str] = ()) -> "Config":
     """The settings of a config file, some of them overridden.
 
     Args:
@@ -114,6 +114,8 @@ def read_config(file: str, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ValueError: If the file fails, a field is unknown or a value does not fit.
     """
+    from iresnet_jax.runs.config import parse, with_field  # late: --help and mistakes are answered without it
+
     name, _, variant = file.partition(":")
     settings = _settings_of(Path(name), variant)
     for override in overrides:
@@ -126,6 +128,8 @@ def read_config(file: str, overrides: Iterable[str] = ()) -> Config:
 
 def _settings_of(path: Path, variant: str) -> dict[str, Any]:
     """What a config file returns, as plain data."""
+    from ml_collections import ConfigDict
+
     if not path.is_file():
         raise ValueError(f"there is no config file {path}: those that come with the library are in configs/")
     try:

@@ -268,7 +268,7 @@ class Objective(NamedTuple):
         """The state before the first update."""
         rule = self.training_step.rule
         state = first_state(variables, rule.optimizer)
-        of_run = {"num_terms": jnp.int32(self.num_terms), "horizon": jnp.int32(rule.total_steps)}
+        of_run = jax.device_put({"num_terms": np.int32(self.num_terms), "horizon": np.int32(rule.total_steps)})
         return state._replace(**of_run, constants=self._constants())
 
     def initial_state(self) -> TrainState:

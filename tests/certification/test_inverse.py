@@ -132,16 +132,28 @@ class Halve:
         return model_bounds([])
 
 
-OWN, X = density("lipswish"), np.zeros((2, 2), np.float32)
-CONDITIONAL = density(DensitySpec(FlowSpec((2,), (StageSpec(1, hidden=(4,)),), context_dim=3)))
-HUGE = OWN.with_(
-    weights={
-        name: block._replace(actnorm=block.actnorm._replace(log_scale=block.actnorm.log_scale + np.float32(650)))
-        for name, block in OWN.weights.items()
-    }
-)
-HALVED = OWN.with_(spec=dataclasses.replace(OWN.spec))
-object.__setattr__(HALVED.spec, "transform", Halve())  # which the type checker of the tests does not know
+X = np.zeros((2, 2), np.float32)
+lipswish = functools.partial(density, "lipswish")
+
+
+def conditional():
+    return density(DensitySpec(FlowSpec((2,), (StageSpec(1, hidden=(4,)),), context_dim=3)))
+
+
+def huge():
+    """With scales that overflow."""
+    block = lipswish().weights["stage0"]
+    actnorm = block.actnorm._replace(log_scale=block.actnorm.log_scale + np.float32(650))
+    return lipswish().with_(weights={"stage0": block._replace(actnorm=actnorm)})
+
+
+def halved():
+    model = lipswish()
+    model = model.with_(spec=dataclasses.replace(model.spec))
+    object.__setattr__(model.spec, "transform", Halve())  # which the type checker of the tests does not know
+    return model
+
+
 CALLS = {
     "inverse": lambda model, x, **context: certify.inverse(model, x, x, **context),
     "decode": certify.decode,
@@ -150,16 +162,16 @@ CALLS = {
     "local_constants": lambda model, x, **context: certify.local_constants(model, x, 0.0, **context),
 }
 WRONG = {
-    "no bounds": (changed(OWN, seal=None), X, None, "call freeze"),
-    "no contraction": (changed(OWN, lipschitz_bound=np.ones(2, np.float32)), X, None, "not certified to be"),
-    "bfloat16": (OWN.with_(bfloat16=True), X, None, "computes in bfloat16"),
-    "huge scales": (HUGE, X, None, "log_scale is not within 600"),
-    "a column too many": (OWN, np.zeros((2, 3), np.float32), None, "got.* \\(2, 3\\)"),
-    "one axis": (OWN, X[0], None, "got.* \\(2,\\)"),
-    "a context that is not taken": (OWN, X, np.zeros((2, 3), np.float32), "takes no context"),
-    "no contexts": (CONDITIONAL, X, None, "got none"),
-    "too few contexts": (CONDITIONAL, X, np.zeros((1, 3), np.float32), "for a batch of 2"),
-    "too many contexts": (CONDITIONAL, X, np.zeros((3, 3), np.float32), "for a batch of 2"),
+    "no bounds": (lambda: changed(lipswish(), seal=None), X, None, "call freeze"),
+    "no contraction": (lambda: changed(lipswish(), lipschitz_bound=np.ones(2, np.float32)), X, None, "not certified to be"),
+    "bfloat16": (lambda: lipswish().with_(bfloat16=True), X, None, "computes in bfloat16"),
+    "huge scales": (huge, X, None, "log_scale is not within 600"),
+    "a column too many": (lipswish, np.zeros((2, 3), np.float32), None, "got.* \\(2, 3\\)"),
+    "one axis": (lipswish, X[0], None, "got.* \\(2,\\)"),
+    "a context that is not taken": (lipswish, X, np.zeros((2, 3), np.float32), "takes no context"),
+    "no contexts": (conditional, X, None, "got none"),
+    "too few contexts": (conditional, X, np.zeros((1, 3), np.float32), "for a batch of 2"),
+    "too many contexts": (conditional, X, np.zeros((3, 3), np.float32), "for a batch of 2"),
 }
 
 
@@ -168,28 +180,29 @@ WRONG = {
 def test_wrong_arguments_end_in_one_sentence(call, wrong):
     model, x, context, match = WRONG[wrong]
     with pytest.raises(ValueError, match=match):
-        CALLS[call](model, x, context=context)
+        CALLS[call](model(), x, context=context)
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_inside_of_jit_nothing_is_certified(call):
+    model = lipswish()
     with pytest.raises(ValueError, match="outside of jit"):
-        jax.jit(lambda x: CALLS[call](OWN, x)[0])(X)
+        jax.jit(lambda x: CALLS[call](model, x)[0])(X)
 
 
 @pytest.mark.parametrize("call", ["log_prob", "decode"])
 def test_a_transform_without_enclosures_is_named(call):
     with pytest.raises(ValueError, match="the transform Halve has no method enclose_"):
-        CALLS[call](HALVED, X)
+        CALLS[call](halved(), X)
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_no_examples_have_no_certificates(call):
-    assert all(len(part) == 0 for part in jax.tree.leaves(CALLS[call](OWN, X[:0])) if np.ndim(part))
+    assert all(len(part) == 0 for part in jax.tree.leaves(CALLS[call](lipswish(), X[:0])) if np.ndim(part))
 
 
 def test_dimensions_are_limited_and_examples_come_in_batches():
     with pytest.raises(ValueError, match="up to 1 dimensions, got 2"):
-        prepared.check(OWN, most_dims=1)
+        prepared.check(lipswish(), most_dims=1)
     with pytest.raises(ValueError, match="got a scalar"):
-        prepared.check(OWN, np.float32(1))
+        prepared.check(lipswish(), np.float32(1))

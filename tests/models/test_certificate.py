@@ -107,7 +107,7 @@ def test_the_same_numbers_keep_their_bounds():
     model = kept.model(kept.POINTS)
     bound = model.certificate().max_block
     leaves, tree = jax.tree.flatten(model)
-    gradients = jax.grad(lambda model: model.log_prob(jnp.ones((1, 2)))[0])(model)
+    gradients = jax.jit(jax.grad(lambda model: model.log_prob(jnp.ones((1, 2)))[0]))(model)
     assert not np.any(branch_of(gradients).seal)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), model)

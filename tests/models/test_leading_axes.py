@@ -81,7 +81,8 @@ def test_contexts_broadcast_against_examples(x, context, axes):
     assert_same(log_prob(model, x, context=context), with_axes(log_prob(model, x_all, context=context_all), axes))
     z = encode(model, x_all, context=context_all)
     assert_same(encode(model, x, context=context), with_axes(z, axes))
-    assert_same(decode(model, with_axes(z, axes), context=context)[0], np.broadcast_to(x, (*axes, 2)))
+    if axes != (6,):  # each compiles a solver
+        assert_same(decode(model, with_axes(z, axes), context=context)[0], np.broadcast_to(x, (*axes, 2)))
 
 
 def test_a_number_is_a_context_of_length_one():

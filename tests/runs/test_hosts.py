@@ -115,13 +115,33 @@ def test_one_process_goes_on_where_two_were(trained, tmp_path):
 # --- ends -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_signal_to_one_process_saves_the_same_step_and_ends_both(tmp_path):
-    processes = start(2, [["toy", str(tmp_path / "run"), LONG]], tmp_path)
-    await_step(tmp_path / "run", 3, processes)
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The folder of a run whose process 1 was told to stop, exit statuses, and what was said."""
+    folder = tmp_path_factory.mktemp("stopped")
+    processes = start(2, [["toy", str(folder / "run"), LONG]], folder)
+    await_step(folder / "run", 3, processes)
     processes[1].send_signal(signal.SIGTERM)
-    statuses, said = finish(processes)
+    return folder / "run", *finish(processes)
+
+
+@pytest.fixture
+def going_on(stopped, tmp_path):
+    """A function that starts two processes, which go on where others were stopped, and waits for a step of theirs."""
+
+    def go_on(**waiting):
+        workdir = shutil.copytree(stopped[0], tmp_path / "run")
+        processes = start(2, [["toy", str(workdir), LONG]], tmp_path, **waiting)
+        await_step(workdir, final(workdir)[0] + 3, processes)
+        return processes
+
+    return go_on
+
+
+def test_a_signal_to_one_process_saves_the_same_step_and_ends_both(stopped):
+    workdir, statuses, said = stopped
     assert statuses == [128 + signal.SIGTERM] * 2
-    step, _ = final(tmp_path / "run")
+    step, _ = final(workdir)
     sentence = f"stopped by SIGTERM after step {step} of {LONG['training.total_steps']}: the same command goes on from it"
     assert said == [[sentence], ["SIGTERM: saving after this step; a second signal stops at once", sentence]]
 
@@ -136,23 +156,18 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path):
     assert said[0][-1].startswith(f"another process has failed or cannot be reached, see what it said: {ADVICE} (")
 
 
-def test_a_suspended_coordinator_ends_the_other_and_itself_when_it_wakes(tmp_path):
-    processes = start(2, [["toy", str(tmp_path / "run"), LONG]], tmp_path, lost_s=LOST_S)
-    await_step(tmp_path / "run", 3, processes)
+def test_a_suspended_coordinator_ends_the_other_and_itself_when_it_wakes(going_on):
+    processes = going_on(lost_s=LOST_S)
     processes[0].send_signal(signal.SIGSTOP)
     assert processes[1].wait(DEADLINE_S) in ENDS_OF_THE_LOST
     processes[0].send_signal(signal.SIGCONT)
     assert processes[0].wait(DEADLINE_S) in ENDS_OF_THE_LOST
 
 
-def test_a_process_that_fails_alone_says_why_and_ends_the_other(tmp_path):
-    processes = start(2, [["toy", str(tmp_path / "run"), LONG]], tmp_path, last_words_s=0.1)
-    await_step(tmp_path / "run", 3, processes)
+def test_a_process_that_fails_alone_says_why_and_ends_the_other(going_on, tmp_path):
+    processes = going_on(last_words_s=0.1)
     checkpoints = tmp_path / "run" / "checkpoints"
-    for file in checkpoints.glob("*"):
-        file.unlink()
-    if checkpoints.exists():
-        checkpoints.rmdir()
+    shutil.rmtree(checkpoints)
     checkpoints.write_text("a file where process 0 wants to write")
     processes[1].send_signal(signal.SIGTERM)
     (status, other), said = finish(processes)

@@ -23,7 +23,6 @@ CASES = {
     "simulator": (runs.TOY_CONFIG, {"data.name": "sbi_two_moons"}),
     "hybrid": (runs.HYBRID_CONFIG, {"hybrid.fitted_priors": True, "model.stages": ({**STAGE, "factor_out": True}, STAGE)}),
     "classifier": (runs.CLASSIFIER_CONFIG, {}),
-    "vanilla": (runs.CLASSIFIER_CONFIG, {"constraint.norms": "none"}),
 }
 
 

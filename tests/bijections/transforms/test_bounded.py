@@ -27,13 +27,18 @@ TRANSFORMS = {
 def test_log_determinants_and_lipschitz_constants_are_those_of_the_jacobian(x64, name):
     transform, bijection = TRANSFORMS[name], TRANSFORMS[name].bijection()
     x = jnp.asarray(POINTS)
-    y, log_det, _ = bijection.forward_and_logdet(x, jax.random.key(0))
-    back, log_det_back, _, _ = bijection.inverse_and_logdet(y, jax.random.key(0))
+
+    @jax.jit
+    def there_and_back(x):
+        y, log_det, _ = bijection.forward_and_logdet(x, jax.random.key(0))
+        back, log_det_back, *_ = bijection.inverse_and_logdet(y, jax.random.key(0))
+        return back, log_det, log_det_back, jax.vmap(jax.jacfwd(lambda one: bijection.forward(one[None])[0]))(x[:5])
+
+    back, log_det, log_det_back, jacobians = map(np.asarray, there_and_back(x))
     np.testing.assert_allclose(back, x, rtol=EXACT)
     np.testing.assert_allclose(log_det_back, -log_det, rtol=EXACT)
     forward, inverse = transform.bilipschitz()
-    for i in range(5):
-        jacobian = np.asarray(jax.jacfwd(lambda one: bijection.forward(one[None])[0])(x[i]))
+    for i, jacobian in enumerate(jacobians):
         np.testing.assert_allclose(log_det[i], np.linalg.slogdet(jacobian)[1], rtol=EXACT)
         values = np.linalg.svd(jacobian, compute_uv=False)
         assert values[0] <= forward
@@ -77,15 +82,21 @@ def test_values_at_the_ends_have_a_density_and_values_outside_have_none():
 def test_no_latent_leaves_its_interval_and_single_precision_comes_back():
     transform, grid = TRANSFORMS["standardize"], Grid((0.0,) * 3 + (0.0,), (0.0,) * 3 + (1.0,))
     y = jnp.asarray(100 * RNG.standard_cauchy(size=(20_000, 4)), jnp.float32)
-    x = np.asarray(transform.bijection().inverse(y)[0])
+    bijection, on_grid = transform.bijection(), grid.bijection()
+
+    @jax.jit
+    def run(y, points):
+        x = bijection.inverse(y)[0]
+        return x, on_grid.inverse(x)[0], bijection.inverse(bijection.forward(points))[0]
+
+    points = POINTS.astype(np.float32)
+    x, levels, again = map(np.asarray, run(y, points))
     for column, bounds in enumerate(INTERVALS):
         if bounds is not None:
             inside = x[:, column].astype(np.float64)
             assert bounds.low < inside.min() < bounds.low + 0.01
             assert bounds.high - 0.01 < inside.max() < bounds.high
-    assert set(np.asarray(grid.bijection().inverse(jnp.asarray(x))[0])[:, 3].tolist()) == {0.0, 1.0, 2.0, 3.0, 4.0}
-    points = jnp.asarray(POINTS, jnp.float32)
-    again = transform.bijection().inverse(transform.bijection().forward(points))[0]
+    assert set(levels[:, 3].tolist()) == {0.0, 1.0, 2.0, 3.0, 4.0}
     np.testing.assert_allclose(again, points, rtol=SINGLE, atol=SINGLE)
 
 

@@ -94,7 +94,7 @@ def test_elimination_without_exchanges_is_stable_for_contractions(x64):
     assert not np.isclose(compute(swap), 0)
 
 
-@pytest.mark.parametrize("num_terms", [1, 2, 5, 8])
+@pytest.mark.parametrize("num_terms", [1, 5])
 def test_the_truncated_series_has_the_terms_it_says(x64, num_terms):
     params, x = network()
     expected = [oracles.series_logdet(jacobian, num_terms) for jacobian in dense_jacobians(params, x)]
@@ -108,7 +108,7 @@ def test_the_truncated_series_has_the_terms_it_says(x64, num_terms):
 # ---------------------------------------------------------------------------------------------------- truncation bounds
 
 
-@pytest.mark.parametrize("num_terms", [1, 3, 6])
+@pytest.mark.parametrize("num_terms", [1, 6])
 def test_the_remainder_of_every_probe_is_within_its_bound(x64, num_terms):
     params, x = network(lipschitz=0.8)
     branch, x = functools.partial(apply, params), jnp.asarray(x)
@@ -158,6 +158,11 @@ def assert_same_tree(actual, expected):
 
 @pytest.fixture
 def exact_gradients(x64):
+    return gradients_of_slogdet()
+
+
+@functools.cache
+def gradients_of_slogdet():
     params, x = network()
 
     def loss(params, x):

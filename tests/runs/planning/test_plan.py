@@ -119,7 +119,7 @@ def test_a_plan_is_of_the_model_that_the_config_describes():
 
 def test_arithmetic_of_a_plan_does_not_depend_on_how_the_batch_is_spread():
     usual = {**SHARED, "constraint.norms": "certified"}
-    config, parts = (runs.config_of(runs.HYBRID_CONFIG, **usual, **{"training.num_parts": count}) for count in (1, 4))
+    config, parts = (runs.config_of(runs.DIGITS_CONFIG, **usual, **{"training.num_parts": count}) for count in (1, 4))
     one, four, in_parts = (
         plan.make(settings, topologies.machine(name)).flops_per_example
         for settings, name in ((config, "cuda"), (config, "cuda:4"), (parts, "cuda"))

@@ -179,7 +179,7 @@ def test_a_batch_repeats_few_examples_and_is_of_placeholders_for_endless_data():
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def config_file(folder, source=runs.HYBRID_CONFIG):
+def config_file(folder, source=runs.DIGITS_CONFIG):
     path = folder / "config.py"
     path.write_text(source)
     return path
