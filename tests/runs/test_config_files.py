@@ -38,7 +38,6 @@ LEVELS = {"digits": 17}
 # Configs whose step is lowered, with the number of parameters where something else states it.
 STEPS = [
     ("digits_density", None, 98_508),
-    ("mnist_density", None, 1_262_694),
     ("iresnet_density", "cifar10", 25_028_544),  # 25.03 M in the paper
     ("residual_flow_density", "mnist", None),
     ("toy_2d", "moons", None),
@@ -51,6 +50,7 @@ STEPS = [
 # Those whose step is made of the parts of others, at another size or with another prior.
 VARIANTS = [
     ("digits_hybrid", None, 99_670),
+    ("mnist_density", None, 1_262_694),
     ("fashion_mnist_density", None, 956_804),
     ("bsds300", None, None),
     ("iresnet_density", "mnist", None),
