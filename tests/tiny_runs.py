@@ -78,7 +78,7 @@ def get_config():
     config.training.update({"total_steps": 8, "eval_every_steps": 4, "log_every_steps": 2, "batch_size": 32,
         "actnorm_examples": 64, "ema_decay": 0.5, "blocks": "scan"})
     config.evaluation.update({"num_dequantisations": 1, "num_probe_draws": 1})
-    config.evaluation.logdet.num_exact_terms = 4
+    config.evaluation.logdet.kind = "exact"
     return config
 """
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, PRNGKeyArray, Shaped
 from numpy.typing import DTypeLike
@@ -140,7 +139,7 @@ class DataSet:
             return *self._drawn(key, num), None
         chosen = np.asarray(jax.random.permutation(key, len(self.examples["train"])))[:num]
         kinds = self.examples, self.contexts, self.labels
-        examples, contexts, labels = (jnp.asarray(kind["train"][chosen]) if kind else None for kind in kinds)
+        examples, contexts, labels = (jax.device_put(kind["train"][chosen]) if kind else None for kind in kinds)
         return examples, contexts, labels
 
     def _held_out(self, split: str, num: int | None, seed: int) -> tuple[np.ndarray, np.ndarray | None]:

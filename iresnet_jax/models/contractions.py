@@ -21,6 +21,7 @@ from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.branches.branch import Branch, BranchSpec, ConstrainedBranch
 from iresnet_jax.branches.layers import training_twists
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
+from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models.architecture import FlowSpec, PlacedStage
 
 Tree = Mapping[str, Any]
@@ -194,7 +195,7 @@ def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
     return _with_bounds(spec, params, of_block)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quick_jit, static_argnums=(0,))
 def with_bounds(spec: FlowSpec, params: Tree) -> dict[str, Block]:
     """The parameters of `constrain` unchanged, with guaranteed bounds of their norms, which may be 1 or more."""
     of_block = lambda branch, block: branch.with_bounds(block, branch.norm_bounds(block), coeff=spec.coeff)  # noqa: E731

@@ -68,7 +68,7 @@ def read(
         if left_over := set(archive.namelist()) - {f"{HEADER}.npy"} - names:
             raise ValueError(f"it holds {sorted(left_over)[0]}, which such a model does not have")
         about = header["about"]
-    return model_of(spec, jax.tree.map(jnp.asarray, _at_most(jnp.result_type(float), arrays, path))), about
+    return model_of(spec, jax.device_put(_at_most(jnp.result_type(float), arrays, path))), about
 
 
 def _at_most(dtype: Any, arrays: Any, path: str | os.PathLike[str]) -> Any:

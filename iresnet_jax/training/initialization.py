@@ -97,7 +97,8 @@ def initial_variables(
         model = Density(spec, {}, {}, **network)
         inputs = (_preprocess(model, x, key_noise), *([] if context is None else [model.scale_context(context)]))
     # Weights do not depend on the inputs: two examples give their shapes.
-    variables = _with_noise(create(key_init, *(rows[:2] for rows in inputs)), _noise(spec, key_init))
+    shapes = (np.zeros((2, *rows.shape[1:]), rows.dtype) for rows in inputs)
+    variables = _with_noise(create(key_init, *shapes), _noise(spec, key_init))
     variables, weights = _constrained(spec, variables, constraint)
     fitted, statistics, z = _fitted(spec, weights, inputs)
     check_claims(spec.flow, fitted, *inputs)
@@ -158,8 +159,10 @@ def _network(spec: Spec, key: Key[Array, ""]) -> dict[str, Any]:
 
 def _noise(spec: Spec, key: Key[Array, ""]) -> dict[str, dict[str, Any]]:
     """Fresh variables of the flow of noise, by collection."""
+    if spec.flow.noise is None:
+        return {"params": {}, "spectral": {}}
     params = noise.initial_params(spec.flow, jax.random.fold_in(key, 3))
-    iterates = initial_iterates(spec.flow, jax.random.fold_in(key, 4)) if params else {}
+    iterates = initial_iterates(spec.flow, jax.random.fold_in(key, 4))
     return {"params": params, "spectral": {name: iterates[name] for name in params}}
 
 
@@ -188,7 +191,7 @@ def _module(spec: Spec, *, sharp: bool = False) -> Any:
     return linen.ResidualFlow(dataclasses.replace(spec.flow, noise=None), sharp=sharp, **prior)
 
 
-def _variables(spec: Spec, last_scale: float, sharp: bool, key: jax.Array, *inputs: jax.Array) -> dict[str, Any]:  # noqa: FBT001
+def _variables(spec: Spec, last_scale: float, sharp: bool, key: jax.Array, *inputs: Any) -> dict[str, Any]:  # noqa: FBT001
     """Fresh variables. Models that differ in their priors and in a scale other than 1 share a program."""
     is_network = isinstance(spec, ClassifierSpec) and not spec.is_bijective
     module = _module(spec, sharp=sharp) if is_network else _module(spec, sharp=sharp).clone(fitted=False)
@@ -222,7 +225,8 @@ def _fitted(spec: Spec, weights: Any, inputs: tuple[jax.Array, ...]) -> tuple[An
     """
     num, num_devices = len(inputs[0]), parallel.all_devices()
     own = parallel.own_share(np.resize(np.arange(num), max(num // num_devices, 1) * num_devices))
-    everywhere = _fitter(spec, num_devices)(weights, parallel.shard(tuple(rows[own] for rows in inputs)))
+    # Rows are chosen on the host: JAX would compile a program for each operation.
+    everywhere = _fitter(spec, num_devices)(weights, parallel.shard(tuple(np.asarray(rows)[own] for rows in inputs)))
     fitted, (statistics, z) = parallel.on_first_device(everywhere)
     return fitted, statistics, z
 

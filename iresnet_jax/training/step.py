@@ -261,7 +261,7 @@ class Objective(NamedTuple):
         """The state before the first update."""
         rule = self.training_step.rule
         state = first_state(variables, rule.optimizer)
-        return state._replace(num_terms=jnp.int32(self.num_terms), horizon=jnp.int32(rule.total_steps))
+        return state._replace(**jax.device_put({"num_terms": np.int32(self.num_terms), "horizon": np.int32(rule.total_steps)}))
 
     def initial_state(self) -> TrainState:
         """The state of fresh variables."""

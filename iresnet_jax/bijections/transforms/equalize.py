@@ -80,7 +80,9 @@ class Equalize:
 
     def bilipschitz(self) -> BiLipschitz:
         """Bounds on [0, 1] from the extreme slopes of the distribution function and of the logit."""
-        return model_bounds([], [logit_log_slopes(self.alpha), jnp.log(jnp.array(self.slopes()))])
+        slopes = self.slopes()
+        extremes = jnp.array([slopes.min(), slopes.max()])  # of every entry and level they would be a constant of each program
+        return model_bounds([], [logit_log_slopes(self.alpha), jnp.log(extremes)])
 
     def slopes(self) -> Float[np.ndarray, " s"]:
         """Every slope that the distribution function has at any entry."""
