@@ -93,8 +93,8 @@ def drawing_of(fitted: Sequence[tuple[Toy, Density]], *, num_test: int = NUM_TES
 def _row(toy, model, points, log_density, extent) -> dict[str, Any]:
     """Numbers of one toy.
 
-    ``divergence_nats`` is the mean of ``log p_toy - log p_model`` over the test points, which estimates the gap between likelihood
-    and entropy with less noise than their difference; ``mass`` is the integral of the density over the picture.
+    ``divergence_nats`` is the mean of ``log p_toy - log p_model`` over the test points: an estimate of the gap between
+    likelihood and entropy with less noise than their difference. ``mass`` is the integral of the density over the picture.
     """
     log_prob = np.asarray(jax.jit(Density.log_prob)(model, points), np.float64)
     excess = np.asarray(toy.log_prob(jnp.asarray(points)), np.float64) - log_prob
