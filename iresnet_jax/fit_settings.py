@@ -20,6 +20,7 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.priors import PRIORS
 from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.model_from_config import density_spec
+from iresnet_jax.training import parallel
 
 DEFAULT_MINUTES = 3.0
 FIRST_STEPS = 1000  # updates of the first run of each candidate
@@ -229,8 +230,9 @@ def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> list
 
 def _preprocessed(config: Config, data: DataSet, most: int) -> Float[np.ndarray, "n d"]:
     """Training examples as the flow gets them."""
-    model = Density(density_spec(config, data), {}, {})
-    return np.asarray(_preprocess(model, np.asarray(data.examples["train"][:most]), jax.random.key(config.seed)), np.float64)
+    model, x = Density(density_spec(config, data), {}, {}), np.asarray(data.examples["train"][:most])
+    z = _preprocess(model.shared(), parallel.fill_up(x), jax.random.key(config.seed))
+    return np.asarray(z, np.float64)[: len(x)]
 
 
 _preprocess = quick_jit(lambda model, x, key: model.preprocess(x, key))  # one function for fits of one shape
@@ -242,18 +244,20 @@ def likelier_prior(z: Float[np.ndarray, "n d"]) -> str:
     "logistic" is for entries with heavy tails. "scales", for vectors whose lengths differ by far, is fitted to half of the
     examples and has to be clearly likelier on the others: it would fit any lengths a little better.
     """
-    fitted, rest = z[::2], jnp.asarray(z[1::2], jnp.float32)
-    found = jax.device_get(_log_probs(scales.fitted(fitted, NUM_SCALES), jnp.asarray(fitted, jnp.float32), rest))
+    parts = z[::2], z[1::2]
+    fitted, rest = (parallel.fill_up(part).astype(np.float32) for part in parts)
+    found = jax.device_get(_log_probs(scales.fitted(parts[0], NUM_SCALES), fitted, rest))
+    found = {kind: [row[: len(part)] for row, part in zip(rows, parts, strict=True)] for kind, rows in found.items()}
     kind = max(PRIORS, key=lambda kind: sum(float(np.sum(part)) for part in found[kind]))
-    gains = np.asarray(found[priors.SCALES], np.float64) - found[kind][1]
+    gains = found[priors.SCALES][1].astype(np.float64) - found[kind][1]
     is_clear = len(gains) > 1 and gains.mean() > SCALES_GAIN + SCALES_ERRORS * gains.std(ddof=1) / math.sqrt(len(gains))
     return priors.SCALES if is_clear else kind
 
 
 @quick_jit
 def _log_probs(of_scales: Mapping[str, Array], fitted: Float[Array, "n d"], rest: Float[Array, "m d"]) -> dict[str, Any]:
-    """Log-densities of two parts of the latents under each prior of variance 1, and of the rest under that of scales."""
-    found: dict[str, Any] = {priors.SCALES: priors.log_prob(priors.SCALES, of_scales, rest)}
+    """Log-densities of two parts of the latents under each prior of variance 1, and under that of scales."""
+    found: dict[str, Any] = {priors.SCALES: tuple(priors.log_prob(priors.SCALES, of_scales, part) for part in (fitted, rest))}
     for kind, family in PRIORS.items():
         scale = {family.log_scale: jnp.full(rest.shape[1], -math.log(family.std))}
         params = {"mean": jnp.zeros(rest.shape[1]), **scale}

@@ -1,5 +1,6 @@
 """`fit`: the fifteen lines of the README, what it chooses, what it refuses, and that it is the code of ``train.py``."""
 
+import functools
 import json
 import math
 import shutil
@@ -303,11 +304,21 @@ def test_a_signal_ends_a_fit_on_disk_and_its_process(fitted, monkeypatch):
     assert received == [signal.SIGTERM]
 
 
+@functools.cache
+def conditional(scale, num=400):
+    """A model of an entry within bounds, a free one and one on a grid, its data and their contexts."""
+    rng = np.random.default_rng(round(scale))
+    context = rng.normal(size=(num, 1)).astype(np.float32)
+    x = np.clip(context + 0.1 * rng.normal(size=(num, 3)), -3.9, 3.9)
+    x[:, 2] = np.round(x[:, 2] * 16) / 16
+    x = (scale * x).astype(np.float32)
+    return ir.fit(x, context=scale * context, bounds={0: (-4 * scale, 4 * scale)}, **QUICK | {"steps": 60}), x, scale * context
+
+
 def test_a_context_makes_a_conditional_density_which_keeps_to_bounds():
-    context = RNG.normal(size=(400, 1)).astype(np.float32)
-    x = np.clip(context + 0.1 * RNG.normal(size=(400, 2)).astype(np.float32), -3.9, 3.9)
-    model = ir.fit(x, context=context, bounds={0: (-4, 4)}, **QUICK | {"steps": 60})
+    model, x, context = conditional(1.0)
     assert model.spec.context_hidden
+    assert model.spec.grid is not None
     log_prob = jax.jit(ir.Density.log_prob)
     given = log_prob(model, x[:50], context=context[:50])
     wrong = log_prob(model, x[:50], context=-context[:50])
@@ -316,6 +327,19 @@ def test_a_context_makes_a_conditional_density_which_keeps_to_bounds():
     assert np.abs(widest[:, 0]).max() <= 4 < np.abs(widest[:, 1]).max()
     with pytest.raises(ValueError, match="context"):
         model.log_prob(x[:5])
+
+
+def test_fits_to_other_data_of_about_one_length_share_programs(caplog):
+    model, x, context = conditional(1.0)
+    model.log_prob(x[:50], context=context[:50])
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        other, x, context = conditional(3.0)
+        log_prob = other.log_prob(x[:50], context=context[:50])
+        conditional(2.0, 397)
+    built = {message.split("(")[1].split(")")[0] for message in caplog.messages if message.startswith("Compiling jit(")}
+    assert built <= {"iota", "_shuffle", "stage"}  # of what hands out batches
+    with_its_own_numbers = jax.jit(lambda x, c: other.log_prob(x, context=c))(x[:50], context[:50])
+    np.testing.assert_allclose(log_prob, with_its_own_numbers, rtol=1e-4, atol=1e-4)
 
 
 def test_labels_make_a_classifier_of_images_and_integers_are_levels(monkeypatch):

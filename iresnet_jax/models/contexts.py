@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection
-from iresnet_jax.bijections.transforms.standardize import Standardize
+from iresnet_jax.bijections.transforms.standardize import Constants, Standardize
 
 WIDTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)  # of the logarithmic entries, in median absolute deviations from the median
 LINEAR = 1e4  # width of the entries that are linear, in mean absolute deviations
@@ -55,18 +55,34 @@ class ContextScale(Standardize):
         std = squeezed.std(axis=0)
         return cls(tuple(squeezed.mean(axis=0).tolist()), tuple(np.where(std > 0, std, 1).tolist()), center, width)
 
-    def bijection(self) -> Bijection:
-        """The map of vectors."""
-        then = super().bijection()
+    @property
+    def standard(self) -> "ContextScale":
+        """Zeros and ones of as many entries."""
+        zeros, ones = (0.0,) * len(self.mean), (1.0,) * len(self.mean)
+        return ContextScale(zeros, ones, zeros, ones)
+
+    def constants(self) -> Constants:
+        """What `bijection` computes with."""
+        return {**super().constants(), "center": np.asarray(self.center), "width": np.asarray(self.width)}
+
+    def bijection(self, constants: Constants | None = None) -> Bijection:
+        """The map of vectors; see `Standardize.bijection`."""
+        given = self.constants() if constants is None else constants
+        then = super().bijection(given)
+
+        def parts(x):
+            return (jnp.asarray(given[name], x.dtype)[None] for name in ("center", "width"))
 
         def forward_and_logdet(x):
-            t = (x - jnp.asarray(self.center, x.dtype)[None]) / jnp.asarray(self.width, x.dtype)[None]
+            center, width = parts(x)
+            t = (x - center) / width
             y, log_det, _ = then.forward_and_logdet(jnp.arcsinh(t), None)  # pyright: ignore[reportArgumentType]
-            return y, log_det - jnp.sum(0.5 * jnp.log1p(t**2) + jnp.log(jnp.asarray(self.width, x.dtype))[None], axis=1)
+            return y, log_det - jnp.sum(0.5 * jnp.log1p(t**2) + jnp.log(width), axis=1)
 
         def inverse_and_logdet(y):
+            center, width = parts(y)
             squeezed, _, _, _ = then.inverse_and_logdet(y, None)  # pyright: ignore[reportArgumentType]
-            x = jnp.sinh(squeezed) * jnp.asarray(self.width, y.dtype)[None] + jnp.asarray(self.center, y.dtype)[None]
+            x = jnp.sinh(squeezed) * width + center
             return x, -forward_and_logdet(x)[1]
 
         return exact_bijection(forward_and_logdet, inverse_and_logdet)

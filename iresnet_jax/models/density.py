@@ -96,7 +96,7 @@ class Samples(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weights", "prior", "estimator", "network", "noise_network"],
+    data_fields=["weights", "prior", "estimator", "network", "noise_network", "constants"],
     meta_fields=["spec", "solver", "unroll", "rematerialize", "bfloat16", "history"],
 )
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ class Density(Model):
         history: What the training of a fitted model saw.
         network: Weights of the network on contexts, see `contexts.apply_network`; empty without one.
         noise_network: Weights of the network that noise depends on, see `noise.features`; empty if it is uniform.
+        constants: Numbers in place of those of ``spec``, see `shared`; empty if those of ``spec`` count.
     """
 
     arrays: ClassVar[tuple[str, ...]] = ("prior", "network", "noise_network")
@@ -141,6 +142,7 @@ class Density(Model):
     history: History | None = field(default=None, repr=False)
     network: Network = field(default_factory=dict, repr=False)
     noise_network: Network = field(default_factory=dict, repr=False)
+    constants: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def init(
@@ -251,6 +253,12 @@ class Density(Model):
         is_own = name == "prior" and self.spec.prior_family == priors.OWN
         return priors.own(self.prior) if is_own else super().learned(name)
 
+    def shared(self) -> "Density":
+        """The same model as programs take it that models of other data share: what it was fitted to is in ``constants``."""
+        if self.constants:
+            return self
+        return self.with_(spec=self.spec.standard, constants=self.spec.constants, history=None)
+
     @property
     def continuous(self) -> "Density":
         """The density of the dequantised data: of points of [0, 1) instead of integer levels, of cells instead of a grid."""
@@ -270,7 +278,7 @@ class Density(Model):
         """
         examples = self._examples(x, context)
         key = jax.random.key(0) if key is None else examples.keys(key)
-        return examples.restore(_log_prob(self, self._checked(examples.x, is_likelihood=True), examples.context, key))
+        return examples.restore(_log_prob(self.shared(), self._checked(examples.x, is_likelihood=True), examples.context, key))
 
     def terms(
         self,
@@ -290,7 +298,7 @@ class Density(Model):
         """
         examples = self._examples(x, context)
         keys = examples.keys(key_noise), examples.keys(key_probe)
-        return examples.restore(_terms(self, self._checked(examples.x, is_likelihood=True), examples.context, *keys))
+        return examples.restore(_terms(self.shared(), self._checked(examples.x, is_likelihood=True), examples.context, *keys))
 
     def log_prior_by_class(self, z: Float[Array, "b d"]) -> Float[Array, "b k"]:
         """``log p(y) + log p_Z(z | y)`` for every class ``y``: logits of the classes, whose log-sum-exp is the prior.
@@ -332,7 +340,7 @@ class Density(Model):
     def _encode(self, examples: Examples, key: Keys | None) -> Float[Array, "b d"]:
         """`encode` of one batch."""
         key = None if key is None else examples.keys(key)
-        return _encode(self, self._checked(examples.x), examples.context, key)
+        return _encode(self.shared(), self._checked(examples.x), examples.context, key)
 
     def decode(
         self, z: Float[Array, "... d"] | Float[np.ndarray, "... d"], *, context: Contexts | None = None
@@ -348,7 +356,7 @@ class Density(Model):
             before they are rounded down. It is the product of the blocks' bounds, which says little about a deep flow.
         """
         examples = as_batch(jnp.asarray(z), (self.spec.flow.num_dims,), context, self.spec.context_dim)
-        return examples.restore(_decode(self, examples.x, examples.context))
+        return examples.restore(_decode(self.shared(), examples.x, examples.context))
 
     def sample(
         self,
@@ -501,7 +509,7 @@ class Density(Model):
             if self.spec.context_hidden:
                 raise ValueError(f"the model takes contexts of length {self.spec.context_dim}, got shape {vectors.shape}")
             return vectors
-        scaled = self.spec.context.bijection().forward(vectors)
+        scaled = self.spec.context.bijection(self.constants.get("context")).forward(vectors)
         return apply_network(self.network, scaled) if self.spec.context_hidden else scaled
 
     def preprocess(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
@@ -573,7 +581,7 @@ class Density(Model):
 
     @property
     def _transform(self) -> Bijection:
-        return self.spec.transform.bijection()
+        return _bijection(self.spec.transform, self.constants.get("transform"))
 
     def _promoted(self, x: Array) -> Array:
         """Numbers in the precision of the weights, if theirs is lower; of JAX's floats while there are no weights."""
@@ -584,7 +592,7 @@ class Density(Model):
     def _dequantize(self) -> Bijection:
         if self.spec.num_levels is not None:
             return dequantize_bijection(self.spec.num_levels)
-        return (self.spec.grid or Identity()).bijection()
+        return _bijection(self.spec.grid or Identity(), self.constants.get("grid"))
 
     def numbers(self, x: Any) -> Any:
         """Data as an array of numbers: a data frame by the names, categories and order of the columns that were fitted.
@@ -654,6 +662,11 @@ class Density(Model):
     @property
     def _priors_of_classes(self) -> Mapping[str, Array]:
         return {name: values for name, values in self.prior.items() if name != "class_logits"}
+
+
+def _bijection(part: Transform | Grid, constants: Any) -> Bijection:
+    """The map of a part, with constants in place of its own if there are any."""
+    return part.bijection() if constants is None else part.bijection(constants)  # pyright: ignore[reportCallIssue]
 
 
 # One program each: outside of ``jit``, every operation would be one of its own, and every loop one at every call.

@@ -1,8 +1,11 @@
 """All that defines a density but its weights: architecture, preprocessing, prior, and what the data are."""
 
+import dataclasses
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Array, Float
 
@@ -103,6 +106,21 @@ class DensitySpec:
                 raise ValueError(f"equalize needs the frequency of each of {self.num_levels} levels, got {levels}")
             if shares is not None and len(shares) != self.flow.num_dims:
                 raise ValueError(f"equalize needs a share for each entry of {self.flow.event_shape}, got {len(shares)}")
+
+    @functools.cached_property
+    def standard(self) -> "DensitySpec":
+        """The spec without what vectors were fitted to: equal for all models that `constants` tell apart."""
+        return dataclasses.replace(self, columns=None, **{name: part.standard for name, part in self._fitted.items()})
+
+    @functools.cached_property
+    def constants(self) -> Mapping[str, Any]:
+        """Numbers of the transform, the grid and the scale of contexts, as their bijections take them; float64."""
+        return {name: part.constants() for name, part in self._fitted.items()}
+
+    @property
+    def _fitted(self) -> Mapping[str, Any]:
+        parts = {"transform": self.transform, "grid": self.grid, "context": self.context}
+        return {name: part for name, part in parts.items() if isinstance(part, Standardize | Whiten | Bounded | Grid)}
 
     @property
     def context_dim(self) -> int:

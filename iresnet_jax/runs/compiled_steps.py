@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs.config import Config, EvaluationConfig
 from iresnet_jax.training import parallel
@@ -16,7 +17,7 @@ from iresnet_jax.training.trainer import CompiledStep
 class CompiledSteps:
     """Compiled training steps by what they depend on; the least recently used are dropped.
 
-    A model's constants of the data, such as a mean, are part of its spec: runs share a step if their specs are equal.
+    Constants of the data, such as a mean, come with the state, see `DensitySpec.constants`.
 
     Args:
         most: Largest number of steps that are kept.
@@ -38,10 +39,11 @@ class CompiledSteps:
         augmentation = dataclasses.replace(config.augmentation, noise=1.0 if config.augmentation.noise else 0.0)
         given = {"optimizer": optimizer, "augmentation": augmentation, "training": training}
         settings = dataclasses.replace(config, evaluation=EvaluationConfig(), **given)
+        model = spec.standard if isinstance(spec, DensitySpec) else spec
 
         def compiled(training_step: TrainingStep) -> CompiledStep:
             # The estimator's number of terms may rise.
-            key = settings, warmup, spec, getattr(training_step.model, "estimator", None), jnp.result_type(float)
+            key = settings, warmup, model, getattr(training_step.model, "estimator", None), jnp.result_type(float)
             step = self._steps.pop(key, None) or parallel.parallelize(training_step)
             self._steps[key] = step
             if len(self._steps) > self._most:

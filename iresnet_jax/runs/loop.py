@@ -153,7 +153,7 @@ class _TrainerOnDisk(Trainer):
 
         def restore():
             run_folder.check_is_there(self._workdir)
-            found.append(self._checkpoints.restore_latest(fresh) or (fresh, 0))
+            found.append(self._checkpoints.restore_latest(fresh._replace(constants={})) or (fresh, 0))
             step = found[0][1]
             assert self._writer is not None  # process 0 has one
             self._writer.truncate_after(step)
@@ -161,7 +161,8 @@ class _TrainerOnDisk(Trainer):
             return step, [self._objective.selection(record) for record in records]
 
         step, losses = hosts.from_first(restore)
-        state = hosts.broadcast(found[0][0] if found else fresh)  # a fresh state, too: hosts round differently
+        newest = found[0][0]._replace(constants=fresh.constants) if found else fresh
+        state = hosts.broadcast(newest)  # a fresh state, too: hosts round differently
         allocator.return_freed_memory()  # restoring leaves fragments that steps could not use
         return state, step, losses
 
@@ -190,7 +191,7 @@ class _TrainerOnDisk(Trainer):
         """Writes a checkpoint."""
         if hosts.is_first():
             run_folder.check_is_there(self._workdir)
-            self._checkpoints.save(self.step, self.state, metric=loss)
+            self._checkpoints.save(self.step, self.state._replace(constants={}), metric=loss)
         self._saved_at = time.monotonic()
         # With several processes a signal always waits for the step after which all stop.
         self._stop.unsaved = parallel.num_processes() > 1

@@ -45,7 +45,9 @@ def _density(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
         raise ValueError(
             f"config.augmentation.noise is for continuous vectors of an array, and {data.name} has no end: set it to 0"
         )
-    loss = density.make_loss(data.draw, density.noise_scales(spec) if noise else None)
+    if noise:
+        density.noise_scales(spec)  # raises where noise has no scale
+    loss = density.make_loss(data.draw, has_noise=noise > 0)
     examples = None if data.is_endless else (data.examples["train"], data.contexts.get("train"))
     if noise and examples is not None:
         examples = (*examples, np.full(len(examples[0]), noise, np.float32))
@@ -56,6 +58,7 @@ def _density(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
         selection=lambda held_out: held_out[spec.metric],
         examples=examples,
         logdet=config.logdet,
+        constants=spec.constants,
         initial_variables=lambda: initial_variables(config, spec, data),
     )
 
@@ -72,6 +75,7 @@ def _hybrid(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
         selection=lambda held_out: held_out["cross_entropy"] + weight * held_out[spec.metric],
         examples=(data.examples["train"], data.labels["train"]),
         logdet=config.logdet,
+        constants=spec.constants,
         initial_variables=lambda: initial_variables(config, spec, data),
     )
 
@@ -132,7 +136,7 @@ def _training_step(config: Config, spec: Spec, loss: Callable[..., Any], num_par
     elif isinstance(spec, ClassifierSpec):
         model = Classifier(spec, {}, {}, {}, bfloat16=training.bfloat16, **how)
     else:
-        model = Density(spec, {}, {}, estimator=config.logdet.build(), bfloat16=training.bfloat16, **how)
+        model = Density(spec.standard, {}, {}, estimator=config.logdet.build(), bfloat16=training.bfloat16, **how)
     schedule = make_schedule(config.optimizer, training.schedule_steps)
     rule = UpdateRule(make_optimizer(config.optimizer), schedule, training.schedule_steps, training.ema_decay)
     constrain = training_constraint(config.constraint, spec)

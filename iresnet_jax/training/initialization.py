@@ -87,7 +87,8 @@ def initial_variables(
     create = functools.partial(_variables, spec, last_scale, sharp)
     if isinstance(spec, ReconstructorSpec):
         return _constrained(spec, create(key_init, jnp.zeros((2, *spec.flow.event_shape))), constraint)[0]
-    x, context, labels = examples_of(key_data, actnorm_examples)
+    given = examples_of(key_data, actnorm_examples)
+    x, context, labels = jax.tree.map(lambda rows: np.asarray(rows)[: parallel.cut_length(len(rows))], given)
     network = _network(spec, key_init)
     if isinstance(spec, ClassifierSpec):
         inputs: tuple[Any, ...] = (_preprocess(Classifier(spec, {}, {}, {}), x),)
@@ -95,7 +96,7 @@ def initial_variables(
             return create(key_init, *inputs)
     else:
         model = Density(spec, {}, {}, **network)
-        inputs = (_preprocess(model, x, key_noise), *([] if context is None else [model.scale_context(context)]))
+        inputs = (_preprocess(model.shared(), x, key_noise), *([] if context is None else [model.scale_context(context)]))
     # Weights do not depend on the inputs: two examples give their shapes.
     shapes = (np.zeros((2, *rows.shape[1:]), rows.dtype) for rows in inputs)
     variables = _with_noise(create(key_init, *shapes), _noise(spec, key_init))
@@ -110,8 +111,9 @@ def initial_variables(
             params["prior"] = scales.fitted(np.asarray(z), spec.num_components)
         else:
             x, context, _ = examples_of(key_data, MIXTURE_EXAMPLES)
-            z = _encode(Density(spec, fitted, {}, **network), x, key_noise, context)
-            params["prior"] = fitted_mixture(np.asarray(z), spec.num_components, seed)
+            rows = jax.tree.map(lambda given: parallel.fill_up(np.asarray(given)), (x, context))
+            z = _encode(Density(spec, fitted, {}, **network).shared(), rows[0], key_noise, rows[1])
+            params["prior"] = fitted_mixture(np.asarray(z)[: len(x)], spec.num_components, seed)
     if isinstance(spec, DensitySpec) and spec.num_classes is not None:
         params["prior"] = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
         if fitted_priors:
@@ -225,8 +227,9 @@ def _fitted(spec: Spec, weights: Any, inputs: tuple[jax.Array, ...]) -> tuple[An
     """
     num, num_devices = len(inputs[0]), parallel.all_devices()
     own = parallel.own_share(np.resize(np.arange(num), max(num // num_devices, 1) * num_devices))
+    shared = spec.standard if isinstance(spec, DensitySpec) else spec
     # Rows are chosen on the host: JAX would compile a program for each operation.
-    everywhere = _fitter(spec, num_devices)(weights, parallel.shard(tuple(np.asarray(rows)[own] for rows in inputs)))
+    everywhere = _fitter(shared, num_devices)(weights, parallel.shard(tuple(np.asarray(rows)[own] for rows in inputs)))
     fitted, (statistics, z) = parallel.on_first_device(everywhere)
     return fitted, statistics, z
 

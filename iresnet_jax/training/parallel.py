@@ -197,7 +197,7 @@ def over_batches(
         The outputs of all examples in order, on the host.
     """
     parts, multiple, is_shared = [], all_devices(), num_processes() > 1
-    size = -(-min(batch_size, num_examples) // multiple) * multiple
+    size = -(-min(batch_size, filled_length(num_examples)) // multiple) * multiple
     state = on_local_devices(state, num_devices=num_devices)  # once, not for every batch
     for places, mask in eval_batches(num_examples, size):
         batch = shard(batch_of(own_share(places)), num_devices=num_devices)
@@ -218,6 +218,28 @@ def _mapped_eval(fn, devices, is_shared):
         return jax.lax.all_gather(fn(state, batch), AXIS, tiled=True)
 
     return jax.pmap(gathered, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+
+
+def cut_length(num: int) -> int:
+    """The longest of 16 lengths between two powers of two that is not above this one: close lengths share programs.
+
+    Example:
+        >>> [cut_length(num) for num in (31, 33, 960, 991, 992)]
+        [31, 32, 960, 960, 992]
+    """
+    step = 2 ** max(num.bit_length() - 5, 0)
+    return num // step * step
+
+
+def filled_length(num: int) -> int:
+    """The shortest of the lengths of `cut_length` that is not below this one."""
+    step = 2 ** max(num.bit_length() - 5, 0)
+    return -(-num // step) * step
+
+
+def fill_up(rows: np.ndarray) -> np.ndarray:
+    """Rows of an array, and the first ones again up to `filled_length`."""
+    return rows[np.arange(filled_length(len(rows))) % max(len(rows), 1)]
 
 
 def eval_batches(num_examples: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, " b"], Bool[np.ndarray, " b"]]]:

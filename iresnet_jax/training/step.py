@@ -44,6 +44,8 @@ class TrainState(NamedTuple):
         batch_stats: Running averages of BatchNorm; empty without BatchNorm.
         num_terms: Terms of the log-determinant in training, which validation may raise; 0 if the estimator has no such setting.
         horizon: Updates in the whole run, on which the learning rate depends; a run with a time limit estimates it on the way.
+        constants: Numbers of the data, see `Density.shared`, which no step changes and no checkpoint saves: runs on other data
+            share the program of a step. Empty if the model of the step has its own.
     """
 
     step: Int[Array, ""]
@@ -54,6 +56,7 @@ class TrainState(NamedTuple):
     batch_stats: Any
     num_terms: Int[Array, ""]
     horizon: Int[Array, ""]
+    constants: Any
 
 
 @functools.partial(jax.jit, static_argnums=1)  # so that all copies are one program
@@ -69,6 +72,7 @@ def first_state(variables: Any, optimizer: optax.GradientTransformation) -> Trai
         batch_stats=variables.get("batch_stats", {}),
         num_terms=jnp.int32(0),
         horizon=jnp.int32(1),
+        constants={},
     )
 
 
@@ -156,11 +160,12 @@ class TrainingStep:
         weights, pull_back, constrained = jax.vjp(constrained_weights, state.params, has_aux=True)
         # parameters without a constraint, such as the prior's
         free = {name: leaf for name, leaf in state.params.items() if name not in weights}
+        model = self.model.with_(constants=state.constants) if state.constants else self.model
 
         # 2. Loss and gradients, part by part.
         def loss_of(weights, free, part):
             examples, part_keys = part
-            loss = self.loss(self.model.with_(weights=weights, **free), examples, StepKeys(state.step, key_shared, part_keys))
+            loss = self.loss(model.with_(weights=weights, **free), examples, StepKeys(state.step, key_shared, part_keys))
             return loss.value, loss
 
         (of_weights, of_free), loss = _mean_over_parts(
@@ -235,6 +240,7 @@ class Objective(NamedTuple):
         examples: Pytree of arrays that batches are taken from; None for endless data, whose steps draw their own.
         initial_variables: ``() ->`` fresh variables, fitted to training data.
         logdet: Settings of the log-determinant, for models that have one in training.
+        constants: Numbers of the data that the model of the step lacks; None if it has its own.
     """
 
     name: str
@@ -244,6 +250,7 @@ class Objective(NamedTuple):
     examples: Any
     initial_variables: Callable[[], Any]
     logdet: LogdetConfig | None = None
+    constants: Any = None
 
     @property
     def num_terms(self) -> int:
@@ -261,7 +268,8 @@ class Objective(NamedTuple):
         """The state before the first update."""
         rule = self.training_step.rule
         state = first_state(variables, rule.optimizer)
-        return state._replace(**jax.device_put({"num_terms": np.int32(self.num_terms), "horizon": np.int32(rule.total_steps)}))
+        of_run = jax.device_put({"num_terms": np.int32(self.num_terms), "horizon": np.int32(rule.total_steps)})
+        return state._replace(**of_run, constants=self._constants())
 
     def initial_state(self) -> TrainState:
         """The state of fresh variables."""
@@ -269,7 +277,11 @@ class Objective(NamedTuple):
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state."""
-        return abstract_state(self.training_step.model.spec, self.training_step.rule.optimizer)
+        state = abstract_state(self.training_step.model.spec, self.training_step.rule.optimizer)
+        return state._replace(constants=jax.eval_shape(self._constants))
+
+    def _constants(self) -> Any:
+        return jax.tree.map(jnp.asarray, self.constants or {})
 
     def abstract_batch(self, batch_size: int) -> Any:
         """Shapes and dtypes of a batch; placeholders for endless data, which has no examples."""

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection
 from iresnet_jax.bijections.transforms.enclosure import Enclosure, on_balls
 from iresnet_jax.bijections.transforms.logit import UNIT_ERROR, Identity
-from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.bijections.transforms.standardize import Constants, Standardize, Whiten, inverse_bound
 from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log, where
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.precise_activations import sigmoid
@@ -67,6 +67,9 @@ class Bounds:
         return cls(low, high, max(EDGE * (spacing or high - low), FLOAT32_EDGE * max(abs(low), abs(high))))
 
 
+UNIT = Bounds(0.0, 1.0, 0.1)
+
+
 @dataclass(frozen=True)
 class Bounded:
     """The logit of entries within their intervals, and a transform of continuous data behind it.
@@ -85,21 +88,38 @@ class Bounded:
         if not isinstance(self.then, Identity) and len(self.then.mean) != len(self.intervals):
             raise ValueError(f"there are bounds for {len(self.intervals)} entries and a transform of {len(self.then.mean)}")
 
-    def bijection(self) -> Bijection:
-        """The map of vectors; outside of an interval its log-determinant is minus infinity."""
-        then = self.then.bijection()
+    @property
+    def standard(self) -> "Bounded":
+        """The unit interval for every entry with bounds."""
+        then = self.then if isinstance(self.then, Identity) else self.then.standard
+        return Bounded(tuple(bounds and UNIT for bounds in self.intervals), then)
+
+    def constants(self) -> Constants:
+        """What `bijection`, `to_line` and `from_line` compute with."""
+        low, high, edge, _ = self._arrays(np.float64)
+        then = {} if isinstance(self.then, Identity) else {"then": self.then.constants()}
+        return {"low": low, "high": high, "edge": edge, "inverse_lipschitz": inverse_bound(self), **then}
+
+    def bijection(self, constants: Constants | None = None) -> Bijection:
+        """The map of vectors; outside of an interval its log-determinant is minus infinity.
+
+        Args:
+            constants: Those of another `Bounded` with bounds for the same entries, in place of its own.
+        """
+        given = self.constants() if constants is None else constants
+        then = self.then.bijection(*([given["then"]] if "then" in given else []))
 
         def forward_and_logdet(x):
-            line, log_slopes = self.to_line(x)
+            line, log_slopes = self.to_line(x, constants=given)
             y, log_det, _ = then.forward_and_logdet(line, None)  # pyright: ignore[reportArgumentType] (exact: takes no key)
             return y, log_det + jnp.sum(log_slopes, axis=1)
 
         def inverse_and_logdet(y):
             line, log_det, _, _ = then.inverse_and_logdet(y, None)  # pyright: ignore[reportArgumentType]
-            x, log_slopes = self.from_line(line)
+            x, log_slopes = self.from_line(line, constants=given)
             return x, log_det + jnp.sum(log_slopes, axis=1)
 
-        return exact_bijection(forward_and_logdet, inverse_and_logdet, inverse_lipschitz=self.bilipschitz().inverse)
+        return exact_bijection(forward_and_logdet, inverse_and_logdet, inverse_lipschitz=given["inverse_lipschitz"])
 
     def bilipschitz(self) -> BiLipschitz:
         """Constants of both maps: the logit is steepest at an edge, and its inverse in the middle of the interval."""
@@ -111,23 +131,24 @@ class Bounded:
         own = BiLipschitz(at_least(max(steepest) * UP), at_least(max(widest) * UP))
         return own.compose(self.then.bilipschitz())
 
-    def to_line(self, x: Any, xp: Any = jnp) -> tuple[Any, Any]:
+    def to_line(self, x: Any, xp: Any = jnp, *, constants: Constants | None = None) -> tuple[Any, Any]:
         """Vectors ``(b, d)`` on the real line, and ``log dy/dx`` of every entry: minus infinity out of its interval.
 
         Args:
             x: The vectors.
             xp: ``jax.numpy`` or ``numpy``, which computes in float64 what no program compiles.
+            constants: See `bijection`.
         """
-        low, high, edge, bounded = self._constants(x, xp)
+        low, high, edge, bounded = self._ends(x, xp, constants)
         inside = xp.clip(x, low + edge, high - edge)
         below, above = xp.log(inside - low), xp.log(high - inside)
         is_within = (x >= low - edge) & (x <= high + edge)  # noise on a grid may be rounded beyond its last cell
         log_slopes = xp.where(is_within, xp.log(high - low) - below - above, -xp.inf)
         return xp.where(bounded, below - above, x), xp.where(bounded, log_slopes, 0)
 
-    def from_line(self, y: Any, xp: Any = jnp) -> tuple[Any, Any]:
+    def from_line(self, y: Any, xp: Any = jnp, *, constants: Constants | None = None) -> tuple[Any, Any]:
         """Vectors within their intervals, and ``log dx/dy`` of every entry; the inverse of `to_line`."""
-        low, high, edge, bounded = self._constants(y, xp)
+        low, high, edge, bounded = self._ends(y, xp, constants)
         limit = xp.log((high - low - edge) / edge)
         inside = xp.clip(y, -limit, limit)
         below, above = 1 / (1 + xp.exp(-inside)), 1 / (1 + xp.exp(inside))
@@ -178,10 +199,13 @@ class Bounded:
 
     def _arrays(self, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Ends and edges of all entries, those of the unit interval where there are no bounds, and which have bounds."""
-        known = [bounds or Bounds(0.0, 1.0, 0.1) for bounds in self.intervals]
+        known = [bounds or UNIT for bounds in self.intervals]
         ends = ([bounds.low for bounds in known], [bounds.high for bounds in known], [bounds.edge for bounds in known])
         low, high, edge = (np.asarray(values, np.float64).astype(dtype)[None] for values in ends)
         return low, high, edge, np.array([[bounds is not None for bounds in self.intervals]])
 
-    def _constants(self, x: Any, xp: Any) -> tuple[Any, ...]:
-        return tuple(xp.asarray(values) for values in self._arrays(x.dtype))
+    def _ends(self, x: Any, xp: Any, constants: Constants | None) -> tuple[Any, ...]:
+        """`_arrays` in the type of ``x``, with the ends and edges of ``constants`` if there are any."""
+        *own, bounded = self._arrays(x.dtype)
+        given = own if constants is None else [constants[name] for name in ("low", "high", "edge")]
+        return *(xp.asarray(values, x.dtype) for values in given), xp.asarray(bounded)

@@ -7,6 +7,7 @@ sec. 3.1): the cells of ``n x`` have volume 1, so ``E_u[log p(n x)] <= log P(k)`
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,29 +192,47 @@ class Grid:
         if not (np.all(np.isfinite([*self.offset, *self.spacing])) and min(self.spacing) >= 0):
             raise ValueError(f"offset must be finite and spacing at least 0, got {self.offset} and {self.spacing}")
 
-    def bijection(self) -> Bijection:
+    @property
+    def standard(self) -> "Grid":
+        """The integers for every entry on a grid."""
+        return Grid((0.0,) * len(self.offset), tuple(float(width > 0) for width in self.spacing))
+
+    def constants(self) -> Mapping[str, Any]:
+        """What `bijection` computes with."""
+        spacing = np.asarray(self.spacing)
+        volume = np.sum(np.log(spacing[spacing > 0]))
+        return {"offset": np.asarray(self.offset), "spacing": spacing, "volume": volume}
+
+    def bijection(self, constants: Mapping[str, Any] | None = None) -> Bijection:
         r"""From values on the grid to the cells around them, a bijection in distribution.
 
         Forward with a log-determinant adds uniform noise of the width of a cell: ``log|det| = sum log spacing`` over entries on
         a grid, so a density of the result bounds the log-probability of their values from below. Forward without one leaves
         values in the middle of their cells. The inverse rounds to the grid.
+
+        Args:
+            constants: Those of another grid of the same entries, in place of its own.
         """
-        width, origin = np.asarray(self.spacing), np.asarray(self.offset)
-        on_grid = width > 0
-        volume = float(np.sum(np.log(width[on_grid])))
+        given = self.constants() if constants is None else constants
+        on_grid = np.asarray(self.spacing)[None] > 0
+
+        def parts(x):
+            start, step, volume = (jnp.asarray(given[name], x.dtype) for name in ("offset", "spacing", "volume"))
+            return start[None], step[None], jnp.full(len(x), volume, x.dtype)
 
         def forward_and_logdet(x, key):
-            drawn = _uniform(key, x.shape, x.dtype) - 0.5
-            return x + drawn * jnp.asarray(width, x.dtype)[None], jnp.full(len(x), volume, x.dtype), no_logdet_error(x)
+            _, width, volume = parts(x)
+            return x + (_uniform(key, x.shape, x.dtype) - 0.5) * width, volume, no_logdet_error(x)
 
         def inverse(u):
-            step, start = jnp.asarray(np.where(on_grid, width, 1), u.dtype)[None], jnp.asarray(origin, u.dtype)[None]
-            return jnp.where(on_grid[None], start + step * jnp.round((u - start) / step), u), no_inverse_error(u)
+            start, width, _ = parts(u)
+            step = jnp.where(on_grid, width, 1)
+            return jnp.where(on_grid, start + step * jnp.round((u - start) / step), u), no_inverse_error(u)
 
         def inverse_and_logdet(u, key):
             del key
             x, info = inverse(u)
-            return x, jnp.full(len(u), -volume, u.dtype), no_logdet_error(u), info
+            return x, -parts(u)[2], no_logdet_error(u), info
 
         return Bijection(lambda x: x, forward_and_logdet, inverse, inverse_and_logdet, jnp.inf)
 

@@ -1,15 +1,18 @@
 r"""Continuous data on a common scale: every entry by itself, or all of them decorrelated.
 
 Both are affine, ``y = A (x - m)`` with constants of the training data, so ``log|det dy/dx| = log|det A|`` is the same for all
-examples. The constants are kept in float64 and rounded to the dtype of the data where they are used.
+examples. The constants are kept in float64 and rounded to the dtype of the data where they are used: what `constants` gives and
+`bijection` takes may be arguments of a program, which models fitted to different data then share.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection
 from iresnet_jax.bijections.transforms.enclosure import Enclosure, affine, on_balls
@@ -24,6 +27,7 @@ _ROUNDING = 1e-5  # relative error of constants rounded to float32 and of their 
 SMALLEST_WITHIN = 1e-2  # least standard deviation within classes that `Whiten.fit` takes, in those of all data
 _REFINEMENTS = 2  # of the solution of a triangular system, by the digits of float64 each
 _TINY = 1e-300  # more than what products lose by underflow
+Constants = Mapping[str, Any]  # numbers of a transform in float64, by name, or such mappings
 SHRINKAGE = 1e-6  # least share by which correlations shrink: single precision inverts the factor
 
 
@@ -59,22 +63,42 @@ class Standardize:
         return cls(tuple(rows.mean(axis=0).tolist()), tuple(np.where(scale > 0, scale, 1).tolist()))
 
     @property
-    def entry_scales(self) -> tuple[float, ...]:
-        """Standard deviation of each entry."""
-        return self.scale
+    def standard(self) -> "Standardize":
+        """The identity of as many entries."""
+        return Standardize((0.0,) * len(self.mean), (1.0,) * len(self.mean))
 
-    def bijection(self) -> Bijection:
-        """The affine map; its log-determinant is ``-sum log(scale)``, once for each pixel of an image."""
+    def constants(self) -> Constants:
+        """What `bijection` computes with."""
+        scale = np.asarray(self.scale)
+        fixed = {"log_det": -np.sum(np.log(scale)), "inverse_lipschitz": inverse_bound(self)}
+        return {"mean": np.asarray(self.mean), "scale": scale, **fixed}
+
+    def entry_scales(self, constants: Constants | None = None) -> Any:
+        """Standard deviation of each entry."""
+        return (constants or self.constants())["scale"]
+
+    def bijection(self, constants: Constants | None = None) -> Bijection:
+        """The affine map; its log-determinant is ``-sum log(scale)``, once for each pixel of an image.
+
+        Args:
+            constants: Those of another `Standardize` of as many entries, in place of its own.
+        """
+        given = self.constants() if constants is None else constants
+
+        def parts(x):
+            shape = (1,) * (x.ndim - 1) + (-1,)
+            mean, scale, log_det = (jnp.asarray(given[name], x.dtype) for name in ("mean", "scale", "log_det"))
+            return mean.reshape(shape), scale.reshape(shape), jnp.full(len(x), np.prod(x.shape[1:-1]) * log_det, x.dtype)
 
         def forward_and_logdet(x):
-            mean, scale = self._constants(x)
-            return (x - mean) / scale, self._log_det(x)
+            mean, scale, log_det = parts(x)
+            return (x - mean) / scale, log_det
 
         def inverse_and_logdet(y):
-            mean, scale = self._constants(y)
-            return y * scale + mean, -self._log_det(y)
+            mean, scale, log_det = parts(y)
+            return y * scale + mean, -log_det
 
-        return exact_bijection(forward_and_logdet, inverse_and_logdet, inverse_lipschitz=self.bilipschitz().inverse)
+        return exact_bijection(forward_and_logdet, inverse_and_logdet, inverse_lipschitz=given["inverse_lipschitz"])
 
     def bilipschitz(self) -> BiLipschitz:
         """``1 / min(scale)`` and ``max(scale)``, rounded up."""
@@ -94,14 +118,6 @@ class Standardize:
         center = y * scale + mean
         errors = 2 * U * (np.abs(y * scale) + np.abs(center)) + _TINY
         return affine(center, errors, radius[:, None] * scale, np.full(len(y), max(self.scale)))
-
-    def _constants(self, x: Array) -> tuple[Array, Array]:
-        shape = (1,) * (x.ndim - 1) + (-1,)
-        return jnp.asarray(self.mean, x.dtype).reshape(shape), jnp.asarray(self.scale, x.dtype).reshape(shape)
-
-    def _log_det(self, x: Array) -> Float[Array, " b"]:
-        repeats = np.prod(x.shape[1:-1])
-        return jnp.full(len(x), -repeats * np.sum(np.log(self.scale)), x.dtype)
 
 
 @dataclass(frozen=True)
@@ -150,25 +166,42 @@ class Whiten:
         return cls(tuple(mean.tolist()), tuple(map(tuple, factor.tolist())))
 
     @property
-    def entry_scales(self) -> tuple[float, ...]:
-        """Standard deviation of each entry, of data within classes if labels were given."""
-        return tuple(np.linalg.norm(self.factor, axis=1).tolist())
+    def standard(self) -> "Whiten":
+        """The identity of as many entries."""
+        return Whiten((0.0,) * len(self.mean), tuple(map(tuple, np.eye(len(self.mean)).tolist())))
 
-    def bijection(self) -> Bijection:
-        """The affine map; its log-determinant is ``-sum log(diagonal of factor)``."""
-        factor, mean = np.asarray(self.factor), np.asarray(self.mean)
-        inverse = np.linalg.inv(factor)
-        log_det = -np.sum(np.log(np.diag(factor)))
+    def constants(self) -> Constants:
+        """What `bijection` computes with."""
+        factor = np.asarray(self.factor)
+        fixed = {"log_det": -np.sum(np.log(np.diag(factor))), "inverse_lipschitz": inverse_bound(self)}
+        return {"mean": np.asarray(self.mean), "factor": factor, "inverse": np.linalg.inv(factor), **fixed}
+
+    def entry_scales(self, constants: Constants | None = None) -> Any:
+        """Standard deviation of each entry, of data within classes if labels were given."""
+        factor = (constants or self.constants())["factor"]
+        return (factor**2).sum(axis=1) ** 0.5
+
+    def bijection(self, constants: Constants | None = None) -> Bijection:
+        """The affine map; its log-determinant is ``-sum log(diagonal of factor)``.
+
+        Args:
+            constants: Those of another `Whiten` of as many entries, in place of its own.
+        """
+        given = self.constants() if constants is None else constants
+
+        def parts(x, matrix):
+            mean, matrix, log_det = (jnp.asarray(given[name], x.dtype) for name in ("mean", matrix, "log_det"))
+            return mean[None], matrix.T, jnp.full(len(x), log_det, x.dtype)
 
         def forward_and_logdet(x):
-            y = (x - jnp.asarray(mean, x.dtype)[None]) @ jnp.asarray(inverse.T, x.dtype)
-            return y, jnp.full(len(x), log_det, x.dtype)
+            mean, inverse, log_det = parts(x, "inverse")
+            return (x - mean) @ inverse, log_det
 
         def inverse_and_logdet(y):
-            x = y @ jnp.asarray(factor.T, y.dtype) + jnp.asarray(mean, y.dtype)[None]
-            return x, jnp.full(len(y), -log_det, y.dtype)
+            mean, factor, log_det = parts(y, "factor")
+            return y @ factor + mean, -log_det
 
-        return exact_bijection(forward_and_logdet, inverse_and_logdet, inverse_lipschitz=self.bilipschitz().inverse)
+        return exact_bijection(forward_and_logdet, inverse_and_logdet, inverse_lipschitz=given["inverse_lipschitz"])
 
     def bilipschitz(self) -> BiLipschitz:
         """The reciprocal of the least and the largest singular value of ``factor``, rounded up."""
@@ -222,6 +255,12 @@ def shrunk_correlation(z: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "d d"]:
     signal = (correlation[off] ** 2).sum()
     share = 1.0 if signal == 0 else float(np.clip(variance / signal, SHRINKAGE, 1.0))
     return np.where(off, (1 - share) * correlation, 1.0)
+
+
+def inverse_bound(transform: Any) -> np.float64:
+    """The Lipschitz constant of a transform's inverse as a number, within the trace of a program, too."""
+    with jax.ensure_compile_time_eval():
+        return np.float64(transform.bilipschitz().inverse)
 
 
 def _bilipschitz(forward: float, inverse: float) -> BiLipschitz:

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 
 
 def make_loss(
-    draw: Callable[[Any, Any], Any] | None = None, noise: Float[np.ndarray, " d"] | None = None
+    draw: Callable[[Any, Any], Any] | None = None, *, has_noise: bool = False
 ) -> Callable[[Density, Any, StepKeys], Loss]:
     """The loss ``(model, (examples, contexts), keys) -> Loss``: the negative log-likelihood in the model's unit.
 
@@ -45,16 +45,17 @@ def make_loss(
 
     Args:
         draw: Sampler ``(key, placeholder) -> (example, context)`` of endless data; None takes those of the batch.
-        noise: Scale of the noise on each entry, see `noise_scales`; batches then have the size of each example's noise as their
-            third part, so that runs with noise of different sizes share a program. None adds no noise.
+        has_noise: Whether entries get noise of their `noise_scales`. Batches then have the size of each example's noise as
+            their third part, so that runs with noise of different sizes share a program.
     """
 
     def loss(model: Density, batch: Any, keys: StepKeys) -> Loss:
         key_draw, key_dequantise, key_probe = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys.examples), 1, 0)
         x, context, *sizes = batch if draw is None else jax.vmap(draw)(key_draw, batch)
-        if noise is not None:
+        if has_noise:
             drawn = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(key_draw)
-            x = _moved(model.spec, x, sizes[0][:, None] * noise[None] * drawn)
+            scales = noise_scales(model.spec, model.constants)
+            x = _moved(model, x, sizes[0][:, None] * scales[None] * drawn)
         model = model.with_(estimator=model.estimator.fix_length(keys.shared))
         terms = model.terms(x, key_dequantise, key_probe, context=context)
         value = jnp.mean(model.spec.in_units(terms.log_prob))
@@ -64,15 +65,17 @@ def make_loss(
     return loss
 
 
-def _moved(spec: DensitySpec, x: Any, noise: Any) -> Array:
+def _moved(model: Density, x: Any, noise: Any) -> Array:
     """Examples with noise; entries within bounds get theirs on the real line, so that they stay inside."""
-    if not isinstance(spec.transform, Bounded):
+    transform, constants = model.spec.transform, model.constants.get("transform")
+    if not isinstance(transform, Bounded):
         return x + noise
-    moved, _ = spec.transform.from_line(spec.transform.to_line(x)[0] + noise)
+    line, _ = transform.to_line(x, constants=constants)
+    moved, _ = transform.from_line(line + noise, constants=constants)
     return jnp.where(noise == 0, x, moved)  # values on a grid stay where they are
 
 
-def noise_scales(spec: DensitySpec) -> Float[np.ndarray, " d"]:
+def noise_scales(spec: DensitySpec, constants: Mapping[str, Any] | None = None) -> Float[Array, " d"]:
     """Standard deviations of entries, which noise of size 1 has: 1 without preprocessing, 0 for entries on a grid.
 
     Those of entries within bounds are in the units of the real line, see `Bounded.to_line`.
@@ -80,18 +83,24 @@ def noise_scales(spec: DensitySpec) -> Float[np.ndarray, " d"]:
     Training on few examples with noise is training on a kernel density of them (Rothfuss et al. 2019, sec. 4): it keeps the
     flow from enclosing each one by itself.
 
+    Args:
+        spec: The model.
+        constants: Numbers in place of those of the spec, as `Density.constants`.
+
     Raises:
         ValueError: If the data are not vectors whose scale the model knows.
     """
-    transform = spec.transform.then if isinstance(spec.transform, Bounded) else spec.transform
+    transform, own = spec.transform, (constants or {}).get("transform")
+    if isinstance(transform, Bounded):
+        transform, own = transform.then, own and own.get("then")
     if not isinstance(transform, Identity | Standardize | Whiten) or len(spec.flow.event_shape) != 1:
         raise ValueError(
             "config.augmentation.noise is for continuous vectors with preprocessing.transform standardize, whiten or none, got "
             f"{type(transform).__name__} of examples of shape {spec.flow.event_shape}"
         )
-    scales = np.ones(spec.flow.event_shape) if isinstance(transform, Identity) else transform.entry_scales
+    scales = np.ones(spec.flow.event_shape) if isinstance(transform, Identity) else transform.entry_scales(own)
     on_grid = np.zeros(spec.flow.event_shape, bool) if spec.grid is None else np.asarray(spec.grid.spacing) > 0
-    return np.where(on_grid, 0, np.asarray(scales)).astype(np.float32)
+    return jnp.where(on_grid, 0, jnp.asarray(scales, jnp.float32))
 
 
 class Validation:
@@ -213,7 +222,7 @@ def evaluate_examples(
     # that share a batch have to use all.
     is_alone = parallel.num_processes() == 1
     num_devices = 1 if is_alone and isinstance(model.estimator, ExactLogdet) and jax.default_backend() == "cpu" else None
-    return parallel.over_batches(_evaluate_batch, model, batch_of, len(examples), batch_size, num_devices=num_devices)
+    return parallel.over_batches(_evaluate_batch, model.shared(), batch_of, len(examples), batch_size, num_devices=num_devices)
 
 
 def _evaluate_batch(model: Density, batch: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
