@@ -49,7 +49,7 @@ FIGURES = {
     "densities": Entry(
         densities.figure,
         kept=None,
-        look="Each density beside its data: no negative log-likelihood is below the entropy of the data.",
+        look="Each density beside its data: no negative log-likelihood is below the entropy by more than its error.",
     ),
     "reconstructions": Entry(
         reconstructions.figure,

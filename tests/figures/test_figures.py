@@ -25,6 +25,7 @@ from iresnet_jax.figures import (
 from iresnet_jax.figures.blocks_of_models import loosest_block
 from iresnet_jax.figures.catalogue import FIGURES
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.runs import trained_run
 
@@ -116,8 +117,12 @@ def test_singular_values_are_those_of_the_matrix(kernel_shape, in_shape):
 
 
 def test_densities_are_not_below_the_entropy():
-    figure, [row] = densities.drawing_of([(TOYS["moons"], kept.model(kept.POINTS))], num_test=500, side=48)
+    model = kept.model(kept.POINTS)
+    assert isinstance(model, Density)
+    figure, [row] = densities.drawing_of([(TOYS["moons"], model)], num_test=500, side=48)
     assert row["nll_nats"] > row["entropy_nats"] - SIGMAS * row["stderr_nats"]
+    assert row["divergence_nats"] > -SIGMAS * row["divergence_stderr_nats"]
+    assert row["nll_nats"] - row["entropy_nats"] == pytest.approx(row["divergence_nats"], abs=SIGMAS * row["stderr_nats"])
     assert 0.5 < row["mass"] <= 1.02  # the picture need not hold all of it
     assert row["lipschitz_bound"] < 1
     assert len([axes for axes in figure.axes if axes.images]) == 2
@@ -177,7 +182,7 @@ def test_the_command_lists_every_figure_and_the_docs_show_it(capsys):
     assert main(["figure", "--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(FIGURES)
     page = (ROOT / "docs" / "figures.md").read_text()
-    assert not [name for name in FIGURES if f"**`{name}`" not in page]
+    assert not [name for name in FIGURES if f"**`{name}`" not in page or f"(figures/{name}.svg)" not in page]
     sizes = [path.stat().st_size for path in (ROOT / "docs" / "figures").glob("*.svg")]
     assert sum(sizes) < 350_000
 
