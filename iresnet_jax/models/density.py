@@ -664,9 +664,9 @@ class Density(Model):
         return {name: values for name, values in self.prior.items() if name != "class_logits"}
 
 
-def _bijection(part: Transform | Grid, constants: Any) -> Bijection:
+def _bijection(part: Any, constants: Any) -> Bijection:
     """The map of a part, with constants in place of its own if there are any."""
-    return part.bijection() if constants is None else part.bijection(constants)  # pyright: ignore[reportCallIssue]
+    return part.bijection() if constants is None else part.bijection(constants)
 
 
 # One program each: outside of ``jit``, every operation would be one of its own, and every loop one at every call.
