@@ -57,7 +57,7 @@ def fit(
         stage: Residual blocks.
         num_steps: Updates.
         batch_size: Points of an update.
-        seed: Of weights and points.
+        seed: Seed of weights and points.
     """
     key_points, key_weights, key_places = jax.random.split(jax.random.key(seed), 3)
     places, fitted = jax.random.randint(key_places, (num_steps, batch_size), 0, POOL), []
@@ -79,7 +79,7 @@ def drawing_of(fitted: Sequence[tuple[Toy, Density]], *, num_test: int = NUM_TES
         fitted: Toys and densities.
         num_test: Points for the likelihood and the picture of the data.
         side: Points of the density's grid along each axis.
-        seed: Of these points.
+        seed: Seed of the points.
     """
     rows, pictures = [], []
     for toy, model in fitted:

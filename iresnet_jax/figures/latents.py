@@ -57,7 +57,7 @@ def drawing_of(
         temperatures: Factors on the prior's scale; the last one also has its nearest training images.
         num_steps: Images from one to the other, both included, and columns of the drawing.
         num_samples: Samples for each temperature.
-        seed: Of the samples.
+        seed: Seed of the samples.
     """
     assert model.spec.num_levels is not None
     rows, strips = [], {}

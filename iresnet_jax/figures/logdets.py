@@ -62,7 +62,7 @@ def measure(
         products: Products with the Jacobian, of the roulette on average; at least 2.
         probes: Numbers of probes; one of them is 1.
         num_draws: Independent estimates of each example.
-        seed: Of the probes and the lengths.
+        seed: Seed of the probes and of the random lengths of series.
     """
     exact = np.asarray(dense_logdet(block.branch, block.x))
     num_dims, constant = math.prod(block.x.shape[1:]), block.lipschitz_bound

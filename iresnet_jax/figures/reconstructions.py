@@ -66,7 +66,7 @@ def fit(
         stages: Stages of the network.
         num_steps: Updates.
         batch_size: Images of an update.
-        seed: Of weights and batches.
+        seed: Seed of weights and batches.
     """
     assert digits.num_classes is not None
     assert digits.num_levels is not None

@@ -48,7 +48,7 @@ def measure(*, num_blocks: int = 20, width: int = 16, num_steps: int = 4000, see
         num_blocks: Residual blocks; even.
         width: Units of each of the two hidden layers of a branch.
         num_steps: Updates by Adam.
-        seed: Of the weights and the noise.
+        seed: Seed of the weights and of the noise on the examples.
     """
     spec = FeedforwardSpec((1,), (width, width), activation="elu")
     rows = []

@@ -233,8 +233,7 @@ def cut_length(num: int) -> int:
 
 def filled_length(num: int) -> int:
     """The shortest of the lengths of `cut_length` that is not below this one."""
-    step = 2 ** max(num.bit_length() - 5, 0)
-    return -(-num // step) * step
+    return cut_length(num + 2 ** max(num.bit_length() - 5, 0) - 1)
 
 
 def fill_up(rows: np.ndarray) -> np.ndarray:

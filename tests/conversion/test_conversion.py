@@ -131,7 +131,7 @@ class Network(NamedTuple):
         arrays: Its arrays.
         x: Data as the network takes them, channels first.
         latents: Latents, or features of a classifier.
-        logdet: Of the whole network, from data to latents; None of a classifier.
+        logdet: Log-determinant of the whole network, from data to latents; None of a classifier.
         head: Log-density of the prior, or logits.
     """
 
