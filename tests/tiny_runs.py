@@ -138,12 +138,12 @@ def _train_from_the_command_line(source, workdir, patch):
     (workdir / SAID).write_text("\n".join(said).replace(str(workdir), "RUN"))
 
 
-def _counted(parallelize, traces, step):
+def _counted(parallelize, traces, step, **options):
     def counted(*arguments):
         traces.append(1)
         return step(*arguments)
 
-    return parallelize(counted)
+    return parallelize(counted, **options)
 
 
 def shared(tmp_path_factory):

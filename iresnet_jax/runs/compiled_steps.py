@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.saved import Spec
+from iresnet_jax.runs import stored_programs
 from iresnet_jax.runs.config import Config, EvaluationConfig
-from iresnet_jax.training import parallel
 from iresnet_jax.training.step import TrainingStep
 from iresnet_jax.training.trainer import CompiledStep
 
@@ -44,7 +44,7 @@ class CompiledSteps:
         def compiled(training_step: TrainingStep) -> CompiledStep:
             # The estimator's number of terms may rise.
             key = settings, warmup, model, getattr(training_step.model, "estimator", None), jnp.result_type(float)
-            step = self._steps.pop(key, None) or parallel.parallelize(training_step)
+            step = self._steps.pop(key, None) or stored_programs.parallelize(training_step)
             self._steps[key] = step
             if len(self._steps) > self._most:
                 self._steps.popitem(last=False)

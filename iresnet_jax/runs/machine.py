@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import re
+from collections.abc import Iterable
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -150,37 +151,40 @@ def keep_compiled_programs() -> Path | None:
     """
     if _settings.jax_compilation_cache_dir is not None or not _settings.jax_enable_compilation_cache:
         return None
-    folder = user_folder() / "programs" / _processor()
+    folder = user_folder() / "programs" / processor()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # who can write there can have code run here
     except OSError:
         return None
     if not os.access(folder, os.W_OK):
         return None
-    _remove_oldest(folder)
+    remove_oldest(folder.glob("*-cache"), MOST_BYTES)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_S)
     compilation_cache.reset_cache()  # which programs that were compiled before have fixed
     return folder
 
 
-def _remove_oldest(folder: Path) -> None:
-    """Removes programs until the others take at most `MOST_BYTES`. JAX would look at every file before it writes one."""
+def remove_oldest(paths: Iterable[Path], most_bytes: int) -> None:
+    """Removes files that were not used for longest until the others take at most ``most_bytes``.
+
+    JAX, which can do so for its cache, would look at every file before it writes one.
+    """
     programs = []
-    for path in folder.glob("*-cache"):
+    for path in paths:
         with contextlib.suppress(OSError):  # another process has removed it
             found = path.stat()
             programs.append((max(found.st_atime, found.st_mtime), found.st_size, path))
     total = sum(size for _, size, _ in programs)
     for _, size, path in sorted(programs):
-        if total <= MOST_BYTES:
+        if total <= most_bytes:
             return
         with contextlib.suppress(OSError):
             path.unlink()
         total -= size
 
 
-def _processor() -> str:
+def processor() -> str:
     """A name for processors that can run each other's programs: homes are shared by unlike machines."""
     try:
         flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

@@ -27,12 +27,16 @@ AXIS = "batch"
 _is_alone = False
 
 
-def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> ParallelStep:
+def parallelize(
+    step_fn: Callable[[Any, Any], tuple[Any, Any]], *, find_program: Callable[..., Any] | None = None
+) -> ParallelStep:
     """Compiles a training step for all devices of all processes.
 
     Args:
         step_fn: ``(state, batch) -> (state, metrics)`` on one device's share of the batch. All it returns must be equal on all
             devices: ``pmean`` the loss, the gradients and all statistics over ``AXIS``.
+        find_program: ``(compiled, state, batch) ->`` the step's compiled program, which ``compiled()`` makes, for
+            `ParallelStep.compile`; by default it is made.
 
     Returns:
         The same function for this process's share of a batch, from `shard`. It donates the state that it is given.
@@ -43,21 +47,23 @@ def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> ParallelStep:
         >>> step = parallelize(step_fn)
         >>> state, metrics = step(jnp.zeros(()), shard(np.ones((8, 2), np.float32)))
     """
-    return ParallelStep(
-        jax.pmap(step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=(0,), devices=_devices())
+    mapped = jax.pmap(
+        step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=(0,), devices=_devices()
     )
+    return ParallelStep(mapped, find_program or (lambda compiled, *_: compiled()))
 
 
 class ParallelStep:
     """A training step for all devices, from `parallelize`."""
 
-    def __init__(self, mapped: Any):
-        self._mapped, self._is_compiled = mapped, False
+    def __init__(self, mapped: Any, find_program: Callable[..., Any]):
+        self._mapped, self._find_program, self._is_compiled = mapped, find_program, False
 
     def compile(self, state: Any, batch: Any) -> None:
         """Compiles the step for arrays of these shapes and dtypes, which need not exist yet; otherwise the first call does."""
         if not self._is_compiled:
-            self._mapped, self._is_compiled = platforms.compile_quickly(self._mapped, state, batch), True
+            compiled = functools.partial(platforms.compile_quickly, self._mapped, state, batch)
+            self._mapped, self._is_compiled = self._find_program(compiled, state, batch), True
 
     @property
     def program(self) -> str:

@@ -127,7 +127,7 @@ def test_programs_that_were_not_used_for_longest_make_room(tmp_path):
         path.touch()
         os.truncate(path, size)
         os.utime(path, (used, used))
-    machine._remove_oldest(tmp_path)
+    machine.remove_oldest(tmp_path.iterdir(), 2**30)
     assert {path.name for path in tmp_path.iterdir()} == {"new-cache", "newest-cache"}
 
 

@@ -22,16 +22,18 @@ import jax
 import jax.monitoring
 
 from iresnet_jax.data.cache import FOLDER_VARIABLE
+from iresnet_jax.runs.stored_programs import RETRIEVAL, parallelize
 
 COSTLIEST = 12  # programs and packages that are shown
 IMPORTS, COMPILING, READING, REST, PROGRAMS = "imports", "compiling", "reading", "rest", "programs"
-EVENTS = {  # of JAX, whose durations hold those of the events within them
+EVENTS = {  # of `jax.monitoring`, whose durations hold those of the events within them
     "/jax/core/compile/jaxpr_trace_duration": "tracing",
     "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowering",
     "/jax/core/compile/backend_compile_duration": COMPILING,
     "/jax/compilation_cache/cache_retrieval_time_sec": READING,
+    RETRIEVAL: READING,
 }
-WORK = (IMPORTS, *EVENTS.values())
+WORK = (IMPORTS, *dict.fromkeys(EVENTS.values()))
 _IMPORTED = re.compile(r"import time:\s+(\d+) \|\s+\d+ \|\s*(\S+)")  # of ``python -X importtime``: microseconds and the module
 _IMPORTS_ENDED = "iresnet_jax: imports ended"
 _CHILD = "import time; now = time.time(); from iresnet_jax.runs.planning.start import record; record(now)"
@@ -170,7 +172,7 @@ class _Work:
         start, kind, work = time.time() - duration_secs, EVENTS[event], dict[str, float]()
         while self._ended and self._ended[-1][0] >= start:
             _add(work, self._ended.pop()[2])
-        _add(work, {kind: duration_secs - _seconds(work), PROGRAMS: float(kind == COMPILING)})
+        _add(work, {kind: duration_secs - _seconds(work), PROGRAMS: float(kind == COMPILING or event == RETRIEVAL)})
         self._ended.append((start, str(about.get("fun_name")), work))
 
     def take(self) -> Iterator[tuple[str, dict[str, float]]]:
@@ -201,7 +203,6 @@ def record(began: float) -> None:
         import iresnet_jax.models.linen  # noqa: F401 (which the initial state imports late)
         from iresnet_jax.data.batches import device_batches
         from iresnet_jax.runs import allocator, command_line, loop, machine, model_from_config, objective_from_config
-        from iresnet_jax.training import parallel
 
         print(_IMPORTS_ENDED, file=sys.stderr, flush=True)
         allocator.collect_garbage_rarely()
@@ -221,7 +222,7 @@ def record(began: float) -> None:
         state = jax.block_until_ready(objective.initial_state())
     with part("first step"):
         batches = device_batches(objective.examples, seed=config.seed, batch_size=config.training.batch_size)
-        step, batch = parallel.parallelize(objective.training_step), next(batches)
+        step, batch = parallelize(objective.training_step), next(batches)
         step.compile(state, batch)
         jax.block_until_ready(step(state, batch))
     print(json.dumps({"ends": ends, "cpu_seconds": time.process_time(), "work": parts, "programs": programs}))

@@ -6,7 +6,7 @@ import pytest
 from iresnet_jax.runs.planning import start
 from iresnet_jax.runs.planning.start import Start, Starts
 
-TRACE, LOWER, COMPILE, READ = start.EVENTS
+TRACE, LOWER, COMPILE, READ, READ_STORED = start.EVENTS
 CONFIG = """
 from iresnet_jax.runs.config import default_config
 
@@ -46,10 +46,12 @@ def test_work_within_work_counts_once_and_for_the_outermost_program(monkeypatch)
     ends(LOWER, 4.0, 5.0, fun_name="jit(outer)")
     ends(READ, 5.5, 7.0)
     ends(COMPILE, 5.0, 7.5, fun_name="jit_outer")
-    traced, lowered, read = work.take()
+    ends(READ_STORED, 8.0, 9.0, fun_name="stored program")
+    traced, lowered, read, stored = work.take()
     assert traced == ("outer", {"tracing": 3.5, "compiling": 0.5, "programs": 1.0})
     assert lowered == ("outer", {"lowering": 1.0, "programs": 0.0})
     assert read == ("outer", {"reading": 1.5, "compiling": 1.0, "programs": 1.0})
+    assert stored == ("stored program", {"reading": 1.0, "programs": 1.0})
     assert not list(work.take())
 
 
@@ -66,8 +68,14 @@ def test_lines_and_columns_of_a_table_add_up():
     assert "first step after 9.50 s, 9.00 s of processors" in str(Starts(cold, cold))
 
 
-def test_a_start_is_measured_in_a_process_of_its_own(config_file, tmp_path):
-    found = start._started(["--config", str(config_file)], str(tmp_path))
+@pytest.fixture
+def starts(config_file, tmp_path):
+    """A start in a process of its own, and one that finds what it left."""
+    return [start._started(["--config", str(config_file)], str(tmp_path)) for _ in range(2)]
+
+
+def test_starts_are_measured_in_processes_of_their_own(starts):
+    found, again = starts
     assert [*found.seconds] == ["Python", "imports", "devices", "data", "model", "initial state", "first step"]
     assert all(seconds >= 0 for seconds in found.seconds.values())
     assert found.work["first step"]["programs"] == 1
@@ -77,3 +85,7 @@ def test_a_start_is_measured_in_a_process_of_its_own(config_file, tmp_path):
         assert start._seconds(work) <= found.seconds[part]
     of_parts = sum(start._seconds(work) for part, work in found.work.items() if part != "imports")
     assert sum(map(start._seconds, found.programs.values())) == pytest.approx(of_parts)
+
+    assert again.work["first step"]["programs"] == 1
+    assert again.work["first step"].keys() == {"reading", "programs"}  # the step is neither traced nor lowered
+    assert again.programs["first step: stored program"]["programs"] == 1

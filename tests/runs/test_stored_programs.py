@@ -1,0 +1,131 @@
+"""Programs that were stored give the bits of those that are traced; what cannot be read or written does no harm."""
+
+import os
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from iresnet_jax.runs import program_keys, stored_programs
+from iresnet_jax.training import parallel
+
+BATCH = np.linspace(-1, 1, 24, dtype=np.float32).reshape(8, 3)
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    """Where programs are stored, from a cache of their own. The functions of this file count as the package's."""
+    monkeypatch.setattr(program_keys, "PACKAGES", (*program_keys.PACKAGES, __name__.partition(".")[0]))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+
+    def use(*values):
+        for name, value in zip(names, values, strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    use(str(tmp_path), 0.0)
+    yield tmp_path / stored_programs.FOLDER
+    use(*before.values())
+
+
+def trained(factor=1.0, num_devices=2):
+    """The state and the metrics after three steps, and how often a step was traced."""
+    traces = []
+
+    def step(state, batch):
+        traces.append(1)
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), state["step"]), batch.shape)
+        loss, gradient = jax.value_and_grad(lambda w: jnp.mean(jnp.tanh((batch + noise) @ w) ** 2))(state["w"])
+        loss, gradient = jax.lax.pmean((loss, gradient), parallel.AXIS)
+        return {"w": state["w"] - factor * gradient, "step": state["step"] + 1}, {"loss": loss}
+
+    batch = parallel.shard(BATCH, num_devices=num_devices)
+    state, metrics = {"w": jnp.ones(3), "step": jnp.int32(0)}, {}
+    run = stored_programs.parallelize(step)
+    run.compile(state, batch)
+    for _ in range(3):
+        state, metrics = run(state, batch)
+    return jax.device_get((state, metrics)), len(traces)
+
+
+def assert_alike(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_stored_step_gives_the_bits_of_a_traced_one_and_is_not_traced(folder, num_devices):
+    expected, num_traces = trained(num_devices=num_devices)
+    assert num_traces == 1
+    [path] = folder.iterdir()
+    path.touch()
+    os.utime(path, (1, 1))
+    found, num_traces = trained(num_devices=num_devices)
+    assert num_traces == 0
+    assert_alike(found, expected)
+    assert path.stat().st_mtime > 1  # it was used, and is not among those that make room
+
+
+def test_another_step_is_not_taken_for_it(folder):
+    trained()
+    assert trained(factor=2.0)[1] == 1
+    assert len([*folder.iterdir()]) == 2
+
+
+def test_a_damaged_or_foreign_file_is_replaced(folder):
+    expected, _ = trained()
+    [path] = folder.iterdir()
+    whole = path.read_bytes()
+    trained(factor=2.0)
+    [other] = {*folder.iterdir()} - {path}
+    for content in (b"", whole[:-1], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], other.read_bytes()):
+        path.write_bytes(content)
+        for cached in folder.parent.glob("*-cache"):
+            cached.unlink()  # of JAX's programs, of which it could not store one
+        found, num_traces = trained()
+        assert num_traces == 1
+        assert_alike(found, expected)
+        assert trained()[1] == 0
+
+
+def test_a_program_of_jax_s_cache_is_used_and_not_stored(folder):
+    """jaxlib 0.10 would serialise a part of it."""
+    expected, _ = trained()
+    [path] = folder.iterdir()
+    path.unlink()
+    found, num_traces = trained()
+    assert num_traces == 1
+    assert_alike(found, expected)
+    assert not [*folder.iterdir()]
+
+
+def test_a_disk_that_cannot_be_written_or_has_no_space_stops_nothing(folder, monkeypatch):
+    folder.touch()
+    trained()
+    assert not folder.read_bytes()
+    folder.unlink()
+
+    def full(path):
+        raise OSError("no space")
+
+    monkeypatch.setattr(stored_programs, "replacing", full)
+    trained(factor=2.0)
+    assert not [*folder.iterdir()]
+
+
+@pytest.mark.parametrize("reason", ["no cache", "switched off", "remote", "several processes", "unknown origin"])
+def test_nothing_is_stored_where_that_is_not_wanted_or_cannot_be(folder, monkeypatch, reason):
+    settings = {"jax_compilation_cache_dir": str(folder.parent), "jax_enable_compilation_cache": reason != "switched off"}
+    settings["jax_compilation_cache_dir"] = {"no cache": None, "remote": "gs://bucket"}.get(reason, str(folder.parent))
+    monkeypatch.setattr(stored_programs, "_settings", SimpleNamespace(**settings))
+    if reason == "several processes":
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+    if reason == "unknown origin":
+        monkeypatch.setattr(program_keys, "PACKAGES", ("jax",))
+    step = stored_programs.find(trained, lambda: "compiled", jnp.ones(1))
+    assert step == "compiled"
+    assert not folder.exists()
