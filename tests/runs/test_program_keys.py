@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+from dataclasses import replace
 from types import MethodType, SimpleNamespace
 
 import jax
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from iresnet_jax.maths import platforms
+from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.runs import program_keys
+from iresnet_jax.runs.config import Config, ConstraintConfig, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from iresnet_jax.runs.program_keys import UnknownError, described, key_of
 
 ROWS = jax.ShapeDtypeStruct((4, 2), jnp.float32)
@@ -20,7 +23,7 @@ ROWS = jax.ShapeDtypeStruct((4, 2), jnp.float32)
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
     """The functions of this file count as the package's."""
-    monkeypatch.setattr(program_keys, "PACKAGES", ("jax", "jaxlib", "numpy", __name__.partition(".")[0]))
+    monkeypatch.setattr(program_keys, "PACKAGES", (*program_keys.PACKAGES, __name__.partition(".")[0]))
 
 
 def scaled(factor, *, shift=0.0):
@@ -65,6 +68,19 @@ def itself(factor):
 )
 def test_other_functions_have_other_keys(function):
     assert described(function) != described(scaled(2.0))
+
+
+@pytest.mark.parametrize("name", ["seed", "data", "model", "constraint", "optimizer", "training"])
+def test_other_settings_have_other_keys(name):
+    changed = {
+        "seed": 1,
+        "data": DataConfig("moons"),
+        "model": ModelConfig(stages=(StageSpec(num_blocks=5),)),
+        "constraint": ConstraintConfig(rtol=0.1),
+        "optimizer": OptimizerConfig(learning_rate=1.0),
+        "training": TrainingConfig(ema_decay=0.5),
+    }
+    assert described(replace(Config(), **{name: changed[name]})) != described(Config())
 
 
 @pytest.mark.parametrize("value", [2.0, np.arange(3.0), {"b": 1, "a": None}, {"x", "y", "z"}, SimpleNamespace, b"a"])
