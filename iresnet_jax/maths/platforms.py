@@ -51,10 +51,15 @@ def quick_options() -> dict[str, int | bool]:
     return {name: value for name, value in QUICK.items() if name not in flags} if platform() == "cpu" else {}
 
 
-def compile_quickly(mapped: Any, *arguments: Any) -> Any:
-    """The compiled program of a jitted function for such arguments, by `quick_options`."""
+def lower_quickly(mapped: Any, *arguments: Any) -> Any:
+    """The program of a jitted function for such arguments, for `compile_quickly`."""
     with _speed("quick"):
-        return mapped.lower(*arguments).compile(compiler_options=quick_options() or None)
+        return mapped.lower(*arguments)
+
+
+def compile_quickly(lowered: Any) -> Any:
+    """The compiled program of `lower_quickly`, by `quick_options`."""
+    return lowered.compile(compiler_options=quick_options() or None)
 
 
 def quick_jit(function: Callable[..., Any], *, static_argnums: tuple[int, ...] = ()) -> Callable[..., Any]:

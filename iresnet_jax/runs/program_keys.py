@@ -58,8 +58,8 @@ def key_of(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
     return repr((described(function), described(structure), kinds, environment())).encode()
 
 
-def environment() -> dict[str, Any]:
-    """What all programs of this process depend on.
+def environment(*, with_sources: bool = True) -> dict[str, Any]:
+    """What all programs of this process depend on, or without the sources of this package what compiling them depends on.
 
     Raises:
         UnknownError: If a source file of this package was changed since this process has imported it.
@@ -67,7 +67,7 @@ def environment() -> dict[str, Any]:
     devices, values = jax.local_devices(), _settings.values
     return {
         "versions": (sys.version, *map(version, LIBRARIES)),
-        "sources": _hash_of_sources(_newest_source()),
+        "sources": _hash_of_sources(_newest_source()) if with_sources else "",
         "devices": [(device.platform, device.device_kind, device.id) for device in devices],
         "runtime": (devices[0].client.platform_version, machine.processor(), num_cores()),
         "platform": (platforms.platform(), sorted(platforms.quick_options().items())),

@@ -1,8 +1,9 @@
 """Compiled programs on disk that a later process finds without tracing what an earlier one has traced.
 
 JAX's cache on disk spares a start the compiling alone: a process has to trace and lower a program to look for it. A file here
-is found by the key of `program_keys`, and holds the executable as JAX serialises it. A program without a key, such as one with
-a branch of one's own, is traced at every start.
+is found by the key of `program_keys`. It names another one by the text of the lowered program, which holds the executable as
+JAX serialises it, and which changed sources find as well if they lower to the same. A program without a key, such as one with a
+branch of one's own, is traced at every start.
 
 The files lie in the subfolder `FOLDER` of JAX's cache, if that is switched on, local, and used by one process. They hold
 pickles and machine code: trust them as far as those of JAX's cache. A damaged or foreign file counts as none.
@@ -25,8 +26,9 @@ import jax.monitoring
 from jax.experimental import serialize_executable
 
 from iresnet_jax.atomic_files import replacing
+from iresnet_jax.maths import platforms
 from iresnet_jax.runs import machine
-from iresnet_jax.runs.program_keys import key_of
+from iresnet_jax.runs.program_keys import described, environment, key_of
 from iresnet_jax.training import parallel
 
 FOLDER = "traced"
@@ -42,49 +44,54 @@ def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> parallel.Para
     return parallel.parallelize(step_fn, find_program=functools.partial(find, step_fn))
 
 
-def find(function: Callable[..., Any], compiled: Callable[[], Any], *arguments: Any) -> Any:
-    """A compiled program from disk, or else ``compiled()``, which is then left there.
+def find(function: Callable[..., Any], lower: Callable[[], Any], *arguments: Any) -> Any:
+    """A compiled program from disk, or else one that is compiled by `platforms.compile_quickly` and left there.
 
     Args:
         function: What is compiled.
-        compiled: Compiles it for the arguments, and returns what ``jax.stages.Lowered.compile`` does.
+        lower: Traces and lowers it for the arguments, and returns a `jax.stages.Lowered`.
         arguments: Arrays, or their shapes and dtypes.
     """
     directory = _settings.jax_compilation_cache_dir
     # Several processes would have to find the same ones: JAX's cache, which they share, knows how to.
     if not directory or "://" in str(directory) or not _settings.jax_enable_compilation_cache or jax.process_count() > 1:
-        return compiled()
+        return platforms.compile_quickly(lower())
     try:
-        key = key_of(function, arguments)
+        folder, key = Path(directory, FOLDER), key_of(function, arguments)
     except Exception:  # `program_keys.UnknownError`, and whatever an object that is none of ours raises when it is looked at
-        return compiled()
-    path = Path(directory, FOLDER, hashlib.sha256(key).hexdigest())
+        return platforms.compile_quickly(lower())
     with contextlib.suppress(Exception):  # there is no list of what damaged files raise
-        return _read(path, key, arguments)
+        return _program(folder, _read(folder, key), arguments)
+    lowered = lower()
+    try:
+        text = repr((lowered.as_text(), described(lowered.out_tree), environment(with_sources=False)))
+    except Exception:
+        return platforms.compile_quickly(lowered)
+    own = hashlib.sha256(text.encode()).digest()
+    with contextlib.suppress(Exception):
+        program = _program(folder, own, arguments)
+        _write(folder, key, own)
+        return program
     with _events() as events:
-        program = compiled()
+        program = platforms.compile_quickly(lowered)
     if COMPILED in events:  # of a program from its cache, jaxlib 0.10 serialises but a part
         with contextlib.suppress(Exception):  # a full disk, or a program that JAX cannot serialise
-            _write(path, key, program)
+            _write(folder, own, _serialized(program))
+            _write(folder, key, own)
     return program
 
 
-def _read(path: Path, key: bytes, arguments: tuple[Any, ...]) -> Any:
+def _program(folder: Path, key: bytes, arguments: tuple[Any, ...]) -> Any:
     began = time.time()
-    digest, packed = (content := path.read_bytes())[:32], content[32:]
-    if digest != hashlib.sha256(key + packed).digest():
-        raise ValueError(f"{path} is damaged")
-    serialized, out_tree, num_devices = pickle.loads(zlib.decompress(packed))
+    serialized, out_tree, num_devices = pickle.loads(_read(folder, key))
     program = serialize_executable.deserialize_and_load(
         serialized, jax.tree.structure((arguments, {})), out_tree, execution_devices=jax.local_devices()[:num_devices]
     )
-    with contextlib.suppress(OSError):
-        os.utime(path)
     jax.monitoring.record_event_duration_secs(RETRIEVAL, time.time() - began, fun_name="stored program")
     return program
 
 
-def _write(path: Path, key: bytes, program: Any) -> None:
+def _serialized(program: Any) -> bytes:
     serialized, _, out_tree = serialize_executable.serialize(program)
     placements = jax.tree.leaves((program.input_shardings, program.output_shardings))
     first = jax.local_devices()[: len(placements[0].device_set)]
@@ -92,11 +99,26 @@ def _write(path: Path, key: bytes, program: Any) -> None:
         mesh = getattr(placement, "mesh", None)
         if first != [*(placement.device_set if mesh is None else mesh.devices.flat)]:
             raise ValueError("the program is one of other devices than the first ones in their order")
-    packed = zlib.compress(pickle.dumps((serialized, out_tree, len(first))), 1)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with replacing(path) as incoming:
+    return pickle.dumps((serialized, out_tree, len(first)))
+
+
+def _read(folder: Path, key: bytes) -> bytes:
+    """What was written by this key."""
+    path = folder / hashlib.sha256(key).hexdigest()
+    digest, packed = (content := path.read_bytes())[:32], content[32:]
+    if digest != hashlib.sha256(key + packed).digest():
+        raise ValueError(f"{path} is damaged")
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    return zlib.decompress(packed)
+
+
+def _write(folder: Path, key: bytes, content: bytes) -> None:
+    packed = zlib.compress(content, 1)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with replacing(folder / hashlib.sha256(key).hexdigest()) as incoming:
         incoming.write_bytes(hashlib.sha256(key + packed).digest() + packed)
-    machine.remove_oldest(path.parent.iterdir(), MOST_BYTES)
+    machine.remove_oldest(folder.iterdir(), MOST_BYTES)
 
 
 @contextlib.contextmanager

@@ -35,8 +35,8 @@ def parallelize(
     Args:
         step_fn: ``(state, batch) -> (state, metrics)`` on one device's share of the batch. All it returns must be equal on all
             devices: ``pmean`` the loss, the gradients and all statistics over ``AXIS``.
-        find_program: ``(compiled, state, batch) ->`` the step's compiled program, which ``compiled()`` makes, for
-            `ParallelStep.compile`; by default it is made.
+        find_program: ``(lower, state, batch) ->`` the step's compiled program, which ``lower()`` returns before it is compiled,
+            for `ParallelStep.compile`; by default it is compiled.
 
     Returns:
         The same function for this process's share of a batch, from `shard`. It donates the state that it is given.
@@ -50,7 +50,7 @@ def parallelize(
     mapped = jax.pmap(
         step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=(0,), devices=_devices()
     )
-    return ParallelStep(mapped, find_program or (lambda compiled, *_: compiled()))
+    return ParallelStep(mapped, find_program or (lambda lower, *_: platforms.compile_quickly(lower())))
 
 
 class ParallelStep:
@@ -62,8 +62,8 @@ class ParallelStep:
     def compile(self, state: Any, batch: Any) -> None:
         """Compiles the step for arrays of these shapes and dtypes, which need not exist yet; otherwise the first call does."""
         if not self._is_compiled:
-            compiled = functools.partial(platforms.compile_quickly, self._mapped, state, batch)
-            self._mapped, self._is_compiled = self._find_program(compiled, state, batch), True
+            lower = functools.partial(platforms.lower_quickly, self._mapped, state, batch)
+            self._mapped, self._is_compiled = self._find_program(lower, state, batch), True
 
     @property
     def program(self) -> str:

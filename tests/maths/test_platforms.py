@@ -40,7 +40,7 @@ def test_the_compiler_knows_the_options(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     quick = platforms.quick_jit(lambda x, power: x**power, static_argnums=(1,))
     np.testing.assert_array_equal(quick(jnp.arange(3.0), 2), [0, 1, 4])
-    compiled = platforms.compile_quickly(jax.jit(jnp.sin), jnp.ones(3))
+    compiled = platforms.compile_quickly(platforms.lower_quickly(jax.jit(jnp.sin), jnp.ones(3)))
     np.testing.assert_allclose(compiled(jnp.ones(3)), np.sin(np.ones(3)), rtol=1e-6)
 
 
