@@ -143,8 +143,10 @@ def device_summary() -> str:
 def keep_compiled_programs() -> Path | None:
     """Switches on JAX's cache of compiled programs on disk: the next process finds what this one compiles from now on.
 
-    The first step of a run waits for its program to be compiled. Settings of JAX take precedence: ``JAX_COMPILATION_CACHE_DIR``
-    names another folder, ``JAX_ENABLE_COMPILATION_CACHE=false`` switches the cache off.
+    `ir.fit`, `ir.train`, `train.py` and the commands call it. A process that only loads a model leaves JAX's settings alone:
+    call it there before the model computes, and the next process compiles nothing for its first ``log_prob`` or
+    ``sample``. Settings of JAX take precedence: ``JAX_COMPILATION_CACHE_DIR`` names another folder,
+    ``JAX_ENABLE_COMPILATION_CACHE=false`` switches the cache off.
 
     Returns:
         The folder, under the user's cache folder; None if JAX's own settings hold, or the folder cannot be written.
