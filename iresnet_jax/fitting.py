@@ -35,7 +35,7 @@ from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.loop import check_batch_size, train
 from iresnet_jax.runs.machine import ignore_missing_tpu, keep_compiled_programs, prepare_backend, start_backend
 from iresnet_jax.runs.metrics import Lines, read_metrics
-from iresnet_jax.runs.model_from_config import model_spec
+from iresnet_jax.runs.model_from_config import identity_context, model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_interactive
 from iresnet_jax.training.constraint import certified_model
@@ -258,7 +258,8 @@ def _fit_in_memory(config: Config, data: DataSet, say: Say, stop: StopRequests, 
     best = trainer.best
     assert best is not None
     params, batch_stats = jax.device_put((best.ema, best.batch_stats))
-    model = certified_model(spec, params, batch_stats, config.evaluation.solver())
+    given = identity_context(config)
+    model = certified_model(spec, params, batch_stats, config.evaluation.solver(), given=given)
     model = model.with_(history=History.from_records(trainer.records, best.step))
     if stop.received:
         say(f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}: the best model so far")

@@ -314,6 +314,16 @@ class BranchSpec(ABC):
         """Names of the closed forms that save time: "trace", "jacobian", "logdet", "diagonal", of ``(weights, x, context)``."""
         return frozenset()
 
+    def folded(self, weights: Weights, context: Float[Array, " k"]) -> Weights:
+        """Weights of ``x -> g(x; context)`` as a branch without contexts, with the same bounds.
+
+        Raises:
+            ValueError: If the kind does not define it.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not say what a branch is under one context: go on giving context=..., or define folded"
+        )
+
     def negated(self, weights: Weights) -> Weights | None:
         """Weights of ``-g``, all closed forms included; None for a kind that leaves that to a factor on its output."""
         del weights

@@ -297,6 +297,16 @@ class FeedforwardSpec(BranchSpec):
 
     # ------------------------------------------------------------------------------------------ what it knows more
 
+    def folded(self, weights: Weights, context: Float[Array, " k"]) -> Weights:
+        """Every layer's map of the context is added to its bias."""
+
+        def without_context(own: Mapping[str, Array]) -> dict[str, Array]:
+            bias, shift = own["bias"], context @ own["context"]
+            shifted = bias + shift.reshape((1,) * (bias.ndim - 1) + shift.shape).astype(bias.dtype)
+            return {**{name: value for name, value in own.items() if name != "context"}, "bias": shifted}
+
+        return {name: without_context(own) for name, own in weights.items()}
+
     def negated(self, weights: Weights) -> Weights:
         """The last layer's kernel, bias and map of contexts change their sign, and its other parameters stay."""
         last, linear = self.layers[-1].name, ("kernel", "bias", "context")

@@ -1,13 +1,18 @@
-"""Random changes of training images that keep their class: pure functions for use inside a jitted training step.
+"""Random changes of training images: pure functions for use inside a jitted training step.
 
 Every example has its own key, so a result depends neither on the batch that an example is in nor on the number of devices. The
-usual augmentation of CIFAR-10 is `crop_and_flip`; digits and house numbers must not be flipped.
+usual augmentation of CIFAR-10 is `crop_and_flip`, which keeps classes; digits and house numbers must not be flipped. A density
+may see images that are changed in any way, if it is told how, see `transformed`.
 """
+
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Key, Shaped
+from jaxtyping import Array, Float, Key, Shaped
+
+IDENTITY_SHARE = 0.5  # of images that `transformed` leaves as they are
 
 
 def random_crop(keys: Key[Array, " b"], images: Shaped[Array, "b h w c"], *, padding: int = 4) -> Shaped[Array, "b h w c"]:
@@ -52,3 +57,58 @@ def crop_and_flip(keys: Key[Array, " b"], images: Shaped[Array, "b h w c"], *, p
     """
     key_pairs = jax.vmap(jax.random.split)(keys)
     return random_flip(key_pairs[:, 1], random_crop(key_pairs[:, 0], images, padding=padding))
+
+
+def _moved(down: int, right: int) -> Callable[[Array], Array]:
+    """Moves an image by so many pixels; what comes in is zero."""
+    return lambda image: lax.pad(image, image.dtype.type(0), ((down, -down, 0), (right, -right, 0), (0, 0, 0)))
+
+
+TRANSFORMATIONS: dict[str, Callable[[Array], Array]] = {
+    "left": _moved(0, -1),
+    "right": _moved(0, 1),
+    "up": _moved(-1, 0),
+    "down": _moved(1, 0),
+    "mirror": lambda image: image[:, ::-1],
+    "upside_down": lambda image: image[::-1],
+    "turn": lambda image: image[::-1, ::-1],
+    "transpose": lambda image: image.swapaxes(0, 1),
+}
+
+
+def check_transformations(names: Sequence[str]) -> None:
+    """Raises ``ValueError`` unless the names are among `TRANSFORMATIONS`, each at most once."""
+    if not set(names) <= set(TRANSFORMATIONS) or len(set(names)) < len(names):
+        raise ValueError(f"transformations must be some of {', '.join(TRANSFORMATIONS)}, each once, got {tuple(names)}")
+
+
+def transformed(
+    keys: Key[Array, " b"], images: Shaped[Array, "b h w c"], names: Sequence[str]
+) -> tuple[Shaped[Array, "b h w c"], Float[Array, "b k"]]:
+    """Changes each image by a random transformation, and says by which one (Jun et al. 2020).
+
+    A density ``p(T(x) | T)`` that is trained on both learns from more images than there are, and is ``p(x)`` at the identity,
+    which has the probability `IDENTITY_SHARE`; all others are equally likely.
+
+    Args:
+        keys: Randomness of each image.
+        images: The images.
+        names: Transformations, see `TRANSFORMATIONS`.
+
+    Returns:
+        The images, and for each one a vector with a 1 at the place of its transformation, or of zeros if it is as it was.
+
+    Raises:
+        ValueError: If images that are not square are to be transposed.
+    """
+    if "transpose" in names and images.shape[1] != images.shape[2]:
+        raise ValueError(f"the transformation transpose is for square images, got {images.shape[1]}x{images.shape[2]}")
+    changes = [lambda image: image, *(TRANSFORMATIONS[name] for name in names)]
+
+    def of_example(key, image):
+        key_changed, key_which = jax.random.split(key)
+        is_changed = jax.random.uniform(key_changed) >= IDENTITY_SHARE
+        which = jnp.where(is_changed, jax.random.randint(key_which, (), 1, len(changes)), 0)
+        return lax.switch(which, changes, image), jax.nn.one_hot(which - 1, len(names))  # zeros at -1
+
+    return jax.vmap(of_example)(keys, images)

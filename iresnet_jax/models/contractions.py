@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.branches.branch import Branch, BranchSpec, ConstrainedBranch
@@ -208,6 +209,31 @@ def _with_bounds(spec: FlowSpec, params: Tree, of_block: Callable[[BranchSpec, T
         scale, of_branch = _parts(stage, params)
         weights[stage.name] = Block(scale, jax.lax.map(functools.partial(of_block, stage.branch), of_branch).sealed())
     return weights
+
+
+def under_context(spec: FlowSpec, weights: FlowWeights, context: Float[Array, " k"]) -> dict[str, Block]:
+    """Weights without contexts of a conditional flow given one context; kernels stay, and so do their bounds.
+
+    Args:
+        spec: The flow without contexts.
+        weights: Weights of the conditional flow.
+        context: The context as the flow takes it.
+
+    Raises:
+        ValueError: If a branch does not define `BranchSpec.folded`.
+    """
+    found = dict(weights)
+    for stage in spec.layout:
+        block = weights[stage.name]
+        folded = _folded(block.branch.spec, block.branch.weights, context)
+        branch = dataclasses.replace(block.branch, spec=stage.branch, weights=folded)
+        found[stage.name] = block._replace(branch=branch if branch.seal is None else branch.sealed())
+    return found
+
+
+@functools.partial(quick_jit, static_argnums=(0,))
+def _folded(branch: BranchSpec, weights: Tree, context: Float[Array, " k"]) -> Tree:
+    return jax.vmap(branch.folded, in_axes=(0, None))(weights, context)
 
 
 def rounded_to_bfloat16(weights: FlowWeights) -> dict[str, Block]:

@@ -45,7 +45,7 @@ from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.columns import Frame, numbers_of, table_of
 from iresnet_jax.models.contexts import Network, apply_network, initial_network
-from iresnet_jax.models.contractions import FlowWeights, as_params
+from iresnet_jax.models.contractions import FlowWeights, as_params, under_context
 from iresnet_jax.models.density_spec import DensitySpec, Transform
 from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
@@ -265,6 +265,37 @@ class Density(Model):
         spec = dataclasses.replace(self.spec, flow=dataclasses.replace(self.spec.flow, noise=None), num_levels=None, grid=None)
         own = {stage.name: self.weights[stage.name] for stage in spec.flow.layout if self.weights}
         return self.with_(spec=spec, weights=own, noise_network={})
+
+    def given(self, context: Contexts) -> "Density":
+        """The density ``x -> p(x | context)`` of a conditional model as a model that takes no contexts.
+
+        It is the same function: the shift of a layer by the context is added to its bias. Bounds stay, as no kernel changes. It
+        can be saved, certified and trained further like any other.
+
+        Args:
+            context: One context ``(k,)``; of a model with contexts of length 1 a number, too.
+
+        Raises:
+            ValueError: If the model takes no contexts or none of this shape, or has branches of one's own.
+
+        Example:
+            >>> posterior = model.given(observation)  # doctest: +SKIP
+            >>> posterior.log_prob(x)  # equals model.log_prob(x, context=observation)  # doctest: +SKIP
+        """
+        dim, vector = self.spec.context_dim, context_vectors(context, self.spec.context_dim)
+        if not dim:
+            raise ValueError("the model takes no contexts: there is none that it could be given")
+        if vector.shape != (dim,):
+            raise ValueError(f"the model must be given one context of shape ({dim},), got shape {np.shape(context)}")
+        flow = dataclasses.replace(self.spec.flow, context_dim=0)
+        scaled = self.scale_context(vector[None])
+        assert scaled is not None
+        return self.with_(
+            spec=dataclasses.replace(self.spec, flow=flow, context=None, context_hidden=()),
+            weights=under_context(flow, self.weights, scaled[0]),
+            network={},
+            constants={name: numbers for name, numbers in self.constants.items() if name != "context"},
+        )
 
     # ------------------------------------------------------------------------------------------------ likelihood
 

@@ -23,6 +23,7 @@ from iresnet_jax.checked_dataclasses import (
     Range,
     from_plain,
 )
+from iresnet_jax.data.augment import check_transformations
 from iresnet_jax.data.measurements import Measurement
 from iresnet_jax.maths.logdet.config import LogdetConfig
 from iresnet_jax.models.architecture import NoiseSpec, StageSpec
@@ -115,11 +116,18 @@ class InverseProblemConfig:
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """Random changes of training examples: crops and flips of images that are classified, noise on vectors."""
+    """Random changes of training examples: crops and flips of images that are classified, noise on vectors, transformations."""
 
     crop_padding: CountOrNone = 0  # largest shift in pixels
     flip: bool = False  # left to right, with probability 1/2
     noise: NotNegative = 0.0  # standard deviation of noise on vectors of a density, relative to that of each entry
+    # Half of the images in the training of a density are changed by one of these, and its context says by which one. Validated
+    # and kept is the density of images as they are. "left", "right", "up" and "down" move by a pixel, "turn" is by 180 degrees,
+    # "mirror" is left to right, and there are "upside_down" and "transpose". None by default.
+    transformations: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_transformations(self.transformations)
 
 
 @dataclass(frozen=True)
@@ -212,6 +220,10 @@ def _check_combinations(config: Config) -> None:
         (
             objective != "density" and augmentation.noise,
             f"config.augmentation.noise is for the objective density, got {augmentation.noise}",
+        ),
+        (
+            objective != "density" and augmentation.transformations,
+            f"config.augmentation.transformations are for the objective density: leave them out for {objective}",
         ),
         (
             objective not in ("density", "hybrid") and config.model.sharp,

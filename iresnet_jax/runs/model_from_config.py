@@ -50,7 +50,14 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
     if is_hybrid and data.context_dim:
         raise ValueError(f"a hybrid takes no contexts, and {data.name} has them: choose the objective density")
     hidden = config.model.context_hidden if data.context_dim else ()
-    flow = build_flow_spec(config.model, data.event_shape, hidden[-1] if hidden else data.context_dim)
+    transformations = config.augmentation.transformations
+    if transformations and (data.num_levels is None or len(data.event_shape) != 3 or data.context_dim):
+        raise ValueError(
+            "config.augmentation.transformations are for images of grey levels without contexts, which "
+            f"{data.name} has not: leave them out"
+        )
+    context_dim = len(transformations) or (hidden[-1] if hidden else data.context_dim)
+    flow = build_flow_spec(config.model, data.event_shape, context_dim)
     return DensitySpec(
         flow=replace(flow, noise=config.model.noise if config.model.dequantization == "variational" else None),
         prior_family=config.model.prior,
@@ -63,6 +70,12 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
         num_components=config.model.prior_components or None,
         context_hidden=hidden,
     )
+
+
+def identity_context(config: Config) -> np.ndarray | None:
+    """Context that says of images that they are as they are, where ``augmentation.transformations`` are contexts, or None."""
+    num = len(config.augmentation.transformations)
+    return np.zeros(num, np.float32) if num else None
 
 
 def classifier_spec(config: Config, data: DataSet) -> ClassifierSpec:

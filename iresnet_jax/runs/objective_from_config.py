@@ -1,5 +1,6 @@
 """What settings make of a model in training: its loss, its training step, its validation."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs.config import AugmentationConfig, Config
-from iresnet_jax.runs.model_from_config import model_spec
+from iresnet_jax.runs.model_from_config import identity_context, model_spec
 from iresnet_jax.training import initialization
 from iresnet_jax.training.constraint import training_constraint
 from iresnet_jax.training.objectives import classification, density, hybrid, inversion
@@ -47,7 +48,7 @@ def _density(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
         )
     if noise:
         density.noise_scales(spec)  # raises where noise has no scale
-    loss = density.make_loss(data.draw, has_noise=noise > 0)
+    loss = density.make_loss(data.draw, has_noise=noise > 0, transform=build_transformations(config.augmentation, data))
     examples = None if data.is_endless else (data.examples["train"], data.contexts.get("train"))
     if noise and examples is not None:
         examples = (*examples, np.full(len(examples[0]), noise, np.float32))
@@ -171,6 +172,7 @@ def _held_out(config: Config, data: DataSet) -> dict[str, Any]:
         "max_num_terms": config.training.max_num_terms,
         "batch_size": config.evaluation.batch_size,
         "seed": seed,
+        "given": identity_context(config),
     }
 
 
@@ -179,11 +181,17 @@ def _held_out_labels(config: Config, data: DataSet) -> Any:
 
 
 def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
-    """Fresh variables, fitted to training data."""
+    """Fresh variables, fitted to training data as they are."""
+    identity = identity_context(config)
+
+    def examples_of(key, num):
+        x, context, labels = data.random_train(key, num)
+        return x, context if identity is None else np.tile(identity, (len(x), 1)), labels
+
     return initialization.initial_variables(
         spec,
         config.seed,
-        data.random_train,
+        examples_of,
         actnorm_examples=config.training.actnorm_examples,
         constraint=config.constraint,
         last_scale=config.model.last_scale,
@@ -211,3 +219,16 @@ def build_augmentation(settings: AugmentationConfig, data: DataSet) -> classific
     keys, one = jax.random.split(jax.random.key(0), 1), data.examples["train"][:1]
     jax.eval_shape(augment_images, keys, one)
     return augment_images
+
+
+def build_transformations(settings: AugmentationConfig, data: DataSet) -> Callable[..., Any] | None:
+    """``(keys, images) -> (images, contexts)`` of ``config.augmentation.transformations``; None for none.
+
+    Raises:
+        ValueError: If images of this size cannot be changed like that.
+    """
+    if not settings.transformations:
+        return None
+    transform = functools.partial(augment.transformed, names=settings.transformations)
+    jax.eval_shape(transform, jax.random.split(jax.random.key(0), 1), data.examples["train"][:1])
+    return transform

@@ -25,7 +25,7 @@ from iresnet_jax.runs import run_folder
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.config import Config, parse
 from iresnet_jax.runs.machine import prepare_backend
-from iresnet_jax.runs.model_from_config import load_data
+from iresnet_jax.runs.model_from_config import identity_context, load_data
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.optimizers import make_optimizer
 from iresnet_jax.training.step import TrainState, abstract_state
@@ -158,7 +158,8 @@ def load(folder: str | os.PathLike[str]) -> Run:
     spec, fingerprint = run_folder.read_model(folder)
     target = abstract_state(spec, make_optimizer(config.optimizer))
     best, step, notes = _restore(Checkpoints(folder), target, folder)
-    model = certified_model(spec, best.ema, best.batch_stats, config.evaluation.solver())
+    given = identity_context(config)
+    model = certified_model(spec, best.ema, best.batch_stats, config.evaluation.solver(), given=given)
     return Run(folder, model, config, fingerprint, step, notes)
 
 

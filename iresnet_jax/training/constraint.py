@@ -72,7 +72,9 @@ def validation_constraint(settings: ConstraintConfig, spec: FlowSpec) -> Constra
     return quick_jit(_constraint(settings, spec, rtol=settings.rtol))
 
 
-def validated_model(template: Any, settings: ConstraintConfig, params: Any, spectral: Any, **rest: Any) -> Any:
+def validated_model(
+    template: Any, settings: ConstraintConfig, params: Any, spectral: Any, *, given: Any = None, **rest: Any
+) -> Any:
     """The model of averaged parameters, as validation runs it: blocks are scanned, which compiles in half the time.
 
     Args:
@@ -80,6 +82,7 @@ def validated_model(template: Any, settings: ConstraintConfig, params: Any, spec
         settings: How its blocks are constrained.
         params: Parameters as in `TrainState.ema`.
         spectral: Power iterates.
+        given: Context that a density is given, see `Density.given`; None leaves it as it is.
         rest: Other fields of the model.
     """
     spec = template.spec
@@ -87,10 +90,11 @@ def validated_model(template: Any, settings: ConstraintConfig, params: Any, spec
     free = {name: leaf for name, leaf in params.items() if name not in stages}
     if not isinstance(spec, ClassifierSpec) or spec.is_bijective:
         stages = validation_constraint(settings, spec.flow)(*parallel.on_first_device((stages, spectral))).weights
-    return template.with_(weights=stages, **free, **rest)
+    model = template.with_(weights=stages, **free, **rest)
+    return model if given is None else model.given(given)
 
 
-def certified_model(spec: Spec, params: Any, batch_stats: Any, solver: Solver = Solver()) -> Model:
+def certified_model(spec: Spec, params: Any, batch_stats: Any, solver: Solver = Solver(), *, given: Any = None) -> Model:
     """The model of averaged parameters after training: certified to be within its budget, whatever training used.
 
     Where training had no constraint, the weights stay as they are and their bounds are certified. Arguments are those of
@@ -101,7 +105,8 @@ def certified_model(spec: Spec, params: Any, batch_stats: Any, solver: Solver = 
     if isinstance(spec, ClassifierSpec):
         free["statistics"] = batch_stats
     kind = {DensitySpec: Density, ClassifierSpec: Classifier, ReconstructorSpec: Reconstructor}[type(spec)]
-    return kind(spec, certified_weights(spec, stages), **free, solver=solver)
+    model = kind(spec, certified_weights(spec, stages), **free, solver=solver)
+    return model.given(given) if given is not None and isinstance(model, Density) else model
 
 
 def certified_weights(spec: Spec, stages: Any) -> Any:

@@ -1,4 +1,6 @@
-"""Crops and flips of training images."""
+"""Crops, flips and transformations of training images."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,35 @@ def test_shifts_and_flips_of_an_example_are_independent_of_each_other_and_of_its
     assert np.all(np.abs(states - NUM / 18) < 5 * np.sqrt(NUM / 18))
     np.testing.assert_array_equal(CROP_AND_FLIP(KEYS[20:23], images[20:23], padding=1), result[20:23])
     np.testing.assert_array_equal(CROP(KEYS[:5], images[:5], padding=0), images[:5])
+
+
+def test_transformations_come_with_the_contexts_that_name_them():
+    image = np.arange(1, 5 * 5 * 2 + 1, dtype=np.uint8).reshape(5, 5, 2)
+    pad = np.pad(image, ((1, 1), (1, 1), (0, 0)))
+    expected = {
+        "left": pad[1:6, 2:],
+        "up": pad[2:, 1:6],
+        "transpose": np.transpose(image, (1, 0, 2)),
+        "right": pad[1:6, :5],
+        "down": pad[:5, 1:6],
+        "turn": np.rot90(image, 2),
+        "mirror": np.fliplr(image),
+        "upside_down": np.flipud(image),
+    }
+    assert set(expected) == set(augment.TRANSFORMATIONS)
+    transform = jax.jit(functools.partial(augment.transformed, names=tuple(expected)))
+    images, contexts = map(np.asarray, transform(KEYS, jnp.broadcast_to(image, (NUM, *image.shape))))
+    assert images.dtype == np.uint8
+    kinds = np.where(contexts.any(axis=1), contexts.argmax(axis=1) + 1, 0)
+    np.testing.assert_array_equal(contexts, np.eye(9)[kinds][:, 1:])
+    np.testing.assert_array_equal(images, np.stack([image, *expected.values()])[kinds])
+    shares = np.array([1 / 2] + 8 * [1 / 16])
+    assert np.all(np.abs(np.bincount(kinds, minlength=9) - NUM * shares) < 5 * np.sqrt(NUM * shares))
+
+
+def test_images_that_are_not_square_are_not_transposed():
+    with pytest.raises(ValueError, match="square images, got 4x3"):
+        augment.transformed(KEYS[:2], jnp.zeros((2, 4, 3, 1)), ("transpose",))
 
 
 @pytest.mark.parametrize("padding", [-1, 4])

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
-from iresnet_jax.models import density
+from iresnet_jax.models import density, saved
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.contexts import initial_network
 
 BATCH, CONTEXT_DIM = 3, 4
 PLANE = FlowSpec((2,), (StageSpec(3, hidden=(8,), activation="tanh"),), context_dim=CONTEXT_DIM)
@@ -23,6 +25,14 @@ IMAGES = FlowSpec(
         StageSpec(1, hidden=(6,), activation="clipswish"),
     ),
     context_dim=CONTEXT_DIM,
+)
+MIXED = FlowSpec(
+    (4, 4, 1),
+    (
+        StageSpec(1, (3,), (3, 3), activation="tanh", squeeze=2, positional_bias=True, kind="sandwich"),
+        StageSpec(1, hidden=(4,), activation="clipswish", kind="densenet"),
+    ),
+    context_dim=3,
 )
 SOLVER = Solver(atol=1e-12)
 
@@ -131,6 +141,28 @@ def test_the_estimators_gradient_reaches_the_context(x64):
     np.testing.assert_allclose(estimate, exact, atol=0.05 * float(jnp.abs(exact).max()))
 
 
+def test_a_density_given_a_context_is_the_same_function(x64, tmp_path):
+    """Convolutional and dense, of several kinds, with a scale of contexts and a network on them."""
+    scale = Standardize((1.0,) * CONTEXT_DIM, (2.0,) * CONTEXT_DIM)
+    spec = density.DensitySpec(MIXED, context=scale, context_hidden=(5, 3))
+    network = initial_network(jax.random.key(4), CONTEXT_DIM, (5, 3))
+    flow_alone, x, context = case(MIXED)
+    whole = flow_alone.with_(spec=spec, network=network)
+    given = whole.given(context[0])
+    np.testing.assert_allclose(log_prob(given, x), log_prob(whole, x, context=context[0]), rtol=1e-13)
+    assert np.abs(log_prob(given, x) - log_prob(whole, x, context=context[1])).max() > 1e-3
+    z = encode(whole, x, context=context[0])
+    np.testing.assert_allclose(decode(given, z)[0], x, atol=1e-10)
+    assert set(whole.shared().constants) - set(whole.shared().given(context[0]).constants) == {"context"}
+    loaded = saved.load(given.save(tmp_path / "model.npz"))
+    assert loaded.spec == given.spec
+    for name, block in loaded.weights.items():
+        found, before = given.weights[name].branch, whole.weights[name].branch
+        assert found.is_intact
+        assert (found.word, found.lipschitz_bound) == ("certified", before.lipschitz_bound)
+        jax.tree.map(np.testing.assert_array_equal, block.branch.weights, found.weights)
+
+
 def test_contexts_of_the_wrong_shape_are_named():
     whole = kept.model(density.DensitySpec(PLANE))
     x = jnp.zeros((BATCH, 2))
@@ -138,6 +170,8 @@ def test_contexts_of_the_wrong_shape_are_named():
         whole.encode(x)
     with pytest.raises(ValueError, match=r"takes a context of shape \(batch, 4\), got shape \(3, 5\) for a batch of 3"):
         whole.encode(x, context=jnp.zeros((BATCH, 5)))
+    with pytest.raises(ValueError, match=r"one context of shape \(4,\), got shape \(3, 4\)"):
+        whole.given(jnp.zeros((BATCH, 4)))
     with pytest.raises(ValueError, match="context_dim must not be negative, got -1"):
         FeedforwardSpec((2,), (3,), context_dim=-1)
     plain = Branch(FeedforwardSpec((2,), (3,)), {}, 0.5)

@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 
 
 def make_loss(
-    draw: Callable[[Any, Any], Any] | None = None, *, has_noise: bool = False
+    draw: Callable[[Any, Any], Any] | None = None, *, has_noise: bool = False, transform: Callable[..., Any] | None = None
 ) -> Callable[[Density, Any, StepKeys], Loss]:
     """The loss ``(model, (examples, contexts), keys) -> Loss``: the negative log-likelihood in the model's unit.
 
@@ -47,11 +47,15 @@ def make_loss(
         draw: Sampler ``(key, placeholder) -> (example, context)`` of endless data; None takes those of the batch.
         has_noise: Whether entries get noise of their `noise_scales`. Batches then have the size of each example's noise as
             their third part, so that runs with noise of different sizes share a program.
+        transform: ``(keys, examples) -> (changed examples, contexts)``, a random change that the model is told of by contexts,
+            such as `augment.transformed`; None leaves examples and contexts as they are.
     """
 
     def loss(model: Density, batch: Any, keys: StepKeys) -> Loss:
         key_draw, key_dequantise, key_probe = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys.examples), 1, 0)
         x, context, *sizes = batch if draw is None else jax.vmap(draw)(key_draw, batch)
+        if transform is not None:
+            x, context = transform(key_draw, x)
         if has_noise:
             drawn = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(key_draw)
             scales = noise_scales(model.spec, model.constants)
@@ -121,6 +125,7 @@ class Validation:
         max_num_terms: Most terms that training may go on with.
         batch_size: Most examples at once.
         seed: Seed of the run.
+        given: Context that the model is given, after which it takes none; None leaves it as it is.
     """
 
     def __init__(
@@ -135,10 +140,11 @@ class Validation:
         max_num_terms: int,
         batch_size: int,
         seed: int,
+        given: np.ndarray | None = None,
     ):
         self._template, self._constraint = Density(spec, {}, {}, estimator=estimator), constraint
         self._examples, self._contexts, self._batch_size, self._seed = examples, contexts, batch_size, seed
-        self._logdet, self._max_num_terms = logdet, max_num_terms
+        self._logdet, self._max_num_terms, self._given = logdet, max_num_terms, given
 
     def __call__(self, state: TrainState) -> ValidationResult:
         """The mean of every term, and the terms of the log-determinant that training goes on with."""
@@ -146,7 +152,7 @@ class Validation:
 
     def model(self, state: TrainState) -> Density:
         """The model of the averaged parameters."""
-        return validated_model(self._template, self._constraint, state.ema, state.spectral)
+        return validated_model(self._template, self._constraint, state.ema, state.spectral, given=self._given)
 
     def measure(self, state: TrainState, model: Density) -> ValidationResult:
         """What `__call__` returns, under the `model` of a training state."""

@@ -1,5 +1,8 @@
 """Validation of a density sees what training exploits, and an evaluation's keys are those of its examples."""
 
+import functools
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +10,11 @@ import pytest
 import tiny_runs as runs
 
 from iresnet_jax.data import load
+from iresnet_jax.data.augment import transformed
+from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.runs.objective_from_config import build_objective
-from iresnet_jax.training.objectives.density import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys
+from iresnet_jax.training.objectives.density import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys, make_loss
+from iresnet_jax.training.step import StepKeys
 
 
 def validate_untrained(**settings):
@@ -63,6 +69,28 @@ def test_terms_are_raised_until_nothing_is_left_to_exploit(caplog):
 def test_terms_are_not_raised_beyond_the_most_that_are_allowed():
     validation, current, model = validate_untrained(kind="series", num_terms=1, max_num_terms=2)
     assert validation.measure(current, model).num_terms == 2
+
+
+def test_the_loss_is_that_of_transformed_images_given_their_transformations():
+    """What a model that stands in for a density is asked for the terms of."""
+    seen = []
+
+    def terms(x, key_noise, key_probe, *, context):
+        seen.append((x, context))
+        return SimpleNamespace(log_prob=jnp.mean(x, axis=(1, 2, 3)), log_prior=jnp.zeros(1), log_det=jnp.zeros(1))
+
+    spec = SimpleNamespace(in_units=lambda log_prob: -log_prob, metric="bits_per_dim")
+    model = SimpleNamespace(spec=spec, estimator=RouletteLogdet(), terms=terms, with_=lambda **_: model)
+    loss = make_loss(transform=functools.partial(transformed, names=("right", "mirror")))
+    images = np.random.default_rng(0).integers(1, 17, (40, 2, 3, 1), dtype=np.uint8)
+    keys = StepKeys(jnp.int32(0), jax.random.key(0), jax.random.split(jax.random.key(1), 40))
+    assert loss(model, (images, None), keys).metrics["bits_per_dim"] == -jnp.mean(seen[0][0])
+    x, context = map(np.asarray, seen[0])
+    moved = np.pad(images, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :3]
+    for vector, expected in (((0, 0), images), ((1, 0), moved), ((0, 1), images[:, :, ::-1])):
+        is_this = (context == vector).all(axis=1)
+        assert is_this.any()
+        np.testing.assert_array_equal(x[is_this], expected[is_this])
 
 
 @pytest.mark.parametrize("kind", ["roulette", "exact"])
