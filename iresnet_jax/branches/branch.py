@@ -321,7 +321,7 @@ class BranchSpec(ABC):
             ValueError: If the kind does not define it.
         """
         raise ValueError(
-            f"{type(self).__name__} does not say what a branch is under one context: go on giving context=..., or define folded"
+            f"a branch of {type(self).__name__} depends on contexts in its own way: go on giving context=..., or define folded"
         )
 
     def negated(self, weights: Weights) -> Weights | None:

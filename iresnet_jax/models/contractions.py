@@ -215,8 +215,8 @@ def under_context(spec: FlowSpec, weights: FlowWeights, context: Float[Array, " 
     """Weights without contexts of a conditional flow given one context; kernels stay, and so do their bounds.
 
     Args:
-        spec: The flow without contexts.
-        weights: Weights of the conditional flow.
+        spec: The conditional flow.
+        weights: Its weights.
         context: The context as the flow takes it.
 
     Raises:
@@ -225,8 +225,9 @@ def under_context(spec: FlowSpec, weights: FlowWeights, context: Float[Array, " 
     found = dict(weights)
     for stage in spec.layout:
         block = weights[stage.name]
-        folded = _folded(block.branch.spec, block.branch.weights, context)
-        branch = dataclasses.replace(block.branch, spec=stage.branch, weights=folded)
+        folded = _folded(stage.branch, block.branch.weights, context)
+        without = dataclasses.replace(stage.branch, context_dim=0)
+        branch = dataclasses.replace(block.branch, spec=without, weights=folded)
         found[stage.name] = block._replace(branch=branch if branch.seal is None else branch.sealed())
     return found
 

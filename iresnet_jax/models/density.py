@@ -287,12 +287,13 @@ class Density(Model):
             raise ValueError("the model takes no contexts: there is none that it could be given")
         if vector.shape != (dim,):
             raise ValueError(f"the model must be given one context of shape ({dim},), got shape {np.shape(context)}")
-        flow = dataclasses.replace(self.spec.flow, context_dim=0)
         scaled = self.scale_context(vector[None])
         assert scaled is not None
+        weights = under_context(self.spec.flow, self.weights, scaled[0])
+        flow = dataclasses.replace(self.spec.flow, context_dim=0)
         return self.with_(
             spec=dataclasses.replace(self.spec, flow=flow, context=None, context_hidden=()),
-            weights=under_context(flow, self.weights, scaled[0]),
+            weights=weights,
             network={},
             constants={name: numbers for name, numbers in self.constants.items() if name != "context"},
         )

@@ -1,7 +1,6 @@
 """Validation of a density sees what training exploits, and an evaluation's keys are those of its examples."""
 
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,10 @@ import tiny_runs as runs
 
 from iresnet_jax.data import load
 from iresnet_jax.data.augment import transformed
-from iresnet_jax.maths.logdet.roulette import RouletteLogdet
+from iresnet_jax.maths.logdet.estimator import LogdetInfo
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.density import Density, LogProb
+from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.training.objectives.density import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys, make_loss
 from iresnet_jax.training.step import StepKeys
@@ -72,19 +74,21 @@ def test_terms_are_not_raised_beyond_the_most_that_are_allowed():
 
 
 def test_the_loss_is_that_of_transformed_images_given_their_transformations():
-    """What a model that stands in for a density is asked for the terms of."""
     seen = []
 
-    def terms(x, key_noise, key_probe, *, context):
-        seen.append((x, context))
-        return SimpleNamespace(log_prob=jnp.mean(x, axis=(1, 2, 3)), log_prior=jnp.zeros(1), log_det=jnp.zeros(1))
+    class Watched(Density):
+        def terms(self, x, key_noise, key_probe, *, context):
+            seen.append((x, context))
+            zeros = jnp.zeros(len(x))
+            return LogProb(jnp.mean(x, axis=(1, 2, 3)), zeros, zeros, zeros, LogdetInfo(zeros, zeros))
 
-    spec = SimpleNamespace(in_units=lambda log_prob: -log_prob, metric="bits_per_dim")
-    model = SimpleNamespace(spec=spec, estimator=RouletteLogdet(), terms=terms, with_=lambda **_: model)
+    flow = FlowSpec((2, 3, 1), (StageSpec(1, (2,), (3, 3)),), context_dim=2)
+    model = Watched(DensitySpec(flow, num_levels=17), {}, {})
     loss = make_loss(transform=functools.partial(transformed, names=("right", "mirror")))
     images = np.random.default_rng(0).integers(1, 17, (40, 2, 3, 1), dtype=np.uint8)
     keys = StepKeys(jnp.int32(0), jax.random.key(0), jax.random.split(jax.random.key(1), 40))
-    assert loss(model, (images, None), keys).metrics["bits_per_dim"] == -jnp.mean(seen[0][0])
+    value = loss(model, (jnp.asarray(images), None), keys).metrics["bits_per_dim"]
+    np.testing.assert_allclose(value, -jnp.mean(seen[0][0]) / (6 * np.log(2)), rtol=1e-6)
     x, context = map(np.asarray, seen[0])
     moved = np.pad(images, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :3]
     for vector, expected in (((0, 0), images), ((1, 0), moved), ((0, 1), images[:, :, ::-1])):
