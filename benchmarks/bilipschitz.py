@@ -1,6 +1,6 @@
 """How close do flows with prescribed constants come to a step, and do their certificates keep them (Wang et al. 2024)?
 
-    python benchmarks/bilipschitz.py [--minutes 10] [--seeds 1] [--models maxmin,monotone,relu]
+    python benchmarks/bilipschitz.py [--minutes 10] [--seeds 1] [--models maxmin,relu]
 
 Flows with constants ``(mu, nu) = (.1, 10)`` are fitted to the step from -2 to 2 at 0 on [-2, 2]: 1000 uniform training
 points, 500 points of a grid for the test, and half the mean squared error as the loss, all as in the paper. The best function
@@ -23,7 +23,6 @@ NUM_TRAIN, NUM_TEST, NUM_SLOPES = 1000, 500, 20_001
 PUBLISHED = {"BiLipNet": 0.0685, "i-DenseNet": 0.2091, "i-ResNet": 0.2090}  # Wang et al. 2024
 MODELS = {  # about 16,000 parameters each, as the paper's networks
     "maxmin": [ir.StageSpec(1, (72, 72, 72, 72), activation="maxmin")],
-    "monotone": [ir.StageSpec(1, (72, 72, 72, 72), activation="maxmin", block="monotone")],
     "relu": [ir.StageSpec(3, (72, 72), activation="relu")],
 }
 

@@ -1,6 +1,6 @@
 """Which kind of branch gives the best density at equal Lipschitz constant, number of parameters and time?
 
-    python benchmarks/branches.py [--kinds feedforward sandwich densenet] [--data digits checkerboard rings] [--quick]
+    python benchmarks/branches.py [--kinds feedforward sandwich] [--data digits checkerboard rings] [--quick]
 
 Densities by configs/digits_density.py and configs/toy_2d.py, but for their branches. Every block has the same certified
 Lipschitz constant. The hidden widths of each stage are scaled until its branches have about as many parameters as those of the
@@ -35,7 +35,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "feedforward_elu": {"activation": "elu"},
     "sandwich": {"kind": "sandwich", "activation": "softplus4"},
     "sandwich_elu": {"kind": "sandwich", "activation": "elu"},
-    "densenet": {"kind": "densenet"},
 }
 CONFIGS = {"digits": "digits_density", "checkerboard": "toy_2d:checkerboard", "rings": "toy_2d:rings"}
 COEFF = 0.9  # of every block; those of the digits config have .95^2
@@ -125,7 +124,7 @@ def summarize(runs: list[dict[str, Any]], kinds: list[str]) -> dict[str, Any]:
 
 def main():
     options = parser(__doc__)
-    options.add_argument("--kinds", nargs="+", choices=KINDS, default=["feedforward", "sandwich", "densenet"])
+    options.add_argument("--kinds", nargs="+", choices=KINDS, default=["feedforward", "sandwich"])
     options.add_argument("--data", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     options.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each")
     options.add_argument("--minutes", type=float, default=2.0, metavar="M", help="of each training")

@@ -69,12 +69,7 @@ def _keys_of_blocks(key, num):
 
 
 def repeat(
-    make: Callable[[Any], Bijection],
-    weights: Any,
-    *,
-    unroll: bool = False,
-    rematerialize: Rematerialize = "nothing",
-    solves: bool = False,
+    make: Callable[[Any], Bijection], weights: Any, *, unroll: bool = False, rematerialize: Rematerialize = "nothing"
 ) -> Bijection:
     """The chain of ``make(weights[0]), make(weights[1]), ...``, all of one shape, with weights stacked on a leading axis.
 
@@ -86,7 +81,6 @@ def repeat(
         unroll: Whether blocks are unrolled instead of scanned.
         rematerialize: What the backward pass recomputes: "nothing"; "elementwise", all but products of matrices,
             convolutions and inverse Jacobians; or "blocks", so that memory holds one activation a block.
-        solves: Whether the way forward solves equations too, as `monotone` does.
     """
     build = make if rematerialize == "nothing" else lambda w: _rematerialized(make, w, _POLICIES[rematerialize])
     num_blocks = jax.tree.leaves(weights)[0].shape[0]
@@ -104,8 +98,8 @@ def repeat(
             return lax.cond(k >= 0, lambda way: step(way, block)[0], lambda way: way, way), None
 
         blocks = weights, None if key is None else _keys_of_blocks(key, num_blocks)
-        if (reverse or solves) and _FORGETS_DERIVATIVES:
-            return lax.scan(step_in_condition, way, (jnp.arange(num_blocks), blocks), reverse=reverse)[0]
+        if reverse and _FORGETS_DERIVATIVES:
+            return lax.scan(step_in_condition, way, (jnp.arange(num_blocks), blocks), reverse=True)[0]
         return lax.scan(step, way, blocks, reverse=reverse)[0]
 
     return from_walks(

@@ -5,7 +5,7 @@ in the function's name.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,14 +55,9 @@ def forward_and_logdet(
 
 
 def _logdet(at, branch, x, key, estimator):
+    known = {"trace": branch.trace, "jacobian": branch.jacobian, "logdet": branch.logdet}
     with jax.named_scope(LOG_DETERMINANT):
-        return estimator(at, x, key, **known(branch))
-
-
-def known(branch: AnyBranch) -> dict[str, Any]:
-    """What a branch knows for the estimate of its block's log-determinant, as an estimator takes it."""
-    closed_forms = {"trace": branch.trace, "jacobian": branch.jacobian, "logdet": branch.logdet}
-    return {"lipschitz_bound": branch.lipschitz_bound, **closed_forms}
+        return estimator(at, x, key, lipschitz_bound=branch.lipschitz_bound, **known)
 
 
 def inverse(

@@ -55,16 +55,6 @@ class CallableBranch(NamedTuple):
         """``g(x)``."""
         return self.g(x)
 
-    def __neg__(self) -> "CallableBranch":
-        """``-g``, with the same bound and the closed forms that follow."""
-
-        def negative(function):
-            return None if function is None else lambda *x: -function(*x)
-
-        diagonal = None if self.diagonal is None else self.diagonal._replace(at=negative(self.diagonal.at))
-        known = {"trace": negative(self.trace), "jacobian": negative(self.jacobian), "at_zero": negative(self.at_zero)}
-        return CallableBranch(lambda x: -self.g(x), self.lipschitz_bound, **known, diagonal=diagonal)
-
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -82,7 +72,7 @@ class Branch:
         word: Who vouches for the bound: "certified" for a guaranteed bound, "estimated" for power iteration, which comes from
             below, "user" for what a kind says of itself, "none" for weights without a constraint.
         norms: Guaranteed constants of the parts of these very weights, see `BranchSpec.parts`, if they were computed.
-        gain: Factor on ``g``, by which a kind that scales its output is brought into the budget, negative in ``-g``; None is 1.
+        gain: Factor on ``g``, by which a kind that scales its output is brought into the budget; None is 1.
         seal: `checksum` of the weights and of what was computed from them, see `sealed`; None if nothing is guaranteed.
         context: Contexts that the branch depends on, one per example, see `given`.
         bfloat16: Whether ``g`` computes in bfloat16. Closed forms ignore it and use the weights as stored.
@@ -107,13 +97,6 @@ class Branch:
         of_pixels = x.shape[1:-1] if np.ndim(self.context) == x.ndim > 2 else ()
         check_context(self.spec.context_dim, len(x), self.context, of_pixels)
         return self._scaled(self.spec.apply(self.weights, x, self.context, bfloat16=self.bfloat16))
-
-    def __neg__(self) -> "Branch":
-        """``-g``, with the same bound and closed forms, for use at once: the seal is that of ``g``."""
-        weights = self.spec.negated(self.weights)
-        if weights is not None:
-            return dataclasses.replace(self, weights=weights)
-        return dataclasses.replace(self, gain=-1.0 if self.gain is None else -self.gain)
 
     def given(self, context: Float[Array, "b ... k"] | None) -> "Branch":
         """The branch with these contexts bound, one for each example of the batches it will see."""
@@ -163,7 +146,7 @@ class Branch:
     def diagonal(self) -> Diagonal | None:
         """Diagonal of ``J_g``, if it has a closed form that an inverse gains from."""
         at = self._known("diagonal")
-        return None if at is None else Diagonal(at, jnp.abs(self._scaled(self.spec.largest_diagonal(self.weights))))
+        return None if at is None else Diagonal(at, self._scaled(self.spec.largest_diagonal(self.weights)))
 
     def _known(self, name: str) -> Callable[[Array], Array] | None:
         if name not in self.spec.knows or (name == "logdet" and self.gain is not None):
@@ -323,10 +306,6 @@ class BranchSpec(ABC):
         raise ValueError(
             f"a branch of {type(self).__name__} depends on contexts in its own way: go on giving context=..., or define folded"
         )
-
-    def negated(self, weights: Weights) -> Weights | None:
-        """Weights of ``-g``, all closed forms included; None for a kind that leaves that to a factor on its output."""
-        del weights
 
     def largest_diagonal(self, weights: Weights) -> Float[Array, ""]:
         """The largest absolute value that an entry of the Jacobian's diagonal can have; 1, if the kind does not know better."""

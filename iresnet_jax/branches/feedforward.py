@@ -307,11 +307,6 @@ class FeedforwardSpec(BranchSpec):
 
         return {name: without_context(own) for name, own in weights.items()}
 
-    def negated(self, weights: Weights) -> Weights:
-        """The last layer's kernel, bias and map of contexts change their sign, and its other parameters stay."""
-        last, linear = self.layers[-1].name, ("kernel", "bias", "context")
-        return {**weights, last: {name: -w if name in linear else w for name, w in weights[last].items()}}
-
     @cached_property
     def knows(self) -> frozenset[str]:
         """The closed forms that save time.
@@ -412,7 +407,7 @@ class FeedforwardSpec(BranchSpec):
         """``D_0`` and ``D_1`` of `two_layers`; without a first activation ``D_0`` has a batch of one."""
         first, second = self.layers
         hidden = first.apply(weights[first.name], x, context)
-        return self._first_slopes(weights, x), _slope(second._replace(passed=0), weights[second.name], hidden)
+        return self._first_slopes(weights, x), _slope(second, weights[second.name], hidden)
 
     def _first_slopes(self, weights: Weights, x: Array) -> Array:
         """Slopes of the activation at the input; without one, 1 for a batch of one."""

@@ -4,13 +4,12 @@ import math
 from typing import Any
 
 from iresnet_jax.branches.branch import BranchSpec
-from iresnet_jax.branches.densenet import DenseNetSpec
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.branches.own import Make, OwnSpec
 from iresnet_jax.branches.sandwich import SandwichSpec
 
 Kind = type[BranchSpec] | Make
-KINDS: dict[str, Kind] = {"feedforward": FeedforwardSpec, "sandwich": SandwichSpec, "densenet": DenseNetSpec}
+KINDS: dict[str, Kind] = {"feedforward": FeedforwardSpec, "sandwich": SandwichSpec}
 
 
 def register(name: str, kind: Kind) -> None:

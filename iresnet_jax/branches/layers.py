@@ -28,7 +28,6 @@ class LayerSpec(NamedTuple):
         in_shape: Shape of one input, without the batch.
         activation: Name of the activation in front of the layer, in `activations.ACTIVATIONS`; None without one.
         padding: Padding of a convolution, "SAME" (zeros) or "CIRCULAR".
-        passed: Channels in front that the activation leaves as they are.
     """
 
     name: str
@@ -36,7 +35,6 @@ class LayerSpec(NamedTuple):
     in_shape: tuple[int, ...]
     activation: str | None
     padding: Padding = "SAME"
-    passed: int = 0
 
     @property
     def activated(self) -> bool:
@@ -64,11 +62,7 @@ class LayerSpec(NamedTuple):
         if self.activation is None:
             return h
         activation = activations.get(self.activation)
-        beta = (parameters["beta"],) if activation.has_beta else ()
-        if not self.passed:
-            return activation.apply(h, *beta)
-        kept, rest = h[..., : self.passed], h[..., self.passed :]
-        return jnp.concatenate([kept, activation.apply(rest, *beta)], axis=-1)
+        return activation.apply(h, parameters["beta"]) if activation.has_beta else activation.apply(h)
 
     def apply(
         self, parameters: Mapping[str, Array], h: Array, context: Array | None = None, *, bfloat16: bool = False

@@ -82,8 +82,8 @@ def jacobian_blocks(stage: PreciseStage, layers: Sequence[RowBlocks], slopes: Se
     product = None
     for layer, matrix, slope in zip(stage.layers, layers, slopes, strict=True):
         if slope is not None and layer.spec.activation is not None:
-            copies = activations.get(layer.spec.activation).channel_factor
-            matrix = behind_activation(matrix, slope, copies, layer.spec.passed)
+            channels = slope.shape[-1] // activations.get(layer.spec.activation).channel_factor
+            matrix = behind_activation(matrix, slope, channels)
         product = matrix if product is None else matrix @ product
     assert product is not None
     return product

@@ -57,7 +57,7 @@ class LinearSteps(NamedTuple):
         for layer, kernel, slope in zip(self.place.layers, self.kernels, slopes, strict=True):
             arriving.append(u)
             if slope is not None:
-                u = copied(layer, u) * slope
+                u = jnp.concatenate([u] * _copies(layer), axis=-1) * slope
             u = layer.linear_map()(kernel, u)
         return u, arriving
 
@@ -73,16 +73,9 @@ class LinearSteps(NamedTuple):
         return z, tuple(arriving[::-1])
 
 
-def copied(layer: LayerSpec, inputs: Float[Array, "... c"]) -> Float[Array, "... m"]:
-    """The input of each of the outputs of the activation in front of a layer."""
-    kept, rest = inputs[..., : layer.passed], inputs[..., layer.passed :]
-    return jnp.concatenate([kept, *[rest] * _copies(layer)], axis=-1)
-
-
 def over_copies(layer: LayerSpec, outputs: Float[Array, "... m"]) -> Float[Array, "... c"]:
     """Sums over the outputs that the activation in front of a layer has for each of its inputs."""
-    kept, rest = outputs[..., : layer.passed], outputs[..., layer.passed :]
-    return jnp.concatenate([kept, rest.reshape(*rest.shape[:-1], _copies(layer), -1).sum(axis=-2)], axis=-1)
+    return outputs.reshape(*outputs.shape[:-1], _copies(layer), -1).sum(axis=-2)
 
 
 def _copies(layer: LayerSpec) -> int:

@@ -115,11 +115,6 @@ def check(
                 f"{stage.name} has an ActNorm whose log_scale is not within {LARGEST_EXPONENT:g}: its scale is beyond what "
                 "certificates compute with"
             )
-        if stage.block.quotient:
-            raise ValueError(
-                f"{stage.name} has {stage.spec.block} blocks, which certificates cannot follow: they take residual blocks; "
-                "certificate() has the bounds of the whole map"
-            )
         if not branch.spec.chain or branch.norms is None or branch.gain is not None:
             raise ValueError(
                 f"{stage.name} has branches of kind {stage.spec.branch_name!r}, which certificates cannot follow: they take "

@@ -212,7 +212,7 @@ def _branch(stage, h, error, context):
             of_arguments = np.maximum(of_arguments, error)
             size = _norm(h) + np.sqrt(np.prod(h.high.shape[2:]))
             error = error + precise_activations.ERROR * size
-            h, slope = _activate(layer, h)
+            h, slope = precise_activations.activate(layer.spec.activation, h, layer.sharpness)
         slopes.append(slope)
         h, own = product(h, layer.slices, functools.partial(_apply, layer.spec))
         h = h + layer.bias
@@ -224,18 +224,6 @@ def _branch(stage, h, error, context):
         own = np.sqrt(positions * np.sum(np.square(own), axis=-1)) * UP
         error = layer.norm[:, None] * error + own + 4 * UNIT * _norm(h)
     return h, error, of_arguments, tuple(slopes)
-
-
-def _activate(layer: Layer, h: DoubleDouble) -> tuple[DoubleDouble, np.ndarray]:
-    """Values and slopes of the activation in front of a layer; slopes of channels that it leaves alone are 1."""
-    passed, name = layer.spec.passed, layer.spec.activation
-    assert name is not None
-    if not passed:
-        return precise_activations.activate(name, h, layer.sharpness)
-    values, slopes = precise_activations.activate(name, h.map(lambda part: part[..., passed:]), layer.sharpness)
-    kept = h.map(lambda part: part[..., :passed])
-    both = DoubleDouble(*(np.concatenate(parts, axis=-1) for parts in zip(kept, values, strict=True)))
-    return both, np.concatenate([np.ones_like(kept.high), slopes], axis=-1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -242,7 +242,6 @@ def round_trip(
 
     The solver bounds the distance to the exact preimage of the latents as they are. Encoding rounded them, in each block by no
     more than the solver allows for rounding of its residual; so twice the solver's bound holds for the way there and back.
-    Monotone blocks encode by a solve to the solver's tolerance, which that does not count.
 
     Returns:
         What came back, and how it went.

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Num
 
-from iresnet_jax.bijections.blocks import BLOCKS
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.evaluation import probes
 from iresnet_jax.evaluation.probes import PROBES_AT_ONCE, Block, Choice, Sums, rms
@@ -191,7 +190,7 @@ class _Evaluation:
     def _of_block(self, b, sizes, num_probes, prepared, size, noise_draw, draw):
         stage, k = self._blocks[b]
         branch = jax.tree.map(lambda w: w[k], self._model.weights[stage.name].branch)
-        task = _Task(branch, sizes, num_probes, stage.spec.block)
+        task = _Task(branch, sizes, num_probes)
         inputs, contexts, numbers = prepared["inputs"][stage.name], prepared.get("context"), prepared["numbers"]
 
         def batch_of(places):
@@ -214,12 +213,12 @@ class _NoLogdet(LogdetEstimator):
 
     unbiased: ClassVar[bool] = False
 
-    def _estimate(self, branch, x, key, lipschitz_bound, trace, jacobian, logdet, *, quotient):
+    def _estimate(self, branch, x, key, lipschitz_bound, trace, jacobian, logdet):
         zeros = jnp.zeros(len(x), x.dtype)
         return zeros, LogdetInfo(zeros, zeros)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["branch"], meta_fields=["sizes", "num_probes", "block"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["branch"], meta_fields=["sizes", "num_probes"])
 @dataclass(frozen=True)
 class _Task:
     """A block to evaluate: exactly if there are no sizes of Krylov subspaces."""
@@ -227,7 +226,6 @@ class _Task:
     branch: Branch
     sizes: tuple[int, ...]
     num_probes: int
-    block: str
 
 
 def _prepare_batch(model, batch):
@@ -237,8 +235,7 @@ def _prepare_batch(model, batch):
         run.dequantize_and_logdet(x, key_noise, key_probe)[1] for run in (model.with_(estimator=ExactLogdet()), model)
     )
     y, context = model.preprocess(x, key_noise), model.scale_context(context)
-    settings = {"solver": model.solver, "bfloat16": model.bfloat16}
-    inputs = branch_inputs(model.spec.flow, model.weights, y, context, **settings)
+    inputs = branch_inputs(model.spec.flow, model.weights, y, context, bfloat16=model.bfloat16)
     known = terms.log_prob + (of_noise - without)  # the log-determinant of the flow of noise is exact
     found = {"known": known, "inputs": {name: jnp.moveaxis(stage, 0, 1) for name, stage in inputs.items()}}
     return found if context is None else {**found, "context": context}
@@ -247,12 +244,12 @@ def _prepare_batch(model, batch):
 def _evaluate_block(task, batch):
     x, context, keys = batch
     branch = task.branch.given(context)
-    known = BLOCKS[task.block].known(branch)
     if not task.sizes:
-        return {"values": ExactLogdet()(branch, x, **known)[0]}
+        return {"values": ExactLogdet()(branch, x, jacobian=branch.jacobian, logdet=branch.logdet)[0]}
     probes = draw_probes(keys, x, task.num_probes)
-    settings = {name: known[name] for name in ("lipschitz_bound", "trace", "quotient") if name in known}
-    values, bounds = nested_quadratic_forms(branch, x, probes, task.sizes, **settings)
+    values, bounds = nested_quadratic_forms(
+        branch, x, probes, task.sizes, lipschitz_bound=branch.lipschitz_bound, trace=branch.trace
+    )
     return {"values": jnp.moveaxis(values, 2, 0), "bounds": jnp.moveaxis(bounds, 1, 0)}
 
 

@@ -36,7 +36,7 @@ def loosest_block(model: Any, examples: Num[np.ndarray, "n ..."]) -> PlacedBlock
     Levels are in the middle of their cells. To be called under ``jax.enable_x64``.
 
     Raises:
-        ValueError: If the model has no residual block, or one that is not certified a contraction, or depends on contexts.
+        ValueError: If a block of the model is not certified a contraction, or the model depends on contexts.
     """
     flow = model.spec.flow
     model.require_bijection()
@@ -45,11 +45,8 @@ def loosest_block(model: Any, examples: Num[np.ndarray, "n ..."]) -> PlacedBlock
     bounds = {
         (stage.name, k): float(bound)
         for stage in flow.layout
-        if stage.spec.block == "residual"
         for k, bound in enumerate(np.asarray(model.weights[stage.name].branch.lipschitz_bound))
     }
-    if not bounds:
-        raise ValueError("the model has no residual blocks: this figure is about x + g(x)")
     name, k = max(bounds, key=lambda place: bounds[place])
     if not bounds[name, k] < 1:
         raise ValueError(f"{name}/block{k:02d} is not certified a contraction: this figure is about bounds below 1")

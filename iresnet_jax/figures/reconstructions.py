@@ -5,7 +5,6 @@ compared with what it was given on the way forward: errors add up from the last 
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from iresnet_jax import data
 from iresnet_jax.bijections.actnorm import actnorm_bijection
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import after_exact, chain
-from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.bijections.residual import Solver, residual_bijection
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.figures import style
 from iresnet_jax.figures.drawing import Drawing, Row
@@ -131,26 +130,26 @@ def _there_and_back(model: Classifier, x: Array) -> tuple[dict[str, Array], dict
     there, errors, converged = {}, {}, {}
     for stage in layout:
         x, there[stage.name] = jax.lax.scan(
-            lambda x, block, stage=stage: (_bijection(stage.block, block).forward(x), x),
+            lambda x, block: (_bijection(block).forward(x), x),
             chain(stage.reshapes).forward(x),
             weights[stage.name],
         )
 
-    def undo(kind: Any, back: Array, given: tuple[Any, Array]) -> tuple[Array, tuple[Array, Array]]:
+    def undo(back: Array, given: tuple[Any, Array]) -> tuple[Array, tuple[Array, Array]]:
         block, was = given
-        back, info = _bijection(kind, block).inverse(back)
+        back, info = _bijection(block).inverse(back)
         return back, (example_norm(back - was) / example_norm(was), info.converged)
 
     for stage in reversed(layout):
         given = weights[stage.name], there[stage.name]
-        x, found = jax.lax.scan(functools.partial(undo, stage.block), x, given, reverse=True)
+        x, found = jax.lax.scan(undo, x, given, reverse=True)
         errors[stage.name], converged[stage.name] = found
         x = chain(stage.reshapes).inverse(x)[0]
     return {stage.name: errors[stage.name] for stage in layout}, converged, x
 
 
-def _bijection(kind: Any, block: Any) -> Bijection:
-    return after_exact(actnorm_bijection(block.actnorm), kind.bijection(block.branch, ExactLogdet(), SOLVER))
+def _bijection(block: Any) -> Bijection:
+    return after_exact(actnorm_bijection(block.actnorm), residual_bijection(block.branch, ExactLogdet(), SOLVER))
 
 
 def draw(rows: Sequence[Row], images: Float[np.ndarray, "n h w c"], found: Mapping[str, Float[np.ndarray, "_ h w c"]]) -> Any:

@@ -4,7 +4,7 @@ All of it follows from upper bounds of the layers' norms, see `norms.convolution
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -113,20 +113,8 @@ def block_bounds(lipschitz_bound: Scalar) -> BiLipschitz:
     return BiLipschitz(rounded_up(1 + bound), jnp.where(bound < 1, rounded_up(1 / gap), jnp.inf))
 
 
-def monotone_block_bounds(lipschitz_bound: Scalar) -> BiLipschitz:
-    r"""Bounds of the monotone block, whose Jacobian is ``(I - J)(I + J)^-1``: both are ``(1 + L)/(1 - L)``, see `monotone`.
-
-    Arguments, results and errors are those of `block_bounds`.
-    """
-    once = block_bounds(lipschitz_bound)
-    both = rounded_up(once.forward * once.inverse)
-    return BiLipschitz(both, both)
-
-
 def model_bounds(
-    branch_bounds: Sequence[Scalar] | Float[Array, " k"],
-    log_scales: Sequence[Float[Array, " _"]] = (),
-    of_block: Callable[[Scalar], BiLipschitz] = block_bounds,
+    branch_bounds: Sequence[Scalar] | Float[Array, " k"], log_scales: Sequence[Float[Array, " _"]] = ()
 ) -> BiLipschitz:
     r"""Bounds of a chain of residual blocks and ActNorms: ``prod_k (1 + L_k) prod_l max_c exp(s_lc)`` and its inverse's.
 
@@ -137,7 +125,6 @@ def model_bounds(
     Args:
         branch_bounds: One bound of ``Lip(g)`` a block.
         log_scales: One vector of natural log scales an ActNorm.
-        of_block: Bounds of a block by that of its branch, `block_bounds` or `monotone_block_bounds`.
 
     Returns:
         The two bounds, rounded up; infinite where they exceed the dtype's range.
@@ -147,7 +134,7 @@ def model_bounds(
     """
     bounds = BiLipschitz(jnp.ones(()), jnp.ones(()))
     for branch in branch_bounds:
-        bounds = bounds.compose(of_block(branch))
+        bounds = bounds.compose(block_bounds(branch))
     for log_scale in log_scales:
         scale = BiLipschitz(jnp.exp(jnp.max(log_scale)), jnp.exp(-jnp.min(log_scale)))
         bounds = bounds.compose(BiLipschitz(*(rounded_up(value) for value in scale)))

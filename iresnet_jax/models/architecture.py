@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from iresnet_jax.bijections import blocks, reshape
+from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.branches import kinds
@@ -37,10 +37,8 @@ class StageSpec:
         channel_order: Order of the channels in front of the blocks, after the squeeze: channel ``i`` is the one that was
             ``channel_order[i]``. It decides which half leaves as latents. None keeps their order.
         actnorm: Whether an ActNorm stands in front of every branch. Without it the flow keeps the symmetries of its branches.
-        block: What a block makes of its branch ``g``, a name in `blocks.BLOCKS`: "residual" is ``x + g(x)``, "monotone" is
-            ``(I - g)`` after the inverse of ``I + g``, see `iresnet_jax.bijections.monotone`.
         kind: Kind of the branches, a name in `kinds.KINDS`: "feedforward", the paper's; "sandwich", of `SandwichSpec`, whose
-            bound of the Lipschitz constant is smaller for the same weights; "densenet", of `DenseNetSpec`.
+            bound of the Lipschitz constant is smaller for the same weights.
         branch: Branches of one's own instead: a function ``key -> module``, see `iresnet_jax.branches.own`, whose modules get
             arrays of the stage's shape; or a class of `BranchSpec`, or an instance. Models with the same function share
             compiled programs.
@@ -57,12 +55,10 @@ class StageSpec:
     positional_bias: bool = False
     channel_order: tuple[int, ...] | None = None
     actnorm: bool = True
-    block: str = "residual"
     kind: str = "feedforward"
     branch: Any = field(default=None, metadata={"name": name_of})
 
     def __post_init__(self):
-        blocks.check_name(self.block)
         kinds.get(self.kind)
         if self.branch is not None:
             kinds.check_own(self.branch)
@@ -98,11 +94,6 @@ class PlacedStage(NamedTuple):
     in_shape: tuple[int, ...]
     branch: BranchSpec
     scale: float = 1.0
-
-    @property
-    def block(self) -> blocks.BlockKind:
-        """What a block makes of its branch."""
-        return blocks.BLOCKS[self.spec.block]
 
     @property
     def reshapes(self) -> tuple[Bijection, ...]:
@@ -197,12 +188,11 @@ class FlowSpec:
     ) -> "FlowSpec":
         r"""A flow with ``mu |x - x'| <= |F(x) - F(x')| <= nu |x - x'|`` by construction, whatever it learns.
 
-        A block of ``s x`` with ``Lip(g) <= c`` lies between ``s (1 - c)`` and ``s (1 + c)`` if it is residual, between
-        ``s (1 - c) / (1 + c)`` and ``s (1 + c) / (1 - c)`` if it is monotone. Of ``n`` and ``m`` such blocks
+        A block of ``s x`` with ``Lip(g) <= c`` stretches by ``s (1 - c)`` to ``s (1 + c)``. The ``n`` blocks of
 
-        ``c = tanh(log(nu / mu) / (2 n + 4 m))``,    ``s^(n + m) = sqrt(mu nu) (1 - c^2)^(-n / 2)``
+        ``c = tanh(log(nu / mu) / (2 n))``,    ``s^n = sqrt(mu nu) (1 - c^2)^(-n / 2)``
 
-        have the product ``[mu, nu]``. One residual block has ``c = (nu - mu)/(nu + mu)`` and ``s = (mu + nu)/2``, which is a
+        together stretch by ``mu`` to ``nu``. One block has ``c = (nu - mu)/(nu + mu)`` and ``s = (mu + nu)/2``, which is a
         layer of BiLipNet (Wang et al. 2024, sec. 4) with any branch. Constants are taken closer by some roundings, so that the
         certificate's are within them.
 
@@ -221,13 +211,12 @@ class FlowSpec:
         if any(stage.factor_out for stage in stages):
             raise ValueError("mu and nu are constants of the whole flow: no stage may factor_out channels")
         num = sum(stage.num_blocks for stage in stages)
-        num_monotone = sum(stage.num_blocks for stage in stages if stage.block == "monotone")
-        width = math.log(nu / mu) / (2 * (num + num_monotone))
+        width = math.log(nu / mu) / (2 * num)
         width -= _ROUNDING * (1 + math.exp(2 * width))  # 1 / (1 - c) is (1 + exp(2 width)) / 2
         if not width > 0:
             raise ValueError(f"mu and nu must differ by more than roundings, got {mu} and {nu} for {num} blocks")
         coeff = math.tanh(width)
-        log_scale = (math.log(mu) + math.log(nu)) / 2 + (num - num_monotone) * math.log(math.cosh(width))
+        log_scale = (math.log(mu) + math.log(nu)) / 2 + num * math.log(math.cosh(width))
         without = tuple(dataclasses.replace(stage, actnorm=False) for stage in stages)
         return cls(tuple(event_shape), without, coeff, "block", context_dim, math.exp(log_scale / num))
 

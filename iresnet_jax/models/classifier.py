@@ -82,8 +82,6 @@ class ClassifierSpec:
                 raise ValueError(f"{name} must have 1 or {channels} entries for {channels} channels, got {tuple(values)}")
         if self.normalization not in NORMALIZATIONS:
             raise ValueError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {self.normalization!r}")
-        if self.normalization == "batchnorm" and any(stage.block != "residual" for stage in self.flow.stages):
-            raise ValueError("BatchNorm in the branches is for residual blocks: set the block of every stage to residual")
         if self.constrained and self.normalization == "batchnorm":
             raise ValueError("BatchNorm inside a branch leaves it without a Lipschitz bound: set constraint.norms to none")
         if not self.is_bijective and any(stage.branch_name != "feedforward" for stage in self.flow.stages):

@@ -139,13 +139,7 @@ def constrain_certified(
 
 
 def unconstrained(spec: FlowSpec, params: Tree, spectral: Tree) -> ConstrainedFlow:
-    """Parameters and power iterates of `constrain` unchanged; the bounds are infinite, so no inverse reports convergence.
-
-    Raises:
-        ValueError: If a block needs a contraction on the way forward.
-    """
-    if solving := [stage.spec.block for stage in spec.layout if stage.block.quotient]:
-        raise ValueError(f"{solving[0]} blocks need contractions on the way forward: take residual ones without a constraint")
+    """Parameters and power iterates of `constrain` unchanged; the bounds are infinite, so no inverse reports convergence."""
 
     def as_they_are(stage, weights):
         branch = Branch(stage.branch, weights, jnp.full(stage.spec.num_blocks, jnp.inf), "none")
@@ -267,7 +261,6 @@ def bilipschitz(spec: FlowSpec, weights: FlowWeights) -> BiLipschitz:
     bounds = model_bounds([])
     for stage in reversed(spec.layout):
         block = weights[stage.name]
-        log_scales = list(jnp.asarray(block.actnorm.log_scale))
-        own = model_bounds(jnp.asarray(block.branch.lipschitz_bound), log_scales, stage.block.bounds)
+        own = model_bounds(jnp.asarray(block.branch.lipschitz_bound), list(jnp.asarray(block.actnorm.log_scale)))
         bounds = own.compose(bounds.beside_identity() if stage.spec.factor_out else bounds)
     return bounds

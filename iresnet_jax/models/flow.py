@@ -3,8 +3,6 @@
 Weights come from `contractions.constrain` in training and from `contractions.freeze` after it.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -12,7 +10,7 @@ from jaxtyping import Array, Float
 from iresnet_jax.bijections import actnorm, multiscale, reshape
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize, after_exact, chain, in_float64, repeat
-from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.bijections.residual import Solver, residual_bijection
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths import platforms
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
@@ -44,24 +42,18 @@ def flow_bijection(
         rematerialize: What the backward pass recomputes, see `repeat`.
         bfloat16: Whether branches compute in bfloat16 on the way forward and in products with their Jacobians, see
             `Branch.in_bfloat16`. The inverse, closed forms and bounds of truncation are those of the weights as they are.
-
-    Raises:
-        ValueError: If a block that solves an equation on the way forward is to compute in bfloat16.
     """
 
-    def make(kind, block):
+    def make(block):
         branch = block.branch.given(context)
-        own = kind.bijection(branch, estimator, solver)
+        own = residual_bijection(branch, estimator, solver)
         if bfloat16:
-            fast = kind.bijection(branch.in_bfloat16(), estimator, solver)
+            fast = residual_bijection(branch.in_bfloat16(), estimator, solver)
             own = own._replace(forward=fast.forward, forward_and_logdet=fast.forward_and_logdet)
         return after_exact(actnorm.actnorm_bijection(block.actnorm), own)
 
     def stage_of(stage):
-        if bfloat16 and stage.block.quotient:
-            raise ValueError(f"bfloat16 is too coarse for the solves of {stage.spec.block} blocks: set bfloat16 to false")
-        settings = {"unroll": unroll, "rematerialize": rematerialize, "solves": stage.block.quotient}
-        blocks = repeat(functools.partial(make, stage.block), weights[stage.name], **settings)
+        blocks = repeat(make, weights[stage.name], unroll=unroll, rematerialize=rematerialize)
         return multiscale.Stage(chain([*stage.reshapes, blocks]), stage.spec.factor_out)
 
     batch_size = 1 if context is None else len(context)
@@ -75,23 +67,21 @@ def branch_inputs(
     x: Float[Array, "b ..."],
     context: Float[Array, "b k"] | None = None,
     *,
-    solver: Solver = Solver(),
     bfloat16: bool = False,
 ) -> dict[str, Float[Array, "k b ..."]]:
-    """Where the blocks' branches stand as ``x`` passes through the flow, by stage, stacked over blocks.
+    """Inputs of the blocks' branches as ``x`` passes through the flow, by stage, stacked over blocks.
 
     Arguments are those of `flow_bijection`.
     """
 
-    def step(kind, x, block):
+    def step(x, block):
         x, _ = actnorm.forward_and_logdet(block.actnorm, x)
         branch = block.branch.given(context)
-        return kind.forward(branch.in_bfloat16() if bfloat16 else branch, x, solver)
+        return x + (branch.in_bfloat16() if bfloat16 else branch)(x), x
 
     inputs = {}
     for stage in spec.layout:
-        own = functools.partial(step, stage.block)
-        x, inputs[stage.name] = jax.lax.scan(own, chain(stage.reshapes).forward(x), weights[stage.name])
+        x, inputs[stage.name] = jax.lax.scan(step, chain(stage.reshapes).forward(x), weights[stage.name])
         if stage.spec.factor_out:
             x, _ = reshape.split_channels(x)
     return inputs
@@ -126,7 +116,7 @@ def initialize_actnorm(
     def step(x, branch):
         params = stage.actnorm(actnorm.initialize(x, axis_name=axis_name))
         x, _ = actnorm.forward_and_logdet(params, x)
-        return stage.block.forward(branch.given(context), x, Solver())[0], params._asdict()
+        return x + branch.given(context)(x), params._asdict()
 
     x, params = jax.lax.scan(step, x, branch)
     return params, x

@@ -58,10 +58,6 @@ class ReconstructorSpec:
             raise ValueError("a reconstructor takes images to images: no stage may factor_out channels")
         if self.flow.context_dim:
             raise ValueError("a reconstructor takes no contexts")
-        if any(stage.block != "residual" for stage in self.flow.stages):
-            raise ValueError(
-                "a reconstructor's constants are those of residual blocks: set the block of every stage to residual"
-            )
 
     @property
     def num_classes(self) -> None:

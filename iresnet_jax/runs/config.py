@@ -276,10 +276,6 @@ def _check_combinations(config: Config) -> None:
             f"config.model.constants must be (mu, nu), or () for none, got {config.model.constants}",
         ),
         (
-            config.model.budget == "network" and any(stage.block != "residual" for stage in config.model.stages),
-            "config.model.budget network is for residual blocks: set config.model.constants to (mu, nu)",
-        ),
-        (
             config.model.constants and objective == "inversion",
             "config.model.constants is for the other objectives: inversion takes config.model.coeff with the budget network",
         ),

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from iresnet_jax.branches.branch import Branch
-from iresnet_jax.branches.densenet import DenseNetSpec
 from iresnet_jax.branches.feedforward import FULL_DIMS, FeedforwardSpec
 from iresnet_jax.branches.sandwich import SandwichSpec
 from iresnet_jax.maths.logdet import banded
@@ -38,22 +37,6 @@ TRACE = {
     "conv, circular": {"in_shape": (4, 5, 1), "hidden": (4,), "kernel_sizes": (3, 3), "padding": "CIRCULAR"},
     "conv, larger than the image": {"in_shape": (3, 2, 2), "hidden": (4,), "kernel_sizes": (5, 5)},
     "conv, lower than the reach": {"in_shape": (2, 9, 1), "hidden": (3,), "kernel_sizes": (3, 3)},
-    "dense concatenation": {
-        "kind": DenseNetSpec,
-        "in_shape": (5,),
-        "hidden": (4,),
-        "preactivation": True,
-        "activation": "clipswish",
-    },
-    "conv concatenation": {
-        "kind": DenseNetSpec,
-        "in_shape": (7, 6, 2),
-        "hidden": (3,),
-        "kernel_sizes": (3, 3),
-        "activation": "clipswish",
-        "preactivation": True,
-        "context_dim": 2,
-    },
     "conv, single taps": {"in_shape": (3, 2, 2), "hidden": (3,), "kernel_sizes": (1, 1)},
 }
 LOGDET_ALONE = {

@@ -22,14 +22,6 @@ FLOWS = {
         ),
         budget="block",
     ),
-    "densenet": ir.FlowSpec(
-        (4, 4, 1),
-        (
-            ir.StageSpec(1, **CONV, activation="clipswish", preactivation=True, positional_bias=True, kind="densenet"),
-            ir.StageSpec(2, hidden=(4, 3), activation="clipswish", kind="densenet"),
-        ),
-        budget="block",
-    ),
 }
 X = np.random.default_rng(0).normal(size=(2, 4, 4, 1))
 

@@ -30,7 +30,7 @@ MIXED = FlowSpec(
     (4, 4, 1),
     (
         StageSpec(1, (3,), (3, 3), activation="tanh", squeeze=2, positional_bias=True, kind="sandwich"),
-        StageSpec(1, hidden=(4,), activation="clipswish", kind="densenet"),
+        StageSpec(1, (4,), activation="clipswish"),
     ),
     context_dim=3,
 )
@@ -142,7 +142,7 @@ def test_the_estimators_gradient_reaches_the_context(x64):
 
 
 def test_a_density_given_a_context_is_the_same_function(x64, tmp_path):
-    """Convolutional and dense, of several kinds, with a scale of contexts and a network on them."""
+    """Convolutional and dense, of two kinds, with a scale of contexts and a network on them."""
     scale = Standardize((1.0,) * CONTEXT_DIM, (2.0,) * CONTEXT_DIM)
     spec = density.DensitySpec(MIXED, context=scale, context_hidden=(5, 3))
     network = initial_network(jax.random.key(4), CONTEXT_DIM, (5, 3))

@@ -41,7 +41,7 @@ class LogdetInfo(NamedTuple):
 
 
 class LogdetEstimator(ABC):
-    """Estimates ``log det(I + J)`` of a branch at every example of a batch, or ``log det(I - J) - log det(I + J)``.
+    """Estimates ``log det(I + J)`` of a branch at every example of a batch.
 
     Attributes:
         unbiased: True if the mean over all random choices is the log-determinant; False for a truncated estimate.
@@ -64,7 +64,6 @@ class LogdetEstimator(ABC):
         trace: Trace | None = None,
         jacobian: Jacobian | None = None,
         logdet: Logdet | None = None,
-        quotient: bool = False,
     ) -> tuple[Float[Array, " b"], LogdetInfo]:
         """The log-determinant and its error.
 
@@ -75,12 +74,10 @@ class LogdetEstimator(ABC):
             lipschitz_bound: Upper bound of ``Lip(g)``, for the truncation bound.
             trace: ``x -> tr J (b,)`` in closed form, if there is one.
             jacobian: ``x -> J (b, d, d)`` in closed form, if there is one.
-            logdet: ``x -> log det(I + J) (b,)`` exactly, or what is estimated in its place, if there is a way that is shorter
-                than ``d`` products with ``J``.
-            quotient: Whether to estimate ``log det((I - J) (I + J)^-1) = log det(I - J) - log det(I + J)``, see `monotone`.
+            logdet: ``x -> log det(I + J) (b,)`` exactly, if there is a way that is shorter than ``d`` products with ``J``.
         """
         bound = jnp.inf if lipschitz_bound is None else lipschitz_bound
-        return self._estimate(branch, as_floats(x, "x"), key, bound, trace, jacobian, logdet, quotient=quotient)
+        return self._estimate(branch, as_floats(x, "x"), key, bound, trace, jacobian, logdet)
 
     @abstractmethod
     def _estimate(
@@ -92,8 +89,6 @@ class LogdetEstimator(ABC):
         trace: Trace | None,
         jacobian: Jacobian | None,
         logdet: Logdet | None,
-        *,
-        quotient: bool,
     ) -> tuple[Float[Array, " b"], LogdetInfo]: ...
 
 
@@ -111,25 +106,17 @@ class ProbingEstimator(LogdetEstimator):
     probe: str = "rademacher"
     exact_trace: bool = True
 
-    def _estimate(self, branch, x, key, lipschitz_bound, trace, jacobian, logdet, *, quotient):
+    def _estimate(self, branch, x, key, lipschitz_bound, trace, jacobian, logdet):
         del jacobian, logdet
         if key is None:
             raise ValueError("key must be given: the estimator draws random probes")
-        trace = trace if self.exact_trace else None
-        samples, bound = self._samples(branch, x, key, lipschitz_bound, trace, quotient=quotient)
+        samples, bound = self._samples(branch, x, key, lipschitz_bound, trace if self.exact_trace else None)
         value, stderr = mean_and_stderr(samples)
         return value, LogdetInfo(stderr, bound)
 
     @abstractmethod
     def _samples(
-        self,
-        branch: Branch | Linearized,
-        x: Float[Array, "b ..."],
-        key: Keys,
-        lipschitz_bound: Scalar,
-        trace: Trace | None,
-        *,
-        quotient: bool,
+        self, branch: Branch | Linearized, x: Float[Array, "b ..."], key: Keys, lipschitz_bound: Scalar, trace: Trace | None
     ) -> tuple[Float[Array, "p b"], Float[Array, " b"]]:
         """One estimate a probe, and the bound of what they leave out."""
 

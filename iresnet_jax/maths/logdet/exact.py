@@ -19,9 +19,7 @@ COLUMNS_AT_ONCE = 64  # of a Jacobian that products with unit vectors give
 SMALL = 32  # dimensions up to which elimination without exchanges of rows is the faster, see `log_abs_det`
 
 
-def dense_logdet(
-    branch: Branch | Linearized, x: Batch, *, jacobian: Jacobian | None = None, quotient: bool = False
-) -> Float[Array, " b"]:
+def dense_logdet(branch: Branch | Linearized, x: Batch, *, jacobian: Jacobian | None = None) -> Float[Array, " b"]:
     """``log det(I + J)`` from the full Jacobian by elimination; exact to rounding, differentiable.
 
     Costs ``d`` Jacobian-vector products, or the closed form, and ``O(d^3)`` per example: for dimensions up to about a thousand.
@@ -31,19 +29,14 @@ def dense_logdet(
         branch: ``g``, acting on each example alone, or linearised at ``x``.
         x: Where to evaluate.
         jacobian: ``x -> J (b, d, d)`` in closed form, if there is one.
-        quotient: Whether to compute ``log det(I - J) - log det(I + J)``.
     """
     x = as_floats(x, "x")
     num_dims = math.prod(x.shape[1:])
     if not len(x):
         return jnp.zeros(0, x.dtype)
     full = _by_columns(branch, x) if jacobian is None else jacobian(x)
-    identity, log_det = jnp.eye(num_dims, dtype=x.dtype)[None], log_abs_det if num_dims <= SMALL else _by_lapack
-    return log_det(identity - full) - log_det(identity + full) if quotient else log_det(identity + full)
-
-
-def _by_lapack(matrices: Float[Array, "b d d"]) -> Float[Array, " b"]:
-    return jnp.linalg.slogdet(matrices)[1]
+    matrices = jnp.eye(num_dims, dtype=x.dtype)[None] + full
+    return log_abs_det(matrices) if num_dims <= SMALL else jnp.linalg.slogdet(matrices)[1]
 
 
 def _by_columns(branch: Branch | Linearized, x: Float[Array, "b ..."]) -> Float[Array, "b d d"]:
@@ -109,10 +102,10 @@ class ExactLogdet(LogdetEstimator):
 
     unbiased: ClassVar[bool] = True
 
-    def _estimate(self, branch, x, key, lipschitz_bound, trace, jacobian, logdet, *, quotient):
+    def _estimate(self, branch, x, key, lipschitz_bound, trace, jacobian, logdet):
         del key, lipschitz_bound, trace
         if logdet is None:
-            value = dense_logdet(branch, x, jacobian=jacobian, quotient=quotient)
+            value = dense_logdet(branch, x, jacobian=jacobian)
         else:
             value = logdet(x)
         zeros = jnp.zeros_like(value)

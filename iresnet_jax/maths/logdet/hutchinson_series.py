@@ -7,7 +7,6 @@ Probes ``v`` with ``E[v v^T] = I`` estimate traces (Hutchinson). One chain of ve
 gives the terms ``<u_k, v>`` of the value. It also gives ``w = sum_k (-1)^k u_k``; the gradient is that of ``<w, J v>`` with
 ``w`` and ``v`` fixed. The chain is not differentiated, so memory does not depend on its length. Second derivatives are not
 those of the log-determinant. The estimate of ``tr J`` carries most of the variance; a closed form replaces it if there is one.
-The even terms of ``log det(I - J) - log det(I + J) = -2 sum_(k odd) tr(J^k) / k`` vanish, and the chain is the same.
 `roulette` cuts the series at a random length without a bias; `krylov` needs fewer products.
 """
 
@@ -51,7 +50,6 @@ def weighted_series(
     length: int | Int[Array, ""] | Int[Array, " b"],
     *,
     trace: Trace | None = None,
-    quotient: bool = False,
 ) -> tuple[Float[Array, "p b"], Float[Array, "p b"]]:
     r"""``sum_{k <= length} weights[k-1] (-1)^(k+1)/k <v, J^k v>`` for every probe, with the matching Neumann gradient.
 
@@ -65,7 +63,6 @@ def weighted_series(
         weights: One weight a term, at least ``length`` of them.
         length: Number of terms. A static number, a traced one (one compiled loop then serves every length), or one per example.
         trace: ``x -> tr J (b,)``, exact and differentiable; replaces the first term, whose weight must be 1 in expectation.
-        quotient: Whether to sum ``-2 / k`` times the odd terms, for ``log det(I - J) - log det(I + J)``.
 
     Returns:
         The estimates, and ``|v| |J^T^n v|`` with ``n`` the example's number of terms, for the bound of the remainder.
@@ -82,10 +79,8 @@ def weighted_series(
     def expand(a):  # (b,) or () against (p, b, ...)
         return a if jnp.ndim(a) == 0 else a.reshape(1, -1, *(1,) * (probes.ndim - 2))
 
-    odd, even = (-2, 0) if quotient else (1, -1)
-
     def signed(k):
-        sign = jnp.where(k % 2 == 1, odd, even).astype(x.dtype)
+        sign = jnp.where(k % 2 == 1, 1, -1).astype(x.dtype)
         return sign * (jnp.where(k <= length, weights[k - 1], 0) if per_example else weights[k - 1])
 
     def dot(a, b):
@@ -122,20 +117,14 @@ def weighted_series(
         _, (_, value, neumann), tail = lax.while_loop(lambda state: state[0] <= longest, term_and_tail, state)
     value, neumann, tail = lax.stop_gradient((value, neumann, tail))
     value = with_gradient(value, pushed, neumann)
-    return value if trace is None else value + odd * trace(x)[None], tail * norm(probes)
+    return value if trace is None else value + trace(x)[None], tail * norm(probes)
 
 
-def remainder_factor(
-    lipschitz_bound: Scalar, num_terms: int, power: int, dtype: Any, *, quotient: bool = False
-) -> Float[Array, ""]:
-    """``L^p / ((n + 1)(1 - L)) >= sum_{k>n} L^(k - n - 1 + p) / k`` with ``p = power``; infinite for ``L >= 1``.
-
-    With ``quotient`` it is ``2 L^p / ((n + 1)(1 - L^2))``, which bounds twice the sum over odd ``k``.
-    """
+def remainder_factor(lipschitz_bound: Scalar, num_terms: int, power: int, dtype: Any) -> Float[Array, ""]:
+    """``L^p / ((n + 1)(1 - L)) >= sum_{k>n} L^(k - n - 1 + p) / k`` with ``p = power``; infinite for ``L >= 1``."""
     ell = lax.stop_gradient(lipschitz_at_least(lipschitz_bound, dtype))
     contraction = ell < 1
-    gap = (1 - ell) * (1 + ell) / 2 if quotient else 1 - ell
-    return jnp.where(contraction, ell**power / ((num_terms + 1) * jnp.where(contraction, gap, 1)), jnp.inf)
+    return jnp.where(contraction, ell**power / ((num_terms + 1) * jnp.where(contraction, 1 - ell, 1)), jnp.inf)
 
 
 @jax.tree_util.register_static
@@ -159,7 +148,7 @@ class SeriesLogdet(ProbingEstimator):
         if self.num_terms < 1:
             raise ValueError(f"num_terms must be at least 1, got {self.num_terms}")
 
-    def _samples(self, branch, x, key, lipschitz_bound, trace, *, quotient):
+    def _samples(self, branch, x, key, lipschitz_bound, trace):
         probes, n = self._draw_probes(key, x), self.num_terms
-        samples, tail = weighted_series(branch, x, probes, jnp.ones(n, x.dtype), n, trace=trace, quotient=quotient)
-        return samples, remainder_factor(lipschitz_bound, n, 1, x.dtype, quotient=quotient) * jnp.mean(tail, axis=0)
+        samples, tail = weighted_series(branch, x, probes, jnp.ones(n, x.dtype), n, trace=trace)
+        return samples, remainder_factor(lipschitz_bound, n, 1, x.dtype) * jnp.mean(tail, axis=0)

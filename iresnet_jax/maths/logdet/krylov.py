@@ -17,8 +17,6 @@ The gradient is ``<w, dJ v>`` as in `hutchinson_series`. Logarithm and inverses 
 Proof of the bound. The exact solution ``x`` of ``(I + t J^T) x = v`` has ``v^T J^T x = (|v|^2 - v^T x) / t``. The approximation
 ``x_t = |v| V y_t`` leaves the residual ``-t |v| h_(n+1,n) (e_n^T y_t) v_(n+1)`` in this equation. As ``v`` and ``v_(n+1)`` are
 orthogonal, ``v^T (I + t J^T)^-1 v_(n+1) = -t v^T J^T (I + t J^T)^-1 v_(n+1)``.
-
-The Krylov spaces of ``-J`` are the same, with ``-H`` for ``H``, so ``log det(I - J) - log det(I + J)`` takes no more products.
 """
 
 import math
@@ -166,9 +164,9 @@ class KrylovLogdet(ProbingEstimator):
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
 
-    def _samples(self, branch, x, key, lipschitz_bound, trace, *, quotient):
-        probes, settings = self._draw_probes(key, x), {"lipschitz_bound": lipschitz_bound, "trace": trace, "quotient": quotient}
-        samples, bounds = quadratic_form(branch, x, probes, self.num_steps, **settings)
+    def _samples(self, branch, x, key, lipschitz_bound, trace):
+        probes = self._draw_probes(key, x)
+        samples, bounds = quadratic_form(branch, x, probes, self.num_steps, lipschitz_bound=lipschitz_bound, trace=trace)
         return samples, jnp.mean(bounds, axis=0)
 
 
@@ -180,7 +178,6 @@ def nested_quadratic_forms(
     *,
     lipschitz_bound: Scalar = jnp.inf,
     trace: Trace | None = None,
-    quotient: bool = False,
 ) -> tuple[Float[Array, "s p b"], Float[Array, "p b"]]:
     """``v^T log(I + J) v`` for every probe ``v`` by Krylov subspaces of several dimensions, for the products of the largest.
 
@@ -194,32 +191,21 @@ def nested_quadratic_forms(
         sizes: Dimensions of the subspaces, increasing; the last is the number of products with the transposed Jacobian.
         lipschitz_bound: Upper bound of ``Lip(g)``, for the bound of the error.
         trace: ``x -> tr J (b,)``, exact; replaces the first-order term.
-        quotient: Whether ``log(I - J) - log(I + J)`` takes the place of ``log(I + J)``.
 
     Returns:
         The estimates by dimension, and bounds of the errors of the last.
     """
     _, hessenberg = arnoldi(transposed_jacobian(linearize(branch, x), len(probes)), probes, sizes[-1])
-    values, bounds, settings = [], jnp.zeros(()), {"without_first_order": trace is not None, "quotient": quotient}
+    values, bounds = [], jnp.zeros(())
     for size in sizes:
-        value, bounds, _ = _forms(hessenberg[: size + 1, :size], probes, lipschitz_bound, **settings)
+        value, bounds, _ = _forms(hessenberg[: size + 1, :size], probes, lipschitz_bound, without_first_order=trace is not None)
         values.append(value)
-    return jnp.stack(values) + (0 if trace is None else (-2 if quotient else 1) * trace(x)[None, None]), bounds
+    return jnp.stack(values) + (0 if trace is None else trace(x)[None, None]), bounds
 
 
-def _forms(hessenberg, probes, lipschitz_bound, *, without_first_order, quotient):
-    """``v^T f(J) v`` in a subspace, the module's bound of its error, and ``f'(H) e_1``, with ``f(J) = log(I + J)``.
-
-    Without the first order ``f(J) - f'(0) J`` takes the place of ``f(J)``, whose ``f'`` loses ``f'(0)``.
-    """
-    if quotient:
-        of_both = [
-            _forms(s * hessenberg, probes, lipschitz_bound, without_first_order=without_first_order, quotient=False)
-            for s in (-1, 1)
-        ]
-        (below, bounds_below, slope_below), (above, bounds_above, slope_above) = of_both
-        return below - above, bounds_below + bounds_above, -slope_below - slope_above
-    inner, leaving, dtype = hessenberg[:-1], jnp.abs(hessenberg[-1, -1]), probes.dtype
+def _forms(hessenberg, probes, lipschitz_bound, *, without_first_order):
+    """``v^T log(I + J) v`` in a subspace, or without ``v^T J v``; the module's bound of its error; ``(I + H)^-1 e_1``."""
+    inner, leaving, dtype = hessenberg[:-1], hessenberg[-1, -1], probes.dtype
     squared = jnp.sum(probes**2, axis=tuple(range(2, probes.ndim)))
     nodes, weights = quadrature()
     weights = jnp.asarray(weights, dtype).reshape(-1, 1, 1)
@@ -233,8 +219,7 @@ def _forms(hessenberg, probes, lipschitz_bound, *, without_first_order, quotient
     contraction = ell < 1
     margins = 1 - times[0, 0, :-1] * jnp.where(contraction, ell, 0)
     bounds = squared * leaving * jnp.sum(weights * jnp.abs(resolvents[-1]) * (1 - margins) / margins, axis=0)
-    slope = solution.at[0].add(-1) if without_first_order else solution
-    return value, lax.stop_gradient(jnp.where(contraction, bounds, jnp.inf)), slope
+    return value, lax.stop_gradient(jnp.where(contraction, bounds, jnp.inf)), solution
 
 
 def quadratic_form(
@@ -245,7 +230,6 @@ def quadratic_form(
     *,
     lipschitz_bound: Scalar = jnp.inf,
     trace: Trace | None = None,
-    quotient: bool = False,
 ) -> tuple[Float[Array, "p b"], Float[Array, "p b"]]:
     """``v^T log(I + J) v`` for every probe ``v``, with the gradient ``<w, dJ v>``.
 
@@ -256,18 +240,16 @@ def quadratic_form(
         num_steps: Products with the transposed Jacobian.
         lipschitz_bound: Upper bound of ``Lip(g)``, for the bound of the error.
         trace: ``x -> tr J (b,)``, exact and differentiable; replaces the first-order term.
-        quotient: Whether ``log(I - J) - log(I + J)`` takes the place of ``log(I + J)``.
 
     Returns:
         The estimates and bounds of their errors, infinite without a Lipschitz bound below 1.
     """
     at = linearize(branch, x)
     basis, hessenberg = arnoldi(transposed_jacobian(at, len(probes)), probes, num_steps)
-    settings = {"without_first_order": trace is not None, "quotient": quotient}
-    value, bounds, slope = _forms(hessenberg, probes, lipschitz_bound, **settings)
+    value, bounds, solution = _forms(hessenberg, probes, lipschitz_bound, without_first_order=trace is not None)
     size = jnp.sqrt(jnp.sum(probes**2, axis=tuple(range(2, probes.ndim))))
-    coefficients = slope * size[None]
+    coefficients = (solution if trace is None else solution.at[0].add(-1)) * size[None]
     flat = basis.reshape(*coefficients.shape, math.prod(x.shape[1:]))
     w = _combine(coefficients, flat).reshape(probes.shape)
     value = with_gradient(value, jacobian_product(at, probes), w)
-    return value if trace is None else value + (-2 if quotient else 1) * trace(x)[None], bounds
+    return value if trace is None else value + trace(x)[None], bounds

@@ -86,7 +86,7 @@ class RouletteLogdet(ProbingEstimator):
         """The estimator with a length drawn once for all blocks, examples and devices."""
         return replace(self, length=self.draw_length(typed_key(key)))
 
-    def _samples(self, branch, x, key, lipschitz_bound, trace, *, quotient):
+    def _samples(self, branch, x, key, lipschitz_bound, trace):
         key = typed_key(key)
         keys = jax.vmap(jax.random.split)(key) if key.ndim else jax.random.split(key)
         key_length, key_probe = keys[..., 0], keys[..., 1]
@@ -95,7 +95,6 @@ class RouletteLogdet(ProbingEstimator):
             length = jax.vmap(self.draw_length)(key_length) if key.ndim else self.draw_length(key_length)
         weights = self.weights()
         n, probes = len(weights), self._draw_probes(key_probe, x)
-        weights = jnp.asarray(weights, x.dtype)
-        samples, _ = weighted_series(branch, x, probes, weights, length, trace=trace, quotient=quotient)
-        bound = math.prod(x.shape[1:]) * remainder_factor(lipschitz_bound, n, n + 1, x.dtype, quotient=quotient)
+        samples, _ = weighted_series(branch, x, probes, jnp.asarray(weights, x.dtype), length, trace=trace)
+        bound = math.prod(x.shape[1:]) * remainder_factor(lipschitz_bound, n, n + 1, x.dtype)
         return samples, jnp.full(len(x), bound)

@@ -84,24 +84,21 @@ def layer_blocks(kernel: Float[Array, "..."], in_shape: Sequence[int], padding: 
     return RowBlocks(blocks, height)
 
 
-def behind_activation(layer: RowBlocks, slopes: Float[Array, "..."], num_copies: int, passed: int = 0) -> RowBlocks:
+def behind_activation(layer: RowBlocks, slopes: Float[Array, "..."], num_channels: int) -> RowBlocks:
     """``W D`` of a layer and the Jacobian ``D`` of the activation in front, which may make several channels of one.
 
     Args:
         layer: ``W``, whose inputs are the activation's outputs.
         slopes: Slope of every output of the activation, copies of all channels one after the other.
-        num_copies: Outputs of the activation for each of its inputs.
-        passed: Channels in front that it leaves as they are.
+        num_channels: Channels in front of the activation.
     """
     by_row = slopes.reshape(layer.num_rows, -1)
     blocks = {}
     for (i, j), block in layer.blocks.items():
         scaled = block * by_row[j]
-        if num_copies > 1:
-            by_channel = scaled.reshape(len(block), -1, slopes.shape[-1])
-            kept, rest = by_channel[..., :passed], by_channel[..., passed:]
-            summed = rest.reshape(*rest.shape[:2], num_copies, -1).sum(axis=2)
-            scaled = np.concatenate([kept, summed], axis=2).reshape(len(block), -1)
+        copies = slopes.shape[-1] // num_channels
+        if copies > 1:
+            scaled = scaled.reshape(len(block), -1, copies, num_channels).sum(axis=2).reshape(len(block), -1)
         blocks[i, j] = scaled
     return RowBlocks(blocks, layer.num_rows)
 
