@@ -154,6 +154,8 @@ def test_a_density_given_a_context_is_the_same_function(x64, tmp_path):
     z = encode(whole, x, context=context[0])
     np.testing.assert_allclose(decode(given, z)[0], x, atol=1e-10)
     assert set(whole.shared().constants) - set(whole.shared().given(context[0]).constants) == {"context"}
+    with pytest.raises(ValueError, match="takes no contexts"):
+        given.given(context[0])
     loaded = saved.load(given.save(tmp_path / "model.npz"))
     assert loaded.spec == given.spec
     for name, block in loaded.weights.items():
