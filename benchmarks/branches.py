@@ -29,10 +29,10 @@ from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.model_from_config import model_spec
 from iresnet_jax.runs.trained_run import load
 
-# What is different in the stages of the configs, whose branches are feed-forward ones with CLipSwish.
+# Branches of the stages, in place of those of the configs.
 KINDS: dict[str, dict[str, Any]] = {
-    "feedforward": {},
-    "feedforward_elu": {"activation": "elu"},
+    "feedforward": {"kind": "feedforward", "activation": "clipswish"},
+    "feedforward_elu": {"kind": "feedforward", "activation": "elu"},
     "sandwich": {"kind": "sandwich", "activation": "softplus4"},
     "sandwich_elu": {"kind": "sandwich", "activation": "elu"},
 }

@@ -147,9 +147,11 @@ def _settings_of(path: Path, variant: str) -> dict[str, Any]:
 
 
 def _read(text: str, kind: type) -> Any:
-    """The value that a text means where one of this type stood; the text itself if it means none, for `parse` to refuse."""
-    readers = {str: str, float: float, bool: {"true": True, "false": False}.__getitem__}
+    """The value that a text means where one of this type stood, `tuple` for none; the text itself if it means none."""
+    words = {"true": True, "false": False}
+    if kind in (bool, tuple) and text.lower() in words:
+        return words[text.lower()]
     try:
-        return readers.get(kind, ast.literal_eval)(text.lower() if kind is bool else text)
-    except (ValueError, SyntaxError, KeyError):
-        return text
+        return {str: str, float: float}.get(kind, ast.literal_eval)(text)
+    except (ValueError, SyntaxError):
+        return text  # for `parse` to refuse

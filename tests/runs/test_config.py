@@ -167,6 +167,8 @@ def test_flags_override_fields_and_name_the_workdir_after_the_config(config_file
     arguments = [f"--config={config_files['toy']}", "--config.seed=3", "--config.model.stages[0].hidden=(4,)"]
     flags = parse_train_flags(["train.py", *arguments])
     assert (flags.config.seed, flags.config.model.stages[0].hidden, flags.debug) == (3, (4,), False)
+    arguments.append("--config.model.stages[0].actnorm=false")  # which the file does not mention
+    assert not parse_train_flags(["train.py", *arguments]).config.model.stages[0].actnorm
     assert flags.workdir == Path("runs/toy")
     monkeypatch.chdir(ROOT)
     flags = parse_train_flags(["train.py", "--debug"])
