@@ -37,7 +37,7 @@ CLASSES = {"cifar100": 100}
 LEVELS = {"digits": 17}
 # Configs whose step is lowered, with the number of parameters where something else states it.
 STEPS = [
-    ("digits_density", None, 98_508),
+    ("digits_density", None, 105_932),
     ("iresnet_density", "cifar10", 25_028_544),  # 25.03 M in the paper
     ("residual_flow_density", "mnist", None),
     ("toy_2d", "moons", None),
@@ -49,6 +49,7 @@ STEPS = [
 ]
 # Those whose step is made of the parts of others, at another size or with another prior.
 VARIANTS = [
+    ("digits_density", "variational", None),
     ("digits_hybrid", None, 99_670),
     ("mnist_density", None, 1_262_694),
     ("fashion_mnist_density", None, 956_804),
