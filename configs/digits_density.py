@@ -4,8 +4,8 @@
 
 Test 1.798 +- .012 bits/dim after 73 seconds on 2 cores, compilation included (benchmarks/results/digits_density).
 
-With :variational behind it the noise of dequantisation is trained, too: test 1.735 +- .013 bits/dim, and 1.686 by the bound of 64
-weighted draws, after 171 seconds (benchmarks/results/digits_density_variational).
+With :variational behind it the noise of dequantisation is trained, too: test 1.735 +- .013 bits/dim, and 1.686 by the bound of
+64 weighted draws, after 171 seconds (benchmarks/results/digits_density_variational).
 """
 
 from iresnet_jax.data.augment import TRANSFORMATIONS
