@@ -182,7 +182,7 @@ def _held_out_labels(config: Config, data: DataSet) -> Any:
 
 def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
     """Fresh variables, fitted to training data as they are."""
-    identity = identity_context(config)
+    identity = identity_context(config) if spec.flow.context_dim else None  # which a model may have been given for good
 
     def examples_of(key, num):
         x, context, labels = data.random_train(key, num)
