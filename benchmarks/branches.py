@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "sandwich_elu": {"kind": "sandwich", "activation": "elu"},
 }
 CONFIGS = {"digits": "digits_density", "checkerboard": "toy_2d:checkerboard", "rings": "toy_2d:rings"}
-COEFF = 0.9  # of every block; those of the digits config have .95^2
+COEFF = 0.9  # of every block
 EQUAL = 0.1  # relative difference of parameters, and of times
 PERCENT = range(10, 301, 2)  # of the hidden widths
 NO_LIMIT = 10**6  # updates, where time is the limit

@@ -58,8 +58,8 @@ class ModelConfig:
     # Least and largest stretch (mu, nu) of the whole flow, in place of coeff and budget: mu <= |F(x) - F(y)| / |x - y| <= nu by
     # construction, without ActNorm. None are prescribed by default.
     constants: tuple[Positive, ...] = ()
-    # Of the latents. "mixture" is one of normal distributions with full covariances, for vectors of a density; "scales" is a
-    # normal distribution at several scales at once, for a density. Both are fitted to latents before training.
+    # Distribution of the latents. "mixture" is one of normal distributions with full covariances, for vectors of a density;
+    # "scales" is a normal distribution at several scales at once, for a density. Both are fitted to latents before training.
     prior: Literal["gaussian", "logistic", "mixture", "scales"] = "gaussian"
     prior_components: CountOrNone = 0  # of the priors "mixture" and "scales", of which 16 are many; 0 for other priors
     context_hidden: tuple[Count, ...] = ()  # widths of a network on the contexts of a density; none leaves them as they are

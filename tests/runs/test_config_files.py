@@ -136,6 +136,7 @@ def test_a_cut_down_copy_takes_a_step(name, stages):
     ("name", "argument", "known"),
     [
         ("toy_2d", "mons", "moons"),
+        ("digits_density", "variatonal", "variational"),
         ("iresnet_density", "cifar1", "cifar10"),
         ("residual_flow_density", "cifar1", "cifar10"),
         ("iresnet_classification", "cifar1", "cifar10"),
