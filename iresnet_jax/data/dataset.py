@@ -117,7 +117,7 @@ class DataSet:
         return (lambda key, _: jax.tree.map(lambda rows: rows[0], self._drawn(key, 1))) if self.is_endless else None
 
     def held_out(self, split: str, num: int | None = None, seed: int = 0) -> Shaped[np.ndarray, "_ ..."]:
-        """Returns the first ``num`` examples of "validation" or "test".
+        """Returns ``num`` examples of "validation", evenly spread as files may be sorted, or the first ones of "test".
 
         Args:
             split: "validation" or "test".
@@ -133,6 +133,10 @@ class DataSet:
         """Returns the contexts of what `held_out` returns with the same arguments; None without contexts."""
         return self._held_out(split, num, seed)[1]
 
+    def held_out_labels(self, split: str, num: int | None = None) -> Int32[np.ndarray, " _"]:
+        """Returns the classes of what `held_out` returns with the same arguments."""
+        return self.labels[split][self._rows(split, num)]
+
     def random_train(self, key: PRNGKeyArray, num: int) -> tuple[Any, Any, Any]:
         """Draws up to ``num`` distinct training examples with their contexts and classes, or None, to initialise a model."""
         if self.is_endless:
@@ -146,12 +150,20 @@ class DataSet:
         if not self.is_endless:
             if split not in self.examples:
                 raise ValueError(f"{self.name} has no split {split!r}: it has {', '.join(self.examples)}")
-            return self.examples[split][:num], self.contexts[split][:num] if self.contexts else None
+            rows = self._rows(split, num)
+            return self.examples[split][rows], self.contexts[split][rows] if self.contexts else None
         if num is None:
             raise ValueError(f"{self.name} has no end: say how many examples of {split!r} to draw")
         stream = {"validation": 1, "test": 2}[split]
         examples, contexts = self._drawn(jax.random.fold_in(jax.random.key(seed), 2**31 + stream), num)
         return np.asarray(examples), None if contexts is None else np.asarray(contexts)
+
+    def _rows(self, split: str, num: int | None) -> slice | np.ndarray:
+        """The rows of an array that `held_out` returns."""
+        size = len(self.examples[split])
+        if split == "validation" and num is not None and num < size:
+            return np.arange(num) * size // num
+        return slice(num)
 
     def _drawn(self, key: PRNGKeyArray, num: int) -> tuple[Array, Array | None]:
         """Examples of endless data and their contexts."""

@@ -69,10 +69,15 @@ def _hybrid(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
         config.hybrid, label_smoothing=config.classifier.label_smoothing, augment=build_augmentation(config.augmentation, data)
     )
     weight = float(config.hybrid.weight_of_step()(config.training.schedule_steps))
+
+    def make_validation():
+        labels = data.held_out_labels("validation", config.training.eval_examples)
+        return hybrid.Validation(labels, spec, **_held_out(config, data))
+
     return Objective(
         name="accuracy",
         training_step=_training_step(config, spec, loss),
-        make_validation=lambda: hybrid.Validation(_held_out_labels(config, data), spec, **_held_out(config, data)),
+        make_validation=make_validation,
         selection=lambda held_out: held_out["cross_entropy"] + weight * held_out[spec.metric],
         examples=(data.examples["train"], data.labels["train"]),
         logdet=config.logdet,
@@ -94,7 +99,7 @@ def _classification(config: Config, data: DataSet, spec: ClassifierSpec) -> Obje
         make_validation=lambda: classification.Validation(
             spec,
             data.held_out("validation", training.eval_examples),
-            _held_out_labels(config, data),
+            data.held_out_labels("validation", training.eval_examples),
             constraint=config.constraint,
             batch_size=config.evaluation.batch_size,
         ),
@@ -174,10 +179,6 @@ def _held_out(config: Config, data: DataSet) -> dict[str, Any]:
         "seed": seed,
         "given": identity_context(config),
     }
-
-
-def _held_out_labels(config: Config, data: DataSet) -> Any:
-    return data.labels["validation"][: config.training.eval_examples]
 
 
 def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:

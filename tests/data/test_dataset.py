@@ -81,7 +81,23 @@ def test_fingerprint_of_files_is_that_of_their_content(tmp_path):
 # Examples -----------------------------------------------------------------------------------------------------------------
 
 
-def test_held_out_examples_of_arrays_are_the_first_ones():
+def test_validation_takes_examples_from_the_whole_split_with_their_labels_and_contexts():
+    """Files may be sorted: patches by the picture that they are of, rows by class."""
+    rows = np.arange(12, dtype=np.float32)[:, None]
+    dataset = DataSet.from_arrays(
+        "x",
+        {"train": rows, "validation": rows},
+        {"train": rows[:, 0].astype(np.int32), "validation": rows[:, 0].astype(np.int32)},
+        contexts={"train": rows, "validation": rows},
+        num_levels=None,
+        num_classes=12,
+    )
+    for num, expected in ((1, [0]), (4, [0, 3, 6, 9]), (5, [0, 2, 4, 7, 9]), (12, range(12)), (99, range(12)), (None, range(12))):
+        for taken in (dataset.held_out, dataset.held_out_contexts, dataset.held_out_labels):
+            np.testing.assert_array_equal(np.ravel(taken("validation", num)), expected)
+
+
+def test_test_examples_of_arrays_are_the_first_ones():
     dataset = make()
     np.testing.assert_array_equal(dataset.held_out("test", 3), IMAGES["test"][:3])
     np.testing.assert_array_equal(dataset.held_out("test"), IMAGES["test"])
