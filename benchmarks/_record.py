@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -27,6 +28,7 @@ from iresnet_jax.evaluation import environment
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LEAST_TURNS = 3
+_NUMBERS = re.compile(r'\[([^][{}"]+)\]')  # a list of numbers takes one line
 
 
 class Timing(NamedTuple):
@@ -134,7 +136,7 @@ def write(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as incoming:
-        incoming.write_text(json.dumps(record, indent=1) + "\n")
+        incoming.write_text(_NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(record, indent=1)) + "\n")
     print(f"written: {path}")
 
 

@@ -65,7 +65,7 @@ def likelihood(values):
     """Mean, its standard error and the means of groups of test examples; all log-densities have to be finite."""
     if bad := np.count_nonzero(~np.isfinite(values)):
         raise ValueError(f"the log-density of {bad} of {len(values)} test examples is not finite")
-    groups = [float(group.mean()) for group in np.array_split(values, min(len(values), GROUPS))]
+    groups = [round(float(group.mean()), 4) for group in np.array_split(values, min(len(values), GROUPS))]
     return {"log_prob": float(values.mean()), "stderr": stderr(groups), "groups": groups}
 
 
