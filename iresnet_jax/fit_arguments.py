@@ -51,4 +51,4 @@ def seed_of(key: Any) -> int:
     Raises:
         ValueError: If it is no key, or several.
     """
-    return 0 if key is None else int(jax.random.bits(single_key(key)))
+    return 0 if key is None else int(jax.random.bits(single_key(key), dtype="uint32"))

@@ -105,7 +105,7 @@ def train(
     start_backend()
     keep_compiled_programs()
     ema_decay = checked(Decay, ema_decay, "ema_decay")
-    seed = int(jax.random.bits(single_key(key)))
+    seed = int(jax.random.bits(single_key(key), dtype="uint32"))
     x, validation = _checked_rows(x, "x"), _checked_rows(validation, "validation")
     if x is not None and isinstance(batch_size, int):
         devices = parallel.all_devices()
@@ -132,11 +132,12 @@ def train(
         _check_loss(loss, model, x, batch_size)
         objective = Objective(
             name="loss",
-            training_step=_training_step(free, loss, rule, seed, has_data=x is not None),
+            training_step=_training_step(free, loss, rule, has_data=x is not None),
             make_validation=lambda: held_out,
             selection=lambda means: means["loss"],
             examples=x,
             initial_variables=lambda: {"params": free.params, "spectral": free.iterates},
+            seed=seed,
         )
         trainer = _Trainer(objective, settings, held_out, callback, say)
         batches = device_batches(x, seed=seed, batch_size=batch_size)
@@ -244,7 +245,7 @@ def _compiled_when_called(training_step: TrainingStep) -> CompiledStep:
     return take
 
 
-def _training_step(free: Unconstrained, loss: LossFunction, rule: UpdateRule, seed: int, *, has_data: bool) -> TrainingStep:
+def _training_step(free: Unconstrained, loss: LossFunction, rule: UpdateRule, *, has_data: bool) -> TrainingStep:
     """The step of `train`, with the model as training runs it."""
 
     def of_batch(model: Any, batch: Any, keys: StepKeys) -> Loss:
@@ -260,7 +261,7 @@ def _training_step(free: Unconstrained, loss: LossFunction, rule: UpdateRule, se
     model = template.with_(unroll=unroll)
     if not unroll and isinstance(getattr(model, "estimator", None), ExactLogdet) and model.rematerialize == "nothing":
         model = model.with_(rematerialize="elementwise")
-    return TrainingStep(model, of_batch, training_constraint(free.settings, spec), rule, seed)
+    return TrainingStep(model, of_batch, training_constraint(free.settings, spec), rule)
 
 
 def _loss_and_metrics(loss: LossFunction, model: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Any]]:

@@ -17,7 +17,7 @@ from iresnet_jax.training.trainer import CompiledStep
 class CompiledSteps:
     """Compiled training steps by what they depend on; the least recently used are dropped.
 
-    Constants of the data, such as a mean, come with the state, see `DensitySpec.constants`.
+    Seeds and constants of the data, such as a mean, come with the state, see `TrainState.constants`.
 
     Args:
         most: Largest number of steps that are kept.
@@ -38,7 +38,7 @@ class CompiledSteps:
         optimizer = dataclasses.replace(config.optimizer, warmup_steps=0)
         augmentation = dataclasses.replace(config.augmentation, noise=1.0 if config.augmentation.noise else 0.0)
         given = {"optimizer": optimizer, "augmentation": augmentation, "training": training}
-        settings = dataclasses.replace(config, evaluation=EvaluationConfig(), **given)
+        settings = dataclasses.replace(config, seed=0, evaluation=EvaluationConfig(), **given)
         model = spec.standard if isinstance(spec, DensitySpec) else spec
 
         def compiled(training_step: TrainingStep) -> CompiledStep:

@@ -61,6 +61,7 @@ def _density(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
         logdet=config.logdet,
         constants=spec.constants,
         initial_variables=lambda: initial_variables(config, spec, data),
+        seed=config.seed,
     )
 
 
@@ -83,6 +84,7 @@ def _hybrid(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
         logdet=config.logdet,
         constants=spec.constants,
         initial_variables=lambda: initial_variables(config, spec, data),
+        seed=config.seed,
     )
 
 
@@ -106,6 +108,7 @@ def _classification(config: Config, data: DataSet, spec: ClassifierSpec) -> Obje
         selection=classification.selection,
         examples=(data.examples["train"], data.labels["train"]),
         initial_variables=lambda: initial_variables(config, spec, data),
+        seed=config.seed,
     )
 
 
@@ -131,6 +134,7 @@ def _inversion(config: Config, data: DataSet, spec: ReconstructorSpec) -> Object
         selection=lambda held_out: held_out["relative_error"],
         examples=data.examples["train"],
         initial_variables=lambda: initial_variables(config, spec, data),
+        seed=config.seed,
     )
 
 
@@ -146,7 +150,7 @@ def _training_step(config: Config, spec: Spec, loss: Callable[..., Any], num_par
     schedule = make_schedule(config.optimizer, training.schedule_steps)
     rule = UpdateRule(make_optimizer(config.optimizer), schedule, training.schedule_steps, training.ema_decay)
     constrain = training_constraint(config.constraint, spec)
-    return TrainingStep(model, loss, constrain, rule, config.seed, num_parts or training.num_parts)
+    return TrainingStep(model, loss, constrain, rule, num_parts or training.num_parts)
 
 
 def unroll(config: Config) -> bool:

@@ -44,8 +44,8 @@ class TrainState(NamedTuple):
         batch_stats: Running averages of BatchNorm; empty without BatchNorm.
         num_terms: Terms of the log-determinant in training, which validation may raise; 0 if the estimator has no such setting.
         horizon: Updates in the whole run, on which the learning rate depends; a run with a time limit estimates it on the way.
-        constants: Numbers of the data, see `Density.shared`, which no step changes and no checkpoint saves: runs on other data
-            share the program of a step. Empty if the model of the step has its own.
+        constants: What no step changes and no checkpoint saves, so that runs with other seeds and data share the program of a
+            step: the "seed", and as "data" the numbers of the data, see `Density.shared`, if the step's model has none.
     """
 
     step: Int[Array, ""]
@@ -134,7 +134,6 @@ class TrainingStep:
         loss: ``(model, batch, keys) -> Loss``, of a constrained model on examples of the batch.
         constrain: ``(params, spectral) ->`` constrained weights.
         rule: How a gradient changes the state.
-        seed: Seed of the run.
         num_parts: Parts of a device's share of the batch whose losses are computed one after the other.
     """
 
@@ -142,13 +141,12 @@ class TrainingStep:
     loss: Callable[[Any, Any, StepKeys], Loss]
     constrain: Constrain
     rule: UpdateRule
-    seed: int
     num_parts: int = 1
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """The state after one update and the metrics of the step, of this device's share of a batch."""
         rule = self.rule
-        key_shared, key_examples = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), state.step))
+        key_shared, key_examples = jax.random.split(jax.random.fold_in(jax.random.key(state.constants["seed"]), state.step))
         keys = example_keys(key_examples, len(jax.tree.leaves(batch)[0]))
 
         # 1. Constrain: every block becomes a contraction. The constraint is computed once per step; its vjp takes the mean
@@ -160,7 +158,8 @@ class TrainingStep:
         weights, pull_back, constrained = jax.vjp(constrained_weights, state.params, has_aux=True)
         # parameters without a constraint, such as the prior's
         free = {name: leaf for name, leaf in state.params.items() if name not in weights}
-        model = self.model.with_(constants=state.constants) if state.constants else self.model
+        of_data = state.constants.get("data")
+        model = self.model.with_(constants=of_data) if of_data else self.model
 
         # 2. Loss and gradients, part by part.
         def loss_of(weights, free, part):
@@ -239,6 +238,7 @@ class Objective(NamedTuple):
         selection: ``held-out metrics -> number``; the state with the lowest is the best.
         examples: Pytree of arrays that batches are taken from; None for endless data, whose steps draw their own.
         initial_variables: ``() ->`` fresh variables, fitted to training data.
+        seed: Seed of the run, from 0 to 2^32 - 1.
         logdet: Settings of the log-determinant, for models that have one in training.
         constants: Numbers of the data that the model of the step lacks; None if it has its own.
     """
@@ -249,6 +249,7 @@ class Objective(NamedTuple):
     selection: Callable[[Mapping[str, float]], float]
     examples: Any
     initial_variables: Callable[[], Any]
+    seed: int
     logdet: LogdetConfig | None = None
     constants: Any = None
 
@@ -269,7 +270,7 @@ class Objective(NamedTuple):
         rule = self.training_step.rule
         state = first_state(variables, rule.optimizer)
         of_run = jax.device_put({"num_terms": np.int32(self.num_terms), "horizon": np.int32(rule.total_steps)})
-        return state._replace(**of_run, constants=self._constants())
+        return state._replace(**of_run, constants=jax.device_put(self._constants()))
 
     def initial_state(self) -> TrainState:
         """The state of fresh variables."""
@@ -280,8 +281,9 @@ class Objective(NamedTuple):
         state = abstract_state(self.training_step.model.spec, self.training_step.rule.optimizer)
         return state._replace(constants=jax.eval_shape(self._constants))
 
-    def _constants(self) -> Any:
-        return jax.tree.map(jnp.asarray, self.constants or {})
+    def _constants(self) -> dict[str, Any]:
+        of_data = {"data": jax.tree.map(jnp.asarray, self.constants)} if self.constants else {}
+        return {"seed": np.uint32(self.seed), **of_data}
 
     def abstract_batch(self, batch_size: int) -> Any:
         """Shapes and dtypes of a batch; placeholders for endless data, which has no examples."""

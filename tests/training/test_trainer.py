@@ -40,11 +40,12 @@ def objective_of(total_steps, held_out=None):
     rule = UpdateRule(optax.sgd(1.0), optax.linear_schedule(0.2, 0.0, total_steps), total_steps, ema_decay=0.0)
     return Objective(
         name="loss",
-        training_step=TrainingStep(Constant(), loss, lambda params, spectral: ConstrainedFlow({}, spectral, {}), rule, seed=0),
+        training_step=TrainingStep(Constant(), loss, lambda params, spectral: ConstrainedFlow({}, spectral, {}), rule),
         make_validation=lambda: validate,
         selection=lambda metrics: metrics["loss"],
         examples=np.zeros(8, np.float32),
         initial_variables=lambda: {"params": {"number": jnp.zeros(())}},
+        seed=0,
     )
 
 
