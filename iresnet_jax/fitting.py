@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import signal
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import jax
 from iresnet_jax.data.batches import device_batches
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.given import data_of
-from iresnet_jax.fit_arguments import checked_options, seed_of
+from iresnet_jax.fit_arguments import checked_options, seeds_of
 from iresnet_jax.fit_settings import (
     FIRST_STEPS,
     NO_LIMIT,
@@ -26,8 +27,6 @@ from iresnet_jax.fit_settings import (
     with_settings,
 )
 from iresnet_jax.models.architecture import StageSpec
-from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.models.density import Density
 from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import run_folder, trained_run
 from iresnet_jax.runs.compiled_steps import CompiledSteps
@@ -39,6 +38,7 @@ from iresnet_jax.runs.model_from_config import identity_context, model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_interactive
 from iresnet_jax.training.constraint import certified_model
+from iresnet_jax.training.together import Together, TrainerTogether
 from iresnet_jax.training.trainer import BlowUpError, Trainer, TrainingConfig
 
 WORTHWHILE = 1.5  # times the time of the last run, which a longer one must have
@@ -65,7 +65,7 @@ def fit(
     settings: Mapping[str, Any] | None = None,
     workdir: str | os.PathLike[str] | None = None,
     progress: bool = True,
-) -> Density | Classifier:
+) -> Any:
     """Trains a model of an array: the density of ``x``, the classes of ``x``, or the density of ``x`` given a context.
 
     Settings are chosen from the shape, the number and the kind of the examples. The loop is that of ``train.py``: a tenth of
@@ -84,7 +84,8 @@ def fit(
         x: Vectors ``(n, d)``, images ``(n, h, w, c)``, or a pandas data frame of numbers, booleans and categories.
         labels: Classes, integers from 0 on, one per example.
         context: Context vectors ``(n, k)``: the model is then ``p(x | context)``.
-        key: Source of all randomness; key 0 by default.
+        key: Source of all randomness; key 0 by default. An array of keys gives a list of as many models: those of vectors are
+            trained at once, by one program and with the settings that are best on average, those of images one by one.
         minutes: Longest time for training, compilation included; 3 by default. Training ends earlier once validation no longer
             improves.
         steps: Number of updates instead of a time, in one run that can be repeated, to the last bit on one machine.
@@ -103,7 +104,8 @@ def fit(
         progress: Whether lines of progress are written to stderr.
 
     Returns:
-        The model, with what training saw in its ``history``: the curves of the best run, all attempts, and why they ended.
+        The model, or a list for several keys, with what training saw in its ``history``: the curves of the best run, all
+        attempts, and why they ended. Losses of training are means of the models that were trained at once.
 
     Raises:
         ValueError: If arrays or settings do not fit together, or an entry of ``x`` has no density; the message names it.
@@ -139,7 +141,10 @@ def fit(
     if stages is not None:
         given = {"model.stages": [dataclasses.asdict(stage) for stage in stages], **given}
     chosen = {name: options[name] for name in ("objective", "minutes", "steps")}
-    config = with_settings(choose_settings(data, **chosen, seed=seed_of(key)), given)
+    seeds = seeds_of(key)
+    config = with_settings(choose_settings(data, **chosen, seed=seeds[0]), given)
+    if workdir is not None and len(seeds) > 1:
+        raise ValueError(f"a workdir is of one model, got {len(seeds)} keys: give one key, or no workdir")
     say = Lines() if progress else lambda line: None
     num, held_out = (len(data.examples[split]) for split in ("train", "validation"))
     say(f"fit: {num} examples of shape {data.event_shape} to train on, {held_out} to validate; {config.objective}")
@@ -148,14 +153,14 @@ def fit(
     is_race = workdir is None and steps is None
     if is_race and (contenders := candidates(config, data, given)):
         with _stop_requests() as stop:
-            return _Race(config, data, given, say, stop).best(contenders)
+            return _Race(config, data, given, say, stop, seeds).best(contenders)
     # A folder is of one run, and so many steps are those of one, whose programs do not depend on the data's modes.
     plain = plain_candidate(config, data, given)
     config = with_settings(config, {**(plain.settings if plain else {}), **given})
     if workdir is not None:
         return _fit_on_disk(config, data, Path(workdir), say)
     with _stop_requests() as stop:
-        return _fit_in_memory(config, data, say, stop)[0]
+        return _fit_in_memory(config, data, say, stop, seeds=seeds)[0]
 
 
 def _stop_requests() -> StopRequests:
@@ -171,10 +176,13 @@ class _Race:
         given: Settings that the user has given, which no candidate changes.
         say: Takes a line of progress.
         stop: Notes a signal, at which the race ends.
+        seeds: A seed for each model that is wanted.
     """
 
-    def __init__(self, config: Config, data: DataSet, given: Mapping[str, Any], say: Say, stop: StopRequests):
-        self._config, self._data, self._given, self._say, self._stop = config, data, given, say, stop
+    def __init__(
+        self, config: Config, data: DataSet, given: Mapping[str, Any], say: Say, stop: StopRequests, seeds: tuple[int, ...]
+    ):
+        self._config, self._data, self._given, self._say, self._stop, self._seeds = config, data, given, say, stop, seeds
         self._began, self._limit_s = time.monotonic(), 60 * config.training.minutes or math.inf
         self._runs: list[tuple[Candidate, Attempt, Any]] = []
         self._tried: set[tuple[Candidate, int]] = set()  # with the updates that they were allowed
@@ -205,7 +213,11 @@ class _Race:
         attempts = tuple(attempt for _, attempt, _ in self._runs)
         among = f", the best of {len(attempts)} runs" if len(attempts) > 1 else ""
         self._say(f"{best.what}: validation {best.loss:.4f} at step {best.best_step}{among}; {ended}")
-        return model.with_(history=dataclasses.replace(model.history, attempts=attempts, ended=ended))
+
+        def told(model: Any) -> Any:
+            return model.with_(history=dataclasses.replace(model.history, attempts=attempts, ended=ended))
+
+        return [told(one) for one in model] if isinstance(model, list) else told(model)
 
     @property
     def _leader(self) -> tuple[Candidate, Attempt, Any]:
@@ -237,7 +249,7 @@ class _Race:
         limit = {"training.minutes": max(self._left_s, 1.0) / 60 if math.isfinite(self._limit_s) else 0.0}
         config = with_settings(self._config, {**candidate.settings, **length(num_steps), **self._given, **limit})
         try:
-            model, attempt = _fit_in_memory(config, self._data, self._say, self._stop, str(candidate))
+            model, attempt = _fit_in_memory(config, self._data, self._say, self._stop, str(candidate), self._seeds)
         except BlowUpError as error:
             self._blow_up = error
             self._say(f"{candidate}: given up, {error}")
@@ -245,26 +257,45 @@ class _Race:
         self._runs.append((candidate, attempt, model))
 
 
-def _fit_in_memory(config: Config, data: DataSet, say: Say, stop: StopRequests, what: str = "") -> tuple[Any, Attempt]:
-    """One training run in memory, which ends once a signal is noted: its best model with the history, and how it went."""
+def _fit_in_memory(
+    config: Config, data: DataSet, say: Say, stop: StopRequests, what: str = "", seeds: tuple[int, ...] = (0,)
+) -> tuple[Any, Attempt]:
+    """One training run in memory, which ends once a signal is noted: its best model with the history, and how it went.
+
+    Several seeds make a list of models: of vectors by one run, of images, whose convolutions are no faster together, by one run
+    after the other.
+    """
+    is_together = len(seeds) > 1 and len(data.event_shape) == 1
+    if len(seeds) > 1 and not is_together:
+        each = with_settings(config, {"training.minutes": config.training.minutes / len(seeds)})
+        runs = [_fit_in_memory(each, data, say, stop, what, (seed,)) for seed in seeds]
+        attempts = [attempt for _, attempt in runs]
+        losses, seconds = [attempt.loss for attempt in attempts], [attempt.seconds for attempt in attempts]
+        return [model for model, _ in runs], attempts[0]._replace(loss=statistics.fmean(losses), seconds=sum(seconds))
     prepare_backend(config.training.matmul_precision)
     check_batch_size(config.training, data)
     spec = model_spec(config, data)
-    objective = build_objective(config, data, spec)
-    trainer = Trainer(objective, config.training, compile_step=_STEPS.compiler(config, spec), say=say)
+    objectives = [build_objective(dataclasses.replace(config, seed=seed), data, spec) for seed in seeds]
+    options = {"compile_step": _STEPS.compiler(config, spec), "say": say}
+    if is_together:
+        trainer: Trainer = TrainerTogether(Together.of(objectives), config.training, **options)
+    else:
+        trainer = Trainer(objectives[0], config.training, **options)
     trainer.validate()  # the start may be the best: a mixture is fitted before training
-    batches = device_batches(objective.examples, seed=config.seed, batch_size=config.training.batch_size)
+    batch_size = config.training.batch_size
+    batches = device_batches(objectives[0].examples, seed=seeds if is_together else seeds[0], batch_size=batch_size)
     trainer.run(batches, lambda: stop.received is not None)
-    best = trainer.best
-    assert best is not None
-    params, batch_stats = jax.device_put((best.ema, best.batch_stats))
-    given = identity_context(config)
-    model = certified_model(spec, params, batch_stats, config.evaluation.solver(), given=given)
-    model = model.with_(history=History.from_records(trainer.records, best.step))
     if stop.received:
         say(f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}: the best model so far")
+    models, solver, given = [], config.evaluation.solver(), identity_context(config)
+    for best, records in trainer.outcomes:
+        params, batch_stats = jax.device_put((best.ema, best.batch_stats))
+        model = certified_model(spec, params, batch_stats, solver, given=given)
+        models.append(model.with_(history=History.from_records(records, best.step)))
     seconds = trainer.elapsed_s - sum(record.get("compile_seconds", 0.0) for record in trainer.records)
-    return model, Attempt(what, best.loss, best.step, trainer.step, seconds)
+    assert trainer.best is not None
+    loss = statistics.fmean(best.loss for best, _ in trainer.outcomes)
+    return models if is_together else models[0], Attempt(what, loss, trainer.best.step, trainer.step, seconds)
 
 
 def _fit_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any:

@@ -49,5 +49,5 @@ def _filled(compiled, x, **to):
 
 def _is_plain(x):
     """Whether an array is one of NumPy, or on the first device without having been put there, and its dtype is one of NumPy."""
-    is_here = isinstance(x, np.ndarray) or (isinstance(x, jax.Array) and not x.committed and not x.weak_type)
+    is_here = isinstance(x, np.ndarray) or (isinstance(x, jax.Array) and not x.committed and not getattr(x, "weak_type", True))
     return is_here and x.dtype in (np.float32, np.float64, np.int32, np.uint32, np.bool_)

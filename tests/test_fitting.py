@@ -17,7 +17,7 @@ import iresnet_jax as ir
 from iresnet_jax import fitting
 from iresnet_jax.__main__ import main
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
-from iresnet_jax.fit_arguments import seed_of
+from iresnet_jax.fit_arguments import seeds_of
 from iresnet_jax.fit_settings import candidates, choose_settings
 from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import run_folder, stored_programs
@@ -66,7 +66,7 @@ def raced(fitted, monkeypatch):
         runs, clock = [], [0.0]
         limits.clear()
 
-        def fit_in_memory(config, data, say, stop, what):
+        def fit_in_memory(config, data, say, stop, what, seeds):
             steps, noise = config.training.total_steps, config.augmentation.noise
             run = (config.model.prior, config.model.stages[0].num_blocks, round(noise, 2), min(steps, 10**6))
             runs.append(run)
@@ -353,7 +353,7 @@ def test_labels_make_a_classifier_of_images_and_integers_are_levels(monkeypatch)
     assert isinstance(classifier, ir.Classifier)
     assert classifier.spec.num_levels == 12
     chosen = []
-    monkeypatch.setattr(fitting, "_fit_in_memory", lambda config, *_: (chosen.append(config.objective), classifier)[1:])
+    monkeypatch.setattr(fitting, "_fit_in_memory", lambda config, *_, **__: (chosen.append(config.objective), classifier)[1:])
     ir.fit(images, labels, objective="hybrid", **small)
     assert chosen == ["hybrid"]
 
@@ -393,8 +393,30 @@ def test_candidates_follow_the_array():
 
 
 def test_a_key_is_a_seed():
-    assert seed_of(None) == 0
-    assert seed_of(jax.random.key(1)) == seed_of(jax.random.key(1)) != seed_of(jax.random.key(2))
+    assert seeds_of(None) == (0,)
+    assert seeds_of(jax.random.key(1)) == seeds_of(jax.random.key(1)) != seeds_of(jax.random.key(2))
+    keys = jax.random.split(jax.random.key(0), 3)
+    assert seeds_of(keys) == tuple(seed for key in keys for seed in seeds_of(key))
+    for wrong in (keys[:0], keys[None], 3):
+        with pytest.raises(ValueError, match="key must be a key"):
+            seeds_of(wrong)
+
+
+def test_an_array_of_keys_gives_the_models_of_its_keys():
+    keys = jax.random.split(jax.random.key(4), 3)
+    models = ir.fit(BANANA, key=keys, **QUICK)
+    assert len(models) == 3
+    alone = ir.fit(BANANA, key=keys[1], **QUICK)
+    log_probs = [model.log_prob(BANANA[:50]) for model in models]
+    np.testing.assert_allclose(log_probs[1], alone.log_prob(BANANA[:50]), atol=2e-5)
+    for other in (0, 2):
+        assert np.abs(log_probs[other] - log_probs[1]).max() > 1e-2
+    for name, values in alone.history.validation.items():
+        if name not in ("wall_time_s", "training_bias"):
+            np.testing.assert_allclose(models[1].history.validation[name], values, rtol=1e-4, err_msg=name)
+    assert all(model.certificate().certified for model in models)
+    with pytest.raises(ValueError, match="a workdir is of one model, got 3 keys"):
+        ir.fit(BANANA, key=keys, workdir="anywhere", **QUICK)
 
 
 def test_histories_do_not_make_programs_differ(fitted):
@@ -424,7 +446,7 @@ def data_of(monkeypatch):
     class Seen(Exception):
         """Ends `fit` before it trains."""
 
-    def stop(config, data, *_):
+    def stop(config, data, *_, **__):
         raise Seen(data)
 
     def fit(*arguments, **options):

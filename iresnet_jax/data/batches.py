@@ -26,7 +26,7 @@ _RESIDENT_SHARE = 1 / 8  # share of a device's memory that a data set may take
 def device_batches(
     examples: Any,
     *,
-    seed: int,
+    seed: int | Sequence[int],
     batch_size: int,
     first_step: int = 0,
     keep_on_device: bool | None = None,
@@ -44,7 +44,8 @@ def device_batches(
     Args:
         examples: Array, or pytree of arrays such as images and labels, with the examples along their first axis; None gives
             placeholders of the right number, for steps that draw their own examples.
-        seed: Seed of the run, at least 0.
+        seed: Seed of the run, at least 0. Several, of models that are trained together, draw batches of their own: a row of a
+            batch then has an example for each of them along its first axis.
         batch_size: Examples in a batch over all processes and devices.
         first_step: Training step of the first batch.
         keep_on_device: Whether to copy all examples to the devices; by default `fits_on_device`.
@@ -63,7 +64,10 @@ def device_batches(
     num_examples, devices, count = lengths.pop(), jax.local_devices(), jax.process_count()
 
     def indices_of(step: int) -> np.ndarray:
-        return batch_indices(seed, step, batch_size, num_examples, process_index=jax.process_index(), process_count=count)
+        process = {"process_index": jax.process_index(), "process_count": count}
+        if isinstance(seed, int):
+            return batch_indices(seed, step, batch_size, num_examples, **process)
+        return np.stack([batch_indices(own, step, batch_size, num_examples, **process) for own in seed], axis=1)
 
     share = len(indices_of(first_step))  # mistakes raise at the call, not at the first batch
     if share % len(devices):
@@ -109,9 +113,10 @@ def _made_ahead(make: Callable[[int], Any], first_step: int) -> Iterator[Any]:
             yield batch
 
 
-@functools.lru_cache(maxsize=4)  # consecutive steps share an epoch; a permutation of a large set is worth keeping
+@functools.lru_cache(maxsize=16)  # consecutive steps share an epoch; a permutation of a large set is worth keeping
 def _epoch_order(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " n"]:
     order = np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(num_examples)
+    order = order.astype(np.int32) if num_examples < 2**31 else order
     order.flags.writeable = False  # shared by all callers
     return order
 

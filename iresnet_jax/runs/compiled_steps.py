@@ -42,8 +42,9 @@ class CompiledSteps:
         model = spec.standard if isinstance(spec, DensitySpec) else spec
 
         def compiled(training_step: TrainingStep) -> CompiledStep:
-            # The estimator's number of terms may rise.
-            key = settings, warmup, model, getattr(training_step.model, "estimator", None), jnp.result_type(float)
+            # The estimator's number of terms may rise, and several models may be trained together.
+            estimator, num_members = getattr(training_step.model, "estimator", None), getattr(training_step, "num_members", 1)
+            key = settings, warmup, model, estimator, num_members, jnp.result_type(float)
             step = self._steps.pop(key, None) or stored_programs.parallelize(training_step)
             self._steps[key] = step
             if len(self._steps) > self._most:

@@ -228,7 +228,8 @@ class ValidationResult(NamedTuple):
     num_terms: int = 0
 
 
-class Objective(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Objective:
     """A model and its training; `runs.objective_from_config` builds one for each objective of a config.
 
     Attributes:

@@ -182,6 +182,11 @@ class Trainer:
             self.best = Best(loss, self.step, *jax.device_get((self.state.ema, self.state.batch_stats)))
 
     @property
+    def outcomes(self) -> list[tuple[Best, list[dict[str, Any]]]]:
+        """The best state of each model that is trained, and the measurements of it; a run trains one, if it is no other."""
+        return [] if self.best is None else [(self.best, self.records)]
+
+    @property
     def elapsed_s(self) -> float:
         """Seconds of training so far."""
         return time.monotonic() - self._started

@@ -92,7 +92,8 @@ def test_validation_takes_examples_from_the_whole_split_with_their_labels_and_co
         num_levels=None,
         num_classes=12,
     )
-    for num, expected in ((1, [0]), (4, [0, 3, 6, 9]), (5, [0, 2, 4, 7, 9]), (12, range(12)), (99, range(12)), (None, range(12))):
+    all_rows = range(12)
+    for num, expected in ((1, [0]), (4, [0, 3, 6, 9]), (5, [0, 2, 4, 7, 9]), (12, all_rows), (99, all_rows), (None, all_rows)):
         for taken in (dataset.held_out, dataset.held_out_contexts, dataset.held_out_labels):
             np.testing.assert_array_equal(np.ravel(taken("validation", num)), expected)
 
