@@ -54,6 +54,7 @@ class Inputs:
     def __init__(self, config):
         dataset = load_data(config.data)
         self.images, self.spec, self._seed = dataset.examples, density_spec(config, dataset), config.seed
+        self._data = dataset
 
         @jax.jit
         def preprocess(images, keys):
@@ -75,8 +76,8 @@ class Inputs:
         return self(batch, jax.random.split(jax.random.fold_in(jax.random.key(self._seed), step), batch_size))[0]
 
     def held_out(self, split, num, batch_size):
-        """Batches of the first images of a split, under the noise of our evaluation's first dequantisation."""
-        images = self.images[split][:num]
+        """Batches of the images that we hold out, under the noise of our evaluation's first dequantisation."""
+        images = self._data.held_out(split, num)
         for start in range(0, len(images), batch_size):
             indices = np.arange(start, min(start + batch_size, len(images)))
             yield self(images[indices], evaluation_keys(jax.random.key(self._seed), indices, 0, 0)[0])

@@ -136,7 +136,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         minutes: Longest wall-clock time for training instead of steps; 3 by default.
         architecture: Stages of the flow; by default they depend on the number of samples.
         validation_fraction: Share of the samples that chooses the best step, in (0, 1).
-        random_state: Seed. Fits with the same integer to data of one shape share their compiled programs.
+        random_state: Seed. Fits to data of one shape share their compiled programs.
         bounds: Ends ``(low, high)`` of features by name or number, such as the range that counts may have in samples to score;
             None looks for hard ends, see `iresnet_jax.fit`.
         settings: Other settings by name, such as ``{"optimizer.learning_rate": 1e-3}``, see `runs.config.Config`.
@@ -262,7 +262,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
         minutes: Longest wall-clock time for training instead of steps; 3 by default.
         architecture: Stages of the flow; by default they depend on the number of samples.
         validation_fraction: Share of the samples that chooses the best step, in (0, 1).
-        random_state: Seed. Fits with the same integer to data of one shape share their compiled programs.
+        random_state: Seed. Fits to data of one shape share their compiled programs.
         settings: Other settings by name, such as ``{"hybrid.weight": 1.0}``, see `runs.config.Config`.
         verbose: Whether to write lines of progress to stderr.
 

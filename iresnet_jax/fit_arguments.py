@@ -45,15 +45,15 @@ def checked_options(**options: Any) -> dict[str, Any]:
     return {**found, "settings": dict(settings), "workdir": workdir}
 
 
-def seeds_of(key: Any) -> tuple[int, ...]:
-    """The seeds of the runs for a key, or for an array of them; 0 without one.
+def seeds_of(key: Any) -> int | tuple[int, ...]:
+    """The seed of a run for a key, 0 without one, or the seeds for an array of keys.
 
     Raises:
         ValueError: If it is no key, or an array of none or of more than one axis.
     """
     if key is None:
-        return (0,)
-    key = typed_key(key)
-    if key.ndim > 1 or not key.size:
+        return 0
+    if (key := typed_key(key)).ndim > 1 or not key.size:
         raise ValueError(f"key must be a key, or an array (n,) of keys for as many models, got keys of shape {key.shape}")
-    return tuple(int(jax.random.bits(one, dtype="uint32")) for one in key.reshape(-1))
+    seeds = tuple(int(jax.random.bits(one, dtype="uint32")) for one in key.reshape(-1))
+    return seeds if key.ndim else seeds[0]

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 import signal
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -46,7 +45,7 @@ IMPROVING = 0.8  # share of its steps at which a run is best, above which a long
 OVERFITTED = 0.5  # share below which a milder candidate is
 
 Say = Callable[[str], None]  # takes a line of progress
-_STEPS = CompiledSteps()  # compiled steps of earlier fits: folds of a cross-validation differ in their data alone
+_STEPS = CompiledSteps()  # compiled steps of earlier fits: folds of a cross-validation differ in their data and seeds alone
 
 
 def fit(
@@ -85,7 +84,8 @@ def fit(
         labels: Classes, integers from 0 on, one per example.
         context: Context vectors ``(n, k)``: the model is then ``p(x | context)``.
         key: Source of all randomness; key 0 by default. An array of keys gives a list of as many models: those of vectors are
-            trained at once, by one program and with the settings that are best on average, those of images one by one.
+            trained at once, by one program and with the settings that are best on average, those of images one by one, each in
+            as many minutes.
         minutes: Longest time for training, compilation included; 3 by default. Training ends earlier once validation no longer
             improves.
         steps: Number of updates instead of a time, in one run that can be repeated, to the last bit on one machine.
@@ -94,7 +94,7 @@ def fit(
         architecture: Stages of the flow.
         validation_fraction: Share of the examples that validates.
         validation: Examples that validate instead of a share of ``x``: an array like ``x``, or with labels or contexts
-            ``(x, labels, context)``. The first 4096 count.
+            ``(x, labels, context)``. At most 4096 of them count.
         bounds: Ends ``(low, high)`` of columns by name or number, for a density of vectors: samples stay between them. Without,
             `fit` looks for columns with hard ends and says so; ``{}`` leaves all continuous columns unbounded. Discrete columns
             keep to the range that was seen, or to a wider one that is given here.
@@ -142,9 +142,11 @@ def fit(
         given = {"model.stages": [dataclasses.asdict(stage) for stage in stages], **given}
     chosen = {name: options[name] for name in ("objective", "minutes", "steps")}
     seeds = seeds_of(key)
-    config = with_settings(choose_settings(data, **chosen, seed=seeds[0]), given)
-    if workdir is not None and len(seeds) > 1:
-        raise ValueError(f"a workdir is of one model, got {len(seeds)} keys: give one key, or no workdir")
+    members = seeds if isinstance(seeds, tuple) else ()  # of several models
+    if members and (workdir is not None or "seed" in given):
+        what = "a workdir" if workdir is not None else "the setting seed"
+        raise ValueError(f"{what} is of one model, got {len(members)} keys: give a single key, or none")
+    config = with_settings(choose_settings(data, **chosen, seed=members[0] if members else seeds), given)
     say = Lines() if progress else lambda line: None
     num, held_out = (len(data.examples[split]) for split in ("train", "validation"))
     say(f"fit: {num} examples of shape {data.event_shape} to train on, {held_out} to validate; {config.objective}")
@@ -153,14 +155,22 @@ def fit(
     is_race = workdir is None and steps is None
     if is_race and (contenders := candidates(config, data, given)):
         with _stop_requests() as stop:
-            return _Race(config, data, given, say, stop, seeds).best(contenders)
+            return _Race(config, data, given, say, stop, members).best(contenders)
     # A folder is of one run, and so many steps are those of one, whose programs do not depend on the data's modes.
     plain = plain_candidate(config, data, given)
     config = with_settings(config, {**(plain.settings if plain else {}), **given})
     if workdir is not None:
         return _fit_on_disk(config, data, Path(workdir), say)
     with _stop_requests() as stop:
-        return _fit_in_memory(config, data, say, stop, seeds=seeds)[0]
+        if not members or len(data.event_shape) == 1:
+            return _fit_in_memory(config, data, say, stop, "", members)[0]
+        models = []  # of images, whose convolutions are no faster together
+        for seed in members:
+            if stop.received is None:
+                models.append(_fit_in_memory(dataclasses.replace(config, seed=seed), data, say, stop)[0])
+        if stop.received:
+            say(f"stopped by {stop.received.name}: {len(models)} of {len(members)} models")
+        return models
 
 
 def _stop_requests() -> StopRequests:
@@ -176,13 +186,13 @@ class _Race:
         given: Settings that the user has given, which no candidate changes.
         say: Takes a line of progress.
         stop: Notes a signal, at which the race ends.
-        seeds: A seed for each model that is wanted.
+        members: Seeds of several models that are wanted; empty for one.
     """
 
     def __init__(
-        self, config: Config, data: DataSet, given: Mapping[str, Any], say: Say, stop: StopRequests, seeds: tuple[int, ...]
+        self, config: Config, data: DataSet, given: Mapping[str, Any], say: Say, stop: StopRequests, members: tuple[int, ...]
     ):
-        self._config, self._data, self._given, self._say, self._stop, self._seeds = config, data, given, say, stop, seeds
+        self._config, self._data, self._given, self._say, self._stop, self._members = config, data, given, say, stop, members
         self._began, self._limit_s = time.monotonic(), 60 * config.training.minutes or math.inf
         self._runs: list[tuple[Candidate, Attempt, Any]] = []
         self._tried: set[tuple[Candidate, int]] = set()  # with the updates that they were allowed
@@ -249,7 +259,7 @@ class _Race:
         limit = {"training.minutes": max(self._left_s, 1.0) / 60 if math.isfinite(self._limit_s) else 0.0}
         config = with_settings(self._config, {**candidate.settings, **length(num_steps), **self._given, **limit})
         try:
-            model, attempt = _fit_in_memory(config, self._data, self._say, self._stop, str(candidate), self._seeds)
+            model, attempt = _fit_in_memory(config, self._data, self._say, self._stop, str(candidate), self._members)
         except BlowUpError as error:
             self._blow_up = error
             self._say(f"{candidate}: given up, {error}")
@@ -258,32 +268,23 @@ class _Race:
 
 
 def _fit_in_memory(
-    config: Config, data: DataSet, say: Say, stop: StopRequests, what: str = "", seeds: tuple[int, ...] = (0,)
+    config: Config, data: DataSet, say: Say, stop: StopRequests, what: str = "", members: tuple[int, ...] = ()
 ) -> tuple[Any, Attempt]:
     """One training run in memory, which ends once a signal is noted: its best model with the history, and how it went.
 
-    Several seeds make a list of models: of vectors by one run, of images, whose convolutions are no faster together, by one run
-    after the other.
+    The seeds of several members make a list of models, which are trained together.
     """
-    is_together = len(seeds) > 1 and len(data.event_shape) == 1
-    if len(seeds) > 1 and not is_together:
-        each = with_settings(config, {"training.minutes": config.training.minutes / len(seeds)})
-        runs = [_fit_in_memory(each, data, say, stop, what, (seed,)) for seed in seeds]
-        attempts = [attempt for _, attempt in runs]
-        losses, seconds = [attempt.loss for attempt in attempts], [attempt.seconds for attempt in attempts]
-        return [model for model, _ in runs], attempts[0]._replace(loss=statistics.fmean(losses), seconds=sum(seconds))
     prepare_backend(config.training.matmul_precision)
     check_batch_size(config.training, data)
     spec = model_spec(config, data)
-    objectives = [build_objective(dataclasses.replace(config, seed=seed), data, spec) for seed in seeds]
+    objectives = [build_objective(dataclasses.replace(config, seed=seed), data, spec) for seed in members or (config.seed,)]
     options = {"compile_step": _STEPS.compiler(config, spec), "say": say}
-    if is_together:
+    if members:
         trainer: Trainer = TrainerTogether(Together.of(objectives), config.training, **options)
     else:
         trainer = Trainer(objectives[0], config.training, **options)
     trainer.validate()  # the start may be the best: a mixture is fitted before training
-    batch_size = config.training.batch_size
-    batches = device_batches(objectives[0].examples, seed=seeds if is_together else seeds[0], batch_size=batch_size)
+    batches = device_batches(objectives[0].examples, seed=members or config.seed, batch_size=config.training.batch_size)
     trainer.run(batches, lambda: stop.received is not None)
     if stop.received:
         say(f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}: the best model so far")
@@ -294,8 +295,7 @@ def _fit_in_memory(
         models.append(model.with_(history=History.from_records(records, best.step)))
     seconds = trainer.elapsed_s - sum(record.get("compile_seconds", 0.0) for record in trainer.records)
     assert trainer.best is not None
-    loss = statistics.fmean(best.loss for best, _ in trainer.outcomes)
-    return models if is_together else models[0], Attempt(what, loss, trainer.best.step, trainer.step, seconds)
+    return models if members else models[0], Attempt(what, trainer.best.loss, trainer.best.step, trainer.step, seconds)
 
 
 def _fit_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any:

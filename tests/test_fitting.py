@@ -393,10 +393,10 @@ def test_candidates_follow_the_array():
 
 
 def test_a_key_is_a_seed():
-    assert seeds_of(None) == (0,)
+    assert seeds_of(None) == 0
     assert seeds_of(jax.random.key(1)) == seeds_of(jax.random.key(1)) != seeds_of(jax.random.key(2))
     keys = jax.random.split(jax.random.key(0), 3)
-    assert seeds_of(keys) == tuple(seed for key in keys for seed in seeds_of(key))
+    assert seeds_of(keys) == tuple(seeds_of(key) for key in keys)
     for wrong in (keys[:0], keys[None], 3):
         with pytest.raises(ValueError, match="key must be a key"):
             seeds_of(wrong)
@@ -415,8 +415,33 @@ def test_an_array_of_keys_gives_the_models_of_its_keys():
         if name not in ("wall_time_s", "training_bias"):
             np.testing.assert_allclose(models[1].history.validation[name], values, rtol=1e-4, err_msg=name)
     assert all(model.certificate().certified for model in models)
-    with pytest.raises(ValueError, match="a workdir is of one model, got 3 keys"):
-        ir.fit(BANANA, key=keys, workdir="anywhere", **QUICK)
+    for wrong in ({"workdir": "anywhere"}, {"settings": {"seed": 1}}):
+        with pytest.raises(ValueError, match="is of one model, got 3 keys"):
+            ir.fit(BANANA, key=keys, **wrong, **QUICK)
+
+
+def test_a_seed_among_the_settings_decides_as_a_key_does():
+    first, again, other = (ir.fit(BANANA, settings={"seed": seed}, **QUICK).log_prob(BANANA[:50]) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-2
+
+
+def test_several_models_of_images_are_trained_one_by_one_until_a_signal(monkeypatch):
+    trained, said = [], []
+
+    def fit_in_memory(config, data, say, stop):
+        trained.append(config.seed)
+        if len(trained) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return f"model {len(trained)}", None
+
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
+    monkeypatch.setattr(fitting, "Lines", lambda: said.append)
+    keys = jax.random.split(jax.random.key(0), 3)
+    assert ir.fit(RNG.integers(0, 4, (20, 4, 4, 1)), key=keys, **QUICK | {"progress": True}) == ["model 1", "model 2"]
+    assert trained == [*seeds_of(keys)[:2]]
+    assert said[-1] == "stopped by SIGINT: 2 of 3 models"
 
 
 def test_histories_do_not_make_programs_differ(fitted):

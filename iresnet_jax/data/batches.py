@@ -26,14 +26,14 @@ _RESIDENT_SHARE = 1 / 8  # share of a device's memory that a data set may take
 def device_batches(
     examples: Any,
     *,
-    seed: int | Sequence[int],
+    seed: int | tuple[int, ...],
     batch_size: int,
     first_step: int = 0,
     keep_on_device: bool | None = None,
 ) -> Iterator[Any]:
     """Yields the batches of training steps ``first_step``, ``first_step + 1`` and so on, without end.
 
-    The seed and the step alone decide which examples a batch holds, see `batch_indices`. Close the iterator, or drop it, to end
+    Seeds and the step alone decide which examples a batch holds, see `batch_indices`. Close the iterator, or drop it, to end
     its thread.
 
     Example::
@@ -64,10 +64,7 @@ def device_batches(
     num_examples, devices, count = lengths.pop(), jax.local_devices(), jax.process_count()
 
     def indices_of(step: int) -> np.ndarray:
-        process = {"process_index": jax.process_index(), "process_count": count}
-        if isinstance(seed, int):
-            return batch_indices(seed, step, batch_size, num_examples, **process)
-        return np.stack([batch_indices(own, step, batch_size, num_examples, **process) for own in seed], axis=1)
+        return batch_indices(seed, step, batch_size, num_examples, process_index=jax.process_index(), process_count=count)
 
     share = len(indices_of(first_step))  # mistakes raise at the call, not at the first batch
     if share % len(devices):
@@ -113,17 +110,25 @@ def _made_ahead(make: Callable[[int], Any], first_step: int) -> Iterator[Any]:
             yield batch
 
 
-@functools.lru_cache(maxsize=16)  # consecutive steps share an epoch; a permutation of a large set is worth keeping
-def _epoch_order(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " n"]:
-    order = np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(num_examples)
-    order = order.astype(np.int32) if num_examples < 2**31 else order
+@functools.lru_cache(maxsize=4)  # consecutive steps share an epoch; a permutation of a large set is worth keeping
+def _epoch_order(seed: int | tuple[int, ...], epoch: int, num_examples: int) -> Int[np.ndarray, "n ..."]:
+    def of(own: int) -> np.ndarray:
+        return np.random.default_rng(np.random.SeedSequence([own, epoch])).permutation(num_examples)
+
+    order = np.stack([of(own) for own in seed], axis=1) if isinstance(seed, tuple) else of(seed)
     order.flags.writeable = False  # shared by all callers
     return order
 
 
 def batch_indices(
-    seed: int, step: int, batch_size: int, num_examples: int, *, process_index: int = 0, process_count: int = 1
-) -> Int[np.ndarray, " b"]:
+    seed: int | tuple[int, ...],
+    step: int,
+    batch_size: int,
+    num_examples: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Int[np.ndarray, "b ..."]:
     """Returns the examples that training step ``step`` sees, or one process's share of them.
 
     Epoch ``e`` is a permutation of all examples drawn from ``(seed, e)`` and cut into ``num_examples // batch_size`` batches.
@@ -136,7 +141,7 @@ def batch_indices(
         data.examples["train"][batch_indices(seed=0, step=1000, batch_size=128, num_examples=1257)]
 
     Args:
-        seed: Seed of the run, at least 0.
+        seed: Seed of the run, at least 0; several have an order each, along the second axis.
         step: Training step, counted from 0 over all epochs.
         batch_size: Examples in a batch over all processes, from 1 to ``num_examples``.
         process_index: Process whose share is returned, less than ``process_count``.
@@ -153,7 +158,7 @@ def batch_indices(
             f"batch_size must lie in [1, num_examples = {num_examples}], got {batch_size}: "
             "an epoch must hold at least one whole batch, so choose a smaller batch"
         )
-    if seed < 0 or step < 0:
+    if np.any(np.less(seed, 0)) or step < 0:
         raise ValueError(f"seed and step must not be negative, got seed {seed} and step {step}: count steps from 0")
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index must lie in [0, process_count = {process_count}), got {process_index}")

@@ -117,7 +117,7 @@ class DataSet:
         return (lambda key, _: jax.tree.map(lambda rows: rows[0], self._drawn(key, 1))) if self.is_endless else None
 
     def held_out(self, split: str, num: int | None = None, seed: int = 0) -> Shaped[np.ndarray, "_ ..."]:
-        """Returns ``num`` examples of "validation", evenly spread as files may be sorted, or the first ones of "test".
+        """Returns ``num`` examples of "validation", drawn from all as files may be sorted, or the first ones of "test".
 
         Args:
             split: "validation" or "test".
@@ -162,7 +162,7 @@ class DataSet:
         """The rows of an array that `held_out` returns."""
         size = len(self.examples[split])
         if split == "validation" and num is not None and num < size:
-            return np.arange(num) * size // num
+            return np.sort(np.random.default_rng(0).choice(size, num, replace=False))
         return slice(num)
 
     def _drawn(self, key: PRNGKeyArray, num: int) -> tuple[Array, Array | None]:

@@ -1,4 +1,4 @@
-"""Training steps that have been compiled, for runs in one process that differ in their data alone."""
+"""Training steps that have been compiled, for runs in one process that differ in their data and seeds alone."""
 
 import dataclasses
 from collections import OrderedDict

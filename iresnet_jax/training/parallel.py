@@ -285,12 +285,11 @@ def check_equal_on_all_devices(state: Any) -> None:
     """
     if all_devices() == 1:
         return
-    leaves = jax.tree.leaves(state)
-    # On the host: a program would have to be compiled, for all arrays of the state.
-    copies = jax.device_get([[_copy_on(device, leaf) for leaf in leaves] for device in jax.local_devices()])
-    sums = np.array([[zlib.crc32(np.ravel(copy).view(np.uint8)) for copy in own] for own in copies], np.uint32)
+    # On the host: a program for all arrays of the state would have to be compiled. An array may be on one device alone.
+    own = [[_checksum(shard.data) for shard in leaf.addressable_shards] for leaf in jax.tree.leaves(state)]
+    sums = np.array([np.resize(of_leaf, jax.local_device_count()) for of_leaf in own], np.uint32).T
     if num_processes() > 1:
-        sums = np.asarray(multihost_utils.process_allgather(sums)).reshape(-1, len(leaves))
+        sums = np.asarray(multihost_utils.process_allgather(sums)).reshape(-1, len(own))
     differing = np.argwhere(sums != sums[:1])
     if len(differing):
         device, leaf = differing[np.argmin(differing[:, 1])]
@@ -301,9 +300,9 @@ def check_equal_on_all_devices(state: Any) -> None:
         )
 
 
-def _copy_on(device: jax.Device, leaf: Any) -> Any:
-    """What a device holds of an array; an array that is elsewhere itself."""
-    return {shard.device: shard.data for shard in getattr(leaf, "addressable_shards", ())}.get(device, leaf)
+def _checksum(copy: Array) -> int:
+    """A sum of an array's bits that any few changed ones change, and a swap of two entries."""
+    return zlib.crc32(np.ravel(copy).view(np.uint8))
 
 
 def in_this_precision(function: Callable[..., Any]) -> Callable[..., Any]:

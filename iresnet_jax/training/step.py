@@ -33,7 +33,7 @@ OPTIMIZER = "optimizer"  # name of the update's operations in programs
 
 
 class TrainState(NamedTuple):
-    """The state of a run, equal on every device, which every step changes and every checkpoint saves.
+    """The state of a run, equal on every device; all but `constants` is changed by steps and saved by checkpoints.
 
     Attributes:
         step: Finished updates.
@@ -44,8 +44,8 @@ class TrainState(NamedTuple):
         batch_stats: Running averages of BatchNorm; empty without BatchNorm.
         num_terms: Terms of the log-determinant in training, which validation may raise; 0 if the estimator has no such setting.
         horizon: Updates in the whole run, on which the learning rate depends; a run with a time limit estimates it on the way.
-        constants: What no step changes and no checkpoint saves, so that runs with other seeds and data share the program of a
-            step: the "seed", and as "data" the numbers of the data, see `Density.shared`, if the step's model has none.
+        constants: What no step changes and no checkpoint saves, so that runs by other seeds and of other data share a program:
+            the "seed", and as "data" the numbers of the data, see `Density.shared`, if the step's model has none.
     """
 
     step: Int[Array, ""]

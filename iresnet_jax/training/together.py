@@ -55,6 +55,10 @@ class Together(Objective):
         changed = {"training_step": step, "make_validation": lambda: _Validations(members)}
         return cls(**{**vars(first), **changed}, members=tuple(members))
 
+    def state_of(self, variables: Any) -> TrainState:
+        """No use: the states of members are made one by one."""
+        raise NotImplementedError("models that are trained together start from `initial_state`")
+
     def initial_state(self) -> TrainState:
         """The states of fresh variables."""
         return _stacked([member.initial_state() for member in self.members])
@@ -82,12 +86,13 @@ class TrainerTogether(Trainer):
         super().store(loss)
         if loss is None:
             return
+        ema, batch_stats = jax.device_get((self.state.ema, self.state.batch_stats))
         for place, found in enumerate(self._validate.latest):
             self._measured[place].append({**self.records[-1], **found.metrics})
             own, best = self._objective.selection(found.metrics), self._bests[place]
             if best is None or own < best.loss:
-                state = _member(self.state, np.int32(place))
-                self._bests[place] = Best(own, self.step, *jax.device_get((state.ema, state.batch_stats)))
+                of_member = jax.tree.map(lambda leaf, place=place: leaf[place].copy(), (ema, batch_stats))
+                self._bests[place] = Best(own, self.step, *of_member)
 
     @property
     def outcomes(self) -> list[tuple[Best, list[dict[str, Any]]]]:
@@ -106,7 +111,8 @@ class _Validations:
 
     def __call__(self, state: TrainState) -> ValidationResult:
         """The means over the models, and as many terms as one of them asks for."""
-        states = (_member(state, np.int32(place)) for place in range(len(self._validations)))
+        seen = state._replace(params={}, opt_state={})  # of what is validated
+        states = (_member(seen, np.int32(place)) for place in range(len(self._validations)))
         self.latest = [validate(own) for validate, own in zip(self._validations, states, strict=True)]
         means = {name: float(np.mean([found.metrics[name] for found in self.latest])) for name in self.latest[0].metrics}
         return ValidationResult(means, max(found.num_terms for found in self.latest))

@@ -93,7 +93,7 @@ class Trainer:
     """A training run: state, log, clocks; `run` takes the steps.
 
     A run that keeps its state and its log elsewhere than in memory overrides `restored`, `record`, `store` and `elapsed_s`, one
-    that is measured otherwise `measure`, and one of several processes `agreed`.
+    that is measured otherwise `measure`, one of several models `outcomes`, and one of several processes `agreed`.
 
     Args:
         objective: What is trained.
