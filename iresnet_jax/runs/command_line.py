@@ -98,7 +98,8 @@ def parse_train_flags(argv: Sequence[str], *, default_config: str = DEFAULT_CONF
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--process_id", type=int)
     given = parser.parse_args([argument for argument in arguments if argument not in overrides])
-    given.workdir = given.workdir or Path("runs") / Path(given.config.partition(":")[0]).stem
+    file, _, variant = given.config.partition(":")
+    given.workdir = given.workdir or Path("runs") / "_".join(filter(None, (Path(file).stem, variant)))
     given.config = read_config(given.config, overrides)
     return given
 

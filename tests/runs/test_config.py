@@ -173,6 +173,7 @@ def test_flags_override_fields_and_name_the_workdir_after_the_config(config_file
     monkeypatch.chdir(ROOT)
     flags = parse_train_flags(["train.py", "--debug"])
     assert (flags.workdir, flags.debug) == (Path("runs/digits_density"), True)
+    assert parse_train_flags(["train.py", "--config=configs/toy_2d.py:moons"]).workdir == Path("runs/toy_2d_moons")
 
 
 # --- the folder of a run ----------------------------------------------------------------------------------------------
