@@ -8,6 +8,7 @@ is the one, among several and linear, after which the training data look most li
 remain contractions of the example. A branch alone depends on contexts by linear maps, and learns products of entries slowly.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection
 from iresnet_jax.bijections.transforms.standardize import Constants, Standardize
+from iresnet_jax.maths.platforms import quick_jit
 
 WIDTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)  # of the logarithmic entries, in median absolute deviations from the median
 LINEAR = 1e4  # width of the entries that are linear, in mean absolute deviations
@@ -124,8 +126,11 @@ def initial_network(key: Key[Array, ""], num_observed: int, hidden: Sequence[int
 
     No widths are no network.
     """
-    if not hidden:
-        return {}
+    return _initial_network(key, num_observed, tuple(hidden)) if hidden else {}
+
+
+@functools.partial(quick_jit, static_argnums=(1, 2))
+def _initial_network(key: Key[Array, ""], num_observed: int, hidden: tuple[int, ...]) -> dict[str, dict[str, Array]]:
     keys = iter(jax.random.split(key, len(hidden) + 1))
     weights = {}
     for i, (cin, cout) in enumerate(zip((num_observed, *hidden), hidden, strict=False)):

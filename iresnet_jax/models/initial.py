@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models import contractions, flow, noise
 from iresnet_jax.models.architecture import FlowSpec
@@ -43,18 +44,16 @@ def _initial_weights(
 ) -> tuple[FlowWeights, Array]:
     spec, sharp, last_scale = what
     options = {"sharp": sharp} if last_scale == 1 else {"sharp": sharp, "last_scale": last_scale}
-    key_weights, key_iterates = jax.random.split(key)
+    keys = jax.random.split(jax.random.split(key)[0], len(spec.stages))
     params = {
         stage.name: {"blocks": {**stage.initial_weights(own, **options), "actnorm": stage.identity()}}
-        for stage, own in zip(spec.layout, jax.random.split(key_weights, len(spec.stages)), strict=True)
+        for stage, own in zip(spec.layout, keys, strict=True)
     }
     params |= noise.initial_params(spec, jax.random.fold_in(key, 1))
-    params, iterates = jax.tree.map(lambda leaf: leaf.astype(x.dtype), (params, initial_iterates(spec, key_iterates)))
-    weights = contractions.constrain(spec, params, iterates).weights
+    weights = contractions.freeze(spec, jax.tree.map(lambda leaf: leaf.astype(x.dtype), params))
     fitted, z = flow.fit_actnorm(spec, weights, x, context)
-    for name, scales in fitted.items():
-        params[name] = {"blocks": {**params[name]["blocks"], "actnorm": scales}}
-    return contractions.freeze(spec, params), z
+    fitted = {name: weights[name]._replace(actnorm=ActNormParams(**scales)) for name, scales in fitted.items()}
+    return {**weights, **fitted}, z
 
 
 def initial_iterates(spec: FlowSpec, key: Key[Array, ""]) -> Tree:

@@ -15,6 +15,7 @@ from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models import contractions, flow, mixtures, noise, priors, scales
+from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contexts import initial_network
@@ -161,10 +162,13 @@ def _network(spec: Spec, key: Key[Array, ""]) -> dict[str, Any]:
 
 def _noise(spec: Spec, key: Key[Array, ""]) -> dict[str, dict[str, Any]]:
     """Fresh variables of the flow of noise, by collection."""
-    if spec.flow.noise is None:
-        return {"params": {}, "spectral": {}}
-    params = noise.initial_params(spec.flow, jax.random.fold_in(key, 3))
-    iterates = initial_iterates(spec.flow, jax.random.fold_in(key, 4))
+    return {"params": {}, "spectral": {}} if spec.flow.noise is None else _noise_of(spec.flow, key)
+
+
+@functools.partial(quick_jit, static_argnums=(0,))
+def _noise_of(spec: FlowSpec, key: Key[Array, ""]) -> dict[str, dict[str, Any]]:
+    params = noise.initial_params(spec, jax.random.fold_in(key, 3))
+    iterates = initial_iterates(spec, jax.random.fold_in(key, 4))
     return {"params": params, "spectral": {name: iterates[name] for name in params}}
 
 
