@@ -121,7 +121,11 @@ def __getattr__(name: str) -> Any:
     if name == "certify":
         return importlib.import_module("iresnet_jax.certification")
     if name in _TRAINING:
-        return getattr(importlib.import_module(_TRAINING[name]), name)
+        try:
+            return getattr(importlib.import_module(_TRAINING[name]), name)
+        except ModuleNotFoundError as error:
+            missing = f"iresnet_jax.{name} needs {error.name}: pip install 'iresnet_jax[train]'"
+            raise ModuleNotFoundError(missing, name=error.name) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

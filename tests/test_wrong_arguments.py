@@ -1,5 +1,6 @@
 """Every wrong argument is refused by a ``ValueError`` that says what is wrong with it, before anything is compiled."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -146,3 +147,9 @@ def test_numbers_of_numpy_are_numbers():
     tiny = [{"num_blocks": 1, "hidden": (4,)}]
     fitted = fit(steps=np.int64(1), architecture=tiny, validation_fraction=np.float32(0.2), settings=settings)
     assert fitted.history.train["step"] == [1]
+
+
+def test_a_missing_package_is_named_with_the_extra_that_has_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "iresnet_jax.energy_fitting", None)
+    with pytest.raises(ModuleNotFoundError, match=r"^iresnet_jax.fit_energy needs .*: pip install 'iresnet_jax\[train\]'$"):
+        ir.fit_energy  # noqa: B018
