@@ -188,7 +188,7 @@ def _moved_until(
 ) -> Float[np.ndarray, "s n d"]:
     """Snapshots of the particles between as many more trajectories as fit; the one before any if none does."""
     move = jax.jit(lambda key, x, size: annealing.moved(log_density, key, x, size, num_moves=MOVES_AT_ONCE)[:2])
-    x, size, snapshots = found.x, jnp.float32(found.step_size), []
+    x, size, snapshots = found.x, jnp.asarray(found.step_size, found.x.dtype), []
     for turn in range(MOST_SNAPSHOTS):
         if time.monotonic() >= until:
             break

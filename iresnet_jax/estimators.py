@@ -76,7 +76,7 @@ class _ResidualFlow(BaseEstimator):
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         settings = options["settings"] = {"seed": seed, **options["settings"]}
         grid, intervals = self._grid_and_intervals(x, is_density=labels is None)
-        names = list(getattr(self, "feature_names_in_", ()))
+        names = self._names
         bounds = None if self.bounds is None else ends_given(self.bounds, names, x.shape[1])
         # Values on a grid need a noise of their own in training; bounds and a preprocessing may be chosen: `fit` does it all.
         whole = "preprocessing.transform" in settings or grid is not None or bool(bounds)
@@ -99,13 +99,19 @@ class _ResidualFlow(BaseEstimator):
         self.model_ = model if whole else model.with_(spec=dataclasses.replace(model.spec, transform=transform))
         self.history_ = model.history
 
+    @property
+    def _names(self) -> list[str]:
+        """Names of the features that vary, if they have any."""
+        names = list(getattr(self, "feature_names_in_", ()))
+        return [names[place] for place in getattr(self, "varying_features_", range(len(names)))] if names else []
+
     def _grid_and_intervals(self, x: np.ndarray, *, is_density: bool) -> tuple[Grid | None, tuple[Bounds | None, ...] | None]:
         """The grids of features, and the intervals of those with hard ends; None if there are none.
 
         Raises:
             ValueError: If a feature has no density; the message has its name.
         """
-        names = list(getattr(self, "feature_names_in_", ()))
+        names = self._names
         grid = find_grid(x - x.mean(axis=0), names)
         if not is_density:
             return grid, None
@@ -350,11 +356,11 @@ def _spread(x: np.ndarray) -> np.ndarray:
 
     A density of repeated values would grow without bound, which a classifier need not bother its user with.
     """
-    spread = np.array(x)
+    spread, noise = np.array(x), np.random.default_rng(0).uniform(-0.5, 0.5, x.shape)
     for column, values in enumerate(x.T):
         distinct = np.unique(values)
         if len(values) >= REPEATS * len(distinct):
-            spread[:, column] += (_noise(x, 1)[0, :, column] - 0.5) * np.median(np.diff(distinct))
+            spread[:, column] += noise[:, column] * np.median(np.diff(distinct))
     return spread
 
 

@@ -229,8 +229,9 @@ def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> list
 
 
 def _preprocessed(config: Config, data: DataSet, most: int) -> Float[np.ndarray, "n d"]:
-    """Training examples as the flow gets them."""
-    model, x = Density(density_spec(config, data), {}, {}), np.asarray(data.examples["train"][:most])
+    """At most so many training examples as the flow gets them, evenly spaced as they may be sorted."""
+    model, rows = Density(density_spec(config, data), {}, {}), data.examples["train"]
+    x = np.asarray(rows[:: -(-len(rows) // most)])
     z = _preprocess(model.shared(), parallel.fill_up(x), jax.random.key(config.seed))
     return np.asarray(z, np.float64)[: len(x)]
 

@@ -210,6 +210,12 @@ def test_a_constant_feature_is_refused_by_name_or_ignored():
         ResidualFlowClassifier(**TINY).fit(np.ones((10, 2)), np.arange(10) % 2)
 
 
+def test_a_classifier_takes_tables_of_few_different_rows():
+    x = np.random.default_rng(0).integers(0, 2, (200, 3))
+    found = ResidualFlowClassifier(**TINY).fit(x, x[:, 0])
+    assert np.all(np.isfinite(found.predict_log_proba(x)))
+
+
 def test_a_large_offset_costs_no_precision():
     _, x = correlated(100)
     near = ResidualFlowDensity(**TINY).fit(x)

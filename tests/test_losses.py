@@ -87,6 +87,10 @@ def test_a_log_density_of_the_wrong_shape_is_refused():
         ir.train(model(), ir.losses.reverse_kl(lambda x: x, 32), steps=2, key=KEY, progress=False)
 
 
+def test_mixtures_of_entries_are_fitted_in_float64(x64):
+    assert Marginals.fit(np.random.default_rng(0).normal(size=(50, 2)), 2).log_scale.dtype == jnp.float64
+
+
 def test_a_prior_of_independent_mixtures():
     prior = Marginals(jnp.asarray([[-2.0, 1.0]]), jnp.log(jnp.asarray([[0.5, 1.5]])), jnp.log(jnp.asarray([[0.3, 0.7]])))
     grid = np.linspace(-12, 12, 4001, dtype=np.float32)

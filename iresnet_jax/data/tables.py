@@ -33,6 +33,7 @@ from iresnet_jax.models.columns import Column
 
 REPEATS = 2.0  # examples for each distinct value of an entry from which it counts as one that takes few values
 MOST_CELLS = 1024  # of whole numbers that are on a grid by their type, however few examples there are for each
+OFF_GRID = 0.01  # steps that a value may be beside its grid
 FINEST_GRID = 1e-4  # least spacing of a grid, in standard deviations of the entry
 UNRESOLVED = 1e-5  # standard deviation relative to the mean below which float32 cannot tell values apart
 FAINT = 1e-31  # standard deviation below which the digits of differences underflow in float32
@@ -179,9 +180,15 @@ def _step(distinct: np.ndarray) -> float | None:
     gaps = np.diff(distinct)
     if not np.any(distinct % 1) and np.abs(distinct).max() < 2**53:
         return float(np.gcd.reduce(gaps.astype(np.int64)))
-    step = gaps.min()
-    multiples = gaps / step
-    return float(step) if np.abs(multiples - np.round(multiples)).max() <= 0.01 else None
+    last = step = gaps.min()
+    rounding = np.finfo(np.float32).eps * np.abs(distinct).max()  # of a gap
+    for gap in [*np.unique(gaps), np.ptp(distinct)]:  # the larger, the more exactly it tells the step
+        steps = np.round(gap / step)
+        if abs(gap / step - steps) > min(OFF_GRID + steps * rounding / last, 0.25):
+            return None
+        last, step = gap, gap / steps
+    places = (distinct - distinct[0]) / step
+    return float(step) if np.abs(places - np.round(places)).max() <= OFF_GRID else None
 
 
 def _check_categories(columns: Sequence[Column], grid: Grid | None) -> None:
@@ -308,7 +315,7 @@ def check_density(x: Float[np.ndarray, "n d"], names: Sequence[str] = (), grid: 
     for column in np.flatnonzero(spacing == 0).tolist():
         values, name = np.asarray(x[:, column], np.float64), _named([column], names)
         value, share = _commonest(values)
-        if share > COMMON:
+        if share > COMMON and share * len(values) > 1:
             raise ValueError(
                 f"{share:.0%} of {name} are {value:g}, where a density would grow without bound: add noise, or model the rows "
                 "with and without this value apart"

@@ -69,8 +69,8 @@ def annealed(
             "annealing starts: it must be finite everywhere, so that trajectories find a way back"
         )
     step = jax.jit(functools.partial(_step, log_density, scale))
-    t, log_z, size, num_steps = jnp.float32(0), 0.0, jnp.float32(0.3), 0
-    acceptance = jnp.float32(0)
+    t, log_z, size, num_steps = jnp.zeros((), x.dtype), 0.0, jnp.full((), 0.3, x.dtype), 0
+    acceptance = jnp.zeros((), x.dtype)
     while t < 1:
         key, key_step = jax.random.split(key)
         x, t, change, size, acceptance = step(key_step, x, t, size)

@@ -53,19 +53,24 @@ def columns_of(frame: Any) -> tuple[Column, ...]:
     Raises:
         ValueError: If a column holds missing values, or what is neither numbers nor categories; it names the column.
     """
+    names = _names(frame)
+    return tuple(_column(name, frame.iloc[:, place]) for place, name in enumerate(names))
+
+
+def _names(frame: Any) -> list[str]:
     names = [str(name) for name in frame.columns]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"column names must differ, and two columns are called {repeated[0]!r}: rename one of them")
-    return tuple(_column(name, frame.iloc[:, place]) for place, name in enumerate(names))
+    return names
 
 
 def numbers_of(frame: Any, columns: tuple[Column, ...]) -> Float[np.ndarray, "n d"]:
     """A data frame as numbers, its columns found by name.
 
     Raises:
-        ValueError: If a column is missing or unknown, or holds missing values, text for numbers, or an unknown category.
+        ValueError: If a column is missing, unknown or there twice, or holds missing values, text or an unknown category.
     """
-    places = {str(name): place for place, name in enumerate(frame.columns)}
+    places = {name: place for place, name in enumerate(_names(frame))}
     names = [column.name for column in columns]
     if lacking := [name for name in names if name not in places]:
         raise ValueError(f"the table has no column {lacking[0]!r}: the model takes {', '.join(map(repr, names))}")

@@ -51,7 +51,7 @@ class ContextScale(Standardize):
     def fit(cls, x: Float[np.ndarray, "n k"]) -> "ContextScale":
         """Centres and widths that make every entry as normal as they can, and the scale behind them; constants keep theirs."""
         rows = np.asarray(x, np.float64)
-        chosen = [_likeliest(column[:_ROWS]) for column in rows.T]
+        chosen = [_likeliest(column[:: -(-len(rows) // _ROWS)]) for column in rows.T]
         center, width = (tuple(numbers) for numbers in zip(*chosen, strict=True))
         squeezed = np.arcsinh((rows - np.array(center)) / np.array(width))
         std = squeezed.std(axis=0)

@@ -49,7 +49,7 @@ from iresnet_jax.models.contractions import FlowWeights, as_params, under_contex
 from iresnet_jax.models.density_spec import DensitySpec, Transform
 from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
-from iresnet_jax.models.leading_axes import Examples, as_batch, context_vectors
+from iresnet_jax.models.leading_axes import Examples, as_batch, context_vectors, numbers
 from iresnet_jax.models.model import Model
 
 Data = Shaped[Array, "..."] | Shaped[np.ndarray, "..."] | Frame
@@ -243,9 +243,10 @@ class Density(Model):
         if family == priors.SCALES:
             parameters = scales.fitted(np.asarray(z), spec.num_components or 0)
         elif num_components is not None:
-            places = np.asarray(z)[np.random.default_rng(0).choice(len(z), num_components)]
-            unit = np.broadcast_to(np.eye(z.shape[1]), (num_components, z.shape[1], z.shape[1]))
-            parameters = mixtures.mixture_of(places, unit, np.ones(num_components))
+            num = min(num_components, len(z))  # two at one place would stay alike
+            places = np.asarray(z)[np.random.default_rng(0).choice(len(z), num, replace=False)]
+            unit = np.broadcast_to(np.eye(z.shape[1]), (num, z.shape[1], z.shape[1]))
+            parameters = mixtures.mixture_of(places, unit, np.ones(num), num_components)
         return model.with_(weights=weights, prior=parameters)
 
     def learned(self, name: str) -> Any:
@@ -533,7 +534,7 @@ class Density(Model):
         """
         if context is None:
             return None
-        vectors = jnp.asarray(context)
+        vectors = jnp.asarray(numbers(context))
         vectors = vectors if jnp.issubdtype(vectors.dtype, jnp.floating) else vectors.astype(jnp.result_type(float))
         if vectors.ndim == self.spec.context_dim == 1:
             vectors = vectors[:, None]

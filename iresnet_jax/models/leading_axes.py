@@ -76,9 +76,17 @@ def as_batch(x: Any, event_shape: tuple[int, ...], context: Any = None, context_
 
 def context_vectors(context: Any, context_dim: int) -> Any:
     """Contexts as vectors ``(..., context_dim)``: one number, or one per example, is a context of length 1."""
-    context = context if isinstance(context, jax.Array) else np.asarray(context)
+    context = numbers(context)
     are_numbers = context_dim == 1 and context.ndim < 2 and context.shape != (1,)
     return context[..., None] if are_numbers else context
+
+
+def numbers(context: Any) -> Any:
+    """Contexts as an array; integers of NumPy as floats, as JAX would cut them to 32 bits."""
+    if isinstance(context, jax.Array):
+        return context
+    context = np.asarray(context)
+    return context if np.issubdtype(context.dtype, np.floating) else context.astype(float)
 
 
 def _together(axes: tuple[int, ...], of_contexts: tuple[int, ...], x: Any, context: Any) -> tuple[int, ...]:

@@ -43,12 +43,12 @@ class Marginals:
     @classmethod
     def fit(cls, z: Float[np.ndarray, "n d"], num_components: int) -> "Marginals":
         """Expectation maximisation for each entry by itself, from components at its quantiles."""
-        z = np.asarray(z, np.float32)
+        z = np.asarray(z, jnp.result_type(float))
         places = (np.arange(num_components) + 0.5) / num_components
         std = z.std(axis=0)[:, None]
         start = np.quantile(z, places, axis=0).T
         zeros = jnp.zeros(start.shape)
-        return _maximise(cls(jnp.asarray(start, jnp.float32), zeros + np.log(std / num_components + 1e-12), zeros), z)
+        return _maximise(cls(jnp.asarray(start, z.dtype), zeros + np.log(std / num_components + 1e-12), zeros), z)
 
     def log_prob(self, z: Float[Array, "b d"]) -> Float[Array, " b"]:
         """Log-density; natural log, exact."""

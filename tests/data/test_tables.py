@@ -33,6 +33,17 @@ def test_a_grid_of_whole_numbers_may_lack_values():
     assert find_grid(x).spacing[1] == 2
 
 
+@pytest.mark.parametrize(
+    ("mean", "std", "digits", "num"), [(170, 10, 1, 5000), (24, 4, 2, 5000), (5000, 900, 1, 100_000), (0, 1, 3, 9000)]
+)
+def test_decimals_lie_on_their_grid_though_float32_rounds_them(mean, std, digits, num):
+    x = np.round(np.random.default_rng(0).normal(mean, std, (num, 1)), digits).astype(np.float32)
+    x = np.append(x, [[x.max() + 1000 * 10.0**-digits]] * 2, axis=0).astype(np.float32)  # far from all others, but on the grid
+    table = Table().described(x)
+    assert table.grid.spacing[0] == pytest.approx(10.0**-digits, rel=1e-6)
+    assert not table.grid.off(x).any()
+
+
 def test_given_bounds_are_by_name_or_number_and_replace_hard_ends():
     share = RNG.random(1500)
     table = Table(bounds={"rest": (0, 2), 2: (-9.0, 9.0)}).described(beside(share), NAMES)
@@ -153,6 +164,10 @@ def test_a_sum_with_a_whole_number_is_refused_and_whole_numbers_may_depend_on_ea
         check_density(x, (), find_grid(x))
     x = np.stack([counts, counts, 9 - counts], axis=1).astype(np.float32)
     check_density(x, (), find_grid(x))
+
+
+def test_three_different_values_are_no_repeated_ones():
+    check_density(np.array([[0.1, 2.0], [0.7, 1.0], [-1.2, 5.0]], np.float32))
 
 
 def test_one_value_that_many_rows_have_is_refused_or_said():

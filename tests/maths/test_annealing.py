@@ -37,6 +37,12 @@ def test_the_integral():
     assert particles().log_z == pytest.approx(math.log(3), abs=0.2)
 
 
+def test_in_float64(x64):
+    found = annealed(two_modes, jax.random.key(0), 50, 2, scale=8.0, final_moves=1)
+    assert found.x.dtype == jnp.float64
+    assert abs(found.log_z - math.log(3)) < 3
+
+
 def test_systematic_draws_are_as_often_as_their_weights_say():
     weights = np.random.default_rng(0).dirichlet(np.full(50, 0.5))
     counts = np.bincount(np.asarray(systematic(jax.random.key(1), jnp.log(weights + 1e-30))), minlength=50)

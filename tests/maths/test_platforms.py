@@ -36,6 +36,22 @@ def test_accelerators_have_no_options(without_flags):
         assert platforms.quick_options() == {}
 
 
+def test_products_on_accelerators_are_in_float32_unless_another_precision_was_chosen():
+    seen = []
+
+    def asks_for_precision(x):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return x
+
+    program = platforms.quick_jit(asks_for_precision)
+    program(1.0)
+    with platforms.compiling_for("gpu"):
+        program(1.0)
+        with jax.default_matmul_precision("tensorfloat32"):
+            program(1.0)
+    assert seen == [None, "float32", "tensorfloat32"]
+
+
 def test_the_compiler_knows_the_options(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     quick = platforms.quick_jit(lambda x, power: x**power, static_argnums=(1,))

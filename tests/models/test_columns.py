@@ -42,6 +42,12 @@ def test_integers_stay_within_their_type(dtype):
     assert found[2] > 2**15
 
 
+def test_a_column_that_is_there_twice_is_none():
+    for frame in (pd.concat([FRAME, FRAME[["age"]]], axis=1), pd.DataFrame({1: [1.0], "1": [2.0]})):
+        with pytest.raises(ValueError, match="two columns are called"):
+            numbers_of(frame, COLUMNS)
+
+
 def test_columns_are_found_by_name():
     np.testing.assert_array_equal(numbers_of(FRAME[FRAME.columns[::-1]], COLUMNS), numbers_of(FRAME, COLUMNS))
 

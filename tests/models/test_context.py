@@ -52,6 +52,16 @@ def case(spec):
     return whole, x, jax.random.normal(keys[1], (BATCH, CONTEXT_DIM))
 
 
+def test_integers_beyond_32_bits_are_the_same_contexts_as_floats():
+    scale = Standardize((3e9, 0.0, 0.0, 0.0), (1e9, 1.0, 1.0, 1.0))
+    model = kept.model(density.DensitySpec(PLANE, context=scale))
+    whole = np.array([[4_000_000_000, 1, 0, -1]])
+    for context in (whole, whole.astype(float)):
+        np.testing.assert_allclose(model.scale_context(context), [[1, 1, 0, -1]], rtol=1e-6)
+        x, expected = np.zeros((1, 2), np.float32), whole.astype(np.float32)
+        np.testing.assert_allclose(model.log_prob(x, context=context), model.log_prob(x, context=expected), rtol=1e-5)
+
+
 def test_each_example_has_its_own_context_and_comes_back_under_it(x64):
     whole, x, context = case(IMAGES)
     z = encode(whole, x, context=context)
