@@ -2,7 +2,7 @@
 
     python train.py --config=configs/digits_density.py --workdir=runs/digits_density
 
-Test 1.798 +- .012 bits/dim after 73 seconds on 2 cores, compilation included (benchmarks/results/digits_density).
+Test 1.798 +- .012 bits/dim after 73 seconds on 2 cores, and some 10 until the first step (benchmarks/results/digits_density).
 
 With :variational behind it the noise of dequantisation is trained, too: test 1.735 +- .013 bits/dim, and 1.686 by the bound of
 64 weighted draws, after 171 seconds (benchmarks/results/digits_density_variational).

@@ -65,6 +65,11 @@ def sample(run: Run, arguments: argparse.Namespace) -> bool:
     model, size = run.model, run.config.evaluation.batch_size
     if not isinstance(model, Density):
         raise ValueError(f"{run.folder} holds no density, so there are no samples: that takes a density objective")
+    contexts = context_vectors(arguments.context, model.spec.context_dim)
+    if contexts is not None and len(contexts) > arguments.num:
+        raise ValueError(
+            f"{len(contexts)} contexts need as many samples, got --num {arguments.num}: give --num {len(contexts)}"
+        )
     drawn = samples.draw(
         model,
         arguments.num,
@@ -72,7 +77,7 @@ def sample(run: Run, arguments: argparse.Namespace) -> bool:
         temperature=arguments.temperature,
         seed=arguments.seed,
         labels=None if arguments.label is None else [arguments.label] * arguments.num,
-        contexts=context_vectors(arguments.context, model.spec.context_dim),
+        contexts=contexts,
         num_certified=_num_certified(arguments, model.spec.flow),
     )
     png, npy = write_samples(drawn.values, model.spec.num_levels, run.folder)

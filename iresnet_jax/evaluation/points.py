@@ -9,6 +9,7 @@ from jaxtyping import Float
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models.density import Density
 
+FAR_APART = 3  # ratio of the spreads of two coordinates from which each has its own scale in a map
 NUM_UNLIKELY, NUM_ENTRIES = 8, 3  # least likely points, and entries of each, that a report names
 
 
@@ -61,7 +62,7 @@ def least_likely(points: Float[np.ndarray, "n d"], log_prob: Float[np.ndarray, "
 def log_density_on_grid(
     model: Density, points: Float[np.ndarray, "n 2"], side: int
 ) -> tuple[Float[np.ndarray, "m m"], tuple[float, float, float, float]]:
-    """Exact log-density of a model of the plane on a square grid around points.
+    """Exact log-density of a model of the plane on a grid around points, square unless their spreads differ by far.
 
     Args:
         side: Grid points along each axis.
@@ -69,10 +70,14 @@ def log_density_on_grid(
     Returns:
         Natural log of the density, rows along the second coordinate, and (left, right, bottom, top).
     """
-    reach = 1.1 * float(np.abs(points).max())
-    edge = (np.arange(side) + 0.5) / side * 2 * reach - reach
-    grid = np.stack(np.meshgrid(edge, edge), axis=-1).astype(np.float32)
-    return np.asarray(_log_density(model.with_(estimator=ExactLogdet()), grid)), (-reach, reach, -reach, reach)
+    least, most = np.asarray(points, np.float64).min(axis=0), np.asarray(points, np.float64).max(axis=0)
+    center, reach = (least + most) / 2, 1.1 * (most - least) / 2
+    if reach.max() < FAR_APART * reach.min():
+        reach[:] = reach.max()
+    edges = center + ((np.arange(side)[:, None] + 0.5) / side * 2 - 1) * reach
+    grid = np.stack(np.meshgrid(*edges.T), axis=-1).astype(np.float32)
+    (left, bottom), (right, top) = (center - reach).tolist(), (center + reach).tolist()
+    return np.asarray(_log_density(model.with_(estimator=ExactLogdet()), grid)), (left, right, bottom, top)
 
 
 @jax.jit

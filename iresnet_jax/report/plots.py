@@ -134,14 +134,16 @@ def density_map(log_density: Float[np.ndarray, "n n"], extent: tuple[Number, Num
     The colour scale ends at the 99.5 % quantile: narrow ridges would otherwise leave the rest black.
 
     Args:
-        log_density: Natural log of the density on a square grid; rows run along the second coordinate, upwards.
+        log_density: Natural log of the density on a grid; rows run along the second coordinate, upwards.
         extent: (left, right, bottom, top) of the grid.
     """
     figure = style.figure(width=5.4, height=4.6)
     axes = figure.add_subplot()
     density = np.exp(np.where(np.isfinite(log_density), log_density, -np.inf))
     top = float(np.quantile(density, 0.995)) or float(density.max()) or 1.0
-    shown = axes.imshow(density, origin="lower", extent=extent, cmap="viridis", vmin=0.0, vmax=top, interpolation="bilinear")
+    colors: dict[str, Any] = {"cmap": "viridis", "vmin": 0.0, "vmax": top, "interpolation": "bilinear"}
+    is_square = math.isclose(extent[1] - extent[0], extent[3] - extent[2])
+    shown = axes.imshow(density, origin="lower", extent=extent, aspect="equal" if is_square else "auto", **colors)
     style.label(axes, "", "", ink=style.MIDTONE)
     axes.grid(visible=False)
     style.colorbar(figure, shown, [axes], label="density", extend="max")

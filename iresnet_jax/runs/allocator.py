@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 _LARGE_PAGES = "glibc.malloc.hugetlb"
+_RESTARTED = "IRESNET_JAX_RESTARTED"  # variable of a command that started itself again; secure binaries lose tunables
 _PAGES_ARE_CHOSEN = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _COLLECTIONS = 50_000, 20, 100  # thresholds of `gc`, for objects that imports and tracing make and that live on
 _LARGEST = 2**31 - 1  # that a C int holds
@@ -32,11 +33,11 @@ def use_large_pages() -> None:
     glibc's allocator asks for them if ``GLIBC_TUNABLES`` says so when a process starts. Call this first of all.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if _LARGE_PAGES in tunables or not _can_ask_for_large_pages() or sys.gettrace() is not None:
+    if _LARGE_PAGES in tunables or _RESTARTED in os.environ or not _can_ask_for_large_pages() or sys.gettrace() is not None:
         return
     asked = ":".join(filter(None, [tunables, f"{_LARGE_PAGES}=1"]))
     try:
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, "GLIBC_TUNABLES": asked})
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "GLIBC_TUNABLES": asked, _RESTARTED: "1"})
     except OSError:  # slower, and no reason to fail
         return
 

@@ -85,8 +85,9 @@ class Checkpoints:
                 "free disk space or check permissions and resume; the checkpoints written before are kept"
             ) from error
         past = [other for other in self._steps() if other <= step]
-        best = [other for _, other in self._by_metric() if other in past]
-        for other in set(self._steps()) - {*past[:KEPT], *best[:1]}:
+        measured = [(metric, other) for metric, other in self._by_metric() if other in past]
+        unread = [other for metric, other in measured if metric == math.inf]  # any of them may be the best
+        for other in set(self._steps()) - {*past[:KEPT], *unread, *(other for _, other in measured[:1])}:
             with contextlib.suppress(OSError):
                 self.path(other).unlink()
 

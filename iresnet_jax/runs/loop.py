@@ -66,6 +66,10 @@ def train(
     workdir = Path(workdir)
     prepare_backend(config.training.matmul_precision)
     dataset = load_data(config.data) if data is None else data
+    if data is None and dataset.examples and "test" not in dataset.examples:
+        raise ValueError(
+            f"{dataset.name} has no test examples, which the report is on: add them, or set aside some with data.test_fraction"
+        )
     check_batch_size(config.training, dataset)
     _check_alike(config, dataset)
     checkpoints = Checkpoints(workdir)

@@ -114,10 +114,10 @@ def num_devices(config: Any, cores: int) -> int:
 
     One where log-determinants are exact: their batches of LU factorisations dead-lock on several CPU devices (jaxlib 0.10).
     """
-    size = config.training.batch_size
+    size, num_parts = config.training.batch_size, config.training.num_parts
     if config.logdet.kind == "exact":
         return 1
-    return max(n for n in range(1, cores + 1) if n == 1 or (size % n == 0 and size >= LEAST_EXAMPLES * n))
+    return max(n for n in range(1, cores + 1) if n == 1 or (size % (n * num_parts) == 0 and size >= LEAST_EXAMPLES * n))
 
 
 def prepare_backend(matmul_precision: str) -> None:

@@ -32,6 +32,7 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
     """
 
     def __init__(self, workdir: str | os.PathLike[str]):
+        self._began = time.monotonic()
         self._workdir = Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._path = self._workdir / FILENAME
@@ -84,7 +85,7 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
             with replacing(self._path) as incoming:
                 incoming.write_text(text, encoding="utf-8")
         self._lines = self._path.open("a", encoding="utf-8")
-        self._start = time.monotonic() - max((record["wall_time_s"] for record in records), default=0.0)
+        self._start = self._began - max((record["wall_time_s"] for record in records), default=0.0)
 
     def _tensorboard(self) -> Any:
         if self._events is None:

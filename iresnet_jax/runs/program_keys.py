@@ -78,7 +78,8 @@ def environment(*, with_sources: bool = True) -> dict[str, Any]:
 
 
 def _newest_source() -> float:
-    newest = max(path.stat().st_mtime for path in PACKAGE.rglob("*.py"))
+    # The time of the change, too: tools that copy files may keep that of their content.
+    newest = max(max(path.stat().st_mtime, path.stat().st_ctime) for path in PACKAGE.rglob("*.py"))
     if newest > _started:
         raise UnknownError("a source file may have been changed since it was imported")
     return newest

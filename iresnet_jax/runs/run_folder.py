@@ -70,7 +70,7 @@ def model_of_run(workdir: Path, data: DataSet) -> Spec | None:
     Raises:
         ValueError: If the run began with other data, or with entries that keep to other ranges.
     """
-    if not (workdir / MODEL_FILE).exists():
+    if not all((workdir / name).exists() for name in (MODEL_FILE, CONFIG_FILE)):
         return None
     spec, fingerprint = read_model(workdir)
     if fingerprint != data.fingerprint:
@@ -107,9 +107,10 @@ def claim(workdir: Path, config: Config, spec: Spec, data: DataSet) -> None:
     """Writes the settings and the model of a new run; does nothing for one that has them."""
     workdir.mkdir(parents=True, exist_ok=True)
     model = {"model": tagged(spec), "data": {"name": data.name, "fingerprint": data.fingerprint}}
-    # The model first: a folder with a config is one of a run.
+    # The model first: a folder with a config is one of a run, and a model alone was left by a start that failed.
+    has_run = (workdir / CONFIG_FILE).exists()
     for name, plain in ((MODEL_FILE, model), (CONFIG_FILE, to_plain(config))):
-        if not (workdir / name).exists():
+        if not has_run or not (workdir / name).exists():
             with replacing(workdir / name) as incoming:
                 incoming.write_text(json.dumps({"format": FORMAT, **plain}, indent=2) + "\n", encoding="utf-8")
 

@@ -24,6 +24,7 @@ DEFAULT_STEPS = 1000  # updates of a run without a limit
 # Updates that the schedule of a run of so many minutes is made for, and is stretched from; many, as a warm-up is some hundred.
 STEPS_IN_TIME = 10_000
 LONGEST = 2**31 - 1  # updates, which a state can count
+AHEAD = 2  # steps that may be queued behind the one that runs
 SOON = 5  # steps after which such a run first estimates its length
 
 CompiledStep = Callable[[Any, Any], tuple[Any, Any]]  # (state, batch of all devices) -> (state, metrics)
@@ -159,6 +160,7 @@ class Trainer:
         """Updates the state by one batch: a `TrainingStep` on every device, through `parallel.parallelize`."""
         self.state, metrics = self._compiled_step(self.state, batch)
         self._window.append(metrics)
+        jax.block_until_ready(self._window[:-AHEAD][-1:])  # signals and time limits are of steps that are done
         if self._is_compiled:
             self._timed_steps += 1
         else:

@@ -14,13 +14,21 @@ SAME_RTOL = 1e-5  # the same maths by another route, float32
 def test_density_map_has_the_second_coordinate_along_its_rows():
     model, points = kept.model(kept.POINTS), np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
     values, (left, right, bottom, top) = log_density_on_grid(model, points, side=8)
-    assert (left, bottom) == (-right, -top)
-    assert right == pytest.approx(1.1 * np.abs(points).max())
-    centres = left + (np.arange(8) + 0.5) * (right - left) / 8
-    grid = jnp.asarray([[centres[5], centres[2]]], jnp.float32)
+    spread = np.ptp(points, axis=0)
+    assert (left + right, bottom + top) == pytest.approx(points.min(axis=0) + points.max(axis=0), abs=1e-6)
+    assert (right - left, top - bottom) == pytest.approx((1.1 * spread.max(),) * 2)
+    first, second = (low + (np.arange(8) + 0.5) * 1.1 * spread.max() / 8 for low in (left, bottom))
+    grid = jnp.asarray([[first[5], second[2]]], jnp.float32)
     [expected] = jax.jit(type(model).log_prob)(model, grid)
     np.testing.assert_allclose(values[2, 5], expected, rtol=SAME_RTOL)
     assert abs(values[5, 2] - expected) > 1e-3
+
+
+def test_a_map_is_where_the_points_are():
+    points = np.random.default_rng(0).normal((48.85, 2.35), (0.05, 5), (64, 2)).astype(np.float32)
+    _, (left, right, bottom, top) = log_density_on_grid(kept.model(kept.POINTS), points, side=2)
+    assert (right - left, top - bottom) == pytest.approx(1.1 * np.ptp(points, axis=0), rel=1e-5)
+    assert left < points[:, 0].min() < points[:, 0].max() < right
 
 
 def test_the_least_likely_points_have_their_entries_that_are_furthest_out():

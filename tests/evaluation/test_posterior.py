@@ -84,6 +84,9 @@ def test_from_training_to_samples_and_report(config, tmp_path, capsys, monkeypat
     assert np.load(tmp_path / "samples.npy").shape == (64, 2)
     assert main(["sample", "--workdir", str(tmp_path), "--num", "5"]) == 2
     assert "takes a context" in capsys.readouterr().err
+    np.save(tmp_path / "contexts.npy", np.zeros((3, 2)))
+    assert main(["sample", "--workdir", str(tmp_path), "--num", "2", f"--context={tmp_path}/contexts.npy"]) == 2
+    assert "give --num 3" in capsys.readouterr().err
     status = main(["calibrate", "--workdir", str(tmp_path), "--num", "40", "--samples", "9"])
     said = capsys.readouterr().out
     assert "ranks of 40 test examples among 9 samples each" in said

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from iresnet_jax.runs import checkpoints
 from iresnet_jax.runs.checkpoints import Checkpoints, from_named, load_named, to_named
 
 MAX_SAVE_S = 2.0  # measured 0.04 for 1000 arrays; one file an array takes about 0.5, and a busy machine is slower
@@ -184,6 +185,24 @@ def test_the_newest_are_kept_and_an_earlier_step_gives_up_the_later_ones(tmp_pat
     assert steps_in(tmp_path) == kept
     restored, step = restored_latest(checkpoints, make_state())
     assert step == int(restored.step) == kept[-1]
+
+
+def test_a_checkpoint_whose_metric_cannot_be_read_once_is_kept(tmp_path, monkeypatch):
+    kept = Checkpoints(tmp_path)
+    for step, metric in ((1, 0.1), (2, 0.5), (3, 0.6)):
+        kept.save(step, make_state(), metric=metric)
+    whole = checkpoints._read
+
+    def read(path, *names):
+        if path.stem == "1":
+            raise OSError("stale file handle")
+        return whole(path, *names)
+
+    monkeypatch.setattr(checkpoints, "_read", read)
+    kept.save(4, make_state(), metric=0.7)
+    monkeypatch.undo()
+    kept.save(5, make_state(), metric=0.8)
+    assert kept.restore_best(make_state())[1] == 1
 
 
 def test_the_best_survives_a_resume(tmp_path):

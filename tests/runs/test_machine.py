@@ -15,9 +15,9 @@ from iresnet_jax.runs.allocator import num_cores
 from iresnet_jax.runs.config import Config
 
 
-def config_of(batch_size, kind="series"):
+def config_of(batch_size, kind="series", num_parts=1):
     config = Config()
-    training = dataclasses.replace(config.training, batch_size=batch_size)
+    training = dataclasses.replace(config.training, batch_size=batch_size, num_parts=num_parts)
     return dataclasses.replace(config, training=training, logdet=dataclasses.replace(config.logdet, kind=kind))
 
 
@@ -28,6 +28,12 @@ def config_of(batch_size, kind="series"):
 def test_devices_share_batches_evenly(batch_size, cores, devices):
     assert machine.num_devices(config_of(batch_size), cores) == devices
     assert machine.num_devices(config_of(batch_size, "exact"), cores) == 1
+
+
+def test_devices_share_parts_evenly():
+    """A batch in parts that one machine takes is none that another refuses."""
+    assert [machine.num_devices(config_of(120, num_parts=2), cores) for cores in (1, 4, 8)] == [1, 4, 6]
+    assert machine.num_devices(config_of(64, num_parts=16), 8) == 4
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import math
 import struct
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -79,6 +80,14 @@ def test_resuming_drops_the_steps_that_will_be_repeated(tmp_path):
     assert [record["loss"] for record in read_metrics(tmp_path)] == [1.0, 1.0, 2.0, 2.0]
     session_starts = [event.step for event in tensorboard_events(tmp_path) if event.HasField("session_log")]
     assert session_starts == [21]  # from where on TensorBoard discards older events
+
+
+def test_wall_time_counts_from_the_start_of_the_process(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        time.sleep(0.1)  # the first weights are made
+        writer.truncate_after(0)
+        writer.write(1, {})
+    assert read_metrics(tmp_path)[0]["wall_time_s"] >= 0.1
 
 
 def test_wall_time_goes_on_where_the_last_process_stopped(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import time
 from dataclasses import replace
 from types import MethodType, SimpleNamespace
 
@@ -165,8 +166,12 @@ def test_sources_that_differ_have_other_keys_and_those_that_were_just_changed_no
         return program_keys.environment()["sources"]
 
     monkeypatch.setattr(program_keys, "PACKAGE", tmp_path)
+    now = time.time()
+    monkeypatch.setattr(program_keys, "_started", now + 100)
     first = key("1", 1)
     assert key("2", 2) != first
     assert key("1", 3) == first
-    with pytest.raises(UnknownError, match="changed"):
-        key("1", program_keys._started + 1)
+    for started, changed in ((now + 100, now + 101), (now - 100, 1)):  # written later, or copied with its old time
+        monkeypatch.setattr(program_keys, "_started", started)
+        with pytest.raises(UnknownError, match="changed"):
+            key("1", changed)

@@ -3,13 +3,14 @@
 import re
 
 import kept
+import numpy as np
 import pytest
 import tiny_runs as runs
 
 from iresnet_jax.data import load
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.model_from_config import model_spec
-from iresnet_jax.runs.run_folder import claim, read_config, read_model
+from iresnet_jax.runs.run_folder import claim, model_of_run, read_config, read_model
 
 DAMAGED, OTHER_VERSION = "is damaged", "was written by another version"
 
@@ -48,3 +49,22 @@ def test_a_run_on_other_data_is_not_gone_on_with(tmp_path):
     with pytest.raises(ValueError, match=f"fingerprint {other[:12]} now and had {data.fingerprint[:12]} when training"):
         loop.train(config, workdir)
     assert read_model(workdir) == before
+
+
+def test_a_model_without_a_config_was_left_by_a_start_that_failed(tmp_path):
+    config = runs.config_of(runs.TOY_CONFIG)
+    data = load(config.data.name)
+    claim(tmp_path, config, model_spec(config, data), data)
+    (tmp_path / "config.json").unlink()  # as on a full disk
+    changed = runs.config_of(runs.TOY_CONFIG, **{"model.coeff": 0.5})
+    assert model_of_run(tmp_path, data) is None
+    claim(tmp_path, changed, model_spec(changed, data), data)
+    assert read_model(tmp_path)[0].flow.coeff == read_config(tmp_path).model.coeff == 0.5
+
+
+def test_data_without_test_examples_are_refused_before_training(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(40, 2)))
+    config = runs.config_of(runs.TOY_CONFIG, **{"data.name": f"npy:{tmp_path}/x.npy", "data.test_fraction": 0.0})
+    with pytest.raises(ValueError, match=r"has no test examples.* data.test_fraction"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -131,3 +131,19 @@ def test_what_is_not_finite_ends_training(run):
 def test_parameters_without_a_constraint_get_the_gradient_of_the_mean(run):
     made = run(total_steps=1)
     np.testing.assert_allclose(jax.device_get(made.state.params["number"]), 0.2 * 6, rtol=1e-6)
+
+
+def test_no_more_than_two_steps_are_queued_behind_the_one_that_runs(run, monkeypatch):
+    """Signals and time limits are of steps that are done."""
+    awaited, whole = [], jax.block_until_ready
+    monkeypatch.setattr(jax, "block_until_ready", lambda tree: awaited.append(tree) or whole(tree))
+    metrics, take = [], Trainer.take_step
+
+    def watched(made, batch):
+        take(made, batch)
+        metrics.append(made._window[-1])
+
+    monkeypatch.setattr(Trainer, "take_step", watched)
+    run(total_steps=12, log_every_steps=12, eval_every_steps=12)
+    for step in range(12 - trainer.AHEAD):
+        assert any(tree and tree[0] is metrics[step] for tree in awaited if isinstance(tree, list))
