@@ -110,6 +110,11 @@ class Branch:
         """The branches, stacked over blocks, with a seal that breaks once their weights or bounds change."""
         return dataclasses.replace(self, seal=checksum(self._sealed_arrays))
 
+    def sealed_after(self, before: "Branch") -> "Branch":
+        """These branches, made of others without a change of their bounds: `sealed` if the others' seal is intact."""
+        intact = checksum(before._sealed_arrays) == before.seal
+        return dataclasses.replace(self, seal=jnp.where(intact, checksum(self._sealed_arrays), jnp.nan))
+
     @property
     def is_intact(self) -> bool:
         """Whether the weights are still those that the bounds were computed from; on the host, outside of ``jit``."""
@@ -281,9 +286,11 @@ class BranchSpec(ABC):
     def with_bounds(self, weights: Weights, bounds: Norms, *, coeff: float) -> Branch:
         """The branch of weights that were stored, as a model uses it, for guaranteed bounds of these very weights.
 
-        A kind that is scaled by its output is brought into the budget again. A kind that scales its layers has stored scaled
-        ones: they stay as they are, and a bound may be 1 or more.
+        A kind that is scaled by its output is brought into the budget again, unless that is infinite. A kind that scales its
+        layers has stored scaled ones: they stay as they are, and a bound may be 1 or more.
         """
+        if coeff == math.inf:
+            return Branch(self, weights, bounds["branch"], "user")
         return self.certified(weights, bounds, coeff=coeff, budget="block").branch
 
     def rounded_to_bfloat16(self, weights: Weights) -> Weights:

@@ -5,6 +5,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
@@ -89,7 +90,9 @@ def decode(
     """
     check(model, z, context=context)
     decoded = to_data(model, jnp.asarray(z), context=context)
-    return decoded.data, certified(model, decoded, context=context)
+    with jax.enable_x64():  # the model may round latents, and the certificate is of those that were given
+        latents = np.asarray(vectors_of(model, np.asarray(z)))
+    return decoded.data, certified(model, decoded._replace(latents=latents), context=context)
 
 
 def to_data(

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -98,6 +99,7 @@ def check(
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model, given, context))):
         raise ValueError("certificates are computed on the host, outside of jit, vmap and grad: call certify out there")
     model.require_bijection()
+    model.require_own_numbers()
     if getattr(model, "bfloat16", False):
         raise ValueError(
             "this model computes in bfloat16, and guarantees are those of its weights as they are stored: certify "
@@ -144,7 +146,9 @@ def prepared(
         ValueError: For the reasons of `check`.
     """
     check(model, *given, context=context, **limits)
-    scaled = model.scale_context(context) if isinstance(model, Density) else None
+    is_double = np.float64 in (getattr(context, "dtype", None), jnp.result_type(float))
+    with jax.enable_x64(is_double):
+        scaled = model.scale_context(context) if isinstance(model, Density) else None
     scaled = None if scaled is None else np.asarray(scaled, np.float64)
     with jax.enable_x64(), jax.default_device(jax.local_devices(backend="cpu")[0]), np.errstate(all="ignore"):
         yield PreparedFlow.of(model), scaled

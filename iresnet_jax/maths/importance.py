@@ -70,12 +70,14 @@ def pareto_k(log_weights: Float[np.ndarray, " n"]) -> float:
     """Shape of the tail of weights, by a generalised Pareto distribution of the largest ``min(n / 5, 3 sqrt(n))`` of them.
 
     The fit is that of Zhang and Stephens (2009), shrunk towards .5 as in Vehtari et al. (2024, appendix C). It is ``-inf`` if
-    these weights are all the same.
+    these weights are all the same, and infinite if one is NaN or infinite.
 
     Args:
         log_weights: Logarithms of the weights; a common constant does not matter.
     """
     ordered = np.sort(np.asarray(log_weights, np.float64))
+    if not ordered[-1] < math.inf:  # NaN is sorted last
+        return math.inf
     num = math.ceil(min(len(ordered) / 5, 3 * math.sqrt(len(ordered))))
     excesses = np.exp(ordered[-num:] - ordered[-1]) - np.exp(ordered[-num - 1] - ordered[-1])
     excesses = excesses[excesses > 0]

@@ -29,11 +29,17 @@ class BiLipschitz(NamedTuple):
 
     def compose(self, other: "BiLipschitz") -> "BiLipschitz":
         """Bounds of the one map after the other: the products, in either order."""
-        return BiLipschitz(rounded_up(self.forward * other.forward), rounded_up(self.inverse * other.inverse))
+        return BiLipschitz(_product(self.forward, other.forward), _product(self.inverse, other.inverse))
 
     def beside_identity(self) -> "BiLipschitz":
         """Bounds of the map that acts on some coordinates and leaves the others alone, as after a multi-scale split."""
         return BiLipschitz(jnp.maximum(self.forward, 1), jnp.maximum(self.inverse, 1))
+
+
+def _product(a: Shaped[Array, ""], b: Shaped[Array, ""]) -> Shaped[Array, ""]:
+    """A bound of the product, 0 only if a factor is: small numbers underflow."""
+    product = rounded_up(a * b)
+    return jnp.where((a > 0) & (b > 0), jnp.maximum(product, jnp.finfo(product.dtype).tiny), product)
 
 
 def branch_bound(layer_bounds: Sequence[Scalar] | Float[Array, " k"]) -> Shaped[Array, ""]:
@@ -53,6 +59,8 @@ def branch_bound(layer_bounds: Sequence[Scalar] | Float[Array, " k"]) -> Shaped[
     """
     listed = not isinstance(layer_bounds, jax.Array)
     bounds = jnp.asarray([lipschitz_at_least(b) for b in layer_bounds]) if listed else lipschitz_at_least(layer_bounds)
+    least = float(jnp.finfo(bounds.dtype).tiny) ** (1 / max(bounds.size, 1))  # so many of them do not underflow
+    bounds = jnp.where(bounds > 0, jnp.maximum(bounds, least), bounds)
     product = jnp.nan_to_num(jnp.prod(bounds), nan=jnp.inf, posinf=jnp.inf)  # 0 times infinity promises nothing
     return rounded_up(product, num_roundings=bounds.size + 1)
 
@@ -137,5 +145,6 @@ def model_bounds(
         bounds = bounds.compose(block_bounds(branch))
     for log_scale in log_scales:
         scale = BiLipschitz(jnp.exp(jnp.max(log_scale)), jnp.exp(-jnp.min(log_scale)))
-        bounds = bounds.compose(BiLipschitz(*(rounded_up(value) for value in scale)))
+        tiny = jnp.finfo(scale.forward.dtype).tiny
+        bounds = bounds.compose(BiLipschitz(*(rounded_up(jnp.maximum(value, tiny)) for value in scale)))
     return bounds

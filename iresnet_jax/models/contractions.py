@@ -10,6 +10,7 @@ Blocks of one stage have one shape, and each of their arrays is stacked on a lea
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -190,11 +191,20 @@ def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
     return _with_bounds(spec, params, of_block)
 
 
-@functools.partial(quick_jit, static_argnums=(0,))
-def with_bounds(spec: FlowSpec, params: Tree) -> dict[str, Block]:
-    """The parameters of `constrain` unchanged, with guaranteed bounds of their norms, which may be 1 or more."""
-    of_block = lambda branch, block: branch.with_bounds(block, branch.norm_bounds(block), coeff=spec.coeff)  # noqa: E731
-    return _with_bounds(spec, params, of_block)
+def with_bounds(spec: FlowSpec, params: Tree, *, constrained: bool = True) -> dict[str, Block]:
+    """The parameters of `constrain` unchanged, with guaranteed bounds of their norms, which may be 1 or more.
+
+    Args:
+        spec: The architecture.
+        params: The parameters.
+        constrained: Whether a kind of branch that is scaled by its output is brought into the budget, as `constrain` does.
+    """
+    return _as_they_are(spec, spec.coeff if constrained else math.inf, params)
+
+
+@functools.partial(quick_jit, static_argnums=(0, 1))
+def _as_they_are(spec: FlowSpec, coeff: float, params: Tree) -> dict[str, Block]:
+    return _with_bounds(spec, params, lambda branch, block: branch.with_bounds(block, branch.norm_bounds(block), coeff=coeff))
 
 
 def _with_bounds(spec: FlowSpec, params: Tree, of_block: Callable[[BranchSpec, Tree], Branch]) -> dict[str, Block]:
@@ -222,7 +232,7 @@ def under_context(spec: FlowSpec, weights: FlowWeights, context: Float[Array, " 
         folded = _folded(stage.branch, block.branch.weights, context)
         without = dataclasses.replace(stage.branch, context_dim=0)
         branch = dataclasses.replace(block.branch, spec=without, weights=folded)
-        found[stage.name] = block._replace(branch=branch if branch.seal is None else branch.sealed())
+        found[stage.name] = block._replace(branch=branch if branch.seal is None else branch.sealed_after(block.branch))
     return found
 
 

@@ -50,6 +50,7 @@ class Model:
     def certificate(self) -> Certificate:
         """Norms of all layers and Lipschitz constants of all blocks and of the whole model, estimated and guaranteed."""
         self.require_bijection()
+        self.require_own_numbers()
         bfloat16 = getattr(self, "bfloat16", False)
         preprocessing, constrained = self.spec.bilipschitz(), self.spec.constrained
         return certificate_of(self.spec.flow, self.weights, preprocessing, constrained=constrained, bfloat16=bfloat16)
@@ -74,6 +75,11 @@ class Model:
         scaled = () if context is None else (self.scale_context(context),)  # pyright: ignore[reportAttributeAccessIssue]
         check_claims(self.spec.flow, self.weights, self.preprocess(x), *scaled)  # pyright: ignore[reportAttributeAccessIssue]
 
+    def require_own_numbers(self) -> None:
+        """Raises ``ValueError`` in one sentence for a model whose spec lacks the numbers of its data, see `Density.shared`."""
+        if getattr(self, "constants", None):
+            raise ValueError("this model comes from Density.shared and has the numbers of its data apart: take the one before")
+
     def require_bijection(self) -> None:
         """Raises ``ValueError`` in one sentence where something is asked of a network with BatchNorm in its branches."""
         if getattr(self.spec, "normalization", "actnorm") == "batchnorm":
@@ -90,6 +96,7 @@ class Model:
             ValueError: If the network has BatchNorm in its branches, or two branches of one's own have the same name.
         """
         self.require_bijection()
+        self.require_own_numbers()
         check_names(self.spec.flow)
         path = Path(path)
         header = {"format": FORMAT, "spec": tagged(self.spec), "about": dict(about or {})}

@@ -135,7 +135,7 @@ def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:
     """
     rest = {name: value for name, value in arrays.items() if name != "params"}
     kind = {DensitySpec: Density, ClassifierSpec: Classifier, ReconstructorSpec: Reconstructor}[type(spec)]
-    return kind(spec, with_bounds(spec.flow, arrays["params"]), **rest)
+    return kind(spec, with_bounds(spec.flow, arrays["params"], constrained=spec.constrained), **rest)
 
 
 def _empty(spec: Spec, prior: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from jax.tree_util import register_dataclass
 
 import iresnet_jax as ir
 from iresnet_jax.branches import kinds
-from iresnet_jax.models.contractions import as_params, freeze
+from iresnet_jax.models.contractions import as_params, freeze, with_bounds
 from iresnet_jax.models.linen import ResidualFlow
 
 DIMS, BLOCKS, BATCH, COEFF = 3, 3, 64, 0.8
@@ -332,3 +332,13 @@ def test_what_is_no_branch_is_refused_in_one_sentence(name):
     make, sentence = WRONG[name]
     with pytest.raises(ValueError, match=sentence):
         ir.FlowSpec((DIMS,), (ir.StageSpec(1, branch=make),))
+
+
+def test_without_a_constraint_branches_run_as_they_are_after_training_too():
+    params = random_params(FLOW)
+    free = with_bounds(FLOW, params, constrained=False)["stage0"].branch
+    bounds = jax.vmap(free.spec.lipschitz_bound)(free.weights)
+    assert free.gain is None
+    np.testing.assert_allclose(free.lipschitz_bound, bounds, rtol=1e-6)
+    assert bounds.max() > COEFF
+    assert with_bounds(FLOW, params)["stage0"].branch.lipschitz_bound.max() <= COEFF

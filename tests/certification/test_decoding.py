@@ -109,3 +109,27 @@ def test_slopes_that_jump_keep_the_bounds_of_the_blocks():
     assert not info.certificate.applied.any()
     assert np.all(np.isinf(info.certificate.K))
     assert np.all(info.error_bound < 1e-3)
+
+
+def test_the_certificate_is_of_the_latents_and_contexts_that_were_given():
+    """The model rounds them, and what that costs is in the bound."""
+    model, z, context, _ = case("a grid and a context")
+    beside = np.float64(z) * (1 + 2e-8)  # rounded to the same numbers
+    np.testing.assert_array_equal(np.float32(beside), z)
+    _, given = certify.decode(model, beside, context=context)
+    _, rounded = certify.decode(model, z, context=context)
+    _, under = certify.decode(model, z, context=np.float64(context) * (1 + 2e-8))
+    exact = rounded.certificate.refined  # to the last bits of float64
+    for other in (given, under):
+        assert np.abs(other.certificate.refined - exact).max() > 1e-10
+
+
+def test_a_model_without_the_numbers_of_its_data_is_refused():
+    model, z, context, _ = case("a grid and a context")
+    for call in (
+        lambda own: certify.decode(own, z, context=context),
+        lambda own: own.certificate(),
+        lambda own: own.save("no"),
+    ):
+        with pytest.raises(ValueError, match=r"comes from Density.shared"):
+            call(model.shared())

@@ -37,6 +37,14 @@ def test_equal_weights():
     assert (found.ess, found.log_z, found.stderr, found.pareto_k) == (1.0, 700.0, 0.0, -math.inf)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_weight_that_is_no_number_makes_them_unreliable(bad):
+    log_weights = np.random.default_rng(0).normal(size=500)
+    assert importance.summarize(np.append(log_weights, -math.inf)).is_reliable
+    with np.errstate(invalid="ignore"):
+        assert not importance.summarize(np.append(log_weights, bad)).is_reliable
+
+
 def test_few_weights_are_refused():
     with pytest.raises(ValueError, match="at least 100 weights"):
         importance.summarize(np.zeros(99))

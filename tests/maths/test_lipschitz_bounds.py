@@ -20,6 +20,14 @@ def test_branch_bound_is_the_product_rounded_up():
     np.testing.assert_allclose(branch_bound([0.9, 0.9, 0.9]), 0.729, rtol=2e-6)
 
 
+def test_bounds_do_not_underflow():
+    assert branch_bound([1e-25, 1e-25]) > 0
+    assert branch_bound([0.0, 1e-25]) == 0
+    bounds = model_bounds([0.0, 0.0], [jnp.full(1, -90.0), jnp.full(1, 90.0)])
+    assert bounds.forward >= 1
+    assert bounds.inverse >= 1
+
+
 def test_block_bounds_are_attained_by_scaling_and_know_their_limit(x64):
     bounds = block_bounds(0.5)  # g(x) = 0.5 x attains the first, g(x) = -0.5 x the second
     np.testing.assert_allclose([bounds.forward, bounds.inverse], [1.5, 2], rtol=EXACT)

@@ -175,6 +175,15 @@ def test_a_density_given_a_context_is_the_same_function(x64, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, block.branch.weights, found.weights)
 
 
+def test_a_context_gives_changed_weights_no_new_bounds():
+    whole = kept.model(density.DensitySpec(PLANE))
+    changed = whole.with_(weights=jax.tree.map(lambda leaf: 3 * leaf, whole.weights))
+    for given in (changed.given(np.zeros(CONTEXT_DIM)), jax.jit(lambda m: m.given(jnp.zeros(CONTEXT_DIM)))(changed)):
+        with pytest.raises(ValueError, match="have changed since their bounds were computed"):
+            given.certificate()
+    assert jax.jit(lambda m: m.given(jnp.zeros(CONTEXT_DIM)))(whole).certificate().certified
+
+
 def test_contexts_of_the_wrong_shape_are_named():
     whole = kept.model(density.DensitySpec(PLANE))
     x = jnp.zeros((BATCH, 2))

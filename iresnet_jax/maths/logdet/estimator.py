@@ -31,7 +31,8 @@ class LogdetInfo(NamedTuple):
     """Error of a log-determinant, in nats, one per example.
 
     Attributes:
-        stderr: Standard error over the probes; 0 if exact, infinite for a single probe.
+        stderr: Standard error over the probes; 0 if exact, infinite for a single probe. That of `RouletteLogdet` is given its
+            random length, which all probes of an example share.
         truncation_bound: Upper bound of the terms left out, rigorous if the Lipschitz bound is; 0 if exact, infinite without a
             Lipschitz bound below 1.
     """
