@@ -229,9 +229,9 @@ def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> list
 
 
 def _preprocessed(config: Config, data: DataSet, most: int) -> Float[np.ndarray, "n d"]:
-    """At most so many training examples as the flow gets them, evenly spaced as they may be sorted."""
+    """At most so many training examples as the flow gets them, drawn from all as they may be sorted."""
     model, rows = Density(density_spec(config, data), {}, {}), data.examples["train"]
-    x = np.asarray(rows[:: -(-len(rows) // most)])
+    x = np.asarray(rows)[np.sort(np.random.default_rng(0).choice(len(rows), min(most, len(rows)), replace=False))]
     z = _preprocess(model.shared(), parallel.fill_up(x), jax.random.key(config.seed))
     return np.asarray(z, np.float64)[: len(x)]
 

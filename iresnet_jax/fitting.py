@@ -105,7 +105,8 @@ def fit(
 
     Returns:
         The model, or a list for several keys, with what training saw in its ``history``: the curves of the best run, all
-        attempts, and why they ended. Losses of training are means of the models that were trained at once.
+        attempts, and why they ended. Losses of training are means of the models that were trained at once. After Ctrl-C, the
+        list of models of images may be shorter.
 
     Raises:
         ValueError: If arrays or settings do not fit together, or an entry of ``x`` has no density; the message names it.
@@ -146,7 +147,7 @@ def fit(
     if members and (workdir is not None or "seed" in given):
         what = "a workdir" if workdir is not None else "the setting seed"
         raise ValueError(f"{what} is of one model, got {len(members)} keys: give a single key, or none")
-    config = with_settings(choose_settings(data, **chosen, seed=members[0] if members else seeds), given)
+    config = with_settings(choose_settings(data, **chosen, seed=seeds[0] if isinstance(seeds, tuple) else seeds), given)
     say = Lines() if progress else lambda line: None
     num, held_out = (len(data.examples[split]) for split in ("train", "validation"))
     say(f"fit: {num} examples of shape {data.event_shape} to train on, {held_out} to validate; {config.objective}")

@@ -43,7 +43,7 @@ class ReverseKL:
             prior = {**fixed.prior, **shares}
             score = fixed.with_(prior=prior).log_prior(jax.lax.stop_gradient(z))
             centred = jax.lax.stop_gradient(differences - loss)
-            surrogate = jnp.mean(centred * score)
+            surrogate = jnp.mean(centred * score) * self.num / max(self.num - 1, 1)  # the mean has a share of each sample
             loss = loss + surrogate - jax.lax.stop_gradient(surrogate)
         return loss, {_NOT_FINITE: jnp.sum(~jnp.isfinite(values)).astype(loss.dtype)}
 
@@ -78,7 +78,8 @@ def reverse_kl(log_density: LogDensity, num: int = 128, *, path: bool = True) ->
 
     Args:
         log_density: ``(b, ...) -> (b,)``, a differentiable function of batches, up to a constant.
-        num: Samples of each step, on each device.
+        num: Samples of each step, on each device. The weights of components, as those of a mixture, learn from two on; those of
+            a prior of one's own get no gradient from here.
         path: Whether gradients go through samples alone and leave out the score of the model, which has mean 0 ("sticking the
             landing", Roeder et al. 2017): their variance vanishes as the model approaches the target.
 

@@ -192,6 +192,12 @@ def test_init_gives_certified_models_that_train(options):
     assert trained.certificate().certified
 
 
+def test_components_of_a_mixture_start_at_different_examples():
+    model = ir.Density.init(jax.random.key(0), X[:5], stages=[ir.StageSpec(1, (2,))], prior="mixture", num_components=8)
+    is_there = np.asarray(model.prior["logits"]) > np.min(model.prior["logits"])
+    assert is_there.sum() == len(np.unique(np.asarray(model.prior["mean"])[is_there], axis=0)) == 5
+
+
 def test_init_of_images_of_levels_takes_the_logit():
     images = np.random.default_rng(0).integers(0, 17, (40, 4, 4, 1), np.uint8)
     stages = [ir.StageSpec(1, (4,), kernel_sizes=(3, 1), squeeze=2)]

@@ -22,6 +22,7 @@ from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import require_bounds
 from iresnet_jax.models.contractions import FlowWeights
 from iresnet_jax.models.density import Contexts, Density
+from iresnet_jax.models.leading_axes import numbers
 from iresnet_jax.models.model import Model
 from iresnet_jax.models.reconstructor import Reconstructor
 
@@ -145,6 +146,7 @@ def prepared(
     Raises:
         ValueError: For the reasons of `check`.
     """
+    context = None if context is None else numbers(context)
     check(model, *given, context=context, **limits)
     is_double = np.float64 in (getattr(context, "dtype", None), jnp.result_type(float))
     with jax.enable_x64(is_double):

@@ -33,8 +33,8 @@ def device_batches(
 ) -> Iterator[Any]:
     """Yields the batches of training steps ``first_step``, ``first_step + 1`` and so on, without end.
 
-    Seeds and the step alone decide which examples a batch holds, see `batch_indices`. Close the iterator, or drop it, to end
-    its thread.
+    The seed, or the seeds, and the step alone decide which examples a batch holds, see `batch_indices`. Close the iterator, or
+    drop it, to end its thread.
 
     Example::
 
@@ -113,7 +113,8 @@ def _made_ahead(make: Callable[[int], Any], first_step: int) -> Iterator[Any]:
 @functools.lru_cache(maxsize=4)  # consecutive steps share an epoch; a permutation of a large set is worth keeping
 def _epoch_order(seed: int | tuple[int, ...], epoch: int, num_examples: int) -> Int[np.ndarray, "n ..."]:
     def of(own: int) -> np.ndarray:
-        return np.random.default_rng(np.random.SeedSequence([own, epoch])).permutation(num_examples)
+        found = np.random.default_rng(np.random.SeedSequence([own, epoch])).permutation(num_examples)
+        return found.astype(np.int32) if num_examples < 2**31 else found
 
     order = np.stack([of(own) for own in seed], axis=1) if isinstance(seed, tuple) else of(seed)
     order.flags.writeable = False  # shared by all callers

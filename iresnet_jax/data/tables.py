@@ -182,7 +182,8 @@ def _step(distinct: np.ndarray) -> float | None:
         return float(np.gcd.reduce(gaps.astype(np.int64)))
     last = step = gaps.min()
     rounding = np.finfo(np.float32).eps * np.abs(distinct).max()  # of a gap
-    for gap in [*np.unique(gaps), np.ptp(distinct)]:  # the larger, the more exactly it tells the step
+    spans = [distinct[2**i] - distinct[0] for i in range(len(gaps).bit_length())]
+    for gap in np.unique([*gaps, *spans, np.ptp(distinct)]):  # the larger, the more exactly it tells the step
         steps = np.round(gap / step)
         if abs(gap / step - steps) > min(OFF_GRID + steps * rounding / last, 0.25):
             return None

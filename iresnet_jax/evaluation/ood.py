@@ -100,14 +100,15 @@ def compare(
     Args:
         other: "rotated", the test images turned by a quarter; "noise", uniform over all levels; or the name of a data set,
             whose test images are brought to the model's size and levels, see `adapt`.
-        num: Images of each side, from the first, at most.
+        num: Images of each side, at most.
 
     Raises:
         ValueError: If the data are points, the model is a reconstructor, or there is no such data set.
     """
     if dataset.num_levels is None:
         raise ValueError(f"scores are compared between images, and {dataset.name} are points: give a model of images")
-    inside = dataset.held_out("test", num, seed)
+    test = dataset.examples["test"]
+    inside = test[_some(test, num)]
     outside = others(dataset, other, num, seed, data_dir)
     if isinstance(model, Reconstructor):
         raise ValueError("scores are those of a density or a classifier, and this is a reconstructor")
@@ -127,11 +128,13 @@ def others(dataset: DataSet, name: str, num: int, seed: int, data_dir: str | Non
     if name == "noise":
         return np.random.default_rng(seed).integers(0, levels, (num, *shape), np.uint8)
     if name == "rotated":
-        return np.rot90(dataset.held_out("test", num, seed), axes=(1, 2)).copy()
+        test = dataset.examples["test"]
+        return np.rot90(test[_some(test, num)], axes=(1, 2)).copy()
     found = data.load(name, data_dir=data_dir)
     if found.num_levels is None:
         raise ValueError(f"{name} are points, which cannot be compared with images: name a data set of images")
-    return adapt(found.examples["test"][:num], found.num_levels, shape, levels)
+    test = found.examples["test"]
+    return adapt(test[_some(test, num)], found.num_levels, shape, levels)
 
 
 def adapt(
@@ -162,11 +165,17 @@ def _outputs(function: Callable[..., Any], model: Any, images: Num[np.ndarray, "
     return jax.tree.map(lambda values: values.astype(np.float64), found)
 
 
+def _some(examples: np.ndarray, most: int) -> np.ndarray:
+    """Places of at most so many examples, drawn from all: files may be sorted by class."""
+    return np.sort(np.random.default_rng(0).choice(len(examples), min(most, len(examples)), replace=False))
+
+
 def _classifier_scores(model: Classifier, dataset: DataSet, batch_size: int) -> Scores:
     from scipy.spatial.distance import cdist  # late, as above
 
-    labels = dataset.labels["train"][:NUM_FITTED]
-    pooled, _ = _outputs(_pooled_and_logits, model, dataset.examples["train"][:NUM_FITTED], batch_size)
+    rows = _some(dataset.examples["train"], NUM_FITTED)
+    labels = dataset.labels["train"][rows]
+    pooled, _ = _outputs(_pooled_and_logits, model, dataset.examples["train"][rows], batch_size)
     classes, places = np.unique(labels, return_inverse=True)
     means = np.stack([pooled[labels == k].mean(axis=0) for k in classes])
     spread = pooled - means[places]
@@ -187,7 +196,8 @@ def _density_scores(model: Density, dataset: DataSet, batch_size: int, seed: int
     def bits(images: np.ndarray) -> np.ndarray:
         return evaluate_examples(model, images, jax.random.key(seed), batch_size)[model.spec.metric].astype(np.float64)
 
-    usual = bits(dataset.examples["train"][:NUM_FITTED]).mean()
+    examples = dataset.examples["train"]
+    usual = bits(examples[_some(examples, NUM_FITTED)]).mean()
 
     def score(images: np.ndarray) -> dict[str, np.ndarray]:
         found = bits(images)

@@ -72,6 +72,7 @@ def log_density_on_grid(
     """
     least, most = np.asarray(points, np.float64).min(axis=0), np.asarray(points, np.float64).max(axis=0)
     center, reach = (least + most) / 2, 1.1 * (most - least) / 2
+    reach[reach == 0] = reach.max() or 1.0
     if reach.max() < FAR_APART * reach.min():
         reach[:] = reach.max()
     edges = center + ((np.arange(side)[:, None] + 0.5) / side * 2 - 1) * reach

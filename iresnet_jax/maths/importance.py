@@ -53,7 +53,8 @@ def summarize(log_weights: Float[np.ndarray, " n"]) -> Weights:
     if num < 100:
         raise ValueError(f"at least 100 weights are needed to see their tail, got {num}: draw more samples")
     top = log_weights.max()
-    weights = np.exp(log_weights - top)
+    with np.errstate(invalid="ignore"):  # of infinite weights, which `pareto_k` finds
+        weights = np.exp(log_weights - top)
     mean, square = weights.mean(), np.square(weights).mean()
     shape = pareto_k(log_weights)
     slower = num ** (0.5 - 0.5 * convergence_rate(shape, num))

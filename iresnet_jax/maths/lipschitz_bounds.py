@@ -59,9 +59,10 @@ def branch_bound(layer_bounds: Sequence[Scalar] | Float[Array, " k"]) -> Shaped[
     """
     listed = not isinstance(layer_bounds, jax.Array)
     bounds = jnp.asarray([lipschitz_at_least(b) for b in layer_bounds]) if listed else lipschitz_at_least(layer_bounds)
-    least = float(jnp.finfo(bounds.dtype).tiny) ** (1 / max(bounds.size, 1))  # so many of them do not underflow
-    bounds = jnp.where(bounds > 0, jnp.maximum(bounds, least), bounds)
-    product = jnp.nan_to_num(jnp.prod(bounds), nan=jnp.inf, posinf=jnp.inf)  # 0 times infinity promises nothing
+    product, tiny = jnp.prod(bounds), float(jnp.finfo(bounds.dtype).tiny)
+    raised = jnp.prod(jnp.maximum(bounds, 2 * tiny ** (1 / max(bounds.size, 1))))  # which does not underflow
+    product = jnp.where(jnp.all(bounds > 0) & (product < tiny), raised, product)
+    product = jnp.nan_to_num(product, nan=jnp.inf, posinf=jnp.inf)  # 0 times infinity promises nothing
     return rounded_up(product, num_roundings=bounds.size + 1)
 
 

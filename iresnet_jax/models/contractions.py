@@ -252,7 +252,7 @@ def rounded_to_bfloat16(weights: FlowWeights) -> dict[str, Block]:
 
 def bounds_in_bfloat16(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:
     """`rounded_to_bfloat16` with guaranteed bounds of these weights; factors on the outputs of branches stay as they are."""
-    found = with_bounds(spec, as_params(rounded_to_bfloat16(weights)))
+    found = with_bounds(spec, as_params(rounded_to_bfloat16(weights)), constrained=False)
     for name, block in weights.items():
         gain, rounded = block.branch.gain, found[name].branch
         if gain is not None:

@@ -110,7 +110,7 @@ def use_all_cores(config: Any) -> int:
 
 
 def num_devices(config: Any, cores: int) -> int:
-    """The most devices, up to one per core, that share a config's batches evenly with at least `LEAST_EXAMPLES` each.
+    """The most devices, up to one per core, that share batches and their parts evenly, with at least `LEAST_EXAMPLES` each.
 
     One where log-determinants are exact: their batches of LU factorisations dead-lock on several CPU devices (jaxlib 0.10).
     """

@@ -285,11 +285,12 @@ def check_equal_on_all_devices(state: Any) -> None:
     """
     if all_devices() == 1:
         return
-    # On the host: a program for all arrays of the state would have to be compiled. An array may be on one device alone.
-    own = [[_checksum(shard.data) for shard in leaf.addressable_shards] for leaf in jax.tree.leaves(state)]
+    # On the host: a program for all arrays would have to be compiled. They may be on one device alone, or NumPy's.
+    leaves = jax.tree.leaves(state)
+    own = [[_checksum(shard.data) for shard in getattr(leaf, "addressable_shards", ())] or [_checksum(leaf)] for leaf in leaves]
     sums = np.array([np.resize(of_leaf, jax.local_device_count()) for of_leaf in own], np.uint32).T
     if num_processes() > 1:
-        sums = np.asarray(multihost_utils.process_allgather(sums)).reshape(-1, len(own))
+        sums = np.asarray(multihost_utils.process_allgather(sums)).reshape(-1, len(leaves))
     differing = np.argwhere(sums != sums[:1])
     if len(differing):
         device, leaf = differing[np.argmin(differing[:, 1])]
@@ -300,7 +301,7 @@ def check_equal_on_all_devices(state: Any) -> None:
         )
 
 
-def _checksum(copy: Array) -> int:
+def _checksum(copy: Any) -> int:
     """A sum of an array's bits that any few changed ones change, and a swap of two entries."""
     return zlib.crc32(np.ravel(copy).view(np.uint8))
 

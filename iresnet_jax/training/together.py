@@ -55,10 +55,6 @@ class Together(Objective):
         changed = {"training_step": step, "make_validation": lambda: _Validations(members)}
         return cls(**{**vars(first), **changed}, members=tuple(members))
 
-    def state_of(self, variables: Any) -> TrainState:
-        """No use: the states of members are made one by one."""
-        raise NotImplementedError("models that are trained together start from `initial_state`")
-
     def initial_state(self) -> TrainState:
         """The states of fresh variables."""
         return _stacked([member.initial_state() for member in self.members])

@@ -44,6 +44,13 @@ def test_decimals_lie_on_their_grid_though_float32_rounds_them(mean, std, digits
     assert not table.grid.off(x).any()
 
 
+def test_so_they_do_where_each_is_taken():
+    percentages = np.tile(np.arange(10_001), 2)[:, None].astype(np.float32) / np.float32(100)
+    grid = find_grid(percentages)
+    assert grid.spacing[0] == pytest.approx(0.01, rel=1e-7)
+    assert not grid.off(percentages).any()
+
+
 def test_given_bounds_are_by_name_or_number_and_replace_hard_ends():
     share = RNG.random(1500)
     table = Table(bounds={"rest": (0, 2), 2: (-9.0, 9.0)}).described(beside(share), NAMES)

@@ -29,6 +29,10 @@ def test_a_map_is_where_the_points_are():
     _, (left, right, bottom, top) = log_density_on_grid(kept.model(kept.POINTS), points, side=2)
     assert (right - left, top - bottom) == pytest.approx(1.1 * np.ptp(points, axis=0), rel=1e-5)
     assert left < points[:, 0].min() < points[:, 0].max() < right
+    for few in (points[:1], points * np.array([1, 0], np.float32)):
+        _, (left, right, bottom, top) = log_density_on_grid(kept.model(kept.POINTS), few, side=2)
+        assert left < right
+        assert bottom < top
 
 
 def test_the_least_likely_points_have_their_entries_that_are_furthest_out():

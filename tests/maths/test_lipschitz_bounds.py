@@ -21,7 +21,8 @@ def test_branch_bound_is_the_product_rounded_up():
 
 
 def test_bounds_do_not_underflow():
-    assert branch_bound([1e-25, 1e-25]) > 0
+    for num in range(2, 8):
+        assert 0 < branch_bound([1e-25] * num) < 1e-30
     assert branch_bound([0.0, 1e-25]) == 0
     bounds = model_bounds([0.0, 0.0], [jnp.full(1, -90.0), jnp.full(1, 90.0)])
     assert bounds.forward >= 1

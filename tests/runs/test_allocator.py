@@ -18,7 +18,7 @@ allocator = runpy.run_path({allocator.__file__!r})
 def said(program, *arguments, **variables):
     """What a process of its own prints."""
     command = [sys.executable, "-c", HEAD + program, *arguments]
-    environment = {**os.environ, **variables}
+    environment = {name: value for name, value in os.environ.items() if name != allocator._RESTARTED} | variables
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 
@@ -44,7 +44,9 @@ def test_a_command_starts_again_with_its_arguments_and_large_pages_before_anythi
 
 def test_no_command_starts_itself_a_third_time(monkeypatch):
     monkeypatch.setattr(allocator, "_can_ask_for_large_pages", lambda: True)
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(sys, "gettrace", lambda: None)
+    for name in ("GLIBC_TUNABLES", allocator._RESTARTED):
+        monkeypatch.delenv(name, raising=False)
     asked = []
     monkeypatch.setattr(os, "execve", lambda program, arguments, variables: asked.append(variables))
     allocator.use_large_pages()

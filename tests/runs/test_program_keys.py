@@ -163,6 +163,7 @@ def test_sources_that_differ_have_other_keys_and_those_that_were_just_changed_no
     def key(text, changed):
         path.write_text(text)
         os.utime(path, (changed, changed))
+        program_keys._hash_of_sources.cache_clear()
         return program_keys.environment()["sources"]
 
     monkeypatch.setattr(program_keys, "PACKAGE", tmp_path)

@@ -184,7 +184,11 @@ def test_a_difference_between_devices_is_found_and_named():
 
     same = np.arange(6, dtype=np.float32)
     swapped, negated = same[[0, 2, 1, 3, 4, 5]], np.where(same == 0, -0.0, same).astype(np.float32)
-    state = {"params": {"first": on_devices(same, same), "second": on_devices(same, same)}, "step": jnp.int32(3)}
+    state = {
+        "params": {"first": on_devices(same, same), "second": on_devices(same, same)},
+        "step": jnp.int32(3),
+        "seed": np.uint32(0),
+    }
     check_equal_on_all_devices(state)
     for other in (swapped, negated, np.nextafter(same, 9)):
         state["params"]["second"] = on_devices(same, other)
