@@ -303,7 +303,7 @@ def check_equal_on_all_devices(state: Any) -> None:
 
 def _checksum(copy: Any) -> int:
     """A sum of an array's bits that any few changed ones change, and a swap of two entries."""
-    return zlib.crc32(np.ravel(copy).view(np.uint8))
+    return zlib.crc32(np.ravel(copy).view(np.uint8).data)
 
 
 def in_this_precision(function: Callable[..., Any]) -> Callable[..., Any]:
