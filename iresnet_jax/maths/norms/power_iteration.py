@@ -17,15 +17,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from iresnet_jax.maths import platforms
-
 LinearMap = Callable[[Array, Array], Array]
 
 
 # Vectors of a Lanczos cycle: memory of that many inputs, and an eigenproblem that GPUs solve in batches.
 _CYCLE = 32
-# Dimensions in which CPUs take the eigenvectors of the whole matrix, which compiles in a third of the time of cycles.
-_WHOLE_ON_CPUS = 128
 # Most steps that a tolerance may ask for; in up to so many dimensions the whole matrix is made instead.
 _MOST_STEPS, _WHOLE_SPACE = 20_000, 256
 # Chance, over the start, that an iteration to a tolerance misses it (as far as the theory of `_least_cycles` goes).
@@ -73,8 +69,8 @@ def spectral_norm(
     the estimate alone can promise this: a norm that stands 1 % above a crowd of singular values shows only once the iteration
     has found it. So cycles of Lanczos on ``A^T A`` are repeated as often as the theory of a random start asks for
     (Kuczynski & Wozniakowski 1992), and then until a cycle adds less than ``rtol / 4``; a power step ends it. The start is
-    the sum of ``v`` and a fixed random vector, so that this holds whatever ``v`` is. In up to 32 dimensions, on CPUs in up to
-    128, the eigenvectors of ``A^T A`` are computed instead.
+    the sum of ``v`` and a fixed random vector, so that this holds whatever ``v`` is. In up to 32 dimensions the eigenvectors of
+    ``A^T A`` are computed instead.
 
     Args:
         apply: Linear in ``x``, and in ``kernel`` for the gradient to be right.
@@ -155,7 +151,7 @@ def singular_vectors(
 
 def _iterate_to_tolerance(gram, v, rtol):
     """Cycles of Lanczos on ``gram`` from the sum of ``v`` and a random vector: a Ritz vector, and how it ended."""
-    if v.size <= (_WHOLE_ON_CPUS if platforms.platform() == "cpu" else _CYCLE):
+    if v.size <= _CYCLE:
         return _in_whole_space(gram, v)
     least_steps = _CYCLE * _least_cycles(v.size, rtol)
     if least_steps > _MOST_STEPS and v.size <= _WHOLE_SPACE:
