@@ -290,6 +290,7 @@ def test_scores_of_other_images_know_of_classes(trained, class_log_probs):
     settings, seed, num = trained.config.evaluation, trained.config.seed, 256  # a batch
     scores = ood.compare(trained.model, trained.data, "noise", settings, seed, num=num).scores
     assert set(scores) == {"likelihood", "typicality", "confidence"}
-    sides = trained.test_examples()[:num], ood.others(trained.data, "noise", num, seed)
+    images = trained.test_examples()
+    sides = images[ood._some(images, num)], ood.others(trained.data, "noise", num, seed)
     inside, outside = (-np.exp(np.asarray(class_log_probs(images), np.float64)).max(axis=1) for images in sides)
     np.testing.assert_allclose(scores["confidence"].auroc, ood.auroc(inside, outside), atol=1e-3)
