@@ -53,8 +53,7 @@ class Inputs:
 
     def __init__(self, config):
         dataset = load_data(config.data)
-        self.images, self.spec, self._seed = dataset.examples, density_spec(config, dataset), config.seed
-        self._data = dataset
+        self._data, self.spec, self._seed = dataset, density_spec(config, dataset), config.seed
 
         @jax.jit
         def preprocess(images, keys):
@@ -71,7 +70,7 @@ class Inputs:
 
     def train(self, step, batch_size):
         """The batch of a training step."""
-        images = self.images["train"]
+        images = self._data.examples["train"]
         batch = images[batch_indices(self._seed, step, batch_size, len(images))]
         return self(batch, jax.random.split(jax.random.fold_in(jax.random.key(self._seed), step), batch_size))[0]
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.splits import some_rows
 from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models import priors, scales
 from iresnet_jax.models.density import Density
@@ -231,7 +232,7 @@ def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> list
 def _preprocessed(config: Config, data: DataSet, most: int) -> Float[np.ndarray, "n d"]:
     """At most so many training examples as the flow gets them, drawn from all as they may be sorted."""
     model, rows = Density(density_spec(config, data), {}, {}), data.examples["train"]
-    x = np.asarray(rows)[np.sort(np.random.default_rng(0).choice(len(rows), min(most, len(rows)), replace=False))]
+    x = np.asarray(rows[some_rows(len(rows), most)])
     z = _preprocess(model.shared(), parallel.fill_up(x), jax.random.key(config.seed))
     return np.asarray(z, np.float64)[: len(x)]
 

@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike
 from iresnet_jax.bijections.transforms.bounded import Bounds
 from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.data.simulators import Simulator
+from iresnet_jax.data.splits import some_rows
 from iresnet_jax.data.toys import Toy
 from iresnet_jax.models.columns import Column
 
@@ -160,10 +161,7 @@ class DataSet:
 
     def _rows(self, split: str, num: int | None) -> slice | np.ndarray:
         """The rows of an array that `held_out` returns."""
-        size = len(self.examples[split])
-        if split == "validation" and num is not None and num < size:
-            return np.sort(np.random.default_rng(0).choice(size, num, replace=False))
-        return slice(num)
+        return slice(num) if split != "validation" or num is None else some_rows(len(self.examples[split]), num)
 
     def _drawn(self, key: PRNGKeyArray, num: int) -> tuple[Array, Array | None]:
         """Examples of endless data and their contexts."""

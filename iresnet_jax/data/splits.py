@@ -84,3 +84,8 @@ def routes(num_examples: dict[str, int], name: str) -> Routes:
         return {split: {split: everything[split]} for split in ("train", "validation", "test")}
     held_out = validation_mask(num_examples["train"])
     return {"train": {"train": ~held_out, "validation": held_out}, test: {"test": everything[test]}}
+
+
+def some_rows(num: int, most: int) -> Int[np.ndarray, " _"]:
+    """Places of at most so many of the rows, drawn from all and in their order: files may be sorted, or periodic."""
+    return np.sort(np.random.default_rng(0).choice(num, min(num, most), replace=False))

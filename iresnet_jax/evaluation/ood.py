@@ -14,6 +14,7 @@ from jaxtyping import Float, Integer, Num
 
 from iresnet_jax import data
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.splits import some_rows
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.head import linear
@@ -108,7 +109,7 @@ def compare(
     if dataset.num_levels is None:
         raise ValueError(f"scores are compared between images, and {dataset.name} are points: give a model of images")
     test = dataset.examples["test"]
-    inside = test[_some(test, num)]
+    inside = test[some_rows(len(test), num)]
     outside = others(dataset, other, num, seed, data_dir)
     if isinstance(model, Reconstructor):
         raise ValueError("scores are those of a density or a classifier, and this is a reconstructor")
@@ -129,12 +130,12 @@ def others(dataset: DataSet, name: str, num: int, seed: int, data_dir: str | Non
         return np.random.default_rng(seed).integers(0, levels, (num, *shape), np.uint8)
     if name == "rotated":
         test = dataset.examples["test"]
-        return np.rot90(test[_some(test, num)], axes=(1, 2)).copy()
+        return np.rot90(test[some_rows(len(test), num)], axes=(1, 2)).copy()
     found = data.load(name, data_dir=data_dir)
     if found.num_levels is None:
         raise ValueError(f"{name} are points, which cannot be compared with images: name a data set of images")
     test = found.examples["test"]
-    return adapt(test[_some(test, num)], found.num_levels, shape, levels)
+    return adapt(test[some_rows(len(test), num)], found.num_levels, shape, levels)
 
 
 def adapt(
@@ -165,15 +166,10 @@ def _outputs(function: Callable[..., Any], model: Any, images: Num[np.ndarray, "
     return jax.tree.map(lambda values: values.astype(np.float64), found)
 
 
-def _some(examples: np.ndarray, most: int) -> np.ndarray:
-    """Places of at most so many examples, drawn from all: files may be sorted by class."""
-    return np.sort(np.random.default_rng(0).choice(len(examples), min(most, len(examples)), replace=False))
-
-
 def _classifier_scores(model: Classifier, dataset: DataSet, batch_size: int) -> Scores:
     from scipy.spatial.distance import cdist  # late, as above
 
-    rows = _some(dataset.examples["train"], NUM_FITTED)
+    rows = some_rows(len(dataset.labels["train"]), NUM_FITTED)
     labels = dataset.labels["train"][rows]
     pooled, _ = _outputs(_pooled_and_logits, model, dataset.examples["train"][rows], batch_size)
     classes, places = np.unique(labels, return_inverse=True)
@@ -197,7 +193,7 @@ def _density_scores(model: Density, dataset: DataSet, batch_size: int, seed: int
         return evaluate_examples(model, images, jax.random.key(seed), batch_size)[model.spec.metric].astype(np.float64)
 
     examples = dataset.examples["train"]
-    usual = bits(examples[_some(examples, NUM_FITTED)]).mean()
+    usual = bits(examples[some_rows(len(examples), NUM_FITTED)]).mean()
 
     def score(images: np.ndarray) -> dict[str, np.ndarray]:
         found = bits(images)

@@ -160,7 +160,7 @@ class Trainer:
         """Updates the state by one batch: a `TrainingStep` on every device, through `parallel.parallelize`."""
         self.state, metrics = self._compiled_step(self.state, batch)
         self._window.append(metrics)
-        jax.block_until_ready(self._window[:-AHEAD][-1:])  # signals and time limits are of steps that are done
+        jax.block_until_ready(self._window[-1 - AHEAD : -AHEAD])  # signals and time limits are of steps that are done
         if self._is_compiled:
             self._timed_steps += 1
         else:

@@ -14,6 +14,7 @@ import tiny_runs as runs
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import augment, load
+from iresnet_jax.data.splits import some_rows
 from iresnet_jax.evaluation import ood, samples
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -291,6 +292,6 @@ def test_scores_of_other_images_know_of_classes(trained, class_log_probs):
     scores = ood.compare(trained.model, trained.data, "noise", settings, seed, num=num).scores
     assert set(scores) == {"likelihood", "typicality", "confidence"}
     images = trained.test_examples()
-    sides = images[ood._some(images, num)], ood.others(trained.data, "noise", num, seed)
+    sides = images[some_rows(len(images), num)], ood.others(trained.data, "noise", num, seed)
     inside, outside = (-np.exp(np.asarray(class_log_probs(images), np.float64)).max(axis=1) for images in sides)
     np.testing.assert_allclose(scores["confidence"].auroc, ood.auroc(inside, outside), atol=1e-3)
