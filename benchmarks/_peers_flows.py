@@ -1,7 +1,7 @@
 """One trained flow twice: as it is, and with the same weights in normflows' blocks.
 
 Both have inputs ``x`` of the flow in float64 and their latents ``z``. For inverses ``z`` is given, and ``x`` are its exact
-preimages. Seconds are means over some calls, of ours after one that compiles.
+preimages. Seconds are means over some calls, after one that warms up.
 """
 
 import time
@@ -53,7 +53,8 @@ def exact_inverse(model, z):
 
 
 def _mean_seconds(num, function):
-    """Mean seconds of some calls, and the last result."""
+    """Mean seconds of some calls after one that is not counted, and the last result."""
+    function()
     start = time.perf_counter()
     for _ in range(num):
         found = function()
@@ -127,12 +128,18 @@ class TorchFlow:
         """Every image's log-determinant in all draws so far."""
         return np.stack(self._log_dets)
 
-    def invert(self, num, tolerance=None):
-        """Seconds of the inverse of all latents by its iteration, whose ``atol`` and ``rtol`` are 1e-5 by default."""
+    def invert(self, num, tolerance=None, refine=False):
+        """Seconds of the inverse of all latents by its iteration, whose ``atol`` and ``rtol`` are 1e-5 by default.
+
+        In float32, or all of it in float64.
+        """
         tolerances = {} if tolerance is None else {"atol": tolerance, "rtol": tolerance}
+        z = self._z.double() if refine else self._z.float()
+        for layer in self._flows:
+            layer.to(z.dtype)
 
         def once():
-            self._evals, y = 0, self._z.float()
+            self._evals, y = 0, z
             with self._torch.no_grad():
                 for layer in reversed(self._flows):
                     has_block = hasattr(layer, "iresblock")
@@ -160,7 +167,6 @@ class OurFlow:
         def once():
             return stated_accuracy.log_prob(self._model, images, target)
 
-        once()
         seconds, (values, accuracy) = _mean_seconds(num, once)
         return seconds, values[:, 0], asdict(accuracy)
 
@@ -173,7 +179,6 @@ class OurFlow:
             return parallel.over_batches(decode, model, lambda places: z[places], len(z), len(z))
 
         with jax.enable_x64(refine):
-            once()
             seconds, (self._found, self._info) = _mean_seconds(num, once)
         return seconds
 
