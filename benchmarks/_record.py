@@ -140,14 +140,39 @@ def write(
     print(f"written: {path}")
 
 
-def earlier_runs(path: Path | None, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The runs of a record, behind which the same command goes on; none without a record."""
-    if path is None or not path.exists():
-        return []
-    record = json.loads(path.read_text())
-    if record["settings"] != json.loads(json.dumps(settings)):
-        raise SystemExit(f"error: {path} was made under other settings: move it away, or write elsewhere with --output")
-    return record["results"]["runs"]
+def resume(
+    name: str,
+    arguments: argparse.Namespace,
+    settings: Mapping[str, Any],
+    identities: Iterable[dict[str, Any]],
+    measure: Callable[..., Mapping[str, Any]],
+    summarize: Callable[[list[dict[str, Any]]], Any],
+    packages: Iterable[str],
+) -> None:
+    """Makes the runs that a record lacks, writes it after each of them, and shows its summary.
+
+    Args:
+        name: Of the record.
+        arguments: Of `parser`.
+        settings: All that every run depends on; another record than one of these is left alone.
+        identities: What tells the runs from each other, arguments of ``measure`` by name, in the order in which they are made.
+        measure: Makes a run.
+        summarize: The summary of all runs.
+        packages: Those whose versions a run keeps.
+    """
+    path, runs = arguments.output or (None if arguments.quick else RESULTS / f"{name}.json"), []
+    if path is not None and path.exists():
+        record = json.loads(path.read_text())
+        if record["settings"] != json.loads(json.dumps({"quick": arguments.quick, **settings})):
+            raise SystemExit(f"error: {path} was made under other settings: move it away, or write elsewhere with --output")
+        runs = record["results"]["runs"]
+    for identity in identities:
+        if not any(identity.items() <= run.items() for run in runs):
+            runs.append({**identity, **measure(**identity), **made_with(packages)})
+            show(runs[-1])
+            write(name, arguments, settings, {"summary": summarize(runs), "runs": runs}, is_shown=True)
+    write(name, arguments, settings, {"summary": summarize(runs), "runs": runs}, is_shown=True)  # by today's summary
+    show(summarize(runs))
 
 
 def made_with(packages: Iterable[str]) -> dict[str, Any]:

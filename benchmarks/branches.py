@@ -1,14 +1,16 @@
-"""Which kind of branch gives the best density at equal Lipschitz constant, number of parameters and time?
+"""Which kind of branch gives the best density at equal budget of the constant, number of parameters and time?
 
     python benchmarks/branches.py [--kinds feedforward sandwich] [--data digits checkerboard rings] [--quick]
 
-Densities by configs/digits_density.py and configs/toy_2d.py, but for their branches. Every block has the same certified
-Lipschitz constant. The hidden widths of each stage are scaled until its branches have about as many parameters as those of the
+Densities by configs/digits_density.py and configs/toy_2d.py, but for their branches. Every block has the same
+largest certified Lipschitz constant. The hidden widths of each stage are scaled until its branches have about as many parameters as those of the
 config. All train for the same minutes, compilation included, and are measured in the state of their best validation, with exact
 log-determinants. Differences are those from the first kind, seed by seed. Each run is saved as soon as it is there, and the
 same command resumes.
 """
 
+import functools
+import itertools
 import math
 import statistics
 import tempfile
@@ -18,7 +20,7 @@ from typing import Any
 
 import jax
 from _models import config_file, read_config
-from _record import RESULTS, earlier_runs, made_with, parser, show, write
+from _record import parser, resume
 
 from iresnet_jax.evaluation import likelihood
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -92,6 +94,7 @@ def measure(data: str, kind: str, seed: int, minutes: float, *, quick: bool) -> 
     assert isinstance(model, Density)
     found, certificate, flow = likelihood.measure(model, examples, evaluation, seed), model.certificate(), model.spec.flow
     return {
+        "branches": KINDS[kind],
         "loss": -float(found.log_prob.mean()) * model.spec.unit_of_a_nat,
         "largest_constant": certificate.max_block,
         "certified": certificate.certified,
@@ -129,20 +132,12 @@ def main():
     options.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each")
     options.add_argument("--minutes", type=float, default=2.0, metavar="M", help="of each training")
     arguments = options.parse_args()
-    quick, settings = arguments.quick, {"coeff": COEFF, "kinds": KINDS, "configs": CONFIGS}
-    path = arguments.output or (None if quick else RESULTS / "branches.json")
-    runs = earlier_runs(path, {"quick": quick, **settings})
-    for seed in range(1 if quick else arguments.seeds):
-        for data in arguments.data[: 1 if quick else None]:
-            for kind in arguments.kinds:
-                identity = {"data": data, "kind": kind, "seed": seed, "minutes": arguments.minutes}
-                if any(identity.items() <= run.items() for run in runs):
-                    continue
-                runs.append({**identity, **measure(**identity, quick=quick), **made_with(VERSIONS)})
-                show(runs[-1])
-                results = {"summary": summarize(runs, arguments.kinds), "runs": runs}
-                write("branches", arguments, settings, results, is_shown=True)
-    show(summarize(runs, arguments.kinds))
+    quick, settings = arguments.quick, {"coeff": COEFF, "configs": CONFIGS}
+    data = arguments.data[: 1 if quick else None]
+    runs = itertools.product(range(1 if quick else arguments.seeds), data, arguments.kinds)
+    identities = ({"data": name, "kind": kind, "seed": seed, "minutes": arguments.minutes} for seed, name, kind in runs)
+    measured, summary = functools.partial(measure, quick=quick), functools.partial(summarize, kinds=arguments.kinds)
+    resume("branches", arguments, settings, identities, measured, summary, VERSIONS)
 
 
 if __name__ == "__main__":

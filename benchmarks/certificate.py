@@ -29,7 +29,7 @@ STEPS = (
     *((8, 4, 48, 64), (14, 4, 64, 64), (16, 12, 64, 32), (16, 12, 512, 64)),
     *((8, 16, 128, 32), (8, 48, 512, 64), (4, 192, 512, 64)),
 )
-NUM_BLOCKS, NUM_TERMS, NUM_SQUARINGS = 2, 5, 4
+NUM_BLOCKS, NUM_TERMS = 2, 5
 BASELINE = "5 power iterations"
 TWISTS = {"certified": "auto", "certified, all twists": "all"}
 
@@ -79,7 +79,7 @@ def main():
     if arguments.what == "model":
         settings, results = {}, whole_model(64 if arguments.quick else 512)
     else:
-        settings = {"num_blocks": NUM_BLOCKS, "num_terms": NUM_TERMS, "num_squarings": NUM_SQUARINGS}
+        settings = {"num_blocks": NUM_BLOCKS, "num_terms": NUM_TERMS}
         results = []
         for case in STEPS[:3:2] if arguments.quick else STEPS:
             timings = step_costs(*case, turns=5 if arguments.quick else 15)

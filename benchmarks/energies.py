@@ -9,6 +9,7 @@ model that has lost modes has a large gap between its bounds. Of residual flows,
 probe makes of log Z. What has been measured is in the record, and the same command goes on behind it.
 """
 
+import functools
 import itertools
 import math
 import time
@@ -17,7 +18,7 @@ import _energy_models
 import numpy as np
 from _energies import TARGETS
 from _energy_models import MODELS
-from _record import RESULTS, earlier_runs, made_with, parser, show, write
+from _record import parser, resume
 
 from iresnet_jax.maths import importance
 
@@ -28,26 +29,26 @@ VERSIONS = ("iresnet_jax", "jax", "flowjax", "normflows", "torch")
 SETTINGS = {"num": NUM, "num_true": NUM_TRUE, **_energy_models.SETTINGS}
 
 
-def measure(name, model, seed, minutes, num):
+def measure(target, model, seed, minutes, num):
     """Trains a model against a target and weighs its samples."""
-    target, began = TARGETS[name], time.monotonic()
-    trained = MODELS[model](target, seed, minutes)
+    known, began = TARGETS[target], time.monotonic()
+    trained = MODELS[model](known, seed, minutes)
     seconds, began = time.monotonic() - began, time.monotonic()
     x, log_prob = trained.draw(num)
-    log_weights = np.asarray(target.log_density(x), np.float64) - log_prob
+    log_weights = np.asarray(known.log_density(x), np.float64) - log_prob
     if bad := int(np.sum(~np.isfinite(log_weights))):
         return {"not_finite": bad, "fit_seconds": seconds, **trained.details}
     weights = importance.summarize(log_weights)
     found = {**weights._asdict(), "is_reliable": weights.is_reliable, "lower": float(log_weights.mean())}
-    if target.log_z is not None:
-        found["error"] = weights.log_z - target.log_z
+    if known.log_z is not None:
+        found["error"] = weights.log_z - known.log_z
         found["standard_errors"] = abs(found["error"]) / max(weights.stderr, 1e-9)
-    if target.sample is not None:
-        true = target.sample(np.random.default_rng(seed), NUM_TRUE).astype(np.float32)
-        found["upper"] = float(np.mean(np.asarray(target.log_density(true), np.float64) - trained.log_prob(true)))
+    if known.sample is not None:
+        true = known.sample(np.random.default_rng(seed), NUM_TRUE).astype(np.float32)
+        found["upper"] = float(np.mean(np.asarray(known.log_density(true), np.float64) - trained.log_prob(true)))
     if trained.draw_by_one_probe is not None:
         x, log_prob = trained.draw_by_one_probe(num)
-        log_weights = np.asarray(target.log_density(x), np.float64) - log_prob
+        log_weights = np.asarray(known.log_density(x), np.float64) - log_prob
         found["log_z_one_probe"] = importance.summarize(log_weights).log_z
     found = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in found.items()}
     return {**found, "fit_seconds": seconds, "evaluation_seconds": time.monotonic() - began, **trained.details}
@@ -91,17 +92,11 @@ def main():
     options.add_argument("--minutes", type=float, metavar="M", help=f"time for each model, {MINUTES:g} by default")
     arguments = options.parse_args()
     quick = arguments.quick
-    path = arguments.output or (None if quick else RESULTS / "energies.json")
-    runs = earlier_runs(path, {"quick": quick, **SETTINGS})
     minutes = arguments.minutes or (QUICK_MINUTES if quick else MINUTES)
-    for seed, name, model in itertools.product(range(1 if quick else arguments.seeds), arguments.targets, arguments.models):
-        identity = {"target": name, "model": model, "seed": seed, "minutes": minutes}
-        if any(identity.items() <= run.items() for run in runs):
-            continue
-        runs.append({**identity, **measure(name, model, seed, minutes, QUICK_NUM if quick else NUM), **made_with(VERSIONS)})
-        show(runs[-1])
-        write("energies", arguments, SETTINGS, {"summary": summarize(runs), "runs": runs}, is_shown=True)
-    show(summarize(runs))
+    runs = itertools.product(range(1 if quick else arguments.seeds), arguments.targets, arguments.models)
+    identities = ({"target": target, "model": model, "seed": seed, "minutes": minutes} for seed, target, model in runs)
+    measured = functools.partial(measure, num=QUICK_NUM if quick else NUM)
+    resume("energies", arguments, SETTINGS, identities, measured, summarize, VERSIONS)
 
 
 if __name__ == "__main__":

@@ -11,18 +11,21 @@ goes on behind it. ``--cache`` keeps simulations and models, so that more observ
 _sbibm_tasks.py.
 """
 
+import functools
+import itertools
 import json
 import time
 from pathlib import Path
 
 import numpy as np
-from _record import RESULTS, earlier_runs, parser, show, write
+from _record import parser, resume
 from _sbibm_tasks import NUM_OBSERVATIONS, TASKS
 
 import iresnet_jax as ir
-from iresnet_jax.evaluation import environment, posterior, samples
+from iresnet_jax.evaluation import posterior, samples
 
 NUM_SAMPLES, QUICK_SAMPLES = 10_000, 500
+VERSIONS = ("iresnet_jax", "jax")
 # Mean C2ST over the ten observations, from the benchmark's published results, for 10,000 and 100,000 simulations.
 PUBLISHED = {
     "bernoulli_glm": (0.678, 0.559),
@@ -112,22 +115,16 @@ def main():
     quick = arguments.quick
     names = arguments.tasks or (["two_moons"] if quick else list(TASKS))
     minutes, num = (0.2, QUICK_SAMPLES) if quick else (arguments.minutes, NUM_SAMPLES)
-    path = arguments.output or (None if quick else RESULTS / "sbibm.json")
-    settings = {"samples": num, "seed": 0}
-    runs = earlier_runs(path, {"quick": quick, **settings})
-    for simulations in arguments.simulations or ([1000] if quick else list(TARGETS)):
-        for number in range(1, 1 + (1 if quick else arguments.observations)):  # the first of all tasks before the second of any
-            for name in names:
-                identity = {"task": name, "simulations": simulations, "observation": number}
-                if any(identity.items() <= run.items() for run in runs):
-                    continue
-                model, about = fitted(TASKS[name], simulations, minutes, arguments.cache)
-                found = environment.describe()
-                made_with = {"minutes": minutes, **about, "commit": found.commit, "date": found.date}
-                runs.append({**identity, **measure(TASKS[name], model, number, num), **made_with})
-                show(runs[-1])
-                write("sbibm", arguments, settings, {"summary": summarize(runs), "runs": runs}, is_shown=True)
-    show(summarize(runs))
+    fit = functools.cache(lambda task, simulations: fitted(TASKS[task], simulations, minutes, arguments.cache))
+
+    def measured(task, simulations, observation):
+        model, about = fit(task, simulations)
+        return {**measure(TASKS[task], model, observation, num), "minutes": minutes, **about}
+
+    sizes, observations = arguments.simulations or ([1000] if quick else list(TARGETS)), 1 if quick else arguments.observations
+    runs = itertools.product(sizes, range(1, 1 + observations), names)  # the first of all tasks before the second of any
+    identities = ({"task": task, "simulations": simulations, "observation": number} for simulations, number, task in runs)
+    resume("sbibm", arguments, {"samples": num, "seed": 0}, identities, measured, summarize, VERSIONS)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ An error is the larger of two: over groups of neighbouring test examples, and ov
 example by example. Data are described in _tables.py, models in _densities.py.
 """
 
+import functools
 import importlib.util
 import itertools
 import math
@@ -20,11 +21,14 @@ import _densities
 import _tables
 import numpy as np
 from _densities import MODELS
-from _record import RESULTS, earlier_runs, made_with, parser, show, write
+from _record import parser, resume
 
 BASELINE, TRUTH = "ours", "truth"
 MINUTES = {"patches": 3.0, "ridges": 1.5, "bsds300": 10.0}  # of the time for each model; the tables get TABLE_MINUTES
 TABLE_MINUTES, QUICK_MINUTES = 1.0, 0.05
+# Of data whose seeds split the same rows: test rows for each row that trains, and the share of test rows that two seeds have in
+# common. Other data are drawn anew for each seed.
+SHARED = {"patches": (1 / 8, 0.1), "bsds300": (0.0, 1.0), **dict.fromkeys(_tables.TABLES, (0.15 / 0.7, 0.15))}
 GROUPS = 100  # most groups of neighbouring test examples
 VERSIONS = ("iresnet_jax", "jax", "scikit-learn", "flowjax", "normflows", "torch")
 SETTINGS = {
@@ -74,18 +78,23 @@ def stderr(values):
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def over_seeds(groups_by_seed):
-    """Mean of groups over seeds, and its error over groups and over seeds."""
-    means = [float(np.mean(groups)) for groups in groups_by_seed]
-    within = math.sqrt(sum(stderr(groups) ** 2 for groups in groups_by_seed)) / len(groups_by_seed)
-    return {"mean": float(np.mean(means)), "stderr_examples": within, "stderr_seeds": stderr(means), "by_seed": means}
+def over_seeds(groups_by_seed, tested, common):
+    """Mean of groups over seeds, and its error over groups and over seeds, which share rows as in `SHARED`.
+
+    Errors are those of ``J`` independent seeds times ``sqrt(1 + (J - 1) common)`` over groups, as for test sets with a share in
+    common, and times ``sqrt(1 + J tested)`` over seeds (Nadeau and Bengio 2003).
+    """
+    means, num = [float(np.mean(groups)) for groups in groups_by_seed], len(groups_by_seed)
+    within = math.sqrt(sum(stderr(groups) ** 2 for groups in groups_by_seed) * (1 + (num - 1) * common)) / num
+    between = stderr(means) * math.sqrt(1 + num * tested)
+    return {"mean": float(np.mean(means)), "stderr_examples": within, "stderr_seeds": between, "by_seed": means}
 
 
 def summarize(runs):
     """Each model on each data set over its seeds, best first, and how far ours is above it."""
     lines = []
     for name, minutes in itertools.product(_tables.NAMES, sorted({run["minutes"] for run in runs})):
-        by_model = {}
+        by_model, shares = {}, SHARED.get(name, (0.0, 0.0))
         for run in runs:
             if (run["data"], run["minutes"]) == (name, minutes):
                 by_model.setdefault(run["model"], {})[run["seed"]] = run
@@ -93,10 +102,10 @@ def summarize(runs):
         block = []
         for model, by_seed in by_model.items():
             groups = [by_seed[seed]["groups"] for seed in sorted(by_seed)]
-            line = {"data": name, "minutes": minutes, "model": model, "log_prob": over_seeds(groups)}
+            line = {"data": name, "minutes": minutes, "model": model, "log_prob": over_seeds(groups, *shares)}
             if model != BASELINE and (shared := own.keys() & by_seed.keys()):
                 pairs = [(own[seed]["groups"], by_seed[seed]["groups"]) for seed in sorted(shared)]
-                line["ours_minus_it"] = over_seeds([np.subtract(*pair).tolist() for pair in pairs])
+                line["ours_minus_it"] = over_seeds([np.subtract(*pair).tolist() for pair in pairs], *shares)
             line["fit_seconds"] = float(np.mean([run["fit_seconds"] for run in by_seed.values()]))
             line["num_parameters"] = [run["num_parameters"] for run in by_seed.values()]
             block.append(line)
@@ -116,23 +125,24 @@ def main():
     names = arguments.data or (["wine"] if quick else _tables.NAMES if arguments.bsds300 else _tables.NAMES[:-1])
     if "bsds300" in names and arguments.bsds300 is None:
         raise SystemExit("error: bsds300 needs --bsds300 FOLDER, with its train.npy, validation.npy and test.npy")
-    path = arguments.output or (None if quick else RESULTS / "tabular.json")
     packages = {model.split("_")[0] for model in arguments.models} & {"flowjax", "normflows"}
     if missing := [name for name in sorted(packages) if importlib.util.find_spec(name) is None]:
         raise SystemExit(f"error: there is no {' and no '.join(missing)}: install the extra 'bench', or choose other --models")
-    runs = earlier_runs(path, {"quick": quick, **SETTINGS})
-    for seed in range(1 if quick else arguments.seeds):
-        for name in names:
-            table = _tables.load(name, seed, quick=quick, bsds300=arguments.bsds300)
+
+    @functools.lru_cache(maxsize=1)
+    def table_of(data, seed):
+        return _tables.load(data, seed, quick=quick, bsds300=arguments.bsds300)
+
+    def identities():
+        for seed, name in itertools.product(range(1 if quick else arguments.seeds), names):
             minutes = arguments.minutes or (QUICK_MINUTES if quick else MINUTES.get(name, TABLE_MINUTES))
-            for model in arguments.models + [TRUTH] * (table.true_log_prob is not None):
-                identity = {"data": name, "model": model, "seed": seed, "minutes": minutes}
-                if any(identity.items() <= run.items() for run in runs):
-                    continue
-                runs.append({**identity, **measure(table, model, seed, minutes), **made_with(VERSIONS)})
-                show(runs[-1])
-                write("tabular", arguments, SETTINGS, {"summary": summarize(runs), "runs": runs}, is_shown=True)
-    show(summarize(runs))
+            for model in arguments.models + [TRUTH] * (name not in SHARED):
+                yield {"data": name, "model": model, "seed": seed, "minutes": minutes}
+
+    def measured(data, model, seed, minutes):
+        return measure(table_of(data, seed), model, seed, minutes)
+
+    resume("tabular", arguments, SETTINGS, identities(), measured, summarize, VERSIONS)
 
 
 if __name__ == "__main__":
