@@ -2,11 +2,11 @@
 
     python benchmarks/branches.py [--kinds feedforward sandwich] [--data digits checkerboard rings] [--quick]
 
-Densities by configs/digits_density.py and configs/toy_2d.py, but for their branches. Every block has the same
-largest certified Lipschitz constant. The hidden widths of each stage are scaled until its branches have about as many parameters as those of the
-config. All train for the same minutes, compilation included, and are measured in the state of their best validation, with exact
-log-determinants. Differences are those from the first kind, seed by seed. Each run is saved as soon as it is there, and the
-same command resumes.
+Densities by configs/digits_density.py and configs/toy_2d.py, but for their branches. Every block has the same largest
+certified Lipschitz constant. The hidden widths of each stage are scaled until its branches have about as many parameters as
+those of the config. All train for the same minutes, compilation included, and are measured in the state of their best
+validation, with exact log-determinants. Differences are those from the first kind, seed by seed. Each run is saved as soon
+as it is there, and the same command resumes.
 """
 
 import functools
