@@ -177,10 +177,18 @@ def make_parser() -> Parser:
     return parser
 
 
+def _joined(argv: Sequence[str]) -> list[str]:
+    """Words of a command, ``--context`` and its numbers as one: a first number below zero would be taken for an option."""
+    words = list(argv)
+    for place in reversed([place for place, word in enumerate(words[:-1]) if word == "--context"]):
+        words[place : place + 2] = [f"--context={words[place + 1]}"]
+    return words
+
+
 def run(argv: Sequence[str]) -> int:
     """Runs one command; returns its exit status."""
     parser = make_parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(_joined(argv))
     command = COMMANDS[arguments.command]
     if rest and not command.takes_config:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -199,6 +199,7 @@ def convert(arguments: argparse.Namespace) -> bool:
         model = model.freeze()
         certificate, excess = model.certificate(), f"{excess}; now they are within it"
     objective = "density" if isinstance(model, Density) else "classification"
+    Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
     run = Run(Path(arguments.output).parent, model, Config(objective=objective, data=DataConfig(FITTED_ARRAY)), "", 0)
     path = save(run, arguments.output)
     _say(excess, certificate.verdict, f"written: {path} ({path.stat().st_size / 1e6:.2g} MB)")

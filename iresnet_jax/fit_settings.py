@@ -22,6 +22,7 @@ from iresnet_jax.models.priors import PRIORS
 from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.model_from_config import density_spec
 from iresnet_jax.training import parallel
+from iresnet_jax.training.trainer import STEPS_IN_TIME
 
 DEFAULT_MINUTES = 3.0
 FIRST_STEPS = 1000  # updates of the first run of each candidate
@@ -95,13 +96,14 @@ def choose_settings(
 
 
 def length(num_steps: int) -> dict[str, Any]:
-    """Settings of a run of so many updates."""
+    """Settings of a run of so many updates; `NO_LIMIT` are as many as there is time for."""
+    is_timed = num_steps == NO_LIMIT
     return {
-        "training.total_steps": num_steps,
-        "training.eval_every_steps": max(num_steps // VALIDATIONS, 1),
+        "training.total_steps": 0 if is_timed else num_steps,
+        "training.eval_every_steps": max(num_steps // VALIDATIONS, 1),  # or by the clock
         # An average over a tenth of a short run, and never over more than some hundred steps.
         "training.ema_decay": 0.99 if num_steps >= 1000 else 0.9,
-        "optimizer.warmup_steps": num_steps // 20,
+        "optimizer.warmup_steps": (STEPS_IN_TIME if is_timed else num_steps) // 20,
     }
 
 

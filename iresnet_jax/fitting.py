@@ -139,6 +139,8 @@ def fit(
         is_density=labels is None or objective == "density",
     )
     given = {"data.validation_fraction": fraction, **options["settings"]}
+    if "training.total_steps" in given:
+        raise ValueError("the number of updates is no setting of fit, as other settings follow from it: give it as steps=...")
     if stages is not None:
         given = {"model.stages": [dataclasses.asdict(stage) for stage in stages], **given}
     chosen = {name: options[name] for name in ("objective", "minutes", "steps")}

@@ -107,7 +107,8 @@ def train(
     ema_decay = checked(Decay, ema_decay, "ema_decay")
     seed = int(jax.random.bits(single_key(key), dtype="uint32"))
     x, validation = _checked_rows(x, "x"), _checked_rows(validation, "validation")
-    if x is not None and isinstance(batch_size, int):
+    batch_size = checked(Count, batch_size, "batch_size")
+    if x is not None:
         devices = parallel.all_devices()
         batch_size = max(min(batch_size, num_rows(x)) // devices, 1) * devices
     if steps is None:
@@ -116,10 +117,10 @@ def train(
         total_steps=checked(Count, steps, "steps"),
         minutes=0.0 if minutes is None else checked(Positive, minutes, "minutes"),
         patience=checked(CountOrNone, patience, "patience") if validation is not None else 0,
-        batch_size=checked(Count, batch_size, "batch_size"),
-        eval_every_steps=max(min(steps, STEPS) // VALIDATIONS, 1) if every is None else checked(Count, every, "every"),
+        batch_size=batch_size,
+        eval_every_steps=max(steps // VALIDATIONS, 1) if every is None else checked(Count, every, "every"),
     )
-    settings = dataclasses.replace(settings, log_every_steps=settings.eval_every_steps)
+    settings = dataclasses.replace(settings, log_every_steps=min(settings.eval_every_steps, STEPS // VALIDATIONS))
     length = steps if steps < NO_LIMIT else STEPS  # of the schedule, which a run that is limited by time stretches
     default = OptimizerConfig("muon", LEARNING_RATE, warmup_steps=length // 20, momentum=0.95, nesterov=True)
     rule = UpdateRule(make_optimizer(default), make_schedule(default, length), length, ema_decay)

@@ -67,7 +67,7 @@ def raced(fitted, monkeypatch):
         limits.clear()
 
         def fit_in_memory(config, data, say, stop, what, seeds):
-            steps, noise = config.training.total_steps, config.augmentation.noise
+            steps, noise = config.training.total_steps or 10**6, config.augmentation.noise
             run = (config.model.prior, config.model.stages[0].num_blocks, round(noise, 2), min(steps, 10**6))
             runs.append(run)
             loss, best_step, seconds = outcomes.get(run, (9.0, steps, 1.0))
@@ -418,6 +418,18 @@ def test_an_array_of_keys_gives_the_models_of_its_keys():
     for wrong in ({"workdir": "anywhere"}, {"settings": {"seed": 1}}):
         with pytest.raises(ValueError, match="is of one model, got 3 keys"):
             ir.fit(BANANA, key=keys, **wrong, **QUICK)
+
+
+def test_the_number_of_updates_is_no_setting():
+    with pytest.raises(ValueError, match=r"give it as steps="):
+        ir.fit(BANANA, settings={"training.total_steps": 500})
+
+
+def test_a_warm_up_among_the_settings_has_so_many_of_the_steps_that_time_allows():
+    data = from_arrays("a", Arrays(BANANA), fractions=(0.1, 0.0))
+    training, optimizer = (getattr(choose_settings(data, minutes=1.0), part) for part in ("training", "optimizer"))
+    assert (training.total_steps, training.schedule_steps, optimizer.warmup_steps) == (0, 10_000, 500)
+    assert choose_settings(data, steps=2000).optimizer.warmup_steps == 100
 
 
 def test_a_seed_among_the_settings_decides_as_a_key_does():

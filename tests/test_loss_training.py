@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import iresnet_jax as ir
+from iresnet_jax import loss_training
 
 STAGES = [ir.StageSpec(2, (8,), activation="clipswish")]
 X = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32) * np.float32([1.0, 3.0]) + 2
@@ -105,6 +106,13 @@ def test_ctrl_c_gives_the_last_model_where_somebody_sits(monkeypatch, somebody_s
             ir.train(start(), nll, X, **options)
         return
     assert ir.train(start(), nll, X, **options).history.step == 2
+
+
+def test_there_are_twenty_validations_by_default_however_long_a_run_is(monkeypatch):
+    monkeypatch.setattr(loss_training, "STEPS", 20)
+    steps: list[int] = []
+    ir.train(start(), nll, X, callback=lambda step, *_: steps.append(step), **QUICK | {"steps": 40})
+    assert steps == list(range(2, 41, 2))
 
 
 def test_training_goes_on_from_a_trained_model(tmp_path):
@@ -229,6 +237,7 @@ WRONG = {
     "no rows": (lambda: ir.train(start(), nll, X[:0], **QUICK), "one row an example"),
     "NaN in the data": (lambda: ir.train(start(), nll, np.where(X > 4, np.nan, X), **QUICK), "x holds NaN"),
     "NaN in the validation": (lambda: ir.train(start(), nll, X, validation=X * np.nan, **QUICK), "validation holds NaN"),
+    "no batch": (lambda: ir.train(start(), nll, X, **QUICK | {"batch_size": 0}), "batch_size must be at least 1, got 0"),
     "no steps": (lambda: ir.train(start(), nll, X, **QUICK | {"steps": 0}), "steps"),
     "a seed as key": (lambda: ir.train(start(), nll, X, **QUICK | {"key": 3}), r"jax.random.key\(3\)"),
     "a model without weights": (lambda: ir.train(start().with_(weights={}), nll, X, **QUICK), "no weights"),

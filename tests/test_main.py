@@ -239,7 +239,7 @@ MISTAKES = [
     ("evaluate", None, ["--workdr=runs"], "--workdr: did you mean '--workdir'"),
     ("sample", "points", ["--temperature", "nan"], "temperature at least 0"),
     ("sample", "points", ["--label", "0"], "one prior for all"),
-    ("sample", "points", ["--context", "1.0"], "takes no context"),
+    ("sample", "points", ["--context", "-1.0"], "takes no context"),
     ("sample", "hybrid", ["--label", "3"], "there is no class 3"),
     ("freeze", "points", ["--output", "nowhere/model.npz"], "nowhere/model.npz cannot be written"),
     ("ood", "points", [], "moons are points"),

@@ -60,13 +60,14 @@ class InverseProblem:
     noise: float
 
     def __str__(self) -> str:
-        return (
+        lines = [
             f"reconstruction: relative error {self.relative_error:.4f} ± {self.stderr:.4f}, {self.psnr:.2f} dB, of "
-            f"{self.num_examples} test images (blur of {self.width:g} pixels, {100 * self.noise:g} % noise)\n"
+            f"{self.num_examples} test images (blur of {self.width:g} pixels, {100 * self.noise:g} % noise)",
             f"amplification of perturbations: certified {self.certified_amplification:.4g} at most; found "
             f"{self.largest_amplification:.4g} in the worst directions of {self.num_perturbed} measurements, "
-            f"{self.largest_amplification_of_noise:.4g} for noise"
-        )
+            f"{self.largest_amplification_of_noise:.4g} for noise",
+        ]
+        return "\n".join([*lines, *self.warnings()])
 
     def warnings(self) -> list[str]:
         """Sentences about errors beyond their bounds and images whose inverse did not converge."""

@@ -76,10 +76,10 @@ class Inversion(RoundTrips):
             f"{self.max_abs_error:.2g}{grey}, Euclidean {self.max_euclidean_error:.2g}, in float64 "
             f"{self.refined.max_euclidean_error:.2g}, {self.mean_evals:.1f} evaluations a block{by_luck}"
         )
-        if not self.guarantee:
-            return line
-        rounded = "; a round trip also rounds its latents" if self.guarantee.num_examples else ""
-        return f"{line}\n{self.guarantee}{rounded}"
+        lines = [line]
+        if self.guarantee:
+            lines.append(f"{self.guarantee}{'; a round trip also rounds its latents' if self.guarantee.num_examples else ''}")
+        return "\n".join([*lines, *self.warnings(promised=False)])  # the verdict says what did not converge
 
     def warnings(self, *, promised: bool = True) -> list[str]:
         """Sentences about errors beyond their bounds and, where an inverse is promised, examples that did not converge."""

@@ -99,20 +99,23 @@ def compare(
     """Areas under the ROC curve between test images and others, by score.
 
     Args:
-        other: "rotated", the test images turned by a quarter; "noise", uniform over all levels; or the name of a data set,
-            whose test images are brought to the model's size and levels, see `adapt`.
+        other: "rotated", the test images turned by a quarter, or upside down if they are not square; "noise", uniform over all
+            levels; or the name of a data set, whose test images are brought to the model's size and levels, see `adapt`.
         num: Images of each side, at most.
 
     Raises:
-        ValueError: If the data are points, the model is a reconstructor, or there is no such data set.
+        ValueError: If the data are points or have no test split, the model is a reconstructor or takes contexts, or there is no
+            such data set.
     """
     if dataset.num_levels is None:
         raise ValueError(f"scores are compared between images, and {dataset.name} are points: give a model of images")
-    test = dataset.examples["test"]
-    inside = test[some_rows(len(test), num)]
-    outside = others(dataset, other, num, seed, data_dir)
     if isinstance(model, Reconstructor):
         raise ValueError("scores are those of a density or a classifier, and this is a reconstructor")
+    if isinstance(model, Density) and model.spec.context_dim:
+        raise ValueError("scores are those of a density without contexts: save model.given(context), that of one context")
+    test = dataset.held_out("test")
+    inside = test[some_rows(len(test), num)]
+    outside = others(dataset, other, num, seed, data_dir)
     if isinstance(model, Classifier):
         score = _classifier_scores(model, dataset, settings.batch_size)
     else:
@@ -129,12 +132,12 @@ def others(dataset: DataSet, name: str, num: int, seed: int, data_dir: str | Non
     if name == "noise":
         return np.random.default_rng(seed).integers(0, levels, (num, *shape), np.uint8)
     if name == "rotated":
-        test = dataset.examples["test"]
-        return np.rot90(test[some_rows(len(test), num)], axes=(1, 2)).copy()
+        test = dataset.held_out("test")
+        return np.rot90(test[some_rows(len(test), num)], 1 if shape[0] == shape[1] else 2, axes=(1, 2)).copy()
     found = data.load(name, data_dir=data_dir)
     if found.num_levels is None:
         raise ValueError(f"{name} are points, which cannot be compared with images: name a data set of images")
-    test = found.examples["test"]
+    test = found.held_out("test")
     return adapt(test[some_rows(len(test), num)], found.num_levels, shape, levels)
 
 

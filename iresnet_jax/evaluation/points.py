@@ -64,6 +64,8 @@ def log_density_on_grid(
 ) -> tuple[Float[np.ndarray, "m m"], tuple[float, float, float, float]]:
     """Exact log-density of a model of the plane on a grid around points, square unless their spreads differ by far.
 
+    Of a model of values on a grid it is that of the dequantised data.
+
     Args:
         side: Grid points along each axis.
 
@@ -78,7 +80,7 @@ def log_density_on_grid(
     edges = center + ((np.arange(side)[:, None] + 0.5) / side * 2 - 1) * reach
     grid = np.stack(np.meshgrid(*edges.T), axis=-1).astype(np.float32)
     (left, bottom), (right, top) = (center - reach).tolist(), (center + reach).tolist()
-    return np.asarray(_log_density(model.with_(estimator=ExactLogdet()), grid)), (left, right, bottom, top)
+    return np.asarray(_log_density(model.continuous.with_(estimator=ExactLogdet()), grid)), (left, right, bottom, top)
 
 
 @jax.jit

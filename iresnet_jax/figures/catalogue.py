@@ -18,11 +18,13 @@ class Entry(NamedTuple):
         make: Makes it of a run, or of None from nothing.
         kept: Kept model that it is made of if no run is given; None if it then is made from nothing.
         look: What to look at.
+        needs_data: Whether it takes the data of the run.
     """
 
     make: Callable[..., Drawing]
     kept: str | None
     look: str
+    needs_data: bool = True
 
 
 FIGURES = {
@@ -65,6 +67,7 @@ FIGURES = {
         tables.figure,
         kept=None,
         look="Classification errors by coefficient, and likelihoods beside published ones, with time and hardware.",
+        needs_data=False,
     ),
 }
 
@@ -95,7 +98,8 @@ def make(name: str, folder: str | Path | None = None, data: str | None = None) -
             raise ValueError(f"the figure {name} is made from nothing, or of the run that --workdir names: leave --data out")
         return entry.make(None)
     run = trained_run.load(folder)
-    return entry.make((run.with_data(data) if data else run).with_data_checked())
+    run = run.with_data(data) if data else run
+    return entry.make(run.with_data_checked() if entry.needs_data else run)
 
 
 def listing() -> str:

@@ -52,7 +52,7 @@ def _svg(figure: "Figure") -> str:
 
 def smaller(svg: str) -> str:
     """An SVG of matplotlib without what cannot be seen: places to a tenth of a point, one font, no names, no indentation."""
-    svg = re.sub(r'="[^"]*"', lambda attribute: re.sub(r"(\.\d)\d+", r"\1", attribute[0]), svg)
+    svg = re.sub(r'="(?!matrix)[^"]*"', lambda attribute: re.sub(r"(\.\d)\d+", r"\1", attribute[0]), svg)  # which scale
     svg = re.sub(r"(font[^\"]*?'DejaVu Sans')(, '[^']*')+", r"\1", svg)
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
     svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -18,9 +18,10 @@ from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.figures import style
 from iresnet_jax.figures.drawing import Drawing, Row
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.contractions import FlowWeights, freeze
+from iresnet_jax.models.contractions import FlowWeights
 from iresnet_jax.runs import objective_from_config
 from iresnet_jax.runs.trained_run import Run
+from iresnet_jax.training.constraint import certified_weights
 
 MOST_DIMS = 2048  # of the smaller side of a layer's matrix: its decomposition then takes seconds
 MOST_ENTRIES = 4e7  # of a layer's matrix
@@ -37,27 +38,32 @@ def figure(run: Run) -> Drawing:
     """
     spec = run.model.spec
     run.model.require_bijection()
+    if not run.fingerprint:
+        raise ValueError("this model has no record of its training, which says what it was before: give the folder of a run")
     initial = objective_from_config.initial_variables(run.config, spec, run.data)
-    rows = measure(spec.flow, {"before": freeze(spec.flow, initial["params"]), "after": run.model.weights})
+    weights = {"before": certified_weights(spec, initial["params"]), "after": run.model.weights}
+    rows = measure(spec.flow, weights, constrained=spec.constrained)
     return Drawing(draw(rows), rows)
 
 
-def measure(flow: FlowSpec, weights: Mapping[str, FlowWeights]) -> list[dict[str, Any]]:
+def measure(flow: FlowSpec, weights: Mapping[str, FlowWeights], *, constrained: bool = True) -> list[dict[str, Any]]:
     """Rows of the figure: singular values by layer and rank; ``rank`` 1 is the largest.
 
-    ``bound`` is the certified bound of the layer's norm, ``coeff`` the largest norm that the constraint allows.
+    ``bound`` is the certified bound of the layer's norm, ``coeff`` the largest norm that the constraint allows or NaN.
 
     Args:
         flow: Architecture of the flow.
         weights: Weights "before" and "after" training.
+        constrained: Whether training limits the norms.
     """
-    rows = [row for when, own in weights.items() for row in _rows(flow, own, when)]
+    coeff = flow.coeff if constrained and flow.budget == "layer" else math.nan
+    rows = [row for when, own in weights.items() for row in _rows(flow, own, when, coeff)]
     if not rows:
         raise ValueError("no branch of the model has layers: this figure is about their singular values")
     return rows
 
 
-def _rows(flow: FlowSpec, weights: FlowWeights, when: str) -> Iterator[dict[str, Any]]:
+def _rows(flow: FlowSpec, weights: FlowWeights, when: str, coeff: float) -> Iterator[dict[str, Any]]:
     for stage in flow.layout:
         branch = weights[stage.name].branch
         layers = stage.branch.layers if isinstance(stage.branch, FeedforwardSpec) else ()
@@ -73,7 +79,7 @@ def _rows(flow: FlowSpec, weights: FlowWeights, when: str) -> Iterator[dict[str,
                         "num_values": len(values),
                         "singular_value": float(values[rank - 1]),
                         "bound": float((branch.norms or {}).get(layer.name, np.full(k + 1, np.nan))[k]),
-                        "coeff": flow.coeff if flow.budget == "layer" else math.nan,
+                        "coeff": coeff,
                     }
 
 

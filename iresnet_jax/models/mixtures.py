@@ -10,7 +10,7 @@ product and not a solve. All parameters are free numbers, which training changes
     lower         (k, d, d)   what W_k has below its diagonal; entries on and above the diagonals count as nothing
     logits        (k,)        w_k = softmax(logits)_k
 
-A component whose logit is `ABSENT` or less, such as ``-inf``, is no part of the mixture: its weight and its gradients are 0.
+A component whose logit is `ABSENT` is no part of the mixture: its weight and its gradients are 0.
 Mixtures of different sizes thereby run one compiled program.
 """
 

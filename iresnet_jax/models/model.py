@@ -20,10 +20,12 @@ from iresnet_jax.models.architecture import check_names
 from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.contractions import as_params, freeze
+from iresnet_jax.models.marginals import Marginals
 
 FILE_NAME = "model.npz"
 FORMAT = 2
 HEADER = "header"
+MARGINALS = "marginals"  # in the header: components of each entry, where the prior is a `Marginals`
 
 M = TypeVar("M", bound="Model")
 
@@ -93,7 +95,8 @@ class Model:
             about: JSON data that travel with the model, such as the settings of its training.
 
         Raises:
-            ValueError: If the network has BatchNorm in its branches, or two branches of one's own have the same name.
+            ValueError: If the network has BatchNorm in its branches, two branches of one's own have the same name, or a number
+                is not finite.
         """
         self.require_bijection()
         self.require_own_numbers()
@@ -102,6 +105,10 @@ class Model:
         header = {"format": FORMAT, "spec": tagged(self.spec), "about": dict(about or {})}
         stored = {"params": as_params(self.weights), **{name: self.learned(name) for name in self.arrays}}
         arrays: dict[str, Any] = {array_name(key): np.asarray(leaf) for key, leaf in jax.tree.leaves_with_path(stored)}
+        if bad := [name for name, array in arrays.items() if not np.all(np.isfinite(array))]:
+            raise ValueError(f"{bad[0]} holds numbers that are not finite, which no file takes: give the model finite ones")
+        if isinstance(prior := stored.get("prior"), Marginals):
+            header[MARGINALS] = prior.mean.shape[1]
         arrays[HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
         with replacing(path) as incoming, incoming.open("wb") as file:
             np.savez_compressed(file, **arrays)

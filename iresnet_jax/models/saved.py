@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from iresnet_jax.branches.kinds import KINDS
 from iresnet_jax.checked_dataclasses import checked
 from iresnet_jax.models import noise, priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
@@ -22,10 +23,12 @@ from iresnet_jax.models.contractions import with_bounds
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.head import batch_statistics, initial_head
-from iresnet_jax.models.model import FILE_NAME, FORMAT, HEADER, array_name
+from iresnet_jax.models.marginals import Marginals
+from iresnet_jax.models.model import FILE_NAME, FORMAT, HEADER, MARGINALS, array_name
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 
 _MOST_HEADER = 2**24  # bytes
+_MOST_COMPONENTS = 1000  # of each entry of a prior, on a file's word
 _DOUBLE = {np.dtype(np.float32): np.dtype(np.float64)}  # of models that were trained in float64
 
 Model = Density | Classifier | Reconstructor
@@ -55,6 +58,8 @@ def read(
     with _opened(path) as (archive, header):
         spec = checked(Spec, _with_branches(header["spec"], dict(branches or {})), "model")
         is_own = isinstance(spec, DensitySpec) and spec.prior_family == priors.OWN
+        if is_own and prior is None and 0 < header.get(MARGINALS, 0) <= _MOST_COMPONENTS:
+            prior = Marginals.standard(spec.flow.num_dims, header[MARGINALS])
         if is_own != (prior is not None):
             raise PartError("its prior is one's own: give one like it, as prior=..." if is_own else "it takes no prior=...")
         if is_own:
@@ -99,6 +104,8 @@ def _with_branches(plain: Mapping[str, Any], branches: Mapping[str, Any]) -> dic
         name = stage.get("branch")
         if name is not None and name not in branches:
             raise PartError(f"it has a branch {name!r} of one's own: give what makes it, as branches={{{name!r}: ...}}")
+        if name is None and stage.get("kind", "feedforward") not in KINDS:
+            raise PartError(f"it has branches of the kind {stage['kind']!r}: give them that name by kinds.register first")
         return stage if name is None else {**stage, "branch": branches[name]}
 
     return {**plain, "flow": {**plain["flow"], "stages": [with_branch(stage) for stage in plain["flow"]["stages"]]}}

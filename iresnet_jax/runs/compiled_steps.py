@@ -31,9 +31,11 @@ class CompiledSteps:
         training = dataclasses.replace(
             config.training,
             **{"minutes": 0.0, "patience": 0, "log_every_steps": 1, "eval_every_steps": 1},
-            **{"total_steps": 1, "actnorm_examples": 1, "eval_examples": 1, "max_num_terms": 0},
+            **{"actnorm_examples": 1, "eval_examples": 1, "max_num_terms": 0},
         )
-        # The length of the run comes with the state, and stretches the schedule; the size of noise comes with the batch.
+        # The length of a run with a time limit comes with the state and stretches the schedule, which rounds otherwise than one
+        # of that length would. The size of noise comes with the batch.
+        training = dataclasses.replace(training, total_steps=1 if config.training.minutes else config.training.schedule_steps)
         warmup = min(config.optimizer.warmup_steps / config.training.schedule_steps, 1.0)
         optimizer = dataclasses.replace(config.optimizer, warmup_steps=0)
         augmentation = dataclasses.replace(config.augmentation, noise=1.0 if config.augmentation.noise else 0.0)

@@ -52,7 +52,7 @@ def train(
         config: All settings, from `config.parse`.
         workdir: Folder of the run: config, model, metrics, checkpoints.
         data: The data; by default what ``config.data`` names.
-        say: Takes a line of progress at every validation; by default the log.
+        say: Takes a line of progress at every validation; by default the log, beside a bar on a terminal.
         steps: Compiled steps of earlier runs, to which this run adds its own; None compiles all.
 
     Returns:
@@ -73,15 +73,13 @@ def train(
     check_batch_size(config.training, dataset)
     _check_alike(config, dataset)
     checkpoints = Checkpoints(workdir)
-    spec, objective = _begin(workdir, config, dataset)
     with contextlib.ExitStack() as stack:
-        if hosts.is_first():
-            stack.enter_context(run_folder.alone_in(workdir))
+        spec, objective = _begin(workdir, config, dataset, stack)
         writer = stack.enter_context(MetricWriter(workdir)) if hosts.is_first() else None
         # until a step is done there is nothing to save: signals end the process
         compile_step = stored_programs.parallelize if steps is None else steps.compiler(config, spec)
         trainer = _TrainerOnDisk(objective, config.training, workdir, writer, checkpoints, compile_step, say)
-        progress = stack.enter_context(Progress(trainer.horizon, trainer.step, shown=hosts.is_first()))
+        progress = stack.enter_context(Progress(trainer.horizon, trainer.step, shown=hosts.is_first() and say is None))
         trainer.watch(stack.enter_context(StopRequests()), progress)
         batches = device_batches(
             objective.examples, seed=config.seed, batch_size=config.training.batch_size, first_step=trainer.step
@@ -103,14 +101,17 @@ def _check_alike(config: Config, data: DataSet) -> None:
     hosts.agree_on("data set", {"name": data.name, "fingerprint": data.fingerprint})
 
 
-def _begin(workdir: Path, config: Config, data: DataSet) -> tuple[Spec, Objective]:
-    """Process 0 claims the folder and makes the model; the others receive it."""
+def _begin(workdir: Path, config: Config, data: DataSet, stack: contextlib.ExitStack) -> tuple[Spec, Objective]:
+    """Process 0 claims the folder, for as long as the stack lasts alone, and makes the model; the others receive it."""
     claimed: list[tuple[Spec, Objective]] = []
 
     def claim():
         run_folder.check_belongs_to(workdir, config)
         spec = run_folder.model_of_run(workdir, data) or model_spec(config, data)
         claimed.append((spec, build_objective(config, data, spec)))  # which raises before anything is written
+        workdir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(run_folder.alone_in(workdir))
+        run_folder.check_belongs_to(workdir, config)  # another process may have claimed it meanwhile
         run_folder.claim(workdir, config, spec, data)
         return tagged(spec) if parallel.num_processes() > 1 else None
 

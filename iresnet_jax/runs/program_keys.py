@@ -19,7 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from iresnet_jax.branches import kinds
 from iresnet_jax.maths import platforms
+from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.runs import machine
 from iresnet_jax.runs.allocator import num_cores
 
@@ -136,6 +138,8 @@ def described(value: Any, within: tuple[int, ...] = ()) -> Any:
             parts = value.node_data(), value.children()
         case _ if dataclasses.is_dataclass(value):
             parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
+            if isinstance(value, StageSpec):  # whose kind is a name, and anybody may register one
+                parts.append(kinds.get(value.kind))
         case _:
             raise UnknownError(f"{name} is none of the kinds whose values are known")
     return name, *(described(part, (*within, id(value))) for part in parts)

@@ -308,7 +308,7 @@ class Trainer:
         """Stores the state between two validations, unless the steps since the last line of the log blew up."""
         if self._window:
             self._checked_means()
-        if self.step >= self._estimate:  # it was too low: the run is not over
+        if self._limit_s and self.step >= self.horizon:  # its estimate was too low: the run is not over
             self.state = self.state._replace(horizon=jnp.int32(self.step + 1))
         self._store(None)
 

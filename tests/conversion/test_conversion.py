@@ -349,11 +349,11 @@ def largest_norm(arrays):
 def test_the_command_says_the_excess_scales_and_writes_a_model_that_inverts(tmp_path, capsys):
     theirs = network("toy")
     save_file(dict(theirs.arrays), tmp_path / "w.safetensors")
-    arguments = ["--architecture", theirs.command, "--output", str(tmp_path / "model.npz"), "--scale"]
+    arguments = ["--architecture", theirs.command, "--output", str(tmp_path / "new" / "model.npz"), "--scale"]
     assert main(["convert", str(tmp_path / "w.safetensors"), *arguments]) == 0
     said, excess = capsys.readouterr().out, largest_norm(theirs.arrays)
     assert f"above the coefficient 0.9; the largest is {excess:.5f} ({100 * (excess / 0.9 - 1):+.2g} %)" in said
-    model = trained_run.load(tmp_path).model  # as other commands do
+    model = trained_run.load(tmp_path / "new").model  # as other commands do
     assert model.certificate().max_block <= 0.9**3
     x, info = model.decode(model.encode(theirs.x))
     np.testing.assert_allclose(x, theirs.x, rtol=0, atol=1e-5)  # the solver's tolerance is 1e-6

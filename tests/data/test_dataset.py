@@ -78,6 +78,17 @@ def test_fingerprint_of_files_is_that_of_their_content(tmp_path):
     assert data.load(name).fingerprint != first.fingerprint
 
 
+def test_floats_in_an_npz_have_the_names_of_images(tmp_path):
+    x, y = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32), np.arange(8) % 2
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_val=x[:3], y_val=y[:3], x_test=x[:2], y_test=y[:2])
+    np.savez(tmp_path / "b.npz", train_images=x, train_labels=y, val_images=x[:3], val_labels=y[:3])
+    for name in ("a", "b"):
+        found = data.load(f"npz:{tmp_path}/{name}.npz")
+        np.testing.assert_array_equal(found.examples["train"], x)
+        np.testing.assert_array_equal(found.examples["validation"], x[:3])
+        np.testing.assert_array_equal(found.labels["validation"], y[:3])
+
+
 # Examples -----------------------------------------------------------------------------------------------------------------
 
 

@@ -47,7 +47,9 @@ def test_no_error_exceeds_its_bound_and_one_that_did_would_be_named(evaluated):
     assert summary.fraction_within_bound == summary.fraction_converged == 1
     assert summary.largest_amplification_of_noise < summary.largest_amplification <= summary.certified_amplification
     assert summary.warnings() == []
-    first, second = dataclasses.replace(summary, fraction_within_bound=0.75, fraction_converged=0.5).warnings()
+    wrong = dataclasses.replace(summary, fraction_within_bound=0.75, fraction_converged=0.5)
+    first, second = wrong.warnings()
+    assert str(wrong).splitlines()[-2:] == [first, second]
     assert first.startswith("25 % of the reconstructions exceed their certified bound")
     assert second.startswith("The inverse did not converge for 50 % of the measurements")
 

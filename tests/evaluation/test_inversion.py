@@ -1,5 +1,6 @@
 """Round trips are exact to rounding and within their bound, in both precisions, or said not to be; so are guarantees."""
 
+import dataclasses
 import json
 
 import jax
@@ -80,6 +81,8 @@ def test_an_inverse_that_is_stopped_too_early_is_said_to_be():
     assert "NOT INVERTED; 0 of 3" in str(result.summary)
     [warning] = [warning for warning in result.summary.warnings() if "did not converge" in warning]
     assert "for 100 % of the examples" in warning
+    broken = dataclasses.replace(result.summary, fraction_within_bound=0.5)
+    assert "50 % of the inversion errors in the precision of training exceed their bound" in str(broken)
 
 
 def test_where_nothing_is_guaranteed_the_reason_is_said():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.evaluation import ood
 
 
@@ -27,3 +28,14 @@ def test_other_images_are_brought_to_the_size_and_levels_of_the_model():
     found = ood.adapt(images, 8, (4, 4, 3), 15)
     np.testing.assert_array_equal(found[..., 0], 2 * np.kron(images[..., 0], np.ones((1, 2, 2), np.uint8)))
     np.testing.assert_array_equal(found[..., 1], found[..., 2])
+
+
+def test_images_that_are_not_square_are_turned_upside_down():
+    test = np.arange(2 * 2 * 3, dtype=np.uint8).reshape(2, 2, 3, 1)
+    tall = DataSet("tall", (2, 3, 1), 256, None, "", {"train": test, "test": test})
+    np.testing.assert_array_equal(ood.others(tall, "rotated", 2, 0), test[:, ::-1, ::-1])
+    square = DataSet("square", (2, 2, 1), 256, None, "", {"test": test[:, :, :2]})
+    np.testing.assert_array_equal(ood.others(square, "rotated", 2, 0), np.rot90(test[:, :, :2], axes=(1, 2)))
+    untested = DataSet("untested", (2, 3, 1), 256, None, "", {"train": test})
+    with pytest.raises(ValueError, match="no split 'test'"):
+        ood.others(untested, "rotated", 2, 0)

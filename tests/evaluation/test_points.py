@@ -1,11 +1,14 @@
 """The least likely points, and the map of a density over the plane."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import kept
 import numpy as np
 import pytest
 
+from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.evaluation.points import least_likely, log_density_on_grid
 
 SAME_RTOL = 1e-5  # the same maths by another route, float32
@@ -22,6 +25,14 @@ def test_density_map_has_the_second_coordinate_along_its_rows():
     [expected] = jax.jit(type(model).log_prob)(model, grid)
     np.testing.assert_allclose(values[2, 5], expected, rtol=SAME_RTOL)
     assert abs(values[5, 2] - expected) > 1e-3
+
+
+def test_the_map_of_data_on_a_grid_is_that_of_the_dequantised_data():
+    model, points = kept.model(kept.POINTS), np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
+    on_grid = model.with_(spec=dataclasses.replace(model.spec, grid=Grid((0.0, 0.0), (0.5, 0.0))))
+    expected, _ = log_density_on_grid(model, points, side=8)
+    found, _ = log_density_on_grid(on_grid, points, side=8)
+    np.testing.assert_allclose(found, expected, rtol=SAME_RTOL)
 
 
 def test_a_map_is_where_the_points_are():

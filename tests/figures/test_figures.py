@@ -15,6 +15,7 @@ from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.data.toys import TOYS
 from iresnet_jax.figures import (
     densities,
+    drawing,
     inverses,
     latents,
     logdets,
@@ -108,6 +109,8 @@ def test_singular_values_are_within_their_bounds(images):
         assert np.all(value <= bound * (1 + 1e-6))
         assert np.all(bound <= images.model.spec.flow.coeff * (1 + 1e-6))
     assert np.any(column(rows, "singular_value", when="before") != column(rows, "singular_value", when="after"))
+    with pytest.raises(ValueError, match="no record of its training"):
+        singular_values.figure(dataclasses.replace(images, fingerprint=""))
 
 
 @pytest.mark.parametrize(("kernel_shape", "in_shape"), [((1, 1, 2, 3), (2, 2, 2)), ((3, 3, 1, 2), (3, 3, 1))])
@@ -163,7 +166,8 @@ def test_lines_of_latents_end_at_the_images_and_nearest_images_are_nearest(image
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_the_tables_of_the_records_and_of_a_run(images, tmp_path, capsys):
+def test_the_command_writes_the_tables_of_the_records_and_of_a_run_without_its_data(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trained_run.Run, "with_data_checked", None)
     own = shutil.copytree(images.folder, tmp_path / "mine")
     shutil.copy(tables.RESULTS / "digits_classification" / "report.json", own)
     assert main(["figure", "tables", "--workdir", str(own), "--output", str(tmp_path)]) == 0
@@ -179,6 +183,12 @@ def test_the_command_writes_the_tables_of_the_records_and_of_a_run(images, tmp_p
     assert column(rows, "value", table="digits_classification", model="c = 0.9").astype(float) == pytest.approx(100 * 11 / 1080)
     assert column(rows, "value", table="mine").astype(float) == pytest.approx(100 * 4 / 360)
     assert "1.06" in column(rows, "published", table="mnist_density")[0]
+
+
+def test_pictures_in_an_svg_keep_their_scale():
+    written = '<image x="1.2345" transform="matrix(2.15625 0 0 -2.15625 3.0 152.25)"/><path d="M 10.123 4.567"/>'
+    expected = '<image x="1.2" transform="matrix(2.15625 0 0 -2.15625 3.0 152.25)"/><path d="M 10.1 4.5"/>'
+    assert drawing.smaller(written) == expected
 
 
 def test_the_command_lists_every_figure_and_the_docs_show_it(capsys):

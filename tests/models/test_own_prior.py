@@ -13,6 +13,7 @@ from jax.tree_util import register_dataclass
 import iresnet_jax as ir
 from iresnet_jax.models import priors
 from iresnet_jax.models.contractions import freeze
+from iresnet_jax.models.marginals import Marginals
 
 FLOW = ir.FlowSpec((2,), (ir.StageSpec(1, hidden=(4,), activation="tanh"),))
 SPEC = ir.DensitySpec(FLOW, prior_family="own")
@@ -89,6 +90,18 @@ def test_a_file_holds_its_numbers(tmp_path):
     standard = ir.Density(ir.DensitySpec(FLOW), weights(), priors.standard("gaussian", 2)).save(tmp_path / "standard.npz")
     with pytest.raises(ValueError, match=r"takes no prior="):
         ir.load(standard, prior=Laplace(0.0))
+
+
+def test_independent_mixtures_of_the_library_need_no_template(tmp_path):
+    model = density(Marginals.fit(np.asarray(X), 3))
+    loaded = ir.load(model.save(tmp_path / "model.npz"))
+    np.testing.assert_allclose(loaded.log_prob(X), model.log_prob(X), rtol=1e-6)
+
+
+def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="prior/log_scale holds numbers that are not finite"):
+        density(Laplace(jnp.float32(np.inf))).save(tmp_path / "model.npz")
+    assert not list(tmp_path.iterdir())
 
 
 def test_numbers_and_arrays_of_numpy_are_constants(tmp_path):

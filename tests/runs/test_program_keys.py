@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from iresnet_jax.branches import kinds
 from iresnet_jax.maths import platforms
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.runs import program_keys
@@ -100,6 +101,15 @@ def test_functions_of_unknown_origin_have_no_key(monkeypatch):
     for function in (scaled(2.0), wrapped, functools.partial(wrapped), MethodType(wrapped, 1)):
         with pytest.raises(UnknownError, match="is not from jax"):
             described(function)
+
+
+def test_a_registered_kind_of_branch_is_part_of_a_stage(monkeypatch):
+    monkeypatch.setattr(kinds, "KINDS", dict(kinds.KINDS))
+    monkeypatch.setattr(program_keys, "PACKAGES", ("iresnet_jax", "jax", "numpy"))
+    assert described(StageSpec(1, kind="sandwich")) != described(StageSpec(1))
+    kinds.register("odd", scaled(2.0))
+    with pytest.raises(UnknownError, match="is not from iresnet_jax"):
+        described(StageSpec(1, kind="odd"))
 
 
 # --- arguments and surroundings ---------------------------------------------------------------------------------------

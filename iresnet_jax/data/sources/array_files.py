@@ -23,8 +23,8 @@ from iresnet_jax.data.sources.source import Contents, Source, check_path
 _SPLITS = ("train", "validation", "test")
 _LABEL, _CONTEXT = "label", "context"
 _MISSING = {"", "na", "n/a", "nan", "null", "none", "?"}
-# Names that the images and labels of a split may have: those of Keras and of MedMNIST.
-_IMAGE_KEYS = {
+# Names that the examples and labels of a split may have: those of Keras and of MedMNIST.
+_KEYS = {
     "train": (("x_train", "y_train"), ("train_images", "train_labels")),
     "validation": (("x_validation", "y_validation"), ("x_val", "y_val"), ("val_images", "val_labels")),
     "test": (("x_test", "y_test"), ("test_images", "test_labels")),
@@ -38,7 +38,7 @@ def load_npz(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
     ``y_test``, integers of shape (n,) or (n, 1), may be left out, and ``x_validation``, ``y_validation`` may be added. The
     names of MedMNIST, ``train_images``, ``train_labels``, ``val_images`` and so on, are understood too.
 
-    Other arrays are ``x``, ``y`` and ``context``, to be split, or ``x_train``, ``y_train``, ``context_train`` and so on.
+    Other arrays are ``x``, ``y`` and ``context``, to be split, or have those names with ``context_train`` and so on.
 
     Raises:
         ValueError: If there is no such file, or its arrays do not make up a data set.
@@ -48,11 +48,11 @@ def load_npz(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
         return cache.load(Source.of_files(name, path, [path], lambda: _image_contents(path, name)))
     arrays = _read_npz(path)
 
-    def part(ending: str) -> Arrays:
-        return Arrays(arrays[f"x{ending}"], arrays.get(f"y{ending}"), arrays.get(f"context{ending}"))
+    def part(x: str, y: str) -> Arrays:
+        return Arrays(arrays[x], arrays.get(y), arrays.get(x.replace("x", "context", 1)) if x.startswith("x") else None)
 
-    splits = {split: part(f"_{split}") for split in _SPLITS if f"x_{split}" in arrays}
-    return from_arrays(name, part("") if "x" in arrays else splits, fractions=fractions)
+    splits = {split: part(*keys) for split, names in _KEYS.items() for keys in names if keys[0] in arrays}
+    return from_arrays(name, part("x", "y") if "x" in arrays else splits, fractions=fractions)
 
 
 def load_npy(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
@@ -123,7 +123,7 @@ def _holds_images(path: Path) -> bool:
 
 def _image_contents(path: Path, name: str) -> Contents:
     arrays, images, labels = _read_npz(path), {}, {}
-    for split, keys in _IMAGE_KEYS.items():
+    for split, keys in _KEYS.items():
         for of_images, of_labels in keys:
             if of_images in arrays:
                 images[split] = arrays[of_images]
