@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Int, Key
 from iresnet_jax.bijections.transforms.bounded import Bounded
 from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
-from iresnet_jax.data.splits import some_rows
 from iresnet_jax.maths.logdet.config import LogdetConfig
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
@@ -182,7 +181,8 @@ class Validation:
         return num_terms
 
     def _outputs(self, model: Density, num: int | None = None) -> dict[str, np.ndarray]:
-        rows = slice(None) if num is None else some_rows(len(self._examples), num)
+        # Spread over all, which are in the order of their files.
+        rows = slice(None) if num is None else np.unique(np.linspace(0, len(self._examples) - 1, num, dtype=int))
         contexts = None if self._contexts is None else self._contexts[rows]
         outputs = evaluate_examples(
             model, self._examples[rows], jax.random.key(self._seed), self._batch_size, contexts=contexts
