@@ -1,8 +1,8 @@
 """Invertible residual networks in JAX (Behrmann et al., ICML 2019).
 
-`fit` makes a model from an array, `train` from any loss, `fit_energy` from an unnormalised density; `load` reads a saved one. Models
-are `Density`, `Classifier` and `Reconstructor`, and everything they are made of works by itself on arrays and callables. `certify`
-bounds errors, `adapters` are for other libraries.
+`fit` makes a model from an array, `train` from any loss, `fit_energy` from an unnormalised density; `load` reads a saved one.
+Models are `Density`, `Classifier` and `Reconstructor`, and everything they are made of works by itself on arrays and callables.
+`certify` bounds errors, `adapters` are for other libraries.
 Importing this needs JAX and jaxtyping alone; names and collections of Flax are in `iresnet_jax.models.linen`.
 """
 
