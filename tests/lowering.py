@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from jax._src import source_info_util
 from jax._src.interpreters import mlir
 from jax._src.lax import lax
 
@@ -16,14 +17,17 @@ EXACT = {(np.dtype(a), np.dtype(b)) for a, b in (("float32", "float32"), ("float
 def in_one_context():
     """Lowers all programs in one MLIR context; JAX makes one a program. It holds on to their attributes until it ends.
 
-    Operations keep the names that profiles read, and not the lines of code that they come from. Outside of programs, arrays
-    from NumPy, more precise copies and arrays of one number are made without one, which JAX 0.10 compiles for each shape.
+    Operations keep the names that profiles read, and not the lines of code that they come from: JAX would look at the stack for
+    each. Outside of programs, arrays from NumPy, more precise copies and arrays of one number are made without one, which JAX
+    0.10 compiles for each shape.
     """
     with pytest.MonkeyPatch.context() as patch:  # of what JAX's public interface does not have
         if make := getattr(mlir, "make_ir_context", None):
             patch.setattr(mlir, "make_ir_context", functools.cache(make))
         if locate := getattr(mlir, "source_info_to_location", None):
             patch.setattr(mlir, "source_info_to_location", lambda *arguments: locate(*arguments[:-1], None))
+        if context := getattr(source_info_util, "_source_info_context", None):
+            patch.setattr(source_info_util, "current", lambda: context.context)
         for name, made in (("stage_p", _staged), ("convert_element_type_p", _converted), ("broadcast_in_dim_p", _filled)):
             if primitive := getattr(lax, name, None):
                 patch.setattr(primitive, "impl", functools.partial(made, primitive.impl))
