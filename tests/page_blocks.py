@@ -19,6 +19,7 @@ import numpy as np
 
 import iresnet_jax as ir
 from iresnet_jax import energy_fitting, estimators
+from iresnet_jax.runs import allocator
 
 FITTED = {}
 SHORTER = {
@@ -61,6 +62,7 @@ def run_page(page: str, blocks: list[tuple[int, str]]) -> str | None:
 
 def main(path: str) -> None:
     """Writes what failed, by page, over the blocks."""
+    allocator.collect_garbage_rarely()  # makes tracing faster
     mpl.use("Agg")
     ir.fit = estimators.fit = fit_once(ir.fit)
     energy_fitting.COMPONENTS = (1, 2)
