@@ -74,6 +74,10 @@ def least_margins(own, pixels, classes, radii, key):
         rest = jnp.where(jax.nn.one_hot(classes, CLASSES) > 0, -jnp.inf, found)
         return found[jnp.arange(len(classes)), classes] - rest.max(axis=1)
 
+    def summed(moves):  # for gradients and values by one pass
+        found = margins(moves)
+        return found.sum(), found
+
     def onto(moves):
         lengths = jnp.sqrt(jnp.sum(moves**2, axis=(1, 2, 3)))
         return moves * jnp.minimum(1, radii / jnp.maximum(lengths, 1e-300))[:, None, None, None]
@@ -81,13 +85,12 @@ def least_margins(own, pixels, classes, radii, key):
     def search(key):
         def step(_, state):
             moves, least = state
-            slopes = jax.grad(lambda moves: margins(moves).sum())(moves)
+            slopes, found = jax.grad(summed, has_aux=True)(moves)
             slopes /= jnp.sqrt(jnp.sum(slopes**2, axis=(1, 2, 3), keepdims=True)) + 1e-300
-            moves = onto(moves - 0.1 * radii[:, None, None, None] * slopes)
-            return moves, jnp.minimum(least, margins(moves))
+            return onto(moves - 0.1 * radii[:, None, None, None] * slopes), jnp.minimum(least, found)
 
         moves = onto(jax.random.normal(key, pixels.shape) * radii[:, None, None, None])
-        return jax.lax.fori_loop(0, NUM_STEPS, step, (moves, margins(moves)))[1]
+        return jax.lax.fori_loop(0, NUM_STEPS, step, (moves, jnp.full_like(radii, jnp.inf)))[1]
 
     return jax.vmap(search)(jax.random.split(key, NUM_STARTS)).min(axis=0)
 
