@@ -28,6 +28,8 @@ def get_config():
     config.data.name = "moons"
     config.model.stages = ({{"num_blocks": 2, "hidden": (8, 8)}},)
     config.preprocessing.transform = "none"
+    # Without a bias that validation would look for by two more programs.
+    config.logdet.update({{"kind": "roulette", "distribution": "geometric", "parameter": 0.5}})
     config.training.update({{"total_steps": {TOTAL_STEPS}, "eval_every_steps": {EVAL_EVERY}, "log_every_steps": 1,
         "blocks": "scan", "batch_size": 16, "eval_examples": 32, "actnorm_examples": 32}})
     config.evaluation.update({{"num_examples": 256, "num_probe_draws": 2}})
@@ -73,6 +75,7 @@ def get_config():
     config.model.stages = ({"num_blocks": 2, "hidden": (4,), "kernel_sizes": (3, 3), "squeeze": 2},)
     config.model.dequantization = "variational"
     config.model.noise.update({"num_blocks": 1, "hidden": (3,), "network": (4, 2), "window": 3})
+    config.logdet.update({"kind": "roulette", "distribution": "geometric", "parameter": 0.5})  # as above
     config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 2})
     config.hybrid.update({"weight": 2.0, "initial_weight": 4.0, "ramp_steps": 4})
     config.training.update({"total_steps": 8, "eval_every_steps": 4, "log_every_steps": 2, "batch_size": 32,

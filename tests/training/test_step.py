@@ -20,7 +20,7 @@ VECTORS = {"model.stages": ({"num_blocks": 1, "hidden": (4,)},), "training.block
 CONVOLUTIONS = {"num_blocks": 1, "hidden": (2,), "kernel_sizes": (3, 1), "squeeze": 2}
 IMAGES = {"model.stages": (CONVOLUTIONS,), "training.blocks": "unroll"}
 CASES = {
-    "conditional": (runs.TOY_CONFIG, {**VECTORS, "logdet.kind": "roulette", "data.name": "sbi_two_moons"}),
+    "conditional": (runs.TOY_CONFIG, {**VECTORS, "data.name": "sbi_two_moons"}),
     "hybrid": (runs.HYBRID_CONFIG, {**IMAGES, "augmentation.crop_padding": 1, "optimizer.name": "sgd"}),
     "classifier": (runs.CLASSIFIER_CONFIG, IMAGES),
     "reconstructor": (runs.INVERSION_CONFIG, {**IMAGES, "optimizer.name": "sgd"}),

@@ -92,7 +92,7 @@ def test_the_target_is_this_process_unless_another_is_chosen():
 
 @pytest.mark.parametrize("name", runs.CONFIGS)
 def test_a_plan_for_gpus(name):
-    changes = {"logdet.kind": "roulette"} if name == "toy" else {}
+    changes = {} if name == "toy" else {"logdet.kind": "series"}
     config = runs.config_of(runs.CONFIGS[name], **SHARED, **changes)
     made = plan.make(config, topologies.machine("cuda:4"))
     assert (made.num_devices, made.batch_size) == (4, 32)
