@@ -352,8 +352,8 @@ def test_a_run_that_raised_its_terms_resumes_with_them(tmp_path, happens_before)
 
 
 def test_a_density_of_transformed_images_is_validated_and_kept_as_one_of_images_as_they_are(tmp_path):
-    stages = ({"num_blocks": 1, "hidden": (4,)},)
-    config = runs.config_of(runs.DIGITS_CONFIG, **{"augmentation.transformations": ("left", "mirror"), "model.stages": stages})
+    changes = {"augmentation.transformations": ("left", "mirror"), "model.stages": ({"num_blocks": 1, "hidden": (4,)},)}
+    config = runs.config_of(runs.DIGITS_CONFIG, **changes, **{"logdet.kind": "roulette"})
     ended = loop.train(config, tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "resumed")
     (tmp_path / "resumed" / "checkpoints" / "6.npz").unlink()
