@@ -74,7 +74,7 @@ def run_pages(tmp_path_factory):
     """A function that runs blocks by page in the folder of a reader, and gives what failed by page."""
     folder = tmp_path_factory.mktemp("reader")
     draw = np.random.default_rng(0)
-    np.save(folder / "my_array.npy", draw.normal(size=(200, 2)))
+    np.save(folder / "my_array.npy", draw.normal(size=(256, 2)))
     np.save(folder / "my_images.npy", draw.integers(0, 16, size=(60, 8, 8, 1)))
     np.save(folder / "my_labels.npy", np.arange(60) % 3)
     columns = {
