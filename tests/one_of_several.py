@@ -7,10 +7,11 @@ import socket
 import sys
 import warnings
 
+import lowering
 import pytest
 import tiny_runs as runs
 
-from iresnet_jax.runs import hosts, signals
+from iresnet_jax.runs import allocator, hosts, signals
 from iresnet_jax.runs.command_line import explain_failures
 from iresnet_jax.runs.loop import train
 
@@ -82,13 +83,14 @@ def work(stderr, address, num_processes, process, trainings, num_devices, waitin
     others = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     os.environ["XLA_FLAGS"] = " ".join([*others, f"--xla_force_host_platform_device_count={num_devices}"])
     warnings.simplefilter("ignore")
+    allocator.collect_garbage_rarely()  # makes tracing faster
     hosts.LOST_S = waiting.get("lost_s", hosts.LOST_S)
     hosts._LAST_WORDS_S = waiting.get("last_words_s", hosts._LAST_WORDS_S)
     signals.end_at_signals("the same command goes on")
 
     def run():
         hosts.initialize(address, num_processes, process)
-        with hosts.ending_together():
+        with hosts.ending_together(), lowering.in_one_context():
             for name, workdir, changes in trainings:
                 train(runs.config_of(runs.CONFIGS[name], **changes), workdir)
         return 0
