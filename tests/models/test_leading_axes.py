@@ -76,13 +76,13 @@ def test_one_example_has_no_axes():
     ],
 )
 def test_contexts_broadcast_against_examples(x, context, axes):
+    """Outside of jit, where all examples of one number share a program, whatever their axes."""
     model = kept.model(GIVEN)
     x_all, context_all = (np.broadcast_to(a, (*axes, a.shape[-1])).reshape(-1, a.shape[-1]) for a in (x, context))
-    assert_same(log_prob(model, x, context=context), with_axes(log_prob(model, x_all, context=context_all), axes))
-    z = encode(model, x_all, context=context_all)
-    assert_same(encode(model, x, context=context), with_axes(z, axes))
-    if axes != (6,):  # each compiles a solver
-        assert_same(decode(model, with_axes(z, axes), context=context)[0], np.broadcast_to(x, (*axes, 2)))
+    assert_same(model.log_prob(x, context=context), with_axes(model.log_prob(x_all, context=context_all), axes))
+    z = model.encode(x_all, context=context_all)
+    assert_same(model.encode(x, context=context), with_axes(z, axes))
+    assert_same(model.decode(with_axes(z, axes), context=context)[0], np.broadcast_to(x, (*axes, 2)))
 
 
 def test_a_number_is_a_context_of_length_one():
