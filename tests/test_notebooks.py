@@ -15,6 +15,9 @@ SHORTER = {  # what makes a notebook long, and what the test runs instead
     r"\bminutes=\d+": "steps=2, architecture=[ir.StageSpec(1, hidden=(4,))]",
     r"\b(num_blocks\W+)\d+": r"\g<1>1",
     r"\bz\[:32\]": "z[:4]",
+    r"steps = \[1, 2, 5, 10, 50\]": "steps = [1, 50]",
+    r"products = \(2, 4, 6\)": "products = (2, 4)",
+    r'"blocks": "scan"': '"blocks": "unroll"',
     r'root / "benchmarks/results/digits_hybrid"': "SMALL_HYBRID",
 }
 
