@@ -123,7 +123,7 @@ def test_a_distribution_of_flowjax_is_a_prior(tmp_path):
     terms = model.terms(X, jax.random.key(0), jax.random.key(0))
     np.testing.assert_allclose(terms.log_prior, log_prior, rtol=1e-5)
     assert model.sample(jax.random.key(1), 3)[0].shape == (3, 2)
-    gradient = jax.grad(lambda prior: density(prior).log_prob(X).mean())(model.prior)
+    gradient = jax.jit(jax.grad(lambda prior: density(prior).log_prob(X).mean()))(model.prior)
     assert {name.split(".")[-1] for name in gradient.weights} == {"loc", "0"}
     loaded = ir.load(model.save(tmp_path / "model.npz"), prior=make(1.0))
     np.testing.assert_allclose(loaded.log_prob(X), model.log_prob(X), rtol=1e-6)
