@@ -1,6 +1,7 @@
 """Bounds on the user's word: one that data contradict is refused with its block and both numbers, and a right one never."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,7 @@ class Mixing(Rotated):
         return self.scale * (x - x.mean(axis=0, keepdims=True))
 
 
+@functools.cache
 def density(kind):
     """A density whose second stage has branches of this class."""
 
