@@ -72,14 +72,14 @@ from iresnet_jax.runs.config import default_config
 def get_config():
     config = default_config()
     config.objective = "hybrid"
-    config.model.stages = ({"num_blocks": 2, "hidden": (4,), "kernel_sizes": (3, 3), "squeeze": 2},)
+    config.model.stages = ({"num_blocks": 1, "hidden": (4,), "kernel_sizes": (3, 3), "squeeze": 2},)
     config.model.dequantization = "variational"
     config.model.noise.update({"num_blocks": 1, "hidden": (3,), "network": (4, 2), "window": 3})
     config.logdet.update({"kind": "roulette", "distribution": "geometric", "parameter": 0.5})  # as above
     config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 2})
     config.hybrid.update({"weight": 2.0, "initial_weight": 4.0, "ramp_steps": 4})
     config.training.update({"total_steps": 8, "eval_every_steps": 4, "log_every_steps": 2, "batch_size": 32,
-        "actnorm_examples": 64, "ema_decay": 0.5, "blocks": "scan"})
+        "actnorm_examples": 64, "ema_decay": 0.5, "blocks": "unroll"})
     config.evaluation.update({"num_dequantisations": 1, "num_probe_draws": 1})
     config.evaluation.logdet.kind = "exact"
     return config
