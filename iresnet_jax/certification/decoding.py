@@ -17,8 +17,10 @@ from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.certification.inverse import InverseCertificate, inverse
 from iresnet_jax.certification.prepared import check, vectors_of
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
+from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Contexts, Density
+from iresnet_jax.models.leading_axes import numbers
 from iresnet_jax.models.reconstructor import Reconstructor
 
 
@@ -89,7 +91,7 @@ def decode(
         >>> info.error_bound, info.certain.all(), info.certificate.applied  # doctest: +SKIP
     """
     check(model, z, context=context)
-    decoded = to_data(model, jnp.asarray(z), context=context)
+    decoded = _decoded(model, jnp.asarray(z), None if context is None else numbers(context))
     with jax.enable_x64():  # the model may round latents, and the certificate is of those that were given
         latents = np.asarray(vectors_of(model, np.asarray(z)))
     return decoded.data, certified(model, decoded._replace(latents=latents), context=context)
@@ -113,6 +115,11 @@ def to_data(
     x, info = model.flow().inverse(latents)
     images = model.spec.unpad(x) if isinstance(model, Classifier) else x
     return Decoded(latents, x, images, images, info)
+
+
+@quick_jit  # one program: outside of ``jit``, every loop would be one at every call
+def _decoded(model: Any, z: Array, context: Any) -> Decoded:
+    return to_data(model, z, context=context)
 
 
 def certified(

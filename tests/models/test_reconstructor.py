@@ -83,7 +83,7 @@ def test_noise_amplification_is_the_bound_of_the_jacobian_and_close_to_it_at_mos
 
 
 def test_certified_decoding_takes_its_measurements():
-    plain, info = model().invert(X)
+    plain, info = invert(model(), X)
     x, found = certify.decode(model(), X)
     np.testing.assert_array_equal(x, plain)
     assert found.certificate.applied.all()
