@@ -28,7 +28,6 @@ def get_config(data="mnist"):
     config.constraint.num_steps = 5
     config.preprocessing.update({"transform": "logit", "alpha": 1e-6 if data == "mnist" else 0.05})
     config.logdet = estimator_settings(kind="roulette", distribution="poisson", parameter=2.0, num_exact_terms=2)
-    config.evaluation.logdet = estimator_settings(kind="roulette", num_exact_terms=20)
     config.optimizer.update(
         {
             "name": "adam",

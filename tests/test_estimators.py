@@ -47,8 +47,6 @@ TINY = {
         "evaluation.batch_size": 2,
     },
 }
-# Check by name, and the reason why it cannot pass.
-EXPECTED_TO_FAIL: dict[str, dict[str, str]] = {"ResidualFlowDensity": {}, "ResidualFlowClassifier": {}}
 
 
 def does_nothing(flow):
@@ -71,10 +69,7 @@ def fit_or_moments(x, labels=None, **options):
     return model.with_(history=History({}, {}, step=0))
 
 
-@parametrize_with_checks(
-    [ResidualFlowDensity(**TINY), ResidualFlowClassifier(**TINY)],
-    expected_failed_checks=lambda estimator: EXPECTED_TO_FAIL[type(estimator).__name__],
-)
+@parametrize_with_checks([ResidualFlowDensity(**TINY), ResidualFlowClassifier(**TINY)])
 def test_scikit_learn_checks(estimator, check, monkeypatch):
     monkeypatch.setattr(estimators, "fit", fit_or_moments)
     check(estimator)

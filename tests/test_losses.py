@@ -61,10 +61,9 @@ def test_reverse_kl_is_the_divergence(path):
     assert float(value) == pytest.approx(differences.mean(), abs=6 * float(differences.std()) / math.sqrt(4000))
 
 
-@pytest.mark.parametrize("prior", ["gaussian", "mixture"])
-def test_both_gradients_have_the_same_mean(prior):
+def test_both_gradients_have_the_same_mean():
     keys = jax.random.split(KEY, 40)
-    (path, path_error), (full, full_error) = (gradient(prior, keys, path=path) for path in (True, False))
+    (path, path_error), (full, full_error) = (gradient("mixture", keys, path=path) for path in (True, False))
     assert np.linalg.norm(full) > 5 * np.linalg.norm(full_error)
     assert np.all(np.abs(path - full) < 5 * np.hypot(path_error, full_error) + 1e-5)
 

@@ -163,15 +163,6 @@ def test_robustness_says_the_verified_accuracy(folders, capsys):
     assert [line.split()[0] for line in lines[2:]] == ["1e-06", "0.1"]
 
 
-def test_ood_says_an_area_for_every_score(folders, capsys):
-    lines = said(capsys, "ood", folders["hybrid"], "--against", "noise", "--num", "20").splitlines()
-    assert lines[0] == "20 test images against 20 others (noise):"
-    assert [line.split()[2].rstrip(":") for line in lines[1:]] == ["likelihood", "typicality", "confidence"]
-    lines = said(capsys, "ood", folders["classifier"]).splitlines()
-    assert lines[0] == "25 test images against 25 others (rotated):"
-    assert [line.split()[2].rstrip(":") for line in lines[1:]] == ["energy", "confidence", "distance"]
-
-
 def test_the_importance_weighted_bound_is_one_of_discrete_data(folders, capsys):
     assert "by the importance-weighted bound with 2 draws" in said(capsys, "evaluate", folders["hybrid"], "--importance", "2")
     refused = answer(capsys, "evaluate", "--workdir", folders["points"], "--importance", "2")

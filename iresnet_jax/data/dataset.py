@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -82,10 +82,6 @@ class DataSet:
             fingerprint = fingerprint_of(described, num_levels=num_levels, num_classes=num_classes)
         event_shape = examples["train"].shape[1:]
         return cls(name, event_shape, num_levels, num_classes, fingerprint, examples, labels, contexts or {}, grid)
-
-    def with_columns(self, columns: tuple[Column, ...] | None) -> "DataSet":
-        """The same data with the columns of the data frame that they were read from."""
-        return replace(self, columns=columns)
 
     @classmethod
     def endless(cls, generator: Toy | Simulator) -> "DataSet":

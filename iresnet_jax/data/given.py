@@ -1,5 +1,6 @@
 """What a user gives `iresnet_jax.fit`: arrays, data frames, or a tuple of them to validate with, as a data set."""
 
+import dataclasses
 from typing import Any
 
 import jax.core
@@ -49,7 +50,7 @@ def data_of(
         splits = {"train": arrays, "validation": _arrays(columns, *held_out)}
     names = [column.name for column in columns or ()]
     data = from_arrays(FITTED_ARRAY, splits, fractions=(validation_fraction, 0.0), column_names=names, table=table)
-    return data.with_columns(columns)
+    return dataclasses.replace(data, columns=columns)
 
 
 def _arrays(columns: tuple[Column, ...] | None, x: Any, labels: Any = None, context: Any = None) -> Arrays:

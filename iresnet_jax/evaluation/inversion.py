@@ -219,7 +219,7 @@ def _there_and_back(model, batch):
 
 
 def _in_float64(model, batch):
-    return round_trip(model, *jax.tree.map(lambda values: values.astype(jnp.float64), batch))[1]
+    return round_trip(model, *jax.tree.map(lambda values: values.astype(jnp.float64), batch))
 
 
 def summarize(trip: RoundTrip, num_blocks: int) -> RoundTrips:
@@ -237,18 +237,15 @@ def summarize(trip: RoundTrip, num_blocks: int) -> RoundTrips:
 
 def round_trip(
     model: Density | Classifier | Reconstructor, there: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
-) -> tuple[Float[Array, "b ..."], RoundTrip]:
-    """The model's flow and its inverse, under a context if the model is conditional.
+) -> RoundTrip:
+    """How the model's flow and its inverse go, under a context if the model is conditional.
 
     The solver bounds the distance to the exact preimage of the latents as they are. Encoding rounded them, in each block by no
     more than the solver allows for rounding of its residual; so twice the solver's bound holds for the way there and back.
-
-    Returns:
-        What came back, and how it went.
     """
     bijection = model.flow(context) if isinstance(model, Density) else model.flow()
     back, info = bijection.inverse(bijection.forward(there))
-    return back, _compared(there, back, info)
+    return _compared(there, back, info)
 
 
 def _compared(there, back, info) -> RoundTrip:

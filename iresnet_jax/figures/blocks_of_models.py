@@ -3,11 +3,11 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
 from iresnet_jax.branches.branch import Branch
+from iresnet_jax.certification.trajectory import in_float64
 from iresnet_jax.models.flow import branch_inputs
 
 
@@ -50,10 +50,6 @@ def loosest_block(model: Any, examples: Num[np.ndarray, "n ..."]) -> PlacedBlock
     name, k = max(bounds, key=lambda place: bounds[place])
     if not bounds[name, k] < 1:
         raise ValueError(f"{name}/block{k:02d} is not certified a contraction: this figure is about bounds below 1")
-    weights = jax.tree.map(_in_float64, model.weights)
-    inputs = jax.jit(branch_inputs, static_argnums=0)(flow, weights, _in_float64(model.preprocess(examples)))
+    weights = in_float64(model.weights)
+    inputs = jax.jit(branch_inputs, static_argnums=0)(flow, weights, in_float64(model.preprocess(examples)))
     return PlacedBlock(f"{name}/block{k:02d}", jax.tree.map(lambda leaf: leaf[k], weights[name].branch), inputs[name][k])
-
-
-def _in_float64(leaf: Array) -> Array:
-    return jnp.asarray(leaf, jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.asarray(leaf)

@@ -22,6 +22,7 @@ COLUMNS = 4  # pairs of pictures a row
 POOL = 50_000  # training points
 STAGE = StageSpec(8, (32, 32), activation="clipswish")
 LEARNING_RATE = 5e-3
+NUM_STEPS, BATCH_SIZE = 2000, 256
 NUM_TEST = 10_000
 SIDE = 128  # points of the grid along each axis
 LEVELS = 32  # shades of grey: few make the file small
@@ -42,29 +43,14 @@ def figure(run: Run | None) -> Drawing:
     return drawing_of([(toy, run.model)])
 
 
-def fit(
-    names: Sequence[str] = tuple(TOYS),
-    *,
-    stage: StageSpec = STAGE,
-    num_steps: int = 2000,
-    batch_size: int = 256,
-    seed: int = 0,
-) -> list[tuple[Toy, Density]]:
-    """Fits a density to each toy by Adam; all of them share one compiled program.
-
-    Args:
-        names: Names of toys, see `iresnet_jax.data.toys`.
-        stage: Residual blocks.
-        num_steps: Updates.
-        batch_size: Points of an update.
-        seed: Seed of weights and points.
-    """
-    key_points, key_weights, key_places = jax.random.split(jax.random.key(seed), 3)
-    places, fitted = jax.random.randint(key_places, (num_steps, batch_size), 0, POOL), []
-    for name in names:
-        points = TOYS[name].sample(key_points, POOL)
-        start = Density.init(key_weights, np.asarray(points[:1024]), stages=[stage], transform=Identity())
-        fitted.append((TOYS[name], trained(start, _loss, [points], places, learning_rate=LEARNING_RATE)))
+def fit() -> list[tuple[Toy, Density]]:
+    """Fits a density to each toy by Adam; all of them share one compiled program."""
+    key_points, key_weights, key_places = jax.random.split(jax.random.key(0), 3)
+    places, fitted = jax.random.randint(key_places, (NUM_STEPS, BATCH_SIZE), 0, POOL), []
+    for toy in TOYS.values():
+        points = toy.sample(key_points, POOL)
+        start = Density.init(key_weights, np.asarray(points[:1024]), stages=[STAGE], transform=Identity())
+        fitted.append((toy, trained(start, _loss, [points], places, learning_rate=LEARNING_RATE)))
     return fitted
 
 

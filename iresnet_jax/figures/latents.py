@@ -35,38 +35,14 @@ def figure(run: Run) -> Drawing:
         raise ValueError(f"{run.folder} holds no density without contexts: this figure is about its samples")
     if model.spec.num_levels is None or len(model.spec.flow.event_shape) != 3:
         raise ValueError(f"{run.folder} holds a density of other data than images of integer levels: this figure shows images")
-    return drawing_of(model, run.data.examples["train"], test)
-
-
-def drawing_of(
-    model: Density,
-    train: Images,
-    test: Images,
-    *,
-    temperatures: Sequence[float] = TEMPERATURES,
-    num_steps: int = NUM_STEPS,
-    num_samples: int = NUM_SAMPLES,
-    seed: int = 0,
-) -> Drawing:
-    """Measures and draws; nothing that is drawn is selected: pairs and samples are the first.
-
-    Args:
-        model: A density of images of integer levels.
-        train: Its training images.
-        test: Test images, at least `NUM_PAIRS` pairs.
-        temperatures: Factors on the prior's scale; the last one also has its nearest training images.
-        num_steps: Images from one to the other, both included, and columns of the drawing.
-        num_samples: Samples for each temperature.
-        seed: Seed of the samples.
-    """
-    assert model.spec.num_levels is not None
+    train = run.data.examples["train"]
     rows, strips = [], {}
-    for pair in range(NUM_PAIRS):
-        own, images = _interpolated(model, test[2 * pair : 2 * pair + 2], pair + 1, num_steps)
+    for pair in range(NUM_PAIRS):  # nothing is selected: pairs and samples are the first
+        own, images = _interpolated(model, test[2 * pair : 2 * pair + 2], pair + 1)
         rows, strips = rows + own, strips | images
     samples = np.zeros(0)
-    for temperature in temperatures:
-        drawn, info = model.sample(jax.random.key(seed), num_samples, temperature=temperature)
+    for temperature in TEMPERATURES:
+        drawn, info = model.sample(jax.random.key(0), NUM_SAMPLES, temperature=temperature)
         samples = np.asarray(drawn)
         strips[f"samples, temperature {temperature:g}"] = samples
         bits = _bits(model, samples)
@@ -78,7 +54,7 @@ def drawing_of(
         rows.append(_row("nearest", name, np.nan, np.nan) | {"distance": float(np.median(distance))})
         if name == "samples":
             strips["nearest training images"] = train[nearest]
-    shown = {name: images[:num_steps] / (model.spec.num_levels - 1) for name, images in strips.items()}
+    shown = {name: images[:NUM_STEPS] / (model.spec.num_levels - 1) for name, images in strips.items()}
     return Drawing(draw(rows, shown), rows)
 
 
@@ -92,13 +68,13 @@ def _bits(model: Density, levels: Images) -> Float[np.ndarray, " n"]:
     return -np.asarray(model.log_prob(levels, jax.random.key(0)), np.float64) * model.spec.unit_of_a_nat
 
 
-def _interpolated(model: Density, ends: Images, pair: int, num_steps: int) -> tuple[list[dict[str, Any]], dict[str, Images]]:
+def _interpolated(model: Density, ends: Images, pair: int) -> tuple[list[dict[str, Any]], dict[str, Images]]:
     """Images between two, on a straight line of latents and on one of pixels, and the likelihood of each.
 
     ``distance`` is that to the nearer end: it shows that the line of latents begins and ends at the images.
     """
     assert model.spec.num_levels is not None
-    share = np.linspace(0.0, 1.0, num_steps)
+    share = np.linspace(0.0, 1.0, NUM_STEPS)
     z = np.asarray(model.encode(ends))
     of_latents, info = model.decode(jnp.asarray((1 - share)[:, None] * z[:1] + share[:, None] * z[1:], z.dtype))
     weights = share[:, None, None, None]

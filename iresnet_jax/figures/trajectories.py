@@ -114,11 +114,6 @@ def _follow(branch: Branch, x: Float[Array, "n 1"]) -> Float[Array, "k n 1"]:
     return jnp.concatenate([x[None], jax.lax.scan(step, x, branch)[1]])
 
 
-def num_crossings(rows: Sequence[Row], network: str) -> int:
-    """Pairs of neighbouring paths that change their order, or meet, from one block to the next."""
-    return int(_crossings(rows, network).sum())
-
-
 def _crossings(rows: Sequence[Row], network: str) -> Bool[np.ndarray, "k n"]:
     gaps = np.sign(_by_depth(rows, network, "gap"))
     return gaps[1:] != gaps[:-1]

@@ -125,10 +125,10 @@ class PlacedStage(NamedTuple):
             return params
         return ActNormParams(jnp.zeros_like(params.bias), jnp.full_like(params.log_scale, math.log(self.scale)))
 
-    def identity(self) -> dict[str, Float[Array, "k c"]]:
-        """Parameters of all blocks' ActNorm that is the identity, stacked."""
+    def initial_params(self, key: Key[Array, ""], **options: Any) -> dict[str, Any]:
+        """Parameters of the stage: weights as `initial_weights` makes them, and an ActNorm that is the identity."""
         zeros = jnp.zeros((self.spec.num_blocks, self.branch.in_shape[-1]))
-        return {"bias": zeros, "log_scale": zeros}
+        return {"blocks": {**self.initial_weights(key, **options), "actnorm": {"bias": zeros, "log_scale": zeros}}}
 
 
 @dataclass(frozen=True)

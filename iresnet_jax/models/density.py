@@ -717,10 +717,7 @@ def _terms(model: Density, x: Array, context: Any, key_noise: Keys, key_probe: K
     y, log_det_transform, _ = model._transform.forward_and_logdet(u, key_probe)
     z, log_det, info = model.flow(context).forward_and_logdet(y, key_probe)
     by_class = None if model.spec.num_classes is None else model.log_prior_by_class(z)
-    if by_class is None:
-        log_prior = priors.log_prob(model.spec.prior_family, model.prior, z)
-    else:
-        log_prior = jax.nn.logsumexp(by_class, axis=1)
+    log_prior = model.log_prior(z) if by_class is None else jax.nn.logsumexp(by_class, axis=1)
     preprocessing = log_det_cells + log_det_transform
     info = add_logdet_info(info, info_of_noise)
     return LogProb(log_prior + log_det + preprocessing, log_prior, log_det, preprocessing, info, by_class)

@@ -45,10 +45,7 @@ def _initial_weights(
     spec, sharp, last_scale = what
     options = {"sharp": sharp} if last_scale == 1 else {"sharp": sharp, "last_scale": last_scale}
     keys = jax.random.split(jax.random.split(key)[0], len(spec.stages))
-    params = {
-        stage.name: {"blocks": {**stage.initial_weights(own, **options), "actnorm": stage.identity()}}
-        for stage, own in zip(spec.layout, keys, strict=True)
-    }
+    params = {stage.name: stage.initial_params(own, **options) for stage, own in zip(spec.layout, keys, strict=True)}
     params |= noise.initial_params(spec, jax.random.fold_in(key, 1))
     weights = contractions.freeze(spec, jax.tree.map(lambda leaf: leaf.astype(x.dtype), params))
     fitted, z = flow.fit_actnorm(spec, weights, x, context)

@@ -37,11 +37,7 @@ def initial_params(spec: FlowSpec, key: Key[Array, ""]) -> dict[str, Any]:
     """Parameters of a flow that makes uniform noise, as `contractions.constrain` takes them; empty if ``spec`` has none."""
     stages = spec.all_stages[len(spec.layout) :]
     keys = jax.random.split(key, max(len(stages), 1))
-
-    def blocks(stage, own):
-        return {**stage.initial_weights(own, last_scale=0.0), "actnorm": stage.identity()}
-
-    return {stage.name: {"blocks": blocks(stage, own)} for stage, own in zip(stages, keys, strict=False)}
+    return {stage.name: stage.initial_params(own, last_scale=0.0) for stage, own in zip(stages, keys, strict=False)}
 
 
 def initial_network(spec: FlowSpec, key: Key[Array, ""]) -> Network:

@@ -147,11 +147,7 @@ def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:
 
 def _empty(spec: Spec, prior: Any) -> dict[str, Any]:
     """Arrays of the shapes that a model of this spec has, with a prior of one's own if it has one."""
-
-    def blocks(stage):
-        return {**stage.initial_weights(jax.random.key(0)), "actnorm": stage.identity()}
-
-    params = {stage.name: {"blocks": blocks(stage)} for stage in spec.flow.all_stages}
+    params = {stage.name: stage.initial_params(jax.random.key(0)) for stage in spec.flow.all_stages}
     if isinstance(spec, DensitySpec):
         if prior is None:
             prior = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes, spec.num_components)

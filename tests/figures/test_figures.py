@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import re
 import shutil
 
 import jax
@@ -60,14 +61,14 @@ def column(rows, name, /, **chosen):
 
 def test_only_paths_of_the_ordinary_network_cross():
     rows = trajectories.measure(num_blocks=12, width=8, num_steps=400)
-    assert trajectories.num_crossings(rows, "ordinary") > 0
-    assert trajectories.num_crossings(rows, "invertible") == 0
     assert np.all(column(rows, "gap", network="invertible") >= column(rows, "least_gap", network="invertible") - 1e-6)
     start = column(rows, "start", network="invertible", blocks=12)
     for network in trajectories.NETWORKS:  # both fit the same maps, as well as their noise allows
         assert np.abs(column(rows, "position", network=network, blocks=6) - start**3).mean() < trajectories.NOISE
         assert np.abs(column(rows, "position", network=network, blocks=12) - start).mean() < trajectories.NOISE
-    assert [axes.get_title(loc="left") for axes in trajectories.draw(rows).axes][1] == "invertible: 0 crossings"
+    ordinary, invertible, *_ = [axes.get_title(loc="left") for axes in trajectories.draw(rows).axes]
+    assert re.fullmatch("ordinary: [1-9][0-9]* crossings?", ordinary)
+    assert invertible == "invertible: 0 crossings"
 
 
 def test_logdets_are_within_their_bounds_and_spread_as_the_root_of_the_probes(block):
