@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.branches.branch import AnyBranch
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo, invert_residual
+from iresnet_jax.maths.lipschitz_bounds import block_bounds
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.jacobian_products import linearize
 
@@ -104,5 +105,5 @@ def residual_bijection(branch: AnyBranch, estimator: LogdetEstimator, solver: So
         forward_and_logdet=lambda x, key: forward_and_logdet(branch, x, key, estimator),
         inverse=lambda y: inverse(branch, y, solver),
         inverse_and_logdet=lambda y, key: inverse_and_logdet(branch, y, key, estimator, solver),
-        inverse_lipschitz=1 / jnp.maximum(1 - jnp.asarray(branch.lipschitz_bound), 0),
+        inverse_lipschitz=block_bounds(branch.lipschitz_bound).inverse,
     )

@@ -92,8 +92,10 @@ class Branch:
         """``g(x)``, or ``g(x; context)`` if contexts are bound.
 
         Raises:
-            ValueError: If the contexts are not what the branch takes.
+            ValueError: If the examples or the contexts are not what the branch takes.
         """
+        if x.shape[1:] != tuple(self.spec.in_shape):
+            raise ValueError(f"the branch and its bounds are for examples of shape {self.spec.in_shape}, got {x.shape[1:]}")
         of_pixels = x.shape[1:-1] if np.ndim(self.context) == x.ndim > 2 else ()
         check_context(self.spec.context_dim, len(x), self.context, of_pixels)
         return self._scaled(self.spec.apply(self.weights, x, self.context, bfloat16=self.bfloat16))

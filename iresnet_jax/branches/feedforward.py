@@ -39,6 +39,12 @@ FULL_DIMS = 256  # above this, the d^2 numbers that a Jacobian in closed form ha
 _SCALING_MARGIN = 1e-5
 
 
+def _power(norm: Array, exponent: int) -> Array:
+    """A norm's power, 0 only if the norm is: small numbers underflow."""
+    power = norm**exponent
+    return jnp.where(norm > 0, jnp.maximum(power, jnp.finfo(power.dtype).tiny), power)
+
+
 @dataclass(frozen=True)
 class FeedforwardSpec(BranchSpec):
     """The architecture of a branch of layers.
@@ -228,7 +234,7 @@ class FeedforwardSpec(BranchSpec):
         def norm_of(part: Part) -> Array:
             return part.operator.norm_along(self.operator_kernel(weights, part), vectors[part.name])
 
-        norms = {part.name: norm_of(part) ** len(part.layers) for part in self.parts}
+        norms = {part.name: _power(norm_of(part), len(part.layers)) for part in self.parts}
         scaled, lipschitz = self._within_budget(weights, norms, coeff=coeff, budget=budget)
         branch = Branch(self, scaled, lipschitz, "estimated")
         return ConstrainedBranch(branch, {name: v for name, (_, v) in vectors.items()}, norms)
@@ -243,7 +249,7 @@ class FeedforwardSpec(BranchSpec):
             bound = part.operator.norm_bound(self.operator_kernel(weights, part), **settings)
             *taps, cin, cout = part.operator.kernel_shape
             error = self.operator_roundings * float(jnp.finfo(bound.dtype).eps) * math.sqrt(math.prod(taps) * min(cin, cout))
-            return (bound * (1 + error)) ** len(part.layers)
+            return _power(bound * (1 + error), len(part.layers))
 
         return {part.name: bound_of(part) for part in self.parts}
 
@@ -282,12 +288,14 @@ class FeedforwardSpec(BranchSpec):
             all_positive = jnp.all(sizes > 0)
             mean = jnp.exp(jnp.mean(jnp.log(jnp.where(all_positive, sizes, 1))))
             excess = jnp.broadcast_to(jnp.where(all_positive, mean, 0) / coeff ** (1 / len(norms)), sizes.shape)
+        # Kernels beyond the largest float stay: their bound is infinite, and not that of zeros.
+        excess = jnp.maximum(jnp.where(jnp.isfinite(excess), excess, 1), 1)
         scaled = dict(weights)
         for i, part in enumerate(self.parts):
             for name in part.layers:
                 own = excess[i] if len(part.layers) == 1 else excess[i] ** (1 / len(part.layers))
                 scaled[name] = {**weights[name], "kernel": soft_normalize(weights[name]["kernel"], own, 1.0)}
-        return scaled, lax.stop_gradient(jnp.prod(sizes / jnp.maximum(excess, 1)))
+        return scaled, lax.stop_gradient(jnp.prod(sizes / excess))
 
     def rounded_to_bfloat16(self, weights: Weights) -> Weights:
         """Kernels are rounded."""

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from iresnet_jax.branches.branch import BranchSpec, Weights
+from iresnet_jax.maths.enclosures.upward_rounding import at_least
 
 Make = Callable[[Any], Any]  # key -> module
 
@@ -74,7 +75,7 @@ class OwnSpec(BranchSpec):
         bound = jnp.asarray(self.module(weights).lipschitz_bound())
         if bound.shape:
             raise ValueError(f"lipschitz_bound() must return one number, got shape {bound.shape}")
-        return bound.astype(jnp.result_type(*jax.tree.leaves(weights)))
+        return at_least(bound, jnp.result_type(*jax.tree.leaves(weights)))
 
     def rounded_to_bfloat16(self, weights: Weights) -> Weights:
         """All weights are rounded."""

@@ -107,7 +107,7 @@ def to_data(
         z: Latents, features or measurements, in their own shape or as vectors in the order of the flow's outputs.
         context: Contexts of a conditional density.
     """
-    latents = jnp.asarray(vectors_of(model, z))
+    latents = model.promoted(vectors_of(model, z))
     if isinstance(model, Density):
         x, info = model.flow(context).inverse(latents)
         u = model.continuous_of_input(x)

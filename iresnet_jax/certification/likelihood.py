@@ -111,6 +111,7 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
             "dequantised data that model.dequantize gives"
         )
     spec, given = model.spec, np.asarray(model.numbers(x))
+    model.check_ranges(given)
     key = jax.random.key(0) if key is None else typed_key(key)
     key_noise = jax.random.split(key)[0] if key.ndim == 0 else jax.vmap(jax.random.split)(key)[:, 0]
     noisy = np.asarray(model.dequantize(x, key_noise))

@@ -240,7 +240,7 @@ class Classifier(Model):
             features: Features of `ClassifierSpec.feature_shape`.
         """
         examples = as_batch(features, self.spec.feature_shape)
-        x, info = self.flow().inverse(reshape.flatten(examples.x))
+        x, info = self.flow().inverse(self.promoted(reshape.flatten(examples.x)))
         found = Reconstruction(self.spec.unpad(x), reshape.padding_residual(x, self.spec.pad_channels), info)
         return examples.restore(found)
 

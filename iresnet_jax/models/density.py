@@ -555,7 +555,7 @@ class Density(Model):
         if key is not None and self._is_variational:
             return noises.place(self.noise_flow(x), x, key, *self._levels_and_dtype)
         u = self._dequantize.forward(x) if key is None else self._dequantize.forward_and_logdet(x, key)[0]
-        return self._promoted(u)
+        return self.promoted(u)
 
     def dequantize_and_logdet(
         self, x: Data, key_noise: Keys, key_probe: Keys
@@ -565,7 +565,7 @@ class Density(Model):
         if self._is_variational:
             return noises.place_and_logdet(self.noise_flow(x), x, key_noise, key_probe, *self._levels_and_dtype)
         u, log_det, info = self._dequantize.forward_and_logdet(x, key_noise)
-        return self._promoted(u), log_det, info
+        return self.promoted(u), log_det, info
 
     def noise_flow(self, x: Data) -> Bijection:
         """The flow from logistic numbers to the logits of the noise of these levels, see `iresnet_jax.models.noise`.
@@ -615,11 +615,6 @@ class Density(Model):
     @property
     def _transform(self) -> Bijection:
         return _bijection(self.spec.transform, self.constants.get("transform"))
-
-    def _promoted(self, x: Array) -> Array:
-        """Numbers in the precision of the weights, if theirs is lower; of JAX's floats while there are no weights."""
-        weights = jax.tree.leaves(as_params(self.weights))
-        return x.astype(jnp.result_type(x, *weights) if weights else jnp.promote_types(x.dtype, jnp.result_type(float)))
 
     @property
     def _dequantize(self) -> Bijection:
@@ -730,7 +725,7 @@ def _encode(model: Density, x: Array, context: Any, key: Keys | None) -> Float[A
 
 @quick_jit
 def _decode(model: Density, z: Array, context: Any) -> tuple[Num[Array, "b ..."], FixedPointInfo]:
-    u, info = chain([model._transform, model.flow(context)]).inverse(model._promoted(z))
+    u, info = chain([model._transform, model.flow(context)]).inverse(model.promoted(z))
     return model.round_to_data(u), info
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from iresnet_jax.atomic_files import replacing
 from iresnet_jax.checked_dataclasses import tagged
@@ -48,6 +50,11 @@ class Model:
     def learned(self, name: str) -> Any:
         """The arrays of a field in `arrays`."""
         return getattr(self, name)
+
+    def promoted(self, x: Any) -> Array:
+        """Numbers in the precision of the weights, if theirs is lower; of JAX's floats while there are no weights."""
+        x, weights = jnp.asarray(x), jax.tree.leaves(as_params(self.weights))
+        return x.astype(jnp.result_type(x, *weights) if weights else jnp.promote_types(x.dtype, jnp.result_type(float)))
 
     def certificate(self) -> Certificate:
         """Norms of all layers and Lipschitz constants of all blocks and of the whole model, estimated and guaranteed."""

@@ -152,7 +152,7 @@ class Reconstructor(Model):
     def measure(self, x: Measurements) -> Float[Array, "b h w c"]:
         """``F(x)``: what the learned operator measures of images."""
         self._check(x)
-        return self.spec.permutation.inverse(self.flow().forward(jnp.asarray(x)))[0]
+        return self.spec.permutation.inverse(self.flow().forward(self.promoted(x)))[0]
 
     def reconstruct(self, y: Measurements) -> tuple[Float[Array, "b h w c"], FixedPointInfo]:
         """``P(F^-1(y))``, and how the inverse ended.
@@ -174,7 +174,7 @@ class Reconstructor(Model):
 
     def as_latents(self, y: Measurements) -> Float[Array, "b d"]:
         """Measurements as vectors in the order of `flow`'s outputs, as `certify.inverse` takes them."""
-        return self.spec.permutation.forward(jnp.asarray(y))
+        return self.spec.permutation.forward(self.promoted(y))
 
     @property
     def noise_amplification(self) -> float:

@@ -312,6 +312,11 @@ def test_error_bounds_of_a_chain_compose_by_the_lipschitz_constants_of_the_inver
     assert np.any(error > first.error_bound)  # the first solver's own bound is not enough
 
 
+def test_the_constant_of_a_block_close_to_no_contraction_is_rounded_up():
+    block = residual_bijection(CallableBranch(lambda x: x, 0.9999999), ExactLogdet())
+    assert 1e7 <= float(block.inverse_lipschitz) <= 2e7
+
+
 def test_one_failed_block_fails_the_chain():
     good, bad = (residual(lambda x: 0.5 * x, bound, solver=Solver(max_evals=50)) for bound in (0.5, 1.0))
     for parts in ([good, bad], [bad, good]):

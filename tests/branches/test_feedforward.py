@@ -13,6 +13,7 @@ from iresnet_jax.bijections.transforms.logit import Logit
 from iresnet_jax.branches.branch import BUDGETS
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.branches.layers import training_twists
+from iresnet_jax.branches.sandwich import SandwichSpec
 from iresnet_jax.maths import platforms
 from iresnet_jax.models import contractions as model
 from iresnet_jax.models import density
@@ -119,6 +120,44 @@ def test_a_budget_by_block_scales_all_layers_by_one_factor():
         factors = [float(branch.weights[n]["kernel"][0, 0] / weights[n]["kernel"][0, 0]) for n in weights]
         np.testing.assert_allclose(factors, factors[0], rtol=1e-6)
         np.testing.assert_allclose(np.prod(list(true_norms(spec, branch.weights).values())), COEFF, rtol=2e-3)
+
+
+SANDWICH = SandwichSpec((1,), hidden=(1, 1), activation="elu")
+
+
+def sandwich(first, rest):
+    """Weights with one number in all kernels of the first part, and one in all others."""
+    weights, small = SANDWICH.initial_weights(jax.random.key(0)), SANDWICH.parts[0].layers
+    return {
+        name: {**own, "kernel": jnp.full_like(own["kernel"], first if name in small else rest)} for name, own in weights.items()
+    }
+
+
+def test_squares_that_underflow_are_not_taken_for_zeros():
+    weights = sandwich(1e-23, 1e15)
+    bounds = SANDWICH.norm_bounds(weights)
+    assert all(float(bound) > 0 for bound in bounds.values())
+    found = SANDWICH.certified(weights, bounds, coeff=COEFF, budget="block").branch
+    assert 0 < float(found.lipschitz_bound) <= COEFF
+    again = SANDWICH.with_bounds(found.weights, SANDWICH.norm_bounds(found.weights))
+    assert 0 < float(again.lipschitz_bound) <= COEFF * (1 + 1e-3)
+
+
+def test_gradients_at_a_sandwich_of_zeros_are_finite():
+    def total(weights):
+        found = SANDWICH.certified(weights, SANDWICH.norm_bounds(weights, method="gram"), coeff=COEFF).branch.weights
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(found))
+
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(total))(sandwich(0.0, 0.0))):
+        np.testing.assert_array_equal(leaf, 1)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_norms_beyond_the_largest_float_have_no_bound(budget):
+    spec = SPECS["dense"]
+    weights = jax.tree.map(lambda leaf: jnp.full_like(leaf, 3e38), random_branch(spec, 0))
+    branch = certified(spec, weights, budget=budget)
+    assert np.isinf(branch.lipschitz_bound)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

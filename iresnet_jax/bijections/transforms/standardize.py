@@ -204,9 +204,13 @@ class Whiten:
         return exact_bijection(forward_and_logdet, inverse_and_logdet, inverse_lipschitz=given["inverse_lipschitz"])
 
     def bilipschitz(self) -> BiLipschitz:
-        """The reciprocal of the least and the largest singular value of ``factor``, rounded up."""
-        values = np.linalg.svd(np.asarray(self.factor), compute_uv=False)
-        return _bilipschitz(1 / values[-1], values[0])
+        """Norms of the inverse of ``factor`` and of itself, rounded up; its least singular value has too large an error."""
+        factor = np.asarray(self.factor)
+        inverse, num = np.linalg.inv(factor), len(factor)
+        rounding = (num + 2) * np.finfo(float).eps * np.linalg.norm(inverse) * np.linalg.norm(factor)
+        defect = np.linalg.norm(inverse @ factor - np.eye(num)) + rounding
+        norms = np.linalg.norm(inverse, 2), np.linalg.norm(factor, 2)
+        return _bilipschitz(norms[0] / (1 - defect) if defect < 1 else np.inf, norms[1])
 
     def enclose_forward(self, u: Float[np.ndarray, "b d"] | Ball) -> tuple[Ball, Ball]:
         r"""The solution of ``T y = u - m``, refined, and how far it may be off: ``|T^-1| |u - m - T y|``.

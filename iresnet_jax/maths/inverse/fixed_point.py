@@ -161,7 +161,7 @@ def invert_residual(
         return lax.custom_linear_solve(linear, b, solve_tangent, transpose_solve=solve_tangent)
 
     start = y if start is None else lax.stop_gradient(start.astype(y.dtype))
-    x, info = lax.custom_root(lambda x: x + branch(x) - y, start, solve, tangent_solve, has_aux=True)
+    x, info = lax.custom_root(lambda x: (x + branch(x) - y).astype(y.dtype), start, solve, tangent_solve, has_aux=True)
     num_evals, residual, error_bound, converged = (lax.stop_gradient(field) for field in info)
     return x, FixedPointInfo(num_evals.astype(jnp.int32), residual, error_bound, converged > 0)
 

@@ -28,6 +28,8 @@ from iresnet_jax.maths.logdet.jacobian_products import (
     with_gradient,
 )
 
+_MOST_SUMMED = 10_000  # terms of the tail
+
 
 def truncation_bound(num_dims: int, lipschitz_bound: float, num_terms: int) -> float:
     """``d (-log(1 - L) - sum_{k<=n} L^k / k)``: a priori bound of the truncated series' error, in nats.
@@ -37,9 +39,9 @@ def truncation_bound(num_dims: int, lipschitz_bound: float, num_terms: int) -> f
     if not 0 <= lipschitz_bound < 1:
         raise ValueError(f"lipschitz_bound must lie in [0, 1), got {lipschitz_bound}: the series only converges there")
     bound, k, power = 0.0, num_terms + 1, lipschitz_bound ** (num_terms + 1)
-    while power > 1e-17 * bound * (1 - lipschitz_bound) and power > 0:
+    while power > 1e-17 * bound * (1 - lipschitz_bound) and power > 0 and k <= num_terms + _MOST_SUMMED:
         bound, k, power = bound + power / k, k + 1, power * lipschitz_bound
-    return num_dims * bound
+    return num_dims * (bound + power / (k * (1 - lipschitz_bound))) * (1 + 1e-11)  # what is left, and rounding
 
 
 def weighted_series(

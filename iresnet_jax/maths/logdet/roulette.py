@@ -59,9 +59,9 @@ class RouletteLogdet(ProbingEstimator):
             raise ValueError(f"num_exact_terms must not be negative, got {self.num_exact_terms}")
 
     def survival(self) -> Float[np.ndarray, " j"]:
-        """``P(n >= j)`` for ``j = 1, 2, ...``, in float64, down to 1e-12."""
+        """``P(n >= j)`` for ``j = 1, 2, ...``, in float64, down to 1e-12 ("poisson") or 1e-9."""
         if self.distribution == "geometric":
-            count = int(np.ceil(np.log(1e-12) / np.log1p(-self.parameter)))
+            count = int(np.ceil(np.log(1e-9) / np.log1p(-self.parameter)))
             return (1 - self.parameter) ** np.arange(1, max(count, 1) + 1)
         mass, masses = np.exp(-self.parameter), []
         while len(masses) <= self.parameter or mass > 1e-25:
@@ -79,7 +79,11 @@ class RouletteLogdet(ProbingEstimator):
         if self.distribution == "poisson":
             n = jax.random.poisson(key, self.parameter)
         else:
-            n = jax.random.geometric(key, self.parameter) - 1  # JAX counts the trials, we count the failures
+            # JAX counts the trials, we count the failures. It draws nothing that has a chance below 2^-23: lengths of a chance
+            # of 2^-10 go on by a second draw, as a geometric distribution has no memory.
+            first, second = jax.random.geometric(key, self.parameter, (2,)) - 1
+            enough = math.ceil(math.log(2**-10) / math.log1p(-self.parameter))
+            n = jnp.where(first < enough, first, enough + second)
         return self.num_exact_terms + jnp.minimum(n, len(self.survival())).astype(jnp.int32)
 
     def fix_length(self, key: Keys) -> "RouletteLogdet":

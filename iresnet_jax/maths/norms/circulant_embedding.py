@@ -131,7 +131,8 @@ def _normalized(kernel):
     """Kernel over the power of two that brings its largest entry into [1, 2), this power, and the norm that may be lost.
 
     Processors may take subnormal entries for 0. Each is below ``tiny``, and a layer's norm is at most the sum of the absolute
-    entries, so twice their number times ``tiny`` covers them and the rounding of a sum.
+    entries, so twice their number times ``tiny`` covers them and the rounding of a sum. The loss is infinite of entries so large
+    that compilers, which divide by a product of two powers at once, may take its reciprocal for 0.
     """
     kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     scale = power_of_two(jnp.max(jnp.abs(kernel)))
@@ -141,4 +142,5 @@ def _normalized(kernel):
     # The barrier keeps the compiler from comparing the entries as floats, among which subnormal ones may equal 0.
     magnitude = lax.optimization_barrier(bits & unsigned(~(1 << (info.bits - 1)) & (2**info.bits - 1)))
     subnormal = magnitude - unsigned(1) < unsigned((1 << info.nmant) - 1)  # 0 wraps around to the largest number
-    return kernel / scale, scale, jnp.sum(subnormal).astype(kernel.dtype) * (2 * float(info.tiny))
+    lost = jnp.sum(subnormal).astype(kernel.dtype) * (2 * float(info.tiny))
+    return kernel / scale, scale, jnp.where(scale > 2.0 ** (info.maxexp - 28), jnp.inf, lost)

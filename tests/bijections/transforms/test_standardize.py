@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 
@@ -70,3 +71,13 @@ def test_few_examples_shrink_to_a_factor_that_exists():
 def test_constants_that_are_no_transform_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_bounds_hold_for_columns_of_very_different_scales():
+    for factor in (1.0, 1.3, 2.7, 5.9):
+        a, b = 1e-6 * factor, 7e5
+        forward, inverse = Whiten((0.0, 0.0), ((a, 0.0), (b, b))).bilipschitz()
+        with mpmath.workdps(50):
+            largest, least = (float(value) for value in mpmath.svd_r(mpmath.matrix([[a, 0], [b, b]]), compute_uv=False))
+        assert 1 / least <= float(forward) <= 1.01 / least
+        assert largest <= float(inverse) <= 1.0001 * largest

@@ -183,3 +183,10 @@ def test_bounds_hold_at_the_default_level_of_the_compiler(memory):
     assert info.converged.all()
     assert (error <= info.error_bound).all()
     assert (np.asarray(info.error_bound) <= 1e-6 + 1e-4 * np.linalg.norm(y, axis=1)).all()
+
+
+def test_a_batch_of_lower_precision_than_the_branch():
+    y = jnp.ones((2, 3), jnp.bfloat16)
+    x, info = invert_residual(lambda x: x @ (0.5 * jnp.eye(3, dtype=jnp.float32)), y, lipschitz_bound=0.5)
+    assert x.dtype == jnp.bfloat16
+    assert np.all(np.linalg.norm(np.asarray(x, np.float64) - 1 / 1.5, axis=1) <= np.asarray(info.error_bound, np.float64))

@@ -134,6 +134,12 @@ def test_a_priori_bound_against_brute_force(lipschitz, num_terms):
     np.testing.assert_allclose(attained, 7 * tail, atol=EXACT)
 
 
+def test_the_truncation_bound_of_almost_no_contraction_is_above_the_tail_and_takes_no_time():
+    lipschitz = 1 - 1e-9
+    tail = -np.log1p(-lipschitz) - np.sum(lipschitz ** np.arange(1, 6) / np.arange(1, 6))
+    assert 784 * tail <= truncation_bound(784, lipschitz, 5) < np.inf
+
+
 # ---------------------------------------------------------------------------------------------------- gradients
 
 
@@ -276,6 +282,14 @@ def assert_every_term_has_expected_weight_one(weights, num_exact_terms, distribu
         kept = num_exact_terms + np.minimum(n, len(weights) - num_exact_terms) >= k
         # Relative to the last terms' tiny probabilities the mass function is only good to its own rounding.
         np.testing.assert_allclose(np.sum(mass[kept]) * weights[k - 1], 1, rtol=PMF, err_msg=f"term {k}")
+
+
+def test_long_geometric_lengths_are_drawn_in_two(monkeypatch):
+    estimator = RouletteLogdet("geometric", 0.5)
+    assert len(estimator.survival()) == 30
+    for drawn, length in (((10, 99), 9), ((11, 4), 10 + 3), ((23, 23), 30), ((12, 1), 10)):  # trials, one more than failures
+        monkeypatch.setattr(jax.random, "geometric", lambda key, p, shape, drawn=drawn: jnp.asarray(drawn))
+        assert int(estimator.draw_length(jax.random.key(0))) == estimator.num_exact_terms + length
 
 
 @pytest.mark.parametrize("name", ROULETTES)

@@ -287,6 +287,17 @@ def test_subnormal_weights_add_to_the_norm(compiled):
     assert dense(jnp.zeros((8, 1))) == conv(jnp.zeros((3, 3, 1, 1))) == 0
 
 
+@BOTH_LEVELS
+def test_norms_of_huge_weights_are_not_taken_for_zeros(compiled):
+    """Two divisions by powers of two in a row may be one by their product, whose reciprocal is subnormal."""
+    dense, conv = compiled(certify.dense_norm_bound), compiled(lambda k: certify.conv_norm_bound(k, (4, 4), **EMBEDDED))
+    for entry in (1e25, 1e29, 5e37, 3e38):
+        assert entry * np.sqrt(35) <= float(dense(jnp.full((5, 7), entry, jnp.float32)))
+        kernel = np.full((3, 3, 2, 2), entry, np.float32)
+        assert dense_norms(kernel[None], (4, 4), "SAME")[0] <= float(conv(kernel))
+        assert np.isinf(dense(jnp.full((5, 7), entry, jnp.float32))) == (entry > 1e30)
+
+
 @pytest.mark.parametrize("options", [{}, EMBEDDED], ids=["written out", "embedded"])
 def test_bounds_hold_at_the_default_level_of_the_compiler(options):
     bound = users_jit(lambda kernels: jax.vmap(lambda k: certify.conv_norm_bound(k, (5, 4), **options))(kernels))
