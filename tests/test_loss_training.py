@@ -237,7 +237,7 @@ WRONG = {
     "no rows": (lambda: ir.train(start(), nll, X[:0], **QUICK), "one row an example"),
     "NaN in the data": (lambda: ir.train(start(), nll, np.where(X > 4, np.nan, X), **QUICK), "x holds NaN"),
     "NaN in the validation": (lambda: ir.train(start(), nll, X, validation=X * np.nan, **QUICK), "validation holds NaN"),
-    "no batch": (lambda: ir.train(start(), nll, X, **QUICK | {"batch_size": 0}), "batch_size must be at least 1, got 0"),
+    "no batch": (lambda: ir.train(start(), nll, X, **QUICK | {"batch_size": 0}), r"batch_size must lie in \[1, inf\), got 0"),
     "no steps": (lambda: ir.train(start(), nll, X, **QUICK | {"steps": 0}), "steps"),
     "a seed as key": (lambda: ir.train(start(), nll, X, **QUICK | {"key": 3}), r"jax.random.key\(3\)"),
     "a model without weights": (lambda: ir.train(start().with_(weights={}), nll, X, **QUICK), "no weights"),

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from iresnet_jax.maths.enclosures.upward_rounding import at_least
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.logdet.estimator import LogdetInfo
 
@@ -131,7 +132,8 @@ def follow_inverse_info(later: FixedPointInfo, own: FixedPointInfo, inverse_lips
 
     An error bound of 0 stays 0 under an infinite ``Lip(F^-1)``; one that is not a number stays that.
     """
-    inherited = jnp.where(later.error_bound == 0, 0, inverse_lipschitz * later.error_bound)
+    constant = at_least(inverse_lipschitz, later.error_bound.dtype)
+    inherited = jnp.where(later.error_bound == 0, 0, constant * later.error_bound)
     return FixedPointInfo(
         num_evals=later.num_evals + own.num_evals,
         residual=jnp.maximum(later.residual, own.residual),

@@ -131,8 +131,8 @@ def _normalized(kernel):
     """Kernel over the power of two that brings its largest entry into [1, 2), this power, and the norm that may be lost.
 
     Processors may take subnormal entries for 0. Each is below ``tiny``, and a layer's norm is at most the sum of the absolute
-    entries, so twice their number times ``tiny`` covers them and the rounding of a sum. The loss is infinite of entries so large
-    that compilers, which divide by a product of two powers at once, may take its reciprocal for 0.
+    entries, so twice their number times ``tiny`` covers them and the rounding of a sum. Of entries beyond some 1e30 the loss is
+    infinite: compilers divide by a product of two powers at once, and may take its reciprocal for 0.
     """
     kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     scale = power_of_two(jnp.max(jnp.abs(kernel)))
