@@ -52,7 +52,7 @@ VARIANTS = [
     ("digits_density", "variational", None),
     ("digits_hybrid", None, 99_670),
     ("mnist_density", None, 1_262_694),
-    ("fashion_mnist_density", None, 956_804),
+    ("fashion_mnist_density", None, 1_262_694),
     ("bsds300", None, None),
     ("iresnet_density", "mnist", None),
     *(("residual_flow_density", name, None) for name in ("cifar10", "downsampled_imagenet/32x32")),
