@@ -60,7 +60,7 @@ MISTAKES = [
     ("toy", "optimizer.boundaries=(0.6, 0.3)", "boundaries must increase"),
     ("toy", "seed=4294967296", "must lie in [0, 4294967296)"),
     ("toy", "logdet.kind=magic", "must be one of exact, series, roulette, krylov, got 'magic'"),
-    ("toy", "logdet.kind=roulette logdet.distribution=geometric", "config.logdet: the geometric"),
+    ("toy", "logdet.kind=roulette logdet.distribution=geometric logdet.parameter=2.0", "config.logdet: the geometric"),
     ("toy", "objective=densities", "must be one of density, classification, hybrid, inversion"),
     ("toy", "model.stages[0].hidden=(4.5,)", "config.model.stages[0].hidden[0] must be a whole number, got 4.5"),
     ("toy", "model.stages[0].hidden=(0,)", "hidden must be positive numbers"),
