@@ -24,13 +24,15 @@ def architecture(spec):
     stages = []
     for stage in spec.flow.layout:
         given, inside = stage.spec, stage.branch
-        if given.factor_out or given.squeeze not in (1, 2) or given.padding != "SAME" or spec.flow.budget != "layer":
-            raise ValueError(f"PyTorch has squeezes by 2, a budget for each layer and no factor-out: {given}")
+        if given.factor_out or given.squeeze not in (1, 2) or given.padding != "SAME" or spec.flow.budget == "network":
+            raise ValueError(f"PyTorch has squeezes by 2, a budget for each layer or block and no factor-out: {given}")
         side, _, channels = stage.in_shape if len(stage.in_shape) == 3 else (1, 1, 1)
         is_flattened = len(stage.in_shape) == 3 and len(inside.in_shape) == 1
         stages.append(
             {
                 "num_blocks": given.num_blocks,
+                # Each layer of a block with one budget gets its root: PyTorch has a coefficient for each layer.
+                "coeff": spec.flow.coeff ** (1 if spec.flow.budget == "layer" else 1 / len(inside.layers)),
                 "squeeze": int(given.squeeze == 2),
                 "flattened": (side // given.squeeze, channels * given.squeeze**2) if is_flattened else None,
                 "positional_bias": given.positional_bias,
@@ -39,7 +41,7 @@ def architecture(spec):
         )
     last = spec.flow.layout[-1].branch.in_shape
     ends = (last[0], last[-1]) if len(last) == 3 else None
-    return {"stages": stages, "ends": ends, "coeff": spec.flow.coeff}
+    return {"stages": stages, "ends": ends}
 
 
 def exact_inverse(model, z):

@@ -181,9 +181,9 @@ def flow(architecture, kind, *, num_terms, num_steps):
 
     It has so many terms of its series and power iterations a step.
     """
-    make_layer = functools.partial(bounded_layer, coeff=architecture["coeff"], n_iterations=num_steps)
     flows = []
     for stage in architecture["stages"]:
+        make_layer = functools.partial(bounded_layer, coeff=stage["coeff"], n_iterations=num_steps)
         *space, channels = stage["layers"][0]["in_shape"]
         flows += entry(stage)
         for _ in range(stage["num_blocks"]):

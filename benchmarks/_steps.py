@@ -34,14 +34,13 @@ def prepare_jax(config=None, *, keeps_memory=True):
 
 def training_step(config, data):
     """The step of train.py: for one device and for all, the state before the first, examples for batches, name of the loss."""
-    from iresnet_jax.runs import loop
+    from iresnet_jax.runs import loop, stored_programs
     from iresnet_jax.runs.machine import prepare_backend
-    from iresnet_jax.training import parallel
 
     prepare_backend(config.training.matmul_precision)
     objective = loop.build_objective(config, data)
     state, examples = objective.initial_state(), objective.examples
-    return objective.training_step, parallel.parallelize(objective.training_step), state, examples, objective.name
+    return objective.training_step, stored_programs.parallelize(objective.training_step), state, examples, objective.name
 
 
 def _peak_bytes():
@@ -103,6 +102,7 @@ class OurSteps(Steps):
         self._jax = jax
         self._of_device, self._step, self._state, examples, self._name = training_step(settings, plan.data_for(settings))
         self._feed = device_batches(examples, seed=settings.seed, batch_size=settings.training.batch_size)
+        self._step.compile(self._state, next(self._feed))  # or reads it from disk
         self.take()
         self.wait()
         if keeps_memory:
