@@ -2,8 +2,8 @@
 
     python train.py --config=configs/fashion_mnist_density.py --workdir=runs/fashion_mnist_density
 
-Test 2.915 +- .008 bits/dim after an hour of two cores, 10,789 steps (benchmarks/results/fashion_mnist_density). Validation was at 2.948,
-2.930, 2.903 and 2.887 after 4000, 6000, 8000 and 10,000 of them.
+Test 2.915 +- .008 bits/dim after an hour of two cores, 10,789 steps (benchmarks/results/fashion_mnist_density). Validation
+was at 2.948, 2.930, 2.903 and 2.887 after 4000, 6000, 8000 and 10,000 of them.
 """
 
 from iresnet_jax.runs.config import default_config, estimator_settings
