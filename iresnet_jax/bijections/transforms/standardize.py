@@ -209,8 +209,8 @@ class Whiten:
         inverse, num = np.linalg.inv(factor), len(factor)
         rounding = (num + 2) * np.finfo(float).eps * np.linalg.norm(inverse) * np.linalg.norm(factor)
         defect = np.linalg.norm(inverse @ factor - np.eye(num)) + rounding
-        norms = np.linalg.norm(inverse, 2), np.linalg.norm(factor, 2)
-        return _bilipschitz(norms[0] / (1 - defect) if defect < 1 else np.inf, norms[1])
+        of_inverse, of_factor = float(np.linalg.norm(inverse, 2)), float(np.linalg.norm(factor, 2))
+        return _bilipschitz(of_inverse / (1 - float(defect)) if defect < 1 else float("inf"), of_factor)
 
     def enclose_forward(self, u: Float[np.ndarray, "b d"] | Ball) -> tuple[Ball, Ball]:
         r"""The solution of ``T y = u - m``, refined, and how far it may be off: ``|T^-1| |u - m - T y|``.
