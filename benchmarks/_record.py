@@ -152,13 +152,13 @@ def resume(
     """Makes the runs that a record lacks, writes it after each of them, and shows its summary.
 
     Args:
-        name: Of the record.
-        arguments: Of `parser`.
-        settings: All that every run depends on; another record than one of these is left alone.
+        name: Name of the record.
+        arguments: What `parser` has read.
+        settings: All that every run depends on; a record with others is left alone.
         identities: What tells the runs from each other, arguments of ``measure`` by name, in the order in which they are made.
         measure: Makes a run.
         summarize: The summary of all runs.
-        packages: Those whose versions a run keeps.
+        packages: Packages whose versions a run keeps.
     """
     path, runs = arguments.output or (None if arguments.quick else RESULTS / f"{name}.json"), []
     if path is not None and path.exists():
@@ -171,7 +171,6 @@ def resume(
             runs.append({**identity, **measure(**identity), **made_with(packages)})
             show(runs[-1])
             write(name, arguments, settings, {"summary": summarize(runs), "runs": runs}, is_shown=True)
-    write(name, arguments, settings, {"summary": summarize(runs), "runs": runs}, is_shown=True)  # by today's summary
     show(summarize(runs))
 
 
