@@ -180,7 +180,8 @@ def make_parser() -> Parser:
 def _joined(argv: Sequence[str]) -> list[str]:
     """Words of a command, ``--context`` and its numbers as one: a first number below zero would be taken for an option."""
     words = list(argv)
-    for place in reversed([place for place, word in enumerate(words[:-1]) if word == "--context"]):
+    places = [i for i, word in enumerate(words[:-1]) if word == "--context" and not words[i + 1].startswith("--")]
+    for place in reversed(places):
         words[place : place + 2] = [f"--context={words[place + 1]}"]
     return words
 

@@ -29,7 +29,7 @@ FIRST_STEPS = 1000  # updates of the first run of each candidate
 LONGER = 4  # factor on the updates of a run whose validation still improved at its end
 # The same of conditional densities: for 10,000 examples 2000 updates are best of 1000 to 4000 (slcp of benchmarks/sbibm.py).
 LONGER_GIVEN_CONTEXTS = 2
-NO_LIMIT = 1_000_000  # updates, more than a time limit allows
+NO_LIMIT = 2**31 - 1  # updates, as many as a state can count: more than a time limit allows
 VALIDATIONS, PATIENCE = 20, 6  # of a whole run; after so many without an improvement it ends
 PRIOR_EXAMPLES, MIXTURE_EXAMPLES = 10_000, 5_000  # that choose the prior, and the number of components of a mixture
 NUM_SCALES = 16  # of the prior of scales

@@ -162,6 +162,8 @@ def fit(
     # A folder is of one run, and so many steps are those of one, whose programs do not depend on the data's modes.
     plain = plain_candidate(config, data, given)
     config = with_settings(config, {**(plain.settings if plain else {}), **given})
+    if not (config.training.minutes or config.training.total_steps):
+        raise ValueError("a fit that is no race needs an end: give minutes=... or steps=...")
     if workdir is not None:
         return _fit_on_disk(config, data, Path(workdir), say)
     with _stop_requests() as stop:

@@ -350,6 +350,7 @@ def test_settings_follow_the_array():
 
     few, many, wide = (data(RNG.normal(size=shape)) for shape in ((50, 4), (5000, 4), (400, 300)))
     assert choose_settings(few).training.minutes == 3.0
+    assert choose_settings(few, steps=1_000_000).training.total_steps == 1_000_000
     assert [choose_settings(x).preprocessing.transform for x in (few, many, wide)] == ["standardize", "whiten", "standardize"]
     assert [choose_settings(x).logdet.kind for x in (few, many, wide)] == ["exact", "exact", "krylov"]
     images = choose_settings(data(RNG.integers(0, 256, (50, 16, 16, 3))))
@@ -409,6 +410,11 @@ def test_an_array_of_keys_gives_the_models_of_its_keys():
 def test_the_number_of_updates_is_no_setting():
     with pytest.raises(ValueError, match=r"give it as steps="):
         ir.fit(BANANA, settings={"training.total_steps": 500})
+
+
+def test_what_is_no_race_has_an_end(tmp_path):
+    with pytest.raises(ValueError, match=r"give minutes=\.\.\. or steps="):
+        ir.fit(BANANA, settings={"training.minutes": 0.0}, workdir=tmp_path)
 
 
 def test_a_warm_up_among_the_settings_has_so_many_of_the_steps_that_time_allows():

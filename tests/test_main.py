@@ -231,6 +231,7 @@ MISTAKES = [
     ("sample", "points", ["--temperature", "nan"], "temperature at least 0"),
     ("sample", "points", ["--label", "0"], "one prior for all"),
     ("sample", "points", ["--context", "-1.0"], "takes no context"),
+    ("sample", "points", ["--context", "--num", "5"], "expected one argument"),
     ("sample", "hybrid", ["--label", "3"], "there is no class 3"),
     ("freeze", "points", ["--output", "nowhere/model.npz"], "nowhere/model.npz cannot be written"),
     ("ood", "points", [], "moons are points"),

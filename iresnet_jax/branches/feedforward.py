@@ -295,7 +295,8 @@ class FeedforwardSpec(BranchSpec):
             for name in part.layers:
                 own = excess[i] if len(part.layers) == 1 else excess[i] ** (1 / len(part.layers))
                 scaled[name] = {**weights[name], "kernel": soft_normalize(weights[name]["kernel"], own, 1.0)}
-        return scaled, lax.stop_gradient(jnp.prod(sizes / excess))
+        product = jnp.where(jnp.any(jnp.isinf(sizes)), jnp.inf, jnp.prod(sizes / excess))  # even beside a layer of zeros
+        return scaled, lax.stop_gradient(product)
 
     def rounded_to_bfloat16(self, weights: Weights) -> Weights:
         """Kernels are rounded."""

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from iresnet_jax.branches.branch import BranchSpec, Weights
@@ -72,9 +73,10 @@ class OwnSpec(BranchSpec):
         Raises:
             ValueError: If it is not one number.
         """
-        bound = jnp.asarray(self.module(weights).lipschitz_bound())
-        if bound.shape:
-            raise ValueError(f"lipschitz_bound() must return one number, got shape {bound.shape}")
+        bound = self.module(weights).lipschitz_bound()
+        bound = bound if isinstance(bound, float | np.generic | np.ndarray) else jnp.asarray(bound)
+        if np.shape(bound):
+            raise ValueError(f"lipschitz_bound() must return one number, got shape {np.shape(bound)}")
         return at_least(bound, jnp.result_type(*jax.tree.leaves(weights)))
 
     def rounded_to_bfloat16(self, weights: Weights) -> Weights:

@@ -111,10 +111,10 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
             "dequantised data that model.dequantize gives"
         )
     spec, given = model.spec, np.asarray(model.numbers(x))
-    model.check_ranges(given)
     key = jax.random.key(0) if key is None else typed_key(key)
     key_noise = jax.random.split(key)[0] if key.ndim == 0 else jax.vmap(jax.random.split)(key)[:, 0]
-    noisy = np.asarray(model.dequantize(x, key_noise))
+    noisy = np.asarray(model.dequantize(x, key_noise))  # refuses another shape or type
+    model.check_ranges(given)
     u = given if spec.num_levels is None and spec.grid is None else noisy
     with prepared(model, x, context=context, most_dims=MOST_DIMS) as (flow, contexts):
         y, log_det = enclosing(spec.transform, "enclose_forward")(u)

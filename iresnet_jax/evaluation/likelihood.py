@@ -60,13 +60,15 @@ class MeanAndError:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated log-determinants beside exact ones, on the same examples with the noise of the first dequantisation.
+    """Estimated log-determinants beside those of the result, on the same examples with the noise of the first dequantisation.
+
+    With a stated accuracy these are the examples of the first batch.
 
     Attributes:
         estimator: Estimator in words.
         unbiased: Whether ``difference`` is 0 in expectation.
         mean: Mean objective by the estimate.
-        difference: Mean of estimate less exact value.
+        difference: Mean of estimate less the result's value.
         z: ``difference`` in its standard errors.
     """
 
@@ -89,7 +91,7 @@ class Likelihood(MeanAndError):
         num_examples: Test examples.
         num_dequantisations: Noise draws of each example; 0 for points.
         num_probes: Probe draws of each noise draw.
-        estimate: Estimate that checks an exact ``mean``; None without one.
+        estimate: Estimate that checks ``mean``; None without one.
         entropy_floor: Entropy of the data in nats, if known.
         num_dims: Entries of an example; None if not known.
         accuracy: How a stated accuracy of the log-determinants was met; None if none was stated.

@@ -28,7 +28,6 @@ from iresnet_jax.models.model import FILE_NAME, FORMAT, HEADER, MARGINALS, array
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 
 _MOST_HEADER = 2**24  # bytes
-_MOST_COMPONENTS = 1000  # of each entry of a prior, on a file's word
 _DOUBLE = {np.dtype(np.float32): np.dtype(np.float64)}  # of models that were trained in float64
 
 Model = Density | Classifier | Reconstructor
@@ -50,7 +49,7 @@ def read(
     Args:
         path: The file, or a folder that holds ``model.npz``.
         branches: Branches of one's own by their names, see `StageSpec.branch`.
-        prior: A prior of one's own with the structure of the one that was saved; its numbers do not count.
+        prior: A prior of one's own with the structure of the one that was saved; its numbers do not count. `Marginals` need none.
 
     Raises:
         ValueError: If there is no such file, or it is damaged or from another version, or a part of one's own is not given.
@@ -58,16 +57,18 @@ def read(
     with _opened(path) as (archive, header):
         spec = checked(Spec, _with_branches(header["spec"], dict(branches or {})), "model")
         is_own = isinstance(spec, DensitySpec) and spec.prior_family == priors.OWN
-        if is_own and prior is None and 0 < header.get(MARGINALS, 0) <= _MOST_COMPONENTS:
-            prior = Marginals.standard(spec.flow.num_dims, header[MARGINALS])
-        if is_own != (prior is not None):
+        components = header.get(MARGINALS, 0) if is_own and prior is None else 0
+        if is_own != (prior is not None or components > 0):
             raise PartError("its prior is one's own: give one like it, as prior=..." if is_own else "it takes no prior=...")
-        if is_own:
-            prior = priors.own(prior)
+        own = None if prior is None else priors.own(prior)
         if len(spec.flow.stages) > len(archive.namelist()):
             raise ValueError(f"its header has {len(spec.flow.stages)} stages, and it holds {len(archive.namelist())} arrays")
+
+        def empty():
+            return _empty(spec, Marginals.standard(spec.flow.num_dims, components) if components else own)
+
         with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); what is expected is float32, wherever it is read
-            expected = jax.eval_shape(lambda: _empty(spec, prior))
+            expected = jax.eval_shape(empty)
         arrays = jax.tree.map_with_path(lambda key, leaf: _read_array(archive, array_name(key), leaf), expected)
         names = {f"{array_name(key)}.npy" for key, _ in jax.tree.leaves_with_path(expected)}
         if left_over := set(archive.namelist()) - {f"{HEADER}.npy"} - names:

@@ -111,7 +111,8 @@ def _begin(workdir: Path, config: Config, data: DataSet, stack: contextlib.ExitS
         claimed.append((spec, build_objective(config, data, spec)))  # which raises before anything is written
         workdir.mkdir(parents=True, exist_ok=True)
         stack.enter_context(run_folder.alone_in(workdir))
-        run_folder.check_belongs_to(workdir, config)  # another process may have claimed it meanwhile
+        run_folder.check_belongs_to(workdir, config)  # another process may have claimed it meanwhile,
+        run_folder.model_of_run(workdir, data)  # for other data
         run_folder.claim(workdir, config, spec, data)
         return tagged(spec) if parallel.num_processes() > 1 else None
 

@@ -158,6 +158,9 @@ def test_norms_beyond_the_largest_float_have_no_bound(budget):
     weights = jax.tree.map(lambda leaf: jnp.full_like(leaf, 3e38), random_branch(spec, 0))
     branch = certified(spec, weights, budget=budget)
     assert np.isinf(branch.lipschitz_bound)
+    first, *_ = weights
+    beside_zeros = {**weights, first: jax.tree.map(jnp.zeros_like, weights[first])}
+    assert np.isinf(certified(spec, beside_zeros, budget=budget).lipschitz_bound)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

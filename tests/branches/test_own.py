@@ -334,6 +334,13 @@ def test_what_is_no_branch_is_refused_in_one_sentence(name):
         ir.FlowSpec((DIMS,), (ir.StageSpec(1, branch=make),))
 
 
+@pytest.mark.parametrize("said", [0.7, np.float64(0.7), np.float32(0.7)])
+def test_a_bound_that_is_said_as_a_number_is_rounded_up(said):
+    stage = ir.StageSpec(1, branch=odd_one(lipschitz_bound=lambda self: said))
+    spec = ir.FlowSpec((DIMS,), (stage,)).layout[0].branch
+    assert said <= float(spec.lipschitz_bound(spec.initial_weights(jax.random.key(0)))) <= 1.000001 * said
+
+
 def test_without_a_constraint_branches_run_as_they_are_after_training_too():
     params = random_params(FLOW)
     free = with_bounds(FLOW, params, constrained=False)["stage0"].branch

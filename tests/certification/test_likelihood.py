@@ -187,8 +187,12 @@ def test_what_cannot_be_enclosed_is_refused():
         certify.log_prob(density("relu"), x)
     with pytest.raises(ValueError, match=r"the model takes floats of shape \(batch, 2\)"):
         certify.log_prob(own, x[:, :1])
+    gridded = own.with_(spec=dataclasses.replace(own.spec, grid=Grid((0.0, 0.0), (0.5, 0.0))))
     with pytest.raises(ValueError, match="is between values of its grid"):
-        certify.log_prob(own.with_(spec=dataclasses.replace(own.spec, grid=Grid((0.0, 0.0), (0.5, 0.0)))), x)
+        certify.log_prob(gridded, x)
+    for wrong in (x[:, :1], x[0]):
+        with pytest.raises(ValueError, match=r"the model takes floats of shape \(batch, 2\)"):
+            certify.log_prob(gridded, wrong)
     with pytest.raises(ValueError, match=r"x must have the shape \(b, 2\) of the flow's input"):
         certify.log_det(own, x[:, :1])
 

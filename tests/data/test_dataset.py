@@ -87,6 +87,8 @@ def test_floats_in_an_npz_have_the_names_of_images(tmp_path):
         np.testing.assert_array_equal(found.examples["train"], x)
         np.testing.assert_array_equal(found.examples["validation"], x[:3])
         np.testing.assert_array_equal(found.labels["validation"], y[:3])
+    np.savez(tmp_path / "c.npz", train_images=x, context_train=-x, val_images=x[:3], context_val=-x[:3])
+    np.testing.assert_array_equal(data.load(f"npz:{tmp_path}/c.npz").contexts["validation"], -x[:3])
 
 
 # Examples -----------------------------------------------------------------------------------------------------------------

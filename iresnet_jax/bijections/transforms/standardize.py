@@ -207,7 +207,7 @@ class Whiten:
         """Norms of the inverse of ``factor`` and of itself, rounded up; its least singular value has too large an error."""
         factor = np.asarray(self.factor)
         inverse, num = np.linalg.inv(factor), len(factor)
-        rounding = (num + 2) * np.finfo(float).eps * np.linalg.norm(inverse) * np.linalg.norm(factor)
+        rounding = (num + 2) * np.finfo(float).eps * np.linalg.norm(np.abs(inverse) @ np.abs(factor))
         defect = np.linalg.norm(inverse @ factor - np.eye(num)) + rounding
         of_inverse, of_factor = float(np.linalg.norm(inverse, 2)), float(np.linalg.norm(factor, 2))
         return _bilipschitz(of_inverse / (1 - float(defect)) if defect < 1 else float("inf"), of_factor)

@@ -49,7 +49,8 @@ def load_npz(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
     arrays = _read_npz(path)
 
     def part(x: str, y: str) -> Arrays:
-        return Arrays(arrays[x], arrays.get(y), arrays.get(x.replace("x", "context", 1)) if x.startswith("x") else None)
+        ending = x.removeprefix("x") if x.startswith("x") else f"_{x.removesuffix('_images')}"
+        return Arrays(arrays[x], arrays.get(y), arrays.get(f"context{ending}"))
 
     splits = {split: part(*keys) for split, names in _KEYS.items() for keys in names if keys[0] in arrays}
     return from_arrays(name, part("x", "y") if "x" in arrays else splits, fractions=fractions)

@@ -10,6 +10,7 @@ those of the log-determinant. The estimate of ``tr J`` carries most of the varia
 `roulette` cuts the series at a random length without a bias; `krylov` needs fewer products.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,7 +42,8 @@ def truncation_bound(num_dims: int, lipschitz_bound: float, num_terms: int) -> f
     bound, k, power = 0.0, num_terms + 1, lipschitz_bound ** (num_terms + 1)
     while power > 1e-17 * bound * (1 - lipschitz_bound) and power > 0 and k <= num_terms + _MOST_SUMMED:
         bound, k, power = bound + power / k, k + 1, power * lipschitz_bound
-    return num_dims * (bound + power / (k * (1 - lipschitz_bound))) * (1 + 1e-11)  # what is left, and rounding
+    rest = min(power / (k * (1 - lipschitz_bound)), -math.log1p(-lipschitz_bound))  # what is left is below both
+    return num_dims * (bound + rest) * (1 + 1e-11)  # and rounding
 
 
 def weighted_series(

@@ -32,7 +32,7 @@ def dense_norm_bound(matrix: Float[Array, "m n"], *, method: str = "exact", num_
             and usually a few percent.
 
     Returns:
-        The bound; nan if an entry is not finite.
+        The bound; infinite from entries of some 1e30 on in float32, nan if an entry is not finite.
 
     Raises:
         ValueError: If the method is unknown, ``num_squarings`` is negative, or the matrix is empty.

@@ -81,3 +81,6 @@ def test_bounds_hold_for_columns_of_very_different_scales():
             largest, least = (float(value) for value in mpmath.svd_r(mpmath.matrix([[a, 0], [b, b]]), compute_uv=False))
         assert 1 / least <= float(forward) <= 1.01 / least
         assert largest <= float(inverse) <= 1.0001 * largest
+    forward, inverse = Whiten((0.0, 0.0), ((1e-7, 0.0), (0.0, 1e14))).bilipschitz()
+    assert 1e7 <= float(forward) <= 1.0001e7
+    assert 1e14 <= float(inverse) <= 1.0001e14
