@@ -187,7 +187,7 @@ def _moved_until(
     log_density: LogDensity, key: Key[Array, ""], found: annealing.Particles, until: float
 ) -> Float[np.ndarray, "s n d"]:
     """Snapshots of the particles between as many more trajectories as fit; the one before any if none does."""
-    move = jax.jit(lambda key, x, size: annealing.moved(log_density, key, x, size, num_moves=MOVES_AT_ONCE)[:2])
+    move = jax.jit(lambda key, x, size: annealing.moved(log_density, key, x, size, num_moves=MOVES_AT_ONCE))
     x, size, snapshots = found.x, jnp.asarray(found.step_size, found.x.dtype), []
     for turn in range(MOST_SNAPSHOTS):
         if time.monotonic() >= until:

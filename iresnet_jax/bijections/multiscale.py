@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from iresnet_jax.bijections.bijection import Bijection, from_walks, keys_of_links
-from iresnet_jax.bijections.reshape import flatten, merge_channels, split_channels, unflatten
+from iresnet_jax.bijections.reshape import flatten, split_channels, unflatten
 
 
 class Stage(NamedTuple):
@@ -53,7 +53,7 @@ def multiscale(stages: Sequence[Stage], event_shape: tuple[int, ...], *, batch_s
         way = way._replace(x=x)
         for stage, own in reversed(list(zip(stages, keys_of_links(key, len(stages)), strict=True))):
             if stage.factor_out:
-                way = way._replace(x=merge_channels(way.x, latents.pop()))
+                way = way._replace(x=jnp.concatenate([way.x, latents.pop()], axis=-1))
             way = way.through(stage.bijection, own)
         return way
 

@@ -1,7 +1,9 @@
-r"""Maps that only move entries around: squeeze, order of channels, channel split, channel padding, flatten.
+r"""Maps that only move entries around: squeeze, order of channels, channel split, flatten.
 
-All but the padding are permutations of the entries, so their log-determinants are 0. Padding is injective: it has no density,
-and its inverse exists on its image only; `padding_residual` says how far from that an array is. Channels are on the last axis.
+They are permutations of the entries, so their log-determinants are 0. Channels are on the last axis.
+
+Channels of zeros behind those of the data widen a network (Behrmann et al. 2019). That map is injective: it has no density, and
+its inverse exists on its image only. `padding_residual` says how far from there an array is.
 """
 
 import math
@@ -70,23 +72,8 @@ def split_channels(x: Shaped[Array, "... c"]) -> tuple[Shaped[Array, "... c//2"]
     return x[..., :half], x[..., half:]
 
 
-def merge_channels(kept: Shaped[Array, "... c"], latent: Shaped[Array, "... c"]) -> Shaped[Array, "... 2*c"]:
-    """Inverts `split_channels`."""
-    return jnp.concatenate([kept, latent], axis=-1)
-
-
-def pad_channels(x: Shaped[Array, "b ... c"], num: int) -> Shaped[Array, "b ... c+{num}"]:
-    """Appends ``num`` channels of zeros, which widens a network without breaking its injectivity (Behrmann et al. 2019)."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, num)])
-
-
-def unpad_channels(y: Shaped[Array, "b ... c"], num: int) -> Shaped[Array, "b ... c-{num}"]:
-    """Drops the last ``num`` channels: the inverse of `pad_channels` on its image, a projection elsewhere."""
-    return y[..., : y.shape[-1] - num]
-
-
 def padding_residual(y: Float[Array, "b ... c"], num: int) -> Float[Array, " b"]:
-    """Distance of every example from the image of `pad_channels`: the Euclidean norm of its last ``num`` channels.
+    """Distance of every example from those whose last ``num`` channels are zeros: the Euclidean norm of these channels.
 
     Where it is 0 the gradient is 0 too (a subgradient) instead of NaN.
     """

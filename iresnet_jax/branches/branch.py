@@ -322,13 +322,8 @@ class BranchSpec(ABC):
 
     @property
     def parts(self) -> "tuple[Part, ...]":
-        """What has a norm of its own among `norm_bounds`; none in a kind that is scaled by its output."""
+        """What has a norm of its own among `norm_bounds`, whose product bounds ``Lip(g)``; none if its output is scaled."""
         return ()
-
-    def factors(self, weights: Weights, norms: Mapping[str, Any]) -> list[Any]:
-        """Numbers whose product bounds ``Lip(g)`` of weights whose `parts` have these constants, numbers or arrays too."""
-        del weights
-        return list(norms.values())
 
     @property
     def chain(self) -> "tuple[LayerSpec, ...]":

@@ -14,7 +14,7 @@ have a context for every pixel.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, ClassVar
 
 import jax
@@ -26,7 +26,7 @@ from iresnet_jax.branches.branch import Branch, BranchSpec, ConstrainedBranch, N
 from iresnet_jax.branches.layers import LayerSpec, Part, VectorPair
 from iresnet_jax.maths import activations, two_layers
 from iresnet_jax.maths.convolution import Padding, pads_of
-from iresnet_jax.maths.lipschitz_bounds import branch_bound
+from iresnet_jax.maths.lipschitz_bounds import branch_bound, product_bound
 from iresnet_jax.maths.logdet.banded import num_operations, num_products, stencil_by_products, stencil_logdet
 from iresnet_jax.maths.norms.power_iteration import soft_normalize
 
@@ -37,12 +37,6 @@ FULL_DIMS = 256  # above this, the d^2 numbers that a Jacobian in closed form ha
 # Allowance a layer for the rounding of its scaled kernel. Entry by entry it is eps / 2, by which a norm grows by at most
 # sqrt(taps * min(cin, cout)) eps / 2: 7e-6 for 5 x 5 taps and 512 channels.
 _SCALING_MARGIN = 1e-5
-
-
-def _power(norm: Array, exponent: int) -> Array:
-    """A norm's power, 0 only if the norm is: small numbers underflow."""
-    power = norm**exponent
-    return jnp.where(norm > 0, jnp.maximum(power, jnp.finfo(power.dtype).tiny), power)
 
 
 @dataclass(frozen=True)
@@ -105,18 +99,23 @@ class FeedforwardSpec(BranchSpec):
     def layers(self) -> tuple[LayerSpec, ...]:
         """The linear layers from input to output."""
         factor = activations.get(self.activation).channel_factor
-        *space, channels = self.in_shape
-        layers, cin = [], channels
-        for i, cout in enumerate((*self.hidden, channels)):
-            activation = self.activation if self.preactivation or i > 0 else None
-            own = cin * factor if activation else cin
+        *space, cin = self.in_shape
+        layers = []
+        for i, (cout, size, activated) in enumerate(self._maps):
+            activation = self.activation if activated else None
+            own = cin * factor if activated else cin
             if self.kernel_sizes is None:
                 layers.append(LayerSpec(f"dense{i}", (own, cout), (own,), activation))
             else:
-                k = self.kernel_sizes[i]
+                k = self.kernel_sizes[size]
                 layers.append(LayerSpec(f"conv{i}", (k, k, own, cout), (*space, own), activation, self.padding))
             cin = cout
         return tuple(layers)
+
+    @property
+    def _maps(self) -> list[tuple[int, int, bool]]:
+        """Width of every layer, the place of its kernel size, and whether it has an activation in front."""
+        return [(width, i, self.preactivation or i > 0) for i, width in enumerate((*self.hidden, self.in_shape[-1]))]
 
     def initial_weights(self, key: Array, *, last_scale: float | Float[Array, ""] = 1.0, sharp: bool = False) -> Weights:
         r"""Random kernels with variance ``1 / fan_in``, zero biases.
@@ -137,7 +136,7 @@ class FeedforwardSpec(BranchSpec):
                 "kernel": scale * jax.random.normal(layer_key, layer.kernel_shape),
                 "bias": jnp.zeros((*layer.in_shape[:-1], cout) if self.positional_bias else (cout,)),
             }
-            if layer.activated and activation.initial_beta is not None:
+            if layer.activation is not None and activation.initial_beta is not None:
                 beta = activation.initial_beta
                 if sharp and i > 0:
                     *before, width = self.layers[i - 1].kernel_shape
@@ -177,7 +176,7 @@ class FeedforwardSpec(BranchSpec):
 
     def lipschitz_bound(self, weights: Weights) -> Float[Array, ""]:
         """What guaranteed bounds of the parts' constants make of it, rounded up."""
-        return branch_bound(jnp.stack(self.factors(weights, self.norm_bounds(weights))))
+        return branch_bound(jnp.stack(list(self.norm_bounds(weights).values())))
 
     # ------------------------------------------------------------------------------------------------- the budget
 
@@ -234,7 +233,7 @@ class FeedforwardSpec(BranchSpec):
         def norm_of(part: Part) -> Array:
             return part.operator.norm_along(self.operator_kernel(weights, part), vectors[part.name])
 
-        norms = {part.name: _power(norm_of(part), len(part.layers)) for part in self.parts}
+        norms = {part.name: reduce(product_bound, [norm_of(part)] * len(part.layers)) for part in self.parts}
         scaled, lipschitz = self._within_budget(weights, norms, coeff=coeff, budget=budget)
         branch = Branch(self, scaled, lipschitz, "estimated")
         return ConstrainedBranch(branch, {name: v for name, (_, v) in vectors.items()}, norms)
@@ -249,7 +248,7 @@ class FeedforwardSpec(BranchSpec):
             bound = part.operator.norm_bound(self.operator_kernel(weights, part), **settings)
             *taps, cin, cout = part.operator.kernel_shape
             error = self.operator_roundings * float(jnp.finfo(bound.dtype).eps) * math.sqrt(math.prod(taps) * min(cin, cout))
-            return _power(bound * (1 + error), len(part.layers))
+            return reduce(product_bound, [bound * (1 + error)] * len(part.layers))
 
         return {part.name: bound_of(part) for part in self.parts}
 
@@ -268,7 +267,7 @@ class FeedforwardSpec(BranchSpec):
     def with_bounds(self, weights: Weights, bounds: Norms, *, coeff: float = 0.9) -> Branch:
         """The branch of these very weights with guaranteed bounds of its parts' constants, which may be 1 or more."""
         del coeff
-        bound = branch_bound(jnp.stack(self.factors(weights, bounds)))
+        bound = branch_bound(jnp.stack(list(bounds.values())))
         return Branch(self, weights, bound, "certified", norms=bounds)
 
     def _within_budget(
@@ -416,12 +415,8 @@ class FeedforwardSpec(BranchSpec):
         """``D_0`` and ``D_1`` of `two_layers`; without a first activation ``D_0`` has a batch of one."""
         first, second = self.layers
         hidden = first.apply(weights[first.name], x, context)
-        return self._first_slopes(weights, x), _slope(second, weights[second.name], hidden)
-
-    def _first_slopes(self, weights: Weights, x: Array) -> Array:
-        """Slopes of the activation at the input; without one, 1 for a batch of one."""
-        first = self.layers[0]
-        return _slope(first, weights[first.name], x) if first.activated else jnp.ones_like(x[:1])
+        d0 = _slope(first, weights[first.name], x) if first.activation is not None else jnp.ones_like(x[:1])
+        return d0, _slope(second, weights[second.name], hidden)
 
 
 def _slope(layer: LayerSpec, parameters: Mapping[str, Array], h: Array) -> Array:

@@ -36,11 +36,6 @@ class LayerSpec(NamedTuple):
     activation: str | None
     padding: Padding = "SAME"
 
-    @property
-    def activated(self) -> bool:
-        """Whether an activation is applied to the layer's input."""
-        return self.activation is not None
-
     def linear_map(self, *, single: bool = False) -> LinearMap:
         """``(kernel, x) -> W x``, without the bias.
 

@@ -58,23 +58,11 @@ class SandwichSpec(FeedforwardSpec):
         if any(size % 2 == 0 for size in self.kernel_sizes or ()):
             raise ValueError(f"sandwich layers take kernels of odd sizes, got kernel_sizes={self.kernel_sizes}")
 
-    @cached_property
-    def layers(self) -> tuple[LayerSpec, ...]:
-        """The linear maps from input to output, two for each sandwich layer."""
-        *space, channels = self.in_shape
-        sizes, layers, cin = self.kernel_sizes, [], channels
-        for i, width in enumerate(self.hidden):
-            cout = width if i < len(self.hidden) - 1 else channels
-            for own_in, own_out, size in ((cin, width, i), (width, cout, i + 1)):
-                activated = len(layers) % 2 == 1 or (self.preactivation and not layers)
-                activation = self.activation if activated else None
-                if sizes is None:
-                    layers.append(LayerSpec(f"dense{len(layers)}", (own_in, own_out), (own_in,), activation))
-                else:
-                    shape = (sizes[size], sizes[size], own_in, own_out)
-                    layers.append(LayerSpec(f"conv{len(layers)}", shape, (*space, own_in), activation, self.padding))
-            cin = cout
-        return tuple(layers)
+    @property
+    def _maps(self) -> list[tuple[int, int, bool]]:
+        """Two linear maps for each sandwich layer, with the activation in between."""
+        widths = [*[width for width in self.hidden for _ in range(2)][:-1], self.in_shape[-1]]
+        return [(width, (i + 1) // 2, i % 2 == 1 or (self.preactivation and i == 0)) for i, width in enumerate(widths)]
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:

@@ -63,10 +63,6 @@ class Interval(NamedTuple):
         """``upper - lower``."""
         return self.upper - self.lower
 
-    def contains(self, value: Float[np.ndarray, " b"]) -> np.ndarray:
-        """Whether numbers lie in the intervals."""
-        return (self.lower <= value) & (value <= self.upper)
-
     def in_units(self, spec: DensitySpec) -> "Interval":
         """The interval of ``-log_prob`` in `DensitySpec.unit`, rounded outwards: bits/dim of images."""
         if spec.num_levels is None:

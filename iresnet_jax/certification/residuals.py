@@ -34,7 +34,6 @@ class Layer(NamedTuple):
         norm: Bound of the operator norm.
         sharpness: ``softplus(beta)`` of the activation in front, of a shape that fits inputs ``(k, b, ...)``; None without.
         context: Kernel of the context in slices; None without.
-        of_context: The layer that takes the context; None without.
     """
 
     spec: LayerSpec
@@ -44,7 +43,6 @@ class Layer(NamedTuple):
     norm: Float[np.ndarray, " k"]
     sharpness: DoubleDouble | None
     context: Sliced | None
-    of_context: LayerSpec | None
 
 
 class PreciseStage(NamedTuple):
@@ -132,10 +130,7 @@ def _chain_weights(branch: BranchSpec, weights: Weights, norms: Norms) -> tuple[
 
 def _layer(layer: LayerSpec, own: Any, norm: Any) -> Layer:
     num, bias = len(own["kernel"]), own["bias"]
-    sharpness = context = of_context = None
-    if "context" in own:
-        shape = own["context"].shape[1:]
-        context, of_context = Sliced.of(own["context"]), LayerSpec("context", shape, shape[:1], None)
+    sharpness = None
     if "beta" in own:
         beta = own["beta"]
         sharpness = precise_activations.softplus(DoubleDouble.of(beta.reshape(num, *(1,) * len(layer.in_shape), -1)))
@@ -146,8 +141,7 @@ def _layer(layer: LayerSpec, own: Any, norm: Any) -> Layer:
         bias=DoubleDouble.of(bias.reshape(num, *(1,) * (len(layer.in_shape) + 2 - bias.ndim), *bias.shape[1:])),
         norm=np.asarray(norm, np.float64),
         sharpness=sharpness,
-        context=context,
-        of_context=of_context,
+        context=Sliced.of(own["context"]) if "context" in own else None,
     )
 
 
@@ -208,7 +202,7 @@ def _branch(stage, h, error, context):
     slopes, of_arguments = [], np.zeros_like(error)
     for layer in stage.layers:
         slope = None
-        if layer.spec.activated:
+        if layer.spec.activation is not None:
             of_arguments = np.maximum(of_arguments, error)
             size = _norm(h) + np.sqrt(np.prod(h.high.shape[2:]))
             error = error + precise_activations.ERROR * size
@@ -218,8 +212,9 @@ def _branch(stage, h, error, context):
         h = h + layer.bias
         if layer.context is not None:
             contexts = DoubleDouble.of(np.broadcast_to(context, (len(layer.norm), *context.shape)))
-            shift, of_shift = product(contexts, layer.context, functools.partial(_apply, layer.of_context))
-            h, own = h + shift.map(lambda part, h=h: _between(part, h)), own + of_shift
+            shift, of_shift = product(contexts, layer.context, lambda inputs, kernels: inputs @ kernels[:, None])
+            shape = (*shift.high.shape[:2], *(1,) * (h.high.ndim - 3), -1)
+            h, own = h + shift.map(lambda part, shape=shape: part.reshape(shape)), own + of_shift
         positions = np.prod(h.high.shape[2:-1])
         own = np.sqrt(positions * np.sum(np.square(own), axis=-1)) * UP
         error = layer.norm[:, None] * error + own + 4 * UNIT * _norm(h)
@@ -241,8 +236,3 @@ def _apply(layer: LayerSpec, inputs: Float[Array, "k i b ..."], kernels: Float[A
 def _norm(x: DoubleDouble) -> Float[np.ndarray, "k b"]:
     """Euclidean norm of each example, rounded up."""
     return np.sqrt(np.sum(np.square(x.high), axis=tuple(range(2, x.high.ndim)))) * UP + 1e-150
-
-
-def _between(values: np.ndarray, h: DoubleDouble) -> np.ndarray:
-    """``(k, b, c)`` with axes of length one for the positions of ``h``."""
-    return values.reshape(*values.shape[:2], *(1,) * (h.high.ndim - 3), -1)

@@ -136,7 +136,7 @@ def evaluate(
     x = np.asarray(model.preprocess(images))
     y = measurement.held_out(x, seed, "test")
     certified = model.noise_amplification
-    outputs = parallel.over_batches(_reconstruct, model, lambda places: (x[places], y[places]), len(x), batch_size)
+    outputs = parallel.over_batches(_reconstruct, model, parallel.rows_of(x, y), len(x), batch_size)
     allowed = certified * outputs.pop("data_error") + outputs.pop("error_bound")
     found = Reconstructed(x, y, within_bound=outputs.pop("distance") <= allowed, **outputs)
     perturbed = perturb(model, y[:NUM_PERTURBED], max(measurement.noise, LEAST_NOISE), seed)

@@ -160,13 +160,14 @@ def reconstruct(
     for i, (indices, mask) in enumerate(eval_batches(len(examples), min(batch_size, len(examples)))):
         originals, there = jax.device_get(_originals(model, jax.random.fold_in(key, i), examples[indices]))
         context = None if contexts is None else contexts[indices]
-        *outputs, decoded = originals, *_on_all_devices(_there_and_back, placed, there, context)
+        rows, num = parallel.rows_of(there, context), len(there)
+        *outputs, decoded = originals, *parallel.over_batches(_there_and_back, placed, rows, num, num)
         parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outputs))
         if i * batch_size < (num_certified or 0):
             to_certify.append(jax.tree.map(lambda values, mask=mask: values[mask], decoded))
         if i * batch_size < NUM_EXAMPLES:
             with jax.enable_x64():
-                trip = _on_all_devices(_in_float64, precise, there, context)
+                trip = parallel.over_batches(_in_float64, precise, rows, num, num)
             refined.append(jax.tree.map(lambda values, mask=mask: values[mask], trip))
 
     def joined(parts):
@@ -198,15 +199,6 @@ def _originals(model, key, examples):
     if not isinstance(model, Density):
         return examples / (model.spec.num_levels - 1), model.preprocess(examples)
     return model.dequantize(examples, key), model.preprocess(examples, key)
-
-
-def _on_all_devices(fn, model, there, context):
-    """What ``fn(model, (there, context))`` returns for a batch, on the host."""
-
-    def batch_of(places):
-        return there[places], None if context is None else context[places]
-
-    return parallel.over_batches(fn, model, batch_of, len(there), len(there))
 
 
 def _there_and_back(model, batch):

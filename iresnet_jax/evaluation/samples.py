@@ -97,11 +97,7 @@ def draw(
     parts = [_latents(model, key, at_once, temperature, batch) for key, batch in zip(keys, batches, strict=True)]
     latents = np.concatenate(parts)[:num]
     taken = None if contexts is None else contexts[np.arange(num) % len(contexts)]
-
-    def batch_of(places):
-        return latents[places], None if taken is None else taken[places]
-
-    whole, bounds = parallel.over_batches(_decode, model, batch_of, num, batch_size)
+    whole, bounds = parallel.over_batches(_decode, model, parallel.rows_of(latents, taken), num, batch_size)
     converged, found = whole.info.converged, None
     if num_certified is not None:
         found, *_ = guarantee.bound_inverses(model, [whole], num_certified, taken)

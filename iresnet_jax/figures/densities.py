@@ -58,18 +58,17 @@ def _loss(model: Density, points: Float[Array, "b 2"]) -> Array:
     return -model.log_prob(points).mean()
 
 
-def drawing_of(fitted: Sequence[tuple[Toy, Density]], *, num_test: int = NUM_TEST, side: int = SIDE, seed: int = 1) -> Drawing:
+def drawing_of(fitted: Sequence[tuple[Toy, Density]], *, num_test: int = NUM_TEST, side: int = SIDE) -> Drawing:
     """Measures and draws densities, each with the toy that it was fitted to.
 
     Args:
         fitted: Toys and densities.
         num_test: Points for the likelihood and the picture of the data.
         side: Points of the density's grid along each axis.
-        seed: Seed of the points.
     """
     rows, pictures = [], []
     for toy, model in fitted:
-        points = np.asarray(toy.sample(jax.random.key(seed), num_test))
+        points = np.asarray(toy.sample(jax.random.key(1), num_test))
         log_density, extent = log_density_on_grid(model, points, side)
         rows.append(_row(toy, model, points, log_density, extent))
         pictures.append((points, np.exp(log_density), extent))

@@ -25,7 +25,7 @@ from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.runs.trained_run import Run
 
-NUM_EXAMPLES = 8
+NUM_EXAMPLES, NUM_DRAWS = 8, 100  # examples, and independent estimates of each
 PRODUCTS, PROBES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20), (1, 2, 4, 8, 16)
 ROULETTE_MEAN = 2.0  # terms that a random length adds to the exact ones on average
 NEGLIGIBLE = 1e-9  # nats that the series leaves out, at most, of what estimates are compared with
@@ -41,14 +41,7 @@ def figure(run: Run) -> Drawing:
     return Drawing(draw(rows), rows)
 
 
-def measure(
-    block: PlacedBlock,
-    products: Sequence[int] = PRODUCTS,
-    probes: Sequence[int] = PROBES,
-    *,
-    num_draws: int = 100,
-    seed: int = 0,
-) -> list[dict[str, Any]]:
+def measure(block: PlacedBlock, products: Sequence[int] = PRODUCTS, probes: Sequence[int] = PROBES) -> list[dict[str, Any]]:
     """Rows of the figure.
 
     ``bias_nats`` is the mean difference to the same estimator with so many products that nothing is left out, for the same
@@ -61,15 +54,13 @@ def measure(
         block: The block and the examples at which it is evaluated.
         products: Products with the Jacobian, of the roulette on average; at least 2.
         probes: Numbers of probes; one of them is 1.
-        num_draws: Independent estimates of each example.
-        seed: Seed of the probes and of the random lengths of series.
     """
     exact = np.asarray(dense_logdet(block.branch, block.x))
     num_dims, constant = math.prod(block.x.shape[1:]), block.lipschitz_bound
     enough = next(n for n in itertools.count(1) if truncation_bound(num_dims, constant, n) < NEGLIGIBLE)
     at_probes = min(products, key=lambda n: abs(n - AT_PROBES))
     cases = [(n, 1) for n in products] + [(at_probes, p) for p in probes if p > 1]
-    keys = jax.random.split(jax.random.key(seed), (num_draws, len(exact)))
+    keys = jax.random.split(jax.random.key(0), (NUM_DRAWS, len(exact)))
     rows = []
     for kind in KINDS:
         whole, _ = _estimates(block, kind, enough, 1, keys)

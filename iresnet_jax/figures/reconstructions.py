@@ -56,7 +56,7 @@ def figure(run: Run | None) -> Drawing:
 
 
 def fit(
-    digits: DataSet, *, stages: Sequence[StageSpec] = STAGES, num_steps: int = 600, batch_size: int = 64, seed: int = 0
+    digits: DataSet, *, stages: Sequence[StageSpec] = STAGES, num_steps: int = 600, batch_size: int = 64
 ) -> dict[str, Classifier]:
     """Trains a classifier at c = .9 and its twin without a constraint, from the same weights by Adam.
 
@@ -65,12 +65,11 @@ def fit(
         stages: Stages of the network.
         num_steps: Updates.
         batch_size: Images of an update.
-        seed: Seed of weights and batches.
     """
     assert digits.num_classes is not None
     assert digits.num_levels is not None
     images, labels = digits.examples["train"], digits.labels["train"]
-    key_weights, key_places = jax.random.split(jax.random.key(seed))
+    key_weights, key_places = jax.random.split(jax.random.key(0))
     settings = {"stages": stages, "num_levels": digits.num_levels, "pad_channels": 3}
     start = Classifier.init(key_weights, images[:512], digits.num_classes, **settings)
     free = start.with_(spec=dataclasses.replace(start.spec, constrained=False))

@@ -38,7 +38,7 @@ def figure(run: Run | None) -> Drawing:
     return Drawing(draw(rows), rows)
 
 
-def measure(*, num_blocks: int = 20, width: int = 16, num_steps: int = 4000, seed: int = 0) -> list[dict[str, Any]]:
+def measure(*, num_blocks: int = 20, width: int = 16, num_steps: int = 4000) -> list[dict[str, Any]]:
     """Fits both networks from the same initial weights; rows for each point after each number of blocks.
 
     ``gap`` is the distance to the next point above, negative if the two have changed their order. ``least_gap`` is what the
@@ -48,12 +48,11 @@ def measure(*, num_blocks: int = 20, width: int = 16, num_steps: int = 4000, see
         num_blocks: Residual blocks; even.
         width: Units of each of the two hidden layers of a branch.
         num_steps: Updates by Adam.
-        seed: Seed of the weights and of the noise on the examples.
     """
     spec = FeedforwardSpec((1,), (width, width), activation="elu")
     rows = []
     for name, constrained in NETWORKS.items():
-        found = _fitted_paths(spec, num_blocks, num_steps, jax.random.key(seed), constrained=constrained)
+        found = _fitted_paths(spec, num_blocks, num_steps, jax.random.key(0), constrained=constrained)
         positions, bounds = (np.asarray(array, np.float64) for array in found)
         gaps = np.diff(positions, axis=1)
         for depth, after in enumerate(positions):

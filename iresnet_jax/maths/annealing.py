@@ -7,7 +7,6 @@ long as the effective sample size allows, so that separated modes keep the share
 
 import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-LogDensity = Callable[[Array], Array]  # (n, d) -> (n,)
+from iresnet_jax.maths.energies import LogDensity, check_finite
 
 KEPT = 0.5  # share of effective particles after a step
 MOVES, LEAPFROG_STEPS = 10, 8  # trajectories after each step, and steps of each
@@ -32,15 +31,11 @@ class Particles(NamedTuple):
         x: The samples, equally weighted and dependent.
         log_z: Logarithm of the integral of the density, an estimate whose exponential is unbiased but for the adaptation.
         step_size: Step of the last trajectories, in standard deviations of the particles.
-        acceptance: Share of the last trajectories that were accepted.
-        num_steps: Steps from the normal distribution to the density.
     """
 
     x: Float[Array, "n d"]
     log_z: float
     step_size: float
-    acceptance: float
-    num_steps: int
 
 
 def annealed(
@@ -62,27 +57,21 @@ def annealed(
     """
     key, key_start = jax.random.split(key)
     x = scale * jax.random.normal(key_start, (num, num_dims))
-    values = log_density(x)
-    if bad := int(jnp.sum(~jnp.isfinite(values))):
-        raise ValueError(
-            f"log_density is NaN or infinite at {bad} of {num} draws from the normal distribution of scale {scale:g} in which "
-            "annealing starts: it must be finite everywhere, so that trajectories find a way back"
-        )
+    check_finite(log_density(x), f"draws from the normal distribution of scale {scale:g} in which annealing starts")
     step = jax.jit(functools.partial(_step, log_density, scale))
     t, log_z, size, num_steps = jnp.zeros((), x.dtype), 0.0, jnp.full((), 0.3, x.dtype), 0
-    acceptance = jnp.zeros((), x.dtype)
     while t < 1:
         key, key_step = jax.random.split(key)
-        x, t, change, size, acceptance = step(key_step, x, t, size)
+        x, t, change, size = step(key_step, x, t, size)
         log_z, num_steps = log_z + float(change), num_steps + 1
         if num_steps == _MOST_STEPS:
             raise RuntimeError(
                 f"annealing is at t = {float(t):.3g} after {num_steps} steps: choose another scale than {scale:g}"
             )
-    x, size, acceptance = jax.jit(functools.partial(moved, log_density), static_argnames="num_moves")(
+    x, size = jax.jit(functools.partial(moved, log_density), static_argnames="num_moves")(
         jax.random.fold_in(key, 1), x, size, num_moves=final_moves
     )
-    return Particles(x, log_z, float(size), float(acceptance), num_steps)
+    return Particles(x, log_z, float(size))
 
 
 def _step(log_density: LogDensity, scale: float, key: Key[Array, ""], x: Array, t: Array, size: Array):
@@ -113,8 +102,8 @@ def _step(log_density: LogDensity, scale: float, key: Key[Array, ""], x: Array, 
     weights = change * ratios
     log_mean = jax.nn.logsumexp(weights) - math.log(len(x))
     x = x[systematic(key_draw, weights)]
-    x, size, acceptance = moved(lambda x: t * log_density(x) + (1 - t) * start(x), key_move, x, size, num_moves=MOVES)
-    return x, t, log_mean, size, acceptance
+    x, size = moved(lambda x: t * log_density(x) + (1 - t) * start(x), key_move, x, size, num_moves=MOVES)
+    return x, t, log_mean, size
 
 
 def systematic(key: Key[Array, ""], log_weights: Float[Array, " n"]) -> Array:
@@ -127,8 +116,8 @@ def systematic(key: Key[Array, ""], log_weights: Float[Array, " n"]) -> Array:
 
 def moved(
     log_density: LogDensity, key: Key[Array, ""], x: Float[Array, "n d"], size: Array, *, num_moves: int
-) -> tuple[Float[Array, "n d"], Array, Array]:
-    """Particles after Hamiltonian Monte Carlo that leaves the density invariant, the step size, and the acceptance.
+) -> tuple[Float[Array, "n d"], Array]:
+    """Particles after Hamiltonian Monte Carlo that leaves the density invariant, and the step size.
 
     Momenta have the inverse variances of the particles as masses. Each trajectory has a step size of its own, an adapted one
     times ``exp(-e)`` with ``e`` exponential: narrow places need steps that are far shorter than those of most. Where the
@@ -161,8 +150,8 @@ def moved(
         acceptance = jnp.mean(jnp.minimum(jnp.exp(energies), 1))
         size = jnp.clip(size * jnp.exp(_ADAPTATION * (acceptance - TARGET_ACCEPTANCE)), 1e-4, 2.0)
         x, slope = (jnp.where(is_accepted[:, None], new, old) for new, old in ((new, x), (new_slope, slope)))
-        return (x, jnp.where(is_accepted, new_values, values), slope, size), acceptance
+        return (x, jnp.where(is_accepted, new_values, values), slope, size), None
 
     values, slope = gradient(x)
-    (x, _, _, size), acceptances = lax.scan(move, (x, values, slope, size), jax.random.split(key, num_moves))
-    return x, size, acceptances[-1]
+    (x, _, _, size), _ = lax.scan(move, (x, values, slope, size), jax.random.split(key, num_moves))
+    return x, size

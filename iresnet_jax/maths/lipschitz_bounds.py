@@ -3,15 +3,15 @@
 All of it follows from upper bounds of the layers' norms, see `norms.convolution_certificate`. Results are rounded up.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from iresnet_jax.maths.enclosures.upward_rounding import UP, lipschitz_at_least, rounded_up
+from iresnet_jax.maths.enclosures.upward_rounding import UP, at_least, lipschitz_at_least, rounded_up
 
 Scalar = float | Shaped[Array, ""]
 
@@ -27,18 +27,23 @@ class BiLipschitz(NamedTuple):
     forward: Shaped[Array, ""]
     inverse: Shaped[Array, ""]
 
+    @classmethod
+    def of(cls, forward: float, inverse: float) -> "BiLipschitz":
+        """Bounds that were computed in float64, rounded up."""
+        return cls(at_least(forward * UP), at_least(inverse * UP))
+
     def compose(self, other: "BiLipschitz") -> "BiLipschitz":
         """Bounds of the one map after the other: the products, in either order."""
-        return BiLipschitz(_product(self.forward, other.forward), _product(self.inverse, other.inverse))
+        return BiLipschitz(product_bound(self.forward, other.forward), product_bound(self.inverse, other.inverse))
 
     def beside_identity(self) -> "BiLipschitz":
         """Bounds of the map that acts on some coordinates and leaves the others alone, as after a multi-scale split."""
         return BiLipschitz(jnp.maximum(self.forward, 1), jnp.maximum(self.inverse, 1))
 
 
-def _product(a: Shaped[Array, ""], b: Shaped[Array, ""]) -> Shaped[Array, ""]:
+def product_bound(a: Shaped[Array, ""], b: Shaped[Array, ""]) -> Shaped[Array, ""]:
     """A bound of the product, 0 only if a factor is: small numbers underflow."""
-    product = rounded_up(a * b)
+    product = rounded_up(a * b, num_roundings=1)
     return jnp.where((a > 0) & (b > 0), jnp.maximum(product, jnp.finfo(product.dtype).tiny), product)
 
 
@@ -57,13 +62,8 @@ def branch_bound(layer_bounds: Sequence[Scalar] | Float[Array, " k"]) -> Shaped[
     Example:
         >>> branch_bound([0.9, 0.9, 0.9])  # 0.729
     """
-    listed = not isinstance(layer_bounds, jax.Array)
-    bounds = jnp.asarray([lipschitz_at_least(b) for b in layer_bounds]) if listed else lipschitz_at_least(layer_bounds)
-    product, tiny = jnp.prod(bounds), float(jnp.finfo(bounds.dtype).tiny)
-    raised = jnp.prod(jnp.maximum(bounds, 2 * tiny ** (1 / max(bounds.size, 1))))  # which does not underflow
-    product = jnp.where(jnp.all(bounds > 0) & (product < tiny), raised, product)
-    product = jnp.nan_to_num(product, nan=jnp.inf, posinf=jnp.inf)  # 0 times infinity promises nothing
-    return rounded_up(product, num_roundings=bounds.size + 1)
+    product = functools.reduce(product_bound, [lipschitz_at_least(bound) for bound in layer_bounds])
+    return jnp.nan_to_num(product, nan=jnp.inf, posinf=jnp.inf)  # 0 times infinity promises nothing
 
 
 def branch_jacobian_bound(

@@ -142,15 +142,14 @@ def certificate_of(
     estimates_of, flow = _estimates_and_bounds(spec, weights)
     for stage in spec.layout:
         branch = weights[stage.name].branch
-        own, of_parts, estimates = jax.device_get((branch.weights, branch.norms or {}, estimates_of[stage.name]))
+        of_parts, estimates = jax.device_get((branch.norms or {}, estimates_of[stage.name]))
         for k in range(stage.spec.num_blocks):
             parts = tuple(
                 Constant(part.name, per_layer, float(estimates[part.name][k]), float(of_parts[part.name][k]))
                 for part in stage.branch.parts
             )
-            factors = functools.partial(stage.branch.factors, jax.tree.map(lambda leaf, k=k: leaf[k], own))
-            target = float(math.prod(factors({part.name: per_layer for part in parts}))) if per_layer and parts else per_block
-            estimate = float(math.prod(factors({part.name: part.estimate for part in parts}))) if parts else math.nan
+            target = math.prod([per_layer] * len(parts)) if per_layer and parts else per_block
+            estimate = math.prod(part.estimate for part in parts) if parts else math.nan
             bound = float(np.asarray(branch.lipschitz_bound)[k])
             blocks.append(Constant(f"{stage.name}/block{k:02d}", target, estimate, bound, parts, branch.word))
     whole = preprocessing.compose(flow)

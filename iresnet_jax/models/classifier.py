@@ -25,7 +25,7 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import check_levels, known_levels
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.keys import single_key
-from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models import initial
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.batchnorm import batchnorm_features
@@ -102,16 +102,17 @@ class ClassifierSpec:
 
     def pad(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         """The network's input for images with pixels in [0, 1]."""
-        return reshape.pad_channels((images - by_channel(self.mean, images)) / by_channel(self.std, images), self.pad_channels)
+        x = (images - by_channel(self.mean, images)) / by_channel(self.std, images)
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.pad_channels)])
 
     def unpad(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w c"]:
         """Images with pixels on the scale of [0, 1] for inputs of the network, whatever their padding channels hold."""
-        images = reshape.unpad_channels(x, self.pad_channels)
+        images = x[..., : x.shape[-1] - self.pad_channels]
         return images * by_channel(self.std, images) + by_channel(self.mean, images)
 
     def bilipschitz(self) -> BiLipschitz:
         """Bounds of the Lipschitz constants of `pad` and of its inverse."""
-        return model_bounds([], [-jnp.log(jnp.array(self.std))])
+        return BiLipschitz.of(1 / min(self.std), max(self.std))
 
 
 class Reconstruction(NamedTuple):

@@ -49,7 +49,8 @@ def read(
     Args:
         path: The file, or a folder that holds ``model.npz``.
         branches: Branches of one's own by their names, see `StageSpec.branch`.
-        prior: A prior of one's own with the structure of the one that was saved; its numbers do not count. `Marginals` need none.
+        prior: A prior of one's own with the structure of the one that was saved; its numbers do not count. `Marginals`
+            need none.
 
     Raises:
         ValueError: If there is no such file, or it is damaged or from another version, or a part of one's own is not given.

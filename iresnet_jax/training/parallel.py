@@ -196,7 +196,7 @@ def over_batches(
         evaluate: ``(state, batch) -> outputs`` on one device's share of a batch; the first axis of every output counts its
             examples.
         state: What the evaluation takes beside examples, such as a model. It is not donated.
-        batch_of: Function that makes a pytree of the examples in given places.
+        batch_of: Function that makes a pytree of the examples in given places, such as `rows_of` arrays.
         num_examples: Number of all examples.
         batch_size: Most examples at once; rounded up to a multiple of the number of devices.
         num_devices: Devices to use, from the first, of a process that shares with no other; all by default.
@@ -215,6 +215,11 @@ def over_batches(
             outputs = jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), outputs)
         parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outputs))
     return jax.tree.map(lambda *values: np.concatenate(values), *parts)
+
+
+def rows_of(*arrays: Any) -> Callable[[np.ndarray], tuple[Any, ...]]:
+    """Function that gives the rows of arrays in given places; None stays None."""
+    return lambda places: jax.tree.map(lambda array: array[places], arrays)
 
 
 @functools.lru_cache(maxsize=64)

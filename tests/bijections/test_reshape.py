@@ -57,23 +57,10 @@ def test_the_formula_rejects_other_orders(wrong):
         np.testing.assert_array_equal(wrong(x), squeeze_oracle(x, 2))
 
 
-def test_padding_keeps_the_data_first_and_is_undone():
-    for shape in [(2, 3), (2, 4, 5, 3)]:
-        x = jnp.asarray(numbered(shape) + 1)
-        y = reshape.pad_channels(x, 5)
-        assert y.shape == (*shape[:-1], 8)
-        np.testing.assert_array_equal(y[..., :3], x)
-        np.testing.assert_array_equal(y[..., 3:], 0)
-        np.testing.assert_array_equal(reshape.unpad_channels(y, 5), x)
-        np.testing.assert_array_equal(reshape.padding_residual(y, 5), np.zeros(2))
-        np.testing.assert_array_equal(reshape.unpad_channels(reshape.pad_channels(x, 0), 0), x)
-
-
 def test_padding_residual_is_the_distance_to_the_nearest_padded_array():
     y = np.random.default_rng(0).normal(size=(4, 3, 2, 5)).astype(np.float32)
     y[1, ..., 3:] = 0
-    projected = reshape.pad_channels(reshape.unpad_channels(jnp.asarray(y), 2), 2)
-    distance = np.linalg.norm((y - np.asarray(projected)).reshape(4, -1), axis=1)
+    distance = np.linalg.norm(y[..., 3:].reshape(4, -1), axis=1)
     assert distance[1] == 0 < distance[0]
     np.testing.assert_allclose(reshape.padding_residual(jnp.asarray(y), 2), distance, rtol=NORM_RTOL)
     gradient = jax.grad(lambda y: jnp.sum(reshape.padding_residual(y, 2)))(jnp.asarray(y))

@@ -73,7 +73,7 @@ def test_only_paths_of_the_ordinary_network_cross():
 
 def test_logdets_are_within_their_bounds_and_spread_as_the_root_of_the_probes(block):
     with jax.enable_x64():
-        rows = logdets.measure(block, products=(2, 4), probes=(1, 4), num_draws=100)
+        rows = logdets.measure(block, products=(2, 4), probes=(1, 4))
     assert len(logdets.draw(rows).axes) == 2
     for row in rows:
         if row["probes"] > 1:

@@ -32,7 +32,7 @@ def test_layers_take_and_give_rounded_numbers(kernel_sizes):
     found = jax.jit(functools.partial(spec.apply, bfloat16=True))(weights, x)
     h = np.asarray(x, np.float64)
     for layer in spec.layers:
-        h, kernel = rounded(np.tanh(h) if layer.activated else h), rounded(weights[layer.name]["kernel"])
+        h, kernel = rounded(np.tanh(h) if layer.activation else h), rounded(weights[layer.name]["kernel"])
         matrix = dense_conv_matrix(kernel, *shape[:2]) if kernel_sizes else kernel.T
         h = rounded(h.reshape(3, -1) @ matrix.T).reshape(3, *shape[:-1], -1)
     assert found.dtype == x.dtype

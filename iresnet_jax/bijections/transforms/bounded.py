@@ -26,7 +26,7 @@ from iresnet_jax.bijections.transforms.standardize import Constants, Standardize
 from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log, where
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.precise_activations import sigmoid
-from iresnet_jax.maths.enclosures.upward_rounding import UP, U, at_least
+from iresnet_jax.maths.enclosures.upward_rounding import UP, U
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 
 EDGE = 2.0**-20  # of the interval, or of the spacing of a grid: share that an end takes
@@ -128,8 +128,7 @@ class Bounded:
         free = [] if bounded.all() else [1.0]
         steepest = [*free, *(width / (edge * (width - edge)))[bounded]]
         widest = [*free, *(width / 4)[bounded]]
-        own = BiLipschitz(at_least(max(steepest) * UP), at_least(max(widest) * UP))
-        return own.compose(self.then.bilipschitz())
+        return BiLipschitz.of(max(steepest), max(widest)).compose(self.then.bilipschitz())
 
     def to_line(self, x: Any, xp: Any = jnp, *, constants: Constants | None = None) -> tuple[Any, Any]:
         """Vectors ``(b, d)`` on the real line, and ``log dy/dx`` of every entry: minus infinity out of its interval.

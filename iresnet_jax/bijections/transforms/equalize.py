@@ -38,7 +38,7 @@ from iresnet_jax.bijections.transforms.logit import (
     check_alpha,
     enclose_logit,
     log_logistic,
-    logit_log_slopes,
+    logit_bounds,
     precise_unit,
     steepest_unit,
     sum_event,
@@ -46,7 +46,7 @@ from iresnet_jax.bijections.transforms.logit import (
 from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log, where
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.upward_rounding import UP, U
-from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 
 WEIGHT_OF_ALL = 0.01  # weight of the frequency over all entries in an entry's share: no level is impossible anywhere
 
@@ -81,8 +81,7 @@ class Equalize:
     def bilipschitz(self) -> BiLipschitz:
         """Bounds on [0, 1] from the extreme slopes of the distribution function and of the logit."""
         slopes = self.slopes()
-        extremes = jnp.array([slopes.min(), slopes.max()])  # of every entry and level they would be a constant of each program
-        return model_bounds([], [logit_log_slopes(self.alpha), jnp.log(extremes)])
+        return logit_bounds(self.alpha).compose(BiLipschitz.of(slopes.max(), 1 / slopes.min()))
 
     def slopes(self) -> Float[np.ndarray, " s"]:
         """Every slope that the distribution function has at any entry."""

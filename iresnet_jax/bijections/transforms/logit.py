@@ -85,7 +85,7 @@ class Logit:
 
     def bilipschitz(self) -> BiLipschitz:
         """Bounds on [0, 1]: the slope ``(1 - 2 alpha) / (s (1 - s))`` lies between its values at the middle and at the ends."""
-        return model_bounds([], [logit_log_slopes(self.alpha)])
+        return logit_bounds(self.alpha)
 
     def forward_and_logdet(self, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         r"""``y``, and ``log|det dy/dx| = sum log((1 - 2 alpha) / (s (1 - s)))``, exact (Dinh et al. 2017, section 4.1).
@@ -140,10 +140,10 @@ def steepest_unit(y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"], 
     return ((s * (DoubleDouble.of(1.0) - s)).high + UNIT_ERROR) / (1 - 2 * alpha) * UP
 
 
-def logit_log_slopes(alpha: float) -> Float[Array, " 2"]:
-    """Logarithms of the largest and the least slope of the logit on [0, 1]."""
+def logit_bounds(alpha: float) -> BiLipschitz:
+    """Bounds from the slopes of the logit at the ends of [0, 1], which are the largest, and in the middle."""
     slope = 1 - 2 * alpha
-    return jnp.log(jnp.array([slope / (alpha * (1 - alpha)), 4 * slope]))
+    return BiLipschitz.of(slope / (alpha * (1 - alpha)), 1 / (4 * slope))
 
 
 def check_alpha(alpha: float) -> None:

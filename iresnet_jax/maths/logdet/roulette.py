@@ -28,8 +28,8 @@ class RouletteLogdet(ProbingEstimator):
 
     With ``m = num_exact_terms`` and a random ``n``, terms ``k <= m + n`` are kept and term ``k > m`` is divided by
     ``P(n >= k - m)`` (Chen et al. 2019, Theorem 1 and eq. 7). So each term has the expected weight 1, in the value and in the
-    gradient. The table of weights ends where ``P(n >= j)`` falls under 1e-12 (1e-9 of a geometric one), after 20 terms for the defaults. The expectation
-    is the series up to this term, and ``info.truncation_bound`` bounds the later terms a priori.
+    gradient. The table of weights ends where ``P(n >= j)`` falls under 1e-12 (geometric: 1e-9), after 20 terms for the
+    defaults. The expectation is the series up to this term, and ``info.truncation_bound`` bounds the later terms a priori.
 
     The tail of a Poisson distribution falls faster than any ``L^k``: its rare long draws have large weights, and a standard
     error computed without them is too small. A geometric distribution with ``1 - parameter > L^2`` has finite variance.

@@ -33,12 +33,10 @@ class PowerIterationInfo(NamedTuple):
 
     Attributes:
         num_steps: Applications of the map and its transpose; the power step that ends tolerance mode is not counted.
-        relative_change: Relative growth of the estimate in the last step, or in the last cycle of tolerance mode.
         converged: Whether the tolerance is met; always False for a fixed number of steps, which has none.
     """
 
     num_steps: Int[Array, ""]
-    relative_change: Float[Array, ""]
     converged: Bool[Array, ""]
 
 
@@ -126,26 +124,19 @@ def singular_vectors(
     def power_step(v):
         u, _ = unit(forward(v))
         new_v, sigma = unit(transpose(u)[0])
-        return jnp.where(sigma > 0, new_v, v), u, sigma
+        return jnp.where(sigma > 0, new_v, v), u
 
     if num_steps is None:
         v, info = _iterate_to_tolerance(lambda x: transpose(forward(x))[0], v, rtol)
-        v, u, _ = power_step(v)
+        v, u = power_step(v)
     else:
-
-        def again(_, state):
-            v, _, previous, _ = state
-            v, u, sigma = power_step(v)
-            return v, u, sigma, _relative_growth(previous, sigma)
-
         if num_steps == 1:
-            v, u, sigma = power_step(v)
-            change = jnp.ones_like(sigma)
+            v, u = power_step(v)
         else:  # in a loop, which compiles one step
-            u, zero = jax.eval_shape(forward, v), jnp.zeros((), v.dtype)
-            state = v, jnp.zeros(u.shape, u.dtype), zero, zero
-            v, u, _, change = lax.fori_loop(0, num_steps, again, state)
-        info = PowerIterationInfo(jnp.int32(num_steps), change, jnp.zeros((), bool))
+            u = jax.eval_shape(forward, v)
+            state = v, jnp.zeros(u.shape, u.dtype)
+            v, u = lax.fori_loop(0, num_steps, lambda _, state: power_step(state[0]), state)
+        info = PowerIterationInfo(jnp.int32(num_steps), jnp.zeros((), bool))
     return u, v, info
 
 
@@ -168,7 +159,7 @@ def _iterate_to_tolerance(gram, v, rtol):
     def advance(state):
         k, x, previous, _ = state
         x, sigma = _lanczos_cycle(gram, x)
-        return k + _CYCLE, x, sigma, _relative_growth(previous, sigma)
+        return k + _CYCLE, x, sigma, (sigma - previous) / jnp.where(sigma > 0, sigma, 1)
 
     def finished(state):
         k, _, sigma, change = state
@@ -176,8 +167,8 @@ def _iterate_to_tolerance(gram, v, rtol):
 
     zero = jnp.zeros((), v.dtype)
     state = lax.while_loop(lambda s: (s[0] < most_steps) & ~finished(s), advance, (jnp.int32(0), start, zero, zero))
-    k, x, sigma, change = state
-    return jnp.where(sigma > 0, x, v), PowerIterationInfo(k, change, finished(state))
+    k, x, sigma, _ = state
+    return jnp.where(sigma > 0, x, v), PowerIterationInfo(k, finished(state))
 
 
 def _in_whole_space(gram, v):
@@ -186,11 +177,7 @@ def _in_whole_space(gram, v):
     eigenvalues, eigenvectors = jnp.linalg.eigh(matrix)
     largest = eigenvalues[-1]
     v = jnp.where(largest > 0, eigenvectors[:, -1].reshape(v.shape), v)
-    return v, PowerIterationInfo(jnp.int32(v.size), jnp.zeros_like(largest), jnp.isfinite(largest))
-
-
-def _relative_growth(previous, sigma):
-    return (sigma - previous) / jnp.where(sigma > 0, sigma, 1)
+    return v, PowerIterationInfo(jnp.int32(v.size), jnp.isfinite(largest))
 
 
 def _least_cycles(num_dims: int, rtol: float) -> int:

@@ -9,7 +9,7 @@ For ``|G|_2 < 1`` the symmetric part of ``I + G`` is positive definite, and ``<x
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from jaxtyping import Float
@@ -20,19 +20,20 @@ from iresnet_jax.maths.trajectories.row_blocks import RowBlocks
 Array = np.ndarray
 _BELOW = (0.005, 0.05, 0.3)  # of the estimate by which bounds are tried below it
 _BELOW_SINGULAR = (1e-7, 1e-4, 0.1)  # likewise, for squares of singular values
+_MOST_STEPS = 40  # of Lanczos' method
 
 
-def least_eigenvalue_estimate(apply: Callable[[Array], Array], num_dims: int, num_steps: int = 40) -> tuple[float, float]:
+def least_eigenvalue_estimate(apply: Callable[[Array], Array], num_dims: int) -> tuple[float, float]:
     """Lanczos' estimate of the least eigenvalue of a symmetric map, and the residual of its eigenvector; guaranteed is neither.
 
     Args:
         apply: The map of vectors ``(d,)``.
         num_dims: ``d``.
-        num_steps: Products with the map, at most.
     """
     rng = np.random.default_rng(0)
-    vectors, diagonal, beside = [_unit(rng.normal(size=num_dims))], [], []
-    for _ in range(min(num_steps, num_dims)):
+    start = rng.normal(size=num_dims)
+    vectors, diagonal, beside = [start / np.linalg.norm(start)], [], []
+    for _ in range(min(_MOST_STEPS, num_dims)):
         image = apply(vectors[-1])
         diagonal.append(float(vectors[-1] @ image))
         for _ in range(2):  # orthogonal to all vectors so far, twice for rounding
@@ -56,16 +57,9 @@ def least_eigenvalue_bound(matrix: RowBlocks, at_least: float) -> float:
         at_least: A known lower bound, returned where no greater one is found.
     """
     estimate, residual = least_eigenvalue_estimate(_product(matrix), _num_dims(matrix))
-    if not np.isfinite(estimate):
-        return at_least
-    for below in _BELOW:
-        shift = estimate - min(residual, below * abs(estimate)) - below * abs(estimate)
-        if not shift > at_least:
-            break
-        bound = _bound_at(matrix, shift)
-        if bound > at_least:
-            return bound
-    return at_least
+    size = abs(estimate)
+    shifts = (estimate - min(residual, below * size) - below * size for below in _BELOW)
+    return _first_bound(matrix, (shift for shift in shifts if shift > at_least), at_least)
 
 
 def singular_value_bounds(matrix: Float[Array, "n m"]) -> tuple[float, float]:
@@ -76,18 +70,15 @@ def singular_value_bounds(matrix: Float[Array, "n m"]) -> tuple[float, float]:
     gram = matrix.T @ matrix
     values = np.linalg.eigvalsh(gram)
     rounding = gamma(len(matrix) + 2) * size**2
-    least, largest = 0.0, size**2
-    for below in _BELOW_SINGULAR:
-        bound = _bound_at(RowBlocks({(0, 0): gram}, 1), values[0] * (1 - below)) - rounding
-        if bound > 0:
-            least = bound
-            break
-    for above in _BELOW_SINGULAR:
-        bound = rounding - _bound_at(RowBlocks({(0, 0): -gram}, 1), -values[-1] * (1 + above))
-        if bound < largest:
-            largest = bound
-            break
+    below, above = ([values[0] * (1 - by) for by in _BELOW_SINGULAR], [-values[-1] * (1 + by) for by in _BELOW_SINGULAR])
+    least = _first_bound(RowBlocks({(0, 0): gram}, 1), below, rounding) - rounding
+    largest = rounding - _first_bound(RowBlocks({(0, 0): -gram}, 1), above, rounding - size**2)
     return float(np.sqrt(least) / UP), float(np.sqrt(largest) * UP)
+
+
+def _first_bound(matrix: RowBlocks, shifts: Iterable[float], known: float) -> float:
+    """The bound at the first of some shifts where it is greater than what is known; what is known if there is none."""
+    return next((bound for shift in shifts if (bound := _bound_at(matrix, shift)) > known), known)
 
 
 def _bound_at(matrix: RowBlocks, shift: float) -> float:
@@ -153,7 +144,3 @@ def _product(matrix: RowBlocks) -> Callable[[Array], Array]:
 
 def _num_dims(matrix: RowBlocks) -> int:
     return sum(len(matrix.blocks[i, i]) for i in range(matrix.num_rows))
-
-
-def _unit(v: Array) -> Array:
-    return v / np.linalg.norm(v)

@@ -81,7 +81,7 @@ def evaluate_images(
     model: Classifier | Density, images: np.ndarray, labels: np.ndarray, batch_size: int
 ) -> dict[str, np.ndarray]:
     """Cross-entropies in nats and logits of all images; a density takes the middle of their grey levels, without noise."""
-    return parallel.over_batches(_classify, model, lambda places: (images[places], labels[places]), len(images), batch_size)
+    return parallel.over_batches(_classify, model, parallel.rows_of(images, labels), len(images), batch_size)
 
 
 def _classify(model: Classifier | Density, batch: tuple[Any, Any]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class Validation:
     def __call__(self, state: TrainState) -> ValidationResult:
         """The means over all images."""
         model = validated_model(self._template, self._constraint, state.ema, state.spectral)
-        rows = lambda indices: (self._x[indices], self._y[indices])  # noqa: E731
+        rows = parallel.rows_of(self._x, self._y)
         outputs = parallel.over_batches(_measured_errors, model, rows, len(self._x), self._batch_size)
         means = {name: float(values.mean(dtype=np.float64)) for name, values in outputs.items()}
         value = (1 - self._share) * means["reconstruction"] + self._share * means.get("forward", 0.0)
