@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection, no_inverse_error
+from iresnet_jax.maths.enclosures.upward_rounding import rounded_up
 from iresnet_jax.maths.inverse.fixed_point import example_norm
 
 EPS = 1e-5  # added to variances, which caps scales at 316
@@ -84,7 +85,7 @@ def actnorm_bijection(params: ActNormParams) -> Bijection:
     bijection = exact_bijection(
         lambda x: forward_and_logdet(params, x),
         lambda y: inverse_and_logdet(params, y),
-        inverse_lipschitz=jnp.exp(-jnp.min(params.log_scale)),
+        inverse_lipschitz=rounded_up(jnp.exp(-jnp.min(params.log_scale))),
     )
 
     def rounding(x):  # of y exp(-log_scale), which is as large as x + bias, and of the difference

@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import Bijection, fold_in, from_walks, keys_of_links
 from iresnet_jax.maths import platforms
+from iresnet_jax.maths.enclosures.upward_rounding import rounded_up
+from iresnet_jax.maths.lipschitz_bounds import product_bound
 from iresnet_jax.maths.logdet.exact import INVERSE_JACOBIANS
 
 Rematerialize = Literal["nothing", "elementwise", "blocks"]
@@ -50,7 +52,7 @@ def _chain(bijections, keys_of):
             way = way.through(bijection, own)
         return way
 
-    lipschitz = math.prod((bijection.inverse_lipschitz for bijection in bijections), start=jnp.asarray(1.0))
+    lipschitz = functools.reduce(product_bound, (bijection.inverse_lipschitz for bijection in bijections), jnp.asarray(1.0))
     return from_walks(onward, back, lipschitz)
 
 
@@ -59,7 +61,7 @@ def after_exact(exact: Bijection, bijection: Bijection) -> Bijection:
     return from_walks(
         onward=lambda way, key: way.through(exact, key).through(bijection, key),
         back=lambda way, key: way.through(bijection, key).through(exact, key),
-        inverse_lipschitz=exact.inverse_lipschitz * bijection.inverse_lipschitz,
+        inverse_lipschitz=product_bound(exact.inverse_lipschitz, bijection.inverse_lipschitz),
     )
 
 
@@ -105,7 +107,7 @@ def repeat(
     return from_walks(
         onward=lambda way, key: over_blocks(way, key, reverse=False),
         back=lambda way, key: over_blocks(way, key, reverse=True),
-        inverse_lipschitz=jnp.prod(jax.vmap(lambda w: jnp.asarray(make(w).inverse_lipschitz))(weights)),
+        inverse_lipschitz=rounded_up(jnp.prod(jax.vmap(lambda w: jnp.asarray(make(w).inverse_lipschitz))(weights)), num_blocks),
     )
 
 

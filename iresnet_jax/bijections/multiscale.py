@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from iresnet_jax.bijections.bijection import Bijection, from_walks, keys_of_links
 from iresnet_jax.bijections.reshape import flatten, split_channels, unflatten
+from iresnet_jax.maths.lipschitz_bounds import product_bound
 
 
 class Stage(NamedTuple):
@@ -59,7 +60,8 @@ def multiscale(stages: Sequence[Stage], event_shape: tuple[int, ...], *, batch_s
 
     lipschitz = jnp.asarray(1.0)
     for stage in reversed(stages):  # latents that left at this stage skip the inverses of the later ones
-        lipschitz = stage.bijection.inverse_lipschitz * (jnp.maximum(lipschitz, 1) if stage.factor_out else lipschitz)
+        later = jnp.maximum(lipschitz, 1) if stage.factor_out else lipschitz
+        lipschitz = product_bound(stage.bijection.inverse_lipschitz, later)
     return from_walks(onward, back, lipschitz)
 
 

@@ -41,10 +41,10 @@ class BiLipschitz(NamedTuple):
         return BiLipschitz(jnp.maximum(self.forward, 1), jnp.maximum(self.inverse, 1))
 
 
-def product_bound(a: Shaped[Array, ""], b: Shaped[Array, ""]) -> Shaped[Array, ""]:
+def product_bound(a: Scalar, b: Scalar) -> Shaped[Array, ""]:
     """A bound of the product, 0 only if a factor is: small numbers underflow."""
     product = rounded_up(a * b, num_roundings=1)
-    return jnp.where((a > 0) & (b > 0), jnp.maximum(product, jnp.finfo(product.dtype).tiny), product)
+    return jnp.where(jnp.logical_and(a > 0, b > 0), jnp.maximum(product, jnp.finfo(product.dtype).tiny), product)
 
 
 def branch_bound(layer_bounds: Sequence[Scalar] | Float[Array, " k"]) -> Shaped[Array, ""]:
