@@ -32,7 +32,7 @@ def config_file(name: str) -> str:
 def read_config(file: str | Path, *overrides: str) -> Config:
     """The settings of a config file, a variant behind a colon, with changes such as ``constraint.norms=none``."""
     flags = [f"--config={file}", *(f"--config.{override}" for override in overrides)]
-    return parse_train_flags(["benchmark", *flags], default_config=str(file)).config
+    return parse_train_flags(["benchmark", *flags]).config
 
 
 def model_parser(description: str | None) -> argparse.ArgumentParser:

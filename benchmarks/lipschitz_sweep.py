@@ -75,7 +75,7 @@ def measure(variant, seed, folder, arguments):
     times = TrainingTimes.from_metrics(read_metrics(workdir), run.step)
     row = {"variant": variant, "seed": seed, "error": result.error, "num_examples": result.num_examples}
     row |= {"loss": result.loss, "seconds_per_step": times.seconds_per_step, "total_seconds": times.total_seconds}
-    if run.is_bijective:
+    if run.model.spec.is_bijective:
         certificate = run.model.certificate()
         row |= {"max_block": certificate.max_block, "certified": certificate.certified}
         limit = num[certificate.certified]

@@ -164,4 +164,4 @@ def load(
                 f"{path} is the folder of a run, which names kinds: call kinds.register in place of branches and prior"
             )
         return trained_run.load(path).model
-    return saved.load(path, branches=branches, prior=prior)
+    return saved.read(path, branches=branches, prior=prior)[0]

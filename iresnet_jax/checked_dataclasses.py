@@ -11,7 +11,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 T = TypeVar("T")
@@ -79,7 +79,9 @@ def from_plain(cls: type[T], plain: Any, path: str) -> T:
     hints = typing.get_type_hints(cls, include_extras=True)
     for name in plain:
         if name not in hints:
-            raise ValueError(f"{path} has no field {name!r}{did_you_mean(name, hints)}")
+            close = difflib.get_close_matches(name, hints, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(hints) or 'none'}"
+            raise ValueError(f"{path} has no field {name!r}: {hint}")
     fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
     required = [field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING]
     if missing := [name for name in required if name not in plain]:
@@ -108,14 +110,6 @@ def first_difference(ours: Any, theirs: Any, path: str, where: tuple[str, str] =
                 return difference
         return None
     return None if ours == theirs else f"{path} is {json.dumps(ours)} {where[0]} and {json.dumps(theirs)} {where[1]}"
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name."""
-    known = list(known)
-    if close := difflib.get_close_matches(name, known, n=1):
-        return f": did you mean {close[0]!r}?"
-    return f": the fields are {', '.join(known)}" if known else ""
 
 
 def checked(kind: Any, value: Any, path: str) -> Any:

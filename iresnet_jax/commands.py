@@ -54,7 +54,7 @@ def evaluate(run: Run, arguments: argparse.Namespace) -> bool:
             lines.append(compared.summary)
     if isinstance(model, Reconstructor):
         lines.append(inverse_problem.evaluate_run(run)[0])
-    elif run.has_classes:
+    elif run.model.spec.num_classes is not None:
         lines.append(accuracy.evaluate(model, examples, run.data.labels["test"], settings.batch_size))
     _say(*run.notes, *lines)
     return True

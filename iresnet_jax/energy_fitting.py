@@ -10,7 +10,7 @@ particles and samples of the model choose.
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -212,7 +212,10 @@ def _start(
     }
     starts = []  # (mean log-density, transform, components of a mixture or 0)
     for transform in (Standardize.fit(x), *([Whiten.fit(x)] if num_dims <= WHITENED_DIMS else [])):
-        z, held_out_z, log_det = _transformed(transform, x, held_out)
+        bijection = transform.bijection()
+        z = np.asarray(bijection.forward(jnp.asarray(x)))
+        held_out_z, log_dets, _ = bijection.forward_and_logdet(jnp.asarray(held_out), jax.random.key(0))
+        log_det = float(log_dets[0])
         value = float(jnp.mean(Marginals.fit(z, PER_MARGINAL).log_prob(held_out_z)))
         starts.append((value + log_det, transform, 0))
         if num_dims <= MIXTURE_DIMS and isinstance(transform, Whiten):
@@ -226,26 +229,16 @@ def _start(
     return model.with_(prior=Marginals.fit(np.asarray(model.encode(x)), PER_MARGINAL))
 
 
-def _transformed(transform: Standardize | Whiten, x: Any, held_out: Any) -> tuple[np.ndarray, Array, float]:
-    bijection = transform.bijection()
-    z, log_det, _ = bijection.forward_and_logdet(jnp.asarray(held_out), jax.random.key(0))
-    return np.asarray(bijection.forward(jnp.asarray(x))), z, float(log_det[0])
-
-
 def _likeliest_components(z: Float[np.ndarray, "n d"], held_out: Float[Array, "m d"], until: float) -> tuple[int, float]:
     """Number of components of the mixture under which held-out vectors are likeliest, and their mean log-density."""
     best, highest, fallen = 1, -math.inf, 0
-    for num in _allowed(len(z), z.shape[1]):
+    for num in (count for count in COMPONENTS if count == 1 or 5 * count * (z.shape[1] + 1) <= len(z)):
         mixture = fitted_mixture(z, num)
         value = float(jnp.mean(mixtures.log_prob(mixture, held_out)))
         best, highest, fallen = (num, value, 0) if value > highest else (best, highest, fallen + 1)
         if fallen == 2 or time.monotonic() > until:
             break
     return best, highest
-
-
-def _allowed(num: int, num_dims: int) -> Iterable[int]:
-    return [count for count in COMPONENTS if count == 1 or 5 * count * (num_dims + 1) <= num]
 
 
 def _divergence(model: Density, log_density: LogDensity, held_out: Float[np.ndarray, "n d"], key: Key[Array, ""]) -> float:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from iresnet_jax.models.priors import PRIORS
 from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.model_from_config import density_spec
 from iresnet_jax.training import parallel
+from iresnet_jax.training.initialization import gaussian_mixture, preprocess
 from iresnet_jax.training.trainer import STEPS_IN_TIME
 
 DEFAULT_MINUTES = 3.0
@@ -235,11 +235,8 @@ def _preprocessed(config: Config, data: DataSet, most: int) -> Float[np.ndarray,
     """At most so many training examples as the flow gets them, drawn from all as they may be sorted."""
     model, rows = Density(density_spec(config, data), {}, {}), data.examples["train"]
     x = np.asarray(rows[some_rows(len(rows), most)])
-    z = _preprocess(model.shared(), parallel.fill_up(x), jax.random.key(config.seed))
+    z = preprocess(model.shared(), parallel.fill_up(x), jax.random.key(config.seed))
     return np.asarray(z, np.float64)[: len(x)]
-
-
-_preprocess = quick_jit(lambda model, x, key: model.preprocess(x, key))  # one function for fits of one shape
 
 
 def likelier_prior(z: Float[np.ndarray, "n d"]) -> str:
@@ -271,21 +268,14 @@ def _log_probs(of_scales: Mapping[str, Array], fitted: Float[Array, "n d"], rest
 
 def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> int:
     """Number of normal distributions in a mixture by the Bayesian information criterion (Schwarz 1978)."""
-    import threadpoolctl  # late: a second, which only mixtures need
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
-
     best, lowest, risen = 1, math.inf, 0
     for num in COMPONENTS:
         if num > max(len(z) // (EXAMPLES_PER_COMPONENT * (z.shape[1] + 1)), 1) or risen == 2:
             break
-        mixture = GaussianMixture(num, n_init=2, random_state=seed)
-        # Threads of products as small as these wait for each other.
-        with warnings.catch_warnings(action="ignore", category=ConvergenceWarning), threadpoolctl.threadpool_limits(1):
-            try:
-                bic = float(mixture.fit(z).bic(z))
-            except ValueError:  # a component has collapsed
-                bic = math.inf
+        try:
+            bic = float(gaussian_mixture(z, num, n_init=2, random_state=seed).bic(z))
+        except ValueError:  # a component has collapsed
+            bic = math.inf
         best, lowest, risen = (num, bic, 0) if bic < lowest else (best, lowest, risen + 1)
     return best
 

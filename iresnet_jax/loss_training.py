@@ -108,9 +108,8 @@ def train(
     seed = int(jax.random.bits(single_key(key), dtype="uint32"))
     x, validation = _checked_rows(x, "x"), _checked_rows(validation, "validation")
     batch_size = checked(Count, batch_size, "batch_size")
-    if x is not None:
-        devices = parallel.all_devices()
-        batch_size = max(min(batch_size, num_rows(x)) // devices, 1) * devices
+    devices = parallel.all_devices()
+    batch_size = max((batch_size if x is None else min(batch_size, num_rows(x))) // devices, 1) * devices
     if steps is None:
         steps = STEPS if minutes is None else NO_LIMIT
     settings = TrainingConfig(
@@ -162,13 +161,8 @@ class _HeldOut:
 
     def __init__(self, free: Unconstrained, loss: LossFunction, examples: Any, seed: int):
         self.check = getattr(loss, "check", lambda metrics: None)  # of a loss that can say what went wrong
-        self._free, self._examples, self._key = free, examples, jax.random.key(seed)
+        self._free, self.examples, self._key = free, examples, jax.random.key(seed)
         self._loss = jax.jit(functools.partial(_loss_and_metrics, loss))
-
-    @property
-    def has_examples(self) -> bool:
-        """Whether there is anything to measure."""
-        return self._examples is not None
 
     def model(self, state: TrainState) -> Any:
         """The model of the averaged parameters."""
@@ -176,10 +170,10 @@ class _HeldOut:
 
     def __call__(self, state: TrainState) -> ValidationResult:
         """The means over all examples."""
-        model, num = self.model(state), num_rows(self._examples)
+        model, num = self.model(state), num_rows(self.examples)
         totals: dict[str, float] = {}
         for start in range(0, num, VALIDATED_AT_ONCE):
-            batch = jax.tree.map(lambda rows, start=start: jnp.asarray(rows[start : start + VALIDATED_AT_ONCE]), self._examples)
+            batch = jax.tree.map(lambda rows, start=start: jnp.asarray(rows[start : start + VALIDATED_AT_ONCE]), self.examples)
             _, means = self._loss(model, batch, jax.random.fold_in(self._key, start))
             for name, mean in means.items():
                 totals[name] = totals.get(name, 0.0) + float(mean) * num_rows(batch) / num
@@ -211,7 +205,7 @@ class _Trainer(Trainer):
 
     def measure(self) -> tuple[float, str]:
         """Without held-out examples, what is shown is the loss of training, and the latest state is the best."""
-        if self._held_out.has_examples:
+        if self._held_out.examples is not None:
             return super().measure()
         return float(-self.step), f"loss {self.records[-1]['loss']:.4f}"
 
@@ -224,7 +218,7 @@ class _Trainer(Trainer):
 
     def last_or_best(self) -> Best:
         """The state that was best on held-out examples, or the last one, if there are none or none was measured."""
-        if self.best is None or not self._held_out.has_examples:
+        if self.best is None or self._held_out.examples is None:
             self._store(-math.inf)
         assert self.best is not None
         return self.best

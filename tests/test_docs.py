@@ -145,10 +145,10 @@ def check_command(command):
                 known = EXTRAS if name == "." else metadata.metadata(name).get_all("Provides-Extra")
                 assert set(extras.split(",") if extras else ()) <= set(known), f"{name} has no extra {extras}"
         case ["python", "train.py", *_]:
-            parse_train_flags(command[1:], default_config="configs/digits_density.py")
+            parse_train_flags(command[1:])
         case ["python", "-m", "iresnet_jax", "plan" | "profile" as name, *options]:
             _, rest = make_parser().parse_known_args([name, *options])
-            parse_train_flags([name, *rest], default_config="configs/digits_density.py")
+            parse_train_flags([name, *rest])
         case ["python", "-m", "iresnet_jax", *options]:
             if options not in ([], ["COMMAND"]):
                 make_parser().parse_args(options)

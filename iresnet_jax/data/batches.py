@@ -61,17 +61,14 @@ def device_batches(
     lengths = {len(leaf) for leaf in jax.tree.leaves(examples)}
     if len(lengths) != 1:
         raise ValueError(f"all arrays must have the same number of examples along their first axis, got {sorted(lengths)}")
-    num_examples, devices, count = lengths.pop(), jax.local_devices(), jax.process_count()
+    num_examples, devices = lengths.pop(), jax.local_devices()
 
     def indices_of(step: int) -> np.ndarray:
-        return batch_indices(seed, step, batch_size, num_examples, process_index=jax.process_index(), process_count=count)
+        return parallel.own_share(batch_indices(seed, step, batch_size, num_examples))
 
-    share = len(indices_of(first_step))  # mistakes raise at the call, not at the first batch
-    if share % len(devices):
-        raise ValueError(
-            f"the {share} examples of a process cannot be split evenly over its {len(devices)} devices: "
-            f"choose a batch_size that is a multiple of {len(devices) * count}"
-        )
+    batch_indices(seed, first_step, batch_size, num_examples)  # mistakes raise at the call, not at the first batch
+    parallel.check_divisible(batch_size, parallel.num_processes() * len(devices))
+
     mesh = Mesh(np.array(devices), ("batch",))
     split = NamedSharding(mesh, PartitionSpec("batch"))
 
@@ -121,21 +118,12 @@ def _epoch_order(seed: int | tuple[int, ...], epoch: int, num_examples: int) -> 
     return order
 
 
-def batch_indices(
-    seed: int | tuple[int, ...],
-    step: int,
-    batch_size: int,
-    num_examples: int,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Int[np.ndarray, "b ..."]:
-    """Returns the examples that training step ``step`` sees, or one process's share of them.
+def batch_indices(seed: int | tuple[int, ...], step: int, batch_size: int, num_examples: int) -> Int[np.ndarray, "b ..."]:
+    """Returns the examples that training step ``step`` sees.
 
     Epoch ``e`` is a permutation of all examples drawn from ``(seed, e)`` and cut into ``num_examples // batch_size`` batches.
     The remainder of an epoch is dropped; as every epoch has its own order, no example is left out for good. Another release of
-    NumPy may permute differently. Processes take contiguous shares of the batch in the order of their index, so the whole batch
-    is the same on any number of hosts.
+    NumPy may permute differently.
 
     Example::
 
@@ -145,8 +133,6 @@ def batch_indices(
         seed: Seed of the run, at least 0; several have an order each, along the second axis.
         step: Training step, counted from 0 over all epochs.
         batch_size: Examples in a batch over all processes, from 1 to ``num_examples``.
-        process_index: Process whose share is returned, less than ``process_count``.
-        process_count: Number of processes that share a batch; it must divide ``batch_size``.
 
     Returns:
         Indices in ``[0, num_examples)``, distinct within a batch and within an epoch; a read-only view.
@@ -161,14 +147,5 @@ def batch_indices(
         )
     if np.any(np.less(seed, 0)) or step < 0:
         raise ValueError(f"seed and step must not be negative, got seed {seed} and step {step}: count steps from 0")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index must lie in [0, process_count = {process_count}), got {process_index}")
-    if batch_size % process_count:
-        raise ValueError(
-            f"a batch of {batch_size} examples cannot be shared evenly by {process_count} processes: "
-            f"choose a batch_size that is a multiple of {process_count}"
-        )
     epoch, batch = divmod(step, num_examples // batch_size)
-    share = batch_size // process_count
-    start = batch * batch_size + process_index * share
-    return _epoch_order(seed, epoch, num_examples)[start : start + share]
+    return _epoch_order(seed, epoch, num_examples)[batch * batch_size : (batch + 1) * batch_size]

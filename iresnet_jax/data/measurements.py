@@ -47,12 +47,12 @@ class Measurement:
         return self.exact(x) + self.noise * noise
 
     def held_out(
-        self, x: Float[Array, "b h w c"] | Float[np.ndarray, "b h w c"], seed: int, split: str, *, first: int = 0
+        self, x: Float[Array, "b h w c"] | Float[np.ndarray, "b h w c"], seed: int, split: str
     ) -> Float[np.ndarray, "b h w c"]:
-        """Measurements of examples ``first``, ``first + 1``, ... of "validation" or "test", always the same for one seed."""
+        """Measurements of the examples of "validation" or "test", from the first on, always the same for one seed."""
         stream = {"validation": 4, "test": 5}[split]
         key = jax.random.fold_in(jax.random.key(seed), 2**31 + stream)
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(len(x)))
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(x)))
         return np.asarray(self.draw(keys, jnp.asarray(x)))
 
 

@@ -30,7 +30,6 @@ from iresnet_jax.models import initial
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.batchnorm import batchnorm_features
 from iresnet_jax.models.contractions import FlowWeights, Tree
-from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, initial_head, linear, pool
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import as_batch
@@ -256,14 +255,7 @@ class Classifier(Model):
     def flow(self) -> Bijection:
         """The invertible network alone, from its input to features as vectors."""
         self.require_bijection()
-        return flow_bijection(
-            self.spec.flow,
-            self.weights,
-            solver=self.solver,
-            unroll=self.unroll,
-            rematerialize=self.rematerialize,
-            bfloat16=self.bfloat16,
-        )
+        return self._flow_of(self.spec.flow, self.weights)
 
     def features_of_input(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """Features of an input of the network, such as `preprocess` gives."""

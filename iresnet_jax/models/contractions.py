@@ -241,18 +241,15 @@ def _folded(branch: BranchSpec, weights: Tree, context: Float[Array, " k"]) -> T
     return jax.vmap(branch.folded, in_axes=(0, None))(weights, context)
 
 
-def rounded_to_bfloat16(weights: FlowWeights) -> dict[str, Block]:
-    """The weights as `flow_bijection` runs them in bfloat16: rounded, such as kernels are, and their dtype stays."""
-
-    def rounded(branch):
-        return dataclasses.replace(branch, weights=branch.spec.rounded_to_bfloat16(branch.weights))
-
-    return {name: block._replace(branch=rounded(block.branch)) for name, block in weights.items()}
-
-
 def bounds_in_bfloat16(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:
-    """`rounded_to_bfloat16` with guaranteed bounds of these weights; factors on the outputs of branches stay as they are."""
-    found = with_bounds(spec, as_params(rounded_to_bfloat16(weights)), constrained=False)
+    """The weights as `flow_bijection` runs them in bfloat16, rounded, with guaranteed bounds of these.
+
+    Their dtype and the factors on the outputs of branches stay as they are.
+    """
+    params = as_params(weights)
+    for name, block in weights.items():
+        params[name]["blocks"] |= block.branch.spec.rounded_to_bfloat16(block.branch.weights)
+    found = with_bounds(spec, params, constrained=False)
     for name, block in weights.items():
         gain, rounded = block.branch.gain, found[name].branch
         if gain is not None:

@@ -47,7 +47,6 @@ from iresnet_jax.models.columns import Frame, numbers_of, table_of
 from iresnet_jax.models.contexts import Network, apply_network, initial_network
 from iresnet_jax.models.contractions import FlowWeights, as_params, under_context
 from iresnet_jax.models.density_spec import DensitySpec, Transform
-from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import Examples, as_batch, context_vectors, numbers
 from iresnet_jax.models.model import Model
@@ -265,7 +264,8 @@ class Density(Model):
         """The density of the dequantised data: of points of [0, 1) instead of integer levels, of cells instead of a grid."""
         spec = dataclasses.replace(self.spec, flow=dataclasses.replace(self.spec.flow, noise=None), num_levels=None, grid=None)
         own = {stage.name: self.weights[stage.name] for stage in spec.flow.layout if self.weights}
-        return self.with_(spec=spec, weights=own, noise_network={})
+        constants = {name: numbers for name, numbers in self.constants.items() if name != "grid"}
+        return self.with_(spec=spec, weights=own, noise_network={}, constants=constants)
 
     def given(self, context: Contexts) -> "Density":
         """The density ``x -> p(x | context)`` of a conditional model as a model that takes no contexts.
@@ -513,16 +513,7 @@ class Density(Model):
 
     def flow(self, context: Contexts | None = None) -> Bijection:
         """The residual flow alone, from preprocessed data to latents."""
-        return flow_bijection(
-            self.spec.flow,
-            self.weights,
-            self.estimator,
-            self.solver,
-            context=self.scale_context(context),
-            unroll=self.unroll,
-            rematerialize=self.rematerialize,
-            bfloat16=self.bfloat16,
-        )
+        return self._flow_of(self.spec.flow, self.weights, self.scale_context(context))
 
     def scale_context(self, context: Contexts | None) -> Float[Array, "b ..."] | None:
         """Contexts as the flow takes them: scaled, and through the network on them if there is one.
@@ -576,16 +567,8 @@ class Density(Model):
         flow, levels = self.spec.flow.noise_flow, self.spec.num_levels
         if flow is None or levels is None or not self.weights:
             raise ValueError("the noise of this model is uniform: there is no flow that makes it")
-        return flow_bijection(
-            flow,
-            noises.weights_of(self.weights),
-            self.estimator,
-            self.solver,
-            context=noises.features(self.spec.flow, self.noise_network, self._checked(x), levels),
-            unroll=self.unroll,
-            rematerialize=self.rematerialize,
-            bfloat16=self.bfloat16,
-        )
+        features = noises.features(self.spec.flow, self.noise_network, self._checked(x), levels)
+        return self._flow_of(flow, noises.weights_of(self.weights), features)
 
     def noise_certificate(self) -> Certificate | None:
         """The `certificate` of the flow of noise, of a map from logistic numbers to logits; None if noise is uniform."""

@@ -74,16 +74,11 @@ def cross_entropy(logits: Float[Array, "b k"], labels: Int[Array, " b"], *, labe
     Raises:
         ValueError: If ``label_smoothing`` is out of range.
     """
-    check_label_smoothing(label_smoothing)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}: 0 is none, .1 is usual")
     log_p = jax.nn.log_softmax(logits)
     of_label = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
     return -(1 - label_smoothing) * of_label - label_smoothing * jnp.mean(log_p, axis=1)
-
-
-def check_label_smoothing(label_smoothing: float) -> None:
-    """Raises ``ValueError`` unless ``label_smoothing`` is in [0, 1)."""
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}: 0 is none, .1 is usual")
 
 
 def by_channel(values: tuple[float, ...] | Float[Array, " c"], x: Array) -> Float[Array, "..."]:

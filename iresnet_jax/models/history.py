@@ -4,8 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-Record = tuple[tuple[str, float], ...]
-
 
 class Attempt(NamedTuple):
     """One of several training runs, the best of which gave the model.

@@ -21,7 +21,7 @@ from iresnet_jax.models.architecture import FlowSpec, PlacedStage
 from iresnet_jax.models.batchnorm import batchnorm_blocks
 from iresnet_jax.models.classifier import Classifier as ClassifierModel
 from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.contractions import ConstrainedFlow, constrain, constrain_blocks, unconstrained
+from iresnet_jax.models.contractions import constrain, constrain_blocks, unconstrained
 from iresnet_jax.models.flow import flow_bijection, initialize_actnorm
 from iresnet_jax.models.head import apply_head, batch_statistics, initial_head
 
@@ -83,7 +83,7 @@ class StageModule(nn.Module):
 
 
 class ResidualFlow(nn.Module):
-    """A multi-scale residual flow with a learned prior.
+    """A multi-scale residual flow with a normal prior whose means and scales are learned.
 
     ``init(key, x)`` or ``init(key, x, context)`` fits ActNorm to ``x`` and runs the power iterations to convergence:
 
@@ -92,20 +92,13 @@ class ResidualFlow(nn.Module):
 
     Attributes:
         spec: The architecture.
-        prior_family: "gaussian", "logistic", or "mixture" or "scales", whose components start equal: replace them by those of
-            `mixtures.mixture_of` or `scales.fitted`.
         last_scale: Initial factor on a branch's last layer.
-        num_classes: Classes that have a prior each; None for one prior of all.
-        num_components: Components of the priors "mixture" and "scales"; None for other priors.
         sharp: Whether activations start sharper, see `BranchSpec.initial_weights`.
         fitted: Whether ``init`` converges power iterates and fits ActNorm; False creates variables of the same shapes.
     """
 
     spec: FlowSpec
-    prior_family: str = "gaussian"
     last_scale: float | Float[Array, ""] = 1.0
-    num_classes: int | None = None
-    num_components: int | None = None
     sharp: bool = False
     fitted: bool = True
 
@@ -113,7 +106,8 @@ class ResidualFlow(nn.Module):
     def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b d"]:
         """The latents of ``x``. Under ``init``, which needs a representative batch, creates all variables on the way."""
         if not self.is_initializing():
-            return flow_bijection(self.spec, self.constrain().weights, context=context).forward(x)
+            weights = constrain(self.spec, self.variables["params"], self.variables.get("spectral", {})).weights
+            return flow_bijection(self.spec, weights, context=context).forward(x)
         latents = []
         for stage in self.spec.layout:
             made = StageModule(self.spec, stage, self.last_scale, sharp=self.sharp, fitted=self.fitted, name=stage.name)
@@ -121,14 +115,8 @@ class ResidualFlow(nn.Module):
             if stage.spec.factor_out:
                 x, latent = reshape.split_channels(x)
                 latents.append(reshape.flatten(latent))
-        sizes = self.spec.num_dims, self.num_classes, self.num_components
-        self.param("prior", lambda key: priors.standard(self.prior_family, *sizes))
+        self.param("prior", lambda key: priors.standard("gaussian", self.spec.num_dims))
         return jnp.concatenate([*latents, reshape.flatten(x)], axis=-1)
-
-    def constrain(self, *, num_steps: int | None = None, rtol: float = 1e-3) -> ConstrainedFlow:
-        """The constrained weights, from `contractions.constrain`."""
-        variables = self.variables
-        return constrain(self.spec, variables["params"], variables["spectral"], num_steps=num_steps, rtol=rtol)
 
 
 class Classifier(nn.Module):
@@ -154,7 +142,11 @@ class Classifier(nn.Module):
         """The logits of inputs of the network, by running averages."""
         if not self.is_initializing():
             params, statistics = self.variables["params"], self.variables["batch_stats"]
-            return ClassifierModel(self.spec, self.constrain().weights, params["head"], statistics).logits_of_input(x)
+            weights = params
+            if self.spec.is_bijective:
+                scale = constrain if self.spec.constrained else unconstrained
+                weights = scale(self.spec.flow, params, self.variables.get("spectral", {})).weights
+            return ClassifierModel(self.spec, weights, params["head"], statistics).logits_of_input(x)
         for stage in self.spec.flow.layout:
             if self.spec.is_bijective:
                 has_norms, flow = self.spec.constrained, self.spec.flow
@@ -164,15 +156,6 @@ class Classifier(nn.Module):
         head = self.param("head", lambda key: initial_head(key, x.shape[-1], self.spec.num_classes))
         statistics = self.variable("batch_stats", "head", lambda: batch_statistics(x))
         return apply_head(head, statistics.value, x)
-
-    def constrain(self, *, num_steps: int | None = None, rtol: float = 1e-3) -> ConstrainedFlow:
-        """The weights that run: constrained by `contractions.constrain`, or as they are."""
-        params, spectral = self.variables["params"], self.variables.get("spectral", {})
-        if not self.spec.is_bijective:
-            return ConstrainedFlow(params, {}, {})
-        if not self.spec.constrained:
-            return unconstrained(self.spec.flow, params, spectral)
-        return constrain(self.spec.flow, params, spectral, num_steps=num_steps, rtol=rtol)
 
 
 class BatchNormStage(nn.Module):

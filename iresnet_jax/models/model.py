@@ -1,6 +1,6 @@
 """What all models share: replacing fields, a certificate, saving.
 
-A file holds the spec as JSON and the arrays, and nothing of the training. Bounds of norms are not stored: `saved.load` computes
+A file holds the spec as JSON and the arrays, and nothing of the training. Bounds of norms are not stored: `saved.read` computes
 them anew from the weights it finds, so a file cannot claim a certificate that its weights do not have.
 """
 
@@ -17,17 +17,20 @@ import numpy as np
 from jaxtyping import Array
 
 from iresnet_jax.atomic_files import replacing
+from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.checked_dataclasses import tagged
-from iresnet_jax.models.architecture import check_names
+from iresnet_jax.models.architecture import FlowSpec, check_names
 from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.contractions import as_params, freeze
+from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.marginals import Marginals
 
 FILE_NAME = "model.npz"
 FORMAT = 2
 HEADER = "header"
 MARGINALS = "marginals"  # in the header: components of each entry, where the prior is a `Marginals`
+_HOW = ("estimator", "solver", "unroll", "rematerialize", "bfloat16")  # fields of models that `flow_bijection` takes
 
 M = TypeVar("M", bound="Model")
 
@@ -55,6 +58,11 @@ class Model:
         """Numbers in the precision of the weights, if theirs is lower; of JAX's floats while there are no weights."""
         x, weights = jnp.asarray(x), jax.tree.leaves(as_params(self.weights))
         return x.astype(jnp.result_type(x, *weights) if weights else jnp.promote_types(x.dtype, jnp.result_type(float)))
+
+    def _flow_of(self, spec: FlowSpec, weights: Any, context: Any = None) -> Bijection:
+        """The bijection of a flow's weights, run as this model says."""
+        how = {name: getattr(self, name) for name in _HOW if hasattr(self, name)}
+        return flow_bijection(spec, weights, context=context, **how)
 
     def certificate(self) -> Certificate:
         """Norms of all layers and Lipschitz constants of all blocks and of the whole model, estimated and guaranteed."""
@@ -123,5 +131,5 @@ class Model:
 
 
 def array_name(path: Any) -> str:
-    """Name of an array in the file, such as ``params/stage0/blocks/conv0/kernel``."""
+    """Name of an array in a file by its path in a pytree, such as ``params/stage0/blocks/conv0/kernel``."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -29,7 +29,6 @@ from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.models import initial
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import FlowWeights
-from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.history import History
 from iresnet_jax.models.model import Model
 
@@ -188,8 +187,7 @@ class Reconstructor(Model):
 
     def flow(self) -> Bijection:
         """``F`` from images to vectors."""
-        settings = {"solver": self.solver, "unroll": self.unroll, "rematerialize": self.rematerialize}
-        return flow_bijection(self.spec.flow, self.weights, **settings)
+        return self._flow_of(self.spec.flow, self.weights)
 
     def _check(self, images: Measurements) -> None:
         if images.shape[1:] != tuple(self.spec.flow.event_shape):

@@ -32,11 +32,7 @@ _DOUBLE = {np.dtype(np.float32): np.dtype(np.float64)}  # of models that were tr
 
 Model = Density | Classifier | Reconstructor
 Spec = DensitySpec | ClassifierSpec | ReconstructorSpec
-
-
-def load(path: str | os.PathLike[str], *, branches: Mapping[str, Any] | None = None, prior: Any = None) -> Model:
-    """Reads a model that `Model.save` wrote, see `read`."""
-    return read(path, branches=branches, prior=prior)[0]
+MODELS: dict[type, Any] = {DensitySpec: Density, ClassifierSpec: Classifier, ReconstructorSpec: Reconstructor}
 
 
 def read(
@@ -143,8 +139,7 @@ def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:
         arrays: ``params`` as `contractions.with_bounds` takes them, and the rest of the fields of the model's class by name.
     """
     rest = {name: value for name, value in arrays.items() if name != "params"}
-    kind = {DensitySpec: Density, ClassifierSpec: Classifier, ReconstructorSpec: Reconstructor}[type(spec)]
-    return kind(spec, with_bounds(spec.flow, arrays["params"], constrained=spec.constrained), **rest)
+    return MODELS[type(spec)](spec, with_bounds(spec.flow, arrays["params"], constrained=spec.constrained), **rest)
 
 
 def _empty(spec: Spec, prior: Any) -> dict[str, Any]:

@@ -61,12 +61,12 @@ def write(run: Run) -> Report:
         results["posterior"] = compared.summary
         if len(compared.contexts):
             figures["posteriors"] = plots.posteriors(compared.truth, compared.samples)
-    if run.has_classes:
+    if run.model.spec.num_classes is not None:
         results |= _classes(run, examples, figures)
     if isinstance(run.model, Reconstructor):
         results["inverse_problem"], found = inverse_problem.evaluate_run(run)
         figures["measurements"] = pictures.reconstructed_measurements(found)
-    if run.is_bijective:
+    if run.model.spec.is_bijective:
         results |= _bijection(run, examples, figures)
     times, config = TrainingTimes.from_metrics(records, run.step, run.config.training.minutes), to_plain(run.config)
     report = Report(times, environment.describe(), config, notes=run.notes, **results)

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.atomic_files import replacing
+from iresnet_jax.models.model import array_name
 from iresnet_jax.runs.run_folder import fingerprint
 from iresnet_jax.training.optimizers import STACKED
 
@@ -281,14 +282,10 @@ def _names(path: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[list[str], bo
     """Returns the names of the array at ``path``, and whether there is one for each index of its leading axis."""
     key = jax.tree_util.DictKey(STACKED)
     if key not in path:
-        return [_joined(path)], False
+        return [array_name(path)], False
     depth = path.index(key)
     blocks = [jax.tree_util.DictKey(f"block{index:02d}") for index in range(shape[0])]
-    return [_joined((*path[:depth], block, *path[depth + 1 :])) for block in blocks], True
-
-
-def _joined(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return [array_name((*path[:depth], block, *path[depth + 1 :])) for block in blocks], True
 
 
 def _misfit(difference: str) -> ValueError:

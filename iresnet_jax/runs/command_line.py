@@ -75,12 +75,11 @@ def quiet_backends() -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
 
 
-def parse_train_flags(argv: Sequence[str], *, default_config: str = DEFAULT_CONFIG) -> argparse.Namespace:
+def parse_train_flags(argv: Sequence[str]) -> argparse.Namespace:
     """Reads the flags of `train.py`, which describes them, and the overrides ``--config.FIELD=VALUE``.
 
     Args:
         argv: The command line, program name first.
-        default_config: Config file if none is given.
 
     Returns:
         The flags by name: a `Config`, the workdir as a path, ``debug``, and the arguments of `hosts.initialize`.
@@ -91,7 +90,7 @@ def parse_train_flags(argv: Sequence[str], *, default_config: str = DEFAULT_CONF
     program, *arguments = argv
     overrides = [argument for argument in arguments if re.match(r"--?(no)?config\.", argument)]
     parser = Parser(prog=program, add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default=default_config)
+    parser.add_argument("--config", default=DEFAULT_CONFIG)
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--debug", action="store_true")
     parser.add_argument("--coordinator_address")

@@ -13,18 +13,17 @@ from iresnet_jax.runs.config import Config, EvaluationConfig
 from iresnet_jax.training.step import TrainingStep
 from iresnet_jax.training.trainer import CompiledStep
 
+MOST = 32  # steps that are kept
+
 
 class CompiledSteps:
     """Compiled training steps by what they depend on; the least recently used are dropped.
 
     Seeds and constants of the data, such as a mean, come with the state, see `TrainState.constants`.
-
-    Args:
-        most: Largest number of steps that are kept.
     """
 
-    def __init__(self, most: int = 32):
-        self._most, self._steps = most, OrderedDict()
+    def __init__(self):
+        self._steps = OrderedDict()
 
     def compiler(self, config: Config, spec: Spec) -> Callable[[TrainingStep], CompiledStep]:
         """``training step ->`` the step of an earlier run with equal settings and an equal model, or else a new one."""
@@ -49,7 +48,7 @@ class CompiledSteps:
             key = settings, warmup, model, estimator, num_members, jnp.result_type(float)
             step = self._steps.pop(key, None) or stored_programs.parallelize(training_step)
             self._steps[key] = step
-            if len(self._steps) > self._most:
+            if len(self._steps) > MOST:
                 self._steps.popitem(last=False)
             return step
 

@@ -15,7 +15,6 @@ import contextlib
 import enum
 import json
 import os
-import signal
 import sys
 import time
 import traceback
@@ -258,13 +257,3 @@ def with_wishes(training_step: Callable[[Any, Any], tuple[Any, Any]]) -> Callabl
         return state, (metrics, lax.psum(wishes, AXIS))
 
     return step
-
-
-def wish_of(received: signal.Signals | None) -> set[Wish]:
-    """The wish to stop of a process that a signal has reached."""
-    return set() if received is None else {Wish[received.name]}
-
-
-def signal_of(granted: set[Wish]) -> signal.Signals | None:
-    """The signal that some process has received."""
-    return next((signal.Signals[wish.name] for wish in (Wish.SIGTERM, Wish.SIGINT) if wish in granted), None)

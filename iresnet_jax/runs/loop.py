@@ -10,6 +10,7 @@ most the steps of that time and ``log_every_steps`` more, with several processes
 import contextlib
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from iresnet_jax.runs import allocator, hosts, run_folder, stored_programs
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import Config
-from iresnet_jax.runs.hosts import Agreement, Wish, signal_of, wish_of
+from iresnet_jax.runs.hosts import Agreement, Wish
 from iresnet_jax.runs.machine import device_summary, prepare_backend
 from iresnet_jax.runs.metrics import MetricWriter, Progress, read_metrics
 from iresnet_jax.runs.model_from_config import load_data, model_spec
@@ -205,7 +206,7 @@ class _TrainerOnDisk(Trainer):
     def heed_requests(self) -> bool:
         """After a step: saves and raises `Stopped` if some process was told to stop, or saves if that is due."""
         granted = self._wishes() if self._agreement is None else self._agreement.granted()
-        received = signal_of(granted)
+        received = next((signal.Signals[wish.name] for wish in (Wish.SIGTERM, Wish.SIGINT) if wish in granted), None)
         if (received or Wish.SAVE in granted) and not self.is_validated:
             self.store_unvalidated()
         if received:
@@ -215,5 +216,6 @@ class _TrainerOnDisk(Trainer):
 
     def _wishes(self) -> set[Wish]:
         """To stop at a signal, and to save if a line of the log has just been written and the last checkpoint is old."""
-        is_save_due = self.is_logged and time.monotonic() - self._saved_at > SAVE_SECONDS
-        return wish_of(self._stop.received) | ({Wish.SAVE} if is_save_due else set())
+        is_save_due = not self._window and time.monotonic() - self._saved_at > SAVE_SECONDS
+        stop = set() if self._stop.received is None else {Wish[self._stop.received.name]}
+        return stop | ({Wish.SAVE} if is_save_due else set())

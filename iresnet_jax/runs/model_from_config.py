@@ -134,24 +134,16 @@ def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: b
     Raises:
         ValueError: If it needs integer levels that the data do not have.
     """
-    if data.bounds is not None:
-        line = data_on_the_line(data)
-        fits = {"none": Identity, "standardize": lambda: Standardize.fit(line), "whiten": lambda: Whiten.fit(line)}
-        if settings.transform not in fits:
-            raise ValueError(f"preprocessing.transform {settings.transform} is for images, not {data.name}: standardize it")
-        return Bounded(data.bounds, fits[settings.transform]())
-    kind = settings.transform
-    if kind == "none":
-        return Identity()
+    kind, then = settings.transform, Identity()
     if kind in ("standardize", "whiten"):
         if data.num_levels is not None or isinstance(data.generator, Toy):
             raise ValueError(f"preprocessing.transform {kind} is for arrays of continuous data, not {data.name}")
         if kind == "whiten" and len(data.event_shape) != 1:
             raise ValueError(f"preprocessing.transform whiten is for vectors, and {data.name} has images: standardize them")
-        examples = data_on_the_line(data)
-        if kind == "standardize":
-            return Standardize.fit(examples)
-        return Whiten.fit(examples, data.labels["train"] if by_class else None)
+        line, labels = data_on_the_line(data), data.labels["train"] if by_class else None
+        then = Standardize.fit(line) if kind == "standardize" else Whiten.fit(line, labels)
+    if kind in ("none", "standardize", "whiten"):
+        return then if data.bounds is None else Bounded(data.bounds, then)
     if data.num_levels is None:
         raise ValueError(
             f"preprocessing.transform {kind} is for data with grey levels, which {data.name} has not: "

@@ -98,7 +98,7 @@ def _classification(config: Config, data: DataSet, spec: ClassifierSpec) -> Obje
     return Objective(
         name="accuracy",
         training_step=_training_step(config, spec, loss, num_parts=1),  # the loss itself computes parts
-        make_validation=lambda: classification.Validation(
+        make_validation=lambda: classification.make_validation(
             spec,
             data.held_out("validation", training.eval_examples),
             data.held_out_labels("validation", training.eval_examples),
@@ -117,7 +117,7 @@ def _inversion(config: Config, data: DataSet, spec: ReconstructorSpec) -> Object
 
     def make_validation():
         x = np.asarray(Reconstructor(spec, {}).preprocess(data.held_out("validation", config.training.eval_examples)))
-        return inversion.Validation(
+        return inversion.make_validation(
             spec,
             x,
             measurement.held_out(x, config.seed, "validation"),

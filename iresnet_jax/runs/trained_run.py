@@ -51,16 +51,6 @@ class Run:
     step: int
     notes: tuple[str, ...] = ()
 
-    @property
-    def has_classes(self) -> bool:
-        """Whether the model says of an example which class it belongs to."""
-        return self.model.spec.num_classes is not None
-
-    @property
-    def is_bijective(self) -> bool:
-        """Whether there is an inverse to try at least."""
-        return isinstance(self.model, Density) or self.model.spec.is_bijective
-
     @functools.cached_property
     def data(self) -> DataSet:
         """The data that the settings name, as they are now; samples and certificates need none.
@@ -102,7 +92,7 @@ class Run:
         spec, found = self.model.spec, self.data
         shape = spec.image_shape if isinstance(spec, ClassifierSpec) else spec.flow.event_shape
         wanted = (tuple(shape), spec.num_levels, spec.num_classes)
-        if wanted != (found.event_shape, found.num_levels, found.num_classes if self.has_classes else None):
+        if wanted != (found.event_shape, found.num_levels, found.num_classes if spec.num_classes is not None else None):
             taken = f"{wanted[0]}, {wanted[1]} levels and {wanted[2]} classes"
             got = f"{found.event_shape}, {found.num_levels} and {found.num_classes}"
             raise ValueError(f"the model takes examples of shape {taken}, and {found.name} has {got} now: bring its data back")

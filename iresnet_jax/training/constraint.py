@@ -13,11 +13,9 @@ from iresnet_jax.checked_dataclasses import Count, Positive, Range
 from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models import contractions
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.classifier import Classifier, ClassifierSpec
-from iresnet_jax.models.density import Density
-from iresnet_jax.models.density_spec import DensitySpec
-from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
-from iresnet_jax.models.saved import Model, Spec
+from iresnet_jax.models.classifier import ClassifierSpec
+from iresnet_jax.models.reconstructor import ReconstructorSpec
+from iresnet_jax.models.saved import MODELS, Model, Spec
 from iresnet_jax.training import parallel
 
 Constrain = Callable[[Any, Any], contractions.ConstrainedFlow]  # (params, spectral) -> constrained weights
@@ -104,9 +102,8 @@ def certified_model(spec: Spec, params: Any, batch_stats: Any, solver: Solver = 
     free = {name: leaf for name, leaf in params.items() if name not in stages}
     if isinstance(spec, ClassifierSpec):
         free["statistics"] = batch_stats
-    kind = {DensitySpec: Density, ClassifierSpec: Classifier, ReconstructorSpec: Reconstructor}[type(spec)]
-    model = kind(spec, certified_weights(spec, stages), **free, solver=solver)
-    return model.given(given) if given is not None and isinstance(model, Density) else model
+    model = MODELS[type(spec)](spec, certified_weights(spec, stages), **free, solver=solver)
+    return model if given is None else model.given(given)
 
 
 def certified_weights(spec: Spec, stages: Any) -> Any:

@@ -50,12 +50,12 @@ def abstract_variables(spec: Spec) -> Any:
 def _abstract_variables(spec: Spec, dtype: Any) -> Any:
     example = jax.ShapeDtypeStruct((2, *spec.flow.event_shape), dtype)
     contexts = [jax.ShapeDtypeStruct((2, spec.flow.context_dim), dtype)] if spec.flow.context_dim else []
-    module = _module(spec).clone(fitted=False)
-    if isinstance(spec, DensitySpec):
-        module = module.clone(num_classes=spec.num_classes)
-    variables = _without_prior(spec, jax.eval_shape(module.init, jax.random.key(0), example, *contexts))
-    params, spectral = jax.eval_shape(lambda: (_network(spec, jax.random.key(0)), _noise(spec, jax.random.key(0))))
-    return _with_noise({**variables, "params": {**variables["params"], **params}}, spectral)
+
+    def create(key, *inputs):
+        variables = _with_noise(_with_prior(spec, _module(spec).init(key, *inputs)), _noise(spec, key))
+        return {**variables, "params": {**variables["params"], **_network(spec, key)}}
+
+    return jax.eval_shape(create, jax.random.key(0), example, *contexts)
 
 
 def initial_variables(
@@ -92,12 +92,12 @@ def initial_variables(
     x, context, labels = jax.tree.map(lambda rows: np.asarray(rows)[: parallel.cut_length(len(rows))], given)
     network = _network(spec, key_init)
     if isinstance(spec, ClassifierSpec):
-        inputs: tuple[Any, ...] = (_preprocess(Classifier(spec, {}, {}, {}), x),)
+        inputs: tuple[Any, ...] = (preprocess(Classifier(spec, {}, {}, {}), x),)
         if not spec.is_bijective:
             return create(key_init, *inputs)
     else:
         model = Density(spec, {}, {}, **network)
-        inputs = (_preprocess(model.shared(), x, key_noise), *([] if context is None else [model.scale_context(context)]))
+        inputs = (preprocess(model.shared(), x, key_noise), *([] if context is None else [model.scale_context(context)]))
     # Weights do not depend on the inputs: two examples give their shapes.
     shapes = (np.zeros((2, *rows.shape[1:]), rows.dtype) for rows in inputs)
     variables = _with_noise(create(key_init, *shapes), _noise(spec, key_init))
@@ -115,12 +115,10 @@ def initial_variables(
             rows = jax.tree.map(lambda given: parallel.fill_up(np.asarray(given)), (x, context))
             z = _encode(Density(spec, fitted, {}, **network).shared(), rows[0], key_noise, rows[1])
             params["prior"] = fitted_mixture(np.asarray(z)[: len(x)], spec.num_components, seed)
-    if isinstance(spec, DensitySpec) and spec.num_classes is not None:
-        params["prior"] = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
-        if fitted_priors:
-            params["prior"] = priors.of_classes(
-                spec.prior_family, np.asarray(z), np.resize(np.asarray(labels), len(z)), spec.num_classes
-            )
+    if fitted_priors and isinstance(spec, DensitySpec) and spec.num_classes is not None:
+        params["prior"] = priors.of_classes(
+            spec.prior_family, np.asarray(z), np.resize(np.asarray(labels), len(z)), spec.num_classes
+        )
     variables = {**variables, "params": params}
     return {**variables, "batch_stats": statistics} if statistics else variables
 
@@ -133,21 +131,24 @@ def fitted_mixture(z: Float[np.ndarray, "n d"], num_components: int, seed: int =
         num_components: Components of the prior.
         seed: Seed of the starts.
     """
-    from sklearn.exceptions import ConvergenceWarning  # late: a second, which only mixtures need
-    from sklearn.mixture import GaussianMixture
-    from threadpoolctl import threadpool_limits
-
     z = np.asarray(z, np.float64)
     mean, std = z.mean(axis=0), z.std(axis=0)
     std = np.where(std > 0, std, 1)
     settings = {"reg_covar": SMALLEST_VARIANCE, "max_iter": MIXTURE_STEPS, "n_init": MIXTURE_STARTS, "random_state": seed}
-    mixture = GaussianMixture(min(num_components, len(z)), **settings)
-    # On one thread: matrices are small, and threads that wait for each other took ten times as long on two busy cores.
-    with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        mixture.fit((z - mean) / std)
+    mixture = gaussian_mixture((z - mean) / std, min(num_components, len(z)), **settings)
     means, covariances, weights = map(np.asarray, (mixture.means_, mixture.covariances_, mixture.weights_))
     return mixtures.mixture_of(mean + std * means, covariances * np.outer(std, std), weights, num_components)
+
+
+def gaussian_mixture(z: Float[np.ndarray, "n d"], num_components: int, **settings: Any) -> Any:
+    """scikit-learn's `GaussianMixture` of vectors, with its own settings."""
+    from sklearn.exceptions import ConvergenceWarning  # late: a second, which only mixtures need
+    from sklearn.mixture import GaussianMixture
+    from threadpoolctl import threadpool_limits
+
+    # On one thread: matrices are small, and threads that wait for each other took ten times as long on two busy cores.
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning), threadpool_limits(1):
+        return GaussianMixture(num_components, **settings).fit(z)
 
 
 def _network(spec: Spec, key: Key[Array, ""]) -> dict[str, Any]:
@@ -186,29 +187,26 @@ def _keys(seed: UInt32[Array, ""]) -> tuple[Key[Array, ""], ...]:
 
 
 def _module(spec: Spec, *, sharp: bool = False) -> Any:
-    """The module that creates the variables; of a density with classes the one with one prior, which is replaced."""
+    """The module that creates the variables, but for those of noise and of a density's prior."""
     from iresnet_jax.models import linen  # late: commands for trained models need no Flax
 
     if isinstance(spec, ClassifierSpec):
-        return linen.Classifier(spec)
-    prior = {}
-    if isinstance(spec, DensitySpec):
-        prior = {"prior_family": spec.prior_family, "num_components": spec.num_components}
-    return linen.ResidualFlow(dataclasses.replace(spec.flow, noise=None), sharp=sharp, **prior)
+        return linen.Classifier(spec, fitted=False)
+    return linen.ResidualFlow(dataclasses.replace(spec.flow, noise=None), sharp=sharp, fitted=False)
 
 
 def _variables(spec: Spec, last_scale: float, sharp: bool, key: jax.Array, *inputs: Any) -> dict[str, Any]:  # noqa: FBT001
     """Fresh variables. Models that differ in their priors and in a scale other than 1 share a program."""
-    is_network = isinstance(spec, ClassifierSpec) and not spec.is_bijective
-    module = _module(spec, sharp=sharp) if is_network else _module(spec, sharp=sharp).clone(fitted=False)
-    if isinstance(spec, DensitySpec):
-        module = module.clone(prior_family="gaussian", num_components=None)
     scales = () if last_scale == 1 else (np.float32(last_scale),)  # a constant of 1 keeps the last bit of earlier versions
-    variables = _without_prior(spec, _program(module)(key, inputs, *scales))
+    return _with_prior(spec, _program(_module(spec, sharp=sharp))(key, inputs, *scales))
+
+
+def _with_prior(spec: Spec, variables: Any) -> dict[str, Any]:
+    """The variables with the standard prior of a density in place of the normal one that the module of every flow has."""
+    params = {name: value for name, value in variables["params"].items() if name != "prior"}
     if isinstance(spec, DensitySpec):
-        prior = priors.standard(spec.prior_family, spec.flow.num_dims, num_components=spec.num_components)
-        variables["params"] = {**variables["params"], "prior": prior}
-    return variables
+        params["prior"] = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes, spec.num_components)
+    return {**variables, "params": params}
 
 
 def _constrained(spec: Spec, variables: dict[str, Any], constraint: ConstraintConfig) -> tuple[dict[str, Any], Any]:
@@ -254,14 +252,7 @@ def _fitter(spec: Spec, num_devices: int) -> Callable[..., Any]:
     return parallel.parallelize(fit)
 
 
-def _without_prior(spec: Spec, variables: Any) -> dict[str, Any]:
-    """The variables without the prior that the module of a flow always has, if the model is a reconstructor."""
-    if not isinstance(spec, ReconstructorSpec):
-        return dict(variables)
-    return {**variables, "params": {name: value for name, value in variables["params"].items() if name != "prior"}}
-
-
-_preprocess = quick_jit(lambda model, *given: model.preprocess(*given))
+preprocess = quick_jit(lambda model, *given: model.preprocess(*given))  # one function for models of one shape
 _encode = quick_jit(lambda model, x, key, context: model.encode(x, key, context=context))
 
 

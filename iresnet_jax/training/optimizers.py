@@ -75,7 +75,8 @@ def make_schedule(settings: OptimizerConfig, total_steps: int) -> optax.Schedule
                 f"boundaries must not lie in the warm-up, the first {warmup_steps} of {total_steps} steps, "
                 f"got {settings.boundaries}: shorten the warm-up or decay later"
             )
-        decay = optax.piecewise_constant_schedule(peak, dict.fromkeys(decay_steps, settings.decay_factor))
+        factors = {step: settings.decay_factor ** decay_steps.count(step) for step in decay_steps}  # some may round to one step
+        decay = optax.piecewise_constant_schedule(peak, factors)
     else:
         decay = optax.constant_schedule(peak)
     if not warmup_steps:

@@ -74,17 +74,14 @@ class ParallelStep:
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
         """The next state and metrics."""
-        outputs = self._mapped(_replicate(state, batch), batch)
-        return jax.block_until_ready(outputs) if _may_dead_lock() else outputs
-
-
-def _may_dead_lock() -> bool:
-    """Whether a step must end before the next one is queued, as on several CPU devices of one process.
-
-    Their threads are as many as the devices. One that waits in a reduction and one that waits for the step before its own
-    leave none to go on (jaxlib 0.10).
-    """
-    return jax.local_device_count() > 1 and jax.default_backend() == "cpu"
+        # Placed where a step returns it: from another placement pmap would compile the step twice.
+        state = on_local_devices(state, num_devices=len(jax.tree.leaves(batch)[0]))
+        outputs = self._mapped(state, batch)
+        if jax.local_device_count() > 1 and jax.default_backend() == "cpu":
+            # Threads are as many as the devices. One that waits in a reduction and one that waits for the step before its own
+            # leave none to go on (jaxlib 0.10): a step must end before the next one is queued.
+            jax.block_until_ready(outputs)
+        return outputs
 
 
 def shared_vmap(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,14 +102,11 @@ def shared_vmap(fn: Callable[..., Any]) -> Callable[..., Any]:
             return jax.vmap(fn)(*arguments)
         own = (jax.lax.axis_index(AXIS) * share + jnp.arange(share)) % num_rows
         outputs = jax.vmap(fn)(*jax.tree.map(lambda leaf: leaf[own], arguments))
-        rows, unravel = jax.vmap(lambda row: ravel_pytree(row)[0])(outputs), ravel_pytree(jax.tree.map(_first, outputs))[1]
+        _, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], outputs))
+        rows = jax.vmap(lambda row: ravel_pytree(row)[0])(outputs)
         return jax.vmap(unravel)(jax.lax.all_gather(rows, AXIS, tiled=True)[:num_rows])  # one reduction for all arrays
 
     return mapped
-
-
-def _first(leaf):
-    return leaf[0]
 
 
 def for_devices(step_fn: Callable[[Any, Any], tuple[Any, Any]], devices: Sequence[Any]) -> Any:
@@ -153,9 +147,9 @@ def _devices(num_local: int | None = None) -> tuple[Any, ...] | None:
 
 
 def own_share(indices: Any) -> Any:
-    """This process's share of the places of a batch."""
+    """This process's share of the places of a batch: contiguous, in the order of the processes."""
     count = num_processes()
-    return indices if count == 1 else indices.reshape(count, -1)[jax.process_index()]
+    return indices if count == 1 else indices.reshape(count, -1, *indices.shape[1:])[jax.process_index()]
 
 
 def shard(batch: Any, *, num_devices: int | None = None) -> Any:
@@ -337,11 +331,6 @@ def on_local_devices(tree: Any, *, num_devices: int | None = None) -> Any:
     if all(getattr(leaf, "sharding", None) == placement for leaf in jax.tree.leaves(tree)):
         return tree
     return jax.device_put(tree, placement, may_alias=False)  # an alias of the caller's arrays could not be donated
-
-
-def _replicate(state: Any, batch: Any) -> Any:
-    """Places the state where a step returns it: from another placement pmap would compile the step twice."""
-    return on_local_devices(state, num_devices=jax.tree.leaves(batch)[0].shape[0])
 
 
 @functools.cache

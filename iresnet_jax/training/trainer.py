@@ -205,11 +205,6 @@ class Trainer:
         return int(self.state.horizon)
 
     @property
-    def is_logged(self) -> bool:
-        """Whether the last step has been logged."""
-        return not self._window
-
-    @property
     def is_validated(self) -> bool:
         """Whether the last step has been validated."""
         return self.step == self._validated_step

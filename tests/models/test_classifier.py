@@ -125,7 +125,7 @@ def test_modules_apply_what_the_model_computes(variables, model):
 
     @jax.jit
     def both(variables, x):
-        return module.apply(variables, x), module.apply(variables, method="constrain")
+        return module.apply(variables, x), contractions.constrain(SPEC.flow, variables["params"], variables["spectral"])
 
     found, constrained = cast(Any, both(variables, preprocess(SPEC, images)))
     np.testing.assert_allclose(found, logits_of(model.with_(weights=constrained.weights), images), atol=SINGLE)
@@ -240,7 +240,7 @@ def test_all_levels_of_8_bits_are_known():
 
 
 def test_without_a_constraint_weights_run_as_they_are_and_no_inverse_is_promised(variables):
-    as_they_are = cast(Any, modules.Classifier(VANILLA).apply(variables, method="constrain")).weights
+    as_they_are = contractions.unconstrained(VANILLA.flow, variables["params"], {}).weights
     frozen = jax.jit(lambda params: contractions.with_bounds(VANILLA.flow, params))(variables["params"])
     for run in (as_they_are, frozen):
         for name in ("stage0", "stage1"):

@@ -6,13 +6,14 @@ import kept
 import numpy as np
 import pytest
 
+from iresnet_jax import load
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
-from iresnet_jax.models import density, saved
+from iresnet_jax.models import density
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contexts import initial_network
 
@@ -166,7 +167,7 @@ def test_a_density_given_a_context_is_the_same_function(x64, tmp_path):
     assert set(whole.shared().constants) - set(whole.shared().given(context[0]).constants) == {"context"}
     with pytest.raises(ValueError, match="takes no contexts"):
         given.given(context[0])
-    loaded = saved.load(given.save(tmp_path / "model.npz"))
+    loaded = load(given.save(tmp_path / "model.npz"))
     assert loaded.spec == given.spec
     for name, block in loaded.weights.items():
         found, before = given.weights[name].branch, whole.weights[name].branch

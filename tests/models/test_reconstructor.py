@@ -9,8 +9,7 @@ import kept
 import numpy as np
 import pytest
 
-from iresnet_jax import certify
-from iresnet_jax.models import saved
+from iresnet_jax import certify, load
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec, block_coeff
@@ -91,7 +90,7 @@ def test_certified_decoding_takes_its_measurements():
 
 
 def test_a_saved_model_is_the_same(tmp_path):
-    read = saved.load(model().save(tmp_path / "model.npz"))
+    read = load(model().save(tmp_path / "model.npz"))
     assert isinstance(read, Reconstructor)
     assert read.spec == SPEC
     np.testing.assert_array_equal(measure(read, X), measure(model(), X))

@@ -47,7 +47,9 @@ def selection(held_out: Any) -> float:
     return 1 - held_out["accuracy"] + 1e-6 * min(held_out["loss"], 10.0)
 
 
-class Validation:
+def make_validation(
+    spec: ClassifierSpec, images: np.ndarray, labels: np.ndarray, *, constraint: ConstraintConfig, batch_size: int
+) -> Callable[[TrainState], ValidationResult]:
     """Accuracy and cross-entropy on held-out images under the averaged parameters, norms iterated to their tolerance.
 
     Args:
@@ -58,16 +60,12 @@ class Validation:
         batch_size: Most images at once.
     """
 
-    def __init__(
-        self, spec: ClassifierSpec, images: np.ndarray, labels: np.ndarray, *, constraint: ConstraintConfig, batch_size: int
-    ):
-        self._template, self._constraint = Classifier(spec, {}, {}, {}), constraint
-        self._images, self._labels, self._batch_size = images, labels, batch_size
+    def validate(state: TrainState) -> ValidationResult:
+        template = Classifier(spec, {}, {}, {})
+        model = validated_model(template, constraint, state.ema, state.spectral, statistics=state.batch_stats)
+        return ValidationResult(accuracy_and_loss(model, images, labels, batch_size))
 
-    def __call__(self, state: TrainState) -> ValidationResult:
-        """The means over all examples."""
-        model = validated_model(self._template, self._constraint, state.ema, state.spectral, statistics=state.batch_stats)
-        return ValidationResult(accuracy_and_loss(model, self._images, self._labels, self._batch_size))
+    return validate
 
 
 def accuracy_and_loss(model: Classifier | Density, images: np.ndarray, labels: np.ndarray, batch_size: int) -> dict[str, float]:

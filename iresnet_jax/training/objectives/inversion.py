@@ -60,7 +60,16 @@ def relative_error(found: jax.Array, x: jax.Array) -> jax.Array:
     return example_norm(found - x) / jnp.where(norm > 0, norm, 1)
 
 
-class Validation:
+def make_validation(
+    spec: ReconstructorSpec,
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    constraint: ConstraintConfig,
+    solver: Solver,
+    forward_share: float,
+    batch_size: int,
+) -> Callable[[TrainState], ValidationResult]:
     """Errors of held-out images, always measured alike, under averaged parameters with norms iterated to their tolerance.
 
     Args:
@@ -73,28 +82,14 @@ class Validation:
         batch_size: Most images at once.
     """
 
-    def __init__(
-        self,
-        spec: ReconstructorSpec,
-        x: np.ndarray,
-        y: np.ndarray,
-        *,
-        constraint: ConstraintConfig,
-        solver: Solver,
-        forward_share: float,
-        batch_size: int,
-    ):
-        self._template, self._constraint = Reconstructor(spec, {}, solver=solver), constraint
-        self._x, self._y, self._share, self._batch_size = x, y, forward_share, batch_size
-
-    def __call__(self, state: TrainState) -> ValidationResult:
-        """The means over all images."""
-        model = validated_model(self._template, self._constraint, state.ema, state.spectral)
-        rows = parallel.rows_of(self._x, self._y)
-        outputs = parallel.over_batches(_measured_errors, model, rows, len(self._x), self._batch_size)
+    def validate(state: TrainState) -> ValidationResult:
+        model = validated_model(Reconstructor(spec, {}, solver=solver), constraint, state.ema, state.spectral)
+        outputs = parallel.over_batches(_measured_errors, model, parallel.rows_of(x, y), len(x), batch_size)
         means = {name: float(values.mean(dtype=np.float64)) for name, values in outputs.items()}
-        value = (1 - self._share) * means["reconstruction"] + self._share * means.get("forward", 0.0)
+        value = (1 - forward_share) * means["reconstruction"] + forward_share * means.get("forward", 0.0)
         return ValidationResult({"loss": value, **means})
+
+    return validate
 
 
 def _measured_errors(model: Reconstructor, batch: tuple[Any, Any]) -> dict[str, Any]:

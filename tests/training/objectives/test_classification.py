@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import tiny_runs as runs
 
+from iresnet_jax import load as load_model
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import augment, load
 from iresnet_jax.evaluation import accuracy, ood
 from iresnet_jax.models.head import apply_head
 from iresnet_jax.models.model import FILE_NAME
-from iresnet_jax.models.saved import load as load_model
 from iresnet_jax.runs import loop
 from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.checkpoints import Checkpoints, load_named
