@@ -21,7 +21,6 @@ from iresnet_jax.evaluation.accuracy import CONFIDENCE, fraction_interval
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.training.parallel import eval_batches
 
-AT_ONCE = 64  # images that are attacked together
 _SHORTER = 1 - 1e-6  # than the radius, so that rounding leaves no perturbation longer than it
 
 
@@ -109,6 +108,8 @@ def evaluate(
     *,
     radii: Sequence[float],
     attack: Attack = Attack(),
+    batch_size: int = 64,
+    seed: int = 0,
     certified: CertifiedRadius | None = None,
 ) -> Robustness:
     """Verified accuracy and accuracy under attack at each radius.
@@ -129,8 +130,8 @@ def evaluate(
     rows, resists = [], right
     for r in radii:
         safe, broken = certified.radius >= r, np.zeros(len(images), bool)
-        for indices, mask in eval_batches(len(images), min(AT_ONCE, len(images))):
-            keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(jnp.asarray(indices))
+        for indices, mask in eval_batches(len(images), min(batch_size, len(images))):
+            keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(indices))
             found = attacked(model, images[indices], certified.predicted[indices], r, keys, attack)
             broken[np.asarray(indices)[mask]] = found[mask]
         resists = resists & ~broken  # a perturbation of a smaller norm is one of this norm too
