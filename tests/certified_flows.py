@@ -14,7 +14,6 @@ from iresnet_jax.certification.residuals import residuals
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 
@@ -38,12 +37,12 @@ JUMPS = {name: FlowSpec((2,), (StageSpec(2, hidden=(6,), activation=name),)) for
 @functools.cache
 def weights(flow):
     """Weights within their budget, with biases."""
-    params = jax.device_get(jax.jit(kept.random_params, static_argnums=0)(flow, jax.random.key(1)))
+    params = kept.random_params(flow, seed=1)
     for stage in flow.layout:
         rng, blocks = np.random.default_rng(0), params[stage.name]["blocks"]
         for layer in stage.branch.layers:
             blocks[layer.name]["bias"] = 0.3 * rng.normal(size=blocks[layer.name]["bias"].shape).astype(np.float32)
-    return jax.device_get(jax.jit(freeze, static_argnums=0)(flow, params))
+    return jax.device_get(kept.frozen(flow, params))
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np  # noqa: F401 (loads its BLAS)
+import pytest
 import threadpoolctl
 
 gc.set_threshold(50_000, 20, 100)  # imports and tracing allocate much that lives on: Python looks through it every 700 objects
@@ -30,19 +31,21 @@ threadpoolctl.threadpool_limits(int(os.environ["OPENBLAS_NUM_THREADS"]), user_ap
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from jaxtyping import install_import_hook  # noqa: E402 (flags come first)
 
-install_import_hook("iresnet_jax", "beartype.beartype")  # shape annotations are executed, not just read
+def pytest_configure(config):
+    """Prepares a process that runs tests; one that only hands them out would make the others wait for its imports."""
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        return
+    from jaxtyping import install_import_hook
 
-import hypothesis  # noqa: E402
-import jax  # noqa: E402
-import pytest  # noqa: E402
-from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
+    install_import_hook("iresnet_jax", "beartype.beartype")  # shape annotations are executed, not just read
 
-jax.config.update("jax_numpy_rank_promotion", "raise")
+    import hypothesis
+    import jax
 
-hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
-hypothesis.settings.load_profile("default")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
+    hypothesis.settings.load_profile("default")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,7 +54,9 @@ def shared_compilations(tmp_path_factory):
 
     Only those that take long, as writing does, too. There is no limit: JAX would look at all files before it writes one.
     """
-    import tiny_runs as runs  # late, or the process that hands out the tests would import it too
+    import jax  # late, or the process that hands out the tests would import it too
+    import tiny_runs as runs
+    from jax.experimental.compilation_cache import compilation_cache
 
     settings = {
         "jax_compilation_cache_dir": str(runs.shared(tmp_path_factory) / "compiled"),
@@ -77,10 +82,15 @@ def one_context():
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Drops compiled programs before they fill memory maps: Linux allows 65,530 a process, a module adds up to 10,000."""
+    """Drops compiled programs before they fill memory maps: Linux allows 65,530 a process, a module adds up to 10,000.
+
+    To drop them takes five seconds, and their functions are compiled again.
+    """
     yield
+    import jax
+
     maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 45_000:
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 53_000:
         jax.clear_caches()
 
 
@@ -95,5 +105,7 @@ def undrawn(monkeypatch):
 @pytest.fixture
 def x64():
     """Runs one test in float64."""
+    import jax
+
     with jax.enable_x64(True):
         yield

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import tiny_runs as runs
 
 from iresnet_jax import data
 from iresnet_jax.bijections.transforms.logit import Logit
+from iresnet_jax.maths import activations
 from iresnet_jax.models import noise, priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
@@ -24,6 +26,8 @@ from iresnet_jax.training.objectives.density import evaluation_keys
 CLASSES, LEVELS, SHAPE = 3, 256, (4, 4, 1)
 STAGES = (StageSpec(2, hidden=(3,), kernel_sizes=(3, 3)),)
 POINTS = DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(8, 8)),)))
+GIVEN = dataclasses.replace(POINTS, flow=dataclasses.replace(POINTS.flow, context_dim=3))
+CONTEXTS = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
 IMAGES = DensitySpec(FlowSpec(SHAPE, STAGES), transform=Logit(0.05), num_levels=LEVELS)
 HYBRID = dataclasses.replace(IMAGES, num_classes=CLASSES)
 TEN_DIGITS = DensitySpec(
@@ -35,43 +39,44 @@ SETTINGS = EvaluationConfig(
 )
 
 
-def random_params(flow, key):
-    """Parameters of a flow, ActNorm included."""
-    params = {}
-    for stage, own in zip(flow.all_stages, jax.random.split(key, len(flow.all_stages)), strict=True):
-        keys = jax.random.split(own, stage.spec.num_blocks + 1)
-        blocks = jax.vmap(lambda key, stage=stage: stage.branch.initial_weights(key))(keys[1:])
-        noise = 0.1 * jax.random.normal(keys[0], (2, stage.spec.num_blocks, stage.branch.in_shape[-1]))
-        params[stage.name] = {"blocks": {**blocks, "actnorm": {"bias": noise[0], "log_scale": noise[1]}}}
+def random_params(flow, seed=0):
+    """Parameters of a flow, ActNorm included, drawn by NumPy: half of a program that freezes them would draw them."""
+    rng, params = np.random.default_rng(seed), {}
+
+    def drawn(name, shape):
+        """As `initial_weights` draws them: kernels and maps of contexts have the variance 1 / fan_in."""
+        if name in ("kernel", "context"):
+            return rng.normal(0, 1 / math.sqrt(math.prod(shape[1:-1])), shape).astype(np.float32)
+        return np.full(shape, activations.get("lipswish").initial_beta if name == "beta" else 0, np.float32)
+
+    for stage in flow.all_stages:
+        num, shapes = stage.spec.num_blocks, jax.eval_shape(stage.branch.initial_weights, jax.random.key(0))
+        blocks = {layer: {name: drawn(name, (num, *leaf.shape)) for name, leaf in own.items()} for layer, own in shapes.items()}
+        bias, log_scale = rng.normal(0, 0.1, (2, num, stage.branch.in_shape[-1])).astype(np.float32)
+        params[stage.name] = {"blocks": {**blocks, "actnorm": {"bias": bias, "log_scale": log_scale}}}
     return params
 
 
-KEYS = functools.cache(lambda: jax.random.split(jax.random.key(0)))  # of weights, and of all else
+frozen = jax.jit(freeze, static_argnums=0)
 
 
 @functools.cache
 def weights(flow):
     """Frozen weights of a flow: specs that differ in their priors or transforms share their program."""
-    return jax.jit(lambda key: freeze(flow, random_params(flow, key)))(KEYS()[0])
+    return frozen(flow, random_params(flow))
 
 
 @functools.cache
 def model(spec):
     """A frozen model of a spec."""
-
-    @jax.jit
-    def rest(key):
-        if isinstance(spec, ClassifierSpec):
-            return initial_head(key, spec.feature_shape[-1], CLASSES)
-        prior = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
-        prior = {**prior, "mean": 0.3 * jax.random.normal(key, prior["mean"].shape)}
-        return prior, noise.initial_network(spec.flow, key)
-
     if isinstance(spec, ClassifierSpec):
         channels = spec.feature_shape[-1]
+        head = jax.jit(initial_head, static_argnums=(1, 2))(jax.random.key(1), channels, CLASSES)
         statistics = {"head": {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}}
-        return Classifier(spec, weights(spec.flow), rest(KEYS()[1]), statistics)
-    prior, network = rest(KEYS()[1])
+        return Classifier(spec, weights(spec.flow), head, statistics)
+    prior = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
+    prior["mean"] = jnp.asarray(np.random.default_rng(1).normal(0, 0.3, prior["mean"].shape), jnp.float32)
+    network = jax.jit(noise.initial_network, static_argnums=0)(spec.flow, jax.random.key(1)) if spec.flow.noise else {}
     return Density(spec, weights(spec.flow), prior, noise_network=network)
 
 

@@ -19,7 +19,7 @@ LINEAR_FLOW = FlowSpec((10,), (StageSpec(1, hidden=(2,)),), context_dim=10)
 @functools.cache
 def zero_weights():
     """Frozen weights of that flow, all zero."""
-    shapes = jax.eval_shape(lambda key: freeze(LINEAR_FLOW, kept.random_params(LINEAR_FLOW, key)), jax.random.key(0))
+    shapes = jax.eval_shape(lambda params: freeze(LINEAR_FLOW, params), kept.random_params(LINEAR_FLOW))
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 

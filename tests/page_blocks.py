@@ -28,6 +28,7 @@ SHORTER = {
     r"\b(num_(warmup|samples)=)\d+": r"\g<1>32",
     r"\b5000\b": "256",  # points of the README, which share their programs with those of my_array.npy
     r"hidden=\(32, 32\), kernel_sizes=\(3, 1, 3\)": "hidden=(4,), kernel_sizes=(3, 3)",
+    r'\(32,\), activation="clipswish"': '(64,), activation="clipswish"',  # a flow whose programs the page has compiled
     r"(fit_energy\(.*)steps=2": r"\1minutes=0.01",  # too little for a training by both divergences, which compiles for long
 }
 

@@ -133,7 +133,7 @@ def test_everything_in_float64(tmp_path):
         np.testing.assert_array_equal(loaded.log_prob(x), expected)
         back, info = ir.certify.decode(loaded, loaded.encode(x[:2]))
         assert np.linalg.norm(back - x[:2], axis=1).max() <= info.error_bound.max() + 1e-13
-        fitted = ir.fit(x, steps=2, architecture=STAGES, progress=False)
+        fitted = ir.fit(x, steps=2, architecture=STAGES, settings={"optimizer.name": "sgd"}, progress=False)
         assert fitted.log_prob(x).dtype == fitted.prior["mean"].dtype == np.float64
     with pytest.warns(UserWarning, match="in float64.* rounded; set JAX_ENABLE_X64=1"):
         rounded = ir.load(tmp_path / "model.npz")

@@ -8,10 +8,14 @@ import pytest
 
 import iresnet_jax as ir
 
-blackjax = pytest.importorskip("blackjax", reason="BlackJAX is not installed")
+
+@pytest.fixture
+def blackjax():
+    """Imported by the one process that runs this file, and not by all, which collect it."""
+    return pytest.importorskip("blackjax", reason="BlackJAX is not installed")
 
 
-def test_nuts_and_the_model_s_own_samples_have_the_same_moments():
+def test_nuts_and_the_model_s_own_samples_have_the_same_moments(blackjax):
     model = kept.model(kept.POINTS)
     log_density = ir.adapters.to_blackjax(model)
 

@@ -13,25 +13,19 @@ import iresnet_jax as ir
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 
-numpyro = pytest.importorskip("numpyro", reason="NumPyro is not installed")
-dist = numpyro.distributions
-
 SAME = {"rtol": 1e-5, "atol": 1e-5}  # float32
-FLOW = kept.POINTS.flow
-GIVEN = DensitySpec(dataclasses.replace(FLOW, context_dim=3))
-BOUNDED = dataclasses.replace(GIVEN, transform=ir.Bounded((ir.Bounds.of(0.0, 1.0), None)))
-CONTEXTS = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+BOUNDED = dataclasses.replace(kept.GIVEN, transform=ir.Bounded((ir.Bounds.of(0.0, 1.0), None)))
 KEY = jax.random.key(0)
 
 
 @pytest.fixture(autouse=True)
-def ranks_are_promoted():
-    """NumPyro broadcasts implicitly."""
+def numpyro():
+    """Imported by the one process that runs this file, and not by all, which collect it; it broadcasts implicitly."""
     with jax.numpy_rank_promotion("allow"):
-        yield
+        yield pytest.importorskip("numpyro", reason="NumPyro is not installed")
 
 
-def run_nuts(model, num_samples=1500):
+def run_nuts(numpyro, model, num_samples=1500):
     """Draws of the site "x"; none of them may diverge."""
     mcmc = numpyro.infer.MCMC(numpyro.infer.NUTS(model), num_warmup=300, num_samples=num_samples, progress_bar=False)
     mcmc.run(KEY, extra_fields=("diverging",))
@@ -40,19 +34,19 @@ def run_nuts(model, num_samples=1500):
 
 
 def test_it_is_a_distribution_of_numpyro():
-    model = kept.model(GIVEN)
-    prior = ir.adapters.to_numpyro(model, context=CONTEXTS)
+    model = kept.model(kept.GIVEN)
+    prior = ir.adapters.to_numpyro(model, context=kept.CONTEXTS)
     assert (prior.batch_shape, prior.event_shape, prior.has_rsample) == ((5,), (2,), True)
     x = prior.sample(KEY, (4,))
     assert x.shape == prior.shape((4,)) == (4, 5, 2)
-    np.testing.assert_allclose(prior.log_prob(x), model.log_prob(x, context=CONTEXTS), **SAME)
+    np.testing.assert_allclose(prior.log_prob(x), model.log_prob(x, context=kept.CONTEXTS), **SAME)
     of_pytree = jax.jit(lambda prior, x: prior.log_prob(x))(prior, x)
     np.testing.assert_allclose(of_pytree, prior.log_prob(x), **SAME)
     assert prior.expand((3, 5)).to_event(1).log_prob(prior.expand((3, 5)).sample(KEY)).shape == (3,)
 
 
-def test_a_posterior_under_a_conditional_prior_with_bounds_is_that_of_importance_sampling():
-    model, context = kept.model(BOUNDED), CONTEXTS[0]
+def test_a_posterior_under_a_conditional_prior_with_bounds_is_that_of_importance_sampling(numpyro):
+    model, context = kept.model(BOUNDED), kept.CONTEXTS[0]
     prior = ir.adapters.to_numpyro(model, context=context)
     np.testing.assert_array_equal(prior.support(jnp.array([[0.5, 9.0], [1.5, 0.0]])), [True, False])
     with pytest.warns(UserWarning, match="Out-of-support"):
@@ -60,25 +54,25 @@ def test_a_posterior_under_a_conditional_prior_with_bounds_is_that_of_importance
 
     def posterior():
         x = numpyro.sample("x", prior)
-        numpyro.sample("seen", dist.Normal(x[0] + x[1], 1.0), obs=0.5)
+        numpyro.sample("seen", numpyro.distributions.Normal(x[0] + x[1], 1.0), obs=0.5)
 
     samples, _ = model.sample(KEY, 8000, context=context)
     weights = np.exp(-0.5 * np.square(np.asarray(samples).sum(axis=1) - 0.5))
-    moments.assert_agree(run_nuts(posterior), samples, weights)
+    moments.assert_agree(run_nuts(numpyro, posterior), samples, weights)
 
 
-def test_a_guide_is_trained_by_gradients_of_its_samples():
+def test_a_guide_is_trained_by_gradients_of_its_samples(numpyro):
     """The target's evidence is known. Its entries have the correlation .83: without a flow the bound is .6 nats below."""
     spec = DensitySpec(ir.FlowSpec((2,), (ir.StageSpec(1, (6,), activation="tanh"),)))
     scale = jnp.array([[1.0, 0.0], [0.9, 0.6]])
-    params = kept.random_params(spec.flow, KEY)
+    params = jax.tree.map(jnp.asarray, kept.random_params(spec.flow))
     start = {"flow": params, "prior": {"mean": jnp.array([1.0, -1.0]), "log_std": jnp.zeros(2)}}
 
     def density(parameters):
         return Density(spec, ir.freeze(spec.flow, parameters["flow"]), parameters["prior"])
 
     def target():
-        numpyro.sample("x", dist.MultivariateNormal(jnp.zeros(2), scale_tril=scale))
+        numpyro.sample("x", numpyro.distributions.MultivariateNormal(jnp.zeros(2), scale_tril=scale))
         numpyro.factor("evidence", 2.0)
 
     def guide():

@@ -100,7 +100,8 @@ def test_what_has_no_probability_is_refused_and_minus_infinity_under_jit(of_tabl
 
 def test_log_prob_takes_the_integers_and_the_contexts_that_fit_took():
     x, context = RNG.integers(0, 5, (300, 2)), RNG.normal(size=300)
-    model = ir.fit(x, context=context, **QUICK)
+    linear = {"settings": {**QUICK["settings"], "model.context_hidden": ()}}  # without a network on contexts
+    model = ir.fit(x, context=context, **QUICK | linear)
     found = model.log_prob(x[:5], context=context[:5])
     np.testing.assert_array_equal(found, model.log_prob(x[:5].astype(np.float32), context=context[:5, None]))
     samples, _ = model.sample(jax.random.key(0), 200, context=context[:200])

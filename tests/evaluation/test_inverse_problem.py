@@ -55,7 +55,7 @@ def test_no_error_exceeds_its_bound_and_one_that_did_would_be_named(evaluated):
 
 
 def test_the_worst_direction_is_that_of_the_dense_jacobian(run, evaluated):
-    y = evaluated[1].y[:3]
+    y = evaluated[1].y[: inverse_problem.NUM_PERTURBED]  # as many as `evaluated` has compiled the search for
     found = inverse_problem.perturb(run.model, y, 0.05, 0)
 
     @jax.jit
@@ -63,10 +63,10 @@ def test_the_worst_direction_is_that_of_the_dense_jacobian(run, evaluated):
         x, _ = model.invert(y)
         return jax.vmap(jax.jacfwd(lambda x: model.measure(x[None])[0].ravel()))(x)
 
-    jacobian = np.asarray(of_operator(run.model, y), np.float64).reshape(3, 64, 64)
+    jacobian = np.asarray(of_operator(run.model, y[:3]), np.float64).reshape(3, 64, 64)
     largest = 1 / np.linalg.norm(jacobian, ord=-2, axis=(1, 2))
     # power iteration of 20 steps, perturbations of finite size
-    np.testing.assert_allclose(found.adversarial, largest, rtol=0.03)
+    np.testing.assert_allclose(found.adversarial[:3], largest, rtol=0.03)
     assert (found.random < found.adversarial).all()
     too_small = 0.9 * float(found.adversarial.min())
     assert not np.any(inverse_problem._perturb(run.model, y, 0.05, too_small, jax.random.key(0)).within_bound)

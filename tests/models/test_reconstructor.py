@@ -11,7 +11,6 @@ import pytest
 
 from iresnet_jax import certify, load
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec, block_coeff
 
 L = 0.9
@@ -21,19 +20,14 @@ SPEC = ReconstructorSpec(FlowSpec((4, 4, 1), STAGES, block_coeff(L, 3), "block")
 
 @functools.cache
 def model():
-    @jax.jit
-    def make(key):
-        params = kept.random_params(SPEC.flow, key)
-        for stage in params.values():
-            stage["blocks"]["actnorm"] = jax.tree.map(jnp.zeros_like, stage["blocks"]["actnorm"])
-            stage["blocks"] |= {
-                name: {**layer, "kernel": 5 * layer["kernel"]} for name, layer in stage["blocks"].items() if name != "actnorm"
-            }
-        return freeze(SPEC.flow, params)
-
+    params = kept.random_params(SPEC.flow)
+    for stage in params.values():
+        stage["blocks"]["actnorm"] = jax.tree.map(np.zeros_like, stage["blocks"]["actnorm"])
+        stage["blocks"] |= {
+            name: {**layer, "kernel": 5 * layer["kernel"]} for name, layer in stage["blocks"].items() if name != "actnorm"
+        }
     with jax.enable_x64(False):
-        frozen = make(jax.random.key(0))
-    return Reconstructor(SPEC, frozen)
+        return Reconstructor(SPEC, kept.frozen(SPEC.flow, params))
 
 
 X = np.random.default_rng(0).uniform(size=(3, 4, 4, 1)).astype(np.float32)

@@ -125,17 +125,22 @@ def stopped(tmp_path_factory):
     return folder / "run", *finish(processes)
 
 
-@pytest.fixture
-def going_on(stopped, tmp_path):
-    """A function that starts two processes, which go on where others were stopped, and waits for a step of theirs."""
+def go_on(stopped, folder, **waiting):
+    """Two processes that go on in a copy of a run which was stopped, after a step of theirs."""
+    workdir = shutil.copytree(stopped[0], folder / "run")
+    processes = start(2, [["toy", str(workdir), LONG]], folder, **waiting)
+    await_step(workdir, final(workdir)[0] + 3, processes)
+    return processes
 
-    def go_on(**waiting):
-        workdir = shutil.copytree(stopped[0], tmp_path / "run")
-        processes = start(2, [["toy", str(workdir), LONG]], tmp_path, **waiting)
-        await_step(workdir, final(workdir)[0] + 3, processes)
-        return processes
 
-    return go_on
+@pytest.fixture(scope="module")
+def suspended(stopped, tmp_path_factory):
+    """Two processes whose coordinator was suspended. Until it counts as lost, other tests can run."""
+    processes = go_on(stopped, tmp_path_factory.mktemp("suspended"), lost_s=LOST_S)
+    processes[0].send_signal(signal.SIGSTOP)
+    yield processes
+    if processes[0].poll() is None:
+        processes[0].send_signal(signal.SIGCONT)
 
 
 def test_a_signal_to_one_process_saves_the_same_step_and_ends_both(stopped):
@@ -146,6 +151,7 @@ def test_a_signal_to_one_process_saves_the_same_step_and_ends_both(stopped):
     assert said == [[sentence], ["SIGTERM: saving after this step; a second signal stops at once", sentence]]
 
 
+@pytest.mark.usefixtures("suspended")
 def test_a_process_that_is_killed_ends_the_other(tmp_path):
     """Of a run with a time limit, whose processes agree on its length at every line of the log."""
     processes = start(2, [["toy", str(tmp_path / "run"), {**LONG, "training.minutes": 60.0}]], tmp_path)
@@ -156,16 +162,8 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path):
     assert said[0][-1].startswith(f"another process has failed or cannot be reached, see what it said: {ADVICE} (")
 
 
-def test_a_suspended_coordinator_ends_the_other_and_itself_when_it_wakes(going_on):
-    processes = going_on(lost_s=LOST_S)
-    processes[0].send_signal(signal.SIGSTOP)
-    assert processes[1].wait(DEADLINE_S) in ENDS_OF_THE_LOST
-    processes[0].send_signal(signal.SIGCONT)
-    assert processes[0].wait(DEADLINE_S) in ENDS_OF_THE_LOST
-
-
-def test_a_process_that_fails_alone_says_why_and_ends_the_other(going_on, tmp_path):
-    processes = going_on(last_words_s=0.1)
+def test_a_process_that_fails_alone_says_why_and_ends_the_other(stopped, tmp_path):
+    processes = go_on(stopped, tmp_path, last_words_s=0.1)
     checkpoints = tmp_path / "run" / "checkpoints"
     shutil.rmtree(checkpoints)
     checkpoints.write_text("a file where process 0 wants to write")
@@ -174,6 +172,12 @@ def test_a_process_that_fails_alone_says_why_and_ends_the_other(going_on, tmp_pa
     assert status == 2
     assert "error: the checkpoint of step" in said[0][-1]
     assert other in ENDS_OF_THE_LOST
+
+
+def test_a_suspended_coordinator_ends_the_other_and_itself_when_it_wakes(suspended):
+    assert suspended[1].wait(DEADLINE_S) in ENDS_OF_THE_LOST
+    suspended[0].send_signal(signal.SIGCONT)
+    assert suspended[0].wait(DEADLINE_S) in ENDS_OF_THE_LOST
 
 
 @pytest.mark.parametrize(

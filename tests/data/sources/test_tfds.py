@@ -1,5 +1,6 @@
 """TFDS data sets in array_record, as the writer of TFDS makes them."""
 
+import functools
 import importlib.util
 import io
 import os
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from image_sets import assert_holds, examples
 from PIL import Image
 
@@ -18,6 +18,14 @@ from iresnet_jax import data
 ROOT = Path(__file__).parents[3]
 NUM_TRAIN, NUM_TEST = 40, 6
 REAL_DATA_DIR = os.environ.get("TFDS_DATA_DIR")
+
+
+@functools.cache
+def tfds():
+    """TFDS, imported by the one process that runs this file, and not by all, which collect it."""
+    import tensorflow_datasets
+
+    return tensorflow_datasets
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +46,11 @@ def write(folder, splits, *, shards=1, supervised=("image", "label"), **features
     """A prepared data set, by the writer of TFDS."""
     folder.mkdir(parents=True)
     name, *_, version = folder.relative_to(folder.parents[1]).parts
-    identity = tfds.core.dataset_info.DatasetIdentity(name=name, version=version, data_dir=str(folder), module_name="")
-    info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features), supervised_keys=supervised)
+    identity = tfds().core.dataset_info.DatasetIdentity(name=name, version=version, data_dir=str(folder), module_name="")
+    described = tfds().features.FeaturesDict(features)
+    info = tfds().core.DatasetInfo(builder=identity, features=described, supervised_keys=supervised)
     size = -(-len(splits["train"]) // shards)
-    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=size, overwrite=True, file_format="array_record")
+    writer = tfds().core.SequentialWriter(info, max_examples_per_shard=size, overwrite=True, file_format="array_record")
     writer.initialize_splits(list(splits))
     writer.add_examples(splits)
     writer.close_all()
@@ -52,13 +61,16 @@ def records_of(images, labels, **others):
     return [{**others, "image": png(image), "label": label} for image, label in zip(images, labels, strict=True)]
 
 
-LABEL = tfds.features.ClassLabel(num_classes=10)
+def label():
+    return tfds().features.ClassLabel(num_classes=10)
+
+
 TRAIN, TEST = examples(NUM_TRAIN, (28, 28, 1)), examples(NUM_TEST, (28, 28, 1), seed=1)
 
 
 def write_mnist(folder, train=TRAIN, test=TEST, **options):
     splits = {"train": records_of(*train), "test": records_of(*test)}
-    return write(folder, splits, **{"image": tfds.features.Image(shape=(28, 28, 1)), "label": LABEL, **options})
+    return write(folder, splits, **{"image": tfds().features.Image(shape=(28, 28, 1)), "label": label(), **options})
 
 
 # Reading ------------------------------------------------------------------------------------------------------------------
@@ -83,7 +95,7 @@ def test_data_dir_goes_before_the_environment(root, tmp_path):
 def test_colour_images_with_other_features(root):
     train, test = examples(NUM_TRAIN, (32, 32, 3)), examples(NUM_TEST, (32, 32, 3), seed=1)
     records = {"train": records_of(*train, id="x"), "test": records_of(*test, id="x")}
-    features = {"id": tfds.features.Text(), "image": tfds.features.Image(shape=(32, 32, 3)), "label": LABEL}
+    features = {"id": tfds().features.Text(), "image": tfds().features.Image(shape=(32, 32, 3)), "label": label()}
     write(root / "cifar10" / "3.0.2", records, **features)
     assert_holds(data.load("cifar10"), train, test)
 
@@ -91,7 +103,7 @@ def test_colour_images_with_other_features(root):
 def test_downsampled_imagenet_has_no_labels_and_no_test_split(root):
     (train, _), (valid, _) = examples(NUM_TRAIN, (32, 32, 3)), examples(NUM_TEST, (32, 32, 3), seed=1)
     records = {split: [{"image": png(i)} for i in images] for split, images in (("train", train), ("validation", valid))}
-    image = tfds.features.Image(shape=(None, None, 3))  # as TFDS has it
+    image = tfds().features.Image(shape=(None, None, 3))  # as TFDS has it
     write(root / "downsampled_imagenet" / "32x32" / "2.0.0", records, image=image, supervised=None)
     loaded = data.load("downsampled_imagenet/32x32")
     assert_holds(loaded, (train, None), (valid, None))
@@ -107,7 +119,7 @@ def test_newest_version_unless_one_is_named(root):
 
 
 def test_default_configuration_is_found(root):
-    write_mnist(Path(tfds.builder("emnist", data_dir=root).data_path))
+    write_mnist(Path(tfds().builder("emnist", data_dir=root).data_path))
     assert root / "emnist" / "byclass" in next(root.rglob("dataset_info.json")).parents
     assert_holds(data.load("emnist"), TRAIN, TEST)
 
@@ -165,7 +177,7 @@ def test_what_cannot_be_read_is_to_be_prepared_again(root, file, damage, problem
 
 
 def test_images_without_classes_to_learn(root):
-    write_mnist(root / "ages" / "1.0.0", label=tfds.features.Scalar(np.int64))
+    write_mnist(root / "ages" / "1.0.0", label=tfds().features.Scalar(np.int64))
     with pytest.raises(ValueError, match="ages is not a classification data set: its feature 'label' is not a class"):
         data.load("ages")
 
@@ -181,7 +193,7 @@ def tensorflow(monkeypatch):
     def pretend(prepare=None):
         spec = importlib.util.spec_from_loader("tensorflow", None) if prepare else None
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: spec if name == "tensorflow" else real(name, *a))
-        monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", prepare)
+        monkeypatch.setattr(tfds().core.DatasetBuilder, "download_and_prepare", prepare)
 
     return pretend
 

@@ -18,7 +18,7 @@ from iresnet_jax.data.splits import some_rows
 from iresnet_jax.evaluation import ood, samples
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.contractions import constrain, freeze
+from iresnet_jax.models.contractions import constrain
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.head import cross_entropy
@@ -52,11 +52,6 @@ PLANE = FlowSpec((D,), (StageSpec(num_blocks=2, hidden=(8,)),), coeff=0.7)
 
 
 @functools.cache
-def frozen_plane():
-    return jax.jit(lambda key: freeze(PLANE, kept.random_params(PLANE, key)))(jax.random.key(0))
-
-
-@functools.cache
 def plane(kind="gaussian", num_classes=K):
     """A model of the plane with a random prior for every class, and points of it, in float32."""
     spec = DensitySpec(PLANE, prior_family=kind, num_levels=None, num_classes=num_classes)
@@ -68,7 +63,7 @@ def plane(kind="gaussian", num_classes=K):
 
     with jax.enable_x64(False):  # the first test that asks may be one in float64
         prior, points = make(jax.random.key(3))
-        return Density(spec, frozen_plane(), prior), points
+        return Density(spec, kept.weights(PLANE), prior), points
 
 
 def scattered(key, tree):
