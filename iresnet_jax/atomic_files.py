@@ -1,6 +1,8 @@
 """Files that are written whole, and work that one process at a time does."""
 
 import contextlib
+import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,12 +11,13 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a path to write to, which takes the place of ``path`` at the end of ``with``.
 
-    Whatever happens to the writer, a reader finds the old file or the new one. If the body raises, nothing new is left.
+    Whatever happens to the writer, and however many write at once, a reader finds the old file or a new one. If the body raises,
+    nothing new is left.
 
     Raises:
         OSError: If the file cannot be written; the message says where and why.
     """
-    incoming = path.with_name(path.name + ".incoming")
+    incoming = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.incoming")
     try:
         yield incoming
         incoming.replace(path)

@@ -17,6 +17,15 @@ def test_a_file_is_replaced_when_it_is_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_writers_at_once_do_not_share_a_file(tmp_path):
+    path = tmp_path / "a.txt"
+    with replacing(path) as first, replacing(path) as second:
+        first.write_text("the first of two")
+        second.write_text("the second")
+    assert path.read_text() == "the first of two"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")

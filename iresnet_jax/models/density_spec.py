@@ -72,6 +72,8 @@ class DensitySpec:
         if taken != self.flow.context_dim:
             made = "the network on contexts gives" if self.context_hidden else "the scale of contexts has"
             raise ValueError(f"{made} {taken} entries, the flow takes contexts of {self.flow.context_dim}")
+        if self.context_hidden and self.context is None:
+            raise ValueError("a network on contexts needs their scale: give context=Standardize.fit_contexts(contexts)")
         if isinstance(self.transform, Standardize | Whiten):
             entries, last = len(self.transform.mean), self.flow.event_shape[-1]
             if entries != last or (isinstance(self.transform, Whiten) and len(self.flow.event_shape) != 1):

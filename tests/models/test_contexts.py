@@ -77,3 +77,5 @@ def test_contexts_of_a_wrong_length_are_refused(model):
         model.log_prob(np.zeros((3, 2), np.float32), context=np.zeros((3, 3), np.float32))
     with pytest.raises(ValueError, match="network on contexts gives 5"):
         ir.DensitySpec(FLOW, context=model.spec.context, context_hidden=(5,))
+    with pytest.raises(ValueError, match="needs their scale"):
+        ir.DensitySpec(FLOW, context_hidden=(3,))
