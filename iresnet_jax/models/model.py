@@ -89,7 +89,10 @@ class Model:
             ValueError: If a branch stretches the data by more than it claims; the message names the block and both numbers.
         """
         self.require_bijection()
-        scaled = () if context is None else (self.scale_context(context),)  # pyright: ignore[reportAttributeAccessIssue]
+        scaled = ()
+        if context is not None:
+            x, context, _ = self._examples(x, context)  # pyright: ignore[reportAttributeAccessIssue]
+            scaled = (self.scale_context(context),)  # pyright: ignore[reportAttributeAccessIssue]
         check_claims(self.spec.flow, self.weights, self.preprocess(x), *scaled)  # pyright: ignore[reportAttributeAccessIssue]
 
     def require_own_numbers(self) -> None:

@@ -245,6 +245,7 @@ def test_images_keep_their_shape_and_contexts_are_given():
         z = z + scale * np.sin(np.roll(z, 1, axis=1) + np.asarray(context)[:, None, None, :1])
     np.testing.assert_allclose(model.encode(x, context=context), z.reshape(5, 4), atol=1e-5)
     model.check_branches(x, context=context)
+    model.check_branches(x, context=context[0])  # one for all
     with pytest.raises(ValueError, match="or define folded"):
         model.given(context[0])
 
