@@ -61,23 +61,23 @@ frozen = jax.jit(freeze, static_argnums=0)
 
 
 @functools.cache
-def weights(flow):
+def weights(flow, seed=0):
     """Frozen weights of a flow: specs that differ in their priors or transforms share their program."""
-    return frozen(flow, random_params(flow))
+    return frozen(flow, random_params(flow, seed))
 
 
 @functools.cache
-def model(spec):
+def model(spec, seed=0):
     """A frozen model of a spec."""
     if isinstance(spec, ClassifierSpec):
         channels = spec.feature_shape[-1]
         head = jax.jit(initial_head, static_argnums=(1, 2))(jax.random.key(1), channels, CLASSES)
         statistics = {"head": {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}}
-        return Classifier(spec, weights(spec.flow), head, statistics)
+        return Classifier(spec, weights(spec.flow, seed), head, statistics)
     prior = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
     prior["mean"] = jnp.asarray(np.random.default_rng(1).normal(0, 0.3, prior["mean"].shape), jnp.float32)
     network = jax.jit(noise.initial_network, static_argnums=0)(spec.flow, jax.random.key(1)) if spec.flow.noise else {}
-    return Density(spec, weights(spec.flow), prior, noise_network=network)
+    return Density(spec, weights(spec.flow, seed), prior, noise_network=network)
 
 
 def uncertified(weights, factor=1.0):

@@ -51,7 +51,7 @@ def test_in_expectation_it_grows_with_the_draws_and_stays_below_the_probabilitie
     of_draws = np.sqrt(bounds[DRAWS].var(axis=1, ddof=1).mean() / (len(ALL) * REPEATS))
     np.testing.assert_allclose(found.stderr_draws, of_draws, rtol=SPREAD_RTOL)
     np.testing.assert_allclose(found.gain, (means[DRAWS] - weights.reshape(len(ALL), -1).mean(axis=1)).mean(), rtol=1e-9)
-    measured = likelihood.measure(model, ALL[:4], settings, 0).summary
+    measured = likelihood.measure(model, ALL[:4], settings, 1).summary
     assert measured.bound == spec.bound
     assert measured.importance.mean < measured.mean
 

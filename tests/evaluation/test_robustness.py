@@ -16,14 +16,19 @@ IMAGES, _ = kept.images(NUM)
 
 
 @functools.cache
+def model():
+    return kept.model(kept.CLASSIFIER, seed=1)
+
+
+@functools.cache
 def certified():
-    return certify.radius(kept.model(kept.CLASSIFIER), IMAGES)
+    return certify.radius(model(), IMAGES)
 
 
 def evaluate(labels=None, **settings):
     own, labels = certified(), certified().predicted if labels is None else labels
     settings = {"radii": RADII, "attack": ATTACK, "certified": own, **settings}
-    return robustness.evaluate(kept.model(kept.CLASSIFIER), IMAGES, labels, **settings)
+    return robustness.evaluate(model(), IMAGES, labels, **settings)
 
 
 def test_what_holds_lies_between_verified_and_attacked():
