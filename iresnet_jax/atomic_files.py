@@ -11,8 +11,8 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a path to write to, which takes the place of ``path`` at the end of ``with``.
 
-    Whatever happens to the writer, and however many write at once, a reader finds the old file or a new one. If the body raises,
-    nothing new is left.
+    Whatever happens to the writer, and however many write at once, a reader finds the old file or a new one. If the body
+    raises, nothing new is left.
 
     Raises:
         OSError: If the file cannot be written; the message says where and why.

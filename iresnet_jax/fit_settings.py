@@ -100,7 +100,7 @@ def length(num_steps: int) -> dict[str, Any]:
     is_timed = num_steps == NO_LIMIT
     return {
         "training.total_steps": 0 if is_timed else num_steps,
-        "training.eval_every_steps": max(num_steps // VALIDATIONS, 1),  # or by the clock
+        "training.eval_every_steps": 50_000 if is_timed else max(num_steps // VALIDATIONS, 1),  # or by the clock
         # An average over a tenth of a short run, and never over more than some hundred steps.
         "training.ema_decay": 0.99 if num_steps >= 1000 else 0.9,
         "optimizer.warmup_steps": (STEPS_IN_TIME if is_timed else num_steps) // 20,

@@ -230,10 +230,12 @@ class FeedforwardSpec(BranchSpec):
             ValueError: If ``coeff`` is not in (0, 1) or the budget is unknown.
         """
 
-        def norm_of(part: Part) -> Array:
-            return part.operator.norm_along(self.operator_kernel(weights, part), vectors[part.name])
+        def constant_of(part: Part) -> Array:
+            norm = part.operator.norm_along(self.operator_kernel(weights, part), vectors[part.name])
+            power = norm ** len(part.layers)  # 0 only if the norm is: small numbers underflow
+            return jnp.where(norm > 0, jnp.maximum(power, jnp.finfo(power.dtype).tiny), power)
 
-        norms = {part.name: reduce(product_bound, [norm_of(part)] * len(part.layers)) for part in self.parts}
+        norms = {part.name: constant_of(part) for part in self.parts}
         scaled, lipschitz = self._within_budget(weights, norms, coeff=coeff, budget=budget)
         branch = Branch(self, scaled, lipschitz, "estimated")
         return ConstrainedBranch(branch, {name: v for name, (_, v) in vectors.items()}, norms)

@@ -62,7 +62,7 @@ def branch_bound(layer_bounds: Sequence[Scalar] | Float[Array, " k"]) -> Shaped[
     Example:
         >>> branch_bound([0.9, 0.9, 0.9])  # 0.729
     """
-    product = functools.reduce(product_bound, [lipschitz_at_least(bound) for bound in layer_bounds])
+    product = functools.reduce(product_bound, [lipschitz_at_least(bound) for bound in layer_bounds] or [jnp.ones(())])
     return jnp.nan_to_num(product, nan=jnp.inf, posinf=jnp.inf)  # 0 times infinity promises nothing
 
 

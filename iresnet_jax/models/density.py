@@ -655,9 +655,9 @@ class Density(Model):
             ValueError: If a value is out of its range, or between the values of its grid; the message names the first one.
         """
         transform, x = self.spec.transform, np.asarray(x)
-        x = x if np.issubdtype(x.dtype, np.floating) else x.astype(np.float64)  # ends of ranges are no integers
         if self.spec.grid is None and not isinstance(transform, Bounded):
             return
+        x = x if np.issubdtype(x.dtype, np.floating) else x.astype(np.float64)  # ends of ranges are no integers
         grid = self.spec.grid or Grid((0.0,) * x.shape[1], (0.0,) * x.shape[1])
         intervals = transform.intervals if isinstance(transform, Bounded) else (None,) * x.shape[1]
         off, outside = grid.off(x), transform.outside(x) if isinstance(transform, Bounded) else np.zeros(x.shape, bool)

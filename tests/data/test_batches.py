@@ -39,12 +39,13 @@ def test_every_epoch_is_a_permutation_that_processes_share(seed, share, count, e
     size = share * count
     of_step = functools.partial(batches.batch_indices, seed, batch_size=size, num_examples=size + extra)
     assert epochs_are_permutations(of_step, size, size + extra)
-    parts = []
-    for process in range(count):
-        with mock.patch.multiple(jax, process_count=lambda: count, process_index=lambda process=process: process):
-            parts.append(parallel.own_share(of_step(5)))
-    assert {len(part) for part in parts} == {share}
-    np.testing.assert_array_equal(np.concatenate(parts), of_step(5))
+    for whole in (of_step(5), batches.batch_indices((seed, seed + 1), 5, size, size + extra)):
+        parts = []
+        for process in range(count):
+            with mock.patch.multiple(jax, process_count=lambda: count, process_index=lambda process=process: process):
+                parts.append(parallel.own_share(whole))
+        assert {len(part) for part in parts} == {share}
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
 def test_permutation_check_rejects_draws_with_replacement():
@@ -154,12 +155,15 @@ def test_what_fits_on_a_device():
     [
         ({"examples": (IMAGES, LABELS[1:])}, r"same number of examples .* got \[49, 50\]"),
         ({"batch_size": 7}, "7 examples .* over 2 devices: .* multiple of 2"),
+        ({"batch_size": 6, "processes": 2}, "6 examples .* over 4 devices: .* multiple of 4"),
         ({"batch_size": 52}, r"\[1, num_examples = 50\], got 52"),
         ({"batch_size": 0}, "got 0"),
         ({"first_step": -1}, "got seed 0 and step -1"),
         ({"seed": -2}, "got seed -2 and step 0"),
     ],
 )
-def test_impossible_feeds_are_refused_at_the_call(options, message):
+def test_impossible_feeds_are_refused_at_the_call(options, message, monkeypatch):
+    monkeypatch.setattr(parallel, "num_processes", lambda: options.get("processes", 1))
+    own = {name: value for name, value in options.items() if name != "processes"}
     with pytest.raises(ValueError, match=message):
-        batches.device_batches(**{"examples": IMAGES, "seed": 0, "batch_size": 8, **options})
+        batches.device_batches(**{"examples": IMAGES, "seed": 0, "batch_size": 8, **own})

@@ -253,6 +253,8 @@ def test_without_a_constraint_weights_run_as_they_are_and_no_inverse_is_promised
         product = np.prod([frozen[name].branch.norms[f"conv{i}"] for i in (0, 1)], axis=0)
         np.testing.assert_allclose(frozen[name].branch.lipschitz_bound, product, rtol=SINGLE)
     free = Classifier(VANILLA, as_they_are, variables["params"]["head"], variables["batch_stats"], solver=Solver(max_evals=50))
+    found = cast(Any, jax.jit(modules.Classifier(VANILLA).apply)(variables, preprocess(VANILLA, images_of())))
+    np.testing.assert_allclose(found, logits_of(free, images_of()), atol=SINGLE)
     back = reconstruct(free, features_of(free, images_of()))
     assert not back.info.converged.any()
     assert np.isinf(back.info.error_bound).all()
