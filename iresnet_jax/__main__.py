@@ -1,6 +1,7 @@
 """Everything but training: ``python -m iresnet_jax COMMAND --workdir DIR``; ``plan``, ``profile``, ``convert``, ``figure``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -38,7 +39,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "the command that trained the network, in quotes: its script and options",
     },
     "scale": {"action": "store_true", "default": False, "help": "scale kernels by their certified norms into the budget"},
-    "workdir": {"required": True, "metavar": "DIR", "help": "folder of the training run, or of a model"},
+    "workdir": {
+        "required": True,
+        "type": os.path.expanduser,
+        "metavar": "DIR",
+        "help": "folder of the training run, or of a model",
+    },
     "data": {"metavar": "NAME", "help": "data instead of those of training, such as npy:FILE"},
     "num": {"type": count, "help": "how many examples, images of each side or samples (%(default)s)"},
     "certify": {

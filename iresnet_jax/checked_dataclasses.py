@@ -56,7 +56,7 @@ def tagged(value: Any) -> Any:
             elif entry is not None:
                 fields[field.name] = name_of(entry)
         return {"type": type(value).__name__, **fields}
-    return [tagged(entry) for entry in value] if isinstance(value, tuple) else value
+    return [tagged(entry) for entry in value] if isinstance(value, tuple) else _number_of_python(value)
 
 
 def from_plain(cls: type[T], plain: Any, path: str) -> T:

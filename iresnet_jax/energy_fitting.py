@@ -100,7 +100,8 @@ def fit_energy(
         >>> print(evaluate_energy(model, log_density, jax.random.key(1)))  # doctest: +SKIP
     """
     began = time.monotonic()
-    minutes = checked(Positive, minutes, "minutes")
+    minutes, steps = checked(Positive, minutes, "minutes"), None if steps is None else checked(Count, steps, "steps")
+    stages = checked(tuple[StageSpec, ...], stages, "stages")
     key_particles, key_init, key_likelihood, key_energy, key_choice = jax.random.split(single_key(key), 5)
 
     say = Lines() if progress else lambda line: None
@@ -206,7 +207,7 @@ def _start(
     """
     num_dims, x = x.shape[1], x[:PRIOR_PARTICLES]
     options = {
-        "stages": tuple(stages),
+        "stages": stages,
         "estimator": ExactLogdet() if num_dims <= EXACT_DIMS else KrylovLogdet(num_steps=6),
         "last_scale": LAST_SCALE,
     }

@@ -165,7 +165,7 @@ def fit(
     if not (config.training.minutes or config.training.total_steps):
         raise ValueError("a fit that is no race needs an end: give minutes=... or steps=...")
     if workdir is not None:
-        return _fit_on_disk(config, data, Path(workdir), say)
+        return _fit_on_disk(config, data, Path(workdir).expanduser(), say)
     with _stop_requests() as stop:
         if not members or len(data.event_shape) == 1:
             return _fit_in_memory(config, data, say, stop, "", members)[0]
@@ -290,7 +290,12 @@ def _fit_in_memory(
         trainer = Trainer(objectives[0], config.training, **options)
     trainer.validate()  # the start may be the best: a mixture is fitted before training
     batches = device_batches(objectives[0].examples, seed=members or config.seed, batch_size=config.training.batch_size)
-    trainer.run(batches, lambda: stop.received is not None)
+    try:
+        trainer.run(batches, lambda: stop.received is not None)
+    except BlowUpError as error:
+        if what or trainer.best is None or not trainer.best.step:  # other candidates may do better, or there is nothing to keep
+            raise
+        say(f"{error}: the best model so far")
     if stop.received:
         say(f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}: the best model so far")
     models, solver, given = [], config.evaluation.solver(), identity_context(config)

@@ -243,6 +243,11 @@ WRONG = {
     "a model without weights": (lambda: ir.train(start().with_(weights={}), nll, X, **QUICK), "no weights"),
     "numbers instead of vectors": (lambda: ir.Density.init(jax.random.key(0), X[:, 0], stages=STAGES), r"x\[:, None\]"),
     "contexts of other rows": (lambda: ir.Density.init(jax.random.key(0), X, stages=STAGES, context=X[:3]), "context must be"),
+    "NaN in what init sees": (
+        lambda: ir.Density.init(jax.random.key(0), np.where(X > 4, np.nan, X), stages=STAGES),
+        "first in row",
+    ),
+    "a stage of text": (lambda: ir.StageSpec(1, ("4",)), "must be an integer"),
     "no batch of images": (lambda: ir.Classifier.init(jax.random.key(0), X, 3, stages=STAGES), r"\(n, h, w, c\)"),
 }
 

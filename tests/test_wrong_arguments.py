@@ -89,6 +89,7 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: fit_density(validation_fraction=1.0), "validation_fraction must lie in"),
         (lambda: fit(validation=(X, None, None, None)), "got 4 entries"),
         (lambda: fit(validation=()), "got 0 entries"),
+        (lambda: fit(validation=[X, LABELS]), "got a list"),
         (lambda: fit(validation=X[:, :1]), "examples of one shape"),
         (lambda: fit(validation=(X, LABELS)), "need labels"),
         (lambda: fit(WHOLE, validation=WHOLE[:9] + 0.5), "not on the grid"),

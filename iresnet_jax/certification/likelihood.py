@@ -97,6 +97,8 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
         >>> interval = certify.log_prob(model, images)  # doctest: +SKIP
         >>> interval.in_units(model.spec).upper  # bits/dim, guaranteed  # doctest: +SKIP
     """
+    if not isinstance(model, Density):
+        raise ValueError(f"a log-likelihood is that of a Density, got a {type(model).__name__}: certify.log_det takes it")
     check(model, x, context=context, most_dims=MOST_DIMS)
     _check_smooth(model)
     if model.spec.prior_family == priors.OWN:

@@ -76,6 +76,8 @@ def radius(model: Classifier, images: Images, *, num_forms: int | None = None) -
     Example:
         >>> certify.radius(model, images).radius  # doctest: +SKIP
     """
+    if not isinstance(model, Classifier):
+        raise ValueError(f"radii are certified for classifiers, got a {type(model).__name__}")
     if num_forms is not None and num_forms < 0:
         raise ValueError(f"num_forms must be at least 0, got {num_forms}")
     num_others = model.spec.num_classes - 1

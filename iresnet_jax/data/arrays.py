@@ -133,6 +133,8 @@ def _checked(arrays: Arrays) -> Arrays:
         hints = {1: ": numbers are vectors of length 1 as x[:, None]", 3: ": add a channel axis with x[..., None]"}
         hint = hints.get(x.ndim, "") if len(x) else ": there are no examples"
         raise ValueError(f"data must be vectors (n, d) or images (n, h, w, c), got shape {x.shape}{hint}")
+    if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[2] == x.shape[3] > 4:
+        raise ValueError(f"images have their channels last, got shape {x.shape}: give x.transpose(0, 2, 3, 1)")
     if x.ndim == 4 and x.dtype.kind in "biu":
         if x.min() < 0 or x.max() > 255:
             raise ValueError(f"integer images must have levels 0 to 255, got {x.min()} to {x.max()}: convert them to floats")
@@ -141,10 +143,13 @@ def _checked(arrays: Arrays) -> Arrays:
         x = _finite_floats(x, "the data")
     labels, context = (None if given is None else np.asarray(given) for given in (arrays.labels, arrays.context))
     if labels is not None:
+        labels = labels[:, 0] if labels.shape == (len(x), 1) else labels
         if labels.shape != (len(x),) or labels.dtype.kind not in "iu" or labels.min() < 0:
+            is_one_hot = labels.ndim == 2 and len(labels) == len(x)
+            numbered = "labels.argmax(axis=1)" if is_one_hot else "np.unique(labels, return_inverse=True)[1]"
             raise ValueError(
                 f"labels must be {len(x)} integers from 0 on, one per example, got {labels.dtype} of shape {labels.shape}: "
-                "number the classes with np.unique(labels, return_inverse=True)[1]"
+                f"number the classes with {numbered}"
             )
     if context is not None:
         context = context[:, None] if context.ndim == 1 else context

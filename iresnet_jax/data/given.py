@@ -44,6 +44,12 @@ def data_of(
     table = Table(columns, whole=columns is None and arrays.x.dtype.kind in "biu", bounds=bounds) if is_table else None
     splits: Arrays | dict[str, Arrays] = arrays
     if validation is not None:
+        if isinstance(validation, list) and any(np.ndim(part) >= arrays.x.ndim for part in validation):
+            raise ValueError(
+                "validation must be like x, or a tuple (x, labels, context), got a list: None is what there is not"
+            )
+        if isinstance(validation, tuple) and len(validation) == 2 and labels is None and context is not None:
+            raise ValueError("validation of a conditional density is (x, None, context): the second entry holds labels")
         held_out = validation if isinstance(validation, tuple) else (validation,)
         if not 1 <= len(held_out) <= 3:
             raise ValueError(f"validation must be like x, or a tuple (x, labels, context), got {len(held_out)} entries")

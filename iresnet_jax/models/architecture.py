@@ -17,7 +17,7 @@ from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.branches import kinds
 from iresnet_jax.branches.branch import BranchSpec, Weights, check_budget, check_coeff
 from iresnet_jax.branches.own import name_of
-from iresnet_jax.checked_dataclasses import Count
+from iresnet_jax.checked_dataclasses import Count, checked
 
 PREFIX = "noise_"  # of the names of the stages of the flow of noise
 
@@ -59,6 +59,10 @@ class StageSpec:
     branch: Any = field(default=None, metadata={"name": name_of})
 
     def __post_init__(self):
+        object.__setattr__(self, "num_blocks", checked(int, self.num_blocks, "num_blocks"))
+        for name in ("hidden", "kernel_sizes", "channel_order"):  # a list could not be part of a compiled program's key
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, checked(tuple[int, ...], values, name))
         kinds.get(self.kind)
         if self.branch is not None:
             kinds.check_own(self.branch)

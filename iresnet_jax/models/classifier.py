@@ -23,6 +23,7 @@ from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import check_levels, known_levels
+from iresnet_jax.checked_dataclasses import Count, checked
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
@@ -203,7 +204,10 @@ class Classifier(Model):
         if np.ndim(images) != 4 or not len(images):
             raise ValueError(f"images must be a batch (n, h, w, c), got shape {np.shape(images)}")
         height, width, channels = np.shape(images)[1:]
-        flow = FlowSpec((height, width, channels + pad_channels), tuple(stages), coeff, budget)
+        stages = checked(tuple[StageSpec, ...], stages, "stages")
+        num_classes, num_levels = checked(Count, num_classes, "num_classes"), checked(Count, num_levels, "num_levels")
+        mean, std = (tuple(np.atleast_1d(np.asarray(values, float)).tolist()) for values in (mean, std))
+        flow = FlowSpec((height, width, channels + pad_channels), stages, coeff, budget)
         spec = ClassifierSpec(flow, (height, width, channels), num_classes, num_levels, pad_channels, mean, std)
         model = cls(spec, {}, {}, {})
         key_weights, key_head = jax.random.split(single_key(key))

@@ -54,6 +54,10 @@ def columns_of(frame: Any) -> tuple[Column, ...]:
         ValueError: If a column holds missing values, or what is neither numbers nor categories; it names the column.
     """
     names = _names(frame)
+    if unnamed := [name for name in names if name.startswith("Unnamed: ")]:
+        raise ValueError(
+            f"column {unnamed[0]!r} holds the row numbers of a written table: read it with index_col=0, or drop it"
+        )
     return tuple(_column(name, frame.iloc[:, place]) for place, name in enumerate(names))
 
 

@@ -203,6 +203,9 @@ class Density(Model):
         is_image_of_levels = x.ndim > 2 and np.issubdtype(x.dtype, np.integer)
         if not (is_image_of_levels or np.issubdtype(x.dtype, np.floating)):
             x = x.astype(float)
+        if np.issubdtype(x.dtype, np.floating) and not np.all(np.isfinite(x)):
+            row = int(np.argwhere(~np.isfinite(x))[0][0])
+            raise ValueError(f"x holds NaN or infinite numbers, the first in row {row}: leave such rows out")
         if transform is None:
             transform = Logit() if is_image_of_levels else Standardize.fit(x)
         if context is not None:
@@ -210,11 +213,16 @@ class Density(Model):
             context = context[:, None] if context.ndim == 1 else context
             if context.ndim != 2 or len(context) != len(x):
                 raise ValueError(f"context must be a vector for each of {len(x)} examples, got shape {context.shape}")
+        stages = checked(tuple[StageSpec, ...], stages, "stages")
+        num_levels, num_classes, num_components = (
+            None if given is None else checked(Count, given, name)
+            for name, given in (("num_levels", num_levels), ("num_classes", num_classes), ("num_components", num_components))
+        )
         family = prior if isinstance(prior, str) else priors.OWN
         context_dim = 0 if context is None else context.shape[1]
         taken = context_hidden[-1] if context_hidden else context_dim
         if constants is None:
-            flow = FlowSpec(x.shape[1:], tuple(stages), coeff, budget, taken)
+            flow = FlowSpec(x.shape[1:], stages, coeff, budget, taken)
         else:
             flow = FlowSpec.bilipschitz(x.shape[1:], stages, mu=constants[0], nu=constants[1], context_dim=taken)
         spec = DensitySpec(
@@ -483,6 +491,8 @@ class Density(Model):
     ) -> Float[Array, "n d"]:
         """Latents from the prior; arguments and errors are those of `sample`."""
         num, key = checked(Count, num, "num"), single_key(key)
+        if isinstance(temperature, jax.Array) and not isinstance(temperature, jax.core.Tracer):
+            temperature = temperature.item()
         if self.spec.num_classes is None:
             if labels is not None:
                 self.check_classes()
@@ -613,7 +623,7 @@ class Density(Model):
         """
         if self.spec.columns is not None and isinstance(x, Frame):
             return numbers_of(x, self.spec.columns)
-        return x if hasattr(x, "dtype") else np.asarray(x)
+        return x if isinstance(x, jax.Array | np.ndarray) else np.asarray(x)
 
     def to_frame(self, x: Data) -> Any:
         """Samples, or other arrays of data, as a pandas data frame with the columns and types that the model was fitted to.
@@ -638,6 +648,7 @@ class Density(Model):
         x = self.numbers(x)
         is_table = len(shape) == 1 and x.shape[1:] == shape
         if self.spec.num_levels is not None:
+            x = x.astype(np.uint8) if x.dtype == bool else x
             check_levels(x, self.spec.num_levels, shape)
         elif is_table and (jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool):
             x = x.astype(jnp.result_type(float))
@@ -660,7 +671,10 @@ class Density(Model):
         x = x if np.issubdtype(x.dtype, np.floating) else x.astype(np.float64)  # ends of ranges are no integers
         grid = self.spec.grid or Grid((0.0,) * x.shape[1], (0.0,) * x.shape[1])
         intervals = transform.intervals if isinstance(transform, Bounded) else (None,) * x.shape[1]
-        off, outside = grid.off(x), transform.outside(x) if isinstance(transform, Bounded) else np.zeros(x.shape, bool)
+        off, outside = grid.off(x), np.zeros(x.shape, bool)
+        if isinstance(transform, Bounded):
+            with np.errstate(over="ignore"):  # in the precision of the ends that data have shown
+                outside = transform.outside(x.astype(jnp.result_type(float)))
         for row, column in np.argwhere(off | outside)[:1].tolist():
             bounds, step = intervals[column], grid.spacing[column]
             name = "" if self.spec.columns is None else f" ({self.spec.columns[column].name!r})"

@@ -62,7 +62,7 @@ def as_batch(x: Any, event_shape: tuple[int, ...], context: Any = None, context_
     Raises:
         ValueError: If the leading axes of examples and contexts do not fit together.
     """
-    event_shape = tuple(event_shape)
+    event_shape, x = tuple(event_shape), x if isinstance(x, jax.Array | np.ndarray) else np.asarray(x)
     axes = x.shape[: -len(event_shape)]
     if x.shape != (*axes, *event_shape):
         return Examples(x, context, x.shape[:1])

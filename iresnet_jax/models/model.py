@@ -120,6 +120,8 @@ class Model:
         self.require_own_numbers()
         check_names(self.spec.flow)
         path = Path(path)
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: give a file, such as {path / FILE_NAME}")
         header = {"format": FORMAT, "spec": tagged(self.spec), "about": dict(about or {})}
         stored = {"params": as_params(self.weights), **{name: self.learned(name) for name in self.arrays}}
         arrays: dict[str, Any] = {array_name(key): np.asarray(leaf) for key, leaf in jax.tree.leaves_with_path(stored)}

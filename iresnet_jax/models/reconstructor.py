@@ -23,6 +23,7 @@ from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize, chain
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import check_levels, known_levels
+from iresnet_jax.checked_dataclasses import checked
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
@@ -136,6 +137,7 @@ class Reconstructor(Model):
         Raises:
             ValueError: If the shape and the stages do not fit together.
         """
+        stages = checked(tuple[StageSpec, ...], stages, "stages")
         of_block = block_coeff(coeff, sum(stage.num_blocks for stage in stages))
         without = tuple(dataclasses.replace(stage, actnorm=False) for stage in stages)
         spec = ReconstructorSpec(FlowSpec(tuple(image_shape), without, of_block, "block"), num_levels)
@@ -192,3 +194,5 @@ class Reconstructor(Model):
     def _check(self, images: Measurements) -> None:
         if images.shape[1:] != tuple(self.spec.flow.event_shape):
             raise ValueError(f"images and measurements must have shape {self.spec.flow.event_shape}, got {images.shape[1:]}")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images and measurements have pixels in [0, 1], got {images.dtype}: use model.preprocess(images)")

@@ -116,6 +116,9 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[zipfile.ZipFile, dic
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"there is no model {path}: write one with python -m iresnet_jax freeze --workdir DIR, or model.save")
+    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        if f"{HEADER}.npy" not in archive.namelist():
+            raise ValueError(f"{path} holds no model that was saved: of a run, give the folder that holds config.json")
     try:
         with zipfile.ZipFile(path) as archive:
             header = json.loads(_read_array(archive, HEADER, None).tobytes())

@@ -57,6 +57,11 @@ def explain_failures(command: Callable[[], int], *, debug: bool = False) -> int:
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             return stopped.status
+        except ModuleNotFoundError as error:
+            if debug or (error.name or "").startswith("iresnet_jax"):
+                raise
+            print(f"error: there is no package {error.name}: pip install 'iresnet_jax[train]'", file=sys.stderr)
+            return MISTAKE
         except (ValueError, RuntimeError, OSError) as error:
             if debug:
                 raise
@@ -67,6 +72,9 @@ def explain_failures(command: Callable[[], int], *, debug: bool = False) -> int:
 def one_sentence(error: Exception) -> str:
     """Message of an exception on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if "RESOURCE_EXHAUSTED" in text:
+        advice = "lower training.batch_size or evaluation.batch_size, or raise training.num_parts"
+        text = f"the device is out of memory: {advice} ({text})"
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " ... (--debug shows all)"
 
 
@@ -91,7 +99,7 @@ def parse_train_flags(argv: Sequence[str]) -> argparse.Namespace:
     overrides = [argument for argument in arguments if re.match(r"--?(no)?config\.", argument)]
     parser = Parser(prog=program, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default=DEFAULT_CONFIG)
-    parser.add_argument("--workdir", type=Path)
+    parser.add_argument("--workdir", type=lambda text: Path(text).expanduser())
     parser.add_argument("--debug", action="store_true")
     parser.add_argument("--coordinator_address")
     parser.add_argument("--num_processes", type=int)

@@ -51,8 +51,14 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
         values = {name: float(value) for name, value in metrics.items()}
         wall_time_s = round(time.monotonic() - self._start, 3)
         record = {"step": int(step), "split": split, "wall_time_s": wall_time_s, **values}
-        self._lines.write(json.dumps(record) + "\n")
-        self._lines.flush()
+        try:
+            self._lines.write(json.dumps(record) + "\n")
+            self._lines.flush()
+        except OSError as error:
+            message = (
+                f"{self._path} cannot be written ({error.strerror or error}): free disk space, then give the command again"
+            )
+            raise OSError(message) from error
         for name, value in values.items():
             self._tensorboard().add_scalar(f"{split}/{name}", value, step)
 

@@ -82,6 +82,8 @@ def beside(column):
         (Arrays(VECTORS, np.zeros(3, int)), "200 integers"),
         (Arrays(VECTORS, np.full(200, 0.5)), "np.unique"),
         (Arrays(VECTORS, np.full(200, -1)), "from 0 on"),
+        (Arrays(VECTORS, np.eye(200, dtype=int)), r"with labels.argmax\(axis=1\)"),
+        (Arrays(RNG.random((20, 3, 8, 8))), r"x.transpose\(0, 2, 3, 1\)"),
         (Arrays(VECTORS, context=np.zeros((3, 2))), "each of 200"),
         (Arrays(VECTORS, context=np.full((200, 2), np.nan)), "the context"),
         ({"test": Arrays(VECTORS)}, "no training examples"),

@@ -172,3 +172,18 @@ def test_a_classifier_takes_them_too():
 def test_shapes_that_do_not_fit_are_named(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call(kept.model(GIVEN))
+
+
+def test_other_arrays_and_lists_are_read_as_numpy_reads_them():
+    class Foreign:
+        """An array of another library, whose dtypes are its own."""
+
+        dtype, shape = "foreign.float32", IMAGES.shape
+
+        def __array__(self, dtype=None, copy=None):
+            return IMAGES
+
+    model = kept.model(HYBRID)
+    expected = model.class_log_probs(IMAGES)
+    assert_same(model.class_log_probs(Foreign()), expected)
+    assert_same(model.class_log_probs(IMAGES.tolist()), expected)

@@ -1,5 +1,6 @@
 """Models as files: nothing is lost, nothing is believed that can be computed, and damage ends in one sentence."""
 
+import dataclasses
 import io
 import json
 import zipfile
@@ -194,6 +195,11 @@ def test_damage_ends_in_one_sentence(density, tmp_path, damage, sentence):
 def test_files_that_are_no_models(density, tmp_path):
     with pytest.raises(ValueError, match=r"there is no model .*nowhere\.npz"):
         ir.load(tmp_path / "nowhere.npz")
+    with pytest.raises(ValueError, match="is a folder: give a file"):
+        density.save(tmp_path)
+    np.savez(tmp_path / "checkpoint.npz", step=3)
+    with pytest.raises(ValueError, match="give the folder that holds config"):
+        ir.load(tmp_path / "checkpoint.npz")
     path = tmp_path / "model.npz"
     whole = density.save(path).read_bytes()
     for content in (
@@ -205,6 +211,14 @@ def test_files_that_are_no_models(density, tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"model\.npz is damaged"):
             ir.load(path)
+
+
+def test_lists_and_numbers_of_numpy_are_those_of_python(density, tmp_path):
+    stage = ir.StageSpec(np.int64(2), [8, np.int64(4)])
+    assert stage == ir.StageSpec(2, (8, 4))
+    assert hash(stage) == hash(ir.StageSpec(2, (8, 4)))
+    own = density.with_(spec=dataclasses.replace(density.spec, num_levels=np.int64(density.spec.num_levels)))
+    assert ir.load(own.save(tmp_path / "model.npz")).spec == density.spec
 
 
 def test_networks_without_an_inverse_are_not_saved(classifier, tmp_path):

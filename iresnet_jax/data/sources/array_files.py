@@ -161,6 +161,11 @@ def _read_table(path: Path) -> tuple[list[str], np.ndarray]:
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8: save it as UTF-8") from None
     header = [column.strip() for column in lines[0]] if lines and None in map(_number, lines[0]) else []
+    if "" in header:
+        raise ValueError(
+            f"column {header.index('') + 1} of {path} has no name, as the row numbers that pandas writes: write the table with "
+            "index=False, or name the column"
+        )
     rows = lines[1:] if header else lines
     if not rows:
         raise ValueError(f"{path} has no rows: it needs a row of numbers an example")
