@@ -247,7 +247,6 @@ WRONG = {
         lambda: ir.Density.init(jax.random.key(0), np.where(X > 4, np.nan, X), stages=STAGES),
         "first in row",
     ),
-    "a stage of text": (lambda: ir.StageSpec(1, ("4",)), "must be an integer"),
     "no batch of images": (lambda: ir.Classifier.init(jax.random.key(0), X, 3, stages=STAGES), r"\(n, h, w, c\)"),
 }
 

@@ -207,7 +207,7 @@ class Classifier(Model):
         stages = checked(tuple[StageSpec, ...], stages, "stages")
         num_classes, num_levels = checked(Count, num_classes, "num_classes"), checked(Count, num_levels, "num_levels")
         mean, std = (tuple(np.atleast_1d(np.asarray(values, float)).tolist()) for values in (mean, std))
-        flow = FlowSpec((height, width, channels + pad_channels), stages, coeff, budget)
+        flow = FlowSpec((height, width, channels + pad_channels), tuple(stages), coeff, budget)
         spec = ClassifierSpec(flow, (height, width, channels), num_classes, num_levels, pad_channels, mean, std)
         model = cls(spec, {}, {}, {})
         key_weights, key_head = jax.random.split(single_key(key))

@@ -222,7 +222,7 @@ class Density(Model):
         context_dim = 0 if context is None else context.shape[1]
         taken = context_hidden[-1] if context_hidden else context_dim
         if constants is None:
-            flow = FlowSpec(x.shape[1:], stages, coeff, budget, taken)
+            flow = FlowSpec(x.shape[1:], tuple(stages), coeff, budget, taken)
         else:
             flow = FlowSpec.bilipschitz(x.shape[1:], stages, mu=constants[0], nu=constants[1], context_dim=taken)
         spec = DensitySpec(
