@@ -211,7 +211,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         spacing = np.asarray(spec.grid.spacing)
         volume = np.log(spacing[spacing > 0]).sum()
         noise = _noise(x, NOISE_DRAWS)
-        draws = [self._log_prob(x + (uniform - 0.5) * spacing) for uniform in noise]
+        draws = [self._log_prob(x + (uniform - 0.5) * spacing, probes_of=x) for uniform in noise]  # or the sum had their noise
         found = scipy.special.logsumexp(draws, axis=0) - np.log(NOISE_DRAWS) + volume
         return np.where(impossible, -np.inf, found)
 
@@ -248,10 +248,10 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
             x = np.where(spacing > 0, offset + step * np.round((x - offset) / step), x)
         return x
 
-    def _log_prob(self, x: np.ndarray) -> np.ndarray:
+    def _log_prob(self, x: np.ndarray, probes_of: np.ndarray | None = None) -> np.ndarray:
         """Log-density of points, those of the cells of a grid included."""
         y, log_det = _forward(self.model_.spec.transform, x)
-        seeds = _bits(x, 1)[:, 0].astype(np.uint32)
+        seeds = _bits(x if probes_of is None else probes_of, 1)[:, 0].astype(np.uint32)
         is_near = np.abs(y).max(axis=1) <= FARTHEST_DENSITY  # not for NaN, which values of 1e308 become here
         log_prob = _over_batches(_log_prob, _core(self.model_), np.where(is_near[:, None], y, 0), seeds)
         return np.where(is_near, log_prob + log_det, -np.inf)

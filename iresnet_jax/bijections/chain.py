@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import Bijection, fold_in, from_walks, keys_of_links
 from iresnet_jax.maths import platforms
-from iresnet_jax.maths.enclosures.upward_rounding import rounded_up
 from iresnet_jax.maths.lipschitz_bounds import product_bound
 from iresnet_jax.maths.logdet.exact import INVERSE_JACOBIANS
 
@@ -104,10 +103,12 @@ def repeat(
             return lax.scan(step_in_condition, way, (jnp.arange(num_blocks), blocks), reverse=True)[0]
         return lax.scan(step, way, blocks, reverse=reverse)[0]
 
+    of_blocks = jax.vmap(lambda w: jnp.asarray(make(w).inverse_lipschitz))(weights)
+    lipschitz, _ = lax.scan(lambda total, own: (product_bound(total, own), None), jnp.ones((), of_blocks.dtype), of_blocks)
     return from_walks(
         onward=lambda way, key: over_blocks(way, key, reverse=False),
         back=lambda way, key: over_blocks(way, key, reverse=True),
-        inverse_lipschitz=rounded_up(jnp.prod(jax.vmap(lambda w: jnp.asarray(make(w).inverse_lipschitz))(weights)), num_blocks),
+        inverse_lipschitz=lipschitz,
     )
 
 

@@ -113,7 +113,9 @@ def log_prob(model: Density, x: Data, key: Key[Array, "..."] | None = None, *, c
     key_noise = jax.random.split(key)[0] if key.ndim == 0 else jax.vmap(jax.random.split)(key)[:, 0]
     noisy = np.asarray(model.dequantize(x, key_noise))  # refuses another shape or type
     model.check_ranges(given)
-    u = given if spec.num_levels is None and spec.grid is None else noisy
+    u = given if spec.num_levels is None else noisy
+    if spec.grid is not None:
+        u = np.where(np.asarray(spec.grid.spacing) > 0, noisy, given)  # the other columns get no noise
     with prepared(model, x, context=context, most_dims=MOST_DIMS) as (flow, contexts):
         y, log_det = enclosing(spec.transform, "enclose_forward")(u)
         latents, of_flow = _through(flow, y.map(lambda part: part.reshape(len(part), spec.flow.num_dims)), contexts)

@@ -151,15 +151,24 @@ def calibrate(
     drawn = samples.draw(model, len(repeated), settings.batch_size, seed=seed, contexts=repeated)
     log_prob = functools.partial(likelihood.log_prob, model, settings=settings, seed=seed)
     of_samples, of_truth = log_prob(drawn.values, contexts=repeated), log_prob(examples, contexts=contexts)
-    values = drawn.values.reshape(len(examples), num_samples, -1)
+    values, truth = _places(model, drawn.values).reshape(len(examples), num_samples, -1), _places(model, examples)
     generator = np.random.default_rng(seed)
     tests = [
-        rank_test(f"entry {i}", _ranks(values[:, :, i], examples[:, i], generator), num_samples, generator)
+        rank_test(f"entry {i}", _ranks(values[:, :, i], truth[:, i], generator), num_samples, generator)
         for i in range(examples.shape[1])
     ]
     of_density = _ranks(of_samples.reshape(len(examples), num_samples), of_truth, generator)
     tests.append(rank_test("log p", of_density, num_samples, generator))
     return Calibration(tuple(tests), len(examples), num_samples, int(np.sum(~drawn.converged)))
+
+
+def _places(model: Density, x: np.ndarray) -> Float[np.ndarray, "n d"]:
+    """Vectors with the number of a value on a grid in place of the value, which precisions round in ways of their own."""
+    grid, x = model.spec.grid, np.asarray(x, np.float64)
+    if grid is None:
+        return x
+    spacing = np.asarray(grid.spacing)
+    return np.where(spacing > 0, np.rint((x - np.asarray(grid.offset)) / np.where(spacing > 0, spacing, 1)), x)
 
 
 def rank_test(name: str, ranks: Int[np.ndarray, " n"], num_samples: int, generator: np.random.Generator) -> RankTest:

@@ -91,9 +91,10 @@ def evaluate_energy(
     num, key = checked(Count, num, "num"), single_key(key)
     model = model.with_(estimator=ExactLogdet() if estimator is None else estimator)
     size = min(num, AT_ONCE)
-    log_weights, values = [], []
+    log_weights, values, converged = [], [], []
     for part in jax.random.split(key, -(-num // size)):
-        x, log_prob = _draw(model, part, size)
+        x, log_prob, done = _draw(model, part, size)
+        converged.append(np.asarray(done))
         values.append(np.asarray(log_density_of(log_density, x), np.float64))
         log_weights.append(values[-1] - np.asarray(log_prob, np.float64))
     check_finite(np.concatenate(values)[:num], "samples of the model")
@@ -108,13 +109,15 @@ def evaluate_energy(
     weights = importance.summarize(of_model)
     ess, log_z, stderr = (weights.ess, weights.log_z, weights.stderr) if weights.is_reliable else (math.nan,) * 3
     lower, verdict = float(of_model.mean()), _verdict(weights, num)
+    if failed := int(np.sum(~np.concatenate(converged)[:num])):
+        verdict += f" The inverse did not converge for {failed} of {num} samples, whose weights are those of other points."
     return EnergyEvaluation(ess, log_z, stderr, weights.pareto_k, lower, upper, verdict, of_model)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _draw(model: Density, key: Key[Array, ""], num: int) -> tuple[Array, Array]:
+def _draw(model: Density, key: Key[Array, ""], num: int) -> tuple[Array, Array, Array]:
     found = model.sample_and_log_prob(key, num)
-    return found.x, found.log_prob
+    return found.x, found.log_prob, found.info.converged
 
 
 @jax.jit

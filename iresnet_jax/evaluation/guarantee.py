@@ -14,6 +14,7 @@ from jaxtyping import Float, Num
 from iresnet_jax.certification.decoding import Decoded, certified
 from iresnet_jax.certification.inverse import InverseCertificate
 from iresnet_jax.certification.prepared import check
+from iresnet_jax.maths.enclosures.upward_rounding import said_up
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
@@ -65,8 +66,8 @@ class InverseGuarantee:
         certain = "" if self.fraction_certain is None else f"; {100 * self.fraction_certain:.4g} % of the levels are certain"
         measured = "" if self.max_error is None else f" (measured: {self.max_error:.2g})"
         return (
-            f"guaranteed error of the inverse of given latents, Euclidean: at most {self.max_bound:.2g}{measured} in the "
-            f"flow's units and {self.max_data_bound:.2g} in the data's (medians {self.median_bound:.2g} and "
+            f"guaranteed error of the inverse of given latents, Euclidean: at most {said_up(self.max_bound, 2)}{measured} in "
+            f"the flow's units and {said_up(self.max_data_bound, 2)} in the data's (medians {self.median_bound:.2g} and "
             f"{self.median_data_bound:.2g}), of {self.num_examples} examples {how}{certain}"
         )
 

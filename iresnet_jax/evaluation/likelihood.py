@@ -20,6 +20,7 @@ from jaxtyping import Float, Num
 from iresnet_jax.evaluation import importance, stated_accuracy
 from iresnet_jax.evaluation.importance import ImportanceBound
 from iresnet_jax.evaluation.stated_accuracy import Accuracy
+from iresnet_jax.maths.enclosures.upward_rounding import said_up
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
@@ -138,7 +139,9 @@ class Likelihood(MeanAndError):
         if self.accuracy:
             lines.append(str(self.accuracy))
         elif self.truncation_bound:
-            lines.append(f"terms beyond those always computed change it by at most {self.truncation_bound:.2g} {self.unit}")
+            lines.append(
+                f"terms beyond those always computed change it by at most {said_up(self.truncation_bound, 2)} {self.unit}"
+            )
         if self.estimate:
             noise = " on the first noise" if self.num_dequantisations else ""
             lines.append(
@@ -411,7 +414,7 @@ def _described(estimator: LogdetEstimator) -> tuple[str, SeriesLogdet | KrylovLo
         return f"Krylov subspaces of {estimator.num_steps} dimensions, biased by at most the truncation bound", estimator
     if isinstance(estimator, RouletteLogdet):
         tail = {"poisson": "Poisson", "geometric": "geometric"}[estimator.distribution]
-        words = f"unbiased, {estimator.num_exact_terms} exact terms and a {tail}({estimator.parameter:g}) tail"
-        terms = max(estimator.num_exact_terms, 1)
-        return words, SeriesLogdet(terms, num_probes=estimator.num_probes, probe=estimator.probe)
+        terms = f"{estimator.num_exact_terms} exact terms and a {tail}({estimator.parameter:g}) tail"
+        words = f"unbiased up to term {len(estimator.weights())}, {terms}"
+        return words, SeriesLogdet(max(estimator.num_exact_terms, 1), num_probes=estimator.num_probes, probe=estimator.probe)
     return "exact log-determinant", None

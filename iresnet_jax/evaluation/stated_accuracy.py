@@ -22,6 +22,7 @@ from jaxtyping import Float, Num
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.evaluation import probes
 from iresnet_jax.evaluation.probes import PROBES_AT_ONCE, Block, Choice, Sums, rms
+from iresnet_jax.maths.enclosures.upward_rounding import said_up
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo, draw_probes
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.krylov import nested_quadratic_forms
@@ -70,7 +71,7 @@ class Accuracy:
         return self.bias + self.stderr <= self.target
 
     def __str__(self) -> str:
-        found = f"bias about {self.bias:.1g} (at most {self.bias_bound:.1g}) + stderr {self.stderr:.1g} {self.unit}"
+        found = f"bias about {self.bias:.1g} (at most {said_up(self.bias_bound, 1)}) + stderr {self.stderr:.1g} {self.unit}"
         verdict = f"{'within' if self.met else 'NOT within'} {self.target:g}"
         return (
             f"log-determinants of an example: {found}, {verdict}; as dear as {self.products:,.0f} products with Jacobians "

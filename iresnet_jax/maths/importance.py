@@ -71,7 +71,7 @@ def pareto_k(log_weights: Float[np.ndarray, " n"]) -> float:
     """Shape of the tail of weights, by a generalised Pareto distribution of the largest ``min(n / 5, 3 sqrt(n))`` of them.
 
     The fit is that of Zhang and Stephens (2009), shrunk towards .5 as in Vehtari et al. (2024, appendix C). It is ``-inf`` if
-    these weights are all the same, and infinite if one is NaN or infinite.
+    these weights are all the same, and infinite if one is NaN or infinite or fewer than five stand out.
 
     Args:
         log_weights: Logarithms of the weights; a common constant does not matter.
@@ -82,8 +82,10 @@ def pareto_k(log_weights: Float[np.ndarray, " n"]) -> float:
     num = math.ceil(min(len(ordered) / 5, 3 * math.sqrt(len(ordered))))
     excesses = np.exp(ordered[-num:] - ordered[-1]) - np.exp(ordered[-num - 1] - ordered[-1])
     excesses = excesses[excesses > 0]
-    if len(excesses) < 5 or excesses[-1] < 1e-12:
+    if excesses.max(initial=0.0) < 1e-12:
         return -math.inf
+    if len(excesses) < 5:
+        return math.inf  # a few weights beside which the others vanish: nothing shows how heavy the tail is
     shape = _generalised_pareto_shape(excesses)
     return (len(excesses) * shape + _PRIOR_STRENGTH * _PRIOR) / (len(excesses) + _PRIOR_STRENGTH)
 

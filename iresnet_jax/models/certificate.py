@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from iresnet_jax.branches.branch import Branch
+from iresnet_jax.maths.enclosures.upward_rounding import said_up
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.contractions import FlowNorms, FlowWeights, bilipschitz, bounds_in_bfloat16
@@ -87,7 +88,7 @@ class Certificate:
             return f"NOT CERTIFIED: {found}{self._rounding}"
         return (
             f"certified: every one of {len(self.blocks)} blocks is a contraction, Lip(g) <= {self.max_block:.5f}; whole model: "
-            f"Lip(F) <= {self.forward:.3g}, Lip(F^-1) <= {self.inverse:.3g}{self._words}{self._rounding}"
+            f"Lip(F) <= {said_up(self.forward, 3)}, Lip(F^-1) <= {said_up(self.inverse, 3)}{self._words}{self._rounding}"
         )
 
     @property

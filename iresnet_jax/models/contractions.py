@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.branches.branch import Branch, BranchSpec, ConstrainedBranch
 from iresnet_jax.branches.layers import training_twists
+from iresnet_jax.maths.enclosures.upward_rounding import rounded_up
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models.architecture import FlowSpec, PlacedStage
@@ -253,7 +254,7 @@ def bounds_in_bfloat16(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]
     for name, block in weights.items():
         gain, rounded = block.branch.gain, found[name].branch
         if gain is not None:
-            bound = jnp.asarray(gain) * jax.lax.map(rounded.spec.lipschitz_bound, rounded.weights)
+            bound = rounded_up(jnp.asarray(gain) * jax.lax.map(rounded.spec.lipschitz_bound, rounded.weights), 1)
             found[name] = block._replace(branch=dataclasses.replace(rounded, gain=gain, lipschitz_bound=bound).sealed())
     return found
 

@@ -394,3 +394,8 @@ def test_mistakes_are_named():
     for call in (lambda: bijection.inverse(latents), lambda: bijection.inverse_and_logdet(latents, key)):
         with pytest.raises(ValueError, match=r"inverse takes latents of shape \(16,\)"):
             call()
+
+
+def test_bounds_of_repeated_inverses_do_not_underflow():
+    params = ActNormParams(jnp.zeros((5, 1)), jnp.full((5, 1), 20.0))
+    assert repeat(actnorm_bijection, params).inverse_lipschitz > 0

@@ -205,3 +205,10 @@ def test_kept_digits_against_long_doubles():
     for low, high, value in zip(*found, exact(own, x, plain.LONG), strict=True):
         assert low <= value <= high
     assert np.all(found.in_units(own.spec).width <= 1e-8)
+
+
+def test_continuous_columns_beside_a_grid_keep_their_digits():
+    transform = Standardize((0.0, 0.0), (1.0, 0.01))
+    own = density(dataclasses.replace(SPECS["tanh"], transform=transform, grid=Grid((0.0, 0.0), (1.0, 0.0))))
+    one, two = (certify.log_prob(own, np.array([[0.0, value]])) for value in (0.1, 0.1 + 1e-9))
+    assert one.upper < two.lower or two.upper < one.lower

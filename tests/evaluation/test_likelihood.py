@@ -104,7 +104,7 @@ def test_the_exact_likelihood_is_the_headline_up_to_the_dimensions_where_it_is_a
     np.testing.assert_allclose(result.stderr_dequantisation, noise, rtol=DIFFERENCE_RTOL)
     assert 0 < result.stderr_dequantisation < result.stderr_data
     estimate = result.estimate
-    assert estimate.estimator == "unbiased, 8 exact terms and a Poisson(2) tail"
+    assert estimate.estimator == "unbiased up to term 26, 8 exact terms and a Poisson(2) tail"
     assert estimate.unbiased
     assert abs(estimate.z) < SUSPICIOUS_Z
     assert estimate.difference != 0
@@ -118,7 +118,7 @@ def test_an_estimate_is_the_headline_beyond(monkeypatch):
     assert "noise" not in str(exact)  # continuous data have none
     monkeypatch.setattr(likelihood, "MAX_EXACT_DIMS", 1)
     result = likelihood.measure(model, points, kept.SETTINGS, 3).summary
-    assert result.estimator == "unbiased, 8 exact terms and a Poisson(2) tail"
+    assert result.estimator == "unbiased up to term 26, 8 exact terms and a Poisson(2) tail"
     assert result.estimate is None
     assert abs(result.mean - exact.mean) < 5 * result.stderr_probes
     assert 0 < result.stderr_probes < result.stderr_data

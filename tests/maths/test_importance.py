@@ -47,3 +47,9 @@ def test_one_weight_that_is_no_number_makes_them_unreliable(bad):
 def test_few_weights_are_refused():
     with pytest.raises(ValueError, match="at least 100 weights"):
         importance.summarize(np.zeros(99))
+
+
+def test_weights_beside_which_the_others_vanish_are_unreliable():
+    found = importance.summarize(-1e8 * np.random.default_rng(0).exponential(size=10_000))
+    assert found.pareto_k == math.inf
+    assert not found.is_reliable

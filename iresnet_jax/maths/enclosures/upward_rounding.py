@@ -6,6 +6,8 @@ sum and what a few operations around it round. Sums whose terms cancel take `gam
 `at_least` and `rounded_up` round numbers of any float type up, traced ones too.
 """
 
+import decimal
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +55,14 @@ def at_least(value: Any, dtype: Any = None) -> Shaped[Array, "..."]:
     with np.errstate(over="ignore"):
         nearest = exact.astype(dtype)
     return jnp.asarray(np.where(nearest < exact, np.nextafter(nearest, dtype.type(np.inf)), nearest))
+
+
+def said_up(value: float, digits: int) -> str:
+    """An upper bound in words, rounded up to so many significant digits."""
+    if not math.isfinite(value):
+        return f"{value:g}"
+    context = decimal.Context(prec=digits, rounding=decimal.ROUND_CEILING)
+    return f"{float(context.create_decimal_from_float(float(value))):.{digits}g}"
 
 
 def rounded_up(value: Any, num_roundings: int = 4) -> Shaped[Array, "..."]:

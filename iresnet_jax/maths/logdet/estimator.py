@@ -45,7 +45,8 @@ class LogdetEstimator(ABC):
     """Estimates ``log det(I + J)`` of a branch at every example of a batch.
 
     Attributes:
-        unbiased: True if the mean over all random choices is the log-determinant; False for a truncated estimate.
+        unbiased: True if the mean over all random choices is the log-determinant, of `RouletteLogdet` the series up to its last
+            weight; False for a truncated estimate.
     """
 
     unbiased: ClassVar[bool]

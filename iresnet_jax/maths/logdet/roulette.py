@@ -77,7 +77,9 @@ class RouletteLogdet(ProbingEstimator):
     def draw_length(self, key: Keys) -> Int[Array, ""]:
         """A random number of terms, exact ones included."""
         if self.distribution == "poisson":
-            n = jax.random.poisson(key, self.parameter)
+            # JAX draws means of 10 or more by a rejection in which every length has a chance of 2^-23, smaller ones exactly.
+            parts = math.ceil(self.parameter / 9)
+            n = jnp.sum(jax.random.poisson(key, self.parameter / parts, (parts,) if parts > 1 else ()))
         else:
             # JAX counts the trials, we count the failures. It draws nothing that has a chance below 2^-23: lengths of a chance
             # of 2^-10 go on by a second draw, as a geometric distribution has no memory.

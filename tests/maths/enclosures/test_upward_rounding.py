@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iresnet_jax.maths.enclosures.upward_rounding import at_least
+from iresnet_jax.maths.enclosures.upward_rounding import at_least, said_up
 
 NUMBERS = [0.0, 0.5, 0.9, 0.9999, 0.99999, 1 / 3, np.float64(0.1), 1e-300, 1e300, np.inf, 2]
 
@@ -33,3 +33,8 @@ def test_an_array_on_its_way_to_float32_is_rounded_up_and_differentiated(x64):
     assert np.all(np.asarray(found, np.float64) >= values)
     np.testing.assert_allclose(found, values, rtol=1.2e-7)
     np.testing.assert_array_equal(jax.grad(lambda v: at_least(v, jnp.float32).sum())(values), 1)
+
+
+def test_a_bound_in_words_is_no_smaller():
+    assert [said_up(value, 2) for value in (1.24e-6, 1.2, 0.0, np.inf)] == ["1.3e-06", "1.2", "0", "inf"]
+    assert said_up(1.234, 3) == "1.24"

@@ -467,3 +467,10 @@ def test_whatever_can_be_a_batch_is_one_and_old_keys_are_keys():
     bounded = jax.jit(lambda bound: estimator(lambda x: 0.5 * x, jnp.ones((2, 7)), key, lipschitz_bound=bound)[1])
     for bad in (-0.5, float("nan"), 1.5):
         assert np.isinf(bounded(bad).truncation_bound).all()
+
+
+def test_large_poisson_means_are_sums_of_small_ones(monkeypatch):
+    asked, poisson = [], jax.random.poisson
+    monkeypatch.setattr(jax.random, "poisson", lambda key, mean, *rest: asked.append(mean) or poisson(key, mean, *rest))
+    RouletteLogdet("poisson", 40.0).draw_length(jax.random.key(0))
+    assert max(asked) < 10

@@ -188,3 +188,12 @@ def test_the_mean_over_probes_approaches_the_log_determinant(x64):
     single = run(KrylovLogdet(2))[1]
     assert np.isinf(single.stderr).all()
     assert np.isinf(single.truncation_bound).all()  # without a Lipschitz bound
+
+
+@pytest.mark.parametrize("lipschitz", [0.9, 0.98, 0.99, 0.999, 0.9999, 0.99999])
+def test_bounds_hold_the_error_of_the_quadrature(x64, lipschitz):
+    """The Krylov space of a multiple of the identity has one dimension: nothing else is left out."""
+    v = jnp.ones((1, 1, 4))
+    values, bounds = quadratic_form(lambda x: -lipschitz * x, jnp.zeros((1, 4)), v, 2, lipschitz_bound=lipschitz)
+    assert abs(float(values[0, 0]) - 4 * np.log1p(-lipschitz)) <= bounds[0, 0]
+    assert bounds[0, 0] < 0.1 or lipschitz > 0.9999
