@@ -3,10 +3,11 @@
     python train.py --config=configs/bsds300.py --config.data.name=npy:FOLDER --workdir=runs/bsds300
 
 FOLDER holds train.npy, validation.npy and test.npy, arrays of shape (n, 63); docs/own-data.md says where the published file is
-and how it becomes such a folder. Patches differ in contrast by orders of magnitude and in their edges, which
-a mixture of 32 normal distributions has from the start.
+and how it becomes such a folder. Patches differ in contrast by orders of magnitude and in their edges, which a mixture of 32
+normal distributions has from the start.
 
-The run takes 102 minutes, whatever the machine. A larger one gets further in them.
+Test 156.20 +- .14 nats after 102 minutes of two cores, 35,179 steps (benchmarks/results/bsds300). A larger machine gets further
+in the same time.
 """
 
 from iresnet_jax.runs.config import default_config, estimator_settings

@@ -204,14 +204,15 @@ README_ROWS = {
     "MNIST classes": "mnist_classification",
     "Fashion-MNIST density": "fashion_mnist_density",
     "digits, density and classes": "digits_hybrid",
-    "moons, density": "toy_2d/moons",
+    "BSDS300 patches, density": "bsds300",
 }
 
 
 def numbers(report):
     """The results of a report as pages write them."""
     of_likelihoods = {"bits_per_dim": ("mean", "stderr"), "nll": ("mean", "entropy_floor")}
-    written = [f"{report[kind][name]:.3f}" for kind, names in of_likelihoods.items() if kind in report for name in names]
+    found = [report[kind][name] for kind, names in of_likelihoods.items() if kind in report for name in names]
+    written = [f"{value:.3f}" for value in found if value is not None]
     if "classification" in report:
         found = report["classification"]
         written += [f"{100 * value:.2f}" for value in (found["error"], *found["interval"])]
