@@ -163,8 +163,7 @@ class Bounded:
     def enclose_forward(self, u: Float[np.ndarray, "b d"]) -> tuple[Ball, Ball]:
         """The logit in double-double, through the transform behind it."""
         low, high, edge, bounded = self._arrays(np.float64)
-        data, least, most = Ball.of(np.asarray(u, np.float64)), Ball.of(low) + Ball.of(edge), Ball.of(high) - Ball.of(edge)
-        inside = where((data - least).middle.high < 0, least, where((most - data).middle.high < 0, most, data))
+        inside = Ball.of(np.clip(np.asarray(u, np.float64), low + edge, high - edge))
         below, above = log(inside - Ball.of(low)), log(Ball.of(high) - inside)
         log_width, chosen = log(Ball.of(high) - Ball.of(low)), np.broadcast_to(bounded, np.shape(u))
         line = where(chosen, below - above, Ball.of(u))
