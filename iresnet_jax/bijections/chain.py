@@ -104,12 +104,17 @@ def repeat(
         return lax.scan(step, way, blocks, reverse=reverse)[0]
 
     of_blocks = jax.vmap(lambda w: jnp.asarray(make(w).inverse_lipschitz))(weights)
-    lipschitz, _ = lax.scan(lambda total, own: (product_bound(total, own), None), jnp.ones((), of_blocks.dtype), of_blocks)
+    lipschitz, _ = lax.scan(_times, jnp.ones((), of_blocks.dtype), of_blocks)
     return from_walks(
         onward=lambda way, key: over_blocks(way, key, reverse=False),
         back=lambda way, key: over_blocks(way, key, reverse=True),
         inverse_lipschitz=lipschitz,
     )
+
+
+def _times(total, own):
+    """A step of the product of bounds, in one place: outside of ``jit`` a function made anew would be compiled at every call."""
+    return product_bound(total, own), None
 
 
 def _stored(bijection: Bijection) -> Bijection:

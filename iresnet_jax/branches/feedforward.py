@@ -296,9 +296,8 @@ class FeedforwardSpec(BranchSpec):
             for name in part.layers:
                 own = excess[i] if len(part.layers) == 1 else excess[i] ** (1 / len(part.layers))
                 scaled[name] = {**weights[name], "kernel": soft_normalize(weights[name]["kernel"], own, 1.0)}
-        product = jnp.where(
-            jnp.any(jnp.isinf(sizes)), jnp.inf, reduce(product_bound, list(sizes / excess))
-        )  # even beside a layer of zeros
+        product = reduce(product_bound, list(sizes / excess))
+        product = jnp.where(jnp.any(jnp.isinf(sizes)), jnp.inf, product)  # even beside a layer of zeros
         return scaled, lax.stop_gradient(product)
 
     def rounded_to_bfloat16(self, weights: Weights) -> Weights:
