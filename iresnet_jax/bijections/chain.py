@@ -113,7 +113,7 @@ def repeat(
 
 
 def _times(total, own):
-    """A step of the product of bounds, in one place: outside of ``jit`` a function made anew would be compiled at every call."""
+    """A step of the product of bounds; a function made anew at every call would be compiled anew outside of ``jit``."""
     return product_bound(total, own), None
 
 
