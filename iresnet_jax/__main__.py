@@ -69,6 +69,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "K",
         "help": "also the importance-weighted bound of discrete data, with K draws of noise an example",
     },
+    "importance-examples": {
+        "type": count,
+        "metavar": "N",
+        "help": "test examples, evenly spaced, that have these draws (all)",
+    },
     "output": {
         "metavar": "PATH",
         "help": "where to write (model.npz, in the workdir if there is one; for a trace a new folder; for a figure "
@@ -109,7 +114,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "evaluate": Command(
         "Test likelihood, test error of a model with classes, divergence from a known posterior, or error of reconstructions.",
-        "workdir data importance",
+        "workdir data importance importance-examples",
         shares_examples=True,
     ),
     "sample": Command(
@@ -143,7 +148,9 @@ COMMANDS = {
         "workdir data num=500 samples",
         shares_examples=True,
     ),
-    "report": Command("All results, to report.json and report.html.", "workdir data importance", shares_examples=True),
+    "report": Command(
+        "All results, to report.json and report.html.", "workdir data importance importance-examples", shares_examples=True
+    ),
     "convert": Command(
         "A network of the authors' PyTorch codes as a model; exit status 1 if a block is not certified a contraction.",
         "FILE architecture scale output=model.npz",

@@ -14,7 +14,7 @@ formula, which lies on the other side: their difference bounds what estimates co
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -31,7 +31,9 @@ class ImportanceBound:
         mean: Mean over examples.
         stderr: Standard error of the mean, from how examples differ, which the noise of the draws contributes to.
         stderr_draws: Part due to the draws, by the jackknife; None after a single one, which does not tell it.
-        gain: How much lower ``mean`` is than the mean over the same draws.
+        gain: How much lower it is than the mean over the same draws.
+        gain_stderr: Standard error of ``gain``, over examples.
+        num_examples: Examples that have these draws.
         estimation_gap: Most that ``mean`` loses in expectation by unbiased estimates of log-determinants; 0 if they are exact.
         unit: "bits/dim" or "nats".
         estimator: Log-determinant in words.
@@ -43,6 +45,8 @@ class ImportanceBound:
     stderr: float
     stderr_draws: float | None
     gain: float
+    gain_stderr: float
+    num_examples: int
     estimation_gap: float
     unit: str
     estimator: str
@@ -53,8 +57,13 @@ class ImportanceBound:
         loses = f"; estimates lose at most {self.estimation_gap:.2g}" if self.estimation_gap else ""
         return (
             f"{self.mean:.4f} ± {self.stderr:.4f} {self.unit} by the importance-weighted bound with {self.num_draws} draws "
-            f"({draws}{self.estimator}), {self.gain:.4f} below the mean over these draws{loses}"
+            f"({draws}{self.estimator}), {self.gain:.4f} ± {self.gain_stderr:.4f} below the mean over these draws of "
+            f"{self.num_examples} examples{loses}"
         )
+
+    def of_all(self, mean: float, stderr: float) -> "ImportanceBound":
+        """The bound of more examples, whose mean over noise is given: it is lower by the gain, as measured on these."""
+        return replace(self, mean=mean - self.gain, stderr=math.hypot(stderr, self.gain_stderr))
 
 
 def log_likelihood_bound(log_weights: Float[np.ndarray, "n k p"]) -> Float[np.ndarray, " n"]:
@@ -100,13 +109,16 @@ def summarize(
         without = np.stack([log_likelihood_bound(np.delete(log_weights, group, axis=1)) for group in groups])
         variances = (len(groups) - 1) * without.var(axis=0)
         stderr_draws = unit_of_a_nat * math.sqrt(variances.sum()) / num
+    gains = unit_of_a_nat * (bounds - log_weights.mean(axis=(1, 2)))
     excess = log_likelihood_bound(log_weights.mean(axis=2, keepdims=True)) - bounds
     return ImportanceBound(
         num_draws=num_draws,
         mean=-unit_of_a_nat * float(bounds.mean()),
         stderr=unit_of_a_nat * float(bounds.std(ddof=1)) / math.sqrt(num),
         stderr_draws=stderr_draws,
-        gain=unit_of_a_nat * float((bounds - log_weights.mean(axis=(1, 2))).mean()),
+        gain=float(gains.mean()),
+        gain_stderr=float(gains.std(ddof=1)) / math.sqrt(num),
+        num_examples=num,
         estimation_gap=unit_of_a_nat * max(float(excess.mean()), 0.0) if log_weights.shape[2] > 1 else 0.0,
         unit=unit,
         estimator=estimator,

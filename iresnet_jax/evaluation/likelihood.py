@@ -238,14 +238,15 @@ def measure(
     unbiased if it is exact or a roulette. Its truncation bound is a posteriori, see `SeriesLogdet` and `KrylovLogdet`, and
     rigorous if the Lipschitz constants are.
 
-    With ``settings.num_importance_draws`` there is the `importance_bound` of these draws of noise too.
+    With ``settings.num_importance_draws`` there is the `importance_bound` of these draws of noise too. If it is computed for
+    some of the examples, its gain on them is taken from the mean of all.
 
     Args:
         contexts: Context of each example, of a conditional density.
         entropy_floor: Entropy of the data in nats, if known.
     """
     spec, configured = model.spec, settings.logdet.build()
-    draws, num_importance = _Draws(model, examples, settings, seed, contexts), settings.num_importance_draws
+    draws = _Draws(model, examples, settings, seed, contexts)
     has_noise = spec.is_discrete
     num_noise = settings.num_dequantisations if has_noise else 1
     if settings.target_stderr:
@@ -275,6 +276,9 @@ def measure(
     if num_checked and not isinstance(configured, ExactLogdet):
         estimated = draws.values(configured, 1, settings.num_probe_draws, num_checked)[:, 0].mean(axis=1)
         check = compare(estimated, values[:num_checked, 0, 0], configured)
+    weighted = importance_bound(model, examples, settings, seed, contexts=contexts) if settings.num_importance_draws else None
+    if weighted and weighted.num_examples < len(examples):
+        weighted = weighted.of_all(parts.mean, parts.stderr)
     summary = Likelihood(
         **asdict(parts if has_noise else replace(parts, stderr_dequantisation=0.0)),
         unit=spec.unit,
@@ -289,7 +293,7 @@ def measure(
         num_dims=spec.flow.num_dims,
         accuracy=accuracy,
         bound=spec.bound,
-        importance=importance_bound(model, examples, settings, seed, contexts=contexts) if num_importance else None,
+        importance=weighted,
     )
     return Measured(summary, -values.mean(axis=(1, 2)) / spec.unit_of_a_nat)
 
@@ -304,8 +308,9 @@ def importance_bound(
 ) -> ImportanceBound:
     """The importance-weighted bound with ``settings.num_importance_draws`` draws of noise an example, see `importance`.
 
-    Log-determinants are exact up to 256 dimensions; beyond, they are the configured ones, by at least two draws of probes.
-    Examples pass through the model once for each draw, so more draws take more time and no more memory of devices.
+    It is that of ``settings.num_importance_examples`` of the examples, evenly spaced, if these are fewer. Log-determinants are
+    exact up to 256 dimensions; beyond, they are the configured ones, by at least two draws of probes. Examples pass through the
+    model once for each draw, so more draws take more time and no more memory of devices.
 
     Args:
         contexts: Context of each example, of a conditional density.
@@ -313,12 +318,16 @@ def importance_bound(
     Raises:
         ValueError: If the data are continuous, whose likelihood needs no bound, or fewer than two.
     """
-    spec, draws, num_draws = model.spec, _Draws(model, examples, settings, seed, contexts), settings.num_importance_draws
+    spec, num_draws, num = model.spec, settings.num_importance_draws, settings.num_importance_examples
     if not spec.is_discrete:
         raise ValueError(
             "an importance-weighted bound is one of data of integer levels or on a grid, and these are continuous: leave it "
             "out, their likelihood is the number itself"
         )
+    if 0 < num < len(examples):
+        rows = np.linspace(0, len(examples) - 1, num, dtype=int)
+        examples, contexts = examples[rows], None if contexts is None else contexts[rows]
+    draws = _Draws(model, examples, settings, seed, contexts)
     used = draws.estimator
     num_probes = 1 if isinstance(used, ExactLogdet) else max(settings.num_probe_draws, 2)
     values = draws.values(used, num_draws, num_probes, same_probes=True)

@@ -139,6 +139,7 @@ class EvaluationConfig:
     num_dequantisations: Count = 4  # noise draws per image
     num_probe_draws: Count = 4  # probe draws per noise draw
     num_importance_draws: CountOrNone = 0  # noise draws of the importance-weighted bound of discrete data; 0 for none
+    num_importance_examples: CountOrNone = 0  # test examples, evenly spaced, that have these draws; 0 for all
     # Wanted error of an example's likelihood from its log-determinants: |bias| + standard error in bits/dim or nats, root mean
     # square over examples. The cheapest log-determinants that reach it, exact or estimated, take the place of ``logdet`` and
     # num_probe_draws, and ``logdet`` checks them. 0 evaluates by ``logdet``, or exactly up to 256 dimensions.

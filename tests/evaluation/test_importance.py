@@ -81,6 +81,19 @@ def test_of_an_estimator_it_agrees_with_that_of_exact_log_determinants(monkeypat
     assert abs(found.mean - exact.mean) < found.stderr
 
 
+def test_some_examples_show_what_the_mean_of_all_gains():
+    model, (images, _) = kept.model(kept.IMAGES), kept.images(20)
+    settings = dataclasses.replace(kept.SETTINGS, num_importance_draws=4, num_importance_examples=8)
+    measured = likelihood.measure(model, images, settings, 3).summary
+    rows = np.linspace(0, 19, 8, dtype=int)
+    own = likelihood.importance_bound(model, images[rows], dataclasses.replace(settings, num_importance_examples=0), 3)
+    assert own.gain_stderr > 0
+    expected = own.of_all(measured.mean, measured.stderr)
+    assert measured.importance == expected
+    assert (expected.mean, expected.num_examples) == (measured.mean - own.gain, 8)
+    assert expected.stderr == np.hypot(measured.stderr, own.gain_stderr)
+
+
 def test_continuous_data_have_none():
     settings = dataclasses.replace(kept.SETTINGS, num_importance_draws=4)
     with pytest.raises(ValueError, match="these are continuous"):
