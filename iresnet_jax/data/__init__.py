@@ -10,7 +10,7 @@
 ``cifar:PATH``          the binary version of CIFAR-10 or CIFAR-100, a folder or the ``.tar.gz``
 ``npz:FILE``            arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``, or ``x`` alone, to be split; images of 8 bits
                         or floats, with contexts ``context_train`` or ``context``
-``npy:PATH`` ``csv:``   vectors or images of floats, see `sources.array_files`
+``npy:PATH`` ``csv:``   vectors, and as ``npy:`` images of floats or of integer levels, see `sources.array_files`
 ``folder:FOLDER``       image files ``train/CLASS/NAME.png``, ``test/CLASS/NAME.png``
 ======================  ==============================================================================================
 

@@ -1,4 +1,4 @@
-"""Arrays in files: ``.npz``, ``.npy`` and ``.csv``, of vectors, of continuous images, and (``.npz`` alone) of images of 8 bits.
+"""Arrays in files: ``.npz`` and ``.npy`` of vectors, continuous images or images of integer levels, ``.csv`` of vectors.
 
 A folder ``npy:FOLDER`` or ``csv:FOLDER`` holds a file a split, ``train.npy``, ``validation.npy``, ``test.npy``, and may hold
 ``train_labels.npy`` and ``train_context.npy`` and so on. A single file holds examples that are not split yet. In a table with a
