@@ -105,21 +105,29 @@ def settings() -> Iterator[str]:
     alone = [node for node in fields if ast.unparse(node.annotation) not in classes]
     yield from ["", "### Of the whole run", "", *table("", alone, lines)]
     for node in fields:
-        if (annotation := ast.unparse(node.annotation)) not in classes:
-            continue
-        group, lines = classes[annotation]
-        name = ast.unparse(node.target)
-        yield from ["", f"### {name}", "", *(ast.get_docstring(group) or "").splitlines(), ""]
-        yield from table(f"{name}.", [field for field in group.body if isinstance(field, ast.AnnAssign)], lines)
+        yield from group(classes, "", node)
+
+
+def group(classes: dict[str, tuple[ast.ClassDef, list[str]]], prefix: str, node: ast.AnnAssign) -> Iterator[str]:
+    """The table of a field that is a dataclass of settings, and those of such fields in it; nothing of others."""
+    if (annotation := ast.unparse(node.annotation)) not in classes:
+        return
+    found, lines = classes[annotation]
+    name, fields = f"{prefix}{ast.unparse(node.target)}", [field for field in found.body if isinstance(field, ast.AnnAssign)]
+    inner = [field for field in fields if ast.unparse(field.annotation) == "NoiseSpec"]
+    yield from ["", f"### {name}", "", *(ast.get_docstring(found) or "").splitlines(), ""]
+    yield from table(f"{name}.", [field for field in fields if field not in inner], lines)
+    for field in inner:
+        yield from group(classes, f"{name}.", field)
 
 
 def config_classes() -> dict[str, tuple[ast.ClassDef, list[str]]]:
-    """Classes whose names end in ``Config``, with the lines of their files: settings stand beside what they configure."""
+    """Classes whose names end in ``Config``, and `NoiseSpec`, with the lines of their files."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         source = path.read_text("utf-8")
         for node in ast.parse(source).body:
-            if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+            if isinstance(node, ast.ClassDef) and (node.name.endswith("Config") or node.name == "NoiseSpec"):
                 found[node.name] = (node, source.splitlines())
     return found
 
@@ -142,7 +150,8 @@ def allowed(annotation: ast.expr) -> str:
         return ("integer in " if text.startswith("Annotated[int") else "") + found[1]
     if text.startswith("Literal["):
         return ", ".join(f"`{value}`" for value in ast.literal_eval(text.removeprefix("Literal").strip()))
-    return {"bool": "`True`, `False`", "LogdetConfig": "as `logdet`"}.get(text, f"`{text}`")
+    words = {"bool": "`True`, `False`", "LogdetConfig": "as `logdet`", "tuple[Count, ...]": "integers in [1, inf)"}
+    return words.get(text, f"`{text}`")
 
 
 def meaning(field: ast.AnnAssign, lines: list[str]) -> str:
