@@ -55,7 +55,7 @@ def fitted(name, seed, minutes):
 
     def follow(num_steps, model, metrics):
         del metrics
-        curve.append((num_steps, time.perf_counter() - began, float(test_loss(model))))
+        curve.append((num_steps, round(time.perf_counter() - began, 2), float(test_loss(model))))
 
     settings = {"minutes": minutes, "batch_size": 100, "every": 500, "progress": False}
     return ir.train(model, loss, (x, step(x)), key=key_training, callback=follow, **settings), curve
@@ -78,7 +78,7 @@ def measured(name, seed, minutes):
         "certified": [1 / certificate.inverse, certificate.forward],
         "keeps_its_certificate": bool(1 / certificate.inverse <= slopes.min() and slopes.max() <= certificate.forward),
         "parameters": int(sum(leaf.size for leaf in jax.tree.leaves(model.weights["stage0"].branch.weights))),
-        "curve": [{"steps": steps, "seconds": round(seconds, 2), "loss": value} for steps, seconds, value in curve],
+        "curve": curve[::10],  # updates, seconds, test loss
     }
 
 
