@@ -1,6 +1,6 @@
 """How close do flows with prescribed constants come to a step, and do their certificates keep them (Wang et al. 2024)?
 
-    python benchmarks/bilipschitz.py [--minutes 10] [--seeds 1] [--models maxmin,relu]
+    python benchmarks/bilipschitz.py [--minutes 10] [--seeds 1] [--models maxmin relu]
 
 Flows with constants ``(mu, nu) = (.1, 10)`` are fitted to the step from -2 to 2 at 0 on [-2, 2]: 1000 uniform training
 points, 500 points of a grid for the test, and half the mean squared error as the loss, all as in the paper. The best function
@@ -86,21 +86,19 @@ def main():
     made = parser(__doc__)
     made.add_argument("--minutes", type=float, default=10.0, help="of training, each model")
     made.add_argument("--seeds", type=int, default=1, help="runs of each model")
-    made.add_argument("--models", default=",".join(MODELS), help="names, with commas between them")
+    made.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=", ".join(MODELS))
     arguments = made.parse_args()
     minutes, seeds = (0.1, 1) if arguments.quick else (arguments.minutes, arguments.seeds)
-    names, runs = arguments.models.split(","), []
-    if unknown := set(names) - set(MODELS):
-        made.error(f"no models {', '.join(sorted(unknown))}: there are {', '.join(MODELS)}")
+    runs = []
     for seed in range(seeds):
-        for name in names:
+        for name in arguments.models:
             runs.append(measured(name, seed, minutes))
             print({key: value for key, value in runs[-1].items() if key != "curve"}, flush=True)
     grid = np.linspace(-END, END, NUM_TEST)
     results = {
         "best_possible": float(np.mean(np.square(best(grid) - step(grid))) / 2),
         "published": PUBLISHED,
-        "median": {name: float(np.median([run["loss"] for run in runs if run["model"] == name])) for name in names},
+        "median": {name: float(np.median([run["loss"] for run in runs if run["model"] == name])) for name in arguments.models},
         "runs": runs,
     }
     assert all(math.isfinite(run["loss"]) for run in runs)
