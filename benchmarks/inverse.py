@@ -60,6 +60,8 @@ def main():
     options = model_parser(__doc__)
     options.add_argument("--num", type=int, default=None, metavar="N", help="test examples")
     arguments = options.parse_args()
+    # On one core JAX has one thread for programs and copies: a program would wait there for what its own callback is given.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     run = load(arguments.workdir)
     model, x = run.model, flow_input(run, arguments.num or (16 if arguments.quick else 128))
     results = {"blocks": count(model, x), "whole": time_whole(model, encode(model, x), turns=5 if arguments.quick else 30)}
