@@ -5,8 +5,8 @@
 Densities by configs/digits_density.py and configs/toy_2d.py, but for their branches. Every block has the same largest
 certified Lipschitz constant. The hidden widths of each stage are scaled until its branches have about as many parameters as
 those of the config. All train for the same minutes, compilation included, and are measured in the state of their best
-validation, with exact log-determinants. Differences are those from the first kind, seed by seed. Each run is saved as soon
-as it is there, and the same command resumes.
+validation, with exact log-determinants. Differences are those from the kind that was first, seed by seed. Each run is saved as
+soon as it is there, and the same command resumes.
 """
 
 import functools
@@ -106,9 +106,10 @@ def measure(data: str, kind: str, seed: int, minutes: float, *, quick: bool) -> 
     }
 
 
-def summarize(runs: list[dict[str, Any]], kinds: list[str]) -> dict[str, Any]:
-    """Mean losses of each kind, and by how much they differ from the first kind's; whether all else was equal."""
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean losses of each kind, and by how much they differ from those of the first; whether all else was equal."""
     summary: dict[str, Any] = {}
+    kinds = list(dict.fromkeys(run["kind"] for run in runs))
     for data in CONFIGS:
         of = {(run["kind"], run["seed"]): run for run in runs if run["data"] == data}
         for kind in kinds:
@@ -132,12 +133,12 @@ def main():
     options.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each")
     options.add_argument("--minutes", type=float, default=2.0, metavar="M", help="of each training")
     arguments = options.parse_args()
-    quick, settings = arguments.quick, {"coeff": COEFF, "configs": CONFIGS}
-    data = arguments.data[: 1 if quick else None]
+    quick, data = arguments.quick, arguments.data[: 1 if arguments.quick else None]
+    settings = {"coeff": COEFF, "configs": CONFIGS, "kinds": KINDS, "minutes": arguments.minutes}
     runs = itertools.product(range(1 if quick else arguments.seeds), data, arguments.kinds)
-    identities = ({"data": name, "kind": kind, "seed": seed, "minutes": arguments.minutes} for seed, name, kind in runs)
-    measured, summary = functools.partial(measure, quick=quick), functools.partial(summarize, kinds=arguments.kinds)
-    resume("branches", arguments, settings, identities, measured, summary, VERSIONS)
+    identities = ({"data": name, "kind": kind, "seed": seed} for seed, name, kind in runs)
+    measured = functools.partial(measure, minutes=arguments.minutes, quick=quick)
+    resume("branches", arguments, settings, identities, measured, summarize, VERSIONS)
 
 
 if __name__ == "__main__":
