@@ -14,7 +14,6 @@ where it stopped.
 import math
 import os
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -88,14 +87,15 @@ def without_learning(config, images, *, quick):
 
 def trained(config, workdir, num_test):
     """One training, or what is left of it, and its errors on test images."""
-    begin, load_before = time.monotonic(), os.getloadavg()
+    load_before = os.getloadavg()
     train(config, workdir)
-    seconds, run = time.monotonic() - begin, load(workdir)
+    run, records = load(workdir), read_metrics(workdir)
     assert isinstance(run.model, Reconstructor)
     examples, measurement = run.test_examples()[:num_test], config.inverse_problem.measurement()
     effort = {"batch_size": config.evaluation.batch_size, "seed": config.seed}
     result, found = inverse_problem.evaluate(run.model, examples, measurement, **effort)
-    validation = [record["relative_error"] for record in read_metrics(workdir) if record["split"] == "validation"]
+    validation = [record["relative_error"] for record in records if record["split"] == "validation"]
+    seconds = records[-1]["wall_time_s"]  # of all commands that went on with it
     about = {"validation": min(validation), "step": run.step, "seconds": seconds, "load_before": load_before[0]}
     return {**about, **asdict(result)}, found.relative_error.astype(np.float64)
 
