@@ -138,19 +138,6 @@ class OurSteps(Steps):
         return self._jax.device_count()
 
 
-class OurTraining:
-    """A training into a folder, as train.py does it; the case is made when the training is over."""
-
-    def __init__(self, config, workdir):
-        from iresnet_jax.runs.config import parse
-
-        settings = parse(config)
-        prepare_jax(settings)
-        from iresnet_jax.runs import loop
-
-        loop.train(settings, workdir)
-
-
 class TorchSteps(Steps):
     """The step of a "naive" or "normflows" peer: Adam, gradient clipped, no moving average, and so many terms and iterations.
 

@@ -1,6 +1,6 @@
 """Ours against normflows and a naive power series in PyTorch: same architectures, weights, cores and accuracy, in one run.
 
-    python benchmarks/peers.py [--parts step,likelihood,...] [--time-to 3.37] [--quick]
+    python benchmarks/peers.py [--parts step likelihood ...] [--quick]
 
     step        time and largest memory of a training step, on one core and on two
     likelihood  seconds an image until |bias| + standard error of the log-likelihood is at most .001 bits/dim
@@ -16,9 +16,7 @@ flows are measured is in _peers_trained.py.
 
 import argparse
 import importlib.metadata
-import json
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,22 +26,19 @@ from _models import config_file, read_config
 from _peers_flows import architecture
 from _peers_trained import NORMFLOWS, OURS, TARGET, TOLERANCE, inverses, likelihoods, samples
 from _processes import core_counts, most_cores, workers
-from _record import RESULTS, Timing, parser, show, take_turns, write
+from _record import Timing, parser, show, take_turns, write
 from _steps import WARMUP, prepare_jax
 
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import default_config, estimator_settings, parse
-from iresnet_jax.runs.metrics import FILENAME, read_metrics
 from iresnet_jax.runs.model_from_config import density_spec
 from iresnet_jax.runs.planning import plan
 
 NAIVE = "naive"
 SIZES = ("digits", "64", "128")  # the config, and channels of `colour_config`
 NUM_BATCHES = 4
-QUICK_TRAINING = ("training.total_steps=4", "training.eval_every_steps=2", "training.eval_examples=64")
-DIGITS, FASHION = config_file("digits_density"), config_file("fashion_mnist_density")
-KEPT = RESULTS / "density_comparison_fashion_mnist.json"
+DIGITS = config_file("digits_density")
 
 
 def colour_config(width, num_blocks=4):
@@ -86,7 +81,7 @@ def steps(arguments, start, folder):
     """Training steps: time by number of cores and largest memory, of every size."""
     effort = {"turns": 2, "seconds_a_turn": 0.2} if arguments.quick else {"turns": 5, "seconds_a_turn": 2.0}
     results = {}
-    for size in ("8",) if arguments.quick else arguments.sizes:
+    for size in ("8",) if arguments.quick else SIZES:
         config = read_config(DIGITS) if size == "digits" else colour_config(int(size), 1 if arguments.quick else 4)
         cases, running = step_cases(config, folder), {}
         for peer, (case, given) in cases.items():
@@ -127,51 +122,15 @@ def startups(arguments, start, folder):
     return {name: Timing(tuple(seconds)).summary() for name, seconds in measured.items()}
 
 
-def time_to(arguments, start, folder):
-    """Seconds of a training on Fashion-MNIST until validation is at so many bits/dim, beside normflows' record."""
-    flags = [*(QUICK_TRAINING if arguments.quick else ()), *arguments.train_flag]
-    config = read_config(FASHION, *(flag.removeprefix("--config.") for flag in flags))
-    began, workdir = time.time(), folder / "fashion_mnist"
-    start(most_cores(), "_steps", "OurTraining", {"config": to_plain(config), "workdir": str(workdir)})
-    lines = read_metrics(workdir)
-    ended = (workdir / FILENAME).stat().st_mtime - began  # when the last line was written, since the process started
-    validations = [
-        {
-            "seconds": ended - lines[-1]["wall_time_s"] + line["wall_time_s"],
-            **{key: line[key] for key in ("step", "bits_per_dim")},
-        }
-        for line in lines
-        if line["split"] == "validation"
-    ]
-    reached = next((entry["seconds"] for entry in validations if entry["bits_per_dim"] <= arguments.time_to), None)
-    kept = json.loads(KEPT.read_text())
-    log = kept["results"][NORMFLOWS]["validation"]
-    theirs = next((60 * entry["minutes"] for entry in log if entry["validation"] <= arguments.time_to), None)
-    return {
-        "target": arguments.time_to,
-        "seconds": reached,
-        "validations": validations,
-        "flags": arguments.train_flag,
-        "normflows_kept": {"seconds": theirs, "last": log[-1], "environment": kept["environment"]},
-        "times_as_fast": theirs / reached if theirs and reached else None,
-    }
-
-
-IN_WORKERS = {"step": steps, "startup": startups, "time_to": time_to}
+IN_WORKERS = {"step": steps, "startup": startups}
 HERE = {"likelihood": likelihoods, "inverse": inverses, "sampling": samples}
 PARTS = ("step", "likelihood", "inverse", "sampling", "startup")
 
 
 def main():
     options = parser(__doc__)
-    options.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)}; '' for none")
-    options.add_argument("--sizes", nargs="+", default=SIZES, choices=SIZES, help="of the training step")
-    options.add_argument("--time-to", type=float, metavar="X", help="also trains on Fashion-MNIST to X bits/dim; takes minutes")
-    options.add_argument("--train-flag", action="append", default=[], metavar="=FLAG", help="of train.py in that training")
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     arguments = options.parse_args()
-    chosen = [part for part in arguments.parts.split(",") if part]
-    if unknown := set(chosen) - set(PARTS):
-        options.error(f"there are no parts {', '.join(sorted(unknown))}: choose of {', '.join(PARTS)}")
     try:
         versions = {name: importlib.metadata.version(name) for name in ("normflows", "torch")}
     except importlib.metadata.PackageNotFoundError as error:
@@ -190,7 +149,7 @@ def main():
         write(f"peers_{part}", argparse.Namespace(**{**vars(arguments), "output": output}), settings, results, is_shown=True)
 
     prepare_jax()
-    for part in chosen + ["time_to"] * (arguments.time_to is not None):
+    for part in arguments.parts:
         with workers() as start, tempfile.TemporaryDirectory() as folder:
             record(part, HERE[part](arguments) if part in HERE else IN_WORKERS[part](arguments, start, Path(folder)))
 
