@@ -10,9 +10,8 @@ import dataclasses
 import json
 
 from _models import config_file, read_config
-from _record import RESULTS, parser, write
+from _record import RESULTS, made_with, parser, write
 
-from iresnet_jax.evaluation import environment
 from iresnet_jax.runs.planning import plan, topologies
 
 NAMES = (
@@ -39,9 +38,8 @@ def main():
             machine = topologies.machine(arguments.topology)
             own = plan.make(read_config(config_file(name)), machine, find_largest=arguments.largest_batch)
             print(f"{name}: {own}\n", flush=True)
-            found = environment.describe()
-            made.append({"config": name, **dataclasses.asdict(own), "commit": found.commit, "date": found.date})
-            write("plans", arguments, {"topology": arguments.topology}, made, is_shown=True)
+            made.append({"config": name, **dataclasses.asdict(own), **made_with(("jaxlib", "libtpu"))})
+            write("plans", arguments, {}, made, is_shown=True)
 
 
 if __name__ == "__main__":
