@@ -68,7 +68,7 @@ def ours(target: Target, seed: int, minutes: float) -> Trained:
         "prior": model.spec.prior_family,
         "components": model.spec.num_components,
     }
-    sample = functools.partial(_in_parts, lambda model, key: draw(model, key), seed)
+    sample = functools.partial(_in_parts, draw, seed)
     return Trained(
         functools.partial(sample, exact),
         lambda x: np.concatenate([np.asarray(log_prob(exact, part), np.float64) for part in _parts(x)]),
@@ -133,7 +133,7 @@ def normflows(target: Target, seed: int, minutes: float, *, kind: str, has_parti
     """RealNVP or the residual flow of normflows."""
     import normflows as nf  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
-    from _pytorch import CONVERGED, exact_log_prob
+    from _pytorch import CONVERGED, descend, exact_log_prob, through_block
 
     torch.manual_seed(seed)
     x, seconds = _particles(target, seed, minutes) if has_particles else (None, 60 * minutes)
@@ -172,7 +172,6 @@ def normflows(target: Target, seed: int, minutes: float, *, kind: str, has_parti
     began = time.monotonic()
     while (used := time.monotonic() - began) < seconds:
         optimizer.param_groups[0]["lr"] = _rate(used / seconds)
-        optimizer.zero_grad()
         batch = next(batches)
         if batch is not None:
             loss = -model.log_prob(torch.tensor(batch / target.scale)).mean()
@@ -180,12 +179,9 @@ def normflows(target: Target, seed: int, minutes: float, *, kind: str, has_parti
             z, of_samples = model.sample(BATCH_SIZE)
             energy: Any = Energy.apply(target.scale * z)
             loss = (of_samples - offset - energy).mean()
-        if torch.isfinite(loss):
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            optimizer.step()
-            if kind == "residual":
-                nf.utils.update_lipschitz(model, 5)
+        descend(model, optimizer, loss, CLIP_NORM)
+        if kind == "residual":
+            nf.utils.update_lipschitz(model, 5)
         step += 1
     model.eval()
     if kind == "residual":
@@ -204,11 +200,8 @@ def normflows(target: Target, seed: int, minutes: float, *, kind: str, has_parti
         """Through residual maps that go to the data, with the exact log-determinant of each."""
         log_prob = model.q0.log_prob(z)
         for layer in model.flows:
-            z = z.detach().requires_grad_()
-            g, unit = layer.iresblock.nnet(z), torch.eye(dims)
-            rows = [torch.autograd.grad(g, z, row.expand(len(z), dims), retain_graph=True)[0] for row in unit]
-            log_prob = log_prob - torch.linalg.slogdet(unit + torch.stack(rows, dim=1)).logabsdet
-            z = z + g
+            z, log_det = through_block(layer.iresblock.nnet, z)
+            log_prob = log_prob - log_det
         return z.detach().numpy(), log_prob.detach().numpy()
 
     def log_prob(x):

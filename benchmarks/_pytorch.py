@@ -32,13 +32,18 @@ def take_step(model, optimizer, x, *, clip_norm, power_iterations, num_dims=1):
 
     The norms of layers are kept up with afterwards, by power iterations.
     """
-    optimizer.zero_grad()
     loss = model.forward_kld(x) / num_dims
+    descend(model, optimizer, loss, clip_norm)
+    nf.utils.update_lipschitz(model, power_iterations)
+    return loss
+
+
+def descend(model, optimizer, loss, clip_norm):
+    """Updates the parameters by the clipped gradient of a loss, if that is finite."""
+    optimizer.zero_grad()
     loss.backward()
     if torch.isfinite(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)):  # they go on after NaN
         optimizer.step()
-    nf.utils.update_lipschitz(model, power_iterations)
-    return loss
 
 
 def count_parameters(model):
@@ -52,16 +57,20 @@ def exact_log_prob(model, x):
     z, total = torch.as_tensor(x, dtype=next(model.q0.parameters()).dtype), 0.0
     for layer in reversed(model.flows):
         if isinstance(layer, nf.flows.Residual):
-            z = z.detach().requires_grad_()
-            g = layer.iresblock.nnet(z)
-            unit = torch.eye(z[0].numel(), dtype=z.dtype)
-            of_batch = functools.partial(torch.autograd.grad, g.flatten(1).sum(0), z, is_grads_batched=True, retain_graph=True)
-            rows = torch.cat([of_batch(some)[0] for some in unit.split(ROWS_AT_ONCE)])  # (row, example, ...)
-            z, log_det = z + g, torch.linalg.slogdet(unit + rows.flatten(2).transpose(0, 1)).logabsdet
+            z, log_det = through_block(layer.iresblock.nnet, z)
         else:
             z, log_det = layer.inverse(z)
         z, total = z.detach(), total + torch.as_tensor(log_det).detach()
     return (model.q0.log_prob(z) + total).detach().double().numpy()
+
+
+def through_block(net, z):
+    """``z + net(z)``, and the log-determinant by its whole Jacobian."""
+    z = z.detach().requires_grad_()
+    g, unit = net(z), torch.eye(z[0].numel(), dtype=z.dtype)
+    of_batch = functools.partial(torch.autograd.grad, g.flatten(1).sum(0), z, is_grads_batched=True, retain_graph=True)
+    rows = torch.cat([of_batch(some)[0] for some in unit.split(ROWS_AT_ONCE)])  # (row, example, ...)
+    return (z + g).detach(), torch.linalg.slogdet(unit + rows.flatten(2).transpose(0, 1)).logabsdet.detach()
 
 
 class LipSwish(nn.Module):
