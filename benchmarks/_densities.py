@@ -98,25 +98,12 @@ def ours(table: Table, seed: int, minutes: float) -> Fitted:
 def flowjax(table: Table, seed: int, minutes: float) -> Fitted:
     """The coupling flow of flowjax with rational-quadratic splines."""
     import equinox as eqx  # pyright: ignore[reportMissingImports]
-    import optax
-    import paramax  # pyright: ignore[reportMissingImports]
-    from flowjax.bijections import RationalQuadraticSpline  # pyright: ignore[reportMissingImports]
-    from flowjax.distributions import Normal  # pyright: ignore[reportMissingImports]
-    from flowjax.flows import coupling_flow  # pyright: ignore[reportMissingImports]
 
-    flow = coupling_flow(
-        jax.random.key(seed),
-        base_dist=Normal(jnp.zeros(table.train.shape[1])),
-        transformer=RationalQuadraticSpline(knots=FLOWJAX["knots"], interval=FLOWJAX["interval"]),
-        **{name: FLOWJAX[name] for name in ("flow_layers", "nn_depth")},
-        nn_width=FLOWJAX["nn_width"][_size(table)],
-    )
-    params, static = eqx.partition(flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable))
-    optimizer = optax.chain(optax.clip_by_global_norm(CLIP_NORM), optax.scale_by_adam())
+    params, flow_of, optimizer = spline_flow(table.train.shape[1], seed, FLOWJAX["nn_width"][_size(table)])
 
     @eqx.filter_jit
     def log_prob(params, x):
-        return paramax.unwrap(eqx.combine(params, static)).log_prob(x)
+        return flow_of(params).log_prob(x)
 
     @eqx.filter_jit
     def update(params, state, x, rate):
@@ -138,6 +125,27 @@ def flowjax(table: Table, seed: int, minutes: float) -> Fitted:
     jax.block_until_ready(update(params, state, next(batches), jnp.float32(0)))
     best, steps = train(take_step, validate, lambda: params, 60 * minutes)
     return Fitted(lambda x: in_batches(lambda batch: log_prob(best, batch), x), num_parameters(params), steps)
+
+
+def spline_flow(num_dims: int, seed: int, nn_width: int) -> tuple[Any, Callable[[Any], Any], Any]:
+    """Parameters of flowjax's coupling flow with rational-quadratic splines, the flow of parameters, and its optimiser."""
+    import equinox as eqx  # pyright: ignore[reportMissingImports]
+    import optax
+    import paramax  # pyright: ignore[reportMissingImports]
+    from flowjax.bijections import RationalQuadraticSpline  # pyright: ignore[reportMissingImports]
+    from flowjax.distributions import Normal  # pyright: ignore[reportMissingImports]
+    from flowjax.flows import coupling_flow  # pyright: ignore[reportMissingImports]
+
+    flow = coupling_flow(
+        jax.random.key(seed),
+        base_dist=Normal(jnp.zeros(num_dims)),
+        transformer=RationalQuadraticSpline(knots=FLOWJAX["knots"], interval=FLOWJAX["interval"]),
+        **{name: FLOWJAX[name] for name in ("flow_layers", "nn_depth")},
+        nn_width=nn_width,
+    )
+    params, static = eqx.partition(flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable))
+    optimizer = optax.chain(optax.clip_by_global_norm(CLIP_NORM), optax.scale_by_adam())
+    return params, lambda params: paramax.unwrap(eqx.combine(params, static)), optimizer
 
 
 def normflows(table: Table, seed: int, minutes: float) -> Fitted:

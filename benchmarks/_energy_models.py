@@ -16,16 +16,18 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import _densities
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _densities import CLIP_NORM, LEARNING_RATE, in_batches, spline_flow
 from _energies import Target
 
 import iresnet_jax as ir
 from iresnet_jax.energy_fitting import particles
 
-LEARNING_RATE, CLIP_NORM, BATCH_SIZE, AT_ONCE = 1e-3, 1.0, 256, 1000
-FLOWJAX = {"knots": 8, "interval": 4, "flow_layers": 8, "nn_depth": 1, "nn_width": 128}
+BATCH_SIZE, AT_ONCE = 256, 1000
+FLOWJAX = {**_densities.FLOWJAX, "nn_width": 128}
 REALNVP = {"layers": 16, "width": 128}
 RESIDUAL = {"blocks": 16, "width": 128, "hidden_layers": 2, "lipschitz_const": 0.9}
 SETTINGS = {
@@ -71,7 +73,7 @@ def ours(target: Target, seed: int, minutes: float) -> Trained:
     sample = functools.partial(_in_parts, draw, seed)
     return Trained(
         functools.partial(sample, exact),
-        lambda x: np.concatenate([np.asarray(log_prob(exact, part), np.float64) for part in _parts(x)]),
+        lambda x: in_batches(lambda part: log_prob(exact, part), x),
         details,
         functools.partial(sample, one_probe),
     )
@@ -80,27 +82,15 @@ def ours(target: Target, seed: int, minutes: float) -> Trained:
 def flowjax(target: Target, seed: int, minutes: float, *, has_particles: bool = False) -> Trained:
     """The coupling flow of flowjax with rational-quadratic splines."""
     import equinox as eqx  # pyright: ignore[reportMissingImports]
-    import optax
-    import paramax  # pyright: ignore[reportMissingImports]
-    from flowjax.bijections import Affine, RationalQuadraticSpline  # pyright: ignore[reportMissingImports]
-    from flowjax.distributions import Normal, Transformed  # pyright: ignore[reportMissingImports]
-    from flowjax.flows import coupling_flow  # pyright: ignore[reportMissingImports]
+    from flowjax.bijections import Affine  # pyright: ignore[reportMissingImports]
+    from flowjax.distributions import Transformed  # pyright: ignore[reportMissingImports]
 
     x, seconds = _particles(target, seed, minutes) if has_particles else (None, 60 * minutes)
-    flow = coupling_flow(
-        jax.random.key(seed),
-        base_dist=Normal(jnp.zeros(target.num_dims)),
-        transformer=RationalQuadraticSpline(knots=FLOWJAX["knots"], interval=FLOWJAX["interval"]),
-        flow_layers=FLOWJAX["flow_layers"],
-        nn_depth=FLOWJAX["nn_depth"],
-        nn_width=FLOWJAX["nn_width"],
-    )
+    params, unscaled, optimizer = spline_flow(target.num_dims, seed, FLOWJAX["nn_width"])
     scale = jnp.full(target.num_dims, target.scale)
-    params, static = eqx.partition(flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable))
-    optimizer = optax.chain(optax.clip_by_global_norm(CLIP_NORM), optax.scale_by_adam())
 
     def flow_of(params):
-        return Transformed(paramax.unwrap(eqx.combine(params, static)), Affine(jnp.zeros(target.num_dims), scale))
+        return Transformed(unscaled(params), Affine(jnp.zeros(target.num_dims), scale))
 
     @eqx.filter_jit
     def update(params, state, batch, key, rate):
@@ -124,7 +114,7 @@ def flowjax(target: Target, seed: int, minutes: float, *, has_particles: bool = 
     log_prob = eqx.filter_jit(lambda params, x: flow_of(params).log_prob(x))
     return Trained(
         functools.partial(_in_parts, draw, seed, params),
-        lambda x: np.concatenate([np.asarray(log_prob(params, part), np.float64) for part in _parts(x)]),
+        lambda x: in_batches(lambda part: log_prob(params, part), x),
         {"steps": step},
     )
 
@@ -205,7 +195,7 @@ def normflows(target: Target, seed: int, minutes: float, *, kind: str, has_parti
         return z.detach().numpy(), log_prob.detach().numpy()
 
     def log_prob(x):
-        return np.concatenate([np.asarray(exact(part / target.scale), np.float64) - offset for part in _parts(x)])
+        return in_batches(exact, x / target.scale) - offset
 
     def draw(num):
         parts = []
@@ -246,10 +236,6 @@ def _batches(x: np.ndarray | None, seed: int):
 
 def _rate(share: float) -> float:
     return LEARNING_RATE * (1 + math.cos(math.pi * min(share, 1))) / 2
-
-
-def _parts(x: np.ndarray) -> list[np.ndarray]:
-    return np.split(x, range(AT_ONCE, len(x), AT_ONCE))
 
 
 def _in_parts(draw: Callable, seed: int, params: Any, num: int) -> tuple[np.ndarray, np.ndarray]:
