@@ -49,7 +49,7 @@ def run(what: str, file: str, seed: int, minutes: float, steps: int) -> dict[str
     with tempfile.TemporaryDirectory() as cache:
         command: Sequence[str] = (sys.executable, "-c", PROGRAM, what, file, str(steps), str(seed), str(minutes))
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     seconds, log_prob, certified = done.stdout.split()[-3:]
     return {"seconds": float(seconds), "log_prob": float(log_prob), "certified": certified == "True"}
 
