@@ -124,7 +124,7 @@ def write(
     """
     if not is_shown:
         show(results)
-    path = arguments.output or RESULTS / f"{name}.json"
+    path = arguments.output or RESULTS / f"{re.sub('[/:]', '_', name)}.json"  # of data such as "npy:FILE"
     if arguments.quick and not arguments.output:
         return
     record = {

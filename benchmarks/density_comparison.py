@@ -238,7 +238,7 @@ def main():
             **NORMFLOWS,
         },
     }
-    write(f"density_comparison_{config.data.name.replace('/', '_').replace(':', '_')}", arguments, settings, results)
+    write(f"density_comparison_{config.data.name}", arguments, settings, results)
 
 
 if __name__ == "__main__":
