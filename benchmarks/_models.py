@@ -16,9 +16,10 @@ from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.contractions import as_params, freeze
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import branch_inputs
+from iresnet_jax.runs import trained_run
 from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config
-from iresnet_jax.runs.trained_run import Run, load
+from iresnet_jax.runs.trained_run import Run
 
 sys.path.append(str(ROOT / "tests"))  # for `plain_flow` and `evaluations`, which tests have, too
 
@@ -40,6 +41,14 @@ def model_parser(description: str | None) -> argparse.ArgumentParser:
     options = parser(description)
     options.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="folder of a training run or of model.npz")
     return options
+
+
+def load(folder: Path) -> Run:
+    """A run, or what is wrong with its folder as the command's last words."""
+    try:
+        return trained_run.load(folder)
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def load_kind(folder: Path, kind: type[Density] | type[Classifier]) -> tuple[Run, Any]:
