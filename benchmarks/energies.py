@@ -26,7 +26,7 @@ MINUTES, QUICK_MINUTES = 1.0, 0.05
 RIGHT = 3  # standard errors
 NUM, QUICK_NUM, NUM_TRUE = 10_000, 1_000, 2_000  # samples of a model, and of the target
 VERSIONS = ("iresnet_jax", "jax", "flowjax", "normflows", "torch")
-SETTINGS = {"num": NUM, "num_true": NUM_TRUE, **_energy_models.SETTINGS}
+SETTINGS = {"num_true": NUM_TRUE, **_energy_models.SETTINGS}
 
 
 def measure(target, model, seed, minutes, num):
@@ -95,8 +95,9 @@ def main():
     minutes = arguments.minutes or (QUICK_MINUTES if quick else MINUTES)
     runs = itertools.product(range(1 if quick else arguments.seeds), arguments.targets, arguments.models)
     identities = ({"target": target, "model": model, "seed": seed, "minutes": minutes} for seed, target, model in runs)
-    measured = functools.partial(measure, num=QUICK_NUM if quick else NUM)
-    resume("energies", arguments, SETTINGS, identities, measured, summarize, VERSIONS)
+    num = QUICK_NUM if quick else NUM
+    measured, settings = functools.partial(measure, num=num), {**SETTINGS, "num": num}
+    resume("energies", arguments, settings, identities, measured, summarize, VERSIONS)
 
 
 if __name__ == "__main__":

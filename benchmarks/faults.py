@@ -158,7 +158,9 @@ def main():
     arguments = command.parse_args()
     num_faults = min(arguments.faults, 2) if arguments.quick else arguments.faults
     with tempfile.TemporaryDirectory() as folder:
-        assert Pair(Path(folder) / "without").end(4 * START_S) == [0, 0]
+        without = Pair(Path(folder) / "without")
+        if (statuses := without.end(4 * START_S)) != [0, 0]:
+            raise SystemExit(f"error: a run without faults ended with {statuses}: {without.said()}")
         expected = newest(Path(folder) / "without")
         found = []
         for number in range(num_faults):
