@@ -28,7 +28,7 @@ from iresnet_jax.evaluation import environment
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LEAST_TURNS = 3
-_NUMBERS = re.compile(r'\[([^][{}"]+)\]')  # a list of numbers takes one line
+_FLAT = re.compile(r"\[([^][{}]+)\]")  # a list of numbers and words takes one line
 
 
 class Timing(NamedTuple):
@@ -136,7 +136,7 @@ def write(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as incoming:
-        incoming.write_text(_NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(record, indent=1)) + "\n")
+        incoming.write_text(_FLAT.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(record, indent=1)) + "\n")
     print(f"written: {path}")
 
 
