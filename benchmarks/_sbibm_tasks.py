@@ -1,8 +1,8 @@
 """The ten tasks of the SBI benchmark (Lueckmann et al. 2021, appendix T): priors and simulators in NumPy.
 
-Observations, true parameters and 10,000 samples of each reference posterior are files of the package ``sbibm``, whose
+Observations and 10,000 samples of each reference posterior are files of the package ``sbibm``, whose
 dependencies are not needed: ``pip install --no-deps sbibm``. Constants that the benchmark drew at random are drawn again from
-its seed, and `check` compares them with its files.
+its seed.
 
 ODEs are integrated by Runge-Kutta steps of fourth order in float64, all parameters at once. Both are in logarithms of what is
 positive, where no step can overshoot 0.
@@ -35,8 +35,6 @@ class Task(NamedTuple):
         is_positive: Whether the prior is one of positive numbers; models are then of logarithms.
         folder: Folder of the package with the posterior's files.
         observed: Name of the files with observations.
-        log_posterior: ``(parameters, observation) ->`` logarithm of the posterior but for a constant; None where that takes an
-            integral or an ODE.
     """
 
     name: str
@@ -48,7 +46,6 @@ class Task(NamedTuple):
     is_positive: bool = False
     folder: str = ""
     observed: str = "observation"
-    log_posterior: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
     @property
     def bounds(self):
@@ -82,10 +79,6 @@ class Task(NamedTuple):
         """Observation of this number, from 1 to 10."""
         return _read(self.folder or self.name, number, f"{self.observed}.csv")[0]
 
-    def true_parameters(self, number):
-        """Parameters that the observation was simulated from."""
-        return _read(self.folder or self.name, number, "true_parameters.csv")[0]
-
     def reference(self, number):
         """10,000 samples of the posterior."""
         return _read(self.folder or self.name, number, "reference_posterior_samples.csv.bz2")
@@ -114,23 +107,9 @@ def _around(generator, parameters):
     return parameters + math.sqrt(_VARIANCE) * generator.normal(size=parameters.shape)
 
 
-def _log_gaussian_linear(parameters, x):
-    return -np.sum((parameters - x) ** 2 + parameters**2, axis=1) / (2 * _VARIANCE)
-
-
-def _log_gaussian_uniform(parameters, x):
-    return np.where(np.abs(parameters).max(axis=1) <= 1, -np.sum((parameters - x) ** 2, axis=1) / (2 * _VARIANCE), -np.inf)
-
-
 def _two_widths(generator, parameters):
     width = generator.choice([1.0, 0.1], size=(len(parameters), 1))
     return parameters + width * generator.normal(size=parameters.shape)
-
-
-def _log_two_widths(parameters, x):
-    squared = np.sum((parameters - x) ** 2, axis=1)
-    log_density = np.logaddexp(-squared / 2, -squared / (2 * 0.01) - math.log(0.01))
-    return np.where(np.abs(parameters).max(axis=1) <= 10, log_density, -np.inf)
 
 
 # Two moons: theta ~ U(-1, 1)^2 ------------------------------------------------------------------------------------------------
@@ -154,15 +133,6 @@ def _slcp(generator, parameters):
     x1 = s1[:, None] * first
     x2 = s2[:, None] * (rho[:, None] * first + np.sqrt(1 - rho**2)[:, None] * second)
     return (mean + np.stack([x1, x2], axis=2)).reshape(-1, 8)
-
-
-def _log_slcp(parameters, x):
-    (s1, s2), rho = np.maximum(parameters[:, 2:4].T ** 2, 1e-12), np.tanh(parameters[:, 4])
-    t = (x.reshape(1, 4, 2) - parameters[:, None, :2]) / np.stack([s1, s2], axis=1)[:, None]
-    rest = 1 - rho**2
-    quadratic = np.sum(t[..., 0] ** 2 - 2 * rho[:, None] * t[..., 0] * t[..., 1] + t[..., 1] ** 2, axis=1) / rest
-    log_density = -0.5 * quadratic - 4 * np.log(s1 * s2) - 2 * np.log(rest)
-    return np.where(np.abs(parameters).max(axis=1) <= 3, log_density, -np.inf)
 
 
 @functools.cache
@@ -213,12 +183,6 @@ def _glm_raw(generator, parameters):
 
 def _glm(generator, parameters):
     return _glm_raw(generator, parameters) @ _design()[0]
-
-
-def _log_glm(parameters, x):
-    design, factor = _design()
-    prior = -0.5 * np.sum((parameters @ np.linalg.inv(factor).T) ** 2, axis=1)
-    return prior + parameters @ x - np.sum(np.logaddexp(0, parameters @ design.T), axis=1)
 
 
 # ODEs -------------------------------------------------------------------------------------------------------------------------
@@ -282,19 +246,18 @@ _GLM = {"num_parameters": 10, "prior": _glm_prior, "folder": "bernoulli_glm"}
 TASKS = {
     task.name: task
     for task in (
-        Task("bernoulli_glm", **_GLM, num_observed=10, simulate=_glm, log_posterior=_log_glm),
+        Task("bernoulli_glm", **_GLM, num_observed=10, simulate=_glm),
         Task("bernoulli_glm_raw", **_GLM, num_observed=100, simulate=_glm_raw, observed="observation_raw"),
         Task(
             "gaussian_linear",
             **_LINEAR,
             prior=lambda generator, n: math.sqrt(_VARIANCE) * generator.normal(size=(n, 10)),
-            log_posterior=_log_gaussian_linear,
         ),
-        Task("gaussian_linear_uniform", **_LINEAR, prior=_uniform(1.0, 10), bound=1.0, log_posterior=_log_gaussian_uniform),
-        Task("gaussian_mixture", 2, 2, _uniform(10.0, 2), _two_widths, bound=10.0, log_posterior=_log_two_widths),
+        Task("gaussian_linear_uniform", **_LINEAR, prior=_uniform(1.0, 10), bound=1.0),
+        Task("gaussian_mixture", 2, 2, _uniform(10.0, 2), _two_widths, bound=10.0),
         Task("lotka_volterra", 4, 20, _log_normal([-0.125, -3.0] * 2, 0.5), _lotka_volterra, is_positive=True),
         Task("sir", 2, 10, _log_normal([math.log(0.4), math.log(0.125)], [0.5, 0.2]), _sir, is_positive=True),
-        Task("slcp", **_SLCP, num_observed=8, simulate=_slcp, log_posterior=_log_slcp),
+        Task("slcp", **_SLCP, num_observed=8, simulate=_slcp),
         Task("slcp_distractors", **_SLCP, num_observed=100, simulate=_slcp_distractors, observed="observation_distractors"),
         Task("two_moons", 2, 2, _uniform(1.0, 2), _moons, bound=1.0),
     )
