@@ -80,12 +80,13 @@ def likelihoods(arguments):
         our_flow, their_flow, answers = OurFlow(model, x, z), TorchFlow(model, x[:drawn], z[:drawn], agreement=1e-6), []
 
         def ours(count, our_flow=our_flow, answers=answers, images=images):
-            answers.append(our_flow.log_probs(count, images, TARGET))
+            answers.append(our_flow.log_probs(math.ceil(count / num), images, TARGET))
             return answers[-1][0] / num
 
         def theirs(count, their_flow=their_flow, drawn=drawn):
-            return their_flow.draw(count) / drawn
+            return their_flow.draw(math.ceil(count / drawn)) / drawn
 
+        # Units are images, which both sides take all at once.
         timings = take_turns({OURS: ours, NORMFLOWS: theirs}, **(QUICK_EFFORT if arguments.quick else LIKELIHOOD_EFFORT))
         their_flow.draw(max(num_draws - len(their_flow.log_dets), 1))
         (_, values, accuracy), unit = answers[-1], model.spec.unit_of_a_nat
