@@ -25,7 +25,7 @@ import numpy as np
 from _models import config_file, read_config
 from _peers_flows import architecture
 from _peers_trained import NORMFLOWS, OURS, TARGET, TOLERANCE, inverses, likelihoods, samples
-from _processes import core_counts, most_cores, workers
+from _processes import core_counts, most_cores, pin, workers
 from _record import Timing, parser, show, take_turns, write
 from _steps import WARMUP, prepare_jax
 
@@ -148,6 +148,7 @@ def main():
         output = arguments.output and arguments.output.with_stem(f"{arguments.output.stem}_{part}")
         write(f"peers_{part}", argparse.Namespace(**{**vars(arguments), "output": output}), settings, results, is_shown=True)
 
+    pin(most_cores())  # PyTorch has as many threads, ours a device for every core
     prepare_jax()
     for part in arguments.parts:
         with workers() as start, tempfile.TemporaryDirectory() as folder:
