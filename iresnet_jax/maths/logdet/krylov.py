@@ -151,9 +151,9 @@ def _solve_by_scans(matrix):
 class KrylovLogdet(ProbingEstimator):
     """Arnoldi's method with ``num_steps`` products (Saad 1992).
 
-    Its bias is at most ``info.truncation_bound``, the module's a posteriori bound for the same probes and that of its quadrature,
-    and usually far smaller. No polynomial converges faster than the power series if the spectrum fills the whole disk of radius
-    L; spectra of trained blocks do not.
+    Its bias is at most ``info.truncation_bound``, the module's a posteriori bound for the same probes and that of its
+    quadrature, and usually far smaller. No polynomial converges faster than the power series if the spectrum fills the whole
+    disk of radius L; spectra of trained blocks do not.
 
     Attributes:
         num_steps: Products with the transposed Jacobian.
