@@ -78,40 +78,6 @@ def assert_close(found, expected):
         np.testing.assert_allclose(arrays[place].astype(float), array.astype(float), rtol=0, atol=atol, err_msg=place)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Folders of the same trainings by one process with two devices, and by two processes.
-
-    Two with a device each train the classifier. Two with two devices each go on with the toy where the one stood before its
-    last steps, and have folders of their own.
-    """
-    folder = tmp_path_factory.mktemp("trained")
-    processes = start(2, [("classifier", str(folder / "classifier-two"), {})], folder / "classifier")
-    for name in OBJECTIVES:
-        runs.trained(tmp_path_factory, name).rename(folder / f"{name}-one")
-    assert finish(processes) == ([0, 0], [[], []])
-    forget_the_end(shutil.copytree(folder / "toy-one", folder / "toy-two"))
-    of_two, elsewhere = ("toy", str(folder / "toy-two"), {}), ("toy", str(folder / "elsewhere"), {})
-    assert finish(start(2, [of_two], folder / "toy", other=elsewhere, num_devices=2)) == ([0, 0], [[], []])
-    assert not (folder / "elsewhere").exists()  # the folder is that of process 0
-    return folder
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_runs_do_not_depend_on_how_devices_are_spread(trained, name):
-    assert jax.local_device_count() == 2
-    assert_close(final(trained / f"{name}-two"), final(trained / f"{name}-one"))
-    for found, expected in zip(logs(trained / f"{name}-two"), logs(trained / f"{name}-one"), strict=True):
-        assert found.pop("split") == expected.pop("split")
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
-
-
-def test_one_process_goes_on_where_two_were(trained, tmp_path):
-    forget_the_end(shutil.copytree(trained / "classifier-two", tmp_path / "run"))
-    loop.train(runs.config_of(runs.CONFIGS["classifier"]), tmp_path / "run")
-    assert_close(final(tmp_path / "run"), final(trained / "classifier-one"))
-
-
 # --- ends -------------------------------------------------------------------------------------------------------------
 
 
@@ -174,10 +140,41 @@ def test_a_process_that_fails_alone_says_why_and_ends_the_other(stopped, tmp_pat
     assert other in ENDS_OF_THE_LOST
 
 
-def test_a_suspended_coordinator_ends_the_other_and_itself_when_it_wakes(suspended):
-    assert suspended[1].wait(DEADLINE_S) in ENDS_OF_THE_LOST
-    suspended[0].send_signal(signal.SIGCONT)
-    assert suspended[0].wait(DEADLINE_S) in ENDS_OF_THE_LOST
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folders of the same trainings by one process with two devices, and by two processes.
+
+    Two with a device each train the classifier. Two with two devices each go on with the toy where the one stood before its
+    last steps, and have folders of their own.
+    """
+    folder = tmp_path_factory.mktemp("trained")
+    processes = start(2, [("classifier", str(folder / "classifier-two"), {})], folder / "classifier")
+    for name in OBJECTIVES:
+        runs.trained(tmp_path_factory, name).rename(folder / f"{name}-one")
+    assert finish(processes) == ([0, 0], [[], []])
+    forget_the_end(shutil.copytree(folder / "toy-one", folder / "toy-two"))
+    of_two, elsewhere = ("toy", str(folder / "toy-two"), {}), ("toy", str(folder / "elsewhere"), {})
+    assert finish(start(2, [of_two], folder / "toy", other=elsewhere, num_devices=2)) == ([0, 0], [[], []])
+    assert not (folder / "elsewhere").exists()  # the folder is that of process 0
+    return folder
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_runs_do_not_depend_on_how_devices_are_spread(trained, name):
+    assert jax.local_device_count() == 2
+    assert_close(final(trained / f"{name}-two"), final(trained / f"{name}-one"))
+    for found, expected in zip(logs(trained / f"{name}-two"), logs(trained / f"{name}-one"), strict=True):
+        assert found.pop("split") == expected.pop("split")
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_one_process_goes_on_where_two_were(trained, tmp_path):
+    forget_the_end(shutil.copytree(trained / "classifier-two", tmp_path / "run"))
+    loop.train(runs.config_of(runs.CONFIGS["classifier"]), tmp_path / "run")
+    assert_close(final(tmp_path / "run"), final(trained / "classifier-one"))
 
 
 @pytest.mark.parametrize(
@@ -219,3 +216,9 @@ def refused(asked, *arguments, cluster_detection_method, **options):
     """JAX's function, once it has started: it finds no cluster, and says whether it was asked to look for one."""
     asked.append(cluster_detection_method)
     raise ValueError("Number of processes must be defined.")
+
+
+def test_a_suspended_coordinator_ends_the_other_and_itself_when_it_wakes(suspended):
+    assert suspended[1].wait(DEADLINE_S) in ENDS_OF_THE_LOST
+    suspended[0].send_signal(signal.SIGCONT)
+    assert suspended[0].wait(DEADLINE_S) in ENDS_OF_THE_LOST
