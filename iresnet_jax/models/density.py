@@ -460,10 +460,8 @@ class Density(Model):
             kind = "of integer levels" if self.spec.num_levels is not None else "on a grid"
             raise ValueError(f"samples {kind} have no density: model.continuous.sample_and_log_prob gives continuous ones")
         z = self.sample_latents(key, num, labels=labels)
-        flow = self.flow(self._context_of_samples(num, context))
         key_probe = jax.random.fold_in(typed_key(key), 2)  # latents are drawn from the key itself, or from its first two parts
-        x, log_det, logdet_info, info = chain([self._transform, flow]).inverse_and_logdet(z, key_probe)
-        return Samples(x, self.log_prior(z, labels) - log_det, info, logdet_info)
+        return _decode_and_log_prob(self.shared(), z, self._context_of_samples(num, context), labels, key_probe)
 
     def _context_of_samples(self, num: int, context: Contexts | None) -> Contexts | None:
         """Contexts of samples, one for each."""
@@ -725,6 +723,12 @@ def _encode(model: Density, x: Array, context: Any, key: Keys | None) -> Float[A
 def _decode(model: Density, z: Array, context: Any) -> tuple[Num[Array, "b ..."], FixedPointInfo]:
     u, info = chain([model._transform, model.flow(context)]).inverse(model.promoted(z))
     return model.round_to_data(u), info
+
+
+@quick_jit
+def _decode_and_log_prob(model: Density, z: Array, context: Any, labels: Any, key_probe: Keys) -> Samples:
+    x, log_det, logdet_info, info = chain([model._transform, model.flow(context)]).inverse_and_logdet(z, key_probe)
+    return Samples(x, model.log_prior(z, labels) - log_det, info, logdet_info)
 
 
 _sample = quick_jit(priors.sample, static_argnums=(0, 3, 4))
