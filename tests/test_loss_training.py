@@ -17,6 +17,7 @@ from iresnet_jax import loss_training
 STAGES = [ir.StageSpec(2, (8,), activation="clipswish")]
 X = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32) * np.float32([1.0, 3.0]) + 2
 QUICK = {"key": jax.random.key(1), "steps": 6, "batch_size": 16, "progress": False}
+PLAIN = QUICK | {"optimizer": optax.sgd(1e-3)}  # where the optimizer does not matter: it compiles sooner than Muon
 
 
 @functools.cache
@@ -100,7 +101,7 @@ def test_the_best_model_on_validation_is_returned_and_training_ends_without_impr
 def test_ctrl_c_gives_the_last_model_where_somebody_sits(monkeypatch, somebody_sits_there):
     if somebody_sits_there:
         monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
-    options = QUICK | {"every": 2, "callback": lambda step, model, metrics: signal.raise_signal(signal.SIGINT)}
+    options = PLAIN | {"every": 2, "callback": lambda step, model, metrics: signal.raise_signal(signal.SIGINT)}
     if not somebody_sits_there:
         with pytest.raises(KeyboardInterrupt):
             ir.train(start(), nll, X, **options)
@@ -111,7 +112,7 @@ def test_ctrl_c_gives_the_last_model_where_somebody_sits(monkeypatch, somebody_s
 def test_there_are_twenty_validations_by_default_however_long_a_run_is(monkeypatch):
     monkeypatch.setattr(loss_training, "STEPS", 20)
     steps: list[int] = []
-    ir.train(start(), nll, X, callback=lambda step, *_: steps.append(step), **QUICK | {"steps": 40})
+    ir.train(start(), nll, X, callback=lambda step, *_: steps.append(step), **PLAIN | {"steps": 40})
     assert steps == list(range(2, 41, 2))
 
 
@@ -196,7 +197,7 @@ def test_init_gives_certified_models_that_train(options):
         x, context = (batch, None) if options.get("context") is None else batch
         return -model.log_prob(x, key, context=context).mean()
 
-    trained = ir.train(model, loss, rows, **QUICK | {"optimizer": optax.sgd(1e-3)})
+    trained = ir.train(model, loss, rows, **PLAIN)
     assert trained.certificate().certified
 
 
@@ -229,7 +230,7 @@ WRONG_LOSSES = {
 @pytest.mark.parametrize(("loss", "error", "message"), WRONG_LOSSES.values(), ids=WRONG_LOSSES)
 def test_wrong_losses_are_named(loss, error, message):
     with pytest.raises(error, match=message):
-        ir.train(start(), loss, X, **QUICK)
+        ir.train(start(), loss, X, **PLAIN)
 
 
 WRONG = {
