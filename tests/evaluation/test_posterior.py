@@ -62,10 +62,10 @@ def config():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config("sbi_two_moons")
-    config.model.stages = ({"num_blocks": 2, "hidden": (8,), "activation": "clipswish"},)
+    config.model.stages = ({"num_blocks": 1, "hidden": (8,), "activation": "clipswish"},)
     config.optimizer.name = "adam"
     config.training.update({"total_steps": 4, "minutes": 0.0, "batch_size": 32, "eval_every_steps": 4, "log_every_steps": 2})
-    config.training.update({"eval_examples": 64, "actnorm_examples": 64, "blocks": "scan"})
+    config.training.update({"eval_examples": 64, "actnorm_examples": 64, "blocks": "unroll"})
     config.evaluation.update({"num_examples": 64, "batch_size": 64, "num_posteriors": 2, "num_posterior_samples": 32})
     return parse(config)
 

@@ -144,7 +144,7 @@ def happens_before(monkeypatch):
 
 def test_a_run_in_float64_is_trained_and_read_in_it(tmp_path, x64):
     changes = {"training.total_steps": 2, "training.eval_every_steps": 2, "model.stages": ({"num_blocks": 1, "hidden": (4,)},)}
-    changes |= {"logdet.kind": "exact", "evaluation.logdet.kind": "exact"}
+    changes |= {"logdet.kind": "exact", "evaluation.logdet.kind": "exact", "training.blocks": "unroll"}
     loop.train(runs.config_of(runs.TOY_CONFIG, **changes), tmp_path)
     model = trained_run.load(tmp_path).model
     assert {leaf.dtype for leaf in jax.tree.leaves((model.weights["stage0"].branch.weights, model.prior))} == {jnp.dtype(float)}

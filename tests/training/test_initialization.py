@@ -76,6 +76,7 @@ def test_a_mixture_is_fitted_to_latents():
 
 def test_a_density_with_a_mixture_is_trained_saved_loaded_and_certified(tmp_path):
     changes = {"model.prior": "mixture", "model.prior_components": 3, "training.total_steps": 3, "training.eval_every_steps": 3}
+    changes |= {"logdet.kind": "exact", "evaluation.logdet.kind": "exact"}
     config = runs.config_of(runs.TOY_CONFIG, **changes)
     data = load(config.data.name)
     start = initial_variables(config, model_spec(config, data), data)["params"]["prior"]
