@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from jax.tree_util import register_dataclass
 
 import iresnet_jax as ir
@@ -265,6 +264,8 @@ def test_without_actnorm_the_density_of_odd_branches_is_even():
 
 
 def test_a_module_of_flax_is_a_branch():
+    from flax import nnx  # not at the top: every process would import it, as all collect this file
+
     class Net(nnx.Module):
         def __init__(self, key):
             self.layer = nnx.Linear(DIMS, DIMS, rngs=nnx.Rngs(key))

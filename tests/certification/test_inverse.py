@@ -137,7 +137,7 @@ lipswish = functools.partial(density, "lipswish")
 
 
 def conditional():
-    return density(DensitySpec(FlowSpec((2,), (StageSpec(1, hidden=(4,)),), context_dim=3)))
+    return density(DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(6,), activation="tanh"),), context_dim=3)))
 
 
 def huge():
