@@ -211,7 +211,7 @@ def one_block(*, max_num_terms=0, training=None, **estimator):
     settings.model.stages = ({"num_blocks": 1, "hidden": (8,)},)
     settings.logdet.update(estimator)
     settings.evaluation.logdet.kind = "exact"
-    settings.training.update({"max_num_terms": max_num_terms, **(training or {})})
+    settings.training.update({"max_num_terms": max_num_terms, "blocks": "unroll", **(training or {})})
     return parse(settings)
 
 
