@@ -1,4 +1,4 @@
-"""The Hessian of an energy through the inverse of a flow: differences in 50 digits, and a closed form."""
+"""The Hessian of an energy through the inverse of a flow against differences in 50 digits."""
 
 import functools
 import itertools
@@ -18,9 +18,9 @@ COUPLING = np.array([[2.0, 0.5, 0.0], [0.5, 1.0, -0.3], [0.0, -0.3, 1.5]])
 Z = np.array([0.3, -0.7, 1.1])
 
 
-def model(activation):
+def model():
     """Three dimensions and two blocks, which are scanned, in float64."""
-    stage = ir.StageSpec(2, (3,), activation=activation)
+    stage = ir.StageSpec(2, (3,), activation="clipswish")
     with jax.enable_x64(False):
         single = kept.model(DensitySpec(ir.FlowSpec((3,), (stage,))))
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), single).with_(solver=SOLVER)
@@ -63,22 +63,12 @@ def in_50_digits(model, z):
 
 
 def test_it_is_that_of_differences_in_50_digits(x64):
-    flow = model("clipswish")
+    flow = model()
     np.testing.assert_allclose(hessian(flow, Z), in_50_digits(flow, Z), rtol=0, atol=CLOSE)
 
 
-def test_of_a_linear_flow_it_has_a_closed_form(x64):
-    """``F(x) = A x + c``: the Hessian is ``A^-T (3 diag(x^2) + Q) A^-1``."""
-    flow = model("identity")
-    _, matrix = plain_flow.forward_and_jacobian(plain_flow.FLOAT, flow.spec.flow, jax.device_get(flow.weights), np.zeros(3))
-    inverse = np.linalg.inv(matrix)
-    x = inverse @ (Z - plain_flow.forward(plain_flow.FLOAT, flow.spec.flow, jax.device_get(flow.weights), np.zeros(3)))
-    expected = inverse.T @ (np.diag(3 * x**2) + COUPLING) @ inverse
-    np.testing.assert_allclose(hessian(flow, Z), expected, rtol=0, atol=CLOSE)
-
-
 def test_the_check_sees_a_hessian_that_misses_the_curvature_of_the_inverse(x64):
-    flow = model("clipswish")
+    flow = model()
     x = flow.decode(Z)[0]
     slope = np.asarray(jax.jit(jax.jacfwd(lambda z: flow.decode(z)[0]))(Z))
     missing = slope.T @ np.asarray(jax.jit(jax.hessian(energy))(x)) @ slope
