@@ -144,7 +144,7 @@ def test_a_wrong_argument_is_refused_in_a_sentence(call, sentence):
 @pytest.mark.usefixtures("unchecked_annotations")
 def test_numbers_of_numpy_are_numbers():
     """Steps and settings that a script computed."""
-    settings = {"optimizer.learning_rate": np.float32(1e-3), "training.blocks": "unroll"}
+    settings = {"optimizer.name": "sgd", "optimizer.learning_rate": np.float32(1e-3), "training.blocks": "unroll"}
     tiny = [{"num_blocks": 1, "hidden": (4,)}]
     fitted = fit(steps=np.int64(1), architecture=tiny, validation_fraction=np.float32(0.2), settings=settings)
     assert fitted.history.train["step"] == [1]

@@ -253,7 +253,7 @@ def test_without_actnorm_the_density_of_odd_branches_is_even():
     odd = odd_one(__call__=lambda self, x: jnp.sin(x @ self.there))
     flow = ir.FlowSpec((DIMS,), (ir.StageSpec(2, branch=odd, actnorm=False),))
     x = 1 + jax.random.normal(jax.random.key(0), (16, DIMS))
-    params = ResidualFlow(flow).init(jax.random.key(0), x)["params"]
+    params = jax.jit(ResidualFlow(flow).init)(jax.random.key(0), x)["params"]
     assert not any(np.any(leaf) for leaf in params["stage0"]["blocks"]["actnorm"].values())
     moved = jax.tree.map(lambda leaf: leaf + 0.5, params)  # as no optimizer would
     for weights in (freeze(flow, moved), ir.constrain(flow, moved, {}).weights):
