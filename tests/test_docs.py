@@ -200,7 +200,7 @@ def test_a_wrong_command_is_noticed(line, monkeypatch, capsys):
 
 
 README_ROWS = {
-    "MNIST density, 28 x 28": "mnist_density",
+    "MNIST density, 28 x 28": "mnist_density_variational",
     "MNIST classes": "mnist_classification",
     "Fashion-MNIST density": "fashion_mnist_density",
     "digits, density and classes": "digits_hybrid",

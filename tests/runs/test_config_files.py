@@ -51,6 +51,7 @@ VARIANTS = [
     ("digits_density", "variational", None),
     ("digits_hybrid", None, 99_670),
     ("mnist_density", None, 1_262_694),
+    ("mnist_density", "variational", None),
     ("fashion_mnist_density", None, 1_262_694),
     ("bsds300", None, None),
     ("tabular", None, None),
