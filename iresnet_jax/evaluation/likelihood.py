@@ -13,26 +13,19 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float, Num
 
 from iresnet_jax.evaluation import importance, stated_accuracy
+from iresnet_jax.evaluation.draws import Draws, described
 from iresnet_jax.evaluation.importance import ImportanceBound
 from iresnet_jax.evaluation.stated_accuracy import Accuracy
 from iresnet_jax.maths.enclosures.upward_rounding import said_up
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
-from iresnet_jax.maths.logdet.krylov import KrylovLogdet
-from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import EvaluationConfig
-from iresnet_jax.training.objectives.density import evaluate_examples
 
-# For each noise draw, D dimensions take D products a block exactly, and 88 by an estimate of 4 draws of 22 terms, which leaves
-# the error of its probes. At 256 dimensions exactness costs 3 times as much.
-MAX_EXACT_DIMS = 256
 SUSPICIOUS_Z = 4.0  # one in 16,000 unbiased estimates differs from the exact value by more standard errors
 FLOOR_Z = 3.0  # standard errors below the entropy of the data from which a likelihood is too good to be true
 ROUNDING = 1e-4  # nats to which entropies are known, and more than float32 takes from a mean log-density
@@ -118,7 +111,7 @@ class Likelihood(MeanAndError):
     @property
     def is_exact(self) -> bool:
         """Whether every log-determinant is exact."""
-        return self.estimator == _described(ExactLogdet())[0]
+        return self.estimator == described(ExactLogdet())[0]
 
     @property
     def key(self) -> str:
@@ -238,15 +231,15 @@ def measure(
     unbiased if it is exact or a roulette. Its truncation bound is a posteriori, see `SeriesLogdet` and `KrylovLogdet`, and
     rigorous if the Lipschitz constants are.
 
-    With ``settings.num_importance_draws`` there is the `importance_bound` of these draws of noise too. If it is computed for
-    some of the examples, its gain on them is taken from the mean of all.
+    With ``settings.num_importance_draws`` there is the importance-weighted bound by so many draws of noise too. If it is
+    computed for some of the examples, its gain on them is taken from the mean of all.
 
     Args:
         contexts: Context of each example, of a conditional density.
         entropy_floor: Entropy of the data in nats, if known.
     """
     spec, configured = model.spec, settings.logdet.build()
-    draws = _Draws(model, examples, settings, seed, contexts)
+    draws = Draws(model, examples, settings, seed, contexts)
     has_noise = spec.is_discrete
     num_noise = settings.num_dequantisations if has_noise else 1
     if settings.target_stderr:
@@ -263,20 +256,20 @@ def measure(
         parts = split_error(values, accuracy.stderr / math.sqrt(len(examples)))
         bound, is_exact, num_checked = accuracy.bias_bound, accuracy.bias == accuracy.stderr == 0, max(settings.batch_size, 2)
         within = f"log-determinants within {accuracy.target:g} {spec.unit} an example, root mean square"
-        estimator, unbiased = _described(ExactLogdet())[0] if is_exact else within, is_exact
+        estimator, unbiased = described(ExactLogdet())[0] if is_exact else within, is_exact
     else:
         used, accuracy = draws.estimator, None
         is_exact = isinstance(used, ExactLogdet)
         values = draws.values(used, num_noise, 1 if is_exact else settings.num_probe_draws)
         parts = split_error(values, 0.0 if is_exact else None)
         num_checked, unbiased = len(examples) if is_exact else 0, used.unbiased
-        estimator, cut = _described(used)
+        estimator, cut = described(used)
         bound = 0.0 if cut is None else float(np.mean(draws.outputs(cut, 0, 0)["truncation_bound"], dtype=np.float64))
     check = None
     if num_checked and not isinstance(configured, ExactLogdet):
         estimated = draws.values(configured, 1, settings.num_probe_draws, num_checked)[:, 0].mean(axis=1)
         check = compare(estimated, values[:num_checked, 0, 0], configured)
-    weighted = importance_bound(model, examples, settings, seed, contexts=contexts) if settings.num_importance_draws else None
+    weighted = importance.measure(model, examples, settings, seed, contexts=contexts) if settings.num_importance_draws else None
     if weighted and weighted.num_examples < len(examples):
         weighted = weighted.of_all(parts.mean, parts.stderr)
     summary = Likelihood(
@@ -298,132 +291,15 @@ def measure(
     return Measured(summary, -values.mean(axis=(1, 2)) / spec.unit_of_a_nat)
 
 
-def importance_bound(
-    model: Density,
-    examples: Num[np.ndarray, "n ..."],
-    settings: EvaluationConfig,
-    seed: int,
-    *,
-    contexts: Num[np.ndarray, "n k"] | None = None,
-) -> ImportanceBound:
-    """The importance-weighted bound with ``settings.num_importance_draws`` draws of noise an example, see `importance`.
-
-    It is that of ``settings.num_importance_examples`` of the examples, evenly spaced, if these are fewer. Log-determinants are
-    exact up to 256 dimensions; beyond, they are the configured ones, by at least two draws of probes. Examples pass through the
-    model once for each draw, so more draws take more time and no more memory of devices.
-
-    Args:
-        contexts: Context of each example, of a conditional density.
-
-    Raises:
-        ValueError: If the data are continuous, whose likelihood needs no bound, or fewer than two.
-    """
-    spec, num_draws, num = model.spec, settings.num_importance_draws, settings.num_importance_examples
-    if not spec.is_discrete:
-        raise ValueError(
-            "an importance-weighted bound is one of data of integer levels or on a grid, and these are continuous: leave it "
-            "out, their likelihood is the number itself"
-        )
-    if 0 < num < len(examples):
-        rows = np.linspace(0, len(examples) - 1, num, dtype=int)
-        examples, contexts = examples[rows], None if contexts is None else contexts[rows]
-    draws = _Draws(model, examples, settings, seed, contexts)
-    used = draws.estimator
-    num_probes = 1 if isinstance(used, ExactLogdet) else max(settings.num_probe_draws, 2)
-    values = draws.values(used, num_draws, num_probes, same_probes=True)
-    estimator, _ = _described(used)
-    return importance.summarize(
-        -values / spec.unit_of_a_nat, spec.unit_of_a_nat, unit=spec.unit, estimator=estimator, unbiased=used.unbiased
-    )
-
-
-def log_prob(
-    model: Density,
-    points: Float[np.ndarray, "n d"],
-    settings: EvaluationConfig,
-    seed: int,
-    *,
-    contexts: Num[np.ndarray, "n k"] | None = None,
-) -> Float[np.ndarray, " n"]:
-    """Log-likelihood of each point under a model of vectors in nats, by one draw of noise and probes.
-
-    Up to 256 dimensions the log-determinant is exact; other arguments are those of `measure`.
-    """
-    draws = _Draws(model, points, settings, seed, contexts)
-    return -draws.values(draws.estimator, 1, 1)[:, 0, 0]
-
-
-class _Draws(NamedTuple):
-    """The objective of examples, by noise draw and probe draw."""
-
-    model: Density
-    examples: Num[np.ndarray, "n ..."]
-    settings: EvaluationConfig
-    seed: int
-    contexts: Num[np.ndarray, "n k"] | None
-
-    @property
-    def estimator(self) -> LogdetEstimator:
-        """Exact up to 256 dimensions, as configured beyond."""
-        return ExactLogdet() if self.model.spec.flow.num_dims <= MAX_EXACT_DIMS else self.settings.logdet.build()
-
-    def outputs(
-        self,
-        estimator: LogdetEstimator,
-        noise_draw: int,
-        probe_draw: int,
-        num: int | None = None,
-        *,
-        same_probes: bool = False,
-    ) -> dict[str, np.ndarray]:
-        """Outputs of `evaluate_examples` for the first examples."""
-        return evaluate_examples(
-            self.model.with_(estimator=estimator),
-            self.examples[:num],
-            jax.random.key(self.seed),
-            self.settings.batch_size,
-            contexts=None if self.contexts is None else self.contexts[:num],
-            draw=(noise_draw, probe_draw),
-            same_probes=same_probes,
-        )
-
-    def values(
-        self,
-        estimator: LogdetEstimator,
-        num_noise: int,
-        num_probes: int,
-        num: int | None = None,
-        **options: bool,
-    ) -> Float[np.ndarray, "n s p"]:
-        """The objective of the first examples."""
-        metric = self.model.spec.metric
-        found = [[self.outputs(estimator, s, p, num, **options)[metric] for p in range(num_probes)] for s in range(num_noise)]
-        return np.moveaxis(np.array(found, dtype=np.float64), -1, 0)
-
-
 def compare(estimated: Float[np.ndarray, " n"], exact: Float[np.ndarray, " n"], estimator: LogdetEstimator) -> Estimate:
     """An estimate beside the exact values of the same examples with the same noise."""
     difference = estimated - exact
     rounding = np.finfo(np.float32).eps * (1 + np.abs(exact).mean())  # smaller differences mean nothing
     stderr = np.hypot(difference.std(ddof=1) / np.sqrt(len(difference)), rounding)
     return Estimate(
-        estimator=_described(estimator)[0],
+        estimator=described(estimator)[0],
         unbiased=estimator.unbiased,
         mean=float(estimated.mean()),
         difference=float(difference.mean()),
         z=float(difference.mean() / stderr),
     )
-
-
-def _described(estimator: LogdetEstimator) -> tuple[str, SeriesLogdet | KrylovLogdet | None]:
-    """An estimator in words, and that of the terms that are always computed, whose remainder is bounded; None if exact."""
-    if isinstance(estimator, SeriesLogdet):
-        return f"series cut after {estimator.num_terms} terms, biased by at most the truncation bound", estimator
-    if isinstance(estimator, KrylovLogdet):
-        return f"Krylov subspaces of {estimator.num_steps} dimensions, biased by at most the truncation bound", estimator
-    if isinstance(estimator, RouletteLogdet):
-        tail = {"poisson": "Poisson", "geometric": "geometric"}[estimator.distribution]
-        terms = f"{estimator.num_exact_terms} exact terms and a {tail}({estimator.parameter:g}) tail"
-        words = f"unbiased up to term {len(estimator.weights())}, {terms}"
-        return words, SeriesLogdet(max(estimator.num_exact_terms, 1), num_probes=estimator.num_probes, probe=estimator.probe)
-    return "exact log-determinant", None

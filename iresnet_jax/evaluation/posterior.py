@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from iresnet_jax.data.simulators import Simulator
-from iresnet_jax.evaluation import likelihood, samples
+from iresnet_jax.evaluation import draws, samples
 from iresnet_jax.evaluation.likelihood import is_too_good, split_error
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import EvaluationConfig
@@ -110,7 +110,7 @@ def compare(
         ValueError: If there are fewer than 2 examples.
     """
     truth = np.asarray(jax.jit(simulator.log_prob)(examples, contexts), np.float64)
-    difference = truth - likelihood.log_prob(model, examples, settings, seed, contexts=contexts)
+    difference = truth - draws.log_prob(model, examples, settings, seed, contexts=contexts)
     divergence = split_error(difference[:, None, None])
     chosen, num = contexts[: settings.num_posteriors], settings.num_posterior_samples
     true_samples = np.zeros((len(chosen), num, examples.shape[1]), np.float32)

@@ -11,6 +11,7 @@ from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.evaluation import (
     accuracy,
     calibration,
+    draws,
     environment,
     guarantee,
     inverse_problem,
@@ -95,7 +96,7 @@ def _density(run: Run, model: Density, examples: np.ndarray, figures: Figures) -
     if contexts is not None:
         results |= _posteriors(run, model, examples, contexts, figures)
     taken = None if contexts is None else contexts[np.arange(num) % len(contexts)]  # as `samples.draw` does
-    of_samples = likelihood.log_prob(model, drawn.values, settings, seed, contexts=taken)
+    of_samples = draws.log_prob(model, drawn.values, settings, seed, contexts=taken)
     unlikely = points.least_likely(examples, measured.log_prob)
     figures["likelihoods"] = plots.likelihoods(examples, measured.log_prob, of_samples, [point.row for point in unlikely])
     with replacing(run.folder / LOG_PROB_FILE) as incoming, incoming.open("wb") as file:

@@ -280,6 +280,11 @@ def _check_combinations(config: Config) -> None:
             config.model.constants and objective == "inversion",
             "config.model.constants is for the other objectives: inversion takes config.model.coeff with the budget network",
         ),
+        (
+            config.evaluation.num_importance_examples and not config.evaluation.num_importance_draws,
+            f"config.evaluation.num_importance_examples is {config.evaluation.num_importance_examples}, and no examples have "
+            "draws: set config.evaluation.num_importance_draws, or leave it at 0",
+        ),
         (not config.model.stages, "config.model.stages must have at least one stage, got none"),
     )
     for is_wrong, sentence in contradictions:

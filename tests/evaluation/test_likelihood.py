@@ -6,7 +6,7 @@ import kept
 import numpy as np
 import pytest
 
-from iresnet_jax.evaluation import likelihood
+from iresnet_jax.evaluation import draws, likelihood
 from iresnet_jax.evaluation.likelihood import SUSPICIOUS_Z, compare, split_error
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 
@@ -116,7 +116,7 @@ def test_an_estimate_is_the_headline_beyond(monkeypatch):
     exact = likelihood.measure(model, points, kept.SETTINGS, 3).summary
     assert (exact.unit, exact.num_dequantisations, exact.stderr_dequantisation) == ("nats", 0, 0)
     assert "noise" not in str(exact)  # continuous data have none
-    monkeypatch.setattr(likelihood, "MAX_EXACT_DIMS", 1)
+    monkeypatch.setattr(draws, "MAX_EXACT_DIMS", 1)
     result = likelihood.measure(model, points, kept.SETTINGS, 3).summary
     assert result.estimator == "unbiased up to term 26, 8 exact terms and a Poisson(2) tail"
     assert result.estimate is None
