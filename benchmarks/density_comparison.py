@@ -1,11 +1,13 @@
-"""Bits/dim of our residual flow and of normflows' (PyTorch): same images, preprocessing, parameters, machine and wall-clock.
+"""Bits/dim of our residual flow and of flows of normflows (PyTorch): same images, preprocessing, parameters, machine and time.
 
-    python benchmarks/density_comparison.py --workdir runs/fashion_mnist_density
+    python benchmarks/density_comparison.py --workdir runs/fashion_mnist_density [--models residual glow]
 
-README.md says what is equal. normflows gets the architecture of Residual Flows (Chen et al. 2019), whose code it wraps:
+README.md says what is equal. "residual" has the architecture of Residual Flows (Chen et al. 2019), whose code normflows wraps:
 squeezed scales of ActNorm and 3x3-1x1-3x3 blocks with LipSwish, then dense blocks, and a Gaussian with a mean and scale for
-each dimension. As there, Adam at 1e-3 after a warm-up, gradients clipped, parameters averaged, Poisson(2) behind 2 exact terms
-in its memory-saving form; and, as our runs, a cosine schedule to the end of its time and the parameters that were best on
+each dimension; Poisson(2) behind 2 exact terms in its memory-saving form. "glow" has Glow's (Kingma and Dhariwal 2018): at each
+scale steps of ActNorm, a 1x1 convolution and an affine coupling by a 3x3-1x1-3x3 network, and half of the channels leave as
+latents behind all scales but the last. Both are trained as Residual Flows are: Adam at 1e-3 after a warm-up, gradients clipped,
+parameters averaged; and, as our runs, by a cosine schedule to the end of their time, with the parameters that were best on
 validation data.
 """
 
@@ -39,10 +41,9 @@ except ModuleNotFoundError as error:
 
 PARAMETER_TOLERANCE = 0.1
 LEAST_SIDE, MOST_SCALES = 4, 3
-NORMFLOWS = {
-    **{"blocks": 8, "dense": 4, "coeff": 0.98, "power_iterations": 5},  # blocks of each scale, norm of a layer
-    **{"learning_rate": 1e-3, "warmup_steps": 100, "clip_norm": 1.0, "ema_decay": 0.999},
-}
+RESIDUAL = {"blocks": 8, "dense": 4, "coeff": 0.98, "power_iterations": 5}  # blocks of each scale, norm of a layer
+GLOW = {"blocks": 16}  # steps of each scale
+TRAINING = {"learning_rate": 1e-3, "warmup_steps": 100, "clip_norm": 1.0, "ema_decay": 0.999}
 BATCH_SIZE, BETAS = 64, (0.9, 0.99)
 ACTNORM_EXAMPLES, EVAL_BATCH_SIZE, EXACT_DRAWS = 512, 100, 16
 EFFORT, QUICK = (8, 1000, None, 8), (2, 100, 200, 2)  # validations; images to validate, to test, with exact log-determinants
@@ -86,28 +87,53 @@ class Inputs:
         return self.spec.in_units((log_prob.double() + log_det).numpy())
 
 
-def build(image_shape, width):
+def scales(image_shape):
+    """Sides of the images behind each squeeze."""
+    side, found = image_shape[0], []
+    while len(found) < MOST_SCALES and side % 2 == 0 and side // 2 >= LEAST_SIDE:
+        side //= 2
+        found.append(side)
+    return found
+
+
+def build_residual(image_shape, width):
     """The residual flow of normflows whose hidden layers have so many channels or units."""
-    side, _, channels = image_shape
+    channels, sides = image_shape[-1], scales(image_shape)
     flows = []  # in the order of the data's way
-    settings = {"lipschitz_const": NORMFLOWS["coeff"], "max_lipschitz_iter": NORMFLOWS["power_iterations"]}
-    for _ in range(MOST_SCALES):
-        if side % 2 or side // 2 < LEAST_SIDE:
-            break
+    settings = {"lipschitz_const": RESIDUAL["coeff"], "max_lipschitz_iter": RESIDUAL["power_iterations"]}
+    for _ in sides:
         flows.append(nf.flows.Squeeze())
-        side, channels = side // 2, 4 * channels
-        for _ in range(NORMFLOWS["blocks"]):
+        channels *= 4
+        for _ in range(RESIDUAL["blocks"]):
             net = nf.nets.LipschitzCNN([channels, width, width, channels], [3, 1, 3], **settings)
             flows += block((channels, 1, 1), net, **POISSON)
+    side = sides[-1] if sides else image_shape[0]
     shape = (channels, side, side)
-    for _ in range(NORMFLOWS["dense"]):
+    for _ in range(RESIDUAL["dense"]):
         net = nf.nets.LipschitzMLP([math.prod(shape), width, math.prod(shape)], **settings)
         flows += block(shape, torch.nn.Sequential(torch.nn.Flatten(), net, torch.nn.Unflatten(1, shape)), **POISSON)
     return nf.NormalizingFlow(nf.distributions.DiagGaussian(shape), flows[::-1])
 
 
-def build_matched(image_shape, num_parameters):
-    """The model whose number of parameters comes closest, and its width; ``ValueError`` if none comes within 10 %."""
+def build_glow(image_shape, width):
+    """The Glow of normflows whose coupling networks have so many channels."""
+    channels, sides = image_shape[-1], scales(image_shape)
+    priors, levels = [], []  # in the order of the data's way
+    for side in sides:
+        channels *= 4
+        steps = [nf.flows.GlowBlock(channels, width) for _ in range(GLOW["blocks"])]
+        levels.append([*steps, nf.flows.Squeeze()])
+        channels //= 1 if side == sides[-1] else 2
+        priors.append(nf.distributions.DiagGaussian((channels, side, side)))
+    merges = [nf.flows.Merge() for _ in levels[1:]]
+    return nf.MultiscaleFlow(priors[::-1], levels[::-1], merges, class_cond=False)
+
+
+BUILD = {"residual": build_residual, "glow": build_glow}
+
+
+def build_matched(build, image_shape, num_parameters):
+    """The model whose number of parameters comes closest, and its width; ``SystemExit`` if none comes within 10 %."""
     known = (16, 32, 64)
     counts = [count_parameters(build(image_shape, width)) for width in known]
     roots = np.roots(np.polyfit(known, counts, 2) - [0, 0, num_parameters])  # a layer from width to width is quadratic in it
@@ -115,14 +141,16 @@ def build_matched(image_shape, num_parameters):
     torch.manual_seed(0)
     model = build(image_shape, width)
     if abs(count_parameters(model) / num_parameters - 1) > PARAMETER_TOLERANCE:
-        raise ValueError(f"normflows' model has {count_parameters(model)} parameters at width {width}, ours {num_parameters}")
+        raise SystemExit(
+            f"error: normflows' model has {count_parameters(model)} parameters at width {width}, ours {num_parameters}"
+        )
     return model, width
 
 
 @torch.no_grad()
 def average(averaged, current, num_averaged):
     """A moving average that forgets its start, for `torch.optim.swa_utils.AveragedModel`."""
-    decay = min(NORMFLOWS["ema_decay"], (1 + float(num_averaged)) / (10 + float(num_averaged)))
+    decay = min(TRAINING["ema_decay"], (1 + float(num_averaged)) / (10 + float(num_averaged)))
     torch._foreach_lerp_(averaged, current, 1 - decay)
 
 
@@ -131,15 +159,15 @@ def train(model, inputs, seconds, num_validations, validate):
     model.train()
     model.log_prob(inputs.train(0, ACTNORM_EXAMPLES))  # fits ActNorm and shapes the vectors of the power iterations
     nf.utils.update_lipschitz(model, CONVERGED)
-    optimizer = torch.optim.Adam(model.parameters(), NORMFLOWS["learning_rate"], BETAS)
+    optimizer = torch.optim.Adam(model.parameters(), TRAINING["learning_rate"], BETAS)
     averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
-    settings = {name: NORMFLOWS[name] for name in ("clip_norm", "power_iterations")}
+    settings = {"clip_norm": TRAINING["clip_norm"], "power_iterations": RESIDUAL["power_iterations"]}
     settings["num_dims"] = inputs.spec.flow.num_dims
     best, log, elapsed, steps = model, [], 0.0, itertools.count()
     while len(log) < num_validations:
         step, since = next(steps), time.monotonic()
         decay = (1 + math.cos(math.pi * min(elapsed / seconds, 1))) / 2
-        optimizer.param_groups[0]["lr"] = NORMFLOWS["learning_rate"] * decay * min((step + 1) / NORMFLOWS["warmup_steps"], 1)
+        optimizer.param_groups[0]["lr"] = TRAINING["learning_rate"] * decay * min((step + 1) / TRAINING["warmup_steps"], 1)
         take_step(model, optimizer, inputs.train(step, BATCH_SIZE), **settings)
         averaged.update_parameters(model)
         elapsed += time.monotonic() - since
@@ -148,7 +176,7 @@ def train(model, inputs, seconds, num_validations, validate):
             if held_out < min((entry["validation"] for entry in log), default=math.inf):
                 best = copy.deepcopy(averaged.module)
             log.append({"minutes": elapsed / 60, "step": step + 1, "validation": held_out})
-            show(log[-1], "normflows")
+            show(log[-1])
     return best, log
 
 
@@ -172,12 +200,38 @@ def check(model, inputs, num):
     return {"num_examples": len(x), "difference": float(difference), "z": float(difference / stderr)}
 
 
+def compared(kind, inputs, num_parameters, seconds, effort):
+    """Trains a flow of normflows and measures it on the test images; also returns its width."""
+    validations, num_validation, num_test, num_exact = effort
+    model, width = build_matched(BUILD[kind], inputs.spec.flow.event_shape, num_parameters)
+
+    def validate(model):
+        return float(evaluate(model, inputs, "validation", num_validation).mean())
+
+    print(kind, flush=True)
+    model, log = train(model, inputs, seconds, validations, validate)
+    values = evaluate(model, inputs, "test", num_test)
+    clusters = values[: len(values) // EVAL_BATCH_SIZE * EVAL_BATCH_SIZE].reshape(-1, EVAL_BATCH_SIZE).mean(axis=1)
+    found = {
+        "bits_per_dim": float(values.mean()),
+        "stderr": float(clusters.std(ddof=1) / math.sqrt(len(clusters))),  # images of a batch share random numbers
+        "test_images": len(values),
+        "num_parameters": count_parameters(model),
+        "training_minutes": log[-1]["minutes"],
+        "steps": log[-1]["step"],
+        "steps_per_second": log[-1]["step"] / (60 * log[-1]["minutes"]),
+        "batch_size": BATCH_SIZE,
+        "validation": log,
+    }
+    return found | ({"exact": check(model, inputs, num_exact)} if kind == "residual" else {}), width
+
+
 def main():
     options = parser(__doc__)
     options.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="folder of a training run of ours")
-    options.add_argument("--minutes", type=float, metavar="M", help="training time of normflows; by default that of ours")
+    options.add_argument("--minutes", type=float, metavar="M", help="training time of each flow; by default that of ours")
+    options.add_argument("--models", nargs="+", choices=BUILD, default=list(BUILD), help="flows of normflows (all)")
     arguments = options.parse_args()
-    validations, num_validation, num_test, num_exact = QUICK if arguments.quick else EFFORT
     try:
         report = json.loads((arguments.workdir / "report.json").read_text())
         config, likelihood, times, there = (
@@ -187,58 +241,42 @@ def main():
             report["environment"],
         )
         inputs = Inputs(config)
-        ours = num_parameters(abstract_variables(inputs.spec)["params"])
-        model, width = build_matched(inputs.spec.flow.event_shape, ours)
     except (KeyError, ValueError, OSError) as error:
         raise SystemExit(f"error: {arguments.workdir} has no report of a density of images: {error}") from None
     seconds = times["total_seconds"] if arguments.minutes is None else 60 * arguments.minutes
-    model, log = train(
-        model,
-        inputs,
-        min(seconds, 60.0) if arguments.quick else seconds,
-        validations,
-        lambda model: float(evaluate(model, inputs, "validation", num_validation).mean()),
-    )
-    values = evaluate(model, inputs, "test", num_test)
-    clusters = values[: len(values) // EVAL_BATCH_SIZE * EVAL_BATCH_SIZE].reshape(-1, EVAL_BATCH_SIZE).mean(axis=1)
-    own = {
-        "bits_per_dim": likelihood["mean"],
-        "stderr": likelihood["stderr"],
-        "num_parameters": ours,
-        "training_minutes": times["total_seconds"] / 60,
-        "steps": times["total_steps"],
-        "steps_per_second": 1 / times["seconds_per_step"],
-        "batch_size": config.training.batch_size,
-    }
-    theirs = {
-        "bits_per_dim": float(values.mean()),
-        "stderr": float(clusters.std(ddof=1) / math.sqrt(len(clusters))),  # images of a batch share random numbers
-        "num_parameters": count_parameters(model),
-        "training_minutes": log[-1]["minutes"],
-        "steps": log[-1]["step"],
-        "steps_per_second": log[-1]["step"] / (60 * log[-1]["minutes"]),
-        "batch_size": BATCH_SIZE,
-    }
-    better = theirs["bits_per_dim"] - own["bits_per_dim"]  # ours is better where this is positive
-    stderr = math.hypot(theirs["stderr"], own["stderr"])  # at least that of the difference, as the images are the same
     results = {
-        "ours": own,
-        "normflows": {**theirs, "validation": log, "exact": check(model, inputs, num_exact)},
-        "difference": {"bits_per_dim": better, "stderr": stderr},
+        "ours": {
+            "bits_per_dim": likelihood["mean"],
+            "stderr": likelihood["stderr"],
+            "num_parameters": num_parameters(abstract_variables(inputs.spec)["params"]),
+            "training_minutes": times["total_seconds"] / 60,
+            "steps": times["total_steps"],
+            "steps_per_second": 1 / times["seconds_per_step"],
+            "batch_size": config.training.batch_size,
+        }
     }
+    widths = {}
+    for kind in arguments.models:
+        shorter = (min(seconds, 60.0), QUICK) if arguments.quick else (seconds, EFFORT)
+        found, widths[kind] = compared(kind, inputs, results["ours"]["num_parameters"], *shorter)
+        results[kind] = found | {
+            "above_ours": found["bits_per_dim"] - likelihood["mean"],
+            "above_ours_stderr": math.hypot(found["stderr"], likelihood["stderr"]),  # at least, as the images are the same
+        }
     settings = {
         "data": config.data.name,
         "preprocessing": asdict(config.preprocessing),
-        "test_images": len(values),
         "ours": {"model": asdict(config.model), "optimizer": asdict(config.optimizer), "environment": there},
         "normflows": {
             "versions": {name: importlib.metadata.version(name) for name in ("normflows", "torch")},
             "threads": torch.get_num_threads(),
-            "width": width,
-            **NORMFLOWS,
+            "widths": widths,
+            "residual": RESIDUAL,
+            "glow": GLOW,
+            **TRAINING,
         },
     }
-    write(f"density_comparison_{config.data.name}", arguments, settings, results)
+    write(f"density_comparison_{config.data.name.split(':')[0]}", arguments, settings, results)
 
 
 if __name__ == "__main__":

@@ -78,21 +78,22 @@ class Pair:
         ]
 
     def reach(self, moment, rng):
-        """Waits for a moment of the run."""
+        """Waits for a moment of the run, and says whether it came."""
         deadline, step = time.monotonic() + START_S, rng.randrange(EVAL_EVERY + 1, TOTAL_STEPS // 2)
         if moment == "compiling":  # once all have met: of one that never comes nobody can tell
             while not (self.workdir / CONFIG_FILE).exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 4))
-            return
+            return (self.workdir / CONFIG_FILE).exists()
         while time.monotonic() < deadline and all(process.poll() is None for process in self.processes):
             records = read_metrics(self.workdir)
             logged = max((record["step"] for record in records if record["split"] == "train"), default=0)
             validated = max((record["step"] for record in records if record["split"] == "validation"), default=0)
             now = "stepping" if logged % EVAL_EVERY else "validating" if validated < logged else "saving"
             if logged >= step and now == moment:
-                return
+                return True
             time.sleep(0.001)
+        return False
 
     def end(self, within):
         """Exit statuses; None for a process that did not end in time and was killed."""
@@ -128,7 +129,7 @@ def try_fault(number, folder, expected):
     sent, moment = SIGNALS[number % len(SIGNALS)], MOMENTS[number // len(SIGNALS) % len(MOMENTS)]
     victim = (number + number // (len(SIGNALS) * len(MOMENTS))) % 2
     pair = Pair(folder / str(number))
-    pair.reach(moment, rng)
+    reached = pair.reach(moment, rng)
     began = time.monotonic()
     pair.processes[victim].send_signal(sent)
     if sent == signal.SIGSTOP:
@@ -141,7 +142,7 @@ def try_fault(number, folder, expected):
     resumed, (step, arrays) = Pair(pair.workdir).end(4 * START_S), newest(pair.workdir)
     is_same = step == expected[0] and all(np.array_equal(arrays[name], a, equal_nan=True) for name, a in expected[1].items())
     return {
-        **{"signal": sent.name, "moment": moment, "process": victim},
+        **{"signal": sent.name, "moment": moment, "reached": reached, "process": victim},
         "statuses": statuses,
         "said": said,
         "seconds": seconds,
@@ -166,7 +167,10 @@ def main():
         for number in range(num_faults):
             found.append(try_fault(number, Path(folder), expected))
             print(json.dumps(found[-1]), flush=True)
-    summary = {"faults": len(found), **{key: sum(fault[key] for fault in found) for key in ("ended", "by_jax", "resumed")}}
+    summary = {
+        "faults": len(found),
+        **{key: sum(fault[key] for fault in found) for key in ("reached", "ended", "by_jax", "resumed")},
+    }
     show(summary)
     settings = {"end_s": END_S, "total_steps": TOTAL_STEPS, "eval_every_steps": EVAL_EVERY}
     write("faults", arguments, settings, {"summary": summary, "faults": found}, is_shown=True)
