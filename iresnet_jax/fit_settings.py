@@ -49,7 +49,8 @@ NO_NOISE = 1e-9  # is lost in rounding, and shares the program of noise
 # Widths of the network on contexts, and weight decay: by the validation of posteriors of simulators.
 CONTEXT_HIDDEN = (128, 128, 32)
 DECAYS = (0.1, 0.3, 1.0)
-SIZES = {"large": (20, 128, 1e-2), "small": (4, 32, 3e-3)}  # blocks, width, learning rate
+SIZES = {"large": (20, 128, 1e-2), "medium": (10, 64, 1e-2), "small": (4, 32, 3e-3)}  # blocks, width, learning rate
+MANY = 10_000  # examples from which on a density gets the large network; with 1500 the medium one is as good, in half the time
 
 
 def choose_settings(
@@ -173,7 +174,7 @@ class Candidate:
         chosen: dict[str, Any] = {
             # A flow in front of a mixture starts as little more than the identity: the mixture alone may be the best.
             "model.last_scale": 0.01 if self.prior == "mixture" else 0.1,
-            "model.sharp": self.size == "large",
+            "model.sharp": self.size != "small",
             "optimizer.learning_rate": SIZES[self.size][-1],
         }
         if not self.has_own_stages:
@@ -190,7 +191,7 @@ class Candidate:
             yield dataclasses.replace(self, decay=DECAYS[DECAYS.index(self.decay) + 1])
         if self.noise is not None and self.noise < NOISES[-1]:
             yield dataclasses.replace(self, noise=NOISES[NOISES.index(self.noise) + 1])
-        if self.size == "large":
+        if self.size != "small":
             yield dataclasses.replace(self, size="small")
 
 
@@ -206,10 +207,12 @@ def plain_candidate(config: Config, data: DataSet, given: Iterable[str] = ()) ->
         return None
     is_plain = config.objective == "density" and not data.contexts and "model.prior" not in given
     prior = likelier_prior(_preprocessed(config, data, PRIOR_EXAMPLES)) if is_plain else None
-    size = "large" if len(data.examples["train"]) >= PER_COVARIANCE * data.event_shape[0] ** 2 else "small"
-    has_own_stages = "model.stages" in given
+    num, has_own_stages = len(data.examples["train"]), "model.stages" in given
+    size = "large" if num >= PER_COVARIANCE * data.event_shape[0] ** 2 else "small"
     if data.contexts:
         return Candidate(prior, size=size, has_own_stages=has_own_stages, decay=DECAYS[1])
+    if size == "large" and num < MANY and config.objective == "density":
+        size = "medium"
     is_noise_free = config.objective == "density" and "augmentation.noise" not in given
     components, noise = NUM_SCALES if prior == priors.SCALES else 0, NOISES[0] if is_noise_free else None
     return Candidate(prior, components, size=size, noise=noise, has_own_stages=has_own_stages)

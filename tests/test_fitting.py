@@ -18,7 +18,7 @@ from iresnet_jax import fitting
 from iresnet_jax.__main__ import main
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.fit_arguments import seeds_of
-from iresnet_jax.fit_settings import candidates, choose_settings
+from iresnet_jax.fit_settings import candidates, choose_settings, plain_candidate
 from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import run_folder, stored_programs
 from iresnet_jax.runs.loop import train
@@ -74,11 +74,11 @@ def raced(fitted, monkeypatch):
 
 
 MODES = (RNG.normal(size=(300, 2)) + 8 * RNG.integers(0, 2, (300, 1))).astype(np.float32)
-MIXTURE, GAUSSIAN = ("mixture", 20, 0.0, 1000), ("gaussian", 20, 0.0, 1000)
+MIXTURE, GAUSSIAN = ("mixture", 10, 0.0, 1000), ("gaussian", 10, 0.0, 1000)
 
 
 def test_a_run_that_still_improves_is_followed_by_longer_ones_until_time_is_over(raced):
-    longer, last = ("gaussian", 20, 0.0, 4000), ("gaussian", 20, 0.0, 10**6)
+    longer, last = ("gaussian", 10, 0.0, 4000), ("gaussian", 10, 0.0, 10**6)
     runs, history = raced({GAUSSIAN: (5.0, 1000, 5.0), longer: (4.0, 3950, 20.0), last: (3.0, 30_000, 150.0)})
     assert runs == [MIXTURE, GAUSSIAN, longer, last]
     assert [attempt.loss for attempt in history.attempts] == [9.0, 5.0, 4.0, 3.0]
@@ -105,7 +105,7 @@ def test_a_limit_of_time_is_one_of_all_runs_however_it_is_given(raced):
 
 
 def test_a_candidate_that_blows_up_leaves_the_models_of_others(raced):
-    longer = ("gaussian", 20, 0.0, 4000)
+    longer = ("gaussian", 10, 0.0, 4000)
     runs, history = raced({MIXTURE: (math.nan, 0, 1.0), GAUSSIAN: (5.0, 1000, 5.0), longer: (math.nan, 0, 20.0)})
     assert runs == [MIXTURE, GAUSSIAN, longer]
     assert [attempt.loss for attempt in history.attempts] == [5.0]
@@ -123,10 +123,19 @@ def test_an_interrupt_between_two_runs_keeps_the_models_of_both(raced, monkeypat
 
 
 def test_what_overfits_is_tried_with_noise_and_smaller(raced):
-    noisy, small = ("mixture", 20, 0.1, 1000), ("mixture", 4, 0.1, 1000)
+    noisy, small = ("mixture", 10, 0.1, 1000), ("mixture", 4, 0.1, 1000)
     runs, history = raced({MIXTURE: (5.0, 50, 1.0), noisy: (4.0, 100, 1.0), small: (3.0, 600, 1.0)})
-    assert runs == [MIXTURE, GAUSSIAN, noisy, ("mixture", 20, 0.3, 1000), small]
+    assert runs == [MIXTURE, GAUSSIAN, noisy, ("mixture", 10, 0.3, 1000), small]
     assert history.step == 600
+
+
+def test_the_network_grows_with_the_examples():
+    def size(num, **arrays):
+        data = from_arrays("a", Arrays(RNG.normal(size=(num, 2)), **arrays), fractions=(0.1, 0.0))
+        return plain_candidate(choose_settings(data), data).size
+
+    assert [size(num) for num in (16, 20, 10_000, 12_000)] == ["small", "medium", "medium", "large"]
+    assert size(200, context=RNG.normal(size=(200, 1))) == "large"
 
 
 def test_a_conditional_density_trains_twice_as_long_and_against_overfitting_with_weight_decay():
