@@ -24,8 +24,8 @@ def get_config(variant="0.9"):
     set_variant(config, variant)
     config.classifier.update({"pad_channels": 5, "mean": (0.1307,), "std": (0.3081,), "label_smoothing": 0.1})
     config.augmentation.crop_padding = 2
-    config.optimizer.update({"name": "muon", "momentum": 0.95, "nesterov": True, "learning_rate": 0.05, "weight_decay": 0.02})
-    config.training.update({"minutes": 30.0, "batch_size": 128, "eval_every_steps": 1000, "log_every_steps": 100})
+    config.optimizer.update({"name": "muon", "momentum": 0.95, "nesterov": True, "learning_rate": 0.02, "weight_decay": 0.1})
+    config.training.update({"minutes": 12.0, "batch_size": 128, "eval_every_steps": 500, "log_every_steps": 100})
     config.training.update({"ema_decay": 0.998, "eval_examples": 5000})
     config.references.values = (("i-ResNet, c = .9 (Behrmann et al. 2019), % error", 0.40),)
     return config
