@@ -201,7 +201,7 @@ def test_a_wrong_command_is_noticed(line, monkeypatch, capsys):
 
 README_ROWS = {
     "MNIST density, 28 x 28": "mnist_density_variational",
-    "MNIST classes": "mnist_classification",
+    "MNIST classes": "mnist_classification_muon",
     "Fashion-MNIST density": "fashion_mnist_density",
     "digits, density and classes": "digits_hybrid",
     "BSDS300 patches, density": "bsds300",

@@ -37,8 +37,9 @@ def figure(run: Run | None) -> Drawing:
         ValueError: If there are no records, or the run has no report yet.
     """
     rows = [row for path in sorted(RESULTS.glob(SWEEPS)) for row in _of_sweep(json.loads(path.read_text()))]
+    swept = {row["table"] for row in rows}
     reports = [row for path in sorted(RESULTS.glob(REPORTS)) for row in _of_report(path)]
-    rows += [row for row in reports if row["unit"] != "% error"]  # those of classifiers stand in the sweeps
+    rows += [row for row in reports if row["unit"] != "% error" or row["table"] not in swept]
     if run is not None:
         own = run.folder / "report.json"
         if not own.exists():

@@ -326,17 +326,20 @@ def check_name(name: str, known: Iterable[str]) -> None:
         raise ValueError(f"the config file knows no {name!r} after its colon: the names are {', '.join(names)}")
 
 
-def set_variant(config: Any, variant: str) -> None:
+def set_variant(config: Any, variant: str, *own: str) -> None:
     """Makes the config of a classifier that of another member of its family.
 
     Args:
         config: Config of a classifier, which this function changes.
         variant: A coefficient c such as "0.7"; "vanilla", the network without its constraint; or "batchnorm", an ordinary
             residual network with BatchNorm in its branches.
+        own: Variants that the config file makes itself; they change nothing here.
 
     Raises:
         ValueError: If the variant is none of these.
     """
+    if variant in own:
+        return
     if variant in ("vanilla", "batchnorm"):
         config.constraint.norms = "none"
         config.classifier.normalization = "actnorm" if variant == "vanilla" else "batchnorm"
@@ -344,4 +347,5 @@ def set_variant(config: Any, variant: str) -> None:
     try:
         config.model.coeff = float(variant)
     except ValueError:
-        raise ValueError(f"a variant is a coefficient such as 0.7, vanilla or batchnorm; got {variant!r}") from None
+        names = " or ".join(", ".join(("vanilla", "batchnorm", *own)).rsplit(", ", 1))
+        raise ValueError(f"a variant is a coefficient such as 0.7, {names}; got {variant!r}") from None

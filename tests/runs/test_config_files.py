@@ -62,6 +62,7 @@ VARIANTS = [
     ("digits_classification", None, 404_170),
     *(("digits_classification", name, None) for name in ("0.7", "vanilla")),
     *((f"{name}_classification", variant, None) for name in ("mnist", "fashion_mnist") for variant in (None, "vanilla")),
+    ("mnist_classification", "muon", 472_794),
     ("deblurring", "fashion_mnist", None),
     *(("iresnet_classification", name, None) for name in ("mnist", "cifar10", "cifar100")),
 ]
@@ -142,6 +143,7 @@ def test_a_cut_down_copy_takes_a_step(name, stages):
         ("residual_flow_density", "cifar1", "cifar10"),
         ("iresnet_classification", "cifar1", "cifar10"),
         ("digits_classification", "vanila", "vanilla"),
+        ("mnist_classification", "muo", "muon"),
     ],
 )
 def test_an_unknown_variant_is_answered_with_those_there_are(name, argument, known):
