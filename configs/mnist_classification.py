@@ -31,7 +31,7 @@ def get_config(variant="0.9"):
     config.augmentation.crop_padding = 2
     config.training.update({"batch_size": BATCH_SIZE, "ema_decay": 0.998, "eval_examples": 5000, "log_every_steps": 100})
     if is_wide:
-        # At a rate of .05 the scales of ActNorm grow until an inverse in float32 is off by .4.
+        # At a rate of .05 the scales of ActNorm grow until channels of zeros come back in float32 with errors of .4.
         config.optimizer.update(
             {"name": "muon", "momentum": 0.95, "nesterov": True, "learning_rate": 0.02, "weight_decay": 0.1}
         )
