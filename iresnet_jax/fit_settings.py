@@ -26,6 +26,7 @@ from iresnet_jax.training.trainer import STEPS_IN_TIME
 
 DEFAULT_MINUTES = 3.0
 FIRST_STEPS = 1000  # updates of the first run of each candidate
+FIRST_SHARE = 0.1  # of the time limit, which such a run has at most for its updates
 LONGER = 4  # factor on the updates of a run whose validation still improved at its end
 # The same of conditional densities: for 10,000 examples 2000 updates are best of 1000 to 4000 (slcp of benchmarks/sbibm.py).
 LONGER_GIVEN_CONTEXTS = 2
@@ -196,42 +197,53 @@ class Candidate:
 
 
 def plain_candidate(config: Config, data: DataSet, given: Iterable[str] = ()) -> Candidate | None:
-    """The candidate without a mixture: its prior has heavy or light tails, or scales, whichever is likelier before training.
+    """The candidate without a mixture: its prior has heavy or light tails, whichever are likelier before training.
 
     Args:
         config: Settings of all candidates.
         data: The data; images have no candidates.
         given: Names of settings that the user has chosen.
     """
+    return _plain(config, data, given)[0]
+
+
+def _plain(config: Config, data: DataSet, given: Iterable[str]) -> tuple[Candidate | None, bool]:
+    """The candidate without a mixture, and whether a prior of scales is clearly likelier before training."""
     if len(data.event_shape) != 1 or config.objective not in ("density", "hybrid"):
-        return None
+        return None, False
     is_plain = config.objective == "density" and not data.contexts and "model.prior" not in given
-    prior = likelier_prior(_preprocessed(config, data, PRIOR_EXAMPLES)) if is_plain else None
+    prior, has_scales = likelier_prior(_preprocessed(config, data, PRIOR_EXAMPLES)) if is_plain else (None, False)
     num, has_own_stages = len(data.examples["train"]), "model.stages" in given
     size = "large" if num >= PER_COVARIANCE * data.event_shape[0] ** 2 else "small"
     if data.contexts:
-        return Candidate(prior, size=size, has_own_stages=has_own_stages, decay=DECAYS[1])
+        return Candidate(prior, size=size, has_own_stages=has_own_stages, decay=DECAYS[1]), False
     if size == "large" and num < MANY and config.objective == "density":
         size = "medium"
     is_noise_free = config.objective == "density" and "augmentation.noise" not in given
-    components, noise = NUM_SCALES if prior == priors.SCALES else 0, NOISES[0] if is_noise_free else None
-    return Candidate(prior, components, size=size, noise=noise, has_own_stages=has_own_stages)
+    noise = NOISES[0] if is_noise_free else None
+    return Candidate(prior, size=size, noise=noise, has_own_stages=has_own_stages), has_scales
 
 
 def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> list[Candidate]:
     """The candidates that are tried first, of which the last is the plain one; none for images.
 
-    The other one of a conditional density has less weight decay. That of a density without contexts has a mixture as its prior,
-    with as many components as the Bayesian information criterion wants.
+    The other one of a conditional density has less weight decay. Those of a density without contexts have other priors: a
+    mixture, with as many components as the Bayesian information criterion wants, and scales, if vectors differ by far in
+    length. A flow behind scales starts ahead and learns slowly, so training decides.
     """
-    plain = plain_candidate(config, data, given)
+    plain, has_scales = _plain(config, data, given)
     if plain is not None and plain.decay is not None:
         return [dataclasses.replace(plain, decay=DECAYS[0]), plain]
-    if plain is None or plain.prior is None or data.event_shape[0] > MIXTURE_DIMS:
+    if plain is None or plain.prior is None:
         return [] if plain is None else [plain]
-    components = likeliest_components(_preprocessed(config, data, MIXTURE_EXAMPLES), config.seed)
-    is_more = components > 1 or config.preprocessing.transform != "whiten"  # than the prior of one normal distribution
-    return [dataclasses.replace(plain, prior="mixture", components=components)] * is_more + [plain]
+    found = [plain]
+    if has_scales:
+        found.insert(0, dataclasses.replace(plain, prior=priors.SCALES, components=NUM_SCALES))
+    if data.event_shape[0] <= MIXTURE_DIMS:
+        components = likeliest_components(_preprocessed(config, data, MIXTURE_EXAMPLES), config.seed)
+        if components > 1 or config.preprocessing.transform != "whiten":  # more than the prior of one normal distribution
+            found.insert(0, dataclasses.replace(plain, prior=priors.MIXTURE, components=components))
+    return found
 
 
 def _preprocessed(config: Config, data: DataSet, most: int) -> Float[np.ndarray, "n d"]:
@@ -242,10 +254,10 @@ def _preprocessed(config: Config, data: DataSet, most: int) -> Float[np.ndarray,
     return np.asarray(z, np.float64)[: len(x)]
 
 
-def likelier_prior(z: Float[np.ndarray, "n d"]) -> str:
-    """The prior under which preprocessed examples are likelier, before any training of the flow.
+def likelier_prior(z: Float[np.ndarray, "n d"]) -> tuple[str, bool]:
+    """The prior under which preprocessed examples are likelier, before any training of the flow; "logistic" has heavy tails.
 
-    "logistic" is for entries with heavy tails. "scales", for vectors whose lengths differ by far, is fitted to half of the
+    Also whether a prior of scales, for vectors whose lengths differ by far, is likelier still. It is fitted to half of the
     examples and has to be clearly likelier on the others: it would fit any lengths a little better.
     """
     parts = z[::2], z[1::2]
@@ -255,7 +267,7 @@ def likelier_prior(z: Float[np.ndarray, "n d"]) -> str:
     kind = max(PRIORS, key=lambda kind: sum(float(np.sum(part)) for part in found[kind]))
     gains = found[priors.SCALES][1].astype(np.float64) - found[kind][1]
     is_clear = len(gains) > 1 and gains.mean() > SCALES_GAIN + SCALES_ERRORS * gains.std(ddof=1) / math.sqrt(len(gains))
-    return priors.SCALES if is_clear else kind
+    return kind, bool(is_clear)
 
 
 @quick_jit

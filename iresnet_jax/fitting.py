@@ -16,6 +16,7 @@ from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.given import data_of
 from iresnet_jax.fit_arguments import checked_options, seeds_of
 from iresnet_jax.fit_settings import (
+    FIRST_SHARE,
     FIRST_STEPS,
     NO_LIMIT,
     Candidate,
@@ -263,8 +264,9 @@ class _Race:
         self._tried.add((candidate, num_steps))
         limit = {"training.minutes": max(self._left_s, 1.0) / 60 if math.isfinite(self._limit_s) else 0.0}
         config = with_settings(self._config, {**candidate.settings, **length(num_steps), **self._given, **limit})
+        most = FIRST_SHARE * self._limit_s if num_steps == FIRST_STEPS else math.inf
         try:
-            model, attempt = _fit_in_memory(config, self._data, self._say, self._stop, str(candidate), self._members)
+            model, attempt = _fit_in_memory(config, self._data, self._say, self._stop, str(candidate), self._members, most)
         except BlowUpError as error:
             self._blow_up = error
             self._say(f"{candidate}: given up, {error}")
@@ -273,11 +275,18 @@ class _Race:
 
 
 def _fit_in_memory(
-    config: Config, data: DataSet, say: Say, stop: StopRequests, what: str = "", members: tuple[int, ...] = ()
+    config: Config,
+    data: DataSet,
+    say: Say,
+    stop: StopRequests,
+    what: str = "",
+    members: tuple[int, ...] = (),
+    seconds: float = math.inf,
 ) -> tuple[Any, Attempt]:
     """One training run in memory, which ends once a signal is noted: its best model with the history, and how it went.
 
-    The seeds of several members make a list of models, which are trained together.
+    The seeds of several members make a list of models, which are trained together. A run may be limited to some seconds of
+    updates, whatever compiling takes.
     """
     prepare_backend(config.training.matmul_precision)
     check_batch_size(config.training, data)
@@ -289,6 +298,7 @@ def _fit_in_memory(
     else:
         trainer = Trainer(objectives[0], config.training, **options)
     trainer.validate()  # the start may be the best: a mixture is fitted before training
+    trainer.end_within(seconds)  # of here, where all is compiled
     batches = device_batches(objectives[0].examples, seed=members or config.seed, batch_size=config.training.batch_size)
     try:
         trainer.run(batches, lambda: stop.received is not None)

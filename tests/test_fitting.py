@@ -50,14 +50,16 @@ def raced(fitted, monkeypatch):
     def race(outcomes, minutes=3.0, interrupted=None, **options):
         runs, clock = [], [0.0]
         limits.clear()
+        firsts.clear()
 
-        def fit_in_memory(config, data, say, stop, what, seeds):
+        def fit_in_memory(config, data, say, stop, what, seeds, most):
             steps, noise = config.training.total_steps or 10**6, config.augmentation.noise
             run = (config.model.prior, config.model.stages[0].num_blocks, round(noise, 2), min(steps, 10**6))
             runs.append(run)
             loss, best_step, seconds = outcomes.get(run, (9.0, steps, 1.0))
             clock[0] += seconds
             limits.append(config.training.minutes)
+            firsts.append(most)
             check_finite({"nll": loss}, 0, steps, "rest")
             if run == interrupted:
                 signal.raise_signal(signal.SIGINT)
@@ -69,7 +71,8 @@ def raced(fitted, monkeypatch):
         return runs, ir.fit(MODES, minutes=minutes, progress=False, **options).history
 
     limits: list[float] = []
-    race.limits = limits
+    firsts: list[float] = []
+    race.limits, race.firsts = limits, firsts
     return race
 
 
@@ -81,6 +84,7 @@ def test_a_run_that_still_improves_is_followed_by_longer_ones_until_time_is_over
     longer, last = ("gaussian", 10, 0.0, 4000), ("gaussian", 10, 0.0, 10**6)
     runs, history = raced({GAUSSIAN: (5.0, 1000, 5.0), longer: (4.0, 3950, 20.0), last: (3.0, 30_000, 150.0)})
     assert runs == [MIXTURE, GAUSSIAN, longer, last]
+    np.testing.assert_allclose(raced.firsts, [18.0, 18.0, math.inf, math.inf])  # a tenth of three minutes
     assert [attempt.loss for attempt in history.attempts] == [9.0, 5.0, 4.0, 3.0]
     assert history.step == 30_000
     assert "time was over" in str(history)
@@ -102,6 +106,7 @@ def test_a_limit_of_time_is_one_of_all_runs_however_it_is_given(raced):
     assert "too little time" in history.ended
     runs, _ = raced({GAUSSIAN: (5.0, 500, 1e5)}, minutes=None, settings={"training.minutes": 0.0})
     assert raced.limits == [0.0, 0.0]
+    assert raced.firsts == [math.inf, math.inf]
 
 
 def test_a_candidate_that_blows_up_leaves_the_models_of_others(raced):
@@ -380,7 +385,7 @@ def test_candidates_follow_the_array():
     assert priors_of(MODES) == [("mixture", 2), ("gaussian", 0)]
     assert priors_of(rng.normal(size=(100, 70))) == [("gaussian", 0)]
     assert priors_of(rng.standard_t(2, size=(300, 70))) == [("logistic", 0)]
-    assert priors_of(rng.normal(size=(300, 70)) * rng.lognormal(size=(300, 1))) == [("scales", 16)]
+    assert priors_of(rng.normal(size=(300, 70)) * rng.lognormal(size=(300, 1))) == [("scales", 16), ("logistic", 0)]
     assert priors_of(MODES, **{"model.prior": "logistic"}) == [(None, 0)]
     data = from_arrays("a", Arrays(np.asarray(MODES, np.float32)), fractions=(0.1, 0.0))
     *_, given = candidates(choose_settings(data), data, ["augmentation.noise", "model.stages"])

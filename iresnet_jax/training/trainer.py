@@ -156,6 +156,11 @@ class Trainer:
             if after_step():
                 return
 
+    def end_within(self, seconds: float) -> None:
+        """Brings the time limit forward to so many seconds from now, if it is later."""
+        if math.isfinite(seconds):
+            self._limit_s = min(self._limit_s or math.inf, self.elapsed_s + seconds)
+
     def take_step(self, batch: Any) -> None:
         """Updates the state by one batch: a `TrainingStep` on every device, through `parallel.parallelize`."""
         self.state, metrics = self._compiled_step(self.state, batch)
@@ -224,7 +229,8 @@ class Trainer:
             return False
         if parallel.num_processes() > 1:  # whose clocks differ: they have agreed on the estimate
             return self.step - max(self._validated_step, self._first_step) > self._estimate / VALIDATIONS_IN_TIME
-        return time.monotonic() - self._validated_at > self._limit_s / VALIDATIONS_IN_TIME
+        whole = 60 * self._settings.minutes or self._limit_s  # of a shorter run, those of its steps are enough
+        return time.monotonic() - self._validated_at > whole / VALIDATIONS_IN_TIME
 
     @property
     def _is_last_step(self) -> bool:

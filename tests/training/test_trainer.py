@@ -54,9 +54,10 @@ def run(monkeypatch):
     """A finished run."""
     monkeypatch.setattr(trainer, "_compile_ahead", lambda *_: None)
 
-    def train(held_out=None, after_step=lambda: False, say=lambda line: None, batch=3.0, **settings):
+    def train(held_out=None, after_step=lambda: False, say=lambda line: None, batch=3.0, within=math.inf, **settings):
         settings = TrainingConfig(**{"total_steps": 12, "eval_every_steps": 3, "log_every_steps": 2, **settings})
         made = Trainer(objective_of(settings.schedule_steps, held_out), settings, say=say)
+        made.end_within(within)
         made.run(itertools.repeat(parallel.shard(np.full(8, batch, np.float32))), after_step)
         return made
 
@@ -109,6 +110,17 @@ def test_a_time_limit_ends_training_at_a_learning_rate_of_nearly_zero(run, monke
     rates = [record["learning_rate"] for record in made.records if record["split"] == "train"]
     assert rates[-1] < 0.05 * max(rates)
     assert 15 <= len(steps(made, "validation")) <= 25
+
+
+@pytest.mark.parametrize("settings", [{"minutes": 5.0}, {}])
+def test_a_time_limit_can_be_brought_forward(run, monkeypatch, settings):
+    clock = itertools.count(0, 0.1)
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(clock))
+    made = run(within=60.0, total_steps=1000, eval_every_steps=100_000, **settings)
+    assert 50 < made.elapsed_s < 75
+    assert made.step == int(made.state.horizon) < 300
+    rates = [record["learning_rate"] for record in made.records if record["split"] == "train"]
+    assert rates[-1] < 0.05 * max(rates)
 
 
 def test_several_processes_validate_and_end_by_the_estimate_that_they_agree_on(run, monkeypatch):
