@@ -117,6 +117,7 @@ def fit(
         >>> model = fit(x, minutes=3)  # doctest: +SKIP
         >>> samples, info = model.sample(jax.random.key(1), 16)  # doctest: +SKIP
     """
+    began = time.monotonic()
     ignore_missing_tpu()
     start_backend()
     keep_compiled_programs()
@@ -159,7 +160,7 @@ def fit(
     is_race = workdir is None and steps is None
     if is_race and (contenders := candidates(config, data, given)):
         with _stop_requests() as stop:
-            return _Race(config, data, given, say, stop, members).best(contenders)
+            return _Race(config, data, given, say, stop, members, began).best(contenders)
     # A folder is of one run, and so many steps are those of one, whose programs do not depend on the data's modes.
     plain = plain_candidate(config, data, given)
     config = with_settings(config, {**(plain.settings if plain else {}), **given})
@@ -193,13 +194,21 @@ class _Race:
         say: Takes a line of progress.
         stop: Notes a signal, at which the race ends.
         members: Seeds of several models that are wanted; empty for one.
+        began: When the time started that is limited: mixtures of many columns take long to fit.
     """
 
     def __init__(
-        self, config: Config, data: DataSet, given: Mapping[str, Any], say: Say, stop: StopRequests, members: tuple[int, ...]
+        self,
+        config: Config,
+        data: DataSet,
+        given: Mapping[str, Any],
+        say: Say,
+        stop: StopRequests,
+        members: tuple[int, ...],
+        began: float,
     ):
         self._config, self._data, self._given, self._say, self._stop, self._members = config, data, given, say, stop, members
-        self._began, self._limit_s = time.monotonic(), 60 * config.training.minutes or math.inf
+        self._began, self._limit_s = began, 60 * config.training.minutes or math.inf
         self._runs: list[tuple[Candidate, Attempt, Any]] = []
         self._tried: set[tuple[Candidate, int]] = set()  # with the updates that they were allowed
         self._blow_up: BlowUpError | None = None  # of the last run that failed
