@@ -187,6 +187,8 @@ def _stop_requests() -> StopRequests:
 class _Race:
     """Short runs of candidates, then longer ones of the best of them for as long as validation improves and time is left.
 
+    Where there is no time for first runs of `FIRST_STEPS` updates, the last candidate has what they leave.
+
     Args:
         config: Settings of all runs.
         data: The data.
@@ -212,11 +214,14 @@ class _Race:
         self._runs: list[tuple[Candidate, Attempt, Any]] = []
         self._tried: set[tuple[Candidate, int]] = set()  # with the updates that they were allowed
         self._blow_up: BlowUpError | None = None  # of the last run that failed
+        self._is_cut_short = False  # whether time ended a first run, which then says little
 
     def best(self, contenders: Sequence[Candidate]) -> Any:
         """The model that is best on validation, with all attempts in its history."""
         for candidate in contenders:
             self._run(candidate, FIRST_STEPS)
+        if self._is_cut_short:  # a good start is ahead after few updates: the plain one has to learn for longer
+            self._run(contenders[-1], NO_LIMIT)
         if not self._runs and self._blow_up is not None:
             raise self._blow_up
         ended = None
@@ -281,6 +286,7 @@ class _Race:
             self._say(f"{candidate}: given up, {error}")
             return
         self._runs.append((candidate, attempt, model))
+        self._is_cut_short |= attempt.num_steps < num_steps and attempt.seconds > 0.9 * most
 
 
 def _fit_in_memory(

@@ -43,8 +43,8 @@ def fitted(tmp_path_factory):
 def raced(fitted, monkeypatch):
     """``(outcomes, minutes) ->`` candidates and lengths of the runs of a race, and its history.
 
-    Outcomes are the loss and best step of the run of a candidate and length, and the seconds that it takes; a loss that is NaN
-    is a blow-up.
+    Outcomes are the loss and best step of the run of a candidate and length, the seconds that it takes and, if it ends early,
+    its steps; a loss that is NaN is a blow-up.
     """
 
     def race(outcomes, minutes=3.0, interrupted=None, **options):
@@ -56,7 +56,8 @@ def raced(fitted, monkeypatch):
             steps, noise = config.training.total_steps or 10**6, config.augmentation.noise
             run = (config.model.prior, config.model.stages[0].num_blocks, round(noise, 2), min(steps, 10**6))
             runs.append(run)
-            loss, best_step, seconds = outcomes.get(run, (9.0, steps, 1.0))
+            loss, best_step, seconds, *ended = outcomes.get(run, (9.0, steps, 1.0))
+            steps = ended[0] if ended else steps
             clock[0] += seconds
             limits.append(config.training.minutes)
             firsts.append(most)
@@ -91,6 +92,15 @@ def test_a_run_that_still_improves_is_followed_by_longer_ones_until_time_is_over
     runs, history = raced({GAUSSIAN: (5.0, 1000, 5.0), longer: (4.0, 3950, 20.0), last: (6.0, 900, 9.0)})
     assert runs == [MIXTURE, GAUSSIAN, longer, last]  # once
     assert "no longer improved" in history.ended
+
+
+def test_where_first_runs_are_cut_short_the_plain_candidate_learns_for_the_rest_of_the_time(raced):
+    last = ("gaussian", 10, 0.0, 10**6)
+    runs, history = raced({MIXTURE: (2.0, 0, 18.0, 80), GAUSSIAN: (5.0, 80, 18.0, 80), last: (1.0, 700, 140.0, 700)})
+    assert runs == [MIXTURE, GAUSSIAN, last]
+    assert (history.step, history.ended) == (700, "time was over")
+    patient = (2.0, 0, 5.0, 300)  # ended by itself
+    assert raced({MIXTURE: patient, GAUSSIAN: (5.0, 1000, 5.0)})[0][2] != last
 
 
 def test_a_limit_of_time_is_no_aim(raced):
