@@ -19,6 +19,7 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -212,7 +213,7 @@ def compared(kind, inputs, num_parameters, seconds, effort):
     model, log = train(model, inputs, seconds, validations, validate)
     values = evaluate(model, inputs, "test", num_test)
     clusters = values[: len(values) // EVAL_BATCH_SIZE * EVAL_BATCH_SIZE].reshape(-1, EVAL_BATCH_SIZE).mean(axis=1)
-    found = {
+    found: dict[str, Any] = {
         "bits_per_dim": float(values.mean()),
         "stderr": float(clusters.std(ddof=1) / math.sqrt(len(clusters))),  # images of a batch share random numbers
         "test_images": len(values),
@@ -223,7 +224,9 @@ def compared(kind, inputs, num_parameters, seconds, effort):
         "batch_size": BATCH_SIZE,
         "validation": log,
     }
-    return found | ({"exact": check(model, inputs, num_exact)} if kind == "residual" else {}), width
+    if kind == "residual":
+        found["exact"] = check(model, inputs, num_exact)
+    return found, width
 
 
 def main():
