@@ -36,7 +36,7 @@ from iresnet_jax.training.objectives.density import evaluation_keys
 try:
     import normflows as nf  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
-    from _pytorch import CONVERGED, POISSON, block, count_parameters, exact_log_prob, take_step
+    from _pytorch import CONVERGED, POISSON, MultiscaleFlow, block, count_parameters, exact_log_prob, take_step
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error}: install the packages of the extra 'bench'") from None
 
@@ -127,7 +127,7 @@ def build_glow(image_shape, width):
         channels //= 1 if side == sides[-1] else 2
         priors.append(nf.distributions.DiagGaussian((channels, side, side)))
     merges = [nf.flows.Merge() for _ in levels[1:]]
-    return nf.MultiscaleFlow(priors[::-1], levels[::-1], merges, class_cond=False)
+    return MultiscaleFlow(priors[::-1], levels[::-1], merges, class_cond=False)
 
 
 BUILD = {"residual": build_residual, "glow": build_glow}
