@@ -177,6 +177,8 @@ def test_the_command_writes_the_tables_of_the_records_and_of_a_run_without_its_d
     assert svg.startswith("<?xml")
     assert 'href="http' not in svg
     assert "Residual Flow 0.97" in svg
+    [width], [place] = re.findall(r'width="([\d.]+)pt"', svg), re.findall(r'x="([\d.]+)"[^>]*>published<', svg)[:1]
+    assert float(place) > (tables.COLUMNS[-1] - 0.02) * float(width)  # long cells do not squeeze the columns
     with (tmp_path / "tables.csv").open() as file:
         rows = list(csv.DictReader(file))
     value, low, high = (column(rows, name).astype(float) for name in ("value", "low", "high"))
