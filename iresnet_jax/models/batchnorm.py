@@ -19,9 +19,11 @@ def batchnorm_blocks(
     *,
     statistics: Tree | None = None,
     axis_name: str | None = None,
-    unroll: bool = False,
 ) -> tuple[Float[Array, "b ..."], Tree]:
     """The residual blocks of one stage with BatchNorm in front of every layer of their branch.
+
+    They are scanned over: XLA:CPU fuses blocks that are written out with the transposes of their gradients, and a training step
+    takes up to four times as long.
 
     Args:
         branch: The branch.
@@ -29,7 +31,6 @@ def batchnorm_blocks(
         x: Inputs.
         statistics: Statistics to normalise by, by layer, stacked over blocks; those of the batch by default.
         axis_name: Mapped axis of devices, see `head.batch_statistics`.
-        unroll: Write blocks out instead of scanning over them.
 
     Returns:
         The output and the statistics that were used.
@@ -46,7 +47,7 @@ def batchnorm_blocks(
         return x + branch.apply(weights, x, before_layer=normalize), used
 
     weights = {name: layer for name, layer in blocks.items() if name != "batchnorm"}
-    return lax.scan(step, x, ((blocks["batchnorm"], weights), statistics), unroll=unroll)
+    return lax.scan(step, x, ((blocks["batchnorm"], weights), statistics))
 
 
 def batchnorm_features(
@@ -56,7 +57,6 @@ def batchnorm_features(
     *,
     statistics: Tree | None = None,
     axis_name: str | None = None,
-    unroll: bool = False,
 ) -> tuple[Float[Array, "b ..."], dict[str, Any]]:
     """Features of all stages, and the statistics that were used; arguments as in `batchnorm_blocks`, by stage."""
     used = {}
@@ -64,8 +64,6 @@ def batchnorm_features(
         assert isinstance(stage.branch, FeedforwardSpec)  # BatchNorm stands in front of layers
         x = chain(stage.reshapes).forward(x)
         given = None if statistics is None else statistics[stage.name]["blocks"]
-        x, own = batchnorm_blocks(
-            stage.branch, weights[stage.name]["blocks"], x, statistics=given, axis_name=axis_name, unroll=unroll
-        )
+        x, own = batchnorm_blocks(stage.branch, weights[stage.name]["blocks"], x, statistics=given, axis_name=axis_name)
         used[stage.name] = {"blocks": own}
     return x, used

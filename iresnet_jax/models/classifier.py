@@ -148,7 +148,7 @@ class Classifier(Model):
         head: Parameters of the head, see `head.apply_head`.
         statistics: Running averages of BatchNorm: of the "head", and of every stage with BatchNorm.
         solver: Inverse of the blocks.
-        unroll: Whether blocks are unrolled instead of scanned.
+        unroll: Whether blocks are unrolled instead of scanned; those with BatchNorm are scanned always.
         rematerialize: What the backward pass recomputes, see `iresnet_jax.bijections.chain.repeat`; not with BatchNorm in
             the branches.
         bfloat16: Whether branches compute in bfloat16 on the way to features, see `flow_bijection`; not with BatchNorm either.
@@ -293,7 +293,7 @@ def training_logits(
         features, statistics = _features_in_parts(model, x, num_parts), {}
     else:
         assert num_parts == 1
-        features, statistics = batchnorm_features(model.spec.flow, model.weights, x, axis_name=axis_name, unroll=model.unroll)
+        features, statistics = batchnorm_features(model.spec.flow, model.weights, x, axis_name=axis_name)
     own = batch_statistics(features, axis_name=axis_name)
     return apply_head(model.head, own, features), {**statistics, "head": own}
 
