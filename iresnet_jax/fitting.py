@@ -1,6 +1,8 @@
 """`fit`: a model of an array, with settings chosen from the array and the machine; the same code as ``train.py``."""
 
+import contextlib
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -39,7 +41,7 @@ from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_interactive
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.together import Together, TrainerTogether
-from iresnet_jax.training.trainer import BlowUpError, Trainer, TrainingConfig
+from iresnet_jax.training.trainer import BlowUpError, Trainer, TrainingConfig, compile_ahead, meanwhile
 
 WORTHWHILE = 1.5  # times the time of the last run, which a longer one must have
 IMPROVING = 0.8  # share of its steps at which a run is best, above which a longer one is worthwhile
@@ -218,8 +220,8 @@ class _Race:
 
     def best(self, contenders: Sequence[Candidate]) -> Any:
         """The model that is best on validation, with all attempts in its history."""
-        for candidate in contenders:
-            self._run(candidate, FIRST_STEPS)
+        for candidate, following in zip(contenders, [*contenders[1:], None], strict=True):
+            self._run(candidate, FIRST_STEPS, following)
         if self._is_cut_short:  # a good start is ahead after few updates: the plain one has to learn for longer
             self._run(contenders[-1], NO_LIMIT)
         if not self._runs and self._blow_up is not None:
@@ -268,25 +270,42 @@ class _Race:
         is_last = self._left_s < candidate.longer * (1 + WORTHWHILE) * last.seconds
         return NO_LIMIT if is_last else candidate.longer * last.num_steps
 
-    def _run(self, candidate: Candidate, num_steps: int) -> None:
-        """Trains a candidate, unless there is a model and time is over or a signal was received; one may blow up alone."""
+    def _run(self, candidate: Candidate, num_steps: int, following: Candidate | None = None) -> None:
+        """Trains a candidate, unless there is a model and time is over or a signal was received; one may blow up alone.
+
+        The step of the following one is compiled meanwhile: small steps leave most cores idle.
+        """
         if self._runs and (self._stop.received or not self._is_time_left):
             return
         program, compiled = candidate.program, {tried.program for tried, _ in self._tried}
         length_of_run = f"up to {num_steps} steps" if num_steps < NO_LIMIT else "until time is over"
         self._say(f"{candidate}: {'' if program in compiled else 'compiling, then '}{length_of_run}")
         self._tried.add((candidate, num_steps))
-        limit = {"training.minutes": max(self._left_s, 1.0) / 60 if math.isfinite(self._limit_s) else 0.0}
-        config = with_settings(self._config, {**candidate.settings, **length(num_steps), **self._given, **limit})
+        config = self._config_of(candidate, num_steps)
         most = FIRST_SHARE * self._limit_s if num_steps == FIRST_STEPS else math.inf
+        beside = None
+        if following and not self._members:
+            beside = functools.partial(_compile, self._config_of(following, FIRST_STEPS), self._data)
+        run = self._data, self._say, self._stop, str(candidate), self._members, most, beside
         try:
-            model, attempt = _fit_in_memory(config, self._data, self._say, self._stop, str(candidate), self._members, most)
+            model, attempt = _fit_in_memory(config, *run)
         except BlowUpError as error:
             self._blow_up = error
             self._say(f"{candidate}: given up, {error}")
             return
         self._runs.append((candidate, attempt, model))
         self._is_cut_short |= attempt.num_steps < num_steps and attempt.seconds > 0.9 * most
+
+    def _config_of(self, candidate: Candidate, num_steps: int) -> Config:
+        limit = {"training.minutes": max(self._left_s, 1.0) / 60 if math.isfinite(self._limit_s) else 0.0}
+        return with_settings(self._config, {**candidate.settings, **length(num_steps), **self._given, **limit})
+
+
+def _compile(config: Config, data: DataSet) -> None:
+    """Compiles the training step of a later run."""
+    spec = model_spec(config, data)
+    objective = build_objective(config, data, spec)
+    compile_ahead(_STEPS.compiler(config, spec)(objective.training_step), objective, config.training.batch_size)
 
 
 def _fit_in_memory(
@@ -297,11 +316,12 @@ def _fit_in_memory(
     what: str = "",
     members: tuple[int, ...] = (),
     seconds: float = math.inf,
+    beside: Callable[[], None] | None = None,
 ) -> tuple[Any, Attempt]:
     """One training run in memory, which ends once a signal is noted: its best model with the history, and how it went.
 
     The seeds of several members make a list of models, which are trained together. A run may be limited to some seconds of
-    updates, whatever compiling takes.
+    updates, whatever compiling takes. ``beside`` is called in a thread of its own while steps are taken.
     """
     prepare_backend(config.training.matmul_precision)
     check_batch_size(config.training, data)
@@ -316,7 +336,8 @@ def _fit_in_memory(
     trainer.end_within(seconds)  # of here, where all is compiled
     batches = device_batches(objectives[0].examples, seed=members or config.seed, batch_size=config.training.batch_size)
     try:
-        trainer.run(batches, lambda: stop.received is not None)
+        with meanwhile(beside, say) if beside else contextlib.nullcontext():
+            trainer.run(batches, lambda: stop.received is not None)
     except BlowUpError as error:
         if what or trainer.best is None or not trainer.best.step:  # other candidates may do better, or there is nothing to keep
             raise

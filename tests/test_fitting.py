@@ -18,10 +18,12 @@ from iresnet_jax import fitting
 from iresnet_jax.__main__ import main
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.fit_arguments import seeds_of
-from iresnet_jax.fit_settings import candidates, choose_settings, plain_candidate
+from iresnet_jax.fit_settings import candidates, choose_settings, plain_candidate, with_settings
 from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import run_folder, stored_programs
 from iresnet_jax.runs.loop import train
+from iresnet_jax.runs.model_from_config import model_spec
+from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests
 from iresnet_jax.training.trainer import check_finite
 
@@ -51,8 +53,9 @@ def raced(fitted, monkeypatch):
         runs, clock = [], [0.0]
         limits.clear()
         firsts.clear()
+        ahead.clear()
 
-        def fit_in_memory(config, data, say, stop, what, seeds, most):
+        def fit_in_memory(config, data, say, stop, what, seeds, most, beside):
             steps, noise = config.training.total_steps or 10**6, config.augmentation.noise
             run = (config.model.prior, config.model.stages[0].num_blocks, round(noise, 2), min(steps, 10**6))
             runs.append(run)
@@ -61,6 +64,8 @@ def raced(fitted, monkeypatch):
             clock[0] += seconds
             limits.append(config.training.minutes)
             firsts.append(most)
+            if beside:
+                ahead.append(beside.args[0].model.prior)
             check_finite({"nll": loss}, 0, steps, "rest")
             if run == interrupted:
                 signal.raise_signal(signal.SIGINT)
@@ -73,7 +78,8 @@ def raced(fitted, monkeypatch):
 
     limits: list[float] = []
     firsts: list[float] = []
-    race.limits, race.firsts = limits, firsts
+    ahead: list[str] = []  # priors of candidates that are compiled while another one is trained
+    race.limits, race.firsts, race.ahead = limits, firsts, ahead
     return race
 
 
@@ -107,6 +113,17 @@ def test_a_limit_of_time_is_no_aim(raced):
     runs, history = raced({GAUSSIAN: (5.0, 700, 4.0)})
     assert runs == [MIXTURE, GAUSSIAN]
     assert "no longer improved" in history.ended
+    assert raced.ahead == ["gaussian"]
+
+
+def test_a_step_that_is_compiled_ahead_is_the_one_that_a_run_takes(data_of):
+    settings = {"model.stages": [{"num_blocks": 1, "hidden": (8,)}]}
+    data = data_of(X[:64])
+    config = with_settings(choose_settings(data), settings)
+    fitting._compile(config, data)
+    spec = model_spec(config, data)
+    step = fitting._STEPS.compiler(config, spec)(build_objective(config, data, spec).training_step)
+    assert "HloModule" in step.program
 
 
 def test_a_limit_of_time_is_one_of_all_runs_however_it_is_given(raced):

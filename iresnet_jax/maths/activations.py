@@ -126,12 +126,12 @@ def maxmin(x: Float[Array, "... c"]) -> Float[Array, "... c"]:
         >>> maxmin(jnp.array([1.0, 3.0, 5.0, 2.0]))
         Array([3., 1., 5., 2.], dtype=float32)
     """
-    *lead, c = x.shape
+    c = x.shape[-1]
     if c % 2:
         raise ValueError(f"maxmin sorts pairs of channels and needs an even number of them, got {c}: add one channel")
-    pairs = x.reshape(*lead, c // 2, 2)
-    first, second = pairs[..., 0], pairs[..., 1]
-    return jnp.stack([jnp.maximum(first, second), jnp.minimum(first, second)], axis=-1).reshape(x.shape)
+    is_first = jnp.arange(c) % 2 == 0
+    neighbour = jnp.where(is_first, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))  # faster on XLA:CPU than pairs
+    return jnp.where(is_first, jnp.maximum(x, neighbour), jnp.minimum(x, neighbour))
 
 
 @jax.custom_jvp

@@ -22,6 +22,10 @@ QUICK: Mapping[str, int | bool] = {"xla_backend_optimization_level": 1}
 if version("jaxlib").startswith("0.10."):  # later ones do not know the option, which they refuse
     QUICK = {**QUICK, "xla_cpu_use_fusion_emitters": False}
 
+# Of programs that run once or twice in a training: LLVM optimises nothing, and compiling takes less than half of the time.
+# Matrix products and convolutions run as before, what is elementwise takes several times as long.
+RARE: Mapping[str, int | bool] = {**QUICK, "xla_backend_optimization_level": 0}
+
 _ARRAYS = jax.Array | np.ndarray | np.generic | bool | int | float
 _chosen = jax.make_user_context(default_value=None)  # JAX traces a function again if it changes
 _speed = jax.make_user_context(default_value=None)  # of compiling: None or "quick"
@@ -45,10 +49,10 @@ def is_slow_in_place() -> bool:
     return platform() == "cpu" and str(asked.get("xla_cpu_use_fusion_emitters")).lower() == "false"
 
 
-def quick_options() -> dict[str, int | bool]:
-    """`QUICK` on a CPU, less what ``XLA_FLAGS`` says otherwise; nothing on accelerators."""
-    flags = _flags()
-    return {name: value for name, value in QUICK.items() if name not in flags} if platform() == "cpu" else {}
+def quick_options(*, is_rare: bool = False) -> dict[str, int | bool]:
+    """`QUICK` or `RARE` on a CPU, less what ``XLA_FLAGS`` says otherwise; nothing on accelerators."""
+    options, flags = RARE if is_rare else QUICK, _flags()
+    return {name: value for name, value in options.items() if name not in flags} if platform() == "cpu" else {}
 
 
 def lower_quickly(mapped: Any, *arguments: Any) -> Any:
@@ -62,10 +66,13 @@ def compile_quickly(lowered: Any) -> Any:
     return lowered.compile(compiler_options=quick_options() or None)
 
 
-def quick_jit(function: Callable[..., Any], *, static_argnums: tuple[int, ...] = ()) -> Callable[..., Any]:
+def quick_jit(
+    function: Callable[..., Any], *, static_argnums: tuple[int, ...] = (), is_rare: bool = False
+) -> Callable[..., Any]:
     """``jax.jit`` by `quick_options`, with products in float32 where an accelerator's default would be coarser.
 
     Within other programs, which have options of their own, and with objects that JAX does not know, it is the function itself.
+    A program that runs rarely is compiled by `RARE`.
     """
 
     @functools.lru_cache
@@ -78,7 +85,7 @@ def quick_jit(function: Callable[..., Any], *, static_argnums: tuple[int, ...] =
         if not all(isinstance(leaf, _ARRAYS) and not isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
             return function(*arguments)
         with _speed("quick"), _precise():
-            return program(*quick_options().items())(*arguments)
+            return program(*quick_options(is_rare=is_rare).items())(*arguments)
 
     return call
 

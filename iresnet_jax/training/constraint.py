@@ -67,7 +67,7 @@ def validation_constraint(settings: ConstraintConfig, spec: FlowSpec) -> Constra
 
     One function for all models of one architecture, which share its program.
     """
-    return quick_jit(_constraint(settings, spec, rtol=settings.rtol))
+    return quick_jit(_constraint(settings, spec, rtol=settings.rtol), is_rare=True)
 
 
 def validated_model(
@@ -113,7 +113,8 @@ def certified_weights(spec: Spec, stages: Any) -> Any:
     return _freeze(spec.flow, stages) if spec.constrained else contractions.with_bounds(spec.flow, stages, constrained=False)
 
 
-_freeze = quick_jit(contractions.freeze, static_argnums=(0,))  # one function: runs of one architecture share its program
+# One function: runs of one architecture share its program.
+_freeze = quick_jit(contractions.freeze, static_argnums=(0,), is_rare=True)
 
 
 def _as_they_are(spec: FlowSpec, params: Any, spectral: Any) -> contractions.ConstrainedFlow:

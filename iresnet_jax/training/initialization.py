@@ -166,7 +166,7 @@ def _noise(spec: Spec, key: Key[Array, ""]) -> dict[str, dict[str, Any]]:
     return {"params": {}, "spectral": {}} if spec.flow.noise is None else _noise_of(spec.flow, key)
 
 
-@functools.partial(quick_jit, static_argnums=(0,))
+@functools.partial(quick_jit, static_argnums=(0,), is_rare=True)
 def _noise_of(spec: FlowSpec, key: Key[Array, ""]) -> dict[str, dict[str, Any]]:
     params = noise.initial_params(spec, jax.random.fold_in(key, 3))
     iterates = initial_iterates(spec, jax.random.fold_in(key, 4))
@@ -263,4 +263,4 @@ def _program(module: Any) -> Callable[..., Any]:
     def create(key, inputs, last_scale=1.0):
         return module.clone(last_scale=last_scale).init(key, *inputs)
 
-    return quick_jit(create)
+    return quick_jit(create, is_rare=True)

@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from iresnet_jax.maths.logdet.config import LogdetConfig
+from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models.contractions import ConstrainedFlow
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.training.constraint import Constrain
@@ -59,7 +60,7 @@ class TrainState(NamedTuple):
     constants: Any
 
 
-@functools.partial(jax.jit, static_argnums=1)  # so that all copies are one program
+@functools.partial(quick_jit, static_argnums=(1,), is_rare=True)  # so that all copies are one program
 def first_state(variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first update, of variables by collection: "params", "spectral" and "batch_stats"."""
     params = jax.tree.map(jnp.copy, variables["params"])  # a buffer each: the step is given the state, and frees it

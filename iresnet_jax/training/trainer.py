@@ -126,7 +126,7 @@ class Trainer:
         self.records: list[dict[str, Any]] = []
         self.best: Best | None = None
         self._use_terms(objective.num_terms)
-        with _meanwhile(lambda: _compile_ahead(self._compiled_step, objective, settings.batch_size), say):
+        with meanwhile(lambda: compile_ahead(self._compiled_step, objective, settings.batch_size), say):
             self.state, self.step, self._losses = self.restored(objective.initial_state())
             parallel.check_equal_on_all_devices(self.state)
         # A run that has ended stays ended; one with a time limit ends at the step that time turns out to allow.
@@ -351,7 +351,7 @@ def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_ste
 
 
 @contextlib.contextmanager
-def _meanwhile(function: Callable[[], None], say: Callable[[str], None]) -> Iterator[None]:
+def meanwhile(function: Callable[[], None], say: Callable[[str], None]) -> Iterator[None]:
     """Runs a function in a thread of its own beside the body of ``with``, and raises what it raises."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         done = pool.submit(parallel.in_this_precision(function))
@@ -364,7 +364,7 @@ def _meanwhile(function: Callable[[], None], say: Callable[[str], None]) -> Iter
             raise
 
 
-def _compile_ahead(step: CompiledStep, objective: Objective, batch_size: int) -> None:
+def compile_ahead(step: CompiledStep, objective: Objective, batch_size: int) -> None:
     """Compiles a step for the objective's first state; steps of several processes, which meet in it, compile when called."""
     if parallel.num_processes() == 1 and isinstance(step, parallel.ParallelStep):
         step.compile(objective.abstract_state(), jax.eval_shape(parallel.shard, objective.abstract_batch(batch_size)))

@@ -64,7 +64,8 @@ def test_programs_that_are_compiled_quickly_are_traced_for_the_older_emitters(mo
     options = []
     monkeypatch.setattr(jax, "jit", lambda function, compiler_options=None, **_: options.append(compiler_options) or function)
     assert float(platforms.quick_jit(asks)(1.0)) == 3
-    assert options == [platforms.QUICK]
+    assert float(platforms.quick_jit(asks, is_rare=True)(1.0)) == 3
+    assert options == [platforms.QUICK, platforms.RARE]
     assert float(asks(1.0)) == 2
 
 

@@ -63,6 +63,7 @@ VARIANTS = [
     *(("digits_classification", name, None) for name in ("0.7", "vanilla")),
     *((f"{name}_classification", variant, None) for name in ("mnist", "fashion_mnist") for variant in (None, "vanilla")),
     ("mnist_classification", "muon", 472_794),
+    ("cifar10_classification", None, 721_738),
     ("deblurring", "fashion_mnist", None),
     *(("iresnet_classification", name, None) for name in ("mnist", "cifar10", "cifar100")),
 ]
@@ -144,6 +145,7 @@ def test_a_cut_down_copy_takes_a_step(name, stages):
         ("iresnet_classification", "cifar1", "cifar10"),
         ("digits_classification", "vanila", "vanilla"),
         ("mnist_classification", "muo", "muon"),
+        ("cifar10_classification", "batchnrm", "batchnorm"),
     ],
 )
 def test_an_unknown_variant_is_answered_with_those_there_are(name, argument, known):
@@ -151,14 +153,15 @@ def test_an_unknown_variant_is_answered_with_those_there_are(name, argument, kno
         get_config(name, argument)
 
 
-@pytest.mark.parametrize("name", ["digits_classification", "mnist_classification", "fashion_mnist_classification"])
-def test_a_variant_changes_the_constraint_and_at_most_the_learning_rate(name):
+@pytest.mark.parametrize(("name", "rate"), [("digits", 0.1), ("mnist", 0.1), ("fashion_mnist", 0.1), ("cifar10", 0.02)])
+def test_a_variant_changes_the_constraint_and_at_most_the_learning_rate(name, rate):
+    name += "_classification"
     plain, half, vanilla = (to_plain(get_config(name, variant)) for variant in (None, "0.5", "vanilla"))
     batchnorm = to_plain(get_config(name, "batchnorm"))
     half["model"]["coeff"] = 0.9
     batchnorm["classifier"]["normalization"] = "actnorm"
     assert batchnorm == vanilla
-    assert vanilla["optimizer"]["learning_rate"] == 0.1
+    assert vanilla["optimizer"]["learning_rate"] == rate
     vanilla["constraint"]["norms"] = "estimated"
     vanilla["optimizer"]["learning_rate"] = plain["optimizer"]["learning_rate"]
     assert plain == half == vanilla

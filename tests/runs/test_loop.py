@@ -211,7 +211,7 @@ def test_a_run_is_saved_between_validations_that_are_far_apart(config, tmp_path,
 
 # Each is a function that tells when it is entered, how long after that the signal comes, and whether the step is saved first.
 MOMENTS = {
-    "compilation": ("iresnet_jax.training.trainer", "_compile_ahead", 0.1, False),
+    "compilation": ("iresnet_jax.training.trainer", "compile_ahead", 0.1, False),
     "checkpoint": ("iresnet_jax.runs.checkpoints", "_write", 0.0, True),
     "report": ("iresnet_jax.report.run_report", "write", 0.1, False),
 }

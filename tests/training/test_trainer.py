@@ -52,7 +52,7 @@ def objective_of(total_steps, held_out=None):
 @pytest.fixture
 def run(monkeypatch):
     """A finished run."""
-    monkeypatch.setattr(trainer, "_compile_ahead", lambda *_: None)
+    monkeypatch.setattr(trainer, "compile_ahead", lambda *_: None)
 
     def train(held_out=None, after_step=lambda: False, say=lambda line: None, batch=3.0, within=math.inf, **settings):
         settings = TrainingConfig(**{"total_steps": 12, "eval_every_steps": 3, "log_every_steps": 2, **settings})
