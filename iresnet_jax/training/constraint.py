@@ -67,7 +67,7 @@ def validation_constraint(settings: ConstraintConfig, spec: FlowSpec) -> Constra
 
     One function for all models of one architecture, which share its program.
     """
-    return quick_jit(_constraint(settings, spec, rtol=settings.rtol), is_rare=True)
+    return quick_jit(_constraint(settings, spec, rtol=settings.rtol))
 
 
 def validated_model(

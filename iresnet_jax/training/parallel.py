@@ -328,9 +328,15 @@ def on_first_device(tree: Any) -> Any:
 def on_local_devices(tree: Any, *, num_devices: int | None = None) -> Any:
     """Arrays on each device of this process, or on its first ``num_devices``; an evaluation has to copy a state that is not."""
     placement = _replicated(jax.local_device_count() if num_devices is None else num_devices)
-    if all(getattr(leaf, "sharding", None) == placement for leaf in jax.tree.leaves(tree)):
+    leaves, structure = jax.tree.flatten(tree)
+    elsewhere = [place for place, leaf in enumerate(leaves) if getattr(leaf, "sharding", None) != placement]
+    if not elsewhere:
         return tree
-    return jax.device_put(tree, placement, may_alias=False)  # an alias of the caller's arrays could not be donated
+    # Not those that are there: a run changes one number of its state now and then. An alias could not be donated.
+    placed = jax.device_put([leaves[place] for place in elsewhere], placement, may_alias=False)
+    for place, leaf in zip(elsewhere, placed, strict=True):
+        leaves[place] = leaf
+    return jax.tree.unflatten(structure, leaves)
 
 
 @functools.cache
