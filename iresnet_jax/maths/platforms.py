@@ -22,8 +22,8 @@ QUICK: Mapping[str, int | bool] = {"xla_backend_optimization_level": 1}
 if version("jaxlib").startswith("0.10."):  # later ones do not know the option, which they refuse
     QUICK = {**QUICK, "xla_cpu_use_fusion_emitters": False}
 
-# Of programs that run once or twice in a training: LLVM optimises nothing, and compiling takes less than half of the time.
-# Matrix products and convolutions run as before, what is elementwise takes several times as long.
+# Of programs that run once in a training: LLVM optimises nothing, and compiling takes less than half of the time. Products and
+# convolutions run as before, all else takes several times as long: fresh variables gain, certificates of large models do not.
 RARE: Mapping[str, int | bool] = {**QUICK, "xla_backend_optimization_level": 0}
 
 _ARRAYS = jax.Array | np.ndarray | np.generic | bool | int | float

@@ -113,8 +113,7 @@ def certified_weights(spec: Spec, stages: Any) -> Any:
     return _freeze(spec.flow, stages) if spec.constrained else contractions.with_bounds(spec.flow, stages, constrained=False)
 
 
-# One function: runs of one architecture share its program.
-_freeze = quick_jit(contractions.freeze, static_argnums=(0,), is_rare=True)
+_freeze = quick_jit(contractions.freeze, static_argnums=(0,))  # one function: runs of one architecture share its program
 
 
 def _as_they_are(spec: FlowSpec, params: Any, spectral: Any) -> contractions.ConstrainedFlow:

@@ -63,14 +63,17 @@ class TrainState(NamedTuple):
 @functools.partial(quick_jit, static_argnums=(1,), is_rare=True)  # so that all copies are one program
 def first_state(variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first update, of variables by collection: "params", "spectral" and "batch_stats"."""
-    params = jax.tree.map(jnp.copy, variables["params"])  # a buffer each: the step is given the state, and frees it
+    # A buffer each: the step is given the state, and frees it.
+    params, spectral, batch_stats = (
+        jax.tree.map(jnp.copy, variables.get(name, {})) for name in ("params", "spectral", "batch_stats")
+    )
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        spectral=variables.get("spectral", {}),
+        spectral=spectral,
         ema=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
-        batch_stats=variables.get("batch_stats", {}),
+        batch_stats=batch_stats,
         num_terms=jnp.int32(0),
         horizon=jnp.int32(1),
         constants={},
