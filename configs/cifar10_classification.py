@@ -3,7 +3,7 @@
     python train.py --config=configs/cifar10_classification.py --workdir=runs/cifar10_classification
 
 Variants after a colon: a number is the coefficient c in place of .9, such as :0.7; :vanilla is the unconstrained twin, and
-:batchnorm an ordinary residual network with BatchNorm in its branches. Each takes 75 minutes, whatever the machine.
+:batchnorm an ordinary residual network with BatchNorm in its branches. Each takes 100 minutes, whatever the machine.
 """
 
 from iresnet_jax.runs.config import default_config, set_variant
@@ -25,6 +25,6 @@ def get_config(variant="0.9"):
     config.classifier.label_smoothing = 0.1
     config.augmentation.update({"crop_padding": 4, "flip": True})
     config.optimizer.update({"name": "muon", "momentum": 0.95, "nesterov": True, "learning_rate": 0.02, "weight_decay": 0.1})
-    config.training.update({"minutes": 75.0, "batch_size": 128, "ema_decay": 0.998, "eval_examples": 5000})
+    config.training.update({"minutes": 100.0, "batch_size": 128, "ema_decay": 0.998, "eval_examples": 5000})
     config.training.update({"eval_every_steps": 500, "log_every_steps": 100})
     return config
