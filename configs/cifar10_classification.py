@@ -20,6 +20,7 @@ def get_config(variant="0.9"):
         {**block, "num_blocks": 4, "hidden": (168,), "squeeze": 2, "preactivation": True},
         {**block, "num_blocks": 3, "hidden": (80,), "squeeze": 2, "preactivation": True},
     )
+    config.model.budget = "block"  # c bounds g, not each of its two layers
     set_variant(config, variant)
     config.classifier.update({"pad_channels": 1, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)})
     config.classifier.label_smoothing = 0.1
