@@ -19,7 +19,7 @@ def prepare_jax(config=None, *, keeps_memory=True):
     Without a config it is what a command for a trained model does, with one device a core. Without ``keeps_memory`` the C
     library's memory is as it is by default.
     """
-    from iresnet_jax.runs import allocator, machine
+    from iresnet_jax.runs import allocator, machine, stored_programs
     from iresnet_jax.runs.config import Config
 
     allocator.collect_garbage_rarely()
@@ -29,18 +29,19 @@ def prepare_jax(config=None, *, keeps_memory=True):
             allocator.keep_freed_memory()
         machine.compile_quickly()
     machine.use_all_cores(config or Config())
-    machine.keep_compiled_programs()
+    stored_programs.keep_compiled_programs()
 
 
 def training_step(config, data):
     """The step of train.py: for one device and for all, the state before the first, examples for batches, name of the loss."""
-    from iresnet_jax.runs import loop, stored_programs
+    from iresnet_jax.runs import loop
     from iresnet_jax.runs.machine import prepare_backend
+    from iresnet_jax.training import parallel
 
     prepare_backend(config.training.matmul_precision)
     objective = loop.build_objective(config, data)
     state, examples = objective.initial_state(), objective.examples
-    return objective.training_step, stored_programs.parallelize(objective.training_step), state, examples, objective.name
+    return objective.training_step, parallel.parallelize(objective.training_step), state, examples, objective.name
 
 
 def _peak_bytes():
@@ -136,6 +137,40 @@ class OurSteps(Steps):
     def num_devices(self):
         """Devices that share a batch."""
         return self._jax.device_count()
+
+    def export(self, folder):
+        """Leaves the step's program, before it is compiled, and what it was given to a process of `ExportedSteps`."""
+        import numpy as np
+
+        from iresnet_jax.maths import platforms
+        from iresnet_jax.training import parallel
+
+        jax = self._jax
+        whole = jax.tree.map(lambda rows: np.asarray(rows).reshape(-1, *rows.shape[2:]), next(self._feed))
+        leaves, structure = jax.tree.flatten((jax.device_get(self._state), whole))
+        step = parallel.for_devices(self._of_device, jax.devices())
+        flat = jax.jit(lambda *leaves: jax.tree.leaves(step(*jax.tree.unflatten(structure, leaves))))
+        Path(folder, ExportedSteps.PROGRAM).write_bytes(jax.export.export(flat)(*leaves).serialize())
+        np.savez(Path(folder, ExportedSteps.GIVEN), *leaves)
+        return {"num_devices": jax.device_count(), "options": platforms.quick_options()}
+
+
+class ExportedSteps:
+    """The program that `OurSteps.export` left, compiled and run by JAX alone: a first step without this library."""
+
+    PROGRAM, GIVEN = "step.jax", "given.npz"
+
+    def __init__(self, folder, num_devices, options):
+        import jax
+        import jax.export
+        import numpy as np
+
+        jax.config.update("jax_num_cpu_devices", num_devices)
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder, "programs")))
+        step = jax.jit(
+            jax.export.deserialize(bytearray(Path(folder, self.PROGRAM).read_bytes())).call, compiler_options=options
+        )
+        jax.block_until_ready(step(*np.load(Path(folder, self.GIVEN)).values()))
 
 
 class TorchSteps(Steps):

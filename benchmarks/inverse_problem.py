@@ -24,7 +24,7 @@ from _variational import Spectra, minimize_total_variation, tikhonov
 
 from iresnet_jax.evaluation import inverse_problem
 from iresnet_jax.models.reconstructor import Reconstructor
-from iresnet_jax.runs import machine
+from iresnet_jax.runs import machine, stored_programs
 from iresnet_jax.runs.loop import load_data, train
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.model_from_config import reconstructor_spec
@@ -118,7 +118,7 @@ def main():
     options.add_argument("--workdir", type=Path, metavar="DIR", help="keeps the runs in folders of this one")
     arguments = options.parse_args()
     machine.compile_quickly()
-    machine.keep_compiled_programs()
+    stored_programs.keep_compiled_programs()
     num_validation, num_test = (32, 32) if arguments.quick else (NUM_VALIDATION, NUM_TEST)
     noises = arguments.noise[:1] if arguments.quick else arguments.noise
     constants = arguments.lipschitz[:1] if arguments.quick else arguments.lipschitz

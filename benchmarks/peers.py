@@ -16,6 +16,7 @@ flows are measured is in _peers_trained.py.
 
 import argparse
 import importlib.metadata
+import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -109,14 +110,22 @@ def steps(arguments, start, folder):
 
 
 def startups(arguments, start, folder):
-    """Seconds from the start of a process until the first training step of the digits density is done."""
-    cases = step_cases(read_config(DIGITS), folder)
-    measured = {"ours, cold": [], "ours, warm": [], NORMFLOWS: []}
+    """Seconds from the start of a process until the first training step of the digits density is done.
+
+    A floor is that of a process that reads the step's program, and has nothing to trace, to initialise, or to import but JAX.
+    """
+    cases = {name: (case, {**given, "warmup": 1}) for name, (case, given) in step_cases(read_config(DIGITS), folder).items()}
+    worker = start(most_cores(), "_steps", *cases[OURS], own_cache(folder, "exporting"))
+    exported = {"folder": str(folder), **worker.ask("export", folder=str(folder))}
+    worker.stop()
+    measured = {"ours, cold": [], "ours, warm": [], "floor, cold": [], "floor, warm": [], NORMFLOWS: []}
     for number in range(2 if arguments.quick else 3):
         for name, own in measured.items():
-            case, given = cases.get(name, cases[OURS])
+            case, given = ("ExportedSteps", exported) if name.startswith("floor") else cases.get(name, cases[OURS])
             environment = own_cache(folder, f"startup_{number}")  # empty for the first of the two that share it
-            worker = start(most_cores(), "_steps", case, {**given, "warmup": 1}, environment)
+            if name == "floor, cold":
+                shutil.rmtree(folder / "programs", ignore_errors=True)
+            worker = start(most_cores(), "_steps", case, given, environment)
             own.append(worker.ready_s)
             worker.stop()
     return {name: Timing(tuple(seconds)).summary() for name, seconds in measured.items()}

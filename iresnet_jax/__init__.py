@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from iresnet_jax.evaluation.energies import evaluate_energy
     from iresnet_jax.fitting import fit
     from iresnet_jax.loss_training import train
-    from iresnet_jax.runs.machine import keep_compiled_programs
+    from iresnet_jax.runs.stored_programs import keep_compiled_programs
     from iresnet_jax.training.unconstrained import Unconstrained
 
 __all__ = [
@@ -110,7 +110,7 @@ _TRAINING = {
     "evaluate_energy": "iresnet_jax.evaluation.energies",
     "fit": "iresnet_jax.fitting",
     "fit_energy": "iresnet_jax.energy_fitting",
-    "keep_compiled_programs": "iresnet_jax.runs.machine",
+    "keep_compiled_programs": "iresnet_jax.runs.stored_programs",
     "train": "iresnet_jax.loss_training",
 }
 

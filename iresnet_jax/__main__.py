@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from iresnet_jax.runs import allocator, machine
 from iresnet_jax.runs.command_line import Parser, explain_failures, quiet_backends
 from iresnet_jax.runs.signals import end_at_signals
+from iresnet_jax.runs.stored_programs import keep_compiled_programs
 
 
 def count(text: str, least: int = 1) -> int:
@@ -210,7 +211,7 @@ def run(argv: Sequence[str]) -> int:
     from iresnet_jax import commands  # slow to import: --help and mistakes are answered without it
     from iresnet_jax.runs import trained_run
 
-    machine.keep_compiled_programs()
+    keep_compiled_programs()
     execute = getattr(commands, arguments.command)
     if command.takes_config:
         return 0 if execute(arguments, rest) else 1

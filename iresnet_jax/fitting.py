@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -34,11 +34,12 @@ from iresnet_jax.runs import run_folder, trained_run
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.loop import check_batch_size, train
-from iresnet_jax.runs.machine import ignore_missing_tpu, keep_compiled_programs, prepare_backend, start_backend
+from iresnet_jax.runs.machine import ignore_missing_tpu, prepare_backend, start_backend
 from iresnet_jax.runs.metrics import Lines, read_metrics
 from iresnet_jax.runs.model_from_config import identity_context, model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_interactive
+from iresnet_jax.runs.stored_programs import keep_compiled_programs
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.together import Together, TrainerTogether
 from iresnet_jax.training.trainer import BlowUpError, Trainer, TrainingConfig, compile_ahead, meanwhile
@@ -172,11 +173,12 @@ def fit(
         return _fit_on_disk(config, data, Path(workdir).expanduser(), say)
     with _stop_requests() as stop:
         if not members or len(data.event_shape) == 1:
-            return _fit_in_memory(config, data, say, stop, "", members)[0]
+            found = _fit_in_memory(config, data, say, stop, "", members).models()
+            return found if members else found[0]
         models = []  # of images, whose convolutions are no faster together
         for seed in members:
             if stop.received is None:
-                models.append(_fit_in_memory(dataclasses.replace(config, seed=seed), data, say, stop)[0])
+                models += _fit_in_memory(dataclasses.replace(config, seed=seed), data, say, stop).models()
         if stop.received:
             say(f"stopped by {stop.received.name}: {len(models)} of {len(members)} models")
         return models
@@ -213,7 +215,7 @@ class _Race:
     ):
         self._config, self._data, self._given, self._say, self._stop, self._members = config, data, given, say, stop, members
         self._began, self._limit_s = began, 60 * config.training.minutes or math.inf
-        self._runs: list[tuple[Candidate, Attempt, Any]] = []
+        self._runs: list[tuple[Candidate, Outcome]] = []
         self._tried: set[tuple[Candidate, int]] = set()  # with the updates that they were allowed
         self._blow_up: BlowUpError | None = None  # of the last run that failed
         self._is_cut_short = False  # whether time ended a first run, which then says little
@@ -228,7 +230,7 @@ class _Race:
             raise self._blow_up
         ended = None
         while ended is None:
-            candidate, best, _ = self._leader
+            candidate, best = self._leader[0], self._leader[1].attempt
             more, is_improving = self._longer(candidate, best), best.best_step > IMPROVING * best.num_steps
             untried = [milder for milder in candidate.milder() if (milder, FIRST_STEPS) not in self._tried]
             if self._stop.received or not self._is_time_left:
@@ -241,19 +243,19 @@ class _Race:
                 self._run(untried[0], FIRST_STEPS)
             else:
                 ended = "validation no longer improved"
-        _, best, model = self._leader
-        attempts = tuple(attempt for _, attempt, _ in self._runs)
+        leader = self._leader[1]
+        best, attempts = leader.attempt, tuple(trained.attempt for _, trained in self._runs)
         among = f", the best of {len(attempts)} runs" if len(attempts) > 1 else ""
         self._say(f"{best.what}: validation {best.loss:.4f} at step {best.best_step}{among}; {ended}")
 
-        def told(model: Any) -> Any:
-            return model.with_(history=dataclasses.replace(model.history, attempts=attempts, ended=ended))
-
-        return [told(one) for one in model] if isinstance(model, list) else told(model)
+        models = [
+            model.with_(history=dataclasses.replace(model.history, attempts=attempts, ended=ended)) for model in leader.models()
+        ]
+        return models if self._members else models[0]
 
     @property
-    def _leader(self) -> tuple[Candidate, Attempt, Any]:
-        return min(self._runs, key=lambda run: run[1].loss)
+    def _leader(self) -> "tuple[Candidate, Outcome]":
+        return min(self._runs, key=lambda run: run[1].attempt.loss)
 
     @property
     def _left_s(self) -> float:
@@ -288,13 +290,13 @@ class _Race:
             beside = functools.partial(_compile, self._config_of(following, FIRST_STEPS), self._data)
         run = self._data, self._say, self._stop, str(candidate), self._members, most, beside
         try:
-            model, attempt = _fit_in_memory(config, *run)
+            trained = _fit_in_memory(config, *run)
         except BlowUpError as error:
             self._blow_up = error
             self._say(f"{candidate}: given up, {error}")
             return
-        self._runs.append((candidate, attempt, model))
-        self._is_cut_short |= attempt.num_steps < num_steps and attempt.seconds > 0.9 * most
+        self._runs.append((candidate, trained))
+        self._is_cut_short |= trained.attempt.num_steps < num_steps and trained.attempt.seconds > 0.9 * most
 
     def _config_of(self, candidate: Candidate, num_steps: int) -> Config:
         limit = {"training.minutes": max(self._left_s, 1.0) / 60 if math.isfinite(self._limit_s) else 0.0}
@@ -308,6 +310,13 @@ def _compile(config: Config, data: DataSet) -> None:
     compile_ahead(_STEPS.compiler(config, spec)(objective.training_step), objective, config.training.batch_size)
 
 
+class Outcome(NamedTuple):
+    """What a run leaves: how it went, and its models, certified when they are asked for; several were trained together."""
+
+    attempt: Attempt
+    models: Callable[[], list[Any]]
+
+
 def _fit_in_memory(
     config: Config,
     data: DataSet,
@@ -317,10 +326,10 @@ def _fit_in_memory(
     members: tuple[int, ...] = (),
     seconds: float = math.inf,
     beside: Callable[[], None] | None = None,
-) -> tuple[Any, Attempt]:
-    """One training run in memory, which ends once a signal is noted: its best model with the history, and how it went.
+) -> Outcome:
+    """One training run in memory, which ends once a signal is noted.
 
-    The seeds of several members make a list of models, which are trained together. A run may be limited to some seconds of
+    The seeds of several members are of models that are trained together. A run may be limited to some seconds of
     updates, whatever compiling takes. ``beside`` is called in a thread of its own while steps are taken.
     """
     prepare_backend(config.training.matmul_precision)
@@ -344,14 +353,19 @@ def _fit_in_memory(
         say(f"{error}: the best model so far")
     if stop.received:
         say(f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}: the best model so far")
-    models, solver, given = [], config.evaluation.solver(), identity_context(config)
-    for best, records in trainer.outcomes:
-        params, batch_stats = jax.device_put((best.ema, best.batch_stats))
-        model = certified_model(spec, params, batch_stats, solver, given=given)
-        models.append(model.with_(history=History.from_records(records, best.step)))
     seconds = trainer.elapsed_s - sum(record.get("compile_seconds", 0.0) for record in trainer.records)
-    assert trainer.best is not None
-    return models if members else models[0], Attempt(what, trainer.best.loss, trainer.best.step, trainer.step, seconds)
+    outcomes, best = trainer.outcomes, trainer.best
+    assert best is not None
+
+    def models() -> list[Any]:
+        solver, given, found = config.evaluation.solver(), identity_context(config), []
+        for own, records in outcomes:
+            params, batch_stats = jax.device_put((own.ema, own.batch_stats))
+            model = certified_model(spec, params, batch_stats, solver, given=given)
+            found.append(model.with_(history=History.from_records(records, own.step)))
+        return found
+
+    return Outcome(Attempt(what, best.loss, best.step, trainer.step, seconds), models)
 
 
 def _fit_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any:

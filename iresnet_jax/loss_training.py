@@ -20,9 +20,10 @@ from iresnet_jax.models import flow
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.history import History
 from iresnet_jax.models.model import Model
-from iresnet_jax.runs.machine import ignore_missing_tpu, keep_compiled_programs, start_backend
+from iresnet_jax.runs.machine import ignore_missing_tpu, start_backend
 from iresnet_jax.runs.metrics import Lines
 from iresnet_jax.runs.signals import StopRequests, heard_in_memory
+from iresnet_jax.runs.stored_programs import keep_compiled_programs
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import training_constraint, validated_model
 from iresnet_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule

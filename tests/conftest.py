@@ -65,6 +65,8 @@ def shared_compilations(tmp_path_factory):
     import tiny_runs as runs
     from jax.experimental.compilation_cache import compilation_cache
 
+    from iresnet_jax.maths import platforms
+
     settings = {
         "jax_compilation_cache_dir": str(runs.shared(tmp_path_factory) / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.1,
@@ -74,6 +76,8 @@ def shared_compilations(tmp_path_factory):
         for name, value in settings.items():
             jax.config.update(name, value)
             patch.setenv(name.upper(), str(value))
+        # Stored programs do not see what tests change in modules; those of JAX's cache are traced before.
+        patch.setattr(platforms, "find_programs_by", lambda find: None)
         compilation_cache.reset_cache()  # programs compiled while tests were collected have fixed the settings
         yield
 

@@ -20,11 +20,12 @@ from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.fit_arguments import seeds_of
 from iresnet_jax.fit_settings import candidates, choose_settings, plain_candidate, with_settings
 from iresnet_jax.models.history import Attempt, History
-from iresnet_jax.runs import run_folder, stored_programs
+from iresnet_jax.runs import run_folder
 from iresnet_jax.runs.loop import train
 from iresnet_jax.runs.model_from_config import model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests
+from iresnet_jax.training import parallel
 from iresnet_jax.training.trainer import check_finite
 
 RNG = np.random.default_rng(0)
@@ -70,7 +71,7 @@ def raced(fitted, monkeypatch):
             if run == interrupted:
                 signal.raise_signal(signal.SIGINT)
             model = fitted[0].with_(history=History({}, {}, step=best_step))
-            return model, Attempt(what, loss, best_step, steps, seconds)
+            return fitting.Outcome(Attempt(what, loss, best_step, steps, seconds), lambda: [model])
 
         monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
         monkeypatch.setattr(fitting.time, "monotonic", lambda: clock[0])
@@ -360,7 +361,7 @@ def test_a_context_makes_a_conditional_density_which_keeps_to_bounds():
 def test_fits_by_other_keys_to_other_data_of_about_one_length_share_programs(caplog, monkeypatch):
     model, x, context = conditional(1.0)
     model.log_prob(x[:50], context=context[:50])
-    monkeypatch.delattr(stored_programs, "parallelize")  # by which a fit makes a step
+    monkeypatch.delattr(parallel, "parallelize")  # by which a fit makes a step
     with jax.log_compiles(), caplog.at_level("WARNING"):
         other, x, context = conditional(3.0)
         log_prob = other.log_prob(x[:50], context=context[:50])
@@ -380,7 +381,12 @@ def test_labels_make_a_classifier_of_images_and_integers_are_levels(monkeypatch)
     assert isinstance(classifier, ir.Classifier)
     assert classifier.spec.num_levels == 12
     chosen = []
-    monkeypatch.setattr(fitting, "_fit_in_memory", lambda config, *_, **__: (chosen.append(config.objective), classifier)[1:])
+
+    def fit_in_memory(config, *_, **__):
+        chosen.append(config.objective)
+        return fitting.Outcome(Attempt("", 0.0, 0, 0, 0.0), lambda: [classifier])
+
+    monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
     ir.fit(images, labels, objective="hybrid", **small)
     assert chosen == ["hybrid"]
 
@@ -478,7 +484,8 @@ def test_several_models_of_images_are_trained_one_by_one_until_a_signal(monkeypa
         trained.append(config.seed)
         if len(trained) == 2:
             signal.raise_signal(signal.SIGINT)
-        return f"model {len(trained)}", None
+        model = f"model {len(trained)}"
+        return fitting.Outcome(Attempt("", 0.0, 0, 0, 0.0), lambda: [model])
 
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)

@@ -29,6 +29,10 @@ RARE: Mapping[str, int | bool] = {**QUICK, "xla_backend_optimization_level": 0}
 _ARRAYS = jax.Array | np.ndarray | np.generic | bool | int | float
 _chosen = jax.make_user_context(default_value=None)  # JAX traces a function again if it changes
 _speed = jax.make_user_context(default_value=None)  # of compiling: None or "quick"
+_settings: Any = jax.config  # whose fields type checkers cannot see
+
+Find = Callable[[str, Any, Callable[[], Any], tuple[Any, ...], dict[str, Any]], Any]
+_find: Find | None = None
 
 
 def platform() -> str:
@@ -66,14 +70,71 @@ def compile_quickly(lowered: Any) -> Any:
     return lowered.compile(compiler_options=quick_options() or None)
 
 
+def find_programs_by(find: Find | None) -> None:
+    """Makes a function that every program is asked of before it is traced; None asks none.
+
+    Args:
+        find: ``(name, function, lower, arguments, options) ->`` the compiled program of what the function, with all that it is
+            bound to, computes of arguments like these; ``lower()`` traces and lowers it, and options are those of XLA. None
+            leaves it to JAX.
+    """
+    global _find
+    _find = find
+
+
+def found(function: Any, lower: Callable[[], Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The compiled program of a function for arguments like these, as the function of `find_programs_by` knows it, or None."""
+    if _find is None:
+        return None
+    named = function[0] if isinstance(function, tuple) else function
+    name = getattr(getattr(named, "func", named), "__name__", "_fun")  # JAX's, too
+    return _find(name, function, lower, arguments, options)
+
+
+class FoundPrograms:
+    """The programs of one function that were found, by the arguments that they are for.
+
+    Args:
+        function: The function.
+    """
+
+    def __init__(self, function: Any):
+        self._function, self._programs = function, {}
+
+    def of(
+        self, lower: Callable[[], Any], arguments: tuple[Any, ...], *, bound: Any = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        """The compiled program for arguments, which are arrays; None if there is none, see `find_programs_by`.
+
+        Args:
+            lower: Traces and lowers the function.
+            arguments: Arrays or pytrees of arrays.
+            bound: What the function has been given beside them.
+            options: Options of XLA.
+        """
+        if _find is None or _chosen.value or _settings.jax_disable_jit:
+            return None
+        leaves, structure = jax.tree.flatten(arguments)
+        kinds = [
+            (leaf.shape, leaf.dtype, *(getattr(leaf, name, False) for name in ("weak_type", "committed"))) for leaf in leaves
+        ]
+        # Settings may be those of a thread or of a block of code; some have no value.
+        settings = [getattr(_settings, name, None) for name in _settings.values]
+        key = bound, structure, tuple(kinds), tuple((options or {}).items()), tuple(settings)
+        if key not in self._programs:
+            self._programs[key] = found((self._function, bound), lower, arguments, options or {})
+        return self._programs[key]
+
+
 def quick_jit(
     function: Callable[..., Any], *, static_argnums: tuple[int, ...] = (), is_rare: bool = False
 ) -> Callable[..., Any]:
     """``jax.jit`` by `quick_options`, with products in float32 where an accelerator's default would be coarser.
 
     Within other programs, which have options of their own, and with objects that JAX does not know, it is the function itself.
-    A program that runs rarely is compiled by `RARE`.
+    A program that runs rarely is compiled by `RARE`. Programs are looked for by `find_programs_by`.
     """
+    programs = FoundPrograms(function)
 
     @functools.lru_cache
     def program(*options):
@@ -81,13 +142,27 @@ def quick_jit(
 
     @functools.wraps(function)
     def call(*arguments):
-        given = [argument for place, argument in enumerate(arguments) if place not in static_argnums]
-        if not all(isinstance(leaf, _ARRAYS) and not isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
+        given = tuple(argument for place, argument in enumerate(arguments) if place not in static_argnums)
+        leaves = jax.tree.leaves(given)
+        if not all(isinstance(leaf, _ARRAYS) and not isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             return function(*arguments)
         with _speed("quick"), _precise():
-            return program(*quick_options(is_rare=is_rare).items())(*arguments)
+            options = quick_options(is_rare=is_rare)
+            jitted = program(*options.items())
+            if _find is not None and _settings.jax_default_device is None and all(map(_is_on_first_device, leaves)):
+                bound = tuple(arguments[place] for place in static_argnums)
+                compiled = programs.of(lambda: jitted.lower(*arguments), given, bound=bound, options=options)
+                if compiled is not None:
+                    return compiled(*given)
+            return jitted(*arguments)
 
     return call
+
+
+def _is_on_first_device(leaf: Any) -> bool:
+    if isinstance(leaf, jax.Array):
+        return leaf.sharding.device_set == {jax.local_devices()[0]}
+    return isinstance(leaf, np.ndarray | np.generic)
 
 
 def _precise() -> contextlib.AbstractContextManager[Any]:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.saved import Spec
-from iresnet_jax.runs import stored_programs
 from iresnet_jax.runs.config import Config, EvaluationConfig
+from iresnet_jax.training import parallel
 from iresnet_jax.training.step import TrainingStep
 from iresnet_jax.training.trainer import CompiledStep
 
@@ -46,7 +46,7 @@ class CompiledSteps:
             # The estimator's number of terms may rise, and several models may be trained together.
             estimator, num_members = getattr(training_step.model, "estimator", None), getattr(training_step, "num_members", 1)
             key = settings, warmup, model, estimator, num_members, jnp.result_type(float)
-            step = self._steps.pop(key, None) or stored_programs.parallelize(training_step)
+            step = self._steps.pop(key, None) or parallel.parallelize(training_step)
             self._steps[key] = step
             if len(self._steps) > MOST:
                 self._steps.popitem(last=False)

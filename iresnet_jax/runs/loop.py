@@ -20,7 +20,7 @@ from iresnet_jax.checked_dataclasses import checked, tagged, to_plain
 from iresnet_jax.data.batches import device_batches
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.saved import Spec
-from iresnet_jax.runs import allocator, hosts, run_folder, stored_programs
+from iresnet_jax.runs import allocator, hosts, run_folder
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import Config
@@ -78,7 +78,7 @@ def train(
         spec, objective = _begin(workdir, config, dataset, stack)
         writer = stack.enter_context(MetricWriter(workdir)) if hosts.is_first() else None
         # until a step is done there is nothing to save: signals end the process
-        compile_step = stored_programs.parallelize if steps is None else steps.compiler(config, spec)
+        compile_step = None if steps is None else steps.compiler(config, spec)
         trainer = _TrainerOnDisk(objective, config.training, workdir, writer, checkpoints, compile_step, say)
         progress = stack.enter_context(Progress(trainer.horizon, trainer.step, shown=hosts.is_first() and say is None))
         trainer.watch(stack.enter_context(StopRequests()), progress)
@@ -136,7 +136,7 @@ class _TrainerOnDisk(Trainer):
         workdir: Path,
         writer: MetricWriter | None,
         checkpoints: Checkpoints,
-        compile_step: Callable[[TrainingStep], CompiledStep],
+        compile_step: Callable[[TrainingStep], CompiledStep] | None,
         say: Callable[[str], None] | None,
     ):
         self._workdir, self._writer, self._checkpoints = workdir, writer, checkpoints

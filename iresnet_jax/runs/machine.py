@@ -1,29 +1,24 @@
-"""How JAX uses this machine: a CPU's cores and compiler, the precision of products, and compiled programs kept on disk.
+"""How JAX uses this machine: a CPU's cores and compiler, and the precision of products.
 
-What has to be set before JAX touches a device says so. Memory is the business of `iresnet_jax.runs.allocator`.
+What has to be set before JAX touches a device says so. Memory is the business of `iresnet_jax.runs.allocator`, programs on disk
+are that of `iresnet_jax.runs.stored_programs`.
 """
 
-import contextlib
 import hashlib
 import os
 import platform
 import re
-from collections.abc import Iterable
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
-from iresnet_jax.data.cache import user_folder
 from iresnet_jax.maths.platforms import QUICK
 from iresnet_jax.runs.allocator import num_cores
 
 LEAST_EXAMPLES = 8  # of each device; smaller shares are computed less efficiently
-MOST_BYTES = 2**30  # of all programs on disk when a process starts; those that were not used for longest are removed
-LEAST_S = 0.03  # time of compilation below which a program is not kept, as looking for one takes time, too
 
 PCI, GOOGLE = Path("/sys/bus/pci/devices"), "0x1ae0"  # where Linux lists devices, and the vendor of TPUs
 TPU_VARIABLES = ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES")
@@ -138,52 +133,6 @@ def device_summary() -> str:
     devices, count = jax.local_devices(), jax.process_count()
     own = f"{len(devices)} x {devices[0].device_kind}"
     return own if count == 1 else f"{count} processes of {own}"
-
-
-def keep_compiled_programs() -> Path | None:
-    """Switches on JAX's cache of compiled programs on disk: the next process finds what this one compiles from now on.
-
-    `ir.fit`, `ir.train`, `train.py` and the commands call it. A process that only loads a model leaves JAX's settings alone:
-    call it there before the model computes, and the next process compiles nothing for its first ``log_prob`` or
-    ``sample``. Settings of JAX take precedence: ``JAX_COMPILATION_CACHE_DIR`` names another folder,
-    ``JAX_ENABLE_COMPILATION_CACHE=false`` switches the cache off.
-
-    Returns:
-        The folder, under the user's cache folder; None if JAX's own settings hold, or the folder cannot be written.
-    """
-    if _settings.jax_compilation_cache_dir is not None or not _settings.jax_enable_compilation_cache:
-        return None
-    folder = user_folder() / "programs" / processor()
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # who can write there can have code run here
-    except OSError:
-        return None
-    if not os.access(folder, os.W_OK):
-        return None
-    remove_oldest(folder.glob("*-cache"), MOST_BYTES)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_S)
-    compilation_cache.reset_cache()  # which programs that were compiled before have fixed
-    return folder
-
-
-def remove_oldest(paths: Iterable[Path], most_bytes: int) -> None:
-    """Removes files that were not used for longest until the others take at most ``most_bytes``.
-
-    JAX, which can do so for its cache, would look at every file before it writes one.
-    """
-    programs = []
-    for path in paths:
-        with contextlib.suppress(OSError):  # another process has removed it
-            found = path.stat()
-            programs.append((max(found.st_atime, found.st_mtime), found.st_size, path))
-    total = sum(size for _, size, _ in programs)
-    for _, size, path in sorted(programs):
-        if total <= most_bytes:
-            return
-        with contextlib.suppress(OSError):
-            path.unlink()
-        total -= size
 
 
 def processor() -> str:

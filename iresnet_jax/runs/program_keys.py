@@ -11,7 +11,6 @@ import os
 import sys
 import time
 import types
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,8 +48,8 @@ class UnknownError(ValueError):
     """A program depends on something that a key cannot say."""
 
 
-def key_of(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
-    """All that the program of a function depends on.
+def key_of(function: Any, arguments: tuple[Any, ...]) -> bytes:
+    """All that the program of a function depends on, or of functions and what they are bound to.
 
     Raises:
         UnknownError: If something cannot be told, see `described` and `environment`.
@@ -68,7 +67,7 @@ def environment(*, with_sources: bool = True) -> dict[str, Any]:
     """
     devices, values = jax.local_devices(), _settings.values
     return {
-        "versions": (sys.version, *map(version, LIBRARIES)),
+        "versions": (sys.version, *_versions()),
         "sources": _hash_of_sources(_newest_source()) if with_sources else "",
         "devices": [(device.platform, device.device_kind, device.id) for device in devices],
         "runtime": (devices[0].client.platform_version, machine.processor(), num_cores()),
@@ -79,9 +78,14 @@ def environment(*, with_sources: bool = True) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    return tuple(map(version, LIBRARIES))
+
+
 def _newest_source() -> float:
     # The time of the change, too: tools that copy files may keep that of their content.
-    newest = max(max(path.stat().st_mtime, path.stat().st_ctime) for path in PACKAGE.rglob("*.py"))
+    newest = max(max(found.st_mtime, found.st_ctime) for found in map(Path.stat, PACKAGE.rglob("*.py")))
     if newest > _started:
         raise UnknownError("a source file may have been changed since it was imported")
     return newest

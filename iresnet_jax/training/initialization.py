@@ -229,23 +229,27 @@ def _fitted(spec: Spec, weights: Any, inputs: tuple[jax.Array, ...]) -> tuple[An
     """
     num, num_devices = len(inputs[0]), parallel.all_devices()
     own = parallel.own_share(np.resize(np.arange(num), max(num // num_devices, 1) * num_devices))
-    shared = spec.standard if isinstance(spec, DensitySpec) else spec
+    feature_shape = spec.feature_shape if isinstance(spec, ClassifierSpec) else None
     # Rows are chosen on the host: JAX would compile a program for each operation.
-    everywhere = _fitter(shared, num_devices)(weights, parallel.shard(tuple(np.asarray(rows)[own] for rows in inputs)))
+    rows = parallel.shard(tuple(np.asarray(given)[own] for given in inputs))
+    everywhere = _fitter(spec.flow, feature_shape, num_devices)(weights, rows)
     fitted, (statistics, z) = parallel.on_first_device(everywhere)
     return fitted, statistics, z
 
 
 @functools.lru_cache(maxsize=64)
-def _fitter(spec: Spec, num_devices: int) -> Callable[..., Any]:
-    """``(weights, inputs) ->`` fitted weights, and statistics and latents of all inputs, for all devices, which are so many."""
+def _fitter(flow_spec: FlowSpec, feature_shape: tuple[int, ...] | None, num_devices: int) -> Callable[..., Any]:
+    """``(weights, inputs) ->`` fitted weights, and statistics and latents of all inputs, for all devices, which are so many.
+
+    One function for models of one flow; a classifier's has features of a shape.
+    """
     del num_devices
 
     def fit(weights, inputs):
-        fitted, z = flow.fit_actnorm(spec.flow, weights, *inputs, axis_name=AXIS)
+        fitted, z = flow.fit_actnorm(flow_spec, weights, *inputs, axis_name=AXIS)
         weights = {**weights, **{name: weights[name]._replace(actnorm=ActNormParams(**own)) for name, own in fitted.items()}}
-        if isinstance(spec, ClassifierSpec):
-            features = reshape.unflatten(z, spec.feature_shape)
+        if feature_shape is not None:
+            features = reshape.unflatten(z, feature_shape)
             return weights, ({"head": batch_statistics(features, axis_name=AXIS)}, None)
         return weights, ({}, jax.lax.all_gather(z, AXIS, tiled=True))
 

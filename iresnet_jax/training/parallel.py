@@ -29,16 +29,12 @@ AXIS = "batch"
 _is_alone = False
 
 
-def parallelize(
-    step_fn: Callable[[Any, Any], tuple[Any, Any]], *, find_program: Callable[..., Any] | None = None
-) -> ParallelStep:
+def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> ParallelStep:
     """Compiles a training step for all devices of all processes.
 
     Args:
         step_fn: ``(state, batch) -> (state, metrics)`` on one device's share of the batch. All it returns must be equal on all
             devices: ``pmean`` the loss, the gradients and all statistics over ``AXIS``.
-        find_program: ``(lower, state, batch) ->`` the step's compiled program, which ``lower()`` returns before it is compiled,
-            for `ParallelStep.compile`; by default it is compiled.
 
     Returns:
         The same function for this process's share of a batch, from `shard`. It donates the state that it is given.
@@ -52,20 +48,25 @@ def parallelize(
     mapped = jax.pmap(
         step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=(0,), devices=_devices()
     )
-    return ParallelStep(mapped, find_program or (lambda lower, *_: platforms.compile_quickly(lower())))
+    return ParallelStep(mapped, step_fn)
 
 
 class ParallelStep:
     """A training step for all devices, from `parallelize`."""
 
-    def __init__(self, mapped: Any, find_program: Callable[..., Any]):
-        self._mapped, self._find_program, self._is_compiled = mapped, find_program, False
+    def __init__(self, mapped: Any, step_fn: Any):
+        self._mapped, self._step_fn, self._is_compiled = mapped, step_fn, False
+        self._programs = platforms.FoundPrograms(step_fn)
 
     def compile(self, state: Any, batch: Any) -> None:
         """Compiles the step for arrays of these shapes and dtypes, which need not exist yet; otherwise the first call does."""
         if not self._is_compiled:
-            lower = functools.partial(platforms.lower_quickly, self._mapped, state, batch)
-            self._mapped, self._is_compiled = self._find_program(lower, state, batch), True
+            program = platforms.found(self._step_fn, self._lower(state, batch), (state, batch), platforms.quick_options())
+            self._mapped = platforms.compile_quickly(self._lower(state, batch)()) if program is None else program
+            self._is_compiled = True
+
+    def _lower(self, state: Any, batch: Any) -> Callable[[], Any]:
+        return functools.partial(platforms.lower_quickly, self._mapped, state, batch)
 
     @property
     def program(self) -> str:
@@ -76,7 +77,11 @@ class ParallelStep:
         """The next state and metrics."""
         # Placed where a step returns it: from another placement pmap would compile the step twice.
         state = on_local_devices(state, num_devices=len(jax.tree.leaves(batch)[0]))
-        outputs = self._mapped(state, batch)
+        run = self._mapped
+        if not self._is_compiled:
+            options = platforms.quick_options()
+            run = self._programs.of(self._lower(state, batch), (state, batch), options=options) or self._mapped
+        outputs = run(state, batch)
         if jax.local_device_count() > 1 and jax.default_backend() == "cpu":
             # Threads are as many as the devices. One that waits in a reduction and one that waits for the step before its own
             # leave none to go on (jaxlib 0.10): a step must end before the next one is queued.
@@ -219,7 +224,9 @@ def rows_of(*arrays: Any) -> Callable[[np.ndarray], tuple[Any, ...]]:
 @functools.lru_cache(maxsize=64)
 def _mapped_eval(fn, devices, is_shared):
     if not is_shared:
-        return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=0, devices=devices)
+        mapped = jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=0, devices=devices)
+        programs = platforms.FoundPrograms(fn)
+        return lambda *given: (programs.of(lambda: mapped.lower(*given), given) or mapped)(*given)
 
     def gathered(state, batch):  # a process can read the outputs of its own devices only
         return jax.lax.all_gather(fn(state, batch), AXIS, tiled=True)

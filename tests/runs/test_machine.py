@@ -1,4 +1,4 @@
-"""A device for each core, flags for the compiler, and compiled programs that the next process finds."""
+"""A device for each core, flags for the compiler, and JAX's cache, in which the next process finds programs."""
 
 import dataclasses
 import os
@@ -6,7 +6,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import jax
 import pytest
 import tiny_runs as runs
 
@@ -79,14 +78,14 @@ def test_a_platform_that_is_not_there_is_named(monkeypatch, raised):
 
 PROGRAM = """
 import jax, jax.numpy as jnp
-from iresnet_jax.runs import machine
+from iresnet_jax.runs import machine, stored_programs
 from iresnet_jax.runs.config import Config
 
-machine.LEAST_S, events = 0.0, []
+stored_programs.LEAST_S, events = 0.0, []
 flags = machine.compile_quickly()
 devices = machine.use_all_cores(Config())
 jax.jit(lambda x: x + 1)(1.0)  # compiled before the cache is there
-folder = machine.keep_compiled_programs()
+folder = stored_programs.keep_compiled_programs()
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rpartition("/")[2]))
 print(len(flags), devices, jax.local_device_count(), machine.use_all_cores(Config()))
 print(folder)
@@ -122,33 +121,6 @@ def test_a_process_has_a_device_a_core_and_finds_what_another_one_compiled(tmp_p
     used, again, computed = said(tmp_path, XLA_FLAGS=f"--xla_force_host_platform_device_count={count + 1}")
     assert used.split()[1:] == ["0", str(count + 1), "0"]
     assert (again, computed) == (folder, f"{result} 0")
-
-
-# --- compiled programs ------------------------------------------------------------------------------------------------
-
-
-def test_programs_that_were_not_used_for_longest_make_room(tmp_path):
-    for used, (name, size) in enumerate([("older", 2**28), ("old", 2**29), ("new", 2**29), ("newest", 2**29)]):
-        path = tmp_path / f"{name}-cache"
-        path.touch()
-        os.truncate(path, size)
-        os.utime(path, (used, used))
-    machine.remove_oldest(tmp_path.iterdir(), 2**30)
-    assert {path.name for path in tmp_path.iterdir()} == {"new-cache", "newest-cache"}
-
-
-@pytest.mark.parametrize("setting", ["switched off", "nowhere to write", "another folder"])
-def test_nothing_is_kept_where_that_is_not_wanted_or_cannot_be(tmp_path, monkeypatch, setting):
-    folder = tmp_path / "theirs" if setting == "another folder" else None
-    enabled = setting != "switched off"
-    settings = SimpleNamespace(jax_compilation_cache_dir=folder, jax_enable_compilation_cache=enabled)
-    monkeypatch.setattr(machine, "_settings", settings)
-    parent = "/dev/null" if setting == "nowhere to write" else str(tmp_path)
-    monkeypatch.setenv("IRESNET_JAX_CACHE_DIR", f"{parent}/cache")
-    before = jax.config.jax_compilation_cache_dir
-    assert machine.keep_compiled_programs() is None
-    assert not list(tmp_path.iterdir())
-    assert jax.config.jax_compilation_cache_dir == before
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------

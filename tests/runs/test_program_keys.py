@@ -130,12 +130,8 @@ def device(**changed):
     return SimpleNamespace(**{"platform": "cpu", "device_kind": "cpu", "id": 0, "client": jax.devices()[0].client} | changed)
 
 
-def newer(name):
-    return "99"
-
-
 SURROUNDINGS = {
-    "a version": lambda patch: patch.setattr(program_keys, "version", newer),
+    "a version": lambda patch: patch.setattr(program_keys, "_versions", lambda: ("99",)),
     "Python": lambda patch: patch.setattr(program_keys.sys, "version", "4.0"),
     "one device more": lambda patch: patch.setattr(jax, "local_devices", lambda: [*jax.devices(), jax.devices()[0]]),
     "a kind of device": lambda patch: patch.setattr(jax, "local_devices", lambda: [device(), device(id=1, device_kind="new")]),

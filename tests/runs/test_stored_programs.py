@@ -1,12 +1,15 @@
 """Programs that were stored give the bits of those that are traced; what cannot be read or written does no harm."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_runs as runs
 from jax.experimental.compilation_cache import compilation_cache
 
 from iresnet_jax.maths import platforms
@@ -29,6 +32,7 @@ def folder(monkeypatch, tmp_path):
         compilation_cache.reset_cache()
 
     use(str(tmp_path), 0.0)
+    monkeypatch.setattr(platforms, "_find", stored_programs.find)
     yield tmp_path / stored_programs.FOLDER
     use(*before.values())
 
@@ -46,7 +50,7 @@ def trained(factor=1.0, num_devices=2):
 
     batch = parallel.shard(BATCH, num_devices=num_devices)
     state, metrics = {"w": jnp.ones(3), "step": jnp.int32(0)}, {}
-    run = stored_programs.parallelize(step)
+    run = parallel.parallelize(step)
     run.compile(state, batch)
     for _ in range(3):
         state, metrics = run(state, batch)
@@ -141,6 +145,121 @@ def test_nothing_is_stored_where_that_is_not_wanted_or_cannot_be(folder, monkeyp
         monkeypatch.setattr(jax, "process_count", lambda: 2)
     if reason == "unknown origin":
         monkeypatch.setattr(program_keys, "PACKAGES", ("jax",))
-    monkeypatch.setattr(platforms, "compile_quickly", lambda lowered: f"compiled {lowered}")
-    assert stored_programs.find(trained, lambda: "step", jnp.ones(1)) == "compiled step"
+    assert stored_programs.find("step", trained, lambda: pytest.fail("it was traced"), (jnp.ones(1),), {}) is None
     assert not folder.exists()
+
+
+# --- functions ----------------------------------------------------------------------------------------------------------
+
+
+def powers(power=2):
+    """A function by `quick_jit`, and how often it was traced."""
+    traces = []
+
+    def function(x, key, power):
+        traces.append(1)
+        x = x + jax.random.normal(key, x.shape, x.dtype)
+        return {"power": x**power, "factor": jnp.linalg.cholesky(x @ x.T + jnp.eye(len(x)))}
+
+    found = platforms.quick_jit(function, static_argnums=(2,))
+    return lambda x, key=None: (found(x, jax.random.key(0) if key is None else key, power), len(traces))
+
+
+def test_a_function_is_not_traced_again_for_arrays_of_one_shape_dtype_and_placement():
+    expected, num_traces = powers()(jnp.asarray(BATCH))
+    assert num_traces == 1
+    call = powers()
+    for x in (jnp.asarray(BATCH), BATCH, jnp.asarray(BATCH)):
+        found, num_traces = call(x, jax.random.key(0))
+        assert_alike(found, expected)
+        assert num_traces == 0
+    assert powers(3)(BATCH)[1] == 1
+    _, num_traces = call(BATCH[:4])
+    assert num_traces == 1
+    with jax.enable_x64(True):
+        precise, num_traces = call(BATCH.astype(np.float64))
+    assert num_traces == 2
+    assert precise["power"].dtype == np.float64
+    elsewhere, num_traces = call(*jax.device_put((BATCH, jax.random.key(0)), jax.devices()[1]))
+    assert num_traces == 3
+    assert elsewhere["power"].device == jax.devices()[1]
+    assert not call(BATCH)[0]["power"].committed  # it goes with arrays on other devices
+    with pytest.raises(ValueError, match="promotion"), jax.numpy_dtype_promotion("strict"):
+        powers()(jnp.ones((3, 3), jnp.bfloat16))
+
+
+def test_functions_are_themselves_within_other_programs():
+    call, x = powers(), jnp.asarray(BATCH)
+    expected, _ = call(x)
+    found = jax.vmap(lambda x: call(x)[0])(x[None])
+    np.testing.assert_allclose(found["power"][0], expected["power"], rtol=1e-6)
+    gradient = jax.grad(lambda x: call(x)[0]["power"].sum())(x)
+    np.testing.assert_allclose(gradient, 2 * (x + jax.random.normal(jax.random.key(0), x.shape)), rtol=1e-5)
+
+
+def test_evaluations_of_all_examples_find_their_programs():
+    traces = []
+
+    def evaluate(state, batch):
+        traces.append(1)
+        return batch * state
+
+    for places in (np.arange(8), np.arange(8)):
+        parallel._mapped_eval.cache_clear()
+        found = parallel.over_batches(evaluate, jnp.float32(2), lambda own: BATCH[own], len(places), 4)
+        np.testing.assert_array_equal(found, 2 * BATCH)
+        del traces[1:]
+    parallel._mapped_eval.cache_clear()
+    assert traces == [1]
+
+
+ALONE = """
+import jax, jax.numpy as jnp
+from iresnet_jax.maths import platforms
+from iresnet_jax.runs import program_keys, stored_programs
+
+program_keys.PACKAGES = (*program_keys.PACKAGES, "__main__")
+stored_programs.keep_compiled_programs()
+seen = []
+jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **about: seen.append((event, about.get("fun_name"))))
+
+def factor(x):
+    return jnp.linalg.cholesky(x)
+
+print(platforms.quick_jit(factor)(jnp.eye(2) * 4)[1, 1])
+print((stored_programs.RETRIEVAL, "factor") in seen)
+"""
+
+
+def test_a_process_that_lowers_nothing_of_lapack_runs_a_stored_program_that_calls_it(tmp_path):
+    environment = {**runs.environment(), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "alone")}
+    for expected in ("2.0\nFalse\n", "2.0\nTrue\n"):
+        run = subprocess.run([sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True, check=True)
+        assert run.stdout == expected
+
+
+# --- folders ------------------------------------------------------------------------------------------------------------
+
+
+def test_programs_that_were_not_used_for_longest_make_room(tmp_path):
+    for used, (name, size) in enumerate([("older", 2**28), ("old", 2**29), ("new", 2**29), ("newest", 2**29)]):
+        path = tmp_path / f"{name}-cache"
+        path.touch()
+        os.truncate(path, size)
+        os.utime(path, (used, used))
+    stored_programs.remove_oldest(tmp_path.iterdir(), 2**30)
+    assert {path.name for path in tmp_path.iterdir()} == {"new-cache", "newest-cache"}
+
+
+@pytest.mark.parametrize("setting", ["switched off", "nowhere to write", "another folder"])
+def test_nothing_is_kept_where_that_is_not_wanted_or_cannot_be(tmp_path, monkeypatch, setting):
+    folder = tmp_path / "theirs" if setting == "another folder" else None
+    enabled = setting != "switched off"
+    settings = SimpleNamespace(jax_compilation_cache_dir=folder, jax_enable_compilation_cache=enabled)
+    monkeypatch.setattr(stored_programs, "_settings", settings)
+    parent = "/dev/null" if setting == "nowhere to write" else str(tmp_path)
+    monkeypatch.setenv("IRESNET_JAX_CACHE_DIR", f"{parent}/cache")
+    before = jax.config.jax_compilation_cache_dir
+    assert stored_programs.keep_compiled_programs() is None
+    assert not list(tmp_path.iterdir())
+    assert jax.config.jax_compilation_cache_dir == before

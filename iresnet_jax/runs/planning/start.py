@@ -22,7 +22,8 @@ import jax
 import jax.monitoring
 
 from iresnet_jax.data.cache import FOLDER_VARIABLE
-from iresnet_jax.runs.stored_programs import RETRIEVAL, parallelize
+from iresnet_jax.runs.stored_programs import RETRIEVAL, keep_compiled_programs
+from iresnet_jax.training.parallel import parallelize
 
 COSTLIEST = 12  # programs and packages that are shown
 IMPORTS, COMPILING, READING, REST, PROGRAMS = "imports", "compiling", "reading", "rest", "programs"
@@ -212,7 +213,7 @@ def record(began: float) -> None:
         machine.compile_quickly()
         machine.use_all_cores(config)
         machine.prepare_backend(config.training.matmul_precision)
-        machine.keep_compiled_programs()
+        keep_compiled_programs()
     with part("data"):
         data = model_from_config.load_data(config.data)
         loop.check_batch_size(config.training, data)
