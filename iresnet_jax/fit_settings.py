@@ -187,12 +187,12 @@ class Candidate:
         return chosen | ({} if self.noise is None else {"augmentation.noise": self.noise or NO_NOISE})
 
     def milder(self) -> Iterator["Candidate"]:
-        """Candidates that overfit less: with more noise or weight decay, or a smaller network."""
+        """Candidates that overfit less: with more weight decay or noise, or a smaller network where noise is none of `fit`'s."""
         if self.decay is not None and self.decay < DECAYS[-1]:
             yield dataclasses.replace(self, decay=DECAYS[DECAYS.index(self.decay) + 1])
         if self.noise is not None and self.noise < NOISES[-1]:
             yield dataclasses.replace(self, noise=NOISES[NOISES.index(self.noise) + 1])
-        if self.size != "small":
+        if self.noise is None and self.size != "small":
             yield dataclasses.replace(self, size="small")
 
 

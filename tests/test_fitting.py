@@ -155,11 +155,18 @@ def test_an_interrupt_between_two_runs_keeps_the_models_of_both(raced, monkeypat
     assert "stopped" in history.ended
 
 
-def test_what_overfits_is_tried_with_noise_and_smaller(raced):
-    noisy, small = ("mixture", 10, 0.1, 1000), ("mixture", 4, 0.1, 1000)
-    runs, history = raced({MIXTURE: (5.0, 50, 1.0), noisy: (4.0, 100, 1.0), small: (3.0, 600, 1.0)})
-    assert runs == [MIXTURE, GAUSSIAN, noisy, ("mixture", 10, 0.3, 1000), small]
-    assert history.step == 600
+def test_what_overfits_is_tried_with_noise(raced):
+    noisy, noisier = (("mixture", 10, noise, 1000) for noise in (0.1, 0.3))
+    runs, history = raced({MIXTURE: (5.0, 50, 1.0), noisy: (4.0, 100, 1.0), noisier: (3.0, 400, 1.0)})
+    assert runs == [MIXTURE, GAUSSIAN, noisy, noisier]
+    assert history.step == 400
+
+
+def test_what_overfits_and_may_not_have_noise_is_tried_smaller(raced):
+    first, small = ("mixture", 10, 0.2, 1000), ("mixture", 4, 0.2, 1000)
+    runs, history = raced({first: (5.0, 50, 1.0), small: (3.0, 400, 1.0)}, settings={"augmentation.noise": 0.2})
+    assert runs == [first, ("gaussian", 10, 0.2, 1000), small]
+    assert history.step == 400
 
 
 def test_the_network_grows_with_the_examples():

@@ -68,7 +68,7 @@ def spectral_norm(
     has found it. So cycles of Lanczos on ``A^T A`` are repeated as often as the theory of a random start asks for
     (Kuczynski & Wozniakowski 1992), and then until a cycle adds less than ``rtol / 4``; a power step ends it. The start is
     the sum of ``v`` and a fixed random vector, so that this holds whatever ``v`` is. In up to 32 dimensions the eigenvectors of
-    ``A^T A`` are computed instead.
+    ``A^T A`` are computed instead. If ``A v`` has fewer dimensions than ``v``, all of this is of ``A A^T`` and ``A v``.
 
     Args:
         apply: Linear in ``x``, and in ``kernel`` for the gradient to be right.
@@ -127,7 +127,12 @@ def singular_vectors(
         return jnp.where(sigma > 0, new_v, v), u
 
     if num_steps is None:
-        v, info = _iterate_to_tolerance(lambda x: transpose(forward(x))[0], v, rtol)
+        if jax.eval_shape(forward, v).size < v.size:  # the norm is that of the transpose: in the space of fewer dimensions
+            u, info = _iterate_to_tolerance(lambda y: forward(transpose(y)[0]), forward(v), rtol)
+            new_v, sigma = unit(transpose(u)[0])
+            v = jnp.where(sigma > 0, new_v, v)
+        else:
+            v, info = _iterate_to_tolerance(lambda x: transpose(forward(x))[0], v, rtol)
         v, u = power_step(v)
     else:
         if num_steps == 1:

@@ -122,6 +122,17 @@ def test_normalised_dense_layers_are_contractions(name):
     assert_normalises(dense, lambda kernel: kernel, kernels, next(iter(kernels.values())).shape[:1])
 
 
+@pytest.mark.parametrize("shape", [(300, 5), (5, 300), (300, 60)])
+def test_the_iteration_is_in_the_space_of_fewer_dimensions(shape):
+    kernel = gaussian(np.random.default_rng(0), shape).astype(np.float32)
+    sigma, v, info = norm_of(dense, kernel, jnp.ones(shape[0]) / 10)
+    left, values, _ = np.linalg.svd(kernel)
+    np.testing.assert_allclose(sigma, values[0], rtol=ROUNDING if min(shape) == 5 else RTOL)
+    if min(shape) == 5:
+        assert info.num_steps == 5
+        np.testing.assert_allclose(np.abs(v @ left[:, 0]), 1, rtol=ROUNDING)
+
+
 def test_a_norm_of_the_flattened_kernel_is_rejected():
     kernel = kernels_of_every_kind((3, 3, 4, 4))["low-pass"]
     wrong = kernel * COEFF / oracles.operator_norm(kernel.reshape(-1, 4))
