@@ -187,7 +187,7 @@ class Candidate:
         return chosen | ({} if self.noise is None else {"augmentation.noise": self.noise or NO_NOISE})
 
     def milder(self) -> Iterator["Candidate"]:
-        """Candidates that overfit less: with more weight decay or noise, or a smaller network where noise is none of `fit`'s."""
+        """Candidates that overfit less: with more weight decay, with more noise, or smaller where `fit` may add no noise."""
         if self.decay is not None and self.decay < DECAYS[-1]:
             yield dataclasses.replace(self, decay=DECAYS[DECAYS.index(self.decay) + 1])
         if self.noise is not None and self.noise < NOISES[-1]:
