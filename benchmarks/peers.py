@@ -112,7 +112,7 @@ def steps(arguments, start, folder):
 def startups(arguments, start, folder):
     """Seconds from the start of a process until the first training step of the digits density is done.
 
-    A floor is that of a process that reads the step's program, and has nothing to trace, to initialise, or to import but JAX.
+    A floor is that of a process that reads the step as JAX exports it, and has nothing to initialise, or to import but JAX.
     """
     cases = {name: (case, {**given, "warmup": 1}) for name, (case, given) in step_cases(read_config(DIGITS), folder).items()}
     worker = start(most_cores(), "_steps", *cases[OURS], own_cache(folder, "exporting"))

@@ -7,6 +7,7 @@ ask `platform` and not JAX, so that a machine without accelerators can compile f
 import contextlib
 import functools
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -26,11 +27,14 @@ if version("jaxlib").startswith("0.10."):  # later ones do not know the option, 
 # convolutions run as before, all else takes several times as long: fresh variables gain, certificates of large models do not.
 RARE: Mapping[str, int | bool] = {**QUICK, "xla_backend_optimization_level": 0}
 
+_UNKNOWN = object()
 _ARRAYS = jax.Array | np.ndarray | np.generic | bool | int | float
 _chosen = jax.make_user_context(default_value=None)  # JAX traces a function again if it changes
 _speed = jax.make_user_context(default_value=None)  # of compiling: None or "quick"
 _settings: Any = jax.config  # whose fields type checkers cannot see
 
+DEBUGGING = ("jax_disable_jit", "jax_debug_nans", "jax_debug_infs")  # settings with which programs are not what they are
+MOST_PROGRAMS = 64  # of one function that are kept in memory; those that were not used for longest are dropped
 Find = Callable[[str, Any, Callable[[], Any], tuple[Any, ...], dict[str, Any]], Any]
 _find: Find | None = None
 
@@ -82,13 +86,11 @@ def find_programs_by(find: Find | None) -> None:
     _find = find
 
 
-def found(function: Any, lower: Callable[[], Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """The compiled program of a function for arguments like these, as the function of `find_programs_by` knows it, or None."""
-    if _find is None:
-        return None
-    named = function[0] if isinstance(function, tuple) else function
-    name = getattr(getattr(named, "func", named), "__name__", "_fun")  # JAX's, too
-    return _find(name, function, lower, arguments, options)
+def kind_of(leaf: Any) -> tuple[Any, ...]:
+    """What a program depends on of an argument that is an array, the shape and dtype of one, or a number of Python's."""
+    if isinstance(leaf, bool | int | float):
+        return (type(leaf).__name__,)
+    return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), getattr(leaf, "committed", False)
 
 
 class FoundPrograms:
@@ -96,34 +98,48 @@ class FoundPrograms:
 
     Args:
         function: The function.
+        how: How it is mapped.
     """
 
-    def __init__(self, function: Any):
-        self._function, self._programs = function, {}
+    def __init__(self, function: Any, how: Any):
+        self._function, self._how, self._programs = function, how, OrderedDict()
 
     def of(
         self, lower: Callable[[], Any], arguments: tuple[Any, ...], *, bound: Any = (), options: dict[str, Any] | None = None
     ) -> Any:
-        """The compiled program for arguments, which are arrays; None if there is none, see `find_programs_by`.
+        """The compiled program for arguments; None if there is none, see `find_programs_by`.
 
         Args:
             lower: Traces and lowers the function.
-            arguments: Arrays or pytrees of arrays.
+            arguments: Pytrees of arrays, of their shapes and dtypes, or of Python's numbers.
             bound: What the function has been given beside them.
             options: Options of XLA.
         """
-        if _find is None or _chosen.value or _settings.jax_disable_jit:
+        # What JAX alone looks after: a platform that is compiled for, a mesh, searches for what is not finite.
+        is_plain = (
+            not _chosen.value
+            and jax.sharding.get_abstract_mesh().empty
+            and not any(getattr(_settings, name) for name in DEBUGGING)
+        )
+        if _find is None or not is_plain:
             return None
         leaves, structure = jax.tree.flatten(arguments)
-        kinds = [
-            (leaf.shape, leaf.dtype, *(getattr(leaf, name, False) for name in ("weak_type", "committed"))) for leaf in leaves
-        ]
         # Settings may be those of a thread or of a block of code; some have no value.
-        settings = [getattr(_settings, name, None) for name in _settings.values]
-        key = bound, structure, tuple(kinds), tuple((options or {}).items()), tuple(settings)
-        if key not in self._programs:
-            self._programs[key] = found((self._function, bound), lower, arguments, options or {})
-        return self._programs[key]
+        settings = [getattr(_settings, name, None) for name in _setting_names()]
+        key = bound, structure, tuple(map(kind_of, leaves)), tuple((options or {}).items()), tuple(settings)
+        program = self._programs.pop(key, _UNKNOWN)
+        if program is _UNKNOWN:
+            name = getattr(getattr(self._function, "func", self._function), "__name__", "_fun")  # JAX's, too
+            program = _find(name, (self._function, self._how, bound), lower, arguments, options or {})
+        self._programs[key] = program
+        if len(self._programs) > MOST_PROGRAMS:
+            self._programs.popitem(last=False)
+        return program
+
+
+@functools.cache
+def _setting_names() -> tuple[str, ...]:
+    return tuple(_settings.values)
 
 
 def quick_jit(
@@ -134,7 +150,7 @@ def quick_jit(
     Within other programs, which have options of their own, and with objects that JAX does not know, it is the function itself.
     A program that runs rarely is compiled by `RARE`. Programs are looked for by `find_programs_by`.
     """
-    programs = FoundPrograms(function)
+    programs = FoundPrograms(function, ("jit", static_argnums))
 
     @functools.lru_cache
     def program(*options):
@@ -148,21 +164,20 @@ def quick_jit(
             return function(*arguments)
         with _speed("quick"), _precise():
             options = quick_options(is_rare=is_rare)
-            jitted = program(*options.items())
-            if _find is not None and _settings.jax_default_device is None and all(map(_is_on_first_device, leaves)):
+            jitted, found = program(*options.items()), None
+            if _find is not None and _are_on_first_device(leaves):
                 bound = tuple(arguments[place] for place in static_argnums)
-                compiled = programs.of(lambda: jitted.lower(*arguments), given, bound=bound, options=options)
-                if compiled is not None:
-                    return compiled(*given)
-            return jitted(*arguments)
+                found = programs.of(lambda: jitted.lower(*arguments), given, bound=bound, options=options)
+            return jitted(*arguments) if found is None else found(*given)
 
     return call
 
 
-def _is_on_first_device(leaf: Any) -> bool:
-    if isinstance(leaf, jax.Array):
-        return leaf.sharding.device_set == {jax.local_devices()[0]}
-    return isinstance(leaf, np.ndarray | np.generic)
+def _are_on_first_device(leaves: list[Any]) -> bool:
+    if _settings.jax_default_device is not None:
+        return False
+    first = {jax.local_devices()[0]}
+    return all(leaf.sharding.device_set == first for leaf in leaves if isinstance(leaf, jax.Array))
 
 
 def _precise() -> contextlib.AbstractContextManager[Any]:

@@ -21,6 +21,7 @@ import numpy as np
 from iresnet_jax.branches import kinds
 from iresnet_jax.maths import platforms
 from iresnet_jax.models.architecture import StageSpec
+from iresnet_jax.models.history import History
 from iresnet_jax.runs import machine
 from iresnet_jax.runs.allocator import num_cores
 
@@ -54,9 +55,13 @@ def key_of(function: Any, arguments: tuple[Any, ...]) -> bytes:
     Raises:
         UnknownError: If something cannot be told, see `described` and `environment`.
     """
+    return repr((described(function), described_arguments(arguments), environment())).encode()
+
+
+def described_arguments(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a program depends on of its arguments."""
     leaves, structure = jax.tree.flatten(arguments)
-    kinds = [(leaf.shape, str(leaf.dtype), getattr(leaf, "weak_type", False)) for leaf in leaves]
-    return repr((described(function), described(structure), kinds, environment())).encode()
+    return described(structure), [str(platforms.kind_of(leaf)) for leaf in leaves]
 
 
 def environment(*, with_sources: bool = True) -> dict[str, Any]:
@@ -140,6 +145,8 @@ def described(value: Any, within: tuple[int, ...] = ()) -> Any:
             parts = value.__code__, cells, value.__defaults__, value.__kwdefaults__, vars(value)
         case jax.tree_util.PyTreeDef():
             parts = value.node_data(), value.children()
+        case History():  # which no program depends on
+            parts = ()
         case _ if dataclasses.is_dataclass(value):
             parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
             if isinstance(value, StageSpec):  # whose kind is a name, and anybody may register one

@@ -17,7 +17,7 @@ import pickle
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,18 @@ from iresnet_jax.atomic_files import replacing
 from iresnet_jax.data.cache import user_folder
 from iresnet_jax.maths import platforms
 from iresnet_jax.runs import machine
-from iresnet_jax.runs.program_keys import described, environment, key_of
+from iresnet_jax.runs.program_keys import described, described_arguments, environment, key_of
 
 FOLDER = "traced"
-# Of all programs of either kind when a process starts or writes one; those that were not used for longest are removed.
+# Of all programs of either kind when a process starts or first writes one; those that were not used for longest are removed.
 MOST_BYTES, MOST_BYTES_TRACED = 2**30, 2**28
 LEAST_S = 0.03  # time of compilation below which JAX's cache does not keep a program, as looking for one takes time, too
 RETRIEVAL = "/iresnet_jax/stored_programs/retrieval_time_sec"  # event of `jax.monitoring`
 LAPACK = "@lapack_"  # what a lowered program names its functions by
-FROM_CACHE = "/jax/compilation_cache/cache_hits"  # JAX's event of a program that was in its cache
+# JAX's events when it looks for a program in its cache and when it finds it there.
+ASKED, HIT = "/jax/compilation_cache/compile_requests_use_cache", "/jax/compilation_cache/cache_hits"
+# What an executable holds that the text of its program leaves out. It holds all arguments, and the text those that are used.
+NOT_IN_TEXT = ("kept_var_idx", "committed", "global_out_avals")
 
 _settings: Any = jax.config  # whose fields type checkers cannot see
 
@@ -48,8 +51,8 @@ def keep_compiled_programs() -> Path | None:
     """Keeps compiled programs on disk from now on: the next process finds what this one traces and compiles.
 
     `ir.fit`, `ir.train`, `train.py` and the commands call it. A process that only loads a model leaves JAX's settings alone:
-    call it there before the model computes, and the next process traces and compiles nothing for its first ``log_prob`` or
-    ``sample``. Settings of JAX take precedence: ``JAX_COMPILATION_CACHE_DIR`` names another folder,
+    call it there before the model computes, and the next process traces and compiles next to nothing for its first ``log_prob``
+    or ``sample``. Settings of JAX take precedence: ``JAX_COMPILATION_CACHE_DIR`` names another folder,
     ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing.
 
     Returns:
@@ -113,7 +116,9 @@ def find(name: str, function: Any, lower: Callable[[], Any], arguments: tuple[An
         return _program(folder, _read(folder, key), arguments, name)
     lowered = lower()
     try:
-        text = repr((lowered.as_text(), described(lowered.out_tree), options, environment(with_sources=False)))
+        more = {name: str(lowered._lowering.compile_args[name]) for name in NOT_IN_TEXT}
+        about = described((options, more)), described_arguments(arguments), described(lowered.out_tree)
+        text = repr((lowered.as_text(), about, environment(with_sources=False)))
     except Exception:
         return lowered.compile(compiler_options=options or None)
     own = hashlib.sha256(text.encode()).digest()
@@ -121,9 +126,10 @@ def find(name: str, function: Any, lower: Callable[[], Any], arguments: tuple[An
         program = _program(folder, own, arguments, name)
         _write(folder, key, own)
         return program
-    with _events() as events:
-        program = lowered.compile(compiler_options=options or None)
-    if FROM_CACHE not in events:  # jaxlib 0.10 would serialise but a part of it
+    events = _events()
+    events.clear()
+    program = lowered.compile(compiler_options=options or None)
+    if ASKED in events and HIT not in events:  # of a program from its cache, jaxlib 0.10 serialises but a part
         with contextlib.suppress(Exception):  # a full disk, or a program that JAX cannot serialise
             _write(folder, own, _serialized(program, calls_lapack=LAPACK in text))
             _write(folder, key, own)
@@ -175,20 +181,25 @@ def _write(folder: Path, key: bytes, content: bytes) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with replacing(folder / hashlib.sha256(key).hexdigest()) as incoming:
         incoming.write_bytes(hashlib.sha256(key + packed).digest() + packed)
+    _make_room(folder)
+
+
+@functools.cache
+def _make_room(folder: Path) -> None:
     remove_oldest(folder.iterdir(), MOST_BYTES_TRACED)
 
 
-@contextlib.contextmanager
-def _events() -> Iterator[set[str]]:
-    """The events that JAX reports of this thread until ``with`` ends."""
-    thread, events = threading.get_ident(), set[str]()
+def _events() -> set[str]:
+    """The events that JAX has reported of this thread."""
+    _listen()
+    if not hasattr(_of_thread, "events"):
+        _of_thread.events = set()
+    return _of_thread.events
 
-    def note(event: str, **_: Any) -> None:
-        if threading.get_ident() == thread:
-            events.add(event)
 
-    jax.monitoring.register_event_listener(note)
-    try:
-        yield events
-    finally:
-        jax.monitoring.unregister_event_listener(note)
+_of_thread = threading.local()
+
+
+@functools.cache
+def _listen() -> None:
+    jax.monitoring.register_event_listener(lambda event, **_: getattr(_of_thread, "events", set()).add(event))

@@ -55,18 +55,14 @@ class ParallelStep:
     """A training step for all devices, from `parallelize`."""
 
     def __init__(self, mapped: Any, step_fn: Any):
-        self._mapped, self._step_fn, self._is_compiled = mapped, step_fn, False
-        self._programs = platforms.FoundPrograms(step_fn)
+        self._mapped, self._programs, self._is_compiled = mapped, platforms.FoundPrograms(step_fn, "step"), False
 
     def compile(self, state: Any, batch: Any) -> None:
         """Compiles the step for arrays of these shapes and dtypes, which need not exist yet; otherwise the first call does."""
         if not self._is_compiled:
-            program = platforms.found(self._step_fn, self._lower(state, batch), (state, batch), platforms.quick_options())
-            self._mapped = platforms.compile_quickly(self._lower(state, batch)()) if program is None else program
-            self._is_compiled = True
-
-    def _lower(self, state: Any, batch: Any) -> Callable[[], Any]:
-        return functools.partial(platforms.lower_quickly, self._mapped, state, batch)
+            lower = functools.partial(platforms.lower_quickly, self._mapped, state, batch)
+            found = self._programs.of(lower, (state, batch), options=platforms.quick_options())
+            self._mapped, self._is_compiled = platforms.compile_quickly(lower()) if found is None else found, True
 
     @property
     def program(self) -> str:
@@ -77,11 +73,8 @@ class ParallelStep:
         """The next state and metrics."""
         # Placed where a step returns it: from another placement pmap would compile the step twice.
         state = on_local_devices(state, num_devices=len(jax.tree.leaves(batch)[0]))
-        run = self._mapped
-        if not self._is_compiled:
-            options = platforms.quick_options()
-            run = self._programs.of(self._lower(state, batch), (state, batch), options=options) or self._mapped
-        outputs = run(state, batch)
+        found = None if self._is_compiled else self._programs.of(lambda: self._mapped.lower(state, batch), (state, batch))
+        outputs = (found or self._mapped)(state, batch)
         if jax.local_device_count() > 1 and jax.default_backend() == "cpu":
             # Threads are as many as the devices. One that waits in a reduction and one that waits for the step before its own
             # leave none to go on (jaxlib 0.10): a step must end before the next one is queued.
@@ -225,7 +218,7 @@ def rows_of(*arrays: Any) -> Callable[[np.ndarray], tuple[Any, ...]]:
 def _mapped_eval(fn, devices, is_shared):
     if not is_shared:
         mapped = jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=0, devices=devices)
-        programs = platforms.FoundPrograms(fn)
+        programs = platforms.FoundPrograms(fn, "evaluation")
         return lambda *given: (programs.of(lambda: mapped.lower(*given), given) or mapped)(*given)
 
     def gathered(state, batch):  # a process can read the outputs of its own devices only

@@ -188,6 +188,53 @@ def test_a_function_is_not_traced_again_for_arrays_of_one_shape_dtype_and_placem
         powers()(jnp.ones((3, 3), jnp.bfloat16))
 
 
+def test_arguments_that_are_not_used_count():
+    """JAX leaves them out of a program's text, and an executable has a place for them."""
+
+    def first(used, unused):
+        return 2 * used
+
+    def second(unused, used):
+        return 2 * used
+
+    x, other = jnp.ones(3), jnp.zeros(3)
+    for function, arguments in ((first, (x, other)), (first, (x, jnp.ones((2, 2)))), (second, (other, x))):
+        np.testing.assert_array_equal(platforms.quick_jit(function)(*arguments), 2 * x)
+        np.testing.assert_array_equal(platforms.quick_jit(function)(*arguments), 2 * x)
+
+
+def test_what_is_computed_is_committed_as_without_stored_programs():
+    def double(x, number):
+        return number * x
+
+    x = jnp.ones(3)
+    for placed in (jax.device_put(x, jax.devices()[0]), x):
+        for number in (2, 2.0):
+            assert platforms.quick_jit(double)(placed, number).committed == placed.committed
+            assert platforms.quick_jit(double)(placed, number).dtype == x.dtype
+    with jax.set_mesh(jax.sharding.Mesh(np.array(jax.devices()), ("x",), axis_types=(jax.sharding.AxisType.Auto,))):
+        assert len(platforms.quick_jit(double)(x, 2).sharding.device_set) == 2
+    assert len(platforms.quick_jit(double)(x, 2).sharding.device_set) == 1
+
+
+def test_a_search_for_what_is_not_finite_is_jax_s():
+    def root(x):
+        return jnp.sqrt(x)
+
+    call = platforms.quick_jit(root)
+    assert np.isnan(call(-jnp.ones(())))
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        call(-jnp.ones(()))
+
+
+def test_programs_in_memory_are_not_without_number(monkeypatch):
+    monkeypatch.setattr(platforms, "MOST_PROGRAMS", 2)
+    programs = platforms.FoundPrograms(powers, "test")
+    for size in (1, 2, 1, 3):
+        assert programs.of(lambda: jax.jit(jnp.sin).lower(BATCH[:size]), (BATCH[:size],)) is not None  # noqa: B023
+    assert [key[2][0][0] for key in programs._programs] == [(1, 3), (3, 3)]
+
+
 def test_functions_are_themselves_within_other_programs():
     call, x = powers(), jnp.asarray(BATCH)
     expected, _ = call(x)

@@ -121,16 +121,18 @@ def singular_vectors(
 
     transpose = jax.linear_transpose(forward, v)
 
+    def right(u, v):
+        new_v, sigma = unit(transpose(u)[0])
+        return jnp.where(sigma > 0, new_v, v)
+
     def power_step(v):
         u, _ = unit(forward(v))
-        new_v, sigma = unit(transpose(u)[0])
-        return jnp.where(sigma > 0, new_v, v), u
+        return right(u, v), u
 
     if num_steps is None:
         if jax.eval_shape(forward, v).size < v.size:  # the norm is that of the transpose: in the space of fewer dimensions
             u, info = _iterate_to_tolerance(lambda y: forward(transpose(y)[0]), forward(v), rtol)
-            new_v, sigma = unit(transpose(u)[0])
-            v = jnp.where(sigma > 0, new_v, v)
+            v = right(u, v)
         else:
             v, info = _iterate_to_tolerance(lambda x: transpose(forward(x))[0], v, rtol)
         v, u = power_step(v)

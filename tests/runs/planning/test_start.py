@@ -88,4 +88,4 @@ def test_starts_are_measured_in_processes_of_their_own(starts):
 
     assert again.work["first step"]["programs"] == 1
     assert again.work["first step"].keys() == {"reading", "programs"}  # the step is neither traced nor lowered
-    assert again.programs["first step: stored program"]["programs"] == 1
+    assert again.programs["first step: _fun"]["programs"] == 1
