@@ -116,6 +116,8 @@ def find(name: str, function: Any, lower: Callable[[], Any], arguments: tuple[An
         return _program(folder, _read(folder, key), arguments, name)
     lowered = lower()
     try:
+        if any(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) for leaf in jax.tree.leaves(lowered.out_info)):
+            raise ValueError("random keys from a file are not of the kinds of generators that JAX knows by identity")
         more = {name: str(lowered._lowering.compile_args[name]) for name in NOT_IN_TEXT}
         about = described((options, more)), described_arguments(arguments), described(lowered.out_tree)
         text = repr((lowered.as_text(), about, environment(with_sources=False)))

@@ -203,6 +203,16 @@ def test_arguments_that_are_not_used_count():
         np.testing.assert_array_equal(platforms.quick_jit(function)(*arguments), 2 * x)
 
 
+def test_random_keys_are_those_of_jax():
+    def split(key):
+        return jax.random.split(key)
+
+    for _ in range(2):
+        keys = platforms.quick_jit(split)(jax.random.key(0))
+        assert jax.random.key_impl(keys) == jax.random.key_impl(jax.random.key(0))
+        jax.random.poisson(keys[0], 1.0)
+
+
 def test_what_is_computed_is_committed_as_without_stored_programs():
     def double(x, number):
         return number * x
