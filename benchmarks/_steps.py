@@ -4,8 +4,10 @@ Nothing is imported before a worker makes its case: what a process does before J
 """
 
 import contextlib
+import importlib.util
 import itertools
 import os
+import runpy
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,6 @@ def prepare_jax(config=None, *, keeps_memory=True):
     allocator.collect_garbage_rarely()
     if config is not None:
         if keeps_memory:
-            allocator.use_large_pages()  # starts this process again, the first time
             allocator.keep_freed_memory()
         machine.compile_quickly()
     machine.use_all_cores(config or Config())
@@ -37,11 +38,14 @@ def training_step(config, data):
     from iresnet_jax.runs import loop
     from iresnet_jax.runs.machine import prepare_backend
     from iresnet_jax.training import parallel
+    from iresnet_jax.training.trainer import compile_ahead, meanwhile
 
     prepare_backend(config.training.matmul_precision)
     objective = loop.build_objective(config, data)
-    state, examples = objective.initial_state(), objective.examples
-    return objective.training_step, parallel.parallelize(objective.training_step), state, examples, objective.name
+    step = parallel.parallelize(objective.training_step)
+    with meanwhile(lambda: compile_ahead(step, objective, config.training.batch_size), print):
+        state = objective.initial_state()
+    return objective.training_step, step, state, objective.examples, objective.name
 
 
 def _peak_bytes():
@@ -90,6 +94,11 @@ class OurSteps(Steps):
     """The step of train.py for plain data of a config; random images stand in for those of TensorFlow Datasets."""
 
     def __init__(self, config, *, keeps_memory=True, warmup=WARMUP):
+        if keeps_memory:  # before all imports, as train.py does: it starts this process again, the first time
+            spec = importlib.util.find_spec("iresnet_jax")
+            assert spec is not None
+            package = Path(str(spec.origin)).parent
+            runpy.run_path(str(package / "runs" / "allocator.py"))["use_large_pages"]()
         from iresnet_jax.runs.config import parse
 
         settings = parse(config)
@@ -103,7 +112,6 @@ class OurSteps(Steps):
         self._jax = jax
         self._of_device, self._step, self._state, examples, self._name = training_step(settings, plan.data_for(settings))
         self._feed = device_batches(examples, seed=settings.seed, batch_size=settings.training.batch_size)
-        self._step.compile(self._state, next(self._feed))  # or reads it from disk
         self.take()
         self.wait()
         if keeps_memory:
