@@ -202,6 +202,7 @@ def test_a_wrong_command_is_noticed(line, monkeypatch, capsys):
 README_ROWS = {
     "MNIST density, 28 x 28": "mnist_density_variational",
     "MNIST classes": "mnist_classification_muon",
+    "CIFAR-10 classes, JPEG copies": "cifar10_classification",
     "Fashion-MNIST density": "fashion_mnist_density",
     "digits, density and classes": "digits_hybrid",
     "BSDS300 patches, density": "bsds300",
