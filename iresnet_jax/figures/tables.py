@@ -29,7 +29,7 @@ PUBLISHED_WIDTH = 36  # characters of the last column
 COLUMNS = (0.0, 0.14, 0.26, 0.54, 0.61, 0.77)  # where they begin, as shares of the width
 
 _MEASURES = {"bits_per_dim": "bits/dim", "nll": "nats"}
-_VARIANTS = {"batchnorm": "BatchNorm", "vanilla": "no constraint"}
+_VARIANTS = {"batchnorm": "BatchNorm", "vanilla": "no constraint", "none": "no constraint"}
 
 
 def figure(run: Run | None) -> Drawing:
@@ -100,7 +100,11 @@ def _of_report(path: Path) -> Iterator[dict[str, Any]]:
     if found:
         low, high = found["interval"]
         interval = {"low": 100 * low, "high": 100 * high, "num_examples": found["num_examples"]}
-        yield _row(path.parent.name, "", 100 * found["error"], "% error", **interval, **known)
+        config = report["config"]
+        has_batchnorm = config["classifier"].get("normalization") == "batchnorm"
+        variant = "batchnorm" if has_batchnorm else config["constraint"]["norms"]
+        model = _VARIANTS.get(variant, f"c = {config['model']['coeff']}")
+        yield _row(path.parent.name.removesuffix(f"_{variant}"), model, 100 * found["error"], "% error", **interval, **known)
 
 
 def _hardware(machine: dict[str, Any]) -> str:
