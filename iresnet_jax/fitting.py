@@ -188,6 +188,13 @@ def _stop_requests() -> StopRequests:
     return StopRequests("training ends after this step", heard_in_memory())
 
 
+class Outcome(NamedTuple):
+    """What a run leaves: how it went, and its models, certified when they are asked for; several were trained together."""
+
+    attempt: Attempt
+    models: Callable[[], list[Any]]
+
+
 class _Race:
     """Short runs of candidates, then longer ones of the best of them for as long as validation improves and time is left.
 
@@ -254,7 +261,7 @@ class _Race:
         return models if self._members else models[0]
 
     @property
-    def _leader(self) -> "tuple[Candidate, Outcome]":
+    def _leader(self) -> tuple[Candidate, Outcome]:
         return min(self._runs, key=lambda run: run[1].attempt.loss)
 
     @property
@@ -308,13 +315,6 @@ def _compile(config: Config, data: DataSet) -> None:
     spec = model_spec(config, data)
     objective = build_objective(config, data, spec)
     compile_ahead(_STEPS.compiler(config, spec)(objective.training_step), objective, config.training.batch_size)
-
-
-class Outcome(NamedTuple):
-    """What a run leaves: how it went, and its models, certified when they are asked for; several were trained together."""
-
-    attempt: Attempt
-    models: Callable[[], list[Any]]
 
 
 def _fit_in_memory(

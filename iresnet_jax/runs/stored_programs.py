@@ -3,7 +3,7 @@
 JAX's cache on disk spares a start the compiling alone: a process has to trace and lower a program to look for it. A file here
 is found by the key of `program_keys`. It names another one by the text of the lowered program, which holds the executable as
 JAX serialises it, and which changed sources find as well if they lower to the same. A program without a key, such as one with a
-branch of one's own, is traced at every start.
+branch of one's own, and one that returns random keys are traced at every start.
 
 The files lie in the subfolder `FOLDER` of JAX's cache, if that is switched on, local, and used by one process. They hold
 pickles and machine code: trust them as far as those of JAX's cache. A damaged or foreign file counts as none.
