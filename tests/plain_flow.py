@@ -313,10 +313,11 @@ def _bounded(numbers, bounded, u):
         if bounds is None:
             line.append(entry)
             continue
-        entry = min(max(entry, numbers.of(bounds.low + bounds.edge)[()]), numbers.of(bounds.high - bounds.edge)[()])
-        below, above = numbers.log(np.array([entry - numbers.of(bounds.low)[()], numbers.of(bounds.high)[()] - entry]))
+        low, high, edge = (numbers.of(value)[()] for value in (bounds.low, bounds.high, bounds.edge))
+        entry = min(max(entry, low + edge), high - edge)
+        below, above = numbers.log(np.array([entry - low, high - entry]))
         line.append(below - above)
-        log_slopes += numbers.log(np.array([numbers.of(bounds.high)[()] - numbers.of(bounds.low)[()]]))[0] - below - above
+        log_slopes += numbers.log(np.array([high - low]))[0] - below - above
     y, log_det = transform(numbers, bounded.then, np.array(line), None)
     return y, log_det + log_slopes
 

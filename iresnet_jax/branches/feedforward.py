@@ -371,10 +371,11 @@ class FeedforwardSpec(BranchSpec):
         if self.kernel_sizes is not None and not self._has_stencil:
             return stencil_logdet(stencil_by_products(lambda x: self.apply(weights, x, context), x, self._reach))
         (there, back), (d0, d1) = self._kernels(weights), self._slopes(weights, x, context)
+        d0 = d0 if self.preactivation else None
         if self.kernel_sizes is None:
             matrices = two_layers.through_hidden_units(there, back, d0, d1)
             return jnp.linalg.slogdet(jnp.eye(matrices.shape[-1], dtype=x.dtype)[None] + matrices)[1]
-        return stencil_logdet(two_layers.stencil(there, back, d0 if self.preactivation else None, d1))
+        return stencil_logdet(two_layers.stencil(there, back, d0, d1))
 
     @property
     def product_operations(self) -> float:

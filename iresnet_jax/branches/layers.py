@@ -73,7 +73,7 @@ class LayerSpec(NamedTuple):
         h = _add_bias(h, parameters["bias"], apart=platforms.is_slow_in_place())
         if context is not None:
             shift = context @ parameters["context"]
-            h = h + (shift if shift.ndim == h.ndim else shift.reshape(len(h), *(1,) * (h.ndim - 2), -1))
+            h = h + (shift if shift.ndim == h.ndim else shift.reshape(len(h), *(1,) * (h.ndim - 2), shift.shape[-1]))
         return h
 
     def singular_vectors(self, kernel: Array, start: Array, *, num_steps: int | None = None, rtol: float = 1e-3) -> VectorPair:

@@ -74,16 +74,19 @@ def jacobian(
 
 
 def through_hidden_units(
-    there: Float[Array, "m h"], back: Float[Array, "n d"], d0: Float[Array, "_ m"], d1: Float[Array, "b n"]
+    there: Float[Array, "m h"], back: Float[Array, "n d"], d0: Float[Array, "b m"] | None, d1: Float[Array, "b n"]
 ) -> Float[Array, "b h h"]:
-    """``D_1 W_1 D_0 W_2``, whose ``det(I + .)`` is that of ``I + J`` (Sylvester), with as many rows as hidden units."""
+    """``D_1 W_1 D_0 W_2``, whose ``det(I + .)`` is that of ``I + J`` (Sylvester), with as many rows as hidden units.
+
+    ``d0`` None is 1, where no activation stands in front: the product of the weights is then one for all examples.
+    """
     num_dims, width = back.shape[1], there.shape[1]
     there, back = there.reshape(-1, num_dims, width), back.reshape(-1, width, num_dims)
-    if len(d0) == 1:  # no activation in front: one product of the weights for all examples
+    if d0 is None:
         core = jnp.einsum("toi,sih->toh", back, there)[None]
     else:
-        core = jnp.einsum("bsi,toi,sih->btoh", d0.reshape(len(d0), -1, num_dims), back, there)
-    return jnp.sum(d1.reshape(len(d1), -1, width, 1) * core, axis=1)
+        core = jnp.einsum("bsi,toi,sih->btoh", d0.reshape(len(d0), len(there), num_dims), back, there)
+    return jnp.sum(d1.reshape(len(d1), len(back), width, 1) * core, axis=1)
 
 
 def stencil(

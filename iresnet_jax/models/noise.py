@@ -12,6 +12,7 @@ levels around it, zero beyond the border; of a vector it takes all. Each layer o
 Weights of the flow's stages stand beside those of the density's own, under names that begin with `PREFIX`.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -56,7 +57,8 @@ def features(spec: FlowSpec, network: Network, x: Integer[Array, "b ..."], num_l
     assert spec.noise is not None
     window = (spec.noise.window, spec.noise.window)
     around = lax.conv_general_dilated_patches(values, window, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return apply_network(network, around.reshape(-1, around.shape[-1])).reshape(*around.shape[:-1], -1)
+    found = apply_network(network, around.reshape(math.prod(around.shape[:-1]), around.shape[-1]))
+    return found.reshape(*around.shape[:-1], found.shape[-1])
 
 
 def place(flow: Bijection, x: Integer[Array, "b ..."], key: Key[Array, "..."], num_levels: int, dtype: Any) -> Array:

@@ -23,6 +23,7 @@ BATCH, NORM = 3, 0.98
 TRACE = {
     "dense, narrow": {"in_shape": (7,), "hidden": (3,), "activation": "clipswish"},
     "dense, preactivation": {"in_shape": (5,), "hidden": (7,), "activation": "clipswish", "preactivation": True},
+    "dense, narrow, preactivation": {"in_shape": (7,), "hidden": (3,), "activation": "clipswish", "preactivation": True},
     "dense, context": {"in_shape": (3,), "hidden": (4,), "activation": "lipswish", "context_dim": 2},
     "conv": {"in_shape": (7, 8, 2), "hidden": (3,), "kernel_sizes": (3, 3), "activation": "tanh"},
     "conv, preactivation, two channels of one": {
@@ -90,6 +91,14 @@ def make(case):
     last = spec.layers[-1].name
     weights = {**weights, last: {**weights[last], "kernel": factor * weights[last]["kernel"]}}
     return spec, weights, x, context, np.asarray(dense_jacobian(spec, weights, x, context))
+
+
+@pytest.mark.parametrize("num", [0, 1])
+@pytest.mark.parametrize("name", ["dense, narrow", "dense, narrow, preactivation", "conv, context"])
+def test_log_determinants_of_the_smallest_batches(x64, name, num):
+    spec, weights, x, context, jacobians = make(TRACE[name])
+    found = jax.jit(spec.logdet)(weights, x[:num], None if context is None else context[:num])
+    np.testing.assert_allclose(found, np.linalg.slogdet(np.eye(x[0].size) + jacobians[:num])[1], rtol=EXACT, atol=EXACT)
 
 
 @pytest.mark.parametrize("case", [*TRACE.values(), *LOGDET_ALONE.values()], ids=[*TRACE, *LOGDET_ALONE])

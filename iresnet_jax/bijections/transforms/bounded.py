@@ -9,7 +9,7 @@ continuous data follows, `Standardize` or `Whiten`, fitted to the mapped values.
 the density there is constant. The inverse gives no value closer to an end than the edge, which is wider than what single
 precision rounds.
 
-**Outside** of an interval the density is 0: the log-determinant is minus infinity.
+**Outside** of an interval, by more than an edge, the density is 0: the log-determinant is minus infinity.
 """
 
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from iresnet_jax.bijections.bijection import Bijection, exact_bijection
 from iresnet_jax.bijections.transforms.enclosure import Enclosure, on_balls
 from iresnet_jax.bijections.transforms.logit import UNIT_ERROR, Identity
 from iresnet_jax.bijections.transforms.standardize import Constants, Standardize, Whiten, inverse_bound
+from iresnet_jax.maths.enclosures import double_double
 from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log, where
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.precise_activations import sigmoid
@@ -163,7 +164,11 @@ class Bounded:
     def enclose_forward(self, u: Float[np.ndarray, "b d"]) -> tuple[Ball, Ball]:
         """The logit in double-double, through the transform behind it."""
         low, high, edge, bounded = self._arrays(np.float64)
-        inside = Ball.of(np.clip(np.asarray(u, np.float64), low + edge, high - edge))
+        u = np.asarray(u, np.float64)
+        first, last = (DoubleDouble.of(low) + DoubleDouble.of(edge), DoubleDouble.of(high) - DoubleDouble.of(edge))
+        is_first = (u < first.high) | ((u == first.high) & (first.low > 0))
+        is_last = (u > last.high) | ((u == last.high) & (last.low < 0))
+        inside = where(is_first, Ball.of(low) + Ball.of(edge), where(is_last, Ball.of(high) - Ball.of(edge), Ball.of(u)))
         below, above = log(inside - Ball.of(low)), log(Ball.of(high) - inside)
         log_width, chosen = log(Ball.of(high) - Ball.of(low)), np.broadcast_to(bounded, np.shape(u))
         line = where(chosen, below - above, Ball.of(u))
@@ -175,12 +180,14 @@ class Bounded:
         """The logistic function of the intervals on the real line in which the transform behind encloses every entry."""
         line = self.then.enclose_inverse(y, radius)
         low, high, edge, bounded = self._arrays(np.float64)
-        limit, width = np.log((high - low - edge) / edge), DoubleDouble.of(high) - DoubleDouble.of(low)
+        width = DoubleDouble.of(high) - DoubleDouble.of(low)
+        limit = double_double.log((width - DoubleDouble.of(edge)) * DoubleDouble.of(edge).reciprocal()).high
+        of_limit = edge * 2.0**-45  # what the rounding of the limit, below 2^-48, moves the values there by
 
         def value(t):
             t = np.clip(t, -limit, limit)
             x = DoubleDouble.of(low) + width * sigmoid(DoubleDouble.of(t))
-            return x.high, (U * np.abs(x.high) + width.high * UNIT_ERROR) * UP
+            return x.high, (U * np.abs(x.high) + width.high * UNIT_ERROR + of_limit) * UP
 
         center, errors = value(line.center)
         (least, least_errors), (most, most_errors) = value(line.low), value(line.high)

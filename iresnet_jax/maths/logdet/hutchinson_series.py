@@ -155,4 +155,5 @@ class SeriesLogdet(ProbingEstimator):
     def _samples(self, branch, x, key, lipschitz_bound, trace):
         probes, n = self._draw_probes(key, x), self.num_terms
         samples, tail = weighted_series(branch, x, probes, jnp.ones(n, x.dtype), n, trace=trace)
-        return samples, remainder_factor(lipschitz_bound, n, 1, x.dtype) * jnp.mean(tail, axis=0)
+        factor = remainder_factor(lipschitz_bound, n, 1, x.dtype)
+        return samples, jnp.where(jnp.isfinite(factor), factor * jnp.mean(tail, axis=0), jnp.inf)  # also where the tail is 0

@@ -1,7 +1,10 @@
 """Entries within intervals: exact determinants, densities that integrate to 1, ends, and samples that never leave."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 
@@ -77,6 +80,16 @@ def test_values_at_the_ends_have_a_density_and_values_outside_have_none():
     assert np.isfinite(log_det).tolist() == [True, True, True, False, False]
     assert np.isneginf(log_det[3:]).all()
     assert transform.outside(np.asarray(x)).any(axis=1).tolist() == [False, False, False, True, True]
+
+
+def test_values_at_an_end_are_enclosed_where_the_edge_is_no_float():
+    bounds = Bounds.of(0.0, 0.1)
+    edge, width = Fraction(bounds.edge), Fraction(bounds.high)
+    expected = float(mpmath.log(mpmath.mpf((width - edge).numerator) / (width - edge).denominator / bounds.edge))
+    for value, sign in ((0.0, -1), (0.1, 1)):
+        (low, high), _ = (ball.bounds() for ball in Bounded((bounds,)).enclose_forward(np.array([[value]])))
+        assert low[0, 0] <= sign * expected <= high[0, 0]
+        assert high[0, 0] - low[0, 0] < 1e-14
 
 
 def test_no_latent_leaves_its_interval_and_single_precision_comes_back():

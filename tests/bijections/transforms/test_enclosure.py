@@ -162,8 +162,8 @@ def exact_inverse(transform, y):
 
 def within(bounds, v):
     """The logistic function between the ends of an interval, constant beyond its edges."""
-    low, high = Decimal(bounds.low), Decimal(bounds.high)
-    limit = Decimal(np.log((bounds.high - bounds.low - bounds.edge) / bounds.edge))
+    low, high, edge = (Decimal(value) for value in (bounds.low, bounds.high, bounds.edge))
+    limit = ((high - low - edge) / edge).ln()
     return low + (high - low) / (1 + (-min(max(v, -limit), limit)).exp())
 
 

@@ -123,6 +123,8 @@ def test_the_remainder_of_every_probe_is_within_its_bound(x64, num_terms):
     assert jnp.all(infos[1].truncation_bound < 1e-18)
     unknown = estimate(SeriesLogdet(num_terms=num_terms), branch, x, jax.random.key(3))[1].truncation_bound
     assert jnp.all(jnp.isinf(unknown))
+    of_zero = estimate(SeriesLogdet(num_terms=num_terms), lambda x: 0 * x, x, jax.random.key(3))[1].truncation_bound
+    assert jnp.all(jnp.isinf(of_zero))
 
 
 @pytest.mark.parametrize(("lipschitz", "num_terms"), [(0.0, 1), (0.3, 2), (0.9, 10), (0.98, 40)])
