@@ -14,6 +14,8 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
+
 T = TypeVar("T")
 
 
@@ -168,3 +170,9 @@ def _tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]
 
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+
+
+def check_unmasked(given: Any, name: str) -> None:
+    """Raises ``ValueError`` for masked values, which NumPy and scikit-learn would uncover."""
+    if np.ma.is_masked(given):
+        raise ValueError(f"{name} has {np.ma.count_masked(given)} masked values: fill them in or drop their rows")

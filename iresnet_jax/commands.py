@@ -99,7 +99,8 @@ def context_vectors(text: str | None, context_dim: int) -> Float[np.ndarray, "n 
         raise ValueError("this density takes no context: leave --context out")
     try:
         given = np.load(text, allow_pickle=False) if text.endswith(".npy") else np.array([float(n) for n in text.split(",")])
-        contexts = np.atleast_2d(given).astype(np.float32)
+        is_column = given.ndim == 1 and context_dim == 1  # a number for each sample
+        contexts = (given[:, None] if is_column else np.atleast_2d(given)).astype(np.float32)
     except (MemoryError, OSError, ValueError) as error:
         raise ValueError(f"--context takes numbers such as 1.0,2.0 or a .npy file, got {text!r}: {error}") from None
     if contexts.ndim != 2 or contexts.shape[1] != context_dim or not np.all(np.isfinite(contexts)):
@@ -157,7 +158,7 @@ def robustness(run: Run, arguments: argparse.Namespace) -> bool:
     """Verifies the accuracy of a classifier by radius, and attacks it."""
     model = run.model
     if not isinstance(model, Classifier):
-        raise ValueError(f"{run.folder} holds a density: radii are certified for classifiers")
+        raise ValueError(f"{run.folder} holds no classifier, and radii are certified for classifiers")
     run = run.with_data_checked()
     images, labels = run.test_examples()[: arguments.num], run.data.labels["test"][: arguments.num]
     size = run.config.evaluation.batch_size
@@ -231,9 +232,9 @@ def figure(arguments: argparse.Namespace) -> bool:
         return True
     if name is None:
         raise ValueError(f"which figure? choose one of {', '.join(catalogue.FIGURES)}, or --list")
-    made = catalogue.make(name, workdir, arguments.data)
+    made, notes = catalogue.make(name, workdir, arguments.data)
     svg, table = drawing.write(made, Path(arguments.output or workdir or "figures"), name)
-    _say(catalogue.FIGURES[name].look, f"written: {svg} and {table}")
+    _say(*notes, catalogue.FIGURES[name].look, f"written: {svg} and {table}")
     return True
 
 

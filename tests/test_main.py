@@ -10,6 +10,7 @@ import pytest
 
 from iresnet_jax.__main__ import COMMANDS, main
 from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.commands import context_vectors
 from iresnet_jax.evaluation import samples
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.model import FILE_NAME
@@ -114,6 +115,12 @@ def test_sample_writes_levels_and_a_picture_and_needs_no_data(copied, tmp_path, 
     assert np.any(np.load(folder / "samples.npy") != levels)
     assert "converged for 64 of 64" in said(capsys, "sample", copied["points"], "--certify", "0")
     assert np.load(copied["points"] / "samples.npy").dtype == np.float32
+
+
+def test_numbers_of_a_file_are_contexts_of_length_1(tmp_path):
+    np.save(tmp_path / "contexts.npy", np.arange(5.0))
+    assert context_vectors(str(tmp_path / "contexts.npy"), 1).tolist() == [[0], [1], [2], [3], [4]]
+    assert context_vectors(str(tmp_path / "contexts.npy"), 5).shape == (1, 5)
 
 
 def test_reconstruct_writes_a_picture_of_images(copied, capsys):
@@ -239,7 +246,7 @@ MISTAKES = [
     ("freeze", "points", ["--output", "nowhere/model.npz"], "nowhere/model.npz cannot be written"),
     ("ood", "points", [], "moons are points"),
     ("ood", "hybrid", ["--against", "nosuch"], "unknown data set 'nosuch'"),
-    ("robustness", "hybrid", [], "holds a density"),
+    ("robustness", "hybrid", [], "holds no classifier"),
     ("robustness", "classifier", ["--radii", "1,0.1"], "positive and increasing"),
 ]
 

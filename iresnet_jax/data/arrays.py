@@ -13,7 +13,7 @@ import numpy as np
 
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.splits import fraction_masks, validation_mask
-from iresnet_jax.data.tables import FAINT, Table, find_grid
+from iresnet_jax.data.tables import FAINT, Table, check_on_grid, find_grid
 
 FITTED_ARRAY = "the array"  # name of the data that `iresnet_jax.fit` is given, which no name loads
 SPARSEST = 10  # classes for each that has examples, above which labels are taken for codes and not for numbers of classes
@@ -69,28 +69,35 @@ def from_arrays(
     else:
         if "train" not in arrays:
             raise ValueError(f"{name} has no training examples: its splits are {', '.join(arrays) or 'none'}")
-        if "validation" not in arrays:
-            chosen = validation_mask(len(arrays["train"].x))
-            arrays = {**arrays, "train": arrays["train"].take(~chosen), "validation": arrays["train"].take(chosen)}
         parts = {split: _checked(part) for split, part in arrays.items()}
+        seen = parts["train"].x
+        if "validation" not in parts:
+            chosen = validation_mask(len(seen))
+            parts |= {"validation": parts["train"].take(chosen), "train": parts["train"].take(~chosen)}
         shapes = {part.x.shape[1:] for part in parts.values()}
         if len(shapes) > 1:
             raise ValueError(f"the splits of {name} must hold examples of one shape, got {sorted(shapes)}")
+        if len(dtypes := {str(part.x.dtype) for part in parts.values()}) > 1:
+            raise ValueError(f"the splits of {name} must hold examples of one type, got {' and '.join(sorted(dtypes))}")
         if len({(part.labels is None, part.context is None) for part in parts.values()}) > 1:
             raise ValueError(f"all splits of {name} need labels and contexts, or none of them")
-        others = [part.x for split, part in parts.items() if split != "train"]
-        seen, held_out = parts["train"].x, np.concatenate(others) if others else None
+        if len(lengths := {part.context.shape[1] for part in parts.values() if part.context is not None}) > 1:
+            raise ValueError(f"the splits of {name} must have contexts of one length, got {sorted(lengths)}")
+        held_out = np.concatenate([part.x for split, part in parts.items() if split != "train"])
     train = parts["train"]
     classes = None if train.labels is None else _num_classes([part.labels for part in parts.values()])
     levels, grid = None, None
     if np.issubdtype(train.x.dtype, np.integer):
-        largest = max(int(part.x.max()) for part in parts.values() if len(part.x))
+        largest = max(int(part.x.max()) for part in parts.values())
         levels = 256 if largest > 127 else max(largest + 1, 2)
     elif train.x.ndim == 2 and table is not None:
         table = table.described(seen, column_names, held_out)
         grid = table.grid
     elif train.x.ndim == 2:
-        grid = find_grid(train.x, column_names)
+        find_grid(train.x, column_names)  # which raises where what is left to train on has no density
+        grid = find_grid(seen, column_names)
+        for split, part in parts.items():
+            check_on_grid(grid, part.x, column_names, f"row {{}} of the split {split}")
     else:
         check_channels(train.x)
     data = DataSet.from_arrays(
@@ -129,9 +136,9 @@ def check_channels(images: np.ndarray) -> None:
 def _checked(arrays: Arrays) -> Arrays:
     """The arrays in the types that training takes."""
     x = np.asarray(arrays.x)
-    if x.ndim not in (2, 4) or not len(x) or not np.prod(x.shape[1:]):
+    if x.ndim not in (2, 4) or not x.size:
         hints = {1: ": numbers are vectors of length 1 as x[:, None]", 3: ": add a channel axis with x[..., None]"}
-        hint = hints.get(x.ndim, "") if len(x) else ": there are no examples"
+        hint = ": there are no examples" if x.ndim and not len(x) else hints.get(x.ndim, "")
         raise ValueError(f"data must be vectors (n, d) or images (n, h, w, c), got shape {x.shape}{hint}")
     if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[2] == x.shape[3] > 4:
         raise ValueError(f"images have their channels last, got shape {x.shape}: give x.transpose(0, 2, 3, 1)")

@@ -6,6 +6,7 @@ from typing import Any
 import jax.core
 import numpy as np
 
+from iresnet_jax.checked_dataclasses import check_unmasked
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.tables import Table
@@ -77,9 +78,3 @@ def _as_array(given: Any, name: str) -> np.ndarray:
     if array.ndim == 0:
         raise ValueError(f"{name} must be an array of numbers, got a {type(given).__name__}")
     return array
-
-
-def check_unmasked(given: Any, name: str) -> None:
-    """Raises ``ValueError`` for masked values, which NumPy and scikit-learn would uncover."""
-    if np.ma.is_masked(given):
-        raise ValueError(f"{name} has {np.ma.count_masked(given)} masked values: fill them in or drop their rows")

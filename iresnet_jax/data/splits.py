@@ -42,7 +42,8 @@ def fraction_masks(num: int, fractions: tuple[float, float]) -> dict[str, Bool[n
     counts = {split: max(round(share * num), 1) for split, share in sizes.items() if share}
     if sum(counts.values()) + 2 > num:
         raise ValueError(
-            f"{num} examples are too few to be split into {', '.join(['train', *counts])}: at least {len(counts) + 2}"
+            f"{num} examples are too few to be split into {', '.join(['train', *counts])}: {sum(counts.values())} would be "
+            "held out, and at least 2 must be left for training"
         )
     parts = np.split(by_digest(num), np.cumsum(list(counts.values())))
     masks = {split: np.isin(np.arange(num), part) for split, part in zip([*counts, "train"], parts, strict=True)}

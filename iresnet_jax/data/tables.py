@@ -96,12 +96,9 @@ class Table:
             _check_categories(self.columns, grid)
         check_density(x, names, grid)
         everything = x if held_out is None else np.concatenate([x, held_out])
-        if grid is not None and grid.off(everything).any():
-            row, column = np.argwhere(grid.off(everything))[0].tolist()
-            raise ValueError(
-                f"{everything[row, column]:g} in {_row(row, len(x))} is not on the grid of {_named([column], names)}: "
-                f"{grid.offset[column]:g} and steps of {grid.spacing[column]:g}"
-            )
+        check_on_grid(grid, x, names)
+        if held_out is not None:
+            check_on_grid(grid, held_out, names, "validation row {}")
         given = ends_given({} if self.bounds is None else self.bounds, names, x.shape[1])
         ends = find_ends(everything, grid) if self.bounds is None else {}
         ends_of = {**ends, **given}
@@ -127,6 +124,16 @@ class Table:
 
 
 # ---------------------------------------------------------------------------------------------------------------- grids
+
+
+def check_on_grid(grid: Grid | None, x: np.ndarray, names: Sequence[str], row_is: str = "row {}") -> None:
+    """Raises ``ValueError`` if a value is between those of its column's grid; ``row_is`` says which row it is in."""
+    if grid is not None and (off := grid.off(x)).any():
+        row, column = np.argwhere(off)[0].tolist()
+        raise ValueError(
+            f"{x[row, column]:g} in {row_is.format(row)} is not on the grid of {_named([column], names)}: "
+            f"{grid.offset[column]:g} and steps of {grid.spacing[column]:g}; give all values as one array, or round this one"
+        )
 
 
 def find_grid(x: np.ndarray, column_names: Sequence[str] = (), whole: Bool[np.ndarray, " d"] | None = None) -> Grid | None:

@@ -139,7 +139,7 @@ def evaluate(
     outputs = parallel.over_batches(_reconstruct, model, parallel.rows_of(x, y), len(x), batch_size)
     allowed = certified * outputs.pop("data_error") + outputs.pop("error_bound")
     found = Reconstructed(x, y, within_bound=outputs.pop("distance") <= allowed, **outputs)
-    perturbed = perturb(model, y[:NUM_PERTURBED], max(measurement.noise, LEAST_NOISE), seed)
+    perturbed = perturb(model, y[:NUM_PERTURBED], max(measurement.noise, LEAST_NOISE), certified, seed)
     error = split_error(found.relative_error[:, None, None])
     squared = np.mean((found.found - x).astype(np.float64) ** 2, axis=(1, 2, 3))
     summary = InverseProblem(
@@ -174,16 +174,17 @@ def _reconstruct(model: Reconstructor, batch):
     }
 
 
-def perturb(model: Reconstructor, y: Float[np.ndarray, "b h w c"], noise: float, seed: int) -> Perturbed:
+def perturb(model: Reconstructor, y: Float[np.ndarray, "b h w c"], noise: float, certified: float, seed: int) -> Perturbed:
     """Perturbs measurements by noise and in the directions in which the reconstruction changes most, before the projection.
 
     A direction comes from power iteration on ``J^T J`` with ``J`` the Jacobian of ``F^-1`` at a measurement.
 
     Args:
         noise: Standard deviation of the noise in every pixel, which also sets the size of adversarial perturbations.
+        certified: `Reconstructor.noise_amplification` of the model.
     """
     key = jax.random.fold_in(jax.random.key(seed), 2**31 + 6)
-    return jax.device_get(_perturb(model, jnp.asarray(y), noise, model.noise_amplification, key))
+    return jax.device_get(_perturb(model, jnp.asarray(y), noise, certified, key))
 
 
 @jax.jit

@@ -46,7 +46,7 @@ FIGURES = {
     "singular-values": Entry(
         singular_values.figure,
         kept="digits_density",
-        look="No singular value is above its certified bound, and no bound above the coefficient.",
+        look="No singular value is above its certified bound, nor, with a budget of layers, a bound above the coefficient.",
     ),
     "densities": Entry(
         densities.figure,
@@ -72,8 +72,8 @@ FIGURES = {
 }
 
 
-def make(name: str, folder: str | Path | None = None, data: str | None = None) -> Drawing:
-    """Makes a figure, of a kept model or from nothing if no run is given.
+def make(name: str, folder: str | Path | None = None, data: str | None = None) -> tuple[Drawing, tuple[str, ...]]:
+    """Makes a figure, of a kept model or from nothing if no run is given; also the run's `Run.notes`.
 
     Args:
         name: Name in `FIGURES`.
@@ -96,10 +96,11 @@ def make(name: str, folder: str | Path | None = None, data: str | None = None) -
     if folder is None:
         if data:
             raise ValueError(f"the figure {name} is made from nothing, or of the run that --workdir names: leave --data out")
-        return entry.make(None)
+        return entry.make(None), ()
     run = trained_run.load(folder)
     run = run.with_data(data) if data else run
-    return entry.make(run.with_data_checked() if entry.needs_data else run)
+    run = run.with_data_checked() if entry.needs_data else run
+    return entry.make(run), run.notes
 
 
 def listing() -> str:

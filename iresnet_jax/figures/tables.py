@@ -93,7 +93,8 @@ def _of_report(path: Path) -> Iterator[dict[str, Any]]:
     found = report.get("classification")
     for key, unit in _MEASURES.items():
         if key in report and "mean" in report[key]:
-            mean, reach = report[key]["mean"], 1.96 * report[key]["stderr"]
+            mean, stderr = (math.nan if report[key][name] is None else report[key][name] for name in ("mean", "stderr"))
+            reach = 1.96 * stderr
             interval = {"low": mean - reach, "high": mean + reach, "num_examples": report[key]["num_examples"]}
             yield _row(path.parent.name, "hybrid" if found else "", mean, unit, **interval, **known)
             return

@@ -141,6 +141,7 @@ class _TrainerOnDisk(Trainer):
     ):
         self._workdir, self._writer, self._checkpoints = workdir, writer, checkpoints
         self._progress: Progress | None = None
+        self._written = 0  # when the folder's files were
         self._agreement = Agreement(self._wishes) if parallel.num_processes() > 1 else None
         if self._agreement is not None:
             compile_step = self._agreement.parallelize
@@ -159,7 +160,7 @@ class _TrainerOnDisk(Trainer):
         found: list[tuple[TrainState, int]] = []
 
         def restore():
-            run_folder.check_is_there(self._workdir)
+            self._written = run_folder.written_at(self._workdir)
             found.append(self._checkpoints.restore_latest(fresh._replace(constants={})) or (fresh, 0))
             step = found[0][1]
             assert self._writer is not None  # process 0 has one
@@ -197,7 +198,7 @@ class _TrainerOnDisk(Trainer):
     def store(self, loss: float | None) -> None:
         """Writes a checkpoint."""
         if hosts.is_first():
-            run_folder.check_is_there(self._workdir)
+            run_folder.check_is_there(self._workdir, self._written)
             self._checkpoints.save(self.step, self.state._replace(constants={}), metric=loss)
         self._saved_at = time.monotonic()
         # With several processes a signal always waits for the step after which all stop.

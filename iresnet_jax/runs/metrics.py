@@ -54,13 +54,11 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
         try:
             self._lines.write(json.dumps(record) + "\n")
             self._lines.flush()
+            self._write_event(int(step), {f"{split}/{name}": value for name, value in values.items()})
         except OSError as error:
-            message = (
-                f"{self._path} cannot be written ({error.strerror or error}): free disk space, then give the command again"
-            )
+            reason = error.strerror or error
+            message = f"{self._workdir} cannot be written to ({reason}): free disk space, then give the command again"
             raise OSError(message) from error
-        for name, value in values.items():
-            self._tensorboard().add_scalar(f"{split}/{name}", value, step)
 
     @property
     def elapsed_s(self) -> float:
@@ -74,11 +72,12 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
         self._purge_step = step + 1
 
     def close(self) -> None:
-        """Flushes and closes the files, as leaving ``with`` does."""
-        self._lines.close()
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        """Closes the files, as leaving ``with`` does; all that could be written is there already."""
+        for file in (self._lines, self._events):
+            with contextlib.suppress(OSError):  # of a full disk, which `write` has told of
+                if file is not None:
+                    file.close()
+        self._events = None
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
@@ -93,12 +92,22 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
         self._lines = self._path.open("a", encoding="utf-8")
         self._start = self._began - max((record["wall_time_s"] for record in records), default=0.0)
 
-    def _tensorboard(self) -> Any:
-        if self._events is None:
-            from tensorboardX import SummaryWriter  # imported late: it takes longer than the rest of this module
+    def _write_event(self, step: int, values: Mapping[str, float]) -> None:
+        # Imported late: it takes longer than the rest of this module. `SummaryWriter` has a thread that a full disk ends, and
+        # then waits for it for ever.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]: made at run time
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-            self._events = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=self._purge_step, flush_secs=10)
-        return self._events
+        if self._events is None:
+            folder = self._workdir / "tensorboard"
+            folder.mkdir(exist_ok=True)
+            self._events = EventsWriter(str(folder / "events"))
+            if self._purge_step is not None:  # from where on TensorBoard discards older events
+                self._events.write_event(Event(step=self._purge_step, session_log=SessionLog(status=SessionLog.START)))
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+        self._events.flush()
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
     """The density of a data set, with a prior for every class if the objective is hybrid."""
     is_hybrid = config.objective == "hybrid"
     if is_hybrid and data.num_classes is None:
-        raise ValueError(f"a hybrid needs labelled images, and {data.name} has none: choose another data.name")
+        raise ValueError(f"a hybrid needs labels, and {data.name} has none: choose another data.name")
     if is_hybrid and data.context_dim:
         raise ValueError(f"a hybrid takes no contexts, and {data.name} has them: choose the objective density")
     hidden = config.model.context_hidden if data.context_dim else ()
@@ -87,12 +87,14 @@ def classifier_spec(config: Config, data: DataSet) -> ClassifierSpec:
     settings = config.classifier
     if len(data.event_shape) != 3:
         raise ValueError(f"classification is for images, and {data.name} has vectors: choose the objective hybrid")
+    if data.num_levels is None:
+        raise ValueError(f"classification is for images of integer grey levels, and {data.name} has floats: make them integers")
     height, width, channels = data.event_shape
     return ClassifierSpec(
         flow=build_flow_spec(config.model, (height, width, channels + settings.pad_channels)),
         image_shape=(height, width, channels),
         num_classes=data.num_classes,
-        num_levels=data.num_levels or 256,
+        num_levels=data.num_levels,
         pad_channels=settings.pad_channels,
         mean=settings.mean,
         std=settings.std,

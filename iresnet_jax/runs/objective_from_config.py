@@ -214,6 +214,8 @@ def build_augmentation(settings: AugmentationConfig, data: DataSet) -> classific
     padding = settings.crop_padding
     if not padding and not settings.flip:
         return None
+    if len(data.event_shape) != 3:
+        raise ValueError(f"crops and flips of config.augmentation are for images, and {data.name} has vectors: leave them out")
 
     def augment_images(keys, images):
         if not padding:

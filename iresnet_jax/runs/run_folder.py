@@ -97,10 +97,23 @@ def fingerprint(workdir: Path) -> str | None:
     return hashlib.sha256(json.dumps([known, model], sort_keys=True).encode()).hexdigest()
 
 
-def check_is_there(workdir: Path) -> None:
-    """Raises ``RuntimeError`` if the folder of a run that trains was removed or is another one now."""
-    if not (workdir / CONFIG_FILE).exists():
-        raise RuntimeError(f"{workdir} was removed while its run trained, which cannot go on from there: train again")
+def written_at(workdir: Path) -> int:
+    """When the model of a run was written, by which it is told from one that takes its place in the folder.
+
+    Raises:
+        RuntimeError: If the folder was removed.
+    """
+    try:
+        return (workdir / MODEL_FILE).stat().st_mtime_ns
+    except FileNotFoundError:
+        message = f"{workdir} was removed while its run trained, which cannot go on from there: train again"
+        raise RuntimeError(message) from None
+
+
+def check_is_there(workdir: Path, written: int) -> None:
+    """Raises ``RuntimeError`` if the folder of a run that trains was removed or holds another run by now."""
+    if written_at(workdir) != written:
+        raise RuntimeError(f"{workdir} holds another run than the one that trains, which ends here and leaves it alone")
 
 
 def claim(workdir: Path, config: Config, spec: Spec, data: DataSet) -> None:

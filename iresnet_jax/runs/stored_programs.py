@@ -45,6 +45,7 @@ ASKED, HIT = "/jax/compilation_cache/compile_requests_use_cache", "/jax/compilat
 NOT_IN_TEXT = ("kept_var_idx", "committed", "global_out_avals")
 
 _settings: Any = jax.config  # whose fields type checkers cannot see
+_own_folder: str | None = None  # once `keep_compiled_programs` has set it
 
 
 def keep_compiled_programs() -> Path | None:
@@ -58,9 +59,12 @@ def keep_compiled_programs() -> Path | None:
     Returns:
         The folder, under the user's cache folder; None if JAX's own settings hold, or it cannot be written.
     """
+    global _own_folder
     platforms.find_programs_by(find)
-    if _settings.jax_compilation_cache_dir is not None or not _settings.jax_enable_compilation_cache:
+    if not _settings.jax_enable_compilation_cache:
         return None
+    if (known := _settings.jax_compilation_cache_dir) is not None:
+        return Path(known) if known == _own_folder else None
     folder = user_folder() / "programs" / machine.processor()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # who can write there can have code run here
@@ -69,7 +73,8 @@ def keep_compiled_programs() -> Path | None:
     if not os.access(folder, os.W_OK):
         return None
     remove_oldest(folder.glob("*-cache"), MOST_BYTES)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    _own_folder = str(folder)
+    jax.config.update("jax_compilation_cache_dir", _own_folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_S)
     compilation_cache.reset_cache()  # which programs that were compiled before have fixed
     return folder

@@ -102,14 +102,19 @@ class Run:
             except ValueError as error:
                 raise ValueError(f"test examples of {found.name} are none that the model can give: {error}") from None
         if not self.fingerprint:
-            return replace(self, notes=(*self.notes, f"The model says nothing of its training data; these are {found.name}."))
+            return self._with_note(f"The model says nothing of its training data; these are {found.name}.")
         note = (
             f"These are other data than the model was trained on: {found.name} has the fingerprint "
             f"{found.fingerprint[:12]} now and had {self.fingerprint[:12]} then."
         )
         if self._validated_on_the_test():
             note = f"The test examples of {found.name} are among those that validated: the checkpoint was chosen on them."
-        return replace(self, notes=(*self.notes, note))
+        return self._with_note(note)
+
+    def _with_note(self, note: str) -> "Run":
+        found = replace(self, notes=(*self.notes, note))
+        vars(found)["data"] = self.data  # which has been read
+        return found
 
     def _validated_on_the_test(self) -> bool:
         """Whether training set no test examples aside of these data, as `iresnet_jax.fit` does not.

@@ -19,7 +19,7 @@ from iresnet_jax.checked_dataclasses import Count, CountOrNone, Decay, NotNegati
 from iresnet_jax.training import parallel
 from iresnet_jax.training.step import Objective, TrainingStep, TrainState
 
-VALIDATIONS_IN_TIME = 20  # of a run with a time limit
+VALIDATIONS = 20  # of a run, where nothing else is said
 DEFAULT_STEPS = 1000  # updates of a run without a limit
 # Updates that the schedule of a run of so many minutes is made for, and is stretched from; many, as a warm-up is some hundred.
 STEPS_IN_TIME = 10_000
@@ -228,9 +228,9 @@ class Trainer:
         if not self._limit_s or not self._is_compiled:
             return False
         if parallel.num_processes() > 1:  # whose clocks differ: they have agreed on the estimate
-            return self.step - max(self._validated_step, self._first_step) > self._estimate / VALIDATIONS_IN_TIME
+            return self.step - max(self._validated_step, self._first_step) > self._estimate / VALIDATIONS
         whole = 60 * self._settings.minutes or self._limit_s  # of a shorter run, those of its steps are enough
-        return time.monotonic() - self._validated_at > whole / VALIDATIONS_IN_TIME
+        return time.monotonic() - self._validated_at > whole / VALIDATIONS
 
     @property
     def _is_last_step(self) -> bool:

@@ -61,6 +61,9 @@ def beside(column):
     return Arrays(np.stack([VECTORS[:, 0], column], axis=1))
 
 
+WHOLE = beside(RNG.integers(0, 9, 200))
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -89,6 +92,14 @@ def beside(column):
         ({"test": Arrays(VECTORS)}, "no training examples"),
         ({"train": Arrays(VECTORS), "test": Arrays(VECTORS[:, :2])}, "one shape"),
         ({"train": Arrays(VECTORS, np.zeros(200, int)), "test": Arrays(VECTORS)}, "or none of them"),
+        ({"train": Arrays(VECTORS, np.zeros(3, int)), "test": Arrays(VECTORS)}, "200 integers"),
+        ({"train": Arrays(VECTORS, context=VECTORS), "test": Arrays(VECTORS, context=VECTORS[:, 0])}, "contexts of one length"),
+        ({"train": Arrays(IMAGES), "test": Arrays(IMAGES / 16)}, "of one type, got float32 and uint8"),
+        (
+            {"train": WHOLE, "test": Arrays(WHOLE.x + np.array([0, 0.5]))},
+            "row 0 of the split test is not on the grid",
+        ),
+        (Arrays(np.float64(3.0)), r"got shape \(\)"),
     ],
 )
 def test_what_has_no_density_or_does_not_fit_together_is_refused(arrays, message):

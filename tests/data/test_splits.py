@@ -18,7 +18,11 @@ def test_fractions_depend_on_the_number_alone_and_their_parts_are_disjoint():
     assert sum(mask.astype(int) for mask in masks.values()).tolist() == [1] * 50
     assert list(splits.fraction_masks(50, (0.1, 0.0))) == ["train", "validation"]
     np.testing.assert_array_equal(masks["test"], splits.fraction_masks(50, (0.2, 0.1))["test"])
-    for num, fractions, message in ((3, (0.1, 0.1), "too few"), (30, (0.6, 0.5), "shares")):
+    for num, fractions, message in (
+        (3, (0.1, 0.1), "too few"),
+        (10, (0.95, 0.0), "10 would be"),
+        (30, (0.6, 0.5), "shares"),
+    ):
         with pytest.raises(ValueError, match=message):
             splits.fraction_masks(num, fractions)
 

@@ -56,7 +56,7 @@ def test_no_error_exceeds_its_bound_and_one_that_did_would_be_named(evaluated):
 
 def test_the_worst_direction_is_that_of_the_dense_jacobian(run, evaluated):
     y = evaluated[1].y[: inverse_problem.NUM_PERTURBED]  # as many as `evaluated` has compiled the search for
-    found = inverse_problem.perturb(run.model, y, 0.05, 0)
+    found = inverse_problem.perturb(run.model, y, 0.05, run.model.noise_amplification, 0)
 
     @jax.jit
     def of_operator(model, y):  # whose Jacobian is the inverse of that of the inverse

@@ -91,7 +91,7 @@ MISTAKES = [
         "training.num_parts=2 classifier.normalization=batchnorm constraint.norms=none",
         "BatchNorm in the branches needs the whole batch at once",
     ),
-    ("hybrid", "data.name=moons", "a hybrid needs labelled images"),
+    ("hybrid", "data.name=moons", "a hybrid needs labels"),
     ("toy", "evaluation.num_importance_examples=5", "no examples have draws: set config.evaluation.num_importance_draws"),
     ("hybrid", "hybrid.weight=-1.0", "must lie in [0, inf), got -1.0"),
     ("reconstructor", "augmentation.flip=true", "crops and flips of config.augmentation are for"),

@@ -1,9 +1,9 @@
 """The loop on disk: the same after a kill, a signal at any moment, and a resume."""
 
+import dataclasses
 import functools
 import itertools
 import json
-import math
 import shutil
 import signal
 import subprocess
@@ -22,7 +22,7 @@ from iresnet_jax.runs.checkpoints import load_named, to_named
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.run_folder import alone_in
-from iresnet_jax.runs.signals import SIGNALS, Stopped, StopRequests
+from iresnet_jax.runs.signals import SIGNALS, Stopped
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.objectives.density import TOLERATED_BIAS, evaluate_examples
 from iresnet_jax.training.trainer import Trainer
@@ -138,7 +138,6 @@ def happens_before(monkeypatch):
         monkeypatch.setattr(loop, "device_batches", eventful)
 
     feed = loop.device_batches
-    monkeypatch.setattr(StopRequests, "_noted_at", -math.inf)  # the signals of tests before this one are forgotten
     return arrange
 
 
@@ -384,6 +383,19 @@ def test_two_processes_do_not_train_in_one_workdir(config, tmp_path):
 def test_a_folder_that_is_removed_ends_training(config, tmp_path):
     with pytest.raises(RuntimeError, match=f"{tmp_path / 'run'} was removed while its run trained"):
         loop.train(config, tmp_path / "run", say=lambda line: shutil.rmtree(tmp_path / "run"))
+
+
+def test_a_run_that_has_taken_the_place_of_another_keeps_its_checkpoints(config, tmp_path):
+    folder, other = tmp_path / "run", dataclasses.replace(config, seed=7)
+
+    def replace(line):
+        if folder.exists() and run_folder.read_config(folder).seed != 7:
+            shutil.rmtree(folder)
+            loop.train(other, folder, say=lambda line: None)
+
+    with pytest.raises(RuntimeError, match=f"{folder} holds another run than the one that trains"):
+        loop.train(config, folder, say=replace)
+    assert trained_run.load(folder).config.seed == 7
 
 
 def test_a_folder_that_is_removed_before_the_first_step_is_named(config, tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """Metrics files survive kills and resumes without duplicates; the progress bar keeps quiet in batch jobs."""
 
+import errno
 import io
 import json
 import math
+import os
 import struct
 import sys
 import time
@@ -62,6 +64,25 @@ def test_non_finite_values_come_back_and_names_of_fields_are_reserved(tmp_path):
     [record] = read_metrics(tmp_path)
     assert math.isnan(record["loss"])
     assert record["norm"] == math.inf
+
+
+@pytest.mark.parametrize("file", ["_lines", "_events"])
+def test_a_full_disk_is_named_and_nothing_waits(tmp_path, file):
+    class Full:
+        def write(self, *_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        write_event = close = write
+
+    def write():
+        with MetricWriter(tmp_path) as writer:
+            writer.write(1, {"loss": 1.0})
+            getattr(writer, file).close()
+            setattr(writer, file, Full())
+            writer.write(2, {"loss": 1.0})
+
+    with pytest.raises(OSError, match=f"{tmp_path} cannot be written to .* free disk space"):
+        write()
 
 
 # --- resuming ----------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def check_levels(x: Num[Array, "b ..."] | Num[np.ndarray, "b ..."], num_levels: 
         raise ValueError(f"the model takes {wanted}, got an array of shape {x.shape}")
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(
-            f"the model takes {wanted}, got {x.dtype}: undo the scaling to [0, 1], or use model.continuous, which takes [0, 1)"
+            f"the model takes {wanted}, got {x.dtype}: undo the scaling to [0, 1] (of a density, model.continuous takes [0, 1))"
         )
     if isinstance(x, jax.core.Tracer) or not x.size:
         return

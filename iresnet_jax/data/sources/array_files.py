@@ -160,6 +160,8 @@ def _read_table(path: Path) -> tuple[list[str], np.ndarray]:
             lines = [line for line in csv.reader(file) if line]
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8: save it as UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{path} is no table: {error}; look for a quotation mark without a second one") from None
     header = [column.strip() for column in lines[0]] if lines and None in map(_number, lines[0]) else []
     if "" in header:
         raise ValueError(

@@ -119,15 +119,12 @@ def data_for(config: Config) -> DataSet:
     return conditioned_on_labels(data) if config.data.condition_on_labels else data
 
 
-def make(
-    config: Config, on: Machine, *, data: DataSet | None = None, find_largest: bool = False, say: Callable[[str], None] = print
-) -> Plan:
+def make(config: Config, on: Machine, *, find_largest: bool = False, say: Callable[[str], None] = print) -> Plan:
     """Compiles the training step of a config for a machine and tells what it takes.
 
     Args:
         config: All settings.
         on: The machine, from `topologies.machine`.
-        data: The data; by default `data_for`.
         find_largest: Also search for the largest batch that fits, which compiles several times.
         say: Takes a line of progress of the compilations, which may take minutes each.
 
@@ -137,7 +134,7 @@ def make(
     """
     if find_largest and on.chip is None:
         raise ValueError(f"--largest-batch needs a TPU topology: what a step takes on {on.topology} is not known here")
-    data = data_for(config) if data is None else data
+    data = data_for(config)
     size, num_devices = config.training.batch_size, on.num_devices
     config.training.check_splits(num_devices)
     plan = _plan(config, on, data, size, say)

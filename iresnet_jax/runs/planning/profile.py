@@ -18,7 +18,6 @@ import numpy as np
 from jax.extend.core import Jaxpr
 from jax.profiler import ProfileData, ProfileOptions
 
-from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.runs import allocator
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.machine import device_summary, prepare_backend
@@ -115,20 +114,19 @@ def _shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def take(config: Config, folder: str | Path, *, data: DataSet | None = None) -> Profile:
+def take(config: Config, folder: str | Path) -> Profile:
     """Runs training steps of a config on this machine and measures where their time goes.
 
     Args:
         config: All settings.
         folder: Folder that the trace is written to, in which others may be.
-        data: The data; by default `plan.data_for`.
 
     Raises:
         ValueError: If the batch does not split over the devices, or settings contradict each other or the data.
         OSError: If the folder cannot be written.
     """
     prepare_backend(config.training.matmul_precision)
-    data = plan.data_for(config) if data is None else data
+    data = plan.data_for(config)
     config.training.check_splits(parallel.all_devices())
     objective = build_objective(config, data)
     folder = Path(folder)

@@ -87,6 +87,7 @@ def test_a_header_names_columns_classes_and_contexts(tmp_path):
         ("a,b\n", "no rows"),
         ("a,label\n1.5,0\n2.5,0.5\n", "whole numbers"),
         ("é,b\n1,2\n", "not UTF-8"),
+        ('a,b\n1,"2\n' + 40_000 * "3,4\n", "is no table: field larger than .* quotation mark"),
         (",a,b\n0,1,2\n1,3,4\n", "column 1 of .* has no name, .* index=False"),
     ],
 )

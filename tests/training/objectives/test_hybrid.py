@@ -14,6 +14,7 @@ import tiny_runs as runs
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import augment, load
+from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.data.splits import some_rows
 from iresnet_jax.evaluation import ood, samples
 from iresnet_jax.models import priors
@@ -23,8 +24,9 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.runs import trained_run as run
+from iresnet_jax.runs.config import AugmentationConfig
 from iresnet_jax.runs.metrics import read_metrics
-from iresnet_jax.runs.objective_from_config import build_objective
+from iresnet_jax.runs.objective_from_config import build_augmentation, build_objective
 from iresnet_jax.training import parallel
 from iresnet_jax.training.objectives.hybrid import HybridConfig, make_loss
 from iresnet_jax.training.step import StepKeys
@@ -216,6 +218,12 @@ def test_the_loss_is_cross_entropy_plus_weighted_bits():
     assert metrics["bits_weight"] == 4.0  # initial_weight, at step 0
     of_kernels = by_term["stage0"]["blocks"]["conv0"]["kernel"][0]  # the cross-entropy reaches the network
     assert np.linalg.norm(of_kernels) > 0.1
+
+
+def test_vectors_are_not_cropped_or_flipped():
+    vectors = from_arrays("mine", Arrays(np.random.default_rng(0).normal(size=(20, 2)), np.arange(20) % 2))
+    with pytest.raises(ValueError, match=r"crops and flips of .* images, and mine has vectors"):
+        build_augmentation(AugmentationConfig(flip=True), vectors)
 
 
 def test_weight_goes_from_the_first_to_the_last_in_a_straight_line(config):
