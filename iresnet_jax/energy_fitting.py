@@ -127,7 +127,7 @@ def fit_energy(
     ]
     if steps is None and end - time.monotonic() < 60 * LEAST_FOR_BOTH:
         turns = [(*turns[0][:-1], 1.0)]
-    best, least, attempts = model, _divergence(model, log_density, held_out, key_choice), ()
+    best, least, attempts, ended = model, _divergence(model, log_density, held_out, key_choice), (), ""
     for what, loss, optimizer, key_train, batch_size, share in turns:
         began_turn = time.monotonic()
         trained = train(
@@ -146,14 +146,16 @@ def fit_energy(
         found, history = _divergence(trained, log_density, held_out, key_choice), trained.history
         assert history is not None
         say(f"the divergences from and to the target add up to {found:.4f}, before this training to {least:.4f}")
-        num_steps = int(max(history.train["step"], default=history.step))
+        num_steps = int(max(history.train.get("step", []), default=history.step))
         attempts += (Attempt(what, found, history.step, num_steps, time.monotonic() - began_turn),)
         if found < least:
             best, least = trained, found
         elif best.history is None:
             best = best.with_(history=dataclasses.replace(history, step=0))
+        if ended := history.ended:
+            break
     assert best.history is not None
-    return best.with_(history=dataclasses.replace(best.history, attempts=attempts))
+    return best.with_(history=dataclasses.replace(best.history, attempts=attempts, ended=ended))
 
 
 def particles(

@@ -27,11 +27,10 @@ from iresnet_jax.bijections.transforms.bounded import Bounded, Bounds
 from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
-from iresnet_jax.checked_dataclasses import Count, checked
-from iresnet_jax.data.given import check_unmasked
+from iresnet_jax.checked_dataclasses import Count, check_unmasked, checked
 from iresnet_jax.data.tables import REPEATS, UNRESOLVED, FarValueWarning, check_density, ends_given, find_ends, find_grid
 from iresnet_jax.fit_arguments import checked_options
-from iresnet_jax.fit_settings import WHITENED_DIMS
+from iresnet_jax.fit_settings import is_whitened
 from iresnet_jax.fitting import fit
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.platforms import quick_jit
@@ -84,7 +83,8 @@ class _ResidualFlow(BaseEstimator):
         transform = Identity()
         if not whole:
             line = x if intervals is None else Bounded(intervals).to_line(x, np)[0]
-            transform = Whiten.fit(line, labels) if x.shape[1] <= WHITENED_DIMS else Standardize.fit(line)
+            num = len(x) - max(round(options["validation_fraction"] * len(x)), 1)
+            transform = Whiten.fit(line, labels) if is_whitened(num, x.shape[1]) else Standardize.fit(line)
             transform = transform if intervals is None else Bounded(intervals, transform)
             settings["preprocessing.transform"] = "none"
         with warnings.catch_warnings(), interrupts_raised():

@@ -22,7 +22,7 @@ from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.model_from_config import density_spec
 from iresnet_jax.training import parallel
 from iresnet_jax.training.initialization import gaussian_mixture, preprocess
-from iresnet_jax.training.trainer import STEPS_IN_TIME
+from iresnet_jax.training.trainer import LONGEST, STEPS_IN_TIME, VALIDATIONS
 
 DEFAULT_MINUTES = 3.0
 FIRST_STEPS = 1000  # updates of the first run of each candidate
@@ -30,8 +30,7 @@ FIRST_SHARE = 0.1  # of the time limit, which such a run has at most for its upd
 LONGER = 4  # factor on the updates of a run whose validation still improved at its end
 # The same of conditional densities: for 10,000 examples 2000 updates are best of 1000 to 4000 (slcp of benchmarks/sbibm.py).
 LONGER_GIVEN_CONTEXTS = 2
-NO_LIMIT = 2**31 - 1  # updates, as many as a state can count: more than a time limit allows
-VALIDATIONS, PATIENCE = 20, 6  # of a whole run; after so many without an improvement it ends
+PATIENCE = 6  # validations without an improvement after which a run ends
 PRIOR_EXAMPLES, MIXTURE_EXAMPLES = 10_000, 5_000  # that choose the prior, and the number of components of a mixture
 NUM_SCALES = 16  # of the prior of scales
 # What that prior has to be likelier by, in nats and in standard errors, on examples that it was not fitted to.
@@ -94,12 +93,12 @@ def choose_settings(
         "eval_examples": 4096,
         "actnorm_examples": min(1024, num),
     }
-    return with_settings(parse(plain), length(steps or NO_LIMIT))
+    return with_settings(parse(plain), length(steps or LONGEST))
 
 
 def length(num_steps: int) -> dict[str, Any]:
-    """Settings of a run of so many updates; `NO_LIMIT` are as many as there is time for."""
-    is_timed = num_steps == NO_LIMIT
+    """Settings of a run of so many updates; `LONGEST` are as many as there is time for."""
+    is_timed = num_steps == LONGEST
     return {
         "training.total_steps": 0 if is_timed else num_steps,
         "training.eval_every_steps": 50_000 if is_timed else max(num_steps // VALIDATIONS, 1),  # or by the clock
@@ -109,15 +108,19 @@ def length(num_steps: int) -> dict[str, Any]:
     }
 
 
+def is_whitened(num: int, dims: int) -> bool:
+    """Whether so many vectors are whitened for training, and not only standardised."""
+    return dims <= WHITENED_DIMS and num >= PER_COVARIANCE * dims**2
+
+
 def _for_vectors(data: DataSet) -> dict[str, dict[str, Any]]:
     """What candidates have in common; `Candidate.settings` replaces what differs."""
     num, dims = len(data.examples["train"]), data.event_shape[0]
     # Priors of classes start from the covariance within.
-    is_whitened = dims <= WHITENED_DIMS and num >= PER_COVARIANCE * dims**2
     is_exact = dims <= EXACT_DIMS
     return {
         "model": {"stages": _dense_stages("large"), "coeff": 0.97},
-        "preprocessing": {"transform": "whiten" if is_whitened else "standardize"},
+        "preprocessing": {"transform": "whiten" if is_whitened(num, dims) else "standardize"},
         "logdet": {"kind": "exact"} if is_exact else {"kind": "krylov", "num_terms": min(6, dims)},
         "hybrid": {"weight": HYBRID_WEIGHT, "fitted_priors": True},
         "evaluation": {"logdet": {"kind": "exact"}} if dims <= WHITENED_DIMS else {},
@@ -141,7 +144,8 @@ class Candidate:
         size: A key of `SIZES`.
         noise: Standard deviation of noise on the examples of a density; None leaves it to the settings.
         has_own_stages: Whether the user has given the stages, of which `size` then leaves the learning rate alone.
-        decay: Weight decay of a conditional density, which has a network on its contexts; None of others.
+        is_conditional: Whether the model is a density given contexts, which get a network.
+        decay: Weight decay of a conditional density; None leaves it to the settings.
     """
 
     prior: str | None
@@ -149,6 +153,7 @@ class Candidate:
     size: str = "large"
     noise: float | None = None
     has_own_stages: bool = False
+    is_conditional: bool = False
     decay: float | None = None
 
     def __str__(self) -> str:
@@ -167,7 +172,7 @@ class Candidate:
     @property
     def longer(self) -> int:
         """Factor on the updates of a run whose validation still improved at its end."""
-        return LONGER if self.decay is None else LONGER_GIVEN_CONTEXTS
+        return LONGER_GIVEN_CONTEXTS if self.is_conditional else LONGER
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -182,8 +187,10 @@ class Candidate:
             chosen["model.stages"] = _dense_stages(self.size)
         if self.prior is not None:
             chosen |= {"model.prior": self.prior, "model.prior_components": self.components}
+        if self.is_conditional:
+            chosen["model.context_hidden"] = CONTEXT_HIDDEN
         if self.decay is not None:
-            chosen |= {"model.context_hidden": CONTEXT_HIDDEN, "optimizer.weight_decay": self.decay}
+            chosen["optimizer.weight_decay"] = self.decay
         return chosen | ({} if self.noise is None else {"augmentation.noise": self.noise or NO_NOISE})
 
     def milder(self) -> Iterator["Candidate"]:
@@ -216,7 +223,8 @@ def _plain(config: Config, data: DataSet, given: Iterable[str]) -> tuple[Candida
     num, has_own_stages = len(data.examples["train"]), "model.stages" in given
     size = "large" if num >= PER_COVARIANCE * data.event_shape[0] ** 2 else "small"
     if data.contexts:
-        return Candidate(prior, size=size, has_own_stages=has_own_stages, decay=DECAYS[1]), False
+        decay = None if "optimizer.weight_decay" in given else DECAYS[1]
+        return Candidate(prior, size=size, has_own_stages=has_own_stages, is_conditional=True, decay=decay), False
     if size == "large" and num < MANY and config.objective == "density":
         size = "medium"
     is_noise_free = config.objective == "density" and "augmentation.noise" not in given
@@ -227,21 +235,20 @@ def _plain(config: Config, data: DataSet, given: Iterable[str]) -> tuple[Candida
 def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> list[Candidate]:
     """The candidates that are tried first, of which the last is the plain one; none for images.
 
-    The other one of a conditional density has less weight decay. Those of a density without contexts have other priors: a
-    mixture, with as many components as the Bayesian information criterion wants, and scales, if vectors differ by far in
-    length. A flow behind scales starts ahead and learns slowly, so training decides.
+    The other one of a conditional density has less weight decay, unless that is given. Those of a density without contexts have
+    other priors: a mixture, with as many components as the Bayesian information criterion wants, and scales, if vectors differ
+    by far in length. A flow behind scales starts ahead and learns slowly, so training decides.
     """
     plain, has_scales = _plain(config, data, given)
-    if plain is not None and plain.decay is not None:
-        return [dataclasses.replace(plain, decay=DECAYS[0]), plain]
+    if plain is not None and plain.is_conditional:
+        return [plain] if plain.decay is None else [dataclasses.replace(plain, decay=DECAYS[0]), plain]
     if plain is None or plain.prior is None:
         return [] if plain is None else [plain]
     found = [plain]
     if has_scales:
         found.insert(0, dataclasses.replace(plain, prior=priors.SCALES, components=NUM_SCALES))
     if data.event_shape[0] <= MIXTURE_DIMS:
-        components = likeliest_components(_preprocessed(config, data, MIXTURE_EXAMPLES), config.seed)
-        if components > 1 or config.preprocessing.transform != "whiten":  # more than the prior of one normal distribution
+        if components := likeliest_components(_preprocessed(config, data, MIXTURE_EXAMPLES), config.seed):
             found.insert(0, dataclasses.replace(plain, prior=priors.MIXTURE, components=components))
     return found
 
@@ -282,7 +289,10 @@ def _log_probs(of_scales: Mapping[str, Array], fitted: Float[Array, "n d"], rest
 
 
 def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> int:
-    """Number of normal distributions in a mixture by the Bayesian information criterion (Schwarz 1978)."""
+    """Number of normal distributions in a mixture by the Bayesian information criterion (Schwarz 1978).
+
+    It is 0 for vectors that are as well described by one of mean 0 and variance 1, such as whitened ones.
+    """
     best, lowest, risen = 1, math.inf, 0
     for num in COMPONENTS:
         if num > max(len(z) // (EXAMPLES_PER_COMPONENT * (z.shape[1] + 1)), 1) or risen == 2:
@@ -292,7 +302,8 @@ def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> int:
         except ValueError:  # a component has collapsed
             bic = math.inf
         best, lowest, risen = (num, bic, 0) if bic < lowest else (best, lowest, risen + 1)
-    return best
+    standard = float(np.sum(np.square(z))) + z.size * math.log(2 * math.pi)  # it has no parameters
+    return 0 if best == 1 and standard <= lowest else best
 
 
 def _for_images(data: DataSet) -> dict[str, dict[str, Any]]:

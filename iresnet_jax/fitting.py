@@ -20,7 +20,6 @@ from iresnet_jax.fit_arguments import checked_options, seeds_of
 from iresnet_jax.fit_settings import (
     FIRST_SHARE,
     FIRST_STEPS,
-    NO_LIMIT,
     Candidate,
     candidates,
     choose_settings,
@@ -42,7 +41,7 @@ from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_
 from iresnet_jax.runs.stored_programs import keep_compiled_programs
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.together import Together, TrainerTogether
-from iresnet_jax.training.trainer import BlowUpError, Trainer, TrainingConfig, compile_ahead, meanwhile
+from iresnet_jax.training.trainer import LONGEST, BlowUpError, Trainer, TrainingConfig, compile_ahead, meanwhile
 
 WORTHWHILE = 1.5  # times the time of the last run, which a longer one must have
 IMPROVING = 0.8  # share of its steps at which a run is best, above which a longer one is worthwhile
@@ -87,9 +86,9 @@ def fit(
         x: Vectors ``(n, d)``, images ``(n, h, w, c)``, or a pandas data frame of numbers, booleans and categories.
         labels: Classes, integers from 0 on, one per example.
         context: Context vectors ``(n, k)``: the model is then ``p(x | context)``.
-        key: Source of all randomness; key 0 by default. An array of keys gives a list of as many models: those of vectors are
-            trained at once, by one program and with the settings that are best on average, those of images one by one, each in
-            as many minutes.
+        key: Source of all randomness; that of seed 0 by default. An array of keys gives a list of as many models: those of
+            vectors are trained at once, by one program and with the settings that are best on average, those of images one by
+            one, each in as many minutes.
         minutes: Longest time for training, compilation included; 3 by default. Training ends earlier once validation no longer
             improves.
         steps: Number of updates instead of a time, in one run that can be repeated, to the last bit on one machine.
@@ -143,6 +142,8 @@ def fit(
         bounds=bounds,
         is_density=labels is None or objective == "density",
     )
+    if of_data := [name for name in options["settings"] if name.startswith("data.")]:
+        raise ValueError(f"{of_data[0]} is no setting of fit, which is given its data: use its arguments")
     given = {"data.validation_fraction": fraction, **options["settings"]}
     if "training.total_steps" in given:
         raise ValueError("the number of updates is no setting of fit, as other settings follow from it: give it as steps=...")
@@ -232,7 +233,7 @@ class _Race:
         for candidate, following in zip(contenders, [*contenders[1:], None], strict=True):
             self._run(candidate, FIRST_STEPS, following)
         if self._is_cut_short:  # a good start is ahead after few updates: the plain one has to learn for longer
-            self._run(contenders[-1], NO_LIMIT)
+            self._run(contenders[-1], LONGEST)
         if not self._runs and self._blow_up is not None:
             raise self._blow_up
         ended = None
@@ -277,7 +278,7 @@ class _Race:
         if self._left_s < WORTHWHILE * last.seconds:
             return None
         is_last = self._left_s < candidate.longer * (1 + WORTHWHILE) * last.seconds
-        return NO_LIMIT if is_last else candidate.longer * last.num_steps
+        return LONGEST if is_last else candidate.longer * last.num_steps
 
     def _run(self, candidate: Candidate, num_steps: int, following: Candidate | None = None) -> None:
         """Trains a candidate, unless there is a model and time is over or a signal was received; one may blow up alone.
@@ -287,7 +288,7 @@ class _Race:
         if self._runs and (self._stop.received or not self._is_time_left):
             return
         program, compiled = candidate.program, {tried.program for tried, _ in self._tried}
-        length_of_run = f"up to {num_steps} steps" if num_steps < NO_LIMIT else "until time is over"
+        length_of_run = f"up to {num_steps} steps" if num_steps < LONGEST else "until time is over"
         self._say(f"{candidate}: {'' if program in compiled else 'compiling, then '}{length_of_run}")
         self._tried.add((candidate, num_steps))
         config = self._config_of(candidate, num_steps)

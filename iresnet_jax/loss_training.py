@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from iresnet_jax.checked_dataclasses import Count, CountOrNone, Decay, Positive, checked
+from iresnet_jax.checked_dataclasses import Count, CountOrNone, Decay, Positive, check_unmasked, checked
 from iresnet_jax.data.batches import device_batches
 from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.logdet.exact import ExactLogdet
@@ -29,7 +29,7 @@ from iresnet_jax.training.constraint import training_constraint, validated_model
 from iresnet_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from iresnet_jax.training.parallel import AXIS
 from iresnet_jax.training.step import Loss, Objective, StepKeys, TrainingStep, TrainState, UpdateRule, ValidationResult
-from iresnet_jax.training.trainer import Best, CompiledStep, Trainer, TrainingConfig
+from iresnet_jax.training.trainer import LONGEST, VALIDATIONS, Best, CompiledStep, Trainer, TrainingConfig
 from iresnet_jax.training.unconstrained import Unconstrained
 
 M = TypeVar("M", bound=Model)
@@ -39,10 +39,9 @@ Callback = Callable[[int, Any, Mapping[str, float]], Any]  # (step, model, metri
 BATCH_SIZE = 128
 LEARNING_RATE = 5e-3  # of the default optimizer
 STEPS = 1000  # updates, if neither these nor minutes are given
-NO_LIMIT = 10**9  # updates, where a time is given
-VALIDATIONS = 20  # of a run, if nothing else is said
 VALIDATED_AT_ONCE = 1024  # examples
 NOT_METRICS = ("step", "split", "wall_time_s", "seconds_per_step")
+RESERVED = frozenset({*NOT_METRICS, "loss", "grad_norm", "learning_rate", "max_sigma", "max_lipschitz"})  # of the log
 
 
 def train(
@@ -112,7 +111,7 @@ def train(
     devices = parallel.all_devices()
     batch_size = max((batch_size if x is None else min(batch_size, num_rows(x))) // devices, 1) * devices
     if steps is None:
-        steps = STEPS if minutes is None else NO_LIMIT
+        steps = STEPS if minutes is None else LONGEST
     settings = TrainingConfig(
         total_steps=checked(Count, steps, "steps"),
         minutes=0.0 if minutes is None else checked(Positive, minutes, "minutes"),
@@ -121,7 +120,7 @@ def train(
         eval_every_steps=max(steps // VALIDATIONS, 1) if every is None else checked(Count, every, "every"),
     )
     settings = dataclasses.replace(settings, log_every_steps=min(settings.eval_every_steps, STEPS // VALIDATIONS))
-    length = steps if steps < NO_LIMIT else STEPS  # of the schedule, which a run that is limited by time stretches
+    length = steps if steps < LONGEST else STEPS  # of the schedule, which a run that is limited by time stretches
     default = OptimizerConfig("muon", LEARNING_RATE, warmup_steps=length // 20, momentum=0.95, nesterov=True)
     rule = UpdateRule(make_optimizer(default), make_schedule(default, length), length, ema_decay)
     if optimizer is not None:
@@ -147,7 +146,8 @@ def train(
             say(f"stopped by {stop.received.name} after step {trainer.step}: the best model so far")
         best = trainer.last_or_best()
         trained = free.with_(params=jax.device_put(best.ema)).certified()
-        return trained.with_(history=History.from_records(trainer.records, best.step))
+        history = History.from_records(trainer.records, best.step)
+        return trained.with_(history=dataclasses.replace(history, ended="it was stopped" if stop.received else ""))
 
 
 class _HeldOut:
@@ -279,6 +279,8 @@ def _check_loss(loss: LossFunction, model: Any, x: Any, batch_size: int) -> None
         )
     if not isinstance(metrics, Mapping) or any(getattr(metric, "shape", None) != () for metric in metrics.values()):
         raise ValueError(f"metrics of the loss must be a dictionary of numbers, got {metrics}")
+    if clash := sorted(RESERVED & set(metrics)):
+        raise ValueError(f"a metric of the loss cannot be called {clash[0]!r}, a name of the log's own: rename it")
 
 
 def _checked_rows(x: Any, name: str) -> Any:
@@ -289,6 +291,8 @@ def _checked_rows(x: Any, name: str) -> Any:
     """
     if x is None:
         return None
+    for leaf in jax.tree.leaves(x):
+        check_unmasked(leaf, name)
     x = jax.tree.map(np.asarray, x)
     shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
     if not shapes or () in shapes or len({shape[0] for shape in shapes}) != 1 or not shapes[0][0]:

@@ -26,6 +26,8 @@ class ReverseKL:
 
     def __call__(self, model: Density, batch: Any, key: Key[Array, ""]) -> tuple[Array, dict[str, Array]]:
         """The divergence of the target from the model, up to ``log Z``; the batch counts for nothing."""
+        if model.spec.is_discrete:
+            raise ValueError("samples of integer levels or on a grid have no density: give model.continuous")
         key_sample, key_probe = jax.random.split(key)
         fixed = jax.tree.map(jax.lax.stop_gradient, model)
         if self.path:

@@ -259,9 +259,7 @@ def test_pipelines_searches_and_cross_validation(blobs):
     pipeline = make_pipeline(StandardScaler(), ResidualFlowClassifier(**TINY))
     assert cross_val_score(pipeline, x, y, cv=3).min() > 0.9
     search = GridSearchCV(ResidualFlowDensity(**TINY), {"validation_fraction": [0.1, 0.3]}, cv=2).fit(x)
-    assert search.best_params_["validation_fraction"] in (0.1, 0.3)
     assert np.all(np.isfinite(search.cv_results_["mean_test_score"]))
-    assert clone(search.best_estimator_).get_params() == search.best_estimator_.get_params()
 
 
 def test_an_interrupt_ends_a_search_in_a_notebook(blobs, monkeypatch):
@@ -285,4 +283,6 @@ def test_fits_to_data_of_one_shape_compile_once(blobs, caplog):
     estimator.score_samples(x)
     with jax.log_compiles(), caplog.at_level("WARNING"):
         clone(estimator).fit(x[::-1] * 3 + 1).score_samples(x[:7])
-    assert not [record.message for record in caplog.records if "Compiling" in record.message]
+        jax.jit(lambda x: x + 1)(1.0)  # which shows that programs are seen
+    compiled = [record.message for record in caplog.records if "Compiling" in record.message]
+    assert ["lambda" in message for message in compiled] == [True]

@@ -24,7 +24,7 @@ from iresnet_jax.runs import run_folder
 from iresnet_jax.runs.loop import train
 from iresnet_jax.runs.model_from_config import model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
-from iresnet_jax.runs.signals import Stopped, StopRequests
+from iresnet_jax.runs.signals import Stopped
 from iresnet_jax.training import parallel
 from iresnet_jax.training.trainer import check_finite
 
@@ -148,7 +148,6 @@ def test_a_candidate_that_blows_up_leaves_the_models_of_others(raced):
 
 def test_an_interrupt_between_two_runs_keeps_the_models_of_both(raced, monkeypatch):
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
-    monkeypatch.setattr(StopRequests, "_noted_at", -math.inf)
     runs, history = raced({GAUSSIAN: (5.0, 1000, 5.0)}, interrupted=GAUSSIAN)
     assert runs == [MIXTURE, GAUSSIAN]
     assert len(history.attempts) == 2
@@ -190,6 +189,10 @@ def test_a_conditional_density_trains_twice_as_long_and_against_overfitting_with
     assert sorted(set(decays)) == decays
     assert len(decays) == 3
     assert milder.settings["model.context_hidden"]
+    [given] = candidates(choose_settings(data), data, {"optimizer.weight_decay": 0.2})
+    assert given.settings["model.context_hidden"]
+    assert [candidate.size for candidate in (given, *given.milder())] == ["large", "small"]
+    assert "optimizer.weight_decay" not in given.settings
 
 
 def test_a_density_with_modes_is_at_least_as_good_as_a_mixture_without_any_time_to_train():
@@ -288,7 +291,6 @@ def test_an_array_in_a_file_is_recognised(workdir, tmp_path, capsys):
 
 @pytest.mark.parametrize("somebody_sits_there", [True, False])
 def test_an_interrupt_gives_the_best_model_so_far_in_a_notebook_and_ends_a_script(somebody_sits_there, capfd, monkeypatch):
-    monkeypatch.setattr(StopRequests, "_noted_at", -math.inf)
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     if not somebody_sits_there:
         monkeypatch.delattr(sys, "ps1")
@@ -421,7 +423,8 @@ def test_candidates_follow_the_array():
         return [(candidate.prior, candidate.components) for candidate in found]
 
     assert priors_of(rng.normal(size=(500, 2))) == [("gaussian", 0)]
-    assert priors_of(rng.normal(size=(40, 4))) == [("mixture", 1), ("gaussian", 0)]  # of all correlations
+    assert priors_of(rng.normal(size=(40, 4))) == [("gaussian", 0)]
+    assert priors_of(np.cumsum(rng.normal(size=(40, 4)), axis=1)) == [("mixture", 1), ("gaussian", 0)]  # of all correlations
     assert priors_of(MODES) == [("mixture", 2), ("gaussian", 0)]
     assert priors_of(rng.normal(size=(100, 70))) == [("gaussian", 0)]
     assert priors_of(rng.standard_t(2, size=(300, 70))) == [("logistic", 0)]
@@ -461,9 +464,11 @@ def test_an_array_of_keys_gives_the_models_of_its_keys():
             ir.fit(BANANA, key=keys, **wrong, **QUICK)
 
 
-def test_the_number_of_updates_is_no_setting():
+def test_the_number_of_updates_and_the_data_are_no_settings():
     with pytest.raises(ValueError, match=r"give it as steps="):
         ir.fit(BANANA, settings={"training.total_steps": 500})
+    with pytest.raises(ValueError, match=r"data.validation_fraction is no setting of fit"):
+        ir.fit(BANANA, settings={"data.validation_fraction": 0.3})
 
 
 def test_what_is_no_race_has_an_end(tmp_path):

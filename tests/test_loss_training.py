@@ -117,10 +117,10 @@ def test_there_are_twenty_validations_by_default_however_long_a_run_is(monkeypat
 
 
 def test_training_goes_on_from_a_trained_model(tmp_path):
-    first = ir.train(start(), nll, X, **QUICK)
-    again = ir.train(ir.load(first.save(tmp_path / "model.npz")), nll, X, **QUICK)
+    first = ir.train(start(), nll, X, **PLAIN)
+    again = ir.train(ir.load(first.save(tmp_path / "model.npz")), nll, X, **PLAIN)
     assert np.abs(again.log_prob(X) - first.log_prob(X)).max() > 1e-4
-    chex.assert_trees_all_equal(ir.train(first, nll, X, **QUICK).weights, again.weights)
+    chex.assert_trees_all_equal(ir.train(first, nll, X, **PLAIN).weights, again.weights)
 
 
 def test_everything_in_float64(tmp_path):
@@ -222,6 +222,10 @@ WRONG_LOSSES = {
         lambda model, batch, key: (nll(model, batch, key), {"all": model.log_prob(batch)}),
         *(ValueError, "dictionary of numbers"),
     ),
+    "a metric that the log has": (
+        lambda model, batch, key: (nll(model, batch, key), {"loss": jnp.float32(0)}),
+        *(ValueError, "cannot be called 'loss'"),
+    ),
     "one that ignores the model": (lambda model, batch, key: jnp.square(batch).mean(), ValueError, "depend on the model"),
     "NaN": (lambda model, batch, key: nll(model, batch, key) * jnp.nan, RuntimeError, "loss.* non-finite"),
 }
@@ -247,6 +251,17 @@ WRONG = {
     "NaN in what init sees": (
         lambda: ir.Density.init(jax.random.key(0), np.where(X > 4, np.nan, X), stages=STAGES),
         "first in row",
+    ),
+    "hidden values": (lambda: ir.train(start(), nll, np.ma.masked_greater(X, 1), **QUICK), "x has .* masked values"),
+    "hidden values that init sees": (
+        lambda: ir.Density.init(jax.random.key(0), np.ma.masked_greater(X, 1), stages=STAGES),
+        "x has .* masked values",
+    ),
+    "levels of vectors": (lambda: ir.Density.init(jax.random.key(0), X, stages=STAGES, num_levels=4), "num_levels is for"),
+    "a reconstructor of no stages": (lambda: ir.Reconstructor.init(jax.random.key(0), (4, 4, 1), stages=()), "one stage"),
+    "a reconstructor that does not contract": (
+        lambda: ir.Reconstructor.init(jax.random.key(0), (4, 4, 1), stages=STAGES, coeff=1.0),
+        "coeff must lie in",
     ),
     "no batch of images": (lambda: ir.Classifier.init(jax.random.key(0), X, 3, stages=STAGES), r"\(n, h, w, c\)"),
 }

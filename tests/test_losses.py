@@ -93,6 +93,14 @@ def test_a_log_density_of_the_wrong_shape_is_refused():
         ir.train(model(), ir.losses.reverse_kl(lambda x: x, 32), steps=2, key=KEY, progress=False)
 
 
+def test_samples_of_levels_have_no_density():
+    images = np.random.default_rng(0).integers(0, 2, (8, 4, 4, 1)) > 0
+    of_levels = ir.Density.init(KEY, images, stages=[ir.StageSpec(1, (2,), kernel_sizes=(1, 1))])
+    assert of_levels.spec.num_levels == 2  # booleans are levels
+    with pytest.raises(ValueError, match=r"have no density: give model\.continuous"):
+        ir.losses.symmetric_kl(target)(of_levels, images, KEY)
+
+
 def test_mixtures_of_entries_are_fitted_in_float64(x64):
     assert Marginals.fit(np.random.default_rng(0).normal(size=(50, 2)), 2).log_scale.dtype == jnp.float64
 

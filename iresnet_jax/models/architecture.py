@@ -212,6 +212,8 @@ class FlowSpec:
         """
         if not 0 < mu < nu < math.inf:
             raise ValueError(f"mu and nu must satisfy 0 < mu < nu, got {mu} and {nu}: a flow stretches by mu to nu")
+        if not stages:
+            raise ValueError("a flow needs at least one stage, got none")
         if any(stage.factor_out for stage in stages):
             raise ValueError("mu and nu are constants of the whole flow: no stage may factor_out channels")
         num = sum(stage.num_blocks for stage in stages)

@@ -23,7 +23,7 @@ from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import check_levels, known_levels
-from iresnet_jax.checked_dataclasses import Count, checked
+from iresnet_jax.checked_dataclasses import Count, check_unmasked, checked
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
@@ -201,6 +201,7 @@ class Classifier(Model):
         Raises:
             ValueError: If images and stages do not fit together.
         """
+        check_unmasked(images, "images")
         if np.ndim(images) != 4 or not len(images):
             raise ValueError(f"images must be a batch (n, h, w, c), got shape {np.shape(images)}")
         height, width, channels = np.shape(images)[1:]

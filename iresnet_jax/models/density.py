@@ -31,7 +31,7 @@ from iresnet_jax.bijections.transforms.bounded import Bounded
 from iresnet_jax.bijections.transforms.dequantize import Grid, check_levels, dequantize_bijection
 from iresnet_jax.bijections.transforms.logit import Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize
-from iresnet_jax.checked_dataclasses import Count, checked
+from iresnet_jax.checked_dataclasses import Count, check_unmasked, checked
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.keys import single_key, typed_key
 from iresnet_jax.maths.lipschitz_bounds import model_bounds
@@ -197,10 +197,15 @@ class Density(Model):
             >>> model = Density.init(jax.random.key(0), x[:256], stages=[StageSpec(6, (64,), activation="clipswish")])
         """
         key_weights, key_noise, key_network = jax.random.split(single_key(key), 3)
+        check_unmasked(x, "x")
         x = np.asarray(x)
         if x.ndim < 2 or not len(x):
             raise ValueError(f"x must be a batch of examples, got shape {x.shape}; numbers, one an example, are x[:, None]")
+        if x.ndim > 2 and x.dtype == bool:
+            x, num_levels = x.astype(np.uint8), num_levels or 2
         is_image_of_levels = x.ndim > 2 and np.issubdtype(x.dtype, np.integer)
+        if num_levels is not None and not is_image_of_levels:
+            raise ValueError(f"num_levels is for images of integer levels, got {x.dtype} of shape {x.shape}: leave it out")
         if not (is_image_of_levels or np.issubdtype(x.dtype, np.floating)):
             x = x.astype(float)
         if np.issubdtype(x.dtype, np.floating) and not np.all(np.isfinite(x)):
@@ -209,6 +214,7 @@ class Density(Model):
         if transform is None:
             transform = Logit() if is_image_of_levels else Standardize.fit(x)
         if context is not None:
+            check_unmasked(context, "context")
             context = np.asarray(context, float)
             context = context[:, None] if context.ndim == 1 else context
             if context.ndim != 2 or len(context) != len(x):
@@ -229,7 +235,7 @@ class Density(Model):
             dataclasses.replace(flow, noise=noise),
             prior_family=family,
             transform=transform,
-            num_levels=(num_levels or 256) if is_image_of_levels else num_levels,
+            num_levels=(num_levels or 256) if is_image_of_levels else None,
             num_classes=num_classes,
             context=None if context is None else Standardize.fit_contexts(context),
             num_components=num_components,
@@ -653,7 +659,8 @@ class Density(Model):
         elif x.shape[1:] != shape or not jnp.issubdtype(x.dtype, jnp.floating):
             wanted = f"floats of shape (batch, {', '.join(map(str, shape))})"
             raise ValueError(f"the model takes {wanted}, got {x.dtype} of shape {x.shape}")
-        if not isinstance(x, jax.core.Tracer) and (is_likelihood or isinstance(self.spec.transform, Bounded)):
+        is_known = not isinstance(x, jax.core.Tracer) and not self.constants  # the spec of `shared` is of other ranges
+        if is_known and (is_likelihood or isinstance(self.spec.transform, Bounded)):
             self.check_ranges(x)
         return jnp.asarray(x)
 

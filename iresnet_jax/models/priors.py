@@ -20,6 +20,7 @@ from iresnet_jax.bijections.transforms.logit import log_logistic
 from iresnet_jax.branches.own import Structure
 from iresnet_jax.maths.enclosures.ball_arithmetic import LOG_2PI, Ball, exp, joined, log_sum_exp, softplus
 from iresnet_jax.models import mixtures, scales
+from iresnet_jax.models.marginals import Marginals
 
 SMALLEST_VARIANCE = 1e-4  # of latents within classes, whose whole variance is about 1 or more
 
@@ -111,6 +112,8 @@ def own(prior: Any) -> Any:
         ValueError: If it has not the methods of a prior.
     """
     _check_own(prior)
+    if isinstance(prior, Marginals):  # which has no constants
+        prior = jax.tree.map(jnp.asarray, prior)
     structure, weights = Structure.of(prior)
     return prior if all(structure.names) else OwnPrior(weights, structure)
 

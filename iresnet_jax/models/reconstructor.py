@@ -23,6 +23,7 @@ from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize, chain
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import check_levels, known_levels
+from iresnet_jax.branches.branch import check_coeff
 from iresnet_jax.checked_dataclasses import checked
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
 from iresnet_jax.maths.keys import single_key
@@ -138,6 +139,9 @@ class Reconstructor(Model):
             ValueError: If the shape and the stages do not fit together.
         """
         stages = checked(tuple[StageSpec, ...], stages, "stages")
+        check_coeff(coeff)
+        if not stages:
+            raise ValueError("a reconstructor needs at least one stage, got none")
         of_block = block_coeff(coeff, sum(stage.num_blocks for stage in stages))
         without = tuple(dataclasses.replace(stage, actnorm=False) for stage in stages)
         spec = ReconstructorSpec(FlowSpec(tuple(image_shape), without, of_block, "block"), num_levels)

@@ -10,6 +10,7 @@ import pytest
 
 import iresnet_jax as ir
 from iresnet_jax import energy_fitting
+from iresnet_jax.models.history import History
 
 KEY = jax.random.key(0)
 LOG_Z = 3 * 0.5 * math.log(2 * math.pi * 1.44)
@@ -70,6 +71,19 @@ def test_an_energy_that_is_infinite_is_counted():
 def test_a_wrong_shape_is_refused():
     with pytest.raises(ValueError, match=r"shape \(1000, 3\)"):
         ir.evaluate_energy(wide(), lambda x: x, KEY, 1000)
+
+
+def test_a_training_that_is_stopped_is_the_last_of_fit_energy(monkeypatch):
+    calls = []
+
+    def stopped(model, *_, **options):
+        calls.append(options)
+        return model.with_(history=History({}, {}, 0, ended="it was stopped"))  # before anything was logged
+
+    monkeypatch.setattr(energy_fitting, "train", stopped)
+    options = {"steps": 6, "num_particles": 1000, "stages": [ir.StageSpec(2, (8,))], "progress": False}
+    fitted = ir.fit_energy(lambda x: target(x, 0.5), 3, key=KEY, **options)
+    assert len(calls) == len(fitted.history.attempts) == 1
 
 
 def test_fit_energy_finds_both_modes(monkeypatch):

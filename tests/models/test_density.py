@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.bijections.transforms.bounded import Bounded, Bounds
 from iresnet_jax.bijections.transforms.dequantize import Grid, dequantize
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center
@@ -204,6 +205,19 @@ def test_points_have_no_levels():
     np.testing.assert_allclose(back, POINTS, atol=1e-5)
     assert isinstance(density.estimator, ExactLogdet)
     np.testing.assert_allclose(log_prob(density, POINTS), log_prob(density, POINTS, keys()), rtol=1e-6)
+
+
+def test_ranges_are_the_models_own_under_transformations():
+    bounded = Bounded((Bounds.of(-9.0, 9.0), None))
+    model, x = kept.model(dataclasses.replace(PLANE, transform=bounded)), POINTS.copy()
+    x[:, 0] = [7, -7, 3]  # not in the unit interval, in which shared programs have their entries
+    expected = model.log_prob(x)
+    of_keys = jax.vmap(lambda key: model.log_prob(x, key))(keys())
+    np.testing.assert_allclose(of_keys, np.stack([expected] * 3), rtol=1e-5)
+    gradient = jax.grad(lambda prior: model.with_(prior=prior).log_prob(x).mean())(model.prior)
+    assert np.any(gradient["mean"] != 0)
+    with pytest.raises(ValueError, match="not within the range -9 to 9"):
+        model.log_prob(x * 2)
 
 
 def test_values_between_those_of_a_grid_have_no_likelihood():

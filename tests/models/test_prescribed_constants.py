@@ -59,6 +59,7 @@ def test_configs_prescribe_constants():
 @pytest.mark.parametrize(
     ("message", "make"),
     [
+        ("at least one stage", lambda: ir.FlowSpec.bilipschitz((2,), [], mu=MU, nu=NU)),
         ("0 < mu < nu", lambda: ir.FlowSpec.bilipschitz((2,), SINGLE, mu=2.0, nu=1.0)),
         ("more than roundings", lambda: ir.FlowSpec.bilipschitz((2,), SINGLE, mu=1.0, nu=1.000001)),
         ("no stage may factor_out", lambda: ir.FlowSpec.bilipschitz((2,), [ir.StageSpec(1, factor_out=True)], mu=1.0, nu=2.0)),
