@@ -100,7 +100,7 @@ def test_a_certified_budget_holds_for_any_weights(name, method, budget):
             assert max(norms.values()) <= COEFF
         if scale >= 1 and method == "exact":  # nothing of the budget is given away beyond the bounds' slack
             used = min(norms.values()) if budget == "layer" else np.prod(list(norms.values())) ** (1 / len(norms))
-            assert used >= (COEFF if budget == "layer" else COEFF ** (1 / len(norms))) * (1 - 0.2)
+            assert used >= (COEFF if budget == "layer" else COEFF ** (1 / len(norms))) * (1 - TIGHT)
         if scale < 1:
             for layer, own in weights.items():
                 np.testing.assert_array_equal(branch.weights[layer]["kernel"], own["kernel"])

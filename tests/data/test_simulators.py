@@ -56,6 +56,7 @@ def two_moons_likelihood(theta, x):
     return np.where(p[..., 0] > 0, stats.norm.pdf(radius, 0.1, 0.01) / (np.pi * radius), 0)
 
 
+@functools.cache
 def box_grid():
     """A random point in every cell of the box: the edges of the crescents lie along the diagonals of the cells."""
     corner = np.stack(np.meshgrid(np.arange(CELLS), np.arange(CELLS), indexing="ij"), -1).reshape(-1, 2)

@@ -1,6 +1,7 @@
 """Ranks of the truth among samples: uniform for the true posterior, and refused for one that is wrong."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ SETTINGS = EvaluationConfig(batch_size=2000)
 NUM, SAMPLES = 400, 49
 
 
+@functools.cache
 def calibrated(**wrong):
     theta, x = map(np.asarray, simulators.SIMULATORS["linear_gaussian"].sample(jax.random.key(0), NUM))
     return calibration.calibrate(linear_gaussian_model(**wrong), theta, x, SAMPLES, SETTINGS)

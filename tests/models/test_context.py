@@ -11,6 +11,7 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.branches.feedforward import FeedforwardSpec
+from iresnet_jax.maths.logdet import estimator as logdet_estimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.models import density
@@ -82,8 +83,9 @@ def test_the_constraint_is_in_x_alone():
     strong = {name: {**layer, "context": 100 * layer["context"]} for name, layer in weights.items()}
     x = jax.random.normal(jax.random.key(2), (BATCH, 2))
     jacobian_at = jax.jit(jax.jacfwd(lambda x, context: branch.apply(strong, x[None], context)[0]))
-    for context in jax.random.normal(jax.random.key(3), (5, BATCH, CONTEXT_DIM)):
-        assert np.linalg.norm(np.asarray(jacobian_at(x[0], context[:1]), np.float64), 2) < 0.9
+    contexts = jax.random.normal(jax.random.key(3), (5, 1, CONTEXT_DIM)) / 100  # so that no activation is flat
+    norms = [np.linalg.norm(np.asarray(jacobian_at(x[0], context), np.float64), 2) for context in contexts]
+    assert 0.1 < max(norms) < 0.9
     bounds_of = jax.jit(branch.norm_bounds)
     assert len(bounds_of(weights)) == len(branch.layers)
     jax.tree.map(np.testing.assert_array_equal, bounds_of(strong), bounds_of(weights))
@@ -139,17 +141,19 @@ def test_gradients_with_respect_to_the_context(x64):
     np.testing.assert_allclose(tangent, -jnp.linalg.solve(by_x, pushed[..., None])[..., 0], atol=1e-8)
 
 
-def test_the_estimators_gradient_reaches_the_context(x64):
-    """The series' gradient in expectation over all probes of the plane is the exact one."""
+def test_the_estimators_gradient_reaches_the_context(x64, monkeypatch):
+    """The series' gradient in expectation over all probes of the plane, of which two are enough, is the exact one."""
+    probes = jnp.array([[[1.0, 1.0]], [[1.0, -1.0]]])
+    monkeypatch.setattr(logdet_estimator, "draw_probes", lambda key, x, *_: jnp.broadcast_to(probes, (2, *x.shape)))
     whole, x, context = case(PLANE)
 
     def log_det(context, estimator, key):
         return jnp.sum(whole.with_(estimator=estimator).terms(x, key, key, context=context).log_det)
 
     exact = jax.jit(jax.grad(log_det), static_argnums=1)(context, ExactLogdet(), jax.random.key(0))
-    estimator = RouletteLogdet(num_exact_terms=60, num_probes=4096)
+    estimator = RouletteLogdet(num_exact_terms=60, num_probes=2)
     estimate = jax.jit(jax.grad(log_det), static_argnums=1)(context, estimator, jax.random.key(1))
-    np.testing.assert_allclose(estimate, exact, atol=0.05 * float(jnp.abs(exact).max()))
+    np.testing.assert_allclose(estimate, exact, atol=1e-5 * float(jnp.abs(exact).max()))
 
 
 def test_a_density_given_a_context_is_the_same_function(x64, tmp_path):

@@ -3,7 +3,6 @@
 import resource
 import subprocess
 import sys
-import time
 from typing import NamedTuple
 
 import chex
@@ -15,8 +14,6 @@ import pytest
 
 from iresnet_jax.runs import checkpoints
 from iresnet_jax.runs.checkpoints import Checkpoints, from_named, load_named, to_named
-
-MAX_SAVE_S = 2.0  # measured 0.04 for 1000 arrays; one file an array takes about 0.5, and a busy machine is slower
 
 
 class State(NamedTuple):
@@ -370,8 +367,6 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_there(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_a_thousand_small_arrays_are_cheap_to_save(tmp_path):
-    state = {f"layer{i}": {"kernel": np.full((8, 8), i, np.float32)} for i in range(1000)}
-    start = time.perf_counter()
-    Checkpoints(tmp_path).save(1, state)
-    assert time.perf_counter() - start < MAX_SAVE_S
+def test_a_thousand_small_arrays_are_one_file(tmp_path):
+    Checkpoints(tmp_path).save(1, {f"layer{i}": {"kernel": np.full((8, 8), i, np.float32)} for i in range(1000)})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1.npz"]

@@ -1,7 +1,6 @@
 """Ctrl-C and SIGTERM end a process in one sentence and the right status, whatever it is doing."""
 
 import itertools
-import math
 import signal
 import subprocess
 import sys
@@ -157,13 +156,6 @@ def test_signals_that_are_ignored_stay_ignored():
 # --- within a process that nobody owns, such as a notebook ------------------------------------------------------------
 
 
-@pytest.fixture
-def unheard(monkeypatch):
-    """No signal was noted before."""
-    monkeypatch.setattr(StopRequests, "_noted_at", -math.inf)
-
-
-@pytest.mark.usefixtures("unheard")
 def test_a_loop_on_disk_notes_the_first_signal_and_interrupts_at_the_second():
     handlers = [signal.getsignal(number) for number in SIGNALS]
     with StopRequests() as stop:
@@ -177,7 +169,6 @@ def test_a_loop_on_disk_notes_the_first_signal_and_interrupts_at_the_second():
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
 
-@pytest.mark.usefixtures("unheard")
 def test_a_second_signal_ends_a_loop_of_trainings(monkeypatch):
     monkeypatch.setattr(signals, "INSIST_S", 0.2)
     noted = []

@@ -63,7 +63,10 @@ def test_operations_hold_their_values_at_every_corner(name, radius):
     x, y = arguments(0, radius), arguments(1, 2 * radius)
     z = function(x, y)
     for sides in ((-1, -1), (-1, 1), (1, -1), (1, 1), (0, 0)):
-        assert holds(z, [exact(a, b) for a, b in zip(points(x, sides[0]), points(y, sides[1]), strict=True)]).all()
+        values = [exact(a, b) for a, b in zip(points(x, sides[0]), points(y, sides[1]), strict=True)]
+        assert holds(z, values).all()
+        if radius and sides == (1, 1):
+            assert not holds(Ball(z.middle, 1e-3 * z.radius), values).all()
 
 
 def test_sums_and_log_sum_exp_of_many_terms():
@@ -75,6 +78,7 @@ def test_sums_and_log_sum_exp_of_many_terms():
     assert holds(whole, [MP.fsum(points(x, 1)[:371]), -MP.fsum(points(x, 1)[:371])]).all()
     assert np.all(whole.radius < 1e-12)
     logits = ball_arithmetic.log_sum_exp(rows)
+    assert np.all(logits.radius < 1e-12)
     for row, sign in enumerate((1, -1)):
         exact = MP.log(MP.fsum([MP.exp(sign * value) for value in values]))
         assert holds(logits.map(lambda part, row=row: part[row : row + 1]), [exact]).all()
