@@ -1,6 +1,9 @@
-"""Density of CIFAR-10, 32 x 32 x 3, sized for a CPU.
+"""Density of CIFAR-10, 32 x 32 x 3 and 256 levels of each colour, sized for a CPU.
 
     python train.py --config=configs/cifar10_density.py --workdir=runs/cifar10_density
+
+JPEG copies of its images, whose bits/dim compare with no published ones: test 3.078 +- .004 bits/dim after 32 minutes of two
+cores, 2722 steps (benchmarks/results/cifar10_density). Validation was at 3.412, 3.156 and 3.099 after 1000, 2000 and all.
 """
 
 from iresnet_jax.runs.config import default_config, estimator_settings

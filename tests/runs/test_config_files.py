@@ -53,6 +53,7 @@ VARIANTS = [
     ("mnist_density", None, 1_262_694),
     ("mnist_density", "variational", None),
     ("fashion_mnist_density", None, 1_262_694),
+    ("cifar10_density", None, 3_117_074),
     ("bsds300", None, None),
     ("tabular", None, None),
     ("iresnet_density", "mnist", None),
