@@ -1,7 +1,7 @@
 """Densities that are compared: `fit` with its defaults, and those of scikit-learn, flowjax and normflows.
 
-Each takes a `Table`, a seed and minutes, and gives a `Fitted`. All are fitted to the training examples alone; validation
-examples choose hyper-parameters and end the training. Log-determinants on test examples are exact.
+Each takes a `Table`, a seed and minutes, and gives a `Fitted`. All but gmm_bic are fitted to the training examples alone;
+validation examples choose hyper-parameters and end the training. Log-determinants on test examples are exact.
 
 - "ours" is ``fit(train, validation=validation, minutes=...)``; its time includes compilation and validation.
 - "flowjax" is a `coupling_flow` with rational-quadratic splines of 8 knots on [-4, 4]. "normflows" are LipschitzMLP blocks with
@@ -13,7 +13,8 @@ examples choose hyper-parameters and end the training. Log-determinants on test 
 - "gmm" is `GaussianMixture`; number of components, type of the covariances and reg_covar by validation, on fewer than 2000
   examples all together up to 8 components, otherwise reg_covar of full covariances at 4 components; then more components until
   the minutes are used up. The last fit is not interrupted.
-- "gmm_bic" is one of full covariances, whose number of components is chosen by the Bayesian information criterion.
+- "gmm_bic" is one of full covariances, whose number of components is chosen by the Bayesian information criterion,
+  fitted to validation examples as well: they choose nothing, and what it has on them is no score.
 - "kde" is a Gaussian `KernelDensity`; the bandwidth, and whether the data are whitened first, by validation, on at most 400
   examples. Its tree is one leaf: with its default tree, scikit-learn 1.9 takes ten times as long in 63 dimensions, and rounding
   in the tree's bounds makes outliers likelier than they are, by up to 368 nats.
