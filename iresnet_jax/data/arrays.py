@@ -94,8 +94,9 @@ def from_arrays(
         table = table.described(seen, column_names, held_out)
         grid = table.grid
     elif train.x.ndim == 2:
-        find_grid(train.x, column_names)  # which raises where what is left to train on has no density
-        grid = find_grid(seen, column_names)
+        grid = find_grid(train.x, column_names)
+        if grid is not None and seen is not train.x:  # rarer values may have gone to the other splits
+            grid = find_grid(seen, column_names)
         for split, part in parts.items():
             check_on_grid(grid, part.x, column_names, f"row {{}} of the split {split}")
     else:

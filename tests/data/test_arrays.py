@@ -5,6 +5,7 @@ import pytest
 
 from iresnet_jax import data
 from iresnet_jax.data.arrays import Arrays, find_grid, from_arrays
+from iresnet_jax.data.splits import fraction_masks
 
 RNG = np.random.default_rng(0)
 VECTORS = RNG.normal(size=(200, 3))
@@ -62,6 +63,12 @@ def beside(column):
 
 
 WHOLE = beside(RNG.integers(0, 9, 200))
+
+
+def test_a_grid_is_that_of_all_rows_of_one_array():
+    even = 2.0 * RNG.integers(0, 9, 200)
+    even[np.flatnonzero(fraction_masks(200, (0.1, 0.1))["test"])[0]] = 3  # alone, in a row that is held out
+    assert made(beside(even).x, fractions=(0.1, 0.1)).grid.spacing[1] == 1
 
 
 @pytest.mark.parametrize(

@@ -165,10 +165,10 @@ class Bounded:
         """The logit in double-double, through the transform behind it."""
         low, high, edge, bounded = self._arrays(np.float64)
         u = np.asarray(u, np.float64)
-        first, last = (DoubleDouble.of(low) + DoubleDouble.of(edge), DoubleDouble.of(high) - DoubleDouble.of(edge))
-        is_first = (u < first.high) | ((u == first.high) & (first.low > 0))
-        is_last = (u > last.high) | ((u == last.high) & (last.low < 0))
-        inside = where(is_first, Ball.of(low) + Ball.of(edge), where(is_last, Ball.of(high) - Ball.of(edge), Ball.of(u)))
+        first, last = Ball.of(low) + Ball.of(edge), Ball.of(high) - Ball.of(edge)  # whose middles are these sums exactly
+        is_first = (u < first.middle.high) | ((u == first.middle.high) & (first.middle.low > 0))
+        is_last = (u > last.middle.high) | ((u == last.middle.high) & (last.middle.low < 0))
+        inside = where(is_first, first, where(is_last, last, Ball.of(u)))
         below, above = log(inside - Ball.of(low)), log(Ball.of(high) - inside)
         log_width, chosen = log(Ball.of(high) - Ball.of(low)), np.broadcast_to(bounded, np.shape(u))
         line = where(chosen, below - above, Ball.of(u))
