@@ -1,8 +1,7 @@
 """`fit`: a model of an array, with settings chosen from the array and the machine; the same code as ``train.py``."""
 
-import contextlib
+import concurrent.futures
 import dataclasses
-import functools
 import math
 import os
 import signal
@@ -30,6 +29,7 @@ from iresnet_jax.fit_settings import (
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import run_folder, trained_run
+from iresnet_jax.runs.allocator import num_cores
 from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.loop import check_batch_size, train
@@ -39,9 +39,10 @@ from iresnet_jax.runs.model_from_config import identity_context, model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_interactive
 from iresnet_jax.runs.stored_programs import keep_compiled_programs
+from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.together import Together, TrainerTogether
-from iresnet_jax.training.trainer import LONGEST, BlowUpError, Trainer, TrainingConfig, compile_ahead, meanwhile
+from iresnet_jax.training.trainer import LONGEST, BlowUpError, Trainer, TrainingConfig
 
 WORTHWHILE = 1.5  # times the time of the last run, which a longer one must have
 IMPROVING = 0.8  # share of its steps at which a run is best, above which a longer one is worthwhile
@@ -227,11 +228,11 @@ class _Race:
         self._tried: set[tuple[Candidate, int]] = set()  # with the updates that they were allowed
         self._blow_up: BlowUpError | None = None  # of the last run that failed
         self._is_cut_short = False  # whether time ended a first run, which then says little
+        self._is_given_up = False  # after an error, which ends the runs beside
 
     def best(self, contenders: Sequence[Candidate]) -> Any:
         """The model that is best on validation, with all attempts in its history."""
-        for candidate, following in zip(contenders, [*contenders[1:], None], strict=True):
-            self._run(candidate, FIRST_STEPS, following)
+        self._run_first(contenders)
         if self._is_cut_short:  # a good start is ahead after few updates: the plain one has to learn for longer
             self._run(contenders[-1], LONGEST)
         if not self._runs and self._blow_up is not None:
@@ -280,10 +281,29 @@ class _Race:
         is_last = self._left_s < candidate.longer * (1 + WORTHWHILE) * last.seconds
         return LONGEST if is_last else candidate.longer * last.num_steps
 
-    def _run(self, candidate: Candidate, num_steps: int, following: Candidate | None = None) -> None:
+    def _run_first(self, contenders: Sequence[Candidate]) -> None:
+        """The first runs, as many at once as there are cores: the steps of each keep no more than one busy.
+
+        One after the other on several devices, where programs that are run at once may wait for each other for ever.
+        """
+        at_once = num_cores() if jax.device_count() == 1 else 1
+        if min(at_once, len(contenders)) == 1:
+            for candidate in contenders:
+                self._run(candidate, FIRST_STEPS)
+            return
+        run = parallel.in_this_precision(lambda candidate: self._run(candidate, FIRST_STEPS, f"{candidate}: "))
+        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+            try:
+                list(pool.map(run, contenders))
+            except BaseException:
+                self._is_given_up = True
+                raise
+        self._runs.sort(key=lambda trained: contenders.index(trained[0]))
+
+    def _run(self, candidate: Candidate, num_steps: int, prefix: str = "") -> None:
         """Trains a candidate, unless there is a model and time is over or a signal was received; one may blow up alone.
 
-        The step of the following one is compiled meanwhile: small steps leave most cores idle.
+        A prefix of its lines tells it from those that are trained beside it.
         """
         if self._runs and (self._stop.received or not self._is_time_left):
             return
@@ -293,12 +313,14 @@ class _Race:
         self._tried.add((candidate, num_steps))
         config = self._config_of(candidate, num_steps)
         most = FIRST_SHARE * self._limit_s if num_steps == FIRST_STEPS else math.inf
-        beside = None
-        if following and not self._members:
-            beside = functools.partial(_compile, self._config_of(following, FIRST_STEPS), self._data)
-        run = self._data, self._say, self._stop, str(candidate), self._members, most, beside
+
+        def say(line):
+            self._say(prefix + line)
+
         try:
-            trained = _fit_in_memory(config, *run)
+            trained = _fit_in_memory(
+                config, self._data, say, self._stop, str(candidate), self._members, most, lambda: self._is_given_up
+            )
         except BlowUpError as error:
             self._blow_up = error
             self._say(f"{candidate}: given up, {error}")
@@ -311,13 +333,6 @@ class _Race:
         return with_settings(self._config, {**candidate.settings, **length(num_steps), **self._given, **limit})
 
 
-def _compile(config: Config, data: DataSet) -> None:
-    """Compiles the training step of a later run."""
-    spec = model_spec(config, data)
-    objective = build_objective(config, data, spec)
-    compile_ahead(_STEPS.compiler(config, spec)(objective.training_step), objective, config.training.batch_size)
-
-
 def _fit_in_memory(
     config: Config,
     data: DataSet,
@@ -326,12 +341,12 @@ def _fit_in_memory(
     what: str = "",
     members: tuple[int, ...] = (),
     seconds: float = math.inf,
-    beside: Callable[[], None] | None = None,
+    is_given_up: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """One training run in memory, which ends once a signal is noted.
+    """One training run in memory, which ends once a signal is noted or it is given up.
 
     The seeds of several members are of models that are trained together. A run may be limited to some seconds of
-    updates, whatever compiling takes. ``beside`` is called in a thread of its own while steps are taken.
+    updates, whatever compiling takes.
     """
     prepare_backend(config.training.matmul_precision)
     check_batch_size(config.training, data)
@@ -346,8 +361,7 @@ def _fit_in_memory(
     trainer.end_within(seconds)  # of here, where all is compiled
     batches = device_batches(objectives[0].examples, seed=members or config.seed, batch_size=config.training.batch_size)
     try:
-        with meanwhile(beside, say) if beside else contextlib.nullcontext():
-            trainer.run(batches, lambda: stop.received is not None)
+        trainer.run(batches, lambda: stop.received is not None or is_given_up())
     except BlowUpError as error:
         if what or trainer.best is None or not trainer.best.step:  # other candidates may do better, or there is nothing to keep
             raise

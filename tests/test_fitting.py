@@ -3,10 +3,12 @@
 import functools
 import json
 import math
+import os
 import shutil
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -18,15 +20,13 @@ from iresnet_jax import fitting
 from iresnet_jax.__main__ import main
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.fit_arguments import seeds_of
-from iresnet_jax.fit_settings import candidates, choose_settings, plain_candidate, with_settings
+from iresnet_jax.fit_settings import candidates, choose_settings, plain_candidate
 from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import run_folder
 from iresnet_jax.runs.loop import train
-from iresnet_jax.runs.model_from_config import model_spec
-from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped
 from iresnet_jax.training import parallel
-from iresnet_jax.training.trainer import check_finite
+from iresnet_jax.training.trainer import BlowUpError, check_finite
 
 RNG = np.random.default_rng(0)
 TINY = (ir.StageSpec(num_blocks=1, hidden=(8,)),)
@@ -54,9 +54,8 @@ def raced(fitted, monkeypatch):
         runs, clock = [], [0.0]
         limits.clear()
         firsts.clear()
-        ahead.clear()
 
-        def fit_in_memory(config, data, say, stop, what, seeds, most, beside):
+        def fit_in_memory(config, data, say, stop, what, seeds, most, is_given_up):
             steps, noise = config.training.total_steps or 10**6, config.augmentation.noise
             run = (config.model.prior, config.model.stages[0].num_blocks, round(noise, 2), min(steps, 10**6))
             runs.append(run)
@@ -65,8 +64,6 @@ def raced(fitted, monkeypatch):
             clock[0] += seconds
             limits.append(config.training.minutes)
             firsts.append(most)
-            if beside:
-                ahead.append(beside.args[0].model.prior)
             check_finite({"nll": loss}, 0, steps, "rest")
             if run == interrupted:
                 signal.raise_signal(signal.SIGINT)
@@ -79,8 +76,7 @@ def raced(fitted, monkeypatch):
 
     limits: list[float] = []
     firsts: list[float] = []
-    ahead: list[str] = []  # priors of candidates that are compiled while another one is trained
-    race.limits, race.firsts, race.ahead = limits, firsts, ahead
+    race.limits, race.firsts = limits, firsts
     return race
 
 
@@ -114,17 +110,49 @@ def test_a_limit_of_time_is_no_aim(raced):
     runs, history = raced({GAUSSIAN: (5.0, 700, 4.0)})
     assert runs == [MIXTURE, GAUSSIAN]
     assert "no longer improved" in history.ended
-    assert raced.ahead == ["gaussian"]
 
 
-def test_a_step_that_is_compiled_ahead_is_the_one_that_a_run_takes(data_of):
-    settings = {"model.stages": [{"num_blocks": 1, "hidden": (8,)}]}
-    data = data_of(X[:64])
-    config = with_settings(choose_settings(data), settings)
-    fitting._compile(config, data)
-    spec = model_spec(config, data)
-    step = fitting._STEPS.compiler(config, spec)(build_objective(config, data, spec).training_step)
-    assert "HloModule" in step.program
+def test_first_runs_are_trained_at_once_on_as_many_cores_and_say_whose_lines_are_whose(fitted, monkeypatch, capfd):
+    at_once, gaussian_ended = threading.Barrier(2), threading.Event()
+
+    def fit_in_memory(config, data, say, stop, what, seeds, most, is_given_up):
+        at_once.wait(20)
+        say("step 1")
+        if config.model.prior == "gaussian":
+            gaussian_ended.set()
+        else:
+            assert gaussian_ended.wait(20)
+        return fitting.Outcome(Attempt(what, 1.0, 700, 1000, 1.0), lambda: [fitted[0]])
+
+    monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
+    monkeypatch.setattr(fitting, "num_cores", lambda: 2)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    attempts = ir.fit(MODES).history.attempts
+    assert [attempt.what.split()[2] for attempt in attempts] == ["2", "gaussian"]  # in the order of the candidates
+    said = capfd.readouterr().err
+    assert all(f"{attempt.what}: step 1\n" in said for attempt in attempts)
+
+
+def test_an_interrupt_of_a_script_ends_all_runs_that_are_trained_at_once(monkeypatch):
+    monkeypatch.delattr(sys, "ps1", raising=False)
+    at_once, all_ended = threading.Barrier(2, lambda: os.kill(os.getpid(), signal.SIGINT)), threading.Barrier(3)
+
+    def fit_in_memory(config, data, say, stop, what, seeds, most, is_given_up):
+        at_once.wait(20)
+        while not is_given_up():
+            time.sleep(0.01)
+        all_ended.wait(20)
+        raise BlowUpError
+
+    monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
+    monkeypatch.setattr(fitting, "num_cores", lambda: 2)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    waiting = threading.Thread(target=all_ended.wait, args=(20,))
+    waiting.start()
+    with pytest.raises(KeyboardInterrupt):
+        ir.fit(MODES, progress=False)
+    waiting.join()
+    assert not all_ended.broken
 
 
 def test_a_limit_of_time_is_one_of_all_runs_however_it_is_given(raced):
@@ -376,7 +404,7 @@ def test_fits_by_other_keys_to_other_data_of_about_one_length_share_programs(cap
         log_prob = other.log_prob(x[:50], context=context[:50])
         conditional(2.0, 397)
     built = {message.split("(")[1].split(")")[0] for message in caplog.messages if message.startswith("Compiling jit(")}
-    assert built <= {"iota", "_shuffle", "stage"}  # of what hands out batches
+    assert built <= {"_permutation", "stage"}  # of what draws and hands out examples
     with_its_own_numbers = jax.jit(lambda x, c: other.log_prob(x, context=c))(x[:50], context[:50])
     np.testing.assert_allclose(log_prob, with_its_own_numbers, rtol=1e-4, atol=1e-4)
 

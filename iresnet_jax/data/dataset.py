@@ -1,5 +1,6 @@
 """What training and evaluation need of data: one value for images, vectors, 2-D toys and simulators."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.data.simulators import Simulator
 from iresnet_jax.data.splits import some_rows
 from iresnet_jax.data.toys import Toy
+from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models.columns import Column
 
 Splits = dict[str, Shaped[np.ndarray, "_ ..."]]
@@ -138,7 +140,7 @@ class DataSet:
         """Draws up to ``num`` distinct training examples with their contexts and classes, or None, to initialise a model."""
         if self.is_endless:
             return *self._drawn(key, num), None
-        chosen = np.asarray(jax.random.permutation(key, len(self.examples["train"])))[:num]
+        chosen = np.asarray(_permutation(len(self.examples["train"]), key))[:num]
         kinds = self.examples, self.contexts, self.labels
         examples, contexts, labels = (jax.device_put(kind["train"][chosen]) if kind else None for kind in kinds)
         return examples, contexts, labels
@@ -164,6 +166,11 @@ class DataSet:
         assert self.generator is not None
         drawn = jax.jit(self.generator.sample, static_argnums=1)(key, num)
         return drawn if isinstance(self.generator, Simulator) else (drawn, None)
+
+
+@functools.partial(quick_jit, static_argnums=(0,), is_rare=True)
+def _permutation(num: int, key: PRNGKeyArray) -> Array:
+    return jax.random.permutation(key, num)
 
 
 def describe(dtype: DTypeLike, shape: tuple[int, ...], sha256: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ ask `platform` and not JAX, so that a machine without accelerators can compile f
 import contextlib
 import functools
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 
 # Options of XLA:CPU that make compiling cheaper. Programs of this library spend their time in convolutions and matrix products,
@@ -74,6 +76,11 @@ def compile_quickly(lowered: Any) -> Any:
     return lowered.compile(compiler_options=quick_options() or None)
 
 
+def floats(values: Any) -> jax.Array:
+    """Numbers as an array of JAX's type of floats, made by NumPy: outside of programs, JAX compiles one for each conversion."""
+    return jax.device_put(np.asarray(values, jnp.result_type(float)))
+
+
 def find_programs_by(find: Find | None) -> None:
     """Makes a function that every program is asked of before it is traced; None asks none.
 
@@ -103,6 +110,7 @@ class FoundPrograms:
 
     def __init__(self, function: Any, how: Any):
         self._function, self._how, self._programs = function, how, OrderedDict()
+        self._lock = threading.RLock()  # of threads that train at once, one compiles and the others wait for it
 
     def of(
         self, lower: Callable[[], Any], arguments: tuple[Any, ...], *, bound: Any = (), options: dict[str, Any] | None = None
@@ -127,14 +135,15 @@ class FoundPrograms:
         # Settings may be those of a thread or of a block of code; some have no value.
         settings = [getattr(_settings, name, None) for name in _setting_names()]
         key = bound, structure, tuple(map(kind_of, leaves)), tuple((options or {}).items()), tuple(settings)
-        program = self._programs.pop(key, _UNKNOWN)
-        if program is _UNKNOWN:
-            name = getattr(getattr(self._function, "func", self._function), "__name__", "_fun")  # JAX's, too
-            program = _find(name, (self._function, self._how, bound), lower, arguments, options or {})
-        self._programs[key] = program
-        if len(self._programs) > MOST_PROGRAMS:
-            self._programs.popitem(last=False)
-        return program
+        with self._lock:
+            program = self._programs.pop(key, _UNKNOWN)
+            if program is _UNKNOWN:
+                name = getattr(getattr(self._function, "func", self._function), "__name__", "_fun")  # JAX's, too
+                program = _find(name, (self._function, self._how, bound), lower, arguments, options or {})
+            self._programs[key] = program
+            if len(self._programs) > MOST_PROGRAMS:
+                self._programs.popitem(last=False)
+            return program
 
 
 @functools.cache

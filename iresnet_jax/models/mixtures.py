@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Key
 from numpy.typing import ArrayLike
 
 from iresnet_jax.maths.enclosures.ball_arithmetic import LOG_2PI, Ball, exp, joined, log_sum_exp
+from iresnet_jax.maths.platforms import floats
 
 ABSENT = -(2.0**100)  # finite, as averages of parameters and files want it
 
@@ -85,12 +86,12 @@ def sample(params: Parameters, key: Key[Array, ""], n: int, temperature: float =
 
 def standard(num_dims: int, num_components: int) -> dict[str, Array]:
     """Parameters of components that are all standard normal and equally likely; training would not tell them apart."""
-    zeros = jnp.zeros((num_components, num_dims))
+    zeros = floats(np.zeros((num_components, num_dims)))
     return {
         "mean": zeros,
         "log_diagonal": zeros,
-        "lower": jnp.zeros((num_components, num_dims, num_dims)),
-        "logits": jnp.zeros(num_components),
+        "lower": floats(np.zeros((num_components, num_dims, num_dims))),
+        "logits": floats(np.zeros(num_components)),
     }
 
 
@@ -138,7 +139,7 @@ def mixture_of(
         name: np.pad(part, [(0, spare)] + [(0, 0)] * (part.ndim - 1), constant_values=ABSENT if name == "logits" else 0)
         for name, part in parts.items()
     }
-    return {name: jnp.asarray(part, float) for name, part in padded.items()}
+    return {name: floats(part) for name, part in padded.items()}
 
 
 def _logits(params: Parameters) -> Float[Array, " k"]:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 from iresnet_jax.bijections.transforms.logit import log_logistic
 from iresnet_jax.branches.own import Structure
 from iresnet_jax.maths.enclosures.ball_arithmetic import LOG_2PI, Ball, exp, joined, log_sum_exp, softplus
+from iresnet_jax.maths.platforms import floats
 from iresnet_jax.models import mixtures, scales
 from iresnet_jax.models.marginals import Marginals
 
@@ -245,8 +246,8 @@ def standard(kind: str, num_dims: int, num_classes: int | None = None, num_compo
         raise ValueError("a prior of one's own has no standard member: give it to the model, as prior=...")
     if kind in MIXTURES and num_classes is None and num_components is not None:
         return MIXTURES[kind].standard(num_dims, num_components)
-    zeros = jnp.zeros(num_dims if num_classes is None else (num_classes, num_dims))
-    classes = {} if num_classes is None else {"class_logits": jnp.zeros(num_classes)}
+    zeros = floats(np.zeros(num_dims if num_classes is None else (num_classes, num_dims)))
+    classes = {} if num_classes is None else {"class_logits": floats(np.zeros(num_classes))}
     return {"mean": zeros, _family(kind).log_scale: zeros, **classes}
 
 
@@ -272,9 +273,9 @@ def of_classes(kind: str, z: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "
     log_std = np.tile(0.5 * np.log(np.maximum(within, SMALLEST_VARIANCE)), (num_classes, 1))
     family = _family(kind)
     return {
-        "mean": jnp.asarray(mean, float),
-        family.log_scale: jnp.asarray(log_std - math.log(family.std), float),
-        "class_logits": jnp.asarray(np.log((counts + 1) / (counts.sum() + num_classes)), float),
+        "mean": floats(mean),
+        family.log_scale: floats(log_std - math.log(family.std)),
+        "class_logits": floats(np.log((counts + 1) / (counts.sum() + num_classes))),
     }
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.maths.enclosures.ball_arithmetic import LOG_2PI, Ball, exp, joined, log_sum_exp
+from iresnet_jax.maths.platforms import floats
 
 STEPS = 30  # of expectation maximisation
 SMALLEST = 1e-6  # of the scales and weights that it gives, and of the standard deviation of an entry
@@ -69,7 +70,7 @@ def sample(params: Parameters, key: Key[Array, ""], n: int, temperature: float =
 
 def standard(num_dims: int, num_components: int) -> dict[str, Array]:
     """Parameters of so many scales that are all 1: a standard normal distribution, which training would leave one."""
-    entries, scales = jnp.zeros(num_dims), jnp.zeros(num_components)
+    entries, scales = floats(np.zeros(num_dims)), floats(np.zeros(num_components))
     return {"mean": entries, "log_std": entries, "log_scales": scales, "logits": scales}
 
 
@@ -99,4 +100,4 @@ def fitted(z: Float[np.ndarray, "n d"], num_components: int) -> dict[str, Array]
         square = np.square((z - mean) / std).sum(axis=1)
     variances = np.maximum(variances, SMALLEST**2)
     found = {"mean": mean, "log_std": np.log(std), "log_scales": 0.5 * np.log(variances), "logits": np.log(weights)}
-    return {name: jnp.asarray(part, float) for name, part in found.items()}
+    return {name: floats(part) for name, part in found.items()}

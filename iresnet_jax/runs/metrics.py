@@ -171,4 +171,5 @@ class Lines:
 
     def __call__(self, line: str) -> None:
         """Writes a line."""
-        print(f"[{time.monotonic() - self._began:5.0f} s] {line}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"[{time.monotonic() - self._began:5.0f} s] {line}\n")  # at once: threads may write lines beside
+        sys.stderr.flush()

@@ -287,7 +287,7 @@ class Objective:
         return state._replace(constants=jax.eval_shape(self._constants))
 
     def _constants(self) -> dict[str, Any]:
-        of_data = {"data": jax.tree.map(jnp.asarray, self.constants)} if self.constants else {}
+        of_data = {"data": jax.tree.map(np.asarray, self.constants)} if self.constants else {}
         return {"seed": np.uint32(self.seed), **of_data}
 
     def abstract_batch(self, batch_size: int) -> Any:

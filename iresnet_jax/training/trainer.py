@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, SupportsFloat
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.checked_dataclasses import Count, CountOrNone, Decay, NotNegative
@@ -147,7 +146,7 @@ class Trainer:
         while not self._is_over and (batch := next(batches, None)) is not None:
             self.take_step(batch)
             if self._limit_s and self._is_time_over:
-                self._last_step, self.state = self.step, self.state._replace(horizon=jnp.int32(self.step))
+                self._last_step, self.state = self.step, self.state._replace(horizon=np.int32(self.step))
             is_validation_due = self._is_validation_due
             if self.step % self._settings.log_every_steps == 0 or is_validation_due or self._is_estimate_due:
                 self._log()
@@ -296,7 +295,7 @@ class Trainer:
         left = max(self._limit_s - self.elapsed_s - self._validation_seconds, 0.0) / seconds_per_step
         horizon = min(self.step + max(int(left), 1), max(self._settings.most_steps, self.step))
         self._estimate = self.agreed(int(min(horizon, LONGEST)))
-        self.state = self.state._replace(horizon=jnp.int32(self._estimate))
+        self.state = self.state._replace(horizon=np.int32(self._estimate))
 
     def _checked_means(self) -> dict[str, float]:
         """Means over the steps since the last line of the log; `BlowUpError` if one of them blew up."""
@@ -310,7 +309,7 @@ class Trainer:
         if self._window:
             self._checked_means()
         if self._limit_s and self.step >= self.horizon:  # its estimate was too low: the run is not over
-            self.state = self.state._replace(horizon=jnp.int32(self.step + 1))
+            self.state = self.state._replace(horizon=np.int32(self.step + 1))
         self._store(None)
 
     def _store(self, loss: float | None) -> None:
@@ -334,7 +333,7 @@ class Trainer:
         check_finite(found.metrics, self.step, self.step, self.advice)
         self.record(found.metrics, "validation")
         if found.num_terms != int(self.state.num_terms):
-            self.state = self.state._replace(num_terms=jnp.int32(found.num_terms))
+            self.state = self.state._replace(num_terms=np.int32(found.num_terms))
             self._use_terms(found.num_terms)
         return self._objective.selection(found.metrics), f"validation {name} {found.metrics[name]:.4f}"
 
