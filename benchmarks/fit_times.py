@@ -5,7 +5,8 @@
 The array has 1200 rows: three entries are a noisy curve, one is apart from them. "cold" is the first fit of a process with an
 empty folder of compiled programs, from the start of the process on; "warm" is that of the next process, which finds the
 programs there; "second" is the second fit of a process, of other rows. "folds" is a cross-validation of `ResidualFlowDensity`
-in a process that has fitted before: five folds. The baseline of a fit is the time of its runs without compilation.
+in a process that has fitted before: five folds, one after the other or two at once in threads. The baseline of a fit is the sum
+of the times of its runs without compilation, the first two of which are trained at once.
 """
 
 import tempfile
@@ -41,21 +42,23 @@ class Fits:
         runs = [[run.what, run.best_step, run.num_steps, run.seconds] for run in history.attempts]
         return {"seconds": time.perf_counter() - began, "runs_s": sum(run[-1] for run in runs), "runs": runs}
 
-    def cross_validate(self):
-        """Seconds of a cross-validation, and its scores: mean log-likelihoods in nats."""
+    def cross_validate(self, at_once):
+        """Seconds of a cross-validation of so many folds at once, in threads, and its scores: mean log-likelihoods in nats."""
+        from joblib import parallel_config
         from sklearn.model_selection import cross_val_score
 
         from iresnet_jax.estimators import ResidualFlowDensity
 
         began = time.perf_counter()
-        scores = cross_val_score(ResidualFlowDensity(random_state=0, **self._limit), rows(0), cv=FOLDS)
+        with parallel_config("threading", n_jobs=at_once):
+            scores = cross_val_score(ResidualFlowDensity(random_state=0, **self._limit), rows(0), cv=FOLDS)
         return {"seconds": time.perf_counter() - began, "scores": scores.tolist()}
 
 
 def main():
     arguments = parser(__doc__).parse_args()
     given = {"most_steps": 20} if arguments.quick else {}
-    measured, details = {name: [] for name in ("cold", "warm", "second", "folds")}, []
+    measured, details = {name: [] for name in ("cold", "warm", "second", "folds", "folds, two at once")}, []
     with workers() as start, tempfile.TemporaryDirectory() as folder:
         for turn in range(1 if arguments.quick else TURNS):
             for name in ("cold", "warm"):
@@ -65,9 +68,11 @@ def main():
                 details.append({"turn": turn, "process": name, **first})
             second = worker.ask("fit", seed=1)
             measured["second"].append((second["seconds"], second["runs_s"]))
-            folds = worker.ask("cross_validate")
-            measured["folds"].append((folds["seconds"], None))
-            details += [{"turn": turn, "process": "warm", **second}, {"turn": turn, "process": "warm", **folds}]
+            details.append({"turn": turn, "process": "warm", **second})
+            for name, at_once in (("folds", 1), ("folds, two at once", 2)):
+                folds = worker.ask("cross_validate", at_once=at_once)
+                measured[name].append((folds["seconds"], None))
+                details.append({"turn": turn, "process": "warm", "at_once": at_once, **folds})
             worker.stop()
     results = {}
     for name, values in measured.items():

@@ -1,6 +1,7 @@
 """Training steps that have been compiled, for runs in one process that differ in their data and seeds alone."""
 
 import dataclasses
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -23,7 +24,7 @@ class CompiledSteps:
     """
 
     def __init__(self):
-        self._steps = OrderedDict()
+        self._steps, self._lock = OrderedDict(), threading.Lock()
 
     def compiler(self, config: Config, spec: Spec) -> Callable[[TrainingStep], CompiledStep]:
         """``training step ->`` the step of an earlier run with equal settings and an equal model, or else a new one."""
@@ -46,10 +47,11 @@ class CompiledSteps:
             # The estimator's number of terms may rise, and several models may be trained together.
             estimator, num_members = getattr(training_step.model, "estimator", None), getattr(training_step, "num_members", 1)
             key = settings, warmup, model, estimator, num_members, jnp.result_type(float)
-            step = self._steps.pop(key, None) or parallel.parallelize(training_step)
-            self._steps[key] = step
-            if len(self._steps) > MOST:
-                self._steps.popitem(last=False)
+            with self._lock:
+                step = self._steps.pop(key, None) or parallel.parallelize(training_step)
+                self._steps[key] = step
+                if len(self._steps) > MOST:
+                    self._steps.popitem(last=False)
             return step
 
         return compiled
